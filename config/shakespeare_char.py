@@ -1,0 +1,2 @@
+out_dir = "out/shakespeare_char"
+dataset = "shakespeare_char"

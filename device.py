@@ -1,0 +1,71 @@
+"""Where the numbers are and how wide they are: found by themselves, or as the user says."""
+
+import ctypes
+from contextlib import AbstractContextManager
+
+import torch
+
+from configurator import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Dense bfloat16 or float16 peak in FLOP/s, from the makers' data sheets, by a part of the card's name.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12}
+PEAK_FLOPS |= {"V100": 125e12, "T4": 65e12, "4090": 165e12, "3090": 71e12}
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA, else Apple's GPU, else the CPU. Raises UserError for a device that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, usable in there.items() if usable))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    missing = device is None or not there.get(device.type)
+    if not missing and device.type == "cuda" and device.index is not None:
+        missing = device.index >= torch.cuda.device_count()
+    if missing:
+        usable = ", ".join(kind for kind, usable in there.items() if usable)
+        raise UserError(f"device={name} is not there; this machine and this torch have: {usable}; or leave it at auto")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 on a CUDA card that is good at it, float16 on an older one, float32 elsewhere."""
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if name == "float16" and device.type != "cuda":
+        raise UserError(f"dtype=float16 needs a CUDA device, and this is {device.type}; use float32 or bfloat16")
+    return DTYPES[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Matrix products in dtype, sums and norms in float32; nothing changes with float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What the card can do at most, FLOP/s; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed blocks for the next step instead of giving them back to the system.
+
+    It would map and clear every large activation anew in each step: a tenth of the time of a small model on a CPU.
+    Where the C library is another one, nothing happens.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # names of the settings, as malloc.h numbers them
+    mallopt(mmap_threshold, 32 << 20)  # the most that glibc accepts
+    mallopt(trim_threshold, 2**31 - 1)

@@ -1,0 +1,206 @@
+"""A checkpoint and a prompt -> text.
+
+    python sample.py --out_dir=out/shakespeare_char
+    python sample.py --out_dir=out/shakespeare_char --start="ROMEO:" --num_samples=1 --temperature=0
+    python sample.py --out_dir=out/shakespeare_char --start=FILE:prompt.txt > text.txt
+
+Only text goes to stdout, all else to stderr.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import configurator
+import model as models
+import tokenizer as tokenizers
+from configurator import UserError
+from device import DTYPES, autocast, pick_device, pick_dtype
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    # --- what
+    init_from: str = "resume"  # resume: from a checkpoint in out_dir; nanoGPT's gpt2 models are not here yet
+    out_dir: str = "out"  # the folder of the run whose checkpoint writes
+    checkpoint: str = "best"  # best: lowest validation loss (best.pt); latest: where training stands (ckpt.pt)
+    start: str | None = None  # the prompt, or FILE:path of one; None: a line break
+    num_samples: int = 3  # texts, written side by side in one batch
+    max_new_tokens: int = 500  # length of each, without the prompt
+    # --- how
+    temperature: float = 0.8  # below 1 bolder in the likely, above 1 more random; 0: always the likeliest token
+    top_k: int | None = 200  # choose among the k likeliest tokens only
+    top_p: float | None = None  # choose among the likeliest tokens that together have this chance
+    seed: int = 1337  # the same seed writes the same text
+    context: str = "fast"  # window full: fast reads its newest half again; exact its newest block_size, every token
+    # --- system
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # auto, float32, bfloat16 or float16
+    compile: bool = False  # nanoGPT's key; has no effect, since every length of text would be compiled anew
+
+    def __post_init__(self):
+        if self.init_from.startswith("gpt2"):
+            raise ValueError(f"init_from={self.init_from}: GPT-2's weights cannot be read yet; leave it at resume")
+        if self.init_from != "resume":
+            raise ValueError(f"init_from={self.init_from} is not one of: resume")
+        for key in ("num_samples", "max_new_tokens", "top_k"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be 0 (always the likeliest) or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must be at least 0 and below 2^63")
+        choices = {"checkpoint": ("best", "latest"), "context": ("fast", "exact"), "dtype": ("auto", *DTYPES)}
+        for key, known in choices.items():
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key}={getattr(self, key)} is not one of: {', '.join(known)}")
+
+
+def main(argv: list[str]) -> None:
+    config = configurator.make(SampleConfig, configurator.read(argv, SampleConfig))
+    device = pick_device(config.device)
+    saved = load(config)
+    model = models.build(configurator.make(models.ModelConfig, saved["model_config"]))
+    model.load_state_dict(saved["model"])
+    model.to(device).eval()
+    if config.compile:
+        print("note: compile=True has no effect in sample.py", file=sys.stderr)
+    tokenizer = tokenizers.from_state(saved["tokenizer"])
+    prompt = read_prompt(config.start, tokenizer)
+
+    idx = torch.from_numpy(tokenizer.encode(prompt)).to(device).repeat(config.num_samples, 1)
+    new_tokens = generate(
+        model,
+        idx,
+        config.max_new_tokens,
+        known=tokenizer.vocab_size,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        exact=config.context == "exact",
+        generator=torch.Generator(device).manual_seed(config.seed),
+    )
+    others = []  # what the texts beside the first one say, (num_samples - 1,) a step
+    decoder = Decoder(tokenizer)
+    print(prompt, end="", flush=True)
+    with autocast(device, pick_dtype(config.dtype, device)):
+        for first, *rest in map(Tensor.tolist, new_tokens):
+            print(decoder.feed(first), end="", flush=True)
+            others.append(rest)
+    print(decoder.rest(), flush=True)
+    for ids in zip(*others, strict=True):
+        print("---------------", file=sys.stderr, flush=True)
+        print(prompt + tokenizer.decode(ids), flush=True)
+
+
+def load(config: SampleConfig) -> dict:
+    path = Path(config.out_dir) / {"best": "best.pt", "latest": "ckpt.pt"}[config.checkpoint]
+    if config.checkpoint == "best" and not path.exists() and path.with_name("ckpt.pt").exists():
+        path = path.with_name("ckpt.pt")
+        print(f"note: no evaluation has found a best model yet; taking {path}", file=sys.stderr)
+    saved = checkpoint.load(path)
+    print(f"{path}: iter {saved['iter']}, best val loss {saved['best_val_loss']:.4f}", file=sys.stderr)
+    return saved
+
+
+def read_prompt(start: str | None, tokenizer) -> str:
+    if start is None:
+        return tokenizer.default_start
+    if start.startswith("FILE:"):
+        try:
+            start = Path(start[5:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the prompt {start[5:]}: {error}") from error
+    if not start:
+        raise UserError("an empty prompt: this tokenizer has no token that starts a text; give at least one character")
+    return start
+
+
+class Decoder:
+    """Tokens, one by one -> text, each character when the last of its bytes is there."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.waiting = tokenizer, []
+
+    def feed(self, token: int) -> str:
+        self.waiting.append(token)
+        text = self.tokenizer.decode(self.waiting)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self.waiting) < 4:  # UTF-8 needs 4 bytes at most
+            return ""
+        self.waiting = []
+        return text
+
+    def rest(self) -> str:
+        """What is left when the last token has come."""
+        return self.tokenizer.decode(self.waiting)
+
+
+# --------------------------------------------------------------------------------------
+# logits -> probabilities -> token
+
+
+def probabilities(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """The chances (B, V) that the next token is drawn from; logits: (B, V). Source for top_p: arXiv:1904.09751."""
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    logits = logits / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probs = logits.softmax(dim=-1)
+    if top_p is not None:
+        ranked, order = probs.sort(dim=-1, descending=True)
+        before = ranked.cumsum(dim=-1) - ranked  # the chance of all likelier tokens; 0 for the likeliest, which stays
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill(before >= top_p, 0.0))
+        probs = probs / probs.sum(dim=-1, keepdim=True)
+    return probs
+
+
+@torch.inference_mode()
+def generate(
+    model: nn.Module,
+    idx: Tensor,
+    max_new_tokens: int,
+    known: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    exact: bool = False,
+    cached: bool = True,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """Continue idx, (B, T) token ids with T >= 1, by max_new_tokens; yields each new token as (B,).
+
+    known: ids from here on, which pad the vocabulary, are never drawn. exact: what happens when the window of
+    block_size is full: True reads the newest block_size tokens again for every new one, False the newest half once and
+    goes on from there. cached=False computes the same without a cache, for tests and for wonder at the difference.
+    """
+    block_size = model.config.block_size
+    caches = model.make_caches() if cached else None
+    start = max(0, idx.shape[1] - block_size)  # the window is idx[:, start:]
+    read = start  # tokens up to here are in the caches
+    for _ in range(max_new_tokens):
+        if idx.shape[1] - start > block_size:
+            start = idx.shape[1] - (block_size if exact else max(1, block_size // 2))
+            read = start
+            for cache in caches or ():
+                cache.clear()
+        logits, _ = model(idx[:, read if cached else start :], caches=caches)
+        read = idx.shape[1]
+        probs = probabilities(logits[:, -1, :known].float(), temperature, top_k, top_p)
+        token = torch.multinomial(probs, 1, generator=generator)
+        idx = torch.cat([idx, token], dim=1)
+        yield token[:, 0]
+
+
+if __name__ == "__main__":
+    configurator.run(main)

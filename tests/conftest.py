@@ -1,0 +1,76 @@
+"""A tiny world for each test: an empty folder to stand in, a small text, and ways to run a script as a user does."""
+
+import json
+import random
+import sys
+
+import pytest
+
+import configurator
+import prepare_data
+import train
+
+TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16"]
+TINY_RUN = [*TINY_MODEL, "--dataset=tiny", "--device=cpu", "--out_dir=out/run", "--batch_size=4", "--max_iters=6"]
+TINY_RUN += ["--eval_interval=3", "--log_interval=1", "--warmup_iters=2", "--eval_iters=2"]
+
+
+def make_text(length: int = 4000, seed: int = 0) -> str:
+    """Lines of a made-up language, the same for the same seed."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choice("aeiou") + draw.choice("klmnprst") for _ in range(draw.randint(1, 3))) for _ in range(60)]
+    lines = (" ".join(draw.choices(words, k=draw.randint(3, 8))).capitalize() + "." for _ in iter(int, 1))
+    text = ""
+    while len(text) < length:
+        text += next(lines) + "\n"
+    return text[:length]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Each test stands in a folder of its own; data/ and out/ appear there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def tiny(folder):
+    """data/tiny, prepared."""
+    (folder / "tiny.txt").write_text(make_text())
+    prepare_data.main(["--input=tiny.txt", "--name=tiny"])
+    return folder / "data" / "tiny"
+
+
+@pytest.fixture
+def fails(capsys, monkeypatch):
+    """Run a script's main as its command line would and return its complaint: one line on stderr, exit code 2."""
+
+    def run(main, *argv: str) -> str:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["script.py", *argv])
+        with pytest.raises(SystemExit) as stop:
+            configurator.run(main)
+        complaint = capsys.readouterr().err
+        assert stop.value.code == 2, complaint
+        assert complaint.count("\n") == 1 and complaint.startswith("script.py: "), complaint
+        return complaint.removeprefix("script.py: ")
+
+    return run
+
+
+@pytest.fixture
+def run_train(tiny):
+    """Train a tiny model and return its rows of metrics without those that tell the time."""
+
+    def run(*argv: str) -> list[dict]:
+        code = train.main([*TINY_RUN, *argv])
+        assert code == 0
+        return read_rows(tiny.parent.parent / "out" / "run")
+
+    return run
+
+
+def read_rows(out_dir) -> list[dict]:
+    """The rows of a run's metrics, without the numbers that depend on the clock."""
+    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]

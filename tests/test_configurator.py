@@ -1,0 +1,156 @@
+import dataclasses
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import bench
+import configurator
+import prepare_data
+import sample
+import train
+from configurator import UserError
+from model import ModelConfig
+from prepare_data import PrepareConfig
+from sample import SampleConfig
+from train import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Example:
+    # --- example
+    width: int = 4  # how wide
+    rate: float = 0.5  # how fast
+    fast: bool = False  # or slow
+    name: str = "x"  # what it is called
+    limit: int | None = None  # None: no limit
+    switch: bool | None = None  # None: found by itself
+
+    def __post_init__(self):
+        if self.width < 1:
+            raise ValueError(f"width={self.width} must be at least 1")
+
+
+def read(*argv: str) -> dict:
+    return configurator.read(list(argv), Example)
+
+
+def test_sources_apply_from_left_to_right(folder):
+    Path("a.py").write_text("width = 1\nrate = 0.1\nfast = True")
+    Path("b.py").write_text("rate = 0.2")
+    assert read("--width=9", "a.py", "b.py", "--fast=False") == {"width": 1, "rate": 0.2, "fast": False}
+
+
+def test_config_files_may_compute_and_import(folder):
+    Path("a.py").write_text("import time\nfrom math import sqrt\n_half = 2\nwidth = 2 * _half\nname = 'r' + str(int(sqrt(16)))")
+    assert read("a.py") == {"width": 4, "name": "r4"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("--width=12", 12),
+        ("--width=1_000", 1000),
+        ("--rate=1", 1.0),
+        ("--rate=1e-3", 1e-3),
+        ("--fast=True", True),
+        ("--name=a=b", "a=b"),
+        ("--name=5", "5"),
+        ("--name=", ""),
+        ("--limit=None", None),
+        ("--limit=3", 3),
+        ("--switch=None", None),
+        ("--switch=False", False),
+    ],
+)
+def test_command_line_values_take_the_type_of_their_key(argument, value):
+    (found,) = read(argument).values()
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("argument", ["--width=1.5", "--width=True", "--width=x", "--width=None", "--rate=fast", "--fast=1"])
+def test_wrong_types_are_refused_with_the_right_one(argument):
+    key = argument[2:].partition("=")[0]
+    with pytest.raises(UserError, match=f"{key}=.* must be (int|float|True or False)$"):
+        read(argument)
+
+
+def test_unknown_keys_are_answered_with_the_nearest(folder):
+    Path("a.py").write_text("widht = 3")
+    with pytest.raises(UserError, match="unknown key widht; did you mean width"):
+        read("--widht=3")
+    with pytest.raises(UserError, match=r"a.py: unknown key widht; did you mean width"):
+        read("a.py")
+    with pytest.raises(UserError, match="unknown key zzz; --help lists all keys"):
+        read("--zzz=3")
+
+
+def test_a_key_without_a_value_is_refused():
+    with pytest.raises(UserError, match="--fast has no value; write --fast=VALUE"):
+        read("--fast")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "cannot read config file a.py: No such file or directory"),
+        ("width = (", "a.py:1: "),
+        ("\nwidth = nothing", "a.py:2: NameError: name 'nothing' is not defined"),
+        ("width = '4'", "width='4' must be int"),
+        ("width = True", "width=True must be int"),
+    ],
+)
+def test_missing_and_broken_config_files_are_named(folder, content, complaint):
+    if content is not None:
+        Path("a.py").write_text(content)
+    with pytest.raises(UserError) as error:
+        read("a.py")
+    assert complaint in str(error.value)
+
+
+def test_a_value_out_of_range_is_a_user_error():
+    with pytest.raises(UserError, match="width=0 must be at least 1"):
+        configurator.make(Example, {"width": 0})
+
+
+@pytest.mark.parametrize("cls", [ModelConfig, TrainConfig, SampleConfig, PrepareConfig, bench.BenchConfig])
+def test_every_key_has_a_line_of_help(cls):
+    notes = configurator.comments(cls)
+    assert set(notes) == {field.name for field in dataclasses.fields(cls)}
+    assert all(group != cls.__name__ and len(note) > 5 for group, note in notes.values())
+
+
+@pytest.mark.parametrize("main", [train.main, sample.main, prepare_data.main, bench.main])
+def test_help_lists_every_key_with_its_default(main, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert text.startswith("usage: python ")
+    if main is train.main:
+        for cls in (ModelConfig, TrainConfig):
+            for field in dataclasses.fields(cls):
+                assert f"--{field.name}={field.default}" in text
+
+
+def test_a_users_mistake_ends_in_one_line_and_exit_code_2():
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--n_layr=3"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "train.py: unknown key n_layr; did you mean n_layer?\n"
+
+
+NANOGPT_KEYS = """out_dir eval_interval eval_iters log_interval always_save_checkpoint wandb_log wandb_project wandb_run_name
+dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias learning_rate max_iters
+lr_decay_iters min_lr beta1 beta2 warmup_iters weight_decay grad_clip decay_lr backend device dtype compile init_from
+eval_only"""
+
+
+def test_every_key_of_nanogpt_is_known():
+    known = {field.name for cls in (ModelConfig, TrainConfig) for field in dataclasses.fields(cls)}
+    assert set(NANOGPT_KEYS.split()) <= known
+    sampling = "init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype compile"
+    assert set(sampling.split()) <= {field.name for field in dataclasses.fields(SampleConfig)}

@@ -1,0 +1,174 @@
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from conftest import TINY_RUN, make_text
+from dataset import TokenDataset, permute, random_key
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000])
+def test_a_permutation_visits_every_index_once(n):
+    for key in (1, 2, 12345678901234567):
+        assert sorted(permute(np.arange(n), n, key)) == list(range(n))
+
+
+def test_permutations_differ_by_key_and_from_the_identity():
+    orders = {tuple(permute(np.arange(50), 50, random_key(key))) for key in range(20)}
+    assert len(orders) == 20 and tuple(range(50)) not in orders
+
+
+def test_neighbours_in_a_permutation_are_unrelated():
+    order = permute(np.arange(100_000), 100_000, random_key(7)).astype(float)
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.02
+    assert abs(np.corrcoef(np.arange(100_000), order)[0, 1]) < 0.02
+
+
+def test_a_permutation_of_a_huge_range_stays_inside_it():
+    n = 10**11
+    places = permute(np.array([0, 1, n - 2, n - 1]), n, 3)
+    assert len(set(places)) == 4 and places.min() >= 0 and places.max() < n
+
+
+def starts_of(dataset: TokenDataset, index: int, batch_size: int) -> list[int]:
+    """Where each block of a batch begins, found in a text whose tokens all differ."""
+    return dataset.batch(index, batch_size)["idx"][:, 0].tolist()
+
+
+@pytest.fixture
+def counted(folder):
+    """A data set whose token number i is i, so that a block shows where it is from."""
+    data = folder / "data" / "counted"
+    data.mkdir(parents=True)
+    for split, n in (("train", 1003), ("val", 107)):
+        np.arange(n, dtype=np.uint16).tofile(data / f"{split}.bin")
+    alphabet = "".join(map(chr, range(0x4E00, 0x4E00 + 1003)))
+    meta = {"format": "tokens 1", "source": "counting", "dtype": "uint16"}
+    meta |= {"tokenizer": {"tokenizer": "char", "alphabet": alphabet}}
+    (data / "meta.json").write_text(json.dumps(meta))
+    return data
+
+
+def test_targets_are_the_tokens_that_follow(counted):
+    batch = TokenDataset(counted, 16, seed=1).batch(3, 5)
+    assert batch["idx"].shape == batch["targets"].shape == (5, 16)
+    assert batch["idx"].dtype == torch.int64
+    assert torch.equal(batch["targets"], batch["idx"] + 1)
+
+
+def test_an_epoch_visits_every_block_once_and_the_next_starts_at_another_offset(counted):
+    dataset = TokenDataset(counted, 16, seed=1)
+    blocks = (1003 - 1 - 16) // 16
+    offsets = set()
+    for epoch in range(10):
+        starts = sorted(starts_of(dataset, epoch, blocks))
+        assert starts == list(range(starts[0], starts[0] + 16 * blocks, 16))
+        offsets.add(starts[0])
+    assert len(offsets) > 5 and offsets <= set(range(32))
+
+
+def test_every_place_of_the_text_is_trained_on_in_time(counted):
+    dataset = TokenDataset(counted, 16, seed=1)
+    seen = set()
+    for index in range(400):
+        seen.update(dataset.batch(index, 8)["targets"].flatten().tolist())
+    assert seen == set(range(1, 1003))
+
+
+def test_the_order_depends_on_seed_and_index_alone(counted):
+    first, second = TokenDataset(counted, 16, seed=1), TokenDataset(counted, 16, seed=1)
+    second.batch(7, 4)
+    assert starts_of(first, 5, 4) == starts_of(second, 5, 4)
+    assert starts_of(first, 5, 4) != starts_of(TokenDataset(counted, 16, seed=2), 5, 4)
+
+
+def test_two_small_batches_are_one_big_batch(counted):
+    dataset = TokenDataset(counted, 16, seed=1)
+    assert starts_of(dataset, 6, 4) + starts_of(dataset, 7, 4) == starts_of(dataset, 3, 8)
+
+
+@pytest.mark.parametrize("n", [17, 18, 31, 32, 33, 34, 48])
+def test_texts_hardly_longer_than_a_block_can_be_trained_on(counted, n):
+    np.arange(n, dtype=np.uint16).tofile(counted / "train.bin")
+    batch = TokenDataset(counted, 16, seed=1).batch(2, 9)
+    assert torch.equal(batch["targets"], batch["idx"] + 1) and batch["targets"].max() < n
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 50])
+def test_the_whole_validation_split_is_every_token_but_the_first_once(counted, batch_size):
+    batches = list(TokenDataset(counted, 16, seed=1).val_batches(batch_size, None))
+    targets = torch.cat([batch["targets"].flatten() for batch in batches])
+    assert sorted(targets[targets >= 0].tolist()) == list(range(1, 107))
+    assert all(batch["idx"].shape == (batch_size, 16) for batch in batches)
+
+
+def test_some_evaluation_batches_are_always_the_same_and_spread_over_the_split(counted):
+    dataset = TokenDataset(counted, 16, seed=1)
+    first = [batch["idx"][:, 0].tolist() for batch in dataset.val_batches(2, 2)]
+    dataset.batch(1, 4)
+    assert first == [batch["idx"][:, 0].tolist() for batch in TokenDataset(counted, 16, seed=9).val_batches(2, 2)]
+    flat = sum(first, [])
+    assert len(set(flat)) == 4 and flat[0] == 0 and flat[-1] >= 64
+
+
+def test_a_nanogpt_folder_opens_as_it_is(folder):
+    text = make_text(2000)
+    alphabet = sorted(set(text))
+    data = folder / "data" / "old"
+    data.mkdir(parents=True)
+    stoi = {char: i for i, char in enumerate(alphabet)}
+    with (data / "meta.pkl").open("wb") as file:
+        pickle.dump({"vocab_size": len(alphabet), "itos": dict(enumerate(alphabet)), "stoi": stoi}, file)
+    for split, part in (("train", text[:1800]), ("val", text[1800:])):
+        np.array([stoi[char] for char in part], dtype=np.uint16).tofile(data / f"{split}.bin")
+    dataset = TokenDataset(data, 16, seed=1)
+    assert dataset.tokenizer.decode(dataset.train) == text[:1800]
+    assert dataset.val_bytes_per_token() == 1.0
+    assert train.main([*TINY_RUN, "--dataset=old"]) == 0
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("ran"),))
+
+
+def test_a_pickle_that_holds_code_is_refused_and_never_runs(folder, fails):
+    data = folder / "data" / "evil"
+    data.mkdir(parents=True)
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 1, "itos": {0: Evil()}, "stoi": {}}))
+    assert "is not a plain {vocab_size, itos, stoi}" in fails(train.main, *TINY_RUN, "--dataset=evil")
+    assert not Path("ran").exists()
+
+
+def damage_ids(data: Path):
+    ids = np.fromfile(data / "train.bin", np.uint16)
+    ids[100] = 999
+    ids.tofile(data / "train.bin")
+
+
+DAMAGE = {
+    "holds token 999, but its tokenizer knows only": damage_ids,
+    "train.bin is truncated": lambda data: (data / "train.bin").write_bytes((data / "train.bin").read_bytes()[:-1]),
+    "train.bin has 3599 tokens, but meta.json says 3600": lambda data: (data / "train.bin").write_bytes(
+        (data / "train.bin").read_bytes()[:-2]
+    ),
+    "cannot read": lambda data: (data / "val.bin").unlink(),
+    "meta.json is not of this version": lambda data: (data / "meta.json").write_text('{"format": "tokens 99"}'),
+    "meta.json: Expecting": lambda data: (data / "meta.json").write_text("{"),
+}
+
+
+@pytest.mark.parametrize("complaint", DAMAGE)
+def test_damaged_token_files_are_refused(tiny, fails, complaint):
+    DAMAGE[complaint](tiny)
+    line = fails(train.main, *TINY_RUN)
+    assert complaint in line and "prepare" in line or "truncated" in line
+
+
+def test_a_text_shorter_than_a_block_is_refused(tiny, fails):
+    line = fails(train.main, *TINY_RUN, "--block_size=4000")
+    assert "train.bin has 3600 tokens but needs at least 4001" in line and "smaller --block_size" in line

@@ -1,0 +1,540 @@
+"""Train a model: config files and --key=value, from left to right.
+
+    python train.py config/shakespeare_char.py
+    python train.py config/shakespeare_char.py --n_layer=6 --out_dir=out/deeper
+    python train.py --init_from=resume --out_dir=out/deeper --max_iters=4000
+
+It leaves in out_dir: ckpt.pt (all that going on needs), best.pt (the model with the lowest validation loss),
+metrics.jsonl, loss.png and config.json. Ctrl-C saves before it stops.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import secrets
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import checkpoint
+import configurator
+import model as models
+import prepare_data
+from configurator import UserError
+from dataset import TokenDataset, random_key
+from device import DTYPES, autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
+from model import ModelConfig
+from optim import cosine, make_optimizer
+from sample import generate
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    # --- run
+    out_dir: str = "out"  # the folder that gets checkpoints, metrics and the picture
+    init_from: str = "scratch"  # scratch: a new model; resume: go on from out_dir/ckpt.pt with its settings
+    eval_only: bool = False  # evaluate once and stop; nothing is written
+    seed: int = 1337  # fixes first weights, order of the data and dropout
+    # --- data
+    dataset: str = "shakespeare_char"  # a folder in data/ that prepare_data.py wrote
+    batch_size: int = 12  # sequences read at once
+    gradient_accumulation_steps: int = 1  # batches whose gradients make one step
+    # --- optimizer
+    max_iters: int = 2000  # steps to train for
+    learning_rate: float = 1e-3  # the highest, after warmup
+    decay_lr: bool = True  # warm up, then fall along a cosine; False: constant
+    warmup_iters: int = 100  # steps in which the rate rises from near 0
+    lr_decay_iters: int | None = None  # step at which the rate arrives at min_lr; None: max_iters
+    min_lr: float | None = None  # the lowest; None: learning_rate / 10
+    weight_decay: float = 0.1  # pull of matrices and embeddings towards 0
+    beta1: float = 0.9  # AdamW's memory of gradients
+    beta2: float = 0.99  # AdamW's memory of their squares
+    grad_clip: float = 1.0  # longest gradient that is used as it is; 0: no limit
+    # --- evaluation
+    eval_interval: int = 250  # steps between evaluations; there is always one at the end
+    eval_iters: int | None = None  # batches of a fixed set that an evaluation reads; None: the whole validation split
+    early_stopping: int = 0  # stop after this many evaluations without a new lowest loss; 0: never
+    always_save_checkpoint: bool = True  # False: an evaluation writes ckpt.pt only where the loss is a new lowest
+    log_interval: int = 10  # steps between the lines that tell the training loss
+    # --- wandb
+    wandb_log: bool = False  # send the numbers to Weights & Biases, too; WANDB_MODE=offline keeps them here
+    wandb_project: str = "gpt"  # project there
+    wandb_run_name: str | None = None  # name there; None: the name of out_dir
+    # --- system
+    device: str = "auto"  # auto: the GPU if there is one; cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # auto: bfloat16 or float16 on CUDA, else float32; float32, bfloat16, float16
+    compile: bool | None = None  # torch.compile; None: on CUDA only, where it pays
+    backend: str = "nccl"  # nanoGPT's key for several processes; this trainer runs in one
+
+    def __post_init__(self):
+        least = {"seed": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "max_iters": 1, "warmup_iters": 0}
+        least |= {"lr_decay_iters": 1, "eval_interval": 1, "eval_iters": 1, "early_stopping": 0, "log_interval": 1}
+        least |= {"weight_decay": 0.0, "grad_clip": 0.0, "min_lr": 0.0}
+        for key, bound in least.items():
+            value = getattr(self, key)
+            if value is not None and not bound <= value < math.inf:
+                raise ValueError(f"{key}={value} must be at least {bound}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
+        if self.min_lr is not None and self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 0 and below 1")
+        if self.dtype not in ("auto", *DTYPES):
+            raise ValueError(f"dtype={self.dtype} is not one of: auto, {', '.join(DTYPES)}")
+        if self.init_from.startswith("gpt2"):
+            raise ValueError(f"init_from={self.init_from}: GPT-2's weights cannot be read yet; use scratch or resume")
+        if self.init_from not in ("scratch", "resume"):
+            raise ValueError(f"init_from={self.init_from} is not one of: scratch, resume")
+        if not self.out_dir or not self.dataset:
+            raise ValueError("out_dir and dataset must not be empty")
+
+    def rate(self, it: int) -> float:
+        """The learning rate of step it, the first being 0."""
+        if not self.decay_lr:
+            return self.learning_rate
+        lowest = self.learning_rate / 10 if self.min_lr is None else self.min_lr
+        return cosine(it, self.learning_rate, self.warmup_iters, self.lr_decay_iters or self.max_iters, lowest)
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Saved in ckpt.pt, so that a resumed run is the uninterrupted one."""
+
+    iter: int = 0  # steps done
+    tokens: int = 0  # tokens trained on
+    seconds: float = 0.0  # spent training: evaluating and saving are not counted
+    best_val_loss: float = math.inf
+    best_iter: int = 0
+    evals_since_best: int = 0
+    losses: list[float] = field(default_factory=list)  # of the steps since the last line of metrics
+
+
+def main(argv: list[str]) -> int:
+    given = configurator.read(argv, ModelConfig, TrainConfig)
+    config, model_config = configurator.make(TrainConfig, given), configurator.make(ModelConfig, given)
+    out_dir = Path(config.out_dir)
+    saved = None
+    if config.init_from == "resume":
+        saved = checkpoint.load(out_dir / "ckpt.pt")
+        check_resumable(saved, given)
+        config = configurator.make(TrainConfig, saved["train_config"] | given)
+        model_config = configurator.make(ModelConfig, saved["model_config"] | given)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("started as several processes, but this trainer runs in one: python train.py ...")
+    if "backend" in given:
+        print(f"note: backend={config.backend} has no effect; this trainer runs in one process", file=sys.stderr)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    keep_freed_memory()
+    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it; changes nothing on a CPU
+
+    # --- data, model, optimizer
+    dataset = open_dataset(config, model_config)
+    tokenizer = dataset.tokenizer
+    vocab_size = model_config.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise UserError(f"vocab_size={vocab_size} is below the {tokenizer.vocab_size} tokens of {config.dataset}")
+    model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
+    torch.manual_seed(config.seed)
+    model = models.build(model_config).to(device)
+    if dataset.task != model.task:
+        raise UserError(f"dataset={config.dataset} is for {dataset.task}, model={model_config.model} for {model.task}")
+    optimizer = make_optimizer(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    progress, about_data = Progress(), {key: value for key, value in dataset.meta.items() if key != "tokenizer"}
+    if saved:
+        if (saved["tokenizer"], saved["data"]) != (tokenizer.state(), about_data):
+            raise UserError(f"data/{config.dataset} is not the data that {out_dir}/ckpt.pt was trained on")
+        model.load_state_dict(saved["model"])
+        load_optimizer(optimizer, saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        progress = Progress(**saved["progress"])
+    del saved
+    net = model  # what trains; the weights are saved from the model itself, so that no name in them tells of a wrapper
+    if config.compile or (config.compile is None and device.type == "cuda"):
+        net = compiled(model, dataset, config, device, dtype)
+
+    # --- what is about to happen
+    tokens_per_step = config.batch_size * config.gradient_accumulation_steps * model_config.block_size
+    epochs = tokens_per_step * config.max_iters / len(dataset.train)
+    print(
+        f"data: {dataset.meta['source']}, {len(dataset.train):,} tokens to train on, vocabulary of {vocab_size:,}\n"
+        f"model: {model_config.model}, {models.count_parameters(model):,} parameters\n"
+        f"steps: {config.max_iters:,} of {tokens_per_step:,} tokens ({config.batch_size} sequences of"
+        f" {model_config.block_size}, {config.gradient_accumulation_steps} times), {epochs:.1f} epochs\n"
+        f"device: {device}, {str(dtype).removeprefix('torch.')}",
+        flush=True,
+    )
+    evaluation = lambda: evaluate(net, dataset, config, device, dtype)  # noqa: E731
+    if config.eval_only:
+        print(f"val loss {describe(evaluation(), dataset)} at iter {progress.iter}")
+        return 0
+
+    # --- the folder
+    rows = start_out_dir(out_dir, config, model_config, progress)
+    log_wandb = start_wandb(config, model_config, out_dir, resumed=progress.iter > 0)
+
+    def record(row: dict) -> None:
+        row = {"iter": progress.iter, "tokens": progress.tokens, "seconds": round(progress.seconds, 3), **row}
+        rows.append(row)
+        with (out_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        log_wandb(row)
+
+    def save(name: str, **training_state) -> None:
+        state = {"train_config": asdict(config), "model_config": asdict(model_config), "tokenizer": tokenizer.state()}
+        state |= {"data": about_data, "model": model.state_dict(), "iter": progress.iter}
+        checkpoint.save(out_dir / name, state | {"best_val_loss": progress.best_val_loss, **training_state})
+
+    # --- the loop
+    stopped = catch_signals()
+    quiet = not sys.stderr.isatty()
+    bar = tqdm(total=config.max_iters, initial=progress.iter, unit="step", dynamic_ncols=True, disable=quiet)
+    peak = peak_flops(device)
+    losses, logged_seconds, logged_tokens = list(progress.losses), progress.seconds, progress.tokens
+    started = time.perf_counter() - progress.seconds
+    model.train()
+
+    while progress.iter < config.max_iters:
+        lr = config.rate(progress.iter)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss, grad_norm = train_step(progress.iter, net, dataset, optimizer, scaler, config, device, dtype)
+        losses.append(loss)  # still on the device: reading it would make the CPU wait for the GPU
+        progress.iter += 1
+        progress.tokens += tokens_per_step
+
+        # tell how it goes; act where an evaluation is due, at the end, and when told to stop
+        last = progress.iter == config.max_iters
+        due = last or progress.iter % config.eval_interval == 0
+        log = last or progress.iter % config.log_interval == 0
+        signalled = bool(stopped)  # one that comes later waits for the next step
+        if log or due or signalled:
+            progress.losses = [float(x) for x in losses]
+            progress.seconds = time.perf_counter() - started
+            if not math.isfinite(sum(progress.losses)):
+                bar.close()
+                return report_divergence(progress, float(grad_norm), out_dir)
+        if log:
+            speed = (progress.tokens - logged_tokens) / (progress.seconds - logged_seconds)
+            logged_tokens, logged_seconds = progress.tokens, progress.seconds
+            row = {"train_loss": sum(progress.losses) / len(progress.losses), "lr": lr, "grad_norm": float(grad_norm)}
+            row["tokens_per_second"] = round(speed)
+            if peak:
+                row["mfu"] = speed * models.flops_per_token(model) / peak
+            record(row)
+            tell(bar, row, progress, config.max_iters)
+            progress.losses, losses = [], []
+        bar.update()
+        if due:
+            val_loss = evaluation()
+            if not math.isfinite(val_loss):
+                bar.close()
+                return report_divergence(progress, float(grad_norm), out_dir)
+            improved = val_loss < progress.best_val_loss
+            progress.evals_since_best = 0 if improved else progress.evals_since_best + 1
+            if improved:
+                progress.best_val_loss, progress.best_iter = val_loss, progress.iter
+            bits, perplexity = val_loss / math.log(2) / dataset.val_bytes_per_token(), math.exp(val_loss)
+            record({"val_loss": val_loss, "val_bits_per_byte": bits, "val_perplexity": perplexity})
+            bar.write(f"iter {progress.iter}: val loss {describe(val_loss, dataset)}{', the best so far' * improved}")
+            sys.stdout.flush()
+            if improved:
+                save("best.pt")
+        if signalled or (due and (last or improved or config.always_save_checkpoint)):
+            training_state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            save("ckpt.pt", **training_state, progress=asdict(progress))
+        if due:
+            draw_losses(rows, out_dir / "loss.png")
+        if signalled:
+            break
+        if due and config.early_stopping and progress.evals_since_best >= config.early_stopping:
+            bar.write(f"stopping early: {progress.evals_since_best} evaluations without a lower validation loss")
+            break
+        if due:
+            started = time.perf_counter() - progress.seconds
+    bar.close()
+    log_wandb(None)
+
+    if stopped:
+        name = signal.Signals(stopped[0]).name
+        print(
+            f"{name}: saved {out_dir}/ckpt.pt at iter {progress.iter}; go on with:"
+            f" python train.py --init_from=resume --out_dir={out_dir}",
+            file=sys.stderr,
+        )
+        return 128 + stopped[0]
+    print(f"\n{write_a_little(model, tokenizer, device, dtype)}\n")
+    print(f"more of this: python sample.py --out_dir={out_dir}")
+    print(f"best val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}")
+    return 0
+
+
+# --------------------------------------------------------------------------------------
+# Before the loop
+
+
+def check_resumable(saved: dict, given: dict) -> None:
+    """Length, rates, evaluation and the like may change from one start to the next; what the weights mean may not."""
+    fixed = {key: value for key, value in saved["model_config"].items() if key != "dropout"}
+    order_of_data = ("dataset", "seed", "batch_size", "gradient_accumulation_steps")
+    fixed |= {key: saved["train_config"][key] for key in order_of_data}
+    for key, value in given.items():
+        if key in fixed and value != fixed[key] and (key, value) != ("vocab_size", None):
+            raise UserError(
+                f"{key}={value} cannot change on resume: the checkpoint has {key}={fixed[key]};"
+                " leave it out, or train a new model with --init_from=scratch and another --out_dir"
+            )
+
+
+def open_dataset(config: TrainConfig, model_config: ModelConfig) -> TokenDataset:
+    """The prepared folder, which is prepared now if there is none."""
+    folder = Path("data") / config.dataset
+    if not any((folder / name).exists() for name in ("meta.json", "meta.pkl")):
+        prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, {"name": config.dataset}))
+    return TokenDataset(folder, model_config.block_size, config.seed)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Moments from the checkpoint; betas and weight decay as they are set now."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, now in zip(optimizer.param_groups, settings, strict=True):
+        group.update(now)
+
+
+def compiled(
+    model: nn.Module, dataset: TokenDataset, config: TrainConfig, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """The model compiled and tried on one batch; where that fails, one line says why and the model is as it was."""
+    print("compiling: this takes about a minute", flush=True)
+    faster = torch.compile(model)
+    try:
+        with autocast(device, dtype):
+            faster(**to_device(dataset.batch(0, config.batch_size), device))[1].backward()
+    except Exception as error:  # compilers fail in as many ways as there are machines
+        reason = str(error).strip().splitlines()[0]
+        print(f"note: torch.compile fails here ({reason}); going on without", file=sys.stderr)
+        return model
+    finally:
+        model.zero_grad()
+    return faster
+
+
+def start_out_dir(out_dir: Path, config: TrainConfig, model_config: ModelConfig, progress: Progress) -> list[dict]:
+    """Make the folder ready and return the rows of metrics that the run goes on from.
+
+    A new run moves an older one's files into out_dir/previous; a resumed one drops what came after its checkpoint.
+    """
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        rows = []
+        metrics = out_dir / "metrics.jsonl"
+        if progress.iter:
+            rows = [row for row in read_metrics(metrics) if row["iter"] <= progress.iter]
+        elif metrics.exists():
+            shutil.rmtree(out_dir / "previous", ignore_errors=True)
+            (out_dir / "previous").mkdir()
+            for name in ("ckpt.pt", "best.pt", "metrics.jsonl", "loss.png", "config.json", "wandb_id"):
+                if (out_dir / name).exists():
+                    (out_dir / name).replace(out_dir / "previous" / name)
+            print(f"note: {out_dir} held an earlier run; it is now in {out_dir}/previous", file=sys.stderr)
+    except OSError as error:
+        raise UserError(f"cannot write out_dir={out_dir}: {error.strerror}; name another --out_dir") from error
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    checkpoint.write_whole(metrics, lambda file: file.write(lines.encode()))
+    settings = json.dumps(asdict(config) | asdict(model_config), indent=1)
+    checkpoint.write_whole(out_dir / "config.json", lambda file: file.write(settings.encode()))
+    return rows
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def start_wandb(config: TrainConfig, model_config: ModelConfig, out_dir: Path, resumed: bool) -> Callable:
+    """A function that sends a row to Weights & Biases, and ends the run when it is given None."""
+    if not config.wandb_log:
+        return lambda row: None
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("wandb_log=True needs the package wandb: pip install wandb") from error
+    id_file = out_dir / "wandb_id"  # the same run there, however often it is resumed here
+    run_id = id_file.read_text() if resumed and id_file.exists() else secrets.token_hex(4)
+    id_file.write_text(run_id)
+    options = {
+        "project": config.wandb_project,
+        "name": config.wandb_run_name or out_dir.name,
+        "id": run_id,
+        "resume": "allow",
+        "dir": str(out_dir),
+        "config": asdict(config) | asdict(model_config),
+    }
+    try:
+        run = wandb.init(**options)
+    except wandb.Error as error:
+        print(f"note: wandb cannot be reached ({error}); logging offline, to be sent by: wandb sync", file=sys.stderr)
+        run = wandb.init(**options, mode="offline")
+    return lambda row: run.finish() if row is None else run.log(row, step=row["iter"])
+
+
+def catch_signals() -> list[int]:
+    """A list that SIGINT and SIGTERM put themselves into. A second one ends the program at once."""
+    caught = []
+
+    def note(number: int, frame) -> None:
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print(f"\n{signal.Signals(number).name}: finishing this step, then saving", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return caught
+
+
+# --------------------------------------------------------------------------------------
+# In the loop
+
+
+def train_step(
+    it: int,
+    model: nn.Module,
+    dataset: TokenDataset,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Step number it, the first being 0: gradients of a few batches, then the weights move.
+
+    Returns the mean loss before the step and the gradient's norm before clipping, both still on the device, since
+    reading them would make the CPU wait for the GPU.
+    """
+    mean_loss = torch.zeros((), device=device)
+    for micro in range(config.gradient_accumulation_steps):
+        index = it * config.gradient_accumulation_steps + micro
+        if model.config.dropout:
+            torch.manual_seed(random_key(config.seed, index))
+        batch = to_device(dataset.batch(index, config.batch_size), device)
+        with autocast(device, dtype):
+            _, loss = model(**batch)
+            loss = loss / config.gradient_accumulation_steps
+        scaler.scale(loss).backward()
+        mean_loss += loss.detach()
+    scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return mean_loss, grad_norm
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    if device.type == "cuda":  # from pinned memory the copy runs beside the GPU's work
+        return {key: value.pin_memory().to(device, non_blocking=True) for key, value in batch.items()}
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, dataset: TokenDataset, config: TrainConfig, device: torch.device, dtype: torch.dtype
+) -> float:
+    """Mean loss in nats a token over the evaluation set. Draws no random number, so it cannot disturb training."""
+    model.eval()
+    total, count = torch.zeros((), device=device), 0
+    for batch in dataset.val_batches(config.batch_size, config.eval_iters):
+        counted = int((batch["targets"] >= 0).sum())
+        with autocast(device, dtype):
+            _, loss = model(**to_device(batch, device))
+        total += loss * counted
+        count += counted
+    model.train()
+    return float(total) / count
+
+
+def describe(val_loss: float, dataset: TokenDataset) -> str:
+    """2.0123 (2.903 bits per byte, perplexity 7.48)"""
+    bits = val_loss / math.log(2) / dataset.val_bytes_per_token()
+    return f"{val_loss:.4f} ({bits:.3f} bits per byte, perplexity {math.exp(val_loss):.2f})"
+
+
+def tell(bar: tqdm, row: dict, progress: Progress, max_iters: int) -> None:
+    """On a terminal the bar shows the numbers; elsewhere, a line does."""
+    if not bar.disable:
+        bar.set_postfix_str(f"loss {row['train_loss']:.3f}, lr {row['lr']:.1e}, {row['tokens_per_second']:,} tokens/s")
+        return
+    left = (max_iters - progress.iter) * progress.seconds / progress.iter
+    print(
+        f"iter {progress.iter}/{max_iters}: loss {row['train_loss']:.4f}, lr {row['lr']:.2e},"
+        f" gradient norm {row['grad_norm']:.2f}, {row['tokens_per_second']:,} tokens/s, {left:.0f} s left",
+        flush=True,
+    )
+
+
+def report_divergence(progress: Progress, grad_norm: float, out_dir: Path) -> int:
+    bad = next((i for i, loss in enumerate(progress.losses) if not math.isfinite(loss)), len(progress.losses) - 1)
+    first = progress.iter - len(progress.losses) + 1 + bad
+    saved = (out_dir / "ckpt.pt").exists()
+    kept = f"{out_dir}/ckpt.pt is the last good checkpoint" if saved else "nothing was saved yet"
+    print(
+        f"train.py: the loss is {progress.losses[bad]} at iter {first} (gradient norm {grad_norm}); {kept}."
+        " Try a lower --learning_rate, more --warmup_iters, --grad_clip=1.0 or --dtype=float32",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def draw_losses(rows: list[dict], path: Path) -> None:
+    """The picture of a run: training and validation loss against steps."""
+    import matplotlib  # here, since it takes a second to load and the first step should not wait for it
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    train = [(row["iter"], row["train_loss"]) for row in rows if "train_loss" in row]
+    val = [(row["iter"], row["val_loss"]) for row in rows if "val_loss" in row]
+    axes.plot(*zip(*train, strict=True), color="#9db4c8", linewidth=1, label="training")
+    axes.plot(*zip(*val, strict=True), color="#c2410c", linewidth=1.8, marker="o", markersize=3.5, label="validation")
+    best = min(val, key=lambda point: point[1])
+    axes.annotate(f"{best[1]:.3f}", best, xytext=(0, 8), textcoords="offset points", ha="right", color="#c2410c")
+    axes.set(xlabel="steps", ylabel="loss, nats per token", title=path.parent.name)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    checkpoint.write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
+    plt.close(figure)
+
+
+def write_a_little(model: nn.Module, tokenizer, device: torch.device, dtype: torch.dtype) -> str:
+    """300 tokens by the model as it is now."""
+    model.eval()
+    idx = torch.from_numpy(tokenizer.encode(tokenizer.default_start)).to(device)[None]
+    generator = torch.Generator(device).manual_seed(1337)
+    with autocast(device, dtype):
+        tokens = list(generate(model, idx, 300, tokenizer.vocab_size, temperature=0.8, generator=generator))
+    return tokenizer.decode(torch.cat(tokens).tolist()).strip()
+
+
+if __name__ == "__main__":
+    configurator.run(main)
