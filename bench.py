@@ -76,7 +76,7 @@ def our_step(folder: Path) -> Callable[[int], float]:
     keep_freed_memory()
     dataset = TokenDataset(folder, SHAPE["block_size"], seed=1)
     model = models.build(ModelConfig(**SHAPE, vocab_size=dataset.tokenizer.vocab_size))
-    optimizer = make_optimizer(model, PRESET.learning_rate, (PRESET.beta1, PRESET.beta2), PRESET.weight_decay)
+    optimizer = make_optimizer("adamw", model, PRESET.learning_rate, (PRESET.beta1, PRESET.beta2), PRESET.weight_decay)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     cpu = torch.device("cpu")
     return lambda it: float(train_step(it, model, dataset, optimizer, scaler, PRESET, cpu, torch.float32)[0])

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and checkpoints that are opened without running code."""
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -41,9 +42,13 @@ def load(path: Path) -> dict:
     if not path.exists():
         raise UserError(f"no checkpoint {path}; train first: python train.py --out_dir={path.parent}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        path.open("rb").close()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign pickle torch tells more than the one line below
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch each have errors of their own for a file that is not theirs
         raise UserError(
             f"{path} is not a checkpoint: it is truncated, damaged or holds more than tensors and plain data"

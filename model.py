@@ -102,9 +102,7 @@ class RotaryPosition(Position):
         super().__init__(config)
         head_size = config.n_embd // config.n_head
         if head_size % 2:
-            raise ValueError(
-                f"position=rotary turns pairs: n_embd/n_head={config.n_embd}/{config.n_head} must be even"
-            )
+            raise ValueError(f"position=rotary turns pairs: n_embd/n_head={config.n_embd}/{config.n_head} must be even")
         frequency = config.rope_base ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
         angle = torch.arange(config.block_size, dtype=torch.float32)[:, None] * frequency  # (block_size, D / 2)
         self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)  # (block_size, D)
@@ -178,6 +176,7 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.value = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qk_norm = config.qk_norm
 
     def forward(self, x: Tensor, position: Position, cache: KVCache | None = None) -> Tensor:
         """x: (B, T, C), the newest T tokens, which follow those in the cache. Returns (B, T, C)."""
@@ -185,6 +184,8 @@ class Attention(nn.Module):
         q = self.query(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
         k = self.key(x).view(B, T, self.n_head, -1).transpose(1, 2)
         v = self.value(x).view(B, T, self.n_head, -1).transpose(1, 2)
+        if self.qk_norm:  # scores cannot grow without bound. Source: Henry et al. 2020, arXiv:2010.04245
+            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
         q, k = position.rotate(q, k, start=cache.length if cache else 0)
         if cache:
             k, v = cache.append(k, v)
@@ -279,6 +280,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.position = POSITIONS[config.position](config)
+        self.embed_norm = NORMS[config.norm if config.embed_norm else "none"](config)
         self.dropout = nn.Dropout(config.dropout)
         self.stack = Stack(config, causal=True)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -288,16 +290,27 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's initialisation.
+        """init=gpt2                        init=zero
 
-        embeddings and matrices       normal, standard deviation 0.02
-        last matrix of each branch    0.02 / sqrt(branches), so that the residual path starts as large as its input
-        biases 0, norms 1 and 0       as PyTorch leaves them
+        embeddings                     normal, 0.02                     normal, 1
+        matrices                       normal, 0.02                     normal, 1 / sqrt(inputs)
+        last matrix of each branch     normal, 0.02 / sqrt(branches)    0, so that a new block changes nothing
+        an untied head                 normal, 0.02                     0, so that all tokens have the same chance
+        biases, norms                  0, 1                             0, 1
+
+        GPT-2 divides by the square root of 2 n_layer branches to keep the residual path as large as its input.
         """
+        zero = self.config.init == "zero"
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                branches = 2 * self.config.n_layer if name.endswith(".proj") else 1
-                nn.init.normal_(module.weight, std=0.02 / math.sqrt(branches))
+                last, head = name.endswith(".proj"), name == "lm_head"
+                if zero and (last or (head and not self.config.tie_weights)):
+                    std = 0.0
+                elif zero:
+                    std = 1.0 if isinstance(module, nn.Embedding) else module.in_features**-0.5
+                else:
+                    std = 0.02 / math.sqrt(2 * self.config.n_layer) if last else 0.02
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -311,9 +324,11 @@ class GPT(nn.Module):
         start = caches[0].length if caches else 0
         end = start + idx.shape[1]
         assert end <= self.config.block_size, f"{end} tokens, but block_size is {self.config.block_size}"
-        x = self.dropout(self.position.embed(self.wte(idx), start))
+        x = self.dropout(self.embed_norm(self.position.embed(self.wte(idx), start)))
         x = self.stack(x, self.position, caches)
         logits = self.lm_head(x)
+        if cap := self.config.logit_soft_cap:
+            logits = cap * torch.tanh(logits / cap)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
@@ -346,6 +361,10 @@ class ModelConfig:
     block: str = "pre_norm"  # how norms and residuals are placed: pre_norm
     mlp: str = "plain"  # feed-forward network: plain
     activation: str = "gelu"  # relu, gelu, silu or relu_squared
+    qk_norm: bool = False  # queries and keys of length sqrt(D), so that attention's scores stay small
+    embed_norm: bool = False  # a norm right after the embedding
+    logit_soft_cap: float = 0.0  # logits squeezed between -cap and cap by tanh; 0: no cap
+    init: str = "gpt2"  # first weights: gpt2, or zero (each block starts by changing nothing)
 
     def __post_init__(self):
         for key in ("n_layer", "n_head", "n_embd", "block_size"):
@@ -357,6 +376,8 @@ class ModelConfig:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if not 1 < self.rope_base < math.inf:
             raise ValueError(f"rope_base={self.rope_base} must be above 1")
+        if not 0 <= self.logit_soft_cap < math.inf:
+            raise ValueError(f"logit_soft_cap={self.logit_soft_cap} must be at least 0")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         choices = {
@@ -366,6 +387,7 @@ class ModelConfig:
             "block": BLOCKS,
             "mlp": MLPS,
             "activation": ACTIVATIONS,
+            "init": ("gpt2", "zero"),
         }
         for key, known in choices.items():
             if getattr(self, key) not in known:

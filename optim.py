@@ -1,34 +1,185 @@
-"""Which parameters decay, what steps them, and how large the steps are."""
+"""Which rule moves which parameter, and how far: AdamW, Muon, and the learning rate over a run."""
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices and embeddings decay towards zero; biases and norms, one-dimensional, do not."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    grouped = [id(p) for group in groups for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in parameters), "every parameter belongs to exactly one group"
-    return [group for group in groups if group["params"]]
+class Optimizer:
+    """AdamW for every parameter, or Muon for the matrices inside the blocks and AdamW for the rest.
+
+    It has what a training loop and a GradScaler ask of an optimizer: param_groups, step, zero_grad and states. It is
+    not a torch.optim.Optimizer, since those load torch's compiler, which takes longer than anything else at the start.
+    """
+
+    def __init__(self, groups: list[dict]):
+        """groups: dicts of rule ("adamw" or "muon"), params, lr and what the rule needs; see make_optimizer."""
+        self.param_groups = groups
+        self.state: dict[Tensor, dict] = {}  # what the rule remembers of each parameter
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every parameter that has a gradient."""
+        self.steps += 1
+        for group in self.param_groups:
+            RULES[group["rule"]](self, group)
+
+    def zero_grad(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    def state_dict(self) -> dict:
+        """Plain data and tensors: settings of the groups, and memories in the order of the parameters."""
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        memories = [self.state.get(p, {}) for group in self.param_groups for p in group["params"]]
+        return {"steps": self.steps, "groups": groups, "memories": memories}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over memories; the settings stay as they are now."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        assert len(parameters) == len(state["memories"]), "the state is of another model"
+        self.steps = state["steps"]
+        for p, memory in zip(parameters, state["memories"], strict=True):
+            self.state[p] = {key: value.to(p.device) for key, value in memory.items()}
+
+    def memory(self, p: Tensor, *names: str) -> list[Tensor]:
+        """What is remembered of p under these names; zeros at first."""
+        held = self.state.setdefault(p, {})
+        return [held.setdefault(name, torch.zeros_like(p)) for name in names]
+
+
+def adamw(optimizer: Optimizer, group: dict) -> None:
+    """Each number moves by about lr, in the direction of its mean gradient, less the surer where that changes much.
+
+    Source: Loshchilov and Hutter 2017, arXiv:1711.05101.
+    """
+    params = [p for p in group["params"] if p.grad is not None]
+    if not params:
+        return
+    means, squares = zip(*(optimizer.memory(p, "mean", "square") for p in params), strict=True)
+    # one kernel for all of them; torch.optim.AdamW(fused=True) calls the same
+    torch._fused_adamw_(
+        params,
+        [p.grad for p in params],
+        list(means),
+        list(squares),
+        [],
+        [torch.full((), float(optimizer.steps), device=p.device) for p in params],
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=1e-8,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def muon(optimizer: Optimizer, group: dict) -> None:
+    """Each matrix moves by the nearest matrix of equal singular values to its mean gradient, so no direction is lost.
+
+    Matrices of one shape are stacked and orthogonalised together. Source: Jordan et al. 2024, "Muon: an optimizer for
+    the hidden layers of neural networks".
+    """
+    by_shape: dict[tuple[int, int], list[Tensor]] = {}
+    for p in group["params"]:
+        if p.grad is not None:
+            by_shape.setdefault(tuple(p.shape), []).append(p)
+    for (rows, columns), params in by_shape.items():
+        gradients = torch.stack([p.grad for p in params])  # (n, rows, columns)
+        means = [optimizer.memory(p, "mean")[0] for p in params]
+        torch._foreach_lerp_(means, list(gradients), 1 - group["momentum"])
+        gradients = gradients.lerp_(torch.stack(means), group["momentum"])  # Nesterov: one look ahead
+        lr = group["lr"] * math.sqrt(max(1, rows / columns))
+        updates = orthogonalize(gradients)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, list(updates), alpha=-lr)
+
+
+def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
+    """x: (n, rows, columns). Each matrix U S V^T becomes about U V^T; singular values end between 0.7 and 1.2.
+
+    A polynomial that draws singular values towards 1, applied steps times: Newton-Schulz with Jordan's coefficients.
+    """
+    dtype = x.dtype
+    if x.device.type == "cuda":
+        x = x.bfloat16()  # exact enough here, and much faster there
+    if wide := x.shape[1] > x.shape[2]:
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # the largest singular value is now at most 1
+    for _ in range(steps):
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return (x.mT if wide else x).to(dtype)
+
+
+RULES = {"adamw": adamw, "muon": muon}
 
 
 def make_optimizer(
-    model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.Optimizer:
-    """AdamW, all parameters stepped in one fused kernel where the device has one."""
-    groups = parameter_groups(model, weight_decay)
-    fused = groups[0]["params"][0].device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+    name: str,
+    model: nn.Module,
+    learning_rate: float,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+    muon_learning_rate: float = 0.02,
+    muon_momentum: float = 0.95,
+) -> Optimizer:
+    """The optimizer with that name for a model, every parameter in exactly one group.
+
+    Weight decay pulls matrices and embeddings towards zero, not biases and norms, which have one dimension.
+    """
+    parameters = list(model.parameters())
+    hidden = [p for p in model.stack.parameters() if p.dim() == 2] if name == "muon" else []
+    taken = {id(p) for p in hidden}
+    tables = [p for p in parameters if p.dim() >= 2 and id(p) not in taken]
+    vectors = [p for p in parameters if p.dim() < 2]
+    by_adamw = {"rule": "adamw", "lr": learning_rate, "betas": betas}
+    by_muon = {"rule": "muon", "lr": muon_learning_rate, "momentum": muon_momentum}
+    groups = [
+        {**by_muon, "weight_decay": weight_decay, "params": hidden},
+        {**by_adamw, "weight_decay": weight_decay, "params": tables},
+        {**by_adamw, "weight_decay": 0.0, "params": vectors},
+    ]
+    groups = [{**group, "base_lr": group["lr"]} for group in groups if group["params"]]
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in parameters), "every parameter belongs to exactly one group"
+    return Optimizer(groups)
 
 
-def cosine(it: int, learning_rate: float, warmup_iters: int, lr_decay_iters: int, min_lr: float) -> float:
-    """The learning rate of step it, the first being 0: a straight way up, then half a cosine down to min_lr.
+OPTIMIZERS = ("adamw", "muon")
+
+
+# --------------------------------------------------------------------------------------
+# The learning rate over a run: shapes of its fall, from 1 at progress 0 to 0 at progress 1
+
+
+def cosine(progress: float) -> float:
+    """Half a wave: slow at both ends. Source: Loshchilov and Hutter 2016, arXiv:1608.03983."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def linear(progress: float) -> float:
+    """Straight down. Source: Defazio et al. 2023, arXiv:2310.07831, who find it the best of all."""
+    return 1 - progress
+
+
+def warmup_stable_decay(progress: float) -> float:
+    """At the top for four fifths, then straight down. Source: Hu et al. 2024, arXiv:2404.06395."""
+    return min(1.0, (1 - progress) / 0.2)
+
+
+SCHEDULES = {"cosine": cosine, "linear": linear, "wsd": warmup_stable_decay}
+
+
+def learning_rate_at(
+    it: int, schedule: str, learning_rate: float, warmup_iters: int, lr_decay_iters: int, min_lr: float
+) -> float:
+    """The learning rate of step it, the first being 0: a straight way up, then down to min_lr as the schedule has it.
 
     The first step's rate is above zero, and steps from lr_decay_iters on have min_lr.
     """
@@ -37,4 +188,4 @@ def cosine(it: int, learning_rate: float, warmup_iters: int, lr_decay_iters: int
     if it >= lr_decay_iters:
         return min_lr
     progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+    return min_lr + SCHEDULES[schedule](progress) * (learning_rate - min_lr)

@@ -17,7 +17,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from configurator import UserError
 from dataset import TokenDataset, random_key
 from device import DTYPES, autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
 from model import ModelConfig
-from optim import cosine, make_optimizer
+from optim import OPTIMIZERS, SCHEDULES, Optimizer, learning_rate_at, make_optimizer
 from sample import generate
 
 
@@ -50,14 +51,18 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1  # batches whose gradients make one step
     # --- optimizer
     max_iters: int = 2000  # steps to train for
+    optimizer: str = "adamw"  # adamw; or muon for the matrices of the blocks and AdamW for the rest
     learning_rate: float = 1e-3  # the highest, after warmup
-    decay_lr: bool = True  # warm up, then fall along a cosine; False: constant
+    decay_lr: bool = True  # warm up, then fall; False: constant
+    schedule: str = "cosine"  # how it falls: cosine, linear or wsd (at the top for 80 %, then linear)
     warmup_iters: int = 100  # steps in which the rate rises from near 0
     lr_decay_iters: int | None = None  # step at which the rate arrives at min_lr; None: max_iters
     min_lr: float | None = None  # the lowest; None: learning_rate / 10
     weight_decay: float = 0.1  # pull of matrices and embeddings towards 0
     beta1: float = 0.9  # AdamW's memory of gradients
     beta2: float = 0.99  # AdamW's memory of their squares
+    muon_learning_rate: float = 0.02  # optimizer=muon: the highest for the matrices of the blocks
+    muon_momentum: float = 0.95  # optimizer=muon: its memory of gradients
     grad_clip: float = 1.0  # longest gradient that is used as it is; 0: no limit
     # --- evaluation
     eval_interval: int = 250  # steps between evaluations; there is always one at the end
@@ -83,15 +88,18 @@ class TrainConfig:
             value = getattr(self, key)
             if value is not None and not bound <= value < math.inf:
                 raise ValueError(f"{key}={value} must be at least {bound}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
+        for key in ("learning_rate", "muon_learning_rate"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"{key}={getattr(self, key)} must be above 0")
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}")
-        for key in ("beta1", "beta2"):
+        for key in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 0 and below 1")
-        if self.dtype not in ("auto", *DTYPES):
-            raise ValueError(f"dtype={self.dtype} is not one of: auto, {', '.join(DTYPES)}")
+        choices = {"dtype": ("auto", *DTYPES), "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+        for key, known in choices.items():
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key}={getattr(self, key)} is not one of: {', '.join(known)}")
         if self.init_from.startswith("gpt2"):
             raise ValueError(f"init_from={self.init_from}: GPT-2's weights cannot be read yet; use scratch or resume")
         if self.init_from not in ("scratch", "resume"):
@@ -104,7 +112,8 @@ class TrainConfig:
         if not self.decay_lr:
             return self.learning_rate
         lowest = self.learning_rate / 10 if self.min_lr is None else self.min_lr
-        return cosine(it, self.learning_rate, self.warmup_iters, self.lr_decay_iters or self.max_iters, lowest)
+        until = self.lr_decay_iters or self.max_iters
+        return learning_rate_at(it, self.schedule, self.learning_rate, self.warmup_iters, until, lowest)
 
 
 @dataclass
@@ -150,14 +159,22 @@ def main(argv: list[str]) -> int:
     model = models.build(model_config).to(device)
     if dataset.task != model.task:
         raise UserError(f"dataset={config.dataset} is for {dataset.task}, model={model_config.model} for {model.task}")
-    optimizer = make_optimizer(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
+    optimizer = make_optimizer(
+        config.optimizer,
+        model,
+        config.learning_rate,
+        (config.beta1, config.beta2),
+        config.weight_decay,
+        config.muon_learning_rate,
+        config.muon_momentum,
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     progress, about_data = Progress(), {key: value for key, value in dataset.meta.items() if key != "tokenizer"}
     if saved:
         if (saved["tokenizer"], saved["data"]) != (tokenizer.state(), about_data):
             raise UserError(f"data/{config.dataset} is not the data that {out_dir}/ckpt.pt was trained on")
         model.load_state_dict(saved["model"])
-        load_optimizer(optimizer, saved["optimizer"])
+        optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         progress = Progress(**saved["progress"])
     del saved
@@ -198,73 +215,69 @@ def main(argv: list[str]) -> int:
         checkpoint.save(out_dir / name, state | {"best_val_loss": progress.best_val_loss, **training_state})
 
     # --- the loop
-    stopped = catch_signals()
-    quiet = not sys.stderr.isatty()
-    bar = tqdm(total=config.max_iters, initial=progress.iter, unit="step", dynamic_ncols=True, disable=quiet)
     peak = peak_flops(device)
     losses, logged_seconds, logged_tokens = list(progress.losses), progress.seconds, progress.tokens
-    started = time.perf_counter() - progress.seconds
-    model.train()
+    bar = tqdm(total=config.max_iters, initial=progress.iter, unit="step", dynamic_ncols=True, disable=None)
+    with catch_signals() as stopped, bar:
+        started = time.perf_counter() - progress.seconds
+        while progress.iter < config.max_iters:
+            lr = config.rate(progress.iter)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * lr / config.learning_rate
+            loss, grad_norm = train_step(progress.iter, net, dataset, optimizer, scaler, config, device, dtype)
+            losses.append(loss)
+            progress.iter += 1
+            progress.tokens += tokens_per_step
+            bar.update()
 
-    while progress.iter < config.max_iters:
-        lr = config.rate(progress.iter)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss, grad_norm = train_step(progress.iter, net, dataset, optimizer, scaler, config, device, dtype)
-        losses.append(loss)  # still on the device: reading it would make the CPU wait for the GPU
-        progress.iter += 1
-        progress.tokens += tokens_per_step
+            last = progress.iter == config.max_iters
+            due = last or progress.iter % config.eval_interval == 0
+            log = last or progress.iter % config.log_interval == 0
+            stop = bool(stopped)  # a signal that comes later waits for the next step
+            if not (log or due or stop):
+                continue
 
-        # tell how it goes; act where an evaluation is due, at the end, and when told to stop
-        last = progress.iter == config.max_iters
-        due = last or progress.iter % config.eval_interval == 0
-        log = last or progress.iter % config.log_interval == 0
-        signalled = bool(stopped)  # one that comes later waits for the next step
-        if log or due or signalled:
-            progress.losses = [float(x) for x in losses]
             progress.seconds = time.perf_counter() - started
-            if not math.isfinite(sum(progress.losses)):
-                bar.close()
-                return report_divergence(progress, float(grad_norm), out_dir)
-        if log:
-            speed = (progress.tokens - logged_tokens) / (progress.seconds - logged_seconds)
-            logged_tokens, logged_seconds = progress.tokens, progress.seconds
-            row = {"train_loss": sum(progress.losses) / len(progress.losses), "lr": lr, "grad_norm": float(grad_norm)}
-            row["tokens_per_second"] = round(speed)
-            if peak:
-                row["mfu"] = speed * models.flops_per_token(model) / peak
-            record(row)
-            tell(bar, row, progress, config.max_iters)
-            progress.losses, losses = [], []
-        bar.update()
-        if due:
-            val_loss = evaluation()
-            if not math.isfinite(val_loss):
-                bar.close()
-                return report_divergence(progress, float(grad_norm), out_dir)
-            improved = val_loss < progress.best_val_loss
-            progress.evals_since_best = 0 if improved else progress.evals_since_best + 1
-            if improved:
-                progress.best_val_loss, progress.best_iter = val_loss, progress.iter
-            bits, perplexity = val_loss / math.log(2) / dataset.val_bytes_per_token(), math.exp(val_loss)
-            record({"val_loss": val_loss, "val_bits_per_byte": bits, "val_perplexity": perplexity})
-            bar.write(f"iter {progress.iter}: val loss {describe(val_loss, dataset)}{', the best so far' * improved}")
-            sys.stdout.flush()
-            if improved:
-                save("best.pt")
-        if signalled or (due and (last or improved or config.always_save_checkpoint)):
-            training_state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            save("ckpt.pt", **training_state, progress=asdict(progress))
-        if due:
-            draw_losses(rows, out_dir / "loss.png")
-        if signalled:
-            break
-        if due and config.early_stopping and progress.evals_since_best >= config.early_stopping:
-            bar.write(f"stopping early: {progress.evals_since_best} evaluations without a lower validation loss")
-            break
-        if due:
-            started = time.perf_counter() - progress.seconds
-    bar.close()
+            progress.losses = losses = [float(x) for x in losses]
+            for i, x in enumerate(losses):
+                if not math.isfinite(x):
+                    return diverged(f"loss is {x}", progress.iter - len(losses) + 1 + i, float(grad_norm), out_dir)
+            if log:
+                speed = (progress.tokens - logged_tokens) / (progress.seconds - logged_seconds)
+                logged_tokens, logged_seconds = progress.tokens, progress.seconds
+                row = {"train_loss": sum(losses) / len(losses), "lr": lr, "grad_norm": float(grad_norm)}
+                row["tokens_per_second"] = round(speed)
+                if peak:
+                    row["mfu"] = speed * models.flops_per_token(model) / peak
+                record(row)
+                tell(bar, row, progress, config.max_iters)
+                progress.losses, losses = [], []
+            if due:
+                val_loss = evaluation()
+                if not math.isfinite(val_loss):
+                    return diverged(f"validation loss is {val_loss}", progress.iter, float(grad_norm), out_dir)
+                improved = val_loss < progress.best_val_loss
+                progress.evals_since_best = 0 if improved else progress.evals_since_best + 1
+                if improved:
+                    progress.best_val_loss, progress.best_iter = val_loss, progress.iter
+                bits = val_loss / math.log(2) / dataset.val_bytes_per_token()
+                record({"val_loss": val_loss, "val_bits_per_byte": bits, "val_perplexity": math.exp(val_loss)})
+                best = ", the best so far" if improved else ""
+                bar.write(f"iter {progress.iter}: val loss {describe(val_loss, dataset)}{best}")
+                sys.stdout.flush()
+                if improved:
+                    save("best.pt")
+            if stop or (due and (last or improved or config.always_save_checkpoint)):
+                training_state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                save("ckpt.pt", **training_state, progress=asdict(progress))
+            if stop:
+                break
+            if due:
+                draw_losses(rows, out_dir / "loss.png")
+                if config.early_stopping and progress.evals_since_best >= config.early_stopping:
+                    bar.write(f"stopping early: {config.early_stopping} evaluations without a lower validation loss")
+                    break
+                started = time.perf_counter() - progress.seconds  # the time since then was not training
     log_wandb(None)
 
     if stopped:
@@ -304,14 +317,6 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> TokenDataset
     if not any((folder / name).exists() for name in ("meta.json", "meta.pkl")):
         prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, {"name": config.dataset}))
     return TokenDataset(folder, model_config.block_size, config.seed)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Moments from the checkpoint; betas and weight decay as they are set now."""
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, now in zip(optimizer.param_groups, settings, strict=True):
-        group.update(now)
 
 
 def compiled(
@@ -397,8 +402,9 @@ def start_wandb(config: TrainConfig, model_config: ModelConfig, out_dir: Path, r
     return lambda row: run.finish() if row is None else run.log(row, step=row["iter"])
 
 
-def catch_signals() -> list[int]:
-    """A list that SIGINT and SIGTERM put themselves into. A second one ends the program at once."""
+@contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM put themselves into; a second one of them ends the program at once."""
     caught = []
 
     def note(number: int, frame) -> None:
@@ -406,9 +412,12 @@ def catch_signals() -> list[int]:
         signal.signal(number, signal.SIG_DFL)
         print(f"\n{signal.Signals(number).name}: finishing this step, then saving", file=sys.stderr)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return caught
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --------------------------------------------------------------------------------------
@@ -419,7 +428,7 @@ def train_step(
     it: int,
     model: nn.Module,
     dataset: TokenDataset,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
     config: TrainConfig,
     device: torch.device,
@@ -491,13 +500,12 @@ def tell(bar: tqdm, row: dict, progress: Progress, max_iters: int) -> None:
     )
 
 
-def report_divergence(progress: Progress, grad_norm: float, out_dir: Path) -> int:
-    bad = next((i for i, loss in enumerate(progress.losses) if not math.isfinite(loss)), len(progress.losses) - 1)
-    first = progress.iter - len(progress.losses) + 1 + bad
+def diverged(what: str, it: int, grad_norm: float, out_dir: Path) -> int:
+    """Say what happened and what to try; the exit code."""
     saved = (out_dir / "ckpt.pt").exists()
     kept = f"{out_dir}/ckpt.pt is the last good checkpoint" if saved else "nothing was saved yet"
     print(
-        f"train.py: the loss is {progress.losses[bad]} at iter {first} (gradient norm {grad_norm}); {kept}."
+        f"train.py: the {what} at iter {it} (gradient norm {grad_norm}); {kept}."
         " Try a lower --learning_rate, more --warmup_iters, --grad_clip=1.0 or --dtype=float32",
         file=sys.stderr,
     )

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY_RUN
 
 import checkpoint
 import sample
 import train
-from conftest import TINY_RUN
 from configurator import UserError
 
 

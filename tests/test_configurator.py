@@ -46,7 +46,9 @@ def test_sources_apply_from_left_to_right(folder):
 
 
 def test_config_files_may_compute_and_import(folder):
-    Path("a.py").write_text("import time\nfrom math import sqrt\n_half = 2\nwidth = 2 * _half\nname = 'r' + str(int(sqrt(16)))")
+    Path("a.py").write_text(
+        "import time\nfrom math import sqrt\n_half = 2\nwidth = 2 * _half\nname = 'r' + str(int(sqrt(16)))"
+    )
     assert read("a.py") == {"width": 4, "name": "r4"}
 
 
@@ -72,7 +74,9 @@ def test_command_line_values_take_the_type_of_their_key(argument, value):
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize("argument", ["--width=1.5", "--width=True", "--width=x", "--width=None", "--rate=fast", "--fast=1"])
+@pytest.mark.parametrize(
+    "argument", ["--width=1.5", "--width=True", "--width=x", "--width=None", "--rate=fast", "--fast=1"]
+)
 def test_wrong_types_are_refused_with_the_right_one(argument):
     key = argument[2:].partition("=")[0]
     with pytest.raises(UserError, match=f"{key}=.* must be (int|float|True or False)$"):
@@ -143,10 +147,10 @@ def test_a_users_mistake_ends_in_one_line_and_exit_code_2():
     assert done.stderr == "train.py: unknown key n_layr; did you mean n_layer?\n"
 
 
-NANOGPT_KEYS = """out_dir eval_interval eval_iters log_interval always_save_checkpoint wandb_log wandb_project wandb_run_name
-dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias learning_rate max_iters
-lr_decay_iters min_lr beta1 beta2 warmup_iters weight_decay grad_clip decay_lr backend device dtype compile init_from
-eval_only"""
+NANOGPT_KEYS = """out_dir eval_interval eval_iters log_interval always_save_checkpoint wandb_log wandb_project
+wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias
+learning_rate max_iters lr_decay_iters min_lr beta1 beta2 warmup_iters weight_decay grad_clip decay_lr
+backend device dtype compile init_from eval_only"""
 
 
 def test_every_key_of_nanogpt_is_known():

@@ -15,6 +15,11 @@ VARIANTS = [
     *({"block": name} for name in BLOCKS),
     {"bias": True},
     {"tie_weights": False},
+    {"qk_norm": True},
+    {"embed_norm": True},
+    {"logit_soft_cap": 5.0},
+    {"init": "zero"},
+    {"init": "zero", "tie_weights": False},
     {"n_head": 1},
     {"block_size": 1},
 ]
@@ -23,7 +28,17 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".j
 
 def tiny(**keys) -> models.GPT:
     torch.manual_seed(0)
-    return models.build(ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 11} | keys))
+    return models.build(
+        ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 11} | keys)
+    )
+
+
+def shaken(**keys) -> models.GPT:
+    """A model whose weights are all drawn large, so that none is as idle as it may be at the start."""
+    model = tiny(**keys)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def tokens(B: int, T: int, seed: int = 0) -> torch.Tensor:
@@ -32,7 +47,7 @@ def tokens(B: int, T: int, seed: int = 0) -> torch.Tensor:
 
 @every_variant
 def test_future_tokens_do_not_change_past_logits(variant):
-    model = tiny(**variant)
+    model = shaken(**variant)
     T = model.config.block_size
     idx = tokens(2, T)
     logits, _ = model(idx)
@@ -44,7 +59,7 @@ def test_future_tokens_do_not_change_past_logits(variant):
 
 @every_variant
 def test_past_tokens_change_later_logits(variant):
-    model = tiny(**variant)
+    model = shaken(**variant)
     idx = tokens(1, model.config.block_size)
     changed = idx.clone()
     changed[:, 0] = (changed[:, 0] + 1) % 11
@@ -53,11 +68,13 @@ def test_past_tokens_change_later_logits(variant):
 
 @every_variant
 def test_reading_with_a_cache_gives_the_same_logits(variant):
-    model = tiny(**variant).eval()
+    model = shaken(**variant).eval()
     idx = tokens(3, model.config.block_size)
     together, _ = model(idx)
     caches = model.make_caches()
-    pieces = [model(piece, caches=caches)[0] for piece in idx.split([1, 5, 1, 1, 3, 5] if idx.shape[1] > 1 else [1], dim=1)]
+    pieces = [
+        model(piece, caches=caches)[0] for piece in idx.split([1, 5, 1, 1, 3, 5] if idx.shape[1] > 1 else [1], dim=1)
+    ]
     torch.testing.assert_close(torch.cat(pieces, dim=1), together, atol=1e-5, rtol=1e-5)
 
 
@@ -78,7 +95,7 @@ def test_one_batch_overfits(variant):
 
 @every_variant
 def test_every_parameter_gets_a_gradient(variant):
-    model = tiny(**variant)
+    model = shaken(**variant)
     idx = tokens(4, model.config.block_size + 1)
     model(idx[:, :-1], idx[:, 1:])[1].backward()
     for name, parameter in model.named_parameters():
@@ -166,7 +183,9 @@ def test_the_tied_head_is_the_embedding():
 
 def test_parameters_and_flops_are_those_of_gpt2():
     with torch.device("meta"):
-        gpt2 = models.build(ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, bias=True))
+        gpt2 = models.build(
+            ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, bias=True)
+        )
     assert models.count_parameters(gpt2) == 124_439_808
     matrices = 12 * 12 * 768**2 + 50257 * 768
     assert models.flops_per_token(gpt2) == 6 * matrices + 12 * 12 * 768 * 1024

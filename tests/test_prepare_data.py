@@ -5,13 +5,14 @@ import subprocess
 import tarfile
 import urllib.error
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+from conftest import TINY_RUN, make_text
 
 import prepare_data
 import train
-from conftest import TINY_RUN, make_text
 from dataset import TokenDataset
 
 
@@ -61,7 +62,7 @@ def test_train_prepares_what_is_missing_and_the_checkpoint_says_what_it_was(fold
 
 
 class Response(io.BytesIO):
-    headers = {}
+    headers: ClassVar = {}
 
 
 def test_a_download_is_tried_again_and_checked(monkeypatch):

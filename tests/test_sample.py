@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY_RUN
 
 import model as models
 import sample
 import train
-from conftest import TINY_RUN
 from model import POSITIONS, ModelConfig
 from sample import Decoder, generate, probabilities
 from tokenizer import ByteTokenizer
@@ -83,7 +83,9 @@ def test_temperature_0_is_greedy():
 def test_top_k_keeps_the_k_likeliest():
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
     probs = probabilities(logits, top_k=2)
-    torch.testing.assert_close(probs, torch.tensor([[0.0, 3.0, 2.0, 0.0]]).masked_fill(logits < 2, -torch.inf).softmax(-1))
+    torch.testing.assert_close(
+        probs, torch.tensor([[0.0, 3.0, 2.0, 0.0]]).masked_fill(logits < 2, -torch.inf).softmax(-1)
+    )
     torch.testing.assert_close(probabilities(logits, top_k=99), logits.softmax(-1))
 
 

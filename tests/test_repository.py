@@ -1,0 +1,55 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+CONFIGS = sorted((ROOT / "config").rglob("*.py"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_config_loads_and_takes_two_steps(tiny, config):
+    short = ["--max_iters=2", "--eval_iters=1", "--batch_size=2", "--dataset=tiny", "--out_dir=out/run", "--device=cpu"]
+    assert (
+        train.main([str(config), *short, "--gradient_accumulation_steps=1", "--compile=False", "--wandb_log=False"])
+        == 0
+    )
+    assert Path("out/run/best.pt").exists()
+
+
+def test_importing_any_module_does_nothing(folder):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--no-such-key=1']\n"
+    code += f"import {', '.join(MODULES)}"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(folder.iterdir()) == []
+
+
+def test_the_trainer_does_without_a_config_file(tiny):
+    assert train.main(["--dataset=tiny", "--device=cpu", "--max_iters=2", "--eval_iters=1"]) == 0
+    assert Path("out/ckpt.pt").exists()
+
+
+def test_nanogpts_command_for_a_laptop_runs_unchanged(tiny, folder):
+    Path("config").mkdir()
+    Path("config/theirs.py").write_text(
+        "import time\nout_dir = 'out-theirs'\neval_interval = 250\nlog_interval = 10\nalways_save_checkpoint = False\n"
+        "wandb_log = False\nwandb_project = 'theirs'\nwandb_run_name = 'run' + str(time.time())\ndataset = 'tiny'\n"
+        "gradient_accumulation_steps = 1\nlearning_rate = 1e-3\nmin_lr = 1e-4\nbeta2 = 0.99\nwarmup_iters = 100\n"
+    )
+    argv = (
+        "config/theirs.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12"
+    )
+    argv += " --n_layer=4 --n_head=4 --n_embd=128 --max_iters=3 --lr_decay_iters=2000 --dropout=0.0"
+    assert train.main(argv.split()) == 0
+    assert Path("out-theirs/best.pt").exists()
+
+
+def test_no_line_names_a_path_of_one_machine():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *CONFIGS]:
+        text = path.read_text(encoding="utf-8")
+        assert "/work/" not in text and "/tmp/" not in text and "/home/" not in text, path

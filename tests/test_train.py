@@ -1,0 +1,525 @@
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_RUN, make_text, read_rows
+
+import checkpoint
+import train
+from optim import Optimizer
+from train import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+OUT = Path("out/run")
+
+
+def weights(name: str = "ckpt.pt") -> dict[str, torch.Tensor]:
+    return checkpoint.load(OUT / name)["model"]
+
+
+def assert_same_weights(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def train_losses(rows: list[dict]) -> list[float]:
+    return [row["train_loss"] for row in rows if "train_loss" in row]
+
+
+def evaluations(monkeypatch, *losses: float) -> None:
+    """Let the evaluations of a run find these losses."""
+    found = iter(losses)
+    monkeypatch.setattr(train, "evaluate", lambda *args: next(found))
+
+
+# --------------------------------------------------------------------------------------
+# What a run leaves
+
+
+def test_a_run_leaves_checkpoints_metrics_picture_and_settings(run_train, capsys):
+    rows = run_train("--eval_iters=None")
+    out = capsys.readouterr().out
+    assert [row["iter"] for row in rows] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert [row["tokens"] for row in rows] == [64 * row["iter"] for row in rows]
+    raw = [json.loads(line) for line in (OUT / "metrics.jsonl").read_text().splitlines()]
+    logged = {"iter", "tokens", "seconds", "train_loss", "lr", "grad_norm", "tokens_per_second"}
+    evaluated = {"iter", "tokens", "seconds", "val_loss", "val_bits_per_byte", "val_perplexity"}
+    assert [set(row) for row in raw] == [logged] * 3 + [evaluated] + [logged] * 3 + [evaluated]
+    assert rows[-1]["val_perplexity"] == pytest.approx(math.exp(rows[-1]["val_loss"]))
+    assert rows[-1]["val_bits_per_byte"] == pytest.approx(rows[-1]["val_loss"] / math.log(2))
+    assert (OUT / "loss.png").read_bytes().startswith(b"\x89PNG")
+    settings = json.loads((OUT / "config.json").read_text())
+    assert (settings["n_embd"], settings["vocab_size"] > 1, settings["max_iters"]) == (32, True, 6)
+    assert out.splitlines()[-1] == f"best val loss {rows[-1]['val_loss']:.4f} at iter 6"
+    assert "python sample.py --out_dir=out/run" in out
+    assert sorted(path.name for path in OUT.iterdir()) == [
+        "best.pt",
+        "ckpt.pt",
+        "config.json",
+        "loss.png",
+        "metrics.jsonl",
+    ]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(run_train):
+    first, second, other = run_train(), run_train(), run_train("--seed=2")
+    assert first == second
+    assert train_losses(first) != train_losses(other)
+
+
+def test_best_and_latest_are_two_files(run_train, monkeypatch):
+    evaluations(monkeypatch, 2.0, 3.0)
+    run_train()
+    best, latest = checkpoint.load(OUT / "best.pt"), checkpoint.load(OUT / "ckpt.pt")
+    assert (best["iter"], best["best_val_loss"]) == (3, 2.0)
+    assert (latest["iter"], latest["best_val_loss"]) == (6, 2.0)
+    assert "optimizer" in latest and "optimizer" not in best
+
+
+def test_without_always_save_checkpoint_only_a_lower_loss_is_saved(run_train, monkeypatch):
+    saved = []
+    save = checkpoint.save
+    monkeypatch.setattr(
+        checkpoint, "save", lambda path, state: saved.append((path.name, state["iter"])) or save(path, state)
+    )
+    evaluations(monkeypatch, 3.0, 4.0, 2.0, 5.0)
+    run_train("--always_save_checkpoint=False", "--max_iters=12")
+    assert saved == [("best.pt", 3), ("ckpt.pt", 3), ("best.pt", 9), ("ckpt.pt", 9), ("ckpt.pt", 12)]
+
+
+def test_early_stopping_counts_evaluations_without_a_lower_loss(run_train, monkeypatch, capsys):
+    evaluations(monkeypatch, 3.0, 4.0, 2.0, 2.5, 2.0, 9.0)
+    rows = run_train("--early_stopping=2", "--max_iters=60")
+    assert rows[-1]["iter"] == 15
+    assert capsys.readouterr().out.splitlines()[-1] == "best val loss 2.0000 at iter 9"
+
+
+def test_a_new_run_keeps_the_earlier_one_in_previous(run_train, capsys):
+    run_train("--seed=1")
+    first = weights()
+    run_train("--seed=2")
+    assert_same_weights(checkpoint.load(OUT / "previous" / "ckpt.pt")["model"], first)
+    assert "out/run/previous" in capsys.readouterr().err
+
+
+def test_evaluating_only_writes_nothing(tiny, capsys):
+    assert train.main([*TINY_RUN, "--eval_only=True"]) == 0
+    assert re.fullmatch(
+        r"val loss \d\.\d{4} \(\d\.\d{3} bits per byte, perplexity [\d.]+\) at iter 0",
+        capsys.readouterr().out.splitlines()[-1],
+    )
+    assert not Path("out").exists()
+
+
+def test_a_larger_vocabulary_pads_the_model(run_train):
+    run_train("--vocab_size=64")
+    assert weights()["wte.weight"].shape == (64, 32)
+
+
+# --------------------------------------------------------------------------------------
+# What a step does
+
+
+def test_accumulation_equals_a_big_batch(run_train):
+    big = run_train("--batch_size=8")
+    big_weights = weights()
+    small = run_train("--batch_size=2", "--gradient_accumulation_steps=4")
+    assert train_losses(small) == pytest.approx(train_losses(big), rel=1e-5)
+    for key, value in weights().items():
+        torch.testing.assert_close(value, big_weights[key], atol=1e-4, rtol=1e-4)
+
+
+def test_evaluation_does_not_disturb_training(run_train):
+    often = run_train("--dropout=0.3", "--eval_interval=1")
+    assert train_losses(often) == train_losses(run_train("--dropout=0.3", "--eval_interval=6", "--eval_iters=None"))
+
+
+def test_dropout_is_drawn_anew_in_each_batch(tiny):
+    train.main([*TINY_RUN, "--dropout=0.5", "--learning_rate=1e-30", "--weight_decay=0", "--max_iters=3"])
+    one_block = make_text(17 * 10 // 9 + 2)
+    (tiny / "input.txt").write_text(one_block)  # a text of one block, whose every batch is the same but for dropout
+    train.prepare_data.main(["tiny"])
+    train.main(
+        [*TINY_RUN, "--dropout=0.5", "--learning_rate=1e-30", "--weight_decay=0", "--max_iters=4", "--eval_interval=9"]
+    )
+    assert len(set(train_losses(read_rows(OUT)))) == 4
+
+
+def test_the_gradient_is_clipped_and_its_norm_is_told_as_it_was(run_train, monkeypatch):
+    norms = []
+    step = Optimizer.step
+
+    def spy(optimizer):
+        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.cat(gradients).norm().item())
+        return step(optimizer)
+
+    monkeypatch.setattr(Optimizer, "step", spy)
+    told = [row["grad_norm"] for row in run_train("--grad_clip=0.5") if "grad_norm" in row]
+    assert min(told) > 0.6 and norms == pytest.approx([0.5] * 6, rel=1e-3)
+    norms.clear()
+    assert [row["grad_norm"] for row in run_train("--grad_clip=0") if "grad_norm" in row] == pytest.approx(
+        norms, rel=1e-5
+    )
+
+
+def test_the_learning_rate_follows_its_schedule(run_train):
+    rates = [row["lr"] for row in run_train("--learning_rate=0.3", "--warmup_iters=2", "--min_lr=0.1") if "lr" in row]
+    assert rates == pytest.approx([0.1, 0.2, *(0.1 + 0.1 * (1 + math.cos(math.pi * i / 4)) for i in range(4))])
+    rates = [row["lr"] for row in run_train("--learning_rate=0.3", "--decay_lr=False") if "lr" in row]
+    assert rates == [0.3] * 6
+
+
+def test_bfloat16_trains_on_the_cpu(run_train):
+    full, half = run_train(), run_train("--dtype=bfloat16")
+    assert train_losses(half) != train_losses(full)
+    assert train_losses(half) == pytest.approx(train_losses(full), rel=0.02)
+    assert weights()["wte.weight"].dtype == torch.float32
+
+
+def test_where_compiling_fails_the_run_goes_on_without(run_train, monkeypatch, capsys):
+    def broken(model):
+        def call(**batch):
+            raise RuntimeError("no compiler here\nand a long story")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    rows = run_train("--compile=True")
+    notes = [line for line in capsys.readouterr().err.splitlines() if "compile" in line]
+    assert notes == ["note: torch.compile fails here (no compiler here); going on without"]
+    assert rows == run_train("--compile=False")
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self._orig_mod, self.config = model, model.config
+
+    def forward(self, **batch):
+        return self._orig_mod(**batch)
+
+
+def test_a_compiled_models_weights_keep_their_names(run_train, monkeypatch):
+    plain = run_train()
+    names = set(weights())
+    monkeypatch.setattr(torch, "compile", Wrapper)
+    assert run_train("--compile=True") == plain
+    assert set(weights()) == names
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_gpu_trains_in_mixed_precision(run_train, dtype):
+    cpu = train_losses(run_train())
+    assert train_losses(run_train("--device=cuda", f"--dtype={dtype}", "--compile=False")) == pytest.approx(
+        cpu, rel=0.05
+    )
+
+
+# --------------------------------------------------------------------------------------
+# Stopping and going on
+
+DROPOUT_RUN = ["--dropout=0.2", "--optimizer=muon", "--max_iters=12", "--eval_interval=4", "--log_interval=3"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [1, 4, 5, 9, 12])
+def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(run_train, monkeypatch, capsys, number, at):
+    rows = run_train(*DROPOUT_RUN)
+    whole, best = weights(), weights("best.pt")
+    step = train.train_step
+
+    def step_and_signal(it, *args):
+        if it + 1 == at:
+            os.kill(os.getpid(), number)
+        return step(it, *args)
+
+    monkeypatch.setattr(train, "train_step", step_and_signal)
+    assert train.main([*TINY_RUN, *DROPOUT_RUN]) == 128 + number
+    assert f"at iter {at}; go on with: python train.py --init_from=resume --out_dir=out/run" in capsys.readouterr().err
+    monkeypatch.setattr(train, "train_step", step)
+    assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
+    assert read_rows(OUT) == rows
+    assert_same_weights(weights(), whole)
+    assert_same_weights(weights("best.pt"), best)
+
+
+def test_a_signalled_program_exits_with_the_signals_code(tiny):
+    command = [sys.executable, "-u", ROOT / "train.py", *TINY_RUN, "--max_iters=100000", "--eval_interval=100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not process.stdout.readline().startswith("iter 2/"):
+            pass
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+        assert "go on with: python train.py --init_from=resume" in process.stderr.read()
+    assert process.returncode == 143
+
+
+def quiet_train(*argv: str) -> None:
+    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115, open as long as the process
+    torch.set_num_threads(1)
+    train.draw_losses = lambda rows, path: None  # a picture takes longer than the whole rest
+    sys.exit(train.main([*TINY_RUN, *DROPOUT_RUN, "--max_iters=40", *argv]))
+
+
+def die_at(call: int) -> None:
+    """Train, and be killed at the call-th moment in which a file is about to be, or has just been, made sure of."""
+    calls = iter(range(call + 1))
+
+    def dying(act):
+        def inner(*args):
+            if next(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = act(*args)
+            if next(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return inner
+
+    os.fsync, Path.replace = dying(os.fsync), dying(Path.replace)
+    quiet_train()
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that have torch loaded already, so that forty of them start in no time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_train"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
+        process = context.Process(target=int)  # starts the server, which looks for the modules above once
+        process.start()
+        process.join()
+    return context
+
+
+def assert_resumes_to(processes, rows: list[dict], whole: dict, dead: multiprocessing.Process) -> None:
+    assert dead.exitcode == -signal.SIGKILL
+    go_on = ["--init_from=resume"] if (OUT / "ckpt.pt").exists() else []
+    process = processes.Process(target=quiet_train, args=go_on)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert read_rows(OUT) == rows
+    assert_same_weights(weights(), whole)
+
+
+@pytest.fixture
+def uninterrupted(tiny, processes):
+    process = processes.Process(target=quiet_train)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return read_rows(OUT), weights()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_killed_at_any_moment_of_saving_a_run_resumes_exactly(uninterrupted, processes):
+    for call in range(8, 32, 3):
+        process = processes.Process(target=die_at, args=(call,))
+        process.start()
+        process.join()
+        assert_resumes_to(processes, *uninterrupted, process)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_killed_at_random_moments_a_run_resumes_exactly(uninterrupted, processes):
+    draw, killed = random.Random(0), 0
+    while killed < 12:
+        process = processes.Process(target=quiet_train)
+        process.start()
+        process.join(timeout=draw.uniform(0.0, 1.5))
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:  # else it was done before
+            killed += 1
+            assert_resumes_to(processes, *uninterrupted, process)
+
+
+def test_a_metrics_line_that_a_kill_cut_short_is_dropped(run_train):
+    rows = run_train()
+    with (OUT / "metrics.jsonl").open("a") as file:
+        file.write('{"iter": 7, "tok')
+    assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
+    assert read_rows(OUT) == rows
+
+
+def test_a_finished_run_goes_on_when_it_is_made_longer(run_train):
+    run_train("--decay_lr=False")
+    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=9"]) == 0
+    longer, longer_weights = read_rows(OUT), weights()
+    at_once = run_train("--decay_lr=False", "--max_iters=9")
+    assert longer == at_once
+    assert_same_weights(longer_weights, weights())
+
+
+def test_settings_of_the_checkpoint_hold_unless_changed(run_train):
+    run_train("--learning_rate=0.01", "--weight_decay=0.5", "--beta1=0.8")
+    argv = [
+        "--init_from=resume",
+        "--out_dir=out/run",
+        "--max_iters=8",
+        "--weight_decay=0.25",
+        "--beta2=0.5",
+        "--dropout=0.1",
+    ]
+    assert train.main(argv) == 0
+    settings = json.loads((OUT / "config.json").read_text())
+    assert (settings["learning_rate"], settings["weight_decay"], settings["dropout"]) == (0.01, 0.25, 0.1)
+    groups = checkpoint.load(OUT / "ckpt.pt")["optimizer"]["groups"]
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.0]
+    assert tuple(groups[0]["betas"]) == (0.8, 0.5)
+
+
+@pytest.mark.parametrize(
+    "change", ["n_layer=3", "n_embd=64", "bias=True", "vocab_size=99", "position=rotary", "batch_size=2", "seed=2"]
+)
+def test_what_may_not_change_on_resume_is_refused(run_train, fails, change):
+    run_train()
+    line = fails(train.main, "--init_from=resume", "--out_dir=out/run", f"--{change}")
+    assert f"{change} cannot change on resume: the checkpoint has {change.partition('=')[0]}=" in line
+
+
+def test_data_that_changed_since_the_checkpoint_is_refused(run_train, fails):
+    run_train()
+    Path("tiny.txt").write_text(make_text(seed=5))
+    train.prepare_data.main(["--input=tiny.txt", "--name=tiny"])
+    line = fails(train.main, "--init_from=resume", "--out_dir=out/run")
+    assert "data/tiny is not the data that out/run/ckpt.pt was trained on" in line
+
+
+# --------------------------------------------------------------------------------------
+# When it goes wrong
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run_train, capsys):
+    run_train()
+    good = weights()
+    argv = ["--init_from=resume", "--out_dir=out/run", "--max_iters=30", "--learning_rate=1e20", "--decay_lr=False"]
+    assert train.main([*argv, "--log_interval=10", "--eval_interval=30"]) == 1
+    complaint = capsys.readouterr().err
+    assert re.search(
+        r"the loss is (nan|inf) at iter [789] \(gradient norm .*\); out/run/ckpt.pt is the last good", complaint
+    )
+    assert "lower --learning_rate" in complaint
+    assert_same_weights(weights(), good)
+    assert all(math.isfinite(loss) for loss in train_losses(read_rows(OUT)))
+
+
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(run_train, monkeypatch, capsys):
+    evaluations(monkeypatch, 2.0, math.nan)
+    assert train.main(TINY_RUN) == 1
+    assert checkpoint.load(OUT / "ckpt.pt")["iter"] == 3
+
+
+BAD = {
+    "unknown key n_layr; did you mean n_layer?": ["--n_layr=3"],
+    "n_layer='two' must be int": ["--n_layer=two"],
+    "n_embd=32 must be a multiple of n_head=3": ["--n_head=3"],
+    "batch_size=0 must be at least 1": ["--batch_size=0"],
+    "max_iters=-5 must be at least 1": ["--max_iters=-5"],
+    "learning_rate=0.0 must be above 0": ["--learning_rate=0"],
+    "learning_rate=nan must be above 0": ["--learning_rate=nan"],
+    "learning_rate=inf must be above 0": ["--learning_rate=inf"],
+    "min_lr=1.0 must be at most learning_rate": ["--min_lr=1.0"],
+    "beta1=1.0 must be at least 0 and below 1": ["--beta1=1.0"],
+    "weight_decay=nan must be at least 0": ["--weight_decay=nan"],
+    "grad_clip=-1.0 must be at least 0": ["--grad_clip=-1"],
+    "eval_iters=0 must be at least 1": ["--eval_iters=0"],
+    "dropout=1.5 must be at least 0 and below 1": ["--dropout=1.5"],
+    "dtype=float8 is not one of: auto, float32": ["--dtype=float8"],
+    "dtype=float16 needs a CUDA device": ["--dtype=float16"],
+    "device=cuda:9 is not there": ["--device=cuda:9"],
+    "init_from=gpt2-xl: GPT-2's weights cannot be read yet": ["--init_from=gpt2-xl"],
+    "init_from=nothing is not one of: scratch, resume": ["--init_from=nothing"],
+    "vocab_size=3 is below the": ["--vocab_size=3"],
+    "cannot read config file nothing.py": ["nothing.py"],
+    "cannot read config file data": ["data"],
+    "broken.py:1: ": ["broken.py"],
+    "cannot write out_dir=blocked/run: Not a directory": ["--out_dir=blocked/run"],
+    "out_dir and dataset must not be empty": ["--out_dir="],
+}
+
+
+@pytest.mark.parametrize("complaint", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(tiny, fails, complaint):
+    Path("broken.py").write_text("n_layer = = 3")
+    Path("blocked").write_text("a file where a folder should be")
+    before = sorted(Path().rglob("*"))
+    assert complaint in fails(train.main, *TINY_RUN, *BAD[complaint])
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_several_processes_are_refused(tiny, fails, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "this trainer runs in one" in fails(train.main, *TINY_RUN)
+
+
+def test_a_key_without_effect_says_so(run_train, capsys):
+    run_train("--backend=gloo")
+    assert "note: backend=gloo has no effect" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------
+# Weights & Biases, as far as it can be seen without it
+
+
+class FakeWandb(types.ModuleType):
+    class Error(Exception):
+        pass
+
+    def __init__(self, online: bool):
+        super().__init__("wandb")
+        self.online, self.started, self.logged, self.finished = online, [], [], 0
+
+    def init(self, mode: str | None = None, **options):
+        if not self.online and mode != "offline":
+            raise self.Error("no route to host")
+        self.started.append({**options, "mode": mode})
+        return self
+
+    def log(self, row, step):
+        self.logged.append((step, row))
+
+    def finish(self):
+        self.finished += 1
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_wandb_gets_the_numbers_and_a_resumed_run_is_the_same_run(run_train, monkeypatch, capsys, online):
+    fake = FakeWandb(online)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    rows = run_train("--wandb_log=True", "--wandb_project=p")
+    train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"])
+    first, second = fake.started
+    assert first["id"] == second["id"] and first["project"] == "p" and first["name"] == "run"
+    assert first["mode"] == (None if online else "offline")
+    assert ("logging offline" in capsys.readouterr().err) == (not online)
+    assert [step for step, _ in fake.logged][: len(rows)] == [row["iter"] for row in rows]
+    assert fake.finished == 2
+    run_train("--wandb_log=True")
+    assert fake.started[-1]["id"] != first["id"]
+
+
+def test_wandb_that_is_not_installed_is_named(tiny, fails, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "wandb_log=True needs the package wandb: pip install wandb" in fails(
+        train.main, *TINY_RUN, "--wandb_log=True"
+    )
+
+
+def test_every_training_key_is_in_the_saved_settings(run_train):
+    run_train()
+    assert set(checkpoint.load(OUT / "ckpt.pt")["train_config"]) == set(TrainConfig.__dataclass_fields__)
