@@ -112,7 +112,7 @@ class RotaryPosition(Position):
         cos, sin = self.cos[start : start + q.shape[2]], self.sin[start : start + q.shape[2]]
 
         def turn(x: Tensor) -> Tensor:  # (a, b) -> (a cos - b sin, b cos + a sin), for all pairs at once
-            return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+            return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
         return turn(q), turn(k)
 
@@ -181,11 +181,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, position: Position, cache: KVCache | None = None) -> Tensor:
         """x: (B, T, C), the newest T tokens, which follow those in the cache. Returns (B, T, C)."""
         B, T, C = x.shape
-        q = self.query(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
-        k = self.key(x).view(B, T, self.n_head, -1).transpose(1, 2)
-        v = self.value(x).view(B, T, self.n_head, -1).transpose(1, 2)
+        q = self.query(x).view(B, T, self.n_head, -1)  # (B, T, H, D)
+        k = self.key(x).view(B, T, self.n_head, -1)
+        v = self.value(x).view(B, T, self.n_head, -1)
         if self.qk_norm:  # scores cannot grow without bound. Source: Henry et al. 2020, arXiv:2010.04245
             q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         q, k = position.rotate(q, k, start=cache.length if cache else 0)
         if cache:
             k, v = cache.append(k, v)

@@ -60,14 +60,14 @@ def adamw(optimizer: Optimizer, group: dict) -> None:
     if not params:
         return
     means, squares = zip(*(optimizer.memory(p, "mean", "square") for p in params), strict=True)
-    # one kernel for all of them; torch.optim.AdamW(fused=True) calls the same
-    torch._fused_adamw_(
+    steps = torch.full((), float(optimizer.steps), device=params[0].device)
+    torch._fused_adamw_(  # one kernel for all of them, the one behind torch.optim.AdamW(fused=True)
         params,
         [p.grad for p in params],
         list(means),
         list(squares),
         [],
-        [torch.full((), float(optimizer.steps), device=p.device) for p in params],
+        [steps] * len(params),
         lr=group["lr"],
         beta1=group["betas"][0],
         beta2=group["betas"][1],

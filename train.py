@@ -116,6 +116,18 @@ class TrainConfig:
         return learning_rate_at(it, self.schedule, self.learning_rate, self.warmup_iters, until, lowest)
 
 
+# A key that acts only while another one has this value
+ONLY_WITH = {
+    "rope_base": ("position", "rotary"),
+    "muon_learning_rate": ("optimizer", "muon"),
+    "muon_momentum": ("optimizer", "muon"),
+    "schedule": ("decay_lr", True),
+    "min_lr": ("decay_lr", True),
+    "warmup_iters": ("decay_lr", True),
+    "lr_decay_iters": ("decay_lr", True),
+}
+
+
 @dataclass
 class Progress:
     """Where a run stands. Saved in ckpt.pt, so that a resumed run is the uninterrupted one."""
@@ -143,6 +155,10 @@ def main(argv: list[str]) -> int:
         raise UserError("started as several processes, but this trainer runs in one: python train.py ...")
     if "backend" in given:
         print(f"note: backend={config.backend} has no effect; this trainer runs in one process", file=sys.stderr)
+    settings = asdict(config) | asdict(model_config)
+    for key, (other, value) in ONLY_WITH.items():
+        if key in given and settings[other] != value:
+            print(f"note: {key}={settings[key]} has no effect without {other}={value}", file=sys.stderr)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     keep_freed_memory()

@@ -16,7 +16,7 @@ from conftest import TINY_RUN, make_text, read_rows
 
 import checkpoint
 import train
-from optim import Optimizer
+from optim import Optimizer, make_optimizer
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -216,6 +216,21 @@ def test_a_compiled_models_weights_keep_their_names(run_train, monkeypatch):
     monkeypatch.setattr(torch, "compile", Wrapper)
     assert run_train("--compile=True") == plain
     assert set(weights()) == names
+
+
+def test_a_scaler_skips_the_step_whose_gradients_are_not_finite():
+    layer = torch.nn.Linear(2, 1)
+    optimizer = make_optimizer("adamw", layer, 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for x, moves in ((math.inf, False), (1.0, True)):
+        before = layer.weight.clone()
+        scaler.scale(layer(torch.full((1, 2), x)).sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(layer.weight, before) != moves
+    assert scaler.get_scale() == 2.0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -468,8 +483,13 @@ def test_several_processes_are_refused(tiny, fails, monkeypatch):
 
 
 def test_a_key_without_effect_says_so(run_train, capsys):
-    run_train("--backend=gloo")
-    assert "note: backend=gloo has no effect" in capsys.readouterr().err
+    run_train("--backend=gloo", "--rope_base=5", "--decay_lr=False")
+    notes = capsys.readouterr().err
+    assert "note: backend=gloo has no effect" in notes
+    assert "note: rope_base=5.0 has no effect without position=rotary" in notes
+    assert "note: warmup_iters=2 has no effect without decay_lr=True" in notes
+    run_train("--rope_base=5", "--position=rotary")
+    assert "no effect" not in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------
