@@ -364,13 +364,8 @@ def start_out_dir(out_dir: Path, config: TrainConfig, model_config: ModelConfig,
         metrics = out_dir / "metrics.jsonl"
         if progress.iter:
             rows = [row for row in read_metrics(metrics) if row["iter"] <= progress.iter]
-        elif metrics.exists():
-            shutil.rmtree(out_dir / "previous", ignore_errors=True)
-            (out_dir / "previous").mkdir()
-            for name in ("ckpt.pt", "best.pt", "metrics.jsonl", "loss.png", "config.json", "wandb_id"):
-                if (out_dir / name).exists():
-                    (out_dir / name).replace(out_dir / "previous" / name)
-            print(f"note: {out_dir} held an earlier run; it is now in {out_dir}/previous", file=sys.stderr)
+        else:
+            keep_earlier_run(out_dir)
     except OSError as error:
         raise UserError(f"cannot write out_dir={out_dir}: {error.strerror}; name another --out_dir") from error
     lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -378,6 +373,21 @@ def start_out_dir(out_dir: Path, config: TrainConfig, model_config: ModelConfig,
     settings = json.dumps(asdict(config) | asdict(model_config), indent=1)
     checkpoint.write_whole(out_dir / "config.json", lambda file: file.write(settings.encode()))
     return rows
+
+
+def keep_earlier_run(out_dir: Path) -> None:
+    """Move an earlier run's files into out_dir/previous; killed in between, the next start moves the rest."""
+    names = ("ckpt.pt", "best.pt", "metrics.jsonl", "loss.png", "config.json", "wandb_id")
+    found = [name for name in names if (out_dir / name).exists()]
+    moved = out_dir / "previous.new"
+    if not found and not moved.exists():
+        return
+    moved.mkdir(exist_ok=True)
+    for name in found:
+        (out_dir / name).replace(moved / name)
+    shutil.rmtree(out_dir / "previous", ignore_errors=True)
+    moved.rename(out_dir / "previous")
+    print(f"note: {out_dir} held an earlier run; it is now in {out_dir}/previous", file=sys.stderr)
 
 
 def read_metrics(path: Path) -> list[dict]:

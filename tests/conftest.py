@@ -35,6 +35,14 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def short_ending(request, monkeypatch):
+    """Most runs here do without the picture and the sample, which take longer than all of their steps."""
+    if "whole_ending" not in request.keywords:
+        monkeypatch.setattr(train, "draw_losses", lambda rows, path: None)
+        monkeypatch.setattr(train, "write_a_little", lambda *args: "")
+
+
 @pytest.fixture
 def tiny(folder):
     """data/tiny, prepared."""

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def evaluations(monkeypatch, *losses: float) -> None:
 # What a run leaves
 
 
+@pytest.mark.whole_ending
 def test_a_run_leaves_checkpoints_metrics_picture_and_settings(run_train, capsys):
     rows = run_train("--eval_iters=None")
     out = capsys.readouterr().out
@@ -110,6 +112,19 @@ def test_a_new_run_keeps_the_earlier_one_in_previous(run_train, capsys):
     run_train("--seed=2")
     assert_same_weights(checkpoint.load(OUT / "previous" / "ckpt.pt")["model"], first)
     assert "out/run/previous" in capsys.readouterr().err
+
+
+def test_killed_while_it_moves_an_earlier_run_aside_nothing_of_it_is_lost(run_train, monkeypatch):
+    run_train("--seed=1")
+    first = weights()
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, to: replace(path, to) if path.name == "ckpt.pt" else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_train("--seed=2")
+    monkeypatch.setattr(Path, "replace", replace)
+    run_train("--seed=2")
+    assert_same_weights(checkpoint.load(OUT / "previous" / "ckpt.pt")["model"], first)
+    assert (OUT / "previous" / "metrics.jsonl").exists() and not (OUT / "previous.new").exists()
 
 
 def test_evaluating_only_writes_nothing(tiny, capsys):
@@ -284,7 +299,7 @@ def test_a_signalled_program_exits_with_the_signals_code(tiny):
 def quiet_train(*argv: str) -> None:
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115, open as long as the process
     torch.set_num_threads(1)
-    train.draw_losses = lambda rows, path: None  # a picture takes longer than the whole rest
+    train.draw_losses, train.write_a_little = lambda *args: None, lambda *args: ""  # as in short_ending
     sys.exit(train.main([*TINY_RUN, *DROPOUT_RUN, "--max_iters=40", *argv]))
 
 
@@ -351,11 +366,16 @@ def test_killed_at_any_moment_of_saving_a_run_resumes_exactly(uninterrupted, pro
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_killed_at_random_moments_a_run_resumes_exactly(uninterrupted, processes):
+    began = time.perf_counter()
+    process = processes.Process(target=quiet_train)
+    process.start()
+    process.join()
+    whole_run = time.perf_counter() - began
     draw, killed = random.Random(0), 0
     while killed < 12:
         process = processes.Process(target=quiet_train)
         process.start()
-        process.join(timeout=draw.uniform(0.0, 1.5))
+        process.join(timeout=draw.uniform(0.0, whole_run))
         process.kill()
         process.join()
         if process.exitcode == -signal.SIGKILL:  # else it was done before
