@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and checkpoints that are opened without running code."""
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable
@@ -26,10 +27,20 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save turns the file's OSError into a RuntimeError
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        kept = "; the one before it is as it was" if path.exists() else ""
+        kept = "; the one before it is as it was" if os.path.exists(path) else ""
         raise UserError(f"cannot write {path}: {reason}{kept}") from error
+
+
+def append(path: Path, line: str) -> None:
+    """Add a line to a file. Raises UserError if it cannot be written."""
+    try:
+        with path.open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def save(path: Path, state: dict) -> None:
@@ -39,10 +50,10 @@ def save(path: Path, state: dict) -> None:
 
 def load(path: Path) -> dict:
     """Read a checkpoint onto the CPU. Raises UserError for a file that is missing, damaged, foreign or holds code."""
-    if not path.exists():
-        raise UserError(f"no checkpoint {path}; train first: python train.py --out_dir={path.parent}")
     try:
         path.open("rb").close()
+    except FileNotFoundError as error:
+        raise UserError(f"no checkpoint {path}; train first: python train.py --out_dir={path.parent}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     try:

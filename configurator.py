@@ -97,7 +97,8 @@ def read_file(path: str, hints: dict[str, object]) -> dict[str, object]:
         raise UserError(f"{path}:{lines[-1] if lines else 0}: {type(error).__name__}: {error}") from error
     given = {}
     for key, value in names.items():
-        if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
+        helper = isinstance(value, types.ModuleType) or callable(value)
+        if key.startswith("_") or (helper and key not in hints):
             continue
         check_key(key, hints, f"{path}: ")
         given[key] = convert(key, value, hints[key])

@@ -85,11 +85,16 @@ class TokenDataset:
         With None, or where that many would cover it, the whole split: every token but the first is predicted once.
         Batches as from batch(); where the text ends before a batch does, targets are -1.
         """
+        starts = self.val_starts(batch_size, eval_iters)
+        for first in range(0, len(starts), batch_size):
+            yield self.read("val", np.resize(starts[first : first + batch_size], batch_size), first, len(starts))
+
+    def val_starts(self, batch_size: int, eval_iters: int | None) -> np.ndarray:
+        """Where the blocks of the evaluation set begin; the last one of the whole split may be cut short."""
         starts = np.arange(0, len(self.val) - 1, self.block_size)
         if eval_iters is not None and eval_iters * batch_size < len(starts):
             starts = starts[np.linspace(0, len(starts) - 2, eval_iters * batch_size).astype(np.int64)]
-        for first in range(0, len(starts), batch_size):
-            yield self.read("val", np.resize(starts[first : first + batch_size], batch_size), first, len(starts))
+        return starts
 
     def read(self, split: str, starts: np.ndarray, first: int = 0, last: int | None = None) -> dict[str, Tensor]:
         """Blocks that begin at starts, (B,); of these, only the ones before number last count."""
@@ -102,6 +107,16 @@ class TokenDataset:
         if last is not None:
             targets[last - first :] = -1
         return {"idx": idx, "targets": targets}
+
+    def identity(self) -> dict:
+        """What tells this data from other data with the same tokenizer, wherever it came from."""
+        digest = hashlib.sha256(self.train[:1_000_000].tobytes()).hexdigest()
+        return {
+            "text_sha256": self.meta.get("text_sha256"),
+            "train_tokens": len(self.train),
+            "val_tokens": len(self.val),
+            "first_million_sha256": digest,
+        }
 
     def val_bytes_per_token(self) -> float:
         """UTF-8 bytes of text that a validation token stands for, on average."""
@@ -169,7 +184,7 @@ def read_meta(folder: Path) -> dict:
         if isinstance(error, UserError):
             raise
         raise UserError(f"cannot read {folder}/meta.json: {error}; prepare it again: {how_to(folder)}") from error
-    raise UserError(f"no data set {folder.name}: {folder} has no meta.json (nor nanoGPT's meta.pkl); {how_to(folder)}")
+    raise UserError(f"{folder} has no meta.json (nor nanoGPT's meta.pkl), which tells the tokenizer; {how_to(folder)}")
 
 
 class PlainUnpickler(pickle.Unpickler):

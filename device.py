@@ -1,6 +1,7 @@
 """Where the numbers are and how wide they are: found by themselves, or as the user says."""
 
 import ctypes
+import re
 from contextlib import AbstractContextManager
 
 import torch
@@ -9,8 +10,8 @@ from configurator import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Dense bfloat16 or float16 peak in FLOP/s, from the makers' data sheets, by a part of the card's name.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12}
+# Dense bfloat16 or float16 peak in FLOP/s, from the makers' data sheets, by words of the card's name; the first counts.
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 PEAK_FLOPS |= {"V100": 125e12, "T4": 65e12, "4090": 165e12, "3090": 71e12}
 
 
@@ -53,7 +54,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def keep_freed_memory() -> None:

@@ -101,8 +101,6 @@ class RotaryPosition(Position):
     def __init__(self, config: "ModelConfig"):
         super().__init__(config)
         head_size = config.n_embd // config.n_head
-        if head_size % 2:
-            raise ValueError(f"position=rotary turns pairs: n_embd/n_head={config.n_embd}/{config.n_head} must be even")
         frequency = config.rope_base ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
         angle = torch.arange(config.block_size, dtype=torch.float32)[:, None] * frequency  # (block_size, D / 2)
         self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)  # (block_size, D)
@@ -381,6 +379,8 @@ class ModelConfig:
             raise ValueError(f"logit_soft_cap={self.logit_soft_cap} must be at least 0")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        if self.position == "rotary" and self.n_embd // self.n_head % 2:
+            raise ValueError(f"position=rotary turns pairs: n_embd/n_head={self.n_embd}/{self.n_head} must be even")
         choices = {
             "model": MODELS,
             "position": POSITIONS,

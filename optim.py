@@ -43,6 +43,7 @@ class Optimizer:
         assert len(parameters) == len(state["memories"]), "the state is of another model"
         self.steps = state["steps"]
         for p, memory in zip(parameters, state["memories"], strict=True):
+            assert all(value.shape == p.shape for value in memory.values()), "the state is of another model"
             self.state[p] = {key: value.to(p.device) for key, value in memory.items()}
 
     def memory(self, p: Tensor, *names: str) -> list[Tensor]:

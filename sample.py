@@ -7,6 +7,7 @@
 Only text goes to stdout, all else to stderr.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,13 +89,17 @@ def main(argv: list[str]) -> None:
         generator=torch.Generator(device).manual_seed(config.seed),
     )
     others = []  # what the texts beside the first one say, (num_samples - 1,) a step
-    decoder = Decoder(tokenizer)
+
+    def first_text() -> Iterator[int]:
+        for first, *rest in map(Tensor.tolist, new_tokens):
+            others.append(rest)
+            yield first
+
     print(prompt, end="", flush=True)
     with autocast(device, pick_dtype(config.dtype, device)):
-        for first, *rest in map(Tensor.tolist, new_tokens):
-            print(decoder.feed(first), end="", flush=True)
-            others.append(rest)
-    print(decoder.rest(), flush=True)
+        for piece in tokenizer.decode_stream(first_text()):
+            print(piece, end="", flush=True)
+    print(flush=True)
     for ids in zip(*others, strict=True):
         print("---------------", file=sys.stderr, flush=True)
         print(prompt + tokenizer.decode(ids), flush=True)
@@ -102,7 +107,7 @@ def main(argv: list[str]) -> None:
 
 def load(config: SampleConfig) -> dict:
     path = Path(config.out_dir) / {"best": "best.pt", "latest": "ckpt.pt"}[config.checkpoint]
-    if config.checkpoint == "best" and not path.exists() and path.with_name("ckpt.pt").exists():
+    if config.checkpoint == "best" and not os.path.exists(path) and os.path.exists(path.with_name("ckpt.pt")):
         path = path.with_name("ckpt.pt")
         print(f"note: no evaluation has found a best model yet; taking {path}", file=sys.stderr)
     saved = checkpoint.load(path)
@@ -123,25 +128,6 @@ def read_prompt(start: str | None, tokenizer) -> str:
     return start
 
 
-class Decoder:
-    """Tokens, one by one -> text, each character when the last of its bytes is there."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.waiting = tokenizer, []
-
-    def feed(self, token: int) -> str:
-        self.waiting.append(token)
-        text = self.tokenizer.decode(self.waiting)
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self.waiting) < 4:  # UTF-8 needs 4 bytes at most
-            return ""
-        self.waiting = []
-        return text
-
-    def rest(self) -> str:
-        """What is left when the last token has come."""
-        return self.tokenizer.decode(self.waiting)
-
-
 # --------------------------------------------------------------------------------------
 # logits -> probabilities -> token
 
@@ -152,7 +138,7 @@ def probabilities(
     """The chances (B, V) that the next token is drawn from; logits: (B, V). Source for top_p: arXiv:1904.09751."""
     if temperature == 0:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the shift changes nothing but cannot overflow
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)

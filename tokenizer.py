@@ -1,5 +1,8 @@
 """Text -> numbers -> text. Each tokenizer has encode, decode, vocab_size and a state of plain data for checkpoints."""
 
+import codecs
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 
 from configurator import UserError
@@ -38,7 +41,11 @@ class CharTokenizer:
 
     def decode(self, ids) -> str:
         """ids: any sequence of ints."""
-        return "".join(self.alphabet[i] for i in ids)
+        return "".join(self.decode_stream(ids))
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Pieces of text as soon as they are known, while the ids are still coming."""
+        return (self.alphabet[i] for i in ids)
 
     @property
     def default_start(self) -> str:
@@ -69,12 +76,19 @@ class ByteTokenizer:
         return cls()
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids, int64 (bytes,)."""
-        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int64)
+        """Token ids, int64 (bytes,). Raises UserError for what is no text, as a broken byte in an argument."""
+        try:
+            return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int64)
+        except UnicodeEncodeError as error:
+            raise UserError(f"{text[error.start]!r} at position {error.start} is no character of UTF-8") from error
 
     def decode(self, ids) -> str:
         """ids: any sequence of ints. Bytes that are not UTF-8 become U+FFFD."""
-        return bytes(int(i) for i in ids).decode("utf-8", errors="replace")
+        return "".join(self.decode_stream(ids))
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Pieces of text as soon as they are known: a character when the last of its bytes is there."""
+        return codecs.iterdecode((bytes([i]) for i in ids), "utf-8", errors="replace")
 
     def token_bytes(self) -> np.ndarray:
         return np.ones(256, dtype=np.int64)

@@ -9,16 +9,17 @@ metrics.jsonl, loss.png and config.json. Ctrl-C saves before it stops.
 """
 
 import dataclasses
+import importlib.util
+import itertools
 import json
 import math
 import os
 import secrets
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -88,6 +89,8 @@ class TrainConfig:
             value = getattr(self, key)
             if value is not None and not bound <= value < math.inf:
                 raise ValueError(f"{key}={value} must be at least {bound}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed={self.seed} must be below 2^63")
         for key in ("learning_rate", "muon_learning_rate"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"{key}={getattr(self, key)} must be above 0")
@@ -140,17 +143,20 @@ class Progress:
     evals_since_best: int = 0
     losses: list[float] = field(default_factory=list)  # of the steps since the last line of metrics
 
+    def waited_enough(self, early_stopping: int) -> bool:
+        return 0 < early_stopping <= self.evals_since_best
+
 
 def main(argv: list[str]) -> int:
-    given = configurator.read(argv, ModelConfig, TrainConfig)
-    config, model_config = configurator.make(TrainConfig, given), configurator.make(ModelConfig, given)
-    out_dir = Path(config.out_dir)
+    settings = given = configurator.read(argv, ModelConfig, TrainConfig)
     saved = None
-    if config.init_from == "resume":
-        saved = checkpoint.load(out_dir / "ckpt.pt")
-        check_resumable(saved, given)
-        config = configurator.make(TrainConfig, saved["train_config"] | given)
-        model_config = configurator.make(ModelConfig, saved["model_config"] | given)
+    if given.get("init_from") == "resume":
+        path = Path(given.get("out_dir", TrainConfig.out_dir)) / "ckpt.pt"
+        saved = checkpoint.load(path)
+        check_resumable(saved, given, path)
+        settings = saved["train_config"] | saved["model_config"] | given
+    config, model_config = configurator.make(TrainConfig, settings), configurator.make(ModelConfig, settings)
+    out_dir = Path(config.out_dir)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("started as several processes, but this trainer runs in one: python train.py ...")
     if "backend" in given:
@@ -162,7 +168,10 @@ def main(argv: list[str]) -> int:
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     keep_freed_memory()
-    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it; changes nothing on a CPU
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+    if config.wandb_log and importlib.util.find_spec("wandb") is None:
+        raise UserError("wandb_log=True needs the package wandb: pip install wandb")
 
     # --- data, model, optimizer
     dataset = open_dataset(config, model_config)
@@ -185,13 +194,14 @@ def main(argv: list[str]) -> int:
         config.muon_momentum,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    progress, about_data = Progress(), {key: value for key, value in dataset.meta.items() if key != "tokenizer"}
+    progress, identity = Progress(), dataset.identity()
     if saved:
-        if (saved["tokenizer"], saved["data"]) != (tokenizer.state(), about_data):
+        if (saved["tokenizer"], saved["data"]["identity"]) != (tokenizer.state(), identity):
             raise UserError(f"data/{config.dataset} is not the data that {out_dir}/ckpt.pt was trained on")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty where the run was not in float16 so far
+            scaler.load_state_dict(saved["scaler"])
         progress = Progress(**saved["progress"])
     del saved
     net = model  # what trains; the weights are saved from the model itself, so that no name in them tells of a wrapper
@@ -199,13 +209,16 @@ def main(argv: list[str]) -> int:
         net = compiled(model, dataset, config, device, dtype)
 
     # --- what is about to happen
-    tokens_per_step = config.batch_size * config.gradient_accumulation_steps * model_config.block_size
+    block_size = model_config.block_size
+    tokens_per_step = config.batch_size * config.gradient_accumulation_steps * block_size
     epochs = tokens_per_step * config.max_iters / len(dataset.train)
+    val_tokens = min(len(dataset.val) - 1, len(dataset.val_starts(config.batch_size, config.eval_iters)) * block_size)
     print(
         f"data: {dataset.meta['source']}, {len(dataset.train):,} tokens to train on, vocabulary of {vocab_size:,}\n"
         f"model: {model_config.model}, {models.count_parameters(model):,} parameters\n"
         f"steps: {config.max_iters:,} of {tokens_per_step:,} tokens ({config.batch_size} sequences of"
-        f" {model_config.block_size}, {config.gradient_accumulation_steps} times), {epochs:.1f} epochs\n"
+        f" {block_size}, {config.gradient_accumulation_steps} times), {epochs:.1f} epochs\n"
+        f"evaluation: every {config.eval_interval:,} steps, on {val_tokens:,} of {len(dataset.val) - 1:,} tokens\n"
         f"device: {device}, {str(dtype).removeprefix('torch.')}",
         flush=True,
     )
@@ -221,27 +234,29 @@ def main(argv: list[str]) -> int:
     def record(row: dict) -> None:
         row = {"iter": progress.iter, "tokens": progress.tokens, "seconds": round(progress.seconds, 3), **row}
         rows.append(row)
-        with (out_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        checkpoint.append(out_dir / "metrics.jsonl", json.dumps(row))
         log_wandb(row)
 
     def save(name: str, **training_state) -> None:
         state = {"train_config": asdict(config), "model_config": asdict(model_config), "tokenizer": tokenizer.state()}
-        state |= {"data": about_data, "model": model.state_dict(), "iter": progress.iter}
+        state |= {"data": {"source": dataset.meta["source"], "identity": identity}}
+        state |= {"model": model.state_dict(), "iter": progress.iter}
         checkpoint.save(out_dir / name, state | {"best_val_loss": progress.best_val_loss, **training_state})
 
     # --- the loop
     peak = peak_flops(device)
-    losses, logged_seconds, logged_tokens = list(progress.losses), progress.seconds, progress.tokens
+    losses, norms = list(progress.losses), [0.0] * len(progress.losses)
+    logged_seconds, logged_tokens = progress.seconds, progress.tokens
     bar = tqdm(total=config.max_iters, initial=progress.iter, unit="step", dynamic_ncols=True, disable=None)
     with catch_signals() as stopped, bar:
         started = time.perf_counter() - progress.seconds
-        while progress.iter < config.max_iters:
+        while progress.iter < config.max_iters and not progress.waited_enough(config.early_stopping):
             lr = config.rate(progress.iter)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * lr / config.learning_rate
             loss, grad_norm = train_step(progress.iter, net, dataset, optimizer, scaler, config, device, dtype)
             losses.append(loss)
+            norms.append(grad_norm)
             progress.iter += 1
             progress.tokens += tokens_per_step
             bar.update()
@@ -254,23 +269,26 @@ def main(argv: list[str]) -> int:
                 continue
 
             progress.seconds = time.perf_counter() - started
-            progress.losses = losses = [float(x) for x in losses]
-            for i, x in enumerate(losses):
-                if not math.isfinite(x):
-                    return diverged(f"loss is {x}", progress.iter - len(losses) + 1 + i, float(grad_norm), out_dir)
+            losses, norms = [float(x) for x in losses], [float(x) for x in norms]
+            for i, (x, norm) in enumerate(zip(losses, norms, strict=True)):
+                # a scaler leaves out steps whose gradient is not finite; without it the weights are lost
+                if not math.isfinite(x) or not (math.isfinite(norm) or scaler.is_enabled()):
+                    return diverged(f"loss is {x}", progress.iter - len(losses) + 1 + i, norm, out_dir)
+            progress.losses = list(losses)
             if log:
                 speed = (progress.tokens - logged_tokens) / (progress.seconds - logged_seconds)
                 logged_tokens, logged_seconds = progress.tokens, progress.seconds
-                row = {"train_loss": sum(losses) / len(losses), "lr": lr, "grad_norm": float(grad_norm)}
+                row = {"train_loss": sum(losses) / len(losses), "lr": lr}
+                row["grad_norm"] = norms[-1] if math.isfinite(norms[-1]) else None
                 row["tokens_per_second"] = round(speed)
                 if peak:
                     row["mfu"] = speed * models.flops_per_token(model) / peak
                 record(row)
                 tell(bar, row, progress, config.max_iters)
-                progress.losses, losses = [], []
+                progress.losses, losses, norms = [], [], []
             if due:
                 val_loss = evaluation()
-                if not math.isfinite(val_loss):
+                if not val_loss < 700:  # beyond that, e^loss is no number any more
                     return diverged(f"validation loss is {val_loss}", progress.iter, float(grad_norm), out_dir)
                 improved = val_loss < progress.best_val_loss
                 progress.evals_since_best = 0 if improved else progress.evals_since_best + 1
@@ -279,8 +297,7 @@ def main(argv: list[str]) -> int:
                 bits = val_loss / math.log(2) / dataset.val_bytes_per_token()
                 record({"val_loss": val_loss, "val_bits_per_byte": bits, "val_perplexity": math.exp(val_loss)})
                 best = ", the best so far" if improved else ""
-                bar.write(f"iter {progress.iter}: val loss {describe(val_loss, dataset)}{best}")
-                sys.stdout.flush()
+                say(bar, f"iter {progress.iter}: val loss {describe(val_loss, dataset)}{best}")
                 if improved:
                     save("best.pt")
             if stop or (due and (last or improved or config.always_save_checkpoint)):
@@ -290,11 +307,9 @@ def main(argv: list[str]) -> int:
                 break
             if due:
                 draw_losses(rows, out_dir / "loss.png")
-                if config.early_stopping and progress.evals_since_best >= config.early_stopping:
-                    bar.write(f"stopping early: {config.early_stopping} evaluations without a lower validation loss")
-                    break
                 started = time.perf_counter() - progress.seconds  # the time since then was not training
     log_wandb(None)
+    draw_losses(rows, out_dir / "loss.png")  # once more, since a kill may have come before the last one
 
     if stopped:
         name = signal.Signals(stopped[0]).name
@@ -304,6 +319,8 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 128 + stopped[0]
+    if progress.waited_enough(config.early_stopping):
+        print(f"stopped early: {progress.evals_since_best} evaluations without a lower validation loss")
     print(f"\n{write_a_little(model, tokenizer, device, dtype)}\n")
     print(f"more of this: python sample.py --out_dir={out_dir}")
     print(f"best val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}")
@@ -314,11 +331,13 @@ def main(argv: list[str]) -> int:
 # Before the loop
 
 
-def check_resumable(saved: dict, given: dict) -> None:
+def check_resumable(saved: dict, given: dict, path: Path) -> None:
     """Length, rates, evaluation and the like may change from one start to the next; what the weights mean may not."""
+    if "optimizer" not in saved:
+        raise UserError(f"{path} holds a model but not the state of its training; is it a copy of best.pt?")
     fixed = {key: value for key, value in saved["model_config"].items() if key != "dropout"}
-    order_of_data = ("dataset", "seed", "batch_size", "gradient_accumulation_steps")
-    fixed |= {key: saved["train_config"][key] for key in order_of_data}
+    course = ("dataset", "seed", "batch_size", "gradient_accumulation_steps", "optimizer")
+    fixed |= {key: saved["train_config"][key] for key in course}
     for key, value in given.items():
         if key in fixed and value != fixed[key] and (key, value) != ("vocab_size", None):
             raise UserError(
@@ -330,7 +349,7 @@ def check_resumable(saved: dict, given: dict) -> None:
 def open_dataset(config: TrainConfig, model_config: ModelConfig) -> TokenDataset:
     """The prepared folder, which is prepared now if there is none."""
     folder = Path("data") / config.dataset
-    if not any((folder / name).exists() for name in ("meta.json", "meta.pkl")):
+    if not any(os.path.exists(folder / name) for name in ("meta.json", "meta.pkl", "train.bin")):
         prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, {"name": config.dataset}))
     return TokenDataset(folder, model_config.block_size, config.seed)
 
@@ -376,18 +395,18 @@ def start_out_dir(out_dir: Path, config: TrainConfig, model_config: ModelConfig,
 
 
 def keep_earlier_run(out_dir: Path) -> None:
-    """Move an earlier run's files into out_dir/previous; killed in between, the next start moves the rest."""
+    """Move an earlier run's files into a new folder in out_dir; killed in between, the next start moves the rest."""
     names = ("ckpt.pt", "best.pt", "metrics.jsonl", "loss.png", "config.json", "wandb_id")
     found = [name for name in names if (out_dir / name).exists()]
-    moved = out_dir / "previous.new"
-    if not found and not moved.exists():
-        return
-    moved.mkdir(exist_ok=True)
+    moving = out_dir / "previous.new"
+    if not any(name.endswith(".pt") for name in found) and not moving.exists():
+        return  # a run that saved no model; its metrics may be written over
+    moving.mkdir(exist_ok=True)
     for name in found:
-        (out_dir / name).replace(moved / name)
-    shutil.rmtree(out_dir / "previous", ignore_errors=True)
-    moved.rename(out_dir / "previous")
-    print(f"note: {out_dir} held an earlier run; it is now in {out_dir}/previous", file=sys.stderr)
+        (out_dir / name).replace(moving / name)
+    kept = next(path for n in itertools.count(1) if not (path := out_dir / f"previous-{n}").exists())
+    moving.rename(kept)
+    print(f"note: {out_dir} held an earlier run; it is now in {kept}", file=sys.stderr)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -405,13 +424,11 @@ def start_wandb(config: TrainConfig, model_config: ModelConfig, out_dir: Path, r
     """A function that sends a row to Weights & Biases, and ends the run when it is given None."""
     if not config.wandb_log:
         return lambda row: None
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("wandb_log=True needs the package wandb: pip install wandb") from error
+    import wandb
+
     id_file = out_dir / "wandb_id"  # the same run there, however often it is resumed here
     run_id = id_file.read_text() if resumed and id_file.exists() else secrets.token_hex(4)
-    id_file.write_text(run_id)
+    checkpoint.write_whole(id_file, lambda file: file.write(run_id.encode()))
     options = {
         "project": config.wandb_project,
         "name": config.wandb_run_name or out_dir.name,
@@ -430,15 +447,19 @@ def start_wandb(config: TrainConfig, model_config: ModelConfig, out_dir: Path, r
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM put themselves into; a second one of them ends the program at once."""
+    """A list that SIGINT and SIGTERM put themselves into; a second one ends the program at once."""
     caught = []
 
     def note(number: int, frame) -> None:
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving", file=sys.stderr)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        with suppress(OSError):  # whoever reads our messages may have got the signal, too, and be gone
+            os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving\n".encode())
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, note)
     try:
         yield caught
     finally:
@@ -513,17 +534,24 @@ def describe(val_loss: float, dataset: TokenDataset) -> str:
     return f"{val_loss:.4f} ({bits:.3f} bits per byte, perplexity {math.exp(val_loss):.2f})"
 
 
+def say(bar: tqdm, line: str) -> None:
+    """Print a line above the bar. A reader who has gone, as a closed terminal, does not end the training."""
+    try:
+        bar.write(line)
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115, open to the end
+
+
 def tell(bar: tqdm, row: dict, progress: Progress, max_iters: int) -> None:
     """On a terminal the bar shows the numbers; elsewhere, a line does."""
     if not bar.disable:
         bar.set_postfix_str(f"loss {row['train_loss']:.3f}, lr {row['lr']:.1e}, {row['tokens_per_second']:,} tokens/s")
         return
     left = (max_iters - progress.iter) * progress.seconds / progress.iter
-    print(
-        f"iter {progress.iter}/{max_iters}: loss {row['train_loss']:.4f}, lr {row['lr']:.2e},"
-        f" gradient norm {row['grad_norm']:.2f}, {row['tokens_per_second']:,} tokens/s, {left:.0f} s left",
-        flush=True,
-    )
+    norm = "inf" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
+    line = f"iter {progress.iter}/{max_iters}: loss {row['train_loss']:.4f}, lr {row['lr']:.2e}, gradient norm {norm}"
+    say(bar, f"{line}, {row['tokens_per_second']:,} tokens/s, {left:.0f} s left")
 
 
 def diverged(what: str, it: int, grad_norm: float, out_dir: Path) -> int:
@@ -540,6 +568,9 @@ def diverged(what: str, it: int, grad_norm: float, out_dir: Path) -> int:
 
 def draw_losses(rows: list[dict], path: Path) -> None:
     """The picture of a run: training and validation loss against steps."""
+    val = [(row["iter"], row["val_loss"]) for row in rows if "val_loss" in row]
+    if not val:
+        return
     import matplotlib  # here, since it takes a second to load and the first step should not wait for it
 
     matplotlib.use("Agg")
@@ -547,7 +578,6 @@ def draw_losses(rows: list[dict], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     train = [(row["iter"], row["train_loss"]) for row in rows if "train_loss" in row]
-    val = [(row["iter"], row["val_loss"]) for row in rows if "val_loss" in row]
     axes.plot(*zip(*train, strict=True), color="#9db4c8", linewidth=1, label="training")
     axes.plot(*zip(*val, strict=True), color="#c2410c", linewidth=1.8, marker="o", markersize=3.5, label="validation")
     best = min(val, key=lambda point: point[1])

@@ -106,6 +106,7 @@ def test_a_key_without_a_value_is_refused():
         ("\nwidth = nothing", "a.py:2: NameError: name 'nothing' is not defined"),
         ("width = '4'", "width='4' must be int"),
         ("width = True", "width=True must be int"),
+        ("name = print", "name=<built-in function print> must be text"),
     ],
 )
 def test_missing_and_broken_config_files_are_named(folder, content, complaint):

@@ -48,7 +48,12 @@ def test_autocast_multiplies_in_the_dtype_asked_for():
 
 def test_peaks_are_known_by_the_cards_name(monkeypatch):
     cuda = torch.device("cuda")
-    for name, peak in {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA L4": 121e12, "Some New Card": None}.items():
+    for name, peak in {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA L4": 121e12,
+        "NVIDIA L40": None,
+        "NVIDIA H100 PCIe": 756e12,
+    }.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(cuda) == peak
     assert peak_flops(CPU) is None

@@ -222,4 +222,4 @@ def test_a_bad_model_config_is_refused(keys, complaint):
 
 def test_rotation_of_an_odd_head_is_refused():
     with pytest.raises(ValueError, match="must be even"):
-        tiny(position="rotary", n_embd=6, n_head=2)
+        ModelConfig(position="rotary", n_embd=6, n_head=2)

@@ -81,6 +81,14 @@ def test_a_download_is_tried_again_and_checked(monkeypatch):
     assert waits == [1, 2]
 
 
+def test_a_download_that_takes_too_long_is_not_begun_again(monkeypatch):
+    clock = iter([0.0, 16.0])
+    monkeypatch.setattr(prepare_data.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(prepare_data.urllib.request, "urlopen", unreachable)
+    with pytest.raises(prepare_data.UserError, match="cannot be reached: Name or service"):
+        prepare_data.download("https://example.org/x", "")
+
+
 def unreachable(url, timeout):
     raise urllib.error.URLError("Name or service not known")
 

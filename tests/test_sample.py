@@ -9,7 +9,7 @@ import model as models
 import sample
 import train
 from model import POSITIONS, ModelConfig
-from sample import Decoder, generate, probabilities
+from sample import generate, probabilities
 from tokenizer import ByteTokenizer
 
 
@@ -96,6 +96,10 @@ def test_top_p_keeps_the_fewest_that_together_reach_p():
     torch.testing.assert_close(probabilities(logits, top_p=1.0), logits.exp())
 
 
+def test_the_smallest_temperature_is_greedy_and_no_overflow():
+    assert probabilities(torch.tensor([[3.0, 5.0]]), temperature=1e-39).tolist() == [[0.0, 1.0]]
+
+
 def test_temperature_sharpens_and_flattens():
     logits = torch.tensor([[0.0, 1.0]])
     chances = [probabilities(logits, temperature=t)[0, 1].item() for t in (0, 0.5, 1.0, 2.0)]
@@ -146,9 +150,9 @@ def test_sampling_needs_no_data_folder(run_dir, capsys):
 
 
 def test_a_character_appears_when_its_last_byte_is_there():
-    decoder = Decoder(ByteTokenizer())
-    assert [decoder.feed(byte) for byte in "ü🙂a".encode()] == ["", "ü", "", "", "", "🙂", "a"]
-    assert decoder.feed(0xC3) == "" and decoder.rest() == "\N{REPLACEMENT CHARACTER}"
+    read = []
+    pieces = ByteTokenizer().decode_stream(read.append(byte) or byte for byte in "ü🙂a".encode() + b"\xc3")
+    assert [(piece, len(read)) for piece in pieces] == [("ü", 2), ("🙂", 6), ("a", 7), ("\N{REPLACEMENT CHARACTER}", 8)]
 
 
 BAD = {

@@ -50,6 +50,11 @@ def test_bytes_that_are_no_utf8_become_replacement_characters():
     assert ByteTokenizer().decode([0xFF, 65]) == "\N{REPLACEMENT CHARACTER}A"
 
 
+def test_a_broken_byte_in_an_argument_is_named():
+    with pytest.raises(UserError, match=r"'\\udcff' at position 1 is no character of UTF-8"):
+        ByteTokenizer().encode("a\udcff")
+
+
 def test_an_unknown_tokenizer_is_refused():
     with pytest.raises(UserError, match="tokenizer 'morse' is not one of: char, byte"):
         tokenizer.from_state({"tokenizer": "morse"})

@@ -106,12 +106,14 @@ def test_early_stopping_counts_evaluations_without_a_lower_loss(run_train, monke
     assert capsys.readouterr().out.splitlines()[-1] == "best val loss 2.0000 at iter 9"
 
 
-def test_a_new_run_keeps_the_earlier_one_in_previous(run_train, capsys):
+def test_a_new_run_keeps_every_earlier_one(run_train, capsys):
     run_train("--seed=1")
     first = weights()
     run_train("--seed=2")
-    assert_same_weights(checkpoint.load(OUT / "previous" / "ckpt.pt")["model"], first)
-    assert "out/run/previous" in capsys.readouterr().err
+    assert "is now in out/run/previous-1" in capsys.readouterr().err
+    run_train("--seed=3")
+    assert_same_weights(checkpoint.load(OUT / "previous-1" / "ckpt.pt")["model"], first)
+    assert (OUT / "previous-2" / "best.pt").exists()
 
 
 def test_killed_while_it_moves_an_earlier_run_aside_nothing_of_it_is_lost(run_train, monkeypatch):
@@ -123,8 +125,8 @@ def test_killed_while_it_moves_an_earlier_run_aside_nothing_of_it_is_lost(run_tr
         run_train("--seed=2")
     monkeypatch.setattr(Path, "replace", replace)
     run_train("--seed=2")
-    assert_same_weights(checkpoint.load(OUT / "previous" / "ckpt.pt")["model"], first)
-    assert (OUT / "previous" / "metrics.jsonl").exists() and not (OUT / "previous.new").exists()
+    assert_same_weights(checkpoint.load(OUT / "previous-1" / "ckpt.pt")["model"], first)
+    assert (OUT / "previous-1" / "metrics.jsonl").exists() and not (OUT / "previous.new").exists()
 
 
 def test_evaluating_only_writes_nothing(tiny, capsys):
@@ -296,6 +298,18 @@ def test_a_signalled_program_exits_with_the_signals_code(tiny):
     assert process.returncode == 143
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
+def test_ctrl_c_saves_even_where_it_has_ended_the_reader_of_our_messages(tiny):
+    command = [sys.executable, "-u", ROOT / "train.py", *TINY_RUN, "--max_iters=100000", "--eval_interval=100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        while not process.stdout.readline().startswith("iter 2/"):
+            pass
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        process.wait()
+    assert checkpoint.load(OUT / "ckpt.pt")["iter"] >= 2
+
+
 def quiet_train(*argv: str) -> None:
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115, open as long as the process
     torch.set_num_threads(1)
@@ -419,12 +433,56 @@ def test_settings_of_the_checkpoint_hold_unless_changed(run_train):
 
 
 @pytest.mark.parametrize(
-    "change", ["n_layer=3", "n_embd=64", "bias=True", "vocab_size=99", "position=rotary", "batch_size=2", "seed=2"]
+    "change",
+    [
+        "n_layer=3",
+        "n_embd=64",
+        "bias=True",
+        "vocab_size=99",
+        "position=rotary",
+        "batch_size=2",
+        "seed=2",
+        "optimizer=muon",
+    ],
 )
 def test_what_may_not_change_on_resume_is_refused(run_train, fails, change):
     run_train()
     line = fails(train.main, "--init_from=resume", "--out_dir=out/run", f"--{change}")
     assert f"{change} cannot change on resume: the checkpoint has {change.partition('=')[0]}=" in line
+
+
+def test_new_settings_are_checked_beside_those_of_the_checkpoint(run_train):
+    run_train("--learning_rate=0.01")
+    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=7", "--min_lr=0.005"]) == 0
+
+
+def test_a_model_without_its_training_state_cannot_go_on(run_train, fails):
+    run_train()
+    (OUT / "best.pt").replace(OUT / "ckpt.pt")
+    line = fails(train.main, "--init_from=resume", "--out_dir=out/run")
+    assert "out/run/ckpt.pt holds a model but not the state of its training; is it a copy of best.pt?" in line
+
+
+def test_a_run_that_stopped_early_stays_stopped_when_resumed(run_train, monkeypatch):
+    evaluations(monkeypatch, 2.0, 3.0)
+    rows = run_train("--early_stopping=1", "--max_iters=60")
+    assert rows[-1]["iter"] == 6
+    assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
+    assert read_rows(OUT) == rows
+
+
+def test_the_same_text_from_another_path_can_be_resumed(run_train, folder):
+    run_train()
+    train.prepare_data.main([f"--input={folder / 'tiny.txt'}", "--name=tiny"])
+    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=7"]) == 0
+
+
+def test_a_run_that_moves_to_a_card_that_needs_a_scaler_gets_a_new_one(run_train, monkeypatch):
+    run_train()
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler("cpu", init_scale=8.0))
+    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=7"]) == 0
+    assert checkpoint.load(OUT / "ckpt.pt")["scaler"]["scale"] == 8.0
 
 
 def test_data_that_changed_since_the_checkpoint_is_refused(run_train, fails):
@@ -460,6 +518,8 @@ def test_a_validation_loss_that_is_not_finite_is_never_the_best(run_train, monke
 
 
 BAD = {
+    "seed=99999999999999999999 must be below 2^63": ["--seed=99999999999999999999"],
+    "position=rotary turns pairs": ["--position=rotary", "--n_embd=6"],
     "unknown key n_layr; did you mean n_layer?": ["--n_layr=3"],
     "n_layer='two' must be int": ["--n_layer=two"],
     "n_embd=32 must be a multiple of n_head=3": ["--n_head=3"],
@@ -516,6 +576,31 @@ def test_a_key_without_effect_says_so(run_train, capsys):
 # Weights & Biases, as far as it can be seen without it
 
 
+def test_a_full_disk_between_checkpoints_is_one_line(tiny, fails, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    write_whole = checkpoint.write_whole
+    monkeypatch.setattr(
+        checkpoint, "write_whole", lambda *args: write_whole(*args) or monkeypatch.setattr(Path, "open", full)
+    )
+    assert "cannot write out/run/" in fails(train.main, *TINY_RUN)
+
+
+def test_a_validation_loss_too_large_for_a_perplexity_stops_the_run(run_train, monkeypatch, capsys):
+    evaluations(monkeypatch, 2000.0)
+    assert train.main(TINY_RUN) == 1
+    assert "the validation loss is 2000.0 at iter 3" in capsys.readouterr().err
+
+
+def test_token_files_without_a_tokenizer_are_left_as_they_are(tiny, fails):
+    (tiny / "meta.json").unlink()
+    (tiny / "input.txt").write_text(make_text(seed=3))
+    before = (tiny / "train.bin").read_bytes()
+    assert "data/tiny has no meta.json (nor nanoGPT's meta.pkl)" in fails(train.main, *TINY_RUN)
+    assert (tiny / "train.bin").read_bytes() == before
+
+
 class FakeWandb(types.ModuleType):
     class Error(Exception):
         pass
@@ -541,6 +626,7 @@ class FakeWandb(types.ModuleType):
 def test_wandb_gets_the_numbers_and_a_resumed_run_is_the_same_run(run_train, monkeypatch, capsys, online):
     fake = FakeWandb(online)
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: fake)
     rows = run_train("--wandb_log=True", "--wandb_project=p")
     train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"])
     first, second = fake.started
@@ -554,7 +640,7 @@ def test_wandb_gets_the_numbers_and_a_resumed_run_is_the_same_run(run_train, mon
 
 
 def test_wandb_that_is_not_installed_is_named(tiny, fails, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     assert "wandb_log=True needs the package wandb: pip install wandb" in fails(
         train.main, *TINY_RUN, "--wandb_log=True"
     )
