@@ -291,7 +291,7 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """init=gpt2                        init=zero
 
-        embeddings                     normal, 0.02                     normal, 1
+        embeddings                     normal, 0.02                     normal, 1; tied 1 / sqrt(n_embd)
         matrices                       normal, 0.02                     normal, 1 / sqrt(inputs)
         last matrix of each branch     normal, 0.02 / sqrt(branches)    0, so that a new block changes nothing
         an untied head                 normal, 0.02                     0, so that all tokens have the same chance

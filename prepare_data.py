@@ -83,8 +83,10 @@ def prepare(config: PrepareConfig) -> None:
     }
     for split, part in parts.items():
         ids = tokenizer.encode(part).astype(dtype)
-        write_whole(folder / f"{split}.bin", lambda file, ids=ids: file.write(ids.tobytes()))
+        write_whole(folder / f"{split}.bin.part", lambda file, ids=ids: file.write(ids.tobytes()))
         meta["splits"][split] = {"tokens": len(ids), "characters": len(part), "bytes": len(part.encode())}
+    for split in parts:
+        (folder / f"{split}.bin.part").replace(folder / f"{split}.bin")
     write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
     counts = ", ".join(f"{split} {meta['splits'][split]['tokens']:,}" for split in parts)
     print(f"{folder}: {source}; {len(text):,} characters; tokens: {counts}; vocabulary of {tokenizer.vocab_size:,}")

@@ -9,7 +9,6 @@ metrics.jsonl, loss.png and config.json. Ctrl-C saves before it stops.
 """
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -153,8 +153,9 @@ def main(argv: list[str]) -> int:
     if given.get("init_from") == "resume":
         path = Path(given.get("out_dir", TrainConfig.out_dir)) / "ckpt.pt"
         saved = checkpoint.load(path)
+        given = {key: value for key, value in given.items() if (key, value) != ("vocab_size", None)}
         check_resumable(saved, given, path)
-        settings = saved["train_config"] | saved["model_config"] | given
+        settings = saved["train_config"] | saved["model_config"] | given | {"out_dir": str(path.parent)}
     config, model_config = configurator.make(TrainConfig, settings), configurator.make(ModelConfig, settings)
     out_dir = Path(config.out_dir)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -170,8 +171,7 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    if config.wandb_log and importlib.util.find_spec("wandb") is None:
-        raise UserError("wandb_log=True needs the package wandb: pip install wandb")
+    wandb = import_wandb() if config.wandb_log else None
 
     # --- data, model, optimizer
     dataset = open_dataset(config, model_config)
@@ -203,6 +203,15 @@ def main(argv: list[str]) -> int:
         if saved["scaler"]:  # empty where the run was not in float16 so far
             scaler.load_state_dict(saved["scaler"])
         progress = Progress(**saved["progress"])
+        if progress.iter > config.max_iters:
+            raise UserError(
+                f"max_iters={config.max_iters} is below the {progress.iter} steps that the checkpoint has done"
+            )
+        if progress.iter == config.max_iters:
+            print(f"note: all {progress.iter} steps are done; for more: --max_iters=N", file=sys.stderr)
+        if config.eval_iters != saved["train_config"]["eval_iters"]:
+            print("note: eval_iters changed, so the best validation loss is counted anew", file=sys.stderr)
+            progress = dataclasses.replace(progress, best_val_loss=math.inf, best_iter=0, evals_since_best=0)
     del saved
     net = model  # what trains; the weights are saved from the model itself, so that no name in them tells of a wrapper
     if config.compile or (config.compile is None and device.type == "cuda"):
@@ -229,7 +238,7 @@ def main(argv: list[str]) -> int:
 
     # --- the folder
     rows = start_out_dir(out_dir, config, model_config, progress)
-    log_wandb = start_wandb(config, model_config, out_dir, resumed=progress.iter > 0)
+    log_wandb = start_wandb(wandb, config, model_config, out_dir, resumed=progress.iter > 0)
 
     def record(row: dict) -> None:
         row = {"iter": progress.iter, "tokens": progress.tokens, "seconds": round(progress.seconds, 3), **row}
@@ -273,7 +282,8 @@ def main(argv: list[str]) -> int:
             for i, (x, norm) in enumerate(zip(losses, norms, strict=True)):
                 # a scaler leaves out steps whose gradient is not finite; without it the weights are lost
                 if not math.isfinite(x) or not (math.isfinite(norm) or scaler.is_enabled()):
-                    return diverged(f"loss is {x}", progress.iter - len(losses) + 1 + i, norm, out_dir)
+                    what = "gradient is not finite" if math.isfinite(x) else f"loss is {x}"
+                    return diverged(what, progress.iter - len(losses) + 1 + i, norm, out_dir)
             progress.losses = list(losses)
             if log:
                 speed = (progress.tokens - logged_tokens) / (progress.seconds - logged_seconds)
@@ -300,6 +310,7 @@ def main(argv: list[str]) -> int:
                 say(bar, f"iter {progress.iter}: val loss {describe(val_loss, dataset)}{best}")
                 if improved:
                     save("best.pt")
+            last = last or progress.waited_enough(config.early_stopping)
             if stop or (due and (last or improved or config.always_save_checkpoint)):
                 training_state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 save("ckpt.pt", **training_state, progress=asdict(progress))
@@ -313,11 +324,9 @@ def main(argv: list[str]) -> int:
 
     if stopped:
         name = signal.Signals(stopped[0]).name
-        print(
-            f"{name}: saved {out_dir}/ckpt.pt at iter {progress.iter}; go on with:"
-            f" python train.py --init_from=resume --out_dir={out_dir}",
-            file=sys.stderr,
-        )
+        go_on = f"python train.py --init_from=resume --out_dir={out_dir}"
+        with suppress(OSError):  # as in catch_signals
+            print(f"{name}: saved {out_dir}/ckpt.pt at iter {progress.iter}; go on with: {go_on}", file=sys.stderr)
         return 128 + stopped[0]
     if progress.waited_enough(config.early_stopping):
         print(f"stopped early: {progress.evals_since_best} evaluations without a lower validation loss")
@@ -339,7 +348,7 @@ def check_resumable(saved: dict, given: dict, path: Path) -> None:
     course = ("dataset", "seed", "batch_size", "gradient_accumulation_steps", "optimizer")
     fixed |= {key: saved["train_config"][key] for key in course}
     for key, value in given.items():
-        if key in fixed and value != fixed[key] and (key, value) != ("vocab_size", None):
+        if key in fixed and value != fixed[key]:
             raise UserError(
                 f"{key}={value} cannot change on resume: the checkpoint has {key}={fixed[key]};"
                 " leave it out, or train a new model with --init_from=scratch and another --out_dir"
@@ -359,16 +368,20 @@ def compiled(
 ) -> nn.Module:
     """The model compiled and tried on one batch; where that fails, one line says why and the model is as it was."""
     print("compiling: this takes about a minute", flush=True)
-    faster = torch.compile(model)
     try:
+        faster = torch.compile(model)
+        batch = to_device(dataset.batch(0, config.batch_size), device)
         with autocast(device, dtype):
-            faster(**to_device(dataset.batch(0, config.batch_size), device))[1].backward()
+            faster(**batch)[1].backward()
+            with torch.no_grad():
+                faster.eval()(**batch)
     except Exception as error:  # compilers fail in as many ways as there are machines
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"note: torch.compile fails here ({reason}); going on without", file=sys.stderr)
         return model
     finally:
         model.zero_grad()
+        model.train()
     return faster
 
 
@@ -399,8 +412,9 @@ def keep_earlier_run(out_dir: Path) -> None:
     names = ("ckpt.pt", "best.pt", "metrics.jsonl", "loss.png", "config.json", "wandb_id")
     found = [name for name in names if (out_dir / name).exists()]
     moving = out_dir / "previous.new"
-    if not any(name.endswith(".pt") for name in found) and not moving.exists():
-        return  # a run that saved no model; its metrics may be written over
+    begun_only = (out_dir / "metrics.jsonl").exists() and not (out_dir / "metrics.jsonl").stat().st_size
+    if (not found or begun_only) and not moving.exists():
+        return
     moving.mkdir(exist_ok=True)
     for name in found:
         (out_dir / name).replace(moving / name)
@@ -420,12 +434,23 @@ def read_metrics(path: Path) -> list[dict]:
     return rows
 
 
-def start_wandb(config: TrainConfig, model_config: ModelConfig, out_dir: Path, resumed: bool) -> Callable:
-    """A function that sends a row to Weights & Biases, and ends the run when it is given None."""
-    if not config.wandb_log:
-        return lambda row: None
-    import wandb
+def import_wandb() -> ModuleType:
+    """The package, and not a folder of that name, which it leaves behind and Python would import as well."""
+    try:
+        import wandb
 
+        assert wandb.init
+    except (ImportError, AttributeError) as error:
+        raise UserError("wandb_log=True needs the package wandb: pip install wandb") from error
+    return wandb
+
+
+def start_wandb(
+    wandb: ModuleType | None, config: TrainConfig, model_config: ModelConfig, out_dir: Path, resumed: bool
+) -> Callable:
+    """A function that sends a row to Weights & Biases, and ends the run when it is given None."""
+    if wandb is None:
+        return lambda row: None
     id_file = out_dir / "wandb_id"  # the same run there, however often it is resumed here
     run_id = id_file.read_text() if resumed and id_file.exists() else secrets.token_hex(4)
     checkpoint.write_whole(id_file, lambda file: file.write(run_id.encode()))
@@ -447,13 +472,21 @@ def start_wandb(config: TrainConfig, model_config: ModelConfig, out_dir: Path, r
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM put themselves into; a second one ends the program at once."""
-    caught = []
+    """A list that SIGINT and SIGTERM put themselves into; a second one ends the program at once.
+
+    What follows within a second is the same request, as timeout and some shells send it to a process and its group.
+    """
+    caught, first = [], 0.0
 
     def note(number: int, frame) -> None:
+        nonlocal first
+        if caught:
+            if time.monotonic() - first > 1:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         caught.append(number)
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
+        first = time.monotonic()
         with suppress(OSError):  # whoever reads our messages may have got the signal, too, and be gone
             os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving\n".encode())
 

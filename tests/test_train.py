@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -456,6 +457,45 @@ def test_new_settings_are_checked_beside_those_of_the_checkpoint(run_train):
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=7", "--min_lr=0.005"]) == 0
 
 
+def test_resuming_a_copied_folder_leaves_the_original_alone(run_train):
+    run_train()
+    OUT.rename("out/original")
+    shutil.copytree("out/original", OUT)
+    OUT.rename("out/copy")
+    before = {path.name: path.read_bytes() for path in Path("out/original").iterdir()}
+    assert train.main(["--init_from=resume", "--out_dir=out/copy", "--max_iters=9"]) == 0
+    assert before == {path.name: path.read_bytes() for path in Path("out/original").iterdir()}
+    assert not OUT.exists()
+
+
+def test_fewer_steps_than_are_done_are_refused_and_as_many_are_told(run_train, fails, capsys):
+    run_train()
+    line = fails(train.main, "--init_from=resume", "--out_dir=out/run", "--max_iters=5")
+    assert "max_iters=5 is below the 6 steps that the checkpoint has done" in line
+    assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
+    assert "note: all 6 steps are done; for more: --max_iters=N" in capsys.readouterr().err
+
+
+def test_the_best_loss_is_counted_anew_when_the_evaluation_set_changes(run_train, monkeypatch, capsys):
+    evaluations(monkeypatch, 1.0, 1.0, 2.0)
+    run_train()
+    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=9", "--eval_iters=None"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "best val loss 2.0000 at iter 9"
+
+
+def test_one_request_that_comes_twice_at_once_is_one_request(run_train, monkeypatch):
+    step = train.train_step
+
+    def step_and_signal(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", step_and_signal)
+    assert train.main(TINY_RUN) == 143
+    assert checkpoint.load(OUT / "ckpt.pt")["iter"] == 1
+
+
 def test_a_model_without_its_training_state_cannot_go_on(run_train, fails):
     run_train()
     (OUT / "best.pt").replace(OUT / "ckpt.pt")
@@ -626,7 +666,6 @@ class FakeWandb(types.ModuleType):
 def test_wandb_gets_the_numbers_and_a_resumed_run_is_the_same_run(run_train, monkeypatch, capsys, online):
     fake = FakeWandb(online)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: fake)
     rows = run_train("--wandb_log=True", "--wandb_project=p")
     train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"])
     first, second = fake.started
@@ -640,7 +679,7 @@ def test_wandb_gets_the_numbers_and_a_resumed_run_is_the_same_run(run_train, mon
 
 
 def test_wandb_that_is_not_installed_is_named(tiny, fails, monkeypatch):
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # as a folder of that name is imported
     assert "wandb_log=True needs the package wandb: pip install wandb" in fails(
         train.main, *TINY_RUN, "--wandb_log=True"
     )
