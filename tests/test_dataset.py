@@ -71,6 +71,14 @@ def test_an_epoch_visits_every_block_once_and_the_next_starts_at_another_offset(
     assert len(offsets) > 5 and offsets <= set(range(32))
 
 
+def test_the_blocks_of_an_epoch_come_in_an_order_that_the_next_epoch_changes(counted):
+    dataset = TokenDataset(counted, 16, seed=1)
+    blocks = (1003 - 1 - 16) // 16
+    first, second = (starts_of(dataset, epoch, blocks) for epoch in (0, 1))
+    ranks = [[sorted(starts).index(start) for start in starts] for starts in (first, second)]
+    assert ranks[0] != list(range(blocks)) and ranks[0] != ranks[1]
+
+
 def test_every_place_of_the_text_is_trained_on_in_time(counted):
     dataset = TokenDataset(counted, 16, seed=1)
     seen = set()

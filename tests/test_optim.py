@@ -90,6 +90,18 @@ def test_muons_first_step_is_the_orthogonalized_gradient():
         torch.testing.assert_close(p.detach(), before[p] * (1 - 0.1 * 0.5) - lr * update, atol=1e-4, rtol=1e-3)
 
 
+def test_muon_remembers_the_gradients_before():
+    model = tiny()
+    square = model.stack.blocks[1].attn.key.weight
+    optimizer = make_optimizer("muon", model, 1e-3, muon_momentum=0.9)
+    first, second = torch.randn(32, 32), torch.randn(32, 32)
+    for gradient in (first, second):
+        square.grad = gradient.clone()
+        optimizer.step()
+    mean = 0.9 * (0.1 * first) + 0.1 * second
+    torch.testing.assert_close(optimizer.state[square]["mean"], mean)
+
+
 @every_optimizer
 def test_parameters_without_a_gradient_stay_as_they_are(name):
     model = tiny(position="rotary")

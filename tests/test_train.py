@@ -162,6 +162,20 @@ def test_evaluation_does_not_disturb_training(run_train):
     assert train_losses(often) == train_losses(run_train("--dropout=0.3", "--eval_interval=6", "--eval_iters=None"))
 
 
+def test_evaluation_goes_without_dropout(tiny, capsys):
+    losses = []
+    for dropout in ("0.0", "0.5", "0.5"):
+        train.main(
+            [
+                *TINY_RUN,
+                "--eval_only=True",
+                f"--dropout={dropout}",
+            ]
+        )
+        losses.append(capsys.readouterr().out.splitlines()[-1])
+    assert len(set(losses)) == 1
+
+
 def test_dropout_is_drawn_anew_in_each_batch(tiny):
     train.main([*TINY_RUN, "--dropout=0.5", "--learning_rate=1e-30", "--weight_decay=0", "--max_iters=3"])
     one_block = make_text(17 * 10 // 9 + 2)
