@@ -44,12 +44,14 @@ class Optimizer:
         self.steps = state["steps"]
         for p, memory in zip(parameters, state["memories"], strict=True):
             assert all(value.shape == p.shape for value in memory.values()), "the state is of another model"
-            self.state[p] = {key: value.to(p.device) for key, value in memory.items()}
+            if memory:
+                self.state[p] = {key: value.to(p.device) for key, value in memory.items()}
 
     def memory(self, p: Tensor, *names: str) -> list[Tensor]:
         """What is remembered of p under these names; zeros at first."""
-        held = self.state.setdefault(p, {})
-        return [held.setdefault(name, torch.zeros_like(p)) for name in names]
+        if p not in self.state:
+            self.state[p] = {name: torch.zeros_like(p) for name in names}
+        return [self.state[p][name] for name in names]
 
 
 def adamw(optimizer: Optimizer, group: dict) -> None:
@@ -108,14 +110,14 @@ def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
     dtype = x.dtype
     if x.device.type == "cuda":
         x = x.bfloat16()  # exact enough here, and much faster there
-    if wide := x.shape[1] > x.shape[2]:
+    if tall := x.shape[1] > x.shape[2]:
         x = x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # the largest singular value is now at most 1
     for _ in range(steps):
         a = x @ x.mT
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, b, x, beta=3.4445)
-    return (x.mT if wide else x).to(dtype)
+    return (x.mT if tall else x).to(dtype)
 
 
 RULES = {"adamw": adamw, "muon": muon}

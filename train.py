@@ -233,7 +233,7 @@ def main(argv: list[str]) -> int:
     )
     evaluation = lambda: evaluate(net, dataset, config, device, dtype)  # noqa: E731
     if config.eval_only:
-        print(f"val loss {describe(evaluation(), dataset)} at iter {progress.iter}")
+        print(f"{describe(measures(evaluation(), dataset))} at iter {progress.iter}")
         return 0
 
     # --- the folder
@@ -304,10 +304,10 @@ def main(argv: list[str]) -> int:
                 progress.evals_since_best = 0 if improved else progress.evals_since_best + 1
                 if improved:
                     progress.best_val_loss, progress.best_iter = val_loss, progress.iter
-                bits = val_loss / math.log(2) / dataset.val_bytes_per_token()
-                record({"val_loss": val_loss, "val_bits_per_byte": bits, "val_perplexity": math.exp(val_loss)})
+                row = measures(val_loss, dataset)
+                record(row)
                 best = ", the best so far" if improved else ""
-                say(bar, f"iter {progress.iter}: val loss {describe(val_loss, dataset)}{best}")
+                say(bar, f"iter {progress.iter}: {describe(row)}{best}")
                 if improved:
                     save("best.pt")
             last = last or progress.waited_enough(config.early_stopping)
@@ -316,11 +316,11 @@ def main(argv: list[str]) -> int:
                 save("ckpt.pt", **training_state, progress=asdict(progress))
             if stop:
                 break
-            if due:
+            if due and not last:
                 draw_losses(rows, out_dir / "loss.png")
                 started = time.perf_counter() - progress.seconds  # the time since then was not training
     log_wandb(None)
-    draw_losses(rows, out_dir / "loss.png")  # once more, since a kill may have come before the last one
+    draw_losses(rows, out_dir / "loss.png")  # a resumed run may have no step left, and its picture be missing
 
     if stopped:
         name = signal.Signals(stopped[0]).name
@@ -388,7 +388,7 @@ def compiled(
 def start_out_dir(out_dir: Path, config: TrainConfig, model_config: ModelConfig, progress: Progress) -> list[dict]:
     """Make the folder ready and return the rows of metrics that the run goes on from.
 
-    A new run moves an older one's files into out_dir/previous; a resumed one drops what came after its checkpoint.
+    A new run moves an older one's files aside; a resumed one drops what came after its checkpoint.
     """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -561,10 +561,16 @@ def evaluate(
     return float(total) / count
 
 
-def describe(val_loss: float, dataset: TokenDataset) -> str:
-    """2.0123 (2.903 bits per byte, perplexity 7.48)"""
+def measures(val_loss: float, dataset: TokenDataset) -> dict:
+    """A validation loss in nats per token, and the same in bits per byte of text and as perplexity."""
     bits = val_loss / math.log(2) / dataset.val_bytes_per_token()
-    return f"{val_loss:.4f} ({bits:.3f} bits per byte, perplexity {math.exp(val_loss):.2f})"
+    return {"val_loss": val_loss, "val_bits_per_byte": bits, "val_perplexity": math.exp(val_loss)}
+
+
+def describe(row: dict) -> str:
+    """val loss 2.0123 (2.903 bits per byte, perplexity 7.48)"""
+    bits, perplexity = row["val_bits_per_byte"], row["val_perplexity"]
+    return f"val loss {row['val_loss']:.4f} ({bits:.3f} bits per byte, perplexity {perplexity:.2f})"
 
 
 def say(bar: tqdm, line: str) -> None:
