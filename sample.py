@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ import model as models
 import tokenizer as tokenizers
 from configurator import UserError
 from device import DTYPES, autocast, pick_device, pick_dtype
+from tokenizer import END_OF_TEXT, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class SampleConfig:
     init_from: str = "resume"  # resume: from a checkpoint in out_dir; nanoGPT's gpt2 models are not here yet
     out_dir: str = "out"  # the folder of the run whose checkpoint writes
     checkpoint: str = "best"  # best: lowest validation loss (best.pt); latest: where training stands (ckpt.pt)
-    start: str | None = None  # the prompt, or FILE:path of one; None: a line break
+    start: str | None = None  # the prompt, or FILE:path of one; None: the end of a text before, or else a line break
     num_samples: int = 3  # texts, written side by side in one batch
     max_new_tokens: int = 500  # length of each, without the prompt
     # --- how
@@ -74,9 +76,9 @@ def main(argv: list[str]) -> None:
     if config.compile:
         print("note: compile=True has no effect in sample.py", file=sys.stderr)
     tokenizer = tokenizers.from_state(saved["tokenizer"])
-    prompt = read_prompt(config.start, tokenizer)
+    prompt, ids = read_prompt(config.start, tokenizer)
 
-    idx = torch.from_numpy(tokenizer.encode(prompt)).to(device).repeat(config.num_samples, 1)
+    idx = torch.from_numpy(ids).to(device).repeat(config.num_samples, 1)
     new_tokens = generate(
         model,
         idx,
@@ -115,17 +117,23 @@ def load(config: SampleConfig) -> dict:
     return saved
 
 
-def read_prompt(start: str | None, tokenizer) -> str:
+def read_prompt(start: str | None, tokenizer: Tokenizer) -> tuple[str, np.ndarray]:
+    """(the prompt as it is shown, its token ids)."""
     if start is None:
-        return tokenizer.default_start
+        ids = tokenizer.start()
+        return "" if tokenizer.eot is not None else tokenizer.decode(ids), ids
     if start.startswith("FILE:"):
         try:
             start = Path(start[5:]).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the prompt {start[5:]}: {error}") from error
+    ids = np.array([], dtype=np.int64)
+    text = start
+    if tokenizer.eot is not None and start.startswith(END_OF_TEXT):  # as nanoGPT's users write it
+        ids, text = tokenizer.start(), start.removeprefix(END_OF_TEXT)
     if not start:
-        raise UserError("an empty prompt: this tokenizer has no token that starts a text; give at least one character")
-    return start
+        raise UserError("an empty prompt; give at least one character, or leave --start out")
+    return text, np.concatenate([ids, tokenizer.encode(text)]) if text else ids
 
 
 # --------------------------------------------------------------------------------------

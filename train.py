@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import checkpoint
 import configurator
+import files
 import model as models
 import prepare_data
 from configurator import UserError
@@ -243,7 +244,7 @@ def main(argv: list[str]) -> int:
     def record(row: dict) -> None:
         row = {"iter": progress.iter, "tokens": progress.tokens, "seconds": round(progress.seconds, 3), **row}
         rows.append(row)
-        checkpoint.append(out_dir / "metrics.jsonl", json.dumps(row))
+        files.append(out_dir / "metrics.jsonl", json.dumps(row))
         log_wandb(row)
 
     def save(name: str, **training_state) -> None:
@@ -358,7 +359,11 @@ def check_resumable(saved: dict, given: dict, path: Path) -> None:
 def open_dataset(config: TrainConfig, model_config: ModelConfig) -> TokenDataset:
     """The prepared folder, which is prepared now if there is none."""
     folder = Path("data") / config.dataset
-    if not any(os.path.exists(folder / name) for name in ("meta.json", "meta.pkl", "train.bin")):
+    whole, stopped, bare = (
+        any(os.path.exists(folder / name) for name in names)
+        for names in (("meta.json", "meta.pkl"), ("preparing",), ("train.bin",))
+    )
+    if not whole and (config.dataset in prepare_data.KNOWN if stopped else not bare):
         prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, {"name": config.dataset}))
     return TokenDataset(folder, model_config.block_size, config.seed)
 
@@ -401,9 +406,9 @@ def start_out_dir(out_dir: Path, config: TrainConfig, model_config: ModelConfig,
     except OSError as error:
         raise UserError(f"cannot write out_dir={out_dir}: {error.strerror}; name another --out_dir") from error
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    checkpoint.write_whole(metrics, lambda file: file.write(lines.encode()))
+    files.write_whole(metrics, lambda file: file.write(lines.encode()))
     settings = json.dumps(asdict(config) | asdict(model_config), indent=1)
-    checkpoint.write_whole(out_dir / "config.json", lambda file: file.write(settings.encode()))
+    files.write_whole(out_dir / "config.json", lambda file: file.write(settings.encode()))
     return rows
 
 
@@ -453,7 +458,7 @@ def start_wandb(
         return lambda row: None
     id_file = out_dir / "wandb_id"  # the same run there, however often it is resumed here
     run_id = id_file.read_text() if resumed and id_file.exists() else secrets.token_hex(4)
-    checkpoint.write_whole(id_file, lambda file: file.write(run_id.encode()))
+    files.write_whole(id_file, lambda file: file.write(run_id.encode()))
     options = {
         "project": config.wandb_project,
         "name": config.wandb_run_name or out_dir.name,
@@ -625,14 +630,14 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    checkpoint.write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
+    files.write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
     plt.close(figure)
 
 
 def write_a_little(model: nn.Module, tokenizer, device: torch.device, dtype: torch.dtype) -> str:
     """300 tokens by the model as it is now."""
     model.eval()
-    idx = torch.from_numpy(tokenizer.encode(tokenizer.default_start)).to(device)[None]
+    idx = torch.from_numpy(tokenizer.start()).to(device)[None]
     generator = torch.Generator(device).manual_seed(1337)
     with autocast(device, dtype):
         tokens = list(generate(model, idx, 300, tokenizer.vocab_size, temperature=0.8, generator=generator))

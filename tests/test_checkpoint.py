@@ -8,6 +8,7 @@ import torch
 from conftest import TINY_RUN
 
 import checkpoint
+import files
 import sample
 import train
 from configurator import UserError
@@ -43,7 +44,7 @@ def test_a_full_disk_while_saving_leaves_the_checkpoint_before(folder, room):
     checkpoint.save(path, {"iter": 1, "w": torch.zeros(1000)})
     state = {"format": checkpoint.FORMAT, "iter": 2, "w": torch.zeros(1000)}
     with pytest.raises(UserError, match=r"cannot write a\.pt: .*; the one before it is as it was"):
-        checkpoint.write_whole(path, lambda file: torch.save(state, FullDisk(file, room)))
+        files.write_whole(path, lambda file: torch.save(state, FullDisk(file, room)))
     assert checkpoint.load(path)["iter"] == 1
     assert [file.name for file in Path().iterdir()] == ["a.pt"]
 

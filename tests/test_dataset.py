@@ -8,7 +8,10 @@ import torch
 from conftest import TINY_RUN, make_text
 
 import train
+from configurator import UserError
 from dataset import TokenDataset, permute, random_key
+from token_files import CHECKED, META_FORMAT, TokenFiles, checksums
+from tokenizer import BytePairTokenizer
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000])
@@ -47,10 +50,20 @@ def counted(folder):
     for split, n in (("train", 1003), ("val", 107)):
         np.arange(n, dtype=np.uint16).tofile(data / f"{split}.bin")
     alphabet = "".join(map(chr, range(0x4E00, 0x4E00 + 1003)))
-    meta = {"format": "tokens 1", "source": "counting", "dtype": "uint16"}
-    meta |= {"tokenizer": {"tokenizer": "char", "alphabet": alphabet}}
-    (data / "meta.json").write_text(json.dumps(meta))
+    write_meta(data, {"tokenizer": "char", "alphabet": alphabet})
     return data
+
+
+def write_meta(data: Path, tokenizer: dict) -> None:
+    """A meta.json for the uint16 token files that lie in a folder."""
+    splits = {}
+    for split in ("train", "val"):
+        paths = sorted(data.glob(f"{split}*.bin"))
+        files = [{"name": path.name, "tokens": path.stat().st_size // 2} for path in paths]
+        splits[split] = {"files": files, "checksums": {path.name: checksums(path) for path in paths}}
+        splits[split]["tokens"] = splits[split]["bytes"] = sum(file["tokens"] for file in files)
+    meta = {"format": META_FORMAT, "task": "language modelling", "source": "counting", "dtype": "uint16"}
+    (data / "meta.json").write_text(json.dumps(meta | {"splits": splits, "tokenizer": tokenizer}))
 
 
 def test_targets_are_the_tokens_that_follow(counted):
@@ -102,6 +115,7 @@ def test_two_small_batches_are_one_big_batch(counted):
 @pytest.mark.parametrize("n", [17, 18, 31, 32, 33, 34, 48])
 def test_texts_hardly_longer_than_a_block_can_be_trained_on(counted, n):
     np.arange(n, dtype=np.uint16).tofile(counted / "train.bin")
+    write_meta(counted, json.loads((counted / "meta.json").read_text())["tokenizer"])
     batch = TokenDataset(counted, 16, seed=1).batch(2, 9)
     assert torch.equal(batch["targets"], batch["idx"] + 1) and batch["targets"].max() < n
 
@@ -133,7 +147,7 @@ def test_a_nanogpt_folder_opens_as_it_is(folder):
     for split, part in (("train", text[:1800]), ("val", text[1800:])):
         np.array([stoi[char] for char in part], dtype=np.uint16).tofile(data / f"{split}.bin")
     dataset = TokenDataset(data, 16, seed=1)
-    assert dataset.tokenizer.decode(dataset.train) == text[:1800]
+    assert dataset.tokenizer.decode(dataset.train.read(np.array([0]), 1800)[0]) == text[:1800]
     assert dataset.val_bytes_per_token() == 1.0
     assert train.main([*TINY_RUN, "--dataset=old"]) == 0
 
@@ -151,16 +165,27 @@ def test_a_pickle_that_holds_code_is_refused_and_never_runs(folder, fails):
     assert not Path("ran").exists()
 
 
-def damage_ids(data: Path):
+def alter(data: Path):
     ids = np.fromfile(data / "train.bin", np.uint16)
-    ids[100] = 999
+    ids[100] ^= 1
     ids.tofile(data / "train.bin")
 
 
+def edit_meta(data: Path, **keys):
+    (data / "meta.json").write_text(json.dumps(json.loads((data / "meta.json").read_text()) | keys))
+
+
 DAMAGE = {
-    "holds token 999, but its tokenizer knows only": damage_ids,
+    "train.bin was altered or damaged: from byte 0 on its checksum is not the one in meta.json": alter,
+    "holds token 20, but its tokenizer knows only 3": lambda data: edit_meta(
+        data, tokenizer={"tokenizer": "char", "alphabet": "abc"}
+    ),
+    "meta.json says dtype=object, not uint16 or uint32": lambda data: edit_meta(data, dtype="object"),
+    "meta.json lacks splits": lambda data: (data / "meta.json").write_text(
+        json.dumps({"format": META_FORMAT, "task": "", "source": "", "dtype": "uint16", "tokenizer": {}})
+    ),
     "train.bin is truncated": lambda data: (data / "train.bin").write_bytes((data / "train.bin").read_bytes()[:-1]),
-    "train.bin has 3599 tokens, but meta.json says 3600": lambda data: (data / "train.bin").write_bytes(
+    "train.bin has 3,599 tokens, but meta.json says 3,600": lambda data: (data / "train.bin").write_bytes(
         (data / "train.bin").read_bytes()[:-2]
     ),
     "cannot read": lambda data: (data / "val.bin").unlink(),
@@ -173,9 +198,54 @@ DAMAGE = {
 def test_damaged_token_files_are_refused(tiny, fails, complaint):
     DAMAGE[complaint](tiny)
     line = fails(train.main, *TINY_RUN)
-    assert (complaint in line and "prepare" in line) or "truncated" in line
+    assert complaint in line and "prepare it again: python prepare_data.py " in line
 
 
 def test_a_text_shorter_than_a_block_is_refused(tiny, fails):
     line = fails(train.main, *TINY_RUN, "--block_size=4000")
-    assert "train.bin has 3600 tokens but needs at least 4001" in line and "smaller --block_size" in line
+    assert "train.bin has 3,600 tokens but needs at least 4,001" in line and "smaller --block_size" in line
+
+
+def test_nanogpts_folder_without_a_meta_is_gpt2s_tokens(folder, monkeypatch, capsys):
+    data = folder / "data" / "openwebtext"
+    data.mkdir(parents=True)
+    tok = BytePairTokenizer("gpt2", [bytes([i]) for i in range(256)])
+    monkeypatch.setattr(BytePairTokenizer, "gpt2", lambda: tok)
+    for split in ("train", "val"):
+        tok.encode(make_text(1000)).astype(np.uint16).tofile(data / f"{split}.bin")
+    dataset = TokenDataset(data, 16, seed=1)
+    assert dataset.tokenizer.decode(dataset.val.read(np.array([0]), 1000)[0]) == make_text(1000)
+    assert dataset.val_bytes_per_token() == 1.0
+    assert "it is taken for GPT-2's tokens" in capsys.readouterr().err
+
+
+def test_files_are_checked_where_they_are_read_and_only_there(folder):
+    ids = np.arange(3 * CHECKED // 2 + 5).astype(np.uint16)  # three parts and a little of a fourth
+    ids.tofile("train.bin")
+    meta = {"dtype": "uint16", "splits": {"train": {"files": [{"name": "train.bin", "tokens": len(ids)}]}}}
+    meta["splits"]["train"]["checksums"] = {"train.bin": checksums(Path("train.bin"))}
+    ids[CHECKED + 17] += 1  # in the third
+    ids.tofile("train.bin")
+    tokens, size = TokenFiles(Path(), "train", meta), CHECKED // 2
+    starts = np.array([0, size, 3 * size])
+    assert tokens.read(starts, 5).tolist() == ids[starts[:, None] + np.arange(5)].tolist()
+    tokens.read(np.array([size]), size)
+    for start, length in ((2 * size, 1), (2 * size - 1, 2), (3 * size - 1, 1), (size, size + 1)):
+        with pytest.raises(UserError, match=rf"train\.bin was altered or damaged: from byte {2 * CHECKED:,} on"):
+            TokenFiles(Path(), "train", meta).read(np.array([start]), length)
+
+
+@pytest.mark.parametrize("sizes", [[10], [3, 7], [1, 1, 1, 7], [5, 0, 5]])
+def test_a_row_may_cross_from_one_file_to_the_next(folder, sizes):
+    parts = np.split(np.arange(10, dtype=np.uint32), np.cumsum(sizes)[:-1])
+    files = [{"name": f"train_{number}.bin", "tokens": size} for number, size in enumerate(sizes)]
+    for file, part in zip(files, parts, strict=True):
+        part.tofile(file["name"])
+    sums = {file["name"]: checksums(Path(file["name"])) for file in files}
+    tokens = TokenFiles(Path(), "train", {"dtype": "uint32", "splits": {"train": {"files": files, "checksums": sums}}})
+    assert len(tokens) == 10
+    for length in (1, 4, 10, 12):
+        rows = tokens.read(np.arange(10), length)
+        assert rows.dtype == np.int64
+        expected = np.arange(10)[:, None] + np.arange(length)
+        assert rows.tolist() == np.where(expected < 10, expected, 0).tolist()

@@ -157,7 +157,7 @@ def test_a_character_appears_when_its_last_byte_is_there():
 
 BAD = {
     "character 'é' (U+00E9) is not among the": ["--start=é"],
-    "an empty prompt: this tokenizer has no token that starts a text": ["--start="],
+    "an empty prompt; give at least one character": ["--start="],
     "cannot read the prompt nothing.txt": ["--start=FILE:nothing.txt"],
     "temperature=-1.0 must be 0": ["--temperature=-1"],
     "temperature=nan must be 0": ["--temperature=nan"],

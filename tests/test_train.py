@@ -647,11 +647,12 @@ def test_a_validation_loss_too_large_for_a_perplexity_stops_the_run(run_train, m
     assert "the validation loss is 2000.0 at iter 3" in capsys.readouterr().err
 
 
-def test_token_files_without_a_tokenizer_are_left_as_they_are(tiny, fails):
+def test_token_files_of_a_preparation_that_was_stopped_are_left_as_they_are(tiny, fails):
     (tiny / "meta.json").unlink()
+    (tiny / "preparing").mkdir()
     (tiny / "input.txt").write_text(make_text(seed=3))
     before = (tiny / "train.bin").read_bytes()
-    assert "data/tiny has no meta.json (nor nanoGPT's meta.pkl)" in fails(train.main, *TINY_RUN)
+    assert "the preparation of data/tiny was stopped before its end" in fails(train.main, *TINY_RUN)
     assert (tiny / "train.bin").read_bytes() == before
 
 

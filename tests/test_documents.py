@@ -1,0 +1,162 @@
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from backports import zstd
+from conftest import make_text
+from test_tokenizer import EVERY
+
+import documents
+import prepare_data
+from documents import find_files, read_documents
+
+TEXTS = ["first\n\ndocument", "Zweites, mit Ü", "third"]
+
+
+def write(path: str, texts: list[str], key: str = "text") -> Path:
+    """The texts as documents of a file of the kind that its name says."""
+    name = path.removesuffix(".gz").removesuffix(".zst")
+    packed = {".gz": gzip.open, "zst": zstd.open}.get(path[-3:], open)
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(texts))), key: texts}), path, row_group_size=2)
+    else:
+        lines = [json.dumps({"id": 1, key: text}) for text in texts]
+        with packed(path, "wb") as file:
+            file.write(("\n".join(lines) + "\n" if name.endswith(".jsonl") else texts[0]).encode())
+    return Path(path)
+
+
+def read(path: Path | str, text_key: str = "text", errors: str = "strict") -> list[str]:
+    """The documents of a file, whole; checks that first and last tell where each begins and ends."""
+    found, open_one = [], False
+    for piece in read_documents(Path(path), text_key, errors):
+        assert piece.first != open_one and piece.text and len(piece.text) <= documents.PIECE
+        found.append(piece.text) if piece.first else found.append(found.pop() + piece.text)
+        open_one = not piece.last
+    assert not open_one
+    return found
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "notes"])
+def test_a_text_file_is_one_document(name):
+    assert read(write(name, TEXTS)) == TEXTS[:1]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_each_line_of_json_and_each_row_of_parquet_is_a_document(name):
+    assert read(write(name, TEXTS)) == TEXTS
+    assert read(write(name, TEXTS, "content"), "content") == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "a.jsonl", "a.parquet"])
+def test_long_documents_come_in_pieces_and_the_last_tells_how_much_of_the_file_is_read(name, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE", 100)
+    text = make_text(1234)
+    path = write(name, [text, text[:150]] if "txt" not in name else [text])
+    assert read(path)[0] == text
+    places = [piece.read for piece in read_documents(path, "text", "strict")]
+    assert len(places) >= 13 and places == sorted(places) and places[-1] == path.stat().st_size
+
+
+@pytest.mark.parametrize("tok", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize("seed", range(5))
+def test_cutting_a_document_changes_none_of_its_tokens(tok, seed, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE", 60 + 7 * seed)
+    text = (
+        make_text(2000, seed).replace(". ", ".\n\n  ").replace("a ", "a,  ").replace(" t", "\t\n t").replace("e.", "'s")
+    )
+    known = set(tok.decode(range(tok.vocab_size)))
+    text = "".join(char for char in text if "char" not in tok.name or char in known)
+    pieces = [piece.text for piece in documents.pieces(text, 0)]
+    assert len(pieces) > 15
+    assert [i for piece in pieces for i in tok.encode(piece)] == tok.encode(text).tolist()
+
+
+def test_text_without_a_place_to_cut_is_cut_anywhere(monkeypatch):
+    monkeypatch.setattr(documents, "PIECE", 10)
+    for text in ("x" * 35, " " * 35, "東" * 35, "\n" * 10):
+        assert "".join(piece.text for piece in documents.pieces(text, 0)) == text
+
+
+def test_a_mark_of_byte_order_is_no_text():
+    Path("a.txt").write_bytes("\ufeffabc".encode())
+    assert read("a.txt") == ["abc"]
+
+
+def test_characters_that_lie_across_two_reads_are_put_together(monkeypatch):
+    monkeypatch.setattr(documents, "PIECE", 7)
+    text = "aü東🙂 " * 20
+    Path("a.txt").write_text(text, encoding="utf-8")
+    assert read("a.txt") == [text]
+
+
+def test_empty_files_and_lines_hold_no_document():
+    Path("a.txt").write_text("")
+    Path("b.jsonl").write_text('\n{"text": ""}\n\n{"text": "x"}\n')
+    assert read("a.txt") == [] and read("b.jsonl") == ["x"]
+
+
+@pytest.mark.parametrize("errors, text", [("replace", "ab\ufffdc"), ("ignore", "abc")])
+def test_there_is_a_way_out_where_bytes_are_not_utf8(errors, text):
+    Path("a.txt").write_bytes(b"ab\xfcc")
+    Path("b.jsonl").write_bytes(b'{"text": "ab\xfcc"}')
+    Path("c.jsonl").write_bytes(b'{"text": "ab\\ud83dc"}')  # half a character, which only JSON can spell
+    assert read("a.txt", errors=errors) == read("b.jsonl", errors=errors) == read("c.jsonl", errors=errors) == [text]
+
+
+def test_a_folder_gives_the_files_of_known_kinds_below_it_in_order():
+    for name in ("t/b/a.txt", "t/a/z.jsonl.gz", "t/a/c.md", "t/c.parquet", "t/a/b.txt.zst"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    names = ["t/a/b.txt.zst", "t/a/z.jsonl.gz", "t/b/a.txt", "t/c.parquet"]
+    assert [file.as_posix() for file in find_files("t")] == names
+    assert [file.as_posix() for file in find_files("t/**/*.txt*")] == [names[0], names[2]]
+    assert [file.as_posix() for file in find_files("t/a/c.md")] == ["t/a/c.md"]
+
+
+BAD = {
+    "folder has no files that end in .txt, .jsonl, .parquet": ["folder"],
+    "no file matches nothing*.txt": ["nothing*.txt"],
+    "cannot read missing.txt: No such file": ["missing.txt"],
+    "empty.txt is empty": ["empty.txt"],
+    "latin1.txt is not UTF-8: byte 0xfc at offset 300,003; convert it": ["latin1.txt"],
+    "cut.txt is not UTF-8: byte 0xc3 at offset 3": ["cut.txt"],
+    "latin1.jsonl, line 2 is not UTF-8": ["latin1.jsonl"],
+    "half.jsonl, line 1 holds half a character; take --encoding_errors": ["half.jsonl"],
+    "key.jsonl, line 3 has no text under 'text'; name the key with --text_key; its keys: body": ["key.jsonl"],
+    "list.jsonl, line 1 has no text under 'text'": ["list.jsonl"],
+    "broken.jsonl, line 2 is not JSON: Expecting": ["broken.jsonl"],
+    "null.parquet, row 2 has no text under 'text', but None": ["null.parquet"],
+    "null.parquet has no column 'body'; name one with --text_key: id, text": ["null.parquet", "--text_key=body"],
+    "damaged.parquet is damaged: ": ["damaged.parquet"],
+    "short.txt.gz is damaged: Compressed file ended": ["short.txt.gz"],
+    "wrong.txt.gz: Not a gzipped file": ["wrong.txt.gz"],
+    "short.txt.zst is damaged: Compressed file ended": ["short.txt.zst"],
+    "wrong.txt.zst is damaged: ": ["wrong.txt.zst"],
+}
+
+
+@pytest.mark.parametrize("complaint", BAD)
+def test_bad_files_are_one_line_that_names_the_place(fails, complaint):
+    Path("folder").mkdir()
+    Path("empty.txt").touch()
+    Path("latin1.txt").write_bytes(b"abc" * 100_001 + b"\xfc" + b"abc" * 100_000)
+    Path("cut.txt").write_bytes(b"abc\xc3")
+    Path("latin1.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xfc"}\n')
+    Path("half.jsonl").write_text('{"text": "\\ud83d"}\n')
+    Path("key.jsonl").write_text('{"text": "a"}\n\n{"body": "a"}\n')
+    Path("list.jsonl").write_text("[1]\n")
+    Path("broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    write("null.parquet", ["a", None])
+    Path("damaged.parquet").write_bytes(Path("null.parquet").read_bytes()[:-20])
+    for name in ("short.txt.gz", "short.txt.zst"):
+        write(name, [make_text(9000)])
+        Path(name).write_bytes(Path(name).read_bytes()[:-50])
+    for name in ("wrong.txt.gz", "wrong.txt.zst"):
+        Path(name).write_text("plain")
+    path, *others = BAD[complaint]
+    assert complaint in fails(prepare_data.main, f"--input={path}", "--name=mine", *others)
+    assert not Path("data/mine/meta.json").exists()

@@ -1,0 +1,134 @@
+import hashlib
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import download as downloads
+from configurator import UserError
+from download import download
+
+CONTENT = bytes(range(256)) * 3000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server on this machine. cuts: after how many bytes each answer breaks off; ranges: what was asked for."""
+    waits = []
+    monkeypatch.setattr(downloads.time, "sleep", waits.append)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked = self.headers.get("Range")
+            here.ranges.append(asked)
+            begin = int(asked.removeprefix("bytes=")[:-1]) if asked and here.knows_ranges else 0
+            if begin == len(CONTENT):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(CONTENT)}")
+                self.end_headers()
+                return
+            self.send_response(206 if begin else 200)
+            self.send_header("Content-Length", str(len(CONTENT) - begin))
+            self.end_headers()
+            cut = here.cuts.pop(0) if here.cuts else len(CONTENT)
+            self.wfile.write(CONTENT[begin : begin + cut])
+
+        def log_message(self, *args):
+            pass
+
+    here = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    here.cuts, here.ranges, here.knows_ranges, here.waits = [], [], True, waits
+    here.url = f"http://127.0.0.1:{here.server_port}/file"
+    thread = threading.Thread(target=here.serve_forever)
+    thread.start()
+    yield here
+    here.shutdown()
+    thread.join()
+    here.server_close()
+
+
+def test_a_download_arrives_whole(server):
+    download(server.url, Path("a/file"), SHA256)
+    assert Path("a/file").read_bytes() == CONTENT and [path.name for path in Path("a").iterdir()] == ["file"]
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(server):
+    server.cuts = [1000, 200_000, 7]
+    download(server.url, Path("file"), SHA256)
+    assert Path("file").read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=1000-", "bytes=201000-", "bytes=201007-"]
+    assert server.waits == [1, 1, 1]  # since each try brought something
+
+
+def test_a_later_command_goes_on_where_an_earlier_one_was_cut_off(server):
+    Path("file.part").write_bytes(CONTENT[:5000])
+    download(server.url, Path("file"), SHA256)
+    assert Path("file").read_bytes() == CONTENT and server.ranges == ["bytes=5000-"]
+
+
+def test_a_download_that_was_whole_but_not_renamed_is_taken(server):
+    Path("file.part").write_bytes(CONTENT)
+    download(server.url, Path("file"), SHA256)
+    assert Path("file").read_bytes() == CONTENT
+
+
+def test_a_server_that_cannot_go_on_sends_all_of_it_again(server):
+    server.knows_ranges, server.cuts = False, [1000]
+    download(server.url, Path("file"), SHA256)
+    assert Path("file").read_bytes() == CONTENT
+
+
+def test_other_bytes_than_expected_are_refused_and_not_kept(server):
+    with pytest.raises(UserError, match=r"gave 768,000 bytes with sha256 .*, not 0000"):
+        download(server.url, Path("file"), "0" * 64)
+    assert list(Path().iterdir()) == []
+
+
+def test_an_address_that_does_not_answer_is_tried_three_times(server):
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(UserError, match=r"cannot be reached: .*refused"):
+        download(server.url, Path("file"))
+    assert server.waits == [1, 2]
+
+
+def test_a_download_that_takes_too_long_is_not_begun_again(monkeypatch):
+    clock = iter([0.0, 16.0])
+    monkeypatch.setattr(downloads.time, "monotonic", lambda: next(clock))
+    with pytest.raises(UserError, match="cannot be reached"):
+        download("http://127.0.0.1:9/file", Path("file"))
+
+
+def test_a_full_disk_is_one_line(server, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(downloads, "fetch", full)
+    with pytest.raises(UserError, match=r"cannot write file\.part: No space left on device"):
+        download(server.url, Path("file"))
+
+
+def test_a_package_is_fetched_by_pip_with_its_hash_and_left_packed(monkeypatch):
+    def pip(command, **options):
+        lines = Path(command[command.index("--requirement") + 1])
+        assert lines.read_text() == "thing==1.0 --hash=sha256:abc\n" and "--no-deps" in command
+        (lines.parent / "thing-1.0.whl").write_text("packed")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(downloads.subprocess, "run", pip)
+    with downloads.package("thing==1.0", "abc") as archive:
+        assert archive.name == "thing-1.0.whl" and archive.read_text() == "packed"
+    assert not archive.exists()
+
+
+def test_pips_reason_is_told(monkeypatch):
+    done = subprocess.CompletedProcess([], 1, "", "warning\nERROR: No matching distribution found\n")
+    monkeypatch.setattr(downloads.subprocess, "run", lambda command, **options: done)
+    with (
+        pytest.raises(UserError, match="ERROR: No matching distribution found"),
+        downloads.package("thing==1.0", "abc"),
+    ):
+        pass
