@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,26 @@ class TokenDataset:
         for start in range(0, len(self.val), some):
             total += int(lengths[self.val.read(np.array([start]), min(some, len(self.val) - start))].sum())
         return total / len(self.val)
+
+
+class ReadAhead:
+    """A data set's batches, the next one read on a thread of its own while this one is trained on.
+
+    Of use where the step leaves the CPU idle, as on a GPU, and reading waits for a disk.
+    """
+
+    def __init__(self, dataset: TokenDataset):
+        self.dataset = dataset
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self.next = None  # ((index, batch_size), the batch to be)
+
+    def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
+        asked, coming = self.next or (None, None)
+        if asked != (index, batch_size):
+            coming = self.thread.submit(self.dataset.batch, index, batch_size)
+        after = (index + 1, batch_size)
+        self.next = (after, self.thread.submit(self.dataset.batch, *after))
+        return coming.result()
 
 
 # --------------------------------------------------------------------------------------

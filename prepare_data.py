@@ -50,8 +50,8 @@ from tokenizer import (
     Tokenizer,
 )
 
-UNIT = 1 << 18  # characters that are encoded at once
-SAVED = 256  # units after which progress is saved
+UNIT = 1 << 19  # characters that are encoded at once
+SAVED = 128  # units after which progress is saved
 SMALL = 8_000_000  # bytes of files below which more processes do not pay
 DRAWN_BY = 4096  # characters of a document that decide where it goes; fewer than the first piece of it has
 LEARNED_FROM = 100_000_000  # bytes of text that a vocabulary is learnt from, drawn evenly from a longer corpus
@@ -299,7 +299,7 @@ def start_or_go_on(
     parts.mkdir()
     tokenizer = make_tokenizer(config, corpus)
     progress = Progress(made_from, command, tokenizer.state(), counts=[0] * tokenizer.vocab_size)
-    write_json(parts / "progress.json", asdict(progress))
+    write_json(parts / "progress.json", vars(progress))
     return tokenizer, progress
 
 
@@ -332,13 +332,14 @@ def encode(config: PrepareConfig, corpus: Corpus, tokenizer: Tokenizer, progress
         for writer in writers.values():
             writer.flush()
         progress.counts = counts.tolist()
-        write_json(parts / "progress.json", asdict(progress))
+        write_json(parts / "progress.json", vars(progress))
 
     with closing(writers["train"]), closing(writers["val"]), progress_bar(corpus, "encoding", progress.read) as bar:
         for number, (unit, encoded) in enumerate(in_order(corpus.units(progress), tokenizer, workers), start=1):
             for split, (ids, counted) in encoded.items():
                 writers[split].write(ids)
-                counts += np.bincount(ids, minlength=len(counts))
+                if len(ids):
+                    counts += np.bincount(ids, minlength=len(counts))
                 for key, value in counted.items():
                     progress.splits[split][key] += value
             bar.update(unit.read - progress.read)
@@ -360,7 +361,7 @@ def in_order(units: Iterator[Unit], tokenizer: Tokenizer, workers: int) -> Itera
     try:
         for unit in units:
             waiting.append((unit, pool.submit(work, unit.texts)))
-            if len(waiting) > 2 * workers:
+            if len(waiting) > 4 * workers:
                 unit, encoded = waiting.popleft()
                 yield unit, encoded.result()
         for unit, encoded in waiting:

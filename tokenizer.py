@@ -228,7 +228,8 @@ class BytePairTokenizer(Tokenizer):
         self.eot = len(pieces) if separated else None
 
     @cached_property
-    def _engine(self):
+    def engine(self):
+        """The tiktoken.Encoding."""
         import tiktoken
 
         ranks = {piece: rank for rank, piece in enumerate(self.pieces[:-1])}
@@ -262,7 +263,7 @@ class BytePairTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         utf8(text)
-        return self._engine.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
+        return self.engine.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
 
     def state(self) -> dict:
         lines = b"\n".join(map(base64.b64encode, self.pieces[:-1]))

@@ -33,7 +33,7 @@ import files
 import model as models
 import prepare_data
 from configurator import UserError
-from dataset import TokenDataset, random_key
+from dataset import ReadAhead, TokenDataset, random_key
 from device import DTYPES, autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
 from model import ModelConfig
 from optim import OPTIMIZERS, SCHEDULES, Optimizer, learning_rate_at, make_optimizer
@@ -214,6 +214,7 @@ def main(argv: list[str]) -> int:
             print("note: eval_iters changed, so the best validation loss is counted anew", file=sys.stderr)
             progress = dataclasses.replace(progress, best_val_loss=math.inf, best_iter=0, evals_since_best=0)
     del saved
+    batches = ReadAhead(dataset) if device.type == "cuda" else dataset
     net = model  # what trains; the weights are saved from the model itself, so that no name in them tells of a wrapper
     if config.compile or (config.compile is None and device.type == "cuda"):
         net = compiled(model, dataset, config, device, dtype)
@@ -264,7 +265,7 @@ def main(argv: list[str]) -> int:
             lr = config.rate(progress.iter)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * lr / config.learning_rate
-            loss, grad_norm = train_step(progress.iter, net, dataset, optimizer, scaler, config, device, dtype)
+            loss, grad_norm = train_step(progress.iter, net, batches, optimizer, scaler, config, device, dtype)
             losses.append(loss)
             norms.append(grad_norm)
             progress.iter += 1
@@ -512,7 +513,7 @@ def catch_signals() -> Iterator[list[int]]:
 def train_step(
     it: int,
     model: nn.Module,
-    dataset: TokenDataset,
+    batches: TokenDataset | ReadAhead,
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
     config: TrainConfig,
@@ -529,7 +530,7 @@ def train_step(
         index = it * config.gradient_accumulation_steps + micro
         if model.config.dropout:
             torch.manual_seed(random_key(config.seed, index))
-        batch = to_device(dataset.batch(index, config.batch_size), device)
+        batch = to_device(batches.batch(index, config.batch_size), device)
         with autocast(device, dtype):
             _, loss = model(**batch)
             loss = loss / config.gradient_accumulation_steps

@@ -9,7 +9,7 @@ from conftest import TINY_RUN, make_text
 
 import train
 from configurator import UserError
-from dataset import TokenDataset, permute, random_key
+from dataset import ReadAhead, TokenDataset, permute, random_key
 from token_files import CHECKED, META_FORMAT, TokenFiles, checksums
 from tokenizer import BytePairTokenizer
 
@@ -110,6 +110,18 @@ def test_the_order_depends_on_seed_and_index_alone(counted):
 def test_two_small_batches_are_one_big_batch(counted):
     dataset = TokenDataset(counted, 16, seed=1)
     assert starts_of(dataset, 6, 4) + starts_of(dataset, 7, 4) == starts_of(dataset, 3, 8)
+
+
+def test_reading_ahead_gives_the_same_batches_and_has_the_next_one_ready(counted, monkeypatch):
+    dataset = TokenDataset(counted, 16, seed=1)
+    ahead, read = ReadAhead(dataset), []
+    monkeypatch.setattr(
+        dataset, "batch", lambda index, size, batch=dataset.batch: read.append(index) or batch(index, size)
+    )
+    for index in (5, 6, 7, 3, 4):
+        assert starts_of(ahead, index, 4) == starts_of(TokenDataset(counted, 16, seed=1), index, 4)
+    ahead.thread.shutdown()
+    assert read == [5, 6, 7, 8, 3, 4, 5]
 
 
 @pytest.mark.parametrize("n", [17, 18, 31, 32, 33, 34, 48])

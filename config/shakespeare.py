@@ -1,0 +1,26 @@
+# The demo with GPT-2's 50,257 tokens, most of which this text does not have. Nearly all of the time goes into the head,
+# which predicts every one of them; on so small a text, characters and a small vocabulary learn more in the same time.
+#
+#   python train.py config/shakespeare.py
+#
+# LOSS
+
+out_dir = "out/shakespeare"
+dataset = "shakespeare"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64  # looks back on 64 tokens, which is about 200 characters
+position = "rotary"
+activation = "relu_squared"
+dropout = 0.1
+
+batch_size = 12
+max_iters = 400
+learning_rate = 2e-3
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 40
+eval_interval = 100

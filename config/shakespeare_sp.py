@@ -1,0 +1,27 @@
+# The demo with sub-words: 1,024 pieces that sentencepiece learns from the text itself, 2.4 characters long on average.
+#
+#   python train.py config/shakespeare_sp.py
+#
+# LOSS
+
+out_dir = "out/shakespeare_sp"
+dataset = "shakespeare_sp"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64  # looks back on 64 pieces, which is about 150 characters
+position = "rotary"
+activation = "relu_squared"
+init = "zero"
+tie_weights = False
+dropout = 0.1  # 470,000 pieces are soon known by heart
+
+batch_size = 12
+max_iters = 2000
+learning_rate = 2e-3
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 60
+eval_interval = 500

@@ -1,0 +1,28 @@
+# 12 MB of clean English prose: what the presidents of the United States told Congress, 1790 to today, a document each;
+# 4,096 sub-words learnt by sentencepiece.
+#
+#   python train.py config/sotu.py
+#
+# LOSS
+
+out_dir = "out/sotu"
+dataset = "sotu"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 128
+position = "rotary"
+activation = "relu_squared"
+init = "zero"
+tie_weights = False
+
+batch_size = 8
+max_iters = 2000
+learning_rate = 2e-3
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 60
+eval_interval = 500
+eval_iters = 100
