@@ -21,6 +21,8 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
+TEXTS = tuple[str, ...]  # the type of a key that takes several texts
+
 
 class UserError(ValueError):
     """A mistake that the user can mend. Shown as one line: the value, the rule, the way out."""
@@ -29,7 +31,8 @@ class UserError(ValueError):
 def read(argv: list[str], *classes: type, positional: str | None = None) -> dict[str, object]:
     """What the user set: {key: value} from config files and --key=value, every key known and every type right.
 
-    positional: the key that a bare argument sets; None: a bare argument is a config file.
+    positional: the key that a bare argument sets, or adds to where it takes several texts; None: a bare argument is a
+    config file.
     Raises UserError. Prints help and exits where --help is among the arguments.
     """
     hints = {key: hint for cls in classes for key, hint in typing.get_type_hints(cls).items()}
@@ -44,6 +47,8 @@ def read(argv: list[str], *classes: type, positional: str | None = None) -> dict
             if not equals:
                 raise UserError(f"{argument} has no value; write --{key}=VALUE")
             given[key] = parse(key, text, hints[key])
+        elif positional is not None and hints[positional] == TEXTS:
+            given[positional] = (*given.get(positional, ()), argument)
         elif positional is not None:
             given[positional] = argument
         else:
@@ -110,6 +115,8 @@ def parse(key: str, text: str, hint: object) -> object:
     kinds = typing.get_args(hint) or (hint,)
     if text == "None" and types.NoneType in kinds:
         return None
+    if hint == TEXTS:
+        return (text,)
     if str in kinds:
         return text
     try:
@@ -130,6 +137,8 @@ def convert(key: str, value: object, hint: object) -> object:
 
 
 def type_name(hint: object) -> str:
+    if hint == TEXTS:
+        return "texts"
     names = {int: "int", float: "float", bool: "True or False", str: "text", types.NoneType: "None"}
     return " or ".join(names[kind] for kind in typing.get_args(hint) or (hint,))
 
@@ -148,7 +157,8 @@ def comments(cls: type) -> dict[str, tuple[str, str]]:
 def help_text(*classes: type, positional: str | None = None) -> str:
     """Every key with its type, default and one line, by group, under the first paragraphs of the script's docstring."""
     script = sys.modules[classes[-1].__module__]
-    bare = f"[{positional.upper()}]" if positional else "[CONFIG_FILE ...]"
+    several = positional is None or any(typing.get_type_hints(cls).get(positional) == TEXTS for cls in classes)
+    bare = f"[{(positional or 'config_file').upper()}{' ...' if several else ''}]"
     lines = [f"usage: python {Path(script.__file__).name} {bare} [--key=value ...]", "", script.__doc__.strip()]
     shown = None
     for cls in classes:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import bench
+import compare
 import configurator
 import prepare_data
 import sample
@@ -122,24 +123,45 @@ def test_a_value_out_of_range_is_a_user_error():
         configurator.make(Example, {"width": 0})
 
 
-@pytest.mark.parametrize("cls", [ModelConfig, TrainConfig, SampleConfig, PrepareConfig, bench.BenchConfig])
+@pytest.mark.parametrize(
+    "cls", [ModelConfig, TrainConfig, SampleConfig, PrepareConfig, bench.BenchConfig, compare.CompareConfig]
+)
 def test_every_key_has_a_line_of_help(cls):
     notes = configurator.comments(cls)
     assert set(notes) == {field.name for field in dataclasses.fields(cls)}
     assert all(group != cls.__name__ and len(note) > 5 for group, note in notes.values())
 
 
-@pytest.mark.parametrize("main", [train.main, sample.main, prepare_data.main, bench.main])
+@pytest.mark.parametrize("main", [train.main, sample.main, prepare_data.main, bench.main, compare.main])
 def test_help_lists_every_key_with_its_default(main, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert text.startswith("usage: python ")
+    assert ("[RUNS ...]" in text) == (main is compare.main)
     if main is train.main:
         for cls in (ModelConfig, TrainConfig):
             for field in dataclasses.fields(cls):
                 assert f"--{field.name}={field.default}" in text
+
+
+@dataclass(frozen=True)
+class Several:
+    # --- several
+    names: tuple[str, ...] = ()  # as many as are given
+    width: int = 4  # how wide
+
+
+def test_bare_arguments_gather_in_a_key_that_takes_several_texts():
+    read = lambda *argv: configurator.read(list(argv), Several, positional="names")  # noqa: E731
+    assert read("a", "--width=1", "b=c") == {"names": ("a", "b=c"), "width": 1}
+    assert read("--names=a", "b") == {"names": ("a", "b")}
+    assert read("--width=1") == {"width": 1}
+
+
+def test_a_bare_argument_sets_a_key_that_takes_one_text():
+    assert configurator.read(["a", "b"], Example, positional="name") == {"name": "b"}
 
 
 def test_a_users_mistake_ends_in_one_line_and_exit_code_2():

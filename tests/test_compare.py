@@ -1,0 +1,359 @@
+import csv
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import compare
+from model import ModelConfig
+from train import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+DEFAULTS = asdict(TrainConfig(max_iters=200)) | asdict(ModelConfig(vocab_size=65))
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def make_run(
+    folder: str, *losses: float, every: int = 100, bytes_per_token: float = 1.0, quiet: float = 1e6, **settings
+) -> Path:
+    """A folder as train.py leaves it: an evaluation of each loss, every so many steps of 10 tokens and a second."""
+    path = Path(folder)
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(DEFAULTS | {"out_dir": folder} | settings))
+    rows = []
+    for it, loss in enumerate(losses, start=1):
+        clock = {"iter": it * every, "tokens": it * every * 10, "seconds": it * float(every)}
+        bits = loss / math.log(2) / bytes_per_token
+        rows.append(clock | {"train_loss": loss, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 10})
+        rows.append(clock | {"val_loss": loss, "val_bits_per_byte": bits, "val_perplexity": math.exp(loss)})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stamp = time.time() - quiet
+    os.utime(path / "metrics.jsonl", (stamp, stamp))
+    return path
+
+
+def run(capsys, *argv: str) -> str:
+    """What compare.py prints to stdout."""
+    capsys.readouterr()
+    compare.main([*argv, *([] if any(a.startswith("--picture") for a in argv) else ["--picture=None"])])
+    return capsys.readouterr().out
+
+
+def row_of(table: str, name: str) -> str:
+    (line,) = [line for line in table.splitlines() if line.startswith(f"{name} ")]
+    return line
+
+
+# --------------------------------------------------------------------------------------
+# The table
+
+
+def test_a_row_tells_name_parameters_time_speed_loss_bits_and_state(folder, capsys):
+    make_run("out/a", 2.5, 2.0)
+    parameters = 65 * 128 + 64 * 128 + 4 * (12 * 128 * 128 + 2 * 128) + 128
+    assert row_of(run(capsys, "out/a"), "a").split() == [
+        *("a", f"{parameters:,}", "200", "10", "2.0000", "200", f"{2 / math.log(2):.3f}", "best", "done")
+    ]
+
+
+def test_only_settings_that_differ_are_shown_and_only_where_they_are_unusual(folder, capsys):
+    make_run("out/a", 2.0)
+    make_run("out/b", 2.0, position="none", n_head=1)
+    make_run("out/c", 2.0, wandb_run_name="x", log_interval=7, init_from="resume")
+    table = run(capsys, "out/a", "out/b", "out/c")
+    assert table.splitlines()[0] == "most have: n_head=4 position=learned"
+    assert row_of(table, "b").endswith("  n_head=1 position=none")
+    assert "=" not in row_of(table, "a") + row_of(table, "c")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_where_no_value_is_usual_every_row_tells_its_own(folder, capsys, count):
+    for i in range(count):
+        make_run(f"out/{i}", 2.0, learning_rate=0.1 * i)
+    table = run(capsys, *(f"out/{i}" for i in range(count)))
+    assert "most have" not in table
+    assert all(row_of(table, str(i)).split()[-1] == f"learning_rate={0.1 * i}" for i in range(count))
+
+
+def test_settings_that_need_more_lines_stay_in_their_column(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    make_run("out/a", 2.0, 1.9)
+    make_run("out/b", 2.0, 1.9, position="rotary", norm="rmsnorm", activation="silu", optimizer="muon")
+    lines = run(capsys, "out/a", "out/b").splitlines()
+    column = lines[0].index("settings")
+    assert len(lines) > 3 and all(line[column - 1] == " " != line[column] for line in lines)
+    assert {line[:column].strip() for line in lines[2:] if not line.startswith("b ")} == {""}
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_many_differences_and_long_names_fit_the_terminal(folder, capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    unusual = {"n_layer": 2, "n_head": 2, "n_embd": 64, "position": "rotary", "norm": "rmsnorm", "activation": "silu"}
+    unusual |= {"learning_rate": 0.002, "beta2": 0.95, "weight_decay": 0.0, "optimizer": "muon", "seed": 1}
+    for name in ("a", "b"):
+        make_run(f"out/{name}", 2.0, max_iters=2000)
+    make_run("out/" + "a-long-name-" * 8 + "with-an-end", 1.9, **unusual)
+    table = run(capsys, *sorted(map(str, Path("out").iterdir())))
+    assert max(map(len, table.splitlines())) <= width
+    assert all(f"{key}={value}" in table for key, value in unusual.items())
+    assert "…" in table and "-an-end " in table
+
+
+def test_rows_come_in_the_order_given_and_only_for_what_is_given(folder, capsys):
+    for name in ("out/b", "out/a", "out/a/previous-1", "elsewhere/c"):
+        make_run(name, 2.0)
+    names = lambda *argv: [line.split()[0] for line in run(capsys, *argv).splitlines()[1:]]  # noqa: E731
+    assert names("out/b", "out/a") == ["b", "a"]
+    assert names("out/a/", "out/a/previous-1") == ["a", "a/previous-1"]
+    assert names("out/a", "elsewhere/c") == ["out/a", "elsewhere/c"]
+
+
+def test_the_best_is_the_lowest_evaluation_and_not_the_last(folder, capsys):
+    make_run("out/a", 2.0, 1.5, 1.7, max_iters=300)
+    assert row_of(run(capsys, "out/a"), "a").split()[4:6] == ["1.5000", "200"]
+
+
+def test_runs_with_different_tokens_are_compared_by_bits_per_byte(folder, capsys):
+    make_run("out/char", 1.5, 1.4)
+    make_run("out/bpe", 4.0, 3.9, bytes_per_token=4.0, dataset="mine_bpe", vocab_size=1000)
+    compare.main(["out/char", "out/bpe", "--picture=None"])
+    table, errors = capsys.readouterr()
+    assert " best " in row_of(table, "bpe") and " best " not in row_of(table, "char")
+    assert "note: dataset not the same in all; losses compare only on the same validation text" in errors
+
+
+def test_curves_are_drawn_over_bytes_so_that_tokens_of_any_length_compare(folder):
+    make_run("out/bpe", 4.0, 3.9, bytes_per_token=4.0)
+    curve = compare.curve(compare.read_run(Path("out/bpe")))
+    assert curve == [pytest.approx((4000, 4 / 4 / math.log(2))), pytest.approx((8000, 3.9 / 4 / math.log(2)))]
+
+
+def test_a_run_with_settings_of_another_version_is_listed_without_parameters(folder, capsys):
+    make_run("out/a", 2.0, 2.0)
+    make_run("out/newer", 1.9, 1.9, n_experts=8)
+    make_run("out/newest", 1.9, 1.9, position="quantum")
+    table = run(capsys, "out/a", "out/newer", "out/newest")
+    assert row_of(table, "newer").split()[1] == row_of(table, "newest").split()[1] == "—"
+    assert row_of(table, "newer").endswith("done   n_experts=8")
+    assert "most have: position=learned n_experts=—" in table
+
+
+# --------------------------------------------------------------------------------------
+# Runs that are going, and folders that are none
+
+
+@pytest.mark.parametrize(
+    ("losses", "settings", "state"),
+    [
+        ([2.0, 1.9], {}, "done"),
+        ([2.0, 1.9], {"max_iters": 2000}, "stopped at 200 of 2000"),
+        ([2.0, 1.9], {"max_iters": 500, "quiet": 0}, "running at 40 %"),
+        ([], {"quiet": 0}, "running at 0 %"),
+        ([], {}, "stopped at 0 of 200"),
+        ([2.0, 2.1, 2.2], {"max_iters": 900, "early_stopping": 2}, "done early at 300 of 900"),
+        ([2.0, 2.1, 1.9], {"max_iters": 900, "early_stopping": 2}, "stopped at 300 of 900"),
+        ([2.0, 2.1], {"max_iters": 900, "early_stopping": 2}, "stopped at 200 of 900"),
+        ([2.0, 1.9], {"max_iters": 900, "quiet": 600, "log_interval": 100}, "running at 22 %"),  # a line each 100 s
+    ],
+)
+def test_a_row_tells_the_state_of_its_run(folder, capsys, losses, settings, state):
+    make_run("out/a", *losses, **settings)
+    assert row_of(run(capsys, "out/a"), "a").endswith(f"  {state}")
+
+
+def test_a_run_without_its_last_evaluation_is_not_done(folder, capsys):
+    metrics = make_run("out/a", 2.0, 1.9) / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
+    assert row_of(run(capsys, "out/a"), "a").endswith("running at 100 %")
+
+
+def test_half_written_and_damaged_lines_are_passed_over(folder, capsys):
+    metrics = make_run("out/a", 2.0, 1.9, quiet=0) / "metrics.jsonl"
+    first, *rest = metrics.read_text().splitlines(keepends=True)
+    metrics.write_bytes(
+        f'{first}[1]\n{{"iter": 5}}\n'.encode() + b"\xff\x00\n" + "".join(rest).encode() + b'{"iter": 3'
+    )
+    row = json.loads(run(capsys, "out/a", "--json=-"))[0]
+    assert (row["state"], row["best_val_loss"], row["best_iter"]) == ("done", 1.9, 200)
+
+
+def test_a_run_that_has_not_been_evaluated_shows_dashes_and_others_are_drawn(folder, capsys):
+    make_run("out/a", 2.0, 1.9)
+    make_run("out/new", quiet=0)
+    table = run(capsys, "out/a", "out/new", "--picture=out/compare.png")
+    assert row_of(table, "new").split()[2:7] == ["0", "—", "—", "—", "—"]
+    assert Path("out/compare.png").exists()
+
+
+def test_without_any_evaluation_there_is_no_picture_and_a_note(folder, capsys):
+    make_run("out/new")
+    compare.main(["out/new"])
+    assert capsys.readouterr().err == "note: no run has bits per byte yet, so there is no picture\n"
+    assert not Path("out/compare.png").exists()
+
+
+def break_folder(how: str) -> str:
+    if how == "a file":
+        Path("out/bad").write_text("hello")
+    elif how != "missing":
+        path = make_run("out/bad", 2.0)
+        config = path / "config.json"
+        {
+            "no config": config.unlink,
+            "no metrics": (path / "metrics.jsonl").unlink,
+            "damaged": lambda: config.write_text('{"max_iters": 2'),
+            "not text": lambda: config.write_bytes(b"\xff\xfe"),
+            "foreign": lambda: config.write_text('{"hidden_size": 768}'),
+            "a list": lambda: config.write_text("[1]"),
+        }[how]()
+    return "out/bad"
+
+
+BROKEN = {
+    "missing": "out/bad is no run: out/bad: No such file or directory",
+    "a file": "out/bad is no run: out/bad: Not a directory",
+    "no config": "out/bad is no run: out/bad/config.json: No such file or directory",
+    "no metrics": "out/bad is no run: out/bad/metrics.jsonl: No such file or directory",
+    "damaged": "out/bad is no run: its config.json is damaged",
+    "not text": "out/bad is no run: its config.json is damaged",
+    "foreign": "out/bad is no run: its config.json is not one of train.py",
+    "a list": "out/bad is no run: its config.json is not one of train.py",
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_folder_that_is_no_run_is_one_note_and_the_rest_is_compared(folder, capsys, how):
+    make_run("out/good", 2.0)
+    compare.main(["out/good", break_folder(how), "--picture=None"])
+    out, errors = capsys.readouterr()
+    assert errors == f"note: {BROKEN[how]}; left out\n"
+    assert row_of(out, "good") and "bad" not in out
+
+
+def test_nothing_left_to_compare_is_one_line_and_exit_code_2(folder, fails):
+    Path("out").mkdir()
+    bad = break_folder("foreign")
+    assert fails(compare.main, bad) == f"nothing to compare: {BROKEN['foreign']}\n"
+    assert "(nor are 2 others)" in fails(compare.main, bad, "out", "nowhere")
+    assert "no run to compare; try: python compare.py out/*" in fails(compare.main)
+
+
+def test_bad_arguments_are_one_line(folder, fails):
+    make_run("out/a", 2.0)
+    assert "unknown key pictur; did you mean picture?" in fails(compare.main, "out/a", "--pictur=x.png")
+    assert "picture=x.svg must end in .png" in fails(compare.main, "out/a", "--picture=x.svg")
+    assert "csv=- and json=- cannot both have stdout" in fails(compare.main, "out/a", "--csv=-", "--json=-")
+
+
+def test_a_mistake_is_told_without_loading_torch(folder):
+    Path("out").mkdir()
+    code = "import sys, compare\ntry: compare.main(['out'])\nexcept ValueError: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
+# --------------------------------------------------------------------------------------
+# The table as data, and the picture
+
+
+def test_csv_and_json_hold_the_numbers_of_the_table_and_all_that_differs(folder, capsys):
+    make_run("out/a", 2.123456789)
+    make_run("out/b", 1.987654321, 1.9, n_head=1, dataset="has,comma")
+    table = run(capsys, "out/a", "out/b", "--csv=out/t.csv", "--json=out/t.json")
+    from_json = json.loads(Path("out/t.json").read_text())
+    from_csv = list(csv.DictReader(io.StringIO(Path("out/t.csv").read_text())))
+    assert [{key: str(value) for key, value in row.items()} for row in from_json] == from_csv
+    for row in from_json:
+        shown = row_of(table, row["run"]).split()
+        assert shown[1] == f"{row['parameters']:,}"
+        assert float(shown[2]) == row["seconds"] and shown[3] == f"{row['tokens_per_second']:,.0f}"
+        assert shown[4:6] == [f"{row['best_val_loss']:.4f}", str(row["best_iter"])]
+        assert shown[6] == f"{row['best_bits_per_byte']:.3f}"
+    assert from_json[0]["best_val_loss"] == 2.123456789
+    assert [(row["n_head"], row["dataset"]) for row in from_json] == [(4, "shakespeare_char"), (1, "has,comma")]
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_data_asked_for_on_stdout_is_alone_there(folder, capsys, form):
+    make_run("out/a", 2.0)
+    make_run("out/new")
+    compare.main(["out/a", "out/new", "nowhere", f"--{form}=-"])
+    out, errors = capsys.readouterr()
+    rows = json.loads(out) if form == "json" else list(csv.DictReader(io.StringIO(out)))
+    assert [row["run"] for row in rows] == ["a", "new"]
+    assert rows[1]["best_val_loss"] == (None if form == "json" else "")
+    assert "nowhere is no run" in errors and "out/compare.png written" in errors
+
+
+def test_the_picture_is_a_png_and_what_was_written_is_not_taken_for_a_run(folder, capsys):
+    make_run("out/a", 2.0, 1.9)
+    for _ in range(2):
+        compare.main([*sorted(map(str, Path("out").iterdir())), "--json=out/table.json"])
+        assert capsys.readouterr().err == "out/table.json written\nout/compare.png written\n"
+    assert Path("out/compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(folder, fails, monkeypatch):
+    make_run("out/a", 2.0)
+    Path("pictures").mkdir()
+    Path("pictures/x.png").write_text("old")
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "cannot write pictures/x.png: No space left" in fails(compare.main, "out/a", "--picture=pictures/x.png")
+    assert [path.name for path in Path("pictures").iterdir()] == ["x.png"]
+    assert Path("pictures/x.png").read_text() == "old"
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 13, 20])
+def test_each_run_has_one_look_of_its_own_in_both_panels(folder, monkeypatch, count):
+    import matplotlib.pyplot as plt
+
+    runs = [compare.read_run(make_run(f"out/{i:02}", 2.5, 2 - i / 100)) for i in range(count)]
+    table = [compare.describe(run, run.folder.name) for run in runs]
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    compare.draw(table, [compare.curve(run) for run in runs], Path("out/x.png"))
+    left, right = plt.gcf().axes
+    monkeypatch.undo()
+    plt.close("all")
+    colors = [line.get_color() for line in left.lines]
+    assert colors == [compare.COLORS[i % 10] for i in range(count)]
+    assert len({(line.get_color(), line.get_linestyle()) for line in left.lines}) == count
+    bars = [bar.get_facecolor() for bar in right.patches]
+    assert bars == [pytest.approx(to_rgba(color)) for color in colors]
+    assert [label.get_text() for label in right.get_yticklabels()] == [f"{i:02}" for i in range(count)]
+    assert [text.get_fontweight() for text in right.texts] == ["normal"] * (count - 1) + ["bold"]
+
+
+def to_rgba(color: str) -> tuple[float, ...]:
+    return (*(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)), 1.0)
+
+
+def test_real_runs_are_compared(run_train, capsys):
+    run_train("--out_dir=out/run")
+    model = checkpoint.load(Path("out/run/best.pt"))["model"]
+    first = json.loads(Path("out/run/config.json").read_text())
+    run_train("--position=rotary")  # the first run is in previous-1 now
+    out = run(capsys, "out/run/previous-1", "out/run", "--json=-")
+    old, new = json.loads(out)
+    assert (old["position"], new["position"]) == (first["position"], "rotary")
+    assert old["state"] == new["state"] == "done" and old["iter"] == 6
+    assert old["parameters"] == sum({value.data_ptr(): value.numel() for value in model.values()}.values())
+    best = checkpoint.load(Path("out/run/best.pt"))
+    assert (new["best_val_loss"], new["best_iter"]) == (best["best_val_loss"], best["iter"])
+    assert not re.search(r"out_dir|seed", out)
