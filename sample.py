@@ -169,7 +169,10 @@ def generate(
     known: ids from here on, which pad the vocabulary, are never drawn. exact: what happens when the window of
     block_size is full: True reads the newest block_size tokens again for every new one, False the newest half once and
     goes on from there. cached=False computes the same without a cache, for tests and for wonder at the difference.
+    A model that has no cache reads all it can every time.
     """
+    if not model.has_cache:
+        cached, exact = False, True
     block_size = model.config.block_size
     caches = model.make_caches() if cached else None
     start = max(0, idx.shape[1] - block_size)  # the window is idx[:, start:]
