@@ -246,8 +246,8 @@ def attend(
 class Attention(nn.Module):
     """Several heads of attention side by side, their results concatenated and mixed.
 
-    With n_kv_head below n_head, so many query heads share the keys and values of one head, which makes the cache that
-    much smaller. Source: Shazeer 2019, arXiv:1911.02150 (one for all); Ainslie et al. 2023, arXiv:2305.13245 (groups).
+    With n_kv_head below n_head, neighbouring query heads share one head of keys and values, which makes the cache
+    smaller. Source: Shazeer 2019, arXiv:1911.02150 (one for all); Ainslie et al. 2023, arXiv:2305.13245 (groups).
     With window, a token sees itself and the window - 1 tokens before it. Source: Beltagy et al. 2020, arXiv:2004.05150.
     """
 
@@ -606,7 +606,9 @@ class ModelConfig:
     n_embd: int = 128  # numbers that stand for a token: the width of the model
     n_hidden: int | None = None  # neurons in the middle; None: 4 n_embd, gated 8/3 n_embd, window_mlp window n_embd
     block_size: int = 64  # context: tokens the model can look back on
-    window: int = 0  # tokens that attention looks back on in a block, itself included; 0: all; window_mlp: tokens read
+    window: int = (
+        0  # tokens that each one sees, itself and the newest before it; 0: all; window_mlp: tokens that are read
+    )
     vocab_size: int | None = None  # tokens it knows; None: as many as the data set has; more pads the table
     dropout: float = 0.0  # share of the numbers zeroed in training, against overfitting; 0.1 to 0.3 on small data
     bias: bool = False  # learnt shifts in linear layers and layer norms, as GPT-2 has them

@@ -229,3 +229,5 @@ def test_the_sinusoidal_encoding_is_the_papers():
     assert encoding.abs().max() <= 1 and len(encoding.unique(dim=0)) == 50  # no number explodes, no place is another
     assert not list(position.parameters())
     torch.testing.assert_close(position.embed(nothing[:, :3], 7)[0], encoding[7:10])
+    words = torch.randn(1, 50, 10)
+    torch.testing.assert_close(position.embed(words, 0)[0], math.sqrt(10) * words[0] + encoding)
