@@ -606,9 +606,7 @@ class ModelConfig:
     n_embd: int = 128  # numbers that stand for a token: the width of the model
     n_hidden: int | None = None  # neurons in the middle; None: 4 n_embd, gated 8/3 n_embd, window_mlp window n_embd
     block_size: int = 64  # context: tokens the model can look back on
-    window: int = (
-        0  # tokens that each one sees, itself and the newest before it; 0: all; window_mlp: tokens that are read
-    )
+    window: int = 0  # tokens that each one sees, itself and the newest before it; 0: all; window_mlp: tokens read
     vocab_size: int | None = None  # tokens it knows; None: as many as the data set has; more pads the table
     dropout: float = 0.0  # share of the numbers zeroed in training, against overfitting; 0.1 to 0.3 on small data
     bias: bool = False  # learnt shifts in linear layers and layer norms, as GPT-2 has them
