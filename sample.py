@@ -73,12 +73,15 @@ def main(argv: list[str]) -> None:
     model = models.build(configurator.make(models.ModelConfig, saved["model_config"]))
     model.load_state_dict(saved["model"])
     model.to(device).eval()
+    num_samples = config.num_samples if config.temperature else 1
+    if num_samples < config.num_samples:
+        print("note: at temperature=0 all texts are the same; here is one", file=sys.stderr)
     if config.compile:
         print("note: compile=True has no effect in sample.py", file=sys.stderr)
     tokenizer = tokenizers.from_state(saved["tokenizer"])
     prompt, ids = read_prompt(config.start, tokenizer)
 
-    idx = torch.from_numpy(ids).to(device).repeat(config.num_samples, 1)
+    idx = torch.from_numpy(ids).to(device).repeat(num_samples, 1)
     new_tokens = generate(
         model,
         idx,
@@ -177,7 +180,10 @@ def generate(
     known: ids from here on, which pad the vocabulary, are never drawn. exact: what happens when the window of
     block_size is full: True reads the newest block_size tokens again for every new one, False the newest half once and
     goes on from there. cached=False computes the same without a cache, for tests and for wonder at the difference.
+    A model that has no cache reads all it can every time.
     """
+    if not model.has_cache:
+        cached, exact = False, True
     block_size = model.config.block_size
     caches = model.make_caches() if cached else None
     start = max(0, idx.shape[1] - block_size)  # the window is idx[:, start:]

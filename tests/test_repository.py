@@ -3,9 +3,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import sample
 import train
+from dataset import TokenDataset
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -20,6 +23,20 @@ def test_every_shipped_config_loads_and_takes_two_steps(tiny, config):
         == 0
     )
     assert Path("out/run/best.pt").exists()
+
+
+def test_the_nursery_rhyme_is_learnt_by_heart(folder, capsys):
+    assert train.main([str(ROOT / "config" / "humpty_dumpty.py"), "--device=cpu", "--eval_interval=120"]) == 0
+    text = Path("data/downloads/humpty_dumpty.txt").read_text()
+    rhyme = text[: len(text) // 10]
+    data = TokenDataset(folder / "data" / "humpty_dumpty", block_size=1280, seed=1)
+    assert (
+        data.tokenizer.decode(data.val.read(np.array([0]), len(data.val))[0]) == rhyme
+    )  # so the validation loss is that of the whole rhyme
+    capsys.readouterr()
+    argv = ["--device=cpu", "--start=Humpty Dumpt", "--temperature=0", "--num_samples=1", "--max_new_tokens=129"]
+    sample.main(["--out_dir=out/humpty_dumpty", *argv])
+    assert capsys.readouterr().out == rhyme.removeprefix("\n")
 
 
 def test_importing_any_module_does_nothing(folder):

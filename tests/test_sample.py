@@ -71,6 +71,16 @@ def test_the_fast_way_reads_the_newest_half_again_when_the_window_is_full():
     assert read == [2, 1, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1, 1]
 
 
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+def test_the_window_network_drops_its_oldest_token(exact):
+    model = tiny_model(model="window_mlp", window=8)
+    idx = torch.tensor([[1, 2, 3]])
+    written = continuation(model, idx, 30, exact=exact, temperature=0)
+    for _ in range(30):
+        idx = torch.cat([idx, model(idx[:, -8:])[0][:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert written == idx[:, 3:].tolist()
+
+
 def test_temperature_0_is_greedy():
     model = tiny_model()
     idx = torch.tensor([[1, 2, 3]])
@@ -184,3 +194,9 @@ def test_keys_that_have_no_effect_say_so(run_dir, capsys):
 def test_models_of_every_config_key_survive_the_checkpoint(run_dir):
     saved = train.checkpoint.load(run_dir / "best.pt")["model_config"]
     assert set(saved) == {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+def test_greedy_texts_are_all_the_same_so_one_is_written(run_dir, capsys):
+    sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5", "--temperature=0"])
+    captured = capsys.readouterr()
+    assert "at temperature=0 all texts are the same" in captured.err and "-----" not in captured.err

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ import torch
 from conftest import TINY_RUN, make_text, read_rows
 
 import checkpoint
+import model as models
+import sample
 import train
 from optim import Optimizer, make_optimizer
 from train import TrainConfig
@@ -466,6 +469,20 @@ def test_what_may_not_change_on_resume_is_refused(run_train, fails, change):
     assert f"{change} cannot change on resume: the checkpoint has {change.partition('=')[0]}=" in line
 
 
+def test_a_checkpoint_from_before_a_key_existed_goes_on_and_writes(run_train, fails, capsys):
+    run_train()
+    for name in ("ckpt.pt", "best.pt"):
+        saved = checkpoint.load(OUT / name)
+        for key in ("n_kv_head", "n_hidden", "window", "embedding", "rope_factor"):
+            del saved["model_config"][key]
+        checkpoint.save(OUT / name, saved)
+    sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5"])
+    assert "window=4 cannot change on resume" in fails(
+        train.main, "--init_from=resume", "--out_dir=out/run", "--window=4"
+    )
+    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
+
+
 def test_new_settings_are_checked_beside_those_of_the_checkpoint(run_train):
     run_train("--learning_rate=0.01")
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=7", "--min_lr=0.005"]) == 0
@@ -624,6 +641,107 @@ def test_a_key_without_effect_says_so(run_train, capsys):
     assert "note: warmup_iters=2 has no effect without decay_lr=True" in notes
     run_train("--rope_base=5", "--position=rotary")
     assert "no effect" not in capsys.readouterr().err
+
+
+def test_keys_that_act_are_never_called_idle():
+    """Of those for the window network: each key either changes what it computes, or is told to have no effect."""
+    base = {"model": "window_mlp", "window": 4, "n_layer": 2, "n_embd": 8, "block_size": 8, "vocab_size": 11}
+    other = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 4, "n_hidden": 5, "window": 3, "vocab_size": 12}
+    other |= {"dropout": 0.5, "bias": True, "tie_weights": False, "position": "rotary", "rope_base": 5.0}
+    other |= {"rope_factor": 2.0, "rope_low_freq_factor": 0.5, "rope_high_freq_factor": 5.0, "norm": "none"}
+    other |= {"rope_original_context": 9, "block": "plain", "mlp": "gated", "activation": "relu", "qk_norm": True}
+    other |= {"embed_norm": True, "logit_soft_cap": 0.1, "init": "zero"}
+
+    def logits(**keys) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = models.build(models.ModelConfig(**base | keys))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=1.0)
+        return model(torch.arange(8)[None])[0]
+
+    idle = train.without_effect(asdict(TrainConfig()) | asdict(models.ModelConfig(**base)))
+    assert other.keys() | {"model", "block_size", "embedding"} == asdict(models.ModelConfig()).keys()
+    for key, value in other.items():
+        changed = logits(**{key: value})
+        same = changed.shape == logits().shape and torch.equal(changed, logits())
+        assert same == (key in idle), key
+
+
+@pytest.mark.parametrize(
+    ("settings", "idle"),
+    [
+        ({}, {"rope_factor": "without position=rotary", "rope_original_context": "without position=rotary"}),
+        ({"position": "rotary"}, {"rope_original_context": "with rope_factor=1.0"}),
+        ({"position": "rotary", "rope_factor": 8.0, "norm": "none"}, {"embed_norm": "with norm=none"}),
+        ({"position": "rotary", "rope_factor": 8.0, "mlp": "none"}, {"activation": "with mlp=none"}),
+        (
+            {"model": "window_mlp", "window": 3, "mlp": "none", "norm": "none"},  # there mlp and norm do nothing
+            dict.fromkeys(("rope_factor", "rope_original_context", "embed_norm", "mlp"), "with model=window_mlp"),
+        ),
+    ],
+    ids=str,
+)
+def test_what_has_no_effect_depends_on_the_other_keys(settings, idle):
+    found = train.without_effect(asdict(TrainConfig()) | asdict(models.ModelConfig(**settings)))
+    watched = ("activation", "embed_norm", "mlp", "rope_factor", "rope_original_context")
+    assert {key: why for key, why in found.items() if key in watched} == idle
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    "embedding", [("--embedding=table",), ("--embedding=number", "--n_embd=1")], ids=lambda e: e[0]
+)
+def test_the_window_network_trains_resumes_and_writes(run_train, capsys, optimizer, embedding):
+    argv = ["--model=window_mlp", "--window=12", "--n_hidden=24", f"--optimizer={optimizer}", "--bias=True", *embedding]
+    whole = run_train(*argv, "--dropout=0.2", "--max_iters=60", "--learning_rate=1e-2", "--eval_interval=30")
+    assert whole[-1]["val_loss"] < whole[0]["train_loss"] - 0.2
+    assert "n_head=2 has no effect with model=window_mlp" in capsys.readouterr().err
+    weights_then = weights()
+    checkpoint_at_30 = [*argv, "--dropout=0.2", "--max_iters=30", "--lr_decay_iters=60", "--learning_rate=1e-2"]
+    run_train(*checkpoint_at_30, "--eval_interval=30")
+    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=60"]) == 0
+    assert_same_weights(weights(), weights_then)
+    capsys.readouterr()
+    sample.main(["--out_dir=out/run", "--device=cpu", "--start=A", "--num_samples=1", "--max_new_tokens=40"])
+    assert len(capsys.readouterr().out) == 1 + 40 + 1
+
+
+class Doubled(torch.nn.Module):
+    """Twice its input."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, x):
+        return 2 * x
+
+
+class Reversed(models.Position):
+    def embed(self, x, start):
+        return x.flip(-1)
+
+
+@pytest.mark.parametrize(
+    ("variants", "key", "variant"),
+    [
+        (models.ACTIVATIONS, "activation", torch.sin),
+        (models.NORMS, "norm", Doubled),
+        (models.POSITIONS, "position", Reversed),
+        (
+            models.BLOCKS,
+            "block",
+            type("Block", (models.PreNormBlock,), {"join": lambda self, x, norm, f: f(norm(x)) - x}),
+        ),
+        (models.MLPS, "mlp", Doubled),
+    ],
+    ids=["activation", "norm", "position", "block", "mlp"],
+)
+def test_a_new_variant_is_one_line_in_one_dictionary(run_train, monkeypatch, capsys, variants, key, variant):
+    monkeypatch.setitem(variants, "mine", variant)
+    assert train_losses(run_train(f"--{key}=mine")) != train_losses(run_train())
+    run_train(f"--{key}=mine")
+    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
+    sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=20"])
 
 
 # --------------------------------------------------------------------------------------

@@ -1,0 +1,233 @@
+"""The numbers and claims of 'Understanding LLMs from Scratch Using Middle School Math', computed by our own blocks."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as models
+from model import ACTIVATIONS, BLOCKS, POSITIONS, Attention, LayerNorm, ModelConfig, Position, attend
+from optim import make_optimizer
+from sample import generate, probabilities
+from tokenizer import CharTokenizer
+
+LETTERS = CharTokenizer("abcdefghijklmnopqrstuvwxyz ")
+LEAF = torch.tensor([32.0, 107.0, 56.0, 11.2])  # red, green, blue, volume in ml
+TO_BLUE_CIRCLE = torch.tensor([[0.10, -0.29, -0.07, 0.46]])  # the weights from these to the first neuron of the middle
+TO_MIDDLE = torch.tensor([[0.10, -0.29], [0.12, -0.05], [-0.36, -0.21]])  # from red and green to all three of them
+TO_GREEN_CIRCLE = torch.tensor([[-0.17, 0.39, 0.10]])  # from these three to the first neuron of the output
+
+
+def config(**keys) -> ModelConfig:
+    return ModelConfig(**{"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 27} | keys)
+
+
+# --------------------------------------------------------------------------------------
+# A simple neural network, and how it is trained
+
+
+def test_the_blue_circle_is_minus_26_6_and_its_bias_is_added():
+    network = models.MLP(config(n_embd=4, n_hidden=1, bias=True))
+    network.fc.weight.data, network.fc.bias.data = TO_BLUE_CIRCLE, torch.tensor([0.0])
+    assert round(network.fc(LEAF).item(), 1) == -26.6
+    network.fc.bias.data = torch.tensor([0.25])
+    assert round(network.fc(LEAF).item(), 2) == -26.35  # where the article has lost the sign
+
+
+def test_relu_sets_the_two_negative_neurons_to_zero_and_leaves_the_others():
+    assert ACTIVATIONS["relu"](torch.tensor([-26.6, -47.1, 3.2])).tolist() == [0.0, 0.0, pytest.approx(3.2)]
+
+
+@pytest.mark.parametrize("activation", ["identity", *ACTIVATIONS])
+def test_only_without_an_activation_do_two_layers_collapse_into_one(monkeypatch, activation):
+    monkeypatch.setitem(ACTIVATIONS, "identity", lambda x: x)
+    network = models.MLP(config(n_embd=2, n_hidden=3, activation=activation, n_head=1))
+    network.fc.weight.data, network.proj.weight.data = TO_MIDDLE, TO_GREEN_CIRCLE
+    red = 0.10 * -0.17 + 0.12 * 0.39 - 0.36 * 0.1
+    green = -0.29 * -0.17 - 0.05 * 0.39 - 0.21 * 0.1
+    assert torch.allclose(network(LEAF[:2]), red * LEAF[0] + green * LEAF[1]) == (activation == "identity")
+
+
+def test_gradient_descent_learns_to_tell_leaf_from_flower():
+    torch.manual_seed(0)
+    leaves = torch.tensor([32.0, 107.0, 56.0, 11.2]) + torch.randn(50, 4) * torch.tensor([15.0, 15.0, 15.0, 3.0])
+    flowers = torch.tensor([241.0, 200.0, 4.0, 59.5]) + torch.randn(50, 4) * torch.tensor([15.0, 15.0, 15.0, 3.0])
+    objects = torch.cat([leaves, flowers]) / 255
+    kind = torch.arange(2).repeat_interleave(50)  # 0 leaf, 1 flower: the larger of the first two outputs says which
+    network = models.MLP(config(n_embd=4, n_hidden=3, activation="relu", bias=True))
+    losses = []
+    for _ in range(200):
+        loss = F.cross_entropy(network(objects[::2])[:, :2], kind[::2])
+        network.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter -= 0.5 * parameter.grad  # a small step in the direction where the loss goes down
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 10
+    assert (network(objects[1::2])[:, :2].argmax(dim=1) == kind[1::2]).all()  # also those that it was not trained on
+
+
+# --------------------------------------------------------------------------------------
+# Letters as numbers, and then as vectors
+
+
+def test_letters_are_the_numbers_of_their_places_in_the_alphabet():
+    idx = torch.from_numpy(LETTERS.encode("humpty dumpt"))
+    numbers = models.NumberEmbedding(vocab_size=27, n_embd=1)(idx[None]) * 27
+    assert numbers.round().flatten().int().tolist() == [8, 21, 13, 16, 20, 25, 27, 4, 21, 13, 16, 20]
+    assert not list(models.NumberEmbedding(27, 1).parameters())  # the article's are picked, not trained
+
+
+@pytest.mark.parametrize("keys", [{"embedding": "number", "n_embd": 1}, {"n_embd": 10}], ids=["numbers", "vectors"])
+def test_the_window_drops_its_oldest_letter_and_the_network_goes_on(keys):
+    """humpty dumpt -> y, then umpty dumpty -> a space, then mpty dumpty_ -> s, ..."""
+    torch.manual_seed(0)
+    text = "humpty dumpty sat on a wall"
+    network = models.build(
+        config(model="window_mlp", window=12, block_size=26, n_hidden=100, activation="relu", bias=True, **keys)
+    )
+    assert network.stack[0].in_features == {1: 12, 10: 120}[network.config.n_embd]
+    optimizer = make_optimizer("adamw", network, 1e-2)
+    idx = torch.from_numpy(LETTERS.encode(text))[None]
+    for _ in range(200):
+        network(idx[:, :-1], idx[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    written = torch.cat(list(generate(network, idx[:, :12], len(text) - 12, temperature=0)))
+    assert LETTERS.decode(written.tolist()) == "y sat on a wall"
+    for start, next_letter in enumerate("y sat on a wall"):
+        window = text[start : start + 12]
+        logits, _ = network(torch.from_numpy(LETTERS.encode(window))[None])
+        assert LETTERS.decode([int(logits[0, -1].argmax())]) == next_letter, window
+
+
+def test_an_embedding_is_a_table_of_trained_vectors_one_a_letter():
+    model = models.build(config())
+    h = torch.from_numpy(LETTERS.encode("h"))
+    assert torch.equal(model.wte(h)[0], model.wte.weight[8 - 1])
+    assert torch.equal(model.wte(h), F.one_hot(h, 27).float() @ model.wte.weight)  # the article's appendix
+    assert model.wte.weight.requires_grad
+
+
+# --------------------------------------------------------------------------------------
+# Softmax
+
+
+def test_softmax_gives_chances_that_are_positive_sum_to_one_and_keep_the_order():
+    torch.manual_seed(0)
+    logits = torch.randn(5, 10) * 4
+    chances = probabilities(logits)
+    assert (chances > 0).all()
+    torch.testing.assert_close(chances.sum(dim=1), torch.ones(5))
+    assert torch.equal(chances.argsort(dim=1), logits.argsort(dim=1))
+
+
+def test_softmax_of_two_is_the_logistic_function_of_their_difference():
+    torch.testing.assert_close(probabilities(torch.tensor([[5.0, 1.0]]))[0, 0].item(), 1 / (1 + math.exp(-4)))
+    assert probabilities(torch.tensor([[0.0, 0.0]])).tolist() == [[0.5, 0.5]]
+
+
+# --------------------------------------------------------------------------------------
+# Attention
+
+
+def test_self_attention_is_a_weighted_sum_of_values_with_weights_that_add_up_to_one():
+    """u_i = softmax of k_i . q_3 over the three words, each of k, q and v a matrix times the word's vector."""
+    torch.manual_seed(0)
+    attention = Attention(config(n_head=1), causal=True)
+    attention.proj.weight.data = torch.eye(8)
+    words = torch.randn(1, 3, 8)  # humpty, dumpty, sat
+    k, v = words[0] @ attention.key.weight.T, words[0] @ attention.value.weight.T
+    q3 = attention.query.weight @ words[0, 2]
+    u = (k @ q3 / math.sqrt(8)).softmax(dim=0)
+    assert u.sum().item() == pytest.approx(1)
+    expected = u[0] * v[0] + u[1] * v[1] + u[2] * v[2]
+    torch.testing.assert_close(attention(words, Position(config()))[0, 2], expected)
+
+
+def test_equal_values_come_out_as_they_are_since_the_weights_add_up_to_one():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 7, 4)
+    v = torch.ones(1, 2, 7, 4)
+    torch.testing.assert_close(attend(q, k, v, causal=True), v)
+
+
+def test_without_positions_switching_two_words_makes_no_difference_and_with_them_it_does():
+    torch.manual_seed(0)
+    words = torch.randn(1, 3, 8)
+    switched = words[:, [1, 0, 2]]
+    for name, scheme in POSITIONS.items():
+        position = scheme(config(position=name))
+        attention = Attention(config(), causal=True)
+        outputs = [attention(position.embed(x, 0), position)[0, 2] for x in (words, switched)]
+        assert torch.allclose(*outputs, atol=1e-6) == (name == "none"), name
+
+
+def test_several_heads_are_single_heads_concatenated():
+    torch.manual_seed(0)
+    attention = Attention(config(n_head=2), causal=True)
+    attention.proj.weight.data = torch.eye(8)
+    words = torch.randn(1, 5, 8)
+    heads = []
+    for rows in (slice(0, 4), slice(4, 8)):
+        part = [
+            F.linear(words, layer.weight[rows])[:, None] for layer in (attention.query, attention.key, attention.value)
+        ]
+        heads.append(attend(*part, causal=True)[:, 0])
+    torch.testing.assert_close(attention(words, Position(config())), torch.cat(heads, dim=-1))
+
+
+# --------------------------------------------------------------------------------------
+# Residual connections, layer normalization, dropout, positions
+
+
+def test_a_residual_connection_adds_the_input_to_what_the_block_gives():
+    torch.manual_seed(0)
+    x, position = torch.randn(1, 5, 8), Position(config())
+    for name in ("pre_norm", "plain"):
+        block = BLOCKS[name](config(norm="none", mlp="none"), causal=True)
+        residual = x if name == "pre_norm" else 0
+        torch.testing.assert_close(block(x, position), residual + block.attn(x, position))
+
+
+def test_layer_norm_is_x_minus_mean_over_standard_deviation_times_scale_plus_bias():
+    torch.manual_seed(0)
+    norm, x = LayerNorm(config(bias=True)), torch.randn(8) * 3 + 2
+    norm.weight.data, norm.bias.data = torch.randn(8), torch.randn(8)
+    mean = sum(x) / 8
+    deviation = math.sqrt(sum((x - mean) ** 2) / 8 + norm.eps)  # divided by N as in the article; eps: never by zero
+    torch.testing.assert_close(norm(x), (x - mean) / deviation * norm.weight + norm.bias)
+    assert norm.eps == 1e-5
+
+
+@pytest.mark.parametrize("p", [0.5, 0.2])
+def test_dropout_keeps_the_mean_between_training_and_use(p):
+    """The article multiplies by 1 - p in use; torch divides by it in training, so that use costs nothing."""
+    torch.manual_seed(0)
+    block = BLOCKS["plain"](config(dropout=p), causal=True)
+    ones = torch.ones(100_000)
+    trained = block.dropout(ones)
+    assert sorted(set(trained.tolist())) == [0.0, pytest.approx(1 / (1 - p))]
+    assert (trained == 0).float().mean().item() == pytest.approx(p, abs=0.01)
+    assert (trained * (1 - p)).mean().item() == pytest.approx((ones * (1 - p)).mean().item(), abs=0.01)
+    block.eval()
+    assert torch.equal(block.dropout(ones), ones)
+
+
+def test_the_sinusoidal_encoding_is_the_papers():
+    """sin for even numbers and cos for odd ones, of p / 10000^(i/C), where i is that of the pair's even number."""
+    position = POSITIONS["sinusoidal"](config(n_embd=10, block_size=50))
+    nothing = torch.zeros(1, 50, 10)
+    encoding = position.embed(nothing, 0)[0]
+    for p in (0, 1, 7, 49):
+        for i in range(10):
+            wave = math.cos if i % 2 else math.sin
+            assert encoding[p, i].item() == pytest.approx(wave(p / 10000 ** ((i - i % 2) / 10)), abs=1e-5)
+    assert encoding.abs().max() <= 1 and len(encoding.unique(dim=0)) == 50  # no number explodes, no place is another
+    assert not list(position.parameters())
+    torch.testing.assert_close(position.embed(nothing[:, :3], 7)[0], encoding[7:10])
+    words = torch.randn(1, 50, 10)
+    torch.testing.assert_close(position.embed(words, 0)[0], math.sqrt(10) * words[0] + encoding)
