@@ -15,7 +15,6 @@ position = "rotary"
 activation = "relu_squared"
 init = "zero"
 tie_weights = False
-dropout = 0.1  # 470,000 pieces are soon known by heart
 
 batch_size = 12
 max_iters = 2000

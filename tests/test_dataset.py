@@ -1,5 +1,6 @@
 import json
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,18 @@ def test_a_permutation_of_a_huge_range_stays_inside_it():
     n = 10**11
     places = permute(np.array([0, 1, n - 2, n - 1]), n, 3)
     assert len(set(places)) == 4 and places.min() >= 0 and places.max() < n
+
+
+def test_a_permutation_takes_the_same_memory_whatever_its_size():
+    def most_memory(n: int) -> int:
+        tracemalloc.start()
+        permute(np.arange(12), n, 3)  # each number is below n
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    most_memory(100)
+    assert most_memory(10**11) < most_memory(100) + 1000 < 100_000
 
 
 def starts_of(dataset: TokenDataset, index: int, batch_size: int) -> list[int]:

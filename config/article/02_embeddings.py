@@ -1,0 +1,27 @@
+# Embeddings: a character is a list of 32 numbers instead of one, and training sets them.
+# The article: "Embeddings".
+#
+#   python train.py config/article/02_embeddings.py
+#
+# LOSS
+
+out_dir = "out/article/02_embeddings"
+dataset = "shakespeare_char"
+model = "window_mlp"
+n_embd = 32  # new: numbers that stand for a character, all of them trained
+window = 8
+n_layer = 1
+n_hidden = 256
+activation = "relu"
+bias = True
+
+# the training: 1,905 times 768 characters, as many as on every rung
+batch_size = 12
+block_size = 64
+max_iters = 1905
+learning_rate = 2e-3
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 50
+eval_interval = 381

@@ -1,0 +1,28 @@
+# Residual connections: what a block finds is added to what came in, so that learning reaches every block.
+# The article: "Residual connections".
+#
+#   python train.py config/article/05_residual.py
+#
+# LOSS
+
+out_dir = "out/article/05_residual"
+dataset = "shakespeare_sp"
+n_layer = 4
+n_head = 1
+n_embd = 128
+mlp = "none"
+position = "none"
+block = "pre_norm"  # new: x + f(norm(x)), where the norm does nothing yet
+norm = "none"
+bias = True
+
+# the training: 800 times 768 pieces, which are as many characters as on every rung
+batch_size = 12
+block_size = 64
+max_iters = 800
+learning_rate = 2e-3
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 50
+eval_interval = 200

@@ -1,0 +1,30 @@
+# Dropout: in training a tenth of the numbers is zeroed at random, so that none is relied on alone. It is meant for
+# models that know their text by heart, which no rung here comes near.
+# The article: "Dropout".
+#
+#   python train.py config/article/07_dropout.py
+#
+# LOSS
+
+out_dir = "out/article/07_dropout"
+dataset = "shakespeare_sp"
+n_layer = 4
+n_head = 1
+n_embd = 128
+mlp = "none"
+position = "none"
+block = "pre_norm"
+norm = "layernorm"
+dropout = 0.1  # new
+bias = True
+
+# the training: 800 times 768 pieces, which are as many characters as on every rung
+batch_size = 12
+block_size = 64
+max_iters = 800
+learning_rate = 2e-3
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 50
+eval_interval = 200

@@ -1,0 +1,29 @@
+# Multi-head attention: four heads of 32 numbers look for four things at once, instead of one head of 128.
+# The article: "Multi-head Attention".
+#
+#   python train.py config/article/08_heads.py
+#
+# LOSS
+
+out_dir = "out/article/08_heads"
+dataset = "shakespeare_sp"
+n_layer = 4
+n_head = 4  # new
+n_embd = 128
+mlp = "none"
+position = "none"
+block = "pre_norm"
+norm = "layernorm"
+dropout = 0.1
+bias = True
+
+# the training: 800 times 768 pieces, which are as many characters as on every rung
+batch_size = 12
+block_size = 64
+max_iters = 800
+learning_rate = 2e-3
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 50
+eval_interval = 200

@@ -1,0 +1,29 @@
+# Beside the rung before: positions as waves of many lengths, which nobody has to train.
+# The article: "Appendix, Positional Encoding".
+#
+#   python train.py config/article/09_positions_sinusoidal.py
+#
+# LOSS
+
+out_dir = "out/article/09_positions_sinusoidal"
+dataset = "shakespeare_sp"
+n_layer = 4
+n_head = 4
+n_embd = 128
+mlp = "none"
+position = "sinusoidal"  # instead of "learned"
+block = "pre_norm"
+norm = "layernorm"
+dropout = 0.1
+bias = True
+
+# the training: 800 times 768 pieces, which are as many characters as on every rung
+batch_size = 12
+block_size = 64
+max_iters = 800
+learning_rate = 2e-3
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 50
+eval_interval = 200

@@ -1,0 +1,30 @@
+# The GPT: after each attention a feed-forward network, in which every place thinks over what it has gathered.
+# The article: "The GPT architecture".
+#
+#   python train.py config/article/10_gpt.py
+#
+# LOSS
+
+out_dir = "out/article/10_gpt"
+dataset = "shakespeare_sp"
+n_layer = 4
+n_head = 4
+n_embd = 128
+mlp = "plain"  # new
+activation = "gelu"
+position = "learned"
+block = "pre_norm"
+norm = "layernorm"
+dropout = 0.1
+bias = True
+
+# the training: 800 times 768 pieces, which are as many characters as on every rung
+batch_size = 12
+block_size = 64
+max_iters = 800
+learning_rate = 2e-3
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 50
+eval_interval = 200
