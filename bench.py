@@ -153,6 +153,7 @@ def bench_prepare(config: BenchConfig) -> dict:
     with Path(config.input).open(encoding="utf-8") as file:
         texts = [file.read(1 << 18) for _ in range(80)]  # 20 MB
     size = sum(len(text.encode()) for text in texts)
+    encode_alone = lambda: [tokenizer.engine.encode_ordinary(text) for text in texts]  # noqa: E731
     began, most, alone = time.perf_counter(), 0, []
     command = [sys.executable, str(PREPARE), "bench", f"--input={config.input}", "--tokenizer=gpt2"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
@@ -162,14 +163,14 @@ def bench_prepare(config: BenchConfig) -> dict:
                 paused = family(process.pid)
                 for pid in paused:
                     os.kill(pid, signal.SIGSTOP)
-                alone.append(timed(lambda: [tokenizer.engine.encode_ordinary(text) for text in texts]))
+                alone.append(timed(encode_alone))
                 for pid in reversed(paused):
                     os.kill(pid, signal.SIGCONT)
             time.sleep(0.05)
     if process.returncode:
         raise UserError(f"prepare_data.py ended with {process.returncode}")
     speed = Path(config.input).stat().st_size / (time.perf_counter() - began - sum(alone)) / 1e6
-    alone = alone or [timed(lambda: [tokenizer.engine.encode_ordinary(text) for text in texts])]
+    alone = alone or [timed(encode_alone)]
     core = size / statistics.mean(alone) / 1e6
     return {
         "mb_per_second": round(speed, 2),

@@ -96,11 +96,12 @@ class TokenDataset:
 
     def identity(self) -> dict:
         """What tells this data from other data with the same tokenizer, wherever it came from."""
+        checksums = [split["checksums"] for split in self.meta.get("splits", {}).values()]  # long where the data is
         return {
             "train_tokens": len(self.train),
             "val_tokens": len(self.val),
             "first_million_sha256": hashlib.sha256(self.beginning("train", 1_000_000).tobytes()).hexdigest(),
-            "checksums": [split["checksums"] for split in self.meta.get("splits", {}).values()],
+            "checksums_sha256": hashlib.sha256(repr(checksums).encode()).hexdigest(),
         }
 
     def val_bytes_per_token(self) -> float:

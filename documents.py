@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -91,19 +91,16 @@ def decompressed(path: Path, file: BinaryIO) -> BinaryIO:
 
 
 def read_text(path: Path, file: BinaryIO, errors: str) -> Iterator[Piece]:
-    stream = decompressed(path, file)
-    decoder = codecs.getincrementaldecoder("utf-8-sig")(errors)
-    text, decoded, first = "", 0, True
-    while data := stream.read(PIECE):
-        text += decode(decoder, data, decoded, path)
-        decoded += len(data)
-        while len(text) > PIECE:
-            end = place_to_cut(text)
-            yield Piece(text[:end], first, False, file.tell())
-            text, first = text[end:], False
-    text += decode(decoder, b"", decoded, path)
-    if text:  # otherwise the file is empty, for there is always a last piece
-        yield Piece(text, first, True, file.tell())
+    def characters() -> Iterator[str]:
+        stream = decompressed(path, file)
+        decoder = codecs.getincrementaldecoder("utf-8-sig")(errors)
+        decoded = 0
+        while data := stream.read(PIECE):
+            yield decode(decoder, data, decoded, path)
+            decoded += len(data)
+        yield decode(decoder, b"", decoded, path)
+
+    return pieces(characters(), file.tell)
 
 
 def decode(decoder: codecs.IncrementalDecoder, data: bytes, decoded: int, path: Path) -> str:
@@ -133,7 +130,7 @@ def read_json_lines(path: Path, file: BinaryIO, text_key: str, errors: str) -> I
         if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
             keys = ", ".join(map(str, record)) if isinstance(record, dict) else "none, as it is no object"
             raise UserError(f"{where} has no text under {text_key!r}; name the key with --text_key; its keys: {keys}")
-        yield from pieces(mend(record[text_key], errors, where), file.tell())
+        yield from pieces([mend(record[text_key], errors, where)], file.tell)
 
 
 def read_parquet(path: Path, text_key: str, errors: str) -> Iterator[Piece]:
@@ -152,7 +149,8 @@ def read_parquet(path: Path, text_key: str, errors: str) -> Iterator[Piece]:
                     number += 1
                     if not isinstance(text, str):
                         raise UserError(f"{path}, row {number:,} has no text under {text_key!r}, but {text!r}")
-                    yield from pieces(mend(text, errors, f"{path}, row {number:,}"), size * number // rows)
+                    text = mend(text, errors, f"{path}, row {number:,}")
+                    yield from pieces([text], lambda number=number: size * number // rows)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
@@ -166,15 +164,20 @@ def mend(text: str, errors: str, where: str) -> str:
     return SURROGATES.sub("\N{REPLACEMENT CHARACTER}" if errors == "replace" else "", text)
 
 
-def pieces(text: str, read: int) -> Iterator[Piece]:
-    """A document in pieces; none where it is empty."""
-    first = True
-    while len(text) > PIECE:
-        end = place_to_cut(text)
-        yield Piece(text[:end], first, False, read)
-        text, first = text[end:], False
+def pieces(texts: Iterable[str], read: Callable[[], int]) -> Iterator[Piece]:
+    """One document, which comes as texts one behind another, in pieces; none where it is empty.
+
+    read: tells the bytes of the file read so far.
+    """
+    text, first = "", True
+    for more in texts:
+        text += more
+        while len(text) > PIECE:
+            end = place_to_cut(text)
+            yield Piece(text[:end], first, False, read())
+            text, first = text[end:], False
     if text:
-        yield Piece(text, first, True, read)
+        yield Piece(text, first, True, read())
 
 
 def place_to_cut(text: str) -> int:

@@ -288,11 +288,13 @@ class Progress:
     piece: int = 0
     read: int = 0
     split: str = "train"
-    splits: dict[str, dict[str, int]] = field(default_factory=lambda: {"train": Counted(), "val": Counted()})
+    splits: dict[str, dict[str, int]] = field(
+        default_factory=lambda: {"train": nothing_counted(), "val": nothing_counted()}
+    )
     counts: list[int] = field(default_factory=list)  # how often each token occurs
 
 
-def Counted() -> dict[str, int]:
+def nothing_counted() -> dict[str, int]:
     return dict.fromkeys(("documents", "characters", "bytes", "tokens"), 0)
 
 
@@ -406,7 +408,7 @@ def encode_unit(tokenizer: Tokenizer, texts: list[tuple[str, str, bool]]) -> dic
     """{split: (token ids, what was counted)}; texts as in Unit."""
     encoded = {}
     for split in ("train", "val"):
-        ids, counted = [np.empty(0, np.int64)], Counted()
+        ids, counted = [np.empty(0, np.int64)], nothing_counted()
         for _, text, ends in (entry for entry in texts if entry[0] == split):
             ids.append(tokenizer.encode(text))
             if ends and tokenizer.eot is not None:
@@ -445,7 +447,7 @@ def describe(config: PrepareConfig, corpus: Corpus, tokenizer: Tokenizer, progre
         paths = [path for path in sorted(parts.glob(f"{split}*.bin")) if path.stat().st_size]
         files = [{"name": path.name, "tokens": path.stat().st_size // dtype.itemsize} for path in paths]
         splits[split] = counted | {"files": files, "checksums": {path.name: checksums(path) for path in paths}}
-    total = {key: sum(counted[key] for counted in splits.values()) for key in Counted()}
+    total = {key: sum(counted[key] for counted in splits.values()) for key in nothing_counted()}
     counts = np.array(progress.counts)
     commonest = [
         {"token": int(i), "text": tokenizer.decode([i]), "share": round(int(counts[i]) / total["tokens"], 4)}

@@ -70,7 +70,7 @@ def test_cutting_a_document_changes_none_of_its_tokens(tok, seed, monkeypatch):
     )
     known = set(tok.decode(range(tok.vocab_size)))
     text = "".join(char for char in text if "char" not in tok.name or char in known)
-    pieces = [piece.text for piece in documents.pieces(text, 0)]
+    pieces = [piece.text for piece in documents.pieces([text], lambda: 0)]
     assert len(pieces) > 15
     assert [i for piece in pieces for i in tok.encode(piece)] == tok.encode(text).tolist()
 
@@ -78,7 +78,7 @@ def test_cutting_a_document_changes_none_of_its_tokens(tok, seed, monkeypatch):
 def test_text_without_a_place_to_cut_is_cut_anywhere(monkeypatch):
     monkeypatch.setattr(documents, "PIECE", 10)
     for text in ("x" * 35, " " * 35, "東" * 35, "\n" * 10):
-        assert "".join(piece.text for piece in documents.pieces(text, 0)) == text
+        assert "".join(piece.text for piece in documents.pieces([text], lambda: 0)) == text
 
 
 def test_a_mark_of_byte_order_is_no_text():
