@@ -8,7 +8,7 @@ import torch
 from configurator import UserError
 from files import write_whole
 
-FORMAT = "gpt checkpoint 1"  # a change of what a checkpoint holds gets a new number
+FORMAT = "gpt checkpoint 2"  # a change of what a checkpoint holds gets a new number
 
 
 def save(path: Path, state: dict) -> None:

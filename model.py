@@ -1,4 +1,4 @@
-"""Every block of a GPT, the GPT built from them, and the network without attention that came before it.
+"""Every block of a transformer, the GPT and the encoder-decoder built from them, and a network from before attention.
 
 Shapes are written with these letters:
     B batch, T tokens read now, S tokens attended to, C n_embd, H heads, D head size (C / n_head), V vocab_size
@@ -18,10 +18,15 @@ The GPT, with the blocks that it has unless told otherwise (block=pre_norm):
      |
     logits (B, T, V)                           softmax makes them the chances of the next token
 
+The first transformer, which translates, is two such stacks. In the encoder each token of the source sees all of them;
+the decoder is the picture above with one more branch between its two, cross-attention, where every token of the
+translation looks at what the encoder made of the source.
+
 A variant is one class or function and one line in a dictionary (NORMS, POSITIONS, ...); the configuration names it.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -160,7 +165,7 @@ class AlibiPosition(Position):
 
     def bias(self, q_len: int, k_len: int) -> Tensor:
         key = torch.arange(k_len, device=self.slopes.device)
-        distance = key[k_len - q_len :, None] - key  # (T, S); negative where the key is later, which attention masks
+        distance = (key[k_len - q_len :, None] - key).abs()  # (T, S)
         return -self.slopes[:, None, None] * distance  # (H, T, S)
 
 
@@ -186,12 +191,13 @@ POSITIONS = {
 
 
 class KVCache:
-    """Keys and values that one attention layer has computed, so that generating a token reads only that token."""
+    """Keys and values that one block has computed, so that generating a token reads only that token."""
 
     def __init__(self, size: int):
         self.size = size  # tokens there is room for
         self.length = 0  # tokens held
         self.k = self.v = None  # (B, H, size, D), made when the first token shows shape, dtype and device
+        self.context_k = self.context_v = None  # (B, H, S, D), of the text that cross-attention looks at
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v: (B, H, T, D) of the newest tokens. Returns those of all tokens held: (B, H, S, D)."""
@@ -207,6 +213,20 @@ class KVCache:
     def clear(self) -> None:
         self.length = 0
 
+    def select(self, rows: Tensor) -> None:
+        """The batch becomes these of its rows, int64 (any number,), in this order; a row may come several times."""
+
+        def held(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            picked = x.new_empty(len(rows), *x.shape[1:])
+            picked[:, :, : self.length] = x[rows, :, : self.length]
+            return picked
+
+        self.k, self.v = held(self.k), held(self.v)
+        if self.context_k is not None:
+            self.context_k, self.context_v = self.context_k[rows], self.context_v[rows]
+
 
 def attend(
     q: Tensor,
@@ -215,29 +235,35 @@ def attend(
     causal: bool,
     window: int = 0,
     bias: Tensor | None = None,
+    padding: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v: the mean of the values, weighted by how well each key answers the query.
 
     q: (B, H, T, D); k, v: (B, H or fewer, S, D), neighbouring queries sharing one where they are fewer; bias:
-    broadcasts to (B, H, T, S). Returns (B, H, T, D).
-    causal: the last query is the last key's token, and no query sees a later key; with window, none sees a key that
-    is window or more tokens earlier either.
+    broadcasts to (B, H, T, S); padding: (B, S), True where a key is no token. Returns (B, H, T, D).
+    The last query is the last key's token, where causal or window ask: with causal no query sees a later key, with
+    window none that is window or more tokens away.
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
     """
     T, S = q.shape[2], k.shape[2]
     shared = q.shape[1] != k.shape[1]
     narrow = 0 < window < S
-    mask = None if bias is None else bias.to(q.dtype)
-    is_causal = False
-    if causal and (T > 1 or narrow):  # else a single newest query sees every key
-        # SDPA's own causal mask starts at the top left, wrong where a cache makes S > T, and refuses a mask beside it.
-        is_causal = bias is None and T == S and not narrow
-        if not is_causal:
-            seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # True: may attend
-            if narrow:
-                seen = seen.triu(S - T - window + 1)
-            mask = seen if bias is None else mask.masked_fill(~seen, -torch.inf)
+    # SDPA's own causal mask starts at the top left, wrong where a cache makes S > T, and refuses a mask beside it.
+    is_causal = causal and T == S and not narrow and bias is None and padding is None
+    seen = None  # broadcasts to (B, H, T, S), True where a query may see a key; None: it may see all
+    if narrow or (causal and T > 1 and not is_causal):
+        key = torch.arange(S, device=q.device)
+        distance = key[S - T :, None] - key  # (T, S); negative where the key is later
+        seen = distance.abs() < (window or S)
+        if causal:
+            seen &= distance >= 0
+    if padding is not None:
+        tokens = ~padding[:, None, None, :]
+        seen = tokens if seen is None else seen & tokens
+    mask = seen if bias is None else bias.to(q.dtype)
+    if bias is not None and seen is not None:
+        mask = mask.masked_fill(~seen, -torch.inf)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=shared
     )
@@ -246,15 +272,19 @@ def attend(
 class Attention(nn.Module):
     """Several heads of attention side by side, their results concatenated and mixed.
 
+    In self-attention queries, keys and values all come from one text; in cross-attention keys and values come from
+    another, the context. Two texts have no common places, so positions have no say there, nor has window.
+
     With n_kv_head below n_head, neighbouring query heads share one head of keys and values, which makes the cache
     smaller. Source: Shazeer 2019, arXiv:1911.02150 (one for all); Ainslie et al. 2023, arXiv:2305.13245 (groups).
     With window, a token sees itself and the window - 1 tokens before it. Source: Beltagy et al. 2020, arXiv:2004.05150.
     """
 
-    def __init__(self, config: "ModelConfig", causal: bool):
+    def __init__(self, config: "ModelConfig", causal: bool, cross: bool = False):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
-        self.causal, self.window, self.dropout = causal, config.window, config.dropout
+        self.causal, self.cross, self.dropout = causal, cross, config.dropout
+        self.window = 0 if cross else config.window
         kv_width = config.n_embd // self.n_head * self.n_kv_head
         self.query = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.key = nn.Linear(config.n_embd, kv_width, bias=config.bias)
@@ -262,21 +292,47 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.qk_norm = config.qk_norm
 
-    def forward(self, x: Tensor, position: Position, cache: KVCache | None = None) -> Tensor:
-        """x: (B, T, C), the newest T tokens, which follow those in the cache. Returns (B, T, C)."""
-        B, T, C = x.shape
-        q = self.query(x).view(B, T, self.n_head, -1)  # (B, T, H, D)
-        k = self.key(x).view(B, T, self.n_kv_head, -1)  # (B, T, H or fewer, D)
-        v = self.value(x).view(B, T, self.n_kv_head, -1)
+    def forward(
+        self,
+        x: Tensor,
+        position: Position,
+        cache: KVCache | None = None,
+        context: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """x: (B, T, C), the newest T tokens, which follow those in the cache. Returns (B, T, C).
+
+        context: (B, S, C), in cross-attention, and not needed where the cache holds its keys and values already.
+        padding: (B, S), True where a key is no token.
+        """
+        q, bias = self.queries(x), None  # (B, H, T, D)
+        if not self.cross:
+            k, v = self.keys_and_values(x)
+            q, k = position.rotate(q, k, start=cache.length if cache else 0)
+            if cache:
+                k, v = cache.append(k, v)
+            bias = position.bias(q.shape[2], k.shape[2])
+        elif cache and cache.context_k is not None:
+            k, v = cache.context_k, cache.context_v
+        else:
+            k, v = self.keys_and_values(context)
+        y = attend(q, k, v, self.causal, self.window, bias, padding, self.dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """x: (B, T, C). Returns (B, H, T, D)."""
+        q = self.query(x).unflatten(-1, (self.n_head, -1))  # (B, T, H, D)
         if self.qk_norm:  # scores cannot grow without bound. Source: Henry et al. 2020, arXiv:2010.04245
-            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-        q, k = position.rotate(q, k, start=cache.length if cache else 0)
-        if cache:
-            k, v = cache.append(k, v)
-        bias = position.bias(T, k.shape[2])
-        y = attend(q, k, v, self.causal, self.window, bias, self.dropout if self.training else 0.0)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+            q = F.rms_norm(q, q.shape[-1:])
+        return q.transpose(1, 2)
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (B, S, C). Returns twice (B, H or fewer, S, D)."""
+        k = self.key(x).unflatten(-1, (self.n_kv_head, -1))
+        v = self.value(x).unflatten(-1, (self.n_kv_head, -1))
+        if self.qk_norm:
+            k = F.rms_norm(k, k.shape[-1:])
+        return k.transpose(1, 2), v.transpose(1, 2)
 
 
 # --------------------------------------------------------------------------------------
@@ -343,24 +399,43 @@ MLPS = {"plain": MLP, "gated": GatedMLP, "none": None}
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward (mlp=none: attention alone), each with its norm joined to what is there already."""
+    """Attention, then feed-forward (mlp=none: attention alone), each with its norm joined to what is there already.
+
+    cross: attention to another text, the context, comes between the two.
+    """
 
     residual = True  # is what comes in added to what goes out?
     ends_with_norm = False  # if so, the stack has no last norm of its own
 
-    def __init__(self, config: "ModelConfig", causal: bool):
+    def __init__(self, config: "ModelConfig", causal: bool, cross: bool):
         super().__init__()
         self.attn_norm = NORMS[config.norm](config)
         self.attn = Attention(config, causal)
-        self.mlp = None
+        self.cross_attn = self.mlp = None
+        if cross:
+            self.cross_norm = NORMS[config.norm](config)
+            self.cross_attn = Attention(config, causal=False, cross=True)
         if MLPS[config.mlp]:
             self.mlp_norm = NORMS[config.norm](config)
             self.mlp = MLPS[config.mlp](config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, position: Position, cache: KVCache | None = None) -> Tensor:
-        """x: (B, T, C). Returns (B, T, C)."""
-        x = self.join(x, self.attn_norm, lambda x: self.attn(x, position, cache))
+    def forward(
+        self,
+        x: Tensor,
+        position: Position,
+        cache: KVCache | None = None,
+        context: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """x: (B, T, C); context: (B, S, C); padding: (B, S), of the context or, in a block without one, of x itself.
+
+        Returns (B, T, C).
+        """
+        own = None if self.cross_attn else padding
+        x = self.join(x, self.attn_norm, lambda x: self.attn(x, position, cache, padding=own))
+        if self.cross_attn:
+            x = self.join(x, self.cross_norm, lambda x: self.cross_attn(x, position, cache, context, padding))
         return self.join(x, self.mlp_norm, self.mlp) if self.mlp else x
 
     def join(self, x: Tensor, norm: nn.Module, f: Callable[[Tensor], Tensor]) -> Tensor:
@@ -403,36 +478,69 @@ class PlainBlock(Block):
 
 
 class ParallelBlock(Block):
-    """x + attention(norm(x)) + feed-forward(norm(x)): both read the same numbers, so a GPU can do both at once.
+    """x + attention(norm(x)) + feed-forward(norm(x)): all read the same numbers, so a GPU can do them at once.
 
     Source: Wang and Komatsuzaki 2021 (GPT-J); Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 2.
     """
 
-    def __init__(self, config: "ModelConfig", causal: bool):
-        super().__init__(config, causal)
-        del self.mlp_norm  # one norm serves both
+    def __init__(self, config: "ModelConfig", causal: bool, cross: bool):
+        super().__init__(config, causal, cross)
+        del self.mlp_norm  # one norm serves all
+        if cross:
+            del self.cross_norm
 
-    def forward(self, x: Tensor, position: Position, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        position: Position,
+        cache: KVCache | None = None,
+        context: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
         y = self.attn_norm(x)
-        return x + self.dropout(self.attn(y, position, cache)) + self.dropout(self.mlp(y))
+        own = None if self.cross_attn else padding
+        x = x + self.dropout(self.attn(y, position, cache, padding=own))
+        if self.cross_attn:
+            x = x + self.dropout(self.cross_attn(y, position, cache, context, padding))
+        return x + self.dropout(self.mlp(y))
 
 
 BLOCKS = {"pre_norm": PreNormBlock, "post_norm": PostNormBlock, "plain": PlainBlock, "parallel": ParallelBlock}
 
 
 class Stack(nn.Module):
-    """n_layer blocks, one after another, and a last norm where the blocks do not end with one."""
+    """All between the embedding and the head: positions, n_layer blocks, a last norm where these do not end with one.
 
-    def __init__(self, config: "ModelConfig", causal: bool):
+    causal: no token sees a later one; cross: every token sees another text, the context.
+    """
+
+    def __init__(self, config: "ModelConfig", causal: bool, cross: bool = False):
         super().__init__()
         block = BLOCKS[config.block]
-        self.blocks = nn.ModuleList(block(config, causal) for _ in range(config.n_layer))
+        self.block_size = config.block_size
+        self.position = POSITIONS[config.position](config)
+        self.embed_norm = NORMS[config.norm if config.embed_norm else "none"](config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(block(config, causal, cross) for _ in range(config.n_layer))
         self.norm = NORMS["none" if block.ends_with_norm else config.norm](config)
 
-    def forward(self, x: Tensor, position: Position, caches: list[KVCache] | None = None) -> Tensor:
-        """x: (B, T, C); caches: one a block. Returns (B, T, C)."""
+    def forward(
+        self,
+        x: Tensor,
+        caches: list[KVCache] | None = None,
+        context: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """x: (B, T, C), embedded tokens, which follow those in the caches; caches: one a block. Returns (B, T, C).
+
+        context: (B, S, C); padding: (B, S), of the context or, in a stack without one, of x itself.
+        """
+        start = caches[0].length if caches else 0
+        end = start + x.shape[1]
+        assert end <= self.block_size, f"{end} tokens, but block_size is {self.block_size}"
+        x = self.dropout(self.embed_norm(self.position.embed(x, start)))
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x = block(x, position, cache)
+            x = block(x, self.position, cache, context, padding)
         return self.norm(x)
 
 
@@ -446,7 +554,8 @@ class GPT(nn.Module):
     Source: Radford et al. 2018 (GPT), "Improving language understanding by generative pre-training".
     """
 
-    task = "language modelling"
+    tasks = ("language modelling", "translation")
+    has_encoder = False  # a source to translate from is the beginning of the text that it goes on with
     has_cache = True  # can it keep what it has computed for the tokens read so far?
 
     def __init__(self, config: "ModelConfig"):
@@ -454,45 +563,11 @@ class GPT(nn.Module):
         assert config.vocab_size is not None, "the data set gives vocab_size before the model is built"
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.position = POSITIONS[config.position](config)
-        self.embed_norm = NORMS[config.norm if config.embed_norm else "none"](config)
-        self.dropout = nn.Dropout(config.dropout)
         self.stack = Stack(config, causal=True)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:  # one table to read and to write tokens. Source: Press and Wolf 2016, arXiv:1608.05859
             self.lm_head.weight = self.wte.weight
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """init=gpt2                        init=zero
-
-        embeddings                     normal, 0.02                     normal, 1; tied 1 / sqrt(n_embd)
-        matrices                       normal, 0.02                     normal, 1 / sqrt(inputs)
-        last matrix of each branch     normal, 0.02 / sqrt(branches)    0, so that a new block changes nothing
-        an untied head                 normal, 0.02                     0, so that all tokens have the same chance
-        biases, norms                  0, 1                             0, 1
-
-        GPT-2 divides by the square root of the number of branches, 2 n_layer with attention and feed-forward, to keep
-        the residual path as large as its input. Without that path (block=plain) nothing but the matrices of the blocks
-        carries the numbers on: all of these are 1 / sqrt(inputs), which keeps the numbers' size.
-        """
-        zero, residual = self.config.init == "zero", BLOCKS[self.config.block].residual
-        branches = sum(name.endswith(".proj") for name, _ in self.named_modules())
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                last, head = name.endswith(".proj"), name == "lm_head"
-                if zero and (last or (head and not self.config.tie_weights)):
-                    std = 0.0
-                elif zero and isinstance(module, nn.Embedding):
-                    std = 1.0
-                elif zero or (not residual and name.startswith("stack.")):
-                    std = module.in_features**-0.5
-                else:
-                    std = 0.02 / math.sqrt(branches) if last else 0.02
-                nn.init.normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        init_weights(self)
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, caches: list[KVCache] | None = None
@@ -501,16 +576,94 @@ class GPT(nn.Module):
 
         Returns logits (B, T, V) and the mean cross-entropy in nats, None without targets.
         """
-        start = caches[0].length if caches else 0
-        end = start + idx.shape[1]
-        assert end <= self.config.block_size, f"{end} tokens, but block_size is {self.config.block_size}"
-        x = self.dropout(self.embed_norm(self.position.embed(self.wte(idx), start)))
-        x = self.stack(x, self.position, caches)
-        return finish(self.lm_head(x), targets, self.config.logit_soft_cap)
+        return finish(self, self.lm_head(self.stack(self.wte(idx), caches)), targets)
 
     def make_caches(self) -> list[KVCache]:
         """Empty caches for one batch of texts, with room for block_size tokens."""
         return [KVCache(self.config.block_size) for _ in self.stack.blocks]
+
+
+class Transformer(nn.Module):
+    """An encoder that reads the source, and a decoder that writes the target, looking at the source for every token.
+
+    Both read the same vocabulary, by one table. Source: Vaswani et al. 2017, arXiv:1706.03762.
+    """
+
+    tasks = ("translation",)
+    has_encoder = True
+    has_cache = True
+
+    def __init__(self, config: "ModelConfig"):
+        super().__init__()
+        assert config.vocab_size is not None, "the data set gives vocab_size before the model is built"
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.encoder = Stack(config, causal=False)
+        self.decoder = Stack(config, causal=True, cross=True)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.wte.weight
+        init_weights(self)
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        caches: list[KVCache] | None = None,
+        source: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """source: (B, S) token ids, -1 behind the end of the shorter ones; not needed with caches, which hold it.
+
+        idx: (B, T) token ids of the translation so far, which follow those in the caches; its first token is the one
+        that ends a text. targets: (B, T), -1 where no loss is counted. Returns as GPT does.
+        """
+        context, padding = (None, None) if caches else self.encode(source)
+        return finish(self, self.lm_head(self.decoder(self.wte(idx), caches, context, padding)), targets)
+
+    def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """source: (B, S), as in forward. Returns what the decoder looks at, (B, S, C), and where it is no token."""
+        padding = source < 0
+        return self.encoder(self.wte(source.clamp(min=0)), padding=padding), padding
+
+    def make_caches(self, source: Tensor) -> list[KVCache]:
+        """Caches with room for block_size tokens of the translations, and the source, (B, S) without padding, read."""
+        context, _ = self.encode(source)
+        caches = [KVCache(self.config.block_size) for _ in self.decoder.blocks]
+        for block, cache in zip(self.decoder.blocks, caches, strict=True):
+            cache.context_k, cache.context_v = block.cross_attn.keys_and_values(context)
+        return caches
+
+
+@torch.no_grad()
+def init_weights(model: GPT | Transformer) -> None:
+    """init=gpt2                        init=zero
+
+    embeddings                     normal, 0.02                     normal, 1; tied 1 / sqrt(n_embd)
+    matrices                       normal, 0.02                     normal, 1 / sqrt(inputs)
+    last matrix of each branch     normal, 0.02 / sqrt(branches)    0, so that a new block changes nothing
+    an untied head                 normal, 0.02                     0, so that all tokens have the same chance
+    biases, norms                  0, 1                             0, 1
+
+    GPT-2 divides by the square root of the number of branches in a stack, 2 n_layer with attention and feed-forward, to
+    keep the residual path as large as its input. Without that path (block=plain) nothing but the matrices of the blocks
+    carries the numbers on: all of these are 1 / sqrt(inputs), which keeps the numbers' size.
+    """
+    zero, residual = model.config.init == "zero", BLOCKS[model.config.block].residual
+    branches = Counter(name.partition(".")[0] for name, _ in model.named_modules() if name.endswith(".proj"))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            last, head = name.endswith(".proj"), name == "lm_head"
+            if zero and (last or (head and not model.config.tie_weights)):
+                std = 0.0
+            elif zero and isinstance(module, nn.Embedding):
+                std = 1.0
+            elif zero or (not residual and ".blocks." in name):
+                std = module.in_features**-0.5
+            else:
+                std = 0.02 / math.sqrt(branches[name.partition(".")[0]]) if last else 0.02
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class NumberEmbedding(nn.Module):
@@ -541,7 +694,8 @@ class WindowMLP(nn.Module):
     Source: Bengio et al. 2003, "A neural probabilistic language model".
     """
 
-    task = "language modelling"
+    tasks = ("language modelling",)
+    has_encoder = False
     has_cache = False  # all that two neighbouring windows share is their embeddings
 
     def __init__(self, config: "ModelConfig"):
@@ -579,19 +733,25 @@ class WindowMLP(nn.Module):
         x = x.unfold(1, window, 1).mT.flatten(2)  # (B, T, window C), the oldest token first
         for layer in self.stack:
             x = self.dropout(self.activation(layer(x)))
-        return finish(self.lm_head(x), targets, self.config.logit_soft_cap)
+        return finish(self, self.lm_head(x), targets)
 
 
-def finish(logits: Tensor, targets: Tensor | None, soft_cap: float) -> tuple[Tensor, Tensor | None]:
-    """logits: (B, T, V), capped where soft_cap is not 0; and the mean cross-entropy of the targets, (B, T), if any."""
-    if soft_cap:  # Source: Gemma 2, arXiv:2408.00118, section 2
+def finish(model: nn.Module, logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """logits: (B, T, V), capped if the model says so; and the mean cross-entropy of the targets, (B, T), if any.
+
+    In training the targets are smoothed: a share of label_smoothing of each is spread over all tokens, so that the
+    model learns not to be too sure. Source: Szegedy et al. 2015, arXiv:1512.00567, section 7.
+    """
+    if soft_cap := model.config.logit_soft_cap:  # Source: Gemma 2, arXiv:2408.00118, section 2
         logits = soft_cap * torch.tanh(logits / soft_cap)
     if targets is None:
         return logits, None
-    return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+    smoothing = model.config.label_smoothing if model.training else 0.0
+    scores = logits.flatten(0, 1).float()
+    return logits, F.cross_entropy(scores, targets.flatten(), ignore_index=-1, label_smoothing=smoothing)
 
 
-MODELS = {"window_mlp": WindowMLP, "gpt": GPT}
+MODELS = {"window_mlp": WindowMLP, "gpt": GPT, "transformer": Transformer}
 
 
 @dataclass(frozen=True)
@@ -599,16 +759,17 @@ class ModelConfig:
     """What a model is made of: all that a checkpoint needs to build it again."""
 
     # --- model
-    model: str = "gpt"  # gpt: a decoder-only transformer; window_mlp: a feed-forward network on the newest tokens
-    n_layer: int = 4  # blocks, one after another; window_mlp: hidden layers
+    model: str = "gpt"  # gpt: decoder only; transformer: encoder and decoder; window_mlp: a network without attention
+    n_layer: int = 4  # blocks, one after another; transformer: in each of its two stacks; window_mlp: hidden layers
     n_head: int = 4  # attention heads in a block
     n_kv_head: int | None = None  # heads of keys and values, shared by the others; None: n_head; 1: one for all
     n_embd: int = 128  # numbers that stand for a token: the width of the model
     n_hidden: int | None = None  # neurons in the middle; None: 4 n_embd, gated 8/3 n_embd, window_mlp window n_embd
-    block_size: int = 64  # context: tokens the model can look back on
+    block_size: int = 64  # context: tokens the model can look back on; transformer: longest source and longest target
     window: int = 0  # tokens that each one sees, itself and the newest before it; 0: all; window_mlp: tokens read
     vocab_size: int | None = None  # tokens it knows; None: as many as the data set has; more pads the table
     dropout: float = 0.0  # share of the numbers zeroed in training, against overfitting; 0.1 to 0.3 on small data
+    label_smoothing: float = 0.0  # share of each target that is spread over all tokens in training; 0.1 to translate
     bias: bool = False  # learnt shifts in linear layers and layer norms, as GPT-2 has them
     embedding: str = "table"  # table: trained; number: window_mlp reads a token as its own number, with n_embd=1
     tie_weights: bool = True  # one table both reads tokens and predicts them
@@ -644,8 +805,9 @@ class ModelConfig:
         for key in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size", "vocab_size"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        for key in ("dropout", "label_smoothing"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 0 and below 1")
         if not 0 <= self.logit_soft_cap < math.inf:
             raise ValueError(f"logit_soft_cap={self.logit_soft_cap} must be at least 0")
         if self.window < 0:
@@ -707,7 +869,8 @@ def flops_per_token(model: nn.Module) -> int:
     """Floating-point operations to train on one token: forward, and twice as many backward.
 
     Each weight of a matrix multiplies and adds once (2), and attention takes 2 C of both for each token it looks at;
-    heads that share keys and values do as much of that as heads that do not.
+    heads that share keys and values do as much of that as heads that do not. For a Transformer it is the work on one
+    token of the target and one of the source, both of block_size tokens.
     Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
     config = model.config

@@ -137,7 +137,8 @@ def make_optimizer(
     Weight decay pulls matrices and embeddings towards zero, not biases and norms, which have one dimension.
     """
     parameters = list(model.parameters())
-    hidden = [p for p in model.stack.parameters() if p.dim() == 2] if name == "muon" else []
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not model.lm_head]
+    hidden = [module.weight for module in linear] if name == "muon" else []
     taken = {id(p) for p in hidden}
     tables = [p for p in parameters if p.dim() >= 2 and id(p) not in taken]
     vectors = [p for p in parameters if p.dim() < 2]

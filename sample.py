@@ -1,8 +1,10 @@
-"""A checkpoint and a prompt -> text.
+"""A checkpoint and a prompt -> text, or its translation.
 
     python sample.py --out_dir=out/shakespeare_char
     python sample.py --out_dir=out/shakespeare_char --start="ROMEO:" --num_samples=1 --temperature=0
     python sample.py --out_dir=out/shakespeare_char --start=FILE:prompt.txt > text.txt
+    python sample.py --out_dir=out/translate_de_en --start="Wo wohnst du?"
+    python sample.py --out_dir=out/translate_de_en --start=FILE:german.txt > english.txt     line by line
 
 Only text goes to stdout, all else to stderr.
 """
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import checkpoint
 import configurator
@@ -24,6 +27,9 @@ import tokenizer as tokenizers
 from configurator import UserError
 from device import DTYPES, autocast, pick_device, pick_dtype
 from tokenizer import END_OF_TEXT, Tokenizer
+from translate import NUM_BEAMS, translate
+
+LINES = 500  # of a source that are translated before the next ones are read
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,10 @@ class SampleConfig:
     start: str | None = None  # the prompt, or FILE:path of one; None: the end of a text before, or else a line break
     num_samples: int = 3  # texts, written side by side in one batch
     max_new_tokens: int = 500  # length of each, without the prompt
-    # --- how
+    # --- how a translation is found
+    num_beams: int = NUM_BEAMS  # beginnings that are kept at each step; 1: the likeliest token each time (greedy)
+    length_penalty: float = 1.0  # translations compare by log-probability / tokens^length_penalty; above 1 longer ones
+    # --- how other text is drawn
     temperature: float = 0.8  # below 1 bolder in the likely, above 1 more random; 0: always the likeliest token
     top_k: int | None = 200  # choose among the k likeliest tokens only
     top_p: float | None = None  # choose among the likeliest tokens that together have this chance
@@ -51,9 +60,11 @@ class SampleConfig:
             raise ValueError(f"init_from={self.init_from}: GPT-2's weights cannot be read yet; leave it at resume")
         if self.init_from != "resume":
             raise ValueError(f"init_from={self.init_from} is not one of: resume")
-        for key in ("num_samples", "max_new_tokens", "top_k"):
+        for key in ("num_samples", "max_new_tokens", "top_k", "num_beams"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        if not abs(self.length_penalty) < float("inf"):
+            raise ValueError(f"length_penalty={self.length_penalty} must be a number")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature} must be 0 (always the likeliest) or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -66,19 +77,37 @@ class SampleConfig:
                 raise ValueError(f"{key}={getattr(self, key)} is not one of: {', '.join(known)}")
 
 
+# Keys that do nothing for the one task and for the other
+WRITES = "num_samples temperature top_k top_p seed context"
+TRANSLATES = "num_beams length_penalty"
+
+
 def main(argv: list[str]) -> None:
-    config = configurator.make(SampleConfig, configurator.read(argv, SampleConfig))
+    given = configurator.read(argv, SampleConfig)
+    config = configurator.make(SampleConfig, given)
     device = pick_device(config.device)
     saved = load(config)
     model = models.build(configurator.make(models.ModelConfig, saved["model_config"]))
     model.load_state_dict(saved["model"])
     model.to(device).eval()
+    tokenizer = tokenizers.from_state(saved["tokenizer"])
+    translates = saved["task"] == "translation"
+    for key in (WRITES if translates else TRANSLATES).split():
+        if key in given:
+            print(f"note: {key}={given[key]} has no effect for a model of {saved['task']}", file=sys.stderr)
+    if config.compile:
+        print("note: compile=True has no effect in sample.py", file=sys.stderr)
+    with autocast(device, pick_dtype(config.dtype, device)):
+        if translates:
+            print_translations(config, model, tokenizer)
+        else:
+            print_texts(config, model, tokenizer, device)
+
+
+def print_texts(config: SampleConfig, model: nn.Module, tokenizer: Tokenizer, device: torch.device) -> None:
     num_samples = config.num_samples if config.temperature else 1
     if num_samples < config.num_samples:
         print("note: at temperature=0 all texts are the same; here is one", file=sys.stderr)
-    if config.compile:
-        print("note: compile=True has no effect in sample.py", file=sys.stderr)
-    tokenizer = tokenizers.from_state(saved["tokenizer"])
     prompt, ids = read_prompt(config.start, tokenizer)
 
     idx = torch.from_numpy(ids).to(device).repeat(num_samples, 1)
@@ -101,13 +130,41 @@ def main(argv: list[str]) -> None:
             yield first
 
     print(prompt, end="", flush=True)
-    with autocast(device, pick_dtype(config.dtype, device)):
-        for piece in tokenizer.decode_stream(first_text()):
-            print(piece, end="", flush=True)
+    for piece in tokenizer.decode_stream(first_text()):
+        print(piece, end="", flush=True)
     print(flush=True)
     for ids in zip(*others, strict=True):
         print("---------------", file=sys.stderr, flush=True)
         print(prompt + tokenizer.decode(ids), flush=True)
+
+
+def print_translations(config: SampleConfig, model: nn.Module, tokenizer: Tokenizer) -> None:
+    """One line for each line of the source; an empty one stays empty."""
+    if config.start is None:
+        raise UserError('nothing to translate; give a sentence, as --start="Wo wohnst du?", or --start=FILE:german.txt')
+    lines = [" ".join(line.split()) for line in read_start(config.start).splitlines()]
+    room = model.config.block_size - 1  # without the token that ends the source
+    for first in tqdm(range(0, len(lines), LINES), unit=f"{LINES} lines", delay=2, disable=None):
+        some = lines[first : first + LINES]
+        sources = []
+        for number, line in enumerate(some, start=first + 1):
+            ids = tokenizer.encode(line)
+            if len(ids) > room:
+                print(f"note: line {number:,} has {len(ids):,} tokens; the first {room:,} are read", file=sys.stderr)
+            sources.append(np.append(ids[:room], tokenizer.eot))
+        found = iter(
+            translate(
+                model,
+                [source for source in sources if len(source) > 1],
+                tokenizer.eot,
+                config.num_beams,
+                config.length_penalty,
+                config.max_new_tokens,
+                tokenizer.vocab_size,
+            )
+        )
+        for source in sources:
+            print(tokenizer.decode(next(found).ids) if len(source) > 1 else "", flush=True)
 
 
 def load(config: SampleConfig) -> dict:
@@ -120,16 +177,22 @@ def load(config: SampleConfig) -> dict:
     return saved
 
 
+def read_start(start: str) -> str:
+    """What --start says, or the content of the file that it names."""
+    if not start.startswith("FILE:"):
+        return start
+    try:
+        return Path(start[5:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompt {start[5:]}: {error}") from error
+
+
 def read_prompt(start: str | None, tokenizer: Tokenizer) -> tuple[str, np.ndarray]:
     """(the prompt as it is shown, its token ids)."""
     if start is None:
         ids = tokenizer.start()
         return "" if tokenizer.eot is not None else tokenizer.decode(ids), ids
-    if start.startswith("FILE:"):
-        try:
-            start = Path(start[5:]).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the prompt {start[5:]}: {error}") from error
+    start = read_start(start)
     ids = np.array([], dtype=np.int64)
     text = start
     if tokenizer.eot is not None and start.startswith(END_OF_TEXT):  # as nanoGPT's users write it

@@ -33,11 +33,13 @@ import files
 import model as models
 import prepare_data
 from configurator import UserError
-from dataset import ReadAhead, TokenDataset, random_key
+from dataset import Dataset, PairDataset, ReadAhead, TokenDataset, random_key
 from device import DTYPES, autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
 from model import ModelConfig
 from optim import OPTIMIZERS, SCHEDULES, Optimizer, learning_rate_at, make_optimizer
 from sample import generate
+from token_files import read_meta
+from translate import NUM_BEAMS, score, translate
 
 
 @dataclass(frozen=True)
@@ -195,8 +197,6 @@ def main(argv: list[str]) -> int:
     model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
     torch.manual_seed(config.seed)
     model = models.build(model_config).to(device)
-    if dataset.task != model.task:
-        raise UserError(f"dataset={config.dataset} is for {dataset.task}, model={model_config.model} for {model.task}")
     optimizer = make_optimizer(
         config.optimizer,
         model,
@@ -232,22 +232,24 @@ def main(argv: list[str]) -> int:
         net = compiled(model, dataset, config, device, dtype)
 
     # --- what is about to happen
-    block_size = model_config.block_size
-    tokens_per_step = config.batch_size * config.gradient_accumulation_steps * block_size
-    epochs = tokens_per_step * config.max_iters / len(dataset.train)
-    val_tokens = min(len(dataset.val) - 1, len(dataset.val_starts(config.batch_size, config.eval_iters)) * block_size)
+    read, evaluated = dataset.describe(config.batch_size, config.eval_iters)
+    if config.gradient_accumulation_steps > 1:
+        read = f"{config.gradient_accumulation_steps} times {read}"
+    batches_read = config.max_iters * config.gradient_accumulation_steps
+    epochs = batches_read / dataset.batches_per_epoch(config.batch_size)
     print(
         f"data: {dataset.meta['source']}, {len(dataset.train):,} tokens to train on, vocabulary of {vocab_size:,}\n"
         f"model: {model_config.model}, {models.count_parameters(model):,} parameters\n"
-        f"steps: {config.max_iters:,} of {tokens_per_step:,} tokens ({config.batch_size} sequences of"
-        f" {block_size}, {config.gradient_accumulation_steps} times), {epochs:.1f} epochs\n"
-        f"evaluation: every {config.eval_interval:,} steps, on {val_tokens:,} of {len(dataset.val) - 1:,} tokens\n"
+        f"steps: {config.max_iters:,} of {read}, {epochs:.1f} epochs\n"
+        f"evaluation: every {config.eval_interval:,} steps, on {evaluated}\n"
         f"device: {device}, {str(dtype).removeprefix('torch.')}",
         flush=True,
     )
     evaluation = lambda: evaluate(net, dataset, config, device, dtype)  # noqa: E731
     if config.eval_only:
         print(f"{describe(measures(evaluation(), dataset))} at iter {progress.iter}")
+        if dataset.task == "translation":
+            print(describe_translations(score_translations(model, dataset, device, dtype)))
         return 0
 
     # --- the folder
@@ -262,7 +264,7 @@ def main(argv: list[str]) -> int:
 
     def save(name: str, **training_state) -> None:
         state = {"train_config": asdict(config), "model_config": asdict(model_config), "tokenizer": tokenizer.state()}
-        state |= {"data": {"source": dataset.meta["source"], "identity": identity}}
+        state |= {"task": dataset.task, "data": {"source": dataset.meta["source"], "identity": identity}}
         state |= {"model": model.state_dict(), "iter": progress.iter}
         checkpoint.save(out_dir / name, state | {"best_val_loss": progress.best_val_loss, **training_state})
 
@@ -277,11 +279,11 @@ def main(argv: list[str]) -> int:
             lr = config.rate(progress.iter)
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * lr / config.learning_rate
-            loss, grad_norm = train_step(progress.iter, net, batches, optimizer, scaler, config, device, dtype)
+            loss, grad_norm, tokens = train_step(progress.iter, net, batches, optimizer, scaler, config, device, dtype)
             losses.append(loss)
             norms.append(grad_norm)
             progress.iter += 1
-            progress.tokens += tokens_per_step
+            progress.tokens += tokens
             bar.update()
 
             last = progress.iter == config.max_iters
@@ -322,6 +324,8 @@ def main(argv: list[str]) -> int:
                 record(row)
                 best = ", the best so far" if improved else ""
                 say(bar, f"iter {progress.iter}: {describe(row)}{best}")
+                if dataset.task == "translation":
+                    say(bar, translate_a_few(model, dataset, device, dtype))
                 if improved:
                     save("best.pt")
             last = last or progress.waited_enough(config.early_stopping)
@@ -344,8 +348,15 @@ def main(argv: list[str]) -> int:
         return 128 + stopped[0]
     if progress.waited_enough(config.early_stopping):
         print(f"stopped early: {progress.evals_since_best} evaluations without a lower validation loss")
-    print(f"\n{write_a_little(model, tokenizer, device, dtype)}\n")
-    print(f"more of this: python sample.py --out_dir={out_dir}")
+    if dataset.task == "translation":
+        model.load_state_dict(checkpoint.load(out_dir / "best.pt")["model"])
+        scores = score_translations(model, dataset, device, dtype)
+        record({"test_bleu": scores["bleu"], "test_chrf": scores["chrf"]})
+        print(describe_translations(scores))
+        print(f'translate: python sample.py --out_dir={out_dir} --start="..."')
+    else:
+        print(f"\n{write_a_little(model, tokenizer, device, dtype)}\n")
+        print(f"more of this: python sample.py --out_dir={out_dir}")
     print(f"best val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}")
     return 0
 
@@ -370,7 +381,7 @@ def check_resumable(saved: dict, given: dict, path: Path) -> None:
             )
 
 
-def open_dataset(config: TrainConfig, model_config: ModelConfig) -> TokenDataset:
+def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
     """The prepared folder, which is prepared now if there is none."""
     folder = Path("data") / config.dataset
     whole, stopped, bare = (
@@ -379,11 +390,18 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> TokenDataset
     )
     if not whole and (config.dataset in prepare_data.KNOWN if stopped else not bare):
         prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, {"name": config.dataset}))
+    model, task = models.MODELS[model_config.model], read_meta(folder)["task"]
+    if task not in model.tasks:
+        raise UserError(
+            f"dataset={config.dataset} is for {task}, but model={model_config.model} for {' and '.join(model.tasks)}"
+        )
+    if task == "translation":
+        return PairDataset(folder, model_config.block_size, config.seed, model.has_encoder)
     return TokenDataset(folder, model_config.block_size, config.seed)
 
 
 def compiled(
-    model: nn.Module, dataset: TokenDataset, config: TrainConfig, device: torch.device, dtype: torch.dtype
+    model: nn.Module, dataset: Dataset, config: TrainConfig, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
     """The model compiled and tried on one batch; where that fails, one line says why and the model is as it was."""
     print("compiling: this takes about a minute", flush=True)
@@ -526,27 +544,29 @@ def catch_signals() -> Iterator[list[int]]:
 def train_step(
     it: int,
     model: nn.Module,
-    batches: TokenDataset | ReadAhead,
+    batches: Dataset | ReadAhead,
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler,
     config: TrainConfig,
     device: torch.device,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, int]:
     """Step number it, the first being 0: gradients of a few batches, then the weights move.
 
-    Returns the mean loss before the step and the gradient's norm before clipping, both still on the device, since
-    reading them would make the CPU wait for the GPU.
+    Returns the mean loss before the step, the gradient's norm before clipping, both still on the device, since reading
+    them would make the CPU wait for the GPU, and the number of tokens that the loss is the mean of.
     """
+    first = it * config.gradient_accumulation_steps
+    indices = range(first, first + config.gradient_accumulation_steps)
+    micro_batches = [batches.batch(index, config.batch_size) for index in indices]
+    tokens = [int((batch["targets"] >= 0).sum()) for batch in micro_batches]
     mean_loss = torch.zeros((), device=device)
-    for micro in range(config.gradient_accumulation_steps):
-        index = it * config.gradient_accumulation_steps + micro
+    for index, batch, counted in zip(indices, micro_batches, tokens, strict=True):
         if model.config.dropout:
             torch.manual_seed(random_key(config.seed, index))
-        batch = to_device(batches.batch(index, config.batch_size), device)
         with autocast(device, dtype):
-            _, loss = model(**batch)
-            loss = loss / config.gradient_accumulation_steps
+            _, loss = model(**to_device(batch, device))
+            loss = loss * (counted / sum(tokens))
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
     scaler.unscale_(optimizer)
@@ -554,7 +574,7 @@ def train_step(
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    return mean_loss, grad_norm
+    return mean_loss, grad_norm, sum(tokens)
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -565,7 +585,7 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, dataset: TokenDataset, config: TrainConfig, device: torch.device, dtype: torch.dtype
+    model: nn.Module, dataset: Dataset, config: TrainConfig, device: torch.device, dtype: torch.dtype
 ) -> float:
     """Mean loss in nats a token over the evaluation set. Draws no random number, so it cannot disturb training."""
     model.eval()
@@ -580,7 +600,7 @@ def evaluate(
     return float(total) / count
 
 
-def measures(val_loss: float, dataset: TokenDataset) -> dict:
+def measures(val_loss: float, dataset: Dataset) -> dict:
     """A validation loss in nats per token, and the same in bits per byte of text and as perplexity."""
     bits = val_loss / math.log(2) / dataset.val_bytes_per_token()
     return {"val_loss": val_loss, "val_bits_per_byte": bits, "val_perplexity": math.exp(val_loss)}
@@ -656,6 +676,39 @@ def write_a_little(model: nn.Module, tokenizer, device: torch.device, dtype: tor
     with autocast(device, dtype):
         tokens = list(generate(model, idx, 300, tokenizer.vocab_size, temperature=0.8, generator=generator))
     return tokenizer.decode(torch.cat(tokens).tolist()).strip()
+
+
+def translate_a_few(model: nn.Module, dataset: PairDataset, device: torch.device, dtype: torch.dtype) -> str:
+    """Three sentences of the validation split, each with the reference and what the model makes of it now."""
+    model.eval()
+    tokenizer, examples = dataset.tokenizer, dataset.texts("val", 3)
+    with autocast(device, dtype):
+        found = translate(model, [source for source, _ in examples], tokenizer.eot, known=tokenizer.vocab_size)
+    model.train()
+    lines = [
+        f"    {tokenizer.decode(source[:-1])}\n  = {reference}\n  > {tokenizer.decode(translation.ids)}"
+        for (source, reference), translation in zip(examples, found, strict=True)
+    ]
+    return "\n".join(lines)
+
+
+def score_translations(model: nn.Module, dataset: PairDataset, device: torch.device, dtype: torch.dtype) -> dict:
+    """BLEU and chrF on the test split, or where there is none on the validation split, as from translate.score()."""
+    split = "test" if "test" in dataset.pairs else "val"
+    tokenizer, pairs = dataset.tokenizer, dataset.texts(split)
+    model.eval()
+    with autocast(device, dtype):
+        found = translate(model, [source for source, _ in pairs], tokenizer.eot, NUM_BEAMS, known=tokenizer.vocab_size)
+    translations = tokenizer.decode_batch(translation.ids for translation in found)
+    return score(translations, [reference for _, reference in pairs]) | {"split": split, "pairs": len(pairs)}
+
+
+def describe_translations(scores: dict) -> str:
+    return (
+        f"\n{scores['pairs']:,} pairs of the {scores['split']} split, beams: {NUM_BEAMS}\n"
+        f"  BLEU {scores['bleu']:5.2f}   {scores['bleu_signature']}\n"
+        f"  chrF {scores['chrf']:5.2f}   {scores['chrf_signature']}"
+    )
 
 
 if __name__ == "__main__":

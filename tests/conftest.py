@@ -5,10 +5,12 @@ import random
 import sys
 
 import pytest
+from torch import Tensor, nn
 
 import configurator
 import prepare_data
 import train
+from optim import make_optimizer
 
 TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16"]
 TINY_RUN = [*TINY_MODEL, "--dataset=tiny", "--device=cpu", "--out_dir=out/run", "--batch_size=4", "--max_iters=6"]
@@ -26,6 +28,19 @@ def make_text(length: int = 4000, seed: int = 0) -> str:
     while len(text) < length:
         text += next(lines) + "\n"
     return text[:length]
+
+
+def overfit(model: nn.Module, batch: dict[str, Tensor], steps: int, lr: float, until: float) -> float:
+    """The loss after so many steps on this batch, or the first one below until."""
+    optimizer = make_optimizer("adamw", model, lr)
+    for _ in range(steps):
+        _, loss = model(**batch)
+        if loss < until:
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
 
 
 @pytest.fixture(autouse=True)

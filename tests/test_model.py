@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import overfit
 
 import model as models
 from model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig, alibi_slopes, attend
@@ -121,20 +122,7 @@ def test_one_batch_overfits(variant):
     idx = tokens(4, model.config.block_size + 1)
     if variant.get("position") == "none" or variant.get("block_size") == 1:
         idx = torch.arange(4)[:, None].expand(4, idx.shape[1]).contiguous()  # learnable without order, or a past
-    assert overfit(model, idx, steps=150, lr=5e-3, until=0.1) < 0.1
-
-
-def overfit(model: models.GPT, idx: torch.Tensor, steps: int, lr: float, until: float) -> float:
-    """The loss after so many steps on this batch, or the first one below until."""
-    optimizer = make_optimizer("adamw", model, lr)
-    for _ in range(steps):
-        _, loss = model(idx[:, :-1], idx[:, 1:])
-        if loss < until:
-            break
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss.item()
+    assert overfit(model, {"idx": idx[:, :-1], "targets": idx[:, 1:]}, steps=150, lr=5e-3, until=0.1) < 0.1
 
 
 @every_variant
@@ -186,7 +174,9 @@ def test_cached_equals_uncached_generation_in_any_combination(position, block):
 @every_position_and_block
 def test_one_batch_overfits_in_any_combination(position, block):
     for keys in combinations(position=position, block=block):
-        loss = overfit(tiny(**keys, n_layer=1), tokens(2, 9), steps=300, lr=1e-2, until=0.3)
+        idx = tokens(2, 9)
+        batch = {"idx": idx[:, :-1], "targets": idx[:, 1:]}
+        loss = overfit(tiny(**keys, n_layer=1), batch, steps=300, lr=1e-2, until=0.3)
         assert loss < 0.3, (keys, loss)
 
 
@@ -317,7 +307,7 @@ def test_alibis_slopes_are_those_of_the_paper():
 
 
 def test_alibi_takes_from_a_score_in_proportion_to_distance():
-    bias = tiny(position="alibi", n_head=2).position.bias(2, 4)
+    bias = tiny(position="alibi", n_head=2).stack.position.bias(2, 4)
     distances = torch.tensor([[2.0, 1.0, 0.0], [3.0, 2.0, 1.0]])
     torch.testing.assert_close(bias[:, :, :3], -torch.tensor([2**-4, 2**-8])[:, None, None] * distances)
 
@@ -336,7 +326,7 @@ def test_alibi_takes_from_a_score_in_proportion_to_distance():
 def test_each_branch_has_its_norm_and_the_stack_ends_with_exactly_one(keys, norms):
     model = tiny(n_layer=3, **keys)
     assert sum(isinstance(module, torch.nn.LayerNorm) for module in model.modules()) == norms
-    x = model.stack(torch.randn(2, 5, 32), model.position)
+    x = model.stack(torch.randn(2, 5, 32))
     torch.testing.assert_close(x.std(dim=-1, correction=0), torch.ones(2, 5), atol=1e-3, rtol=0)
 
 
@@ -348,7 +338,7 @@ def test_a_gated_network_costs_what_a_plain_one_does():
 
 
 def test_rotation_makes_scores_depend_on_distance_alone():
-    position = tiny(position="rotary").position
+    position = tiny(position="rotary").stack.position
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
@@ -405,14 +395,14 @@ def test_the_last_matrix_of_each_branch_starts_smaller_the_more_branches_there_a
 def test_without_a_residual_path_the_numbers_keep_their_size():
     model = tiny(n_embd=128, n_layer=8, block="plain", norm="none", position="none")
     x = torch.randn(1, 1, 128)
-    assert model.stack(x, model.position).std() > 1e-2  # GPT-2's first weights would leave 1e-12
+    assert model.stack(x).std() > 1e-2  # GPT-2's first weights would leave 1e-12
 
 
 @pytest.mark.parametrize("block", [name for name in BLOCKS if name != "plain"])
 def test_with_zero_init_a_new_block_changes_nothing(block):
-    model = tiny(init="zero", block=block, norm="none")
+    model = tiny(init="zero", block=block, norm="none", position="none")
     x = torch.randn(2, 5, 32)
-    assert torch.equal(model.stack(x, model.position), x)
+    assert torch.equal(model.stack(x), x)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_muon_moves_the_matrices_of_the_blocks_and_adamw_the_rest():
         for rule in ("muon", "adamw")
     }
     assert len(moved["muon"]) == 2 * 6 and all("blocks" in n and n.endswith("weight") for n in moved["muon"])
-    assert {"wte.weight", "lm_head.weight", "position.wpe.weight", "stack.norm.weight"} <= moved["adamw"]
+    assert {"wte.weight", "lm_head.weight", "stack.position.wpe.weight", "stack.norm.weight"} <= moved["adamw"]
 
 
 def test_muon_moves_the_hidden_layers_of_the_window_network_too():

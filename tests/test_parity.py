@@ -55,7 +55,7 @@ def as_gpt2(ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors, weights or gradients, under GPT-2's names: queries, keys and values are one, and all transposed."""
     names = {
         "wte.": "transformer.wte.",
-        "position.wpe.": "transformer.wpe.",
+        "stack.position.wpe.": "transformer.wpe.",
         "stack.norm.": "transformer.ln_f.",
         "stack.blocks.": "transformer.h.",
         "attn_norm": "ln_1",
