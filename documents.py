@@ -7,6 +7,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -47,17 +48,33 @@ def find_files(where: str) -> list[Path]:
     else:
         files = [path]
     for file in files:  # now, and not hours later
-        try:
-            file.open("rb").close()
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}") from error
+        check_readable(file)
     return sorted(files, key=lambda file: file.as_posix())
 
 
+def check_readable(file: Path) -> None:
+    with one_line_errors(file):
+        file.open("rb").close()
+
+
 def kind_of(path: Path) -> str:
-    """.txt, .jsonl or .parquet. A file of another name that the user gave is taken for text."""
-    name = path.name.removesuffix(".gz").removesuffix(".zst")
-    return next((kind for kind in KINDS if name.endswith(kind)), ".txt")
+    """.txt, .jsonl, .parquet or .tsv. A file of another name that the user gave is taken for text."""
+    return next((kind for kind in (*KINDS, ".tsv") if unpacked_name(path).endswith(kind)), ".txt")
+
+
+def unpacked_name(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".zst")
+
+
+@contextmanager
+def one_line_errors(path: Path) -> Iterator[None]:
+    """Turns what can go wrong when a file is read into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (EOFError, zlib.error, zstd.ZstdError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def read_documents(path: Path, text_key: str, errors: str) -> Iterator[Piece]:
@@ -66,7 +83,7 @@ def read_documents(path: Path, text_key: str, errors: str) -> Iterator[Piece]:
     A text file is one document, and so is a line of JSON or a row of Parquet, under text_key. errors: what becomes of
     bytes that are not UTF-8: strict, replace or ignore, as in bytes.decode. Raises UserError, which names the place.
     """
-    try:
+    with one_line_errors(path):
         if kind_of(path) == ".parquet":
             yield from read_parquet(path, text_key, errors)
             return
@@ -75,10 +92,19 @@ def read_documents(path: Path, text_key: str, errors: str) -> Iterator[Piece]:
                 yield from read_json_lines(path, file, text_key, errors)
             else:
                 yield from read_text(path, file, errors)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (EOFError, zlib.error, zstd.ZstdError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def read_lines(path: Path, errors: str) -> Iterator[tuple[str, int]]:
+    """(each line of a text file, the bytes of the file read up to there). errors as in read_documents."""
+    with one_line_errors(path), path.open("rb") as file:
+        for number, line in enumerate(decompressed(path, file), start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors)
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}, line {number:,} is not UTF-8; take --encoding_errors=replace or ignore"
+                ) from error
+            yield text.rstrip("\r\n"), file.tell()
 
 
 def decompressed(path: Path, file: BinaryIO) -> BinaryIO:

@@ -109,6 +109,45 @@ def package(requirement: str, sha256: str, *options: str) -> Iterator[Path]:
         yield archive
 
 
+@contextmanager
+def debian_package(name: str) -> Iterator[Path]:
+    """A folder with the files of a package, fetched by the user's own apt-get, which checks them; nothing is installed.
+
+    Raises UserError where that fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        packed, unpacked = Path(folder) / "packed", Path(folder) / "unpacked"
+        packed.mkdir()
+        patience = ["-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=20", "-o", "Acquire::https::Timeout=20"]
+        run_tool(["apt-get", *patience, "download", name], packed, "; it may need: apt-get update")
+        (archive,) = packed.glob("*.deb")
+        run_tool(["dpkg-deb", "-x", str(archive), str(unpacked)], packed)
+        yield unpacked
+
+
+def run_tool(command: list[str], folder: Path, hint: str = "") -> None:
+    """Run a command in the folder. Raises UserError with its own first complaint where it fails."""
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=os.environ | {"LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=300,
+        )
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {command[0]} here") from error
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{command[0]} did not end within 300 s") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("E:")] or done.stderr.splitlines()
+        reason = lines[0].removeprefix("E:").strip() if lines else f"it ended with {done.returncode}"
+        raise UserError(f"{command[0]}: {reason}{hint}")
+
+
 def gpt2_ranks() -> dict[bytes, int]:
     """GPT-2's byte-pair vocabulary, {bytes: id}, from tiktoken's download or else out of a package.
 

@@ -1,12 +1,16 @@
-"""Text -> data/<name>: train.bin and val.bin (token ids), meta.json (tokenizer, source, counts, checksums).
+"""Text, or sentence pairs -> data/<name>: train.bin and val.bin (token ids), meta.json (tokenizer, counts, checksums).
 
     python prepare_data.py shakespeare_char                                  a known text, found or downloaded
     python prepare_data.py --input=FILE_FOLDER_OR_PATTERN --name=mine        your own text
     python prepare_data.py --input='corpus/*.jsonl.gz' --name=mine --tokenizer=gpt2 --val_fraction=0.001
+    python prepare_data.py translate_de_en                                   sentence pairs, found or downloaded
+    python prepare_data.py --input=pairs.tsv --name=mine                     your own: SOURCE, a tab, TARGET on a line
+    python prepare_data.py --source=a.de --target=a.en --name=mine           or two files that go line by line
 
 It reads .txt, .jsonl and .parquet, also with .gz or .zst behind that. A text file, a line of JSON and a row of Parquet
 are a document each; between documents stands an end-of-text token. Documents are drawn for validation by their text
 alone, so that more files change nothing for those that were there; a corpus of one text file is cut at its end instead.
+Pairs are drawn by their source alone, for validation and for test.bin; both sides share one vocabulary.
 Nothing is ever whole in memory. Stopped at any moment, the same command goes on where it was.
 """
 
@@ -14,6 +18,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -23,23 +28,22 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import islice
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 import configurator
 import tokenizer as tokenizers
 from configurator import UserError
-from documents import Piece, find_files, kind_of, read_documents
-from download import file_sha256
+from corpus import Corpus, Encoder, Progress, Unit, progress_bar
+from documents import check_readable, find_files
 from files import write_whole
-from known_texts import KNOWN, TINY_SHAKESPEARE_SHA256
-from token_files import META_FORMAT, TokenWriter, checksums
+from known_texts import KNOWN, PairFiles
+from pairs import Pairs, is_tsv
+from token_files import META_FORMAT, TokenWriter, checksums, token_dtype
 from tokenizer import (
     TOKENIZERS,
     BytePairTokenizer,
@@ -49,25 +53,28 @@ from tokenizer import (
     Tokenizer,
 )
 
-UNIT = 1 << 19  # characters that are encoded at once
 SAVED = 128  # units after which progress is saved
 SMALL = 8_000_000  # bytes of files below which more processes do not pay
-DRAWN_BY = 4096  # characters of a document that decide where it goes; fewer than the first piece of it has
-LEARNED_FROM = 100_000_000  # bytes of text that a vocabulary is learnt from, drawn evenly from a longer corpus
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
     # --- data
     name: str | None = None  # the folder in data/ to write; a bare argument is the name, too
-    input: str | None = None  # a file, a folder or a pattern; None: data/<name>/input.txt, or a known text
+    input: str | None = None  # a file, a folder or a pattern; None: data/<name>/input.txt or input.tsv, or a known text
     text_key: str = "text"  # what holds the text in .jsonl and .parquet files
     encoding_errors: str = "strict"  # bytes that are not UTF-8: strict refuses, replace writes U+FFFD, ignore drops
-    val_fraction: float | None = None  # share of the documents, or of a single one, for validation; None: 0.1
+    val_fraction: float | None = None  # share of documents, or of a single one, for validation; None: 0.1, pairs 0.02
     files: int | None = None  # take only so many of the files, the first in their order
+    # --- sentence pairs, which a file .tsv holds, too
+    source: str | None = None  # a file with a text to translate on each line
+    target: str | None = None  # the file with the translation of each of these lines
+    test_fraction: float | None = None  # share of the pairs for a test split, 0: no such split; None: as val_fraction
+    max_pair_tokens: int | None = None  # pairs with more on a side, its end included, are dropped; None: 128
+    max_pair_ratio: float | None = None  # and so are those with a side that many times the other's; None: 3
     # --- tokens
-    tokenizer: str | None = None  # char, byte, sentencepiece, gpt2 or bpe (both byte pairs); None: char
-    vocab_size: int | None = None  # tokenizer=sentencepiece or bpe: tokens to learn; None: 4096
+    tokenizer: str | None = None  # char, byte, sentencepiece, gpt2 or bpe (byte pairs); None: char, pairs sentencepiece
+    vocab_size: int | None = None  # tokenizer=sentencepiece or bpe: tokens to learn; None: 4096, pairs 8192
     model_type: str | None = None  # tokenizer=sentencepiece: bpe or unigram; None: bpe
     shard_tokens: int | None = None  # tokens in a file, more go into train_0001.bin and so on; None: one file
     # --- system
@@ -80,8 +87,16 @@ class PrepareConfig:
             raise ValueError(f"name={self.name} must be the name of a folder in data/, not a path")
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must be above 0 and below 1")
-        for key, least in {"files": 1, "vocab_size": 2, "shard_tokens": 1, "workers": 1}.items():
-            if getattr(self, key) is not None and getattr(self, key) < least:
+        if self.test_fraction is not None and not 0 <= self.test_fraction < 1:
+            raise ValueError(f"test_fraction={self.test_fraction} must be at least 0 and below 1")
+        if (self.source is None) != (self.target is None):
+            raise ValueError("source and target go together: --source=a.de --target=a.en, line by line translations")
+        if self.source is not None and self.input is not None:
+            raise ValueError(f"input={self.input} and source={self.source}: take one of them")
+        at_least = {"files": 1, "vocab_size": 2, "shard_tokens": 1, "workers": 1}
+        at_least |= {"max_pair_tokens": 2, "max_pair_ratio": 1}
+        for key, least in at_least.items():
+            if getattr(self, key) is not None and not getattr(self, key) >= least:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least {least}")
         choices = {"tokenizer": (*TOKENIZERS, None), "encoding_errors": ("strict", "replace", "ignore")}
         choices |= {"model_type": ("bpe", "unigram", None)}
@@ -101,18 +116,17 @@ def prepare(config: PrepareConfig) -> None:
     folder = Path("data") / config.name
     parts = folder / "preparing"  # what is not whole yet
     command = "python prepare_data.py " + shlex.join(arguments(config))
-    config, where, source = find_text(config, folder)
-    config = settle(config)
-    corpus = Corpus(config, find_files(where)[: config.files], source or where)
-    made_from = digest([corpus.description(), asdict(replace(config, input=None, files=None, workers=None))])
+    corpus = find_corpus(config, folder)
+    settings = replace(corpus.config, input=None, source=None, target=None, files=None, workers=None)
+    made_from = digest([corpus.description(), asdict(settings)])
     try:
         parts.mkdir(parents=True, exist_ok=True)
         meta = read_json(parts / "meta.json")
         if meta.get("made_from") != made_from:
-            tokenizer, progress = start_or_go_on(config, corpus, parts, made_from, command)
-            encode(config, corpus, tokenizer, progress, parts)
-            check_splits(progress, config)
-            meta = describe(config, corpus, tokenizer, progress, parts) | {"command": command, "made_from": made_from}
+            tokenizer, progress = start_or_go_on(corpus, parts, made_from, command)
+            encode(corpus, tokenizer, progress, parts)
+            corpus.check(progress.splits)
+            meta = describe(corpus, tokenizer, progress, parts) | {"command": command, "made_from": made_from}
             write_json(parts / "meta.json", meta)
         install(parts, folder, meta)
     except OSError as error:
@@ -122,14 +136,25 @@ def prepare(config: PrepareConfig) -> None:
     except KeyboardInterrupt:
         print("the same command goes on from here", file=sys.stderr)
         raise
-    print(summary(folder, meta))
+    print(summary(folder, meta, corpus.rows(meta)))
 
 
-def settle(config: PrepareConfig) -> PrepareConfig:
-    """Defaults for what is still open; refuses what the tokenizer would not obey."""
-    config = with_defaults(config, {"val_fraction": 0.1, "tokenizer": "char"})
+def settle(config: PrepareConfig, pairs: bool = False) -> PrepareConfig:
+    """Defaults for what is still open; refuses what the kind of data or the tokenizer would not obey."""
+    if pairs:
+        config = with_defaults(config, {"val_fraction": 0.02, "tokenizer": "sentencepiece"})
+        config = with_defaults(config, {"test_fraction": config.val_fraction})
+        config = with_defaults(config, {"max_pair_tokens": 128, "max_pair_ratio": 3.0})
+    else:
+        config = with_defaults(config, {"val_fraction": 0.1, "tokenizer": "char"})
+        for key in ("test_fraction", "max_pair_tokens", "max_pair_ratio"):
+            if getattr(config, key) is not None:
+                raise UserError(
+                    f"{key}={getattr(config, key)} goes with sentence pairs only: --input=PAIRS.tsv, or --source=FILE"
+                    " --target=FILE"
+                )
     for key, obeyed_by, default in (
-        ("vocab_size", ("sentencepiece", "bpe"), 4096),
+        ("vocab_size", ("sentencepiece", "bpe"), 8192 if pairs else 4096),
         ("model_type", ("sentencepiece",), "bpe"),
     ):
         if config.tokenizer in obeyed_by:
@@ -154,153 +179,60 @@ def arguments(config: PrepareConfig) -> list[str]:
 # The text
 
 
-def find_text(config: PrepareConfig, folder: Path) -> tuple[PrepareConfig, str, str | None]:
-    """(the config with what is usual for this text, its path, its source in words where that is not the path)."""
-    own = folder / "input.txt"
-    known = KNOWN.get(config.name)
-    if known and config.input is None:
+def find_corpus(config: PrepareConfig, folder: Path) -> Corpus | Pairs:
+    """What the config names, of the kind that it is, with the config that has no open ends."""
+    asked = config
+    config, where, source = find_text(config, folder)
+    if isinstance(where, str):
+        files = find_files(where)[: config.files]
+        if not any(map(is_tsv, files)):
+            return Corpus(settle(config), files, source or where)
+        if not all(map(is_tsv, files)):
+            raise UserError(f"{where} is .tsv, which are sentence pairs, and others; take one kind")
+        parts = [(None, (file,)) for file in files]
+        source = source or (where if len(files) == 1 else f"{len(files):,} files: {where}")
+    else:
+        parts = list(where.items())
+        without_effect = ("files",) if None in where else ("files", "val_fraction", "test_fraction")
+        for key in without_effect:
+            if getattr(asked, key) is not None:
+                print(f"note: {key}={getattr(asked, key)} has no effect on these files", file=sys.stderr)
+        for file in chain.from_iterable(where.values()):
+            check_readable(file)
+    return Pairs(settle(config, pairs=True), parts, source)
+
+
+def find_text(config: PrepareConfig, folder: Path) -> tuple[PrepareConfig, str | PairFiles, str | None]:
+    """(the config with what is usual for this text, where it is, its source in words where that is not the path).
+
+    Where: a path, or what is known of pairs of files.
+    """
+    if config.source is not None:
+        files = (Path(config.source), Path(config.target))
+        return config, {None: files}, f"{config.source} and {config.target}"
+    if config.input is not None:
+        return config, config.input, None
+    if known := KNOWN.get(config.name):
         another = config.tokenizer not in (None, known.settings["tokenizer"])
         usual = {key: value for key, value in known.settings.items() if not (another and key == "vocab_size")}
         config = with_defaults(config, usual)
-    if config.input is not None:
-        return config, config.input, None
-    if os.path.exists(own):
-        return config, str(own), None
+    own = [folder / "input.txt", folder / "input.tsv"]
+    for path in own:
+        if os.path.exists(path):
+            return config, str(path), None
     if known:
         return config, *known.fetch(config.name, config.files)
     raise UserError(
-        f"no data set {config.name}: it is not one of: {', '.join(KNOWN)}, and there is no {own};"
+        f"no data set {config.name}: it is not one of: {', '.join(KNOWN)}, and there is no {own[0]};"
         f" for your own text: python prepare_data.py --input=FILE_OR_FOLDER --name={config.name}"
     )
-
-
-class Corpus:
-    """The files, and which of their documents are for training and which for validation."""
-
-    def __init__(self, config: PrepareConfig, files: list[Path], source: str):
-        self.config, self.files, self.source = config, files, source
-        self.sizes = [file.stat().st_size for file in files]
-        self.separated = len(files) > 1 or kind_of(files[0]) != ".txt"
-        if not any(self.sizes):
-            raise UserError(f"{source} is empty; there is nothing to learn from")
-        if config.text_key != "text" and all(kind_of(file) == ".txt" for file in files):
-            print(f"note: text_key={config.text_key} has no effect on text files", file=sys.stderr)
-        if source == str(files[0]) and not self.separated and file_sha256(files[0]) == TINY_SHAKESPEARE_SHA256:
-            self.source = "tiny Shakespeare"
-        elif len(files) > 1:
-            self.source = f"{len(files):,} files: {source}"
-        # One document is cut: the last tenth of its characters is for validation. Of several, each goes where its draw
-        # says; if that leaves none for validation, the one with the lowest draw.
-        self.cut = None if self.separated else int(sum(len(p.text) for p in self.read(0)) * (1 - config.val_fraction))
-        self.highest = max(config.val_fraction, self.lowest_draw()) if self.separated else None
-
-    def description(self) -> list:
-        return [[file.as_posix(), file.stat().st_mtime_ns, file.stat().st_size] for file in self.files]
-
-    def read(self, number: int) -> Iterator[Piece]:
-        """The documents of file number, in pieces."""
-        return read_documents(self.files[number], self.config.text_key, self.config.encoding_errors)
-
-    def lowest_draw(self) -> float:
-        """Of all documents, where they are so few that it matters; else 0."""
-        texts = len(self.files) < 1000 and all(kind_of(file) == ".txt" for file in self.files)
-        if not texts and sum(self.sizes) > 64_000_000:
-            return 0.0
-        first_pieces = (
-            piece.text
-            for number in range(len(self.files))
-            for piece in (islice(self.read(number), 1) if texts else self.read(number))
-            if piece.first
-        )
-        return min(map(draw, first_pieces), default=0.0)
-
-    def units(self, progress: "Progress") -> Iterator["Unit"]:
-        """The texts with their splits, about UNIT characters at a time, from where progress stands."""
-        split, at = progress.split, sum(counted["characters"] for counted in progress.splits.values())
-        texts, length = [], 0
-        skip = progress.piece
-        for number in range(progress.file, len(self.files)):
-            before, count = sum(self.sizes[:number]), skip
-            for count, piece in enumerate(islice(self.read(number), skip, None), start=skip + 1):
-                if self.separated:
-                    if piece.first:
-                        split = "val" if draw(piece.text) <= self.highest else "train"
-                    texts.append((split, piece.text, piece.last))
-                else:
-                    train_part = piece.text[: max(0, self.cut - at)]
-                    texts += [("train", train_part, False), ("val", piece.text[len(train_part) :], piece.last)]
-                at += len(piece.text)
-                length += len(piece.text)
-                if length >= UNIT:
-                    yield Unit(texts, split, number, count, before + piece.read)
-                    texts, length = [], 0
-            skip = 0
-        if texts:
-            yield Unit(texts, split, number, count, sum(self.sizes))
-
-    def texts_to_learn_from(self, everything: bool) -> Iterator[str]:
-        """Pieces for a tokenizer to learn from: everything, or a part of the training split, evenly drawn."""
-        share = min(1.0, LEARNED_FROM / sum(self.sizes))
-        start = Progress(made_from="", command="", tokenizer={})
-        with progress_bar(self, "learning the vocabulary") as bar:
-            for unit in self.units(start):
-                bar.update(unit.read - bar.n)
-                for split, text, _ in unit.texts:
-                    if everything or (split == "train" and draw(text, "vocabulary") < share):
-                        yield text
-
-
-class Unit(NamedTuple):
-    """Some text, and where reading goes on after it."""
-
-    texts: list[tuple[str, str, bool]]  # (split, text, whether it ends its document)
-    split: str  # of the document that is open
-    file: int  # number of the file that is open
-    piece: int  # pieces read of that file
-    read: int  # bytes read of all files
-
-
-def draw(text: str, salt: str = "split") -> float:
-    """A number in [0, 1) that depends on the beginning of the text alone."""
-    beginning = f"{salt}\n{text[:DRAWN_BY]}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(beginning, digest_size=6).digest(), "little") / 2**48
-
-
-def progress_bar(corpus: Corpus, what: str, start: int = 0) -> tqdm:
-    """Bytes of the files, with MB/s and time left; what is over in two seconds needs none."""
-    often = 0.1 if sys.stderr.isatty() else 30  # seconds
-    total = sum(corpus.sizes)
-    return tqdm(desc=what, total=total, initial=start, unit="B", unit_scale=True, mininterval=often, delay=2)
 
 
 # --------------------------------------------------------------------------------------
 # Text -> tokens
 
 
-@dataclass
-class Progress:
-    """How far the encoding has come. Saved every now and then, so that a stopped preparation goes on from there."""
-
-    made_from: str  # tells the files and settings that this belongs to from others
-    command: str  # the one to go on with
-    tokenizer: dict  # its state
-    file: int = 0  # as in Unit
-    piece: int = 0
-    read: int = 0
-    split: str = "train"
-    splits: dict[str, dict[str, int]] = field(
-        default_factory=lambda: {"train": nothing_counted(), "val": nothing_counted()}
-    )
-    counts: list[int] = field(default_factory=list)  # how often each token occurs
-
-
-def nothing_counted() -> dict[str, int]:
-    return dict.fromkeys(("documents", "characters", "bytes", "tokens"), 0)
-
-
-def start_or_go_on(
-    config: PrepareConfig, corpus: Corpus, parts: Path, made_from: str, command: str
-) -> tuple[Tokenizer, Progress]:
+def start_or_go_on(corpus: Corpus | Pairs, parts: Path, made_from: str, command: str) -> tuple[Tokenizer, Progress]:
     saved = read_json(parts / "progress.json")
     if saved.get("made_from") == made_from:
         progress = Progress(**saved)
@@ -310,14 +242,15 @@ def start_or_go_on(
         print("note: the files or settings are others than when this was stopped; starting anew", file=sys.stderr)
     shutil.rmtree(parts)
     parts.mkdir()
-    tokenizer = make_tokenizer(config, corpus)
-    progress = Progress(made_from, command, tokenizer.state(), counts=[0] * tokenizer.vocab_size)
+    tokenizer = make_tokenizer(corpus)
+    counted = corpus.nothing_counted()
+    progress = Progress(made_from, command, tokenizer.state(), counted, counts=[0] * tokenizer.vocab_size)
     write_json(parts / "progress.json", vars(progress))
     return tokenizer, progress
 
 
-def make_tokenizer(config: PrepareConfig, corpus: Corpus) -> Tokenizer:
-    separated = corpus.separated
+def make_tokenizer(corpus: Corpus | Pairs) -> Tokenizer:
+    config, separated = corpus.config, corpus.separated
     if config.tokenizer == "char":
         return CharTokenizer.train(corpus.texts_to_learn_from(everything=True), separated)
     if config.tokenizer == "byte":
@@ -330,13 +263,13 @@ def make_tokenizer(config: PrepareConfig, corpus: Corpus) -> Tokenizer:
     return BytePairTokenizer.train(texts, config.vocab_size, separated)
 
 
-def encode(config: PrepareConfig, corpus: Corpus, tokenizer: Tokenizer, progress: Progress, parts: Path) -> None:
+def encode(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, parts: Path) -> None:
     """Write the token files into parts, on all cores and in order."""
     writers = {
-        split: TokenWriter(parts, split, token_dtype(tokenizer), config.shard_tokens, counted["tokens"])
+        split: TokenWriter(parts, split, token_dtype(tokenizer), corpus.config.shard_tokens, counted["tokens"])
         for split, counted in progress.splits.items()
     }
-    workers = config.workers or os.cpu_count() or 1
+    workers = corpus.config.workers or os.cpu_count() or 1
     if sum(corpus.sizes) < SMALL:
         workers = 1
     counts = np.array(progress.counts)
@@ -347,14 +280,18 @@ def encode(config: PrepareConfig, corpus: Corpus, tokenizer: Tokenizer, progress
         progress.counts = counts.tolist()
         write_json(parts / "progress.json", vars(progress))
 
-    with closing(writers["train"]), closing(writers["val"]), progress_bar(corpus, "encoding", progress.read) as bar:
-        for number, (unit, encoded) in enumerate(in_order(corpus.units(progress), tokenizer, workers), start=1):
+    with ExitStack() as stack, progress_bar(sum(corpus.sizes), "encoding", progress.read) as bar:
+        for writer in writers.values():
+            stack.callback(writer.close)
+        units = in_order(corpus.units(progress), tokenizer, corpus.encoder(), workers)
+        for number, (unit, encoded) in enumerate(units, start=1):
             for split, (ids, counted) in encoded.items():
                 writers[split].write(ids)
                 if len(ids):
                     counts += np.bincount(ids, minlength=len(counts))
+                so_far = progress.splits[split]
                 for key, value in counted.items():
-                    progress.splits[split][key] += value
+                    so_far[key] = max(so_far[key], value) if key == "longest" else so_far[key] + value
             bar.update(unit.read - progress.read)
             progress.file, progress.piece, progress.read, progress.split = unit.file, unit.piece, unit.read, unit.split
             if number % SAVED == 0:
@@ -362,14 +299,16 @@ def encode(config: PrepareConfig, corpus: Corpus, tokenizer: Tokenizer, progress
         save()
 
 
-def in_order(units: Iterator[Unit], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[Unit, dict]]:
-    """Each unit with what encode_unit makes of it. Few units are in memory at once."""
+def in_order(
+    units: Iterator[Unit], tokenizer: Tokenizer, encoder: Encoder, workers: int
+) -> Iterator[tuple[Unit, dict]]:
+    """Each unit with what the encoder makes of it. Few units are in memory at once."""
     if workers == 1:
         for unit in units:
-            yield unit, encode_unit(tokenizer, unit.texts)
+            yield unit, encoder(tokenizer, unit.texts)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(tokenizer.state(),))
+    pool = ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(tokenizer.state(), encoder))
     waiting: deque = deque()
     try:
         for unit in units:
@@ -386,11 +325,12 @@ def in_order(units: Iterator[Unit], tokenizer: Tokenizer, workers: int) -> Itera
 
 
 worker_tokenizer: Tokenizer  # in a worker process: the one that it encodes with
+worker_encoder: Encoder
 
 
-def start_worker(state: dict) -> None:
-    global worker_tokenizer
-    worker_tokenizer = tokenizers.from_state(state)
+def start_worker(state: dict, encoder: Encoder) -> None:
+    global worker_tokenizer, worker_encoder
+    worker_tokenizer, worker_encoder = tokenizers.from_state(state), encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
 
     def end_with_parent() -> None:  # or a worker whose parent was killed would wait for work for ever
@@ -400,66 +340,38 @@ def start_worker(state: dict) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def work(texts: list[tuple[str, str, bool]]) -> dict:
-    return encode_unit(worker_tokenizer, texts)
-
-
-def encode_unit(tokenizer: Tokenizer, texts: list[tuple[str, str, bool]]) -> dict[str, tuple[np.ndarray, dict]]:
-    """{split: (token ids, what was counted)}; texts as in Unit."""
-    encoded = {}
-    for split in ("train", "val"):
-        ids, counted = [np.empty(0, np.int64)], nothing_counted()
-        for _, text, ends in (entry for entry in texts if entry[0] == split):
-            ids.append(tokenizer.encode(text))
-            if ends and tokenizer.eot is not None:
-                ids.append(np.array([tokenizer.eot]))
-            counted["documents"] += ends
-            counted["characters"] += len(text)
-            counted["bytes"] += len(text.encode())
-        ids = np.concatenate(ids).astype(token_dtype(tokenizer))
-        encoded[split] = ids, counted | {"tokens": len(ids)}
-    return encoded
-
-
-def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+def work(texts: list[tuple]) -> dict:
+    return worker_encoder(worker_tokenizer, texts)
 
 
 # --------------------------------------------------------------------------------------
 # The folder
 
 
-def check_splits(progress: Progress, config: PrepareConfig) -> None:
-    documents = sum(counted["documents"] for counted in progress.splits.values())
-    for split, counted in progress.splits.items():
-        if not counted["tokens"]:
-            raise UserError(
-                f"{split}.bin would be empty, with val_fraction={config.val_fraction} and documents: {documents:,};"
-                " take another --val_fraction, or more documents; a corpus of one document has to be a .txt file"
-            )
-
-
-def describe(config: PrepareConfig, corpus: Corpus, tokenizer: Tokenizer, progress: Progress, parts: Path) -> dict:
+def describe(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, parts: Path) -> dict:
     """What meta.json says. Long and unreadable things come last."""
     dtype = token_dtype(tokenizer)
     splits = {}
     for split, counted in progress.splits.items():
         paths = [path for path in sorted(parts.glob(f"{split}*.bin")) if path.stat().st_size]
         files = [{"name": path.name, "tokens": path.stat().st_size // dtype.itemsize} for path in paths]
-        splits[split] = counted | {"files": files, "checksums": {path.name: checksums(path) for path in paths}}
-    total = {key: sum(counted[key] for counted in splits.values()) for key in nothing_counted()}
+        splits[split] = {key: counted[key] for key in corpus.counts}
+        splits[split] |= {"files": files, "checksums": {path.name: checksums(path) for path in paths}}
+    total = {key: sum(counted[key] for counted in splits.values()) for key in corpus.counts}
     counts = np.array(progress.counts)
     commonest = [
         {"token": int(i), "text": tokenizer.decode([i]), "share": round(int(counts[i]) / total["tokens"], 4)}
         for i in np.argsort(-counts, kind="stable")[:10]
         if counts[i]
     ]
+    first = splits["train"]["files"][0]["name"]
+    beginning = tokenizer.decode(np.fromfile(parts / first, dtype, count=1000))
     unknown = {}
     if isinstance(tokenizer, SentencePieceTokenizer):
         unknown = {"characters_spelled_in_bytes": tokenizer.spelled(counts)}
     return {
         "format": META_FORMAT,
-        "task": "language modelling",
+        "task": corpus.task,
         "source": corpus.source,
         "dtype": dtype.name,
         **total,
@@ -467,6 +379,7 @@ def describe(config: PrepareConfig, corpus: Corpus, tokenizer: Tokenizer, progre
         "vocab_size": tokenizer.vocab_size,
         "vocabulary_used": int((counts > 0).sum()),
         **unknown,
+        **corpus.about(progress.splits, beginning),
         "commonest": commonest,
         "splits": splits,
         "tokenizer": tokenizer.state(),
@@ -478,8 +391,8 @@ def install(parts: Path, folder: Path, meta: dict) -> None:
     names = {file["name"] for split in meta["splits"].values() for file in split["files"]}
     (parts / "progress.json").unlink(missing_ok=True)  # from here on, parts/meta.json tells where this stands
     (folder / "meta.json").unlink(missing_ok=True)
-    for old in [*folder.glob("train*.bin"), *folder.glob("val*.bin")]:
-        if old.name not in names:
+    for old in folder.glob("*.bin"):
+        if re.fullmatch(r"(train|val|test)(_\d+)?\.bin", old.name) and old.name not in names:
             old.unlink()
     for name in names:
         if (parts / name).exists():
@@ -488,22 +401,17 @@ def install(parts: Path, folder: Path, meta: dict) -> None:
     shutil.rmtree(parts)
 
 
-def summary(folder: Path, meta: dict) -> str:
-    """The data at a glance."""
-    train, val = (meta["splits"][split] for split in ("train", "val"))
-    commonest = ", ".join(f"{entry['text']!r} {100 * entry['share']:.1f} %" for entry in meta["commonest"][:6])
-    rows = {
-        key: f"{meta[key]:>15,}   for training {train[key]:,}, for validation {val[key]:,}"
-        for key in ("documents", "characters", "bytes", "tokens")
-    }
-    if meta["documents"] == 1:
-        rows["documents"] = f"{1:>15,}   cut in two: its end is for validation"
+def summary(folder: Path, meta: dict, rows: dict[str, str]) -> str:
+    """The data at a glance; rows: what stands first, with one for tokens."""
     rows["tokens"] += f"; {meta['bytes_per_token']:.2f} bytes each, {meta['dtype']}"
     kind = meta["tokenizer"]["tokenizer"]
     rows["vocabulary"] = f"{meta['vocab_size']:>15,}   {kind}; {meta['vocabulary_used']:,} of them occur"
     if "characters_spelled_in_bytes" in meta:
         rows["unknown"] = f"{meta['characters_spelled_in_bytes']:>15,}   characters without a piece, spelled in bytes"
+    commonest = ", ".join(f"{entry['text']!r} {100 * entry['share']:.1f} %" for entry in meta["commonest"][:6])
     rows["commonest"] = f"    {commonest}"
+    if "examples" in meta:
+        rows["such as"] = "    " + f"\n{16 * ' '}".join(f"{source} -> {target}" for source, target in meta["examples"])
     return "\n".join([f"{folder}: {meta['source']}", *(f"  {key:<10}{row}" for key, row in rows.items())])
 
 

@@ -25,6 +25,10 @@ META_FORMAT = "tokens 2"  # a change of what a data folder holds gets a new numb
 CHECKED = 1 << 18  # bytes that have one checksum
 
 
+def token_dtype(tokenizer: tokenizers.Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+
+
 def checksums(path: Path) -> str:
     """What meta.json has of a file: the CRC-32 of every CHECKED bytes, little-endian uint32, in base64."""
     with path.open("rb") as file:

@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from itertools import chain, zip_longest
+from itertools import chain, compress, zip_longest
 
 import numpy as np
 
@@ -198,6 +198,18 @@ class SentencePieceTokenizer(Tokenizer):
         encoded = self._model.encode(parts[::2], num_threads=1)
         ids = chain.from_iterable(chain.from_iterable(zip_longest(encoded, separators, fillvalue=())))
         return np.fromiter(ids, dtype=np.int64) - 1
+
+    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+        """All in one call of sentencepiece, which for sentences is ten times as fast as one by one."""
+        texts = list(texts)
+        for text in texts:
+            utf8(text)
+        simple = [not re.search("[\n▁]", text) for text in texts]
+        encoded = iter(self._model.encode(list(compress(texts, simple)), num_threads=1))
+        return [
+            np.array(next(encoded), dtype=np.int64) - 1 if is_simple else self.encode(text)
+            for text, is_simple in zip(texts, simple, strict=True)
+        ]
 
     def spelled(self, counts: np.ndarray) -> int:
         """Characters for which there was no piece; counts: how often each token occurs."""

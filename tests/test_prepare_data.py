@@ -14,6 +14,7 @@ import pytest
 from conftest import TINY_RUN, make_text
 from test_documents import write
 
+import corpus as corpus_module
 import documents
 import download
 import known_texts
@@ -136,8 +137,8 @@ PREPARE = ["--input=corpus", "--name=mine", "--val_fraction=0.3", "--tokenizer=b
 KILLED = """
 import os, pathlib, signal, sys
 sys.path.insert(0, sys.argv[2])
-import documents, prepare_data, token_files
-documents.PIECE = prepare_data.UNIT = 700
+import corpus, documents, prepare_data, token_files
+documents.PIECE = corpus.UNIT = 700
 prepare_data.SAVED, prepare_data.SMALL = 3, 0
 left = int(sys.argv[1])
 def counted(function):
@@ -196,11 +197,11 @@ def test_several_processes_write_the_same_bytes_as_one_and_end_with_their_parent
 
 
 def test_small_pieces_give_the_same_tokens_as_large_ones(corpus, monkeypatch):
-    monkeypatch.setattr(prepare_data, "DRAWN_BY", 100)
+    monkeypatch.setattr(corpus_module, "DRAWN_BY", 100)
     prepare_data.main(PREPARE)
     whole = contents("mine")
     monkeypatch.setattr(documents, "PIECE", 400)
-    monkeypatch.setattr(prepare_data, "UNIT", 500)
+    monkeypatch.setattr(corpus_module, "UNIT", 500)
     prepare_data.main(PREPARE)
     assert contents("mine") == whole
 
@@ -212,7 +213,7 @@ def test_of_a_long_corpus_a_vocabulary_is_learnt_from_an_even_part_of_the_traini
     train_texts, _ = documents_of("mine")
     assert list(source.texts_to_learn_from(everything=True)) == corpus
     assert list(source.texts_to_learn_from(everything=False)) == train_texts
-    monkeypatch.setattr(prepare_data, "LEARNED_FROM", sum(source.sizes) // 2)
+    monkeypatch.setattr(corpus_module, "LEARNED_FROM", sum(source.sizes) // 2)
     some = list(source.texts_to_learn_from(everything=False))
     assert set(some) < set(train_texts) and 0.25 * len(train_texts) < len(some) < 0.75 * len(train_texts)
 
@@ -244,7 +245,7 @@ def test_other_settings_or_files_start_anew(corpus, capsys, monkeypatch):
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(corpus, fails, monkeypatch, capsys):
-    monkeypatch.setattr(prepare_data, "UNIT", 2000)
+    monkeypatch.setattr(corpus_module, "UNIT", 2000)
     monkeypatch.setattr(prepare_data, "SAVED", 2)
     prepare_data.main(PREPARE)
     whole = contents("mine")

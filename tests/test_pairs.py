@@ -1,0 +1,581 @@
+import gzip
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from backports import zstd
+from conftest import make_pairs, make_text
+from test_prepare_data import contents, killed_at, meta, unreachable
+
+import corpus as corpus_module
+import download
+import known_texts
+import pairs
+import prepare_data
+import token_files
+from tokenizer import END_OF_TEXT, BytePairTokenizer, SentencePieceTokenizer, from_state
+
+SMALL = ["--name=mine", "--tokenizer=sentencepiece", "--vocab_size=330"]
+BYTES = ["--name=mine", "--tokenizer=byte", "--val_fraction=0.2"]
+
+
+def write(path: str, data: str | bytes) -> str:
+    """The text in a file, packed as its name says."""
+    opened = {".gz": gzip.open, "zst": zstd.open}.get(path[-3:], open)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with opened(path, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def write_tsv(path: str, rows: list[tuple[str, str]]) -> str:
+    return write(path, "".join(f"{source}\t{target}\n" for source, target in rows))
+
+
+def write_two(source: str, target: str, rows: list[tuple[str, str]]) -> list[str]:
+    for path, column in ((source, 0), (target, 1)):
+        write(path, "".join(row[column] + "\n" for row in rows))
+    return [f"--source={source}", f"--target={target}"]
+
+
+def pairs_of(name: str) -> dict[str, list[tuple[str, str]]]:
+    """The pairs of each split of a data set, from its tokens: source, end of text, target, end of text."""
+    folder = Path("data", name)
+    said, found = token_files.read_meta(folder), {}
+    tokenizer = from_state(said["tokenizer"])
+    for split in said["splits"]:
+        tokens = token_files.TokenFiles(folder, split, said)
+        ids = tokens.read(np.array([0]), len(tokens))[0]
+        sides = np.split(ids, (ids == tokenizer.eot).nonzero()[0] + 1)
+        assert len(sides[-1]) == 0 and len(sides) % 2 == 1
+        texts = [tokenizer.decode(side[:-1]) for side in sides[:-1]]
+        found[split] = list(zip(texts[::2], texts[1::2], strict=True))
+    return found
+
+
+def all_pairs(name: str) -> list[tuple[str, str]]:
+    return [pair for split in pairs_of(name).values() for pair in split]
+
+
+# --------------------------------------------------------------------------------------
+# Files of pairs
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe", "sentencepiece"])
+def test_what_is_on_disk_is_the_pairs_in_their_order(folder, tokenizer):
+    size = [] if tokenizer in ("char", "byte") else ["--vocab_size=330"]
+    write_tsv("own.tsv", make_pairs())
+    prepare_data.main(["mine", "--input=own.tsv", "--val_fraction=0.2", f"--tokenizer={tokenizer}", *size])
+    found = pairs_of("mine")
+    assert set(found) == {"train", "val", "test"} and min(map(len, found.values())) >= 5
+    for split in found.values():
+        assert split == [pair for pair in make_pairs() if pair in split]
+    assert sorted(all_pairs("mine")) == sorted(make_pairs())
+
+
+def test_meta_tells_the_task_and_counts_both_sides_and_the_target(folder):
+    write_tsv("own.de-en.tsv", make_pairs())
+    prepare_data.main(["--input=own.de-en.tsv", *BYTES])
+    said = meta("mine")
+    assert (said["task"], said["source"], said["languages"]) == ("translation", "own.de-en.tsv", ["de", "en"])
+    for split, rows in pairs_of("mine").items():
+        counted = said["splits"][split]
+        sources, targets = (sum(len(row[side].encode()) for row in rows) for side in (0, 1))
+        assert counted["pairs"] == len(rows)
+        assert counted["characters"] == sum(len(side) for row in rows for side in row)
+        assert (counted["bytes"], counted["tokens"]) == (sources + targets, sources + targets + 2 * len(rows))
+        assert (counted["target_bytes"], counted["target_tokens"]) == (targets, targets + len(rows))
+    assert said["pairs"] == 60 and said["tokens"] == sum(split["tokens"] for split in said["splits"].values())
+    assert said["longest"] == 1 + max(len(side.encode()) for row in make_pairs() for side in row)
+    assert said["dropped"] == {"too_long": 0, "empty": 0, "lopsided": 0}
+    assert said["tokenizer"] == {"tokenizer": "byte", "separated": True}
+    assert said["command"] == "python prepare_data.py mine --input=own.de-en.tsv --val_fraction=0.2 --tokenizer=byte"
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
+def test_a_tsv_and_two_files_that_go_line_by_line_give_the_same(folder, packed):
+    prepare_data.main([f"--input={write_tsv(f'own.tsv{packed}', make_pairs())}", *BYTES])
+    one = contents("mine")
+    prepare_data.main([*write_two(f"a.de{packed}", f"a.en{packed}", make_pairs()), *BYTES])
+    two = contents("mine")
+    assert all(one[name] == two[name] for name in ("train.bin", "val.bin", "test.bin"))
+    assert meta("mine")["source"] == f"a.de{packed} and a.en{packed}" and meta("mine")["languages"] == ["de", "en"]
+
+
+def test_several_files_are_read_as_one_and_files_says_how_many(folder):
+    for number in range(3):
+        write_tsv(f"part{number}.tsv", make_pairs()[20 * number : 20 * number + 20])
+    prepare_data.main(["--input=part*.tsv", *BYTES])
+    assert sorted(all_pairs("mine")) == sorted(make_pairs()) and meta("mine")["source"] == "3 files: part*.tsv"
+    prepare_data.main(["--input=part*.tsv", "--files=2", *BYTES])
+    assert sorted(all_pairs("mine")) == sorted(make_pairs()[:40])
+
+
+def test_a_file_in_the_data_folder_needs_no_input(folder):
+    write_tsv("data/mine/input.tsv", make_pairs())
+    prepare_data.main(BYTES)
+    assert sorted(all_pairs("mine")) == sorted(make_pairs())
+
+
+def test_spaces_are_trimmed_and_collapsed(folder):
+    messy = [(f"  {source.replace(' ', '  ')}", f"{target.replace(' ', chr(160) + ' ')} ") for source, target in ROWS]
+    write("own.tsv", "".join(f"{source}\t{target}\r\n" for source, target in messy))
+    prepare_data.main(["--input=own.tsv", *BYTES])
+    assert sorted(all_pairs("mine")) == sorted(ROWS)
+    write_two("a.de", "a.en", [(source.replace(" ", "\t"), target) for source, target in ROWS])
+    prepare_data.main(["--source=a.de", "--target=a.en", *BYTES])
+    assert sorted(all_pairs("mine")) == sorted(ROWS)
+
+
+ROWS = make_pairs()
+
+
+def test_a_mark_of_byte_order_is_no_text(folder):
+    write("own.tsv", "\ufeff" + "".join(f"{source}\t{target}\n" for source, target in ROWS))
+    prepare_data.main(["--input=own.tsv", *BYTES])
+    assert sorted(all_pairs("mine")) == sorted(ROWS)
+
+
+@pytest.mark.parametrize("errors, text", [("replace", "Gr\ufffdn ist es."), ("ignore", "Grn ist es.")])
+def test_there_is_a_way_out_where_bytes_are_not_utf8(folder, errors, text):
+    data = "".join(f"{source}\t{target}\n" for source, target in ROWS).encode() + b"Gr\xfcn ist es.\tIt is green.\n"
+    write("own.tsv", data)
+    prepare_data.main(["--input=own.tsv", f"--encoding_errors={errors}", *BYTES])
+    assert (text, "It is green.") in all_pairs("mine")
+
+
+def test_characters_that_training_has_not_seen_are_spelled_in_bytes_and_nothing_is_lost(folder):
+    strange = [("Was heißt 鳥🙂?", "What does 鳥🙂 mean?"), ("Ein ▁ und ein ĳ.", "A ▁ and an ĳ.")]
+    splits = {"train": ROWS, "val": strange, "test": strange}
+    write_multi30k(splits)
+    prepare_data.main(["translate_de_en", "--vocab_size=330"])
+    assert pairs_of("translate_de_en") == splits
+    assert meta("translate_de_en")["characters_spelled_in_bytes"] > 0
+
+
+def test_text_that_looks_like_the_end_of_a_text_does_not_end_it(folder):
+    rows = [*ROWS, (f"Was ist {END_OF_TEXT}?", f"What is {END_OF_TEXT}?")]
+    write_tsv("own.tsv", rows)
+    prepare_data.main(["--input=own.tsv", *SMALL])
+    assert sorted(all_pairs("mine")) == sorted(rows)
+
+
+def test_many_sentences_at_once_are_encoded_as_one_by_one():
+    tokenizer = SentencePieceTokenizer.train([side for row in ROWS for side in row], 330, separated=True)
+    texts = [side for row in ROWS for side in row] + ["", "two\nlines", "a ▁ sign", "鳥🙂", "last"]
+    batch = tokenizer.encode_batch(iter(texts))
+    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text).tolist() for text in texts]
+    assert tokenizer.decode_batch(batch) == texts
+    with pytest.raises(prepare_data.UserError, match="is no character of UTF-8"):
+        tokenizer.encode_batch(["fine", "half \ud83d"])
+
+
+# --------------------------------------------------------------------------------------
+# What is drawn and what is dropped
+
+
+def test_the_same_source_is_never_in_two_splits(folder):
+    rows = [(source, f"{target} {number}") for number in range(8) for source, target in ROWS]
+    write_tsv("own.tsv", rows)
+    prepare_data.main(["--input=own.tsv", *BYTES])
+    sources = {split: {source for source, _ in rows} for split, rows in pairs_of("mine").items()}
+    assert sum(map(len, sources.values())) == len(ROWS) and min(map(len, sources.values())) > 4
+    assert sorted(all_pairs("mine")) == sorted(rows)  # those that came twice are kept
+
+
+def test_the_splits_have_about_the_share_that_was_asked_for(folder):
+    rows = [(f"Satz {number}.", f"Sentence {number}.") for number in range(4000)]
+    write_tsv("own.tsv", rows)
+    for argv, val, test in (
+        ([], 0.02, 0.02),
+        (["--val_fraction=0.1"], 0.1, 0.1),
+        (["--val_fraction=0.1", "--test_fraction=0.3"], 0.1, 0.3),
+    ):
+        prepare_data.main(["mine", "--input=own.tsv", "--tokenizer=byte", *argv])
+        found = pairs_of("mine")
+        assert len(found["val"]) == pytest.approx(4000 * val, rel=0.25)
+        assert len(found["test"]) == pytest.approx(4000 * test, rel=0.25)
+
+
+def test_without_a_test_fraction_there_is_no_test_split(folder):
+    write_tsv("own.tsv", ROWS)
+    prepare_data.main(["--input=own.tsv", *BYTES])
+    assert Path("data/mine/test.bin").exists()
+    prepare_data.main(["--input=own.tsv", "--test_fraction=0", *BYTES])
+    assert set(contents("mine")) == {"train.bin", "val.bin", "meta.json"}
+    assert set(meta("mine")["splits"]) == {"train", "val"}
+
+
+def test_more_pairs_change_nothing_for_those_that_were_there(folder):
+    write_tsv("few.tsv", ROWS[::2])
+    write_tsv("more.tsv", ROWS[::-1])
+    prepare_data.main(["few", "--input=few.tsv", *BYTES[1:]])
+    prepare_data.main(["more", "--input=more.tsv", *BYTES[1:]])
+    few, more = pairs_of("few"), pairs_of("more")
+    assert all(few[split] and set(few[split]) < set(more[split]) for split in few)
+
+
+def test_of_three_sources_each_split_gets_one(folder):
+    for number in range(8):
+        write_tsv("own.tsv", [(f"{number} {word}", "x") for word in ("eins", "zwei", "drei")])
+        prepare_data.main(["mine", "--input=own.tsv", "--tokenizer=byte", "--val_fraction=0.001"])
+        assert [len(split) for split in pairs_of("mine").values()] == [1, 1, 1]
+
+
+def test_pairs_too_long_empty_or_lopsided_are_dropped_counted_and_told(folder, capsys):
+    bad = [("x" * 40, "y" * 20), ("y" * 20, "x" * 40), ("", "Empty."), ("Leer.", " "), ("a", "b" * 30), ("b" * 30, "a")]
+    write_tsv("own.tsv", [*ROWS, *bad, ("z" * 39, "z" * 39), ("c", "d" * 13)])  # the last two are just not too long
+    prepare_data.main(["--input=own.tsv", "--max_pair_tokens=40", *BYTES])
+    assert sorted(all_pairs("mine")) == sorted([*ROWS, ("z" * 39, "z" * 39), ("c", "d" * 13)])
+    said = meta("mine")
+    assert said["dropped"] == {"too_long": 2, "empty": 2, "lopsided": 2} and said["longest"] == 40
+    assert said["first_empty"] == "own.tsv, line 63"
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if line.startswith("  dropped")).split(maxsplit=2)[1:] == [
+        "6",
+        "2 longer than 40 tokens; 2 empty on a side, the first own.tsv, line 63;"
+        " 2 lopsided, over 3 times and 8 tokens longer",
+    ]
+    prepare_data.main(["--input=own.tsv", "--max_pair_tokens=40", "--max_pair_ratio=15", *BYTES])
+    assert meta("mine")["dropped"]["lopsided"] == 0
+
+
+def test_splits_that_were_given_keep_every_pair_but_those_of_training(folder):
+    odd = [("x" * 300, "y" * 300), ("a", "b" * 30)]
+    write_multi30k({"train": [*ROWS, *odd], "val": odd, "test": odd[::-1]})
+    prepare_data.main(["translate_de_en", "--tokenizer=byte"])
+    assert pairs_of("translate_de_en") == {"train": ROWS, "val": odd, "test": odd[::-1]}
+    said = meta("translate_de_en")
+    assert said["dropped"] == {"too_long": 1, "empty": 0, "lopsided": 1} and said["longest"] == 301
+    assert said["splits"]["train"]["pairs"] == 60
+
+
+def test_the_vocabulary_is_learnt_from_both_sides_of_the_training_pairs_alone(folder, monkeypatch):
+    seen = []
+    learn = BytePairTokenizer.train
+    monkeypatch.setattr(
+        BytePairTokenizer,
+        "train",
+        lambda texts, size, separated: learn(seen.append(list(texts)) or seen[-1], size, separated),
+    )
+    write_tsv("own.tsv", ROWS)
+    prepare_data.main(["mine", "--input=own.tsv", "--tokenizer=bpe", "--vocab_size=300", "--val_fraction=0.2"])
+    assert seen == [[side for row in pairs_of("mine")["train"] for side in row]]
+    monkeypatch.setattr(corpus_module, "LEARNED_FROM", Path("own.tsv").stat().st_size // 2)
+    prepare_data.main(["mine", "--input=own.tsv", "--tokenizer=bpe", "--vocab_size=300", "--val_fraction=0.2"])
+    assert set(seen[1]) < set(seen[0]) and 0.25 < len(seen[1]) / len(seen[0]) < 0.75
+
+
+def test_the_summary_shows_the_splits_and_three_pairs(folder, capsys):
+    write_multi30k({"train": ROWS, "val": ROWS[:9], "test": ROWS[:8]})
+    prepare_data.main(["translate_de_en", "--vocab_size=330"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [" ".join(line.split()) for line in lines]
+    assert rows[0] == "data/translate_de_en: train, val and test_2016_flickr in data/translate_de_en"
+    assert rows[1] == "pairs 77 for training 60, for validation 9, for test 8"
+    assert rows[3].endswith("tokens on one side, its end included") and rows[4] == "dropped 0"
+    assert rows[8:11] == [f"{'such as ' * (i == 0)}{source} -> {target}" for i, (source, target) in enumerate(ROWS[:3])]
+
+
+# --------------------------------------------------------------------------------------
+# Large, stopped, and on several cores
+
+PREPARE = ["--input=own.tsv", "--name=mine", "--val_fraction=0.2", "--tokenizer=bpe", "--vocab_size=300"]
+
+
+def test_killed_at_any_moment_and_started_again_it_writes_the_same_bytes(folder):
+    write_tsv(
+        "own.tsv", [(f"{source} {n}", target) for n in range(6) for source, target in [*ROWS, ("a", str(7**100))]]
+    )
+    calls = int(killed_at(10**6, *PREPARE, "--workers=1").stdout.split()[-1])
+    whole = contents("mine")
+    assert set(whole) == {"train.bin", "val.bin", "test.bin", "meta.json"} and calls > 60
+    assert meta("mine")["dropped"]["lopsided"] == 6
+    for call in [*range(1, calls, 19), *range(calls - 8, calls + 1)]:  # the last ones put the files in their places
+        for path in Path("data/mine").iterdir():
+            path.unlink()
+        assert killed_at(call, *PREPARE, "--workers=1").returncode == -signal.SIGKILL
+        if not Path("data/mine/meta.json").exists():  # what is not whole is not taken for it
+            with pytest.raises(prepare_data.UserError, match=r"stopped before its end; prepare it again|has no meta"):
+                token_files.read_meta(Path("data/mine"))
+        again = killed_at(10**6, *PREPARE, "--workers=1")
+        assert again.returncode == 0, again.stderr
+        assert contents("mine") == whole, f"killed at call {call} of {calls}"
+
+
+def test_several_processes_write_the_same_bytes_as_one(folder):
+    write_tsv("own.tsv", [(f"{source} {n}", target) for n in range(6) for source, target in ROWS])
+    assert killed_at(10**6, *PREPARE, "--workers=1").returncode == 0
+    whole = contents("mine")
+    for path in Path("data/mine").iterdir():
+        path.unlink()
+    assert killed_at(10**6, *PREPARE, "--workers=2").returncode == 0
+    assert contents("mine") == whole
+
+
+def test_shards_are_read_as_one(folder):
+    write_tsv("own.tsv", ROWS)
+    prepare_data.main(["--input=own.tsv", *BYTES])
+    whole = pairs_of("mine")
+    prepare_data.main(["--input=own.tsv", "--shard_tokens=97", *BYTES])
+    assert pairs_of("mine") == whole and len(list(Path("data/mine").glob("test_*.bin"))) > 1
+    assert not Path("data/mine/test.bin").exists()
+
+
+def test_pairs_and_a_text_of_the_same_name_replace_each_other(folder):
+    write_tsv("own.tsv", ROWS)
+    write("own.txt", make_text())
+    prepare_data.main(["--input=own.tsv", *BYTES])
+    prepare_data.main(["--input=own.txt", "--name=mine"])
+    assert set(contents("mine")) == {"train.bin", "val.bin", "meta.json"}
+    assert meta("mine")["task"] == "language modelling"
+
+
+# --------------------------------------------------------------------------------------
+# Known by name
+
+
+def write_multi30k(splits: dict[str, list[tuple[str, str]]], packed: str = ".gz", leave_out: str = "") -> None:
+    """data/translate_de_en with files under their public names."""
+    for split, rows in splits.items():
+        name = "data/translate_de_en/" + {"test": "test_2016_flickr"}.get(split, split)
+        write_two(f"{name}.de{packed}", f"{name}.en{packed}", rows)
+    if leave_out:
+        Path("data/translate_de_en", leave_out).unlink()
+
+
+GIVEN = {"train": ROWS[:40], "val": ROWS[40:50], "test": ROWS[50:]}
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+def test_a_users_files_under_their_public_names_come_before_any_download(folder, monkeypatch, packed):
+    monkeypatch.setattr(known_texts, "download", None)
+    write_multi30k(GIVEN, packed)
+    prepare_data.main(["translate_de_en", "--vocab_size=330"])
+    assert pairs_of("translate_de_en") == GIVEN
+    said = meta("translate_de_en")
+    assert said["languages"] == ["de", "en"] and said["tokenizer"]["tokenizer"] == "sentencepiece"
+    assert said["source"] == "train, val and test_2016_flickr in data/translate_de_en"
+    assert (Path("data/translate_de_en") / f"train.de{packed}").exists()  # a user's file is left alone
+
+
+def test_the_public_files_are_known_by_their_checksums(folder, monkeypatch):
+    write_multi30k(GIVEN)
+    sums = {name: download.file_sha256(Path("data/translate_de_en", name)) for name in known_texts.MULTI30K_SHA256}
+    monkeypatch.setattr(known_texts, "MULTI30K_SHA256", sums)
+    prepare_data.main(["translate_de_en", "--vocab_size=330"])
+    assert meta("translate_de_en")["source"] == "Multi30k"
+
+
+def test_the_public_files_are_fetched_once_and_checked(folder, monkeypatch):
+    fetched = {}
+
+    def fake(url, path, sha256):
+        fetched[path.name] = sha256
+        split, language = path.name.removesuffix(".gz").rsplit(".", 1)
+        rows = GIVEN[split.removesuffix("_2016_flickr")]
+        write(str(path), "".join(row[language == "en"] + "\n" for row in rows))
+
+    monkeypatch.setattr(known_texts, "download", fake)
+    prepare_data.main(["translate_de_en", "--vocab_size=330"])
+    assert fetched == known_texts.MULTI30K_SHA256
+    assert meta("translate_de_en")["source"] == "Multi30k" and pairs_of("translate_de_en") == GIVEN
+    monkeypatch.setattr(known_texts, "download", None)
+    prepare_data.main(["translate_de_en", "--tokenizer=char"])
+    assert pairs_of("translate_de_en") == GIVEN
+
+
+DICTIONARY = """# Version
+Esel {m} [zool.] | Eselin {f} :: donkey | female donkey
+wohnen {vi} | Wo wohnst du? | Er wohnt (noch) da. [ugs.] :: to live | Where do you live? | He’s living there. [coll.]
+Halt {m} | Halt!; Stehen bleiben! | Wir hoffen auf Regen. :: stop | Stop!; Don’t move! | We hope/pray for rain.
+etw. raten | Ratet mal, … | Es heißt gleich / sofort gehen. :: to guess | Just guess … | You must go at once.
+gehen | Er sagte: „Ich komme {vi} <kome> mit.“ | Geh weg :: to go | He said: “I’m coming along.” | Go away.
+Zahl | Es sind 5 km/h [phys.] (Tempo (mittel)) . :: number | It is 5 km/h.
+uneben | Eins. | Zwei. :: uneven | One.
+nur Deutsch.
+"""
+SENTENCES = [
+    ("Wo wohnst du?", "Where do you live?"),
+    ("Er wohnt da.", "He's living there."),
+    ("Halt!", "Stop!"),
+    ("Wir hoffen auf Regen.", "We hope for rain."),
+    ("Er sagte: „Ich komme mit.“", "He said: “I'm coming along.”"),
+]
+
+
+def test_of_a_dictionary_the_sentences_are_taken_without_its_signs():
+    assert list(known_texts.dictionary_sentences(DICTIONARY.split("\n"))) == SENTENCES
+
+
+@pytest.fixture
+def debian(folder, monkeypatch):
+    """An apt-get and a dpkg-deb that know one package, with 300 sentences; the arguments of each call are in calls."""
+    lines = [f"Wort | {source[:-1]} {n}. :: word | {target[:-1]} {n}." for n in range(5) for source, target in ROWS]
+    write("bin/de-en", "\n".join(lines))
+    here = Path.cwd()
+    # fmt: off
+    write("bin/apt-get", f'#!/bin/sh\necho apt-get "$@" >> {here}/calls\ncp {here}/bin/de-en trans-de-en_1.9_all.deb\n')
+    write("bin/dpkg-deb", f'#!/bin/sh\necho dpkg-deb >> {here}/calls\n'
+          'mkdir -p "$3/usr/share/trans" && cp "$2" "$3/usr/share/trans/de-en"\n')
+    # fmt: on
+    for name in ("apt-get", "dpkg-deb"):
+        Path("bin", name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here}/bin:{os.environ['PATH']}")
+    monkeypatch.setattr(known_texts, "download", unreachable)
+
+
+def test_without_the_download_the_sentences_come_from_a_debian_package(debian, capsys):
+    prepare_data.main(["translate_de_en", "--vocab_size=330", "--val_fraction=0.1"])
+    told = capsys.readouterr()
+    assert "no route; taking the Debian package trans-de-en instead" in told.err
+    assert "another corpus than Multi30k; scores on the two do not compare" in told.err
+    found, said = pairs_of("translate_de_en"), meta("translate_de_en")
+    assert sum(map(len, found.values())) == 300 and min(map(len, found.values())) > 10
+    assert "trans-de-en, not Multi30k" in said["source"] and said["source"] in told.out
+    assert said["languages"] == ["de", "en"]
+    calls = Path("calls").read_text().split("\n")
+    assert calls[0].startswith("apt-get ") and calls[0].endswith(" download trans-de-en") and calls[1] == "dpkg-deb"
+    prepare_data.main(["translate_de_en", "--tokenizer=byte"])  # from what was kept
+    assert Path("calls").read_text().split("\n") == calls and "another corpus" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "script, complaint",
+    [
+        (
+            "echo 'W: slow' >&2; echo 'E: Unable to locate package' >&2; exit 100",
+            "apt-get: Unable to locate",
+        ),
+        ("exit 7", "apt-get: it ended with 7"),
+        (None, "there is no apt-get here"),
+        ("touch trans-de-en_1.9_all.deb", "dpkg-deb"),
+    ],
+)
+def test_where_nothing_can_be_had_the_ways_out_are_named(debian, monkeypatch, script, complaint):
+    if script:
+        Path("bin/apt-get").write_text(f"#!/bin/sh\n{script}\n")
+        Path("bin/dpkg-deb").write_text("#!/bin/sh\necho 'not a package' >&2; exit 2\n")
+    else:
+        Path("bin/apt-get").unlink()
+        monkeypatch.setenv("PATH", str(Path.cwd() / "bin"))
+    with pytest.raises(prepare_data.UserError) as error:
+        prepare_data.main(["translate_de_en"])
+    text = str(error.value)
+    assert "\n" not in text and f"({complaint}" in text and "put train.de.gz, train.en.gz, " in text
+    assert ("it may need: apt-get update" in text) == (script is not None and "exit" in script)
+    assert not Path("data/translate_de_en/meta.json").exists()
+
+
+# --------------------------------------------------------------------------------------
+# Bad input
+
+BAD = {
+    "tab.tsv, line 3 has no tab; write a line as SOURCE, one tab, TARGET": ["--input=tab.tsv"],
+    "tabs.tsv, line 2 has 2 tabs; write a line": ["--input=tabs.tsv"],
+    "empty.tsv has no pairs; it is empty": ["--input=empty.tsv"],
+    "blank.tsv has no pairs but empty ones, the first of them blank.tsv, line 1": ["--input=blank.tsv"],
+    "latin1.tsv, line 2 is not UTF-8; take --encoding_errors=replace or ignore": ["--input=latin1.tsv"],
+    "damaged.tsv.gz is damaged: ": ["--input=damaged.tsv.gz"],
+    "cannot read none.tsv: No such file": ["--input=none.tsv"],
+    "*.t* is .tsv, which are sentence pairs, and others; take one kind": ["--input=*.t*"],
+    "a.de has 60 lines, but short.en has 59; each line": ["--source=a.de", "--target=short.en"],
+    "short.en has 59 lines, but a.de has 60; each line": ["--source=short.en", "--target=a.de"],
+    "cannot read none.en: No such file": ["--source=a.de", "--target=none.en"],
+    "source and target go together": ["--source=a.de"],
+    "input=own.tsv and source=a.de: take one of them": ["--input=own.tsv", "--source=a.de", "--target=a.en"],
+    "test_fraction=1.0 must be at least 0 and below 1": ["--input=own.tsv", "--test_fraction=1"],
+    "max_pair_tokens=1 must be at least 2": ["--input=own.tsv", "--max_pair_tokens=1"],
+    "max_pair_ratio=0.5 must be at least 1": ["--input=own.tsv", "--max_pair_ratio=0.5"],
+    "max_pair_ratio=nan must be at least 1": ["--input=own.tsv", "--max_pair_ratio=nan"],
+    "train.bin would be empty, with val_fraction=0.02 and test_fraction=0.02, of 60 pairs; dropped: 60 too_long;": [
+        *("--input=own.tsv", "--max_pair_tokens=2", "--tokenizer=byte")
+    ],
+    "train.bin would be empty, with val_fraction=0.5 and test_fraction=0.5, of 60 pairs; dropped: none": [
+        *("--input=own.tsv", "--val_fraction=0.5", "--tokenizer=byte")
+    ],
+    "vocab_size=8192: this text allows at most": ["--input=own.tsv"],
+    "vocab_size=300 goes with --tokenizer=sentencepiece or bpe": [
+        *("--input=own.tsv", "--tokenizer=byte", "--vocab_size=300")
+    ],
+    "max_pair_tokens=9 goes with sentence pairs only": ["--input=own.txt", "--max_pair_tokens=9"],
+    "max_pair_ratio=9.0 goes with sentence pairs only": ["--input=own.txt", "--max_pair_ratio=9"],
+    "test_fraction=0.1 goes with sentence pairs only": ["--input=own.txt", "--test_fraction=0.1"],
+}
+
+
+@pytest.mark.parametrize("complaint", BAD)
+def test_bad_input_is_one_line_that_names_the_place(folder, fails, complaint):
+    write_tsv("own.tsv", ROWS)
+    write("own.txt", make_text())
+    write("tab.tsv", "a\tb\n\t\nno tab\na\tb\n")
+    write("tabs.tsv", "a\tb\na\tb\tc\n")
+    write("empty.tsv", "")
+    write("blank.tsv", "\t\n\na\t\n")
+    write("latin1.tsv", b"a\tb\nGr\xfcn\tgreen\n")
+    packed = Path(write_tsv("damaged.tsv.gz", ROWS))
+    packed.write_bytes(packed.read_bytes()[:-20])
+    write_two("a.de", "a.en", ROWS)
+    write("short.en", Path("a.en").read_bytes()[: -len("All is well.\n")])
+    assert complaint in fails(prepare_data.main, "mine", *BAD[complaint])
+    assert not Path("data/mine/meta.json").exists()
+
+
+@pytest.mark.parametrize("split, file", [("val", "val.en.gz"), ("test", "test_2016_flickr.en.gz")])
+def test_an_empty_line_of_a_split_that_keeps_every_pair_is_refused_with_its_number(folder, fails, split, file):
+    write_multi30k(GIVEN | {split: [*ROWS[:4], ("Leer.", ""), *ROWS]})
+    complaint = fails(prepare_data.main, "translate_de_en", "--tokenizer=byte")
+    assert complaint == f"data/translate_de_en/{file}, line 5 is empty; a {split} split keeps every pair\n"
+
+
+def test_a_public_file_that_is_missing_is_named(folder, fails, monkeypatch):
+    monkeypatch.setattr(known_texts, "download", None)
+    write_multi30k(GIVEN, leave_out="val.en.gz")
+    complaint = fails(prepare_data.main, "translate_de_en")
+    assert complaint == "data/translate_de_en has train.de.gz, but no val.en.gz, with or without .gz\n"
+
+
+def test_settings_without_effect_are_told(folder, capsys):
+    write_multi30k(GIVEN)
+    argv = ["--tokenizer=byte", "--text_key=body", "--val_fraction=0.3", "--test_fraction=0.3", "--files=2"]
+    prepare_data.main(["translate_de_en", *argv])
+    assert capsys.readouterr().err.splitlines() == [
+        "note: files=2 has no effect on these files",
+        "note: val_fraction=0.3 has no effect on these files",
+        "note: test_fraction=0.3 has no effect on these files",
+        "note: text_key=body has no effect on pairs",
+    ]
+    prepare_data.main(["translate_de_en", "--tokenizer=byte"])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "names, found",
+    [
+        (["a.de", "a.en"], ["de", "en"]),
+        (["x/a.de.gz", "x/a.en.zst"], ["de", "en"]),
+        (["a.de", "b.de"], None),
+        (["a.txt", "b.txt"], None),
+        (["pairs.de-en.tsv.gz"], ["de", "en"]),
+        (["trans-de-en.tsv"], ["de", "en"]),
+        (["de_en.tsv"], ["de", "en"]),
+        (["pairs.tsv"], None),
+        (["my-pairs.tsv"], None),
+    ],
+)
+def test_languages_are_known_where_names_tell_them(names, found):
+    assert pairs.languages(tuple(map(Path, names))) == found
+
+
+def test_a_stopped_preparation_is_named_with_the_command_that_makes_it(folder, monkeypatch):
+    write_tsv("own.tsv", ROWS)
+    monkeypatch.setattr(prepare_data, "describe", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare_data.main(["--input=own.tsv", *BYTES])
+    said = json.loads(Path("data/mine/preparing/progress.json").read_text())["command"]
+    with pytest.raises(prepare_data.UserError) as error:
+        token_files.read_meta(Path("data/mine"))
+    assert str(error.value) == f"the preparation of data/mine was stopped before its end; prepare it again: {said}"
