@@ -432,7 +432,8 @@ def start_out_dir(out_dir: Path, config: TrainConfig, model_config: ModelConfig,
         rows = []
         metrics = out_dir / "metrics.jsonl"
         if progress.iter:
-            rows = [row for row in read_metrics(metrics) if row["iter"] <= progress.iter]
+            # the test split is scored at the end, and anew if there is more to come
+            rows = [row for row in read_metrics(metrics) if row["iter"] <= progress.iter and "test_bleu" not in row]
         else:
             keep_earlier_run(out_dir)
     except OSError as error:

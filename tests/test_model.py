@@ -8,7 +8,6 @@ from conftest import overfit
 
 import model as models
 from model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig, alibi_slopes, attend
-from optim import make_optimizer
 from sample import generate
 
 VARIANTS = [

@@ -263,8 +263,7 @@ def test_parameters_are_those_of_the_papers_base_model():
                 bias=True, position="sinusoidal", block="post_norm", activation="relu",
             )
         )  # fmt: skip
-    # 6 layers of attention 4 (512^2 + 512), feed-forward 2 * 512 * 2048 + 2048 + 512 and 2 norms of 2 * 512; the decoder
-    # has one attention and one norm more in each; one table of 37,000
+    # a layer of the decoder has one attention and one norm more than one of the encoder; all share a table of 37,000
     attention, feed_forward, norm = 4 * (512**2 + 512), 2 * 512 * 2048 + 2048 + 512, 2 * 512
     layers = 6 * (3 * attention + 2 * feed_forward + 5 * norm)
     assert models.count_parameters(base) == layers + 37000 * 512

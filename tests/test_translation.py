@@ -1,0 +1,251 @@
+"""Sentence pairs from the batches that they make, over training, to translations."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_pairs, make_text, read_rows
+
+import model as models
+import prepare_data
+import sample
+import train
+from configurator import UserError
+from dataset import PairDataset
+from model import ModelConfig
+
+TINY = ["--dataset=pairs", "--device=cpu", "--model=transformer", "--n_layer=1", "--n_head=2", "--n_embd=32"]
+TINY += ["--block_size=40", "--batch_size=4", "--log_interval=1", "--eval_interval=3", "--max_iters=6"]
+TINY += ["--warmup_iters=2", "--out_dir=out/run"]
+NO_ENCODER = ["--model=gpt", "--block_size=80"]
+
+
+@pytest.fixture
+def pairs(folder):
+    """data/pairs, prepared from 60 sentence pairs."""
+    Path("pairs.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in make_pairs()))
+    prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte"])
+    return folder / "data" / "pairs"
+
+
+def open_pairs(with_encoder: bool = True, seed: int = 1) -> PairDataset:
+    return PairDataset(Path("data/pairs"), 40 if with_encoder else 80, seed, with_encoder)
+
+
+def texts_in(data: PairDataset, batch: dict) -> list[tuple[str, str]]:
+    """(source, what follows it) of each row, as far as it counts."""
+    found = []
+    for row, (idx, targets) in enumerate(zip(batch["idx"], batch["targets"], strict=True)):
+        target = targets[targets >= 0].tolist()
+        assert target[-1] == data.tokenizer.eot
+        if data.with_encoder:
+            source = batch["source"][row]
+            source = source[source >= 0].tolist()
+            assert idx[0] == data.tokenizer.eot
+        else:
+            source = idx[: int((targets >= 0).nonzero()[0]) + 1].tolist()
+        assert source[-1] == data.tokenizer.eot and idx[targets >= 0].tolist()[1:] == target[:-1]
+        found.append((data.tokenizer.decode(source[:-1]), data.tokenizer.decode(target[:-1])))
+    return found
+
+
+both_ways = pytest.mark.parametrize("with_encoder", [True, False])
+
+
+# --------------------------------------------------------------------------------------
+# Batches
+
+
+@both_ways
+def test_an_epoch_has_each_pair_once_and_whole(pairs, with_encoder):
+    data = open_pairs(with_encoder)
+    expected = sorted((data.tokenizer.decode(ids[:-1]), text) for ids, text in data.texts("train"))
+    assert set(expected) < set(make_pairs())
+    for epoch in range(3):
+        batches = int(data.batches_per_epoch(4))
+        read = [data.batch(epoch * batches + number, 4) for number in range(batches)]
+        assert sorted(pair for batch in read for pair in texts_in(data, batch)) == expected
+    validated = [pair for batch in data.val_batches(4, None) for pair in texts_in(data, batch)]
+    assert sorted(validated) == sorted((data.tokenizer.decode(ids[:-1]), text) for ids, text in data.texts("val"))
+
+
+@both_ways
+def test_a_batch_has_no_more_tokens_than_asked_for_and_little_padding(folder, with_encoder):
+    draw = np.random.default_rng(0)
+    lines = [make_text(int(n), seed=i).replace("\n", " ") for i, n in enumerate(draw.integers(20, 120, 3000))]
+    ratio = draw.normal(1.0, 0.15, 3000).clip(0.5, 1.5)
+    translated = [make_text(int(len(line) * r), seed=i).replace("\n", " ") for i, (line, r) in
+                  enumerate(zip(lines, ratio, strict=True))]  # fmt: skip
+    Path("many.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in zip(lines, translated, strict=True)))
+    prepare_data.main(["--input=many.tsv", "--name=many", "--tokenizer=byte", "--max_pair_tokens=200"])
+    data = PairDataset(Path("data/many"), 400, 1, with_encoder)
+    counted = room = 0
+    for number in range(int(data.batches_per_epoch(4))):
+        batch = data.batch(number, 4)
+        sides = [batch["idx"], batch["source"]] if with_encoder else [batch["idx"]]
+        assert max(side.numel() for side in sides) <= 4 * 400
+        room += sum(side.numel() for side in sides)
+        counted += sum(len(s.encode()) + len(t.encode()) + 2 - (not with_encoder) for s, t in texts_in(data, batch))
+    assert counted / room > 0.9
+
+
+@both_ways
+def test_a_batch_depends_on_seed_and_step_alone(pairs, with_encoder):
+    in_order, jumping = open_pairs(with_encoder), open_pairs(with_encoder)
+    expected = [in_order.batch(number, 4) for number in range(40)]
+    for number in (39, 3, 17, 0):
+        for key, value in jumping.batch(number, 4).items():
+            assert torch.equal(value, expected[number][key])
+    batches = int(in_order.batches_per_epoch(4))
+    first, second = ([texts_in(in_order, b) for b in expected[i * batches : (i + 1) * batches]] for i in (0, 1))
+    assert first != second
+    other = open_pairs(with_encoder, seed=2)
+    assert [texts_in(other, other.batch(number, 4)) for number in range(batches)] != first
+
+
+def test_a_stream_that_is_no_pairs_is_refused(pairs, fails):
+    meta = json.loads((pairs / "meta.json").read_text())
+    del meta["splits"]["test"]
+    meta["splits"]["val"] = meta["splits"]["train"]
+    ids = np.fromfile(pairs / "train.bin", np.uint16)
+    (pairs / "train.bin").write_bytes(ids[:-1].tobytes())
+    meta["splits"]["train"]["files"][0]["tokens"] -= 1
+    from token_files import checksums
+
+    meta["splits"]["train"]["checksums"]["train.bin"] = checksums(pairs / "train.bin")
+    (pairs / "meta.json").write_text(json.dumps(meta))
+    assert "has no whole pairs; prepare it again: python prepare_data.py" in fails(train.main, *TINY)
+
+
+# --------------------------------------------------------------------------------------
+# Training
+
+
+@both_ways
+def test_pairs_are_learnt_by_heart_and_translated_back(pairs, capsys, with_encoder):
+    prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=sentencepiece", "--vocab_size=400"])
+    learn = ["--n_embd=64", "--n_head=2", "--max_iters=200", "--eval_interval=200", "--learning_rate=5e-3"]
+    learn += ["--batch_size=8", "--warmup_iters=20", "--weight_decay=0", "--log_interval=100", "--n_layer=2"]
+    learn += ["--position=rotary", "--activation=relu_squared", "--norm=rmsnorm", "--init=zero"]
+    assert train.main([*TINY, *([] if with_encoder else NO_ENCODER), *learn]) == 0
+    data = open_pairs(with_encoder)
+    known = [(data.tokenizer.decode(ids[:-1]), text) for ids, text in data.texts("train", 30)]
+    Path("german.txt").write_text("".join(f"{source}\n" for source, _ in known))
+    capsys.readouterr()
+    for beams in (1, 4):
+        sample.main(["--out_dir=out/run", "--checkpoint=latest", "--start=FILE:german.txt", f"--num_beams={beams}"])
+        assert capsys.readouterr().out.splitlines() == [target for _, target in known]
+
+
+@both_ways
+def test_a_resumed_run_on_pairs_is_the_uninterrupted_one(pairs, with_encoder):
+    argv = [*TINY, *([] if with_encoder else NO_ENCODER), "--dropout=0.1", "--label_smoothing=0.1"]
+    assert train.main(argv) == 0
+    whole, weights = read_rows(Path("out/run")), torch.load("out/run/ckpt.pt")["model"]
+    assert train.main([*argv, "--max_iters=3", "--out_dir=out/two", "--lr_decay_iters=6"]) == 0
+    assert train.main(["--init_from=resume", "--out_dir=out/two", "--max_iters=6"]) == 0
+    losses = lambda rows: [row for row in rows if "test_bleu" not in row]  # noqa: E731
+    assert losses(read_rows(Path("out/two"))) == losses(whole)
+    for name, weight in torch.load("out/two/ckpt.pt")["model"].items():
+        assert torch.equal(weight, weights[name])
+
+
+def test_accumulating_gives_the_gradient_of_the_mean_over_all_target_tokens(pairs, monkeypatch):
+    data = open_pairs()
+    config = train.TrainConfig(batch_size=4, gradient_accumulation_steps=3, grad_clip=0.0)
+    torch.manual_seed(0)
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 40, "vocab_size": 257}
+    model = models.build(ModelConfig(model="transformer", **shape))
+    total, count = 0.0, 0
+    for number in range(3):
+        batch = data.batch(number, 4)
+        counted = int((batch["targets"] >= 0).sum())
+        total, count = total + model(**batch)[1] * counted, count + counted
+    expected = torch.autograd.grad(total / count, list(model.parameters()))
+
+    class Keep:
+        def step(self):
+            self.gradients = [p.grad for p in model.parameters()]
+
+        def zero_grad(self):
+            pass
+
+    optimizer, scaler = Keep(), torch.amp.GradScaler("cpu", enabled=False)
+    loss, _, tokens = train.train_step(0, model, data, optimizer, scaler, config, torch.device("cpu"), torch.float32)
+    assert tokens == count and float(loss) == pytest.approx(float((total / count).detach()))
+    torch.testing.assert_close(optimizer.gradients, list(expected))
+
+
+def test_evaluations_show_translations_and_the_end_tells_bleu_of_the_best_checkpoint(pairs, capsys):
+    assert train.main(TINY) == 0
+    said = capsys.readouterr().out
+    ids, target = open_pairs().texts("val", 3)[0]
+    shown = f"    {open_pairs().tokenizer.decode(ids[:-1])}\n  = {target}\n  > "
+    assert said.count(shown) == 2  # one for each evaluation
+    assert "pairs of the test split" in said and "BLEU" in said and "chrF" in said and said.count("nrefs:1|") == 2
+    row = read_rows(Path("out/run"))[-1]
+    assert row["iter"] == 6 and 0 <= row["test_bleu"] <= 100 and 0 <= row["test_chrf"] <= 100
+    assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0  # all steps are done: it only scores once more
+    assert [r for r in read_rows(Path("out/run")) if "test_bleu" in r] == [row]
+    capsys.readouterr()
+    assert train.main(["--init_from=resume", "--out_dir=out/run", "--eval_only=True"]) == 0
+    assert f"BLEU {row['test_bleu']:5.2f}" in capsys.readouterr().out
+
+
+def test_without_a_test_split_the_validation_split_is_scored(folder, capsys):
+    Path("pairs.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in make_pairs()))
+    prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte", "--test_fraction=0"])
+    assert train.main(TINY) == 0
+    assert "pairs of the val split" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------
+# Translating
+
+
+def test_empty_lines_stay_empty_and_long_ones_are_cut_and_told(pairs, capsys):
+    train.main(TINY)
+    Path("german.txt").write_text(f"Wo ist da?\n\n  \n{'sehr ' * 20}lang.\n")
+    capsys.readouterr()
+    sample.main(["--out_dir=out/run", "--start=FILE:german.txt", "--max_new_tokens=5"])
+    said = capsys.readouterr()
+    lines = said.out.split("\n")
+    assert len(lines) == 5 and lines[1] == lines[2] == lines[4] == ""
+    assert "note: line 4 has 105 tokens; the first 39 are read" in said.err
+
+
+def test_characters_that_training_never_saw_are_spelled_in_bytes(folder, capsys):
+    Path("pairs.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in make_pairs()))
+    prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=sentencepiece", "--vocab_size=400"])
+    train.main(TINY)
+    sample.main(["--out_dir=out/run", "--start=日本 ∑ Ж", "--max_new_tokens=3"])
+    ids = open_pairs().tokenizer.encode("日本 ∑ Ж")
+    assert open_pairs().tokenizer.decode(ids) == "日本 ∑ Ж"
+
+
+def test_bad_input_of_a_translation(pairs, fails, tiny):
+    assert "dataset=tiny is for language modelling, but model=transformer for translation" in fails(
+        train.main, *TINY, "--dataset=tiny"
+    )
+    without_attention = ["--dataset=pairs", "--device=cpu", "--model=window_mlp", "--window=2"]
+    assert "dataset=pairs is for translation, but model=window_mlp for language modelling" in fails(
+        train.main, *without_attention
+    )
+    train.main(TINY)
+    Path("config.py").write_text('dataset = "tiny"\nmodel = "gpt"\n')
+    resume = ["--init_from=resume", "--out_dir=out/run"]
+    assert "cannot change on resume" in fails(train.main, "config.py", *resume)
+    assert "block_size=20; take --block_size=" in fails(train.main, *TINY, "--block_size=20", "--out_dir=out/other")
+    with pytest.raises(UserError, match="nothing to translate; give a sentence"):
+        sample.main(["--out_dir=out/run"])
+    assert "length_penalty=inf" in fails(sample.main, "--length_penalty=inf")
+    assert "num_beams=0" in fails(sample.main, "--num_beams=0")
+
+
+def test_keys_of_the_other_task_are_told_to_do_nothing(pairs, capsys):
+    train.main(TINY)
+    capsys.readouterr()
+    sample.main(["--out_dir=out/run", "--start=Wo?", "--temperature=0.5", "--max_new_tokens=3"])
+    assert "note: temperature=0.5 has no effect for a model of translation" in capsys.readouterr().err
