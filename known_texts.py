@@ -222,7 +222,7 @@ KNOWN = {
     "humpty_dumpty": Known(humpty_dumpty, {"tokenizer": "char"}),
     "sotu": Known(sotu, {"tokenizer": "sentencepiece", "vocab_size": 4096}),
     # pairs that come without splits are few: enough for validation and test that a score says something
-    "translate_de_en": Known(translate_de_en, {"tokenizer": "sentencepiece", "vocab_size": 8192, "val_fraction": 0.05}),
+    "translate_de_en": Known(translate_de_en, {"tokenizer": "sentencepiece", "vocab_size": 4096, "val_fraction": 0.05}),
     # of these, so many files as --files says; all have about 15 and 80 of 2 GB and 300 MB
     "fineweb": Known(
         parquet("HuggingFaceFW/fineweb/parquet/sample-10BT/train"),

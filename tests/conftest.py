@@ -136,6 +136,14 @@ def tiny(folder):
 
 
 @pytest.fixture
+def pairs(folder):
+    """data/pairs, prepared from 60 sentence pairs."""
+    (folder / "pairs.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in make_pairs()))
+    prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte"])
+    return folder / "data" / "pairs"
+
+
+@pytest.fixture
 def fails(capsys, monkeypatch):
     """Run a script's main as its command line would and return its complaint: one line on stderr, exit code 2."""
 

@@ -16,8 +16,10 @@ CONFIGS = sorted((ROOT / "config").rglob("*.py"))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_shipped_config_loads_and_takes_two_steps(tiny, config):
-    short = ["--max_iters=2", "--eval_iters=1", "--batch_size=2", "--dataset=tiny", "--out_dir=out/run", "--device=cpu"]
+def test_every_shipped_config_loads_and_takes_two_steps(tiny, pairs, config):
+    dataset = "pairs" if config.stem.startswith("translate") else "tiny"
+    short = ["--max_iters=2", "--eval_iters=1", "--batch_size=2", "--out_dir=out/run", "--device=cpu"]
+    short += [f"--dataset={dataset}"]
     if "n_embd = 768" in config.read_text():  # made for a GPU: the same but narrow
         short += ["--n_embd=48", "--block_size=64"]
     assert (

@@ -22,14 +22,6 @@ TINY += ["--warmup_iters=2", "--out_dir=out/run"]
 NO_ENCODER = ["--model=gpt", "--block_size=80"]
 
 
-@pytest.fixture
-def pairs(folder):
-    """data/pairs, prepared from 60 sentence pairs."""
-    Path("pairs.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in make_pairs()))
-    prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte"])
-    return folder / "data" / "pairs"
-
-
 def open_pairs(with_encoder: bool = True, seed: int = 1) -> PairDataset:
     return PairDataset(Path("data/pairs"), 40 if with_encoder else 80, seed, with_encoder)
 

@@ -1,0 +1,31 @@
+# The transformer of 2017 in small: norms behind the residuals, waves for places, ReLU, biases, one table for both
+# languages and the head, whose vectors are scaled by sqrt(n_embd), label smoothing, dropout, AdamW with warmup.
+# Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3 and 5.
+#
+#   python train.py config/translate_de_en_2017.py
+
+out_dir = "out/translate_de_en_2017"
+dataset = "translate_de_en"
+
+model = "transformer"
+n_layer = 4
+n_head = 4
+n_embd = 128
+n_hidden = 512
+block_size = 80
+position = "sinusoidal"
+norm = "layernorm"
+block = "post_norm"
+activation = "relu"
+bias = True
+
+dropout = 0.1
+label_smoothing = 0.1
+batch_size = 24
+max_iters = 6000
+learning_rate = 2e-3
+beta2 = 0.98
+schedule = "cosine"  # the paper's falls with 1 / sqrt(step), from a warmup of 4,000 steps of 25,000 tokens
+warmup_iters = 500
+weight_decay = 0.0
+eval_interval = 500
