@@ -77,7 +77,8 @@ def test_what_is_on_disk_is_the_pairs_in_their_order(folder, tokenizer):
 
 
 def test_meta_tells_the_task_and_counts_both_sides_and_the_target(folder):
-    write_tsv("own.de-en.tsv", make_pairs())
+    all_rows = [*make_pairs(), *[(f"Das ist Café {number}.", f"This is café {number}.") for number in range(9)]]
+    write_tsv("own.de-en.tsv", all_rows)
     prepare_data.main(["--input=own.de-en.tsv", *BYTES])
     said = meta("mine")
     assert (said["task"], said["source"], said["languages"]) == ("translation", "own.de-en.tsv", ["de", "en"])
@@ -88,8 +89,8 @@ def test_meta_tells_the_task_and_counts_both_sides_and_the_target(folder):
         assert counted["characters"] == sum(len(side) for row in rows for side in row)
         assert (counted["bytes"], counted["tokens"]) == (sources + targets, sources + targets + 2 * len(rows))
         assert (counted["target_bytes"], counted["target_tokens"]) == (targets, targets + len(rows))
-    assert said["pairs"] == 60 and said["tokens"] == sum(split["tokens"] for split in said["splits"].values())
-    assert said["longest"] == 1 + max(len(side.encode()) for row in make_pairs() for side in row)
+    assert said["pairs"] == 69 and said["tokens"] == sum(split["tokens"] for split in said["splits"].values())
+    assert said["longest"] == 1 + max(len(side.encode()) for row in all_rows for side in row)
     assert said["dropped"] == {"too_long": 0, "empty": 0, "lopsided": 0}
     assert said["tokenizer"] == {"tokenizer": "byte", "separated": True}
     assert said["command"] == "python prepare_data.py mine --input=own.de-en.tsv --val_fraction=0.2 --tokenizer=byte"
