@@ -284,13 +284,15 @@ def test_the_summary_shows_the_splits_and_three_pairs(folder, capsys):
 # --------------------------------------------------------------------------------------
 # Large, stopped, and on several cores
 
-PREPARE = ["--input=own.tsv", "--name=mine", "--val_fraction=0.2", "--tokenizer=bpe", "--vocab_size=300"]
+LOPSIDED = ("a", str(7**100))
+PREPARE = ["--input=own*.tsv", "--name=mine", "--val_fraction=0.2", "--tokenizer=bpe", "--vocab_size=300"]
 
 
 def test_killed_at_any_moment_and_started_again_it_writes_the_same_bytes(folder):
-    write_tsv(
-        "own.tsv", [(f"{source} {n}", target) for n in range(6) for source, target in [*ROWS, ("a", str(7**100))]]
-    )
+    for n in range(3):
+        write_tsv(
+            f"own{n}.tsv", [(f"{source} {n}{m}", target) for m in range(2) for source, target in [*ROWS, LOPSIDED]]
+        )
     calls = int(killed_at(10**6, *PREPARE, "--workers=1").stdout.split()[-1])
     whole = contents("mine")
     assert set(whole) == {"train.bin", "val.bin", "test.bin", "meta.json"} and calls > 60
@@ -314,6 +316,16 @@ def test_several_processes_write_the_same_bytes_as_one(folder):
     for path in Path("data/mine").iterdir():
         path.unlink()
     assert killed_at(10**6, *PREPARE, "--workers=2").returncode == 0
+    assert contents("mine") == whole
+
+
+def test_small_units_give_the_same_as_a_large_one(folder, monkeypatch):
+    for n in range(2):
+        write_tsv(f"own{n}.tsv", [(f"{source} {n}", target) for source, target in ROWS])
+    prepare_data.main(PREPARE)
+    whole = contents("mine")
+    monkeypatch.setattr(corpus_module, "UNIT", 500)
+    prepare_data.main(PREPARE)
     assert contents("mine") == whole
 
 
