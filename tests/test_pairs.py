@@ -403,7 +403,7 @@ def test_the_public_files_are_fetched_once_and_checked(folder, monkeypatch):
 
 DICTIONARY = """# Version
 Esel {m} [zool.] | Eselin {f} :: donkey | female donkey
-wohnen {vi} | Wo wohnst du? | Er wohnt (noch) da. [ugs.] :: to live | Where do you live? | He’s living there. [coll.]
+wohnen {vi} | Wo wohnst du? | Er wohnt (noch (immer)) da. :: to live | Where do you live? | He’s living there. [coll.]
 Halt {m} | Halt!; Stehen bleiben! | Wir hoffen auf Regen. :: stop | Stop!; Don’t move! | We hope/pray for rain.
 etw. raten | Ratet mal, … | Es heißt gleich / sofort gehen. :: to guess | Just guess … | You must go at once.
 gehen | Er sagte: „Ich komme {vi} <kome> mit.“ | Geh weg :: to go | He said: “I’m coming along.” | Go away.
