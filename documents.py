@@ -95,7 +95,7 @@ def read_documents(path: Path, text_key: str, errors: str) -> Iterator[Piece]:
 
 
 def read_lines(path: Path, errors: str) -> Iterator[tuple[str, int]]:
-    """(each line of a text file, the bytes of the file read up to there). errors as in read_documents."""
+    """(each line of a text file with its end, bytes of the file read up to there). errors as in read_documents."""
     with one_line_errors(path), path.open("rb") as file:
         for number, line in enumerate(decompressed(path, file), start=1):
             try:
@@ -104,7 +104,7 @@ def read_lines(path: Path, errors: str) -> Iterator[tuple[str, int]]:
                 raise UserError(
                     f"{path}, line {number:,} is not UTF-8; take --encoding_errors=replace or ignore"
                 ) from error
-            yield text.rstrip("\r\n"), file.tell()
+            yield text, file.tell()
 
 
 def decompressed(path: Path, file: BinaryIO) -> BinaryIO:

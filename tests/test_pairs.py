@@ -77,7 +77,8 @@ def test_what_is_on_disk_is_the_pairs_in_their_order(folder, tokenizer):
 
 
 def test_meta_tells_the_task_and_counts_both_sides_and_the_target(folder):
-    write_tsv("own.de-en.tsv", make_pairs())
+    all_rows = [*make_pairs(), *[(f"Das ist Café {number}.", f"This is café {number}.") for number in range(9)]]
+    write_tsv("own.de-en.tsv", all_rows)
     prepare_data.main(["--input=own.de-en.tsv", *BYTES])
     said = meta("mine")
     assert (said["task"], said["source"], said["languages"]) == ("translation", "own.de-en.tsv", ["de", "en"])
@@ -88,8 +89,8 @@ def test_meta_tells_the_task_and_counts_both_sides_and_the_target(folder):
         assert counted["characters"] == sum(len(side) for row in rows for side in row)
         assert (counted["bytes"], counted["tokens"]) == (sources + targets, sources + targets + 2 * len(rows))
         assert (counted["target_bytes"], counted["target_tokens"]) == (targets, targets + len(rows))
-    assert said["pairs"] == 60 and said["tokens"] == sum(split["tokens"] for split in said["splits"].values())
-    assert said["longest"] == 1 + max(len(side.encode()) for row in make_pairs() for side in row)
+    assert said["pairs"] == 69 and said["tokens"] == sum(split["tokens"] for split in said["splits"].values())
+    assert said["longest"] == 1 + max(len(side.encode()) for row in all_rows for side in row)
     assert said["dropped"] == {"too_long": 0, "empty": 0, "lopsided": 0}
     assert said["tokenizer"] == {"tokenizer": "byte", "separated": True}
     assert said["command"] == "python prepare_data.py mine --input=own.de-en.tsv --val_fraction=0.2 --tokenizer=byte"
@@ -283,13 +284,15 @@ def test_the_summary_shows_the_splits_and_three_pairs(folder, capsys):
 # --------------------------------------------------------------------------------------
 # Large, stopped, and on several cores
 
-PREPARE = ["--input=own.tsv", "--name=mine", "--val_fraction=0.2", "--tokenizer=bpe", "--vocab_size=300"]
+LOPSIDED = ("a", str(7**100))
+PREPARE = ["--input=own*.tsv", "--name=mine", "--val_fraction=0.2", "--tokenizer=bpe", "--vocab_size=300"]
 
 
 def test_killed_at_any_moment_and_started_again_it_writes_the_same_bytes(folder):
-    write_tsv(
-        "own.tsv", [(f"{source} {n}", target) for n in range(6) for source, target in [*ROWS, ("a", str(7**100))]]
-    )
+    for n in range(3):
+        write_tsv(
+            f"own{n}.tsv", [(f"{source} {n}{m}", target) for m in range(2) for source, target in [*ROWS, LOPSIDED]]
+        )
     calls = int(killed_at(10**6, *PREPARE, "--workers=1").stdout.split()[-1])
     whole = contents("mine")
     assert set(whole) == {"train.bin", "val.bin", "test.bin", "meta.json"} and calls > 60
@@ -313,6 +316,16 @@ def test_several_processes_write_the_same_bytes_as_one(folder):
     for path in Path("data/mine").iterdir():
         path.unlink()
     assert killed_at(10**6, *PREPARE, "--workers=2").returncode == 0
+    assert contents("mine") == whole
+
+
+def test_small_units_give_the_same_as_a_large_one(folder, monkeypatch):
+    for n in range(2):
+        write_tsv(f"own{n}.tsv", [(f"{source} {n}", target) for source, target in ROWS])
+    prepare_data.main(PREPARE)
+    whole = contents("mine")
+    monkeypatch.setattr(corpus_module, "UNIT", 500)
+    prepare_data.main(PREPARE)
     assert contents("mine") == whole
 
 
@@ -390,7 +403,7 @@ def test_the_public_files_are_fetched_once_and_checked(folder, monkeypatch):
 
 DICTIONARY = """# Version
 Esel {m} [zool.] | Eselin {f} :: donkey | female donkey
-wohnen {vi} | Wo wohnst du? | Er wohnt (noch) da. [ugs.] :: to live | Where do you live? | He’s living there. [coll.]
+wohnen {vi} | Wo wohnst du? | Er wohnt (noch (immer)) da. :: to live | Where do you live? | He’s living there. [coll.]
 Halt {m} | Halt!; Stehen bleiben! | Wir hoffen auf Regen. :: stop | Stop!; Don’t move! | We hope/pray for rain.
 etw. raten | Ratet mal, … | Es heißt gleich / sofort gehen. :: to guess | Just guess … | You must go at once.
 gehen | Er sagte: „Ich komme {vi} <kome> mit.“ | Geh weg :: to go | He said: “I’m coming along.” | Go away.
