@@ -25,6 +25,7 @@ translation looks at what the encoder made of the source.
 A variant is one class or function and one line in a dictionary (NORMS, POSITIONS, ...); the configuration names it.
 """
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -64,6 +65,49 @@ class NoNorm(nn.Identity):
 
 
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "none": NoNorm}
+
+
+# --------------------------------------------------------------------------------------
+# Runs of tokens: what has often stood in a row is worth a vector of its own.
+
+
+class NgramEmbedding(nn.Module):
+    """A trained vector for the newest 2 tokens together, for the newest 3, ..., n; their sum is added to the token's.
+
+    What such runs are followed by is most of what a small model learns at first, and looking them up costs nothing
+    beside a matrix. There are too many runs for a vector each: a hash sends each to one of so many rows, and the few
+    that meet in a row share it.
+    Source: Svenstrup et al. 2017, arXiv:1709.03933; before a transformer: Pagnoni et al. 2024, arXiv:2412.09871. The
+    hash, multiply-shift of vectors: Thorup 2015, arXiv:1504.06804, section 3.3.
+    """
+
+    def __init__(self, config: "ModelConfig"):
+        super().__init__()
+        self.n = config.ngrams
+        self.table = nn.EmbeddingBag(config.ngram_rows, config.n_embd, mode="sum", sparse=True)
+        self.multipliers = [random_int64(f"multiplier {back}") for back in range(self.n)]
+        self.salts = [random_int64(f"salt {back}") for back in range(self.n)]  # that runs of 2 differ from runs of 3
+
+    def forward(self, idx: Tensor, before: Tensor) -> Tensor:
+        """idx: (B, T) token ids; before: (B, any number), those that come before. Returns (B, T, C)."""
+        return self.table(self.rows(idx, before).flatten(0, 1)).view(*idx.shape, -1)
+
+    def rows(self, idx: Tensor, before: Tensor) -> Tensor:
+        """Rows of the table, (B, T, n - 1): of the run of 2 tokens that ends at each place, of 3, ..., of n."""
+        T = idx.shape[1]
+        text = F.pad(torch.cat([before, idx], dim=1), (self.n, 0), value=-1)  # -1: no token
+        key, rows = torch.zeros_like(idx), []
+        for back, (multiplier, salt) in enumerate(zip(self.multipliers, self.salts, strict=True)):
+            end = text.shape[1] - back
+            key = key + (text[:, end - T : end] + 1) * multiplier  # runs over, which is meant
+            if back:
+                rows.append((key + salt >> 33) % self.table.num_embeddings)
+        return torch.stack(rows, dim=-1)
+
+
+def random_int64(name: str) -> int:
+    """A number that depends on the name alone, alike on every machine."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 # --------------------------------------------------------------------------------------
@@ -198,6 +242,7 @@ class KVCache:
         self.length = 0  # tokens held
         self.k = self.v = None  # (B, H, size, D), made when the first token shows shape, dtype and device
         self.context_k = self.context_v = None  # (B, H, S, D), of the text that cross-attention looks at
+        self.newest = None  # (B, some), token ids, in the first block's cache of a model with ngrams
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v: (B, H, T, D) of the newest tokens. Returns those of all tokens held: (B, H, S, D)."""
@@ -211,7 +256,7 @@ class KVCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
     def clear(self) -> None:
-        self.length = 0
+        self.length, self.newest = 0, None
 
     def select(self, rows: Tensor) -> None:
         """The batch becomes these of its rows, int64 (any number,), in this order; a row may come several times."""
@@ -226,6 +271,8 @@ class KVCache:
         self.k, self.v = held(self.k), held(self.v)
         if self.context_k is not None:
             self.context_k, self.context_v = self.context_k[rows], self.context_v[rows]
+        if self.newest is not None:
+            self.newest = self.newest[rows]
 
 
 def attend(
@@ -563,6 +610,7 @@ class GPT(nn.Module):
         assert config.vocab_size is not None, "the data set gives vocab_size before the model is built"
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.ngrams = NgramEmbedding(config) if config.ngrams else None
         self.stack = Stack(config, causal=True)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:  # one table to read and to write tokens. Source: Press and Wolf 2016, arXiv:1608.05859
@@ -576,7 +624,7 @@ class GPT(nn.Module):
 
         Returns logits (B, T, V) and the mean cross-entropy in nats, None without targets.
         """
-        return finish(self, self.lm_head(self.stack(self.wte(idx), caches)), targets)
+        return finish(self, self.lm_head(self.stack(embed(self, idx, caches), caches)), targets)
 
     def make_caches(self) -> list[KVCache]:
         """Empty caches for one batch of texts, with room for block_size tokens."""
@@ -598,6 +646,7 @@ class Transformer(nn.Module):
         assert config.vocab_size is not None, "the data set gives vocab_size before the model is built"
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.ngrams = NgramEmbedding(config) if config.ngrams else None
         self.encoder = Stack(config, causal=False)
         self.decoder = Stack(config, causal=True, cross=True)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -618,12 +667,13 @@ class Transformer(nn.Module):
         that ends a text. targets: (B, T), -1 where no loss is counted. Returns as GPT does.
         """
         context, padding = (None, None) if caches else self.encode(source)
-        return finish(self, self.lm_head(self.decoder(self.wte(idx), caches, context, padding)), targets)
+        x = self.decoder(embed(self, idx, caches), caches, context, padding)
+        return finish(self, self.lm_head(x), targets)
 
     def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """source: (B, S), as in forward. Returns what the decoder looks at, (B, S, C), and where it is no token."""
         padding = source < 0
-        return self.encoder(self.wte(source.clamp(min=0)), padding=padding), padding
+        return self.encoder(embed(self, source.clamp(min=0)), padding=padding), padding
 
     def make_caches(self, source: Tensor) -> list[KVCache]:
         """Caches with room for block_size tokens of the translations, and the source, (B, S) without padding, read."""
@@ -634,11 +684,25 @@ class Transformer(nn.Module):
         return caches
 
 
+def embed(model: GPT | Transformer, idx: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+    """idx: (B, T) token ids, which follow those in the caches. Returns (B, T, C)."""
+    x = model.wte(idx)
+    if model.ngrams:
+        before = caches[0].newest if caches else None
+        if before is None:
+            before = idx[:, :0]
+        x = x + model.ngrams(idx, before)
+        if caches:
+            caches[0].newest = torch.cat([before, idx], dim=1)[:, 1 - model.ngrams.n :]
+    return x
+
+
 @torch.no_grad()
 def init_weights(model: GPT | Transformer) -> None:
     """init=gpt2                        init=zero
 
     embeddings                     normal, 0.02                     normal, 1; tied 1 / sqrt(n_embd)
+    runs of tokens                 0                                0
     matrices                       normal, 0.02                     normal, 1 / sqrt(inputs)
     last matrix of each branch     normal, 0.02 / sqrt(branches)    0, so that a new block changes nothing
     an untied head                 normal, 0.02                     0, so that all tokens have the same chance
@@ -662,6 +726,8 @@ def init_weights(model: GPT | Transformer) -> None:
             else:
                 std = 0.02 / math.sqrt(branches[name.partition(".")[0]]) if last else 0.02
             nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.EmbeddingBag):
+            nn.init.zeros_(module.weight)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -772,6 +838,8 @@ class ModelConfig:
     label_smoothing: float = 0.0  # share of each target that is spread over all tokens in training; 0.1 to translate
     bias: bool = False  # learnt shifts in linear layers and layer norms, as GPT-2 has them
     embedding: str = "table"  # table: trained; number: window_mlp reads a token as its own number, with n_embd=1
+    ngrams: int = 0  # runs of 2, 3, ... up to so many tokens have vectors, too; 4 or 5 for characters; 0: off
+    ngram_rows: int = 131072  # ngrams: vectors there are; runs share them where there are more
     tie_weights: bool = True  # one table both reads tokens and predicts them
     position: str = "learned"  # how places are told apart: none, learned, sinusoidal, rotary or alibi
     rope_base: float = 10000.0  # position=rotary: the slowest pair turns once in about 2 pi rope_base tokens
@@ -802,7 +870,7 @@ class ModelConfig:
         for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise ValueError(f"{key}={getattr(self, key)} is not one of: {', '.join(known)}")
-        for key in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size", "vocab_size"):
+        for key in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size", "vocab_size", "ngram_rows"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
         for key in ("dropout", "label_smoothing"):
@@ -826,6 +894,8 @@ class ModelConfig:
             raise ValueError(f"n_embd={self.n_embd} must be 1: embedding=number gives each token a single number")
 
     def check_transformer(self) -> None:
+        if self.ngrams and self.ngrams < 2:
+            raise ValueError(f"ngrams={self.ngrams} must be 0, or at least 2: single tokens have their vectors anyway")
         n_kv_head = self.n_kv_head or self.n_head
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")

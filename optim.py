@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Optimizer:
-    """AdamW for every parameter, or Muon for the matrices inside the blocks and AdamW for the rest.
+    """AdamW for every parameter, or Muon for the matrices inside the blocks and AdamW for the rest; ngrams by Adagrad.
 
     It has what a training loop and a GradScaler ask of an optimizer: param_groups, step, zero_grad and states. It is
     not a torch.optim.Optimizer, since those load torch's compiler, which takes longer than anything else at the start.
@@ -43,7 +43,7 @@ class Optimizer:
         assert len(parameters) == len(state["memories"]), "the state is of another model"
         self.steps = state["steps"]
         for p, memory in zip(parameters, state["memories"], strict=True):
-            assert all(value.shape == p.shape for value in memory.values()), "the state is of another model"
+            assert all(len(value) == len(p) for value in memory.values()), "the state is of another model"
             if memory:
                 self.state[p] = {key: value.to(p.device) for key, value in memory.items()}
 
@@ -79,6 +79,24 @@ def adamw(optimizer: Optimizer, group: dict) -> None:
         amsgrad=False,
         maximize=False,
     )
+
+
+def adagrad_of_rows(optimizer: Optimizer, group: dict) -> None:
+    """Each row of a table that was read moves against its gradient, by about lr at first and less the more it moved.
+
+    Rows that were not read cost nothing, however many there are. A row remembers one number, its squared gradients'
+    mean, summed. Source: Duchi et al. 2011, "Adaptive subgradient methods for online learning and stochastic
+    optimization"; one number a row: Mudigere et al. 2021, arXiv:2104.05158, section 4.1.
+    """
+    for p in group["params"]:
+        if p.grad is None:
+            continue
+        if p not in optimizer.state:
+            optimizer.state[p] = {"squares": p.new_zeros(len(p), 1)}
+        squares, gradient = optimizer.state[p]["squares"], p.grad.coalesce()
+        rows, gradient = gradient.indices()[0], gradient.values()  # (read,), (read, columns)
+        squares.index_add_(0, rows, gradient.square().mean(dim=1, keepdim=True))
+        p.index_add_(0, rows, gradient / (squares[rows].sqrt() + 1e-12), alpha=-group["lr"])
 
 
 def muon(optimizer: Optimizer, group: dict) -> None:
@@ -120,7 +138,7 @@ def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).to(dtype)
 
 
-RULES = {"adamw": adamw, "muon": muon}
+RULES = {"adamw": adamw, "adagrad_of_rows": adagrad_of_rows, "muon": muon}
 
 
 def make_optimizer(
@@ -131,15 +149,18 @@ def make_optimizer(
     weight_decay: float = 0.0,
     muon_learning_rate: float = 0.02,
     muon_momentum: float = 0.95,
+    ngram_learning_rate: float = 0.15,
 ) -> Optimizer:
     """The optimizer with that name for a model, every parameter in exactly one group.
 
-    Weight decay pulls matrices and embeddings towards zero, not biases and norms, which have one dimension.
+    The tables of ngrams have a rule of their own, whatever the name. Weight decay pulls matrices and embeddings towards
+    zero, not biases and norms, which have one dimension.
     """
     parameters = list(model.parameters())
     linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not model.lm_head]
     hidden = [module.weight for module in linear] if name == "muon" else []
-    taken = {id(p) for p in hidden}
+    sparse = [module.weight for module in model.modules() if isinstance(module, nn.EmbeddingBag)]
+    taken = {id(p) for p in hidden + sparse}
     tables = [p for p in parameters if p.dim() >= 2 and id(p) not in taken]
     vectors = [p for p in parameters if p.dim() < 2]
     by_adamw = {"rule": "adamw", "lr": learning_rate, "betas": betas}
@@ -148,6 +169,7 @@ def make_optimizer(
         {**by_muon, "weight_decay": weight_decay, "params": hidden},
         {**by_adamw, "weight_decay": weight_decay, "params": tables},
         {**by_adamw, "weight_decay": 0.0, "params": vectors},
+        {"rule": "adagrad_of_rows", "lr": ngram_learning_rate, "params": sparse},
     ]
     groups = [{**group, "base_lr": group["lr"]} for group in groups if group["params"]]
     grouped = [id(p) for group in groups for p in group["params"]]

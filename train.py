@@ -67,6 +67,7 @@ class TrainConfig:
     beta2: float = 0.99  # AdamW's memory of their squares
     muon_learning_rate: float = 0.02  # optimizer=muon: the highest for the matrices of the blocks
     muon_momentum: float = 0.95  # optimizer=muon: its memory of gradients
+    ngram_learning_rate: float = 0.15  # ngrams: the highest for their vectors, which Adagrad moves
     grad_clip: float = 1.0  # longest gradient that is used as it is; 0: no limit
     # --- evaluation
     eval_interval: int = 250  # steps between evaluations; there is always one at the end
@@ -94,7 +95,7 @@ class TrainConfig:
                 raise ValueError(f"{key}={value} must be at least {bound}")
         if self.seed >= 2**63:
             raise ValueError(f"seed={self.seed} must be below 2^63")
-        for key in ("learning_rate", "muon_learning_rate"):
+        for key in ("learning_rate", "muon_learning_rate", "ngram_learning_rate"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"{key}={getattr(self, key)} must be above 0")
         if self.min_lr is not None and self.min_lr > self.learning_rate:
@@ -125,6 +126,8 @@ class TrainConfig:
 # Keys that do nothing "with" this value of another key, or "without" it; unless that other key does nothing itself
 NO_EFFECT = [
     ("n_head n_kv_head tie_weights position norm block mlp qk_norm embed_norm init", "with", "model", "window_mlp"),
+    ("ngrams ngram_rows", "with", "model", "window_mlp"),
+    ("ngram_rows ngram_learning_rate", "with", "ngrams", 0),
     ("rope_base rope_factor", "with", "model", "window_mlp"),
     ("rope_low_freq_factor rope_high_freq_factor rope_original_context", "with", "model", "window_mlp"),
     ("rope_base rope_factor", "without", "position", "rotary"),
@@ -205,6 +208,7 @@ def main(argv: list[str]) -> int:
         config.weight_decay,
         config.muon_learning_rate,
         config.muon_momentum,
+        config.ngram_learning_rate,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     progress, identity = Progress(), dataset.identity()
@@ -571,7 +575,9 @@ def train_step(
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    # the gradients of ngrams are sparse, and their rule does not mind how long they are
+    dense = [p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse]
+    grad_norm = nn.utils.clip_grad_norm_(dense, config.grad_clip or math.inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()

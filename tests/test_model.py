@@ -21,6 +21,8 @@ VARIANTS = [
     {"qk_norm": True},
     {"embed_norm": True},
     {"logit_soft_cap": 5.0},
+    {"ngrams": 2},
+    {"ngrams": 4, "ngram_rows": 50},
     {"init": "zero"},
     {"init": "zero", "tie_weights": False},
     {"n_head": 1},
@@ -131,7 +133,9 @@ def test_every_parameter_gets_a_gradient(variant):
     model(idx[:, :-1], idx[:, 1:])[1].backward()
     for name, parameter in model.named_parameters():
         needless = name.endswith("key.bias") or (variant.get("block_size") == 1 and ("query" in name or "key" in name))
-        assert needless or parameter.grad.abs().max() > 0, name  # softmax does not see a shift of all its scores
+        assert needless or parameter.grad.to_dense().abs().max() > 0, (
+            name
+        )  # softmax does not see a shift of all its scores
 
 
 @every_variant
@@ -442,3 +446,27 @@ def test_a_bad_model_config_is_refused(keys, complaint):
 def test_rotation_of_an_odd_head_is_refused():
     with pytest.raises(ValueError, match="must be even"):
         ModelConfig(position="rotary", n_embd=6, n_head=2)
+
+
+def test_a_run_of_tokens_has_one_row_wherever_it_stands_and_hardly_ever_that_of_another():
+    ngrams = tiny(vocab_size=65, ngrams=4, ngram_rows=1 << 20).ngrams
+    idx = torch.randint(65, (1, 5000), generator=torch.Generator().manual_seed(0))
+    none = idx[:, :0]
+    rows = ngrams.rows(idx, none)
+    assert torch.equal(ngrams.rows(idx[:, 100:], none)[:, 3:], rows[:, 103:])  # the first three reach back before it
+    assert torch.equal(ngrams.rows(idx[:, 100:], idx[:, 97:100]), rows[:, 100:])
+    runs = [{tuple(idx[0, t - n + 1 : t + 1].tolist()) for t in range(3, 5000)} for n in (2, 3, 4)]
+    distinct = len(rows[0, 3:].unique())
+    assert 0.98 * sum(map(len, runs)) < distinct <= sum(map(len, runs))
+    assert rows.min() >= 0 and rows.max() < 1 << 20
+
+
+def test_the_vectors_of_runs_add_to_those_of_tokens():
+    model = tiny(ngrams=3)
+    torch.nn.init.normal_(model.ngrams.table.weight)
+    seen = []
+    model.stack.register_forward_pre_hook(lambda stack, args: seen.append(args[0]))
+    idx = tokens(2, 5)
+    model(idx)
+    rows = model.ngrams.rows(idx, idx[:, :0])
+    torch.testing.assert_close(seen[0], model.wte.weight[idx] + model.ngrams.table.weight[rows].sum(dim=2))

@@ -34,6 +34,7 @@ def train_some(model, optimizer, steps: int, seed: int = 0) -> None:
         {"bias": True},
         {"tie_weights": False},
         {"n_kv_head": 1},
+        {"ngrams": 3},
         *({"position": name} for name in POSITIONS),
         *({"norm": name} for name in NORMS),
         *({"block": name} for name in BLOCKS),
@@ -162,3 +163,21 @@ def test_the_learning_rate_rises_and_falls(schedule):
 def test_a_run_shorter_than_its_warmup_has_rates_too():
     rates = [learning_rate_at(it, "cosine", 1.0, warmup_iters=4, lr_decay_iters=2, min_lr=0.1) for it in range(5)]
     assert rates == [0.2, 0.4, 0.6, 0.8, 0.1]
+
+
+def test_the_tables_of_ngrams_move_by_adagrad_where_they_were_read():
+    model = tiny(ngrams=3, ngram_rows=40)
+    optimizer = make_optimizer("adamw", model, 1e-3, ngram_learning_rate=0.1)
+    table = model.ngrams.table.weight
+    expected, squares = table.detach().clone(), torch.zeros(40)
+    for seed in range(3):
+        idx = torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(seed))
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        gradient = table.grad.to_dense()
+        squares += gradient.square().mean(dim=1)
+        expected -= 0.1 * gradient / (squares.sqrt()[:, None] + 1e-12)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(table, expected)
+    untouched = squares == 0
+    assert untouched.any() and torch.equal(table[untouched], torch.zeros(int(untouched.sum()), 32))

@@ -22,6 +22,7 @@ VARIANTS = [
     {"qk_norm": True},
     {"embed_norm": True},
     {"logit_soft_cap": 5.0},
+    {"ngrams": 3, "ngram_rows": 50},
     {"init": "zero"},
     {"n_kv_head": 1, "n_head": 4},
     {"window": 3},
