@@ -157,7 +157,7 @@ def make_optimizer(
     zero, not biases and norms, which have one dimension.
     """
     parameters = list(model.parameters())
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not model.lm_head]
+    linear = [m for place, m in model.named_modules() if isinstance(m, nn.Linear) and place != "lm_head"]
     hidden = [module.weight for module in linear] if name == "muon" else []
     sparse = [module.weight for module in model.modules() if isinstance(module, nn.EmbeddingBag)]
     taken = {id(p) for p in hidden + sparse}

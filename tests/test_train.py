@@ -650,20 +650,22 @@ def test_keys_that_act_are_never_called_idle():
     other |= {"dropout": 0.5, "bias": True, "tie_weights": False, "position": "rotary", "rope_base": 5.0}
     other |= {"rope_factor": 2.0, "rope_low_freq_factor": 0.5, "rope_high_freq_factor": 5.0, "norm": "none"}
     other |= {"rope_original_context": 9, "block": "plain", "mlp": "gated", "activation": "relu", "qk_norm": True}
-    other |= {"embed_norm": True, "logit_soft_cap": 0.1, "init": "zero"}
+    other |= {"embed_norm": True, "logit_soft_cap": 0.1, "init": "zero", "label_smoothing": 0.2}
+    other |= {"ngrams": 2, "ngram_rows": 5}
 
-    def logits(**keys) -> torch.Tensor:
+    def computed(**keys) -> torch.Tensor:
         torch.manual_seed(0)
         model = models.build(models.ModelConfig(**base | keys))
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=1.0)
-        return model(torch.arange(8)[None])[0]
+        logits, loss = model(torch.arange(8)[None], torch.arange(1, 9)[None])
+        return torch.cat([logits.flatten(), loss[None]])
 
     idle = train.without_effect(asdict(TrainConfig()) | asdict(models.ModelConfig(**base)))
     assert other.keys() | {"model", "block_size", "embedding"} == asdict(models.ModelConfig()).keys()
     for key, value in other.items():
-        changed = logits(**{key: value})
-        same = changed.shape == logits().shape and torch.equal(changed, logits())
+        changed = computed(**{key: value})
+        same = changed.shape == computed().shape and torch.equal(changed, computed())
         assert same == (key in idle), key
 
 
