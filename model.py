@@ -28,7 +28,7 @@ A variant is one class or function and one line in a dictionary (NORMS, POSITION
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -72,42 +72,62 @@ NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "none": NoNorm}
 
 
 class NgramEmbedding(nn.Module):
-    """A trained vector for the newest 2 tokens together, for the newest 3, ..., n; their sum is added to the token's.
+    """A trained vector for the newest 2 tokens together, for the newest 3, ..., n, of those runs that are frequent.
 
-    What such runs are followed by is most of what a small model learns at first, and looking them up costs nothing
-    beside a matrix. There are too many runs for a vector each: a hash sends each to one of so many rows, and the few
-    that meet in a row share it.
-    Source: Svenstrup et al. 2017, arXiv:1709.03933; before a transformer: Pagnoni et al. 2024, arXiv:2412.09871. The
-    hash, multiply-shift of vectors: Thorup 2015, arXiv:1504.06804, section 3.3.
+    Their sum is added to the newest token's own vector. What a run is followed by is most of what a small model learns
+    at first, and looking it up costs nothing beside a matrix.
+    Source: Pagnoni et al. 2024, arXiv:2412.09871, section 3.2.1, where all runs share the vectors by a hash; with those
+    alone that are frequent: Yu et al. 2025, arXiv:2502.01637.
     """
 
     def __init__(self, config: "ModelConfig"):
         super().__init__()
+        assert config.ngram_rows is not None, "the data set gives ngram_rows before the model is built"
         self.n = config.ngrams
-        self.table = nn.EmbeddingBag(config.ngram_rows, config.n_embd, mode="sum", sparse=True)
-        self.multipliers = [random_int64(f"multiplier {back}") for back in range(self.n)]
-        self.salts = [random_int64(f"salt {back}") for back in range(self.n)]  # that runs of 2 differ from runs of 3
+        self.register_buffer("keys", torch.arange(config.ngram_rows))  # of the frequent runs, sorted: see ngram_keys
+        self.table = nn.EmbeddingBag(
+            config.ngram_rows + 1, config.n_embd, mode="sum", sparse=True, padding_idx=config.ngram_rows
+        )
 
     def forward(self, idx: Tensor, before: Tensor) -> Tensor:
         """idx: (B, T) token ids; before: (B, any number), those that come before. Returns (B, T, C)."""
-        return self.table(self.rows(idx, before).flatten(0, 1)).view(*idx.shape, -1)
-
-    def rows(self, idx: Tensor, before: Tensor) -> Tensor:
-        """Rows of the table, (B, T, n - 1): of the run of 2 tokens that ends at each place, of 3, ..., of n."""
         T = idx.shape[1]
-        text = F.pad(torch.cat([before, idx], dim=1), (self.n, 0), value=-1)  # -1: no token
-        key, rows = torch.zeros_like(idx), []
-        for back, (multiplier, salt) in enumerate(zip(self.multipliers, self.salts, strict=True)):
-            end = text.shape[1] - back
-            key = key + (text[:, end - T : end] + 1) * multiplier  # runs over, which is meant
-            if back:
-                rows.append((key + salt >> 33) % self.table.num_embeddings)
-        return torch.stack(rows, dim=-1)
+        text = torch.cat([before, idx], dim=1)
+        keys = torch.stack([key[:, -T:] for key in ngram_keys(text, self.n)], dim=-1)  # (B, T, n - 1)
+        rows = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
+        rows = rows.where(self.keys[rows] == keys, len(self.keys))  # the row behind the last is left out of the sum
+        return self.table(rows.flatten(0, 1)).unflatten(0, idx.shape)
+
+
+def ngram_keys(text: Tensor, n: int) -> Iterator[Tensor]:
+    """A number for the run of 2 tokens that ends at each place of the text, (B, T) ids, then for that of 3, ..., of n.
+
+    Two runs have the same one with a chance of 2^-64 or so. What reaches back before the text is like no other run.
+    The hash is multiply-shift, which multiplies beyond 64 bits on purpose: Thorup 2015, arXiv:1504.06804, section 3.
+    """
+    B, T = text.shape
+    text = F.pad(text + 1, (n - 1, 0))  # 0: no token
+    key = torch.zeros(B, T, dtype=torch.int64, device=text.device)
+    for back in range(n):
+        key = key + text[:, n - 1 - back : n - 1 - back + T] * random_int64(f"token {back}")
+        if back:
+            yield key + random_int64(f"length {back}")
 
 
 def random_int64(name: str) -> int:
     """A number that depends on the name alone, alike on every machine."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def frequent_ngrams(text: Tensor, n: int, min_count: int, at_most: int | None) -> Tensor:
+    """Keys of the runs of 2 to n tokens that occur min_count times in the text, (T,) ids, sorted: int64 (any number,).
+
+    at_most: only so many, the most frequent.
+    """
+    found = [key[0].unique(return_counts=True) for key in ngram_keys(text[None], n)]
+    keys, counts = torch.cat([keys for keys, _ in found]), torch.cat([counts for _, counts in found])
+    order = counts.argsort(descending=True, stable=True)[:at_most]
+    return keys[order][counts[order] >= min_count].sort().values
 
 
 # --------------------------------------------------------------------------------------
@@ -838,8 +858,8 @@ class ModelConfig:
     label_smoothing: float = 0.0  # share of each target that is spread over all tokens in training; 0.1 to translate
     bias: bool = False  # learnt shifts in linear layers and layer norms, as GPT-2 has them
     embedding: str = "table"  # table: trained; number: window_mlp reads a token as its own number, with n_embd=1
-    ngrams: int = 0  # runs of 2, 3, ... up to so many tokens have vectors, too; 4 or 5 for characters; 0: off
-    ngram_rows: int = 131072  # ngrams: vectors there are; runs share them where there are more
+    ngrams: int = 0  # frequent runs of 2, 3, ... up to so many tokens have vectors, too; 6 for characters; 0: off
+    ngram_rows: int | None = None  # ngrams: at most so many runs, the most frequent; None: all that are frequent
     tie_weights: bool = True  # one table both reads tokens and predicts them
     position: str = "learned"  # how places are told apart: none, learned, sinusoidal, rotary or alibi
     rope_base: float = 10000.0  # position=rotary: the slowest pair turns once in about 2 pi rope_base tokens
@@ -890,6 +910,8 @@ class ModelConfig:
     def check_window_mlp(self) -> None:
         if self.window < 1:
             raise ValueError(f"window={self.window} must be at least 1: model=window_mlp reads that many tokens")
+        if self.ngrams:
+            raise ValueError(f"ngrams={self.ngrams} must be 0: model=window_mlp reads its tokens side by side anyway")
         if self.embedding == "number" and self.n_embd != 1:
             raise ValueError(f"n_embd={self.n_embd} must be 1: embedding=number gives each token a single number")
 

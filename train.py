@@ -41,6 +41,8 @@ from sample import generate
 from token_files import read_meta
 from translate import NUM_BEAMS, score, translate
 
+NGRAMS_FROM = 20_000_000  # tokens of training text that are looked through for frequent runs
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -68,6 +70,7 @@ class TrainConfig:
     muon_learning_rate: float = 0.02  # optimizer=muon: the highest for the matrices of the blocks
     muon_momentum: float = 0.95  # optimizer=muon: its memory of gradients
     ngram_learning_rate: float = 0.15  # ngrams: the highest for their vectors, which Adagrad moves
+    ngram_min_count: int = 8  # ngrams: a run is frequent if it occurs so often in the training text
     grad_clip: float = 1.0  # longest gradient that is used as it is; 0: no limit
     # --- evaluation
     eval_interval: int = 250  # steps between evaluations; there is always one at the end
@@ -88,7 +91,7 @@ class TrainConfig:
     def __post_init__(self):
         least = {"seed": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "max_iters": 1, "warmup_iters": 0}
         least |= {"lr_decay_iters": 1, "eval_interval": 1, "eval_iters": 1, "early_stopping": 0, "log_interval": 1}
-        least |= {"weight_decay": 0.0, "grad_clip": 0.0, "min_lr": 0.0}
+        least |= {"ngram_min_count": 1, "weight_decay": 0.0, "grad_clip": 0.0, "min_lr": 0.0}
         for key, bound in least.items():
             value = getattr(self, key)
             if value is not None and not bound <= value < math.inf:
@@ -126,8 +129,7 @@ class TrainConfig:
 # Keys that do nothing "with" this value of another key, or "without" it; unless that other key does nothing itself
 NO_EFFECT = [
     ("n_head n_kv_head tie_weights position norm block mlp qk_norm embed_norm init", "with", "model", "window_mlp"),
-    ("ngrams ngram_rows", "with", "model", "window_mlp"),
-    ("ngram_rows ngram_learning_rate", "with", "ngrams", 0),
+    ("ngram_rows ngram_learning_rate ngram_min_count", "with", "ngrams", 0),
     ("rope_base rope_factor", "with", "model", "window_mlp"),
     ("rope_low_freq_factor rope_high_freq_factor rope_original_context", "with", "model", "window_mlp"),
     ("rope_base rope_factor", "without", "position", "rotary"),
@@ -171,7 +173,8 @@ def main(argv: list[str]) -> int:
     if given.get("init_from") == "resume":
         path = Path(given.get("out_dir", TrainConfig.out_dir)) / "ckpt.pt"
         saved = checkpoint.load(path)
-        given = {key: value for key, value in given.items() if (key, value) != ("vocab_size", None)}
+        by_data = ("vocab_size", "ngram_rows")
+        given = {key: value for key, value in given.items() if key not in by_data or value is not None}
         check_resumable(saved, given, path)
         settings = saved["train_config"] | saved["model_config"] | given | {"out_dir": str(path.parent)}
     config, model_config = configurator.make(TrainConfig, settings), configurator.make(ModelConfig, settings)
@@ -198,8 +201,15 @@ def main(argv: list[str]) -> int:
     if vocab_size < tokenizer.vocab_size:
         raise UserError(f"vocab_size={vocab_size} is below the {tokenizer.vocab_size} tokens of {config.dataset}")
     model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
+    runs = None
+    if model_config.ngrams and not saved:
+        runs = find_frequent_ngrams(dataset, config, model_config)
+        model_config = dataclasses.replace(model_config, ngram_rows=len(runs))
     torch.manual_seed(config.seed)
-    model = models.build(model_config).to(device)
+    model = models.build(model_config)
+    if runs is not None:
+        model.ngrams.keys.copy_(runs)
+    model.to(device)
     optimizer = make_optimizer(
         config.optimizer,
         model,
@@ -402,6 +412,15 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
     if task == "translation":
         return PairDataset(folder, model_config.block_size, config.seed, model.has_encoder)
     return TokenDataset(folder, model_config.block_size, config.seed)
+
+
+def find_frequent_ngrams(dataset: Dataset, config: TrainConfig, model_config: ModelConfig) -> Tensor:
+    """Keys of the runs that get a vector, as from frequent_ngrams. Raises UserError where there are none."""
+    text = torch.from_numpy(dataset.beginning("train", NGRAMS_FROM)[0])
+    runs = models.frequent_ngrams(text, model_config.ngrams, config.ngram_min_count, model_config.ngram_rows)
+    if not len(runs):
+        raise UserError(f"ngram_min_count={config.ngram_min_count}: no run of tokens occurs that often in the text")
+    return runs
 
 
 def compiled(

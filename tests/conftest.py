@@ -5,9 +5,11 @@ import random
 import sys
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import configurator
+import model as models
 import prepare_data
 import train
 from optim import make_optimizer
@@ -28,6 +30,13 @@ def make_text(length: int = 4000, seed: int = 0) -> str:
     while len(text) < length:
         text += next(lines) + "\n"
     return text[:length]
+
+
+def know_ngrams(model: nn.Module) -> None:
+    """Fill in the runs of tokens that a model with ngrams knows: some of those of 11 tokens in random order."""
+    if getattr(model, "ngrams", None):
+        text = torch.randint(11, (3000,), generator=torch.Generator().manual_seed(0))
+        model.ngrams.keys.copy_(models.frequent_ngrams(text, model.ngrams.n, 1, len(model.ngrams.keys)))
 
 
 def overfit(model: nn.Module, batch: dict[str, Tensor], steps: int, lr: float, until: float) -> float:

@@ -1,13 +1,14 @@
 import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import overfit
+from conftest import know_ngrams, overfit
 
 import model as models
-from model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig, alibi_slopes, attend
+from model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig, alibi_slopes, attend, frequent_ngrams
 from sample import generate
 
 VARIANTS = [
@@ -21,8 +22,8 @@ VARIANTS = [
     {"qk_norm": True},
     {"embed_norm": True},
     {"logit_soft_cap": 5.0},
-    {"ngrams": 2},
-    {"ngrams": 4, "ngram_rows": 50},
+    {"ngrams": 2, "ngram_rows": 50},
+    {"ngrams": 4, "ngram_rows": 300},
     {"init": "zero"},
     {"init": "zero", "tie_weights": False},
     {"n_head": 1},
@@ -43,9 +44,10 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".j
 
 def tiny(**keys) -> models.GPT:
     torch.manual_seed(0)
-    return models.build(
-        ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 11} | keys)
-    )
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 11}
+    model = models.build(ModelConfig(**sizes | keys))
+    know_ngrams(model)
+    return model
 
 
 def shaken(**keys) -> models.GPT:
@@ -448,25 +450,44 @@ def test_rotation_of_an_odd_head_is_refused():
         ModelConfig(position="rotary", n_embd=6, n_head=2)
 
 
-def test_a_run_of_tokens_has_one_row_wherever_it_stands_and_hardly_ever_that_of_another():
-    ngrams = tiny(vocab_size=65, ngrams=4, ngram_rows=1 << 20).ngrams
-    idx = torch.randint(65, (1, 5000), generator=torch.Generator().manual_seed(0))
-    none = idx[:, :0]
-    rows = ngrams.rows(idx, none)
-    assert torch.equal(ngrams.rows(idx[:, 100:], none)[:, 3:], rows[:, 103:])  # the first three reach back before it
-    assert torch.equal(ngrams.rows(idx[:, 100:], idx[:, 97:100]), rows[:, 100:])
-    runs = [{tuple(idx[0, t - n + 1 : t + 1].tolist()) for t in range(3, 5000)} for n in (2, 3, 4)]
-    distinct = len(rows[0, 3:].unique())
-    assert 0.98 * sum(map(len, runs)) < distinct <= sum(map(len, runs))
-    assert rows.min() >= 0 and rows.max() < 1 << 20
+def test_frequent_runs_have_a_vector_each_and_others_none():
+    text = torch.randint(5, (400,), generator=torch.Generator().manual_seed(0))
+    runs = Counter(tuple(text[t : t + n].tolist()) for n in (2, 3, 4) for t in range(401 - n))
+    frequent = {run for run, count in runs.items() if count >= 4}
+    assert 0 < len(frequent) < len(runs)
+    keys = frequent_ngrams(text, 4, min_count=4, at_most=None)
+    model = tiny(vocab_size=5, ngrams=4, ngram_rows=len(keys))
+    model.ngrams.keys.copy_(keys)
+    torch.nn.init.normal_(model.ngrams.table.weight)
+    vectors = {}
+    for run in runs:
+        idx, before = torch.tensor([run[-1:]]), torch.tensor([run[:-1]])
+        shorter = sum((vectors[run[-n:]] for n in range(2, len(run))), torch.zeros(32))
+        vectors[run] = model.ngrams(idx, before)[0, 0] - shorter
+    assert {run for run, vector in vectors.items() if vector.norm() > 0.1} == frequent
+    different = {tuple(vector.mul(100).round().int().tolist()) for run, vector in vectors.items() if run in frequent}
+    assert len(different) == len(frequent)
+    commonest = frequent_ngrams(text, 4, min_count=1, at_most=5)
+    assert set(commonest.tolist()) < set(keys.tolist()) and len(commonest) == 5
+
+
+def test_a_run_has_one_vector_wherever_it_stands():
+    model = tiny(ngrams=4, ngram_rows=300)
+    torch.nn.init.normal_(model.ngrams.table.weight)
+    idx = tokens(2, 40)
+    none, whole = idx[:, :0], model.ngrams(idx, idx[:, :0])
+    torch.testing.assert_close(
+        model.ngrams(idx[:, 20:], none)[:, 3:], whole[:, 23:]
+    )  # the first 3 reach back before it
+    torch.testing.assert_close(model.ngrams(idx[:, 20:], idx[:, 17:20]), whole[:, 20:])
+    assert not torch.allclose(model.ngrams(idx[:, 20:], none)[:, :3], whole[:, 20:23])
 
 
 def test_the_vectors_of_runs_add_to_those_of_tokens():
-    model = tiny(ngrams=3)
+    model = tiny(ngrams=3, ngram_rows=100)
     torch.nn.init.normal_(model.ngrams.table.weight)
     seen = []
     model.stack.register_forward_pre_hook(lambda stack, args: seen.append(args[0]))
     idx = tokens(2, 5)
     model(idx)
-    rows = model.ngrams.rows(idx, idx[:, :0])
-    torch.testing.assert_close(seen[0], model.wte.weight[idx] + model.ngrams.table.weight[rows].sum(dim=2))
+    torch.testing.assert_close(seen[0], model.wte.weight[idx] + model.ngrams(idx, idx[:, :0]))

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import overfit
+from conftest import know_ngrams, overfit
 from torch import Tensor, nn
 
 import model as models
@@ -22,7 +22,7 @@ VARIANTS = [
     {"qk_norm": True},
     {"embed_norm": True},
     {"logit_soft_cap": 5.0},
-    {"ngrams": 3, "ngram_rows": 50},
+    {"ngrams": 3, "ngram_rows": 300},
     {"init": "zero"},
     {"n_kv_head": 1, "n_head": 4},
     {"window": 3},
@@ -35,7 +35,9 @@ EOT = 0
 def tiny(**keys) -> models.Transformer:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 12, "vocab_size": 11}
-    return models.build(ModelConfig(model="transformer", **sizes | keys))
+    model = models.build(ModelConfig(model="transformer", **sizes | keys))
+    know_ngrams(model)
+    return model
 
 
 def shaken(**keys) -> models.Transformer:
