@@ -123,7 +123,8 @@ def read_run(folder: Path) -> Run:
 
 def describe(run: Run, name: str) -> dict:
     """A row of the table, in full precision; None where something is not known (yet)."""
-    last = run.rows[-1] if run.rows else {"iter": 0, "tokens": 0, "seconds": 0}
+    rows = [row for row in run.rows if "test_bleu" not in row]  # which comes behind the end
+    last = rows[-1] if rows else {"iter": 0, "tokens": 0, "seconds": 0}
     best = min(evaluations(run), key=lambda row: row["val_loss"], default={})
     return {
         "run": name,
@@ -137,6 +138,7 @@ def describe(run: Run, name: str) -> dict:
         "best_val_loss": best.get("val_loss"),
         "best_iter": best.get("iter"),
         "best_bits_per_byte": best.get("val_bits_per_byte"),
+        "test_bleu": next((row["test_bleu"] for row in reversed(run.rows) if "test_bleu" in row), None),
     }
 
 
@@ -203,7 +205,10 @@ def layout(table: list[dict], differences: dict[str, list[str]], width: int) -> 
     counted = {key: Counter(values).most_common(1)[0] for key, values in differences.items()}
     usual = {key: value for key, (value, times) in counted.items() if 2 * times > len(table)}
     lowest = min((row["best_bits_per_byte"] for row in table if row["best_bits_per_byte"] is not None), default=None)
-    cells = [("run", "parameters", "seconds", "tokens/s", "val loss", "iter", "bits/byte     ")]
+    cells = [["run", "parameters", "seconds", "tokens/s", "val loss", "iter", "bits/byte     "]]
+    translated = any(row["test_bleu"] is not None for row in table)
+    if translated:
+        cells[0].append("BLEU")
     notes = [("state", "settings")]
     for i, row in enumerate(table):
         name = shorten(row["run"], max(16, width // 5))
@@ -212,7 +217,9 @@ def layout(table: list[dict], differences: dict[str, list[str]], width: int) -> 
         loss, at, bits = row["best_val_loss"], row["best_iter"], row["best_bits_per_byte"]
         mark = " best" if bits is not None and bits == lowest else "     "
         numbers = seconds, speed, show(loss, ".4f"), show(at, ""), show(bits, ".3f") + mark
-        cells.append((name, show(row["parameters"], ","), *numbers))
+        cells.append([name, show(row["parameters"], ","), *numbers])
+        if translated:
+            cells[-1].append(show(row["test_bleu"], ".2f"))
         settings = [f"{key}={values[i]}" for key, values in differences.items() if values[i] != usual.get(key)]
         notes.append((row["state"], " ".join(settings)))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -151,13 +151,12 @@ class PairDataset(Dataset):
         if "test" in self.meta["splits"]:
             self.test = TokenFiles(folder, "test", self.meta)
         self.pairs = {split: self.find_pairs(split) for split in self.meta["splits"]}
-        for split, pairs in self.pairs.items():
-            longest = int(self.lengths(pairs).max())
-            if longest > block_size:
-                raise UserError(
-                    f"{folder / split}.bin has a pair that needs room for {longest} tokens, more than"
-                    f" block_size={block_size}; take --block_size={longest}"
-                )
+        longest = max(int(self.lengths(pairs).max()) for pairs in self.pairs.values())
+        if longest > block_size:
+            raise UserError(
+                f"{folder} has a pair that needs room for {longest} tokens, more than block_size={block_size};"
+                f" take --block_size={longest}"
+            )
         self.cuts = {}  # (split, batch_size): where the batches begin among the pairs in order of length
         self.epoch = (-1, None)  # (number, its order) of the newest
 
@@ -171,7 +170,8 @@ class PairDataset(Dataset):
         ends = np.concatenate(ends)
         if len(ends) < 3 or len(ends) % 2 == 0 or ends[-1] != length - 1:
             raise UserError(f"{self.folder / split}.bin has no whole pairs; {how_to(self.folder)}")
-        return np.stack([ends[:-1:2] + 1, np.diff(ends)[::2], np.diff(ends)[1::2]], axis=1)
+        lengths = np.diff(ends)
+        return np.stack([ends[:-1:2] + 1, lengths[::2], lengths[1::2]], axis=1)
 
     def lengths(self, pairs: np.ndarray) -> np.ndarray:
         """The tokens that each pair needs in block_size."""
@@ -218,14 +218,16 @@ class PairDataset(Dataset):
     def some_pairs(self, split: str, rows: np.ndarray) -> dict[str, Tensor]:
         """The pairs with these numbers as a batch."""
         start, source, target = self.pairs[split][rows].T
-        # the sequence that is gone on with: from the eot that ends the source, or from the source's first token
-        first, before = (source - 1, 0) if self.with_encoder else (0 * source, source - 1)
+        if self.with_encoder:  # the decoder begins with the eot that ends the source
+            first, before = source - 1, np.zeros_like(source)
+        else:  # with the source itself, whose tokens but the last do not count
+            first, before = np.zeros_like(source), source - 1
         length = before + target
         ids = self.read(split, start + first, int(length.max()) + 1)
         place = np.arange(ids.shape[1] - 1)
         idx, targets = ids[:, :-1].copy(), ids[:, 1:].copy()
         idx[place >= length[:, None]] = self.tokenizer.eot
-        targets[(place < np.reshape(before, (-1, 1))) | (place >= length[:, None])] = -1
+        targets[(place < before[:, None]) | (place >= length[:, None])] = -1
         batch = {"idx": torch.from_numpy(idx), "targets": torch.from_numpy(targets)}
         if self.with_encoder:
             ids = self.read(split, start, int(source.max()))
@@ -242,7 +244,8 @@ class PairDataset(Dataset):
 
     def val_numbers(self, batch_size: int, eval_iters: int | None) -> list[int]:
         batches = len(self.batch_starts("val", batch_size)) - 1
-        return sorted(set(np.linspace(0, batches - 1, eval_iters or batches).astype(int).tolist()))
+        count = min(eval_iters or batches, batches)
+        return ((np.arange(count) + 0.5) * batches / count).astype(int).tolist()
 
     def texts(self, split: str, count: int | None = None) -> list[tuple[np.ndarray, str]]:
         """(source with its eot, int64 (S,), the target in words) of so many pairs, evenly drawn; None: of all."""

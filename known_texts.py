@@ -133,7 +133,7 @@ def translate_de_en(name: str, files: int | None) -> tuple[str | PairFiles, str]
     if own := own_multi30k(Path("data") / name):
         return own
     folder, sentences = DOWNLOADS / "multi30k", DOWNLOADS / "trans-de-en.tsv"
-    if not sentences.exists():
+    if not sentences.exists() or all((folder / file).exists() for file in MULTI30K_SHA256):
         try:
             for file, sha256 in MULTI30K_SHA256.items():
                 if not (folder / file).exists():
@@ -155,7 +155,7 @@ def translate_de_en(name: str, files: int | None) -> tuple[str | PairFiles, str]
         write_whole(sentences, lambda file: file.write(lines.encode()))
     print(
         "note: the example sentences of a dictionary, trans-de-en, are another corpus than Multi30k; scores on the two"
-        " do not compare",
+        f" do not compare; remove {sentences} to try Multi30k again",
         file=sys.stderr,
     )
     return str(sentences), "the example sentences of the dictionary in the Debian package trans-de-en, not Multi30k"
@@ -182,8 +182,8 @@ def multi30k_splits(paths: list[Path]) -> PairFiles:
 
 
 # What a dictionary says about words, {grammar}, [field], <spelling>, and what may be left out (of a sentence); and of
-# words that may stand for one another, good/fine, the second one and those after it. Where these are several words, in
-# good hands/in a good hand, something of them remains: in about one sentence of a hundred.
+# words that may stand for one another, good/fine, the second one and those after it. Where these are several words, as
+# in "in good hands/in a good hand", a rest of them stays: in about one sentence of a hundred.
 ABOUT_WORDS = re.compile(r"\s*(\{[^{}]*\}|\[[^][]*\]|<[^<>]*>|\([^()]*\))|(?<=[^\W\d_]{2})/[^\W\d_][^\s/.,;:!?]+")
 SENTENCE = re.compile(r"[„“”\"‘']?[^\W\d_a-zäöüß][^][{}()<>/|;…]*[.!?][“”\"’']?")
 

@@ -102,7 +102,7 @@ class NgramEmbedding(nn.Module):
 def ngram_keys(text: Tensor, n: int) -> Iterator[Tensor]:
     """A number for the run of 2 tokens that ends at each place of the text, (B, T) ids, then for that of 3, ..., of n.
 
-    Two runs have the same one with a chance of 2^-64 or so. What reaches back before the text is like no other run.
+    Hardly ever have two runs the same one. What reaches back before the text is like no other run.
     The hash is multiply-shift, which multiplies beyond 64 bits on purpose: Thorup 2015, arXiv:1504.06804, section 3.
     """
     B, T = text.shape
@@ -119,15 +119,10 @@ def random_int64(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def frequent_ngrams(text: Tensor, n: int, min_count: int, at_most: int | None) -> Tensor:
-    """Keys of the runs of 2 to n tokens that occur min_count times in the text, (T,) ids, sorted: int64 (any number,).
-
-    at_most: only so many, the most frequent.
-    """
-    found = [key[0].unique(return_counts=True) for key in ngram_keys(text[None], n)]
-    keys, counts = torch.cat([keys for keys, _ in found]), torch.cat([counts for _, counts in found])
-    order = counts.argsort(descending=True, stable=True)[:at_most]
-    return keys[order][counts[order] >= min_count].sort().values
+def frequent_ngrams(text: Tensor, n: int, min_count: int) -> Tensor:
+    """Keys of the runs of 2 to n tokens that occur min_count times in text, (T,) ids. Returns int64 (any number,)."""
+    found = (key[0].unique(return_counts=True) for key in ngram_keys(text[None], n))
+    return torch.cat([keys[counts >= min_count] for keys, counts in found]).sort().values
 
 
 # --------------------------------------------------------------------------------------
@@ -327,7 +322,8 @@ def attend(
             seen &= distance >= 0
     if padding is not None:
         tokens = ~padding[:, None, None, :]
-        seen = tokens if seen is None else seen & tokens
+        # in a window of padding alone there would be nothing to take a mean of: each place sees at least itself
+        seen = tokens if seen is None else seen & tokens | (distance == 0)
     mask = seen if bias is None else bias.to(q.dtype)
     if bias is not None and seen is not None:
         mask = mask.masked_fill(~seen, -torch.inf)
@@ -372,7 +368,8 @@ class Attention(nn.Module):
         context: (B, S, C), in cross-attention, and not needed where the cache holds its keys and values already.
         padding: (B, S), True where a key is no token.
         """
-        q, bias = self.queries(x), None  # (B, H, T, D)
+        q = self.queries(x)  # (B, H, T, D)
+        bias = None
         if not self.cross:
             k, v = self.keys_and_values(x)
             q, k = position.rotate(q, k, start=cache.length if cache else 0)
@@ -697,7 +694,8 @@ class Transformer(nn.Module):
 
     def make_caches(self, source: Tensor) -> list[KVCache]:
         """Caches with room for block_size tokens of the translations, and the source, (B, S) without padding, read."""
-        context, _ = self.encode(source)
+        context, padding = self.encode(source)
+        assert not padding.any(), "caches do not remember padding"
         caches = [KVCache(self.config.block_size) for _ in self.decoder.blocks]
         for block, cache in zip(self.decoder.blocks, caches, strict=True):
             cache.context_k, cache.context_v = block.cross_attn.keys_and_values(context)
@@ -719,10 +717,11 @@ def embed(model: GPT | Transformer, idx: Tensor, caches: list[KVCache] | None = 
 
 @torch.no_grad()
 def init_weights(model: GPT | Transformer) -> None:
-    """init=gpt2                        init=zero
+    """All weights, as the configuration's init says:
 
+                                   gpt2                             zero
     embeddings                     normal, 0.02                     normal, 1; tied 1 / sqrt(n_embd)
-    runs of tokens                 0                                0
+    frequent runs of tokens        0                                0
     matrices                       normal, 0.02                     normal, 1 / sqrt(inputs)
     last matrix of each branch     normal, 0.02 / sqrt(branches)    0, so that a new block changes nothing
     an untied head                 normal, 0.02                     0, so that all tokens have the same chance
@@ -859,7 +858,7 @@ class ModelConfig:
     bias: bool = False  # learnt shifts in linear layers and layer norms, as GPT-2 has them
     embedding: str = "table"  # table: trained; number: window_mlp reads a token as its own number, with n_embd=1
     ngrams: int = 0  # frequent runs of 2, 3, ... up to so many tokens have vectors, too; 6 for characters; 0: off
-    ngram_rows: int | None = None  # ngrams: at most so many runs, the most frequent; None: all that are frequent
+    ngram_rows: int | None = None  # ngrams: how many have vectors; it is found in the training text, not chosen
     tie_weights: bool = True  # one table both reads tokens and predicts them
     position: str = "learned"  # how places are told apart: none, learned, sinusoidal, rotary or alibi
     rope_base: float = 10000.0  # position=rotary: the slowest pair turns once in about 2 pi rope_base tokens
@@ -961,8 +960,8 @@ def flops_per_token(model: nn.Module) -> int:
     """Floating-point operations to train on one token: forward, and twice as many backward.
 
     Each weight of a matrix multiplies and adds once (2), and attention takes 2 C of both for each token it looks at;
-    heads that share keys and values do as much of that as heads that do not. For a Transformer it is the work on one
-    token of the target and one of the source, both of block_size tokens.
+    heads that share keys and values do as much of that as heads that do not. Of pairs it is the work on one token of
+    the target and, in an encoder, one of the source, in texts of block_size tokens.
     Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
     config = model.config

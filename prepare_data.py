@@ -71,7 +71,9 @@ class PrepareConfig:
     target: str | None = None  # the file with the translation of each of these lines
     test_fraction: float | None = None  # share of the pairs for a test split, 0: no such split; None: as val_fraction
     max_pair_tokens: int | None = None  # pairs with more on a side, its end included, are dropped; None: 128
-    max_pair_ratio: float | None = None  # and so are those with a side that many times the other's; None: 3
+    max_pair_ratio: float | None = (
+        None  # and so are those with a side longer than so many times the other and 8; None: 3
+    )
     # --- tokens
     tokenizer: str | None = None  # char, byte, sentencepiece, gpt2 or bpe (byte pairs); None: char, pairs sentencepiece
     vocab_size: int | None = None  # tokenizer=sentencepiece or bpe: tokens to learn; None: 4096, pairs 8192
@@ -108,7 +110,11 @@ class PrepareConfig:
 def main(argv: list[str]) -> None:
     config = configurator.make(PrepareConfig, configurator.read(argv, PrepareConfig, positional="name"))
     prepare(config)
-    print(f"\ntrain on it: python train.py --dataset={config.name} --out_dir=out/{config.name}")
+    meta = read_json(Path("data") / config.name / "meta.json")
+    command = f"python train.py --dataset={config.name} --out_dir=out/{config.name}"
+    if meta["task"] == "translation":
+        command = command.replace("train.py", "train.py config/translate_de_en.py") + f" --block_size={meta['longest']}"
+    print(f"\ntrain on it: {command}")
 
 
 def prepare(config: PrepareConfig) -> None:

@@ -29,7 +29,7 @@ from device import DTYPES, autocast, pick_device, pick_dtype
 from tokenizer import END_OF_TEXT, Tokenizer
 from translate import NUM_BEAMS, translate
 
-LINES = 500  # of a source that are translated before the next ones are read
+LINES = 500  # of a text that are translated before the first of them is printed
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class SampleConfig:
         for key in ("num_samples", "max_new_tokens", "top_k", "num_beams"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        if not abs(self.length_penalty) < float("inf"):
-            raise ValueError(f"length_penalty={self.length_penalty} must be a number")
+        if not abs(self.length_penalty) <= 10:
+            raise ValueError(f"length_penalty={self.length_penalty} must be between -10 and 10; 0 is off, 1 usual")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature} must be 0 (always the likeliest) or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -139,11 +139,14 @@ def print_texts(config: SampleConfig, model: nn.Module, tokenizer: Tokenizer, de
 
 
 def print_translations(config: SampleConfig, model: nn.Module, tokenizer: Tokenizer) -> None:
-    """One line for each line of the source; an empty one stays empty."""
+    """One line for each line of the text; an empty one stays empty."""
     if config.start is None:
         raise UserError('nothing to translate; give a sentence, as --start="Wo wohnst du?", or --start=FILE:german.txt')
-    lines = [" ".join(line.split()) for line in read_start(config.start).splitlines()]
-    room = model.config.block_size - 1  # without the token that ends the source
+    if not config.start:
+        raise UserError("an empty text; give at least one character to translate")
+    lines = [" ".join(line.split()) for line in read_start(config.start).removesuffix("\n").split("\n")]
+    # without the token that ends the source; where it shares the window with its translation, that has half of it
+    room = (model.config.block_size if model.has_encoder else model.config.block_size // 2) - 1
     for first in tqdm(range(0, len(lines), LINES), unit=f"{LINES} lines", delay=2, disable=None):
         some = lines[first : first + LINES]
         sources = []
@@ -163,8 +166,14 @@ def print_translations(config: SampleConfig, model: nn.Module, tokenizer: Tokeni
                 tokenizer.vocab_size,
             )
         )
-        for source in sources:
-            print(tokenizer.decode(next(found).ids) if len(source) > 1 else "", flush=True)
+        for number, source in enumerate(sources, start=first + 1):
+            text = ""
+            if len(source) > 1:
+                translation = next(found)
+                text = " ".join(tokenizer.decode(translation.ids).split())  # on one line, whatever the model writes
+                if not translation.ended:
+                    print(f"note: line {number:,} has no room for more of its translation", file=sys.stderr)
+            print(text, flush=True)
 
 
 def load(config: SampleConfig) -> dict:
@@ -182,7 +191,7 @@ def read_start(start: str) -> str:
     if not start.startswith("FILE:"):
         return start
     try:
-        return Path(start[5:]).read_text(encoding="utf-8")
+        return Path(start[5:]).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompt {start[5:]}: {error}") from error
 

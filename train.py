@@ -9,6 +9,7 @@ metrics.jsonl, loss.png and config.json. Ctrl-C saves before it stops.
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -49,11 +50,11 @@ class TrainConfig:
     # --- run
     out_dir: str = "out"  # the folder that gets checkpoints, metrics and the picture
     init_from: str = "scratch"  # scratch: a new model; resume: go on from out_dir/ckpt.pt with its settings
-    eval_only: bool = False  # evaluate once and stop; nothing is written
+    eval_only: bool = False  # evaluate once, translations by BLEU too, and stop; nothing is written
     seed: int = 1337  # fixes first weights, order of the data and dropout
     # --- data
     dataset: str = "shakespeare_char"  # a folder in data/ that prepare_data.py wrote
-    batch_size: int = 12  # sequences read at once
+    batch_size: int = 12  # sequences read at once; pairs: as many as fit into so many sequences of block_size
     gradient_accumulation_steps: int = 1  # batches whose gradients make one step
     # --- optimizer
     max_iters: int = 2000  # steps to train for
@@ -173,7 +174,7 @@ def main(argv: list[str]) -> int:
     if given.get("init_from") == "resume":
         path = Path(given.get("out_dir", TrainConfig.out_dir)) / "ckpt.pt"
         saved = checkpoint.load(path)
-        by_data = ("vocab_size", "ngram_rows")
+        by_data = ("vocab_size", "ngram_rows")  # None stands for what the checkpoint has
         given = {key: value for key, value in given.items() if key not in by_data or value is not None}
         check_resumable(saved, given, path)
         settings = saved["train_config"] | saved["model_config"] | given | {"out_dir": str(path.parent)}
@@ -201,13 +202,12 @@ def main(argv: list[str]) -> int:
     if vocab_size < tokenizer.vocab_size:
         raise UserError(f"vocab_size={vocab_size} is below the {tokenizer.vocab_size} tokens of {config.dataset}")
     model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
-    runs = None
     if model_config.ngrams and not saved:
         runs = find_frequent_ngrams(dataset, config, model_config)
         model_config = dataclasses.replace(model_config, ngram_rows=len(runs))
     torch.manual_seed(config.seed)
     model = models.build(model_config)
-    if runs is not None:
+    if model_config.ngrams and not saved:
         model.ngrams.keys.copy_(runs)
     model.to(device)
     optimizer = make_optimizer(
@@ -351,10 +351,9 @@ def main(argv: list[str]) -> int:
             if due and not last:
                 draw_losses(rows, out_dir / "loss.png")
                 started = time.perf_counter() - progress.seconds  # the time since then was not training
-    log_wandb(None)
     draw_losses(rows, out_dir / "loss.png")  # a resumed run may have no step left, and its picture be missing
-
     if stopped:
+        log_wandb(None)
         name = signal.Signals(stopped[0]).name
         go_on = f"python train.py --init_from=resume --out_dir={out_dir}"
         with suppress(OSError):  # as in catch_signals
@@ -363,7 +362,8 @@ def main(argv: list[str]) -> int:
     if progress.waited_enough(config.early_stopping):
         print(f"stopped early: {progress.evals_since_best} evaluations without a lower validation loss")
     if dataset.task == "translation":
-        model.load_state_dict(checkpoint.load(out_dir / "best.pt")["model"])
+        if (out_dir / "best.pt").exists():  # it translates best, and sample.py takes it
+            model.load_state_dict(checkpoint.load(out_dir / "best.pt")["model"])
         scores = score_translations(model, dataset, device, dtype)
         record({"test_bleu": scores["bleu"], "test_chrf": scores["chrf"]})
         print(describe_translations(scores))
@@ -371,6 +371,7 @@ def main(argv: list[str]) -> int:
     else:
         print(f"\n{write_a_little(model, tokenizer, device, dtype)}\n")
         print(f"more of this: python sample.py --out_dir={out_dir}")
+    log_wandb(None)
     print(f"best val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}")
     return 0
 
@@ -384,9 +385,10 @@ def check_resumable(saved: dict, given: dict, path: Path) -> None:
     if "optimizer" not in saved:
         raise UserError(f"{path} holds a model but not the state of its training; is it a copy of best.pt?")
     model_config = asdict(ModelConfig()) | saved["model_config"]  # an older checkpoint may lack a key
-    fixed = {key: value for key, value in model_config.items() if key != "dropout"}
-    course = ("dataset", "seed", "batch_size", "gradient_accumulation_steps", "optimizer")
-    fixed |= {key: saved["train_config"][key] for key in course}
+    fixed = {key: value for key, value in model_config.items() if key not in ("dropout", "label_smoothing")}
+    course = ("dataset", "seed", "batch_size", "gradient_accumulation_steps", "optimizer", "ngram_min_count")
+    train_config = asdict(TrainConfig()) | saved["train_config"]
+    fixed |= {key: train_config[key] for key in course}
     for key, value in given.items():
         if key in fixed and value != fixed[key]:
             raise UserError(
@@ -410,14 +412,21 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
             f"dataset={config.dataset} is for {task}, but model={model_config.model} for {' and '.join(model.tasks)}"
         )
     if task == "translation":
+        if not importlib.util.find_spec("sacrebleu"):  # said now and not when all is trained
+            raise UserError("translations are scored with the package sacrebleu: pip install sacrebleu")
         return PairDataset(folder, model_config.block_size, config.seed, model.has_encoder)
     return TokenDataset(folder, model_config.block_size, config.seed)
 
 
 def find_frequent_ngrams(dataset: Dataset, config: TrainConfig, model_config: ModelConfig) -> Tensor:
     """Keys of the runs that get a vector, as from frequent_ngrams. Raises UserError where there are none."""
+    if model_config.ngram_rows is not None:
+        raise UserError(
+            f"ngram_rows={model_config.ngram_rows} cannot be chosen: it is found in the text; leave it out, and take"
+            " another --ngram_min_count for more or fewer"
+        )
     text = torch.from_numpy(dataset.beginning("train", NGRAMS_FROM)[0])
-    runs = models.frequent_ngrams(text, model_config.ngrams, config.ngram_min_count, model_config.ngram_rows)
+    runs = models.frequent_ngrams(text, model_config.ngrams, config.ngram_min_count)
     if not len(runs):
         raise UserError(f"ngram_min_count={config.ngram_min_count}: no run of tokens occurs that often in the text")
     return runs
@@ -426,15 +435,17 @@ def find_frequent_ngrams(dataset: Dataset, config: TrainConfig, model_config: Mo
 def compiled(
     model: nn.Module, dataset: Dataset, config: TrainConfig, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """The model compiled and tried on one batch; where that fails, one line says why and the model is as it was."""
+    """The model compiled and tried on two batches; where that fails, one line says why and the model is as it was."""
     print("compiling: this takes about a minute", flush=True)
     try:
-        faster = torch.compile(model)
-        batch = to_device(dataset.batch(0, config.batch_size), device)
-        with autocast(device, dtype):
-            faster(**batch)[1].backward()
-            with torch.no_grad():
-                faster.eval()(**batch)
+        # batches of pairs have many shapes, those of a text one
+        faster = torch.compile(model, dynamic=True if dataset.task == "translation" else None)
+        for index in range(2):
+            batch = to_device(dataset.batch(index, config.batch_size), device)
+            with autocast(device, dtype):
+                faster.train()(**batch)[1].backward()
+                with torch.no_grad():
+                    faster.eval()(**batch)
     except Exception as error:  # compilers fail in as many ways as there are machines
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"note: torch.compile fails here ({reason}); going on without", file=sys.stderr)

@@ -12,7 +12,8 @@ SIDE_BY_SIDE = 64  # sentences that are translated at once
 
 class Translation(NamedTuple):
     ids: list[int]  # without the token that ends it
-    score: float  # mean of its tokens' log-probabilities, as length_penalty takes the mean
+    score: float  # log-probability / tokens^length_penalty
+    ended: bool  # False: there was no room for more
 
 
 def translate(
@@ -54,45 +55,56 @@ def beam_search(
 ) -> list[Translation]:
     """The best translation found of each source, (B, S) token ids that end in eot.
 
-    At each step the num_beams likeliest beginnings of each sentence are gone on with; one that has ended stays as long
-    as it is among them. Likeliest is the highest sum of log-probabilities / tokens^length_penalty, so that longer ones
-    are not at a disadvantage: 0 compares sums, 1 means. One beam is the greedy translation.
+    At each step the num_beams best beginnings of each sentence are gone on with; one that has ended stays as long as it
+    is among them, and the best that ever ended is the result. Best is the highest sum of log-probabilities /
+    tokens^length_penalty, so that long ones are not at a disadvantage: 0 compares sums, 1 means. One beam is greedy.
     A translation ends with eot, at max_new_tokens, or where block_size has no more room.
-    Source: Wu et al. 2016, arXiv:1609.08144, section 7.
+    Source: Sutskever et al. 2014, arXiv:1409.3215; a penalty for length: Wu et al. 2016, arXiv:1609.08144, section 7.
     """
     if model.has_encoder:
         caches, idx = model.make_caches(source), torch.full_like(source[:, :1], eot)
     else:  # the source is the beginning of the text that is gone on with
         caches, idx = model.make_caches(), source
-    n, k = len(source), 1  # sentences that are not done; beams of each, as all begin alike
     room = model.config.block_size + 1 - idx.shape[1]
-    found: dict[int, Translation] = {}
+    limit = min(room, max_new_tokens or room)
+
+    n, k = len(source), 1  # sentences that are still open; beams of each, at first one, as all would begin alike
     numbers = torch.arange(n, device=source.device)  # of those sentences
+    found: dict[int, Translation] = {}  # of each, the best so far that has ended
     written = source.new_empty(n, k, 0)
     ended = torch.zeros(n, k, dtype=torch.bool, device=source.device)
     tokens = torch.zeros(n, k, dtype=torch.int64, device=source.device)  # written, eot included
     sums = torch.zeros(n, k, device=source.device)  # of their log-probabilities
-    for step in range(limit := min(room, max_new_tokens or room)):
+    for step in range(limit):
+        # score all that each beam can go on with; what has ended goes on with eot alone, which changes nothing
         logits, _ = model(idx, caches=caches)
         logp = logits[:, -1, :known].float().log_softmax(dim=-1).view(n, k, -1)
-        # what has ended goes on with eot alone, which changes nothing
         logp = logp.masked_fill(ended[..., None], -torch.inf)
         logp[..., eot].masked_fill_(ended, 0.0)
         tokens = tokens + ~ended
         sums = sums[..., None] + logp  # (n, k, V)
-        ranks = sums / tokens[..., None] ** length_penalty
-        ranks = ranks.flatten(1)
+        ranks = (sums / tokens[..., None] ** length_penalty).flatten(1)
+
+        # keep the best
         ranks, choice = ranks.topk(min(num_beams, ranks.shape[1]))  # (n, beams from now on), the best first
         beam, token = choice // logp.shape[-1], choice % logp.shape[-1]
         sums, tokens = sums.flatten(1).gather(1, choice), tokens.gather(1, beam)
         ended = ended.gather(1, beam) | (token == eot)
-        written = torch.cat([written[torch.arange(n)[:, None], beam], token[..., None]], dim=2)
-        done = ended.all(dim=1) | (step == limit - 1)
-        for number, ids, score in zip(numbers[done].tolist(), written[done, 0].tolist(), ranks[done, 0], strict=True):
-            found[number] = Translation(ids[: ids.index(eot)] if eot in ids else ids, float(score))
-        if done.all():
+        written = torch.cat([written.gather(1, beam[..., None].expand(-1, -1, step)), token[..., None]], dim=2)
+
+        # note what ended better than all before, or has no more room, and leave out the sentences that are done
+        last = step == limit - 1
+        score, place = ranks.masked_fill(~ended, -torch.inf).max(dim=1)
+        for row, number in enumerate(numbers.tolist()):
+            if float(score[row]) > (found[number].score if number in found else -torch.inf):
+                ids = written[row, place[row]].tolist()
+                found[number] = Translation(ids[: ids.index(eot)], float(score[row]), ended=True)
+            elif last and number not in found:
+                found[number] = Translation(written[row, 0].tolist(), float(ranks[row, 0]), ended=False)
+        done = ended.all(dim=1)
+        if last or done.all():
             break
-        rows = torch.arange(0, n * k, k, device=source.device)[:, None] + beam  # of the caches
+        rows = k * torch.arange(n, device=source.device)[:, None] + beam  # of the caches
         for cache in caches:
             cache.select(rows[~done].flatten())
         numbers, written, ended, tokens, sums = (x[~done] for x in (numbers, written, ended, tokens, sums))

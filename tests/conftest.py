@@ -36,7 +36,8 @@ def know_ngrams(model: nn.Module) -> None:
     """Fill in the runs of tokens that a model with ngrams knows: some of those of 11 tokens in random order."""
     if getattr(model, "ngrams", None):
         text = torch.randint(11, (3000,), generator=torch.Generator().manual_seed(0))
-        model.ngrams.keys.copy_(models.frequent_ngrams(text, model.ngrams.n, 1, len(model.ngrams.keys)))
+        runs = models.frequent_ngrams(text, model.ngrams.n, min_count=1)[: len(model.ngrams.keys)]
+        model.ngrams.keys.copy_(runs)
 
 
 def overfit(model: nn.Module, batch: dict[str, Tensor], steps: int, lr: float, until: float) -> float:

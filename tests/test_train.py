@@ -791,6 +791,7 @@ class FakeWandb(types.ModuleType):
         return self
 
     def log(self, row, step):
+        assert self.finished < len(self.started), "a run that is finished takes no more numbers"
         self.logged.append((step, row))
 
     def finish(self):

@@ -93,21 +93,39 @@ def test_sentences_translated_side_by_side_are_translated_as_each_alone(make, nu
 @both_ways
 def test_a_translation_ends_at_max_new_tokens_or_where_the_window_is_full(make):
     model = make()
-    with torch.no_grad():
-        model.lm_head.weight[EOT] = -10 * model.lm_head.weight.sum(0)  # hardly ever the likeliest
+    never = torch.zeros(11).index_fill_(0, torch.tensor([EOT]), 1e4)
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits - never)
     (source,) = some_sources(5)
-    assert len(translate(model, [source], EOT, max_new_tokens=3)[0].ids) <= 3
     most = 12 if model.has_encoder else 12 + 1 - 5
     for num_beams in (1, 3):
-        assert len(translate(model, [source], EOT, num_beams)[0].ids) <= most
+        for limit, length in ((3, 3), (None, most)):
+            (found,) = translate(model, [source], EOT, num_beams, max_new_tokens=limit)
+            assert len(found.ids) == length and not found.ended
 
 
 def test_padding_of_the_vocabulary_is_never_written():
     model = shaken()
     with torch.no_grad():
         model.lm_head.weight[9:] = 100 * model.lm_head.weight[9:]
-    for found in translate(model, some_sources(5, 5, 5, 7), EOT, num_beams=2, known=9):
-        assert max(found.ids, default=0) < 9
+    written = lambda known: {  # noqa: E731
+        token for found in translate(model, some_sources(5, 5, 5, 7), EOT, 2, known=known) for token in found.ids
+    }
+    assert max(written(None)) >= 9 > max(written(9))
+
+
+@both_ways
+def test_what_has_ended_well_is_not_lost_to_beginnings_that_end_worse(make):
+    model = make(vocab_size=4)
+    wanting = 0
+    for source in some_sources(*[2 + i % 4 for i in range(30)]):
+        source = source % 4
+        ended = []
+        for ids in itertools.chain.from_iterable(itertools.product(range(1, 4), repeat=n) for n in range(3)):
+            ended.append(np.mean(log_probabilities(model, source, [*ids, EOT])))
+        (found,) = translate(model, [source], EOT, num_beams=40, max_new_tokens=6)
+        assert found.ended
+        wanting += found.score < max(ended) - 1e-5
+    assert wanting == 0
 
 
 def test_the_source_is_encoded_once_however_long_the_translation():

@@ -1,13 +1,17 @@
 """Sentence pairs from the batches that they make, over training, to translations."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_pairs, make_text, read_rows
+from conftest import TINY_RUN, make_pairs, make_text, read_rows
+from test_train import FakeWandb
 
+import compare
 import model as models
 import prepare_data
 import sample
@@ -133,7 +137,7 @@ def test_pairs_are_learnt_by_heart_and_translated_back(pairs, capsys, with_encod
 
 @both_ways
 def test_a_resumed_run_on_pairs_is_the_uninterrupted_one(pairs, with_encoder):
-    argv = [*TINY, *([] if with_encoder else NO_ENCODER), "--dropout=0.1", "--label_smoothing=0.1"]
+    argv = [*TINY, *([] if with_encoder else NO_ENCODER), "--dropout=0.1", "--label_smoothing=0.1", "--ngrams=3"]
     assert train.main(argv) == 0
     whole, weights = read_rows(Path("out/run")), torch.load("out/run/ckpt.pt")["model"]
     assert train.main([*argv, "--max_iters=3", "--out_dir=out/two", "--lr_decay_iters=6"]) == 0
@@ -186,6 +190,39 @@ def test_evaluations_show_translations_and_the_end_tells_bleu_of_the_best_checkp
     assert f"BLEU {row['test_bleu']:5.2f}" in capsys.readouterr().out
 
 
+def test_the_weights_that_are_scored_are_those_of_the_best_checkpoint(pairs, monkeypatch):
+    losses, scored = iter([1.0, 2.0]), []
+    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
+    score = train.score_translations
+    weights = lambda model: model.state_dict()["lm_head.weight"].clone()  # noqa: E731
+    monkeypatch.setattr(train, "score_translations", lambda *args: (scored.append(weights(args[0])), score(*args))[1])
+    assert train.main(TINY) == 0
+    best, latest = (torch.load(f"out/run/{name}.pt")["model"]["lm_head.weight"] for name in ("best", "ckpt"))
+    assert torch.equal(scored[0], best) and not torch.equal(best, latest)
+
+
+def test_wandb_gets_the_score_before_it_is_told_that_all_is_over(pairs, monkeypatch):
+    fake = FakeWandb(online=True)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    assert train.main([*TINY, "--wandb_log=True"]) == 0
+    assert "test_bleu" in fake.logged[-1][1] and fake.finished == 1
+
+
+def test_a_missing_sacrebleu_is_told_at_the_start(pairs, fails, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: name != "sacrebleu" and find(name, *args))
+    assert "pip install sacrebleu" in fails(train.main, *TINY)
+    assert not Path("out").exists()
+
+
+def test_a_finished_run_compares_as_done_and_with_its_score(pairs, capsys):
+    train.main(TINY)
+    capsys.readouterr()
+    compare.main(["out/run", "--picture=out/compare.png"])
+    header, row = capsys.readouterr().out.splitlines()[:2]
+    assert "BLEU" in header and " done " in row
+
+
 def test_without_a_test_split_the_validation_split_is_scored(folder, capsys):
     Path("pairs.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in make_pairs()))
     prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte", "--test_fraction=0"])
@@ -199,22 +236,24 @@ def test_without_a_test_split_the_validation_split_is_scored(folder, capsys):
 
 def test_empty_lines_stay_empty_and_long_ones_are_cut_and_told(pairs, capsys):
     train.main(TINY)
-    Path("german.txt").write_text(f"Wo ist da?\n\n  \n{'sehr ' * 20}lang.\n")
+    Path("german.txt").write_text(f"\ufeffWo ist\u2028da?\n\n  \n{'sehr ' * 20}lang.\n", encoding="utf-8")
     capsys.readouterr()
     sample.main(["--out_dir=out/run", "--start=FILE:german.txt", "--max_new_tokens=5"])
     said = capsys.readouterr()
     lines = said.out.split("\n")
     assert len(lines) == 5 and lines[1] == lines[2] == lines[4] == ""
+    assert "note: line 1 has no room for more of its translation" in said.err
     assert "note: line 4 has 105 tokens; the first 39 are read" in said.err
 
 
-def test_characters_that_training_never_saw_are_spelled_in_bytes(folder, capsys):
+def test_characters_that_training_never_saw_are_spelled_in_bytes(folder, monkeypatch):
     Path("pairs.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in make_pairs()))
     prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=sentencepiece", "--vocab_size=400"])
     train.main(TINY)
+    read, translate = [], sample.translate
+    monkeypatch.setattr(sample, "translate", lambda *args: (read.extend(args[1]), translate(*args))[1])
     sample.main(["--out_dir=out/run", "--start=日本 ∑ Ж", "--max_new_tokens=3"])
-    ids = open_pairs().tokenizer.encode("日本 ∑ Ж")
-    assert open_pairs().tokenizer.decode(ids) == "日本 ∑ Ж"
+    assert open_pairs().tokenizer.decode(read[0][:-1]) == "日本 ∑ Ж"
 
 
 def test_bad_input_of_a_translation(pairs, fails, tiny):
@@ -226,14 +265,23 @@ def test_bad_input_of_a_translation(pairs, fails, tiny):
         train.main, *without_attention
     )
     train.main(TINY)
-    Path("config.py").write_text('dataset = "tiny"\nmodel = "gpt"\n')
+    Path("config.py").write_text('model = "gpt"\n')
     resume = ["--init_from=resume", "--out_dir=out/run"]
-    assert "cannot change on resume" in fails(train.main, "config.py", *resume)
+    assert "model=gpt cannot change on resume: the checkpoint has model=transformer" in fails(
+        train.main, "config.py", *resume
+    )
+    assert train.main([*TINY_RUN, "--out_dir=out/text"]) == 0
+    Path("config.py").write_text('model = "transformer"\n')
+    assert "model=transformer cannot change on resume: the checkpoint has model=gpt" in fails(
+        train.main, "config.py", "--init_from=resume", "--out_dir=out/text"
+    )
     assert "block_size=20; take --block_size=" in fails(train.main, *TINY, "--block_size=20", "--out_dir=out/other")
     with pytest.raises(UserError, match="nothing to translate; give a sentence"):
         sample.main(["--out_dir=out/run"])
     assert "length_penalty=inf" in fails(sample.main, "--length_penalty=inf")
     assert "num_beams=0" in fails(sample.main, "--num_beams=0")
+    assert "ngram_rows=5 cannot be chosen" in fails(train.main, *TINY, "--ngrams=2", "--ngram_rows=5")
+    assert "no run of tokens occurs that often" in fails(train.main, *TINY, "--ngrams=2", "--ngram_min_count=9999")
 
 
 def test_keys_of_the_other_task_are_told_to_do_nothing(pairs, capsys):
