@@ -471,7 +471,7 @@ class Block(nn.Module):
     residual = True  # is what comes in added to what goes out?
     ends_with_norm = False  # if so, the stack has no last norm of its own
 
-    def __init__(self, config: "ModelConfig", causal: bool, cross: bool):
+    def __init__(self, config: "ModelConfig", causal: bool, cross: bool = False):
         super().__init__()
         self.attn_norm = NORMS[config.norm](config)
         self.attn = Attention(config, causal)
@@ -547,7 +547,7 @@ class ParallelBlock(Block):
     Source: Wang and Komatsuzaki 2021 (GPT-J); Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 2.
     """
 
-    def __init__(self, config: "ModelConfig", causal: bool, cross: bool):
+    def __init__(self, config: "ModelConfig", causal: bool, cross: bool = False):
         super().__init__(config, causal, cross)
         del self.mlp_norm  # one norm serves all
         if cross:

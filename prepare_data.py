@@ -71,9 +71,7 @@ class PrepareConfig:
     target: str | None = None  # the file with the translation of each of these lines
     test_fraction: float | None = None  # share of the pairs for a test split, 0: no such split; None: as val_fraction
     max_pair_tokens: int | None = None  # pairs with more on a side, its end included, are dropped; None: 128
-    max_pair_ratio: float | None = (
-        None  # and so are those with a side longer than so many times the other and 8; None: 3
-    )
+    max_pair_ratio: float | None = None  # and those with a side longer than so many times the other and 8; None: 3
     # --- tokens
     tokenizer: str | None = None  # char, byte, sentencepiece, gpt2 or bpe (byte pairs); None: char, pairs sentencepiece
     vocab_size: int | None = None  # tokenizer=sentencepiece or bpe: tokens to learn; None: 4096, pairs 8192

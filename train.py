@@ -443,9 +443,11 @@ def compiled(
         for index in range(2):
             batch = to_device(dataset.batch(index, config.batch_size), device)
             with autocast(device, dtype):
-                faster.train()(**batch)[1].backward()
+                faster(**batch)[1].backward()
                 with torch.no_grad():
-                    faster.eval()(**batch)
+                    model.eval()
+                    faster(**batch)
+            model.train()
     except Exception as error:  # compilers fail in as many ways as there are machines
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"note: torch.compile fails here ({reason}); going on without", file=sys.stderr)

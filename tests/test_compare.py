@@ -283,7 +283,7 @@ def test_csv_and_json_hold_the_numbers_of_the_table_and_all_that_differs(folder,
     table = run(capsys, "out/a", "out/b", "--csv=out/t.csv", "--json=out/t.json")
     from_json = json.loads(Path("out/t.json").read_text())
     from_csv = list(csv.DictReader(io.StringIO(Path("out/t.csv").read_text())))
-    assert [{key: str(value) for key, value in row.items()} for row in from_json] == from_csv
+    assert [{key: "" if value is None else str(value) for key, value in row.items()} for row in from_json] == from_csv
     for row in from_json:
         shown = row_of(table, row["run"]).split()
         assert shown[1] == f"{row['parameters']:,}"

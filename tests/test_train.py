@@ -223,7 +223,7 @@ def test_bfloat16_trains_on_the_cpu(run_train):
 
 
 def test_where_compiling_fails_the_run_goes_on_without(run_train, monkeypatch, capsys):
-    def broken(model):
+    def broken(model, dynamic):
         def call(**batch):
             raise RuntimeError("no compiler here\nand a long story")
 

@@ -19,6 +19,8 @@ import train
 from configurator import UserError
 from dataset import PairDataset
 from model import ModelConfig
+from token_files import checksums
+from translate import Translation
 
 TINY = ["--dataset=pairs", "--device=cpu", "--model=transformer", "--n_layer=1", "--n_head=2", "--n_embd=32"]
 TINY += ["--block_size=40", "--batch_size=4", "--log_interval=1", "--eval_interval=3", "--max_iters=6"]
@@ -108,8 +110,6 @@ def test_a_stream_that_is_no_pairs_is_refused(pairs, fails):
     ids = np.fromfile(pairs / "train.bin", np.uint16)
     (pairs / "train.bin").write_bytes(ids[:-1].tobytes())
     meta["splits"]["train"]["files"][0]["tokens"] -= 1
-    from token_files import checksums
-
     meta["splits"]["train"]["checksums"]["train.bin"] = checksums(pairs / "train.bin")
     (pairs / "meta.json").write_text(json.dumps(meta))
     assert "has no whole pairs; prepare it again: python prepare_data.py" in fails(train.main, *TINY)
@@ -220,7 +220,7 @@ def test_a_finished_run_compares_as_done_and_with_its_score(pairs, capsys):
     capsys.readouterr()
     compare.main(["out/run", "--picture=out/compare.png"])
     header, row = capsys.readouterr().out.splitlines()[:2]
-    assert "BLEU" in header and " done " in row
+    assert "BLEU" in header and row.split()[-1] == "done"
 
 
 def test_without_a_test_split_the_validation_split_is_scored(folder, capsys):
@@ -242,8 +242,16 @@ def test_empty_lines_stay_empty_and_long_ones_are_cut_and_told(pairs, capsys):
     said = capsys.readouterr()
     lines = said.out.split("\n")
     assert len(lines) == 5 and lines[1] == lines[2] == lines[4] == ""
-    assert "note: line 1 has no room for more of its translation" in said.err
     assert "note: line 4 has 105 tokens; the first 39 are read" in said.err
+
+
+def test_a_translation_is_one_line_whatever_the_model_writes_and_one_without_room_is_told(pairs, capsys, monkeypatch):
+    train.main(TINY)
+    capsys.readouterr()
+    monkeypatch.setattr(sample, "translate", lambda *args: [Translation(list(b"a\n b"), -1.0, ended=False)])
+    sample.main(["--out_dir=out/run", "--start=Wo?"])
+    said = capsys.readouterr()
+    assert said.out == "a b\n" and "note: line 1 has no room for more of its translation" in said.err
 
 
 def test_characters_that_training_never_saw_are_spelled_in_bytes(folder, monkeypatch):
