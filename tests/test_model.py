@@ -23,7 +23,7 @@ VARIANTS = [
     {"embed_norm": True},
     {"logit_soft_cap": 5.0},
     {"ngrams": 2, "ngram_rows": 50},
-    {"ngrams": 4, "ngram_rows": 300},
+    {"ngrams": 4, "ngram_rows": 2000},
     {"init": "zero"},
     {"init": "zero", "tie_weights": False},
     {"n_head": 1},

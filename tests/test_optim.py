@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from conftest import know_ngrams
 
 import model as models
 from model import BLOCKS, EMBEDDINGS, MLPS, NORMS, POSITIONS, ModelConfig
@@ -13,9 +14,11 @@ every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 def tiny(**keys) -> models.GPT:
     torch.manual_seed(0)
-    return models.build(
+    model = models.build(
         ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11} | keys)
     )
+    know_ngrams(model)
+    return model
 
 
 def train_some(model, optimizer, steps: int, seed: int = 0) -> None:
@@ -166,12 +169,12 @@ def test_a_run_shorter_than_its_warmup_has_rates_too():
 
 
 def test_the_tables_of_ngrams_move_by_adagrad_where_they_were_read():
-    model = tiny(ngrams=3, ngram_rows=300)
+    model = tiny(ngrams=3, ngram_rows=800)
     optimizer = make_optimizer("adamw", model, 1e-3, ngram_learning_rate=0.1)
     table = model.ngrams.table.weight
-    expected, squares = table.detach().clone(), torch.zeros(301)
+    expected, squares = table.detach().clone(), torch.zeros(801)
     for seed in range(3):
-        idx = torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(seed))
+        idx = torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(seed // 2))  # one batch comes twice
         model(idx[:, :-1], idx[:, 1:])[1].backward()
         gradient = table.grad.to_dense()
         squares += gradient.square().mean(dim=1)
@@ -180,4 +183,5 @@ def test_the_tables_of_ngrams_move_by_adagrad_where_they_were_read():
         optimizer.zero_grad()
         torch.testing.assert_close(table, expected)
     untouched = squares == 0
-    assert untouched.any() and torch.equal(table[untouched], torch.zeros(int(untouched.sum()), 32))
+    assert untouched.any() and not untouched.all()
+    assert torch.equal(table[untouched], torch.zeros(int(untouched.sum()), 32))

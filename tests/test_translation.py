@@ -99,8 +99,23 @@ def test_a_batch_depends_on_seed_and_step_alone(pairs, with_encoder):
     batches = int(in_order.batches_per_epoch(4))
     first, second = ([texts_in(in_order, b) for b in expected[i * batches : (i + 1) * batches]] for i in (0, 1))
     assert first != second
+    sizes = [[len(batch) for batch in epoch] for epoch in (first, second)]  # the batches are shuffled
+    assert sorted(sizes[0]) == sorted(sizes[1]) and sizes[0] != sizes[1]
     other = open_pairs(with_encoder, seed=2)
     assert [texts_in(other, other.batch(number, 4)) for number in range(batches)] != first
+
+
+@both_ways
+def test_pairs_of_equal_lengths_meet_others_in_each_epoch(folder, with_encoder):
+    Path("pairs.tsv").write_text("".join(f"a{i:02}\tb{i:02}\n" for i in range(90)))
+    prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte"])
+    data = open_pairs(with_encoder)
+    batches = int(data.batches_per_epoch(1))
+    first, second = (
+        {frozenset(texts_in(data, data.batch(epoch * batches + number, 1))) for number in range(batches)}
+        for epoch in (0, 1)
+    )
+    assert first != second
 
 
 def test_a_stream_that_is_no_pairs_is_refused(pairs, fails):
