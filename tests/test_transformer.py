@@ -232,6 +232,11 @@ def test_the_blocks_of_a_window_are_as_wide_to_both_sides_in_the_encoder():
     assert (after != before).any(dim=-1)[0].nonzero().flatten().tolist() == [2, 3, 4, 5, 6]
 
 
+def test_in_the_encoder_alibi_falls_to_both_sides():
+    bias = tiny(position="alibi").encoder.position.bias(4, 4)
+    assert torch.equal(bias, bias.mT) and (bias[:, 0, 1:] < 0).all()
+
+
 @pytest.mark.parametrize("T", [1, 3])
 def test_cross_attention_has_neither_rotation_nor_bias_nor_window(T):
     for position, window in itertools.product(("rotary", "alibi"), (0, 2)):
