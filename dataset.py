@@ -22,9 +22,10 @@ class Dataset:
 
     task: str
 
-    def __init__(self, folder: Path, block_size: int, seed: int):
+    def __init__(self, folder: Path, block_size: int, seed: int, meta: dict | None = None):
+        """meta: what read_meta gives, where it has been read already."""
         self.folder, self.block_size, self.seed = folder, block_size, seed
-        self.meta = read_meta(folder)
+        self.meta = meta or read_meta(folder)
         if self.meta["task"] != self.task:
             raise UserError(f"{folder} is for {self.meta['task']}, not for {self.task}")
         self.tokenizer = tokenizers.from_state(self.meta["tokenizer"])
@@ -59,8 +60,8 @@ class TokenDataset(Dataset):
 
     task = "language modelling"
 
-    def __init__(self, folder: Path, block_size: int, seed: int):
-        super().__init__(folder, block_size, seed)
+    def __init__(self, folder: Path, block_size: int, seed: int, meta: dict | None = None):
+        super().__init__(folder, block_size, seed, meta)
         for split, tokens, least in (("train", self.train, block_size + 1), ("val", self.val, 2)):
             if len(tokens) < least:
                 raise UserError(
@@ -145,8 +146,8 @@ class PairDataset(Dataset):
 
     task = "translation"
 
-    def __init__(self, folder: Path, block_size: int, seed: int, with_encoder: bool):
-        super().__init__(folder, block_size, seed)
+    def __init__(self, folder: Path, block_size: int, seed: int, with_encoder: bool, meta: dict | None = None):
+        super().__init__(folder, block_size, seed, meta)
         self.with_encoder = with_encoder
         if "test" in self.meta["splits"]:
             self.test = TokenFiles(folder, "test", self.meta)

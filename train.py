@@ -406,7 +406,8 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
     )
     if not whole and (config.dataset in prepare_data.KNOWN if stopped else not bare):
         prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, {"name": config.dataset}))
-    model, task = models.MODELS[model_config.model], read_meta(folder)["task"]
+    model, meta = models.MODELS[model_config.model], read_meta(folder)
+    task = meta["task"]
     if task not in model.tasks:
         raise UserError(
             f"dataset={config.dataset} is for {task}, but model={model_config.model} for {' and '.join(model.tasks)}"
@@ -414,8 +415,8 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
     if task == "translation":
         if not importlib.util.find_spec("sacrebleu"):  # said now and not when all is trained
             raise UserError("translations are scored with the package sacrebleu: pip install sacrebleu")
-        return PairDataset(folder, model_config.block_size, config.seed, model.has_encoder)
-    return TokenDataset(folder, model_config.block_size, config.seed)
+        return PairDataset(folder, model_config.block_size, config.seed, model.has_encoder, meta)
+    return TokenDataset(folder, model_config.block_size, config.seed, meta)
 
 
 def find_frequent_ngrams(dataset: Dataset, config: TrainConfig, model_config: ModelConfig) -> Tensor:
