@@ -366,8 +366,10 @@ class Attention(nn.Module):
         """x: (B, T, C), the newest T tokens, which follow those in the cache. Returns (B, T, C).
 
         context: (B, S, C), in cross-attention, and not needed where the cache holds its keys and values already.
-        padding: (B, S), True where a key is no token.
+        padding: (B, S), True where a key is no token. Causal attention needs none, as what stands behind the end of a
+        text is later than all of it; in a decoder, padding is of the context.
         """
+        padding = None if self.causal else padding
         q = self.queries(x)  # (B, H, T, D)
         bias = None
         if not self.cross:
@@ -496,8 +498,7 @@ class Block(nn.Module):
 
         Returns (B, T, C).
         """
-        own = None if self.cross_attn else padding
-        x = self.join(x, self.attn_norm, lambda x: self.attn(x, position, cache, padding=own))
+        x = self.join(x, self.attn_norm, lambda x: self.attn(x, position, cache, padding=padding))
         if self.cross_attn:
             x = self.join(x, self.cross_norm, lambda x: self.cross_attn(x, position, cache, context, padding))
         return self.join(x, self.mlp_norm, self.mlp) if self.mlp else x
@@ -562,8 +563,7 @@ class ParallelBlock(Block):
         padding: Tensor | None = None,
     ) -> Tensor:
         y = self.attn_norm(x)
-        own = None if self.cross_attn else padding
-        x = x + self.dropout(self.attn(y, position, cache, padding=own))
+        x = x + self.dropout(self.attn(y, position, cache, padding=padding))
         if self.cross_attn:
             x = x + self.dropout(self.cross_attn(y, position, cache, context, padding))
         return x + self.dropout(self.mlp(y))
