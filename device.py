@@ -34,14 +34,24 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 on a CUDA card that is good at it, float16 on an older one, float32 elsewhere."""
+    """auto: bfloat16 where the processor or the CUDA card multiplies it, float16 on an older card, else float32."""
     if name == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        if multiplies_bfloat16(device):
+            return torch.bfloat16
+        return torch.float16 if device.type == "cuda" else torch.float32
     if name == "float16" and device.type != "cuda":
         raise UserError(f"dtype=float16 needs a CUDA device, and this is {device.type}; use float32 or bfloat16")
     return DTYPES[name]
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Has it instructions of its own for bfloat16? Where it has none, bfloat16 is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # torch has it from 2.10 on
+        return False
+    has = torch.cpu.get_capabilities().get
+    return bool(has("avx512_bf16") or has("amx_bf16"))
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

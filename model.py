@@ -311,8 +311,10 @@ def attend(
     T, S = q.shape[2], k.shape[2]
     shared = q.shape[1] != k.shape[1]
     narrow = 0 < window < S
+    # On a CPU the backward pass of SDPA takes three times as long in bfloat16; longer texts need it for its memory.
+    written_out = q.device.type == "cpu" and torch.is_autocast_enabled("cpu") and T * S <= 512 * 512
     # SDPA's own causal mask starts at the top left, wrong where a cache makes S > T, and refuses a mask beside it.
-    is_causal = causal and T == S and not narrow and bias is None and padding is None
+    is_causal = causal and T == S and not (narrow or written_out) and bias is None and padding is None
     seen = None  # broadcasts to (B, H, T, S), True where a query may see a key; None: it may see all
     if narrow or (causal and T > 1 and not is_causal):
         key = torch.arange(S, device=q.device)
@@ -327,9 +329,23 @@ def attend(
     mask = seen if bias is None else bias.to(q.dtype)
     if bias is not None and seen is not None:
         mask = mask.masked_fill(~seen, -torch.inf)
+    if written_out:
+        return attend_written_out(q, k, v, mask, dropout)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=shared
     )
+
+
+def attend_written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """The formula as it stands. mask: broadcasts to (B, H, T, S), True where a query sees a key, or what is added."""
+    if q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, S)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -torch.inf)
+        scores += mask
+    return F.dropout(scores.softmax(dim=-1), dropout) @ v
 
 
 class Attention(nn.Module):

@@ -1,9 +1,13 @@
-"""Which rule moves which parameter, and how far: AdamW, Muon, and the learning rate over a run."""
+"""Which rule moves which parameter, and how far: AdamW, Muon, the learning rate over a run, and averaged weights."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from device import multiplies_bfloat16
 
 
 class Optimizer:
@@ -18,6 +22,11 @@ class Optimizer:
         self.param_groups = groups
         self.state: dict[Tensor, dict] = {}  # what the rule remembers of each parameter
         self.steps = 0
+
+    def set_rates(self, share: float) -> None:
+        """Each learning rate becomes this share of its highest."""
+        for group in self.param_groups:
+            group["lr"] = group["base_lr"] * share
 
     @torch.no_grad()
     def step(self) -> None:
@@ -126,8 +135,8 @@ def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
     A polynomial that draws singular values towards 1, applied steps times: Newton-Schulz with Jordan's coefficients.
     """
     dtype = x.dtype
-    if x.device.type == "cuda":
-        x = x.bfloat16()  # exact enough here, and much faster there
+    if multiplies_bfloat16(x.device):
+        x = x.bfloat16()  # exact enough here, and faster
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # the largest singular value is now at most 1
@@ -178,6 +187,38 @@ def make_optimizer(
 
 
 OPTIMIZERS = ("adamw", "muon")
+
+
+class AveragedWeights:
+    """A moving mean of a model's weights, whose loss is often lower than that of the weights of any one step.
+
+    Each step takes the mean a share of 1 - decay towards the newest weights, so that it reaches back over about
+    1 / (1 - decay) steps; at first over fewer, that the random first weights do not count for long.
+    Source: Polyak and Juditsky 1992, "Acceleration of stochastic approximation by averaging"; the share of the first
+    steps: Szegedy et al. 2015, arXiv:1512.00567, as TensorFlow's moving averages have it.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.parameters, self.decay = list(model.parameters()), decay
+        self.means = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self, steps: int) -> None:
+        """After that many steps of the optimizer."""
+        torch._foreach_lerp_(self.means, self.parameters, 1 - min(self.decay, (1 + steps) / (10 + steps)))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within this, the model has the averaged weights."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    def swap(self) -> None:
+        for i, (p, mean) in enumerate(zip(self.parameters, self.means, strict=True)):
+            self.means[i], p.data = p.data, mean
 
 
 # --------------------------------------------------------------------------------------

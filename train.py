@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -37,7 +37,7 @@ from configurator import UserError
 from dataset import Dataset, PairDataset, ReadAhead, TokenDataset, random_key
 from device import DTYPES, autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
 from model import ModelConfig
-from optim import OPTIMIZERS, SCHEDULES, Optimizer, learning_rate_at, make_optimizer
+from optim import OPTIMIZERS, SCHEDULES, AveragedWeights, Optimizer, learning_rate_at, make_optimizer
 from sample import generate
 from token_files import read_meta
 from translate import NUM_BEAMS, score, translate
@@ -73,6 +73,7 @@ class TrainConfig:
     ngram_learning_rate: float = 0.15  # ngrams: the highest for their vectors, which Adagrad moves
     ngram_min_count: int = 8  # ngrams: a run is frequent if it occurs so often in the training text
     grad_clip: float = 1.0  # longest gradient that is used as it is; 0: no limit
+    ema_decay: float = 0.0  # the weights' moving mean over about 1 / (1 - it) steps is evaluated and saved; 0: off
     # --- evaluation
     eval_interval: int = 250  # steps between evaluations; there is always one at the end
     eval_iters: int | None = None  # batches of a fixed set that an evaluation reads; None: the whole validation split
@@ -104,7 +105,7 @@ class TrainConfig:
                 raise ValueError(f"{key}={getattr(self, key)} must be above 0")
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}")
-        for key in ("beta1", "beta2", "muon_momentum"):
+        for key in ("beta1", "beta2", "muon_momentum", "ema_decay"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 0 and below 1")
         choices = {"dtype": ("auto", *DTYPES), "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
@@ -198,28 +199,9 @@ def main(argv: list[str]) -> int:
     # --- data, model, optimizer
     dataset = open_dataset(config, model_config)
     tokenizer = dataset.tokenizer
-    vocab_size = model_config.vocab_size or tokenizer.vocab_size
-    if vocab_size < tokenizer.vocab_size:
-        raise UserError(f"vocab_size={vocab_size} is below the {tokenizer.vocab_size} tokens of {config.dataset}")
-    model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
-    if model_config.ngrams and not saved:
-        runs = find_frequent_ngrams(dataset, config, model_config)
-        model_config = dataclasses.replace(model_config, ngram_rows=len(runs))
-    torch.manual_seed(config.seed)
-    model = models.build(model_config)
-    if model_config.ngrams and not saved:
-        model.ngrams.keys.copy_(runs)
-    model.to(device)
-    optimizer = make_optimizer(
-        config.optimizer,
-        model,
-        config.learning_rate,
-        (config.beta1, config.beta2),
-        config.weight_decay,
-        config.muon_learning_rate,
-        config.muon_momentum,
-        config.ngram_learning_rate,
-    )
+    model = build_model(config, model_config, dataset, new=not saved).to(device)
+    model_config, vocab_size = model.config, model.config.vocab_size
+    optimizer = build_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     progress, identity = Progress(), dataset.identity()
     if saved:
@@ -239,6 +221,10 @@ def main(argv: list[str]) -> int:
         if config.eval_iters != saved["train_config"]["eval_iters"]:
             print("note: eval_iters changed, so the best validation loss is counted anew", file=sys.stderr)
             progress = dataclasses.replace(progress, best_val_loss=math.inf, best_iter=0, evals_since_best=0)
+    averaged = AveragedWeights(model, config.ema_decay) if config.ema_decay else None
+    to_be_used = averaged.in_place if averaged else nullcontext  # within it, the model has the weights to evaluate
+    if saved:
+        model.load_state_dict(saved.get("newest_weights", saved["model"]))
     del saved
     batches = ReadAhead(dataset) if device.type == "cuda" else dataset
     net = model  # what trains; the weights are saved from the model itself, so that no name in them tells of a wrapper
@@ -261,9 +247,10 @@ def main(argv: list[str]) -> int:
     )
     evaluation = lambda: evaluate(net, dataset, config, device, dtype)  # noqa: E731
     if config.eval_only:
-        print(f"{describe(measures(evaluation(), dataset))} at iter {progress.iter}")
-        if dataset.task == "translation":
-            print(describe_translations(score_translations(model, dataset, device, dtype)))
+        with to_be_used():
+            print(f"{describe(measures(evaluation(), dataset))} at iter {progress.iter}")
+            if dataset.task == "translation":
+                print(describe_translations(score_translations(model, dataset, device, dtype)))
         return 0
 
     # --- the folder
@@ -291,13 +278,14 @@ def main(argv: list[str]) -> int:
         started = time.perf_counter() - progress.seconds
         while progress.iter < config.max_iters and not progress.waited_enough(config.early_stopping):
             lr = config.rate(progress.iter)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * lr / config.learning_rate
+            optimizer.set_rates(lr / config.learning_rate)
             loss, grad_norm, tokens = train_step(progress.iter, net, batches, optimizer, scaler, config, device, dtype)
             losses.append(loss)
             norms.append(grad_norm)
             progress.iter += 1
             progress.tokens += tokens
+            if averaged:
+                averaged.update(progress.iter)
             bar.update()
 
             last = progress.iter == config.max_iters
@@ -326,26 +314,29 @@ def main(argv: list[str]) -> int:
                 record(row)
                 tell(bar, row, progress, config.max_iters)
                 progress.losses, losses, norms = [], [], []
-            if due:
-                val_loss = evaluation()
-                if not val_loss < 700:  # beyond that, e^loss is no number any more
-                    return diverged(f"validation loss is {val_loss}", progress.iter, float(grad_norm), out_dir)
-                improved = val_loss < progress.best_val_loss
-                progress.evals_since_best = 0 if improved else progress.evals_since_best + 1
-                if improved:
-                    progress.best_val_loss, progress.best_iter = val_loss, progress.iter
-                row = measures(val_loss, dataset)
-                record(row)
-                best = ", the best so far" if improved else ""
-                say(bar, f"iter {progress.iter}: {describe(row)}{best}")
-                if dataset.task == "translation":
-                    say(bar, translate_a_few(model, dataset, device, dtype))
-                if improved:
-                    save("best.pt")
-            last = last or progress.waited_enough(config.early_stopping)
-            if stop or (due and (last or improved or config.always_save_checkpoint)):
-                training_state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                save("ckpt.pt", **training_state, progress=asdict(progress))
+            newest_weights = model.state_dict()  # they stay what they are when others take their place
+            with to_be_used():
+                if due:
+                    val_loss = evaluation()
+                    if not val_loss < 700:  # beyond that, e^loss is no number any more
+                        return diverged(f"validation loss is {val_loss}", progress.iter, float(grad_norm), out_dir)
+                    improved = val_loss < progress.best_val_loss
+                    progress.evals_since_best = 0 if improved else progress.evals_since_best + 1
+                    if improved:
+                        progress.best_val_loss, progress.best_iter = val_loss, progress.iter
+                    row = measures(val_loss, dataset)
+                    record(row)
+                    best = ", the best so far" if improved else ""
+                    say(bar, f"iter {progress.iter}: {describe(row)}{best}")
+                    if dataset.task == "translation":
+                        say(bar, translate_a_few(model, dataset, device, dtype))
+                    if improved:
+                        save("best.pt")
+                last = last or progress.waited_enough(config.early_stopping)
+                if stop or (due and (last or improved or config.always_save_checkpoint)):
+                    training_state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                    training_state |= {"newest_weights": newest_weights, "progress": asdict(progress)}
+                    save("ckpt.pt", **training_state)
             if stop:
                 break
             if due and not last:
@@ -361,6 +352,8 @@ def main(argv: list[str]) -> int:
         return 128 + stopped[0]
     if progress.waited_enough(config.early_stopping):
         print(f"stopped early: {progress.evals_since_best} evaluations without a lower validation loss")
+    if averaged:
+        averaged.swap()  # training is over
     if dataset.task == "translation":
         if (out_dir / "best.pt").exists():  # it translates best, and sample.py takes it
             model.load_state_dict(checkpoint.load(out_dir / "best.pt")["model"])
@@ -417,6 +410,39 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
             raise UserError("translations are scored with the package sacrebleu: pip install sacrebleu")
         return PairDataset(folder, model_config.block_size, config.seed, model.has_encoder, meta)
     return TokenDataset(folder, model_config.block_size, config.seed, meta)
+
+
+def build_model(config: TrainConfig, model_config: ModelConfig, dataset: Dataset, new: bool = True) -> nn.Module:
+    """A model for that data, on the CPU; its config has what only the data could tell. Raises UserError.
+
+    new: False where a checkpoint's weights take the place of the first ones, and no text is to be looked through.
+    """
+    tokenizer = dataset.tokenizer
+    vocab_size = model_config.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise UserError(f"vocab_size={vocab_size} is below the {tokenizer.vocab_size} tokens of {config.dataset}")
+    model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
+    if with_ngrams := bool(model_config.ngrams) and new:
+        runs = find_frequent_ngrams(dataset, config, model_config)
+        model_config = dataclasses.replace(model_config, ngram_rows=len(runs))
+    torch.manual_seed(config.seed)
+    model = models.build(model_config)
+    if with_ngrams:
+        model.ngrams.keys.copy_(runs)
+    return model
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module) -> Optimizer:
+    return make_optimizer(
+        config.optimizer,
+        model,
+        config.learning_rate,
+        (config.beta1, config.beta2),
+        config.weight_decay,
+        config.muon_learning_rate,
+        config.muon_momentum,
+        config.ngram_learning_rate,
+    )
 
 
 def find_frequent_ngrams(dataset: Dataset, config: TrainConfig, model_config: ModelConfig) -> Tensor:

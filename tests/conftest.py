@@ -16,7 +16,7 @@ from optim import make_optimizer
 
 TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16"]
 TINY_RUN = [*TINY_MODEL, "--dataset=tiny", "--device=cpu", "--out_dir=out/run", "--batch_size=4", "--max_iters=6"]
-TINY_RUN += ["--eval_interval=3", "--log_interval=1", "--warmup_iters=2", "--eval_iters=2"]
+TINY_RUN += ["--eval_interval=3", "--log_interval=1", "--warmup_iters=2", "--eval_iters=2", "--dtype=float32"]
 
 
 def make_text(length: int = 4000, seed: int = 0) -> str:

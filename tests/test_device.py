@@ -31,8 +31,17 @@ def test_dtype_follows_the_card(monkeypatch, capability, dtype):
     assert pick_dtype("auto", torch.device("cuda")) == dtype
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32), ({}, torch.float32)],
+    ids=str,
+)
+def test_dtype_follows_what_the_processor_can_multiply(monkeypatch, capabilities, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert pick_dtype("auto", CPU) == dtype
+
+
 def test_dtype_can_be_set_and_float16_needs_cuda():
-    assert pick_dtype("auto", CPU) == torch.float32
     assert pick_dtype("bfloat16", CPU) == torch.bfloat16
     with pytest.raises(UserError, match="dtype=float16 needs a CUDA device"):
         pick_dtype("float16", CPU)

@@ -21,6 +21,7 @@ import checkpoint
 import model as models
 import sample
 import train
+from dataset import TokenDataset
 from optim import Optimizer, make_optimizer
 from train import TrainConfig
 
@@ -266,6 +267,31 @@ def test_a_scaler_skips_the_step_whose_gradients_are_not_finite():
         optimizer.zero_grad()
         assert torch.equal(layer.weight, before) != moves
     assert scaler.get_scale() == 2.0
+
+
+def test_averaged_weights_are_evaluated_and_saved_and_training_goes_on_from_the_newest(run_train, tiny):
+    plain = run_train()
+    averaged = run_train("--ema_decay=0.9")
+    of_training = [[row["train_loss"] for row in rows if "train_loss" in row] for rows in (plain, averaged)]
+    assert of_training[0] == of_training[1]  # the mean does not disturb the run
+    assert averaged[-1]["val_loss"] != plain[-1]["val_loss"]
+    latest, best = (checkpoint.load(OUT / name) for name in ("ckpt.pt", "best.pt"))
+    dataset = TokenDataset(tiny, 16, seed=1337)
+    losses = {}
+    for name, weights in (("model", latest["model"]), ("newest", latest["newest_weights"]), ("best", best["model"])):
+        model = models.build(models.ModelConfig(**latest["model_config"]))
+        model.load_state_dict(weights)
+        cpu, config = torch.device("cpu"), train.TrainConfig(batch_size=4, eval_iters=2)
+        losses[name] = train.evaluate(model, dataset, config, cpu, torch.float32)
+    assert losses["model"] == losses["best"] == averaged[-1]["val_loss"]
+    assert losses["newest"] == plain[-1]["val_loss"]
+
+
+def test_a_run_with_averaged_weights_resumes_exactly(run_train):
+    straight = run_train("--ema_decay=0.9")
+    run_train("--ema_decay=0.9", "--max_iters=3", "--lr_decay_iters=6")
+    resumed = run_train("--ema_decay=0.9", "--lr_decay_iters=6", "--init_from=resume")
+    assert resumed == straight
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
