@@ -1,16 +1,23 @@
 """How fast, side by side with others on this machine. The last line is one JSON object.
 
     python bench.py --what=train --nanogpt=../nanoGPT     a step of ours, a step of nanoGPT's, in turn
+    python bench.py --what=loss --nanogpt=../nanoGPT      how long to a loss, and which loss in equal time
+    python bench.py --what=profile                        where a step's time goes
     python bench.py --what=prepare --input=FILE.txt       prepare_data.py with GPT-2's tokens, and tiktoken alone
     python bench.py --what=read --dataset=NAME            batches out of token files, on one core
 
-train: same shapes, same math (nanoGPT's CPU preset, AdamW, float32), same text; medians in milliseconds, and `speedup`,
-nanoGPT's median over ours. prepare: MB/s of both, the most memory that all processes together held, and `share`, our
-speed over that of tiktoken on one core times the number of cores. read: tokens per second, and what memory grew by.
+train: same shapes, same math (nanoGPT's CPU preset and AdamW, or a --config), same text; medians in milliseconds, and
+`speedup`, nanoGPT's median over ours. Each runs in a process of its own, as its users have it.
+loss: nanoGPT's CPU preset as it is, then --config with as many steps as fit into the seconds that took, for each seed.
+Both are scored by the same function on the whole validation split, in blocks of their own block_size, and on nanoGPT's
+200 batches of random crops. Seconds are those of training alone. `speedup` is the ratio of the seconds to --target.
+prepare: MB/s of both, the most memory that all processes together held, and `share`, our speed over that of tiktoken on
+one core times the number of cores. read: tokens per second, and what memory grew by.
 """
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -18,56 +25,71 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
-from tqdm import trange
+from torch import Tensor, nn
+from tqdm import tqdm, trange
 
 import configurator
-import model as models
 from configurator import UserError
-from dataset import TokenDataset
-from device import keep_freed_memory
-from model import ModelConfig
-from optim import make_optimizer
+from dataset import ReadAhead, TokenDataset
+from device import DTYPES, autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
+from model import ModelConfig, flops_per_token
 from tokenizer import BytePairTokenizer
-from train import TrainConfig, train_step
+from train import TrainConfig, build_model, build_optimizer, evaluate, open_dataset, to_device, train_step
 
 # nanoGPT's preset for a laptop's CPU, as the command in its README sets it
-SHAPE = {"block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128, "dropout": 0.0, "bias": False}
-PRESET = TrainConfig(batch_size=12, learning_rate=1e-3, beta2=0.99, weight_decay=0.1, grad_clip=1.0)
+SHAPE = ModelConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False)
+PRESET = TrainConfig(batch_size=12, max_iters=2000, learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, beta2=0.99)
 PREPARE = Path(__file__).with_name("prepare_data.py")
+WARMUP = 20  # steps that are not counted
 
 
 @dataclass(frozen=True)
 class BenchConfig:
     # --- benchmark
-    what: str = "train"  # train, prepare or read, as told above
-    nanogpt: str | None = None  # a nanoGPT checkout to stand beside; None: this program alone
-    steps: int = 300  # what=train: steps of each that are counted, after 20 that are not
-    input: str | None = None  # what=prepare: a text file, the larger the better
-    dataset: str = "shakespeare_char"  # what=read: a folder in data/
-    block_size: int = 1024  # what=read: tokens in a row
-    batch_size: int = 12  # what=read: rows in a batch
-    batches: int = 100_000  # what=read: how many are read
+    what: str = "train"  # train, loss, profile, prepare or read, as told above
+    nanogpt: str | None = None  # train, loss: a nanoGPT checkout to stand beside; None: this program alone
+    config: str | None = None  # the config file that runs; None: nanoGPT's CPU preset; loss: config/shakespeare_char.py
+    steps: int = 300  # train, profile: steps that are counted, after 20 that are not
+    target: float = 1.88  # loss: the validation loss to be reached
+    seeds: int = 3  # loss: so many runs of each, one of ours after one of nanoGPT's
+    device: str = "auto"  # train, loss, profile: auto, cpu, cuda, cuda:1 or mps
+    dtype: str | None = None  # train, loss, profile: of ours; None: float32 in train, else auto
+    input: str | None = None  # prepare: a text file, the larger the better
+    dataset: str | None = None  # a folder in data/; train: or random tokens; None: the config's, or shakespeare_char
+    block_size: int = 1024  # read: tokens in a row
+    batch_size: int = 12  # read: rows in a batch
+    batches: int = 100_000  # read: how many are read
 
     def __post_init__(self):
         if self.what not in BENCHMARKS:
             raise ValueError(f"what={self.what} is not one of: {', '.join(BENCHMARKS)}")
-        for key in ("steps", "block_size", "batch_size", "batches"):
+        for key in ("steps", "seeds", "block_size", "batch_size", "batches"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        if not self.target > 0:
+            raise ValueError(f"target={self.target} must be above 0")
         if self.what == "prepare" and self.input is None:
             raise ValueError("what=prepare needs --input=FILE.txt")
-        belong = {"nanogpt": "train", "steps": "train", "input": "prepare", "dataset": "read", "block_size": "read"}
-        for key, what in (belong | {"batch_size": "read", "batches": "read"}).items():
-            if self.what != what and getattr(self, key) != getattr(BenchConfig, key):
-                raise ValueError(f"{key}={getattr(self, key)} goes with --what={what} only")
+        if self.what == "loss" and self.nanogpt is None:
+            raise ValueError("what=loss needs --nanogpt=FOLDER, a checkout of nanoGPT")
+        training = ("train", "loss", "profile")
+        belong = {"input": ("prepare",), "block_size": ("read",), "batch_size": ("read",), "batches": ("read",)}
+        belong |= {"nanogpt": ("train", "loss"), "target": ("loss",), "seeds": ("loss",), "steps": ("train", "profile")}
+        belong |= {"config": training, "device": training, "dtype": training, "dataset": (*training, "read")}
+        for key, whats in belong.items():
+            if self.what not in whats and getattr(self, key) != getattr(BenchConfig, key):
+                raise ValueError(f"{key}={getattr(self, key)} goes with --what={' or '.join(whats)} only")
+        if self.dtype not in (None, "auto", *DTYPES):
+            raise ValueError(f"dtype={self.dtype} is not one of: auto, {', '.join(DTYPES)}")
         if self.nanogpt is not None and not (Path(self.nanogpt) / "model.py").exists():
             raise ValueError(f"nanogpt={self.nanogpt} has no model.py; give the folder of a checkout")
 
@@ -81,65 +103,297 @@ def main(argv: list[str]) -> None:
 # Training
 
 
+class Run:
+    """A model in training, a step at a time, and what it is scored by; of this program or of nanoGPT."""
+
+    def __init__(self, config: TrainConfig, model_config: ModelConfig, device: str, dtype: str):
+        self.config, self.block_size = config, model_config.block_size
+        self.device = pick_device(device)
+        self.dtype = pick_dtype(dtype, self.device)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        random = config.dataset == "random"
+        self.dataset = RandomTokens(self.block_size) if random else open_dataset(config, model_config)
+
+    def step(self, it: int) -> None:
+        """Step number it, the first being 0. It ends when its loss is known, so that a GPU has done its work."""
+        raise NotImplementedError
+
+    def take_steps(self, first: int, count: int) -> list[float]:
+        """Steps number first and on. Returns the seconds of each."""
+        return [timed(lambda it=it: self.step(it)) for it in range(first, first + count)]
+
+    def val_loss(self) -> float:
+        """Nats a token over the whole validation split, in blocks of block_size one after another, in float32."""
+        return evaluate(self.model, self.dataset, replace(self.config, eval_iters=None), self.device, torch.float32)
+
+    @torch.no_grad()
+    def crops_loss(self) -> float:
+        """As nanoGPT counts it: the mean over 200 batches of random crops of the validation split."""
+        draw, losses = np.random.default_rng(1337), []
+        self.model.eval()
+        for _ in range(200):
+            starts = draw.integers(len(self.dataset.val) - self.block_size, size=self.config.batch_size)
+            losses.append(self.model(**to_device(self.dataset.blocks("val", starts), self.device))[1].item())
+        self.model.train()
+        return statistics.mean(losses)
+
+    def flops_per_token(self) -> int:
+        return flops_per_token(self.model)
+
+
+class Ours(Run):
+    """Steps as train.py takes them."""
+
+    def __init__(self, config: TrainConfig, model_config: ModelConfig, device: str, dtype: str):
+        keep_freed_memory()
+        super().__init__(config, model_config, device, dtype)
+        self.batches = ReadAhead(self.dataset) if self.device.type == "cuda" else self.dataset
+        self.model = build_model(config, model_config, self.dataset).to(self.device)
+        self.net = torch.compile(self.model) if self.device.type == "cuda" else self.model
+        self.optimizer = build_optimizer(config, self.model)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def step(self, it: int) -> None:
+        self.optimizer.set_rates(self.config.rate(it) / self.config.learning_rate)
+        optimizer, scaler = self.optimizer, self.scaler
+        train_step(it, self.net, self.batches, optimizer, scaler, self.config, self.device, self.dtype)[0].item()
+
+
+class NanoGPT(Run):
+    """nanoGPT's model and optimizer, the body of its loop and its way of drawing batches."""
+
+    def __init__(self, config: TrainConfig, model_config: ModelConfig, device: str, dtype: str, checkout: Path):
+        super().__init__(config, model_config, device, dtype)
+        spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclass looks itself up there
+        spec.loader.exec_module(module)
+        torch.manual_seed(config.seed)
+        keys = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+        shape = {key: getattr(model_config, key) for key in keys}
+        vocab_size = model_config.vocab_size or self.dataset.tokenizer.vocab_size
+        self.model = module.GPT(module.GPTConfig(**shape, vocab_size=vocab_size)).to(self.device)
+        self.net = torch.compile(self.model) if self.device.type == "cuda" else self.model
+        rates = config.weight_decay, config.learning_rate, (config.beta1, config.beta2)
+        self.optimizer = self.model.configure_optimizers(*rates, device_type=self.device.type)
+        self.next_batch = self.get_batch()
+
+    def get_batch(self) -> tuple[Tensor, Tensor]:
+        if self.config.dataset == "random":
+            return tuple(to_device(self.dataset.batch(0, self.config.batch_size), self.device).values())
+        path, T = self.dataset.folder / "train.bin", self.block_size
+        data = np.memmap(path, dtype=np.uint16, mode="r")  # opened anew for each batch, as there
+        starts = torch.randint(len(data) - T, (self.config.batch_size,))
+        idx = torch.stack([torch.from_numpy(data[i : i + T].astype(np.int64)) for i in starts])
+        targets = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + T].astype(np.int64)) for i in starts])
+        return tuple(to_device({"idx": idx, "targets": targets}, self.device).values())
+
+    def step(self, it: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate(it)
+        with autocast(self.device, self.dtype):
+            _, loss = self.net(*self.next_batch)
+        self.next_batch = self.get_batch()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.item()
+
+
+class RandomTokens:
+    """Batches of tokens that mean nothing, where only the time counts: as large as GPT-2's vocabulary."""
+
+    tokenizer = types.SimpleNamespace(vocab_size=50257)
+
+    def __init__(self, block_size: int):
+        self.block_size = block_size
+
+    def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        ids = torch.randint(self.tokenizer.vocab_size, (batch_size, self.block_size + 1), generator=generator)
+        return {"idx": ids[:, :-1], "targets": ids[:, 1:].contiguous()}
+
+
+def read_config(config: BenchConfig, default: str | None = None) -> tuple[TrainConfig, ModelConfig]:
+    """The settings of the config file, or of the default one, or else nanoGPT's CPU preset."""
+    if path := config.config or default:
+        given = configurator.read([path], ModelConfig, TrainConfig)
+        train_config, model_config = (configurator.make(cls, given) for cls in (TrainConfig, ModelConfig))
+    else:
+        train_config, model_config = PRESET, SHAPE
+    if config.dataset is not None:
+        train_config = replace(train_config, dataset=config.dataset)
+    name = train_config.dataset
+    if name != "random" and not (Path("data") / name / "meta.json").exists():
+        raise UserError(f"no data/{name}; run: python prepare_data.py {name}")
+    return train_config, model_config
+
+
 def bench_train(config: BenchConfig) -> dict:
-    folder = Path("data/shakespeare_char")
-    if not (folder / "meta.json").exists():
-        raise UserError(f"no {folder}; run: python prepare_data.py shakespeare_char")
-    steppers = {"ours": our_step(folder)}
+    train_config, model_config = read_config(config)
+    train_config = replace(train_config, gradient_accumulation_steps=1)
+    arguments = (train_config, model_config, config.device, config.dtype or "float32")
+    runs = {"ours": (Ours, *arguments)}
     if config.nanogpt:
-        steppers["nanogpt"] = nanogpt_step(Path(config.nanogpt), folder)
-    times = {name: [] for name in steppers}
-    for it in trange(config.steps + 20, disable=not sys.stderr.isatty()):
-        for name, step in steppers.items():
-            began = time.perf_counter()
-            step(it)
-            if it >= 20:
-                times[name].append(1000 * (time.perf_counter() - began))
-    result = {f"{name}_ms": round(statistics.median(ms), 2) for name, ms in times.items()}
+        # on a GPU it computes in bfloat16 by itself, on a CPU never
+        dtype = arguments[-1] if pick_device(config.device).type == "cuda" else "float32"
+        runs["nanogpt"] = (NanoGPT, *arguments[:-1], dtype, Path(config.nanogpt))
+    seconds, turn = {name: [] for name in runs}, 10  # steps of the one, then of the other
+    with in_processes(runs) as ask, tqdm(total=config.steps + WARMUP, unit="step", disable=None) as bar:
+        for first in range(0, config.steps + WARMUP, turn):
+            count = min(turn, config.steps + WARMUP - first)
+            for name in runs:
+                seconds[name] += ask[name]("take_steps", first, count)
+            bar.update(count)
+        flops = ask["ours"]("flops_per_token")
+    medians = {name: statistics.median(each[WARMUP:]) for name, each in seconds.items()}
+    tokens, peak = train_config.batch_size * model_config.block_size, peak_flops(pick_device(config.device))
+    result = {}
+    for name, median in medians.items():
+        result |= {f"{name}_ms": round(1000 * median, 2), f"{name}_tokens_per_second": round(tokens / median)}
+        if peak:
+            result[f"{name}_mfu"] = round(tokens / median * flops / peak, 4)
     if config.nanogpt:
-        result["speedup"] = round(statistics.median(times["nanogpt"]) / statistics.median(times["ours"]), 3)
+        result["speedup"] = round(medians["nanogpt"] / medians["ours"], 3)
     return result
 
 
-def our_step(folder: Path) -> Callable[[int], float]:
-    """A function that trains one step as train.py does and returns the loss."""
-    keep_freed_memory()
-    dataset = TokenDataset(folder, SHAPE["block_size"], seed=1)
-    model = models.build(ModelConfig(**SHAPE, vocab_size=dataset.tokenizer.vocab_size))
-    optimizer = make_optimizer("adamw", model, PRESET.learning_rate, (PRESET.beta1, PRESET.beta2), PRESET.weight_decay)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    cpu = torch.device("cpu")
-    return lambda it: float(train_step(it, model, dataset, optimizer, scaler, PRESET, cpu, torch.float32)[0])
+@contextmanager
+def in_processes(runs: dict[str, tuple]) -> Iterator[dict[str, Callable]]:
+    """Each run in a process of its own. Gives {name: ask}: ask("method", *arguments) is what that method returns.
+
+    runs: {name: (class, *arguments)}. While one works, the others wait for a message.
+    """
+    context, ask, processes = multiprocessing.get_context("spawn"), {}, []
+    try:
+        for name, run in runs.items():
+            here, there = context.Pipe()
+            processes.append(context.Process(target=answer, args=(there, *run), daemon=True))
+            processes[-1].start()
+            there.close()
+            ask[name] = lambda *question, here=here: (here.send(question), here.recv())[1]
+        yield ask
+    except EOFError as error:
+        raise UserError("a run ended before its time; what it said stands above") from error
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
 
 
-def nanogpt_step(checkout: Path, folder: Path) -> Callable[[int], float]:
-    """The same for nanoGPT: its model and optimizer, and the body of its loop with its way of drawing batches."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclass looks itself up there
-    spec.loader.exec_module(module)
-    vocab_size = TokenDataset(folder, SHAPE["block_size"], seed=1).tokenizer.vocab_size
-    model = module.GPT(module.GPTConfig(**SHAPE, vocab_size=vocab_size))
-    optimizer = model.configure_optimizers(
-        PRESET.weight_decay, PRESET.learning_rate, (PRESET.beta1, PRESET.beta2), device_type="cpu"
-    )
-    block_size, batch_size = SHAPE["block_size"], PRESET.batch_size
+def answer(connection: Connection, cls: type, *arguments) -> None:
+    run = cls(*arguments)
+    with suppress(EOFError):
+        while True:
+            method, *given = connection.recv()
+            connection.send(getattr(run, method)(*given))
 
-    def get_batch() -> tuple[torch.Tensor, torch.Tensor]:
-        data = np.memmap(folder / "train.bin", dtype=np.uint16, mode="r")  # opened anew for each batch, as there
-        starts = torch.randint(len(data) - block_size, (batch_size,))
-        x = torch.stack([torch.from_numpy(data[i : i + block_size].astype(np.int64)) for i in starts])
-        y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + block_size].astype(np.int64)) for i in starts])
-        return x, y
 
-    def step(it: int) -> float:
-        _, loss = model(*get_batch())
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), PRESET.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+# --------------------------------------------------------------------------------------
+# Time to a loss
 
-    return step
+
+def bench_loss(config: BenchConfig) -> dict:
+    ours, our_shape = read_config(config, "config/shakespeare_char.py")
+    theirs = replace(PRESET, dataset=ours.dataset)
+    rows = []
+    for seed in range(1, config.seeds + 1):
+        run = (NanoGPT, replace(theirs, seed=seed), SHAPE, config.device, "float32", Path(config.nanogpt))
+        with in_processes({"nanogpt": run}) as ask:
+            row = train_to(ask["nanogpt"], theirs.max_iters, 100, config.target)
+        told = {f"nanogpt_{key}": value for key, value in row.items()}
+        run = (Ours, replace(ours, seed=seed), our_shape, config.device, config.dtype or "auto")
+        with in_processes({"ours": run}) as ask:  # how many steps fit into the same time; then it is thrown away
+            each = statistics.median(ask["ours"]("take_steps", 0, 3 * WARMUP)[WARMUP:])
+        steps = max(1, int(0.98 * row["seconds"] / each))
+        run = (Ours, replace(ours, seed=seed, max_iters=steps), *run[2:])
+        with in_processes({"ours": run}) as ask:
+            row = train_to(ask["ours"], steps, 5, config.target)
+        told |= {f"ours_{key}": value for key, value in row.items()} | {"ours_steps": steps}
+        if told["ours_seconds_to_target"]:
+            # where nanoGPT has not come there, its whole time counts
+            to_target = told["nanogpt_seconds_to_target"] or told["nanogpt_seconds"]
+            told["speedup"] = to_target / told["ours_seconds_to_target"]
+        rows.append({key: round(value, 4) for key, value in told.items() if value is not None})
+        print(f"seed {seed}: {json.dumps(rows[-1])}", flush=True)
+    keys = [key for key in rows[0] if all(key in row for row in rows)]
+    return {key: round(statistics.median(row[key] for row in rows), 4) for key in keys} | {"target": config.target}
+
+
+def train_to(ask: Callable, steps: int, interval: int, target: float) -> dict:
+    """Train for so many steps; until the target is reached, the validation loss is read after every interval of them.
+
+    Returns the seconds of all steps, those until the target was seen (None: never), and both losses at the end.
+    """
+    seconds, reached = 0.0, None
+    with tqdm(total=steps, unit="step", disable=None) as bar:
+        for first in range(0, steps, interval):
+            count = min(interval, steps - first)
+            seconds += sum(ask("take_steps", first, count))
+            bar.update(count)
+            if reached is None and ask("val_loss") <= target:
+                reached = seconds
+    losses = {"val_loss": ask("val_loss"), "crops_loss": ask("crops_loss")}
+    return {"seconds": seconds, "seconds_to_target": reached, **losses}
+
+
+# --------------------------------------------------------------------------------------
+# Where the time goes
+
+
+def bench_profile(config: BenchConfig) -> dict:
+    """Parts of a step, measured one by one, and the operators that take longest, as torch's profiler tells them."""
+    run = Ours(*read_config(config, "config/shakespeare_char.py"), config.device, config.dtype or "auto")
+    run.take_steps(0, WARMUP)
+    seconds: dict[str, float] = {}
+    parts = [
+        ("read a batch", run.dataset, "batch"),
+        ("forward", run.model, "forward"),
+        ("backward", Tensor, "backward"),
+    ]
+    parts += [("clip", nn.utils, "clip_grad_norm_"), ("optimizer", run.optimizer, "step")]
+    with ExitStack() as watched:
+        for name, owner, method in parts:
+            watched.enter_context(stopwatch(name, owner, method, seconds, run.device))
+        seconds["whole step"] = sum(run.take_steps(WARMUP, config.steps))
+    ms = {name: 1000 * value / config.steps for name, value in seconds.items()}
+    print("\n".join(f"{name:<14}{each:9.2f} ms {each / ms['whole step']:6.1%}" for name, each in ms.items()))
+    steps = min(config.steps, 20)
+    with torch.profiler.profile() as profile:
+        run.take_steps(WARMUP + config.steps, steps)
+    on_gpu = run.device.type == "cuda"
+    spent = {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) for e in profile.key_averages()}
+    calls = {event.key: event.count for event in profile.key_averages()}
+    whole = sum(spent.values())
+    print(f"\n{'operator':<48}{'ms a step':>10}{'share':>8}{'calls':>8}")
+    for name, microseconds in sorted(spent.items(), key=lambda item: -item[1])[:15]:
+        share = microseconds / whole
+        print(f"{name[:47]:<48}{microseconds / 1000 / steps:10.2f}{share:8.1%}{calls[name] / steps:8.0f}")
+    return {name.replace(" ", "_") + "_ms": round(each, 3) for name, each in ms.items()}
+
+
+@contextmanager
+def stopwatch(name: str, owner: object, method: str, seconds: dict, device: torch.device) -> Iterator[None]:
+    """Within this, calls of the method add their time to seconds[name]; a GPU's work is waited for."""
+    original = getattr(owner, method)
+
+    def watched(*arguments, **keys):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        result = original(*arguments, **keys)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
+        return result
+
+    own = method in vars(owner)
+    setattr(owner, method, watched)
+    try:
+        yield
+    finally:
+        setattr(owner, method, original) if own else delattr(owner, method)
 
 
 # --------------------------------------------------------------------------------------
@@ -206,7 +460,7 @@ def bench_read(config: BenchConfig) -> dict:
     """Batches in the order of training. Memory that the process owns is told from mapped pages of the files."""
     torch.set_num_threads(1)
     began = time.perf_counter()
-    dataset = TokenDataset(Path("data") / config.dataset, config.block_size, seed=1337)
+    dataset = TokenDataset(Path("data") / (config.dataset or "shakespeare_char"), config.block_size, seed=1337)
     dataset.batch(0, config.batch_size)
     first = time.perf_counter() - began
     for index in range(100):
@@ -228,7 +482,8 @@ def own_memory() -> int:
     return int(lines["RssAnon"].split()[0]) * 1024
 
 
-BENCHMARKS = {"train": bench_train, "prepare": bench_prepare, "read": bench_read}
+BENCHMARKS = {"train": bench_train, "loss": bench_loss, "profile": bench_profile}
+BENCHMARKS |= {"prepare": bench_prepare, "read": bench_read}
 
 
 if __name__ == "__main__":

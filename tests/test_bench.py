@@ -1,11 +1,16 @@
 import json
+import math
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_text
 
 import bench
 import prepare_data
+from model import flops_per_token
 from tokenizer import BytePairTokenizer
 
 NANOGPT = """
@@ -29,7 +34,7 @@ class GPT(torch.nn.Module):
 
     def forward(self, idx, targets):
         logits = self.table(idx)
-        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         return torch.optim.SGD(self.parameters(), lr=learning_rate)
@@ -38,28 +43,98 @@ class GPT(torch.nn.Module):
 
 @pytest.fixture
 def text(folder):
+    """data/shakespeare_char, and folders of a nanoGPT and of a config."""
     Path("text.txt").write_text(make_text())
     prepare_data.main(["--input=text.txt", "--name=shakespeare_char"])
-
-
-def test_the_last_line_is_json_with_the_ratio_of_the_medians(text, capsys):
     Path("other").mkdir()
     Path("other/model.py").write_text(NANOGPT)
-    bench.main(["--nanogpt=other", "--steps=2"])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(result) == {"ours_ms", "nanogpt_ms", "speedup"}
+    Path("tiny.py").write_text(
+        "n_layer = 1\nn_head = 2\nn_embd = 32\nblock_size = 16\nlearning_rate = 1e-2\nwarmup_iters = 2\n"
+        "ngrams = 3\noptimizer = 'muon'\n"
+    )
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs without processes of their own, which take seconds to start."""
+
+    @contextmanager
+    def in_this_process(runs):
+        made = {name: cls(*arguments) for name, (cls, *arguments) in runs.items()}
+        yield {name: lambda method, *given, run=run: getattr(run, method)(*given) for name, run in made.items()}
+
+    monkeypatch.setattr(bench, "in_processes", in_this_process)
+    monkeypatch.setattr(bench, "WARMUP", 2)
+
+
+def last_line(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_steps_of_both_are_timed_in_processes_of_their_own_and_the_ratio_is_of_the_medians(text, capsys):
+    bench.main(["--nanogpt=other", "--steps=2", "--config=tiny.py"])
+    result = last_line(capsys)
     assert result["speedup"] == pytest.approx(result["nanogpt_ms"] / result["ours_ms"], rel=0.05, abs=0.01)
+    assert result["ours_tokens_per_second"] == pytest.approx(12 * 16 / result["ours_ms"] * 1000, rel=0.05)
 
 
-def test_alone_it_times_this_program(text, capsys):
-    bench.main(["--steps=1"])
-    assert set(json.loads(capsys.readouterr().out.splitlines()[-1])) == {"ours_ms"}
+def test_alone_it_times_this_program_on_random_tokens_too(text, here, capsys):
+    Path("wide.py").write_text("n_layer = 1\nn_embd = 16\nblock_size = 8\nvocab_size = 50304\n")
+    bench.main(["--steps=1", "--config=wide.py", "--dataset=random", "--dtype=bfloat16"])
+    assert last_line(capsys).keys() == {"ours_ms", "ours_tokens_per_second"}
 
 
-def test_our_step_learns(text):
-    step = bench.our_step(Path("data/shakespeare_char"))
-    losses = [step(it) for it in range(30)]
-    assert losses[-1] < losses[0] - 0.5
+def test_where_the_card_is_known_its_use_is_told(text, here, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "peak_flops", lambda device: 1e12)
+    bench.main(["--steps=1", "--config=tiny.py"])
+    result = last_line(capsys)
+    model = bench.Ours(*bench.read_config(bench.BenchConfig(config="tiny.py")), "cpu", "float32").model
+    speed = result["ours_tokens_per_second"]
+    assert result["ours_mfu"] == pytest.approx(speed * flops_per_token(model) / 1e12, rel=0.01, abs=1e-4)
+
+
+def test_both_train_to_the_target_and_ours_for_as_long_as_nanogpt(text, here, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "PRESET", replace(bench.PRESET, max_iters=300))
+    bench.main(["--what=loss", "--nanogpt=other", "--config=tiny.py", "--target=2.6", "--seeds=1", "--device=cpu"])
+    out = capsys.readouterr().out
+    assert out.startswith("seed 1: {")
+    result = json.loads(out.splitlines()[-1])
+    assert result["ours_seconds_to_target"] <= result["ours_seconds"]
+    assert result["ours_val_loss"] < 2.6 and result["nanogpt_val_loss"] > 2.6  # a table of pairs cannot learn as much
+    assert result["speedup"] == pytest.approx(result["nanogpt_seconds"] / result["ours_seconds_to_target"], rel=0.01)
+
+
+def test_both_are_scored_by_one_function_on_the_whole_split_and_on_random_crops(text):
+    for run in (bench.Ours(bench.PRESET, bench.SHAPE, "cpu", "float32"), theirs(bench.PRESET)):
+        for parameter in run.model.parameters():
+            parameter.data.zero_()  # all tokens have the same chance
+        tokens = run.dataset.tokenizer.vocab_size
+        assert run.val_loss() == pytest.approx(math.log(tokens), abs=1e-5)
+        assert run.crops_loss() == pytest.approx(math.log(tokens), abs=1e-5)
+
+
+def theirs(config) -> bench.NanoGPT:
+    return bench.NanoGPT(config, bench.SHAPE, "cpu", "float32", Path("other"))
+
+
+def test_our_steps_and_theirs_learn(text):
+    for run in (
+        bench.Ours(bench.PRESET, bench.SHAPE, "cpu", "float32"),
+        theirs(replace(bench.PRESET, learning_rate=1)),
+    ):
+        before = run.val_loss()
+        assert len(run.take_steps(0, 30)) == 30
+        assert run.val_loss() < before - 0.05
+
+
+def test_the_profile_tells_the_parts_of_a_step_and_its_operators(text, capsys):
+    bench.main(["--what=profile", "--config=tiny.py", "--steps=2", "--device=cpu"])
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    parts = [result[f"{part}_ms"] for part in ("read_a_batch", "forward", "backward", "clip", "optimizer")]
+    assert 0 < sum(parts) <= result["whole_step_ms"]
+    assert "aten::mm" in out
+    assert "backward" in torch.Tensor.__dict__ and "stopwatch" not in str(torch.Tensor.backward)  # as it was
 
 
 def test_preparing_is_timed_beside_tiktoken_alone(folder, monkeypatch, capsys):
@@ -85,9 +160,13 @@ def test_reading_is_timed(text, capsys):
 
 
 def test_bad_input_is_one_line(folder, fails):
-    assert "what=memory is not one of: train, prepare, read" in fails(bench.main, "--what=memory")
+    assert "what=memory is not one of: train, loss, profile, prepare, read" in fails(bench.main, "--what=memory")
     assert "what=prepare needs --input" in fails(bench.main, "--what=prepare")
     assert "batches=5 goes with --what=read only" in fails(bench.main, "--batches=5")
     assert "nanogpt=nothing has no model.py" in fails(bench.main, "--nanogpt=nothing")
+    assert "what=loss needs --nanogpt" in fails(bench.main, "--what=loss")
+    assert "target=0.0 must be above 0" in fails(bench.main, "--what=loss", "--target=0")
+    assert "dtype=int8 is not one of: auto, float32" in fails(bench.main, "--dtype=int8")
+    assert "steps=5 goes with --what=train or profile only" in fails(bench.main, "--what=read", "--steps=5")
     assert "steps=0 must be at least 1" in fails(bench.main, "--steps=0")
     assert "no data/shakespeare_char; run: python prepare_data.py shakespeare_char" in fails(bench.main)

@@ -1,11 +1,11 @@
 # GPT-2's smallest size as it was, on an open version of the text that it was trained on.
 #
 #   python prepare_data.py openwebtext --files=80     24 GB to fetch; without --files the first file, 300 MB
-#   python train.py config/openwebtext.py
+#   python train.py config/gpt2_124m.py
 #
 # For a GPU with 24 GB or more; nanoGPT reports 2.85 after 600,000 steps on 8 A100. Unmeasured here.
 
-out_dir = "out/openwebtext"
+out_dir = "out/gpt2_124m"
 dataset = "openwebtext"
 
 n_layer = 12
