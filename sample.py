@@ -142,9 +142,10 @@ def print_translations(config: SampleConfig, model: nn.Module, tokenizer: Tokeni
     """One line for each line of the text; an empty one stays empty."""
     if config.start is None:
         raise UserError('nothing to translate; give a sentence, as --start="Wo wohnst du?", or --start=FILE:german.txt')
-    if not config.start:
+    text = read_start(config.start)
+    if not text:
         raise UserError("an empty text; give at least one character to translate")
-    lines = [" ".join(line.split()) for line in read_start(config.start).removesuffix("\n").split("\n")]
+    lines = [" ".join(line.split()) for line in text.removesuffix("\n").split("\n")]
     # without the token that ends the source; where it shares the window with its translation, that has half of it
     room = (model.config.block_size if model.has_encoder else model.config.block_size // 2) - 1
     for first in tqdm(range(0, len(lines), LINES), unit=f"{LINES} lines", delay=2, disable=None):

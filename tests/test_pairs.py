@@ -2,6 +2,7 @@ import gzip
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -307,6 +308,18 @@ def test_killed_at_any_moment_and_started_again_it_writes_the_same_bytes(folder)
         again = killed_at(10**6, *PREPARE, "--workers=1")
         assert again.returncode == 0, again.stderr
         assert contents("mine") == whole, f"killed at call {call} of {calls}"
+
+
+def test_from_wherever_it_stands_it_goes_on_with_the_same_units(folder, monkeypatch):
+    write_tsv("own.tsv", [ROWS[0], ("", ""), *ROWS[1:]])
+    config = prepare_data.settle(prepare_data.PrepareConfig(name="mine", tokenizer="byte"), pairs=True)
+    monkeypatch.setattr(corpus_module, "UNIT", 400)
+    found = pairs.Pairs(config, [(None, (Path("own.tsv"),))] * 2, "own.tsv")
+    start = corpus_module.Progress("", "", {}, found.nothing_counted())
+    units = list(found.units(start))
+    assert len(units) > 9 and len({unit.file for unit in units}) == 3
+    for number, unit in enumerate(units, start=1):
+        assert list(found.units(replace(start, file=unit.file, piece=unit.piece))) == units[number:]
 
 
 def test_several_processes_write_the_same_bytes_as_one(folder):

@@ -248,6 +248,27 @@ def test_cross_attention_has_neither_rotation_nor_bias_nor_window(T):
         torch.testing.assert_close(cross(*args, context), cross(*args, swapped))
 
 
+def test_with_qk_norm_the_size_of_keys_and_queries_has_no_say_in_cross_attention_either():
+    model = shaken(n_layer=1, qk_norm=True)
+    source, idx = tokens(2, 6), tokens(2, 5, seed=1)
+    before, _ = model(idx, source=source)
+    for linear in ("key", "query"):
+        getattr(model.decoder.blocks[0].cross_attn, linear).weight.data.mul_(10)
+        torch.testing.assert_close(model(idx, source=source)[0], before)
+
+
+def test_caches_refuse_a_source_with_padding():
+    with pytest.raises(AssertionError, match="caches do not remember padding"):
+        tiny().make_caches(with_padding(tokens(2, 6), [3, 6]))
+
+
+def test_the_branches_of_each_stack_are_counted_apart_for_gpt2s_first_weights():
+    model = tiny(n_layer=3, n_embd=96)
+    for stack, branches in ((model.encoder, 6), (model.decoder, 9)):
+        stds = [parameter.std().item() for name, parameter in stack.named_parameters() if ".proj." in name]
+        assert stds == pytest.approx([0.02 / branches**0.5] * branches, rel=0.05)
+
+
 # --------------------------------------------------------------------------------------
 # The loss
 

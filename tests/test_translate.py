@@ -8,8 +8,9 @@ import torch
 from test_transformer import EOT, shaken, tokens
 
 import model as models
+import translate as translation
 from model import ModelConfig
-from translate import beam_search, score, translate
+from translate import Translation, beam_search, score, translate
 
 
 def decoder_only(**keys) -> models.GPT:
@@ -131,9 +132,50 @@ def test_the_source_is_encoded_once_however_long_the_translation():
     assert len(encoded) == 1
 
 
+def plain_search(model, source: np.ndarray, num_beams: int, limit: int) -> Translation:
+    """A beam search without caches, one beam after the other, over four tokens."""
+    beams, best = [([], 0.0)], None
+    mean = lambda beam: beam[1] / len(beam[0])  # noqa: E731
+    for _ in range(limit):
+        longer = [beam for beam in beams if beam[0][-1:] == [EOT]]
+        for ids, total in beams:
+            if ids[-1:] != [EOT]:
+                longer += [([*ids, t], total + log_probabilities(model, source, [*ids, t])[-1]) for t in range(4)]
+        beams = sorted(longer, key=mean, reverse=True)[:num_beams]
+        ended = [beam for beam in beams if beam[0][-1] == EOT]
+        best = max([*filter(None, [best]), *ended], key=mean, default=None)
+        if len(ended) == len(beams):
+            break
+    ids, _ = found = best or beams[0]
+    return Translation(ids[:-1] if best else ids, mean(found), ended=bool(best))
+
+
+@both_ways
+def test_two_beams_find_what_a_plain_search_without_caches_finds(make):
+    model = make(vocab_size=4)
+    sources = [source % 4 for source in some_sources(*[2 + i % 4 for i in range(16)])]
+    for source, found in zip(sources, translate(model, sources, EOT, 2, max_new_tokens=7), strict=True):
+        expected = plain_search(model, source, 2, 7)
+        assert (found.ids, found.ended) == (expected.ids, expected.ended)
+        assert found.score == pytest.approx(expected.score, abs=1e-5)
+
+
+def test_no_more_than_so_many_sentences_are_translated_side_by_side(monkeypatch):
+    model, read = shaken(), []
+    model.encoder.register_forward_hook(lambda module, args, x: read.append(x.shape[:2]))
+    monkeypatch.setattr(translation, "SIDE_BY_SIDE", 2)
+    translate(model, some_sources(4, 6, 4, 4, 6, 4, 4), EOT)
+    assert read == [(2, 4), (2, 4), (1, 4), (2, 6)]
+
+
 def test_a_perfect_translation_scores_100_and_the_signature_tells_how():
     lines = ["A man sleeps on a bench.", "Two children play ball in the park."]
     scores = score(lines, lines)
     assert scores["bleu"] == pytest.approx(100) and scores["chrf"] == pytest.approx(100)
     assert "tok:13a" in scores["bleu_signature"] and "case:mixed" in scores["bleu_signature"]
     assert score(["A dog runs."], lines[:1])["bleu"] < 10
+
+
+def test_a_translation_that_leaves_words_out_is_punished_for_its_length():
+    whole = "A man in a blue shirt sleeps on a bench"
+    assert score([whole], [f"{whole} near the lake"])["bleu"] == pytest.approx(100 * np.exp(1 - 13 / 10))

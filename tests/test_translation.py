@@ -118,6 +118,60 @@ def test_pairs_of_equal_lengths_meet_others_in_each_epoch(folder, with_encoder):
     assert first != second
 
 
+def prepare_bytes(rows: list[tuple[str, str]], *argv: str) -> None:
+    Path("pairs.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in rows))
+    prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte", *argv])
+
+
+@both_ways
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_the_longest_pair_of_all_splits_just_fits(pairs, with_encoder, split):
+    data = open_pairs(with_encoder)
+    source, _ = max((data.tokenizer.decode(ids[:-1]), text) for ids, text in data.texts(split))
+    prepare_bytes([(s, "long " * 9 + "it is." if s == source else t) for s, t in make_pairs()], "--val_fraction=0.2")
+    needed = 52 if with_encoder else len(source.encode()) + 1 + 52 - 1  # its last token is never read
+    assert PairDataset(Path("data/pairs"), needed, 1, with_encoder).texts(split)
+    with pytest.raises(UserError, match=f"needs room for {needed} tokens, .* take --block_size={needed}$"):
+        PairDataset(Path("data/pairs"), needed - 1, 1, with_encoder)
+
+
+def test_one_long_source_makes_no_other_batch_small(folder):
+    prepare_bytes([("long" * 9, "a"), *[(f"s{i:02}", f"t{i:02}") for i in range(90)]], "--max_pair_ratio=20")
+    sizes = np.diff(open_pairs().batch_starts("train", 2))
+    assert sorted(sizes)[0] == 2 and sizes.max() == 20  # of 4 tokens each, in 2 times 40
+
+
+@both_ways
+def test_eval_iters_reads_so_many_batches_of_all_lengths_always_the_same(folder, with_encoder):
+    prepare_bytes(make_pairs(), "--val_fraction=0.4")
+    data = open_pairs(with_encoder)
+    whole, some = (
+        [sorted(texts_in(data, batch)) for batch in data.val_batches(1, eval_iters)] for eval_iters in (None, 3)
+    )
+    assert len(whole) > 6 and len(some) == 3 and all(batch in whole for batch in some)
+    first, middle, last = (whole.index(batch) * 3 // len(whole) for batch in some)  # in which third of the lengths
+    assert (first, middle, last) == (0, 1, 2)
+    assert some == [sorted(texts_in(data, batch)) for batch in open_pairs(with_encoder, seed=2).val_batches(1, 3)]
+    assert [sorted(texts_in(data, batch)) for batch in data.val_batches(1, 999)] == whole
+    assert data.describe(1, 3)[1] == f"{sum(map(len, some))} of {sum(map(len, whole))} pairs"
+
+
+def test_some_texts_are_drawn_from_the_first_to_the_last(pairs):
+    everything = [text for _, text in open_pairs().texts("train")]
+    assert [text for _, text in open_pairs().texts("train", 3)] == [
+        everything[0], everything[(len(everything) - 1) // 2], everything[-1],
+    ]  # fmt: skip
+    assert len(open_pairs().texts("val", 999)) == len(open_pairs().texts("val"))
+
+
+@both_ways
+def test_bits_per_byte_are_of_the_translation_alone(folder, with_encoder):
+    prepare_bytes([(source, target[:9]) for source, target in make_pairs()], "--val_fraction=0.2")
+    data = open_pairs(with_encoder)
+    lengths = [len(text.encode()) for _, text in data.texts("val")]
+    assert data.val_bytes_per_token() == sum(lengths) / (sum(lengths) + len(lengths))  # a byte each, and an end
+
+
 def test_a_stream_that_is_no_pairs_is_refused(pairs, fails):
     meta = json.loads((pairs / "meta.json").read_text())
     del meta["splits"]["test"]
@@ -216,6 +270,18 @@ def test_the_weights_that_are_scored_are_those_of_the_best_checkpoint(pairs, mon
     assert torch.equal(scored[0], best) and not torch.equal(best, latest)
 
 
+def test_it_translates_without_dropout_and_writes_no_token_that_only_pads_the_vocabulary(pairs, monkeypatch):
+    calls, translate = [], train.translate
+
+    def watched(model, sources, eot, num_beams=1, known=None):
+        calls.append((model.training, num_beams, known))
+        return translate(model, sources, eot, num_beams, known=known)
+
+    monkeypatch.setattr(train, "translate", watched)
+    assert train.main([*TINY, "--dropout=0.1", "--vocab_size=300"]) == 0
+    assert calls == [(False, 1, 257), (False, 1, 257), (False, 4, 257)]  # shown twice, then scored
+
+
 def test_wandb_gets_the_score_before_it_is_told_that_all_is_over(pairs, monkeypatch):
     fake = FakeWandb(online=True)
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -249,8 +315,11 @@ def test_without_a_test_split_the_validation_split_is_scored(folder, capsys):
 # Translating
 
 
-def test_empty_lines_stay_empty_and_long_ones_are_cut_and_told(pairs, capsys):
-    train.main(TINY)
+@both_ways
+def test_empty_lines_stay_empty_and_long_ones_are_cut_and_told(pairs, capsys, monkeypatch, with_encoder):
+    train.main([*TINY, *([] if with_encoder else NO_ENCODER)])
+    read, translate = [], sample.translate
+    monkeypatch.setattr(sample, "translate", lambda *args: (read.extend(args[1]), translate(*args))[1])
     Path("german.txt").write_text(f"\ufeffWo ist\u2028da?\n\n  \n{'sehr ' * 20}lang.\n", encoding="utf-8")
     capsys.readouterr()
     sample.main(["--out_dir=out/run", "--start=FILE:german.txt", "--max_new_tokens=5"])
@@ -258,6 +327,33 @@ def test_empty_lines_stay_empty_and_long_ones_are_cut_and_told(pairs, capsys):
     lines = said.out.split("\n")
     assert len(lines) == 5 and lines[1] == lines[2] == lines[4] == ""
     assert "note: line 4 has 105 tokens; the first 39 are read" in said.err
+    assert [bytes(ids[:-1].tolist()).decode() for ids in read] == ["Wo ist da?", ("sehr " * 20)[:39]]
+
+
+def test_lines_keep_their_order_and_numbers_however_many_are_translated_at_once(pairs, capsys, monkeypatch):
+    train.main(TINY)
+    echo = lambda model, sources, *args: [Translation(ids[:-1].tolist(), -1.0, ids[0] < 53) for ids in sources]  # noqa: E731
+    monkeypatch.setattr(sample, "translate", echo)
+    monkeypatch.setattr(sample, "LINES", 2)
+    Path("german.txt").write_text("1\n2\n\n4\n5\n" + 50 * "6")
+    capsys.readouterr()
+    sample.main(["--out_dir=out/run", "--start=FILE:german.txt"])
+    said = capsys.readouterr()
+    assert said.out == "1\n2\n\n4\n5\n" + 39 * "6" + "\n"
+    assert [line for line in said.err.splitlines() if line.startswith("note")] == [
+        "note: line 6 has 50 tokens; the first 39 are read",
+        "note: line 5 has no room for more of its translation",
+        "note: line 6 has no room for more of its translation",
+    ]
+
+
+def test_beams_penalty_and_length_are_those_asked_for(pairs, monkeypatch):
+    train.main([*TINY, "--vocab_size=300"])
+    asked = []
+    monkeypatch.setattr(sample, "translate", lambda *args: asked.append(args[3:]) or [Translation([], 0.0, True)])
+    sample.main(["--out_dir=out/run", "--start=Wo?"])
+    sample.main(["--out_dir=out/run", "--start=Wo?", "--num_beams=7", "--length_penalty=0.5", "--max_new_tokens=9"])
+    assert asked == [(4, 1.0, 500, 257), (7, 0.5, 9, 257)]
 
 
 def test_a_translation_is_one_line_whatever_the_model_writes_and_one_without_room_is_told(pairs, capsys, monkeypatch):
@@ -301,14 +397,22 @@ def test_bad_input_of_a_translation(pairs, fails, tiny):
     assert "block_size=20; take --block_size=" in fails(train.main, *TINY, "--block_size=20", "--out_dir=out/other")
     with pytest.raises(UserError, match="nothing to translate; give a sentence"):
         sample.main(["--out_dir=out/run"])
+    Path("empty.txt").write_text("")
+    for start in ("", "FILE:empty.txt"):
+        with pytest.raises(UserError, match="an empty text; give at least one character"):
+            sample.main(["--out_dir=out/run", f"--start={start}"])
     assert "length_penalty=inf" in fails(sample.main, "--length_penalty=inf")
     assert "num_beams=0" in fails(sample.main, "--num_beams=0")
     assert "ngram_rows=5 cannot be chosen" in fails(train.main, *TINY, "--ngrams=2", "--ngram_rows=5")
     assert "no run of tokens occurs that often" in fails(train.main, *TINY, "--ngrams=2", "--ngram_min_count=9999")
 
 
-def test_keys_of_the_other_task_are_told_to_do_nothing(pairs, capsys):
+def test_keys_of_the_other_task_are_told_to_do_nothing(pairs, tiny, capsys):
     train.main(TINY)
     capsys.readouterr()
     sample.main(["--out_dir=out/run", "--start=Wo?", "--temperature=0.5", "--max_new_tokens=3"])
     assert "note: temperature=0.5 has no effect for a model of translation" in capsys.readouterr().err
+    assert train.main([*TINY_RUN, "--out_dir=out/text"]) == 0
+    capsys.readouterr()
+    sample.main(["--out_dir=out/text", "--num_beams=4", "--max_new_tokens=3"])
+    assert "note: num_beams=4 has no effect for a model of language modelling" in capsys.readouterr().err
