@@ -83,20 +83,26 @@ class NgramEmbedding(nn.Module):
     def __init__(self, config: "ModelConfig"):
         super().__init__()
         assert config.ngram_rows is not None, "the data set gives ngram_rows before the model is built"
-        self.n = config.ngrams
+        self.n, self.dropout = config.ngrams, config.ngram_dropout
         self.register_buffer("keys", torch.arange(config.ngram_rows))  # of the frequent runs, sorted: see ngram_keys
         self.table = nn.EmbeddingBag(
             config.ngram_rows + 1, config.n_embd, mode="sum", sparse=True, padding_idx=config.ngram_rows
         )
 
     def forward(self, idx: Tensor, before: Tensor) -> Tensor:
-        """idx: (B, T) token ids; before: (B, any number), those that come before. Returns (B, T, C)."""
+        """idx: (B, T) token ids; before: (B, any number), those that come before. Returns (B, T, C).
+
+        In training a share of the places, dropout, gets nothing, so that the rest of the model learns to do without.
+        """
         T = idx.shape[1]
         text = torch.cat([before, idx], dim=1)
         keys = torch.stack([key[:, -T:] for key in ngram_keys(text, self.n)], dim=-1)  # (B, T, n - 1)
         rows = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
         rows = rows.where(self.keys[rows] == keys, len(self.keys))  # the row behind the last is left out of the sum
-        return self.table(rows.flatten(0, 1)).unflatten(0, idx.shape)
+        x = self.table(rows.flatten(0, 1)).unflatten(0, idx.shape)
+        if self.training and self.dropout:
+            x = x * F.dropout(torch.ones_like(x[..., :1]), self.dropout)
+        return x
 
 
 def ngram_keys(text: Tensor, n: int) -> Iterator[Tensor]:
@@ -874,6 +880,7 @@ class ModelConfig:
     bias: bool = False  # learnt shifts in linear layers and layer norms, as GPT-2 has them
     embedding: str = "table"  # table: trained; number: window_mlp reads a token as its own number, with n_embd=1
     ngrams: int = 0  # frequent runs of 2, 3, ... up to so many tokens have vectors, too; 6 for characters; 0: off
+    ngram_dropout: float = 0.0  # ngrams: share of the places that do without in training; 0.2 on small data
     ngram_rows: int | None = None  # ngrams: how many have vectors; it is found in the training text, not chosen
     tie_weights: bool = True  # one table both reads tokens and predicts them
     position: str = "learned"  # how places are told apart: none, learned, sinusoidal, rotary or alibi
@@ -908,7 +915,7 @@ class ModelConfig:
         for key in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size", "vocab_size", "ngram_rows"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        for key in ("dropout", "label_smoothing"):
+        for key in ("dropout", "label_smoothing", "ngram_dropout"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 0 and below 1")
         if not 0 <= self.logit_soft_cap < math.inf:

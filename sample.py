@@ -52,7 +52,7 @@ class SampleConfig:
     context: str = "fast"  # window full: fast reads its newest half again; exact its newest block_size, every token
     # --- system
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto, float32, bfloat16 or float16
+    dtype: str = "auto"  # auto: float32 on a CPU, bfloat16 or float16 on CUDA; float32, bfloat16, float16
     compile: bool = False  # nanoGPT's key; has no effect, since every length of text would be compiled anew
 
     def __post_init__(self):
@@ -97,7 +97,9 @@ def main(argv: list[str]) -> None:
             print(f"note: {key}={given[key]} has no effect for a model of {saved['task']}", file=sys.stderr)
     if config.compile:
         print("note: compile=True has no effect in sample.py", file=sys.stderr)
-    with autocast(device, pick_dtype(config.dtype, device)):
+    # a CPU that writes token by token waits for memory, not for products
+    dtype = "float32" if (config.dtype, device.type) == ("auto", "cpu") else config.dtype
+    with autocast(device, pick_dtype(dtype, device)):
         if translates:
             print_translations(config, model, tokenizer)
         else:

@@ -86,7 +86,7 @@ class TrainConfig:
     wandb_run_name: str | None = None  # name there; None: the name of out_dir
     # --- system
     device: str = "auto"  # auto: the GPU if there is one; cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto: bfloat16 or float16 on CUDA, else float32; float32, bfloat16, float16
+    dtype: str = "auto"  # auto: bfloat16 where it is multiplied fast, else float16 on CUDA, float32; or one of these
     compile: bool | None = None  # torch.compile; None: on CUDA only, where it pays
     backend: str = "nccl"  # nanoGPT's key for several processes; this trainer runs in one
 
@@ -131,7 +131,7 @@ class TrainConfig:
 # Keys that do nothing "with" this value of another key, or "without" it; unless that other key does nothing itself
 NO_EFFECT = [
     ("n_head n_kv_head tie_weights position norm block mlp qk_norm embed_norm init", "with", "model", "window_mlp"),
-    ("ngram_rows ngram_learning_rate ngram_min_count", "with", "ngrams", 0),
+    ("ngram_rows ngram_dropout ngram_learning_rate ngram_min_count", "with", "ngrams", 0),
     ("rope_base rope_factor", "with", "model", "window_mlp"),
     ("rope_low_freq_factor rope_high_freq_factor rope_original_context", "with", "model", "window_mlp"),
     ("rope_base rope_factor", "without", "position", "rotary"),
@@ -378,7 +378,8 @@ def check_resumable(saved: dict, given: dict, path: Path) -> None:
     if "optimizer" not in saved:
         raise UserError(f"{path} holds a model but not the state of its training; is it a copy of best.pt?")
     model_config = asdict(ModelConfig()) | saved["model_config"]  # an older checkpoint may lack a key
-    fixed = {key: value for key, value in model_config.items() if key not in ("dropout", "label_smoothing")}
+    of_training = ("dropout", "label_smoothing", "ngram_dropout")
+    fixed = {key: value for key, value in model_config.items() if key not in of_training}
     course = ("dataset", "seed", "batch_size", "gradient_accumulation_steps", "optimizer", "ngram_min_count")
     train_config = asdict(TrainConfig()) | saved["train_config"]
     fixed |= {key: train_config[key] for key in course}
@@ -626,7 +627,7 @@ def train_step(
     tokens = [int((batch["targets"] >= 0).sum()) for batch in micro_batches]
     mean_loss = torch.zeros((), device=device)
     for index, batch, counted in zip(indices, micro_batches, tokens, strict=True):
-        if model.config.dropout:
+        if model.config.dropout or model.config.ngram_dropout:
             torch.manual_seed(random_key(config.seed, index))
         with autocast(device, dtype):
             _, loss = model(**to_device(batch, device))

@@ -260,6 +260,24 @@ def test_attention_is_a_weighted_mean_of_the_values(cached, T, window, n_kv_head
     torch.testing.assert_close(attend(q, k, v, causal=True, window=window, bias=bias), expected)
 
 
+@pytest.mark.parametrize(("causal", "padded"), [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(("length", "window"), [(9, 0), (9, 4), (4, 0)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_written_out_is_that_of_torch(causal, padded, length, window, biased):
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, length, 8).requires_grad_()
+    k, v = (torch.randn(2, 2, 9, 8).requires_grad_() for _ in range(2))
+    bias = torch.randn(4, length, 9) if biased else None
+    padding = torch.arange(9) >= torch.tensor([[9], [6]]) if padded and length == 9 else None
+    results = []
+    for mixed in (False, True):  # in mixed precision a CPU has it written out
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            y = attend(q, k, v, causal, window, bias, padding)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))])
+    for expected, found in zip(*results, strict=True):
+        assert (found - expected).norm() < 0.02 * expected.norm()
+
+
 def test_the_usual_attention_makes_no_mask(monkeypatch):
     """A mask would cost the fast kernels."""
     masks = []
@@ -489,3 +507,15 @@ def test_the_vectors_of_runs_add_to_those_of_tokens():
     idx = tokens(2, 5)
     model(idx)
     torch.testing.assert_close(seen[0], model.wte.weight[idx] + model.ngrams(idx, idx[:, :0]))
+
+
+def test_ngram_dropout_leaves_out_whole_places_in_training_only():
+    model = tiny(ngrams=3, ngram_rows=100, ngram_dropout=0.4)
+    torch.nn.init.ones_(model.ngrams.table.weight)
+    idx = torch.randint(11, (40, 16), generator=torch.Generator().manual_seed(0))
+    none = idx[:, :0]
+    found, whole = model.ngrams(idx, none), model.eval().ngrams(idx, none)
+    known = whole[..., 0] > 0
+    left_out = (found == 0).all(dim=-1)
+    assert left_out[known].float().mean() == pytest.approx(0.4, abs=0.1)
+    torch.testing.assert_close(found[~left_out], whole[~left_out] / 0.6)
