@@ -40,7 +40,7 @@ from tqdm import tqdm, trange
 import configurator
 from configurator import UserError
 from dataset import ReadAhead, TokenDataset
-from device import DTYPES, autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
+from device import DTYPES, autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype, set_float32_products
 from model import ModelConfig, flops_per_token
 from tokenizer import BytePairTokenizer
 from train import TrainConfig, build_model, build_optimizer, evaluate, open_dataset, to_device, train_step
@@ -111,7 +111,7 @@ class Run:
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
+            set_float32_products(self.device)  # nanoGPT, too, asks for TF32
         random = config.dataset == "random"
         self.dataset = RandomTokens(self.block_size) if random else open_dataset(config, model_config)
 
@@ -148,6 +148,7 @@ class Ours(Run):
     def __init__(self, config: TrainConfig, model_config: ModelConfig, device: str, dtype: str):
         keep_freed_memory()
         super().__init__(config, model_config, device, dtype)
+        set_float32_products(self.device)
         self.batches = ReadAhead(self.dataset) if self.device.type == "cuda" else self.dataset
         self.model = build_model(config, model_config, self.dataset).to(self.device)
         self.net = torch.compile(self.model) if self.device.type == "cuda" else self.model

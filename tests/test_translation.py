@@ -24,7 +24,7 @@ from translate import Translation
 
 TINY = ["--dataset=pairs", "--device=cpu", "--model=transformer", "--n_layer=1", "--n_head=2", "--n_embd=32"]
 TINY += ["--block_size=40", "--batch_size=4", "--log_interval=1", "--eval_interval=3", "--max_iters=6"]
-TINY += ["--warmup_iters=2", "--out_dir=out/run"]
+TINY += ["--warmup_iters=2", "--out_dir=out/run", "--dtype=float32"]
 NO_ENCODER = ["--model=gpt", "--block_size=80"]
 
 

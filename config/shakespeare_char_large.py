@@ -1,0 +1,39 @@
+# The best model of tiny Shakespeare here: for an hour of 2 CPU cores, or minutes of a GPU.
+#
+#   python train.py config/shakespeare_char_large.py
+#
+# On 2 CPU cores it takes XX minutes and ends at a validation loss near XX nats per character.
+# What was tried, and what it bought, is in RECORDS.md.
+
+out_dir = "out/shakespeare_char_large"
+dataset = "shakespeare_char"
+
+n_layer = 6
+n_head = 4
+n_embd = 256
+block_size = 256
+position = "rotary"
+norm = "rmsnorm"
+activation = "relu_squared"
+qk_norm = True
+init = "zero"
+tie_weights = False
+ngrams = 6
+ngram_min_count = 4
+ngram_dropout = 0.3
+dropout = 0.15
+
+batch_size = 16
+max_iters = 2100
+optimizer = "muon"
+learning_rate = 6e-3
+muon_learning_rate = 0.03
+ngram_learning_rate = 0.03  # low, since the text is read many times
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 20
+weight_decay = 0.0
+grad_clip = 0.0
+eval_interval = 700
+eval_iters = 28  # all of the validation split
