@@ -21,11 +21,13 @@ init = "zero"  # each block starts by changing nothing
 tie_weights = False
 ngrams = 6  # what 2 to 6 characters are followed by is most of what can be learnt so fast
 ngram_min_count = 4
-ngram_dropout = 0.2  # or it would be learnt by heart
+ngram_dropout = 0.3  # or it would be learnt by heart, as would the rest without dropout
+ngram_learning_rate = 0.05
+dropout = 0.1
 
 # the training
 batch_size = 8
-max_iters = 1500
+max_iters = 1750
 optimizer = "muon"
 learning_rate = 6e-3
 muon_learning_rate = 0.03
