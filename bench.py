@@ -49,6 +49,7 @@ from train import TrainConfig, build_model, build_optimizer, evaluate, open_data
 SHAPE = ModelConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False)
 PRESET = TrainConfig(batch_size=12, max_iters=2000, learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, beta2=0.99)
 PREPARE = Path(__file__).with_name("prepare_data.py")
+SIZES = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")  # what nanoGPT's model can be told
 WARMUP = 20  # steps that are not counted
 
 
@@ -170,8 +171,7 @@ class NanoGPT(Run):
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclass looks itself up there
         spec.loader.exec_module(module)
         torch.manual_seed(config.seed)
-        keys = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-        shape = {key: getattr(model_config, key) for key in keys}
+        shape = {key: getattr(model_config, key) for key in SIZES}
         vocab_size = model_config.vocab_size or self.dataset.tokenizer.vocab_size
         self.model = module.GPT(module.GPTConfig(**shape, vocab_size=vocab_size)).to(self.device)
         self.net = torch.compile(self.model) if self.device.type == "cuda" else self.model
@@ -237,6 +237,9 @@ def bench_train(config: BenchConfig) -> dict:
     arguments = (train_config, model_config, config.device, config.dtype or "float32")
     runs = {"ours": (Ours, *arguments)}
     if config.nanogpt:
+        others = replace(ModelConfig(), **{key: getattr(model_config, key) for key in (*SIZES, "vocab_size")})
+        if model_config != others or train_config.optimizer != "adamw":
+            raise UserError(f"config={config.config} is no GPT-2 trained by AdamW, which is all that nanoGPT can be")
         # on a GPU it computes in bfloat16 by itself, on a CPU never
         dtype = arguments[-1] if pick_device(config.device).type == "cuda" else "float32"
         runs["nanogpt"] = (NanoGPT, *arguments[:-1], dtype, Path(config.nanogpt))

@@ -48,6 +48,7 @@ def text(folder):
     prepare_data.main(["--input=text.txt", "--name=shakespeare_char"])
     Path("other").mkdir()
     Path("other/model.py").write_text(NANOGPT)
+    Path("plain.py").write_text("n_layer = 1\nn_head = 2\nn_embd = 32\nblock_size = 16\n")
     Path("tiny.py").write_text(
         "n_layer = 1\nn_head = 2\nn_embd = 32\nblock_size = 16\nlearning_rate = 1e-2\nwarmup_iters = 2\n"
         "ngrams = 3\noptimizer = 'muon'\n"
@@ -72,7 +73,7 @@ def last_line(capsys) -> dict:
 
 
 def test_steps_of_both_are_timed_in_processes_of_their_own_and_the_ratio_is_of_the_medians(text, capsys):
-    bench.main(["--nanogpt=other", "--steps=2", "--config=tiny.py"])
+    bench.main(["--nanogpt=other", "--steps=2", "--config=plain.py"])
     result = last_line(capsys)
     assert result["speedup"] == pytest.approx(result["nanogpt_ms"] / result["ours_ms"], rel=0.05, abs=0.01)
     assert result["ours_tokens_per_second"] == pytest.approx(12 * 16 / result["ours_ms"] * 1000, rel=0.05)
@@ -170,3 +171,7 @@ def test_bad_input_is_one_line(folder, fails):
     assert "steps=5 goes with --what=train or profile only" in fails(bench.main, "--what=read", "--steps=5")
     assert "steps=0 must be at least 1" in fails(bench.main, "--steps=0")
     assert "no data/shakespeare_char; run: python prepare_data.py shakespeare_char" in fails(bench.main)
+
+
+def test_what_nanogpt_cannot_be_is_not_timed_beside_it(text, fails):
+    assert "tiny.py is no GPT-2 trained by AdamW" in fails(bench.main, "--nanogpt=other", "--config=tiny.py")
