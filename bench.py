@@ -1,18 +1,22 @@
 """How fast, side by side with others on this machine. The last line is one JSON object.
 
-    python bench.py --what=train --nanogpt=../nanoGPT     a step of ours, a step of nanoGPT's, in turn
+    python bench.py --what=train --nanogpt=../nanoGPT     ten steps of ours, ten of nanoGPT's, in turn
     python bench.py --what=loss --nanogpt=../nanoGPT      how long to a loss, and which loss in equal time
     python bench.py --what=profile                        where a step's time goes
     python bench.py --what=prepare --input=FILE.txt       prepare_data.py with GPT-2's tokens, and tiktoken alone
     python bench.py --what=read --dataset=NAME            batches out of token files, on one core
 
 train: same shapes, same math (nanoGPT's CPU preset and AdamW, or a --config), same text; medians in milliseconds, and
-`speedup`, nanoGPT's median over ours. Each runs in a process of its own, as its users have it.
+`speedup`, nanoGPT's median over ours. Each runs in a process of its own, as its users have it; nanoGPT computes in
+float32 on a CPU and in bfloat16 on a GPU, ours as --dtype says.
 loss: nanoGPT's CPU preset as it is, then --config with as many steps as fit into the seconds that took, for each seed.
-Both are scored by the same function on the whole validation split, in blocks of their own block_size, and on nanoGPT's
-200 batches of random crops. Seconds are those of training alone. `speedup` is the ratio of the seconds to --target.
+Both are scored by the same function on the whole validation split, in blocks of their own block_size, and as nanoGPT
+does it, on 200 batches of random crops. Seconds are those of training alone; those to --target are read off a straight
+line between the evaluations around it, and `speedup` is their ratio.
+profile: read, forward, backward and so on, measured one by one, without compiling.
 prepare: MB/s of both, the most memory that all processes together held, and `share`, our speed over that of tiktoken on
 one core times the number of cores. read: tokens per second, and what memory grew by.
+Of a --config, what it says of device, dtype, compiling and evaluation does not count here.
 """
 
 import importlib.util
@@ -29,6 +33,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -58,14 +63,14 @@ class BenchConfig:
     # --- benchmark
     what: str = "train"  # train, loss, profile, prepare or read, as told above
     nanogpt: str | None = None  # train, loss: a nanoGPT checkout to stand beside; None: this program alone
-    config: str | None = None  # the config file that runs; None: nanoGPT's CPU preset; loss: config/shakespeare_char.py
+    config: str | None = None  # train, loss, profile: config file; None: in train nanoGPT's CPU preset, else the demo
     steps: int = 300  # train, profile: steps that are counted, after 20 that are not
     target: float = 1.88  # loss: the validation loss to be reached
     seeds: int = 3  # loss: so many runs of each, one of ours after one of nanoGPT's
     device: str = "auto"  # train, loss, profile: auto, cpu, cuda, cuda:1 or mps
     dtype: str | None = None  # train, loss, profile: of ours; None: float32 in train, else auto
     input: str | None = None  # prepare: a text file, the larger the better
-    dataset: str | None = None  # a folder in data/; train: or random tokens; None: the config's, or shakespeare_char
+    dataset: str | None = None  # a folder in data/; random: tokens that mean nothing; None: the config's, or the demo's
     block_size: int = 1024  # read: tokens in a row
     batch_size: int = 12  # read: rows in a batch
     batches: int = 100_000  # read: how many are read
@@ -111,8 +116,8 @@ class Run:
         self.config, self.block_size = config, model_config.block_size
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
-        if self.device.type == "cuda":
-            set_float32_products(self.device)  # nanoGPT, too, asks for TF32
+        if self.device.type == "cuda":  # nanoGPT, too, asks for TF32
+            set_float32_products(self.device)
         random = config.dataset == "random"
         self.dataset = RandomTokens(self.block_size) if random else open_dataset(config, model_config)
 
@@ -139,20 +144,27 @@ class Run:
         self.model.train()
         return statistics.mean(losses)
 
-    def flops_per_token(self) -> int:
-        return flops_per_token(self.model)
+    def compiled(self) -> nn.Module:
+        """The model, on a GPU compiled, and tried on a batch, since compiling is not what is timed."""
+        if self.device.type != "cuda":
+            return self.model
+        net, batch = torch.compile(self.model), self.dataset.batch(0, self.config.batch_size)
+        with autocast(self.device, self.dtype):
+            net(**to_device(batch, self.device))[1].backward()
+        self.model.zero_grad()
+        return net
 
 
 class Ours(Run):
     """Steps as train.py takes them."""
 
-    def __init__(self, config: TrainConfig, model_config: ModelConfig, device: str, dtype: str):
+    def __init__(self, config: TrainConfig, model_config: ModelConfig, device: str, dtype: str, compiled: bool = True):
         keep_freed_memory()
         super().__init__(config, model_config, device, dtype)
         set_float32_products(self.device)
         self.batches = ReadAhead(self.dataset) if self.device.type == "cuda" else self.dataset
         self.model = build_model(config, model_config, self.dataset).to(self.device)
-        self.net = torch.compile(self.model) if self.device.type == "cuda" else self.model
+        self.net = self.compiled() if compiled else self.model
         self.optimizer = build_optimizer(config, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
@@ -161,12 +173,17 @@ class Ours(Run):
         optimizer, scaler = self.optimizer, self.scaler
         train_step(it, self.net, self.batches, optimizer, scaler, self.config, self.device, self.dtype)[0].item()
 
+    def flops_per_token(self) -> int:
+        return flops_per_token(self.model)
+
 
 class NanoGPT(Run):
     """nanoGPT's model and optimizer, the body of its loop and its way of drawing batches."""
 
-    def __init__(self, config: TrainConfig, model_config: ModelConfig, device: str, dtype: str, checkout: Path):
-        super().__init__(config, model_config, device, dtype)
+    def __init__(self, config: TrainConfig, model_config: ModelConfig, device: str, checkout: Path):
+        super().__init__(config, model_config, device, "bfloat16" if pick_device(device).type == "cuda" else "float32")
+        if config.dataset != "random" and not self.reads(self.dataset.folder):
+            raise UserError(f"{self.dataset.folder} is not one file of uint16 tokens, which is all that nanoGPT reads")
         spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclass looks itself up there
         spec.loader.exec_module(module)
@@ -174,10 +191,13 @@ class NanoGPT(Run):
         shape = {key: getattr(model_config, key) for key in SIZES}
         vocab_size = model_config.vocab_size or self.dataset.tokenizer.vocab_size
         self.model = module.GPT(module.GPTConfig(**shape, vocab_size=vocab_size)).to(self.device)
-        self.net = torch.compile(self.model) if self.device.type == "cuda" else self.model
+        self.net = self.compiled()
         rates = config.weight_decay, config.learning_rate, (config.beta1, config.beta2)
         self.optimizer = self.model.configure_optimizers(*rates, device_type=self.device.type)
         self.next_batch = self.get_batch()
+
+    def reads(self, folder: Path) -> bool:
+        return self.dataset.meta["dtype"] == "uint16" and (folder / "train.bin").exists()
 
     def get_batch(self) -> tuple[Tensor, Tensor]:
         if self.config.dataset == "random":
@@ -196,7 +216,8 @@ class NanoGPT(Run):
             _, loss = self.net(*self.next_batch)
         self.next_batch = self.get_batch()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        if self.config.grad_clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         loss.item()
@@ -225,9 +246,17 @@ def read_config(config: BenchConfig, default: str | None = None) -> tuple[TrainC
         train_config, model_config = PRESET, SHAPE
     if config.dataset is not None:
         train_config = replace(train_config, dataset=config.dataset)
+    if train_config.ema_decay:
+        raise UserError(f"ema_decay={train_config.ema_decay} is not timed here; take a config without it")
+    pick_dtype(config.dtype or "auto", pick_device(config.device))  # said now, and not by another process
     name = train_config.dataset
-    if name != "random" and not (Path("data") / name / "meta.json").exists():
+    if name == "random":
+        if config.what == "loss" or model_config.ngrams:
+            raise UserError("dataset=random has nothing to learn and no frequent runs: not for what=loss, nor ngrams")
+    elif not (Path("data") / name).exists():
         raise UserError(f"no data/{name}; run: python prepare_data.py {name}")
+    elif open_dataset(train_config, model_config).task != "language modelling":
+        raise UserError(f"dataset={name} has pairs, and what={config.what} is for text in one stream")
     return train_config, model_config
 
 
@@ -240,9 +269,7 @@ def bench_train(config: BenchConfig) -> dict:
         others = replace(ModelConfig(), **{key: getattr(model_config, key) for key in (*SIZES, "vocab_size")})
         if model_config != others or train_config.optimizer != "adamw":
             raise UserError(f"config={config.config} is no GPT-2 trained by AdamW, which is all that nanoGPT can be")
-        # on a GPU it computes in bfloat16 by itself, on a CPU never
-        dtype = arguments[-1] if pick_device(config.device).type == "cuda" else "float32"
-        runs["nanogpt"] = (NanoGPT, *arguments[:-1], dtype, Path(config.nanogpt))
+        runs["nanogpt"] = (NanoGPT, train_config, model_config, config.device, Path(config.nanogpt))
     seconds, turn = {name: [] for name in runs}, 10  # steps of the one, then of the other
     with in_processes(runs) as ask, tqdm(total=config.steps + WARMUP, unit="step", disable=None) as bar:
         for first in range(0, config.steps + WARMUP, turn):
@@ -276,19 +303,32 @@ def in_processes(runs: dict[str, tuple]) -> Iterator[dict[str, Callable]]:
             processes.append(context.Process(target=answer, args=(there, *run), daemon=True))
             processes[-1].start()
             there.close()
-            ask[name] = lambda *question, here=here: (here.send(question), here.recv())[1]
+            ask[name] = partial(ask_for, here)
         yield ask
-    except EOFError as error:
-        raise UserError("a run ended before its time; what it said stands above") from error
     finally:
         for process in processes:
             process.terminate()
             process.join()
 
 
-def answer(connection: Connection, cls: type, *arguments) -> None:
-    run = cls(*arguments)
+def ask_for(connection: Connection, *question: object) -> object:
+    try:
+        connection.send(question)
+        found = connection.recv()
+    except (EOFError, ConnectionError) as error:
+        raise UserError("a run ended before its time; what it said stands above") from error
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def answer(connection: Connection, cls: type, *arguments: object) -> None:
     with suppress(EOFError):
+        try:
+            run = cls(*arguments)
+        except UserError as error:
+            connection.recv()
+            connection.send(error)
         while True:
             method, *given = connection.recv()
             connection.send(getattr(run, method)(*given))
@@ -303,16 +343,16 @@ def bench_loss(config: BenchConfig) -> dict:
     theirs = replace(PRESET, dataset=ours.dataset)
     rows = []
     for seed in range(1, config.seeds + 1):
-        run = (NanoGPT, replace(theirs, seed=seed), SHAPE, config.device, "float32", Path(config.nanogpt))
+        run = (NanoGPT, replace(theirs, seed=seed), SHAPE, config.device, Path(config.nanogpt))
         with in_processes({"nanogpt": run}) as ask:
             row = train_to(ask["nanogpt"], theirs.max_iters, 100, config.target)
         told = {f"nanogpt_{key}": value for key, value in row.items()}
-        run = (Ours, replace(ours, seed=seed), our_shape, config.device, config.dtype or "auto")
-        with in_processes({"ours": run}) as ask:  # how many steps fit into the same time; then it is thrown away
-            each = statistics.median(ask["ours"]("take_steps", 0, 3 * WARMUP)[WARMUP:])
-        steps = max(1, int(0.98 * row["seconds"] / each))
-        run = (Ours, replace(ours, seed=seed, max_iters=steps), *run[2:])
-        with in_processes({"ours": run}) as ask:
+        run = (replace(ours, seed=seed), our_shape, config.device, config.dtype or "auto")
+        with in_processes({"ours": (Ours, *run)}) as ask:  # to see how many steps fit into the same time
+            each = statistics.mean(ask["ours"]("take_steps", 0, 3 * WARMUP)[WARMUP:])
+        steps = max(1, int(0.95 * row["seconds"] / each))
+        run = (replace(run[0], max_iters=steps, lr_decay_iters=None), *run[1:])
+        with in_processes({"ours": (Ours, *run)}) as ask:
             row = train_to(ask["ours"], steps, 5, config.target)
         told |= {f"ours_{key}": value for key, value in row.items()} | {"ours_steps": steps}
         if told["ours_seconds_to_target"]:
@@ -328,17 +368,23 @@ def bench_loss(config: BenchConfig) -> dict:
 def train_to(ask: Callable, steps: int, interval: int, target: float) -> dict:
     """Train for so many steps; until the target is reached, the validation loss is read after every interval of them.
 
-    Returns the seconds of all steps, those until the target was seen (None: never), and both losses at the end.
+    Returns the seconds of all steps, those to the target (None: not reached), and both losses at the end. The loss is
+    taken to fall in a straight line from one evaluation to the next.
     """
-    seconds, reached = 0.0, None
+    seconds, reached, before = 0.0, None, None
     with tqdm(total=steps, unit="step", disable=None) as bar:
         for first in range(0, steps, interval):
             count = min(interval, steps - first)
-            seconds += sum(ask("take_steps", first, count))
+            taken = sum(ask("take_steps", first, count))
+            seconds += taken
             bar.update(count)
-            if reached is None and ask("val_loss") <= target:
-                reached = seconds
-    losses = {"val_loss": ask("val_loss"), "crops_loss": ask("crops_loss")}
+            if reached is None:
+                loss = ask("val_loss")
+                if loss <= target:
+                    missed = (target - loss) / (before - loss) if before else 0  # share of these steps after the target
+                    reached = seconds - taken * missed
+                before = loss
+    losses = {"val_loss": loss if reached is None else ask("val_loss"), "crops_loss": ask("crops_loss")}
     return {"seconds": seconds, "seconds_to_target": reached, **losses}
 
 
@@ -348,7 +394,9 @@ def train_to(ask: Callable, steps: int, interval: int, target: float) -> dict:
 
 def bench_profile(config: BenchConfig) -> dict:
     """Parts of a step, measured one by one, and the operators that take longest, as torch's profiler tells them."""
-    run = Ours(*read_config(config, "config/shakespeare_char.py"), config.device, config.dtype or "auto")
+    settings = read_config(config, "config/shakespeare_char.py")
+    run = Ours(*settings, config.device, config.dtype or "auto", compiled=False)
+    run.batches = run.dataset  # not ahead of the step, on another thread
     run.take_steps(0, WARMUP)
     seconds: dict[str, float] = {}
     parts = [

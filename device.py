@@ -44,6 +44,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def pick_dtype_to_write(name: str, device: torch.device) -> torch.dtype:
+    """The same for a model that writes: a CPU that goes token by token waits for memory, not for products."""
+    return pick_dtype("float32" if (name, device.type) == ("auto", "cpu") else name, device)
+
+
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Has it instructions of its own for bfloat16? Where it has none, bfloat16 is slower than float32."""
     if device.type == "cuda":
@@ -52,7 +57,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def cpu_has(instructions: str) -> bool:
-    if not hasattr(torch.cpu, "get_capabilities"):  # torch has it from 2.10 on
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
         return False
     return bool(torch.cpu.get_capabilities().get(instructions))
 

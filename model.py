@@ -296,6 +296,9 @@ class KVCache:
             self.newest = self.newest[rows]
 
 
+WRITTEN_OUT = 2**25  # scores of a batch up to which attend keeps them all for the backward pass: 64 MB a block
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -317,8 +320,9 @@ def attend(
     T, S = q.shape[2], k.shape[2]
     shared = q.shape[1] != k.shape[1]
     narrow = 0 < window < S
-    # On a CPU the backward pass of SDPA takes three times as long in bfloat16; longer texts need it for its memory.
-    written_out = q.device.type == "cpu" and torch.is_autocast_enabled("cpu") and T * S <= 512 * 512
+    # On a CPU the backward pass of SDPA takes three times as long in bfloat16; but it does not keep all the scores.
+    written_out = q.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+    written_out = written_out and q.shape[0] * q.shape[1] * T * S <= WRITTEN_OUT
     # SDPA's own causal mask starts at the top left, wrong where a cache makes S > T, and refuses a mask beside it.
     is_causal = causal and T == S and not (narrow or written_out) and bias is None and padding is None
     seen = None  # broadcasts to (B, H, T, S), True where a query may see a key; None: it may see all
@@ -343,7 +347,10 @@ def attend(
 
 
 def attend_written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """The formula as it stands. mask: broadcasts to (B, H, T, S), True where a query sees a key, or what is added."""
+    """The formula as it stands, the scores in bfloat16.
+
+    mask: broadcasts to (B, H, T, S), True where a query sees a key, or what is added to the scores.
+    """
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, S)
@@ -880,7 +887,7 @@ class ModelConfig:
     bias: bool = False  # learnt shifts in linear layers and layer norms, as GPT-2 has them
     embedding: str = "table"  # table: trained; number: window_mlp reads a token as its own number, with n_embd=1
     ngrams: int = 0  # frequent runs of 2, 3, ... up to so many tokens have vectors, too; 6 for characters; 0: off
-    ngram_dropout: float = 0.0  # ngrams: share of the places that do without in training; 0.2 on small data
+    ngram_dropout: float = 0.0  # ngrams: share of the places that do without in training; 0.3 on small data
     ngram_rows: int | None = None  # ngrams: how many have vectors; it is found in the training text, not chosen
     tie_weights: bool = True  # one table both reads tokens and predicts them
     position: str = "learned"  # how places are told apart: none, learned, sinusoidal, rotary or alibi

@@ -111,8 +111,8 @@ def adagrad_of_rows(optimizer: Optimizer, group: dict) -> None:
 def muon(optimizer: Optimizer, group: dict) -> None:
     """Each matrix moves by the nearest matrix of equal singular values to its mean gradient, so no direction is lost.
 
-    Matrices of one shape are stacked and orthogonalised together. Source: Jordan et al. 2024, "Muon: an optimizer for
-    the hidden layers of neural networks".
+    Matrices of one shape are stacked and orthogonalised together, in bfloat16 where that is fast. Source: Jordan et al.
+    2024, "Muon: an optimizer for the hidden layers of neural networks".
     """
     by_shape: dict[tuple[int, int], list[Tensor]] = {}
     for p in group["params"]:

@@ -110,7 +110,8 @@ def main(argv: list[str]) -> None:
     prepare(config)
     meta = read_json(Path("data") / config.name / "meta.json")
     command = f"python train.py --dataset={config.name} --out_dir=out/{config.name}"
-    if Path(__file__).with_name("config").joinpath(f"{config.name}.py").exists():
+    known = config.name in KNOWN and not (config.input or config.source)
+    if known and Path(__file__).with_name("config").joinpath(f"{config.name}.py").exists():
         command = f"python train.py config/{config.name}.py"
     elif meta["task"] == "translation":
         command = command.replace("train.py", "train.py config/translate_de_en.py") + f" --block_size={meta['longest']}"

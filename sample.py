@@ -25,7 +25,7 @@ import configurator
 import model as models
 import tokenizer as tokenizers
 from configurator import UserError
-from device import DTYPES, autocast, pick_device, pick_dtype
+from device import DTYPES, autocast, pick_device, pick_dtype_to_write
 from tokenizer import END_OF_TEXT, Tokenizer
 from translate import NUM_BEAMS, translate
 
@@ -97,9 +97,7 @@ def main(argv: list[str]) -> None:
             print(f"note: {key}={given[key]} has no effect for a model of {saved['task']}", file=sys.stderr)
     if config.compile:
         print("note: compile=True has no effect in sample.py", file=sys.stderr)
-    # a CPU that writes token by token waits for memory, not for products
-    dtype = "float32" if (config.dtype, device.type) == ("auto", "cpu") else config.dtype
-    with autocast(device, pick_dtype(dtype, device)):
+    with autocast(device, pick_dtype_to_write(config.dtype, device)):
         if translates:
             print_translations(config, model, tokenizer)
         else:

@@ -35,7 +35,16 @@ import model as models
 import prepare_data
 from configurator import UserError
 from dataset import Dataset, PairDataset, ReadAhead, TokenDataset, random_key
-from device import DTYPES, autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype, set_float32_products
+from device import (
+    DTYPES,
+    autocast,
+    keep_freed_memory,
+    peak_flops,
+    pick_device,
+    pick_dtype,
+    pick_dtype_to_write,
+    set_float32_products,
+)
 from model import ModelConfig
 from optim import OPTIMIZERS, SCHEDULES, AveragedWeights, Optimizer, learning_rate_at, make_optimizer
 from sample import generate
@@ -190,7 +199,7 @@ def main(argv: list[str]) -> int:
         if key in given:
             print(f"note: {key}={settings[key]} has no effect {why}", file=sys.stderr)
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
+    dtype, writes_in = pick_dtype(config.dtype, device), pick_dtype_to_write(config.dtype, device)
     keep_freed_memory()
     set_float32_products(device)
     wandb = import_wandb() if config.wandb_log else None
@@ -249,7 +258,7 @@ def main(argv: list[str]) -> int:
         with to_be_used():
             print(f"{describe(measures(evaluation(), dataset))} at iter {progress.iter}")
             if dataset.task == "translation":
-                print(describe_translations(score_translations(model, dataset, device, dtype)))
+                print(describe_translations(score_translations(model, dataset, device, writes_in)))
         return 0
 
     # --- the folder
@@ -328,7 +337,7 @@ def main(argv: list[str]) -> int:
                     best = ", the best so far" if improved else ""
                     say(bar, f"iter {progress.iter}: {describe(row)}{best}")
                     if dataset.task == "translation":
-                        say(bar, translate_a_few(model, dataset, device, dtype))
+                        say(bar, translate_a_few(model, dataset, device, writes_in))
                     if improved:
                         save("best.pt")
                 last = last or progress.waited_enough(config.early_stopping)
@@ -356,12 +365,12 @@ def main(argv: list[str]) -> int:
     if dataset.task == "translation":
         if (out_dir / "best.pt").exists():  # it translates best, and sample.py takes it
             model.load_state_dict(checkpoint.load(out_dir / "best.pt")["model"])
-        scores = score_translations(model, dataset, device, dtype)
+        scores = score_translations(model, dataset, device, writes_in)
         record({"test_bleu": scores["bleu"], "test_chrf": scores["chrf"]})
         print(describe_translations(scores))
         print(f'translate: python sample.py --out_dir={out_dir} --start="..."')
     else:
-        print(f"\n{write_a_little(model, tokenizer, device, dtype)}\n")
+        print(f"\n{write_a_little(model, tokenizer, device, writes_in)}\n")
         print(f"more of this: python sample.py --out_dir={out_dir}")
     log_wandb(None)
     print(f"best val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}")

@@ -2,7 +2,15 @@ import pytest
 import torch
 
 from configurator import UserError
-from device import autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype, set_float32_products
+from device import (
+    autocast,
+    keep_freed_memory,
+    peak_flops,
+    pick_device,
+    pick_dtype,
+    pick_dtype_to_write,
+    set_float32_products,
+)
 
 CPU = torch.device("cpu")
 
@@ -33,12 +41,15 @@ def test_dtype_follows_the_card(monkeypatch, capability, dtype):
 
 @pytest.mark.parametrize(
     ("capabilities", "dtype"),
-    [({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32), ({}, torch.float32)],
-    ids=str,
+    [("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx2", torch.float32)],
 )
 def test_dtype_follows_what_the_processor_can_multiply(monkeypatch, capabilities, dtype):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capabilities: True}, raising=False)
     assert pick_dtype("auto", CPU) == dtype
+    assert pick_dtype_to_write("auto", CPU) == torch.float32
+    assert pick_dtype_to_write("bfloat16", CPU) == torch.bfloat16
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in an older torch
+    assert pick_dtype("auto", CPU) == torch.float32
 
 
 def test_dtype_can_be_set_and_float16_needs_cuda():
@@ -74,12 +85,27 @@ def test_keeping_freed_memory_is_harmless_anywhere(monkeypatch):
     assert keep_freed_memory() is None
 
 
-def test_products_in_float32_keep_its_precision():
+@pytest.fixture
+def precision():
     before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "set_to"),
+    [({"avx512_f": True}, "medium"), ({"avx512_f": True, "amx_bf16": True}, "highest"), ({}, "highest")],
+    ids=str,
+)
+def test_only_a_processor_that_never_rounds_them_gives_products_to_onednn(monkeypatch, precision, capabilities, set_to):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    torch.set_float32_matmul_precision("highest")
+    set_float32_products(CPU)
+    assert torch.get_float32_matmul_precision() == set_to
+
+
+def test_products_in_float32_keep_its_precision(precision):
     torch.manual_seed(0)
     a, b = torch.randn(256, 512), torch.randn(512, 128)
-    try:
-        set_float32_products(CPU)
-        assert (a @ b - (a.double() @ b.double())).abs().max() < 1e-3  # in bfloat16 it is a hundred times as much
-    finally:
-        torch.set_float32_matmul_precision(before)
+    set_float32_products(CPU)
+    assert (a @ b - (a.double() @ b.double())).abs().max() < 1e-3  # in bfloat16 it is a hundred times as much

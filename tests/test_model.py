@@ -263,19 +263,32 @@ def test_attention_is_a_weighted_mean_of_the_values(cached, T, window, n_kv_head
 @pytest.mark.parametrize(("causal", "padded"), [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize(("length", "window"), [(9, 0), (9, 4), (4, 0)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_attention_written_out_is_that_of_torch(causal, padded, length, window, biased):
+def test_attention_written_out_is_that_of_torch(monkeypatch, causal, padded, length, window, biased):
     torch.manual_seed(0)
     q = torch.randn(2, 4, length, 8).requires_grad_()
     k, v = (torch.randn(2, 2, 9, 8).requires_grad_() for _ in range(2))
     bias = torch.randn(4, length, 9) if biased else None
     padding = torch.arange(9) >= torch.tensor([[9], [6]]) if padded and length == 9 else None
     results = []
-    for mixed in (False, True):  # in mixed precision a CPU has it written out
+    for mixed in (False, True):
+        if mixed:  # a CPU has it written out
+            monkeypatch.setattr(F, "scaled_dot_product_attention", None)
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             y = attend(q, k, v, causal, window, bias, padding)
         results.append([y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))])
     for expected, found in zip(*results, strict=True):
         assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_attention_written_out_drops_weights_and_leaves_many_scores_to_torch(monkeypatch):
+    q, k, v = torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4), torch.ones(1, 1, 8, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        dropped = attend(q, k, v, causal=False, dropout=0.5)
+        assert dropped.float().std() > 0.05  # a mean of ones is one, but not of half of them
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **keys: "torch's")
+        assert attend(q, k, v, causal=True) != "torch's"
+        monkeypatch.setattr(models, "WRITTEN_OUT", 63)
+        assert attend(q, k, v, causal=True) == "torch's"
 
 
 def test_the_usual_attention_makes_no_mask(monkeypatch):

@@ -80,12 +80,13 @@ def test_no_line_names_a_path_of_one_machine():
 
 # Losses of a run of 20 steps with the demo's settings on the made-up text, in float32. Other numbers of threads, and
 # Muon in bfloat16 or not, move the fourth digit; a change that alters learning moves the third.
-GOLDEN = [3.0445, 3.0204, 2.9645, 2.8623, 2.6957, 2.4804, 2.2289, 1.9816, 1.7731, 1.6279]
-GOLDEN += [1.5010, 1.3849, 1.3143, 1.2159, 1.2072, 1.1403, 1.1268, 1.1347, 1.0804, 1.0726]
+GOLDEN = [3.0445, 3.0191, 2.9594, 2.8494, 2.6689, 2.4346, 2.1648, 1.9126, 1.6668, 1.4703]
+GOLDEN += [1.2832, 1.1483, 1.0690, 0.9127, 0.8811, 0.8159, 0.7925, 0.7589, 0.7191, 0.7004]
 
 
 def test_20_steps_of_the_demo_learn_what_they_did(tiny):
     short = ["--dataset=tiny", "--out_dir=out/run", "--max_iters=20", "--log_interval=1", "--eval_iters=1"]
+    short += ["--dropout=0", "--ngram_dropout=0"]  # builds of torch draw their random numbers differently
     assert train.main([str(ROOT / "config/shakespeare_char.py"), *short, "--device=cpu", "--dtype=float32"]) == 0
     rows = [json.loads(line) for line in Path("out/run/metrics.jsonl").read_text().splitlines()]
     losses = [row["train_loss"] for row in rows if "train_loss" in row]

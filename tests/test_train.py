@@ -271,7 +271,7 @@ def test_a_scaler_skips_the_step_whose_gradients_are_not_finite():
 
 def test_averaged_weights_are_evaluated_and_saved_and_training_goes_on_from_the_newest(run_train, tiny):
     plain = run_train()
-    averaged = run_train("--ema_decay=0.9")
+    averaged = run_train("--ema_decay=0.2")
     of_training = [[row["train_loss"] for row in rows if "train_loss" in row] for rows in (plain, averaged)]
     assert of_training[0] == of_training[1]  # the mean does not disturb the run
     assert averaged[-1]["val_loss"] != plain[-1]["val_loss"]
@@ -287,11 +287,22 @@ def test_averaged_weights_are_evaluated_and_saved_and_training_goes_on_from_the_
     assert losses["newest"] == plain[-1]["val_loss"]
 
 
-def test_a_run_with_averaged_weights_resumes_exactly(run_train):
-    straight = run_train("--ema_decay=0.9")
-    run_train("--ema_decay=0.9", "--max_iters=3", "--lr_decay_iters=6")
-    resumed = run_train("--ema_decay=0.9", "--lr_decay_iters=6", "--init_from=resume")
+def test_a_run_with_averaged_weights_resumes_exactly(run_train, capsys):
+    straight = run_train("--ema_decay=0.2")
+    run_train("--ema_decay=0.2", "--max_iters=3", "--lr_decay_iters=6")
+    resumed = run_train("--lr_decay_iters=6", "--max_iters=6", "--init_from=resume")
     assert resumed == straight
+    capsys.readouterr()
+    train.main([*TINY_RUN, "--init_from=resume", "--eval_only=True"])
+    assert f"val loss {straight[-1]['val_loss']:.4f}" in capsys.readouterr().out
+
+
+def test_averaging_may_begin_and_end_on_resume_and_training_stays_the_same(run_train):
+    plain = train_losses(run_train())
+    for first, then in (("0.0", "0.2"), ("0.2", "0.0")):
+        run_train(f"--ema_decay={first}", "--max_iters=3", "--lr_decay_iters=6")
+        rows = run_train(f"--ema_decay={then}", "--lr_decay_iters=6", "--init_from=resume")
+        assert train_losses(rows) == plain
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -677,7 +688,7 @@ def test_keys_that_act_are_never_called_idle():
     other |= {"rope_factor": 2.0, "rope_low_freq_factor": 0.5, "rope_high_freq_factor": 5.0, "norm": "none"}
     other |= {"rope_original_context": 9, "block": "plain", "mlp": "gated", "activation": "relu", "qk_norm": True}
     other |= {"embed_norm": True, "logit_soft_cap": 0.1, "init": "zero", "label_smoothing": 0.2}
-    other |= {"ngram_rows": 5}
+    other |= {"ngram_rows": 5, "ngram_dropout": 0.5}
 
     def computed(**keys) -> torch.Tensor:
         torch.manual_seed(0)
