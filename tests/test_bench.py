@@ -116,7 +116,7 @@ def test_both_are_scored_by_one_function_on_the_whole_split_and_on_random_crops(
 
 
 def theirs(config) -> bench.NanoGPT:
-    return bench.NanoGPT(config, bench.SHAPE, "cpu", "float32", Path("other"))
+    return bench.NanoGPT(config, bench.SHAPE, "cpu", Path("other"))
 
 
 def test_our_steps_and_theirs_learn(text):
