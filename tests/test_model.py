@@ -532,3 +532,14 @@ def test_ngram_dropout_leaves_out_whole_places_in_training_only():
     left_out = (found == 0).all(dim=-1)
     assert left_out[known].float().mean() == pytest.approx(0.4, abs=0.1)
     torch.testing.assert_close(found[~left_out], whole[~left_out] / 0.6)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.3, 0.9])
+def test_dropout_leaves_out_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(37, 2001)
+    found = models.drop(x, p)
+    left_out = (found == 0).float().mean().item()
+    assert left_out == pytest.approx(p, abs=0.006)
+    assert found.mean() == pytest.approx(1, abs=0.03)
+    assert found[:, 1:].eq(found[:, :-1]).float().mean() == pytest.approx(p**2 + (1 - p) ** 2, abs=0.015)  # one by one
