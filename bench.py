@@ -45,7 +45,7 @@ from tqdm import tqdm, trange
 import configurator
 from configurator import UserError
 from dataset import ReadAhead, TokenDataset
-from device import DTYPES, autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype, set_float32_products
+from device import DTYPES, autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
 from model import ModelConfig, flops_per_token
 from tokenizer import BytePairTokenizer
 from train import TrainConfig, build_model, build_optimizer, evaluate, open_dataset, to_device, train_step
@@ -116,8 +116,8 @@ class Run:
         self.config, self.block_size = config, model_config.block_size
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
-        if self.device.type == "cuda":  # nanoGPT, too, asks for TF32
-            set_float32_products(self.device)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, as nanoGPT asks for it, too
         random = config.dataset == "random"
         self.dataset = RandomTokens(self.block_size) if random else open_dataset(config, model_config)
 
@@ -161,7 +161,6 @@ class Ours(Run):
     def __init__(self, config: TrainConfig, model_config: ModelConfig, device: str, dtype: str, compiled: bool = True):
         keep_freed_memory()
         super().__init__(config, model_config, device, dtype)
-        set_float32_products(self.device)
         self.batches = ReadAhead(self.dataset) if self.device.type == "cuda" else self.dataset
         self.model = build_model(config, model_config, self.dataset).to(self.device)
         self.net = self.compiled() if compiled else self.model

@@ -88,14 +88,3 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3  # names of the settings, as malloc.h numbers them
     mallopt(mmap_threshold, 32 << 20)  # the most that glibc accepts
     mallopt(trim_threshold, 2**31 - 1)
-
-
-def set_float32_products(device: torch.device) -> None:
-    """CUDA: TF32. A CPU with AVX-512: by oneDNN, which there is faster than MKL, above all on AMD's.
-
-    On a CPU torch gives products to oneDNN only where it may round them to bfloat16; processors without AMX never do.
-    """
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    elif device.type == "cpu" and cpu_has("avx512_f") and not cpu_has("amx_bf16"):
-        torch.set_float32_matmul_precision("medium")

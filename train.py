@@ -43,7 +43,6 @@ from device import (
     pick_device,
     pick_dtype,
     pick_dtype_to_write,
-    set_float32_products,
 )
 from model import ModelConfig
 from optim import OPTIMIZERS, SCHEDULES, AveragedWeights, Optimizer, learning_rate_at, make_optimizer
@@ -201,7 +200,8 @@ def main(argv: list[str]) -> int:
     device = pick_device(config.device)
     dtype, writes_in = pick_dtype(config.dtype, device), pick_dtype_to_write(config.dtype, device)
     keep_freed_memory()
-    set_float32_products(device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
     wandb = import_wandb() if config.wandb_log else None
 
     # --- data, model, optimizer

@@ -1,8 +1,8 @@
-# The best model of tiny Shakespeare here: for an hour of 2 CPU cores, or minutes of a GPU.
+# A larger model of tiny Shakespeare: for half an hour of 2 CPU cores, or minutes of a GPU.
 #
 #   python train.py config/shakespeare_char_large.py
 #
-# On 2 CPU cores it takes XX minutes and ends at a validation loss near XX nats per character.
+# On 2 CPU cores it takes about 30 minutes and ends at a validation loss near 1.44 nats per character.
 # What was tried, and what it bought, is in RECORDS.md.
 
 out_dir = "out/shakespeare_char_large"

@@ -9,7 +9,6 @@ from device import (
     pick_device,
     pick_dtype,
     pick_dtype_to_write,
-    set_float32_products,
 )
 
 CPU = torch.device("cpu")
@@ -83,29 +82,3 @@ def test_keeping_freed_memory_is_harmless_anywhere(monkeypatch):
     keep_freed_memory()
     monkeypatch.setattr("ctypes.CDLL", lambda name: (_ for _ in ()).throw(OSError("no such library")))
     assert keep_freed_memory() is None
-
-
-@pytest.fixture
-def precision():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "set_to"),
-    [({"avx512_f": True}, "medium"), ({"avx512_f": True, "amx_bf16": True}, "highest"), ({}, "highest")],
-    ids=str,
-)
-def test_only_a_processor_that_never_rounds_them_gives_products_to_onednn(monkeypatch, precision, capabilities, set_to):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    torch.set_float32_matmul_precision("highest")
-    set_float32_products(CPU)
-    assert torch.get_float32_matmul_precision() == set_to
-
-
-def test_products_in_float32_keep_its_precision(precision):
-    torch.manual_seed(0)
-    a, b = torch.randn(256, 512), torch.randn(512, 128)
-    set_float32_products(CPU)
-    assert (a @ b - (a.double() @ b.double())).abs().max() < 1e-3  # in bfloat16 it is a hundred times as much
