@@ -2,14 +2,7 @@ import pytest
 import torch
 
 from configurator import UserError
-from device import (
-    autocast,
-    keep_freed_memory,
-    peak_flops,
-    pick_device,
-    pick_dtype,
-    pick_dtype_to_write,
-)
+from device import autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype, pick_dtype_to_write
 
 CPU = torch.device("cpu")
 
