@@ -21,9 +21,8 @@ init = "zero"  # each block starts by changing nothing
 tie_weights = False
 ngrams = 6  # what 2 to 6 characters are followed by is most of what can be learnt so fast
 ngram_min_count = 4
-ngram_dropout = 0.3  # or it would be learnt by heart, as would the rest without dropout
+ngram_dropout = 0.45  # or it would be learnt by heart
 ngram_learning_rate = 0.05
-dropout = 0.1
 
 # the training
 batch_size = 8
