@@ -346,7 +346,7 @@ def bench_loss(config: BenchConfig) -> dict:
         run = (replace(ours, seed=seed), our_shape, config.device, config.dtype or "auto")
         with in_processes({"ours": (Ours, *run)}) as ask:  # to see how many steps fit into the same time
             each = statistics.mean(ask["ours"]("take_steps", 0, 3 * WARMUP)[WARMUP:])
-        steps = max(1, int(0.95 * row["seconds"] / each))
+        steps = max(1, int(0.8 * row["seconds"] / each))  # with room for a machine that others slow down
         run = (replace(run[0], max_iters=steps, lr_decay_iters=None), *run[1:])
         with in_processes({"ours": (Ours, *run)}) as ask:
             row = train_to(ask["ours"], steps, 5, config.target)
