@@ -917,7 +917,7 @@ class ModelConfig:
     bias: bool = False  # learnt shifts in linear layers and layer norms, as GPT-2 has them
     embedding: str = "table"  # table: trained; number: window_mlp reads a token as its own number, with n_embd=1
     ngrams: int = 0  # frequent runs of 2, 3, ... up to so many tokens have vectors, too; 6 for characters; 0: off
-    ngram_dropout: float = 0.0  # ngrams: share of the places that do without in training; 0.3 on small data
+    ngram_dropout: float = 0.0  # ngrams: share of the places that do without in training; 0.45 on small data
     ngram_rows: int | None = None  # ngrams: how many have vectors; it is found in the training text, not chosen
     tie_weights: bool = True  # one table both reads tokens and predicts them
     position: str = "learned"  # how places are told apart: none, learned, sinusoidal, rotary or alibi
