@@ -40,6 +40,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from tqdm import tqdm, trange
 
 import configurator
@@ -62,7 +63,7 @@ WARMUP = 20  # steps that are not counted
 class BenchConfig:
     # --- benchmark
     what: str = "train"  # train, loss, profile, prepare or read, as told above
-    nanogpt: str | None = None  # train, loss: a nanoGPT checkout to stand beside; None: this program alone
+    nanogpt: str | None = None  # a nanoGPT checkout to stand beside; in loss there must be one
     config: str | None = None  # train, loss, profile: config file; None: in train nanoGPT's CPU preset, else the demo
     steps: int = 300  # train, profile: steps that are counted, after 20 that are not
     target: float = 1.88  # loss: the validation loss to be reached
@@ -130,7 +131,7 @@ class Run:
         return [timed(lambda it=it: self.step(it)) for it in range(first, first + count)]
 
     def val_loss(self) -> float:
-        """Nats a token over the whole validation split, in blocks of block_size one after another, in float32."""
+        """Nats a token over the whole validation split, in blocks of block_size, in float32 or, on CUDA, TF32."""
         return evaluate(self.model, self.dataset, replace(self.config, eval_iters=None), self.device, torch.float32)
 
     @torch.no_grad()
@@ -144,7 +145,7 @@ class Run:
         self.model.train()
         return statistics.mean(losses)
 
-    def compiled(self) -> nn.Module:
+    def faster_model(self) -> nn.Module:
         """The model, on a GPU compiled before any step is timed."""
         if self.device.type != "cuda":
             return self.model
@@ -154,19 +155,21 @@ class Run:
 class Ours(Run):
     """Steps as train.py takes them."""
 
-    def __init__(self, config: TrainConfig, model_config: ModelConfig, device: str, dtype: str, compiled: bool = True):
+    def __init__(self, config: TrainConfig, model_config: ModelConfig, device: str, dtype: str, compile: bool = True):
         keep_freed_memory()
         super().__init__(config, model_config, device, dtype)
         self.batches = ReadAhead(self.dataset) if self.device.type == "cuda" else self.dataset
         self.model = build_model(config, model_config, self.dataset).to(self.device)
-        self.net = self.compiled() if compiled else self.model
+        self.net = self.faster_model() if compile else self.model
         self.optimizer = build_optimizer(config, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def step(self, it: int) -> None:
         self.optimizer.set_rates(self.config.rate(it) / self.config.learning_rate)
-        optimizer, scaler = self.optimizer, self.scaler
-        train_step(it, self.net, self.batches, optimizer, scaler, self.config, self.device, self.dtype)[0].item()
+        loss, _, _ = train_step(
+            it, self.net, self.batches, self.optimizer, self.scaler, self.config, self.device, self.dtype
+        )
+        loss.item()
 
     def flops_per_token(self) -> int:
         return flops_per_token(self.model)
@@ -186,7 +189,7 @@ class NanoGPT(Run):
         shape = {key: getattr(model_config, key) for key in SIZES}
         vocab_size = model_config.vocab_size or self.dataset.tokenizer.vocab_size
         self.model = module.GPT(module.GPTConfig(**shape, vocab_size=vocab_size)).to(self.device)
-        self.net = self.compiled()
+        self.net = self.faster_model()
         rates = config.weight_decay, config.learning_rate, (config.beta1, config.beta2)
         self.optimizer = self.model.configure_optimizers(*rates, device_type=self.device.type)
         self.next_batch = self.get_batch()
@@ -230,7 +233,7 @@ class RandomTokens:
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(index)
         ids = torch.randint(self.tokenizer.vocab_size, (batch_size, self.block_size + 1), generator=generator)
-        return {"idx": ids[:, :-1], "targets": ids[:, 1:].contiguous()}
+        return {"idx": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}
 
 
 def read_config(config: BenchConfig, default: str | None = None) -> tuple[TrainConfig, ModelConfig]:
@@ -391,7 +394,7 @@ def train_to(ask: Callable, steps: int, interval: int, target: float) -> dict:
 def bench_profile(config: BenchConfig) -> dict:
     """Parts of a step, measured one by one, and the operators that take longest, as torch's profiler tells them."""
     settings = read_config(config, "config/shakespeare_char.py")
-    run = Ours(*settings, config.device, config.dtype or "auto", compiled=False)
+    run = Ours(*settings, config.device, config.dtype or "auto", compile=False)
     run.batches = run.dataset  # not ahead of the step, on another thread
     run.take_steps(0, WARMUP)
     seconds: dict[str, float] = {}
@@ -399,8 +402,9 @@ def bench_profile(config: BenchConfig) -> dict:
         ("read a batch", run.dataset, "batch"),
         ("forward", run.model, "forward"),
         ("backward", Tensor, "backward"),
+        ("clip", nn.utils, "clip_grad_norm_"),
+        ("optimizer", run.optimizer, "step"),
     ]
-    parts += [("clip", nn.utils, "clip_grad_norm_"), ("optimizer", run.optimizer, "step")]
     with ExitStack() as watched:
         for name, owner, method in parts:
             watched.enter_context(stopwatch(name, owner, method, seconds, run.device))
@@ -411,8 +415,9 @@ def bench_profile(config: BenchConfig) -> dict:
     with torch.profiler.profile() as profile:
         run.take_steps(WARMUP + config.steps, steps)
     on_gpu = run.device.type == "cuda"
-    spent = {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) for e in profile.key_averages()}
-    calls = {event.key: event.count for event in profile.key_averages()}
+    operators = [e for e in profile.key_averages() if e.device_type == DeviceType.CPU]  # the others are their kernels
+    spent = {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) for e in operators}
+    calls = {e.key: e.count for e in operators}
     whole = sum(spent.values())
     print(f"\n{'operator':<48}{'ms a step':>10}{'share':>8}{'calls':>8}")
     for name, microseconds in sorted(spent.items(), key=lambda item: -item[1])[:15]:
@@ -426,13 +431,15 @@ def stopwatch(name: str, owner: object, method: str, seconds: dict, device: torc
     """Within this, calls of the method add their time to seconds[name]; a GPU's work is waited for."""
     original = getattr(owner, method)
 
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
     def watched(*arguments, **keys):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         began = time.perf_counter()
         result = original(*arguments, **keys)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
         return result
 

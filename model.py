@@ -93,7 +93,7 @@ def drop(x: Tensor, p: float) -> Tensor:
     if not p or x.device.type != "cpu":
         return F.dropout(x, p)
     bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
-    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(2**16 * p) - 2**15
+    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(2**16 * p), 2**16 - 1) - 2**15
     return x * (kept.to(x.dtype) * (1 / (1 - p)))
 
 
@@ -105,7 +105,7 @@ class NgramEmbedding(nn.Module):
     """A trained vector for the newest 2 tokens together, for the newest 3, ..., n, of those runs that are frequent.
 
     Their sum is added to the newest token's own vector. What a run is followed by is most of what a small model learns
-    at first, and looking it up costs nothing beside a matrix.
+    at first, and looking it up costs nothing beside a matrix. torch.compile leaves this out: it cannot trace the hash.
     Source: Pagnoni et al. 2024, arXiv:2412.09871, section 3.2.1, where all runs share the vectors by a hash; with those
     alone that are frequent: Yu et al. 2025, arXiv:2502.01637.
     """

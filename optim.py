@@ -1,4 +1,4 @@
-"""Which rule moves which parameter, and how far: AdamW, Muon, the learning rate over a run, and averaged weights."""
+"""Which rule moves which parameter, and how far: AdamW, Muon, Adagrad; learning rates over a run; averaged weights."""
 
 import math
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ class Optimizer:
     """
 
     def __init__(self, groups: list[dict]):
-        """groups: dicts of rule ("adamw" or "muon"), params, lr and what the rule needs; see make_optimizer."""
+        """groups: dicts of rule (one of RULES), params, lr and what the rule needs; see make_optimizer."""
         self.param_groups = groups
         self.state: dict[Tensor, dict] = {}  # what the rule remembers of each parameter
         self.steps = 0

@@ -80,7 +80,7 @@ class TrainConfig:
     muon_momentum: float = 0.95  # optimizer=muon: its memory of gradients
     ngram_learning_rate: float = 0.15  # ngrams: the highest for their vectors, which Adagrad moves
     ngram_min_count: int = 8  # ngrams: a run is frequent if it occurs so often in the training text
-    grad_clip: float = 1.0  # longest gradient that is used as it is; 0: no limit
+    grad_clip: float = 1.0  # longest gradient that is used as it is, ngrams left out; 0: no limit
     ema_decay: float = 0.0  # the weights' moving mean over about 1 / (1 - it) steps is evaluated and saved; 0: off
     # --- evaluation
     eval_interval: int = 250  # steps between evaluations; there is always one at the end
@@ -303,8 +303,8 @@ def main(argv: list[str]) -> int:
             if not (log or due or stop):
                 continue
 
+            losses, norms = [float(x) for x in losses], [float(x) for x in norms]  # a GPU's work is waited for here
             progress.seconds = time.perf_counter() - started
-            losses, norms = [float(x) for x in losses], [float(x) for x in norms]
             for i, (x, norm) in enumerate(zip(losses, norms, strict=True)):
                 # a scaler leaves out steps whose gradient is not finite; without it the weights are lost
                 if not math.isfinite(x) or not (math.isfinite(norm) or scaler.is_enabled()):
@@ -626,8 +626,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor, int]:
     """Step number it, the first being 0: gradients of a few batches, then the weights move.
 
-    Returns the mean loss before the step, the gradient's norm before clipping, both still on the device, since reading
-    them would make the CPU wait for the GPU, and the number of tokens that the loss is the mean of.
+    Returns the mean loss before the step, the norm before clipping of the gradient, ngrams left out, both still on the
+    device, since reading them would make the CPU wait for the GPU, and how many tokens the loss is the mean of.
     """
     first = it * config.gradient_accumulation_steps
     indices = range(first, first + config.gradient_accumulation_steps)

@@ -1,11 +1,12 @@
 import json
-import math
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_text
 
 import bench
@@ -107,12 +108,20 @@ def test_both_train_to_the_target_and_ours_for_as_long_as_nanogpt(text, here, mo
 
 
 def test_both_are_scored_by_one_function_on_the_whole_split_and_on_random_crops(text):
-    for run in (bench.Ours(bench.PRESET, bench.SHAPE, "cpu", "float32"), theirs(bench.PRESET)):
-        for parameter in run.model.parameters():
-            parameter.data.zero_()  # all tokens have the same chance
-        tokens = run.dataset.tokenizer.vocab_size
-        assert run.val_loss() == pytest.approx(math.log(tokens), abs=1e-5)
-        assert run.crops_loss() == pytest.approx(math.log(tokens), abs=1e-5)
+    def nats(model, ids) -> float:  # ids: (B, T + 1)
+        with torch.no_grad():
+            logits = model(ids[:, :-1], ids[:, 1:])[0]
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+
+    preset = replace(bench.PRESET, batch_size=2)  # several batches in the split
+    for run in (bench.Ours(preset, bench.SHAPE, "cpu", "float32"), theirs(preset)):
+        torch.nn.init.normal_(next(run.model.parameters()))  # so that no two texts cost the same
+        val, T = torch.from_numpy(run.dataset.val.read(np.array([0]), len(run.dataset.val))[0]), run.block_size
+        whole = sum(nats(run.model, val[None, first : first + T + 1]) for first in range(0, len(val) - 1, T))
+        assert run.val_loss() == pytest.approx(whole / (len(val) - 1), rel=1e-4)
+        draw = np.random.default_rng(1337)
+        crops = [val[i : i + T + 1] for _ in range(200) for i in draw.integers(len(val) - T, size=2)]
+        assert run.crops_loss() == pytest.approx(nats(run.model, torch.stack(crops)) / 400 / T, rel=1e-4)
 
 
 def theirs(config) -> bench.NanoGPT:

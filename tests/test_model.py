@@ -543,3 +543,8 @@ def test_dropout_leaves_out_its_share_and_keeps_the_mean(p):
     assert left_out == pytest.approx(p, abs=0.006)
     assert found.mean() == pytest.approx(1, abs=0.03)
     assert found[:, 1:].eq(found[:, :-1]).float().mean() == pytest.approx(p**2 + (1 - p) ** 2, abs=0.015)  # one by one
+
+
+def test_dropout_of_nearly_all_leaves_out_nearly_all():
+    torch.manual_seed(0)
+    assert (models.drop(torch.ones(10_000), 0.999999) == 0).float().mean() > 0.999

@@ -121,16 +121,20 @@ def test_muons_first_step_is_the_orthogonalized_gradient(monkeypatch):
         torch.testing.assert_close(p.detach(), before[p] * (1 - 0.1 * 0.5) - lr * update, atol=1e-4, rtol=1e-3)
 
 
-def test_muon_remembers_the_gradients_before():
+def test_muon_remembers_the_gradients_before_and_looks_one_ahead(monkeypatch):
+    monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device: False)
     model = tiny()
     square = model.stack.blocks[1].attn.key.weight
-    optimizer = make_optimizer("muon", model, 1e-3, muon_momentum=0.9)
+    optimizer = make_optimizer("muon", model, 1e-3, muon_momentum=0.9, muon_learning_rate=0.1)
     first, second = torch.randn(32, 32), torch.randn(32, 32)
     for gradient in (first, second):
+        before = square.detach().clone()
         square.grad = gradient.clone()
         optimizer.step()
     mean = 0.9 * (0.1 * first) + 0.1 * second
     torch.testing.assert_close(optimizer.state[square]["mean"], mean)
+    update = orthogonalize((0.9 * mean + 0.1 * second)[None])[0]
+    torch.testing.assert_close(square.detach(), before - 0.1 * update, atol=1e-4, rtol=1e-3)
 
 
 @every_optimizer

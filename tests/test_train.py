@@ -11,6 +11,7 @@ import sys
 import time
 import types
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/run")
+ALL_RULES = ["--optimizer=muon", "--ngrams=3", "--ngram_min_count=2", "--ema_decay=0.5"]
 
 
 def weights(name: str = "ckpt.pt") -> dict[str, torch.Tensor]:
@@ -307,11 +309,17 @@ def test_averaging_may_begin_and_end_on_resume_and_training_stays_the_same(run_t
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_gpu_trains_in_mixed_precision(run_train, dtype):
-    cpu = train_losses(run_train())
-    assert train_losses(run_train("--device=cuda", f"--dtype={dtype}", "--compile=False")) == pytest.approx(
-        cpu, rel=0.05
-    )
+@pytest.mark.parametrize("options", [[], ALL_RULES])
+def test_a_gpu_trains_in_mixed_precision(run_train, dtype, options):
+    cpu = train_losses(run_train(*options))
+    on_gpu = run_train(*options, "--device=cuda", f"--dtype={dtype}", "--compile=False")
+    assert train_losses(on_gpu) == pytest.approx(cpu, rel=0.05)
+
+
+def test_a_model_that_is_traced_as_for_compiling_trains_alike(run_train, monkeypatch):
+    eager = run_train(*ALL_RULES)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    assert train_losses(run_train(*ALL_RULES, "--compile=True")) == pytest.approx(train_losses(eager), rel=1e-4)
 
 
 # --------------------------------------------------------------------------------------
