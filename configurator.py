@@ -92,7 +92,8 @@ def read_file(path: str, hints: dict[str, object]) -> dict[str, object]:
     try:
         Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read config file {path}: {error.strerror}") from error
+        key = f"; for a key write --{path.lstrip('-')}" if "=" in path else ""
+        raise UserError(f"cannot read config file {path}: {error.strerror}{key}") from error
     try:
         names = runpy.run_path(path)
     except SyntaxError as error:

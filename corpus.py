@@ -144,14 +144,17 @@ class Corpus:
         return encode_unit
 
     def check(self, splits: dict[str, dict[str, int]]) -> None:
-        """Raises UserError where what was counted leaves a split empty."""
+        """Raises UserError where what was counted leaves a split without a token to predict, or one to do it from."""
         documents = sum(counted["documents"] for counted in splits.values())
+        if not documents:
+            raise UserError(f"{self.source} has no text; there is nothing to learn from")
+        alone = "; a document is cut in two only where it is a .txt file alone" if self.separated else ""
         for split, counted in splits.items():
-            if not counted["tokens"]:
+            if counted["tokens"] < 2:
                 raise UserError(
-                    f"{split}.bin would be empty, with val_fraction={self.config.val_fraction} and documents:"
-                    f" {documents:,}; take another --val_fraction, or more documents; a corpus of one document has to"
-                    " be a .txt file"
+                    f"{split}.bin would have {counted['tokens']} of the 2 tokens that it takes to predict one, with"
+                    f" val_fraction={self.config.val_fraction} and documents: {documents:,}; take another"
+                    f" --val_fraction, or more text{alone}"
                 )
 
     def about(self, splits: dict[str, dict[str, int]], beginning: str) -> dict:

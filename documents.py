@@ -155,7 +155,12 @@ def read_json_lines(path: Path, file: BinaryIO, text_key: str, errors: str) -> I
             raise UserError(f"{where} is not JSON: {error.msg}") from error
         if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
             keys = ", ".join(map(str, record)) if isinstance(record, dict) else "none, as it is no object"
-            raise UserError(f"{where} has no text under {text_key!r}; name the key with --text_key; its keys: {keys}")
+            found = (
+                f", but {json.dumps(record[text_key])[:60]}" if isinstance(record, dict) and text_key in record else ""
+            )
+            raise UserError(
+                f"{where} has no text under {text_key!r}{found}; name the key with --text_key; its keys: {keys}"
+            )
         yield from pieces([mend(record[text_key], errors, where)], file.tell)
 
 

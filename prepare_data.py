@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -109,7 +109,8 @@ def main(argv: list[str]) -> None:
     config = configurator.make(PrepareConfig, configurator.read(argv, PrepareConfig, positional="name"))
     prepare(config)
     meta = read_json(Path("data") / config.name / "meta.json")
-    command = f"python train.py --dataset={config.name} --out_dir=out/{config.name}"
+    out_dir = f"out/{config.name}"
+    command = f"python train.py --dataset={shlex.quote(config.name)} --out_dir={shlex.quote(out_dir)}"
     known = config.name in KNOWN and not (config.input or config.source)
     if known and Path(__file__).with_name("config").joinpath(f"{config.name}.py").exists():
         command = f"python train.py config/{config.name}.py"
@@ -127,12 +128,11 @@ def prepare(config: PrepareConfig) -> None:
     settings = replace(corpus.config, input=None, source=None, target=None, files=None, workers=None)
     made_from = digest([corpus.description(), asdict(settings)])
     try:
-        parts.mkdir(parents=True, exist_ok=True)
         meta = read_json(parts / "meta.json")
         if meta.get("made_from") != made_from:
             tokenizer, progress = start_or_go_on(corpus, parts, made_from, command)
             encode(corpus, tokenizer, progress, parts)
-            corpus.check(progress.splits)
+            check(corpus, progress, parts)
             meta = describe(corpus, tokenizer, progress, parts) | {"command": command, "made_from": made_from}
             write_json(parts / "meta.json", meta)
         install(parts, folder, meta)
@@ -247,9 +247,10 @@ def start_or_go_on(corpus: Corpus | Pairs, parts: Path, made_from: str, command:
         return tokenizers.from_state(progress.tokenizer), progress
     if saved:
         print("note: the files or settings are others than when this was stopped; starting anew", file=sys.stderr)
-    shutil.rmtree(parts)
-    parts.mkdir()
-    tokenizer = make_tokenizer(corpus)
+    tokenizer = make_tokenizer(corpus)  # a text that it refuses leaves no folder behind
+    if parts.exists():
+        shutil.rmtree(parts)
+    parts.mkdir(parents=True)
     counted = corpus.nothing_counted()
     progress = Progress(made_from, command, tokenizer.state(), counted, counts=[0] * tokenizer.vocab_size)
     write_json(parts / "progress.json", vars(progress))
@@ -353,6 +354,17 @@ def work(texts: list[tuple]) -> dict:
 
 # --------------------------------------------------------------------------------------
 # The folder
+
+
+def check(corpus: Corpus | Pairs, progress: Progress, parts: Path) -> None:
+    """Raises UserError where a split has too little, and leaves nothing to go on with, since that would not help."""
+    try:
+        corpus.check(progress.splits)
+    except UserError:
+        shutil.rmtree(parts)
+        with suppress(OSError):  # it holds something else
+            parts.parent.rmdir()
+        raise
 
 
 def describe(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, parts: Path) -> dict:

@@ -79,6 +79,7 @@ class SampleConfig:
 
 # Keys that do nothing for the one task and for the other
 WRITES = "num_samples temperature top_k top_p seed context"
+DRAWS = "top_k top_p seed"  # of these, what does nothing where the likeliest token is taken
 TRANSLATES = "num_beams length_penalty"
 
 
@@ -95,6 +96,9 @@ def main(argv: list[str]) -> None:
     for key in (WRITES if translates else TRANSLATES).split():
         if key in given:
             print(f"note: {key}={given[key]} has no effect for a model of {saved['task']}", file=sys.stderr)
+    for key in DRAWS.split():
+        if key in given and not translates and not config.temperature:
+            print(f"note: {key}={given[key]} has no effect at temperature=0", file=sys.stderr)
     if config.compile:
         print("note: compile=True has no effect in sample.py", file=sys.stderr)
     with autocast(device, pick_dtype_to_write(config.dtype, device)):
@@ -194,7 +198,8 @@ def read_start(start: str) -> str:
     try:
         return Path(start[5:]).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompt {start[5:]}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"cannot read the prompt {Path(start[5:])}: {reason}") from error
 
 
 def read_prompt(start: str | None, tokenizer: Tokenizer) -> tuple[str, np.ndarray]:

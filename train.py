@@ -15,6 +15,7 @@ import json
 import math
 import os
 import secrets
+import shlex
 import signal
 import sys
 import time
@@ -197,6 +198,10 @@ def main(argv: list[str]) -> int:
     for key, why in without_effect(settings).items():
         if key in given:
             print(f"note: {key}={settings[key]} has no effect {why}", file=sys.stderr)
+    steps = config.lr_decay_iters or config.max_iters
+    if config.decay_lr and config.warmup_iters >= steps:
+        note = f"warmup_iters={config.warmup_iters} leaves schedule={config.schedule} none of the {steps:,} steps"
+        print(f"note: {note}", file=sys.stderr)
     device = pick_device(config.device)
     dtype, writes_in = pick_dtype(config.dtype, device), pick_dtype_to_write(config.dtype, device)
     keep_freed_memory()
@@ -206,15 +211,15 @@ def main(argv: list[str]) -> int:
 
     # --- data, model, optimizer
     dataset = open_dataset(config, model_config)
-    tokenizer = dataset.tokenizer
+    tokenizer, identity = dataset.tokenizer, dataset.identity()
+    if saved and (saved["tokenizer"], saved["data"]["identity"]) != (tokenizer.state(), identity):
+        raise UserError(f"data/{config.dataset} is not the data that {out_dir}/ckpt.pt was trained on")
     model = build_model(config, model_config, dataset, new=not saved).to(device)
     model_config, vocab_size = model.config, model.config.vocab_size
     optimizer = build_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    progress, identity = Progress(), dataset.identity()
+    progress = Progress()
     if saved:
-        if (saved["tokenizer"], saved["data"]["identity"]) != (tokenizer.state(), identity):
-            raise UserError(f"data/{config.dataset} is not the data that {out_dir}/ckpt.pt was trained on")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:  # empty where the run was not in float16 so far
@@ -224,7 +229,7 @@ def main(argv: list[str]) -> int:
             raise UserError(
                 f"max_iters={config.max_iters} is below the {progress.iter} steps that the checkpoint has done"
             )
-        if progress.iter == config.max_iters:
+        if progress.iter == config.max_iters and not config.eval_only:
             print(f"note: all {progress.iter} steps are done; for more: --max_iters=N", file=sys.stderr)
         if config.eval_iters != saved["train_config"]["eval_iters"]:
             print("note: eval_iters changed, so the best validation loss is counted anew", file=sys.stderr)
@@ -354,12 +359,13 @@ def main(argv: list[str]) -> int:
     if stopped:
         log_wandb(None)
         name = signal.Signals(stopped[0]).name
-        go_on = f"python train.py --init_from=resume --out_dir={out_dir}"
+        go_on = f"python train.py --init_from=resume --out_dir={shlex.quote(str(out_dir))}"
         with suppress(OSError):  # as in catch_signals
             print(f"{name}: saved {out_dir}/ckpt.pt at iter {progress.iter}; go on with: {go_on}", file=sys.stderr)
         return 128 + stopped[0]
-    if progress.waited_enough(config.early_stopping):
-        print(f"stopped early: {progress.evals_since_best} evaluations without a lower validation loss")
+    if progress.iter < config.max_iters:
+        evaluations = "evaluation" if progress.evals_since_best == 1 else "evaluations"
+        print(f"stopped early: {progress.evals_since_best} {evaluations} without a lower validation loss")
     if averaged:
         averaged.swap()  # training is over
     if dataset.task == "translation":
@@ -368,10 +374,10 @@ def main(argv: list[str]) -> int:
         scores = score_translations(model, dataset, device, writes_in)
         record({"test_bleu": scores["bleu"], "test_chrf": scores["chrf"]})
         print(describe_translations(scores))
-        print(f'translate: python sample.py --out_dir={out_dir} --start="..."')
+        print(f'translate: python sample.py --out_dir={shlex.quote(str(out_dir))} --start="..."')
     else:
         print(f"\n{write_a_little(model, tokenizer, device, writes_in)}\n")
-        print(f"more of this: python sample.py --out_dir={out_dir}")
+        print(f"more of this: python sample.py --out_dir={shlex.quote(str(out_dir))}")
     log_wandb(None)
     print(f"best val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}")
     return 0

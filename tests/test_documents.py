@@ -127,6 +127,7 @@ BAD = {
     "latin1.jsonl, line 2 is not UTF-8": ["latin1.jsonl"],
     "half.jsonl, line 1 holds half a character; take --encoding_errors": ["half.jsonl"],
     "key.jsonl, line 3 has no text under 'text'; name the key with --text_key; its keys: body": ["key.jsonl"],
+    "number.jsonl, line 1 has no text under 'text', but 5; name": ["number.jsonl"],
     "list.jsonl, line 1 has no text under 'text'": ["list.jsonl"],
     "broken.jsonl, line 2 is not JSON: Expecting": ["broken.jsonl"],
     "null.parquet, row 2 has no text under 'text', but None": ["null.parquet"],
@@ -148,6 +149,7 @@ def test_bad_files_are_one_line_that_names_the_place(fails, complaint):
     Path("latin1.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xfc"}\n')
     Path("half.jsonl").write_text('{"text": "\\ud83d"}\n')
     Path("key.jsonl").write_text('{"text": "a"}\n\n{"body": "a"}\n')
+    Path("number.jsonl").write_text('{"text": 5}\n')
     Path("list.jsonl").write_text("[1]\n")
     Path("broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     write("null.parquet", ["a", None])

@@ -461,8 +461,14 @@ BAD = {
         *("mine", "--input=own.txt", "--tokenizer=sentencepiece", "--vocab_size=9000")
     ],
     "no data set nothing: it is not one of: shakespeare_char, shakespeare,": ["nothing"],
-    "train.bin would be empty, with val_fraction=0.1 and documents: 1": ["mine", "--input=one.jsonl"],
-    "train.bin would be empty, with val_fraction=0.2": ["mine", "--input=one.txt", "--val_fraction=0.2"],
+    "train.bin would have 0 of the 2 tokens that it takes to predict one, with val_fraction=0.1 and documents: 1": [
+        *("mine", "--input=one.jsonl")
+    ],
+    "train.bin would have 0 of the 2 tokens that it takes to predict one, with val_fraction=0.2": [
+        *("mine", "--input=one.txt", "--val_fraction=0.2")
+    ],
+    "val.bin would have 1 of the 2 tokens": ["mine", "--input=own.txt"],
+    "blank.jsonl has no text; there is nothing to learn from": ["mine", "--input=blank.jsonl"],
     "cannot write data/taken": ["--input=own.txt", "--name=taken"],
 }
 
@@ -472,10 +478,11 @@ def test_bad_input_is_one_line(folder, fails, complaint):
     Path("own.txt").write_text("some text\n")
     Path("one.txt").write_text("x")
     Path("one.jsonl").write_text('{"text": "only one"}\n')
+    Path("blank.jsonl").write_text('\n{"text": ""}\n')
     Path("data").mkdir()
     Path("data/taken").write_text("a file where a folder should be")
     assert complaint in fails(prepare_data.main, *BAD[complaint])
-    assert not Path("data/mine/meta.json").exists()
+    assert [path.name for path in Path("data").iterdir()] == ["taken"]
 
 
 def test_a_text_key_without_effect_is_told(folder, capsys):

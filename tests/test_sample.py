@@ -168,7 +168,8 @@ def test_a_character_appears_when_its_last_byte_is_there():
 BAD = {
     "character 'é' (U+00E9) is not among the": ["--start=é"],
     "an empty prompt; give at least one character": ["--start="],
-    "cannot read the prompt nothing.txt": ["--start=FILE:nothing.txt"],
+    "cannot read the prompt latin1.txt: it is not UTF-8": ["--start=FILE:latin1.txt"],
+    "cannot read the prompt nothing.txt: No such file or directory": ["--start=FILE:nothing.txt"],
     "temperature=-1.0 must be 0": ["--temperature=-1"],
     "temperature=nan must be 0": ["--temperature=nan"],
     "top_p=0.0 must be above 0": ["--top_p=0"],
@@ -183,12 +184,15 @@ BAD = {
 @pytest.mark.parametrize("complaint", BAD)
 def test_bad_input_is_one_line(run_dir, fails, monkeypatch, complaint):
     monkeypatch.setattr(sample, "load", lambda config, load=sample.checkpoint.load: load(run_dir / "best.pt"))  # silent
+    Path("latin1.txt").write_bytes(b"caf\xe9")
     assert complaint in fails(sample.main, "--out_dir=out/run", *BAD[complaint])
 
 
 def test_keys_that_have_no_effect_say_so(run_dir, capsys):
     sample.main(["--out_dir=out/run", "--device=cpu", "--compile=True", "--max_new_tokens=1"])
     assert "compile=True has no effect" in capsys.readouterr().err
+    sample.main(["--out_dir=out/run", "--device=cpu", "--temperature=0", "--top_p=0.5", "--max_new_tokens=1"])
+    assert "note: top_p=0.5 has no effect at temperature=0" in capsys.readouterr().err
 
 
 def test_models_of_every_config_key_survive_the_checkpoint(run_dir):

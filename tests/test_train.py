@@ -113,6 +113,19 @@ def test_early_stopping_counts_evaluations_without_a_lower_loss(run_train, monke
     assert capsys.readouterr().out.splitlines()[-1] == "best val loss 2.0000 at iter 9"
 
 
+def test_a_folder_with_a_space_is_quoted_in_what_to_do_next(tiny, capsys):
+    assert train.main([*TINY_RUN, "--out_dir=out/my run"]) == 0
+    assert "more of this: python sample.py --out_dir='out/my run'" in capsys.readouterr().out.splitlines()
+
+
+def test_only_a_run_with_steps_left_is_stopped_early(run_train, monkeypatch, capsys):
+    stopped = "stopped early: 1 evaluation without a lower validation loss"
+    for length, early in ((9, True), (6, False)):
+        evaluations(monkeypatch, 3.0, 4.0)
+        run_train("--early_stopping=1", f"--max_iters={length}")
+        assert (stopped in capsys.readouterr().out.splitlines()) == early
+
+
 def test_a_new_run_keeps_every_earlier_one(run_train, capsys):
     run_train("--seed=1")
     first = weights()
@@ -607,6 +620,9 @@ def test_data_that_changed_since_the_checkpoint_is_refused(run_train, fails):
     train.prepare_data.main(["--input=tiny.txt", "--name=tiny"])
     line = fails(train.main, "--init_from=resume", "--out_dir=out/run")
     assert "data/tiny is not the data that out/run/ckpt.pt was trained on" in line
+    Path("tiny.txt").write_text(make_text() + "0123456789")  # a larger vocabulary
+    train.prepare_data.main(["--input=tiny.txt", "--name=tiny"])
+    assert fails(train.main, "--init_from=resume", "--out_dir=out/run") == line
 
 
 # --------------------------------------------------------------------------------------
@@ -684,6 +700,10 @@ def test_a_key_without_effect_says_so(run_train, capsys):
     assert "note: backend=gloo has no effect" in notes
     assert "note: rope_base=5.0 has no effect without position=rotary" in notes
     assert "note: warmup_iters=2 has no effect without decay_lr=True" in notes
+    run_train("--warmup_iters=6", "--max_iters=6")
+    assert "note: warmup_iters=6 leaves schedule=cosine none of the 6 steps" in capsys.readouterr().err
+    run_train("--warmup_iters=5", "--max_iters=6")
+    assert "warmup_iters" not in capsys.readouterr().err
     run_train("--rope_base=5", "--position=rotary")
     assert "no effect" not in capsys.readouterr().err
 
