@@ -233,7 +233,7 @@ class RandomTokens:
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(index)
         ids = torch.randint(self.tokenizer.vocab_size, (batch_size, self.block_size + 1), generator=generator)
-        return {"idx": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}
+        return {"idx": ids[:, :-1], "targets": ids[:, 1:].contiguous()}
 
 
 def read_config(config: BenchConfig, default: str | None = None) -> tuple[TrainConfig, ModelConfig]:

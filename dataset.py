@@ -118,7 +118,7 @@ class TokenDataset(Dataset):
         """Blocks that begin at starts, (B,); of these, only the ones before number last count."""
         tokens, T = getattr(self, split), self.block_size
         ids = self.read(split, starts, T + 1)
-        idx, targets = (torch.from_numpy(part.copy()) for part in (ids[:, :-1], ids[:, 1:]))
+        idx, targets = torch.from_numpy(ids[:, :-1]), torch.from_numpy(ids[:, 1:].copy())
         for row in (starts + T >= len(tokens)).nonzero()[0]:
             targets[row, len(tokens) - 1 - starts[row] :] = -1
         if last is not None:

@@ -153,15 +153,15 @@ def read_json_lines(path: Path, file: BinaryIO, text_key: str, errors: str) -> I
             raise UserError(f"{where} is not UTF-8; take --encoding_errors=replace or ignore") from error
         except json.JSONDecodeError as error:
             raise UserError(f"{where} is not JSON: {error.msg}") from error
-        if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
-            keys = ", ".join(map(str, record)) if isinstance(record, dict) else "none, as it is no object"
-            found = (
-                f", but {json.dumps(record[text_key])[:60]}" if isinstance(record, dict) and text_key in record else ""
-            )
+        fields = record if isinstance(record, dict) else {}
+        text = fields.get(text_key)
+        if not isinstance(text, str):
+            keys = ", ".join(fields) if fields is record else "none, as it is no object"
+            found = f", but {json.dumps(text)[:60]}" if text_key in fields else ""
             raise UserError(
                 f"{where} has no text under {text_key!r}{found}; name the key with --text_key; its keys: {keys}"
             )
-        yield from pieces([mend(record[text_key], errors, where)], file.tell)
+        yield from pieces([mend(text, errors, where)], file.tell)
 
 
 def read_parquet(path: Path, text_key: str, errors: str) -> Iterator[Piece]:

@@ -93,12 +93,11 @@ def main(argv: list[str]) -> None:
     model.to(device).eval()
     tokenizer = tokenizers.from_state(saved["tokenizer"])
     translates = saved["task"] == "translation"
-    for key in (WRITES if translates else TRANSLATES).split():
+    idle = dict.fromkeys(() if config.temperature else DRAWS.split(), "at temperature=0")
+    idle |= dict.fromkeys((WRITES if translates else TRANSLATES).split(), f"for a model of {saved['task']}")
+    for key, why in idle.items():
         if key in given:
-            print(f"note: {key}={given[key]} has no effect for a model of {saved['task']}", file=sys.stderr)
-    for key in DRAWS.split():
-        if key in given and not translates and not config.temperature:
-            print(f"note: {key}={given[key]} has no effect at temperature=0", file=sys.stderr)
+            print(f"note: {key}={given[key]} has no effect {why}", file=sys.stderr)
     if config.compile:
         print("note: compile=True has no effect in sample.py", file=sys.stderr)
     with autocast(device, pick_dtype_to_write(config.dtype, device)):

@@ -356,10 +356,11 @@ def main(argv: list[str]) -> int:
                 draw_losses(rows, out_dir / "loss.png")
                 started = time.perf_counter() - progress.seconds  # the time since then was not training
     draw_losses(rows, out_dir / "loss.png")  # a resumed run may have no step left, and its picture be missing
+    this_run = f"--out_dir={shlex.quote(str(out_dir))}"  # for commands that can be pasted
     if stopped:
         log_wandb(None)
         name = signal.Signals(stopped[0]).name
-        go_on = f"python train.py --init_from=resume --out_dir={shlex.quote(str(out_dir))}"
+        go_on = f"python train.py --init_from=resume {this_run}"
         with suppress(OSError):  # as in catch_signals
             print(f"{name}: saved {out_dir}/ckpt.pt at iter {progress.iter}; go on with: {go_on}", file=sys.stderr)
         return 128 + stopped[0]
@@ -374,10 +375,10 @@ def main(argv: list[str]) -> int:
         scores = score_translations(model, dataset, device, writes_in)
         record({"test_bleu": scores["bleu"], "test_chrf": scores["chrf"]})
         print(describe_translations(scores))
-        print(f'translate: python sample.py --out_dir={shlex.quote(str(out_dir))} --start="..."')
+        print(f'translate: python sample.py {this_run} --start="..."')
     else:
         print(f"\n{write_a_little(model, tokenizer, device, writes_in)}\n")
-        print(f"more of this: python sample.py --out_dir={shlex.quote(str(out_dir))}")
+        print(f"more of this: python sample.py {this_run}")
     log_wandb(None)
     print(f"best val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}")
     return 0
@@ -659,8 +660,8 @@ def train_step(
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    if device.type == "cuda":  # from pinned memory the copy runs beside the GPU's work
-        return {key: value.pin_memory().to(device, non_blocking=True) for key, value in batch.items()}
+    if device.type == "cuda":  # from pinned memory without gaps the copy runs beside the GPU's work
+        return {key: value.contiguous().pin_memory().to(device, non_blocking=True) for key, value in batch.items()}
     return {key: value.to(device) for key, value in batch.items()}
 
 
