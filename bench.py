@@ -43,12 +43,12 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from tqdm import tqdm, trange
 
-import configurator
-from configurator import UserError
-from dataset import ReadAhead, TokenDataset
-from device import DTYPES, autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
+from humptygpt import configurator
+from humptygpt.batches import ReadAhead, TokenDataset
+from humptygpt.configurator import UserError
+from humptygpt.device import DTYPES, autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
+from humptygpt.tokenizer import BytePairTokenizer
 from model import ModelConfig, flops_per_token
-from tokenizer import BytePairTokenizer
 from train import TrainConfig, build_model, build_optimizer, compiled, evaluate, open_dataset, to_device, train_step
 
 # nanoGPT's preset for a laptop's CPU, as the command in its README sets it

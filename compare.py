@@ -24,9 +24,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import configurator
-import files
-from configurator import UserError
+from humptygpt import configurator, files
+from humptygpt.configurator import UserError
 
 # torch and matplotlib are imported where they are needed: they take seconds, and a misspelt key should not wait.
 

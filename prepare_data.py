@@ -35,16 +35,16 @@ from pathlib import Path
 
 import numpy as np
 
-import configurator
-import tokenizer as tokenizers
-from configurator import UserError
-from corpus import Corpus, Encoder, Progress, Unit, progress_bar
-from documents import check_readable, find_files
-from files import write_whole
-from known_texts import KNOWN, PairFiles
-from pairs import Pairs, is_tsv
-from token_files import META_FORMAT, TokenWriter, checksums, token_dtype
-from tokenizer import (
+from humptygpt import configurator
+from humptygpt import tokenizer as tokenizers
+from humptygpt.configurator import UserError
+from humptygpt.corpus import Corpus, Encoder, Progress, Unit, progress_bar
+from humptygpt.documents import check_readable, find_files
+from humptygpt.files import write_whole
+from humptygpt.known_texts import KNOWN, PairFiles
+from humptygpt.pairs import Pairs, is_tsv
+from humptygpt.token_files import META_FORMAT, TokenWriter, checksums, token_dtype
+from humptygpt.tokenizer import (
     TOKENIZERS,
     BytePairTokenizer,
     ByteTokenizer,

@@ -20,14 +20,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
-import configurator
 import model as models
-import tokenizer as tokenizers
-from configurator import UserError
-from device import DTYPES, autocast, pick_device, pick_dtype_to_write
-from tokenizer import END_OF_TEXT, Tokenizer
-from translate import NUM_BEAMS, translate
+from humptygpt import checkpoint, configurator
+from humptygpt import tokenizer as tokenizers
+from humptygpt.beams import NUM_BEAMS, translate
+from humptygpt.configurator import UserError
+from humptygpt.device import DTYPES, autocast, pick_device, pick_dtype_to_write
+from humptygpt.tokenizer import END_OF_TEXT, Tokenizer
 
 LINES = 500  # of a text that are translated before the first of them is printed
 

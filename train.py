@@ -29,14 +29,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
-import configurator
-import files
 import model as models
 import prepare_data
-from configurator import UserError
-from dataset import Dataset, PairDataset, ReadAhead, TokenDataset, random_key
-from device import (
+from humptygpt import checkpoint, configurator, files
+from humptygpt.batches import Dataset, PairDataset, ReadAhead, TokenDataset, random_key
+from humptygpt.beams import NUM_BEAMS, score, translate
+from humptygpt.configurator import UserError
+from humptygpt.device import (
     DTYPES,
     autocast,
     keep_freed_memory,
@@ -45,11 +44,10 @@ from device import (
     pick_dtype,
     pick_dtype_to_write,
 )
+from humptygpt.optimizers import OPTIMIZERS, SCHEDULES, AveragedWeights, Optimizer, learning_rate_at, make_optimizer
+from humptygpt.token_files import read_meta
 from model import ModelConfig
-from optim import OPTIMIZERS, SCHEDULES, AveragedWeights, Optimizer, learning_rate_at, make_optimizer
 from sample import generate
-from token_files import read_meta
-from translate import NUM_BEAMS, score, translate
 
 NGRAMS_FROM = 20_000_000  # tokens of training text that are looked through for frequent runs
 

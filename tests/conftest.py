@@ -8,11 +8,11 @@ import torch
 from texts import make_pairs, make_text
 from torch import Tensor, nn
 
-import configurator
 import model as models
 import prepare_data
 import train
-from optim import make_optimizer
+from humptygpt import configurator
+from humptygpt.optimizers import make_optimizer
 
 TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16"]
 TINY_RUN = [*TINY_MODEL, "--dataset=tiny", "--device=cpu", "--out_dir=out/run", "--batch_size=4", "--max_iters=6"]

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import model as models
+from humptygpt.optimizers import make_optimizer
+from humptygpt.tokenizer import CharTokenizer
 from model import ACTIVATIONS, BLOCKS, POSITIONS, Attention, LayerNorm, ModelConfig, Position, attend
-from optim import make_optimizer
 from sample import generate, probabilities
-from tokenizer import CharTokenizer
 
 LETTERS = CharTokenizer("abcdefghijklmnopqrstuvwxyz ")
 LEAF = torch.tensor([32.0, 107.0, 56.0, 11.2])  # red, green, blue, volume in ml

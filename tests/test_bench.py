@@ -11,8 +11,8 @@ from conftest import make_text
 
 import bench
 import prepare_data
+from humptygpt.tokenizer import BytePairTokenizer
 from model import flops_per_token
-from tokenizer import BytePairTokenizer
 
 NANOGPT = """
 from dataclasses import dataclass

@@ -7,11 +7,10 @@ import pytest
 import torch
 from conftest import TINY_RUN
 
-import checkpoint
-import files
 import sample
 import train
-from configurator import UserError
+from humptygpt import checkpoint, files
+from humptygpt.configurator import UserError
 
 
 def test_a_checkpoint_comes_back_as_it_was(folder):

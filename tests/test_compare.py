@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import checkpoint
 import compare
+from humptygpt import checkpoint
 from model import ModelConfig
 from train import TrainConfig
 

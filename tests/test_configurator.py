@@ -8,11 +8,11 @@ import pytest
 
 import bench
 import compare
-import configurator
 import prepare_data
 import sample
 import train
-from configurator import UserError
+from humptygpt import configurator
+from humptygpt.configurator import UserError
 from model import ModelConfig
 from prepare_data import PrepareConfig
 from sample import SampleConfig

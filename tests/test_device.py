@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from configurator import UserError
-from device import autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype, pick_dtype_to_write
+from humptygpt.configurator import UserError
+from humptygpt.device import autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype, pick_dtype_to_write
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,9 @@ from backports import zstd
 from conftest import make_text
 from test_tokenizer import EVERY
 
-import documents
 import prepare_data
-from documents import find_files, read_documents
+from humptygpt import documents
+from humptygpt.documents import find_files, read_documents
 
 TEXTS = ["first\n\ndocument", "Zweites, mit Ü", "third"]
 

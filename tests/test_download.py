@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import download as downloads
-from configurator import UserError
-from download import download
+from humptygpt import download as downloads
+from humptygpt.configurator import UserError
+from humptygpt.download import download
 
 CONTENT = bytes(range(256)) * 3000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -11,13 +11,10 @@ from backports import zstd
 from conftest import make_pairs, make_text
 from test_prepare_data import contents, killed_at, meta, unreachable
 
-import corpus as corpus_module
-import download
-import known_texts
-import pairs
 import prepare_data
-import token_files
-from tokenizer import END_OF_TEXT, BytePairTokenizer, SentencePieceTokenizer, from_state
+from humptygpt import corpus as corpus_module
+from humptygpt import download, known_texts, pairs, token_files
+from humptygpt.tokenizer import END_OF_TEXT, BytePairTokenizer, SentencePieceTokenizer, from_state
 
 SMALL = ["--name=mine", "--tokenizer=sentencepiece", "--vocab_size=330"]
 BYTES = ["--name=mine", "--tokenizer=byte", "--val_fraction=0.2"]

@@ -14,16 +14,13 @@ import pytest
 from conftest import TINY_RUN, make_text
 from test_documents import write
 
-import corpus as corpus_module
-import documents
-import download
-import known_texts
 import prepare_data
 import sample
-import token_files
 import train
-from dataset import TokenDataset
-from tokenizer import END_OF_TEXT, BytePairTokenizer
+from humptygpt import corpus as corpus_module
+from humptygpt import documents, download, known_texts, token_files
+from humptygpt.batches import TokenDataset
+from humptygpt.tokenizer import END_OF_TEXT, BytePairTokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -137,7 +134,8 @@ PREPARE = ["--input=corpus", "--name=mine", "--val_fraction=0.3", "--tokenizer=b
 KILLED = """
 import os, pathlib, signal, sys
 sys.path.insert(0, sys.argv[2])
-import corpus, documents, prepare_data, token_files
+import prepare_data
+from humptygpt import corpus, documents, token_files
 documents.PIECE = corpus.UNIT = 700
 prepare_data.SAVED, prepare_data.SMALL = 3, 0
 left = int(sys.argv[1])

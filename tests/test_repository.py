@@ -9,7 +9,7 @@ import pytest
 
 import sample
 import train
-from dataset import TokenDataset
+from humptygpt.batches import TokenDataset
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))

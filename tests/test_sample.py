@@ -8,9 +8,9 @@ from conftest import TINY_RUN
 import model as models
 import sample
 import train
+from humptygpt.tokenizer import ByteTokenizer
 from model import POSITIONS, ModelConfig
 from sample import generate, probabilities
-from tokenizer import ByteTokenizer
 
 
 @pytest.fixture

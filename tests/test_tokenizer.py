@@ -4,9 +4,9 @@ from conftest import make_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer
-from configurator import UserError
-from tokenizer import END_OF_TEXT, BytePairTokenizer, ByteTokenizer, CharTokenizer, SentencePieceTokenizer
+from humptygpt import tokenizer
+from humptygpt.configurator import UserError
+from humptygpt.tokenizer import END_OF_TEXT, BytePairTokenizer, ByteTokenizer, CharTokenizer, SentencePieceTokenizer
 
 TEXT = "Füße, 東京!\n🙂 and plain words\n" + make_text(3000)
 ALPHABET = "".join(sorted(set(TEXT)))

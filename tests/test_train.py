@@ -18,12 +18,12 @@ import pytest
 import torch
 from conftest import TINY_RUN, make_text, read_rows
 
-import checkpoint
 import model as models
 import sample
 import train
-from dataset import TokenDataset
-from optim import Optimizer, make_optimizer
+from humptygpt import checkpoint
+from humptygpt.batches import TokenDataset
+from humptygpt.optimizers import Optimizer, make_optimizer
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent

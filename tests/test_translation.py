@@ -16,11 +16,11 @@ import model as models
 import prepare_data
 import sample
 import train
-from configurator import UserError
-from dataset import PairDataset
+from humptygpt.batches import PairDataset
+from humptygpt.beams import Translation
+from humptygpt.configurator import UserError
+from humptygpt.token_files import checksums
 from model import ModelConfig
-from token_files import checksums
-from translate import Translation
 
 TINY = ["--dataset=pairs", "--device=cpu", "--model=transformer", "--n_layer=1", "--n_head=2", "--n_embd=32"]
 TINY += ["--block_size=40", "--batch_size=4", "--log_interval=1", "--eval_interval=3", "--max_iters=6"]

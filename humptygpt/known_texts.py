@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from configurator import UserError
-from download import debian_package, download, file_sha256, package
-from files import write_whole
+from humptygpt.configurator import UserError
+from humptygpt.download import debian_package, download, file_sha256, package
+from humptygpt.files import write_whole
 
 DOWNLOADS = Path("data/downloads")
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import tokenizer as tokenizers
-from configurator import UserError
-from token_files import TokenFiles, how_to, read_meta
+from humptygpt import tokenizer as tokenizers
+from humptygpt.configurator import UserError
+from humptygpt.token_files import TokenFiles, how_to, read_meta
 
 
 class Dataset:

@@ -9,10 +9,10 @@ import torch
 from conftest import TINY_RUN, make_text
 
 import train
-from configurator import UserError
-from dataset import ReadAhead, TokenDataset, permute, random_key
-from token_files import CHECKED, META_FORMAT, TokenFiles, checksums
-from tokenizer import BytePairTokenizer
+from humptygpt.batches import ReadAhead, TokenDataset, permute, random_key
+from humptygpt.configurator import UserError
+from humptygpt.token_files import CHECKED, META_FORMAT, TokenFiles, checksums
+from humptygpt.tokenizer import BytePairTokenizer
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000])

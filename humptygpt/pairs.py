@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-import corpus
-from configurator import UserError
-from corpus import Encoder, Progress, Unit, draw, progress_bar, split_row
-from documents import kind_of, read_lines, unpacked_name
-from token_files import token_dtype
-from tokenizer import END_OF_TEXT, Tokenizer
+from humptygpt import corpus
+from humptygpt.configurator import UserError
+from humptygpt.corpus import Encoder, Progress, Unit, draw, progress_bar, split_row
+from humptygpt.documents import kind_of, read_lines, unpacked_name
+from humptygpt.token_files import token_dtype
+from humptygpt.tokenizer import END_OF_TEXT, Tokenizer
 
 SLACK = 8  # tokens that one side may be longer in any case, so that "Stop!" may be "Halt, stehen bleiben!"
 

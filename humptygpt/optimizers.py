@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from device import multiplies_bfloat16
+from humptygpt.device import multiplies_bfloat16
 
 
 class Optimizer:

@@ -15,7 +15,7 @@ from itertools import chain, compress, zip_longest
 
 import numpy as np
 
-from configurator import UserError
+from humptygpt.configurator import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 # How GPT-2 takes text apart before it pairs bytes: contractions, words and numbers with the space before them, signs,
@@ -251,7 +251,7 @@ class BytePairTokenizer(Tokenizer):
     @classmethod
     def gpt2(cls, separated: bool = False) -> "BytePairTokenizer":
         """GPT-2's own vocabulary: from tiktoken or else a package. Raises UserError where neither is reachable."""
-        from download import gpt2_ranks
+        from humptygpt.download import gpt2_ranks
 
         ranks = gpt2_ranks()
         return cls("gpt2", sorted(ranks, key=ranks.get), separated)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from configurator import UserError
+from humptygpt.configurator import UserError
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError
-from files import write_whole
+from humptygpt.configurator import UserError
+from humptygpt.files import write_whole
 
 FORMAT = "gpt checkpoint 2"  # a change of what a checkpoint holds gets a new number
 

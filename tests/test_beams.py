@@ -8,9 +8,9 @@ import torch
 from test_transformer import EOT, shaken, tokens
 
 import model as models
-import translate as translation
+from humptygpt import beams as translation
+from humptygpt.beams import Translation, beam_search, score, translate
 from model import ModelConfig
-from translate import Translation, beam_search, score, translate
 
 
 def decoder_only(**keys) -> models.GPT:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from configurator import UserError
+from humptygpt.configurator import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError
-from documents import Piece, kind_of, read_documents
-from download import file_sha256
-from known_texts import TINY_SHAKESPEARE_SHA256
-from token_files import token_dtype
-from tokenizer import Tokenizer
+from humptygpt.configurator import UserError
+from humptygpt.documents import Piece, kind_of, read_documents
+from humptygpt.download import file_sha256
+from humptygpt.known_texts import TINY_SHAKESPEARE_SHA256
+from humptygpt.token_files import token_dtype
+from humptygpt.tokenizer import Tokenizer
 
 UNIT = 1 << 19  # characters that are encoded at once
 DRAWN_BY = 4096  # characters of a document that decide where it goes; fewer than the first piece of it has

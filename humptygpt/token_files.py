@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-import tokenizer as tokenizers
-from configurator import UserError
+from humptygpt import tokenizer as tokenizers
+from humptygpt.configurator import UserError
 
 META_FORMAT = "tokens 2"  # a change of what a data folder holds gets a new number
 CHECKED = 1 << 18  # bytes that have one checksum

@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 
 from backports import zstd  # in Python's own library from 3.14 on
 
-from configurator import UserError
+from humptygpt.configurator import UserError
 
 PIECE = 1 << 18  # characters of a document that are in memory at once
 KINDS = (".txt", ".jsonl", ".parquet")

@@ -6,9 +6,9 @@ import torch
 from conftest import know_ngrams
 
 import model as models
-import optim
+from humptygpt import optimizers as optim
+from humptygpt.optimizers import OPTIMIZERS, SCHEDULES, AveragedWeights, learning_rate_at, make_optimizer, orthogonalize
 from model import BLOCKS, EMBEDDINGS, MLPS, NORMS, POSITIONS, ModelConfig
-from optim import OPTIMIZERS, SCHEDULES, AveragedWeights, learning_rate_at, make_optimizer, orthogonalize
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
