@@ -45,7 +45,7 @@ from tqdm import tqdm, trange
 
 from humptygpt import configurator
 from humptygpt.batches import ReadAhead, TokenDataset
-from humptygpt.configurator import UserError
+from humptygpt.configurator import UserError, check, setting, without_effect
 from humptygpt.device import DTYPES, autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype
 from humptygpt.tokenizer import BytePairTokenizer
 from model import ModelConfig, flops_per_token
@@ -59,50 +59,51 @@ SIZES = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")  # what
 WARMUP = 20  # steps that are not counted
 
 
+TRAINS = {"only_with": {"what": ("train", "loss", "profile")}}
+LOSS = {"only_with": {"what": "loss"}}
+READ = {"only_with": {"what": "read"}}
+
+
 @dataclass(frozen=True)
 class BenchConfig:
-    # --- benchmark
-    what: str = "train"  # train, loss, profile, prepare or read, as told above
-    nanogpt: str | None = None  # a nanoGPT checkout to stand beside; in loss there must be one
-    config: str | None = None  # train, loss, profile: config file; None: in train nanoGPT's CPU preset, else the demo
-    steps: int = 300  # train, profile: steps that are counted, after 20 that are not
-    target: float = 1.88  # loss: the validation loss to be reached
-    seeds: int = 3  # loss: so many runs of each, one of ours after one of nanoGPT's
-    device: str = "auto"  # train, loss, profile: auto, cpu, cuda, cuda:1 or mps
-    dtype: str | None = None  # train, loss, profile: of ours; None: float32 in train, else auto
-    input: str | None = None  # prepare: a text file, the larger the better
-    dataset: str | None = None  # a folder in data/; random: tokens that mean nothing; None: the config's, or the demo's
-    block_size: int = 1024  # read: tokens in a row
-    batch_size: int = 12  # read: rows in a batch
-    batches: int = 100_000  # read: how many are read
+    what: str = setting("train", "train, loss, profile, prepare or read: see above", group="benchmark")
+    nanogpt: str | None = setting(None, "a nanoGPT checkout to compare with", only_with={"what": ("train", "loss")})
+    config: str | None = setting(None, "config file; None: nanoGPT's CPU preset in train, else the demo", **TRAINS)
+    steps: int = setting(
+        300, f"timed steps, after {WARMUP} untimed ones", at_least=1, only_with={"what": ("train", "profile")}
+    )
+    target: float = setting(1.88, "the validation loss to be reached", above=0, **LOSS)
+    seeds: int = setting(3, "runs of each, one of ours after one of nanoGPT's", at_least=1, **LOSS)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps", **TRAINS)
+    dtype: str | None = setting(None, "of ours; None: float32 in train, else auto", choices=("auto", *DTYPES), **TRAINS)
+    input: str | None = setting(None, "a text file, the larger the better", only_with={"what": "prepare"})
+    dataset: str | None = setting(
+        None,
+        "a folder in data/; random: random tokens; None: that of the config or the demo",
+        only_with={"what": (*TRAINS["only_with"]["what"], "read")},
+    )
+    block_size: int = setting(1024, "length of a sequence", at_least=1, **READ)
+    batch_size: int = setting(12, "sequences in a batch", at_least=1, **READ)
+    batches: int = setting(100_000, "batches to read", at_least=1, **READ)
 
     def __post_init__(self):
         if self.what not in BENCHMARKS:
             raise ValueError(f"what={self.what} is not one of: {', '.join(BENCHMARKS)}")
-        for key in ("steps", "seeds", "block_size", "batch_size", "batches"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        if not self.target > 0:
-            raise ValueError(f"target={self.target} must be above 0")
+        check(self)
         if self.what == "prepare" and self.input is None:
             raise ValueError("what=prepare needs --input=FILE.txt")
         if self.what == "loss" and self.nanogpt is None:
             raise ValueError("what=loss needs --nanogpt=FOLDER, a checkout of nanoGPT")
-        training = ("train", "loss", "profile")
-        belong = {"input": ("prepare",), "block_size": ("read",), "batch_size": ("read",), "batches": ("read",)}
-        belong |= {"nanogpt": ("train", "loss"), "target": ("loss",), "seeds": ("loss",), "steps": ("train", "profile")}
-        belong |= {"config": training, "device": training, "dtype": training, "dataset": (*training, "read")}
-        for key, whats in belong.items():
-            if self.what not in whats and getattr(self, key) != getattr(BenchConfig, key):
-                raise ValueError(f"{key}={getattr(self, key)} goes with --what={' or '.join(whats)} only")
-        if self.dtype not in (None, "auto", *DTYPES):
-            raise ValueError(f"dtype={self.dtype} is not one of: auto, {', '.join(DTYPES)}")
         if self.nanogpt is not None and not (Path(self.nanogpt) / "model.py").exists():
             raise ValueError(f"nanogpt={self.nanogpt} has no model.py; give the folder of a checkout")
 
 
 def main(argv: list[str]) -> None:
-    config = configurator.make(BenchConfig, configurator.read(argv, BenchConfig))
+    given = configurator.read(argv, BenchConfig)
+    config = configurator.make(BenchConfig, given)
+    for name, why in without_effect(vars(config), BenchConfig).items():
+        if name in given:
+            raise UserError(f"{name}={given[name]} has no effect {why}")
     print(json.dumps(BENCHMARKS[config.what](config)))
 
 

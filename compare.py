@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from humptygpt import configurator, files
-from humptygpt.configurator import UserError
+from humptygpt.configurator import UserError, setting
 
 # torch and matplotlib are imported where they are needed: they take seconds, and a misspelt key should not wait.
 
@@ -36,11 +36,12 @@ NO_DIFFERENCE |= {"wandb_log", "wandb_project", "wandb_run_name"}
 
 @dataclass(frozen=True)
 class CompareConfig:
-    # --- compare
-    runs: tuple[str, ...] = ()  # the folders of the runs; bare arguments are those
-    picture: str | None = "out/compare.png"  # where the picture goes, a PNG; None: draw none
-    csv: str | None = None  # where the table goes as CSV; -: to stdout, with nothing else there
-    json: str | None = None  # where the table goes as JSON, a list with an object a run; -: to stdout, alone there
+    runs: tuple[str, ...] = setting((), "the folders of the runs; bare arguments are those", group="compare")
+    picture: str | None = setting("out/compare.png", "where the picture goes, a PNG; None: draw none")
+    csv: str | None = setting(None, "where the table goes as CSV; -: to stdout, with nothing else there")
+    json: str | None = setting(
+        None, "where the table goes as JSON, a list with an object a run; -: to stdout, alone there"
+    )
 
     def __post_init__(self):
         if not self.runs:

@@ -36,6 +36,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from humptygpt.configurator import check, setting
+
 # --------------------------------------------------------------------------------------
 # Norms: keep the numbers that flow through a deep network at a size that trains well.
 
@@ -898,67 +900,119 @@ def finish(model: nn.Module, logits: Tensor, targets: Tensor | None) -> tuple[Te
 MODELS = {"window_mlp": WindowMLP, "gpt": GPT, "transformer": Transformer}
 
 
+NOT_WINDOW = {"model": "window_mlp"}
+NGRAMS = {"not_with": {"ngrams": 0}}
+ROTARY = {"only_with": {"position": "rotary"}}
+ROPE_SCALING = ROTARY | {"not_with": {"rope_factor": 1.0}}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What a model is made of: all that a checkpoint needs to build it again."""
 
-    # --- model
-    model: str = "gpt"  # gpt: decoder only; transformer: encoder and decoder; window_mlp: a network without attention
-    n_layer: int = 4  # blocks, one after another; transformer: in each of its two stacks; window_mlp: hidden layers
-    n_head: int = 4  # attention heads in a block
-    n_kv_head: int | None = None  # heads of keys and values, shared by the others; None: n_head; 1: one for all
-    n_embd: int = 128  # numbers that stand for a token: the width of the model
-    n_hidden: int | None = None  # neurons in the middle; None: 4 n_embd, gated 8/3 n_embd, window_mlp window n_embd
-    block_size: int = 64  # context: tokens the model can look back on; transformer: longest source and longest target
-    window: int = 0  # tokens that each one sees, itself and the newest before it; 0: all; window_mlp: tokens read
-    vocab_size: int | None = None  # tokens it knows; None: as many as the data set has; more pads the table
-    dropout: float = 0.0  # share of the numbers zeroed in training, against overfitting; 0.1 to 0.3 on small data
-    label_smoothing: float = 0.0  # share of each target that is spread over all tokens in training; 0.1 to translate
-    bias: bool = False  # learnt shifts in linear layers and layer norms, as GPT-2 has them
-    embedding: str = "table"  # table: trained; number: window_mlp reads a token as its own number, with n_embd=1
-    ngrams: int = 0  # frequent runs of 2, 3, ... up to so many tokens have vectors, too; 6 for characters; 0: off
-    ngram_dropout: float = 0.0  # ngrams: share of the places that do without in training; 0.45 on small data
-    ngram_rows: int | None = None  # ngrams: how many have vectors; it is found in the training text, not chosen
-    tie_weights: bool = True  # one table both reads tokens and predicts them
-    position: str = "learned"  # how places are told apart: none, learned, sinusoidal, rotary or alibi
-    rope_base: float = 10000.0  # position=rotary: the slowest pair turns once in about 2 pi rope_base tokens
-    rope_factor: float = 1.0  # position=rotary: slow pairs turn so many times slower, as in Llama 3.1; 1: off
-    rope_low_freq_factor: float = 1.0  # rope_factor: slow are those with fewer turns in rope_original_context
-    rope_high_freq_factor: float = 4.0  # rope_factor: those with more turns stay as they are
-    rope_original_context: int = 8192  # rope_factor: the context that is stretched
-    norm: str = "layernorm"  # layernorm, rmsnorm or none
-    block: str = "pre_norm"  # how norms and residuals are placed: pre_norm, post_norm, plain (no residual) or parallel
-    mlp: str = "plain"  # feed-forward network: plain, gated (with activation=silu: SwiGLU) or none
-    activation: str = "gelu"  # relu, gelu, gelu_tanh, silu or relu_squared
-    qk_norm: bool = False  # queries and keys of length sqrt(D), so that attention's scores stay small
-    embed_norm: bool = False  # a norm right after the embedding
-    logit_soft_cap: float = 0.0  # logits squeezed between -cap and cap by tanh; 0: no cap
-    init: str = "gpt2"  # first weights: gpt2, or zero (each block starts by changing nothing)
+    model: str = setting(
+        "gpt",
+        "gpt: decoder only; transformer: encoder and decoder; window_mlp: a network without attention",
+        group="model",
+        choices=MODELS,
+    )
+    n_layer: int = setting(4, "blocks; transformer: in each of its two stacks; window_mlp: hidden layers", at_least=1)
+    n_head: int = setting(4, "attention heads in a block", at_least=1, not_with=NOT_WINDOW)
+    n_kv_head: int | None = setting(
+        None,
+        "heads of keys and values, shared by groups of query heads; None: n_head; 1: multi-query attention",
+        at_least=1,
+        not_with=NOT_WINDOW,
+    )
+    n_embd: int = setting(128, "embedding dimension: the width of the model", at_least=1)
+    n_hidden: int | None = setting(
+        None, "hidden neurons of an MLP; None: 4 n_embd, gated 8/3 n_embd, window_mlp window n_embd", at_least=1
+    )
+    block_size: int = setting(64, "context length in tokens; transformer: of the source and of the target", at_least=1)
+    window: int = setting(
+        0,
+        "sliding window: tokens that each one attends to, itself included; 0: all; window_mlp: tokens read",
+        at_least=0,
+    )
+    vocab_size: int | None = setting(
+        None, "rows of the embedding; None: as many as the tokenizer has tokens; more are padding", at_least=1
+    )
+    dropout: float = setting(
+        0.0, "probability that an activation is zeroed in training; 0.1 to 0.3 on small data", at_least=0, below=1
+    )
+    label_smoothing: float = setting(
+        0.0,
+        "fraction of each target that is spread over the vocabulary in training; 0.1 to translate",
+        at_least=0,
+        below=1,
+    )
+    bias: bool = setting(False, "bias terms in linear layers and layer norms, as in GPT-2")
+    embedding: str = setting(
+        "table", "table: trained; number: window_mlp reads a token as its own number, with n_embd=1", choices=EMBEDDINGS
+    )
+    ngrams: int = setting(
+        0, "frequent n-grams up to this length have embeddings, too; 6 for characters; 0: off", at_least=0
+    )
+    ngram_dropout: float = setting(
+        0.0,
+        "probability that a position gets no n-gram embedding in training; 0.45 on small data",
+        at_least=0,
+        below=1,
+        **NGRAMS,
+    )
+    ngram_rows: int | None = setting(
+        None, "frequent n-grams: found in the training text, not chosen", at_least=1, **NGRAMS
+    )
+    tie_weights: bool = setting(True, "token embedding and output head share their weights", not_with=NOT_WINDOW)
+    position: str = setting(
+        "learned",
+        "positional encoding: none, learned, sinusoidal, rotary or alibi",
+        choices=POSITIONS,
+        not_with=NOT_WINDOW,
+    )
+    rope_base: float = setting(10000.0, "base of the rotary frequencies (rope_theta)", above=1, **ROTARY)
+    rope_factor: float = setting(
+        1.0, "low frequencies are divided by this, as in Llama 3.1; 1: off", at_least=1, **ROTARY
+    )
+    rope_low_freq_factor: float = setting(
+        1.0, "low are frequencies with fewer turns than this in rope_original_context", above=0, **ROPE_SCALING
+    )
+    rope_high_freq_factor: float = setting(
+        4.0, "those with more turns than this stay as they are", above=0, **ROPE_SCALING
+    )
+    rope_original_context: int = setting(8192, "context length before the extension", at_least=1, **ROPE_SCALING)
+    norm: str = setting("layernorm", "layernorm, rmsnorm or none", choices=NORMS, not_with=NOT_WINDOW)
+    block: str = setting(
+        "pre_norm",
+        "norms and residuals: pre_norm, post_norm, plain (no residual) or parallel",
+        choices=BLOCKS,
+        not_with=NOT_WINDOW,
+    )
+    mlp: str = setting(
+        "plain",
+        "feed-forward network: plain, gated (with activation=silu: SwiGLU) or none",
+        choices=MLPS,
+        not_with=NOT_WINDOW,
+    )
+    activation: str = setting(
+        "gelu", "relu, gelu, gelu_tanh, silu or relu_squared", choices=ACTIVATIONS, not_with={"mlp": "none"}
+    )
+    qk_norm: bool = setting(
+        False, "RMS norm on queries and keys, which bounds the attention scores", not_with=NOT_WINDOW
+    )
+    embed_norm: bool = setting(
+        False, "a norm right after the embedding", not_with={"model": "window_mlp", "norm": "none"}
+    )
+    logit_soft_cap: float = setting(0.0, "logits are kept between -cap and cap by tanh; 0: no cap", at_least=0)
+    init: str = setting(
+        "gpt2",
+        "initial weights: gpt2, or zero (each block starts as the identity)",
+        choices=("gpt2", "zero"),
+        not_with=NOT_WINDOW,
+    )
 
     def __post_init__(self):
-        choices = {
-            "model": MODELS,
-            "embedding": EMBEDDINGS,
-            "position": POSITIONS,
-            "norm": NORMS,
-            "block": BLOCKS,
-            "mlp": MLPS,
-            "activation": ACTIVATIONS,
-            "init": ("gpt2", "zero"),
-        }
-        for key, known in choices.items():
-            if getattr(self, key) not in known:
-                raise ValueError(f"{key}={getattr(self, key)} is not one of: {', '.join(known)}")
-        for key in ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "block_size", "vocab_size", "ngram_rows"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        for key in ("dropout", "label_smoothing", "ngram_dropout"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 0 and below 1")
-        if not 0 <= self.logit_soft_cap < math.inf:
-            raise ValueError(f"logit_soft_cap={self.logit_soft_cap} must be at least 0")
-        if self.window < 0:
-            raise ValueError(f"window={self.window} must be at least 0")
+        check(self)
         if self.window > self.block_size:
             raise ValueError(f"window={self.window} must be at most block_size={self.block_size}: no text is longer")
         if self.model == "window_mlp":
@@ -984,15 +1038,9 @@ class ModelConfig:
             raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={n_kv_head}: heads share evenly")
         if self.position == "rotary" and self.n_embd // self.n_head % 2:
             raise ValueError(f"position=rotary turns pairs: n_embd/n_head={self.n_embd}/{self.n_head} must be even")
-        if not 1 < self.rope_base < math.inf:
-            raise ValueError(f"rope_base={self.rope_base} must be above 1")
-        if not 1 <= self.rope_factor < math.inf:
-            raise ValueError(f"rope_factor={self.rope_factor} must be at least 1")
         low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
-        if not 0 < low < high < math.inf:
-            raise ValueError(f"rope_low_freq_factor={low} must be above 0 and below rope_high_freq_factor={high}")
-        if self.rope_original_context < 1:
-            raise ValueError(f"rope_original_context={self.rope_original_context} must be at least 1")
+        if low >= high:
+            raise ValueError(f"rope_low_freq_factor={low} must be below rope_high_freq_factor={high}")
         if self.embedding != "table":
             raise ValueError(f"embedding={self.embedding} is for model=window_mlp; model={self.model} trains a table")
         if self.init == "zero" and not BLOCKS[self.block].residual:

@@ -37,7 +37,7 @@ import numpy as np
 
 from humptygpt import configurator
 from humptygpt import tokenizer as tokenizers
-from humptygpt.configurator import UserError
+from humptygpt.configurator import UserError, check, setting
 from humptygpt.corpus import Corpus, Encoder, Progress, Unit, progress_bar
 from humptygpt.documents import check_readable, find_files
 from humptygpt.files import write_whole
@@ -59,50 +59,61 @@ SMALL = 8_000_000  # bytes of files below which more processes do not pay
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    # --- data
-    name: str | None = None  # the folder in data/ to write; a bare argument is the name, too
-    input: str | None = None  # a file, a folder or a pattern; None: data/<name>/input.txt or input.tsv, or a known text
-    text_key: str = "text"  # what holds the text in .jsonl and .parquet files
-    encoding_errors: str = "strict"  # bytes that are not UTF-8: strict refuses, replace writes U+FFFD, ignore drops
-    val_fraction: float | None = None  # share of documents, or of a single one, for validation; None: 0.1, pairs 0.02
-    files: int | None = None  # take only so many of the files, the first in their order
-    # --- sentence pairs, which a file .tsv holds, too
-    source: str | None = None  # a file with a text to translate on each line
-    target: str | None = None  # the file with the translation of each of these lines
-    test_fraction: float | None = None  # share of the pairs for a test split, 0: no such split; None: as val_fraction
-    max_pair_tokens: int | None = None  # pairs with more on a side, its end included, are dropped; None: 128
-    max_pair_ratio: float | None = None  # and those with a side longer than so many times the other and 8; None: 3
-    # --- tokens
-    tokenizer: str | None = None  # char, byte, sentencepiece, gpt2 or bpe (byte pairs); None: char, pairs sentencepiece
-    vocab_size: int | None = None  # tokenizer=sentencepiece or bpe: tokens to learn; None: 4096, pairs 8192
-    model_type: str | None = None  # tokenizer=sentencepiece: bpe or unigram; None: bpe
-    shard_tokens: int | None = None  # tokens in a file, more go into train_0001.bin and so on; None: one file
-    # --- system
-    workers: int | None = None  # processes that encode; None: one for each core
+    name: str | None = setting(None, "the folder in data/ to write; a bare argument is the name, too", group="data")
+    input: str | None = setting(
+        None, "a file, a folder or a pattern; None: data/<name>/input.txt or input.tsv, or a known text"
+    )
+    text_key: str = setting("text", "the field that holds the text in .jsonl and .parquet files")
+    encoding_errors: str = setting(
+        "strict",
+        "bytes that are not UTF-8: strict refuses, replace writes U+FFFD, ignore drops",
+        choices=("strict", "replace", "ignore"),
+    )
+    val_fraction: float | None = setting(
+        None, "fraction of documents, or of a single one, for validation; None: 0.1, pairs 0.02", above=0, below=1
+    )
+    files: int | None = setting(None, "take only the first so many files", at_least=1)
+
+    source: str | None = setting(
+        None, "a file with one sentence to translate per line", group="sentence pairs; a .tsv file holds both sides"
+    )
+    target: str | None = setting(None, "the file with their translations, line by line")
+    test_fraction: float | None = setting(
+        None, "fraction of pairs for a test split, 0: none; None: as val_fraction", at_least=0, below=1
+    )
+    max_pair_tokens: int | None = setting(
+        None, "pairs with more tokens on a side, end-of-text included, are dropped; None: 128", at_least=2
+    )
+    max_pair_ratio: float | None = setting(
+        None, "pairs are dropped whose sides differ by more than this factor and 8 tokens; None: 3", at_least=1
+    )
+
+    tokenizer: str | None = setting(
+        None,
+        "char, byte, sentencepiece, gpt2 or bpe; None: char, pairs sentencepiece",
+        group="tokens",
+        choices=TOKENIZERS,
+    )
+    vocab_size: int | None = setting(None, "tokenizer=sentencepiece or bpe: tokens; None: 4096, pairs 8192", at_least=2)
+    model_type: str | None = setting(
+        None, "tokenizer=sentencepiece: bpe or unigram; None: bpe", choices=("bpe", "unigram")
+    )
+    shard_tokens: int | None = setting(
+        None, "tokens per file, the rest goes into train_0001.bin and so on; None: one file", at_least=1
+    )
+
+    workers: int | None = setting(None, "processes that encode; None: one per core", group="system", at_least=1)
 
     def __post_init__(self):
+        check(self)
         if not self.name:
             raise ValueError("no name for the data set; try: python prepare_data.py shakespeare_char")
         if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
             raise ValueError(f"name={self.name} must be the name of a folder in data/, not a path")
-        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction={self.val_fraction} must be above 0 and below 1")
-        if self.test_fraction is not None and not 0 <= self.test_fraction < 1:
-            raise ValueError(f"test_fraction={self.test_fraction} must be at least 0 and below 1")
         if (self.source is None) != (self.target is None):
             raise ValueError("source and target go together: --source=a.de --target=a.en, line by line translations")
         if self.source is not None and self.input is not None:
             raise ValueError(f"input={self.input} and source={self.source}: take one of them")
-        at_least = {"files": 1, "vocab_size": 2, "shard_tokens": 1, "workers": 1}
-        at_least |= {"max_pair_tokens": 2, "max_pair_ratio": 1}
-        for key, least in at_least.items():
-            if getattr(self, key) is not None and not getattr(self, key) >= least:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least {least}")
-        choices = {"tokenizer": (*TOKENIZERS, None), "encoding_errors": ("strict", "replace", "ignore")}
-        choices |= {"model_type": ("bpe", "unigram", None)}
-        for key, known in choices.items():
-            if getattr(self, key) not in known:
-                raise ValueError(f"{key}={getattr(self, key)} is not one of: {', '.join(filter(None, known))}")
 
 
 def main(argv: list[str]) -> None:
@@ -132,7 +143,7 @@ def prepare(config: PrepareConfig) -> None:
         if meta.get("made_from") != made_from:
             tokenizer, progress = start_or_go_on(corpus, parts, made_from, command)
             encode(corpus, tokenizer, progress, parts)
-            check(corpus, progress, parts)
+            check_splits(corpus, progress, parts)
             meta = describe(corpus, tokenizer, progress, parts) | {"command": command, "made_from": made_from}
             write_json(parts / "meta.json", meta)
         install(parts, folder, meta)
@@ -356,7 +367,7 @@ def work(texts: list[tuple]) -> dict:
 # The folder
 
 
-def check(corpus: Corpus | Pairs, progress: Progress, parts: Path) -> None:
+def check_splits(corpus: Corpus | Pairs, progress: Progress, parts: Path) -> None:
     """Raises UserError where a split has too little, and leaves nothing to go on with, since that would not help."""
     try:
         corpus.check(progress.splits)

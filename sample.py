@@ -12,7 +12,7 @@ Only text goes to stdout, all else to stderr.
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,62 +24,83 @@ import model as models
 from humptygpt import checkpoint, configurator
 from humptygpt import tokenizer as tokenizers
 from humptygpt.beams import NUM_BEAMS, translate
-from humptygpt.configurator import UserError
+from humptygpt.configurator import UserError, check, setting, without_effect
 from humptygpt.device import DTYPES, autocast, pick_device, pick_dtype_to_write
 from humptygpt.tokenizer import END_OF_TEXT, Tokenizer
 
 LINES = 500  # of a text that are translated before the first of them is printed
 
 
+DRAWN = {"only_with": {"task": "language modelling"}}
+BY_CHANCE = DRAWN | {"not_with": {"temperature": 0.0}}
+TRANSLATED = {"only_with": {"task": "translation"}}
+
+
 @dataclass(frozen=True)
 class SampleConfig:
-    # --- what
-    init_from: str = "resume"  # resume: from a checkpoint in out_dir; nanoGPT's gpt2 models are not here yet
-    out_dir: str = "out"  # the folder of the run whose checkpoint writes
-    checkpoint: str = "best"  # best: lowest validation loss (best.pt); latest: where training stands (ckpt.pt)
-    start: str | None = None  # the prompt, or FILE:path of one; None: the end of a text before, or else a line break
-    num_samples: int = 3  # texts, written side by side in one batch
-    max_new_tokens: int = 500  # length of each, without the prompt
-    # --- how a translation is found
-    num_beams: int = NUM_BEAMS  # beginnings that are kept at each step; 1: the likeliest token each time (greedy)
-    length_penalty: float = 1.0  # translations compare by log-probability / tokens^length_penalty; above 1 longer ones
-    # --- how other text is drawn
-    temperature: float = 0.8  # below 1 bolder in the likely, above 1 more random; 0: always the likeliest token
-    top_k: int | None = 200  # choose among the k likeliest tokens only
-    top_p: float | None = None  # choose among the likeliest tokens that together have this chance
-    seed: int = 1337  # the same seed writes the same text
-    context: str = "fast"  # window full: fast reads its newest half again; exact its newest block_size, every token
-    # --- system
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto: float32 on a CPU, bfloat16 or float16 on CUDA; float32, bfloat16, float16
-    compile: bool = False  # nanoGPT's key; has no effect, since every length of text would be compiled anew
+    init_from: str = setting(
+        "resume", "resume: from a checkpoint in out_dir; nanoGPT's gpt2 models are not here yet", group="what"
+    )
+    out_dir: str = setting("out", "the folder of the run to sample from")
+    checkpoint: str = setting(
+        "best",
+        "best: lowest validation loss (best.pt); latest: the end of training (ckpt.pt)",
+        choices=("best", "latest"),
+    )
+    start: str | None = setting(
+        None, "the prompt, or FILE:path of one; None: an end-of-text token, or else a line break"
+    )
+    num_samples: int = setting(3, "texts, generated together in one batch", at_least=1, **DRAWN)
+    max_new_tokens: int = setting(500, "tokens of each text after the prompt", at_least=1)
+
+    num_beams: int = setting(
+        NUM_BEAMS, "hypotheses kept by beam search; 1: greedy", group="translation", at_least=1, **TRANSLATED
+    )
+    length_penalty: float = setting(
+        1.0,
+        "hypotheses compare by log-probability / tokens^length_penalty; above 1 favours long ones",
+        at_least=-10,
+        at_most=10,
+        **TRANSLATED,
+    )
+
+    temperature: float = setting(
+        0.8,
+        "below 1 sharper, above 1 more random; 0: always the most probable token",
+        group="sampling",
+        at_least=0,
+        **DRAWN,
+    )
+    top_k: int | None = setting(200, "sample from the k most probable tokens only", at_least=1, **BY_CHANCE)
+    top_p: float | None = setting(
+        None,
+        "sample from the most probable tokens that together have this probability",
+        above=0,
+        at_most=1,
+        **BY_CHANCE,
+    )
+    seed: int = setting(1337, "the same seed gives the same text", at_least=0, below=2**63, **BY_CHANCE)
+    context: str = setting(
+        "fast",
+        "context full: fast continues from its newest half; exact recomputes all of it for every token",
+        choices=("fast", "exact"),
+        **DRAWN,
+    )
+
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", group="system")
+    dtype: str = setting(
+        "auto",
+        "auto: float32 on a CPU, bfloat16 or float16 on CUDA; float32, bfloat16, float16",
+        choices=("auto", *DTYPES),
+    )
+    compile: bool = setting(False, "nanoGPT's key; has no effect, since every length of text would be compiled anew")
 
     def __post_init__(self):
+        check(self)
         if self.init_from.startswith("gpt2"):
             raise ValueError(f"init_from={self.init_from}: GPT-2's weights cannot be read yet; leave it at resume")
         if self.init_from != "resume":
             raise ValueError(f"init_from={self.init_from} is not one of: resume")
-        for key in ("num_samples", "max_new_tokens", "top_k", "num_beams"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
-        if not abs(self.length_penalty) <= 10:
-            raise ValueError(f"length_penalty={self.length_penalty} must be between -10 and 10; 0 is off, 1 usual")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be 0 (always the likeliest) or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed} must be at least 0 and below 2^63")
-        choices = {"checkpoint": ("best", "latest"), "context": ("fast", "exact"), "dtype": ("auto", *DTYPES)}
-        for key, known in choices.items():
-            if getattr(self, key) not in known:
-                raise ValueError(f"{key}={getattr(self, key)} is not one of: {', '.join(known)}")
-
-
-# Keys that do nothing for the one task and for the other
-WRITES = "num_samples temperature top_k top_p seed context"
-DRAWS = "top_k top_p seed"  # of these, what does nothing where the likeliest token is taken
-TRANSLATES = "num_beams length_penalty"
 
 
 def main(argv: list[str]) -> None:
@@ -92,11 +113,10 @@ def main(argv: list[str]) -> None:
     model.to(device).eval()
     tokenizer = tokenizers.from_state(saved["tokenizer"])
     translates = saved["task"] == "translation"
-    idle = dict.fromkeys(() if config.temperature else DRAWS.split(), "at temperature=0")
-    idle |= dict.fromkeys((WRITES if translates else TRANSLATES).split(), f"for a model of {saved['task']}")
-    for key, why in idle.items():
-        if key in given:
-            print(f"note: {key}={given[key]} has no effect {why}", file=sys.stderr)
+    settings = asdict(config) | {"task": saved["task"]}
+    for name, why in without_effect(settings, SampleConfig).items():
+        if name in given:
+            print(f"note: {name}={given[name]} has no effect {why}", file=sys.stderr)
     if config.compile:
         print("note: compile=True has no effect in sample.py", file=sys.stderr)
     with autocast(device, pick_dtype_to_write(config.dtype, device)):

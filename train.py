@@ -34,7 +34,7 @@ import prepare_data
 from humptygpt import checkpoint, configurator, files
 from humptygpt.batches import Dataset, PairDataset, ReadAhead, TokenDataset, random_key
 from humptygpt.beams import NUM_BEAMS, score, translate
-from humptygpt.configurator import UserError
+from humptygpt.configurator import UserError, check, setting, without_effect
 from humptygpt.device import (
     DTYPES,
     autocast,
@@ -52,73 +52,87 @@ from sample import generate
 NGRAMS_FROM = 20_000_000  # tokens of training text that are looked through for frequent runs
 
 
+MUON = {"only_with": {"optimizer": "muon"}}
+NGRAMS = {"not_with": {"ngrams": 0}}
+DECAY = {"only_with": {"decay_lr": True}}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    # --- run
-    out_dir: str = "out"  # the folder that gets checkpoints, metrics and the picture
-    init_from: str = "scratch"  # scratch: a new model; resume: go on from out_dir/ckpt.pt with its settings
-    eval_only: bool = False  # evaluate once, translations by BLEU too, and stop; nothing is written
-    seed: int = 1337  # fixes first weights, order of the data and dropout
-    # --- data
-    dataset: str = "shakespeare_char"  # a folder in data/ that prepare_data.py wrote
-    batch_size: int = 12  # sequences read at once; pairs: as many as fit into so many sequences of block_size
-    gradient_accumulation_steps: int = 1  # batches whose gradients make one step
-    # --- optimizer
-    max_iters: int = 2000  # steps to train for
-    optimizer: str = "adamw"  # adamw; or muon for the matrices of the blocks and AdamW for the rest
-    learning_rate: float = 1e-3  # the highest, after warmup
-    decay_lr: bool = True  # warm up, then fall; False: constant
-    schedule: str = "cosine"  # how it falls: cosine, linear or wsd (at the top for 80 %, then linear)
-    warmup_iters: int = 100  # steps in which the rate rises from near 0
-    lr_decay_iters: int | None = None  # step at which the rate arrives at min_lr; None: max_iters
-    min_lr: float | None = None  # the lowest; None: learning_rate / 10
-    weight_decay: float = 0.1  # pull of matrices and embeddings towards 0
-    beta1: float = 0.9  # AdamW's memory of gradients
-    beta2: float = 0.99  # AdamW's memory of their squares
-    muon_learning_rate: float = 0.02  # optimizer=muon: the highest for the matrices of the blocks
-    muon_momentum: float = 0.95  # optimizer=muon: its memory of gradients
-    ngram_learning_rate: float = 0.15  # ngrams: the highest for their vectors, which Adagrad moves
-    ngram_min_count: int = 8  # ngrams: a run is frequent if it occurs so often in the training text
-    grad_clip: float = 1.0  # longest gradient that is used as it is, ngrams left out; 0: no limit
-    ema_decay: float = 0.0  # the weights' moving mean over about 1 / (1 - it) steps is evaluated and saved; 0: off
-    # --- evaluation
-    eval_interval: int = 250  # steps between evaluations; there is always one at the end
-    eval_iters: int | None = None  # batches of a fixed set that an evaluation reads; None: the whole validation split
-    early_stopping: int = 0  # stop after this many evaluations without a new lowest loss; 0: never
-    always_save_checkpoint: bool = True  # False: an evaluation writes ckpt.pt only where the loss is a new lowest
-    log_interval: int = 10  # steps between the lines that tell the training loss
-    # --- wandb
-    wandb_log: bool = False  # send the numbers to Weights & Biases, too; WANDB_MODE=offline keeps them here
-    wandb_project: str = "gpt"  # project there
-    wandb_run_name: str | None = None  # name there; None: the name of out_dir
-    # --- system
-    device: str = "auto"  # auto: the GPU if there is one; cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto: bfloat16 where it is multiplied fast, else float16 on CUDA, float32; or one of these
-    compile: bool | None = None  # torch.compile; None: on CUDA only, where it pays
-    backend: str = "nccl"  # nanoGPT's key for several processes; this trainer runs in one
+    out_dir: str = setting("out", "the folder for checkpoints, metrics and the picture", group="run")
+    init_from: str = setting("scratch", "scratch: a new model; resume: continue out_dir/ckpt.pt with its settings")
+    eval_only: bool = setting(False, "evaluate once, translations by BLEU too, and stop; nothing is written")
+    seed: int = setting(1337, "seed of initial weights, data order and dropout", at_least=0, below=2**63)
+
+    dataset: str = setting("shakespeare_char", "a folder in data/ that prepare_data.py wrote", group="data")
+    batch_size: int = setting(
+        12, "sequences in a micro-batch; pairs: as many as fit into that many sequences", at_least=1
+    )
+    gradient_accumulation_steps: int = setting(1, "micro-batches whose gradients make one step", at_least=1)
+
+    max_iters: int = setting(2000, "training steps", group="optimizer", at_least=1)
+    optimizer: str = setting(
+        "adamw", "adamw; or muon: Muon for the matrices of the blocks, AdamW for the rest", choices=OPTIMIZERS
+    )
+    learning_rate: float = setting(1e-3, "the highest, after warmup", above=0)
+    decay_lr: bool = setting(True, "warm up, then decay; False: constant")
+    schedule: str = setting(
+        "cosine",
+        "shape of the decay: cosine, linear or wsd (constant for 80 %, then linear)",
+        choices=SCHEDULES,
+        **DECAY,
+    )
+    warmup_iters: int = setting(100, "steps of linear warmup", at_least=0, **DECAY)
+    lr_decay_iters: int | None = setting(None, "step at which the decay ends; None: max_iters", at_least=1, **DECAY)
+    min_lr: float | None = setting(None, "learning rate after the decay; None: learning_rate / 10", at_least=0, **DECAY)
+    weight_decay: float = setting(0.1, "decoupled weight decay of matrices and embeddings", at_least=0)
+    beta1: float = setting(0.9, "AdamW: decay rate of the first moment", at_least=0, below=1)
+    beta2: float = setting(0.99, "AdamW: decay rate of the second moment", at_least=0, below=1)
+    muon_learning_rate: float = setting(0.02, "Muon: the highest learning rate", above=0, **MUON)
+    muon_momentum: float = setting(0.95, "Muon: decay rate of the momentum", at_least=0, below=1, **MUON)
+    ngram_learning_rate: float = setting(
+        0.15, "n-gram embeddings, trained by Adagrad: the highest learning rate", above=0, **NGRAMS
+    )
+    ngram_min_count: int = setting(
+        8, "an n-gram is frequent if it occurs this often in the training text", at_least=1, **NGRAMS
+    )
+    grad_clip: float = setting(1.0, "largest gradient norm, n-gram embeddings not counted; 0: no clipping", at_least=0)
+    ema_decay: float = setting(
+        0.0,
+        "decay of an exponential moving average of the weights, which is evaluated and saved; 0: off",
+        at_least=0,
+        below=1,
+    )
+
+    eval_interval: int = setting(
+        250, "steps between evaluations; there is always one at the end", group="evaluation", at_least=1
+    )
+    eval_iters: int | None = setting(
+        None, "batches of a fixed evaluation set; None: the whole validation split", at_least=1
+    )
+    early_stopping: int = setting(0, "stop after this many evaluations without a new lowest loss; 0: never", at_least=0)
+    always_save_checkpoint: bool = setting(True, "False: write ckpt.pt only after an evaluation with a new lowest loss")
+    log_interval: int = setting(10, "steps between lines of the training loss", at_least=1)
+
+    wandb_log: bool = setting(
+        False, "log to Weights & Biases, too; WANDB_MODE=offline keeps it on this machine", group="wandb"
+    )
+    wandb_project: str = setting("gpt", "project there")
+    wandb_run_name: str | None = setting(None, "run name there; None: the name of out_dir")
+
+    device: str = setting("auto", "auto: the GPU if there is one; cpu, cuda, cuda:1, mps", group="system")
+    dtype: str = setting(
+        "auto",
+        "auto: bfloat16 where the hardware has it, else float16 on CUDA, else float32; or one of these",
+        choices=("auto", *DTYPES),
+    )
+    compile: bool | None = setting(None, "torch.compile; None: on CUDA only")
+    backend: str = setting("nccl", "nanoGPT's key for several processes; this trainer runs in one")
 
     def __post_init__(self):
-        least = {"seed": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "max_iters": 1, "warmup_iters": 0}
-        least |= {"lr_decay_iters": 1, "eval_interval": 1, "eval_iters": 1, "early_stopping": 0, "log_interval": 1}
-        least |= {"ngram_min_count": 1, "weight_decay": 0.0, "grad_clip": 0.0, "min_lr": 0.0}
-        for key, bound in least.items():
-            value = getattr(self, key)
-            if value is not None and not bound <= value < math.inf:
-                raise ValueError(f"{key}={value} must be at least {bound}")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed={self.seed} must be below 2^63")
-        for key in ("learning_rate", "muon_learning_rate", "ngram_learning_rate"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise ValueError(f"{key}={getattr(self, key)} must be above 0")
+        check(self)
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}")
-        for key in ("beta1", "beta2", "muon_momentum", "ema_decay"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 0 and below 1")
-        choices = {"dtype": ("auto", *DTYPES), "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
-        for key, known in choices.items():
-            if getattr(self, key) not in known:
-                raise ValueError(f"{key}={getattr(self, key)} is not one of: {', '.join(known)}")
         if self.init_from.startswith("gpt2"):
             raise ValueError(f"init_from={self.init_from}: GPT-2's weights cannot be read yet; use scratch or resume")
         if self.init_from not in ("scratch", "resume"):
@@ -133,31 +147,6 @@ class TrainConfig:
         lowest = self.learning_rate / 10 if self.min_lr is None else self.min_lr
         until = self.lr_decay_iters or self.max_iters
         return learning_rate_at(it, self.schedule, self.learning_rate, self.warmup_iters, until, lowest)
-
-
-# Keys that do nothing "with" this value of another key, or "without" it; unless that other key does nothing itself
-NO_EFFECT = [
-    ("n_head n_kv_head tie_weights position norm block mlp qk_norm embed_norm init", "with", "model", "window_mlp"),
-    ("ngram_rows ngram_dropout ngram_learning_rate ngram_min_count", "with", "ngrams", 0),
-    ("rope_base rope_factor", "with", "model", "window_mlp"),
-    ("rope_low_freq_factor rope_high_freq_factor rope_original_context", "with", "model", "window_mlp"),
-    ("rope_base rope_factor", "without", "position", "rotary"),
-    ("rope_low_freq_factor rope_high_freq_factor rope_original_context", "without", "position", "rotary"),
-    ("rope_low_freq_factor rope_high_freq_factor rope_original_context", "with", "rope_factor", 1.0),
-    ("activation", "with", "mlp", "none"),
-    ("embed_norm", "with", "norm", "none"),
-    ("muon_learning_rate muon_momentum", "without", "optimizer", "muon"),
-    ("schedule min_lr warmup_iters lr_decay_iters", "without", "decay_lr", True),
-]
-
-
-def without_effect(settings: dict) -> dict[str, str]:
-    """{key: why}: the keys that do nothing in these settings, such as {"rope_base": "without position=rotary"}."""
-    found = {}
-    for keys, word, other, value in NO_EFFECT:
-        if other not in found and (settings[other] == value) == (word == "with"):
-            found = dict.fromkeys(keys.split(), f"{word} {other}={value}") | found
-    return found
 
 
 @dataclass
@@ -193,7 +182,7 @@ def main(argv: list[str]) -> int:
     if "backend" in given:
         print(f"note: backend={config.backend} has no effect; this trainer runs in one process", file=sys.stderr)
     settings = asdict(config) | asdict(model_config)
-    for key, why in without_effect(settings).items():
+    for key, why in without_effect(settings, ModelConfig, TrainConfig).items():
         if key in given:
             print(f"note: {key}={settings[key]} has no effect {why}", file=sys.stderr)
     steps = config.lr_decay_iters or config.max_iters
@@ -207,7 +196,6 @@ def main(argv: list[str]) -> int:
         torch.set_float32_matmul_precision("high")  # TF32
     wandb = import_wandb() if config.wandb_log else None
 
-    # --- data, model, optimizer
     dataset = open_dataset(config, model_config)
     tokenizer, identity = dataset.tokenizer, dataset.identity()
     if saved and (saved["tokenizer"], saved["data"]["identity"]) != (tokenizer.state(), identity):
@@ -242,7 +230,6 @@ def main(argv: list[str]) -> int:
     if config.compile or (config.compile is None and device.type == "cuda"):
         net = compiled(model, dataset, config, device, dtype)
 
-    # --- what is about to happen
     read, evaluated = dataset.describe(config.batch_size, config.eval_iters)
     if config.gradient_accumulation_steps > 1:
         read = f"{config.gradient_accumulation_steps} times {read}"
@@ -264,7 +251,6 @@ def main(argv: list[str]) -> int:
                 print(describe_translations(score_translations(model, dataset, device, writes_in)))
         return 0
 
-    # --- the folder
     rows = start_out_dir(out_dir, config, model_config, progress)
     log_wandb = start_wandb(wandb, config, model_config, out_dir, resumed=progress.iter > 0)
 
@@ -280,7 +266,6 @@ def main(argv: list[str]) -> int:
         state |= {"model": model.state_dict(), "iter": progress.iter}
         checkpoint.save(out_dir / name, state | {"best_val_loss": progress.best_val_loss, **training_state})
 
-    # --- the loop
     peak = peak_flops(device)
     losses, norms = list(progress.losses), [0.0] * len(progress.losses)
     logged_seconds, logged_tokens = progress.seconds, progress.tokens

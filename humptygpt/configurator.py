@@ -3,22 +3,21 @@
     python train.py config/a.py config/b.py --learning_rate=1e-3
 
 A config file is plain Python, `key = value  # why`. Sources apply from left to right, so the last one wins. The keys,
-their types and their defaults are the fields of the dataclasses that a script names; the comment behind a field is
-its line in --help, and a comment `# --- title` starts a group.
+their types, defaults, help and rules are the fields of the dataclasses that a script names, each declared by setting().
 """
 
 import ast
 import dataclasses
 import difflib
-import inspect
-import re
+import math
+import operator
 import runpy
 import signal
 import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 TEXTS = tuple[str, ...]  # the type of a key that takes several texts
@@ -28,6 +27,73 @@ class UserError(ValueError):
     """A mistake that the user can mend. Shown as one line: the value, the rule, the way out."""
 
 
+def setting(
+    default: object,
+    help: str,
+    *,
+    group: str | None = None,
+    choices: Collection[str] | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    only_with: dict[str, object] | None = None,
+    not_with: dict[str, object] | None = None,
+) -> typing.Any:
+    """A field of a config class, with its line in --help and the rules that check() and without_effect() apply.
+
+    group: the title under which it and the keys after it stand in --help. choices: the values that are allowed, often
+    the dictionary of variants itself. only_with, not_with: {other key: value, or a tuple of values}; where the other
+    key has none of them, or one of them, this key does nothing.
+    """
+    rules = dict(locals())
+    return dataclasses.field(default=rules.pop("default"), metadata=rules)
+
+
+LIMITS = {
+    "at_least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "at_most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+
+
+def check(config: object) -> None:
+    """Raise ValueError for the first value that breaks a rule of its key. None passes; inf and nan obey no limit."""
+    for field in dataclasses.fields(config):
+        value, rules = getattr(config, field.name), field.metadata
+        if value is None:
+            continue
+        if rules["choices"] is not None and value not in rules["choices"]:
+            raise ValueError(f"{field.name}={value} is not one of: {', '.join(rules['choices'])}")
+        limits = [(words, holds, rules[limit]) for limit, (words, holds) in LIMITS.items() if rules[limit] is not None]
+        if limits and not (math.isfinite(value) and all(holds(value, bound) for _, holds, bound in limits)):
+            rule = " and ".join(f"{words} {bound}" for words, _, bound in limits)
+            raise ValueError(f"{field.name}={value} must be {rule}")
+
+
+def without_effect(settings: dict[str, object], *classes: type) -> dict[str, str]:
+    """{key: why} of the keys that do nothing in these settings, such as {"rope_base": "without position=rotary"}.
+
+    Nor does a key do anything whose only_with names a key that does nothing; a not_with of such a key says nothing.
+    """
+    rules = {field.name: field.metadata for cls in classes for field in dataclasses.fields(cls)}
+
+    def reason(name: str) -> str | None:
+        for word, others in (("without", rules[name]["only_with"]), ("with", rules[name]["not_with"])):
+            for other, values in (others or {}).items():
+                values = values if isinstance(values, tuple) else (values,)
+                if why := reason(other) if other in rules else None:
+                    if word == "without":
+                        return why
+                elif (settings[other] in values) == (word == "with"):
+                    shown = settings[other] if word == "with" else " or ".join(map(str, values))
+                    return f"{word} {other}={shown}"
+        return None
+
+    return {name: why for name in rules if (why := reason(name))}
+
+
 def read(argv: list[str], *classes: type, positional: str | None = None) -> dict[str, object]:
     """What the user set: {key: value} from config files and --key=value, every key known and every type right.
 
@@ -35,18 +101,18 @@ def read(argv: list[str], *classes: type, positional: str | None = None) -> dict
     config file.
     Raises UserError. Prints help and exits where --help is among the arguments.
     """
-    hints = {key: hint for cls in classes for key, hint in typing.get_type_hints(cls).items()}
+    hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
     if "--help" in argv or "-h" in argv:
         print(help_text(*classes, positional=positional))
         sys.exit(0)
     given = {}
     for argument in argv:
         if argument.startswith("--"):
-            key, equals, text = argument[2:].partition("=")
-            check_key(key, hints, "")
+            name, equals, text = argument[2:].partition("=")
+            check_key(name, hints, "")
             if not equals:
-                raise UserError(f"{argument} has no value; write --{key}=VALUE")
-            given[key] = parse(key, text, hints[key])
+                raise UserError(f"{argument} has no value; write --{name}=VALUE")
+            given[name] = parse(name, text, hints[name])
         elif positional is not None and hints[positional] == TEXTS:
             given[positional] = (*given.get(positional, ()), argument)
         elif positional is not None:
@@ -60,7 +126,7 @@ def make(cls: type, values: dict[str, object]):
     """An instance of a config class from those of the values that are its fields. Raises UserError for a bad value."""
     names = {field.name for field in dataclasses.fields(cls)}
     try:
-        return cls(**{key: value for key, value in values.items() if key in names})
+        return cls(**{name: value for name, value in values.items() if name in names})
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -80,11 +146,11 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         sys.exit(128 + 13)  # 13: SIGPIPE
 
 
-def check_key(key: str, hints: dict[str, object], where: str) -> None:
-    if key not in hints:
-        near = difflib.get_close_matches(key, hints, n=1)
+def check_key(name: str, hints: dict[str, object], where: str) -> None:
+    if name not in hints:
+        near = difflib.get_close_matches(name, hints, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists all keys"
-        raise UserError(f"{where}unknown key {key}; {hint}")
+        raise UserError(f"{where}unknown key {name}; {hint}")
 
 
 def read_file(path: str, hints: dict[str, object]) -> dict[str, object]:
@@ -92,8 +158,8 @@ def read_file(path: str, hints: dict[str, object]) -> dict[str, object]:
     try:
         Path(path).read_bytes()
     except OSError as error:
-        key = f"; for a key write --{path.lstrip('-')}" if "=" in path else ""
-        raise UserError(f"cannot read config file {path}: {error.strerror}{key}") from error
+        hint = f"; for a key write --{path.lstrip('-')}" if "=" in path else ""
+        raise UserError(f"cannot read config file {path}: {error.strerror}{hint}") from error
     try:
         names = runpy.run_path(path)
     except SyntaxError as error:
@@ -102,16 +168,16 @@ def read_file(path: str, hints: dict[str, object]) -> dict[str, object]:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         raise UserError(f"{path}:{lines[-1] if lines else 0}: {type(error).__name__}: {error}") from error
     given = {}
-    for key, value in names.items():
+    for name, value in names.items():
         helper = isinstance(value, types.ModuleType) or callable(value)
-        if key.startswith("_") or (helper and key not in hints):
+        if name.startswith("_") or (helper and name not in hints):
             continue
-        check_key(key, hints, f"{path}: ")
-        given[key] = convert(key, value, hints[key])
+        check_key(name, hints, f"{path}: ")
+        given[name] = convert(name, value, hints[name])
     return given
 
 
-def parse(key: str, text: str, hint: object) -> object:
+def parse(name: str, text: str, hint: object) -> object:
     """The value that a command line's text stands for: text as it is where the key takes text, else a literal."""
     kinds = typing.get_args(hint) or (hint,)
     if text == "None" and types.NoneType in kinds:
@@ -124,16 +190,16 @@ def parse(key: str, text: str, hint: object) -> object:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"nan": float("nan"), "inf": float("inf"), "true": True, "false": False}.get(text.lower(), text)
-    return convert(key, value, hint)
+    return convert(name, value, hint)
 
 
-def convert(key: str, value: object, hint: object) -> object:
+def convert(name: str, value: object, hint: object) -> object:
     """The value, if it has the key's type: a whole number passes as a float, and True is not a number."""
     kinds = typing.get_args(hint) or (hint,)
     if float in kinds and type(value) is int:
         return float(value)
     if type(value) not in kinds:
-        raise UserError(f"{key}={value!r} must be {type_name(hint)}")
+        raise UserError(f"{name}={value!r} must be {type_name(hint)}")
     return value
 
 
@@ -144,31 +210,17 @@ def type_name(hint: object) -> str:
     return " or ".join(names[kind] for kind in typing.get_args(hint) or (hint,))
 
 
-def comments(cls: type) -> dict[str, tuple[str, str]]:
-    """{key: (group, comment)} of a config class, from its source."""
-    found, group = {}, cls.__name__
-    for line in inspect.getsource(cls).splitlines():
-        if title := re.fullmatch(r"    # --- (.+)", line):
-            group = title[1]
-        elif field := re.fullmatch(r"    (\w+): [^#]+#\s*(.+)", line):
-            found[field[1]] = (group, field[2])
-    return found
-
-
 def help_text(*classes: type, positional: str | None = None) -> str:
     """Every key with its type, default and one line, by group, under the first paragraphs of the script's docstring."""
     script = sys.modules[classes[-1].__module__]
     several = positional is None or any(typing.get_type_hints(cls).get(positional) == TEXTS for cls in classes)
     bare = f"[{(positional or 'config_file').upper()}{' ...' if several else ''}]"
     lines = [f"usage: python {Path(script.__file__).name} {bare} [--key=value ...]", "", script.__doc__.strip()]
-    shown = None
     for cls in classes:
-        notes, hints = comments(cls), typing.get_type_hints(cls)
+        hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            group, note = notes[field.name]
-            if group != shown:
-                lines += ["", f"{group}:"]
-                shown = group
+            if field.metadata["group"]:
+                lines += ["", f"{field.metadata['group']}:"]
             kind = type_name(hints[field.name]).replace("True or False", "bool").replace(" or ", "|")
-            lines.append(f"  --{field.name}={field.default}".ljust(42) + f" {kind:<11}{note}")
+            lines.append(f"  --{field.name}={field.default}".ljust(42) + f" {kind:<11}{field.metadata['help']}")
     return "\n".join(lines)

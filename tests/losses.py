@@ -19,9 +19,7 @@ from pathlib import Path
 from texts import make_pairs, make_text
 
 STEPS = 20
-COMMON = (
-    f"--n_layer=2 --n_head=4 --n_embd=32 --block_size=32 --batch_size=4 --lr_decay_iters={STEPS}"
-)
+COMMON = f"--n_layer=2 --n_head=4 --n_embd=32 --block_size=32 --batch_size=4 --lr_decay_iters={STEPS}"
 COMMON += " --eval_interval=10 --log_interval=1 --warmup_iters=4 --device=cpu --compile=False --dtype=float32"
 RUNS = {
     "gpt2": "--dataset=text --position=learned --dropout=0.1 --bias=True --activation=gelu_tanh",

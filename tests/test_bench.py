@@ -173,12 +173,12 @@ def test_reading_is_timed(text, capsys):
 def test_bad_input_is_one_line(folder, fails):
     assert "what=memory is not one of: train, loss, profile, prepare, read" in fails(bench.main, "--what=memory")
     assert "what=prepare needs --input" in fails(bench.main, "--what=prepare")
-    assert "batches=5 goes with --what=read only" in fails(bench.main, "--batches=5")
+    assert "batches=5 has no effect without what=read" in fails(bench.main, "--batches=5")
     assert "nanogpt=nothing has no model.py" in fails(bench.main, "--nanogpt=nothing")
     assert "what=loss needs --nanogpt" in fails(bench.main, "--what=loss")
     assert "target=0.0 must be above 0" in fails(bench.main, "--what=loss", "--target=0")
     assert "dtype=int8 is not one of: auto, float32" in fails(bench.main, "--dtype=int8")
-    assert "steps=5 goes with --what=train or profile only" in fails(bench.main, "--what=read", "--steps=5")
+    assert "steps=5 has no effect without what=train or profile" in fails(bench.main, "--what=read", "--steps=5")
     assert "steps=0 must be at least 1" in fails(bench.main, "--steps=0")
     assert "no data/shakespeare_char; run: python prepare_data.py shakespeare_char" in fails(bench.main)
 

@@ -12,7 +12,7 @@ import prepare_data
 import sample
 import train
 from humptygpt import configurator
-from humptygpt.configurator import UserError
+from humptygpt.configurator import UserError, check, setting, without_effect
 from model import ModelConfig
 from prepare_data import PrepareConfig
 from sample import SampleConfig
@@ -23,17 +23,15 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Example:
-    # --- example
-    width: int = 4  # how wide
-    rate: float = 0.5  # how fast
-    fast: bool = False  # or slow
-    name: str = "x"  # what it is called
-    limit: int | None = None  # None: no limit
-    switch: bool | None = None  # None: found by itself
+    width: int = setting(4, "how wide", group="example", at_least=1)
+    rate: float = setting(0.5, "how fast", above=0, below=1)
+    fast: bool = setting(False, "or slow")
+    name: str = setting("x", "what it is called", choices=("x", "y", "r4"))
+    limit: int | None = setting(None, "None: no limit")
+    switch: bool | None = setting(None, "None: found by itself")
 
     def __post_init__(self):
-        if self.width < 1:
-            raise ValueError(f"width={self.width} must be at least 1")
+        check(self)
 
 
 def read(*argv: str) -> dict:
@@ -124,18 +122,45 @@ def test_missing_and_broken_config_files_are_named(folder, content, complaint):
     assert complaint in str(error.value)
 
 
-def test_a_value_out_of_range_is_a_user_error():
-    with pytest.raises(UserError, match="width=0 must be at least 1"):
-        configurator.make(Example, {"width": 0})
-
-
 @pytest.mark.parametrize(
-    "cls", [ModelConfig, TrainConfig, SampleConfig, PrepareConfig, bench.BenchConfig, compare.CompareConfig]
+    ("values", "complaint"),
+    [
+        ({"width": 0}, "width=0 must be at least 1"),
+        ({"rate": 1.0}, "rate=1.0 must be above 0 and below 1"),
+        ({"rate": float("nan")}, "rate=nan must be above 0 and below 1"),
+        ({"name": "z"}, "name=z is not one of: x, y, r4"),
+    ],
 )
-def test_every_key_has_a_line_of_help(cls):
-    notes = configurator.comments(cls)
-    assert set(notes) == {field.name for field in dataclasses.fields(cls)}
-    assert all(group != cls.__name__ and len(note) > 5 for group, note in notes.values())
+def test_a_value_that_breaks_the_rule_of_its_key_is_a_user_error(values, complaint):
+    with pytest.raises(UserError) as error:
+        configurator.make(Example, values)
+    assert str(error.value) == complaint
+
+
+@dataclass(frozen=True)
+class Dependent:
+    kind: str = setting("a", "a, b or c")
+    turns: int = setting(0, "of b and c alone", only_with={"kind": ("b", "c")})
+    speed: int = setting(1, "of turns", only_with={"turns": (1, 2)})
+    style: str = setting("x", "of anything", not_with={"turns": 0})
+
+
+def test_a_key_that_does_nothing_says_why_and_so_does_one_that_depends_on_it():
+    idle = lambda **changed: without_effect(dataclasses.asdict(Dependent(**changed)), Dependent)  # noqa: E731
+    assert idle(kind="b", turns=2) == {}
+    assert idle(kind="b") == {"speed": "without turns=1 or 2", "style": "with turns=0"}
+    assert idle(kind="a") == {"turns": "without kind=b or c", "speed": "without kind=b or c"}
+
+
+CONFIGS = [ModelConfig, TrainConfig, SampleConfig, PrepareConfig, bench.BenchConfig, compare.CompareConfig]
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_every_key_has_a_line_of_help_and_its_rules_name_keys_that_exist(cls):
+    known = {field.name for config in CONFIGS for field in dataclasses.fields(config)} | {"task"}
+    for field in dataclasses.fields(cls):
+        assert len(field.metadata["help"]) > 5, field.name
+        assert {*(field.metadata["only_with"] or {}), *(field.metadata["not_with"] or {})} <= known
 
 
 @pytest.mark.parametrize("main", [train.main, sample.main, prepare_data.main, bench.main, compare.main])
@@ -154,9 +179,8 @@ def test_help_lists_every_key_with_its_default(main, capsys):
 
 @dataclass(frozen=True)
 class Several:
-    # --- several
-    names: tuple[str, ...] = ()  # as many as are given
-    width: int = 4  # how wide
+    names: tuple[str, ...] = setting((), "as many as are given")
+    width: int = setting(4, "how wide")
 
 
 def test_bare_arguments_gather_in_a_key_that_takes_several_texts():

@@ -461,7 +461,7 @@ def test_with_zero_init_a_new_block_changes_nothing(block):
         ({"window": -1}, "window=-1 must be at least 0"),
         ({"window": 65}, "window=65 must be at most block_size=64"),
         ({"rope_factor": 0.5}, "rope_factor=0.5 must be at least 1"),
-        ({"rope_low_freq_factor": 4.0}, "rope_low_freq_factor=4.0 must be above 0 and below rope_high_freq_factor=4.0"),
+        ({"rope_low_freq_factor": 4.0}, "rope_low_freq_factor=4.0 must be below rope_high_freq_factor=4.0"),
         ({"rope_original_context": 0}, "rope_original_context=0 must be at least 1"),
         ({"block": "plain", "init": "zero"}, "init=zero must not meet block=plain: no block would ever give"),
         ({"mlp": "none", "n_hidden": 64}, "n_hidden=64 is the width of a network that mlp=none leaves out"),

@@ -170,8 +170,8 @@ BAD = {
     "an empty prompt; give at least one character": ["--start="],
     "cannot read the prompt latin1.txt: it is not UTF-8": ["--start=FILE:latin1.txt"],
     "cannot read the prompt nothing.txt: No such file or directory": ["--start=FILE:nothing.txt"],
-    "temperature=-1.0 must be 0": ["--temperature=-1"],
-    "temperature=nan must be 0": ["--temperature=nan"],
+    "temperature=-1.0 must be at least 0": ["--temperature=-1"],
+    "temperature=nan must be at least 0": ["--temperature=nan"],
     "top_p=0.0 must be above 0": ["--top_p=0"],
     "top_k=0 must be at least 1": ["--top_k=0"],
     "num_samples=0 must be at least 1": ["--num_samples=0"],
@@ -192,7 +192,7 @@ def test_keys_that_have_no_effect_say_so(run_dir, capsys):
     sample.main(["--out_dir=out/run", "--device=cpu", "--compile=True", "--max_new_tokens=1"])
     assert "compile=True has no effect" in capsys.readouterr().err
     sample.main(["--out_dir=out/run", "--device=cpu", "--temperature=0", "--top_p=0.5", "--max_new_tokens=1"])
-    assert "note: top_p=0.5 has no effect at temperature=0" in capsys.readouterr().err
+    assert "note: top_p=0.5 has no effect with temperature=0.0" in capsys.readouterr().err
 
 
 def test_models_of_every_config_key_survive_the_checkpoint(run_dir):

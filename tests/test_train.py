@@ -650,7 +650,7 @@ def test_a_validation_loss_that_is_not_finite_is_never_the_best(run_train, monke
 
 
 BAD = {
-    "seed=99999999999999999999 must be below 2^63": ["--seed=99999999999999999999"],
+    "seed=99999999999999999999 must be at least 0 and below 9223372036854775808": ["--seed=99999999999999999999"],
     "position=rotary turns pairs": ["--position=rotary", "--n_embd=6"],
     "unknown key n_layr; did you mean n_layer?": ["--n_layr=3"],
     "n_layer='two' must be int": ["--n_layer=two"],
@@ -726,7 +726,9 @@ def test_keys_that_act_are_never_called_idle():
         logits, loss = model(torch.arange(8)[None], torch.arange(1, 9)[None])
         return torch.cat([logits.flatten(), loss[None]])
 
-    idle = train.without_effect(asdict(TrainConfig()) | asdict(models.ModelConfig(**base)))
+    idle = train.without_effect(
+        asdict(TrainConfig()) | asdict(models.ModelConfig(**base)), models.ModelConfig, TrainConfig
+    )
     assert other.keys() | {"model", "block_size", "embedding", "ngrams"} == asdict(models.ModelConfig()).keys()
     for key, value in other.items():
         changed = computed(**{key: value})
@@ -749,7 +751,9 @@ def test_keys_that_act_are_never_called_idle():
     ids=str,
 )
 def test_what_has_no_effect_depends_on_the_other_keys(settings, idle):
-    found = train.without_effect(asdict(TrainConfig()) | asdict(models.ModelConfig(**settings)))
+    found = train.without_effect(
+        asdict(TrainConfig()) | asdict(models.ModelConfig(**settings)), models.ModelConfig, TrainConfig
+    )
     watched = ("activation", "embed_norm", "mlp", "rope_factor", "rope_original_context")
     assert {key: why for key, why in found.items() if key in watched} == idle
 
