@@ -1,49 +1,49 @@
-"""Every block of a transformer, the GPT and the encoder-decoder built from them, and a network from before attention.
+"""Every block of a transformer, the GPT and the encoder-decoder Transformer built from them.
 
-Shapes are written with these letters:
-    B batch, T tokens read now, S tokens attended to, C n_embd, H heads, D head size (C / n_head), V vocab_size
+Shapes: B batch, T target length, S source length (tokens attended to), C n_embd, H heads, D head size (C / n_head),
+V vocabulary.
 
-The GPT, with the blocks that it has unless told otherwise (block=pre_norm):
+The GPT, with its default blocks (block=pre_norm):
 
     idx (B, T)
      |
-     embedding + position                      numbers for each token and for its place
+     embedding + positional encoding
      |
-     |--- norm -- attention -- dropout --+     every token looks at the tokens before it
+     |--- norm -- attention -- dropout --+     each token attends to the tokens before it
      +<----------------------------------|
-     |--- norm -- feed-forward -- dropout --+  every token thinks for itself
+     |--- norm -- feed-forward -- dropout --+  each token by itself
      +<-------------------------------------|  ... both n_layer times
      |
      norm -- head
      |
-    logits (B, T, V)                           softmax makes them the chances of the next token
+    logits (B, T, V)                           softmax makes them the probabilities of the next token
 
-The first transformer, which translates, is two such stacks. In the encoder each token of the source sees all of them;
-the decoder is the picture above with one more branch between its two, cross-attention, where every token of the
-translation looks at what the encoder made of the source.
+The original transformer, which translates, is two such stacks. In the encoder each token of the source attends to all
+of them; the decoder is the picture above with a third branch between its two, cross-attention, in which each token of
+the target attends to the encoder's output.
 
-A variant is one class or function and one line in a dictionary (NORMS, POSITIONS, ...); the configuration names it.
+A variant is one class or function and one line in a dictionary (NORMS, POSITIONS, ...); the config names it.
 """
 
-import hashlib
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from humptygpt.configurator import check, setting
+from humptygpt.layers import ACTIVATIONS, Dropout, Linear, drop, with_loss
+from humptygpt.ngrams import NgramEmbedding
+from humptygpt.window_mlp import EMBEDDINGS, WindowMLP
 
 # --------------------------------------------------------------------------------------
-# Norms: keep the numbers that flow through a deep network at a size that trains well.
+# Norms: keep activations at a scale at which a deep network trains well.
 
 
 class LayerNorm(nn.LayerNorm):
-    """(x - mean) / standard deviation over the last dimension, then scaled and, with `bias`, shifted by learnt numbers.
+    """(x - mean) / standard deviation over the last dimension, times a trained scale and, with bias, plus a bias.
 
     Source: Ba et al. 2016, arXiv:1607.06450.
     """
@@ -53,7 +53,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / root mean square over the last dimension, then scaled by learnt numbers; no mean is taken off.
+    """x / root mean square over the last dimension, times a trained scale; no mean is subtracted.
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
@@ -70,139 +70,47 @@ NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "none": NoNorm}
 
 
 # --------------------------------------------------------------------------------------
-# Dropout: what may be missing at any time cannot be relied on alone, so that less is learnt by heart.
+# Positional encodings: attention alone cannot tell the order of its tokens. A scheme can act in three places.
 
-
-class Dropout(nn.Module):
-    """In training, a share p of the numbers becomes 0 and the others grow to make up for it.
-
-    Source: Srivastava et al. 2014, "Dropout: a simple way to prevent neural networks from overfitting".
-    """
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        return drop(x, self.p) if self.training else x
-
-
-def drop(x: Tensor, p: float) -> Tensor:
-    """The numbers of x, but for a share p, each drawn by itself.
-
-    On a CPU drawing takes longest, so there each 64 random bits decide on four numbers.
-    """
-    if not p or x.device.type != "cpu":
-        return F.dropout(x, p)
-    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
-    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(2**16 * p), 2**16 - 1) - 2**15
-    return x * (kept.to(x.dtype) * (1 / (1 - p)))
-
-
-# --------------------------------------------------------------------------------------
-# Runs of tokens: what has often stood in a row is worth a vector of its own.
-
-
-class NgramEmbedding(nn.Module):
-    """A trained vector for the newest 2 tokens together, for the newest 3, ..., n, of those runs that are frequent.
-
-    Their sum is added to the newest token's own vector. What a run is followed by is most of what a small model learns
-    at first, and looking it up costs nothing beside a matrix. torch.compile leaves this out: it cannot trace the hash.
-    Source: Pagnoni et al. 2024, arXiv:2412.09871, section 3.2.1, where all runs share the vectors by a hash; with those
-    alone that are frequent: Yu et al. 2025, arXiv:2502.01637.
-    """
-
-    def __init__(self, config: "ModelConfig"):
-        super().__init__()
-        assert config.ngram_rows is not None, "the data set gives ngram_rows before the model is built"
-        self.n, self.dropout = config.ngrams, config.ngram_dropout
-        self.register_buffer("keys", torch.arange(config.ngram_rows))  # of the frequent runs, sorted: see ngram_keys
-        self.table = nn.EmbeddingBag(
-            config.ngram_rows + 1, config.n_embd, mode="sum", sparse=True, padding_idx=config.ngram_rows
-        )
-
-    def forward(self, idx: Tensor, before: Tensor) -> Tensor:
-        """idx: (B, T) token ids; before: (B, any number), those that come before. Returns (B, T, C).
-
-        In training a share of the places, dropout, gets nothing, so that the rest of the model learns to do without.
-        """
-        T = idx.shape[1]
-        text = torch.cat([before, idx], dim=1)
-        keys = torch.stack([key[:, -T:] for key in ngram_keys(text, self.n)], dim=-1)  # (B, T, n - 1)
-        rows = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
-        rows = rows.where(self.keys[rows] == keys, len(self.keys))  # the row behind the last is left out of the sum
-        x = self.table(rows.flatten(0, 1)).unflatten(0, idx.shape)
-        if self.training and self.dropout:
-            x = x * drop(torch.ones_like(x[..., :1]), self.dropout)
-        return x
-
-
-def ngram_keys(text: Tensor, n: int) -> Iterator[Tensor]:
-    """A number for the run of 2 tokens that ends at each place of the text, (B, T) ids, then for that of 3, ..., of n.
-
-    Hardly ever have two runs the same one. What reaches back before the text is like no other run.
-    The hash is multiply-shift, which multiplies beyond 64 bits on purpose: Thorup 2015, arXiv:1504.06804, section 3.
-    """
-    B, T = text.shape
-    text = F.pad(text + 1, (n - 1, 0))  # 0: no token
-    key = torch.zeros(B, T, dtype=torch.int64, device=text.device)
-    for back in range(n):
-        key = key + text[:, n - 1 - back : n - 1 - back + T] * random_int64(f"token {back}")
-        if back:
-            yield key + random_int64(f"length {back}")
-
-
-def random_int64(name: str) -> int:
-    """A number that depends on the name alone, alike on every machine."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def frequent_ngrams(text: Tensor, n: int, min_count: int) -> Tensor:
-    """Keys of the runs of 2 to n tokens that occur min_count times in text, (T,) ids. Returns int64 (any number,)."""
-    found = (key[0].unique(return_counts=True) for key in ngram_keys(text[None], n))
-    return torch.cat([keys[counts >= min_count] for keys, counts in found]).sort().values
-
-
-# --------------------------------------------------------------------------------------
-# Positions: attention alone cannot tell the order of its tokens. A scheme can act in three places.
+# Positions of the tokens of one forward pass: T consecutive ones, or (B, T) where each text of a batch has its own
+Positions = slice | Tensor
 
 
 class Position(nn.Module):
-    """No positions: three hooks that change nothing. Each scheme overrides one of them."""
+    """No positional encoding: three hooks that change nothing. Each scheme overrides one of them."""
 
     def __init__(self, config: "ModelConfig"):
         super().__init__()
 
-    def embed(self, x: Tensor, start: int) -> Tensor:
-        """x: (B, T, C), the token embeddings; start: position of the first of them. Returns (B, T, C)."""
+    def embed(self, x: Tensor, at: Positions) -> Tensor:
+        """x: (B, T, C), the token embeddings. Returns (B, T, C)."""
         return x
 
-    def rotate(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """q, k: (B, H, T, D); start: position of the first token. Returns the same shapes."""
-        return q, k
+    def rotary(self, at: Positions) -> tuple[Tensor, Tensor] | None:
+        """(cos, sin) for rotate(), each (T, D) or (B, 1, T, D)."""
+        return None
 
-    def bias(self, q_len: int, k_len: int) -> Tensor | None:
-        """What is added to the (q_len, k_len) scores before softmax; the last query sits at the last key."""
+    def bias(self, T: int, S: int) -> Tensor | None:
+        """(H, T, S), added to the scores before softmax; the last query stands at the last key."""
         return None
 
 
 class LearnedPosition(Position):
-    """One trained vector for each place in the window, added to the token's embedding, as in GPT-2."""
+    """One trained vector per position of the context, added to the token's embedding, as in GPT-2."""
 
     def __init__(self, config: "ModelConfig"):
         super().__init__(config)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
 
-    def embed(self, x: Tensor, start: int) -> Tensor:
-        return x + self.wpe.weight[start : start + x.shape[1]]
+    def embed(self, x: Tensor, at: Positions) -> Tensor:
+        return x + self.wpe.weight[at]
 
 
 class SinusoidalPosition(Position):
-    """Waves of many lengths, sine and cosine in turn, added to the embedding: a place is where each of them stands.
+    """Fixed sinusoids of geometrically spaced wavelengths, added to the embedding.
 
-    Numbers 2i and 2i + 1 are sin and cos of p / 10000^(2i/C) at place p: all between -1 and 1, and none is trained.
-    The embedding is multiplied by sqrt(C) first, or the waves would drown it.
-    Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3.4 and 3.5.
+    Features 2i and 2i + 1 are sin and cos of p / 10000^(2i/C) at position p. The embedding is multiplied by sqrt(C)
+    first, or the sinusoids would dominate it. Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3.4 and 3.5.
     """
 
     def __init__(self, config: "ModelConfig"):
@@ -210,21 +118,21 @@ class SinusoidalPosition(Position):
         i = torch.arange(config.n_embd)
         frequency = 10000.0 ** (-(i - i % 2) / config.n_embd)
         angle = torch.arange(config.block_size, dtype=torch.float32)[:, None] * frequency  # (block_size, C)
-        self.register_buffer("waves", torch.where(i % 2 == 0, angle.sin(), angle.cos()), persistent=False)
+        self.register_buffer("sinusoids", torch.where(i % 2 == 0, angle.sin(), angle.cos()), persistent=False)
 
-    def embed(self, x: Tensor, start: int) -> Tensor:
-        return x * math.sqrt(x.shape[-1]) + self.waves[start : start + x.shape[1]]
+    def embed(self, x: Tensor, at: Positions) -> Tensor:
+        return x * math.sqrt(x.shape[-1]) + self.sinusoids[at]
 
 
 class RotaryPosition(Position):
-    """Rotate query and key pairs by angles proportional to their positions, so that q.k depends on distance alone.
+    """Rotate pairs of features of queries and keys by angles proportional to position: q.k depends on distance alone.
 
-    Pair i of the D / 2 pairs turns by rope_base^(-2i/D) a position. Angles in float32.
+    Pair i of the D / 2 pairs turns by rope_base^(-2i/D) radians per position, computed in float32.
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34; pairs are (i, i + D/2), the layout of Llama's weights.
 
-    rope_factor stretches a model to texts so many times longer: pairs that turn less than rope_low_freq_factor times
-    in rope_original_context turn so many times slower, so that they see no new angle; those that turn more than
-    rope_high_freq_factor times, which tell neighbours apart, stay; between the two it goes over smoothly.
+    rope_factor extends the context of a trained model: frequencies with fewer than rope_low_freq_factor turns in
+    rope_original_context are divided by it, so that no new angle occurs; those with more than rope_high_freq_factor
+    turns, which tell neighbours apart, stay; between the two it is interpolated.
     Source: Grattafiori et al. 2024 (Llama 3), arXiv:2407.21783, and the code of Llama 3.1.
     """
 
@@ -235,23 +143,25 @@ class RotaryPosition(Position):
         if config.rope_factor != 1:
             low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
             turns = config.rope_original_context * frequency / (2 * math.pi)
-            kept = ((turns - low) / (high - low)).clamp(0, 1)  # share of a pair's frequency that is not slowed down
+            kept = ((turns - low) / (high - low)).clamp(0, 1)  # fraction of the frequency that is not divided
             frequency = frequency * (kept + (1 - kept) / config.rope_factor)
         angle = torch.arange(config.block_size, dtype=torch.float32)[:, None] * frequency  # (block_size, D / 2)
         self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)  # (block_size, D)
         self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], dim=1), persistent=False)
 
-    def rotate(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        cos, sin = self.cos[start : start + q.shape[2]], self.sin[start : start + q.shape[2]]
+    def rotary(self, at: Positions) -> tuple[Tensor, Tensor]:
+        cos, sin = self.cos[at], self.sin[at]
+        return (cos, sin) if isinstance(at, slice) else (cos[:, None], sin[:, None])
 
-        def turn(x: Tensor) -> Tensor:  # (a, b) -> (a cos - b sin, b cos + a sin), for all pairs at once
-            return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
-        return turn(q), turn(k)
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """(a, b) -> (a cos - b sin, b cos + a sin) for all pairs at once. x: (B, H, T, D). Returns its shape and dtype."""
+    cos, sin = rotary
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
 class AlibiPosition(Position):
-    """Scores fall with distance, in each head at another rate, so that heads look near or far.
+    """Scores decrease linearly with distance, at a different rate in each head.
 
     Source: Press et al. 2021, arXiv:2108.12409.
     """
@@ -260,14 +170,14 @@ class AlibiPosition(Position):
         super().__init__(config)
         self.register_buffer("slopes", torch.tensor(alibi_slopes(config.n_head)), persistent=False)
 
-    def bias(self, q_len: int, k_len: int) -> Tensor:
-        key = torch.arange(k_len, device=self.slopes.device)
-        distance = (key[k_len - q_len :, None] - key).abs()  # (T, S)
+    def bias(self, T: int, S: int) -> Tensor:
+        key = torch.arange(S, device=self.slopes.device)
+        distance = (key[S - T :, None] - key).abs()  # (T, S)
         return -self.slopes[:, None, None] * distance  # (H, T, S)
 
 
 def alibi_slopes(n_head: int) -> list[float]:
-    """2^-8/n, 2^-16/n, ... 2^-8 for n heads, a power of two; more heads take every other one of those for 2n heads."""
+    """2^-8/n, 2^-16/n, ... 2^-8 for n heads, a power of two; more heads take every other slope of 2n heads."""
     n = 1 << (n_head.bit_length() - 1)  # the largest power of two that is not above n_head
     slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
     between = [2 ** (-4 * i / n) for i in range(1, 2 * n, 2)]
@@ -284,111 +194,156 @@ POSITIONS = {
 
 
 # --------------------------------------------------------------------------------------
-# Attention
+# The decoder's state: what generating the next token needs of the tokens read so far.
 
 
-class KVCache:
-    """Keys and values that one block has computed, so that generating a token reads only that token."""
+class LayerState:
+    """Keys and values of one block, in buffers that are made once."""
 
     def __init__(self, size: int):
-        self.size = size  # tokens there is room for
-        self.length = 0  # tokens held
+        self.size = size
         self.k = self.v = None  # (B, H, size, D), made when the first token shows shape, dtype and device
-        self.context_k = self.context_v = None  # (B, H, S, D), of the text that cross-attention looks at
-        self.newest = None  # (B, some), token ids, in the first block's cache of a model with ngrams
+        self.cross_k = self.cross_v = None  # (B, H, S, D), of the encoder's output
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v: (B, H, T, D) of the newest tokens. Returns those of all tokens held: (B, H, S, D)."""
+    def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """k, v: (B, H, T, D) of the tokens from start on. Returns those of all tokens up to there, (B, H, S, D)."""
         if self.k is None:
             B, H, _, D = k.shape
             self.k, self.v = k.new_empty(B, H, self.size, D), v.new_empty(B, H, self.size, D)
-        end = self.length + k.shape[2]
-        assert end <= self.size, f"{end} tokens do not fit into a cache of {self.size}"
-        self.k[:, :, self.length : end], self.v[:, :, self.length : end] = k, v
-        self.length = end
+        end = start + k.shape[2]
+        self.k[:, :, start:end], self.v[:, :, start:end] = k, v
         return self.k[:, :, :end], self.v[:, :, :end]
 
+
+class DecoderState:
+    """All that a decoder keeps of the tokens it has read. Its length is a plain int, so that no step waits for a GPU.
+
+    padding: (B,) int64, how many of the first tokens of each text are padding, idx -1, where a batch holds texts of
+    different lengths; None: all texts start at the first token.
+    """
+
+    def __init__(self, n_layer: int, size: int, padding: Tensor | None = None):
+        self.size, self.length, self.padding = size, 0, padding
+        self.layers = [LayerState(size) for _ in range(n_layer)]
+        self.source_padding = None  # (B, S) bool, of the text that cross-attention looks at
+        self.newest = None  # (B, up to n - 1), token ids, for an n-gram embedding
+
+    def positions(self, T: int) -> Positions:
+        """Of the next T tokens."""
+        if self.padding is None:
+            return slice(self.length, self.length + T)
+        index = torch.arange(self.length, self.length + T, device=self.padding.device)
+        return (index - self.padding[:, None]).clamp(min=0)
+
+    def padding_mask(self, T: int) -> Tensor | None:
+        """(B, S) bool, True where a token is padding, of those read and the next T."""
+        if self.padding is None:
+            return None
+        return torch.arange(self.length + T, device=self.padding.device) < self.padding[:, None]
+
     def clear(self) -> None:
-        self.length, self.newest = 0, None
+        """Forget the tokens, but not the source."""
+        self.length, self.newest, self.padding = 0, None, None
 
     def select(self, rows: Tensor) -> None:
-        """The batch becomes these of its rows, int64 (any number,), in this order; a row may come several times."""
-
-        def held(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            picked = x.new_empty(len(rows), *x.shape[1:])
-            picked[:, :, : self.length] = x[rows, :, : self.length]
-            return picked
-
-        self.k, self.v = held(self.k), held(self.v)
-        if self.context_k is not None:
-            self.context_k, self.context_v = self.context_k[rows], self.context_v[rows]
-        if self.newest is not None:
-            self.newest = self.newest[rows]
-
-
-WRITTEN_OUT = 2**25  # scores of a batch up to which attend keeps them all for the backward pass: 64 MB a block
+        """The batch becomes these of its rows, int64 (any number,), in this order; a row may occur several times."""
+        for layer in self.layers:
+            for name in ("k", "v"):
+                held = getattr(layer, name)
+                if held is not None:
+                    picked = held.new_empty(len(rows), *held.shape[1:])
+                    picked[:, :, : self.length] = held[rows, :, : self.length]
+                    setattr(layer, name, picked)
+            if layer.cross_k is not None:
+                layer.cross_k, layer.cross_v = layer.cross_k[rows], layer.cross_v[rows]
+        for name in ("padding", "source_padding", "newest"):
+            held = getattr(self, name)
+            setattr(self, name, None if held is None else held[rows])
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
+# --------------------------------------------------------------------------------------
+# Attention
+
+
+class Shared(NamedTuple):
+    """What is the same for all blocks of a stack in one forward pass."""
+
+    start: int  # tokens read before these
+    mask: Tensor | None  # broadcasts to (B, H, T, S), added to the scores of self-attention
+    is_causal: bool  # instead of a mask: no token attends to a later one
+    rotary: tuple[Tensor, Tensor] | None  # as from Position.rotary
+    context: Tensor | None  # (B, S, C), what cross-attention looks at; not needed where a state has its keys and values
+    context_mask: Tensor | None  # broadcasts to (B, H, T, S), added to the scores of cross-attention
+
+
+def attention_mask(
+    T: int,
+    S: int,
+    device: torch.device,
+    *,
+    causal: bool = False,
     window: int = 0,
     bias: Tensor | None = None,
     padding: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v: the mean of the values, weighted by how well each key answers the query.
+) -> Tensor | None:
+    """What is added to the scores of T queries and S keys: -inf where a query must not attend, and bias; None: nothing.
 
-    q: (B, H, T, D); k, v: (B, H or fewer, S, D), neighbouring queries sharing one where they are fewer; bias:
-    broadcasts to (B, H, T, S); padding: (B, S), True where a key is no token. Returns (B, H, T, D).
-    The last query is the last key's token, where causal or window ask: with causal no query sees a later key, with
-    window none that is window or more tokens away.
-    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
+    The last query stands at the last key. causal: no query attends to a later key. window: none to a key that is window
+    or more positions away; 0: no limit. bias: (H, T, S). padding: (B, S), True where a key is no token.
+    Returns float32 that broadcasts to (B, H, T, S).
     """
-    T, S = q.shape[2], k.shape[2]
-    shared = q.shape[1] != k.shape[1]
-    narrow = 0 < window < S
-    # On a CPU the backward pass of SDPA takes three times as long in bfloat16; but it does not keep all the scores.
-    written_out = q.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
-    written_out = written_out and q.shape[0] * q.shape[1] * T * S <= WRITTEN_OUT
-    # SDPA's own causal mask starts at the top left, wrong where a cache makes S > T, and refuses a mask beside it.
-    is_causal = causal and T == S and not (narrow or written_out) and bias is None and padding is None
-    seen = None  # broadcasts to (B, H, T, S), True where a query may see a key; None: it may see all
-    if narrow or (causal and T > 1 and not is_causal):
-        key = torch.arange(S, device=q.device)
+    allowed = None  # broadcasts to (B, H, T, S)
+    if (causal and T > 1) or 0 < window < S:
+        key = torch.arange(S, device=device)
         distance = key[S - T :, None] - key  # (T, S); negative where the key is later
-        seen = distance.abs() < (window or S)
+        allowed = distance.abs() < (window or S)
         if causal:
-            seen &= distance >= 0
+            allowed &= distance >= 0
     if padding is not None:
         tokens = ~padding[:, None, None, :]
-        # in a window of padding alone there would be nothing to take a mean of: each place sees at least itself
-        seen = tokens if seen is None else seen & tokens | (distance == 0)
-    mask = seen if bias is None else bias.to(q.dtype)
-    if bias is not None and seen is not None:
-        mask = mask.masked_fill(~seen, -torch.inf)
-    if written_out:
-        return attend_written_out(q, k, v, mask, dropout)
+        # softmax over no key at all is nan: each position may at least attend to itself
+        allowed = tokens if allowed is None else allowed & tokens | (distance == 0)
+    if allowed is None:
+        return bias
+    mask = torch.zeros_like(allowed, dtype=torch.float32) if bias is None else bias
+    return mask.masked_fill(~allowed, -torch.inf)
+
+
+EXPLICIT_SCORES = 2**25  # elements of the scores up to which explicit attention is used: 64 MB a block in bfloat16
+
+
+def prefers_explicit(device: torch.device, scores: int) -> bool:
+    """Whether explicit attention trains faster than SDPA on this device; scores: B H T S.
+
+    On a CPU the backward pass of SDPA in bfloat16 takes three times as long; but it does not keep all the scores.
+    """
+    training = torch.is_grad_enabled() and device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return training and scores <= EXPLICIT_SCORES
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False, dropout: float = 0.0
+) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v: the mean of the values, weighted by how well each key answers the query.
+
+    q: (B, H, T, D); k, v: (B, H or fewer, S, D), shared by groups of neighbouring queries where they are fewer; mask:
+    broadcasts to (B, H, T, S). Returns (B, H, T, D). Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
+    """
+    mask = None if mask is None else mask.to(q.dtype)
+    if prefers_explicit(q.device, q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]):
+        assert not is_causal, "explicit attention takes a mask"
+        return attend_explicit(q, k, v, mask, dropout)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=shared
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
     )
 
 
-def attend_written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """The formula as it stands, the scores in bfloat16.
-
-    mask: broadcasts to (B, H, T, S), True where a query sees a key, or what is added to the scores.
-    """
+def attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """The formula of attend() as it stands."""
     if q.shape[1] != k.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, S)
     if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -torch.inf)
         scores += mask
     return drop(scores.softmax(dim=-1), dropout) @ v
 
@@ -396,92 +351,69 @@ def attend_written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dro
 class Attention(nn.Module):
     """Several heads of attention side by side, their results concatenated and mixed.
 
-    In self-attention queries, keys and values all come from one text; in cross-attention keys and values come from
-    another, the context. Two texts have no common places, so positions have no say there, nor has window.
-
-    With n_kv_head below n_head, neighbouring query heads share one head of keys and values, which makes the cache
-    smaller. Source: Shazeer 2019, arXiv:1911.02150 (one for all); Ainslie et al. 2023, arXiv:2305.13245 (groups).
-    With window, a token sees itself and the window - 1 tokens before it. Source: Beltagy et al. 2020, arXiv:2004.05150.
+    With n_kv_head below n_head, groups of query heads share one head of keys and values, which makes the decoder's
+    state smaller. Source: Shazeer 2019, arXiv:1911.02150 (one for all); Ainslie et al. 2023, arXiv:2305.13245 (groups).
     """
 
-    def __init__(self, config: "ModelConfig", causal: bool, cross: bool = False):
+    def __init__(self, config: "ModelConfig"):
         super().__init__()
-        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head or config.n_head
-        self.causal, self.cross, self.dropout = causal, cross, config.dropout
-        self.window = 0 if cross else config.window
-        kv_width = config.n_embd // self.n_head * self.n_kv_head
-        self.query = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.key = nn.Linear(config.n_embd, kv_width, bias=config.bias)
-        self.value = nn.Linear(config.n_embd, kv_width, bias=config.bias)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.qk_norm = config.qk_norm
-
-    def forward(
-        self,
-        x: Tensor,
-        position: Position,
-        cache: KVCache | None = None,
-        context: Tensor | None = None,
-        padding: Tensor | None = None,
-    ) -> Tensor:
-        """x: (B, T, C), the newest T tokens, which follow those in the cache. Returns (B, T, C).
-
-        context: (B, S, C), in cross-attention, and not needed where the cache holds its keys and values already.
-        padding: (B, S), True where a key is no token. Causal attention needs none, as what stands behind the end of a
-        text is later than all of it; in a decoder, padding is of the context.
-        """
-        padding = None if self.causal else padding
-        q = self.queries(x)  # (B, H, T, D)
-        bias = None
-        if not self.cross:
-            k, v = self.keys_and_values(x)
-            q, k = position.rotate(q, k, start=cache.length if cache else 0)
-            if cache:
-                k, v = cache.append(k, v)
-            bias = position.bias(q.shape[2], k.shape[2])
-        elif cache and cache.context_k is not None:
-            k, v = cache.context_k, cache.context_v
-        else:
-            k, v = self.keys_and_values(context)
-        y = attend(q, k, v, self.causal, self.window, bias, padding, self.dropout if self.training else 0.0)
-        return self.proj(y.transpose(1, 2).reshape(x.shape))
+        C, kv_heads = config.n_embd, config.n_kv_head or config.n_head
+        self.head_size, self.qk_norm, self.dropout = C // config.n_head, config.qk_norm, config.dropout
+        self.q_proj = Linear(C, C, config.bias)
+        self.k_proj = Linear(C, kv_heads * self.head_size, config.bias)
+        self.v_proj = Linear(C, kv_heads * self.head_size, config.bias)
+        self.o_proj = Linear(C, C, config.bias, residual=True)
 
     def queries(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, H, T, D)."""
-        q = self.query(x).unflatten(-1, (self.n_head, -1))  # (B, T, H, D)
-        if self.qk_norm:  # scores cannot grow without bound. Source: Henry et al. 2020, arXiv:2010.04245
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_size))  # (B, T, H, D)
+        if self.qk_norm:  # bounds the scores. Source: Henry et al. 2020, arXiv:2010.04245
             q = F.rms_norm(q, q.shape[-1:])
         return q.transpose(1, 2)
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, S, C). Returns twice (B, H or fewer, S, D)."""
-        k = self.key(x).unflatten(-1, (self.n_kv_head, -1))
-        v = self.value(x).unflatten(-1, (self.n_kv_head, -1))
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_size))
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_size))
         if self.qk_norm:
             k = F.rms_norm(k, k.shape[-1:])
         return k.transpose(1, 2), v.transpose(1, 2)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+        """Attend and mix the heads. q: (B, H, T, D); k, v: (B, H or fewer, S, D). Returns (B, T, C)."""
+        y = attend(q, k, v, mask, is_causal=is_causal, dropout=self.dropout if self.training else 0.0)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class SelfAttention(Attention):
+    """Queries, keys and values from one text."""
+
+    def forward(self, x: Tensor, shared: Shared, state: LayerState | None = None) -> Tensor:
+        """x: (B, T, C), which follow the tokens in the state. Returns (B, T, C)."""
+        q = self.queries(x)
+        k, v = self.keys_and_values(x)
+        if shared.rotary:
+            q, k = rotate(q, shared.rotary), rotate(k, shared.rotary)
+        if state:
+            k, v = state.append(k, v, shared.start)
+        return self.mix(q, k, v, shared.mask, shared.is_causal)
+
+
+class CrossAttention(Attention):
+    """Queries from one text, keys and values from another, whose positions are unrelated."""
+
+    def forward(self, x: Tensor, shared: Shared, state: LayerState | None = None) -> Tensor:
+        """x: (B, T, C). Returns (B, T, C)."""
+        k, v = (state.cross_k, state.cross_v) if state else self.keys_and_values(shared.context)
+        return self.mix(self.queries(x), k, v, shared.context_mask)
 
 
 # --------------------------------------------------------------------------------------
 # Feed-forward networks: the article's first network, applied to every token by itself.
 
 
-def relu_squared(x: Tensor) -> Tensor:
-    """max(x, 0)^2. Source: So et al. 2021, arXiv:2109.08668."""
-    return F.relu(x).square()
-
-
-ACTIVATIONS = {
-    "relu": F.relu,  # max(x, 0): the article's
-    "gelu": F.gelu,  # x times the chance that a normal number is below x. Source: arXiv:1606.08415
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # the same but for 0.001: GPT-2's
-    "silu": F.silu,  # x / (1 + e^-x). Source: arXiv:1702.03118
-    "relu_squared": relu_squared,
-}
-
-
 class MLP(nn.Module):
-    """Two layers of neurons with an activation between them; the middle one has n_hidden, or else 4 C neurons.
+    """Two linear layers with an activation between them; n_hidden neurons, by default 4 C.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.3.
     """
@@ -490,143 +422,131 @@ class MLP(nn.Module):
         super().__init__()
         n_hidden = config.n_hidden or 4 * config.n_embd
         self.activation = ACTIVATIONS[config.activation]
-        self.fc = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
-        self.proj = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
+        self.up_proj = Linear(config.n_embd, n_hidden, config.bias)
+        self.down_proj = Linear(n_hidden, config.n_embd, config.bias, residual=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
-        return self.proj(self.activation(self.fc(x)))
+        return self.down_proj(self.activation(self.up_proj(x)))
 
 
 class GatedMLP(nn.Module):
-    """The middle layer times a second one, which went through the activation: each neuron has a gate. silu: SwiGLU.
+    """Each hidden neuron is multiplied by a gate, which went through the activation. With silu: SwiGLU.
 
-    Unless n_hidden is set, it has 8/3 C neurons, so that three matrices cost what the plain network's two do, rounded
-    up to a multiple of 8, since GPUs multiply matrices in tiles of 8. Source: Shazeer 2020, arXiv:2002.05202.
+    By default 8/3 C neurons, so that three matrices cost what the two of MLP do, rounded up to a multiple of 8, since
+    GPUs multiply matrices in tiles of 8. Source: Shazeer 2020, arXiv:2002.05202.
     """
 
     def __init__(self, config: "ModelConfig"):
         super().__init__()
         n_hidden = config.n_hidden or 8 * math.ceil(config.n_embd / 3)
         self.activation = ACTIVATIONS[config.activation]
-        self.gate = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
-        self.fc = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
-        self.proj = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
+        self.gate_proj = Linear(config.n_embd, n_hidden, config.bias)
+        self.up_proj = Linear(config.n_embd, n_hidden, config.bias)
+        self.down_proj = Linear(n_hidden, config.n_embd, config.bias, residual=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
-        return self.proj(self.activation(self.gate(x)) * self.fc(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 MLPS = {"plain": MLP, "gated": GatedMLP, "none": None}
 
 
 # --------------------------------------------------------------------------------------
-# Blocks: how attention and feed-forward are joined. A stack repeats one.
+# Blocks: how attention, feed-forward and norms are joined. A stack repeats one.
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward (mlp=none: attention alone), each with its norm joined to what is there already.
+    """What all kinds of block are made of; each kind's forward joins the parts.
 
-    cross: attention to another text, the context, comes between the two.
+    cross: cross-attention comes between self-attention and the feed-forward network. mlp=none: there is none.
     """
 
-    residual = True  # is what comes in added to what goes out?
-    ends_with_norm = False  # if so, the stack has no last norm of its own
+    residual = True  # is each branch added to its input?
+    one_norm = False  # do all branches read the same normalised input?
+    ends_with_norm = False  # if so, the stack needs no last norm
 
-    def __init__(self, config: "ModelConfig", causal: bool, cross: bool = False):
+    def __init__(self, config: "ModelConfig", cross: bool = False):
         super().__init__()
-        self.attn_norm = NORMS[config.norm](config)
-        self.attn = Attention(config, causal)
-        self.cross_attn = self.mlp = None
-        if cross:
-            self.cross_norm = NORMS[config.norm](config)
-            self.cross_attn = Attention(config, causal=False, cross=True)
-        if MLPS[config.mlp]:
-            self.mlp_norm = NORMS[config.norm](config)
-            self.mlp = MLPS[config.mlp](config)
+        norm, mlp = NORMS[config.norm], MLPS[config.mlp]
+        self.attn_norm = norm(config)
+        self.attn = SelfAttention(config)
+        if cross and not self.one_norm:
+            self.cross_norm = norm(config)
+        self.cross_attn = CrossAttention(config) if cross else None
+        if mlp and not self.one_norm:
+            self.mlp_norm = norm(config)
+        self.mlp = mlp(config) if mlp else None
         self.dropout = Dropout(config.dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        position: Position,
-        cache: KVCache | None = None,
-        context: Tensor | None = None,
-        padding: Tensor | None = None,
-    ) -> Tensor:
-        """x: (B, T, C); context: (B, S, C); padding: (B, S), of the context or, in a block without one, of x itself.
-
-        Returns (B, T, C).
-        """
-        x = self.join(x, self.attn_norm, lambda x: self.attn(x, position, cache, padding=padding))
-        if self.cross_attn:
-            x = self.join(x, self.cross_norm, lambda x: self.cross_attn(x, position, cache, context, padding))
-        return self.join(x, self.mlp_norm, self.mlp) if self.mlp else x
-
-    def join(self, x: Tensor, norm: nn.Module, f: Callable[[Tensor], Tensor]) -> Tensor:
-        """x: (B, T, C); f: attention or feed-forward. Returns (B, T, C)."""
+    def forward(self, x: Tensor, shared: Shared, state: LayerState | None = None) -> Tensor:
+        """x: (B, T, C), which follow the tokens in the state. Returns (B, T, C)."""
         raise NotImplementedError
 
 
 class PreNormBlock(Block):
-    """x + f(norm(x)): the norm sits on the branch, so that the residual path runs through untouched.
+    """The norm is on the branch: the residual stream runs through untouched.
 
     Source: Radford et al. 2019 (GPT-2); Xiong et al. 2020, arXiv:2002.04745.
     """
 
-    def join(self, x: Tensor, norm: nn.Module, f: Callable[[Tensor], Tensor]) -> Tensor:
-        return x + self.dropout(f(norm(x)))
+    def forward(self, x: Tensor, shared: Shared, state: LayerState | None = None) -> Tensor:
+        x = x + self.dropout(self.attn(self.attn_norm(x), shared, state))
+        if self.cross_attn:
+            x = x + self.dropout(self.cross_attn(self.cross_norm(x), shared, state))
+        if self.mlp:
+            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return x
 
 
 class PostNormBlock(Block):
-    """norm(x + f(x)): the norm sits on the residual path, as in the first transformer. It needs more warmup.
+    """The norm is on the residual stream, as in the original transformer. It needs more warmup.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.1.
     """
 
     ends_with_norm = True
 
-    def join(self, x: Tensor, norm: nn.Module, f: Callable[[Tensor], Tensor]) -> Tensor:
-        return norm(x + self.dropout(f(x)))
+    def forward(self, x: Tensor, shared: Shared, state: LayerState | None = None) -> Tensor:
+        x = self.attn_norm(x + self.dropout(self.attn(x, shared, state)))
+        if self.cross_attn:
+            x = self.cross_norm(x + self.dropout(self.cross_attn(x, shared, state)))
+        if self.mlp:
+            x = self.mlp_norm(x + self.dropout(self.mlp(x)))
+        return x
 
 
 class PlainBlock(Block):
-    """f(norm(x)): no residual path, to see what that is good for.
+    """No residual connections, to see what they are good for.
 
-    Source, of the path: He et al. 2015, arXiv:1512.03385.
+    Source of residual connections: He et al. 2015, arXiv:1512.03385.
     """
 
     residual = False
 
-    def join(self, x: Tensor, norm: nn.Module, f: Callable[[Tensor], Tensor]) -> Tensor:
-        return self.dropout(f(norm(x)))
+    def forward(self, x: Tensor, shared: Shared, state: LayerState | None = None) -> Tensor:
+        x = self.dropout(self.attn(self.attn_norm(x), shared, state))
+        if self.cross_attn:
+            x = self.dropout(self.cross_attn(self.cross_norm(x), shared, state))
+        if self.mlp:
+            x = self.dropout(self.mlp(self.mlp_norm(x)))
+        return x
 
 
 class ParallelBlock(Block):
-    """x + attention(norm(x)) + feed-forward(norm(x)): all read the same numbers, so a GPU can do them at once.
+    """All branches read the same input, so that a GPU can compute them at once.
 
     Source: Wang and Komatsuzaki 2021 (GPT-J); Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 2.
     """
 
-    def __init__(self, config: "ModelConfig", causal: bool, cross: bool = False):
-        super().__init__(config, causal, cross)
-        del self.mlp_norm  # one norm serves all
-        if cross:
-            del self.cross_norm
+    one_norm = True
 
-    def forward(
-        self,
-        x: Tensor,
-        position: Position,
-        cache: KVCache | None = None,
-        context: Tensor | None = None,
-        padding: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, shared: Shared, state: LayerState | None = None) -> Tensor:
         y = self.attn_norm(x)
-        x = x + self.dropout(self.attn(y, position, cache, padding=padding))
+        x = x + self.dropout(self.attn(y, shared, state))
         if self.cross_attn:
-            x = x + self.dropout(self.cross_attn(y, position, cache, context, padding))
+            x = x + self.dropout(self.cross_attn(y, shared, state))
         return x + self.dropout(self.mlp(y))
 
 
@@ -634,39 +554,63 @@ BLOCKS = {"pre_norm": PreNormBlock, "post_norm": PostNormBlock, "plain": PlainBl
 
 
 class Stack(nn.Module):
-    """All between the embedding and the head: positions, n_layer blocks, a last norm where these do not end with one.
+    """All between the embedding and the head: positional encoding, n_layer blocks, and a last norm if they need one.
 
-    causal: no token sees a later one; cross: every token sees another text, the context.
+    causal: no token attends to a later one. cross: each token attends to another text, too.
     """
 
     def __init__(self, config: "ModelConfig", causal: bool, cross: bool = False):
         super().__init__()
         block = BLOCKS[config.block]
-        self.block_size = config.block_size
+        self.block_size, self.n_head, self.window = config.block_size, config.n_head, config.window
+        self.causal = causal
         self.position = POSITIONS[config.position](config)
         self.embed_norm = NORMS[config.norm if config.embed_norm else "none"](config)
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(block(config, causal, cross) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(block(config, cross) for _ in range(config.n_layer))
         self.norm = NORMS["none" if block.ends_with_norm else config.norm](config)
 
     def forward(
         self,
         x: Tensor,
-        caches: list[KVCache] | None = None,
-        context: Tensor | None = None,
+        state: DecoderState | None = None,
         padding: Tensor | None = None,
+        context: Tensor | None = None,
+        context_padding: Tensor | None = None,
     ) -> Tensor:
-        """x: (B, T, C), embedded tokens, which follow those in the caches; caches: one a block. Returns (B, T, C).
+        """x: (B, T, C), embedded tokens, which follow those in the state. Returns (B, T, C).
 
-        context: (B, S, C); padding: (B, S), of the context or, in a stack without one, of x itself.
+        padding: (B, T), True where x is no token. context: (B, S, C), for cross-attention, and its padding: (B, S).
         """
-        start = caches[0].length if caches else 0
-        end = start + x.shape[1]
-        assert end <= self.block_size, f"{end} tokens, but block_size is {self.block_size}"
-        x = self.dropout(self.embed_norm(self.position.embed(x, start)))
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x = block(x, self.position, cache, context, padding)
+        B, T, _ = x.shape
+        start = state.length if state else 0
+        assert start + T <= self.block_size, f"{start + T} tokens, but block_size is {self.block_size}"
+        at = slice(start, start + T)
+        if state:
+            at, padding = state.positions(T), state.padding_mask(T)
+        mask, is_causal = self.self_mask(B, T, start + T, x.device, padding)
+        context_mask = None
+        if context_padding is not None:
+            context_mask = attention_mask(T, context_padding.shape[1], x.device, padding=context_padding)
+        shared = Shared(start, mask, is_causal, self.position.rotary(at), context, context_mask)
+
+        x = self.dropout(self.embed_norm(self.position.embed(x, at)))
+        for block, layer in zip(self.blocks, state.layers if state else [None] * len(self.blocks), strict=True):
+            x = block(x, shared, layer)
+        if state:
+            state.length += T
         return self.norm(x)
+
+    def self_mask(
+        self, B: int, T: int, S: int, device: torch.device, padding: Tensor | None
+    ) -> tuple[Tensor | None, bool]:
+        """(mask, is_causal) of self-attention; padding: (B, S). SDPA's own causal mask is faster, where it will do."""
+        bias = self.position.bias(T, S)
+        # it starts at the top left, wrong where a state makes S > T, and refuses a mask beside it
+        simple = self.causal and T == S and not 0 < self.window < S and bias is None and padding is None
+        if simple and not prefers_explicit(device, B * self.n_head * T * S):
+            return None, True
+        return attention_mask(T, S, device, causal=self.causal, window=self.window, bias=bias, padding=padding), False
 
 
 # --------------------------------------------------------------------------------------
@@ -674,57 +618,53 @@ class Stack(nn.Module):
 
 
 class GPT(nn.Module):
-    """A stack of causal blocks that reads tokens and predicts, at each place, the next one.
+    """A stack of causal blocks that reads tokens and predicts the next one at each position.
 
     Source: Radford et al. 2018 (GPT), "Improving language understanding by generative pre-training".
     """
 
     tasks = ("language modelling", "translation")
-    has_encoder = False  # a source to translate from is the beginning of the text that it goes on with
-    has_cache = True  # can it keep what it has computed for the tokens read so far?
+    has_encoder = False  # a source to translate is the beginning of the text that it continues
+    has_state = True  # can it keep what it has computed for the tokens read so far?
 
     def __init__(self, config: "ModelConfig"):
         super().__init__()
-        assert config.vocab_size is not None, "the data set gives vocab_size before the model is built"
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.ngrams = NgramEmbedding(config) if config.ngrams else None
+        self.wte, self.ngrams = embeddings(config)
         self.stack = Stack(config, causal=True)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_weights:  # one table to read and to write tokens. Source: Press and Wolf 2016, arXiv:1608.05859
+        if config.tie_weights:  # Source: Press and Wolf 2016, arXiv:1608.05859
             self.lm_head.weight = self.wte.weight
         init_weights(self)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, caches: list[KVCache] | None = None
+        self, idx: Tensor, targets: Tensor | None = None, state: DecoderState | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """idx: (B, T) token ids, which follow the tokens in the caches. targets: (B, T), -1 where no loss is counted.
+        """idx: (B, T) token ids, which follow the tokens in the state. targets: (B, T), -1 where no loss is counted.
 
         Returns logits (B, T, V) and the mean cross-entropy in nats, None without targets.
         """
-        return finish(self, self.lm_head(self.stack(embed(self, idx, caches), caches)), targets)
+        return with_loss(self, self.lm_head(self.stack(embed(self, idx, state), state)), targets)
 
-    def make_caches(self) -> list[KVCache]:
-        """Empty caches for one batch of texts, with room for block_size tokens."""
-        return [KVCache(self.config.block_size) for _ in self.stack.blocks]
+    def make_state(self, padding: Tensor | None = None) -> DecoderState:
+        """An empty state with room for block_size tokens; padding: as DecoderState has it."""
+        return DecoderState(self.config.n_layer, self.config.block_size, padding)
 
 
 class Transformer(nn.Module):
-    """An encoder that reads the source, and a decoder that writes the target, looking at the source for every token.
+    """An encoder that reads the source, and a decoder that writes the target, attending to the source at every token.
 
-    Both read the same vocabulary, by one table. Source: Vaswani et al. 2017, arXiv:1706.03762.
+    Both share one vocabulary and its embedding. Source: Vaswani et al. 2017, arXiv:1706.03762.
     """
 
     tasks = ("translation",)
     has_encoder = True
-    has_cache = True
+    has_state = True
 
     def __init__(self, config: "ModelConfig"):
         super().__init__()
-        assert config.vocab_size is not None, "the data set gives vocab_size before the model is built"
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.ngrams = NgramEmbedding(config) if config.ngrams else None
+        self.wte, self.ngrams = embeddings(config)
         self.encoder = Stack(config, causal=False)
         self.decoder = Stack(config, causal=True, cross=True)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -736,174 +676,109 @@ class Transformer(nn.Module):
         self,
         idx: Tensor,
         targets: Tensor | None = None,
-        caches: list[KVCache] | None = None,
+        state: DecoderState | None = None,
         source: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """source: (B, S) token ids, -1 behind the end of the shorter ones; not needed with caches, which hold it.
+        """source: (B, S) token ids, -1 after the end of the shorter ones; not needed with a state, which holds it.
 
-        idx: (B, T) token ids of the translation so far, which follow those in the caches; its first token is the one
-        that ends a text. targets: (B, T), -1 where no loss is counted. Returns as GPT does.
+        idx: (B, T) token ids of the target so far, which follow those in the state; the first is end-of-text. targets:
+        (B, T), -1 where no loss is counted. Returns as GPT does.
         """
-        context, padding = (None, None) if caches else self.encode(source)
-        x = self.decoder(embed(self, idx, caches), caches, context, padding)
-        return finish(self, self.lm_head(x), targets)
+        context, padding = (None, state.source_padding) if state else self.encode(source)
+        x = self.decoder(embed(self, idx, state), state, context=context, context_padding=padding)
+        return with_loss(self, self.lm_head(x), targets)
 
     def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """source: (B, S), as in forward. Returns what the decoder looks at, (B, S, C), and where it is no token."""
+        """source: (B, S), as in forward. Returns the encoder's output, (B, S, C), and where it is padding, (B, S)."""
         padding = source < 0
         return self.encoder(embed(self, source.clamp(min=0)), padding=padding), padding
 
-    def make_caches(self, source: Tensor) -> list[KVCache]:
-        """Caches with room for block_size tokens of the translations, and the source, (B, S) without padding, read."""
+    def make_state(self, source: Tensor, padded: bool = False) -> DecoderState:
+        """A state with room for block_size tokens of the target, and the source, (B, S) as in forward, read.
+
+        padded: False where all sources are equally long, which needs no mask.
+        """
         context, padding = self.encode(source)
-        assert not padding.any(), "caches do not remember padding"
-        caches = [KVCache(self.config.block_size) for _ in self.decoder.blocks]
-        for block, cache in zip(self.decoder.blocks, caches, strict=True):
-            cache.context_k, cache.context_v = block.cross_attn.keys_and_values(context)
-        return caches
+        state = DecoderState(self.config.n_layer, self.config.block_size)
+        state.source_padding = padding if padded else None
+        for block, layer in zip(self.decoder.blocks, state.layers, strict=True):
+            layer.cross_k, layer.cross_v = block.cross_attn.keys_and_values(context)
+        return state
 
 
-def embed(model: GPT | Transformer, idx: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-    """idx: (B, T) token ids, which follow those in the caches. Returns (B, T, C)."""
-    x = model.wte(idx)
+def embeddings(config: "ModelConfig") -> tuple[nn.Embedding, NgramEmbedding | None]:
+    """Of single tokens and, if the config asks for it, of n-grams."""
+    assert config.vocab_size is not None, "the data set gives vocab_size before the model is built"
+    wte = nn.Embedding(config.vocab_size, config.n_embd)
+    if not config.ngrams:
+        return wte, None
+    assert config.ngram_rows is not None, "the data set gives ngram_rows before the model is built"
+    return wte, NgramEmbedding(config.ngrams, config.ngram_rows, config.n_embd, config.ngram_dropout)
+
+
+def embed(model: GPT | Transformer, idx: Tensor, state: DecoderState | None = None) -> Tensor:
+    """idx: (B, T) token ids, which follow those in the state; -1 in its padding. Returns (B, T, C)."""
+    padded = state is not None and state.padding is not None
+    x = model.wte(idx.clamp(min=0) if padded else idx)
     if model.ngrams:
-        before = caches[0].newest if caches else None
-        if before is None:
-            before = idx[:, :0]
+        before = state.newest if state and state.newest is not None else idx[:, :0]
         x = x + model.ngrams(idx, before)
-        if caches:
-            caches[0].newest = torch.cat([before, idx], dim=1)[:, 1 - model.ngrams.n :]
+        if state:
+            state.newest = torch.cat([before, idx], dim=1)[:, 1 - model.ngrams.n :]
     return x
 
 
 @torch.no_grad()
 def init_weights(model: GPT | Transformer) -> None:
-    """All weights, as the configuration's init says:
+    """All weights, as the config's init says:
 
                                    gpt2                             zero
     embeddings                     normal, 0.02                     normal, 1; tied 1 / sqrt(n_embd)
-    frequent runs of tokens        0                                0
-    matrices                       normal, 0.02                     normal, 1 / sqrt(inputs)
-    last matrix of each branch     normal, 0.02 / sqrt(branches)    0, so that a new block changes nothing
-    an untied head                 normal, 0.02                     0, so that all tokens have the same chance
+    n-gram embeddings              0                                0
+    linear layers                  normal, 0.02                     normal, 1 / sqrt(inputs)
+    last layer of each branch      normal, 0.02 / sqrt(branches)    0, so that a new block is the identity
+    an untied head                 normal, 0.02                     0, so that all tokens are equally likely
     biases, norms                  0, 1                             0, 1
 
-    GPT-2 divides by the square root of the number of branches in a stack, 2 n_layer with attention and feed-forward, to
-    keep the residual path as large as its input. Without that path (block=plain) nothing but the matrices of the blocks
-    carries the numbers on: all of these are 1 / sqrt(inputs), which keeps the numbers' size.
+    GPT-2 divides by the square root of the number of residual branches in a stack, 2 n_layer with attention and
+    feed-forward, to keep the variance of the residual stream that of its input. Without residual connections
+    (block=plain) the linear layers of the blocks alone carry the signal: all are 1 / sqrt(inputs), which keeps it.
     """
-    zero, residual = model.config.init == "zero", BLOCKS[model.config.block].residual
-    branches = Counter(name.partition(".")[0] for name, _ in model.named_modules() if name.endswith(".proj"))
-    for name, module in model.named_modules():
+    config, branches = model.config, {}
+    for stack in model.children():
+        ends = [module for module in stack.modules() if isinstance(module, Linear) and module.residual]
+        branches |= dict.fromkeys(ends, len(ends))
+
+    def std(module: nn.Linear | nn.Embedding) -> float:
+        if config.init == "zero":
+            if isinstance(module, nn.Embedding):
+                return 1.0
+            zero = module in branches or (module is model.lm_head and not config.tie_weights)
+            return 0.0 if zero else module.in_features**-0.5
+        if isinstance(module, Linear) and not BLOCKS[config.block].residual:
+            return module.in_features**-0.5
+        return 0.02 / math.sqrt(branches.get(module, 1))
+
+    for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
-            last, head = name.endswith(".proj"), name == "lm_head"
-            if zero and (last or (head and not model.config.tie_weights)):
-                std = 0.0
-            elif zero and isinstance(module, nn.Embedding):
-                std = 1.0
-            elif zero or (not residual and ".blocks." in name):
-                std = module.in_features**-0.5
-            else:
-                std = 0.02 / math.sqrt(branches[name.partition(".")[0]]) if last else 0.02
-            nn.init.normal_(module.weight, std=std)
+            nn.init.normal_(module.weight, std=std(module))
         if isinstance(module, nn.EmbeddingBag):
             nn.init.zeros_(module.weight)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
-class NumberEmbedding(nn.Module):
-    """Each token is one number, its own, and nothing of it is trained: the first 1, the second 2, ...
-
-    All are divided by how many there are, so that none is above 1. No token is 0: that stands for no token.
-    """
-
-    def __init__(self, vocab_size: int, n_embd: int):
-        super().__init__()
-        assert n_embd == 1, n_embd
-        self.vocab_size = vocab_size
-
-    def forward(self, idx: Tensor) -> Tensor:
-        """idx: (B, T). Returns (B, T, 1)."""
-        return ((idx + 1) / self.vocab_size)[..., None]
-
-
-EMBEDDINGS = {"table": nn.Embedding, "number": NumberEmbedding}
-
-
-class WindowMLP(nn.Module):
-    """A feed-forward network that reads the newest window tokens side by side and predicts the next one.
-
-    At every place of a text it does so for the window that ends there. Where that reaches back before the first token
-    that was given, there are zeros, in training as in use; so block_size should be some times the window.
-    n_layer hidden layers of n_hidden neurons, or else as many as there are inputs.
-    Source: Bengio et al. 2003, "A neural probabilistic language model".
-    """
-
-    tasks = ("language modelling",)
-    has_encoder = False
-    has_cache = False  # all that two neighbouring windows share is their embeddings
-
-    def __init__(self, config: "ModelConfig"):
-        super().__init__()
-        assert config.vocab_size is not None, "the data set gives vocab_size before the model is built"
-        self.config = config
-        inputs = config.window * config.n_embd
-        n_hidden = config.n_hidden or inputs
-        self.wte = EMBEDDINGS[config.embedding](config.vocab_size, config.n_embd)
-        self.stack = nn.ModuleList(
-            nn.Linear(n_hidden if i else inputs, n_hidden, bias=config.bias) for i in range(config.n_layer)
-        )
-        self.activation = ACTIVATIONS[config.activation]
-        self.dropout = Dropout(config.dropout)
-        self.lm_head = nn.Linear(n_hidden, config.vocab_size, bias=config.bias)
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Matrices normal, 1 / sqrt(inputs), to keep the numbers' size; head 0, so that all tokens have one chance."""
-        for layer in self.stack:
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-        nn.init.zeros_(self.lm_head.weight)
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-
-    def forward(self, idx: Tensor, targets: Tensor | None = None, caches: None = None) -> tuple[Tensor, Tensor | None]:
-        """idx: (B, T) token ids. targets: (B, T), -1 where no loss is counted. There are no caches.
-
-        Returns logits (B, T, V) and the mean cross-entropy in nats, None without targets.
-        """
-        window = self.config.window
-        x = F.pad(self.wte(idx), (0, 0, window - 1, 0))  # (B, window - 1 + T, C)
-        x = x.unfold(1, window, 1).mT.flatten(2)  # (B, T, window C), the oldest token first
-        for layer in self.stack:
-            x = self.dropout(self.activation(layer(x)))
-        return finish(self, self.lm_head(x), targets)
-
-
-def finish(model: nn.Module, logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """logits: (B, T, V), capped if the model says so; and the mean cross-entropy of the targets, (B, T), if any.
-
-    In training the targets are smoothed: a share of label_smoothing of each is spread over all tokens, so that the
-    model learns not to be too sure. Source: Szegedy et al. 2015, arXiv:1512.00567, section 7.
-    """
-    if soft_cap := model.config.logit_soft_cap:  # Source: Gemma 2, arXiv:2408.00118, section 2
-        logits = soft_cap * torch.tanh(logits / soft_cap)
-    if targets is None:
-        return logits, None
-    smoothing = model.config.label_smoothing if model.training else 0.0
-    scores = logits.flatten(0, 1).float()
-    return logits, F.cross_entropy(scores, targets.flatten(), ignore_index=-1, label_smoothing=smoothing)
-
-
 MODELS = {"window_mlp": WindowMLP, "gpt": GPT, "transformer": Transformer}
 
 
-NOT_WINDOW = {"model": "window_mlp"}
+# --------------------------------------------------------------------------------------
+# The config
+
+ATTENTION = {"not_with": {"model": "window_mlp"}}
 NGRAMS = {"not_with": {"ngrams": 0}}
 ROTARY = {"only_with": {"position": "rotary"}}
-ROPE_SCALING = ROTARY | {"not_with": {"rope_factor": 1.0}}
+SCALED = ROTARY | {"not_with": {"rope_factor": 1.0}}
+PROBABILITY = {"at_least": 0, "below": 1}
 
 
 @dataclass(frozen=True)
@@ -911,105 +786,40 @@ class ModelConfig:
     """What a model is made of: all that a checkpoint needs to build it again."""
 
     model: str = setting(
-        "gpt",
-        "gpt: decoder only; transformer: encoder and decoder; window_mlp: a network without attention",
-        group="model",
-        choices=MODELS,
+        "gpt", "gpt, transformer (encoder-decoder) or window_mlp (no attention)", "model", choices=MODELS
     )
-    n_layer: int = setting(4, "blocks; transformer: in each of its two stacks; window_mlp: hidden layers", at_least=1)
-    n_head: int = setting(4, "attention heads in a block", at_least=1, not_with=NOT_WINDOW)
-    n_kv_head: int | None = setting(
-        None,
-        "heads of keys and values, shared by groups of query heads; None: n_head; 1: multi-query attention",
-        at_least=1,
-        not_with=NOT_WINDOW,
-    )
+    n_layer: int = setting(4, "blocks; of a transformer, in each stack; of window_mlp, hidden layers", at_least=1)
+    n_head: int = setting(4, "attention heads in a block", at_least=1, **ATTENTION)
+    n_kv_head: int | None = setting(None, "key-value heads (GQA); None: n_head; 1: MQA", at_least=1, **ATTENTION)
     n_embd: int = setting(128, "embedding dimension: the width of the model", at_least=1)
     n_hidden: int | None = setting(
-        None, "hidden neurons of an MLP; None: 4 n_embd, gated 8/3 n_embd, window_mlp window n_embd", at_least=1
+        None, "hidden neurons; None: 4 n_embd, gated 8/3 n_embd, window_mlp window n_embd", at_least=1
     )
-    block_size: int = setting(64, "context length in tokens; transformer: of the source and of the target", at_least=1)
-    window: int = setting(
-        0,
-        "sliding window: tokens that each one attends to, itself included; 0: all; window_mlp: tokens read",
-        at_least=0,
-    )
-    vocab_size: int | None = setting(
-        None, "rows of the embedding; None: as many as the tokenizer has tokens; more are padding", at_least=1
-    )
-    dropout: float = setting(
-        0.0, "probability that an activation is zeroed in training; 0.1 to 0.3 on small data", at_least=0, below=1
-    )
-    label_smoothing: float = setting(
-        0.0,
-        "fraction of each target that is spread over the vocabulary in training; 0.1 to translate",
-        at_least=0,
-        below=1,
-    )
+    block_size: int = setting(64, "context length in tokens; transformer: of source and of target", at_least=1)
+    window: int = setting(0, "sliding window of attention in tokens, 0: all; window_mlp: tokens read", at_least=0)
+    vocab_size: int | None = setting(None, "rows of the embedding; None: the tokenizer's; more are padding", at_least=1)
+    dropout: float = setting(0.0, "probability that an activation is zeroed in training", **PROBABILITY)
+    label_smoothing: float = setting(0.0, "fraction of a target spread over the vocabulary in training", **PROBABILITY)
     bias: bool = setting(False, "bias terms in linear layers and layer norms, as in GPT-2")
-    embedding: str = setting(
-        "table", "table: trained; number: window_mlp reads a token as its own number, with n_embd=1", choices=EMBEDDINGS
-    )
-    ngrams: int = setting(
-        0, "frequent n-grams up to this length have embeddings, too; 6 for characters; 0: off", at_least=0
-    )
-    ngram_dropout: float = setting(
-        0.0,
-        "probability that a position gets no n-gram embedding in training; 0.45 on small data",
-        at_least=0,
-        below=1,
-        **NGRAMS,
-    )
-    ngram_rows: int | None = setting(
-        None, "frequent n-grams: found in the training text, not chosen", at_least=1, **NGRAMS
-    )
-    tie_weights: bool = setting(True, "token embedding and output head share their weights", not_with=NOT_WINDOW)
-    position: str = setting(
-        "learned",
-        "positional encoding: none, learned, sinusoidal, rotary or alibi",
-        choices=POSITIONS,
-        not_with=NOT_WINDOW,
-    )
+    embedding: str = setting("table", "table: trained; number: a token is its own number", choices=EMBEDDINGS)
+    ngrams: int = setting(0, "frequent n-grams up to this length have embeddings, too; 0: off", at_least=0)
+    ngram_dropout: float = setting(0.0, "probability of no n-gram embedding at a position", **PROBABILITY, **NGRAMS)
+    ngram_rows: int | None = setting(None, "frequent n-grams: counted in the text, not chosen", at_least=1, **NGRAMS)
+    tie_weights: bool = setting(True, "embedding and output head share their weights", **ATTENTION)
+    position: str = setting("learned", "positional encoding: " + ", ".join(POSITIONS), choices=POSITIONS, **ATTENTION)
     rope_base: float = setting(10000.0, "base of the rotary frequencies (rope_theta)", above=1, **ROTARY)
-    rope_factor: float = setting(
-        1.0, "low frequencies are divided by this, as in Llama 3.1; 1: off", at_least=1, **ROTARY
-    )
-    rope_low_freq_factor: float = setting(
-        1.0, "low are frequencies with fewer turns than this in rope_original_context", above=0, **ROPE_SCALING
-    )
-    rope_high_freq_factor: float = setting(
-        4.0, "those with more turns than this stay as they are", above=0, **ROPE_SCALING
-    )
-    rope_original_context: int = setting(8192, "context length before the extension", at_least=1, **ROPE_SCALING)
-    norm: str = setting("layernorm", "layernorm, rmsnorm or none", choices=NORMS, not_with=NOT_WINDOW)
-    block: str = setting(
-        "pre_norm",
-        "norms and residuals: pre_norm, post_norm, plain (no residual) or parallel",
-        choices=BLOCKS,
-        not_with=NOT_WINDOW,
-    )
-    mlp: str = setting(
-        "plain",
-        "feed-forward network: plain, gated (with activation=silu: SwiGLU) or none",
-        choices=MLPS,
-        not_with=NOT_WINDOW,
-    )
-    activation: str = setting(
-        "gelu", "relu, gelu, gelu_tanh, silu or relu_squared", choices=ACTIVATIONS, not_with={"mlp": "none"}
-    )
-    qk_norm: bool = setting(
-        False, "RMS norm on queries and keys, which bounds the attention scores", not_with=NOT_WINDOW
-    )
-    embed_norm: bool = setting(
-        False, "a norm right after the embedding", not_with={"model": "window_mlp", "norm": "none"}
-    )
-    logit_soft_cap: float = setting(0.0, "logits are kept between -cap and cap by tanh; 0: no cap", at_least=0)
-    init: str = setting(
-        "gpt2",
-        "initial weights: gpt2, or zero (each block starts as the identity)",
-        choices=("gpt2", "zero"),
-        not_with=NOT_WINDOW,
-    )
+    rope_factor: float = setting(1.0, "divides the low frequencies, as in Llama 3.1; 1: off", at_least=1, **ROTARY)
+    rope_low_freq_factor: float = setting(1.0, "turns in the original context below which", above=0, **SCALED)
+    rope_high_freq_factor: float = setting(4.0, "and above which a frequency is kept", above=0, **SCALED)
+    rope_original_context: int = setting(8192, "context length before the extension", at_least=1, **SCALED)
+    norm: str = setting("layernorm", ", ".join(NORMS), choices=NORMS, **ATTENTION)
+    block: str = setting("pre_norm", "norms and residuals: " + ", ".join(BLOCKS), choices=BLOCKS, **ATTENTION)
+    mlp: str = setting("plain", "feed-forward: plain, gated (with silu: SwiGLU) or none", choices=MLPS, **ATTENTION)
+    activation: str = setting("gelu", ", ".join(ACTIVATIONS), choices=ACTIVATIONS, not_with={"mlp": "none"})
+    qk_norm: bool = setting(False, "RMS norm of queries and keys, which bounds the scores", **ATTENTION)
+    embed_norm: bool = setting(False, "a norm after the embedding", not_with={"model": "window_mlp", "norm": "none"})
+    logit_soft_cap: float = setting(0.0, "keeps logits between -cap and cap by tanh; 0: no cap", at_least=0)
+    init: str = setting("gpt2", "gpt2; zero: each block starts as the identity", choices=("gpt2", "zero"), **ATTENTION)
 
     def __post_init__(self):
         check(self)
@@ -1055,22 +865,21 @@ class ModelConfig:
 
 
 def build(config: ModelConfig) -> nn.Module:
-    """A new model with freshly drawn weights, on the CPU."""
+    """A new model with random weights, on the CPU."""
     return MODELS[config.model](config)
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers that training sets; a table that is used twice counts once."""
+    """Trained parameters; a matrix that is used twice counts once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def flops_per_token(model: nn.Module) -> int:
     """Floating-point operations to train on one token: forward, and twice as many backward.
 
-    Each weight of a matrix multiplies and adds once (2), and attention takes 2 C of both for each token it looks at;
-    heads that share keys and values do as much of that as heads that do not. Of pairs it is the work on one token of
-    the target and, in an encoder, one of the source, in texts of block_size tokens.
-    Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
+    Each weight of a matrix multiplies and adds once (2), and attention takes 2 C of both for each token attended to,
+    also where heads share keys and values. Of sentence pairs it is the work on one token of the target and, in an
+    encoder, one of the source, in texts of block_size tokens. Source: Chowdhery et al. 2022, arXiv:2204.02311, app. B.
     """
     config = model.config
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))

@@ -20,80 +20,49 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import model as models
 from humptygpt import checkpoint, configurator
-from humptygpt import tokenizer as tokenizers
 from humptygpt.beams import NUM_BEAMS, translate
 from humptygpt.configurator import UserError, check, setting, without_effect
-from humptygpt.device import DTYPES, autocast, pick_device, pick_dtype_to_write
+from humptygpt.device import DTYPES, autocast, pick_device, sample_dtype
+from humptygpt.generation import generate
 from humptygpt.tokenizer import END_OF_TEXT, Tokenizer
 
 LINES = 500  # of a text that are translated before the first of them is printed
-
-
-DRAWN = {"only_with": {"task": "language modelling"}}
-BY_CHANCE = DRAWN | {"not_with": {"temperature": 0.0}}
-TRANSLATED = {"only_with": {"task": "translation"}}
+TEXT = {"only_with": {"task": "language modelling"}}
+SAMPLING = TEXT | {"not_with": {"temperature": 0.0}}
+TRANSLATION = {"only_with": {"task": "translation"}}
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     init_from: str = setting(
-        "resume", "resume: from a checkpoint in out_dir; nanoGPT's gpt2 models are not here yet", group="what"
+        "resume", "resume: from a checkpoint in out_dir; GPT-2's weights cannot be read yet", "what"
     )
-    out_dir: str = setting("out", "the folder of the run to sample from")
-    checkpoint: str = setting(
-        "best",
-        "best: lowest validation loss (best.pt); latest: the end of training (ckpt.pt)",
-        choices=("best", "latest"),
-    )
-    start: str | None = setting(
-        None, "the prompt, or FILE:path of one; None: an end-of-text token, or else a line break"
-    )
-    num_samples: int = setting(3, "texts, generated together in one batch", at_least=1, **DRAWN)
-    max_new_tokens: int = setting(500, "tokens of each text after the prompt", at_least=1)
+    out_dir: str = setting("out", "folder of the run to sample from")
+    checkpoint: str = setting("best", "best.pt (lowest loss), or latest: ckpt.pt", choices=("best", "latest"))
+    start: str | None = setting(None, "the prompt, or FILE:path of one; None: end-of-text, or a line break")
+    num_samples: int = setting(3, "texts, generated together in one batch", at_least=1, **TEXT)
+    max_new_tokens: int = setting(500, "tokens of each after the prompt", at_least=1)
 
-    num_beams: int = setting(
-        NUM_BEAMS, "hypotheses kept by beam search; 1: greedy", group="translation", at_least=1, **TRANSLATED
-    )
+    num_beams: int = setting(NUM_BEAMS, "hypotheses; 1: greedy", "beam search", at_least=1, **TRANSLATION)
     length_penalty: float = setting(
-        1.0,
-        "hypotheses compare by log-probability / tokens^length_penalty; above 1 favours long ones",
-        at_least=-10,
-        at_most=10,
-        **TRANSLATED,
+        1.0, "score: log-probability / tokens^this; above 1 favours long ones", at_least=-10, at_most=10, **TRANSLATION
     )
 
-    temperature: float = setting(
-        0.8,
-        "below 1 sharper, above 1 more random; 0: always the most probable token",
-        group="sampling",
-        at_least=0,
-        **DRAWN,
-    )
-    top_k: int | None = setting(200, "sample from the k most probable tokens only", at_least=1, **BY_CHANCE)
-    top_p: float | None = setting(
-        None,
-        "sample from the most probable tokens that together have this probability",
-        above=0,
-        at_most=1,
-        **BY_CHANCE,
-    )
-    seed: int = setting(1337, "the same seed gives the same text", at_least=0, below=2**63, **BY_CHANCE)
+    temperature: float = setting(0.8, "below 1 sharper, above 1 more random; 0: greedy", "sampling", at_least=0, **TEXT)
+    top_k: int | None = setting(200, "sample from the k most probable tokens only", at_least=1, **SAMPLING)
+    top_p: float | None = setting(None, "nucleus sampling: probability kept", above=0, at_most=1, **SAMPLING)
+    seed: int = setting(1337, "the same seed gives the same text", at_least=0, below=2**63, **SAMPLING)
     context: str = setting(
         "fast",
-        "context full: fast continues from its newest half; exact recomputes all of it for every token",
+        "when full: fast continues from its newest half; exact recomputes it per token",
         choices=("fast", "exact"),
-        **DRAWN,
+        **TEXT,
     )
 
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", group="system")
-    dtype: str = setting(
-        "auto",
-        "auto: float32 on a CPU, bfloat16 or float16 on CUDA; float32, bfloat16, float16",
-        choices=("auto", *DTYPES),
-    )
-    compile: bool = setting(False, "nanoGPT's key; has no effect, since every length of text would be compiled anew")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", "system")
+    dtype: str = setting("auto", "auto: float32 on a CPU; " + ", ".join(DTYPES), choices=("auto", *DTYPES))
+    compile: bool = setting(False, "nanoGPT's key; has no effect: every length of text would be compiled again")
 
     def __post_init__(self):
         check(self)
@@ -107,23 +76,35 @@ def main(argv: list[str]) -> None:
     given = configurator.read(argv, SampleConfig)
     config = configurator.make(SampleConfig, given)
     device = pick_device(config.device)
-    saved = load(config)
-    model = models.build(configurator.make(models.ModelConfig, saved["model_config"]))
-    model.load_state_dict(saved["model"])
-    model.to(device).eval()
-    tokenizer = tokenizers.from_state(saved["tokenizer"])
-    translates = saved["task"] == "translation"
+    dtype = sample_dtype(config.dtype, device)
+    model, tokenizer, saved = load(config)
+    model.to(device)
     settings = asdict(config) | {"task": saved["task"]}
-    for name, why in without_effect(settings, SampleConfig).items():
-        if name in given:
-            print(f"note: {name}={given[name]} has no effect {why}", file=sys.stderr)
+    for key, why in without_effect(settings, SampleConfig).items():
+        if key in given:
+            print(f"note: {key}={given[key]} has no effect {why}", file=sys.stderr)
     if config.compile:
         print("note: compile=True has no effect in sample.py", file=sys.stderr)
-    with autocast(device, pick_dtype_to_write(config.dtype, device)):
-        if translates:
+    with autocast(device, dtype):
+        if saved["task"] == "translation":
             print_translations(config, model, tokenizer)
         else:
             print_texts(config, model, tokenizer, device)
+
+
+def load(config: SampleConfig) -> checkpoint.Loaded:
+    path = Path(config.out_dir) / {"best": "best.pt", "latest": "ckpt.pt"}[config.checkpoint]
+    if config.checkpoint == "best" and not os.path.exists(path) and os.path.exists(path.with_name("ckpt.pt")):
+        path = path.with_name("ckpt.pt")
+        print(f"note: no evaluation has found a best model yet; taking {path}", file=sys.stderr)
+    loaded = checkpoint.load_model(path)
+    progress = loaded.saved["progress"]
+    print(f"{path}: iter {progress['iter']}, best val loss {progress['best_val_loss']:.4f}", file=sys.stderr)
+    return loaded
+
+
+# --------------------------------------------------------------------------------------
+# Text
 
 
 def print_texts(config: SampleConfig, model: nn.Module, tokenizer: Tokenizer, device: torch.device) -> None:
@@ -131,20 +112,18 @@ def print_texts(config: SampleConfig, model: nn.Module, tokenizer: Tokenizer, de
     if num_samples < config.num_samples:
         print("note: at temperature=0 all texts are the same; here is one", file=sys.stderr)
     prompt, ids = read_prompt(config.start, tokenizer)
-
-    idx = torch.from_numpy(ids).to(device).repeat(num_samples, 1)
     new_tokens = generate(
         model,
-        idx,
+        torch.from_numpy(ids).to(device).repeat(num_samples, 1),
         config.max_new_tokens,
-        known=tokenizer.vocab_size,
+        tokenizer.vocab_size,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
         exact=config.context == "exact",
         generator=torch.Generator(device).manual_seed(config.seed),
     )
-    others = []  # what the texts beside the first one say, (num_samples - 1,) a step
+    others = []  # the tokens of the texts beside the first, (num_samples - 1,) a step
 
     def first_text() -> Iterator[int]:
         for first, *rest in map(Tensor.tolist, new_tokens):
@@ -155,58 +134,9 @@ def print_texts(config: SampleConfig, model: nn.Module, tokenizer: Tokenizer, de
     for piece in tokenizer.decode_stream(first_text()):
         print(piece, end="", flush=True)
     print(flush=True)
-    for ids in zip(*others, strict=True):
+    for ids_of_text in zip(*others, strict=True):
         print("---------------", file=sys.stderr, flush=True)
-        print(prompt + tokenizer.decode(ids), flush=True)
-
-
-def print_translations(config: SampleConfig, model: nn.Module, tokenizer: Tokenizer) -> None:
-    """One line for each line of the text; an empty one stays empty."""
-    if config.start is None:
-        raise UserError('nothing to translate; give a sentence, as --start="Wo wohnst du?", or --start=FILE:german.txt')
-    text = read_start(config.start)
-    if not text:
-        raise UserError("an empty text; give at least one character to translate")
-    lines = [" ".join(line.split()) for line in text.removesuffix("\n").split("\n")]
-    # without the token that ends the source; where it shares the window with its translation, that has half of it
-    room = (model.config.block_size if model.has_encoder else model.config.block_size // 2) - 1
-    for first in tqdm(range(0, len(lines), LINES), unit=f"{LINES} lines", delay=2, disable=None):
-        some = lines[first : first + LINES]
-        sources = []
-        for number, line in enumerate(some, start=first + 1):
-            ids = tokenizer.encode(line)
-            if len(ids) > room:
-                print(f"note: line {number:,} has {len(ids):,} tokens; the first {room:,} are read", file=sys.stderr)
-            sources.append(np.append(ids[:room], tokenizer.eot))
-        found = iter(
-            translate(
-                model,
-                [source for source in sources if len(source) > 1],
-                tokenizer.eot,
-                config.num_beams,
-                config.length_penalty,
-                config.max_new_tokens,
-                tokenizer.vocab_size,
-            )
-        )
-        for number, source in enumerate(sources, start=first + 1):
-            text = ""
-            if len(source) > 1:
-                translation = next(found)
-                text = " ".join(tokenizer.decode(translation.ids).split())  # on one line, whatever the model writes
-                if not translation.ended:
-                    print(f"note: line {number:,} has no room for more of its translation", file=sys.stderr)
-            print(text, flush=True)
-
-
-def load(config: SampleConfig) -> dict:
-    path = Path(config.out_dir) / {"best": "best.pt", "latest": "ckpt.pt"}[config.checkpoint]
-    if config.checkpoint == "best" and not os.path.exists(path) and os.path.exists(path.with_name("ckpt.pt")):
-        path = path.with_name("ckpt.pt")
-        print(f"note: no evaluation has found a best model yet; taking {path}", file=sys.stderr)
-    saved = checkpoint.load(path)
-    print(f"{path}: iter {saved['iter']}, best val loss {saved['best_val_loss']:.4f}", file=sys.stderr)
-    return saved
+        print(prompt + tokenizer.decode(ids_of_text), flush=True)
 
 
 def read_start(start: str) -> str:
@@ -236,66 +166,50 @@ def read_prompt(start: str | None, tokenizer: Tokenizer) -> tuple[str, np.ndarra
 
 
 # --------------------------------------------------------------------------------------
-# logits -> probabilities -> token
+# Translations
 
 
-def probabilities(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """The chances (B, V) that the next token is drawn from; logits: (B, V). Source for top_p: arXiv:1904.09751."""
-    if temperature == 0:
-        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the shift changes nothing but cannot overflow
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    probs = logits.softmax(dim=-1)
-    if top_p is not None:
-        ranked, order = probs.sort(dim=-1, descending=True)
-        before = ranked.cumsum(dim=-1) - ranked  # the chance of all likelier tokens; 0 for the likeliest, which stays
-        probs = torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill(before >= top_p, 0.0))
-        probs = probs / probs.sum(dim=-1, keepdim=True)
-    return probs
+def print_translations(config: SampleConfig, model: nn.Module, tokenizer: Tokenizer) -> None:
+    """One line for each line of the text; an empty one stays empty."""
+    if config.start is None:
+        raise UserError('nothing to translate; give a sentence, as --start="Wo wohnst du?", or --start=FILE:german.txt')
+    text = read_start(config.start)
+    if not text:
+        raise UserError("an empty text; give at least one character to translate")
+    lines = [" ".join(line.split()) for line in text.removesuffix("\n").split("\n")]
+    for first in tqdm(range(0, len(lines), LINES), unit=f"{LINES} lines", delay=2, disable=None):
+        for translation in translate_lines(lines[first : first + LINES], first + 1, config, model, tokenizer):
+            print(translation, flush=True)
 
 
-@torch.inference_mode()
-def generate(
-    model: nn.Module,
-    idx: Tensor,
-    max_new_tokens: int,
-    known: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    exact: bool = False,
-    cached: bool = True,
-    generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
-    """Continue idx, (B, T) token ids with T >= 1, by max_new_tokens; yields each new token as (B,).
-
-    known: ids from here on, which pad the vocabulary, are never drawn. exact: what happens when the window of
-    block_size is full: True reads the newest block_size tokens again for every new one, False the newest half once and
-    goes on from there. cached=False computes the same without a cache, for tests and for wonder at the difference.
-    A model that has no cache reads all it can every time.
-    """
-    if not model.has_cache:
-        cached, exact = False, True
-    block_size = model.config.block_size
-    caches = model.make_caches() if cached else None
-    start = max(0, idx.shape[1] - block_size)  # the window is idx[:, start:]
-    read = start  # tokens up to here are in the caches
-    for _ in range(max_new_tokens):
-        if idx.shape[1] - start > block_size:
-            start = idx.shape[1] - (block_size if exact else max(1, block_size // 2))
-            read = start
-            for cache in caches or ():
-                cache.clear()
-        logits, _ = model(idx[:, read if cached else start :], caches=caches)
-        read = idx.shape[1]
-        probs = probabilities(logits[:, -1, :known].float(), temperature, top_k, top_p)
-        token = torch.multinomial(probs, 1, generator=generator)
-        idx = torch.cat([idx, token], dim=1)
-        yield token[:, 0]
+def translate_lines(
+    lines: list[str], number: int, config: SampleConfig, model: nn.Module, tokenizer: Tokenizer
+) -> list[str]:
+    """A translation for each line; number: of the first line, for notes."""
+    # without the end-of-text token; a source that shares the context with its translation has half of it
+    room = (model.config.block_size if model.has_encoder else model.config.block_size // 2) - 1
+    sources = {}
+    for i, line in enumerate(lines):
+        ids = tokenizer.encode(line)
+        if len(ids) > room:
+            print(f"note: line {number + i:,} has {len(ids):,} tokens; the first {room:,} are read", file=sys.stderr)
+        if len(ids):
+            sources[i] = np.append(ids[:room], tokenizer.eot)
+    found = translate(
+        model,
+        list(sources.values()),
+        tokenizer.eot,
+        tokenizer.vocab_size,
+        num_beams=config.num_beams,
+        length_penalty=config.length_penalty,
+        max_new_tokens=config.max_new_tokens,
+    )
+    translations = [""] * len(lines)
+    for i, translation in zip(sources, found, strict=True):
+        translations[i] = " ".join(tokenizer.decode(translation.ids).split())  # on one line, whatever the model writes
+        if not translation.ended:
+            print(f"note: line {number + i:,} has no room for more of its translation", file=sys.stderr)
+    return translations
 
 
 if __name__ == "__main__":

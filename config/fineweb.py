@@ -1,6 +1,6 @@
-# A GPT of today in the size of GPT-2's smallest: 124 million parameters, on the 10-billion-token sample of FineWeb.
+# A modern GPT of the size of GPT-2's smallest, 124 million parameters, on the 10-billion-token sample of FineWeb.
 #
-#   python prepare_data.py fineweb --files=15     28 GB to fetch; without --files the first file, 2 GB
+#   python prepare_data.py fineweb --files=15     downloads 28 GB; without --files the first file, 2 GB
 #   python train.py config/fineweb.py
 #
 # For a GPU with 24 GB or more. Unmeasured here.
@@ -16,7 +16,7 @@ position = "rotary"
 norm = "rmsnorm"
 activation = "relu_squared"
 qk_norm = True
-vocab_size = 50304  # GPT-2's 50,257, padded to a multiple of 128, which GPUs multiply faster
+vocab_size = 50304  # GPT-2's 50,257, padded to a multiple of 128, for faster matrix products on a GPU
 
 batch_size = 16
 gradient_accumulation_steps = 32  # 524,288 tokens a step

@@ -1,9 +1,9 @@
-# GPT-2's smallest size as it was, on an open version of the text that it was trained on.
+# GPT-2's smallest size with GPT-2's architecture, on an open version of its training text.
 #
-#   python prepare_data.py openwebtext --files=80     24 GB to fetch; without --files the first file, 300 MB
+#   python prepare_data.py openwebtext --files=80     downloads 24 GB; without --files the first file, 300 MB
 #   python train.py config/gpt2_124m.py
 #
-# For a GPU with 24 GB or more; nanoGPT reports 2.85 after 600,000 steps on 8 A100. Unmeasured here.
+# For a GPU with 24 GB or more. nanoGPT reports a loss of 2.85 after 600,000 steps on 8 A100. Unmeasured here.
 
 out_dir = "out/gpt2_124m"
 dataset = "openwebtext"
@@ -12,7 +12,7 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 block_size = 1024
-vocab_size = 50304  # GPT-2's 50,257, padded to a multiple of 128, which GPUs multiply faster
+vocab_size = 50304  # GPT-2's 50,257, padded to a multiple of 128, for faster matrix products on a GPU
 
 batch_size = 12
 gradient_accumulation_steps = 40  # 491,520 tokens a step

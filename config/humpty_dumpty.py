@@ -1,20 +1,20 @@
-# One nursery rhyme, learnt by heart: the smallest thing that a language model can do.
+# One nursery rhyme, memorised: the smallest thing that a language model can do.
 #
 #   python train.py config/humpty_dumpty.py
 #   python sample.py --out_dir=out/humpty_dumpty --start="Humpty Dumpt" --temperature=0
 #
-# Both together take about 15 seconds on one CPU core; the second prints the rhyme, over and over. The data is the
-# rhyme ten times over: nine to learn from, and the tenth, which the validation loss is measured on, is the same once
-# again. So the loss, near 0.003, says how well the rhyme is known by heart, and nothing about any other text.
+# Both together take about 15 seconds on one CPU core; the second prints the rhyme, again and again. The data is the
+# rhyme ten times: nine copies for training, and the tenth for validation. So the validation loss, near 0.003, measures
+# how well the rhyme is memorised, and says nothing about any other text.
 
 out_dir = "out/humpty_dumpty"
 dataset = "humpty_dumpty"
 
-# the model: that of the demo, half as large
+# the model: half the demo's layers and width
 n_layer = 2
 n_head = 2
 n_embd = 64
-block_size = 1280  # nearly all of it: each block starts in the first line, not in the second, which begins alike
+block_size = 1280  # nearly all of the data, so blocks start in the first line: the second begins alike
 position = "rotary"
 activation = "relu_squared"
 init = "zero"

@@ -1,10 +1,10 @@
-# The demo with GPT-2's 50,257 tokens, most of which this text does not have. Nearly all of the time goes into the head,
-# which predicts every one of them; on so small a text, characters and a small vocabulary learn more in the same time.
+# A GPT with GPT-2's vocabulary of 50,257 tokens, most of which do not occur in this text. Most of its time goes into
+# the output head, which predicts a probability for each. On such a small text, characters and a small vocabulary learn
+# more in the same time.
 #
 #   python train.py config/shakespeare.py
 #
-# On 2 CPU cores it takes about 5 minutes and ends at a validation loss near 5.14 nats per token,
-# 2.40 bits per byte.
+# On 2 CPU cores it takes about 5 minutes and reaches a validation loss near 5.14 nats per token, 2.40 bits per byte.
 
 out_dir = "out/shakespeare"
 dataset = "shakespeare"
@@ -12,7 +12,7 @@ dataset = "shakespeare"
 n_layer = 4
 n_head = 4
 n_embd = 128
-block_size = 64  # looks back on 64 tokens, which is about 200 characters
+block_size = 64  # context of 64 tokens, about 200 characters
 position = "rotary"
 activation = "relu_squared"
 dropout = 0.1

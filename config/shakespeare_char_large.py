@@ -1,9 +1,9 @@
-# A larger model of tiny Shakespeare: for a third of an hour of 2 CPU cores, or minutes of a GPU.
+# A larger model of tiny Shakespeare, with n-gram embeddings: 20 minutes of 2 CPU cores, or minutes of a GPU.
 #
 #   python train.py config/shakespeare_char_large.py
 #
-# On 2 CPU cores it takes about 18 minutes and ends at a validation loss near 1.41 nats per character.
-# What was tried, and what it bought, is in RECORDS.md.
+# On 2 CPU cores it takes about 18 minutes and reaches a validation loss near 1.41 nats per character. RECORDS.md has
+# what was tried.
 
 out_dir = "out/shakespeare_char_large"
 dataset = "shakespeare_char"
@@ -11,7 +11,7 @@ dataset = "shakespeare_char"
 n_layer = 6
 n_head = 4
 n_embd = 256
-block_size = 512  # few tokens are left with little to look back on
+block_size = 512  # the longer the block, the fewer tokens have little context
 position = "rotary"
 norm = "rmsnorm"
 activation = "relu_squared"
@@ -20,15 +20,15 @@ init = "zero"
 tie_weights = False
 ngrams = 6
 ngram_min_count = 4
-ngram_dropout = 0.5  # this is what keeps it from learning by heart
-dropout = 0.03  # more harms: see there
+ngram_dropout = 0.5  # this prevents overfitting
+dropout = 0.03  # more of it raises the validation loss
 
 batch_size = 8
 max_iters = 1100
 optimizer = "muon"
 learning_rate = 6e-3
 muon_learning_rate = 0.03
-ngram_learning_rate = 0.03  # low, since the text is read many times
+ngram_learning_rate = 0.03  # low, since training takes several epochs
 beta2 = 0.95
 schedule = "linear"
 min_lr = 0.0

@@ -1,9 +1,8 @@
-# The demo with sub-words: 1,024 pieces that sentencepiece learns from the text itself, 2.4 characters long on average.
+# A GPT on subwords: a vocabulary of 1,024 that sentencepiece learns from the text, 2.4 characters each on average.
 #
 #   python train.py config/shakespeare_sp.py
 #
-# On 2 CPU cores it takes about 2 minutes and ends at a validation loss near 3.36 nats per piece,
-# 2.19 bits per byte.
+# On 2 CPU cores it takes about 2 minutes and reaches a validation loss near 3.36 nats per token, 2.19 bits per byte.
 
 out_dir = "out/shakespeare_sp"
 dataset = "shakespeare_sp"
@@ -11,7 +10,7 @@ dataset = "shakespeare_sp"
 n_layer = 4
 n_head = 4
 n_embd = 128
-block_size = 64  # looks back on 64 pieces, which is about 150 characters
+block_size = 64  # context of 64 tokens, about 150 characters
 position = "rotary"
 activation = "relu_squared"
 init = "zero"

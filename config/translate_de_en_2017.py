@@ -1,8 +1,10 @@
-# The transformer of 2017 in small: norms behind the residuals, waves for places, ReLU, biases, one table for both
-# languages and the head, whose vectors are scaled by sqrt(n_embd), label smoothing, dropout, AdamW with warmup.
+# A small version of the original Transformer: post-norm, sinusoidal positions, ReLU, bias terms, one embedding matrix
+# for both languages and the head, embeddings scaled by sqrt(n_embd), label smoothing, dropout, AdamW with warmup.
 # Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3 and 5.
 #
 #   python train.py config/translate_de_en_2017.py
+#
+# As many steps as config/translate_de_en.py, which takes about 27 minutes on 2 CPU cores. Unmeasured here.
 
 out_dir = "out/translate_de_en_2017"
 dataset = "translate_de_en"
@@ -25,7 +27,7 @@ batch_size = 24
 max_iters = 2500
 learning_rate = 2e-3
 beta2 = 0.98
-schedule = "cosine"  # the paper's falls with 1 / sqrt(step), from a warmup of 4,000 steps of 25,000 tokens
+schedule = "cosine"  # the paper's is 1 / sqrt(step) after 4,000 steps of warmup, 25,000 tokens each
 warmup_iters = 300
 weight_decay = 0.0
 eval_interval = 500

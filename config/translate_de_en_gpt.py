@@ -1,9 +1,11 @@
-# The article's other way to translate: a GPT reads the German and goes on with the English, in one stream. There is no
-# encoder and no cross-attention; the loss is counted on the English only. As many parameters as
+# Decoder-only translation, the article's other way: a GPT reads the German and continues with the English, in one
+# sequence. No encoder, no cross-attention; the loss is that of the English tokens only. As many parameters as
 # config/translate_de_en.py, and as many pairs in each step.
 #
 #   python train.py config/translate_de_en_gpt.py
 #   python sample.py --out_dir=out/translate_de_en_gpt --start="Wo wohnst du?"
+#
+# After 500 steps, BLEU 29.9 instead of 30.3 there, for 1.8 times the time. The full run is unmeasured.
 
 out_dir = "out/translate_de_en_gpt"
 dataset = "translate_de_en"
@@ -13,7 +15,7 @@ n_layer = 7
 n_head = 4
 n_embd = 192
 n_hidden = 604
-block_size = 128  # tokens: the longest pair, source and target together
+block_size = 128  # tokens of the longest pair, source and target together
 position = "rotary"
 norm = "rmsnorm"
 activation = "relu_squared"
@@ -22,7 +24,7 @@ init = "zero"
 
 dropout = 0.1
 label_smoothing = 0.1
-batch_size = 26  # with block_size the room for as many pairs as there
+batch_size = 26  # times block_size: as many pairs per step as there
 max_iters = 2500
 optimizer = "muon"
 learning_rate = 6e-3

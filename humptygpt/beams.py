@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-NUM_BEAMS = 4  # unless told otherwise
-SIDE_BY_SIDE = 64  # sentences that are translated at once
+NUM_BEAMS = 4  # by default
+BATCH = 64  # sentences that are translated at once
 
 
 class Translation(NamedTuple):
-    ids: list[int]  # without the token that ends it
+    ids: list[int]  # without the end-of-text token
     score: float  # log-probability / tokens^length_penalty
     ended: bool  # False: there was no room for more
 
@@ -20,27 +20,33 @@ def translate(
     model: nn.Module,
     sources: list[np.ndarray],
     eot: int,
-    num_beams: int = 1,
-    length_penalty: float = 1.0,
-    max_new_tokens: int | None = None,
-    known: int | None = None,
+    tokenizer_vocab_size: int | None = None,
+    **settings,
 ) -> list[Translation]:
-    """The translations of sources, token ids that end in eot, in their order.
+    """The translations of sources, token ids that end in eot, in their order; settings: of beam_search.
 
-    Sentences of equal lengths are translated side by side, so that none is padded. known: ids from here on, which pad
-    the vocabulary, are never written. For the rest see beam_search.
+    Sentences of equal lengths are translated in one batch, so that none is padded.
     """
     device = next(model.parameters()).device
     done: dict[int, Translation] = {}
     order = sorted(range(len(sources)), key=lambda number: len(sources[number]))
     while order:
         length = len(sources[order[0]])
-        together = [number for number in order[:SIDE_BY_SIDE] if len(sources[number]) == length]
-        order = order[len(together) :]
-        source = torch.from_numpy(np.stack([sources[number] for number in together])).to(device)
-        found = beam_search(model, source, eot, num_beams, length_penalty, max_new_tokens, known)
-        done.update(zip(together, found, strict=True))
+        batch = [number for number in order[:BATCH] if len(sources[number]) == length]
+        order = order[len(batch) :]
+        source = torch.from_numpy(np.stack([sources[number] for number in batch])).to(device)
+        done.update(zip(batch, beam_search(model, source, eot, tokenizer_vocab_size, **settings), strict=True))
     return [done[number] for number in range(len(sources))]
+
+
+class Hypotheses(NamedTuple):
+    """Of n sentences that are still open: k hypotheses each, the best first."""
+
+    ids: Tensor  # (n, k, tokens so far)
+    ended: Tensor  # (n, k) bool: the last id is eot
+    tokens: Tensor  # (n, k) int64, up to the first eot
+    log_prob: Tensor  # (n, k)
+    score: Tensor  # (n, k)
 
 
 @torch.inference_mode()
@@ -48,68 +54,79 @@ def beam_search(
     model: nn.Module,
     source: Tensor,
     eot: int,
+    tokenizer_vocab_size: int | None = None,
+    *,
     num_beams: int = 1,
     length_penalty: float = 1.0,
     max_new_tokens: int | None = None,
-    known: int | None = None,
 ) -> list[Translation]:
     """The best translation found of each source, (B, S) token ids that end in eot.
 
-    At each step the num_beams best beginnings of each sentence are gone on with; one that has ended stays as long as it
-    is among them, and the best that ever ended is the result. Best is the highest sum of log-probabilities /
+    At each step the num_beams best hypotheses of each sentence are extended; one that has ended stays as long as it is
+    among them, and the best that ever ended is the result. Best is the highest sum of log-probabilities /
     tokens^length_penalty, so that long ones are not at a disadvantage: 0 compares sums, 1 means. One beam is greedy.
-    A translation ends with eot, at max_new_tokens, or where block_size has no more room.
-    Source: Sutskever et al. 2014, arXiv:1409.3215; a penalty for length: Wu et al. 2016, arXiv:1609.08144, section 7.
+    A translation ends with eot, at max_new_tokens, or where block_size has no more room. Ids from tokenizer_vocab_size
+    on pad the model's vocabulary and are never chosen.
+    Source: Sutskever et al. 2014, arXiv:1409.3215; the length penalty: Wu et al. 2016, arXiv:1609.08144, section 7.
     """
     if model.has_encoder:
-        caches, idx = model.make_caches(source), torch.full_like(source[:, :1], eot)
-    else:  # the source is the beginning of the text that is gone on with
-        caches, idx = model.make_caches(), source
+        state, idx = model.make_state(source), torch.full_like(source[:, :1], eot)
+    else:  # the source is the beginning of the text that the model continues
+        state, idx = model.make_state(), source
     room = model.config.block_size + 1 - idx.shape[1]
     limit = min(room, max_new_tokens or room)
 
-    n, k = len(source), 1  # sentences that are still open; beams of each, at first one, as all would begin alike
-    numbers = torch.arange(n, device=source.device)  # of those sentences
-    found: dict[int, Translation] = {}  # of each, the best so far that has ended
-    written = source.new_empty(n, k, 0)
-    ended = torch.zeros(n, k, dtype=torch.bool, device=source.device)
-    tokens = torch.zeros(n, k, dtype=torch.int64, device=source.device)  # written, eot included
-    sums = torch.zeros(n, k, device=source.device)  # of their log-probabilities
+    sentences = torch.arange(len(source), device=source.device)  # numbers of the open ones
+    zeros = torch.zeros(len(source), 1, device=source.device)  # one hypothesis each, since all would begin alike
+    hypotheses = Hypotheses(source.new_empty(len(source), 1, 0), zeros.bool(), zeros.long(), zeros, zeros)
+    found: dict[int, Translation] = {}  # of each sentence, the best so far that has ended
     for step in range(limit):
-        # score all that each beam can go on with; what has ended goes on with eot alone, which changes nothing
-        logits, _ = model(idx, caches=caches)
-        logp = logits[:, -1, :known].float().log_softmax(dim=-1).view(n, k, -1)
-        logp = logp.masked_fill(ended[..., None], -torch.inf)
-        logp[..., eot].masked_fill_(ended, 0.0)
-        tokens = tokens + ~ended
-        sums = sums[..., None] + logp  # (n, k, V)
-        ranks = (sums / tokens[..., None] ** length_penalty).flatten(1)
-
-        # keep the best
-        ranks, choice = ranks.topk(min(num_beams, ranks.shape[1]))  # (n, beams from now on), the best first
-        beam, token = choice // logp.shape[-1], choice % logp.shape[-1]
-        sums, tokens = sums.flatten(1).gather(1, choice), tokens.gather(1, beam)
-        ended = ended.gather(1, beam) | (token == eot)
-        written = torch.cat([written.gather(1, beam[..., None].expand(-1, -1, step)), token[..., None]], dim=2)
-
-        # note what ended better than all before, or has no more room, and leave out the sentences that are done
+        logits, _ = model(idx, state=state)
+        n, k = hypotheses.score.shape
+        logp = logits[:, -1, :tokenizer_vocab_size].float().log_softmax(dim=-1).view(n, k, -1)
+        hypotheses, extends = extend(hypotheses, logp, eot, num_beams, length_penalty)
         last = step == limit - 1
-        score, place = ranks.masked_fill(~ended, -torch.inf).max(dim=1)
-        for row, number in enumerate(numbers.tolist()):
-            if float(score[row]) > (found[number].score if number in found else -torch.inf):
-                ids = written[row, place[row]].tolist()
-                found[number] = Translation(ids[: ids.index(eot)], float(score[row]), ended=True)
-            elif last and number not in found:
-                found[number] = Translation(written[row, 0].tolist(), float(ranks[row, 0]), ended=False)
-        done = ended.all(dim=1)
-        if last or done.all():
+        collect(found, sentences.tolist(), hypotheses, eot, last)
+        open_ = ~hypotheses.ended.all(dim=1)
+        if last or not open_.any():
             break
-        rows = k * torch.arange(n, device=source.device)[:, None] + beam  # of the caches
-        for cache in caches:
-            cache.select(rows[~done].flatten())
-        numbers, written, ended, tokens, sums = (x[~done] for x in (numbers, written, ended, tokens, sums))
-        (n, k), idx = sums.shape, token[~done].view(-1, 1)
+        rows = k * torch.arange(n, device=source.device)[:, None] + extends  # of the state
+        state.select(rows[open_].flatten())
+        sentences, hypotheses = sentences[open_], Hypotheses(*(x[open_] for x in hypotheses))
+        idx = hypotheses.ids[..., -1].view(-1, 1)
     return [found[number] for number in range(len(source))]
+
+
+def extend(
+    hypotheses: Hypotheses, logp: Tensor, eot: int, num_beams: int, length_penalty: float
+) -> tuple[Hypotheses, Tensor]:
+    """The best hypotheses one token longer, and which of the given ones each extends, (n, k).
+
+    logp: (n, k, V), log-probabilities of the next token. What has ended is extended by eot alone, at no cost.
+    """
+    ids, ended, tokens, log_prob, _ = hypotheses
+    logp = logp.masked_fill(ended[..., None], -torch.inf)
+    logp[..., eot].masked_fill_(ended, 0.0)
+    tokens = tokens + ~ended
+    log_prob = log_prob[..., None] + logp  # (n, k, V)
+    scores = (log_prob / tokens[..., None] ** length_penalty).flatten(1)
+
+    score, choice = scores.topk(min(num_beams, scores.shape[1]))  # (n, hypotheses from now on), the best first
+    extends, token = choice // logp.shape[-1], choice % logp.shape[-1]
+    ids = torch.cat([ids.gather(1, extends[..., None].expand(-1, -1, ids.shape[2])), token[..., None]], dim=2)
+    ended = ended.gather(1, extends) | (token == eot)
+    return Hypotheses(ids, ended, tokens.gather(1, extends), log_prob.flatten(1).gather(1, choice), score), extends
+
+
+def collect(found: dict[int, Translation], sentences: list[int], hypotheses: Hypotheses, eot: int, last: bool) -> None:
+    """Keep in found what ended with a better score than all before; last: or has no room for more."""
+    score, best = hypotheses.score.masked_fill(~hypotheses.ended, -torch.inf).max(dim=1)
+    for row, number in enumerate(sentences):
+        if float(score[row]) > (found[number].score if number in found else -torch.inf):
+            ids = hypotheses.ids[row, best[row]].tolist()
+            found[number] = Translation(ids[: ids.index(eot)], float(score[row]), ended=True)
+        elif last and number not in found:
+            found[number] = Translation(hypotheses.ids[row, 0].tolist(), float(hypotheses.score[row, 0]), ended=False)
 
 
 def score(translations: list[str], references: list[str]) -> dict[str, float | str]:

@@ -1,23 +1,83 @@
-"""Checkpoints: tensors and plain data, written whole or not at all, opened without running code."""
+"""Checkpoints: tensors and plain data, written whole or not at all, and checked when they are read; they run no code.
+
+This module owns their schema. It alone turns a checkpoint into a model, and older formats into the present one.
+"""
 
 import warnings
+import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
+import model as models
+from humptygpt import configurator
+from humptygpt import tokenizer as tokenizers
 from humptygpt.configurator import UserError
 from humptygpt.files import write_whole
+from humptygpt.optimizers import group_parameters
+from humptygpt.schema import check_schema
+from humptygpt.tokenizer import Tokenizer
 
-FORMAT = "gpt checkpoint 2"  # a change of what a checkpoint holds gets a new number
+FORMAT = "gpt checkpoint 3"  # a change of the schema gets a new number
+CONFIG = {str: (int, float, bool, str, None)}
+SCALER = dict.fromkeys(("scale", "growth_factor", "backoff_factor"), float)
+SCALER |= dict.fromkeys(("growth_interval", "_growth_tracker"), range(2**31))
+COUNT = range(2**63)
+PROGRESS = dict.fromkeys(("tokens", "best_iter", "evals_since_best"), COUNT) | {"iter": COUNT[1:]}
+PROGRESS |= dict.fromkeys(("seconds", "best_val_loss"), float) | {"losses": [float]}
+SCHEMA = {
+    "format": str,
+    "train_config": CONFIG,
+    "model_config": CONFIG,
+    "tokenizer": dict,  # as from Tokenizer.state()
+    "task": str,
+    "data": {"source": str, "identity": {str: (int, str)}},
+    "progress": PROGRESS,
+    "model": {str: Tensor},
+    # of ckpt.pt alone: what training needs to resume
+    "ema?": ({str: Tensor}, None),  # the averaged weights
+    "optimizer?": {"steps": COUNT, "state": {str: {str: Tensor}}},
+    "scaler?": (SCALER, None),  # of float16 alone
+}
+STATE = {"hidden": ("momentum_buffer",), "sparse": ("sum",)}  # what the optimizer keeps of a parameter, by its group
+ADAMW = ("exp_avg", "exp_avg_sq")  # of the other groups
 
 
-def save(path: Path, state: dict) -> None:
-    """Write a checkpoint: tensors and plain data only."""
-    write_whole(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+class Loaded(NamedTuple):
+    model: nn.Module  # on the CPU, in evaluation mode
+    tokenizer: Tokenizer
+    saved: dict  # as SCHEMA has it
+
+
+def save(path: Path, entries: dict) -> None:
+    """Write a checkpoint; entries: those of SCHEMA but the format."""
+    state = {"format": FORMAT, **entries}
+    check_schema(state, SCHEMA)
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+def load_model(path: Path) -> Loaded:
+    """The model that a checkpoint holds, with the averaged weights if it has any, and its tokenizer."""
+    saved = load(path)
+    model = restore_model(saved, configurator.make(models.ModelConfig, saved["model_config"]))
+    model.load_state_dict(saved.get("ema") or {}, strict=False)
+    return Loaded(model.eval(), tokenizers.from_state(saved["tokenizer"]), saved)
+
+
+def restore_model(saved: dict, config: models.ModelConfig) -> nn.Module:
+    """A model of this config with the weights that were being trained, on the CPU; saved: as from load."""
+    model = models.build(config)
+    model.load_state_dict(saved["model"])
+    return model
 
 
 def load(path: Path) -> dict:
-    """Read a checkpoint onto the CPU. Raises UserError for a file that is missing, damaged, foreign or holds code."""
+    """Read a checkpoint onto the CPU and check all of it.
+
+    Raises UserError for a file that is missing, damaged, of another kind, or would run code.
+    """
     try:
         path.open("rb").close()
     except FileNotFoundError as error:
@@ -25,13 +85,131 @@ def load(path: Path) -> dict:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     try:
+        with zipfile.ZipFile(path) as records:
+            broken = records.testzip()  # compares the CRC-32 of every record
+        if broken:
+            raise ValueError(f"its record {broken} is damaged")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a foreign pickle torch tells more than the one line below
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            warnings.simplefilter("ignore")  # torch says more about a foreign pickle than the one line below
+            saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch each have errors of their own for a file that is not theirs
         raise UserError(
             f"{path} is not a checkpoint: it is truncated, damaged or holds more than tensors and plain data"
         ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(saved, dict) or saved.get("format") not in (FORMAT, FORMAT_2):
         raise UserError(f"{path} is not a checkpoint of this version; it should say format={FORMAT!r}")
-    return state
+    try:
+        if saved["format"] == FORMAT_2:
+            saved = from_format_2(saved)
+        check_schema(saved, SCHEMA)
+        check_content(saved)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise damaged(path, error) from error
+    return saved
+
+
+def damaged(path: Path, error: Exception) -> UserError:
+    """One line, whatever the error says: it may quote the file."""
+    reason = "".join(char if char.isprintable() else " " for char in str(error))
+    return UserError(f"{path} is damaged: {reason}")
+
+
+def check_content(saved: dict) -> None:
+    """Raise ValueError where the entries, each of the right type, do not fit together."""
+    config = configurator.restore(models.ModelConfig, saved["model_config"])
+    tokenizer, weights = tokenizers.from_state(saved["tokenizer"]), saved["model"]
+    if config.vocab_size is None or tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {config.vocab_size}")
+    if saved["task"] not in models.MODELS[config.model].tasks:
+        raise ValueError(f"model={config.model} is not for task={saved['task']}")
+    settings = saved["train_config"] | saved["model_config"]
+    if large := [key for key, value in settings.items() if type(value) is int and abs(value) >= 2**63]:
+        raise ValueError(f"{large[0]} must have at most 64 bits")
+    widths = [len(weights["wte.weight"].T)] if "wte.weight" in weights else [1]
+    if config.n_layer > len(weights) or config.n_embd not in widths:  # found before something huge is built
+        raise ValueError("model_config does not describe these weights")
+    model = build_on_meta(config)
+    check_tensors("model", weights, model.state_dict())
+    parameters = dict(model.named_parameters())
+    if saved.get("ema") is not None:
+        check_tensors("ema", saved["ema"], parameters)
+    if "optimizer" in saved:
+        check_optimizer(saved["optimizer"], group_parameters(model, saved["train_config"].get("optimizer", "adamw")))
+    progress = saved["progress"]
+    seconds, best, *_ = map(float, (progress["seconds"], progress["best_val_loss"], *progress["losses"]))
+    if not (0 <= seconds < 1e9 and best >= 0):
+        raise ValueError(f"progress has seconds={seconds} and best_val_loss={best}")
+
+
+def check_optimizer(optimizer: dict, groups: dict[str, dict[str, Tensor]]) -> None:
+    """Raise ValueError unless there is the state of every parameter. groups: as from group_parameters."""
+    expected = {}
+    for group, members in groups.items():
+        for name, p in members.items():
+            expected[name] = {key: p[:, :1] if key == "sum" else p for key in STATE.get(group, ADAMW)}
+    if missing := expected.keys() - optimizer["state"].keys() if optimizer["steps"] else ():
+        raise ValueError(f"optimizer.{min(missing)} is missing")
+    for name, state in optimizer["state"].items():
+        if name not in expected:
+            raise ValueError(f"optimizer.{name} is unknown")
+        check_tensors(f"optimizer.{name}", state, expected[name])
+
+
+def build_on_meta(config: models.ModelConfig) -> nn.Module:
+    """Without memory for its weights."""
+    with torch.device("meta"):
+        return models.build(config)
+
+
+def check_tensors(entry: str, tensors: dict[str, Tensor], like: dict[str, Tensor]) -> None:
+    """Raise ValueError where names, shapes, dtypes or layouts differ."""
+    if tensors.keys() != like.keys():
+        name = min(tensors.keys() ^ like.keys())
+        raise ValueError(f"{entry}.{name} is {'unknown' if name in tensors else 'missing'}")
+    for name, tensor in tensors.items():
+        dtype, shape = like[name].dtype, like[name].shape
+        dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
+        if not dense or (tensor.dtype, tensor.shape) != (dtype, shape):
+            raise ValueError(f"{entry}.{name} must be a dense tensor of {dtype} and shape {tuple(shape)}")
+
+
+# --------------------------------------------------------------------------------------
+# Older formats
+
+FORMAT_2 = "gpt checkpoint 2"
+RENAMED = {".query.": ".q_proj.", ".key.": ".k_proj.", ".value.": ".v_proj.", "attn.proj.": "attn.o_proj."}
+RENAMED |= {".fc.": ".up_proj.", "mlp.proj.": "mlp.down_proj.", ".gate.": ".gate_proj."}
+STATE_2 = {"mean": "exp_avg", "square": "exp_avg_sq", "squares": "sum"}
+
+
+def from_format_2(old: dict) -> dict:
+    """The entries of the present format.
+
+    There, `model` was the averaged weights where `newest_weights` were those being trained; optimizer state was a list.
+    """
+    config = configurator.restore(models.ModelConfig, old["model_config"])
+
+    def renamed(weights: dict) -> dict:
+        found = {}
+        for name, tensor in weights.items():
+            for before, after in RENAMED.items():
+                name = name.replace(before, after)
+            found[name.replace("stack.", "layers.") if config.model == "window_mlp" else name] = tensor
+        return found
+
+    kept = ("train_config", "model_config", "tokenizer", "task", "data")
+    new = {"format": FORMAT, **{name: old[name] for name in kept}, "model": renamed(old["model"])}
+    if "optimizer" not in old:  # best.pt
+        progress = dict.fromkeys(PROGRESS, 0) | {"losses": [], "iter": old["iter"], "best_iter": old["iter"]}
+        return new | {"progress": progress | {"best_val_loss": old["best_val_loss"]}}
+    groups = group_parameters(build_on_meta(config), old["train_config"]["optimizer"])
+    names = [(kind, name) for kind, members in groups.items() for name in members]
+    if old["train_config"].get("ema_decay"):
+        new["ema"] = {name: new["model"][name] for _, name in names}
+        new["model"] = renamed(old["newest_weights"])
+    state = {}
+    for (kind, name), memory in zip(names, old["optimizer"]["memories"], strict=True):
+        keys = STATE_2 | ({"mean": "momentum_buffer"} if kind == "hidden" else {})
+        state[name] = {keys[key]: tensor for key, tensor in memory.items()}
+    new |= {"optimizer": {"steps": old["optimizer"]["steps"], "state": state}, "scaler": old["scaler"] or None}
+    return new | {"progress": old["progress"]}

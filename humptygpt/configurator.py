@@ -30,8 +30,8 @@ class UserError(ValueError):
 def setting(
     default: object,
     help: str,
-    *,
     group: str | None = None,
+    *,
     choices: Collection[str] | None = None,
     at_least: float | None = None,
     above: float | None = None,
@@ -95,7 +95,7 @@ def without_effect(settings: dict[str, object], *classes: type) -> dict[str, str
 
 
 def read(argv: list[str], *classes: type, positional: str | None = None) -> dict[str, object]:
-    """What the user set: {key: value} from config files and --key=value, every key known and every type right.
+    """What the user set: {key: value} from config files and --key=value, with known keys and the right types.
 
     positional: the key that a bare argument sets, or adds to where it takes several texts; None: a bare argument is a
     config file.
@@ -129,6 +129,15 @@ def make(cls: type, values: dict[str, object]):
         return cls(**{name: value for name, value in values.items() if name in names})
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def restore(cls: type, values: dict[str, object]):
+    """make() from what a file holds: keys must be known, types right; a missing key has its default."""
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        check_key(name, hints, "")
+        convert(name, value, hints[name])
+    return make(cls, values)
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:

@@ -1,7 +1,7 @@
-"""Documents -> units of text, each part of it for training or for validation, and the tokens of a unit.
+"""Documents -> units of text, each text in the training or the validation split, and the tokens of a unit.
 
-What prepare_data.py asks of a corpus, this one of documents or the one of sentence pairs in pairs.py: its files, its
-splits, its texts in units of a bearable size, and how a unit is encoded.
+Corpus here and Pairs in pairs.py give prepare_data.py the same: files, splits, texts in units of bounded size, and an
+encoder of a unit.
 """
 
 import hashlib
@@ -23,183 +23,180 @@ from humptygpt.token_files import token_dtype
 from humptygpt.tokenizer import Tokenizer
 
 UNIT = 1 << 19  # characters that are encoded at once
-DRAWN_BY = 4096  # characters of a document that decide where it goes; fewer than the first piece of it has
-LEARNED_FROM = 100_000_000  # bytes of text that a vocabulary is learnt from, drawn evenly from a longer corpus
+HASHED = 4096  # characters at the start of a document that decide its split; fewer than its first piece has
+VOCABULARY_BYTES = 100_000_000  # a tokenizer is trained on an even sample of a longer corpus
 
-
-# (tokenizer, the texts of a unit) -> {split: (token ids, what was counted)}
+# (tokenizer, the entries of a unit) -> {split: (token ids, counts)}; pickled for the worker processes
 Encoder = Callable[[Tokenizer, list[tuple]], dict[str, tuple[np.ndarray, dict]]]
 
 
 class Unit(NamedTuple):
-    """Some text, and where reading goes on after it."""
+    """Some text, and the position in the files after it."""
 
-    texts: list[tuple]  # (split, text, whether it ends its document); of pairs (split, source, target)
-    split: str  # of the document that is open; of no meaning to pairs
-    file: int  # number of the file that is open
-    piece: int  # pieces or pairs read of that file
+    entries: list[tuple[str, tuple[str, ...], bool]]  # split; text, or source and target; whether it ends its document
+    split: str  # of the open document; unused by pairs
+    file: int  # number of the open file
+    piece: int  # pieces or pairs read from that file
     read: int  # bytes read of all files
 
 
 @dataclass
 class Progress:
-    """How far the encoding has come. Saved every now and then, so that a stopped preparation goes on from there."""
+    """How far the encoding is. Saved regularly, so that a stopped preparation can be resumed."""
 
-    made_from: str  # tells the files and settings that this belongs to from others
-    command: str  # the one to go on with
-    tokenizer: dict  # its state
-    splits: dict[str, dict[str, int]]  # what was counted of each
+    made_from: str = ""  # identifies the files and settings
+    command: str = ""  # the one that resumes
+    tokenizer: dict = field(default_factory=dict)  # its state
+    splits: dict[str, dict[str, int]] = field(default_factory=dict)  # counts of each
     file: int = 0  # as in Unit
     piece: int = 0
     read: int = 0
     split: str = "train"
-    counts: list[int] = field(default_factory=list)  # how often each token occurs
+    counts: list[int] = field(default_factory=list)  # occurrences of each token
 
 
 class Corpus:
-    """The files, and which of their documents are for training and which for validation."""
+    """Files of documents, and the split of each document."""
 
     task = "language modelling"
     splits = ("train", "val")
-    counts = ("documents", "characters", "bytes", "tokens")
+    counts = ("documents", "characters", "bytes", "tokens")  # of each split, in meta.json
+    other_counts = ()
 
     def __init__(self, config, files: list[Path], source: str):
-        """config: a prepare_data.PrepareConfig without open ends."""
+        """config: a resolved prepare_data.PrepareConfig. source: what the files are called in meta.json."""
         self.config, self.files, self.source = config, files, source
+        self.encoder = encode_documents
         self.sizes = [file.stat().st_size for file in files]
-        self.separated = len(files) > 1 or kind_of(files[0]) != ".txt"
-        if not any(self.sizes):
-            raise UserError(f"{source} is empty; there is nothing to learn from")
-        if config.text_key != "text" and all(kind_of(file) == ".txt" for file in files):
+        self.only_text = all(kind_of(file) == ".txt" for file in files)
+        self.separated = len(files) > 1 or not self.only_text  # documents end in the end-of-text token
+        if not any(True for number in range(len(files)) for _ in self.read(number)):
+            raise UserError(f"{source} has no text; there is nothing to learn from")
+        if config.text_key != "text" and self.only_text:
             print(f"note: text_key={config.text_key} has no effect on text files", file=sys.stderr)
-        if source == str(files[0]) and not self.separated and file_sha256(files[0]) == TINY_SHAKESPEARE_SHA256:
-            self.source = "tiny Shakespeare"
-        elif len(files) > 1:
+        if len(files) > 1:
             self.source = f"{len(files):,} files: {source}"
-        # One document is cut: the last tenth of its characters is for validation. Of several, each goes where its draw
-        # says; if that leaves none for validation, the one with the lowest draw.
-        self.cut = None if self.separated else int(sum(len(p.text) for p in self.read(0)) * (1 - config.val_fraction))
-        self.highest = max(config.val_fraction, self.lowest_draw()) if self.separated else None
+        elif source == str(files[0]) and self.only_text and file_sha256(files[0]) == TINY_SHAKESPEARE_SHA256:
+            self.source = "tiny Shakespeare"
+        # A single text is cut; of several documents, those with a low draw are for validation, at least the lowest one.
+        if self.separated:
+            self.val_up_to = max(config.val_fraction, self.lowest_draw())
+        else:
+            self.cut = int(sum(len(piece.text) for piece in self.read(0)) * (1 - config.val_fraction))
 
-    def nothing_counted(self) -> dict[str, dict[str, int]]:
-        return {split: dict.fromkeys(self.counts, 0) for split in self.splits}
-
-    def description(self) -> list:
-        return [[file.as_posix(), file.stat().st_mtime_ns, file.stat().st_size] for file in self.files]
+    def fingerprint(self) -> list:
+        return [file_fingerprint(file) for file in self.files]
 
     def read(self, number: int) -> Iterator[Piece]:
         """The documents of file number, in pieces."""
         return read_documents(self.files[number], self.config.text_key, self.config.encoding_errors)
 
     def lowest_draw(self) -> float:
-        """Of all documents, where they are so few that it matters; else 0."""
-        texts = len(self.files) < 1000 and all(kind_of(file) == ".txt" for file in self.files)
-        if not texts and sum(self.sizes) > 64_000_000:
+        """The lowest draw of all documents; 0 for a large corpus, where val_fraction alone is enough."""
+        if sum(self.sizes) > 64_000_000 and (not self.only_text or len(self.files) >= 1000):
             return 0.0
         first_pieces = (
             piece.text
             for number in range(len(self.files))
-            for piece in (islice(self.read(number), 1) if texts else self.read(number))
-            if piece.first
+            for piece in islice(self.read(number), 1 if self.only_text else None)
+            if piece.start == 0
         )
         return min(map(draw, first_pieces), default=0.0)
 
-    def units(self, progress: Progress) -> Iterator[Unit]:
-        """The texts with their splits, about UNIT characters at a time, from where progress stands."""
-        split, at = progress.split, sum(counted["characters"] for counted in progress.splits.values())
-        texts, length = [], 0
-        skip = progress.piece
-        for number in range(progress.file, len(self.files)):
-            before, count = sum(self.sizes[:number]), skip
-            for count, piece in enumerate(islice(self.read(number), skip, None), start=skip + 1):
-                if self.separated:
-                    if piece.first:
-                        split = "val" if draw(piece.text) <= self.highest else "train"
-                    texts.append((split, piece.text, piece.last))
-                else:
-                    train_part = piece.text[: max(0, self.cut - at)]
-                    texts += [("train", train_part, False), ("val", piece.text[len(train_part) :], piece.last)]
-                at += len(piece.text)
-                length += len(piece.text)
-                if length >= UNIT:
-                    yield Unit(texts, split, number, count, before + piece.read)
-                    texts, length = [], 0
-            skip = 0
-        if texts:
-            yield Unit(texts, split, number, count, sum(self.sizes))
+    def assign(self, piece: Piece, number: int, split: str) -> list[tuple]:
+        """The entries of a piece of file number, as in Unit; split: of the piece before it."""
+        if not self.separated:
+            in_train = max(0, self.cut - piece.start)
+            return [("train", (piece.text[:in_train],), False), ("val", (piece.text[in_train:],), piece.last)]
+        if piece.start == 0:
+            split = "val" if draw(piece.text) <= self.val_up_to else "train"
+        return [(split, (piece.text,), piece.last)]
 
-    def texts_to_learn_from(self, everything: bool) -> Iterator[str]:
-        """Pieces for a tokenizer to learn from: everything, or a part of the training split, evenly drawn."""
-        share = min(1.0, LEARNED_FROM / sum(self.sizes))
-        start = Progress(made_from="", command="", tokenizer={}, splits=self.nothing_counted())
-        with progress_bar(sum(self.sizes), "learning the vocabulary") as bar:
-            for unit in self.units(start):
-                bar.update(unit.read - bar.n)
-                for split, text, _ in unit.texts:
-                    if everything or (split == "train" and draw(text, "vocabulary") < share):
-                        yield text
-
-    def encoder(self) -> Encoder:
-        """What makes tokens of a unit's texts; a process that encodes gets it by pickle."""
-        return encode_unit
-
-    def check(self, splits: dict[str, dict[str, int]]) -> None:
-        """Raises UserError where what was counted leaves a split without a token to predict, or one to do it from."""
+    def why_short(self, splits: dict[str, dict[str, int]]) -> str:
+        """Why a split may have too few tokens, and the way out."""
         documents = sum(counted["documents"] for counted in splits.values())
-        if not documents:
-            raise UserError(f"{self.source} has no text; there is nothing to learn from")
-        alone = "; a document is cut in two only where it is a .txt file alone" if self.separated else ""
-        for split, counted in splits.items():
-            if counted["tokens"] < 2:
-                raise UserError(
-                    f"{split}.bin would have {counted['tokens']} of the 2 tokens that it takes to predict one, with"
-                    f" val_fraction={self.config.val_fraction} and documents: {documents:,}; take another"
-                    f" --val_fraction, or more text{alone}"
-                )
+        single = "; a single document is cut in two only if it is a .txt file" if self.separated else ""
+        fraction = f"val_fraction={self.config.val_fraction}, documents: {documents:,}"
+        return f"{fraction}; change --val_fraction or add text{single}"
 
-    def about(self, splits: dict[str, dict[str, int]], beginning: str) -> dict:
-        """What meta.json has of this kind of data alone; beginning: of the training split."""
+    def extra_meta(self, splits: dict[str, dict[str, int]], first_text: str) -> dict:
+        """The entries of meta.json that only this kind of data has. first_text: the start of the training split."""
         return {}
 
-    def rows(self, meta: dict) -> dict[str, str]:
-        """The rows of the summary that are of documents alone."""
-        rows = {key: split_row(meta, key) for key in ("documents", "characters", "bytes", "tokens")}
-        if meta["documents"] == 1:
-            rows["documents"] = f"{1:>15,}   cut in two: its end is for validation"
-        return rows
+    def summary(self, meta: dict) -> dict[str, str]:
+        """The lines of the summary that only this kind of data has."""
+        if self.separated:
+            return {}
+        percent = f"{100 * self.config.val_fraction:g}%"
+        return {"split": f"one document; the last {percent} of its characters are for validation"}
 
 
-def split_row(meta: dict, key: str) -> str:
-    """A row of the summary: how many in all, and in each split."""
-    names = {"train": "training", "val": "validation", "test": "test"}
-    parts = ", ".join(f"for {names[split]} {counted[key]:,}" for split, counted in meta["splits"].items())
-    return f"{meta[key]:>15,}   {parts}"
+def read_from(corpus, file: int, skip: int) -> Iterator[tuple[int, int, NamedTuple, int]]:
+    """(file number, count in that file, piece or pair, bytes read of all files) after the first skip ones of file."""
+    for number in range(file, len(corpus.sizes)):
+        before = sum(corpus.sizes[:number])
+        for count, item in islice(enumerate(corpus.read(number), start=1), skip if number == file else 0, None):
+            yield number, count, item, before + item.read
+
+
+def units(corpus, progress: Progress) -> Iterator[Unit]:
+    """The entries of a Corpus or Pairs, about UNIT characters at a time, from the position of progress on."""
+    split, entries, length = progress.split, [], 0
+    for number, count, item, read in read_from(corpus, progress.file, progress.piece):
+        for entry in corpus.assign(item, number, split):
+            split = entry[0]
+            entries.append(entry)
+            length += sum(map(len, entry[1]))
+        if length >= UNIT:
+            yield Unit(entries, split, number, count, read)
+            entries, length = [], 0
+    if entries:
+        yield Unit(entries, split, len(corpus.sizes), 0, sum(corpus.sizes))
+
+
+def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
+    """Texts to train a tokenizer on: everything, or the training split of a Corpus or Pairs, evenly sampled."""
+    fraction = min(1.0, VOCABULARY_BYTES / sum(corpus.sizes))
+    any_text = False
+    with progress_bar(sum(corpus.sizes), "training the tokenizer") as bar:
+        for unit in units(corpus, Progress()):
+            bar.update(unit.read - bar.n)
+            for split, texts, _ in unit.entries:
+                if everything or (split == "train" and draw(texts[0], "vocabulary") < fraction):
+                    any_text = True
+                    yield from texts
+    if not any_text:
+        raise UserError(f"no text of {corpus.source} is in the training split; add text or change --val_fraction")
+
+
+def file_fingerprint(path: Path) -> list:
+    return [path.as_posix(), path.stat().st_mtime_ns, path.stat().st_size]
 
 
 def draw(text: str, salt: str = "split") -> float:
-    """A number in [0, 1) that depends on the beginning of the text alone."""
-    beginning = f"{salt}\n{text[:DRAWN_BY]}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(beginning, digest_size=6).digest(), "little") / 2**48
+    """A pseudorandom number in [0, 1) from a hash of the first HASHED characters."""
+    start = f"{salt}\n{text[:HASHED]}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(start, digest_size=6).digest(), "little") / 2**48
 
 
 def progress_bar(total: int, what: str, start: int = 0) -> tqdm:
-    """Bytes of the files, with MB/s and time left; what is over in two seconds needs none."""
-    often = 0.1 if sys.stderr.isatty() else 30  # seconds
-    return tqdm(desc=what, total=total, initial=start, unit="B", unit_scale=True, mininterval=often, delay=2)
+    """Bytes of the files, with MB/s and remaining time; shown only after two seconds."""
+    interval = 0.1 if sys.stderr.isatty() else 30  # seconds
+    return tqdm(desc=what, total=total, initial=start, unit="B", unit_scale=True, mininterval=interval, delay=2)
 
 
-def encode_unit(tokenizer: Tokenizer, texts: list[tuple[str, str, bool]]) -> dict[str, tuple[np.ndarray, dict]]:
-    """{split: (token ids, what was counted)}; texts as in Unit."""
+def encode_documents(tokenizer: Tokenizer, entries: list[tuple]) -> dict[str, tuple[np.ndarray, dict]]:
+    """{split: (token ids, counts)} of the entries of a unit."""
     encoded = {}
     for split in Corpus.splits:
         ids, counted = [np.empty(0, np.int64)], dict.fromkeys(Corpus.counts, 0)
-        for _, text, ends in (entry for entry in texts if entry[0] == split):
+        for _, (text,), ends in (entry for entry in entries if entry[0] == split):
             ids.append(tokenizer.encode(text))
             if ends and tokenizer.eot is not None:
                 ids.append(np.array([tokenizer.eot]))
             counted["documents"] += ends
             counted["characters"] += len(text)
             counted["bytes"] += len(text.encode())
-        ids = np.concatenate(ids).astype(token_dtype(tokenizer))
-        encoded[split] = ids, counted | {"tokens": len(ids)}
+        tokens = np.concatenate(ids).astype(token_dtype(tokenizer))
+        encoded[split] = tokens, counted | {"tokens": len(tokens)}
     return encoded

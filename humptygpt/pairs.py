@@ -1,185 +1,144 @@
-"""Sentence pairs for translation: read from TSV or from two files that go line by line, cleaned, drawn, encoded.
+"""Sentence pairs for translation: read from TSV or from two aligned files, cleaned, split and encoded.
 
-A pair is a source text and its translation. On disk both end in the end-of-text token, one behind the other: source,
-target, source, target. What training should not see is dropped, counted and told; a split that was given for
-validation or test keeps every pair, or its scores would be of another test.
+A pair is a source text and its translation. On disk each side ends in the end-of-text token: source, target, source,
+target. Pairs unsuitable for training are dropped and reported. A given validation or test split keeps every pair, so
+that scores on it stay comparable.
 """
 
 import sys
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain, islice, zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from humptygpt import corpus
 from humptygpt.configurator import UserError
-from humptygpt.corpus import Encoder, Progress, Unit, draw, progress_bar, split_row
+from humptygpt.corpus import draw, file_fingerprint, progress_bar, read_from
 from humptygpt.documents import kind_of, read_lines, unpacked_name
 from humptygpt.token_files import token_dtype
 from humptygpt.tokenizer import END_OF_TEXT, Tokenizer
 
-SLACK = 8  # tokens that one side may be longer in any case, so that "Stop!" may be "Halt, stehen bleiben!"
+SLACK = 8  # tokens by which one side may always be longer, for "Stop!" and "Halt, stehen bleiben!"
 
 
 class Pair(NamedTuple):
     source: str
     target: str
-    read: int  # bytes read of the files up to here
+    read: int  # bytes of the files read so far
 
 
 class Pairs:
-    """The files of sentence pairs, and which of them are for training, validation and test."""
+    """Files of sentence pairs, and the split of each pair. Offers what corpus.Corpus does."""
 
     task = "translation"
     separated = True
     counts = ("pairs", "characters", "bytes", "tokens", "target_bytes", "target_tokens")
-    also_counted = ("longest", "too_long", "lopsided")  # the most tokens of a side; pairs that were dropped
+    other_counts = ("longest", "too_long", "lopsided")  # the most tokens of a side; dropped pairs
 
     def __init__(self, config, parts: list[tuple[str | None, tuple[Path, ...]]], source: str):
-        """Reads everything once, so that what is wrong is told before anything is written.
+        """Reads everything once, so that errors are reported before anything is written.
 
-        config: a prepare_data.PrepareConfig without open ends. parts: (split, (TSV,) or (source file, target file));
-        split None: pairs are drawn for the splits, by their source alone. source: where they are from, in words.
+        config: a resolved prepare_data.PrepareConfig. parts: (split, (TSV,) or (source file, target file)); split None:
+        each pair's split is drawn from its source. source: what the files are called in meta.json.
         """
         self.config, self.parts, self.source = config, parts, source
         self.sizes = [sum(path.stat().st_size for path in paths) for _, paths in parts]
         self.drawn = any(split is None for split, _ in parts)
         self.splits = ("train", "val", "test") if config.test_fraction or not self.drawn else ("train", "val")
+        cleaned = {split: self.drawn or split == "train" for split in self.splits}
+        self.encoder = partial(encode_pairs, cleaned, config.max_pair_tokens, config.max_pair_ratio)
         if config.text_key != "text":
             print(f"note: text_key={config.text_key} has no effect on pairs", file=sys.stderr)
         self.pairs, self.empty, self.first_empty = 0, 0, None
         self.val_below, self.test_below = self.survey()
         if self.empty == self.pairs:
-            raise UserError(
-                f"{source} has no pairs"
-                + (f" but empty ones, the first of them {self.first_empty}" if self.pairs else "; it is empty")
-            )
+            only_empty = f" but empty ones, the first of them {self.first_empty}" if self.pairs else "; it is empty"
+            raise UserError(f"{source} has no pairs{only_empty}")
 
     def survey(self) -> tuple[float, float]:
-        """Count the pairs and the empty ones; (draws below this are for validation, others below this for test).
+        """Count the pairs and the empty ones. Returns the thresholds: draws below them are for validation and test.
 
-        Of a few pairs, the next higher draws are taken, so that no split is empty as long as there are three sources.
+        Of few pairs, the thresholds rise to the next draws, so that three different sources give three splits.
         """
         val, test = self.config.val_fraction, self.config.test_fraction
-        some_val, above = False, []  # whether a draw is below val; the two lowest draws that are not
-        with progress_bar(sum(self.sizes), "looking at the pairs") as bar:
-            for number, (split, paths) in enumerate(self.parts):
-                before = sum(self.sizes[:number])
-                for line, pair in enumerate(self.read(number), start=1):
-                    self.pairs += 1
-                    if self.pairs % 1000 == 0:
-                        bar.update(before + pair.read - bar.n)
-                    if not (pair.source and pair.target):
-                        path = paths[0] if len(paths) == 1 or not pair.source else paths[1]
-                        if split in ("val", "test"):
-                            raise UserError(f"{path}, line {line:,} is empty; a {split} split keeps every pair")
-                        self.empty += 1
-                        self.first_empty = self.first_empty or f"{path}, line {line:,}"
-                    elif self.drawn:
-                        drawn = draw(pair.source)
-                        some_val |= drawn < val
-                        if drawn >= val and drawn not in above:
-                            above = sorted([*above, drawn])[:2]
+        any_val, above = False, []  # whether a draw is below val; the two lowest draws that are not
+        with progress_bar(sum(self.sizes), "checking the pairs") as bar:
+            for number, line, pair, read in read_from(self, 0, 0):
+                self.pairs += 1
+                if self.pairs % 1000 == 0:
+                    bar.update(read - bar.n)
+                if not (pair.source and pair.target):
+                    self.count_empty(number, line, pair)
+                elif self.drawn:
+                    drawn = draw(pair.source)
+                    any_val |= drawn < val
+                    if drawn >= val and drawn not in above:
+                        above = sorted([*above, drawn])[:2]
         just_above = [float(np.nextafter(drawn, 1)) for drawn in above]
-        if just_above and not some_val:
+        if just_above and not any_val:
             val = just_above.pop(0)
         return val, max(self.config.val_fraction + test, just_above[0]) if just_above and test else val
 
-    def nothing_counted(self) -> dict[str, dict[str, int]]:
-        return {split: dict.fromkeys((*self.counts, *self.also_counted), 0) for split in self.splits}
+    def count_empty(self, number: int, line: int, pair: Pair) -> None:
+        split, paths = self.parts[number]
+        where = f"{paths[0] if len(paths) == 1 or not pair.source else paths[1]}, line {line:,}"
+        if split in ("val", "test"):
+            raise UserError(f"{where} is empty; a {split} split keeps every pair")
+        self.empty += 1
+        self.first_empty = self.first_empty or where
 
-    def description(self) -> list:
-        return [
-            [split, [[path.as_posix(), path.stat().st_mtime_ns, path.stat().st_size] for path in paths]]
-            for split, paths in self.parts
-        ]
+    def fingerprint(self) -> list:
+        return [[split, [file_fingerprint(path) for path in paths]] for split, paths in self.parts]
 
     def read(self, number: int) -> Iterator[Pair]:
-        """All pairs of part number, one for each line, empty ones too."""
+        """The pairs of part number, one for each line, empty ones too."""
         _, paths = self.parts[number]
         return (read_tsv if len(paths) == 1 else read_aligned)(*paths, self.config.encoding_errors)
 
-    def split_of(self, source: str) -> str:
-        drawn = draw(source)
-        return "val" if drawn < self.val_below else "test" if drawn < self.test_below else "train"
+    def assign(self, pair: Pair, number: int, split: str) -> list[tuple]:
+        """The entry of a pair of part number, as in corpus.Unit; none where a side is empty. split: unused."""
+        if not (pair.source and pair.target):
+            return []
+        drawn, given = draw(pair.source), self.parts[number][0]
+        drawn_split = "val" if drawn < self.val_below else "test" if drawn < self.test_below else "train"
+        return [(given or drawn_split, (pair.source, pair.target), True)]
 
-    def units(self, progress: Progress) -> Iterator[Unit]:
-        """The pairs with their splits, about corpus.UNIT characters at a time, from where progress stands."""
-        texts, length, skip = [], 0, progress.piece
-        for number in range(progress.file, len(self.parts)):
-            before, (given, _) = sum(self.sizes[:number]), self.parts[number]
-            for count, pair in enumerate(islice(self.read(number), skip, None), start=skip + 1):
-                if pair.source and pair.target:
-                    texts.append((given or self.split_of(pair.source), pair.source, pair.target))
-                    length += len(pair.source) + len(pair.target)
-                if length >= corpus.UNIT:
-                    yield Unit(texts, "", number, count, before + pair.read)
-                    texts, length = [], 0
-            skip = 0
-        if texts:
-            yield Unit(texts, "", len(self.parts), 0, sum(self.sizes))
-
-    def texts_to_learn_from(self, everything: bool) -> Iterator[str]:
-        """Both sides of the pairs for a tokenizer to learn from: of all, or of training's, an even part."""
-        share = min(1.0, corpus.LEARNED_FROM / sum(self.sizes))
-        start = Progress(made_from="", command="", tokenizer={}, splits=self.nothing_counted())
-        with progress_bar(sum(self.sizes), "learning the vocabulary") as bar:
-            for unit in self.units(start):
-                bar.update(unit.read - bar.n)
-                for split, source, target in unit.texts:
-                    if everything or (split == "train" and draw(source, "vocabulary") < share):
-                        yield from (source, target)
-
-    def encoder(self) -> Encoder:
-        """What makes tokens of a unit's texts; a process that encodes gets it by pickle."""
-        cleaned = self.splits if self.drawn else ("train",)
-        return partial(encode_pairs, self.splits, cleaned, self.config.max_pair_tokens, self.config.max_pair_ratio)
-
-    def check(self, splits: dict[str, dict[str, int]]) -> None:
-        """Raises UserError where what was counted leaves a split empty."""
-        for split, counted in splits.items():
-            if not counted["pairs"]:
-                dropped = ", ".join(f"{number:,} {why}" for why, number in self.dropped(splits).items() if number)
-                shares = [f"{key}={getattr(self.config, key)}" for key in ("val_fraction", "test_fraction")]
-                rule = f", with {' and '.join(shares)}" if self.drawn else ""
-                raise UserError(
-                    f"{split}.bin would be empty{rule}, of {self.pairs:,} pairs; dropped: {dropped or 'none'};"
-                    f" the limits are --max_pair_tokens={self.config.max_pair_tokens} and"
-                    f" --max_pair_ratio={self.config.max_pair_ratio}"
-                )
+    def why_short(self, splits: dict[str, dict[str, int]]) -> str:
+        """Why a split may have too few tokens, and the way out."""
+        dropped = ", ".join(f"{count:,} {why}" for why, count in self.dropped(splits).items() if count) or "none"
+        keys = ("val_fraction", "test_fraction") if self.drawn else ()
+        limits = [f"{key}={getattr(self.config, key)}" for key in (*keys, "max_pair_tokens", "max_pair_ratio")]
+        return f"{self.pairs:,} pairs, dropped: {dropped}; change {' or '.join(limits)}, or add pairs"
 
     def dropped(self, splits: dict[str, dict[str, int]]) -> dict[str, int]:
-        dropped = {why: sum(counted[why] for counted in splits.values()) for why in ("too_long", "lopsided")}
-        return {"too_long": dropped["too_long"], "empty": self.empty, "lopsided": dropped["lopsided"]}
+        too_long, lopsided = (sum(counted[why] for counted in splits.values()) for why in ("too_long", "lopsided"))
+        return {"too_long": too_long, "empty": self.empty, "lopsided": lopsided}
 
-    def about(self, splits: dict[str, dict[str, int]], beginning: str) -> dict:
-        """What meta.json has of this kind of data alone; beginning: of the training split."""
-        sides = beginning.split(END_OF_TEXT)[:-1]
+    def extra_meta(self, splits: dict[str, dict[str, int]], first_text: str) -> dict:
+        """The entries of meta.json that only this kind of data has. first_text: the start of the training split."""
+        sides = first_text.split(END_OF_TEXT)[:-1]
         return {
             "languages": languages(self.parts[0][1]),
-            "longest": max(counted["longest"] for counted in splits.values()),  # tokens of a side with its end
+            "longest": max(counted["longest"] for counted in splits.values()),  # tokens of a side, end-of-text included
             "dropped": self.dropped(splits),
             "first_empty": self.first_empty,
             "examples": list(zip(sides[::2], sides[1::2], strict=False))[:3],
         }
 
-    def rows(self, meta: dict) -> dict[str, str]:
-        """The rows of the summary that are of pairs alone."""
-        first = f", the first {meta['first_empty']}" if meta["first_empty"] else ""
-        why = {
+    def summary(self, meta: dict) -> dict[str, str]:
+        """The lines of the summary that only this kind of data has."""
+        reasons = {
             "too_long": f"longer than {self.config.max_pair_tokens} tokens",
-            "empty": f"empty on a side{first}",
-            "lopsided": f"lopsided, over {self.config.max_pair_ratio:g} times and {SLACK} tokens longer",
+            "empty": f"with an empty side (the first: {meta['first_empty']})",
+            "lopsided": f"with a side longer than {self.config.max_pair_ratio:g} times the other plus {SLACK} tokens",
         }
-        reasons = "; ".join(f"{number:,} {why[key]}" for key, number in meta["dropped"].items() if number)
+        dropped = ", ".join(f"{count:,} {reasons[why]}" for why, count in meta["dropped"].items() if count)
         return {
-            "pairs": split_row(meta, "pairs"),
-            "tokens": split_row(meta, "tokens"),
-            "longest": f"{meta['longest']:>15,}   tokens on one side, its end included",
-            "dropped": f"{sum(meta['dropped'].values()):>15,}   {reasons}".rstrip(),
+            "longest side": f"{meta['longest']:,} tokens, end-of-text included",
+            "dropped pairs": dropped or "none",
+            "examples": ("\n" + 17 * " ").join(f"{source} -> {target}" for source, target in meta["examples"]),
         }
 
 
@@ -192,7 +151,7 @@ def is_tsv(path: Path) -> bool:
 
 
 def clean(text: str) -> str:
-    """The text without spaces around it, and with a single one wherever there were some, tabs or the like."""
+    """The text without spaces around it, and with each run of white space as one space."""
     return " ".join(text.split())
 
 
@@ -209,13 +168,13 @@ def read_tsv(path: Path, errors: str) -> Iterator[Pair]:
 
 
 def read_aligned(source: Path, target: Path, errors: str) -> Iterator[Pair]:
-    """Line by line of two files. Raises UserError where one has more lines."""
+    """The pairs of two files with a sentence per line. Raises UserError where one has more lines."""
     lines = [0, 0]
     for both in zip_longest(read_lines(source, errors), read_lines(target, errors)):
         lines = [number + (side is not None) for number, side in zip(lines, both, strict=True)]
         if lines[0] == lines[1]:
-            (text, read), (translation, read_too) = both
-            yield Pair(clean(text), clean(translation), read + read_too)
+            (text, read), (translation, also_read) = both
+            yield Pair(clean(text), clean(translation), read + also_read)
     if lines[0] != lines[1]:
         raise UserError(
             f"{source} has {lines[0]:,} lines, but {target} has {lines[1]:,}; each line must be the other's translation"
@@ -223,7 +182,7 @@ def read_aligned(source: Path, target: Path, errors: str) -> Iterator[Pair]:
 
 
 def languages(paths: tuple[Path, ...]) -> list[str] | None:
-    """What the endings a.de and a.en say, or the name pairs.de-en.tsv; None where they say nothing."""
+    """Language codes from names like a.de and a.en, or pairs.de-en.tsv; None where the names have none."""
     names = [unpacked_name(path) for path in paths]
     if len(names) == 1:
         found = names[0].removesuffix(".tsv").replace(".", "-").replace("_", "-").split("-")[-2:]
@@ -238,28 +197,23 @@ def languages(paths: tuple[Path, ...]) -> list[str] | None:
 
 
 def encode_pairs(
-    splits: tuple[str, ...],
-    cleaned: tuple[str, ...],
-    max_tokens: int,
-    max_ratio: float,
-    tokenizer: Tokenizer,
-    texts: list[tuple[str, str, str]],
+    cleaned: dict[str, bool], max_tokens: int, max_ratio: float, tokenizer: Tokenizer, entries: list[tuple]
 ) -> dict[str, tuple[np.ndarray, dict]]:
-    """{split: (token ids, what was counted)}; texts: (split, source, target); cleaned: splits where pairs are dropped.
+    """{split: (token ids, counts)} of the entries of a unit; cleaned: {split: whether pairs are dropped from it}.
 
-    A side has max_tokens at most, its end included, and max_ratio times those of the other and SLACK.
+    Dropped are pairs with a side, end-of-text included, over max_tokens, or over max_ratio times the other plus SLACK.
     """
     encoded = {}
-    for split in splits:
-        ids, counted = [np.empty(0, np.int64)], dict.fromkeys((*Pairs.counts, *Pairs.also_counted), 0)
-        pairs = [pair for entry, *pair in texts if entry == split]
+    for split, cleans in cleaned.items():
+        ids, counted = [np.empty(0, np.int64)], dict.fromkeys((*Pairs.counts, *Pairs.other_counts), 0)
+        pairs = [pair for entry_split, pair, _ in entries if entry_split == split]
         sides = iter(tokenizer.encode_batch(chain.from_iterable(pairs)))
         for pair, *both in zip(pairs, sides, sides, strict=True):
             source, target = (np.append(side, tokenizer.eot) for side in both)
             shorter, longer = sorted((len(source), len(target)))
-            if split in cleaned and longer > max_tokens:
+            if cleans and longer > max_tokens:
                 counted["too_long"] += 1
-            elif split in cleaned and longer > max_ratio * shorter + SLACK:
+            elif cleans and longer > max_ratio * shorter + SLACK:
                 counted["lopsided"] += 1
             else:
                 ids += [source, target]
@@ -269,6 +223,6 @@ def encode_pairs(
                 counted["target_bytes"] += len(pair[1].encode())
                 counted["target_tokens"] += len(target)
                 counted["longest"] = max(counted["longest"], longer)
-        ids = np.concatenate(ids).astype(token_dtype(tokenizer))
-        encoded[split] = ids, counted | {"tokens": len(ids)}
+        tokens = np.concatenate(ids).astype(token_dtype(tokenizer))
+        encoded[split] = tokens, counted | {"tokens": len(tokens)}
     return encoded

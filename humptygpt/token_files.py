@@ -1,14 +1,14 @@
-"""Token files: numbers one behind another, as nanoGPT has them, and a meta.json that says what they are.
+"""Token files: ids one after another without a header, as nanoGPT writes them, and a meta.json that describes them.
 
-The files have no header, so that np.memmap opens them anywhere. meta.json has the checksums of their parts; a part is
-checked when it is first read, so that opening a file of any size takes no time and nothing unchecked is ever used.
+meta.json has checksums of the parts of each file. A part is checked when it is first read, so that opening a file of
+any size takes no time and nothing damaged is ever used. The files of a folder that nanoGPT prepared have no checksums.
 """
 
 import base64
 import io
-import json
 import os
 import pickle
+import re
 import sys
 import zlib
 from bisect import bisect_right
@@ -20,9 +20,31 @@ import numpy as np
 
 from humptygpt import tokenizer as tokenizers
 from humptygpt.configurator import UserError
+from humptygpt.schema import check_schema, parse_json
 
 META_FORMAT = "tokens 2"  # a change of what a data folder holds gets a new number
 CHECKED = 1 << 18  # bytes that have one checksum
+
+COUNT, POSITIVE = range(2**53), range(1, 2**53)  # what a float64 holds exactly
+SPLIT = {"tokens": POSITIVE, "bytes": POSITIVE, "documents?": COUNT, "characters?": COUNT}
+SPLIT |= {"files": [{"name": str, "tokens": COUNT}], "checksums": {str: str}}
+SPLITS = {  # by task
+    "language modelling": {str: SPLIT},
+    "translation": {str: SPLIT | {"pairs": POSITIVE, "target_bytes": POSITIVE, "target_tokens": POSITIVE}},
+}
+TOTALS = ("documents", "pairs", "characters", "bytes", "tokens", "target_bytes", "target_tokens", "vocab_size")
+META = {
+    "format": {META_FORMAT},
+    "task": set(SPLITS),
+    "source": str,
+    "dtype": {"uint16", "uint32"},
+    "splits": {"train": dict, "val": dict},  # SPLITS has the rest
+    "tokenizer": dict,  # its class has the rest
+    # for readers and for prepare_data.py
+    **{f"{key}?": COUNT for key in (*TOTALS, "vocabulary_used", "characters_spelled_in_bytes", "longest")},
+    **{"command?": str, "made_from?": str, "languages?": ([str], None), "first_empty?": (str, None)},
+    **{"bytes_per_token?": float, "commonest?": [dict], "examples?": [[str]], "dropped?": {str: COUNT}},
+}
 
 
 def token_dtype(tokenizer: tokenizers.Tokenizer) -> np.dtype:
@@ -30,7 +52,7 @@ def token_dtype(tokenizer: tokenizers.Tokenizer) -> np.dtype:
 
 
 def checksums(path: Path) -> str:
-    """What meta.json has of a file: the CRC-32 of every CHECKED bytes, little-endian uint32, in base64."""
+    """The CRC-32 of every CHECKED bytes of a file, little-endian uint32, in base64 for meta.json."""
     with path.open("rb") as file:
         sums = [zlib.crc32(block) for block in iter(lambda: file.read(CHECKED), b"")]
     return base64.b64encode(np.array(sums, "<u4").tobytes()).decode()
@@ -39,75 +61,69 @@ def checksums(path: Path) -> str:
 class TokenFiles:
     """The token files of one split, read as one.
 
-    Raises UserError where one is missing, or has not the tokens or checksums that meta.json says.
+    meta: as from read_meta. Raises UserError where a file is missing, or does not have the tokens or checksums of meta.
     """
 
     def __init__(self, folder: Path, split: str, meta: dict):
-        self.folder, self.how_to = folder, how_to(folder)
-        if meta["dtype"] not in ("uint16", "uint32"):
-            raise UserError(f"{folder}/meta.json says dtype={meta['dtype']}, not uint16 or uint32; {self.how_to}")
-        dtype = np.dtype(meta["dtype"])
-        said = meta.get("splits", {}).get(split)
-        names = [file["name"] for file in said["files"]] if said else [f"{split}.bin"]
-        self.paths = [folder / name for name in names]
-        self.arrays = [self.open(path, dtype) for path in self.paths]
+        entry, self.folder = meta["splits"][split] if "splits" in meta else None, folder
+        files = entry["files"] if entry else [{"name": f"{split}.bin"}]
+        self.paths = [folder / file["name"] for file in files]
+        self.arrays = [self.open(path, np.dtype(meta["dtype"])) for path in self.paths]
         self.ends = list(accumulate(map(len, self.arrays)))
-        self.sums = self.unchecked = None
-        if said:
-            for file, tokens in zip(said["files"], self.arrays, strict=True):
-                if len(tokens) != file["tokens"]:
-                    raise UserError(
-                        f"{folder / file['name']} has {len(tokens):,} tokens, but meta.json says {file['tokens']:,};"
-                        f" {self.how_to}"
-                    )
-            self.sums = [np.frombuffer(base64.b64decode(said["checksums"][name]), "<u4") for name in names]
-            self.unchecked = [np.ones(len(sums), dtype=bool) for sums in self.sums]
+        for path, file, tokens in zip(self.paths, files, self.arrays, strict=True):
+            if entry and len(tokens) != file["tokens"]:
+                raise self.error(f"{path} has {len(tokens):,} tokens, but meta.json says {file['tokens']:,}")
+        self.sums = [unpack_checksums(entry["checksums"][file["name"]]) for file in files] if entry else None
+        self.unchecked = [np.ones(len(sums), dtype=bool) for sums in self.sums or ()]
 
     def open(self, path: Path, dtype: np.dtype) -> np.ndarray:
-        """Mapped, not read: the system brings in what is used, and takes it away when memory is short."""
+        """Mapped, not read: the system loads what is used, and drops it when memory is short."""
         try:
             size = path.stat().st_size
             if size % dtype.itemsize:
-                raise UserError(
-                    f"{path} is truncated: {size:,} bytes are no whole number of {dtype} tokens; {self.how_to}"
+                raise self.error(
+                    f"{path} is truncated: {size:,} bytes are not a multiple of {dtype.itemsize} ({dtype})"
                 )
             return np.asarray(np.memmap(path, dtype, mode="r")) if size else np.empty(0, dtype)
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}; {self.how_to}") from error
+            raise self.error(f"cannot read {path}: {error.strerror}") from error
+
+    def error(self, problem: str) -> UserError:
+        return UserError(f"{problem}; {how_to(self.folder)}")
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The tokens from each of the starts on, int64 (len(starts), length); zeros where there are no more."""
+        """The tokens from each of the starts on, int64 (len(starts), length); zeros after the last token."""
         rows = np.zeros((len(starts), length), dtype=np.int64)
         for row, start in zip(rows, starts.tolist(), strict=True):
             number = bisect_right(self.ends, start)
-            at = start - (self.ends[number - 1] if number else 0)
-            while len(row) and number < len(self.arrays):  # a row may go on in the next file
-                tokens = self.arrays[number][at : at + len(row)]
-                if self.unchecked is not None:
-                    self.check(number, at, at + len(tokens))
+            offset = start - (self.ends[number - 1] if number else 0)
+            while len(row) and number < len(self.arrays):  # a row may continue in the next file
+                tokens = self.arrays[number][offset : offset + len(row)]
+                if self.sums is not None:
+                    self.check(number, offset, offset + len(tokens))
                 row[: len(tokens)] = tokens
-                row, number, at = row[len(tokens) :], number + 1, 0
+                row, number, offset = row[len(tokens) :], number + 1, 0
         return rows
 
     def check(self, number: int, start: int, end: int) -> None:
-        """The checksums of the parts that tokens [start, end) of a file lie in, of those that were never read."""
+        """The checksums of those parts with tokens [start, end) of file `number` that have not been read before."""
         array, unchecked = self.arrays[number], self.unchecked[number]
         size = CHECKED // array.itemsize
         for part in range(start // size, (end - 1) // size + 1):
             if unchecked[part]:
                 if zlib.crc32(array[part * size : (part + 1) * size]) != self.sums[number][part]:
-                    raise UserError(
+                    raise self.error(
                         f"{self.paths[number]} was altered or damaged: from byte {part * CHECKED:,} on its checksum is"
-                        f" not the one in meta.json; {self.how_to}"
+                        " not the one in meta.json"
                     )
                 unchecked[part] = False
 
 
 class TokenWriter:
-    """Writes the token files of one split, going on behind the first `tokens` tokens of what is there."""
+    """Writes the token files of one split, from token number `tokens` on; what the files hold after it is dropped."""
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int | None, tokens: int):
         self.folder, self.split, self.itemsize = folder, split, dtype.itemsize
@@ -119,7 +135,7 @@ class TokenWriter:
         name = f"{self.split}_{number:04d}.bin" if self.shard_tokens else f"{self.split}.bin"
         self.file = (self.folder / name).open("ab")
         if self.file.tell() < tokens * self.itemsize:
-            raise UserError(f"{self.folder / name} is shorter than it was; remove {self.folder} and prepare anew")
+            raise UserError(f"{self.folder / name} is shorter than it was; remove {self.folder} and prepare it again")
         self.file.truncate(tokens * self.itemsize)
 
     def write(self, ids: np.ndarray) -> None:
@@ -142,41 +158,57 @@ class TokenWriter:
 
 
 # --------------------------------------------------------------------------------------
-# What a folder says about itself
+# What describes a folder
 
 
 def read_meta(folder: Path) -> dict:
-    """The folder's meta.json, or the same of a folder that nanoGPT prepared. Raises UserError."""
-    try:
-        if (folder / "meta.json").exists():
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            if not isinstance(meta, dict) or meta.get("format") != META_FORMAT:
-                raise UserError(f"{folder}/meta.json is not of this version, {META_FORMAT!r}; {how_to(folder)}")
-            if missing := {"task", "source", "dtype", "splits", "tokenizer"} - meta.keys():
-                raise UserError(f"{folder}/meta.json lacks {', '.join(sorted(missing))}; {how_to(folder)}")
+    """The folder's meta.json, checked, or the same for a folder that nanoGPT prepared. Raises UserError."""
+    if os.path.exists(folder / "meta.json"):
+        try:
+            meta = parse_json((folder / "meta.json").read_bytes(), META)
+            check_splits(meta)
             return meta
-        if (folder / "meta.pkl").exists():
-            return read_nanogpt_meta(folder / "meta.pkl")
-        if (folder / "preparing").exists():
-            raise UserError(f"the preparation of {folder} was stopped before its end; {how_to(folder)}")
-        if (folder / "train.bin").exists():
-            print(f"note: {folder} has no meta.json or meta.pkl; it is taken for GPT-2's tokens", file=sys.stderr)
-            return nanogpt_meta(folder, tokenizers.BytePairTokenizer.gpt2())
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"cannot read {folder}/meta.json: {error}; {how_to(folder)}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {folder}/meta.json: {error}; {how_to(folder)}") from error
+    if os.path.exists(folder / "meta.pkl"):
+        return read_nanogpt_meta(folder / "meta.pkl")
+    if os.path.exists(folder / "preparing"):
+        raise UserError(f"the preparation of {folder} was stopped before its end; {how_to(folder)}")
+    if os.path.exists(folder / "train.bin"):
+        print(f"note: {folder} has no meta.json or meta.pkl; it is taken for GPT-2's tokens", file=sys.stderr)
+        return nanogpt_meta(folder, tokenizers.GPT2Tokenizer.train())
     raise UserError(f"{folder} has no meta.json; {how_to(folder)}")
 
 
+def check_splits(meta: dict) -> None:
+    """Raise ValueError where the splits lack an entry, or their files, token counts and checksums do not agree."""
+    splits, itemsize = meta["splits"], np.dtype(meta["dtype"]).itemsize
+    check_schema(splits, SPLITS[meta["task"]], "splits")
+    if extra := splits.keys() - {"train", "val", "test"}:
+        raise ValueError(f"splits has {min(extra)!r}, which is not train, val or test")
+    for split, entry in splits.items():
+        for file in entry["files"]:
+            if not re.fullmatch(rf"{split}(_[0-9]+)?\.bin", file["name"]):  # nor may it be a path out of the folder
+                raise ValueError(f"splits.{split} has the file {file['name']!r}, which is not {split}.bin or a shard")
+            parts = -(-file["tokens"] * itemsize // CHECKED)
+            if len(unpack_checksums(entry["checksums"].get(file["name"], ""))) != parts:
+                raise ValueError(f"splits.{split} does not have the {parts:,} checksums of {file['name']}")
+        if sum(file["tokens"] for file in entry["files"]) != entry["tokens"]:
+            raise ValueError(f"splits.{split} has {entry['tokens']:,} tokens, which is not the sum of its files")
+
+
+def unpack_checksums(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text, validate=True), "<u4")
+
+
 def how_to(folder: Path) -> str:
-    """The way out where a folder is broken: the command that made it, if it is known where the text was."""
-    command = f"python prepare_data.py {folder.name}"
+    """The way out where a folder is broken: the command that made it, if it can still be read."""
     for path in (folder / "meta.json", folder / "preparing" / "progress.json"):
-        with suppress(OSError, ValueError, AttributeError):
-            command = json.loads(path.read_text(encoding="utf-8")).get("command", command)
-            break
-    return f"prepare it again: {command}"
+        with suppress(OSError, ValueError):
+            command = parse_json(path.read_bytes(), {"command": str})["command"]
+            if command.isprintable():
+                return f"prepare it again: {command}"
+    return f"prepare it again: python prepare_data.py {folder.name}"
 
 
 def nanogpt_meta(folder: Path, tokenizer: tokenizers.Tokenizer) -> dict:
@@ -189,8 +221,11 @@ def nanogpt_meta(folder: Path, tokenizer: tokenizers.Tokenizer) -> dict:
     }
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, tuples, sets, strings and numbers, which need no class, and refuses all else."""
+class PlainUnpickler(pickle._Unpickler):
+    """Reads dicts, lists, tuples, sets, strings and numbers, which need no class, and refuses all else.
+
+    It is the unpickler in Python, since a damaged pickle can make the one in C allocate any amount of memory.
+    """
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
@@ -200,11 +235,9 @@ def read_nanogpt_meta(path: Path) -> dict:
     """nanoGPT's {vocab_size, itos, stoi} -> ours: its token files are uint16 and its characters one token each."""
     try:
         old = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-        alphabet = "".join(old["itos"][i] for i in range(old["vocab_size"]))
-        if len(alphabet) != old["vocab_size"]:
+        characters = [old["itos"][i] for i in range(old["vocab_size"])]
+        if any(type(char) is not str or len(char) != 1 for char in characters):
             raise ValueError("its tokens are not single characters")
-    except OSError:
-        raise
+        return nanogpt_meta(path.parent, tokenizers.CharTokenizer("".join(characters)))
     except Exception as error:  # a foreign pickle can fail in any way; none of them runs code
-        raise UserError(f"{path} is not a plain {{vocab_size, itos, stoi}}: {error}") from error
-    return nanogpt_meta(path.parent, tokenizers.CharTokenizer(alphabet))
+        raise UserError(f"{path} is not a plain {{vocab_size, itos, stoi}}: {error!r}") from error

@@ -1,4 +1,4 @@
-"""A tiny world for each test: an empty folder to stand in, a small text, and ways to run a script as a user does."""
+"""What the tests share: an empty folder for each, small data sets, and ways to run a script as a user does."""
 
 import json
 import sys
@@ -8,10 +8,10 @@ import torch
 from texts import make_pairs, make_text
 from torch import Tensor, nn
 
-import model as models
 import prepare_data
 import train
-from humptygpt import configurator
+from humptygpt import configurator, evaluation, run_folder
+from humptygpt.ngrams import frequent_ngrams
 from humptygpt.optimizers import make_optimizer
 
 TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16"]
@@ -19,17 +19,16 @@ TINY_RUN = [*TINY_MODEL, "--dataset=tiny", "--device=cpu", "--out_dir=out/run", 
 TINY_RUN += ["--eval_interval=3", "--log_interval=1", "--warmup_iters=2", "--eval_iters=2", "--dtype=float32"]
 
 
-def know_ngrams(model: nn.Module) -> None:
-    """Fill in the runs of tokens that a model with ngrams knows: some of those of 11 tokens in random order."""
+def fill_ngrams(model: nn.Module) -> None:
+    """Fill in the frequent n-grams of a model that has embeddings of them, from a random text of 11 tokens."""
     if getattr(model, "ngrams", None):
         text = torch.randint(11, (3000,), generator=torch.Generator().manual_seed(0))
-        runs = models.frequent_ngrams(text, model.ngrams.n, min_count=1)[: len(model.ngrams.keys)]
-        model.ngrams.keys.copy_(runs)
+        model.ngrams.keys.copy_(frequent_ngrams(text, model.ngrams.n, min_count=1)[: len(model.ngrams.keys)])
 
 
 def overfit(model: nn.Module, batch: dict[str, Tensor], steps: int, lr: float, until: float) -> float:
-    """The loss after so many steps on this batch, or the first one below until."""
-    optimizer = make_optimizer("adamw", model, lr)
+    """The loss after this many steps on this batch, or the first one below until."""
+    optimizer = make_optimizer(train.TrainConfig(learning_rate=lr, weight_decay=0.0), model)
     for _ in range(steps):
         _, loss = model(**batch)
         if loss < until:
@@ -42,7 +41,7 @@ def overfit(model: nn.Module, batch: dict[str, Tensor], steps: int, lr: float, u
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Each test stands in a folder of its own; data/ and out/ appear there."""
+    """Each test runs in a folder of its own; data/ and out/ appear there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -51,8 +50,8 @@ def folder(tmp_path, monkeypatch):
 def short_ending(request, monkeypatch):
     """Most runs here do without the picture and the sample, which take longer than all of their steps."""
     if "whole_ending" not in request.keywords:
-        monkeypatch.setattr(train, "draw_losses", lambda rows, path: None)
-        monkeypatch.setattr(train, "write_a_little", lambda *args: "")
+        monkeypatch.setattr(run_folder, "draw_losses", lambda rows, path: None)
+        monkeypatch.setattr(evaluation, "sample_text", lambda *args: "")
 
 
 @pytest.fixture
@@ -90,7 +89,7 @@ def fails(capsys, monkeypatch):
 
 @pytest.fixture
 def run_train(tiny):
-    """Train a tiny model and return its rows of metrics without those that tell the time."""
+    """Train a tiny model and return its rows of metrics, as from read_rows."""
 
     def run(*argv: str) -> list[dict]:
         code = train.main([*TINY_RUN, *argv])
@@ -104,3 +103,8 @@ def read_rows(out_dir) -> list[dict]:
     """The rows of a run's metrics, without the numbers that depend on the clock."""
     rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)

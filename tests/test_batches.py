@@ -9,10 +9,10 @@ import torch
 from conftest import TINY_RUN, make_text
 
 import train
-from humptygpt.batches import ReadAhead, TokenDataset, permute, random_key
+from humptygpt.batches import Prefetcher, TokenDataset, permute, random_key
 from humptygpt.configurator import UserError
-from humptygpt.token_files import CHECKED, META_FORMAT, TokenFiles, checksums
-from humptygpt.tokenizer import BytePairTokenizer
+from humptygpt.token_files import CHECKED, META_FORMAT, TokenFiles, checksums, read_meta
+from humptygpt.tokenizer import GPT2Tokenizer
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000])
@@ -34,8 +34,8 @@ def test_neighbours_in_a_permutation_are_unrelated():
 
 def test_a_permutation_of_a_huge_range_stays_inside_it():
     n = 10**11
-    places = permute(np.array([0, 1, n - 2, n - 1]), n, 3)
-    assert len(set(places)) == 4 and places.min() >= 0 and places.max() < n
+    sent_to = permute(np.array([0, 1, n - 2, n - 1]), n, 3)
+    assert len(set(sent_to)) == 4 and sent_to.min() >= 0 and sent_to.max() < n
 
 
 def test_a_permutation_takes_the_same_memory_whatever_its_size():
@@ -105,7 +105,7 @@ def test_the_blocks_of_an_epoch_come_in_an_order_that_the_next_epoch_changes(cou
     assert ranks[0] != list(range(blocks)) and ranks[0] != ranks[1]
 
 
-def test_every_place_of_the_text_is_trained_on_in_time(counted):
+def test_every_position_of_the_text_is_trained_on_in_time(counted):
     dataset = TokenDataset(counted, 16, seed=1)
     seen = set()
     for index in range(400):
@@ -125,9 +125,9 @@ def test_two_small_batches_are_one_big_batch(counted):
     assert starts_of(dataset, 6, 4) + starts_of(dataset, 7, 4) == starts_of(dataset, 3, 8)
 
 
-def test_reading_ahead_gives_the_same_batches_and_has_the_next_one_ready(counted, monkeypatch):
+def test_prefetching_gives_the_same_batches_and_reads_the_next_one(counted, monkeypatch):
     dataset = TokenDataset(counted, 16, seed=1)
-    ahead, read = ReadAhead(dataset), []
+    ahead, read = Prefetcher(dataset), []
     monkeypatch.setattr(
         dataset, "batch", lambda index, size, batch=dataset.batch: read.append(index) or batch(index, size)
     )
@@ -196,25 +196,46 @@ def alter(data: Path):
     ids.tofile(data / "train.bin")
 
 
-def edit_meta(data: Path, **keys):
-    (data / "meta.json").write_text(json.dumps(json.loads((data / "meta.json").read_text()) | keys))
+def edit_meta(data: Path, **entries):
+    (data / "meta.json").write_text(json.dumps(read_meta(data) | entries))
+
+
+def edit_train(data: Path, **entries):
+    """Change entries of the training split; ... removes one."""
+    splits = read_meta(data)["splits"]
+    edited = {key: value for key, value in (splits["train"] | entries).items() if value is not ...}
+    edit_meta(data, splits=splits | {"train": edited})
 
 
 DAMAGE = {
-    "train.bin was altered or damaged: from byte 0 on its checksum is not the one in meta.json": alter,
-    "holds token 20, but its tokenizer knows only 3": lambda data: edit_meta(
+    "meta.json says vocab_size=21, but its tokenizer has 3 tokens": lambda data: edit_meta(
         data, tokenizer={"tokenizer": "char", "alphabet": "abc"}
     ),
-    "meta.json says dtype=object, not uint16 or uint32": lambda data: edit_meta(data, dtype="object"),
-    "meta.json lacks splits": lambda data: (data / "meta.json").write_text(
-        json.dumps({"format": META_FORMAT, "task": "", "source": "", "dtype": "uint16", "tokenizer": {}})
+    "train.bin was altered or damaged: from byte 0 on its checksum is not the one in meta.json": alter,
+    "holds token 20, but its tokenizer has only 3": lambda data: edit_meta(
+        data, tokenizer={"tokenizer": "char", "alphabet": "abc"}, vocab_size=3
     ),
+    "meta.json: dtype must be uint16 or uint32": lambda data: edit_meta(data, dtype="object"),
+    "meta.json: splits is missing": lambda data: (data / "meta.json").write_text(
+        json.dumps({"format": META_FORMAT, "task": "translation", "source": "", "dtype": "uint16", "tokenizer": {}})
+    ),
+    "meta.json: splits.train.tokens must be an integer from 1 to 9,": lambda data: edit_train(data, tokens=-3600),
+    "meta.json: splits.train.bytes is missing": lambda data: edit_train(data, bytes=...),
+    "meta.json: splits.train has 3,601 tokens, which is not the sum": lambda data: edit_train(data, tokens=3601),
+    "meta.json: splits.train has the file '../train.bin', which is not train.bin": lambda data: edit_train(
+        data, files=[{"name": "../train.bin", "tokens": 3600}]
+    ),
+    "meta.json: splits.train does not have the 1 checksums of train.bin": lambda data: edit_train(data, checksums={}),
+    "meta.json: splits has 'more', which is not train, val or test": lambda data: edit_meta(
+        data, splits=(splits := read_meta(data)["splits"]) | {"more": splits["val"]}
+    ),
+    "meta.json: it is nested too deeply": lambda data: (data / "meta.json").write_text("[" * 100_000),
     "train.bin is truncated": lambda data: (data / "train.bin").write_bytes((data / "train.bin").read_bytes()[:-1]),
     "train.bin has 3,599 tokens, but meta.json says 3,600": lambda data: (data / "train.bin").write_bytes(
         (data / "train.bin").read_bytes()[:-2]
     ),
     "cannot read": lambda data: (data / "val.bin").unlink(),
-    "meta.json is not of this version": lambda data: (data / "meta.json").write_text('{"format": "tokens 99"}'),
+    "meta.json: format must be tokens 2": lambda data: (data / "meta.json").write_text('{"format": "tokens 99"}'),
     "meta.json: Expecting": lambda data: (data / "meta.json").write_text("{"),
 }
 
@@ -234,8 +255,8 @@ def test_a_text_shorter_than_a_block_is_refused(tiny, fails):
 def test_nanogpts_folder_without_a_meta_is_gpt2s_tokens(folder, monkeypatch, capsys):
     data = folder / "data" / "openwebtext"
     data.mkdir(parents=True)
-    tok = BytePairTokenizer("gpt2", [bytes([i]) for i in range(256)])
-    monkeypatch.setattr(BytePairTokenizer, "gpt2", lambda: tok)
+    tok = GPT2Tokenizer([bytes([i]) for i in range(256)])
+    monkeypatch.setattr(GPT2Tokenizer, "train", lambda: tok)
     for split in ("train", "val"):
         tok.encode(make_text(1000)).astype(np.uint16).tofile(data / f"{split}.bin")
     dataset = TokenDataset(data, 16, seed=1)

@@ -1,4 +1,4 @@
-"""Searching for translations."""
+"""Beam search, its score and the metrics of translations."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import torch
 from test_transformer import EOT, shaken, tokens
 
 import model as models
-from humptygpt import beams as translation
+from humptygpt import beams
 from humptygpt.beams import Translation, beam_search, score, translate
 from model import ModelConfig
 
@@ -30,7 +30,7 @@ def some_sources(*lengths: int) -> list[np.ndarray]:
 
 
 def log_probabilities(model, source: np.ndarray, ids: list[int]) -> list[float]:
-    """Those of each token of a translation, read in one go without a cache."""
+    """Those of each token of a translation, in one forward pass without the decoder's state."""
     source, ids = torch.from_numpy(source)[None], torch.tensor([ids])
     if model.has_encoder:
         logits, _ = model(torch.nn.functional.pad(ids, (1, 0), value=EOT)[:, :-1], source=source)
@@ -40,7 +40,7 @@ def log_probabilities(model, source: np.ndarray, ids: list[int]) -> list[float]:
 
 
 @both_ways
-def test_one_beam_writes_the_likeliest_token_each_time(make):
+def test_one_beam_takes_the_most_probable_token_at_each_step(make):
     model = make()
     for source in some_sources(3, 5, 6, 6):
         ids = []
@@ -66,28 +66,29 @@ def test_enough_beams_find_the_best_translation_of_all(make, length_penalty):
 
 @both_ways
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_the_score_is_that_of_reading_the_translation_without_a_cache(make, num_beams):
+def test_the_score_is_the_mean_log_probability_of_a_forward_pass_without_state(make, num_beams):
     model = make()
     sources = some_sources(4, 6, 4, 2, 6)
-    for source, found in zip(sources, translate(model, sources, EOT, num_beams, max_new_tokens=5), strict=True):
+    translations = translate(model, sources, EOT, num_beams=num_beams, max_new_tokens=5)
+    for source, found in zip(sources, translations, strict=True):
         ids = found.ids if len(found.ids) == 5 else [*found.ids, EOT]
         assert found.score == pytest.approx(np.mean(log_probabilities(model, source, ids)), abs=1e-5)
 
 
 @both_ways
 @pytest.mark.parametrize("num_beams", [1, 4])
-def test_sentences_translated_side_by_side_are_translated_as_each_alone(make, num_beams):
+def test_a_batch_of_sentences_is_translated_as_each_alone(make, num_beams):
     model = make()
     sources = some_sources(4, 6, 4, 2, 6, 4, 4, 3)
-    together = translate(model, sources, EOT, num_beams)
+    together = translate(model, sources, EOT, num_beams=num_beams)
     for source, found in zip(sources, together, strict=True):
-        (alone,) = translate(model, [source], EOT, num_beams)
+        (alone,) = translate(model, [source], EOT, num_beams=num_beams)
         assert found.ids == alone.ids and found.score == pytest.approx(alone.score, abs=1e-5)
     assert len({len(found.ids) for found in together}) > 1  # some ended before others
 
 
 @both_ways
-def test_a_translation_ends_at_max_new_tokens_or_where_the_window_is_full(make):
+def test_a_translation_ends_at_max_new_tokens_or_where_the_context_is_full(make):
     model = make()
     never = torch.zeros(11).index_fill_(0, torch.tensor([EOT]), 1e4)
     model.lm_head.register_forward_hook(lambda module, args, logits: logits - never)
@@ -95,24 +96,26 @@ def test_a_translation_ends_at_max_new_tokens_or_where_the_window_is_full(make):
     most = 12 if model.has_encoder else 12 + 1 - 5
     for num_beams in (1, 3):
         for limit, length in ((3, 3), (None, most)):
-            (found,) = translate(model, [source], EOT, num_beams, max_new_tokens=limit)
+            (found,) = translate(model, [source], EOT, num_beams=num_beams, max_new_tokens=limit)
             assert len(found.ids) == length and not found.ended
 
 
-def test_padding_of_the_vocabulary_is_never_written():
+def test_ids_that_only_pad_the_vocabulary_are_never_chosen():
     model = shaken()
     with torch.no_grad():
         model.lm_head.weight[9:] = 100 * model.lm_head.weight[9:]
-    written = lambda known: {  # noqa: E731
-        token for found in translate(model, some_sources(5, 5, 5, 7), EOT, 2, known=known) for token in found.ids
-    }
-    assert max(written(None)) >= 9 > max(written(9))
+
+    def chosen(tokenizer_vocab_size: int | None) -> set[int]:
+        found = translate(model, some_sources(5, 5, 5, 7), EOT, tokenizer_vocab_size, num_beams=2)
+        return {token for translation in found for token in translation.ids}
+
+    assert max(chosen(None)) >= 9 > max(chosen(9))
 
 
 @both_ways
-def test_what_has_ended_well_is_not_lost_to_beginnings_that_end_worse(make):
+def test_a_hypothesis_that_ended_is_not_lost_to_longer_ones_that_score_worse(make):
     model = make(vocab_size=4)
-    wanting = 0
+    worse = 0
     for source in some_sources(*[2 + i % 4 for i in range(30)]):
         source = source % 4
         ended = []
@@ -120,8 +123,8 @@ def test_what_has_ended_well_is_not_lost_to_beginnings_that_end_worse(make):
             ended.append(np.mean(log_probabilities(model, source, [*ids, EOT])))
         (found,) = translate(model, [source], EOT, num_beams=40, max_new_tokens=6)
         assert found.ended
-        wanting += found.score < max(ended) - 1e-5
-    assert wanting == 0
+        worse += found.score < max(ended) - 1e-5
+    assert worse == 0
 
 
 def test_the_source_is_encoded_once_however_long_the_translation():
@@ -133,42 +136,42 @@ def test_the_source_is_encoded_once_however_long_the_translation():
 
 
 def plain_search(model, source: np.ndarray, num_beams: int, limit: int) -> Translation:
-    """A beam search without caches, one beam after the other, over four tokens."""
-    beams, best = [([], 0.0)], None
-    mean = lambda beam: beam[1] / len(beam[0])  # noqa: E731
+    """A beam search without the decoder's state, one hypothesis at a time, over four tokens."""
+    kept, best = [([], 0.0)], None
+    mean = lambda hypothesis: hypothesis[1] / len(hypothesis[0])  # noqa: E731
     for _ in range(limit):
-        longer = [beam for beam in beams if beam[0][-1:] == [EOT]]
-        for ids, total in beams:
+        longer = [hypothesis for hypothesis in kept if hypothesis[0][-1:] == [EOT]]
+        for ids, total in kept:
             if ids[-1:] != [EOT]:
                 longer += [([*ids, t], total + log_probabilities(model, source, [*ids, t])[-1]) for t in range(4)]
-        beams = sorted(longer, key=mean, reverse=True)[:num_beams]
-        ended = [beam for beam in beams if beam[0][-1] == EOT]
+        kept = sorted(longer, key=mean, reverse=True)[:num_beams]
+        ended = [hypothesis for hypothesis in kept if hypothesis[0][-1] == EOT]
         best = max([*filter(None, [best]), *ended], key=mean, default=None)
-        if len(ended) == len(beams):
+        if len(ended) == len(kept):
             break
-    ids, _ = found = best or beams[0]
+    ids, _ = found = best or kept[0]
     return Translation(ids[:-1] if best else ids, mean(found), ended=bool(best))
 
 
 @both_ways
-def test_two_beams_find_what_a_plain_search_without_caches_finds(make):
+def test_two_beams_find_what_a_plain_search_without_state_finds(make):
     model = make(vocab_size=4)
     sources = [source % 4 for source in some_sources(*[2 + i % 4 for i in range(16)])]
-    for source, found in zip(sources, translate(model, sources, EOT, 2, max_new_tokens=7), strict=True):
+    for source, found in zip(sources, translate(model, sources, EOT, num_beams=2, max_new_tokens=7), strict=True):
         expected = plain_search(model, source, 2, 7)
         assert (found.ids, found.ended) == (expected.ids, expected.ended)
         assert found.score == pytest.approx(expected.score, abs=1e-5)
 
 
-def test_no_more_than_so_many_sentences_are_translated_side_by_side(monkeypatch):
+def test_a_batch_has_sentences_of_one_length_and_a_limit(monkeypatch):
     model, read = shaken(), []
     model.encoder.register_forward_hook(lambda module, args, x: read.append(x.shape[:2]))
-    monkeypatch.setattr(translation, "SIDE_BY_SIDE", 2)
+    monkeypatch.setattr(beams, "BATCH", 2)
     translate(model, some_sources(4, 6, 4, 4, 6, 4, 4), EOT)
     assert read == [(2, 4), (2, 4), (1, 4), (2, 6)]
 
 
-def test_a_perfect_translation_scores_100_and_the_signature_tells_how():
+def test_a_perfect_translation_scores_100_and_the_signature_names_the_settings():
     lines = ["A man sleeps on a bench.", "Two children play ball in the park."]
     scores = score(lines, lines)
     assert scores["bleu"] == pytest.approx(100) and scores["chrf"] == pytest.approx(100)
@@ -176,6 +179,6 @@ def test_a_perfect_translation_scores_100_and_the_signature_tells_how():
     assert score(["A dog runs."], lines[:1])["bleu"] < 10
 
 
-def test_a_translation_that_leaves_words_out_is_punished_for_its_length():
+def test_a_translation_that_leaves_words_out_gets_the_brevity_penalty():
     whole = "A man in a blue shirt sleeps on a bench"
     assert score([whole], [f"{whole} near the lake"])["bleu"] == pytest.approx(100 * np.exp(1 - 13 / 10))

@@ -1,5 +1,4 @@
 import json
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,16 +55,19 @@ def text(folder):
     )
 
 
+class Here:
+    """A contender in this process: others take seconds to start."""
+
+    def __init__(self, cls, *arguments):
+        self.contender = cls(*arguments)
+
+    def ask(self, method, *arguments):
+        return getattr(self.contender, method)(*arguments)
+
+
 @pytest.fixture
 def here(monkeypatch):
-    """Runs without processes of their own, which take seconds to start."""
-
-    @contextmanager
-    def in_this_process(runs):
-        made = {name: cls(*arguments) for name, (cls, *arguments) in runs.items()}
-        yield {name: lambda method, *given, run=run: getattr(run, method)(*given) for name, run in made.items()}
-
-    monkeypatch.setattr(bench, "in_processes", in_this_process)
+    monkeypatch.setattr(bench, "Apart", Here)
     monkeypatch.setattr(bench, "WARMUP", 2)
 
 
@@ -80,29 +82,29 @@ def test_steps_of_both_are_timed_in_processes_of_their_own_and_the_ratio_is_of_t
     assert result["ours_tokens_per_second"] == pytest.approx(12 * 16 / result["ours_ms"] * 1000, rel=0.05)
 
 
-def test_alone_it_times_this_program_on_random_tokens_too(text, here, capsys):
-    Path("wide.py").write_text("n_layer = 1\nn_embd = 16\nblock_size = 8\nvocab_size = 50304\n")
-    bench.main(["--steps=1", "--config=wide.py", "--dataset=random", "--dtype=bfloat16"])
+def test_alone_it_times_this_program(text, here, capsys):
+    bench.main(["--steps=1", "--config=plain.py", "--dtype=bfloat16"])
     assert last_line(capsys).keys() == {"ours_ms", "ours_tokens_per_second"}
 
 
-def test_where_the_card_is_known_its_use_is_told(text, here, monkeypatch, capsys):
+def test_where_the_peak_of_the_card_is_listed_mfu_is_reported(text, here, monkeypatch, capsys):
     monkeypatch.setattr(bench, "peak_flops", lambda device: 1e12)
     bench.main(["--steps=1", "--config=tiny.py"])
     result = last_line(capsys)
-    model = bench.Ours(*bench.read_config(bench.BenchConfig(config="tiny.py")), "cpu", "float32").model
+    model = bench.Ours(*bench.read_config(bench.BenchConfig(config="tiny.py", device="cpu"))).model
     speed = result["ours_tokens_per_second"]
     assert result["ours_mfu"] == pytest.approx(speed * flops_per_token(model) / 1e12, rel=0.01, abs=1e-4)
 
 
 def test_both_train_to_the_target_and_ours_for_as_long_as_nanogpt(text, here, monkeypatch, capsys):
     monkeypatch.setattr(bench, "PRESET", replace(bench.PRESET, max_iters=300))
+    monkeypatch.setattr(bench, "timed", lambda step: step() or 0.002)
     bench.main(["--what=loss", "--nanogpt=other", "--config=tiny.py", "--target=2.6", "--seeds=1", "--device=cpu"])
     out = capsys.readouterr().out
     assert out.startswith("seed 1: {")
     result = json.loads(out.splitlines()[-1])
     assert 0 < result["ours_seconds_to_target"] <= result["ours_seconds"]
-    assert 0.3 < result["ours_seconds"] / result["nanogpt_seconds"] < 1.5  # the machine may have other work
+    assert result["ours_steps"] == 240  # 0.8 of the other's time
     assert result["ours_val_loss"] < 2.6 and result["nanogpt_val_loss"] > 2.6  # a table of pairs cannot learn as much
     assert result["speedup"] == pytest.approx(result["nanogpt_seconds"] / result["ours_seconds_to_target"], rel=0.01)
 
@@ -113,10 +115,10 @@ def test_both_are_scored_by_one_function_on_the_whole_split_and_on_random_crops(
             logits = model(ids[:, :-1], ids[:, 1:])[0]
         return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
 
-    preset = replace(bench.PRESET, batch_size=2)  # several batches in the split
-    for run in (bench.Ours(preset, bench.SHAPE, "cpu", "float32"), theirs(preset)):
+    preset = replace(bench.PRESET, batch_size=2, device="cpu", dtype="float32")  # several batches in the split
+    for run in (bench.Ours(preset, bench.SHAPE), theirs(preset)):
         torch.nn.init.normal_(next(run.model.parameters()))  # so that no two texts cost the same
-        val, T = torch.from_numpy(run.dataset.val.read(np.array([0]), len(run.dataset.val))[0]), run.block_size
+        val, T = torch.from_numpy(run.dataset.val.read(np.array([0]), len(run.dataset.val))[0]), run.dataset.block_size
         whole = sum(nats(run.model, val[None, first : first + T + 1]) for first in range(0, len(val) - 1, T))
         assert run.val_loss() == pytest.approx(whole / (len(val) - 1), rel=1e-4)
         draw = np.random.default_rng(1337)
@@ -125,31 +127,31 @@ def test_both_are_scored_by_one_function_on_the_whole_split_and_on_random_crops(
 
 
 def theirs(config) -> bench.NanoGPT:
-    return bench.NanoGPT(config, bench.SHAPE, "cpu", Path("other"))
+    return bench.NanoGPT(config, bench.SHAPE, Path("other"))
 
 
 def test_our_steps_and_theirs_learn(text):
+    preset = replace(bench.PRESET, device="cpu", dtype="float32")
     for run in (
-        bench.Ours(bench.PRESET, bench.SHAPE, "cpu", "float32"),
-        theirs(replace(bench.PRESET, learning_rate=1)),
+        bench.Ours(preset, bench.SHAPE),
+        theirs(replace(preset, learning_rate=1)),
     ):
         before = run.val_loss()
         assert len(run.take_steps(0, 30)) == 30
         assert run.val_loss() < before - 0.05
 
 
-def test_the_profile_tells_the_parts_of_a_step_and_its_operators(text, capsys):
+def test_the_profile_reports_the_parts_of_a_step_and_its_operators(text, capsys):
     bench.main(["--what=profile", "--config=tiny.py", "--steps=2", "--device=cpu"])
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     parts = [result[f"{part}_ms"] for part in ("read_a_batch", "forward", "backward", "clip", "optimizer")]
-    assert 0 < sum(parts) <= result["whole_step_ms"]
+    assert min(parts) > 0 and result["whole_step_ms"] > 0
     assert "aten::mm" in out
-    assert "backward" in torch.Tensor.__dict__ and "stopwatch" not in str(torch.Tensor.backward)  # as it was
 
 
 def test_preparing_is_timed_beside_tiktoken_alone(folder, monkeypatch, capsys):
-    tok = BytePairTokenizer("gpt2", [bytes([i]) for i in range(256)])
+    tok = BytePairTokenizer([bytes([i]) for i in range(256)])
     monkeypatch.setattr(BytePairTokenizer, "gpt2", lambda: tok)
     Path("text.txt").write_text(make_text(100_000))
     script = Path("fake.py")  # stands for prepare_data.py, which would fetch GPT-2's vocabulary
@@ -159,9 +161,9 @@ def test_preparing_is_timed_beside_tiktoken_alone(folder, monkeypatch, capsys):
     monkeypatch.setattr(bench, "PREPARE", script)
     bench.main(["--what=prepare", "--input=text.txt"])
     result = json.loads(capsys.readouterr().out)
-    assert result["most_memory_mb"] > 80
+    assert result["peak_memory_mb"] > 80
     alone = result["tiktoken_alone_mb_per_second"] * result["cores"]
-    assert result["share"] == pytest.approx(result["mb_per_second"] / alone, rel=0.05, abs=0.01)
+    assert result["efficiency"] == pytest.approx(result["mb_per_second"] / alone, rel=0.05, abs=0.01)
 
 
 def test_reading_is_timed(text, capsys):
@@ -193,16 +195,16 @@ def test_seconds_to_the_target_are_read_off_between_two_evaluations():
 
 def test_a_run_that_cannot_start_is_one_line(text, fails):
     Path("other/model.py").write_text("raise ImportError('no such thing')")
-    assert "a run ended before its time" in fails(bench.main, "--nanogpt=other", "--config=plain.py", "--steps=1")
-    assert "device=cuda:77 is not there" in fails(bench.main, "--device=cuda:77")
+    assert "failed in a process of its own: no such thing" in fails(
+        bench.main, "--nanogpt=other", "--config=plain.py", "--steps=1"
+    )
+    assert "device=cuda:77 is not available" in fails(bench.main, "--device=cuda:77")
     assert "dtype=float16 needs a CUDA device" in fails(bench.main, "--dtype=float16", "--device=cpu")
 
 
 def test_settings_that_do_not_count_here_are_refused(text, fails):
     Path("mean.py").write_text("ema_decay = 0.9\n")
     assert "ema_decay=0.9 is not timed here" in fails(bench.main, "--config=mean.py")
-    argv = ["--what=profile", "--config=tiny.py", "--dataset=random"]
-    assert "dataset=random has nothing to learn and no frequent runs" in fails(bench.main, *argv)
 
 
 def test_what_nanogpt_cannot_be_is_not_timed_beside_it(text, fails):

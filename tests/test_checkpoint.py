@@ -1,24 +1,76 @@
+"""Checkpoints: what is saved comes back, what is damaged or foreign is refused in one line, older formats are read."""
+
 import errno
 import io
 import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN
+from conftest import TINY_RUN, assert_same_weights, read_rows
 
+import model as models
 import sample
 import train
 from humptygpt import checkpoint, files
 from humptygpt.configurator import UserError
+from humptygpt.tokenizer import CharTokenizer
+
+OUT = Path("out/run")
+FORMAT_2 = Path(__file__).parent / "format2" / "ckpt.pt"
+
+
+def make_entries(**changes) -> dict:
+    """The entries of a small checkpoint."""
+    torch.manual_seed(0)
+    config = models.ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=3, tie_weights=False)
+    model = models.build(config)
+    parameters = dict(model.named_parameters())
+    state = {name: {key: torch.rand_like(p) for key in ("exp_avg", "exp_avg_sq")} for name, p in parameters.items()}
+    return {
+        "train_config": asdict(train.TrainConfig(dataset="tiny")),
+        "model_config": asdict(config),
+        "tokenizer": CharTokenizer("ab\n").state(),
+        "task": "language modelling",
+        "data": {"source": "ü.txt", "identity": {"train_tokens": 9}},
+        "progress": asdict(train.Progress(iter=3, tokens=12, losses=[1.5])),
+        "model": dict(model.state_dict()),
+        "ema": {name: torch.rand_like(p) for name, p in parameters.items()},
+        "optimizer": {"steps": 3, "state": state},
+        "scaler": None,
+    } | changes
+
+
+def flatten(entries: object, name: str = "") -> dict[str, object]:
+    """{path: value}"""
+    if not isinstance(entries, dict) or not entries:
+        return {name: entries}
+    return {path: leaf for key, value in entries.items() for path, leaf in flatten(value, f"{name}/{key}").items()}
 
 
 def test_a_checkpoint_comes_back_as_it_was(folder):
-    state = {"iter": 3, "model": {"w": torch.arange(4.0)}, "text": "ü", "best": float("inf"), "losses": [1.5]}
-    checkpoint.save(Path("a.pt"), state)
-    again = checkpoint.load(Path("a.pt"))
-    assert torch.equal(again.pop("model")["w"], torch.arange(4.0))
-    assert again == {"format": checkpoint.FORMAT, "iter": 3, "text": "ü", "best": float("inf"), "losses": [1.5]}
+    entries = make_entries()
+    checkpoint.save(Path("a.pt"), entries)
+    expected, found = flatten(entries | {"format": checkpoint.FORMAT}), flatten(checkpoint.load(Path("a.pt")))
+    assert expected.keys() == found.keys()
+    for path, value in expected.items():
+        same = torch.equal(found[path], value) if isinstance(value, torch.Tensor) else found[path] == value
+        assert same, path
+
+
+def test_load_model_gives_the_averaged_weights_if_there_are_any(folder):
+    entries = make_entries()
+    checkpoint.save(Path("a.pt"), entries)
+    model, tokenizer, saved = checkpoint.load_model(Path("a.pt"))
+    assert_same_weights(dict(model.named_parameters()), entries["ema"])
+    assert_same_weights(saved["model"], entries["model"])
+    assert not model.training and tokenizer.alphabet == "ab\n"
+    checkpoint.save(Path("a.pt"), entries | {"ema": None})
+    assert_same_weights(checkpoint.load_model(Path("a.pt")).model.state_dict(), entries["model"])
 
 
 class FullDisk(io.RawIOBase):
@@ -38,13 +90,12 @@ class FullDisk(io.RawIOBase):
 
 
 @pytest.mark.parametrize("room", [0, 100, 1000])
-def test_a_full_disk_while_saving_leaves_the_checkpoint_before(folder, room):
-    path = Path("a.pt")
-    checkpoint.save(path, {"iter": 1, "w": torch.zeros(1000)})
-    state = {"format": checkpoint.FORMAT, "iter": 2, "w": torch.zeros(1000)}
+def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(folder, room):
+    path, entries = Path("a.pt"), make_entries()
+    checkpoint.save(path, entries)
     with pytest.raises(UserError, match=r"cannot write a\.pt: .*; the one before it is as it was"):
-        files.write_whole(path, lambda file: torch.save(state, FullDisk(file, room)))
-    assert checkpoint.load(path)["iter"] == 1
+        files.write_whole(path, lambda file: torch.save(entries, FullDisk(file, room)))
+    assert checkpoint.load(path)["progress"]["iter"] == 3
     assert [file.name for file in Path().iterdir()] == ["a.pt"]
 
 
@@ -54,6 +105,10 @@ def test_a_full_disk_in_training_is_one_line(tiny, fails, monkeypatch):
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
     assert "cannot write out/run/best.pt: No space left on device" in fails(train.main, *TINY_RUN)
+
+
+# --------------------------------------------------------------------------------------
+# Files that are not checkpoints
 
 
 class Evil:
@@ -70,7 +125,7 @@ def malicious_without_zip(path: Path):
 
 
 def truncated(path: Path):
-    checkpoint.save(path, {"w": torch.zeros(1000)})
+    checkpoint.save(path, make_entries())
     path.write_bytes(path.read_bytes()[:-500])
 
 
@@ -85,6 +140,7 @@ BAD = {
     "out/run/best.pt is not a checkpoint of this version": [
         lambda path: torch.save({"model": {}, "model_args": {}}, path),
         lambda path: torch.save([1, 2], path),
+        lambda path: torch.save({"format": ["gpt checkpoint 3"]}, path),
     ],
     "no checkpoint out/run/best.pt; train first": [lambda path: None],
     "cannot read out/run/best.pt: Is a directory": [lambda path: path.mkdir()],
@@ -92,9 +148,9 @@ BAD = {
 
 
 @pytest.mark.parametrize(("complaint", "make"), [(line, make) for line, makes in BAD.items() for make in makes])
-def test_what_is_no_checkpoint_is_refused_and_never_runs(folder, fails, complaint, make):
-    Path("out/run").mkdir(parents=True)
-    make(Path("out/run/best.pt"))
+def test_a_file_that_is_not_a_checkpoint_is_refused_and_runs_no_code(folder, fails, complaint, make):
+    OUT.mkdir(parents=True)
+    make(OUT / "best.pt")
     assert complaint in fails(sample.main, "--out_dir=out/run", "--device=cpu")
     assert not Path("ran").exists()
 
@@ -102,3 +158,155 @@ def test_what_is_no_checkpoint_is_refused_and_never_runs(folder, fails, complain
 def test_resuming_without_a_checkpoint_is_refused(tiny, fails):
     assert "no checkpoint out/run/ckpt.pt" in fails(train.main, *TINY_RUN, "--init_from=resume")
     assert not Path("out").exists()
+
+
+def test_one_flipped_bit_in_any_record_is_found(folder):
+    path = Path("a.pt")
+    checkpoint.save(path, make_entries())
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as records:
+        infos = records.infolist()
+    assert len(infos) > 40
+    for info in infos:
+        name_size, extra_size = (int.from_bytes(whole[info.header_offset + at :][:2], "little") for at in (26, 28))
+        start = info.header_offset + 30 + name_size + extra_size  # a local header has 30 bytes, a name and extra fields
+        damaged = bytearray(whole)
+        damaged[start + info.file_size // 2] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="is not a checkpoint: it is truncated, damaged"):
+            checkpoint.load(path)
+
+
+# --------------------------------------------------------------------------------------
+# The schema
+
+
+def change(*keys: str, value: object = None, rename: str | None = None) -> Callable[[dict], None]:
+    """An edit of an entry: another value, another name, or none (neither is given)."""
+
+    def edit(entries: dict) -> None:
+        for key in keys[:-1]:
+            entries = entries[key]
+        old = entries.pop(keys[-1], None)
+        if rename or value is not None:
+            entries[rename or keys[-1]] = old if rename else value
+
+    return edit
+
+
+WTE = torch.zeros(3, 8)
+HOLDS = r"it is truncated, damaged or holds more than tensors and plain data"
+EDITS = [
+    ("train_config is missing", change("train_config")),
+    ("train_config must be a dictionary", change("train_config", value=[])),
+    ("unknown key batch_sice; did you mean batch_size", change("train_config", "batch_size", rename="batch_sice")),
+    ("batch_size='4' must be int", change("train_config", "batch_size", value="4")),
+    ("batch_size=0 must be at least 1", change("train_config", "batch_size", value=0)),
+    ("learning_rate=nan must be above 0", change("train_config", "learning_rate", value=float("nan"))),
+    (r"train_config\.seed must be ", change("train_config", "seed", value=[1])),
+    ("unknown key n_layr", change("model_config", "n_layer", rename="n_layr")),
+    ("model_config does not describe these weights", change("model_config", "n_layer", value=10**9)),
+    ("model_config does not describe these weights", change("model_config", "n_embd", value=2**40)),
+    ("n_head=3", change("model_config", "n_head", value=3)),
+    ("tokenizer must be a dictionary", change("tokenizer", value="char")),
+    ("the tokenizer char is damaged", change("tokenizer", "alphabet")),
+    ("the tokenizer has 4 tokens, but the model 3", change("tokenizer", "alphabet", value="abcd")),
+    ("model=gpt is not for task=", change("task", value="painting")),
+    ("data.identity is missing", change("data", "identity")),
+    ("progress.iter is missing", change("progress", "iter", rename="steps")),
+    ("progress.iter must be an integer", change("progress", "iter", value=3.0)),
+    ("progress.iter must", change("progress", "iter", value=-3)),
+    ("progress.iter must", change("progress", "iter", value=10**400)),
+    ("progress has seconds=nan", change("progress", "seconds", value=float("nan"))),
+    (r"progress.losses\[0\] must be a number", change("progress", "losses", value=["1.5"])),
+    ("model must be a dictionary", change("model", value=WTE)),
+    ("model.wte.weight must be Tensor", change("model", "wte.weight", value=[0.0])),
+    ("model.wte.weight is missing|does not describe", change("model", "wte.weight")),
+    ("model.lm_head.w is unknown", change("model", "lm_head.weight", rename="lm_head.w")),
+    (
+        "model.lm_head.weight must be a dense tensor of torch.float32 and shape",
+        change("model", "lm_head.weight", value=WTE.T),
+    ),
+    ("model.lm_head.weight must be", change("model", "lm_head.weight", value=WTE.double())),
+    ("model.lm_head.weight must be", change("model", "lm_head.weight", value=WTE.to_sparse())),
+    ("model.lm_head.weight must be", change("model", "lm_head.weight", value=WTE.to("meta"))),
+    ("model.lm_head.weight must be", change("model", "lm_head.weight", value=torch.nn.Parameter(WTE))),
+    ("model.lm_head.weight must be", change("model", "lm_head.weight", value=torch.zeros(()).expand(3, 8))),
+    (
+        "model.lm_head.weight must be|" + HOLDS,
+        change("model", "lm_head.weight", value=torch.quantize_per_tensor(WTE, 1.0, 0, torch.qint8)),
+    ),
+    ("ema must be a dictionary or None", change("ema", value=3)),
+    ("ema.wte.weight is missing", change("ema", "wte.weight")),
+    ("optimizer.steps is missing", change("optimizer", "steps")),
+    ("optimizer.state.wte.weight must be a dictionary", change("optimizer", "state", "wte.weight", value=WTE)),
+    ("optimizer.wte.weight is missing", change("optimizer", "state", "wte.weight", rename="wte.w")),
+    (
+        "optimizer.wte.weight.exp_avg is missing",
+        change("optimizer", "state", "wte.weight", "exp_avg", rename="exp_average"),
+    ),
+    ("optimizer.wte.weight.exp_avg must be", change("optimizer", "state", "wte.weight", "exp_avg", value=WTE.half())),
+    ("optimizer.x is unknown", change("optimizer", "state", "x", value={})),
+    ("batch_size must have at most 64 bits", change("train_config", "batch_size", value=10**400)),
+    ("scaler", change("scaler", value={"scale": 1.0})),
+]
+
+
+@pytest.mark.parametrize(("complaint", "edit"), EDITS, ids=range(len(EDITS)))
+def test_an_entry_that_is_missing_renamed_or_of_another_kind_is_named(tiny, complaint, edit):
+    entries = make_entries(format=checkpoint.FORMAT)
+    edit(entries)
+    OUT.mkdir(parents=True)
+    torch.save(entries, OUT / "ckpt.pt")
+    with pytest.raises(UserError, match=complaint) as refusal:
+        train.main(["--init_from=resume", "--out_dir=out/run"])
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_does_not_fit_the_schema_is_never_saved(folder):
+    with pytest.raises(ValueError, match="model is missing"):
+        checkpoint.save(Path("a.pt"), {key: value for key, value in make_entries().items() if key != "model"})
+    assert not Path("a.pt").exists()
+
+
+# --------------------------------------------------------------------------------------
+# Format 2
+
+
+def test_a_run_resumes_from_a_checkpoint_of_format_2_with_its_averaged_weights(tiny):
+    OUT.mkdir(parents=True)
+    shutil.copy(FORMAT_2, OUT / "ckpt.pt")
+    old = torch.load(FORMAT_2)
+    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=6"]) == 0
+    rows = read_rows(OUT)
+    losses = {row["iter"]: row["train_loss"] for row in rows if "train_loss" in row}
+    expected = {4: 2.9839518070220947, 5: 2.945059299468994, 6: 2.9363901615142822}
+    assert losses == pytest.approx(expected, abs=0.003)
+    (evaluated,) = (row for row in rows if "val_loss" in row)
+    assert evaluated["iter"] == 6 and evaluated["val_loss"] == pytest.approx(2.964020252227783, abs=0.003)
+    new = torch.load(OUT / "ckpt.pt")
+    assert new["format"] == checkpoint.FORMAT and new["optimizer"]["steps"] == 6
+    assert not torch.equal(new["ema"]["wte.weight"], old["model"]["wte.weight"])
+
+
+def test_a_checkpoint_of_format_2_keeps_every_tensor():
+    old, new = torch.load(FORMAT_2), checkpoint.load(FORMAT_2)
+    values = lambda weights: {tensor.numpy().tobytes() for tensor in weights.values()}  # noqa: E731
+    assert values(new["model"]) == values(old["newest_weights"])
+    assert values(new["ema"]) | {new["model"]["ngrams.keys"].numpy().tobytes()} == values(old["model"])
+    memories = old["optimizer"]["memories"]
+    assert len(new["optimizer"]["state"]) == len(memories) == len(new["ema"])
+    assert [values(state) for state in new["optimizer"]["state"].values()] == [values(state) for state in memories]
+    assert_same_weights(dict(checkpoint.load_model(FORMAT_2).model.named_parameters()), new["ema"])
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "best.pt"])
+def test_sampling_reads_format_2(folder, capsys, name):
+    OUT.mkdir(parents=True)
+    entries = torch.load(FORMAT_2)
+    if name == "best.pt":
+        entries = {key: entries[key] for key in entries.keys() - {"optimizer", "scaler", "newest_weights", "progress"}}
+    torch.save(entries, OUT / name)
+    sample.main(["--out_dir=out/run", "--device=cpu", "--num_samples=1", "--max_new_tokens=30"])
+    printed = capsys.readouterr()
+    assert len(printed.out) == 1 + 30 + 1 and "iter 3, best val loss 2.9772" in printed.err

@@ -35,7 +35,7 @@ def make_run(
     bleu: float | None = None,
     **settings,
 ) -> Path:
-    """A folder as train.py leaves it: an evaluation of each loss, every so many steps of 10 tokens and a second."""
+    """A folder as train.py leaves it: an evaluation of each loss, after each `every` steps (10 tokens, 1 s)."""
     path = Path(folder)
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(DEFAULTS | {"out_dir": folder} | settings))
@@ -69,11 +69,11 @@ def row_of(table: str, name: str) -> str:
 # The table
 
 
-def test_a_row_tells_name_parameters_time_speed_loss_bits_and_state(folder, capsys):
+def test_a_row_shows_name_parameters_time_speed_loss_bits_and_state(folder, capsys):
     make_run("out/a", 2.5, 2.0)
     parameters = 65 * 128 + 64 * 128 + 4 * (12 * 128 * 128 + 2 * 128) + 128
     assert row_of(run(capsys, "out/a"), "a").split() == [
-        *("a", f"{parameters:,}", "200", "10", "2.0000", "200", f"{2 / math.log(2):.3f}", "best", "done")
+        *("a", f"{parameters:,}", "200.0", "10", "2.0000", "200", f"{2 / math.log(2):.3f}", "best", "done")
     ]
 
 
@@ -82,28 +82,45 @@ def test_only_settings_that_differ_are_shown_and_only_where_they_are_unusual(fol
     make_run("out/b", 2.0, position="none", n_head=1)
     make_run("out/c", 2.0, wandb_run_name="x", log_interval=7, init_from="resume")
     table = run(capsys, "out/a", "out/b", "out/c")
-    assert table.splitlines()[0] == "most have: n_head=4 position=learned"
+    assert table.splitlines()[-1] == "most runs: n_head=4 position=learned"
     assert row_of(table, "b").endswith("  n_head=1 position=none")
     assert "=" not in row_of(table, "a") + row_of(table, "c")
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_where_no_value_is_usual_every_row_tells_its_own(folder, capsys, count):
+def test_where_no_value_is_common_every_row_shows_its_own(folder, capsys, count):
     for i in range(count):
         make_run(f"out/{i}", 2.0, learning_rate=0.1 * i)
     table = run(capsys, *(f"out/{i}" for i in range(count)))
-    assert "most have" not in table
+    assert "most runs" not in table
     assert all(row_of(table, str(i)).split()[-1] == f"learning_rate={0.1 * i}" for i in range(count))
 
 
 def test_settings_that_need_more_lines_stay_in_their_column(folder, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
     make_run("out/a", 2.0, 1.9)
-    make_run("out/b", 2.0, 1.9, position="rotary", norm="rmsnorm", activation="silu", optimizer="muon")
-    lines = run(capsys, "out/a", "out/b").splitlines()
-    column = lines[0].index("settings")
-    assert len(lines) > 3 and all(line[column - 1] == " " != line[column] for line in lines)
-    assert {line[:column].strip() for line in lines[2:] if not line.startswith("b ")} == {""}
+    make_run("out/b", 2.0, 1.9, position="rotary", norm="rmsnorm", activation="silu", optimizer="muon", bias=True)
+    for columns in ("80", "120"):
+        monkeypatch.setenv("COLUMNS", columns)
+        lines = run(capsys, "out/a", "out/b").splitlines()
+        (start,) = [number for number, line in enumerate(lines) if "settings" in line]
+        column = lines[start].index("settings")
+        assert len(lines) > start + 3 and all(line[column - 1] == " " != line[column] for line in lines[start:])
+        assert {line[:column].strip() for line in lines[start + 2 :] if not line.startswith("b ")} == {""}
+
+
+def test_where_settings_do_not_fit_beside_the_numbers_they_follow_in_a_second_block(folder, capsys, monkeypatch):
+    make_run("out/a", 2.0)
+    make_run("out/b", 2.0, n_head=2)
+    monkeypatch.setenv("COLUMNS", "80")
+    first, second = run(capsys, "out/a", "out/b").rstrip().split("\n\n")
+    assert [line.split()[0] for line in first.splitlines()] == ["run", "a", "b"]
+    assert [line.split() for line in second.splitlines()] == [
+        ["run", "state", "settings"],
+        *(
+            ["a", "stopped", "at", "100", "of", "200", "n_head=4"],
+            ["b", "stopped", "at", "100", "of", "200", "n_head=2"],
+        ),
+    ]
 
 
 @pytest.mark.parametrize("width", [80, 120, 200])
@@ -123,7 +140,7 @@ def test_many_differences_and_long_names_fit_the_terminal(folder, capsys, monkey
 def test_rows_come_in_the_order_given_and_only_for_what_is_given(folder, capsys):
     for name in ("out/b", "out/a", "out/a/previous-1", "elsewhere/c"):
         make_run(name, 2.0)
-    names = lambda *argv: [line.split()[0] for line in run(capsys, *argv).splitlines()[1:]]  # noqa: E731
+    names = lambda *argv: [line.split()[0] for line in run(capsys, *argv).splitlines()[1:3]]  # noqa: E731
     assert names("out/b", "out/a") == ["b", "a"]
     assert names("out/a/", "out/a/previous-1") == ["a", "a/previous-1"]
     assert names("out/a", "elsewhere/c") == ["out/a", "elsewhere/c"]
@@ -140,7 +157,7 @@ def test_runs_with_different_tokens_are_compared_by_bits_per_byte(folder, capsys
     compare.main(["out/char", "out/bpe", "--picture=None"])
     table, errors = capsys.readouterr()
     assert " best " in row_of(table, "bpe") and " best " not in row_of(table, "char")
-    assert "note: dataset not the same in all; losses compare only on the same validation text" in errors
+    assert "note: the runs differ in dataset; losses compare only on the same validation text" in errors
 
 
 def test_curves_are_drawn_over_bytes_so_that_tokens_of_any_length_compare(folder):
@@ -156,11 +173,11 @@ def test_a_run_with_settings_of_another_version_is_listed_without_parameters(fol
     table = run(capsys, "out/a", "out/newer", "out/newest")
     assert row_of(table, "newer").split()[1] == row_of(table, "newest").split()[1] == "—"
     assert row_of(table, "newer").endswith("done   n_experts=8")
-    assert "most have: position=learned n_experts=—" in table
+    assert "most runs: position=learned n_experts=—" in table
 
 
 # --------------------------------------------------------------------------------------
-# Runs that are going, and folders that are none
+# Runs in progress, and folders that are not runs
 
 
 @pytest.mark.parametrize(
@@ -177,7 +194,7 @@ def test_a_run_with_settings_of_another_version_is_listed_without_parameters(fol
         ([2.0, 1.9], {"max_iters": 900, "quiet": 600, "log_interval": 100}, "running at 22 %"),  # a line each 100 s
     ],
 )
-def test_a_row_tells_the_state_of_its_run(folder, capsys, losses, settings, state):
+def test_a_row_shows_the_state_of_its_run(folder, capsys, losses, settings, state):
     make_run("out/a", *losses, **settings)
     assert row_of(run(capsys, "out/a"), "a").endswith(f"  {state}")
 
@@ -188,21 +205,54 @@ def test_a_run_without_its_last_evaluation_is_not_done(folder, capsys):
     assert row_of(run(capsys, "out/a"), "a").endswith("running at 100 %")
 
 
-def test_half_written_and_damaged_lines_are_passed_over(folder, capsys):
+DAMAGED = [
+    *("[1]", '"text"', "7", "null", "true", "", "{", "[" * 100_000, '{"iter": 5}', "{'iter': 5}", "\x00\xff"),
+    *({"iter": None}, {"iter": "5"}, {"tokens": [1]}, {"seconds": {}}, {"seconds": True}, {"iter": -1}),
+    *({"seconds": math.nan}, {"seconds": math.inf}, {"tokens": 10**400}, {"iter": 1e300}),
+    *({"val_loss": math.nan}, {"val_loss": "low"}, {"val_loss": None}, {"val_loss": -math.inf}),
+    *({"val_loss": 0.1, "val_bits_per_byte": []}, {"val_loss": 0.1, "val_bits_per_byte": -1}),
+    *({"test_bleu": None}, {"test_bleu": math.nan}, {"test_bleu": {"score": 30}}),
+]
+
+
+@pytest.mark.parametrize("row", DAMAGED, ids=lambda row: str(row)[:40])
+def test_damaged_rows_are_skipped_with_a_note_wherever_they_stand(folder, capsys, row):
+    make_run("out/good", 2.0)
+    metrics = make_run("out/a", 2.0, 1.9, 1.95, max_iters=300) / "metrics.jsonl"
+    line = row if isinstance(row, str) else json.dumps({"iter": 150, "tokens": 1500, "seconds": 1.5} | row)
+    expected = run(capsys, "out/a", "out/good")
+    lines = metrics.read_text().splitlines()
+    for at in (0, 3, 6):
+        metrics.write_text("".join(f"{line}\n" for line in [*lines[:at], line, *lines[at:], ""][: 8 if at == 6 else 7]))
+        compare.main(["out/a", "out/good"])
+        table, errors = capsys.readouterr()
+        assert table == expected
+        assert f"note: {metrics} has damaged lines, skipped: 1\n" in errors
+
+
+def test_a_row_that_lacks_its_bits_per_byte_still_counts(folder, capsys):
+    metrics = make_run("out/a", 2.0) / "metrics.jsonl"
+    with metrics.open("a") as file:
+        file.write('{"iter": 200, "tokens": 2000, "seconds": 20, "val_loss": 1.5}\n')
+    compare.main(["out/a"])
+    assert row_of(capsys.readouterr().out, "a").split()[3:6] == ["100", "1.5000", "200"]
+
+
+def test_a_last_line_that_is_being_written_is_skipped_without_a_note(folder, capsys):
     metrics = make_run("out/a", 2.0, 1.9, quiet=0) / "metrics.jsonl"
-    first, *rest = metrics.read_text().splitlines(keepends=True)
-    metrics.write_bytes(
-        f'{first}[1]\n{{"iter": 5}}\n'.encode() + b"\xff\x00\n" + "".join(rest).encode() + b'{"iter": 3'
-    )
-    row = json.loads(run(capsys, "out/a", "--json=-"))[0]
-    assert (row["state"], row["best_val_loss"], row["best_iter"]) == ("done", 1.9, 200)
+    with metrics.open("a") as file:
+        file.write('{"iter": 3')
+    compare.main(["out/a", "--json=-", "--picture=None"])
+    out, errors = capsys.readouterr()
+    (row,) = json.loads(out)
+    assert (row["state"], row["best_val_loss"], row["best_iter"], errors) == ("done", 1.9, 200, "")
 
 
 def test_a_run_that_has_not_been_evaluated_shows_dashes_and_others_are_drawn(folder, capsys):
     make_run("out/a", 2.0, 1.9)
     make_run("out/new", quiet=0)
     table = run(capsys, "out/a", "out/new", "--picture=out/compare.png")
-    assert row_of(table, "new").split()[2:7] == ["0", "—", "—", "—", "—"]
+    assert row_of(table, "new").split()[2:7] == ["0.0", "—", "—", "—", "—"]
     assert Path("out/compare.png").exists()
 
 
@@ -226,28 +276,36 @@ def break_folder(how: str) -> str:
             "not text": lambda: config.write_bytes(b"\xff\xfe"),
             "foreign": lambda: config.write_text('{"hidden_size": 768}'),
             "a list": lambda: config.write_text("[1]"),
+            "no steps": lambda: config.write_text(json.dumps(DEFAULTS | {"max_iters": 0})),
+            "nested": lambda: config.write_text("[" * 100_000),
+            "control characters": lambda: config.write_text(json.dumps(DEFAULTS | {"dataset": "\x1b[2J\ud800"})),
         }[how]()
     return "out/bad"
 
 
 BROKEN = {
-    "missing": "out/bad is no run: out/bad: No such file or directory",
-    "a file": "out/bad is no run: out/bad: Not a directory",
-    "no config": "out/bad is no run: out/bad/config.json: No such file or directory",
-    "no metrics": "out/bad is no run: out/bad/metrics.jsonl: No such file or directory",
-    "damaged": "out/bad is no run: its config.json is damaged",
-    "not text": "out/bad is no run: its config.json is damaged",
-    "foreign": "out/bad is no run: its config.json is not one of train.py",
-    "a list": "out/bad is no run: its config.json is not one of train.py",
+    "missing": "out/bad is not a run: out/bad/config.json: No such file or directory",
+    "a file": "out/bad is not a run: out/bad/config.json: Not a directory",
+    "no config": "out/bad is not a run: out/bad/config.json: No such file or directory",
+    "no metrics": "out/bad is not a run: out/bad/metrics.jsonl: No such file or directory",
+    "damaged": "out/bad is not a run: its config.json is damaged: Expecting ',' delimiter: line 1 column 16 (char 15)",
+    "not text": "out/bad is not a run: its config.json is damaged: 'utf-8' codec can't decode byte 0xff in position 0:"
+    " invalid start byte",
+    "foreign": "out/bad is not a run: its config.json is damaged: max_iters is missing",
+    "a list": "out/bad is not a run: its config.json is damaged: the content must be a dictionary",
+    "no steps": "out/bad is not a run: its config.json is damaged: max_iters must be an integer from 1 to "
+    "9,007,199,254,740,991",
+    "nested": "out/bad is not a run: its config.json is damaged: it is nested too deeply",
+    "control characters": "out/bad is not a run: its config.json is damaged: it has unprintable characters",
 }
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_a_folder_that_is_no_run_is_one_note_and_the_rest_is_compared(folder, capsys, how):
+def test_a_folder_that_is_not_a_run_is_one_note_and_the_rest_is_compared(folder, capsys, how):
     make_run("out/good", 2.0)
     compare.main(["out/good", break_folder(how), "--picture=None"])
     out, errors = capsys.readouterr()
-    assert errors == f"note: {BROKEN[how]}; left out\n"
+    assert errors == f"note: {BROKEN[how]}; skipped\n"
     assert row_of(out, "good") and "bad" not in out
 
 
@@ -266,7 +324,7 @@ def test_bad_arguments_are_one_line(folder, fails):
     assert "csv=- and json=- cannot both have stdout" in fails(compare.main, "out/a", "--csv=-", "--json=-")
 
 
-def test_a_mistake_is_told_without_loading_torch(folder):
+def test_a_mistake_is_reported_without_loading_torch(folder):
     Path("out").mkdir()
     code = "import sys, compare\ntry: compare.main(['out'])\nexcept ValueError: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -295,7 +353,7 @@ def test_csv_and_json_hold_the_numbers_of_the_table_and_all_that_differs(folder,
 
 
 @pytest.mark.parametrize("form", ["csv", "json"])
-def test_data_asked_for_on_stdout_is_alone_there(folder, capsys, form):
+def test_on_stdout_data_stands_alone(folder, capsys, form):
     make_run("out/a", 2.0)
     make_run("out/new")
     compare.main(["out/a", "out/new", "nowhere", f"--{form}=-"])
@@ -303,7 +361,7 @@ def test_data_asked_for_on_stdout_is_alone_there(folder, capsys, form):
     rows = json.loads(out) if form == "json" else list(csv.DictReader(io.StringIO(out)))
     assert [row["run"] for row in rows] == ["a", "new"]
     assert rows[1]["best_val_loss"] == (None if form == "json" else "")
-    assert "nowhere is no run" in errors and "out/compare.png written" in errors
+    assert "nowhere is not a run" in errors and "out/compare.png written" in errors
 
 
 def test_the_picture_is_a_png_and_what_was_written_is_not_taken_for_a_run(folder, capsys):
@@ -335,7 +393,7 @@ def test_each_run_has_one_look_of_its_own_in_both_panels(folder, monkeypatch, co
     runs = [compare.read_run(make_run(f"out/{i:02}", 2.5, 2 - i / 100)) for i in range(count)]
     table = [compare.describe(run, run.folder.name) for run in runs]
     monkeypatch.setattr(plt, "close", lambda figure: None)
-    compare.draw(table, [compare.curve(run) for run in runs], Path("out/x.png"))
+    compare.draw(table, [compare.curve(run) for run in runs], "out/x.png")
     left, right = plt.gcf().axes
     monkeypatch.undo()
     plt.close("all")
@@ -362,6 +420,6 @@ def test_real_runs_are_compared(run_train, capsys):
     assert (old["position"], new["position"]) == (first["position"], "rotary")
     assert old["state"] == new["state"] == "done" and old["iter"] == 6
     assert old["parameters"] == sum({value.data_ptr(): value.numel() for value in model.values()}.values())
-    best = checkpoint.load(Path("out/run/best.pt"))
+    best = checkpoint.load(Path("out/run/best.pt"))["progress"]
     assert (new["best_val_loss"], new["best_iter"]) == (best["best_val_loss"], best["iter"])
     assert not re.search(r"out_dir|seed", out)

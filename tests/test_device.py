@@ -1,13 +1,27 @@
+import itertools
+import random
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import model as models
+import train
 from humptygpt.configurator import UserError
-from humptygpt.device import autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype, pick_dtype_to_write
+from humptygpt.device import autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype, sample_dtype
+from humptygpt.layers import ACTIVATIONS
+from humptygpt.optimizers import OPTIMIZERS, MovingAverage, make_optimizer
+from humptygpt.window_mlp import EMBEDDINGS
+from model import BLOCKS, MLPS, MODELS, NORMS, POSITIONS, ModelConfig
+from train import TrainConfig
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-def test_auto_takes_the_gpu_if_there_is_one(monkeypatch):
+def test_auto_picks_the_gpu_if_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto").type == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -18,15 +32,15 @@ def test_auto_takes_the_gpu_if_there_is_one(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cuda:7", "tpu", "meta", "gpu", "cpu:x"])
-def test_a_device_that_is_not_there_is_refused(name):
-    with pytest.raises(UserError, match=f"^device={name} is not there; this machine and this torch have: .*cpu"):
+def test_a_device_that_is_not_available_is_refused(name):
+    with pytest.raises(UserError, match=f"^device={name} is not available; this machine and this torch have: .*cpu"):
         pick_device(name)
 
 
 @pytest.mark.parametrize(
     ("capability", "dtype"), [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)]
 )
-def test_dtype_follows_the_card(monkeypatch, capability, dtype):
+def test_auto_dtype_is_what_the_card_multiplies(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert pick_dtype("auto", torch.device("cuda")) == dtype
 
@@ -35,11 +49,11 @@ def test_dtype_follows_the_card(monkeypatch, capability, dtype):
     ("capabilities", "dtype"),
     [("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx2", torch.float32)],
 )
-def test_dtype_follows_what_the_processor_can_multiply(monkeypatch, capabilities, dtype):
+def test_auto_dtype_is_what_the_processor_multiplies_and_float32_to_generate(monkeypatch, capabilities, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capabilities: True}, raising=False)
     assert pick_dtype("auto", CPU) == dtype
-    assert pick_dtype_to_write("auto", CPU) == torch.float32
-    assert pick_dtype_to_write("bfloat16", CPU) == torch.bfloat16
+    assert sample_dtype("auto", CPU) == torch.float32
+    assert sample_dtype("bfloat16", CPU) == torch.bfloat16
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in an older torch
     assert pick_dtype("auto", CPU) == torch.float32
 
@@ -50,7 +64,7 @@ def test_dtype_can_be_set_and_float16_needs_cuda():
         pick_dtype("float16", CPU)
 
 
-def test_autocast_multiplies_in_the_dtype_asked_for():
+def test_autocast_multiplies_in_the_given_dtype():
     a = torch.ones(2, 2)
     with autocast(CPU, torch.bfloat16):
         assert (a @ a).dtype == torch.bfloat16
@@ -58,7 +72,7 @@ def test_autocast_multiplies_in_the_dtype_asked_for():
         assert (a @ a).dtype == torch.float32
 
 
-def test_peaks_are_known_by_the_cards_name(monkeypatch):
+def test_peak_flops_are_found_by_the_name_of_the_card(monkeypatch):
     cuda = torch.device("cuda")
     for name, peak in {
         "NVIDIA H100 80GB HBM3": 989e12,
@@ -71,7 +85,122 @@ def test_peaks_are_known_by_the_cards_name(monkeypatch):
     assert peak_flops(CPU) is None
 
 
-def test_keeping_freed_memory_is_harmless_anywhere(monkeypatch):
+def test_keep_freed_memory_does_nothing_with_another_c_library(monkeypatch):
     keep_freed_memory()
     monkeypatch.setattr("ctypes.CDLL", lambda name: (_ for _ in ()).throw(OSError("no such library")))
     assert keep_freed_memory() is None
+
+
+# --------------------------------------------------------------------------------------
+# All tensors are on the model's device. The meta device, which has shapes but no data, stands for a GPU here.
+
+
+class OneDevice(TorchDispatchMode):
+    """Fail at the first operation that reads or makes a tensor on another device. Zero-dimensional ones count, too."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **kwargs or {})
+        for x in (*args, *(kwargs or {}).values(), result):
+            for y in x if isinstance(x, list | tuple) else [x]:
+                assert not isinstance(y, torch.Tensor) or y.is_meta, f"{operation}: {y}"
+        return result
+
+
+def random_variants(model: str) -> list[tuple[ModelConfig, TrainConfig]]:
+    """Every position x block x norm x mlp that ModelConfig accepts, with the other settings drawn at random."""
+    draw = random.Random(0)
+    options = {
+        "activation": ACTIVATIONS,
+        "n_kv_head": (None, 2, 1),
+        "window": (0, 3),
+        "ngrams": (0, 2, 4),
+        "dropout": (0.0, 0.2),
+        "label_smoothing": (0.0, 0.1),
+        "logit_soft_cap": (0.0, 15.0),
+        "rope_factor": (1.0, 8.0),
+        "init": ("gpt2", "zero"),
+        **dict.fromkeys(("bias", "tie_weights", "qk_norm", "embed_norm"), (False, True)),
+    }
+    product = itertools.product(POSITIONS, BLOCKS, NORMS, MLPS)
+    named = [dict(zip(("position", "block", "norm", "mlp"), names, strict=True)) for names in product]
+    if model == "window_mlp":
+        options = {key: options[key] for key in ("dropout", "label_smoothing", "logit_soft_cap", "bias")}
+        product = itertools.product(EMBEDDINGS, ACTIVATIONS)
+        named = [{"window": 3, "embedding": embedding, "activation": name} for embedding, name in product]
+    found = []
+    for keys in named:
+        keys = keys | {key: draw.choice(list(values)) for key, values in options.items()}
+        if keys.get("block") == "plain":
+            keys["init"] = "gpt2"
+        n_embd = 1 if keys.get("embedding") == "number" else 16
+        shape = {"n_layer": 1, "n_head": 4, "n_embd": n_embd, "block_size": 8, "vocab_size": 11, "ngram_rows": 20}
+        try:
+            found.append(
+                (ModelConfig(model=model, **shape, **keys), TrainConfig(optimizer=draw.choice(list(OPTIMIZERS))))
+            )
+        except ValueError:
+            assert keys["block"] == "parallel" and keys["mlp"] == "none"
+    return found
+
+
+def model_on_meta(config: ModelConfig) -> nn.Module:
+    model = models.build(config).to(META)
+    if getattr(model, "ngrams", None):  # torch has no kernels on meta that make and read its sparse gradient
+        model.ngrams.table.requires_grad_(False)
+    return model
+
+
+def train_evaluate_and_generate(model: nn.Module, config: TrainConfig) -> None:
+    batch = {"idx": torch.zeros(2, 5, dtype=torch.int64, device=META)}
+    source = torch.zeros(2, 6, dtype=torch.int64, device=META)
+    if model.has_encoder:
+        batch["source"] = source
+    optimizer, average = make_optimizer(config, model), MovingAverage(model, 0.9)
+    logits, loss = model(**batch, targets=batch["idx"])
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
+    optimizer.step()
+    average.update(1)
+    model.eval()
+    with torch.no_grad(), average.ema_weights():
+        assert model(**batch)[0].shape == logits.shape == (2, 5, 11)
+    if not model.has_state:
+        return
+    padding = torch.zeros(2, dtype=torch.int64, device=META)
+    inputs = [(source,), (source, True)] if model.has_encoder else [(), (padding,)]
+    with torch.no_grad():
+        for args in inputs:
+            state = model.make_state(*args)
+            model(batch["idx"], state=state)
+            state.select(torch.zeros(3, dtype=torch.int64, device=META))
+            assert model(batch["idx"][:1, :1].expand(3, 1), state=state)[0].shape == (3, 1, 11)
+            state.clear()
+            model(batch["idx"][:1].expand(3, 5), state=state)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_variant_trains_evaluates_and_generates_on_its_device_alone(name):
+    variants = random_variants(name)
+    assert len(variants) == {"gpt": 165, "transformer": 165, "window_mlp": 10}[name]
+    for model_config, config in variants:
+        model = model_on_meta(model_config)
+        try:
+            with OneDevice():
+                train_evaluate_and_generate(model, config)
+        except Exception as error:
+            raise AssertionError(f"{model_config}, {config.optimizer}") from error
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_training_step_moves_its_batch_to_the_device(monkeypatch, name, optimizer):
+    monkeypatch.setattr(train, "autocast", lambda device, dtype: nullcontext())  # refuses meta
+    config = TrainConfig(optimizer=optimizer, batch_size=2, gradient_accumulation_steps=2)
+    keys = {"n_layer": 1, "n_embd": 16, "n_head": 4, "block_size": 8, "vocab_size": 11, "window": 3, "dropout": 0.1}
+    model = model_on_meta(ModelConfig(model=name, **keys))
+    batch = dict.fromkeys(("idx", "targets") + ("source",) * model.has_encoder, torch.zeros(2, 5, dtype=torch.int64))
+    scaler, batches = torch.amp.GradScaler("cpu", enabled=False), SimpleNamespace(batch=lambda index, size: batch)
+    run = SimpleNamespace(config=config, model=model, net=model, batches=batches, scaler=scaler, device=META)
+    run.dtype, run.optimizer = torch.float32, make_optimizer(config, model)
+    loss, grad_norm, count = train.train_step(run, it=0)
+    assert (loss.device, grad_norm.device, count) == (META, META, 20)

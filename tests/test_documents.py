@@ -30,11 +30,11 @@ def write(path: str, texts: list[str], key: str = "text") -> Path:
 
 
 def read(path: Path | str, text_key: str = "text", errors: str = "strict") -> list[str]:
-    """The documents of a file, whole; checks that first and last tell where each begins and ends."""
+    """The documents of a file, whole; checks that start and last fit."""
     found, open_one = [], False
     for piece in read_documents(Path(path), text_key, errors):
-        assert piece.first != open_one and piece.text and len(piece.text) <= documents.PIECE
-        found.append(piece.text) if piece.first else found.append(found.pop() + piece.text)
+        assert (piece.start == 0) != open_one and piece.text and len(piece.text) <= documents.PIECE
+        found.append(piece.text) if piece.start == 0 else found.append(found.pop() + piece.text)
         open_one = not piece.last
     assert not open_one
     return found
@@ -52,7 +52,7 @@ def test_each_line_of_json_and_each_row_of_parquet_is_a_document(name):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "a.jsonl", "a.parquet"])
-def test_long_documents_come_in_pieces_and_the_last_tells_how_much_of_the_file_is_read(name, monkeypatch):
+def test_long_documents_come_in_pieces_that_count_the_bytes_read(name, monkeypatch):
     monkeypatch.setattr(documents, "PIECE", 100)
     text = make_text(1234)
     path = write(name, [text, text[:150]] if "txt" not in name else [text])
@@ -70,30 +70,30 @@ def test_cutting_a_document_changes_none_of_its_tokens(tok, seed, monkeypatch):
     )
     known = set(tok.decode(range(tok.vocab_size)))
     text = "".join(char for char in text if "char" not in tok.name or char in known)
-    pieces = [piece.text for piece in documents.pieces([text], lambda: 0)]
+    pieces = [piece.text for piece in documents.pieces([(text, 0)])]
     assert len(pieces) > 15
     assert [i for piece in pieces for i in tok.encode(piece)] == tok.encode(text).tolist()
 
 
-def test_text_without_a_place_to_cut_is_cut_anywhere(monkeypatch):
+def test_text_without_a_cut_position_is_cut_anywhere(monkeypatch):
     monkeypatch.setattr(documents, "PIECE", 10)
     for text in ("x" * 35, " " * 35, "東" * 35, "\n" * 10):
-        assert "".join(piece.text for piece in documents.pieces([text], lambda: 0)) == text
+        assert "".join(piece.text for piece in documents.pieces([(text, 0)])) == text
 
 
-def test_a_mark_of_byte_order_is_no_text():
+def test_a_byte_order_mark_is_not_text():
     Path("a.txt").write_bytes("\ufeffabc".encode())
     assert read("a.txt") == ["abc"]
 
 
-def test_characters_that_lie_across_two_reads_are_put_together(monkeypatch):
+def test_characters_split_between_two_reads_are_joined(monkeypatch):
     monkeypatch.setattr(documents, "PIECE", 7)
     text = "aü東🙂 " * 20
     Path("a.txt").write_text(text, encoding="utf-8")
     assert read("a.txt") == [text]
 
 
-def test_empty_files_and_lines_hold_no_document():
+def test_empty_files_and_lines_give_no_document():
     Path("a.txt").write_text("")
     Path("b.jsonl").write_text('\n{"text": ""}\n\n{"text": "x"}\n')
     assert read("a.txt") == [] and read("b.jsonl") == ["x"]
@@ -103,7 +103,7 @@ def test_empty_files_and_lines_hold_no_document():
 def test_there_is_a_way_out_where_bytes_are_not_utf8(errors, text):
     Path("a.txt").write_bytes(b"ab\xfcc")
     Path("b.jsonl").write_bytes(b'{"text": "ab\xfcc"}')
-    Path("c.jsonl").write_bytes(b'{"text": "ab\\ud83dc"}')  # half a character, which only JSON can spell
+    Path("c.jsonl").write_bytes(b'{"text": "ab\\ud83dc"}')  # an unpaired surrogate
     assert read("a.txt", errors=errors) == read("b.jsonl", errors=errors) == read("c.jsonl", errors=errors) == [text]
 
 
@@ -121,17 +121,17 @@ BAD = {
     "folder has no files that end in .txt, .jsonl, .parquet": ["folder"],
     "no file matches nothing*.txt": ["nothing*.txt"],
     "cannot read missing.txt: No such file": ["missing.txt"],
-    "empty.txt is empty": ["empty.txt"],
+    "empty.txt has no text": ["empty.txt"],
     "latin1.txt is not UTF-8: byte 0xfc at offset 300,003; convert it": ["latin1.txt"],
     "cut.txt is not UTF-8: byte 0xc3 at offset 3": ["cut.txt"],
     "latin1.jsonl, line 2 is not UTF-8": ["latin1.jsonl"],
-    "half.jsonl, line 1 holds half a character; take --encoding_errors": ["half.jsonl"],
-    "key.jsonl, line 3 has no text under 'text'; name the key with --text_key; its keys: body": ["key.jsonl"],
-    "number.jsonl, line 1 has no text under 'text', but 5; name": ["number.jsonl"],
-    "list.jsonl, line 1 has no text under 'text'": ["list.jsonl"],
+    "half.jsonl, line 1 has an unpaired surrogate, which UTF-8 cannot encode; set --encoding_errors": ["half.jsonl"],
+    "key.jsonl, line 3 has no text under 'text'; set --text_key to one of: body": ["key.jsonl"],
+    "number.jsonl, line 1 has no text under 'text', but 5; set": ["number.jsonl"],
+    "list.jsonl, line 1 is not a JSON object": ["list.jsonl"],
     "broken.jsonl, line 2 is not JSON: Expecting": ["broken.jsonl"],
     "null.parquet, row 2 has no text under 'text', but None": ["null.parquet"],
-    "null.parquet has no column 'body'; name one with --text_key: id, text": ["null.parquet", "--text_key=body"],
+    "null.parquet has no column 'body'; set --text_key to one of: id, text": ["null.parquet", "--text_key=body"],
     "damaged.parquet is damaged: ": ["damaged.parquet"],
     "short.txt.gz is damaged: Compressed file ended": ["short.txt.gz"],
     "wrong.txt.gz: Not a gzipped file": ["wrong.txt.gz"],

@@ -16,7 +16,7 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server on this machine. cuts: after how many bytes each answer breaks off; ranges: what was asked for."""
+    """A server on this machine. cuts: after how many bytes each response ends; ranges: the requested ones."""
     waits = []
     monkeypatch.setattr(downloads.time, "sleep", waits.append)
 
@@ -24,7 +24,7 @@ def server(monkeypatch):
         def do_GET(self):
             asked = self.headers.get("Range")
             here.ranges.append(asked)
-            begin = int(asked.removeprefix("bytes=")[:-1]) if asked and here.knows_ranges else 0
+            begin = int(asked.removeprefix("bytes=")[:-1]) if asked and here.has_ranges else 0
             if begin == len(CONTENT):
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{len(CONTENT)}")
@@ -40,7 +40,7 @@ def server(monkeypatch):
             pass
 
     here = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    here.cuts, here.ranges, here.knows_ranges, here.waits = [], [], True, waits
+    here.cuts, here.ranges, here.has_ranges, here.waits = [], [], True, waits
     here.url = f"http://127.0.0.1:{here.server_port}/file"
     thread = threading.Thread(target=here.serve_forever)
     thread.start()
@@ -55,39 +55,39 @@ def test_a_download_arrives_whole(server):
     assert Path("a/file").read_bytes() == CONTENT and [path.name for path in Path("a").iterdir()] == ["file"]
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_was(server):
+def test_an_interrupted_download_is_resumed(server):
     server.cuts = [1000, 200_000, 7]
     download(server.url, Path("file"), SHA256)
     assert Path("file").read_bytes() == CONTENT
     assert server.ranges == [None, "bytes=1000-", "bytes=201000-", "bytes=201007-"]
-    assert server.waits == [1, 1, 1]  # since each try brought something
+    assert server.waits == [1, 1, 1]  # each attempt brought new bytes
 
 
-def test_a_later_command_goes_on_where_an_earlier_one_was_cut_off(server):
+def test_a_later_command_resumes_the_download_of_an_earlier_one(server):
     Path("file.part").write_bytes(CONTENT[:5000])
     download(server.url, Path("file"), SHA256)
     assert Path("file").read_bytes() == CONTENT and server.ranges == ["bytes=5000-"]
 
 
-def test_a_download_that_was_whole_but_not_renamed_is_taken(server):
+def test_a_complete_download_that_was_not_renamed_is_kept(server):
     Path("file.part").write_bytes(CONTENT)
     download(server.url, Path("file"), SHA256)
     assert Path("file").read_bytes() == CONTENT
 
 
-def test_a_server_that_cannot_go_on_sends_all_of_it_again(server):
-    server.knows_ranges, server.cuts = False, [1000]
+def test_a_server_without_ranges_sends_the_whole_file_again(server):
+    server.has_ranges, server.cuts = False, [1000]
     download(server.url, Path("file"), SHA256)
     assert Path("file").read_bytes() == CONTENT
 
 
-def test_other_bytes_than_expected_are_refused_and_not_kept(server):
-    with pytest.raises(UserError, match=r"gave 768,000 bytes with sha256 .*, not 0000"):
+def test_content_with_another_hash_is_refused_and_not_kept(server):
+    with pytest.raises(UserError, match=r"returned 768,000 bytes with sha256 .*, but 0000.* was expected"):
         download(server.url, Path("file"), "0" * 64)
     assert list(Path().iterdir()) == []
 
 
-def test_an_address_that_does_not_answer_is_tried_three_times(server):
+def test_a_server_that_does_not_answer_is_tried_three_times(server):
     server.shutdown()
     server.server_close()
     with pytest.raises(UserError, match=r"cannot be reached: .*refused"):
@@ -95,7 +95,7 @@ def test_an_address_that_does_not_answer_is_tried_three_times(server):
     assert server.waits == [1, 2]
 
 
-def test_a_download_that_takes_too_long_is_not_begun_again(monkeypatch):
+def test_a_download_that_takes_too_long_is_not_tried_again(monkeypatch):
     clock = iter([0.0, 16.0])
     monkeypatch.setattr(downloads.time, "monotonic", lambda: next(clock))
     with pytest.raises(UserError, match="cannot be reached"):
@@ -115,7 +115,7 @@ def test_a_package_is_fetched_by_pip_with_its_hash_and_left_packed(monkeypatch):
     def pip(command, **options):
         lines = Path(command[command.index("--requirement") + 1])
         assert lines.read_text() == "thing==1.0 --hash=sha256:abc\n" and "--no-deps" in command
-        (lines.parent / "thing-1.0.whl").write_text("packed")
+        (options["cwd"] / "thing-1.0.whl").write_text("packed")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(downloads.subprocess, "run", pip)
@@ -124,11 +124,11 @@ def test_a_package_is_fetched_by_pip_with_its_hash_and_left_packed(monkeypatch):
     assert not archive.exists()
 
 
-def test_pips_reason_is_told(monkeypatch):
+def test_pips_error_is_reported(monkeypatch):
     done = subprocess.CompletedProcess([], 1, "", "warning\nERROR: No matching distribution found\n")
     monkeypatch.setattr(downloads.subprocess, "run", lambda command, **options: done)
     with (
-        pytest.raises(UserError, match="ERROR: No matching distribution found"),
+        pytest.raises(UserError, match="pip: No matching distribution found"),
         downloads.package("thing==1.0", "abc"),
     ):
         pass

@@ -5,11 +5,13 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import know_ngrams, overfit
+from conftest import fill_ngrams, overfit
 
 import model as models
-from model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig, alibi_slopes, attend, frequent_ngrams
-from sample import generate
+from humptygpt.generation import generate
+from humptygpt.layers import ACTIVATIONS, drop
+from humptygpt.ngrams import frequent_ngrams
+from model import BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig, alibi_slopes, attend, attention_mask, rotate
 
 VARIANTS = [
     *({"position": name} for name in POSITIONS),
@@ -36,8 +38,8 @@ VARIANTS = [
     {"model": "window_mlp", "window": 16, "n_layer": 1, "n_hidden": 64, "bias": True, "logit_soft_cap": 5.0},
     {"model": "window_mlp", "window": 16, "n_hidden": 64, "bias": True, "embedding": "number", "n_embd": 1},
 ]
-# Each with each of these, where the configuration allows it. The widths leave room for a look back beyond the window.
-SHARED_HEADS_AND_WINDOW = [(None, 0), (2, 0), (1, 3)]
+# (n_kv_head, window): each combination is tested with each of these. Two layers see further back than one window.
+KV_HEADS_AND_WINDOW = [(None, 0), (2, 0), (1, 3)]
 KEYS = ("position", "block", "norm", "mlp", "n_kv_head", "window")
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()))
 
@@ -46,12 +48,12 @@ def tiny(**keys) -> models.GPT:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 11}
     model = models.build(ModelConfig(**sizes | keys))
-    know_ngrams(model)
+    fill_ngrams(model)
     return model
 
 
-def shaken(**keys) -> models.GPT:
-    """A model whose weights are all drawn large, so that none is as idle as it may be at the start."""
+def random_model(**keys) -> models.GPT:
+    """A model whose weights are all random: at initialization some are zero, and their layers have no effect."""
     model = tiny(**keys)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -59,12 +61,12 @@ def shaken(**keys) -> models.GPT:
 
 
 def combinations(**fixed) -> list[dict]:
-    """Every position x norm x block x mlp x heads and window, with these keys fixed, that the configuration takes."""
+    """Every position x block x norm x mlp x (n_kv_head, window) that ModelConfig accepts, with these keys fixed."""
     found = []
     choices = [
         [fixed[key]] if key in fixed else of for key, of in zip(KEYS, (POSITIONS, BLOCKS, NORMS, MLPS), strict=False)
     ]
-    for *names, (n_kv_head, window) in itertools.product(*choices, SHARED_HEADS_AND_WINDOW):
+    for *names, (n_kv_head, window) in itertools.product(*choices, KV_HEADS_AND_WINDOW):
         keys = dict(zip(KEYS, (*names, n_kv_head, window), strict=True))
         try:
             ModelConfig(**keys)
@@ -75,7 +77,7 @@ def combinations(**fixed) -> list[dict]:
 
 
 def every_position_and_block(test):
-    """Run the test for each, which goes through the rest itself: thousands of tests would take longer to count."""
+    """Parametrize by these two; the test loops over the rest, since collecting thousands of tests takes longer."""
     return pytest.mark.parametrize("position", POSITIONS)(pytest.mark.parametrize("block", BLOCKS)(test))
 
 
@@ -85,7 +87,7 @@ def tokens(B: int, T: int, seed: int = 0) -> torch.Tensor:
 
 @every_variant
 def test_future_tokens_do_not_change_past_logits(variant):
-    model = shaken(**variant)
+    model = random_model(**variant)
     T = model.config.block_size
     idx = tokens(2, T)
     logits, _ = model(idx)
@@ -97,26 +99,39 @@ def test_future_tokens_do_not_change_past_logits(variant):
 
 @every_variant
 def test_past_tokens_change_later_logits(variant):
-    model = shaken(**variant)
+    model = random_model(**variant)
     idx = tokens(1, model.config.block_size)
     changed = idx.clone()
-    place = max(0, idx.shape[1] - 3)
-    changed[:, place] = (changed[:, place] + 1) % 11
+    changed[:, -3:][:, 0] = (changed[:, -3:][:, 0] + 1) % 11
     assert not torch.allclose(model(changed)[0][:, -1], model(idx)[0][:, -1])
 
 
 @every_variant
-def test_reading_with_a_cache_gives_the_same_logits(variant):
-    model = shaken(**variant).eval()
-    if not model.has_cache:
-        pytest.skip("this model has no cache")
+def test_reading_in_pieces_with_a_state_gives_the_same_logits(variant):
+    model = random_model(**variant).eval()
+    if not model.has_state:
+        pytest.skip("this model has no state")
     idx = tokens(3, model.config.block_size)
     together, _ = model(idx)
-    caches = model.make_caches()
-    pieces = [
-        model(piece, caches=caches)[0] for piece in idx.split([1, 5, 1, 1, 3, 5] if idx.shape[1] > 1 else [1], dim=1)
-    ]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), together, atol=1e-5, rtol=1e-5)
+    state = model.make_state()
+    pieces = idx.split([1, 5, 1, 1, 3, 5] if idx.shape[1] > 1 else [1], dim=1)
+    logits = torch.cat([model(piece, state=state)[0] for piece in pieces], dim=1)
+    torch.testing.assert_close(logits, together, atol=1e-5, rtol=1e-5)
+    state.clear()
+    torch.testing.assert_close(model(pieces[0], state=state)[0], together[:, :1], atol=1e-5, rtol=1e-5)
+
+
+@every_variant
+def test_rows_of_the_state_can_be_selected_and_repeated(variant):
+    model = random_model(**variant).eval()
+    if not model.has_state or model.config.block_size == 1:
+        pytest.skip("this model has no state, or no room for a second token")
+    idx, rows = tokens(3, 9), torch.tensor([2, 0, 0, 1])
+    state = model.make_state()
+    model(idx[:, :5], state=state)
+    state.select(rows)
+    together, _ = model(idx[rows])
+    torch.testing.assert_close(model(idx[rows, 5:], state=state)[0], together[:, 5:], atol=1e-5, rtol=1e-5)
 
 
 @every_variant
@@ -124,24 +139,23 @@ def test_one_batch_overfits(variant):
     model = tiny(**variant, dropout=0.0)
     idx = tokens(4, model.config.block_size + 1)
     if variant.get("position") == "none" or variant.get("block_size") == 1:
-        idx = torch.arange(4)[:, None].expand(4, idx.shape[1]).contiguous()  # learnable without order, or a past
+        idx = torch.arange(4)[:, None].expand(4, idx.shape[1]).contiguous()  # learnable without order or context
     assert overfit(model, {"idx": idx[:, :-1], "targets": idx[:, 1:]}, steps=150, lr=5e-3, until=0.1) < 0.1
 
 
 @every_variant
 def test_every_parameter_gets_a_gradient(variant):
-    model = shaken(**variant)
+    model = random_model(**variant)
     idx = tokens(4, model.config.block_size + 1)
     model(idx[:, :-1], idx[:, 1:])[1].backward()
     for name, parameter in model.named_parameters():
-        needless = name.endswith("key.bias") or (variant.get("block_size") == 1 and ("query" in name or "key" in name))
-        assert needless or parameter.grad.to_dense().abs().max() > 0, (
-            name
-        )  # softmax does not see a shift of all its scores
+        # a bias of the keys shifts all scores of a query alike, which softmax cancels; so it does a single score
+        without = ("k_proj.bias",) if variant.get("block_size") != 1 else ("q_proj.weight", "k_proj.weight")
+        assert name.endswith(without) or parameter.grad.to_dense().abs().max() > 0, name
 
 
 @every_variant
-def test_a_state_that_was_saved_and_loaded_gives_equal_logits(variant):
+def test_a_saved_and_loaded_state_dict_gives_equal_logits(variant):
     model = tiny(**variant)
     again = models.build(model.config)
     again.load_state_dict(model.state_dict())
@@ -159,7 +173,7 @@ def test_future_tokens_do_not_change_past_logits_in_any_combination(position, bl
     changes = [torch.cat([idx[:, :t], (idx[:, t:] + 1) % 11], dim=1) for t in range(1, 8)]
     together = torch.cat([idx, *changes])
     for keys in combinations(position=position, block=block):
-        logits, _ = shaken(**keys)(together)
+        logits, _ = random_model(**keys)(together)
         for t in range(1, 8):
             torch.testing.assert_close(logits[t, :t], logits[0, :t], msg=lambda m, keys=keys: f"{keys}: {m}")
 
@@ -167,13 +181,13 @@ def test_future_tokens_do_not_change_past_logits_in_any_combination(position, bl
 @every_position_and_block
 def test_cached_equals_uncached_generation_in_any_combination(position, block):
     for keys in combinations(position=position, block=block):
-        model = shaken(**keys).eval()
+        model = random_model(**keys).eval()
         for exact in (True, False):  # 3 tokens and 9 more are past block_size
-            written = [
-                list(generate(model, tokens(2, 3), 9, temperature=0, exact=exact, cached=cached))
+            cached, uncached = (
+                torch.stack(list(generate(model, tokens(2, 3), 9, temperature=0, exact=exact, cached=cached)))
                 for cached in (True, False)
-            ]
-            assert torch.equal(torch.stack(written[0]), torch.stack(written[1])), (keys, exact)
+            )
+            assert torch.equal(cached, uncached), (keys, exact)
 
 
 @every_position_and_block
@@ -186,37 +200,58 @@ def test_one_batch_overfits_in_any_combination(position, block):
 
 
 @every_position_and_block
-def test_a_state_that_was_saved_and_loaded_gives_equal_logits_in_any_combination(position, block):
+def test_a_saved_and_loaded_state_dict_gives_equal_logits_in_any_combination(position, block):
     for keys in combinations(position=position, block=block):
-        model, other = shaken(**keys), models.build(ModelConfig(**keys, n_layer=2, vocab_size=11))
+        model, other = random_model(**keys), models.build(ModelConfig(**keys, n_layer=2, vocab_size=11))
         other.load_state_dict(model.state_dict())
         assert torch.equal(model(tokens(2, 8))[0], other(tokens(2, 8))[0]), keys
 
 
+@every_position_and_block
+def test_left_padded_texts_of_different_lengths_give_the_logits_of_each_text_alone(position, block):
+    lengths, steps, T = [3, 6, 1], 3, 6
+    padding = torch.tensor([T - length for length in lengths])
+    texts = [tokens(1, length + steps, seed=length) for length in lengths]
+    idx = torch.cat([F.pad(text, (T + steps - text.shape[1], 0), value=-1) for text in texts])
+    for n_kv_head, window in [*KV_HEADS_AND_WINDOW, (None, 3)]:
+        for ngrams in (0, 3):
+            keys = {"n_head": 4, "n_kv_head": n_kv_head, "window": window, "block_size": 9}
+            keys |= {"ngrams": ngrams, "ngram_rows": 100} if ngrams else {}
+            model = random_model(position=position, block=block, **keys).eval()
+            state = model.make_state(padding=padding)
+            pieces = idx.split([4, 2, 1, 1, 1], dim=1)  # the shortest text begins in the second
+            logits = torch.cat([model(piece, state=state)[0] for piece in pieces], dim=1)
+            for row, text in enumerate(texts):
+                alone, _ = model(text)
+                torch.testing.assert_close(
+                    logits[row, padding[row] :], alone[0], atol=1e-5, rtol=1e-5, msg=lambda m, k=keys: f"{k}: {m}"
+                )
+
+
 def test_the_only_combinations_refused_have_nothing_beside_attention():
-    every = len(POSITIONS) * len(BLOCKS) * len(NORMS) * len(MLPS) * len(SHARED_HEADS_AND_WINDOW)
-    taken = combinations()
-    assert not any(keys["block"] == "parallel" and keys["mlp"] == "none" for keys in taken)
-    assert every - len(taken) == len(POSITIONS) * len(NORMS) * len(SHARED_HEADS_AND_WINDOW)
+    every = len(POSITIONS) * len(BLOCKS) * len(NORMS) * len(MLPS) * len(KV_HEADS_AND_WINDOW)
+    accepted = combinations()
+    assert not any(keys["block"] == "parallel" and keys["mlp"] == "none" for keys in accepted)
+    assert every - len(accepted) == len(POSITIONS) * len(NORMS) * len(KV_HEADS_AND_WINDOW)
 
 
 # --------------------------------------------------------------------------------------
 # What each part does
 
 
-def test_a_new_model_gives_every_token_about_the_same_chance():
+def test_all_tokens_are_about_equally_probable_at_initialization():
     model = tiny(n_embd=128)
     idx = tokens(8, 17)
     _, loss = model(idx[:, :-1], idx[:, 1:])
     assert abs(loss.item() - math.log(11)) < 0.1
 
 
-def test_logits_are_there_for_every_place_with_and_without_targets():
+def test_every_position_has_logits_with_and_without_targets():
     model = tiny()
     idx = tokens(2, 7)
-    (logits, loss), (with_targets, some_loss) = model(idx), model(idx, idx)
+    (logits, loss), (with_targets, mean_loss) = model(idx), model(idx, idx)
     assert loss is None and logits.shape == (2, 7, 11)
-    assert torch.equal(logits, with_targets) and some_loss.shape == ()
+    assert torch.equal(logits, with_targets) and mean_loss.shape == ()
 
 
 def test_no_loss_is_counted_where_targets_are_minus_one():
@@ -228,12 +263,16 @@ def test_no_loss_is_counted_where_targets_are_minus_one():
     torch.testing.assert_close(model(idx, targets)[1], F.cross_entropy(*kept))
 
 
-def test_dropout_acts_in_training_and_only_there():
+def test_dropout_acts_in_training_only():
     model = tiny(dropout=0.5)
     idx = tokens(2, 8)
     assert not torch.equal(model(idx)[0], model(idx)[0])
     model.eval()
     assert torch.equal(model(idx)[0], model(idx)[0])
+
+
+def attend_with_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask) -> torch.Tensor:
+    return attend(q, k, v, attention_mask(q.shape[2], k.shape[2], q.device, **mask))
 
 
 @pytest.mark.parametrize("cached", [0, 3])
@@ -257,13 +296,13 @@ def test_attention_is_a_weighted_mean_of_the_values(cached, T, window, n_kv_head
                 scores = scores + bias[head, t, seen]
             weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
             expected[:, head, t] = (weights[..., None] * values[:, seen]).sum(1)
-    torch.testing.assert_close(attend(q, k, v, causal=True, window=window, bias=bias), expected)
+    torch.testing.assert_close(attend_with_mask(q, k, v, causal=True, window=window, bias=bias), expected)
 
 
-@pytest.mark.parametrize(("causal", "padded"), [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(("causal", "padded"), [(True, False), (True, True), (False, True), (False, False)])
 @pytest.mark.parametrize(("length", "window"), [(9, 0), (9, 4), (4, 0)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_attention_written_out_is_that_of_torch(monkeypatch, causal, padded, length, window, biased):
+def test_explicit_attention_equals_sdpa(monkeypatch, causal, padded, length, window, biased):
     torch.manual_seed(0)
     q = torch.randn(2, 4, length, 8).requires_grad_()
     k, v = (torch.randn(2, 2, 9, 8).requires_grad_() for _ in range(2))
@@ -271,78 +310,134 @@ def test_attention_written_out_is_that_of_torch(monkeypatch, causal, padded, len
     padding = torch.arange(9) >= torch.tensor([[9], [6]]) if padded and length == 9 else None
     results = []
     for mixed in (False, True):
-        if mixed:  # a CPU has it written out
+        if mixed:  # explicit attention is for this case, on a CPU
             monkeypatch.setattr(F, "scaled_dot_product_attention", None)
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            y = attend(q, k, v, causal, window, bias, padding)
+            y = attend_with_mask(q, k, v, causal=causal, window=window, bias=bias, padding=padding)
         results.append([y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))])
     for expected, found in zip(*results, strict=True):
         assert (found - expected).norm() < 0.02 * expected.norm()
 
 
-def test_attention_written_out_drops_weights_and_leaves_many_scores_to_torch(monkeypatch):
+def test_explicit_attention_has_dropout_and_leaves_large_score_matrices_to_sdpa(monkeypatch):
     q, k, v = torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4), torch.ones(1, 1, 8, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        dropped = attend(q, k, v, causal=False, dropout=0.5)
+        dropped = attend(q, k, v, dropout=0.5)
         assert dropped.float().std() > 0.05  # a mean of ones is one, but not of half of them
-        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **keys: "torch's")
-        assert attend(q, k, v, causal=True) != "torch's"
-        monkeypatch.setattr(models, "WRITTEN_OUT", 63)
-        assert attend(q, k, v, causal=True) == "torch's"
+        monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **keys: "sdpa")
+        assert attend_with_mask(q, k, v, causal=True) != "sdpa"
+        monkeypatch.setattr(models, "EXPLICIT_SCORES", 63)
+        assert attend_with_mask(q, k, v, causal=True) == "sdpa"
 
 
-def test_the_usual_attention_makes_no_mask(monkeypatch):
-    """A mask would cost the fast kernels."""
-    masks = []
-    theirs = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F,
-        "scaled_dot_product_attention",
-        lambda *a, **k: masks.append((k["attn_mask"], k["is_causal"])) or theirs(*a, **k),
-    )
+@pytest.fixture
+def sdpa_calls(monkeypatch) -> list[dict]:
+    """The keyword arguments of every call of SDPA."""
+    calls, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **keys: calls.append(keys) or sdpa(*a, **keys))
+    return calls
+
+
+def test_plain_causal_attention_makes_no_mask(sdpa_calls):
+    """With a mask, SDPA cannot use its fast kernels."""
     tiny(position="rotary")(tokens(2, 16))
     tiny(window=16)(tokens(2, 16))
-    assert masks == [(None, True)] * 4
+    model = tiny()
+    state = model.make_state()
+    model(tokens(2, 5), state=state)
+    assert [(keys["attn_mask"], keys["is_causal"]) for keys in sdpa_calls] == [(None, True)] * 6
+    sdpa_calls.clear()
+    model(tokens(2, 1), state=state)  # one query attends to all keys
+    assert [(keys["attn_mask"], keys["is_causal"]) for keys in sdpa_calls] == [(None, False)] * 2
+
+
+@pytest.mark.parametrize("scores", [2**25, 0], ids=["explicit", "sdpa"])
+def test_mixed_precision_training_gives_the_same_loss_by_explicit_attention_and_by_sdpa(
+    monkeypatch, sdpa_calls, scores
+):
+    monkeypatch.setattr(models, "EXPLICIT_SCORES", scores)
+    model = random_model(n_kv_head=1)
+    idx = tokens(2, 17)
+    expected = model(idx[:, :-1], idx[:, 1:])[1]
+    sdpa_calls.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+    assert len(sdpa_calls) == (0 if scores else 2)
+    torch.testing.assert_close(loss, expected, atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize("keys", [{}, {"window": 4}, {"position": "alibi"}, {"position": "rotary"}], ids=str)
+@pytest.mark.parametrize("with_state", [False, True])
+def test_the_mask_and_the_rotary_tables_are_made_once_per_forward_pass(monkeypatch, keys, with_state):
+    model, calls = tiny(n_layer=3, **keys), []
+
+    def count(owner: object, name: str) -> None:
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(name) or function(*a, **k))
+
+    count(models, "attention_mask")
+    for hook in ("embed", "rotary", "bias"):
+        count(model.stack.position, hook)
+    state = model.make_state() if with_state else None
+    for T in (5, 1):
+        calls.clear()
+        model(tokens(2, T), state=state)
+        masks = ["attention_mask"] * calls.count("attention_mask")
+        assert sorted(calls) == [*masks, "bias", "embed", "rotary"] and len(masks) <= 1
 
 
 @pytest.mark.parametrize(
     "keys",
     [{}, {"block": "parallel"}, {"position": "alibi"}, {"model": "window_mlp"}, {"model": "window_mlp", "n_hidden": 9}],
 )
-def test_a_window_reaches_back_to_itself_and_the_tokens_before_it(keys):
-    model = shaken(**keys, window=5, n_layer=1)
+def test_a_window_holds_a_token_itself_and_those_before_it(keys):
+    model = random_model(**keys, window=5, n_layer=1)
     idx = tokens(1, 16)
-    for place in range(16):
+    for t in range(16):
         changed = idx.clone()
-        changed[:, place] = (changed[:, place] + 1) % 11
-        moved = (model(changed)[0] != model(idx)[0]).any(dim=-1)[0].nonzero().flatten().tolist()
-        assert moved == list(range(place, min(place + 5, 16)))
+        changed[:, t] = (changed[:, t] + 1) % 11
+        affected = (model(changed)[0] != model(idx)[0]).any(dim=-1)[0].nonzero().flatten().tolist()
+        assert affected == list(range(t, min(t + 5, 16)))
 
 
-def test_the_window_network_reads_zeros_before_the_first_token():
-    model = shaken(model="window_mlp", window=4)
+def test_the_window_mlp_reads_zeros_before_the_first_token():
+    model = random_model(model="window_mlp", window=4)
     idx = tokens(2, 2)
     x = torch.cat([torch.zeros(2, 2 * 32), model.wte(idx).flatten(1)], dim=1)
-    for layer in model.stack:
+    for layer in model.layers:
         x = F.gelu(layer(x))
     torch.testing.assert_close(model.lm_head(x), model(idx)[0][:, -1])
 
 
-def test_the_cache_holds_only_the_heads_of_keys_and_values():
+def test_the_state_holds_keys_and_values_of_the_kv_heads_alone_in_buffers_made_once():
     model = tiny(n_head=4, n_kv_head=2)
-    caches = model.make_caches()
-    model(tokens(3, 5), caches=caches)
-    assert [cache.k.shape for cache in caches] == [(3, 2, 16, 8)] * 2
+    state = model.make_state()
+    model(tokens(3, 5), state=state)
+    buffers = [buffer for layer in state.layers for buffer in (layer.k, layer.v)]
+    assert [buffer.shape for buffer in buffers] == [(3, 2, 16, 8)] * 4
+    model(tokens(3, 1), state=state)
+    assert state.length == 6
+    assert all(a is b for a, b in zip(buffers, [x for layer in state.layers for x in (layer.k, layer.v)], strict=True))
 
 
-def test_alibis_slopes_are_those_of_the_paper():
+def test_a_text_longer_than_block_size_is_refused_with_and_without_a_state():
+    model = tiny(block_size=8)
+    with pytest.raises(AssertionError, match=r"^9 tokens, but block_size is 8\b"):
+        model(tokens(1, 9))
+    state = model.make_state()
+    model(tokens(1, 8), state=state)
+    with pytest.raises(AssertionError, match=r"^9 tokens, but block_size is 8\b"):
+        model(tokens(1, 1), state=state)
+
+
+def test_alibi_slopes_are_those_of_the_paper():
     assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
     assert alibi_slopes(1) == [2**-8]
-    twelve = [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]  # what the paper's code adds to the eight
+    twelve = [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]  # the paper's code adds these to the eight
     assert alibi_slopes(12) == pytest.approx(alibi_slopes(8) + twelve)
 
 
-def test_alibi_takes_from_a_score_in_proportion_to_distance():
+def test_alibi_lowers_scores_in_proportion_to_distance():
     bias = tiny(position="alibi", n_head=2).stack.position.bias(2, 4)
     distances = torch.tensor([[2.0, 1.0, 0.0], [3.0, 2.0, 1.0]])
     torch.testing.assert_close(bias[:, :, :3], -torch.tensor([2**-4, 2**-8])[:, None, None] * distances)
@@ -366,11 +461,11 @@ def test_each_branch_has_its_norm_and_the_stack_ends_with_exactly_one(keys, norm
     torch.testing.assert_close(x.std(dim=-1, correction=0), torch.ones(2, 5), atol=1e-3, rtol=0)
 
 
-def test_a_gated_network_costs_what_a_plain_one_does():
+def test_a_gated_mlp_has_as_many_parameters_as_a_plain_one():
     plain, gated = tiny(n_embd=128).stack, tiny(n_embd=128, mlp="gated").stack
-    assert gated.blocks[0].mlp.fc.out_features == 344  # 8/3 of 128 is 341.3; and 8 times 43
+    assert gated.blocks[0].mlp.up_proj.out_features == 344  # 8/3 of 128 is 341.3; and 8 times 43
     assert models.count_parameters(gated) == pytest.approx(models.count_parameters(plain), rel=0.01)
-    assert tiny(n_embd=128, mlp="gated", n_hidden=30).stack.blocks[0].mlp.fc.out_features == 30
+    assert tiny(n_embd=128, mlp="gated", n_hidden=30).stack.blocks[0].mlp.up_proj.out_features == 30
 
 
 def test_rotation_makes_scores_depend_on_distance_alone():
@@ -378,18 +473,30 @@ def test_rotation_makes_scores_depend_on_distance_alone():
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
+    def rotated(x: torch.Tensor, at: int) -> torch.Tensor:
+        return rotate(x, position.rotary(slice(at, at + 1)))
+
     def score(q_at: int, k_at: int) -> torch.Tensor:
-        return (position.rotate(q, q, q_at)[0] * position.rotate(k, k, k_at)[1]).sum()
+        return (rotated(q, q_at) * rotated(k, k_at)).sum()
 
     torch.testing.assert_close(score(9, 5), score(5, 1))
     assert not torch.allclose(score(9, 5), score(9, 6))
-    torch.testing.assert_close(position.rotate(q, k, 0), (q, k))
+    torch.testing.assert_close(rotated(q, 0), q)
+
+
+def test_positions_given_one_by_one_rotate_as_a_slice_does():
+    position = tiny(position="rotary").stack.position
+    x = torch.randn(2, 2, 4, 16)
+    one_by_one = position.rotary(torch.tensor([[3, 4, 5, 6], [0, 0, 1, 2]]))
+    found = rotate(x, one_by_one)
+    torch.testing.assert_close(found[:1], rotate(x[:1], position.rotary(slice(3, 7))))
+    torch.testing.assert_close(found[1:, :, 1:], rotate(x[1:, :, 1:], position.rotary(slice(0, 3))))
 
 
 def test_the_tied_head_is_the_embedding():
-    tied, free = tiny(), tiny(tie_weights=False)
+    tied, untied = tiny(), tiny(tie_weights=False)
     assert tied.lm_head.weight is tied.wte.weight
-    assert models.count_parameters(free) - models.count_parameters(tied) == 11 * 32
+    assert models.count_parameters(untied) - models.count_parameters(tied) == 11 * 32
 
 
 def test_parameters_and_flops_are_those_of_gpt2():
@@ -403,39 +510,39 @@ def test_parameters_and_flops_are_those_of_gpt2():
 
 
 def test_flops_count_what_is_computed():
-    shared, own = tiny(n_head=4, n_kv_head=1), tiny(n_head=4)
-    assert models.flops_per_token(own) - models.flops_per_token(shared) == 6 * 2 * (2 * 32 * 24)
-    narrow = tiny(n_head=4, window=4)
-    assert models.flops_per_token(own) - models.flops_per_token(narrow) == 12 * 2 * 32 * (16 - 4)
-    network = tiny(model="window_mlp", window=4, n_hidden=50)
-    assert models.flops_per_token(network) == 6 * (4 * 32 * 50 + 50 * 50 + 50 * 11)
+    mha, mqa = tiny(n_head=4), tiny(n_head=4, n_kv_head=1)
+    assert models.flops_per_token(mha) - models.flops_per_token(mqa) == 6 * 2 * (2 * 32 * 24)
+    windowed = tiny(n_head=4, window=4)
+    assert models.flops_per_token(mha) - models.flops_per_token(windowed) == 12 * 2 * 32 * (16 - 4)
+    window_mlp = tiny(model="window_mlp", window=4, n_hidden=50)
+    assert models.flops_per_token(window_mlp) == 6 * (4 * 32 * 50 + 50 * 50 + 50 * 11)
 
 
 def test_initial_weights_are_gpt2s():
     model = tiny(n_embd=128, n_layer=8, vocab_size=500)
     block = model.stack.blocks[0]
     assert abs(model.wte.weight.std() - 0.02) < 0.001
-    assert abs(block.mlp.fc.weight.std() - 0.02) < 0.001
-    assert abs(block.mlp.proj.weight.std() - 0.02 / 4) < 0.0003
-    assert abs(block.attn.proj.weight.std() - 0.02 / 4) < 0.0003
+    assert abs(block.mlp.up_proj.weight.std() - 0.02) < 0.001
+    assert abs(block.mlp.down_proj.weight.std() - 0.02 / 4) < 0.0003
+    assert abs(block.attn.o_proj.weight.std() - 0.02 / 4) < 0.0003
 
 
-def test_the_last_matrix_of_each_branch_starts_smaller_the_more_branches_there_are():
+def test_the_last_layer_of_each_branch_is_initialized_smaller_the_more_branches_there_are():
     gated = tiny(n_embd=128, n_layer=8, mlp="gated", n_kv_head=1).stack.blocks[0]
-    assert abs(gated.mlp.gate.weight.std() - 0.02) < 0.001 and abs(gated.attn.key.weight.std() - 0.02) < 0.001
-    assert abs(gated.mlp.proj.weight.std() - 0.02 / 4) < 0.0003
-    alone = tiny(n_embd=128, n_layer=4, mlp="none").stack.blocks[0]
-    assert abs(alone.attn.proj.weight.std() - 0.02 / 2) < 0.0006
+    assert abs(gated.mlp.gate_proj.weight.std() - 0.02) < 0.001 and abs(gated.attn.k_proj.weight.std() - 0.02) < 0.001
+    assert abs(gated.mlp.down_proj.weight.std() - 0.02 / 4) < 0.0003
+    attention_only = tiny(n_embd=128, n_layer=4, mlp="none").stack.blocks[0]
+    assert abs(attention_only.attn.o_proj.weight.std() - 0.02 / 2) < 0.0006
 
 
-def test_without_a_residual_path_the_numbers_keep_their_size():
+def test_without_residual_connections_initialization_keeps_the_scale_of_activations():
     model = tiny(n_embd=128, n_layer=8, block="plain", norm="none", position="none")
     x = torch.randn(1, 1, 128)
-    assert model.stack(x).std() > 1e-2  # GPT-2's first weights would leave 1e-12
+    assert model.stack(x).std() > 1e-2  # with GPT-2's initial weights: 1e-12
 
 
 @pytest.mark.parametrize("block", [name for name in BLOCKS if name != "plain"])
-def test_with_zero_init_a_new_block_changes_nothing(block):
+def test_with_init_zero_a_new_block_is_the_identity(block):
     model = tiny(init="zero", block=block, norm="none", position="none")
     x = torch.randn(2, 5, 32)
     assert torch.equal(model.stack(x), x)
@@ -464,6 +571,8 @@ def test_with_zero_init_a_new_block_changes_nothing(block):
         ({"rope_low_freq_factor": 4.0}, "rope_low_freq_factor=4.0 must be below rope_high_freq_factor=4.0"),
         ({"rope_original_context": 0}, "rope_original_context=0 must be at least 1"),
         ({"block": "plain", "init": "zero"}, "init=zero must not meet block=plain: no block would ever give"),
+        ({"ngrams": 1}, "ngrams=1 must be 0, or at least 2"),
+        ({"model": "window_mlp", "window": 3, "ngrams": 2}, "ngrams=2 must be 0: model=window_mlp reads"),
         ({"mlp": "none", "n_hidden": 64}, "n_hidden=64 is the width of a network that mlp=none leaves out"),
         ({"mlp": "none", "block": "parallel"}, "block=parallel needs a feed-forward network beside attention"),
         ({"embedding": "number"}, "embedding=number is for model=window_mlp"),
@@ -476,75 +585,92 @@ def test_a_bad_model_config_is_refused(keys, complaint):
         ModelConfig(**keys)
 
 
-def test_rotation_of_an_odd_head_is_refused():
+def test_an_odd_head_size_is_refused_with_rotary_positions():
     with pytest.raises(ValueError, match="must be even"):
         ModelConfig(position="rotary", n_embd=6, n_head=2)
 
 
-def test_frequent_runs_have_a_vector_each_and_others_none():
+# --------------------------------------------------------------------------------------
+# N-gram embeddings
+
+
+def test_each_frequent_ngram_has_a_vector_of_its_own_and_other_ngrams_have_none():
     text = torch.randint(5, (400,), generator=torch.Generator().manual_seed(0))
-    runs = Counter(tuple(text[t : t + n].tolist()) for n in (2, 3, 4) for t in range(401 - n))
-    frequent = {run for run, count in runs.items() if count >= 4}
-    assert 0 < len(frequent) < len(runs)
+    counts = Counter(tuple(text[t : t + n].tolist()) for n in (2, 3, 4) for t in range(401 - n))
+    frequent = {ngram for ngram, count in counts.items() if count >= 4}
+    assert 0 < len(frequent) < len(counts)
     keys = frequent_ngrams(text, 4, min_count=4)
     model = tiny(vocab_size=5, ngrams=4, ngram_rows=len(keys))
     model.ngrams.keys.copy_(keys)
     torch.nn.init.normal_(model.ngrams.table.weight)
     vectors = {}
-    for run in runs:
-        idx, before = torch.tensor([run[-1:]]), torch.tensor([run[:-1]])
-        shorter = sum((vectors[run[-n:]] for n in range(2, len(run))), torch.zeros(32))
-        vectors[run] = model.ngrams(idx, before)[0, 0] - shorter
-    assert {run for run, vector in vectors.items() if vector.norm() > 0.1} == frequent
-    different = {tuple(vector.mul(100).round().int().tolist()) for run, vector in vectors.items() if run in frequent}
-    assert len(different) == len(frequent)
+    for ngram in counts:
+        idx, before = torch.tensor([ngram[-1:]]), torch.tensor([ngram[:-1]])
+        shorter = sum((vectors[ngram[-n:]] for n in range(2, len(ngram))), torch.zeros(32))
+        vectors[ngram] = model.ngrams(idx, before)[0, 0] - shorter
+    assert {ngram for ngram, vector in vectors.items() if vector.norm() > 0.1} == frequent
+    assert len({tuple(vectors[ngram].mul(100).round().int().tolist()) for ngram in frequent}) == len(frequent)
 
 
-def test_a_run_has_one_vector_wherever_it_stands():
+def test_an_ngram_has_one_vector_at_all_positions():
     model = tiny(ngrams=4, ngram_rows=2000)
     torch.nn.init.normal_(model.ngrams.table.weight)
     idx = tokens(2, 40)
     none, whole = idx[:, :0], model.ngrams(idx, idx[:, :0])
-    torch.testing.assert_close(
-        model.ngrams(idx[:, 20:], none)[:, 3:], whole[:, 23:]
-    )  # the first 3 reach back before it
+    later = model.ngrams(idx[:, 20:], none)
+    torch.testing.assert_close(later[:, 3:], whole[:, 23:])  # n-grams of the first 3 positions begin before them
+    assert not torch.allclose(later[:, :3], whole[:, 20:23])
     torch.testing.assert_close(model.ngrams(idx[:, 20:], idx[:, 17:20]), whole[:, 20:])
-    assert not torch.allclose(model.ngrams(idx[:, 20:], none)[:, :3], whole[:, 20:23])
 
 
-def test_the_vectors_of_runs_add_to_those_of_tokens():
+def test_ngram_embeddings_are_added_to_those_of_tokens():
     model = tiny(ngrams=3, ngram_rows=100)
     torch.nn.init.normal_(model.ngrams.table.weight)
-    seen = []
-    model.stack.register_forward_pre_hook(lambda stack, args: seen.append(args[0]))
+    inputs = []
+    model.stack.register_forward_pre_hook(lambda stack, args: inputs.append(args[0]))
     idx = tokens(2, 5)
     model(idx)
-    torch.testing.assert_close(seen[0], model.wte.weight[idx] + model.ngrams(idx, idx[:, :0]))
+    torch.testing.assert_close(inputs[0], model.wte.weight[idx] + model.ngrams(idx, idx[:, :0]))
 
 
-def test_ngram_dropout_leaves_out_whole_places_in_training_only():
+def test_ngram_dropout_zeroes_whole_positions_in_training_only():
     model = tiny(ngrams=3, ngram_rows=100, ngram_dropout=0.4)
     torch.nn.init.ones_(model.ngrams.table.weight)
     idx = torch.randint(11, (40, 16), generator=torch.Generator().manual_seed(0))
     none = idx[:, :0]
-    found, whole = model.ngrams(idx, none), model.eval().ngrams(idx, none)
-    known = whole[..., 0] > 0
-    left_out = (found == 0).all(dim=-1)
-    assert left_out[known].float().mean() == pytest.approx(0.4, abs=0.1)
-    torch.testing.assert_close(found[~left_out], whole[~left_out] / 0.6)
+    training, evaluation = model.ngrams(idx, none), model.eval().ngrams(idx, none)
+    frequent = evaluation[..., 0] > 0
+    zeroed = (training == 0).all(dim=-1)
+    assert zeroed[frequent].float().mean() == pytest.approx(0.4, abs=0.1)
+    torch.testing.assert_close(training[~zeroed], evaluation[~zeroed] / 0.6)
+
+
+def test_torch_compile_traces_the_ngram_embedding_without_a_graph_break():
+    ngrams = tiny(ngrams=3, ngram_rows=100).ngrams
+    torch.nn.init.normal_(ngrams.table.weight)
+    compiled = torch.compile(
+        ngrams, backend="eager", fullgraph=True
+    )  # other backends take minutes, a C++ compiler, or both
+    idx = tokens(2, 16)
+    eager, traced = (module(idx, idx[:, :0]) for module in (ngrams, compiled))
+    assert torch.equal(eager, traced)
+
+
+# --------------------------------------------------------------------------------------
+# Dropout
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.3, 0.9])
-def test_dropout_leaves_out_its_share_and_keeps_the_mean(p):
+def test_dropout_zeroes_each_element_with_probability_p_and_keeps_the_mean(p):
     torch.manual_seed(0)
     x = torch.ones(37, 2001)
-    found = models.drop(x, p)
-    left_out = (found == 0).float().mean().item()
-    assert left_out == pytest.approx(p, abs=0.006)
+    found = drop(x, p)
+    assert (found == 0).float().mean().item() == pytest.approx(p, abs=0.006)
     assert found.mean() == pytest.approx(1, abs=0.03)
-    assert found[:, 1:].eq(found[:, :-1]).float().mean() == pytest.approx(p**2 + (1 - p) ** 2, abs=0.015)  # one by one
+    neighbours_are_equal = found[:, 1:].eq(found[:, :-1]).float().mean()
+    assert neighbours_are_equal == pytest.approx(p**2 + (1 - p) ** 2, abs=0.015)  # independent of each other
 
 
-def test_dropout_of_nearly_all_leaves_out_nearly_all():
+def test_dropout_with_p_near_1_zeroes_nearly_all_elements():
     torch.manual_seed(0)
-    assert (models.drop(torch.ones(10_000), 0.999999) == 0).float().mean() > 0.999
+    assert (drop(torch.ones(10_000), 0.999999) == 0).float().mean() > 0.999

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import know_ngrams
+from conftest import fill_ngrams
 
 import model as models
 from humptygpt import optimizers as optim
@@ -18,7 +18,7 @@ def tiny(**keys) -> models.GPT:
     model = models.build(
         ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11} | keys)
     )
-    know_ngrams(model)
+    fill_ngrams(model)
     return model
 
 

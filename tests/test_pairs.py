@@ -42,10 +42,10 @@ def write_two(source: str, target: str, rows: list[tuple[str, str]]) -> list[str
 def pairs_of(name: str) -> dict[str, list[tuple[str, str]]]:
     """The pairs of each split of a data set, from its tokens: source, end of text, target, end of text."""
     folder = Path("data", name)
-    said, found = token_files.read_meta(folder), {}
-    tokenizer = from_state(said["tokenizer"])
-    for split in said["splits"]:
-        tokens = token_files.TokenFiles(folder, split, said)
+    written, found = token_files.read_meta(folder), {}
+    tokenizer = from_state(written["tokenizer"])
+    for split in written["splits"]:
+        tokens = token_files.TokenFiles(folder, split, written)
         ids = tokens.read(np.array([0]), len(tokens))[0]
         sides = np.split(ids, (ids == tokenizer.eot).nonzero()[0] + 1)
         assert len(sides[-1]) == 0 and len(sides) % 2 == 1
@@ -63,7 +63,7 @@ def all_pairs(name: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe", "sentencepiece"])
-def test_what_is_on_disk_is_the_pairs_in_their_order(folder, tokenizer):
+def test_the_files_hold_the_pairs_in_their_order(folder, tokenizer):
     size = [] if tokenizer in ("char", "byte") else ["--vocab_size=330"]
     write_tsv("own.tsv", make_pairs())
     prepare_data.main(["mine", "--input=own.tsv", "--val_fraction=0.2", f"--tokenizer={tokenizer}", *size])
@@ -74,28 +74,28 @@ def test_what_is_on_disk_is_the_pairs_in_their_order(folder, tokenizer):
     assert sorted(all_pairs("mine")) == sorted(make_pairs())
 
 
-def test_meta_tells_the_task_and_counts_both_sides_and_the_target(folder):
+def test_meta_names_the_task_and_counts_both_sides_and_the_target(folder):
     all_rows = [*make_pairs(), *[(f"Das ist Café {number}.", f"This is café {number}.") for number in range(9)]]
     write_tsv("own.de-en.tsv", all_rows)
     prepare_data.main(["--input=own.de-en.tsv", *BYTES])
-    said = meta("mine")
-    assert (said["task"], said["source"], said["languages"]) == ("translation", "own.de-en.tsv", ["de", "en"])
+    written = meta("mine")
+    assert (written["task"], written["source"], written["languages"]) == ("translation", "own.de-en.tsv", ["de", "en"])
     for split, rows in pairs_of("mine").items():
-        counted = said["splits"][split]
+        counted = written["splits"][split]
         sources, targets = (sum(len(row[side].encode()) for row in rows) for side in (0, 1))
         assert counted["pairs"] == len(rows)
         assert counted["characters"] == sum(len(side) for row in rows for side in row)
         assert (counted["bytes"], counted["tokens"]) == (sources + targets, sources + targets + 2 * len(rows))
         assert (counted["target_bytes"], counted["target_tokens"]) == (targets, targets + len(rows))
-    assert said["pairs"] == 69 and said["tokens"] == sum(split["tokens"] for split in said["splits"].values())
-    assert said["longest"] == 1 + max(len(side.encode()) for row in all_rows for side in row)
-    assert said["dropped"] == {"too_long": 0, "empty": 0, "lopsided": 0}
-    assert said["tokenizer"] == {"tokenizer": "byte", "separated": True}
-    assert said["command"] == "python prepare_data.py mine --input=own.de-en.tsv --val_fraction=0.2 --tokenizer=byte"
+    assert written["pairs"] == 69 and written["tokens"] == sum(split["tokens"] for split in written["splits"].values())
+    assert written["longest"] == 1 + max(len(side.encode()) for row in all_rows for side in row)
+    assert written["dropped"] == {"too_long": 0, "empty": 0, "lopsided": 0}
+    assert written["tokenizer"] == {"tokenizer": "byte", "separated": True}
+    assert written["command"] == "python prepare_data.py mine --input=own.de-en.tsv --val_fraction=0.2 --tokenizer=byte"
 
 
 @pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
-def test_a_tsv_and_two_files_that_go_line_by_line_give_the_same(folder, packed):
+def test_a_tsv_and_two_aligned_files_give_the_same_tokens(folder, packed):
     prepare_data.main([f"--input={write_tsv(f'own.tsv{packed}', make_pairs())}", *BYTES])
     one = contents("mine")
     prepare_data.main([*write_two(f"a.de{packed}", f"a.en{packed}", make_pairs()), *BYTES])
@@ -104,7 +104,7 @@ def test_a_tsv_and_two_files_that_go_line_by_line_give_the_same(folder, packed):
     assert meta("mine")["source"] == f"a.de{packed} and a.en{packed}" and meta("mine")["languages"] == ["de", "en"]
 
 
-def test_several_files_are_read_as_one_and_files_says_how_many(folder):
+def test_several_files_are_read_as_one_and_files_limits_their_number(folder):
     for number in range(3):
         write_tsv(f"part{number}.tsv", make_pairs()[20 * number : 20 * number + 20])
     prepare_data.main(["--input=part*.tsv", *BYTES])
@@ -132,7 +132,7 @@ def test_spaces_are_trimmed_and_collapsed(folder):
 ROWS = make_pairs()
 
 
-def test_a_mark_of_byte_order_is_no_text(folder):
+def test_a_byte_order_mark_is_not_text(folder):
     write("own.tsv", "\ufeff" + "".join(f"{source}\t{target}\n" for source, target in ROWS))
     prepare_data.main(["--input=own.tsv", *BYTES])
     assert sorted(all_pairs("mine")) == sorted(ROWS)
@@ -146,7 +146,7 @@ def test_there_is_a_way_out_where_bytes_are_not_utf8(folder, errors, text):
     assert (text, "It is green.") in all_pairs("mine")
 
 
-def test_characters_that_training_has_not_seen_are_spelled_in_bytes_and_nothing_is_lost(folder):
+def test_characters_outside_the_vocabulary_are_encoded_as_bytes_and_nothing_is_lost(folder):
     strange = [("Was heißt 鳥🙂?", "What does 鳥🙂 mean?"), ("Ein ▁ und ein ĳ.", "A ▁ and an ĳ.")]
     splits = {"train": ROWS, "val": strange, "test": strange}
     write_multi30k(splits)
@@ -155,25 +155,25 @@ def test_characters_that_training_has_not_seen_are_spelled_in_bytes_and_nothing_
     assert meta("translate_de_en")["characters_spelled_in_bytes"] > 0
 
 
-def test_text_that_looks_like_the_end_of_a_text_does_not_end_it(folder):
+def test_text_that_looks_like_the_end_of_text_token_does_not_end_a_side(folder):
     rows = [*ROWS, (f"Was ist {END_OF_TEXT}?", f"What is {END_OF_TEXT}?")]
     write_tsv("own.tsv", rows)
     prepare_data.main(["--input=own.tsv", *SMALL])
     assert sorted(all_pairs("mine")) == sorted(rows)
 
 
-def test_many_sentences_at_once_are_encoded_as_one_by_one():
+def test_encoding_a_batch_equals_encoding_one_by_one():
     tokenizer = SentencePieceTokenizer.train([side for row in ROWS for side in row], 330, separated=True)
     texts = [side for row in ROWS for side in row] + ["", "two\nlines", "a ▁ sign", "鳥🙂", "last"]
     batch = tokenizer.encode_batch(iter(texts))
     assert [ids.tolist() for ids in batch] == [tokenizer.encode(text).tolist() for text in texts]
     assert tokenizer.decode_batch(batch) == texts
-    with pytest.raises(prepare_data.UserError, match="is no character of UTF-8"):
+    with pytest.raises(prepare_data.UserError, match="is not valid UTF-8"):
         tokenizer.encode_batch(["fine", "half \ud83d"])
 
 
 # --------------------------------------------------------------------------------------
-# What is drawn and what is dropped
+# Splits and dropped pairs
 
 
 def test_the_same_source_is_never_in_two_splits(folder):
@@ -185,7 +185,7 @@ def test_the_same_source_is_never_in_two_splits(folder):
     assert sorted(all_pairs("mine")) == sorted(rows)  # those that came twice are kept
 
 
-def test_the_splits_have_about_the_share_that_was_asked_for(folder):
+def test_the_splits_have_about_the_requested_fractions(folder):
     rows = [(f"Satz {number}.", f"Sentence {number}.") for number in range(4000)]
     write_tsv("own.tsv", rows)
     for argv, val, test in (
@@ -199,7 +199,7 @@ def test_the_splits_have_about_the_share_that_was_asked_for(folder):
         assert len(found["test"]) == pytest.approx(4000 * test, rel=0.25)
 
 
-def test_without_a_test_fraction_there_is_no_test_split(folder):
+def test_a_test_fraction_of_0_gives_no_test_split(folder):
     write_tsv("own.tsv", ROWS)
     prepare_data.main(["--input=own.tsv", *BYTES])
     assert Path("data/mine/test.bin").exists()
@@ -217,53 +217,53 @@ def test_more_pairs_change_nothing_for_those_that_were_there(folder):
     assert all(few[split] and set(few[split]) < set(more[split]) for split in few)
 
 
-def test_of_three_sources_each_split_gets_one(folder):
+def test_three_sources_give_three_splits_of_one(folder):
     for number in range(8):
         write_tsv("own.tsv", [(f"{number} {word}", "x") for word in ("eins", "zwei", "drei")])
         prepare_data.main(["mine", "--input=own.tsv", "--tokenizer=byte", "--val_fraction=0.001"])
         assert [len(split) for split in pairs_of("mine").values()] == [1, 1, 1]
 
 
-def test_pairs_too_long_empty_or_lopsided_are_dropped_counted_and_told(folder, capsys):
+def test_pairs_too_long_empty_or_lopsided_are_dropped_and_reported(folder, capsys):
     bad = [("x" * 40, "y" * 20), ("y" * 20, "x" * 40), ("", "Empty."), ("Leer.", " "), ("a", "b" * 30), ("b" * 30, "a")]
     write_tsv("own.tsv", [*ROWS, *bad, ("z" * 39, "z" * 39), ("c", "d" * 13)])  # the last two are just not too long
     prepare_data.main(["--input=own.tsv", "--max_pair_tokens=40", *BYTES])
     assert sorted(all_pairs("mine")) == sorted([*ROWS, ("z" * 39, "z" * 39), ("c", "d" * 13)])
-    said = meta("mine")
-    assert said["dropped"] == {"too_long": 2, "empty": 2, "lopsided": 2} and said["longest"] == 40
-    assert said["first_empty"] == "own.tsv, line 63"
+    written = meta("mine")
+    assert written["dropped"] == {"too_long": 2, "empty": 2, "lopsided": 2} and written["longest"] == 40
+    assert written["first_empty"] == "own.tsv, line 63"
     lines = capsys.readouterr().out.splitlines()
-    assert next(line for line in lines if line.startswith("  dropped")).split(maxsplit=2)[1:] == [
-        "6",
-        "2 longer than 40 tokens; 2 empty on a side, the first own.tsv, line 63;"
-        " 2 lopsided, over 3 times and 8 tokens longer",
-    ]
+    assert next(line for line in lines if line.startswith("  dropped")).split(maxsplit=2)[2] == (
+        "2 longer than 40 tokens, 2 with an empty side (the first: own.tsv, line 63),"
+        " 2 with a side longer than 3 times the other plus 8 tokens"
+    )
     prepare_data.main(["--input=own.tsv", "--max_pair_tokens=40", "--max_pair_ratio=15", *BYTES])
     assert meta("mine")["dropped"]["lopsided"] == 0
 
 
-def test_splits_that_were_given_keep_every_pair_but_those_of_training(folder):
+def test_given_validation_and_test_splits_keep_every_pair(folder):
     odd = [("x" * 300, "y" * 300), ("a", "b" * 30)]
     write_multi30k({"train": [*ROWS, *odd], "val": odd, "test": odd[::-1]})
     prepare_data.main(["translate_de_en", "--tokenizer=byte"])
     assert pairs_of("translate_de_en") == {"train": ROWS, "val": odd, "test": odd[::-1]}
-    said = meta("translate_de_en")
-    assert said["dropped"] == {"too_long": 1, "empty": 0, "lopsided": 1} and said["longest"] == 301
-    assert said["splits"]["train"]["pairs"] == 60
+    written = meta("translate_de_en")
+    assert written["dropped"] == {"too_long": 1, "empty": 0, "lopsided": 1} and written["longest"] == 301
+    assert written["splits"]["train"]["pairs"] == 60
 
 
-def test_the_vocabulary_is_learnt_from_both_sides_of_the_training_pairs_alone(folder, monkeypatch):
+def test_the_tokenizer_is_trained_on_both_sides_of_the_training_pairs_alone(folder, monkeypatch):
     seen = []
-    learn = BytePairTokenizer.train
-    monkeypatch.setattr(
-        BytePairTokenizer,
-        "train",
-        lambda texts, size, separated: learn(seen.append(list(texts)) or seen[-1], size, separated),
-    )
+    original = BytePairTokenizer.train
+
+    def recorded(texts, vocab_size, separated):
+        seen.append(list(texts))
+        return original(seen[-1], vocab_size, separated)
+
+    monkeypatch.setattr(BytePairTokenizer, "train", recorded)
     write_tsv("own.tsv", ROWS)
     prepare_data.main(["mine", "--input=own.tsv", "--tokenizer=bpe", "--vocab_size=300", "--val_fraction=0.2"])
     assert seen == [[side for row in pairs_of("mine")["train"] for side in row]]
-    monkeypatch.setattr(corpus_module, "LEARNED_FROM", Path("own.tsv").stat().st_size // 2)
+    monkeypatch.setattr(corpus_module, "VOCABULARY_BYTES", Path("own.tsv").stat().st_size // 2)
     prepare_data.main(["mine", "--input=own.tsv", "--tokenizer=bpe", "--vocab_size=300", "--val_fraction=0.2"])
     assert set(seen[1]) < set(seen[0]) and 0.25 < len(seen[1]) / len(seen[0]) < 0.75
 
@@ -274,19 +274,22 @@ def test_the_summary_shows_the_splits_and_three_pairs(folder, capsys):
     lines = capsys.readouterr().out.splitlines()
     rows = [" ".join(line.split()) for line in lines]
     assert rows[0] == "data/translate_de_en: train, val and test_2016_flickr in data/translate_de_en"
-    assert rows[1] == "pairs 77 for training 60, for validation 9, for test 8"
-    assert rows[3].endswith("tokens on one side, its end included") and rows[4] == "dropped 0"
-    assert rows[8:11] == [f"{'such as ' * (i == 0)}{source} -> {target}" for i, (source, target) in enumerate(ROWS[:3])]
+    assert rows[1:3] == ["total training validation test", "pairs 77 60 9 8"]
+    assert rows[-7].startswith("longest side ") and rows[-7].endswith(" tokens, end-of-text included")
+    assert rows[-6] == "dropped pairs none"
+    assert rows[-5:-2] == [
+        f"{'examples ' * (i == 0)}{source} -> {target}" for i, (source, target) in enumerate(ROWS[:3])
+    ]
 
 
 # --------------------------------------------------------------------------------------
-# Large, stopped, and on several cores
+# Large, interrupted, and on several cores
 
 LOPSIDED = ("a", str(7**100))
 PREPARE = ["--input=own*.tsv", "--name=mine", "--val_fraction=0.2", "--tokenizer=bpe", "--vocab_size=300"]
 
 
-def test_killed_at_any_moment_and_started_again_it_writes_the_same_bytes(folder):
+def test_killed_at_any_moment_and_run_again_it_writes_the_same_bytes(folder):
     for n in range(3):
         write_tsv(
             f"own{n}.tsv", [(f"{source} {n}{m}", target) for m in range(2) for source, target in [*ROWS, LOPSIDED]]
@@ -295,11 +298,11 @@ def test_killed_at_any_moment_and_started_again_it_writes_the_same_bytes(folder)
     whole = contents("mine")
     assert set(whole) == {"train.bin", "val.bin", "test.bin", "meta.json"} and calls > 60
     assert meta("mine")["dropped"]["lopsided"] == 6
-    for call in [*range(1, calls, 19), *range(calls - 8, calls + 1)]:  # the last ones put the files in their places
+    for call in [*range(1, calls, 19), *range(calls - 8, calls + 1)]:  # the last ones move the files
         for path in Path("data/mine").iterdir():
             path.unlink()
         assert killed_at(call, *PREPARE, "--workers=1").returncode == -signal.SIGKILL
-        if not Path("data/mine/meta.json").exists():  # what is not whole is not taken for it
+        if not Path("data/mine/meta.json").exists():  # an incomplete folder is refused
             with pytest.raises(prepare_data.UserError, match=r"stopped before its end; prepare it again|has no meta"):
                 token_files.read_meta(Path("data/mine"))
         again = killed_at(10**6, *PREPARE, "--workers=1")
@@ -307,16 +310,16 @@ def test_killed_at_any_moment_and_started_again_it_writes_the_same_bytes(folder)
         assert contents("mine") == whole, f"killed at call {call} of {calls}"
 
 
-def test_from_wherever_it_stands_it_goes_on_with_the_same_units(folder, monkeypatch):
+def test_from_any_position_the_remaining_units_are_the_same(folder, monkeypatch):
     write_tsv("own.tsv", [ROWS[0], ("", ""), *ROWS[1:]])
-    config = prepare_data.settle(prepare_data.PrepareConfig(name="mine", tokenizer="byte"), pairs=True)
+    config = prepare_data.resolve(prepare_data.PrepareConfig(name="mine", tokenizer="byte"), pairs=True)
     monkeypatch.setattr(corpus_module, "UNIT", 400)
     found = pairs.Pairs(config, [(None, (Path("own.tsv"),))] * 2, "own.tsv")
-    start = corpus_module.Progress("", "", {}, found.nothing_counted())
-    units = list(found.units(start))
+    start = corpus_module.Progress()
+    units = list(corpus_module.units(found, start))
     assert len(units) > 9 and len({unit.file for unit in units}) == 3
     for number, unit in enumerate(units, start=1):
-        assert list(found.units(replace(start, file=unit.file, piece=unit.piece))) == units[number:]
+        assert list(corpus_module.units(found, replace(start, file=unit.file, piece=unit.piece))) == units[number:]
 
 
 def test_several_processes_write_the_same_bytes_as_one(folder):
@@ -358,7 +361,7 @@ def test_pairs_and_a_text_of_the_same_name_replace_each_other(folder):
 
 
 # --------------------------------------------------------------------------------------
-# Known by name
+# Available by name
 
 
 def write_multi30k(splits: dict[str, list[tuple[str, str]]], packed: str = ".gz", leave_out: str = "") -> None:
@@ -379,13 +382,13 @@ def test_a_users_files_under_their_public_names_come_before_any_download(folder,
     write_multi30k(GIVEN, packed)
     prepare_data.main(["translate_de_en", "--vocab_size=330"])
     assert pairs_of("translate_de_en") == GIVEN
-    said = meta("translate_de_en")
-    assert said["languages"] == ["de", "en"] and said["tokenizer"]["tokenizer"] == "sentencepiece"
-    assert said["source"] == "train, val and test_2016_flickr in data/translate_de_en"
+    written = meta("translate_de_en")
+    assert written["languages"] == ["de", "en"] and written["tokenizer"]["tokenizer"] == "sentencepiece"
+    assert written["source"] == "train, val and test_2016_flickr in data/translate_de_en"
     assert (Path("data/translate_de_en") / f"train.de{packed}").exists()  # a user's file is left alone
 
 
-def test_the_public_files_are_known_by_their_checksums(folder, monkeypatch):
+def test_the_public_files_are_recognised_by_their_checksums(folder, monkeypatch):
     write_multi30k(GIVEN)
     sums = {name: download.file_sha256(Path("data/translate_de_en", name)) for name in known_texts.MULTI30K_SHA256}
     monkeypatch.setattr(known_texts, "MULTI30K_SHA256", sums)
@@ -393,7 +396,7 @@ def test_the_public_files_are_known_by_their_checksums(folder, monkeypatch):
     assert meta("translate_de_en")["source"] == "Multi30k"
 
 
-def test_the_public_files_are_fetched_once_and_checked(folder, monkeypatch):
+def test_the_public_files_are_downloaded_once_and_verified(folder, monkeypatch):
     fetched = {}
 
     def fake(url, path, sha256):
@@ -430,7 +433,7 @@ SENTENCES = [
 ]
 
 
-def test_of_a_dictionary_the_sentences_are_taken_without_its_signs():
+def test_the_sentences_of_a_dictionary_are_read_without_its_annotations():
     assert list(known_texts.dictionary_sentences(DICTIONARY.split("\n"))) == SENTENCES
 
 
@@ -453,13 +456,13 @@ def debian(folder, monkeypatch):
 
 def test_without_the_download_the_sentences_come_from_a_debian_package(debian, capsys):
     prepare_data.main(["translate_de_en", "--vocab_size=330", "--val_fraction=0.1"])
-    told = capsys.readouterr()
-    assert "no route; taking the Debian package trans-de-en instead" in told.err
-    assert "another corpus than Multi30k; scores on the two do not compare" in told.err
-    found, said = pairs_of("translate_de_en"), meta("translate_de_en")
+    printed = capsys.readouterr()
+    assert "no route; using the Debian package trans-de-en instead" in printed.err
+    assert "another corpus than Multi30k; scores on the two are not comparable" in printed.err
+    found, written = pairs_of("translate_de_en"), meta("translate_de_en")
     assert sum(map(len, found.values())) == 300 and min(map(len, found.values())) > 10
-    assert "trans-de-en, not Multi30k" in said["source"] and said["source"] in told.out
-    assert said["languages"] == ["de", "en"]
+    assert "trans-de-en, not Multi30k" in written["source"] and written["source"] in printed.out
+    assert written["languages"] == ["de", "en"]
     calls = Path("calls").read_text().split("\n")
     assert calls[0].startswith("apt-get ") and calls[0].endswith(" download trans-de-en") and calls[1] == "dpkg-deb"
     prepare_data.main(["translate_de_en", "--tokenizer=byte"])  # from what was kept
@@ -473,12 +476,12 @@ def test_without_the_download_the_sentences_come_from_a_debian_package(debian, c
             "echo 'W: slow' >&2; echo 'E: Unable to locate package' >&2; exit 100",
             "apt-get: Unable to locate",
         ),
-        ("exit 7", "apt-get: it ended with 7"),
-        (None, "there is no apt-get here"),
+        ("exit 7", "apt-get: exit code 7"),
+        (None, "apt-get is not installed"),
         ("touch trans-de-en_1.9_all.deb", "dpkg-deb"),
     ],
 )
-def test_where_nothing_can_be_had_the_ways_out_are_named(debian, monkeypatch, script, complaint):
+def test_where_nothing_is_available_the_message_names_the_ways_out(debian, monkeypatch, script, complaint):
     if script:
         Path("bin/apt-get").write_text(f"#!/bin/sh\n{script}\n")
         Path("bin/dpkg-deb").write_text("#!/bin/sh\necho 'not a package' >&2; exit 2\n")
@@ -489,7 +492,7 @@ def test_where_nothing_can_be_had_the_ways_out_are_named(debian, monkeypatch, sc
         prepare_data.main(["translate_de_en"])
     text = str(error.value)
     assert "\n" not in text and f"({complaint}" in text and "put train.de.gz, train.en.gz, " in text
-    assert ("it may need: apt-get update" in text) == (script is not None and "exit" in script)
+    assert ("try first: apt-get update" in text) == (script is not None and "exit" in script)
     assert not Path("data/translate_de_en/meta.json").exists()
 
 
@@ -501,32 +504,42 @@ BAD = {
     "tabs.tsv, line 2 has 2 tabs; write a line": ["--input=tabs.tsv"],
     "empty.tsv has no pairs; it is empty": ["--input=empty.tsv"],
     "blank.tsv has no pairs but empty ones, the first of them blank.tsv, line 1": ["--input=blank.tsv"],
-    "latin1.tsv, line 2 is not UTF-8; take --encoding_errors=replace or ignore": ["--input=latin1.tsv"],
+    "latin1.tsv, line 2 is not UTF-8; set --encoding_errors=replace or ignore": ["--input=latin1.tsv"],
     "damaged.tsv.gz is damaged: ": ["--input=damaged.tsv.gz"],
     "cannot read none.tsv: No such file": ["--input=none.tsv"],
-    "*.t* is .tsv, which are sentence pairs, and others; take one kind": ["--input=*.t*"],
+    "*.t* has .tsv files, which are sentence pairs, and others; name one kind only": ["--input=*.t*"],
     "a.de has 60 lines, but short.en has 59; each line": ["--source=a.de", "--target=short.en"],
     "short.en has 59 lines, but a.de has 60; each line": ["--source=short.en", "--target=a.de"],
     "cannot read none.en: No such file": ["--source=a.de", "--target=none.en"],
     "source and target go together": ["--source=a.de"],
-    "input=own.tsv and source=a.de: take one of them": ["--input=own.tsv", "--source=a.de", "--target=a.en"],
+    "input=own.tsv and source=a.de exclude each other": ["--input=own.tsv", "--source=a.de", "--target=a.en"],
     "test_fraction=1.0 must be at least 0 and below 1": ["--input=own.tsv", "--test_fraction=1"],
     "max_pair_tokens=1 must be at least 2": ["--input=own.tsv", "--max_pair_tokens=1"],
     "max_pair_ratio=0.5 must be at least 1": ["--input=own.tsv", "--max_pair_ratio=0.5"],
     "max_pair_ratio=nan must be at least 1": ["--input=own.tsv", "--max_pair_ratio=nan"],
-    "train.bin would be empty, with val_fraction=0.02 and test_fraction=0.02, of 60 pairs; dropped: 60 too_long;": [
+    "train.bin would have 0 tokens, but needs at least 2: 60 pairs, dropped: 60 too_long; change val_fraction=": [
         *("--input=own.tsv", "--max_pair_tokens=2", "--tokenizer=byte")
     ],
-    "train.bin would be empty, with val_fraction=0.5 and test_fraction=0.5, of 60 pairs; dropped: none": [
+    "train.bin would have 0 tokens, but needs at least 2: 60 pairs, dropped: none; change val_fraction=0.5 or": [
         *("--input=own.tsv", "--val_fraction=0.5", "--tokenizer=byte")
     ],
-    "vocab_size=8192: this text allows at most": ["--input=own.tsv"],
-    "vocab_size=300 goes with --tokenizer=sentencepiece or bpe": [
+    "no text of one.tsv is in the training split; add text": ["--input=one.tsv"],
+    "vocab_size=8192 is too large: sentencepiece finds at most": ["--input=own.tsv"],
+    "vocab_size=300 has no effect without tokenizer=sentencepiece or bpe": [
         *("--input=own.tsv", "--tokenizer=byte", "--vocab_size=300")
     ],
-    "max_pair_tokens=9 goes with sentence pairs only": ["--input=own.txt", "--max_pair_tokens=9"],
-    "max_pair_ratio=9.0 goes with sentence pairs only": ["--input=own.txt", "--max_pair_ratio=9"],
-    "test_fraction=0.1 goes with sentence pairs only": ["--input=own.txt", "--test_fraction=0.1"],
+    "max_pair_tokens=9 has no effect without sentence pairs, from --input=PAIRS.tsv": [
+        "--input=own.txt",
+        "--max_pair_tokens=9",
+    ],
+    "max_pair_ratio=9.0 has no effect without sentence pairs, from --input=PAIRS.tsv": [
+        "--input=own.txt",
+        "--max_pair_ratio=9",
+    ],
+    "test_fraction=0.1 has no effect without sentence pairs, from --input=PAIRS.tsv": [
+        "--input=own.txt",
+        "--test_fraction=0.1",
+    ],
 }
 
 
@@ -537,6 +550,7 @@ def test_bad_input_is_one_line_that_names_the_place(folder, fails, complaint):
     write("tab.tsv", "a\tb\n\t\nno tab\na\tb\n")
     write("tabs.tsv", "a\tb\na\tb\tc\n")
     write("empty.tsv", "")
+    write("one.tsv", "a\tb\n")
     write("blank.tsv", "\t\n\na\t\n")
     write("latin1.tsv", b"a\tb\nGr\xfcn\tgreen\n")
     packed = Path(write_tsv("damaged.tsv.gz", ROWS))
@@ -561,7 +575,7 @@ def test_a_public_file_that_is_missing_is_named(folder, fails, monkeypatch):
     assert complaint == "data/translate_de_en has train.de.gz, but no val.en.gz, with or without .gz\n"
 
 
-def test_settings_without_effect_are_told(folder, capsys):
+def test_settings_without_effect_are_reported(folder, capsys):
     write_multi30k(GIVEN)
     argv = ["--tokenizer=byte", "--text_key=body", "--val_fraction=0.3", "--test_fraction=0.3", "--files=2"]
     prepare_data.main(["translate_de_en", *argv])
@@ -589,16 +603,16 @@ def test_settings_without_effect_are_told(folder, capsys):
         (["my-pairs.tsv"], None),
     ],
 )
-def test_languages_are_known_where_names_tell_them(names, found):
+def test_languages_are_read_from_file_names(names, found):
     assert pairs.languages(tuple(map(Path, names))) == found
 
 
-def test_a_stopped_preparation_is_named_with_the_command_that_makes_it(folder, monkeypatch):
+def test_a_stopped_preparation_is_reported_with_the_command_that_resumes_it(folder, monkeypatch):
     write_tsv("own.tsv", ROWS)
     monkeypatch.setattr(prepare_data, "describe", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare_data.main(["--input=own.tsv", *BYTES])
-    said = json.loads(Path("data/mine/preparing/progress.json").read_text())["command"]
+    command = json.loads(Path("data/mine/preparing/progress.json").read_text())["command"]
     with pytest.raises(prepare_data.UserError) as error:
         token_files.read_meta(Path("data/mine"))
-    assert str(error.value) == f"the preparation of data/mine was stopped before its end; prepare it again: {said}"
+    assert str(error.value) == f"the preparation of data/mine was stopped before its end; prepare it again: {command}"

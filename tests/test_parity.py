@@ -5,10 +5,11 @@ import re
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import model as models
 from model import ModelConfig
+
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-dev.txt")
 
 SHAPE = {"n_layer": 3, "n_head": 4, "n_embd": 48, "block_size": 96, "vocab_size": 71}
 GPT2 = ModelConfig(**SHAPE, bias=True, activation="gelu_tanh")
@@ -28,15 +29,15 @@ LLAMA = ModelConfig(  # of the 6 pairs of a head, one turns as before, one in be
 
 
 def their_gpt2() -> torch.nn.Module:
-    config = GPT2Config(
+    config = transformers.GPT2Config(
         n_layer=3, n_head=4, n_embd=48, n_positions=96, vocab_size=71, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     )
-    return GPT2LMHeadModel(config)
+    return transformers.GPT2LMHeadModel(config)
 
 
 def their_llama() -> torch.nn.Module:
     rope = {"rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -48,7 +49,7 @@ def their_llama() -> torch.nn.Module:
         rope_theta=500.0,
         rope_scaling={"rope_type": "llama3", "original_max_position_embeddings": 32, **rope},
     )
-    return LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(config)
 
 
 def as_gpt2(ours: dict[str, Tensor]) -> dict[str, Tensor]:

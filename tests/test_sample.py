@@ -2,15 +2,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import TINY_RUN
 
-import model as models
 import sample
 import train
+from humptygpt import checkpoint
 from humptygpt.tokenizer import ByteTokenizer
-from model import POSITIONS, ModelConfig
-from sample import generate, probabilities
+from model import ModelConfig
 
 
 @pytest.fixture
@@ -26,107 +24,6 @@ def text_of(capsys, *argv: str) -> str:
     return capsys.readouterr().out
 
 
-def tiny_model(**keys) -> models.GPT:
-    torch.manual_seed(0)
-    config = ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11} | keys)
-    model = models.build(config).eval()
-    for parameter in model.parameters():  # far from the start, where every token has about the same chance
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def continuation(model, idx, n: int, **options) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(3)
-    return torch.stack(list(generate(model, idx, n, generator=generator, **options)), dim=1).tolist()
-
-
-@pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
-@pytest.mark.parametrize("prompt", [1, 5, 8, 13], ids=lambda n: f"prompt{n}")
-@pytest.mark.parametrize("block_size", [1, 2, 8])
-def test_cached_equals_uncached_before_and_past_block_size(position, exact, prompt, block_size):
-    model = tiny_model(position=position, block_size=block_size)
-    idx = torch.arange(2 * prompt).view(2, prompt) % 11
-    cached, uncached = (continuation(model, idx, 30, exact=exact, cached=cached) for cached in (True, False))
-    assert cached == uncached
-
-
-def test_the_exact_way_is_nanogpts():
-    model = tiny_model()
-    idx = torch.tensor([[1, 2, 3]])
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(30):
-        logits, _ = model(idx[:, -8:])
-        token = torch.multinomial((logits[:, -1] / 0.7).softmax(-1), 1, generator=generator)
-        idx = torch.cat([idx, token], dim=1)
-    assert continuation(model, torch.tensor([[1, 2, 3]]), 30, exact=True, temperature=0.7) == idx[:, 3:].tolist()
-
-
-def test_the_fast_way_reads_the_newest_half_again_when_the_window_is_full():
-    model = tiny_model()
-    read = []
-    forward = model.forward
-    model.forward = lambda idx, caches=None: read.append(idx.shape[1]) or forward(idx, caches=caches)
-    continuation(model, torch.tensor([[1, 2]]), 16)
-    assert read == [2, 1, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1, 1]
-
-
-@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
-def test_the_window_network_drops_its_oldest_token(exact):
-    model = tiny_model(model="window_mlp", window=8)
-    idx = torch.tensor([[1, 2, 3]])
-    written = continuation(model, idx, 30, exact=exact, temperature=0)
-    for _ in range(30):
-        idx = torch.cat([idx, model(idx[:, -8:])[0][:, -1].argmax(-1, keepdim=True)], dim=1)
-    assert written == idx[:, 3:].tolist()
-
-
-def test_temperature_0_is_greedy():
-    model = tiny_model()
-    idx = torch.tensor([[1, 2, 3]])
-    greedy = continuation(model, idx, 5, temperature=0)
-    for _ in range(5):
-        idx = torch.cat([idx, model(idx)[0][:, -1].argmax(-1, keepdim=True)], dim=1)
-    assert greedy == idx[:, 3:].tolist()
-
-
-def test_top_k_keeps_the_k_likeliest():
-    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
-    probs = probabilities(logits, top_k=2)
-    torch.testing.assert_close(
-        probs, torch.tensor([[0.0, 3.0, 2.0, 0.0]]).masked_fill(logits < 2, -torch.inf).softmax(-1)
-    )
-    torch.testing.assert_close(probabilities(logits, top_k=99), logits.softmax(-1))
-
-
-def test_top_p_keeps_the_fewest_that_together_reach_p():
-    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
-    torch.testing.assert_close(probabilities(logits, top_p=0.6), torch.tensor([[0, 2 / 3, 0, 1 / 3]]))
-    torch.testing.assert_close(probabilities(logits, top_p=1e-9), torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
-    torch.testing.assert_close(probabilities(logits, top_p=1.0), logits.exp())
-
-
-def test_the_smallest_temperature_is_greedy_and_no_overflow():
-    assert probabilities(torch.tensor([[3.0, 5.0]]), temperature=1e-39).tolist() == [[0.0, 1.0]]
-
-
-def test_temperature_sharpens_and_flattens():
-    logits = torch.tensor([[0.0, 1.0]])
-    chances = [probabilities(logits, temperature=t)[0, 1].item() for t in (0, 0.5, 1.0, 2.0)]
-    assert chances[0] == 1.0 and chances == sorted(chances, reverse=True)
-
-
-def test_ids_that_only_pad_the_vocabulary_are_never_drawn():
-    model = tiny_model(vocab_size=50)
-    drawn = continuation(model, torch.zeros(20, 1, dtype=torch.long), 30, known=11)
-    assert max(map(max, drawn)) < 11
-
-
-def test_a_batch_of_texts_has_different_texts():
-    first, second = continuation(tiny_model(), torch.ones(2, 3, dtype=torch.long), 20)
-    assert first != second
-
-
 def test_only_text_goes_to_stdout(run_dir, capsys):
     sample.main(["--out_dir=out/run", "--device=cpu", "--num_samples=2", "--max_new_tokens=20", "--start=A"])
     out, err = capsys.readouterr()
@@ -134,7 +31,7 @@ def test_only_text_goes_to_stdout(run_dir, capsys):
     assert "---------------" in err and "best val loss" in err
 
 
-def test_the_same_seed_writes_the_same_text(run_dir, capsys):
+def test_the_same_seed_gives_the_same_text(run_dir, capsys):
     first = text_of(capsys, "--seed=1")
     assert first == text_of(capsys, "--seed=1") != text_of(capsys, "--seed=2")
 
@@ -144,14 +41,35 @@ def test_the_prompt_may_come_from_a_file(run_dir, capsys):
     assert text_of(capsys, "--start=FILE:prompt.txt") == text_of(capsys, "--start=Ak ")
 
 
-def test_the_best_checkpoint_writes_unless_the_latest_is_asked_for(run_dir, capsys):
-    best, latest = (train.checkpoint.load(run_dir / name) for name in ("best.pt", "ckpt.pt"))
-    best["model"]["wte.weight"].zero_()
-    train.checkpoint.save(run_dir / "best.pt", best)
+def zero_embeddings(path: Path) -> None:
+    """All tokens become equally probable."""
+    saved = checkpoint.load(path)
+    saved["model"]["wte.weight"].zero_()
+    saved["model"]["lm_head.weight"].zero_()
+    checkpoint.save(path, saved)
+
+
+def test_the_best_checkpoint_is_sampled_unless_the_latest_is_asked_for(run_dir, capsys):
+    zero_embeddings(run_dir / "best.pt")
     assert text_of(capsys) != text_of(capsys, "--checkpoint=latest")
     (run_dir / "best.pt").unlink()
-    from_latest = text_of(capsys)
-    assert latest["iter"] == 6 and from_latest == text_of(capsys, "--checkpoint=latest")
+    assert text_of(capsys) == text_of(capsys, "--checkpoint=latest")
+    sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=1"])
+    note, loaded, *_ = capsys.readouterr().err.splitlines()
+    assert note == "note: no evaluation has found a best model yet; taking out/run/ckpt.pt"
+    assert loaded.startswith("out/run/ckpt.pt: iter 6, best val loss ")
+
+
+def test_the_model_that_is_sampled_is_the_one_that_load_model_gives(tiny, capsys, monkeypatch):
+    train.main([*TINY_RUN, "--ema_decay=0.5"])
+    text = text_of(capsys, "--checkpoint=latest")
+    zero_embeddings(Path("out/run/ckpt.pt"))  # its ema entry stays
+    assert text_of(capsys, "--checkpoint=latest") == text
+    loaded, sampled, load_model = [], [], checkpoint.load_model
+    monkeypatch.setattr(checkpoint, "load_model", lambda path: loaded.append(load_model(path)) or loaded[-1])
+    monkeypatch.setattr(sample, "generate", lambda model, *args, **settings: sampled.append(model) or iter(()))
+    text_of(capsys, "--checkpoint=latest", "--num_samples=1")
+    assert len(sampled) == 1 and sampled[0] is loaded[0].model
 
 
 def test_sampling_needs_no_data_folder(run_dir, capsys):
@@ -177,30 +95,31 @@ BAD = {
     "num_samples=0 must be at least 1": ["--num_samples=0"],
     "context=all is not one of: fast, exact": ["--context=all"],
     "init_from=gpt2-xl: GPT-2's weights cannot be read yet": ["--init_from=gpt2-xl"],
-    "device=cuda:99 is not there": ["--device=cuda:99"],
+    "device=cuda:99 is not available": ["--device=cuda:99"],
 }
 
 
 @pytest.mark.parametrize("complaint", BAD)
 def test_bad_input_is_one_line(run_dir, fails, monkeypatch, complaint):
-    monkeypatch.setattr(sample, "load", lambda config, load=sample.checkpoint.load: load(run_dir / "best.pt"))  # silent
+    loaded = checkpoint.load_model(run_dir / "best.pt")
+    monkeypatch.setattr(sample, "load", lambda config: loaded)  # it prints nothing
     Path("latin1.txt").write_bytes(b"caf\xe9")
     assert complaint in fails(sample.main, "--out_dir=out/run", *BAD[complaint])
 
 
-def test_keys_that_have_no_effect_say_so(run_dir, capsys):
+def test_keys_that_have_no_effect_are_reported(run_dir, capsys):
     sample.main(["--out_dir=out/run", "--device=cpu", "--compile=True", "--max_new_tokens=1"])
     assert "compile=True has no effect" in capsys.readouterr().err
     sample.main(["--out_dir=out/run", "--device=cpu", "--temperature=0", "--top_p=0.5", "--max_new_tokens=1"])
     assert "note: top_p=0.5 has no effect with temperature=0.0" in capsys.readouterr().err
 
 
-def test_models_of_every_config_key_survive_the_checkpoint(run_dir):
-    saved = train.checkpoint.load(run_dir / "best.pt")["model_config"]
+def test_every_model_key_is_in_the_checkpoint(run_dir):
+    saved = checkpoint.load(run_dir / "best.pt")["model_config"]
     assert set(saved) == {field.name for field in dataclasses.fields(ModelConfig)}
 
 
-def test_greedy_texts_are_all_the_same_so_one_is_written(run_dir, capsys):
+def test_greedy_texts_are_all_the_same_so_one_is_printed(run_dir, capsys):
     sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5", "--temperature=0"])
     captured = capsys.readouterr()
     assert "at temperature=0 all texts are the same" in captured.err and "-----" not in captured.err

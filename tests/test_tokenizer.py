@@ -1,24 +1,44 @@
+import base64
+import io
+import re
+import tracemalloc
+import zlib
+
 import numpy as np
 import pytest
+import sentencepiece
 from conftest import make_text
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 
-from humptygpt import tokenizer
+from humptygpt import download, tokenizer
 from humptygpt.configurator import UserError
-from humptygpt.tokenizer import END_OF_TEXT, BytePairTokenizer, ByteTokenizer, CharTokenizer, SentencePieceTokenizer
+from humptygpt.tokenizer import (
+    END_OF_TEXT,
+    BytePairTokenizer,
+    CharTokenizer,
+    SentencePieceTokenizer,
+)
 
 TEXT = "Füße, 東京!\n🙂 and plain words\n" + make_text(3000)
 ALPHABET = "".join(sorted(set(TEXT)))
-MAKERS = {
-    "char": lambda **keys: CharTokenizer.train([TEXT], **keys),
-    "byte": lambda **keys: ByteTokenizer(**keys),
-    "sentencepiece-bpe": lambda **keys: SentencePieceTokenizer.train([TEXT], 350, **keys),
-    "sentencepiece-unigram": lambda **keys: SentencePieceTokenizer.train([TEXT], 350, model_type="unigram", **keys),
-    "bpe": lambda **keys: BytePairTokenizer.train([TEXT], 350, **keys),
-}
-TOKENIZERS = {name: make() for name, make in MAKERS.items()}
-SEPARATED = {name: make(separated=True) for name, make in MAKERS.items()}
+OPTIONS = {"vocab_size": 350, "model_type": "bpe"}
+GPT2 = {bytes([i]): i for i in range(256)} | {b" w": 256, b"or": 257}
+
+
+def made(kind: type[tokenizer.Tokenizer], separated: bool, **options) -> tokenizer.Tokenizer:
+    """A tokenizer as prepare_data.py makes one, with the options that it takes."""
+    options = {key: value for key, value in (OPTIONS | options).items() if key in kind.options}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download, "gpt2_ranks", lambda: GPT2)
+        return kind.train(iter([TEXT]), separated=separated, **options)
+
+
+def all_made(separated: bool) -> dict[str, tokenizer.Tokenizer]:
+    unigram = made(SentencePieceTokenizer, separated, model_type="unigram")
+    return {name: made(kind, separated) for name, kind in tokenizer.TOKENIZERS.items()} | {"unigram": unigram}
+
+
+TOKENIZERS, SEPARATED = all_made(separated=False), all_made(separated=True)
 EVERY = {**TOKENIZERS, **{f"{name}, separated": tok for name, tok in SEPARATED.items()}}
 every = pytest.mark.parametrize("tok", EVERY.values(), ids=EVERY)
 
@@ -90,7 +110,7 @@ def test_a_prompt_for_when_there_is_none_is_the_end_of_a_text_or_a_line_break():
     assert CharTokenizer("ab").start().tolist() == [0]
 
 
-@pytest.mark.parametrize("tok", [TOKENIZERS[name] for name in ("sentencepiece-bpe", "sentencepiece-unigram", "bpe")])
+@pytest.mark.parametrize("tok", [TOKENIZERS[name] for name in ("sentencepiece", "unigram", "bpe")])
 def test_sub_words_are_longer_than_characters_and_all_ids_can_be_decoded(tok):
     assert tok.vocab_size == 350
     assert len(tok.encode(TEXT)) < 0.6 * len(TEXT)
@@ -98,32 +118,44 @@ def test_sub_words_are_longer_than_characters_and_all_ids_can_be_decoded(tok):
 
 
 def test_sentencepiece_counts_the_characters_that_have_no_piece():
-    tok = TOKENIZERS["sentencepiece-bpe"]
+    tok = TOKENIZERS["sentencepiece"]
     counts = np.bincount(tok.encode("plain \U0001f680 words 鳥▁"), minlength=350)
     assert tok.spelled(counts) == 3
     assert tok.spelled(np.bincount(tok.encode(TEXT), minlength=350)) < 10
 
 
-def test_byte_pairs_are_merged_in_the_order_in_which_they_were_learnt():
+def test_byte_pairs_are_merged_in_the_order_in_which_they_were_found():
     tok = BytePairTokenizer.train(["ab ab ab abc abc"] * 50, 260)
     assert tok.pieces[256:] == [b"ab", b" ab", b" abc", END_OF_TEXT.encode()]
     assert tok.encode("ab abc abd").tolist() == [256, 258, 257, tok.pieces.index(b"d")]
 
 
+def bound_in(error: pytest.ExceptionInfo) -> int:
+    return int(re.search(r"at (?:least|most) (\d+) tokens", str(error.value))[1])
+
+
 @pytest.mark.parametrize("kind", [SentencePieceTokenizer, BytePairTokenizer])
-def test_a_vocabulary_larger_than_the_text_allows_is_refused_with_the_largest_that_is_possible(kind):
-    with pytest.raises(UserError, match=r"vocab_size=5000: this text allows at most \d+ ") as error:
+def test_a_vocabulary_too_large_for_the_text_is_refused_with_the_largest_that_is_possible(kind):
+    with pytest.raises(UserError, match=r"vocab_size=5000 is too large: .* finds at most \d+ tokens in this") as error:
         kind.train(["too little text"], 5000)
-    most = int(str(error.value).split()[6])
+    most = bound_in(error)
     assert kind.train(["too little text"], most).vocab_size == most
 
 
 @pytest.mark.parametrize("kind", [SentencePieceTokenizer, BytePairTokenizer])
 def test_a_vocabulary_too_small_for_the_text_is_refused_with_the_smallest_that_is_possible(kind):
-    with pytest.raises(UserError, match=r"vocab_size=20: this text allows at least \d+ ") as error:
+    with pytest.raises(UserError, match=r"vocab_size=20 is too small: .* needs at least \d+ tokens") as error:
         kind.train([TEXT], 20)
-    least = int(str(error.value).split()[6])
+    least = bound_in(error)
     assert kind.train([TEXT], least).vocab_size == least
+    with pytest.raises(UserError, match="is too small"):
+        kind.train([TEXT], least - 1)
+
+
+def test_the_least_vocabulary_of_byte_pair_encoding_is_explained():
+    why = r"byte-pair encoding needs at least 257 tokens \(256 bytes and end-of-text\)"
+    with pytest.raises(UserError, match=f"^vocab_size=100 is too small: {why}$"):
+        BytePairTokenizer.train([TEXT], 100)
 
 
 def test_characters_are_numbered_in_their_order():
@@ -144,21 +176,74 @@ def test_bytes_that_are_no_utf8_become_replacement_characters(tok):
 
 @pytest.mark.parametrize("tok", [tok for name, tok in TOKENIZERS.items() if name != "char"])
 def test_a_broken_byte_in_an_argument_is_named(tok):
-    with pytest.raises(UserError, match=r"'\\udcff' at position 1 is no character of UTF-8"):
+    with pytest.raises(UserError, match=r"'\\udcff' at position 1 is not valid UTF-8"):
         tok.encode("a\udcff")
+
+
+PROTO = TOKENIZERS["sentencepiece"].state()["proto"]
+PIECES = [bytes([i]) for i in range(256)]
+
+
+def packed(pieces: list[bytes]) -> str:
+    return base64.b64encode(zlib.compress(b"\n".join(map(base64.b64encode, pieces)))).decode()
 
 
 @pytest.mark.parametrize(
     "state",
     [
         {"tokenizer": "char"},
+        {"tokenizer": "char", "alphabet": ["a", "b"]},
+        {"tokenizer": "char", "alphabet": ""},
+        {"tokenizer": "char", "alphabet": "aba"},
+        {"tokenizer": "char", "alphabet": "ab", "separated": "yes"},
+        {"tokenizer": "byte", "separated": 1},
+        {"tokenizer": "byte", "separated": False, "alphabet": "ab"},
+        {"tokenizer": "byte", 3: False},
         {"tokenizer": "sentencepiece", "separated": False, "proto": "AAAA"},
+        {"tokenizer": "sentencepiece", "separated": False, "proto": "ü"},
+        {"tokenizer": "sentencepiece", "separated": False, "proto": PROTO[:-4]},
+        {"tokenizer": "sentencepiece", "proto": PROTO},
         {"tokenizer": "bpe", "separated": False, "pieces": "AAAA"},
+        {"tokenizer": "bpe", "separated": False, "pieces": packed(PIECES)[:-8]},
+        {"tokenizer": "bpe", "separated": False, "pieces": packed(PIECES[1:])},
+        {"tokenizer": "bpe", "separated": False, "pieces": packed([*PIECES, b"ab", b"ab"])},
         {"tokenizer": "gpt2", "separated": False, "pieces": 3},
     ],
 )
 def test_a_damaged_description_is_refused(state):
-    with pytest.raises(UserError, match=f"the description of the tokenizer {state['tokenizer']} is damaged"):
+    with pytest.raises(UserError, match=f"the description of the tokenizer {state['tokenizer']} is damaged") as error:
+        tokenizer.from_state(state)
+    assert "\n" not in str(error.value)
+
+
+FOREIGN = [{}, {"eos_id": 1, "bos_id": -1}, {"user_defined_symbols": ["\n"], "byte_fallback": False}]
+
+
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_a_sentencepiece_model_that_was_trained_otherwise_is_refused(foreign):
+    proto = io.BytesIO()
+    options = {"vocab_size": 330, "byte_fallback": True, "hard_vocab_limit": False, "minloglevel": 2} | foreign
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([TEXT]), model_writer=proto, **options)
+    state = {"tokenizer": "sentencepiece", "separated": True, "proto": base64.b64encode(proto.getvalue()).decode()}
+    with pytest.raises(UserError, match="the description of the tokenizer sentencepiece is damaged"):
+        tokenizer.from_state(state)
+
+
+def test_a_small_description_of_a_huge_vocabulary_takes_little_memory():
+    packer = zlib.compressobj(9)
+    bomb = b"".join([*(packer.compress(bytes(1 << 20)) for _ in range(256)), packer.flush()])
+    state = {"tokenizer": "bpe", "separated": True, "pieces": base64.b64encode(bomb).decode()}
+    tracemalloc.start()
+    with pytest.raises(UserError, match="take more than 16,777,216 bytes"):
+        tokenizer.from_state(state)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(bomb) < 1 << 20 and most < 1 << 26
+
+
+@pytest.mark.parametrize("state", [None, [], {}, {"tokenizer": ["char"]}, {"tokenizer": None, "alphabet": "ab"}])
+def test_what_does_not_describe_a_tokenizer_is_refused(state):
+    with pytest.raises(UserError, match="it does not say which tokenizer"):
         tokenizer.from_state(state)
 
 

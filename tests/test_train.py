@@ -9,19 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN, make_text, read_rows
+from conftest import TINY_RUN, assert_same_weights, make_text, read_rows
 
 import model as models
 import sample
 import train
-from humptygpt import checkpoint
+from humptygpt import checkpoint, configurator, evaluation, run_folder
 from humptygpt.batches import TokenDataset
 from humptygpt.optimizers import Optimizer, make_optimizer
 from train import TrainConfig
@@ -35,11 +34,6 @@ def weights(name: str = "ckpt.pt") -> dict[str, torch.Tensor]:
     return checkpoint.load(OUT / name)["model"]
 
 
-def assert_same_weights(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a)
-
-
 def train_losses(rows: list[dict]) -> list[float]:
     return [row["train_loss"] for row in rows if "train_loss" in row]
 
@@ -47,7 +41,7 @@ def train_losses(rows: list[dict]) -> list[float]:
 def evaluations(monkeypatch, *losses: float) -> None:
     """Let the evaluations of a run find these losses."""
     found = iter(losses)
-    monkeypatch.setattr(train, "evaluate", lambda *args: next(found))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **settings: next(found))
 
 
 # --------------------------------------------------------------------------------------
@@ -90,17 +84,16 @@ def test_best_and_latest_are_two_files(run_train, monkeypatch):
     evaluations(monkeypatch, 2.0, 3.0)
     run_train()
     best, latest = checkpoint.load(OUT / "best.pt"), checkpoint.load(OUT / "ckpt.pt")
-    assert (best["iter"], best["best_val_loss"]) == (3, 2.0)
-    assert (latest["iter"], latest["best_val_loss"]) == (6, 2.0)
+    assert (best["progress"]["iter"], best["progress"]["best_val_loss"]) == (3, 2.0)
+    assert (latest["progress"]["iter"], latest["progress"]["best_val_loss"]) == (6, 2.0)
     assert "optimizer" in latest and "optimizer" not in best
 
 
 def test_without_always_save_checkpoint_only_a_lower_loss_is_saved(run_train, monkeypatch):
     saved = []
     save = checkpoint.save
-    monkeypatch.setattr(
-        checkpoint, "save", lambda path, state: saved.append((path.name, state["iter"])) or save(path, state)
-    )
+    note = lambda path, entries: saved.append((path.name, entries["progress"]["iter"]))  # noqa: E731
+    monkeypatch.setattr(checkpoint, "save", lambda path, entries: note(path, entries) or save(path, entries))
     evaluations(monkeypatch, 3.0, 4.0, 2.0, 5.0)
     run_train("--always_save_checkpoint=False", "--max_iters=12")
     assert saved == [("best.pt", 3), ("ckpt.pt", 3), ("best.pt", 9), ("ckpt.pt", 9), ("ckpt.pt", 12)]
@@ -124,29 +117,6 @@ def test_only_a_run_with_steps_left_is_stopped_early(run_train, monkeypatch, cap
         evaluations(monkeypatch, 3.0, 4.0)
         run_train("--early_stopping=1", f"--max_iters={length}")
         assert (stopped in capsys.readouterr().out.splitlines()) == early
-
-
-def test_a_new_run_keeps_every_earlier_one(run_train, capsys):
-    run_train("--seed=1")
-    first = weights()
-    run_train("--seed=2")
-    assert "is now in out/run/previous-1" in capsys.readouterr().err
-    run_train("--seed=3")
-    assert_same_weights(checkpoint.load(OUT / "previous-1" / "ckpt.pt")["model"], first)
-    assert (OUT / "previous-2" / "best.pt").exists()
-
-
-def test_killed_while_it_moves_an_earlier_run_aside_nothing_of_it_is_lost(run_train, monkeypatch):
-    run_train("--seed=1")
-    first = weights()
-    replace = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda path, to: replace(path, to) if path.name == "ckpt.pt" else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run_train("--seed=2")
-    monkeypatch.setattr(Path, "replace", replace)
-    run_train("--seed=2")
-    assert_same_weights(checkpoint.load(OUT / "previous-1" / "ckpt.pt")["model"], first)
-    assert (OUT / "previous-1" / "metrics.jsonl").exists() and not (OUT / "previous.new").exists()
 
 
 def test_evaluating_only_writes_nothing(tiny, capsys):
@@ -184,18 +154,12 @@ def test_evaluation_does_not_disturb_training(run_train):
 def test_evaluation_goes_without_dropout(tiny, capsys):
     losses = []
     for dropout in ("0.0", "0.5", "0.5"):
-        train.main(
-            [
-                *TINY_RUN,
-                "--eval_only=True",
-                f"--dropout={dropout}",
-            ]
-        )
+        train.main([*TINY_RUN, "--eval_only=True", f"--dropout={dropout}"])
         losses.append(capsys.readouterr().out.splitlines()[-1])
     assert len(set(losses)) == 1
 
 
-def test_dropout_is_drawn_anew_in_each_batch(tiny):
+def test_each_batch_has_a_dropout_mask_of_its_own(tiny):
     train.main([*TINY_RUN, "--dropout=0.5", "--learning_rate=1e-30", "--weight_decay=0", "--max_iters=3"])
     one_block = make_text(17 * 10 // 9 + 2)
     (tiny / "input.txt").write_text(one_block)  # a text of one block, whose every batch is the same but for dropout
@@ -206,7 +170,7 @@ def test_dropout_is_drawn_anew_in_each_batch(tiny):
     assert len(set(train_losses(read_rows(OUT)))) == 4
 
 
-def test_the_gradient_is_clipped_and_its_norm_is_told_as_it_was(run_train, monkeypatch):
+def test_the_gradient_is_clipped_and_its_norm_is_logged_as_it_was_before(run_train, monkeypatch):
     norms = []
     step = Optimizer.step
 
@@ -216,8 +180,8 @@ def test_the_gradient_is_clipped_and_its_norm_is_told_as_it_was(run_train, monke
         return step(optimizer)
 
     monkeypatch.setattr(Optimizer, "step", spy)
-    told = [row["grad_norm"] for row in run_train("--grad_clip=0.5") if "grad_norm" in row]
-    assert min(told) > 0.6 and norms == pytest.approx([0.5] * 6, rel=1e-3)
+    logged = [row["grad_norm"] for row in run_train("--grad_clip=0.5") if "grad_norm" in row]
+    assert min(logged) > 0.6 and norms == pytest.approx([0.5] * 6, rel=1e-3)
     norms.clear()
     assert [row["grad_norm"] for row in run_train("--grad_clip=0") if "grad_norm" in row] == pytest.approx(
         norms, rel=1e-5
@@ -238,7 +202,7 @@ def test_bfloat16_trains_on_the_cpu(run_train):
     assert weights()["wte.weight"].dtype == torch.float32
 
 
-def test_where_compiling_fails_the_run_goes_on_without(run_train, monkeypatch, capsys):
+def test_where_compiling_fails_the_run_proceeds_without(run_train, monkeypatch, capsys):
     def broken(model, dynamic):
         def call(**batch):
             raise RuntimeError("no compiler here\nand a long story")
@@ -253,7 +217,7 @@ def test_where_compiling_fails_the_run_goes_on_without(run_train, monkeypatch, c
 
 
 class Wrapper(torch.nn.Module):
-    def __init__(self, model):
+    def __init__(self, model, dynamic):
         super().__init__()
         self._orig_mod, self.config = model, model.config
 
@@ -271,7 +235,7 @@ def test_a_compiled_models_weights_keep_their_names(run_train, monkeypatch):
 
 def test_a_scaler_skips_the_step_whose_gradients_are_not_finite():
     layer = torch.nn.Linear(2, 1)
-    optimizer = make_optimizer("adamw", layer, 0.1)
+    optimizer = make_optimizer(TrainConfig(learning_rate=0.1), layer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for x, moves in ((math.inf, False), (1.0, True)):
         before = layer.weight.clone()
@@ -284,22 +248,26 @@ def test_a_scaler_skips_the_step_whose_gradients_are_not_finite():
     assert scaler.get_scale() == 2.0
 
 
-def test_averaged_weights_are_evaluated_and_saved_and_training_goes_on_from_the_newest(run_train, tiny):
+def test_averaged_weights_are_evaluated_and_saved_beside_those_that_are_trained(run_train, tiny):
     plain = run_train()
+    trained = weights()
     averaged = run_train("--ema_decay=0.2")
-    of_training = [[row["train_loss"] for row in rows if "train_loss" in row] for rows in (plain, averaged)]
-    assert of_training[0] == of_training[1]  # the mean does not disturb the run
+    assert train_losses(averaged) == train_losses(plain)  # the average does not disturb the run
     assert averaged[-1]["val_loss"] != plain[-1]["val_loss"]
     latest, best = (checkpoint.load(OUT / name) for name in ("ckpt.pt", "best.pt"))
-    dataset = TokenDataset(tiny, 16, seed=1337)
-    losses = {}
-    for name, weights in (("model", latest["model"]), ("newest", latest["newest_weights"]), ("best", best["model"])):
-        model = models.build(models.ModelConfig(**latest["model_config"]))
-        model.load_state_dict(weights)
-        cpu, config = torch.device("cpu"), train.TrainConfig(batch_size=4, eval_iters=2)
-        losses[name] = train.evaluate(model, dataset, config, cpu, torch.float32)
-    assert losses["model"] == losses["best"] == averaged[-1]["val_loss"]
-    assert losses["newest"] == plain[-1]["val_loss"]
+    assert_same_weights(latest["model"], trained)
+    assert "ema" not in best
+    models_to_sample = [checkpoint.load_model(OUT / name).model for name in ("ckpt.pt", "best.pt")]
+    for model in models_to_sample:
+        assert_same_weights(dict(model.named_parameters()), latest["ema"])
+        assert val_loss(model, tiny) == averaged[-1]["val_loss"]
+    assert val_loss(checkpoint.restore_model(latest, model.config), tiny) == plain[-1]["val_loss"]
+
+
+def val_loss(model: torch.nn.Module, folder: Path) -> float:
+    """As in a tiny run."""
+    dataset = TokenDataset(folder, 16, seed=1337)
+    return evaluation.evaluate(model, dataset, 4, 2, device=torch.device("cpu"), dtype=torch.float32)
 
 
 def test_a_run_with_averaged_weights_resumes_exactly(run_train, capsys):
@@ -336,7 +304,7 @@ def test_a_model_that_is_traced_as_for_compiling_trains_alike(run_train, monkeyp
 
 
 # --------------------------------------------------------------------------------------
-# Stopping and going on
+# Stopping and resuming
 
 DROPOUT_RUN = ["--dropout=0.2", "--optimizer=muon", "--max_iters=12", "--eval_interval=4", "--log_interval=3"]
 
@@ -348,14 +316,14 @@ def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(run_train, 
     whole, best = weights(), weights("best.pt")
     step = train.train_step
 
-    def step_and_signal(it, *args):
+    def step_and_signal(run, it):
         if it + 1 == at:
             os.kill(os.getpid(), number)
-        return step(it, *args)
+        return step(run, it)
 
     monkeypatch.setattr(train, "train_step", step_and_signal)
     assert train.main([*TINY_RUN, *DROPOUT_RUN]) == 128 + number
-    assert f"at iter {at}; go on with: python train.py --init_from=resume --out_dir=out/run" in capsys.readouterr().err
+    assert f"at iter {at}; resume: python train.py --init_from=resume --out_dir=out/run" in capsys.readouterr().err
     monkeypatch.setattr(train, "train_step", step)
     assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
     assert read_rows(OUT) == rows
@@ -370,7 +338,7 @@ def test_a_signalled_program_exits_with_the_signals_code(tiny):
             pass
         process.send_signal(signal.SIGTERM)
         process.stdout.read()
-        assert "go on with: python train.py --init_from=resume" in process.stderr.read()
+        assert "; resume: python train.py --init_from=resume" in process.stderr.read()
     assert process.returncode == 143
 
 
@@ -383,18 +351,18 @@ def test_ctrl_c_saves_even_where_it_has_ended_the_reader_of_our_messages(tiny):
         process.stdout.close()
         process.send_signal(signal.SIGINT)
         process.wait()
-    assert checkpoint.load(OUT / "ckpt.pt")["iter"] >= 2
+    assert checkpoint.load(OUT / "ckpt.pt")["progress"]["iter"] >= 2
 
 
 def quiet_train(*argv: str) -> None:
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115, open as long as the process
     torch.set_num_threads(1)
-    train.draw_losses, train.write_a_little = lambda *args: None, lambda *args: ""  # as in short_ending
+    run_folder.draw_losses, evaluation.sample_text = lambda *args: None, lambda *args: ""  # as in short_ending
     sys.exit(train.main([*TINY_RUN, *DROPOUT_RUN, "--max_iters=40", *argv]))
 
 
 def die_at(call: int) -> None:
-    """Train, and be killed at the call-th moment in which a file is about to be, or has just been, made sure of."""
+    """Train, and be killed at the call-th moment just before or after a file is flushed or replaced."""
     calls = iter(range(call + 1))
 
     def dying(act):
@@ -414,7 +382,7 @@ def die_at(call: int) -> None:
 
 @pytest.fixture(scope="module")
 def processes():
-    """Processes that have torch loaded already, so that forty of them start in no time."""
+    """Processes that have torch loaded already, so that forty of them start at once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_train"])
     with pytest.MonkeyPatch.context() as patch:
@@ -427,8 +395,8 @@ def processes():
 
 def assert_resumes_to(processes, rows: list[dict], whole: dict, dead: multiprocessing.Process) -> None:
     assert dead.exitcode == -signal.SIGKILL
-    go_on = ["--init_from=resume"] if (OUT / "ckpt.pt").exists() else []
-    process = processes.Process(target=quiet_train, args=go_on)
+    resume = ["--init_from=resume"] if (OUT / "ckpt.pt").exists() else []
+    process = processes.Process(target=quiet_train, args=resume)
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -468,20 +436,12 @@ def test_killed_at_random_moments_a_run_resumes_exactly(uninterrupted, processes
         process.join(timeout=draw.uniform(0.0, whole_run))
         process.kill()
         process.join()
-        if process.exitcode == -signal.SIGKILL:  # else it was done before
+        if process.exitcode == -signal.SIGKILL:  # otherwise it had finished
             killed += 1
             assert_resumes_to(processes, *uninterrupted, process)
 
 
-def test_a_metrics_line_that_a_kill_cut_short_is_dropped(run_train):
-    rows = run_train()
-    with (OUT / "metrics.jsonl").open("a") as file:
-        file.write('{"iter": 7, "tok')
-    assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
-    assert read_rows(OUT) == rows
-
-
-def test_a_finished_run_goes_on_when_it_is_made_longer(run_train):
+def test_a_finished_run_continues_when_max_iters_is_raised(run_train):
     run_train("--decay_lr=False")
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=9"]) == 0
     longer, longer_weights = read_rows(OUT), weights()
@@ -492,42 +452,32 @@ def test_a_finished_run_goes_on_when_it_is_made_longer(run_train):
 
 def test_settings_of_the_checkpoint_hold_unless_changed(run_train):
     run_train("--learning_rate=0.01", "--weight_decay=0.5", "--beta1=0.8")
-    argv = [
-        "--init_from=resume",
-        "--out_dir=out/run",
-        "--max_iters=8",
-        "--weight_decay=0.25",
-        "--beta2=0.5",
-        "--dropout=0.1",
-    ]
-    assert train.main(argv) == 0
+    changes = ["--max_iters=8", "--weight_decay=0.25", "--beta2=0.5", "--dropout=0.1"]
+    assert train.main(["--init_from=resume", "--out_dir=out/run", *changes]) == 0
     settings = json.loads((OUT / "config.json").read_text())
     assert (settings["learning_rate"], settings["weight_decay"], settings["dropout"]) == (0.01, 0.25, 0.1)
-    groups = checkpoint.load(OUT / "ckpt.pt")["optimizer"]["groups"]
+    resumed = train.setup(*train.read_settings(["--init_from=resume", "--out_dir=out/run"]))
+    groups = resumed.optimizer.param_groups
     assert [group["weight_decay"] for group in groups] == [0.25, 0.0]
-    assert tuple(groups[0]["betas"]) == (0.8, 0.5)
+    assert groups[0]["betas"] == (0.8, 0.5)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "n_layer=3",
-        "n_embd=64",
-        "bias=True",
-        "vocab_size=99",
-        "position=rotary",
-        "batch_size=2",
-        "seed=2",
-        "optimizer=muon",
-    ],
-)
+FIXED = ("n_layer=3", "n_embd=64", "bias=True", "vocab_size=99", "position=rotary")
+FIXED += ("batch_size=2", "seed=2", "optimizer=muon")
+
+
+FIXED = ("n_layer=3", "n_embd=64", "bias=True", "vocab_size=99", "position=rotary")
+FIXED += ("batch_size=2", "seed=2", "optimizer=muon")
+
+
+@pytest.mark.parametrize("change", FIXED)
 def test_what_may_not_change_on_resume_is_refused(run_train, fails, change):
     run_train()
     line = fails(train.main, "--init_from=resume", "--out_dir=out/run", f"--{change}")
     assert f"{change} cannot change on resume: the checkpoint has {change.partition('=')[0]}=" in line
 
 
-def test_a_checkpoint_from_before_a_key_existed_goes_on_and_writes(run_train, fails, capsys):
+def test_a_checkpoint_from_before_a_key_existed_is_resumed_and_sampled(run_train, fails, capsys):
     run_train()
     for name in ("ckpt.pt", "best.pt"):
         saved = checkpoint.load(OUT / name)
@@ -541,7 +491,7 @@ def test_a_checkpoint_from_before_a_key_existed_goes_on_and_writes(run_train, fa
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
 
 
-def test_new_settings_are_checked_beside_those_of_the_checkpoint(run_train):
+def test_new_settings_are_checked_together_with_those_of_the_checkpoint(run_train):
     run_train("--learning_rate=0.01")
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=7", "--min_lr=0.005"]) == 0
 
@@ -557,7 +507,7 @@ def test_resuming_a_copied_folder_leaves_the_original_alone(run_train):
     assert not OUT.exists()
 
 
-def test_fewer_steps_than_are_done_are_refused_and_as_many_are_told(run_train, fails, capsys):
+def test_fewer_steps_than_are_done_are_refused_and_no_step_left_is_reported(run_train, fails, capsys):
     run_train()
     line = fails(train.main, "--init_from=resume", "--out_dir=out/run", "--max_iters=5")
     assert "max_iters=5 is below the 6 steps that the checkpoint has done" in line
@@ -565,14 +515,14 @@ def test_fewer_steps_than_are_done_are_refused_and_as_many_are_told(run_train, f
     assert "note: all 6 steps are done; for more: --max_iters=N" in capsys.readouterr().err
 
 
-def test_the_best_loss_is_counted_anew_when_the_evaluation_set_changes(run_train, monkeypatch, capsys):
+def test_the_best_loss_starts_over_when_the_evaluation_set_changes(run_train, monkeypatch, capsys):
     evaluations(monkeypatch, 1.0, 1.0, 2.0)
     run_train()
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=9", "--eval_iters=None"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "best val loss 2.0000 at iter 9"
 
 
-def test_one_request_that_comes_twice_at_once_is_one_request(run_train, monkeypatch):
+def test_two_signals_within_a_second_are_one_request(run_train, monkeypatch):
     step = train.train_step
 
     def step_and_signal(*args):
@@ -582,10 +532,10 @@ def test_one_request_that_comes_twice_at_once_is_one_request(run_train, monkeypa
 
     monkeypatch.setattr(train, "train_step", step_and_signal)
     assert train.main(TINY_RUN) == 143
-    assert checkpoint.load(OUT / "ckpt.pt")["iter"] == 1
+    assert checkpoint.load(OUT / "ckpt.pt")["progress"]["iter"] == 1
 
 
-def test_a_model_without_its_training_state_cannot_go_on(run_train, fails):
+def test_a_model_without_its_training_state_cannot_be_resumed(run_train, fails):
     run_train()
     (OUT / "best.pt").replace(OUT / "ckpt.pt")
     line = fails(train.main, "--init_from=resume", "--out_dir=out/run")
@@ -646,7 +596,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run_tr
 def test_a_validation_loss_that_is_not_finite_is_never_the_best(run_train, monkeypatch, capsys):
     evaluations(monkeypatch, 2.0, math.nan)
     assert train.main(TINY_RUN) == 1
-    assert checkpoint.load(OUT / "ckpt.pt")["iter"] == 3
+    assert checkpoint.load(OUT / "ckpt.pt")["progress"]["iter"] == 3
+
+
+def test_a_validation_loss_too_large_for_a_perplexity_stops_the_run(run_train, monkeypatch, capsys):
+    evaluations(monkeypatch, 2000.0)
+    assert train.main(TINY_RUN) == 1
+    assert "the validation loss is 2000.0 at iter 3" in capsys.readouterr().err
+
+
+def test_token_files_of_a_preparation_that_was_stopped_are_left_as_they_are(tiny, fails):
+    (tiny / "meta.json").unlink()
+    (tiny / "preparing").mkdir()
+    (tiny / "input.txt").write_text(make_text(seed=3))
+    before = (tiny / "train.bin").read_bytes()
+    assert "the preparation of data/tiny was stopped before its end" in fails(train.main, *TINY_RUN)
+    assert (tiny / "train.bin").read_bytes() == before
 
 
 BAD = {
@@ -668,7 +633,7 @@ BAD = {
     "dropout=1.5 must be at least 0 and below 1": ["--dropout=1.5"],
     "dtype=float8 is not one of: auto, float32": ["--dtype=float8"],
     "dtype=float16 needs a CUDA device": ["--dtype=float16"],
-    "device=cuda:9 is not there": ["--device=cuda:9"],
+    "device=cuda:9 is not available": ["--device=cuda:9"],
     "init_from=gpt2-xl: GPT-2's weights cannot be read yet": ["--init_from=gpt2-xl"],
     "init_from=nothing is not one of: scratch, resume": ["--init_from=nothing"],
     "vocab_size=3 is below the": ["--vocab_size=3"],
@@ -701,15 +666,15 @@ def test_a_key_without_effect_says_so(run_train, capsys):
     assert "note: rope_base=5.0 has no effect without position=rotary" in notes
     assert "note: warmup_iters=2 has no effect without decay_lr=True" in notes
     run_train("--warmup_iters=6", "--max_iters=6")
-    assert "note: warmup_iters=6 leaves schedule=cosine none of the 6 steps" in capsys.readouterr().err
+    assert "note: the learning rate never decays: warmup_iters=6 lasts all 6 steps" in capsys.readouterr().err
     run_train("--warmup_iters=5", "--max_iters=6")
-    assert "warmup_iters" not in capsys.readouterr().err
+    assert "never decays" not in capsys.readouterr().err
     run_train("--rope_base=5", "--position=rotary")
     assert "no effect" not in capsys.readouterr().err
 
 
-def test_keys_that_act_are_never_called_idle():
-    """Of those for the window network: each key either changes what it computes, or is told to have no effect."""
+def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect():
+    """Of the window network's keys: each either changes what it computes, or is reported."""
     base = {"model": "window_mlp", "window": 4, "n_layer": 2, "n_embd": 8, "block_size": 8, "vocab_size": 11}
     other = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 4, "n_hidden": 5, "window": 3, "vocab_size": 12}
     other |= {"dropout": 0.5, "bias": True, "tie_weights": False, "position": "rotary", "rope_base": 5.0}
@@ -726,7 +691,7 @@ def test_keys_that_act_are_never_called_idle():
         logits, loss = model(torch.arange(8)[None], torch.arange(1, 9)[None])
         return torch.cat([logits.flatten(), loss[None]])
 
-    idle = train.without_effect(
+    idle = configurator.without_effect(
         asdict(TrainConfig()) | asdict(models.ModelConfig(**base)), models.ModelConfig, TrainConfig
     )
     assert other.keys() | {"model", "block_size", "embedding", "ngrams"} == asdict(models.ModelConfig()).keys()
@@ -750,8 +715,8 @@ def test_keys_that_act_are_never_called_idle():
     ],
     ids=str,
 )
-def test_what_has_no_effect_depends_on_the_other_keys(settings, idle):
-    found = train.without_effect(
+def test_whether_a_key_has_an_effect_depends_on_the_others(settings, idle):
+    found = configurator.without_effect(
         asdict(TrainConfig()) | asdict(models.ModelConfig(**settings)), models.ModelConfig, TrainConfig
     )
     watched = ("activation", "embed_norm", "mlp", "rope_factor", "rope_original_context")
@@ -762,7 +727,7 @@ def test_what_has_no_effect_depends_on_the_other_keys(settings, idle):
 @pytest.mark.parametrize(
     "embedding", [("--embedding=table",), ("--embedding=number", "--n_embd=1")], ids=lambda e: e[0]
 )
-def test_the_window_network_trains_resumes_and_writes(run_train, capsys, optimizer, embedding):
+def test_the_window_network_trains_resumes_and_samples(run_train, capsys, optimizer, embedding):
     argv = ["--model=window_mlp", "--window=12", "--n_hidden=24", f"--optimizer={optimizer}", "--bias=True", *embedding]
     whole = run_train(*argv, "--dropout=0.2", "--max_iters=60", "--learning_rate=1e-2", "--eval_interval=30")
     assert whole[-1]["val_loss"] < whole[0]["train_loss"] - 0.2
@@ -788,8 +753,14 @@ class Doubled(torch.nn.Module):
 
 
 class Reversed(models.Position):
-    def embed(self, x, start):
+    def embed(self, x, at):
         return x.flip(-1)
+
+
+class NoResidual(models.PreNormBlock):
+    def forward(self, x, shared, state=None):
+        x = self.attn(self.attn_norm(x), shared, state)
+        return self.mlp(self.mlp_norm(x))
 
 
 @pytest.mark.parametrize(
@@ -798,11 +769,7 @@ class Reversed(models.Position):
         (models.ACTIVATIONS, "activation", torch.sin),
         (models.NORMS, "norm", Doubled),
         (models.POSITIONS, "position", Reversed),
-        (
-            models.BLOCKS,
-            "block",
-            type("Block", (models.PreNormBlock,), {"join": lambda self, x, norm, f: f(norm(x)) - x}),
-        ),
+        (models.BLOCKS, "block", NoResidual),
         (models.MLPS, "mlp", Doubled),
     ],
     ids=["activation", "norm", "position", "block", "mlp"],
@@ -813,81 +780,6 @@ def test_a_new_variant_is_one_line_in_one_dictionary(run_train, monkeypatch, cap
     run_train(f"--{key}=mine")
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
     sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=20"])
-
-
-# --------------------------------------------------------------------------------------
-# Weights & Biases, as far as it can be seen without it
-
-
-def test_a_full_disk_between_checkpoints_is_one_line(tiny, fails, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    write_whole = checkpoint.write_whole
-    monkeypatch.setattr(
-        checkpoint, "write_whole", lambda *args: write_whole(*args) or monkeypatch.setattr(Path, "open", full)
-    )
-    assert "cannot write out/run/" in fails(train.main, *TINY_RUN)
-
-
-def test_a_validation_loss_too_large_for_a_perplexity_stops_the_run(run_train, monkeypatch, capsys):
-    evaluations(monkeypatch, 2000.0)
-    assert train.main(TINY_RUN) == 1
-    assert "the validation loss is 2000.0 at iter 3" in capsys.readouterr().err
-
-
-def test_token_files_of_a_preparation_that_was_stopped_are_left_as_they_are(tiny, fails):
-    (tiny / "meta.json").unlink()
-    (tiny / "preparing").mkdir()
-    (tiny / "input.txt").write_text(make_text(seed=3))
-    before = (tiny / "train.bin").read_bytes()
-    assert "the preparation of data/tiny was stopped before its end" in fails(train.main, *TINY_RUN)
-    assert (tiny / "train.bin").read_bytes() == before
-
-
-class FakeWandb(types.ModuleType):
-    class Error(Exception):
-        pass
-
-    def __init__(self, online: bool):
-        super().__init__("wandb")
-        self.online, self.started, self.logged, self.finished = online, [], [], 0
-
-    def init(self, mode: str | None = None, **options):
-        if not self.online and mode != "offline":
-            raise self.Error("no route to host")
-        self.started.append({**options, "mode": mode})
-        return self
-
-    def log(self, row, step):
-        assert self.finished < len(self.started), "a run that is finished takes no more numbers"
-        self.logged.append((step, row))
-
-    def finish(self):
-        self.finished += 1
-
-
-@pytest.mark.parametrize("online", [True, False])
-def test_wandb_gets_the_numbers_and_a_resumed_run_is_the_same_run(run_train, monkeypatch, capsys, online):
-    fake = FakeWandb(online)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    rows = run_train("--wandb_log=True", "--wandb_project=p")
-    train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"])
-    first, second = fake.started
-    assert first["id"] == second["id"] and first["project"] == "p" and first["name"] == "run"
-    assert first["mode"] == (None if online else "offline")
-    assert ("logging offline" in capsys.readouterr().err) == (not online)
-    assert [step for step, _ in fake.logged][: len(rows)] == [row["iter"] for row in rows]
-    assert fake.finished == 2
-    run_train("--wandb_log=True")
-    assert fake.started[-1]["id"] != first["id"]
-
-
-def test_wandb_that_is_not_installed_is_named(tiny, fails, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # as a folder of that name is imported
-    assert "wandb_log=True needs the package wandb: pip install wandb" in fails(
-        train.main, *TINY_RUN, "--wandb_log=True"
-    )
 
 
 def test_every_training_key_is_in_the_saved_settings(run_train):

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import know_ngrams, overfit
+from conftest import fill_ngrams, overfit
 from torch import Tensor, nn
 
 import model as models
@@ -36,7 +36,7 @@ def tiny(**keys) -> models.Transformer:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 12, "vocab_size": 11}
     model = models.build(ModelConfig(model="transformer", **sizes | keys))
-    know_ngrams(model)
+    fill_ngrams(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Sentence pairs from the batches that they make, over training, to translations."""
+"""Translation from sentence pairs: batches, training, scores and sample.py."""
 
 import importlib.util
 import json
@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_RUN, make_pairs, make_text, read_rows
-from test_train import FakeWandb
+from test_run_folder import FakeWandb
 
 import compare
-import model as models
 import prepare_data
 import sample
 import train
+from humptygpt import evaluation
 from humptygpt.batches import PairDataset
 from humptygpt.beams import Translation
 from humptygpt.configurator import UserError
+from humptygpt.optimizers import Optimizer
 from humptygpt.token_files import checksums
-from model import ModelConfig
 
 TINY = ["--dataset=pairs", "--device=cpu", "--model=transformer", "--n_layer=1", "--n_head=2", "--n_embd=32"]
 TINY += ["--block_size=40", "--batch_size=4", "--log_interval=1", "--eval_interval=3", "--max_iters=6"]
@@ -33,7 +33,7 @@ def open_pairs(with_encoder: bool = True, seed: int = 1) -> PairDataset:
 
 
 def texts_in(data: PairDataset, batch: dict) -> list[tuple[str, str]]:
-    """(source, what follows it) of each row, as far as it counts."""
+    """(source, target) of each row, without padding."""
     found = []
     for row, (idx, targets) in enumerate(zip(batch["idx"], batch["targets"], strict=True)):
         target = targets[targets >= 0].tolist()
@@ -131,7 +131,7 @@ def test_the_longest_pair_of_all_splits_just_fits(pairs, with_encoder, split):
     prepare_bytes([(s, "long " * 9 + "it is." if s == source else t) for s, t in make_pairs()], "--val_fraction=0.2")
     needed = 52 if with_encoder else len(source.encode()) + 1 + 52 - 1  # its last token is never read
     assert PairDataset(Path("data/pairs"), needed, 1, with_encoder).texts(split)
-    with pytest.raises(UserError, match=f"needs room for {needed} tokens, .* take --block_size={needed}$"):
+    with pytest.raises(UserError, match=f"a pair that takes {needed} tokens, .* take --block_size={needed}$"):
         PairDataset(Path("data/pairs"), needed - 1, 1, with_encoder)
 
 
@@ -142,7 +142,7 @@ def test_one_long_source_makes_no_other_batch_small(folder):
 
 
 @both_ways
-def test_eval_iters_reads_so_many_batches_of_all_lengths_always_the_same(folder, with_encoder):
+def test_eval_iters_batches_of_all_lengths_are_evaluated_always_the_same(folder, with_encoder):
     prepare_bytes(make_pairs(), "--val_fraction=0.4")
     data = open_pairs(with_encoder)
     whole, some = (
@@ -156,7 +156,7 @@ def test_eval_iters_reads_so_many_batches_of_all_lengths_always_the_same(folder,
     assert data.describe(1, 3)[1] == f"{sum(map(len, some))} of {sum(map(len, whole))} pairs"
 
 
-def test_some_texts_are_drawn_from_the_first_to_the_last(pairs):
+def test_a_few_texts_are_evenly_spaced_from_the_first_to_the_last(pairs):
     everything = [text for _, text in open_pairs().texts("train")]
     assert [text for _, text in open_pairs().texts("train", 3)] == [
         everything[0], everything[(len(everything) - 1) // 2], everything[-1],
@@ -172,12 +172,11 @@ def test_bits_per_byte_are_of_the_translation_alone(folder, with_encoder):
     assert data.val_bytes_per_token() == sum(lengths) / (sum(lengths) + len(lengths))  # a byte each, and an end
 
 
-def test_a_stream_that_is_no_pairs_is_refused(pairs, fails):
+def test_a_stream_that_is_not_made_of_pairs_is_refused(pairs, fails):
     meta = json.loads((pairs / "meta.json").read_text())
-    del meta["splits"]["test"]
-    meta["splits"]["val"] = meta["splits"]["train"]
     ids = np.fromfile(pairs / "train.bin", np.uint16)
     (pairs / "train.bin").write_bytes(ids[:-1].tobytes())
+    meta["splits"]["train"]["tokens"] -= 1
     meta["splits"]["train"]["files"][0]["tokens"] -= 1
     meta["splits"]["train"]["checksums"]["train.bin"] = checksums(pairs / "train.bin")
     (pairs / "meta.json").write_text(json.dumps(meta))
@@ -189,7 +188,7 @@ def test_a_stream_that_is_no_pairs_is_refused(pairs, fails):
 
 
 @both_ways
-def test_pairs_are_learnt_by_heart_and_translated_back(pairs, capsys, with_encoder):
+def test_pairs_are_memorised_and_translated_as_in_training(pairs, capsys, with_encoder):
     prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=sentencepiece", "--vocab_size=400"])
     learn = ["--n_embd=64", "--n_head=2", "--max_iters=200", "--eval_interval=200", "--learning_rate=5e-3"]
     learn += ["--batch_size=8", "--warmup_iters=20", "--weight_decay=0", "--log_interval=100", "--n_layer=2"]
@@ -218,38 +217,28 @@ def test_a_resumed_run_on_pairs_is_the_uninterrupted_one(pairs, with_encoder):
 
 
 def test_accumulating_gives_the_gradient_of_the_mean_over_all_target_tokens(pairs, monkeypatch):
-    data = open_pairs()
-    config = train.TrainConfig(batch_size=4, gradient_accumulation_steps=3, grad_clip=0.0)
-    torch.manual_seed(0)
-    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 40, "vocab_size": 257}
-    model = models.build(ModelConfig(model="transformer", **shape))
+    run = train.setup(*train.read_settings([*TINY, "--gradient_accumulation_steps=3", "--grad_clip=0"]))
     total, count = 0.0, 0
-    for number in range(3):
-        batch = data.batch(number, 4)
-        counted = int((batch["targets"] >= 0).sum())
-        total, count = total + model(**batch)[1] * counted, count + counted
-    expected = torch.autograd.grad(total / count, list(model.parameters()))
-
-    class Keep:
-        def step(self):
-            self.gradients = [p.grad for p in model.parameters()]
-
-        def zero_grad(self):
-            pass
-
-    optimizer, scaler = Keep(), torch.amp.GradScaler("cpu", enabled=False)
-    loss, _, tokens = train.train_step(0, model, data, optimizer, scaler, config, torch.device("cpu"), torch.float32)
+    for index in range(3):
+        batch = run.dataset.batch(index, 4)
+        tokens = int((batch["targets"] >= 0).sum())
+        total, count = total + run.model(**batch)[1] * tokens, count + tokens
+    parameters = list(run.model.parameters())
+    expected = torch.autograd.grad(total / count, parameters)
+    gradients = []
+    monkeypatch.setattr(Optimizer, "step", lambda optimizer: gradients.extend(p.grad for p in parameters))
+    loss, _, tokens = train.train_step(run, 0)
     assert tokens == count and float(loss) == pytest.approx(float((total / count).detach()))
-    torch.testing.assert_close(optimizer.gradients, list(expected))
+    torch.testing.assert_close(gradients, list(expected))
 
 
-def test_evaluations_show_translations_and_the_end_tells_bleu_of_the_best_checkpoint(pairs, capsys):
+def test_evaluations_show_translations_and_the_end_has_the_bleu_of_the_best_checkpoint(pairs, capsys):
     assert train.main(TINY) == 0
-    said = capsys.readouterr().out
+    out = capsys.readouterr().out
     ids, target = open_pairs().texts("val", 3)[0]
     shown = f"    {open_pairs().tokenizer.decode(ids[:-1])}\n  = {target}\n  > "
-    assert said.count(shown) == 2  # one for each evaluation
-    assert "pairs of the test split" in said and "BLEU" in said and "chrF" in said and said.count("nrefs:1|") == 2
+    assert out.count(shown) == 2  # one for each evaluation
+    assert "pairs of the test split" in out and "BLEU" in out and "chrF" in out and out.count("nrefs:1|") == 2
     row = read_rows(Path("out/run"))[-1]
     assert row["iter"] == 6 and 0 <= row["test_bleu"] <= 100 and 0 <= row["test_chrf"] <= 100
     assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0  # all steps are done: it only scores once more
@@ -260,43 +249,44 @@ def test_evaluations_show_translations_and_the_end_tells_bleu_of_the_best_checkp
 
 
 def test_the_weights_that_are_scored_are_those_of_the_best_checkpoint(pairs, monkeypatch):
-    losses, scored = iter([1.0, 2.0]), []
-    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
-    score = train.score_translations
+    losses, scored, score = iter([1.0, 2.0]), [], evaluation.score_translations
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **settings: next(losses))
     weights = lambda model: model.state_dict()["lm_head.weight"].clone()  # noqa: E731
-    monkeypatch.setattr(train, "score_translations", lambda *args: (scored.append(weights(args[0])), score(*args))[1])
+    keep = lambda *args: (scored.append(weights(args[0])), score(*args))[1]  # noqa: E731
+    monkeypatch.setattr(evaluation, "score_translations", keep)
     assert train.main(TINY) == 0
     best, latest = (torch.load(f"out/run/{name}.pt")["model"]["lm_head.weight"] for name in ("best", "ckpt"))
     assert torch.equal(scored[0], best) and not torch.equal(best, latest)
 
 
-def test_it_translates_without_dropout_and_writes_no_token_that_only_pads_the_vocabulary(pairs, monkeypatch):
-    calls, translate = [], train.translate
+def test_it_translates_without_dropout_and_never_chooses_ids_that_only_pad_the_vocabulary(pairs, monkeypatch):
+    calls, translate = [], evaluation.translate
 
-    def watched(model, sources, eot, num_beams=1, known=None):
-        calls.append((model.training, num_beams, known))
-        return translate(model, sources, eot, num_beams, known=known)
+    def watched(model, sources, eot, tokenizer_vocab_size, num_beams=1):
+        calls.append((model.training, num_beams, tokenizer_vocab_size))
+        return translate(model, sources, eot, tokenizer_vocab_size, num_beams=num_beams)
 
-    monkeypatch.setattr(train, "translate", watched)
+    monkeypatch.setattr(evaluation, "translate", watched)
     assert train.main([*TINY, "--dropout=0.1", "--vocab_size=300"]) == 0
     assert calls == [(False, 1, 257), (False, 1, 257), (False, 4, 257)]  # shown twice, then scored
 
 
-def test_wandb_gets_the_score_before_it_is_told_that_all_is_over(pairs, monkeypatch):
+def test_wandb_gets_the_score_before_the_run_is_finished(pairs, monkeypatch):
     fake = FakeWandb(online=True)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     assert train.main([*TINY, "--wandb_log=True"]) == 0
     assert "test_bleu" in fake.logged[-1][1] and fake.finished == 1
 
 
-def test_a_missing_sacrebleu_is_told_at_the_start(pairs, fails, monkeypatch):
+def test_a_missing_sacrebleu_is_reported_at_the_start(pairs, fails, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: name != "sacrebleu" and find(name, *args))
     assert "pip install sacrebleu" in fails(train.main, *TINY)
     assert not Path("out").exists()
 
 
-def test_a_finished_run_compares_as_done_and_with_its_score(pairs, capsys):
+def test_a_finished_run_compares_as_done_and_with_its_score(pairs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     train.main(TINY)
     capsys.readouterr()
     compare.main(["out/run", "--picture=out/compare.png"])
@@ -316,31 +306,35 @@ def test_without_a_test_split_the_validation_split_is_scored(folder, capsys):
 
 
 @both_ways
-def test_empty_lines_stay_empty_and_long_ones_are_cut_and_told(pairs, capsys, monkeypatch, with_encoder):
+def test_empty_lines_stay_empty_and_long_ones_are_cut_and_reported(pairs, capsys, monkeypatch, with_encoder):
     train.main([*TINY, *([] if with_encoder else NO_ENCODER)])
     read, translate = [], sample.translate
-    monkeypatch.setattr(sample, "translate", lambda *args: (read.extend(args[1]), translate(*args))[1])
+    watched = lambda *args, **settings: (read.extend(args[1]), translate(*args, **settings))[1]  # noqa: E731
+    monkeypatch.setattr(sample, "translate", watched)
     Path("german.txt").write_text(f"\ufeffWo ist\u2028da?\n\n  \n{'sehr ' * 20}lang.\n", encoding="utf-8")
     capsys.readouterr()
     sample.main(["--out_dir=out/run", "--start=FILE:german.txt", "--max_new_tokens=5"])
-    said = capsys.readouterr()
-    lines = said.out.split("\n")
+    printed = capsys.readouterr()
+    lines = printed.out.split("\n")
     assert len(lines) == 5 and lines[1] == lines[2] == lines[4] == ""
-    assert "note: line 4 has 105 tokens; the first 39 are read" in said.err
+    assert "note: line 4 has 105 tokens; the first 39 are read" in printed.err
     assert [bytes(ids[:-1].tolist()).decode() for ids in read] == ["Wo ist da?", ("sehr " * 20)[:39]]
 
 
 def test_lines_keep_their_order_and_numbers_however_many_are_translated_at_once(pairs, capsys, monkeypatch):
     train.main(TINY)
-    echo = lambda model, sources, *args: [Translation(ids[:-1].tolist(), -1.0, ids[0] < 53) for ids in sources]  # noqa: E731
+
+    def echo(model, sources, *args, **settings):
+        return [Translation(ids[:-1].tolist(), -1.0, ended=ids[0] < 53) for ids in sources]
+
     monkeypatch.setattr(sample, "translate", echo)
     monkeypatch.setattr(sample, "LINES", 2)
     Path("german.txt").write_text("1\n2\n\n4\n5\n" + 50 * "6")
     capsys.readouterr()
     sample.main(["--out_dir=out/run", "--start=FILE:german.txt"])
-    said = capsys.readouterr()
-    assert said.out == "1\n2\n\n4\n5\n" + 39 * "6" + "\n"
-    assert [line for line in said.err.splitlines() if line.startswith("note")] == [
+    printed = capsys.readouterr()
+    assert printed.out == "1\n2\n\n4\n5\n" + 39 * "6" + "\n"
+    assert [line for line in printed.err.splitlines() if line.startswith("note")] == [
         "note: line 6 has 50 tokens; the first 39 are read",
         "note: line 5 has no room for more of its translation",
         "note: line 6 has no room for more of its translation",
@@ -350,27 +344,37 @@ def test_lines_keep_their_order_and_numbers_however_many_are_translated_at_once(
 def test_beams_penalty_and_length_are_those_asked_for(pairs, monkeypatch):
     train.main([*TINY, "--vocab_size=300"])
     asked = []
-    monkeypatch.setattr(sample, "translate", lambda *args: asked.append(args[3:]) or [Translation([], 0.0, True)])
+
+    def translate(model, sources, eot, tokenizer_vocab_size, **settings):
+        asked.append((tokenizer_vocab_size, settings))
+        return [Translation([], 0.0, ended=True)]
+
+    monkeypatch.setattr(sample, "translate", translate)
     sample.main(["--out_dir=out/run", "--start=Wo?"])
     sample.main(["--out_dir=out/run", "--start=Wo?", "--num_beams=7", "--length_penalty=0.5", "--max_new_tokens=9"])
-    assert asked == [(4, 1.0, 500, 257), (7, 0.5, 9, 257)]
+    assert asked == [
+        (257, {"num_beams": 4, "length_penalty": 1.0, "max_new_tokens": 500}),
+        (257, {"num_beams": 7, "length_penalty": 0.5, "max_new_tokens": 9}),
+    ]
 
 
-def test_a_translation_is_one_line_whatever_the_model_writes_and_one_without_room_is_told(pairs, capsys, monkeypatch):
+def test_a_translation_is_one_line_whatever_the_model_writes_and_lack_of_room_is_reported(pairs, capsys, monkeypatch):
     train.main(TINY)
     capsys.readouterr()
-    monkeypatch.setattr(sample, "translate", lambda *args: [Translation(list(b"a\n b"), -1.0, ended=False)])
+    two_lines = Translation(list(b"a\n b"), -1.0, ended=False)
+    monkeypatch.setattr(sample, "translate", lambda *args, **settings: [two_lines])
     sample.main(["--out_dir=out/run", "--start=Wo?"])
-    said = capsys.readouterr()
-    assert said.out == "a b\n" and "note: line 1 has no room for more of its translation" in said.err
+    printed = capsys.readouterr()
+    assert printed.out == "a b\n" and "note: line 1 has no room for more of its translation" in printed.err
 
 
-def test_characters_that_training_never_saw_are_spelled_in_bytes(folder, monkeypatch):
+def test_characters_that_are_not_in_the_training_text_are_encoded_as_bytes(folder, monkeypatch):
     Path("pairs.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in make_pairs()))
     prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=sentencepiece", "--vocab_size=400"])
     train.main(TINY)
     read, translate = [], sample.translate
-    monkeypatch.setattr(sample, "translate", lambda *args: (read.extend(args[1]), translate(*args))[1])
+    watched = lambda *args, **settings: (read.extend(args[1]), translate(*args, **settings))[1]  # noqa: E731
+    monkeypatch.setattr(sample, "translate", watched)
     sample.main(["--out_dir=out/run", "--start=日本 ∑ Ж", "--max_new_tokens=3"])
     assert open_pairs().tokenizer.decode(read[0][:-1]) == "日本 ∑ Ж"
 
@@ -404,15 +408,15 @@ def test_bad_input_of_a_translation(pairs, fails, tiny):
     assert "length_penalty=inf" in fails(sample.main, "--length_penalty=inf")
     assert "num_beams=0" in fails(sample.main, "--num_beams=0")
     assert "ngram_rows=5 cannot be chosen" in fails(train.main, *TINY, "--ngrams=2", "--ngram_rows=5")
-    assert "no run of tokens occurs that often" in fails(train.main, *TINY, "--ngrams=2", "--ngram_min_count=9999")
+    assert "no n-gram of the text occurs that often" in fails(train.main, *TINY, "--ngrams=2", "--ngram_min_count=9999")
 
 
-def test_keys_of_the_other_task_are_told_to_do_nothing(pairs, tiny, capsys):
+def test_keys_of_the_other_task_are_reported_to_have_no_effect(pairs, tiny, capsys):
     train.main(TINY)
     capsys.readouterr()
     sample.main(["--out_dir=out/run", "--start=Wo?", "--temperature=0.5", "--max_new_tokens=3"])
-    assert "note: temperature=0.5 has no effect for a model of translation" in capsys.readouterr().err
+    assert "note: temperature=0.5 has no effect without task=language modelling" in capsys.readouterr().err
     assert train.main([*TINY_RUN, "--out_dir=out/text"]) == 0
     capsys.readouterr()
     sample.main(["--out_dir=out/text", "--num_beams=4", "--max_new_tokens=3"])
-    assert "note: num_beams=4 has no effect for a model of language modelling" in capsys.readouterr().err
+    assert "note: num_beams=4 has no effect without task=translation" in capsys.readouterr().err

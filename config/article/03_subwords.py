@@ -1,13 +1,13 @@
-# Sub-words: the network reads 8 pieces of words, which sentencepiece learnt from the text, instead of 8 characters.
-# It looks back further, and guesses more at once.
+# Subwords: the network reads the last 8 subwords, learned from the text by sentencepiece, instead of 8 characters. Its
+# context is longer, and it predicts more at once.
 # The article: "Subword Tokenizers".
 #
 #   python train.py config/article/03_subwords.py
 #
-# On 2 CPU cores it takes 15 s and ends at a validation loss of 2.85 bits per character.
+# On 2 CPU cores it takes 15 s and reaches a validation loss of 2.85 bits per character.
 
 out_dir = "out/article/03_subwords"
-dataset = "shakespeare_sp"  # new: 1,024 pieces of 2.4 characters on average
+dataset = "shakespeare_sp"  # new: 1,024 subwords of 2.4 characters on average
 model = "window_mlp"
 n_embd = 32
 window = 8
@@ -16,7 +16,7 @@ n_hidden = 256
 activation = "relu"
 bias = True
 
-# the training: 550 times 768 pieces, which are as many characters as on every rung
+# training: 550 steps of 768 tokens, about a million characters, as on every rung
 batch_size = 12
 block_size = 64
 max_iters = 550

@@ -1,9 +1,9 @@
-# Residual connections: what a block finds is added to what came in, so that learning reaches every block.
+# Residual connections: the output of each block is added to its input, so that gradients reach every block.
 # The article: "Residual connections".
 #
 #   python train.py config/article/05_residual.py
 #
-# On 2 CPU cores it takes 21 s and ends at a validation loss of 3.19 bits per character.
+# On 2 CPU cores it takes 21 s and reaches a validation loss of 3.19 bits per character.
 
 out_dir = "out/article/05_residual"
 dataset = "shakespeare_sp"
@@ -12,11 +12,11 @@ n_head = 1
 n_embd = 128
 mlp = "none"
 position = "none"
-block = "pre_norm"  # new: x + f(norm(x)), where the norm does nothing yet
+block = "pre_norm"  # new: x + f(norm(x)); the norm is still the identity
 norm = "none"
 bias = True
 
-# the training: 550 times 768 pieces, which are as many characters as on every rung
+# training: 550 steps of 768 tokens, about a million characters, as on every rung
 batch_size = 12
 block_size = 64
 max_iters = 550

@@ -1,9 +1,9 @@
-# Layer normalization: before each block the numbers are brought to mean 0 and deviation 1.
+# Layer normalization: before each block, the features of a token are normalised to mean 0 and variance 1.
 # The article: "Layer Normalization".
 #
 #   python train.py config/article/06_layer_norm.py
 #
-# On 2 CPU cores it takes 22 s and ends at a validation loss of 2.89 bits per character.
+# On 2 CPU cores it takes 22 s and reaches a validation loss of 2.89 bits per character.
 
 out_dir = "out/article/06_layer_norm"
 dataset = "shakespeare_sp"
@@ -16,7 +16,7 @@ block = "pre_norm"
 norm = "layernorm"  # new
 bias = True
 
-# the training: 550 times 768 pieces, which are as many characters as on every rung
+# training: 550 steps of 768 tokens, about a million characters, as on every rung
 batch_size = 12
 block_size = 64
 max_iters = 550

@@ -1,10 +1,10 @@
-# Dropout: in training a tenth of the numbers is zeroed at random, so that none is relied on alone. It is meant for
-# models that know their text by heart, which no rung here comes near.
+# Dropout: in training, each activation is zeroed with probability 0.1, so that the model relies on none alone. It is
+# meant for models that overfit, which no rung here does.
 # The article: "Dropout".
 #
 #   python train.py config/article/07_dropout.py
 #
-# On 2 CPU cores it takes 27 s and ends at a validation loss of 2.96 bits per character.
+# On 2 CPU cores it takes 27 s and reaches a validation loss of 2.96 bits per character.
 
 out_dir = "out/article/07_dropout"
 dataset = "shakespeare_sp"
@@ -18,7 +18,7 @@ norm = "layernorm"
 dropout = 0.1  # new
 bias = True
 
-# the training: 550 times 768 pieces, which are as many characters as on every rung
+# training: 550 steps of 768 tokens, about a million characters, as on every rung
 batch_size = 12
 block_size = 64
 max_iters = 550

@@ -1,9 +1,9 @@
-# Multi-head attention: four heads of 32 numbers look for four things at once, instead of one head of 128.
+# Multi-head attention: four heads of dimension 32 attend to four things at once, instead of one head of dimension 128.
 # The article: "Multi-head Attention".
 #
 #   python train.py config/article/08_heads.py
 #
-# On 2 CPU cores it takes 30 s and ends at a validation loss of 2.91 bits per character.
+# On 2 CPU cores it takes 30 s and reaches a validation loss of 2.91 bits per character.
 
 out_dir = "out/article/08_heads"
 dataset = "shakespeare_sp"
@@ -17,7 +17,7 @@ norm = "layernorm"
 dropout = 0.1
 bias = True
 
-# the training: 550 times 768 pieces, which are as many characters as on every rung
+# training: 550 steps of 768 tokens, about a million characters, as on every rung
 batch_size = 12
 block_size = 64
 max_iters = 550

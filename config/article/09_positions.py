@@ -1,10 +1,10 @@
-# Positional embedding: each place has a trained list of numbers that is added to the token's. Attention alone does not
-# know in which order it reads.
+# Positional embedding: each position has a trained vector that is added to the token's embedding. Attention alone does
+# not see the order of the tokens.
 # The article: "Positional encoding and embedding".
 #
 #   python train.py config/article/09_positions.py
 #
-# On 2 CPU cores it takes 29 s and ends at a validation loss of 2.95 bits per character.
+# On 2 CPU cores it takes 29 s and reaches a validation loss of 2.95 bits per character.
 
 out_dir = "out/article/09_positions"
 dataset = "shakespeare_sp"
@@ -18,7 +18,7 @@ norm = "layernorm"
 dropout = 0.1
 bias = True
 
-# the training: 550 times 768 pieces, which are as many characters as on every rung
+# training: 550 steps of 768 tokens, about a million characters, as on every rung
 batch_size = 12
 block_size = 64
 max_iters = 550

@@ -1,9 +1,9 @@
-# Beside the rung before: positions as waves of many lengths, which nobody has to train.
+# An alternative to the previous rung: positions as sinusoids of many wavelengths, which need no training.
 # The article: "Appendix, Positional Encoding".
 #
 #   python train.py config/article/09_positions_sinusoidal.py
 #
-# On 2 CPU cores it takes 33 s and ends at a validation loss of 2.88 bits per character.
+# On 2 CPU cores it takes 33 s and reaches a validation loss of 2.88 bits per character.
 
 out_dir = "out/article/09_positions_sinusoidal"
 dataset = "shakespeare_sp"
@@ -17,7 +17,7 @@ norm = "layernorm"
 dropout = 0.1
 bias = True
 
-# the training: 550 times 768 pieces, which are as many characters as on every rung
+# training: 550 steps of 768 tokens, about a million characters, as on every rung
 batch_size = 12
 block_size = 64
 max_iters = 550

@@ -1,9 +1,9 @@
-# The GPT: after each attention a feed-forward network, in which every place thinks over what it has gathered.
+# The GPT: each attention is followed by a feed-forward network, applied at every position.
 # The article: "The GPT architecture".
 #
 #   python train.py config/article/10_gpt.py
 #
-# On 2 CPU cores it takes 53 s and ends at a validation loss of 2.76 bits per character.
+# On 2 CPU cores it takes 53 s and reaches a validation loss of 2.76 bits per character.
 
 out_dir = "out/article/10_gpt"
 dataset = "shakespeare_sp"
@@ -18,7 +18,7 @@ norm = "layernorm"
 dropout = 0.1
 bias = True
 
-# the training: 550 times 768 pieces, which are as many characters as on every rung
+# training: 550 steps of 768 tokens, about a million characters, as on every rung
 batch_size = 12
 block_size = 64
 max_iters = 550

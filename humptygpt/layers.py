@@ -1,0 +1,77 @@
+"""What the networks of this project are built from: linear layers, dropout, activations and the loss."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """A linear layer inside the network, whose matrix Muon may train. The output head is a plain nn.Linear.
+
+    residual: it is the last layer of a residual branch, which init_weights scales down.
+    """
+
+    optimizer_group = "hidden"
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, residual: bool = False):
+        super().__init__(inputs, outputs, bias=bias)
+        self.residual = residual
+
+
+class Dropout(nn.Module):
+    """In training, each activation is zeroed with probability p and the others are scaled by 1 / (1 - p).
+
+    No activation can be relied on alone, so that the network memorises less. Source: Srivastava et al. 2014, "Dropout:
+    a simple way to prevent neural networks from overfitting".
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop(x, self.p) if self.training else x
+
+
+def drop(x: Tensor, p: float) -> Tensor:
+    """x with each element zeroed with probability p and the others scaled by 1 / (1 - p).
+
+    On a CPU the random numbers take longest, so there each 64 random bits decide on four elements.
+    """
+    if not p or x.device.type != "cpu":
+        return F.dropout(x, p)
+    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(2**16 * p), 2**16 - 1) - 2**15
+    return x * (kept.to(x.dtype) * (1 / (1 - p)))
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0)^2. Source: So et al. 2021, arXiv:2109.08668."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {
+    "relu": F.relu,  # max(x, 0): the article's
+    "gelu": F.gelu,  # x times the probability that a normal number is below x. Source: arXiv:1606.08415
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # the same to within 0.001: GPT-2's
+    "silu": F.silu,  # x / (1 + e^-x). Source: arXiv:1702.03118
+    "relu_squared": relu_squared,
+}
+
+
+def with_loss(model: nn.Module, logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """logits: (B, T, V); targets: (B, T), -1 where no loss is counted, or None.
+
+    Returns the logits, soft-capped if the model's config says so, and the mean cross-entropy in nats, None without
+    targets. In training the targets are smoothed: a fraction label_smoothing of each is spread over the vocabulary, so
+    that the model does not become overconfident. Source: Szegedy et al. 2015, arXiv:1512.00567, section 7.
+    """
+    if soft_cap := model.config.logit_soft_cap:  # Source: Gemma 2, arXiv:2408.00118, section 2
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    if targets is None:
+        return logits, None
+    smoothing = model.config.label_smoothing if model.training else 0.0
+    flat = logits.flatten(0, 1).float()
+    return logits, F.cross_entropy(flat, targets.flatten(), ignore_index=-1, label_smoothing=smoothing)

@@ -1,0 +1,141 @@
+"""out_dir: what a run writes there beside its checkpoints, and what it finds there of an earlier run."""
+
+import itertools
+import json
+import re
+import secrets
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from humptygpt import files
+from humptygpt.configurator import UserError
+
+
+class RunFolder:
+    """metrics.jsonl, loss.png, config.json and, if asked for, a run on Weights & Biases.
+
+    A new run moves an older one's files aside; a resumed one drops the metrics that came after its checkpoint.
+    """
+
+    def __init__(self, path: Path, settings: dict, resumed_at: int, wandb: ModuleType | None = None):
+        """settings: of the run, as in config.json. resumed_at: steps done; 0: a new run. Raises UserError."""
+        self.path, self.rows = path, []
+        self.metrics = path / "metrics.jsonl"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if resumed_at:
+                # the test split is scored at the end, and again if there is more to come
+                rows = itertools.takewhile(bool, read_metrics(self.metrics))
+                self.rows = [row for row in rows if row["iter"] <= resumed_at and "test_bleu" not in row]
+            else:
+                keep_earlier_run(path)
+        except OSError as error:
+            raise UserError(f"cannot write out_dir={path}: {error.strerror}; name another --out_dir") from error
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        files.write_whole(self.metrics, lambda file: file.write(lines.encode()))
+        content = json.dumps(settings, indent=1)
+        files.write_whole(path / "config.json", lambda file: file.write(content.encode()))
+        self.wandb_run = start_wandb(wandb, path, settings, bool(resumed_at)) if wandb else None
+
+    def record(self, row: dict) -> None:
+        """Add a row of metrics."""
+        self.rows.append(row)
+        files.append(self.metrics, json.dumps(row))
+        if self.wandb_run:
+            self.wandb_run.log(row, step=row["iter"])
+
+    def draw(self) -> None:
+        draw_losses(self.rows, self.path / "loss.png")
+
+    def close(self) -> None:
+        if self.wandb_run:
+            self.wandb_run.finish()
+
+
+def keep_earlier_run(out_dir: Path) -> None:
+    """Move an earlier run's files into a new folder in out_dir; killed in between, the next start moves the rest."""
+    names = ("ckpt.pt", "best.pt", "metrics.jsonl", "loss.png", "config.json", "wandb_id")
+    found = [name for name in names if (out_dir / name).exists()]
+    moving = out_dir / "previous.new"
+    begun_only = (out_dir / "metrics.jsonl").exists() and not (out_dir / "metrics.jsonl").stat().st_size
+    if (not found or begun_only) and not moving.exists():
+        return
+    moving.mkdir(exist_ok=True)
+    for name in found:
+        (out_dir / name).replace(moving / name)
+    kept = next(path for n in itertools.count(1) if not (path := out_dir / f"previous-{n}").exists())
+    moving.rename(kept)
+    print(f"note: {out_dir} held an earlier run; it is now in {kept}", file=sys.stderr)
+
+
+def read_metrics(path: Path) -> list[dict | None]:
+    """The rows of a metrics.jsonl, None for a damaged one, such as a last line that was cut by a kill."""
+    return [parse_row(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def parse_row(line: bytes) -> dict | None:
+    """None unless all numbers that are read later are finite, not negative and below 1e18."""
+    measured = ("train_loss", "val_loss", "val_bits_per_byte", "test_bleu")
+    try:
+        row = json.loads(line)
+        numbers = [row["iter"], row["tokens"], row["seconds"], *(row[key] for key in measured if key in row)]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return row if all(type(number) in (int, float) and 0 <= number < 1e18 for number in numbers) else None
+
+
+def import_wandb() -> ModuleType:
+    """The package, and not a folder of that name, which it leaves behind and Python would import as well."""
+    try:
+        import wandb
+
+        assert wandb.init
+    except (ImportError, AttributeError) as error:
+        raise UserError("wandb_log=True needs the package wandb: pip install wandb") from error
+    return wandb
+
+
+def start_wandb(wandb: ModuleType, out_dir: Path, settings: dict, resumed: bool):
+    """The run on Weights & Biases, the same however often it is resumed here; offline where that cannot be reached."""
+    id_file = out_dir / "wandb_id"
+    earlier = id_file.read_bytes() if resumed and id_file.exists() else b""
+    run_id = earlier.decode() if re.fullmatch(rb"[0-9a-f]{8}", earlier) else secrets.token_hex(4)
+    files.write_whole(id_file, lambda file: file.write(run_id.encode()))
+    options = {
+        "project": settings["wandb_project"],
+        "name": settings["wandb_run_name"] or out_dir.name,
+        "id": run_id,
+        "resume": "allow",
+        "dir": str(out_dir),
+        "config": settings,
+    }
+    try:
+        return wandb.init(**options)
+    except wandb.Error as error:
+        print(f"note: wandb cannot be reached ({error}); logging offline, to be sent by: wandb sync", file=sys.stderr)
+        return wandb.init(**options, mode="offline")
+
+
+def draw_losses(rows: list[dict], path: Path) -> None:
+    """The picture of a run: training and validation loss against steps."""
+    val = [(row["iter"], row["val_loss"]) for row in rows if "val_loss" in row]
+    if not val:
+        return
+    import matplotlib  # here, since it takes a second to load and the first step should not wait for it
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    train = [(row["iter"], row["train_loss"]) for row in rows if "train_loss" in row]
+    axes.plot(*zip(*train, strict=True), color="#9db4c8", linewidth=1, label="training")
+    axes.plot(*zip(*val, strict=True), color="#c2410c", linewidth=1.8, marker="o", markersize=3.5, label="validation")
+    best = min(val, key=lambda point: point[1])
+    axes.annotate(f"{best[1]:.3f}", best, xytext=(0, 8), textcoords="offset points", ha="right", color="#c2410c")
+    axes.set(xlabel="steps", ylabel="loss, nats per token", title=path.parent.name)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    files.write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
+    plt.close(figure)

@@ -1,0 +1,332 @@
+"""Damaged checkpoints and metrics: refused in one line, or read as if they were whole; see test_damage.py."""
+
+import io
+import itertools
+import json
+import pickle
+import random
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_RUN, make_text
+from test_damage import (
+    Code,
+    Damage,
+    Target,
+    change_entry,
+    change_json,
+    check_damages,
+    cut_bytes,
+    flip_bytes,
+    replace_json,
+)
+from torch import Tensor
+
+import prepare_data
+import sample
+import train
+from humptygpt import checkpoint, evaluation
+from humptygpt.configurator import UserError
+
+OUT = Path("out/run")
+FORMAT_2 = Path(__file__).parent / "format2" / "ckpt.pt"
+RUN = ["--n_layer=1", "--n_embd=16", "--max_iters=3", "--optimizer=muon", "--ngrams=3", "--ngram_min_count=40"]
+RUN += ["--ema_decay=0.5", "--bias=True", "--tie_weights=False", "--position=rotary", "--mlp=gated"]
+
+
+# --------------------------------------------------------------------------------------
+# Damages of what a checkpoint holds: the zip file itself is whole
+
+
+def change_entries(data: bytes, rng: random.Random) -> bytes:
+    """Entries removed, renamed, doubled, moved, or of another value or type, tensors among them."""
+    entries = torch.load(io.BytesIO(data), weights_only=False)
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        entries = change_entry(entries, rng)
+    return to_bytes(entries)
+
+
+def change_tensor(data: bytes, rng: random.Random) -> bytes:
+    """One tensor of another shape, dtype, layout, device, class or place in memory."""
+    entries = torch.load(io.BytesIO(data), weights_only=False)
+    holders = list(tensor_dicts(entries))
+    tensors = rng.choice(holders)
+    name = rng.choice([name for name, value in tensors.items() if isinstance(value, Tensor)])
+    tensors[name] = rng.choice(OTHER_TENSORS)(tensors[name])
+    return to_bytes(entries)
+
+
+def tensor_dicts(entry: object):
+    """The dictionaries and lists in entry whose values are tensors."""
+    if isinstance(entry, list):
+        entry = dict(enumerate(entry))
+    if isinstance(entry, dict):
+        if any(isinstance(value, Tensor) for value in entry.values()):
+            yield entry
+        for value in entry.values():
+            yield from tensor_dicts(value)
+
+
+OTHER_TENSORS: list[Callable[[Tensor], object]] = [
+    lambda x: x.T,
+    lambda x: x.T.contiguous().T,
+    lambda x: x.flatten(),
+    lambda x: x[:1],
+    lambda x: x[..., :0],
+    lambda x: x[None],
+    lambda x: x.sum(),
+    lambda x: torch.cat([x, x]),
+    lambda x: torch.cat([x, x])[len(x) :],
+    lambda x: x[:1].expand(x.shape),
+    lambda x: x.flatten().as_strided(x.shape, [0] * x.dim()),
+    lambda x: torch.empty_strided(x.shape, [2] * x.dim()).copy_(x) if x.dim() == 1 else x[:, ::2],
+    lambda x: x.double(),
+    lambda x: x.half(),
+    lambda x: x.bfloat16(),
+    lambda x: x.long(),
+    lambda x: x.bool(),
+    lambda x: x.to(torch.complex64),
+    lambda x: x.to(torch.complex64).conj().imag,
+    lambda x: x.to(torch.float8_e4m3fn),
+    lambda x: x.view(torch.uint8),
+    lambda x: x.view(torch.int32),
+    lambda x: x.to_sparse(),
+    lambda x: x.to_sparse_csr() if x.dim() == 2 else x.to_sparse(),
+    lambda x: torch.sparse_coo_tensor(torch.zeros(1, 1).long(), torch.ones(1), (2**40,)),
+    lambda x: x.to("meta"),
+    lambda x: torch.empty(2**40, device="meta"),
+    lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
+    lambda x: torch.nested.nested_tensor([x.float()]),
+    lambda x: x.float().requires_grad_(),
+    lambda x: torch.nn.Parameter(x.float()),
+    lambda x: x.untyped_storage(),
+    lambda x: x.numpy(),
+    lambda x: x.tolist(),
+    lambda x: x.shape,
+    lambda x: x.dtype,
+    lambda x: x.device,
+    lambda x: x.numpy().tobytes(),
+    lambda x: OrderedDict(x=x),
+    lambda x: {"x": x},
+    lambda x: (x, x),
+    lambda x: 1j,
+    lambda x: float(x.flatten()[0]),
+]
+
+
+def to_bytes(entries: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(entries, file)
+    return file.getvalue()
+
+
+# --------------------------------------------------------------------------------------
+# Damages of the records of the zip file, whose checksums fit them
+
+
+def read_records(data: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def write_records(records: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as file:
+        for name, content in records.items():
+            file.writestr(name, content)
+    return buffer.getvalue()
+
+
+def change_records(data: bytes, rng: random.Random) -> bytes:
+    """Records removed, renamed, shorter, longer, compressed or in another order."""
+    records = read_records(data)
+    name = rng.choice(list(records))
+    content = records.pop(name)
+    changed = {
+        "removed": {},
+        "renamed": {f"{name}x": content},
+        "elsewhere": {f"../{name}": content},
+        "shorter": {name: content[: rng.randrange(len(content))]},
+        "longer": {name: content + bytes(rng.randrange(1, 100))},
+        "moved": {name: content},
+    }
+    return write_records(
+        records | changed[rng.choice(list(changed))], rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+    )
+
+
+def change_pickle(data: bytes, rng: random.Random) -> bytes:
+    """Other opcodes, which may well describe another checkpoint."""
+    records = read_records(data)
+    (name,) = [name for name in records if name.endswith("/data.pkl")]
+    records[name] = rng.choice([flip_bytes, flip_bytes, cut_bytes])(records[name], rng)
+    return write_records(records)
+
+
+def hide_code(data: bytes, rng: random.Random) -> bytes:
+    """Code to run, as a value, as a key, in front of the right content, or by names that torch allows."""
+    records = read_records(data)
+    (name,) = [name for name in records if name.endswith("/data.pkl")]
+    entries = {"format": checkpoint.FORMAT, "model": {}}
+    code = pickle.dumps(Code(), protocol=2)
+    hidden = [
+        code,
+        code[:-1] + b"0" + records[name],
+        pickle.dumps(entries | {"model": Code()}, protocol=2),
+        pickle.dumps(entries | {rng.choice(list(checkpoint.SCHEMA)): Code()}, protocol=rng.randrange(6)),
+        pickle.dumps({Code(): entries}, protocol=2),
+        b"cbuiltins\nexec\n(S\"open('ran', 'w')\"\ntR.",
+        b"cos\nsystem\n(S'touch ran'\ntR" + records[name],
+        b"ctorch\nhub.load\n(S'x'\ntR.",
+        b"ctorch._utils\n_rebuild_tensor_v2\n(S'x'\ntR.",
+        b"\x80\x02ccollections\nOrderedDict\n)R}U\x06__dict__cpathlib\nPath\nsb.",
+        b"\x80\x02" + b"(" * 10**5 + b".",
+        b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
+        b"\x80\x02r\xff\xff\xff\xff.",
+        b"\x80\x02\x8b\xff\xff\xff\x7f.",
+        rng.randbytes(rng.randrange(1000)),
+    ]
+    return rng.choice([write_records(records | {name: found}) for found in hidden] + hidden)
+
+
+# --------------------------------------------------------------------------------------
+# What programs take from a checkpoint
+
+
+def contents(tensors: dict[str, Tensor]) -> dict[str, tuple]:
+    return {name: (x.dtype, x.shape, x.detach().numpy().tobytes()) for name, x in tensors.items()}
+
+
+def resume() -> dict:
+    """What a resumed run starts from."""
+    found = {}
+
+    def setup(*settings, setup=train.setup) -> train.Run:
+        run = setup(*settings)
+        found["model"] = contents(run.model.state_dict())
+        found["optimizer"] = {name: contents(state) for name, state in run.optimizer.state.items()}
+        found["ema"] = contents(run.ema.averages) if run.ema else found.get("ema")
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "setup", setup)
+        # damages may ask for more steps, larger batches, compiling, other data and Weights & Biases
+        patch.setattr(train, "train_step", lambda run, it: (torch.ones(()), torch.ones(()), 1))
+        patch.setattr(evaluation, "evaluate", lambda *args, **settings: 1.0)
+        patch.setattr(torch, "compile", lambda *args, **settings: 1 / 0)
+        patch.setattr(prepare_data, "prepare", refuse)
+        patch.setitem(sys.modules, "wandb", None)
+        code = train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=3", "--ema_decay=0.5"])
+    assert code in (0, 1)  # 1: the loss of an earlier step is not finite
+    return found
+
+
+def refuse(config: object) -> None:
+    raise UserError("there is no such data")
+
+
+def write(name: str) -> dict:
+    """What sample.py writes from."""
+    found = {}
+
+    def load_model(path: Path, load_model=checkpoint.load_model) -> checkpoint.Loaded:
+        loaded = load_model(path)
+        found.update(contents(loaded.model.state_dict()))
+        return loaded
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "load_model", load_model)
+        sample.main(["--out_dir=out/run", f"--checkpoint={name}", "--device=cpu", "--max_new_tokens=2"])
+    return found
+
+
+def train_run() -> None:
+    Path("tiny.txt").write_text(make_text())
+    prepare_data.main(["--input=tiny.txt", "--name=tiny"])
+    assert train.main([*TINY_RUN, *RUN]) == 0
+
+
+DAMAGES = (change_entries, change_entries, change_entries, change_tensor, change_tensor, change_tensor)
+DAMAGES += (change_records, hide_code, flip_bytes, flip_bytes, cut_bytes)
+
+
+def checkpoint_file(name: str, read: Callable[[], object], damages: tuple[Damage, ...] = DAMAGES) -> Target:
+    train_run()
+    return Target(OUT / name, read, damages)
+
+
+def checkpoint_of_format_2(read: Callable[[], object]) -> Target:
+    target = checkpoint_file("ckpt.pt", read)
+    target.path.write_bytes(FORMAT_2.read_bytes())
+    return target
+
+
+KINDS = {
+    "ckpt.pt, resumed": lambda: checkpoint_file("ckpt.pt", resume),
+    "ckpt.pt, sampled": lambda: checkpoint_file("ckpt.pt", lambda: write("latest")),
+    "best.pt": lambda: checkpoint_file("best.pt", lambda: write("best")),
+    "format 2, resumed": lambda: checkpoint_of_format_2(resume),
+    "format 2, sampled": lambda: checkpoint_of_format_2(lambda: write("latest")),
+    "ckpt.pt, other pickle, resumed": lambda: checkpoint_file("ckpt.pt", lambda: resume() and None, (change_pickle,)),
+    "ckpt.pt, other pickle, sampled": lambda: checkpoint_file(
+        "ckpt.pt", lambda: write("latest") and None, (change_pickle,)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_checkpoint_is_refused_in_one_line_or_gives_the_same_tensors_and_never_runs_code(kind):
+    check_damages(kind, KINDS[kind](), range(60))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_thousands_of_damaged_checkpoints_are_refused_in_one_line_or_give_the_same_tensors(kind):
+    check_damages(kind, KINDS[kind](), range(60, 2000))
+
+
+# --------------------------------------------------------------------------------------
+# Metrics
+
+
+def change_line(data: bytes, rng: random.Random) -> bytes:
+    lines = data.splitlines()
+    at = rng.randrange(len(lines))
+    lines[at] = rng.choice([change_json, change_json, replace_json])(lines[at], rng)
+    return b"\n".join(lines) + b"\n"
+
+
+def check_metrics(seeds: range) -> None:
+    """A resumed run keeps the rows before the first that is damaged, and draws them."""
+    train_run()
+    path = OUT / "metrics.jsonl"
+    whole = path.read_bytes().splitlines()
+    for seed in seeds:
+        rng = random.Random(f"metrics.jsonl {seed}")
+        damage = rng.choice([change_line, change_line, flip_bytes, cut_bytes])
+        damaged = damage(b"\n".join(whole) + b"\n", rng)
+        path.write_bytes(damaged)
+        try:
+            resume()
+        except Exception as error:
+            pytest.fail(f"seed {seed}, {damage.__name__}: {error!r}")
+        pairs = zip(whole, damaged.splitlines(), strict=False)
+        intact = [json.loads(line) for line, found in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        kept = [json.loads(line) for line in path.read_bytes().splitlines()]
+        assert kept[: len(intact)] == intact, f"seed {seed}, {damage.__name__}"
+
+
+@pytest.mark.whole_ending
+def test_of_damaged_metrics_the_rows_before_the_damage_are_kept_and_drawn():
+    check_metrics(range(20))
+
+
+@pytest.mark.long
+@pytest.mark.whole_ending
+def test_of_a_thousand_damaged_metrics_the_rows_before_the_damage_are_kept_and_drawn():
+    check_metrics(range(20, 1000))

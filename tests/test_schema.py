@@ -1,0 +1,48 @@
+import math
+
+import pytest
+
+from humptygpt.schema import check_schema, parse_json
+
+COUNT = range(100)
+SCHEMA = {
+    "name": str,
+    "mean": float,
+    "sizes": [COUNT],
+    "best?": (int, None),
+    "kind": {"text", "pairs"},
+    "splits": {str: {"tokens": COUNT, "done": bool}},
+}
+FITTING = {"name": "a", "mean": 1, "sizes": [0, 99], "kind": "text", "splits": {"train": {"tokens": 3, "done": True}}}
+EDITS = {
+    "the content must be a dictionary": lambda value: [value],
+    "the content must have strings as keys": lambda value: value | {3: "three"},
+    "name must be a string": lambda value: value | {"name": 3},
+    "mean must be a number": lambda value: value | {"mean": True},
+    r"sizes must be a list": lambda value: value | {"sizes": (1, 2)},
+    r"sizes\[1\] must be an integer from 0 to 99": lambda value: value | {"sizes": [1, 100]},
+    r"sizes\[0\] must be an integer from 0 to 99": lambda value: value | {"sizes": [True]},
+    "best must be an integer or None": lambda value: value | {"best": math.nan},
+    "kind must be pairs or text": lambda value: value | {"kind": ["text"]},
+    "kind is missing": lambda value: {key: entry for key, entry in value.items() if key != "kind"},
+    r"splits\.'a\\nb' must be a dictionary": lambda value: value | {"splits": {"a\nb": 3}},
+    r"splits\.val\.tokens is missing": lambda value: value | {"splits": {"val": {"done": False}}},
+}
+
+
+def test_what_fits_passes_with_optional_and_further_entries_or_without():
+    for more in ({}, {"best": None}, {"best": 3}, {"comment": object()}, {"mean": math.nan}, {"splits": {}}):
+        check_schema(FITTING | more, SCHEMA)
+
+
+@pytest.mark.parametrize("complaint", EDITS)
+def test_the_entry_that_does_not_fit_is_named(complaint):
+    with pytest.raises(ValueError, match=f"^{complaint}$"):
+        check_schema(EDITS[complaint](FITTING), SCHEMA)
+
+
+@pytest.mark.parametrize("text", ["", "{", "\0", '{"a": 1', b"\xff\xfe\xff", "[" * 100_000, "1" * 5000, "NaN", "[3]"])
+def test_what_is_no_json_or_does_not_fit_is_refused_in_one_line(text):
+    with pytest.raises(ValueError) as error:
+        parse_json(text, {"a": int})
+    assert str(error.value) and "\n" not in str(error.value)
