@@ -48,7 +48,7 @@ from humptygpt.batches import Dataset, TokenDataset
 from humptygpt.configurator import UserError, check, setting, without_effect
 from humptygpt.device import DTYPES, autocast, peak_flops, pick_device, pick_dtype, to_device
 from humptygpt.evaluation import evaluate
-from humptygpt.tokenizer import BytePairTokenizer
+from humptygpt.tokenizer import GPT2Tokenizer
 from model import ModelConfig, flops_per_token
 from train import TrainConfig
 
@@ -399,7 +399,7 @@ def operator_table(profile: torch.profiler.profile, steps: int, on_gpu: bool) ->
 def bench_prepare(config: BenchConfig) -> dict:
     """prepare_data.py on the whole text; every 8 seconds it is paused while tiktoken encodes a part on one core."""
     shutil.rmtree("data/bench", ignore_errors=True)
-    tokenizer = BytePairTokenizer.gpt2()
+    tokenizer = GPT2Tokenizer.train()
     with Path(config.input).open(encoding="utf-8") as file:
         texts = [file.read(1 << 18) for _ in range(80)]  # 20 MB
     size = sum(len(text.encode()) for text in texts)

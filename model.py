@@ -699,6 +699,7 @@ class Transformer(nn.Module):
         padded: False where all sources are equally long, which needs no mask.
         """
         context, padding = self.encode(source)
+        assert padded or padding.is_meta or not padding.any(), "padding needs padded=True"
         state = DecoderState(self.config.n_layer, self.config.block_size)
         state.source_padding = padding if padded else None
         for block, layer in zip(self.decoder.blocks, state.layers, strict=True):
@@ -795,7 +796,9 @@ class ModelConfig:
     n_hidden: int | None = setting(
         None, "hidden neurons; None: 4 n_embd, gated 8/3 n_embd, window_mlp window n_embd", at_least=1
     )
-    block_size: int = setting(64, "context length in tokens; transformer: of source and of target", at_least=1)
+    block_size: int = setting(
+        64, "context length in tokens; transformer: of source and of target", at_least=1, at_most=2**20
+    )
     window: int = setting(0, "sliding window of attention in tokens, 0: all; window_mlp: tokens read", at_least=0)
     vocab_size: int | None = setting(None, "rows of the embedding; None: the tokenizer's; more are padding", at_least=1)
     dropout: float = setting(0.0, "probability that an activation is zeroed in training", **PROBABILITY)
@@ -818,7 +821,9 @@ class ModelConfig:
     activation: str = setting("gelu", ", ".join(ACTIVATIONS), choices=ACTIVATIONS, not_with={"mlp": "none"})
     qk_norm: bool = setting(False, "RMS norm of queries and keys, which bounds the scores", **ATTENTION)
     embed_norm: bool = setting(False, "a norm after the embedding", not_with={"model": "window_mlp", "norm": "none"})
-    logit_soft_cap: float = setting(0.0, "keeps logits between -cap and cap by tanh; 0: no cap", at_least=0)
+    logit_soft_cap: float = setting(
+        0.0, "keeps logits between -cap and cap by tanh; 0: no cap", at_least=0, at_most=1e6
+    )
     init: str = setting("gpt2", "gpt2; zero: each block starts as the identity", choices=("gpt2", "zero"), **ATTENTION)
 
     def __post_init__(self):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import model as models
 import prepare_data
 from humptygpt import checkpoint, configurator, evaluation
-from humptygpt.batches import Dataset, PairDataset, ReadAhead, TokenDataset, random_key
+from humptygpt.batches import Dataset, PairDataset, Prefetcher, TokenDataset, random_key
 from humptygpt.configurator import UserError, check, setting, without_effect
 from humptygpt.device import (
     DTYPES,
@@ -114,9 +114,14 @@ class TrainConfig:
         """The learning rate of step it, the first being 0."""
         if not self.decay_lr:
             return self.learning_rate
-        lowest = self.learning_rate / 10 if self.min_lr is None else self.min_lr
-        until = self.lr_decay_iters or self.max_iters
-        return learning_rate_at(it, self.schedule, self.learning_rate, self.warmup_iters, until, lowest)
+        return learning_rate_at(
+            it,
+            self.schedule,
+            self.learning_rate,
+            warmup_iters=self.warmup_iters,
+            lr_decay_iters=self.lr_decay_iters or self.max_iters,
+            min_lr=self.learning_rate / 10 if self.min_lr is None else self.min_lr,
+        )
 
 
 @dataclass
@@ -148,7 +153,7 @@ class Run:
     dataset: Dataset
     model: nn.Module
     net: nn.Module  # what trains: the model, or the same compiled; weights are saved from the model itself
-    batches: Dataset | ReadAhead
+    batches: Dataset | Prefetcher
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     ema: MovingAverage | None
@@ -305,7 +310,7 @@ def setup(config: TrainConfig, model_config: ModelConfig, saved: dict | None = N
         progress = resume_progress(config, saved)
     compiled = config.compile or (config.compile is None and device.type == "cuda")
     net = compile_model(model, dataset, config.batch_size, device, dtype) if compiled else model
-    batches = ReadAhead(dataset) if device.type == "cuda" else dataset
+    batches = Prefetcher(dataset) if device.type == "cuda" else dataset
     return Run(config, dataset, model, net, batches, optimizer, scaler, ema, progress, device, dtype, identity)
 
 

@@ -295,9 +295,6 @@ class Prefetcher:
         return batch.result()
 
 
-ReadAhead = Prefetcher
-
-
 # --------------------------------------------------------------------------------------
 # The order of the data
 

@@ -86,9 +86,11 @@ def load(path: Path) -> dict:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     try:
         with zipfile.ZipFile(path) as records:
-            broken = records.testzip()  # compares the CRC-32 of every record
-        if broken:
-            raise ValueError(f"its record {broken} is damaged")
+            whole = records.testzip() is None  # compares the CRC-32 of every record
+            # torch.load takes a record marked as a directory for an empty one and leaves its tensor uninitialized
+            whole = whole and not any(info.external_attr & 0x10 for info in records.infolist())
+        if not whole:
+            raise ValueError("a record is damaged")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch says more about a foreign pickle than the one line below
             saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -116,26 +118,33 @@ def damaged(path: Path, error: Exception) -> UserError:
 
 def check_content(saved: dict) -> None:
     """Raise ValueError where the entries, each of the right type, do not fit together."""
+    for key, value in saved["train_config"].items():
+        if type(value) is str and not value.isprintable():
+            raise ValueError(f"{key} must have no control characters")
     config = configurator.restore(models.ModelConfig, saved["model_config"])
     tokenizer, weights = tokenizers.from_state(saved["tokenizer"]), saved["model"]
     if config.vocab_size is None or tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {config.vocab_size}")
     if saved["task"] not in models.MODELS[config.model].tasks:
         raise ValueError(f"model={config.model} is not for task={saved['task']}")
-    settings = saved["train_config"] | saved["model_config"]
-    if large := [key for key, value in settings.items() if type(value) is int and abs(value) >= 2**63]:
-        raise ValueError(f"{large[0]} must have at most 64 bits")
-    widths = [len(weights["wte.weight"].T)] if "wte.weight" in weights else [1]
-    if config.n_layer > len(weights) or config.n_embd not in widths:  # found before something huge is built
+    n_embd = weights["wte.weight"].shape[-1:] if "wte.weight" in weights else (1,)
+    if config.n_layer > len(weights) or (config.n_embd,) != n_embd:  # found before something huge is built
         raise ValueError("model_config does not describe these weights")
     model = build_on_meta(config)
     check_tensors("model", weights, model.state_dict())
-    parameters = dict(model.named_parameters())
+    first = {}  # of the names of one parameter
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(p, name) != name and not torch.equal(weights[name], weights[first[p]]):
+            raise ValueError(f"model.{name} must equal model.{first[p]}, to which it is tied")
     if saved.get("ema") is not None:
-        check_tensors("ema", saved["ema"], parameters)
+        check_tensors("ema", saved["ema"], dict(model.named_parameters()))
     if "optimizer" in saved:
+        if bool(saved["train_config"].get("ema_decay")) != (saved.get("ema") is not None):
+            raise ValueError("ema does not fit ema_decay")
         check_optimizer(saved["optimizer"], group_parameters(model, saved["train_config"].get("optimizer", "adamw")))
     progress = saved["progress"]
+    if unknown := progress.keys() - PROGRESS.keys():
+        raise ValueError(f"progress.{min(unknown)} is unknown")
     seconds, best, *_ = map(float, (progress["seconds"], progress["best_val_loss"], *progress["losses"]))
     if not (0 <= seconds < 1e9 and best >= 0):
         raise ValueError(f"progress has seconds={seconds} and best_val_loss={best}")
@@ -204,9 +213,11 @@ def from_format_2(old: dict) -> dict:
         return new | {"progress": progress | {"best_val_loss": old["best_val_loss"]}}
     groups = group_parameters(build_on_meta(config), old["train_config"]["optimizer"])
     names = [(kind, name) for kind, members in groups.items() for name in members]
+    averages, new["model"] = new["model"], renamed(old["newest_weights"])
     if old["train_config"].get("ema_decay"):
-        new["ema"] = {name: new["model"][name] for _, name in names}
-        new["model"] = renamed(old["newest_weights"])
+        new["ema"] = {name: averages[name] for _, name in names}
+    elif not all(torch.equal(averages[name], tensor) for name, tensor in new["model"].items()):
+        raise ValueError("ema_decay does not fit the weights")
     state = {}
     for (kind, name), memory in zip(names, old["optimizer"]["memories"], strict=True):
         keys = STATE_2 | ({"mean": "momentum_buffer"} if kind == "hidden" else {})

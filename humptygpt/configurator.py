@@ -205,10 +205,12 @@ def parse(name: str, text: str, hint: object) -> object:
 def convert(name: str, value: object, hint: object) -> object:
     """The value, if it has the key's type: a whole number passes as a float, and True is not a number."""
     kinds = typing.get_args(hint) or (hint,)
-    if float in kinds and type(value) is int:
+    if float in kinds and type(value) is int and abs(value) < 2**63:
         return float(value)
     if type(value) not in kinds:
         raise UserError(f"{name}={value!r} must be {type_name(hint)}")
+    if type(value) is int and abs(value) >= 2**63:
+        raise UserError(f"{name} must be an integer of 64 bits")
     return value
 
 

@@ -48,6 +48,8 @@ class Optimizer:
 
     def load_state_dict(self, saved: dict) -> None:
         """Take over the state; the settings of the groups stay as they are now."""
+        names = {name for group in self.param_groups for name in group["names"]}
+        assert saved["state"].keys() <= names, "the state is of another model"
         self.steps = saved["steps"]
         for group in self.param_groups:
             for name, p in zip(group["names"], group["params"], strict=True):
@@ -242,7 +244,7 @@ SCHEDULES = {"cosine": cosine, "linear": linear, "wsd": warmup_stable_decay}
 
 
 def learning_rate_at(
-    it: int, schedule: str, learning_rate: float, warmup_iters: int, lr_decay_iters: int, min_lr: float
+    it: int, schedule: str, learning_rate: float, *, warmup_iters: int, lr_decay_iters: int, min_lr: float
 ) -> float:
     """The learning rate of step it, the first being 0: linear warmup, then decay to min_lr.
 

@@ -276,10 +276,6 @@ class BytePairTokenizer(Tokenizer):
         byte_of |= zip(sorted(set(alphabet) - set(byte_of)), other_bytes, strict=True)
         return cls([bytes(map(byte_of.get, word)) for word in sorted(ids, key=ids.get)], separated)
 
-    @classmethod
-    def gpt2(cls, separated: bool = False) -> "GPT2Tokenizer":
-        return GPT2Tokenizer.train((), separated)
-
     def encode(self, text: str) -> np.ndarray:
         utf8(text)
         return self.engine.encode_to_numpy(text, disallowed_special=()).astype(np.int64)

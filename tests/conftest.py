@@ -1,4 +1,4 @@
-"""What the tests share: an empty folder for each, small data sets, and ways to run a script as a user does."""
+"""Fixtures: an empty folder for each test, small data sets, and ways to run a script as a user does."""
 
 import json
 import sys

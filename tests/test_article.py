@@ -7,20 +7,33 @@ import torch
 import torch.nn.functional as F
 
 import model as models
+from humptygpt.generation import generate, probabilities
+from humptygpt.layers import ACTIVATIONS
 from humptygpt.optimizers import make_optimizer
 from humptygpt.tokenizer import CharTokenizer
-from model import ACTIVATIONS, BLOCKS, POSITIONS, Attention, LayerNorm, ModelConfig, Position, attend
-from sample import generate, probabilities
+from humptygpt.window_mlp import NumberEmbedding
+from model import BLOCKS, POSITIONS, LayerNorm, ModelConfig, Position, SelfAttention, Shared, attend, attention_mask
+from train import TrainConfig
 
 LETTERS = CharTokenizer("abcdefghijklmnopqrstuvwxyz ")
 LEAF = torch.tensor([32.0, 107.0, 56.0, 11.2])  # red, green, blue, volume in ml
-TO_BLUE_CIRCLE = torch.tensor([[0.10, -0.29, -0.07, 0.46]])  # the weights from these to the first neuron of the middle
-TO_MIDDLE = torch.tensor([[0.10, -0.29], [0.12, -0.05], [-0.36, -0.21]])  # from red and green to all three of them
+TO_BLUE_CIRCLE = torch.tensor([[0.10, -0.29, -0.07, 0.46]])  # the weights from these to the first hidden neuron
+TO_MIDDLE = torch.tensor(
+    [[0.10, -0.29], [0.12, -0.05], [-0.36, -0.21]]
+)  # from red and green to all three hidden neurons
 TO_GREEN_CIRCLE = torch.tensor([[-0.17, 0.39, 0.10]])  # from these three to the first neuron of the output
 
 
 def config(**keys) -> ModelConfig:
+    """A ModelConfig with small sizes, unless the keys say otherwise."""
     return ModelConfig(**{"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 27} | keys)
+
+
+def shared(T: int, position: Position | None = None) -> Shared:
+    """What a stack computes for its blocks of a text of T tokens."""
+    position = position or Position(config())
+    mask = attention_mask(T, T, torch.device("cpu"), causal=True, bias=position.bias(T, T))
+    return Shared(0, mask, False, position.rotary(slice(0, T)), context=None, context_mask=None)
 
 
 # --------------------------------------------------------------------------------------
@@ -29,13 +42,13 @@ def config(**keys) -> ModelConfig:
 
 def test_the_blue_circle_is_minus_26_6_and_its_bias_is_added():
     network = models.MLP(config(n_embd=4, n_hidden=1, bias=True))
-    network.fc.weight.data, network.fc.bias.data = TO_BLUE_CIRCLE, torch.tensor([0.0])
-    assert round(network.fc(LEAF).item(), 1) == -26.6
-    network.fc.bias.data = torch.tensor([0.25])
-    assert round(network.fc(LEAF).item(), 2) == -26.35  # where the article has lost the sign
+    network.up_proj.weight.data, network.up_proj.bias.data = TO_BLUE_CIRCLE, torch.tensor([0.0])
+    assert round(network.up_proj(LEAF).item(), 1) == -26.6
+    network.up_proj.bias.data = torch.tensor([0.25])
+    assert round(network.up_proj(LEAF).item(), 2) == -26.35  # the article has dropped the sign here
 
 
-def test_relu_sets_the_two_negative_neurons_to_zero_and_leaves_the_others():
+def test_relu_zeroes_the_two_negative_neurons_and_keeps_the_other():
     assert ACTIVATIONS["relu"](torch.tensor([-26.6, -47.1, 3.2])).tolist() == [0.0, 0.0, pytest.approx(3.2)]
 
 
@@ -43,18 +56,18 @@ def test_relu_sets_the_two_negative_neurons_to_zero_and_leaves_the_others():
 def test_only_without_an_activation_do_two_layers_collapse_into_one(monkeypatch, activation):
     monkeypatch.setitem(ACTIVATIONS, "identity", lambda x: x)
     network = models.MLP(config(n_embd=2, n_hidden=3, activation=activation, n_head=1))
-    network.fc.weight.data, network.proj.weight.data = TO_MIDDLE, TO_GREEN_CIRCLE
+    network.up_proj.weight.data, network.down_proj.weight.data = TO_MIDDLE, TO_GREEN_CIRCLE
     red = 0.10 * -0.17 + 0.12 * 0.39 - 0.36 * 0.1
     green = -0.29 * -0.17 - 0.05 * 0.39 - 0.21 * 0.1
     assert torch.allclose(network(LEAF[:2]), red * LEAF[0] + green * LEAF[1]) == (activation == "identity")
 
 
-def test_gradient_descent_learns_to_tell_leaf_from_flower():
+def test_gradient_descent_learns_to_classify_leaf_and_flower():
     torch.manual_seed(0)
     leaves = torch.tensor([32.0, 107.0, 56.0, 11.2]) + torch.randn(50, 4) * torch.tensor([15.0, 15.0, 15.0, 3.0])
     flowers = torch.tensor([241.0, 200.0, 4.0, 59.5]) + torch.randn(50, 4) * torch.tensor([15.0, 15.0, 15.0, 3.0])
     objects = torch.cat([leaves, flowers]) / 255
-    kind = torch.arange(2).repeat_interleave(50)  # 0 leaf, 1 flower: the larger of the first two outputs says which
+    kind = torch.arange(2).repeat_interleave(50)  # 0 leaf, 1 flower: the larger of the first two outputs decides
     network = models.MLP(config(n_embd=4, n_hidden=3, activation="relu", bias=True))
     losses = []
     for _ in range(200):
@@ -66,45 +79,47 @@ def test_gradient_descent_learns_to_tell_leaf_from_flower():
                 parameter -= 0.5 * parameter.grad  # a small step in the direction where the loss goes down
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 10
-    assert (network(objects[1::2])[:, :2].argmax(dim=1) == kind[1::2]).all()  # also those that it was not trained on
+    assert (
+        network(objects[1::2])[:, :2].argmax(dim=1) == kind[1::2]
+    ).all()  # also of the objects that it was not trained on
 
 
 # --------------------------------------------------------------------------------------
 # Letters as numbers, and then as vectors
 
 
-def test_letters_are_the_numbers_of_their_places_in_the_alphabet():
+def test_letters_are_the_numbers_of_their_positions_in_the_alphabet():
     idx = torch.from_numpy(LETTERS.encode("humpty dumpt"))
-    numbers = models.NumberEmbedding(vocab_size=27, n_embd=1)(idx[None]) * 27
+    numbers = NumberEmbedding(vocab_size=27, n_embd=1)(idx[None]) * 27
     assert numbers.round().flatten().int().tolist() == [8, 21, 13, 16, 20, 25, 27, 4, 21, 13, 16, 20]
-    assert not list(models.NumberEmbedding(27, 1).parameters())  # the article's are picked, not trained
+    assert not list(NumberEmbedding(27, 1).parameters())  # the article's are picked, not trained
 
 
 @pytest.mark.parametrize("keys", [{"embedding": "number", "n_embd": 1}, {"n_embd": 10}], ids=["numbers", "vectors"])
-def test_the_window_drops_its_oldest_letter_and_the_network_goes_on(keys):
+def test_the_window_drops_its_oldest_letter_and_the_network_continues_the_text(keys):
     """humpty dumpt -> y, then umpty dumpty -> a space, then mpty dumpty_ -> s, ..."""
     torch.manual_seed(0)
     text = "humpty dumpty sat on a wall"
     network = models.build(
         config(model="window_mlp", window=12, block_size=26, n_hidden=100, activation="relu", bias=True, **keys)
     )
-    assert network.stack[0].in_features == {1: 12, 10: 120}[network.config.n_embd]
-    optimizer = make_optimizer("adamw", network, 1e-2)
+    assert network.layers[0].in_features == {1: 12, 10: 120}[network.config.n_embd]
+    optimizer = make_optimizer(TrainConfig(learning_rate=1e-2, weight_decay=0.0), network)
     idx = torch.from_numpy(LETTERS.encode(text))[None]
     for _ in range(200):
         network(idx[:, :-1], idx[:, 1:])[1].backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    written = torch.cat(list(generate(network, idx[:, :12], len(text) - 12, temperature=0)))
-    assert LETTERS.decode(written.tolist()) == "y sat on a wall"
+    generated = torch.cat(list(generate(network, idx[:, :12], len(text) - 12, temperature=0)))
+    assert LETTERS.decode(generated.tolist()) == "y sat on a wall"
     for start, next_letter in enumerate("y sat on a wall"):
         window = text[start : start + 12]
         logits, _ = network(torch.from_numpy(LETTERS.encode(window))[None])
         assert LETTERS.decode([int(logits[0, -1].argmax())]) == next_letter, window
 
 
-def test_an_embedding_is_a_table_of_trained_vectors_one_a_letter():
+def test_an_embedding_is_a_table_of_trained_vectors_one_per_letter():
     model = models.build(config())
     h = torch.from_numpy(LETTERS.encode("h"))
     assert torch.equal(model.wte(h)[0], model.wte.weight[8 - 1])
@@ -116,13 +131,13 @@ def test_an_embedding_is_a_table_of_trained_vectors_one_a_letter():
 # Softmax
 
 
-def test_softmax_gives_chances_that_are_positive_sum_to_one_and_keep_the_order():
+def test_softmax_gives_probabilities_that_are_positive_sum_to_one_and_keep_the_order():
     torch.manual_seed(0)
     logits = torch.randn(5, 10) * 4
-    chances = probabilities(logits)
-    assert (chances > 0).all()
-    torch.testing.assert_close(chances.sum(dim=1), torch.ones(5))
-    assert torch.equal(chances.argsort(dim=1), logits.argsort(dim=1))
+    probs = probabilities(logits)
+    assert (probs > 0).all()
+    torch.testing.assert_close(probs.sum(dim=1), torch.ones(5))
+    assert torch.equal(probs.argsort(dim=1), logits.argsort(dim=1))
 
 
 def test_softmax_of_two_is_the_logistic_function_of_their_difference():
@@ -137,22 +152,22 @@ def test_softmax_of_two_is_the_logistic_function_of_their_difference():
 def test_self_attention_is_a_weighted_sum_of_values_with_weights_that_add_up_to_one():
     """u_i = softmax of k_i . q_3 over the three words, each of k, q and v a matrix times the word's vector."""
     torch.manual_seed(0)
-    attention = Attention(config(n_head=1), causal=True)
-    attention.proj.weight.data = torch.eye(8)
+    attention = SelfAttention(config(n_head=1))
+    attention.o_proj.weight.data = torch.eye(8)
     words = torch.randn(1, 3, 8)  # humpty, dumpty, sat
-    k, v = words[0] @ attention.key.weight.T, words[0] @ attention.value.weight.T
-    q3 = attention.query.weight @ words[0, 2]
+    k, v = words[0] @ attention.k_proj.weight.T, words[0] @ attention.v_proj.weight.T
+    q3 = attention.q_proj.weight @ words[0, 2]
     u = (k @ q3 / math.sqrt(8)).softmax(dim=0)
     assert u.sum().item() == pytest.approx(1)
     expected = u[0] * v[0] + u[1] * v[1] + u[2] * v[2]
-    torch.testing.assert_close(attention(words, Position(config()))[0, 2], expected)
+    torch.testing.assert_close(attention(words, shared(3))[0, 2], expected)
 
 
-def test_equal_values_come_out_as_they_are_since_the_weights_add_up_to_one():
+def test_the_weighted_sum_of_equal_values_is_that_value():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 2, 7, 4)
     v = torch.ones(1, 2, 7, 4)
-    torch.testing.assert_close(attend(q, k, v, causal=True), v)
+    torch.testing.assert_close(attend(q, k, v, shared(7).mask), v)
 
 
 def test_without_positions_switching_two_words_makes_no_difference_and_with_them_it_does():
@@ -161,36 +176,37 @@ def test_without_positions_switching_two_words_makes_no_difference_and_with_them
     switched = words[:, [1, 0, 2]]
     for name, scheme in POSITIONS.items():
         position = scheme(config(position=name))
-        attention = Attention(config(), causal=True)
-        outputs = [attention(position.embed(x, 0), position)[0, 2] for x in (words, switched)]
+        attention = SelfAttention(config())
+        outputs = [attention(position.embed(x, slice(0, 3)), shared(3, position))[0, 2] for x in (words, switched)]
         assert torch.allclose(*outputs, atol=1e-6) == (name == "none"), name
 
 
 def test_several_heads_are_single_heads_concatenated():
     torch.manual_seed(0)
-    attention = Attention(config(n_head=2), causal=True)
-    attention.proj.weight.data = torch.eye(8)
+    attention = SelfAttention(config(n_head=2))
+    attention.o_proj.weight.data = torch.eye(8)
     words = torch.randn(1, 5, 8)
     heads = []
     for rows in (slice(0, 4), slice(4, 8)):
         part = [
-            F.linear(words, layer.weight[rows])[:, None] for layer in (attention.query, attention.key, attention.value)
+            F.linear(words, layer.weight[rows])[:, None]
+            for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
         ]
-        heads.append(attend(*part, causal=True)[:, 0])
-    torch.testing.assert_close(attention(words, Position(config())), torch.cat(heads, dim=-1))
+        heads.append(attend(*part, shared(5).mask)[:, 0])
+    torch.testing.assert_close(attention(words, shared(5)), torch.cat(heads, dim=-1))
 
 
 # --------------------------------------------------------------------------------------
 # Residual connections, layer normalization, dropout, positions
 
 
-def test_a_residual_connection_adds_the_input_to_what_the_block_gives():
+def test_a_residual_connection_adds_the_input_to_the_output_of_the_branch():
     torch.manual_seed(0)
-    x, position = torch.randn(1, 5, 8), Position(config())
+    x = torch.randn(1, 5, 8)
     for name in ("pre_norm", "plain"):
-        block = BLOCKS[name](config(norm="none", mlp="none"), causal=True)
+        block = BLOCKS[name](config(norm="none", mlp="none"))
         residual = x if name == "pre_norm" else 0
-        torch.testing.assert_close(block(x, position), residual + block.attn(x, position))
+        torch.testing.assert_close(block(x, shared(5)), residual + block.attn(x, shared(5)))
 
 
 def test_layer_norm_is_x_minus_mean_over_standard_deviation_times_scale_plus_bias():
@@ -204,30 +220,30 @@ def test_layer_norm_is_x_minus_mean_over_standard_deviation_times_scale_plus_bia
 
 
 @pytest.mark.parametrize("p", [0.5, 0.2])
-def test_dropout_keeps_the_mean_between_training_and_use(p):
+def test_dropout_keeps_the_mean_the_same_in_training_and_in_use(p):
     """The article multiplies by 1 - p in use; torch divides by it in training, so that use costs nothing."""
     torch.manual_seed(0)
-    block = BLOCKS["plain"](config(dropout=p), causal=True)
+    block = BLOCKS["plain"](config(dropout=p))
     ones = torch.ones(100_000)
-    trained = block.dropout(ones)
-    assert sorted(set(trained.tolist())) == [0.0, pytest.approx(1 / (1 - p))]
-    assert (trained == 0).float().mean().item() == pytest.approx(p, abs=0.01)
-    assert (trained * (1 - p)).mean().item() == pytest.approx((ones * (1 - p)).mean().item(), abs=0.01)
+    dropped = block.dropout(ones)
+    assert sorted(set(dropped.tolist())) == [0.0, pytest.approx(1 / (1 - p))]
+    assert (dropped == 0).float().mean().item() == pytest.approx(p, abs=0.01)
+    assert (dropped * (1 - p)).mean().item() == pytest.approx((ones * (1 - p)).mean().item(), abs=0.01)
     block.eval()
     assert torch.equal(block.dropout(ones), ones)
 
 
 def test_the_sinusoidal_encoding_is_the_papers():
-    """sin for even numbers and cos for odd ones, of p / 10000^(i/C), where i is that of the pair's even number."""
+    """sin for even features i and cos for odd ones, of p / 10000^(i/C); an odd feature takes i of the one before."""
     position = POSITIONS["sinusoidal"](config(n_embd=10, block_size=50))
     nothing = torch.zeros(1, 50, 10)
-    encoding = position.embed(nothing, 0)[0]
+    encoding = position.embed(nothing, slice(0, 50))[0]
     for p in (0, 1, 7, 49):
         for i in range(10):
-            wave = math.cos if i % 2 else math.sin
-            assert encoding[p, i].item() == pytest.approx(wave(p / 10000 ** ((i - i % 2) / 10)), abs=1e-5)
-    assert encoding.abs().max() <= 1 and len(encoding.unique(dim=0)) == 50  # no number explodes, no place is another
+            function = math.cos if i % 2 else math.sin
+            assert encoding[p, i].item() == pytest.approx(function(p / 10000 ** ((i - i % 2) / 10)), abs=1e-5)
+    assert encoding.abs().max() <= 1 and len(encoding.unique(dim=0)) == 50  # bounded, and different at all positions
     assert not list(position.parameters())
-    torch.testing.assert_close(position.embed(nothing[:, :3], 7)[0], encoding[7:10])
+    torch.testing.assert_close(position.embed(nothing[:, :3], slice(7, 10))[0], encoding[7:10])
     words = torch.randn(1, 50, 10)
-    torch.testing.assert_close(position.embed(words, 0)[0], math.sqrt(10) * words[0] + encoding)
+    torch.testing.assert_close(position.embed(words, slice(0, 50))[0], math.sqrt(10) * words[0] + encoding)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_transformer import EOT, shaken, tokens
+from test_transformer import EOT, random_model, tokens
 
 import model as models
 from humptygpt import beams
@@ -22,7 +22,7 @@ def decoder_only(**keys) -> models.GPT:
     return model
 
 
-both_ways = pytest.mark.parametrize("make", [shaken, decoder_only], ids=["encoder and decoder", "decoder only"])
+both_ways = pytest.mark.parametrize("make", [random_model, decoder_only], ids=["encoder and decoder", "decoder only"])
 
 
 def some_sources(*lengths: int) -> list[np.ndarray]:
@@ -101,7 +101,7 @@ def test_a_translation_ends_at_max_new_tokens_or_where_the_context_is_full(make)
 
 
 def test_ids_that_only_pad_the_vocabulary_are_never_chosen():
-    model = shaken()
+    model = random_model()
     with torch.no_grad():
         model.lm_head.weight[9:] = 100 * model.lm_head.weight[9:]
 
@@ -128,7 +128,7 @@ def test_a_hypothesis_that_ended_is_not_lost_to_longer_ones_that_score_worse(mak
 
 
 def test_the_source_is_encoded_once_however_long_the_translation():
-    model = shaken()
+    model = random_model()
     encoded = []
     model.encoder.register_forward_hook(lambda *args: encoded.append(1))
     beam_search(model, tokens(3, 5), EOT, num_beams=2)
@@ -164,7 +164,7 @@ def test_two_beams_find_what_a_plain_search_without_state_finds(make):
 
 
 def test_a_batch_has_sentences_of_one_length_and_a_limit(monkeypatch):
-    model, read = shaken(), []
+    model, read = random_model(), []
     model.encoder.register_forward_hook(lambda module, args, x: read.append(x.shape[:2]))
     monkeypatch.setattr(beams, "BATCH", 2)
     translate(model, some_sources(4, 6, 4, 4, 6, 4, 4), EOT)

@@ -10,7 +10,7 @@ from conftest import make_text
 
 import bench
 import prepare_data
-from humptygpt.tokenizer import BytePairTokenizer
+from humptygpt.tokenizer import GPT2Tokenizer
 from model import flops_per_token
 
 NANOGPT = """
@@ -151,8 +151,8 @@ def test_the_profile_reports_the_parts_of_a_step_and_its_operators(text, capsys)
 
 
 def test_preparing_is_timed_beside_tiktoken_alone(folder, monkeypatch, capsys):
-    tok = BytePairTokenizer([bytes([i]) for i in range(256)])
-    monkeypatch.setattr(BytePairTokenizer, "gpt2", lambda: tok)
+    tok = GPT2Tokenizer([bytes([i]) for i in range(256)])
+    monkeypatch.setattr(GPT2Tokenizer, "train", lambda: tok)
     Path("text.txt").write_text(make_text(100_000))
     script = Path("fake.py")  # stands for prepare_data.py, which would fetch GPT-2's vocabulary
     script.write_text(

@@ -32,7 +32,7 @@ def make_entries(**changes) -> dict:
     parameters = dict(model.named_parameters())
     state = {name: {key: torch.rand_like(p) for key in ("exp_avg", "exp_avg_sq")} for name, p in parameters.items()}
     return {
-        "train_config": asdict(train.TrainConfig(dataset="tiny")),
+        "train_config": asdict(train.TrainConfig(dataset="tiny", ema_decay=0.5)),
         "model_config": asdict(config),
         "tokenizer": CharTokenizer("ab\n").state(),
         "task": "language modelling",
@@ -69,7 +69,8 @@ def test_load_model_gives_the_averaged_weights_if_there_are_any(folder):
     assert_same_weights(dict(model.named_parameters()), entries["ema"])
     assert_same_weights(saved["model"], entries["model"])
     assert not model.training and tokenizer.alphabet == "ab\n"
-    checkpoint.save(Path("a.pt"), entries | {"ema": None})
+    del entries["ema"], entries["optimizer"]
+    checkpoint.save(Path("a.pt"), entries)
     assert_same_weights(checkpoint.load_model(Path("a.pt")).model.state_dict(), entries["model"])
 
 
@@ -160,21 +161,37 @@ def test_resuming_without_a_checkpoint_is_refused(tiny, fails):
     assert not Path("out").exists()
 
 
+def records_of(path: Path) -> tuple[bytes, list[zipfile.ZipInfo]]:
+    """(the bytes of a zip file, its records)"""
+    with zipfile.ZipFile(path) as records:
+        return path.read_bytes(), records.infolist()
+
+
+def assert_damaged(path: Path, data: bytes, at: int, bit: int) -> None:
+    path.write_bytes(data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :])
+    with pytest.raises(UserError, match="is not a checkpoint: it is truncated, damaged"):
+        checkpoint.load(path)
+
+
 def test_one_flipped_bit_in_any_record_is_found(folder):
     path = Path("a.pt")
     checkpoint.save(path, make_entries())
-    whole = path.read_bytes()
-    with zipfile.ZipFile(path) as records:
-        infos = records.infolist()
-    assert len(infos) > 40
-    for info in infos:
+    whole, records = records_of(path)
+    assert len(records) > 40
+    for info in records:
         name_size, extra_size = (int.from_bytes(whole[info.header_offset + at :][:2], "little") for at in (26, 28))
         start = info.header_offset + 30 + name_size + extra_size  # a local header has 30 bytes, a name and extra fields
-        damaged = bytearray(whole)
-        damaged[start + info.file_size // 2] ^= 1
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match="is not a checkpoint: it is truncated, damaged"):
-            checkpoint.load(path)
+        assert_damaged(path, whole, start + info.file_size // 2, 1)
+
+
+def test_a_record_marked_as_a_directory_is_found(folder):
+    path = Path("a.pt")
+    checkpoint.save(path, make_entries())
+    whole, records = records_of(path)
+    for info in records:
+        name_at = whole.rindex(b"PK\1\2", 0, whole.rindex(info.filename.encode())) + 46  # in the central directory
+        assert whole[name_at:].startswith(info.filename.encode())
+        assert_damaged(path, whole, name_at - 8, 0x10)  # in the external attributes
 
 
 # --------------------------------------------------------------------------------------
@@ -208,6 +225,8 @@ EDITS = [
     ("model_config does not describe these weights", change("model_config", "n_layer", value=10**9)),
     ("model_config does not describe these weights", change("model_config", "n_embd", value=2**40)),
     ("n_head=3", change("model_config", "n_head", value=3)),
+    ("block_size=2147483648 must be at most", change("model_config", "block_size", value=2**31)),
+    ("lm_head.weight must equal model.wte.weight", change("model_config", "tie_weights", value=True)),
     ("tokenizer must be a dictionary", change("tokenizer", value="char")),
     ("the tokenizer char is damaged", change("tokenizer", "alphabet")),
     ("the tokenizer has 4 tokens, but the model 3", change("tokenizer", "alphabet", value="abcd")),
@@ -238,11 +257,15 @@ EDITS = [
     ),
     ("ema must be a dictionary or None", change("ema", value=3)),
     ("ema.wte.weight is missing", change("ema", "wte.weight")),
+    ("ema does not fit ema_decay", change("ema")),
+    ("too large", change("progress", "seconds", value=10**400)),
+    ("progress.x is unknown", change("progress", "x", value=3)),
+    ("device must have no control characters", change("train_config", "device", value="c\npu")),
     ("optimizer.steps is missing", change("optimizer", "steps")),
     ("optimizer.state.wte.weight must be a dictionary", change("optimizer", "state", "wte.weight", value=WTE)),
     ("optimizer.wte.weight is missing", change("optimizer", "state", "wte.weight", rename="wte.w")),
     (
-        "optimizer.wte.weight.exp_avg is missing",
+        "optimizer.wte.weight.exp_average is unknown",
         change("optimizer", "state", "wte.weight", "exp_avg", rename="exp_average"),
     ),
     ("optimizer.wte.weight.exp_avg must be", change("optimizer", "state", "wte.weight", "exp_avg", value=WTE.half())),
@@ -294,9 +317,9 @@ def test_a_checkpoint_of_format_2_keeps_every_tensor():
     values = lambda weights: {tensor.numpy().tobytes() for tensor in weights.values()}  # noqa: E731
     assert values(new["model"]) == values(old["newest_weights"])
     assert values(new["ema"]) | {new["model"]["ngrams.keys"].numpy().tobytes()} == values(old["model"])
-    memories = old["optimizer"]["memories"]
-    assert len(new["optimizer"]["state"]) == len(memories) == len(new["ema"])
-    assert [values(state) for state in new["optimizer"]["state"].values()] == [values(state) for state in memories]
+    (_, _, old_states), new_states = old["optimizer"].values(), list(new["optimizer"]["state"].values())
+    assert len(new_states) == len(new["ema"])
+    assert [values(state) for state in new_states] == [values(state) for state in old_states]
     assert_same_weights(dict(checkpoint.load_model(FORMAT_2).model.named_parameters()), new["ema"])
 
 

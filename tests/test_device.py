@@ -106,40 +106,38 @@ class OneDevice(TorchDispatchMode):
         return result
 
 
-def random_variants(model: str) -> list[tuple[ModelConfig, TrainConfig]]:
-    """Every position x block x norm x mlp that ModelConfig accepts, with the other settings drawn at random."""
-    draw = random.Random(0)
-    options = {
-        "activation": ACTIVATIONS,
-        "n_kv_head": (None, 2, 1),
-        "window": (0, 3),
-        "ngrams": (0, 2, 4),
-        "dropout": (0.0, 0.2),
-        "label_smoothing": (0.0, 0.1),
-        "logit_soft_cap": (0.0, 15.0),
-        "rope_factor": (1.0, 8.0),
-        "init": ("gpt2", "zero"),
-        **dict.fromkeys(("bias", "tie_weights", "qk_norm", "embed_norm"), (False, True)),
-    }
-    product = itertools.product(POSITIONS, BLOCKS, NORMS, MLPS)
-    named = [dict(zip(("position", "block", "norm", "mlp"), names, strict=True)) for names in product]
+SHAPE = {"n_layer": 1, "n_head": 4, "n_embd": 16, "block_size": 8, "vocab_size": 11}
+OPTIONS = {
+    "mlp": MLPS,
+    "activation": ACTIVATIONS,
+    "n_kv_head": (None, 2, 1),
+    "window": (0, 3),
+    "ngrams": (0, 2, 4),
+    "dropout": (0.0, 0.2),
+    "label_smoothing": (0.0, 0.1),
+    "logit_soft_cap": (0.0, 15.0),
+    "rope_factor": (1.0, 8.0),
+    "init": ("gpt2", "zero"),
+    **dict.fromkeys(("bias", "tie_weights", "qk_norm", "embed_norm"), (False, True)),
+}
+
+
+def random_variants(model: str) -> list[ModelConfig]:
+    """Every position x block x norm, of a GPT thrice, with the other settings drawn at random."""
+    draw, found = random.Random(0), []
     if model == "window_mlp":
-        options = {key: options[key] for key in ("dropout", "label_smoothing", "logit_soft_cap", "bias")}
-        product = itertools.product(EMBEDDINGS, ACTIVATIONS)
-        named = [{"window": 3, "embedding": embedding, "activation": name} for embedding, name in product]
-    found = []
-    for keys in named:
-        keys = keys | {key: draw.choice(list(values)) for key, values in options.items()}
-        if keys.get("block") == "plain":
+        for embedding, activation in itertools.product(EMBEDDINGS, ACTIVATIONS):
+            keys = {key: draw.choice(OPTIONS[key]) for key in ("dropout", "label_smoothing", "logit_soft_cap", "bias")}
+            keys |= {"n_embd": 1 if embedding == "number" else 16, "embedding": embedding, "activation": activation}
+            found.append(ModelConfig(**SHAPE | keys, model=model, window=3))
+        return found
+    for position, block, norm in [*itertools.product(POSITIONS, BLOCKS, NORMS)] * (3 if model == "gpt" else 1):
+        keys = {key: draw.choice(list(values)) for key, values in OPTIONS.items()}
+        if block == "plain":
             keys["init"] = "gpt2"
-        n_embd = 1 if keys.get("embedding") == "number" else 16
-        shape = {"n_layer": 1, "n_head": 4, "n_embd": n_embd, "block_size": 8, "vocab_size": 11, "ngram_rows": 20}
-        try:
-            found.append(
-                (ModelConfig(model=model, **shape, **keys), TrainConfig(optimizer=draw.choice(list(OPTIMIZERS))))
-            )
-        except ValueError:
-            assert keys["block"] == "parallel" and keys["mlp"] == "none"
+        if block == "parallel" and keys["mlp"] == "none":
+            keys["mlp"] = "plain"
+        found.append(ModelConfig(**SHAPE | keys, model=model, position=position, block=block, norm=norm, ngram_rows=20))
     return found
 
 
@@ -150,13 +148,12 @@ def model_on_meta(config: ModelConfig) -> nn.Module:
     return model
 
 
-def train_evaluate_and_generate(model: nn.Module, config: TrainConfig) -> None:
-    batch = {"idx": torch.zeros(2, 5, dtype=torch.int64, device=META)}
-    source = torch.zeros(2, 6, dtype=torch.int64, device=META)
-    if model.has_encoder:
-        batch["source"] = source
-    optimizer, average = make_optimizer(config, model), MovingAverage(model, 0.9)
-    logits, loss = model(**batch, targets=batch["idx"])
+def train_evaluate_and_generate(model: nn.Module, optimizer_name: str, padded: bool) -> None:
+    idx, source = (torch.zeros(2, T, dtype=torch.int64, device=META) for T in (5, 6))
+    batch = {"idx": idx} | ({"source": source} if model.has_encoder else {})
+    optimizer = make_optimizer(TrainConfig(optimizer=optimizer_name), model)
+    average = MovingAverage(model, 0.9)
+    logits, loss = model(**batch, targets=idx)
     loss.backward()
     nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
     optimizer.step()
@@ -164,31 +161,29 @@ def train_evaluate_and_generate(model: nn.Module, config: TrainConfig) -> None:
     model.eval()
     with torch.no_grad(), average.ema_weights():
         assert model(**batch)[0].shape == logits.shape == (2, 5, 11)
-    if not model.has_state:
-        return
-    padding = torch.zeros(2, dtype=torch.int64, device=META)
-    inputs = [(source,), (source, True)] if model.has_encoder else [(), (padding,)]
-    with torch.no_grad():
-        for args in inputs:
-            state = model.make_state(*args)
-            model(batch["idx"], state=state)
+        if model.has_state:
+            padding = torch.zeros(2, dtype=torch.int64, device=META)
+            state = (
+                model.make_state(source, padded) if model.has_encoder else model.make_state(padding if padded else None)
+            )
+            model(idx, state=state)
             state.select(torch.zeros(3, dtype=torch.int64, device=META))
-            assert model(batch["idx"][:1, :1].expand(3, 1), state=state)[0].shape == (3, 1, 11)
+            assert model(idx[:1, :1].expand(3, 1), state=state)[0].shape == (3, 1, 11)
             state.clear()
-            model(batch["idx"][:1].expand(3, 5), state=state)
+            model(idx[:1, :1].expand(3, 1), state=state)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_variant_trains_evaluates_and_generates_on_its_device_alone(name):
-    variants = random_variants(name)
-    assert len(variants) == {"gpt": 165, "transformer": 165, "window_mlp": 10}[name]
-    for model_config, config in variants:
-        model = model_on_meta(model_config)
+    variants, draw = random_variants(name), random.Random(0)
+    assert len(variants) == {"gpt": 180, "transformer": 60, "window_mlp": 10}[name]
+    for config in variants:
+        model, optimizer, padded = model_on_meta(config), draw.choice(list(OPTIMIZERS)), draw.random() < 0.5
         try:
             with OneDevice():
-                train_evaluate_and_generate(model, config)
+                train_evaluate_and_generate(model, optimizer, padded)
         except Exception as error:
-            raise AssertionError(f"{model_config}, {config.optimizer}") from error
+            raise AssertionError(f"{config}, {optimizer=}, {padded=}") from error
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -196,8 +191,7 @@ def test_every_variant_trains_evaluates_and_generates_on_its_device_alone(name):
 def test_a_training_step_moves_its_batch_to_the_device(monkeypatch, name, optimizer):
     monkeypatch.setattr(train, "autocast", lambda device, dtype: nullcontext())  # refuses meta
     config = TrainConfig(optimizer=optimizer, batch_size=2, gradient_accumulation_steps=2)
-    keys = {"n_layer": 1, "n_embd": 16, "n_head": 4, "block_size": 8, "vocab_size": 11, "window": 3, "dropout": 0.1}
-    model = model_on_meta(ModelConfig(model=name, **keys))
+    model = model_on_meta(ModelConfig(**SHAPE, model=name, window=3, dropout=0.1))
     batch = dict.fromkeys(("idx", "targets") + ("source",) * model.has_encoder, torch.zeros(2, 5, dtype=torch.int64))
     scaler, batches = torch.amp.GradScaler("cpu", enabled=False), SimpleNamespace(batch=lambda index, size: batch)
     run = SimpleNamespace(config=config, model=model, net=model, batches=batches, scaler=scaler, device=META)

@@ -209,23 +209,26 @@ def test_a_saved_and_loaded_state_dict_gives_equal_logits_in_any_combination(pos
 
 @every_position_and_block
 def test_left_padded_texts_of_different_lengths_give_the_logits_of_each_text_alone(position, block):
-    lengths, steps, T = [3, 6, 1], 3, 6
+    lengths, T, rows = [6, 9, 4], 9, [2, 0, 0, 1]
     padding = torch.tensor([T - length for length in lengths])
-    texts = [tokens(1, length + steps, seed=length) for length in lengths]
-    idx = torch.cat([F.pad(text, (T + steps - text.shape[1], 0), value=-1) for text in texts])
+    texts = [tokens(1, length, seed=length) for length in lengths]
+    idx = torch.cat([F.pad(text, (T - text.shape[1], 0), value=-1) for text in texts])
     for n_kv_head, window in [*KV_HEADS_AND_WINDOW, (None, 3)]:
-        for ngrams in (0, 3):
-            keys = {"n_head": 4, "n_kv_head": n_kv_head, "window": window, "block_size": 9}
-            keys |= {"ngrams": ngrams, "ngram_rows": 100} if ngrams else {}
+        for ngrams in (0, 4):
+            keys = {"n_head": 4, "n_kv_head": n_kv_head, "window": window, "block_size": T}
+            keys |= {"ngrams": ngrams, "ngram_rows": 2000} if ngrams else {}
             model = random_model(position=position, block=block, **keys).eval()
+            alone = [F.pad(model(text)[0][0], (0, 0, T - text.shape[1], 0)) for text in texts]
             state = model.make_state(padding=padding)
-            pieces = idx.split([4, 2, 1, 1, 1], dim=1)  # the shortest text begins in the second
+            pieces = idx[:, :-1].split([4, 2, 1, 1], dim=1)  # the shortest text begins in the second
             logits = torch.cat([model(piece, state=state)[0] for piece in pieces], dim=1)
-            for row, text in enumerate(texts):
-                alone, _ = model(text)
-                torch.testing.assert_close(
-                    logits[row, padding[row] :], alone[0], atol=1e-5, rtol=1e-5, msg=lambda m, k=keys: f"{k}: {m}"
-                )
+            found = logits.masked_fill(idx[:, :-1, None] < 0, 0)
+            torch.testing.assert_close(
+                found, torch.stack(alone)[:, :-1], atol=1e-5, rtol=1e-5, msg=lambda m, k=keys: f"{k}: {m}"
+            )
+            state.select(torch.tensor(rows))
+            found = model(idx[rows, -1:], state=state)[0][:, 0]
+            torch.testing.assert_close(found, torch.stack(alone)[rows, -1], atol=1e-5, rtol=1e-5)
 
 
 def test_the_only_combinations_refused_have_nothing_beside_attention():
@@ -645,15 +648,19 @@ def test_ngram_dropout_zeroes_whole_positions_in_training_only():
     torch.testing.assert_close(training[~zeroed], evaluation[~zeroed] / 0.6)
 
 
-def test_torch_compile_traces_the_ngram_embedding_without_a_graph_break():
-    ngrams = tiny(ngrams=3, ngram_rows=100).ngrams
-    torch.nn.init.normal_(ngrams.table.weight)
-    compiled = torch.compile(
-        ngrams, backend="eager", fullgraph=True
-    )  # other backends take minutes, a C++ compiler, or both
-    idx = tokens(2, 16)
-    eager, traced = (module(idx, idx[:, :0]) for module in (ngrams, compiled))
-    assert torch.equal(eager, traced)
+def test_torch_compile_traces_the_ngram_embedding_forward_and_backward_without_a_graph_break():
+    idx, results = tokens(2, 16), []
+    for compiled in (False, True):
+        ngrams = tiny(ngrams=3, ngram_rows=100).ngrams
+        torch.nn.init.normal_(ngrams.table.weight, generator=torch.Generator().manual_seed(0))
+        # aot_eager traces both ways as the default backend does, but needs no C++ compiler
+        module = torch.compile(ngrams, backend="aot_eager", fullgraph=True) if compiled else ngrams
+        y = module(idx, idx[:, :0])
+        y.square().sum().backward()
+        assert ngrams.table.weight.grad.is_sparse
+        results.append((y, ngrams.table.weight.grad.to_dense()))
+    for eager, traced in zip(*results, strict=True):
+        assert torch.equal(eager, traced)
 
 
 # --------------------------------------------------------------------------------------

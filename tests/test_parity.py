@@ -1,4 +1,4 @@
-"""The GPT beside Hugging Face's: with the same random weights, the same logits and gradients."""
+"""The GPT compared with Hugging Face's: with the same random weights, the same logits and gradients."""
 
 import re
 
@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers: p
 
 SHAPE = {"n_layer": 3, "n_head": 4, "n_embd": 48, "block_size": 96, "vocab_size": 71}
 GPT2 = ModelConfig(**SHAPE, bias=True, activation="gelu_tanh")
-LLAMA = ModelConfig(  # of the 6 pairs of a head, one turns as before, one in between, and four 8 times slower
+LLAMA = ModelConfig(  # of the 6 frequencies of a head, one is kept, one interpolated, and four divided by 8
     **SHAPE,
     n_kv_head=2,
     n_hidden=100,
@@ -28,14 +28,14 @@ LLAMA = ModelConfig(  # of the 6 pairs of a head, one turns as before, one in be
 )
 
 
-def their_gpt2() -> torch.nn.Module:
+def hf_gpt2() -> torch.nn.Module:
     config = transformers.GPT2Config(
         n_layer=3, n_head=4, n_embd=48, n_positions=96, vocab_size=71, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     )
     return transformers.GPT2LMHeadModel(config)
 
 
-def their_llama() -> torch.nn.Module:
+def hf_llama() -> torch.nn.Module:
     rope = {"rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config = transformers.LlamaConfig(
         num_hidden_layers=3,
@@ -52,8 +52,8 @@ def their_llama() -> torch.nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
-def as_gpt2(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors, weights or gradients, under GPT-2's names: queries, keys and values are one, and all transposed."""
+def to_gpt2_names(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights or gradients under GPT-2's names: queries, keys and values are one matrix, and all are transposed."""
     names = {
         "wte.": "transformer.wte.",
         "stack.position.wpe.": "transformer.wpe.",
@@ -61,38 +61,32 @@ def as_gpt2(ours: dict[str, Tensor]) -> dict[str, Tensor]:
         "stack.blocks.": "transformer.h.",
         "attn_norm": "ln_1",
         "mlp_norm": "ln_2",
-        "attn.proj": "attn.c_proj",
-        "mlp.fc": "mlp.c_fc",
-        "mlp.proj": "mlp.c_proj",
+        "attn.o_proj": "attn.c_proj",
+        "mlp.up_proj": "mlp.c_fc",
+        "mlp.down_proj": "mlp.c_proj",
     }
-    theirs = {}
+    hf = {}
     for name, tensor in ours.items():
-        if re.search(r"attn\.(key|value)", name):
+        if re.search(r"attn\.[kv]_proj", name):
             continue
-        if "attn.query" in name:
-            tensor = torch.cat([ours[name.replace("query", part)] for part in ("query", "key", "value")])
-            name = name.replace("query", "c_attn")
+        if "q_proj" in name:
+            tensor = torch.cat([ours[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")])
+            name = name.replace("q_proj", "c_attn")
         if ".blocks." in name and tensor.dim() == 2:
             tensor = tensor.T
-        theirs[renamed(name, names)] = tensor
-    return theirs
+        hf[renamed(name, names)] = tensor
+    return hf
 
 
-def as_llama(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors, weights or gradients, under Llama's names."""
+def to_llama_names(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights or gradients under Llama's names."""
     names = {
         "wte.": "model.embed_tokens.",
         "stack.norm.": "model.norm.",
         "stack.blocks.": "model.layers.",
         "attn_norm": "input_layernorm",
         "mlp_norm": "post_attention_layernorm",
-        "attn.query": "self_attn.q_proj",
-        "attn.key": "self_attn.k_proj",
-        "attn.value": "self_attn.v_proj",
-        "attn.proj": "self_attn.o_proj",
-        "mlp.proj": "mlp.down_proj",
-        "mlp.gate": "mlp.gate_proj",
-        "mlp.fc": "mlp.up_proj",
+        ".attn.": ".self_attn.",
     }
     return {renamed(name, names): tensor for name, tensor in ours.items()}
 
@@ -104,32 +98,32 @@ def renamed(name: str, names: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("config", "make_theirs", "as_theirs"),
-    [(GPT2, their_gpt2, as_gpt2), (LLAMA, their_llama, as_llama)],
+    ("config", "make_hf", "to_hf_names"),
+    [(GPT2, hf_gpt2, to_gpt2_names), (LLAMA, hf_llama, to_llama_names)],
     ids=["GPT-2", "Llama 3.1"],
 )
-def test_logits_and_gradients_are_those_of_hugging_face(config, make_theirs, as_theirs):
+def test_logits_and_gradients_are_those_of_hugging_face(config, make_hf, to_hf_names):
     torch.manual_seed(0)
-    ours, theirs = models.build(config), make_theirs()
+    ours, hf = models.build(config), make_hf()
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
-    weights = as_theirs(dict(ours.named_parameters()))
-    assert weights.keys() == dict(theirs.named_parameters()).keys()
-    theirs.load_state_dict({key: value.detach() for key, value in weights.items()}, strict=False)
+    weights = to_hf_names(dict(ours.named_parameters()))
+    assert weights.keys() == dict(hf.named_parameters()).keys()
+    hf.load_state_dict({key: value.detach() for key, value in weights.items()}, strict=False)
     idx = torch.randint(71, (2, 97))
 
     logits, loss = ours(idx[:, :-1], idx[:, 1:])
-    their_logits = theirs(idx[:, :-1]).logits
-    torch.testing.assert_close(logits, their_logits, atol=1e-4, rtol=1e-4)
+    hf_logits = hf(idx[:, :-1]).logits
+    torch.testing.assert_close(logits, hf_logits, atol=1e-4, rtol=1e-4)
 
     loss.backward()
-    torch.nn.functional.cross_entropy(their_logits.flatten(0, 1), idx[:, 1:].flatten()).backward()
-    gradients = as_theirs({name: parameter.grad for name, parameter in ours.named_parameters()})
-    for name, parameter in theirs.named_parameters():
+    torch.nn.functional.cross_entropy(hf_logits.flatten(0, 1), idx[:, 1:].flatten()).backward()
+    gradients = to_hf_names({name: parameter.grad for name, parameter in ours.named_parameters()})
+    for name, parameter in hf.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: n + m)
 
 
-def test_this_text_is_long_enough_for_the_frequency_scaling_to_matter():
+def test_frequency_scaling_changes_the_logits_of_a_text_of_this_length():
     torch.manual_seed(0)
     scaled = models.build(LLAMA)
     for parameter in scaled.parameters():

@@ -202,7 +202,7 @@ def test_bfloat16_trains_on_the_cpu(run_train):
     assert weights()["wte.weight"].dtype == torch.float32
 
 
-def test_where_compiling_fails_the_run_proceeds_without(run_train, monkeypatch, capsys):
+def test_where_compiling_fails_the_run_trains_uncompiled(run_train, monkeypatch, capsys):
     def broken(model, dynamic):
         def call(**batch):
             raise RuntimeError("no compiler here\nand a long story")
@@ -212,7 +212,7 @@ def test_where_compiling_fails_the_run_proceeds_without(run_train, monkeypatch, 
     monkeypatch.setattr(torch, "compile", broken)
     rows = run_train("--compile=True")
     notes = [line for line in capsys.readouterr().err.splitlines() if "compile" in line]
-    assert notes == ["note: torch.compile fails here (no compiler here); going on without"]
+    assert notes == ["note: torch.compile fails here (no compiler here); training uncompiled"]
     assert rows == run_train("--compile=False")
 
 

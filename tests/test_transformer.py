@@ -1,6 +1,5 @@
-"""The encoder-decoder: beside torch's, and in every variant."""
+"""The encoder-decoder: compared with torch's, and in every variant."""
 
-import itertools
 import warnings
 
 import pytest
@@ -9,7 +8,8 @@ from conftest import fill_ngrams, overfit
 from torch import Tensor, nn
 
 import model as models
-from model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
+from humptygpt.layers import ACTIVATIONS
+from model import BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
 
 VARIANTS = [
     *({"position": name} for name in POSITIONS),
@@ -40,8 +40,8 @@ def tiny(**keys) -> models.Transformer:
     return model
 
 
-def shaken(**keys) -> models.Transformer:
-    """A model whose weights are all drawn large, so that none is as idle as it may be at the start."""
+def random_model(**keys) -> models.Transformer:
+    """A model whose weights are all random: at initialization some are zero, and their layers have no effect."""
     model = tiny(**keys).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -57,32 +57,32 @@ def with_padding(source: Tensor, lengths: list[int]) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------
-# Beside torch's own
+# Compared with torch's
 
 
-def their_transformer(norm_first: bool) -> nn.Transformer:
+def torch_transformer(norm_first: bool) -> nn.Transformer:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of an optimization that it cannot use
+        warnings.simplefilter("ignore")  # about an optimization that it cannot use
         theirs = nn.Transformer(
             d_model=48, nhead=4, num_encoder_layers=3, num_decoder_layers=3, dim_feedforward=96, dropout=0.0,
             batch_first=True, norm_first=norm_first,
         )  # fmt: skip
-    if not norm_first:  # torch adds a last norm behind blocks that end with one; the paper does not
+    if not norm_first:  # torch adds a last norm after blocks that end with one; the paper does not
         theirs.encoder.norm = theirs.decoder.norm = None
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.2)
     return theirs.eval()
 
 
-def as_ours(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torch's weights under our names: its queries, keys and values are one matrix."""
+def to_our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torch's weights under our names: it has queries, keys and values in one matrix."""
     names = {
         ".layers.": ".blocks.",
         "self_attn": "attn",
         "multihead_attn": "cross_attn",
-        "out_proj": "proj",
-        "linear1": "mlp.fc",
-        "linear2": "mlp.proj",
+        "out_proj": "o_proj",
+        "linear1": "mlp.up_proj",
+        "linear2": "mlp.down_proj",
         "norm1": "attn_norm",
     }
     norms = {"encoder": {"norm2": "mlp_norm"}, "decoder": {"norm2": "cross_norm", "norm3": "mlp_norm"}}
@@ -91,7 +91,7 @@ def as_ours(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         for old, new in (names | norms[name.partition(".")[0]]).items():
             name = name.replace(old, new)
         if "in_proj_" in name:
-            parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
+            parts = zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True)
             ours |= {name.replace("in_proj_", f"{part}."): rows for part, rows in parts}
         else:
             ours[name] = tensor
@@ -105,8 +105,8 @@ def test_with_equal_weights_the_outputs_are_those_of_torchs_transformer(block, l
     ours = tiny(
         n_layer=3, n_head=4, n_embd=48, n_hidden=96, bias=True, activation="relu", position="none", block=block
     ).eval()
-    theirs = their_transformer(norm_first=block == "pre_norm")
-    missing, unexpected = ours.load_state_dict(as_ours(theirs.state_dict()), strict=False)
+    theirs = torch_transformer(norm_first=block == "pre_norm")
+    missing, unexpected = ours.load_state_dict(to_our_names(theirs.state_dict()), strict=False)
     assert not unexpected and set(missing) == {"wte.weight", "lm_head.weight"}
     source, idx = with_padding(tokens(3, 9), lengths), tokens(3, 7, seed=1)
     causal = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.bool)
@@ -118,19 +118,20 @@ def test_with_equal_weights_the_outputs_are_those_of_torchs_transformer(block, l
         memory_key_padding_mask=source < 0,
     )
     context, padding = ours.encode(source)
-    torch.testing.assert_close(ours.decoder(ours.wte(idx), None, context, padding), expected, atol=1e-5, rtol=1e-5)
+    found = ours.decoder(ours.wte(idx), context=context, context_padding=padding)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_first_transformer_scales_its_one_table_by_the_root_of_its_width():
-    model = shaken(position="sinusoidal")
-    seen = []
+def test_the_original_transformer_scales_its_shared_embedding_by_the_square_root_of_n_embd():
+    model = random_model(position="sinusoidal")
+    inputs = []
     for stack in (model.encoder, model.decoder):
-        stack.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+        stack.blocks[0].register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
     source, idx = tokens(2, 6), tokens(2, 4, seed=1)
     model(idx, source=source)
-    for ids, x in zip((source, idx), seen, strict=True):
-        waves = model.encoder.position.waves[: ids.shape[1]]
-        torch.testing.assert_close(x, model.lm_head.weight[ids] * 32**0.5 + waves)
+    for ids, x in zip((source, idx), inputs, strict=True):
+        sinusoids = model.encoder.position.sinusoids[: ids.shape[1]]
+        torch.testing.assert_close(x, model.lm_head.weight[ids] * 32**0.5 + sinusoids)
 
 
 # --------------------------------------------------------------------------------------
@@ -138,8 +139,8 @@ def test_the_first_transformer_scales_its_one_table_by_the_root_of_its_width():
 
 
 @every_variant
-def test_padding_changes_nothing(variant):
-    model = shaken(**variant)
+def test_padding_of_the_source_does_not_change_the_logits(variant):
+    model = random_model(**variant)
     source, idx = tokens(3, 10), tokens(3, 8, seed=1)
     lengths = [4, 10, 1]
     together, _ = model(idx, source=with_padding(source, lengths))
@@ -149,19 +150,19 @@ def test_padding_changes_nothing(variant):
 
 
 @every_variant
-def test_every_token_of_the_source_reaches_every_token_of_the_translation(variant):
-    model = shaken(**variant)
+def test_every_token_of_the_source_changes_the_logits_of_every_target_token(variant):
+    model = random_model(**variant)
     source, idx = tokens(1, 6), tokens(1, 5, seed=1)
     before, _ = model(idx, source=source)
-    for place in range(6):
+    for s in range(6):
         changed = source.clone()
-        changed[0, place] = changed[0, place] % 10 + 1
+        changed[0, s] = changed[0, s] % 10 + 1
         assert (model(idx, source=changed)[0] != before).any(dim=-1).all()
 
 
 @every_variant
-def test_what_stands_in_the_padding_never_reaches_the_decoder(variant):
-    model = shaken(**variant)
+def test_encoder_outputs_at_padding_never_reach_the_decoder(variant):
+    model = random_model(**variant)
     source, idx = with_padding(tokens(2, 9), [6, 9]), tokens(2, 5, seed=1)
     before, _ = model(idx, source=source)
 
@@ -175,8 +176,8 @@ def test_what_stands_in_the_padding_never_reaches_the_decoder(variant):
 
 
 @every_variant
-def test_later_tokens_of_the_translation_do_not_change_earlier_logits(variant):
-    model = shaken(**variant)
+def test_later_tokens_of_the_target_do_not_change_earlier_logits(variant):
+    model = random_model(**variant)
     source, idx = with_padding(tokens(2, 6), [3, 6]), tokens(2, 8, seed=1)
     logits, _ = model(idx, source=source)
     for t in range(1, 8):
@@ -186,29 +187,36 @@ def test_later_tokens_of_the_translation_do_not_change_earlier_logits(variant):
 
 
 @every_variant
-def test_the_cached_decoder_gives_the_same_logits_and_encodes_once(variant):
-    model = shaken(**variant)
+@pytest.mark.parametrize("lengths", [None, [4, 10, 1]], ids=["whole", "padded"])
+def test_decoding_in_pieces_with_a_state_gives_the_same_logits_and_encodes_once(variant, lengths):
+    model = random_model(**variant)
     source, idx = tokens(3, 10), tokens(3, 12, seed=1)
-    together, _ = model(idx, source=source)
+    padded = with_padding(source, lengths) if lengths else source
+    texts = zip(idx, source, lengths or [10, 10, 10], strict=True)
+    expected = torch.cat([model(target[None], source=text[None, :length])[0] for target, text, length in texts])
     encoded = []
     model.encoder.register_forward_hook(lambda *args: encoded.append(1))
-    caches = model.make_caches(source)
-    pieces = [model(piece, caches=caches)[0] for piece in idx.split([1, 5, 1, 1, 4], dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), together, atol=1e-5, rtol=1e-5)
+    state = model.make_state(padded, padded=lengths is not None)
+    pieces = idx.split([1, 5, 1, 1, 4], dim=1)
+    logits = torch.cat([model(piece, state=state)[0] for piece in pieces], dim=1)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    state.clear()  # of the target, not of the source
+    torch.testing.assert_close(model(pieces[0], state=state)[0], expected[:, :1], atol=1e-5, rtol=1e-5)
     assert len(encoded) == 1
 
 
 @every_variant
-def test_rows_of_the_caches_can_be_picked_and_repeated(variant):
-    model = shaken(**variant)
+@pytest.mark.parametrize("lengths", [None, [4, 10, 1]], ids=["whole", "padded"])
+def test_rows_of_the_state_can_be_selected_and_repeated(variant, lengths):
+    model = random_model(**variant)
     source, idx = tokens(3, 10), tokens(3, 9, seed=1)
-    rows = torch.tensor([2, 0, 0])
-    caches = model.make_caches(source)
-    model(idx[:, :5], caches=caches)
-    for cache in caches:
-        cache.select(rows)
-    together, _ = model(torch.cat([idx[rows, :5], idx[:, 5:]], dim=1), source=source[rows])
-    torch.testing.assert_close(model(idx[:, 5:], caches=caches)[0], together[:, 5:], atol=1e-5, rtol=1e-5)
+    source = with_padding(source, lengths) if lengths else source
+    rows = torch.tensor([2, 0, 0, 1])
+    state = model.make_state(source, padded=lengths is not None)
+    model(idx[:, :5], state=state)
+    state.select(rows)
+    together, _ = model(idx[rows], source=source[rows])
+    torch.testing.assert_close(model(idx[rows, 5:], state=state)[0], together[:, 5:], atol=1e-5, rtol=1e-5)
 
 
 @every_variant
@@ -216,14 +224,14 @@ def test_one_batch_of_pairs_overfits(variant):
     model = tiny(**variant)
     source, target = tokens(4, 6), tokens(4, 5, seed=1)
     if "window" in variant or {"position": "none", "block": "plain"}.items() & variant.items():
-        # without order, far sight or a residual path it learns no more than a word
+        # without order, residual connections or a view of the whole source it learns no more than one word
         target = source[:, :1] * torch.ones(1, 5, dtype=torch.int64)
     batch = {"source": source, "idx": nn.functional.pad(target[:, :-1], (1, 0)), "targets": target}
     assert overfit(model, batch, steps=200, lr=5e-3, until=0.1) < 0.1
 
 
-def test_the_blocks_of_a_window_are_as_wide_to_both_sides_in_the_encoder():
-    model = shaken(n_layer=1, window=3)
+def test_in_the_encoder_a_window_reaches_equally_far_to_both_sides():
+    model = random_model(n_layer=1, window=3)
     source = tokens(1, 9)
     before, _ = model.encode(source)
     changed = source.clone()
@@ -232,40 +240,54 @@ def test_the_blocks_of_a_window_are_as_wide_to_both_sides_in_the_encoder():
     assert (after != before).any(dim=-1)[0].nonzero().flatten().tolist() == [2, 3, 4, 5, 6]
 
 
-def test_in_the_encoder_alibi_falls_to_both_sides():
+def test_in_the_encoder_alibi_lowers_scores_to_both_sides():
     bias = tiny(position="alibi").encoder.position.bias(4, 4)
     assert torch.equal(bias, bias.mT) and (bias[:, 0, 1:] < 0).all()
 
 
+@pytest.mark.parametrize("position", ["rotary", "alibi"])
+@pytest.mark.parametrize("window", [0, 2])
 @pytest.mark.parametrize("T", [1, 3])
-def test_cross_attention_has_neither_rotation_nor_bias_nor_window(T):
-    for position, window in itertools.product(("rotary", "alibi"), (0, 2)):
-        model = shaken(n_layer=1, position=position, window=window, mlp="none")
-        cross = model.decoder.blocks[0].cross_attn
-        x, context = torch.randn(2, T, 32), torch.randn(2, 7, 32)
-        swapped = context.flip(1)  # a sum over keys whose order says nothing
-        args = (x, model.decoder.position, None)
-        torch.testing.assert_close(cross(*args, context), cross(*args, swapped))
+def test_cross_attention_has_neither_rotation_nor_bias_nor_window(position, window, T):
+    """Its result is a sum over the source, whose order makes no difference to it."""
+    decoder = random_model(n_layer=1, position=position, window=window, mlp="none").decoder
+    cross, contexts = decoder.blocks[0].cross_attn, []
+    cross.register_forward_pre_hook(lambda module, args: contexts.append(args))
+    x, context = torch.randn(2, T, 32), torch.randn(2, 7, 32)
+    decoder(x, context=context)
+    ((q, shared, _),) = contexts
+    assert shared.context_mask is None
+    torch.testing.assert_close(cross(q, shared), cross(q, shared._replace(context=context.flip(1))))
 
 
-def test_with_qk_norm_the_size_of_keys_and_queries_has_no_say_in_cross_attention_either():
-    model = shaken(n_layer=1, qk_norm=True)
+def test_the_masks_and_the_rotary_tables_are_made_once_per_forward_pass_of_each_stack(monkeypatch):
+    model, masks, tables = random_model(n_layer=3, position="rotary", window=3), [], []
+    attention_mask = models.attention_mask
+    monkeypatch.setattr(
+        models, "attention_mask", lambda *args, **keys: masks.append(args[:2]) or attention_mask(*args, **keys)
+    )
+    for stack in (model.encoder, model.decoder):
+        rotary = stack.position.rotary
+        monkeypatch.setattr(stack.position, "rotary", lambda at, rotary=rotary: tables.append(at) or rotary(at))
+    model(tokens(2, 5), source=tokens(2, 7))
+    assert sorted(masks) == [(5, 5), (5, 7), (7, 7)]  # target, cross-attention, source
+    assert tables == [slice(0, 7), slice(0, 5)]
+
+
+def test_qk_norm_makes_cross_attention_independent_of_the_scale_of_queries_and_keys():
+    model = random_model(n_layer=1, qk_norm=True)
     source, idx = tokens(2, 6), tokens(2, 5, seed=1)
     before, _ = model(idx, source=source)
-    for linear in ("key", "query"):
+    for linear in ("k_proj", "q_proj"):
         getattr(model.decoder.blocks[0].cross_attn, linear).weight.data.mul_(10)
         torch.testing.assert_close(model(idx, source=source)[0], before)
 
 
-def test_caches_refuse_a_source_with_padding():
-    with pytest.raises(AssertionError, match="caches do not remember padding"):
-        tiny().make_caches(with_padding(tokens(2, 6), [3, 6]))
-
-
-def test_the_branches_of_each_stack_are_counted_apart_for_gpt2s_first_weights():
+def test_initialization_counts_the_residual_branches_of_each_stack_separately():
     model = tiny(n_layer=3, n_embd=96)
     for stack, branches in ((model.encoder, 6), (model.decoder, 9)):
-        stds = [parameter.std().item() for name, parameter in stack.named_parameters() if ".proj." in name]
+        last = [parameter for name, parameter in stack.named_parameters() if "o_proj" in name or "down_proj" in name]
+        stds = [parameter.std().item() for parameter in last]
         assert stds == pytest.approx([0.02 / branches**0.5] * branches, rel=0.05)
 
 
@@ -273,7 +295,7 @@ def test_the_branches_of_each_stack_are_counted_apart_for_gpt2s_first_weights():
 # The loss
 
 
-def test_label_smoothing_mixes_in_the_mean_over_all_tokens_and_only_in_training():
+def test_label_smoothing_mixes_in_the_mean_over_the_vocabulary_in_training_only():
     model = tiny(label_smoothing=0.2)
     source, idx, targets = tokens(2, 6), tokens(2, 5, seed=1), tokens(2, 5, seed=2)
     targets[0, 3:] = -1
@@ -284,7 +306,7 @@ def test_label_smoothing_mixes_in_the_mean_over_all_tokens_and_only_in_training(
     torch.testing.assert_close(model.eval()(idx, targets, source=source)[1], plain)
 
 
-def test_parameters_are_those_of_the_papers_base_model():
+def test_parameters_are_as_many_as_those_of_the_papers_base_model():
     with torch.device("meta"):
         base = models.build(
             ModelConfig(
@@ -292,7 +314,7 @@ def test_parameters_are_those_of_the_papers_base_model():
                 bias=True, position="sinusoidal", block="post_norm", activation="relu",
             )
         )  # fmt: skip
-    # a layer of the decoder has one attention and one norm more than one of the encoder; all share a table of 37,000
+    # a layer of the decoder has one attention and one norm more than one of the encoder; all share one embedding
     attention, feed_forward, norm = 4 * (512**2 + 512), 2 * 512 * 2048 + 2048 + 512, 2 * 512
     layers = 6 * (3 * attention + 2 * feed_forward + 5 * norm)
     assert models.count_parameters(base) == layers + 37000 * 512
