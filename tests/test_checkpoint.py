@@ -225,7 +225,7 @@ EDITS = [
     ("model_config does not describe these weights", change("model_config", "n_layer", value=10**9)),
     ("model_config does not describe these weights", change("model_config", "n_embd", value=2**40)),
     ("n_head=3", change("model_config", "n_head", value=3)),
-    ("block_size=2147483648 must be at most", change("model_config", "block_size", value=2**31)),
+    ("block_size=2147483648 must be at least 1 and at most", change("model_config", "block_size", value=2**31)),
     ("lm_head.weight must equal model.wte.weight", change("model_config", "tie_weights", value=True)),
     ("tokenizer must be a dictionary", change("tokenizer", value="char")),
     ("the tokenizer char is damaged", change("tokenizer", "alphabet")),
@@ -270,7 +270,7 @@ EDITS = [
     ),
     ("optimizer.wte.weight.exp_avg must be", change("optimizer", "state", "wte.weight", "exp_avg", value=WTE.half())),
     ("optimizer.x is unknown", change("optimizer", "state", "x", value={})),
-    ("batch_size must have at most 64 bits", change("train_config", "batch_size", value=10**400)),
+    ("batch_size must be an integer of 64 bits", change("train_config", "batch_size", value=10**400)),
     ("scaler", change("scaler", value={"scale": 1.0})),
 ]
 

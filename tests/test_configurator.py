@@ -97,7 +97,7 @@ def test_a_key_without_a_value_is_refused():
         read("--fast")
 
 
-def test_a_key_without_its_dashes_is_told_how_to_write_it():
+def test_a_key_without_its_dashes_is_answered_with_how_to_write_it():
     for argument in ("-width=3", "width=3"):
         with pytest.raises(UserError, match=f"cannot read config file {argument}: .*; for a key write --width=3"):
             read(argument)

@@ -57,8 +57,8 @@ def test_long_documents_come_in_pieces_that_count_the_bytes_read(name, monkeypat
     text = make_text(1234)
     path = write(name, [text, text[:150]] if "txt" not in name else [text])
     assert read(path)[0] == text
-    places = [piece.read for piece in read_documents(path, "text", "strict")]
-    assert len(places) >= 13 and places == sorted(places) and places[-1] == path.stat().st_size
+    ends = [piece.read for piece in read_documents(path, "text", "strict")]
+    assert len(ends) >= 13 and ends == sorted(ends) and ends[-1] == path.stat().st_size
 
 
 @pytest.mark.parametrize("tok", EVERY.values(), ids=EVERY)

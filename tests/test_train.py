@@ -615,7 +615,7 @@ def test_token_files_of_a_preparation_that_was_stopped_are_left_as_they_are(tiny
 
 
 BAD = {
-    "seed=99999999999999999999 must be at least 0 and below 9223372036854775808": ["--seed=99999999999999999999"],
+    "seed must be an integer of 64 bits": ["--seed=99999999999999999999"],
     "position=rotary turns pairs": ["--position=rotary", "--n_embd=6"],
     "unknown key n_layr; did you mean n_layer?": ["--n_layr=3"],
     "n_layer='two' must be int": ["--n_layer=two"],
