@@ -73,58 +73,59 @@ NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "none": NoNorm}
 # Positional encodings: attention alone cannot tell the order of its tokens. A scheme can act in three places.
 
 # Positions of the tokens of one forward pass: T consecutive ones, or (B, T) where each text of a batch has its own
-Positions = slice | Tensor
+PositionIds = slice | Tensor
 
 
-class Position(nn.Module):
+class PositionalEncoding(nn.Module):
     """No positional encoding: three hooks that change nothing. Each scheme overrides one of them."""
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: "ModelConfig", causal: bool):
+        """causal: of a stack in which no token attends to a later one."""
         super().__init__()
 
-    def embed(self, x: Tensor, at: Positions) -> Tensor:
+    def embed(self, x: Tensor, at: PositionIds) -> Tensor:
         """x: (B, T, C), the token embeddings. Returns (B, T, C)."""
         return x
 
-    def rotary(self, at: Positions) -> tuple[Tensor, Tensor] | None:
+    def rotary(self, at: PositionIds) -> tuple[Tensor, Tensor] | None:
         """(cos, sin) for rotate(), each (T, D) or (B, 1, T, D)."""
         return None
 
-    def bias(self, T: int, S: int) -> Tensor | None:
-        """(H, T, S), added to the scores before softmax; the last query stands at the last key."""
+    def score_bias(self, T: int, S: int) -> Tensor | None:
+        """(H, T, S), added to the scores before softmax; the queries are the last T of the S positions."""
         return None
 
 
-class LearnedPosition(Position):
+class LearnedPosition(PositionalEncoding):
     """One trained vector per position of the context, added to the token's embedding, as in GPT-2."""
 
-    def __init__(self, config: "ModelConfig"):
-        super().__init__(config)
+    def __init__(self, config: "ModelConfig", causal: bool):
+        super().__init__(config, causal)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
 
-    def embed(self, x: Tensor, at: Positions) -> Tensor:
+    def embed(self, x: Tensor, at: PositionIds) -> Tensor:
         return x + self.wpe.weight[at]
 
 
-class SinusoidalPosition(Position):
+class SinusoidalPosition(PositionalEncoding):
     """Fixed sinusoids of geometrically spaced wavelengths, added to the embedding.
 
     Features 2i and 2i + 1 are sin and cos of p / 10000^(2i/C) at position p. The embedding is multiplied by sqrt(C)
     first, or the sinusoids would dominate it. Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3.4 and 3.5.
     """
 
-    def __init__(self, config: "ModelConfig"):
-        super().__init__(config)
+    def __init__(self, config: "ModelConfig", causal: bool):
+        super().__init__(config, causal)
         i = torch.arange(config.n_embd)
         frequency = 10000.0 ** (-(i - i % 2) / config.n_embd)
         angle = torch.arange(config.block_size, dtype=torch.float32)[:, None] * frequency  # (block_size, C)
         self.register_buffer("sinusoids", torch.where(i % 2 == 0, angle.sin(), angle.cos()), persistent=False)
 
-    def embed(self, x: Tensor, at: Positions) -> Tensor:
+    def embed(self, x: Tensor, at: PositionIds) -> Tensor:
         return x * math.sqrt(x.shape[-1]) + self.sinusoids[at]
 
 
-class RotaryPosition(Position):
+class RotaryPosition(PositionalEncoding):
     """Rotate pairs of features of queries and keys by angles proportional to position: q.k depends on distance alone.
 
     Pair i of the D / 2 pairs turns by rope_base^(-2i/D) radians per position, computed in float32.
@@ -136,8 +137,8 @@ class RotaryPosition(Position):
     Source: Grattafiori et al. 2024 (Llama 3), arXiv:2407.21783, and the code of Llama 3.1.
     """
 
-    def __init__(self, config: "ModelConfig"):
-        super().__init__(config)
+    def __init__(self, config: "ModelConfig", causal: bool):
+        super().__init__(config, causal)
         head_size = config.n_embd // config.n_head
         frequency = config.rope_base ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
         if config.rope_factor != 1:
@@ -149,7 +150,7 @@ class RotaryPosition(Position):
         self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)  # (block_size, D)
         self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], dim=1), persistent=False)
 
-    def rotary(self, at: Positions) -> tuple[Tensor, Tensor]:
+    def rotary(self, at: PositionIds) -> tuple[Tensor, Tensor]:
         cos, sin = self.cos[at], self.sin[at]
         return (cos, sin) if isinstance(at, slice) else (cos[:, None], sin[:, None])
 
@@ -160,24 +161,28 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
 
-class AlibiPosition(Position):
+class AlibiPosition(PositionalEncoding):
     """Scores decrease linearly with distance, at a different rate in each head.
 
     Source: Press et al. 2021, arXiv:2108.12409.
     """
 
-    def __init__(self, config: "ModelConfig"):
-        super().__init__(config)
+    def __init__(self, config: "ModelConfig", causal: bool):
+        super().__init__(config, causal)
         self.register_buffer("slopes", torch.tensor(alibi_slopes(config.n_head)), persistent=False)
 
-    def bias(self, T: int, S: int) -> Tensor:
-        key = torch.arange(S, device=self.slopes.device)
-        distance = (key[S - T :, None] - key).abs()  # (T, S)
-        return -self.slopes[:, None, None] * distance  # (H, T, S)
+    def score_bias(self, T: int, S: int) -> Tensor:
+        return -self.slopes[:, None, None] * distances(T, S, self.slopes.device).abs()
+
+
+def distances(T: int, S: int, device: torch.device) -> Tensor:
+    """(T, S) int64: positions from each key to each query, the last T of S; negative where the key is later."""
+    key = torch.arange(S, device=device)
+    return key[S - T :, None] - key
 
 
 def alibi_slopes(n_head: int) -> list[float]:
-    """2^-8/n, 2^-16/n, ... 2^-8 for n heads, a power of two; more heads take every other slope of 2n heads."""
+    """2^(-8/n), 2^(-16/n), ... 2^-8 for n heads, a power of two; more heads take every other slope of 2n heads."""
     n = 1 << (n_head.bit_length() - 1)  # the largest power of two that is not above n_head
     slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
     between = [2 ** (-4 * i / n) for i in range(1, 2 * n, 2)]
@@ -185,7 +190,7 @@ def alibi_slopes(n_head: int) -> list[float]:
 
 
 POSITIONS = {
-    "none": Position,
+    "none": PositionalEncoding,
     "learned": LearnedPosition,
     "sinusoidal": SinusoidalPosition,
     "rotary": RotaryPosition,
@@ -216,7 +221,7 @@ class LayerState:
 
 
 class DecoderState:
-    """All that a decoder keeps of the tokens it has read. Its length is a plain int, so that no step waits for a GPU.
+    """A decoder's KV cache: what it keeps of the tokens read. Its length is an int: no step waits for a GPU.
 
     padding: (B,) int64, how many of the first tokens of each text are padding, idx -1, where a batch holds texts of
     different lengths; None: all texts start at the first token.
@@ -226,9 +231,9 @@ class DecoderState:
         self.size, self.length, self.padding = size, 0, padding
         self.layers = [LayerState(size) for _ in range(n_layer)]
         self.source_padding = None  # (B, S) bool, of the text that cross-attention looks at
-        self.newest = None  # (B, up to n - 1), token ids, for an n-gram embedding
+        self.last_tokens = None  # (B, up to n - 1), token ids, for an n-gram embedding
 
-    def positions(self, T: int) -> Positions:
+    def positions(self, T: int) -> PositionIds:
         """Of the next T tokens."""
         if self.padding is None:
             return slice(self.length, self.length + T)
@@ -243,7 +248,7 @@ class DecoderState:
 
     def clear(self) -> None:
         """Forget the tokens, but not the source."""
-        self.length, self.newest, self.padding = 0, None, None
+        self.length, self.last_tokens, self.padding = 0, None, None
 
     def select(self, rows: Tensor) -> None:
         """The batch becomes these of its rows, int64 (any number,), in this order; a row may occur several times."""
@@ -256,7 +261,7 @@ class DecoderState:
                     setattr(layer, name, picked)
             if layer.cross_k is not None:
                 layer.cross_k, layer.cross_v = layer.cross_k[rows], layer.cross_v[rows]
-        for name in ("padding", "source_padding", "newest"):
+        for name in ("padding", "source_padding", "last_tokens"):
             held = getattr(self, name)
             setattr(self, name, None if held is None else held[rows])
 
@@ -265,13 +270,13 @@ class DecoderState:
 # Attention
 
 
-class Shared(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What is the same for all blocks of a stack in one forward pass."""
 
     start: int  # tokens read before these
     mask: Tensor | None  # broadcasts to (B, H, T, S), added to the scores of self-attention
     is_causal: bool  # instead of a mask: no token attends to a later one
-    rotary: tuple[Tensor, Tensor] | None  # as from Position.rotary
+    rotary: tuple[Tensor, Tensor] | None  # as from PositionalEncoding.rotary
     context: Tensor | None  # (B, S, C), what cross-attention looks at; not needed where a state has its keys and values
     context_mask: Tensor | None  # broadcasts to (B, H, T, S), added to the scores of cross-attention
 
@@ -288,21 +293,20 @@ def attention_mask(
 ) -> Tensor | None:
     """What is added to the scores of T queries and S keys: -inf where a query must not attend, and bias; None: nothing.
 
-    The last query stands at the last key. causal: no query attends to a later key. window: none to a key that is window
-    or more positions away; 0: no limit. bias: (H, T, S). padding: (B, S), True where a key is no token.
+    The queries are the last T of the S positions. causal: no query attends to a later key. window: none to a key that
+    is window or more positions away; 0: no limit. bias: (H, T, S). padding: (B, S), True where a key is no token.
     Returns float32 that broadcasts to (B, H, T, S).
     """
     allowed = None  # broadcasts to (B, H, T, S)
     if (causal and T > 1) or 0 < window < S:
-        key = torch.arange(S, device=device)
-        distance = key[S - T :, None] - key  # (T, S); negative where the key is later
+        distance = distances(T, S, device)
         allowed = distance.abs() < (window or S)
         if causal:
             allowed &= distance >= 0
     if padding is not None:
         tokens = ~padding[:, None, None, :]
         # softmax over no key at all is nan: each position may at least attend to itself
-        allowed = tokens if allowed is None else allowed & tokens | (distance == 0)
+        allowed = tokens if allowed is None else (allowed & tokens) | (distance == 0)
     if allowed is None:
         return bias
     mask = torch.zeros_like(allowed, dtype=torch.float32) if bias is None else bias
@@ -326,7 +330,7 @@ def attend(
 ) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v: the mean of the values, weighted by how well each key answers the query.
 
-    q: (B, H, T, D); k, v: (B, H or fewer, S, D), shared by groups of neighbouring queries where they are fewer; mask:
+    q: (B, H, T, D); k, v: (B, H or fewer, S, D), inputs by groups of neighbouring queries where they are fewer; mask:
     broadcasts to (B, H, T, S). Returns (B, H, T, D). Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
     """
     mask = None if mask is None else mask.to(q.dtype)
@@ -362,7 +366,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(C, C, config.bias)
         self.k_proj = Linear(C, kv_heads * self.head_size, config.bias)
         self.v_proj = Linear(C, kv_heads * self.head_size, config.bias)
-        self.o_proj = Linear(C, C, config.bias, residual=True)
+        self.o_proj = Linear(C, C, config.bias, ends_branch=True)
 
     def queries(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, H, T, D)."""
@@ -379,7 +383,9 @@ class Attention(nn.Module):
             k = F.rms_norm(k, k.shape[-1:])
         return k.transpose(1, 2), v.transpose(1, 2)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+    def attend_and_project(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False
+    ) -> Tensor:
         """Attend and mix the heads. q: (B, H, T, D); k, v: (B, H or fewer, S, D). Returns (B, T, C)."""
         y = attend(q, k, v, mask, is_causal=is_causal, dropout=self.dropout if self.training else 0.0)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -388,24 +394,24 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Queries, keys and values from one text."""
 
-    def forward(self, x: Tensor, shared: Shared, state: LayerState | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
         """x: (B, T, C), which follow the tokens in the state. Returns (B, T, C)."""
         q = self.queries(x)
         k, v = self.keys_and_values(x)
-        if shared.rotary:
-            q, k = rotate(q, shared.rotary), rotate(k, shared.rotary)
+        if inputs.rotary:
+            q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)
         if state:
-            k, v = state.append(k, v, shared.start)
-        return self.mix(q, k, v, shared.mask, shared.is_causal)
+            k, v = state.append(k, v, inputs.start)
+        return self.attend_and_project(q, k, v, inputs.mask, inputs.is_causal)
 
 
 class CrossAttention(Attention):
     """Queries from one text, keys and values from another, whose positions are unrelated."""
 
-    def forward(self, x: Tensor, shared: Shared, state: LayerState | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
-        k, v = (state.cross_k, state.cross_v) if state else self.keys_and_values(shared.context)
-        return self.mix(self.queries(x), k, v, shared.context_mask)
+        k, v = (state.cross_k, state.cross_v) if state else self.keys_and_values(inputs.context)
+        return self.attend_and_project(self.queries(x), k, v, inputs.context_mask)
 
 
 # --------------------------------------------------------------------------------------
@@ -423,7 +429,7 @@ class MLP(nn.Module):
         n_hidden = config.n_hidden or 4 * config.n_embd
         self.activation = ACTIVATIONS[config.activation]
         self.up_proj = Linear(config.n_embd, n_hidden, config.bias)
-        self.down_proj = Linear(n_hidden, config.n_embd, config.bias, residual=True)
+        self.down_proj = Linear(n_hidden, config.n_embd, config.bias, ends_branch=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
@@ -443,7 +449,7 @@ class GatedMLP(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.gate_proj = Linear(config.n_embd, n_hidden, config.bias)
         self.up_proj = Linear(config.n_embd, n_hidden, config.bias)
-        self.down_proj = Linear(n_hidden, config.n_embd, config.bias, residual=True)
+        self.down_proj = Linear(n_hidden, config.n_embd, config.bias, ends_branch=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
@@ -480,7 +486,7 @@ class Block(nn.Module):
         self.mlp = mlp(config) if mlp else None
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, shared: Shared, state: LayerState | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
         """x: (B, T, C), which follow the tokens in the state. Returns (B, T, C)."""
         raise NotImplementedError
 
@@ -491,10 +497,10 @@ class PreNormBlock(Block):
     Source: Radford et al. 2019 (GPT-2); Xiong et al. 2020, arXiv:2002.04745.
     """
 
-    def forward(self, x: Tensor, shared: Shared, state: LayerState | None = None) -> Tensor:
-        x = x + self.dropout(self.attn(self.attn_norm(x), shared, state))
+    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
+        x = x + self.dropout(self.attn(self.attn_norm(x), inputs, state))
         if self.cross_attn:
-            x = x + self.dropout(self.cross_attn(self.cross_norm(x), shared, state))
+            x = x + self.dropout(self.cross_attn(self.cross_norm(x), inputs, state))
         if self.mlp:
             x = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return x
@@ -508,10 +514,10 @@ class PostNormBlock(Block):
 
     ends_with_norm = True
 
-    def forward(self, x: Tensor, shared: Shared, state: LayerState | None = None) -> Tensor:
-        x = self.attn_norm(x + self.dropout(self.attn(x, shared, state)))
+    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
+        x = self.attn_norm(x + self.dropout(self.attn(x, inputs, state)))
         if self.cross_attn:
-            x = self.cross_norm(x + self.dropout(self.cross_attn(x, shared, state)))
+            x = self.cross_norm(x + self.dropout(self.cross_attn(x, inputs, state)))
         if self.mlp:
             x = self.mlp_norm(x + self.dropout(self.mlp(x)))
         return x
@@ -525,10 +531,10 @@ class PlainBlock(Block):
 
     residual = False
 
-    def forward(self, x: Tensor, shared: Shared, state: LayerState | None = None) -> Tensor:
-        x = self.dropout(self.attn(self.attn_norm(x), shared, state))
+    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
+        x = self.dropout(self.attn(self.attn_norm(x), inputs, state))
         if self.cross_attn:
-            x = self.dropout(self.cross_attn(self.cross_norm(x), shared, state))
+            x = self.dropout(self.cross_attn(self.cross_norm(x), inputs, state))
         if self.mlp:
             x = self.dropout(self.mlp(self.mlp_norm(x)))
         return x
@@ -542,11 +548,11 @@ class ParallelBlock(Block):
 
     one_norm = True
 
-    def forward(self, x: Tensor, shared: Shared, state: LayerState | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
         y = self.attn_norm(x)
-        x = x + self.dropout(self.attn(y, shared, state))
+        x = x + self.dropout(self.attn(y, inputs, state))
         if self.cross_attn:
-            x = x + self.dropout(self.cross_attn(y, shared, state))
+            x = x + self.dropout(self.cross_attn(y, inputs, state))
         return x + self.dropout(self.mlp(y))
 
 
@@ -564,7 +570,7 @@ class Stack(nn.Module):
         block = BLOCKS[config.block]
         self.block_size, self.n_head, self.window = config.block_size, config.n_head, config.window
         self.causal = causal
-        self.position = POSITIONS[config.position](config)
+        self.position = POSITIONS[config.position](config, causal)
         self.embed_norm = NORMS[config.norm if config.embed_norm else "none"](config)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(block(config, cross) for _ in range(config.n_layer))
@@ -592,11 +598,11 @@ class Stack(nn.Module):
         context_mask = None
         if context_padding is not None:
             context_mask = attention_mask(T, context_padding.shape[1], x.device, padding=context_padding)
-        shared = Shared(start, mask, is_causal, self.position.rotary(at), context, context_mask)
+        inputs = AttentionInputs(start, mask, is_causal, self.position.rotary(at), context, context_mask)
 
         x = self.dropout(self.embed_norm(self.position.embed(x, at)))
         for block, layer in zip(self.blocks, state.layers if state else [None] * len(self.blocks), strict=True):
-            x = block(x, shared, layer)
+            x = block(x, inputs, layer)
         if state:
             state.length += T
         return self.norm(x)
@@ -605,7 +611,7 @@ class Stack(nn.Module):
         self, B: int, T: int, S: int, device: torch.device, padding: Tensor | None
     ) -> tuple[Tensor | None, bool]:
         """(mask, is_causal) of self-attention; padding: (B, S). SDPA's own causal mask is faster, where it will do."""
-        bias = self.position.bias(T, S)
+        bias = self.position.score_bias(T, S)
         # it starts at the top left, wrong where a state makes S > T, and refuses a mask beside it
         simple = self.causal and T == S and not 0 < self.window < S and bias is None and padding is None
         if simple and not prefers_explicit(device, B * self.n_head * T * S):
@@ -630,7 +636,7 @@ class GPT(nn.Module):
     def __init__(self, config: "ModelConfig"):
         super().__init__()
         self.config = config
-        self.wte, self.ngrams = embeddings(config)
+        self.wte, self.ngrams = make_embeddings(config)
         self.stack = Stack(config, causal=True)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:  # Source: Press and Wolf 2016, arXiv:1608.05859
@@ -644,7 +650,7 @@ class GPT(nn.Module):
 
         Returns logits (B, T, V) and the mean cross-entropy in nats, None without targets.
         """
-        return with_loss(self, self.lm_head(self.stack(embed(self, idx, state), state)), targets)
+        return with_loss(self, self.lm_head(self.stack(embed_tokens(self, idx, state), state)), targets)
 
     def make_state(self, padding: Tensor | None = None) -> DecoderState:
         """An empty state with room for block_size tokens; padding: as DecoderState has it."""
@@ -664,7 +670,7 @@ class Transformer(nn.Module):
     def __init__(self, config: "ModelConfig"):
         super().__init__()
         self.config = config
-        self.wte, self.ngrams = embeddings(config)
+        self.wte, self.ngrams = make_embeddings(config)
         self.encoder = Stack(config, causal=False)
         self.decoder = Stack(config, causal=True, cross=True)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -685,13 +691,13 @@ class Transformer(nn.Module):
         (B, T), -1 where no loss is counted. Returns as GPT does.
         """
         context, padding = (None, state.source_padding) if state else self.encode(source)
-        x = self.decoder(embed(self, idx, state), state, context=context, context_padding=padding)
+        x = self.decoder(embed_tokens(self, idx, state), state, context=context, context_padding=padding)
         return with_loss(self, self.lm_head(x), targets)
 
     def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """source: (B, S), as in forward. Returns the encoder's output, (B, S, C), and where it is padding, (B, S)."""
         padding = source < 0
-        return self.encoder(embed(self, source.clamp(min=0)), padding=padding), padding
+        return self.encoder(embed_tokens(self, source.clamp(min=0)), padding=padding), padding
 
     def make_state(self, source: Tensor, padded: bool = False) -> DecoderState:
         """A state with room for block_size tokens of the target, and the source, (B, S) as in forward, read.
@@ -707,7 +713,7 @@ class Transformer(nn.Module):
         return state
 
 
-def embeddings(config: "ModelConfig") -> tuple[nn.Embedding, NgramEmbedding | None]:
+def make_embeddings(config: "ModelConfig") -> tuple[nn.Embedding, NgramEmbedding | None]:
     """Of single tokens and, if the config asks for it, of n-grams."""
     assert config.vocab_size is not None, "the data set gives vocab_size before the model is built"
     wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -717,15 +723,15 @@ def embeddings(config: "ModelConfig") -> tuple[nn.Embedding, NgramEmbedding | No
     return wte, NgramEmbedding(config.ngrams, config.ngram_rows, config.n_embd, config.ngram_dropout)
 
 
-def embed(model: GPT | Transformer, idx: Tensor, state: DecoderState | None = None) -> Tensor:
+def embed_tokens(model: GPT | Transformer, idx: Tensor, state: DecoderState | None = None) -> Tensor:
     """idx: (B, T) token ids, which follow those in the state; -1 in its padding. Returns (B, T, C)."""
     padded = state is not None and state.padding is not None
     x = model.wte(idx.clamp(min=0) if padded else idx)
     if model.ngrams:
-        before = state.newest if state and state.newest is not None else idx[:, :0]
+        before = state.last_tokens if state and state.last_tokens is not None else idx[:, :0]
         x = x + model.ngrams(idx, before)
         if state:
-            state.newest = torch.cat([before, idx], dim=1)[:, 1 - model.ngrams.n :]
+            state.last_tokens = torch.cat([before, idx], dim=1)[:, 1 - model.ngrams.n :]
     return x
 
 
@@ -747,7 +753,7 @@ def init_weights(model: GPT | Transformer) -> None:
     """
     config, branches = model.config, {}
     for stack in model.children():
-        ends = [module for module in stack.modules() if isinstance(module, Linear) and module.residual]
+        ends = [module for module in stack.modules() if isinstance(module, Linear) and module.ends_branch]
         branches |= dict.fromkeys(ends, len(ends))
 
     def std(module: nn.Linear | nn.Embedding) -> float:
@@ -812,8 +818,8 @@ class ModelConfig:
     position: str = setting("learned", "positional encoding: " + ", ".join(POSITIONS), choices=POSITIONS, **ATTENTION)
     rope_base: float = setting(10000.0, "base of the rotary frequencies (rope_theta)", above=1, **ROTARY)
     rope_factor: float = setting(1.0, "divides the low frequencies, as in Llama 3.1; 1: off", at_least=1, **ROTARY)
-    rope_low_freq_factor: float = setting(1.0, "turns in the original context below which", above=0, **SCALED)
-    rope_high_freq_factor: float = setting(4.0, "and above which a frequency is kept", above=0, **SCALED)
+    rope_low_freq_factor: float = setting(1.0, "frequencies with fewer turns in the context are low", above=0, **SCALED)
+    rope_high_freq_factor: float = setting(4.0, "and stays as it is with more turns than this", above=0, **SCALED)
     rope_original_context: int = setting(8192, "context length before the extension", at_least=1, **SCALED)
     norm: str = setting("layernorm", ", ".join(NORMS), choices=NORMS, **ATTENTION)
     block: str = setting("pre_norm", "norms and residuals: " + ", ".join(BLOCKS), choices=BLOCKS, **ATTENTION)
@@ -862,7 +868,7 @@ class ModelConfig:
             raise ValueError(
                 f"init=zero must not meet block={self.block}: no block would ever give anything but 0; take init=gpt2"
             )
-        if not MLPS[self.mlp]:
+        if self.mlp == "none":
             if self.n_hidden is not None:
                 raise ValueError(f"n_hidden={self.n_hidden} is the width of a network that mlp={self.mlp} leaves out")
             if self.block == "parallel":

@@ -51,7 +51,11 @@ SMALL = 8_000_000  # bytes of files below which starting worker processes takes 
 RESUME = "run the same command again to resume"
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 PAIRS = {"only_with": {"task": "translation"}}
-TRAINED = {"only_with": {"tokenizer": ("sentencepiece", "bpe")}}
+
+
+def taken_by(key: str) -> dict:
+    """The rule of a key that only some tokenizers take."""
+    return {"only_with": {"tokenizer": tuple(name for name, cls in TOKENIZERS.items() if key in cls.options)}}
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,11 @@ class PrepareConfig:
     tokenizer: str | None = setting(
         None, f"{', '.join(TOKENIZERS)}; None: char, pairs sentencepiece", group="tokens", choices=TOKENIZERS
     )
-    vocab_size: int | None = setting(None, "number of tokens; None: 4096, pairs 8192", at_least=2, **TRAINED)
+    vocab_size: int | None = setting(
+        None, "number of tokens; None: 4096, pairs 8192", at_least=2, **taken_by("vocab_size")
+    )
     model_type: str | None = setting(
-        None, "bpe or unigram; None: bpe", choices=("bpe", "unigram"), only_with={"tokenizer": "sentencepiece"}
+        None, "bpe or unigram; None: bpe", choices=("bpe", "unigram"), **taken_by("model_type")
     )
     shard_tokens: int | None = setting(None, "tokens per file, train_0000.bin and so on; None: one file", at_least=1)
 

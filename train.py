@@ -57,7 +57,7 @@ DECAY_RATE = {"at_least": 0, "below": 1}
 
 @dataclass(frozen=True)
 class TrainConfig:
-    out_dir: str = setting("out", "folder for checkpoints, metrics and the picture", "run")
+    out_dir: str = setting("out", "folder for checkpoints, metrics and the plot", "run")
     init_from: str = setting("scratch", "scratch: a new model; resume: continue out_dir/ckpt.pt with its settings")
     eval_only: bool = setting(False, "evaluate once, translations by BLEU too, and stop; nothing is written")
     seed: int = setting(1337, "seed of initial weights, data order and dropout", at_least=0, below=2**63)
@@ -68,18 +68,18 @@ class TrainConfig:
 
     max_iters: int = setting(2000, "training steps", "optimizer", at_least=1)
     optimizer: str = setting("adamw", "adamw; muon: Muon for the matrices of the blocks", choices=OPTIMIZERS)
-    learning_rate: float = setting(1e-3, "the highest, after warmup", above=0)
+    learning_rate: float = setting(1e-3, "the peak, after warmup", above=0)
     decay_lr: bool = setting(True, "warm up, then decay; False: constant")
     schedule: str = setting("cosine", "shape of the decay: " + ", ".join(SCHEDULES), choices=SCHEDULES, **DECAY)
     warmup_iters: int = setting(100, "steps of linear warmup", at_least=0, **DECAY)
     lr_decay_iters: int | None = setting(None, "step at which the decay ends; None: max_iters", at_least=1, **DECAY)
-    min_lr: float | None = setting(None, "the lowest; None: learning_rate / 10", at_least=0, **DECAY)
+    min_lr: float | None = setting(None, "the minimum; None: learning_rate / 10", at_least=0, **DECAY)
     weight_decay: float = setting(0.1, "weight decay of matrices and embeddings", at_least=0)
     beta1: float = setting(0.9, "AdamW: decay rate of the first moment", **DECAY_RATE)
     beta2: float = setting(0.99, "AdamW: decay rate of the second moment", **DECAY_RATE)
-    muon_learning_rate: float = setting(0.02, "Muon: the highest learning rate", above=0, **MUON)
+    muon_learning_rate: float = setting(0.02, "Muon: the peak learning rate", above=0, **MUON)
     muon_momentum: float = setting(0.95, "Muon: decay rate of the momentum", **DECAY_RATE, **MUON)
-    ngram_learning_rate: float = setting(0.15, "Adagrad of n-gram embeddings: the highest", above=0, **NGRAMS)
+    ngram_learning_rate: float = setting(0.15, "Adagrad of n-gram embeddings: the peak", above=0, **NGRAMS)
     ngram_min_count: int = setting(8, "occurrences that make an n-gram frequent", at_least=1, **NGRAMS)
     grad_clip: float = setting(1.0, "largest gradient norm, without n-gram embeddings; 0: no clipping", at_least=0)
     ema_decay: float = setting(0.0, "moving average of the weights, to evaluate and save; 0: off", **DECAY_RATE)
@@ -136,8 +136,8 @@ class Progress:
     evals_since_best: int = 0
     losses: list[float] = field(default_factory=list)  # of the steps since the last line of metrics
 
-    def improves(self, val_loss: float) -> bool:
-        """Whether this validation loss is the lowest so far, which it then is on record."""
+    def record(self, val_loss: float) -> bool:
+        """Count a validation loss; whether it is the lowest so far."""
         if val_loss < self.best_val_loss:
             self.best_val_loss, self.best_iter, self.evals_since_best = val_loss, self.iter, 0
             return True
@@ -152,7 +152,7 @@ class Run:
     config: TrainConfig
     dataset: Dataset
     model: nn.Module
-    net: nn.Module  # what trains: the model, or the same compiled; weights are saved from the model itself
+    net: nn.Module  # the model, or the same compiled, which trains; weights are saved from the model itself
     batches: Dataset | Prefetcher
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
@@ -163,7 +163,7 @@ class Run:
     identity: dict  # of the data set, which takes a moment to compute
 
     def ema_weights(self):
-        """A context in which the model has the weights to evaluate."""
+        """A context in which the model has the averaged weights, if there are any."""
         return self.ema.ema_weights() if self.ema else nullcontext()
 
     def evaluate(self) -> float:
@@ -211,17 +211,17 @@ def main(argv: list[str]) -> int:
     try:
         stopped_by = train(run, folder)
     except Diverged as error:
-        saved = (folder.path / "ckpt.pt").exists()
-        kept = f"{folder.path}/ckpt.pt is the last good checkpoint" if saved else "nothing was saved yet"
+        good = (folder.path / "ckpt.pt").exists()
+        kept = f"{folder.path}/ckpt.pt is the last good checkpoint" if good else "nothing was saved yet"
         advice = "Try a lower --learning_rate, more --warmup_iters, --grad_clip=1.0 or --dtype=float32"
         print(f"train.py: the {error}; {kept}. {advice}", file=sys.stderr)
         return 1
-    folder.draw()  # a resumed run may have no step left, and its picture be missing
+    folder.draw()  # a resumed run may have no step left, and its plot be missing
     out_dir = f"--out_dir={shlex.quote(str(folder.path))}"  # in commands that can be pasted
     if stopped_by:
-        saved = f"{signal.Signals(stopped_by).name}: saved {folder.path}/ckpt.pt at iter {run.progress.iter}"
+        line = f"{signal.Signals(stopped_by).name}: saved {folder.path}/ckpt.pt at iter {run.progress.iter}"
         with suppress(OSError):  # as in catch_signals
-            print(f"{saved}; resume: python train.py --init_from=resume {out_dir}", file=sys.stderr)
+            print(f"{line}; resume: python train.py --init_from=resume {out_dir}", file=sys.stderr)
     else:
         finish(run, folder, out_dir)
     folder.close()
@@ -269,9 +269,9 @@ def check_resumable(saved: dict, given: dict, path: Path) -> None:
         raise UserError(f"{path} holds a model but not the state of its training; is it a copy of best.pt?")
     try:
         train_config = asdict(configurator.restore(TrainConfig, saved["train_config"]))
+        model_config = asdict(configurator.restore(ModelConfig, saved["model_config"]))
     except UserError as error:
         raise checkpoint.damaged(path, error) from error
-    model_config = asdict(ModelConfig()) | saved["model_config"]  # an older checkpoint may lack a key
     of_training = ("dropout", "label_smoothing", "ngram_dropout")
     fixed = {key: value for key, value in model_config.items() if key not in of_training}
     course = ("dataset", "seed", "batch_size", "gradient_accumulation_steps", "optimizer", "ngram_min_count")
@@ -317,12 +317,12 @@ def setup(config: TrainConfig, model_config: ModelConfig, saved: dict | None = N
 def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
     """The prepared folder, which is prepared now if it is missing."""
     folder = Path("data") / config.dataset
-    whole, stopped, bare = (
-        any(os.path.exists(folder / name) for name in names)
-        for names in (("meta.json", "meta.pkl"), ("preparing",), ("train.bin",))
-    )
-    if not whole and (config.dataset in prepare_data.KNOWN if stopped else not bare):
-        prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, {"name": config.dataset}))
+    exists = lambda *names: any(os.path.exists(folder / name) for name in names)  # noqa: E731
+    if not exists("meta.json", "meta.pkl"):
+        # a stopped preparation of a known text is resumed; a train.bin alone is taken for nanoGPT's
+        known = config.dataset in prepare_data.KNOWN
+        if known if exists("preparing") else not exists("train.bin"):
+            prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, {"name": config.dataset}))
     model, meta = models.MODELS[model_config.model], read_meta(folder)
     task = meta["task"]
     if task not in model.tasks:
@@ -380,11 +380,11 @@ def compile_model(
 ) -> nn.Module:
     """The model compiled and tried on two batches; where that fails, a note says why and it is the model itself."""
     print("compiling: this takes about a minute", flush=True)
+    batches = [to_device(dataset.batch(index, batch_size), device) for index in range(2)]
     try:
         # batches of pairs have many shapes, those of a text one
         compiled = torch.compile(model, dynamic=True if dataset.task == "translation" else None)
-        for index in range(2):
-            batch = to_device(dataset.batch(index, batch_size), device)
+        for batch in batches:
             with autocast(device, dtype):
                 compiled(**batch)[1].backward()
                 with torch.no_grad():
@@ -491,7 +491,7 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     tokens = [int((batch["targets"] >= 0).sum()) for batch in micro_batches]
     mean_loss = torch.zeros((), device=run.device)
     for index, batch, count in zip(indices, micro_batches, tokens, strict=True):
-        if model_config.dropout or model_config.ngram_dropout:
+        if model_config.dropout or model_config.ngram_dropout:  # the same in a resumed run
             torch.manual_seed(random_key(config.seed, index))
         with autocast(run.device, run.dtype):
             _, loss = run.net(**to_device(batch, run.device))
@@ -499,7 +499,7 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
         run.scaler.scale(loss).backward()
         mean_loss += loss.detach()
     run.scaler.unscale_(run.optimizer)
-    # sparse gradients are Adagrad's, which needs no clipping
+    # Adagrad, which takes the sparse gradients, needs no clipping
     dense = [p for p in run.model.parameters() if p.grad is not None and not p.grad.is_sparse]
     grad_norm = nn.utils.clip_grad_norm_(dense, config.grad_clip or math.inf)
     run.scaler.step(run.optimizer)
@@ -519,7 +519,7 @@ class Meter:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """What came since read() was not training."""
+        """The time since read() does not count as training."""
         self.started = time.perf_counter() - self.run.progress.seconds
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
@@ -564,7 +564,7 @@ def evaluate_and_record(run: Run, folder: RunFolder, bar: tqdm) -> bool:
         val_loss = run.evaluate()
         if not val_loss < 700:  # beyond that, e^loss overflows
             raise Diverged(f"validation loss is {val_loss} at iter {progress.iter}")
-        improved = progress.improves(val_loss)
+        improved = progress.record(val_loss)
         row = evaluation.measures(val_loss, run.dataset)
         folder.record(stamp(progress) | row)
         best = ", the best so far" if improved else ""
@@ -591,7 +591,7 @@ def report(bar: tqdm, row: dict, run: Run) -> None:
 
 
 def write_line(bar: tqdm, line: str) -> None:
-    """Print a line above the bar. A reader who has gone, as a closed terminal, does not end the training."""
+    """Print a line above the bar. A closed terminal or pipe does not end the training."""
     try:
         bar.write(line)
         sys.stdout.flush()

@@ -16,7 +16,7 @@ from humptygpt import configurator
 from humptygpt import tokenizer as tokenizers
 from humptygpt.configurator import UserError
 from humptygpt.files import write_whole
-from humptygpt.optimizers import group_parameters
+from humptygpt.optimizers import STATE, group_parameters, update_rules
 from humptygpt.schema import check_schema
 from humptygpt.tokenizer import Tokenizer
 
@@ -41,8 +41,6 @@ SCHEMA = {
     "optimizer?": {"steps": COUNT, "state": {str: {str: Tensor}}},
     "scaler?": (SCALER, None),  # of float16 alone
 }
-STATE = {"hidden": ("momentum_buffer",), "sparse": ("sum",)}  # what the optimizer keeps of a parameter, by its group
-ADAMW = ("exp_avg", "exp_avg_sq")  # of the other groups
 
 
 class Loaded(NamedTuple):
@@ -141,7 +139,7 @@ def check_content(saved: dict) -> None:
     if "optimizer" in saved:
         if bool(saved["train_config"].get("ema_decay")) != (saved.get("ema") is not None):
             raise ValueError("ema does not fit ema_decay")
-        check_optimizer(saved["optimizer"], group_parameters(model, saved["train_config"].get("optimizer", "adamw")))
+        check_optimizer(saved["optimizer"], model, saved["train_config"].get("optimizer", "adamw"))
     progress = saved["progress"]
     if unknown := progress.keys() - PROGRESS.keys():
         raise ValueError(f"progress.{min(unknown)} is unknown")
@@ -150,18 +148,18 @@ def check_content(saved: dict) -> None:
         raise ValueError(f"progress has seconds={seconds} and best_val_loss={best}")
 
 
-def check_optimizer(optimizer: dict, groups: dict[str, dict[str, Tensor]]) -> None:
-    """Raise ValueError unless there is the state of every parameter. groups: as from group_parameters."""
-    expected = {}
-    for group, members in groups.items():
-        for name, p in members.items():
-            expected[name] = {key: p[:, :1] if key == "sum" else p for key in STATE.get(group, ADAMW)}
+def check_optimizer(optimizer: dict, model: nn.Module, name: str) -> None:
+    """Raise ValueError unless there is the state of every parameter; name: a key of OPTIMIZERS."""
+    expected, rules = {}, update_rules(name)
+    for group, members in group_parameters(model).items():
+        for parameter, p in members.items():
+            expected[parameter] = {key: p[:, :1] if key == "sum" else p for key in STATE[rules[group]]}
     if missing := expected.keys() - optimizer["state"].keys() if optimizer["steps"] else ():
         raise ValueError(f"optimizer.{min(missing)} is missing")
-    for name, state in optimizer["state"].items():
-        if name not in expected:
-            raise ValueError(f"optimizer.{name} is unknown")
-        check_tensors(f"optimizer.{name}", state, expected[name])
+    for parameter, state in optimizer["state"].items():
+        if parameter not in expected:
+            raise ValueError(f"optimizer.{parameter} is unknown")
+        check_tensors(f"optimizer.{parameter}", state, expected[parameter])
 
 
 def build_on_meta(config: models.ModelConfig) -> nn.Module:
@@ -211,16 +209,20 @@ def from_format_2(old: dict) -> dict:
     if "optimizer" not in old:  # best.pt
         progress = dict.fromkeys(PROGRESS, 0) | {"losses": [], "iter": old["iter"], "best_iter": old["iter"]}
         return new | {"progress": progress | {"best_val_loss": old["best_val_loss"]}}
-    groups = group_parameters(build_on_meta(config), old["train_config"]["optimizer"])
-    names = [(kind, name) for kind, members in groups.items() for name in members]
+    model = build_on_meta(config)
+    groups, muon = group_parameters(model), old["train_config"]["optimizer"] == "muon"
+    if not muon:  # its matrices were one group, in the order of the model
+        matrices = groups.pop("hidden", {}) | groups["matrices"]
+        groups["matrices"] = {name: p for name, p in model.named_parameters() if name in matrices}
+    names = [name for members in groups.values() for name in members]
     averages, new["model"] = new["model"], renamed(old["newest_weights"])
     if old["train_config"].get("ema_decay"):
-        new["ema"] = {name: averages[name] for _, name in names}
+        new["ema"] = {name: averages[name] for name in names}
     elif not all(torch.equal(averages[name], tensor) for name, tensor in new["model"].items()):
         raise ValueError("ema_decay does not fit the weights")
     state = {}
-    for (kind, name), memory in zip(names, old["optimizer"]["memories"], strict=True):
-        keys = STATE_2 | ({"mean": "momentum_buffer"} if kind == "hidden" else {})
+    for name, memory in zip(names, old["optimizer"]["memories"], strict=True):
+        keys = STATE_2 | ({"mean": "momentum_buffer"} if muon and name in groups.get("hidden", {}) else {})
         state[name] = {keys[key]: tensor for key, tensor in memory.items()}
     new |= {"optimizer": {"steps": old["optimizer"]["steps"], "state": state}, "scaler": old["scaler"] or None}
     return new | {"progress": old["progress"]}

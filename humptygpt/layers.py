@@ -10,14 +10,14 @@ from torch import Tensor, nn
 class Linear(nn.Linear):
     """A linear layer inside the network, whose matrix Muon may train. The output head is a plain nn.Linear.
 
-    residual: it is the last layer of a residual branch, which init_weights scales down.
+    ends_branch: it is the last layer of a residual branch, which init_weights scales down.
     """
 
     optimizer_group = "hidden"
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, residual: bool = False):
+    def __init__(self, inputs: int, outputs: int, bias: bool, ends_branch: bool = False):
         super().__init__(inputs, outputs, bias=bias)
-        self.residual = residual
+        self.ends_branch = ends_branch
 
 
 class Dropout(nn.Module):

@@ -1,7 +1,7 @@
 """The update rule of each parameter: AdamW, Muon or Adagrad; the average of the weights; learning rate schedules."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -24,9 +24,9 @@ class Optimizer:
         self.steps = 0
 
     def set_lr(self, scale: float) -> None:
-        """Each group's learning rate becomes scale times its highest."""
+        """Each group's learning rate becomes scale times its peak."""
         for group in self.param_groups:
-            group["lr"] = group["highest_lr"] * scale
+            group["lr"] = group["peak_lr"] * scale
 
     @torch.no_grad()
     def step(self) -> None:
@@ -149,6 +149,22 @@ def adagrad(optimizer: Optimizer, group: dict, params: dict[str, Tensor]) -> Non
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}  # the rule for the matrices of the blocks; AdamW trains the rest
+STATE = {adamw: ("exp_avg", "exp_avg_sq"), muon: ("momentum_buffer",), adagrad: ("sum",)}  # of each parameter
+
+
+def update_rules(optimizer: str) -> dict[str, Callable]:
+    """{group: update rule}; a class that owns a matrix may name its group: hidden, in the blocks, or sparse."""
+    return {"hidden": OPTIMIZERS[optimizer], "matrices": adamw, "vectors": adamw, "sparse": adagrad}
+
+
+def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """{group: {name: parameter}}, every parameter in exactly one group; no group is empty."""
+    owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
+    groups = {"hidden": {}, "matrices": {}, "vectors": {}, "sparse": {}}
+    for name, p in model.named_parameters():
+        group = getattr(owners[id(p)], "optimizer_group", "matrices") if p.dim() > 1 else "vectors"
+        groups[group][name] = p
+    return {group: members for group, members in groups.items() if members}
 
 
 def make_optimizer(config, model: nn.Module) -> Optimizer:
@@ -156,34 +172,19 @@ def make_optimizer(config, model: nn.Module) -> Optimizer:
 
     Weight decay pulls matrices and embeddings towards zero, but not biases and norms.
     """
-    adamw_settings = {"rule": adamw, "lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
-    muon_settings = {"rule": muon, "lr": config.muon_learning_rate, "momentum": config.muon_momentum}
-    settings = {
-        "hidden": muon_settings | {"weight_decay": config.weight_decay},
-        "matrices": adamw_settings | {"weight_decay": config.weight_decay},
-        "vectors": adamw_settings | {"weight_decay": 0.0},
-        "sparse": {"rule": adagrad, "lr": config.ngram_learning_rate},
-    }
+    peak_lrs = {adamw: config.learning_rate, muon: config.muon_learning_rate, adagrad: config.ngram_learning_rate}
     groups = []
-    for kind, members in group_parameters(model, config.optimizer).items():
-        group = settings[kind] | {"names": list(members), "params": list(members.values())}
-        groups.append(group | {"highest_lr": group["lr"]})
+    for group, members in group_parameters(model).items():
+        rule = update_rules(config.optimizer)[group]
+        peak_lr = peak_lrs.get(rule, config.learning_rate)
+        settings = {"rule": rule, "names": list(members), "params": list(members.values())}
+        settings |= {
+            "lr": peak_lr,
+            "peak_lr": peak_lr,
+            "weight_decay": 0.0 if group == "vectors" else config.weight_decay,
+        }
+        groups.append(settings | {"betas": (config.beta1, config.beta2), "momentum": config.muon_momentum})
     return Optimizer(groups)
-
-
-def group_parameters(model: nn.Module, optimizer: str) -> dict[str, dict[str, Tensor]]:
-    """{group: {name: parameter}}, every parameter in exactly one group.
-
-    The class that owns a matrix may name its group: hidden, those that Muon trains, or sparse.
-    """
-    owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
-    groups = {"hidden": {}, "matrices": {}, "vectors": {}, "sparse": {}}
-    for name, p in model.named_parameters():
-        group = getattr(owners[id(p)], "optimizer_group", "matrices") if p.dim() > 1 else "vectors"
-        if group == "hidden" and optimizer != "muon":
-            group = "matrices"
-        groups[group][name] = p
-    return {group: members for group, members in groups.items() if members}
 
 
 class MovingAverage:

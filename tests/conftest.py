@@ -14,6 +14,7 @@ from humptygpt import configurator, evaluation, run_folder
 from humptygpt.ngrams import frequent_ngrams
 from humptygpt.optimizers import make_optimizer
 
+torch.set_num_threads(1)  # models this small only wait for each other's threads
 TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16"]
 TINY_RUN = [*TINY_MODEL, "--dataset=tiny", "--device=cpu", "--out_dir=out/run", "--batch_size=4", "--max_iters=6"]
 TINY_RUN += ["--eval_interval=3", "--log_interval=1", "--warmup_iters=2", "--eval_iters=2", "--dtype=float32"]

@@ -12,7 +12,17 @@ from humptygpt.layers import ACTIVATIONS
 from humptygpt.optimizers import make_optimizer
 from humptygpt.tokenizer import CharTokenizer
 from humptygpt.window_mlp import NumberEmbedding
-from model import BLOCKS, POSITIONS, LayerNorm, ModelConfig, Position, SelfAttention, Shared, attend, attention_mask
+from model import (
+    BLOCKS,
+    POSITIONS,
+    AttentionInputs,
+    LayerNorm,
+    ModelConfig,
+    PositionalEncoding,
+    SelfAttention,
+    attend,
+    attention_mask,
+)
 from train import TrainConfig
 
 LETTERS = CharTokenizer("abcdefghijklmnopqrstuvwxyz ")
@@ -29,11 +39,11 @@ def config(**keys) -> ModelConfig:
     return ModelConfig(**{"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 27} | keys)
 
 
-def shared(T: int, position: Position | None = None) -> Shared:
+def inputs(T: int, position: PositionalEncoding | None = None) -> AttentionInputs:
     """What a stack computes for its blocks of a text of T tokens."""
-    position = position or Position(config())
-    mask = attention_mask(T, T, torch.device("cpu"), causal=True, bias=position.bias(T, T))
-    return Shared(0, mask, False, position.rotary(slice(0, T)), context=None, context_mask=None)
+    position = position or PositionalEncoding(config(), causal=True)
+    mask = attention_mask(T, T, torch.device("cpu"), causal=True, bias=position.score_bias(T, T))
+    return AttentionInputs(0, mask, False, position.rotary(slice(0, T)), context=None, context_mask=None)
 
 
 # --------------------------------------------------------------------------------------
@@ -160,14 +170,14 @@ def test_self_attention_is_a_weighted_sum_of_values_with_weights_that_add_up_to_
     u = (k @ q3 / math.sqrt(8)).softmax(dim=0)
     assert u.sum().item() == pytest.approx(1)
     expected = u[0] * v[0] + u[1] * v[1] + u[2] * v[2]
-    torch.testing.assert_close(attention(words, shared(3))[0, 2], expected)
+    torch.testing.assert_close(attention(words, inputs(3))[0, 2], expected)
 
 
 def test_the_weighted_sum_of_equal_values_is_that_value():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 2, 7, 4)
     v = torch.ones(1, 2, 7, 4)
-    torch.testing.assert_close(attend(q, k, v, shared(7).mask), v)
+    torch.testing.assert_close(attend(q, k, v, inputs(7).mask), v)
 
 
 def test_without_positions_switching_two_words_makes_no_difference_and_with_them_it_does():
@@ -175,9 +185,9 @@ def test_without_positions_switching_two_words_makes_no_difference_and_with_them
     words = torch.randn(1, 3, 8)
     switched = words[:, [1, 0, 2]]
     for name, scheme in POSITIONS.items():
-        position = scheme(config(position=name))
+        position = scheme(config(position=name), causal=True)
         attention = SelfAttention(config())
-        outputs = [attention(position.embed(x, slice(0, 3)), shared(3, position))[0, 2] for x in (words, switched)]
+        outputs = [attention(position.embed(x, slice(0, 3)), inputs(3, position))[0, 2] for x in (words, switched)]
         assert torch.allclose(*outputs, atol=1e-6) == (name == "none"), name
 
 
@@ -192,8 +202,8 @@ def test_several_heads_are_single_heads_concatenated():
             F.linear(words, layer.weight[rows])[:, None]
             for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
         ]
-        heads.append(attend(*part, shared(5).mask)[:, 0])
-    torch.testing.assert_close(attention(words, shared(5)), torch.cat(heads, dim=-1))
+        heads.append(attend(*part, inputs(5).mask)[:, 0])
+    torch.testing.assert_close(attention(words, inputs(5)), torch.cat(heads, dim=-1))
 
 
 # --------------------------------------------------------------------------------------
@@ -206,7 +216,7 @@ def test_a_residual_connection_adds_the_input_to_the_output_of_the_branch():
     for name in ("pre_norm", "plain"):
         block = BLOCKS[name](config(norm="none", mlp="none"))
         residual = x if name == "pre_norm" else 0
-        torch.testing.assert_close(block(x, shared(5)), residual + block.attn(x, shared(5)))
+        torch.testing.assert_close(block(x, inputs(5)), residual + block.attn(x, inputs(5)))
 
 
 def test_layer_norm_is_x_minus_mean_over_standard_deviation_times_scale_plus_bias():
@@ -235,7 +245,7 @@ def test_dropout_keeps_the_mean_the_same_in_training_and_in_use(p):
 
 def test_the_sinusoidal_encoding_is_the_papers():
     """sin for even features i and cos for odd ones, of p / 10000^(i/C); an odd feature takes i of the one before."""
-    position = POSITIONS["sinusoidal"](config(n_embd=10, block_size=50))
+    position = POSITIONS["sinusoidal"](config(n_embd=10, block_size=50), causal=True)
     nothing = torch.zeros(1, 50, 10)
     encoding = position.embed(nothing, slice(0, 50))[0]
     for p in (0, 1, 7, 49):

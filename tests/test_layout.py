@@ -32,10 +32,10 @@ def test_no_function_takes_more_than_five_positional_parameters():
     assert {name: args for name, args in found.items() if len([a for a in args if a not in ("self", "cls")]) > 5} == {}
 
 
-@pytest.mark.parametrize(
-    "module",
-    "configurator files schema tokenizer documents corpus pairs token_files known_texts download run_folder".split(),
-)
+TORCHLESS = "configurator files schema tokenizer documents corpus pairs token_files known_texts download run_folder"
+
+
+@pytest.mark.parametrize("module", TORCHLESS.split(" "))
 def test_what_runs_before_torch_is_needed_does_not_import_it(module):
     code = f"import sys, humptygpt.{module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

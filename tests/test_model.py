@@ -41,7 +41,7 @@ VARIANTS = [
 # (n_kv_head, window): each combination is tested with each of these. Two layers see further back than one window.
 KV_HEADS_AND_WINDOW = [(None, 0), (2, 0), (1, 3)]
 KEYS = ("position", "block", "norm", "mlp", "n_kv_head", "window")
-every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()))
+every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(f"{k}-{x}" for k, x in v.items()))
 
 
 def tiny(**keys) -> models.GPT:
@@ -379,14 +379,14 @@ def test_the_mask_and_the_rotary_tables_are_made_once_per_forward_pass(monkeypat
         monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(name) or function(*a, **k))
 
     count(models, "attention_mask")
-    for hook in ("embed", "rotary", "bias"):
+    for hook in ("embed", "rotary", "score_bias"):
         count(model.stack.position, hook)
     state = model.make_state() if with_state else None
     for T in (5, 1):
         calls.clear()
         model(tokens(2, T), state=state)
         masks = ["attention_mask"] * calls.count("attention_mask")
-        assert sorted(calls) == [*masks, "bias", "embed", "rotary"] and len(masks) <= 1
+        assert sorted(calls) == [*masks, "embed", "rotary", "score_bias"] and len(masks) <= 1
 
 
 @pytest.mark.parametrize(
@@ -441,7 +441,7 @@ def test_alibi_slopes_are_those_of_the_paper():
 
 
 def test_alibi_lowers_scores_in_proportion_to_distance():
-    bias = tiny(position="alibi", n_head=2).stack.position.bias(2, 4)
+    bias = tiny(position="alibi", n_head=2).stack.position.score_bias(2, 4)
     distances = torch.tensor([[2.0, 1.0, 0.0], [3.0, 2.0, 1.0]])
     torch.testing.assert_close(bias[:, :, :3], -torch.tensor([2**-4, 2**-8])[:, None, None] * distances)
 
@@ -561,8 +561,8 @@ def test_with_init_zero_a_new_block_is_the_identity(block):
         ({"dropout": math.nan}, "dropout=nan must be at least 0 and below 1"),
         ({"rope_base": math.nan}, "rope_base=nan must be above 1"),
         ({"vocab_size": 0}, "vocab_size=0 must be at least 1"),
-        ({"norm": "batch"}, "norm=batch is not one of: layernorm, rmsnorm, none"),
-        ({"position": "gps"}, "position=gps is not one of: none, learned, sinusoidal, rotary, alibi"),
+        ({"norm": "batch"}, f"norm=batch is not one of: {', '.join(NORMS)}"),
+        ({"position": "gps"}, f"position=gps is not one of: {', '.join(POSITIONS)}"),
         ({"model": "rnn"}, "model=rnn is not one of: window_mlp, gpt"),
         ({"n_kv_head": 3}, "n_head=4 must be a multiple of n_kv_head=3"),
         ({"n_kv_head": 8}, "n_head=4 must be a multiple of n_kv_head=8"),

@@ -215,10 +215,22 @@ def test_the_learning_rate_warms_up_and_decays(schedule):
     assert lr[:11] == sorted(lr[:11]) and lr[10] == 1.0
     assert lr[10:] == sorted(lr[10:], reverse=True)
     assert set(lr[110:]) == {0.1}
-    halfway = {"cosine": 0.55, "linear": 0.55, "wsd": 1.0}[schedule]
-    assert lr[60] == pytest.approx(halfway)
-    at_four_fifths_and_half = {"cosine": 0.1220, "linear": 0.19, "wsd": 0.55}[schedule]
-    assert lr[100] == pytest.approx(at_four_fifths_and_half, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "halfway", "at_nine_tenths"), [("cosine", 0.55, 0.1220), ("linear", 0.55, 0.19), ("wsd", 1.0, 0.55)]
+)
+def test_the_shape_of_the_decay_is_that_of_its_source(schedule, halfway, at_nine_tenths):
+    lr = lambda it: learning_rate_at(it, schedule, 1.0, warmup_iters=10, lr_decay_iters=110, min_lr=0.1)  # noqa: E731
+    assert lr(60) == pytest.approx(halfway) and lr(100) == pytest.approx(at_nine_tenths, abs=1e-4)
+
+
+@every_optimizer
+def test_the_matrices_of_the_blocks_are_updated_by_the_rule_that_is_named(name):
+    model = tiny()
+    by_name = {n: group["rule"] for group in make_optimizer(model, name).param_groups for n in group["names"]}
+    assert by_name["stack.blocks.0.attn.q_proj.weight"] is OPTIMIZERS[name]
+    assert by_name["wte.weight"] is OPTIMIZERS["adamw"]
 
 
 def test_a_run_shorter_than_its_warmup_has_learning_rates_too():

@@ -18,7 +18,7 @@ import prepare_data
 import sample
 import train
 from humptygpt import corpus as corpus_module
-from humptygpt import documents, download, known_texts, token_files
+from humptygpt import documents, download, known_texts, token_files, tokenizer
 from humptygpt.batches import TokenDataset
 from humptygpt.tokenizer import END_OF_TEXT, BytePairTokenizer, GPT2Tokenizer
 
@@ -450,7 +450,7 @@ def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_cannot_download_it
 BAD = {
     "no name for the data set": [],
     "must be the name of a folder": ["--input=own.txt", "--name=../x"],
-    "tokenizer=morse is not one of: char, byte, sentencepiece, gpt2, bpe": ["mine", "--tokenizer=morse"],
+    f"tokenizer=morse is not one of: {', '.join(tokenizer.TOKENIZERS)}": ["mine", "--tokenizer=morse"],
     "model_type=word is not one of: bpe, unigram": ["mine", "--model_type=word"],
     "encoding_errors=hide is not one of: strict, replace, ignore": ["mine", "--encoding_errors=hide"],
     "val_fraction=1.0 must be above 0 and below 1": ["mine", "--val_fraction=1"],

@@ -248,5 +248,5 @@ def test_what_does_not_describe_a_tokenizer_is_refused(state):
 
 
 def test_an_unknown_tokenizer_is_refused():
-    with pytest.raises(UserError, match="tokenizer 'morse' is not one of: char, byte, sentencepiece, gpt2, bpe"):
+    with pytest.raises(UserError, match=f"tokenizer 'morse' is not one of: {', '.join(tokenizer.TOKENIZERS)}"):
         tokenizer.from_state({"tokenizer": "morse"})
