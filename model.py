@@ -307,6 +307,7 @@ def attention_mask(
         tokens = ~padding[:, None, None, :]
         # softmax over no key at all is nan: each position may at least attend to itself
         allowed = tokens if allowed is None else (allowed & tokens) | (distance == 0)
+    bias = None if bias is None else bias[None]  # SDPA fuses masks of four dimensions only
     if allowed is None:
         return bias
     mask = torch.zeros_like(allowed, dtype=torch.float32) if bias is None else bias

@@ -433,6 +433,12 @@ def test_a_text_longer_than_block_size_is_refused_with_and_without_a_state():
         model(tokens(1, 1), state=state)
 
 
+def test_a_score_bias_gives_a_mask_of_four_dimensions_which_sdpa_fuses():
+    bias = tiny(position="alibi", n_head=2).stack.position.score_bias(4, 4)
+    for causal in (False, True):
+        assert attention_mask(4, 4, bias.device, causal=causal, bias=bias).shape == (1, 2, 4, 4)
+
+
 def test_alibi_slopes_are_those_of_the_paper():
     assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
     assert alibi_slopes(1) == [2**-8]
