@@ -200,14 +200,12 @@ class Run:
 
 
 def main(argv: list[str]) -> int:
-    config, model_config, saved = read_settings(argv)
-    wandb = import_wandb() if config.wandb_log else None
-    run = setup(config, model_config, saved)
+    run = setup(*read_settings(argv))  # no name for the checkpoint, which would keep it in memory
     print(describe(run), flush=True)
-    if config.eval_only:
+    if run.config.eval_only:
         print(evaluate_only(run))
         return 0
-    folder = RunFolder(Path(config.out_dir), run.settings(), run.progress.iter, wandb)
+    folder = RunFolder(Path(run.config.out_dir), run.settings(), run.progress.iter)
     try:
         stopped_by = train(run, folder)
     except Diverged as error:
@@ -247,6 +245,8 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, ModelConfig, dict | Non
         settings = saved["train_config"] | saved["model_config"] | given | {"out_dir": str(path.parent)}
     config, model_config = configurator.make(TrainConfig, settings), configurator.make(ModelConfig, settings)
 
+    if config.wandb_log:
+        import_wandb()  # refused now if it is missing, and not after a long preparation
     if "backend" in given:
         note(f"backend={config.backend} has no effect; this trainer runs in one process")
     settings = asdict(config) | asdict(model_config)

@@ -18,7 +18,7 @@ class RunFolder:
     A new run moves an older one's files aside; a resumed one drops the metrics that came after its checkpoint.
     """
 
-    def __init__(self, path: Path, settings: dict, resumed_at: int, wandb: ModuleType | None = None):
+    def __init__(self, path: Path, settings: dict, resumed_at: int):
         """settings: of the run, as in config.json. resumed_at: steps done; 0: a new run. Raises UserError."""
         self.path, self.rows = path, []
         self.metrics = path / "metrics.jsonl"
@@ -36,7 +36,7 @@ class RunFolder:
         files.write_whole(self.metrics, lambda file: file.write(lines.encode()))
         content = json.dumps(settings, indent=1)
         files.write_whole(path / "config.json", lambda file: file.write(content.encode()))
-        self.wandb_run = start_wandb(wandb, path, settings, bool(resumed_at)) if wandb else None
+        self.wandb_run = start_wandb(path, settings, bool(resumed_at)) if settings["wandb_log"] else None
 
     def record(self, row: dict) -> None:
         """Add a row of metrics."""
@@ -96,9 +96,9 @@ def import_wandb() -> ModuleType:
     return wandb
 
 
-def start_wandb(wandb: ModuleType, out_dir: Path, settings: dict, resumed: bool):
+def start_wandb(out_dir: Path, settings: dict, resumed: bool):
     """The run on Weights & Biases, the same however often it is resumed here; offline where that cannot be reached."""
-    id_file = out_dir / "wandb_id"
+    wandb, id_file = import_wandb(), out_dir / "wandb_id"
     earlier = id_file.read_bytes() if resumed and id_file.exists() else b""
     run_id = earlier.decode() if re.fullmatch(rb"[0-9a-f]{8}", earlier) else secrets.token_hex(4)
     files.write_whole(id_file, lambda file: file.write(run_id.encode()))
@@ -118,7 +118,7 @@ def start_wandb(wandb: ModuleType, out_dir: Path, settings: dict, resumed: bool)
 
 
 def draw_losses(rows: list[dict], path: Path) -> None:
-    """The picture of a run: training and validation loss against steps."""
+    """The plot of a run: training and validation loss against steps."""
     val = [(row["iter"], row["val_loss"]) for row in rows if "val_loss" in row]
     if not val:
         return
