@@ -310,6 +310,7 @@ def draw(table: list[dict], curves: list[list[tuple[float, float]]], path: str) 
         label = f" {best:.3f}" if best else " not evaluated yet"
         right.text(best or 0, i, label, va="center", fontweight="bold" if best == lowest else "normal")
     above = max(0.6 * (highest - lowest), 0.12 * lowest)  # the first evaluations, all alike, are above the axes
+    left.set_title("HumptyGPT", loc="left")
     left.set(xlim=(0, None), xlabel="training text", ylabel="validation loss, bits per byte")
     left.set(ylim=(lowest - 0.08 * above, highest + above))
     left.xaxis.set_major_formatter(EngFormatter("B"))

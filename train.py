@@ -91,7 +91,7 @@ class TrainConfig:
     log_interval: int = setting(10, "steps between lines of the training loss", at_least=1)
 
     wandb_log: bool = setting(False, "log to Weights & Biases, too; WANDB_MODE=offline keeps it here", "wandb")
-    wandb_project: str = setting("gpt", "project there")
+    wandb_project: str = setting("humptygpt", "project there")
     wandb_run_name: str | None = setting(None, "run name there; None: the name of out_dir")
 
     device: str = setting("auto", "auto: the GPU if there is one; cpu, cuda, cuda:1, mps", "system")

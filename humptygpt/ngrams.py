@@ -22,6 +22,9 @@ class NgramEmbedding(nn.Module):
     Their sum is added to the last token's own embedding. What follows an n-gram is most of what a small model learns at
     first, and a lookup costs nothing beside a matrix product. Source: Pagnoni et al. 2024, arXiv:2412.09871, section
     3.2.1, where all n-grams share rows by a hash; with frequent ones alone: Yu et al. 2025, arXiv:2502.01637.
+
+    torch.compile traces it in one graph, but not its sparse backward pass where shapes are dynamic, as with sentence
+    pairs: there the graph breaks, and the results are the same.
     """
 
     def __init__(self, n: int, rows: int, n_embd: int, dropout: float):

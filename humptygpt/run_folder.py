@@ -133,7 +133,7 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     axes.plot(*zip(*val, strict=True), color="#c2410c", linewidth=1.8, marker="o", markersize=3.5, label="validation")
     best = min(val, key=lambda point: point[1])
     axes.annotate(f"{best[1]:.3f}", best, xytext=(0, 8), textcoords="offset points", ha="right", color="#c2410c")
-    axes.set(xlabel="steps", ylabel="loss, nats per token", title=path.parent.name)
+    axes.set(xlabel="steps", ylabel="loss, nats per token", title=f"HumptyGPT: {path.parent.name}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

@@ -92,8 +92,9 @@ class CharTokenizer(Tokenizer):
         self.alphabet = alphabet
         self.pieces = [char.encode("utf-8", "surrogatepass") for char in alphabet] + [END_OF_TEXT.encode()] * separated
         self.eot = len(alphabet) if separated else None
-        self._ids = np.full(0x110000, -1)
-        self._ids[code_points(alphabet)] = np.arange(len(alphabet))
+        codes = code_points(alphabet)
+        self._ids = np.full(int(codes.max(initial=0)) + 2, -1)  # the last entry stands for all characters beyond
+        self._ids[codes] = np.arange(len(alphabet))
 
     @classmethod
     def train(cls, texts: Iterable[str], separated: bool = False) -> Self:
@@ -104,7 +105,7 @@ class CharTokenizer(Tokenizer):
         return cls("".join(map(chr, seen.nonzero()[0])), separated)
 
     def encode(self, text: str) -> np.ndarray:
-        ids = self._ids[code_points(text)]
+        ids = self._ids[np.minimum(code_points(text), len(self._ids) - 1)]
         if (ids < 0).any():
             char = text[int((ids < 0).argmax())]
             known = f"the {len(self.alphabet)} characters of this tokenizer"
