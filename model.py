@@ -228,7 +228,7 @@ class DecoderState:
     """
 
     def __init__(self, n_layer: int, size: int, padding: Tensor | None = None):
-        self.size, self.length, self.padding = size, 0, padding
+        self.length, self.padding = 0, padding
         self.layers = [LayerState(size) for _ in range(n_layer)]
         self.source_padding = None  # (B, S) bool, of the text that cross-attention looks at
         self.last_tokens = None  # (B, up to n - 1), token ids, for an n-gram embedding

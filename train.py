@@ -272,10 +272,10 @@ def check_resumable(saved: dict, given: dict, path: Path) -> None:
         model_config = asdict(configurator.restore(ModelConfig, saved["model_config"]))
     except UserError as error:
         raise checkpoint.damaged(path, error) from error
-    of_training = ("dropout", "label_smoothing", "ngram_dropout")
-    fixed = {key: value for key, value in model_config.items() if key not in of_training}
-    course = ("dataset", "seed", "batch_size", "gradient_accumulation_steps", "optimizer", "ngram_min_count")
-    fixed |= {key: train_config[key] for key in course}
+    may_change = ("dropout", "label_smoothing", "ngram_dropout")
+    fixed = {key: value for key, value in model_config.items() if key not in may_change}
+    training_keys = ("dataset", "seed", "batch_size", "gradient_accumulation_steps", "optimizer", "ngram_min_count")
+    fixed |= {key: train_config[key] for key in training_keys}
     for key, value in given.items():
         if key in fixed and value != fixed[key]:
             raise UserError(
@@ -318,11 +318,11 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
     """The prepared folder, which is prepared now if it is missing."""
     folder = Path("data") / config.dataset
     exists = lambda *names: any(os.path.exists(folder / name) for name in names)  # noqa: E731
-    if not exists("meta.json", "meta.pkl"):
-        # a stopped preparation of a known text is resumed; a train.bin alone is taken for nanoGPT's
-        known = config.dataset in prepare_data.KNOWN
-        if known if exists("preparing") else not exists("train.bin"):
-            prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, {"name": config.dataset}))
+    prepared = exists("meta.json", "meta.pkl")
+    stopped = exists("preparing") and config.dataset in prepare_data.KNOWN  # its preparation can be resumed
+    missing = not exists("preparing", "train.bin")  # a train.bin alone is taken for nanoGPT's
+    if not prepared and (stopped or missing):
+        prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, {"name": config.dataset}))
     model, meta = models.MODELS[model_config.model], read_meta(folder)
     task = meta["task"]
     if task not in model.tasks:

@@ -173,17 +173,14 @@ def make_optimizer(config, model: nn.Module) -> Optimizer:
     Weight decay pulls matrices and embeddings towards zero, but not biases and norms.
     """
     peak_lrs = {adamw: config.learning_rate, muon: config.muon_learning_rate, adagrad: config.ngram_learning_rate}
-    groups = []
+    rules, groups = update_rules(config.optimizer), []
     for group, members in group_parameters(model).items():
-        rule = update_rules(config.optimizer)[group]
-        peak_lr = peak_lrs.get(rule, config.learning_rate)
-        settings = {"rule": rule, "names": list(members), "params": list(members.values())}
-        settings |= {
-            "lr": peak_lr,
-            "peak_lr": peak_lr,
-            "weight_decay": 0.0 if group == "vectors" else config.weight_decay,
-        }
-        groups.append(settings | {"betas": (config.beta1, config.beta2), "momentum": config.muon_momentum})
+        peak_lr = peak_lrs.get(rules[group], config.learning_rate)
+        settings = {"rule": rules[group], "lr": peak_lr, "peak_lr": peak_lr, "momentum": config.muon_momentum}
+        settings |= {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
+        if group == "vectors":
+            settings["weight_decay"] = 0.0
+        groups.append(settings | {"names": list(members), "params": list(members.values())})
     return Optimizer(groups)
 
 
