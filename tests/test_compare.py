@@ -332,6 +332,181 @@ def test_a_mistake_is_reported_without_loading_torch(folder):
 
 
 # --------------------------------------------------------------------------------------
+# Groups: --group=True
+
+
+def make_seeds(path: str, *losses: float, **settings) -> list[str]:
+    """The folders of a finished run for each lowest loss, with seeds from 1."""
+    return [str(make_run(f"{path}-{seed}", 3.0, loss, seed=seed, **settings)) for seed, loss in enumerate(losses, 1)]
+
+
+def rows_of(capsys, *argv: str) -> dict[str, dict]:
+    """{run: its row} of the JSON."""
+    return {row["run"]: row for row in json.loads(run(capsys, *argv, "--group=True", "--json=-"))}
+
+
+def test_runs_of_a_folder_that_differ_in_the_seed_alone_are_one_row_of_means_ranges_and_the_median_time(folder, capsys):
+    runs = make_seeds("out/heads/one", 2.0, 1.4, 1.7, n_head=1)
+    runs.append(str(make_run("out/heads/four-1", 1.9, 1.5, n_head=4, seed=1, bleu=30, wandb_run_name="x")))
+    runs.append(str(make_run("out/heads/four-2", 1.9, 1.3, n_head=4, seed=2, bleu=33, log_interval=7, every=110)))
+    runs.append(str(make_run("out/heads/four-3", 1.9, 1.2, n_head=4, seed=3, bleu=36, every=500)))
+    rows = rows_of(capsys, *runs)
+    one, four = rows["one"], rows["four"]
+    assert [one["group"], one["folder"], one["seeds"], one["state"]] == ["heads", "out/heads", 3, "3 done"]
+    assert [one["best_val_loss"], one["best_val_loss_low"], one["best_val_loss_high"]] == [pytest.approx(1.7), 1.4, 2.0]
+    bits = [value / math.log(2) for value in (1.7, 1.4, 2.0)]
+    assert [one[f"best_bits_per_byte{end}"] for end in ("", "_low", "_high")] == pytest.approx(bits)
+    assert (one["seconds"], four["seconds"]) == (200, 220)
+    assert [four["test_bleu"], four["test_bleu_low"], four["test_bleu_high"]] == [33, 30, 36]
+    assert (one["n_head"], four["n_head"], "seed" in one) == (1, 4, False)
+
+
+def test_without_groups_runs_that_differ_in_the_seed_alone_are_rows_of_their_own(folder, capsys):
+    table = run(capsys, *make_seeds("out/heads/one", 2.0, 1.4))
+    assert row_of(table, "one-1").endswith("done   seed=1") and row_of(table, "one-2").endswith("done   seed=2")
+
+
+def test_equal_runs_of_two_folders_are_two_groups(folder, capsys):
+    runs = [*make_seeds("out/a/one", 2.0, 1.9), *make_seeds("out/b/one", 1.8, 1.7)]
+    lines = run(capsys, *runs[::2], *runs[1::2], "--group=True").splitlines()  # in alternation
+    assert [line.split(" ")[0] for line in lines] == ["run", "", "a", "one", "", "b", "one"]
+
+
+def test_rows_are_compared_with_the_first_of_their_group_and_the_best_of_each_group_is_marked(folder, capsys):
+    bits = {  # lowest loss of each seed, in bits per byte
+        "out/a/first": (2.0, 2.1),
+        "out/a/worse": (2.2, 2.5),
+        "out/a/better": (1.9, 1.99),
+        "out/a/overlaps": (1.5, 2.05),  # also the best
+        "out/b/first": (4.0, 4.2),
+        "out/b/around": (3.92, 4.32),
+        "out/c/alone": (4.0, 4.2),
+        "out/d/first": (3.0, 3.2),
+        "out/d/once": (2.9,),
+    }
+    runs = []
+    for i, (path, values) in enumerate(bits.items()):
+        runs += make_seeds(path, *(math.log(2) * value for value in values), max_iters=199 - i)
+    table = run(capsys, *runs, "--group=True")
+    shown = [re.split(r"  +", line) for line in table.splitlines() if " done" in line]
+    assert [[cells[0], *cells[6:-2]] for cells in shown] == [
+        ["first"],
+        ["worse", "+0.300"],
+        ["better", "-0.105"],
+        ["overlaps", "-0.275 best, within seeds"],
+        ["first", "best"],
+        ["around", "+0.020 within seeds"],
+        ["alone"],
+        ["first"],
+        ["once-1", "-0.200 best, one seed"],
+    ]
+    assert shown[0][1:6] == ["200.0", f"{2.05 * math.log(2):.4f}", "2.050", "2.000", "2.100"]
+    rows = json.loads(run(capsys, *runs, "--group=True", "--json=-"))
+    assert [row["within_seeds"] for row in rows] == [None, False, False, True, None, True, None, None, None]
+    assert rows[1]["difference"] == pytest.approx(0.3) and rows[0]["difference"] is None
+
+
+def test_settings_are_shown_where_they_differ_within_a_group(folder, capsys):
+    runs = [*make_seeds("out/heads/one", 2.0, 1.9, n_head=1), *make_seeds("out/heads/four", 1.8, 1.7, n_head=4)]
+    runs += make_seeds("out/wide/32", 2.0, 1.9, n_embd=32, n_head=1, norm="rmsnorm")
+    runs += make_seeds("out/wide/64", 2.0, 1.9, n_embd=64, n_head=1, norm="rmsnorm")
+    lines = run(capsys, *runs, "--group=True").splitlines()
+    settings = [line.split("2 done  ")[1].strip() for line in lines if " done" in line]
+    assert settings[:2] == ["n_head=1", "n_head=4"]
+    assert [re.sub(r"[\d,]+$", "N", text) for text in settings[2:]] == [
+        "n_embd=32 parameters=N",
+        "n_embd=64 parameters=N",
+    ]
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_groups_fit_the_terminal(folder, capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    runs = make_seeds("out/heads/first", 2.0, 2.1)
+    runs += make_seeds(
+        "out/heads/" + "a-long-name-" * 8 + "with-an-end", 1.9, 2.0, n_head=1, position="rotary", bias=True
+    )
+    lines = run(capsys, *runs, "--group=True").splitlines()
+    assert max(map(len, lines)) <= width
+    assert [line.strip() for line in lines].count("heads") == (1 if width == 200 else 2)
+    text = " \n".join([*lines, ""])
+    assert "-an-end " in text and " best, within seeds" in text
+    assert all(f"{setting} " in text for setting in ("n_head=1", "n_head=4", "position=rotary", "position=learned"))
+    assert ("val loss" in text) == (width == 200)
+
+
+NAMES = [
+    (["without-1", "without-2"], "without"),
+    (["without-10", "without-12"], "without"),
+    (["n_head=4_seed=1", "n_head=4_seed=22"], "n_head=4"),
+    (["dropout_0.1-1", "dropout_0.1-2"], "dropout_0.1"),
+    (["heads4", "heads4-2"], "heads4"),
+    (["seed1", "seed2"], "seed1"),
+    (["1", "2"], "1"),
+    (["a", "b"], "a"),
+    (["heads-4"], "heads-4"),
+]
+
+
+@pytest.mark.parametrize(("names", "name"), NAMES, ids=[name for _, name in NAMES])
+def test_a_row_is_named_after_what_its_runs_share_before_the_number_of_the_seed(folder, capsys, names, name):
+    runs = [str(make_run(f"out/group/{name}", 2.0, seed=seed)) for seed, name in enumerate(names)]
+    assert list(rows_of(capsys, *runs)) == [name]
+
+
+def test_rows_that_would_have_the_same_name_are_named_after_their_first_runs(folder, capsys):
+    runs = [str(make_run(f"out/group/run-{i}", 2.0, seed=i % 2, n_head=1 + i // 2)) for i in range(4)]
+    assert list(rows_of(capsys, *runs)) == ["run-0", "run-2"]
+
+
+def test_a_run_without_an_evaluation_counts_in_no_mean_and_a_group_may_have_none(folder, capsys, draw):
+    runs = [str(make_run("out/a/new-1", n_head=1, seed=1, quiet=0)), *make_seeds("out/a/old", 2.0, 1.9)]
+    runs.append(str(make_run("out/a/old-3", quiet=0, seed=3)))
+    runs.append(str(make_run("out/b/new-1", quiet=0)))
+    new, old, alone = json.loads(run(capsys, *runs, "--group=True", "--json=-"))
+    assert (new["seeds"], new["best_val_loss"], new["best_bits_per_byte"], old["difference"]) == (0, None, None, None)
+    assert (old["seeds"], old["best_val_loss"], old["state"]) == (2, pytest.approx(1.95), "2 done, 1 running at 0 %")
+    assert (alone["seeds"], alone["best_val_loss_low"]) == (0, None)
+    a, b = draw(*runs, "--group=True")
+    assert [text.get_text() for text in a.texts] == ["not evaluated yet", f"{1.95 / math.log(2):.3f}"]
+    assert [text.get_text() for text in b.texts] == ["not evaluated yet"]
+
+
+def test_a_run_that_repeats_settings_and_seed_is_skipped_with_a_note(folder, capsys):
+    for name, loss in (("a-1", 2.0), ("a-2", 1.0), ("a-3", 1.5)):
+        make_run(f"out/group/{name}", loss, seed=7)
+    runs = [f"out/group/a-{i}" for i in (1, 2, 3)]
+    compare.main([*runs, "--group=True", "--json=-", "--picture=None"])
+    out, errors = capsys.readouterr()
+    note = "note: out/group/a-{} has the settings and the seed of out/group/a-1; skipped\n"
+    assert errors == note.format(2) + note.format(3)
+    assert [(row["seeds"], row["best_val_loss"]) for row in json.loads(out)] == [(1, 2.0)]
+
+
+def test_different_validation_text_is_noted_for_the_group_that_has_it(folder, capsys):
+    runs = [*make_seeds("out/a/x", 2.0), *make_seeds("out/a/y", 2.0, n_head=1)]
+    runs += [*make_seeds("out/b/x", 2.0, dataset="other"), *make_seeds("out/b/y", 2.0, eval_iters=3)]
+    compare.main([*runs, "--group=True", "--picture=None"])
+    notes = "note: the runs of b differ in dataset and eval_iters; losses compare only on the same validation text\n"
+    assert "".join(sorted(capsys.readouterr().err.splitlines(keepends=True))) == notes
+
+
+def test_data_of_groups_are_the_same_in_csv_and_json(folder, capsys):
+    runs = [
+        *make_seeds("out/a/x", 2.0, 2.1),
+        *make_seeds("out/a/y", 1.9, n_head=1),
+        *make_seeds("out/b/z", 2.0, n_embd=32),
+    ]
+    run(capsys, *runs, "--group=True", "--csv=t.csv", "--json=t.json")
+    from_json, from_csv = (
+        json.loads(Path("t.json").read_text()),
+        list(csv.DictReader(io.StringIO(Path("t.csv").read_text()))),
+    )
+    assert [{key: "" if value is None else str(value) for key, value in row.items()} for row in from_json] == from_csv
+    assert {type(row["parameters"]) for row in from_json} == {int}
+
+
+# --------------------------------------------------------------------------------------
 # The table as data, and the picture
 
 
@@ -386,17 +561,24 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(folder, fails, monk
     assert Path("pictures/x.png").read_text() == "old"
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 13, 20])
-def test_each_run_has_one_look_of_its_own_in_both_panels(folder, monkeypatch, count):
+@pytest.fixture
+def draw(monkeypatch):
+    """Run compare.py and return the panels of its picture."""
     import matplotlib.pyplot as plt
 
-    runs = [compare.read_run(make_run(f"out/{i:02}", 2.5, 2 - i / 100)) for i in range(count)]
-    table = [compare.describe(run, run.folder.name) for run in runs]
-    monkeypatch.setattr(plt, "close", lambda figure: None)
-    compare.draw(table, [compare.curve(run) for run in runs], "out/x.png")
-    left, right = plt.gcf().axes
-    monkeypatch.undo()
+    def run(*argv: str) -> list:
+        with monkeypatch.context() as patch:
+            patch.setattr(plt, "close", lambda figure: None)
+            compare.main([*argv, "--picture=x.png"])
+        return plt.gcf().axes
+
+    yield run
     plt.close("all")
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 13, 20])
+def test_each_run_has_one_look_of_its_own_in_both_panels(folder, draw, count):
+    left, right = draw(*(str(make_run(f"out/{i:02}", 2.5, 2 - i / 100)) for i in range(count)))
     colors = [line.get_color() for line in left.lines]
     assert colors == [compare.COLORS[i % 10] for i in range(count)]
     assert len({(line.get_color(), line.get_linestyle()) for line in left.lines}) == count
@@ -404,6 +586,36 @@ def test_each_run_has_one_look_of_its_own_in_both_panels(folder, monkeypatch, co
     assert bars == [pytest.approx(to_rgba(color)) for color in colors]
     assert [label.get_text() for label in right.get_yticklabels()] == [f"{i:02}" for i in range(count)]
     assert [text.get_fontweight() for text in right.texts] == ["normal"] * (count - 1) + ["bold"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 11])
+def test_groups_have_a_panel_each_and_the_first_row_is_grey_in_all(folder, draw, count):
+    runs = []
+    for i in range(count):
+        runs += make_seeds(f"out/group{i:02}/1-without", 2.0, 2.1, n_head=1)
+        runs += make_seeds(f"out/group{i:02}/2-with", 1.5, 1.6)
+        runs += make_seeds(f"out/group{i:02}/3-again", 2.05, 2.2, n_head=2)
+    panels = draw(*runs, "--group=True")
+    assert [panel.get_title(loc="left") for panel in panels] == [f"group{i:02}" for i in range(count)]
+    for panel in panels:
+        assert [label.get_text() for label in panel.get_yticklabels()] == ["1-without", "2-with", "3-again"]
+        bits = [value / math.log(2) for value in (2.05, 1.55, 2.125)]
+        labels = [f"{bits[0]:.3f}", *(f"{value:.3f}  {value - bits[0]:+.3f}" for value in bits[1:])]
+        assert [text.get_text() for text in panel.texts] == labels
+        assert [text.get_fontweight() for text in panel.texts] == ["normal", "bold", "normal"]
+        bars, ranges, dots = (panel.lines[i::3] for i in range(3))
+        assert [line.get_color() for line in dots] == [compare.GREY, compare.BLUE, compare.BLUE]
+        assert [line.get_markerfacecolor() for line in dots] == [compare.GREY, compare.BLUE, "white"]  # within seeds
+        assert [list(line.get_xdata()) for line in bars] == [pytest.approx([bits[0], value]) for value in bits]
+        assert [value * math.log(2) for value in ranges[1].get_xdata()] == pytest.approx([1.5, 1.6])
+        assert panel.get_ylim() == (2.5, -0.5)  # the first row is on top
+
+
+def test_a_small_difference_looks_small(folder, draw):
+    runs = [*make_seeds("out/group/1-without", 2.0, 2.001), *make_seeds("out/group/2-with", 1.999, 2.0, n_head=1)]
+    (panel,) = draw(*runs, "--group=True")
+    low, high = panel.get_xlim()
+    assert high - low > 0.1 and low < 1.999 / math.log(2) < 2.001 / math.log(2) < high
 
 
 def to_rgba(color: str) -> tuple[float, ...]:
