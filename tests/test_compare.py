@@ -346,15 +346,19 @@ def rows_of(capsys, *argv: str) -> dict[str, dict]:
 
 
 def test_runs_of_a_folder_that_differ_in_the_seed_alone_are_one_row_of_means_ranges_and_the_median_time(folder, capsys):
-    runs = make_seeds("out/heads/one", 2.0, 1.4, 1.7, n_head=1)
+    runs = make_seeds("out/heads/one", 2.0, 1.4, 1.5, n_head=1)
     runs.append(str(make_run("out/heads/four-1", 1.9, 1.5, n_head=4, seed=1, bleu=30, wandb_run_name="x")))
     runs.append(str(make_run("out/heads/four-2", 1.9, 1.3, n_head=4, seed=2, bleu=33, log_interval=7, every=110)))
     runs.append(str(make_run("out/heads/four-3", 1.9, 1.2, n_head=4, seed=3, bleu=36, every=500)))
     rows = rows_of(capsys, *runs)
     one, four = rows["one"], rows["four"]
     assert [one["group"], one["folder"], one["seeds"], one["state"]] == ["heads", "out/heads", 3, "3 done"]
-    assert [one["best_val_loss"], one["best_val_loss_low"], one["best_val_loss_high"]] == [pytest.approx(1.7), 1.4, 2.0]
-    bits = [value / math.log(2) for value in (1.7, 1.4, 2.0)]
+    assert [one["best_val_loss"], one["best_val_loss_low"], one["best_val_loss_high"]] == [
+        pytest.approx(4.9 / 3),
+        1.4,
+        2.0,
+    ]
+    bits = [value / math.log(2) for value in (4.9 / 3, 1.4, 2.0)]
     assert [one[f"best_bits_per_byte{end}"] for end in ("", "_low", "_high")] == pytest.approx(bits)
     assert (one["seconds"], four["seconds"]) == (200, 220)
     assert [four["test_bleu"], four["test_bleu_low"], four["test_bleu_high"]] == [33, 30, 36]
@@ -389,7 +393,10 @@ def test_rows_are_compared_with_the_first_of_their_group_and_the_best_of_each_gr
         runs += make_seeds(path, *(math.log(2) * value for value in values), max_iters=199 - i)
     table = run(capsys, *runs, "--group=True")
     shown = [re.split(r"  +", line) for line in table.splitlines() if " done" in line]
-    assert [[cells[0], *cells[6:-2]] for cells in shown] == [
+    heading = ["run", "seconds", "val loss", "bits/byte", "lowest", "highest", "difference", "seeds", "settings"]
+    assert re.split(r"  +", table.splitlines()[0]) == heading
+    marks = [[cell for cell in cells[6:] if not re.search("done|=", cell)] for cells in shown]
+    assert [[cells[0], *mark] for cells, mark in zip(shown, marks, strict=True)] == [
         ["first"],
         ["worse", "+0.300"],
         ["better", "-0.105"],
@@ -417,6 +424,14 @@ def test_settings_are_shown_where_they_differ_within_a_group(folder, capsys):
         "n_embd=32 parameters=N",
         "n_embd=64 parameters=N",
     ]
+
+
+def test_a_row_of_a_group_shows_all_that_differs_even_where_most_rows_agree(folder, capsys):
+    runs = [*make_seeds("out/ema/1-adamw", 2.0), *make_seeds("out/ema/2-muon", 1.9, optimizer="muon")]
+    runs += make_seeds("out/ema/3-ema", 1.8, optimizer="muon", ema_decay=0.9)
+    lines = run(capsys, *runs, "--group=True").splitlines()
+    settings = ["optimizer=adamw ema_decay=0.0", "optimizer=muon ema_decay=0.0", "optimizer=muon ema_decay=0.9"]
+    assert [line.split("1 done  ")[1] for line in lines[3:]] == settings
 
 
 @pytest.mark.parametrize("width", [80, 120, 200])
@@ -462,14 +477,16 @@ def test_rows_that_would_have_the_same_name_are_named_after_their_first_runs(fol
 def test_a_run_without_an_evaluation_counts_in_no_mean_and_a_group_may_have_none(folder, capsys, draw):
     runs = [str(make_run("out/a/new-1", n_head=1, seed=1, quiet=0)), *make_seeds("out/a/old", 2.0, 1.9)]
     runs.append(str(make_run("out/a/old-3", quiet=0, seed=3)))
-    runs.append(str(make_run("out/b/new-1", quiet=0)))
-    new, old, alone = json.loads(run(capsys, *runs, "--group=True", "--json=-"))
+    runs += [str(make_run("out/b/new-1", quiet=0)), *make_seeds("out/b/once", 1.9, n_head=1)]
+    new, old, alone, once = json.loads(run(capsys, *runs, "--group=True", "--json=-"))
     assert (new["seeds"], new["best_val_loss"], new["best_bits_per_byte"], old["difference"]) == (0, None, None, None)
     assert (old["seeds"], old["best_val_loss"], old["state"]) == (2, pytest.approx(1.95), "2 done, 1 running at 0 %")
     assert (alone["seeds"], alone["best_val_loss_low"]) == (0, None)
     a, b = draw(*runs, "--group=True")
     assert [text.get_text() for text in a.texts] == ["not evaluated yet", f"{1.95 / math.log(2):.3f}"]
-    assert [text.get_text() for text in b.texts] == ["not evaluated yet"]
+    assert [text.get_text() for text in b.texts] == ["not evaluated yet", f"{1.9 / math.log(2):.3f}"]
+    assert [set(line.get_xdata()) for line in b.lines] == 3 * [{once["best_bits_per_byte"]}]
+    assert all(x > 2 for line in a.lines for x in line.get_xdata())
 
 
 def test_a_run_that_repeats_settings_and_seed_is_skipped_with_a_note(folder, capsys):
@@ -494,8 +511,8 @@ def test_different_validation_text_is_noted_for_the_group_that_has_it(folder, ca
 def test_data_of_groups_are_the_same_in_csv_and_json(folder, capsys):
     runs = [
         *make_seeds("out/a/x", 2.0, 2.1),
-        *make_seeds("out/a/y", 1.9, n_head=1),
-        *make_seeds("out/b/z", 2.0, n_embd=32),
+        *make_seeds("out/a/y", 1.9, n_embd=64),
+        *make_seeds("out/b/z", 2.0, n_head=1),
     ]
     run(capsys, *runs, "--group=True", "--csv=t.csv", "--json=t.json")
     from_json, from_csv = (
@@ -504,6 +521,7 @@ def test_data_of_groups_are_the_same_in_csv_and_json(folder, capsys):
     )
     assert [{key: "" if value is None else str(value) for key, value in row.items()} for row in from_json] == from_csv
     assert {type(row["parameters"]) for row in from_json} == {int}
+    assert [row["n_embd"] for row in from_json] == [128, 64, 128]
 
 
 # --------------------------------------------------------------------------------------
@@ -597,6 +615,7 @@ def test_groups_have_a_panel_each_and_the_first_row_is_grey_in_all(folder, draw,
         runs += make_seeds(f"out/group{i:02}/3-again", 2.05, 2.2, n_head=2)
     panels = draw(*runs, "--group=True")
     assert [panel.get_title(loc="left") for panel in panels] == [f"group{i:02}" for i in range(count)]
+    assert len({panel.get_position().bounds for panel in panels}) == count
     for panel in panels:
         assert [label.get_text() for label in panel.get_yticklabels()] == ["1-without", "2-with", "3-again"]
         bits = [value / math.log(2) for value in (2.05, 1.55, 2.125)]
