@@ -74,6 +74,7 @@ class PrepareConfig:
     test_fraction: float | None = setting(None, "fraction for test; None: val_fraction", at_least=0, below=1, **PAIRS)
     max_pair_tokens: int | None = setting(None, "drop pairs with a longer side; None: 128", at_least=2, **PAIRS)
     max_pair_ratio: float | None = setting(None, "drop pairs with a larger length ratio; None: 3", at_least=1, **PAIRS)
+    held_out: str | None = setting(None, "file of pairs, or of a source per line, not to train on", **PAIRS)
 
     tokenizer: str | None = setting(
         None, f"{', '.join(TOKENIZERS)}; None: char, pairs sentencepiece", group="tokens", choices=TOKENIZERS
@@ -187,11 +188,12 @@ def open_corpus(config: PrepareConfig, folder: Path) -> Corpus | Pairs:
         parts = [(None, (file,)) for file in files]
         source = source or (where if len(files) == 1 else f"{len(files):,} files: {where}")
     else:
-        parts = list(where.items())
-        for key in ("files",) if None in where else ("files", "val_fraction", "test_fraction"):
+        parts = where
+        drawn = any(split is None for split, _ in parts)
+        for key in ("files",) if drawn else ("files", "val_fraction", "test_fraction"):
             if getattr(config, key) is not None:
                 print(f"note: {key}={getattr(config, key)} has no effect on these files", file=sys.stderr)
-        for file in chain.from_iterable(where.values()):
+        for file in chain.from_iterable(files for _, files in parts):
             check_readable(file)
     return Pairs(resolve(preset, pairs=True), parts, source)
 
@@ -199,7 +201,7 @@ def open_corpus(config: PrepareConfig, folder: Path) -> Corpus | Pairs:
 def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, str | None]:
     """(a path or files of pairs, the source for meta.json; None: the path)."""
     if config.source is not None:
-        return {None: (Path(config.source), Path(config.target))}, f"{config.source} and {config.target}"
+        return [(None, (Path(config.source), Path(config.target)))], f"{config.source} and {config.target}"
     if config.input is not None:
         return config.input, None
     for path in (folder / "input.txt", folder / "input.tsv"):

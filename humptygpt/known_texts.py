@@ -10,11 +10,17 @@ import shutil
 import sys
 import tarfile
 import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain, compress
+from operator import not_
 from pathlib import Path
 from typing import NamedTuple
 
 from humptygpt.configurator import UserError
+from humptygpt.documents import read_lines
 from humptygpt.download import debian_package, download, file_sha256, package
 from humptygpt.files import write_whole
 
@@ -36,8 +42,11 @@ MULTI30K_SHA256 = {
     "test_2016_flickr.en.gz": "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
 }
 
-# {split: (source file, target file)}; split None: each pair's split is drawn
-PairFiles = dict[str | None, tuple[Path, Path]]
+HELD_OUT = Path(__file__).parent.parent / "tests/everyday_de_en.tsv"  # sentences to test everyday_de_en on
+DICTIONARY_NAMES = ("de-en", "de-en.txt", "de-en.txt.gz")
+
+# (split, (TSV,) or (source file, target file)); split None: each pair's split is drawn
+PairFiles = list[tuple[str | None, tuple[Path, ...]]]
 
 
 class Known(NamedTuple):
@@ -130,35 +139,79 @@ def parquet(dataset: str) -> Callable[[str, int | None], tuple[str, str]]:
 
 def translate_de_en(name: str, files: int | None) -> tuple[str | PairFiles, str]:
     """Multi30k from data/<name> or by download; else the sentences of a dictionary in a Debian package."""
-    if own := own_multi30k(Path("data") / name):
+    folder = Path("data") / name
+    if own := own_multi30k(folder):
         return own
-    folder, sentences = DOWNLOADS / "multi30k", DOWNLOADS / "trans-de-en.tsv"
-    if not sentences.exists() or all((folder / file).exists() for file in MULTI30K_SHA256):
+    sentences = DOWNLOADS / "trans-de-en.tsv"
+    if not sentences.exists() or not missing_multi30k():
         try:
-            for file, sha256 in MULTI30K_SHA256.items():
-                if not (folder / file).exists():
-                    download(MULTI30K_URL + file, folder / file, sha256)
-            return multi30k_splits([folder / file for file in MULTI30K_SHA256]), "Multi30k"
+            return multi30k()
         except UserError as no_download:
             print(f"{no_download}; using the Debian package trans-de-en instead", file=sys.stderr)
         try:
-            with debian_package("trans-de-en") as unpacked:
-                text = (unpacked / "usr/share/trans/de-en").read_text(encoding="utf-8")
-        except (UserError, OSError, UnicodeDecodeError) as no_package:
+            found = dictionary_pairs(dictionary_lines(find_dictionary(folder)))
+        except UserError as no_package:
             raise UserError(
                 f"no sentence pairs for {name}: neither the download nor the Debian package trans-de-en is available"
                 f" ({no_package}); put {', '.join(MULTI30K_SHA256)} into data/{name}/, or use --input=PAIRS.tsv"
                 " --name=NAME"
             ) from no_package
-        lines = "".join(f"{german}\t{english}\n" for german, english in dictionary_sentences(text.split("\n")))
-        sentences.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(sentences, lambda file: file.write(lines.encode()))
+        write_pairs(sentences, [pair for kind, *pair in found if kind == "sentence"])
     print(
         "note: the example sentences of the dictionary trans-de-en are another corpus than Multi30k; scores on the two"
         f" are not comparable; remove {sentences} to try Multi30k again",
         file=sys.stderr,
     )
     return str(sentences), "the example sentences of the dictionary in the Debian package trans-de-en, not Multi30k"
+
+
+def everyday_de_en(name: str, files: int | None) -> tuple[PairFiles, str]:
+    """Multi30k and the everyday part of a dictionary, each from the user's own files, by download or by apt-get.
+
+    A fixed fraction of the dictionary's sentences, about 500, is for validation; the test split is Multi30k's.
+    """
+    folder, extracted, missing = Path("data") / name, DOWNLOADS / name, []
+    captions = own_multi30k(folder) or own_multi30k(Path("data/translate_de_en"))
+    try:
+        captions = captions or multi30k()
+    except UserError as error:
+        missing.append(f"Multi30k is not available ({error}); put {', '.join(MULTI30K_SHA256)} into {folder}/")
+    try:
+        dictionary = find_dictionary(folder)
+    except UserError as error:
+        missing.append(
+            f"the dictionary trans-de-en is not available ({error}); put its file {DICTIONARY_NAMES[0]} into {folder}/"
+        )
+    if missing:
+        problems = "; ".join(missing)
+        raise UserError(f"no sentence pairs for {name}: {problems}; or use --input=PAIRS.tsv --name=NAME")
+    print(f"selecting everyday German from {dictionary}", file=sys.stderr)
+    found = everyday_pairs(dictionary)
+    sentences = found.pop("sentence")
+    for_val = [zlib.crc32(german.encode()) % 40 == 0 for german, _ in sentences]  # more data moves none
+    write_pairs(extracted / "val.tsv", compress(sentences, for_val))
+    write_pairs(extracted / "sentences.tsv", compress(sentences, map(not_, for_val)))
+    write_pairs(extracted / "phrases.tsv", chain.from_iterable(found.values()))
+    counts = ", ".join(f"{len(pairs):,} {kind}s" for kind, pairs in found.items())
+    print(f"{len(sentences):,} sentences, {sum(for_val):,} of them for validation; {counts}", file=sys.stderr)
+    (_, train), (_, captions_val), test = captions[0]
+    # The captions twice, so that their test split loses little, and the sentences twice, which teach the most: of the
+    # tokens of an epoch, 57 % and 34 %. Phrases and words, once, add little text and many words: 9 %.
+    parts = 2 * [("train", train), ("train", (extracted / "sentences.tsv",))]
+    parts += [("train", (extracted / "phrases.tsv",)), ("val", captions_val), ("val", (extracted / "val.tsv",)), test]
+    return parts, f"{captions[1]}, and everyday sentences, phrases and words of the dictionary trans-de-en"
+
+
+def multi30k() -> tuple[PairFiles, str]:
+    """Multi30k by download, kept in data/downloads. Raises UserError."""
+    folder = DOWNLOADS / "multi30k"
+    for file in missing_multi30k():
+        download(MULTI30K_URL + file, folder / file, MULTI30K_SHA256[file])
+    return multi30k_splits([folder / file for file in MULTI30K_SHA256]), "Multi30k"
+
+
+def missing_multi30k() -> list[str]:
+    return [file for file in MULTI30K_SHA256 if not (DOWNLOADS / "multi30k" / file).exists()]
 
 
 def own_multi30k(folder: Path) -> tuple[PairFiles, str] | None:
@@ -178,40 +231,191 @@ def own_multi30k(folder: Path) -> tuple[PairFiles, str] | None:
 
 
 def multi30k_splits(paths: list[Path]) -> PairFiles:
-    return dict(zip(("train", "val", "test"), zip(paths[::2], paths[1::2], strict=True), strict=True))
+    return list(zip(("train", "val", "test"), zip(paths[::2], paths[1::2], strict=True), strict=True))
 
 
-# A dictionary's annotations, {grammar}, [field], <spelling> and (optional words), and all but the first of alternative
-# words, good/fine. Of alternatives with several words a part remains: in about one sentence of a hundred.
-ANNOTATIONS = re.compile(r"\s*(\{[^{}]*\}|\[[^][]*\]|<[^<>]*>|\([^()]*\))|(?<=[^\W\d_]{2})/[^\W\d_][^\s/.,;:!?]+")
-SENTENCE = re.compile(r"[„“”\"‘']?[^\W\d_a-zäöüß][^][{}()<>/|;…]*[.!?][“”\"’']?")
+def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
+    """A TSV, left alone where it has these pairs already: a stopped preparation resumes only on unchanged files."""
+    data = "".join(f"{source}\t{target}\n" for source, target in pairs).encode()
+    if not path.exists() or path.read_bytes() != data:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: file.write(data))
 
 
-def dictionary_sentences(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(German, English) sentences of a dictionary with lines "German :: English", their forms separated by "|".
+# --------------------------------------------------------------------------------------
+# The dictionary in the Debian package trans-de-en
+#
+# A line is "German :: English". Both sides have the same number of forms, separated by "|": the headword, inflected
+# forms, phrases and sentences. A form has synonyms, separated by ";", and choices of words, "er/sie geht". Annotations
+# are {grammar}, <spelling>, (explanation or optional words), /ABBREVIATION/ and [label] of a field, region or register.
 
-    Phrases, and sentences in which some of the dictionary's markup remains, are skipped. Of several translations,
-    "Stop it!; Leave it!", the first is taken.
+ANNOTATION = re.compile(r"\{[^{}]*\}|<[^<>]*>|\([^()]*\)|(?<!\S)/[^\s/]+/(?![^\s;])")
+LABEL = re.compile(r"\[[^][]*\]")
+# Labels of fields whose phrases nobody uses in everyday life, and of synonyms that a learner should not imitate.
+TECHNICAL = re.compile(
+    r"\[(adm|agr|anat|arch|astron|aviat|biochem|biol|bot|chem|comp|constr|econ|electr|envir|fin|geogr|geol|hist|jur|ling"
+    r"|mach|math|med|mil|min|myc|naut|ornith|pharm|phil|phys|pol|print|psych|relig|sci|statist|techn|telco|zool)\.?\]"
+)
+UNUSUAL = re.compile(
+    r"\[(alt|altertümlich|archaic|dated|obs|pej|poet|rare|selten|slang|veraltend|veraltet|vulg|Sprw|prov"
+    r"|Austr|Bayr|Can|Ir|Mitteldt|NZ|Norddt|Ostdt|Sc|Schw|Süddt|Südtirol|Westdt|Westös|Ös)\.?\]"
+)
+PLACEHOLDERS = {"jd.": "jemand", "jdn.": "jemanden", "jdm.": "jemandem", "jds.": "jemandes", "sb.": "somebody"}
+PLACEHOLDERS |= {"etw.": "etwas", "sth.": "something"}  # after persons, who are preferred in jdn./etw.
+PLACEHOLDER = re.compile(r"\b(jd[nms]?|etw|sb|sth)\.( ?/ ?(jd[nms]?|etw|sb|sth)\.)*")
+OBJECT = re.compile(r"^(etwas|jemanden|jemandem|sich) (?=\w+$)| (something|somebody|oneself|yourself)\b")
+LETTERS = r"(?:[^\W\d_][^\W\d_'-][\w'-]*|I|a)"  # at least two, so that km/h is no choice
+CHOICE = re.compile(rf"(?<![\w/]){LETTERS}(?:/{LETTERS})+(?![\w/])")
+SENTENCE = re.compile(r"[„“”\"‘']?[^\W\d_a-zäöüß][^][{}()<>/|;…~*=+@#_]*[.!?][“”\"’']?")
+PHRASE = re.compile(r"[^\W\d_][\w ,'-]*[^\W_]")
+SUBJECTS = (re.compile(r"(ich|du|er|sie|es|wir|ihr)[/ ]"), re.compile(r"(I|you|he|she|it|we|they)[/ ]"))
+WORDS = re.compile(r"\w+(?:[-']\w+)*")
+LONGEST = 25  # words of a sentence; the few that are longer are laws, oaths and prayers
+
+
+def find_dictionary(folder: Path) -> Path:
+    """The user's own file of the dictionary in folder, else the one in data/downloads, by apt-get. Raises UserError."""
+    path = DOWNLOADS / DICTIONARY_NAMES[0]
+    for found in (*(folder / name for name in DICTIONARY_NAMES), path):
+        if found.exists():
+            return found
+    with debian_package("trans-de-en") as unpacked:
+        try:
+            data = (unpacked / "usr/share/trans/de-en").read_bytes()
+        except OSError as error:
+            raise UserError(f"the package trans-de-en has no file usr/share/trans/de-en: {error.strerror}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: file.write(data))
+    return path
+
+
+def dictionary_lines(path: Path) -> Iterator[str]:
+    for line, _ in read_lines(path, "replace"):
+        if "\N{REPLACEMENT CHARACTER}" in line:
+            raise UserError(f"{path} is not UTF-8; convert it, for example: iconv -f latin1 -t utf-8 {path}")
+        yield line.rstrip("\r\n")
+
+
+def everyday_pairs(dictionary: Path) -> dict[str, list[tuple[str, str]]]:
+    """{kind: (German, English) pairs, none twice}, the everyday ones: the dictionary's own sentences decide what is.
+
+    Kept are all sentences but the longest; clauses and phrases whose every word, on both sides, occurs twice in these;
+    words that occur twice in sentences and phrases, with the translations that a tenth or more of those pairs use.
     """
+    found = {"sentence": {}, "clause": {}, "phrase": {}}  # a dictionary has every pair once, in the order of the file
+    for kind, *pair in dictionary_pairs(dictionary_lines(dictionary)):
+        found[kind][tuple(pair)] = None
+    if not found["sentence"]:
+        raise UserError(
+            f"{dictionary} is not the dictionary trans-de-en: it has no sentences in lines German :: English"
+        )
+    everyday = {"sentence": [pair for pair in found["sentence"] if max(len(side.split()) for side in pair) <= LONGEST]}
+    used = [Counter(word for pair in everyday["sentence"] for word in words(pair[side])) for side in (0, 1)]
+    for kind in ("clause", "phrase"):
+        everyday[kind] = [
+            pair for pair in found[kind] if all(used[side][word] > 1 for side in (0, 1) for word in words(pair[side]))
+        ]
+    everyday["word"] = used_translations(dictionary_lines(dictionary), [*everyday["sentence"], *found["phrase"]])
+    return everyday
+
+
+def words(text: str) -> list[str]:
+    return WORDS.findall(text.lower())
+
+
+def dictionary_pairs(lines: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """(kind, German, English) of a dictionary's sentences, clauses and phrases.
+
+    A clause is an inflected form with its subject, made a sentence: "er/sie geht" gives "Er geht." and "Sie geht."
+    Sentences and phrases with choices are left out, since how many words of "take it/leave us" a choice concerns is
+    nowhere marked.
+    """
+    for form, technical in dictionary_forms(lines):
+        if TECHNICAL.search("".join(form)):
+            continue
+        synonyms = [synonyms_of(side) for side in form]
+        for pair in aligned(*(matching(SENTENCE, side) for side in synonyms)):
+            yield "sentence", *pair
+        if technical:
+            continue
+        for pair in aligned(*(matching(PHRASE, side) for side in synonyms)):
+            if " " in OBJECT.sub("", pair[0]) and not has_subject(pair):
+                yield "phrase", *pair
+        for clause in filter(has_subject, aligned(*synonyms)):
+            for pair in aligned(*map(choices, clause)):
+                if all(map(PHRASE.fullmatch, pair)):
+                    yield "clause", *(f"{side[0].upper()}{side[1:]}." for side in pair)
+
+
+def matching(pattern: re.Pattern, synonyms: list[str]) -> list[str]:
+    return [synonym if pattern.fullmatch(synonym) else "" for synonym in synonyms]
+
+
+def has_subject(pair: tuple[str, str]) -> bool:
+    return all(subject.match(side) for subject, side in zip(SUBJECTS, pair, strict=True))
+
+
+def dictionary_forms(lines: Iterable[str]) -> Iterator[tuple[tuple[str, str], bool]]:
+    """((German, English) form, whether the headword of its line is technical)."""
     for line in lines:
         german, separator, english = line.partition(" :: ")
         forms = german.split(" | "), english.split(" | ")
-        if line.startswith("#") or not separator or len(forms[0]) != len(forms[1]):
-            continue
-        for pair in zip(*forms, strict=True):
-            if any(side[:1].islower() for side in pair):  # skips most phrases quickly
-                continue
-            pair = tuple(map(dictionary_sentence, pair))
-            if all(map(SENTENCE.fullmatch, pair)):
-                yield pair
+        if not line.startswith("#") and separator and len(forms[0]) == len(forms[1]):
+            technical = TECHNICAL.search(forms[0][0] + forms[1][0]) is not None
+            yield from ((form, technical) for form in zip(*forms, strict=True))
 
 
-def dictionary_sentence(text: str) -> str:
+def synonyms_of(text: str) -> list[str]:
+    """The synonyms in a form, without annotations; an unusual one is empty, so that the others keep their positions."""
     before = None
     while before != text:  # brackets can be nested
-        before, text = text, ANNOTATIONS.sub("", text)
-    text = re.split(r"(?<=[.!?])\s*;", text)[0].replace("’", "'")
-    return re.sub(r" (?=[,.:!?])", "", " ".join(text.split()))
+        before, text = text, ANNOTATION.sub("", text)
+    found = []
+    for synonym in re.split(r";|(?<=[.!?]) / ", text):
+        plain = PLACEHOLDER.sub(spell_out, LABEL.sub("", synonym).replace("’", "'"))
+        plain = re.sub(r" (?=[,.:!?])", "", " ".join(plain.split()))
+        found.append("" if UNUSUAL.search(synonym) else plain)
+    return found
+
+
+def spell_out(match: re.Match) -> str:
+    return next(full for short, full in PLACEHOLDERS.items() if short in re.split(" ?/ ?", match[0]))
+
+
+def choices(text: str) -> list[str]:
+    """The texts that "er/sie hat/hatte" stands for, as few as have every word: er hat, sie hatte."""
+    most = max((choice.count("/") for choice in CHOICE.findall(text)), default=0)
+    return [CHOICE.sub(partial(chosen, number), text) for number in range(most + 1)]
+
+
+def chosen(number: int, match: re.Match) -> str:
+    return (options := match[0].split("/"))[min(number, len(options) - 1)]
+
+
+def aligned(german: list[str], english: list[str]) -> list[tuple[str, str]]:
+    """Pairs without an empty side: in order where there are as many of both, else all German with the first English."""
+    if len(german) != len(english):
+        english = [next(filter(None, english), "")] * len(german)
+    return [pair for pair in zip(german, english, strict=True) if all(pair)]
+
+
+def used_translations(lines: Iterable[str], pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(German word, translation in the dictionary), as in everyday_pairs; pairs: the sentences and phrases."""
+    seen = Counter(word for german, _ in pairs for word in set(WORDS.findall(german)))
+    seen = {word: count for word, count in seen.items() if count > 1 and len(word) > 1}
+    translations = {}  # of a word; a dictionary, which keeps their order
+    for form, _ in dictionary_forms(lines):
+        german, english = map(synonyms_of, form)
+        for word in (OBJECT.sub("", synonym) for synonym in german):
+            if word in seen:
+                every = (OBJECT.sub("", choice) for synonym in english for choice in choices(synonym))
+                translations.setdefault(word, {}).update(dict.fromkeys(every))
+    used = Counter()
+    for german, english in pairs:
+        spaced = f" {' '.join(words(english))} "
+        for word in set(WORDS.findall(german)) & translations.keys():
+            used.update((word, en) for en in translations[word] if f" {en.lower().removeprefix('to ')} " in spaced)
+    return [(word, en) for word in translations for en in translations[word] if used[word, en] >= seen[word] / 10]
 
 
 KNOWN = {
@@ -222,6 +426,10 @@ KNOWN = {
     "sotu": Known(sotu, {"tokenizer": "sentencepiece", "vocab_size": 4096}),
     # val_fraction, for the Debian package: it has few pairs and no splits, and a score needs enough of them
     "translate_de_en": Known(translate_de_en, {"tokenizer": "sentencepiece", "vocab_size": 4096, "val_fraction": 0.05}),
+    "everyday_de_en": Known(
+        everyday_de_en,
+        {"tokenizer": "sentencepiece", "vocab_size": 4096, "held_out": str(HELD_OUT)},
+    ),
     # about 15 files of 2 GB and 80 files of 300 MB
     "fineweb": Known(
         parquet("HuggingFaceFW/fineweb/parquet/sample-10BT/train"),

@@ -5,7 +5,9 @@ target. Pairs unsuitable for training are dropped and reported. A given validati
 that scores on it stay comparable.
 """
 
+import re
 import sys
+import unicodedata
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, zip_longest
@@ -51,7 +53,8 @@ class Pairs:
         self.encoder = partial(encode_pairs, cleaned, config.max_pair_tokens, config.max_pair_ratio)
         if config.text_key != "text":
             print(f"note: text_key={config.text_key} has no effect on pairs", file=sys.stderr)
-        self.pairs, self.empty, self.first_empty = 0, 0, None
+        self.held_out = self.held_out_sources()
+        self.pairs, self.empty, self.first_empty, self.left_out = 0, 0, None, 0
         self.val_below, self.test_below = self.survey()
         if self.empty == self.pairs:
             only_empty = f" but empty ones, the first of them {self.first_empty}" if self.pairs else "; it is empty"
@@ -71,6 +74,8 @@ class Pairs:
                     bar.update(read - bar.n)
                 if not (pair.source and pair.target):
                     self.count_empty(number, line, pair)
+                elif self.is_held_out(pair, number):
+                    self.left_out += 1
                 elif self.drawn:
                     drawn = draw(pair.source)
                     any_val |= drawn < val
@@ -89,8 +94,27 @@ class Pairs:
         self.empty += 1
         self.first_empty = self.first_empty or where
 
+    def held_out_sources(self) -> set[str]:
+        """The normalised sources in the file held_out and in given validation and test splits; none without the key."""
+        if self.config.held_out is None:
+            return set()
+        found = set(map(normalised, read_sources(Path(self.config.held_out), self.config.encoding_errors))) - {""}
+        if not found:
+            raise UserError(f"held_out={self.config.held_out} has no sentences; write one source per line")
+        for number, (split, _) in enumerate(self.parts):
+            if split in ("val", "test"):
+                found.update(normalised(pair.source) for pair in self.read(number))
+        return found
+
+    def is_held_out(self, pair: Pair, number: int) -> bool:
+        """Whether a pair of part number is left out; a given validation or test split keeps every pair."""
+        if not self.held_out or self.parts[number][0] in ("val", "test"):
+            return False
+        return normalised(pair.source) in self.held_out
+
     def fingerprint(self) -> list:
-        return [[split, [file_fingerprint(path) for path in paths]] for split, paths in self.parts]
+        held_out = [] if self.config.held_out is None else [("held_out", (Path(self.config.held_out),))]
+        return [[split, [file_fingerprint(path) for path in paths]] for split, paths in [*self.parts, *held_out]]
 
     def read(self, number: int) -> Iterator[Pair]:
         """The pairs of part number, one for each line, empty ones too."""
@@ -98,8 +122,8 @@ class Pairs:
         return (read_tsv if len(paths) == 1 else read_aligned)(*paths, self.config.encoding_errors)
 
     def assign(self, pair: Pair, number: int, split: str) -> list[tuple]:
-        """The entry of a pair of part number, as in corpus.Unit; none where a side is empty. split: unused."""
-        if not (pair.source and pair.target):
+        """The entry of a pair of part number, as in corpus.Unit; none where it is left out. split: unused."""
+        if not (pair.source and pair.target) or self.is_held_out(pair, number):
             return []
         drawn, given = draw(pair.source), self.parts[number][0]
         drawn_split = "val" if drawn < self.val_below else "test" if drawn < self.test_below else "train"
@@ -114,7 +138,7 @@ class Pairs:
 
     def dropped(self, splits: dict[str, dict[str, int]]) -> dict[str, int]:
         too_long, lopsided = (sum(counted[why] for counted in splits.values()) for why in ("too_long", "lopsided"))
-        return {"too_long": too_long, "empty": self.empty, "lopsided": lopsided}
+        return {"too_long": too_long, "empty": self.empty, "lopsided": lopsided, "held_out": self.left_out}
 
     def extra_meta(self, splits: dict[str, dict[str, int]], first_text: str) -> dict:
         """The entries of meta.json that only this kind of data has. first_text: the start of the training split."""
@@ -133,6 +157,7 @@ class Pairs:
             "too_long": f"longer than {self.config.max_pair_tokens} tokens",
             "empty": f"with an empty side (the first: {meta['first_empty']})",
             "lopsided": f"with a side longer than {self.config.max_pair_ratio:g} times the other plus {SLACK} tokens",
+            "held_out": "held out",
         }
         dropped = ", ".join(f"{count:,} {reasons[why]}" for why, count in meta["dropped"].items() if count)
         return {
@@ -153,6 +178,18 @@ def is_tsv(path: Path) -> bool:
 def clean(text: str) -> str:
     """The text without spaces around it, and with each run of white space as one space."""
     return " ".join(text.split())
+
+
+def normalised(text: str) -> str:
+    """The words of the text alone: texts that differ in case, punctuation or white space are the same."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text.casefold())))
+
+
+def read_sources(path: Path, errors: str) -> Iterator[str]:
+    """The source of each pair of a TSV, or each line of another file."""
+    if is_tsv(path):
+        return (pair.source for pair in read_tsv(path, errors))
+    return (line for line, _ in read_lines(path, errors))
 
 
 def read_tsv(path: Path, errors: str) -> Iterator[Pair]:

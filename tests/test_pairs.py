@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_meta_names_the_task_and_counts_both_sides_and_the_target(folder):
         assert (counted["target_bytes"], counted["target_tokens"]) == (targets, targets + len(rows))
     assert written["pairs"] == 69 and written["tokens"] == sum(split["tokens"] for split in written["splits"].values())
     assert written["longest"] == 1 + max(len(side.encode()) for row in all_rows for side in row)
-    assert written["dropped"] == {"too_long": 0, "empty": 0, "lopsided": 0}
+    assert written["dropped"] == {"too_long": 0, "empty": 0, "lopsided": 0, "held_out": 0}
     assert written["tokenizer"] == {"tokenizer": "byte", "separated": True}
     assert written["command"] == "python prepare_data.py mine --input=own.de-en.tsv --val_fraction=0.2 --tokenizer=byte"
 
@@ -230,7 +231,7 @@ def test_pairs_too_long_empty_or_lopsided_are_dropped_and_reported(folder, capsy
     prepare_data.main(["--input=own.tsv", "--max_pair_tokens=40", *BYTES])
     assert sorted(all_pairs("mine")) == sorted([*ROWS, ("z" * 39, "z" * 39), ("c", "d" * 13)])
     written = meta("mine")
-    assert written["dropped"] == {"too_long": 2, "empty": 2, "lopsided": 2} and written["longest"] == 40
+    assert written["dropped"] == {"too_long": 2, "empty": 2, "lopsided": 2, "held_out": 0} and written["longest"] == 40
     assert written["first_empty"] == "own.tsv, line 63"
     lines = capsys.readouterr().out.splitlines()
     assert next(line for line in lines if line.startswith("  dropped")).split(maxsplit=2)[2] == (
@@ -247,8 +248,70 @@ def test_given_validation_and_test_splits_keep_every_pair(folder):
     prepare_data.main(["translate_de_en", "--tokenizer=byte"])
     assert pairs_of("translate_de_en") == {"train": ROWS, "val": odd, "test": odd[::-1]}
     written = meta("translate_de_en")
-    assert written["dropped"] == {"too_long": 1, "empty": 0, "lopsided": 1} and written["longest"] == 301
+    assert written["dropped"] == {"too_long": 1, "empty": 0, "lopsided": 1, "held_out": 0} and written["longest"] == 301
     assert written["splits"]["train"]["pairs"] == 60
+
+
+HELD_OUT = [("wo  WOHNST du", "Where are you living?"), ("Grüß dich!", "Hi!"), ("„Der Hund: schläft“…", "It sleeps.")]
+
+
+@pytest.mark.parametrize("name", ["held.tsv", "held.tsv.gz", "held.txt"])
+def test_held_out_sentences_are_in_no_split_that_is_drawn(folder, capsys, name):
+    lines = [f"{source}\t{target}" if ".tsv" in name else source for source, target in HELD_OUT]
+    write(name, "\n".join([*lines, ""]))
+    write_tsv("own.tsv", [*ROWS, ("WO WOHNST DU", "Where"), ("Wo wohnst du nun?", "Where now?")])
+    prepare_data.main(["--input=own.tsv", f"--held_out={name}", *BYTES])
+    left = [row for row in ROWS if row[0] not in ("Wo wohnst du?", "Der Hund schläft.")]
+    assert sorted(all_pairs("mine")) == sorted([*left, ("Wo wohnst du nun?", "Where now?")])
+    assert meta("mine")["dropped"] == {"too_long": 0, "empty": 0, "lopsided": 0, "held_out": 3}
+    assert re.search(r"^  dropped pairs  3 held out$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_with_held_out_sentences_no_source_of_a_given_validation_or_test_split_is_trained_on(folder):
+    val, test = [("Ich bin müde!", "I'm tired."), *ROWS[:2]], [("gute nacht", "Good night"), *ROWS[2:5]]
+    write_multi30k({"train": ROWS, "val": val, "test": test})
+    prepare_data.main(["translate_de_en", "--tokenizer=byte"])
+    assert pairs_of("translate_de_en") == {"train": ROWS, "val": val, "test": test}
+    write("held.txt", "Vielen Dank\n")
+    prepare_data.main(["translate_de_en", "--tokenizer=byte", "--held_out=held.txt"])
+    left_out = {"Ich bin müde.", "Gute Nacht!", "Vielen Dank!", *(source for source, _ in ROWS[:5])}
+    train = [row for row in ROWS if row[0] not in left_out]
+    assert pairs_of("translate_de_en") == {"train": train, "val": val, "test": test}
+    assert meta("translate_de_en")["dropped"]["held_out"] == len(left_out) == len(ROWS) - len(train)
+
+
+@pytest.mark.parametrize(
+    "a, b, same",
+    [
+        ("Wo wohnst du?", "wo\u00a0wohnst  DU…", True),
+        ("Straße", "STRASSE", True),
+        ("Müll", "Mu\u0308ll", True),
+        ("Geht's?", "Geht s", True),
+        ("5 Euro", "6 Euro", False),
+        ("zu frieden", "zufrieden", False),
+    ],
+)
+def test_sources_are_compared_by_their_words_alone(a, b, same):
+    assert (pairs.normalised(a) == pairs.normalised(b)) == same
+
+
+def test_held_out_sentences_that_changed_start_a_stopped_preparation_over(folder, capsys, monkeypatch):
+    def stop(*args):
+        raise OSError(28, "No space left on device", "data/mine/preparing/train.bin")
+
+    write_tsv("own.tsv", ROWS)
+    for change, printed in (("Vielen Dank!\n", "resuming after"), ("Guten Morgen!\nVielen Dank!\n", "starting over")):
+        write("held.txt", "Vielen Dank!\n")
+        os.utime("held.txt", (1, 1))
+        with monkeypatch.context() as patch, pytest.raises(prepare_data.UserError):
+            patch.setattr(token_files.TokenWriter, "write", stop)
+            prepare_data.main(["--input=own.tsv", "--held_out=held.txt", *BYTES])
+        write("held.txt", change)
+        os.utime("held.txt", (1, 1))
+        capsys.readouterr()
+        prepare_data.main(["--input=own.tsv", "--held_out=held.txt", *BYTES])
+        assert printed in capsys.readouterr().err
+        assert sorted(all_pairs("mine")) == sorted(row for row in ROWS if row[0] not in change)
 
 
 def test_the_tokenizer_is_trained_on_both_sides_of_the_training_pairs_alone(folder, monkeypatch):
@@ -364,13 +427,15 @@ def test_pairs_and_a_text_of_the_same_name_replace_each_other(folder):
 # Available by name
 
 
-def write_multi30k(splits: dict[str, list[tuple[str, str]]], packed: str = ".gz", leave_out: str = "") -> None:
-    """data/translate_de_en with files under their public names."""
+def write_multi30k(
+    splits: dict[str, list[tuple[str, str]]], packed: str = ".gz", leave_out: str = "", folder="data/translate_de_en"
+) -> None:
+    """The folder with files under their public names."""
     for split, rows in splits.items():
-        name = "data/translate_de_en/" + {"test": "test_2016_flickr"}.get(split, split)
+        name = f"{folder}/" + {"test": "test_2016_flickr"}.get(split, split)
         write_two(f"{name}.de{packed}", f"{name}.en{packed}", rows)
     if leave_out:
-        Path("data/translate_de_en", leave_out).unlink()
+        Path(folder, leave_out).unlink()
 
 
 GIVEN = {"train": ROWS[:40], "val": ROWS[40:50], "test": ROWS[50:]}
@@ -415,12 +480,16 @@ def test_the_public_files_are_downloaded_once_and_verified(folder, monkeypatch):
 
 
 DICTIONARY = """# Version
-Esel {m} [zool.] | Eselin {f} :: donkey | female donkey
+Esel {m} [zool.] | Eselin {f} | alter Esel :: donkey | female donkey | old donkey
 wohnen {vi} | Wo wohnst du? | Er wohnt (noch (immer)) da. :: to live | Where do you live? | He’s living there. [coll.]
-Halt {m} | Halt!; Stehen bleiben! | Wir hoffen auf Regen. :: stop | Stop!; Don’t move! | We hope/pray for rain.
+Halt {m} | Halt!; Stehen bleiben! | Wir hoffen auf Regen. | Halt! :: stop | Stop!; Don’t move! | We hope/pray. | Stop!
 etw. raten | Ratet mal, … | Es heißt gleich / sofort gehen. :: to guess | Just guess … | You must go at once.
 gehen | Er sagte: „Ich komme {vi} <kome> mit.“ | Geh weg :: to go | He said: “I’m coming along.” | Go away.
 Zahl | Es sind 5 km/h [phys.] (Tempo (mittel)) . :: number | It is 5 km/h.
+grüßen | Servus! [Ös.]; Hallo! | He! | Tschüss!; Baba! [Ös.]; Bis dann! :: greet | Hi! | Hi!; Oi! | Bye!; Ta!; Later!
+holen {vt} | er/sie holt; er/sie bringt | er/sie hat/hatte (was) geholt :: fetch | he/she fetches | he/she has/had got
+lieben | jdn./etw. sehr lieben | jds. Liebe zu jdm. :: to love {x; y} | to love sb./sth. a lot | sb.’s love of sb.
+wegen | wegen/trotz Regen | daraus/aus dem Haus :: because | because of/despite rain | out of it/the house
 uneben | Eins. | Zwei. :: uneven | One.
 nur Deutsch.
 """
@@ -428,13 +497,32 @@ SENTENCES = [
     ("Wo wohnst du?", "Where do you live?"),
     ("Er wohnt da.", "He's living there."),
     ("Halt!", "Stop!"),
-    ("Wir hoffen auf Regen.", "We hope for rain."),
+    ("Stehen bleiben!", "Don't move!"),
+    ("Halt!", "Stop!"),
     ("Er sagte: „Ich komme mit.“", "He said: “I'm coming along.”"),
+    ("Hallo!", "Hi!"),
+    ("He!", "Hi!"),
+    ("Tschüss!", "Bye!"),
+    ("Bis dann!", "Later!"),
+]
+CLAUSES = [
+    ("Er holt.", "He fetches."),
+    ("Sie holt.", "She fetches."),
+    ("Er bringt.", "He fetches."),
+    ("Sie bringt.", "She fetches."),
+    ("Er hat geholt.", "He has got."),
+    ("Sie hatte geholt.", "She had got."),
+]
+PHRASES = [
+    ("jemanden sehr lieben", "to love somebody a lot"),
+    ("jemandes Liebe zu jemandem", "somebody's love of somebody"),
 ]
 
 
-def test_the_sentences_of_a_dictionary_are_read_without_its_annotations():
-    assert list(known_texts.dictionary_sentences(DICTIONARY.split("\n"))) == SENTENCES
+@pytest.mark.parametrize("kind, expected", [("sentence", SENTENCES), ("clause", CLAUSES), ("phrase", PHRASES)])
+def test_a_dictionary_is_read_without_its_markup(kind, expected):
+    found = known_texts.dictionary_pairs(DICTIONARY.split("\n"))
+    assert [tuple(pair) for found_kind, *pair in found if found_kind == kind] == expected
 
 
 @pytest.fixture
@@ -497,6 +585,157 @@ def test_where_nothing_is_available_the_message_names_the_ways_out(debian, monke
 
 
 # --------------------------------------------------------------------------------------
+# Everyday language
+
+EVERYDAY = """Bank {f} | Die Bank ist rot. | Die Bank ist leer. :: bench | The bench is red. | The bench is empty.
+Bank {f} [fin.]; Sitz {m} | Die Bank hat zu. | rote Bank [fin.] :: bank; seat | The bank is closed. | red bank
+Bank {f} [geol.] | Sandbank {f} :: shoal | sandbank
+rot {adj} | Das Gras ist rot. | die rote Bank | die Bank ist :: red; ruddy | The grass is red. | the red bench | the bench is
+rufen; jdn. holen {vt} | Ich kann dich rufen. | Du kannst ihn rufen. :: to call sb.; to shout | I can call you. | You can call him.
+können | Du kannst gehen. | du kannst | er kann :: can | You can go. | you can | he can
+""".rstrip("\n")  # noqa: E501
+LONG = "Lang" + 24 * " lang"
+
+
+def test_the_everyday_part_of_a_dictionary_is_what_its_own_sentences_use(folder):
+    write("de-en", f"{EVERYDAY}\nlang | {LONG} lang. | {LONG}. | {LONG}. :: long | Long. | Long. | Long.\n")
+    found = known_texts.everyday_pairs(Path("de-en"))
+    assert len(found["sentence"]) == 8 and found["sentence"][-1] == (f"{LONG}.", "Long.")
+    assert found["phrase"] == [("die Bank ist", "the bench is")]  # rote is in no sentence; the other is of a field
+    assert found["clause"] == [("Du kannst.", "You can.")]  # er is in none
+    assert found["word"] == [("Bank", "bench"), ("Bank", "bank"), ("rot", "red"), ("rufen", "to call")]
+
+
+def test_a_rare_meaning_of_a_word_is_left_out(folder):
+    lines = "".join(f"\nx | Die Bank {n}. :: x | The bench {n}." for n in range(40))
+    write("de-en", EVERYDAY + lines)
+    found = known_texts.everyday_pairs(Path("de-en"))
+    assert [word for word in found["word"] if word[0] == "Bank"] == [("Bank", "bench")]
+
+
+def everyday_lines() -> str:
+    """A dictionary of 100 sentences and those that are held out, in other spellings."""
+    held_out = [line.split("\t") for line in known_texts.HELD_OUT.read_text(encoding="utf-8").splitlines()]
+    rows = [(f"{source[:-1]}!", target) for source, target in held_out]
+    rows += [(f"Satz Nummer {number}.", f"Sentence number {number}.") for number in range(100)]
+    return "\n".join(f"Wort | {source} :: word | {target}" for source, target in rows)
+
+
+@pytest.fixture
+def everyday(folder, monkeypatch):
+    """All that everyday_de_en needs, in a user's own files; no other way works."""
+    monkeypatch.setattr(known_texts, "download", unreachable)
+    monkeypatch.setenv("PATH", "")
+    write_multi30k(GIVEN)
+    write("data/everyday_de_en/de-en", everyday_lines())
+
+
+def test_no_held_out_sentence_is_trained_on(everyday):
+    prepare_data.main(["everyday_de_en", "--tokenizer=byte"])
+    found = pairs_of("everyday_de_en")
+    held_out = [line.split("\t")[0] for line in known_texts.HELD_OUT.read_text(encoding="utf-8").splitlines()]
+    assert held_out[0] == "Wo wohnst du?" and len(set(map(pairs.normalised, held_out))) == 51
+    assert all(3 <= len(source.split()) <= 10 for source in held_out)
+    extracted = Path("data/downloads/everyday_de_en/sentences.tsv").read_text(encoding="utf-8")
+    assert "Wo wohnst du!" in extracted  # it would be trained on
+    trained = {pairs.normalised(source) for source, _ in found["train"]}
+    kept = [source for split in ("val", "test") for source, _ in found[split]]
+    assert not trained & {pairs.normalised(source) for source in [*held_out, *kept]}
+    captions = [row for row in GIVEN["train"] if row[0] != "Wo wohnst du?"]
+    assert all(found["train"].count(row) == 2 for row in captions)
+    assert found["train"].count(("Satz Nummer 1.", "Sentence number 1.")) == 2
+    assert meta("everyday_de_en")["dropped"]["held_out"] >= 2 * 45
+
+
+def test_some_of_the_sentences_are_for_validation_and_more_data_moves_none(everyday):
+    prepare_data.main(["everyday_de_en", "--tokenizer=byte"])
+    few = pairs_of("everyday_de_en")
+    assert few["val"][:10] == GIVEN["val"] and few["test"] == GIVEN["test"] and 11 < len(few["val"]) < 20
+    more = "\n".join(f"Wort | Zahl {number}. :: word | Number {number}." for number in range(300))
+    write("data/everyday_de_en/de-en", f"{more}\n{everyday_lines()}")
+    prepare_data.main(["everyday_de_en", "--tokenizer=byte"])
+    many = pairs_of("everyday_de_en")
+    assert set(few["val"]) < set(many["val"]) and set(few["train"]) < set(many["train"])
+
+
+@pytest.mark.parametrize("captions", ["data/everyday_de_en", "data/translate_de_en"])
+@pytest.mark.parametrize("dictionary", ["de-en", "de-en.txt", "de-en.txt.gz"])
+def test_a_users_own_files_need_no_network(folder, monkeypatch, capsys, captions, dictionary):
+    monkeypatch.setattr(known_texts, "download", None)
+    monkeypatch.setattr(known_texts, "debian_package", None)
+    write_multi30k(GIVEN, folder=captions)
+    write(f"data/everyday_de_en/{dictionary}", everyday_lines())
+    prepare_data.main(["everyday_de_en", "--vocab_size=330"])
+    printed = capsys.readouterr()
+    assert f"selecting everyday German from data/everyday_de_en/{dictionary}\n" in printed.err
+    assert re.search(r"^151 sentences, \d of them for validation; 0 clauses, 0 phrases, 0 words$", printed.err, re.M)
+    assert printed.out.endswith("\ntrain on it: python train.py config/everyday_de_en.py\n")
+    written = meta("everyday_de_en")
+    assert f"test_2016_flickr in {captions}, and everyday sentences" in written["source"]
+    assert (written["languages"], written["tokenizer"]["tokenizer"]) == (["de", "en"], "sentencepiece")
+
+
+def test_the_dictionary_is_fetched_once(debian, monkeypatch):
+    write_multi30k(GIVEN)
+    prepare_data.main(["everyday_de_en", "--tokenizer=byte"])
+    assert len(Path("calls").read_text().splitlines()) == 2
+    assert len(pairs_of("everyday_de_en")["train"]) > 500
+    monkeypatch.setattr(known_texts, "debian_package", None)
+    prepare_data.main(["everyday_de_en", "--tokenizer=char"])
+
+
+CAPTIONS = "Multi30k is not available ("
+LEXICON = "the dictionary trans-de-en is not available (apt-get is not installed)"
+
+
+@pytest.mark.parametrize(
+    "there, absent",
+    [
+        ([], [CAPTIONS, LEXICON]),
+        (["train.de.gz", "train.en.gz"], [LEXICON]),
+        (["de-en"], [CAPTIONS]),
+    ],
+)
+def test_the_message_names_what_is_missing_and_every_way_out(everyday, fails, there, absent):
+    if "de-en" not in there:
+        Path("data/everyday_de_en/de-en").unlink()
+    if "train.de.gz" not in there:
+        for path in Path("data/translate_de_en").iterdir():
+            path.unlink()
+    complaint = fails(prepare_data.main, "everyday_de_en")
+    assert complaint.startswith(f"no sentence pairs for everyday_de_en: {absent[0]}")
+    for problem, way_out in ((CAPTIONS, "test_2016_flickr.en.gz into data"), (LEXICON, "its file de-en into data")):
+        assert (problem in complaint) == (way_out in complaint) == (problem in absent)
+    assert complaint.endswith("/everyday_de_en/; or use --input=PAIRS.tsv --name=NAME\n")
+    assert not Path("data/everyday_de_en/meta.json").exists()
+
+
+@pytest.mark.parametrize(
+    "data, complaint",
+    [
+        (b"a\tb\n", "data/everyday_de_en/de-en is not the dictionary trans-de-en: it has no sentences in lines German"),
+        (b"Gr\xfcn :: green\n", "data/everyday_de_en/de-en is not UTF-8; convert it, for example: iconv -f latin1"),
+    ],
+)
+def test_a_file_that_is_no_dictionary_is_refused(everyday, data, complaint):
+    write("data/everyday_de_en/de-en", data)
+    with pytest.raises(prepare_data.UserError) as error:
+        prepare_data.main(["everyday_de_en"])
+    assert str(error.value).startswith(complaint) and "\n" not in str(error.value)
+
+
+def test_a_stopped_preparation_of_everyday_language_resumes(everyday, monkeypatch, capsys):
+    def stop(*args):
+        raise OSError(28, "No space left on device", "data/everyday_de_en/preparing/train.bin")
+
+    with monkeypatch.context() as patch, pytest.raises(prepare_data.UserError):
+        patch.setattr(token_files.TokenWriter, "write", stop)
+        prepare_data.main(["everyday_de_en", "--tokenizer=byte"])
+    prepare_data.main(["everyday_de_en", "--tokenizer=byte"])
+    assert "resuming after" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------
 # Bad input
 
 BAD = {
@@ -536,6 +775,17 @@ BAD = {
         "--input=own.txt",
         "--max_pair_ratio=9",
     ],
+    "cannot read none.txt: No such file": ["--input=own.tsv", "--held_out=none.txt"],
+    "held_out=empty.tsv has no sentences; write one source per line": ["--input=own.tsv", "--held_out=empty.tsv"],
+    "tab.tsv, line 3 has no tab; write a line as": ["--input=own.tsv", "--held_out=tab.tsv"],
+    "latin1.txt, line 1 is not UTF-8; set --encoding_errors": ["--input=own.tsv", "--held_out=latin1.txt"],
+    "60 pairs, dropped: 60 held_out; change val_fraction=": [
+        *("--input=own.tsv", "--held_out=own.tsv", "--tokenizer=byte")
+    ],
+    "held_out=own.tsv has no effect without sentence pairs, from --input=PAIRS.tsv": [
+        "--input=own.txt",
+        "--held_out=own.tsv",
+    ],
     "test_fraction=0.1 has no effect without sentence pairs, from --input=PAIRS.tsv": [
         "--input=own.txt",
         "--test_fraction=0.1",
@@ -553,6 +803,7 @@ def test_bad_input_is_one_line_that_names_the_place(folder, fails, complaint):
     write("one.tsv", "a\tb\n")
     write("blank.tsv", "\t\n\na\t\n")
     write("latin1.tsv", b"a\tb\nGr\xfcn\tgreen\n")
+    write("latin1.txt", b"Gr\xfcn\n")
     packed = Path(write_tsv("damaged.tsv.gz", ROWS))
     packed.write_bytes(packed.read_bytes()[:-20])
     write_two("a.de", "a.en", ROWS)
