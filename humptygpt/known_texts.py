@@ -180,7 +180,8 @@ def everyday_de_en(name: str, files: int | None) -> tuple[PairFiles, str]:
         dictionary = find_dictionary(folder)
     except UserError as error:
         missing.append(
-            f"the dictionary trans-de-en is not available ({error}); put its file {DICTIONARY_NAMES[0]} into {folder}/"
+            f"the dictionary in the Debian package trans-de-en is not available ({error}); put it, the file"
+            f" {DICTIONARY_NAMES[0]}, into {folder}/"
         )
     if missing:
         problems = "; ".join(missing)

@@ -685,7 +685,7 @@ def test_the_dictionary_is_fetched_once(debian, monkeypatch):
 
 
 CAPTIONS = "Multi30k is not available ("
-LEXICON = "the dictionary trans-de-en is not available (apt-get is not installed)"
+LEXICON = "the dictionary in the Debian package trans-de-en is not available (apt-get is not installed)"
 
 
 @pytest.mark.parametrize(
@@ -704,7 +704,10 @@ def test_the_message_names_what_is_missing_and_every_way_out(everyday, fails, th
             path.unlink()
     complaint = fails(prepare_data.main, "everyday_de_en")
     assert complaint.startswith(f"no sentence pairs for everyday_de_en: {absent[0]}")
-    for problem, way_out in ((CAPTIONS, "test_2016_flickr.en.gz into data"), (LEXICON, "its file de-en into data")):
+    for problem, way_out in (
+        (CAPTIONS, "test_2016_flickr.en.gz into data"),
+        (LEXICON, "put it, the file de-en, into data"),
+    ):
         assert (problem in complaint) == (way_out in complaint) == (problem in absent)
     assert complaint.endswith("/everyday_de_en/; or use --input=PAIRS.tsv --name=NAME\n")
     assert not Path("data/everyday_de_en/meta.json").exists()
