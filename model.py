@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from humptygpt.configurator import check, setting
-from humptygpt.layers import ACTIVATIONS, Dropout, Linear, drop, with_loss
+from humptygpt.layers import ACTIVATIONS, CausalConv, Dropout, Linear, drop, with_loss
 from humptygpt.ngrams import NgramEmbedding
 from humptygpt.window_mlp import EMBEDDINGS, WindowMLP
 
@@ -209,6 +209,7 @@ class LayerState:
         self.size = size
         self.k = self.v = None  # (B, H, size, D), made when the first token shows shape, dtype and device
         self.cross_k = self.cross_v = None  # (B, H, S, D), of the encoder's output
+        self.last_inputs = None  # (B, up to n, C), of a convolution over n tokens before each
 
     def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """k, v: (B, H, T, D) of the tokens from start on. Returns those of all tokens up to there, (B, H, S, D)."""
@@ -249,6 +250,8 @@ class DecoderState:
     def clear(self) -> None:
         """Forget the tokens, but not the source."""
         self.length, self.last_tokens, self.padding = 0, None, None
+        for layer in self.layers:
+            layer.last_inputs = None
 
     def select(self, rows: Tensor) -> None:
         """The batch becomes these of its rows, int64 (any number,), in this order; a row may occur several times."""
@@ -259,18 +262,20 @@ class DecoderState:
                     picked = held.new_empty(len(rows), *held.shape[1:])
                     picked[:, :, : self.length] = held[rows, :, : self.length]
                     setattr(layer, name, picked)
-            if layer.cross_k is not None:
-                layer.cross_k, layer.cross_v = layer.cross_k[rows], layer.cross_v[rows]
-        for name in ("padding", "source_padding", "last_tokens"):
-            held = getattr(self, name)
-            setattr(self, name, None if held is None else held[rows])
+        for owner, names in (
+            *((layer, ("cross_k", "cross_v", "last_inputs")) for layer in self.layers),
+            (self, ("padding", "source_padding", "last_tokens")),
+        ):
+            for name in names:
+                held = getattr(owner, name)
+                setattr(owner, name, None if held is None else held[rows])
 
 
 # --------------------------------------------------------------------------------------
 # Attention
 
 
-class AttentionInputs(NamedTuple):
+class BlockInputs(NamedTuple):
     """What is the same for all blocks of a stack in one forward pass."""
 
     start: int  # tokens read before these
@@ -279,6 +284,7 @@ class AttentionInputs(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None  # as from PositionalEncoding.rotary
     context: Tensor | None  # (B, S, C), what cross-attention looks at; not needed where a state has its keys and values
     context_mask: Tensor | None  # broadcasts to (B, H, T, S), added to the scores of cross-attention
+    padding: Tensor | None  # (B, T) bool, True where x is no token; None: nowhere
 
 
 def attention_mask(
@@ -395,7 +401,7 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Queries, keys and values from one text."""
 
-    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
         """x: (B, T, C), which follow the tokens in the state. Returns (B, T, C)."""
         q = self.queries(x)
         k, v = self.keys_and_values(x)
@@ -409,7 +415,7 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Queries from one text, keys and values from another, whose positions are unrelated."""
 
-    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
         k, v = (state.cross_k, state.cross_v) if state else self.keys_and_values(inputs.context)
         return self.attend_and_project(self.queries(x), k, v, inputs.context_mask)
@@ -484,12 +490,25 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(config) if cross else None
         if mlp and not self.one_norm:
             self.mlp_norm = norm(config)
+        self.conv = CausalConv(config.mlp_conv, config.n_embd) if config.mlp_conv and mlp else None
         self.mlp = mlp(config) if mlp else None
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
         """x: (B, T, C), which follow the tokens in the state. Returns (B, T, C)."""
         raise NotImplementedError
+
+    def feed_forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None) -> Tensor:
+        """The convolution, where there is one, and the feed-forward network. x: (B, T, C). Returns (B, T, C)."""
+        if self.conv and inputs.padding is not None:
+            x = x.masked_fill(inputs.padding[..., None], 0)
+        if self.conv and state:
+            with_last = x if state.last_inputs is None else torch.cat([state.last_inputs, x], dim=1)
+            state.last_inputs = with_last[:, -len(self.conv.weight) :]
+            x = self.conv(with_last)[:, -x.shape[1] :]
+        elif self.conv:
+            x = self.conv(x)
+        return self.mlp(x)
 
 
 class PreNormBlock(Block):
@@ -498,12 +517,12 @@ class PreNormBlock(Block):
     Source: Radford et al. 2019 (GPT-2); Xiong et al. 2020, arXiv:2002.04745.
     """
 
-    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
         x = x + self.dropout(self.attn(self.attn_norm(x), inputs, state))
         if self.cross_attn:
             x = x + self.dropout(self.cross_attn(self.cross_norm(x), inputs, state))
         if self.mlp:
-            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+            x = x + self.dropout(self.feed_forward(self.mlp_norm(x), inputs, state))
         return x
 
 
@@ -515,7 +534,7 @@ class PostNormBlock(Block):
 
     ends_with_norm = True
 
-    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
         x = self.attn_norm(x + self.dropout(self.attn(x, inputs, state)))
         if self.cross_attn:
             x = self.cross_norm(x + self.dropout(self.cross_attn(x, inputs, state)))
@@ -532,12 +551,12 @@ class PlainBlock(Block):
 
     residual = False
 
-    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
         x = self.dropout(self.attn(self.attn_norm(x), inputs, state))
         if self.cross_attn:
             x = self.dropout(self.cross_attn(self.cross_norm(x), inputs, state))
         if self.mlp:
-            x = self.dropout(self.mlp(self.mlp_norm(x)))
+            x = self.dropout(self.feed_forward(self.mlp_norm(x), inputs, state))
         return x
 
 
@@ -549,12 +568,12 @@ class ParallelBlock(Block):
 
     one_norm = True
 
-    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
         y = self.attn_norm(x)
         x = x + self.dropout(self.attn(y, inputs, state))
         if self.cross_attn:
             x = x + self.dropout(self.cross_attn(y, inputs, state))
-        return x + self.dropout(self.mlp(y))
+        return x + self.dropout(self.feed_forward(y, inputs, state))
 
 
 BLOCKS = {"pre_norm": PreNormBlock, "post_norm": PostNormBlock, "plain": PlainBlock, "parallel": ParallelBlock}
@@ -599,7 +618,8 @@ class Stack(nn.Module):
         context_mask = None
         if context_padding is not None:
             context_mask = attention_mask(T, context_padding.shape[1], x.device, padding=context_padding)
-        inputs = AttentionInputs(start, mask, is_causal, self.position.rotary(at), context, context_mask)
+        new_padding = None if padding is None else padding[:, start:]
+        inputs = BlockInputs(start, mask, is_causal, self.position.rotary(at), context, context_mask, new_padding)
 
         x = self.dropout(self.embed_norm(self.position.embed(x, at)))
         for block, layer in zip(self.blocks, state.layers if state else [None] * len(self.blocks), strict=True):
@@ -786,6 +806,7 @@ ATTENTION = {"not_with": {"model": "window_mlp"}}
 NGRAMS = {"not_with": {"ngrams": 0}}
 ROTARY = {"only_with": {"position": "rotary"}}
 SCALED = ROTARY | {"not_with": {"rope_factor": 1.0}}
+MLP_ONLY = {"not_with": {"model": "window_mlp", "mlp": "none"}}
 PROBABILITY = {"at_least": 0, "below": 1}
 
 
@@ -825,6 +846,9 @@ class ModelConfig:
     norm: str = setting("layernorm", ", ".join(NORMS), choices=NORMS, **ATTENTION)
     block: str = setting("pre_norm", "norms and residuals: " + ", ".join(BLOCKS), choices=BLOCKS, **ATTENTION)
     mlp: str = setting("plain", "feed-forward: plain, gated (with silu: SwiGLU) or none", choices=MLPS, **ATTENTION)
+    mlp_conv: int = setting(
+        0, "tokens that a causal convolution before the feed-forward network looks back; 0: off", at_least=0, **MLP_ONLY
+    )
     activation: str = setting("gelu", ", ".join(ACTIVATIONS), choices=ACTIVATIONS, not_with={"mlp": "none"})
     qk_norm: bool = setting(False, "RMS norm of queries and keys, which bounds the scores", **ATTENTION)
     embed_norm: bool = setting(False, "a norm after the embedding", not_with={"model": "window_mlp", "norm": "none"})

@@ -49,7 +49,7 @@ from model import ModelConfig
 NGRAM_TEXT = 20_000_000  # tokens of training text in which n-grams are counted
 
 
-MUON = {"only_with": {"optimizer": "muon"}}
+MUON = {"only_with": {"optimizer": ("muon", "normuon")}}
 NGRAMS = {"not_with": {"ngrams": 0}}
 DECAY = {"only_with": {"decay_lr": True}}
 DECAY_RATE = {"at_least": 0, "below": 1}
@@ -67,7 +67,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = setting(1, "micro-batches whose gradients make one step", at_least=1)
 
     max_iters: int = setting(2000, "training steps", "optimizer", at_least=1)
-    optimizer: str = setting("adamw", "adamw; muon: Muon for the matrices of the blocks", choices=OPTIMIZERS)
+    optimizer: str = setting("adamw", "adamw; muon or normuon: for the matrices of the blocks", choices=OPTIMIZERS)
     learning_rate: float = setting(1e-3, "the peak, after warmup", above=0)
     decay_lr: bool = setting(True, "warm up, then decay; False: constant")
     schedule: str = setting("cosine", "shape of the decay: " + ", ".join(SCHEDULES), choices=SCHEDULES, **DECAY)
@@ -76,7 +76,7 @@ class TrainConfig:
     min_lr: float | None = setting(None, "the minimum; None: learning_rate / 10", at_least=0, **DECAY)
     weight_decay: float = setting(0.1, "weight decay of matrices and embeddings", at_least=0)
     beta1: float = setting(0.9, "AdamW: decay rate of the first moment", **DECAY_RATE)
-    beta2: float = setting(0.99, "AdamW: decay rate of the second moment", **DECAY_RATE)
+    beta2: float = setting(0.99, "AdamW, NorMuon: decay rate of the second moment", **DECAY_RATE)
     muon_learning_rate: float = setting(0.02, "Muon: the peak learning rate", above=0, **MUON)
     muon_momentum: float = setting(0.95, "Muon: decay rate of the momentum", **DECAY_RATE, **MUON)
     ngram_learning_rate: float = setting(0.15, "Adagrad of n-gram embeddings: the peak", above=0, **NGRAMS)

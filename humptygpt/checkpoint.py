@@ -153,7 +153,7 @@ def check_optimizer(optimizer: dict, model: nn.Module, name: str) -> None:
     expected, rules = {}, update_rules(name)
     for group, members in group_parameters(model).items():
         for parameter, p in members.items():
-            expected[parameter] = {key: p[:, :1] if key == "sum" else p for key in STATE[rules[group]]}
+            expected[parameter] = {key: like(p) for key, like in STATE[rules[group]].items()}
     if missing := expected.keys() - optimizer["state"].keys() if optimizer["steps"] else ():
         raise ValueError(f"optimizer.{min(missing)} is missing")
     for parameter, state in optimizer["state"].items():

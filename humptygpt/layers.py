@@ -1,4 +1,4 @@
-"""What the networks of this project are built from: linear layers, dropout, activations and the loss."""
+"""What the networks of this project are built from: linear layers, a convolution, dropout, activations, loss."""
 
 from functools import partial
 
@@ -18,6 +18,27 @@ class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int, bias: bool, ends_branch: bool = False):
         super().__init__(inputs, outputs, bias=bias)
         self.ends_branch = ends_branch
+
+
+class CausalConv(nn.Module):
+    """Add to each token the n tokens before it, each feature with its own trained weights: x_t + w_1 x_(t-1) + ...
+
+    It starts as the identity. Source: So et al. 2021 (Primer), arXiv:2109.08668; before each layer: Allen-Zhu 2025
+    (Canon layers), arXiv:2512.17351.
+    """
+
+    GAIN = 4.0  # w is this times a parameter: AdamW moves all parameters equally fast, and these are to move faster
+
+    def __init__(self, n: int, n_embd: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n, n_embd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, C). Returns (B, T, C)."""
+        y = x
+        for back, weight in enumerate(self.weight[: x.shape[1] - 1], start=1):
+            y = torch.addcmul(y, F.pad(x, (0, 0, back, -back)), weight.to(x.dtype), value=self.GAIN)
+        return y
 
 
 class Dropout(nn.Module):

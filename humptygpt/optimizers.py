@@ -1,4 +1,4 @@
-"""The update rule of each parameter: AdamW, Muon or Adagrad; the average of the weights; learning rate schedules."""
+"""The update rule of each parameter: AdamW, Muon, NorMuon or Adagrad; the average of the weights; schedules."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -56,13 +56,13 @@ class Optimizer:
                 if name in saved["state"]:
                     self.state[name] = {key: value.to(p.device) for key, value in saved["state"][name].items()}
 
-    def get_state(self, params: dict[str, Tensor], key: str) -> list[Tensor]:
-        """What is kept of each parameter under this key; zeros at first."""
+    def get_state(self, rule: Callable, key: str, params: dict[str, Tensor]) -> list[Tensor]:
+        """What the rule keeps of each parameter under this key; zeros at first."""
         found = []
         for name, p in params.items():
             state = self.state.setdefault(name, {})
             if key not in state:
-                state[key] = torch.zeros_like(p)
+                state[key] = torch.zeros_like(STATE[rule][key](p))
             found.append(state[key])
         return found
 
@@ -73,7 +73,7 @@ def adamw(optimizer: Optimizer, group: dict, params: dict[str, Tensor]) -> None:
     Source: Loshchilov and Hutter 2017, arXiv:1711.05101.
     """
     weights, gradients = list(params.values()), [p.grad for p in params.values()]
-    exp_avg, exp_avg_sq = optimizer.get_state(params, "exp_avg"), optimizer.get_state(params, "exp_avg_sq")
+    exp_avg, exp_avg_sq = (optimizer.get_state(adamw, key, params) for key in STATE[adamw])
     beta1, beta2 = group["betas"]
     # One kernel for all parameters, the one behind torch.optim.AdamW(fused=True). It is private to torch: should it go,
     # the lines after it do the same, in more kernels.
@@ -98,19 +98,41 @@ def muon(optimizer: Optimizer, group: dict, params: dict[str, Tensor]) -> None:
 
     Matrices of one shape are stacked and orthogonalised together, in bfloat16 where that is fast. Source: Jordan et al.
     2024, "Muon: an optimizer for the hidden layers of neural networks".
+    NorMuon, where it is the group's rule, does more: see normalize_neurons.
     """
+    rule = group["rule"]
     by_shape: dict[tuple[int, int], dict[str, Tensor]] = {}
     for name, p in params.items():
         by_shape.setdefault(tuple(p.shape), {})[name] = p
     for (rows, columns), alike in by_shape.items():
         weights = list(alike.values())
         gradients = torch.stack([p.grad for p in weights])  # (n, rows, columns)
-        momentum = optimizer.get_state(alike, "momentum_buffer")
+        momentum = optimizer.get_state(rule, "momentum_buffer", alike)
         torch._foreach_lerp_(momentum, list(gradients), 1 - group["momentum"])
         gradients = gradients.lerp_(torch.stack(momentum), group["momentum"])  # Nesterov: one look ahead
         updates = orthogonalize(gradients)
+        if rule is normuon:
+            updates = normalize_neurons(updates, optimizer.get_state(rule, "second_moment_buffer", alike), group)
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(weights, list(updates), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+
+
+def normuon(optimizer: Optimizer, group: dict, params: dict[str, Tensor]) -> None:
+    """Muon with updates that are normalised for each neuron. Source: Li et al. 2025, arXiv:2510.05491."""
+    muon(optimizer, group, params)
+
+
+def normalize_neurons(updates: Tensor, second_moment: list[Tensor], group: dict) -> Tensor:
+    """Each neuron's part of the updates, (n, rows, columns), over its root mean square of the last steps.
+
+    In an orthogonal update some neurons move much less than others; so all move at about one speed, and a whole matrix
+    as fast as without it. A neuron has a row, or a column of a matrix with more columns than rows; second_moment: n, as
+    per_neuron() has it, is brought up to date.
+    """
+    mean_square = updates.square().mean(dim=2 if updates.shape[1] >= updates.shape[2] else 1, keepdim=True)
+    torch._foreach_lerp_(second_moment, list(mean_square), 1 - group["betas"][1])
+    normalized = updates * (torch.stack(second_moment) + 1e-10).rsqrt()
+    return normalized * (updates.norm(dim=(1, 2), keepdim=True) / (normalized.norm(dim=(1, 2), keepdim=True) + 1e-10))
 
 
 def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
@@ -139,17 +161,29 @@ def adagrad(optimizer: Optimizer, group: dict, params: dict[str, Tensor]) -> Non
     number per row: Mudigere et al. 2021, arXiv:2104.05158, section 4.1.
     """
     for name, p in params.items():
-        state = optimizer.state.setdefault(name, {})
-        if "sum" not in state:
-            state["sum"] = p.new_zeros(len(p), 1)
-        total, gradient = state["sum"], p.grad.coalesce()
+        (total,), gradient = optimizer.get_state(adagrad, "sum", {name: p}), p.grad.coalesce()
         rows, gradient = gradient.indices()[0], gradient.values()  # (looked up,), (looked up, columns)
         total.index_add_(0, rows, gradient.square().mean(dim=1, keepdim=True))
         p.index_add_(0, rows, gradient / (total[rows].sqrt() + 1e-12), alpha=-group["lr"])
 
 
-OPTIMIZERS = {"adamw": adamw, "muon": muon}  # the rule for the matrices of the blocks; AdamW trains the rest
-STATE = {adamw: ("exp_avg", "exp_avg_sq"), muon: ("momentum_buffer",), adagrad: ("sum",)}  # of each parameter
+def whole(p: Tensor) -> Tensor:
+    return p
+
+
+def per_row(p: Tensor) -> Tensor:
+    return p[:, :1]
+
+
+def per_neuron(p: Tensor) -> Tensor:
+    return p[:, :1] if p.shape[0] >= p.shape[1] else p[:1]
+
+
+# The rule for the matrices of the blocks; AdamW trains the rest
+OPTIMIZERS = {"adamw": adamw, "muon": muon, "normuon": normuon}
+# {rule: {what it keeps of a parameter: a view of the parameter that has its shape}}
+STATE = {adamw: {"exp_avg": whole, "exp_avg_sq": whole}, muon: {"momentum_buffer": whole}, adagrad: {"sum": per_row}}
+STATE[normuon] = STATE[muon] | {"second_moment_buffer": per_neuron}
 
 
 def update_rules(optimizer: str) -> dict[str, Callable]:
@@ -172,7 +206,8 @@ def make_optimizer(config, model: nn.Module) -> Optimizer:
 
     Weight decay pulls matrices and embeddings towards zero, but not biases and norms.
     """
-    peak_lrs = {adamw: config.learning_rate, muon: config.muon_learning_rate, adagrad: config.ngram_learning_rate}
+    peak_lrs = {muon: config.muon_learning_rate, normuon: config.muon_learning_rate}
+    peak_lrs[adagrad] = config.ngram_learning_rate
     rules, groups = update_rules(config.optimizer), []
     for group, members in group_parameters(model).items():
         peak_lr = peak_lrs.get(rules[group], config.learning_rate)

@@ -15,7 +15,7 @@ from humptygpt.window_mlp import NumberEmbedding
 from model import (
     BLOCKS,
     POSITIONS,
-    AttentionInputs,
+    BlockInputs,
     LayerNorm,
     ModelConfig,
     PositionalEncoding,
@@ -39,11 +39,11 @@ def config(**keys) -> ModelConfig:
     return ModelConfig(**{"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 27} | keys)
 
 
-def inputs(T: int, position: PositionalEncoding | None = None) -> AttentionInputs:
+def inputs(T: int, position: PositionalEncoding | None = None) -> BlockInputs:
     """What a stack computes for its blocks of a text of T tokens."""
     position = position or PositionalEncoding(config(), causal=True)
     mask = attention_mask(T, T, torch.device("cpu"), causal=True, bias=position.score_bias(T, T))
-    return AttentionInputs(0, mask, False, position.rotary(slice(0, T)), context=None, context_mask=None)
+    return BlockInputs(0, mask, False, position.rotary(slice(0, T)), context=None, context_mask=None, padding=None)
 
 
 # --------------------------------------------------------------------------------------

@@ -118,6 +118,7 @@ OPTIONS = {
     "logit_soft_cap": (0.0, 15.0),
     "rope_factor": (1.0, 8.0),
     "init": ("gpt2", "zero"),
+    "mlp_conv": (0, 2),
     **dict.fromkeys(("bias", "tie_weights", "qk_norm", "embed_norm"), (False, True)),
 }
 

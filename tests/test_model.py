@@ -32,6 +32,8 @@ VARIANTS = [
     {"n_kv_head": 1},
     {"window": 5},
     {"n_hidden": 40},
+    {"mlp_conv": 3},
+    {"mlp_conv": 40, "mlp": "gated", "block": "parallel"},
     {"position": "rotary", "rope_factor": 4.0, "rope_original_context": 16},
     {"block_size": 1},
     {"model": "window_mlp", "window": 16},
@@ -214,9 +216,8 @@ def test_left_padded_texts_of_different_lengths_give_the_logits_of_each_text_alo
     texts = [tokens(1, length, seed=length) for length in lengths]
     idx = torch.cat([F.pad(text, (T - text.shape[1], 0), value=-1) for text in texts])
     for n_kv_head, window in [*KV_HEADS_AND_WINDOW, (None, 3)]:
-        for ngrams in (0, 4):
-            keys = {"n_head": 4, "n_kv_head": n_kv_head, "window": window, "block_size": T}
-            keys |= {"ngrams": ngrams, "ngram_rows": 2000} if ngrams else {}
+        for others in ({}, {"ngrams": 4, "ngram_rows": 2000}, {"mlp_conv": 3}):
+            keys = {"n_head": 4, "n_kv_head": n_kv_head, "window": window, "block_size": T} | others
             model = random_model(position=position, block=block, **keys).eval()
             alone = [F.pad(model(text)[0][0], (0, 0, T - text.shape[1], 0)) for text in texts]
             state = model.make_state(padding=padding)

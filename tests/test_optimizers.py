@@ -101,7 +101,7 @@ def test_adagrad_trains_the_table_of_ngrams(name):
 def test_each_group_has_its_own_highest_learning_rate_and_all_are_scaled_alike(name):
     keys = {"learning_rate": 0.01, "muon_learning_rate": 0.02, "ngram_learning_rate": 0.03}
     optimizer = make_optimizer(tiny(ngrams=3, ngram_rows=40), name, **keys)
-    highest = {optim.adamw: 0.01, optim.muon: 0.02, optim.adagrad: 0.03}
+    highest = {optim.adamw: 0.01, optim.muon: 0.02, optim.normuon: 0.02, optim.adagrad: 0.03}
     for scale in (1.0, 0.5, 0.1, 1.0):
         optimizer.set_lr(scale)
         for group in optimizer.param_groups:
@@ -167,6 +167,30 @@ def test_muon_has_nesterov_momentum(monkeypatch):
     torch.testing.assert_close(square.detach(), before - 0.1 * update, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["up_proj", "down_proj"])  # a neuron is a row of the first, a column of the second
+def test_normuon_moves_all_neurons_at_one_speed_and_each_matrix_as_fast_as_muon(monkeypatch, name):
+    monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device: False)
+    moved = {}
+    for rule in ("muon", "normuon"):
+        model = tiny()
+        p = model.get_parameter(f"stack.blocks.0.mlp.{name}.weight")
+        torch.manual_seed(1)
+        scale = torch.logspace(-2, 1, 128)
+        before, p.grad = p.detach().clone(), torch.randn(p.shape) * (scale[:, None] if name == "up_proj" else scale)
+        make_optimizer(model, rule, muon_learning_rate=0.1).step()
+        moved[rule] = p.detach() - before
+    torch.testing.assert_close(moved["normuon"].norm(), moved["muon"].norm(), atol=0, rtol=1e-4)
+    speeds = {rule: change.norm(dim=1 if name == "up_proj" else 0) for rule, change in moved.items()}
+    assert speeds["normuon"].max() / speeds["normuon"].min() < 1.01
+    assert speeds["muon"].max() / speeds["muon"].min() > 2
+
+
+def test_the_second_moment_of_a_neuron_is_a_moving_average():
+    updates, second_moment = torch.full((1, 4, 2), 3.0), [torch.full((4, 1), 1.0)]
+    optim.normalize_neurons(updates, second_moment, {"betas": (0.9, 0.75)})
+    torch.testing.assert_close(second_moment[0], torch.full((4, 1), 0.75 * 1 + 0.25 * 9))
+
+
 @every_optimizer
 def test_parameters_without_a_gradient_do_not_change(name):
     model = tiny(position="rotary")
@@ -181,6 +205,7 @@ def test_parameters_without_a_gradient_do_not_change(name):
 STATE = {
     optim.adamw: {"exp_avg", "exp_avg_sq"},
     optim.muon: {"momentum_buffer"},
+    optim.normuon: {"momentum_buffer", "second_moment_buffer"},
     optim.adagrad: {"sum"},
 }
 
