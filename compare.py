@@ -379,7 +379,8 @@ def write(path: str, content: bytes) -> None:
 BLUE, GREY = "#1f77b4", "#5f6b7a"
 COLORS = (BLUE, "#d95f02", "#2a9d4b", "#c0267e", "#7a5cc8", "#8c564b", "#e0a100", "#17a2b8", GREY, "#9acd32")
 CAPTION = """lowest validation loss, bits per byte: further left is better; the scales of the panels differ
-dot and line: mean and range of the seeds. bar: difference from the first row. hollow: ranges overlap. bold: the best"""
+dot and line: mean and range of the seeds. bar: difference from the first row. bold: best
+hollow: no clear difference, since the ranges overlap or there is one seed"""
 
 
 def curve(run: Run) -> list[tuple[float, float]]:
@@ -455,7 +456,8 @@ def draw_groups(figure, groups: list[Group]) -> None:
                 panel.plot([first or bits, bits], [y, y], color=color, linewidth=8, alpha=0.3, solid_capstyle="butt")
                 ends = [row[f"best_bits_per_byte_{end}"] or bits for end in ("low", "high")]
                 panel.plot(ends, [y, y], color=color)
-                panel.plot(bits, y, "o", color=color, markerfacecolor="white" if row["within_seeds"] else color)
+                clear = y == 0 or row["within_seeds"] is False
+                panel.plot(bits, y, "o", color=color, markerfacecolor=color if clear else "white")
                 label = f"{bits:.3f}" if row["difference"] is None else f"{bits:.3f}  {row['difference']:+.3f}"
             font = {"fontsize": 8, "fontweight": "bold" if "best" in mark else "normal"}
             panel.text(1.03, y, label, transform=panel.get_yaxis_transform(), va="center", **font)

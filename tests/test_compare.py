@@ -486,6 +486,7 @@ def test_a_run_without_an_evaluation_counts_in_no_mean_and_a_group_may_have_none
     assert [text.get_text() for text in a.texts] == ["not evaluated yet", f"{1.95 / math.log(2):.3f}"]
     assert [text.get_text() for text in b.texts] == ["not evaluated yet", f"{1.9 / math.log(2):.3f}"]
     assert [set(line.get_xdata()) for line in b.lines] == 3 * [{once["best_bits_per_byte"]}]
+    assert b.lines[-1].get_markerfacecolor() == "white"  # one seed shows no clear difference
     assert all(x > 2 for line in a.lines for x in line.get_xdata())
 
 
