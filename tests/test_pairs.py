@@ -485,7 +485,7 @@ wohnen {vi} | Wo wohnst du? | Er wohnt (noch (immer)) da. :: to live | Where do 
 Halt {m} | Halt!; Stehen bleiben! | Wir hoffen auf Regen. | Halt! :: stop | Stop!; Don’t move! | We hope/pray. | Stop!
 etw. raten | Ratet mal, … | Es heißt gleich / sofort gehen. :: to guess | Just guess … | You must go at once.
 gehen | Er sagte: „Ich komme {vi} <kome> mit.“ | Geh weg :: to go | He said: “I’m coming along.” | Go away.
-Zahl | Es sind 5 km/h [phys.] (Tempo (mittel)) . :: number | It is 5 km/h.
+Zahl | Es sind 5 km/h (Tempo (mittel)) . | Es ist eins. [math.] :: number | It is 5 km/h. | It is one.
 grüßen | Servus! [Ös.]; Hallo! | He! | Tschüss!; Baba! [Ös.]; Bis dann! :: greet | Hi! | Hi!; Oi! | Bye!; Ta!; Later!
 holen {vt} | er/sie holt; er/sie bringt | er/sie hat/hatte (was) geholt :: fetch | he/she fetches | he/she has/had got
 lieben | jdn./etw. sehr lieben | jds. Liebe zu jdm. :: to love {x; y} | to love sb./sth. a lot | sb.’s love of sb.
@@ -590,7 +590,7 @@ def test_where_nothing_is_available_the_message_names_the_ways_out(debian, monke
 EVERYDAY = """Bank {f} | Die Bank ist rot. | Die Bank ist leer. :: bench | The bench is red. | The bench is empty.
 Bank {f} [fin.]; Sitz {m} | Die Bank hat zu. | rote Bank [fin.] :: bank; seat | The bank is closed. | red bank
 Bank {f} [geol.] | Sandbank {f} :: shoal | sandbank
-rot {adj} | Das Gras ist rot. | die rote Bank | die Bank ist :: red; ruddy | The grass is red. | the red bench | the bench is
+rot {adj} | Das Gras ist rot. | die rote Bank | die Bank ist | die leer ist :: red; ruddy | The grass is red. | the red bench | the bench is | that is empty
 rufen; jdn. holen {vt} | Ich kann dich rufen. | Du kannst ihn rufen. :: to call sb.; to shout | I can call you. | You can call him.
 können | Du kannst gehen. | du kannst | er kann :: can | You can go. | you can | he can
 """.rstrip("\n")  # noqa: E501
@@ -601,7 +601,9 @@ def test_the_everyday_part_of_a_dictionary_is_what_its_own_sentences_use(folder)
     write("de-en", f"{EVERYDAY}\nlang | {LONG} lang. | {LONG}. | {LONG}. :: long | Long. | Long. | Long.\n")
     found = known_texts.everyday_pairs(Path("de-en"))
     assert len(found["sentence"]) == 8 and found["sentence"][-1] == (f"{LONG}.", "Long.")
-    assert found["phrase"] == [("die Bank ist", "the bench is")]  # rote is in no sentence; the other is of a field
+    assert found["phrase"] == [
+        ("die Bank ist", "the bench is")
+    ]  # of the others, one word is in no sentence, one in one
     assert found["clause"] == [("Du kannst.", "You can.")]  # er is in none
     assert found["word"] == [("Bank", "bench"), ("Bank", "bank"), ("rot", "red"), ("rufen", "to call")]
 
@@ -779,7 +781,7 @@ BAD = {
         "--max_pair_ratio=9",
     ],
     "cannot read none.txt: No such file": ["--input=own.tsv", "--held_out=none.txt"],
-    "held_out=empty.tsv has no sentences; write one source per line": ["--input=own.tsv", "--held_out=empty.tsv"],
+    "held_out=dots.txt has no sentences; write one source per line": ["--input=own.tsv", "--held_out=dots.txt"],
     "tab.tsv, line 3 has no tab; write a line as": ["--input=own.tsv", "--held_out=tab.tsv"],
     "latin1.txt, line 1 is not UTF-8; set --encoding_errors": ["--input=own.tsv", "--held_out=latin1.txt"],
     "60 pairs, dropped: 60 held_out; change val_fraction=": [
@@ -807,6 +809,7 @@ def test_bad_input_is_one_line_that_names_the_place(folder, fails, complaint):
     write("blank.tsv", "\t\n\na\t\n")
     write("latin1.tsv", b"a\tb\nGr\xfcn\tgreen\n")
     write("latin1.txt", b"Gr\xfcn\n")
+    write("dots.txt", "…\n\n")
     packed = Path(write_tsv("damaged.tsv.gz", ROWS))
     packed.write_bytes(packed.read_bytes()[:-20])
     write_two("a.de", "a.en", ROWS)
