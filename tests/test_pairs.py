@@ -590,7 +590,7 @@ def test_where_nothing_is_available_the_message_names_the_ways_out(debian, monke
 EVERYDAY = """Bank {f} | Die Bank ist rot. | Die Bank ist leer. :: bench | The bench is red. | The bench is empty.
 Bank {f} [fin.]; Sitz {m} | Die Bank hat zu. | rote Bank [fin.] :: bank; seat | The bank is closed. | red bank
 Bank {f} [geol.] | Sandbank {f} :: shoal | sandbank
-rot {adj} | Das Gras ist rot. | die rote Bank | die Bank ist | die leer ist :: red; ruddy | The grass is red. | the red bench | the bench is | that is empty
+rot {adj} | Das Gras ist rot. | die rote Bank | die Bank ist | ist leer :: red; ruddy | The grass is red. | the red bench | the bench is | is empty
 rufen; jdn. holen {vt} | Ich kann dich rufen. | Du kannst ihn rufen. :: to call sb.; to shout | I can call you. | You can call him.
 können | Du kannst gehen. | du kannst | er kann :: can | You can go. | you can | he can
 """.rstrip("\n")  # noqa: E501
