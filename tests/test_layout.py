@@ -32,7 +32,8 @@ def test_no_function_takes_more_than_five_positional_parameters():
     assert {name: args for name, args in found.items() if len([a for a in args if a not in ("self", "cls")]) > 5} == {}
 
 
-TORCHLESS = "configurator files schema tokenizer documents corpus pairs token_files known_texts download run_folder"
+TORCHLESS = "configurator files schema tokenizer documents corpus pairs token_files known_texts dictionary"
+TORCHLESS += " download run_folder"
 
 
 @pytest.mark.parametrize("module", TORCHLESS.split(" "))

@@ -14,7 +14,7 @@ from test_prepare_data import contents, killed_at, meta, unreachable
 
 import prepare_data
 from humptygpt import corpus as corpus_module
-from humptygpt import download, known_texts, pairs, token_files
+from humptygpt import dictionary, download, known_texts, pairs, token_files
 from humptygpt.tokenizer import END_OF_TEXT, BytePairTokenizer, SentencePieceTokenizer, from_state
 
 SMALL = ["--name=mine", "--tokenizer=sentencepiece", "--vocab_size=330"]
@@ -521,7 +521,7 @@ PHRASES = [
 
 @pytest.mark.parametrize("kind, expected", [("sentence", SENTENCES), ("clause", CLAUSES), ("phrase", PHRASES)])
 def test_a_dictionary_is_read_without_its_markup(kind, expected):
-    found = known_texts.dictionary_pairs(DICTIONARY.split("\n"))
+    found = dictionary.dictionary_pairs(DICTIONARY.split("\n"))
     assert [tuple(pair) for found_kind, *pair in found if found_kind == kind] == expected
 
 
@@ -599,7 +599,7 @@ LONG = "Lang" + 24 * " lang"
 
 def test_the_everyday_part_of_a_dictionary_is_what_its_own_sentences_use(folder):
     write("de-en", f"{EVERYDAY}\nlang | {LONG} lang. | {LONG}. | {LONG}. :: long | Long. | Long. | Long.\n")
-    found = known_texts.everyday_pairs(Path("de-en"))
+    found = dictionary.everyday_pairs(Path("de-en"))
     assert len(found["sentence"]) == 8 and found["sentence"][-1] == (f"{LONG}.", "Long.")
     assert found["phrase"] == [
         ("die Bank ist", "the bench is")
@@ -611,7 +611,7 @@ def test_the_everyday_part_of_a_dictionary_is_what_its_own_sentences_use(folder)
 def test_a_rare_meaning_of_a_word_is_left_out(folder):
     lines = "".join(f"\nx | Die Bank {n}. :: x | The bench {n}." for n in range(40))
     write("de-en", EVERYDAY + lines)
-    found = known_texts.everyday_pairs(Path("de-en"))
+    found = dictionary.everyday_pairs(Path("de-en"))
     assert [word for word in found["word"] if word[0] == "Bank"] == [("Bank", "bench")]
 
 
