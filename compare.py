@@ -1,6 +1,6 @@
 """Compare runs: one table and one picture.
 
-    python compare.py out/article/*                    a row per run, in the order given; the picture goes to out/
+    python compare.py out/a out/b                      a row per run, in the order given; the picture goes to out/
     python compare.py $(ls -dtr out/*)                 the same, oldest first: the shell sorts them
     python compare.py out/* --csv=- > runs.csv         the table as data, in full precision
     python compare.py out/article/*/* --group=True     a group for each folder in out/article

@@ -539,7 +539,7 @@ class PostNormBlock(Block):
         if self.cross_attn:
             x = self.cross_norm(x + self.dropout(self.cross_attn(x, inputs, state)))
         if self.mlp:
-            x = self.mlp_norm(x + self.dropout(self.mlp(x)))
+            x = self.mlp_norm(x + self.dropout(self.feed_forward(x, inputs, state)))
         return x
 
 

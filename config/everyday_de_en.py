@@ -1,11 +1,10 @@
-# Everyday German to English: the model of config/translate_de_en.py on captions of photographs and on the everyday part
-# of a dictionary: its sentences, phrases and words.
+# Everyday German to English: an encoder-decoder on captions of photographs and on the everyday part of a dictionary: its
+# sentences, phrases and words.
 #
 #   python train.py config/everyday_de_en.py
 #   python sample.py --out_dir=out/everyday_de_en --start="Wo wohnst du?"
 #
 # Its time and its scores are unmeasured.
-# An epoch, about 960 steps, has the captions and the sentences twice, phrases and words once.
 
 out_dir = "out/everyday_de_en"
 dataset = "everyday_de_en"
@@ -19,19 +18,21 @@ block_size = 80  # tokens of the longest source, and of the longest target
 position = "rotary"
 norm = "rmsnorm"
 activation = "relu_squared"
+mlp_conv = 3  # each feed-forward network sees the three tokens before its own, too
 qk_norm = True
 init = "zero"
 
 dropout = 0.1
 label_smoothing = 0.1
-batch_size = 24  # as many pairs of similar length as fit into 24 times block_size tokens
-max_iters = 2500
-optimizer = "muon"
+batch_size = 12  # as many pairs of similar length as fit into 12 times block_size tokens
+max_iters = 6500
+optimizer = "normuon"
 learning_rate = 6e-3
 muon_learning_rate = 0.03
+muon_momentum = 0.9
 beta2 = 0.98
 schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
 weight_decay = 0.0
-eval_interval = 500
+eval_interval = 1300

@@ -206,8 +206,8 @@ def make_optimizer(config, model: nn.Module) -> Optimizer:
 
     Weight decay pulls matrices and embeddings towards zero, but not biases and norms.
     """
-    peak_lrs = {muon: config.muon_learning_rate, normuon: config.muon_learning_rate}
-    peak_lrs[adagrad] = config.ngram_learning_rate
+    muon_lr, ngram_lr = config.muon_learning_rate, config.ngram_learning_rate
+    peak_lrs = {muon: muon_lr, normuon: muon_lr, adagrad: ngram_lr}
     rules, groups = update_rules(config.optimizer), []
     for group, members in group_parameters(model).items():
         peak_lr = peak_lrs.get(rules[group], config.learning_rate)

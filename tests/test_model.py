@@ -32,7 +32,7 @@ VARIANTS = [
     {"n_kv_head": 1},
     {"window": 5},
     {"n_hidden": 40},
-    {"mlp_conv": 3},
+    *({"mlp_conv": 3, "block": name} for name in BLOCKS),
     {"mlp_conv": 40, "mlp": "gated", "block": "parallel"},
     {"position": "rotary", "rope_factor": 4.0, "rope_original_context": 16},
     {"block_size": 1},

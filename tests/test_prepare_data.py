@@ -399,6 +399,31 @@ def test_each_speech_in_the_package_is_a_document(folder, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith("\ntrain on it: python train.py config/sotu.py\n")
 
 
+def test_a_tenth_of_shakespeare_has_the_validation_split_of_the_whole(folder, monkeypatch):
+    monkeypatch.setattr(known_texts, "download", lambda url, path, sha256: write_text(path, make_text(5_005)))
+    prepare_data.main(["shakespeare_char"])
+    prepare_data.main(["shakespeare_char_tenth"])
+    (train_all, val_all), (train_tenth, val_tenth) = map(texts_of, ("shakespeare_char", "shakespeare_char_tenth"))
+    assert val_tenth == val_all and len(train_tenth) == len(val_all)
+    assert train_all.startswith(train_tenth)
+
+
+def test_in_a_generated_will_words_far_before_decide_the_pronouns_and_the_city(folder):
+    prepare_data.main(["wills"])
+    wills = "".join(texts_of("wills")).splitlines()
+    assert len(wills) == 40_000
+    for will in wills:
+        found = re.fullmatch(
+            r"(\w+) had a secret child, a (\w+) in (\w+), and (\w+) had written in (\w+) will that"
+            r" the [\w, ]+ should belong to (\w+) and be sent to (\w+)\.",
+            will,
+        )
+        person, child, city, he, his, her, sent = found.groups()
+        assert sent == city
+        assert her == {"girl": "her", "boy": "him"}[child]
+        assert (he, his) == (("he", "his") if person in "Damian Albert Bruno Carl Edgar" else ("she", "her"))
+
+
 @pytest.mark.parametrize("name", ["fineweb", "openwebtext"])
 def test_parquet_files_are_downloaded_once_and_at_most_as_many_as_files_says(folder, monkeypatch, name):
     fetched = []

@@ -1,0 +1,30 @@
+# A character is one number. The article: "Embeddings".
+#
+# A network of 256 neurons reads the last 8 characters and predicts the next one. What should a character be to it: one
+# number, or a vector of features that are trained with the rest?
+#
+#   python train.py config/article/01_embeddings/1-number.py
+#
+
+out_dir = "out/article/01_embeddings/1-number"
+dataset = "shakespeare_char"
+
+model = "window_mlp"
+n_embd = 1
+window = 8
+n_layer = 1
+n_hidden = 256
+activation = "relu"
+bias = True
+embedding = "number"  # its index in the vocabulary divided by the vocabulary size
+
+# training
+batch_size = 12
+block_size = 64
+max_iters = 1500
+learning_rate = 0.002
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 50
+eval_interval = 500

@@ -1,0 +1,30 @@
+# Tokens are subwords, and training takes about as long. The article: "Subword Tokenizers".
+#
+# The same network reads 8 tokens: characters, or subwords. Eight subwords reach back 19 characters, and each prediction
+# yields 2.4; but there are 1,024 of them to learn, and the output head is larger. So there are two comparisons: after
+# as many characters, and after as many seconds.
+#
+#   python train.py config/article/02_subwords/3-subwords-same-time.py
+#
+
+out_dir = "out/article/02_subwords/3-subwords-same-time"
+dataset = "shakespeare_sp"  # new: 1,024 subwords by sentencepiece
+
+model = "window_mlp"
+n_embd = 32
+window = 8
+n_layer = 1
+n_hidden = 256
+activation = "relu"
+bias = True
+
+# training
+batch_size = 12
+block_size = 64
+max_iters = 2500  # about as many seconds as 1-characters.py
+learning_rate = 0.002
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 50
+eval_interval = 1250

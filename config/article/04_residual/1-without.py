@@ -1,0 +1,31 @@
+# Each block's output replaces its input. The article: "Residual connections".
+#
+# Twelve blocks, as many as the smallest GPT-2 has. Does it matter that each adds its output to its input?
+#
+#   python train.py config/article/04_residual/1-without.py
+#
+
+out_dir = "out/article/04_residual/1-without"
+dataset = "shakespeare_char"
+
+n_layer = 12
+n_head = 4
+n_embd = 64
+block = "plain"  # without residual connections: f(norm(x))
+norm = "layernorm"
+mlp = "plain"
+activation = "gelu"
+position = "rotary"
+bias = True
+
+# training
+batch_size = 8
+block_size = 128
+max_iters = 500
+optimizer = "normuon"
+learning_rate = 0.006
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 20
+eval_interval = 100

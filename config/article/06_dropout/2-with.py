@@ -1,0 +1,33 @@
+# In training, each activation is zeroed with probability 0.1. The article: "Dropout".
+#
+# The text is short, a tenth of tiny Shakespeare, and read 18 times: a model can memorise it. That is where dropout is
+# used.
+#
+#   python train.py config/article/06_dropout/2-with.py
+#
+
+out_dir = "out/article/06_dropout/2-with"
+dataset = "shakespeare_char_tenth"
+
+n_layer = 4
+n_head = 4
+n_embd = 64
+block = "pre_norm"
+norm = "layernorm"
+mlp = "plain"
+activation = "gelu"
+position = "rotary"
+bias = True
+dropout = 0.1  # new
+
+# training
+batch_size = 8
+block_size = 128
+max_iters = 2000
+optimizer = "normuon"
+learning_rate = 0.006
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 20
+eval_interval = 250

@@ -1,0 +1,32 @@
+# One head of dimension 64. The article: "Multi-head Attention".
+#
+# The sentences of 03_attention and one block. A head has one set of weights for the tokens before, but what comes next
+# depends on the last few words and on some far back.
+#
+#   python train.py config/article/07_heads/1-one.py
+#
+
+out_dir = "out/article/07_heads/1-one"
+dataset = "wills"
+
+n_layer = 1
+n_head = 1  # one
+n_embd = 64
+block = "pre_norm"
+norm = "layernorm"
+mlp = "plain"
+activation = "gelu"
+position = "rotary"
+bias = True
+
+# training
+batch_size = 8
+block_size = 128
+max_iters = 1500
+optimizer = "normuon"
+learning_rate = 0.006
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 20
+eval_interval = 500

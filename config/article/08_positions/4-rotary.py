@@ -1,0 +1,33 @@
+# Queries and keys are rotated by their position, so that scores depend on distances, as in Llama. The article:
+# "Positional encoding and embedding".
+#
+# Attention alone does not see the order of the tokens before. For characters order is everything: without it, a word is
+# a bag of letters.
+#
+#   python train.py config/article/08_positions/4-rotary.py
+#
+
+out_dir = "out/article/08_positions/4-rotary"
+dataset = "shakespeare_char"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block = "pre_norm"
+norm = "layernorm"
+mlp = "plain"
+activation = "gelu"
+position = "rotary"  # new
+bias = True
+
+# training
+batch_size = 8
+block_size = 128
+max_iters = 600
+optimizer = "normuon"
+learning_rate = 0.006
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 20
+eval_interval = 200

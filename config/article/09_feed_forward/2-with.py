@@ -1,0 +1,32 @@
+# Four blocks of attention and a feed-forward network. The article: "The GPT architecture".
+#
+# In a GPT, each attention is followed by a feed-forward network, which has two thirds of the block's parameters. Would
+# they be of more use in more attention?
+#
+#   python train.py config/article/09_feed_forward/2-with.py
+#
+
+out_dir = "out/article/09_feed_forward/2-with"
+dataset = "shakespeare_char"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block = "pre_norm"
+norm = "layernorm"
+mlp = "plain"  # new
+activation = "gelu"
+position = "rotary"
+bias = True
+
+# training
+batch_size = 8
+block_size = 128
+max_iters = 600
+optimizer = "normuon"
+learning_rate = 0.006
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 20
+eval_interval = 200

@@ -1,0 +1,30 @@
+# Two hidden layers read the last 16 characters. The article: "The GPT architecture".
+#
+# From the network with which the ladder began to a GPT of all parts since: with as many parameters and as much text,
+# what have they gained?
+#
+#   python train.py config/article/10_gpt/1-window.py
+#
+
+out_dir = "out/article/10_gpt/1-window"
+dataset = "shakespeare_char"
+
+model = "window_mlp"
+n_embd = 32
+window = 16
+n_layer = 2
+n_hidden = 640  # as many parameters as 2-gpt.py
+activation = "relu"
+bias = True
+
+# training
+batch_size = 8
+block_size = 128
+max_iters = 600
+optimizer = "normuon"
+learning_rate = 0.006
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 20
+eval_interval = 200

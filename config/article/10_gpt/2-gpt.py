@@ -1,0 +1,32 @@
+# Four blocks read up to 128 characters. The article: "The GPT architecture".
+#
+# From the network with which the ladder began to a GPT of all parts since: with as many parameters and as much text,
+# what have they gained?
+#
+#   python train.py config/article/10_gpt/2-gpt.py
+#
+
+out_dir = "out/article/10_gpt/2-gpt"
+dataset = "shakespeare_char"
+
+n_layer = 4  # new, as are the seven lines below
+n_head = 4
+n_embd = 128
+block = "pre_norm"
+norm = "layernorm"
+mlp = "plain"
+activation = "gelu"
+position = "rotary"
+bias = True
+
+# training
+batch_size = 8
+block_size = 128
+max_iters = 600
+optimizer = "normuon"
+learning_rate = 0.006
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 20
+eval_interval = 200

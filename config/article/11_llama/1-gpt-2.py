@@ -1,0 +1,33 @@
+# Learned positions, LayerNorm, GELU, bias terms, the output head tied to the embedding. The article: "What makes large
+# language models work so well?".
+#
+# GPT-2's blocks, and those of Llama 3.1, five years younger. Their positions make most of the difference: see
+# 08_positions.
+#
+#   python train.py config/article/11_llama/1-gpt-2.py
+#
+
+out_dir = "out/article/11_llama/1-gpt-2"
+dataset = "shakespeare_char"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block = "pre_norm"
+norm = "layernorm"
+mlp = "plain"
+activation = "gelu"
+position = "learned"
+bias = True
+
+# training
+batch_size = 8
+block_size = 128
+max_iters = 600
+optimizer = "normuon"
+learning_rate = 0.006
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 20
+eval_interval = 200

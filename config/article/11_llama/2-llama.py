@@ -1,0 +1,35 @@
+# Rotary positions, RMSNorm, gated feed-forward networks (SwiGLU), grouped queries, no bias terms, an output head of its
+# own. The article: "What makes large language models work so well?".
+#
+# GPT-2's blocks, and those of Llama 3.1, five years younger. Their positions make most of the difference: see
+# 08_positions.
+#
+#   python train.py config/article/11_llama/2-llama.py
+#
+
+out_dir = "out/article/11_llama/2-llama"
+dataset = "shakespeare_char"
+
+n_layer = 4
+n_head = 4
+n_kv_head = 2  # two heads share keys and values
+n_embd = 128
+block = "pre_norm"
+norm = "rmsnorm"
+mlp = "gated"
+activation = "silu"
+position = "rotary"
+bias = False
+tie_weights = False
+
+# training
+batch_size = 8
+block_size = 128
+max_iters = 600
+optimizer = "normuon"
+learning_rate = 0.006
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 20
+eval_interval = 200
