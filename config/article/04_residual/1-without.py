@@ -4,6 +4,7 @@
 #
 #   python train.py config/article/04_residual/1-without.py
 #
+# On 2 CPU cores it takes 33 s and reaches 4.830 bits per byte, 4.829 to 4.830 with three seeds.
 
 out_dir = "out/article/04_residual/1-without"
 dataset = "shakespeare_char"
@@ -21,11 +22,11 @@ bias = True
 # training
 batch_size = 8
 block_size = 128
-max_iters = 500
+max_iters = 400
 optimizer = "normuon"
 learning_rate = 0.006
 beta2 = 0.95
 schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
-eval_interval = 100
+eval_interval = 400

@@ -1,9 +1,11 @@
 # Blocks read their input with mean 0 and variance 1. The article: "Layer Normalization".
 #
-# Twelve blocks again, with residual connections. Does it matter that each normalises its input?
+# Twelve blocks again, with residual connections, as GPT-2 has them, trained by AdamW. Does it matter that each
+# normalises its input?
 #
 #   python train.py config/article/05_norm/2-with.py
 #
+# On 2 CPU cores it takes 43 s and reaches 3.238 bits per byte, 3.222 to 3.247 with three seeds.
 
 out_dir = "out/article/05_norm/2-with"
 dataset = "shakespeare_char"
@@ -15,17 +17,16 @@ block = "pre_norm"
 norm = "layernorm"  # new
 mlp = "plain"
 activation = "gelu"
-position = "rotary"
+position = "learned"
 bias = True
 
 # training
-batch_size = 8
-block_size = 128
-max_iters = 500
-optimizer = "normuon"
-learning_rate = 0.006
+batch_size = 12
+block_size = 64
+max_iters = 800
+learning_rate = 0.002
 beta2 = 0.95
 schedule = "linear"
 min_lr = 0.0
-warmup_iters = 20
-eval_interval = 100
+warmup_iters = 50
+eval_interval = 800

@@ -5,6 +5,7 @@
 #
 #   python train.py config/article/07_heads/1-one.py
 #
+# On 2 CPU cores it takes 13 s and reaches 0.190 bits per byte, 0.188 to 0.193 with three seeds.
 
 out_dir = "out/article/07_heads/1-one"
 dataset = "wills"

@@ -5,6 +5,7 @@
 #
 #   python train.py config/article/08_positions/1-none.py
 #
+# On 2 CPU cores it takes 23 s and reaches 3.061 bits per byte, 3.041 to 3.077 with three seeds.
 
 out_dir = "out/article/08_positions/1-none"
 dataset = "shakespeare_char"
@@ -22,11 +23,11 @@ bias = True
 # training
 batch_size = 8
 block_size = 128
-max_iters = 600
+max_iters = 500
 optimizer = "normuon"
 learning_rate = 0.006
 beta2 = 0.95
 schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
-eval_interval = 200
+eval_interval = 250

