@@ -262,13 +262,16 @@ class DecoderState:
                     picked = held.new_empty(len(rows), *held.shape[1:])
                     picked[:, :, : self.length] = held[rows, :, : self.length]
                     setattr(layer, name, picked)
-        for owner, names in (
-            *((layer, ("cross_k", "cross_v", "last_inputs")) for layer in self.layers),
-            (self, ("padding", "source_padding", "last_tokens")),
-        ):
-            for name in names:
-                held = getattr(owner, name)
-                setattr(owner, name, None if held is None else held[rows])
+            for name in ("cross_k", "cross_v", "last_inputs"):
+                select_rows(layer, name, rows)
+        for name in ("padding", "source_padding", "last_tokens"):
+            select_rows(self, name, rows)
+
+
+def select_rows(state: LayerState | DecoderState, name: str, rows: Tensor) -> None:
+    """The attribute of this name, None or a tensor, becomes these of its rows."""
+    held = getattr(state, name)
+    setattr(state, name, None if held is None else held[rows])
 
 
 # --------------------------------------------------------------------------------------

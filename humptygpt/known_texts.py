@@ -109,8 +109,7 @@ def humpty_dumpty(name: str, files: int | None) -> tuple[str, str]:
         "Couldn't put Humpty together again.\n"
     )
     path = DOWNLOADS / "humpty_dumpty.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: file.write(10 * rhyme.encode()))
+    write_text(path, 10 * rhyme)
     return str(path), "Humpty Dumpty, ten times over"
 
 
@@ -120,7 +119,7 @@ def shakespeare_tenth(name: str, files: int | None) -> tuple[str, str]:
     text = Path(source).read_text(encoding="utf-8")
     tenth = len(text) - int(0.9 * len(text))
     path = DOWNLOADS / f"{name}.txt"
-    write_whole(path, lambda file: file.write((text[:tenth] + text[-tenth:]).encode()))
+    write_text(path, text[:tenth] + text[-tenth:])
     return str(path), f"the first and the last tenth of {description}"
 
 
@@ -148,8 +147,7 @@ def wills(name: str, files: int | None) -> tuple[str, str]:
             f" should belong to {her} and be sent to {city}.\n"
         )
     path = DOWNLOADS / f"{name}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: file.write("".join(lines).encode()))
+    write_text(path, "".join(lines))
     return str(path), f"{len(lines):,} generated wills"
 
 
@@ -273,8 +271,12 @@ def multi30k_splits(paths: list[Path]) -> PairFiles:
 
 
 def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
-    """A TSV, left alone where it has these pairs already: a stopped preparation resumes only on unchanged files."""
-    data = "".join(f"{source}\t{target}\n" for source, target in pairs).encode()
+    write_text(path, "".join(f"{source}\t{target}\n" for source, target in pairs))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file left alone where it has this text already: a stopped preparation resumes only on unchanged files."""
+    data = text.encode()
     if not path.exists() or path.read_bytes() != data:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: file.write(data))

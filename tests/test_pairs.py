@@ -661,15 +661,15 @@ def test_some_of_the_sentences_are_for_validation_and_more_data_moves_none(every
 
 
 @pytest.mark.parametrize("captions", ["data/everyday_de_en", "data/translate_de_en"])
-@pytest.mark.parametrize("dictionary", ["de-en", "de-en.txt", "de-en.txt.gz"])
-def test_a_users_own_files_need_no_network(folder, monkeypatch, capsys, captions, dictionary):
+@pytest.mark.parametrize("name", ["de-en", "de-en.txt", "de-en.txt.gz"])
+def test_a_users_own_files_need_no_network(folder, monkeypatch, capsys, captions, name):
     monkeypatch.setattr(known_texts, "download", None)
     monkeypatch.setattr(known_texts, "debian_package", None)
     write_multi30k(GIVEN, folder=captions)
-    write(f"data/everyday_de_en/{dictionary}", everyday_lines())
+    write(f"data/everyday_de_en/{name}", everyday_lines())
     prepare_data.main(["everyday_de_en", "--vocab_size=330"])
     printed = capsys.readouterr()
-    assert f"selecting everyday German from data/everyday_de_en/{dictionary}\n" in printed.err
+    assert f"selecting everyday German from data/everyday_de_en/{name}\n" in printed.err
     assert re.search(r"^151 sentences, \d of them for validation; 0 clauses, 0 phrases, 0 words$", printed.err, re.M)
     assert printed.out.endswith("\ntrain on it: python train.py config/everyday_de_en.py\n")
     written = meta("everyday_de_en")

@@ -1,7 +1,7 @@
 # Learned positions, LayerNorm, GELU, bias terms, the output head tied to the embedding. The article: "What makes large
 # language models work so well?".
 #
-# GPT-2's blocks, and those of Llama 3.1, five years younger. Their positions make most of the difference: see
+# GPT-2's blocks, and those of Llama 3.1, five years later. Their positions make most of the difference: see
 # 08_positions.
 #
 #   python train.py config/article/11_llama/1-gpt-2.py

@@ -1,7 +1,7 @@
 # Rotary positions, RMSNorm, gated feed-forward networks (SwiGLU), grouped queries, no bias terms, an output head of its
 # own. The article: "What makes large language models work so well?".
 #
-# GPT-2's blocks, and those of Llama 3.1, five years younger. Their positions make most of the difference: see
+# GPT-2's blocks, and those of Llama 3.1, five years later. Their positions make most of the difference: see
 # 08_positions.
 #
 #   python train.py config/article/11_llama/2-llama.py
