@@ -203,36 +203,60 @@ POSITIONS = {
 
 
 class LayerState:
-    """Keys and values of one block, in buffers that are made once."""
+    """Keys and values of one block, in buffers that hold `size` tokens."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self):
         self.k = self.v = None  # (B, H, size, D), made when the first token shows shape, dtype and device
         self.cross_k = self.cross_v = None  # (B, H, S, D), of the encoder's output
-        self.last_inputs = None  # (B, up to n, C), of a convolution over n tokens before each
+        self.last_inputs = None  # (B, up to n, C), the newest first, of a convolution over n tokens before each
 
-    def append(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """k, v: (B, H, T, D) of the tokens from start on. Returns those of all tokens up to there, (B, H, S, D)."""
+    def append(self, k: Tensor, v: Tensor, end: int, size: int) -> tuple[Tensor, Tensor]:
+        """k, v: (B, H, T, D) of the tokens before position `end` of the buffer. Returns all up to it, (B, H, end, D)."""
         if self.k is None:
             B, H, _, D = k.shape
-            self.k, self.v = k.new_empty(B, H, self.size, D), v.new_empty(B, H, self.size, D)
-        end = start + k.shape[2]
-        self.k[:, :, start:end], self.v[:, :, start:end] = k, v
+            self.k, self.v = k.new_empty(B, H, size, D), v.new_empty(B, H, size, D)
+        self.k[:, :, end - k.shape[2] : end], self.v[:, :, end - k.shape[2] : end] = k, v
         return self.k[:, :, :end], self.v[:, :, :end]
+
+    def copy(self, first: int, end: int, size: int, rows: Tensor | None = None) -> None:
+        """Move what the buffers hold from `first` to `end` into new ones, of these rows of the batch; None: of all."""
+        for name in ("k", "v"):
+            if (old := getattr(self, name)) is not None:
+                kept = old[:, :, first:end] if rows is None else old[rows, :, first:end]
+                new = old.new_empty(*kept.shape[:2], size, old.shape[-1])
+                new[:, :, : end - first] = kept
+                setattr(self, name, new)
 
 
 class DecoderState:
     """A decoder's KV cache: what it keeps of the tokens read. Its length is an int: no step waits for a GPU.
 
+    size: the most tokens that will be read. window: of sliding-window attention; keys and values that are out of every
+    later token's reach are dropped, so that the buffers never hold more than about twice as many; 0: keep all.
     padding: (B,) int64, how many of the first tokens of each text are padding, idx -1, where a batch holds texts of
     different lengths; None: all texts start at the first token.
     """
 
-    def __init__(self, n_layer: int, size: int, padding: Tensor | None = None):
-        self.length, self.padding = 0, padding
-        self.layers = [LayerState(size) for _ in range(n_layer)]
+    def __init__(self, n_layer: int, size: int, window: int = 0, padding: Tensor | None = None):
+        self.length = 0  # tokens read
+        self.held = 0  # of these, the newest, that the buffers hold
+        self.size = min(size, 2 * window) if window else size
+        self.window, self.padding = window, padding
+        self.layers = [LayerState() for _ in range(n_layer)]
         self.source_padding = None  # (B, S) bool, of the text that cross-attention looks at
         self.last_tokens = None  # (B, up to n - 1), token ids, for an n-gram embedding
+
+    def make_room(self, T: int) -> int:
+        """For the next T tokens. Returns how many tokens they can attend to, themselves included."""
+        if self.held + T > self.size:
+            assert self.window, f"{self.held + T} tokens, but the state was made for {self.size}"
+            kept = min(self.held, self.window - 1)
+            self.size = max(2 * self.window, kept + T)
+            for layer in self.layers:
+                layer.copy(self.held - kept, self.held, self.size)
+            self.held = kept
+        self.held += T
+        return self.held
 
     def positions(self, T: int) -> PositionIds:
         """Of the next T tokens."""
@@ -241,27 +265,23 @@ class DecoderState:
         index = torch.arange(self.length, self.length + T, device=self.padding.device)
         return (index - self.padding[:, None]).clamp(min=0)
 
-    def padding_mask(self, T: int) -> Tensor | None:
-        """(B, S) bool, True where a token is padding, of those read and the next T."""
+    def padding_mask(self, T: int, S: int) -> Tensor | None:
+        """(B, S) bool, True where a token is padding, of the last S up to the next T."""
         if self.padding is None:
             return None
-        return torch.arange(self.length + T, device=self.padding.device) < self.padding[:, None]
+        end = self.length + T
+        return torch.arange(end - S, end, device=self.padding.device) < self.padding[:, None]
 
     def clear(self) -> None:
         """Forget the tokens, but not the source."""
-        self.length, self.last_tokens, self.padding = 0, None, None
+        self.length, self.held, self.last_tokens, self.padding = 0, 0, None, None
         for layer in self.layers:
             layer.last_inputs = None
 
     def select(self, rows: Tensor) -> None:
         """The batch becomes these of its rows, int64 (any number,), in this order; a row may occur several times."""
         for layer in self.layers:
-            for name in ("k", "v"):
-                held = getattr(layer, name)
-                if held is not None:
-                    picked = held.new_empty(len(rows), *held.shape[1:])
-                    picked[:, :, : self.length] = held[rows, :, : self.length]
-                    setattr(layer, name, picked)
+            layer.copy(0, self.held, self.size, rows)
             for name in ("cross_k", "cross_v", "last_inputs"):
                 select_rows(layer, name, rows)
         for name in ("padding", "source_padding", "last_tokens"):
@@ -281,7 +301,7 @@ def select_rows(state: LayerState | DecoderState, name: str, rows: Tensor) -> No
 class BlockInputs(NamedTuple):
     """What is the same for all blocks of a stack in one forward pass."""
 
-    start: int  # tokens read before these
+    cached: tuple[int, int] | None  # where these tokens end in the state's buffers, and the buffers' size
     mask: Tensor | None  # broadcasts to (B, H, T, S), added to the scores of self-attention
     is_causal: bool  # instead of a mask: no token attends to a later one
     rotary: tuple[Tensor, Tensor] | None  # as from PositionalEncoding.rotary
@@ -377,6 +397,7 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, kv_heads * self.head_size, config.bias)
         self.v_proj = Linear(C, kv_heads * self.head_size, config.bias)
         self.o_proj = Linear(C, C, config.bias, ends_branch=True)
+        self.qkv_proj = None  # the three of self-attention in one, where inference.py has fused them
 
     def queries(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, H, T, D)."""
@@ -406,13 +427,30 @@ class SelfAttention(Attention):
 
     def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
         """x: (B, T, C), which follow the tokens in the state. Returns (B, T, C)."""
-        q = self.queries(x)
-        k, v = self.keys_and_values(x)
-        if inputs.rotary:
-            q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)
+        if self.qkv_proj:
+            q, k, v = self.fused_queries_keys_values(x, inputs.rotary)
+        else:
+            q = self.queries(x)
+            k, v = self.keys_and_values(x)
+            if inputs.rotary:
+                q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)
         if state:
-            k, v = state.append(k, v, inputs.start)
+            k, v = state.append(k, v, *inputs.cached)
         return self.attend_and_project(q, k, v, inputs.mask, inputs.is_causal)
+
+    def fused_queries_keys_values(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by one matrix product, and with queries and keys normalised and rotated together."""
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        n_head = self.o_proj.in_features // self.head_size
+        kv_heads = (heads.shape[1] - n_head) // 2
+        qk, v = heads.split((n_head + kv_heads, kv_heads), dim=1)
+        if self.qk_norm:
+            qk = F.rms_norm(qk, qk.shape[-1:])
+        if rotary:
+            qk = rotate(qk, rotary)
+        return *qk.split((n_head, kv_heads), dim=1), v
 
 
 class CrossAttention(Attention):
@@ -506,9 +544,10 @@ class Block(nn.Module):
         if self.conv and inputs.padding is not None:
             x = x.masked_fill(inputs.padding[..., None], 0)
         if self.conv and state:
-            with_last = x if state.last_inputs is None else torch.cat([state.last_inputs, x], dim=1)
-            state.last_inputs = with_last[:, -len(self.conv.weight) :]
-            x = self.conv(with_last)[:, -x.shape[1] :]
+            before, newest_first = state.last_inputs, x if x.shape[1] == 1 else x.flip(1)
+            state.last_inputs = newest_first if before is None else torch.cat([newest_first, before], dim=1)
+            state.last_inputs = state.last_inputs[:, : len(self.conv.weight)]
+            x = self.conv(x, before)
         elif self.conv:
             x = self.conv(x)
         return self.mlp(x)
@@ -614,15 +653,16 @@ class Stack(nn.Module):
         B, T, _ = x.shape
         start = state.length if state else 0
         assert start + T <= self.block_size, f"{start + T} tokens, but block_size is {self.block_size}"
-        at = slice(start, start + T)
+        at, S, cached = slice(start, start + T), T, None
         if state:
-            at, padding = state.positions(T), state.padding_mask(T)
-        mask, is_causal = self.self_mask(B, T, start + T, x.device, padding)
+            S = state.make_room(T)
+            at, padding, cached = state.positions(T), state.padding_mask(T, S), (S, state.size)
+        mask, is_causal = self.self_mask(B, T, S, x.device, padding)
         context_mask = None
         if context_padding is not None:
             context_mask = attention_mask(T, context_padding.shape[1], x.device, padding=context_padding)
-        new_padding = None if padding is None else padding[:, start:]
-        inputs = BlockInputs(start, mask, is_causal, self.position.rotary(at), context, context_mask, new_padding)
+        new_padding = None if padding is None else padding[:, S - T :]
+        inputs = BlockInputs(cached, mask, is_causal, self.position.rotary(at), context, context_mask, new_padding)
 
         x = self.dropout(self.embed_norm(self.position.embed(x, at)))
         for block, layer in zip(self.blocks, state.layers if state else [None] * len(self.blocks), strict=True):
@@ -676,9 +716,15 @@ class GPT(nn.Module):
         """
         return with_loss(self, self.lm_head(self.stack(embed_tokens(self, idx, state), state)), targets)
 
-    def make_state(self, padding: Tensor | None = None) -> DecoderState:
-        """An empty state with room for block_size tokens; padding: as DecoderState has it."""
-        return DecoderState(self.config.n_layer, self.config.block_size, padding)
+    def next_logits(self, idx: Tensor, state: DecoderState | None = None) -> Tensor:
+        """As forward, but of the token after the last one alone: (B, V)."""
+        x = self.stack(embed_tokens(self, idx, state), state)
+        return with_loss(self, self.lm_head(x[:, -1]), None)[0]
+
+    def make_state(self, padding: Tensor | None = None, size: int | None = None) -> DecoderState:
+        """An empty state; padding, size: as DecoderState has them; None: block_size."""
+        config = self.config
+        return DecoderState(config.n_layer, min(size or config.block_size, config.block_size), config.window, padding)
 
 
 class Transformer(nn.Module):
@@ -718,6 +764,11 @@ class Transformer(nn.Module):
         x = self.decoder(embed_tokens(self, idx, state), state, context=context, context_padding=padding)
         return with_loss(self, self.lm_head(x), targets)
 
+    def next_logits(self, idx: Tensor, state: DecoderState) -> Tensor:
+        """As forward, but of the token after the last one alone: (B, V)."""
+        x = self.decoder(embed_tokens(self, idx, state), state, context_padding=state.source_padding)
+        return with_loss(self, self.lm_head(x[:, -1]), None)[0]
+
     def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """source: (B, S), as in forward. Returns the encoder's output, (B, S, C), and where it is padding, (B, S)."""
         padding = source < 0
@@ -730,7 +781,7 @@ class Transformer(nn.Module):
         """
         context, padding = self.encode(source)
         assert padded or padding.is_meta or not padding.any(), "padding needs padded=True"
-        state = DecoderState(self.config.n_layer, self.config.block_size)
+        state = DecoderState(self.config.n_layer, self.config.block_size, self.config.window)
         state.source_padding = padding if padded else None
         for block, layer in zip(self.decoder.blocks, state.layers, strict=True):
             layer.cross_k, layer.cross_v = block.cross_attn.keys_and_values(context)

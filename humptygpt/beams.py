@@ -81,9 +81,9 @@ def beam_search(
     hypotheses = Hypotheses(source.new_empty(len(source), 1, 0), zeros.bool(), zeros.long(), zeros, zeros)
     found: dict[int, Translation] = {}  # of each sentence, the best so far that has ended
     for step in range(limit):
-        logits, _ = model(idx, state=state)
+        logits = model.next_logits(idx, state)
         n, k = hypotheses.score.shape
-        logp = logits[:, -1, :tokenizer_vocab_size].float().log_softmax(dim=-1).view(n, k, -1)
+        logp = logits[:, :tokenizer_vocab_size].float().log_softmax(dim=-1).view(n, k, -1)
         hypotheses, extends = extend(hypotheses, logp, eot, num_beams, length_penalty)
         last = step == limit - 1
         collect(found, sentences.tolist(), hypotheses, eot, last)

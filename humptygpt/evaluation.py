@@ -51,9 +51,8 @@ def sample_text(model: nn.Module, tokenizer: Tokenizer, device: torch.device, dt
     """300 tokens."""
     model.eval()
     idx = torch.from_numpy(tokenizer.start()).to(device)[None]
-    generator = torch.Generator(device).manual_seed(1337)
     with autocast(device, dtype):
-        tokens = list(generate(model, idx, 300, tokenizer.vocab_size, temperature=0.8, generator=generator))
+        tokens = list(generate(model, idx, 300, tokenizer.vocab_size, temperature=0.8))
     return tokenizer.decode(torch.cat(tokens).tolist()).strip()
 
 

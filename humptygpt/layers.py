@@ -33,12 +33,16 @@ class CausalConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(n, n_embd))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, T, C). Returns (B, T, C)."""
-        y = x
-        for back, weight in enumerate(self.weight[: x.shape[1] - 1], start=1):
-            y = torch.addcmul(y, F.pad(x, (0, 0, back, -back)), weight.to(x.dtype), value=self.GAIN)
-        return y
+    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
+        """x: (B, T, C); before: (B, up to n, C), the tokens before them, the newest first. Returns (B, T, C)."""
+        if before is not None and x.shape[1] == 1:  # while generating; the fewer operators, the faster
+            weight = self.weight[: before.shape[1]].to(x.dtype)
+            return torch.add(x, (before * weight).sum(dim=1, keepdim=True), alpha=self.GAIN)
+        text = x if before is None else torch.cat([before.flip(1), x], dim=1)
+        y = text
+        for back, weight in enumerate(self.weight[: text.shape[1] - 1], start=1):
+            y = torch.addcmul(y, F.pad(text, (0, 0, back, -back)), weight.to(x.dtype), value=self.GAIN)
+        return y if before is None else y[:, -x.shape[1] :]
 
 
 class Dropout(nn.Module):

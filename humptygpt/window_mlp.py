@@ -76,3 +76,7 @@ class WindowMLP(nn.Module):
         for layer in self.layers:
             x = self.dropout(self.activation(layer(x)))
         return with_loss(self, self.lm_head(x), targets)
+
+    def next_logits(self, idx: Tensor) -> Tensor:
+        """As forward, but of the token after the last one alone: (B, V)."""
+        return self(idx[:, -self.config.window :])[0][:, -1]
