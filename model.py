@@ -211,7 +211,7 @@ class LayerState:
         self.last_inputs = None  # (B, up to n, C), the newest first, of a convolution over n tokens before each
 
     def append(self, k: Tensor, v: Tensor, end: int, size: int) -> tuple[Tensor, Tensor]:
-        """k, v: (B, H, T, D) of the tokens before position `end` of the buffer. Returns all up to it, (B, H, end, D)."""
+        """k, v: (B, H, T, D), which go before position `end` of the buffers. Returns all up to it, (B, H, end, D)."""
         if self.k is None:
             B, H, _, D = k.shape
             self.k, self.v = k.new_empty(B, H, size, D), v.new_empty(B, H, size, D)
@@ -391,11 +391,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: "ModelConfig"):
         super().__init__()
-        C, kv_heads = config.n_embd, config.n_kv_head or config.n_head
+        C, self.n_head, self.n_kv_head = config.n_embd, config.n_head, config.n_kv_head or config.n_head
         self.head_size, self.qk_norm, self.dropout = C // config.n_head, config.qk_norm, config.dropout
         self.q_proj = Linear(C, C, config.bias)
-        self.k_proj = Linear(C, kv_heads * self.head_size, config.bias)
-        self.v_proj = Linear(C, kv_heads * self.head_size, config.bias)
+        self.k_proj = Linear(C, self.n_kv_head * self.head_size, config.bias)
+        self.v_proj = Linear(C, self.n_kv_head * self.head_size, config.bias)
         self.o_proj = Linear(C, C, config.bias, ends_branch=True)
         self.qkv_proj = None  # the three of self-attention in one, where inference.py has fused them
 
@@ -443,14 +443,12 @@ class SelfAttention(Attention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same by one matrix product, and with queries and keys normalised and rotated together."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-        n_head = self.o_proj.in_features // self.head_size
-        kv_heads = (heads.shape[1] - n_head) // 2
-        qk, v = heads.split((n_head + kv_heads, kv_heads), dim=1)
+        qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
         if self.qk_norm:
             qk = F.rms_norm(qk, qk.shape[-1:])
         if rotary:
             qk = rotate(qk, rotary)
-        return *qk.split((n_head, kv_heads), dim=1), v
+        return *qk.split((self.n_head, self.n_kv_head), dim=1), v
 
 
 class CrossAttention(Attention):
@@ -650,6 +648,22 @@ class Stack(nn.Module):
 
         padding: (B, T), True where x is no token. context: (B, S, C), for cross-attention, and its padding: (B, S).
         """
+        x, inputs = self.enter(x, state, padding, context, context_padding)
+        for block, layer in zip(self.blocks, state.layers if state else [None] * len(self.blocks), strict=True):
+            x = block(x, inputs, layer)
+        if state:
+            state.length += x.shape[1]
+        return self.norm(x)
+
+    def enter(
+        self,
+        x: Tensor,
+        state: DecoderState | None = None,
+        padding: Tensor | None = None,
+        context: Tensor | None = None,
+        context_padding: Tensor | None = None,
+    ) -> tuple[Tensor, BlockInputs]:
+        """As forward. Returns what enters the first block, and what all blocks need beside it."""
         B, T, _ = x.shape
         start = state.length if state else 0
         assert start + T <= self.block_size, f"{start + T} tokens, but block_size is {self.block_size}"
@@ -663,13 +677,7 @@ class Stack(nn.Module):
             context_mask = attention_mask(T, context_padding.shape[1], x.device, padding=context_padding)
         new_padding = None if padding is None else padding[:, S - T :]
         inputs = BlockInputs(cached, mask, is_causal, self.position.rotary(at), context, context_mask, new_padding)
-
-        x = self.dropout(self.embed_norm(self.position.embed(x, at)))
-        for block, layer in zip(self.blocks, state.layers if state else [None] * len(self.blocks), strict=True):
-            x = block(x, inputs, layer)
-        if state:
-            state.length += T
-        return self.norm(x)
+        return self.dropout(self.embed_norm(self.position.embed(x, at))), inputs
 
     def self_mask(
         self, B: int, T: int, S: int, device: torch.device, padding: Tensor | None
@@ -718,8 +726,11 @@ class GPT(nn.Module):
 
     def next_logits(self, idx: Tensor, state: DecoderState | None = None) -> Tensor:
         """As forward, but of the token after the last one alone: (B, V)."""
-        x = self.stack(embed_tokens(self, idx, state), state)
-        return with_loss(self, self.lm_head(x[:, -1]), None)[0]
+        return self.head(self.stack(embed_tokens(self, idx, state), state)[:, -1])
+
+    def head(self, x: Tensor) -> Tensor:
+        """x: (..., C), of the stack. Returns logits, (..., V)."""
+        return with_loss(self, self.lm_head(x), None)[0]
 
     def make_state(self, padding: Tensor | None = None, size: int | None = None) -> DecoderState:
         """An empty state; padding, size: as DecoderState has them; None: block_size."""

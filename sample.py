@@ -3,31 +3,44 @@
     python sample.py --out_dir=out/shakespeare_char
     python sample.py --out_dir=out/shakespeare_char --start="ROMEO:" --num_samples=1 --temperature=0
     python sample.py --out_dir=out/shakespeare_char --start=FILE:prompt.txt > text.txt
+    echo "ROMEO:" | python sample.py --out_dir=out/shakespeare_char --start=-
+    python sample.py --out_dir=out/shakespeare_char --prompts=prompts.txt --stop=X     a prompt on each line
+    python sample.py --out_dir=out/shakespeare_char --interactive=True
+    python sample.py --out_dir=out/shakespeare_char --logprobs=5     each token's probability, and the likeliest five
+    python sample.py --out_dir=out/shakespeare_char --score=text.txt     how well the model predicts a text
     python sample.py --out_dir=out/translate_de_en --start="Wo wohnst du?"
     python sample.py --out_dir=out/translate_de_en --start=FILE:german.txt > english.txt     line by line
 
-Only text goes to stdout, all else to stderr.
+Only text goes to stdout, or with --logprobs JSON lines, all else to stderr.
 """
 
+import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from humptygpt import checkpoint, configurator
 from humptygpt.beams import NUM_BEAMS, translate
 from humptygpt.configurator import UserError, check, setting, without_effect
 from humptygpt.device import DTYPES, autocast, pick_device, sample_dtype
-from humptygpt.generation import generate
+from humptygpt.generation import Context, Sampler, bytes_per_text, continue_texts
+from humptygpt.inference import prepare_for_generation
+from humptygpt.scoring import log_probabilities
+from humptygpt.streams import TextStream
 from humptygpt.tokenizer import END_OF_TEXT, Tokenizer
 
-LINES = 500  # of a text that are translated before the first of them is printed
+TRANSLATED_AT_ONCE = 500  # lines of a text, before the first of them is printed
+CONTINUED_AT_ONCE = 64  # texts, but all samples of one prompt
 TEXT = {"only_with": {"task": "language modelling"}}
 SAMPLING = TEXT | {"not_with": {"temperature": 0.0}}
 TRANSLATION = {"only_with": {"task": "translation"}}
@@ -40,9 +53,27 @@ class SampleConfig:
     )
     out_dir: str = setting("out", "folder of the run to sample from")
     checkpoint: str = setting("best", "best.pt (lowest loss), or latest: ckpt.pt", choices=("best", "latest"))
-    start: str | None = setting(None, "the prompt, or FILE:path of one; None: end-of-text, or a line break")
-    num_samples: int = setting(3, "texts, generated together in one batch", at_least=1, **TEXT)
+    start: str | None = setting(
+        None, "the prompt, FILE:path of one, or - for standard input; None: end-of-text, or a line break"
+    )
+    prompts: str | None = setting(None, "a file with a prompt on each line; they are continued together", **TEXT)
+    interactive: bool = setting(False, "read prompts from the terminal; each goes on where the last text ended")
+    score: str | None = setting(None, "a text file: how well does the model predict it?", **TEXT)
+    stride: int | None = setting(
+        None,
+        "of --score: tokens that each window is further than the last; None: half of block_size",
+        at_least=1,
+        **TEXT,
+    )
+    num_samples: int = setting(3, "texts for each prompt, generated together in one batch", at_least=1, **TEXT)
     max_new_tokens: int = setting(500, "tokens of each after the prompt", at_least=1)
+    stop: tuple[str, ...] = setting((), "a text ends before this, which is not printed; several may be given", **TEXT)
+    logprobs: int | None = setting(
+        None,
+        "JSON lines: tokens, their log-probabilities and the K likeliest; on a terminal, colours",
+        at_least=0,
+        **TEXT,
+    )
 
     num_beams: int = setting(NUM_BEAMS, "hypotheses; 1: greedy", "beam search", at_least=1, **TRANSLATION)
     length_penalty: float = setting(
@@ -52,6 +83,12 @@ class SampleConfig:
     temperature: float = setting(0.8, "below 1 sharper, above 1 more random; 0: greedy", "sampling", at_least=0, **TEXT)
     top_k: int | None = setting(200, "sample from the k most probable tokens only", at_least=1, **SAMPLING)
     top_p: float | None = setting(None, "nucleus sampling: probability kept", above=0, at_most=1, **SAMPLING)
+    min_p: float | None = setting(
+        None, "leave out tokens less probable than this times the most probable", at_least=0, at_most=1, **SAMPLING
+    )
+    repetition_penalty: float = setting(
+        1.0, "above 1 makes tokens that the text already has less probable", above=0, at_most=100, **TEXT
+    )
     seed: int = setting(1337, "the same seed gives the same text", at_least=0, below=2**63, **SAMPLING)
     context: str = setting(
         "fast",
@@ -62,6 +99,7 @@ class SampleConfig:
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", "system")
     dtype: str = setting("auto", "auto: float32 on a CPU; " + ", ".join(DTYPES), choices=("auto", *DTYPES))
+    quantize: str | None = setting(None, "int8: weights in 8 bits, on a CPU", choices=("int8",))
     compile: bool = setting(False, "nanoGPT's key; has no effect: every length of text would be compiled again")
 
     def __post_init__(self):
@@ -70,106 +108,334 @@ class SampleConfig:
             raise ValueError(f"init_from={self.init_from}: GPT-2's weights cannot be read yet; leave it at resume")
         if self.init_from != "resume":
             raise ValueError(f"init_from={self.init_from} is not one of: resume")
+        if "" in self.stop:
+            raise ValueError("stop= is empty: every text would end at once; give at least one character")
+        modes = ("start", "prompts", "score"), ("interactive", "prompts", "score"), ("interactive", "logprobs", "score")
+        for keys in modes:
+            given = [key for key in keys if getattr(self, key) not in (None, False)]
+            if len(given) > 1:
+                raise ValueError(f"{given[0]} and {given[1]} exclude each other; leave one of them out")
+        if self.stride is not None and self.score is None:
+            raise ValueError(f"stride={self.stride} is for --score=FILE alone")
+        if self.quantize and self.dtype not in ("auto", "float32"):
+            raise ValueError(
+                f"quantize={self.quantize} has weights in 8 bits, not in dtype={self.dtype}; leave dtype out"
+            )
+
+    def sampling(self) -> dict:
+        keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+        return {key: getattr(self, key) for key in keys}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model, made for generation, and what belongs to it."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    task: str
+    device: torch.device
+    autocast: AbstractContextManager  # in which the model is to be used
 
 
 def main(argv: list[str]) -> None:
     given = configurator.read(argv, SampleConfig)
     config = configurator.make(SampleConfig, given)
-    device = pick_device(config.device)
-    dtype = sample_dtype(config.dtype, device)
-    model, tokenizer, saved = load(config)
-    model.to(device)
-    settings = asdict(config) | {"task": saved["task"]}
-    for key, why in without_effect(settings, SampleConfig).items():
+    loaded = load(config.out_dir, config.checkpoint, device=config.device, dtype=config.dtype, quantize=config.quantize)
+    for key, why in without_effect(asdict(config) | {"task": loaded.task}, SampleConfig).items():
         if key in given:
             print(f"note: {key}={given[key]} has no effect {why}", file=sys.stderr)
     if config.compile:
         print("note: compile=True has no effect in sample.py", file=sys.stderr)
-    with autocast(device, dtype):
-        if saved["task"] == "translation":
-            print_translations(config, model, tokenizer)
+    with loaded.autocast:
+        if config.interactive:
+            converse(config, loaded)
+        elif loaded.task == "translation":
+            print_translations(config, loaded)
+        elif config.score:
+            print_score(config, loaded)
         else:
-            print_texts(config, model, tokenizer, device)
+            print_texts(config, loaded)
 
 
-def load(config: SampleConfig) -> checkpoint.Loaded:
-    path = Path(config.out_dir) / {"best": "best.pt", "latest": "ckpt.pt"}[config.checkpoint]
-    if config.checkpoint == "best" and not os.path.exists(path) and os.path.exists(path.with_name("ckpt.pt")):
+def load(
+    out_dir: str, which: str = "best", *, device: str = "auto", dtype: str = "auto", quantize: str | None = None
+) -> Loaded:
+    """The model of a run; the keys are those of SampleConfig. Raises UserError."""
+    place = pick_device(device)
+    precision = sample_dtype(dtype, place)
+    if quantize and place.type != "cpu":
+        raise UserError(f"quantize={quantize} is for CPUs, and the device is {place}; use --dtype=bfloat16")
+    path = Path(out_dir) / {"best": "best.pt", "latest": "ckpt.pt"}[which]
+    if which == "best" and not os.path.exists(path) and os.path.exists(path.with_name("ckpt.pt")):
         path = path.with_name("ckpt.pt")
         print(f"note: no evaluation has found a best model yet; taking {path}", file=sys.stderr)
-    loaded = checkpoint.load_model(path)
-    progress = loaded.saved["progress"]
+    model, tokenizer, saved = checkpoint.load_model(path)
+    progress = saved["progress"]
     print(f"{path}: iter {progress['iter']}, best val loss {progress['best_val_loss']:.4f}", file=sys.stderr)
-    return loaded
+    del saved["model"]
+    on_cpu = place.type == "cpu"  # where products in low precision are no matter of autocast, but of the weights
+    model = prepare_for_generation(model.to(place), precision if on_cpu else torch.float32, quantize == "int8")
+    context = autocast(place, torch.float32 if on_cpu else precision)
+    return Loaded(model, tokenizer, saved["task"], place, context)
 
 
 # --------------------------------------------------------------------------------------
 # Text
 
 
-def print_texts(config: SampleConfig, model: nn.Module, tokenizer: Tokenizer, device: torch.device) -> None:
+def complete(loaded: Loaded, prompt: str, max_new_tokens: int = 500, *, stop: tuple[str, ...] = (), **sampling) -> str:
+    """The prompt and its continuation, for a notebook; sampling: temperature, top_k, top_p, min_p, seed and so on."""
+    _, ids = encode_prompt(prompt, loaded.tokenizer)
+    idx = torch.from_numpy(ids).to(loaded.device)[None]
+    stream, stopped, text = TextStream(loaded.tokenizer, stop), set(), prompt
+    context = Context(loaded.model, idx, idx.shape[1] + max_new_tokens)
+    sampler = Sampler([0], max_new_tokens, **sampling)
+    vocab_size, eot = loaded.tokenizer.vocab_size, loaded.tokenizer.eot
+    with loaded.autocast:
+        for step in continue_texts(context, sampler, max_new_tokens, vocab_size, eot=eot, stopped=stopped):
+            text += stream.feed(step.ids[0])
+            if stream.ended:
+                stopped.add(0)
+    return text + stream.close()
+
+
+def print_texts(config: SampleConfig, loaded: Loaded) -> None:
     num_samples = config.num_samples if config.temperature else 1
     if num_samples < config.num_samples:
         print("note: at temperature=0 all texts are the same; here is one", file=sys.stderr)
-    prompt, ids = read_prompt(config.start, tokenizer)
-    new_tokens = generate(
-        model,
-        torch.from_numpy(ids).to(device).repeat(num_samples, 1),
-        config.max_new_tokens,
-        tokenizer.vocab_size,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
+    prompts = read_prompts(config, loaded)
+    texts = [(number, sample) for number in range(len(prompts)) for sample in range(num_samples)]
+    size = max(len(ids) for _, ids in prompts) + config.max_new_tokens
+    at_once = max(num_samples, CONTINUED_AT_ONCE)
+    if len(texts) > (fit := texts_that_fit(loaded, size)):
+        if num_samples > fit:
+            raise UserError(f"num_samples={num_samples} do not fit into memory; {fit:,} would")
+        at_once = min(at_once, fit)
+    for first in range(0, len(texts), at_once):
+        print_batch(prompts, texts[first : first + at_once], config, loaded)
+
+
+def print_batch(
+    prompts: list[tuple[str, np.ndarray]], texts: list[tuple[int, int]], config: SampleConfig, loaded: Loaded
+) -> None:
+    """texts: (number of the prompt, number of the sample). The first is printed while it is written."""
+    tokenizer, n = loaded.tokenizer, config.max_new_tokens
+    context = Context(
+        loaded.model,
+        left_padded([prompts[number][1] for number, _ in texts]).to(loaded.device),
+        max(len(ids) for _, ids in prompts) + n,
         exact=config.context == "exact",
-        generator=torch.Generator(device).manual_seed(config.seed),
     )
-    others = []  # the tokens of the texts beside the first, (num_samples - 1,) a step
+    sampler = Sampler([sample for _, sample in texts], n, **config.sampling())
+    streams, stopped = [TextStream(tokenizer, config.stop) for _ in texts], set()
+    written = [prompts[number][0] for number, _ in texts]
+    colours, json_lines = shown_logprobs(config)
 
-    def first_text() -> Iterator[int]:
-        for first, *rest in map(Tensor.tolist, new_tokens):
-            others.append(rest)
-            yield first
+    def write(row: int, text: str) -> None:
+        written[row] += text
+        if row == 0 and not json_lines:
+            print(text, end="", flush=True)
 
-    print(prompt, end="", flush=True)
-    for piece in tokenizer.decode_stream(first_text()):
-        print(piece, end="", flush=True)
-    print(flush=True)
-    for ids_of_text in zip(*others, strict=True):
+    if texts[0] != (0, 0) and not json_lines:
         print("---------------", file=sys.stderr, flush=True)
-        print(prompt + tokenizer.decode(ids_of_text), flush=True)
+    write(0, "")
+    print("" if json_lines else written[0], end="", flush=True)
+    for step in continue_texts(context, sampler, n, tokenizer.vocab_size, eot=tokenizer.eot, stopped=stopped):
+        if config.logprobs is not None:
+            logprobs = step.logits.log_softmax(dim=-1)
+        for i, (row, token) in enumerate(zip(step.rows, step.ids, strict=True)):
+            if json_lines:
+                print(json_line(texts[row], token, logprobs[i], config.logprobs, tokenizer), flush=True)
+            text = streams[row].feed(token)
+            write(row, coloured(text, float(logprobs[i, token])) if colours else text)
+            if streams[row].ended:
+                stopped.add(row)
+    if json_lines:
+        return
+    for row, stream in enumerate(streams):
+        write(row, stream.close())
+    print(flush=True)
+    for text in written[1:]:
+        print("---------------", file=sys.stderr, flush=True)
+        print(text, flush=True)
+
+
+def left_padded(prompts: list[np.ndarray]) -> torch.Tensor:
+    """(B, T) int64, -1 before the first token of the shorter ones."""
+    longest = max(map(len, prompts))
+    return torch.from_numpy(np.stack([np.pad(ids, (longest - len(ids), 0), constant_values=-1) for ids in prompts]))
+
+
+def texts_that_fit(loaded: Loaded, size: int) -> int:
+    """How many texts of this many tokens can be continued together in the memory that is free."""
+    if loaded.device.type == "cuda":
+        free = torch.cuda.mem_get_info(loaded.device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    return int(0.9 * free) // bytes_per_text(loaded.model.config, size)
+
+
+def read_prompts(config: SampleConfig, loaded: Loaded) -> list[tuple[str, np.ndarray]]:
+    """(the prompt as it is shown, its token ids) for each text to be continued."""
+    tokenizer, block_size = loaded.tokenizer, loaded.model.config.block_size
+    if config.prompts is None:
+        prompts = [
+            start_prompt(tokenizer) if config.start is None else encode_prompt(read_start(config.start), tokenizer)
+        ]
+    else:
+        lines = read_text(config.prompts).splitlines()
+        prompts = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                prompts.append(encode_prompt(line, tokenizer))
+            except UserError as error:
+                raise UserError(f"{config.prompts}, line {number:,}: {error}") from error
+        if not prompts:
+            raise UserError(f"{config.prompts} has no prompts; write one on each line")
+    for number, (_, ids) in enumerate(prompts, start=1):
+        if len(ids) > block_size:
+            which = "the prompt" if config.prompts is None else f"the prompt in line {number:,}"
+            print(f"note: {which} has {len(ids):,} tokens; the last {block_size:,} are read", file=sys.stderr)
+    return prompts
 
 
 def read_start(start: str) -> str:
-    """What --start says, or the content of the file that it names."""
-    if not start.startswith("FILE:"):
-        return start
+    """What --start says, or the content of what it names."""
+    if start == "-":
+        return sys.stdin.read()
+    return read_text(start[5:]) if start.startswith("FILE:") else start
+
+
+def read_text(path: str) -> str:
     try:
-        return Path(start[5:]).read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"cannot read the prompt {Path(start[5:])}: {reason}") from error
+        raise UserError(f"cannot read the text {Path(path)}: {reason}") from error
 
 
-def read_prompt(start: str | None, tokenizer: Tokenizer) -> tuple[str, np.ndarray]:
-    """(the prompt as it is shown, its token ids)."""
-    if start is None:
-        ids = tokenizer.start()
-        return "" if tokenizer.eot is not None else tokenizer.decode(ids), ids
-    start = read_start(start)
-    ids = np.array([], dtype=np.int64)
-    text = start
-    if tokenizer.eot is not None and start.startswith(END_OF_TEXT):  # as nanoGPT's users write it
-        ids, text = tokenizer.start(), start.removeprefix(END_OF_TEXT)
-    if not start:
+def start_prompt(tokenizer: Tokenizer) -> tuple[str, np.ndarray]:
+    """The prompt where none is given, as encode_prompt() has it."""
+    ids = tokenizer.start()
+    return "" if tokenizer.eot is not None else tokenizer.decode(ids), ids
+
+
+def encode_prompt(text: str, tokenizer: Tokenizer) -> tuple[str, np.ndarray]:
+    """(the prompt as it is shown, its token ids). Raises UserError where it is empty or has unknown characters."""
+    if not text:
         raise UserError("an empty prompt; give at least one character, or leave --start out")
+    ids = np.array([], dtype=np.int64)
+    if tokenizer.eot is not None and text.startswith(END_OF_TEXT):  # as nanoGPT's users write it
+        ids, text = tokenizer.start(), text.removeprefix(END_OF_TEXT)
     return text, np.concatenate([ids, tokenizer.encode(text)]) if text else ids
+
+
+# --------------------------------------------------------------------------------------
+# Log-probabilities and scores
+
+COLOURS = ((0.5, 32), (0.1, 36), (0.01, 33), (0.0, 31))  # from this probability on: green, cyan, yellow, red
+
+
+def shown_logprobs(config: SampleConfig) -> tuple[bool, bool]:
+    """(colours on a terminal, JSON lines elsewhere): how log-probabilities are shown, if at all."""
+    if config.logprobs is None:
+        return False, False
+    if not sys.stdout.isatty():
+        return False, True
+    legend = ", ".join(f"\033[{code}m{at_least:.0%}\033[0m" for at_least, code in COLOURS)
+    print(f"colours: the token's probability is at least {legend}", file=sys.stderr)
+    return True, False
+
+
+def coloured(text: str, logprob: float) -> str:
+    """The text in the colour of its token's probability."""
+    code = next(code for at_least, code in COLOURS if np.exp(logprob) >= at_least)
+    return f"\033[{code}m{text}\033[0m" if text else ""
+
+
+def json_line(text: tuple[int, int], token: int, logprobs: torch.Tensor, k: int, tokenizer: Tokenizer) -> str:
+    """One token of a text, (number of the prompt, number of the sample), and the k likeliest; logprobs: (V,)."""
+
+    def entry(token: int) -> dict:
+        piece = tokenizer.pieces[token].decode("utf-8", "replace")
+        return {"token": token, "text": piece, "logprob": round(float(logprobs[token]), 6)}
+
+    likeliest = logprobs.topk(min(k, len(logprobs))).indices.tolist() if k else []
+    line = {"prompt": text[0], "sample": text[1], **entry(token), "top": [entry(other) for other in likeliest]}
+    return json.dumps(line, ensure_ascii=False)
+
+
+def print_score(config: SampleConfig, loaded: Loaded) -> None:
+    """Of the text in a file, from its second token on, or from its first where end-of-text can come before it."""
+    tokenizer, block_size = loaded.tokenizer, loaded.model.config.block_size
+    ids = tokenizer.encode(read_text(config.score))
+    if tokenizer.eot is not None:
+        ids = np.concatenate([tokenizer.start(), ids])
+    if len(ids) < 2:
+        raise UserError(f"{config.score} has no token to predict; give a longer text")
+    stride = config.stride or max(1, block_size // 2)
+    if stride > block_size:
+        raise UserError(f"stride={stride} leaves tokens out; it must be at most block_size={block_size}")
+    nats = -log_probabilities(loaded.model, ids, stride, loaded.device).astype(np.float64)
+    size = int(tokenizer.token_bytes()[ids[1:]].sum())
+    print(
+        f"{nats.mean():.4f} nats per token, {nats.sum() / np.log(2) / size:.4f} bits per byte,"
+        f" perplexity {np.exp(nats.mean()):.2f}, {nats.sum():.2f} nats in all;"
+        f" {len(nats):,} tokens, {size:,} bytes, windows of {block_size:,} tokens, each {stride:,} further"
+    )
+
+
+# --------------------------------------------------------------------------------------
+# Prompt after prompt
+
+
+def converse(config: SampleConfig, loaded: Loaded) -> None:
+    """Read a line, write what follows it, and so on; what has been read and written is kept. Ends with Ctrl-D."""
+    print("Ctrl-D ends; an empty line goes on", file=sys.stderr)
+    if loaded.task == "translation":
+        for line in typed_lines():
+            print(translate_lines([line], 1, config, loaded)[0], flush=True)
+        return
+    tokenizer, n, context = loaded.tokenizer, config.max_new_tokens, None
+    first = [] if config.start is None else [read_start(config.start)]
+    for turn, line in enumerate(chain(first, typed_lines())):
+        try:
+            ids = encode_prompt(line, tokenizer)[1] if line else tokenizer.start() if context is None else None
+        except UserError as error:
+            print(f"note: {error}", file=sys.stderr)
+            continue
+        if context is None:
+            context = Context(loaded.model, to_batch(ids, loaded), exact=config.context == "exact")
+        elif ids is not None:
+            context.append(to_batch(ids, loaded))
+        sampler, stream, stopped = Sampler([turn], n, **config.sampling()), TextStream(tokenizer, config.stop), set()
+        for step in continue_texts(context, sampler, n, tokenizer.vocab_size, eot=tokenizer.eot, stopped=stopped):
+            print(stream.feed(step.ids[0]), end="", flush=True)
+            if stream.ended:
+                stopped.add(0)
+        print(stream.close(), flush=True)
+
+
+def typed_lines() -> Iterator[str]:
+    """Lines from standard input, after a prompt where a person types them."""
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+
+
+def to_batch(ids: np.ndarray, loaded: Loaded) -> torch.Tensor:
+    """(1, T), on the device."""
+    return torch.from_numpy(ids).to(loaded.device)[None]
 
 
 # --------------------------------------------------------------------------------------
 # Translations
 
 
-def print_translations(config: SampleConfig, model: nn.Module, tokenizer: Tokenizer) -> None:
+def print_translations(config: SampleConfig, loaded: Loaded) -> None:
     """One line for each line of the text; an empty one stays empty."""
     if config.start is None:
         raise UserError('nothing to translate; give a sentence, as --start="Wo wohnst du?", or --start=FILE:german.txt')
@@ -177,15 +443,15 @@ def print_translations(config: SampleConfig, model: nn.Module, tokenizer: Tokeni
     if not text:
         raise UserError("an empty text; give at least one character to translate")
     lines = [" ".join(line.split()) for line in text.removesuffix("\n").split("\n")]
-    for first in tqdm(range(0, len(lines), LINES), unit=f"{LINES} lines", delay=2, disable=None):
-        for translation in translate_lines(lines[first : first + LINES], first + 1, config, model, tokenizer):
+    unit = f"{TRANSLATED_AT_ONCE} lines"
+    for first in tqdm(range(0, len(lines), TRANSLATED_AT_ONCE), unit=unit, delay=2, disable=None):
+        for translation in translate_lines(lines[first : first + TRANSLATED_AT_ONCE], first + 1, config, loaded):
             print(translation, flush=True)
 
 
-def translate_lines(
-    lines: list[str], number: int, config: SampleConfig, model: nn.Module, tokenizer: Tokenizer
-) -> list[str]:
+def translate_lines(lines: list[str], number: int, config: SampleConfig, loaded: Loaded) -> list[str]:
     """A translation for each line; number: of the first line, for notes."""
+    model, tokenizer = loaded.model, loaded.tokenizer
     # without the end-of-text token; a source that shares the context with its translation has half of it
     room = (model.config.block_size if model.has_encoder else model.config.block_size // 2) - 1
     sources = {}

@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-TEXTS = tuple[str, ...]  # the type of a key that takes several texts
+TEXTS = tuple[str, ...]  # the type of a key that takes several texts: --key=ONE --key=ANOTHER
 
 
 class UserError(ValueError):
@@ -112,7 +112,8 @@ def read(argv: list[str], *classes: type, positional: str | None = None) -> dict
             check_key(name, hints, "")
             if not equals:
                 raise UserError(f"{argument} has no value; write --{name}=VALUE")
-            given[name] = parse(name, text, hints[name])
+            value = parse(name, text, hints[name])
+            given[name] = (*given.get(name, ()), *value) if hints[name] == TEXTS else value
         elif positional is not None and hints[positional] == TEXTS:
             given[positional] = (*given.get(positional, ()), argument)
         elif positional is not None:

@@ -1,6 +1,7 @@
 """A model and a prompt -> new tokens: logits -> probabilities -> token, again and again."""
 
 from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def probabilities(
     """
     if temperature == 0:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the shift changes nothing but cannot overflow
+    logits = logits / max(temperature, 1e-30)  # which is as good as greedy, and does not overflow
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
     probs = logits.softmax(dim=-1)
@@ -83,7 +84,7 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     text, whatever the vocabulary, and rounding hardly ever changes a token. It is V where a probability is nan.
     """
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).flatten()
 
 
 def uniform_numbers(seed: int, samples: list[int], n: int) -> Tensor:
@@ -119,7 +120,9 @@ class Context:
         self.model, self.size = model, size
         self.exact, self.cached = exact or not model.has_state, cached and model.has_state
         self.chunks, self.length = [idx], idx.shape[1]  # of all tokens, (B, T) and then (B, 1) for each step
-        self.first = (idx < 0).sum(dim=1).tolist()  # of each text, where its context begins
+        block_size = model.config.block_size
+        # of each text, where its context begins
+        self.first = [max(padding, self.length - block_size) for padding in (idx < 0).sum(dim=1).tolist()]
         self.state = None
         self.restart()
 
@@ -141,7 +144,11 @@ class Context:
             self.first = [first if self.length - first <= block_size else self.length - kept for first in self.first]
             self.restart()
         if self.cached:
-            new = self.chunks[-1] if self.length - self.chunks[-1].shape[1] == self.read else self.tokens()[:, self.read :]
+            last = self.chunks[-1]
+            new = last if self.length - last.shape[1] == self.read else self.tokens()[:, self.read :]
+            if self.state.padding is not None and not self.state.length:  # a token before the context is none
+                columns = torch.arange(new.shape[1], device=new.device)
+                new = new.masked_fill(columns < self.state.padding[:, None], -1)
             self.read = self.length
             return self.model.next_logits(new, self.state)
         if len(set(self.first)) == 1:
@@ -221,15 +228,29 @@ class Sampler:
             self.seen = self.seen[rows]
 
 
+def bytes_per_text(config, size: int) -> int:
+    """What continuing one text of `size` tokens takes, its keys, values and logits; config: a ModelConfig."""
+    kept = min(size, config.block_size, 2 * config.window or config.block_size)
+    head_size = config.n_embd // config.n_head
+    cache = 2 * config.n_layer * (config.n_kv_head or config.n_head) * head_size * kept
+    return 4 * (cache + 8 * config.vocab_size)
+
+
+class Step(NamedTuple):
+    """One more token of each text that still goes on."""
+
+    rows: list[int]  # of these texts, in the batch as it was given
+    ids: list[int]  # their new tokens
+    logits: Tensor  # (len(rows), V), float32, as the model gave them
+
+
 def generate(
     model: nn.Module,
     idx: Tensor,
     max_new_tokens: int,
     tokenizer_vocab_size: int | None = None,
     *,
-    samples: list[int] | None = None,
     eot: int | None = None,
-    stopped: Collection[int] = (),
     exact: bool = False,
     cached: bool = True,
     **sampling,
@@ -237,12 +258,15 @@ def generate(
     """Continue idx, (B, T) token ids with T >= 1, by max_new_tokens; yields each new token as (B,).
 
     idx: -1 before the first token of the shorter texts. tokenizer_vocab_size: ids from here on pad the model's
-    vocabulary and are never sampled. samples, sampling: of Sampler; by default 0, 1, 2, ... exact, cached: of Context.
-    eot, stopped: see continue_texts().
+    vocabulary and are never sampled. eot: ends a text, which is then continued by -1; None: nothing does. exact,
+    cached: of Context. sampling: of Sampler.
     """
     context = Context(model, idx, idx.shape[1] + max_new_tokens, exact=exact, cached=cached)
-    sampler = Sampler(list(range(len(idx))) if samples is None else samples, max_new_tokens, **sampling)
-    return continue_texts(context, sampler, max_new_tokens, tokenizer_vocab_size, eot=eot, stopped=stopped)
+    sampler = Sampler(list(range(len(idx))), max_new_tokens, **sampling)
+    for step in continue_texts(context, sampler, max_new_tokens, tokenizer_vocab_size, eot=eot):
+        tokens = idx.new_full((len(idx),), -1)
+        tokens[step.rows] = idx.new_tensor(step.ids)
+        yield tokens
 
 
 @torch.inference_mode()
@@ -254,36 +278,27 @@ def continue_texts(
     *,
     eot: int | None = None,
     stopped: Collection[int] = (),
-) -> Iterator[Tensor]:
-    """Yields each new token as (B,); a text ends after eot, and where the caller puts its row into stopped.
+) -> Iterator[Step]:
+    """Sample token after token. A text ends after eot, and where the caller puts its row into stopped meanwhile.
 
-    What has ended is -1 and costs nothing more. Raises UserError where the model's logits are not finite.
+    Raises UserError where the model's logits are not finite.
     """
     vocab_size = tokenizer_vocab_size or context.model.config.vocab_size
     sampler.read(context.tokens(), vocab_size)
-    B = len(context.tokens())
-    rows, ended = list(range(B)), set()  # those that go on; those after eot
+    rows = list(range(len(context.first)))
     for _ in range(max_new_tokens):
-        tokens = sampler.draw(context.next_logits()[:, :vocab_size].float())
+        logits = context.next_logits()[:, :vocab_size].float()
+        tokens = sampler.draw(logits)
         context.append(tokens[:, None])
         ids = tokens.tolist()
         if max(ids) >= vocab_size:
             raise UserError("the model's logits are not finite: has its training diverged?")
-        yield tokens if len(rows) == B else spread(tokens, rows, B)
-        if eot in ids:
-            ended.update(row for row, token in zip(rows, ids, strict=True) if token == eot)
-        if ended or stopped:
-            left = [i for i, row in enumerate(rows) if row not in ended and row not in stopped]
+        yield Step(rows, ids, logits)
+        if stopped or eot in ids:
+            left = [i for i, row in enumerate(rows) if ids[i] != eot and row not in stopped]
             if not left:
                 return
             if len(left) < len(rows):
                 rows = [rows[i] for i in left]
                 context.select(left)
                 sampler.select(left)
-
-
-def spread(tokens: Tensor, rows: list[int], B: int) -> Tensor:
-    """(B,): tokens in these rows, -1 in the others."""
-    spread_out = tokens.new_full((B,), -1)
-    spread_out[rows] = tokens
-    return spread_out

@@ -1,10 +1,20 @@
 """Sampling: logits, probabilities, tokens."""
 
+import copy
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from test_model import VARIANTS, random_model
 
 import model as models
-from humptygpt.generation import generate, probabilities, uniform_numbers
+from humptygpt import generation
+from humptygpt.configurator import UserError
+from humptygpt.generation import Context, Sampler, continue_texts, draw, generate, probabilities, uniform_numbers
+from humptygpt.inference import prepare_for_generation
 from model import POSITIONS, ModelConfig
 
 
@@ -107,3 +117,172 @@ def test_ids_that_only_pad_the_vocabulary_are_never_sampled():
 def test_a_batch_of_texts_has_different_texts():
     first, second = continuation(tiny_model(), torch.ones(2, 3, dtype=torch.long), 20)
     assert first != second
+
+
+# --------------------------------------------------------------------------------------
+# What is kept of the probabilities, against slow and obvious references
+
+LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=200)
+
+
+def reference(logits: list[float], top_k: int | None, top_p: float | None, min_p: float | None) -> np.ndarray:
+    """One text, token by token, in float64."""
+    left = set(range(len(logits)))
+    if top_k is not None:
+        least = sorted(logits, reverse=True)[: max(1, top_k)][-1]
+        left = {i for i in left if logits[i] >= least}
+    weights = {i: np.exp(logits[i] - max(logits)) for i in left}
+    probs = {i: weight / sum(weights.values()) for i, weight in weights.items()}
+    if top_p is not None:
+        total, nucleus = 0.0, []
+        for p in sorted(probs.values(), reverse=True):
+            if total >= top_p:
+                break
+            total += p
+            nucleus.append(p)
+        probs = {i: p for i, p in probs.items() if p >= nucleus[-1]}
+    if min_p is not None:
+        probs = {i: p for i, p in probs.items() if p >= min_p * max(probs.values())}
+    return np.array([probs.get(i, 0.0) / sum(probs.values()) for i in range(len(logits))])
+
+
+@given(LOGITS, st.none() | st.integers(1, 250), st.none() | st.floats(0.01, 0.99), st.none() | st.floats(0, 1))
+def test_filters_keep_what_a_slow_reference_keeps(logits, top_k, top_p, min_p):
+    logits = [float(x) for x in np.round(logits, 1)]  # ties, and no near ties that rounding could decide
+    found = probabilities(torch.tensor([logits, logits[::-1]]), 1.0, top_k, top_p, min_p).double().numpy()
+    expected = reference(logits, top_k, top_p, min_p)
+    if top_p is not None:  # where the sum is within rounding of p, one token more or less is right, too
+        ranked = np.cumsum(sorted(reference(logits, top_k, None, None), reverse=True))
+        if np.abs(ranked - top_p).min() < 1e-5:
+            return
+    if min_p is not None and np.abs(expected[expected > 0].min() - min_p * expected.max()) < 1e-6:
+        return
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    np.testing.assert_allclose(found[1], expected[::-1], atol=1e-5)
+
+
+def test_top_p_looks_further_until_it_has_p():
+    logits = torch.arange(5000)[None] * 1e-3
+    ranked = logits.softmax(-1).double().flip(-1).cumsum(-1)
+    assert int((probabilities(logits, top_p=0.9) > 0).sum()) == int((ranked < 0.9).sum()) + 1 == 2244
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=1), st.floats(0.5, 3))
+def test_the_repetition_penalty_makes_what_was_seen_less_probable(tokens, penalty):
+    logits, seen = (torch.tensor([column]) for column in zip(*tokens, strict=True))
+    found = generation.penalize_repetition(logits.double(), seen, penalty)
+    expected = [(x / penalty if x > 0 else x * penalty) if once else x for x, once in tokens]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-6, atol=1e-30)
+
+
+def test_the_repetition_penalty_counts_the_prompt_and_the_tokens_drawn_but_no_padding():
+    sampler = Sampler([0, 1], 3, repetition_penalty=1e9, temperature=0)
+    sampler.read(torch.tensor([[-1, 2], [1, 1]]), 4)
+    logits = torch.tensor([[1.0, 2.0, 3.0, 2.5]] * 2)
+    assert [sampler.draw(logits).tolist() for _ in range(3)] == [[3, 2], [1, 3], [0, 0]]
+    sampler.select([1])
+    assert sampler.seen.tolist() == [[True, True, True, True]]
+
+
+def test_frequencies_of_100_000_draws_match_the_probabilities():
+    probs = probabilities(torch.tensor([[0.0, 1.0, -3.0, 2.0, 0.5, -torch.inf]]), top_p=0.99)
+    uniform = uniform_numbers(7, [0], 100_000)[:, 0]
+    counts = torch.bincount(draw(probs.expand(100_000, -1), uniform), minlength=6).double()
+    expected = probs[0].double() * 100_000
+    assert counts[expected == 0].sum() == 0
+    chi_square = ((counts - expected) ** 2 / expected)[expected > 0].sum()
+    assert chi_square < 23.5  # with 4 degrees of freedom or fewer, one in ten thousand is above
+
+
+def test_the_largest_random_number_draws_a_token_that_has_a_probability():
+    probs = torch.tensor([[0.1, 0.9 - 1e-8, 0.0, 0.0]])
+    assert draw(probs, torch.tensor([[1 - 2**-40]], dtype=torch.float64)).tolist() == [1]
+    assert float(uniform_numbers(0, list(range(50)), 1000).max()) <= 1 - 2**-40
+    assert draw(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0]], dtype=torch.float64)).tolist() == [1]
+
+
+def test_random_numbers_depend_on_seed_sample_and_position_alone():
+    numbers = uniform_numbers(3, [5, 9, 5], 10)
+    assert torch.equal(numbers[:, 0], numbers[:, 2]) and torch.equal(numbers[:4, 1], uniform_numbers(3, [9], 4)[:, 0])
+    assert len({*numbers[:, :2].flatten().tolist(), *uniform_numbers(4, [5], 10).flatten().tolist()}) == 30
+
+
+# --------------------------------------------------------------------------------------
+# Texts of different lengths, together and one by one
+
+
+def alone(model, prompt: list[int], n: int, sample: int, **options) -> list[int]:
+    """The continuation of one prompt without a cache and without company."""
+    exact = options.pop("exact", False)
+    context = Context(model, torch.tensor([prompt]), exact=exact, cached=False)
+    return [step.ids[0] for step in continue_texts(context, Sampler([sample], n, **options), n)]
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(f"{k}-{x}" for k, x in v.items()))
+def test_each_text_of_a_padded_batch_is_what_it_is_alone_before_and_past_block_size(variant, exact):
+    model = random_model(**{"block_size": 8} | variant | ({"window": 8} if variant.get("window", 0) > 8 else {})).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    prompts, n = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 1, 2, 3, 4], [2, 2, 3, 4, 5, 6]], 20
+    idx = torch.stack([F.pad(torch.tensor(prompt), (10 - len(prompt), 0), value=-1) for prompt in prompts])
+    expected = [alone(model, prompt, n, i, temperature=0.9, exact=exact) for i, prompt in enumerate(prompts)]
+    for ready in (model, prepare_for_generation(copy.deepcopy(model))):
+        together = torch.stack(list(generate(ready, idx, n, temperature=0.9, exact=exact)), dim=1)
+        assert together.tolist() == expected
+        pairs = torch.stack(list(generate(ready, idx[:2], n, temperature=0.9, exact=exact)), dim=1)
+        assert pairs.tolist() == expected[:2]
+
+
+def test_a_text_ends_after_eot_and_costs_nothing_more():
+    model, rows = tiny_model(), []
+    next_logits = model.next_logits
+    model.next_logits = lambda idx, state=None: rows.append(len(idx)) or next_logits(idx, state)
+    idx = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    free = torch.stack(list(generate(model, idx, 20)), dim=1).tolist()
+    eot = free[1][4]
+    rows.clear()
+    ended = torch.stack(list(generate(model, idx, 20, eot=eot)), dim=1).tolist()
+    for text, all_tokens in zip(ended, free, strict=True):
+        length = all_tokens.index(eot) + 1 if eot in all_tokens else 20
+        assert text[:length] == all_tokens[:length] and set(text[length:]) <= {-1}
+    lengths = [text.index(eot) + 1 if eot in text else 20 for text in free]
+    assert rows == [sum(length > step for length in lengths) for step in range(max(lengths))]
+
+
+def test_the_caller_can_stop_a_text_and_go_on_with_a_context():
+    model, stopped = tiny_model(block_size=32), set()
+    idx = torch.tensor([[1, 2], [3, 4]])
+    expected = torch.stack(list(generate(model, idx, 6)), dim=1).tolist()
+    context = Context(model, idx)
+    steps = []
+    for step in continue_texts(context, Sampler([0, 1], 6), 6, stopped=stopped):
+        steps.append((step.rows, step.ids))
+        if len(steps) == 2:
+            stopped.add(0)
+    assert steps == [([0, 1], list(ids)) for ids in list(zip(*expected, strict=True))[:2]] + [
+        ([1], [token]) for token in expected[1][2:]
+    ]
+    context.append(torch.tensor([[7, 8]]))
+    whole = torch.tensor([[3, 4, *expected[1], 7, 8]])
+    with torch.inference_mode():
+        torch.testing.assert_close(context.next_logits(), Context(model, whole, cached=False).next_logits())
+
+
+def test_logits_that_are_not_finite_are_an_error_in_one_line():
+    for temperature in (0, 1):
+        model = tiny_model()
+        torch.nn.init.constant_(model.stack.norm.weight, torch.nan)
+        with pytest.raises(UserError, match="logits are not finite"):
+            list(generate(model, torch.tensor([[1]]), 3, temperature=temperature))
+
+
+def test_a_state_is_no_larger_than_the_text_or_twice_the_window():
+    model = tiny_model(block_size=64)
+    context = Context(model, torch.ones(2, 3, dtype=torch.long), 10)
+    list(continue_texts(context, Sampler([0, 1], 7), 7))
+    assert context.state.layers[0].k.shape == (2, 2, 10, 16)
+    model = tiny_model(block_size=64, window=4, position="rotary")
+    context = Context(model, torch.ones(1, 3, dtype=torch.long), 60)
+    list(continue_texts(context, Sampler([0], 57), 57))
+    assert context.state.layers[0].k.shape == (1, 2, 8, 16) and context.state.length == 59

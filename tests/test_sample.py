@@ -1,12 +1,19 @@
 import dataclasses
+import io
+import json
+import math
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import TINY_RUN
 
 import sample
 import train
 from humptygpt import checkpoint
+from humptygpt.batches import TokenDataset
+from humptygpt.configurator import UserError
 from humptygpt.tokenizer import ByteTokenizer
 from model import ModelConfig
 
@@ -65,9 +72,13 @@ def test_the_model_that_is_sampled_is_the_one_that_load_model_gives(tiny, capsys
     text = text_of(capsys, "--checkpoint=latest")
     zero_embeddings(Path("out/run/ckpt.pt"))  # its ema entry stays
     assert text_of(capsys, "--checkpoint=latest") == text
-    loaded, sampled, load_model = [], [], checkpoint.load_model
+    loaded, sampled, load_model, read = [], [], checkpoint.load_model, sample.continue_texts
     monkeypatch.setattr(checkpoint, "load_model", lambda path: loaded.append(load_model(path)) or loaded[-1])
-    monkeypatch.setattr(sample, "generate", lambda model, *args, **settings: sampled.append(model) or iter(()))
+    monkeypatch.setattr(
+        sample,
+        "continue_texts",
+        lambda context, *args, **keys: sampled.append(context.model) or read(context, *args, **keys),
+    )
     text_of(capsys, "--checkpoint=latest", "--num_samples=1")
     assert len(sampled) == 1 and sampled[0] is loaded[0].model
 
@@ -86,8 +97,27 @@ def test_a_character_appears_when_its_last_byte_is_there():
 BAD = {
     "character 'é' (U+00E9) is not among the": ["--start=é"],
     "an empty prompt; give at least one character": ["--start="],
-    "cannot read the prompt latin1.txt: it is not UTF-8": ["--start=FILE:latin1.txt"],
-    "cannot read the prompt nothing.txt: No such file or directory": ["--start=FILE:nothing.txt"],
+    "cannot read the text latin1.txt: it is not UTF-8": ["--start=FILE:latin1.txt"],
+    "cannot read the text nothing.txt: No such file or directory": ["--start=FILE:nothing.txt"],
+    "an empty prompt; give at": ["--start=-"],
+    "prompts.txt, line 2: character 'é' (U+00E9) is not among the": ["--prompts=prompts.txt"],
+    "empty.txt has no prompts; write one on each line": ["--prompts=empty.txt"],
+    "start and prompts exclude each other": ["--start=A", "--prompts=prompts.txt"],
+    "interactive and logprobs exclude each other": ["--interactive=True", "--logprobs=1"],
+    "prompts and score exclude each other": ["--score=empty.txt", "--prompts=prompts.txt"],
+    "stop= is empty: every text would end at once": ["--stop=A", "--stop="],
+    "stride=3 is for --score=FILE alone": ["--stride=3"],
+    "stride=17 leaves tokens out; it must be at most block_size=16": ["--score=good.txt", "--stride=17"],
+    "empty.txt has no token to predict": ["--score=empty.txt"],
+    "min_p=1.5 must be at least 0 and at most 1": ["--min_p=1.5"],
+    "repetition_penalty=0.0 must be above 0": ["--repetition_penalty=0"],
+    "logprobs=-1 must be at least 0": ["--logprobs=-1"],
+    "quantize=int4 is not one of: int8": ["--quantize=int4"],
+    "quantize=int8 has weights in 8 bits, not in dtype=bfloat16; leave dtype out": [
+        "--quantize=int8",
+        "--dtype=bfloat16",
+    ],
+    "dtype=float16 needs a CUDA device": ["--dtype=float16", "--device=cpu"],
     "temperature=-1.0 must be at least 0": ["--temperature=-1"],
     "temperature=nan must be at least 0": ["--temperature=nan"],
     "top_p=0.0 must be above 0": ["--top_p=0"],
@@ -101,9 +131,14 @@ BAD = {
 
 @pytest.mark.parametrize("complaint", BAD)
 def test_bad_input_is_one_line(run_dir, fails, monkeypatch, complaint):
-    loaded = checkpoint.load_model(run_dir / "best.pt")
-    monkeypatch.setattr(sample, "load", lambda config: loaded)  # it prints nothing
+    if not any(argument.startswith(("--device", "--dtype")) for argument in BAD[complaint]):
+        loaded = sample.load("out/run", device="cpu")
+        monkeypatch.setattr(sample, "load", lambda *args, **keys: loaded)  # it prints nothing
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     Path("latin1.txt").write_bytes(b"caf\xe9")
+    Path("empty.txt").write_text("")
+    Path("good.txt").write_text("Ak Ak Ak")
+    Path("prompts.txt").write_text("A\né\n", encoding="utf-8")
     assert complaint in fails(sample.main, "--out_dir=out/run", *BAD[complaint])
 
 
@@ -123,3 +158,114 @@ def test_greedy_texts_are_all_the_same_so_one_is_printed(run_dir, capsys):
     sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5", "--temperature=0"])
     captured = capsys.readouterr()
     assert "at temperature=0 all texts are the same" in captured.err and "-----" not in captured.err
+
+
+# --------------------------------------------------------------------------------------
+# Many prompts, stop texts, log-probabilities, scores, turns
+
+
+def texts_of(capsys, *argv: str) -> list[str]:
+    """Each text of a run with one-line texts: no line break is sampled, since it is a stop text."""
+    return text_of(capsys, "--stop=\n", *argv).splitlines()
+
+
+def test_a_sample_is_the_same_alone_and_beside_others_of_other_prompts(run_dir, capsys):
+    Path("prompts.txt").write_text("A\nAk Ak Ak\nk A\n")
+    together = texts_of(capsys, "--prompts=prompts.txt", "--num_samples=2")
+    assert len(together) == 6
+    for i, prompt in enumerate(("A", "Ak Ak Ak", "k A")):
+        assert together[2 * i : 2 * i + 2] == texts_of(capsys, f"--start={prompt}", "--num_samples=2")
+        assert together[2 * i : 2 * i + 1] == texts_of(capsys, f"--start={prompt}", "--num_samples=1")
+
+
+def test_more_texts_than_fit_at_once_are_continued_in_turn(run_dir, capsys, monkeypatch):
+    Path("prompts.txt").write_text("A\nAk Ak Ak\nk A\n")
+    together = texts_of(capsys, "--prompts=prompts.txt", "--num_samples=2")
+    monkeypatch.setattr(sample, "texts_that_fit", lambda loaded, size: 2)
+    assert texts_of(capsys, "--prompts=prompts.txt", "--num_samples=2") == together
+    with pytest.raises(UserError, match=r"^num_samples=3 do not fit into memory; 2 would$"):
+        text_of(capsys, "--start=A")
+
+
+def test_how_many_texts_fit_depends_on_memory_and_size(run_dir, monkeypatch):
+    loaded = sample.load("out/run", device="cpu")
+    monkeypatch.setattr(sample.psutil, "virtual_memory", lambda: type("Free", (), {"available": 10_000_000}))
+    few, many = sample.texts_that_fit(loaded, 16), sample.texts_that_fit(loaded, 2)
+    assert 9_000_000 // (4 * (2 * 2 * 32 * 16 + 8 * loaded.model.config.vocab_size)) == few < many
+
+
+def test_a_text_ends_before_a_stop_text_and_end_of_text(run_dir, capsys):
+    whole = text_of(capsys, "--start=A", "--num_samples=1")[:-1]
+    stop = whole[10:13]
+    found = text_of(capsys, "--start=A", "--num_samples=1", f"--stop={stop}", "--stop=nowhere")[:-1]
+    assert found == whole[: whole.index(stop, 1)]
+
+
+def test_the_prompt_may_come_from_standard_input(run_dir, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Ak "))
+    assert text_of(capsys, "--start=-") == text_of(capsys, "--start=Ak ")
+
+
+def test_a_prompt_longer_than_the_context_is_read_from_its_end(run_dir, capsys):
+    long = "Ak " * 10
+    found = text_of(capsys, f"--start={long}", "--num_samples=1")
+    assert found.startswith(long)
+    sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=1", f"--start={long}"])
+    assert "note: the prompt has 30 tokens; the last 16 are read" in capsys.readouterr().err
+
+
+def test_log_probabilities_add_up_to_the_score_of_the_text(run_dir, capsys):
+    lines = text_of(capsys, "--start=A", "--num_samples=1", "--max_new_tokens=15", "--logprobs=3").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 15 and all(row["prompt"] == row["sample"] == 0 for row in rows)
+    for row in rows:
+        top = [other["logprob"] for other in row["top"]]
+        assert len(top) == 3 and top == sorted(top, reverse=True) and row["logprob"] <= top[0] + 1e-9
+    Path("text.txt").write_text("A" + "".join(row["text"] for row in rows))
+    found = re.search(r"perplexity [\d.]+, ([\d.]+) nats in all; 15 tokens", text_of(capsys, "--score=text.txt"))
+    assert float(found[1]) == pytest.approx(-sum(row["logprob"] for row in rows), abs=0.01)
+
+
+def test_on_a_terminal_log_probabilities_are_colours(run_dir, capsys, monkeypatch):
+    plain = text_of(capsys, "--start=A", "--num_samples=2")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    colours = text_of(capsys, "--start=A", "--num_samples=2", "--logprobs=1")
+    assert "\033[" in colours and re.sub(r"\033\[\d+m", "", colours) == plain
+    assert sample.coloured("x", math.log(0.6)) == "\033[32mx\033[0m" and sample.coloured("x", -99) == "\033[31mx\033[0m"
+
+
+def test_the_score_of_the_validation_text_is_the_trainers_evaluation(tiny, capsys):
+    train.main([*TINY_RUN, "--eval_iters=None"])
+    dataset = TokenDataset(Path("data/tiny"), block_size=16, seed=0)
+    ids = dataset.splits["val"].read(np.array([0]), len(dataset.splits["val"]))[0]
+    Path("val.txt").write_text(dataset.tokenizer.decode(ids.tolist()))
+    found = float(text_of(capsys, "--score=val.txt", "--stride=16").split()[0])
+    assert found == pytest.approx(checkpoint.load(Path("out/run/best.pt"))["progress"]["best_val_loss"], abs=1e-4)
+    assert float(text_of(capsys, "--score=val.txt").split()[0]) != found  # more context
+
+
+def test_in_turns_the_text_goes_on_where_it_ended(run_dir, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("A\n\né\nk\n"))
+    sample.main(["--out_dir=out/run", "--device=cpu", "--interactive=True", "--max_new_tokens=5", "--temperature=0"])
+    out, err = capsys.readouterr()
+    first, second, third = out.splitlines()
+    assert "note: character 'é'" in err
+    alone = text_of(capsys, "--start=A", "--temperature=0", "--max_new_tokens=10")[:-1]
+    assert alone == "A" + first + second
+    assert third == text_of(capsys, f"--start={alone}k", "--temperature=0", "--max_new_tokens=5")[len(alone) + 1 : -1]
+
+
+def test_weights_in_fewer_bits_sample_text_and_score_nearly_the_same(run_dir, capsys):
+    Path("text.txt").write_text("Ak Ak Ak Ak " * 20)
+    scores = []
+    for low in ([], ["--dtype=bfloat16"], ["--quantize=int8"]):
+        assert len(text_of(capsys, "--start=A", "--num_samples=1", *low)) > 20
+        scores.append(float(text_of(capsys, "--score=text.txt", *low).split()[0]))
+    assert scores == pytest.approx([scores[0]] * 3, rel=0.01)
+
+
+def test_from_a_notebook_three_lines_are_enough(run_dir, capsys):
+    loaded = sample.load("out/run", device="cpu")
+    text = sample.complete(loaded, "A", max_new_tokens=40, temperature=0.8, top_k=200, seed=1337)
+    assert text == text_of(capsys, "--start=A", "--num_samples=1")[:-1]
+    assert sample.complete(loaded, "A", max_new_tokens=40, stop=(text[5:8],), temperature=0.8, top_k=200) in text

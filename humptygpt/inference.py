@@ -1,0 +1,254 @@
+"""A trained model -> the same model made for generation: fewer matrix products, and weights in fewer bits.
+
+Token by token, a processor waits for weights to come from memory; half the bits are nearly half the time. Norms, sums
+and softmax stay in float32.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from humptygpt.layers import Linear
+from model import (
+    GPT,
+    BlockInputs,
+    DecoderState,
+    GatedMLP,
+    LayerState,
+    PreNormBlock,
+    SelfAttention,
+    Transformer,
+    embed_tokens,
+)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with weights in float32 or bfloat16, in the order in which oneDNN reads them: for CPUs.
+
+    Input and output are float32. On two cores a product with one token or a few takes half of the time.
+    """
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), 1)
+        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., inputs). Returns (..., outputs)."""
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.bias, "none", [], "").float()
+
+
+class Bfloat16Linear(nn.Module):
+    """A linear layer with weights in bfloat16; input and output are float32."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight = linear.weight.detach().bfloat16()
+        self.bias = None if linear.bias is None else linear.bias.detach().bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., inputs). Returns (..., outputs)."""
+        return F.linear(x.bfloat16(), self.weight, self.bias).float()
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with weights in int8, one scale for each output; inputs are rounded to 8 bits as they come.
+
+    By PyTorch's own quantized products, which are for CPUs alone.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        bias = None if linear.bias is None else linear.bias.detach()
+        self.packed = torch.ops.quantized.linear_prepack(quantize_rows(linear.weight), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., inputs), float32. Returns (..., outputs)."""
+        return torch.ops.quantized.linear_dynamic(x, self.packed)
+
+
+class LowBitEmbedding(nn.Module):
+    """A table of embeddings in bfloat16, or in int8 with one scale for each row."""
+
+    def __init__(self, embedding: nn.Embedding, int8: bool):
+        super().__init__()
+        weight = embedding.weight.detach()
+        if int8:
+            quantized = quantize_rows(weight)
+            self.weight, self.scale = quantized.int_repr(), quantized.q_per_channel_scales().float()[:, None]
+        else:
+            self.weight, self.scale = weight.bfloat16(), None
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """idx: (B, T). Returns (B, T, C) float32."""
+        x = self.weight[idx].float()
+        return x if self.scale is None else x * self.scale[idx]
+
+
+PACKED_FROM = 2**17  # weights; the packed product of fewer takes longer to start than it saves
+
+
+def quantize_rows(weight: Tensor) -> Tensor:
+    """(outputs, inputs) in int8; a row's scale is such that its largest weight becomes 127."""
+    scales = weight.detach().abs().amax(dim=1).clamp(min=1e-12).double() / 127
+    zeros = torch.zeros(len(weight), dtype=torch.int64)
+    with warnings.catch_warnings():  # PyTorch means to move these products to another library; none there is as fast
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.quantize_per_channel(weight.detach().float(), scales, zeros, 0, torch.qint8)
+
+
+def prepare_for_generation(model: nn.Module, dtype: torch.dtype = torch.float32, int8: bool = False) -> nn.Module:
+    """The model itself, which can no longer be trained or saved: with fused projections, and weights in dtype or int8.
+
+    dtype: float32, or bfloat16. int8: on a CPU alone.
+    """
+    model.eval().requires_grad_(False)
+    for attention in (module for module in model.modules() if isinstance(module, SelfAttention)):
+        fuse_projections(attention)
+    low_bit = int8 or dtype == torch.bfloat16
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, converted(child, dtype, int8))
+            elif low_bit and isinstance(child, nn.Embedding) and isinstance(module, GPT | Transformer):
+                setattr(module, name, LowBitEmbedding(child, int8))
+    if isinstance(model, GPT) and all(isinstance(block, PreNormBlock) for block in model.stack.blocks):
+        model.next_logits = GPTDecoder(model)
+    return model
+
+
+def converted(linear: nn.Linear, dtype: torch.dtype, int8: bool) -> nn.Module:
+    """The layer, or one that computes the same faster for few tokens."""
+    if int8:
+        return Int8Linear(linear)
+    packs = linear.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    packs &= dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if packs and linear.weight.numel() >= PACKED_FROM:
+        return PackedLinear(linear, dtype)
+    return linear if dtype == torch.float32 else Bfloat16Linear(linear)
+
+
+def fuse_projections(attention: SelfAttention) -> None:
+    """Queries, keys and values by one matrix product."""
+    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+    fused = Linear(parts[0].in_features, sum(part.out_features for part in parts), parts[0].bias is not None)
+    fused.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
+    if fused.bias is not None:
+        fused.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+    attention.qkv_proj = fused
+    del attention.q_proj, attention.k_proj, attention.v_proj
+
+
+# --------------------------------------------------------------------------------------
+# One token at a time
+
+
+def product(linear: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What the layer computes, (B, inputs) -> (B, outputs), without the time that nn.Module takes."""
+    if not isinstance(linear, nn.Linear):
+        return linear.forward
+    weight = linear.weight.t()
+    return partial(torch.mm, mat2=weight) if linear.bias is None else partial(torch.addmm, linear.bias, mat2=weight)
+
+
+def add_product(linear: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """x, y -> x + what the layer makes of y."""
+    if isinstance(linear, nn.Linear) and linear.bias is None:
+        return partial(torch.addmm, mat2=linear.weight.t())
+    of = product(linear)
+    return lambda x, y: x + of(y)
+
+
+def normalization(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What the norm computes, (B, C) -> (B, C), likewise."""
+    if not isinstance(norm, nn.LayerNorm):
+        return norm.forward
+    keys = {"normalized_shape": norm.normalized_shape, "weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
+    return partial(torch.layer_norm, **keys)
+
+
+class BlockDecoder:
+    """What PreNormBlock computes, for one new token of each text: (B, C) instead of (B, T, C).
+
+    In a small model a token takes as long as Python and PyTorch need to start its operators, so they are few, and what
+    can be looked up once is.
+    """
+
+    def __init__(self, block: PreNormBlock):
+        attn, mlp = block.attn, block.mlp
+        self.head_size, self.qk_norm = attn.head_size, attn.qk_norm
+        self.n_head, self.n_kv_head = attn.n_head, attn.n_kv_head
+        self.norm_scale = math.sqrt(attn.head_size) if attn.qk_norm else 1.0  # what a vector of length 1 lacks
+        self.root_of_eps = torch.tensor(math.sqrt(torch.finfo(torch.float32).eps * attn.head_size))
+        self.attn_norm, self.qkv_proj = normalization(block.attn_norm), product(attn.qkv_proj)
+        self.add_o_proj = add_product(attn.o_proj)
+        self.has_mlp, self.has_conv = mlp is not None, block.conv is not None
+        if mlp:
+            self.mlp_norm, self.activation = normalization(block.mlp_norm), mlp.activation
+            self.up_proj, self.add_down_proj = product(mlp.up_proj), add_product(mlp.down_proj)
+            self.gate_proj = product(mlp.gate_proj) if isinstance(mlp, GatedMLP) else None
+        if block.conv:  # of the token itself and of those before it, the newest first
+            self.conv_weight = F.pad(block.conv.GAIN * block.conv.weight, (0, 0, 1, 0), value=1.0)
+            self.conv_size = len(self.conv_weight)
+
+    def __call__(self, x: Tensor, inputs: BlockInputs, state: LayerState) -> Tensor:
+        """x: (B, C). inputs.rotary: (1, 1, D) or (B, 1, D), times norm_scale. Returns (B, C)."""
+        n_head, n_kv_head, end = self.n_head, self.n_kv_head, inputs.cached[0]
+        heads = self.qkv_proj(self.attn_norm(x)).view(-1, n_head + 2 * n_kv_head, self.head_size)  # (B, heads, D)
+        qk, v = heads.narrow(1, 0, n_head + n_kv_head), heads.narrow(1, n_head + n_kv_head, n_kv_head)
+        if self.qk_norm:  # as F.rms_norm, which on a CPU is three times as many operators
+            qk = qk / torch.hypot(torch.linalg.vector_norm(qk, dim=-1, keepdim=True), self.root_of_eps)
+        if inputs.rotary:
+            cos, sin = inputs.rotary
+            qk = torch.addcmul(qk * cos, qk.roll(self.head_size // 2, -1), sin)
+        elif self.qk_norm:
+            qk = qk * self.norm_scale
+        state.k.select(2, end - 1).copy_(qk.narrow(1, n_head, n_kv_head))
+        state.v.select(2, end - 1).copy_(v)
+        k, v = state.k.narrow(2, 0, end), state.v.narrow(2, 0, end)
+        q = qk.narrow(1, 0, n_head).unsqueeze(2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.mask, enable_gqa=n_head != n_kv_head)
+        x = self.add_o_proj(x, y.flatten(1))
+        return self.add_feed_forward(x, state) if self.has_mlp else x
+
+    def add_feed_forward(self, x: Tensor, state: LayerState) -> Tensor:
+        """x: (B, C). Returns (B, C)."""
+        y = self.mlp_norm(x)
+        if self.has_conv:
+            text = torch.cat([y.unsqueeze(1), state.last_inputs], dim=1)  # the newest first
+            n = text.shape[1]
+            y = (text * (self.conv_weight if n == self.conv_size else self.conv_weight[:n])).sum(dim=1)
+            state.last_inputs = text.narrow(1, 0, min(n, self.conv_size - 1))
+        hidden = self.up_proj(y)
+        gate = self.activation(hidden if self.gate_proj is None else self.gate_proj(y))
+        return self.add_down_proj(x, gate if self.gate_proj is None else gate * hidden)
+
+
+class GPTDecoder:
+    """GPT.next_logits of a GPT made for generation: prompts go through the model, single tokens through here."""
+
+    def __init__(self, model: GPT):
+        self.model, self.stack, self.read_prompt = model, model.stack, model.next_logits
+        self.norm = normalization(model.stack.norm)
+        self.blocks = [BlockDecoder(block) for block in model.stack.blocks]
+
+    def __call__(self, idx: Tensor, state: DecoderState | None = None) -> Tensor:
+        """As GPT.next_logits."""
+        if idx.shape[1] > 1 or not state or not state.length:
+            return self.read_prompt(idx, state)
+        x, inputs = self.stack.enter(embed_tokens(self.model, idx, state), state)
+        x = x[:, 0]
+        if inputs.rotary:
+            scale = self.blocks[0].norm_scale
+            tables = (table.view(-1, 1, table.shape[-1]) for table in inputs.rotary)
+            inputs = inputs._replace(rotary=[table * scale if scale != 1 else table for table in tables])
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            x = block(x, inputs, layer)
+        state.length += 1
+        return self.model.head(self.norm(x))

@@ -1,0 +1,90 @@
+"""Models made for generation: the same results by fewer and smaller products."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_model import combinations, every_position_and_block, every_variant, random_model, tokens
+
+from humptygpt import inference
+from humptygpt.inference import PackedLinear, prepare_for_generation
+
+
+def logits_in_pieces(model, idx, padding=None) -> torch.Tensor:
+    """A prompt of three tokens, then token by token: (B, T - 2, V)."""
+    state = model.make_state(padding=padding, size=idx.shape[1])
+    pieces = [idx[:, :3], *idx[:, 3:].split(1, dim=1)]
+    return torch.stack([model.next_logits(piece, state) for piece in pieces], dim=1)
+
+
+def check_equal(keys: dict, low_bit: bool = False) -> None:
+    model = random_model(**keys).eval()
+    T = min(model.config.block_size, 9)
+    idx = tokens(3, T)
+    expected = model(idx)[0][:, 2:].detach()
+    ready = prepare_for_generation(copy.deepcopy(model))
+    torch.testing.assert_close(logits_in_pieces(ready, idx), expected, atol=1e-5, rtol=1e-4, msg=str(keys))
+    padded = F.pad(idx, (2, 0), value=-1)[:, :T]
+    if T > 4:
+        found = logits_in_pieces(ready, padded, padding=torch.full((3,), 2))[:, -1]
+        torch.testing.assert_close(found, model(idx[:, : T - 2])[0][:, -1], atol=1e-5, rtol=1e-4, msg=str(keys))
+
+
+@every_variant
+def test_a_model_made_for_generation_gives_the_same_logits(variant):
+    if variant.get("model") == "window_mlp":
+        model = random_model(**variant).eval()
+        ready = prepare_for_generation(copy.deepcopy(model))
+        torch.testing.assert_close(ready.next_logits(tokens(3, 9)), model(tokens(3, 9))[0][:, -1].detach())
+    elif variant.get("block_size", 16) > 3:
+        check_equal(variant)
+
+
+@every_position_and_block
+def test_it_does_so_in_any_combination(position, block):
+    for keys in combinations(position=position, block=block):
+        check_equal(keys | {"qk_norm": True, "bias": keys["norm"] == "layernorm"})
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_large_matrices_are_packed_and_give_the_same_logits(monkeypatch):
+    monkeypatch.setattr(inference, "PACKED_FROM", 1)
+    for keys in ({"bias": True}, {"mlp": "gated", "tie_weights": False}, {"n_kv_head": 1, "position": "rotary"}):
+        check_equal(keys)
+    ready = prepare_for_generation(random_model())
+    linears = [module for module in ready.modules() if isinstance(module, PackedLinear)]
+    assert len(linears) == 2 * 4 + 1 and not any(isinstance(m, torch.nn.Linear) for m in ready.modules())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("low", "bound"), [({"dtype": torch.bfloat16}, 0.03), ({"int8": True}, 0.05)], ids=str)
+def test_weights_in_fewer_bits_change_logits_little(low, bound, bias):
+    model = random_model(n_embd=64, n_head=2, bias=bias, position="rotary", qk_norm=True).eval()
+    idx = tokens(2, 16)
+    expected = model(idx)[0][:, 2:].detach()
+    ready = prepare_for_generation(copy.deepcopy(model), **low)
+    found = logits_in_pieces(ready, idx)
+    error = (found - expected).square().mean() / expected.var()
+    assert 0 < error < bound**2
+    torch.testing.assert_close(ready(idx)[0][:, 2:], found, atol=4 * bound, rtol=0.0)
+
+
+def test_int8_rounds_to_the_nearest_of_255_steps_of_each_row():
+    weight = torch.tensor([[1.0, -0.5, 0.0], [127.0, 63.4, -0.6], [0.0, 0.0, 0.0]])
+    quantized = inference.quantize_rows(weight)
+    assert quantized.int_repr().tolist() == [[127, -64, 0], [127, 63, -1], [0, 0, 0]]
+    table = torch.nn.Embedding.from_pretrained(weight)
+    found = inference.LowBitEmbedding(table, int8=True)(torch.tensor([[1, 2]]))
+    torch.testing.assert_close(found, torch.tensor([[[127.0, 63.0, -1.0], [0.0, 0.0, 0.0]]]))
+
+
+def test_a_transformer_made_for_generation_translates_as_before():
+    model = random_model(model="transformer").eval()
+    source, idx = tokens(2, 6), tokens(2, 5, seed=1)
+    expected = model(idx, source=source)[0][:, -1]
+    ready = prepare_for_generation(copy.deepcopy(model))
+    state = ready.make_state(source)
+    for piece in idx.split([2, 1, 1, 1], dim=1):
+        found = ready.next_logits(piece, state)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
