@@ -57,7 +57,7 @@ class SampleConfig:
         None, "the prompt, FILE:path of one, or - for standard input; None: end-of-text, or a line break"
     )
     prompts: str | None = setting(None, "a file with a prompt on each line; they are continued together", **TEXT)
-    interactive: bool = setting(False, "read prompts from the terminal; each goes on where the last text ended")
+    interactive: bool = setting(False, "read prompts from the terminal; each continues where the last text ended")
     score: str | None = setting(None, "a text file: how well does the model predict it?", **TEXT)
     stride: int | None = setting(
         None,
@@ -162,10 +162,10 @@ def load(
     out_dir: str, which: str = "best", *, device: str = "auto", dtype: str = "auto", quantize: str | None = None
 ) -> Loaded:
     """The model of a run; the keys are those of SampleConfig. Raises UserError."""
-    place = pick_device(device)
-    precision = sample_dtype(dtype, place)
-    if quantize and place.type != "cpu":
-        raise UserError(f"quantize={quantize} is for CPUs, and the device is {place}; use --dtype=bfloat16")
+    torch_device = pick_device(device)
+    torch_dtype = sample_dtype(dtype, torch_device)
+    if quantize and torch_device.type != "cpu":
+        raise UserError(f"quantize={quantize} is for CPUs, and the device is {torch_device}; use --dtype=bfloat16")
     path = Path(out_dir) / {"best": "best.pt", "latest": "ckpt.pt"}[which]
     if which == "best" and not os.path.exists(path) and os.path.exists(path.with_name("ckpt.pt")):
         path = path.with_name("ckpt.pt")
@@ -174,10 +174,10 @@ def load(
     progress = saved["progress"]
     print(f"{path}: iter {progress['iter']}, best val loss {progress['best_val_loss']:.4f}", file=sys.stderr)
     del saved["model"]
-    on_cpu = place.type == "cpu"  # where products in low precision are no matter of autocast, but of the weights
-    model = prepare_for_generation(model.to(place), precision if on_cpu else torch.float32, quantize == "int8")
-    context = autocast(place, torch.float32 if on_cpu else precision)
-    return Loaded(model, tokenizer, saved["task"], place, context)
+    on_cpu = torch_device.type == "cpu"  # there the weights are converted; a GPU has autocast
+    model = prepare_for_generation(model.to(torch_device), torch_dtype if on_cpu else torch.float32, quantize == "int8")
+    context = autocast(torch_device, torch.float32 if on_cpu else torch_dtype)
+    return Loaded(model, tokenizer, saved["task"], torch_device, context)
 
 
 # --------------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def print_score(config: SampleConfig, loaded: Loaded) -> None:
 
 def converse(config: SampleConfig, loaded: Loaded) -> None:
     """Read a line, write what follows it, and so on; what has been read and written is kept. Ends with Ctrl-D."""
-    print("Ctrl-D ends; an empty line goes on", file=sys.stderr)
+    print("Ctrl-D ends; an empty line continues the text", file=sys.stderr)
     if loaded.task == "translation":
         for line in typed_lines():
             print(translate_lines([line], 1, config, loaded)[0], flush=True)

@@ -59,15 +59,22 @@ def save(path: Path, entries: dict) -> None:
 def load_model(path: Path) -> Loaded:
     """The model that a checkpoint holds, with the averaged weights if it has any, and its tokenizer."""
     saved = load(path)
-    model = restore_model(saved, configurator.make(models.ModelConfig, saved["model_config"]))
-    model.load_state_dict(saved.get("ema") or {}, strict=False)
+    weights = saved["model"] | (saved.get("ema") or {})
+    model = restore_model({"model": weights}, configurator.make(models.ModelConfig, saved["model_config"]))
     return Loaded(model.eval(), tokenizers.from_state(saved["tokenizer"]), saved)
 
 
 def restore_model(saved: dict, config: models.ModelConfig) -> nn.Module:
-    """A model of this config with the weights that were being trained, on the CPU; saved: as from load."""
-    model = models.build(config)
-    model.load_state_dict(saved["model"])
+    """A model of this config with the weights that were being trained, on the CPU; saved: as from load.
+
+    The tensors in saved become its parameters, so that nothing is in memory twice.
+    """
+    model = build_on_meta(config)
+    for stack in (module for module in model.modules() if isinstance(module, models.Stack)):
+        stack.position = models.POSITIONS[config.position](config, stack.causal)  # its tables are in no checkpoint
+    model.load_state_dict(saved["model"], assign=True)
+    if config.tie_weights and config.model != "window_mlp":
+        model.lm_head.weight = model.wte.weight
     return model
 
 

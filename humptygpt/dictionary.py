@@ -13,6 +13,7 @@ from pathlib import Path
 
 from humptygpt.configurator import UserError
 from humptygpt.documents import read_lines
+from humptygpt.grammar import HABEN, SEIN, Adjective, Noun, Verb, Words, Writer, english_third, finite
 
 ANNOTATION = re.compile(r"\{[^{}]*\}|<[^<>]*>|\([^()]*\)|(?<!\S)/[^\s/]+/(?![^\s;])")
 LABEL = re.compile(r"\[[^][]*\]")
@@ -49,7 +50,8 @@ def everyday_pairs(dictionary: Path) -> dict[str, list[tuple[str, str]]]:
     """{kind: (German, English) pairs, none twice}, the everyday ones: the dictionary's own sentences decide what is.
 
     Kept are all sentences but the longest; clauses and phrases whose every word, on both sides, occurs twice in these;
-    words that occur twice in sentences and phrases, with the translations that a tenth or more of those pairs use.
+    words that occur twice in sentences and phrases, with the translations that a tenth or more of those pairs use; and
+    sentences that grammar.py makes of such words.
     """
     found = {"sentence": {}, "clause": {}, "phrase": {}}  # a dictionary has every pair once, in the order of the file
     for kind, *pair in dictionary_pairs(dictionary_lines(dictionary)):
@@ -64,7 +66,12 @@ def everyday_pairs(dictionary: Path) -> dict[str, list[tuple[str, str]]]:
         everyday[kind] = [
             pair for pair in found[kind] if all(used[side][word] > 1 for side in (0, 1) for word in words(pair[side]))
         ]
-    everyday["word"] = used_translations(dictionary_lines(dictionary), [*everyday["sentence"], *found["phrase"]])
+    in_use = [*everyday["sentence"], *found["phrase"]]
+    shares = translation_shares(dictionary_lines(dictionary), in_use)
+    everyday["word"] = [(word, en) for word, found in shares.items() for en, share in found.items() if share >= 0.1]
+    words_in_use = Counter(word for german, _ in in_use for word in WORDS.findall(german))
+    writer = Writer(vocabulary(dictionary_lines(dictionary), shares, words_in_use))
+    everyday["generated sentence"] = writer.sentences(GENERATED)
     return everyday
 
 
@@ -148,8 +155,11 @@ def aligned(german: list[str], english: list[str]) -> list[tuple[str, str]]:
     return [pair for pair in zip(german, english, strict=True) if all(pair)]
 
 
-def used_translations(lines: Iterable[str], pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """(German word, translation in the dictionary), as in everyday_pairs; pairs: the sentences and phrases."""
+def translation_shares(lines: Iterable[str], pairs: list[tuple[str, str]]) -> dict[str, dict[str, float]]:
+    """{German word: {translation in the dictionary: fraction of the word's pairs that have it}}; pairs: in use.
+
+    Of the words that occur in two of the pairs.
+    """
     seen = Counter(word for german, _ in pairs for word in set(WORDS.findall(german)))
     seen = {word: count for word, count in seen.items() if count > 1 and len(word) > 1}
     translations = {}  # of a word; a dictionary, which keeps their order
@@ -158,10 +168,113 @@ def used_translations(lines: Iterable[str], pairs: list[tuple[str, str]]) -> lis
         for word in (OBJECT.sub("", synonym) for synonym in german):
             if word in seen:
                 every = (OBJECT.sub("", choice) for synonym in english for choice in choices(synonym))
-                translations.setdefault(word, {}).update(dict.fromkeys(every))
-    used = Counter()
+                translations.setdefault(word, {}).update(dict.fromkeys(every, 0))
     for german, english in pairs:
         spaced = f" {' '.join(words(english))} "
         for word in set(WORDS.findall(german)) & translations.keys():
-            used.update((word, en) for en in translations[word] if f" {en.lower().removeprefix('to ')} " in spaced)
-    return [(word, en) for word in translations for en in translations[word] if used[word, en] >= seen[word] / 10]
+            for en in translations[word]:
+                translations[word][en] += f" {en.lower().removeprefix('to ')} " in spaced
+    return {word: {en: n / seen[word] for en, n in found.items()} for word, found in translations.items()}
+
+
+# --------------------------------------------------------------------------------------
+# A vocabulary for grammar.py
+
+GENERATED = 65_000  # sentences, some of which are made twice
+GENDER = re.compile(r"([A-ZÄÖÜ][\wäöüß]+) \{([mfn])\}")
+ADJECTIVE = re.compile(r"([a-zäöüß]+) \{adj\}")
+PREFIXES = ["ab", "an", "auf", "aus", "bei", "ein", "fest", "her", "hin", "los", "mit", "nach", "um", "vor", "weg"]
+PREFIXES += ["weiter", "zu", "zurück", "zusammen"]
+THIRD = re.compile(r"er/sie(?:/es)? (\w+)(?: (\w+))?")
+KINDS = {"etwas ": "thing", "jemanden ": "person", "jemandem ": "dative", "sich ": "reflexive"}
+
+
+def vocabulary(lines: Iterable[str], shares: dict[str, dict[str, float]], in_use: Counter) -> Words:
+    """The verbs, nouns and adjectives that are in use, each with its translation that is used most.
+
+    shares: as from translation_shares; in_use: how often each word is. Rare words are to be used somewhat more often
+    than that, so that they are learnt, too.
+    """
+    verbs, nouns, adjectives = {}, {}, {}
+    for line in lines:
+        german, _, english = line.partition(" :: ")
+        german, english = german.split(" | "), english.split(" | ")
+        if line.startswith("#") or len(german) != len(english) or TECHNICAL.search(german[0] + english[0]):
+            continue
+        if re.search(r"\{v[itr]?\}", german[0]):
+            verb = read_verb(german, english, shares)
+            if verb and verb.infinitive not in verbs:
+                forms = {verb.infinitive, verb.participle, *(finite(verb, person) for person in range(5))}
+                verbs[verb.infinitive] = verb, sum(in_use[form] for form in forms if form)
+            continue
+        for kind, (pattern, found) in enumerate(((GENDER, nouns), (ADJECTIVE, adjectives))):
+            match = pattern.match(german[0])
+            if match and match[1] not in found and (translation := most_used(match[1], shares)):
+                word = Noun(*match.groups(), translation) if kind == 0 else Adjective(match[1], translation)
+                found[match[1]] = word, in_use[match[1]]
+    return Words(*({word: n**0.75 for word, n in found.values() if n} for found in (verbs, nouns, adjectives)))
+
+
+def most_used(word: str, shares: dict[str, dict[str, float]]) -> str | None:
+    """The translation of one or two words that most of the word's pairs have, if a tenth have it."""
+    found = {en: share for en, share in shares.get(word, {}).items() if re.fullmatch("[a-z]+( [a-z]+)?", en)}
+    best = max(found, key=found.get, default=None)
+    return best if best and found[best] >= 0.1 else None
+
+
+def read_verb(german: list[str], english: list[str], shares: dict[str, dict[str, float]]) -> Verb | None:
+    """The verb that a line's forms describe; None where they do not say how it is conjugated."""
+    head = synonyms_of(german[0])[0]
+    kind = next((kind for start, kind in KINDS.items() if head.startswith(start)), None)
+    infinitive = head.split(" ")[-1]
+    if len(head.split(" ")) > (2 if kind else 1) or not infinitive.endswith("n"):
+        return None
+    translations = [OBJECT.sub("", synonym) for synonym in synonyms_of(english[0])]
+    rank = shares.get(infinitive, {})
+    number = max(range(len(translations)), key=lambda i: rank.get(translations[i], 0.0))
+    base = translations[number].removeprefix("to ")
+    if not re.fullmatch("[a-z]+( [a-z]+)?", base) or base == translations[number] or base.split()[0] == "be":
+        return None
+    first = [synonyms_of(form)[0] for form in german]  # the forms of the first synonym
+    participle = first[2] if len(first) > 2 and " " not in first[2] else None
+    second = next((form.split(" ")[1] for form in first if re.fullmatch(r"du \w+( \w+)?", form)), None)
+    third = next((match for form in first if (match := THIRD.fullmatch(form))), None)
+    if third and third[1] not in ("hat", "ist") and infinitive.startswith(third[2] or ""):
+        prefix, third = third[2] or "", third[1]
+    elif not (participle and (weak := conjugate_weak(infinitive, participle))):
+        return None
+    else:
+        prefix, third = weak
+    perfect = "".join(form for form in first if re.match(r"er/sie(/es)? (hat|ist)/", form))
+    auxiliary = (
+        SEIN if "ist/war" in perfect else HABEN if perfect or "{vt}" in german[0] or kind == "reflexive" else None
+    )
+    past = past_tense(base, number, english)
+    kind = kind or ("thing" if "{vt}" in german[0] else "none")
+    return Verb(infinitive, prefix, third, second, participle, auxiliary, kind, base, english_third(base), past)
+
+
+def conjugate_weak(infinitive: str, participle: str) -> tuple[str, str] | None:
+    """(separable prefix, third person) of a regular verb, which its participle tells; None of others."""
+    for prefix in ["", *PREFIXES]:
+        if infinitive.startswith(prefix):
+            bare = re.sub("e?n$", "", infinitive.removeprefix(prefix))
+            third = bare + ("et" if re.search("[td]$", bare) else "t")
+            if participle == f"{prefix}ge{third}" or (not prefix and participle == third):
+                return prefix, third
+    return None
+
+
+def past_tense(base: str, number: int, english: list[str]) -> str | None:
+    """Of synonym `number` in a line's English forms; None where they do not tell."""
+    word, space, rest = base.partition(" ")
+    synonym = re.split(r";(?![^{]*\})", english[0])
+    if number < len(synonym) and (irregular := re.search(r"\{(\w+)", synonym[number])):
+        return irregular[1] + space + rest
+    for form in english[2:]:
+        parts = synonyms_of(form)
+        match = number < len(parts) and re.fullmatch(r"(?:I/)?he/she(?:/it)? ((\w+)( \w+)?)", parts[number])
+        if match and match[2] not in (english_third(word), "has", "is", "would"):
+            return match[1]
+    parts = synonyms_of(english[2]) if len(english) > 2 else []
+    return parts[number] if number < len(parts) and re.fullmatch(r"\w+ed( \w+)?", parts[number]) else None

@@ -107,7 +107,7 @@ class Context:
 
     When the context of block_size tokens is full: exact recomputes the newest block_size tokens for every new one;
     otherwise the newest half is recomputed once and continued from there. Each text of a batch does so when its own
-    tokens fill the context, so that it goes on as it would alone.
+    tokens fill the context, so that it is continued as it would be alone.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Context:
             self.state.padding = torch.tensor(self.first, device=self.chunks[0].device) - self.read
 
     def select(self, rows: list[int]) -> None:
-        """Go on with these of the texts."""
+        """Keep these of the texts alone."""
         index = torch.tensor(rows, device=self.chunks[0].device)
         self.chunks = [self.tokens()[index]]
         self.first = [self.first[row] for row in rows]
@@ -221,7 +221,7 @@ class Sampler:
         return tokens
 
     def select(self, rows: list[int]) -> None:
-        """Go on with these of the texts."""
+        """Keep these of the texts alone."""
         if self.uniforms is not None:
             self.uniforms = self.uniforms[:, rows]
         if self.seen is not None:
@@ -237,7 +237,7 @@ def bytes_per_text(config, size: int) -> int:
 
 
 class Step(NamedTuple):
-    """One more token of each text that still goes on."""
+    """One more token of each text that has not ended."""
 
     rows: list[int]  # of these texts, in the batch as it was given
     ids: list[int]  # their new tokens

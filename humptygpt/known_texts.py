@@ -227,15 +227,17 @@ def everyday_de_en(name: str, files: int | None) -> tuple[PairFiles, str]:
     for_val = [zlib.crc32(german.encode()) % 40 == 0 for german, _ in sentences]  # more data moves none
     write_pairs(extracted / "val.tsv", compress(sentences, for_val))
     write_pairs(extracted / "sentences.tsv", compress(sentences, map(not_, for_val)))
-    write_pairs(extracted / "phrases.tsv", chain.from_iterable(found.values()))
     counts = ", ".join(f"{len(pairs):,} {kind}s" for kind, pairs in found.items())
+    write_pairs(extracted / "generated.tsv", found.pop("generated sentence"))
+    write_pairs(extracted / "phrases.tsv", chain.from_iterable(found.values()))
     print(f"{len(sentences):,} sentences, {sum(for_val):,} of them for validation; {counts}", file=sys.stderr)
     (_, train), (_, captions_val), test = captions[0]
-    # The dictionary twice, or captions would be most of the text: its sentences are 42 % of the tokens of an epoch, its
-    # phrases and words 22 %.
-    parts = [("train", train), *2 * [("train", (extracted / f"{kind}.tsv",)) for kind in ("sentences", "phrases")]]
+    # the dictionary's own sentences twice, or captions would be most of the text
+    names = ("sentences", "sentences", "phrases", "generated")
+    parts = [("train", train), *(("train", (extracted / f"{name}.tsv",)) for name in names)]
     parts += [("val", captions_val), ("val", (extracted / "val.tsv",)), test]
-    return parts, f"{captions[1]}, and everyday sentences, phrases and words of the dictionary trans-de-en"
+    kinds = "everyday sentences, phrases and words of the dictionary trans-de-en, and sentences made of its words"
+    return parts, f"{captions[1]}, {kinds}"
 
 
 def multi30k() -> tuple[PairFiles, str]:

@@ -333,3 +333,22 @@ def test_sampling_reads_format_2(folder, capsys, name):
     sample.main(["--out_dir=out/run", "--device=cpu", "--num_samples=1", "--max_new_tokens=30"])
     printed = capsys.readouterr()
     assert len(printed.out) == 1 + 30 + 1 and "iter 3, best val loss 2.9772" in printed.err
+
+
+@pytest.mark.parametrize("position", models.POSITIONS)
+def test_a_restored_model_shares_the_tensors_of_the_file_and_is_whole(position):
+    for keys in ({}, {"tie_weights": False}, {"model": "transformer"}, {"ngrams": 2, "ngram_rows": 20}):
+        config = models.ModelConfig(
+            n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=11, position=position, **keys
+        )
+        model = models.build(config)
+        saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        if config.tie_weights:
+            saved["lm_head.weight"] = saved["wte.weight"]
+        restored = checkpoint.restore_model({"model": saved}, config)
+        assert restored.wte.weight.data_ptr() == saved["wte.weight"].data_ptr()
+        assert [name for name, _ in restored.named_parameters()] == [name for name, _ in model.named_parameters()]
+        assert all(p.requires_grad for p in restored.parameters())
+        batch = {"idx": torch.ones(1, 8, dtype=torch.long)}
+        batch |= {"source": torch.ones(1, 5, dtype=torch.long)} if model.has_encoder else {}
+        assert torch.equal(restored(**batch)[0], model(**batch)[0])

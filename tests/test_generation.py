@@ -250,7 +250,7 @@ def test_a_text_ends_after_eot_and_costs_nothing_more():
     assert rows == [sum(length > step for length in lengths) for step in range(max(lengths))]
 
 
-def test_the_caller_can_stop_a_text_and_go_on_with_a_context():
+def test_the_caller_can_stop_a_text_and_continue_the_others():
     model, stopped = tiny_model(block_size=32), set()
     idx = torch.tensor([[1, 2], [3, 4]])
     expected = torch.stack(list(generate(model, idx, 6)), dim=1).tolist()

@@ -670,10 +670,14 @@ def test_a_users_own_files_need_no_network(folder, monkeypatch, capsys, captions
     prepare_data.main(["everyday_de_en", "--vocab_size=330"])
     printed = capsys.readouterr()
     assert f"selecting everyday German from data/everyday_de_en/{name}\n" in printed.err
-    assert re.search(r"^151 sentences, \d of them for validation; 0 clauses, 0 phrases, 0 words$", printed.err, re.M)
+    assert re.search(
+        r"^151 sentences, \d of them for validation; 0 clauses, 0 phrases, 0 words, 0 generated sentences$",
+        printed.err,
+        re.M,
+    )
     assert printed.out.endswith("\ntrain on it: python train.py config/everyday_de_en.py\n")
     written = meta("everyday_de_en")
-    assert f"test_2016_flickr in {captions}, and everyday sentences" in written["source"]
+    assert f"test_2016_flickr in {captions}, everyday sentences" in written["source"]
     assert (written["languages"], written["tokenizer"]["tokenizer"]) == (["de", "en"], "sentencepiece")
 
 

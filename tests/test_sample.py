@@ -178,7 +178,7 @@ def test_a_sample_is_the_same_alone_and_beside_others_of_other_prompts(run_dir, 
         assert together[2 * i : 2 * i + 1] == texts_of(capsys, f"--start={prompt}", "--num_samples=1")
 
 
-def test_more_texts_than_fit_at_once_are_continued_in_turn(run_dir, capsys, monkeypatch):
+def test_more_texts_than_fit_at_once_are_continued_batch_by_batch(run_dir, capsys, monkeypatch):
     Path("prompts.txt").write_text("A\nAk Ak Ak\nk A\n")
     together = texts_of(capsys, "--prompts=prompts.txt", "--num_samples=2")
     monkeypatch.setattr(sample, "texts_that_fit", lambda loaded, size: 2)
@@ -244,7 +244,7 @@ def test_the_score_of_the_validation_text_is_the_trainers_evaluation(tiny, capsy
     assert float(text_of(capsys, "--score=val.txt").split()[0]) != found  # more context
 
 
-def test_in_turns_the_text_goes_on_where_it_ended(run_dir, capsys, monkeypatch):
+def test_each_line_typed_continues_the_text_so_far(run_dir, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("A\n\né\nk\n"))
     sample.main(["--out_dir=out/run", "--device=cpu", "--interactive=True", "--max_new_tokens=5", "--temperature=0"])
     out, err = capsys.readouterr()
