@@ -845,7 +845,7 @@ def init_weights(model: GPT | Transformer) -> None:
     def std(module: nn.Linear | nn.Embedding) -> float:
         if config.init == "zero":
             if isinstance(module, nn.Embedding):
-                return 1.0
+                return config.n_embd**-0.5 if config.tie_weights else 1.0
             zero = module in branches or (module is model.lm_head and not config.tie_weights)
             return 0.0 if zero else module.in_features**-0.5
         if isinstance(module, Linear) and not BLOCKS[config.block].residual:

@@ -78,12 +78,12 @@ def probabilities(
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens (B,) with these probabilities, (B, V); uniform: (B, 1) float64 numbers from [0, 1), one for each text.
+    """Tokens (B,) with these probabilities, (B, V); uniform: (B, 1) numbers from [0, 1), one for each text.
 
     The token is where the sum of the probabilities, in the order of ids, first exceeds the number: one number for each
     text, whatever the vocabulary, and rounding hardly ever changes a token. It is V where a probability is nan.
     """
-    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
+    cumulative = probs.cumsum(dim=-1, dtype=uniform.dtype)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).flatten()
 
 

@@ -558,6 +558,14 @@ def test_with_init_zero_a_new_block_is_the_identity(block):
     assert torch.equal(model.stack(x), x)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_with_init_zero_tokens_and_positions_weigh_the_same(tied):
+    model = tiny(init="zero", tie_weights=tied, n_embd=64, vocab_size=500, block_size=200)
+    expected = 64**-0.5 if tied else 1.0
+    assert model.wte.weight.std().item() == pytest.approx(expected, rel=0.05)
+    assert model.stack.position.wpe.weight.std().item() == pytest.approx(expected, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
