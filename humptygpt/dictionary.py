@@ -180,7 +180,7 @@ def translation_shares(lines: Iterable[str], pairs: list[tuple[str, str]]) -> di
 # --------------------------------------------------------------------------------------
 # A vocabulary for grammar.py
 
-GENERATED = 65_000  # sentences, some of which are made twice
+GENERATED = 62_609  # sentences: 60,000 that differ
 GENDER = re.compile(r"([A-ZÄÖÜ][\wäöüß]+) \{([mfn])\}")
 ADJECTIVE = re.compile(r"([a-zäöüß]+) \{adj\}")
 PREFIXES = ["ab", "an", "auf", "aus", "bei", "ein", "fest", "her", "hin", "los", "mit", "nach", "um", "vor", "weg"]
@@ -193,7 +193,7 @@ def vocabulary(lines: Iterable[str], shares: dict[str, dict[str, float]], in_use
     """The verbs, nouns and adjectives that are in use, each with its translation that is used most.
 
     shares: as from translation_shares; in_use: how often each word is. Rare words are to be used somewhat more often
-    than that, so that they are learnt, too.
+    than that, so that training meets them often enough.
     """
     verbs, nouns, adjectives = {}, {}, {}
     for line in lines:
@@ -255,7 +255,7 @@ def read_verb(german: list[str], english: list[str], shares: dict[str, dict[str,
 
 
 def conjugate_weak(infinitive: str, participle: str) -> tuple[str, str] | None:
-    """(separable prefix, third person) of a regular verb, which its participle tells; None of others."""
+    """(separable prefix, third person) of a regular verb, recognised by its participle; None of others."""
     for prefix in ["", *PREFIXES]:
         if infinitive.startswith(prefix):
             bare = re.sub("e?n$", "", infinitive.removeprefix(prefix))
@@ -266,7 +266,7 @@ def conjugate_weak(infinitive: str, participle: str) -> tuple[str, str] | None:
 
 
 def past_tense(base: str, number: int, english: list[str]) -> str | None:
-    """Of synonym `number` in a line's English forms; None where they do not tell."""
+    """Of synonym `number` in a line's English forms; None where they do not show it."""
     word, space, rest = base.partition(" ")
     synonym = re.split(r";(?![^{]*\})", english[0])
     if number < len(synonym) and (irregular := re.search(r"\{(\w+)", synonym[number])):

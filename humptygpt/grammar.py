@@ -143,10 +143,10 @@ class Writer:
 
     def modifier(self) -> Pair:
         """An adverb, or a preposition with its noun, or nothing."""
-        chance = self.random.random()
-        if chance < 0.2:
+        drawn = self.random.random()
+        if drawn < 0.2:
             return self.random.choice(ADVERBS)
-        if chance < 0.4:
+        if drawn < 0.4:
             german, english, case = self.random.choice(PREPOSITIONS)
             noun = self.noun_phrase(case)
             return f"{german} {noun[0]}", f"{english} {noun[1]}"
@@ -162,7 +162,7 @@ class Writer:
         if negation < 0.2:
             do = "does" if person == 2 else "do"
             how, english = f"nicht {how}", f"{do} not {verb.base} {what} {manner}"
-        if how and negation > 0.7:  # what comes first changes places with the subject
+        if how and negation > 0.7:  # what comes first swaps with the subject
             return f"{how} {finite(verb, person)} {subject} {thing} {verb.prefix}.", f"{who} {english}."
         return f"{subject} {finite(verb, person)} {thing} {how} {verb.prefix}.", f"{who} {english}."
 
@@ -202,10 +202,10 @@ class Writer:
             return self.question()
         subject, who, person = self.subject()
         (thing, what), (how, manner), auxiliary = self.object(verb, person), self.modifier(), verb.auxiliary[person]
-        chance = self.random.random()
-        if chance < 0.5:
+        drawn = self.random.random()
+        if drawn < 0.5:
             return f"{subject} {auxiliary} {thing} {how} {verb.participle}.", f"{who} {verb.past} {what} {manner}."
-        if chance < 0.65:
+        if drawn < 0.65:
             return f"{subject} {auxiliary} {thing} nicht {verb.participle}.", f"{who} did not {verb.base} {what}."
         word, asked = self.random.choice([("", ""), ("", ""), *QUESTIONS])
         return (
@@ -240,30 +240,30 @@ class Writer:
     def description(self) -> Pair:
         (subject, who, person), adjective = self.subject(), self.word(2)
         degree, extent = self.random.choice(DEGREES)
-        chance = self.random.random()
-        if chance < 0.5:
+        drawn = self.random.random()
+        if drawn < 0.5:
             return (
                 f"{subject} {SEIN[person]} {degree} {adjective.german}.",
                 f"{who} {BE[person]} {extent} {adjective.english}.",
             )
-        word, asked = ("", "") if chance < 0.75 else ("warum", "why")
+        word, asked = ("", "") if drawn < 0.75 else ("warum", "why")
         return (
             f"{word} {SEIN[person]} {subject} {degree} {adjective.german}?",
             f"{asked} {BE[person]} {who} {extent} {adjective.english}?",
         )
 
     def possession(self) -> Pair:
-        (subject, who, person), noun, chance = self.subject(), self.word(1), self.random.random()
+        (subject, who, person), noun, drawn = self.subject(), self.word(1), self.random.random()
         have = "has" if person == 2 else "have"
         ending = ENDINGS["accusative"][noun.gender]
-        if chance < 0.3:
+        if drawn < 0.3:
             return f"{subject} {HABEN[person]} kein{ending} {noun.german}.", f"{who} {have} no {noun.english}."
-        if chance < 0.6:
+        if drawn < 0.6:
             article = "an" if noun.english[0] in "aeiou" else "a"
             do = "does" if person == 2 else "do"
             return f"{HABEN[person]} {subject} ein{ending} {noun.german}?", f"{do} {who} have {article} {noun.english}?"
         thing, what = self.noun_phrase("nominative")
-        if chance < 0.8:
+        if drawn < 0.8:
             return f"wo ist {thing}?", f"where is {what}?"
         return f"das ist {thing}.", f"this is {what}."
 
