@@ -328,7 +328,7 @@ def test_lines_keep_their_order_and_numbers_however_many_are_translated_at_once(
         return [Translation(ids[:-1].tolist(), -1.0, ended=ids[0] < 53) for ids in sources]
 
     monkeypatch.setattr(sample, "translate", echo)
-    monkeypatch.setattr(sample, "LINES", 2)
+    monkeypatch.setattr(sample, "TRANSLATED_AT_ONCE", 2)
     Path("german.txt").write_text("1\n2\n\n4\n5\n" + 50 * "6")
     capsys.readouterr()
     sample.main(["--out_dir=out/run", "--start=FILE:german.txt"])
