@@ -5,6 +5,7 @@
     python bench.py --what=profile                        where a step's time goes
     python bench.py --what=prepare --input=FILE.txt       prepare_data.py with GPT-2's tokens, and tiktoken alone
     python bench.py --what=read --dataset=NAME            batches out of token files, on one core
+    python bench.py --what=sample --nanogpt=../nanoGPT    text on a CPU, token by token, ours and all others there are
 
 train: same shapes, same math (nanoGPT's CPU preset and AdamW, or a --config), same text; medians in milliseconds, and
 `speedup`, nanoGPT's median over ours. Each runs in a process of its own, as its users have it; nanoGPT computes in
@@ -16,13 +17,24 @@ the evaluations around it, and `speedup` is their ratio.
 profile: read, forward, backward and so on, measured one by one, without compiling.
 prepare: MB/s of both, the peak memory of all processes together, and `efficiency`, our speed over that of tiktoken on
 one core times the number of cores. read: tokens per second, and how much memory grew.
+sample: milliseconds to the first token, which are those of reading the prompt, tokens per second after it, all texts
+together, and memory, beside nanoGPT, transformers, CTranslate2 and llama.cpp. Those that are missing are named; `pip
+install transformers ctranslate2 xllamacpp gguf` brings all but the first. All have random weights and as many threads,
+and take turns; the figures are medians over the rounds. A size of GPT-2 is the same network for all; as 0.8M ours is
+the demo's, and the others' that of nanoGPT's CPU preset, all but nanoGPT's own with bias terms. All take the most
+probable token, but nanoGPT can only sample. llama.cpp has one text at a time, and its `version` lists the instructions
+that its package was compiled for. Ours, nanoGPT and transformers leave out the rest of the tokens after 20 seconds.
+Memory is the peak of a process, loading included, minus that of one that has imported torch and this program alone.
+`ratio` is ours divided by theirs. The limit is memory bandwidth divided by the bytes of all matrices, which each step
+reads once, times the texts; matrices as small as those of 0.8M stay in the cache, and it does not hold for them.
 A --config's own device, dtype, compile and evaluation settings do not count here.
 """
 
-import importlib.util
 import json
 import multiprocessing
 import os
+import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -34,6 +46,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import psutil
@@ -43,30 +56,42 @@ from torch.autograd import DeviceType
 from tqdm import tqdm, trange
 
 import train
-from humptygpt import configurator
+from humptygpt import configurator, rivals
 from humptygpt.batches import Dataset, TokenDataset
 from humptygpt.configurator import UserError, check, setting, without_effect
 from humptygpt.device import DTYPES, autocast, peak_flops, pick_device, pick_dtype, to_device
 from humptygpt.evaluation import evaluate
 from humptygpt.tokenizer import GPT2Tokenizer
-from model import ModelConfig, flops_per_token
+from model import ModelConfig, build, flops_per_token
 from train import TrainConfig
 
 # nanoGPT's preset for a laptop's CPU, as the command in its README sets it
 SHAPE = ModelConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False)
 PRESET = TrainConfig(batch_size=12, max_iters=2000, learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, beta2=0.99)
 PREPARE = Path(__file__).with_name("prepare_data.py")
-SIZES = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")  # the keys of nanoGPT's model
+DEMO = Path(__file__).parent / "config" / "shakespeare_char.py"
+OF_GPT2 = {"block_size": 1024, "vocab_size": 50257, "bias": True, "activation": "gelu_tanh"}
+GPT2 = {
+    "gpt2": ModelConfig(n_layer=12, n_head=12, n_embd=768, **OF_GPT2),
+    "gpt2-medium": ModelConfig(n_layer=24, n_head=16, n_embd=1024, **OF_GPT2),
+    "gpt2-large": ModelConfig(n_layer=36, n_head=20, n_embd=1280, **OF_GPT2),
+    "gpt2-xl": ModelConfig(n_layer=48, n_head=25, n_embd=1600, **OF_GPT2),
+}
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a weight
+READ_BYTES = 4_000_000_000  # to measure how fast memory is read
 WARMUP = 20  # steps that are not counted
 TRAINS = ("train", "loss", "profile")
 LOSS = {"only_with": {"what": "loss"}}
 READ = {"only_with": {"what": "read"}}
+SAMPLE = {"only_with": {"what": "sample"}}
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    what: str = setting("train", "train, loss, profile, prepare or read: see above", "benchmark")
-    nanogpt: str | None = setting(None, "a nanoGPT checkout to compare with", only_with={"what": ("train", "loss")})
+    what: str = setting("train", "train, loss, profile, prepare, read or sample: see above", "benchmark")
+    nanogpt: str | None = setting(
+        None, "a nanoGPT checkout to compare with", only_with={"what": ("train", "loss", "sample")}
+    )
     config: str | None = setting(
         None, "config file; None: nanoGPT's CPU preset, or the demo", only_with={"what": TRAINS}
     )
@@ -82,6 +107,15 @@ class BenchConfig:
     block_size: int = setting(1024, "length of a sequence", at_least=1, **READ)
     batch_size: int = setting(12, "sequences in a batch", at_least=1, **READ)
     batches: int = setting(100_000, "batches to read", at_least=1, **READ)
+    sizes: tuple[str, ...] = setting(
+        ("0.8M", "gpt2"), "models: 0.8M, " + ", ".join(GPT2) + "; several may be given", **SAMPLE
+    )
+    dtypes: tuple[str, ...] = setting(tuple(BYTES), "of the weights; several may be given", **SAMPLE)
+    cases: tuple[str, ...] = setting(
+        ("1x8", "16x8", "1x512", "16x512"), "texts x tokens of the prompt; several may be given", **SAMPLE
+    )
+    new_tokens: int = setting(32, "tokens of each text after the prompt", at_least=2, **SAMPLE)
+    rounds: int = setting(3, "measurements of each, one of ours after one of each other", at_least=1, **SAMPLE)
 
     def __post_init__(self):
         if self.what not in BENCHMARKS:
@@ -91,6 +125,13 @@ class BenchConfig:
             raise ValueError("what=prepare needs --input=FILE.txt")
         if self.what == "loss" and self.nanogpt is None:
             raise ValueError("what=loss needs --nanogpt=FOLDER, a checkout of nanoGPT")
+        for key, allowed in (("sizes", ("0.8M", *GPT2)), ("dtypes", tuple(BYTES))):
+            for value in getattr(self, key):
+                if value not in allowed:
+                    raise ValueError(f"{key}={value} is not one of: {', '.join(allowed)}")
+        for case in self.cases:
+            if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", case):
+                raise ValueError(f"cases={case} must be texts x tokens of the prompt, such as 16x512")
         if self.nanogpt is not None and not (Path(self.nanogpt) / "model.py").exists():
             raise ValueError(f"nanogpt={self.nanogpt} has no model.py; give the folder of a checkout")
 
@@ -169,11 +210,9 @@ class NanoGPT(Contender):
         self.dataset = train.open_dataset(config, model_config)
         if self.dataset.meta["dtype"] != "uint16" or not (self.dataset.folder / "train.bin").exists():
             raise UserError(f"{self.dataset.folder} is not one file of uint16 tokens, which is all that nanoGPT reads")
-        spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclass looks itself up there
-        spec.loader.exec_module(module)
+        module = rivals.load_nanogpt(checkout)
         torch.manual_seed(config.seed)
-        shape = {key: getattr(model_config, key) for key in SIZES}
+        shape = {key: getattr(model_config, key) for key in rivals.NANOGPT_KEYS}
         vocab_size = model_config.vocab_size or self.dataset.tokenizer.vocab_size
         self.model = self.net = module.GPT(module.GPTConfig(**shape, vocab_size=vocab_size)).to(self.device)
         if self.device.type == "cuda":
@@ -226,7 +265,7 @@ def read_config(config: BenchConfig, default: str | None = None) -> tuple[TrainC
 def bench_train(config: BenchConfig) -> dict:
     train_config, model_config = read_config(config)
     train_config = replace(train_config, gradient_accumulation_steps=1)
-    others = replace(ModelConfig(), **{key: getattr(model_config, key) for key in (*SIZES, "vocab_size")})
+    others = replace(ModelConfig(), **{key: getattr(model_config, key) for key in (*rivals.NANOGPT_KEYS, "vocab_size")})
     if config.nanogpt and (model_config != others or train_config.optimizer != "adamw"):
         raise UserError(f"config={config.config} is no GPT-2 trained by AdamW, which is all that nanoGPT can be")
     runs = {"ours": Apart(Ours, train_config, model_config)}
@@ -463,8 +502,123 @@ def own_memory() -> int:
     return memory.rss - getattr(memory, "shared", 0)
 
 
+# --------------------------------------------------------------------------------------
+# Generation
+
+
+def bench_sample(config: BenchConfig) -> dict:
+    fitting = {size: fitting_cases(config, size) for size in dict.fromkeys(config.sizes)}
+    contenders, missing = rivals.find_contenders(config.nanogpt)
+    if missing:
+        print("not timed: " + ", ".join(f"{name} ({how})" for name, how in missing.items()), file=sys.stderr)
+    machine, helper, rows = measure_machine(), Apart(rivals.Process), []
+    nothing = helper.ask("peak_memory")
+    gigabytes = f"{machine['bytes_per_second'] / 1e9:.1f} GB/s over {machine['bytes_read'] / 1e9:.1f} GB"
+    print(f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, reads {gigabytes}")
+    print(f"{'':<41}first token  tokens/s    memory  ratios of the three; ours: of the limit", flush=True)
+    for size, (ours, gpt2, cases) in fitting.items():
+        for dtype in dict.fromkeys(config.dtypes):
+            with TemporaryDirectory() as folder:
+                able = {name: cls for name, cls in contenders.items() if dtype in cls.dtypes}
+                for cls in able.values():
+                    helper.ask("write", cls, gpt2, dtype, Path(folder))
+                for batch, prompt in cases:
+                    case = rivals.Case(
+                        ours, gpt2, dtype, batch, prompt, config.new_tokens, config.nanogpt, Path(folder)
+                    )
+                    runs = {name: cls for name, cls in able.items() if batch <= cls.max_batch}
+                    found = time_case(case, runs, config.rounds)
+                    limit = batch * machine["bytes_per_second"] / BYTES[dtype] / count_matrix_weights(ours)
+                    row = {"size": size, "dtype": dtype, "batch": batch, "prompt": prompt}
+                    rows.append(row | {"limit_tokens_per_second": round(limit, 2)} | compare(found, nothing, limit))
+                    print_row(rows[-1])
+    return {"machine": machine, "new_tokens": config.new_tokens, "rounds": config.rounds, "cases": rows}
+
+
+def fitting_cases(config: BenchConfig, size: str) -> tuple[ModelConfig, ModelConfig, list[tuple[int, int]]]:
+    """Our shape of this size, the others', and the cases, (texts, tokens of the prompt), that fit both contexts."""
+    if size == "0.8M":
+        demo = configurator.read([str(DEMO)], ModelConfig, TrainConfig)
+        ours, gpt2 = configurator.make(ModelConfig, demo | {"vocab_size": 65}), replace(SHAPE, vocab_size=65)
+    else:
+        ours = gpt2 = GPT2[size]
+    context = min(ours.block_size, gpt2.block_size)
+    cases = {case: tuple(map(int, case.split("x"))) for case in config.cases}
+    too_long = [case for case, (_, prompt) in cases.items() if prompt + config.new_tokens > context]
+    why = f"cases={', '.join(too_long)}: with new_tokens={config.new_tokens} more than the {context:,} tokens of {size}"
+    if len(too_long) == len(cases):
+        raise UserError(f"{why}; take a shorter prompt")
+    if too_long:
+        print(f"note: left out {why}", file=sys.stderr)
+    return ours, gpt2, [numbers for case, numbers in cases.items() if case not in too_long]
+
+
+def time_case(case: rivals.Case, contenders: dict[str, type[rivals.Contender]], rounds: int) -> dict[str, dict]:
+    """{contender: its figures}; memory is the peak in MB."""
+    runs, seconds = {name: Apart(cls, case) for name, cls in contenders.items()}, {name: [] for name in contenders}
+    for _ in trange(rounds, unit="round", leave=False, disable=None):
+        for name, run in runs.items():
+            seconds[name].append(run.ask("measure", case.new_tokens))
+    return {
+        name: {
+            "first_token_ms": round(1000 * statistics.median(steps[0] for steps in each), 3),
+            "tokens_per_second": round(case.batch / statistics.median(s for steps in each for s in steps[1:]), 2),
+            "memory_mb": runs[name].ask("peak_memory") / 1e6,
+            "version": runs[name].ask("version"),
+        }
+        for name, each in seconds.items()
+    }
+
+
+def compare(found: dict[str, dict], nothing: int, limit: float) -> dict[str, dict]:
+    """The figures with their ratios; nothing: peak bytes of a process without a model; limit: tokens per second."""
+    for figures in found.values():
+        figures["memory_mb"] = round(figures["memory_mb"] - nothing / 1e6, 2)
+    ours = found["ours"]
+    for name, figures in found.items():
+        if name == "ours":
+            figures["of_limit"] = round(ours["tokens_per_second"] / limit, 4)
+        else:  # None where there is nothing to divide by, as the memory of a very small model
+            keys = ("first_token_ms", "tokens_per_second", "memory_mb")
+            figures["ratio"] = {key: round(ours[key] / figures[key], 3) if figures[key] > 0 else None for key in keys}
+    return found
+
+
+def print_row(row: dict) -> None:
+    case = f"{row['batch']}x{row['prompt']}"
+    for name, figures in row.items():
+        if isinstance(figures, dict):
+            ms, speed, memory = figures["first_token_ms"], figures["tokens_per_second"], figures["memory_mb"]
+            ratios = figures.get("ratio", {"": figures.get("of_limit")}).values()
+            head = f"{row['size']:<12}{row['dtype']:<9}{case:<7}{name:<12}"
+            print(f"{head}{ms:>11.1f} ms{speed:>10.1f}{memory:>7.0f} MB ", *ratios, flush=True)
+
+
+def measure_machine() -> dict:
+    """The processor, and the bandwidth of its memory: the fastest of several sums over a tensor of READ_BYTES.
+
+    The tensor is smaller where less than twice as much memory is free.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    found = cpuinfo.exists() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
+    tensor = torch.ones(min(READ_BYTES, psutil.virtual_memory().available // 2) // 4)
+    return {
+        "processor": found[1] if found else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "bytes_read": 4 * tensor.numel(),
+        "bytes_per_second": round(4 * tensor.numel() / min(timed(tensor.sum) for _ in range(5))),
+    }
+
+
+def count_matrix_weights(config: ModelConfig) -> int:
+    """Weights that are read for each token; of an embedding it is one row."""
+    with torch.device("meta"):
+        return sum(m.weight.numel() for m in build(config).modules() if isinstance(m, nn.Linear))
+
+
 BENCHMARKS = {"train": bench_train, "loss": bench_loss, "profile": bench_profile}
-BENCHMARKS |= {"prepare": bench_prepare, "read": bench_read}
+BENCHMARKS |= {"prepare": bench_prepare, "read": bench_read, "sample": bench_sample}
 
 
 if __name__ == "__main__":

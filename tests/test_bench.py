@@ -1,5 +1,7 @@
 import json
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,9 @@ from conftest import make_text
 
 import bench
 import prepare_data
+from humptygpt import rivals
 from humptygpt.tokenizer import GPT2Tokenizer
-from model import flops_per_token
+from model import ModelConfig, flops_per_token
 
 NANOGPT = """
 from dataclasses import dataclass
@@ -35,6 +38,11 @@ class GPT(torch.nn.Module):
     def forward(self, idx, targets):
         logits = self.table(idx)
         return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def generate(self, idx, max_new_tokens):
+        for _ in range(max_new_tokens):
+            idx = torch.cat([idx, self.table(idx[:, -1:]).argmax(dim=-1)], dim=1)
+        return idx
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         return torch.optim.SGD(self.parameters(), lr=learning_rate)
@@ -209,3 +217,145 @@ def test_settings_that_do_not_count_here_are_refused(text, fails):
 
 def test_what_nanogpt_cannot_be_is_not_timed_beside_it(text, fails):
     assert "tiny.py is no GPT-2 trained by AdamW" in fails(bench.main, "--nanogpt=other", "--config=tiny.py")
+
+
+# --------------------------------------------------------------------------------------
+# Generation
+
+
+SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=40, bias=True, activation="gelu_tanh")
+
+
+@pytest.fixture
+def small(here, monkeypatch):
+    """--sizes=small is SMALL; no package but torch is there, and a small tensor is read."""
+    monkeypatch.setitem(bench.GPT2, "small", SMALL)
+    monkeypatch.setattr(bench, "READ_BYTES", 4_000_000)
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda package: package if package == "torch" else None)
+
+
+def run_sample(capsys, *argv: str) -> tuple[dict, str]:
+    """(the JSON object, what is on stderr)."""
+    bench.main(["--what=sample", "--sizes=small", "--new_tokens=4", "--rounds=2", *argv])
+    captured = capsys.readouterr()
+    return json.loads(captured.out.splitlines()[-1]), captured.err
+
+
+def test_generation_is_timed_in_each_dtype_and_case_and_missing_programs_are_named(small, capsys):
+    result, errors = run_sample(capsys, "--cases=1x8", "--cases=3x2", "--cases=1x13")
+    shapes = [(case["dtype"], case["batch"], case["prompt"]) for case in result["cases"]]
+    assert shapes == [(dtype, *case) for dtype in ("float32", "bfloat16", "int8") for case in ((1, 8), (3, 2))]
+    machine = result["machine"]
+    assert machine.keys() == {"processor", "cores", "threads", "bytes_read", "bytes_per_second"}
+    assert machine["bytes_read"] == 4_000_000
+    weights = 2 * 12 * 32**2 + 40 * 32  # of two blocks of width 32, and of the head
+    for case, size in zip(result["cases"], (4, 4, 2, 2, 1, 1), strict=True):
+        limit = case["batch"] * machine["bytes_per_second"] / (weights * size)
+        assert case["limit_tokens_per_second"] == pytest.approx(limit, rel=1e-3)
+        assert case["ours"]["of_limit"] == pytest.approx(case["ours"]["tokens_per_second"] / limit, abs=1e-3)
+        assert case["ours"]["first_token_ms"] > 0 and case["ours"]["version"].startswith("torch ")
+    assert "cases=1x13: with new_tokens=4 more than the 16 tokens of small" in errors
+    missing = next(line for line in errors.splitlines() if line.startswith("not timed: "))
+    assert missing == (
+        "not timed: nanogpt (--nanogpt=FOLDER), transformers (pip install transformers),"
+        " ctranslate2 (pip install ctranslate2 transformers), llama_cpp (pip install xllamacpp gguf transformers)"
+    )
+
+
+def test_each_other_program_has_the_ratios_of_ours_to_it(text, small, monkeypatch, capsys):
+    peaks = count(1_000_000, 500_000)  # of no model, of ours and of theirs
+    monkeypatch.setattr(rivals.Process, "peak_memory", lambda self: next(peaks))
+    result, errors = run_sample(capsys, "--nanogpt=other", "--dtypes=float32", "--cases=2x3")
+    ours, theirs = result["cases"][0]["ours"], result["cases"][0]["nanogpt"]
+    assert (ours["memory_mb"], theirs["memory_mb"], theirs["ratio"]["memory_mb"]) == (0.5, 1.0, 0.5)
+    for key in ("first_token_ms", "tokens_per_second"):
+        assert theirs["ratio"][key] == pytest.approx(ours[key] / theirs[key], rel=0.01, abs=1e-3)
+    assert "nanogpt" not in errors
+
+
+def test_figures_are_medians_over_rounds_and_steps_and_the_contenders_take_turns(here):
+    answers = [[5.0, 0.1, 0.2], [9.0, 0.4, 0.2], [7.0, 0.2, 0.9]]
+    asked = []
+
+    def make(name: str) -> type:
+        def measure(self, n: int) -> list[float]:
+            asked.append(name)
+            return answers[asked.count(name) - 1]
+
+        methods = {"load": lambda self, case: None, "__init__": lambda self, case: None, "measure": measure}
+        return type(name, (rivals.Contender,), methods)
+
+    case = rivals.Case(bench.SHAPE, bench.SHAPE, "float32", 4, 8, 3, None, Path())
+    found = bench.time_case(case, {"ours": make("ours"), "other": make("other")}, rounds=3)
+    assert asked == ["ours", "other"] * 3
+    assert (found["other"]["first_token_ms"], found["other"]["tokens_per_second"]) == (7000, 20)  # 4 texts in 0.2 s
+
+
+def test_a_step_ends_when_its_token_is_there_and_patience_ends_a_measurement(monkeypatch):
+    now = 0.0
+
+    class Slow(rivals.Contender):
+        def load(self, case):
+            self.seconds = [3.0, 1.0, 25.0, 1.0]
+
+        def steps(self, n):
+            nonlocal now
+            for seconds in self.seconds[:n]:
+                now += seconds
+                yield
+
+    monkeypatch.setattr(rivals.time, "perf_counter", lambda: now)
+    slow = Slow(rivals.Case(bench.SHAPE, replace(bench.SHAPE, vocab_size=5), "float32", 2, 8, 3, None, Path()))
+    assert slow.idx.shape == (2, 8) and slow.idx.max() < 5
+    assert slow.measure(2) == [3.0, 1.0]
+    assert slow.measure(4) == [3.0, 1.0, 25.0]
+
+
+def test_what_cannot_be_generated_is_one_line(small, fails):
+    sample = partial(fails, bench.main, "--what=sample")
+    assert "sizes=gpt9 is not one of: 0.8M, gpt2, gpt2-medium" in sample("--sizes=gpt9")
+    assert "dtypes=float16 is not one of: float32, bfloat16, int8" in sample("--dtypes=float16")
+    for case in ("8", "0x8", "1x8x1", "1x-8"):
+        assert f"cases={case} must be texts x tokens of the prompt" in sample(f"--cases={case}")
+    assert "new_tokens=1 must be at least 2" in sample("--new_tokens=1")
+    assert "cases=1x40: with new_tokens=32 more than the 64 tokens of 0.8M" in sample("--sizes=0.8M", "--cases=1x40")
+    assert "dtype=float32 has no effect without what=train" in sample("--dtype=float32")
+    assert "rounds=3 has no effect without what=sample" in fails(bench.main, "--rounds=3")
+    assert "sizes=('gpt2',) has no effect without what=sample" in fails(bench.main, "--sizes=gpt2")
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0"])
+def test_a_gguf_file_has_the_tensors_of_a_gpt2_under_their_names(kind):
+    gguf, transformers = pytest.importorskip("gguf"), pytest.importorskip("transformers")
+    assert transformers
+    model = rivals.random_gpt2(SMALL)
+    rivals.write_gguf(Path("model.gguf"), model, kind)
+    reader = gguf.GGUFReader("model.gguf")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    inner = {"attn_norm": [32], "attn_qkv": [32, 96], "attn_output": [32, 32]}  # (inputs, outputs)
+    inner |= {"ffn_norm": [32], "ffn_up": [32, 128], "ffn_down": [128, 32]}
+    layers = {"output_norm": [32]} | {f"blk.{i}.{name}": inner[name] for i in range(2) for name in inner}
+    shapes = {"token_embd.weight": [32, 40], "position_embd.weight": [32, 16]}
+    shapes |= {f"{name}.weight": shape for name, shape in layers.items()}
+    shapes |= {f"{name}.bias": shape[-1:] for name, shape in layers.items()}
+    assert {name: tensor.shape.tolist() for name, tensor in tensors.items()} == shapes
+    matrices = {name for name, shape in shapes.items() if len(shape) == 2 and name != "position_embd.weight"}
+    kinds = {name: kind if name in matrices else "F32" for name in shapes}
+    assert {name: tensor.tensor_type.name for name, tensor in tensors.items()} == kinds
+    up = tensors["blk.1.ffn_up.weight"]
+    written = torch.tensor(gguf.quants.dequantize(up.data, up.tensor_type))
+    torch.testing.assert_close(written, model.transformer.h[1].mlp.c_fc.weight.T, atol=1e-3, rtol=1e-2)
+    assert reader.fields["tokenizer.ggml.tokens"].contents()[39] == "t39"
+    assert reader.fields["gpt2.block_count"].contents() == 2
+
+
+def test_the_loop_around_hugging_faces_model_is_greedy_and_keeps_what_it_has_read():
+    pytest.importorskip("transformers")
+    case = rivals.Case(SMALL, SMALL, "float32", 3, 5, 4, None, Path())
+    run = rivals.Transformers(case)
+    expected = run.idx
+    for tokens in run.steps(6):
+        with torch.no_grad():
+            expected = torch.cat([expected, run.model(expected).logits[:, -1:].argmax(dim=-1)], dim=1)
+        assert torch.equal(tokens, expected[:, -1:])
+    assert expected.shape == (3, 11)
