@@ -112,7 +112,8 @@ def prepare_for_generation(model: nn.Module, dtype: torch.dtype = torch.float32,
     for attention in (module for module in model.modules() if isinstance(module, SelfAttention)):
         fuse_projections(attention)
     low_bit = int8 or dtype == torch.bfloat16
-    for module in list(model.modules()):
+    parents = [module for module in model.modules() if not isinstance(module, nn.Linear | nn.Embedding)]
+    for module in parents:  # a list of all modules would keep the replaced ones in memory
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, converted(child, dtype, int8))
