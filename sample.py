@@ -170,12 +170,15 @@ def load(
     if which == "best" and not os.path.exists(path) and os.path.exists(path.with_name("ckpt.pt")):
         path = path.with_name("ckpt.pt")
         print(f"note: no evaluation has found a best model yet; taking {path}", file=sys.stderr)
-    model, tokenizer, saved = checkpoint.load_model(path)
+    on_cpu = torch_device.type == "cpu"  # there the weights are converted; a GPU has autocast
+    mapped = on_cpu and sys.platform == "linux"  # Windows would not let a run replace the file meanwhile
+    model, tokenizer, saved = checkpoint.load_model(path, mapped)
     progress = saved["progress"]
     print(f"{path}: iter {progress['iter']}, best val loss {progress['best_val_loss']:.4f}", file=sys.stderr)
     del saved["model"]
-    on_cpu = torch_device.type == "cpu"  # there the weights are converted; a GPU has autocast
-    model = prepare_for_generation(model.to(torch_device), torch_dtype if on_cpu else torch.float32, quantize == "int8")
+    model = prepare_for_generation(
+        model.to(torch_device), torch_dtype if on_cpu else torch.float32, quantize == "int8", mapped
+    )
     context = autocast(torch_device, torch.float32 if on_cpu else torch_dtype)
     return Loaded(model, tokenizer, saved["task"], torch_device, context)
 

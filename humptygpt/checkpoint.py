@@ -56,9 +56,9 @@ def save(path: Path, entries: dict) -> None:
     write_whole(path, lambda file: torch.save(state, file))
 
 
-def load_model(path: Path) -> Loaded:
-    """The model that a checkpoint holds, with the averaged weights if it has any, and its tokenizer."""
-    saved = load(path)
+def load_model(path: Path, mapped: bool = False) -> Loaded:
+    """The model in a checkpoint, with the averaged weights if it has any, and its tokenizer. mapped: as in load."""
+    saved = load(path, mapped)
     weights = saved["model"] | (saved.get("ema") or {})
     model = restore_model({"model": weights}, configurator.make(models.ModelConfig, saved["model_config"]))
     return Loaded(model.eval(), tokenizers.from_state(saved["tokenizer"]), saved)
@@ -78,9 +78,10 @@ def restore_model(saved: dict, config: models.ModelConfig) -> nn.Module:
     return model
 
 
-def load(path: Path) -> dict:
+def load(path: Path, mapped: bool = False) -> dict:
     """Read a checkpoint onto the CPU and check all of it.
 
+    mapped: its tensors stay in the file until they are used; they can be changed, but the file does not change.
     Raises UserError for a file that is missing, damaged, of another kind, or would run code.
     """
     try:
@@ -98,7 +99,7 @@ def load(path: Path) -> dict:
             raise ValueError("a record is damaged")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch says more about a foreign pickle than the one line below
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # zip, pickle and torch each have errors of their own for a file that is not theirs
         raise UserError(
             f"{path} is not a checkpoint: it is truncated, damaged or holds more than tensors and plain data"

@@ -4,7 +4,10 @@ Token by token, a processor waits for weights to come from memory; half the bits
 and softmax stay in float32.
 """
 
+import ctypes
 import math
+import mmap
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -96,32 +99,51 @@ PACKED_FROM = 2**17  # weights; the packed product of fewer takes longer to star
 
 def quantize_rows(weight: Tensor) -> Tensor:
     """(outputs, inputs) in int8; a row's scale is such that its largest weight becomes 127."""
-    scales = weight.detach().abs().amax(dim=1).clamp(min=1e-12).double() / 127
+    smallest, largest = weight.detach().aminmax(dim=1)
+    scales = torch.maximum(-smallest, largest).clamp(min=1e-12).double() / 127
     zeros = torch.zeros(len(weight), dtype=torch.int64)
     with warnings.catch_warnings():  # PyTorch means to move these products to another library; none there is as fast
         warnings.simplefilter("ignore", UserWarning)
         return torch.quantize_per_channel(weight.detach().float(), scales, zeros, 0, torch.qint8)
 
 
-def prepare_for_generation(model: nn.Module, dtype: torch.dtype = torch.float32, int8: bool = False) -> nn.Module:
+def prepare_for_generation(
+    model: nn.Module, dtype: torch.dtype = torch.float32, int8: bool = False, mapped: bool = False
+) -> nn.Module:
     """The model itself, which can no longer be trained or saved: with fused projections, and weights in dtype or int8.
 
-    dtype: float32, or bfloat16. int8: on a CPU alone.
+    dtype: float32, or bfloat16. int8: on a CPU alone. mapped: its weights are in a mapped file, as from
+    checkpoint.load_model; the pages of those that are replaced are given back.
     """
     model.eval().requires_grad_(False)
-    for attention in (module for module in model.modules() if isinstance(module, SelfAttention)):
-        fuse_projections(attention)
     low_bit = int8 or dtype == torch.bfloat16
+    # not the layers themselves, or the list would keep all that are replaced; the model last, since its head is largest
     parents = [module for module in model.modules() if not isinstance(module, nn.Linear | nn.Embedding)]
-    for module in parents:  # a list of all modules would keep the replaced ones in memory
+    for module in reversed(parents):
+        replaced = fuse_projections(module) if isinstance(module, SelfAttention) else []
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, converted(child, dtype, int8))
             elif low_bit and isinstance(child, nn.Embedding) and isinstance(module, GPT | Transformer):
                 setattr(module, name, LowBitEmbedding(child, int8))
+            if getattr(module, name) is not child and name != "qkv_proj":  # which is in no file
+                replaced.append(child)
+        for layer in replaced if mapped else []:
+            give_back_pages(layer.weight)
     if isinstance(model, GPT) and all(isinstance(block, PreNormBlock) for block in model.stack.blocks):
         model.next_logits = GPTDecoder(model)
     return model
+
+
+def give_back_pages(weight: Tensor) -> None:
+    """Tell Linux that nobody will read this part of a mapped file soon. Where somebody does, it is read again."""
+    if sys.platform != "linux":
+        return
+    page, first = mmap.PAGESIZE, weight.data_ptr()
+    begin, end = -(-first // page) * page, (first + weight.nbytes) // page * page
+    if begin < end:
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 def converted(linear: nn.Linear, dtype: torch.dtype, int8: bool) -> nn.Module:
@@ -135,8 +157,8 @@ def converted(linear: nn.Linear, dtype: torch.dtype, int8: bool) -> nn.Module:
     return linear if dtype == torch.float32 else Bfloat16Linear(linear)
 
 
-def fuse_projections(attention: SelfAttention) -> None:
-    """Queries, keys and values by one matrix product."""
+def fuse_projections(attention: SelfAttention) -> list[nn.Linear]:
+    """Queries, keys and values by one matrix product. Returns the three layers that it replaces."""
     parts = [attention.q_proj, attention.k_proj, attention.v_proj]
     fused = Linear(parts[0].in_features, sum(part.out_features for part in parts), parts[0].bias is not None)
     fused.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
@@ -144,6 +166,7 @@ def fuse_projections(attention: SelfAttention) -> None:
         fused.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
     attention.qkv_proj = fused
     del attention.q_proj, attention.k_proj, attention.v_proj
+    return parts
 
 
 # --------------------------------------------------------------------------------------

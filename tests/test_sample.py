@@ -73,7 +73,7 @@ def test_the_model_that_is_sampled_is_the_one_that_load_model_gives(tiny, capsys
     zero_embeddings(Path("out/run/ckpt.pt"))  # its ema entry stays
     assert text_of(capsys, "--checkpoint=latest") == text
     loaded, sampled, load_model, read = [], [], checkpoint.load_model, sample.continue_texts
-    monkeypatch.setattr(checkpoint, "load_model", lambda path: loaded.append(load_model(path)) or loaded[-1])
+    monkeypatch.setattr(checkpoint, "load_model", lambda path, mapped: loaded.append(load_model(path)) or loaded[-1])
     monkeypatch.setattr(
         sample,
         "continue_texts",
