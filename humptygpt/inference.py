@@ -9,7 +9,7 @@ import math
 import mmap
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -36,10 +36,11 @@ class PackedLinear(nn.Module):
     Input and output are float32. On two cores a product with one token or a few takes half of the time.
     """
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, mapped: bool):
         super().__init__()
         self.dtype = dtype
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), 1)
+        weight = linear.weight.detach() if dtype == torch.float32 else to_bfloat16(linear.weight, mapped)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,9 +51,9 @@ class PackedLinear(nn.Module):
 class Bfloat16Linear(nn.Module):
     """A linear layer with weights in bfloat16; input and output are float32."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, mapped: bool):
         super().__init__()
-        self.weight = linear.weight.detach().bfloat16()
+        self.weight = to_bfloat16(linear.weight, mapped)
         self.bias = None if linear.bias is None else linear.bias.detach().bfloat16()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,10 +67,15 @@ class Int8Linear(nn.Module):
     By PyTorch's own quantized products, which are for CPUs alone.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, mapped: bool):
         super().__init__()
         bias = None if linear.bias is None else linear.bias.detach()
-        self.packed = torch.ops.quantized.linear_prepack(quantize_rows(linear.weight), bias)
+        rows, scales = quantize_rows(linear.weight, mapped)
+        zeros = torch.zeros(len(rows), dtype=torch.int64)
+        with warnings.catch_warnings():  # PyTorch means to move these products to a library, which has none as fast
+            warnings.simplefilter("ignore", UserWarning)
+            quantized = torch._make_per_channel_quantized_tensor(rows, scales.double(), zeros, 0)
+        self.packed = torch.ops.quantized.linear_prepack(quantized, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., inputs), float32. Returns (..., outputs)."""
@@ -79,32 +85,48 @@ class Int8Linear(nn.Module):
 class LowBitEmbedding(nn.Module):
     """A table of embeddings in bfloat16, or in int8 with one scale for each row."""
 
-    def __init__(self, embedding: nn.Embedding, int8: bool):
+    def __init__(self, embedding: nn.Embedding, int8: bool, mapped: bool):
         super().__init__()
-        weight = embedding.weight.detach()
         if int8:
-            quantized = quantize_rows(weight)
-            self.weight, self.scale = quantized.int_repr(), quantized.q_per_channel_scales().float()[:, None]
+            self.weight, self.scales = quantize_rows(embedding.weight, mapped)
         else:
-            self.weight, self.scale = weight.bfloat16(), None
+            self.weight, self.scales = to_bfloat16(embedding.weight, mapped), None
 
     def forward(self, idx: Tensor) -> Tensor:
         """idx: (B, T). Returns (B, T, C) float32."""
         x = self.weight[idx].float()
-        return x if self.scale is None else x * self.scale[idx]
+        return x if self.scales is None else x * self.scales[idx, None]
 
 
 PACKED_FROM = 2**17  # weights; the packed product of fewer takes longer to start than it saves
 
 
-def quantize_rows(weight: Tensor) -> Tensor:
-    """(outputs, inputs) in int8; a row's scale is such that its largest weight becomes 127."""
-    smallest, largest = weight.detach().aminmax(dim=1)
-    scales = torch.maximum(-smallest, largest).clamp(min=1e-12).double() / 127
-    zeros = torch.zeros(len(weight), dtype=torch.int64)
-    with warnings.catch_warnings():  # PyTorch means to move these products to another library; none there is as fast
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.quantize_per_channel(weight.detach().float(), scales, zeros, 0, torch.qint8)
+def to_bfloat16(weight: Tensor, mapped: bool) -> Tensor:
+    """The matrix in bfloat16."""
+    found = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
+    for rows in row_slices(weight, mapped):
+        found[rows] = weight.detach()[rows]
+    return found
+
+
+def quantize_rows(weight: Tensor, mapped: bool = False) -> tuple[Tensor, Tensor]:
+    """(the matrix in int8, (outputs, inputs); the scale of each row, at which its largest weight is 127)."""
+    found, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
+    for rows in row_slices(weight, mapped):
+        smallest, largest = weight.detach()[rows].aminmax(dim=1)
+        scales[rows] = torch.maximum(-smallest, largest).clamp(min=1e-12) / 127
+        found[rows] = (weight.detach()[rows] / scales[rows, None]).round_().to(torch.int8)
+    return found, scales
+
+
+def row_slices(weight: Tensor, mapped: bool) -> Iterator[slice]:
+    """A matrix of a mapped file a few megabytes at a time, whose pages are given back after each; of others, all."""
+    step = max(1, 2**21 // weight.shape[1]) if mapped else len(weight)
+    for first in range(0, len(weight), step):
+        rows = slice(first, first + step)
+        yield rows
+        if mapped:
+            give_back_pages(weight.detach()[rows])
 
 
 def prepare_for_generation(
@@ -123,9 +145,9 @@ def prepare_for_generation(
         replaced = fuse_projections(module) if isinstance(module, SelfAttention) else []
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(module, name, converted(child, dtype, int8))
+                setattr(module, name, converted(child, dtype, int8, mapped))
             elif low_bit and isinstance(child, nn.Embedding) and isinstance(module, GPT | Transformer):
-                setattr(module, name, LowBitEmbedding(child, int8))
+                setattr(module, name, LowBitEmbedding(child, int8, mapped))
             if getattr(module, name) is not child and name != "qkv_proj":  # which is in no file
                 replaced.append(child)
         for layer in replaced if mapped else []:
@@ -146,15 +168,15 @@ def give_back_pages(weight: Tensor) -> None:
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
-def converted(linear: nn.Linear, dtype: torch.dtype, int8: bool) -> nn.Module:
+def converted(linear: nn.Linear, dtype: torch.dtype, int8: bool, mapped: bool) -> nn.Module:
     """The layer, or one that computes the same faster for few tokens."""
     if int8:
-        return Int8Linear(linear)
+        return Int8Linear(linear, mapped)
     packs = linear.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
     packs &= dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if packs and linear.weight.numel() >= PACKED_FROM:
-        return PackedLinear(linear, dtype)
-    return linear if dtype == torch.float32 else Bfloat16Linear(linear)
+        return PackedLinear(linear, dtype, mapped)
+    return linear if dtype == torch.float32 else Bfloat16Linear(linear, mapped)
 
 
 def fuse_projections(attention: SelfAttention) -> list[nn.Linear]:

@@ -5,13 +5,15 @@ All have random weights. The others are imported only where they are timed; see 
 
 import importlib.util
 import io
+import json
 import math
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -21,9 +23,10 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from humptygpt.checkpoint import restore_model
 from humptygpt.generation import generate
 from humptygpt.inference import prepare_for_generation
-from model import ModelConfig, build
+from model import ModelConfig
 
 NANOGPT_KEYS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")  # of its model, beside vocab_size
 PATIENCE = 20  # seconds after which a contender need not generate the rest; without a KV cache that would be minutes
@@ -99,12 +102,26 @@ class Contender(Process):
         return ", ".join(f"{package} {version(package)}" for package in self.packages)
 
 
+# in another process than the one whose memory is measured
+WRITE_OURS = f"""import json, sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+import model, torch
+torch.manual_seed(0)
+torch.save(model.build(model.ModelConfig(**json.loads(sys.argv[2]))).state_dict(), sys.argv[1])
+"""
+
+
 class Ours(Contender):
     dtypes = ("float32", "bfloat16", "int8")
 
     def load(self, case: Case) -> None:
+        """As sample.py does, from a mapped file where it maps one."""
+        path, mapped = case.folder / "ours.pt", sys.platform == "linux"
+        if not path.exists():
+            subprocess.run([sys.executable, "-c", WRITE_OURS, str(path), json.dumps(asdict(case.ours))], check=True)
         dtype = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
-        self.model = prepare_for_generation(build(case.ours), dtype, case.dtype == "int8")
+        weights = torch.load(path, weights_only=True, mmap=mapped)
+        model = restore_model({"model": weights}, case.ours)
+        self.model = prepare_for_generation(model, dtype, case.dtype == "int8", mapped)
 
     def steps(self, n: int) -> Iterator[Tensor]:
         return generate(self.model, self.idx, n, temperature=0.0)
