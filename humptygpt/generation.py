@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from humptygpt.configurator import UserError
@@ -214,11 +215,20 @@ class Sampler:
         else:
             if self.step == 0:  # float64, but for Apple's GPUs, which have none
                 self.uniforms = self.uniforms.to(logits.device, torch.float32 if logits.is_mps else torch.float64)
-            tokens = draw(probabilities(logits, **self.filters), self.uniforms[self.step])
+            tokens = self.draw_filtered(logits, self.uniforms[self.step])
         self.step += 1
         if self.penalty != 1:
             self.seen.scatter_(1, tokens.clamp(max=logits.shape[-1] - 1)[:, None], True)
         return tokens
+
+    def draw_filtered(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """draw(probabilities(...)), which of a large vocabulary looks at the k most probable tokens alone."""
+        k, vocab_size = self.filters["top_k"], logits.shape[-1]
+        if k is None or k >= vocab_size:
+            return draw(probabilities(logits, **self.filters), uniform)
+        ids = logits.topk(k).indices.sort(dim=-1).values
+        found = draw(probabilities(logits.gather(1, ids), **self.filters | {"top_k": None}), uniform)
+        return F.pad(ids, (0, 1), value=vocab_size).gather(1, found[:, None]).flatten()
 
     def select(self, rows: list[int]) -> None:
         """Keep these of the texts alone."""

@@ -184,6 +184,15 @@ def test_the_repetition_penalty_counts_the_prompt_and_the_tokens_drawn_but_no_pa
     assert sampler.seen.tolist() == [[True, True, True, True]]
 
 
+def test_drawing_from_the_k_most_probable_alone_is_drawing_from_their_probabilities():
+    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(1))
+    for keys in ({"top_k": 20}, {"top_k": 5, "top_p": 0.8}, {"top_k": 300}, {"top_k": 40, "min_p": 0.3}):
+        sampler = Sampler(list(range(50)), 2, temperature=0.7, seed=5, **keys)
+        expected = draw(probabilities(logits, 0.7, **keys), uniform_numbers(5, list(range(50)), 2)[0])
+        assert torch.equal(sampler.draw(logits), expected)
+        assert sampler.draw(logits.clone().fill_(torch.nan)).tolist() == [300] * 50
+
+
 def test_frequencies_of_100_000_draws_match_the_probabilities():
     probs = probabilities(torch.tensor([[0.0, 1.0, -3.0, 2.0, 0.5, -torch.inf]]), top_p=0.99)
     uniform = uniform_numbers(7, [0], 100_000)[:, 0]
