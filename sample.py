@@ -190,17 +190,27 @@ def load(
 def complete(loaded: Loaded, prompt: str, max_new_tokens: int = 500, *, stop: tuple[str, ...] = (), **sampling) -> str:
     """The prompt and its continuation, for a notebook; sampling: temperature, top_k, top_p, min_p, seed and so on."""
     _, ids = encode_prompt(prompt, loaded.tokenizer)
-    idx = torch.from_numpy(ids).to(loaded.device)[None]
-    stream, stopped, text = TextStream(loaded.tokenizer, stop), set(), prompt
-    context = Context(loaded.model, idx, idx.shape[1] + max_new_tokens)
-    sampler = Sampler([0], max_new_tokens, **sampling)
-    vocab_size, eot = loaded.tokenizer.vocab_size, loaded.tokenizer.eot
+    context = Context(loaded.model, to_batch(ids, loaded), len(ids) + max_new_tokens)
     with loaded.autocast:
-        for step in continue_texts(context, sampler, max_new_tokens, vocab_size, eot=eot, stopped=stopped):
-            text += stream.feed(step.ids[0])
-            if stream.ended:
-                stopped.add(0)
-    return text + stream.close()
+        return prompt + "".join(stream_one(loaded, context, max_new_tokens, stop, **sampling))
+
+
+def stream_one(
+    loaded: Loaded, context: Context, n: int, stop: tuple[str, ...], sample: int = 0, **sampling
+) -> Iterator[str]:
+    """What follows a single text, n tokens at most, as it becomes readable; sample: the number of the sample."""
+    tokenizer, stream, stopped = loaded.tokenizer, TextStream(loaded.tokenizer, stop), set()
+    sampler = Sampler([sample], n, **sampling)
+    for step in continue_texts(context, sampler, n, tokenizer.vocab_size, eot=tokenizer.eot, stopped=stopped):
+        yield stream.feed(step.ids[0])
+        if stream.ended:
+            stopped.add(0)
+    yield stream.close()
+
+
+def to_batch(ids: np.ndarray, loaded: Loaded) -> torch.Tensor:
+    """(1, T), on the device."""
+    return torch.from_numpy(ids).to(loaded.device)[None]
 
 
 def print_texts(config: SampleConfig, loaded: Loaded) -> None:
@@ -242,7 +252,6 @@ def print_batch(
 
     if texts[0] != (0, 0) and not json_lines:
         print("---------------", file=sys.stderr, flush=True)
-    write(0, "")
     print("" if json_lines else written[0], end="", flush=True)
     for step in continue_texts(context, sampler, n, tokenizer.vocab_size, eot=tokenizer.eot, stopped=stopped):
         if config.logprobs is not None:
@@ -400,7 +409,7 @@ def converse(config: SampleConfig, loaded: Loaded) -> None:
         for line in typed_lines():
             print(translate_lines([line], 1, config, loaded)[0], flush=True)
         return
-    tokenizer, n, context = loaded.tokenizer, config.max_new_tokens, None
+    tokenizer, context = loaded.tokenizer, None
     first = [] if config.start is None else [read_start(config.start)]
     for turn, line in enumerate(chain(first, typed_lines())):
         try:
@@ -412,12 +421,9 @@ def converse(config: SampleConfig, loaded: Loaded) -> None:
             context = Context(loaded.model, to_batch(ids, loaded), exact=config.context == "exact")
         elif ids is not None:
             context.append(to_batch(ids, loaded))
-        sampler, stream, stopped = Sampler([turn], n, **config.sampling()), TextStream(tokenizer, config.stop), set()
-        for step in continue_texts(context, sampler, n, tokenizer.vocab_size, eot=tokenizer.eot, stopped=stopped):
-            print(stream.feed(step.ids[0]), end="", flush=True)
-            if stream.ended:
-                stopped.add(0)
-        print(stream.close(), flush=True)
+        for text in stream_one(loaded, context, config.max_new_tokens, config.stop, turn, **config.sampling()):
+            print(text, end="", flush=True)
+        print(flush=True)
 
 
 def typed_lines() -> Iterator[str]:
@@ -427,11 +433,6 @@ def typed_lines() -> Iterator[str]:
             yield input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
-
-
-def to_batch(ids: np.ndarray, loaded: Loaded) -> torch.Tensor:
-    """(1, T), on the device."""
-    return torch.from_numpy(ids).to(loaded.device)[None]
 
 
 # --------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def prepare_for_generation(
 
 
 def give_back_pages(weight: Tensor) -> None:
-    """Tell Linux that nobody will read this part of a mapped file soon. Where somebody does, it is read again."""
+    """Let Linux drop this part of a mapped file from memory. Where somebody uses it, it is read again."""
     if sys.platform != "linux":
         return
     page, first = mmap.PAGESIZE, weight.data_ptr()
