@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from humptygpt.configurator import UserError
@@ -46,12 +47,12 @@ def dictionary_lines(path: Path) -> Iterator[str]:
         yield line.rstrip("\r\n")
 
 
-def everyday_pairs(dictionary: Path) -> dict[str, list[tuple[str, str]]]:
+def everyday_pairs(dictionary: Path, german_texts: Iterable[str] = ()) -> dict[str, list[tuple[str, str]]]:
     """{kind: (German, English) pairs, none twice}, the everyday ones: the dictionary's own sentences decide what is.
 
     Kept are all sentences but the longest; clauses and phrases whose every word, on both sides, occurs twice in these;
     words that occur twice in sentences and phrases, with the translations that a tenth or more of those pairs use; and
-    sentences that grammar.py makes of such words.
+    sentences that grammar.py makes of such words. german_texts: others in which words are in use.
     """
     found = {"sentence": {}, "clause": {}, "phrase": {}}  # a dictionary has every pair once, in the order of the file
     for kind, *pair in dictionary_pairs(dictionary_lines(dictionary)):
@@ -69,7 +70,8 @@ def everyday_pairs(dictionary: Path) -> dict[str, list[tuple[str, str]]]:
     in_use = [*everyday["sentence"], *found["phrase"]]
     shares = translation_shares(dictionary_lines(dictionary), in_use)
     everyday["word"] = [(word, en) for word, found in shares.items() for en, share in found.items() if share >= 0.1]
-    words_in_use = Counter(word for german, _ in in_use for word in WORDS.findall(german))
+    texts = chain((german for german, _ in in_use), german_texts)
+    words_in_use = Counter(word for text in texts for word in WORDS.findall(text))
     writer = Writer(vocabulary(dictionary_lines(dictionary), shares, words_in_use))
     everyday["generated sentence"] = writer.sentences(GENERATED)
     return everyday
@@ -180,7 +182,8 @@ def translation_shares(lines: Iterable[str], pairs: list[tuple[str, str]]) -> di
 # --------------------------------------------------------------------------------------
 # A vocabulary for grammar.py
 
-GENERATED = 62_609  # sentences: 60,000 that differ
+GENERATED = 45_000  # sentences, a few of them the same
+LEAST_USE = 5  # of a word in all its forms
 GENDER = re.compile(r"([A-ZÄÖÜ][\wäöüß]+) \{([mfn])\}")
 ADJECTIVE = re.compile(r"([a-zäöüß]+) \{adj\}")
 PREFIXES = ["ab", "an", "auf", "aus", "bei", "ein", "fest", "her", "hin", "los", "mit", "nach", "um", "vor", "weg"]
@@ -192,10 +195,11 @@ KINDS = {"etwas ": "thing", "jemanden ": "person", "jemandem ": "dative", "sich 
 def vocabulary(lines: Iterable[str], shares: dict[str, dict[str, float]], in_use: Counter) -> Words:
     """The verbs, nouns and adjectives that are in use, each with its translation that is used most.
 
-    shares: as from translation_shares; in_use: how often each word is. Rare words are to be used somewhat more often
-    than that, so that training meets them often enough.
+    shares: as from translation_shares; in_use: how often each word is. The commonest words are to be used less than
+    that, so that there is room for others.
     """
     verbs, nouns, adjectives = {}, {}, {}
+    share = lambda verb: shares.get(verb.infinitive, {}).get(f"to {verb.base}", 0.0)  # noqa: E731
     for line in lines:
         german, _, english = line.partition(" :: ")
         german, english = german.split(" | "), english.split(" | ")
@@ -203,8 +207,9 @@ def vocabulary(lines: Iterable[str], shares: dict[str, dict[str, float]], in_use
             continue
         if re.search(r"\{v[itr]?\}", german[0]):
             verb = read_verb(german, english, shares)
-            if verb and verb.infinitive not in verbs:
-                forms = {verb.infinitive, verb.participle, *(finite(verb, person) for person in range(5))}
+            if verb and (verb.infinitive not in verbs or share(verb) > share(verbs[verb.infinitive][0])):
+                forms = {verb.infinitive, verb.participle}  # a separated prefix is not seen beside its verb
+                forms |= set() if verb.prefix else {finite(verb, person) for person in range(5)}
                 verbs[verb.infinitive] = verb, sum(in_use[form] for form in forms if form)
             continue
         for kind, (pattern, found) in enumerate(((GENDER, nouns), (ADJECTIVE, adjectives))):
@@ -212,7 +217,8 @@ def vocabulary(lines: Iterable[str], shares: dict[str, dict[str, float]], in_use
             if match and match[1] not in found and (translation := most_used(match[1], shares)):
                 word = Noun(*match.groups(), translation) if kind == 0 else Adjective(match[1], translation)
                 found[match[1]] = word, in_use[match[1]]
-    return Words(*({word: n**0.75 for word, n in found.values() if n} for found in (verbs, nouns, adjectives)))
+    kinds = (verbs, nouns, adjectives)
+    return Words(*({word: n**0.5 for word, n in found.values() if n >= LEAST_USE} for found in kinds))
 
 
 def most_used(word: str, shares: dict[str, dict[str, float]]) -> str | None:
@@ -241,6 +247,8 @@ def read_verb(german: list[str], english: list[str], shares: dict[str, dict[str,
     third = next((match for form in first if (match := THIRD.fullmatch(form))), None)
     if third and third[1] not in ("hat", "ist") and infinitive.startswith(third[2] or ""):
         prefix, third = third[2] or "", third[1]
+    elif second:  # du isst, er isst; du kommst, er kommt
+        prefix, third = "", second if re.search("[sßxz]e?n$", infinitive) else second.removesuffix("st") + "t"
     elif not (participle and (weak := conjugate_weak(infinitive, participle))):
         return None
     else:

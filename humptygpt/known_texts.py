@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from humptygpt.configurator import UserError
 from humptygpt.dictionary import dictionary_lines, dictionary_pairs, everyday_pairs
+from humptygpt.documents import read_lines
 from humptygpt.download import debian_package, download, file_sha256, package
 from humptygpt.files import write_whole
 
@@ -222,7 +223,8 @@ def everyday_de_en(name: str, files: int | None) -> tuple[PairFiles, str]:
         problems = "; ".join(missing)
         raise UserError(f"no sentence pairs for {name}: {problems}; or use --input=PAIRS.tsv --name=NAME")
     print(f"selecting everyday German from {dictionary}", file=sys.stderr)
-    found = everyday_pairs(dictionary)
+    (_, train), (_, captions_val), test = captions[0]
+    found = everyday_pairs(dictionary, (line for line, _ in read_lines(train[0], "replace")))
     sentences = found.pop("sentence")
     for_val = [zlib.crc32(german.encode()) % 40 == 0 for german, _ in sentences]  # more data moves none
     write_pairs(extracted / "val.tsv", compress(sentences, for_val))
@@ -231,7 +233,6 @@ def everyday_de_en(name: str, files: int | None) -> tuple[PairFiles, str]:
     write_pairs(extracted / "generated.tsv", found.pop("generated sentence"))
     write_pairs(extracted / "phrases.tsv", chain.from_iterable(found.values()))
     print(f"{len(sentences):,} sentences, {sum(for_val):,} of them for validation; {counts}", file=sys.stderr)
-    (_, train), (_, captions_val), test = captions[0]
     # the dictionary's own sentences twice, or captions would be most of the text
     names = ("sentences", "sentences", "phrases", "generated")
     parts = [("train", train), *(("train", (extracted / f"{name}.tsv",)) for name in names)]
