@@ -140,7 +140,7 @@ class Context:
     def next_logits(self) -> Tensor:
         """(B, V), of the next token of each text."""
         block_size = self.model.config.block_size
-        if any(self.length - first > block_size for first in self.first):
+        if self.length - min(self.first) > block_size:
             kept = block_size if self.exact else max(1, block_size // 2)
             self.first = [first if self.length - first <= block_size else self.length - kept for first in self.first]
             self.restart()
@@ -250,7 +250,8 @@ class Step(NamedTuple):
     """One more token of each text that has not ended."""
 
     rows: list[int]  # of these texts, in the batch as it was given
-    ids: list[int]  # their new tokens
+    tokens: Tensor  # (len(rows),), their new tokens
+    ids: list[int]  # the same as numbers
     logits: Tensor  # (len(rows), V), float32, as the model gave them
 
 
@@ -274,9 +275,12 @@ def generate(
     context = Context(model, idx, idx.shape[1] + max_new_tokens, exact=exact, cached=cached)
     sampler = Sampler(list(range(len(idx))), max_new_tokens, **sampling)
     for step in continue_texts(context, sampler, max_new_tokens, tokenizer_vocab_size, eot=eot):
-        tokens = idx.new_full((len(idx),), -1)
-        tokens[step.rows] = idx.new_tensor(step.ids)
-        yield tokens
+        if len(step.rows) == len(idx):
+            yield step.tokens
+        else:
+            tokens = idx.new_full((len(idx),), -1)
+            tokens[step.rows] = step.tokens
+            yield tokens
 
 
 @torch.inference_mode()
@@ -303,7 +307,7 @@ def continue_texts(
         ids = tokens.tolist()
         if max(ids) >= vocab_size:
             raise UserError("the model's logits are not finite: has its training diverged?")
-        yield Step(rows, ids, logits)
+        yield Step(rows, tokens, ids, logits)
         if stopped or eot in ids:
             left = [i for i, row in enumerate(rows) if ids[i] != eot and row not in stopped]
             if not left:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from humptygpt.layers import Linear
+from humptygpt.layers import Linear, with_loss
 from model import (
     GPT,
     BlockInputs,
@@ -281,20 +281,33 @@ class GPTDecoder:
 
     def __init__(self, model: GPT):
         self.model, self.stack, self.read_prompt = model, model.stack, model.next_logits
-        self.norm = normalization(model.stack.norm)
+        self.norm, self.lm_head = normalization(model.stack.norm), product(model.lm_head)
         self.blocks = [BlockDecoder(block) for block in model.stack.blocks]
+        self.norm_scale = self.blocks[0].norm_scale
+        config, position = model.config, model.stack.position
+        # where each token attends to all before it and its position is in the rotary tables, no more is to be found out
+        self.plain = config.position == "rotary" and not config.window and not config.embed_norm
+        if self.plain:
+            self.tables = [table[:, None, None] * self.norm_scale for table in (position.cos, position.sin)]
 
     def __call__(self, idx: Tensor, state: DecoderState | None = None) -> Tensor:
         """As GPT.next_logits."""
         if idx.shape[1] > 1 or not state or not state.length:
             return self.read_prompt(idx, state)
-        x, inputs = self.stack.enter(embed_tokens(self.model, idx, state), state)
-        x = x[:, 0]
-        if inputs.rotary:
-            scale = self.blocks[0].norm_scale
-            tables = (table.view(-1, 1, table.shape[-1]) for table in inputs.rotary)
-            inputs = inputs._replace(rotary=[table * scale if scale != 1 else table for table in tables])
+        x, inputs = self.enter(embed_tokens(self.model, idx, state), state)
         for block, layer in zip(self.blocks, state.layers, strict=True):
             x = block(x, inputs, layer)
         state.length += 1
-        return self.model.head(self.norm(x))
+        return with_loss(self.model, self.lm_head(self.norm(x)), None)[0]
+
+    def enter(self, x: Tensor, state: DecoderState) -> tuple[Tensor, BlockInputs]:
+        """As Stack.enter, but returns (B, C) and rotary tables for BlockDecoder. x: (B, 1, C)."""
+        if self.plain and state.padding is None:
+            rotary = [table[state.length] for table in self.tables]
+            cached = state.make_room(1), state.size
+            return x.squeeze(1), BlockInputs(cached, None, False, rotary, None, None, None)
+        x, inputs = self.stack.enter(x, state)
+        if inputs.rotary:
+            tables = (table.view(-1, 1, table.shape[-1]) for table in inputs.rotary)
+            inputs = inputs._replace(rotary=[table * self.norm_scale for table in tables])
+        return x.squeeze(1), inputs

@@ -74,7 +74,7 @@ def drop(x: Tensor, p: float) -> Tensor:
 
 def relu_squared(x: Tensor) -> Tensor:
     """max(x, 0)^2. Source: So et al. 2021, arXiv:2109.08668."""
-    return F.relu(x).square()
+    return torch.relu(x).square()
 
 
 ACTIVATIONS = {

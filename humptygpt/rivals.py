@@ -68,6 +68,7 @@ class Contender(Process):
     dtypes: tuple[str, ...] = ("float32",)  # that it has
     max_batch = math.inf  # texts that it continues together
     packages: tuple[str, ...] = ("torch",)  # that it needs
+    past_context = False  # can it continue a text that is longer than its context?
 
     def __init__(self, case: Case):
         torch.manual_seed(0)
@@ -111,6 +112,7 @@ torch.save(model.build(model.ModelConfig(**json.loads(sys.argv[2]))).state_dict(
 
 
 class Ours(Contender):
+    past_context = True
     dtypes = ("float32", "bfloat16", "int8")
 
     def load(self, case: Case) -> None:
@@ -129,6 +131,8 @@ class Ours(Contender):
 
 class NanoGPT(Contender):
     """Its GPT.generate, one token a call, which is the same work: it keeps nothing from one token to the next."""
+
+    past_context = True
 
     def load(self, case: Case) -> None:
         module = load_nanogpt(Path(case.nanogpt))

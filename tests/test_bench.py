@@ -242,7 +242,7 @@ def run_sample(capsys, *argv: str) -> tuple[dict, str]:
 
 
 def test_generation_is_timed_in_each_dtype_and_case_and_missing_programs_are_named(small, capsys):
-    result, errors = run_sample(capsys, "--cases=1x8", "--cases=3x2", "--cases=1x13")
+    result, errors = run_sample(capsys, "--cases=1x8", "--cases=3x2", "--cases=1x17")
     shapes = [(case["dtype"], case["batch"], case["prompt"]) for case in result["cases"]]
     assert shapes == [(dtype, *case) for dtype in ("float32", "bfloat16", "int8") for case in ((1, 8), (3, 2))]
     machine = result["machine"]
@@ -254,7 +254,7 @@ def test_generation_is_timed_in_each_dtype_and_case_and_missing_programs_are_nam
         assert case["limit_tokens_per_second"] == pytest.approx(limit, rel=1e-3)
         assert case["ours"]["of_limit"] == pytest.approx(case["ours"]["tokens_per_second"] / limit, abs=1e-3)
         assert case["ours"]["first_token_ms"] > 0 and case["ours"]["version"].startswith("torch ")
-    assert "cases=1x13: with new_tokens=4 more than the 16 tokens of small" in errors
+    assert "cases=1x17: the prompt is longer than the 16 tokens of small" in errors
     missing = next(line for line in errors.splitlines() if line.startswith("not timed: "))
     assert missing == (
         "not timed: nanogpt (--nanogpt=FOLDER), transformers (pip install transformers),"
@@ -318,7 +318,7 @@ def test_what_cannot_be_generated_is_one_line(small, fails):
     for case in ("8", "0x8", "1x8x1", "1x-8"):
         assert f"cases={case} must be texts x tokens of the prompt" in sample(f"--cases={case}")
     assert "new_tokens=1 must be at least 2" in sample("--new_tokens=1")
-    assert "cases=1x40: with new_tokens=32 more than the 64 tokens of 0.8M" in sample("--sizes=0.8M", "--cases=1x40")
+    assert "cases=1x65: the prompt is longer than the 64 tokens of 0.8M" in sample("--sizes=0.8M", "--cases=1x65")
     assert "dtype=float32 has no effect without what=train" in sample("--dtype=float32")
     assert "rounds=3 has no effect without what=sample" in fails(bench.main, "--rounds=3")
     assert "sizes=('gpt2',) has no effect without what=sample" in fails(bench.main, "--sizes=gpt2")
