@@ -199,7 +199,7 @@ def vocabulary(lines: Iterable[str], shares: dict[str, dict[str, float]], in_use
     that, so that there is room for others.
     """
     verbs, nouns, adjectives = {}, {}, {}
-    share = lambda verb: shares.get(verb.infinitive, {}).get(f"to {verb.base}", 0.0)  # noqa: E731
+    usage = lambda verb: shares.get(verb.infinitive, {}).get(f"to {verb.base}", 0.0)  # noqa: E731
     for line in lines:
         german, _, english = line.partition(" :: ")
         german, english = german.split(" | "), english.split(" | ")
@@ -207,7 +207,7 @@ def vocabulary(lines: Iterable[str], shares: dict[str, dict[str, float]], in_use
             continue
         if re.search(r"\{v[itr]?\}", german[0]):
             verb = read_verb(german, english, shares)
-            if verb and (verb.infinitive not in verbs or share(verb) > share(verbs[verb.infinitive][0])):
+            if verb and (verb.infinitive not in verbs or usage(verb) > usage(verbs[verb.infinitive][0])):
                 forms = {verb.infinitive, verb.participle}  # a separated prefix is not seen beside its verb
                 forms |= set() if verb.prefix else {finite(verb, person) for person in range(5)}
                 verbs[verb.infinitive] = verb, sum(in_use[form] for form in forms if form)
