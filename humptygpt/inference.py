@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from humptygpt.layers import Linear, with_loss
 from model import (
     GPT,
+    MLP,
     BlockInputs,
     DecoderState,
     GatedMLP,
@@ -152,7 +153,7 @@ def prepare_for_generation(
                 replaced.append(child)
         for layer in replaced if mapped else []:
             give_back_pages(layer.weight)
-    if isinstance(model, GPT) and all(isinstance(block, PreNormBlock) for block in model.stack.blocks):
+    if isinstance(model, GPT) and all(type(block) is PreNormBlock for block in model.stack.blocks):
         model.next_logits = GPTDecoder(model)
     return model
 
@@ -234,9 +235,12 @@ class BlockDecoder:
         self.root_of_eps = torch.tensor(math.sqrt(torch.finfo(torch.float32).eps * attn.head_size))
         self.attn_norm, self.qkv_proj = normalization(block.attn_norm), product(attn.qkv_proj)
         self.add_o_proj = add_product(attn.o_proj)
-        self.has_mlp, self.has_conv = mlp is not None, block.conv is not None
+        self.mlp, self.has_conv = mlp, block.conv is not None
+        self.known_mlp = type(mlp) in (MLP, GatedMLP)  # and not one that a user has added
         if mlp:
-            self.mlp_norm, self.activation = normalization(block.mlp_norm), mlp.activation
+            self.mlp_norm = normalization(block.mlp_norm)
+        if self.known_mlp:
+            self.activation = mlp.activation
             self.up_proj, self.add_down_proj = product(mlp.up_proj), add_product(mlp.down_proj)
             self.gate_proj = product(mlp.gate_proj) if isinstance(mlp, GatedMLP) else None
         if block.conv:  # of the token itself and of those before it, the newest first
@@ -261,7 +265,7 @@ class BlockDecoder:
         q = qk.narrow(1, 0, n_head).unsqueeze(2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.mask, enable_gqa=n_head != n_kv_head)
         x = self.add_o_proj(x, y.flatten(1))
-        return self.add_feed_forward(x, state) if self.has_mlp else x
+        return self.add_feed_forward(x, state) if self.mlp else x
 
     def add_feed_forward(self, x: Tensor, state: LayerState) -> Tensor:
         """x: (B, C). Returns (B, C)."""
@@ -271,6 +275,8 @@ class BlockDecoder:
             n = text.shape[1]
             y = (text * (self.conv_weight if n == self.conv_size else self.conv_weight[:n])).sum(dim=1)
             state.last_inputs = text.narrow(1, 0, min(n, self.conv_size - 1))
+        if not self.known_mlp:
+            return x + self.mlp(y)
         hidden = self.up_proj(y)
         gate = self.activation(hidden if self.gate_proj is None else self.gate_proj(y))
         return self.add_down_proj(x, gate if self.gate_proj is None else gate * hidden)

@@ -240,8 +240,8 @@ def write(name: str) -> dict:
     """What sample.py writes from."""
     found = {}
 
-    def load_model(path: Path, load_model=checkpoint.load_model) -> checkpoint.Loaded:
-        loaded = load_model(path)
+    def load_model(path: Path, mapped: bool, load_model=checkpoint.load_model) -> checkpoint.Loaded:
+        loaded = load_model(path, mapped)
         found.update(contents(loaded.model.state_dict()))
         return loaded
 
