@@ -14,7 +14,7 @@ from pathlib import Path
 
 from humptygpt.configurator import UserError
 from humptygpt.documents import read_lines
-from humptygpt.grammar import HABEN, SEIN, Adjective, Noun, Verb, Words, Writer, english_third, finite
+from humptygpt.grammar import HABEN, SEIN, Adjective, Noun, Verb, Words, Writer, english_third, finite, stem_of, with_t
 
 ANNOTATION = re.compile(r"\{[^{}]*\}|<[^<>]*>|\([^()]*\)|(?<!\S)/[^\s/]+/(?![^\s;])")
 LABEL = re.compile(r"\[[^][]*\]")
@@ -37,6 +37,7 @@ SENTENCE = re.compile(r"[„“”\"‘']?[^\W\d_a-zäöüß][^][{}()<>/|;…~*=
 PHRASE = re.compile(r"[^\W\d_][\w ,'-]*[^\W_]")
 SUBJECTS = (re.compile(r"(ich|du|er|sie|es|wir|ihr)[/ ]"), re.compile(r"(I|you|he|she|it|we|they)[/ ]"))
 WORDS = re.compile(r"\w+(?:[-']\w+)*")
+USUAL = 0.1  # fraction of a word's pairs from which on a translation counts
 LONGEST = 25  # words of a sentence; the few that are longer are laws, oaths and prayers
 
 
@@ -55,7 +56,8 @@ def everyday_pairs(dictionary: Path, german_texts: Iterable[str] = ()) -> dict[s
     sentences that grammar.py makes of such words. german_texts: others in which words are in use.
     """
     found = {"sentence": {}, "clause": {}, "phrase": {}}  # a dictionary has every pair once, in the order of the file
-    for kind, *pair in dictionary_pairs(dictionary_lines(dictionary)):
+    lines = list(dictionary_lines(dictionary))
+    for kind, *pair in dictionary_pairs(lines):
         found[kind][tuple(pair)] = None
     if not found["sentence"]:
         raise UserError(
@@ -68,11 +70,11 @@ def everyday_pairs(dictionary: Path, german_texts: Iterable[str] = ()) -> dict[s
             pair for pair in found[kind] if all(used[side][word] > 1 for side in (0, 1) for word in words(pair[side]))
         ]
     in_use = [*everyday["sentence"], *found["phrase"]]
-    shares = translation_shares(dictionary_lines(dictionary), in_use)
-    everyday["word"] = [(word, en) for word, found in shares.items() for en, share in found.items() if share >= 0.1]
+    shares = translation_shares(lines, in_use)
+    everyday["word"] = [(word, en) for word, found in shares.items() for en, share in found.items() if share >= USUAL]
     texts = chain((german for german, _ in in_use), german_texts)
     words_in_use = Counter(word for text in texts for word in WORDS.findall(text))
-    writer = Writer(vocabulary(dictionary_lines(dictionary), shares, words_in_use))
+    writer = Writer(vocabulary(lines, shares, words_in_use))
     everyday["generated sentence"] = writer.sentences(GENERATED)
     return everyday
 
@@ -115,12 +117,17 @@ def has_subject(pair: tuple[str, str]) -> bool:
 
 def dictionary_forms(lines: Iterable[str]) -> Iterator[tuple[tuple[str, str], bool]]:
     """((German, English) form, whether the headword of its line is technical)."""
+    for german, english, technical in dictionary_entries(lines):
+        yield from ((form, technical) for form in zip(german, english, strict=True))
+
+
+def dictionary_entries(lines: Iterable[str]) -> Iterator[tuple[list[str], list[str], bool]]:
+    """(German forms, as many English ones, whether the headword is technical) of each line that has an entry."""
     for line in lines:
         german, separator, english = line.partition(" :: ")
-        forms = german.split(" | "), english.split(" | ")
-        if not line.startswith("#") and separator and len(forms[0]) == len(forms[1]):
-            technical = TECHNICAL.search(forms[0][0] + forms[1][0]) is not None
-            yield from ((form, technical) for form in zip(*forms, strict=True))
+        german, english = german.split(" | "), english.split(" | ")
+        if not line.startswith("#") and separator and len(german) == len(english):
+            yield german, english, TECHNICAL.search(german[0] + english[0]) is not None
 
 
 def synonyms_of(text: str) -> list[str]:
@@ -200,10 +207,8 @@ def vocabulary(lines: Iterable[str], shares: dict[str, dict[str, float]], in_use
     """
     verbs, nouns, adjectives = {}, {}, {}
     usage = lambda verb: shares.get(verb.infinitive, {}).get(f"to {verb.base}", 0.0)  # noqa: E731
-    for line in lines:
-        german, _, english = line.partition(" :: ")
-        german, english = german.split(" | "), english.split(" | ")
-        if line.startswith("#") or len(german) != len(english) or TECHNICAL.search(german[0] + english[0]):
+    for german, english, technical in dictionary_entries(lines):
+        if technical:
             continue
         if re.search(r"\{v[itr]?\}", german[0]):
             verb = read_verb(german, english, shares)
@@ -225,7 +230,7 @@ def most_used(word: str, shares: dict[str, dict[str, float]]) -> str | None:
     """The translation of one or two words that most of the word's pairs have, if a tenth have it."""
     found = {en: share for en, share in shares.get(word, {}).items() if re.fullmatch("[a-z]+( [a-z]+)?", en)}
     best = max(found, key=found.get, default=None)
-    return best if best and found[best] >= 0.1 else None
+    return best if best and found[best] >= USUAL else None
 
 
 def read_verb(german: list[str], english: list[str], shares: dict[str, dict[str, float]]) -> Verb | None:
@@ -254,20 +259,18 @@ def read_verb(german: list[str], english: list[str], shares: dict[str, dict[str,
     else:
         prefix, third = weak
     perfect = "".join(form for form in first if re.match(r"er/sie(/es)? (hat|ist)/", form))
-    auxiliary = (
-        SEIN if "ist/war" in perfect else HABEN if perfect or "{vt}" in german[0] or kind == "reflexive" else None
-    )
+    takes_haben = perfect or "{vt}" in german[0] or kind == "reflexive"
+    auxiliary = SEIN if "ist/war" in perfect else HABEN if takes_haben else None
     past = past_tense(base, number, english)
     kind = kind or ("thing" if "{vt}" in german[0] else "none")
-    return Verb(infinitive, prefix, third, second, participle, auxiliary, kind, base, english_third(base), past)
+    return Verb(infinitive, prefix, third, second, participle, auxiliary, kind, base, past)
 
 
 def conjugate_weak(infinitive: str, participle: str) -> tuple[str, str] | None:
     """(separable prefix, third person) of a regular verb, recognised by its participle; None of others."""
     for prefix in ["", *PREFIXES]:
         if infinitive.startswith(prefix):
-            bare = re.sub("e?n$", "", infinitive.removeprefix(prefix))
-            third = bare + ("et" if re.search("[td]$", bare) else "t")
+            third = with_t(stem_of(infinitive.removeprefix(prefix)))
             if participle == f"{prefix}ge{third}" or (not prefix and participle == third):
                 return prefix, third
     return None

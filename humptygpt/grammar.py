@@ -60,8 +60,15 @@ class Verb(NamedTuple):
     auxiliary: tuple[str, ...] | None  # of the perfect: HABEN or SEIN
     object: str  # thing, person, dative, reflexive or none
     base: str  # get up
-    english_third: str  # gets up
     past: str | None  # got up
+
+    def stem(self) -> str:
+        """steh-"""
+        return stem_of(self.infinitive.removeprefix(self.prefix))
+
+    def english(self, person: int) -> str:
+        """get up, or gets up"""
+        return english_third(self.base) if person == 2 else self.base
 
 
 class Adjective(NamedTuple):
@@ -77,18 +84,26 @@ class Words(NamedTuple):
     adjectives: dict[Adjective, float]
 
 
+def stem_of(infinitive: str) -> str:
+    """wohnen -> wohn-, sammeln -> sammel-"""
+    return re.sub("e?n$", "", infinitive)
+
+
+def with_t(stem: str) -> str:
+    """wohn- -> wohnt, arbeit- -> arbeitet"""
+    return stem + ("et" if re.search("[td]$", stem) else "t")
+
+
 def finite(verb: Verb, person: int) -> str:
     """The verb with this person as its subject, without its prefix."""
-    stem = verb.infinitive.removeprefix(verb.prefix)
-    bare = re.sub("e?n$", "", stem)  # wohn-
     if person == 1 and verb.second:
         return verb.second
     if person == 1:
         base = verb.third.removesuffix("t")
         return base + ("t" if base[-1] in "sßxz" else "st")
-    first = re.sub("e([lr])$", r"\1e", bare) if stem.endswith("ln") else bare + "e"
-    plural = bare + ("et" if re.search("[td]$", bare) else "t")
-    return [first, "", verb.third, stem, plural][person]
+    plural, stem = verb.infinitive.removeprefix(verb.prefix), verb.stem()
+    first = re.sub("e([lr])$", r"\1e", stem) if plural.endswith("ln") else stem + "e"
+    return [first, "", verb.third, plural, with_t(stem)][person]
 
 
 def english_third(base: str) -> str:
@@ -99,6 +114,14 @@ def english_third(base: str) -> str:
     if re.search("(s|x|z|ch|sh|o)$", first):
         first += "e"
     return re.sub("([^aeiou])y$", r"\1ie", first) + "s" + space + rest
+
+
+def do(person: int) -> str:
+    return "does" if person == 2 else "do"
+
+
+def a_or_an(noun: str) -> str:
+    return "an" if noun[0] in "aeiou" else "a"
 
 
 class Writer:
@@ -121,9 +144,7 @@ class Writer:
             german += "n"
         if determiner == "d":
             return f"{ARTICLES[case][noun.gender]} {german}", f"the {noun.english}"
-        english = DETERMINERS[determiner]
-        if english == "a" and noun.english[0] in "aeiou":
-            english = "an"
+        english = a_or_an(noun.english) if determiner == "ein" else DETERMINERS[determiner]
         return f"{determiner}{ENDINGS[case][noun.gender]} {german}", f"{english} {noun.english}"
 
     def subject(self) -> tuple[str, str, int]:
@@ -157,11 +178,10 @@ class Writer:
     def statement(self) -> Pair:
         (subject, who, person), verb = self.subject(), self.word(0)
         (thing, what), (how, manner) = self.object(verb, person), self.modifier()
-        english = f"{verb.english_third if person == 2 else verb.base} {what} {manner}"
+        english = f"{verb.english(person)} {what} {manner}"
         negation = self.random.random()
         if negation < 0.2:
-            do = "does" if person == 2 else "do"
-            how, english = f"nicht {how}", f"{do} not {verb.base} {what} {manner}"
+            how, english = f"nicht {how}", f"{do(person)} not {verb.base} {what} {manner}"
         if how and negation > 0.7:  # what comes first swaps with the subject
             return f"{how} {finite(verb, person)} {subject} {thing} {verb.prefix}.", f"{who} {english}."
         return f"{subject} {finite(verb, person)} {thing} {how} {verb.prefix}.", f"{who} {english}."
@@ -173,10 +193,9 @@ class Writer:
             (word, asked), (thing, what) = ("was", "what"), ("", "")
         else:
             thing, what = self.object(verb, person)
-        do = "does" if person == 2 else "do"
         return (
             f"{word} {finite(verb, person)} {subject} {thing} {verb.prefix}?",
-            f"{asked} {do} {who} {verb.base} {what}?",
+            f"{asked} {do(person)} {who} {verb.base} {what}?",
         )
 
     def modal(self) -> Pair:
@@ -190,7 +209,7 @@ class Writer:
         word, asked = self.random.choice([("", ""), ("", ""), *QUESTIONS])
         first, _, second = modal.partition(" ")
         if first in ("have", "want"):
-            first, second = "does" if person == 2 else "do", modal
+            first, second = do(person), modal
         return (
             f"{word} {german} {subject} {thing} {how} {verb.infinitive}?",
             f"{asked} {first} {who} {second} {rest}?",
@@ -219,12 +238,11 @@ class Writer:
             return self.statement()
         (thing, what), please = self.object(verb, 3), self.random.random() < 0.5
         bitte, polite = ("bitte", "please ") if please else ("", "")
-        stem = verb.infinitive.removeprefix(verb.prefix)
-        bare = re.sub("e?n$", "", stem)
-        if verb.third in (bare + "t", bare + "et") and self.random.random() < 0.6:  # e becomes i in some of the others
-            german = f"{bare}{'e' if re.search('[td]$', bare) else ''} {bitte} {thing} {verb.prefix}!"
+        stem = verb.stem()
+        if verb.third in (stem + "t", stem + "et") and self.random.random() < 0.6:  # e becomes i in some of the others
+            german = f"{with_t(stem).removesuffix('t')} {bitte} {thing} {verb.prefix}!"
         else:
-            german = f"{stem} Sie {bitte} {thing} {verb.prefix}!"
+            german = f"{finite(verb, 3)} Sie {bitte} {thing} {verb.prefix}!"
         return german, f"{polite}{verb.base} {what}!"
 
     def clause(self) -> Pair:
@@ -234,8 +252,8 @@ class Writer:
         if self.random.random() < 0.5:
             word, asked = self.random.choice(QUESTIONS)
             start, beginning = f"ich weiß nicht, {word}", f"I do not know {asked}"
-        english = verb.english_third if person == 2 else verb.base
-        return f"{start} {subject} {thing} {verb.prefix}{finite(verb, person)}.", f"{beginning} {who} {english} {what}."
+        german = f"{start} {subject} {thing} {verb.prefix}{finite(verb, person)}."
+        return german, f"{beginning} {who} {verb.english(person)} {what}."
 
     def description(self) -> Pair:
         (subject, who, person), adjective = self.subject(), self.word(2)
@@ -259,9 +277,8 @@ class Writer:
         if drawn < 0.3:
             return f"{subject} {HABEN[person]} kein{ending} {noun.german}.", f"{who} {have} no {noun.english}."
         if drawn < 0.6:
-            article = "an" if noun.english[0] in "aeiou" else "a"
-            do = "does" if person == 2 else "do"
-            return f"{HABEN[person]} {subject} ein{ending} {noun.german}?", f"{do} {who} have {article} {noun.english}?"
+            english = f"{do(person)} {who} have {a_or_an(noun.english)} {noun.english}?"
+            return f"{HABEN[person]} {subject} ein{ending} {noun.german}?", english
         thing, what = self.noun_phrase("nominative")
         if drawn < 0.8:
             return f"wo ist {thing}?", f"where is {what}?"

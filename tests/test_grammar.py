@@ -9,11 +9,11 @@ import pytest
 from humptygpt import dictionary
 from humptygpt.grammar import HABEN, PATTERNS, SEIN, Adjective, Noun, Verb, Words, Writer, english_third, finite
 
-LIVE = Verb("wohnen", "", "wohnt", None, "gewohnt", HABEN, "none", "live", "lives", "lived")
-WORK = Verb("arbeiten", "", "arbeitet", None, "gearbeitet", HABEN, "none", "work", "works", "worked")
-RISE = Verb("aufstehen", "auf", "steht", None, "aufgestanden", SEIN, "none", "get up", "gets up", "got up")
-READ = Verb("lesen", "", "liest", "liest", "gelesen", HABEN, "thing", "read", "reads", "read")
-HELP = Verb("helfen", "", "hilft", "hilfst", "geholfen", HABEN, "dative", "help", "helps", "helped")
+LIVE = Verb("wohnen", "", "wohnt", None, "gewohnt", HABEN, "none", "live", "lived")
+WORK = Verb("arbeiten", "", "arbeitet", None, "gearbeitet", HABEN, "none", "work", "worked")
+RISE = Verb("aufstehen", "auf", "steht", None, "aufgestanden", SEIN, "none", "get up", "got up")
+READ = Verb("lesen", "", "liest", "liest", "gelesen", HABEN, "thing", "read", "read")
+HELP = Verb("helfen", "", "hilft", "hilfst", "geholfen", HABEN, "dative", "help", "helped")
 SOUP, BOY = Noun("Suppe", "f", "soup"), Noun("Junge", "m", "boy")
 TIRED = Adjective("müde", "tired")
 
