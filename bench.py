@@ -5,7 +5,7 @@
     python bench.py --what=profile                        where a step's time goes
     python bench.py --what=prepare --input=FILE.txt       prepare_data.py with GPT-2's tokens, and tiktoken alone
     python bench.py --what=read --dataset=NAME            batches out of token files, on one core
-    python bench.py --what=sample --nanogpt=../nanoGPT    text on a CPU, token by token, ours and all others there are
+    python bench.py --what=sample --nanogpt=../nanoGPT    generation on a CPU, beside every other program installed
 
 train: same shapes, same math (nanoGPT's CPU preset and AdamW, or a --config), same text; medians in milliseconds, and
 `speedup`, nanoGPT's median over ours. Each runs in a process of its own, as its users have it; nanoGPT computes in

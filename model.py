@@ -726,11 +726,8 @@ class GPT(nn.Module):
 
     def next_logits(self, idx: Tensor, state: DecoderState | None = None) -> Tensor:
         """As forward, but of the token after the last one alone: (B, V)."""
-        return self.head(self.stack(embed_tokens(self, idx, state), state)[:, -1])
-
-    def head(self, x: Tensor) -> Tensor:
-        """x: (..., C), of the stack. Returns logits, (..., V)."""
-        return with_loss(self, self.lm_head(x), None)[0]
+        x = self.stack(embed_tokens(self, idx, state), state)
+        return with_loss(self, self.lm_head(x[:, -1]), None)[0]
 
     def make_state(self, padding: Tensor | None = None, size: int | None = None) -> DecoderState:
         """An empty state; padding, size: as DecoderState has them; None: block_size."""

@@ -234,12 +234,8 @@ def print_batch(
 ) -> None:
     """texts: (number of the prompt, number of the sample). The first is printed while it is written."""
     tokenizer, n = loaded.tokenizer, config.max_new_tokens
-    context = Context(
-        loaded.model,
-        left_padded([prompts[number][1] for number, _ in texts]).to(loaded.device),
-        max(len(ids) for _, ids in prompts) + n,
-        exact=config.context == "exact",
-    )
+    idx = left_padded([prompts[number][1] for number, _ in texts]).to(loaded.device)
+    context = Context(loaded.model, idx, idx.shape[1] + n, exact=config.context == "exact")
     sampler = Sampler([sample for _, sample in texts], n, **config.sampling())
     streams, stopped = [TextStream(tokenizer, config.stop) for _ in texts], set()
     written = [prompts[number][0] for number, _ in texts]

@@ -295,7 +295,9 @@ def setup(config: TrainConfig, model_config: ModelConfig, saved: dict | None = N
     identity = dataset.identity()
     if saved and (saved["tokenizer"], saved["data"]["identity"]) != (dataset.tokenizer.state(), identity):
         raise UserError(f"data/{config.dataset} is not the data that {config.out_dir}/ckpt.pt was trained on")
-    model = checkpoint.restore_model(saved, model_config) if saved else new_model(config, model_config, dataset)
+    model = (
+        checkpoint.restore_model(saved["model"], model_config) if saved else new_model(config, model_config, dataset)
+    )
     model.to(device)
     optimizer = make_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

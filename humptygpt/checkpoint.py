@@ -60,19 +60,16 @@ def load_model(path: Path, mapped: bool = False) -> Loaded:
     """The model in a checkpoint, with the averaged weights if it has any, and its tokenizer. mapped: as in load."""
     saved = load(path, mapped)
     weights = saved["model"] | (saved.get("ema") or {})
-    model = restore_model({"model": weights}, configurator.make(models.ModelConfig, saved["model_config"]))
+    model = restore_model(weights, configurator.make(models.ModelConfig, saved["model_config"]))
     return Loaded(model.eval(), tokenizers.from_state(saved["tokenizer"]), saved)
 
 
-def restore_model(saved: dict, config: models.ModelConfig) -> nn.Module:
-    """A model of this config with the weights that were being trained, on the CPU; saved: as from load.
-
-    The tensors in saved become its parameters, so that nothing is in memory twice.
-    """
+def restore_model(weights: dict[str, Tensor], config: models.ModelConfig) -> nn.Module:
+    """A model of this config on the CPU, whose parameters are these tensors themselves: nothing is in memory twice."""
     model = build_on_meta(config)
     for stack in (module for module in model.modules() if isinstance(module, models.Stack)):
         stack.position = models.POSITIONS[config.position](config, stack.causal)  # its tables are in no checkpoint
-    model.load_state_dict(saved["model"], assign=True)
+    model.load_state_dict(weights, assign=True)
     if config.tie_weights and config.model != "window_mlp":
         model.lm_head.weight = model.wte.weight
     return model

@@ -36,7 +36,7 @@ def keep_top_p(probs: Tensor, p: float) -> Tensor:
     arXiv:1904.09751, section 3.1 (nucleus sampling).
     """
     k, total = 64, probs.sum(dim=-1, keepdim=True)
-    while True:  # mostly a few tokens have it: nobody needs to sort the whole vocabulary
+    while True:  # a few tokens mostly have it, so the whole vocabulary need not be sorted
         ranked = probs.topk(min(k, probs.shape[-1])).values
         before = ranked.cumsum(dim=-1) - ranked  # of all more probable tokens; 0 for the first
         if k >= probs.shape[-1] or bool((before[:, -1:] >= p * total).all()):
@@ -95,7 +95,7 @@ def uniform_numbers(seed: int, samples: list[int], n: int) -> Tensor:
     counter; the key is seed and sample. Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
     streams = [np.random.Generator(np.random.Philox(key=[seed, sample])).random(n) for sample in samples]
-    # at most 1 - 2^-40, so that rounding never makes the product with a sum that sum
+    # at most 1 - 2^-40, so that its product with a sum stays below the sum, rounding included
     return torch.from_numpy(np.stack(streams, axis=1)[..., None].clip(max=1 - 2**-40))
 
 

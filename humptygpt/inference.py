@@ -291,7 +291,7 @@ class GPTDecoder:
         self.blocks = [BlockDecoder(block) for block in model.stack.blocks]
         self.norm_scale = self.blocks[0].norm_scale
         config, position = model.config, model.stack.position
-        # where each token attends to all before it and its position is in the rotary tables, no more is to be found out
+        # each token attends to all before it, and its position is in the rotary tables alone: there is no mask to make
         self.plain = config.position == "rotary" and not config.window and not config.embed_norm
         if self.plain:
             self.tables = [table[:, None, None] * self.norm_scale for table in (position.cos, position.sin)]

@@ -122,7 +122,7 @@ class Ours(Contender):
             subprocess.run([sys.executable, "-c", WRITE_OURS, str(path), json.dumps(asdict(case.ours))], check=True)
         dtype = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
         weights = torch.load(path, weights_only=True, mmap=mapped)
-        model = restore_model({"model": weights}, case.ours)
+        model = restore_model(weights, case.ours)
         self.model = prepare_for_generation(model, dtype, case.dtype == "int8", mapped)
 
     def steps(self, n: int) -> Iterator[Tensor]:

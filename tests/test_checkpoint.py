@@ -345,7 +345,7 @@ def test_a_restored_model_shares_the_tensors_of_the_file_and_is_whole(position):
         saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         if config.tie_weights:
             saved["lm_head.weight"] = saved["wte.weight"]
-        restored = checkpoint.restore_model({"model": saved}, config)
+        restored = checkpoint.restore_model(saved, config)
         assert restored.wte.weight.data_ptr() == saved["wte.weight"].data_ptr()
         assert [name for name, _ in restored.named_parameters()] == [name for name, _ in model.named_parameters()]
         assert all(p.requires_grad for p in restored.parameters())

@@ -261,7 +261,7 @@ def test_averaged_weights_are_evaluated_and_saved_beside_those_that_are_trained(
     for model in models_to_sample:
         assert_same_weights(dict(model.named_parameters()), latest["ema"])
         assert val_loss(model, tiny) == averaged[-1]["val_loss"]
-    assert val_loss(checkpoint.restore_model(latest, model.config), tiny) == plain[-1]["val_loss"]
+    assert val_loss(checkpoint.restore_model(latest["model"], model.config), tiny) == plain[-1]["val_loss"]
 
 
 def val_loss(model: torch.nn.Module, folder: Path) -> float:
