@@ -876,9 +876,7 @@ PROBABILITY = {"at_least": 0, "below": 1}
 class ModelConfig:
     """What a model is made of: all that a checkpoint needs to build it again."""
 
-    model: str = setting(
-        "gpt", "gpt, transformer (encoder-decoder) or window_mlp (no attention)", "model", choices=MODELS
-    )
+    model: str = setting("gpt", "transformer: encoder-decoder; window_mlp: no attention", "model", choices=MODELS)
     n_layer: int = setting(4, "blocks; of a transformer, in each stack; of window_mlp, hidden layers", at_least=1)
     n_head: int = setting(4, "attention heads in a block", at_least=1, **ATTENTION)
     n_kv_head: int | None = setting(None, "key-value heads (GQA); None: n_head; 1: MQA", at_least=1, **ATTENTION)
@@ -894,30 +892,32 @@ class ModelConfig:
     dropout: float = setting(0.0, "probability that an activation is zeroed in training", **PROBABILITY)
     label_smoothing: float = setting(0.0, "fraction of a target spread over the vocabulary in training", **PROBABILITY)
     bias: bool = setting(False, "bias terms in linear layers and layer norms, as in GPT-2")
-    embedding: str = setting("table", "table: trained; number: a token is its own number", choices=EMBEDDINGS)
+    embedding: str = setting("table", "number: a token is its own number", choices=EMBEDDINGS)
     ngrams: int = setting(0, "frequent n-grams up to this length have embeddings, too; 0: off", at_least=0)
     ngram_dropout: float = setting(0.0, "probability of no n-gram embedding at a position", **PROBABILITY, **NGRAMS)
     ngram_rows: int | None = setting(None, "frequent n-grams: counted in the text, not chosen", at_least=1, **NGRAMS)
     tie_weights: bool = setting(True, "embedding and output head share their weights", **ATTENTION)
-    position: str = setting("learned", "positional encoding: " + ", ".join(POSITIONS), choices=POSITIONS, **ATTENTION)
+    position: str = setting("learned", "positional encoding", choices=POSITIONS, **ATTENTION)
     rope_base: float = setting(10000.0, "base of the rotary frequencies (rope_theta)", above=1, **ROTARY)
     rope_factor: float = setting(1.0, "divides the low frequencies, as in Llama 3.1; 1: off", at_least=1, **ROTARY)
     rope_low_freq_factor: float = setting(1.0, "frequencies with fewer turns in the context are low", above=0, **SCALED)
     rope_high_freq_factor: float = setting(4.0, "and stays as it is with more turns than this", above=0, **SCALED)
     rope_original_context: int = setting(8192, "context length before the extension", at_least=1, **SCALED)
-    norm: str = setting("layernorm", ", ".join(NORMS), choices=NORMS, **ATTENTION)
-    block: str = setting("pre_norm", "norms and residuals: " + ", ".join(BLOCKS), choices=BLOCKS, **ATTENTION)
-    mlp: str = setting("plain", "feed-forward: plain, gated (with silu: SwiGLU) or none", choices=MLPS, **ATTENTION)
+    norm: str = setting("layernorm", "norm of the activations", choices=NORMS, **ATTENTION)
+    block: str = setting("pre_norm", "norms and residuals", choices=BLOCKS, **ATTENTION)
+    mlp: str = setting("plain", "feed-forward network; gated with silu: SwiGLU", choices=MLPS, **ATTENTION)
     mlp_conv: int = setting(
         0, "tokens that a causal convolution before the feed-forward network looks back; 0: off", at_least=0, **MLP_ONLY
     )
-    activation: str = setting("gelu", ", ".join(ACTIVATIONS), choices=ACTIVATIONS, not_with={"mlp": "none"})
+    activation: str = setting(
+        "gelu", "nonlinearity of the feed-forward network", choices=ACTIVATIONS, not_with={"mlp": "none"}
+    )
     qk_norm: bool = setting(False, "RMS norm of queries and keys, which bounds the scores", **ATTENTION)
     embed_norm: bool = setting(False, "a norm after the embedding", not_with={"model": "window_mlp", "norm": "none"})
     logit_soft_cap: float = setting(
         0.0, "keeps logits between -cap and cap by tanh; 0: no cap", at_least=0, at_most=1e6
     )
-    init: str = setting("gpt2", "gpt2; zero: each block starts as the identity", choices=("gpt2", "zero"), **ATTENTION)
+    init: str = setting("gpt2", "zero: each block starts as the identity", choices=("gpt2", "zero"), **ATTENTION)
 
     def __post_init__(self):
         check(self)

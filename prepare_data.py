@@ -37,14 +37,14 @@ from pathlib import Path
 import numpy as np
 
 from humptygpt import configurator
-from humptygpt.configurator import UserError, check, setting, without_effect
+from humptygpt.configurator import UserError, check, nearest, setting, without_effect
 from humptygpt.corpus import Corpus, Encoder, Progress, progress_bar, units, vocabulary_texts
-from humptygpt.documents import check_readable, find_files
+from humptygpt.documents import STREAM, Found, check_readable, find_files, save_stream
 from humptygpt.files import write_whole
 from humptygpt.known_texts import KNOWN, Known, PairFiles
 from humptygpt.pairs import Pairs, is_tsv
-from humptygpt.token_files import META_FORMAT, TokenWriter, checksums, token_dtype
-from humptygpt.tokenizer import TOKENIZERS, SentencePieceTokenizer, Tokenizer, from_state
+from humptygpt.token_files import COMMAND, META_FORMAT, TokenWriter, checksums, token_dtype
+from humptygpt.tokenizer import TOKENIZERS, SentencePieceTokenizer, Tokenizer, VocabularyTooLarge, from_state
 
 SAVE_UNITS = 128  # units between two saves of the progress
 SMALL = 8_000_000  # bytes of files below which starting worker processes takes longer than it saves
@@ -61,29 +61,32 @@ def taken_by(key: str) -> dict:
 @dataclass(frozen=True)
 class PrepareConfig:
     name: str | None = setting(None, "folder in data/ to write; also the bare argument", group="data")
-    input: str | None = setting(None, "file, folder or pattern; None: data/<name>/input.txt or .tsv, or a known text")
-    text_key: str = setting("text", "field with the text in .jsonl and .parquet files")
-    encoding_errors: str = setting(
-        "strict", "for bytes that are not UTF-8: strict, replace or ignore", choices=("strict", "replace", "ignore")
+    input: str | None = setting(
+        None,
+        "file, folder, pattern, or - for a stream; None: data/<name>/input.txt or .tsv, or a known text",
+        path=True,
     )
+    text_key: str = setting("text", "field with the text in .jsonl and .parquet files")
+    encoding_errors: str = setting("strict", "for bytes that are not UTF-8", choices=("strict", "replace", "ignore"))
+    skip_bad_lines: bool = setting(False, "leave out lines and rows that have no text, or not one tab, and count them")
     val_fraction: float | None = setting(None, "fraction for validation; None: 0.1, pairs 0.02", above=0, below=1)
     files: int | None = setting(None, "maximum number of files", at_least=1)
 
-    source: str | None = setting(None, "file with a sentence per line", group="sentence pairs, also from a .tsv input")
-    target: str | None = setting(None, "file with their translations, line by line")
+    source: str | None = setting(
+        None, "file with a sentence per line", group="sentence pairs, also from a .tsv input", path=True
+    )
+    target: str | None = setting(None, "file with their translations, line by line", path=True)
     test_fraction: float | None = setting(None, "fraction for test; None: val_fraction", at_least=0, below=1, **PAIRS)
     max_pair_tokens: int | None = setting(None, "drop pairs with a longer side; None: 128", at_least=2, **PAIRS)
     max_pair_ratio: float | None = setting(None, "drop pairs with a larger length ratio; None: 3", at_least=1, **PAIRS)
-    held_out: str | None = setting(None, "file of pairs, or of a source per line, not to train on", **PAIRS)
+    held_out: str | None = setting(None, "file of pairs, or of a source per line, not to train on", path=True, **PAIRS)
 
-    tokenizer: str | None = setting(
-        None, f"{', '.join(TOKENIZERS)}; None: char, pairs sentencepiece", group="tokens", choices=TOKENIZERS
-    )
+    tokenizer: str | None = setting(None, "None: char, pairs sentencepiece", group="tokens", choices=TOKENIZERS)
     vocab_size: int | None = setting(
         None, "number of tokens; None: 4096, pairs 8192", at_least=2, **taken_by("vocab_size")
     )
     model_type: str | None = setting(
-        None, "bpe or unigram; None: bpe", choices=("bpe", "unigram"), **taken_by("model_type")
+        None, "of sentencepiece; None: bpe", choices=("bpe", "unigram"), **taken_by("model_type")
     )
     shard_tokens: int | None = setting(None, "tokens per file, train_0000.bin and so on; None: one file", at_least=1)
 
@@ -91,14 +94,31 @@ class PrepareConfig:
 
     def __post_init__(self):
         check(self)
-        if not self.name:
-            raise ValueError("no name for the data set; try: python prepare_data.py shakespeare_char")
-        if self.name in (".", "..") or "/" in self.name or "\\" in self.name:
-            raise ValueError(f"name={self.name} must be the name of a folder in data/, not a path")
+        self.check_name()
         if (self.source is None) != (self.target is None):
             raise ValueError("source and target go together: --source=a.de --target=a.en, line by line translations")
         if self.source is not None and self.input is not None:
             raise ValueError(f"input={self.input} and source={self.source} exclude each other")
+        for key in ("source", "target", "held_out"):
+            if getattr(self, key) == "-":
+                raise ValueError(f"{key}=-: only --input=- reads a stream, which is a text; write a file for {key}")
+
+    def check_name(self) -> None:
+        if not self.name:
+            if text := self.input or self.source:
+                own = replace(self, name=name_from(text))
+                raise ValueError(f"no name for the data set; write: {command_text(own)}")
+            raise ValueError("no name for the data set; try: python prepare_data.py shakespeare_char")
+        if self.name in (".", "..") or any(char in self.name for char in "/\\\0"):
+            own = {} if self.input or self.source or not os.path.exists(self.name) else {"input": self.name}
+            way_out = command_text(replace(self, name=name_from(self.name), **own))
+            raise ValueError(f"name={self.name!r} must be the name of a folder in data/, not a path; write: {way_out}")
+
+
+def name_from(path: str) -> str:
+    """A name for a data set, made from the name of a file, folder or pattern."""
+    stem = os.path.basename(path.rstrip("/")).partition(".")[0]  # noqa: PTH119, since "a/" and "-" are allowed
+    return re.sub(r"\W+", "_", stem).strip("_") or "mine"
 
 
 def main(argv: list[str]) -> None:
@@ -117,32 +137,43 @@ def prepare(config: PrepareConfig) -> dict:
     """Write data/<name>, print a summary and return meta.json, which is written last and makes the folder complete."""
     folder = Path("data") / config.name
     parts = folder / "preparing"  # incomplete files
-    command = "python prepare_data.py " + shlex.join(command_line(config))
+    command, fit = command_text(config), config.vocab_size is None
     try:
         corpus = open_corpus(config, folder)
         settings = replace(corpus.config, input=None, source=None, target=None, files=None, workers=None)
-        made_from = hashlib.sha256(json.dumps([corpus.fingerprint(), asdict(settings)]).encode()).hexdigest()
+        content = [corpus.fingerprint(), asdict(settings), fit]
+        made_from = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         meta = read_json(parts / "meta.json")
         if meta.get("made_from") != made_from:
-            tokenizer, progress = start_or_resume(corpus, parts, made_from, command)
+            tokenizer, progress = start_or_resume(corpus, parts, made_from, command, fit=fit)
             encode(corpus, tokenizer, progress, parts)
             check_splits(corpus, progress, parts)
             meta = describe(corpus, tokenizer, progress, parts) | {"command": command, "made_from": made_from}
             write_json(parts / "meta.json", meta)
         install(parts, folder, meta)
+    except UserError:
+        if config.input == "-" and not parts.exists():  # nothing to resume
+            (folder / STREAM).unlink(missing_ok=True)
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+        raise
     except OSError as error:
         raise UserError(f"cannot write {error.filename or folder}: {error.strerror}; {RESUME}") from error
     except KeyboardInterrupt:
         print(RESUME, file=sys.stderr)
         raise
     print(summary(folder, meta, corpus.summary(meta)))
+    for note in corpus.notes():
+        print(f"note: {note}", file=sys.stderr)
     return meta
 
 
-def command_line(config: PrepareConfig) -> list[str]:
-    """The command line of this config, without the number of workers, which changes no byte."""
+def command_text(config: PrepareConfig) -> str:
+    """The command of this config, to be pasted into a shell; without the workers, whose number changes no byte."""
     changed = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
-    return [f"--{key}={value}" if key != "name" else value for key, value in changed.items() if key != "workers"]
+    bare = changed["name"] if not changed["name"].startswith("-") else f"--name={changed['name']}"
+    rest = [f"--{key}={value}" for key, value in changed.items() if key not in ("name", "workers")]
+    return shlex.join(["python", "prepare_data.py", bare, *rest])
 
 
 def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:
@@ -184,7 +215,9 @@ def open_corpus(config: PrepareConfig, folder: Path) -> Corpus | Pairs:
         if not any(map(is_tsv, files)):
             return Corpus(resolve(preset), files, source or where)
         if not all(map(is_tsv, files)):
-            raise UserError(f"{where} has .tsv files, which are sentence pairs, and others; name one kind only")
+            kinds = (next(file for file in files if is_tsv(file) == pairs) for pairs in (True, False))
+            found = "sentence pairs ({}) and text ({})".format(*kinds)
+            raise UserError(f"{where} has {found}; name one kind only, by a pattern such as --input='{folder}/*.tsv'")
         parts = [(None, (file,)) for file in files]
         source = source or (where if len(files) == 1 else f"{len(files):,} files: {where}")
     else:
@@ -202,6 +235,11 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, st
     """(a path or files of pairs, the source for meta.json; None: the path)."""
     if config.source is not None:
         return [(None, (Path(config.source), Path(config.target)))], f"{config.source} and {config.target}"
+    if config.input == "-":
+        if sys.stdin.isatty():
+            print("reading the text from the terminal; Ctrl-D ends it", file=sys.stderr)
+        save_stream(sys.stdin.buffer, folder / STREAM)
+        return str(folder / STREAM), "standard input"
     if config.input is not None:
         return config.input, None
     for path in (folder / "input.txt", folder / "input.tsv"):
@@ -209,9 +247,13 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, st
             return str(path), None
     if known := known_text(config):
         return known.fetch(config.name, config.files)
+    near, where, name = nearest(config.name, KNOWN), "FILE_OR_FOLDER", config.name
+    if os.path.exists(config.name):  # meant as the input
+        where, name = shlex.quote(config.name), name_from(config.name)
     raise UserError(
         f"no data set {config.name}: it is not one of: {', '.join(KNOWN)}, and there is no {folder / 'input.txt'};"
-        f" for your own text: python prepare_data.py --input=FILE_OR_FOLDER --name={config.name}"
+        + (f" did you mean {near}?" if near else "")
+        + f" for your own text: python prepare_data.py --input={where} --name={shlex.quote(name)}"
     )
 
 
@@ -219,15 +261,19 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, st
 # Text -> tokens
 
 
-def start_or_resume(corpus: Corpus | Pairs, parts: Path, made_from: str, command: str) -> tuple[Tokenizer, Progress]:
+def start_or_resume(
+    corpus: Corpus | Pairs, parts: Path, made_from: str, command: str, *, fit: bool
+) -> tuple[Tokenizer, Progress]:
+    """The tokenizer, and how far the encoding is; fit: see make_tokenizer."""
     saved = read_json(parts / "progress.json")
     if saved.get("made_from") == made_from:
         progress = Progress(**saved)
+        corpus.found = {int(number): Found(*entry) for number, entry in progress.found.items()}
         print(f"resuming after {progress.read:,} of {sum(corpus.sizes):,} bytes", file=sys.stderr)
         return from_state(progress.tokenizer), progress
     if saved:
         print("note: the files or settings changed since the stopped preparation; starting over", file=sys.stderr)
-    tokenizer = make_tokenizer(corpus)  # before the folder is made, as it may refuse the text
+    tokenizer = make_tokenizer(corpus, fit)  # before the folder is made, as it may refuse the text
     if parts.exists():
         shutil.rmtree(parts)
     parts.mkdir(parents=True)
@@ -237,10 +283,19 @@ def start_or_resume(corpus: Corpus | Pairs, parts: Path, made_from: str, command
     return tokenizer, progress
 
 
-def make_tokenizer(corpus: Corpus | Pairs) -> Tokenizer:
+def make_tokenizer(corpus: Corpus | Pairs, fit: bool) -> Tokenizer:
+    """fit: of a small text, take as many tokens as there are, since the user named no vocab_size."""
     kind = TOKENIZERS[corpus.config.tokenizer]
     options = {key: getattr(corpus.config, key) for key in kind.options}
-    return kind.train(vocabulary_texts(corpus, kind.needs_all_texts), **options, separated=corpus.separated)
+    train = partial(kind.train, separated=corpus.separated)
+    try:
+        return train(vocabulary_texts(corpus, kind.needs_all_texts), **options)
+    except VocabularyTooLarge as error:
+        if not fit:
+            raise
+        print(f"note: {error}; vocab_size={error.most} is taken", file=sys.stderr)
+        options["vocab_size"] = error.most
+        return train(vocabulary_texts(corpus, kind.needs_all_texts), **options)
 
 
 def encode(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, parts: Path) -> None:
@@ -256,6 +311,7 @@ def encode(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, par
         for writer in writers.values():
             writer.flush()
         progress.counts = counts.tolist()
+        progress.found = {str(number): list(vars(entry).values()) for number, entry in corpus.found.items()}
         write_json(parts / "progress.json", vars(progress))
 
     with ExitStack() as stack, progress_bar(sum(corpus.sizes), "encoding", progress.read) as bar:
@@ -370,6 +426,8 @@ def describe(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, p
 def install(parts: Path, folder: Path, meta: dict) -> None:
     """Move the complete files into the folder; if this is interrupted, the same command moves the rest."""
     names = {file["name"] for split in meta["splits"].values() for file in split["files"]}
+    command = meta["command"] + "\n"
+    write_whole(folder / COMMAND, lambda file: file.write(command.encode()))  # stays if meta.json is lost
     (parts / "progress.json").unlink(missing_ok=True)  # from here on, parts/meta.json is the progress
     (folder / "meta.json").unlink(missing_ok=True)
     for old in folder.glob("*.bin"):
@@ -380,6 +438,7 @@ def install(parts: Path, folder: Path, meta: dict) -> None:
             (parts / name).replace(folder / name)
     (parts / "meta.json").replace(folder / "meta.json")
     shutil.rmtree(parts)
+    (folder / STREAM).unlink(missing_ok=True)
 
 
 def summary(folder: Path, meta: dict, other: dict[str, str]) -> str:

@@ -3,6 +3,8 @@
 This module owns their schema. It alone turns a checkpoint into a model, and older formats into the present one.
 """
 
+import os
+import shlex
 import warnings
 import zipfile
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 import model as models
 from humptygpt import configurator
 from humptygpt import tokenizer as tokenizers
-from humptygpt.configurator import UserError
+from humptygpt.configurator import UserError, nearest_path
 from humptygpt.files import write_whole
 from humptygpt.optimizers import STATE, group_parameters, update_rules
 from humptygpt.schema import check_schema
@@ -84,7 +86,9 @@ def load(path: Path, mapped: bool = False) -> dict:
     try:
         path.open("rb").close()
     except FileNotFoundError as error:
-        raise UserError(f"no checkpoint {path}; train first: python train.py --out_dir={path.parent}") from error
+        command = f"python train.py {shlex.quote(f'--out_dir={path.parent}')}"
+        near = "" if os.path.exists(path.parent) else nearest_path(str(path.parent))
+        raise UserError(f"no checkpoint {path}{near or f'; train first: {command}'}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     try:

@@ -11,7 +11,9 @@ import dataclasses
 import difflib
 import math
 import operator
+import os
 import runpy
+import shlex
 import signal
 import sys
 import traceback
@@ -20,6 +22,7 @@ import typing
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+CONFIGS = Path(__file__).parent.parent / "config"
 TEXTS = tuple[str, ...]  # the type of a key that takes several texts: --key=ONE --key=ANOTHER
 
 
@@ -33,6 +36,7 @@ def setting(
     group: str | None = None,
     *,
     choices: Collection[str] | None = None,
+    path: bool = False,
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
@@ -43,8 +47,9 @@ def setting(
     """A field of a config class, with its line in --help and the rules that check() and without_effect() apply.
 
     group: the title under which it and the keys after it stand in --help. choices: the values that are allowed, often
-    the dictionary of variants itself. only_with, not_with: {other key: value, or a tuple of values}; where the other
-    key has none of them, or one of them, this key does nothing.
+    the dictionary of variants itself. path: it names files or folders, so that ~ stands for the home folder. only_with,
+    not_with: {other key: value, or a tuple of values}; where the other key has none of them, or one of them, this key
+    does nothing.
     """
     rules = dict(locals())
     return dataclasses.field(default=rules.pop("default"), metadata=rules)
@@ -102,6 +107,7 @@ def read(argv: list[str], *classes: type, positional: str | None = None) -> dict
     Raises UserError. Prints help and exits where --help is among the arguments.
     """
     hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
+    paths = {field.name for cls in classes for field in dataclasses.fields(cls) if field.metadata["path"]}
     if "--help" in argv or "-h" in argv:
         print(help_text(*classes, positional=positional))
         sys.exit(0)
@@ -120,7 +126,47 @@ def read(argv: list[str], *classes: type, positional: str | None = None) -> dict
             given[positional] = argument
         else:
             given.update(read_file(argument, hints))
-    return given
+    if classes[-1].__module__ == "__main__":  # a script was started, and is not imported
+        note_folder(Path(sys.modules["__main__"].__file__))
+    return {name: check_path(f"{name}=", value) if name in paths else value for name, value in given.items()}
+
+
+def check_path(before: str, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    """The path, or each of several, with the home folder in place of ~, which shells leave alone in --key=~/file.
+
+    before: what the user wrote before it. Raises UserError for what cannot be a path.
+    """
+    if isinstance(value, tuple):
+        return tuple(check_path(before, path) for path in value)
+    if value is None:
+        return None
+    if not value:
+        raise UserError(f"{before} must not be empty; write --{before}PATH")
+    if "\0" in value:
+        raise UserError(f"{before}{value!r} has a null byte, which no path can have")
+    return os.path.expanduser(value)  # noqa: PTH111, since a pathlib.Path loses the end of "folder/"
+
+
+def note_folder(script: Path) -> None:
+    """Say which data/ and out/ are meant where a script is started from another folder than its own."""
+    if (here := Path.cwd()) != script.resolve().parent:
+        print(f"note: data/, out/ and other relative paths are in {here}", file=sys.stderr)
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """The one of the known names that a mistyped one is probably meant to be."""
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+
+
+def nearest_path(path: str, ending: str = "") -> str:
+    """ "; did you mean ...?" with the name in the same folder that is nearest to a path that does not exist, or ""."""
+    folder, name = os.path.split(path.rstrip("/"))
+    try:
+        names = os.listdir(folder or ".")  # noqa: PTH208, since the path is to be written as the user did
+    except (OSError, ValueError):
+        return ""
+    near = nearest(name, [found for found in names if found.endswith(ending)])
+    return f"; did you mean {shlex.quote(os.path.join(folder, near))}?" if near else ""  # noqa: PTH118
 
 
 def make(cls: type, values: dict[str, object]):
@@ -158,18 +204,22 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 def check_key(name: str, hints: dict[str, object], where: str) -> None:
     if name not in hints:
-        near = difflib.get_close_matches(name, hints, n=1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists all keys"
+        near = nearest(name, hints)
+        hint = f"did you mean {near}?" if near else "--help lists all keys"
         raise UserError(f"{where}unknown key {name}; {hint}")
 
 
 def read_file(path: str, hints: dict[str, object]) -> dict[str, object]:
     """Run a config file and return its keys. Names that start with _, modules and functions are the file's own."""
     try:
-        Path(path).read_bytes()
-    except OSError as error:
-        hint = f"; for a key write --{path.lstrip('-')}" if "=" in path else ""
-        raise UserError(f"cannot read config file {path}: {error.strerror}{hint}") from error
+        with Path(path).open("rb") as file:
+            zipped = file.read(2) == b"PK"  # Python would run a program in it
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        reason = error.strerror if isinstance(error, OSError) else "it has a null byte"
+        shown = path if path.isprintable() else repr(path)
+        raise UserError(f"cannot read config file {shown}: {reason}{other_argument(path, hints)}") from error
+    if zipped:
+        raise UserError(f"{path} is no config file{other_argument(path, hints)}")
     try:
         names = runpy.run_path(path)
     except SyntaxError as error:
@@ -185,6 +235,18 @@ def read_file(path: str, hints: dict[str, object]) -> dict[str, object]:
         check_key(name, hints, f"{path}: ")
         given[name] = convert(name, value, hints[name])
     return given
+
+
+def other_argument(path: str, hints: dict[str, object]) -> str:
+    """What to write instead of an argument that is no config file: "; write ...", or "" where nothing is near."""
+    if "=" in path:
+        return f"; for a key write {shlex.quote('--' + path.lstrip('-'))}"
+    if os.path.exists(path):
+        run = path if os.path.isdir(path) else Path(path).parent
+        return f"; for the folder of a run write {shlex.quote(f'--out_dir={run}')}" if "out_dir" in hints else ""
+    ours = {file.stem: os.path.relpath(file) for file in sorted(CONFIGS.rglob("*.py"))}
+    near = ours.get(nearest(Path(path).stem, ours))
+    return nearest_path(path, ".py") or (f"; did you mean {shlex.quote(near)}?" if near else "")
 
 
 def parse(name: str, text: str, hint: object) -> object:
@@ -234,5 +296,7 @@ def help_text(*classes: type, positional: str | None = None) -> str:
             if field.metadata["group"]:
                 lines += ["", f"{field.metadata['group']}:"]
             kind = type_name(hints[field.name]).replace("True or False", "bool").replace(" or ", "|")
-            lines.append(f"  --{field.name}={field.default}".ljust(42) + f" {kind:<11}{field.metadata['help']}")
+            choices = field.metadata["choices"]
+            listed = f"; one of: {', '.join(choices)}" if choices else ""
+            lines.append(f"  --{field.name}={field.default}".ljust(42) + f" {kind:<11}{field.metadata['help']}{listed}")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from humptygpt.configurator import UserError
-from humptygpt.documents import Piece, kind_of, read_documents
+from humptygpt.documents import Found, Piece, kind_of, read_documents
 from humptygpt.download import file_sha256
 from humptygpt.known_texts import TINY_SHAKESPEARE_SHA256
 from humptygpt.token_files import token_dtype
@@ -53,6 +53,7 @@ class Progress:
     read: int = 0
     split: str = "train"
     counts: list[int] = field(default_factory=list)  # occurrences of each token
+    found: dict[str, list] = field(default_factory=dict)  # as Corpus.found, in plain data
 
 
 class Corpus:
@@ -67,13 +68,16 @@ class Corpus:
         """config: a resolved prepare_data.PrepareConfig. source: what the files are called in meta.json."""
         self.config, self.files, self.source = config, files, source
         self.encoder = encode_documents
+        self.found: dict[int, Found] = {}  # by the number of the file; of those that were read to their end
         self.sizes = [file.stat().st_size for file in files]
         self.only_text = all(kind_of(file) == ".txt" for file in files)
         self.separated = len(files) > 1 or not self.only_text  # documents end in the end-of-text token
         if not any(True for number in range(len(files)) for _ in self.read(number)):
-            raise UserError(f"{source} has no text; there is nothing to learn from")
-        if config.text_key != "text" and self.only_text:
-            print(f"note: text_key={config.text_key} has no effect on text files", file=sys.stderr)
+            skipped = "".join(f"; {note}" for note in self.notes())
+            raise UserError(f"{source} has no text; there is nothing to learn from{skipped}")
+        for key, default in (("text_key", "text"), ("skip_bad_lines", False)):
+            if getattr(config, key) != default and self.only_text:
+                print(f"note: {key}={getattr(config, key)} has no effect on text files", file=sys.stderr)
         if len(files) > 1:
             self.source = f"{len(files):,} files: {source}"
         elif source == str(files[0]) and self.only_text and file_sha256(files[0]) == TINY_SHAKESPEARE_SHA256:
@@ -89,7 +93,12 @@ class Corpus:
 
     def read(self, number: int) -> Iterator[Piece]:
         """The documents of file number, in pieces."""
-        return read_documents(self.files[number], self.config.text_key, self.config.encoding_errors)
+        config, found = self.config, Found()
+        yield from read_documents(
+            self.files[number], config.text_key, config.encoding_errors, config.skip_bad_lines, found
+        )
+        if found != Found():
+            self.found[number] = found
 
     def lowest_draw(self) -> float:
         """The lowest draw of all documents; 0 for a large corpus, where val_fraction alone is enough."""
@@ -121,7 +130,22 @@ class Corpus:
 
     def extra_meta(self, splits: dict[str, dict[str, int]], first_text: str) -> dict:
         """The entries of meta.json that only this kind of data has. first_text: the start of the training split."""
-        return {}
+        return {
+            "skipped_lines": sum(found.bad_lines for found in self.found.values()),
+            "carriage_return_files": sum(found.carriage_returns for found in self.found.values()),
+        }
+
+    def notes(self) -> list[str]:
+        """What the user should know of the files, once all are read."""
+        notes, found = [], sorted(self.found.items())
+        if bad := [(number, entry) for number, entry in found if entry.bad_lines]:
+            count, (number, first) = sum(entry.bad_lines for _, entry in bad), bad[0]
+            where = f"the first: {self.files[number]}, line {first.first_bad:,}"
+            notes.append(f"skipped lines without a text: {count:,} ({where})")
+        if returns := [number for number, entry in found if entry.carriage_returns]:
+            more = f" and {len(returns) - 1:,} more files" if returns[1:] else ""
+            notes.append(f"carriage returns of {self.files[returns[0]]}{more} are now line breaks")
+        return notes
 
     def summary(self, meta: dict) -> dict[str, str]:
         """The lines of the summary that only this kind of data has."""

@@ -14,6 +14,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     A crash, a kill or a full disk at any moment leaves the old file as it was. Raises UserError where writing fails.
     """
+    if os.path.isdir(path):
+        raise UserError(f"cannot write {path}: it is a folder; name a file in it")
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:

@@ -168,7 +168,7 @@ def parquet(dataset: str) -> Callable[[str, int | None], tuple[str, str]]:
             path = folder / f"{number:04d}.parquet"
             if not path.exists():
                 download(url, path, timeout=30)
-        return str(folder), f"{dataset}, {len(urls)} files"
+        return str(folder / "*.parquet"), f"{dataset}, {len(urls)} files"
 
     return fetch
 

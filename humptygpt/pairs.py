@@ -18,7 +18,7 @@ import numpy as np
 
 from humptygpt.configurator import UserError
 from humptygpt.corpus import draw, file_fingerprint, progress_bar, read_from
-from humptygpt.documents import kind_of, read_lines, unpacked_name
+from humptygpt.documents import SKIP, kind_of, read_lines, unpacked_name
 from humptygpt.token_files import token_dtype
 from humptygpt.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -53,6 +53,7 @@ class Pairs:
         self.encoder = partial(encode_pairs, cleaned, config.max_pair_tokens, config.max_pair_ratio)
         if config.text_key != "text":
             print(f"note: text_key={config.text_key} has no effect on pairs", file=sys.stderr)
+        self.found = {}  # what corpus.Corpus notes of its files
         self.held_out = self.held_out_sources()
         self.pairs, self.empty, self.first_empty, self.left_out = 0, 0, None, 0
         self.val_below, self.test_below = self.survey()
@@ -119,7 +120,9 @@ class Pairs:
     def read(self, number: int) -> Iterator[Pair]:
         """The pairs of part number, one for each line, empty ones too."""
         _, paths = self.parts[number]
-        return (read_tsv if len(paths) == 1 else read_aligned)(*paths, self.config.encoding_errors)
+        if len(paths) == 1:
+            return read_tsv(paths[0], self.config.encoding_errors, self.config.skip_bad_lines)
+        return read_aligned(*paths, self.config.encoding_errors)
 
     def assign(self, pair: Pair, number: int, split: str) -> list[tuple]:
         """The entry of a pair of part number, as in corpus.Unit; none where it is left out. split: unused."""
@@ -151,11 +154,15 @@ class Pairs:
             "examples": list(zip(sides[::2], sides[1::2], strict=False))[:3],
         }
 
+    def notes(self) -> list[str]:
+        return []  # the summary has all
+
     def summary(self, meta: dict) -> dict[str, str]:
         """The lines of the summary that only this kind of data has."""
+        empty = "with an empty side" + " or not one tab" * self.config.skip_bad_lines
         reasons = {
             "too_long": f"longer than {self.config.max_pair_tokens} tokens",
-            "empty": f"with an empty side (the first: {meta['first_empty']})",
+            "empty": f"{empty} (the first: {meta['first_empty']})",
             "lopsided": f"with a side longer than {self.config.max_pair_ratio:g} times the other plus {SLACK} tokens",
             "held_out": "held out",
         }
@@ -192,14 +199,14 @@ def read_sources(path: Path, errors: str) -> Iterator[str]:
     return (line for line, _ in read_lines(path, errors))
 
 
-def read_tsv(path: Path, errors: str) -> Iterator[Pair]:
-    """SOURCE, a tab, TARGET on each line. A blank line is an empty pair."""
+def read_tsv(path: Path, errors: str, skip_bad_lines: bool = False) -> Iterator[Pair]:
+    """SOURCE, a tab, TARGET on each line. A blank line is an empty pair; with skip_bad_lines, so is any other line."""
     for number, (line, read) in enumerate(read_lines(path, errors), start=1):
         sides = line.split("\t")
         if len(sides) != 2:
-            if line.strip():
+            if line.strip() and not skip_bad_lines:
                 tabs = f"{len(sides) - 1:,} tabs" if len(sides) > 1 else "no tab"
-                raise UserError(f"{path}, line {number:,} has {tabs}; write a line as SOURCE, one tab, TARGET")
+                raise UserError(f"{path}, line {number:,} has {tabs}; write a line as SOURCE, one tab, TARGET; {SKIP}")
             sides = ("", "")
         yield Pair(*map(clean, sides), read)
 
@@ -222,7 +229,7 @@ def languages(paths: tuple[Path, ...]) -> list[str] | None:
     """Language codes from names like a.de and a.en, or pairs.de-en.tsv; None where the names have none."""
     names = [unpacked_name(path) for path in paths]
     if len(names) == 1:
-        found = names[0].removesuffix(".tsv").replace(".", "-").replace("_", "-").split("-")[-2:]
+        found = Path(names[0]).stem.replace(".", "-").replace("_", "-").split("-")[-2:]
     else:
         found = [name.rpartition(".")[2] for name in names]
     codes = len(found) == 2 and all(len(code) == 2 and code.isalpha() and code.islower() for code in found)

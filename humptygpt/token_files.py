@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import re
+import shlex
 import sys
 import zlib
 from bisect import bisect_right
@@ -24,6 +25,8 @@ from humptygpt.schema import check_schema, parse_json
 
 META_FORMAT = "tokens 2"  # a change of what a data folder holds gets a new number
 CHECKED = 1 << 18  # bytes that have one checksum
+COMMAND = "command.txt"  # in every folder that we prepared: the command that made it
+LOOKED_AT = 100_000  # tokens that decide whether they can be GPT-2's
 
 COUNT, POSITIVE = range(2**53), range(1, 2**53)  # what a float64 holds exactly
 SPLIT = {"tokens": POSITIVE, "bytes": POSITIVE, "documents?": COUNT, "characters?": COUNT}
@@ -42,6 +45,7 @@ META = {
     "tokenizer": dict,  # its class has the rest
     # for readers and for prepare_data.py
     **{f"{key}?": COUNT for key in (*TOTALS, "vocabulary_used", "characters_spelled_in_bytes", "longest")},
+    **{"skipped_lines?": COUNT, "carriage_return_files?": COUNT},
     **{"command?": str, "made_from?": str, "languages?": ([str], None), "first_empty?": (str, None)},
     **{"bytes_per_token?": float, "commonest?": [dict], "examples?": [[str]], "dropped?": {str: COUNT}},
 }
@@ -174,10 +178,25 @@ def read_meta(folder: Path) -> dict:
         return read_nanogpt_meta(folder / "meta.pkl")
     if os.path.exists(folder / "preparing"):
         raise UserError(f"the preparation of {folder} was stopped before its end; {how_to(folder)}")
-    if os.path.exists(folder / "train.bin"):
+    if os.path.exists(folder / "train.bin") and not os.path.exists(folder / COMMAND):
+        gpt2 = tokenizers.GPT2Tokenizer.train()
+        if why := unlike_gpt2(folder / "train.bin", gpt2.vocab_size):
+            raise UserError(f"{folder} has no meta.json or meta.pkl, and {why}; {how_to(folder)}")
         print(f"note: {folder} has no meta.json or meta.pkl; it is taken for GPT-2's tokens", file=sys.stderr)
-        return nanogpt_meta(folder, tokenizers.GPT2Tokenizer.train())
+        return nanogpt_meta(folder, gpt2)
     raise UserError(f"{folder} has no meta.json; {how_to(folder)}")
+
+
+def unlike_gpt2(path: Path, vocab_size: int) -> str:
+    """Why a token file cannot have GPT-2's tokens, or "": of a thousand tokens of a text, some are rare ones."""
+    try:
+        ids = np.fromfile(path, np.uint16, count=LOOKED_AT)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    largest = int(ids.max(initial=0))
+    if largest >= vocab_size or (len(ids) >= 1000 and largest < vocab_size // 4):
+        return f"its tokens, up to {largest:,}, are not GPT-2's"
+    return ""
 
 
 def check_splits(meta: dict) -> None:
@@ -208,7 +227,11 @@ def how_to(folder: Path) -> str:
             command = parse_json(path.read_bytes(), {"command": str})["command"]
             if command.isprintable():
                 return f"prepare it again: {command}"
-    return f"prepare it again: python prepare_data.py {folder.name}"
+    with suppress(OSError, ValueError), (folder / COMMAND).open(encoding="utf-8") as file:
+        command = file.read(10_000).strip()
+        if command.startswith("python prepare_data.py ") and command.isprintable():
+            return f"prepare it again: {command}"
+    return f"prepare it again: python prepare_data.py {shlex.quote(folder.name)}"
 
 
 def nanogpt_meta(folder: Path, tokenizer: tokenizers.Tokenizer) -> dict:

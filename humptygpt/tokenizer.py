@@ -27,6 +27,14 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 MAX_PIECES_BYTES = 1 << 24  # of a byte-pair vocabulary, unpacked; a vocabulary of 200,000 tokens takes 3 MB
 
 
+class VocabularyTooLarge(UserError):
+    """The texts have fewer tokens to find; most: how many there are."""
+
+    def __init__(self, vocab_size: int, most: int, finder: str):
+        super().__init__(f"vocab_size={vocab_size} is too large: {finder} finds at most {most} tokens in this text")
+        self.most = most
+
+
 class Tokenizer:
     """What all tokenizers have in common; a new one is a class and a line in TOKENIZERS.
 
@@ -196,8 +204,8 @@ class SentencePieceTokenizer(Tokenizer):
             )
         except RuntimeError as error:
             if most := re.search(r"too high .* value <= (\d+)", str(error)):
-                why = f"too large: sentencepiece finds at most {int(most[1]) - 1} tokens in this text"
-            elif least := re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error)):
+                raise VocabularyTooLarge(vocab_size, int(most[1]) - 1, "sentencepiece") from error
+            if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error)):
                 why = f"too small: sentencepiece needs at least {int(least[1]) - 1} tokens for this text's characters"
             else:
                 raise UserError(f"sentencepiece cannot be trained on this text: {error}") from error
@@ -269,8 +277,7 @@ class BytePairTokenizer(Tokenizer):
         bpe.train_from_iterator(texts, trainer)
         ids = json.loads(bpe.to_str())["model"]["vocab"]
         if len(ids) + 1 < vocab_size:
-            why = f"byte-pair encoding finds at most {len(ids) + 1} tokens in this text"
-            raise UserError(f"vocab_size={vocab_size} is too large: {why}")
+            raise VocabularyTooLarge(vocab_size, len(ids) + 1, "byte-pair encoding")
         # tokenizers writes a byte as the character of that number where it prints, the others as U+0100 and up in order
         byte_of = {char: ord(char) for char in alphabet if ord(char) < 256}
         other_bytes = sorted(set(range(256)) - set(byte_of.values()))

@@ -11,15 +11,15 @@ from test_tokenizer import EVERY
 
 import prepare_data
 from humptygpt import documents
-from humptygpt.documents import find_files, read_documents
+from humptygpt.documents import Found, find_files, read_documents
 
 TEXTS = ["first\n\ndocument", "Zweites, mit Ü", "third"]
 
 
 def write(path: str, texts: list[str], key: str = "text") -> Path:
     """The texts as documents of a file of the kind that its name says."""
-    name = path.removesuffix(".gz").removesuffix(".zst")
-    packed = {".gz": gzip.open, "zst": zstd.open}.get(path[-3:], open)
+    name = path.lower().removesuffix(".gz").removesuffix(".zst")
+    packed = {".gz": gzip.open, "zst": zstd.open}.get(path[-3:].lower(), open)
     if name.endswith(".parquet"):
         pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(texts))), key: texts}), path, row_group_size=2)
     else:
@@ -31,13 +31,13 @@ def write(path: str, texts: list[str], key: str = "text") -> Path:
 
 def read(path: Path | str, text_key: str = "text", errors: str = "strict") -> list[str]:
     """The documents of a file, whole; checks that start and last fit."""
-    found, open_one = [], False
+    texts, open_one = [], False
     for piece in read_documents(Path(path), text_key, errors):
         assert (piece.start == 0) != open_one and piece.text and len(piece.text) <= documents.PIECE
-        found.append(piece.text) if piece.start == 0 else found.append(found.pop() + piece.text)
+        texts.append(piece.text) if piece.start == 0 else texts.append(texts.pop() + piece.text)
         open_one = not piece.last
     assert not open_one
-    return found
+    return texts
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst", "notes"])
@@ -107,18 +107,92 @@ def test_there_is_a_way_out_where_bytes_are_not_utf8(errors, text):
     assert read("a.txt", errors=errors) == read("b.jsonl", errors=errors) == read("c.jsonl", errors=errors) == [text]
 
 
-def test_a_folder_gives_the_files_of_known_kinds_below_it_in_order():
-    for name in ("t/b/a.txt", "t/a/z.jsonl.gz", "t/a/c.md", "t/c.parquet", "t/a/b.txt.zst"):
+def found(where: str) -> list[str]:
+    return [file.as_posix() for file in find_files(where)]
+
+
+def test_a_folder_gives_the_text_files_below_it_in_order_whatever_their_endings():
+    names = [
+        "t/A.TXT",
+        "t/a.PARQUET",
+        "t/a/a.json",
+        "t/a/b.txt.zst",
+        "t/a/c.md",
+        "t/a/z.jsonl.GZ",
+        "t/b/a.py",
+        "t/notes",
+    ]
+    for name in names:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).touch()
-    names = ["t/a/b.txt.zst", "t/a/z.jsonl.gz", "t/b/a.txt", "t/c.parquet"]
-    assert [file.as_posix() for file in find_files("t")] == names
-    assert [file.as_posix() for file in find_files("t/**/*.txt*")] == [names[0], names[2]]
-    assert [file.as_posix() for file in find_files("t/a/c.md")] == ["t/a/c.md"]
+        write(name, ["some text"])
+    assert found("t") == names
+    assert found("t/**/*.txt*") == ["t/a/b.txt.zst"]
+    assert found("t/a/c.md") == ["t/a/c.md"]
+
+
+def test_binary_and_hidden_files_are_skipped_counted_and_named(capsys):
+    Path("t/.git").mkdir(parents=True)
+    Path("t/notes").write_text("some text")
+    Path("t/.git/config").write_text("some text")
+    Path("t/utf16.txt").write_bytes("some text".encode("utf-16"))  # no binary file: it is to be converted
+    Path("t/a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    Path("t/b.pdf").write_bytes(b"%PDF-1.4\n% some text")
+    Path("t/c.txt").write_bytes(bytes(range(1, 256)))
+    with gzip.open("t/d.tar.gz", "wb") as file:
+        file.write(b"name\0\0\0some text")
+    assert found("t") == ["t/notes", "t/utf16.txt"]
+    skipped = "note: skipped files: 4 binary: t/a.png, t/b.pdf, t/c.txt, t/d.tar.gz"
+    assert capsys.readouterr().err == f"{skipped}; 1 hidden: t/.git/config\n"
+    assert found("t/*") == ["t/notes", "t/utf16.txt"] and capsys.readouterr().err == f"{skipped}\n"
+    for number in range(9):
+        Path(f"t/a.png{number}").write_bytes(b"\0")
+    find_files("t")
+    assert "13 binary: t/a.png, t/a.png0, t/a.png1, t/a.png2, t/a.png3 and 8 more; 1 hidden" in capsys.readouterr().err
+
+
+def test_text_that_looks_like_json_lines_is_noted(capsys):
+    write("a.jsonl", TEXTS).rename("a.json")
+    Path("b.json").write_text('{\n "text": "one"\n}\n')
+    find_files("b.json")
+    assert not capsys.readouterr().err
+    find_files("a.json")
+    assert "note: taken for text, but it looks like JSON lines, which end in .jsonl: a.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["A.TXT", "A.Txt.GZ", "a.JSONL", "a.JsonL.ZST", "a.PARQUET"])
+def test_endings_count_in_upper_case_too(name):
+    lower = write(name.lower(), TEXTS)
+    assert read(lower.rename(name)) == (TEXTS[:1] if "txt" in name.lower() else TEXTS)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("piece", [1, 2, 3, 5, 1000])
+def test_carriage_returns_become_line_breaks_wherever_a_read_ends(name, piece, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE", piece)
+    path = write(name, ["one\r\ntwo\rthree\r\r\nfour\n\r"])
+    met = Found()
+    text = "".join(part.text for part in read_documents(path, "text", "strict", found=met))
+    assert text == "one\ntwo\nthree\n\nfour\n\n" and met.carriage_returns
+    list(read_documents(write(name, ["one\ntwo"]), "text", "strict", found=(met := Found())))
+    assert met == Found()
+
+
+def test_bad_lines_and_rows_are_skipped_and_counted_where_the_user_wants_it():
+    lines = ["{", "[1]", '{"text": 5}', '{"body": "a"}', '{"text": "\\ud83d"}', '{"text": "\xfc"}', '{"text": "good"}']
+    Path("a.jsonl").write_bytes("\n".join(lines).encode("latin1"))
+    write("a.parquet", ["good", None])
+    for path, bad, first in (("a.jsonl", 6, 1), ("a.parquet", 1, 2)):
+        pieces = list(read_documents(Path(path), "text", "strict", True, met := Found()))
+        assert [piece.text for piece in pieces] == ["good"]
+        assert (met.bad_lines, met.first_bad) == (bad, first)
 
 
 BAD = {
-    "folder has no files that end in .txt, .jsonl, .parquet": ["folder"],
+    "folder has no text files; skipped: 1 binary: folder/a.bin": ["folder"],
+    "cannot read latin.txt: No such file or directory; did you mean latin1.txt?": ["latin.txt"],
+    "folder/a.bin is a binary file, not text: byte 0xff": ["folder/a.bin"],
+    "utf16.txt is not UTF-8: byte 0xff at offset 0; convert it, for example: iconv -f utf-16 -t utf-8": ["utf16.txt"],
+    "for example: iconv -f latin1 -t utf-8 'a b.txt'; or": ["a b.txt"],
     "no file matches nothing*.txt": ["nothing*.txt"],
     "cannot read missing.txt: No such file": ["missing.txt"],
     "empty.txt has no text": ["empty.txt"],
@@ -127,7 +201,10 @@ BAD = {
     "latin1.jsonl, line 2 is not UTF-8": ["latin1.jsonl"],
     "half.jsonl, line 1 has an unpaired surrogate, which UTF-8 cannot encode; set --encoding_errors": ["half.jsonl"],
     "key.jsonl, line 3 has no text under 'text'; set --text_key to one of: body": ["key.jsonl"],
-    "number.jsonl, line 1 has no text under 'text', but 5; set": ["number.jsonl"],
+    "number.jsonl, line 1 has no text under 'text', but 5; leave such lines out with --skip_bad": ["number.jsonl"],
+    "number.jsonl has no text; there is nothing to learn from; skipped lines without a text: 1 (the first:": [
+        *("number.jsonl", "--skip_bad_lines=True")
+    ],
     "list.jsonl, line 1 is not a JSON object": ["list.jsonl"],
     "broken.jsonl, line 2 is not JSON: Expecting": ["broken.jsonl"],
     "null.parquet, row 2 has no text under 'text', but None": ["null.parquet"],
@@ -143,6 +220,9 @@ BAD = {
 @pytest.mark.parametrize("complaint", BAD)
 def test_bad_files_are_one_line_that_names_the_place(fails, complaint):
     Path("folder").mkdir()
+    Path("folder/a.bin").write_bytes(b"\0\xff")
+    Path("utf16.txt").write_bytes(b"\xff\xfea\0")
+    Path("a b.txt").write_bytes(b"\xfc")
     Path("empty.txt").touch()
     Path("latin1.txt").write_bytes(b"abc" * 100_001 + b"\xfc" + b"abc" * 100_000)
     Path("cut.txt").write_bytes(b"abc\xc3")

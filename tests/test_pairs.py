@@ -772,7 +772,7 @@ BAD = {
         *("--input=own.tsv", "--val_fraction=0.5", "--tokenizer=byte")
     ],
     "no text of one.tsv is in the training split; add text": ["--input=one.tsv"],
-    "vocab_size=8192 is too large: sentencepiece finds at most": ["--input=own.tsv"],
+    "vocab_size=9000 is too large: sentencepiece finds at most": ["--input=own.tsv", "--vocab_size=9000"],
     "vocab_size=300 has no effect without tokenizer=sentencepiece or bpe": [
         *("--input=own.tsv", "--tokenizer=byte", "--vocab_size=300")
     ],

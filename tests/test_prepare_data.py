@@ -175,7 +175,7 @@ def test_killed_at_any_moment_and_run_again_it_writes_the_same_bytes(corpus):
     done = killed_at(10**6, *PREPARE, "--workers=1")
     calls = 10**6 - int(done.stdout.split()[-1]) if done.returncode else int(done.stdout.split()[-1])
     whole = contents("mine")
-    assert set(whole) == {"train.bin", "val.bin", "meta.json"} and calls > 60
+    assert set(whole) == {"train.bin", "val.bin", "meta.json", "command.txt"} and calls > 60
     for call in [*range(1, calls, 13), *range(calls - 8, calls + 1)]:  # the last ones move the files
         for path in Path("data/mine").iterdir():
             path.unlink()
