@@ -21,6 +21,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import statistics
 import sys
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from humptygpt import configurator, files
-from humptygpt.configurator import UserError, setting
+from humptygpt.configurator import UserError, nearest_path, setting
 from humptygpt.run_folder import read_metrics
 from humptygpt.schema import parse_json
 
@@ -46,16 +47,18 @@ SETTINGS |= {"n_layer?": range(1, 10_000)}  # the model is built to count its pa
 
 @dataclass(frozen=True)
 class CompareConfig:
-    runs: tuple[str, ...] = setting((), "folders of runs; bare arguments are added to them", "compare")
+    runs: tuple[str, ...] = setting((), "folders of runs; bare arguments are added to them", "compare", path=True)
     group: bool = setting(False, "compare within each folder of runs, and merge runs that differ in the seed alone")
-    picture: str | None = setting("out/compare.png", "PNG file of the losses; None: no picture")
-    csv: str | None = setting(None, "CSV file of the table; -: stdout, with nothing else there")
-    json: str | None = setting(None, "JSON file of the table, a list of objects; -: stdout, with nothing else there")
+    picture: str | None = setting("out/compare.png", "PNG file of the losses; None: no picture", path=True)
+    csv: str | None = setting(None, "CSV file of the table; -: stdout, with nothing else there", path=True)
+    json: str | None = setting(
+        None, "JSON file of the table, a list of objects; -: stdout, with nothing else there", path=True
+    )
 
     def __post_init__(self):
         if not self.runs:
             raise ValueError("no run to compare; try: python compare.py out/*")
-        if self.picture is not None and not self.picture.endswith(".png"):
+        if self.picture is not None and not self.picture.lower().endswith(".png"):
             raise ValueError(f"picture={self.picture} must end in .png")
         if self.csv == self.json == "-":
             raise ValueError("csv=- and json=- cannot both have stdout; give one of them a file")
@@ -128,12 +131,21 @@ def read_run(folder: Path) -> Run:
         rows = read_metrics(metrics)
         idle = time.time() - metrics.stat().st_mtime
     except OSError as error:
-        raise UserError(f"{folder} is not a run: {error.filename}: {error.strerror}") from error
+        raise UserError(f"{folder} is not a run: {error.filename}: {error.strerror}{runs_near(folder)}") from error
     except ValueError as error:
         raise UserError(f"{folder} is not a run: its config.json is damaged: {error}") from error
     if damaged := rows[:-1].count(None):  # the last line may be one that is being written
         print(f"note: {metrics} has damaged lines, skipped: {damaged}", file=sys.stderr)
     return Run(folder, settings, [row for row in rows if row], idle)
+
+
+def runs_near(folder: Path) -> str:
+    """What to write instead of a folder that is not a run: the one it is in, those in it, or a name like it."""
+    if os.path.isfile(folder) and os.path.exists(folder.parent / "config.json"):
+        return f"; write {shlex.quote(str(folder.parent))}"
+    if os.path.isdir(folder) and any(folder.glob("*/config.json")):
+        return f"; for the runs in it write {shlex.quote(str(folder))}/*"
+    return "" if os.path.exists(folder) else nearest_path(str(folder))
 
 
 def describe(run: Run, name: str) -> dict:

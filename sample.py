@@ -16,6 +16,7 @@ Only text goes to stdout, or with --logprobs JSON lines, all else to stderr.
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from humptygpt import checkpoint, configurator
 from humptygpt.beams import NUM_BEAMS, translate
-from humptygpt.configurator import UserError, check, setting, without_effect
+from humptygpt.configurator import UserError, check, check_path, nearest_path, setting, without_effect
 from humptygpt.device import DTYPES, autocast, pick_device, sample_dtype
 from humptygpt.generation import Context, Sampler, bytes_per_text, continue_texts
 from humptygpt.inference import prepare_for_generation
@@ -51,14 +52,16 @@ class SampleConfig:
     init_from: str = setting(
         "resume", "resume: from a checkpoint in out_dir; GPT-2's weights cannot be read yet", "what"
     )
-    out_dir: str = setting("out", "folder of the run to sample from")
-    checkpoint: str = setting("best", "best.pt (lowest loss), or latest: ckpt.pt", choices=("best", "latest"))
+    out_dir: str = setting("out", "folder of the run to sample from, or a checkpoint in it", path=True)
+    checkpoint: str = setting("best", "best: best.pt, the lowest loss; latest: ckpt.pt", choices=("best", "latest"))
     start: str | None = setting(
         None, "the prompt, FILE:path of one, or - for standard input; None: end-of-text, or a line break"
     )
-    prompts: str | None = setting(None, "a file with a prompt on each line; they are continued together", **TEXT)
+    prompts: str | None = setting(
+        None, "a file with a prompt on each line, or -; they are continued together", path=True, **TEXT
+    )
     interactive: bool = setting(False, "read prompts from the terminal; each continues where the last text ended")
-    score: str | None = setting(None, "a text file: how well does the model predict it?", **TEXT)
+    score: str | None = setting(None, "a text file, or -: how well does the model predict it?", path=True, **TEXT)
     stride: int | None = setting(
         None,
         "of --score: tokens that each window is further than the last; None: half of block_size",
@@ -98,8 +101,8 @@ class SampleConfig:
     )
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", "system")
-    dtype: str = setting("auto", "auto: float32 on a CPU; " + ", ".join(DTYPES), choices=("auto", *DTYPES))
-    quantize: str | None = setting(None, "int8: weights in 8 bits, on a CPU", choices=("int8",))
+    dtype: str = setting("auto", "auto: float32 on a CPU", choices=("auto", *DTYPES))
+    quantize: str | None = setting(None, "weights in 8 bits, on a CPU", choices=("int8",))
     compile: bool = setting(False, "nanoGPT's key; has no effect: every length of text would be compiled again")
 
     def __post_init__(self):
@@ -166,7 +169,9 @@ def load(
     torch_dtype = sample_dtype(dtype, torch_device)
     if quantize and torch_device.type != "cpu":
         raise UserError(f"quantize={quantize} is for CPUs, and the device is {torch_device}; use --dtype=bfloat16")
-    path = Path(out_dir) / {"best": "best.pt", "latest": "ckpt.pt"}[which]
+    path = Path(out_dir)
+    if not os.path.isfile(path):  # a checkpoint itself may be named, too
+        path = path / {"best": "best.pt", "latest": "ckpt.pt"}[which]
     if which == "best" and not os.path.exists(path) and os.path.exists(path.with_name("ckpt.pt")):
         path = path.with_name("ckpt.pt")
         print(f"note: no evaluation has found a best model yet; taking {path}", file=sys.stderr)
@@ -311,16 +316,23 @@ def read_prompts(config: SampleConfig, loaded: Loaded) -> list[tuple[str, np.nda
 def read_start(start: str) -> str:
     """What --start says, or the content of what it names."""
     if start == "-":
-        return sys.stdin.read()
-    return read_text(start[5:]) if start.startswith("FILE:") else start
+        return read_text(start)
+    if start.startswith("FILE:"):
+        return read_text(check_path("start=FILE:", start[5:]))
+    if os.path.isfile(start):
+        file = shlex.quote(f"--start=FILE:{start}")
+        print(f"note: the prompt is {start!r}; for the text in the file of this name write {file}", file=sys.stderr)
+    return start
 
 
 def read_text(path: str) -> str:
+    """The text in a file, or for "-" on standard input."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"cannot read the text {Path(path)}: {reason}") from error
+        near = nearest_path(path) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"cannot read the text {Path(path)}: {reason}{near}") from error
 
 
 def start_prompt(tokenizer: Tokenizer) -> tuple[str, np.ndarray]:

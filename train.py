@@ -43,7 +43,7 @@ from humptygpt.interrupts import catch_signals
 from humptygpt.ngrams import frequent_ngrams
 from humptygpt.optimizers import OPTIMIZERS, SCHEDULES, MovingAverage, Optimizer, learning_rate_at, make_optimizer
 from humptygpt.run_folder import RunFolder, import_wandb
-from humptygpt.token_files import read_meta
+from humptygpt.token_files import COMMAND, read_meta
 from model import ModelConfig
 
 NGRAM_TEXT = 20_000_000  # tokens of training text in which n-grams are counted
@@ -57,7 +57,7 @@ DECAY_RATE = {"at_least": 0, "below": 1}
 
 @dataclass(frozen=True)
 class TrainConfig:
-    out_dir: str = setting("out", "folder for checkpoints, metrics and the plot", "run")
+    out_dir: str = setting("out", "folder for checkpoints, metrics and the plot", "run", path=True)
     init_from: str = setting("scratch", "scratch: a new model; resume: continue out_dir/ckpt.pt with its settings")
     eval_only: bool = setting(False, "evaluate once, translations by BLEU too, and stop; nothing is written")
     seed: int = setting(1337, "seed of initial weights, data order and dropout", at_least=0, below=2**63)
@@ -67,10 +67,10 @@ class TrainConfig:
     gradient_accumulation_steps: int = setting(1, "micro-batches whose gradients make one step", at_least=1)
 
     max_iters: int = setting(2000, "training steps", "optimizer", at_least=1)
-    optimizer: str = setting("adamw", "adamw; muon or normuon: for the matrices of the blocks", choices=OPTIMIZERS)
+    optimizer: str = setting("adamw", "muon, normuon: for the matrices of the blocks", choices=OPTIMIZERS)
     learning_rate: float = setting(1e-3, "the peak, after warmup", above=0)
     decay_lr: bool = setting(True, "warm up, then decay; False: constant")
-    schedule: str = setting("cosine", "shape of the decay: " + ", ".join(SCHEDULES), choices=SCHEDULES, **DECAY)
+    schedule: str = setting("cosine", "shape of the decay", choices=SCHEDULES, **DECAY)
     warmup_iters: int = setting(100, "steps of linear warmup", at_least=0, **DECAY)
     lr_decay_iters: int | None = setting(None, "step at which the decay ends; None: max_iters", at_least=1, **DECAY)
     min_lr: float | None = setting(None, "the minimum; None: learning_rate / 10", at_least=0, **DECAY)
@@ -95,7 +95,7 @@ class TrainConfig:
     wandb_run_name: str | None = setting(None, "run name there; None: the name of out_dir")
 
     device: str = setting("auto", "auto: the GPU if there is one; cpu, cuda, cuda:1, mps", "system")
-    dtype: str = setting("auto", "auto: what the hardware has; " + ", ".join(DTYPES), choices=("auto", *DTYPES))
+    dtype: str = setting("auto", "auto: what the hardware has", choices=("auto", *DTYPES))
     compile: bool | None = setting(None, "torch.compile; None: on CUDA only")
     backend: str = setting("nccl", "nanoGPT's key for several processes; this trainer runs in one")
 
@@ -107,8 +107,8 @@ class TrainConfig:
             raise ValueError(f"init_from={self.init_from}: GPT-2's weights cannot be read yet; use scratch or resume")
         if self.init_from not in ("scratch", "resume"):
             raise ValueError(f"init_from={self.init_from} is not one of: scratch, resume")
-        if not self.out_dir or not self.dataset:
-            raise ValueError("out_dir and dataset must not be empty")
+        if not self.out_dir or not self.dataset or "\0" in self.dataset:
+            raise ValueError(f"dataset={self.dataset!r} and out_dir={self.out_dir} must be names of folders")
 
     def lr(self, it: int) -> float:
         """The learning rate of step it, the first being 0."""
@@ -235,9 +235,11 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, ModelConfig, dict | Non
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("started as several processes, but this trainer runs in one: python train.py ...")
     settings = given = configurator.read(argv, ModelConfig, TrainConfig)
-    saved = None
+    saved, out_dir = None, Path(given.get("out_dir", TrainConfig.out_dir))
+    if os.path.isfile(out_dir):  # probably a checkpoint in the folder that is meant
+        raise UserError(f"out_dir={out_dir} is a file; write {shlex.quote(f'--out_dir={out_dir.parent}')}")
     if given.get("init_from") == "resume":
-        path = Path(given.get("out_dir", TrainConfig.out_dir)) / "ckpt.pt"
+        path = out_dir / "ckpt.pt"
         saved = checkpoint.load(path)
         from_data = ("vocab_size", "ngram_rows")  # None stands for what the checkpoint has
         given = {key: value for key, value in given.items() if key not in from_data or value is not None}
@@ -253,10 +255,19 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, ModelConfig, dict | Non
     for key, why in without_effect(settings, ModelConfig, TrainConfig).items():
         if key in given:
             note(f"{key}={settings[key]} has no effect {why}")
+    return fit_warmup(config, chosen="warmup_iters" in given or saved is not None), model_config, saved
+
+
+def fit_warmup(config: TrainConfig, chosen: bool) -> TrainConfig:
+    """The config with a warmup that leaves most steps of a short run to the decay, unless the user has chosen it."""
     steps = config.lr_decay_iters or config.max_iters
-    if config.decay_lr and config.warmup_iters >= steps:
+    if not config.decay_lr or config.warmup_iters < steps:
+        return config
+    if chosen:
         note(f"the learning rate never decays: warmup_iters={config.warmup_iters} lasts all {steps:,} steps")
-    return config, model_config, saved
+        return config
+    note(f"warmup_iters={config.warmup_iters} would last all {steps:,} steps; warmup_iters={steps // 10} is taken")
+    return dataclasses.replace(config, warmup_iters=steps // 10)
 
 
 def note(line: str) -> None:
@@ -322,7 +333,11 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
     exists = lambda *names: any(os.path.exists(folder / name) for name in names)  # noqa: E731
     prepared = exists("meta.json", "meta.pkl")
     stopped = exists("preparing") and config.dataset in prepare_data.KNOWN  # its preparation can be resumed
-    missing = not exists("preparing", "train.bin")  # a train.bin alone is taken for nanoGPT's
+    # a train.bin alone is taken for nanoGPT's; a command is left of a folder of ours
+    missing = not prepared and not exists("preparing", "train.bin", COMMAND)
+    if missing and len(folder.parts) > 2:  # a path: data/mine
+        name = shlex.quote(f"--dataset={Path(config.dataset).name}")
+        raise UserError(f"dataset={config.dataset} is not the name of a folder in data/; write {name}")
     if not prepared and (stopped or missing):
         prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, {"name": config.dataset}))
     model, meta = models.MODELS[model_config.model], read_meta(folder)

@@ -637,7 +637,16 @@ BAD = {
     "cannot read config file data": ["data"],
     "broken.py:1: ": ["broken.py"],
     "cannot write out_dir=blocked/run: Not a directory": ["--out_dir=blocked/run"],
-    "out_dir and dataset must not be empty": ["--out_dir="],
+    "out_dir= must not be empty; write --out_dir=PATH": ["--out_dir="],
+    "dataset='' and out_dir=out/run must be names of folders": ["--dataset="],
+    "out_dir='a\\x00b' has a null byte, which no path can have": ["--out_dir=a\0b"],
+    "dataset='a\\x00b' and out_dir=": ["--dataset=a\0b"],
+    "dataset=data/tiny is not the name of a folder in data/; write --dataset=tiny": ["--dataset=data/tiny"],
+    "dataset=data/my texts/ is not the name of a folder in data/; write '--dataset=my texts'": [
+        "--dataset=data/my texts/"
+    ],
+    "out_dir=tiny.txt is a file; write --out_dir=.": ["--out_dir=tiny.txt", "--init_from=resume"],
+    "cannot read config file data: Is a directory; for the folder of a run write --out_dir=data": ["data"],
 }
 
 
