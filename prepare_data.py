@@ -2,15 +2,17 @@
 
     python prepare_data.py shakespeare_char                                  a known text, found or downloaded
     python prepare_data.py --input=FILE_FOLDER_OR_PATTERN --name=mine        your own text
+    zcat dump.gz | python prepare_data.py --input=- --name=mine              a text on standard input
     python prepare_data.py --input='corpus/*.jsonl.gz' --name=mine --tokenizer=gpt2 --val_fraction=0.001
     python prepare_data.py translate_de_en                                   sentence pairs, found or downloaded
     python prepare_data.py --input=pairs.tsv --name=mine                     your own: SOURCE, a tab, TARGET per line
     python prepare_data.py --source=a.de --target=a.en --name=mine           or two aligned files
 
-Input is .txt, .jsonl or .parquet, optionally with .gz or .zst. A text file, a line of JSON and a row of Parquet are one
-document each; an end-of-text token separates documents. A document's split, train or val, depends on its text alone, so
-that added files change nothing for the documents that were there; a single text file is cut instead. A pair's split,
-train, val or test, depends on its source alone; both sides share one vocabulary.
+Input is text, .jsonl or .parquet, optionally with .gz or .zst. A line of JSON, a row of Parquet and a file of any other
+ending but .tsv are one document each; binary and hidden files in a folder are skipped and named, and carriage returns
+become line breaks. An end-of-text token separates documents. A document's split, train or val, depends on its text
+alone, so that added files change nothing for the documents that were there; a single text file is cut instead. A pair's
+split, train, val or test, depends on its source alone; both sides share one vocabulary.
 Files are streamed, never held in memory. A stopped preparation resumes when the same command is run again.
 """
 

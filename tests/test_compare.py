@@ -322,6 +322,13 @@ def test_bad_arguments_are_one_line(folder, fails):
     assert "unknown key pictur; did you mean picture?" in fails(compare.main, "out/a", "--pictur=x.png")
     assert "picture=x.svg must end in .png" in fails(compare.main, "out/a", "--picture=x.svg")
     assert "csv=- and json=- cannot both have stdout" in fails(compare.main, "out/a", "--csv=-", "--json=-")
+    for key in ("csv", "json"):
+        assert "cannot write /: it is a folder; name a file in it" in fails(
+            *(compare.main, "out/a", f"--{key}=/", "--picture=None")
+        )
+    assert fails(compare.main, "out/a/metrics.jsonl").endswith("Not a directory; write out/a\n")
+    assert fails(compare.main, "out").endswith("; for the runs in it write out/*\n")
+    assert fails(compare.main, "out/aa").endswith("; did you mean out/a?\n")
 
 
 def test_a_mistake_is_reported_without_loading_torch(folder):

@@ -1,6 +1,8 @@
 import dataclasses
+import os
 import subprocess
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,10 +10,11 @@ import pytest
 
 import bench
 import compare
+import model
 import prepare_data
 import sample
 import train
-from humptygpt import configurator
+from humptygpt import configurator, tokenizer
 from humptygpt.configurator import UserError, check, setting, without_effect
 from model import ModelConfig
 from prepare_data import PrepareConfig
@@ -120,6 +123,79 @@ def test_missing_and_broken_config_files_are_named(folder, content, complaint):
     with pytest.raises(UserError) as error:
         read("a.py")
     assert complaint in str(error.value)
+
+
+def test_a_mistyped_config_file_is_answered_with_the_nearest(folder, monkeypatch):
+    Path("mine.py").write_text("width = 3")
+    Path("own data").mkdir()
+    Path("own data/mine.py").write_text("width = 3")
+    for argument, near in (("mien.py", "mine.py"), ("mine", "mine.py"), ("own data/mien.py", "'own data/mine.py'")):
+        with pytest.raises(UserError, match=rf"No such file or directory; did you mean {near}\?$"):
+            read(argument)
+    ours = os.path.relpath(ROOT / "config" / "shakespeare_char.py")
+    for argument in ("config/shakespear_char.py", "shakespeare_char", "shakespere_char.py"):
+        with pytest.raises(UserError) as error:
+            read(argument)
+        assert str(error.value).endswith(f"; did you mean {ours}?")
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=r"; did you mean config/article/04_residual/2-with.py\?$"):
+        read("config/article/04_residual/2-wiht.py")
+
+
+def test_a_run_in_place_of_a_config_file_is_answered_with_its_key(folder):
+    Path("out/my run").mkdir(parents=True)
+    with zipfile.ZipFile("out/my run/best.pt", "w") as file:
+        file.writestr("__main__.py", "raise SystemExit('code of a checkpoint')")
+    for argument in ("out/my run", "out/my run/best.pt"):
+        with pytest.raises(UserError, match=r"; for the folder of a run write '--out_dir=out/my run'$"):
+            configurator.read([argument], SampleConfig)
+        with pytest.raises(UserError, match=r"(Is a directory|is no config file)$"):
+            read(argument)
+    with pytest.raises(UserError, match=r"cannot read config file 'a\\x00b': it has a null byte$"):
+        read("a\0b")
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig, PrepareConfig, compare.CompareConfig])
+def test_every_path_may_begin_with_the_home_folder_and_has_no_null_byte(cls, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for field in dataclasses.fields(cls):
+        if field.metadata["path"]:
+            (value,) = configurator.read([f"--{field.name}=~/a/"], cls).values()
+            assert value in ("/home/me/a/", ("/home/me/a/",))
+            for wrong in ("", "a\0b"):
+                with pytest.raises(UserError, match=f"^{field.name}="):
+                    configurator.read([f"--{field.name}={wrong}"], cls)
+
+
+def test_every_key_for_a_path_is_declared_as_one():
+    paths = {field.name for cls in CONFIGS for field in dataclasses.fields(cls) if field.metadata["path"]}
+    assert paths == {
+        *("out_dir", "prompts", "score", "input", "source", "target", "held_out"),
+        *("runs", "picture", "csv", "json"),
+    }
+
+
+def test_help_lists_the_choices_that_the_dictionary_has(monkeypatch, capsys):
+    monkeypatch.setitem(model.NORMS, "mynorm", model.NORMS["rmsnorm"])
+    monkeypatch.setitem(tokenizer.TOKENIZERS, "mytokens", tokenizer.ByteTokenizer)
+    for main, choice in ((train.main, "mynorm"), (prepare_data.main, "mytokens")):
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        text = capsys.readouterr().out
+        assert choice in text
+    for cls in CONFIGS[:4]:
+        text = configurator.help_text(cls)
+        for field in dataclasses.fields(cls):
+            if choices := field.metadata["choices"]:
+                assert f"one of: {', '.join(choices)}\n" in text + "\n", field.name
+
+
+def test_started_from_another_folder_a_script_says_where_its_files_are(folder):
+    start = lambda cwd: subprocess.run(  # noqa: E731
+        [sys.executable, ROOT / "compare.py", "nothing"], cwd=cwd, capture_output=True, text=True
+    ).stderr.splitlines()
+    assert start(folder)[0] == f"note: data/, out/ and other relative paths are in {folder}"
+    assert len(start(folder)) == 2 and len(start(ROOT)) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import re
 import signal
@@ -299,6 +300,180 @@ def test_training_and_sampling_handle_the_end_of_text_token(corpus, capsys):
 
 
 # --------------------------------------------------------------------------------------
+# What files hold beside text
+
+
+def test_a_folder_of_30_texts_whatever_their_endings_gives_30_documents(folder, capsys):
+    Path("mixed").mkdir()
+    endings = ("", ".md", ".py", ".TXT", ".json", ".csv")
+    for number in range(30):
+        Path(f"mixed/{number}{endings[number % 6]}").write_text(f"{number} {make_text(100, seed=number)}")
+    Path("mixed/picture.png").write_bytes(b"\x89PNG\0")
+    prepare_data.main(["mine", "--input=mixed"])
+    assert meta("mine")["documents"] == 30 and meta("mine")["source"] == "30 files: mixed"
+    assert "note: skipped files: 1 binary: mixed/picture.png\n" in capsys.readouterr().err
+
+
+def test_sentence_pairs_and_text_in_one_folder_are_refused_and_each_alone_is_prepared(pairs, fails):
+    Path("mixed").mkdir()
+    Path("pairs.tsv").rename("mixed/a.TSV")
+    Path("mixed/b.md").write_text(make_text())
+    complaint = fails(prepare_data.main, "mine", "--input=mixed")
+    assert complaint.startswith("mixed has sentence pairs (mixed/a.TSV) and text (mixed/b.md); name one kind only")
+    prepare_data.main(["mine", "--input=mixed/*.TSV", "--tokenizer=byte"])
+    assert meta("mine")["task"] == "translation"
+    prepare_data.main(["mine", "--input=mixed/*.md"])
+    assert meta("mine")["task"] == "language modelling"
+
+
+def pipe(monkeypatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+def test_a_stream_is_read_from_standard_input(folder, monkeypatch):
+    text = make_text(3000)
+    pipe(monkeypatch, text.encode())
+    prepare_data.main(["mine", "--input=-"])
+    assert "".join(texts_of("mine")) == text and meta("mine")["source"] == "standard input"
+    assert set(contents("mine")) == {"train.bin", "val.bin", "meta.json", "command.txt"}
+
+
+def test_a_stopped_preparation_of_a_stream_resumes_when_the_same_stream_is_read(folder, monkeypatch, capsys):
+    monkeypatch.setattr(documents, "PIECE", 500)
+    monkeypatch.setattr(corpus_module, "UNIT", 500)
+    monkeypatch.setattr(prepare_data, "SAVE_UNITS", 1)
+    text, write_tokens, writes = make_text(9000).encode(), token_files.TokenWriter.write, []
+
+    def full(self, ids):
+        writes.append(ids)
+        if len(writes) == 20:
+            raise OSError(errno.ENOSPC, "No space left on device", "train.bin")
+        return write_tokens(self, ids)
+
+    for data, resumed in ((text, True), (text + b"x", False)):
+        writes.clear()
+        with monkeypatch.context() as patch, pytest.raises(prepare_data.UserError, match="No space left"):
+            patch.setattr(token_files.TokenWriter, "write", full)
+            pipe(patch, text)
+            prepare_data.main(["mine", "--input=-"])
+        pipe(monkeypatch, data)
+        capsys.readouterr()
+        prepare_data.main(["mine", "--input=-"])
+        assert ("resuming after" in capsys.readouterr().err) == resumed
+        assert "".join(texts_of("mine")).encode() == data
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        (b"", "standard input has no text"),
+        (
+            b"ab\xfc",
+            "standard input is not UTF-8: byte 0xfc at offset 2; convert it, for example: iconv -f latin1 -t utf-8;",
+        ),
+        (b"\x1f\x8b\0\xff", "standard input is a binary file, not text: byte 0x8b"),
+    ],
+)
+def test_a_stream_without_text_is_one_line_and_leaves_nothing(folder, monkeypatch, fails, data, complaint):
+    pipe(monkeypatch, data)
+    assert complaint in fails(prepare_data.main, "mine", "--input=-")
+    assert not Path("data/mine").exists()
+
+
+def test_only_a_text_is_read_from_a_stream(fails):
+    for keys in (["--source=-", "--target=b"], ["--source=a", "--target=-"], ["--input=a.tsv", "--held_out=-"]):
+        assert "only --input=- reads a stream" in fails(prepare_data.main, "mine", *keys)
+
+
+def test_carriage_returns_are_noted(folder, capsys):
+    Path("t").mkdir()
+    for name, text in (("a.txt", "one\r\ntwo\n"), ("b.txt", "three\n"), ("c.txt", "four\r")):
+        Path("t", name).write_bytes(100 * text.encode())
+    prepare_data.main(["mine", "--input=t"])
+    assert "note: carriage returns of t/a.txt and 1 more files are now line breaks\n" in capsys.readouterr().err
+    assert meta("mine")["carriage_return_files"] == 2 and "\r" not in meta("mine")["tokenizer"]["alphabet"]
+    prepare_data.main(["mine", "--input=t/b.txt"])
+    assert "carriage" not in capsys.readouterr().err
+
+
+def test_skipped_lines_are_counted_also_when_a_preparation_is_resumed(folder, monkeypatch, capsys):
+    Path("t").mkdir()
+    for name in "abc":
+        lines = [json.dumps({"text": make_text(50, seed=ord(name) + n)} if n % 3 else {"text": n}) for n in range(30)]
+        Path(f"t/{name}.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(corpus_module, "UNIT", 200)
+    monkeypatch.setattr(prepare_data, "SAVE_UNITS", 1)
+    write_tokens, writes = token_files.TokenWriter.write, []
+
+    def full(self, ids):
+        writes.append(ids)
+        if len(writes) == 20:
+            raise OSError(errno.ENOSPC, "No space left on device", "train.bin")
+        return write_tokens(self, ids)
+
+    command = ["mine", "--input=t", "--skip_bad_lines=True", "--tokenizer=byte", "--val_fraction=0.3"]
+    with monkeypatch.context() as patch, pytest.raises(prepare_data.UserError, match="No space left"):
+        patch.setattr(token_files.TokenWriter, "write", full)
+        prepare_data.main(command)
+    prepare_data.main(command)
+    err = capsys.readouterr().err
+    assert "resuming" in err and "note: skipped lines without a text: 30 (the first: t/a.jsonl, line 1)\n" in err
+    assert (meta("mine")["documents"], meta("mine")["skipped_lines"]) == (60, 30)
+
+
+def test_bad_lines_of_pairs_are_skipped_and_counted_as_empty(pairs, capsys):
+    with Path("pairs.tsv").open("a") as file:
+        file.write("no tab\nWo?\tWhere?\tOu?\n")
+    prepare_data.main(["mine", "--input=pairs.tsv", "--tokenizer=byte", "--skip_bad_lines=True"])
+    assert meta("mine")["dropped"]["empty"] == 2 and meta("mine")["pairs"] == 60
+    assert "2 with an empty side or not one tab (the first: pairs.tsv, line 61)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece", "unigram"])
+def test_a_vocabulary_that_is_too_large_is_fitted_unless_the_user_named_it(folder, capsys, fails, kind):
+    Path("own.txt").write_text(make_text(2000))
+    keys = ["mine", "--input=own.txt", f"--tokenizer={kind}"]
+    if kind == "unigram":
+        keys[2:] = ["--tokenizer=sentencepiece", "--model_type=unigram"]
+    prepare_data.main(keys)
+    found = re.search(
+        r"note: vocab_size=4096 is too large: .* at most (\d+) tokens .* vocab_size=(\d+) is taken",
+        capsys.readouterr().err,
+    )
+    assert int(found[1]) == int(found[2]) == meta("mine")["vocab_size"]
+    assert "".join(texts_of("mine")) == make_text(2000)
+    assert "vocab_size=4096 is too large" in fails(prepare_data.main, *keys, "--vocab_size=4096")
+
+
+def test_the_home_folder_may_be_written_as_in_a_shell(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    Path("home").mkdir()
+    Path("home/own.txt").write_text(make_text())
+    prepare_data.main(["mine", "--input=~/own.txt"])
+    assert "".join(texts_of("mine")) == make_text()
+
+
+def test_a_folder_of_ours_without_its_meta_json_is_not_taken_for_nanogpts(folder, fails):
+    Path("own text.txt").write_text(make_text(9000))
+    prepare_data.main(["mine", "--input=own text.txt", "--shard_tokens=5000"])
+    prepare_data.main(["whole", "--input=own text.txt"])
+    for name, shards in (("mine", " --shard_tokens=5000"), ("whole", "")):
+        Path("data", name, "meta.json").unlink()
+        again = f"prepare it again: python prepare_data.py {name} '--input=own text.txt'{shards}\n"
+        assert fails(train.main, f"--dataset={name}", "--device=cpu") == f"data/{name} has no meta.json; {again}"
+
+
+def test_tokens_that_are_not_gpt2s_are_not_taken_for_them(tiny, fails, monkeypatch):
+    monkeypatch.setattr(GPT2Tokenizer, "train", lambda: GPT2Tokenizer([*map(bytes, [[i] for i in range(256)]), b"ab"]))
+    for name in ("meta.json", "command.txt"):  # prepared before there was a command.txt
+        (tiny / name).unlink()
+    complaint = fails(train.main, "--dataset=tiny", "--device=cpu")
+    assert "has no meta.json or meta.pkl, and its tokens, up to " in complaint and "are not GPT-2's" in complaint
+    np.full(10, 999, np.uint16).tofile(tiny / "train.bin")
+    assert "its tokens, up to 999, are not GPT-2's" in fails(train.main, "--dataset=tiny", "--device=cpu")
+
+
+# --------------------------------------------------------------------------------------
 # Known texts
 
 
@@ -473,7 +648,24 @@ def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_cannot_download_it
 
 
 BAD = {
-    "no name for the data set": [],
+    "no name for the data set; try: python prepare_data.py shakespeare_char": [],
+    "no name for the data set; write: python prepare_data.py my_texts '--input=my texts/'": ["--input=my texts/"],
+    "no name for the data set; write: python prepare_data.py a --source=a.de --target=a.en": [
+        *("--source=a.de", "--target=a.en")
+    ],
+    "name='my texts/own.txt' must be the name of a folder in data/, not a path; write: python prepare_data.py own": [
+        "my texts/own.txt"
+    ],
+    "name='data/mine' must be the name of a folder in data/, not a path; write: python prepare_data.py mine": [
+        *("data/mine", "--input=own.txt")
+    ],
+    "no data set own.txt: it is not one of": ["own.txt"],
+    "python prepare_data.py --input=own.txt --name=own": ["own.txt"],
+    "did you mean shakespeare_char? for your own text": ["shakespear_char"],
+    "input= must not be empty; write --input=PATH": ["mine", "--input="],
+    "input='a\\x00b' has a null byte, which no path can have": ["mine", "--input=a\0b"],
+    "name='a\\x00b' must be the name of a folder": ["a\0b", "--input=own.txt"],
+    "--name='a b'": ["a b"],
     "must be the name of a folder": ["--input=own.txt", "--name=../x"],
     f"tokenizer=morse is not one of: {', '.join(tokenizer.TOKENIZERS)}": ["mine", "--tokenizer=morse"],
     "model_type=word is not one of: bpe, unigram": ["mine", "--model_type=word"],
@@ -509,6 +701,8 @@ BAD = {
 @pytest.mark.parametrize("complaint", BAD)
 def test_bad_input_is_one_line(folder, fails, complaint):
     Path("own.txt").write_text("some text\n")
+    Path("my texts").mkdir()
+    Path("my texts/own.txt").write_text("some text\n")
     Path("long.txt").write_text(make_text())
     Path("one.txt").write_text("x")
     Path("one.jsonl").write_text('{"text": "only one"}\n')

@@ -48,6 +48,44 @@ def test_the_prompt_may_come_from_a_file(run_dir, capsys):
     assert text_of(capsys, "--start=FILE:prompt.txt") == text_of(capsys, "--start=Ak ")
 
 
+def test_a_prompt_file_may_be_in_the_home_folder_and_a_forgotten_sign_is_noted(run_dir, capsys, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    Path("Ak").write_text("Ak ")
+    text = text_of(capsys, "--start=Ak ")
+    assert text_of(capsys, "--start=FILE:~/Ak") == text
+    sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=1", "--start=Ak"])
+    assert (
+        "note: the prompt is 'Ak'; for the text in the file of this name write --start=FILE:Ak\n"
+        in capsys.readouterr().err
+    )
+
+
+def test_prompts_and_a_text_to_score_may_come_from_standard_input(run_dir, capsys, monkeypatch):
+    Path("text.txt").write_text("Ak\nAk\n")
+    for key in ("--prompts", "--score"):
+        from_file = text_of(capsys, f"{key}=text.txt")
+        monkeypatch.setattr("sys.stdin", io.StringIO("Ak\nAk\n"))
+        assert text_of(capsys, f"{key}=-") == from_file
+
+
+def test_a_checkpoint_may_be_named_itself(run_dir, capsys):
+    zero_embeddings(run_dir / "best.pt")
+    for name, which in (("best.pt", "best"), ("ckpt.pt", "latest")):
+        text = text_of(capsys, f"--checkpoint={which}")
+        capsys.readouterr()
+        sample.main([f"--out_dir=out/run/{name}", "--device=cpu", "--max_new_tokens=40"])
+        assert capsys.readouterr().out == text
+
+
+def test_a_run_that_is_not_there_is_answered_with_the_nearest_or_the_command_that_trains_it(run_dir, fails):
+    run_dir.rename("out/my run")
+    assert fails(sample.main, "--out_dir=out/my rnu").endswith("; did you mean 'out/my run'?\n")
+    Path("out/new one").mkdir()
+    assert fails(sample.main, "--out_dir=out/new one").endswith(
+        "; train first: python train.py '--out_dir=out/new one'\n"
+    )
+
+
 def zero_embeddings(path: Path) -> None:
     """All tokens become equally probable."""
     saved = checkpoint.load(path)
@@ -100,6 +138,9 @@ BAD = {
     "cannot read the text latin1.txt: it is not UTF-8": ["--start=FILE:latin1.txt"],
     "cannot read the text nothing.txt: No such file or directory": ["--start=FILE:nothing.txt"],
     "an empty prompt; give at": ["--start=-"],
+    "cannot read the text promts.txt: No such file or directory; did you mean prompts.txt?": ["--prompts=promts.txt"],
+    "start=FILE: must not be empty; write --start=FILE:PATH": ["--start=FILE:"],
+    "start=FILE:'a\\x00b' has a null byte": ["--start=FILE:a\0b"],
     "prompts.txt, line 2: character 'é' (U+00E9) is not among the": ["--prompts=prompts.txt"],
     "empty.txt has no prompts; write one on each line": ["--prompts=empty.txt"],
     "start and prompts exclude each other": ["--start=A", "--prompts=prompts.txt"],

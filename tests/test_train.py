@@ -678,6 +678,21 @@ def test_a_key_without_effect_says_so(run_train, capsys):
     assert "no effect" not in capsys.readouterr().err
 
 
+def test_the_default_warmup_is_fitted_to_a_short_run_and_a_chosen_one_is_not(tiny, capsys):
+    config, *_ = train.read_settings(["--max_iters=60"])
+    assert config.warmup_iters == 6 and config.lr(59) < config.lr(6)
+    assert "note: warmup_iters=100 would last all 60 steps; warmup_iters=6 is taken" in capsys.readouterr().err
+    config, *_ = train.read_settings(["--max_iters=60", "--warmup_iters=100"])
+    assert config.warmup_iters == 100 and "the learning rate never decays" in capsys.readouterr().err
+    for keys in (["--max_iters=60", "--decay_lr=False"], ["--max_iters=101"]):
+        config, *_ = train.read_settings(keys)
+        assert config.warmup_iters == 100 and not capsys.readouterr().err
+    argv = [key for key in TINY_RUN if "warmup" not in key]
+    train.main(argv)
+    resumed, *_ = train.read_settings(["--init_from=resume", "--out_dir=out/run", "--max_iters=300"])
+    assert resumed.warmup_iters == 0  # as it was
+
+
 def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect():
     """Of the window network's keys: each either changes what it computes, or is reported."""
     base = {"model": "window_mlp", "window": 4, "n_layer": 2, "n_embd": 8, "block_size": 8, "vocab_size": 11}
