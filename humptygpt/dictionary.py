@@ -6,6 +6,7 @@ are {grammar}, <spelling>, (explanation or optional words), /ABBREVIATION/ and [
 """
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -44,7 +45,9 @@ LONGEST = 25  # words of a sentence; the few that are longer are laws, oaths and
 def dictionary_lines(path: Path) -> Iterator[str]:
     for line, _ in read_lines(path, "replace"):
         if "\N{REPLACEMENT CHARACTER}" in line:
-            raise UserError(f"{path} is not UTF-8; convert it, for example: iconv -f latin1 -t utf-8 {path}")
+            raise UserError(
+                f"{path} is not UTF-8; convert it, for example: iconv -f latin1 -t utf-8 {shlex.quote(str(path))}"
+            )
         yield line.rstrip("\r\n")
 
 

@@ -26,6 +26,7 @@ from humptygpt.schema import check_schema, parse_json
 META_FORMAT = "tokens 2"  # a change of what a data folder holds gets a new number
 CHECKED = 1 << 18  # bytes that have one checksum
 COMMAND = "command.txt"  # in every folder that we prepared: the command that made it
+GPT2_TOKENS = 50_257  # in its vocabulary
 LOOKED_AT = 100_000  # tokens that decide whether they can be GPT-2's
 
 COUNT, POSITIVE = range(2**53), range(1, 2**53)  # what a float64 holds exactly
@@ -179,22 +180,21 @@ def read_meta(folder: Path) -> dict:
     if os.path.exists(folder / "preparing"):
         raise UserError(f"the preparation of {folder} was stopped before its end; {how_to(folder)}")
     if os.path.exists(folder / "train.bin") and not os.path.exists(folder / COMMAND):
-        gpt2 = tokenizers.GPT2Tokenizer.train()
-        if why := unlike_gpt2(folder / "train.bin", gpt2.vocab_size):
+        if why := unlike_gpt2(folder / "train.bin"):
             raise UserError(f"{folder} has no meta.json or meta.pkl, and {why}; {how_to(folder)}")
         print(f"note: {folder} has no meta.json or meta.pkl; it is taken for GPT-2's tokens", file=sys.stderr)
-        return nanogpt_meta(folder, gpt2)
+        return nanogpt_meta(folder, tokenizers.GPT2Tokenizer.train())
     raise UserError(f"{folder} has no meta.json; {how_to(folder)}")
 
 
-def unlike_gpt2(path: Path, vocab_size: int) -> str:
+def unlike_gpt2(path: Path) -> str:
     """Why a token file cannot have GPT-2's tokens, or "": of a thousand tokens of a text, some are rare ones."""
     try:
         ids = np.fromfile(path, np.uint16, count=LOOKED_AT)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     largest = int(ids.max(initial=0))
-    if largest >= vocab_size or (len(ids) >= 1000 and largest < vocab_size // 4):
+    if largest >= GPT2_TOKENS or (len(ids) >= 1000 and largest < GPT2_TOKENS // 4):
         return f"its tokens, up to {largest:,}, are not GPT-2's"
     return ""
 
