@@ -217,9 +217,10 @@ def open_corpus(config: PrepareConfig, folder: Path) -> Corpus | Pairs:
         if not any(map(is_tsv, files)):
             return Corpus(resolve(preset), files, source or where)
         if not all(map(is_tsv, files)):
-            kinds = (next(file for file in files if is_tsv(file) == pairs) for pairs in (True, False))
-            found = "sentence pairs ({}) and text ({})".format(*kinds)
-            raise UserError(f"{where} has {found}; name one kind only, by a pattern such as --input='{folder}/*.tsv'")
+            pair, text = (next(file for file in files if is_tsv(file) == pairs) for pairs in (True, False))
+            pattern = shlex.quote(f"--input={pair.with_name('*' + pair.suffix)}")
+            found = f"sentence pairs ({pair}) and text ({text})"
+            raise UserError(f"{where} has {found}; name one kind only, by a pattern such as {pattern}")
         parts = [(None, (file,)) for file in files]
         source = source or (where if len(files) == 1 else f"{len(files):,} files: {where}")
     else:

@@ -205,7 +205,7 @@ def test_a_test_fraction_of_0_gives_no_test_split(folder):
     prepare_data.main(["--input=own.tsv", *BYTES])
     assert Path("data/mine/test.bin").exists()
     prepare_data.main(["--input=own.tsv", "--test_fraction=0", *BYTES])
-    assert set(contents("mine")) == {"train.bin", "val.bin", "meta.json"}
+    assert set(contents("mine")) == {"train.bin", "val.bin", "meta.json", "command.txt"}
     assert set(meta("mine")["splits"]) == {"train", "val"}
 
 
@@ -359,7 +359,7 @@ def test_killed_at_any_moment_and_run_again_it_writes_the_same_bytes(folder):
         )
     calls = int(killed_at(10**6, *PREPARE, "--workers=1").stdout.split()[-1])
     whole = contents("mine")
-    assert set(whole) == {"train.bin", "val.bin", "test.bin", "meta.json"} and calls > 60
+    assert set(whole) == {"train.bin", "val.bin", "test.bin", "meta.json", "command.txt"} and calls > 60
     assert meta("mine")["dropped"]["lopsided"] == 6
     for call in [*range(1, calls, 19), *range(calls - 8, calls + 1)]:  # the last ones move the files
         for path in Path("data/mine").iterdir():
@@ -419,7 +419,7 @@ def test_pairs_and_a_text_of_the_same_name_replace_each_other(folder):
     write("own.txt", make_text())
     prepare_data.main(["--input=own.tsv", *BYTES])
     prepare_data.main(["--input=own.txt", "--name=mine"])
-    assert set(contents("mine")) == {"train.bin", "val.bin", "meta.json"}
+    assert set(contents("mine")) == {"train.bin", "val.bin", "meta.json", "command.txt"}
     assert meta("mine")["task"] == "language modelling"
 
 
@@ -755,7 +755,7 @@ BAD = {
     "latin1.tsv, line 2 is not UTF-8; set --encoding_errors=replace or ignore": ["--input=latin1.tsv"],
     "damaged.tsv.gz is damaged: ": ["--input=damaged.tsv.gz"],
     "cannot read none.tsv: No such file": ["--input=none.tsv"],
-    "*.t* has .tsv files, which are sentence pairs, and others; name one kind only": ["--input=*.t*"],
+    "*.t* has sentence pairs (blank.tsv) and text (dots.txt); name one kind only": ["--input=*.t*"],
     "a.de has 60 lines, but short.en has 59; each line": ["--source=a.de", "--target=short.en"],
     "short.en has 59 lines, but a.de has 60; each line": ["--source=short.en", "--target=a.de"],
     "cannot read none.en: No such file": ["--source=a.de", "--target=none.en"],

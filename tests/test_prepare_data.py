@@ -319,7 +319,8 @@ def test_sentence_pairs_and_text_in_one_folder_are_refused_and_each_alone_is_pre
     Path("pairs.tsv").rename("mixed/a.TSV")
     Path("mixed/b.md").write_text(make_text())
     complaint = fails(prepare_data.main, "mine", "--input=mixed")
-    assert complaint.startswith("mixed has sentence pairs (mixed/a.TSV) and text (mixed/b.md); name one kind only")
+    found, rule = "sentence pairs (mixed/a.TSV) and text (mixed/b.md)", "name one kind only, by a pattern such as"
+    assert complaint == f"mixed has {found}; {rule} '--input=mixed/*.TSV'\n"
     prepare_data.main(["mine", "--input=mixed/*.TSV", "--tokenizer=byte"])
     assert meta("mine")["task"] == "translation"
     prepare_data.main(["mine", "--input=mixed/*.md"])
