@@ -432,26 +432,32 @@ def draw(groups: list[Group], path: str) -> None:
 
 def draw_runs(figure, groups: list[Group]) -> None:
     """Left the curves of validation loss, right a bar per run for its lowest."""
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, StrMethodFormatter
 
     (group,) = groups
     bests = [row["best_bits_per_byte"] for row in group.table]
     figure.set_size_inches(12, max(4.2, 1.2 + 0.3 * len(bests)))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     lowest, highest = min(filter(None, bests)), max(filter(None, bests))
+    top = max(bits for run in group.runs for _, bits in curve(run))
     for i, (run, best) in enumerate(zip(group.runs, bests, strict=True)):
         color, marker, dashed = COLORS[i % len(COLORS)], "osD^v"[i % 5], i // len(COLORS) % 2 == 1
         x, y = zip(*points, strict=True) if (points := curve(run)) else ((), ())
-        left.plot(x, y, "--" if dashed else "-", color=color, marker=marker, markersize=4, markevery=0.1)
+        every = math.ceil(len(x) / 10) or 1
+        left.plot(x, y, "--" if dashed else "-", color=color, marker=marker, markersize=4, markevery=every)
         right.barh(i, best or 0, color=color, hatch="///" if dashed else None, edgecolor="white", height=0.75)
         if best:
             right.plot(0.04 * highest, i, color="white", marker=marker, markersize=8, markeredgecolor=color)
         label = f" {best:.3f}" if best else " not evaluated yet"
         right.text(best or 0, i, label, va="center", fontweight="bold" if best == lowest else "normal")
-    above = max(0.6 * (highest - lowest), 0.12 * lowest)  # the first evaluations, all alike, are above the axes
     left.set_title("HumptyGPT", loc="left")
-    left.set(xlim=(0, None), xlabel="training text", ylabel="validation loss, bits per byte")
-    left.set(ylim=(lowest - 0.08 * above, highest + above))
+    # logarithmic, so that the first evaluations, far above the others, leave room for their differences
+    margin = max(1.03, (top / lowest) ** 0.05)
+    left.set(yscale="log", ylim=(lowest / margin, top * margin), ylabel="validation loss, bits per byte")
+    left.set(xlim=(0, None), xlabel="training text")
+    left.yaxis.set_major_locator(MaxNLocator(10, steps=(1, 2, 5, 10)))
+    left.yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
+    left.yaxis.set_minor_locator(NullLocator())
     left.xaxis.set_major_formatter(EngFormatter("B"))
     left.grid(alpha=0.25)
     right.set(xlim=(0, 1.2 * highest), xlabel="lowest validation loss, bits per byte")

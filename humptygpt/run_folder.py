@@ -20,7 +20,7 @@ class RunFolder:
 
     def __init__(self, path: Path, settings: dict, resumed_at: int):
         """settings: of the run, as in config.json. resumed_at: steps done; 0: a new run. Raises UserError."""
-        self.path, self.rows = path, []
+        self.path, self.settings, self.rows = path, settings, []
         self.metrics = path / "metrics.jsonl"
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ class RunFolder:
             self.wandb_run.log(row, step=row["iter"])
 
     def draw(self) -> None:
-        draw_losses(self.rows, self.path / "loss.png")
+        draw_losses(self.rows, self.path / "loss.png", self.settings)
 
     def close(self) -> None:
         if self.wandb_run:
@@ -117,8 +117,8 @@ def start_wandb(out_dir: Path, settings: dict, resumed: bool):
         return wandb.init(**options, mode="offline")
 
 
-def draw_losses(rows: list[dict], path: Path) -> None:
-    """The plot of a run: training and validation loss against steps."""
+def draw_losses(rows: list[dict], path: Path, settings: dict) -> None:
+    """The plot of a run: training and validation loss against steps. Its numbers are in the legend, above the axes."""
     val = [(row["iter"], row["val_loss"]) for row in rows if "val_loss" in row]
     if not val:
         return
@@ -129,13 +129,18 @@ def draw_losses(rows: list[dict], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     train = [(row["iter"], row["train_loss"]) for row in rows if "train_loss" in row]
-    axes.plot(*zip(*train, strict=True), color="#9db4c8", linewidth=1, label="training")
-    axes.plot(*zip(*val, strict=True), color="#c2410c", linewidth=1.8, marker="o", markersize=3.5, label="validation")
+    only_training = ("dropout", "ngram_dropout", "label_smoothing")
+    harder = " and ".join(f"{key}={settings[key]}" for key in only_training if settings[key])
+    label = f"training, with {harder}: not comparable" if harder else "training"
+    marker = "o" if len(train) == 1 else None  # a line of one point cannot be seen
+    axes.plot(*zip(*train, strict=True), color="#9db4c8", linewidth=1, marker=marker, markersize=3.5, label=label)
     best = min(val, key=lambda point: point[1])
-    axes.annotate(f"{best[1]:.3f}", best, xytext=(0, 8), textcoords="offset points", ha="right", color="#c2410c")
-    axes.set(xlabel="steps", ylabel="loss, nats per token", title=f"HumptyGPT: {path.parent.name}")
+    label = f"validation, lowest {best[1]:.3f} at step {best[0]:,}"
+    axes.plot(*zip(*val, strict=True), color="#c2410c", linewidth=1.8, marker="o", markersize=3.5, label=label)
+    axes.set(xlabel="steps", ylabel="loss, nats per token")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    title = f"HumptyGPT: {path.parent.name}"
+    figure.legend(title=title, title_fontsize="large", frameon=False, loc="outside upper center")
     files.write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
     plt.close(figure)

@@ -51,7 +51,7 @@ def folder(tmp_path, monkeypatch):
 def short_ending(request, monkeypatch):
     """Most runs here do without the picture and the sample, which take longer than all of their steps."""
     if "whole_ending" not in request.keywords:
-        monkeypatch.setattr(run_folder, "draw_losses", lambda rows, path: None)
+        monkeypatch.setattr(run_folder, "draw_losses", lambda *args: None)
         monkeypatch.setattr(evaluation, "sample_text", lambda *args: "")
 
 

@@ -614,6 +614,20 @@ def test_each_run_has_one_look_of_its_own_in_both_panels(folder, draw, count):
     assert [text.get_fontweight() for text in right.texts] == ["normal"] * (count - 1) + ["bold"]
 
 
+@pytest.mark.parametrize("count", [1, 2, 7, 45])
+def test_the_first_point_of_a_curve_is_in_the_axes_and_has_a_mark(folder, draw, count):
+    make_run("out/a", *(1 + 4 / it for it in range(1, count + 1)))
+    make_run("out/b", *(1 + 8 / it for it in range(1, count + 1)))
+    left, right = draw("out/a", "out/b")
+    left.figure.savefig(io.BytesIO())
+    for line in left.lines:
+        assert len(line.get_xydata()) == count and isinstance(line.get_markevery(), int)  # the first is one of them
+        for point in line.get_xydata():
+            assert left.bbox.contains(*left.transData.transform(point))
+    for text, bar in zip(right.texts, right.patches, strict=True):
+        assert text.get_window_extent().x0 >= bar.get_window_extent().x1
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 11])
 def test_groups_have_a_panel_each_named_without_its_number_and_the_first_row_is_grey_in_all(folder, draw, count):
     runs = []
