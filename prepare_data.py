@@ -42,10 +42,11 @@ from humptygpt import configurator
 from humptygpt.configurator import UserError, check, nearest, setting, without_effect
 from humptygpt.corpus import Corpus, Encoder, Progress, progress_bar, units, vocabulary_texts
 from humptygpt.documents import STREAM, Found, check_readable, find_files, save_stream
-from humptygpt.files import write_whole
+from humptygpt.files import being_moved, move_aside, write_whole
 from humptygpt.known_texts import KNOWN, Known, PairFiles
+from humptygpt.locks import Lock
 from humptygpt.pairs import Pairs, is_tsv
-from humptygpt.token_files import COMMAND, META_FORMAT, TokenWriter, checksums, token_dtype
+from humptygpt.token_files import COMMAND, META_FORMAT, TokenWriter, checksums, is_whole, read_meta, token_dtype
 from humptygpt.tokenizer import TOKENIZERS, SentencePieceTokenizer, Tokenizer, VocabularyTooLarge, from_state
 
 SAVE_UNITS = 128  # units between two saves of the progress
@@ -138,27 +139,14 @@ def main(argv: list[str]) -> None:
 def prepare(config: PrepareConfig) -> dict:
     """Write data/<name>, print a summary and return meta.json, which is written last and makes the folder complete."""
     folder = Path("data") / config.name
-    parts = folder / "preparing"  # incomplete files
-    command, fit = command_text(config), config.vocab_size is None
     try:
-        corpus = open_corpus(config, folder)
-        settings = replace(corpus.config, input=None, source=None, target=None, files=None, workers=None)
-        content = [corpus.fingerprint(), asdict(settings), fit]
-        made_from = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        meta = read_json(parts / "meta.json")
-        if meta.get("made_from") != made_from:
-            tokenizer, progress = start_or_resume(corpus, parts, made_from, command, fit=fit)
-            encode(corpus, tokenizer, progress, parts)
-            check_splits(corpus, progress, parts)
-            meta = describe(corpus, tokenizer, progress, parts) | {"command": command, "made_from": made_from}
-            write_json(parts / "meta.json", meta)
-        install(parts, folder, meta)
-    except UserError:
-        if config.input == "-" and not parts.exists():  # nothing to resume
-            (folder / STREAM).unlink(missing_ok=True)
-            with suppress(OSError):  # not empty
-                folder.rmdir()
-        raise
+        with Lock(folder / ".lock", str(folder), "wait until that has ended, or take another --name"):
+            try:
+                corpus = open_corpus(config, folder)
+                meta = make_data(corpus, folder, command_text(config), fit=config.vocab_size is None)
+            finally:
+                if config.input == "-" and not (folder / "preparing").exists():  # nothing to resume
+                    (folder / STREAM).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or folder}: {error.strerror}; {RESUME}") from error
     except KeyboardInterrupt:
@@ -167,6 +155,30 @@ def prepare(config: PrepareConfig) -> dict:
     print(summary(folder, meta, corpus.summary(meta)))
     for note in corpus.notes():
         print(f"note: {note}", file=sys.stderr)
+    return meta
+
+
+def make_data(corpus: Corpus | Pairs, folder: Path, command: str, fit: bool) -> dict:
+    """Write the folder, unless it has the same already, and return its meta.json. fit: see make_tokenizer."""
+    parts = folder / "preparing"  # incomplete files
+    settings = replace(corpus.config, input=None, source=None, target=None, files=None, workers=None)
+    content = [corpus.fingerprint(), asdict(settings), fit]
+    made_from = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    if read_json(folder / "meta.json").get("made_from") == made_from and is_whole(folder):
+        print(f"note: {folder} has this text with these settings already; it stays as it is", file=sys.stderr)
+        if parts.exists() and not read_json(parts / "progress.json"):  # else it can be resumed, with other settings
+            shutil.rmtree(parts)
+        return read_meta(folder)
+    meta = read_json(parts / "meta.json")
+    if meta.get("made_from") != made_from:
+        tokenizer, progress = start_or_resume(corpus, parts, made_from, command, fit=fit)
+        encode(corpus, tokenizer, progress, parts)
+        check_splits(corpus, progress, parts)
+        meta = describe(corpus, tokenizer, progress, parts) | {"command": command, "made_from": made_from}
+        write_whole(parts / COMMAND, lambda file: file.write(f"{command}\n".encode()))  # in case meta.json is lost
+        write_json(parts / "meta.json", meta)
+        meta = read_json(parts / "meta.json")  # lists for tuples, as in the one that it may be compared with
+    install(parts, folder, meta)
     return meta
 
 
@@ -428,20 +440,36 @@ def describe(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, p
 
 def install(parts: Path, folder: Path, meta: dict) -> None:
     """Move the complete files into the folder; if this is interrupted, the same command moves the rest."""
-    names = {file["name"] for split in meta["splits"].values() for file in split["files"]}
-    command = meta["command"] + "\n"
-    write_whole(folder / COMMAND, lambda file: file.write(command.encode()))  # stays if meta.json is lost
+    names = {COMMAND} | {file["name"] for split in meta["splits"].values() for file in split["files"]}
     (parts / "progress.json").unlink(missing_ok=True)  # from here on, parts/meta.json is the progress
-    (folder / "meta.json").unlink(missing_ok=True)
-    for old in folder.glob("*.bin"):
-        if re.fullmatch(r"(train|val|test)(_\d+)?\.bin", old.name) and old.name not in names:
-            old.unlink()
+    old = read_json(folder / "meta.json")
+    if any(old.get(key) != meta[key] for key in ("task", "dtype", "tokenizer", "splits")):
+        moved = {name for name in names if not (parts / name).exists()}  # new ones, by a call that was interrupted
+        keep_earlier_data(folder, moved)  # of the same data the files, which may be damaged, are replaced
     for name in names:
         if (parts / name).exists():
             (parts / name).replace(folder / name)
     (parts / "meta.json").replace(folder / "meta.json")
     shutil.rmtree(parts)
-    (folder / STREAM).unlink(missing_ok=True)
+
+
+def keep_earlier_data(folder: Path, new: set[str]) -> None:
+    """Move another data set aside, as runs may have been trained on it; killed in between, the next call continues.
+
+    new: names of files in the folder that are not of that one.
+    """
+    ours = re.compile(r"meta\.(json|pkl)|command\.txt|(train|val|test)(_\d+)?\.bin")
+    found = [path.name for path in folder.iterdir() if ours.fullmatch(path.name) and path.name not in new]
+    if not found and not being_moved(folder):
+        return
+    # what describes the data first, so that no half of it is taken for the whole
+    kept = move_aside(folder, sorted(found, key=lambda name: not name.startswith("meta")))
+    size = sum(path.stat().st_size for path in kept.iterdir())
+    print(
+        f"note: {folder} held another data set; it is now in {kept}, {size / 1e6:,.1f} MB, and a run that was trained"
+        f" on it resumes with --dataset={shlex.quote(f'{folder.name}/{kept.name}')}",
+        file=sys.stderr,
+    )
 
 
 def summary(folder: Path, meta: dict, other: dict[str, str]) -> str:

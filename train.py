@@ -16,7 +16,7 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -42,8 +42,8 @@ from humptygpt.device import (
 from humptygpt.interrupts import catch_signals
 from humptygpt.ngrams import frequent_ngrams
 from humptygpt.optimizers import OPTIMIZERS, SCHEDULES, MovingAverage, Optimizer, learning_rate_at, make_optimizer
-from humptygpt.run_folder import RunFolder, import_wandb
-from humptygpt.token_files import COMMAND, read_meta
+from humptygpt.run_folder import RunFolder, import_wandb, lock_out_dir
+from humptygpt.token_files import COMMAND, is_command, read_meta
 from model import ModelConfig
 
 NGRAM_TEXT = 20_000_000  # tokens of training text in which n-grams are counted
@@ -185,7 +185,8 @@ class Run:
             "model_config": asdict(self.model.config),
             "tokenizer": self.dataset.tokenizer.state(),
             "task": self.dataset.task,
-            "data": {"source": self.dataset.meta["source"], "identity": self.identity},
+            "data": {"identity": self.identity}
+            | {key: self.dataset.meta[key] for key in ("source", "command") if key in self.dataset.meta},
             "progress": asdict(self.progress),
             "model": dict(self.model.state_dict()),
         }
@@ -200,11 +201,16 @@ class Run:
 
 
 def main(argv: list[str]) -> int:
-    run = setup(*read_settings(argv))  # no name for the checkpoint, which would keep it in memory
-    print(describe(run), flush=True)
-    if run.config.eval_only:
-        print(evaluate_only(run))
-        return 0
+    with ExitStack() as locks:
+        run = setup(*read_settings(argv, locks))  # no name for the checkpoint, which would keep it in memory
+        print(describe(run), flush=True)
+        if run.config.eval_only:
+            print(evaluate_only(run))
+            return 0
+        return train_and_finish(run)
+
+
+def train_and_finish(run: Run) -> int:
     folder = RunFolder(Path(run.config.out_dir), run.settings(), run.progress.iter)
     try:
         stopped_by = train(run, folder)
@@ -230,8 +236,11 @@ def main(argv: list[str]) -> int:
 # Setup
 
 
-def read_settings(argv: list[str]) -> tuple[TrainConfig, ModelConfig, dict | None]:
-    """The configs, and the checkpoint to resume, if that is asked for."""
+def read_settings(argv: list[str], locks: ExitStack | None = None) -> tuple[TrainConfig, ModelConfig, dict | None]:
+    """The configs, and the checkpoint to resume, if that is asked for.
+
+    locks: takes the lock of the out_dir, before the checkpoint is read, unless the run only evaluates.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("started as several processes, but this trainer runs in one: python train.py ...")
     settings = given = configurator.read(argv, ModelConfig, TrainConfig)
@@ -240,12 +249,16 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, ModelConfig, dict | Non
         raise UserError(f"out_dir={out_dir} is a file; write {shlex.quote(f'--out_dir={out_dir.parent}')}")
     if given.get("init_from") == "resume":
         path = out_dir / "ckpt.pt"
+        if locks and not given.get("eval_only"):
+            locks.enter_context(lock_out_dir(out_dir))
         saved = checkpoint.load(path)
         from_data = ("vocab_size", "ngram_rows")  # None stands for what the checkpoint has
         given = {key: value for key, value in given.items() if key not in from_data or value is not None}
         check_resumable(saved, given, path)
         settings = saved["train_config"] | saved["model_config"] | given | {"out_dir": str(path.parent)}
     config, model_config = configurator.make(TrainConfig, settings), configurator.make(ModelConfig, settings)
+    if locks and not saved and not config.eval_only:
+        locks.enter_context(lock_out_dir(Path(config.out_dir)))
 
     if config.wandb_log:
         import_wandb()  # refused now if it is missing, and not after a long preparation
@@ -275,7 +288,10 @@ def note(line: str) -> None:
 
 
 def check_resumable(saved: dict, given: dict, path: Path) -> None:
-    """Length, rates, evaluation and the like may change on resume; what the weights and the data order mean may not."""
+    """Length, rates, evaluation and the like may change on resume; what the weights and the data order mean may not.
+
+    Nor may the data: that is checked by what is in it, wherever it is now.
+    """
     if "optimizer" not in saved:
         raise UserError(f"{path} holds a model but not the state of its training; is it a copy of best.pt?")
     try:
@@ -285,7 +301,7 @@ def check_resumable(saved: dict, given: dict, path: Path) -> None:
         raise checkpoint.damaged(path, error) from error
     may_change = ("dropout", "label_smoothing", "ngram_dropout")
     fixed = {key: value for key, value in model_config.items() if key not in may_change}
-    training_keys = ("dataset", "seed", "batch_size", "gradient_accumulation_steps", "optimizer", "ngram_min_count")
+    training_keys = ("seed", "batch_size", "gradient_accumulation_steps", "optimizer", "ngram_min_count")
     fixed |= {key: train_config[key] for key in training_keys}
     for key, value in given.items():
         if key in fixed and value != fixed[key]:
@@ -304,8 +320,9 @@ def setup(config: TrainConfig, model_config: ModelConfig, saved: dict | None = N
         torch.set_float32_matmul_precision("high")  # TF32
     dataset = open_dataset(config, model_config)
     identity = dataset.identity()
-    if saved and (saved["tokenizer"], saved["data"]["identity"]) != (dataset.tokenizer.state(), identity):
-        raise UserError(f"data/{config.dataset} is not the data that {config.out_dir}/ckpt.pt was trained on")
+    if saved and not is_data_of(saved, dataset, identity):
+        other = f"data/{config.dataset} is not the data that {config.out_dir}/ckpt.pt was trained on"
+        raise UserError(other + find_data_of(saved, config, model_config))
     model = (
         checkpoint.restore_model(saved["model"], model_config) if saved else new_model(config, model_config, dataset)
     )
@@ -351,6 +368,24 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
             raise UserError("translations are scored with the package sacrebleu: pip install sacrebleu")
         return PairDataset(folder, model_config.block_size, config.seed, model.has_encoder, meta)
     return TokenDataset(folder, model_config.block_size, config.seed, meta)
+
+
+def is_data_of(saved: dict, dataset: Dataset, identity: dict) -> bool:
+    return (saved["tokenizer"], saved["data"]["identity"]) == (dataset.tokenizer.state(), identity)
+
+
+def find_data_of(saved: dict, config: TrainConfig, model_config: ModelConfig) -> str:
+    """Where the data of a checkpoint is now, or else the command that makes it again: the end of a message."""
+    dataset = saved["train_config"].get("dataset", config.dataset)
+    earlier = (f"{dataset}/{folder.name}" for folder in sorted((Path("data") / dataset).glob("previous-*")))
+    for name in (dataset, *earlier):
+        if any((Path("data") / name / meta).exists() for meta in ("meta.json", "meta.pkl")):
+            with suppress(UserError):
+                found = open_dataset(dataclasses.replace(config, dataset=name), model_config)
+                if is_data_of(saved, found, found.identity()):
+                    return f"; that is now in data/{name}: add --dataset={shlex.quote(name)}"
+    command = saved["data"].get("command", "")
+    return f"; to make that again: {command}" if is_command(command) else ""
 
 
 def new_model(config: TrainConfig, model_config: ModelConfig, dataset: Dataset) -> nn.Module:

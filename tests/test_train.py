@@ -565,10 +565,36 @@ def test_data_that_changed_since_the_checkpoint_is_refused(run_train, fails):
     Path("tiny.txt").write_text(make_text(seed=5))
     train.prepare_data.main(["--input=tiny.txt", "--name=tiny"])
     line = fails(train.main, "--init_from=resume", "--out_dir=out/run")
-    assert "data/tiny is not the data that out/run/ckpt.pt was trained on" in line
+    other = "data/tiny is not the data that out/run/ckpt.pt was trained on"
+    assert line == f"{other}; that is now in data/tiny/previous-1: add --dataset=tiny/previous-1\n"
     Path("tiny.txt").write_text(make_text() + "0123456789")  # a larger vocabulary
     train.prepare_data.main(["--input=tiny.txt", "--name=tiny"])
     assert fails(train.main, "--init_from=resume", "--out_dir=out/run") == line
+
+
+def test_a_run_resumes_on_data_that_was_moved_aside(run_train, tiny, fails):
+    straight = run_train("--max_iters=9", "--lr_decay_iters=9")
+    run_train("--lr_decay_iters=9")
+    train.prepare_data.main(["--input=tiny.txt", "--name=tiny", "--tokenizer=byte"])
+    resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=9", "--lr_decay_iters=9"]
+    assert fails(train.main, *resume).endswith("that is now in data/tiny/previous-1: add --dataset=tiny/previous-1\n")
+    assert train.main([*resume, "--dataset=tiny/previous-1"]) == 0
+    assert read_rows(OUT) == straight
+    assert "that is now in data/tiny/previous-1" in fails(train.main, *resume, "--dataset=tiny")
+
+
+def test_where_the_data_is_gone_the_command_that_makes_it_again_is_named(run_train, tiny, fails):
+    run_train()
+    command = json.loads((tiny / "meta.json").read_text())["command"]
+    train.prepare_data.main(["--input=tiny.txt", "--name=tiny", "--tokenizer=byte"])
+    shutil.rmtree(tiny / "previous-1")
+    line = fails(train.main, "--init_from=resume", "--out_dir=out/run")
+    assert line.endswith(f"was trained on; to make that again: {command}\n")
+    saved = checkpoint.load(OUT / "ckpt.pt")
+    for other in ("python prepare_data.py x; rm -r y", "rm -r y", "python prepare_data.py 'x", None):
+        saved["data"] = {"source": "x", "identity": saved["data"]["identity"]} | ({"command": other} if other else {})
+        checkpoint.save(OUT / "ckpt.pt", saved)
+        assert fails(train.main, "--init_from=resume", "--out_dir=out/run").endswith("was trained on\n")
 
 
 # --------------------------------------------------------------------------------------
