@@ -302,6 +302,7 @@ def test_held_out_sentences_that_changed_start_a_stopped_preparation_over(folder
 
     write_tsv("own.tsv", ROWS)
     for change, printed in (("Vielen Dank!\n", "resuming after"), ("Guten Morgen!\nVielen Dank!\n", "starting over")):
+        shutil.rmtree("data/mine", ignore_errors=True)
         write("held.txt", "Vielen Dank!\n")
         os.utime("held.txt", (1, 1))
         with monkeypatch.context() as patch, pytest.raises(prepare_data.UserError):
@@ -327,6 +328,7 @@ def test_the_tokenizer_is_trained_on_both_sides_of_the_training_pairs_alone(fold
     write_tsv("own.tsv", ROWS)
     prepare_data.main(["mine", "--input=own.tsv", "--tokenizer=bpe", "--vocab_size=300", "--val_fraction=0.2"])
     assert seen == [[side for row in pairs_of("mine")["train"] for side in row]]
+    shutil.rmtree("data/mine")
     monkeypatch.setattr(corpus_module, "VOCABULARY_BYTES", Path("own.tsv").stat().st_size // 2)
     prepare_data.main(["mine", "--input=own.tsv", "--tokenizer=bpe", "--vocab_size=300", "--val_fraction=0.2"])
     assert set(seen[1]) < set(seen[0]) and 0.25 < len(seen[1]) / len(seen[0]) < 0.75
@@ -416,13 +418,14 @@ def test_shards_are_read_as_one(folder):
     assert not Path("data/mine/test.bin").exists()
 
 
-def test_pairs_and_a_text_of_the_same_name_replace_each_other(folder):
+def test_a_text_moves_pairs_of_the_same_name_aside(folder):
     write_tsv("own.tsv", ROWS)
     write("own.txt", make_text())
     prepare_data.main(["--input=own.tsv", *BYTES])
     prepare_data.main(["--input=own.txt", "--name=mine"])
     assert set(contents("mine")) == {"train.bin", "val.bin", "meta.json", "command.txt"}
     assert meta("mine")["task"] == "language modelling"
+    assert Path("data/mine/previous-1/test.bin").exists()
 
 
 # --------------------------------------------------------------------------------------

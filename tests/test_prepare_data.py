@@ -163,7 +163,9 @@ if __name__ == "__main__":
 
 
 def contents(name: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path("data", name).iterdir()}
+    """The files of a data set, without those that were moved aside."""
+    paths = [path for path in Path("data", name).iterdir() if not path.name.startswith("previous-")]
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def killed_at(call: int, *argv: str) -> subprocess.CompletedProcess:
