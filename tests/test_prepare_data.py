@@ -333,12 +333,12 @@ def test_killed_while_it_moves_data_aside_nothing_of_it_is_lost(corpus, monkeypa
     prepare_data.main(PREPARE)
     first = contents("mine")
     other = [*PREPARE, "--val_fraction=0.5"]
-    for left in range(8):
+    for left in range(10):
         shutil.rmtree("data/mine")
         prepare_data.main(PREPARE)
 
         def replace(path, to, moves=iter(range(left)), move=Path.replace):  # noqa: B008
-            if path.name != "progress.json.tmp" and path.name != "meta.json.tmp":
+            if path.name not in ("progress.json.tmp", "meta.json.tmp", "command.txt.tmp"):
                 next(moves)
             return move(path, to)
 
@@ -349,7 +349,8 @@ def test_killed_while_it_moves_data_aside_nothing_of_it_is_lost(corpus, monkeypa
         prepare_data.main(other)
         assert {name: data for name, (data, _) in files_of("data/mine/previous-1").items()} == first
         names = {path.name for path in Path("data/mine").iterdir()}
-        assert names == {"train.bin", "val.bin", "meta.json", "previous-1"} and token_files.is_whole(Path("data/mine"))
+        assert names == {"train.bin", "val.bin", "meta.json", "command.txt", "previous-1"}
+        assert token_files.is_whole(Path("data/mine"))
         assert "--val_fraction=0.5" in meta("mine")["command"]
 
 
@@ -363,7 +364,7 @@ def test_data_of_nanogpt_is_moved_aside_too_and_other_files_stay(folder):
         name: name.encode() for name in ("train.bin", "val.bin", "meta.pkl")
     }
     assert {path.name for path in Path("data/mine").iterdir()} == {
-        *("train.bin", "val.bin", "meta.json", "input.txt", "previous-1")
+        *("train.bin", "val.bin", "meta.json", "command.txt", "input.txt", "previous-1")
     }
 
 
