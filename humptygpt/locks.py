@@ -1,7 +1,8 @@
 """One writer at a time: what a process writes is locked, and a second process is refused with the name of the first.
 
 The lock is the operating system's own, on an open file: it ends with the process, however that ends, so nothing is ever
-left locked. On a disk that several machines share, the file server keeps it for all of them.
+left locked. On a disk that several machines share, the file server keeps it for all of them. The package filelock
+cannot say who holds a lock, and leaves its files behind.
 """
 
 import json
