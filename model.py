@@ -1,7 +1,7 @@
 """Every block of a transformer, the GPT and the encoder-decoder Transformer built from them.
 
-Shapes: B batch, T target length, S source length (tokens attended to), C n_embd, H heads, D head size (C / n_head),
-V vocabulary.
+Shapes: B batch, T target length, S source length (tokens attended to), C n_embd, H heads, D head size (C / H unless
+head_size says otherwise), V vocabulary.
 
 The GPT, with its default blocks (block=pre_norm):
 
@@ -49,7 +49,7 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def __init__(self, config: "ModelConfig"):
-        super().__init__(config.n_embd, eps=1e-5, bias=config.bias)
+        super().__init__(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -59,7 +59,7 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def __init__(self, config: "ModelConfig"):
-        super().__init__(config.n_embd, eps=1e-5)
+        super().__init__(config.n_embd, eps=config.norm_eps)
 
 
 class NoNorm(nn.Identity):
@@ -139,7 +139,7 @@ class RotaryPosition(PositionalEncoding):
 
     def __init__(self, config: "ModelConfig", causal: bool):
         super().__init__(config, causal)
-        head_size = config.n_embd // config.n_head
+        head_size = config.head_size or config.n_embd // config.n_head
         frequency = config.rope_base ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
         if config.rope_factor != 1:
             low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
@@ -392,11 +392,13 @@ class Attention(nn.Module):
     def __init__(self, config: "ModelConfig"):
         super().__init__()
         C, self.n_head, self.n_kv_head = config.n_embd, config.n_head, config.n_kv_head or config.n_head
-        self.head_size, self.qk_norm, self.dropout = C // config.n_head, config.qk_norm, config.dropout
-        self.q_proj = Linear(C, C, config.bias)
-        self.k_proj = Linear(C, self.n_kv_head * self.head_size, config.bias)
-        self.v_proj = Linear(C, self.n_kv_head * self.head_size, config.bias)
-        self.o_proj = Linear(C, C, config.bias, ends_branch=True)
+        self.head_size = config.head_size or C // config.n_head
+        self.qk_norm, self.dropout = config.qk_norm, config.dropout
+        bias = config.bias if config.attn_bias is None else config.attn_bias
+        self.q_proj = Linear(C, self.n_head * self.head_size, bias)
+        self.k_proj = Linear(C, self.n_kv_head * self.head_size, bias)
+        self.v_proj = Linear(C, self.n_kv_head * self.head_size, bias)
+        self.o_proj = Linear(self.n_head * self.head_size, C, bias, ends_branch=True)
         self.qkv_proj = None  # the three of self-attention in one, where inference.py has fused them
 
     def queries(self, x: Tensor) -> Tensor:
@@ -473,9 +475,10 @@ class MLP(nn.Module):
     def __init__(self, config: "ModelConfig"):
         super().__init__()
         n_hidden = config.n_hidden or 4 * config.n_embd
+        bias = config.bias if config.mlp_bias is None else config.mlp_bias
         self.activation = ACTIVATIONS[config.activation]
-        self.up_proj = Linear(config.n_embd, n_hidden, config.bias)
-        self.down_proj = Linear(n_hidden, config.n_embd, config.bias, ends_branch=True)
+        self.up_proj = Linear(config.n_embd, n_hidden, bias)
+        self.down_proj = Linear(n_hidden, config.n_embd, bias, ends_branch=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
@@ -492,10 +495,11 @@ class GatedMLP(nn.Module):
     def __init__(self, config: "ModelConfig"):
         super().__init__()
         n_hidden = config.n_hidden or 8 * math.ceil(config.n_embd / 3)
+        bias = config.bias if config.mlp_bias is None else config.mlp_bias
         self.activation = ACTIVATIONS[config.activation]
-        self.gate_proj = Linear(config.n_embd, n_hidden, config.bias)
-        self.up_proj = Linear(config.n_embd, n_hidden, config.bias)
-        self.down_proj = Linear(n_hidden, config.n_embd, config.bias, ends_branch=True)
+        self.gate_proj = Linear(config.n_embd, n_hidden, bias)
+        self.up_proj = Linear(config.n_embd, n_hidden, bias)
+        self.down_proj = Linear(n_hidden, config.n_embd, bias, ends_branch=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
@@ -869,6 +873,7 @@ NGRAMS = {"not_with": {"ngrams": 0}}
 ROTARY = {"only_with": {"position": "rotary"}}
 SCALED = ROTARY | {"not_with": {"rope_factor": 1.0}}
 MLP_ONLY = {"not_with": {"model": "window_mlp", "mlp": "none"}}
+NORM = {"not_with": {"model": "window_mlp", "norm": "none"}}
 PROBABILITY = {"at_least": 0, "below": 1}
 
 
@@ -881,6 +886,7 @@ class ModelConfig:
     n_head: int = setting(4, "attention heads in a block", at_least=1, **ATTENTION)
     n_kv_head: int | None = setting(None, "key-value heads (GQA); None: n_head; 1: MQA", at_least=1, **ATTENTION)
     n_embd: int = setting(128, "embedding dimension: the width of the model", at_least=1)
+    head_size: int | None = setting(None, "features of an attention head; None: n_embd/n_head", at_least=1, **ATTENTION)
     n_hidden: int | None = setting(
         None, "hidden neurons; None: 4 n_embd, gated 8/3 n_embd, window_mlp window n_embd", at_least=1
     )
@@ -892,6 +898,8 @@ class ModelConfig:
     dropout: float = setting(0.0, "probability that an activation is zeroed in training", **PROBABILITY)
     label_smoothing: float = setting(0.0, "fraction of a target spread over the vocabulary in training", **PROBABILITY)
     bias: bool = setting(False, "bias terms in linear layers and layer norms, as in GPT-2")
+    attn_bias: bool | None = setting(None, "bias terms in attention's linear layers; None: bias", **ATTENTION)
+    mlp_bias: bool | None = setting(None, "and in those of the feed-forward network; None: bias", **MLP_ONLY)
     embedding: str = setting("table", "number: a token is its own number", choices=EMBEDDINGS)
     ngrams: int = setting(0, "frequent n-grams up to this length have embeddings, too; 0: off", at_least=0)
     ngram_dropout: float = setting(0.0, "probability of no n-gram embedding at a position", **PROBABILITY, **NGRAMS)
@@ -904,6 +912,7 @@ class ModelConfig:
     rope_high_freq_factor: float = setting(4.0, "and stays as it is with more turns than this", above=0, **SCALED)
     rope_original_context: int = setting(8192, "context length before the extension", at_least=1, **SCALED)
     norm: str = setting("layernorm", "norm of the activations", choices=NORMS, **ATTENTION)
+    norm_eps: float = setting(1e-5, "added to a norm's variance or mean square", above=0, **NORM)
     block: str = setting("pre_norm", "norms and residuals", choices=BLOCKS, **ATTENTION)
     mlp: str = setting("plain", "feed-forward network; gated with silu: SwiGLU", choices=MLPS, **ATTENTION)
     mlp_conv: int = setting(
@@ -913,7 +922,7 @@ class ModelConfig:
         "gelu", "nonlinearity of the feed-forward network", choices=ACTIVATIONS, not_with={"mlp": "none"}
     )
     qk_norm: bool = setting(False, "RMS norm of queries and keys, which bounds the scores", **ATTENTION)
-    embed_norm: bool = setting(False, "a norm after the embedding", not_with={"model": "window_mlp", "norm": "none"})
+    embed_norm: bool = setting(False, "a norm after the embedding", **NORM)
     logit_soft_cap: float = setting(
         0.0, "keeps logits between -cap and cap by tanh; 0: no cap", at_least=0, at_most=1e6
     )
@@ -940,12 +949,13 @@ class ModelConfig:
         if self.ngrams and self.ngrams < 2:
             raise ValueError(f"ngrams={self.ngrams} must be 0, or at least 2: single tokens have their vectors anyway")
         n_kv_head = self.n_kv_head or self.n_head
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        if self.n_embd % self.n_head and not self.head_size:
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, or set head_size")
         if self.n_head % n_kv_head:
             raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={n_kv_head}: heads share evenly")
-        if self.position == "rotary" and self.n_embd // self.n_head % 2:
-            raise ValueError(f"position=rotary turns pairs: n_embd/n_head={self.n_embd}/{self.n_head} must be even")
+        head_size = self.head_size or self.n_embd // self.n_head
+        if self.position == "rotary" and head_size % 2:
+            raise ValueError(f"position=rotary turns pairs: head_size={head_size}, or n_embd/n_head, must be even")
         low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
         if low >= high:
             raise ValueError(f"rope_low_freq_factor={low} must be below rope_high_freq_factor={high}")
@@ -975,11 +985,11 @@ def count_parameters(model: nn.Module) -> int:
 def flops_per_token(model: nn.Module) -> int:
     """Floating-point operations to train on one token: forward, and twice as many backward.
 
-    Each weight of a matrix multiplies and adds once (2), and attention takes 2 C of both for each token attended to,
+    Each weight of a matrix multiplies and adds once (2), and attention takes 2 H D of both for each token attended to,
     also where heads share keys and values. Of sentence pairs it is the work on one token of the target and, in an
     encoder, one of the source, in texts of block_size tokens. Source: Chowdhery et al. 2022, arXiv:2204.02311, app. B.
     """
     config = model.config
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    attentions = sum(isinstance(m, Attention) for m in model.modules())
-    return 6 * matrices + 12 * attentions * config.n_embd * (config.window or config.block_size)
+    attended = sum(m.n_head * m.head_size for m in model.modules() if isinstance(m, Attention))
+    return 6 * matrices + 12 * attended * (config.window or config.block_size)

@@ -92,15 +92,7 @@ def load(path: Path, mapped: bool = False) -> dict:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     try:
-        with zipfile.ZipFile(path) as records:
-            whole = records.testzip() is None  # compares the CRC-32 of every record
-            # torch.load takes a record marked as a directory for an empty one and leaves its tensor uninitialized
-            whole = whole and not any(info.external_attr & 0x10 for info in records.infolist())
-        if not whole:
-            raise ValueError("a record is damaged")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says more about a foreign pickle than the one line below
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        saved = load_plain(path, mapped)
     except Exception as error:  # zip, pickle and torch each have errors of their own for a file that is not theirs
         raise UserError(
             f"{path} is not a checkpoint: it is truncated, damaged or holds more than tensors and plain data"
@@ -115,6 +107,24 @@ def load(path: Path, mapped: bool = False) -> dict:
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise damaged(path, error) from error
     return saved
+
+
+def load_plain(path: Path, mapped: bool = False, legacy: bool = False) -> object:
+    """What torch.save wrote, on the CPU. Raises some Exception where the file is damaged or would run code.
+
+    mapped: the system reads of the tensors what is used. legacy: also read files of PyTorch before 1.6, which are no
+    zip files and have no checksums.
+    """
+    if not legacy or zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as records:
+            whole = records.testzip() is None  # compares the CRC-32 of every record
+            # torch.load takes a record marked as a directory for an empty one and leaves its tensor uninitialized
+            whole = whole and not any(info.external_attr & 0x10 for info in records.infolist())
+        if not whole:
+            raise ValueError("a record is damaged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says more about a foreign pickle than one line
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def damaged(path: Path, error: Exception) -> UserError:

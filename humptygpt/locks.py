@@ -2,7 +2,7 @@
 
 The lock is the operating system's own, on an open file: it ends with the process, however that ends, so nothing is ever
 left locked. On a disk that several machines share, the file server keeps it for all of them. The package filelock
-cannot say who holds a lock, and leaves its files behind.
+cannot say who holds a lock, and never removes its files.
 """
 
 import json

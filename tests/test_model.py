@@ -20,6 +20,9 @@ VARIANTS = [
     *({"mlp": name} for name in MLPS),
     *({"block": name} for name in BLOCKS),
     {"bias": True},
+    {"bias": True, "attn_bias": False},
+    {"mlp_bias": True, "mlp": "gated"},
+    {"norm_eps": 0.5},
     {"tie_weights": False},
     {"qk_norm": True},
     {"embed_norm": True},
@@ -30,6 +33,8 @@ VARIANTS = [
     {"init": "zero", "tie_weights": False},
     {"n_head": 1},
     {"n_kv_head": 1},
+    {"head_size": 6, "position": "rotary"},
+    {"head_size": 24, "n_head": 3, "n_kv_head": 1},
     {"window": 5},
     {"n_hidden": 40},
     *({"mlp_conv": 3, "block": name} for name in BLOCKS),
@@ -522,6 +527,9 @@ def test_parameters_and_flops_are_those_of_gpt2():
 def test_flops_count_what_is_computed():
     mha, mqa = tiny(n_head=4), tiny(n_head=4, n_kv_head=1)
     assert models.flops_per_token(mha) - models.flops_per_token(mqa) == 6 * 2 * (2 * 32 * 24)
+    narrow = tiny(n_head=4, head_size=5)
+    fewer = 6 * 2 * (4 * 32 * 4 * 3) + 12 * 2 * (4 * 3) * 16  # 3 features less in each of 4 heads
+    assert models.flops_per_token(mha) - models.flops_per_token(narrow) == fewer
     windowed = tiny(n_head=4, window=4)
     assert models.flops_per_token(mha) - models.flops_per_token(windowed) == 12 * 2 * 32 * (16 - 4)
     window_mlp = tiny(model="window_mlp", window=4, n_hidden=50)
@@ -569,7 +577,10 @@ def test_with_init_zero_tokens_and_positions_weigh_the_same(tied):
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"n_embd": 33}, "n_embd=33 must be a multiple of n_head=4"),
+        ({"n_embd": 33}, "n_embd=33 must be a multiple of n_head=4, or set head_size"),
+        ({"head_size": 0}, "head_size=0 must be at least 1"),
+        ({"head_size": 7, "position": "rotary"}, "position=rotary turns pairs: head_size=7, or n_embd/n_head, must be"),
+        ({"norm_eps": 0.0}, "norm_eps=0.0 must be above 0"),
         ({"n_layer": 0}, "n_layer=0 must be at least 1"),
         ({"block_size": -1}, "block_size=-1 must be at least 1"),
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),

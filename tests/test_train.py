@@ -727,7 +727,8 @@ def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect
     other |= {"rope_factor": 2.0, "rope_low_freq_factor": 0.5, "rope_high_freq_factor": 5.0, "norm": "none"}
     other |= {"rope_original_context": 9, "block": "plain", "mlp": "gated", "activation": "relu", "qk_norm": True}
     other |= {"embed_norm": True, "logit_soft_cap": 0.1, "init": "zero", "label_smoothing": 0.2}
-    other |= {"ngram_rows": 5, "ngram_dropout": 0.5, "mlp_conv": 2}
+    other |= {"ngram_rows": 5, "ngram_dropout": 0.5, "mlp_conv": 2, "attn_bias": True, "mlp_bias": True}
+    other |= {"head_size": 6, "norm_eps": 0.5}
 
     def computed(**keys) -> torch.Tensor:
         torch.manual_seed(0)

@@ -1,0 +1,588 @@
+"""GPT-2 and Llama models of transformers: read, they give its logits; written again, it opens them bit for bit."""
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same_weights
+from safetensors.torch import load_file, save_file
+from test_damage import Code, Target, change_json, check_damages, cut_bytes, flip_bytes, replace_json
+from test_damage_checkpoint import OTHER_TENSORS
+from test_model import VARIANTS, random_model
+from torch import Tensor, nn
+
+from humptygpt import checkpoint, files
+from humptygpt.configurator import UserError
+from humptygpt.pretrained import read_pretrained, to_pretrained, write_pretrained
+
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-dev.txt")
+transformers.logging.disable_progress_bar()
+
+IDX = torch.randint(11, (2, 24), generator=torch.Generator().manual_seed(0))
+HF = Path("theirs")
+
+# --------------------------------------------------------------------------------------
+# Models of transformers
+
+
+def gpt2(**settings) -> nn.Module:
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 24, "vocab_size": 11}
+    return randomized(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | NO_DROPOUT | settings)))
+
+
+def llama(**settings) -> nn.Module:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 44}
+    sizes |= {"max_position_embeddings": 24, "vocab_size": 11, "bos_token_id": None, "eos_token_id": None}
+    return randomized(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | settings)))
+
+
+NO_DROPOUT = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop", "bos_token_id", "eos_token_id"])
+NO_DROPOUT |= dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0)
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """All weights are random: at initialization norms and biases have no effect."""
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        is_norm = name.endswith("weight") and parameter.dim() == 1
+        nn.init.normal_(parameter, mean=1.0 if is_norm else 0.0, std=0.3)
+    return model.eval()
+
+
+def rope_scaling(**changes) -> dict:
+    """Of the frequencies of a head of 8, one stays, one is interpolated, and the others are divided."""
+    scaling = {"rope_type": "llama3", "rope_theta": 50.0, "factor": 8.0, "low_freq_factor": 1.0}
+    scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    return {"rope_parameters": scaling | changes}
+
+
+# --------------------------------------------------------------------------------------
+# Ways to save them
+
+
+def save(model: nn.Module) -> None:
+    model.save_pretrained(HF)
+
+
+def save_bfloat16(model: nn.Module) -> None:
+    save_rounded(model, torch.bfloat16)
+
+
+def save_float16(model: nn.Module) -> None:
+    save_rounded(model, torch.float16)
+
+
+def save_rounded(model: nn.Module, dtype: torch.dtype) -> None:
+    """The model itself gets the rounded weights, too, in float32: what it computes is not rounded."""
+    copy.deepcopy(model).to(dtype).save_pretrained(HF)
+    assert {tensor.dtype for tensor in load_file(HF / "model.safetensors").values()} == {dtype}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+
+
+def save_shards(model: nn.Module) -> None:
+    model.save_pretrained(HF, max_shard_size="6KB")
+    assert len(list(HF.glob("model-*-of-*.safetensors"))) > 2 and not (HF / "model.safetensors").exists()
+
+
+def save_without_prefix(model: nn.Module) -> None:
+    """As the model without its head has it."""
+    model.base_model.save_pretrained(HF)
+    assert not [name for name in load_file(HF / "model.safetensors") if name.startswith(("transformer.", "model."))]
+
+
+def save_pickle(model: nn.Module) -> None:
+    """As before safetensors: all names, those of tied weights and of buffers among them."""
+    (HF / "model.safetensors").unlink(missing_ok=True)
+    torch.save(with_buffers(model), HF / "pytorch_model.bin")
+
+
+def save_legacy_pickle_shards(model: nn.Module) -> None:
+    names = list(with_buffers(model))
+    weight_map = {name: f"pytorch_model-{number % 3}.bin" for number, name in enumerate(names)}
+    for shard in set(weight_map.values()):
+        held = {name: tensor for name, tensor in with_buffers(model).items() if weight_map[name] == shard}
+        torch.save(held, HF / shard, _use_new_zipfile_serialization=False)
+    (HF / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def with_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and the buffers that older versions saved; config.json is in the folder."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(HF)
+    weights = dict(model.state_dict(keep_vars=True))
+    for layer in range(2):
+        if "transformer.wte.weight" in weights:
+            weights[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 24, 24, dtype=torch.bool).tril()
+            weights[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+        else:
+            weights[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    return weights
+
+
+def save_old_config(model: nn.Module) -> None:
+    """config.json as before transformers 5: rope_scaling beside rope_theta, and no key that has its default value."""
+    save(model)
+    content = json.loads((HF / "config.json").read_text())
+    if rope := content.pop("rope_parameters", None):
+        content["rope_theta"] = rope.pop("rope_theta")
+        content["rope_scaling"] = rope if rope["rope_type"] != "default" else None
+    for key in ("tie_word_embeddings", "activation_function", "layer_norm_epsilon", "n_inner", "scale_attn_weights"):
+        content.pop(key, None)
+    for key in ("num_key_value_heads", "head_dim", "hidden_act", "attention_bias", "mlp_bias", "rms_norm_eps"):
+        content.pop(key, None)
+    (HF / "config.json").write_text(json.dumps(content))
+
+
+SHAPES = {
+    "gpt2": (gpt2, {}, save),
+    "gpt2, 3 heads of 5": (gpt2, {"n_head": 3, "n_embd": 15}, save),
+    "gpt2, 1 head, 1 layer": (gpt2, {"n_head": 1, "n_layer": 1, "n_embd": 7}, save),
+    "gpt2, 7 heads of 1, untied": (gpt2, {"n_head": 7, "n_embd": 7, "tie_word_embeddings": False}, save),
+    "gpt2, n_inner": (gpt2, {"n_inner": 37}, save),
+    "gpt2, n_inner below n_embd": (gpt2, {"n_inner": 3}, save),
+    "gpt2, gelu": (gpt2, {"activation_function": "gelu"}, save),
+    "gpt2, relu": (gpt2, {"activation_function": "relu"}, save),
+    "gpt2, relu2": (gpt2, {"activation_function": "relu2"}, save),
+    "gpt2, silu": (gpt2, {"activation_function": "silu"}, save),
+    "gpt2, large epsilon": (gpt2, {"layer_norm_epsilon": 0.5}, save),
+    "gpt2, bfloat16": (gpt2, {}, save_bfloat16),
+    "gpt2, float16, untied": (gpt2, {"tie_word_embeddings": False}, save_float16),
+    "gpt2, shards": (gpt2, {}, save_shards),
+    "gpt2, without prefix": (gpt2, {}, save_without_prefix),
+    "gpt2, old config": (gpt2, {}, save_old_config),
+    "gpt2, pickle": (gpt2, {}, save_pickle),
+    "gpt2, untied, pickle": (gpt2, {"tie_word_embeddings": False}, save_pickle),
+    "gpt2, 12 layers, shards of legacy pickles": (gpt2, {"n_layer": 12, "n_embd": 8}, save_legacy_pickle_shards),
+    "llama": (llama, {}, save),
+    "llama, 3 heads of 6": (llama, {"num_attention_heads": 3, "hidden_size": 18}, save),
+    "llama, 6 heads share 2": (
+        llama,
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 36},
+        save,
+    ),
+    "llama, 5 heads share 1": (
+        llama,
+        {"num_attention_heads": 5, "num_key_value_heads": 1, "hidden_size": 30},
+        save,
+    ),
+    "llama, tied": (llama, {"tie_word_embeddings": True}, save),
+    "llama, wide heads": (llama, {"head_dim": 14, "num_key_value_heads": 2}, save),
+    "llama, narrow heads, biases": (llama, {"head_dim": 2, "attention_bias": True, "mlp_bias": True}, save),
+    "llama, attention biases": (llama, {"attention_bias": True, "num_key_value_heads": 2}, save),
+    "llama, MLP biases": (llama, {"mlp_bias": True}, save),
+    "llama, rope_theta": (llama, {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, save),
+    "llama, scaled": (llama, rope_scaling(), save),
+    "llama, scaled, wide heads, tied, shards": (
+        llama,
+        rope_scaling(factor=32.0) | {"head_dim": 18, "tie_word_embeddings": True},
+        save_shards,
+    ),
+    "llama, scaled, old config": (llama, rope_scaling() | {"rms_norm_eps": 1e-6}, save_old_config),
+    "llama, old config": (llama, {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, save_old_config),
+    "llama, large epsilon": (llama, {"rms_norm_eps": 0.5}, save),
+    "llama, gelu_pytorch_tanh": (llama, {"hidden_act": "gelu_pytorch_tanh"}, save),
+    "llama, relu": (llama, {"hidden_act": "relu"}, save),
+    "llama, bfloat16": (llama, {"num_key_value_heads": 2}, save_bfloat16),
+    "llama, float16, tied": (llama, {"tie_word_embeddings": True}, save_float16),
+    "llama, tied, without prefix": (llama, {"tie_word_embeddings": True}, save_without_prefix),
+    "llama, pickle": (llama, {"num_key_value_heads": 1}, save_pickle),
+    "llama, tied, shards of legacy pickles": (llama, {"tie_word_embeddings": True}, save_legacy_pickle_shards),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_model_gives_the_logits_of_transformers_and_goes_back_bit_for_bit(shape):
+    make, settings, save = SHAPES[shape]
+    theirs = make(**settings)
+    save(theirs)
+    config, weights = read_pretrained(HF)
+    for tensor in weights.values():
+        assert tensor.dtype == torch.float32 and tensor.is_contiguous() and not tensor.requires_grad
+    ours = checkpoint.restore_model(weights, config).eval()
+    expected = theirs(IDX).logits.detach()
+    torch.testing.assert_close(ours(IDX)[0], expected, atol=1e-4, rtol=1e-4)
+
+    write_pretrained(ours, Path("back"))
+    again, report = type(theirs).from_pretrained("back", output_loading_info=True)
+    assert not any(report.values()), report
+    assert_same_weights(again.float().state_dict(), theirs.state_dict())
+    # not bit for bit: gelu_pytorch_tanh, which becomes gelu_new, rounds otherwise
+    torch.testing.assert_close(again.eval()(IDX).logits, expected, atol=2e-6, rtol=2e-6)
+    once_more, weights_again = read_pretrained(Path("back"))
+    assert_same_weights(weights_again, weights)
+    write_pretrained(checkpoint.restore_model(weights_again, once_more), Path("back"))  # the same config
+
+
+# --------------------------------------------------------------------------------------
+# Models of ours
+
+ROTARY = {"position": "rotary", "norm": "rmsnorm", "mlp": "gated"}
+EXPORTED = [
+    {},  # without bias terms, which GPT-2 has
+    {"bias": True, "activation": "gelu_tanh"},
+    {"bias": True, "mlp_bias": False, "tie_weights": False},
+    {"attn_bias": True, "n_kv_head": 2, "head_size": 16, "n_hidden": 40, "norm_eps": 0.3},
+    {"dropout": 0.1, "label_smoothing": 0.1, "init": "zero", "window": 16},
+    ROTARY,
+    ROTARY | {"tie_weights": False, "n_kv_head": 1, "activation": "silu", "norm_eps": 0.3},
+    ROTARY | {"head_size": 6, "bias": True, "n_hidden": 40, "rope_base": 50.0},
+    ROTARY | {"bias": True, "attn_bias": False},
+    ROTARY | {"mlp_bias": True, "rope_factor": 4.0, "rope_original_context": 8, "rope_high_freq_factor": 2.0},
+]
+
+
+def opened(model: nn.Module) -> nn.Module:
+    """The model of transformers with what to_pretrained says."""
+    content, weights = to_pretrained(model)
+    content = json.loads(json.dumps(content))
+    theirs = getattr(transformers, content["architectures"][0])(transformers.AutoConfig.for_model(**content)).eval()
+    found = theirs.load_state_dict(weights, strict=False)
+    assert found.missing_keys in ([], ["lm_head.weight"]) and not found.unexpected_keys
+    assert (found.missing_keys == ["lm_head.weight"]) == model.config.tie_weights
+    return theirs
+
+
+@pytest.mark.parametrize("keys", EXPORTED, ids=lambda keys: "-".join(f"{k}-{x}" for k, x in keys.items()) or "default")
+def test_an_exported_model_gives_the_same_logits_in_transformers(keys):
+    model = random_model(**keys).eval()
+    idx = IDX[:, :16]
+    torch.testing.assert_close(opened(model)(idx).logits, model(idx)[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("base", [{}, ROTARY], ids=["gpt2", "llama"])
+def test_every_variant_is_refused_or_gives_the_same_logits_in_transformers(base):
+    refused = 0
+    for variant in VARIANTS:
+        keys = base | variant
+        model = random_model(**keys).eval()
+        try:
+            theirs = opened(model)
+        except UserError as error:
+            key, value, needed = re.fullmatch(
+                r"(\w+)=(\S+) cannot be exported; .*needs.* (\w+)=.*", str(error)
+            ).groups()
+            assert str(getattr(model.config, key)) == value and needed in (key, "n_head")
+            refused += 1
+            continue
+        idx = IDX[:, : model.config.block_size]
+        torch.testing.assert_close(theirs(idx).logits, model(idx)[0], atol=1e-4, rtol=1e-4, msg=str(keys))
+    assert len(VARIANTS) / 3 < refused < len(VARIANTS)
+
+
+REFUSED = [
+    (
+        {"position": "alibi"},
+        "position=alibi cannot be exported; export needs position=learned (gpt2) or position=rotary",
+    ),
+    ({"norm": "rmsnorm"}, "norm=rmsnorm cannot be exported; GPT2LMHeadModel needs norm=layernorm"),
+    ({"block": "post_norm"}, "block=post_norm cannot be exported; GPT2LMHeadModel needs block=pre_norm"),
+    ({"mlp": "gated"}, "mlp=gated cannot be exported; GPT2LMHeadModel needs mlp=plain"),
+    ({"n_kv_head": 1}, "n_kv_head=1 cannot be exported; GPT2LMHeadModel needs n_kv_head=None"),
+    ({"head_size": 8}, "head_size=8 cannot be exported; GPT2LMHeadModel needs head_size=None"),
+    ({"qk_norm": True}, "qk_norm=True cannot be exported; GPT2LMHeadModel needs qk_norm=False"),
+    ({"window": 5}, "window=5 cannot be exported; GPT2LMHeadModel needs window=0"),
+    ({"ngrams": 2, "ngram_rows": 50}, "ngrams=2 cannot be exported; GPT2LMHeadModel needs ngrams=0"),
+    ({"model": "transformer"}, "model=transformer cannot be exported; GPT2LMHeadModel needs model=gpt"),
+    ({"model": "window_mlp", "window": 4}, "model=window_mlp cannot be exported; GPT2LMHeadModel needs model=gpt"),
+    (ROTARY | {"norm": "layernorm"}, "norm=layernorm cannot be exported; LlamaForCausalLM needs norm=rmsnorm"),
+    (ROTARY | {"mlp": "plain"}, "mlp=plain cannot be exported; LlamaForCausalLM needs mlp=gated"),
+    (ROTARY | {"mlp_conv": 3}, "mlp_conv=3 cannot be exported; LlamaForCausalLM needs mlp_conv=0"),
+    (
+        ROTARY | {"logit_soft_cap": 15.0},
+        "logit_soft_cap=15.0 cannot be exported; LlamaForCausalLM needs logit_soft_cap=",
+    ),
+    (ROTARY | {"n_head": 3, "head_size": 6}, "n_embd=32 cannot be exported; transformers needs a multiple of n_head=3"),
+]
+
+
+@pytest.mark.parametrize(("keys", "complaint"), REFUSED, ids=range(len(REFUSED)))
+def test_what_cannot_be_exported_is_refused_by_name_and_nothing_is_written(keys, complaint):
+    with pytest.raises(UserError, match=f"^{re.escape(complaint)}"):
+        write_pretrained(random_model(**keys), HF)
+    assert not HF.exists()
+
+
+# --------------------------------------------------------------------------------------
+# Files are written whole or not at all
+
+
+def test_a_full_disk_leaves_the_model_that_was_there(monkeypatch):
+    write_pretrained(random_model(), HF)
+    before = {path.name: path.read_bytes() for path in HF.iterdir()}
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(
+        UserError, match=r"cannot write theirs/model\.safetensors: No space left on device; the one before"
+    ):
+        write_pretrained(random_model(init="zero"), HF)
+    with pytest.raises(UserError, match=r"cannot write new/model\.safetensors"):
+        write_pretrained(random_model(), Path("new"))
+    assert {path.name: path.read_bytes() for path in HF.iterdir()} == before
+    assert not list(Path("new").iterdir())
+
+
+def test_a_folder_takes_a_newer_model_of_the_same_config_but_no_other():
+    write_pretrained(random_model(), HF)
+    newer = random_model(init="zero", dropout=0.0)
+    nn.init.ones_(newer.wte.weight)
+    write_pretrained(newer, HF)
+    assert_same_weights(read_pretrained(HF)[1], {**newer.state_dict(), **biases(HF)})
+    with pytest.raises(UserError, match=r"theirs/config\.json describes another model; remove it, or write to another"):
+        write_pretrained(random_model(n_layer=1), HF)
+    assert_same_weights(read_pretrained(HF)[1], {**newer.state_dict(), **biases(HF)})
+
+
+def biases(folder: Path) -> dict[str, Tensor]:
+    """The bias terms that a model without them is written with, which are 0."""
+    found = {name: tensor for name, tensor in read_pretrained(folder)[1].items() if name.endswith(".bias")}
+    assert found and not any(tensor.any() for tensor in found.values())
+    return found
+
+
+def test_a_folder_that_cannot_be_made_is_one_line():
+    Path("file").write_text("")
+    with pytest.raises(UserError, match="cannot write to file/x: Not a directory"):
+        write_pretrained(random_model(), Path("file/x"))
+
+
+# --------------------------------------------------------------------------------------
+# What cannot be read
+
+
+def edit_config(**changes: object) -> Callable[[], None]:
+    """config.json with these values; ...: without the key."""
+
+    def edit() -> None:
+        content = json.loads((HF / "config.json").read_text()) | changes
+        content = {key: value for key, value in content.items() if value is not ...}
+        (HF / "config.json").write_text(json.dumps(content))
+
+    return edit
+
+
+def edit_weights(edit: Callable[[dict], object]) -> Callable[[], None]:
+    def apply() -> None:
+        weights = load_file(HF / "model.safetensors")
+        edit(weights)
+        save_file(weights, HF / "model.safetensors")
+
+    return apply
+
+
+def pickled(content: object, **options) -> Callable[[], None]:
+    """pytorch_model.bin in place of safetensors; content: what it holds, or a function of the weights."""
+
+    def write() -> None:
+        weights = load_file(HF / "model.safetensors")
+        (HF / "model.safetensors").unlink()
+        torch.save(content(weights) if callable(content) else content, HF / "pytorch_model.bin", **options)
+
+    return write
+
+
+def damaged_pickle(damage: Callable[[bytes], bytes]) -> Callable[[], None]:
+    def write() -> None:
+        pickled(lambda weights: weights | {LN: torch.ones(32)})()
+        path = HF / "pytorch_model.bin"
+        path.write_bytes(damage(path.read_bytes()))
+
+    return write
+
+
+def sharded(weight_map: dict[str, str] | None = None, **content) -> Callable[[], None]:
+    """Two files, each with all weights, and an index."""
+
+    def write() -> None:
+        (HF / "model.safetensors").rename(HF / "a.safetensors")
+        shutil.copy(HF / "a.safetensors", HF / "b.safetensors")
+        content_ = content or {"weight_map": weight_map}
+        (HF / "model.safetensors.index.json").write_text(json.dumps(content_))
+
+    return write
+
+
+def write_config(text: str) -> Callable[[], object]:
+    return lambda: (HF / "config.json").write_text(text)
+
+
+def write_file(change: Callable[[bytes], bytes]) -> Callable[[], object]:
+    path = HF / "model.safetensors"
+    return lambda: path.write_bytes(change(path.read_bytes()))
+
+
+LN, WTE = "transformer.h.1.ln_1.weight", "transformer.wte.weight"
+WHOLE = "truncated, damaged or"
+BAD = [
+    # the folder and config.json
+    (lambda: shutil.rmtree(HF), "there is no config.json"),
+    (lambda: (HF / "config.json").unlink(), "there is no config.json"),
+    (lambda: (HF / "model.safetensors").unlink(), "there is neither model.safetensors nor pytorch_model.bin"),
+    (write_config(""), "config.json: Expecting value: line 1"),
+    (write_config('{"model_type": "gpt2"'), "config.json: Expecting"),
+    (write_config("[1]"), "config.json: the content must be a dictionary"),
+    (write_config("[" * 10**5), "config.json: it is nested too deeply"),
+    (edit_config(model_type=...), "config.json: model_type is missing"),
+    (edit_config(model_type="mistral"), "model_type=mistral is not supported; gpt2 and llama are"),
+    (edit_config(model_type="a\nb\x1b[2J\ud800"), "model_type=a b [2J  is not supported"),
+    (edit_config(architectures=["GPT2ForTokenClassification"]), "GPT2ForTokenClassification is not supported; GPT2LMH"),
+    (edit_config(n_layer=...), "config.json: n_layer is missing"),
+    (edit_config(n_positions=...), "config.json: n_positions is missing"),
+    (edit_config(n_layer="2"), "n_layer must be an integer from 1 to 1,048,576"),
+    (edit_config(n_embd=True), "n_embd must be an integer"),
+    (edit_config(n_head=3), "n_embd=32 must be a multiple of n_head=3"),
+    (edit_config(tie_word_embeddings=None), "tie_word_embeddings must be a boolean"),
+    (edit_config(activation_function="tanh"), "the activation tanh is not supported; gelu_new, "),
+    (edit_config(scale_attn_weights=False), "scale_attn_weights=False is not supported; scale_attn_weights=True is"),
+    (edit_config(add_cross_attention=True), "add_cross_attention=True is not supported"),
+    (edit_config(layer_norm_epsilon=float("nan")), "norm_eps=nan must be above 0"),
+    (edit_config(layer_norm_epsilon=10**400), "norm_eps"),
+    # absurd sizes
+    (edit_config(n_embd=2**40), "n_embd must be an integer from 1 to 1,048,576"),
+    (edit_config(n_layer=2**20), "1,048,576 layers, but there are only 28 weights"),
+    (edit_config(vocab_size=2**20), f"{WTE} must have shape (1048576, 32), but has (11, 32)"),
+    (edit_config(n_positions=2**20), "transformer.wpe.weight must have shape (1048576, 32), but has (16, 32)"),
+    (edit_config(n_embd=2**20, n_inner=2**20), "c_attn.bias must have shape (3145728,), but has (96,)"),
+    # weights
+    (edit_weights(lambda weights: weights.pop(LN)), f"the weight {LN} is missing"),
+    (edit_weights(lambda weights: weights.update({"x.y": torch.ones(2)})), "the weight transformer.x.y is unknown"),
+    (edit_config(n_layer=1), "the weight transformer.h.1.attn.c_attn.bias is unknown"),
+    (edit_weights(lambda weights: weights.update({LN: torch.ones(33)})), f"{LN} must have shape (32,), but has (33,)"),
+    (edit_weights(lambda weights: weights.update({WTE: weights[WTE].T.contiguous()})), "(11, 32), but has (32, 11)"),
+    (
+        edit_weights(lambda weights: weights.update({LN: weights[LN].double()})),
+        f"{LN} must be in F32, BF16, F16, but is",
+    ),
+    (edit_weights(lambda weights: weights.update({LN: weights[LN].to(torch.int8)})), "but is in I8"),
+    (edit_weights(lambda weights: weights.update({LN[12:]: torch.ones(32)})), f"there are two weights named {LN}"),
+    (
+        edit_weights(lambda weights: weights.update({"lm_head.weight": weights[WTE] + 1})),
+        "lm_head.weight must equal the embedding",
+    ),
+    (edit_config(tie_word_embeddings=False), "the weight lm_head.weight is missing"),
+    # safetensors
+    (write_file(lambda data: data[:-1]), f"model.safetensors is {WHOLE} no safetensors file"),
+    (write_file(lambda data: data[:100]), WHOLE),
+    (write_file(lambda data: b""), WHOLE),
+    (write_file(lambda data: data + b"x"), WHOLE),
+    (write_file(lambda data: b"version https://git-lfs.github.com/spec/v1\n"), WHOLE),
+    (write_file(lambda data: b"\xff" * 8 + data[8:]), WHOLE),
+    (lambda: ((HF / "model.safetensors").unlink(), (HF / "model.safetensors").mkdir()), WHOLE),
+    # shards
+    (sharded({WTE: "a.safetensors", LN: "c.safetensors"}), "index.json names c.safetensors, which is missing"),
+    (sharded({WTE: "a.safetensors", LN: "../theirs/b.safetensors"}), "names ../theirs/b.safetensors, which is missing"),
+    (
+        sharded({WTE: "a.safetensors", LN: "b.safetensors"}),
+        "the weight transformer.h.0.attn.c_attn.bias is in two files",
+    ),
+    (sharded({}), "the weight transformer.h.0.attn.c_attn.bias is missing|but there are only 0 weights"),
+    (sharded(x=1), "model.safetensors.index.json: weight_map is missing"),
+    # pickles
+    (
+        pickled(lambda weights: weights | {LN: Code()}),
+        f"pytorch_model.bin is {WHOLE} holds more than tensors and plain data",
+    ),
+    (pickled(Code()), WHOLE),
+    (pickled(Code(), _use_new_zipfile_serialization=False), WHOLE),
+    (damaged_pickle(lambda data: data[:-100]), WHOLE),
+    (damaged_pickle(lambda data: data.replace(b"\0\0\x80\x3f" * 3, b"\0\0\x80\x3e" * 3, 1)), WHOLE),
+    (damaged_pickle(lambda data: b""), WHOLE),
+    (pickled([1]), "pytorch_model.bin holds no dictionary of tensors by name"),
+    (pickled({1: torch.ones(2)}), "pytorch_model.bin holds no dictionary of tensors by name"),
+    (pickled(lambda weights: weights | {LN: [1.0]}), f"pytorch_model.bin: {LN} must be a dense tensor"),
+    (pickled(lambda weights: weights | {WTE: weights[WTE].to_sparse()}), f"{WTE} must be a dense tensor"),
+    (pickled(lambda weights: weights | {WTE: weights[WTE].to("meta")}), f"{WTE} must be a dense tensor"),
+    (pickled(lambda weights: weights | {WTE: torch.zeros(()).expand(2**40, 32)}), f"{WTE} must be a dense tensor"),
+    (
+        pickled(lambda weights: weights | {LN: weights[LN].long()}),
+        f"{LN} must be in F32, BF16, F16, but is in torch.int64",
+    ),
+]
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+BAD_LLAMA = [
+    (
+        edit_config(rope_scaling={"type": "yarn", "factor": 2.0}),
+        "rope_type=yarn is not supported; default and llama3 are",
+    ),
+    (edit_config(rope_parameters={"rope_type": "linear"}), "rope_type=linear is not supported"),
+    (edit_config(rope_scaling=ROPE), "config.json: original_max_position_embeddings is missing"),
+    (edit_config(rope_scaling=ROPE | {"original_max_position_embeddings": 0}), "must be an integer from 1"),
+    (
+        edit_config(rope_scaling=ROPE | {"original_max_position_embeddings": 8, "factor": 0}),
+        "rope_factor=0.0 must be at",
+    ),
+    (edit_config(rope_scaling="linear"), "config.json: rope_scaling must be a dictionary"),
+    (edit_config(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor=0.5 is not supported"),
+    (edit_config(rope_theta=0.5), "rope_base=0.5 must be above 1"),
+    (edit_config(head_dim=7), "head_size=7, or n_embd/n_head, must be even"),
+    (edit_config(head_dim=2**20), "must have shape"),
+    (edit_config(num_key_value_heads=3), "n_head=2 must be a multiple of n_kv_head=3"),
+    (edit_config(intermediate_size=None), "intermediate_size must be an integer"),
+    (edit_config(attention_bias=True), "self_attn.k_proj.bias is missing"),
+    (edit_config(model_type="gpt2", architectures=None), "config.json: n_positions is missing"),
+]
+
+
+def check_refused(keys: dict, damage: Callable[[], object], complaint: str) -> None:
+    write_pretrained(random_model(**keys), HF)
+    read_pretrained(HF)
+    damage()
+    with pytest.raises(UserError) as refusal:
+        read_pretrained(HF)
+    line = str(refusal.value)
+    assert line.startswith("cannot read the model in theirs: ") and line.isprintable() and len(line) < 600
+    assert any(option in line for option in complaint.split("|")), line
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(("damage", "complaint"), BAD, ids=range(len(BAD)))
+def test_a_folder_that_is_incomplete_damaged_or_unsupported_is_refused_in_one_line(damage, complaint):
+    check_refused({}, damage, complaint)
+
+
+@pytest.mark.parametrize(("damage", "complaint"), BAD_LLAMA, ids=range(len(BAD_LLAMA)))
+def test_a_llama_that_cannot_be_built_is_refused_in_one_line(damage, complaint):
+    check_refused(ROTARY, damage, complaint)
+
+
+@pytest.mark.parametrize("number", range(len(OTHER_TENSORS)))
+def test_any_kind_of_tensor_in_a_pickle_is_refused_in_one_line_or_read_as_it_is(number):
+    model = random_model()
+    write_pretrained(model, HF)
+    other = OTHER_TENSORS[number](model.wte.weight.detach().clone())
+    pickled(lambda weights: weights | {WTE: other})()
+    try:
+        found = read_pretrained(HF)[1]
+    except UserError as error:
+        assert str(error).isprintable()
+    else:
+        assert torch.equal(found["wte.weight"], other.float())
+
+
+def read_all() -> None:
+    """Read the folder; flipped bytes of a weight or of an epsilon give another model, which nothing reveals."""
+    config, weights = read_pretrained(HF)
+    checkpoint.restore_model(weights, config)
+
+
+TARGETS = {
+    "config.json": (change_json, change_json, change_json, replace_json, cut_bytes),
+    "model.safetensors": (cut_bytes, cut_bytes, lambda data, rng: flip_bytes(data[:2000], rng) + data[2000:]),
+    "pytorch_model.bin": (cut_bytes, flip_bytes),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_damaged_file_is_refused_in_one_line_or_read(name):
+    write_pretrained(random_model(n_layer=1, n_embd=8, **ROTARY), HF)
+    if name == "pytorch_model.bin":
+        pickled(lambda weights: weights)()
+    check_damages(name, Target(HF / name, read_all, TARGETS[name]), range(100))
