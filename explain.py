@@ -1,0 +1,70 @@
+"""A run -> one HTML page in which its model computes in front of you, as you type.
+
+    python explain.py --out_dir=out/shakespeare_char
+    python explain.py --out_dir=out/shakespeare_char --start="ROMEO:" --to=page.html
+
+The page is one file: it opens from disk in any browser, without a network, and can be sent by mail. In it are the
+model's weights, rounded to 16 bits, its tokenizer and its losses.
+"""
+
+import json
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from humptygpt import configurator
+from humptygpt.configurator import UserError, check, setting
+from humptygpt.files import write_whole
+
+# torch is imported where it is needed: it takes seconds, and a misspelt key should not wait.
+
+PARTS = Path(__file__).parent / "explain"
+
+
+@dataclass(frozen=True)
+class ExplainConfig:
+    out_dir: str = setting("out", "folder of the run", "explain")
+    checkpoint: str = setting("best", "best.pt (lowest loss), or latest: ckpt.pt", choices=("best", "latest"))
+    to: str | None = setting(None, "HTML file to write; None: explain.html in out_dir")
+    start: str = setting("", "the text that the page starts with; translation: the sentence")
+    max_mb: float = setting(32.0, "megabytes that the page may take", above=0)
+
+    def __post_init__(self):
+        check(self)
+
+
+def main(argv: list[str]) -> None:
+    config = configurator.make(ExplainConfig, configurator.read(argv, ExplainConfig))
+    page = make_page(config)
+    path = Path(config.out_dir) / "explain.html" if config.to is None else Path(config.to)
+    write_whole(path, lambda file: file.write(page))
+    print(f"{path}: {len(page) / 1e6:.1f} MB; open it in a browser")
+
+
+def make_page(config: ExplainConfig) -> bytes:
+    """The HTML file. Raises UserError where there is no such run, or it does not fit."""
+    from humptygpt.page_data import page_data
+
+    data = page_data(config.out_dir, config.checkpoint, start=config.start, max_mb=config.max_mb)
+    page = fill(to_text(data))
+    if len(page) > 1e6 * config.max_mb:
+        raise UserError(f"the page takes {len(page) / 1e6:.2f} MB, more than max_mb={config.max_mb:g}; raise --max_mb")
+    return page
+
+
+def to_text(data: dict) -> str:
+    """JSON in ASCII that no HTML parser takes for the end of a script."""
+    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
+
+
+def fill(data: str) -> bytes:
+    """page.html with the scripts, the style and the data inside it, each instead of its name: {{model.js}}."""
+    parts = {"data": data, "checksum": f"{zlib.crc32(data.encode()):08x}"}
+    parts |= {path.name: path.read_text(encoding="utf-8") for path in PARTS.iterdir() if path.name != "page.html"}
+    template = (PARTS / "page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{([\w.]+)\}\}", lambda found: parts[found[1]], template).encode()
+
+
+if __name__ == "__main__":
+    configurator.run(main)

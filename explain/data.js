@@ -1,0 +1,63 @@
+"use strict";
+
+/* What humptygpt/page_data.py wrote into the page -> the model and the tokenizer. */
+
+/** CRC-32 of a text of ASCII characters, as zlib's. */
+function crc32(text) {
+  const table = Uint32Array.from({ length: 256 }, (_, n) => {
+    for (let bit = 0; bit < 8; bit++) n = n & 1 ? 0xedb88320 ^ (n >>> 1) : n >>> 1;
+    return n;
+  });
+  let crc = 0xffffffff;
+  for (let i = 0; i < text.length; i++) crc = table[(crc ^ text.charCodeAt(i)) & 255] ^ (crc >>> 8);
+  return (crc ^ 0xffffffff) >>> 0;
+}
+
+/** The data of a page, if it is as it was written. checksum: CRC-32 of the text, 8 hexadecimal digits. */
+function readData(text, checksum) {
+  if (crc32(text) !== parseInt(checksum, 16)) throw new Error("its checksum is not that of the data");
+  return JSON.parse(text);
+}
+
+/** What forward() takes. data: as from readData(). */
+function makeModel({ model, weights, ngram_constants, tokenizer }) {
+  const binary = atob(weights.bytes);
+  const bytes = new Uint8Array(binary.length);
+  for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
+  const tensors = new Map(); // a tensor under two names is one
+  const tree = {};
+  for (const { name, dtype, shape, offset } of weights.tensors) {
+    if (!tensors.has(offset)) tensors.set(offset, { data: readTensor(bytes.buffer, dtype, shape, offset), shape });
+    plant(tree, name.split("."), tensors.get(offset));
+  }
+  return {
+    config: model,
+    weights: tree,
+    ngram_constants: ngram_constants.map((pair) => pair.map(BigInt)),
+    tokenizer_vocab_size: tokenizer.pieces.lengths.length,
+  };
+}
+
+function readTensor(buffer, dtype, shape, offset) {
+  const length = shape.reduce((product, size) => product * size, 1);
+  if (dtype === "int64") return new BigInt64Array(buffer, offset, length);
+  const half = new Uint16Array(buffer, offset, length);
+  const data = new Float32Array(length);
+  for (let i = 0; i < length; i++) data[i] = FLOAT16[half[i]];
+  return data;
+}
+
+/** The value of each pattern of the 16 bits: sign, 5 of the exponent, 10 of the fraction. */
+const FLOAT16 = Float32Array.from({ length: 65536 }, (_, bits) => {
+  const [sign, exponent, fraction] = [bits >> 15 ? -1 : 1, (bits >> 10) & 31, bits & 1023];
+  if (exponent === 31) return fraction ? NaN : sign * Infinity;
+  return exponent ? sign * 2 ** (exponent - 15) * (1 + fraction / 1024) : sign * 2 ** -14 * (fraction / 1024);
+});
+
+/** "blocks.0.attn.q_proj.weight" -> tree.blocks[0].attn.q_proj.weight */
+function plant(tree, [name, ...rest], tensor) {
+  if (!rest.length) tree[name] = tensor;
+  else plant((tree[name] ??= /^\d+$/.test(rest[0]) ? [] : {}), rest, tensor);
+}
+
+if (typeof module !== "undefined") module.exports = { crc32, makeModel, readData };

@@ -1,0 +1,702 @@
+"use strict";
+
+/* The forward pass of every model that model.py can build, to be read beside it: the same parts, names and order.
+
+Shapes: T target length, S source length (tokens attended to), C n_embd, H heads, D head size (C / n_head),
+V vocabulary.
+
+There is one text, not a batch of them. What is (T, C) in PyTorch is here a list of T rows, one for each token, each a
+Float32Array of C features; sums are computed in double precision. The heads stand side by side in a row: feature i of
+head h is row[h * D + i]. Scores and weights are lists of heads, each a list of T rows: weights[h][t][s].
+
+forward() returns a trace, all that was computed on the way, under the names of model.py's modules and variables:
+
+  idx                     T token ids
+  wte                     (T, C)
+  ngrams                  null, or rows: T lists of rows of the table, of the 2-gram, 3-gram, ..., -1 where it is not
+                          frequent; sum: (T, C), added to wte
+  stack                   of a GPT; of a Transformer: decoder, and source = {idx, wte, ngrams, encoder}
+    position              learned: vectors (T, C); sinusoidal: vectors (T, C) and scale;
+                          rotary: frequency (D / 2) and cos, sin (T, D); alibi: slopes (H)
+    embed                 (T, C), with positions
+    embed_norm            a norm
+    mask                  (H or 1, T, S): added to the scores
+    blocks[i]
+      input               (T, C), the residual stream that enters
+      attn_norm           a norm: input, output (T, C), and T numbers: mean and std of layernorm, rms of rmsnorm
+      attn                q_proj, k_proj, v_proj; q_norm, k_norm with qk_norm; q, k (rotated, if they are) and v;
+                          scores = q k / sqrt(D) and weights (H, T, S); heads (T, C), side by side; o_proj (T, C)
+      after_attn          (T, C), the residual stream
+      cross_norm, cross_attn, after_cross     the same of a decoder; context has k_proj, v_proj, k_norm, k, v: (S, ...)
+      mlp_norm
+      feed_forward        input; conv, where there is one; gate_proj of a gated network; up_proj;
+                          activation: after it; hidden: activation, or times up_proj if gated; down_proj (T, C)
+      after_mlp           (T, C)
+      output              (T, C), what the next block reads
+    norm                  a norm
+  layers[i]               of a WindowMLP, instead of a stack: linear and activation; and window (T, window C), its input
+  output                  (T, C), what the head reads
+  logits                  (T, V)
+  probs                   (T, tokenizer's V): a padded vocabulary has rows for which there are no tokens
+
+In a block without a residual connection or in one with the norm after it, after_attn is what the next part reads.
+In a causal stack, row t of mask, scores and weights ends with key t: later keys are masked, and not computed. So rows
+depend on earlier tokens alone and are never changed once made, and a text whose first tokens are those of the text
+before shares their rows with its trace. */
+
+// --------------------------------------------------------------------------------------
+// Rows
+
+/** f of each number of each row. */
+function mapRows(x, f) {
+  return x.map((row) => row.map((value) => f(value)));
+}
+
+/** f of the numbers of two lists of rows, pair by pair. */
+function zipRows(x, y, f) {
+  return x.map((row, t) => {
+    const other = y[t];
+    return row.map((value, i) => f(value, other[i]));
+  });
+}
+
+function add(x, y) {
+  return zipRows(x, y, (a, b) => a + b);
+}
+
+/** Row i of a matrix of weights. */
+function rowOf({ data, shape }, i) {
+  return data.slice(i * shape[1], (i + 1) * shape[1]);
+}
+
+/** x W^T + b. x: (T, inputs); weight: (outputs, inputs). Returns (T, outputs).
+
+Four tokens at a time, so that each weight is read once for them. Every sum starts with the bias term and is in the
+order of the inputs: a row is the same, bit for bit, whether it is computed alone or with others. */
+function linear(x, layer) {
+  const y = x.map(() => new Float32Array(layer.weight.shape[0]));
+  let t = 0;
+  for (; t + 4 <= x.length; t += 4) multiplyFour(x.slice(t, t + 4), y.slice(t, t + 4), layer);
+  for (; t < x.length; t++) multiplyOne(x[t], y[t], layer);
+  return y;
+}
+
+function multiplyFour([x0, x1, x2, x3], [y0, y1, y2, y3], { weight, bias }) {
+  const { data, shape } = weight;
+  const [outputs, inputs] = shape;
+  for (let o = 0, at = 0; o < outputs; o++) {
+    const b = bias ? bias.data[o] : 0;
+    let [s0, s1, s2, s3] = [b, b, b, b];
+    for (let i = 0; i < inputs; i++, at++) {
+      const w = data[at];
+      s0 += w * x0[i];
+      s1 += w * x1[i];
+      s2 += w * x2[i];
+      s3 += w * x3[i];
+    }
+    [y0[o], y1[o], y2[o], y3[o]] = [s0, s1, s2, s3];
+  }
+}
+
+/** Four outputs at a time, whose sums a processor computes side by side. */
+function multiplyOne(x, y, { weight, bias }) {
+  const { data, shape } = weight;
+  const [outputs, inputs] = shape;
+  const start = (o) => (bias ? bias.data[o] : 0);
+  let o = 0;
+  for (; o + 4 <= outputs; o += 4) {
+    const [w0, w1, w2, w3] = [o * inputs, (o + 1) * inputs, (o + 2) * inputs, (o + 3) * inputs];
+    let [s0, s1, s2, s3] = [start(o), start(o + 1), start(o + 2), start(o + 3)];
+    for (let i = 0; i < inputs; i++) {
+      s0 += data[w0 + i] * x[i];
+      s1 += data[w1 + i] * x[i];
+      s2 += data[w2 + i] * x[i];
+      s3 += data[w3 + i] * x[i];
+    }
+    [y[o], y[o + 1], y[o + 2], y[o + 3]] = [s0, s1, s2, s3];
+  }
+  for (; o < outputs; o++) {
+    let sum = start(o);
+    for (let i = 0; i < inputs; i++) sum += data[o * inputs + i] * x[i];
+    y[o] = sum;
+  }
+}
+
+/** exp(x) / sum of exp(x), with the largest subtracted first, which changes nothing but overflow. */
+function softmax(x) {
+  let [largest, sum] = [-Infinity, 0];
+  for (let i = 0; i < x.length; i++) largest = Math.max(largest, x[i]);
+  const exp = new Float64Array(x.length);
+  for (let i = 0; i < x.length; i++) sum += exp[i] = Math.exp(x[i] - largest);
+  const y = new Float32Array(x.length);
+  for (let i = 0; i < x.length; i++) y[i] = exp[i] / sum;
+  return y;
+}
+
+// --------------------------------------------------------------------------------------
+// Norms
+
+const EPS = 1e-5;
+const FLOAT32_EPS = 2 ** -23; // what F.rms_norm takes by default, as the norm of queries and keys does
+
+function layerNorm(x, { weight, bias }) {
+  const norm = { input: x, mean: [], std: [], output: [] };
+  for (const row of x) {
+    const mean = row.reduce((sum, value) => sum + value, 0) / row.length;
+    const variance = row.reduce((sum, value) => sum + (value - mean) ** 2, 0) / row.length;
+    const std = Math.sqrt(variance + EPS);
+    norm.mean.push(mean);
+    norm.std.push(std);
+    norm.output.push(row.map((value, i) => ((value - mean) / std) * weight.data[i] + (bias ? bias.data[i] : 0)));
+  }
+  return norm;
+}
+
+function rmsNorm(x, { weight }) {
+  const rms = x.map((row) => rootMeanSquare(row, EPS));
+  return { input: x, rms, output: x.map((row, t) => row.map((value, i) => (value / rms[t]) * weight.data[i])) };
+}
+
+function rootMeanSquare(row, eps) {
+  return Math.sqrt(row.reduce((sum, value) => sum + value * value, 0) / row.length + eps);
+}
+
+function noNorm(x) {
+  return { input: x, output: x };
+}
+
+const NORMS = { layernorm: layerNorm, rmsnorm: rmsNorm, none: noNorm };
+
+// --------------------------------------------------------------------------------------
+// Positional encodings: what each scheme gives for the positions in the list `at`
+
+function learnedPosition(config, weights, at) {
+  return { vectors: at.map((t) => rowOf(weights.wpe.weight, t)) };
+}
+
+function sinusoidalPosition(config, weights, at) {
+  const C = config.n_embd;
+  const frequency = Float32Array.from({ length: C }, (_, i) => 10000 ** -Math.fround((i - (i % 2)) / C));
+  const angle = (t, i) => Math.fround(t * frequency[i]);
+  const sinusoid = (t, i) => (i % 2 === 0 ? Math.sin(angle(t, i)) : Math.cos(angle(t, i)));
+  return { scale: Math.sqrt(C), vectors: at.map((t) => frequency.map((_, i) => sinusoid(t, i))) };
+}
+
+/** Angles are rounded to float32, as in training: at position 1,000 that is up to 0.00003 radians. */
+function rotaryPosition(config, weights, at) {
+  const frequency = rotaryFrequencies(config);
+  const angles = at.map((t) => frequency.map((f) => t * f));
+  const cos = angles.map((row) => twice(row, Math.cos, Math.cos));
+  const sin = angles.map((row) => twice(row, (angle) => -Math.sin(angle), Math.sin));
+  return { frequency, cos, sin };
+}
+
+function rotaryFrequencies(config) {
+  const D = config.n_embd / config.n_head;
+  const frequency = Float32Array.from({ length: D / 2 }, (_, i) => config.rope_base ** -Math.fround((2 * i) / D));
+  if (config.rope_factor === 1) return frequency;
+  const { rope_low_freq_factor: low, rope_high_freq_factor: high } = config;
+  return frequency.map((f) => {
+    const turns = (config.rope_original_context * f) / (2 * Math.PI);
+    const kept = Math.min(Math.max((turns - low) / (high - low), 0), 1); // fraction that is not divided
+    return f * (kept + (1 - kept) / config.rope_factor);
+  });
+}
+
+/** f of all numbers of the row, then g of all of them. */
+function twice(row, f, g) {
+  return Float32Array.from([...row.map((value) => f(value)), ...row.map((value) => g(value))]);
+}
+
+/** (a, b) -> (a cos - b sin, b cos + a sin) for all pairs (i, i + D/2) of each head. x: (T, n D); cos, sin: (T, D). */
+function rotate(x, { cos, sin }) {
+  const D = cos[0].length;
+  return x.map((row, t) => {
+    const other = (j) => row[j - (j % D) + ((j + D / 2) % D)];
+    return row.map((value, j) => value * cos[t][j % D] + other(j) * sin[t][j % D]);
+  });
+}
+
+function alibiPosition(config) {
+  return { slopes: Float32Array.from(alibiSlopes(config.n_head)) };
+}
+
+/** 2^(-8/n), 2^(-16/n), ... 2^-8 for n heads, a power of two; more heads take every other slope of 2n heads. */
+function alibiSlopes(n_head) {
+  const n = 2 ** Math.floor(Math.log2(n_head)); // the largest power of two that is not above n_head
+  const slopes = Array.from({ length: n }, (_, i) => 2 ** ((-8 * (i + 1)) / n));
+  const between = Array.from({ length: n }, (_, i) => 2 ** ((-4 * (2 * i + 1)) / n));
+  return [...slopes, ...between.slice(0, n_head - n)];
+}
+
+const POSITIONS = {
+  none: () => ({}),
+  learned: learnedPosition,
+  sinusoidal: sinusoidalPosition,
+  rotary: rotaryPosition,
+  alibi: alibiPosition,
+};
+
+/** x: (T, C), the token embeddings. Returns (T, C). */
+function embedPositions(x, { vectors, scale = 1 }) {
+  return vectors ? zipRows(x, vectors, (value, position) => value * scale + position) : x;
+}
+
+// --------------------------------------------------------------------------------------
+// Attention
+
+/** What is added to the scores: -Infinity where a query must not attend, and the bias of ALiBi.
+
+The queries are at the positions in the list `at`, the keys at 0 to S - 1. Returns (H, T, S), or (1, T, S) where it is
+the same for all heads; in a causal stack, row t ends with key t. */
+function attentionMask(at, S, { causal, window, slopes }) {
+  return Array.from(slopes ?? [0], (slope) =>
+    at.map((t) =>
+      Float32Array.from({ length: causal ? t + 1 : S }, (_, s) => {
+        const distance = Math.abs(t - s);
+        return window && distance >= window ? -Infinity : slope && -slope * distance;
+      }),
+    ),
+  );
+}
+
+/** softmax(q k^T / sqrt(D) + mask) v. q: (T, C); k, v: (S, C), or less where groups of neighbouring heads share one. */
+function attend(q, k, v, mask, n_head) {
+  const D = q[0].length / n_head;
+  const group = q[0].length / k[0].length; // heads that share one head of keys and values
+  const y = { scores: [], weights: [], heads: q.map((row) => new Float32Array(row.length)) };
+  for (let h = 0; h < n_head; h++) {
+    const from = Math.floor(h / group) * D; // where their keys and values begin in a row
+    const bias = mask && mask[h % mask.length];
+    const seen = (t) => (bias ? bias[t].length : k.length);
+    y.scores.push(q.map((row, t) => scores(row.subarray(h * D, (h + 1) * D), k, from, seen(t))));
+    y.weights.push((bias ? add(y.scores[h], bias) : y.scores[h]).map((row) => softmax(row)));
+    y.weights[h].forEach((row, t) => y.heads[t].set(weightedMean(row, v, from, D), h * D));
+  }
+  return y;
+}
+
+/** Of one query, (D,), with the first S keys, whose features begin at `from`. */
+function scores(q, k, from, S) {
+  const y = new Float32Array(S);
+  for (let s = 0; s < S; s++) {
+    let sum = 0;
+    for (let i = 0; i < q.length; i++) sum += q[i] * k[s][from + i];
+    y[s] = sum / Math.sqrt(q.length);
+  }
+  return y;
+}
+
+function weightedMean(weights, v, from, D) {
+  const y = new Float64Array(D);
+  for (let s = 0; s < weights.length; s++) {
+    for (let i = 0; i < D; i++) y[i] += weights[s] * v[s][from + i];
+  }
+  return y;
+}
+
+function queries(x, weights, config) {
+  const q_proj = linear(x, weights.q_proj);
+  const q_norm = config.qk_norm ? normHeads(q_proj, config) : null;
+  return { q_proj, q_norm, q: q_norm ?? q_proj };
+}
+
+function keysAndValues(x, weights, config) {
+  const k_proj = linear(x, weights.k_proj);
+  const v_proj = linear(x, weights.v_proj);
+  const k_norm = config.qk_norm ? normHeads(k_proj, config) : null;
+  return { k_proj, v_proj, k_norm, k: k_norm ?? k_proj, v: v_proj };
+}
+
+/** RMS norm of each head by itself, without trained scale: qk_norm. */
+function normHeads(x, config) {
+  const D = config.n_embd / config.n_head;
+  return x.map((row) => {
+    const y = new Float32Array(row.length);
+    for (let from = 0; from < row.length; from += D) {
+      const head = row.subarray(from, from + D);
+      const rms = rootMeanSquare(head, FLOAT32_EPS);
+      head.forEach((value, i) => (y[from + i] = value / rms));
+    }
+    return y;
+  });
+}
+
+/** x: (T, C), which follow the tokens of `before`, the trace of this function for them. */
+function selfAttention(x, weights, inputs, before) {
+  const { config, position, mask } = inputs;
+  const y = { ...queries(x, weights, config), ...keysAndValues(x, weights, config) };
+  if (position.cos) {
+    y.q = rotate(y.q, position);
+    y.k = rotate(y.k, position);
+  }
+  const [k, v] = [joined(before?.k, y.k), joined(before?.v, y.v)];
+  Object.assign(y, attend(y.q, k, v, mask, config.n_head));
+  y.o_proj = linear(y.heads, weights.o_proj);
+  return y;
+}
+
+/** Queries from one text, keys and values from another: inputs.context, (S, C), which is read once. */
+function crossAttention(x, weights, inputs, before) {
+  const { config } = inputs;
+  const context = before?.context ?? keysAndValues(inputs.context, weights, config);
+  const y = { ...queries(x, weights, config), context };
+  Object.assign(y, attend(y.q, context.k, context.v, null, config.n_head));
+  y.o_proj = linear(y.heads, weights.o_proj);
+  return y;
+}
+
+// --------------------------------------------------------------------------------------
+// Feed-forward networks
+
+/** Sum of 2^n x^(2n+1) / (1 3 5 ... (2n+1)), times 2 / sqrt(pi) e^(-x^2): all terms have the same sign. */
+function erf(x) {
+  if (Math.abs(x) > 5) return Math.sign(x); // to within 2e-12
+  let [term, sum] = [x, x];
+  for (let n = 1; Math.abs(term) > 1e-10 * Math.abs(sum); n++) {
+    term *= (2 * x * x) / (2 * n + 1);
+    sum += term;
+  }
+  return (2 / Math.sqrt(Math.PI)) * Math.exp(-x * x) * sum;
+}
+
+const ACTIVATIONS = {
+  relu: (x) => Math.max(x, 0),
+  gelu: (x) => 0.5 * x * (1 + erf(x * Math.SQRT1_2)),
+  gelu_tanh: (x) => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3))),
+  silu: (x) => x / (1 + Math.exp(-x)),
+  relu_squared: (x) => Math.max(x, 0) ** 2,
+};
+
+function mlp(x, weights, config) {
+  const up_proj = linear(x, weights.up_proj);
+  const hidden = mapRows(up_proj, ACTIVATIONS[config.activation]);
+  return { up_proj, activation: hidden, hidden, down_proj: linear(hidden, weights.down_proj) };
+}
+
+function gatedMLP(x, weights, config) {
+  const gate_proj = linear(x, weights.gate_proj);
+  const up_proj = linear(x, weights.up_proj);
+  const activation = mapRows(gate_proj, ACTIVATIONS[config.activation]);
+  const hidden = zipRows(activation, up_proj, (gate, value) => gate * value);
+  return { gate_proj, up_proj, activation, hidden, down_proj: linear(hidden, weights.down_proj) };
+}
+
+const MLPS = { plain: mlp, gated: gatedMLP, none: null };
+
+const GAIN = 4; // CausalConv.GAIN
+
+/** x_t + w_1 x_(t-1) + w_2 x_(t-2) + ...; before: the rows that come before x. weight: (n, C). */
+function causalConv(x, { weight }, before) {
+  const text = joined(before, x);
+  const [n, C] = weight.shape;
+  return x.map((row, number) => {
+    const t = text.length - x.length + number;
+    const y = Float64Array.from(row);
+    for (let back = 1; back <= Math.min(n, t); back++) {
+      for (let i = 0; i < C; i++) y[i] += GAIN * weight.data[(back - 1) * C + i] * text[t - back][i];
+    }
+    return Float32Array.from(y);
+  });
+}
+
+// --------------------------------------------------------------------------------------
+// Blocks. Each returns its trace; inputs: what is the same for all blocks of a stack.
+
+/** The convolution, where there is one, and the feed-forward network. x: (T, C). */
+function feedForward(x, weights, { config }, before) {
+  const conv = weights.conv ? causalConv(x, weights.conv, before?.input) : null;
+  return { input: x, conv, ...MLPS[config.mlp](conv ?? x, weights.mlp, config) };
+}
+
+function preNormBlock(x, weights, inputs, before) {
+  const { norm, dropout } = inputs;
+  const y = { input: x };
+  y.attn_norm = norm(x, weights.attn_norm);
+  y.attn = selfAttention(y.attn_norm.output, weights.attn, inputs, before?.attn);
+  x = y.after_attn = add(x, dropout(y.attn.o_proj, "attn"));
+  if (weights.cross_attn) {
+    y.cross_norm = norm(x, weights.cross_norm);
+    y.cross_attn = crossAttention(y.cross_norm.output, weights.cross_attn, inputs, before?.cross_attn);
+    x = y.after_cross = add(x, dropout(y.cross_attn.o_proj, "cross_attn"));
+  }
+  if (weights.mlp) {
+    y.mlp_norm = norm(x, weights.mlp_norm);
+    y.feed_forward = feedForward(y.mlp_norm.output, weights, inputs, before?.feed_forward);
+    x = y.after_mlp = add(x, dropout(y.feed_forward.down_proj, "mlp"));
+  }
+  return { ...y, output: x };
+}
+
+function postNormBlock(x, weights, inputs, before) {
+  const { norm, dropout } = inputs;
+  const y = { input: x };
+  y.attn = selfAttention(x, weights.attn, inputs, before?.attn);
+  y.attn_norm = norm(add(x, dropout(y.attn.o_proj, "attn")), weights.attn_norm);
+  x = y.after_attn = y.attn_norm.output;
+  if (weights.cross_attn) {
+    y.cross_attn = crossAttention(x, weights.cross_attn, inputs, before?.cross_attn);
+    y.cross_norm = norm(add(x, dropout(y.cross_attn.o_proj, "cross_attn")), weights.cross_norm);
+    x = y.after_cross = y.cross_norm.output;
+  }
+  if (weights.mlp) {
+    y.feed_forward = feedForward(x, weights, inputs, before?.feed_forward);
+    y.mlp_norm = norm(add(x, dropout(y.feed_forward.down_proj, "mlp")), weights.mlp_norm);
+    x = y.after_mlp = y.mlp_norm.output;
+  }
+  return { ...y, output: x };
+}
+
+function plainBlock(x, weights, inputs, before) {
+  const { norm, dropout } = inputs;
+  const y = { input: x };
+  y.attn_norm = norm(x, weights.attn_norm);
+  y.attn = selfAttention(y.attn_norm.output, weights.attn, inputs, before?.attn);
+  x = y.after_attn = dropout(y.attn.o_proj, "attn");
+  if (weights.cross_attn) {
+    y.cross_norm = norm(x, weights.cross_norm);
+    y.cross_attn = crossAttention(y.cross_norm.output, weights.cross_attn, inputs, before?.cross_attn);
+    x = y.after_cross = dropout(y.cross_attn.o_proj, "cross_attn");
+  }
+  if (weights.mlp) {
+    y.mlp_norm = norm(x, weights.mlp_norm);
+    y.feed_forward = feedForward(y.mlp_norm.output, weights, inputs, before?.feed_forward);
+    x = y.after_mlp = dropout(y.feed_forward.down_proj, "mlp");
+  }
+  return { ...y, output: x };
+}
+
+function parallelBlock(x, weights, inputs, before) {
+  const { norm, dropout } = inputs;
+  const y = { input: x, attn_norm: norm(x, weights.attn_norm) };
+  const normed = y.attn_norm.output;
+  y.attn = selfAttention(normed, weights.attn, inputs, before?.attn);
+  x = y.after_attn = add(x, dropout(y.attn.o_proj, "attn"));
+  if (weights.cross_attn) {
+    y.cross_attn = crossAttention(normed, weights.cross_attn, inputs, before?.cross_attn);
+    x = y.after_cross = add(x, dropout(y.cross_attn.o_proj, "cross_attn"));
+  }
+  y.feed_forward = feedForward(normed, weights, inputs, before?.feed_forward);
+  x = y.after_mlp = add(x, dropout(y.feed_forward.down_proj, "mlp"));
+  return { ...y, output: x };
+}
+
+const BLOCKS = { pre_norm: preNormBlock, post_norm: postNormBlock, plain: plainBlock, parallel: parallelBlock };
+
+/** x: (T, C), embedded tokens, which follow those of `before`, the trace of this stack for them.
+
+context: (S, C), for cross-attention. dropout(rows, name): see forward(). */
+function stack(x, weights, config, { causal, name, dropout, before = null, context = null }) {
+  const first = before ? before.embed.length : 0;
+  const S = first + x.length;
+  if (S > config.block_size) throw new RangeError(`${S} tokens, but block_size is ${config.block_size}`);
+  const at = x.map((_, t) => first + t);
+  const position = POSITIONS[config.position](config, weights.position, at);
+  const mask = attentionMask(at, S, { causal, window: config.window, slopes: position.slopes });
+  const embed = embedPositions(x, position);
+  const embed_norm = NORMS[config.embed_norm ? config.norm : "none"](embed, weights.embed_norm);
+  x = dropout(embed_norm.output, `${name}.embed`);
+  const blocks = weights.blocks.map((block, i) => {
+    const drop = (rows, branch) => dropout(rows, `${name}.blocks.${i}.${branch}`);
+    const inputs = { config, norm: NORMS[config.norm], position, mask, context, dropout: drop };
+    const y = BLOCKS[config.block](x, block, inputs, before?.blocks[i]);
+    x = y.output;
+    return y;
+  });
+  const norm = NORMS[config.block === "post_norm" ? "none" : config.norm](x, weights.norm); // that block ends with one
+  return { position, embed, embed_norm, mask, blocks, norm };
+}
+
+// --------------------------------------------------------------------------------------
+// Embeddings
+
+/** idx: the new token ids; before: the ids that come before them. */
+function embedTokens({ weights, ngram_constants }, idx, before) {
+  const wte = idx.map((id) => rowOf(weights.wte.weight, id));
+  if (!weights.ngrams) return { wte, ngrams: null, x: wte };
+  const ngrams = ngramEmbedding(weights.ngrams, ngram_constants, idx, before);
+  return { wte, ngrams, x: add(wte, ngrams.sum) };
+}
+
+function ngramEmbedding({ keys, table }, constants, idx, before) {
+  const text = joined(before, idx);
+  const rows = idx.map((_, i) => {
+    const t = text.length - idx.length + i;
+    return Int32Array.from(ngramKeys(text, t, constants), (key) => find(keys.data, key));
+  });
+  const sum = rows.map((found) => {
+    const y = new Float64Array(table.weight.shape[1]);
+    for (const row of found.filter((row) => row >= 0)) rowOf(table.weight, row).forEach((value, i) => (y[i] += value));
+    return Float32Array.from(y);
+  });
+  return { rows, sum };
+}
+
+/** The hash of the 2-gram that ends at position t of the text, of the 3-gram, ...: products overflow 64 bits. */
+function ngramKeys(text, t, constants) {
+  const keys = [];
+  let key = 0n;
+  constants.forEach(([factor, offset], back) => {
+    key += BigInt(t >= back ? text[t - back] + 1 : 0) * factor; // 0: no token
+    if (back) keys.push(BigInt.asIntN(64, key + offset));
+  });
+  return keys;
+}
+
+/** Where the key is in the sorted keys; -1: nowhere. */
+function find(keys, key) {
+  let [low, high] = [0, keys.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (keys[middle] < key) low = middle + 1;
+    else high = middle;
+  }
+  return keys[low] === key ? low : -1;
+}
+
+// --------------------------------------------------------------------------------------
+// Models. Each reads the new token ids, which follow those of `before`, and returns their trace up to the head.
+
+function gpt(model, idx, { before, dropout }) {
+  const { x, ...embedded } = embedTokens(model, idx, before?.idx);
+  const options = { causal: true, name: "stack", dropout, before: before?.stack };
+  const y = stack(x, model.weights.stack, model.config, options);
+  return { idx, ...embedded, stack: y, output: y.norm.output };
+}
+
+function transformer(model, idx, { before, dropout, source }) {
+  const { x, ...embedded } = embedTokens(model, idx, before?.idx);
+  const context = source.encoder.norm.output;
+  const options = { causal: true, name: "decoder", dropout, before: before?.decoder, context };
+  const y = stack(x, model.weights.decoder, model.config, options);
+  return { idx, ...embedded, decoder: y, output: y.norm.output };
+}
+
+/** The trace of the source of a Transformer. */
+function encode(model, idx, dropout) {
+  const { x, ...embedded } = embedTokens(model, idx, []);
+  const encoder = stack(x, model.weights.encoder, model.config, { causal: false, name: "encoder", dropout });
+  return { idx, ...embedded, encoder };
+}
+
+const EMBEDDINGS = {
+  table: ({ weights }, id) => rowOf(weights.wte.weight, id),
+  number: ({ config }, id) => Float32Array.of((id + 1) / config.vocab_size),
+};
+
+/** The last `window` tokens side by side, the oldest first; zeros before the first token. */
+function windowMLP(model, idx, { before, dropout }) {
+  const { config, weights } = model;
+  const wte = idx.map((id) => EMBEDDINGS[config.embedding](model, id));
+  const text = joined(before?.wte, wte);
+  const window = wte.map((_, number) => {
+    const row = new Float32Array(config.window * config.n_embd);
+    const end = text.length - wte.length + number + 1;
+    const seen = text.slice(Math.max(end - config.window, 0), end);
+    seen.forEach((vector, i) => row.set(vector, (config.window - seen.length + i) * config.n_embd));
+    return row;
+  });
+  let x = window;
+  const layers = weights.layers.map((layer, i) => {
+    const y = linear(x, layer);
+    const activation = mapRows(y, ACTIVATIONS[config.activation]);
+    x = dropout(activation, `layers.${i}`);
+    return { linear: y, activation };
+  });
+  return { idx, wte, window, layers, output: x };
+}
+
+const MODELS = { window_mlp: windowMLP, gpt, transformer };
+
+/** x: (T, C), of the stack; or of any block, after the last norm, to see what it would predict. Returns (T, V). */
+function head({ config, weights }, x) {
+  const logits = linear(x, weights.lm_head);
+  const cap = config.logit_soft_cap;
+  return cap ? mapRows(logits, (logit) => cap * Math.tanh(logit / cap)) : logits;
+}
+
+/** The probabilities of the tokenizer's tokens, by one row of logits. */
+function probabilities(model, logits) {
+  return softmax(logits.subarray(0, model.tokenizer_vocab_size));
+}
+
+/** The trace of a text, as described above.
+
+model: {config, weights: by their names in the state dict, ngram_constants, tokenizer_vocab_size}. idx: T token ids, at
+most block_size. source: those of the text that a Transformer translates. before: the trace of an earlier text, which is
+not changed; the first tokens that the two have in common are not computed again, and trace.first is their number.
+lastOnly: logits and probs of the last token alone, null for the others, since a large vocabulary takes long.
+dropout(rows, name): what an embedding or a branch becomes, as by dropout in training; a trace that was made with one is
+of no use as `before`. */
+function forward(model, idx, { source = null, before = null, lastOnly = false, dropout = (rows) => rows } = {}) {
+  if (before && !sameIds(source ?? [], before.source?.idx ?? [])) before = null;
+  const { source: encoded = source && encode(model, source, dropout), logits, probs, ...rest } = before ?? {};
+  const first = before ? commonLength(idx, before.idx) : 0;
+  let trace = first ? firstTokens(rest, first) : null;
+  if (first < idx.length) {
+    const read = MODELS[model.config.model];
+    trace = appendTokens(trace, read(model, idx.slice(first), { before: trace, dropout, source: encoded }));
+  }
+  if (encoded) trace.source = encoded;
+  return { ...trace, ...predict(model, trace.output, { logits, probs, first, lastOnly }), first };
+}
+
+/** logits and probs of the tokens from `first` on, or of the last one alone; those before it are as they were. */
+function predict(model, output, { logits, probs, first, lastOnly }) {
+  const kept = (rows) => output.map((_, t) => (t < first ? rows[t] : null));
+  const y = { logits: kept(logits), probs: kept(probs) };
+  const wanted = lastOnly ? [output.length - 1] : [...output.keys()];
+  const missing = wanted.filter((t) => !y.logits[t]);
+  head(model, missing.map((t) => output[t])).forEach((row, i) => {
+    y.logits[missing[i]] = row;
+    y.probs[missing[i]] = probabilities(model, row);
+  });
+  return y;
+}
+
+// --------------------------------------------------------------------------------------
+// Traces of the beginning of a text, and of what follows it
+
+function commonLength(a, b) {
+  const different = a.findIndex((id, t) => id !== b[t]);
+  return different < 0 ? a.length : different;
+}
+
+function sameIds(a, b) {
+  return a.length === b.length && commonLength(a, b) === a.length;
+}
+
+function joined(before, x) {
+  return before ? [...before, ...x] : x;
+}
+
+/** Has the list an entry for each token? If not, it is one of blocks, heads or layers. */
+function isRows(value) {
+  return Array.isArray(value) && (ArrayBuffer.isView(value[0]) || typeof value[0] === "number");
+}
+
+/** The trace of a text's first n tokens. A context, which cross-attention reads, belongs to no one token. */
+function firstTokens(trace, n) {
+  return mapTrace(trace, (value) => value.slice(0, n));
+}
+
+/** The trace of two texts, one after the other; before: null where there is none before. */
+function appendTokens(before, trace) {
+  return before ? mapTrace(trace, (value, earlier) => [...earlier, ...value], before) : trace;
+}
+
+/** The trace with f(rows, the other trace's rows) instead of each list of rows. */
+function mapTrace(trace, f, other) {
+  if (isRows(trace)) return f(trace, other);
+  if (Array.isArray(trace)) return trace.map((value, i) => mapTrace(value, f, other?.[i]));
+  if (trace === null || typeof trace !== "object" || ArrayBuffer.isView(trace)) return trace;
+  const entries = Object.entries(trace);
+  return Object.fromEntries(
+    entries.map(([key, value]) => [key, key === "context" ? value : mapTrace(value, f, other?.[key])]),
+  );
+}
+
+if (typeof module !== "undefined") {
+  const dictionaries = { NORMS, POSITIONS, ACTIVATIONS, MLPS, BLOCKS, EMBEDDINGS, MODELS };
+  module.exports = { ...dictionaries, erf, forward, head, probabilities, softmax };
+}

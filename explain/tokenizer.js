@@ -1,0 +1,198 @@
+"use strict";
+
+/* Text -> token ids -> text, as humptygpt/tokenizer.py and the libraries that it uses do it, step by step.
+
+makeTokenizer(data) returns
+  encode(text)    token ids; throws an Error, with the reason, for text that it has no tokens for
+  split(text)     how it came to them: the parts of the text that are encoded by themselves, each
+                    symbols    what it starts with: characters, or single bytes
+                    merges     the merges, in their order: at (number of the left symbol), piece (what the two become),
+                               rank (the lowest is merged first; of equal ones the leftmost)
+                    scores     of unigram instead: log-probability of each token
+                    tokens     the result: piece and ids, which are several where a character is spelled in bytes
+  decode(ids)     text; bytes that are not UTF-8 become U+FFFD
+  pieces, vocab_size, eot, start    as in tokenizer.py
+Bytes are written as strings of characters up to U+00FF. Text is taken by code points: for..of and [...text]. */
+
+const SPACE = "▁"; // sentencepiece's sign for a space
+
+/** data: as from tokenizer_data() in humptygpt/page_data.py. */
+function makeTokenizer(data) {
+  const pieces = unpackPieces(data.pieces);
+  const split = TOKENIZERS[data.name](data, pieces);
+  const lineBreak = pieces.findIndex((piece) => piece.length === 1 && piece[0] === 10);
+  return {
+    name: data.name,
+    pieces,
+    vocab_size: pieces.length,
+    eot: data.eot,
+    start: [data.eot ?? Math.max(lineBreak, 0)],
+    split,
+    encode: (text) => split(text).flatMap((part) => part.tokens.flatMap((token) => token.ids)),
+    decode: (ids) => decodeBytes(ids.map((id) => pieces[id])),
+  };
+}
+
+/** The bytes of each token. packed: all bytes, in base64, and their numbers. */
+function unpackPieces({ bytes, lengths }) {
+  const all = Uint8Array.from(atob(bytes), (char) => char.charCodeAt(0));
+  let end = 0;
+  return lengths.map((length) => all.subarray(end, (end += length)));
+}
+
+function decodeBytes(pieces) {
+  const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+  return pieces.map((piece) => decoder.decode(piece, { stream: true })).join("") + decoder.decode();
+}
+
+function codePoint(char) {
+  return `U+${char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
+}
+
+/** The text, if it has no half of a pair of UTF-16 units, which is no character. */
+function checked(text) {
+  const lone = text.match(/\p{Surrogate}/u);
+  if (lone) throw new Error(`${codePoint(lone[0])} is not valid UTF-8`);
+  return text;
+}
+
+/** The bytes of a text in UTF-8, as a string of as many characters. */
+function utf8(text) {
+  return Array.from(new TextEncoder().encode(text), (byte) => String.fromCharCode(byte)).join("");
+}
+
+// --------------------------------------------------------------------------------------
+// Characters and bytes
+
+function charTokenizer({ alphabet }) {
+  const ids = new Map([...alphabet].map((char, id) => [char, id]));
+  const token = (char) => {
+    if (ids.has(char)) return { piece: char, ids: [ids.get(char)] };
+    const known = `the ${ids.size} characters of this tokenizer`;
+    throw new Error(`character '${char}' (${codePoint(char)}) is not among ${known}`);
+  };
+  return (text) => [{ symbols: [...text], merges: [], tokens: Array.from(text, token) }];
+}
+
+function byteTokenizer() {
+  const token = (char) => ({ piece: char, ids: Array.from(utf8(char), (byte) => byte.charCodeAt(0)) });
+  return (text) => [{ symbols: [...checked(text)], merges: [], tokens: Array.from(text, token) }];
+}
+
+// --------------------------------------------------------------------------------------
+// Merges
+
+/** Merge the pair of neighbours of the lowest rank, of equal ones the leftmost, until no pair has a rank.
+
+rankOf(piece): undefined where the piece is no token. Returns the merges and the symbols that are left. */
+function mergePairs(symbols, rankOf) {
+  const [left, merges] = [[...symbols], []];
+  const rank = (i) => (i >= 0 && i + 1 < left.length ? rankOf(left[i] + left[i + 1]) : undefined) ?? Infinity;
+  const ranks = left.map((_, i) => rank(i)); // of each symbol with the next
+  for (;;) {
+    let at = 0;
+    for (let i = 1; i < ranks.length; i++) if (ranks[i] < ranks[at]) at = i;
+    if (!(ranks[at] < Infinity)) return { merges, left };
+    left.splice(at, 2, left[at] + left[at + 1]);
+    merges.push({ at, piece: left[at], rank: ranks[at] });
+    ranks.splice(at, 1);
+    ranks[at] = rank(at);
+    if (at) ranks[at - 1] = rank(at - 1);
+  }
+}
+
+/** How GPT-2 splits text before byte pairs are merged. JavaScript's \s is not quite Unicode's white space. */
+const GPT2_PATTERN = new RegExp(
+  [
+    /'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+/u,
+    /\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/u,
+  ]
+    .map((part) => part.source)
+    .join("|"),
+  "gu",
+);
+
+/** tiktoken's algorithm: a word that is a token stays whole, any other one is merged from its bytes. */
+function bytePairTokenizer(data, pieces) {
+  const words = pieces.slice(0, -1); // the last is end-of-text
+  const ids = new Map(words.map((piece, id) => [String.fromCharCode(...piece), id]));
+  const encodeWord = (text) => {
+    const word = utf8(text);
+    const symbols = [...word];
+    const { merges, left } = mergePairs(symbols, (piece) => ids.get(piece));
+    const found = ids.has(word) ? [word] : left;
+    return { symbols, merges, tokens: found.map((piece) => ({ piece, ids: [ids.get(piece)] })) };
+  };
+  return (text) => (checked(text).match(GPT2_PATTERN) ?? []).map(encodeWord);
+}
+
+// --------------------------------------------------------------------------------------
+// Sentencepiece
+
+/** scores: of each token, null where text never becomes it: end-of-text and bytes. byte_ids: of bytes 0 to 255. */
+function sentencePieceTokenizer({ model_type, scores, byte_ids }, pieces) {
+  const ids = new Map();
+  scores.forEach((score, id) => score !== null && ids.set(decodeBytes([pieces[id]]).replaceAll(" ", SPACE), id));
+  const spelled = (piece) => ({ piece, ids: Array.from(utf8(piece), (byte) => byte_ids[byte.charCodeAt(0)]) });
+  const token = (piece) => (ids.has(piece) ? { piece, ids: [ids.get(piece)] } : spelled(piece));
+  const encodePart = { bpe: encodeByMerges, unigram: encodeByScores }[model_type](ids, scores.map(Math.fround), token);
+  return (text) =>
+    checked(text)
+      .split(/([\n▁])/)
+      .filter((part) => part)
+      .map((part) => {
+        if (part === "\n") return { symbols: [part], merges: [], tokens: [token(part)] };
+        // the sign itself, where a text has it, is spelled in bytes, or it would become a space
+        if (part === SPACE) return { symbols: [part], merges: [], tokens: [spelled(part)] };
+        return encodePart(part.replaceAll(" ", SPACE));
+      });
+}
+
+/** Byte-pair encoding over characters: the pair of the highest score first. */
+function encodeByMerges(ids, scores, token) {
+  const rankOf = (piece) => (ids.has(piece) ? -scores[ids.get(piece)] : undefined);
+  return (part) => {
+    const symbols = [...part];
+    const { merges, left } = mergePairs(symbols, rankOf);
+    return { symbols, merges, tokens: left.map(token) };
+  };
+}
+
+/** Unigram: the pieces with the highest sum of scores, by Viterbi's algorithm. */
+function encodeByScores(ids, scores, token) {
+  const longest = Math.max(...Array.from(ids.keys(), (piece) => [...piece].length));
+  const unknown = Math.fround(scores.reduce((least, score) => Math.min(least, score), 0) - 10); // kUnkPenalty
+  const scoreOf = (piece) => scores[ids.get(piece)];
+  return (part) => {
+    const symbols = [...part];
+    const best = symbols.map(() => ({ score: -Infinity, from: -1 })); // of the text up to each symbol, it included
+    symbols.forEach((symbol, from) => {
+      const before = from ? best[from - 1].score : 0;
+      const offer = (to, score) => {
+        const sum = Math.fround(before + score); // so that ties are sentencepiece's, whose scores are float32
+        if (best[to].from < 0 || sum > best[to].score) best[to] = { score: sum, from };
+      };
+      let piece = "";
+      for (let to = from; to < Math.min(symbols.length, from + longest); to++) {
+        piece += symbols[to];
+        if (ids.has(piece)) offer(to, scoreOf(piece));
+      }
+      if (!ids.has(symbol)) offer(from, unknown);
+    });
+    const found = [];
+    for (let to = symbols.length; to > 0; to = best[to - 1].from) {
+      found.unshift(symbols.slice(best[to - 1].from, to).join(""));
+    }
+    return { symbols, merges: [], scores: found.map((piece) => scoreOf(piece) ?? unknown), tokens: found.map(token) };
+  };
+}
+
+const TOKENIZERS = {
+  char: charTokenizer,
+  byte: byteTokenizer,
+  sentencepiece: sentencePieceTokenizer,
+  gpt2: bytePairTokenizer,
+  bpe: bytePairTokenizer,
+};
+
+if (typeof module !== "undefined") module.exports = { TOKENIZERS, makeTokenizer };

@@ -1,0 +1,876 @@
+"""The page of a run: its JavaScript computes what PyTorch computes, number by number, and its files are checked."""
+
+import base64
+import json
+import math
+import random
+import re
+import runpy
+import shutil
+import subprocess
+import typing
+import unicodedata
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_model
+import test_transformer
+import torch
+import torch.nn.functional as F
+from conftest import TINY_RUN, fill_ngrams
+from test_tokenizer import ALPHABET, EVERY, TEXT, anything
+from test_words import find_words
+from torch import Tensor, nn
+
+import explain
+import model as models
+import train
+from humptygpt import checkpoint, page_data, tokenizer
+from humptygpt.layers import ACTIVATIONS
+from humptygpt.tokenizer import BytePairTokenizer, CharTokenizer, SentencePieceTokenizer
+from model import ModelConfig
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "config").rglob("*.py"))
+NODE = shutil.which("node")
+TOLERANCE = 2e-4
+
+# Answers requests, a line of JSON each. What is (T, C), (H, T, S) and so on comes back as its shape and its bytes; nan
+# fills up rows that are shorter than others.
+DRIVER = r"""
+const { readFileSync } = require("node:fs");
+const vm = require("node:vm");
+const root = process.argv[2];
+const functions = require(`${root}/explain/model.js`);
+const { makeTokenizer, TOKENIZERS } = require(`${root}/explain/tokenizer.js`);
+const { crc32, makeModel } = require(`${root}/explain/data.js`);
+const { forward } = functions;
+
+function flatten(value, name, found) {
+  if (value === null || value === undefined) return found;
+  if (isNumbers(value)) found[name] = pack(value);
+  else for (const [key, inner] of Object.entries(value)) flatten(inner, name ? `${name}.${key}` : key, found);
+  return found;
+}
+
+function isNumbers(value) {
+  while (Array.isArray(value)) value = value[0];
+  return typeof value === "number" || ArrayBuffer.isView(value);
+}
+
+function pack(value) {
+  const shape = [];
+  let level = [value];
+  while (level.some((item) => typeof item === "object" && item !== null)) {
+    const length = Math.max(...level.map((item) => item?.length ?? 0));
+    shape.push(length);
+    level = level.flatMap((item) => Array.from({ length }, (_, i) => item?.[i] ?? NaN));
+  }
+  return { shape, bytes: Buffer.from(Float64Array.from(level).buffer).toString("base64") };
+}
+
+function switchOff(names) {
+  return (rows, name) => (names.includes(name) ? rows.map((row) => row.map(() => 0)) : rows);
+}
+
+/** Names of the numbers that differ between two traces, bit for bit. */
+function differences(a, b, name = "") {
+  if (ArrayBuffer.isView(a)) return a.length === b?.length && a.every((x, i) => Object.is(x, b[i])) ? [] : [name];
+  if (typeof a !== "object" || a === null) return Object.is(a, b) || name === ".first" ? [] : [name];
+  const keys = new Set([...Object.keys(a), ...Object.keys(b ?? {})]);
+  return [...keys].flatMap((key) => differences(a[key], b?.[key], `${name}.${key}`));
+}
+
+const answers = {
+  dictionaries: () => ({ ...functions, TOKENIZERS }),
+  erf: ({ args }) => args.map(functions.erf),
+  softmax: ({ args }) => functions.softmax(args),
+  activation: ({ name, args }) => args.map((x) => functions.ACTIVATIONS[name](x)),
+  crc32: ({ text }) => crc32(text),
+  forward({ data, idx, source, off = [], only }) {
+    const found = flatten(forward(makeModel(data), idx, { source, dropout: switchOff(off) }), "", {});
+    return only ? Object.fromEntries(only.map((name) => [name, found[name]])) : found;
+  },
+  /** Each text computed from the trace of the one before, and from nothing. */
+  incremental({ data, texts }) {
+    const model = makeModel(data);
+    let before = null;
+    return texts.map(({ idx, source }) => {
+      const whole = forward(model, idx, { source });
+      const trace = forward(model, idx, { source, before });
+      const last = forward(model, idx, { source, before, lastOnly: true });
+      const kept = trace.output.filter((row, t) => before && row === before.output[t]).length;
+      const answer = { first: trace.first, kept, different: differences(whole, trace) };
+      const ofLast = ({ logits, probs }) => ({ logits: logits.at(-1), probs: probs.at(-1) });
+      answer.last_different = differences(ofLast(whole), ofLast(last));
+      before = trace;
+      return answer;
+    });
+  },
+  encode({ data, texts }) {
+    const tokenizer = makeTokenizer(data);
+    return texts.map((text) => {
+      try {
+        const ids = tokenizer.encode(text);
+        return { ids, decoded: tokenizer.decode(ids), parts: tokenizer.split(text) };
+      } catch (error) {
+        return { error: error.message };
+      }
+    });
+  },
+  decode({ data, batch }) {
+    const { decode, start, eot, vocab_size } = makeTokenizer(data);
+    return { texts: batch.map((ids) => decode(ids)), start, eot, vocab_size };
+  },
+  /** The scripts of a page in a document that has nothing but what they use; typed: what is put into its text boxes. */
+  page({ path, typed }) {
+    const html = readFileSync(path, "utf8");
+    const elements = new Map();
+    const make = () => ({
+      dataset: {}, style: {}, textContent: "", value: "", hidden: true, children: [], listeners: [],
+      addEventListener(_, f) { this.listeners.push(f); },
+      append(...children) { this.children.push(...children); },
+      replaceChildren(...children) { this.children = children; },
+    });
+    const started = [];
+    const document = {
+      addEventListener: (_, f) => started.push(f),
+      createElement: make,
+      getElementById(id) { return elements.get(id) ?? elements.set(id, make()).get(id); },
+    };
+    const [, checksum, text] = html.match(/data-checksum="(\w+)">([^<]*)/) ?? [null, undefined, ""];
+    Object.assign(document.getElementById("data"), { textContent: text, dataset: { checksum } });
+    const context = vm.createContext({ document, performance, TextEncoder, TextDecoder, atob });
+    for (const [, script] of html.matchAll(/<script>([^]*?)<\/script>/g)) vm.runInContext(script, context);
+    started.forEach((f) => f());
+    const seen = () => {
+      const bars = elements.get("bars")?.children ?? [];
+      const probs = bars.map(({ children: [piece, , bar] }) => [piece.textContent, parseFloat(bar.style.width) / 100]);
+      const { hidden } = document.getElementById("page");
+      return { problem: document.getElementById("problem").textContent, hidden, probs, title: document.title };
+    };
+    return [seen(), ...typed.map(([id, value]) => {
+      const box = document.getElementById(id);
+      box.value = value;
+      box.listeners.forEach((f) => f());
+      return seen();
+    })];
+  },
+};
+
+const names = (value) => Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, Object.keys(inner)]));
+require("node:readline").createInterface({ input: process.stdin }).on("line", (line) => {
+  let answer;
+  try {
+    const request = JSON.parse(line);
+    const found = answers[request.what](request);
+    answer = { found: request.what === "dictionaries" ? names(found) : found };
+  } catch (error) {
+    answer = { error: error.stack };
+  }
+  process.stdout.write(JSON.stringify(answer) + "\n");
+});
+"""
+
+
+class Node:
+    """A Node process, which answers many requests, since it takes a while to start."""
+
+    def __init__(self, folder: Path):
+        script = folder / "driver.js"
+        script.write_text(DRIVER, encoding="utf-8")
+        command = [NODE, str(script), str(ROOT)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, what: str, **request):
+        self.process.stdin.write(json.dumps({"what": what, **request}) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        assert "error" not in answer, answer["error"]
+        return answer["found"]
+
+    def arrays(self, what: str, **request) -> dict[str, np.ndarray]:
+        found = self.ask(what, **request)
+        return {
+            name: np.frombuffer(base64.b64decode(value["bytes"])).reshape(value["shape"])
+            for name, value in found.items()
+        }
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory):
+    if NODE is None:
+        pytest.skip("needs node, which runs the page's JavaScript")
+    started = Node(tmp_path_factory.mktemp("node"))
+    yield started
+    started.process.stdin.close()
+    started.process.wait(timeout=30)
+
+
+# --------------------------------------------------------------------------------------
+# What PyTorch computes, under the names of a trace
+
+
+class Recorder:
+    """Inputs and outputs of all modules, and of attend() by the attention that calls it, in one forward pass."""
+
+    def __init__(self, model: nn.Module, monkeypatch: pytest.MonkeyPatch):
+        self.model, self.inputs, self.outputs = model, defaultdict(list), defaultdict(list)
+        self.attended, self.attention = {}, None
+        for name, module in model.named_modules():
+            if isinstance(module, models.Attention):
+                module.register_forward_pre_hook(lambda module, args, name=name: setattr(self, "attention", name))
+            module.register_forward_hook(lambda module, args, output, name=name: self.record(name, args[:1], output))
+        attend = models.attend
+
+        def recorded(q, k, v, mask=None, **keys):
+            self.attended[self.attention] = (q[0], k[0], v[0], self.full_mask(q, k, mask, keys["is_causal"]))
+            return attend(q, k, v, mask, **keys)
+
+        monkeypatch.setattr(models, "attend", recorded)
+
+    def record(self, name: str, args: tuple, output: object) -> None:
+        if isinstance(output, Tensor):
+            self.inputs[name].append(args[0] if name == "ngrams.table" else args[0][0])
+            self.outputs[name].append(output[0])
+
+    @staticmethod
+    def full_mask(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        T, S = q.shape[2], k.shape[2]
+        if is_causal:
+            return torch.full((T, S), -torch.inf).triu(1)[None]
+        return torch.zeros(1, T, S) if mask is None else mask.view(-1, *mask.shape[-2:]).expand(-1, T, S)
+
+
+def expected_trace(model: nn.Module, idx: list[int], source: list[int] | None, tokenizer_vocab_size: int) -> dict:
+    """All that forward() in model.js returns, by the names that the driver gives."""
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        recorder = Recorder(model, patch)
+        keys = {} if source is None else {"source": torch.tensor([source])}
+        logits = model(torch.tensor([idx]), **keys)[0][0]
+    found = {"idx": torch.tensor(idx), "first": torch.tensor(0), "logits": logits}
+    found["probs"] = logits[:, :tokenizer_vocab_size].softmax(dim=-1)
+    found["output"] = recorder.inputs["lm_head"][0]
+    if model.config.model == "window_mlp":
+        return found | window_values(recorder)
+    if source is not None:
+        found |= {"source.idx": torch.tensor(source)} | embedding_values(recorder, 0, "source.")
+        found |= stack_values(recorder, "encoder", "source.encoder")
+    found |= embedding_values(recorder, -1, "")
+    return found | stack_values(recorder, *["stack" if source is None else "decoder"] * 2)
+
+
+def window_values(recorder: Recorder) -> dict:
+    model, inputs = recorder.model, recorder.inputs
+    found = {"wte": recorder.outputs["wte"][0], "window": inputs["layers.0"][0]}
+    for i in range(model.config.n_layer):
+        found[f"layers.{i}.linear"] = recorder.outputs[f"layers.{i}"][0]
+        found[f"layers.{i}.activation"] = inputs["lm_head" if i + 1 == model.config.n_layer else f"layers.{i + 1}"][0]
+    return found
+
+
+def embedding_values(recorder: Recorder, which: int, prefix: str) -> dict:
+    found = {f"{prefix}wte": recorder.outputs["wte"][which]}
+    if ngrams := recorder.model.ngrams:
+        found[f"{prefix}ngrams.sum"] = recorder.outputs["ngrams"][which]
+        rows = recorder.inputs["ngrams.table"][which]
+        found[f"{prefix}ngrams.rows"] = rows.where(rows < len(ngrams.keys), -1)
+    return found
+
+
+def norm_values(recorder: Recorder, module: str, name: str) -> dict:
+    x, norm = recorder.inputs[module][0], recorder.model.get_submodule(module)
+    found = {f"{name}.input": x, f"{name}.output": recorder.outputs[module][0]}
+    if isinstance(norm, models.LayerNorm):
+        found |= {f"{name}.mean": x.mean(-1), f"{name}.std": (x.var(-1, correction=0) + norm.eps).sqrt()}
+    if isinstance(norm, models.RMSNorm):
+        found[f"{name}.rms"] = (x.square().mean(-1) + norm.eps).sqrt()
+    return found
+
+
+def stack_values(recorder: Recorder, stack: str, name: str) -> dict:
+    config, module = recorder.model.config, recorder.model.get_submodule(stack)
+    found = {f"{name}.embed": recorder.inputs[f"{stack}.embed_norm"][0]}
+    T = len(found[f"{name}.embed"])
+    values = {
+        "none": lambda p: {},
+        "learned": lambda p: {"vectors": p.wpe.weight[:T].detach()},
+        "sinusoidal": lambda p: {"vectors": p.sinusoids[:T], "scale": torch.tensor(config.n_embd**0.5)},
+        "rotary": lambda p: {"cos": p.cos[:T], "sin": p.sin[:T], "frequency": rotary_frequencies(config)},
+        "alibi": lambda p: {"slopes": p.slopes},
+    }[config.position](module.position)
+    found |= {f"{name}.position.{key}": value for key, value in values.items()}
+    found |= norm_values(recorder, f"{stack}.embed_norm", f"{name}.embed_norm")
+    found |= norm_values(recorder, f"{stack}.norm", f"{name}.norm")
+    found[f"{name}.mask"] = recorder.attended[f"{stack}.blocks.0.attn"][3]
+    for i in range(config.n_layer):
+        found |= block_values(recorder, f"{stack}.blocks.{i}", f"{name}.blocks.{i}")
+    return found
+
+
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    D = config.n_embd // config.n_head
+    frequency = torch.tensor([config.rope_base ** (-i / D) for i in range(0, D, 2)])
+    if config.rope_factor == 1:
+        return frequency
+    turns = config.rope_original_context * frequency / (2 * math.pi)
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    smooth = (turns - low) / (high - low)
+    between = (1 - smooth) * frequency / config.rope_factor + smooth * frequency
+    return torch.where(turns < low, frequency / config.rope_factor, torch.where(turns > high, frequency, between))
+
+
+def block_values(recorder: Recorder, module: str, name: str) -> dict:
+    block, config = recorder.model.get_submodule(module), recorder.model.config
+    x = recorder.inputs[module][0]
+    found = {f"{name}.input": x, f"{name}.output": recorder.outputs[module][0]}
+    branches = {"attn": "attn.o_proj", "cross": "cross_attn.o_proj", "mlp": "mlp.down_proj"}
+    for branch, last in branches.items():
+        if f"{module}.{last}" not in recorder.outputs:
+            continue
+        output = recorder.outputs[f"{module}.{last}"][0]
+        if hasattr(block, f"{branch}_norm"):
+            found |= norm_values(recorder, f"{module}.{branch}_norm", f"{name}.{branch}_norm")
+        if config.block == "post_norm":
+            x = found[f"{name}.{branch}_norm.output"]
+        else:
+            x = output if config.block == "plain" else x + output
+        found[f"{name}.after_{branch}"] = x
+    found |= attention_values(recorder, f"{module}.attn", f"{name}.attn")
+    if block.cross_attn:
+        found |= attention_values(recorder, f"{module}.cross_attn", f"{name}.cross_attn", f"{name}.cross_attn.context")
+    return found | (feed_forward_values(recorder, module, f"{name}.feed_forward") if block.mlp else {})
+
+
+def attention_values(recorder: Recorder, module: str, name: str, context: str | None = None) -> dict:
+    """context: under which name keys and values are, if not with the rest."""
+    config, D = recorder.model.config, recorder.model.get_submodule(module).head_size
+    q, k, v, mask = recorder.attended[module]
+    group = q.shape[0] // k.shape[0]
+    scores = q @ k.repeat_interleave(group, dim=0).mT / math.sqrt(D)
+    side_by_side = {"q": q, "k": k, "v": v}
+    found = {key: heads.transpose(0, 1).flatten(1) for key, heads in side_by_side.items()}
+    found |= {"scores": scores, "weights": (scores + mask).softmax(dim=-1)}
+    found |= {"heads": recorder.inputs[f"{module}.o_proj"][0]}
+    for layer in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        found[layer] = recorder.outputs[f"{module}.{layer}"][0]
+    if config.qk_norm:
+        for key in ("q", "k"):
+            found[f"{key}_norm"] = F.rms_norm(found[f"{key}_proj"].unflatten(-1, (-1, D)), (D,)).flatten(-2)
+    of_context = ("k", "v", "k_proj", "v_proj", "k_norm")
+    return {f"{context if context and key in of_context else name}.{key}": value for key, value in found.items()}
+
+
+def feed_forward_values(recorder: Recorder, block: str, name: str) -> dict:
+    inputs, outputs, config = recorder.inputs, recorder.outputs, recorder.model.config
+    found = {"hidden": inputs[f"{block}.mlp.down_proj"][0], "input": inputs[f"{block}.mlp"][0]}
+    if config.mlp_conv:
+        found |= {"input": inputs[f"{block}.conv"][0], "conv": outputs[f"{block}.conv"][0]}
+    for layer in ("up_proj", "gate_proj", "down_proj"):
+        if f"{block}.mlp.{layer}" in outputs:
+            found[layer] = outputs[f"{block}.mlp.{layer}"][0]
+    found["activation"] = ACTIVATIONS[config.activation](found.get("gate_proj", found["up_proj"]))
+    return {f"{name}.{key}": value for key, value in found.items()}
+
+
+# --------------------------------------------------------------------------------------
+# Parity
+
+
+def rounded(model: nn.Module, std: float | None = 0.1) -> nn.Module:
+    """The model with random weights, rounded to float16; std: None: with its own weights."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if std:
+                nn.init.normal_(p, std=std)
+            p.copy_(p.half().float())
+    return model.eval()
+
+
+def data_of(model: nn.Module, tokenizer_vocab_size: int | None = None) -> dict:
+    """As from page_data(), with a tokenizer that nobody asks for anything but its size."""
+    pieces = {"lengths": [1] * (tokenizer_vocab_size or model.config.vocab_size)}
+    return page_data.model_data(model) | {"tokenizer": {"pieces": pieces}}
+
+
+def tokens(T: int, vocab_size: int = 11, seed: int = 0) -> list[int]:
+    return torch.randint(vocab_size, (T,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def largest_differences(found: dict[str, np.ndarray], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Of each entry, which both must have."""
+    assert found.keys() == expected.keys()
+    largest = {}
+    for name, tensor in expected.items():
+        a, b = found[name], tensor.double().numpy()
+        assert a.shape == b.shape, (name, a.shape, b.shape)
+        if name.endswith((".mask", ".weights")):  # later keys are not computed
+            a = np.where(np.isnan(a), -np.inf if name.endswith(".mask") else 0, a)
+        if name.endswith(".scores"):
+            a = np.where(np.isnan(a), b, a)
+        same = a == b  # infinite ones, too
+        largest[name] = float(np.abs(np.where(same, 0, a) - np.where(same, 0, b)).max())
+    return largest
+
+
+def assert_parity(node: Node, model: nn.Module, idx: list[int], source: list[int] | None = None, size=None) -> None:
+    """Every number of the trace is PyTorch's."""
+    found = node.arrays("forward", data=data_of(model, size), idx=idx, source=source)
+    expected = expected_trace(model, idx, source, size or model.config.vocab_size)
+    wrong = {name: x for name, x in largest_differences(found, expected).items() if not x <= TOLERANCE}
+    assert not wrong
+
+
+def case_id(keys: dict) -> str:
+    return "-".join(f"{k}={x}" for k, x in keys.items())
+
+
+MORE_VARIANTS = [
+    {"vocab_size": 20},
+    {"n_head": 5, "n_embd": 20, "position": "alibi", "window": 3},
+    {"n_head": 4, "n_kv_head": 2, "bias": True, "qk_norm": True, "position": "rotary", "mlp": "gated"},
+    {"n_embd": 30, "n_hidden": 27, "n_head": 3, "position": "sinusoidal", "bias": True, "norm": "rmsnorm"},
+    {"embed_norm": True, "norm": "rmsnorm", "block": "post_norm", "mlp_conv": 2, "ngrams": 3, "ngram_rows": 300},
+    {"embed_norm": True, "norm": "none", "position": "rotary", "rope_base": 500.0, "rope_factor": 8.0},
+    {"model": "window_mlp", "window": 5, "n_layer": 3, "activation": "silu", "block_size": 40},
+]
+VARIANTS = [*test_model.VARIANTS, *MORE_VARIANTS]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=case_id)
+def test_every_number_of_a_gpt_or_window_network_is_pytorchs(node, variant):
+    model = rounded(test_model.tiny(**variant))
+    assert_parity(node, model, tokens(model.config.block_size), size=11)
+
+
+@pytest.mark.parametrize("variant", [*test_transformer.VARIANTS, {"mlp_conv": 2, "block": "parallel"}], ids=case_id)
+def test_every_number_of_a_transformer_is_pytorchs(node, variant):
+    model = rounded(test_transformer.tiny(**variant))
+    assert_parity(node, model, tokens(9), source=tokens(12, seed=1), size=11)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "config")))
+def test_every_number_of_a_model_of_each_shipped_config_is_pytorchs(node, path):
+    fields = typing.get_type_hints(ModelConfig)
+    keys = {key: value for key, value in runpy.run_path(str(path)).items() if key in fields}
+    keys |= {"n_layer": min(2, keys.get("n_layer", 2)), "vocab_size": 70}
+    keys |= {"ngram_rows": 500} if keys.get("ngrams") else {}
+    keys |= {"n_embd": 96} if keys.get("n_embd", 0) > 256 else {}
+    model = models.build(ModelConfig(**keys))
+    fill_ngrams(model)
+    source = tokens(10, 11, seed=1) if model.has_encoder else None
+    assert_parity(node, rounded(model), tokens(24, 11), source=source, size=65)
+
+
+@pytest.mark.parametrize("keys", [{"qk_norm": True}, {"norm": "layernorm"}, {"norm": "rmsnorm"}], ids=case_id)
+def test_each_norm_has_its_own_epsilon_which_matters_where_activations_are_small(node, keys):
+    model = rounded(test_model.tiny(**keys, embed_norm=True))
+    with torch.no_grad():
+        for p in (model.wte.weight, model.stack.position.wpe.weight, model.stack.blocks[0].attn.q_proj.weight):
+            p.copy_((p * 2**-7).half().float())
+    assert_parity(node, model, tokens(16))
+
+
+@pytest.mark.parametrize("position", ["rotary", "sinusoidal"])
+def test_late_positions_have_the_angles_of_float32(node, position):
+    model = rounded(test_model.tiny(block_size=1280, n_head=1, n_layer=1, position=position), std=0.3)
+    idx, table = tokens(1280), {"rotary": "cos", "sinusoidal": "vectors"}[position]
+    only = ["logits", f"stack.position.{table}"]
+    logits, found = node.arrays("forward", data=data_of(model), idx=idx, only=only).values()
+    with torch.no_grad():
+        expected = model(torch.tensor([idx]))[0][0]
+    assert np.abs(logits - expected.numpy()).max() < TOLERANCE
+    frequency = (10000 ** -(np.arange(0, 32, 2) / 32)).astype(np.float32)
+    angle = np.arange(1280, dtype=np.float32)[:, None] * frequency
+    found = found[:, :16] if position == "rotary" else found[:, 1::2]
+    assert np.abs(found - np.cos(angle.astype(np.float64))).max() < 1e-6  # with exact angles it is 3e-5
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_pytorchs_wherever_they_bend(node, name):
+    x = torch.linspace(-8, 8, 801, dtype=torch.float64)
+    found = torch.tensor(node.ask("activation", name=name, args=x.tolist()), dtype=torch.float64)
+    torch.testing.assert_close(found, ACTIVATIONS[name](x), atol=1e-9, rtol=1e-9)
+
+
+def test_erf_is_good_to_seven_digits_and_odd(node):
+    x = torch.linspace(-7, 7, 1401, dtype=torch.float64)
+    found = torch.tensor(node.ask("erf", args=x.tolist()), dtype=torch.float64)
+    assert (found - x.erf()).abs().max() < 1e-9
+
+
+def test_softmax_does_not_overflow(node):
+    for scores, expected in (([1000, 0], [1, 0]), ([-1000, -1000], [0.5, 0.5]), ([3, -1e300], [1, 0])):
+        assert list(node.ask("softmax", args=scores).values()) == expected
+
+
+def test_the_variants_of_the_javascript_are_those_of_python(node):
+    found = node.ask("dictionaries")
+    expected = {name: getattr(models, name) for name in ("NORMS", "POSITIONS", "MLPS", "BLOCKS", "MODELS")}
+    expected |= {"ACTIVATIONS": ACTIVATIONS, "EMBEDDINGS": models.EMBEDDINGS, "TOKENIZERS": tokenizer.TOKENIZERS}
+    assert {name: set(found[name]) for name in expected} == {name: set(keys) for name, keys in expected.items()}
+
+
+def test_a_branch_that_is_switched_off_adds_nothing(node):
+    for branch, last in (("attn", "attn.o_proj"), ("mlp", "mlp.down_proj")):
+        model = rounded(test_model.tiny())
+        found = node.arrays("forward", data=data_of(model), idx=tokens(8), off=[f"stack.blocks.1.{branch}"])
+        with torch.no_grad():
+            model.get_submodule(f"stack.blocks.1.{last}").weight.zero_()
+            expected = model(torch.tensor([tokens(8)]))[0][0]
+        assert np.abs(found["logits"] - expected.numpy()).max() < TOLERANCE
+
+
+# --------------------------------------------------------------------------------------
+# Token after token
+
+
+def edits(T: int, vocab_size: int = 11) -> list[tuple[list[int], int]]:
+    """Texts, and how many first tokens each has in common with the one before."""
+    idx = tokens(T, vocab_size)
+    other = [*idx[: T // 2], (idx[T // 2] + 1) % vocab_size, *idx[T // 2 + 1 :]]
+    steps = [(idx[:1], 0), (idx[: T // 2], 1), (idx[: T - 1], T // 2), (idx, T - 1), (other, T // 2)]
+    return [*steps, (other[:-3], T - 3), (other[:-3], T - 3), (idx[1:], 0 if idx[0] != idx[1] else 1)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=case_id)
+def test_computing_from_the_first_changed_token_on_gives_the_same_bits(node, variant):
+    model = rounded(test_model.tiny(**variant))
+    T = model.config.block_size
+    texts = edits(T) if T > 1 else [(tokens(1), 0), (tokens(1), 1)]
+    found = node.ask("incremental", data=data_of(model), texts=[{"idx": idx} for idx, _ in texts])
+    for answer, (_, common) in zip(found, texts, strict=True):
+        assert answer == {"first": common, "kept": common, "different": [], "last_different": []}
+
+
+@pytest.mark.parametrize("variant", test_transformer.VARIANTS, ids=case_id)
+def test_a_target_is_computed_from_its_first_changed_token_on_and_all_of_it_with_another_source(node, variant):
+    model, source = rounded(test_transformer.tiny(**variant)), tokens(7, seed=1)
+    texts = [(idx, common, source) for idx, common in edits(12)]
+    texts += [(texts[-1][0], 0, source[:-1]), (texts[-1][0], 0, source), (texts[-1][0], 11, source)]
+    request = [{"idx": idx, "source": source} for idx, _, source in texts]
+    found = node.ask("incremental", data=data_of(model), texts=request)
+    for answer, (_, common, _) in zip(found, texts, strict=True):
+        assert answer == {"first": common, "kept": common, "different": [], "last_different": []}
+
+
+# --------------------------------------------------------------------------------------
+# Tokenizers
+
+WORDS = re.findall(r"\s*\S+\s?", (ROOT / "README.md").read_text(encoding="utf-8"))
+README = "".join(WORDS[:3000])
+ODD = [
+    "",
+    " ",
+    "  \n\n  ",
+    "a\u0085b \ufeff c\u200b",
+    "\u2028x\u3000 y",
+    "we'll 'Tis it's 'LL''s 12½ ٣٤ x²",
+    "\r\n\tif  (x)",
+]
+ODD += [
+    "🙂👩‍👩‍👧‍👦🏳️‍🌈 e\u0301é",
+    "東京タワー　한국어 ไทย",
+    "<0x41><unk></s><|endoftext|>",
+    "▁▁a ▁ b▁",
+    "\0\x01\x7f",
+    "ﬁ ß ẞ İ",
+]
+LETTERS = "".join(random.Random(1).choices("etaoin shrdlu,.", k=8000))  # many ways to split it are nearly as good
+ODD += [LETTERS, "a" * 300, " " * 50 + "x", "aaaa bbbb " * 20, "\U0001d49c𝒜𐍈", "x\u0301\u0302y"]
+
+
+def trained() -> dict[str, tokenizer.Tokenizer]:
+    """Tokenizers of English, of which more is merged than of the made-up language."""
+    kinds = {
+        "README, bpe": (BytePairTokenizer, {}),
+        "README, unigram": (SentencePieceTokenizer, {"model_type": "unigram"}),
+    }
+    kinds["README, sentencepiece"] = (SentencePieceTokenizer, {})
+    return {name: kind.train([README], 1200, separated=True, **keys) for name, (kind, keys) in kinds.items()}
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> dict[str, tokenizer.Tokenizer]:
+    return EVERY | trained()
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """Odd ones and what hypothesis makes up, of characters that Unicode has had for a while."""
+    found = [*ODD, TEXT, README[:3000], *("".join(WORDS[i : i + 9]) for i in range(0, 900, 9))]
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+
+    @hypothesis.settings(max_examples=300, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(text=anything | st.lists(st.sampled_from(WORDS) | st.text(max_size=5)).map("".join))
+    def collect(text):
+        found.append(text)
+
+    collect()
+    return ["".join(char for char in text if unicodedata.category(char) != "Cn") for text in found]
+
+
+NAMES = [*EVERY, "README, bpe", "README, unigram", "README, sentencepiece"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_token_ids_are_pythons(node, tokenizers, texts, name):
+    tok = tokenizers[name]
+    if tok.name == "char":
+        alphabet = set(ALPHABET)
+        texts = ["".join(char for char in text if char in alphabet) for text in texts]
+    assert len(texts) > 300
+    found = node.ask("encode", data=page_data.tokenizer_data(tok), texts=texts)
+    for text, answer, ids in zip(texts, found, tok.encode_batch(texts), strict=True):
+        assert answer["ids"] == ids.tolist(), text
+        assert answer["decoded"] == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_merges_lead_from_the_characters_or_bytes_to_the_tokens(node, tokenizers, texts, name):
+    tok, merged = tokenizers[name], 0
+    texts = texts if tok.name != "char" else [TEXT]
+    for answer, text in zip(node.ask("encode", data=page_data.tokenizer_data(tok), texts=texts), texts, strict=True):
+        assert [i for part in answer["parts"] for token in part["tokens"] for i in token["ids"]] == answer["ids"]
+        spelled = "".join("".join(part["symbols"]) for part in answer["parts"])
+        spelled = spelled if tok.name not in ("bpe", "gpt2") else spelled.encode("latin-1").decode()
+        assert spelled.replace("▁", " ") == text.replace("▁", " ")
+        for part in answer["parts"]:
+            symbols, pieces = list(part["symbols"]), [token["piece"] for token in part["tokens"]]
+            if "scores" in part:
+                assert "".join(symbols) == "".join(pieces) and len(part["scores"]) == len(pieces)
+                continue
+            for merge in part["merges"]:
+                at = merge["at"]
+                symbols[at : at + 2] = ["".join(symbols[at : at + 2])]
+                assert symbols[at] == merge["piece"]
+                merged += 1
+            assert symbols == pieces
+    assert (merged > 100) == (
+        name.removesuffix(", separated").removeprefix("README, ") in ("sentencepiece", "bpe", "gpt2")
+    )
+
+
+def test_a_character_that_is_a_piece_in_others_alone_is_spelled_in_bytes_where_none_of_them_fits(node, tokenizers):
+    proto = base64.b64decode(tokenizers["README, unigram"].state()["proto"])
+    tok = SentencePieceTokenizer(proto.replace(b"\n\x01e", b"\n\x01\x02"), separated=True)  # the piece "e"
+    text = "the sequence of eeee, xexe and exceeded " * 3
+    (found,) = node.ask("encode", data=page_data.tokenizer_data(tok), texts=[text])
+    assert found["ids"] == tok.encode(text).tolist()
+    pieces = {token["piece"] for part in found["parts"] for token in part["tokens"]}
+    assert "e" in pieces and any("e" in piece for piece in pieces - {"e"})
+
+
+def test_a_word_that_is_a_token_stays_whole_even_where_merges_would_not_lead_to_it(node):
+    tok = BytePairTokenizer([*(bytes([i]) for i in range(256)), b"bc", b"abcd"])
+    (found,) = node.ask("encode", data=page_data.tokenizer_data(tok), texts=["abcd abcde"])
+    assert found["ids"] == tok.encode("abcd abcde").tolist() == [257, 32, 97, 256, 100, 101]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_ids_are_decoded_as_python_decodes_them(node, tokenizers, name):
+    tok, draw = tokenizers[name], np.random.default_rng(0)
+    batch = [draw.integers(tok.vocab_size, size=n).tolist() for n in range(60)]
+    found = node.ask("decode", data=page_data.tokenizer_data(tok), batch=batch)
+    assert found["texts"] == tok.decode_batch(batch)
+    assert (found["start"], found["eot"], found["vocab_size"]) == (tok.start().tolist(), tok.eot, tok.vocab_size)
+
+
+def test_text_without_tokens_is_refused_with_the_reason(node):
+    data = page_data.tokenizer_data(CharTokenizer("ab\ud800"))
+    unknown, half = node.ask("encode", data=data, texts=["a🙂b", "a\ud800"])
+    assert unknown == {"error": "character '🙂' (U+1F642) is not among the 3 characters of this tokenizer"}
+    assert half["ids"] == [0, 2]
+    for name in ("byte", "bpe", "sentencepiece", "unigram"):
+        (found,) = node.ask("encode", data=page_data.tokenizer_data(EVERY[name]), texts=["a\udcff"])
+        assert found == {"error": "U+DCFF is not valid UTF-8"}
+
+
+# --------------------------------------------------------------------------------------
+# explain.py
+
+
+@pytest.fixture
+def run_dir(tiny):
+    """A trained run's folder."""
+    train.main(TINY_RUN)
+    return Path("out/run")
+
+
+def data_in(page: Path) -> dict:
+    return json.loads(re.search(r'data-checksum="\w+">([^<]*)', page.read_text())[1])
+
+
+def probabilities(path: Path, idx: list[int], source: list[int] | None = None) -> list[tuple[str, float]]:
+    """Of each next token, as the page shows it; the model's weights are rounded as there."""
+    model, tok, _ = checkpoint.load_model(path)
+    keys = {} if source is None else {"source": torch.tensor([source])}
+    with torch.no_grad():
+        logits = rounded(model, std=None)(torch.tensor([idx]), **keys)[0][0, -1]
+    probs = logits[: tok.vocab_size].softmax(dim=-1).tolist()
+    signs = str.maketrans(" \n\t", "␣⏎⇥")
+    return [(tok.decode([i]).translate(signs), p) for i, p in enumerate(probs)]
+
+
+def assert_shows(seen: dict, expected: list[tuple[str, float]]) -> None:
+    assert (seen["problem"], seen["hidden"]) == ("", False)
+    expected = sorted(expected, key=lambda pair: -pair[1])
+    assert [p for _, p in seen["probs"]] == pytest.approx([p for _, p in expected[:10]], abs=1e-6)
+    for piece, p in seen["probs"]:  # tokens that are as probable may be in another order
+        assert any(piece == other and abs(p - q) < 1e-6 for other, q in expected)
+
+
+def test_the_page_of_a_run_shows_the_probabilities_of_its_model_as_you_type(node, run_dir, capsys):
+    explain.main(["--out_dir=out/run", "--start=Ak"])
+    assert re.fullmatch(r"out/run/explain.html: 0.\d MB; open it in a browser\n", capsys.readouterr().out)
+    encode = checkpoint.load_model(run_dir / "best.pt").tokenizer.encode
+    typed = ["Akis", "kis", "", "Ak " * 30]
+    path = str(Path("out/run/explain.html").resolve())
+    seen = node.ask("page", path=path, typed=[["text", text] for text in typed])
+    for text, answer in zip(["Ak", *typed], seen, strict=True):
+        assert_shows(answer, probabilities(run_dir / "best.pt", encode(text or "\n").tolist()[-16:]))
+    assert seen[0]["title"] == "HumptyGPT: run"
+    _, unknown, again = node.ask("page", path=path, typed=[["text", "Aké"], ["text", "Ak"]])
+    assert unknown["problem"].startswith("character 'é' (U+00E9) is not among the ") and not unknown["probs"]
+    assert again == seen[0]
+
+
+PAIR_MODELS = {"transformer": ["--model=transformer"], "gpt": ["--model=gpt", "--block_size=64"]}
+
+
+@pytest.mark.parametrize("kind", PAIR_MODELS)
+def test_the_page_of_a_translation_shows_the_probabilities_of_the_next_word(node, pairs, kind):
+    argv = [*TINY_RUN, "--dataset=pairs", "--block_size=40", *PAIR_MODELS[kind]]
+    train.main(argv)
+    explain.main(["--out_dir=out/run", "--start=Wo  wohnst\ndu?"])
+    tok = checkpoint.load_model(Path("out/run/best.pt")).tokenizer
+    typed = [["text", "Whe"], ["source", "Das Haus"]]
+    seen = node.ask("page", path=str(Path("out/run/explain.html").resolve()), typed=typed)
+    for source, target, answer in zip(["Wo wohnst du?"] * 2 + ["Das Haus"], ["", "Whe", "Whe"], seen, strict=True):
+        source, target = [*tok.encode(source).tolist(), tok.eot], tok.encode(target).tolist()
+        pair = ([tok.eot, *target], source) if kind == "transformer" else ([*source, *target], None)
+        assert_shows(answer, probabilities(Path("out/run/best.pt"), *pair))
+
+
+def test_a_page_whose_data_was_damaged_says_so_instead_of_showing_numbers(node, run_dir):
+    explain.main(["--out_dir=out/run", "--to=page.html"])
+    whole = Path("page.html").read_text()
+    at = whole.index('"bytes":"') + 1000
+    damages = [whole[:at] + ("A" if whole[at] != "A" else "B") + whole[at + 1 :], whole[:at], whole[: at + 5000]]
+    damages += [whole.replace('"n_head":2', '"n_head":4'), whole.replace("data-checksum", "checksum")]
+    for damaged in damages:
+        Path("damaged.html").write_text(damaged)
+        (seen,) = node.ask("page", path=str(Path("damaged.html").resolve()), typed=[])
+        assert seen["problem"].startswith("The data of this page is damaged: its checksum is not that of the data.")
+        assert seen["hidden"] and not seen["probs"]
+
+
+def test_the_page_is_one_file_that_asks_for_no_other(run_dir):
+    explain.main(["--out_dir=out/run", "--start=</script>".replace("</script>", "A"), "--to=page.html"])
+    page = Path("page.html").read_text()
+    assert "{{" not in page and page.count("<script") == page.count("</script>") == 5
+    assert not re.search(r"https?://|\bsrc=|\bhref=|\bimport\b|\bfetch\(|XMLHttpRequest|url\(", page)
+    assert "default-src 'none'" in page
+
+
+def test_what_a_text_has_of_html_stays_text():
+    written = explain.to_text({"start": "</script><!--\u2028\ud800"})
+    assert "<" not in written and written.isascii() and json.loads(written)["start"] == "</script><!--\u2028\ud800"
+
+
+def test_the_checksum_is_zlibs(node):
+    page = explain.fill("HumptyGPT").decode()
+    assert int(re.search(r'data-checksum="(\w+)">HumptyGPT<', page)[1], 16) == node.ask("crc32", text="HumptyGPT")
+
+
+def test_a_page_holds_config_weights_tokenizer_and_metrics_of_the_run(run_dir):
+    explain.main(["--out_dir=out/run", "--checkpoint=latest"])
+    data, saved = data_in(run_dir / "explain.html"), checkpoint.load(run_dir / "ckpt.pt")
+    assert data["model"] == saved["model_config"] and data["task"] == "language modelling"
+    assert data["progress"]["iter"] == 6 and [row["iter"] for row in data["metrics"] if "val_loss" in row] == [3, 6]
+    weights = base64.b64decode(data["weights"]["bytes"])
+    assert [tensor["name"] for tensor in data["weights"]["tensors"]] == list(saved["model"])
+    for tensor in data["weights"]["tensors"]:
+        found = np.frombuffer(weights, "<f2", math.prod(tensor["shape"]), tensor["offset"]).reshape(tensor["shape"])
+        assert np.array_equal(found, saved["model"][tensor["name"]].half().numpy())
+    assert len(weights) < 2 * sum(p.numel() for p in saved["model"].values())  # tied matrices are there once
+
+
+def test_a_run_without_metrics_or_with_damaged_ones_has_a_page(run_dir):
+    metrics = run_dir / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines()[0] + '\n{"iter": 3, "tok\n')
+    metrics.write_text(metrics.read_text() + '{"iter": 6, "tokens": 1, "seconds": 1, "lr": Infinity}\n')
+    explain.main(["--out_dir=out/run"])
+    assert [row["iter"] for row in data_in(run_dir / "explain.html")["metrics"]] == [1, 6]
+    metrics.unlink()
+    explain.main(["--out_dir=out/run"])
+    assert data_in(run_dir / "explain.html")["metrics"] == []
+
+
+def test_the_latest_checkpoint_is_taken_where_there_is_no_best_one_yet(run_dir, capsys):
+    (run_dir / "best.pt").unlink()
+    saved = checkpoint.load(run_dir / "ckpt.pt")
+    saved["progress"]["best_val_loss"] = math.inf
+    checkpoint.save(run_dir / "ckpt.pt", saved)
+    capsys.readouterr()
+    explain.main(["--out_dir=out/run"])
+    assert capsys.readouterr().err == "note: no evaluation has found a best model yet; taking out/run/ckpt.pt\n"
+    assert data_in(run_dir / "explain.html")["progress"] == {"iter": 6}
+
+
+BAD = {
+    "no checkpoint out/none/best.pt; train first: python train.py --out_dir=out/none": ["--out_dir=out/none"],
+    "cannot write missing/page.html: No such file or directory": ["--to=missing/page.html"],
+    "cannot write out: Is a directory": ["--to=out"],
+    "character 'é' (U+00E9) is not among the": ["--start=Aké"],
+    "MB in a page, more than max_mb=0.05: a browser would take long": ["--max_mb=0.05"],
+    "MB, more than max_mb=0.08; raise --max_mb": ["--max_mb=0.08"],
+    "max_mb=0.0 must be above 0": ["--max_mb=0"],
+    "max_mb=nan must be above 0": ["--max_mb=nan"],
+    "checkpoint=newest is not one of: best, latest": ["--checkpoint=newest"],
+    "unknown key outdir; did you mean out_dir?": ["--outdir=out/run"],
+}
+
+
+@pytest.mark.parametrize("complaint", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(run_dir, fails, complaint):
+    assert complaint in fails(explain.main, "--out_dir=out/run", *BAD[complaint])
+    assert not list(Path.cwd().rglob("*.html*"))
+
+
+def test_weights_beyond_float16_are_refused(run_dir, fails):
+    for value, shown in ((1e5, "1e+05"), (math.nan, "nan")):
+        saved = checkpoint.load(run_dir / "best.pt")
+        saved["model"]["stack.norm.weight"][3] = value
+        checkpoint.save(run_dir / "best.pt", saved)
+        complaint = f"stack.norm.weight has a weight of {shown}, beyond float16's 65504: has its training diverged?\n"
+        assert fails(explain.main, "--out_dir=out/run") == complaint
+
+
+def test_a_model_larger_than_the_limit_is_refused_before_its_page_is_made(run_dir, fails, monkeypatch):
+    monkeypatch.setattr(page_data, "pack_weights", None)
+    complaint = fails(explain.main, "--out_dir=out/run", "--max_mb=0.05")
+    parameters = models.count_parameters(checkpoint.load_model(run_dir / "best.pt").model)
+    assert complaint.startswith(f"the weights of {parameters:,} parameters take ") and "raise --max_mb" in complaint
+
+
+# --------------------------------------------------------------------------------------
+# The files
+
+FILES = sorted((ROOT / "explain").iterdir())
+
+
+def test_the_page_and_its_scripts_stay_small():
+    sizes = {path.name: path.stat().st_size for path in FILES}
+    assert sizes["model.js"] + sizes["tokenizer.js"] < 45_000 and sum(sizes.values()) < 200_000
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_standard_terms_are_the_names_in_the_page_and_its_scripts(path):
+    text = path.read_text(encoding="utf-8")
+    assert not find_words(text, path.name)
+    assert not [number for number, line in enumerate(text.splitlines(), start=1) if len(line) > 120]
