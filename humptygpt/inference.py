@@ -26,7 +26,6 @@ from model import (
     LayerState,
     PreNormBlock,
     SelfAttention,
-    Transformer,
     embed_tokens,
 )
 
@@ -83,22 +82,6 @@ class Int8Linear(nn.Module):
         return torch.ops.quantized.linear_dynamic(x, self.packed)
 
 
-class LowBitEmbedding(nn.Module):
-    """A table of embeddings in bfloat16, or in int8 with one scale for each row."""
-
-    def __init__(self, embedding: nn.Embedding, int8: bool, mapped: bool):
-        super().__init__()
-        if int8:
-            self.weight, self.scales = quantize_rows(embedding.weight, mapped)
-        else:
-            self.weight, self.scales = to_bfloat16(embedding.weight, mapped), None
-
-    def forward(self, idx: Tensor) -> Tensor:
-        """idx: (B, T). Returns (B, T, C) float32."""
-        x = self.weight[idx].float()
-        return x if self.scales is None else x * self.scales[idx, None]
-
-
 PACKED_FROM = 2**17  # weights; the packed product of fewer takes longer to start than it saves
 
 
@@ -136,10 +119,10 @@ def prepare_for_generation(
     """The model itself, which can no longer be trained or saved: with fused projections, and weights in dtype or int8.
 
     dtype: float32, or bfloat16. int8: on a CPU alone. mapped: its weights are in a mapped file, as from
-    checkpoint.load_model; the pages of those that are replaced are given back.
+    checkpoint.load_model; the pages of those that are replaced are given back. Embeddings stay as they are: a token
+    reads one row, and of a mapped file only the rows that were read are in memory.
     """
     model.eval().requires_grad_(False)
-    low_bit = int8 or dtype == torch.bfloat16
     # not the layers themselves, or the list would keep all that are replaced; the model last, since its head is largest
     parents = [module for module in model.modules() if not isinstance(module, nn.Linear | nn.Embedding)]
     for module in reversed(parents):
@@ -147,8 +130,6 @@ def prepare_for_generation(
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, converted(child, dtype, int8, mapped))
-            elif low_bit and isinstance(child, nn.Embedding) and isinstance(module, GPT | Transformer):
-                setattr(module, name, LowBitEmbedding(child, int8, mapped))
             if getattr(module, name) is not child and name != "qkv_proj":  # which is in no file
                 replaced.append(child)
         for layer in replaced if mapped else []:
