@@ -48,6 +48,7 @@ from humptygpt.locks import Lock
 from humptygpt.pairs import Pairs, is_tsv
 from humptygpt.token_files import COMMAND, META_FORMAT, TokenWriter, checksums, is_whole, read_meta, token_dtype
 from humptygpt.tokenizer import TOKENIZERS, SentencePieceTokenizer, Tokenizer, VocabularyTooLarge, from_state
+from humptygpt.tokenizer_files import read_tokenizer
 
 SAVE_UNITS = 128  # units between two saves of the progress
 SMALL = 8_000_000  # bytes of files below which starting worker processes takes longer than it saves
@@ -84,7 +85,12 @@ class PrepareConfig:
     max_pair_ratio: float | None = setting(None, "drop pairs with a larger length ratio; None: 3", at_least=1, **PAIRS)
     held_out: str | None = setting(None, "file of pairs, or of a source per line, not to train on", path=True, **PAIRS)
 
-    tokenizer: str | None = setting(None, "None: char, pairs sentencepiece", group="tokens", choices=TOKENIZERS)
+    tokenizer: str | None = setting(
+        None,
+        f"{', '.join(TOKENIZERS)}, or a model's folder; None: char, pairs sentencepiece",
+        group="tokens",
+        path=True,
+    )
     vocab_size: int | None = setting(
         None, "number of tokens; None: 4096, pairs 8192", at_least=2, **taken_by("vocab_size")
     )
@@ -97,6 +103,10 @@ class PrepareConfig:
 
     def __post_init__(self):
         check(self)
+        if self.tokenizer is not None and self.tokenizer not in TOKENIZERS and not os.path.exists(self.tokenizer):
+            near = f"; did you mean {near}?" if (near := nearest(self.tokenizer, TOKENIZERS)) else ""
+            kinds = f"{', '.join(TOKENIZERS)}, nor a folder or file with a tokenizer"
+            raise ValueError(f"tokenizer={self.tokenizer} is not one of: {kinds}{near}")
         self.check_name()
         if (self.source is None) != (self.target is None):
             raise ValueError("source and target go together: --source=a.de --target=a.en, line by line translations")
@@ -152,6 +162,8 @@ def prepare(config: PrepareConfig) -> dict:
     except KeyboardInterrupt:
         print(RESUME, file=sys.stderr)
         raise
+    if corpus.separated and from_state(meta["tokenizer"]).eot is None:
+        print("note: this tokenizer has no end-of-text token; nothing separates the documents", file=sys.stderr)
     print(summary(folder, meta, corpus.summary(meta)))
     for note in corpus.notes():
         print(f"note: {note}", file=sys.stderr)
@@ -163,6 +175,8 @@ def make_data(corpus: Corpus | Pairs, folder: Path, command: str, fit: bool) -> 
     parts = folder / "preparing"  # incomplete files
     settings = replace(corpus.config, input=None, source=None, target=None, files=None, workers=None)
     content = [corpus.fingerprint(), asdict(settings), fit]
+    if settings.tokenizer not in TOKENIZERS:
+        content.append(pretrained_tokenizer(settings.tokenizer, corpus).state())
     made_from = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     if read_json(folder / "meta.json").get("made_from") == made_from and is_whole(folder):
         print(f"note: {folder} has this text with these settings already; it stays as it is", file=sys.stderr)
@@ -300,6 +314,8 @@ def start_or_resume(
 
 def make_tokenizer(corpus: Corpus | Pairs, fit: bool) -> Tokenizer:
     """fit: of a small text, take as many tokens as there are, since the user named no vocab_size."""
+    if corpus.config.tokenizer not in TOKENIZERS:
+        return pretrained_tokenizer(corpus.config.tokenizer, corpus)
     kind = TOKENIZERS[corpus.config.tokenizer]
     options = {key: getattr(corpus.config, key) for key in kind.options}
     train = partial(kind.train, separated=corpus.separated)
@@ -311,6 +327,16 @@ def make_tokenizer(corpus: Corpus | Pairs, fit: bool) -> Tokenizer:
         print(f"note: {error}; vocab_size={error.most} is taken", file=sys.stderr)
         options["vocab_size"] = error.most
         return train(vocabulary_texts(corpus, kind.needs_all_texts), **options)
+
+
+def pretrained_tokenizer(path: str, corpus: Corpus | Pairs) -> Tokenizer:
+    """Of a model's folder. Raises UserError."""
+    tokenizer = read_tokenizer(Path(path))
+    if tokenizer.eot is None and corpus.task == Pairs.task:
+        raise UserError(
+            f"tokenizer={path} has no end-of-text token, which sentence pairs need; take another --tokenizer"
+        )
+    return tokenizer
 
 
 def encode(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, parts: Path) -> None:

@@ -33,7 +33,7 @@ Encoder = Callable[[Tokenizer, list[tuple]], dict[str, tuple[np.ndarray, dict]]]
 class Unit(NamedTuple):
     """Some text, and the position in the files after it."""
 
-    entries: list[tuple[str, tuple[str, ...], bool]]  # split; text, or source and target; whether it ends its document
+    entries: list[tuple]  # split; text, or source and target; of text also: whether it ends, and starts, its document
     split: str  # of the open document; unused by pairs
     file: int  # number of the open file
     piece: int  # pieces or pairs read from that file
@@ -116,10 +116,11 @@ class Corpus:
         """The entries of a piece of file number, as in Unit; split: of the piece before it."""
         if not self.separated:
             in_train = max(0, self.cut - piece.start)
-            return [("train", (piece.text[:in_train],), False), ("val", (piece.text[in_train:],), piece.last)]
+            first, start = ("train", (piece.text[:in_train],), False), piece.start == 0
+            return [(*first, start), ("val", (piece.text[in_train:],), piece.last, in_train == 0 and start)]
         if piece.start == 0:
             split = "val" if draw(piece.text) <= self.val_up_to else "train"
-        return [(split, (piece.text,), piece.last)]
+        return [(split, (piece.text,), piece.last, piece.start == 0)]
 
     def why_short(self, splits: dict[str, dict[str, int]]) -> str:
         """Why a split may have too few tokens, and the way out."""
@@ -185,7 +186,7 @@ def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
     with progress_bar(sum(corpus.sizes), "training the tokenizer") as bar:
         for unit in units(corpus, Progress()):
             bar.update(unit.read - bar.n)
-            for split, texts, _ in unit.entries:
+            for split, texts, *_ in unit.entries:
                 if everything or (split == "train" and draw(texts[0], "vocabulary") < fraction):
                     any_text = True
                     yield from texts
@@ -214,8 +215,10 @@ def encode_documents(tokenizer: Tokenizer, entries: list[tuple]) -> dict[str, tu
     encoded = {}
     for split in Corpus.splits:
         ids, counted = [np.empty(0, np.int64)], dict.fromkeys(Corpus.counts, 0)
-        for _, (text,), ends in (entry for entry in entries if entry[0] == split):
-            ids.append(tokenizer.encode(text))
+        for _, (text,), ends, starts in (entry for entry in entries if entry[0] == split):
+            if starts and tokenizer.bos is not None:
+                ids.append(np.array([tokenizer.bos]))
+            ids.append(tokenizer.encode(text) if starts else tokenizer.encode_rest(text))
             if ends and tokenizer.eot is not None:
                 ids.append(np.array([tokenizer.eot]))
             counted["documents"] += ends

@@ -336,9 +336,14 @@ def pieces(parts: Iterable[tuple[str, int]]) -> Iterator[Piece]:
 def cut_position(text: str) -> int:
     """The last position in the first PIECE characters where a cut changes no token: before a space and a word.
 
-    All tokenizers here start a token at a single space or line break before a word, so the tokens of the pieces are
-    the tokens of the document. Where there is no such position the cut is at PIECE, which changes tokens but no text.
+    All tokenizers start a token at a single space before a word, and those that are trained here at a line break, too,
+    so the tokens of the pieces are the tokens of the document. Where there is no such position the cut is at PIECE,
+    which changes tokens but no text.
     """
+    end = PIECE
+    while (end := text.rfind(" ", PIECE // 2, end)) > 0:
+        if text[end + 1].isalnum() and not text[end - 1].isspace():
+            return end
     end = PIECE
     while (end := max(text.rfind(" ", 1, end), text.rfind("\n", 1, end))) > 0:
         if text[end + 1].isalnum():

@@ -1,4 +1,4 @@
-"""Text -> token ids -> text: characters, bytes, sentencepiece or byte-pair encoding, all with the same methods.
+"""Text -> token ids -> text: characters, bytes, sentencepiece, byte-pair encoding, or as a model from elsewhere has it.
 
 A token stands for some bytes of UTF-8 (its piece), and a text is the pieces of its tokens one after another. Where a
 data set has several documents, the token `eot` ends each; no ordinary text encodes to it.
@@ -10,7 +10,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import chain
 from typing import ClassVar, Self
@@ -25,6 +25,8 @@ END_OF_TEXT = "<|endoftext|>"
 # punctuation, spaces. Source: Radford et al. 2019.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 MAX_PIECES_BYTES = 1 << 24  # of a byte-pair vocabulary, unpacked; a vocabulary of 200,000 tokens takes 3 MB
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }: a later entry of a protobuf counts
+MAX_CONTENT_BYTES = 1 << 26  # of a tokenizer.json; Llama 3's takes 9 MB, Gemma's 33 MB
 
 
 class VocabularyTooLarge(UserError):
@@ -48,14 +50,19 @@ class Tokenizer:
     schema: ClassVar = {"separated?": bool}  # of state(), its name aside
     pieces: list[bytes]  # what each token stands for
     eot: int | None  # the token that ends a document, None where the data is one
+    bos: int | None = None  # the token that every text starts with, of models that were trained so
 
     @property
     def vocab_size(self) -> int:
         return len(self.pieces)
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids, int64 (length,). Raises UserError for text that it has no tokens for."""
+        """Token ids, int64 (length,), without bos. Raises UserError for text that it has no tokens for."""
         raise NotImplementedError
+
+    def encode_rest(self, text: str) -> np.ndarray:
+        """As encode(), of a text that continues one: where a space belongs before a text, it gets none."""
+        return self.encode(text)
 
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
@@ -72,13 +79,13 @@ class Tokenizer:
         return codecs.iterdecode((self.pieces[i] for i in ids), "utf-8", errors="replace")
 
     def start(self) -> np.ndarray:
-        """The prompt where none is given, (1,): the end of the text before, a line break, or else the first token."""
+        """The prompt where none is given, (1,): bos, the end of the text before, a line break, or else token 0."""
         line_break = self.pieces.index(b"\n") if b"\n" in self.pieces else 0
-        return np.array([line_break if self.eot is None else self.eot])
+        return np.array([next((i for i in (self.bos, self.eot) if i is not None), line_break)])
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, (vocab_size,); 0 for eot, which is not text."""
-        return np.array([0 if i == self.eot else len(piece) for i, piece in enumerate(self.pieces)])
+        """UTF-8 bytes that each token stands for, (vocab_size,); 0 for eot and bos, which are not text."""
+        return np.array([0 if i in (self.eot, self.bos) else len(piece) for i, piece in enumerate(self.pieces)])
 
     def state(self) -> dict:
         return {"tokenizer": self.name, "separated": self.eot is not None}
@@ -278,10 +285,7 @@ class BytePairTokenizer(Tokenizer):
         ids = json.loads(bpe.to_str())["model"]["vocab"]
         if len(ids) + 1 < vocab_size:
             raise VocabularyTooLarge(vocab_size, len(ids) + 1, "byte-pair encoding")
-        # tokenizers writes a byte as the character of that number where it prints, the others as U+0100 and up in order
-        byte_of = {char: ord(char) for char in alphabet if ord(char) < 256}
-        other_bytes = sorted(set(range(256)) - set(byte_of.values()))
-        byte_of |= zip(sorted(set(alphabet) - set(byte_of)), other_bytes, strict=True)
+        byte_of = printable_bytes()
         return cls([bytes(map(byte_of.get, word)) for word in sorted(ids, key=ids.get)], separated)
 
     def encode(self, text: str) -> np.ndarray:
@@ -294,11 +298,8 @@ class BytePairTokenizer(Tokenizer):
 
     @classmethod
     def from_state(cls, pieces: str, separated: bool) -> Self:
-        unpacker = zlib.decompressobj()
-        lines = unpacker.decompress(base64.b64decode(pieces, validate=True), MAX_PIECES_BYTES)
-        if not unpacker.eof:
-            raise ValueError(f"its pieces are truncated or take more than {MAX_PIECES_BYTES:,} bytes")
-        return cls([base64.b64decode(line, validate=True) for line in lines.split(b"\n")], separated)
+        lines = unpack(pieces, MAX_PIECES_BYTES).split(b"\n")
+        return cls([base64.b64decode(line, validate=True) for line in lines], separated)
 
 
 class GPT2Tokenizer(BytePairTokenizer):
@@ -316,9 +317,186 @@ class GPT2Tokenizer(BytePairTokenizer):
         return cls(sorted(ranks, key=ranks.get), separated)
 
 
+class PretrainedTokenizer(Tokenizer):
+    """What a tokenizer.json describes, run by Hugging Face's tokenizers: ids and text are those of transformers.
+
+    content: the JSON. Its special tokens are recognised in a text, unlike those of the tokenizers above. The byte-level
+    decoder and those of sentencepiece are supported, by which the text of each token does not depend on others.
+    """
+
+    name = "tokenizer.json"
+    schema: ClassVar = {"content": str, "eot": (int, None), "bos": (int, None)}
+
+    def __init__(self, content: str, eot: int | None, bos: int | None):
+        self._content, self.eot, self.bos = content, eot, bos
+        self._engine = load_engine(content)
+        ids = self._engine.get_vocab(with_added_tokens=True)
+        described = json.loads(content)
+        self.pieces = [b""] * (1 + max(ids.values(), default=-1))
+        if not ids or len(self.pieces) > 2 * len(ids) + 1000 or not {eot, bos} <= {None, *ids.values()}:
+            raise ValueError("its ids have gaps, or the end-of-text token is none of them")
+        as_bytes = piece_decoder(described.get("decoder"))
+        for token, i in ids.items():
+            self.pieces[i] = as_bytes(token)
+        without_prefix = drop_prefix(described)
+        self._rest = self._engine if without_prefix is None else load_engine(json.dumps(without_prefix))
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+        texts = [utf8(text).decode() for text in texts]
+        encoded = self._engine.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(found.ids, dtype=np.int64) for found in encoded]
+
+    def encode_rest(self, text: str) -> np.ndarray:
+        utf8(text)
+        return np.array(self._rest.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._engine.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def state(self) -> dict:
+        packed = base64.b64encode(zlib.compress(self._content.encode(), 9)).decode()
+        return {"tokenizer": self.name, "content": packed, "eot": self.eot, "bos": self.bos}
+
+    @classmethod
+    def from_state(cls, content: str, eot: int | None, bos: int | None) -> Self:
+        return cls(unpack(content).decode(), eot, bos)
+
+
+def load_engine(content: str):
+    """The tokenizers.Tokenizer of a tokenizer.json, without truncation and padding. Raises ValueError."""
+    import tokenizers
+
+    try:
+        engine = tokenizers.Tokenizer.from_str(content)
+        engine.no_truncation()
+        engine.no_padding()
+        return engine
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # it has one class for all mistakes, and one beside Exception where it gives up
+        raise ValueError(f"tokenizers cannot read it: {error}") from error
+
+
+def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
+    """The function from a token to the bytes it stands for. Raises ValueError where a decoder needs more than that."""
+    steps = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else []
+    kinds = [step.get("type") for step in steps if isinstance(step, dict)]
+    if kinds == ["ByteLevel"]:
+        byte_of = printable_bytes()
+        return lambda token: bytes(map(byte_of.get, token)) if byte_of.keys() >= set(token) else token.encode()
+    if not kinds or not set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+        found = ", ".join(map(str, kinds)) or "none"
+        raise ValueError(f"its decoder is {found}; ByteLevel and those of sentencepiece are supported")
+    return lambda token: sentencepiece_bytes(token, "ByteFallback" in kinds)
+
+
+def sentencepiece_bytes(piece: str, byte_fallback: bool) -> bytes:
+    if byte_fallback and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("▁", " ").encode()
+
+
+def printable_bytes() -> dict[str, int]:
+    """GPT-2's signs for bytes: those that print stand for themselves, the others are U+0100 and up in their order."""
+    hidden = [byte for byte in range(256) if not chr(byte).isprintable() or chr(byte) == " "]
+    return {chr(byte): byte for byte in range(256) if byte not in hidden} | {
+        chr(256 + i): byte for i, byte in enumerate(hidden)
+    }
+
+
+def drop_prefix(described: dict) -> dict | None:
+    """The same tokenizer.json without the space before a text; None where there is none."""
+    changed = json.loads(json.dumps({key: described.get(key) for key in ("normalizer", "pre_tokenizer")}))
+    found = False
+    for part in changed.values():
+        steps = part.get("normalizers") or part.get("pretokenizers") or [part] if isinstance(part, dict) else []
+        for step in steps:
+            kind = step.get("type")
+            if kind == "Prepend":
+                step |= {"type": "Replace", "pattern": {"String": "▁"}, "content": "▁"}
+                step.pop("prepend")
+            elif kind == "ByteLevel" and step.get("add_prefix_space"):
+                step["add_prefix_space"] = False
+            elif kind == "Metaspace" and step.get("prepend_scheme", "always") != "never":
+                step |= {"prepend_scheme": "never"}
+                step.pop("add_prefix_space", None)
+            else:
+                continue
+            found = True
+    return described | changed if found else None
+
+
+class PretrainedSentencePiece(Tokenizer):
+    """A tokenizer.model of sentencepiece, as another project trained it, run by sentencepiece.
+
+    special: {token: id} of those that are recognised in a text: a text between two of them is encoded by itself.
+    space: before which of these texts a space is put, where the model puts one: every one, as sentencepiece does;
+    "unless": every one that does not start with a space; "first": the first alone, unless it does. The last two are
+    the class LlamaTokenizer of transformers, before and since its legacy=False.
+    """
+
+    name = "tokenizer.model"
+    schema: ClassVar = {"proto": str, "special": {str: int}, "space": {"every", "unless", "first"}}
+    schema |= {"eot": (int, None), "bos": (int, None)}
+
+    def __init__(self, proto: bytes, special: dict[str, int], space: str, eot: int | None, bos: int | None):
+        from sentencepiece import SentencePieceProcessor
+
+        self._proto, self._special, self._space, self.eot, self.bos = proto, special, space, eot, bos
+        self._model = SentencePieceProcessor(model_proto=proto)
+        self._rest = SentencePieceProcessor(model_proto=proto + NO_DUMMY_PREFIX)
+        self._has_prefix = self._model.normalize("a") != self._rest.normalize("a")
+        size = self._model.vocab_size()
+        self.pieces = [sentencepiece_bytes(self._model.id_to_piece(i), self._model.is_byte(i)) for i in range(size)]
+        added = sorted((i, token) for token, i in special.items() if i >= size)
+        self.pieces += [token.encode() for _, token in added]
+        ids = range(len(self.pieces))
+        if [i for i, _ in added] != list(ids)[size:] or any(i not in ids for i in special.values()):
+            raise ValueError("the ids of its special tokens are not in its vocabulary, nor do they continue it")
+        if not {eot, bos} <= {None, *ids}:
+            raise ValueError("its end-of-text token is not in its vocabulary")
+        longest_first = sorted(special, key=len, reverse=True)
+        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if special else None
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_parts(text, self._model)
+
+    def encode_rest(self, text: str) -> np.ndarray:
+        return self.encode_parts(text, self._rest)
+
+    def encode_parts(self, text: str, model) -> np.ndarray:
+        """model: the SentencePieceProcessor of the first part."""
+        utf8(text)
+        ids = []
+        for number, part in enumerate(self._split.split(text) if self._split else [text]):
+            if number % 2:
+                ids.append(self._special[part])
+            elif part:
+                bare = self._space != "every" and part.startswith((" ", "▁"))
+                bare |= self._space == "first" and number > 0
+                ids += (self._rest if bare else model if number == 0 else self._model).encode(part)
+        return np.array(ids, dtype=np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text = super().decode(ids)
+        return text.removeprefix(" ") if self._has_prefix else text
+
+    def state(self) -> dict:
+        state = {"tokenizer": self.name, "proto": base64.b64encode(self._proto).decode(), "special": self._special}
+        return state | {"space": self._space, "eot": self.eot, "bos": self.bos}
+
+    @classmethod
+    def from_state(cls, proto: str, **entries) -> Self:
+        return cls(base64.b64decode(proto, validate=True), **entries)
+
+
 TOKENIZERS = {
     kind.name: kind for kind in (CharTokenizer, ByteTokenizer, SentencePieceTokenizer, GPT2Tokenizer, BytePairTokenizer)
 }
+PRETRAINED = {kind.name: kind for kind in (PretrainedTokenizer, PretrainedSentencePiece)}  # see tokenizer_files.py
 
 
 def from_state(state: object) -> Tokenizer:
@@ -326,13 +504,23 @@ def from_state(state: object) -> Tokenizer:
     name = state.get("tokenizer") if isinstance(state, dict) else None
     if not isinstance(name, str):
         raise UserError("the description of the tokenizer is damaged: it does not say which tokenizer")
-    if name not in TOKENIZERS:
-        raise UserError(f"tokenizer {name!r} is not one of: {', '.join(TOKENIZERS)}")
+    kinds = TOKENIZERS | PRETRAINED
+    if name not in kinds:
+        raise UserError(f"tokenizer {name!r} is not one of: {', '.join(kinds)}")
     try:
-        check_schema(state, TOKENIZERS[name].schema)
-        return TOKENIZERS[name].from_state(**{key: value for key, value in state.items() if key != "tokenizer"})
+        check_schema(state, kinds[name].schema)
+        return kinds[name].from_state(**{key: value for key, value in state.items() if key != "tokenizer"})
     except (TypeError, ValueError, RuntimeError, zlib.error) as error:  # RuntimeError: sentencepiece's
         raise UserError(f"the description of the tokenizer {name} is damaged: {error!r}") from error
+
+
+def unpack(packed: str, most: int = MAX_CONTENT_BYTES) -> bytes:
+    """What was packed by zlib and base64, which may be small and stand for a lot. Raises ValueError or zlib.error."""
+    unpacker = zlib.decompressobj()
+    content = unpacker.decompress(base64.b64decode(packed, validate=True), most)
+    if not unpacker.eof:
+        raise ValueError(f"it is truncated or would take more than {most:,} bytes")
+    return content
 
 
 def code_points(text: str) -> np.ndarray:

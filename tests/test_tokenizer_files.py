@@ -1,0 +1,303 @@
+"""Tokenizers of Hugging Face's folders: ids and text are those of transformers' AutoTokenizer, both ways."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from conftest import make_text
+from properties import given, settings, st
+
+import prepare_data
+from humptygpt import tokenizer
+from humptygpt.configurator import UserError
+from humptygpt.corpus import encode_documents
+from humptygpt.token_files import TokenFiles, read_meta
+from humptygpt.tokenizer_files import read_tokenizer
+
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-dev.txt")
+tokenizers = pytest.importorskip("tokenizers")
+
+TEXT = "Füße, 東京!\n🙂 and   plain words\nHello the dog " + make_text(5000)
+SIGNS = ["▁", " ", "  ", "\n", "\r\n", "\t", "\0", "<unk>", "<s>", "</s>", "<|endoftext|>", "<|x|>", "\ufeff", "é", "ﬁ"]
+SIGNS += ["e\u0301", "　", "Hello", " the", " dog", "12345", "can't", ".\n"]
+anything = st.lists(st.sampled_from(SIGNS) | st.text(max_size=20)).map("".join)
+
+
+def write(folder: Path, **files: dict) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def trained_bpe(split: str | None = None):
+    """A tokenizers.Tokenizer; split: a pattern as Llama 3 has, instead of GPT-2's."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+    engine = tokenizers.Tokenizer(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split:
+        by_pattern = pre_tokenizers.Split(Regex(split), "isolated")
+        as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        engine.pre_tokenizer = pre_tokenizers.Sequence([by_pattern, as_bytes])
+    engine.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>"] if split is None else []
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    engine.train_from_iterator([TEXT], trainer)
+    return engine
+
+
+def merges_folder(folder: Path) -> Path:
+    """vocab.json and merges.txt, as GPT-2's first checkpoints had."""
+    write(folder, config={"model_type": "gpt2"})
+    trained_bpe().model.save(str(folder))
+    return folder
+
+
+def gpt2_json_folder(folder: Path) -> Path:
+    transformers.AutoTokenizer.from_pretrained(merges_folder(folder)).save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+LLAMA3 += r"|\s+(?!\S)|\s+"
+
+
+def llama3_folder(folder: Path) -> Path:
+    from tokenizers import AddedToken, processors
+
+    engine = trained_bpe(LLAMA3)
+    engine.add_special_tokens([AddedToken(token, special=True) for token in ("<s>", "</s>")])
+    template = {"single": "<s> $A", "pair": "<s> $A <s> $B", "special_tokens": [("<s>", engine.token_to_id("<s>"))]}
+    engine.post_processor = processors.TemplateProcessing(**template)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    engine.save(str(write(folder, config={"model_type": "llama"}, tokenizer_config=config) / "tokenizer.json"))
+    return folder
+
+
+def sentencepiece_folder(folder: Path, model_type: str = "bpe", **config) -> Path:
+    """As Llama's own tokenizer.model was trained."""
+    write(folder, config={"model_type": "llama"}, **({"tokenizer_config": config} if config else {}))
+    options = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    options |= {"vocab_size": 420, "model_type": model_type, "minloglevel": 2, "hard_vocab_limit": False}
+    with (folder / "tokenizer.model").open("wb") as file:
+        lines = iter(TEXT.split("\n"))
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=file, **options)
+    return folder
+
+
+def llama2_json_folder(folder: Path) -> Path:
+    sentencepiece_folder(folder, tokenizer_class="LlamaTokenizer")
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    (folder / "tokenizer.model").unlink()
+    return folder
+
+
+KINDS = {
+    "vocab.json": merges_folder,
+    "GPT-2's tokenizer.json": gpt2_json_folder,
+    "Llama 3's tokenizer.json": llama3_folder,
+    "sentencepiece, BPE": sentencepiece_folder,
+    "sentencepiece, unigram": lambda folder: sentencepiece_folder(folder, "unigram"),
+    "LlamaTokenizer": lambda folder: sentencepiece_folder(folder, tokenizer_class="LlamaTokenizer", add_bos_token=True),
+    "Llama 2's tokenizer.json": llama2_json_folder,
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """{kind: (its folder, transformers' tokenizer, ours after a round trip through its state)}, made when asked for."""
+    pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with it")
+    found = {}
+
+    def make(kind: str):
+        if kind not in found:
+            folder = KINDS[kind](tmp_path_factory.mktemp("tokenizer"))
+            ours = tokenizer.from_state(json.loads(json.dumps(read_tokenizer(folder).state())))
+            found[kind] = folder, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True), ours
+        return found[kind]
+
+    return make
+
+
+def assert_equal(theirs, ours, text: str) -> None:
+    ids = ours.encode(text).tolist()
+    assert ids == theirs(text, add_special_tokens=False).input_ids
+    assert theirs(text).input_ids == ([] if ours.bos is None else [ours.bos]) + ids
+    assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_and_text_are_those_of_transformers(kind, made):
+    _, theirs, ours = made(kind)
+
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @given(text=anything)
+    def compare(text):
+        assert_equal(theirs, ours, text)
+
+    compare()
+    for text in (TEXT, *SIGNS):
+        assert_equal(theirs, ours, text)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [*KINDS, "GPT-2"])
+def test_ids_and_text_are_those_of_transformers_on_a_thousand_texts(kind, made, tmp_path_factory):
+    if kind == "GPT-2":
+        KINDS[kind] = gpt2_folder
+    _, theirs, ours = made(kind)
+
+    @settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+    @given(text=anything)
+    def compare(text):
+        assert_equal(theirs, ours, text)
+
+    compare()
+    if kind == "GPT-2":
+        assert ours.pieces == tokenizer.GPT2Tokenizer.train(separated=True).pieces
+
+
+def gpt2_folder(folder: Path) -> Path:
+    """GPT-2's own vocabulary as vocab.json and merges.txt: each token but the bytes is a merge of two before it."""
+    from humptygpt.download import gpt2_ranks
+
+    ranks, sign_of = gpt2_ranks(), {byte: sign for sign, byte in tokenizer.printable_bytes().items()}
+    spelled = {piece: "".join(map(sign_of.get, piece)) for piece in ranks}
+    lines = ["#version: 0.2"]
+    for piece, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(piece) > 1:
+            parts = [bytes([byte]) for byte in piece]
+            while len(parts) > 2:  # merged as a text is, by the merges before this one
+                pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+                at = min(range(len(pairs)), key=pairs.__getitem__)
+                parts[at : at + 2] = [parts[at] + parts[at + 1]]
+            lines.append(" ".join(spelled[part] for part in parts))
+    write(folder, config={"model_type": "gpt2"}, vocab={spelled[piece]: i for piece, i in ranks.items()})
+    vocab = json.loads((folder / "vocab.json").read_text()) | {"<|endoftext|>": 50256}
+    write(folder, vocab=vocab)
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_joined_are_the_text_and_continue_a_prompt_with_its_spaces(kind, made):
+    _, _, ours = made(kind)
+    ids = ours.encode(TEXT)
+    text = "".join(ours.decode_stream(ids))
+    assert text.removeprefix(" ") == TEXT or kind == "sentencepiece, unigram"
+    rest = ours.encode_rest(" the dog")
+    assert "".join(ours.decode_stream(rest)) == " the dog"
+    assert ours.token_bytes()[ids].sum() == len(text.encode())
+    assert ids.dtype == np.int64 and ours.decode_batch([ids]) == [ours.decode(ids)]
+
+
+def test_the_ends_of_texts_are_the_models_own(made):
+    names = {kind: (made(kind)[2], made(kind)[1]) for kind in KINDS}
+    for kind, (ours, theirs) in names.items():
+        assert ours.eot == theirs.eos_token_id, kind
+    assert [kind for kind, (ours, _) in names.items() if ours.bos is not None] == [
+        "Llama 3's tokenizer.json",
+        "LlamaTokenizer",
+    ]
+    assert names["LlamaTokenizer"][0].start().tolist() == [1]
+
+
+@pytest.mark.parametrize("kind", ["vocab.json", "Llama 3's tokenizer.json", "LlamaTokenizer"])
+def test_a_document_in_pieces_has_the_tokens_of_the_whole(kind, made):
+    _, theirs, ours = made(kind)
+    first, second = "Hello the dog.", " and plain words\n12"
+    entries = [("train", (first,), False, True), ("train", (second,), True, False)]
+    ids, _ = encode_documents(ours, entries)["train"]
+    assert ids.tolist() == [*theirs(first + second).input_ids, ours.eot]
+
+
+@pytest.mark.parametrize("kind", ["vocab.json", "LlamaTokenizer"])
+def test_data_is_prepared_with_the_tokenizer_of_a_folder_and_keeps_it(kind, made, folder):
+    path, theirs, _ = made(kind)
+    for name, text in (("a", "Hello the dog. " * 30), ("b", "plain words " * 40)):
+        Path("texts").mkdir(exist_ok=True)
+        Path("texts", f"{name}.txt").write_text(text)
+    shutil.copytree(path, "theirs")
+    command = ["--input=texts", "--name=mine", "--tokenizer=theirs"]
+    prepare_data.main(command)
+    meta = read_meta(Path("data/mine"))
+    shutil.rmtree("theirs")
+    assert tokenizer.from_state(meta["tokenizer"]).vocab_size == len(theirs)
+    found = {split: TokenFiles(Path("data/mine"), split, meta).read(np.array([0]), 20)[0] for split in ("train", "val")}
+    starts = [theirs("Hello the dog. " * 30).input_ids[:20], theirs("plain words " * 40).input_ids[:20]]
+    assert sorted(ids.tolist() for ids in found.values()) == sorted(starts)
+
+
+def test_data_follows_a_change_of_the_tokenizer_files(made, folder, capsys):
+    shutil.copytree(made("vocab.json")[0], "theirs")
+    Path("mine.txt").write_text("Hello the dog. " * 30)
+    command = ["--input=mine.txt", "--name=mine", "--tokenizer=theirs"]
+    prepare_data.main(command)
+    prepare_data.main(command)
+    assert "it stays as it is" in capsys.readouterr().err
+    write(Path("theirs"), tokenizer_config={"add_prefix_space": True})
+    prepare_data.main(command)
+    assert "stays as it is" not in capsys.readouterr().err
+
+
+def refusals() -> dict:
+    decoder = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    return {
+        "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "there is neither tokenizer.json nor tokenizer.mo"),
+        "no JSON": (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizers cannot read it"),
+        "no model": (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizers cannot read it"),
+        "another decoder": (lambda d: change(d / "tokenizer.json", decoder=decoder), "its decoder is WordPiece; Byte"),
+        "no decoder": (lambda d: change(d / "tokenizer.json", decoder=None), "its decoder is none"),
+        "a wrong setting": (lambda d: write(d, tokenizer_config={"eos_token": 3}), "tokenizer_config.json: eos_token"),
+        "a wrong id": (
+            lambda d: write(d, tokenizer_config={"added_tokens_decoder": {"7": {"content": "</s>", "special": True}}}),
+            "says that '</s>' has the id 7, but it has another",
+        ),
+    }
+
+
+def change(path: Path, **entries) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+@pytest.mark.parametrize("name", refusals())
+def test_what_is_no_tokenizer_is_refused_in_one_line(name, made, folder):
+    path = shutil.copytree(made("Llama 3's tokenizer.json")[0], "theirs")
+    damage, complaint = refusals()[name]
+    damage(Path(path))
+    with pytest.raises(UserError, match=complaint) as error:
+        read_tokenizer(Path("theirs"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["vocab.json", "sentencepiece, BPE"])
+def test_a_damaged_state_is_refused(kind, made):
+    state = made(kind)[2].state()
+    for key in state.keys() - {"tokenizer"}:
+        for wrong in ("", "AAAA", 10**6, {"a": 10**6}, ["x"]):
+            with pytest.raises(UserError, match=r"the description of the tokenizer .* is damaged"):
+                tokenizer.from_state(state | {key: wrong})
+
+
+def test_a_tokenizer_that_is_neither_a_kind_nor_a_path_is_refused(fails, folder):
+    Path("mine.txt").write_text("some text " * 30)
+    said = fails(prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=chars")
+    assert said == (
+        "tokenizer=chars is not one of: char, byte, sentencepiece, gpt2, bpe, nor a folder or file with a tokenizer;"
+        " did you mean char?\n"
+    )
+    said = fails(prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=.")
+    assert said.startswith("cannot read the tokenizer in .: there is neither tokenizer.json")
+    assert "vocab_size=300 has no effect" in fails(
+        prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=.", "--vocab_size=300"
+    )
