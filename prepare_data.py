@@ -48,7 +48,7 @@ from humptygpt.locks import Lock
 from humptygpt.pairs import Pairs, is_tsv
 from humptygpt.token_files import COMMAND, META_FORMAT, TokenWriter, checksums, is_whole, read_meta, token_dtype
 from humptygpt.tokenizer import TOKENIZERS, SentencePieceTokenizer, Tokenizer, VocabularyTooLarge, from_state
-from humptygpt.tokenizer_files import read_tokenizer
+from humptygpt.tokenizer_files import is_tokenizer, read_tokenizer
 
 SAVE_UNITS = 128  # units between two saves of the progress
 SMALL = 8_000_000  # bytes of files below which starting worker processes takes longer than it saves
@@ -330,13 +330,27 @@ def make_tokenizer(corpus: Corpus | Pairs, fit: bool) -> Tokenizer:
 
 
 def pretrained_tokenizer(path: str, corpus: Corpus | Pairs) -> Tokenizer:
-    """Of a model's folder. Raises UserError."""
-    tokenizer = read_tokenizer(Path(path))
+    """Of a model's folder, of a run or of nanoGPT's ckpt.pt. Raises UserError."""
+    if is_tokenizer(Path(path)):
+        tokenizer = read_tokenizer(Path(path))
+    else:
+        from humptygpt.base_models import load_tokenizer  # here, since it loads torch
+
+        tokenizer = separate(load_tokenizer(Path(path)), corpus.separated)
     if tokenizer.eot is None and corpus.task == Pairs.task:
         raise UserError(
             f"tokenizer={path} has no end-of-text token, which sentence pairs need; take another --tokenizer"
         )
     return tokenizer
+
+
+def separate(tokenizer: Tokenizer, separated: bool) -> Tokenizer:
+    """The same with an end-of-text token, if documents need one and the model it is for has one."""
+    state = tokenizer.state()
+    if not separated or tokenizer.eot is not None or "separated" not in state:
+        return tokenizer
+    separate = from_state(state | {"separated": True})
+    return separate if separate.vocab_size == tokenizer.vocab_size else tokenizer
 
 
 def encode(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, parts: Path) -> None:

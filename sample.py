@@ -8,6 +8,7 @@
     python sample.py --out_dir=out/shakespeare_char --interactive=True
     python sample.py --out_dir=out/shakespeare_char --logprobs=5     each token's probability, and the likeliest five
     python sample.py --out_dir=out/shakespeare_char --score=text.txt     how well the model predicts a text
+    python sample.py --init_from=FOLDER --start="..."     a model in Hugging Face's format, or nanoGPT's ckpt.pt
     python sample.py --out_dir=out/translate_de_en --start="Wo wohnst du?"
     python sample.py --out_dir=out/translate_de_en --start=FILE:german.txt > english.txt     line by line
 
@@ -31,6 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 from humptygpt import checkpoint, configurator
+from humptygpt.base_models import load_base
 from humptygpt.beams import NUM_BEAMS, translate
 from humptygpt.configurator import UserError, check, check_path, nearest_path, setting, without_effect
 from humptygpt.device import DTYPES, autocast, pick_device, sample_dtype
@@ -50,7 +52,7 @@ TRANSLATION = {"only_with": {"task": "translation"}}
 @dataclass(frozen=True)
 class SampleConfig:
     init_from: str = setting(
-        "resume", "resume: from a checkpoint in out_dir; GPT-2's weights cannot be read yet", "what"
+        "resume", "resume: from a checkpoint in out_dir; or a run, a checkpoint, a model's folder", "what"
     )
     out_dir: str = setting("out", "folder of the run to sample from, or a checkpoint in it", path=True)
     checkpoint: str = setting("best", "best: best.pt, the lowest loss; latest: ckpt.pt", choices=("best", "latest"))
@@ -107,10 +109,6 @@ class SampleConfig:
 
     def __post_init__(self):
         check(self)
-        if self.init_from.startswith("gpt2"):
-            raise ValueError(f"init_from={self.init_from}: GPT-2's weights cannot be read yet; leave it at resume")
-        if self.init_from != "resume":
-            raise ValueError(f"init_from={self.init_from} is not one of: resume")
         if "" in self.stop:
             raise ValueError("stop= is empty: every text would end at once; give at least one character")
         modes = ("start", "prompts", "score"), ("interactive", "prompts", "score"), ("interactive", "logprobs", "score")
@@ -144,7 +142,13 @@ class Loaded:
 def main(argv: list[str]) -> None:
     given = configurator.read(argv, SampleConfig)
     config = configurator.make(SampleConfig, given)
-    loaded = load(config.out_dir, config.checkpoint, device=config.device, dtype=config.dtype, quantize=config.quantize)
+    options = {"device": config.device, "dtype": config.dtype, "quantize": config.quantize}
+    if config.init_from == "resume":
+        loaded = load(config.out_dir, config.checkpoint, **options)
+    else:
+        loaded = load(config.init_from, config.checkpoint, foreign=True, **options)
+        if "out_dir" in given:
+            print(f"note: out_dir={config.out_dir} has no effect with init_from={config.init_from}", file=sys.stderr)
     for key, why in without_effect(asdict(config) | {"task": loaded.task}, SampleConfig).items():
         if key in given:
             print(f"note: {key}={given[key]} has no effect {why}", file=sys.stderr)
@@ -162,30 +166,47 @@ def main(argv: list[str]) -> None:
 
 
 def load(
-    out_dir: str, which: str = "best", *, device: str = "auto", dtype: str = "auto", quantize: str | None = None
+    out_dir: str,
+    which: str = "best",
+    *,
+    foreign: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
 ) -> Loaded:
-    """The model of a run; the keys are those of SampleConfig. Raises UserError."""
+    """The model of a run; the keys are those of SampleConfig. foreign: of what init_from names. Raises UserError."""
     torch_device = pick_device(device)
     torch_dtype = sample_dtype(dtype, torch_device)
     if quantize and torch_device.type != "cpu":
         raise UserError(f"quantize={quantize} is for CPUs, and the device is {torch_device}; use --dtype=bfloat16")
+    on_cpu = torch_device.type == "cpu"  # there the weights are converted; a GPU has autocast
+    mapped = on_cpu and sys.platform == "linux" and not foreign  # Windows would not let a run replace the file
+    if foreign:
+        base = load_base(out_dir, which)
+        model, tokenizer, task = checkpoint.restore_model(base.weights, base.config).eval(), base.tokenizer, base.task
+        print(base.description, file=sys.stderr)
+        del base
+    else:
+        model, tokenizer, task = load_run(out_dir, which, mapped)
+    model = prepare_for_generation(
+        model.to(torch_device), torch_dtype if on_cpu else torch.float32, quantize == "int8", mapped
+    )
+    context = autocast(torch_device, torch.float32 if on_cpu else torch_dtype)
+    return Loaded(model, tokenizer, task, torch_device, context)
+
+
+def load_run(out_dir: str, which: str, mapped: bool) -> tuple[nn.Module, Tokenizer, str]:
+    """(model, tokenizer, task); mapped: as in checkpoint.load."""
     path = Path(out_dir)
     if not os.path.isfile(path):  # a checkpoint itself may be named, too
         path = path / {"best": "best.pt", "latest": "ckpt.pt"}[which]
     if which == "best" and not os.path.exists(path) and os.path.exists(path.with_name("ckpt.pt")):
         path = path.with_name("ckpt.pt")
         print(f"note: no evaluation has found a best model yet; taking {path}", file=sys.stderr)
-    on_cpu = torch_device.type == "cpu"  # there the weights are converted; a GPU has autocast
-    mapped = on_cpu and sys.platform == "linux"  # Windows would not let a run replace the file meanwhile
     model, tokenizer, saved = checkpoint.load_model(path, mapped)
     progress = saved["progress"]
     print(f"{path}: iter {progress['iter']}, best val loss {progress['best_val_loss']:.4f}", file=sys.stderr)
-    del saved["model"]
-    model = prepare_for_generation(
-        model.to(torch_device), torch_dtype if on_cpu else torch.float32, quantize == "int8", mapped
-    )
-    context = autocast(torch_device, torch.float32 if on_cpu else torch_dtype)
-    return Loaded(model, tokenizer, saved["task"], torch_device, context)
+    return model, tokenizer, saved["task"]
 
 
 # --------------------------------------------------------------------------------------
@@ -345,7 +366,7 @@ def encode_prompt(text: str, tokenizer: Tokenizer) -> tuple[str, np.ndarray]:
     """(the prompt as it is shown, its token ids). Raises UserError where it is empty or has unknown characters."""
     if not text:
         raise UserError("an empty prompt; give at least one character, or leave --start out")
-    ids = np.array([], dtype=np.int64)
+    ids = np.array([] if tokenizer.bos is None else [tokenizer.bos], dtype=np.int64)
     if tokenizer.eot is not None and text.startswith(END_OF_TEXT):  # as nanoGPT's users write it
         ids, text = tokenizer.start(), text.removeprefix(END_OF_TEXT)
     return text, np.concatenate([ids, tokenizer.encode(text)]) if text else ids
@@ -390,7 +411,7 @@ def print_score(config: SampleConfig, loaded: Loaded) -> None:
     """Of the text in a file, from its second token on, or from its first where end-of-text can come before it."""
     tokenizer, block_size = loaded.tokenizer, loaded.model.config.block_size
     ids = tokenizer.encode(read_text(config.score))
-    if tokenizer.eot is not None:
+    if tokenizer.eot is not None or tokenizer.bos is not None:
         ids = np.concatenate([tokenizer.start(), ids])
     if len(ids) < 2:
         raise UserError(f"{config.score} has no token to predict; give a longer text")

@@ -3,6 +3,7 @@
     python train.py config/shakespeare_char.py
     python train.py config/shakespeare_char.py --n_layer=6 --out_dir=out/deeper
     python train.py --init_from=resume --out_dir=out/deeper --max_iters=4000
+    python train.py --init_from=out/deeper --dataset=mine --out_dir=out/mine     a new run that starts from its model
 
 It leaves in out_dir: ckpt.pt (all that resuming needs), best.pt (the model with the lowest validation loss),
 metrics.jsonl, loss.png and config.json. Ctrl-C saves before it stops.
@@ -27,6 +28,7 @@ from tqdm import tqdm
 import model as models
 import prepare_data
 from humptygpt import checkpoint, configurator, evaluation
+from humptygpt.base_models import BaseModel, load_base
 from humptygpt.batches import Dataset, PairDataset, Prefetcher, TokenDataset, random_key
 from humptygpt.configurator import UserError, check, setting, without_effect
 from humptygpt.device import (
@@ -47,6 +49,8 @@ from humptygpt.token_files import COMMAND, is_command, read_meta
 from model import ModelConfig
 
 NGRAM_TEXT = 20_000_000  # tokens of training text in which n-grams are counted
+TRAINING_ONLY = ("dropout", "label_smoothing", "ngram_dropout")  # keys of ModelConfig that change no weight
+PREPARED_WITH = ("--tokenizer=", "--vocab_size=", "--model_type=")
 
 
 MUON = {"only_with": {"optimizer": ("muon", "normuon")}}
@@ -58,7 +62,9 @@ DECAY_RATE = {"at_least": 0, "below": 1}
 @dataclass(frozen=True)
 class TrainConfig:
     out_dir: str = setting("out", "folder for checkpoints, metrics and the plot", "run", path=True)
-    init_from: str = setting("scratch", "scratch: a new model; resume: continue out_dir/ckpt.pt with its settings")
+    init_from: str = setting(
+        "scratch", "scratch: a new model; resume: continue out_dir/ckpt.pt; or a run, a checkpoint, a model's folder"
+    )
     eval_only: bool = setting(False, "evaluate once, translations by BLEU too, and stop; nothing is written")
     seed: int = setting(1337, "seed of initial weights, data order and dropout", at_least=0, below=2**63)
 
@@ -103,10 +109,6 @@ class TrainConfig:
         check(self)
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}")
-        if self.init_from.startswith("gpt2"):
-            raise ValueError(f"init_from={self.init_from}: GPT-2's weights cannot be read yet; use scratch or resume")
-        if self.init_from not in ("scratch", "resume"):
-            raise ValueError(f"init_from={self.init_from} is not one of: scratch, resume")
         if not self.out_dir or not self.dataset or "\0" in self.dataset:
             raise ValueError(f"dataset={self.dataset!r} and out_dir={self.out_dir} must be names of folders")
 
@@ -236,15 +238,17 @@ def train_and_finish(run: Run) -> int:
 # Setup
 
 
-def read_settings(argv: list[str], locks: ExitStack | None = None) -> tuple[TrainConfig, ModelConfig, dict | None]:
-    """The configs, and the checkpoint to resume, if that is asked for.
+def read_settings(
+    argv: list[str], locks: ExitStack | None = None
+) -> tuple[TrainConfig, ModelConfig, dict | None, BaseModel | None]:
+    """The configs, and the checkpoint to resume or the model to start from, if that is asked for.
 
     locks: takes the lock of the out_dir, before the checkpoint is read, unless the run only evaluates.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("started as several processes, but this trainer runs in one: python train.py ...")
     settings = given = configurator.read(argv, ModelConfig, TrainConfig)
-    saved, out_dir = None, Path(given.get("out_dir", TrainConfig.out_dir))
+    saved, base, out_dir = None, None, Path(given.get("out_dir", TrainConfig.out_dir))
     if os.path.isfile(out_dir):  # probably a checkpoint in the folder that is meant
         raise UserError(f"out_dir={out_dir} is a file; write {shlex.quote(f'--out_dir={out_dir.parent}')}")
     if given.get("init_from") == "resume":
@@ -256,6 +260,9 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> tuple[Trai
         given = {key: value for key, value in given.items() if key not in from_data or value is not None}
         check_resumable(saved, given, path)
         settings = saved["train_config"] | saved["model_config"] | given | {"out_dir": str(path.parent)}
+    elif given.get("init_from", "scratch") != "scratch":
+        base = load_base(given["init_from"])
+        settings = given | base_settings(base, given)
     config, model_config = configurator.make(TrainConfig, settings), configurator.make(ModelConfig, settings)
     if locks and not saved and not config.eval_only:
         locks.enter_context(lock_out_dir(Path(config.out_dir)))
@@ -268,7 +275,40 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> tuple[Trai
     for key, why in without_effect(settings, ModelConfig, TrainConfig).items():
         if key in given:
             note(f"{key}={settings[key]} has no effect {why}")
-    return fit_warmup(config, chosen="warmup_iters" in given or saved is not None), model_config, saved
+    return fit_warmup(config, chosen="warmup_iters" in given or saved is not None), model_config, saved, base
+
+
+def base_settings(base: BaseModel, given: dict) -> dict[str, object]:
+    """The ModelConfig of a run that starts from a model: the model's own, but for what a run may choose."""
+    own, defaults = asdict(base.config), asdict(ModelConfig())
+    free = (*TRAINING_ONLY, "block_size")
+    if idle := [key for key in own if key in given and key not in free and given[key] not in (own[key], None)]:
+        listed = [", ".join(f"{key}={values[key]}" for key in idle) for values in (given, own)]
+        note(f"{listed[0]}: without effect; the model {base.path} has {listed[1]}")
+    chosen = {key: given.get(key, defaults[key]) for key in TRAINING_ONLY}
+    block_size = given.get("block_size", base.config.block_size)
+    if block_size > base.config.block_size and base.config.position == "learned":
+        why = f"the model {base.path} has learned {base.config.block_size} positions; take at most as many"
+        raise UserError(f"block_size={block_size} is too large: {why}")
+    return own | chosen | {"block_size": block_size}
+
+
+def base_model(base: BaseModel, config: TrainConfig, model_config: ModelConfig, dataset: Dataset) -> nn.Module:
+    """The model to start from, on the CPU. Raises UserError where the data has other tokens than it knows."""
+    if dataset.tokenizer.pieces != base.tokenizer.pieces:
+        kinds = dataset.tokenizer.name, base.tokenizer.name
+        command = dataset.meta.get("command", f"python prepare_data.py {shlex.quote(config.dataset)}")
+        words = [word for word in shlex.split(command) if not word.startswith(PREPARED_WITH)]
+        tokenizer = base.tokenizer.name if base.tokenizer.name == "gpt2" else base.path
+        raise UserError(
+            f"data/{config.dataset} has tokens ({kinds[0]}) that are not those of the model {base.path} ({kinds[1]});"
+            f" prepare it with the model's: {shlex.join([*words, f'--tokenizer={tokenizer}'])}"
+        )
+    cropped = {  # as nanoGPT: the first positions
+        name: x[: model_config.block_size].clone() if name.endswith("position.wpe.weight") else x
+        for name, x in base.weights.items()
+    }
+    return checkpoint.restore_model(cropped, model_config)
 
 
 def fit_warmup(config: TrainConfig, chosen: bool) -> TrainConfig:
@@ -299,8 +339,7 @@ def check_resumable(saved: dict, given: dict, path: Path) -> None:
         model_config = asdict(configurator.restore(ModelConfig, saved["model_config"]))
     except UserError as error:
         raise checkpoint.damaged(path, error) from error
-    may_change = ("dropout", "label_smoothing", "ngram_dropout")
-    fixed = {key: value for key, value in model_config.items() if key not in may_change}
+    fixed = {key: value for key, value in model_config.items() if key not in TRAINING_ONLY}
     training_keys = ("seed", "batch_size", "gradient_accumulation_steps", "optimizer", "ngram_min_count")
     fixed |= {key: train_config[key] for key in training_keys}
     for key, value in given.items():
@@ -311,8 +350,10 @@ def check_resumable(saved: dict, given: dict, path: Path) -> None:
             )
 
 
-def setup(config: TrainConfig, model_config: ModelConfig, saved: dict | None = None) -> Run:
-    """Put a run together; saved: the checkpoint that it resumes."""
+def setup(
+    config: TrainConfig, model_config: ModelConfig, saved: dict | None = None, base: BaseModel | None = None
+) -> Run:
+    """Put a run together; saved: the checkpoint that it resumes. base: the model that it starts from."""
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     keep_freed_memory()
@@ -323,9 +364,12 @@ def setup(config: TrainConfig, model_config: ModelConfig, saved: dict | None = N
     if saved and not is_data_of(saved, dataset, identity):
         other = f"data/{config.dataset} is not the data that {config.out_dir}/ckpt.pt was trained on"
         raise UserError(other + find_data_of(saved, config, model_config))
-    model = (
-        checkpoint.restore_model(saved["model"], model_config) if saved else new_model(config, model_config, dataset)
-    )
+    if saved:
+        model = checkpoint.restore_model(saved["model"], model_config)
+    elif base:
+        model = base_model(base, config, model_config, dataset)
+    else:
+        model = new_model(config, model_config, dataset)
     model.to(device)
     optimizer = make_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -462,10 +506,11 @@ def describe(run: Run) -> str:
     micro_batches = config.max_iters * config.gradient_accumulation_steps
     epochs = micro_batches / dataset.batches_per_epoch(config.batch_size)
     model_config = run.model.config
+    start = "" if config.init_from in ("scratch", "resume") else f", from {config.init_from}"
     return (
         f"data: {dataset.meta['source']}, {len(dataset.train):,} tokens to train on,"
         f" vocabulary of {model_config.vocab_size:,}\n"
-        f"model: {model_config.model}, {models.count_parameters(run.model):,} parameters\n"
+        f"model: {model_config.model}, {models.count_parameters(run.model):,} parameters{start}\n"
         f"steps: {config.max_iters:,} of {batch}, {epochs:.1f} epochs\n"
         f"evaluation: every {config.eval_interval:,} steps, on {evaluated}\n"
         f"device: {run.device}, {str(run.dtype).removeprefix('torch.')}"

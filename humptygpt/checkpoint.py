@@ -83,6 +83,11 @@ def load(path: Path, mapped: bool = False) -> dict:
     mapped: its tensors stay in the file until they are used; they can be changed, but the file does not change.
     Raises UserError for a file that is missing, damaged, of another kind, or would run code.
     """
+    return check(path, read(path, mapped))
+
+
+def read(path: Path, mapped: bool = False) -> object:
+    """What is in the file, which may be no checkpoint of ours; mapped and errors: as in load."""
     try:
         path.open("rb").close()
     except FileNotFoundError as error:
@@ -92,11 +97,17 @@ def load(path: Path, mapped: bool = False) -> dict:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     try:
-        saved = load_plain(path, mapped)
+        return load_plain(path, mapped)
     except Exception as error:  # zip, pickle and torch each have errors of their own for a file that is not theirs
         raise UserError(
             f"{path} is not a checkpoint: it is truncated, damaged or holds more than tensors and plain data"
         ) from error
+
+
+def check(path: Path, saved: object) -> dict:
+    """What was read from path, if it is a checkpoint; in the present format."""
+    if isinstance(saved, dict) and "model_args" in saved and "format" not in saved:
+        raise UserError(f"{path} is a checkpoint of nanoGPT; write {shlex.quote(f'--init_from={path}')}")
     if not isinstance(saved, dict) or saved.get("format") not in (FORMAT, FORMAT_2):
         raise UserError(f"{path} is not a checkpoint of this version; it should say format={FORMAT!r}")
     try:

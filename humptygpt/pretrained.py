@@ -55,17 +55,22 @@ def read_pretrained(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """
     try:
         family, config = read_config(folder / "config.json")
-        stored = {}
-        for name, tensor in open_weights(folder).items():
-            full = name if name.startswith((family.prefix, "lm_head.")) else family.prefix + name
-            if full in stored:
-                raise ValueError(f"there are two weights named {full}, with and without {family.prefix}")
-            if not re.fullmatch(family.no_weights, full):
-                stored[full] = tensor
-        return config, read_weights(family, config, stored)
+        return config, read_stored(family, config, open_weights(folder))
     except (ValueError, OSError, OverflowError) as error:
         reason = "".join(char if char.isprintable() else " " for char in str(error)[:500])  # it may quote a file
         raise UserError(f"cannot read the model in {folder}: {reason}") from error
+
+
+def read_stored(family: Family, config: ModelConfig, tensors: dict[str, Stored]) -> dict[str, Tensor]:
+    """Our state dict, of a file's tensors by name."""
+    stored = {}
+    for name, tensor in tensors.items():
+        full = name if name.startswith((family.prefix, "lm_head.")) else family.prefix + name
+        if full in stored:
+            raise ValueError(f"there are two weights named {full}, with and without {family.prefix}")
+        if not re.fullmatch(family.no_weights, full):
+            stored[full] = tensor
+    return read_weights(family, config, stored)
 
 
 def read_config(path: Path) -> tuple[Family, ModelConfig]:

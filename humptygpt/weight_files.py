@@ -45,12 +45,17 @@ def open_pickle(path: Path) -> dict[str, Stored]:
         tensors = load_plain(path, legacy=True)
     except Exception as error:  # zip, pickle and torch each have errors of their own for a file that is not theirs
         raise ValueError(f"{path.name} is truncated, damaged or holds more than tensors and plain data") from error
+    return store(tensors, path.name)
+
+
+def store(tensors: object, file: str) -> dict[str, Stored]:
+    """What torch.save wrote, checked; file: its name in messages."""
     if not isinstance(tensors, dict) or any(type(name) is not str for name in tensors):
-        raise ValueError(f"{path.name} holds no dictionary of tensors by name")
+        raise ValueError(f"{file} holds no dictionary of tensors by name")
     for name, x in tensors.items():
         dense = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu" and not x.is_nested
         if not dense or x.nbytes > x.untyped_storage().nbytes():  # a stride of 0 may declare any size
-            raise ValueError(f"{path.name}: {name} must be a dense tensor")
+            raise ValueError(f"{file}: {name} must be a dense tensor")
     return {name: Stored(tuple(x.shape), x.dtype, partial(tensors.pop, name)) for name, x in tensors.items()}
 
 

@@ -291,13 +291,13 @@ def test_a_damaged_state_is_refused(kind, made):
 
 def test_a_tokenizer_that_is_neither_a_kind_nor_a_path_is_refused(fails, folder):
     Path("mine.txt").write_text("some text " * 30)
-    said = fails(prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=chars")
-    assert said == (
+    line = fails(prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=chars")
+    assert line == (
         "tokenizer=chars is not one of: char, byte, sentencepiece, gpt2, bpe, nor a folder or file with a tokenizer;"
         " did you mean char?\n"
     )
-    said = fails(prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=.")
-    assert said.startswith("cannot read the tokenizer in .: there is neither tokenizer.json")
+    line = fails(prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=.")
+    assert line.startswith("cannot read the tokenizer in .: there is neither tokenizer.json")
     assert "vocab_size=300 has no effect" in fails(
         prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=.", "--vocab_size=300"
     )

@@ -1,0 +1,298 @@
+"""Runs and texts that start from a model: one of our own runs, nanoGPT's ckpt.pt, Hugging Face's format."""
+
+import json
+import pickle
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_RUN, assert_same_weights, make_text, read_rows
+
+import prepare_data
+import sample
+import train
+from humptygpt import checkpoint
+from humptygpt.base_models import load_base
+from humptygpt.configurator import UserError
+
+OTHER = make_text(4000, seed=1)  # other words of the same characters
+FROM_RUN = [*TINY_RUN, "--dataset=other", "--out_dir=out/other", "--init_from=out/run"]
+
+
+@pytest.fixture
+def other(run_train, folder):
+    """out/run, and data/other: another text in the tokens of its model."""
+    run_train("--max_iters=60", "--eval_interval=30", "--log_interval=30", "--learning_rate=0.01")
+    (folder / "other.txt").write_text(OTHER)
+    prepare_data.main(["--input=other.txt", "--name=other", "--tokenizer=out/run"])
+    return folder
+
+
+def val_losses(out_dir: str) -> list[float]:
+    return [row["val_loss"] for row in read_rows(Path(out_dir)) if "val_loss" in row]
+
+
+def test_a_run_starts_with_the_weights_of_another(other):
+    for source in ("out/run", "out/run/best.pt"):
+        run = train.setup(*train.read_settings([*FROM_RUN, f"--init_from={source}"]))
+        assert_same_weights(dict(run.model.state_dict()), checkpoint.load(Path("out/run/best.pt"))["model"])
+        assert run.progress.iter == 0 and not run.optimizer.state
+    assert load_base("out/run", "latest").path == Path("out/run/ckpt.pt")
+
+
+def test_fine_tuning_is_below_training_from_scratch_at_equal_steps(other):
+    assert train.main(FROM_RUN) == 0
+    assert train.main([*FROM_RUN, "--init_from=scratch", "--out_dir=out/scratch"]) == 0
+    assert all(a < b - 0.1 for a, b in zip(val_losses("out/other"), val_losses("out/scratch"), strict=True))
+
+
+def test_a_run_that_started_from_a_model_resumes_without_it(other):
+    assert train.main([*FROM_RUN, "--max_iters=3", "--lr_decay_iters=6"]) == 0
+    shutil.rmtree("out/run")
+    assert train.main(["--init_from=resume", "--out_dir=out/other", "--max_iters=6"]) == 0
+    assert len(val_losses("out/other")) == 2
+
+
+def test_averaged_weights_are_what_a_run_starts_from(run_train):
+    run_train("--ema_decay=0.9")
+    saved = checkpoint.load(Path("out/run/ckpt.pt"))
+    weights = load_base("out/run", "latest").weights
+    assert all(torch.equal(weights[name], averaged) for name, averaged in saved["ema"].items())
+
+
+def test_other_tokens_are_refused_and_the_command_in_the_message_mends_it(run_train, fails, folder, capsys):
+    run_train()
+    (folder / "other.txt").write_text(OTHER)
+    prepare_data.main(["--input=other.txt", "--name=other", "--tokenizer=byte"])
+    line = fails(train.main, *FROM_RUN)
+    assert line.startswith("data/other has tokens (byte) that are not those of the model out/run/best.pt (char); prep")
+    command = shlex.split(line.partition("prepare it with the model's: ")[2])
+    prepare_data.main(command[2:])
+    assert train.main(FROM_RUN) == 0
+    assert "from out/run" in capsys.readouterr().out
+
+
+def test_the_shape_of_the_model_stays_and_its_context_may_shrink(other, capsys, fails):
+    assert train.main([*FROM_RUN, "--n_layer=7", "--block_size=8", "--dropout=0.1"]) == 0
+    assert "note: n_layer=7: without effect; the model out/run/best.pt has n_layer=2" in capsys.readouterr().err
+    config = checkpoint.load(Path("out/other/ckpt.pt"))["model_config"]
+    assert (config["n_layer"], config["block_size"], config["dropout"]) == (2, 8, 0.1)
+    assert "has learned 16 positions; take at most as many" in fails(train.main, *FROM_RUN, "--block_size=17")
+
+
+def test_a_models_tokenizer_separates_documents_where_it_can(run_train, folder, capsys):
+    run_train()
+    Path("texts").mkdir()
+    for i in range(6):
+        Path("texts", f"{i}.txt").write_text(OTHER[: 100 + i])
+    prepare_data.main(["--input=texts", "--name=characters", "--tokenizer=out/run"])
+    assert "this tokenizer has no end-of-text token; nothing separates the documents" in capsys.readouterr().err
+    (folder / "words.txt").write_text(make_text(20_000))
+    prepare_data.main(["--input=words.txt", "--name=words", "--tokenizer=bpe", "--vocab_size=300"])
+    assert train.main([*TINY_RUN, "--dataset=words", "--out_dir=out/words", "--max_iters=1"]) == 0
+    prepare_data.main(["--input=texts", "--name=texts", "--tokenizer=out/words"])
+    ids = json.loads(Path("data/texts/meta.json").read_text())
+    assert ids["tokenizer"]["separated"] and ids["commonest"]
+    assert train.main([*TINY_RUN, "--dataset=texts", "--out_dir=out/texts", "--init_from=out/words"]) == 0
+
+
+# --------------------------------------------------------------------------------------
+# nanoGPT
+
+SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 24, "vocab_size": 11}
+CHARACTERS = "\nabcdefgh"  # 9 of the 11 rows; the others are padding
+
+
+def nanogpt_checkpoint(bias: bool = True, prefix: str = "_orig_mod.", **changes) -> dict:
+    """What nanoGPT's train.py saves, with random weights."""
+    torch.manual_seed(0)
+    C = SIZES["n_embd"]
+    shapes = {"wte.weight": (11, C), "wpe.weight": (24, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for i in range(SIZES["n_layer"]):
+        for name, (rows, columns) in {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}.items():
+            shapes |= {f"h.{i}.{name}.weight": (rows, columns), f"h.{i}.{name}.bias": (rows,)}
+        shapes |= {f"h.{i}.mlp.c_fc.weight": (4 * C, C), f"h.{i}.mlp.c_fc.bias": (4 * C,)}
+        shapes |= {f"h.{i}.mlp.c_proj.weight": (C, 4 * C), f"h.{i}.mlp.c_proj.bias": (C,)}
+        shapes |= {f"h.{i}.ln_{n}.{kind}": (C,) for n in (1, 2) for kind in ("weight", "bias")}
+    weights = {
+        f"{prefix}transformer.{name}": torch.randn(shape) * 0.3 + ("ln" in name and "weight" in name)
+        for name, shape in shapes.items()
+        if bias or not name.endswith("bias")
+    }
+    weights[f"{prefix}lm_head.weight"] = weights[f"{prefix}transformer.wte.weight"]
+    args = SIZES | {"bias": bias, "dropout": 0.0}
+    config = {"dataset": "letters", "learning_rate": 1e-3}
+    saved = {"model": weights, "optimizer": {"state": {}}, "model_args": args, "iter_num": 5, "config": config}
+    return saved | {"best_val_loss": torch.tensor(1.5)} | changes
+
+
+def write_nanogpt(**changes) -> Path:
+    """A checkout of nanoGPT: its run, and the characters of its data set."""
+    path, data = Path("nano/out/ckpt.pt"), Path("nano/data/letters")
+    for folder in (path.parent, data):
+        folder.mkdir(parents=True, exist_ok=True)
+    torch.save(nanogpt_checkpoint(**changes), path)
+    itos = dict(enumerate(CHARACTERS))
+    meta = {"vocab_size": len(itos), "itos": itos, "stoi": {char: i for i, char in itos.items()}}
+    (data / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return path
+
+
+def nanogpt_logits(saved: dict, idx: torch.Tensor) -> torch.Tensor:
+    """By transformers, whose GPT-2 has its matrices the other way round."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_positions": 24, **{key: SIZES[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(activation_function="gelu", **sizes)).eval()
+    weights = {name.removeprefix("_orig_mod."): x for name, x in saved["model"].items()}
+    theirs = {name: x.T if x.dim() == 2 and ".h." in name else x for name, x in weights.items()}
+    zeros = {name: torch.zeros_like(x) for name, x in model.state_dict().items() if name.endswith("bias")}
+    model.load_state_dict(zeros | theirs)
+    with torch.no_grad():
+        return model(idx).logits
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", ""])
+def test_a_nanogpt_checkpoint_has_its_logits(bias, prefix, folder):
+    path = write_nanogpt(bias=bias, prefix=prefix)
+    base = load_base(str(path.parent))
+    idx = torch.randint(9, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = checkpoint.restore_model(base.weights, base.config).eval()(idx)[0]
+    torch.testing.assert_close(ours, nanogpt_logits(nanogpt_checkpoint(bias, prefix), idx), atol=1e-4, rtol=1e-4)
+    assert base.tokenizer.decode(range(9)) == CHARACTERS
+
+
+def test_a_nanogpt_checkpoint_writes_and_its_training_proceeds(folder, capsys):
+    write_nanogpt()
+    sample.main(["--init_from=nano/out", "--temperature=0", "--start=abc", "--max_new_tokens=6", "--num_samples=1"])
+    text = capsys.readouterr().out
+    saved, ids = nanogpt_checkpoint(), [CHARACTERS.index(char) for char in "abc"]
+    for _ in range(6):
+        ids.append(int(nanogpt_logits(saved, torch.tensor([ids]))[0, -1, :9].argmax()))
+    assert text == "".join(CHARACTERS[i] for i in ids) + "\n"
+
+    Path("letters.txt").write_text("abc\nfed\nhag\n" * 60)
+    prepare_data.main(["--input=letters.txt", "--name=mine", "--tokenizer=nano/out/ckpt.pt"])
+    run = [*TINY_RUN, "--dataset=mine", "--init_from=nano/out", "--learning_rate=0.003", "--max_iters=12"]
+    assert train.main(run) == 0
+    losses = val_losses("out/run")
+    assert losses[-1] < losses[0] and checkpoint.load(Path("out/run/best.pt"))["model_config"]["vocab_size"] == 11
+
+
+def test_without_its_meta_pkl_a_large_vocabulary_is_gpt2s(folder, monkeypatch):
+    import humptygpt.base_models as base_models
+
+    path = write_nanogpt()
+    Path("nano/data/letters/meta.pkl").unlink()
+    with pytest.raises(UserError, match=r"needs the characters of its data set: there is no data/letters/meta.pkl"):
+        load_base(str(path))
+    made = object()
+    monkeypatch.setattr(base_models.tokenizers.GPT2Tokenizer, "train", lambda separated: made)
+    assert base_models.nanogpt_tokenizer(path, {"model_args": {"vocab_size": 50304}}) is made
+
+
+DAMAGES = {
+    "a weight is missing": (
+        lambda saved: saved["model"].pop("transformer.ln_f.bias"),
+        r"the weight transformer.ln_f.bias is missing",
+    ),
+    "a weight is surplus": (lambda saved: saved["model"].update(more=torch.ones(1)), "transformer.more is unknown"),
+    "a wrong shape": (lambda saved: saved["model_args"].update(n_embd=32), "must have shape"),
+    "no number": (lambda saved: saved["model_args"].update(n_layer="2"), "model_args.n_layer must be an integer"),
+    "huge": (lambda saved: saved["model_args"].update(n_layer=2**20), "1,048,576 layers, but there are only"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_nanogpt_checkpoint_is_refused_in_one_line(name, folder):
+    saved = nanogpt_checkpoint(prefix="")
+    damage, complaint = DAMAGES[name]
+    damage(saved)
+    torch.save(saved, "ckpt.pt")
+    with pytest.raises(UserError, match=complaint) as error:
+        load_base("ckpt.pt")
+    assert "\n" not in str(error.value)
+
+
+class Hostile:
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(folder):
+    torch.save(nanogpt_checkpoint(model=Hostile()), "ckpt.pt")
+    with pytest.raises(UserError, match="holds more than tensors and plain data"):
+        load_base("ckpt.pt")
+    assert not Path("executed").exists()
+
+
+def test_out_dir_of_nanogpt_is_answered_with_init_from(folder, fails):
+    write_nanogpt()
+    line = fails(sample.main, "--out_dir=nano/out", "--checkpoint=latest")
+    assert line == "nano/out/ckpt.pt is a checkpoint of nanoGPT; write --init_from=nano/out/ckpt.pt\n"
+
+
+# --------------------------------------------------------------------------------------
+# Hugging Face
+
+
+@pytest.fixture
+def theirs(folder):
+    """A random GPT-2 with a trained tokenizer, as transformers writes them, and the data in its tokens."""
+    transformers = pytest.importorskip("transformers")
+    from test_tokenizer_files import merges_folder
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(merges_folder(Path("theirs")))
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 24, "vocab_size": 400, "eos_token_id": None}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(initializer_range=0.3, **sizes)).eval()
+    model.save_pretrained("theirs")
+    Path("text.txt").write_text(make_text(6000))
+    prepare_data.main(["--input=text.txt", "--name=text", "--tokenizer=theirs"])
+    return model, tokenizer
+
+
+def test_a_folder_of_hugging_face_writes_scores_and_trains(theirs, capsys):
+    model, tokenizer = theirs
+    capsys.readouterr()
+    argv = ["--init_from=theirs", "--temperature=0", "--start=Hello the", "--max_new_tokens=8"]
+    sample.main(argv)
+    ids = tokenizer("Hello the", return_tensors="pt").input_ids
+    found = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert capsys.readouterr().out == tokenizer.decode(found[0]) + "\n"
+
+    Path("short.txt").write_text("Hello the dog")
+    sample.main(["--init_from=theirs", "--score=short.txt"])
+    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer("Hello the dog").input_ids]])
+    with torch.no_grad():
+        expected = model(ids, labels=ids).loss.item()
+    assert capsys.readouterr().out.startswith(f"{expected:.4f} nats per token")
+
+    run = [*TINY_RUN, "--dataset=text", "--init_from=theirs", "--learning_rate=0.01"]
+    assert train.main(run) == 0
+    losses = val_losses("out/run")
+    assert losses[-1] < losses[0]
+    assert train.main([*run, "--eval_only=True"]) == 0
+
+
+def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
+    def refused(source: str, script=sample.main) -> str:
+        return fails(script, f"--init_from={source}")
+
+    assert refused("nothing") == "init_from=nothing: there is no such file or folder\n"
+    assert refused("their").endswith("; did you mean theirs?\n")
+    assert "holds no model: neither best.pt nor ckpt.pt, nor config.json and weights" in refused("data", train.main)
+    assert "is not a checkpoint: it is truncated" in refused("text.txt")
+    vocab = json.loads(Path("theirs/vocab.json").read_text())
+    config = json.loads(Path("theirs/config.json").read_text())
+    Path("theirs/vocab.json").write_text(json.dumps(vocab | {"surplus": 400}))
+    assert "the tokenizer in theirs has 401 tokens, but the model only 400" in refused("theirs")
+    Path("theirs/vocab.json").unlink()
+    assert "there is neither tokenizer.json nor tokenizer.model nor vocab.json" in refused("theirs")
+    Path("theirs/config.json").unlink()
+    assert "cannot read the model in theirs: there is no config.json" in refused("theirs", train.main)
+    Path("theirs/config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    assert "model_type=bert is not supported" in refused("theirs", train.main)
