@@ -52,7 +52,7 @@ TRANSLATION = {"only_with": {"task": "translation"}}
 @dataclass(frozen=True)
 class SampleConfig:
     init_from: str = setting(
-        "resume", "resume: from a checkpoint in out_dir; or a run, a checkpoint, a model's folder", "what"
+        "resume", "resume: from a checkpoint in out_dir; or a run, a checkpoint, a model's folder, gpt2", "what"
     )
     out_dir: str = setting("out", "folder of the run to sample from, or a checkpoint in it", path=True)
     checkpoint: str = setting("best", "best: best.pt, the lowest loss; latest: ckpt.pt", choices=("best", "latest"))

