@@ -108,7 +108,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check(self)
-        if self.min_lr is not None and self.min_lr > self.learning_rate:
+        if self.decay_lr and self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}")
         if not self.out_dir or not self.dataset or "\0" in self.dataset:
             raise ValueError(f"dataset={self.dataset!r} and out_dir={self.out_dir} must be names of folders")

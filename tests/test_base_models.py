@@ -14,8 +14,9 @@ import prepare_data
 import sample
 import train
 from humptygpt import checkpoint
-from humptygpt.base_models import load_base
+from humptygpt.base_models import BaseModel, load_base
 from humptygpt.configurator import UserError
+from model import ModelConfig
 
 OTHER = make_text(4000, seed=1)  # other words of the same characters
 FROM_RUN = [*TINY_RUN, "--dataset=other", "--out_dir=out/other", "--init_from=out/run"]
@@ -233,6 +234,40 @@ def test_out_dir_of_nanogpt_is_answered_with_init_from(folder, fails):
     write_nanogpt()
     line = fails(sample.main, "--out_dir=nano/out", "--checkpoint=latest")
     assert line == "nano/out/ckpt.pt is a checkpoint of nanoGPT; write --init_from=nano/out/ckpt.pt\n"
+
+
+# what nanoGPT's config files set, but for out_dir, wandb and intervals
+NANOGPT_CONFIGS = {
+    "train_gpt2": {"batch_size": 12, "max_iters": 600000, "weight_decay": 1e-1},
+    "eval_gpt2": {"batch_size": 8, "eval_iters": 500, "eval_only": True, "init_from": "gpt2"},
+    "eval_gpt2_medium": {"batch_size": 8, "eval_iters": 500, "eval_only": True, "init_from": "gpt2-medium"},
+    "eval_gpt2_large": {"batch_size": 8, "eval_iters": 500, "eval_only": True, "init_from": "gpt2-large"},
+    "eval_gpt2_xl": {"batch_size": 8, "eval_iters": 500, "eval_only": True, "init_from": "gpt2-xl"},
+    "finetune_shakespeare": {"dataset": "shakespeare", "init_from": "gpt2-xl", "batch_size": 1, "max_iters": 20}
+    | {"gradient_accumulation_steps": 32, "learning_rate": 3e-5, "decay_lr": False, "always_save_checkpoint": False},
+    "train_shakespeare_char": {"dataset": "shakespeare_char", "n_layer": 6, "n_head": 6, "n_embd": 384}
+    | {"block_size": 256, "dropout": 0.2, "learning_rate": 1e-3, "max_iters": 5000, "lr_decay_iters": 5000}
+    | {"min_lr": 1e-4, "beta2": 0.99, "warmup_iters": 100, "batch_size": 64, "gradient_accumulation_steps": 1},
+}
+DEFAULTS = Path(train.__file__).parent / "config" / "nanogpt.py"
+
+
+@pytest.mark.parametrize("name", NANOGPT_CONFIGS)
+def test_after_nanogpts_defaults_its_config_files_mean_what_they_mean_there(name, folder, monkeypatch, capsys):
+    asked, keys = [], NANOGPT_CONFIGS[name]
+    shape = {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024, "vocab_size": 50257, "bias": True}
+    base = BaseModel(Path("gpt2"), ModelConfig(**shape), {}, None, "language modelling", "")
+    monkeypatch.setattr(train, "load_base", lambda source: asked.append(source) or base)
+    Path("theirs.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
+    config, model_config, _, found = train.read_settings([str(DEFAULTS), "theirs.py"])
+    settings = vars(config) | vars(model_config)
+    defaults = {"dataset": "openwebtext", "learning_rate": 6e-4, "beta2": 0.95, "gradient_accumulation_steps": 40}
+    defaults |= {"n_layer": 12, "n_embd": 768, "block_size": 1024, "warmup_iters": 2000, "min_lr": 6e-5, "bias": False}
+    started = "init_from" in keys
+    expected = defaults | keys | (shape if started else {})
+    assert {key: settings[key] for key in expected} == expected
+    assert asked == ([keys["init_from"]] if started else []) and (found is base) == started
+    assert ("n_layer=12, n_head=12, n_embd=768, bias=False: without effect" in capsys.readouterr().err) == started
 
 
 # --------------------------------------------------------------------------------------

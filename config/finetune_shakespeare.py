@@ -1,0 +1,23 @@
+# GPT-2, 124 million parameters, fine-tuned on tiny Shakespeare in its own tokens; nanoGPT's file of this name, which
+# takes gpt2-xl, in the smallest size.
+#
+#   python train.py config/finetune_shakespeare.py                    downloads 550 MB
+#   python train.py config/finetune_shakespeare.py --lora_rank=8      less memory: see README.md
+#   python train.py config/finetune_shakespeare.py --init_from=out/x --dataset=mine      any model, other data
+#
+# For a GPU; a step takes minutes on 2 CPU cores. Unmeasured here, as the weights could not be downloaded.
+
+out_dir = "out/finetune_shakespeare"
+dataset = "shakespeare"
+init_from = "gpt2"
+
+batch_size = 1
+gradient_accumulation_steps = 32  # 32,768 tokens a step, 9 steps an epoch
+max_iters = 20
+learning_rate = 3e-5
+decay_lr = False
+
+eval_interval = 5
+eval_iters = 40
+log_interval = 1
+always_save_checkpoint = False

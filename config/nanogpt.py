@@ -1,0 +1,36 @@
+# nanoGPT's defaults: GPT-2's smallest size on OpenWebText. Name it before a config file of nanoGPT that builds on them:
+#
+#   python train.py config/nanogpt.py nanoGPT/config/train_gpt2.py
+#   python train.py config/nanogpt.py nanoGPT/config/eval_gpt2.py
+#   python train.py config/nanogpt.py nanoGPT/config/finetune_shakespeare.py
+#
+# Its last two start from GPT-2, whose shape then counts. device, dtype and compile stay at what this machine has, and
+# the vocabulary is not padded (there, to 50,304). Unmeasured here.
+
+out_dir = "out"
+dataset = "openwebtext"
+eval_interval = 2000
+eval_iters = 200
+log_interval = 1
+wandb_project = "owt"
+wandb_run_name = "gpt2"
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+block_size = 1024
+bias = False
+dropout = 0.0
+activation = "gelu"
+
+batch_size = 12
+gradient_accumulation_steps = 40
+max_iters = 600000
+learning_rate = 6e-4
+min_lr = 6e-5
+warmup_iters = 2000
+lr_decay_iters = 600000
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0
