@@ -387,7 +387,7 @@ def write(path: str, content: bytes) -> None:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise files.cannot_write(path, error) from error
     files.write_whole(Path(path), lambda file: file.write(content))
     print(f"{path} written", file=sys.stderr)
 

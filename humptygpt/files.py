@@ -1,8 +1,12 @@
 """Files that are written whole or not at all, and earlier ones that are moved aside."""
 
 import contextlib
+import errno
+import io
 import itertools
 import os
+import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -13,13 +17,15 @@ from humptygpt.configurator import UserError
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let write(file) fill a temporary file beside path, then put it in path's place in one step.
 
-    A crash, a kill or a full disk at any moment leaves the old file as it was. Raises UserError where writing fails.
+    A crash, a kill or a full disk at any moment leaves the old file as it was. The temporary name is one that nobody
+    else uses: of two processes that write a file at once, one wins. Raises UserError where writing fails.
     """
     if os.path.isdir(path):
         raise UserError(f"cannot write {path}: it is a folder; name a file in it")
-    temporary = path.with_name(path.name + ".tmp")
+    temporary, raw = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp"), None
     try:
-        with temporary.open("wb") as file:
+        raw = RawFile(temporary, "xb")
+        with io.BufferedWriter(raw) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -27,9 +33,45 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save turns the file's OSError into a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         kept = "; the one before it is as it was" if os.path.exists(path) else ""
-        raise UserError(f"cannot write {path}: {reason}{kept}") from error
+        raise cannot_write(path, (raw and raw.error) or error, kept) from error
+
+
+class RawFile(io.FileIO):
+    """A file that remembers why it could not be written: torch.save may report what follows from that instead."""
+
+    error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def cannot_write(path: Path | str, error: Exception, way_out: str = "") -> UserError:
+    """One line; of a full disk it names the disk, which is not always the one that the user thinks of."""
+    reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+    return UserError(f"cannot write {path}: {reason}{describe_disk(Path(path), error)}{way_out}")
+
+
+def describe_disk(path: Path, error: Exception) -> str:
+    """ " (the disk ... has ... free)" where the error is that it is full, else ""."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    path = path.resolve()  # a link may lead to another disk
+    folders = [folder for folder in (path, *path.parents) if folder.is_dir()]
+    mounted = next(folder for folder in folders if folder.is_mount())
+    usage = shutil.disk_usage(folders[0])
+    return f" (the disk {mounted} has {usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB free)"
+
+
+def remove_unfinished(folder: Path, names: list[str]) -> None:
+    """Remove what a kill has left of write_whole. Only for a folder that nobody else writes meanwhile."""
+    for name in names:
+        for path in folder.glob(f"{name}.????????.tmp"):
+            path.unlink()
 
 
 def append(path: Path, line: str) -> None:
@@ -38,7 +80,7 @@ def append(path: Path, line: str) -> None:
         with path.open("a") as file:
             file.write(line + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise cannot_write(path, error) from error
 
 
 def move_aside(folder: Path, names: list[str]) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from humptygpt.checkpoint import build_on_meta
 from humptygpt.configurator import UserError, convert, without_effect
 from humptygpt.families import ACTIVATION_NAMES, FAMILIES, REQUIRED, ROPE_SCALING, Family
-from humptygpt.files import write_whole
+from humptygpt.files import cannot_write, write_whole
 from humptygpt.schema import check_schema, parse_json
 from humptygpt.weight_files import DTYPES, Stored, open_weights
 from model import ModelConfig
@@ -222,7 +222,7 @@ def write_pretrained(model: nn.Module, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         same = not path.exists() or path.read_bytes() == text
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+        raise cannot_write(folder, error) from error
     if not same:
         raise UserError(f"{path} describes another model; remove it, or write to another folder")
     data = safetensors.torch.save(weights, {"format": "pt"})

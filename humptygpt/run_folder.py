@@ -12,13 +12,15 @@ from humptygpt import files
 from humptygpt.configurator import UserError
 from humptygpt.locks import Lock
 
+FILES = ("ckpt.pt", "best.pt", "metrics.jsonl", "loss.png", "config.json", "wandb_id")
+
 
 def lock_out_dir(out_dir: Path) -> Lock:
     """To be held from before its checkpoint is read until the run has ended. Raises UserError."""
     try:
         return Lock(out_dir / ".lock", f"out_dir={out_dir}", "name another --out_dir, or wait until that run has ended")
     except OSError as error:
-        raise UserError(f"cannot write out_dir={out_dir}: {error.strerror}; name another --out_dir") from error
+        raise files.cannot_write(out_dir, error, "; name another --out_dir") from error
 
 
 class RunFolder:
@@ -40,8 +42,9 @@ class RunFolder:
                 self.rows = [row for row in rows if row["iter"] <= resumed_at and "test_bleu" not in row]
             else:
                 keep_earlier_run(path)
+            files.remove_unfinished(path, FILES)
         except OSError as error:
-            raise UserError(f"cannot write out_dir={path}: {error.strerror}; name another --out_dir") from error
+            raise files.cannot_write(path, error, "; name another --out_dir") from error
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         files.write_whole(self.metrics, lambda file: file.write(lines.encode()))
         content = json.dumps(settings, indent=1)
@@ -65,8 +68,7 @@ class RunFolder:
 
 def keep_earlier_run(out_dir: Path) -> None:
     """Move an earlier run's files aside; killed in between, the next start moves the rest."""
-    names = ("ckpt.pt", "best.pt", "metrics.jsonl", "loss.png", "config.json", "wandb_id")
-    found = [name for name in names if (out_dir / name).exists()]
+    found = [name for name in FILES if (out_dir / name).exists()]
     begun_only = (out_dir / "metrics.jsonl").exists() and not (out_dir / "metrics.jsonl").stat().st_size
     if (not found or begun_only) and not files.being_moved(out_dir):
         return

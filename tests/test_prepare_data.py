@@ -269,7 +269,8 @@ def test_a_full_disk_is_one_line_and_the_same_command_resumes(corpus, fails, mon
     write_tokens = token_files.TokenWriter.write
     monkeypatch.setattr(token_files.TokenWriter, "write", full)
     line = fails(prepare_data.main, *PREPARE)
-    assert line.startswith("cannot write data/mine/preparing/train.bin: No space left on device; run the same command")
+    assert line.startswith("cannot write data/mine/preparing/train.bin: No space left on device (the disk /")
+    assert line.endswith("; run the same command again to resume\n")
     assert not Path("data/mine/meta.json").exists()
     prepare_data.main(PREPARE)
     assert "resuming after" in capsys.readouterr().err and contents("mine") == whole
@@ -338,7 +339,7 @@ def test_killed_while_it_moves_data_aside_nothing_of_it_is_lost(corpus, monkeypa
         prepare_data.main(PREPARE)
 
         def replace(path, to, moves=iter(range(left)), move=Path.replace):  # noqa: B008
-            if path.name not in ("progress.json.tmp", "meta.json.tmp", "command.txt.tmp"):
+            if path.suffix != ".tmp":
                 next(moves)
             return move(path, to)
 

@@ -350,7 +350,7 @@ def biases(folder: Path) -> dict[str, Tensor]:
 
 def test_a_folder_that_cannot_be_made_is_one_line():
     Path("file").write_text("")
-    with pytest.raises(UserError, match="cannot write to file/x: Not a directory"):
+    with pytest.raises(UserError, match="cannot write file/x: Not a directory"):
         write_pretrained(random_model(), Path("file/x"))
 
 

@@ -661,7 +661,7 @@ BAD = {
     "cannot read config file nothing.py": ["nothing.py"],
     "cannot read config file data": ["data"],
     "broken.py:1: ": ["broken.py"],
-    "cannot write out_dir=blocked/run: Not a directory": ["--out_dir=blocked/run"],
+    "cannot write blocked/run: Not a directory; name another --out_dir": ["--out_dir=blocked/run"],
     "out_dir= must not be empty; write --out_dir=PATH": ["--out_dir="],
     "dataset='' and out_dir=out/run must be names of folders": ["--dataset="],
     "out_dir='a\\x00b' has a null byte, which no path can have": ["--out_dir=a\0b"],

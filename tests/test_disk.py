@@ -1,0 +1,162 @@
+"""Disks of any size: where one is full, that is one line which names it, and what was written before is good."""
+
+import errno
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY_RUN, assert_same_weights
+
+import prepare_data
+import train
+from humptygpt import checkpoint, configurator, files
+from humptygpt.configurator import UserError
+from humptygpt.run_folder import read_metrics
+
+RUN = [*TINY_RUN, "--out_dir=disk/run", "--max_iters=8", "--eval_interval=2"]
+PREPARE = ["--input=tiny.txt", "--name=mine"]
+
+
+@pytest.fixture
+def disk(folder):
+    """A function that gives disk/ this many bytes, a multiple of the page size, and empties it."""
+    path, mounted = folder / "disk", []
+    path.mkdir()
+
+    def resize(size: int, keep: bool = False) -> Path:
+        if mounted and not keep:
+            subprocess.run(["umount", path], check=True)
+            mounted.clear()
+        options = f"{'remount,' if mounted else ''}size={max(size, 4096)}"  # 0 would be without a limit
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True)
+        if done.returncode:
+            pytest.skip("this user may not mount a small disk")
+        mounted.append(path)
+        if not size:
+            (path / "filler").write_bytes(bytes(4096))
+        return path
+
+    if sys.platform != "linux":
+        pytest.skip("needs Linux's tmpfs")
+    yield resize
+    if mounted:
+        subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def run(main, argv: list[str], capsys, monkeypatch) -> str | None:
+    """What a script that ends for lack of space complains of; None where it has enough."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["script.py", *argv])
+    with pytest.raises(SystemExit) as stop:
+        configurator.run(main)
+    lines = capsys.readouterr().err.splitlines()
+    if not stop.value.code:
+        return None
+    complaint = [line for line in lines if not line.startswith("note: ")]
+    assert (stop.value.code, len(complaint)) == (2, 1), lines
+    assert complaint[0].startswith("script.py: cannot write disk/") or "data/mine" in complaint[0], complaint
+    return complaint[0]
+
+
+def size_of(folder: Path) -> int:
+    """Bytes in whole pages of the files in a folder, and of the largest of them once more, which is written beside."""
+    sizes = [-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file()]
+    return sum(sizes) + max(sizes)
+
+
+def train_on_disks(disk, count: int, capsys, monkeypatch) -> None:
+    """On `count` sizes from nothing to twice what the run needs."""
+    path = disk(10**8)
+    assert run(train.main, RUN, capsys, monkeypatch) is None
+    needed, whole = size_of(path), checkpoint.load(path / "run" / "ckpt.pt")["model"]
+    outcomes = []
+    for number in range(count):
+        path = disk(2 * needed * number // (count - 1))
+        complaint = run(train.main, RUN, capsys, monkeypatch)
+        outcomes.append(complaint is None)
+        if complaint:
+            assert f"No space left on device (the disk {path} has " in complaint
+        saved = [path / "run" / name for name in ("ckpt.pt", "best.pt") if (path / "run" / name).exists()]
+        for name in saved:
+            assert checkpoint.load(name)["progress"]["iter"] in (2, 4, 6, 8)
+        assert not list(path.rglob("*.tmp"))
+        assert None not in read_metrics(path / "run" / "metrics.jsonl")[:-1]
+        disk(10**8, keep=True)
+        resume = ["--init_from=resume"] if path / "run" / "ckpt.pt" in saved else []
+        assert run(train.main, [*RUN, *resume], capsys, monkeypatch) is None
+        assert_same_weights(checkpoint.load(path / "run" / "ckpt.pt")["model"], whole)
+    assert outcomes[0] is False and outcomes[-1] is True and outcomes == sorted(outcomes)
+
+
+def test_on_a_disk_of_any_size_a_run_ends_well_or_in_one_line_and_resumes_with_more_space(
+    tiny, disk, capsys, monkeypatch
+):
+    train_on_disks(disk, 6, capsys, monkeypatch)
+
+
+@pytest.mark.long
+def test_on_forty_disk_sizes_a_run_ends_well_or_in_one_line(tiny, disk, capsys, monkeypatch):
+    train_on_disks(disk, 40, capsys, monkeypatch)
+
+
+def prepare_on_disks(folder: Path, disk, count: int, capsys, monkeypatch) -> None:
+    def contents() -> dict:
+        return {path.name: path.read_bytes() for path in Path("data/mine").iterdir() if path.is_file()}
+
+    path = disk(10**8)
+    (folder / "data" / "mine").symlink_to(path / "mine")
+    (path / "mine").mkdir()
+    assert run(prepare_data.main, PREPARE, capsys, monkeypatch) is None
+    needed, whole = size_of(path), contents()
+    for number in range(count):
+        path = disk(2 * needed * number // (count - 1))
+        (path / "mine").mkdir()
+        complaint = run(prepare_data.main, PREPARE, capsys, monkeypatch)
+        assert (complaint is None) == ("meta.json" in contents())
+        if complaint:
+            assert f"No space left on device (the disk {path} has " in complaint
+        disk(10**8, keep=True)
+        assert run(prepare_data.main, PREPARE, capsys, monkeypatch) is None
+        assert contents() == whole
+    assert complaint is None
+
+
+def test_on_a_disk_of_any_size_a_preparation_ends_well_or_in_one_line_and_resumes_with_more_space(
+    tiny, folder, disk, capsys, monkeypatch
+):
+    prepare_on_disks(folder, disk, 6, capsys, monkeypatch)
+
+
+@pytest.mark.long
+def test_on_forty_disk_sizes_a_preparation_ends_well_or_in_one_line(tiny, folder, disk, capsys, monkeypatch):
+    prepare_on_disks(folder, disk, 40, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize("room", [0, 1, 1000, 4096, 5000, 10_000, 40_000, 80_000])
+def test_a_checkpoint_that_finds_no_room_names_the_disk_and_not_what_follows_from_it(run_train, monkeypatch, room):
+    class SmallDisk(io.FileIO):
+        def write(self, data: bytes) -> int:
+            nonlocal room
+            if not room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written = super().write(bytes(data)[:room])
+            room -= written
+            return written
+
+    class SmallFile(files.RawFile, SmallDisk):
+        pass
+
+    run_train("--max_iters=1")
+    path = Path("out/run/ckpt.pt")
+    entries, before = checkpoint.load(path), path.read_bytes()
+    assert room < len(before)
+    del entries["format"]
+    monkeypatch.setattr(files, "RawFile", SmallFile)
+    with pytest.raises(
+        UserError, match=r"No space left on device \(the disk /.* has .* MB free\); the one before it is"
+    ):
+        checkpoint.save(path, entries)
+    assert path.read_bytes() == before
+    assert not list(path.parent.glob("*.tmp"))
