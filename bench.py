@@ -48,6 +48,11 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from humptygpt import limits
+
+if __name__ == "__main__":
+    limits.start()  # before numpy and torch are loaded
+
 import numpy as np
 import psutil
 import torch

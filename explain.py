@@ -24,9 +24,9 @@ PARTS = Path(__file__).parent / "explain"
 
 @dataclass(frozen=True)
 class ExplainConfig:
-    out_dir: str = setting("out", "folder of the run", "explain")
+    out_dir: str = setting("out", "folder of the run", "explain", path=True)
     checkpoint: str = setting("best", "best.pt (lowest loss), or latest: ckpt.pt", choices=("best", "latest"))
-    to: str | None = setting(None, "HTML file to write; None: explain.html in out_dir")
+    to: str | None = setting(None, "HTML file to write; None: explain.html in out_dir", path=True)
     start: str = setting("", "the text that the page starts with; translation: the sentence")
     max_mb: float = setting(32.0, "megabytes that the page may take", above=0)
 

@@ -36,6 +36,11 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from humptygpt import limits
+
+if __name__ == "__main__":
+    limits.start()  # before numpy is loaded
+
 import numpy as np
 
 from humptygpt import configurator
@@ -100,7 +105,7 @@ class PrepareConfig:
     shard_tokens: int | None = setting(None, "tokens per file, train_0000.bin and so on; None: one file", at_least=1)
 
     workers: int | None = setting(
-        None, "processes that encode; None: one per core", group="system", at_least=1
+        None, "processes that encode; None: one per core that it may use", group="system", at_least=1
     )
 
     def __post_init__(self):
@@ -361,7 +366,7 @@ def encode(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, par
         split: TokenWriter(parts, split, token_dtype(tokenizer), corpus.config.shard_tokens, counted["tokens"])
         for split, counted in progress.splits.items()
     }
-    workers = (corpus.config.workers or os.cpu_count() or 1) if sum(corpus.sizes) >= SMALL else 1
+    workers = (corpus.config.workers or limits.usable_cores()) if sum(corpus.sizes) >= SMALL else 1
     counts = np.array(progress.counts)
 
     def save() -> None:

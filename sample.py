@@ -25,8 +25,12 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
+from humptygpt import limits
+
+if __name__ == "__main__":
+    limits.start()  # before numpy and torch are loaded
+
 import numpy as np
-import psutil
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -38,6 +42,8 @@ from humptygpt.configurator import UserError, check, check_path, nearest_path, s
 from humptygpt.device import DTYPES, autocast, pick_device, sample_dtype
 from humptygpt.generation import Context, Sampler, bytes_per_text, continue_texts
 from humptygpt.inference import prepare_for_generation
+from humptygpt.limits import gigabytes
+from humptygpt.memory import check_weights_fit, free_memory
 from humptygpt.scoring import log_probabilities
 from humptygpt.streams import TextStream
 from humptygpt.tokenizer import END_OF_TEXT, Tokenizer
@@ -154,7 +160,8 @@ def main(argv: list[str]) -> None:
             print(f"note: {key}={given[key]} has no effect {why}", file=sys.stderr)
     if config.compile:
         print("note: compile=True has no effect in sample.py", file=sys.stderr)
-    with loaded.autocast:
+    smaller = "try fewer --num_samples, --max_new_tokens or --num_beams"
+    with limits.memory_advice(smaller), loaded.autocast:
         if config.interactive:
             converse(config, loaded)
         elif loaded.task == "translation":
@@ -188,6 +195,8 @@ def load(
         del base
     else:
         model, tokenizer, task = load_run(out_dir, which, mapped)
+    bits = 8 if quantize else 16 if on_cpu and torch_dtype == torch.bfloat16 else 32
+    check_weights_fit(model, out_dir, torch_device, bits=bits)
     model = prepare_for_generation(
         model.to(torch_device), torch_dtype if on_cpu else torch.float32, quantize == "int8", mapped
     )
@@ -244,13 +253,10 @@ def print_texts(config: SampleConfig, loaded: Loaded) -> None:
     if num_samples < config.num_samples:
         print("note: at temperature=0 all texts are the same; here is one", file=sys.stderr)
     prompts = read_prompts(config, loaded)
-    texts = [(number, sample) for number in range(len(prompts)) for sample in range(num_samples)]
     size = max(len(ids) for _, ids in prompts) + config.max_new_tokens
-    at_once = max(num_samples, CONTINUED_AT_ONCE)
-    if len(texts) > (fit := texts_that_fit(loaded, size)):
-        if num_samples > fit:
-            raise UserError(f"num_samples={num_samples} do not fit into memory; {fit:,} would")
-        at_once = min(at_once, fit)
+    check_texts_fit(loaded, "num_samples", num_samples, size)
+    at_once = min(max(num_samples, CONTINUED_AT_ONCE), texts_that_fit(loaded, size))
+    texts = [(number, sample) for number in range(len(prompts)) for sample in range(num_samples)]
     for first in range(0, len(texts), at_once):
         print_batch(prompts, texts[first : first + at_once], config, loaded)
 
@@ -303,11 +309,24 @@ def left_padded(prompts: list[np.ndarray]) -> torch.Tensor:
 
 def texts_that_fit(loaded: Loaded, size: int) -> int:
     """How many texts of this many tokens can be continued together in the memory that is free."""
-    if loaded.device.type == "cuda":
-        free = torch.cuda.mem_get_info(loaded.device)[0]
-    else:
-        free = psutil.virtual_memory().available
-    return int(0.9 * free) // bytes_per_text(loaded.model.config, size)
+    return int(0.9 * free_memory(loaded.device)) // bytes_per_text(loaded.model.config, size)
+
+
+def check_texts_fit(loaded: Loaded, key: str, count: int, size: int, at_once: int = 1) -> None:
+    """Raises UserError where `count` texts of `size` tokens each do not fit; key: what the user calls their number.
+
+    at_once: how many times as many texts are continued together.
+    """
+    fit = texts_that_fit(loaded, size) // at_once
+    if count <= fit:
+        return
+    way_out = f"--{key}={fit} would fit"
+    if not fit:
+        fitting = next((n for n in (size >> i for i in range(1, 64)) if texts_that_fit(loaded, n) >= at_once), 0)
+        way_out = f"--{key}=1 --max_new_tokens={fitting} would fit" if fitting else "free some memory"
+    needed = gigabytes(count * at_once * bytes_per_text(loaded.model.config, size))
+    free = gigabytes(free_memory(loaded.device))
+    raise UserError(f"{key}={count} texts of {size:,} tokens take {needed} of memory, and {free} are free; {way_out}")
 
 
 def read_prompts(config: SampleConfig, loaded: Loaded) -> list[tuple[str, np.ndarray]]:

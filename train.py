@@ -21,6 +21,11 @@ from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from humptygpt import limits
+
+if __name__ == "__main__":
+    limits.start()  # before numpy and torch are loaded
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -42,6 +47,7 @@ from humptygpt.device import (
     to_device,
 )
 from humptygpt.interrupts import catch_signals
+from humptygpt.memory import check_training_fits
 from humptygpt.ngrams import frequent_ngrams
 from humptygpt.optimizers import OPTIMIZERS, SCHEDULES, MovingAverage, Optimizer, learning_rate_at, make_optimizer
 from humptygpt.run_folder import RunFolder, import_wandb, lock_out_dir
@@ -204,9 +210,12 @@ class Run:
 
 
 def main(argv: list[str]) -> int:
-    with ExitStack() as locks:
+    smaller = "try a smaller --batch_size, --block_size or model"
+    with ExitStack() as locks, limits.memory_advice(smaller):
         run = setup(*read_settings(argv, locks))  # no name for the checkpoint, which would keep it in memory
         print(describe(run), flush=True)
+        if busy := limits.load_note():
+            note(busy)
         if run.config.eval_only:
             print(evaluate_only(run))
             return 0
@@ -365,12 +374,17 @@ def setup(
     if saved and not is_data_of(saved, dataset, identity):
         other = f"data/{config.dataset} is not the data that {config.out_dir}/ckpt.pt was trained on"
         raise UserError(other + find_data_of(saved, config, model_config))
+    ngrams = None
+    if not saved and not base:
+        model_config, ngrams = complete_model_config(config, model_config, dataset)
+    if not config.eval_only:
+        check_training_fits(config, model_config, device, dtype)
     if saved:
         model = checkpoint.restore_model(saved["model"], model_config)
     elif base:
         model = base_model(base, config, model_config, dataset)
     else:
-        model = new_model(config, model_config, dataset)
+        model = new_model(config, model_config, ngrams)
     model.to(device)
     optimizer = make_optimizer(config, model)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -433,25 +447,34 @@ def find_data_of(saved: dict, config: TrainConfig, model_config: ModelConfig) ->
     return f"; to make that again: {command}" if is_command(command) else ""
 
 
-def new_model(config: TrainConfig, model_config: ModelConfig, dataset: Dataset) -> nn.Module:
-    """A model with random weights for this data, on the CPU. Raises UserError."""
+def complete_model_config(
+    config: TrainConfig, model_config: ModelConfig, dataset: Dataset
+) -> tuple[ModelConfig, Tensor | None]:
+    """The config of a new model for this data, and the frequent n-grams, if it has embeddings of them.
+
+    Raises UserError.
+    """
     tokens = dataset.tokenizer.vocab_size
     vocab_size = model_config.vocab_size or tokens
     if vocab_size < tokens:
         raise UserError(f"vocab_size={vocab_size} is below the {tokens} tokens of {config.dataset}")
     model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
-    ngrams = None
-    if model_config.ngrams:
-        if model_config.ngram_rows is not None:
-            raise UserError(
-                f"ngram_rows={model_config.ngram_rows} cannot be chosen: n-grams are counted in the text; leave it out,"
-                " and take another --ngram_min_count for more or fewer"
-            )
-        text = torch.from_numpy(dataset.beginning("train", NGRAM_TEXT)[0])
-        ngrams = frequent_ngrams(text, model_config.ngrams, config.ngram_min_count)
-        if not len(ngrams):
-            raise UserError(f"ngram_min_count={config.ngram_min_count}: no n-gram of the text occurs that often")
-        model_config = dataclasses.replace(model_config, ngram_rows=len(ngrams))
+    if not model_config.ngrams:
+        return model_config, None
+    if model_config.ngram_rows is not None:
+        raise UserError(
+            f"ngram_rows={model_config.ngram_rows} cannot be chosen: n-grams are counted in the text; leave it out,"
+            " and take another --ngram_min_count for more or fewer"
+        )
+    text = torch.from_numpy(dataset.beginning("train", NGRAM_TEXT)[0])
+    ngrams = frequent_ngrams(text, model_config.ngrams, config.ngram_min_count)
+    if not len(ngrams):
+        raise UserError(f"ngram_min_count={config.ngram_min_count}: no n-gram of the text occurs that often")
+    return dataclasses.replace(model_config, ngram_rows=len(ngrams)), ngrams
+
+
+def new_model(config: TrainConfig, model_config: ModelConfig, ngrams: Tensor | None) -> nn.Module:
+    """A model with random weights, on the CPU; both as from complete_model_config."""
     torch.manual_seed(config.seed)
     model = models.build(model_config)
     if ngrams is not None:

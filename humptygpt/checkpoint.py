@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import model as models
-from humptygpt import configurator
+from humptygpt import configurator, limits
 from humptygpt import tokenizer as tokenizers
 from humptygpt.configurator import UserError, nearest_path
 from humptygpt.files import write_whole
@@ -99,6 +100,8 @@ def read(path: Path, mapped: bool = False) -> object:
     try:
         return load_plain(path, mapped)
     except Exception as error:  # zip, pickle and torch each have errors of their own for a file that is not theirs
+        if limits.is_out_of_memory(error):
+            raise
         raise UserError(
             f"{path} is not a checkpoint: it is truncated, damaged or holds more than tensors and plain data"
         ) from error
@@ -116,6 +119,8 @@ def check(path: Path, saved: object) -> dict:
         check_schema(saved, SCHEMA)
         check_content(saved)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        if limits.is_out_of_memory(error):
+            raise
         raise damaged(path, error) from error
     return saved
 
@@ -194,8 +199,23 @@ def check_optimizer(optimizer: dict, model: nn.Module, name: str) -> None:
 
 def build_on_meta(config: models.ModelConfig) -> nn.Module:
     """Without memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutValues():
         return models.build(config)
+
+
+class WithoutValues(TorchFunctionMode):
+    """Weights on the meta device are not initialized, and tables of positions are on the CPU.
+
+    Either would make torch load its compiler, for more than a second.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        if func in (torch.arange, torch.tensor):
+            kwargs = kwargs | {"device": "cpu"}
+        return func(*args, **kwargs)
 
 
 def check_tensors(entry: str, tensors: dict[str, Tensor], like: dict[str, Tensor]) -> None:

@@ -9,6 +9,8 @@ their types, defaults, help and rules are the fields of the dataclasses that a s
 import ast
 import dataclasses
 import difflib
+import errno
+import json
 import math
 import operator
 import os
@@ -16,11 +18,15 @@ import runpy
 import shlex
 import signal
 import sys
+import time
 import traceback
 import types
 import typing
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
+
+from humptygpt import limits
 
 CONFIGS = Path(__file__).parent.parent / "config"
 TEXTS = tuple[str, ...]  # the type of a key that takes several texts: --key=ONE --key=ANOTHER
@@ -188,18 +194,40 @@ def restore(cls: type, values: dict[str, object]):
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Call main(argv) and exit with its code; a UserError becomes one line on stderr and exit code 2."""
+    """Call main(argv) and exit with its code; a UserError becomes one line on stderr and exit code 2.
+
+    So does memory that could not be allocated, and a full disk where nobody else answers for it, as for the output.
+    """
+    if main.__module__ == "__main__":  # a script was started
+        limits.start()
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        complain(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of our output has seen enough: python sample.py ... | head
         sys.stdout = None  # or Python would fail once more when it flushes at exit
         sys.exit(128 + 13)  # 13: SIGPIPE
+    except Exception as error:
+        if limits.is_out_of_memory(error):
+            complain(limits.describe_failure(error))
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.stdout = None
+            complain(f"cannot write {error.filename or 'the output'}: {error.strerror}")
+        raise
+
+
+def complain(line: str) -> typing.NoReturn:
+    """Print what is wrong and exit. torchrun ends with a report of its own, in which the line comes last."""
+    line = f"{Path(sys.argv[0]).name}: {line}"
+    print(line, file=sys.stderr)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        report = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps(report))
+    sys.exit(2)
 
 
 def check_key(name: str, hints: dict[str, object], where: str) -> None:

@@ -239,11 +239,14 @@ class Sampler:
 
 
 def bytes_per_text(config, size: int) -> int:
-    """What continuing one text of `size` tokens takes, its keys, values and logits; config: a ModelConfig."""
+    """What continuing one text of `size` tokens takes: keys, values, logits, tokens, random numbers.
+
+    config: a ModelConfig.
+    """
     kept = min(size, config.block_size, 2 * config.window or config.block_size)
     head_size = config.head_size or config.n_embd // config.n_head
     cache = 2 * config.n_layer * (config.n_kv_head or config.n_head) * head_size * kept
-    return 4 * (cache + 8 * config.vocab_size)
+    return 4 * (cache + 8 * config.vocab_size) + 16 * size
 
 
 class Step(NamedTuple):

@@ -1,0 +1,195 @@
+"""What will not fit into memory is refused before it is tried; under any limit, a script ends well or in one line."""
+
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_RUN
+
+import prepare_data
+import sample
+import train
+from humptygpt import configurator, evaluation, limits, memory, run_folder
+from humptygpt.device import DTYPES
+from model import ACTIVATIONS, BLOCKS, MLPS, MODELS, POSITIONS
+
+ROOT = Path(__file__).parent.parent
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def gigabyte(monkeypatch):
+    """A machine, and a GPU, with 1 GB of free memory."""
+    monkeypatch.setattr(limits, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(memory, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 4 * 10**9))
+
+
+TOO_LARGE = ["--n_embd=1000000", "--n_layer=1000000", "--batch_size=10000000", "--n_hidden=100000000"]
+TOO_LARGE += ["--n_embd=4000000000", "--vocab_size=1000000000 --n_embd=4096"]
+
+
+@pytest.mark.parametrize("settings", TOO_LARGE)
+def test_a_training_that_will_not_fit_is_refused_with_its_size_and_the_setting_that_fits(
+    tiny, gigabyte, fails, settings
+):
+    line = fails(train.main, *TINY_RUN, *settings.split())
+    assert re.search(r" takes (inf|[\d,.]+) GB of memory or more, and 1\.0 GB are free; ", line), line
+    assert not Path("out/run/config.json").exists()
+    if fits := re.search(r"(--\w+=\d+) would fit$", line):
+        config, model_config, _ = train.read_settings([*TINY_RUN, *settings.split(), fits[1], "--vocab_size=21"])
+        memory.check_training_fits(config, model_config, CPU, torch.float32)
+    else:
+        assert line.endswith("make the model smaller, and the batches\n") and "vocab_size" in settings
+
+
+def test_on_a_gpu_its_own_memory_counts(tiny, gigabyte, monkeypatch):
+    config, model_config, _ = train.read_settings([*TINY_RUN, "--n_embd=4096", "--vocab_size=50"])
+    with pytest.raises(configurator.UserError, match=r"GB of memory or more, and 1\.0 GB are free on cuda; --n_"):
+        memory.check_training_fits(config, model_config, CUDA, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**11, 10**11))
+    memory.check_training_fits(config, model_config, CUDA, torch.bfloat16)
+
+
+VARIANTS = [("position", name) for name in POSITIONS] + [("block", name) for name in BLOCKS]
+VARIANTS += [("mlp", name) for name in MLPS] + [("activation", name) for name in ACTIVATIONS]
+VARIANTS += [("dtype", name) for name in ("float32", "bfloat16")] + [("model", name) for name in MODELS]
+
+
+@pytest.mark.parametrize(("key", "value"), VARIANTS)
+def test_the_size_is_linear_in_the_layers_and_its_parameters_are_those_of_the_model(key, value):
+    settings = {"vocab_size": 50, "n_embd": 32, "n_head": 2, "block_size": 16, "n_layer": 5, "window": 4, key: value}
+    if value == "parallel" or value == "plain":
+        settings["init"] = "gpt2"
+    config = configurator.make(train.TrainConfig, settings)
+    model_config = configurator.make(train.ModelConfig, settings)
+    size = memory.training_size(config, model_config, DTYPES["float32"].itemsize)
+    model = train.models.build(model_config)
+    assert size.parameters == sum(p.numel() for p in model.parameters())
+    assert size.bytes == pytest.approx(memory.size_of_layers(config, model_config, 4).bytes, rel=1e-9)
+    assert size.bytes > 16 * size.parameters  # AdamW: the weights, their gradients and two averages
+
+
+def test_counting_loads_no_compiler(tiny):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; from humptygpt import memory\n"
+    code += "for position in train.models.POSITIONS:\n"
+    code += "    model_config = train.ModelConfig(vocab_size=9, position=position)\n"
+    code += "    memory.training_size(train.TrainConfig(), model_config, 4)\n"
+    code += "print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False False\n", done.stderr
+
+
+@pytest.fixture
+def run_dir(run_train):
+    run_train()
+    return Path("out/run")
+
+
+@pytest.mark.parametrize(
+    ("argv", "way_out"),
+    [
+        (["--num_samples=100000000"], r"--num_samples=\d+ would fit"),
+        (["--max_new_tokens=1000000000"], r"--num_samples=1 --max_new_tokens=\d+ would fit"),
+        (["--max_new_tokens=1000000000000000000"], r"--num_samples=1 --max_new_tokens=\d+ would fit"),
+    ],
+)
+def test_texts_that_will_not_fit_are_refused_with_their_size_and_how_many_would(
+    run_dir, gigabyte, fails, argv, way_out, capsys
+):
+    with pytest.raises(configurator.UserError) as error:
+        sample.main(["--out_dir=out/run", "--device=cpu", *argv])
+    assert re.search(rf" tokens take [\d,.]+ GB of memory, and 1\.0 GB are free; {way_out}$", str(error.value))
+
+
+def test_weights_that_will_not_fit_are_refused_with_their_size(run_dir, monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 100)
+    with pytest.raises(configurator.UserError, match=r"best\.pt takes .* MB .* free; --quantize=int8 takes a quarter"):
+        sample.load("out/run", device="cpu")
+
+
+def test_a_step_for_which_memory_does_not_suffice_all_the_same_is_one_line_with_the_way_out(tiny, fails, monkeypatch):
+    monkeypatch.setattr(train, "train_step", lambda run, it: torch.empty(2**50))
+    line = fails(train.main, *TINY_RUN)
+    assert line.startswith("out of memory: 4,503,599.6 GB more were requested, ")
+    assert line.endswith("; try a smaller --batch_size, --block_size or model\n")
+
+
+# --------------------------------------------------------------------------------------
+# ulimit -v
+
+
+def run_limited(main, argv: list[str], room: int) -> None:
+    """Run a script's main in a process that may allocate this many bytes more than it has."""
+    import resource
+
+    import psutil
+
+    torch.set_num_threads(1)
+    run_folder.draw_losses, evaluation.sample_text = lambda *args: None, lambda *args: ""
+    for name in ("stdout", "stderr"):
+        os.dup2(os.open(name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), getattr(sys, f"__{name}__").fileno())
+    sys.argv = ["script.py", *argv]
+    sys.excepthook = limits.report_memory
+    limit = psutil.Process().memory_info().vms + room
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    configurator.run(main)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """They have torch loaded already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_memory"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
+        process = context.Process(target=int)
+        process.start()
+        process.join()
+    return context
+
+
+COMMANDS = {
+    "train": (train.main, [*TINY_RUN, "--n_embd=256", "--block_size=64", "--batch_size=64", "--max_iters=2"]),
+    "sample": (sample.main, ["--out_dir=out/run", "--num_samples=500", "--max_new_tokens=20", "--device=cpu"]),
+    "prepare": (prepare_data.main, ["--input=tiny.txt", "--name=mine", "--tokenizer=bpe", "--vocab_size=300"]),
+}
+
+
+def under_limits(processes, name: str, count: int) -> None:
+    main, argv = COMMANDS[name]
+    codes = []
+    for number in range(count):
+        room = 400_000_000 * number // (count - 1)
+        process = processes.Process(target=run_limited, args=(main, argv, room))
+        process.start()
+        process.join()
+        codes.append(process.exitcode)
+        lines = [
+            line
+            for line in Path("stderr").read_text().splitlines()
+            if not line.startswith(("note: ", "out/run", "---"))
+        ]
+        assert (process.exitcode, len(lines)) in ((0, 0), (2, 1)), (room, process.exitcode, lines)
+        assert not lines or "memory" in lines[0], lines
+    assert codes[-1] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs ulimit -v")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_under_a_limit_of_memory_a_script_ends_well_or_in_one_line(run_train, processes, name):
+    run_train()
+    under_limits(processes, name, 4)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="needs ulimit -v")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_under_thirty_limits_of_memory_a_script_ends_well_or_in_one_line(run_train, processes, name):
+    run_train()
+    under_limits(processes, name, 30)
