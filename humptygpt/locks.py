@@ -42,7 +42,7 @@ class Lock:
         what is locked and what to do instead are for the message. Raises InUse where another process holds the lock,
         and OSError where the file cannot be written.
         """
-        self.path, self.what, self.file, who = path, what, None, None
+        self.path, self.what, self.file, self.missing, who = path, what, None, None, None
         self.made = [folder for folder in path.parents if not folder.exists()]
         for _ in range(ATTEMPTS):
             if self.acquire():
@@ -50,9 +50,12 @@ class Lock:
             if who := holder(path):
                 break
             time.sleep(0.01)  # it has just been released, or its holder is about to write its name
+        if self.missing:  # every time: no folder can be made there
+            raise self.missing
         raise InUse(f"{what} is in use by {who or 'another process'}; {advice}")
 
     def acquire(self) -> bool:
+        self.missing = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -63,8 +66,9 @@ class Lock:
                 os.lseek(self.file, 0, os.SEEK_SET)
                 os.write(self.file, json.dumps(name).encode())
                 return True
-        except FileNotFoundError:
-            return False  # the other process has just removed the folder that it had made
+        except FileNotFoundError as error:  # the other process has just removed the folder that it had made
+            self.missing = error
+            return False
         except OSError:
             self.__exit__()
             raise

@@ -184,6 +184,13 @@ def test_on_windows_the_locked_byte_is_not_in_the_text_that_names_the_holder(tmp
     assert not (tmp_path / ".lock").exists()
 
 
+def test_where_no_folder_can_be_made_nobody_is_named_as_its_user(tiny, fails):
+    if not Path("/proc/self").exists():
+        pytest.skip("needs a folder in which nobody can make one")
+    line = fails(train.main, *TINY_RUN, "--out_dir=/proc/x")
+    assert line == "cannot write /proc/x: No such file or directory; name another --out_dir\n"
+
+
 @pytest.mark.parametrize("text", ["", "{", '{"host": "a"}', '{"host": "a\\nb", "pid": 1, "since": "now"}'])
 def test_a_lock_file_that_says_nothing_names_nobody(tmp_path, text):
     (tmp_path / ".lock").write_text(text)
