@@ -45,7 +45,7 @@ import numpy as np
 
 from humptygpt import configurator
 from humptygpt.configurator import UserError, check, nearest, setting, without_effect
-from humptygpt.corpus import Corpus, Encoder, Progress, progress_bar, units, vocabulary_texts
+from humptygpt.corpus import VOCABULARY_BYTES, Corpus, Encoder, Progress, progress_bar, units, vocabulary_texts
 from humptygpt.documents import STREAM, Found, check_readable, find_files, save_stream
 from humptygpt.files import being_moved, cannot_write, move_aside, write_whole
 from humptygpt.known_texts import KNOWN, Known, PairFiles
@@ -57,6 +57,7 @@ from humptygpt.tokenizer_files import is_tokenizer, read_tokenizer
 
 SAVE_UNITS = 128  # units between two saves of the progress
 SMALL = 8_000_000  # bytes of files below which starting worker processes takes longer than it saves
+WORKER_MEMORY = 100_000_000  # bytes, about
 RESUME = "run the same command again to resume"
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 PAIRS = {"only_with": {"task": "translation"}}
@@ -157,7 +158,10 @@ def prepare(config: PrepareConfig) -> dict:
     """Write data/<name>, print a summary and return meta.json, which is written last and makes the folder complete."""
     folder = Path("data") / config.name
     try:
-        with Lock(folder / ".lock", str(folder), "wait until that has ended, or take another --name"):
+        with (
+            limits.memory_advice("try --workers=1, or --tokenizer=byte"),
+            Lock(folder / ".lock", str(folder), "wait until that has ended, or take another --name"),
+        ):
             try:
                 corpus = open_corpus(config, folder)
                 meta = make_data(corpus, folder, command_text(config), fit=config.vocab_size is None)
@@ -326,6 +330,10 @@ def make_tokenizer(corpus: Corpus | Pairs, fit: bool) -> Tokenizer:
     kind = TOKENIZERS[corpus.config.tokenizer]
     options = {key: getattr(corpus.config, key) for key in kind.options}
     train = partial(kind.train, separated=corpus.separated)
+    size, free = kind.training_memory * min(sum(corpus.sizes), VOCABULARY_BYTES), limits.available_memory()
+    if size > free:
+        needed = f"takes {limits.gigabytes(size)} of memory, and {limits.gigabytes(free)} are free"
+        raise UserError(f"training tokenizer={kind.name} on this text {needed}; --tokenizer=byte takes none")
     try:
         return train(vocabulary_texts(corpus, kind.needs_all_texts), **options)
     except VocabularyTooLarge as error:
@@ -366,7 +374,8 @@ def encode(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, par
         split: TokenWriter(parts, split, token_dtype(tokenizer), corpus.config.shard_tokens, counted["tokens"])
         for split, counted in progress.splits.items()
     }
-    workers = (corpus.config.workers or limits.usable_cores()) if sum(corpus.sizes) >= SMALL else 1
+    most = min(limits.usable_cores(), limits.available_memory() // WORKER_MEMORY)
+    workers = (corpus.config.workers or max(1, most)) if sum(corpus.sizes) >= SMALL else 1
     counts = np.array(progress.counts)
 
     def save() -> None:

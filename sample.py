@@ -312,19 +312,16 @@ def texts_that_fit(loaded: Loaded, size: int) -> int:
     return int(0.9 * free_memory(loaded.device)) // bytes_per_text(loaded.model.config, size)
 
 
-def check_texts_fit(loaded: Loaded, key: str, count: int, size: int, at_once: int = 1) -> None:
-    """Raises UserError where `count` texts of `size` tokens each do not fit; key: what the user calls their number.
-
-    at_once: how many times as many texts are continued together.
-    """
-    fit = texts_that_fit(loaded, size) // at_once
+def check_texts_fit(loaded: Loaded, key: str, count: int, size: int) -> None:
+    """Raises UserError where `count` texts of `size` tokens each do not fit; key: what the user calls their number."""
+    fit = texts_that_fit(loaded, size)
     if count <= fit:
         return
     way_out = f"--{key}={fit} would fit"
     if not fit:
-        fitting = next((n for n in (size >> i for i in range(1, 64)) if texts_that_fit(loaded, n) >= at_once), 0)
+        fitting = next((n for n in (size >> i for i in range(1, 64)) if texts_that_fit(loaded, n)), 0)
         way_out = f"--{key}=1 --max_new_tokens={fitting} would fit" if fitting else "free some memory"
-    needed = gigabytes(count * at_once * bytes_per_text(loaded.model.config, size))
+    needed = gigabytes(count * bytes_per_text(loaded.model.config, size))
     free = gigabytes(free_memory(loaded.device))
     raise UserError(f"{key}={count} texts of {size:,} tokens take {needed} of memory, and {free} are free; {way_out}")
 
@@ -513,6 +510,7 @@ def translate_lines(lines: list[str], number: int, config: SampleConfig, loaded:
             print(f"note: line {number + i:,} has {len(ids):,} tokens; the first {room:,} are read", file=sys.stderr)
         if len(ids):
             sources[i] = np.append(ids[:room], tokenizer.eot)
+    check_texts_fit(loaded, "num_beams", config.num_beams, model.config.block_size)
     found = translate(
         model,
         list(sources.values()),

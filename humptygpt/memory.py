@@ -64,10 +64,10 @@ def check_training_fits(config, model_config: ModelConfig, device: torch.device,
     if size <= free:
         return
     model = f"{parameters:,.0f} parameters" if parameters < 1e30 else "a model of that size"
-    raise UserError(
+    raise UserError(  # what is proposed has half of the memory, as the size is a lower bound
         f"training {model} with batch_size={config.batch_size} and block_size={model_config.block_size} takes"
         f" {gigabytes(size)} of memory or more, and {gigabytes(free)} are free{on(device)}; "
-        + (what_fits(config, model_config, itemsize, free) or "make the model smaller, and the batches")
+        + (what_fits(config, model_config, itemsize, free // 2) or "make the model smaller, and the batches")
     )
 
 

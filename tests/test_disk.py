@@ -160,3 +160,20 @@ def test_a_checkpoint_that_finds_no_room_names_the_disk_and_not_what_follows_fro
         checkpoint.save(path, entries)
     assert path.read_bytes() == before
     assert not list(path.parent.glob("*.tmp"))
+
+
+def test_of_two_processes_that_write_a_file_at_once_both_succeed_and_one_wins(folder):
+    def write(file) -> None:
+        file.write(b"first")
+        files.write_whole(Path("x"), lambda other: other.write(b"second, which is longer"))
+
+    files.write_whole(Path("x"), write)
+    assert [path.name for path in folder.iterdir()] == ["x"] and Path("x").read_bytes() == b"first"
+
+
+def test_what_a_kill_left_of_a_file_is_removed_by_the_next_run_and_what_is_not_ours_stays(run_train):
+    run_train()
+    for name in ("ckpt.pt.0123abcd.tmp", "best.pt.89abcdef.tmp", "ckpt.pt.mine.tmp", "mine.0123abcd.tmp"):
+        Path("out/run", name).touch()
+    assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
+    assert {path.name for path in Path("out/run").glob("*.tmp")} == {"ckpt.pt.mine.tmp", "mine.0123abcd.tmp"}

@@ -120,6 +120,27 @@ def test_a_step_for_which_memory_does_not_suffice_all_the_same_is_one_line_with_
     assert line.endswith("; try a smaller --batch_size, --block_size or model\n")
 
 
+def test_a_tokenizer_whose_training_will_not_fit_is_refused_with_the_one_that_fits(tiny, fails, monkeypatch):
+    monkeypatch.setattr(limits, "available_memory", lambda: 50_000)
+    line = fails(prepare_data.main, "--input=tiny.txt", "--name=mine", "--tokenizer=sentencepiece")
+    assert line == (
+        "training tokenizer=sentencepiece on this text takes 0.1 MB of memory, and 0.1 MB are free;"
+        " --tokenizer=byte takes none\n"
+    )
+    assert not Path("data/mine").exists()
+
+
+def test_as_many_workers_encode_as_memory_allows(folder, monkeypatch):
+    Path("large.txt").write_text("Ak el. " * 1_200_000)
+    monkeypatch.setattr(limits, "available_memory", lambda: 250_000_000)
+    monkeypatch.setattr(limits, "usable_cores", lambda: 8)
+    started, in_order = [], prepare_data.in_order
+    watched = lambda *args: started.append(args[3]) or in_order(*args[:3], 1)  # noqa: E731
+    monkeypatch.setattr(prepare_data, "in_order", watched)
+    prepare_data.main(["--input=large.txt", "--name=mine"])
+    assert started == [2]
+
+
 # --------------------------------------------------------------------------------------
 # ulimit -v
 
