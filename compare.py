@@ -39,7 +39,7 @@ from humptygpt.schema import parse_json
 # torch and matplotlib are imported where they are needed: they take seconds, and a misspelt key should not wait.
 
 # Settings of where a run writes, how often, and where it logs: they do not affect what it learns
-IGNORED = {"out_dir", "init_from", "eval_only", "always_save_checkpoint", "log_interval", "backend"}
+IGNORED = {"out_dir", "init_from", "eval_only", "always_save_checkpoint", "log_interval", "parallel", "backend"}
 IGNORED |= {"wandb_log", "wandb_project", "wandb_run_name"}
 SETTINGS = {"max_iters": range(1, 2**53), "log_interval": range(1, 2**53), "early_stopping": range(2**53)}
 SETTINGS |= {"n_layer?": range(1, 10_000)}  # the model is built to count its parameters

@@ -346,13 +346,15 @@ def attention_mask(
 EXPLICIT_SCORES = 2**25  # elements of the scores up to which explicit attention is used: 64 MB a block in bfloat16
 
 
-def prefers_explicit(device: torch.device, scores: int) -> bool:
+def prefers_explicit(device: torch.device, scores: int, dropout: float) -> bool:
     """Whether explicit attention trains faster than SDPA on this device; scores: B H T S.
 
-    On a CPU the backward pass of SDPA in bfloat16 takes three times as long; but it does not keep all the scores.
+    On a CPU the backward pass of SDPA in bfloat16 takes three times as long; but it does not keep all the scores. With
+    dropout it does, and draws its masks more slowly than drop() and for the rows of its own process alone.
     """
-    training = torch.is_grad_enabled() and device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    return training and scores <= EXPLICIT_SCORES
+    if device.type != "cpu" or not torch.is_grad_enabled():
+        return False
+    return dropout > 0 or (torch.is_autocast_enabled("cpu") and scores <= EXPLICIT_SCORES)
 
 
 def attend(
@@ -364,7 +366,7 @@ def attend(
     broadcasts to (B, H, T, S). Returns (B, H, T, D). Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
     """
     mask = None if mask is None else mask.to(q.dtype)
-    if prefers_explicit(q.device, q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]):
+    if prefers_explicit(q.device, q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2], dropout):
         assert not is_causal, "explicit attention takes a mask"
         return attend_explicit(q, k, v, mask, dropout)
     return F.scaled_dot_product_attention(
@@ -690,7 +692,8 @@ class Stack(nn.Module):
         bias = self.position.score_bias(T, S)
         # it starts at the top left, wrong where a state makes S > T, and refuses a mask beside it
         simple = self.causal and T == S and not 0 < self.window < S and bias is None and padding is None
-        if simple and not prefers_explicit(device, B * self.n_head * T * S):
+        dropout = self.dropout.p if self.training else 0.0
+        if simple and not prefers_explicit(device, B * self.n_head * T * S, dropout):
             return None, True
         return attention_mask(T, S, device, causal=self.causal, window=self.window, bias=bias, padding=padding), False
 

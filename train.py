@@ -4,6 +4,7 @@
     python train.py config/shakespeare_char.py --n_layer=6 --out_dir=out/deeper
     python train.py --init_from=resume --out_dir=out/deeper --max_iters=4000
     python train.py --init_from=out/deeper --dataset=mine --out_dir=out/mine     a new run that starts from its model
+    torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py
 
 It leaves in out_dir: ckpt.pt (all that resuming needs), best.pt (the model with the lowest validation loss),
 metrics.jsonl, loss.png and config.json. Ctrl-C saves before it stops.
@@ -32,9 +33,9 @@ from tqdm import tqdm
 
 import model as models
 import prepare_data
-from humptygpt import checkpoint, configurator, evaluation
+from humptygpt import checkpoint, configurator, distributed, evaluation
 from humptygpt.base_models import BaseModel, load_base
-from humptygpt.batches import Dataset, PairDataset, Prefetcher, TokenDataset, random_key
+from humptygpt.batches import Dataset, PairDataset, Prefetcher, TokenDataset
 from humptygpt.configurator import UserError, check, setting, without_effect
 from humptygpt.device import (
     DTYPES,
@@ -46,11 +47,12 @@ from humptygpt.device import (
     sample_dtype,
     to_device,
 )
+from humptygpt.distributed import ONE_PROCESS, Processes
 from humptygpt.interrupts import catch_signals
 from humptygpt.memory import check_training_fits
 from humptygpt.ngrams import frequent_ngrams
 from humptygpt.optimizers import OPTIMIZERS, SCHEDULES, MovingAverage, Optimizer, learning_rate_at, make_optimizer
-from humptygpt.run_folder import RunFolder, import_wandb, lock_out_dir
+from humptygpt.run_folder import NoFolder, RunFolder, import_wandb, lock_out_dir
 from humptygpt.token_files import COMMAND, is_command, read_meta
 from model import ModelConfig
 
@@ -110,7 +112,8 @@ class TrainConfig:
     device: str = setting("auto", "auto: the GPU if there is one; cpu, cuda, cuda:1, mps", "system")
     dtype: str = setting("auto", "auto: what the hardware has", choices=("auto", *DTYPES))
     compile: bool | None = setting(None, "torch.compile; None: on CUDA only")
-    backend: str = setting("nccl", "nanoGPT's key for several processes; this trainer runs in one")
+    parallel: str = setting("ddp", "of several processes: each has the whole model", choices=distributed.WAYS)
+    backend: str = setting("auto", "of several processes: nccl on CUDA, gloo on a CPU", choices=distributed.BACKENDS)
 
     def __post_init__(self):
         check(self)
@@ -170,6 +173,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     identity: dict  # of the data set, which takes a moment to compute
+    processes: Processes = ONE_PROCESS
 
     def ema_weights(self):
         """A context in which the model has the averaged weights, if there are any."""
@@ -178,7 +182,13 @@ class Run:
     def evaluate(self) -> float:
         config = self.config
         return evaluation.evaluate(
-            self.net, self.dataset, config.batch_size, config.eval_iters, device=self.device, dtype=self.dtype
+            self.net,
+            self.dataset,
+            config.batch_size,
+            config.eval_iters,
+            device=self.device,
+            dtype=self.dtype,
+            processes=self.processes,
         )
 
     def stops_early(self) -> bool:
@@ -186,6 +196,11 @@ class Run:
 
     def settings(self) -> dict:
         return asdict(self.config) | asdict(self.model.config)
+
+    def save(self, path: Path, entries: dict) -> None:
+        """Write a checkpoint, in the process that writes."""
+        if self.processes.first:
+            checkpoint.save(path, entries)
 
     def state(self) -> dict:
         """The entries of best.pt: see checkpoint.SCHEMA."""
@@ -211,27 +226,34 @@ class Run:
 
 def main(argv: list[str]) -> int:
     smaller = "try a smaller --batch_size, --block_size or model"
-    with ExitStack() as locks, limits.memory_advice(smaller):
+    with ExitStack() as locks, distributed.one_reports(), limits.memory_advice(smaller):
         run = setup(*read_settings(argv, locks))  # no name for the checkpoint, which would keep it in memory
         print(describe(run), flush=True)
         if busy := limits.load_note():
             note(busy)
         if run.config.eval_only:
             print(evaluate_only(run))
-            return 0
-        return train_and_finish(run)
+            code = 0
+        else:
+            code = train_and_finish(run)
+        run.processes.end()
+        return code
 
 
 def train_and_finish(run: Run) -> int:
-    folder = RunFolder(Path(run.config.out_dir), run.settings(), run.progress.iter)
+    new_folder = RunFolder if run.processes.first else NoFolder
+    folder = new_folder(Path(run.config.out_dir), run.settings(), run.progress.iter)
     try:
         stopped_by = train(run, folder)
     except Diverged as error:
         good = (folder.path / "ckpt.pt").exists()
         kept = f"{folder.path}/ckpt.pt is the last good checkpoint" if good else "nothing was saved yet"
         advice = "Try a lower --learning_rate, more --warmup_iters, --grad_clip=1.0 or --dtype=float32"
-        print(f"train.py: the {error}; {kept}. {advice}", file=sys.stderr)
+        if run.processes.first:
+            print(f"train.py: the {error}; {kept}. {advice}", file=sys.stderr)
         return 1
+    if not run.processes.first:
+        return distributed.exit_code(stopped_by)
     folder.draw()  # a resumed run may have no step left, and its plot be missing
     out_dir = f"--out_dir={shlex.quote(str(folder.path))}"  # in commands that can be pasted
     if stopped_by:
@@ -241,7 +263,7 @@ def train_and_finish(run: Run) -> int:
     else:
         finish(run, folder, out_dir)
     folder.close()
-    return 128 + stopped_by if stopped_by else 0
+    return distributed.exit_code(stopped_by)
 
 
 # --------------------------------------------------------------------------------------
@@ -255,8 +277,9 @@ def read_settings(
 
     locks: takes the lock of the out_dir, before the checkpoint is read, unless the run only evaluates.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("started as several processes, but this trainer runs in one: python train.py ...")
+    rank, processes = distributed.launched()
+    if rank:
+        locks = None  # the first process has it
     settings = given = configurator.read(argv, ModelConfig, TrainConfig)
     saved, base, out_dir = None, None, Path(given.get("out_dir", TrainConfig.out_dir))
     if os.path.isfile(out_dir):  # probably a checkpoint in the folder that is meant
@@ -269,7 +292,8 @@ def read_settings(
         from_data = ("vocab_size", "ngram_rows")  # None stands for what the checkpoint has
         given = {key: value for key, value in given.items() if key not in from_data or value is not None}
         check_resumable(saved, given, path)
-        settings = saved["train_config"] | saved["model_config"] | given | {"out_dir": str(path.parent)}
+        settings = saved["train_config"] | saved["model_config"] | {"backend": TrainConfig.backend} | given
+        settings |= {"out_dir": str(path.parent)}
     elif given.get("init_from", "scratch") != "scratch":
         base = load_base(given["init_from"])
         settings = given | base_settings(base, given)
@@ -279,8 +303,9 @@ def read_settings(
 
     if config.wandb_log:
         import_wandb()  # refused now if it is missing, and not after a long preparation
-    if "backend" in given:
-        note(f"backend={config.backend} has no effect; this trainer runs in one process")
+    if processes == 1:
+        for key in given.keys() & {"parallel", "backend"}:
+            note(f"{key}={given[key]} has no effect on one process; torchrun starts several")
     settings = asdict(config) | asdict(model_config)
     for key, why in without_effect(settings, ModelConfig, TrainConfig).items():
         if key in given:
@@ -334,7 +359,8 @@ def fit_warmup(config: TrainConfig, chosen: bool) -> TrainConfig:
 
 
 def note(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr)
+    if distributed.launched().rank == 0:
+        print(f"note: {line}", file=sys.stderr)
 
 
 def check_resumable(saved: dict, given: dict, path: Path) -> None:
@@ -364,13 +390,19 @@ def setup(
     config: TrainConfig, model_config: ModelConfig, saved: dict | None = None, base: BaseModel | None = None
 ) -> Run:
     """Put a run together; saved: the checkpoint that it resumes. base: the model that it starts from."""
-    device = pick_device(config.device)
+    processes = distributed.start(config.backend, pick_device(config.device))
+    device = processes.device
     dtype = pick_dtype(config.dtype, device)
     keep_freed_memory()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    dataset = open_dataset(config, model_config)
+    with processes.first_alone("data"):  # it may have to prepare them
+        dataset = open_dataset(config, model_config)
     identity = dataset.identity()
+    steps = {"iter": saved["progress"]["iter"]} if saved else {}
+    processes.check_alike(asdict(config) | asdict(model_config) | identity | steps)
+    accumulation, pairs = config.gradient_accumulation_steps, dataset.task == "translation"
+    distributed.check_divisible(processes.size, accumulation, config.batch_size, pairs)
     if saved and not is_data_of(saved, dataset, identity):
         other = f"data/{config.dataset} is not the data that {config.out_dir}/ckpt.pt was trained on"
         raise UserError(other + find_data_of(saved, config, model_config))
@@ -386,7 +418,9 @@ def setup(
     else:
         model = new_model(config, model_config, ngrams)
     model.to(device)
+    processes.broadcast(model)
     optimizer = make_optimizer(config, model)
+    optimizer.spread = processes.spread
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     ema = MovingAverage(model, config.ema_decay) if config.ema_decay else None
     progress = Progress()
@@ -399,8 +433,10 @@ def setup(
         progress = resume_progress(config, saved)
     compiled = config.compile or (config.compile is None and device.type == "cuda")
     net = compile_model(model, dataset, config.batch_size, device, dtype) if compiled else model
-    batches = Prefetcher(dataset) if device.type == "cuda" else dataset
-    return Run(config, dataset, model, net, batches, optimizer, scaler, ema, progress, device, dtype, identity)
+    batches = Prefetcher(dataset, processes.stride(accumulation)) if device.type == "cuda" else dataset
+    run = Run(config, dataset, model, net, batches, optimizer, scaler, ema, progress, device, dtype, identity)
+    run.processes = processes
+    return run
 
 
 def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
@@ -538,13 +574,14 @@ def describe(run: Run) -> str:
         f"steps: {config.max_iters:,} of {batch}, {epochs:.1f} epochs\n"
         f"evaluation: every {config.eval_interval:,} steps, on {evaluated}\n"
         f"device: {run.device}, {str(run.dtype).removeprefix('torch.')}"
+        f"{f', {run.processes.size} processes' if run.processes.size > 1 else ''}"
     )
 
 
 def evaluate_only(run: Run) -> str:
     with run.ema_weights():
         text = f"{evaluation.describe(evaluation.measures(run.evaluate(), run.dataset))} at iter {run.progress.iter}"
-        if run.dataset.task == "translation":
+        if run.dataset.task == "translation" and run.processes.first:
             dtype = sample_dtype(run.config.dtype, run.device)
             scores = evaluation.score_translations(run.model, run.dataset, run.device, dtype)
             text += f"\n{evaluation.describe_translations(scores)}"
@@ -563,7 +600,8 @@ def train(run: Run, folder: RunFolder) -> int | None:
     """Train to the end, or to the signal whose number is returned. Raises Diverged."""
     config, progress = run.config, run.progress
     meter = Meter(run)
-    bar = tqdm(total=config.max_iters, initial=progress.iter, unit="step", dynamic_ncols=True, disable=None)
+    hidden = None if run.processes.first else True
+    bar = tqdm(total=config.max_iters, initial=progress.iter, unit="step", dynamic_ncols=True, disable=hidden)
     with catch_signals() as signals, bar:
         while progress.iter < config.max_iters and not run.stops_early():
             lr = config.lr(progress.iter)
@@ -579,7 +617,7 @@ def train(run: Run, folder: RunFolder) -> int | None:
             last = progress.iter == config.max_iters
             due = last or progress.iter % config.eval_interval == 0
             log = last or progress.iter % config.log_interval == 0
-            stop = bool(signals)  # a signal that comes later waits for the next step
+            stop = run.processes.agree(signals)  # a signal that comes later waits for the next step
             if not (log or due or stop):
                 continue
             meter.read()
@@ -590,9 +628,9 @@ def train(run: Run, folder: RunFolder) -> int | None:
             improved = due and evaluate_and_record(run, folder, bar)
             last = last or run.stops_early()
             if stop or (due and (last or improved or config.always_save_checkpoint)):
-                checkpoint.save(folder.path / "ckpt.pt", run.state() | run.training_state())
+                run.save(folder.path / "ckpt.pt", run.state() | run.training_state())
             if stop:
-                return signals[0]
+                return stop
             if due and not last:
                 folder.draw()
                 meter.restart_clock()
@@ -602,23 +640,24 @@ def train(run: Run, folder: RunFolder) -> int | None:
 def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     """Step number it, the first being 0: the gradients of a few micro-batches, then an optimizer step.
 
+    Several processes divide the micro-batches, add up their gradients once, and take the same step.
     Returns the mean loss before the step, the gradient norm before clipping, n-gram embeddings left out, both still on
     the device, since reading them would make the CPU wait for the GPU, and how many tokens the loss is the mean of.
     """
-    config, model_config = run.config, run.model.config
-    first = it * config.gradient_accumulation_steps
-    indices = range(first, first + config.gradient_accumulation_steps)
-    micro_batches = [run.batches.batch(index, config.batch_size) for index in indices]
-    tokens = [int((batch["targets"] >= 0).sum()) for batch in micro_batches]
+    config, model_config, processes = run.config, run.model.config, run.processes
+    micro_batches = config.gradient_accumulation_steps
+    parts = list(processes.parts(run.batches, it * micro_batches, micro_batches, config.batch_size))
+    (tokens,) = processes.sum(sum(part.tokens for part in parts))
     mean_loss = torch.zeros((), device=run.device)
-    for index, batch, count in zip(indices, micro_batches, tokens, strict=True):
-        if model_config.dropout or model_config.ngram_dropout:  # the same in a resumed run
-            torch.manual_seed(random_key(config.seed, index))
-        with autocast(run.device, run.dtype):
-            _, loss = run.net(**to_device(batch, run.device))
-            loss = loss * (count / sum(tokens))
-        run.scaler.scale(loss).backward()
+    for part in parts:
+        drops = model_config.dropout or model_config.ngram_dropout
+        with part.same_dropout(config.seed, run.device) if drops else nullcontext():
+            with autocast(run.device, run.dtype):
+                _, loss = run.net(**to_device(part.batch, run.device))
+                loss = loss * (part.tokens / tokens)
+            run.scaler.scale(loss).backward()
         mean_loss += loss.detach()
+    processes.sum_gradients(run.model, mean_loss)
     run.scaler.unscale_(run.optimizer)
     # Adagrad, which takes the sparse gradients, needs no clipping
     dense = [p for p in run.model.parameters() if p.grad is not None and not p.grad.is_sparse]
@@ -626,7 +665,7 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
-    return mean_loss, grad_norm, sum(tokens)
+    return mean_loss, grad_norm, tokens
 
 
 class Meter:
@@ -667,7 +706,7 @@ class Meter:
         row["grad_norm"] = self.norms[-1] if math.isfinite(self.norms[-1]) else None
         row["tokens_per_second"] = round(speed)
         if self.peak_flops:
-            row["mfu"] = speed * models.flops_per_token(self.run.model) / self.peak_flops
+            row["mfu"] = speed * models.flops_per_token(self.run.model) / (self.peak_flops * self.run.processes.size)
         self.logged_tokens, self.logged_seconds = progress.tokens, progress.seconds
         progress.losses, self.losses, self.norms = [], [], []
         return row
@@ -690,11 +729,11 @@ def evaluate_and_record(run: Run, folder: RunFolder, bar: tqdm) -> bool:
         folder.record(stamp(progress) | row)
         best = ", the best so far" if improved else ""
         write_line(bar, f"iter {progress.iter}: {evaluation.describe(row)}{best}")
-        if run.dataset.task == "translation":
+        if run.dataset.task == "translation" and run.processes.first:
             dtype = sample_dtype(run.config.dtype, run.device)
             write_line(bar, evaluation.translate_examples(run.model, run.dataset, run.device, dtype))
         if improved:
-            checkpoint.save(folder.path / "best.pt", run.state())
+            run.save(folder.path / "best.pt", run.state())
     return improved
 
 

@@ -2,6 +2,7 @@
 #
 #   python prepare_data.py openwebtext --files=80     downloads 24 GB; without --files the first file, 300 MB
 #   python train.py config/gpt2_124m.py
+#   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py     on 8 GPUs
 #
 # For a GPU with 24 GB or more. nanoGPT reports a loss of 2.85 after 600,000 steps on 8 A100. Unmeasured here.
 

@@ -285,13 +285,19 @@ class Prefetcher:
     Of use where the step leaves the CPU idle, as on a GPU, and reading waits for a disk.
     """
 
-    def __init__(self, dataset: Dataset):
-        self.dataset, self.next = dataset, {}  # {(index, batch_size): the batch that is being read}
+    def __init__(self, dataset: Dataset, stride: int = 1):
+        """stride: from the number of one batch to that of the next."""
+        self.dataset, self.stride, self.next = (
+            dataset,
+            stride,
+            {},
+        )  # {(index, batch_size): the batch that is being read}
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
         batch = self.next.get((index, batch_size)) or self.thread.submit(self.dataset.batch, index, batch_size)
-        self.next = {(index + 1, batch_size): self.thread.submit(self.dataset.batch, index + 1, batch_size)}
+        following = index + self.stride
+        self.next = {(following, batch_size): self.thread.submit(self.dataset.batch, following, batch_size)}
         return batch.result()
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from humptygpt.batches import Dataset, PairDataset
 from humptygpt.beams import NUM_BEAMS, score, translate
 from humptygpt.device import autocast, to_device
+from humptygpt.distributed import ONE_PROCESS, Processes
 from humptygpt.generation import generate
 from humptygpt.tokenizer import Tokenizer
 
@@ -21,18 +22,23 @@ def evaluate(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    processes: Processes = ONE_PROCESS,
 ) -> float:
-    """Mean loss in nats per token over the evaluation set. Draws no random number, so it cannot disturb training."""
+    """Mean loss in nats per token over the evaluation set. Draws no random number, so it cannot disturb training.
+
+    processes: those that divide the batches.
+    """
     model.eval()
     total, count = torch.zeros((), device=device), 0
-    for batch in dataset.val_batches(batch_size, eval_iters):
+    for batch in processes.alternate(dataset.val_batches(batch_size, eval_iters)):
         tokens = int((batch["targets"] >= 0).sum())
         with autocast(device, dtype):
             _, loss = model(**to_device(batch, device))
         total += loss * tokens
         count += tokens
     model.train()
-    return float(total) / count
+    loss, count = processes.sum(float(total), count)
+    return loss / count
 
 
 def measures(val_loss: float, dataset: Dataset) -> dict[str, float]:

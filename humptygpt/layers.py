@@ -1,6 +1,9 @@
 """What the networks of this project are built from: linear layers, a convolution, dropout, activations, loss."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +48,27 @@ class CausalConv(nn.Module):
         return y if before is None else y[:, -x.shape[1] :]
 
 
+class Rows(NamedTuple):
+    """Which rows of a batch this process has: those from the first on."""
+
+    first: int
+    total: int
+
+
+dropped_rows: Rows | None = None  # see rows_of_batch; None: all
+
+
+@contextmanager
+def rows_of_batch(rows: Rows) -> Iterator[None]:
+    """Within this, a batch is these rows of a larger one, and its dropout masks are these rows of the larger one's."""
+    global dropped_rows
+    dropped_rows = rows
+    try:
+        yield
+    finally:
+        dropped_rows = None
+
+
 class Dropout(nn.Module):
     """In training, each activation is zeroed with probability p and the others are scaled by 1 / (1 - p).
 
@@ -67,8 +91,11 @@ def drop(x: Tensor, p: float) -> Tensor:
     """
     if not p or x.device.type != "cpu":
         return F.dropout(x, p)
-    bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
-    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= min(round(2**16 * p), 2**16 - 1) - 2**15
+    first, total = dropped_rows or (0, len(x))
+    row = x.numel() // len(x)  # elements
+    bits = torch.empty(total * row // 4 + 1, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    bits = bits[first * row : first * row + x.numel()].view(x.shape)
+    kept = bits >= min(round(2**16 * p), 2**16 - 1) - 2**15
     return x * (kept.to(x.dtype) * (1 / (1 - p)))
 
 

@@ -22,6 +22,7 @@ class Optimizer:
         self.param_groups = groups
         self.state: dict[str, dict[str, Tensor]] = {}
         self.steps = 0
+        self.spread = lambda function, x: function(x)  # several processes divide its items: Processes.spread
 
     def set_lr(self, scale: float) -> None:
         """Each group's learning rate becomes scale times its peak."""
@@ -110,7 +111,7 @@ def muon(optimizer: Optimizer, group: dict, params: dict[str, Tensor]) -> None:
         momentum = optimizer.get_state(rule, "momentum_buffer", alike)
         torch._foreach_lerp_(momentum, list(gradients), 1 - group["momentum"])
         gradients = gradients.lerp_(torch.stack(momentum), group["momentum"])  # Nesterov: one look ahead
-        updates = orthogonalize(gradients)
+        updates = optimizer.spread(orthogonalize, gradients)
         if rule is normuon:
             updates = normalize_neurons(updates, optimizer.get_state(rule, "second_moment_buffer", alike), group)
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])

@@ -66,6 +66,22 @@ class RunFolder:
             self.wandb_run.finish()
 
 
+class NoFolder:
+    """In place of a RunFolder in a process that writes nothing, since another one of the same run does."""
+
+    def __init__(self, path: Path, settings: dict, resumed_at: int):
+        self.path = path
+
+    def record(self, row: dict) -> None:
+        pass
+
+    def draw(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def keep_earlier_run(out_dir: Path) -> None:
     """Move an earlier run's files aside; killed in between, the next start moves the rest."""
     found = [name for name in FILES if (out_dir / name).exists()]

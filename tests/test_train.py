@@ -684,11 +684,6 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny, fails, complaint):
     assert sorted(Path().rglob("*")) == before
 
 
-def test_several_processes_are_refused(tiny, fails, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "this trainer runs in one" in fails(train.main, *TINY_RUN)
-
-
 def test_a_key_without_effect_says_so(run_train, capsys):
     run_train("--backend=gloo", "--rope_base=5", "--decay_lr=False")
     notes = capsys.readouterr().err

@@ -1,0 +1,241 @@
+"""Several processes train as one does."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import TINY_RUN, assert_same_weights, read_rows
+
+import train
+from humptygpt import checkpoint, configurator, distributed, optimizers
+from humptygpt.configurator import UserError
+from humptygpt.distributed import Processes, check_divisible
+from humptygpt.layers import Rows, drop, rows_of_batch
+
+OUT = Path("out/run")
+TIME = 600  # seconds until a test fails
+STEPS = ["--max_iters=50", "--eval_interval=25", "--eval_iters=3", "--learning_rate=3e-3", "--out_dir=out/run"]
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def one_of_several(rank: int, size: int, port: int, main, argv: list[str]) -> None:
+    """What torchrun starts; its output goes to a file."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.argv = ["train.py", *argv]
+    with Path(f"stdout{rank}").open("w") as sys.stdout, Path(f"stderr{rank}").open("w") as sys.stderr:
+        configurator.run(main)
+
+
+def launch(size: int, *argv: str, main=train.main, differ: dict[int, list[str]] | None = None) -> list[int]:
+    """Run a script in this many processes and return their exit codes; differ: {rank: its own arguments}."""
+    context, port = multiprocessing.get_context("fork"), free_port()
+    found = [
+        context.Process(target=one_of_several, args=(rank, size, port, main, [*argv, *(differ or {}).get(rank, [])]))
+        for rank in range(size)
+    ]
+    for process in found:
+        process.start()
+    for process in found:
+        process.join(TIME)
+        process.kill()
+    return [process.exitcode for process in found]
+
+
+def losses(rows: list[dict]) -> list[float]:
+    return [row.get("train_loss", row.get("val_loss")) for row in rows]
+
+
+RUNS = {
+    "micro-batches are divided": ["--gradient_accumulation_steps=4", "--dropout=0.2", "--ema_decay=0.9"],
+    "rows are divided": ["--dropout=0.2", "--grad_clip=0.5"],
+    "both, 2 micro-batches": ["--gradient_accumulation_steps=2", "--dropout=0.2", "--bias=True", "--optimizer=normuon"],
+    "Muon": ["--optimizer=muon", "--n_layer=3"],
+    "n-grams": ["--ngrams=3", "--ngram_min_count=2", "--ngram_dropout=0.2"],
+}
+PAIRS = ["--dataset=pairs", "--model=transformer", "--block_size=64", "--batch_size=2", "--dropout=0.2"]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", RUNS)
+def test_several_processes_have_the_losses_of_one(run_train, name, size):
+    argv = [*STEPS, *RUNS[name]]
+    one = run_train(*argv)
+    assert launch(size, *TINY_RUN, *argv) == [0] * size
+    several = read_rows(Path("out/run"))
+    assert [(row["iter"], row["tokens"]) for row in several] == [(row["iter"], row["tokens"]) for row in one]
+    tolerance = 1e-3 if "uon" in str(argv) else 1e-5
+    assert losses(several) == pytest.approx(losses(one), rel=tolerance)
+
+
+@pytest.mark.parametrize("options", [[], ["--gradient_accumulation_steps=2"], ["--model=gpt", "--batch_size=4"]])
+def test_several_processes_have_the_losses_of_one_on_sentence_pairs(pairs, run_train, options):
+    argv = [*STEPS, *PAIRS, *options]
+    one = run_train(*argv)
+    assert launch(4, *TINY_RUN, *argv) == [0] * 4
+    several = read_rows(Path("out/run"))
+    assert [row["iter"] for row in several] == [row["iter"] for row in one]
+    assert losses(several[:-1]) == pytest.approx(losses(one[:-1]), rel=1e-5)
+
+
+def test_one_process_makes_no_process_group(run_train, monkeypatch):
+    monkeypatch.setattr(dist, "init_process_group", None)
+    run_train()
+    assert not dist.is_initialized()
+
+
+# --------------------------------------------------------------------------------------
+# How a step is divided
+
+
+class Numbered:
+    """A data set whose batch number i has the rows (i, 0), (i, 1), ...; some have only some of them."""
+
+    def __init__(self, rows: list[int]):
+        self.rows = rows
+
+    def batch(self, index: int, batch_size: int) -> dict[str, torch.Tensor]:
+        targets = torch.tensor([[index, row] for row in range(self.rows[index])])
+        return {"targets": targets}
+
+
+@pytest.mark.parametrize("size, micro_batches", [(1, 3), (2, 4), (3, 3), (4, 2), (6, 1)])
+@pytest.mark.parametrize("rows", [[6] * 12, [1, 2, 3, 4, 5, 6] * 2])
+def test_each_row_of_a_step_counts_in_one_process_once(size, micro_batches, rows):
+    found = []
+    for rank in range(size):
+        for part in Processes(rank, size).parts(Numbered(rows), micro_batches, micro_batches, 6):
+            assert len(part.batch["targets"])  # also where nothing counts
+            found += part.batch["targets"].tolist() if part.tokens else []
+    step = range(micro_batches, 2 * micro_batches)
+    assert sorted(found) == [[index, row] for index in step for row in range(rows[index])]
+
+
+def test_a_process_draws_the_dropout_mask_of_its_rows():
+    x = torch.ones(6, 5, 3)
+    torch.manual_seed(0)
+    whole = drop(x, 0.4)
+    for first, end in ((0, 2), (2, 3), (3, 6)):
+        torch.manual_seed(0)
+        with rows_of_batch(Rows(first, 6)):
+            assert torch.equal(drop(x[first:end], 0.4), whole[first:end])
+
+
+def test_what_cannot_be_divided_is_refused_with_the_nearest_values_that_can():
+    for works in ((1, 7, 5, False), (2, 4, 5, False), (4, 2, 6, False), (4, 1, 3, True)):
+        check_divisible(*works)
+    with pytest.raises(UserError) as error:
+        check_divisible(4, 6, 5, False)
+    assert str(error.value).endswith("take gradient_accumulation_steps=4 or 8, or nproc_per_node=3 or 6")
+    with pytest.raises(UserError) as error:
+        check_divisible(4, 1, 6, False)
+    assert str(error.value).endswith(
+        "take gradient_accumulation_steps=2, or batch_size=4 or 8, or nproc_per_node=3 or 6"
+    )
+
+
+def test_each_process_orthogonalises_some_matrices_and_none_is_done_twice(tiny):
+    assert launch(2, *TINY_RUN, "--optimizer=muon", "--n_layer=3", main=count_matrices) == [0, 0]
+    counts = [json.loads(Path(f"counts{rank}").read_text()) for rank in range(2)]
+    assert sum(count["matrices"] for count in counts) == 6 * 3 * 6  # steps, layers, matrices of each
+    assert min(count["matrices"] for count in counts) >= 6 * 6
+
+
+def test_gradients_are_sent_once_in_a_step(tiny):
+    assert launch(2, *TINY_RUN, "--gradient_accumulation_steps=4", main=count_matrices) == [0, 0]
+    assert json.loads(Path("counts1").read_text())["gradients"] == 6
+
+
+def count_matrices(argv: list[str]) -> int:
+    """Train, counting the matrices that this process orthogonalises and how often it sends gradients."""
+    counts = {"matrices": 0, "gradients": 0}
+    orthogonalize, all_reduce = optimizers.orthogonalize, dist.all_reduce
+
+    def counting(x):
+        counts["matrices"] += len(x)
+        return orthogonalize(x)
+
+    def counting_sums(x, *args, **settings):
+        counts["gradients"] += x.numel() > 1000
+        return all_reduce(x, *args, **settings)
+
+    optimizers.orthogonalize, dist.all_reduce = counting, counting_sums
+    code = train.main(argv)
+    Path(f"counts{os.environ['RANK']}").write_text(json.dumps(counts))
+    return code
+
+
+# --------------------------------------------------------------------------------------
+# One process writes; a signal ends all; mistakes are one line
+
+
+def test_one_process_writes_and_reports(tiny):
+    assert launch(2, *TINY_RUN) == [0, 0]
+    assert "best val loss" in Path("stdout0").read_text() and Path("stdout1").read_text() == ""
+    assert Path("stderr1").read_text() == ""
+    assert sorted(path.name for path in OUT.iterdir()) == ["best.pt", "ckpt.pt", "config.json", "metrics.jsonl"]
+    assert not list(Path("out").glob("*/previous-*"))
+
+
+def signal_at_4(argv: list[str]) -> int:
+    """Train, and send SIGTERM to process 1 in its fourth step."""
+    step = train.train_step
+
+    def step_and_signal(run, it):
+        if it == 3 and run.processes.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, it)
+
+    train.train_step = step_and_signal
+    return train.main(argv)
+
+
+def test_a_signal_to_one_process_ends_all_with_one_checkpoint_that_any_number_resumes(tiny, run_train):
+    argv = [*TINY_RUN, "--ngrams=3", "--ngram_min_count=2", "--optimizer=muon", "--ema_decay=0.5"]
+    assert launch(2, *argv) == [0, 0]
+    rows, whole = read_rows(OUT), checkpoint.load(OUT / "ckpt.pt")
+    assert launch(2, *argv, main=signal_at_4) == [128 + signal.SIGTERM] * 2
+    assert "SIGTERM: saved out/run/ckpt.pt at iter 4; resume:" in Path("stderr0").read_text()
+    assert checkpoint.load(OUT / "ckpt.pt")["progress"]["iter"] == 4
+    assert launch(2, "--init_from=resume", "--out_dir=out/run") == [0, 0]
+    assert read_rows(OUT) == rows
+    assert_same_weights(checkpoint.load(OUT / "ckpt.pt")["model"], whole["model"])
+    launch(2, *argv, main=signal_at_4)
+    assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
+    assert losses(read_rows(OUT)) == pytest.approx(losses(rows), rel=1e-3)
+
+
+def complaints(*argv: str, **settings) -> list[str]:
+    """The exit code of two processes is 2; what each reports."""
+    assert launch(2, *TINY_RUN, *argv, **settings) == [2, 2]
+    return [Path(f"stderr{rank}").read_text() for rank in range(2)]
+
+
+def test_mistakes_are_one_line(tiny, monkeypatch):
+    monkeypatch.setattr(distributed, "PATIENCE", 0)
+    for argv, complaint in {
+        "--batch_size=3": "batch_size=3 cannot be divided evenly over 2 processes; take gradient_accumulation_steps=2",
+        "--backend=nccl": "backend=nccl needs CUDA devices, and this is cpu; take --backend=gloo",
+    }.items():
+        found = complaints(argv)
+        assert complaint in found[0] and found[0].count("\n") == 1
+    found = complaints(differ={1: ["--learning_rate=0.5"]})
+    assert "has learning_rate=0.5, but process 0 on" in found[0] and found[0].count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_without_torchrun_several_processes_are_refused(tiny, fails, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE=2 is set, but not RANK; start several processes with: torchrun" in fails(train.main, *TINY_RUN)
