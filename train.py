@@ -280,10 +280,14 @@ def read_settings(
     rank, processes = distributed.launched()
     if rank:
         locks = None  # the first process has it
-    settings = given = configurator.read(argv, ModelConfig, TrainConfig)
+    given = configurator.read(argv, ModelConfig, TrainConfig)
     saved, base, out_dir = None, None, Path(given.get("out_dir", TrainConfig.out_dir))
     if os.path.isfile(out_dir):  # probably a checkpoint in the folder that is meant
         raise UserError(f"out_dir={out_dir} is a file; write {shlex.quote(f'--out_dir={out_dir.parent}')}")
+    if distributed.restarted() and is_checkpoint_of(given, out_dir / "ckpt.pt"):
+        note(f"torchrun has started this run again; it resumes {out_dir}/ckpt.pt")
+        given = given | {"init_from": "resume"}
+    settings = given
     if given.get("init_from") == "resume":
         path = out_dir / "ckpt.pt"
         if locks and not given.get("eval_only"):
@@ -344,6 +348,23 @@ def base_model(base: BaseModel, config: TrainConfig, model_config: ModelConfig, 
         for name, x in base.weights.items()
     }
     return checkpoint.restore_model(cropped, model_config)
+
+
+def is_checkpoint_of(given: dict, path: Path) -> bool:
+    """Whether there is a checkpoint of a run with just these settings: an interrupted run continues it.
+
+    Should it be of an earlier run, that was the same run.
+    """
+    try:
+        saved = checkpoint.load(path)
+    except UserError:
+        return False
+    settings = asdict(configurator.make(TrainConfig, given)) | asdict(configurator.make(ModelConfig, given))
+    had = saved["train_config"] | saved["model_config"]
+    may_differ = ("init_from", "out_dir", "warmup_iters")  # the warmup is fitted to a short run
+    from_data = ("vocab_size", "ngram_rows")
+    differ = {key for key, value in settings.items() if value != had.get(key) and key not in may_differ}
+    return "optimizer" in saved and all(key in from_data and settings[key] is None for key in differ)
 
 
 def fit_warmup(config: TrainConfig, chosen: bool) -> TrainConfig:

@@ -12,11 +12,13 @@ CPU, where computing and sending share the cores, it is no faster.
 
 import datetime
 import os
+import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +34,73 @@ from humptygpt.configurator import UserError
 BUCKET = 2**23  # elements of the gradients that are sent together: 32 MiB of float32
 LONG = datetime.timedelta(days=7)  # the longest that others wait for what the first process does alone
 PATIENCE = 2  # seconds
+SILENCE = 25.0  # seconds without a sign of life after which a process is given up
+ABSENCE = datetime.timedelta(minutes=10)  # the longest that a sum waits for a process that is alive
+DONE = "done"
+WAY_OUT = "the run ends; its last checkpoint is whole: --init_from=resume continues from it"
 BACKENDS = ("auto", "gloo", "nccl")
 WAYS = ("ddp",)
+
+
+class Lost(UserError):
+    """Another process has ended, or does not answer."""
+
+
+@contextmanager
+def others_answer() -> Iterator[None]:
+    """Raise Lost where what is within, which waits for other processes, fails."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = re.sub(r"^\[\S+\] ", "", str(error).strip()).splitlines()[0].split(". ")[0]
+        raise Lost(f"another process has ended or does not answer ({reason}); {WAY_OUT}") from error
+
+
+class Heartbeat(threading.Thread):
+    """Signs of life of this process, and a look at those of the next one: where they stop, this process ends.
+
+    A process that has died closes its connections, which the others notice at once; one that hangs, or whose machine
+    has stopped, does not. Each process watches one other, so that a thousand processes cause as little traffic as two.
+    """
+
+    def __init__(self, rank: int, size: int):
+        super().__init__(daemon=True)
+        self.rank, self.watched, self.stopped = rank, (rank + 1) % size, threading.Event()
+        # a connection of its own: while one thread waits on a connection, no other can use it
+        self.store = dist.PrefixStore("heartbeat", connect(False, datetime.timedelta(seconds=SILENCE)))
+        self.beat(0)
+        self.start()
+
+    def beat(self, number: int | str) -> None:
+        self.store.set(str(self.rank), f"{socket.gethostname()} {number}")
+
+    def run(self) -> None:
+        number, last, heard, where = 0, "", time.monotonic(), ""
+        while not self.stopped.wait(SILENCE / 10):
+            number += 1
+            try:
+                self.beat(number)
+                sign = self.store.get(str(self.watched)).decode()
+            except RuntimeError as error:  # who started this run is gone
+                end_now(f"the processes' store does not answer any more ({str(error).splitlines()[0]})")
+            if sign != last or sign.endswith(DONE):
+                last, heard, where = sign, time.monotonic(), sign.split(" ")[0]
+            elif time.monotonic() - heard > SILENCE:
+                end_now(f"process {self.watched} on {where} has given no sign of life for {SILENCE:.0f} s")
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.join()
+        with suppress(RuntimeError):
+            self.beat(DONE)
+
+
+def end_now(reason: str) -> None:
+    """End this process whatever its other threads wait for; torchrun then ends the others."""
+    os.write(2, f"train.py: {reason}; {WAY_OUT}\n".encode())
+    os._exit(1)
 
 
 class Part(NamedTuple):
@@ -63,6 +130,7 @@ class Processes:
     rank: int = 0
     size: int = 1
     device: torch.device | None = None  # of this process
+    heartbeat: Heartbeat | None = field(default=None, compare=False)
 
     @property
     def first(self) -> bool:
@@ -108,10 +176,12 @@ class Processes:
             return list(numbers)
         dtype = torch.int64 if all(type(number) is int for number in numbers) else torch.float64
         total = torch.tensor(numbers, dtype=dtype)
-        dist.all_reduce(total)
+        with others_answer():
+            dist.all_reduce(total)
         return total.tolist()
 
     @torch.no_grad()
+    @others_answer()
     def sum_gradients(self, model: nn.Module, loss: Tensor) -> None:
         """Every gradient becomes its sum over the processes, and so does the loss, which travels with them."""
         if self.size == 1:
@@ -145,6 +215,7 @@ class Processes:
         found = torch.cat([x[:n] for x, n in zip(found, lengths, strict=True)])
         return torch.sparse_coo_tensor(rows[None], found, gradient.shape, check_invariants=False)
 
+    @others_answer()
     def gather(self, x: Tensor) -> Tensor:
         """The tensors of all processes, equally shaped, one after another."""
         found = x.new_empty(self.size * len(x), *x.shape[1:])
@@ -197,7 +268,8 @@ class Processes:
         number = signals[0] if signals else 0
         if self.size > 1:
             largest = torch.tensor(number)
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            with others_answer():
+                dist.all_reduce(largest, dist.ReduceOp.MAX)
             number = int(largest)
         return number or None
 
@@ -206,7 +278,14 @@ class Processes:
         if self.size == 1:
             return
         store = dist.distributed_c10d._get_default_store()
-        store.set("end", "") if self.first else store.wait(["end"], LONG)
+        with others_answer():
+            if self.first:
+                store.set("end", "")
+                store.wait([f"end {rank}" for rank in range(1, self.size)], ABSENCE)  # it may be in this process
+            else:
+                store.wait(["end"], LONG)
+            self.heartbeat.stop()
+            store.set(f"end {self.rank}", "")
         dist.destroy_process_group()
 
 
@@ -263,9 +342,16 @@ def one_reports() -> Iterator[None]:
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         try:
             yield
+        except Lost:
+            raise
         except UserError:
             time.sleep(PATIENCE)
             raise
+
+
+def restarted() -> bool:
+    """Whether torchrun has started these processes again after one has ended with an error (--max_restarts)."""
+    return launched().size > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def exit_code(stopped_by: int | None) -> int:
@@ -314,6 +400,14 @@ def pick_backend(backend: str, device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl"  # numbers need no GPU to wait for
 
 
+def connect(serves: bool, timeout: datetime.timedelta) -> dist.Store:
+    """The store through which the processes meet; serves: it is in this process."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, None, serves, timeout=timeout, wait_for_workers=False)
+    # torchrun keeps it where it starts processes again, with the addresses of those that have ended
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
 def start(backend: str, device: torch.device) -> Processes:
     """Meet the other processes, if there are any. Raises UserError where they cannot be met."""
     rank, size = launched()
@@ -330,9 +424,11 @@ def start(backend: str, device: torch.device) -> Processes:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group(backend)
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun has the store
+        store = connect(rank == 0 and not agent, ABSENCE)
+        dist.init_process_group(backend, timeout=ABSENCE, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:  # a port in use, a host that is not reached
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the processes cannot meet at {where} ({reason}); take another --master_port") from error
-    return Processes(rank, size, device)
+    return Processes(rank, size, device, Heartbeat(rank, size))

@@ -67,7 +67,7 @@ class RunFolder:
 
 
 class NoFolder:
-    """In place of a RunFolder in a process that writes nothing, since another one of the same run does."""
+    """What a process has instead of a RunFolder that writes nothing, since another one of the same run does."""
 
     def __init__(self, path: Path, settings: dict, resumed_at: int):
         self.path = path
