@@ -2,8 +2,8 @@
 
 /* The forward pass of every model that model.py can build, to be read beside it: the same parts, names and order.
 
-Shapes: T target length, S source length (tokens attended to), C n_embd, H heads, D head size (C / n_head),
-V vocabulary.
+Shapes: T target length, S source length (tokens attended to), C n_embd, H heads, D head size (C / n_head unless
+head_size says otherwise), V vocabulary.
 
 There is one text, not a batch of them. What is (T, C) in PyTorch is here a list of T rows, one for each token, each a
 Float32Array of C features; sums are computed in double precision. The heads stand side by side in a row: feature i of
@@ -25,7 +25,7 @@ forward() returns a trace, all that was computed on the way, under the names of 
       input               (T, C), the residual stream that enters
       attn_norm           a norm: input, output (T, C), and T numbers: mean and std of layernorm, rms of rmsnorm
       attn                q_proj, k_proj, v_proj; q_norm, k_norm with qk_norm; q, k (rotated, if they are) and v;
-                          scores = q k / sqrt(D) and weights (H, T, S); heads (T, C), side by side; o_proj (T, C)
+                          scores = q k / sqrt(D) and weights (H, T, S); heads (T, H D), side by side; o_proj (T, C)
       after_attn          (T, C), the residual stream
       cross_norm, cross_attn, after_cross     the same of a decoder; context has k_proj, v_proj, k_norm, k, v: (S, ...)
       mlp_norm
@@ -136,15 +136,14 @@ function softmax(x) {
 // --------------------------------------------------------------------------------------
 // Norms
 
-const EPS = 1e-5;
 const FLOAT32_EPS = 2 ** -23; // what F.rms_norm takes by default, as the norm of queries and keys does
 
-function layerNorm(x, { weight, bias }) {
+function layerNorm(x, { weight, bias }, eps) {
   const norm = { input: x, mean: [], std: [], output: [] };
   for (const row of x) {
     const mean = row.reduce((sum, value) => sum + value, 0) / row.length;
     const variance = row.reduce((sum, value) => sum + (value - mean) ** 2, 0) / row.length;
-    const std = Math.sqrt(variance + EPS);
+    const std = Math.sqrt(variance + eps);
     norm.mean.push(mean);
     norm.std.push(std);
     norm.output.push(row.map((value, i) => ((value - mean) / std) * weight.data[i] + (bias ? bias.data[i] : 0)));
@@ -152,8 +151,8 @@ function layerNorm(x, { weight, bias }) {
   return norm;
 }
 
-function rmsNorm(x, { weight }) {
-  const rms = x.map((row) => rootMeanSquare(row, EPS));
+function rmsNorm(x, { weight }, eps) {
+  const rms = x.map((row) => rootMeanSquare(row, eps));
   return { input: x, rms, output: x.map((row, t) => row.map((value, i) => (value / rms[t]) * weight.data[i])) };
 }
 
@@ -191,8 +190,12 @@ function rotaryPosition(config, weights, at) {
   return { frequency, cos, sin };
 }
 
+function headSize(config) {
+  return config.head_size || config.n_embd / config.n_head;
+}
+
 function rotaryFrequencies(config) {
-  const D = config.n_embd / config.n_head;
+  const D = headSize(config);
   const frequency = Float32Array.from({ length: D / 2 }, (_, i) => config.rope_base ** -Math.fround((2 * i) / D));
   if (config.rope_factor === 1) return frequency;
   const { rope_low_freq_factor: low, rope_high_freq_factor: high } = config;
@@ -260,7 +263,8 @@ function attentionMask(at, S, { causal, window, slopes }) {
   );
 }
 
-/** softmax(q k^T / sqrt(D) + mask) v. q: (T, C); k, v: (S, C), or less where groups of neighbouring heads share one. */
+/** softmax(q k^T / sqrt(D) + mask) v. q: (T, H D); k, v: the same of S tokens, or less where groups of neighbouring
+heads share one. */
 function attend(q, k, v, mask, n_head) {
   const D = q[0].length / n_head;
   const group = q[0].length / k[0].length; // heads that share one head of keys and values
@@ -310,7 +314,7 @@ function keysAndValues(x, weights, config) {
 
 /** RMS norm of each head by itself, without trained scale: qk_norm. */
 function normHeads(x, config) {
-  const D = config.n_embd / config.n_head;
+  const D = headSize(config);
   return x.map((row) => {
     const y = new Float32Array(row.length);
     for (let from = 0; from < row.length; from += D) {
@@ -494,16 +498,17 @@ function stack(x, weights, config, { causal, name, dropout, before = null, conte
   const position = POSITIONS[config.position](config, weights.position, at);
   const mask = attentionMask(at, S, { causal, window: config.window, slopes: position.slopes });
   const embed = embedPositions(x, position);
-  const embed_norm = NORMS[config.embed_norm ? config.norm : "none"](embed, weights.embed_norm);
+  const normBy = (kind) => (rows, layer) => NORMS[kind](rows, layer, config.norm_eps);
+  const embed_norm = normBy(config.embed_norm ? config.norm : "none")(embed, weights.embed_norm);
   x = dropout(embed_norm.output, `${name}.embed`);
   const blocks = weights.blocks.map((block, i) => {
     const drop = (rows, branch) => dropout(rows, `${name}.blocks.${i}.${branch}`);
-    const inputs = { config, norm: NORMS[config.norm], position, mask, context, dropout: drop };
+    const inputs = { config, norm: normBy(config.norm), position, mask, context, dropout: drop };
     const y = BLOCKS[config.block](x, block, inputs, before?.blocks[i]);
     x = y.output;
     return y;
   });
-  const norm = NORMS[config.block === "post_norm" ? "none" : config.norm](x, weights.norm); // that block ends with one
+  const norm = normBy(config.block === "post_norm" ? "none" : config.norm)(x, weights.norm); // it ends with one
   return { position, embed, embed_norm, mask, blocks, norm };
 }
 
@@ -698,5 +703,6 @@ function mapTrace(trace, f, other) {
 
 if (typeof module !== "undefined") {
   const dictionaries = { NORMS, POSITIONS, ACTIVATIONS, MLPS, BLOCKS, EMBEDDINGS, MODELS };
-  module.exports = { ...dictionaries, erf, forward, head, probabilities, softmax };
+  const helpers = { FLOAT32_EPS, GAIN, headSize, rootMeanSquare };
+  module.exports = { ...dictionaries, ...helpers, erf, forward, head, probabilities, softmax };
 }

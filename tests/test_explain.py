@@ -435,6 +435,9 @@ MORE_VARIANTS = [
     {"n_embd": 30, "n_hidden": 27, "n_head": 3, "position": "sinusoidal", "bias": True, "norm": "rmsnorm"},
     {"embed_norm": True, "norm": "rmsnorm", "block": "post_norm", "mlp_conv": 2, "ngrams": 3, "ngram_rows": 300},
     {"embed_norm": True, "norm": "none", "position": "rotary", "rope_base": 500.0, "rope_factor": 8.0},
+    {"head_size": 12, "n_kv_head": 1, "position": "rotary", "qk_norm": True, "norm": "rmsnorm", "norm_eps": 1e-2},
+    {"head_size": 20, "attn_bias": True, "mlp_bias": False, "norm_eps": 0.1, "embed_norm": True},
+    {"bias": True, "attn_bias": False, "mlp_bias": True, "mlp": "gated", "head_size": 6, "position": "rotary"},
     {"model": "window_mlp", "window": 5, "n_layer": 3, "activation": "silu", "block_size": 40},
 ]
 VARIANTS = [*test_model.VARIANTS, *MORE_VARIANTS]
