@@ -139,9 +139,11 @@ BAD = {
         lambda path: path.write_bytes(b""),
     ],
     "out/run/best.pt is not a checkpoint of this version": [
-        lambda path: torch.save({"model": {}, "model_args": {}}, path),
         lambda path: torch.save([1, 2], path),
         lambda path: torch.save({"format": ["gpt checkpoint 3"]}, path),
+    ],
+    "out/run/best.pt is a checkpoint of nanoGPT; write --init_from=out/run/best.pt": [
+        lambda path: torch.save({"model": {}, "model_args": {}}, path),
     ],
     "no checkpoint out/run/best.pt; train first": [lambda path: None],
     "cannot read out/run/best.pt: Is a directory": [lambda path: path.mkdir()],

@@ -170,15 +170,14 @@ def test_every_path_may_begin_with_the_home_folder_and_has_no_null_byte(cls, mon
 def test_every_key_for_a_path_is_declared_as_one():
     paths = {field.name for cls in CONFIGS for field in dataclasses.fields(cls) if field.metadata["path"]}
     assert paths == {
-        *("out_dir", "prompts", "score", "input", "source", "target", "held_out"),
+        *("out_dir", "prompts", "score", "input", "source", "target", "held_out", "tokenizer"),
         *("runs", "picture", "csv", "json"),
     }
 
 
 def test_help_lists_the_choices_that_the_dictionary_has(monkeypatch, capsys):
     monkeypatch.setitem(model.NORMS, "mynorm", model.NORMS["rmsnorm"])
-    monkeypatch.setitem(tokenizer.TOKENIZERS, "mytokens", tokenizer.ByteTokenizer)
-    for main, choice in ((train.main, "mynorm"), (prepare_data.main, "mytokens")):
+    for main, choice in ((train.main, "mynorm"), (prepare_data.main, ", ".join(tokenizer.TOKENIZERS))):
         with pytest.raises(SystemExit):
             main(["--help"])
         text = capsys.readouterr().out

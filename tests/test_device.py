@@ -12,6 +12,7 @@ import model as models
 import train
 from humptygpt.configurator import UserError
 from humptygpt.device import autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype, sample_dtype
+from humptygpt.distributed import ONE_PROCESS
 from humptygpt.layers import ACTIVATIONS
 from humptygpt.optimizers import OPTIMIZERS, MovingAverage, make_optimizer
 from humptygpt.window_mlp import EMBEDDINGS
@@ -196,6 +197,6 @@ def test_a_training_step_moves_its_batch_to_the_device(monkeypatch, name, optimi
     batch = dict.fromkeys(("idx", "targets") + ("source",) * model.has_encoder, torch.zeros(2, 5, dtype=torch.int64))
     scaler, batches = torch.amp.GradScaler("cpu", enabled=False), SimpleNamespace(batch=lambda index, size: batch)
     run = SimpleNamespace(config=config, model=model, net=model, batches=batches, scaler=scaler, device=META)
-    run.dtype, run.optimizer = torch.float32, make_optimizer(config, model)
+    run.dtype, run.optimizer, run.processes = torch.float32, make_optimizer(config, model), ONE_PROCESS
     loss, grad_norm, count = train.train_step(run, it=0)
     assert (loss.device, grad_norm.device, count) == (META, META, 20)

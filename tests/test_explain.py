@@ -311,7 +311,7 @@ def stack_values(recorder: Recorder, stack: str, name: str) -> dict:
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    D = config.n_embd // config.n_head
+    D = config.head_size or config.n_embd // config.n_head
     frequency = torch.tensor([config.rope_base ** (-i / D) for i in range(0, D, 2)])
     if config.rope_factor == 1:
         return frequency
@@ -828,7 +828,7 @@ def test_the_latest_checkpoint_is_taken_where_there_is_no_best_one_yet(run_dir, 
 BAD = {
     "no checkpoint out/none/best.pt; train first: python train.py --out_dir=out/none": ["--out_dir=out/none"],
     "cannot write missing/page.html: No such file or directory": ["--to=missing/page.html"],
-    "cannot write out: Is a directory": ["--to=out"],
+    "cannot write out: it is a folder; name a file in it": ["--to=out"],
     "character 'é' (U+00E9) is not among the": ["--start=Aké"],
     "MB in a page, more than max_mb=0.05: a browser would take long": ["--max_mb=0.05"],
     "MB, more than max_mb=0.08; raise --max_mb": ["--max_mb=0.08"],

@@ -298,9 +298,9 @@ def test_a_state_is_no_larger_than_the_text_or_twice_the_window():
 
 
 @pytest.mark.parametrize("keys", [{}, {"n_kv_head": 1}, {"head_size": 24}, {"window": 4, "position": "rotary"}])
-def test_the_bytes_of_a_text_are_those_of_its_keys_values_and_logits(keys):
+def test_the_bytes_of_a_text_are_those_of_its_keys_values_logits_tokens_and_random_numbers(keys):
     model = tiny_model(block_size=64, **keys)
     context = Context(model, torch.ones(1, 3, dtype=torch.long), 60)
     list(continue_texts(context, Sampler([0], 57), 57))
     held = sum(layer.k.nbytes + layer.v.nbytes for layer in context.state.layers)
-    assert generation.bytes_per_text(model.config, 60) == held + 4 * 8 * model.config.vocab_size
+    assert generation.bytes_per_text(model.config, 60) == held + 4 * 8 * model.config.vocab_size + 16 * 60

@@ -42,14 +42,14 @@ def test_a_training_that_will_not_fit_is_refused_with_its_size_and_the_setting_t
     assert re.search(r" takes (inf|[\d,.]+) GB of memory or more, and 1\.0 GB are free; ", line), line
     assert not Path("out/run/config.json").exists()
     if fits := re.search(r"(--\w+=\d+) would fit$", line):
-        config, model_config, _ = train.read_settings([*TINY_RUN, *settings.split(), fits[1], "--vocab_size=21"])
+        config, model_config, *_ = train.read_settings([*TINY_RUN, *settings.split(), fits[1], "--vocab_size=21"])
         memory.check_training_fits(config, model_config, CPU, torch.float32)
     else:
         assert line.endswith("make the model smaller, and the batches\n") and "vocab_size" in settings
 
 
 def test_on_a_gpu_its_own_memory_counts(tiny, gigabyte, monkeypatch):
-    config, model_config, _ = train.read_settings([*TINY_RUN, "--n_embd=4096", "--vocab_size=50"])
+    config, model_config, *_ = train.read_settings([*TINY_RUN, "--n_embd=4096", "--vocab_size=50"])
     with pytest.raises(configurator.UserError, match=r"GB of memory or more, and 1\.0 GB are free on cuda; --n_"):
         memory.check_training_fits(config, model_config, CUDA, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**11, 10**11))
@@ -109,7 +109,7 @@ def test_texts_that_will_not_fit_are_refused_with_their_size_and_how_many_would(
 
 def test_weights_that_will_not_fit_are_refused_with_their_size(run_dir, monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda: 100)
-    with pytest.raises(configurator.UserError, match=r"best\.pt takes .* MB .* free; --quantize=int8 takes a quarter"):
+    with pytest.raises(configurator.UserError, match=r"out/run takes .* MB .* free; --quantize=int8 takes a quarter"):
         sample.load("out/run", device="cpu")
 
 
