@@ -53,15 +53,18 @@ def load_base(name: str, which: str = "best") -> BaseModel:
     return base
 
 
-def find_base(name: str, which: str = "best") -> Path:
-    """The folder in Hugging Face's format, or the checkpoint, that a name stands for. Raises UserError."""
+def find_base(name: str, which: str = "best", key: str = "init_from") -> Path:
+    """The folder in Hugging Face's format, or the checkpoint, that a name stands for. Raises UserError.
+
+    key: what the user gave the name to.
+    """
     path = Path(os.path.expanduser(name))  # noqa: PTH111, which loses the end of "folder/", as in configurator.py
     if os.path.isfile(path):
         return path
     if not os.path.isdir(path):
         if repo := hub.repository(name):
             return hub.fetch_model(repo, pretrained.check_supported)
-        raise UserError(f"init_from={name}: there is no such file or folder{nearest_path(name)}")
+        raise UserError(f"{key}={name}: there is no such file or folder{nearest_path(name)}")
     names = ("best.pt", "ckpt.pt") if which == "best" else ("ckpt.pt",)
     for file in names:
         if os.path.exists(path / file):
@@ -69,12 +72,13 @@ def find_base(name: str, which: str = "best") -> Path:
     weights = ("config.json", "model.safetensors", "pytorch_model.bin")
     if any(os.path.exists(path / file) for file in weights):
         return path
-    raise UserError(f"init_from={name} holds no model: neither {' nor '.join(names)}, nor config.json and weights")
+    none = "no model" if key == "init_from" else "no tokenizer and no model"
+    raise UserError(f"{key}={name} holds {none}: neither {' nor '.join(names)}, nor config.json and weights")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a run or of a nanoGPT checkpoint. Raises UserError."""
-    path = find_base(str(path))
+    path = find_base(str(path), key="tokenizer")
     if path.is_dir():
         return read_tokenizer(path)
     saved = checkpoint.read(path, mapped=sys.platform == "linux")

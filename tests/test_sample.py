@@ -172,7 +172,7 @@ BAD = {
 
 @pytest.mark.parametrize("complaint", BAD)
 def test_bad_input_is_one_line(run_dir, fails, monkeypatch, complaint):
-    if not any(argument.startswith(("--device", "--dtype")) for argument in BAD[complaint]):
+    if not any(argument.startswith(("--device", "--dtype", "--init_from")) for argument in BAD[complaint]):
         loaded = sample.load("out/run", device="cpu")
         monkeypatch.setattr(sample, "load", lambda *args, **keys: loaded)  # it prints nothing
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
