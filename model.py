@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from humptygpt import lora
 from humptygpt.configurator import check, setting
 from humptygpt.layers import ACTIVATIONS, CausalConv, Dropout, Linear, drop, with_loss
 from humptygpt.ngrams import NgramEmbedding
@@ -877,6 +878,7 @@ ROTARY = {"only_with": {"position": "rotary"}}
 SCALED = ROTARY | {"not_with": {"rope_factor": 1.0}}
 MLP_ONLY = {"not_with": {"model": "window_mlp", "mlp": "none"}}
 NORM = {"not_with": {"model": "window_mlp", "norm": "none"}}
+LORA = {"not_with": {"lora_rank": 0}}
 PROBABILITY = {"at_least": 0, "below": 1}
 
 
@@ -930,6 +932,9 @@ class ModelConfig:
         0.0, "keeps logits between -cap and cap by tanh; 0: no cap", at_least=0, at_most=1e6
     )
     init: str = setting("gpt2", "zero: each block starts as the identity", choices=("gpt2", "zero"), **ATTENTION)
+    lora_rank: int = setting(0, "LoRA: rank of the matrices that train beside a model's; 0: off", at_least=0)
+    lora_alpha: float = setting(16.0, "LoRA: what they add is scaled by lora_alpha / lora_rank", above=0, **LORA)
+    lora_targets: str = setting("q_proj,v_proj", "LoRA: layers that have it, by the ends of their names", **LORA)
 
     def __post_init__(self):
         check(self)
@@ -977,7 +982,8 @@ class ModelConfig:
 
 def build(config: ModelConfig) -> nn.Module:
     """A new model with random weights, on the CPU."""
-    return MODELS[config.model](config)
+    model = MODELS[config.model](config)
+    return lora.add(model) if config.lora_rank else model
 
 
 def count_parameters(model: nn.Module) -> int:

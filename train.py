@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 import model as models
 import prepare_data
-from humptygpt import checkpoint, configurator, distributed, evaluation
+from humptygpt import checkpoint, configurator, distributed, evaluation, lora
+from humptygpt.adapters import write_adapter
 from humptygpt.base_models import BaseModel, load_base
 from humptygpt.batches import Dataset, PairDataset, Prefetcher, TokenDataset
 from humptygpt.configurator import UserError, check, setting, without_effect
@@ -51,7 +52,16 @@ from humptygpt.distributed import ONE_PROCESS, Processes
 from humptygpt.interrupts import catch_signals
 from humptygpt.memory import check_training_fits
 from humptygpt.ngrams import frequent_ngrams
-from humptygpt.optimizers import OPTIMIZERS, SCHEDULES, MovingAverage, Optimizer, learning_rate_at, make_optimizer
+from humptygpt.optimizers import (
+    OPTIMIZERS,
+    SCHEDULES,
+    MovingAverage,
+    Optimizer,
+    freeze,
+    learning_rate_at,
+    make_optimizer,
+    trained_parameters,
+)
 from humptygpt.run_folder import NoFolder, RunFolder, import_wandb, lock_out_dir
 from humptygpt.token_files import COMMAND, is_command, read_meta
 from model import ModelConfig
@@ -97,6 +107,9 @@ class TrainConfig:
     ngram_learning_rate: float = setting(0.15, "Adagrad of n-gram embeddings: the peak", above=0, **NGRAMS)
     ngram_min_count: int = setting(8, "occurrences that make an n-gram frequent", at_least=1, **NGRAMS)
     grad_clip: float = setting(1.0, "largest gradient norm, without n-gram embeddings; 0: no clipping", at_least=0)
+    freeze: str | None = setting(
+        None, "parameters that stay as they are: parts of their names, as wte,blocks.0", only_with={"lora_rank": 0}
+    )
     ema_decay: float = setting(0.0, "moving average of the weights, to evaluate and save; 0: off", **DECAY_RATE)
 
     eval_interval: int = setting(250, "steps between evaluations; the last step has one", "evaluation", at_least=1)
@@ -202,8 +215,13 @@ class Run:
         if self.processes.first:
             checkpoint.save(path, entries)
 
+    def best_state(self) -> dict:
+        """The entries of best.pt: see checkpoint.SCHEMA. LoRA is merged, so that it is a model as any other."""
+        model_config, weights = lora.merged_state(self.model)
+        return self.state() | {"model_config": asdict(model_config), "model": weights}
+
     def state(self) -> dict:
-        """The entries of best.pt: see checkpoint.SCHEMA."""
+        """The entries of ckpt.pt, but for those of training."""
         return {
             "train_config": asdict(self.config),
             "model_config": asdict(self.model.config),
@@ -231,6 +249,8 @@ def main(argv: list[str]) -> int:
         print(describe(run), flush=True)
         if busy := limits.load_note():
             note(busy)
+        if run.config.init_from not in ("scratch", "resume") and not run.config.eval_only:
+            print(describe_cost(run), flush=True)
         if run.config.eval_only:
             print(evaluate_only(run))
             code = 0
@@ -320,11 +340,11 @@ def read_settings(
 def base_settings(base: BaseModel, given: dict) -> dict[str, object]:
     """The ModelConfig of a run that starts from a model: the model's own, but for what a run may choose."""
     own, defaults = asdict(base.config), asdict(ModelConfig())
-    free = (*TRAINING_ONLY, "block_size")
+    free = (*TRAINING_ONLY, *lora.OFF, "block_size")
     if idle := [key for key in own if key in given and key not in free and given[key] not in (own[key], None)]:
         listed = [", ".join(f"{key}={values[key]}" for key in idle) for values in (given, own)]
         note(f"{listed[0]}: without effect; the model {base.path} has {listed[1]}")
-    chosen = {key: given.get(key, defaults[key]) for key in TRAINING_ONLY}
+    chosen = {key: given.get(key, defaults[key]) for key in (*TRAINING_ONLY, *lora.OFF)}
     block_size = given.get("block_size", base.config.block_size)
     if block_size > base.config.block_size and base.config.position == "learned":
         why = f"the model {base.path} has learned {base.config.block_size} positions; take at most as many"
@@ -347,7 +367,10 @@ def base_model(base: BaseModel, config: TrainConfig, model_config: ModelConfig, 
         name: x[: model_config.block_size].clone() if name.endswith("position.wpe.weight") else x
         for name, x in base.weights.items()
     }
-    return checkpoint.restore_model(cropped, model_config)
+    model = checkpoint.restore_model(cropped, dataclasses.replace(model_config, lora_rank=0))
+    model.config = model_config
+    torch.manual_seed(config.seed)
+    return lora.add(model) if model_config.lora_rank else model
 
 
 def is_checkpoint_of(given: dict, path: Path) -> bool:
@@ -430,7 +453,7 @@ def setup(
     ngrams = None
     if not saved and not base:
         model_config, ngrams = complete_model_config(config, model_config, dataset)
-    if not config.eval_only:
+    if not config.eval_only and not config.freeze:  # frozen parameters take less than it counts
         check_training_fits(config, model_config, device, dtype)
     if saved:
         model = checkpoint.restore_model(saved["model"], model_config)
@@ -438,6 +461,7 @@ def setup(
         model = base_model(base, config, model_config, dataset)
     else:
         model = new_model(config, model_config, ngrams)
+    freeze(model, config.freeze)
     model.to(device)
     processes.broadcast(model)
     optimizer = make_optimizer(config, model)
@@ -515,6 +539,8 @@ def complete_model_config(
     vocab_size = model_config.vocab_size or tokens
     if vocab_size < tokens:
         raise UserError(f"vocab_size={vocab_size} is below the {tokens} tokens of {config.dataset}")
+    if model_config.lora_rank:
+        raise UserError(f"lora_rank={model_config.lora_rank} trains beside a model; name that with --init_from")
     model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
     if not model_config.ngrams:
         return model_config, None
@@ -596,6 +622,34 @@ def describe(run: Run) -> str:
         f"evaluation: every {config.eval_interval:,} steps, on {evaluated}\n"
         f"device: {run.device}, {str(run.dtype).removeprefix('torch.')}"
         f"{f', {run.processes.size} processes' if run.processes.size > 1 else ''}"
+    )
+
+
+def describe_cost(run: Run) -> str:
+    """What fine-tuning takes, by a trial of the first micro-batch, of which nothing remains."""
+    config, kept = run.config, {}
+    trained = sum(p.numel() for p in trained_parameters(run.model).values())
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in run.model.parameters()}
+    batch, started = to_device(run.dataset.batch(0, config.batch_size), run.device), time.perf_counter()
+    with autocast(run.device, run.dtype), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        _, loss = run.model(**batch)
+    loss.backward()
+    loss.detach().item()  # waits for a GPU
+    seconds = (time.perf_counter() - started) * config.gradient_accumulation_steps
+    run.model.zero_grad()
+    adam = 12 * trained  # gradients, and the two moments of AdamW, in float32
+    activations = sum(size for at, size in kept.items() if at not in weights)
+    memory = [size / 1e9 for size in (sum(weights.values()), adam, activations)]
+    return (
+        f"training: {trained:,} parameters, {trained / models.count_parameters(run.model):.1%}\n"
+        f"memory: {sum(memory):.2f} GB: weights {memory[0]:.2f}, gradients and optimizer state {memory[1]:.2f},"
+        f" activations {memory[2]:.2f}\n"
+        f"time: about {seconds:.2g} s a step, {seconds * config.max_iters:.2g} s in all"
     )
 
 
@@ -754,7 +808,9 @@ def evaluate_and_record(run: Run, folder: RunFolder, bar: tqdm) -> bool:
             dtype = sample_dtype(run.config.dtype, run.device)
             write_line(bar, evaluation.translate_examples(run.model, run.dataset, run.device, dtype))
         if improved:
-            run.save(folder.path / "best.pt", run.state())
+            run.save(folder.path / "best.pt", run.best_state())
+            if run.model.config.lora_rank and run.processes.first:
+                write_adapter(run.model, run.config.init_from, folder.path / "adapter")
     return improved
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from humptygpt import checkpoint, hub, pretrained
+from humptygpt import checkpoint, hub, lora, pretrained
 from humptygpt import tokenizer as tokenizers
 from humptygpt.configurator import UserError, make, nearest_path
 from humptygpt.families import GPT2
@@ -95,6 +95,8 @@ def from_run(path: Path, saved: object) -> BaseModel:
     saved = checkpoint.check(path, saved)
     config, progress = make(ModelConfig, saved["model_config"]), saved["progress"]
     weights = saved["model"] | (saved.get("ema") or {})
+    if config.lora_rank:
+        config, weights = lora.merged_state(checkpoint.restore_model(weights, config))
     description = f"{path}: iter {progress['iter']}, best val loss {progress['best_val_loss']:.4f}"
     return BaseModel(path, config, weights, tokenizers.from_state(saved["tokenizer"]), saved["task"], description)
 

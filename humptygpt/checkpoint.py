@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import model as models
-from humptygpt import configurator, limits
+from humptygpt import configurator, limits, lora
 from humptygpt import tokenizer as tokenizers
 from humptygpt.configurator import UserError, nearest_path
 from humptygpt.files import write_whole
-from humptygpt.optimizers import STATE, group_parameters, update_rules
+from humptygpt.optimizers import STATE, freeze, group_parameters, trained_parameters, update_rules
 from humptygpt.schema import check_schema
 from humptygpt.tokenizer import Tokenizer
 
@@ -64,7 +64,7 @@ def load_model(path: Path, mapped: bool = False) -> Loaded:
     saved = load(path, mapped)
     weights = saved["model"] | (saved.get("ema") or {})
     model = restore_model(weights, configurator.make(models.ModelConfig, saved["model_config"]))
-    return Loaded(model.eval(), tokenizers.from_state(saved["tokenizer"]), saved)
+    return Loaded(lora.merge(model).eval(), tokenizers.from_state(saved["tokenizer"]), saved)
 
 
 def restore_model(weights: dict[str, Tensor], config: models.ModelConfig) -> nn.Module:
@@ -72,6 +72,7 @@ def restore_model(weights: dict[str, Tensor], config: models.ModelConfig) -> nn.
     model = build_on_meta(config)
     for stack in (module for module in model.modules() if isinstance(module, models.Stack)):
         stack.position = models.POSITIONS[config.position](config, stack.causal)  # its tables are in no checkpoint
+        stack.position.requires_grad_(not config.lora_rank)
     model.load_state_dict(weights, assign=True)
     if config.tie_weights and config.model != "window_mlp":
         model.lm_head.weight = model.wte.weight
@@ -169,8 +170,10 @@ def check_content(saved: dict) -> None:
     for name, p in model.named_parameters(remove_duplicate=False):
         if first.setdefault(p, name) != name and not torch.equal(weights[name], weights[first[p]]):
             raise ValueError(f"model.{name} must equal model.{first[p]}, to which it is tied")
+    if "optimizer" in saved:
+        freeze(model, saved["train_config"].get("freeze"))
     if saved.get("ema") is not None:
-        check_tensors("ema", saved["ema"], dict(model.named_parameters()))
+        check_tensors("ema", saved["ema"], trained_parameters(model))
     if "optimizer" in saved:
         if bool(saved["train_config"].get("ema_decay")) != (saved.get("ema") is not None):
             raise ValueError("ema does not fit ema_decay")

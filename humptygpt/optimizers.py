@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from humptygpt.configurator import UserError
 from humptygpt.device import multiplies_bfloat16
 
 
@@ -192,11 +193,29 @@ def update_rules(optimizer: str) -> dict[str, Callable]:
     return {"hidden": OPTIMIZERS[optimizer], "matrices": adamw, "vectors": adamw, "sparse": adagrad}
 
 
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def freeze(model: nn.Module, names: str | None) -> None:
+    """Keep parameters as they are. names: parts of their names, with commas between them. Raises UserError."""
+    for name in (names or "").split(",") if names else ():
+        found = [p for full, p in model.named_parameters() if f".{name.strip()}." in f".{full}."]
+        if not found:
+            parts = sorted({part for full, _ in model.named_parameters() for part in full.split(".")[:-1]})
+            known = ", ".join(part for part in parts if not part.isdecimal())
+            raise UserError(f"freeze={names}: no parameter has {name.strip()!r} in its name; there are: {known}")
+        for p in found:
+            p.requires_grad_(False)
+    if not trained_parameters(model):
+        raise UserError(f"freeze={names} leaves nothing to train; name fewer parameters")
+
+
 def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """{group: {name: parameter}}, every parameter in exactly one group; no group is empty."""
+    """{group: {name: parameter}}, every parameter that trains in exactly one group; no group is empty."""
     owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
     groups = {"hidden": {}, "matrices": {}, "vectors": {}, "sparse": {}}
-    for name, p in model.named_parameters():
+    for name, p in trained_parameters(model).items():
         group = getattr(owners[id(p)], "optimizer_group", "matrices") if p.dim() > 1 else "vectors"
         groups[group][name] = p
     return {group: members for group, members in groups.items() if members}
@@ -229,7 +248,7 @@ class MovingAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.parameters, self.decay = dict(model.named_parameters()), decay
+        self.parameters, self.decay = trained_parameters(model), decay
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()

@@ -722,7 +722,7 @@ def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect
     other |= {"rope_original_context": 9, "block": "plain", "mlp": "gated", "activation": "relu", "qk_norm": True}
     other |= {"embed_norm": True, "logit_soft_cap": 0.1, "init": "zero", "label_smoothing": 0.2}
     other |= {"ngram_rows": 5, "ngram_dropout": 0.5, "mlp_conv": 2, "attn_bias": True, "mlp_bias": True}
-    other |= {"head_size": 6, "norm_eps": 0.5}
+    other |= {"head_size": 6, "norm_eps": 0.5, "lora_alpha": 3.0, "lora_targets": "up_proj"}
 
     def computed(**keys) -> torch.Tensor:
         torch.manual_seed(0)
@@ -735,7 +735,7 @@ def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect
     idle = configurator.without_effect(
         asdict(TrainConfig()) | asdict(models.ModelConfig(**base)), models.ModelConfig, TrainConfig
     )
-    assert other.keys() | {"model", "block_size", "embedding", "ngrams"} == asdict(models.ModelConfig()).keys()
+    assert other.keys() | {"model", "block_size", "embedding", "ngrams", "lora_rank"} == asdict(models.ModelConfig()).keys()
     for key, value in other.items():
         changed = computed(**{key: value})
         same = changed.shape == computed().shape and torch.equal(changed, computed())

@@ -1,0 +1,207 @@
+"""LoRA and freezing: what trains, what stays, and the adapter as PEFT opens it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_RUN, assert_same_weights, make_text
+from safetensors.torch import load_file
+
+import prepare_data
+import sample
+import train
+from humptygpt import checkpoint, lora
+from humptygpt.base_models import load_base
+from humptygpt.optimizers import trained_parameters
+from model import GPT, ModelConfig
+
+ALL = "q_proj,k_proj,v_proj,o_proj,up_proj,down_proj"
+FROM_RUN = [*TINY_RUN, "--init_from=out/run", "--out_dir=out/lora", "--learning_rate=0.01"]
+LORA = [*FROM_RUN, "--lora_rank=2", "--lora_alpha=8"]
+OUT = Path("out/lora")
+
+
+def logits(model, idx: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(idx)[0]
+
+
+@pytest.fixture
+def base(run_train):
+    run_train("--bias=True")
+    return load_base("out/run")
+
+
+def test_a_run_with_lora_starts_as_the_model_that_it_starts_from(base):
+    run = train.setup(*train.read_settings([*LORA, f"--lora_targets={ALL}"]))
+    idx = torch.arange(16)[None]
+    assert torch.equal(logits(run.model, idx), logits(checkpoint.restore_model(base.weights, base.config), idx))
+    names = set(trained_parameters(run.model))
+    kinds = ALL.split(",")
+    assert {name.split(".")[-3] for name in names} == set(kinds) and len(names) == 2 * 2 * len(kinds)
+    assert all(".lora_A." in name or ".lora_B." in name for name in names)
+
+
+def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base, capsys):
+    assert train.main([*LORA, "--eval_interval=6"]) == 0  # so that the best is the last
+    saved, best = (checkpoint.load(OUT / name) for name in ("ckpt.pt", "best.pt"))
+    own = {name: x for name, x in saved["model"].items() if lora.MARK in name}
+    assert_same_weights({name: x for name, x in saved["model"].items() if name not in own}, base.weights)
+    assert saved["optimizer"]["state"].keys() == own.keys()
+    assert all(x.any() for x in own.values())
+    assert best["model_config"] == saved["model_config"] | lora.OFF
+    changed = {name for name, x in best["model"].items() if not torch.equal(x, base.weights[name])}
+    assert changed == {name.replace(".lora_A", "") for name in own if ".lora_A" in name}
+    config = checkpoint.configurator.make(ModelConfig, saved["model_config"])
+    idx = torch.arange(16)[None]
+    unmerged = logits(checkpoint.restore_model(saved["model"], config), idx)
+    for path in (OUT / "ckpt.pt", OUT / "best.pt"):
+        torch.testing.assert_close(logits(checkpoint.load_model(path).model, idx), unmerged, atol=1e-5, rtol=1e-5)
+    capsys.readouterr()
+    texts = []
+    for argv in (["--checkpoint=latest"], ["--checkpoint=best"]):
+        sample.main([f"--out_dir={OUT}", "--temperature=0", "--max_new_tokens=20", *argv])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert load_base("out/lora", "latest").config.lora_rank == 0
+
+
+def test_a_resumed_run_with_lora_is_the_uninterrupted_one(base):
+    ema = "--ema_decay=0.9"
+    assert train.main([*LORA, ema]) == 0
+    whole = checkpoint.load(OUT / "ckpt.pt")
+    assert whole["ema"].keys() == whole["optimizer"]["state"].keys()
+    assert train.main([*LORA, ema, "--max_iters=3", "--lr_decay_iters=6", "--out_dir=out/two"]) == 0
+    assert train.main(["--init_from=resume", "--out_dir=out/two", "--max_iters=6"]) == 0
+    assert_same_weights(checkpoint.load(Path("out/two/ckpt.pt"))["model"], whole["model"])
+
+
+def test_frozen_parameters_stay_and_the_others_train(base):
+    assert train.main([*FROM_RUN, "--freeze=wte,blocks.0,attn_norm", "--max_iters=3", "--lr_decay_iters=6"]) == 0
+    assert train.main(["--init_from=resume", f"--out_dir={OUT}", "--max_iters=6"]) == 0
+    saved = checkpoint.load(OUT / "ckpt.pt")
+    same = {name for name, x in saved["model"].items() if torch.equal(x, base.weights[name])}
+    frozen = {name for name in same if any(f".{part}." in f".{name}" for part in ("wte", "blocks.0", "attn_norm"))}
+    assert same == frozen | {"lm_head.weight"} and "stack.blocks.1.attn_norm.weight" in same
+    assert not saved["optimizer"]["state"].keys() & same
+
+
+def test_memory_and_time_are_printed_before_the_run(base, capsys):
+    assert train.main(LORA) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith(", from out/run")
+    rows = 2 * 2 * 2 * (32 + 32)  # layers, projections, rank, inputs and outputs
+    assert next(line for line in lines if line.startswith("training: ")).startswith(f"training: {rows} parameters, ")
+    assert any(line.startswith("memory: 0.00 GB: weights 0.00, gradients and optimizer") for line in lines)
+    assert any(line.startswith("time: about ") and line.endswith(" s in all") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "argv, complaint",
+    [
+        (["--lora_targets=q_proj,vproj"], "lora_targets=q_proj,vproj: 'vproj' is not one of: down_proj, k_proj, o_pro"),
+        (["--init_from=scratch"], "lora_rank=2 trains beside a model; name that with --init_from"),
+        (["--lora_rank=-1"], "lora_rank=-1 must be at least 0"),
+        (["--freeze=wpee"], "freeze=wpee: no parameter has 'wpee' in its name; there are: attn, "),
+        (["--freeze=stack,wte"], "freeze=stack,wte leaves nothing to train; name fewer parameters"),
+    ],
+)
+def test_what_cannot_train_is_refused_in_one_line(argv, complaint, base, fails):
+    assert complaint in fails(train.main, *(FROM_RUN if "freeze" in complaint else LORA), *argv)
+
+
+# --------------------------------------------------------------------------------------
+# PEFT
+
+
+def trained_adapter(kind: str, targets: str, folder: Path):
+    """(our model with LoRA whose weights are random, transformers' base model with the adapter opened by PEFT)."""
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install -r requirements-dev.txt")
+    from test_pretrained import gpt2, llama
+
+    from humptygpt.adapters import write_adapter
+    from humptygpt.pretrained import read_pretrained
+
+    (gpt2() if kind == "gpt2" else llama(num_key_value_heads=2)).save_pretrained("theirs")
+    config, weights = read_pretrained(Path("theirs"))
+    model = checkpoint.restore_model(weights, config)
+    settings = {"lora_rank": 3, "lora_alpha": 5.0, "lora_targets": targets}
+    model.config = checkpoint.models.ModelConfig(**vars(config) | settings)
+    lora.add(model)
+    torch.manual_seed(0)
+    for p in trained_parameters(model).values():
+        torch.nn.init.normal_(p, std=0.3)
+    write_adapter(model, "theirs", folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("theirs", dtype=torch.float32)
+    return model, peft.PeftModel.from_pretrained(theirs, folder).eval()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("targets", ["q_proj,v_proj", "k_proj,o_proj,up_proj,down_proj"])
+def test_peft_opens_the_adapter_with_equal_logits(kind, targets, folder):
+    ours, theirs = trained_adapter(kind, targets, Path("adapter"))
+    idx = torch.randint(11, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(idx).logits
+        plain = theirs.get_base_model()
+    found = logits(ours, idx)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(lora.merge(ours), idx), found, atol=1e-5, rtol=1e-5)
+    assert plain is not None and json.loads(Path("adapter/adapter_config.json").read_text())["r"] == 3
+
+
+def test_the_adapter_is_small_and_has_our_names_where_there_are_no_others(run_train):
+    run_train("--qk_norm=True")
+    assert train.main(LORA) == 0
+    weights = load_file(OUT / "adapter" / "adapter_model.safetensors")
+    name = "base_model.model.stack.blocks.0.attn.q_proj.lora_A.weight"
+    assert weights[name].shape == (2, 32) and len(weights) == 8
+    size = sum(path.stat().st_size for path in (OUT / "adapter").iterdir())
+    assert size < (OUT / "best.pt").stat().st_size / 10
+
+
+# --------------------------------------------------------------------------------------
+# Memory
+
+PEAK = """
+import resource, sys
+import torch, train
+imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+train.main(sys.argv[1:])
+print("peak", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - imported) // 1024)
+"""
+
+
+@pytest.mark.long
+def test_lora_needs_at_most_half_the_memory_of_full_fine_tuning_of_124_million_parameters(folder):
+    from humptygpt.tokenizer import BytePairTokenizer
+
+    Path("text.txt").write_text(make_text(20_000))
+    prepare_data.main(["--input=text.txt", "--name=text", "--tokenizer=bpe", "--vocab_size=300"])
+    shape = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50257, "bias": True}
+    state = json.loads(Path("data/text/meta.json").read_text())["tokenizer"]
+    assert state["tokenizer"] == BytePairTokenizer.name
+    progress = {"iter": 1, "tokens": 1, "seconds": 1.0, "best_val_loss": 1.0, "best_iter": 1, "evals_since_best": 0}
+    model = GPT(ModelConfig(**shape))
+    entries = {"train_config": {}, "model_config": vars(model.config), "tokenizer": state, "task": "language modelling"}
+    entries |= {"data": {"source": "", "identity": {}}, "progress": progress | {"losses": []}}
+    checkpoint.save(Path("base.pt"), entries | {"model": dict(model.state_dict())})
+    argv = ["--init_from=base.pt", "--dataset=text", "--batch_size=1", "--block_size=256", "--max_iters=2"]
+    argv += ["--dtype=float32", "--device=cpu", "--eval_iters=1", "--eval_interval=100", "--warmup_iters=0"]
+    argv += ["--always_save_checkpoint=False"]
+    peaks = {}
+    for name, more in {"full": [], "lora": ["--lora_rank=8"]}.items():
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, *argv, f"--out_dir=out/{name}", *more],
+            env={"PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        peaks[name] = int(done.stdout.rpartition("peak ")[2])
+    print(peaks)
+    assert peaks["lora"] <= peaks["full"] / 2, peaks
