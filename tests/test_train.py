@@ -735,7 +735,10 @@ def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect
     idle = configurator.without_effect(
         asdict(TrainConfig()) | asdict(models.ModelConfig(**base)), models.ModelConfig, TrainConfig
     )
-    assert other.keys() | {"model", "block_size", "embedding", "ngrams", "lora_rank"} == asdict(models.ModelConfig()).keys()
+    assert (
+        other.keys() | {"model", "block_size", "embedding", "ngrams", "lora_rank"}
+        == asdict(models.ModelConfig()).keys()
+    )
     for key, value in other.items():
         changed = computed(**{key: value})
         same = changed.shape == computed().shape and torch.equal(changed, computed())
