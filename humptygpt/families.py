@@ -36,6 +36,7 @@ class Family(NamedTuple):
     weights: list[tuple]  # theirs, ours (several are concatenated) and how; #: the number of the block
     no_weights: str  # regular expression for buffers that older files hold beside the weights
     dropouts: list[str]  # keys of config.json
+    preset: str  # a config file whose models are exported as this family
 
 
 GPT2 = Family(
@@ -69,6 +70,7 @@ GPT2 = Family(
     ],
     no_weights=r"transformer\.h\.\d+\.attn\.(masked_)?bias",
     dropouts=["embd_pdrop", "attn_pdrop", "resid_pdrop"],
+    preset="config/gpt2_124m.py",
 )
 LLAMA = Family(
     architectures=["LlamaForCausalLM", "LlamaModel"],
@@ -104,5 +106,6 @@ LLAMA = Family(
     ],
     no_weights=r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
     dropouts=["attention_dropout"],
+    preset="config/shakespeare_char_llama.py",
 )
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA}  # by config.json's model_type

@@ -7,7 +7,7 @@ import itertools
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -72,6 +72,35 @@ def remove_unfinished(folder: Path, names: list[str]) -> None:
     for name in names:
         for path in folder.glob(f"{name}.????????.tmp"):
             path.unlink()
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside this one, for a new file or folder, which is put in its place at the end.
+
+    Whatever fails in between, such as a full disk, leaves nothing. Raises UserError where writing fails.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)  # of a run that was killed
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        if error.strerror is None:  # numpy reports no reason
+            raise UserError(f"cannot write {path}: the disk may be full") from error
+        raise cannot_write(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it, if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def append(path: Path, line: str) -> None:

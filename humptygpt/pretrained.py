@@ -157,12 +157,14 @@ def check_weights(stored: dict[str, Stored], expected: dict[str, Tensor]) -> Non
 # --------------------------------------------------------------------------------------
 # Writing
 
-# Settings that are not exported: of training alone, and of what the weights themselves have or lack
-NOT_EXPORTED = {"dropout", "label_smoothing", "init", "bias", "attn_bias", "mlp_bias"}
+# Settings that are not exported: of training alone, of what the weights themselves have or lack, and of ngrams
+NOT_EXPORTED = {"dropout", "label_smoothing", "init", "bias", "attn_bias", "mlp_bias", "ngram_dropout", "ngram_rows"}
 
 
-def to_pretrained(model: nn.Module) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """What config.json holds, and the weights under their names, in float32 on the CPU.
+def to_pretrained(
+    model: nn.Module, dtype: torch.dtype = torch.float32, eot: int | None = None
+) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """What config.json holds, and the weights under their names, in this dtype on the CPU; eot: token that ends a text.
 
     GPT-2 always has bias terms: those of a model without are 0. Raises UserError where a setting cannot be expressed.
     """
@@ -173,10 +175,14 @@ def to_pretrained(model: nn.Module) -> tuple[dict[str, object], dict[str, Tensor
     settings |= {"n_hidden": mlp.up_proj.out_features, "mlp_bias": mlp.up_proj.bias is not None}
     settings |= {"attn_bias": attn.q_proj.bias is not None}
     settings["activation"] = next(theirs for theirs, ours in ACTIVATION_NAMES.items() if ours == config.activation)
-    content = {"model_type": name, "architectures": family.architectures[:1], "torch_dtype": "float32"}
+    content = {
+        "model_type": name,
+        "architectures": family.architectures[:1],
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
     content |= {theirs: settings[key] for theirs, key, *_ in family.settings}
     content |= dict.fromkeys(family.dropouts, config.dropout)
-    content |= {"bos_token_id": None, "eos_token_id": None}  # the defaults belong to other tokenizers
+    content |= {"bos_token_id": eot, "eos_token_id": eot}  # None, too: the defaults belong to other tokenizers
     if name == "gpt2":
         content["n_ctx"] = config.block_size  # which llama.cpp reads
     elif config.rope_factor != 1:
@@ -184,7 +190,7 @@ def to_pretrained(model: nn.Module) -> tuple[dict[str, object], dict[str, Tensor
     like = build_on_meta(replace(config, **family.fixed)).state_dict()
     lacking = {key: torch.zeros(x.shape) for key, x in like.items() if key.endswith(".bias") and key not in state}
     theirs = to_theirs(family, config, state | lacking)
-    return content, {key: x.detach().float().cpu().contiguous() for key, x in theirs.items()}
+    return content, {key: x.detach().to("cpu", dtype).contiguous() for key, x in theirs.items()}
 
 
 def find_family(config: ModelConfig) -> str:
@@ -200,23 +206,31 @@ def find_family(config: ModelConfig) -> str:
     allowed["head_size"] = (None, config.n_embd // config.n_head)
     exported = {key for _, key, *_ in family.settings + ROPE_SCALING}
     free = exported | NOT_EXPORTED | without_effect(vars(config), ModelConfig).keys()
-    for key, values in allowed.items():
-        if key not in free and (value := getattr(config, key)) not in values:
-            needed = f"{family.architectures[0]} needs {key}={values[0]}"
-            raise UserError(f"{key}={value} cannot be exported; {needed}")
+    keys = [key for key, values in allowed.items() if key not in free and getattr(config, key) not in values]
+    if keys:
+        if "model" in keys:
+            keys = ["model"]  # of other models the other keys mean something else
+        given, needed = (
+            " ".join(f"{key}={value}" for key, value in pairs)
+            for pairs in ([(key, getattr(config, key)) for key in keys], [(key, allowed[key][0]) for key in keys])
+        )
+        way_out = f"{family.architectures[0]} needs {needed}, as in {family.preset}"
+        raise UserError(f"{given} cannot be exported; {way_out}")
     if config.n_embd % config.n_head:
         needed = f"transformers needs a multiple of n_head={config.n_head}"
         raise UserError(f"n_embd={config.n_embd} cannot be exported; {needed}")
     return found[config.position]
 
 
-def write_pretrained(model: nn.Module, folder: Path) -> None:
-    """Write config.json and model.safetensors, each whole or not at all. Raises UserError.
+def write_pretrained(
+    model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, eot: int | None = None
+) -> None:
+    """Write config.json and model.safetensors, each whole or not at all; as to_pretrained. Raises UserError.
 
     They may replace those of an older model of the same config. Those of another one stay as they are: a crash between
     the two files would leave neither model.
     """
-    content, weights = to_pretrained(model)
+    content, weights = to_pretrained(model, dtype, eot)
     text, path = (json.dumps(content, indent=2) + "\n").encode(), folder / "config.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -213,8 +213,7 @@ class LlamaCpp(Contender):
 
     @classmethod
     def write_model(cls, gpt2: ModelConfig, dtype: str, folder: Path) -> None:
-        kind = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}[dtype]
-        write_gguf(folder / "model.gguf", random_gpt2(gpt2), kind)
+        write_random_gguf(folder / "model.gguf", gpt2, {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}[dtype])
 
     def load(self, case: Case) -> None:
         import xllamacpp
@@ -282,34 +281,15 @@ def vocabulary(config: ModelConfig) -> list[str]:
     return [f"t{i}" for i in range(config.vocab_size)]
 
 
-def write_gguf(path: Path, model: nn.Module, kind: str) -> None:
-    """Hugging Face's GPT-2 as a file for llama.cpp; kind: F32, BF16 or Q8_0, of all matrices but that of positions.
+def write_random_gguf(path: Path, config: ModelConfig, kind: str) -> None:
+    """random_gpt2() for llama.cpp; kind: F32, BF16 or Q8_0.
 
     The output head is that of the embedding, as llama.cpp has it where a file has none.
     """
-    import gguf
+    from humptygpt.gguf_file import Vocabulary, write_gguf
 
-    config = model.config
-    writer = gguf.GGUFWriter(path, "gpt2")
-    writer.add_block_count(config.n_layer)
-    writer.add_context_length(config.n_positions)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(4 * config.n_embd)
-    writer.add_head_count(config.n_head)
-    writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(vocabulary(config))
-    writer.add_token_merges(["t 0"])  # it insists on one
-    writer.add_eos_token_id(config.eos_token_id)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue
-        dtype = gguf.GGMLQuantizationType["F32" if tensor.dim() == 1 or ".wpe." in name else kind]
-        tensor = tensor.T if tensor.dim() == 2 and ".h." in name else tensor  # GPT-2's are (inputs, outputs)
-        array = gguf.quants.quantize(tensor.contiguous().numpy(), dtype)
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), array, raw_dtype=dtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    model = random_gpt2(config)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    tokens = Vocabulary("gpt2", vocabulary(config), eot=model.config.eos_token_id, merges=["t 0"])  # it insists on one
+    content = model.config.to_dict() | {"architectures": ["GPT2LMHeadModel"]}
+    write_gguf(path, content, weights, tokens, kind=kind, about={})

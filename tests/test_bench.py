@@ -329,7 +329,7 @@ def test_a_gguf_file_has_the_tensors_of_a_gpt2_under_their_names(kind):
     gguf, transformers = pytest.importorskip("gguf"), pytest.importorskip("transformers")
     assert transformers
     model = rivals.random_gpt2(SMALL)
-    rivals.write_gguf(Path("model.gguf"), model, kind)
+    rivals.write_random_gguf(Path("model.gguf"), SMALL, kind)
     reader = gguf.GGUFReader("model.gguf")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     inner = {"attn_norm": [32], "attn_qkv": [32, 96], "attn_output": [32, 32]}  # (inputs, outputs)

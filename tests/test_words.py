@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("train", "sample", "prepare_data", "compare", "explain", "bench")
+SCRIPTS = ("train", "sample", "prepare_data", "compare", "explain", "export", "bench")
 FILES = [ROOT / name for name in ("README.md", "RECORDS.md", "data/README.md")]
 FILES += [path for pattern in ("*.py", "humptygpt/*.py", "config/**/*.py") for path in sorted(ROOT.glob(pattern))]
 FILES += [path for path in sorted(ROOT.glob("tests/*.py")) if path.name != Path(__file__).name]

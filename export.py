@@ -1,0 +1,124 @@
+"""A run -> a folder that transformers opens, or one file for llama.cpp.
+
+    python export.py --out_dir=out/shakespeare_char_llama --to=exported
+    python export.py --out_dir=out/shakespeare_char_llama --to=model.gguf --format=gguf --dtype=q8_0
+
+The folder has the model, its tokenizer and a model card, and is what the hub of Hugging Face takes. The file is for
+llama.cpp and what is built on it, such as Ollama and LM Studio. GPT-2's and Llama's architectures can be exported.
+"""
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from humptygpt import configurator
+from humptygpt.configurator import UserError, check, setting
+
+# torch is imported where it is needed: it takes seconds, and a misspelt key should not wait.
+
+DTYPES = {"transformers": ("float32", "bfloat16"), "gguf": ("float32", "bfloat16", "q8_0")}
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    out_dir: str = setting("out", "folder of the run, or a checkpoint in it", "export", path=True)
+    checkpoint: str = setting("best", "best.pt (lowest loss), or latest: ckpt.pt", choices=("best", "latest"))
+    to: str | None = setting(None, "new folder, or of gguf the file, to write", path=True)
+    format: str = setting("transformers", "gguf: a file for llama.cpp", choices=DTYPES)
+    dtype: str = setting("float32", "of the weights; q8_0, of gguf alone: 8 bits", choices=DTYPES["gguf"])
+
+    def __post_init__(self):
+        check(self)
+        if self.dtype not in DTYPES[self.format]:
+            raise ValueError(f"dtype={self.dtype} is for --format=gguf; take {' or '.join(DTYPES[self.format])}")
+
+
+def main(argv: list[str]) -> None:
+    config = configurator.make(ExportConfig, configurator.read(argv, ExportConfig))
+    to = where(config)
+    from humptygpt.checkpoint import load_model
+    from humptygpt.page_data import find_checkpoint
+
+    path = Path(config.out_dir)
+    if not os.path.isfile(path):
+        path = find_checkpoint(path, config.checkpoint)
+    loaded = load_model(path)
+    write = {"transformers": write_folder, "gguf": write_file}[config.format]
+    print(write(loaded, path, to, config.dtype))
+
+
+def where(config: ExportConfig) -> Path:
+    """The path to write. Raises UserError where something is in its place."""
+    kind, example = ("file", "model.gguf") if config.format == "gguf" else ("folder", "exported")
+    if config.to is None:
+        raise UserError(f"export needs a {kind} to write; give one, as --to={example}")
+    to = Path(config.to)
+    if kind == "file" and os.path.isdir(to):
+        raise UserError(f"to={to} is a folder; name a file, as --to={to / example}")
+    if kind == "folder" and os.path.isfile(to):
+        raise UserError(f"to={to} is a file; name a new folder")
+    if kind == "folder" and os.path.isdir(to) and any(to.iterdir()):
+        raise UserError(f"to={to} has files in it; remove it, or name a new folder")
+    return to
+
+
+def write_folder(loaded, path: Path, to: Path, dtype: str) -> str:
+    """What transformers opens; loaded: a checkpoint.Loaded, of this path. Returns a line on what was written."""
+    import torch
+
+    from humptygpt.files import whole, write_whole
+    from humptygpt.model_card import model_card
+    from humptygpt.pretrained import write_pretrained
+    from humptygpt.tokenizer_json import tokenizer_files
+
+    model, tokenizer, _ = loaded
+    files = tokenizer_files(tokenizer, model.config.block_size)
+    files |= {"generation_config.json": generation_config(loaded), "README.md": model_card(loaded, path, to.name)}
+    with whole(to) as folder:
+        write_pretrained(model, folder, getattr(torch, dtype), tokenizer.eot)
+        for name, text in files.items():
+            write_whole(folder / name, lambda file, text=text: file.write(text.encode()))
+    return f"{to}: {size(to)}; its README.md shows how to use it"
+
+
+def write_file(loaded, path: Path, to: Path, dtype: str) -> str:
+    """What llama.cpp opens; as write_folder."""
+    from humptygpt.files import whole
+    from humptygpt.gguf_file import KINDS, vocabulary, write_gguf
+    from humptygpt.model_card import describe
+    from humptygpt.pretrained import to_pretrained
+
+    content, weights = to_pretrained(loaded.model)
+    tokens, about = vocabulary(loaded.tokenizer), {"name": to.stem, "description": describe(loaded, path)}
+    with whole(to) as file:
+        exact = write_gguf(file, content, weights, tokens, kind=KINDS[dtype], about=about)
+    if exact:
+        few = f"{len(exact)} matrices, such as {exact[0]}" if len(exact) > 1 else exact[0]
+        print(f"note: {few}: float32, since q8_0 needs rows of a multiple of 32 weights", file=sys.stderr)
+    return f"{to}: {size(to)}; for llama.cpp: llama-completion -m {shlex.quote(str(to))} -n 200"
+
+
+def generation_config(loaded) -> str:
+    """generate() of transformers samples as sample.py does by default; loaded: a checkpoint.Loaded."""
+    from sample import SampleConfig
+
+    model, tokenizer, _ = loaded
+    content = {"do_sample": True, "temperature": SampleConfig.temperature, "top_k": SampleConfig.top_k}
+    if tokenizer.eot is not None:
+        content |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
+    if padding := list(range(tokenizer.vocab_size, model.config.vocab_size)):
+        content["suppress_tokens"] = padding  # rows of the embedding that stand for no token
+    return json.dumps(content, indent=2) + "\n"
+
+
+def size(path: Path) -> str:
+    """Of a file, or of those in a folder."""
+    files = list(path.iterdir()) if path.is_dir() else [path]
+    return f"{sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"
+
+
+if __name__ == "__main__":
+    configurator.run(main)

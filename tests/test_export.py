@@ -1,0 +1,431 @@
+"""Exported models, asked through the programs that they are for: transformers and llama.cpp (xllamacpp) themselves."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_text
+from properties import given, settings, st
+from test_model import random_model
+from test_tokenizer import EVERY, GPT2, SEPARATED, TEXT, anything
+from torch import nn
+
+import export
+import prepare_data
+import sample
+import train
+from humptygpt import configurator, download
+from humptygpt.checkpoint import Loaded, load_model
+from humptygpt.configurator import UserError
+from humptygpt.families import FAMILIES
+from humptygpt.generation import generate
+from humptygpt.pretrained import find_family, to_pretrained
+from humptygpt.tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer
+from humptygpt.tokenizer_json import build_tokenizer, find_merges
+from model import ModelConfig
+
+ROOT = Path(__file__).parent.parent
+ROTARY = {"position": "rotary", "norm": "rmsnorm", "mlp": "gated", "activation": "silu", "tie_weights": False}
+LLAMA = [f"--{key}={value}" for key, value in ROTARY.items()] + ["--n_kv_head=1"]
+RUNG = str(ROOT / "config/article/11_llama/2-llama.py")
+NEW_TOKENS = 200
+STEPS = "20"
+
+
+def transformers():
+    found = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-dev.txt")
+    found.logging.disable_progress_bar()
+    return found
+
+
+# --------------------------------------------------------------------------------------
+# Runs
+
+CASES = {  # options of prepare_data.py and train.py
+    "gpt2, char": (["--input=ascii.txt", "--tokenizer=char"], []),
+    "gpt2, documents of char": (["--input=texts", "--tokenizer=char"], []),
+    "gpt2, byte": (["--tokenizer=byte"], []),
+    "gpt2, bpe": (["--tokenizer=bpe", "--vocab_size=320"], ["--bias=True"]),
+    "gpt2, gpt2's tokens": (["--tokenizer=gpt2"], ["--vocab_size=320"]),
+    "gpt2, sentencepiece": (["--tokenizer=sentencepiece", "--vocab_size=320"], ["--tie_weights=False"]),
+    "gpt2, unigram": (["--tokenizer=sentencepiece", "--vocab_size=320", "--model_type=unigram"], []),
+    "llama, documents of bpe": (["--input=texts", "--tokenizer=bpe", "--vocab_size=320"], LLAMA),
+    "the rung 11_llama, char": (["--input=ascii.txt", "--tokenizer=char"], [RUNG]),
+}
+NOT_IN_GGUF = ("gpt2, unigram",)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Callable[[str], Path]:
+    """The folder in which the run of a case is, in out/run; trained when it is first asked for."""
+    done = {}
+
+    def run(case: str) -> Path:
+        if case not in done:
+            done[case] = tmp_path_factory.mktemp("run")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(done[case])
+                patch.setattr(download, "gpt2_ranks", lambda: GPT2)
+                patch.setattr("humptygpt.run_folder.draw_losses", lambda *args: None)
+                make_run(*CASES[case])
+        return done[case]
+
+    return run
+
+
+def make_run(prepared: list[str], trained: list[str], steps: str = STEPS) -> None:
+    Path("text.txt").write_text(TEXT)
+    Path("ascii.txt").write_text(make_text(3000))
+    Path("texts").mkdir()
+    for number in range(12):
+        (Path("texts") / f"{number}.txt").write_text(make_text(150) + "é東\n" + make_text(500, seed=number))
+    prepare_data.main(["--input=text.txt", "--name=mine", *prepared])
+    shape = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--activation=gelu_tanh"]
+    given = [*trained, "--block_size=256"] if trained[:1] == [RUNG] else [*shape, "--block_size=256", *trained]
+    given += [
+        f"--max_iters={steps}",
+        f"--eval_interval={steps}",
+        "--eval_iters=1",
+        "--batch_size=4",
+        "--warmup_iters=2",
+    ]
+    given += ["--dataset=mine", "--out_dir=out/run", "--device=cpu", "--dtype=float32", "--learning_rate=1e-2"]
+    assert train.main(given) == 0
+
+
+def continued(out_dir: Path, prompt: str) -> str:
+    """sample.py's greedy text, its prompt included."""
+    return sample.complete(sample.load(str(out_dir)), prompt, NEW_TOKENS, temperature=0.0)
+
+
+def open_folder(folder: Path) -> tuple[nn.Module, object]:
+    hf = transformers()
+    model, report = hf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    return model, hf.AutoTokenizer.from_pretrained(folder)
+
+
+def llama_cpp(path: Path, exact_cache: bool = True):
+    """A function (prompt, tokens) -> greedy tokens that continue it; exact_cache: keys and values in float32."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt")
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = str(path), 256, 1, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.verbosity, params.cache_ram_mib, params.warmup = -1, 0, False
+    if exact_cache:
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    server = xllamacpp.Server(params)
+
+    def complete(prompt: str | list[int], n: int = NEW_TOKENS, **options) -> dict:
+        request = {"prompt": prompt, "max_tokens": n, "temperature": 0.0, "cache_prompt": False, "return_tokens": True}
+        return server.handle_completions(request | options)
+
+    return complete
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_has_the_logits_the_tokens_and_the_greedy_text_of_sample_py(case, runs, monkeypatch):
+    monkeypatch.chdir(runs(case))
+    export.main(["--out_dir=out/run", "--to=exported"])
+    theirs, tokenizer = open_folder(Path("exported"))
+    ours = load_model(Path("out/run/best.pt"))
+    text = make_text(150)
+    ids = ours.tokenizer.encode(text)
+    assert tokenizer(text)["input_ids"] == ids.tolist() and tokenizer.decode(ids) == text
+    idx = torch.from_numpy(ids)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, ours.model(idx)[0], atol=1e-4, rtol=1e-4)
+    prompt = tokenizer(text[:20], return_tensors="pt")
+    assert prompt.input_ids.shape[1] + NEW_TOKENS <= 256
+    output = theirs.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0]
+    if output[-1] == ours.tokenizer.eot:
+        output = output[:-1]
+    assert tokenizer.decode(output) == continued(Path("out/run"), text[:20])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in NOT_IN_GGUF])
+def test_llama_cpp_has_the_greedy_text_of_sample_py(case, runs, monkeypatch):
+    pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt")
+    monkeypatch.chdir(runs(case))
+    export.main(["--out_dir=out/run", "--to=model.gguf", "--format=gguf"])
+    text = make_text(20)
+    answer = llama_cpp(Path("model.gguf"))(text)
+    assert text + answer["choices"][0]["text"] == continued(Path("out/run"), text)
+
+
+# --------------------------------------------------------------------------------------
+# Tokenizers
+
+
+@pytest.mark.parametrize("name", EVERY)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(text=anything)
+def test_any_text_has_the_same_tokens_in_transformers_and_comes_back(name, text):
+    compare_tokens(EVERY[name], text)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", EVERY)
+@settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+@given(text=st.text() | anything)
+def test_a_thousand_texts_have_the_same_tokens_in_transformers_and_come_back(name, text):
+    compare_tokens(EVERY[name], text)
+
+
+BUILT: dict[int, object] = {}
+
+
+def compare_tokens(tokenizer: Tokenizer, text: str) -> None:
+    theirs = BUILT.setdefault(id(tokenizer), build_tokenizer(tokenizer))
+    if END_OF_TEXT.encode() in tokenizer.pieces:  # there it becomes the token
+        text = "".join(text.split(END_OF_TEXT)).replace("endoftext", "")
+    if isinstance(tokenizer, CharTokenizer):
+        text = "".join(char for char in text if char in tokenizer.alphabet)
+    ids = tokenizer.encode(text).tolist()
+    assert theirs.encode(text).ids == ids
+    assert theirs.decode(ids) == text
+
+
+def test_the_end_of_text_token_is_theirs_too():
+    for name, tokenizer in SEPARATED.items():
+        theirs = build_tokenizer(tokenizer)
+        assert theirs.encode(f"or{END_OF_TEXT}").ids[-1] == tokenizer.eot, name
+        assert theirs.decode([*tokenizer.encode("or"), tokenizer.eot], skip_special_tokens=True) == "or"
+        assert theirs.decode([tokenizer.eot], skip_special_tokens=False) == END_OF_TEXT
+
+
+def test_a_character_that_the_alphabet_lacks_is_an_error_there_as_here():
+    with pytest.raises(Exception, match=r"unknown|UNK"):
+        build_tokenizer(CharTokenizer("ab")).encode("abc")
+    with pytest.raises(UserError, match=r"tokenizer=char has '.ud800', which is no character"):
+        build_tokenizer(CharTokenizer("ab\ud800"))
+
+
+def test_each_piece_has_the_one_pair_that_the_merges_before_it_leave():
+    letters = [bytes([i]) for i in b"abcd"]
+    assert list(find_merges([*letters, b"ab", b"abc", b"cd", b"abcd"])) == [
+        (b"a", b"b"),
+        (b"ab", b"c"),
+        (b"c", b"d"),
+        (b"abc", b"d"),  # not (ab, cd): abc comes first
+    ]
+    assert list(find_merges([*letters, b"abc"])) == []  # no merge makes it
+    assert list(find_merges(["x", "a", "b", "ab", "xab"])) == [("a", "b"), ("x", "ab")]
+
+
+# --------------------------------------------------------------------------------------
+# Models without a run
+
+
+def loaded(vocab_size: int | None = None, tokenizer: Tokenizer | None = None, **keys) -> Loaded:
+    """A random model, as from a checkpoint; vocab_size: rows of the embedding."""
+    tokenizer = tokenizer or CharTokenizer("\n abcdefghi")
+    keys = {"block_size": 64, "vocab_size": vocab_size or tokenizer.vocab_size, "activation": "gelu_tanh"} | keys
+    model = random_model(**keys).eval()
+    progress = {"iter": 3, "best_iter": 3, "best_val_loss": 1.5, "tokens": 48}
+    saved = {"progress": progress, "data": {"source": "a text"}, "task": "language modelling"}
+    saved |= {"model_config": vars(model.config), "train_config": {"dataset": "mine", "max_iters": 3, "seed": 1337}}
+    return Loaded(model, tokenizer, saved)
+
+
+BEST = Path("out/run/best.pt")
+
+
+def greedy(found: Loaded, prompt: list[int], n: int) -> list[int]:
+    idx = torch.tensor([prompt])
+    return [int(x) for x in generate(found.model, idx, n, found.tokenizer.vocab_size, temperature=0.0)]
+
+
+SHAPES = [
+    {"bias": True, "n_hidden": 40},
+    {"tie_weights": False, "n_head": 4, "norm_eps": 0.1},
+    ROTARY | {"n_head": 4, "n_kv_head": 2, "norm_eps": 0.1},
+    ROTARY | {"tie_weights": True, "head_size": 6, "rope_base": 50.0, "bias": True},
+    ROTARY
+    | {"rope_factor": 4.0, "rope_original_context": 16, "rope_high_freq_factor": 2.0, "rope_low_freq_factor": 0.5},
+    {"vocab_size": 24},  # of which 13 stand for no token
+]
+
+
+@pytest.mark.parametrize("keys", SHAPES, ids=lambda keys: "-".join(f"{k}-{v}" for k, v in keys.items())[:60])
+def test_llama_cpp_computes_every_shape_that_can_be_exported(keys):
+    pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt")
+    found = loaded(**keys)
+    export.write_file(found, BEST, Path("model.gguf"), "float32")
+    answer = llama_cpp(Path("model.gguf"))([1, 5, 2], 40)
+    expected = found.tokenizer.decode(greedy(found, [1, 5, 2], 40))
+    assert answer["choices"][0]["text"] == expected
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "q8_0"])
+def test_a_gguf_file_in_fewer_bits_is_smaller_and_still_read_by_llama_cpp(dtype, capsys):
+    gguf = pytest.importorskip("gguf")
+    found = loaded(n_hidden=40, **ROTARY)
+    export.write_file(found, BEST, Path("exact.gguf"), "float32")
+    assert not capsys.readouterr().err
+    export.write_file(found, BEST, Path("model.gguf"), dtype)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader("model.gguf").tensors}
+    rows_of_40 = {"blk.0.ffn_down.weight", "blk.1.ffn_down.weight"}
+    for name, kind in kinds.items():
+        exact = "norm" in name or (dtype == "q8_0" and name in rows_of_40)
+        assert kind == ("F32" if exact else {"bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]), name
+    note = "note: 2 matrices, such as model.layers.0.mlp.down_proj.weight: float32, since q8_0 needs rows of"
+    assert (note in capsys.readouterr().err) == (dtype == "q8_0")
+    assert Path("model.gguf").stat().st_size < Path("exact.gguf").stat().st_size
+    pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt")
+    assert llama_cpp(Path("model.gguf"))([1, 5, 2], 10)["usage"]["completion_tokens"] == 10
+
+
+def test_a_folder_in_bfloat16_has_the_weights_rounded():
+    found = loaded()
+    export.write_folder(found, BEST, Path("exported"), "bfloat16")
+    theirs, _ = open_folder(Path("exported"))
+    assert {parameter.dtype for parameter in theirs.parameters()} == {torch.bfloat16}
+    assert torch.equal(theirs.transformer.wte.weight, found.model.wte.weight.bfloat16())
+
+
+def test_rows_that_stand_for_no_token_are_never_drawn():
+    found = loaded(vocab_size=24)
+    nn.init.zeros_(found.model.wte.weight[:11])
+    export.write_folder(found, BEST, Path("exported"), "float32")
+    theirs, tokenizer = open_folder(Path("exported"))
+    assert theirs.config.vocab_size == 24
+    output = theirs.generate(**tokenizer("abc", return_tensors="pt"), max_new_tokens=30)[0]
+    assert output.max() < 11 and len(output) == 33
+
+
+# --------------------------------------------------------------------------------------
+# The model card
+
+
+def test_the_card_states_the_run_and_its_code_runs(runs, monkeypatch, capsys):
+    transformers()
+    monkeypatch.chdir(runs("llama, documents of bpe"))
+    export.main(["--out_dir=out/run", "--to=card"])
+    monkeypatch.chdir("card")
+    card = Path("README.md").read_text()
+    rows = [json.loads(line) for line in Path("../out/run/metrics.jsonl").read_text().splitlines()]
+    measured = next(row for row in rows if "val_loss" in row)
+    assert f"{measured['val_loss']:.4f} nats per token, {measured['val_bits_per_byte']:.3f} bits per byte" in card
+    assert "A Llama model with " in card and "on 12 files: texts" in card and "position = 'rotary'" in card
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    capsys.readouterr()
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})
+    assert capsys.readouterr().out.startswith(END_OF_TEXT)
+
+
+def test_the_settings_in_the_card_are_a_config_file_of_the_run(runs, monkeypatch):
+    monkeypatch.chdir(runs("the rung 11_llama, char"))
+    export.main(["--out_dir=out/run", "--to=card"])
+    code = re.findall(r"```python\n(.*?)```", Path("card/README.md").read_text(), re.DOTALL)[1]
+    Path("again.py").write_text(code)
+    given = configurator.read(["again.py"], ModelConfig, train.TrainConfig)
+    saved = load_model(Path("out/run/best.pt")).saved
+    assert vars(configurator.make(ModelConfig, given)) == saved["model_config"]
+    assert vars(configurator.make(train.TrainConfig, given)) == saved["train_config"]
+
+
+# --------------------------------------------------------------------------------------
+# What cannot be exported
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_preset_that_a_refusal_names_is_exported(name):
+    preset = FAMILIES[name].preset
+    config = configurator.make(ModelConfig, configurator.read([str(ROOT / preset)], ModelConfig, train.TrainConfig))
+    assert find_family(config) == name
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("config/*_llama.py")), ids=lambda path: path.name)
+def test_the_presets_of_llamas_architecture_can_be_exported_in_both_formats(path):
+    pytest.importorskip("gguf")
+    from humptygpt.gguf_file import check_activation
+
+    config = configurator.make(ModelConfig, configurator.read([str(path)], ModelConfig, train.TrainConfig))
+    content, weights = to_pretrained(random_model(**vars(config) | {"n_layer": 1, "vocab_size": 11}))
+    check_activation(content)
+    assert not [name for name, tensor in weights.items() if tensor.dim() == 2 and tensor.shape[-1] % 32]
+
+
+DEMO = "norm=layernorm mlp=plain mlp_conv=3 qk_norm=True cannot be exported; LlamaForCausalLM needs norm=rmsnorm"
+DEMO += " mlp=gated mlp_conv=0 qk_norm=False, as in config/shakespeare_char_llama.py"
+
+
+def test_the_demo_is_refused_and_the_preset_named(fails, folder):
+    demo = str(ROOT / "config/shakespeare_char.py")
+    config = configurator.make(ModelConfig, configurator.read([demo], ModelConfig, train.TrainConfig))
+    with pytest.raises(UserError, match=re.escape(DEMO)):
+        export.write_folder(loaded(**vars(config) | {"vocab_size": 11}), BEST, Path("exported"), "float32")
+    assert not list(folder.iterdir())
+
+
+GGUF_REFUSES = [
+    (
+        {"activation": "gelu"},
+        "activation=gelu cannot be exported with format=gguf: .* train with --activation=gelu_tanh",
+    ),
+    (ROTARY | {"activation": "relu"}, "activation=relu cannot be .* train with --activation=silu"),
+    ({"tokenizer": CharTokenizer("aé")}, "tokenizer=char cannot be .* characters outside ASCII .* --tokenizer=byte"),
+    ({"tokenizer": CharTokenizer("aé▁", True)}, "tokenizer=char cannot be .* '▁' is a space; .* --tokenizer=byte"),
+    ({"tokenizer": EVERY["unigram"]}, "tokenizer=sentencepiece cannot be .* --model_type=bpe"),
+]
+
+
+@pytest.mark.parametrize(("keys", "complaint"), GGUF_REFUSES, ids=range(len(GGUF_REFUSES)))
+def test_what_gguf_cannot_hold_is_refused_by_name_with_the_way_out(keys, complaint, folder):
+    pytest.importorskip("gguf")
+    with pytest.raises(UserError, match=complaint):
+        export.write_file(loaded(**keys), BEST, Path("model.gguf"), "float32")
+    assert not list(folder.iterdir())
+
+
+def test_mistakes_are_one_line(fails, folder):
+    refused = partial(fails, export.main)
+    assert "export needs a folder to write; give one, as --to=exported" in refused()
+    assert "export needs a file to write; give one, as --to=model.gguf" in refused("--format=gguf")
+    assert "dtype=q8_0 is for --format=gguf; take float32 or bfloat16" in refused("--to=x", "--dtype=q8_0")
+    assert "format=onnx is not one of: transformers, gguf" in refused("--to=x", "--format=onnx")
+    assert "no checkpoint out/best.pt" in refused("--to=x")
+    (folder / "full").mkdir()
+    (folder / "full" / "file").write_text("")
+    assert "to=full has files in it; remove it, or name a new folder" in refused("--to=full")
+    assert "to=full is a folder; name a file" in refused("--to=full", "--format=gguf")
+    assert "to=full/file is a file; name a new folder" in refused("--to=full/file")
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1:]
+import export
+from humptygpt.configurator import UserError
+from test_export import BEST, loaded
+
+found, none = loaded(n_embd=64), resource.RLIM_INFINITY
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+for path, write in (("new/exported", export.write_folder), ("new/model.gguf", export.write_file)):
+    for limit in (none, 100, 5_000, 60_000):
+        to = Path(path if limit != none else f"before/{path}")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, none))
+        try:
+            write(found, BEST, to, "float32")
+        except UserError as error:
+            print(error)
+"""
+
+
+def test_a_full_disk_leaves_nothing_half_written(folder):
+    """Files of a limited size, which fails where a full disk does."""
+    pytest.importorskip("gguf")
+    paths = [str(ROOT), str(ROOT / "tests")]
+    done = subprocess.run([sys.executable, "-c", FULL, *paths], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 6 and all(line.startswith("cannot write new/") for line in lines), done
+    assert sum(line.endswith("File too large") or "the disk may be full" in line for line in lines) == 6, done
+    assert not list((folder / "new").iterdir())
