@@ -40,7 +40,7 @@ from humptygpt.schema import parse_json
 
 # Settings of where a run writes, how often, and where it logs: they do not affect what it learns
 IGNORED = {"out_dir", "init_from", "eval_only", "always_save_checkpoint", "log_interval", "parallel", "backend"}
-IGNORED |= {"wandb_log", "wandb_project", "wandb_run_name"}
+IGNORED |= {"log", "wandb_log", "wandb_project", "wandb_run_name"}
 SETTINGS = {"max_iters": range(1, 2**53), "log_interval": range(1, 2**53), "early_stopping": range(2**53)}
 SETTINGS |= {"n_layer?": range(1, 10_000)}  # the model is built to count its parameters
 

@@ -62,7 +62,7 @@ from humptygpt.optimizers import (
     make_optimizer,
     trained_parameters,
 )
-from humptygpt.run_folder import NoFolder, RunFolder, import_wandb, lock_out_dir
+from humptygpt.run_folder import NoFolder, RunFolder, chosen_loggers, import_loggers, lock_out_dir
 from humptygpt.token_files import COMMAND, is_command, read_meta
 from model import ModelConfig
 
@@ -118,7 +118,8 @@ class TrainConfig:
     always_save_checkpoint: bool = setting(True, "False: save ckpt.pt only where the loss is a new lowest")
     log_interval: int = setting(10, "steps between lines of the training loss", at_least=1)
 
-    wandb_log: bool = setting(False, "log to Weights & Biases, too; WANDB_MODE=offline keeps it here", "wandb")
+    log: str = setting("", "log to tensorboard, wandb or both (with a comma), too", "logging")
+    wandb_log: bool = setting(False, "as log=wandb; WANDB_MODE=offline keeps it here")
     wandb_project: str = setting("humptygpt", "project there")
     wandb_run_name: str | None = setting(None, "run name there; None: the name of out_dir")
 
@@ -130,6 +131,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check(self)
+        chosen_loggers(vars(self))
         if self.decay_lr and self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}")
         if not self.out_dir or not self.dataset or "\0" in self.dataset:
@@ -325,8 +327,7 @@ def read_settings(
     if locks and not saved and not config.eval_only:
         locks.enter_context(lock_out_dir(Path(config.out_dir)))
 
-    if config.wandb_log:
-        import_wandb()  # refused now if it is missing, and not after a long preparation
+    import_loggers(asdict(config))  # refused now if one is missing, and not after a long preparation
     if processes == 1:
         for key in given.keys() & {"parallel", "backend"}:
             note(f"{key}={given[key]} has no effect on one process; torchrun starts several")

@@ -12,7 +12,7 @@ from humptygpt import files
 from humptygpt.configurator import UserError
 from humptygpt.locks import Lock
 
-FILES = ("ckpt.pt", "best.pt", "metrics.jsonl", "loss.png", "config.json", "wandb_id")
+FILES = ("ckpt.pt", "best.pt", "adapter", "metrics.jsonl", "loss.png", "config.json", "wandb_id", "tensorboard")
 
 
 def lock_out_dir(out_dir: Path) -> Lock:
@@ -24,7 +24,7 @@ def lock_out_dir(out_dir: Path) -> Lock:
 
 
 class RunFolder:
-    """metrics.jsonl, loss.png, config.json and, if asked for, a run on Weights & Biases.
+    """metrics.jsonl, loss.png, config.json and, if asked for, TensorBoard's files and a run on Weights & Biases.
 
     A new run moves an older one's files aside; a resumed one drops the metrics that came after its checkpoint. Either
     holds the lock of its folder: see lock_out_dir.
@@ -49,21 +49,22 @@ class RunFolder:
         files.write_whole(self.metrics, lambda file: file.write(lines.encode()))
         content = json.dumps(settings, indent=1)
         files.write_whole(path / "config.json", lambda file: file.write(content.encode()))
-        self.wandb_run = start_wandb(path, settings, bool(resumed_at)) if settings["wandb_log"] else None
+        start = {"tensorboard": TensorBoard, "wandb": start_wandb}
+        self.loggers = [start[name](path, settings, resumed_at) for name in chosen_loggers(settings)]
 
     def record(self, row: dict) -> None:
         """Add a row of metrics."""
         self.rows.append(row)
         files.append(self.metrics, json.dumps(row))
-        if self.wandb_run:
-            self.wandb_run.log(row, step=row["iter"])
+        for logger in self.loggers:
+            logger.log(row, step=row["iter"])
 
     def draw(self) -> None:
         draw_losses(self.rows, self.path / "loss.png", self.settings)
 
     def close(self) -> None:
-        if self.wandb_run:
-            self.wandb_run.finish()
+        for logger in self.loggers:
+            logger.finish()
 
 
 class NoFolder:
@@ -108,6 +109,53 @@ def parse_row(line: bytes) -> dict | None:
     return row if all(type(number) in (int, float) and 0 <= number < 1e18 for number in numbers) else None
 
 
+LOGGERS = ("tensorboard", "wandb")
+
+
+def chosen_loggers(settings: dict) -> list[str]:
+    """Of LOGGERS, those that a run logs to, each once; settings: of the run. Raises ValueError for another name."""
+    names = [name.strip() for name in settings.get("log", "").split(",") if name.strip()]
+    if unknown := [name for name in names if name not in LOGGERS]:
+        raise ValueError(f"log={settings['log']}: {unknown[0]} is not one of: {', '.join(LOGGERS)}")
+    return list(dict.fromkeys(names + ["wandb"] * settings["wandb_log"]))
+
+
+def import_loggers(settings: dict) -> None:
+    """Raises UserError where a package is missing."""
+    for name in chosen_loggers(settings):
+        {"tensorboard": import_tensorboard, "wandb": import_wandb}[name]()
+
+
+def import_tensorboard() -> ModuleType:
+    try:
+        from torch.utils import tensorboard
+    except ImportError as error:
+        raise UserError("log=tensorboard needs the package tensorboard: pip install tensorboard") from error
+    return tensorboard
+
+
+class TensorBoard:
+    """Files in out_dir/tensorboard, which `tensorboard --logdir=out` shows; with the methods of a wandb run."""
+
+    def __init__(self, out_dir: Path, settings: dict, resumed_at: int):
+        """What an earlier process logged after the step at which this one resumes is no longer shown."""
+        purge_step = resumed_at + 1 if resumed_at else None
+        folder = str(out_dir / "tensorboard")
+        try:
+            self.writer = import_tensorboard().SummaryWriter(folder, purge_step=purge_step)
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror}") from error
+
+    def log(self, row: dict, step: int) -> None:
+        for key, value in row.items():
+            if key != "iter" and type(value) in (int, float):
+                self.writer.add_scalar(key, value, step)
+        self.writer.flush()
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
 def import_wandb() -> ModuleType:
     """The package, and not a folder of that name, which it leaves behind and Python would import as well."""
     try:
@@ -115,14 +163,14 @@ def import_wandb() -> ModuleType:
 
         assert wandb.init
     except (ImportError, AttributeError) as error:
-        raise UserError("wandb_log=True needs the package wandb: pip install wandb") from error
+        raise UserError("log=wandb, or wandb_log=True, needs the package wandb: pip install wandb") from error
     return wandb
 
 
-def start_wandb(out_dir: Path, settings: dict, resumed: bool):
+def start_wandb(out_dir: Path, settings: dict, resumed_at: int):
     """The run on Weights & Biases, the same however often it is resumed here; offline where that cannot be reached."""
     wandb, id_file = import_wandb(), out_dir / "wandb_id"
-    earlier = id_file.read_bytes() if resumed and id_file.exists() else b""
+    earlier = id_file.read_bytes() if resumed_at and id_file.exists() else b""
     run_id = earlier.decode() if re.fullmatch(rb"[0-9a-f]{8}", earlier) else secrets.token_hex(4)
     files.write_whole(id_file, lambda file: file.write(run_id.encode()))
     options = {

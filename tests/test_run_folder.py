@@ -1,17 +1,20 @@
 """What a run leaves beside its checkpoints, and what it does with an earlier run's files."""
 
+import json
+import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY_RUN, assert_same_weights, read_rows
 
 import train
 from humptygpt import checkpoint
-from humptygpt.run_folder import draw_losses
+from humptygpt.run_folder import TensorBoard, draw_losses
 
-OUT = Path("out/run")
+OUT, ROOT = Path("out/run"), Path(__file__).parent.parent
 
 
 def test_a_new_run_keeps_every_earlier_one(run_train, capsys):
@@ -159,4 +162,59 @@ def test_wandb_gets_every_row_and_a_resumed_run_is_the_same_run(run_train, monke
 def test_wandb_that_is_not_installed_is_named(tiny, fails, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # as a folder of that name is imported
     line = fails(train.main, *TINY_RUN, "--wandb_log=True")
-    assert "wandb_log=True needs the package wandb: pip install wandb" in line
+    assert "wandb_log=True, needs the package wandb: pip install wandb" in line
+    assert fails(train.main, *TINY_RUN, "--log=wandb") == line
+
+
+# --------------------------------------------------------------------------------------
+# TensorBoard
+
+
+def test_tensorboard_has_the_numbers_of_the_metrics_and_a_resumed_run_continues_in_it(run_train):
+    pytest.importorskip("tensorboard", reason="needs tensorboard: pip install -r requirements-dev.txt")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def logged() -> dict[str, list[tuple]]:
+        events = EventAccumulator("out/run/tensorboard").Reload()
+        return {key: [(event.step, event.value) for event in events.Scalars(key)] for key in events.Tags()["scalars"]}
+
+    def expected(rows: list[dict]) -> dict[str, list[tuple]]:
+        keys = {key for row in rows for key in row} - {"iter"}
+        return {key: [(row["iter"], pytest.approx(row[key])) for row in rows if key in row] for key in keys}
+
+    def all_rows() -> list[dict]:
+        return [json.loads(line) for line in Path("out/run/metrics.jsonl").read_text().splitlines()]
+
+    run_train("--log=tensorboard")
+    assert len(all_rows()) >= 6 and logged() == expected(all_rows())
+    # a process that was killed after its last checkpoint: what it logged since is logged again
+    TensorBoard(Path("out/run"), {}, 6).log({"iter": 7, "train_loss": 99.0}, 7)
+    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
+    assert all_rows()[-1]["iter"] == 8 and logged() == expected(all_rows())
+    run_train("--log=tensorboard")
+    assert logged() == expected(all_rows()) and Path("out/run/previous-1/tensorboard").is_dir()
+
+
+def test_both_loggers_get_every_row_once(run_train, monkeypatch):
+    pytest.importorskip("tensorboard", reason="needs tensorboard: pip install -r requirements-dev.txt")
+    fake = FakeWandb(online=True)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    rows = run_train("--log=tensorboard,wandb", "--wandb_log=True")
+    assert len(fake.started) == 1 and [step for step, _ in fake.logged] == [row["iter"] for row in rows]
+    assert list(Path("out/run/tensorboard").iterdir())
+
+
+def test_a_logger_that_is_unknown_or_not_installed_is_named(tiny, fails, monkeypatch):
+    line = fails(train.main, *TINY_RUN, "--log=tensorboard,mlflow")
+    assert "log=tensorboard,mlflow: mlflow is not one of: tensorboard, wandb" in line
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.delattr(torch.utils, "tensorboard", raising=False)
+    line = fails(train.main, *TINY_RUN, "--log=tensorboard")
+    assert "log=tensorboard needs the package tensorboard: pip install tensorboard" in line
+    assert not Path("out/run/metrics.jsonl").exists()
+
+
+def test_tensorboard_is_imported_only_where_it_is_asked_for():
+    code = "import sys, train; print('tensorboard' in sys.modules, 'wandb' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
