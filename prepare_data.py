@@ -287,7 +287,8 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, st
             return str(path), None
     if known := known_text(config):
         return known.fetch(config.name, config.files)
-    near, where, name = nearest(config.name, KNOWN), "FILE_OR_FOLDER", config.name
+    prepared = [path.parent.name for path in Path("data").glob("*/meta.*")]
+    near, where, name = nearest(config.name, [*prepared, *KNOWN]), "FILE_OR_FOLDER", config.name
     if os.path.exists(config.name):  # meant as the input
         where, name = shlex.quote(config.name), name_from(config.name)
     raise UserError(

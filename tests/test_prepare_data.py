@@ -787,6 +787,10 @@ BAD = {
 }
 
 
+def test_a_mistyped_name_is_answered_with_the_nearest_data_set_that_is_prepared(tiny, fails):
+    assert "; did you mean tiny? for your own text: " in fails(prepare_data.main, "tinny")
+
+
 @pytest.mark.parametrize("complaint", BAD)
 def test_bad_input_is_one_line(folder, fails, complaint):
     Path("own.txt").write_text("some text\n")
