@@ -331,8 +331,9 @@ def make_tokenizer(corpus: Corpus | Pairs, fit: bool) -> Tokenizer:
     kind = TOKENIZERS[corpus.config.tokenizer]
     options = {key: getattr(corpus.config, key) for key in kind.options}
     train = partial(kind.train, separated=corpus.separated)
-    size, free = kind.training_memory * min(sum(corpus.sizes), VOCABULARY_BYTES), limits.available_memory()
-    if size > free:
+    base, each = kind.training_memory
+    size, free = base + each * min(sum(corpus.sizes), VOCABULARY_BYTES), limits.available_memory()
+    if base and size > free:
         needed = f"takes {limits.gigabytes(size)} of memory, and {limits.gigabytes(free)} are free"
         raise UserError(f"training tokenizer={kind.name} on this text {needed}; --tokenizer=byte takes none")
     try:

@@ -47,7 +47,7 @@ class Tokenizer:
     name: str
     options: tuple[str, ...] = ()  # keys of prepare_data.py that train() takes
     needs_all_texts = False  # those for validation, too
-    training_memory = 0  # bytes that train() takes for each byte of the texts
+    training_memory = 0, 0  # bytes that train() takes, and for each byte of the texts
     schema: ClassVar = {"separated?": bool}  # of state(), its name aside
     pieces: list[bytes]  # what each token stands for
     eot: int | None  # the token that ends a document, None where the data is one
@@ -165,7 +165,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     name = "sentencepiece"
     options = ("vocab_size", "model_type")
-    training_memory = 17  # measured; unigram takes 19
+    training_memory = 50_000_000, 17  # measured; unigram takes 19
     schema: ClassVar = {"separated": bool, "proto": str}
 
     def __init__(self, proto: bytes, separated: bool = False):
@@ -254,6 +254,7 @@ class BytePairTokenizer(Tokenizer):
 
     name = "bpe"
     options = ("vocab_size",)
+    training_memory = 100_000_000, 0  # for a unit of text; where it fails, the library ends the process
     schema: ClassVar = {"separated": bool, "pieces": str}
 
     def __init__(self, pieces: list[bytes], separated: bool = False):
@@ -309,6 +310,7 @@ class GPT2Tokenizer(BytePairTokenizer):
 
     name = "gpt2"
     options = ()
+    training_memory = 0, 0
 
     @classmethod
     def train(cls, texts: Iterable[str] = (), separated: bool = False) -> Self:

@@ -140,6 +140,7 @@ def test_a_checkpoint_that_finds_no_room_names_the_disk_and_not_what_follows_fro
         def write(self, data: bytes) -> int:
             nonlocal room
             if not room:
+                room = 1 << 40  # somebody has made room since
                 raise OSError(errno.ENOSPC, "No space left on device")
             written = super().write(bytes(data)[:room])
             room -= written

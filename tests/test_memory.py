@@ -124,7 +124,7 @@ def test_a_tokenizer_whose_training_will_not_fit_is_refused_with_the_one_that_fi
     monkeypatch.setattr(limits, "available_memory", lambda: 50_000)
     line = fails(prepare_data.main, "--input=tiny.txt", "--name=mine", "--tokenizer=sentencepiece")
     assert line == (
-        "training tokenizer=sentencepiece on this text takes 0.1 MB of memory, and 0.1 MB are free;"
+        "training tokenizer=sentencepiece on this text takes 50.1 MB of memory, and 0.1 MB are free;"
         " --tokenizer=byte takes none\n"
     )
     assert not Path("data/mine").exists()
