@@ -60,4 +60,35 @@ function plant(tree, [name, ...rest], tensor) {
   else plant((tree[name] ??= /^\d+$/.test(rest[0]) ? [] : {}), rest, tensor);
 }
 
-if (typeof module !== "undefined") module.exports = { crc32, makeModel, readData };
+// --------------------------------------------------------------------------------------
+// What is typed -> token ids
+
+/** The token ids of a text, as sample.py reads a prompt. */
+function idsOf(tokenizer, text) {
+  let ids = [];
+  if (tokenizer.eot !== null && text.startsWith("<|endoftext|>")) {
+    ids = tokenizer.start;
+    text = text.slice("<|endoftext|>".length);
+  }
+  ids = [...ids, ...tokenizer.encode(text)];
+  return ids.length ? ids : tokenizer.start;
+}
+
+/** At most the last block_size of them: the context. */
+function readText({ model, tokenizer }, text) {
+  return { idx: idsOf(tokenizer, text).slice(-model.config.block_size) };
+}
+
+/** Source and target; a GPT reads one after the other. A target starts with end-of-text, which ends a source. */
+function readPair({ model, tokenizer }, sourceText, targetText) {
+  const { config } = model;
+  const encoder = config.model === "transformer";
+  const room = (encoder ? config.block_size : config.block_size >> 1) - 1;
+  const words = sourceText.split(/\s+/).filter((word) => word);
+  const source = [...tokenizer.encode(words.join(" ")).slice(0, room), tokenizer.eot];
+  const target = tokenizer.encode(targetText);
+  if (encoder) return { idx: [tokenizer.eot, ...target].slice(0, config.block_size), source };
+  return { idx: [...source, ...target].slice(0, config.block_size) };
+}
+
+if (typeof module !== "undefined") module.exports = { crc32, makeModel, readData, readPair, readText };

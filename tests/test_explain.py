@@ -41,11 +41,15 @@ TOLERANCE = 2e-4
 # fills up rows that are shorter than others.
 DRIVER = r"""
 const { readFileSync } = require("node:fs");
-const vm = require("node:vm");
 const root = process.argv[2];
 const functions = require(`${root}/explain/model.js`);
 const { makeTokenizer, TOKENIZERS } = require(`${root}/explain/tokenizer.js`);
-const { crc32, makeModel } = require(`${root}/explain/data.js`);
+const { crc32, makeModel, readData, readPair, readText } = require(`${root}/explain/data.js`);
+const arithmetic = require(`${root}/explain/arithmetic.js`);
+const { contributions, effectOnLogits, explainNumber, logitLens, valueAt } = arithmetic;
+const leaf = require(`${root}/explain/leaf.js`);
+const { LEAF_SEED, randomNumbers } = leaf;
+const EXPLAINED = /^(?!first|idx|source\.idx|.*(\.(mask|mean|std|rms|scale|frequency|cos|sin|slopes)|rows)$)/;
 const { forward } = functions;
 
 function flatten(value, name, found) {
@@ -124,39 +128,105 @@ const answers = {
     const { decode, start, eot, vocab_size } = makeTokenizer(data);
     return { texts: batch.map((ids) => decode(ids)), start, eot, vocab_size };
   },
-  /** The scripts of a page in a document that has nothing but what they use; typed: what is put into its text boxes. */
+  /** What a page computes of the texts that are typed into it: pairs of text and, of a translation, source. */
   page({ path, typed }) {
     const html = readFileSync(path, "utf8");
-    const elements = new Map();
-    const make = () => ({
-      dataset: {}, style: {}, textContent: "", value: "", hidden: true, children: [], listeners: [],
-      addEventListener(_, f) { this.listeners.push(f); },
-      append(...children) { this.children.push(...children); },
-      replaceChildren(...children) { this.children = children; },
-    });
-    const started = [];
-    const document = {
-      addEventListener: (_, f) => started.push(f),
-      createElement: make,
-      getElementById(id) { return elements.get(id) ?? elements.set(id, make()).get(id); },
-    };
     const [, checksum, text] = html.match(/data-checksum="(\w+)">([^<]*)/) ?? [null, undefined, ""];
-    Object.assign(document.getElementById("data"), { textContent: text, dataset: { checksum } });
-    const context = vm.createContext({ document, performance, TextEncoder, TextDecoder, atob });
-    for (const [, script] of html.matchAll(/<script>([^]*?)<\/script>/g)) vm.runInContext(script, context);
-    started.forEach((f) => f());
-    const seen = () => {
-      const bars = elements.get("bars")?.children ?? [];
-      const probs = bars.map(({ children: [piece, , bar] }) => [piece.textContent, parseFloat(bar.style.width) / 100]);
-      const { hidden } = document.getElementById("page");
-      return { problem: document.getElementById("problem").textContent, hidden, probs, title: document.title };
+    const data = readData(text, checksum);
+    const page = { model: makeModel(data), tokenizer: makeTokenizer(data.tokenizer) };
+    return typed.map(([text, source]) => {
+      const read = source === null ? readText(page, text) : readPair(page, source, text);
+      const { probs } = forward(page.model, read.idx, { source: read.source, lastOnly: true });
+      return { idx: read.idx, probs: [...probs.at(-1)] };
+    });
+  },
+  damaged({ path }) {
+    const html = readFileSync(path, "utf8");
+    const [, checksum, text] = html.match(/data-checksum="(\w+)">([^<]*)/) ?? [null, undefined, ""];
+    try {
+      readData(text, checksum);
+      return null;
+    } catch (error) {
+      return error.message;
+    }
+  },
+  /** Of each address, what the drawer shows of it: the number, what its terms make, and the same of the first name. */
+  explain({ data, idx, source, seed, count }) {
+    const model = makeModel(data);
+    const trace = forward(model, idx, { source });
+    const random = randomNumbers(seed);
+    const all = flatten(trace, "", {});
+    const names = Object.keys(all).filter((name) => EXPLAINED.test(name));
+    const pick = (n) => Math.floor(random() * n);
+    const found = [];
+    while (found.length < count) {
+      const name = names[found.length % names.length];
+      let address = name, value = name.split(".").reduce((x, key) => x[key], trace), separator = ":";
+      while (typeof value !== "number") {
+        const i = pick(value.length);
+        [address, value, separator] = [`${address}${separator}${i}`, value[i], ","];
+      }
+      const y = explainNumber(model, trace, address);
+      const sum = y.terms.reduce((total, term) => total + term.value, 0);
+      const operands = y.terms.flatMap((term) => term.factors).filter((factor) => factor.address);
+      found.push({ address, value, shown: y.value, sum, result: y.steps.length ? y.steps.at(-1).value : sum,
+        terms: y.terms.length, title: y.title,
+        dangling: operands.map((factor) => factor.address).filter((other) => valueAt(trace, other) === undefined) });
+    }
+    return found;
+  },
+  contributions({ data, idx, source, stack }) {
+    const model = makeModel(data);
+    const trace = forward(model, idx, { source });
+    const t = idx.length - 1;
+    return Array.from(trace.logits[t], (logit, v) => ({ logit, parts: contributions(model, trace, stack, t, v) }));
+  },
+  lens({ data, idx, source, stack }) {
+    const model = makeModel(data);
+    const trace = forward(model, idx, { source });
+    return logitLens(model, trace, stack, idx.length - 1).map(({ logits }) => [...logits]);
+  },
+  /** What switching a branch off changes at its own output, through the norms as they are. */
+  effect({ data, idx, source, stack, layer, branch }) {
+    const model = makeModel(data);
+    const trace = forward(model, idx, { source });
+    const t = idx.length - 1;
+    const path = { attn: "attn.o_proj", mlp: "feed_forward.down_proj" }[branch];
+    const row = `${stack}.blocks.${layer}.${path}`.split(".").reduce((x, key) => x[key], trace)[t];
+    const parts = Array.from(trace.logits[t], (_, v) => contributions(model, trace, stack, t, v));
+    const address = `${stack}.blocks.${layer}.${path}`;
+    const own = parts.map((list) => list.find((part) => part.path === address).value);
+    return { effect: [...effectOnLogits(model, trace, stack, { layer, branch, t, row })], own };
+  },
+  leaf({ rate, steps }) {
+    const objects = leaf.leafObjects(80, 1);
+    let network = leaf.randomNetwork(LEAF_SEED);
+    const losses = [leaf.leafLoss(network, objects).loss];
+    for (let i = 0; i < steps; i++) {
+      network = leaf.leafStep(network, objects, rate);
+      losses.push(leaf.leafLoss(network, objects).loss);
+    }
+    return { losses, accuracy: leaf.leafLoss(network, leaf.leafObjects(80, 2)).accuracy };
+  },
+  /** Derivatives by the chain rule, and by moving each weight a little. */
+  derivatives() {
+    const [objects, network] = [leaf.leafObjects(40, 3), leaf.randomNetwork(LEAF_SEED)];
+    const gradient = leaf.leafGradient(network, objects);
+    const loss = (name, change) => {
+      const moved = structuredClone(network);
+      change(moved[name]);
+      return leaf.leafLoss(moved, objects).loss;
     };
-    return [seen(), ...typed.map(([id, value]) => {
-      const box = document.getElementById(id);
-      box.value = value;
-      box.listeners.forEach((f) => f());
-      return seen();
-    })];
+    const moved = (name, change, step) => loss(name, (layer) => change(layer, step));
+    const by = (name, change) => (moved(name, change, 1e-5) - moved(name, change, -1e-5)) / 2e-5;
+    return Object.keys(network).flatMap((name) => gradient[name].bias.flatMap((g, o) => [
+      [g, by(name, (layer, step) => (layer.bias[o] += step))],
+      ...gradient[name].weight[o].map((w, i) => [w, by(name, (layer, step) => (layer.weight[o][i] += step))]),
+    ]));
+  },
+  article({ relu }) {
+    const options = { bias: false, relu };
+    return [leaf.LEAF, leaf.FLOWER].map((x) => leaf.leafForward(leaf.articleNetwork(), x, options));
   },
 };
 
@@ -528,6 +598,85 @@ def test_a_branch_that_is_switched_off_adds_nothing(node):
 
 
 # --------------------------------------------------------------------------------------
+# The arithmetic of each number
+
+EVERY_CASE = [(test_model.tiny, variant, "stack") for variant in VARIANTS]
+EVERY_CASE += [(test_transformer.tiny, variant, "decoder") for variant in test_transformer.VARIANTS]
+
+
+def explained_case(tiny, variant: dict) -> dict:
+    """A request of a small text; source: None where there is no encoder."""
+    model = rounded(tiny(**variant))
+    source = tokens(7, seed=1) if model.has_encoder else None
+    return {"data": data_of(model), "idx": tokens(min(6, model.config.block_size)), "source": source}
+
+
+@pytest.mark.parametrize(("tiny", "variant", "stack"), EVERY_CASE, ids=lambda x: case_id(x) if type(x) is dict else "")
+def test_the_terms_of_any_number_make_it_and_each_operand_is_a_number_of_the_trace(node, tiny, variant, stack):
+    found = node.ask("explain", **explained_case(tiny, variant), seed=1, count=200)
+    assert len({answer["address"] for answer in found}) > 60
+    for answer in found:
+        assert answer["value"] == answer["shown"] and not answer["dangling"], answer
+        assert answer["result"] == pytest.approx(answer["value"], abs=1e-5), answer
+
+
+@pytest.mark.parametrize(("tiny", "variant", "stack"), EVERY_CASE, ids=lambda x: case_id(x) if type(x) is dict else "")
+def test_what_the_parts_add_to_a_logit_adds_up_to_it(node, tiny, variant, stack):
+    if variant.get("model") == "window_mlp":
+        pytest.skip("a window network has no residual stream")
+    for answer in node.ask("contributions", **explained_case(tiny, variant), stack=stack):
+        sum_of_parts = sum(part["value"] for part in answer["parts"])
+        if cap := variant.get("logit_soft_cap"):
+            sum_of_parts = cap * math.tanh(sum_of_parts / cap)
+        assert sum_of_parts == pytest.approx(answer["logit"], abs=1e-5)
+
+
+@pytest.mark.parametrize("block", ["pre_norm", "post_norm", "parallel"])
+@pytest.mark.parametrize("branch", ["attn", "mlp"])
+def test_the_effect_of_a_branchs_output_is_what_that_branch_contributes(node, block, branch):
+    case = explained_case(test_model.tiny, {"block": block, "n_layer": 3})
+    found = node.ask("effect", **case, stack="stack", layer=1, branch=branch)
+    assert found["effect"] == pytest.approx(found["own"], abs=1e-9)
+
+
+@pytest.mark.parametrize("block", models.BLOCKS)
+def test_the_logit_lens_ends_with_the_logits_and_after_fewer_blocks_is_a_shallower_model(node, block):
+    model = rounded(test_model.tiny(block=block, n_layer=3))
+    lens = node.ask("lens", data=data_of(model), idx=tokens(8), stack="stack")
+    for n_layer, row in ((3, 6), (2, 4), (1, 2)):
+        model.stack.blocks = model.stack.blocks[:n_layer]
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens(8)]))[0][0, -1]
+        assert lens[row] == pytest.approx(logits.tolist(), abs=TOLERANCE)
+
+
+# --------------------------------------------------------------------------------------
+# The leaf network
+
+
+def test_the_leaf_network_is_the_articles(node):
+    leaf, flower = node.ask("article", relu=False)
+    assert [round(x, 1) for x in leaf["sums"]] == [-26.6, 3.2, -47.1]
+    assert leaf["output"][0] > leaf["output"][1] and flower["output"][0] < flower["output"][1]
+    assert node.ask("article", relu=True)[0]["hidden"] == [0, pytest.approx(3.2, abs=0.05), 0]
+
+
+def test_the_derivatives_of_the_leaf_network_are_the_changes_of_its_loss(node):
+    found = node.ask("derivatives")
+    assert len(found) == 23
+    for derivative, difference in found:
+        assert derivative == pytest.approx(difference, abs=1e-8)
+    assert sum(derivative != 0 for derivative, _ in found) == 23  # no neuron is dead
+
+
+def test_gradient_descent_on_the_leaf_network_reaches_95_percent_and_explodes_with_a_rate_too_high(node):
+    found = node.ask("leaf", rate=0.5, steps=300)
+    assert found["accuracy"] >= 0.95 and found["losses"][-1] < found["losses"][0] / 3
+    exploded = node.ask("leaf", rate=300, steps=20)["losses"]
+    assert not max(x if x is not None else math.inf for x in exploded) < 20 * exploded[0]
+
+
+# --------------------------------------------------------------------------------------
 # Token after token
 
 
@@ -708,74 +857,66 @@ def data_in(page: Path) -> dict:
     return json.loads(re.search(r'data-checksum="\w+">([^<]*)', page.read_text())[1])
 
 
-def probabilities(path: Path, idx: list[int], source: list[int] | None = None) -> list[tuple[str, float]]:
-    """Of each next token, as the page shows it; the model's weights are rounded as there."""
+def probabilities(path: Path, idx: list[int], source: list[int] | None = None) -> Tensor:
+    """(V,), of each next token; the model's weights are rounded as in the page."""
     model, tok, _ = checkpoint.load_model(path)
     keys = {} if source is None else {"source": torch.tensor([source])}
     with torch.no_grad():
         logits = rounded(model, std=None)(torch.tensor([idx]), **keys)[0][0, -1]
-    probs = logits[: tok.vocab_size].softmax(dim=-1).tolist()
-    signs = str.maketrans(" \n\t", "␣⏎⇥")
-    return [(tok.decode([i]).translate(signs), p) for i, p in enumerate(probs)]
+    return logits[: tok.vocab_size].softmax(dim=-1)
 
 
-def assert_shows(seen: dict, expected: list[tuple[str, float]]) -> None:
-    assert (seen["problem"], seen["hidden"]) == ("", False)
-    expected = sorted(expected, key=lambda pair: -pair[1])
-    assert [p for _, p in seen["probs"]] == pytest.approx([p for _, p in expected[:10]], abs=1e-6)
-    for piece, p in seen["probs"]:  # tokens that are as probable may be in another order
-        assert any(piece == other and abs(p - q) < 1e-6 for other, q in expected)
+def assert_computes(answer: dict, expected: Tensor, tokenizer_vocab_size: int) -> None:
+    assert len(answer["probs"]) == tokenizer_vocab_size
+    assert answer["probs"] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
-def test_the_page_of_a_run_shows_the_probabilities_of_its_model_as_you_type(node, run_dir, capsys):
+def test_the_page_of_a_run_has_the_probabilities_of_its_model(node, run_dir, capsys):
     explain.main(["--out_dir=out/run", "--start=Ak"])
     assert re.fullmatch(r"out/run/explain.html: 0.\d MB; open it in a browser\n", capsys.readouterr().out)
-    encode = checkpoint.load_model(run_dir / "best.pt").tokenizer.encode
+    tok = checkpoint.load_model(run_dir / "best.pt").tokenizer
     typed = ["Akis", "kis", "", "Ak " * 30]
     path = str(Path("out/run/explain.html").resolve())
-    seen = node.ask("page", path=path, typed=[["text", text] for text in typed])
-    for text, answer in zip(["Ak", *typed], seen, strict=True):
-        assert_shows(answer, probabilities(run_dir / "best.pt", encode(text or "\n").tolist()[-16:]))
-    assert seen[0]["title"] == "HumptyGPT: run"
-    _, unknown, again = node.ask("page", path=path, typed=[["text", "Aké"], ["text", "Ak"]])
-    assert unknown["problem"].startswith("character 'é' (U+00E9) is not among the ") and not unknown["probs"]
-    assert again == seen[0]
+    for text, answer in zip(typed, node.ask("page", path=path, typed=[[text, None] for text in typed]), strict=True):
+        idx = tok.encode(text or "\n").tolist()[-16:]
+        assert answer["idx"] == idx
+        assert_computes(answer, probabilities(run_dir / "best.pt", idx), tok.vocab_size)
 
 
 PAIR_MODELS = {"transformer": ["--model=transformer"], "gpt": ["--model=gpt", "--block_size=64"]}
 
 
 @pytest.mark.parametrize("kind", PAIR_MODELS)
-def test_the_page_of_a_translation_shows_the_probabilities_of_the_next_word(node, pairs, kind):
+def test_the_page_of_a_translation_has_the_probabilities_of_the_next_word(node, pairs, kind):
     argv = [*TINY_RUN, "--dataset=pairs", "--block_size=40", *PAIR_MODELS[kind]]
     train.main(argv)
     explain.main(["--out_dir=out/run", "--start=Wo  wohnst\ndu?"])
     tok = checkpoint.load_model(Path("out/run/best.pt")).tokenizer
-    typed = [["text", "Whe"], ["source", "Das Haus"]]
+    typed = [["", "Wo  wohnst\ndu?"], ["Whe", "Wo wohnst du?"], ["Whe", "Das Haus"]]
     seen = node.ask("page", path=str(Path("out/run/explain.html").resolve()), typed=typed)
-    for source, target, answer in zip(["Wo wohnst du?"] * 2 + ["Das Haus"], ["", "Whe", "Whe"], seen, strict=True):
-        source, target = [*tok.encode(source).tolist(), tok.eot], tok.encode(target).tolist()
+    for (target, source), answer in zip(typed, seen, strict=True):
+        source = [*tok.encode(" ".join(source.split())).tolist(), tok.eot]
+        target = tok.encode(target).tolist()
         pair = ([tok.eot, *target], source) if kind == "transformer" else ([*source, *target], None)
-        assert_shows(answer, probabilities(Path("out/run/best.pt"), *pair))
+        assert answer["idx"] == pair[0]
+        assert_computes(answer, probabilities(Path("out/run/best.pt"), *pair), tok.vocab_size)
 
 
-def test_a_page_whose_data_was_damaged_says_so_instead_of_showing_numbers(node, run_dir):
+def test_damage_to_the_data_of_a_page_is_found_by_its_checksum(node, run_dir):
     explain.main(["--out_dir=out/run", "--to=page.html"])
     whole = Path("page.html").read_text()
     at = whole.index('"bytes":"') + 1000
     damages = [whole[:at] + ("A" if whole[at] != "A" else "B") + whole[at + 1 :], whole[:at], whole[: at + 5000]]
     damages += [whole.replace('"n_head":2', '"n_head":4'), whole.replace("data-checksum", "checksum")]
-    for damaged in damages:
-        Path("damaged.html").write_text(damaged)
-        (seen,) = node.ask("page", path=str(Path("damaged.html").resolve()), typed=[])
-        assert seen["problem"].startswith("The data of this page is damaged: its checksum is not that of the data.")
-        assert seen["hidden"] and not seen["probs"]
+    for text, found in [(whole, None), *((damaged, "its checksum is not that of the data") for damaged in damages)]:
+        Path("damaged.html").write_text(text)
+        assert node.ask("damaged", path=str(Path("damaged.html").resolve())) == found
 
 
 def test_the_page_is_one_file_that_asks_for_no_other(run_dir):
     explain.main(["--out_dir=out/run", "--start=</script>".replace("</script>", "A"), "--to=page.html"])
     page = Path("page.html").read_text()
-    assert "{{" not in page and page.count("<script") == page.count("</script>") == 5
+    assert "{{" not in page and page.count("<script") == page.count("</script>") == 9
     assert not re.search(r"https?://|\bsrc=|\bhref=|\bimport\b|\bfetch\(|XMLHttpRequest|url\(", page)
     assert "default-src 'none'" in page
 

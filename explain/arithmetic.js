@@ -1,0 +1,595 @@
+"use strict";
+
+/* What each number of a trace was computed from: the operands of one sum, which lead to the numbers before it.
+
+An address names a number: the path of its rows in the trace, and its indices: "stack.blocks.2.attn.q_proj:5,17" is
+feature 17 of token 5; of scores and weights they are head, query and key. explainNumber() returns
+
+  address, value      of the number itself; a number under two names is explained under the first
+  title, formula      in words and in signs
+  terms               of a sum: name, factors (value; name; address, where it is a number of the trace; weight: true
+                      where it is a trained one) and value, their product
+  sum                 of all terms
+  steps               what is done with the sum, or without one: text and value, the last being the number
+
+model.js is needed: head(), headSize(), ACTIVATIONS, GAIN. */
+
+function parseAddress(address) {
+  const [path, indices] = address.split(":");
+  return { path, at: indices.split(",").map(Number) };
+}
+
+function lookUp(root, path) {
+  return path.split(".").reduce((value, key) => value?.[key], root);
+}
+
+/** The number at an address, or undefined. */
+function valueAt(trace, address) {
+  const { path, at } = parseAddress(address);
+  return at.reduce((value, i) => value?.[i], lookUp(trace, path));
+}
+
+const layerOf = (path) => path.match(/^(.*\.blocks)\.(\d+)\.?(.*)$/); // blocks, number, rest
+const has = (trace, path) => lookUp(trace, path) !== undefined && lookUp(trace, path) !== null;
+
+/** The stack's path of a path in it: "stack", "decoder" or "source.encoder". */
+function stackOf(path) {
+  return path.match(/^(stack|decoder|source\.encoder)/)?.[0];
+}
+
+/** Where the residual stream is that a branch of a block is added to, or that it replaces. */
+function streamBefore(trace, block, branch) {
+  if (branch === "attn") return `${block}.input`;
+  if (branch === "mlp" && has(trace, `${block}.after_cross`)) return `${block}.after_cross`;
+  return `${block}.after_attn`;
+}
+
+const BRANCH_NAMES = { attn: "attention", cross: "cross-attention", mlp: "MLP" };
+const BRANCH_OUTPUT = { attn: "attn.o_proj", cross: "cross_attn.o_proj", mlp: "feed_forward.down_proj" };
+
+/** The branches of a block that this model has. */
+function branchesOf(trace, block) {
+  return Object.keys(BRANCH_OUTPUT).filter((branch) => has(trace, `${block}.${BRANCH_OUTPUT[branch]}`));
+}
+
+/** What a branch of a block reads. */
+function branchInput({ config }, trace, block, branch) {
+  if (config.block === "post_norm") return streamBefore(trace, block, branch);
+  return `${block}.${config.block === "parallel" ? "attn" : branch}_norm.output`;
+}
+
+/** Another path of the same numbers, from which they came; null where they are computed. */
+function aliasOf(model, trace, path) {
+  const found = layerOf(path);
+  if (path === "output") return lastRows(model, trace);
+  if (!found) return aliasInStack(trace, path);
+  const [, blocks, i, rest] = found;
+  const block = `${blocks}.${i}`;
+  if (rest === "input") return +i ? `${blocks}.${i - 1}.output` : blocks.replace(/blocks$/, "embed_norm.output");
+  if (rest === "output") return `${block}.after_${branchesOf(trace, block).at(-1)}`;
+  return aliasInBlock(model, trace, block, rest);
+}
+
+function lastRows({ config }, trace) {
+  if (config.model === "window_mlp") return `layers.${trace.layers.length - 1}.activation`;
+  return `${config.model === "transformer" ? "decoder" : "stack"}.norm.output`;
+}
+
+function aliasInStack(trace, path) {
+  const stack = stackOf(path);
+  if (path === `${stack}.norm.input`) return `${stack}.blocks.${lookUp(trace, stack).blocks.length - 1}.output`;
+  if (path === `${stack}.embed_norm.input`) return `${stack}.embed`;
+  return aliasOfNorm(trace, path);
+}
+
+/** A norm that is none returns what it reads. */
+function aliasOfNorm(trace, path) {
+  const norm = path.match(/^(.*norm)\.output$/)?.[1];
+  if (!norm) return null;
+  const { mean, rms } = lookUp(trace, norm);
+  return mean || rms ? null : `${norm}.input`;
+}
+
+function aliasInBlock(model, trace, block, rest) {
+  const { config } = model;
+  const [, branch] = rest.match(/^after_(\w+)$/) ?? [];
+  if (branch && config.block === "plain") return `${block}.${BRANCH_OUTPUT[branch]}`;
+  if (branch && config.block === "post_norm") return `${block}.${branch}_norm.output`;
+  const [, normed] = rest.match(/^(attn|cross|mlp)_norm\.input$/) ?? [];
+  if (normed && config.block !== "post_norm") return streamBefore(trace, block, normed);
+  if (rest === "feed_forward.input") return branchInput(model, trace, block, "mlp");
+  if (rest === "feed_forward.hidden" && config.mlp === "plain") return `${block}.feed_forward.activation`;
+  const [, attention, name] = rest.match(/^(attn|cross_attn|cross_attn\.context)\.([qkv])$/) ?? [];
+  if (name && !(attention === "attn" && config.position === "rotary" && name !== "v")) {
+    return `${block}.${attention}.${config.qk_norm && name !== "v" ? `${name}_norm` : `${name}_proj`}`;
+  }
+  return aliasOfNorm(trace, `${block}.${rest}`);
+}
+
+/** The first name of the number at an address. */
+function resolveAddress(model, trace, address) {
+  let { path, at } = parseAddress(address);
+  for (let next; (next = aliasOf(model, trace, path));) path = next;
+  return `${path}:${at.join(",")}`;
+}
+
+// --------------------------------------------------------------------------------------
+// Rules: how the numbers under each name are computed
+
+function operand(trace, path, at, name) {
+  const address = `${path}:${at.join(",")}`;
+  return { value: valueAt(trace, address), address, name: name ?? null };
+}
+
+function trained(value, name) {
+  return { value, name, weight: true };
+}
+
+function term(name, ...factors) {
+  return { name, factors, value: factors.reduce((product, factor) => product * factor.value, 1) };
+}
+
+/** The sum of a row of weights times the inputs, and a bias term. */
+function linearRule(c, input, layer, at) {
+  const [t, o] = at;
+  const { data, shape } = layer.weight;
+  const row = lookUp(c.trace, input)[t];
+  const terms = Array.from(row, (_, i) =>
+    term(`x[${i}]`, operand(c.trace, input, [t, i], `x[${i}]`), trained(data[o * shape[1] + i], `w[${o}, ${i}]`)),
+  );
+  if (layer.bias) terms.push(term("bias", trained(layer.bias.data[o], `b[${o}]`)));
+  return { formula: layer.bias ? "Σ x · w + b" : "Σ x · w", terms };
+}
+
+function normRule(c, norm, layer) {
+  const [t, i] = c.at;
+  const { mean, std, rms } = lookUp(c.trace, norm);
+  const x = operand(c.trace, `${norm}.input`, [t, i]);
+  const scaled = mean ? (x.value - mean[t]) / std[t] : x.value / rms[t];
+  const text = mean ? `(${digits(x.value)} − ${digits(mean[t])}) / ${digits(std[t])}` : null;
+  const first = { ...x, value: scaled, name: text ?? `${digits(x.value)} / ${digits(rms[t])}` };
+  const terms = [term("scaled", first, trained(layer.weight.data[i], `weight[${i}]`))];
+  if (layer.bias) terms.push(term("bias", trained(layer.bias.data[i], `bias[${i}]`)));
+  const formula = mean ? "(x − mean) / deviation × weight" : "x / root mean square × weight";
+  return { formula: layer.bias ? `${formula} + bias` : formula, terms };
+}
+
+/** Two numbers of the residual stream: what was there, and what a branch adds. */
+function residualRule(c, block, branch) {
+  const stream = streamBefore(c.trace, block, branch);
+  return {
+    formula: "residual stream + branch",
+    terms: [
+      term("before", operand(c.trace, stream, c.at)),
+      term(BRANCH_NAMES[branch], operand(c.trace, `${block}.${BRANCH_OUTPUT[branch]}`, c.at)),
+    ],
+  };
+}
+
+function rotaryRule(c, attention, name) {
+  const [t, j] = c.at;
+  const D = headSize(c.model.config);
+  const { cos, sin } = lookUp(c.trace, stackOf(c.path)).position;
+  const from = `${attention}.${c.model.config.qk_norm ? `${name}_norm` : `${name}_proj`}`;
+  const other = j - (j % D) + ((j + D / 2) % D);
+  return {
+    formula: "a cos − b sin, or b cos + a sin: a pair of features, rotated by its position's angle",
+    terms: [
+      term("cos", operand(c.trace, from, [t, j]), { value: cos[t][j % D], name: "cos" }),
+      term("sin", operand(c.trace, from, [t, other]), { value: sin[t][j % D], name: "sin, with its sign" }),
+    ],
+  };
+}
+
+function headNormRule(c, from) {
+  const [t, j] = c.at;
+  const D = headSize(c.model.config);
+  const head = lookUp(c.trace, from)[t].subarray(j - (j % D), j - (j % D) + D);
+  const rms = rootMeanSquare(head, FLOAT32_EPS);
+  return {
+    formula: "x / root mean square of its head",
+    terms: [term("x", operand(c.trace, from, c.at))],
+    steps: [{ text: `/ ${digits(rms)}, the root mean square`, value: head[j % D] / rms }],
+  };
+}
+
+/** Of head h: with which other head of keys and values it works, and where that begins in a row. */
+function keyStart(config, h) {
+  const group = config.n_head / (config.n_kv_head || config.n_head);
+  return Math.floor(h / group) * headSize(config);
+}
+
+const keysOf = (attention) => (attention.endsWith("cross_attn") ? `${attention}.context` : attention);
+
+function scoreRule(c, attention) {
+  const [h, t, s] = c.at;
+  const D = headSize(c.model.config);
+  const from = keyStart(c.model.config, h);
+  const terms = Array.from({ length: D }, (_, i) =>
+    term(
+      `${i}`,
+      operand(c.trace, `${attention}.q`, [t, h * D + i], `q[${i}]`),
+      operand(c.trace, `${keysOf(attention)}.k`, [s, from + i], `k[${i}]`),
+    ),
+  );
+  const sum = addUp(terms);
+  return { formula: "Σ q · k / √D", terms, steps: [{ text: `/ √${D}`, value: sum / Math.sqrt(D) }] };
+}
+
+/** exp of each of a row of numbers, and one of them divided by the sum. */
+function softmaxRule(numbers, own, factor, names) {
+  const largest = Math.max(...numbers);
+  const terms = numbers.map((x, i) => ({
+    ...term(names(i), factor(i)),
+    value: Math.exp(x - largest),
+    exp: x - largest,
+  }));
+  const part = Math.exp(numbers[own] - largest) / addUp(terms);
+  return {
+    formula: "exp(x − largest) / Σ exp(x − largest)",
+    terms,
+    steps: [
+      {
+        text: `exp(${digits(numbers[own] - largest)}) = ${digits(Math.exp(numbers[own] - largest))} / the sum`,
+        value: part,
+      },
+    ],
+  };
+}
+
+function weightRule(c, attention) {
+  const [h, t, s] = c.at;
+  const scores = lookUp(c.trace, attention).scores[h][t];
+  const { mask } = lookUp(c.trace, stackOf(c.path));
+  const bias = attention.endsWith("cross_attn") ? null : mask[h % mask.length][t];
+  const sums = Array.from(scores, (score, k) => score + (bias ? bias[k] : 0));
+  const factor = (k) =>
+    operand(c.trace, `${attention}.scores`, [h, t, k], bias?.[k] ? `+ mask ${digits(bias[k])}` : null);
+  return softmaxRule(sums, s, factor, (k) => `key ${k}`);
+}
+
+function headsRule(c, attention) {
+  const [t, j] = c.at;
+  const D = headSize(c.model.config);
+  const h = Math.floor(j / D);
+  const feature = keyStart(c.model.config, h) + (j % D);
+  const weights = lookUp(c.trace, attention).weights[h][t];
+  const terms = Array.from(weights, (_, s) =>
+    term(
+      `key ${s}`,
+      operand(c.trace, `${attention}.weights`, [h, t, s], "weight"),
+      operand(c.trace, `${keysOf(attention)}.v`, [s, feature], "v"),
+    ),
+  );
+  return { formula: "Σ attention weight × value, over the keys", terms };
+}
+
+function activationRule(c, from) {
+  const name = c.model.config.activation;
+  const x = operand(c.trace, from, c.at);
+  return {
+    formula: `${name}(x)`,
+    terms: [term("x", x)],
+    steps: [{ text: name, value: ACTIVATIONS[name](x.value) }],
+  };
+}
+
+function gateRule(c, block) {
+  const [gate, up] = ["activation", "up_proj"].map((name) =>
+    operand(c.trace, `${block}.feed_forward.${name}`, c.at, name),
+  );
+  return { formula: "gate × value", terms: [term("product", gate, up)] };
+}
+
+function convRule(c, block) {
+  const [t, i] = c.at;
+  const { data, shape } = lookUp(c.model.weights, `${block}.conv`).weight;
+  const input = `${block}.feed_forward.input`;
+  const terms = [term("itself", operand(c.trace, input, [t, i]))];
+  for (let back = 1; back <= Math.min(shape[0], t); back++) {
+    const weight = trained(GAIN * data[(back - 1) * shape[1] + i], `${GAIN} w[${back}, ${i}]`);
+    terms.push(term(`${back} before`, operand(c.trace, input, [t - back, i]), weight));
+  }
+  return { formula: "x of this token + weighted x of the tokens before", terms };
+}
+
+function embedRule(c, stack) {
+  const { position } = lookUp(c.trace, stack);
+  const before = stack === "source.encoder" ? "source." : "";
+  const scale = position.scale ?? 1;
+  const scaled = (path) => [operand(c.trace, path, c.at), ...(scale === 1 ? [] : [{ value: scale, name: "√C" }])];
+  const terms = [term("token", ...scaled(`${before}wte`))];
+  if (has(c.trace, `${before}ngrams.sum`)) terms.push(term("n-grams", ...scaled(`${before}ngrams.sum`)));
+  if (position.vectors) terms.push(term("position", operand(c.trace, `${stack}.position.vectors`, c.at)));
+  return { formula: terms.map(({ name }) => name).join(" + "), terms };
+}
+
+function ngramRule(c) {
+  const [t, i] = c.at;
+  const { data, shape } = c.model.weights.ngrams.table.weight;
+  const terms = Array.from(lookUp(c.trace, c.path.replace(/sum$/, "rows"))[t], (row, n) => [row, n + 2])
+    .filter(([row]) => row >= 0)
+    .map(([row, n]) => term(`${n}-gram`, trained(data[row * shape[1] + i], `row ${row}`)));
+  return { formula: "sum of the rows of its frequent n-grams", terms };
+}
+
+function tokenRule(c) {
+  const [t, i] = c.at;
+  const id = lookUp(c.trace, c.path.replace(/wte$/, "idx"))[t];
+  const value = valueAt(c.trace, `${c.path}:${t},${i}`);
+  if (c.model.config.embedding === "number") {
+    const text = `(${id} + 1) / ${c.model.config.vocab_size}`;
+    return { formula: "(id + 1) / V", terms: [term(`token ${id}`, { value, name: text })] };
+  }
+  return { formula: "a row of the embedding table", terms: [term(`token ${id}`, trained(value, `wte[${id}, ${i}]`))] };
+}
+
+function positionRule(c) {
+  const [t, i] = c.at;
+  const value = valueAt(c.trace, c.address);
+  if (c.model.config.position === "learned") {
+    return {
+      formula: "a row of the position table",
+      terms: [term(`position ${t}`, trained(value, `wpe[${t}, ${i}]`))],
+    };
+  }
+  const text = `${i % 2 ? "cos" : "sin"}(${t} / 10000^(${i - (i % 2)}/${c.model.config.n_embd}))`;
+  return { formula: "a sinusoid", terms: [term(text, { value, name: text })] };
+}
+
+function windowRule(c) {
+  const [t, j] = c.at;
+  const { window, n_embd } = c.model.config;
+  const token = t - window + 1 + Math.floor(j / n_embd);
+  if (token < 0) return { formula: "no token: 0", terms: [] };
+  return {
+    formula: "a feature of a token",
+    terms: [term(`token ${token}`, operand(c.trace, "wte", [token, j % n_embd]))],
+  };
+}
+
+function logitRule(c) {
+  const y = linearRule(c, "output", c.model.weights.lm_head, c.at);
+  const cap = c.model.config.logit_soft_cap;
+  if (cap) y.steps = [{ text: `${cap} tanh(x / ${cap})`, value: cap * Math.tanh(addUp(y.terms) / cap) }];
+  return y;
+}
+
+function probabilityRule(c) {
+  const [t, v] = c.at;
+  const logits = Array.from(c.trace.logits[t].subarray(0, c.model.tokenizer_vocab_size));
+  return softmaxRule(
+    logits,
+    v,
+    (i) => operand(c.trace, "logits", [t, i]),
+    (i) => `token ${i}`,
+  );
+}
+
+const FIXED = { wte: tokenRule, logits: logitRule, probs: probabilityRule, window: windowRule };
+FIXED["source.wte"] = tokenRule;
+FIXED["ngrams.sum"] = FIXED["source.ngrams.sum"] = ngramRule;
+
+/** The rule of a path that is no alias. */
+function applyRule(c) {
+  if (FIXED[c.path]) return FIXED[c.path](c);
+  const [, layer, kind] = c.path.match(/^layers\.(\d+)\.(\w+)$/) ?? [];
+  if (kind === "activation") return activationRule(c, `layers.${layer}.linear`);
+  if (kind)
+    return linearRule(c, +layer ? `layers.${layer - 1}.activation` : "window", c.model.weights.layers[layer], c.at);
+  const norm = c.path.match(/^(.*_?norm)\.output$/)?.[1];
+  if (norm) return normRule(c, norm, lookUp(c.model.weights, norm.replace("source.", "")));
+  const stack = stackOf(c.path);
+  if (c.path === `${stack}.embed`) return embedRule(c, stack);
+  if (c.path === `${stack}.position.vectors`) return positionRule(c);
+  return blockRule(c);
+}
+
+function blockRule(c) {
+  const [, blocks, i, rest] = layerOf(c.path);
+  const block = `${blocks}.${i}`;
+  const weights = lookUp(c.model.weights, block.replace("source.", ""));
+  const [, branch] = rest.match(/^(?:after_(\w+))$/) ?? rest.match(/^(attn|cross|mlp)_norm\.input$/) ?? [];
+  if (branch) return residualRule(c, block, branch);
+  const [, part, name] = rest.match(/^([\w.]+)\.(\w+)$/);
+  if (part === "feed_forward") return feedForwardRule(c, block, name, weights);
+  const attention = `${block}.${part.replace(".context", "")}`;
+  const layers = weights[part.replace(".context", "")];
+  if (name === "o_proj") return linearRule(c, `${attention}.heads`, layers.o_proj, c.at);
+  if (name.endsWith("_proj")) {
+    const own = branchInput(c.model, c.trace, block, part === "attn" ? "attn" : "cross");
+    return linearRule(c, part.endsWith("context") ? "source.encoder.norm.output" : own, layers[name], c.at);
+  }
+  if (name.endsWith("_norm")) return headNormRule(c, c.path.replace("_norm", "_proj"));
+  return (
+    { scores: scoreRule, weights: weightRule, heads: headsRule }[name]?.(c, attention) ?? rotaryRule(c, attention, name)
+  );
+}
+
+function feedForwardRule(c, block, name, weights) {
+  const path = `${block}.feed_forward`;
+  if (name === "down_proj") return linearRule(c, `${path}.hidden`, weights.mlp.down_proj, c.at);
+  if (name === "conv") return convRule(c, block);
+  if (name === "activation")
+    return activationRule(c, `${path}.${c.model.config.mlp === "gated" ? "gate_proj" : "up_proj"}`);
+  if (name === "hidden") return gateRule(c, block);
+  return linearRule(c, has(c.trace, `${path}.conv`) ? `${path}.conv` : `${path}.input`, weights.mlp[name], c.at);
+}
+
+function addUp(terms) {
+  return terms.reduce((sum, { value }) => sum + value, 0);
+}
+
+function digits(x) {
+  if (x === undefined || x === null) return "";
+  if (x === -Infinity) return "−∞";
+  const text = x !== 0 && Math.abs(x) < 5e-5 ? x.toExponential(1) : Math.abs(x) >= 1000 ? x.toFixed(1) : x.toFixed(4);
+  return text.replace("-", "−").replace(/e−/, "e−");
+}
+
+/** See above. Throws an Error for an address that the trace does not have. */
+function explainNumber(model, trace, wanted) {
+  const given = valueAt(trace, wanted);
+  if (typeof given !== "number") throw new Error(`there is no number at ${wanted}`);
+  const address = resolveAddress(model, trace, wanted);
+  const { path, at } = parseAddress(address);
+  const y = applyRule({ model, trace, address, path, at });
+  return { steps: [], ...y, address, value: given, title: titleOf(path, at), sum: addUp(y.terms) };
+}
+
+const NAMES = {
+  wte: "token embedding",
+  embed: "embedding with position",
+  vectors: "position",
+  sum: "n-gram embedding",
+  q_proj: "query",
+  k_proj: "key",
+  v_proj: "value",
+  q: "query, rotated",
+  k: "key, rotated",
+  q_norm: "query, normalised",
+  k_norm: "key, normalised",
+  scores: "score",
+  weights: "attention weight",
+  heads: "output of a head",
+  o_proj: "attention's output",
+  after_attn: "residual stream after attention",
+  after_cross: "stream after cross-attention",
+  after_mlp: "residual stream after the MLP",
+  up_proj: "MLP: neuron before activation",
+  gate_proj: "MLP: gate",
+  activation: "neuron",
+  hidden: "MLP: gated neuron",
+  down_proj: "MLP's output",
+  conv: "convolution",
+  output: "output",
+  logits: "logit",
+  probs: "probability",
+  linear: "neuron before activation",
+  window: "input",
+  input: "input",
+};
+
+/** Of an address: "MLP's output, layer 2, token 5, feature 17". Layers count from 1, as the panels' do. */
+function titleOf(path, at) {
+  const name = path.split(".").at(-1);
+  const norm = path.match(/(attn|cross|mlp|embed)?_?norm\.output$/);
+  const layer = path.match(/(?:blocks|layers)\.(\d+)/);
+  const what = norm ? "norm's output" : (NAMES[name] ?? name);
+  const where = layer ? `, layer ${+layer[1] + 1}` : "";
+  const side = path.startsWith("source") ? ", encoder" : "";
+  if (at.length === 3) return `${what}${side}${where}, head ${at[0] + 1}, token ${at[1]} to ${at[2]}`;
+  const unit =
+    { logits: "id", probs: "id" }[name] ??
+    (/up_proj|gate_proj|activation|hidden|linear/.test(name) ? "neuron" : "feature");
+  return `${what}${side}${where}, token ${at[0]}, ${unit} ${at[1]}`;
+}
+
+// --------------------------------------------------------------------------------------
+// What each part adds to a logit
+
+/** What a part of a norm's input becomes, by the mean and deviation of the whole, and without the bias term. */
+function throughNorm(row, norm, layer, t) {
+  if (!norm.mean && !norm.rms) return row;
+  const mean = norm.mean ? row.reduce((sum, x) => sum + x, 0) / row.length : 0;
+  const scale = norm.mean ? norm.std[t] : norm.rms[t];
+  return Float64Array.from(row, (x, i) => ((x - mean) / scale) * layer.weight.data[i]);
+}
+
+/** All parts through a norm, and its bias term as one more. */
+function freeze(parts, norm, layer, t) {
+  for (const part of parts) part.row = throughNorm(part.row, norm, layer, t);
+  if (norm.mean && layer.bias) parts.push({ name: "bias of norms", row: Float64Array.from(layer.bias.data) });
+}
+
+/** The rows that the stack's output of token t is the sum of: name, path and row, with all norms held as they were. */
+function decompose(model, trace, stack, t) {
+  const y = lookUp(trace, stack);
+  const weights = lookUp(model.weights, stack);
+  const scaled = (row) => Float64Array.from(row, (x) => x * (y.position.scale ?? 1));
+  let parts = [{ name: "token", path: "wte", row: scaled(trace.wte[t]) }];
+  if (trace.ngrams) parts.push({ name: "n-grams", path: "ngrams.sum", row: scaled(trace.ngrams.sum[t]) });
+  if (y.position.vectors)
+    parts.push({ name: "position", path: `${stack}.position.vectors`, row: y.position.vectors[t] });
+  freeze(parts, y.embed_norm, weights.embed_norm, t);
+  y.blocks.forEach((block, i) => {
+    for (const branch of branchesOf(trace, `${stack}.blocks.${i}`)) {
+      const path = `${stack}.blocks.${i}.${BRANCH_OUTPUT[branch]}`;
+      const part = {
+        name: BRANCH_NAMES[branch],
+        layer: i,
+        branch,
+        path,
+      };
+      part.row = lookUp(trace, path)[t];
+      parts = model.config.block === "plain" ? [part] : [...parts, part];
+      if (model.config.block !== "post_norm") continue;
+      freeze(parts, block[`${branch}_norm`], weights.blocks[i][`${branch}_norm`], t);
+    }
+  });
+  freeze(parts, y.norm, weights.norm, t);
+  return parts;
+}
+
+function dot(x, y, from = 0) {
+  let sum = 0;
+  for (let i = 0; i < x.length; i++) sum += x[i] * y[from + i];
+  return sum;
+}
+
+/** What each part of decompose() adds to the logit of token v, and the head's bias term: name, path and value. */
+function contributions(model, trace, stack, t, v) {
+  const { weight, bias } = model.weights.lm_head;
+  const merged = new Map();
+  for (const { row, ...part } of decompose(model, trace, stack, t)) {
+    const key = part.path ?? part.name;
+    merged.set(key, { ...part, value: (merged.get(key)?.value ?? 0) + dot(row, weight.data, v * weight.shape[1]) });
+  }
+  if (bias) merged.set("head", { name: "bias of the head", value: bias.data[v] });
+  return [...merged.values()];
+}
+
+/** What a row that is added in block i by a branch adds to all logits: Float64Array of V; null in a plain block. */
+function effectOnLogits(model, trace, stack, { layer, branch, t, row }) {
+  if (model.config.block === "plain") return null;
+  const y = lookUp(trace, stack);
+  const weights = lookUp(model.weights, stack);
+  if (model.config.block === "post_norm") {
+    y.blocks.forEach((block, i) => {
+      for (const name of branchesOf(trace, `${stack}.blocks.${i}`)) {
+        const later =
+          i > layer ||
+          (i === layer && Object.keys(BRANCH_OUTPUT).indexOf(name) >= Object.keys(BRANCH_OUTPUT).indexOf(branch));
+        if (later) row = throughNorm(row, block[`${name}_norm`], weights.blocks[i][`${name}_norm`], t);
+      }
+    });
+  }
+  row = throughNorm(row, y.norm, weights.norm, t);
+  const { data, shape } = model.weights.lm_head.weight;
+  return Float64Array.from({ length: model.tokenizer_vocab_size }, (_, v) => dot(row, data, v * shape[1]));
+}
+
+/** The logits that the stream after each branch would give: label, path and logits, the embedding first. */
+function logitLens(model, trace, stack, t) {
+  const y = lookUp(trace, stack);
+  const norm = NORMS[model.config.block === "post_norm" ? "none" : model.config.norm];
+  const layer = lookUp(model.weights, stack).norm;
+  const read = (label, path) => {
+    const row = norm([lookUp(trace, path)[t]], layer, model.config.norm_eps).output;
+    return { label, path, logits: head(model, row)[0] };
+  };
+  const lens = [read("embedding", `${stack}.blocks.0.input`)];
+  y.blocks.forEach((_, i) => {
+    const block = `${stack}.blocks.${i}`;
+    for (const branch of branchesOf(trace, block)) {
+      const name = BRANCH_NAMES[branch];
+      lens.push(read(`${i + 1} ${name}`, `${block}.after_${branch}`));
+    }
+  });
+  return lens;
+}
+
+if (typeof module !== "undefined") {
+  Object.assign(globalThis, require("./model.js"));
+  module.exports = { contributions, effectOnLogits, explainNumber, logitLens, resolveAddress, valueAt };
+}

@@ -1,0 +1,393 @@
+"use strict";
+
+/* What panels are made of: elements, controls, and strips of numbers, each number a coloured cell of a canvas. */
+
+/** An element. attributes: as in HTML; on...: listeners; children: elements, texts, or nothing. */
+function h(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (value === true) made.setAttribute(name, "");
+    else if (value !== false && value !== null && value !== undefined) made.setAttribute(name, value);
+  }
+  made.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+function percent(p) {
+  return `${(100 * p).toFixed(p < 0.1 ? 2 : 1)} %`;
+}
+
+let controls = 0;
+
+/** A labelled select. options: texts; their numbers are the values. */
+function picker(label, options, value, onPick) {
+  const id = `control-${controls++}`;
+  const select = h(
+    "select",
+    { id, onchange: () => onPick(+select.value) },
+    options.map((text, i) => h("option", { value: i }, text)),
+  );
+  select.value = value;
+  const root = h("span", { class: "control" }, h("label", { for: id }, label), select);
+  root.set = (number) => (select.value = number);
+  return root;
+}
+
+/** A labelled range whose value stands beside it. format: of the value, as shown. */
+function slider(label, { min, max, step, value, format = String }, onSlide) {
+  const id = `control-${controls++}`;
+  const shown = h("output", { for: id }, format(value));
+  const input = h("input", { id, type: "range", min, max, step, value, oninput: () => change() });
+  const change = () => {
+    shown.textContent = format(+input.value);
+    input.setAttribute("aria-valuetext", shown.textContent);
+    onSlide(+input.value);
+  };
+  const root = h("span", { class: "control" }, h("label", { for: id }, label), input, shown);
+  root.set = (number) => {
+    input.value = number;
+    shown.textContent = format(number);
+  };
+  return root;
+}
+
+function toggle(label, checked, onToggle) {
+  const input = h("input", { type: "checkbox", onchange: () => onToggle(input.checked) });
+  input.checked = checked;
+  return h("label", { class: "control" }, input, label);
+}
+
+function button(label, onPress, attributes = {}) {
+  return h("button", { type: "button", onclick: onPress, ...attributes }, label);
+}
+
+/** A table of texts and elements; numeric: columns whose cells are aligned as numbers. */
+function table(caption, heads, rows, numeric = []) {
+  const cells = (tag, row) =>
+    row.map((cell, i) =>
+      h(tag, { class: numeric.includes(i) ? "number" : null, scope: tag === "th" ? "col" : null }, cell),
+    );
+  return h(
+    "div",
+    { class: "captioned" },
+    h("p", { class: "caption", "aria-hidden": "true" }, caption),
+    h(
+      "div",
+      { class: "scroll", tabindex: 0, role: "group", "aria-label": caption },
+      h(
+        "table",
+        { "aria-label": caption },
+        h("thead", {}, h("tr", {}, cells("th", heads))),
+        h(
+          "tbody",
+          {},
+          rows.map((row) => h("tr", {}, cells("td", row))),
+        ),
+      ),
+    ),
+  );
+}
+
+// --------------------------------------------------------------------------------------
+// Colour: blue below zero, orange above, the surface's own at zero
+
+const PALETTES = {
+  light: { negative: [28, 98, 176], zero: [238, 240, 242], positive: [200, 84, 16], ink: "#16191d", line: "#5c6670" },
+  dark: { negative: [98, 168, 240], zero: [38, 42, 48], positive: [246, 150, 74], ink: "#eef1f4", line: "#9aa5b1" },
+};
+const darkScheme = matchMedia("(prefers-color-scheme: dark)");
+const palette = () => PALETTES[darkScheme.matches ? "dark" : "light"];
+
+/** RGB of x in [-1, 1]. */
+function colourOf(x, { negative, zero, positive } = palette()) {
+  const end = x < 0 ? negative : positive;
+  const part = Math.min(Math.abs(x), 1);
+  return end.map((value, i) => Math.round(zero[i] + (value - zero[i]) * part));
+}
+
+/** The colours of 511 numbers from -1 to 1, for canvases. */
+function colourTable() {
+  const chosen = palette();
+  return (chosen.table ??= Array.from({ length: 511 }, (_, i) => colourOf((i - 255) / 255, chosen)));
+}
+
+const strips = new Set();
+const waiting = new Set(); // strips that will be drawn
+const TALLEST = 440; // pixels of a matrix
+
+/** A grid of numbers, each a cell of a canvas, walked with the arrow keys; one is selected, and only it has digits.
+
+options: label; columns (0: as many as fit); cell: height of one in pixels; unit: what an index counts;
+describe(index): text of a cell, instead; onSelect(index); part: the path in the trace that these numbers are of. */
+class Strip {
+  constructor(options) {
+    this.options = { columns: 0, cell: 14, unit: "feature", describe: null, onSelect: null, part: null, ...options };
+    this.values = [];
+    this.selected = this.hovered = -1;
+    this.canvas = h("canvas", {
+      tabindex: 0,
+      role: "slider",
+      "aria-label": options.label,
+      "aria-valuemin": 0,
+      onkeydown: (event) => this.key(event),
+      onpointermove: (event) => this.hover(this.indexAt(event)),
+      onpointerleave: () => this.hover(-1),
+      onclick: (event) => this.pick(this.indexAt(event)),
+      onfocus: () => this.light(true),
+      onblur: () => this.light(false),
+    });
+    this.title = h("span", { class: "strip-label" }, options.label);
+    this.readout = h("span", { class: "readout" });
+    this.range = h("span", { class: "range" });
+    this.root = h(
+      "div",
+      { class: "strip" },
+      h("div", { class: "strip-head" }, this.title, this.readout, this.range),
+      this.canvas,
+    );
+    new ResizeObserver(() => this.draw()).observe(this.root);
+    strips.add(this);
+  }
+
+  /** values: numbers, NaN where there is none. max: of the scale; by default the largest absolute value. */
+  show(values, { selected = -1, max = 0, part = this.options.part, columns = this.options.columns } = {}) {
+    this.values = values;
+    this.options.part = part;
+    this.options.columns = columns;
+    this.selected = selected < values.length ? selected : -1;
+    this.max = max || values.reduce((most, x) => (Number.isFinite(x) ? Math.max(most, Math.abs(x)) : most), 0) || 1;
+    this.range.textContent = `scale ±${digits(this.max).replace(/(\.\d\d)\d+$/, "$1")}`;
+    this.canvas.setAttribute("aria-valuemax", Math.max(values.length - 1, 0));
+    this.read();
+    this.draw();
+  }
+
+  text(index) {
+    if (index < 0 || index >= this.values.length) return "";
+    return this.options.describe?.(index) ?? `${this.options.unit} ${index}: ${digits(this.values[index])}`;
+  }
+
+  read() {
+    const index = this.hovered >= 0 ? this.hovered : this.selected;
+    this.readout.textContent = this.text(index);
+    this.canvas.setAttribute("aria-valuenow", Math.max(this.selected, 0));
+    this.canvas.setAttribute("aria-valuetext", this.text(this.selected) || "none selected");
+  }
+
+  layout() {
+    const width = this.title.parentElement.clientWidth;
+    const n = this.values.length;
+    if (!width || !n) return null;
+    const rows = this.options.columns ? Math.ceil(n / this.options.columns) : Math.ceil((n * 5) / width);
+    const columns = this.options.columns || Math.ceil(n / rows);
+    const square = this.options.square
+      ? Math.min(Math.max(Math.min(width / columns, TALLEST / rows), 1), this.options.square)
+      : 0;
+    return {
+      rows,
+      columns,
+      width: square ? square * columns : Math.min(width, columns * 24),
+      height: (square || this.options.cell) * rows,
+    };
+  }
+
+  /** At the next frame, together with the others: all are measured before the first is drawn. */
+  draw() {
+    if (!waiting.size) {
+      requestAnimationFrame(() => {
+        const ready = [...waiting];
+        waiting.clear();
+        for (const strip of ready) strip.size = strip.layout();
+        for (const strip of ready) if (strip.size) strip.paint();
+      });
+    }
+    waiting.add(this);
+  }
+
+  paint() {
+    const { canvas, values, max } = this;
+    const { rows, columns, width, height } = this.size;
+    const ratio = devicePixelRatio || 1;
+    canvas.width = Math.round(width * ratio);
+    canvas.height = Math.round(height * ratio);
+    canvas.style.width = `${width}px`;
+    canvas.style.height = `${height}px`;
+    const pixels = new ImageData(columns, rows);
+    const colours = colourTable();
+    values.forEach((x, i) => {
+      if (!Number.isFinite(x)) return;
+      const part = Math.round(255 * Math.min(Math.max(x / max, -1), 1));
+      pixels.data.set(colours[part + 255], 4 * i);
+      pixels.data[4 * i + 3] = 255;
+    });
+    const small = new OffscreenCanvas(columns, rows);
+    small.getContext("2d").putImageData(pixels, 0, 0);
+    const context = canvas.getContext("2d");
+    context.imageSmoothingEnabled = false;
+    context.drawImage(small, 0, 0, canvas.width, canvas.height);
+    this.outline(context, this.selected, 2 * ratio);
+    if (this.hovered !== this.selected) this.outline(context, this.hovered, ratio);
+  }
+
+  outline(context, index, thickness) {
+    if (index < 0) return;
+    const { rows, columns } = this.size;
+    const [w, t] = [context.canvas.width / columns, context.canvas.height / rows];
+    const [x, y] = [(index % columns) * w, Math.floor(index / columns) * t];
+    context.strokeStyle = palette().ink;
+    context.lineWidth = thickness;
+    const half = thickness / 2;
+    context.strokeRect(Math.max(x, 0) + half, y + half, Math.max(w - thickness, 1), Math.max(t - thickness, 1));
+  }
+
+  indexAt(event) {
+    if (!this.size) return -1;
+    const { rows, columns, width, height } = this.size;
+    const column = Math.min(Math.max(Math.floor((event.offsetX / width) * columns), 0), columns - 1);
+    const row = Math.min(Math.max(Math.floor((event.offsetY / height) * rows), 0), rows - 1);
+    const index = row * columns + column;
+    return index < this.values.length ? index : -1;
+  }
+
+  hover(index) {
+    if (index === this.hovered) return;
+    this.hovered = index;
+    this.read();
+    this.draw();
+    this.light(index >= 0);
+  }
+
+  /** Mark the strips whose numbers these are computed from. */
+  light(on) {
+    lightDependencies(on ? this.options.part : null);
+  }
+
+  pick(index) {
+    if (index < 0 || !Number.isFinite(this.values[index])) return;
+    this.selected = index;
+    this.read();
+    this.draw();
+    this.options.onSelect?.(index);
+  }
+
+  key(event) {
+    if (!this.size || event.ctrlKey || event.metaKey || event.altKey) return;
+    const { columns } = this.size;
+    const last = this.values.length - 1;
+    const from = Math.max(this.selected, 0);
+    const moves = {
+      ArrowLeft: from - 1,
+      ArrowRight: from + 1,
+      ArrowUp: from - columns,
+      ArrowDown: from + columns,
+      Home: 0,
+      End: last,
+      Enter: from,
+      " ": from,
+    };
+    if (!(event.key in moves)) return;
+    event.preventDefault();
+    const to = moves[event.key];
+    if (to >= 0 && to <= last) this.pick(to);
+  }
+}
+
+/** Strips of the parts that `part` reads are marked; null: none. Set by the page, which has the model. */
+let dependenciesOf = () => [];
+
+function lightDependencies(part) {
+  const read = part ? dependenciesOf(part) : [];
+  for (const strip of strips) {
+    strip.root.classList.toggle("lit", read.includes(strip.options.part));
+    strip.root.classList.toggle("origin", Boolean(part) && strip.options.part === part && read.length > 0);
+  }
+}
+
+darkScheme.addEventListener("change", () => strips.forEach((strip) => strip.draw()));
+
+/** What the colours mean. */
+function legend() {
+  const canvas = h("canvas", { width: 120, height: 10, "aria-hidden": "true" });
+  const draw = () => {
+    const context = canvas.getContext("2d");
+    for (let x = 0; x < 120; x++) {
+      context.fillStyle = `rgb(${colourOf((x - 59.5) / 59.5).join()})`;
+      context.fillRect(x, 0, 1, 10);
+    }
+  };
+  draw();
+  darkScheme.addEventListener("change", draw);
+  return h(
+    "p",
+    { class: "legend" },
+    h("span", {}, "−max"),
+    canvas,
+    h("span", {}, "+max of each strip"),
+    h("span", {}, h("b", { class: "weight" }, "0.12"), " a trained weight"),
+  );
+}
+
+// --------------------------------------------------------------------------------------
+// Curves
+
+/** Lines over steps: lines of {name, points: [x, y], dashed, colour: 0 or 1}; level: {name, y}, a horizontal line. */
+class Chart {
+  constructor(label) {
+    this.canvas = h("canvas", { role: "img", "aria-label": label, class: "chart" });
+    this.key = h("p", { class: "chart-key" });
+    this.root = h("div", {}, this.canvas, this.key);
+    this.lines = [];
+    new ResizeObserver(() => this.draw()).observe(this.root);
+    darkScheme.addEventListener("change", () => this.draw());
+  }
+
+  show(lines, { level = null, unit = "step" } = {}) {
+    Object.assign(this, { lines, level, unit });
+    const names = lines.map(({ name, colour }) => h("span", { class: `key-${colour}` }, name));
+    if (level) names.push(h("span", { class: "key-level" }, level.name));
+    this.key.replaceChildren(...names);
+    this.draw();
+  }
+
+  draw() {
+    const [width, height] = [this.root.clientWidth, 180];
+    const points = this.lines.flatMap((line) => line.points);
+    if (!width || !points.length) return;
+    const ratio = devicePixelRatio || 1;
+    Object.assign(this.canvas, { width: width * ratio, height: height * ratio });
+    const context = this.canvas.getContext("2d");
+    context.scale(ratio, ratio);
+    const x1 = Math.max(...points.map(([x]) => x), 1);
+    const y1 = Math.max(...points.map(([, y]) => y), this.level?.y ?? 0) * 1.05 || 1;
+    const at = ([x, y]) => [44 + (x / x1) * (width - 56), height - 22 - (y / y1) * (height - 32)];
+    this.axes(context, { width, height, x1, y1 });
+    if (this.level) this.line(context, [at([0, this.level.y]), at([x1, this.level.y])], palette().line, [4, 4]);
+    for (const { points: line, colour } of this.lines) {
+      this.line(context, line.map(at), `rgb(${[palette().negative, palette().positive][colour]})`, []);
+    }
+  }
+
+  axes(context, { width, height, x1, y1 }) {
+    context.font = "12px system-ui, sans-serif";
+    context.fillStyle = context.strokeStyle = palette().line;
+    context.lineWidth = 1;
+    context.strokeRect(44.5, 10.5, 0, height - 32);
+    context.strokeRect(44.5, height - 21.5, width - 56, 0);
+    context.textAlign = "right";
+    context.fillText(y1.toPrecision(2), 40, 18);
+    context.fillText("0", 40, height - 20);
+    context.fillText(`${this.unit} ${x1.toLocaleString("en")}`, width - 10, height - 6);
+  }
+
+  line(context, points, colour, dashes) {
+    context.strokeStyle = colour;
+    context.lineWidth = 1.75;
+    context.setLineDash(dashes);
+    context.beginPath();
+    points.forEach(([x, y], i) => context[i ? "lineTo" : "moveTo"](x, y));
+    context.stroke();
+    if (points.length === 1) context.strokeRect(points[0][0] - 1, points[0][1] - 1, 2, 2);
+    context.setLineDash([]);
+  }
+}

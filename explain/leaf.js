@@ -1,0 +1,137 @@
+"use strict";
+
+/* The article's first network: four numbers of an object in, three neurons, two outputs; leaf if the first is larger.
+
+A network is {hidden: {weight, bias}, output: {weight, bias}}, each weight a list of rows, one for each neuron. */
+
+const LEAF = [32, 107, 56, 11.2]; // red, green, blue, millilitres
+const FLOWER = [241, 200, 4, 59.5];
+const INPUTS = ["red", "green", "blue", "volume"];
+const KINDS = ["leaf", "flower"];
+const LEAF_SEED = 12; // of the random weights that training starts with
+const INPUT_SCALE = 255; // in training, inputs are divided by it, so that one learning rate fits all weights
+
+/** The article's weights; those that its text does not have are chosen so that its sums come out. */
+function articleNetwork() {
+  return {
+    hidden: {
+      weight: [
+        [0.1, -0.29, -0.07, 0.46],
+        [0.12, -0.05, 0.11, -0.13],
+        [-0.36, -0.21, -0.12, -0.57],
+      ],
+      bias: [0.25, 0, 0],
+    },
+    output: {
+      weight: [
+        [-0.17, 0.39, 0.1],
+        [0.14, -0.2, 0.03],
+      ],
+      bias: [0, 0],
+    },
+  };
+}
+
+function leafLayer(x, { weight, bias }, withBias) {
+  return weight.map((row, o) => row.reduce((sum, w, i) => sum + w * x[i], withBias ? bias[o] : 0));
+}
+
+/** All numbers of a forward pass: sums of the hidden neurons, what the activation makes of them, and the outputs. */
+function leafForward(network, x, { bias = true, relu = true } = {}) {
+  const sums = leafLayer(x, network.hidden, bias);
+  const hidden = relu ? sums.map((sum) => Math.max(sum, 0)) : sums;
+  return { x, sums, hidden, output: leafLayer(hidden, network.output, bias) };
+}
+
+/** Numbers from [0, 1), the same ones for the same seed (mulberry32). */
+function randomNumbers(seed) {
+  return () => {
+    seed = (seed + 0x6d2b79f5) | 0;
+    let t = Math.imul(seed ^ (seed >>> 15), 1 | seed);
+    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
+    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
+  };
+}
+
+function normal(random) {
+  return Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random());
+}
+
+/** n objects, half of them leaves, around the article's two: x, divided by INPUT_SCALE, and kind, 0 or 1. */
+function leafObjects(n, seed) {
+  const random = randomNumbers(seed);
+  const spread = [40, 40, 25, 12];
+  return Array.from({ length: n }, (_, number) => {
+    const kind = number % 2;
+    const x = [LEAF, FLOWER][kind].map((mean, i) => Math.max(mean + spread[i] * normal(random), 0) / INPUT_SCALE);
+    return { x, kind };
+  });
+}
+
+function randomNetwork(seed) {
+  const random = randomNumbers(seed);
+  const layer = (outputs, inputs) => ({
+    weight: Array.from({ length: outputs }, () =>
+      Array.from({ length: inputs }, () => normal(random) / Math.sqrt(inputs)),
+    ),
+    bias: Array(outputs).fill(0),
+  });
+  return { hidden: layer(3, 4), output: layer(2, 3) };
+}
+
+/** -ln of the probability that softmax gives the right kind. */
+function leafLossOf(output, kind) {
+  const largest = Math.max(...output);
+  return largest + Math.log(output.reduce((sum, x) => sum + Math.exp(x - largest), 0)) - output[kind];
+}
+
+/** The mean over the objects, and the fraction that is classified right. */
+function leafLoss(network, objects) {
+  const outputs = objects.map(({ x }) => leafForward(network, x).output);
+  const loss = outputs.reduce((sum, output, i) => sum + leafLossOf(output, objects[i].kind), 0) / objects.length;
+  const right = outputs.filter((output, i) => (output[1] > output[0] ? 1 : 0) === objects[i].kind).length;
+  return { loss, accuracy: right / objects.length };
+}
+
+/** The derivative of the mean loss by each weight and bias, by the chain rule: a network of the same form. */
+function leafGradient(network, objects) {
+  const zeros = ({ weight, bias }) => ({ weight: weight.map((row) => row.map(() => 0)), bias: bias.map(() => 0) });
+  const gradient = { hidden: zeros(network.hidden), output: zeros(network.output) };
+  for (const { x, kind } of objects) {
+    const { sums, hidden, output } = leafForward(network, x);
+    const largest = Math.max(...output);
+    const exp = output.map((value) => Math.exp(value - largest));
+    const total = exp[0] + exp[1];
+    const byOutput = exp.map((value, o) => (value / total - (o === kind ? 1 : 0)) / objects.length);
+    const byHidden = hidden.map((_, h) => byOutput.reduce((sum, g, o) => sum + g * network.output.weight[o][h], 0));
+    accumulate(gradient.output, byOutput, hidden);
+    accumulate(
+      gradient.hidden,
+      byHidden.map((g, h) => (sums[h] > 0 ? g : 0)),
+      x,
+    );
+  }
+  return gradient;
+}
+
+function accumulate(layer, byOutput, inputs) {
+  byOutput.forEach((g, o) => {
+    layer.bias[o] += g;
+    inputs.forEach((value, i) => (layer.weight[o][i] += g * value));
+  });
+}
+
+/** The network after one step of gradient descent. */
+function leafStep(network, objects, rate) {
+  const gradient = leafGradient(network, objects);
+  const moved = (name) => ({
+    weight: network[name].weight.map((row, o) => row.map((w, i) => w - rate * gradient[name].weight[o][i])),
+    bias: network[name].bias.map((b, o) => b - rate * gradient[name].bias[o]),
+  });
+  return { hidden: moved("hidden"), output: moved("output") };
+}
+
+if (typeof module !== "undefined") {
+  const data = { LEAF, FLOWER, LEAF_SEED, leafObjects, randomNumbers };
+  module.exports = { ...data, articleNetwork, leafForward, leafGradient, leafLoss, leafStep, randomNetwork };
+}

@@ -1,0 +1,1290 @@
+"use strict";
+
+/* The fourteen panels, in the order of the article's sections.
+
+Each has id, title and intro; missing(app): null, or why this run has nothing for it, and a command whose run has;
+build(app): its elements, nodes, and update(), which draws them for the text and the selection of now. */
+
+/** Elements and parts with an update() of their own, as one panel. */
+function assemble(...parts) {
+  return {
+    nodes: parts.map((part) => part.root ?? part),
+    update: () => parts.forEach((part) => part.update?.()),
+  };
+}
+
+/** An element that is drawn by f() at each update. */
+function drawn(f, attributes = {}) {
+  const root = h("div", { class: "drawn", ...attributes });
+  return { root, update: () => root.replaceChildren(...[f()].flat().filter(Boolean)) };
+}
+
+function sentence(f) {
+  return drawn(() => h("p", {}, f()));
+}
+
+/** A strip of one row of the trace, of the selected token; each cell opens its arithmetic. pathOf(): null hides it. */
+function rowStrip(app, label, pathOf, { unit = "feature", token = () => app.at.t } = {}) {
+  const onSelect = (i) => app.open(`${pathOf()}:${token()},${i}`);
+  const strip = new Strip({ label, unit, onSelect });
+  const update = () => {
+    const path = pathOf();
+    const row = path && lookUp(app.trace, path)?.[token()];
+    strip.root.hidden = !row;
+    if (row) strip.show(Array.from(row), { part: app.resolve(path), selected: app.selectedIn(path, token()) });
+  };
+  return { root: strip.root, update };
+}
+
+function layerPicker(app, count = app.config.n_layer) {
+  const options = Array.from({ length: count }, (_, i) => `${i + 1}`);
+  const root = picker("Layer", options, app.at.layer, (layer) => app.select({ layer, address: null }));
+  return { root, update: () => root.set(app.at.layer) };
+}
+
+function headPicker(app) {
+  const options = Array.from({ length: app.config.n_head }, (_, i) => `${i + 1}`);
+  const root = picker("Head", options, app.at.head, (chosen) => app.select({ head: chosen, address: null }));
+  return { root, update: () => root.set(app.at.head) };
+}
+
+function controlRow(...parts) {
+  const root = h(
+    "div",
+    { class: "controls" },
+    parts.map((part) => part.root ?? part),
+  );
+  return { root, update: () => parts.forEach((part) => part.update?.()) };
+}
+
+const tokenName = (app, t, idx = app.trace.idx) => `“${shown(app.tokenizer, idx[t])}”`;
+const blockPath = (app, rest) => `${app.stack}.blocks.${app.at.layer}.${rest}`;
+
+function needsStack(app) {
+  if (app.stack) return null;
+  return {
+    text: "This run is a window network: it has no attention, blocks or norms.",
+    command: "python train.py config/humpty_dumpty.py",
+  };
+}
+
+// --------------------------------------------------------------------------------------
+// 1 and 2: leaf or flower
+
+function leafPanel() {
+  const state = { x: [...LEAF], bias: false, relu: false, selected: ["hidden", 0] };
+  const network = articleNetwork();
+  const drawing = h("div", { class: "network" });
+  const sum = h("p", { class: "sum", "aria-live": "polite" });
+  const verdict = h("p", { class: "verdict" });
+  const draw = () => {
+    const y = leafForward(network, state.x, state);
+    drawing.replaceChildren(
+      ...networkColumns(y, state, (layer, o) => {
+        state.selected = [layer, o];
+        draw();
+        drawing.querySelector('[aria-pressed="true"]').focus();
+      }),
+    );
+    sum.textContent = leafSum(network, y, state);
+    const [leaf, flower] = y.output;
+    verdict.textContent =
+      `Leaf ${digits2(leaf)}, flower ${digits2(flower)}: the network sees a ` + `${leaf > flower ? "leaf" : "flower"}.`;
+  };
+  const slide = (i, max, step) =>
+    slider(INPUTS[i], { min: 0, max, step, value: state.x[i] }, (value) => {
+      state.x[i] = value;
+      draw();
+    });
+  const sliders = INPUTS.map((_, i) => slide(i, i < 3 ? 255 : 100, i < 3 ? 1 : 0.1));
+  const preset = (label, x) =>
+    button(label, () => {
+      state.x = [...x];
+      sliders.forEach((control, i) => control.set(x[i]));
+      draw();
+    });
+  const switches = [
+    toggle("Bias", false, (on) => ((state.bias = on), draw())),
+    toggle("ReLU", false, (on) => ((state.relu = on), draw())),
+  ];
+  draw();
+  const objects = h("div", { class: "controls" }, preset("A leaf", LEAF), preset("A sunflower", FLOWER), switches);
+  return assemble(objects, h("div", { class: "controls wide" }, sliders), drawing, sum, verdict);
+}
+
+function networkColumns({ x, sums, hidden, output }, { selected, relu }, onSelect) {
+  const neuron = (layer, o, value, label) =>
+    button([h("small", {}, label), h("span", {}, digits2(value))], () => onSelect(layer, o), {
+      class: "neuron",
+      "aria-pressed": selected[0] === layer && selected[1] === o,
+      style: tint(value, 50),
+    });
+  const inputs = x.map((value, i) =>
+    h("div", { class: "neuron input" }, h("small", {}, INPUTS[i]), h("span", {}, digits2(value))),
+  );
+  const column = (title, items) => h("div", { class: "column" }, h("h3", {}, title), items);
+  return [
+    column("Input", inputs),
+    column(
+      "Hidden",
+      hidden.map((value, o) =>
+        neuron("hidden", o, value, relu && sums[o] < 0 ? `${digits2(sums[o])} → 0` : `neuron ${o + 1}`),
+      ),
+    ),
+    column(
+      "Output",
+      output.map((value, o) => neuron("output", o, value, KINDS[o])),
+    ),
+  ];
+}
+
+const digits2 = (x) =>
+  x
+    .toFixed(Math.abs(x) < 100 ? 2 : 1)
+    .replace("-", "−")
+    .replace(/\.?0+$/, "");
+const tint = (x, max) => `--tint: rgb(${colourOf(Math.max(Math.min(x / max, 1), -1) * 0.8).join()})`;
+
+/** The selected neuron's sum, with every number in it. */
+function leafSum(network, y, { selected: [layer, o], bias, relu }) {
+  const inputs = layer === "hidden" ? y.x : y.hidden;
+  const { weight, bias: b } = network[layer];
+  const terms = weight[o].map((w, i) => `(${digits2(inputs[i])} × ${digits2(w)})`);
+  if (bias) terms.push(`${digits2(b[o])} bias`);
+  const sum = (layer === "hidden" ? y.sums : y.output)[o];
+  const after = layer === "hidden" && relu ? `; ReLU makes it ${digits2(y.hidden[o])}` : "";
+  return `${layer === "hidden" ? `Neuron ${o + 1}` : KINDS[o]}: ${terms.join(" + ")} = ${digits2(sum)}${after}`;
+}
+
+function trainingPanel(app) {
+  const training = new LeafTraining();
+  return assemble(h("h3", {}, "The leaf network, trained here"), training.root, runLoss(app));
+}
+
+const WEIGHT_NAMES = [];
+for (let o = 0; o < 3; o++)
+  INPUTS.forEach((input, i) => WEIGHT_NAMES.push([`${input} → neuron ${o + 1}`, "hidden", o, i]));
+for (let o = 0; o < 2; o++)
+  for (let i = 0; i < 3; i++) WEIGHT_NAMES.push([`neuron ${i + 1} → ${KINDS[o]}`, "output", o, i]);
+const NUDGE = 0.01;
+
+class LeafTraining {
+  constructor() {
+    this.objects = leafObjects(80, 1);
+    this.held = leafObjects(80, 2);
+    this.rate = 0.5;
+    this.weight = 0;
+    this.chart = new Chart("loss of the leaf network after each step");
+    this.status = h("p", { class: "status", role: "status" });
+    this.nudge = h("p", {});
+    this.go = button("Run", () => this.toggle());
+    const rates = slider(
+      "Learning rate",
+      { min: -2, max: 3, step: 0.1, value: Math.log10(0.5), format: (x) => (10 ** x).toPrecision(2) },
+      (x) => (this.rate = 10 ** x),
+    );
+    const weights = picker(
+      "Weight",
+      WEIGHT_NAMES.map(([name]) => name),
+      0,
+      (i) => ((this.weight = i), this.show()),
+    );
+    this.root = h(
+      "div",
+      { class: "drawn" },
+      h(
+        "div",
+        { class: "controls" },
+        button("Step", () => this.step()),
+        this.go,
+        button("Start over", () => this.reset()),
+        rates,
+      ),
+      this.status,
+      this.chart.root,
+      h("div", { class: "controls" }, weights),
+      this.nudge,
+    );
+    this.reset();
+  }
+
+  reset() {
+    this.stop();
+    this.network = randomNetwork(LEAF_SEED);
+    this.losses = [leafLoss(this.network, this.objects).loss];
+    this.failed = false;
+    this.show();
+  }
+
+  toggle() {
+    if (this.running) return this.stop();
+    this.go.textContent = "Stop";
+    this.running = setInterval(() => {
+      this.step();
+      if (this.losses.length > 300) this.stop();
+    }, 30);
+  }
+
+  stop() {
+    clearInterval(this.running);
+    this.running = null;
+    this.go.textContent = "Run";
+  }
+
+  step() {
+    if (this.failed) return;
+    const next = leafStep(this.network, this.objects, this.rate);
+    const { loss } = leafLoss(next, this.objects);
+    if (!Number.isFinite(loss) || loss > 20 * this.losses[0]) {
+      this.failed = true;
+      this.stop();
+    } else {
+      this.network = next;
+      this.losses.push(loss);
+    }
+    this.show();
+  }
+
+  show() {
+    const { loss } = leafLoss(this.network, this.objects);
+    const { accuracy } = leafLoss(this.network, this.held);
+    this.root.dataset.accuracy = accuracy;
+    const steps = this.losses.length - 1;
+    this.status.textContent = this.failed
+      ? `Exploded after step ${steps}: with a rate of ${this.rate.toPrecision(2)} each step jumps over the ` +
+        `valley and lands higher. Start over with a smaller rate.`
+      : `Step ${steps}: loss ${loss.toFixed(4)}, ${Math.round(100 * accuracy)} % of 80 other objects right.`;
+    this.chart.show([{ name: "training loss", points: this.losses.map((y, x) => [x, y]), colour: 1 }], {
+      level: { name: "ln 2: guessing", y: Math.LN2 },
+    });
+    const [name, layer, o, i] = WEIGHT_NAMES[this.weight];
+    const moved = structuredClone(this.network);
+    moved[layer].weight[o][i] += NUDGE;
+    const difference = (leafLoss(moved, this.objects).loss - loss) / NUDGE;
+    const derivative = leafGradient(this.network, this.objects)[layer].weight[o][i];
+    this.nudge.textContent =
+      `${name} is ${digits(this.network[layer].weight[o][i])}. Raised by ${NUDGE}, it ` +
+      `changes the loss by ${digits(difference * NUDGE)}: ${digits(difference)} for each unit. By the chain ` +
+      `rule its derivative is ${digits(derivative)}, so a step of gradient descent ` +
+      `${derivative > 0 ? "lowers" : "raises"} it by ${digits(Math.abs(this.rate * derivative))}.`;
+  }
+}
+
+/** The losses of metrics.jsonl, if the run has them. */
+function runLoss(app) {
+  const { metrics } = app.data;
+  const title = h("h3", {}, "This run's own loss");
+  if (!metrics.length)
+    return h(
+      "div",
+      {},
+      title,
+      h("p", { class: "quiet" }, "The run's folder had no metrics.jsonl, so there is no curve to draw."),
+    );
+  const chart = new Chart("training and validation loss of this run");
+  const points = (key) => metrics.filter((row) => row[key] !== undefined).map((row) => [row.iter, row[key]]);
+  const V = app.model.tokenizer_vocab_size;
+  const lines = [
+    { name: "training loss", points: points("train_loss"), colour: 0 },
+    { name: "validation loss", points: points("val_loss"), colour: 1 },
+  ];
+  chart.show(
+    lines.filter((line) => line.points.length),
+    { level: { name: `ln ${V} = ${Math.log(V).toFixed(2)}: guessing`, y: Math.log(V) } },
+  );
+  return h("div", {}, title, chart.root);
+}
+
+// --------------------------------------------------------------------------------------
+// 3: writing
+
+function writingPanel(app) {
+  const status = h("p", { class: "status", role: "status" });
+  const one = () => {
+    const going = app.write(drawToken(app));
+    if (!going) status.textContent = app.translates ? "The translation has ended." : "The model has ended the text.";
+    return going;
+  };
+  let running = null;
+  const stop = () => {
+    clearInterval(running);
+    running = null;
+    go.textContent = "Continue by itself";
+  };
+  const go = button("Continue by itself", () => {
+    if (running) return stop();
+    go.textContent = "Stop";
+    running = setInterval(() => one() || stop(), 120);
+  });
+  const greedy = toggle("Most probable token (greedy)", true, (on) => (app.greedy = on));
+  app.greedy = true;
+  const parts = [
+    controlRow(button("Write one token", one, { id: "write-one" }), go, greedy),
+    status,
+    sentence(() => windowText(app)),
+    drawn(() => table("Tokens of the context", ["position", "token", "id"], contextRows(app), [0, 2])),
+  ];
+  if (!app.stack) {
+    parts.push(
+      h("h3", {}, "The window network"),
+      rowStrip(app, "window: its input", () => "window", { unit: "input" }),
+    );
+    app.trace.layers.forEach((_, i) => {
+      parts.push(rowStrip(app, `layer ${i + 1}, before activation`, () => `layers.${i}.linear`, { unit: "neuron" }));
+      parts.push(rowStrip(app, `layer ${i + 1}, neurons`, () => `layers.${i}.activation`, { unit: "neuron" }));
+    });
+  }
+  return assemble(...parts);
+}
+
+function drawToken(app) {
+  app.at.t = app.trace.idx.length - 1;
+  if (app.greedy) return likeliest(app.probs(), 1)[0];
+  return drawFrom(filtered(app.logits(), app.model.tokenizer_vocab_size, app.sampling).probs, Math.random());
+}
+
+function windowText(app) {
+  const { idx } = app.trace;
+  const { block_size, window, model } = app.config;
+  const all = app.translates ? idx.length : app.allIds().length;
+  const left = all - idx.length;
+  const reach = model === "window_mlp" ? ` Of these the network sees the last ${window}.` : "";
+  const lost = left ? ` ${left} earlier ones have left it: the model knows nothing of them.` : "";
+  return (
+    `The context has room for ${block_size} tokens; ${idx.length} are in it.${reach}${lost} Each new token ` +
+    `is appended, and the whole network computes again.`
+  );
+}
+
+function contextRows(app) {
+  const { idx } = app.trace;
+  const first = Math.max(idx.length - 12, 0);
+  return idx.slice(first).map((id, i) => [`${first + i}`, h("code", {}, shown(app.tokenizer, id)), `${id}`]);
+}
+
+// --------------------------------------------------------------------------------------
+// 4 and 5: embeddings and sub-words
+
+const NEIGHBOURS = 8;
+
+function embeddingsPanel(app) {
+  const parts = [
+    sentence(
+      () =>
+        `Token ${app.at.t}, ${tokenName(app, app.at.t)}, is number ${app.trace.idx[app.at.t]} of ` +
+        `${app.model.tokenizer_vocab_size}; to the model it is these ${app.config.n_embd} features.`,
+    ),
+    rowStrip(app, "token embedding", () => "wte"),
+  ];
+  if (app.config.embedding === "number") {
+    parts.push(
+      missingNote({
+        text: "In this run a token is a single number, so no two tokens are alike.",
+        command: "python train.py config/article/01_embeddings/2-embedding.py",
+      }),
+    );
+  } else
+    parts.push(
+      drawn(() => table("Nearest neighbours of its vector, by cosine", ["token", "cosine"], neighbours(app), [1])),
+    );
+  if (!app.trace.ngrams) {
+    parts.push(
+      h(
+        "p",
+        { class: "quiet" },
+        "This run has no n-gram embeddings; ",
+        h("code", {}, "python train.py config/shakespeare_char_ngrams.py"),
+        " has.",
+      ),
+    );
+  } else {
+    parts.push(rowStrip(app, "sum of its n-gram rows", () => "ngrams.sum"));
+    parts.push(drawn(() => table("N-grams that end here", ["n-gram", "row of the table"], ngramRows(app), [1])));
+  }
+  return assemble(...parts);
+}
+
+function neighbours(app) {
+  const { data, shape } = app.model.weights.wte.weight;
+  const own = app.trace.wte[app.at.t];
+  const length = Math.sqrt(dot(own, own));
+  const cosines = Float64Array.from({ length: app.model.tokenizer_vocab_size }, (_, id) => {
+    const row = data.subarray(id * shape[1], (id + 1) * shape[1]);
+    return dot(own, row) / (length * Math.sqrt(dot(row, row)) || 1);
+  });
+  cosines[app.trace.idx[app.at.t]] = -2; // itself
+  return likeliest(cosines, NEIGHBOURS).map((id) => [h("code", {}, shown(app.tokenizer, id)), digits(cosines[id])]);
+}
+
+function ngramRows(app) {
+  const { t } = app.at;
+  return Array.from(app.trace.ngrams.rows[t], (row, n) => {
+    const text = app.trace.idx
+      .slice(Math.max(t - n - 1, 0), t + 1)
+      .map((id) => shown(app.tokenizer, id))
+      .join("");
+    return [h("code", {}, text), row < 0 ? "not frequent" : `${row}`];
+  });
+}
+
+const MERGES_SHOWN = 40;
+
+function subwordsPanel(app) {
+  const { name } = app.tokenizer;
+  const parts = [sentence(() => SUBWORDS[name] ?? "")];
+  if (name === "char" || name === "byte")
+    parts.push(
+      missingNote({
+        text: "So there is nothing to merge.",
+        command: "python train.py config/article/02_subwords/2-subwords-same-text.py",
+      }),
+    );
+  return assemble(
+    ...parts,
+    drawn(() => mergeTable(app)),
+  );
+}
+
+const SUBWORDS = {
+  char: "This run's tokens are the characters of its training text.",
+  byte: "This run's tokens are the bytes of the text in UTF-8: a character beyond ASCII is two to four of them.",
+  sentencepiece: "A word starts as characters, ▁ for a space. What is no token is spelled in bytes.",
+  bpe: "A word starts as bytes. The pair of neighbours that became a token first in training is merged first.",
+  gpt2: "A word starts as bytes. The pair of neighbours that became a token first in training is merged first.",
+};
+
+/** Parts of the text, or of the source while nothing is translated; which of its tokens is selected. */
+function selectedToken(app) {
+  const typed = element("text").value;
+  if (app.translates && !typed) return { text: element("source").value, token: app.at.key };
+  const text = app.tokenizer.eot === null ? typed : typed.replace(/^<\|endoftext\|>/, "");
+  return { text, token: app.at.t - (app.trace.idx.length - app.tokenizer.encode(text).length) };
+}
+
+/** How the part of the text in which the selected token is became tokens. */
+function mergeTable(app) {
+  if (["char", "byte"].includes(app.tokenizer.name)) return null;
+  const { text, token } = selectedToken(app);
+  let end = 0;
+  const part = app.tokenizer.split(text).find(({ tokens }) => {
+    end += tokens.reduce((sum, { ids }) => sum + ids.length, 0);
+    return token >= 0 && token < end;
+  });
+  if (!part) return h("p", { class: "quiet" }, "Type a word, and select one of its tokens.");
+  const rows = mergeRows(part);
+  const more =
+    part.merges.length > MERGES_SHOWN
+      ? h("p", { class: "quiet" }, `${part.merges.length - MERGES_SHOWN} more merges.`)
+      : null;
+  return [
+    table(
+      "The word of the selected token, merge by merge",
+      ["step", "symbols", part.scores ? "log-probability" : "rank"],
+      rows,
+      [2],
+    ),
+    more,
+  ];
+}
+
+const piece = (text) =>
+  text
+    .replaceAll("\n", "⏎")
+    .replaceAll(" ", "␣")
+    .replace(/[\u0000-\u001f\u0080-\u00a0]/g, (byte) => `\\x${byte.charCodeAt(0).toString(16).padStart(2, "0")}`);
+
+function mergeRows({ symbols, merges, scores, tokens }) {
+  const line = (items, chosen = -1) =>
+    h(
+      "span",
+      { class: "symbols" },
+      items.map((item, i) => h("span", { class: i === chosen ? "merged" : null }, piece(item))),
+    );
+  const rows = [["start", line(symbols), ""]];
+  const now = [...symbols];
+  merges.slice(0, MERGES_SHOWN).forEach(({ at, piece: made, rank }, i) => {
+    now.splice(at, 2, made);
+    rows.push([`${i + 1}`, line(now, at), `${+rank.toFixed(2)}`]);
+  });
+  const sum = scores ? scores.reduce((total, x) => total + x, 0).toFixed(2) : "";
+  rows.push([
+    "tokens",
+    h(
+      "span",
+      { class: "symbols" },
+      tokens.map((token) => h("span", {}, `${piece(token.piece)} ${token.ids.join(" ")}`)),
+    ),
+    sum,
+  ]);
+  return rows;
+}
+
+// --------------------------------------------------------------------------------------
+// 6 and 11: attention
+
+/** Weights of one head, queries by keys; the arrow keys walk over pairs of positions. */
+function attentionMatrix(app, attention, { size = 20, label = null } = {}) {
+  const cross = attention === "cross_attn";
+  const keys = () => (cross ? app.trace.source.idx : app.trace.idx);
+  const strip = new Strip({
+    label: "",
+    square: size,
+    columns: 1,
+    describe: (i) => pairText(app, Math.floor(i / keys().length), i % keys().length, keys(), strip.values[i]),
+    onSelect: (i) =>
+      app.open(
+        `${blockPath(app, `${attention}.weights`)}:${[app.at.head, Math.floor(i / keys().length), i % keys().length]}`,
+      ),
+  });
+  const update = () => {
+    const S = keys().length;
+    const rows = lookUp(app.trace, blockPath(app, attention)).weights[app.at.head];
+    const values = rows.flatMap((row) => [...row, ...Array(S - row.length).fill(NaN)]);
+    strip.title.textContent =
+      label ?? `layer ${app.at.layer + 1}, head ${app.at.head + 1}: each row is a query, each column a key`;
+    strip.canvas.setAttribute("aria-label", strip.title.textContent);
+    strip.show(values, {
+      max: 1,
+      columns: S,
+      selected: app.at.t * S + Math.min(app.at.key, S - 1),
+      part: blockPath(app, `${attention}.weights`),
+    });
+  };
+  return { root: strip.root, update };
+}
+
+function pairText(app, t, s, keys, weight) {
+  if (!Number.isFinite(weight)) return "a later key: masked";
+  return `${tokenName(app, t)} ${t} attends to ${tokenName(app, s, keys)} ${s}: ${digits(weight)}`;
+}
+
+function attentionPanel(app) {
+  return assemble(
+    controlRow(layerPicker(app), headPicker(app)),
+    attentionMatrix(app, "attn"),
+    sentence(
+      () =>
+        `Query: token ${app.at.t}, ${tokenName(app, app.at.t)}. Key: token ${app.at.key}, ` +
+        `${tokenName(app, Math.min(app.at.key, app.at.t))}. Select a cell, or walk with the arrow keys.`,
+    ),
+    ...pairStrips(app),
+    drawn(() =>
+      table("One query, step by step", ["key", "q·k", "/ √D", "+ mask", "softmax"], queryRows(app), [1, 2, 3, 4]),
+    ),
+    rowStrip(app, "weighted values of all heads, side by side", () => blockPath(app, "attn.heads")),
+    rowStrip(app, "after the projection: what attention adds", () => blockPath(app, "attn.o_proj")),
+  );
+}
+
+/** Query, key and value of the chosen pair, in the chosen head alone. */
+function pairStrips(app) {
+  const make = (label, name, token, start) => {
+    const strip = new Strip({
+      label,
+      onSelect: (i) => app.open(`${blockPath(app, `attn.${name}`)}:${token()},${start() + i}`),
+    });
+    const update = () => {
+      const D = headSize(app.config);
+      const row = lookUp(app.trace, blockPath(app, `attn.${name}`))[token()];
+      const selected = app.selectedIn(blockPath(app, `attn.${name}`), token()) - start();
+      strip.show(Array.from(row.subarray(start(), start() + D)), {
+        part: app.resolve(blockPath(app, `attn.${name}`)),
+        selected: selected < 0 || selected >= D ? -1 : selected,
+      });
+    };
+    return { root: strip.root, update };
+  };
+  const key = () => Math.min(app.at.key, app.at.t);
+  const shared = () => keyStart(app.config, app.at.head);
+  return [
+    make(
+      "q of the query",
+      "q",
+      () => app.at.t,
+      () => app.at.head * headSize(app.config),
+    ),
+    make("k of the key", "k", key, shared),
+    make("v of the key", "v", key, shared),
+  ];
+}
+
+function queryRows(app) {
+  const { t, head: chosen, key } = app.at;
+  const { scores, weights } = lookUp(app.trace, blockPath(app, "attn"));
+  const { mask } = lookUp(app.trace, app.stack);
+  const most = likeliest(weights[chosen][t], 8);
+  if (key <= t && !most.includes(key)) most.splice(7, 1, key);
+  const D = headSize(app.config);
+  const address = (name, s) => `${blockPath(app, `attn.${name}`)}:${chosen},${t},${s}`;
+  const link = (name, s, value) => button(digits(value), () => app.open(address(name, s)), { class: "operand" });
+  return most.map((s) => [
+    h("code", {}, `${s} ${shown(app.tokenizer, app.trace.idx[s])}`),
+    digits(scores[chosen][t][s] * Math.sqrt(D)),
+    link("scores", s, scores[chosen][t][s]),
+    digits(scores[chosen][t][s] + mask[chosen % mask.length][t][s]),
+    link("weights", s, weights[chosen][t][s]),
+  ]);
+}
+
+function headsPanel(app) {
+  const grid = h("div", { class: "miniatures" });
+  const cells = Array.from({ length: app.config.n_head }, (_, i) => {
+    const canvas = h("canvas", { "aria-hidden": "true" });
+    const press = button([canvas, h("span", {}, `head ${i + 1}`)], () => app.select({ head: i, address: null }), {
+      class: "miniature",
+    });
+    grid.append(press);
+    return { canvas, press };
+  });
+  const update = () => {
+    const { weights } = lookUp(app.trace, blockPath(app, "attn"));
+    cells.forEach(({ canvas, press }, i) => {
+      press.setAttribute("aria-pressed", i === app.at.head);
+      paintMatrix(canvas, weights[i]);
+    });
+  };
+  const parts = [
+    controlRow(layerPicker(app)),
+    { root: grid, update },
+    attentionMatrix(app, "attn", { size: 16 }),
+    sentence(
+      () =>
+        `Each head has ${headSize(app.config)} of the ${app.config.n_head * headSize(app.config)} features; ` +
+        `side by side they go through the projection.`,
+    ),
+  ];
+  if (app.config.n_head === 1)
+    parts.push(
+      missingNote({ text: "This run has one head.", command: "python train.py config/article/07_heads/2-four.py" }),
+    );
+  return assemble(...parts);
+}
+
+function paintMatrix(canvas, rows) {
+  const S = rows.reduce((most, row) => Math.max(most, row.length), 1);
+  Object.assign(canvas, { width: S, height: rows.length });
+  const colours = colourTable();
+  const pixels = new ImageData(S, rows.length);
+  rows.forEach((row, t) =>
+    row.forEach((weight, s) => {
+      pixels.data.set(colours[255 + Math.round(255 * weight)], 4 * (t * S + s));
+      pixels.data[4 * (t * S + s) + 3] = 255;
+    }),
+  );
+  canvas.getContext("2d").putImageData(pixels, 0, 0);
+}
+
+// --------------------------------------------------------------------------------------
+// 7: softmax, and what is drawn
+
+/** As sample.py does it: temperature, top-k with ties, softmax, top-p, min-p, rescaled. Logits and probs by step. */
+function filtered(logits, V, { temperature, top_k, top_p, min_p }) {
+  const scaled = Array.from(logits.subarray(0, V), (x) => x / Math.max(temperature, 1e-30));
+  const least = top_k && top_k < V ? Float64Array.from(scaled).sort()[V - top_k] : -Infinity;
+  const kept = scaled.map((x) => (x < least ? -Infinity : x));
+  let probs = Array.from(softmax(kept));
+  if (top_p < 1) {
+    const ranked = Float64Array.from(probs).sort().reverse();
+    let [before, smallest] = [0, 1];
+    for (const p of ranked) {
+      if (before >= top_p) break;
+      [smallest, before] = [p, before + p];
+    }
+    probs = probs.map((p) => (p < smallest ? 0 : p));
+  }
+  const most = probs.reduce((a, b) => Math.max(a, b), 0);
+  probs = probs.map((p) => (p < min_p * most ? 0 : p));
+  const sum = probs.reduce((a, b) => a + b, 0);
+  return { scaled, probs: probs.map((p) => p / sum) };
+}
+
+/** The token where the sum of probabilities, in the order of ids, first exceeds the number from [0, 1). */
+function drawFrom(probs, uniform) {
+  let sum = 0;
+  for (let id = 0; id < probs.length; id++) if ((sum += probs[id]) > uniform) return id;
+  return probs.findLastIndex((p) => p > 0);
+}
+
+function softmaxPanel(app) {
+  const { sampling } = app;
+  const drawnToken = h("p", { class: "status", role: "status" });
+  const tableOf = drawn(() => [
+    softmaxText(app),
+    table(
+      "The most probable tokens",
+      ["token", "logit", "exp", "probability", "/ temperature", "drawn with"],
+      softmaxRows(app),
+      [1, 2, 3, 4, 5],
+    ),
+  ]);
+  const set = (key) => (value) => {
+    sampling[key] = value;
+    tableOf.update();
+  };
+  const draw = () => {
+    const uniform = Math.random();
+    const { probs } = filtered(app.logits(), app.model.tokenizer_vocab_size, sampling);
+    const id = drawFrom(probs, uniform);
+    drawnToken.textContent =
+      `A random number, ${uniform.toFixed(4)}, falls into “${shown(app.tokenizer, id)}”, ` +
+      `whose probability is ${percent(probs[id])}.`;
+  };
+  const sliders = [
+    slider("Temperature", { min: 0.1, max: 2, step: 0.1, value: 1 }, set("temperature")),
+    slider(
+      "Top-k",
+      {
+        min: 0,
+        max: Math.min(app.model.tokenizer_vocab_size, 100),
+        step: 1,
+        value: 0,
+        format: (k) => (k ? `${k}` : "off"),
+      },
+      set("top_k"),
+    ),
+    slider("Top-p", { min: 0.05, max: 1, step: 0.05, value: 1, format: (p) => (p < 1 ? `${p}` : "off") }, set("top_p")),
+    slider("Min-p", { min: 0, max: 0.5, step: 0.01, value: 0, format: (p) => (p ? `${p}` : "off") }, set("min_p")),
+  ];
+  return assemble(
+    tableOf,
+    h("div", { class: "controls wide" }, sliders),
+    controlRow(button("Draw a token", draw)),
+    drawnToken,
+  );
+}
+
+function softmaxText(app) {
+  const logits = Array.from(app.logits().subarray(0, app.model.tokenizer_vocab_size));
+  const largest = Math.max(...logits);
+  const sum = logits.reduce((total, x) => total + Math.exp(x - largest), 0);
+  return h(
+    "p",
+    {},
+    `The largest of ${logits.length} logits is ${digits(largest)}; it is subtracted first, which changes ` +
+      `nothing but overflow. The sum of all exp(logit − ${digits(largest)}) is ${digits(sum)}.`,
+  );
+}
+
+function softmaxRows(app) {
+  const { scaled, probs } = filtered(app.logits(), app.model.tokenizer_vocab_size, app.sampling);
+  const logits = app.logits();
+  const largest = logits.subarray(0, app.model.tokenizer_vocab_size).reduce((a, b) => Math.max(a, b), -Infinity);
+  return likeliest(app.probs(), 10).map((id) => [
+    h("code", {}, shown(app.tokenizer, id)),
+    button(digits(logits[id]), () => app.open(`logits:${app.at.t},${id}`), { class: "operand" }),
+    digits(Math.exp(logits[id] - largest)),
+    percent(app.probs()[id]),
+    digits(scaled[id]),
+    probs[id] ? percent(probs[id]) : "dropped",
+  ]);
+}
+
+// --------------------------------------------------------------------------------------
+// 8, 9, 10: residual stream, norm, dropout
+
+function residualPanel(app) {
+  const off = new Set();
+  const result = drawn(() => switchedOff(app, off));
+  const parts = [controlRow(layerPicker(app))];
+  parts.push(rowStrip(app, "enters the block", () => blockPath(app, "input")));
+  for (const [branch, name] of Object.entries(BRANCH_NAMES)) {
+    const path = () =>
+      branchesOf(app.trace, blockPath(app, "x").slice(0, -2)).includes(branch)
+        ? blockPath(app, BRANCH_OUTPUT[branch])
+        : null;
+    if (branch === "mlp")
+      parts.push(
+        rowStrip(app, "neurons of the MLP", () => path() && blockPath(app, "feed_forward.hidden"), { unit: "neuron" }),
+      );
+    parts.push(
+      rowStrip(app, `${name} adds`, path),
+      rowStrip(app, `after ${name}`, () => path() && blockPath(app, `after_${branch}`)),
+    );
+  }
+  if (app.config.block === "plain")
+    parts.push(
+      missingNote({
+        text: "In this run each branch replaces its input: there is no residual stream, and nothing to add up.",
+        command: "python train.py config/article/04_residual/2-with.py",
+      }),
+    );
+  parts.push(
+    drawn(() => contributionList(app)),
+    h("h3", {}, "Switch branches off"),
+    branchSwitches(app, off, result),
+    result,
+  );
+  return assemble(...parts);
+}
+
+function contributionList(app) {
+  const { t, vocabulary } = app.at;
+  const list = contributions(app.model, app.trace, app.stack, t, vocabulary);
+  const sum = addUp(list);
+  const most = list.reduce((max, { value }) => Math.max(max, Math.abs(value)), 1e-9);
+  const rows = list.map(({ name, layer, value }) =>
+    h(
+      "li",
+      { "data-value": value },
+      h("span", {}, layer === undefined ? name : `block ${layer + 1} ${name}`),
+      h("span", { class: "number" }, signed(value)),
+      h(
+        "span",
+        { class: "balance" },
+        h("span", {
+          style:
+            `${value < 0 ? "right" : "left"}: 50%; width: ${(50 * Math.abs(value)) / most}%; ` + `${tint(value, 1e-9)}`,
+        }),
+      ),
+    ),
+  );
+  const cap = app.config.logit_soft_cap ? ", before its soft cap" : "";
+  return [
+    h("h3", {}, `What each part adds to the logit of “${shown(app.tokenizer, vocabulary)}”${cap}`),
+    h("ol", { class: "contributions", "data-sum": sum }, rows),
+    h(
+      "p",
+      {},
+      `Together ${digits(sum)}, the logit${cap}. Norms are held as they are for this token. Another next token ` +
+        `can be chosen at its bar.`,
+    ),
+  ];
+}
+
+function branchSwitches(app, off, result) {
+  const boxes = [];
+  for (let i = 0; i < app.config.n_layer; i++) {
+    for (const branch of branchesOf(app.trace, `${app.stack}.blocks.${i}`)) {
+      const name = `${app.stack}.blocks.${i}.${branch === "cross" ? "cross_attn" : branch}`;
+      boxes.push(
+        toggle(`${i + 1} ${BRANCH_NAMES[branch]}`, true, (on) => {
+          off[on ? "delete" : "add"](name);
+          result.update();
+        }),
+      );
+    }
+  }
+  return h("div", { class: "controls" }, boxes);
+}
+
+function switchedOff(app, off) {
+  if (!off.size) return h("p", { class: "quiet" }, "All branches are on.");
+  const dropout = (rows, name) => (off.has(name) ? rows.map((row) => new Float32Array(row.length)) : rows);
+  const trace = forward(app.model, app.trace.idx.slice(0, app.at.t + 1), {
+    source: app.source,
+    dropout,
+    lastOnly: true,
+  });
+  return comparison(
+    app,
+    "Next token with all branches, and with what is left",
+    ["all", "left"],
+    [app.probs(), trace.probs[app.at.t]],
+  );
+}
+
+/** The most probable tokens by several predictions, side by side. */
+function comparison(app, caption, heads, predictions) {
+  const ids = new Set(predictions.flatMap((probs) => likeliest(probs, predictions.length > 2 ? 3 : 5)));
+  const rows = [...ids]
+    .slice(0, 10)
+    .map((id) => [h("code", {}, shown(app.tokenizer, id)), ...predictions.map((probs) => percent(probs[id]))]);
+  return table(
+    caption,
+    ["token", ...heads],
+    rows,
+    heads.map((_, i) => i + 1),
+  );
+}
+
+function normPanel(app) {
+  const norms = ["attn_norm", "cross_norm", "mlp_norm"].filter((name) =>
+    lookUp(app.trace, `${app.stack}.blocks.0.${name}`),
+  );
+  let chosen = 0;
+  const path = () => blockPath(app, norms[chosen]);
+  const parts = [
+    rowStrip(app, "before", () => `${path()}.input`),
+    sentence(() => normText(app, lookUp(app.trace, path()))),
+    rowStrip(app, "after", () => `${path()}.output`),
+  ];
+  const choose = picker(
+    "Norm",
+    norms.map((name) => `of ${BRANCH_NAMES[name.replace("_norm", "")]}`),
+    0,
+    (i) => {
+      chosen = i;
+      parts.forEach((part) => part.update());
+    },
+  );
+  return assemble(controlRow(layerPicker(app), choose), ...parts);
+}
+
+function normText(app, norm) {
+  const { t } = app.at;
+  if (norm.mean)
+    return (
+      `Mean ${digits(norm.mean[t])}, deviation ${digits(norm.std[t])}: from each feature the mean is ` +
+      `subtracted, then it is divided by the deviation, multiplied by its trained ` +
+      `scale${app.config.bias ? " and given its bias" : ""}.`
+    );
+  return (
+    `Root mean square ${digits(norm.rms[t])}: each feature is divided by it and multiplied by its trained ` +
+    `scale. RMSNorm subtracts no mean.`
+  );
+}
+
+function needsNorm(app) {
+  if (needsStack(app)) return needsStack(app);
+  return app.config.norm === "none"
+    ? { text: "This run has no norms.", command: "python train.py config/article/05_norm/2-with.py" }
+    : null;
+}
+
+const THINNED = 5;
+
+function dropoutPanel(app) {
+  const trained = app.config.dropout;
+  const state = { p: trained || 0.1, results: null, trace: null, t: -1, seed: 1 };
+  const shownResults = drawn(() => {
+    if (!state.results || state.trace !== app.trace || state.t !== app.at.t)
+      return h("p", { class: "quiet" }, "Draw thinned networks to see what each of them predicts.");
+    const V = app.model.tokenizer_vocab_size;
+    const mean = Float64Array.from(
+      { length: V },
+      (_, id) => state.results.reduce((sum, probs) => sum + probs[id], 0) / THINNED,
+    );
+    return comparison(
+      app,
+      `Next token by ${THINNED} thinned networks, by their mean, and by the whole network`,
+      [...state.results.map((_, i) => `${i + 1}`), "mean", "whole"],
+      [...state.results, mean, app.probs()],
+    );
+  });
+  const draw = () => {
+    state.results = Array.from({ length: THINNED }, () => thinned(app, state.p, state.seed++));
+    Object.assign(state, { trace: app.trace, t: app.at.t });
+    shownResults.update();
+  };
+  const rate = slider("Probability", { min: 0.05, max: 0.5, step: 0.05, value: state.p }, (p) => (state.p = p));
+  const note = trained
+    ? `This run was trained with dropout ${trained}.`
+    : "This run was trained without dropout; config/article/06_dropout/2-with.py is one with it. Thinned, a " +
+      "network that was never trained so predicts worse.";
+  return assemble(h("p", {}, note), controlRow(rate, button("Draw thinned networks", draw)), shownResults);
+}
+
+/** The prediction with each activation of embeddings and branches zeroed with probability p, the others scaled up. */
+function thinned(app, p, seed) {
+  const random = randomNumbers(seed);
+  const dropout = (rows) => rows.map((row) => row.map((x) => (random() < p ? 0 : x / (1 - p))));
+  const { t } = app.at;
+  return forward(app.model, app.trace.idx.slice(0, t + 1), { source: app.source, dropout, lastOnly: true }).probs[t];
+}
+
+// --------------------------------------------------------------------------------------
+// 12: positions
+
+function positionsPanel(app) {
+  const scheme = app.config.position;
+  const swapped = drawn(() => swapTokens(app));
+  return assemble(
+    h("p", {}, POSITION_TEXTS[scheme]),
+    ...(POSITION_PARTS[scheme]?.(app) ?? []),
+    h("h3", {}, "Swap two tokens"),
+    swapped,
+  );
+}
+
+const POSITION_TEXTS = {
+  none:
+    "This run has no positional encoding: config/article/08_positions/2-learned.py, 3-sinusoidal.py and " +
+    "4-rotary.py have.",
+  learned: "Each position has a trained vector, which is added to the token's.",
+  sinusoidal: "Each position has a fixed vector of sinusoids, fast ones first, which is added to the token's.",
+  rotary:
+    "Each pair of features of a query or key is rotated by an angle that grows with its position: their product " +
+    "depends on the distance alone. Each dial is a pair; its hand points to the angle between query and key.",
+  alibi: "Each head lowers a score by its slope times the distance.",
+};
+
+function positionHeat(app) {
+  const path = `${app.stack}.position.vectors`;
+  const heat = new Strip({
+    label: "all positions, one a row",
+    square: 5,
+    columns: app.config.n_embd,
+    describe: (i) => `position ${Math.floor(i / app.config.n_embd)}, feature ${i % app.config.n_embd}`,
+    onSelect: (i) => app.open(`${path}:${Math.floor(i / app.config.n_embd)},${i % app.config.n_embd}`),
+  });
+  const update = () =>
+    heat.show(
+      lookUp(app.trace, path).flatMap((row) => [...row]),
+      {},
+    );
+  return [rowStrip(app, "vector of this position", () => path), { root: heat.root, update }];
+}
+
+function dials(app) {
+  const canvas = h("canvas", { role: "img", class: "dials" });
+  const text = h("p", {});
+  const update = () => {
+    const { frequency } = lookUp(app.trace, app.stack).position;
+    const distance = app.at.t - Math.min(app.at.key, app.at.t);
+    const angles = Array.from(frequency, (f) => f * distance);
+    text.textContent =
+      `Query ${app.at.t}, key ${app.at.t - distance}: ${distance} positions apart. The first ` +
+      `pair is rotated by ${digits(angles[0])} radians, the last by ${digits(angles.at(-1))}.`;
+    canvas.setAttribute("aria-label", text.textContent);
+    requestAnimationFrame(() => paintDials(canvas, angles));
+  };
+  const distance = slider("Distance", { min: 0, max: 64, step: 1, value: 1 }, (d) =>
+    app.select({ key: Math.max(app.at.t - d, 0), address: null }),
+  );
+  const both = ["q", "k"].map((name) =>
+    rowStrip(app, `${name === "q" ? "query" : "key"}, rotated`, () => blockPath(app, `attn.${name}`)),
+  );
+  return [controlRow(distance), { root: canvas, update }, text, ...both];
+}
+
+function paintDials(canvas, angles) {
+  const size = 34;
+  const width = canvas.parentElement?.clientWidth || 300;
+  const columns = Math.max(Math.floor(width / size), 1);
+  const rows = Math.ceil(angles.length / columns);
+  const ratio = devicePixelRatio || 1;
+  Object.assign(canvas, { width: columns * size * ratio, height: rows * size * ratio });
+  canvas.style.width = `${columns * size}px`;
+  const context = canvas.getContext("2d");
+  context.scale(ratio, ratio);
+  angles.forEach((angle, i) => {
+    const [x, y] = [(i % columns) * size + size / 2, Math.floor(i / columns) * size + size / 2];
+    context.strokeStyle = palette().line;
+    context.lineWidth = 1;
+    context.beginPath();
+    context.arc(x, y, 14, 0, 2 * Math.PI);
+    context.stroke();
+    context.strokeStyle = palette().ink;
+    context.lineWidth = 2;
+    context.beginPath();
+    context.moveTo(x, y);
+    context.lineTo(x + 13 * Math.cos(angle), y - 13 * Math.sin(angle));
+    context.stroke();
+  });
+}
+
+function slopes(app) {
+  return [
+    drawn(() =>
+      table(
+        "Slopes",
+        ["head", "slope", "at this distance"],
+        Array.from(lookUp(app.trace, app.stack).position.slopes, (slope, i) => [
+          `${i + 1}`,
+          digits(slope),
+          digits(-slope * Math.max(app.at.t - app.at.key, 0)),
+        ]),
+        [0, 1, 2],
+      ),
+    ),
+  ];
+}
+
+const POSITION_PARTS = { learned: positionHeat, sinusoidal: positionHeat, rotary: dials, alibi: slopes };
+
+/** The prediction with the selected token and the one before it swapped. */
+function swapTokens(app) {
+  const { idx } = app.trace;
+  const last = idx.length - 1;
+  const t = Math.min(app.at.t === last ? last - 1 : app.at.t, last - 1);
+  if (t < 1 || idx[t] === idx[t - 1])
+    return h("p", { class: "quiet" }, "Select a token that differs from the one before it, with one after it.");
+  const other = [...idx];
+  [other[t - 1], other[t]] = [idx[t], idx[t - 1]];
+  const trace = forward(app.model, other, { source: app.source, before: app.trace, lastOnly: true });
+  app.ensureLogits(last);
+  return comparison(
+    app,
+    `Next token after the text, and after the same with tokens ${t - 1} ${tokenName(app, t - 1)} and ${t} ` +
+      `${tokenName(app, t)} swapped`,
+    ["as typed", "swapped"],
+    [app.trace.probs[last], trace.probs[last]],
+  );
+}
+
+// --------------------------------------------------------------------------------------
+// 13 and 14: the whole models
+
+function gptPanel(app) {
+  return assemble(
+    h(
+      "p",
+      {},
+      `Embedding, ${app.config.n_layer} blocks of attention and MLP, ` +
+        `${app.config.block === "post_norm" ? "" : "a last norm, "}the head. Read after every branch by the ` +
+        `head, the stream shows the prediction as it forms (the logit lens).`,
+    ),
+    drawn(() => lensTable(app)),
+    controlRow(layerPicker(app)),
+    rowStrip(app, "stream after this block", () => blockPath(app, "output")),
+    rowStrip(app, "what the head reads", () => "output"),
+    rowStrip(app, "logits", () => "logits", { unit: "id" }),
+  );
+}
+
+function lensTable(app) {
+  const lens = logitLens(app.model, app.trace, app.stack, app.at.t);
+  const V = app.model.tokenizer_vocab_size;
+  const rows = lens.map(({ label, logits }) => {
+    const probs = probabilities(app.model, logits);
+    const best = likeliest(probs, Math.min(4, V));
+    return [
+      label,
+      ...best.map((id) =>
+        h(
+          "span",
+          { class: "lens", style: tint(probs[id], 1) },
+          h("code", {}, shown(app.tokenizer, id)),
+          ` ${percent(probs[id])}`,
+        ),
+      ),
+      percent(probs[app.at.vocabulary]),
+    ];
+  });
+  return table(
+    `Logit lens for the token after ${tokenName(app, app.at.t)}`,
+    ["after", "1st", "2nd", "3rd", "4th", `“${shown(app.tokenizer, app.at.vocabulary)}”`],
+    rows,
+    [5],
+  );
+}
+
+function transformerPanel(app) {
+  const sourceRow = (label, rest) =>
+    rowStrip(app, label, () => `source.encoder.blocks.${app.at.layer}.${rest}`, {
+      token: () => Math.min(app.at.key, app.source.length - 1),
+    });
+  return assemble(
+    sentence(
+      () =>
+        `The encoder has read the ${app.source.length} tokens of the source once; each token of it attends to ` +
+        `all. The decoder writes step by step: token ${app.at.t}, ${tokenName(app, app.at.t)}, attends to the ` +
+        `tokens before it and, in cross-attention, to the source.`,
+    ),
+    controlRow(layerPicker(app), headPicker(app)),
+    attentionMatrix(app, "cross_attn", {
+      label: "alignment: each row is a token of the translation, each column one of the source",
+    }),
+    drawn(() => alignmentTable(app)),
+    sourceRow("encoder, this layer: the selected source token", "output"),
+    rowStrip(app, "decoder: what cross-attention adds", () => blockPath(app, "cross_attn.o_proj")),
+    controlRow(button("Write one token", () => app.write(likeliest(app.trace.probs.at(-1), 1)[0]))),
+  );
+}
+
+function alignmentTable(app) {
+  const { weights } = lookUp(app.trace, blockPath(app, "cross_attn"));
+  const rows = weights[app.at.head].map((row, t) => {
+    const [best] = likeliest(row, 1);
+    return [
+      h("code", {}, shown(app.tokenizer, app.trace.idx[t])),
+      h("code", {}, shown(app.tokenizer, app.source[best])),
+      percent(row[best]),
+    ];
+  });
+  return table("The source token that this head attends to most", ["translation", "source", "weight"], rows, [2]);
+}
+
+function needsEncoder(app) {
+  return app.encodes
+    ? null
+    : { text: "This run has no encoder and decoder.", command: "python train.py config/everyday_de_en.py" };
+}
+
+const PANELS = [
+  {
+    id: "leaf",
+    title: "A leaf or a flower",
+    build: leafPanel,
+    intro: "Numbers in, weights, sums, numbers out: the article's first network. Select a neuron to see its sum.",
+  },
+  {
+    id: "training",
+    title: "Training",
+    build: trainingPanel,
+    intro: "Gradient descent changes each weight a little, in the direction in which the loss falls.",
+  },
+  {
+    id: "writing",
+    title: "Writing",
+    build: writingPanel,
+    intro: "A network that predicts the next token writes: the token is appended, and it predicts again.",
+  },
+  {
+    id: "embeddings",
+    title: "Embeddings",
+    build: embeddingsPanel,
+    intro: "A token is a vector of features, trained with the rest.",
+  },
+  {
+    id: "subwords",
+    title: "Sub-words",
+    build: subwordsPanel,
+    intro: "Frequent sequences of characters are tokens of their own.",
+  },
+  {
+    id: "attention",
+    title: "Self-attention",
+    build: attentionPanel,
+    missing: needsStack,
+    intro: "Each token asks with a query; each token before it answers with a key; the answers weight the values.",
+  },
+  {
+    id: "softmax",
+    title: "Softmax",
+    build: softmaxPanel,
+    intro: "Logits become probabilities, and one token is drawn.",
+  },
+  {
+    id: "residual",
+    title: "Residual connections",
+    build: residualPanel,
+    missing: needsStack,
+    intro: "Each branch adds its output to the stream that runs through the model.",
+  },
+  {
+    id: "norm",
+    title: "Layer normalization",
+    build: normPanel,
+    missing: needsNorm,
+    intro: "Before a branch reads the stream, its features are brought to one scale.",
+  },
+  {
+    id: "dropout",
+    title: "Dropout",
+    build: dropoutPanel,
+    intro: "In training each activation is zeroed with a probability, so each step trains another, thinned network.",
+  },
+  {
+    id: "heads",
+    title: "Multi-head attention",
+    build: headsPanel,
+    missing: needsStack,
+    intro: "Several heads attend at once, each to something else.",
+  },
+  {
+    id: "positions",
+    title: "Positions",
+    build: positionsPanel,
+    missing: needsStack,
+    intro: "Attention alone does not see the order of the tokens.",
+  },
+  { id: "gpt", title: "The GPT", build: gptPanel, missing: needsStack, intro: "The parts, assembled." },
+  {
+    id: "transformer",
+    title: "The transformer",
+    build: transformerPanel,
+    missing: needsEncoder,
+    intro: "The original one has an encoder, which reads, and a decoder, which writes.",
+  },
+];
