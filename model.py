@@ -32,6 +32,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from humptygpt import lora
 from humptygpt.configurator import check, setting
@@ -629,14 +630,16 @@ BLOCKS = {"pre_norm": PreNormBlock, "post_norm": PostNormBlock, "plain": PlainBl
 class Stack(nn.Module):
     """All between the embedding and the head: positional encoding, n_layer blocks, and a last norm if they need one.
 
-    causal: no token attends to a later one. cross: each token attends to another text, too.
+    causal: no token attends to a later one. cross: each token attends to another text, too. With
+    checkpoint_activations, training keeps the input of each block alone and computes the rest again in the backward
+    pass, with the same dropout masks. Source: Chen et al. 2016, arXiv:1604.06174.
     """
 
     def __init__(self, config: "ModelConfig", causal: bool, cross: bool = False):
         super().__init__()
         block = BLOCKS[config.block]
         self.block_size, self.n_head, self.window = config.block_size, config.n_head, config.window
-        self.causal = causal
+        self.causal, self.checkpoint_activations = causal, False
         self.position = POSITIONS[config.position](config, causal)
         self.embed_norm = NORMS[config.norm if config.embed_norm else "none"](config)
         self.dropout = Dropout(config.dropout)
@@ -657,7 +660,10 @@ class Stack(nn.Module):
         """
         x, inputs = self.enter(x, state, padding, context, context_padding)
         for block, layer in zip(self.blocks, state.layers if state else [None] * len(self.blocks), strict=True):
-            x = block(x, inputs, layer)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, inputs, layer, use_reentrant=False)
+            else:
+                x = block(x, inputs, layer)
         if state:
             state.length += x.shape[1]
         return self.norm(x)

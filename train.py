@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 import model as models
 import prepare_data
-from humptygpt import checkpoint, configurator, distributed, evaluation, lora
+from humptygpt import checkpoint, configurator, distributed, evaluation, lora, sizes
+from humptygpt import tokenizer as tokenizers
 from humptygpt.adapters import write_adapter
 from humptygpt.base_models import BaseModel, load_base
 from humptygpt.batches import Dataset, PairDataset, Prefetcher, TokenDataset
@@ -117,6 +118,14 @@ class TrainConfig:
     early_stopping: int = setting(0, "evaluations without a new lowest loss before stopping; 0: never", at_least=0)
     always_save_checkpoint: bool = setting(True, "False: save ckpt.pt only where the loss is a new lowest")
     log_interval: int = setting(10, "steps between lines of the training loss", at_least=1)
+
+    checkpoint_activations: bool = setting(
+        False,
+        "keep only each block's input and compute the rest twice: less memory, a third more work",
+        "memory",
+        not_with={"model": "window_mlp"},
+    )
+    dry_run: bool = setting(False, "report sizes and memory and stop, before any data or memory is touched")
 
     log: str = setting("", "log to tensorboard, wandb or both (with a comma), too", "logging")
     wandb_log: bool = setting(False, "as log=wandb; WANDB_MODE=offline keeps it here")
@@ -247,7 +256,12 @@ class Run:
 def main(argv: list[str]) -> int:
     smaller = "try a smaller --batch_size, --block_size or model"
     with ExitStack() as locks, distributed.one_reports(), limits.memory_advice(smaller):
-        run = setup(*read_settings(argv, locks))  # no name for the checkpoint, which would keep it in memory
+        config, model_config, *start = read_settings(argv, locks)
+        if config.dry_run:
+            print(describe_sizes(config, model_config))
+            return 0
+        # popped, since a name for the checkpoint would keep it in memory
+        run = setup(config, model_config, base=start.pop(), saved=start.pop())
         print(describe(run), flush=True)
         if busy := limits.load_note():
             note(busy)
@@ -297,12 +311,12 @@ def read_settings(
 ) -> tuple[TrainConfig, ModelConfig, dict | None, BaseModel | None]:
     """The configs, and the checkpoint to resume or the model to start from, if that is asked for.
 
-    locks: takes the lock of the out_dir, before the checkpoint is read, unless the run only evaluates.
+    locks: takes the lock of the out_dir, before the checkpoint is read, unless the run writes nothing.
     """
     rank, processes = distributed.launched()
-    if rank:
-        locks = None  # the first process has it
     given = configurator.read(argv, ModelConfig, TrainConfig)
+    if rank or given.get("eval_only") or given.get("dry_run"):  # of several processes, the first has it
+        locks = None
     saved, base, out_dir = None, None, Path(given.get("out_dir", TrainConfig.out_dir))
     if os.path.isfile(out_dir):  # probably a checkpoint in the folder that is meant
         raise UserError(f"out_dir={out_dir} is a file; write {shlex.quote(f'--out_dir={out_dir.parent}')}")
@@ -312,7 +326,7 @@ def read_settings(
     settings = given
     if given.get("init_from") == "resume":
         path = out_dir / "ckpt.pt"
-        if locks and not given.get("eval_only"):
+        if locks:
             locks.enter_context(lock_out_dir(out_dir))
         saved = checkpoint.load(path)
         from_data = ("vocab_size", "ngram_rows")  # None stands for what the checkpoint has
@@ -324,7 +338,7 @@ def read_settings(
         base = load_base(given["init_from"])
         settings = given | base_settings(base, given)
     config, model_config = configurator.make(TrainConfig, settings), configurator.make(ModelConfig, settings)
-    if locks and not saved and not config.eval_only:
+    if locks and not saved:
         locks.enter_context(lock_out_dir(Path(config.out_dir)))
 
     import_loggers(asdict(config))  # refused now if one is missing, and not after a long preparation
@@ -462,6 +476,8 @@ def setup(
         model = base_model(base, config, model_config, dataset)
     else:
         model = new_model(config, model_config, ngrams)
+    for stack in (module for module in model.modules() if isinstance(module, models.Stack)):
+        stack.checkpoint_activations = config.checkpoint_activations
     freeze(model, config.freeze)
     model.to(device)
     processes.broadcast(model)
@@ -483,6 +499,25 @@ def setup(
     run = Run(config, dataset, model, net, batches, optimizer, scaler, ema, progress, device, dtype, identity)
     run.processes = processes
     return run
+
+
+def describe_sizes(config: TrainConfig, model_config: ModelConfig) -> str:
+    """What training would take, found without data and without memory."""
+    if model_config.vocab_size is None:
+        meta = read_meta(Path("data") / config.dataset)
+        model_config = dataclasses.replace(model_config, vocab_size=tokenizers.from_state(meta["tokenizer"]).vocab_size)
+    if model_config.ngrams and model_config.ngram_rows is None:
+        raise UserError("dry_run=True cannot count the n-grams of a text; take --ngrams=0")
+    device, size = pick_device(config.device), distributed.launched().size
+    parts = max(1, size // config.gradient_accumulation_steps)
+    return sizes.describe(
+        model_config,
+        config,
+        rows=math.ceil(config.batch_size / parts),
+        dtype=pick_dtype(config.dtype, device),
+        device=device,
+        processes=size,
+    )
 
 
 def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:

@@ -52,7 +52,9 @@ def size_of_layers(config, model_config: ModelConfig, itemsize: int) -> Size:
     tokens = config.batch_size * model_config.block_size
     if MODELS[model_config.model].has_encoder:  # a token is in the source or in the target
         tokens /= 2
-    size += tokens * itemsize * activations_per_token(model) + tokens * 8 * model_config.vocab_size
+    if not config.checkpoint_activations:
+        size += tokens * itemsize * activations_per_token(model)
+    size += tokens * 8 * model_config.vocab_size
     return Size(count_parameters(model), size)
 
 

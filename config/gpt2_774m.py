@@ -1,0 +1,25 @@
+# GPT-2's third size, 774 million parameters, with GPT-2's architecture, on an open version of its training text.
+#
+#   python prepare_data.py openwebtext --files=80     downloads 24 GB; without --files the first file, 300 MB
+#   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_774m.py
+#
+# What it takes is computed by --dry_run=True; it was trained nowhere yet.
+
+out_dir = "out/gpt2_774m"
+dataset = "openwebtext"
+
+n_layer = 36
+n_head = 20
+n_embd = 1280
+block_size = 1024
+vocab_size = 50304  # GPT-2's 50,257, padded to a multiple of 128, for faster matrix products on a GPU
+
+batch_size = 8
+gradient_accumulation_steps = 64  # 524,288 tokens a step
+checkpoint_activations = False
+max_iters = 600000
+learning_rate = 2.5e-4
+beta2 = 0.95
+warmup_iters = 2000
+eval_interval = 1000
+eval_iters = 200
