@@ -51,6 +51,7 @@ from humptygpt.files import being_moved, cannot_write, move_aside, write_whole
 from humptygpt.known_texts import KNOWN, Known, PairFiles
 from humptygpt.locks import Lock
 from humptygpt.pairs import Pairs, is_tsv
+from humptygpt.parts import check_divisible, corpus_id, finish_part, join_parts, parse_part, part_folder, take_part
 from humptygpt.token_files import COMMAND, META_FORMAT, TokenWriter, checksums, is_whole, read_meta, token_dtype
 from humptygpt.tokenizer import TOKENIZERS, SentencePieceTokenizer, Tokenizer, VocabularyTooLarge, from_state
 from humptygpt.tokenizer_files import is_tokenizer, read_tokenizer
@@ -58,6 +59,7 @@ from humptygpt.tokenizer_files import is_tokenizer, read_tokenizer
 SAVE_UNITS = 128  # units between two saves of the progress
 SMALL = 8_000_000  # bytes of files below which starting worker processes takes longer than it saves
 WORKER_MEMORY = 100_000_000  # bytes, about
+CHANGES_NOTHING = ("workers", "part", "join")  # of what is written
 RESUME = "run the same command again to resume"
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 PAIRS = {"only_with": {"task": "translation"}}
@@ -105,6 +107,11 @@ class PrepareConfig:
     )
     shard_tokens: int | None = setting(None, "tokens per file, train_0000.bin and so on; None: one file", at_least=1)
 
+    part: str | None = setting(
+        None, "3/16: encode the third of 16 parts, here or on another machine", group="several machines"
+    )
+    join: bool = setting(False, "make one data set of all its parts, in data/<name>/parts")
+
     workers: int | None = setting(
         None, "processes that encode; None: one per core that it may use", group="system", at_least=1
     )
@@ -116,6 +123,12 @@ class PrepareConfig:
             kinds = f"{', '.join(TOKENIZERS)}, nor a folder or file with a tokenizer"
             raise ValueError(f"tokenizer={self.tokenizer} is not one of: {kinds}{near}")
         self.check_name()
+        if self.part is not None:
+            parse_part(self.part)
+            if self.join or self.shard_tokens or self.input == "-":
+                raise ValueError(
+                    f"part={self.part} goes without join, shard_tokens and --input=-; join takes the shards"
+                )
         if (self.source is None) != (self.target is None):
             raise ValueError("source and target go together: --source=a.de --target=a.en, line by line translations")
         if self.source is not None and self.input is not None:
@@ -144,6 +157,9 @@ def name_from(path: str) -> str:
 
 def main(argv: list[str]) -> None:
     config = configurator.make(PrepareConfig, configurator.read(argv, PrepareConfig, positional="name"))
+    if config.part:
+        print(prepare_part(config))
+        return
     meta = prepare(config)
     name, out_dir = shlex.quote(config.name), shlex.quote(f"out/{config.name}")
     arguments = f"--dataset={name} --out_dir={out_dir}"
@@ -181,13 +197,36 @@ def prepare(config: PrepareConfig) -> dict:
     return meta
 
 
+def prepare_part(config: PrepareConfig) -> str:
+    """Encode one part of a data set into data/<name>/parts and return what to do next."""
+    (number, count), folder = parse_part(config.part), Path("data") / config.name
+    target = part_folder(folder, number, count)
+    command, fit = command_text(config), config.vocab_size is None
+    try:
+        with Lock(target.with_suffix(".lock"), str(target), "wait until that has ended"):
+            corpus = open_corpus(config, folder)
+            check_divisible(corpus)
+            mine, made_from = take_part(corpus, number, count), f"{config.part} {corpus_id(corpus)}"
+            (target / "part.json").unlink(missing_ok=True)
+            tokenizer, progress = start_or_resume(mine, target, made_from, command, fit=fit, whole=corpus)
+            encode(mine, tokenizer, progress, target)
+            finish_part(corpus, progress, target)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or target}: {error.strerror}; {RESUME}") from error
+    tokens = sum(counted["tokens"] for counted in progress.splits.values())
+    join = f"{command} --join=True"
+    return f"{target}: {len(mine.files):,} of {len(corpus.files):,} files, {tokens:,} tokens\nwith all parts: {join}"
+
+
 def make_data(corpus: Corpus | Pairs, folder: Path, command: str, fit: bool) -> dict:
     """Write the folder, unless it has the same already, and return its meta.json. fit: see make_tokenizer."""
     parts = folder / "preparing"  # incomplete files
-    settings = replace(corpus.config, input=None, source=None, target=None, files=None, workers=None)
-    content = [corpus.fingerprint(), asdict(settings), fit]
-    if settings.tokenizer not in TOKENIZERS:
-        content.append(pretrained_tokenizer(settings.tokenizer, corpus).state())
+    changes_nothing = dict.fromkeys(("input", "source", "target", "files", "workers"))
+    settings = asdict(replace(corpus.config, **changes_nothing))
+    del settings["part"], settings["join"]
+    content = [corpus.fingerprint(), settings, fit]
+    if settings["tokenizer"] not in TOKENIZERS:
+        content.append(pretrained_tokenizer(settings["tokenizer"], corpus).state())
     made_from = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     if read_json(folder / "meta.json").get("made_from") == made_from and is_whole(folder):
         print(f"note: {folder} has this text with these settings already; it stays as it is", file=sys.stderr)
@@ -196,8 +235,13 @@ def make_data(corpus: Corpus | Pairs, folder: Path, command: str, fit: bool) -> 
         return read_meta(folder)
     meta = read_json(parts / "meta.json")
     if meta.get("made_from") != made_from:
-        tokenizer, progress = start_or_resume(corpus, parts, made_from, command, fit=fit)
-        encode(corpus, tokenizer, progress, parts)
+        if corpus.config.join:
+            check_divisible(corpus)
+            progress = join_parts(corpus, folder, parts, made_from, command)
+            tokenizer = from_state(progress.tokenizer)
+        else:
+            tokenizer, progress = start_or_resume(corpus, parts, made_from, command, fit=fit)
+            encode(corpus, tokenizer, progress, parts)
         check_splits(corpus, progress, parts)
         meta = describe(corpus, tokenizer, progress, parts) | {"command": command, "made_from": made_from}
         write_whole(parts / COMMAND, lambda file: file.write(f"{command}\n".encode()))  # in case meta.json is lost
@@ -208,10 +252,10 @@ def make_data(corpus: Corpus | Pairs, folder: Path, command: str, fit: bool) -> 
 
 
 def command_text(config: PrepareConfig) -> str:
-    """The command of this config, to be pasted into a shell; without the workers, whose number changes no byte."""
+    """The command of this config, to be pasted into a shell; without the keys that change no byte."""
     changed = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
     bare = changed["name"] if not changed["name"].startswith("-") else f"--name={changed['name']}"
-    rest = [f"--{key}={value}" for key, value in changed.items() if key not in ("name", "workers")]
+    rest = [f"--{key}={value}" for key, value in changed.items() if key not in ("name", *CHANGES_NOTHING)]
     return shlex.join(["python", "prepare_data.py", bare, *rest])
 
 
@@ -303,9 +347,9 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, st
 
 
 def start_or_resume(
-    corpus: Corpus | Pairs, parts: Path, made_from: str, command: str, *, fit: bool
+    corpus: Corpus | Pairs, parts: Path, made_from: str, command: str, *, fit: bool, whole: Corpus | None = None
 ) -> tuple[Tokenizer, Progress]:
-    """The tokenizer, and how far the encoding is; fit: see make_tokenizer."""
+    """The tokenizer, and how far the encoding is; fit: see make_tokenizer; whole: of which this corpus is a part."""
     saved = read_json(parts / "progress.json")
     if saved.get("made_from") == made_from:
         progress = Progress(**saved)
@@ -314,7 +358,7 @@ def start_or_resume(
         return from_state(progress.tokenizer), progress
     if saved:
         print("note: the files or settings changed since the stopped preparation; starting over", file=sys.stderr)
-    tokenizer = make_tokenizer(corpus, fit)  # before the folder is made, as it may refuse the text
+    tokenizer = make_tokenizer(whole or corpus, fit)  # before the folder is made, as it may refuse the text
     if parts.exists():
         shutil.rmtree(parts)
     parts.mkdir(parents=True)

@@ -33,7 +33,7 @@ def test_no_function_takes_more_than_five_positional_parameters():
 
 
 TORCHLESS = "configurator files schema tokenizer documents corpus pairs token_files known_texts dictionary"
-TORCHLESS += " download limits locks run_folder tokenizer_files hub"
+TORCHLESS += " download limits locks parts run_folder tokenizer_files hub"
 
 
 @pytest.mark.parametrize("module", TORCHLESS.split(" "))
