@@ -460,6 +460,7 @@ def setup(
     identity = dataset.identity()
     steps = {"iter": saved["progress"]["iter"]} if saved else {}
     processes.check_alike(asdict(config) | asdict(model_config) | identity | steps)
+    processes.watch()
     accumulation, pairs = config.gradient_accumulation_steps, dataset.task == "translation"
     distributed.check_divisible(processes.size, accumulation, config.batch_size, pairs)
     if saved and not is_data_of(saved, dataset, identity):

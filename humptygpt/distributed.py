@@ -70,14 +70,13 @@ class Heartbeat(threading.Thread):
         self.rank, self.watched, self.stopped = rank, (rank + 1) % size, threading.Event()
         # a connection of its own: while one thread waits on a connection, no other can use it
         self.store = dist.PrefixStore("heartbeat", connect(False, datetime.timedelta(seconds=SILENCE)))
-        self.beat(0)
-        self.start()
 
     def beat(self, number: int | str) -> None:
         self.store.set(str(self.rank), f"{socket.gethostname()} {number}")
 
     def run(self) -> None:
         number, last, heard, where = 0, "", time.monotonic(), ""
+        self.beat(number)
         while not self.stopped.wait(SILENCE / 10):
             number += 1
             try:
@@ -256,6 +255,11 @@ class Processes:
                         f"process {rank} on {other_host} has {key}={theirs.get(key)}, but process 0 on {host} has"
                         f" {key}={ours.get(key)}; start all with the same command, on the same data"
                     )
+
+    def watch(self) -> None:
+        """From here on, a process without a sign of life ends the run; not before, as preparing data may stop them."""
+        if self.heartbeat:
+            self.heartbeat.start()
 
     def broadcast(self, model: nn.Module) -> None:
         """All take the first process's weights: other hardware might have drawn other ones."""
