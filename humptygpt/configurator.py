@@ -155,7 +155,7 @@ def check_path(before: str, value: str | tuple[str, ...] | None) -> str | tuple[
 
 def note_folder(script: Path) -> None:
     """Say which data/ and out/ are meant where a script is started from another folder than its own."""
-    if (here := Path.cwd()) != script.resolve().parent:
+    if (here := Path.cwd()) != script.resolve().parent and os.environ.get("RANK", "0") == "0":  # once, by torchrun
         print(f"note: data/, out/ and other relative paths are in {here}", file=sys.stderr)
 
 
