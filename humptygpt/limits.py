@@ -85,7 +85,9 @@ load: Load | None = None  # since start()
 def load_note() -> str | None:
     """What to report where others have left less than our threads could use, since start()."""
     cores, others = len(affinity()), load.others() if load else 0.0
-    if others + usable_cores() < cores + NOTED:
+    chosen = os.environ.get("OMP_NUM_THREADS", "")  # also by torchrun, whose processes share the cores
+    threads = int(chosen) if chosen.isdecimal() else usable_cores()
+    if others + threads < cores + NOTED:
         return None
     return f"other processes use {others:.1f} of the {cores} cores; alone, this would be faster"
 

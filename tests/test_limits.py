@@ -115,9 +115,19 @@ def test_others_that_load_our_cores_are_noted_where_they_leave_too_little(monkey
     monkeypatch.setattr(limits.Load, "read", lambda self: next(times))
     monkeypatch.setattr(limits, "affinity", lambda: set(range(4)))
     monkeypatch.setattr(limits, "usable_cores", lambda: threads)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(limits, "load", limits.Load())
     note = f"other processes use {others:.1f} of the 4 cores; alone, this would be faster"
     assert limits.load_note() == (note if noted else None)
+
+
+def test_others_that_use_what_our_threads_leave_are_not_noted(monkeypatch):
+    monkeypatch.setattr(limits, "affinity", lambda: {0, 1})
+    monkeypatch.setattr(limits, "load", types.SimpleNamespace(others=lambda: 1.0))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun does for two processes
+    assert limits.load_note() is None
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert limits.load_note() == "other processes use 1.0 of the 2 cores; alone, this would be faster"
 
 
 def test_time_of_our_own_is_not_load_of_others():
