@@ -85,7 +85,9 @@ USUAL = {"micro-batches are divided": 2, "rows are divided": 4, "both, 2 micro-b
         for size in (2, 4)
     ],
 )
-def test_several_processes_have_the_losses_of_one(run_train, name, size):
+def test_several_processes_have_the_losses_of_one(run_train, monkeypatch, name, size):
+    # Muon rounds to bfloat16 where it can, so that the smallest difference grows
+    monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda device: False)
     argv = [*STEPS, *RUNS[name]]
     one = run_train(*argv)
     assert launch(size, *TINY_RUN, *argv) == [0] * size
