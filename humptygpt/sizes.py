@@ -181,7 +181,7 @@ def step_seconds(flops: float, parameters: int, cards: int, card: Card, *, shard
     """Of a step of this many FLOPs, with float32 gradients that are added up after the backward pass.
 
     sharded (FSDP): weights in bfloat16 are gathered for the forward and again for the backward pass, and the gradients
-    reach one card each: 2 + 2 + 4 bytes go half the way of an all-reduce. None of it is hidden behind the computing.
+    reach one card each: 2 + 2 + 4 bytes go half the way of an all-reduce. Nothing is sent while computing.
     """
     size = parameters * (2 + 2 + FLOAT) / 2 if sharded else parameters * FLOAT
     return flops / cards / (MFU * card.peak_flops) + all_reduce_seconds(size, cards, card)
