@@ -212,8 +212,8 @@ def resume() -> dict:
     """What a resumed run starts from."""
     found = {}
 
-    def setup(*settings, setup=train.setup) -> train.Run:
-        run = setup(*settings)
+    def setup(*configs, setup=train.setup, **start) -> train.Run:
+        run = setup(*configs, **start)
         found["model"] = contents(run.model.state_dict())
         found["optimizer"] = {name: contents(state) for name, state in run.optimizer.state.items()}
         found["ema"] = contents(run.ema.averages) if run.ema else found.get("ema")
