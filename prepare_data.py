@@ -94,10 +94,7 @@ class PrepareConfig:
     held_out: str | None = setting(None, "file of pairs, or of a source per line, not to train on", path=True, **PAIRS)
 
     tokenizer: str | None = setting(
-        None,
-        f"{', '.join(TOKENIZERS)}, or a model's folder; None: char, pairs sentencepiece",
-        group="tokens",
-        path=True,
+        None, "None: char, pairs sentencepiece; a model's folder: its own", "tokens", choices=TOKENIZERS, path=True
     )
     vocab_size: int | None = setting(
         None, "number of tokens; None: 4096, pairs 8192", at_least=2, **taken_by("vocab_size")
@@ -392,7 +389,8 @@ def make_tokenizer(corpus: Corpus | Pairs, fit: bool) -> Tokenizer:
 
 def pretrained_tokenizer(path: str, corpus: Corpus | Pairs) -> Tokenizer:
     """Of a model's folder, of a run or of nanoGPT's ckpt.pt. Raises UserError."""
-    if is_tokenizer(Path(path)):
+    checkpoint = os.path.isfile(path) or any(os.path.exists(Path(path, name)) for name in ("best.pt", "ckpt.pt"))
+    if is_tokenizer(Path(path)) or not checkpoint:
         tokenizer = read_tokenizer(Path(path))
     else:
         from humptygpt.base_models import load_tokenizer  # here, since it loads torch

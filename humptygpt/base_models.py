@@ -53,18 +53,15 @@ def load_base(name: str, which: str = "best") -> BaseModel:
     return base
 
 
-def find_base(name: str, which: str = "best", key: str = "init_from") -> Path:
-    """The folder in Hugging Face's format, or the checkpoint, that a name stands for. Raises UserError.
-
-    key: what the user gave the name to.
-    """
+def find_base(name: str, which: str = "best") -> Path:
+    """The folder in Hugging Face's format, or the checkpoint, that a name stands for. Raises UserError."""
     path = Path(os.path.expanduser(name))  # noqa: PTH111, which loses the end of "folder/", as in configurator.py
     if os.path.isfile(path):
         return path
     if not os.path.isdir(path):
         if repo := hub.repository(name):
             return hub.fetch_model(repo, pretrained.check_supported)
-        raise UserError(f"{key}={name}: there is no such file or folder{nearest_path(name)}")
+        raise UserError(f"init_from={name}: there is no such file or folder{nearest_path(name)}")
     names = ("best.pt", "ckpt.pt") if which == "best" else ("ckpt.pt",)
     for file in names:
         if os.path.exists(path / file):
@@ -72,13 +69,12 @@ def find_base(name: str, which: str = "best", key: str = "init_from") -> Path:
     weights = ("config.json", "model.safetensors", "pytorch_model.bin")
     if any(os.path.exists(path / file) for file in weights):
         return path
-    none = "no model" if key == "init_from" else "no tokenizer and no model"
-    raise UserError(f"{key}={name} holds {none}: neither {' nor '.join(names)}, nor config.json and weights")
+    raise UserError(f"init_from={name} holds no model: neither {' nor '.join(names)}, nor config.json and weights")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a run or of a nanoGPT checkpoint. Raises UserError."""
-    path = find_base(str(path), key="tokenizer")
+    path = find_base(str(path))
     if path.is_dir():
         return read_tokenizer(path)
     saved = checkpoint.read(path, mapped=sys.platform == "linux")
@@ -107,12 +103,13 @@ def is_nanogpt(saved: object) -> bool:
 
 def from_nanogpt(path: Path, saved: dict) -> BaseModel:
     try:
-        check_schema(saved, NANOGPT)
+        weights = saved.get("model")
+        check_schema(saved | {"model": dict(weights) if isinstance(weights, dict) else None}, NANOGPT)
         args = {key.removesuffix("?"): saved["model_args"].get(key.removesuffix("?"), True) for key in MODEL_ARGS}
         config = ModelConfig(**GPT2.fixed | {"activation": "gelu"} | args)
         # the names of a compiled model have a prefix
-        weights = {name.removeprefix("_orig_mod."): x for name, x in saved["model"].items()}
-        config, weights = config, pretrained.read_stored(NANOGPT_FAMILY, config, store(weights, path.name))
+        weights = {name.removeprefix("_orig_mod."): x for name, x in weights.items()}
+        weights = pretrained.read_stored(NANOGPT_FAMILY, config, store(weights, path.name))
     except (ValueError, AttributeError, OverflowError) as error:  # AttributeError: a name that is no string
         raise checkpoint.damaged(path, error) from error
     return BaseModel(path, config, weights, nanogpt_tokenizer(path, saved), "language modelling", f"{path}: nanoGPT's")

@@ -53,9 +53,9 @@ def setting(
     """A field of a config class, with its line in --help and the rules that check() and without_effect() apply.
 
     group: the title under which it and the keys after it stand in --help. choices: the values that are allowed, often
-    the dictionary of variants itself. path: it names files or folders, so that ~ stands for the home folder. only_with,
-    not_with: {other key: value, or a tuple of values}; where the other key has none of them, or one of them, this key
-    does nothing.
+    the dictionary of variants itself. path: it names files or folders, so that ~ stands for the home folder; with
+    choices, so does a value that is none of them. only_with, not_with: {other key: value, or a tuple of values}; where
+    the other key has none of them, or one of them, this key does nothing.
     """
     rules = dict(locals())
     return dataclasses.field(default=rules.pop("default"), metadata=rules)
@@ -75,7 +75,7 @@ def check(config: object) -> None:
         value, rules = getattr(config, field.name), field.metadata
         if value is None:
             continue
-        if rules["choices"] is not None and value not in rules["choices"]:
+        if rules["choices"] is not None and value not in rules["choices"] and not rules["path"]:
             raise ValueError(f"{field.name}={value} is not one of: {', '.join(rules['choices'])}")
         limits = [(words, holds, rules[limit]) for limit, (words, holds) in LIMITS.items() if rules[limit] is not None]
         if limits and not (math.isfinite(value) and all(holds(value, bound) for _, holds, bound in limits)):

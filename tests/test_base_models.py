@@ -4,6 +4,7 @@ import json
 import pickle
 import shlex
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -125,7 +126,13 @@ def nanogpt_checkpoint(bias: bool = True, prefix: str = "_orig_mod.", **changes)
     weights[f"{prefix}lm_head.weight"] = weights[f"{prefix}transformer.wte.weight"]
     args = SIZES | {"bias": bias, "dropout": 0.0}
     config = {"dataset": "letters", "learning_rate": 1e-3}
-    saved = {"model": weights, "optimizer": {"state": {}}, "model_args": args, "iter_num": 5, "config": config}
+    saved = {
+        "model": OrderedDict(weights),
+        "optimizer": {"state": {}},
+        "model_args": args,
+        "iter_num": 5,
+        "config": config,
+    }
     return saved | {"best_val_loss": torch.tensor(1.5)} | changes
 
 

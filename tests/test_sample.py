@@ -165,7 +165,6 @@ BAD = {
     "top_k=0 must be at least 1": ["--top_k=0"],
     "num_samples=0 must be at least 1": ["--num_samples=0"],
     "context=all is not one of: fast, exact": ["--context=all"],
-    "init_from=nothing: there is no such file or folder": ["--init_from=nothing"],
     "device=cuda:99 is not available": ["--device=cuda:99"],
 }
 

@@ -297,7 +297,7 @@ def test_a_tokenizer_that_is_neither_a_kind_nor_a_path_is_refused(fails, folder)
         " did you mean char?\n"
     )
     line = fails(prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=.")
-    assert line.startswith("tokenizer=. holds no tokenizer and no model: neither best.pt nor")
+    assert line.startswith("cannot read the tokenizer in .: there is neither tokenizer.json")
     assert "vocab_size=300 has no effect" in fails(
         prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=.", "--vocab_size=300"
     )
