@@ -85,6 +85,11 @@ def whole(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(temporary)  # of a run that was killed
         yield temporary
+        if temporary.is_file():
+            with temporary.open("r+b") as file:
+                os.fsync(file.fileno())
+        if path.is_dir():  # an empty one, which Windows would not replace
+            path.rmdir()
         temporary.replace(path)
     except OSError as error:
         if error.strerror is None:  # numpy reports no reason

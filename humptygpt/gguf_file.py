@@ -30,9 +30,9 @@ from humptygpt.tokenizer_json import byte_merges, is_merged, printable, sentence
 
 KINDS = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0"}  # by our names of dtypes
 FILE_TYPES = {"F32": LlamaFileType.ALL_F32, "BF16": LlamaFileType.MOSTLY_BF16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
-ACTIVATIONS = {  # what llama.cpp has: the key of config.json, its name there, ours
-    "gpt2": ("activation_function", "gelu_new", "gelu_tanh"),
-    "llama": ("hidden_act", "silu", "silu"),
+ACTIVATIONS = {  # what llama.cpp has: the key of config.json and our name
+    "gpt2": ("activation_function", "gelu_tanh"),
+    "llama": ("hidden_act", "silu"),
 }
 logging.getLogger("gguf").setLevel(logging.ERROR)  # it reports every file it writes
 
@@ -173,9 +173,9 @@ def write_gguf(
 
 def check_activation(content: dict) -> None:
     """Raise UserError where llama.cpp would compute another one."""
-    key, there, ours = ACTIVATIONS[content["model_type"]]
+    key, ours = ACTIVATIONS[content["model_type"]]
     if ACTIVATION_NAMES[content[key]] != ours:
-        why = f"for {content['architectures'][0]}, llama.cpp has {there} alone"
+        why = f"for {content['architectures'][0]}, llama.cpp has {ours} alone"
         given = f"activation={ACTIVATION_NAMES[content[key]]}"
         raise UserError(f"{given} cannot be exported with format=gguf: {why}; train with --activation={ours}")
 
