@@ -478,7 +478,7 @@ function mergeTable(app) {
       : null;
   return [
     table(
-      "The word of the selected token, merge by merge",
+      "The part of the text that the selected token is in, merge by merge",
       ["step", "symbols", part.scores ? "log-probability" : "rank"],
       rows,
       [2],
@@ -925,7 +925,7 @@ function normText(app, norm) {
   if (norm.mean)
     return (
       `Mean ${digits(norm.mean[t])}, deviation ${digits(norm.std[t])}: from each feature the mean is ` +
-      `subtracted, then it is divided by the deviation, multiplied by its trained ` +
+      `subtracted, then it is divided by the deviation and multiplied by its trained ` +
       `scale${app.config.bias ? " and given its bias" : ""}.`
     );
   return (

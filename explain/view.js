@@ -50,6 +50,7 @@ class App {
     addEventListener("hashchange", (event) => this.restore(new URL(event.newURL).hash));
     this.refresh();
     this.restore(location.hash);
+    for (const id of ["text", "source"]) element(id).scrollTop = element(id).scrollHeight; // of a phone's single line
   }
 
   // ----------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ class App {
     const changes = { address };
     const layer = path.match(/(?:blocks|layers)\.(\d+)/);
     if (layer) changes.layer = +layer[1];
-    const ofSource = path.startsWith("source");
+    const ofSource = path.startsWith("source") || path.includes(".context.");
     if (at.length === 3) Object.assign(changes, { head: at[0], key: at[2] });
     if (!ofSource) changes.t = at.at(-2);
     else if (at.length === 2) changes.key = at[0];

@@ -280,8 +280,7 @@ def test_the_keyboard_alone_walks_over_tokens_and_numbers_and_opens_their_arithm
     assert view.page.evaluate(focused) == "token embedding"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("run", ["run", "pairs", "window"])
+@pytest.mark.parametrize(("run", "scheme"), [("run", "light"), ("run", "dark"), ("pairs", "light"), ("window", "dark")])
 def test_axe_finds_nothing(opened, run, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
     view = opened(run, "#section=gpt", color_scheme=scheme)
