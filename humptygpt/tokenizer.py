@@ -332,7 +332,7 @@ class PretrainedTokenizer(Tokenizer):
     schema: ClassVar = {"content": str, "eot": (int, None), "bos": (int, None)}
 
     def __init__(self, content: str, eot: int | None, bos: int | None):
-        self._content, self.eot, self.bos = content, eot, bos
+        self.content, self.eot, self.bos = content, eot, bos
         self._engine = load_engine(content)
         ids = self._engine.get_vocab(with_added_tokens=True)
         described = json.loads(content)
@@ -361,7 +361,7 @@ class PretrainedTokenizer(Tokenizer):
         return self._engine.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def state(self) -> dict:
-        packed = base64.b64encode(zlib.compress(self._content.encode(), 9)).decode()
+        packed = base64.b64encode(zlib.compress(self.content.encode(), 9)).decode()
         return {"tokenizer": self.name, "content": packed, "eot": self.eot, "bos": self.bos}
 
     @classmethod

@@ -23,6 +23,7 @@ from humptygpt.tokenizer import (
     BytePairTokenizer,
     ByteTokenizer,
     CharTokenizer,
+    PretrainedTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
     printable_bytes,
@@ -38,8 +39,12 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
         "clean_up_tokenization_spaces": False,  # or "do n't" would be decoded as "don't"
     }
     if tokenizer.eot is not None:
-        settings |= {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, "padding_side": "left"}
-    content = build_tokenizer(tokenizer).to_str(pretty=True)
+        end = tokenizer.pieces[tokenizer.eot].decode()
+        settings |= {"eos_token": end, "pad_token": end, "padding_side": "left"}
+    if tokenizer.bos is not None:
+        settings["bos_token"] = tokenizer.pieces[tokenizer.bos].decode()
+    imported = isinstance(tokenizer, PretrainedTokenizer)  # it goes out as it came in
+    content = tokenizer.content if imported else build_tokenizer(tokenizer).to_str(pretty=True)
     return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}
 
 
@@ -56,7 +61,7 @@ def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 @singledispatch
 def convert(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """build_tokenizer() without its special token."""
-    raise UserError(f"tokenizer={tokenizer.name} cannot be exported")
+    raise UserError(f"the tokenizer of a {tokenizer.name} cannot be exported: it has one already, where it came from")
 
 
 @convert.register

@@ -17,6 +17,7 @@ from humptygpt.configurator import UserError
 from humptygpt.corpus import encode_documents
 from humptygpt.token_files import TokenFiles, read_meta
 from humptygpt.tokenizer_files import read_tokenizer
+from humptygpt.tokenizer_json import tokenizer_files
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-dev.txt")
 tokenizers = pytest.importorskip("tokenizers")
@@ -301,3 +302,14 @@ def test_a_tokenizer_that_is_neither_a_kind_nor_a_path_is_refused(fails, folder)
     assert "vocab_size=300 has no effect" in fails(
         prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=.", "--vocab_size=300"
     )
+
+
+@pytest.mark.parametrize("kind", ["vocab.json", "GPT-2's tokenizer.json", "Llama 3's tokenizer.json"])
+def test_a_tokenizer_that_was_imported_is_exported_with_its_ids_and_special_tokens(kind, made, tmp_path):
+    _, theirs, ours = made(kind)
+    for name, text in tokenizer_files(ours, block_size=64).items():
+        (tmp_path / name).write_text(text)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    for text in (TEXT, *SIGNS):
+        assert_equal(again, ours, text)
+    assert (again.eos_token_id, again.bos_token_id) == (ours.eot, ours.bos)
