@@ -4,7 +4,7 @@
 #   python train.py config/everyday_de_en.py
 #   python sample.py --out_dir=out/everyday_de_en --start="Wo wohnst du?"
 #
-# On 2 CPU cores with bfloat16 instructions it takes about 28 minutes. It reaches BLEU 39.8 on Multi30k's test split and
+# On 2 CPU cores with bfloat16 instructions it takes 26 to 31 minutes. It reaches BLEU 39.8 on Multi30k's test split and
 # gets about 24 of the fifty everyday sentences in tests/ right; RECORDS.md has all of them.
 
 out_dir = "out/everyday_de_en"
