@@ -39,8 +39,7 @@ class ExportConfig:
 def main(argv: list[str]) -> None:
     config = configurator.make(ExportConfig, configurator.read(argv, ExportConfig))
     to = where(config)
-    from humptygpt.checkpoint import load_model
-    from humptygpt.page_data import find_checkpoint
+    from humptygpt.checkpoint import find_checkpoint, load_model
 
     path = Path(config.out_dir)
     if not os.path.isfile(path):

@@ -208,10 +208,7 @@ def load_run(out_dir: str, which: str, mapped: bool) -> tuple[nn.Module, Tokeniz
     """(model, tokenizer, task); mapped: as in checkpoint.load."""
     path = Path(out_dir)
     if not os.path.isfile(path):  # a checkpoint itself may be named, too
-        path = path / {"best": "best.pt", "latest": "ckpt.pt"}[which]
-    if which == "best" and not os.path.exists(path) and os.path.exists(path.with_name("ckpt.pt")):
-        path = path.with_name("ckpt.pt")
-        print(f"note: no evaluation has found a best model yet; taking {path}", file=sys.stderr)
+        path = checkpoint.find_checkpoint(path, which)
     model, tokenizer, saved = checkpoint.load_model(path, mapped)
     progress = saved["progress"]
     print(f"{path}: iter {progress['iter']}, best val loss {progress['best_val_loss']:.4f}", file=sys.stderr)

@@ -5,6 +5,7 @@ This module owns their schema. It alone turns a checkpoint into a model, and old
 
 import os
 import shlex
+import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -57,6 +58,15 @@ def save(path: Path, entries: dict) -> None:
     state = {"format": FORMAT, **entries}
     check_schema(state, SCHEMA)
     write_whole(path, lambda file: torch.save(state, file))
+
+
+def find_checkpoint(out_dir: Path, which: str) -> Path:
+    """best.pt or ckpt.pt; the latest one where no evaluation has found a best."""
+    path = out_dir / {"best": "best.pt", "latest": "ckpt.pt"}[which]
+    if which == "best" and not os.path.exists(path) and os.path.exists(path.with_name("ckpt.pt")):
+        path = path.with_name("ckpt.pt")
+        print(f"note: no evaluation has found a best model yet; taking {path}", file=sys.stderr)
+    return path
 
 
 def load_model(path: Path, mapped: bool = False) -> Loaded:

@@ -3,8 +3,6 @@
 import base64
 import dataclasses
 import math
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +24,7 @@ def page_data(out_dir: str, which: str = "best", *, start: str = "", max_mb: flo
 
     which: best or latest. start: the text that the page starts with. max_mb: megabytes that the weights may take in it.
     """
-    path = find_checkpoint(Path(out_dir), which)
+    path = checkpoint.find_checkpoint(Path(out_dir), which)
     model, tokenizer, saved = checkpoint.load_model(path)
     size = sum(map(bytes_in_page, set(model.state_dict(keep_vars=True).values()))) * BASE64 / 1e6
     if size > max_mb:
@@ -46,15 +44,6 @@ def page_data(out_dir: str, which: str = "best", *, start: str = "", max_mb: flo
         "start": start,
         "metrics": [plain_row(row) for row in read_metrics(path.with_name("metrics.jsonl")) if row],
     }
-
-
-def find_checkpoint(out_dir: Path, which: str) -> Path:
-    """best.pt or ckpt.pt; the latest one where no evaluation has found a best."""
-    path = out_dir / {"best": "best.pt", "latest": "ckpt.pt"}[which]
-    if which == "best" and not os.path.exists(path) and os.path.exists(path.with_name("ckpt.pt")):
-        path = path.with_name("ckpt.pt")
-        print(f"note: no evaluation has found a best model yet; taking {path}", file=sys.stderr)
-    return path
 
 
 def plain_row(row: dict) -> dict:
