@@ -1,7 +1,10 @@
 """Fixtures: an empty folder for each test, small data sets, and ways to run a script as a user does."""
 
 import json
+import multiprocessing
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from humptygpt import configurator, evaluation, run_folder
 from humptygpt.ngrams import frequent_ngrams
 from humptygpt.optimizers import make_optimizer
 
+ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # models this small only wait for each other's threads
 TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16"]
 TINY_RUN = [*TINY_MODEL, "--dataset=tiny", "--device=cpu", "--out_dir=out/run", "--batch_size=4", "--max_iters=6"]
@@ -109,3 +113,15 @@ def read_rows(out_dir) -> list[dict]:
 def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def started_processes(module: str):
+    """A context of processes that have this module of tests, and torch with it, loaded already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
+        process = context.Process(target=int)  # starts the server, which looks for the module once
+        process.start()
+        process.join()
+    return context

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_RUN, assert_same_weights, make_text, read_rows
+from conftest import TINY_RUN, assert_same_weights, make_text, read_rows, started_processes
 from test_prepare_data import unreachable
 
 import compare
@@ -231,14 +230,7 @@ def start(main, argv: list[str], number: int, call: int, signal) -> None:
 @pytest.fixture
 def processes():
     """They have torch loaded already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_locks"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
-        process = context.Process(target=int)
-        process.start()
-        process.join()
-    return context
+    return started_processes("test_locks")
 
 
 def start_two(processes, main, commands: list[list[str]], calls: int) -> list[tuple[int, str]]:

@@ -1,6 +1,5 @@
 """What will not fit into memory is refused before it is tried; under any limit, a script ends well or in one line."""
 
-import multiprocessing
 import os
 import re
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN
+from conftest import TINY_RUN, started_processes
 
 import prepare_data
 import sample
@@ -165,14 +164,7 @@ def run_limited(main, argv: list[str], room: int) -> None:
 @pytest.fixture(scope="module")
 def processes():
     """They have torch loaded already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_memory"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
-        process = context.Process(target=int)
-        process.start()
-        process.join()
-    return context
+    return started_processes("test_memory")
 
 
 COMMANDS = {

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN, assert_same_weights, make_text, read_rows
+from conftest import TINY_RUN, assert_same_weights, make_text, read_rows, started_processes
 
 import model as models
 import sample
@@ -383,14 +383,7 @@ def die_at(call: int) -> None:
 @pytest.fixture(scope="module")
 def processes():
     """Processes that have torch loaded already, so that forty of them start at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_train"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
-        process = context.Process(target=int)  # starts the server, which looks for the modules above once
-        process.start()
-        process.join()
-    return context
+    return started_processes("test_train")
 
 
 def assert_resumes_to(processes, rows: list[dict], whole: dict, dead: multiprocessing.Process) -> None:
