@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CGROUPS, OUR_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-SPINS = 1000  # of a thread that waits for another, less than a tenth of a millisecond; libgomp's default is 300,000
+SPINS = 1300  # of a thread that waits for another, less than a tenth of a millisecond; libgomp's default is 300,000
 NOTED = 0.5  # cores that others take from us before there is a note
 
 

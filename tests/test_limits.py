@@ -81,7 +81,7 @@ def environment(monkeypatch):
 
 def test_a_script_has_threads_that_give_way_and_what_the_user_chose_stays(environment, monkeypatch):
     limits.start()
-    assert os.environ["GOMP_SPINCOUNT"] == "1000" and "OMP_NUM_THREADS" not in os.environ
+    assert os.environ["GOMP_SPINCOUNT"] == str(limits.SPINS) and "OMP_NUM_THREADS" not in os.environ
     monkeypatch.setattr(limits, "cpu_quotas", lambda: iter([2.5]))
     monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
     limits.start()
