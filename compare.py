@@ -16,6 +16,7 @@ seeds overlap. Rows come in the order given. The shell sorts by name: 1-without,
 
 import csv
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -136,7 +137,8 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder} is not a run: its config.json is damaged: {error}") from error
     if damaged := rows[:-1].count(None):  # the last line may be one that is being written
         print(f"note: {metrics} has damaged lines, skipped: {damaged}", file=sys.stderr)
-    return Run(folder, settings, [row for row in rows if row], idle)
+    # a run of an earlier version lacks the keys that came later, and was trained as their defaults have it
+    return Run(folder, default_settings() | settings, [row for row in rows if row], idle)
 
 
 def runs_near(folder: Path) -> str:
@@ -189,16 +191,23 @@ def count_parameters(settings: dict) -> int | None:
     import torch
 
     import model as models
-    from train import TrainConfig
 
-    names = {field.name for cls in (models.ModelConfig, TrainConfig) for field in dataclasses.fields(cls)}
-    if not settings.keys() <= names:
+    if not settings.keys() <= default_settings().keys():
         return None
     try:
         with torch.device("meta"):
             return models.count_parameters(models.build(configurator.make(models.ModelConfig, settings)))
     except Exception:  # values of another version, or of someone's editor, can be wrong in any way
         return None
+
+
+@functools.cache
+def default_settings() -> dict:
+    """Of this version."""
+    from model import ModelConfig
+    from train import TrainConfig
+
+    return {field.name: field.default for cls in (ModelConfig, TrainConfig) for field in dataclasses.fields(cls)}
 
 
 def short_names(folders: list[Path]) -> list[str]:

@@ -176,6 +176,16 @@ def test_a_run_with_settings_of_another_version_is_listed_without_parameters(fol
     assert "most runs: position=learned n_experts=—" in table
 
 
+def test_a_run_of_an_earlier_version_has_the_defaults_of_the_keys_that_came_later(folder, capsys):
+    make_run("out/a-1", 2.0, seed=1)
+    earlier = make_run("out/a-2", 1.8, seed=2) / "config.json"
+    settings = json.loads(earlier.read_text())
+    del settings["ema_decay"]
+    earlier.write_text(json.dumps(settings))
+    assert "ema_decay" not in run(capsys, "out/a-1", "out/a-2")
+    assert rows_of(capsys, "out/a-1", "out/a-2")["a"]["seeds"] == 2
+
+
 # --------------------------------------------------------------------------------------
 # Runs in progress, and folders that are not runs
 
