@@ -1,5 +1,5 @@
-# The demo with n-gram embeddings: besides each character, frequent n-grams of 2 to 6 characters have trained
-# embeddings.
+# A GPT of the demo's width and depth with n-gram embeddings: besides each character, frequent n-grams of 2 to 6
+# characters have trained embeddings.
 #
 #   python train.py config/shakespeare_char_ngrams.py
 #
