@@ -2,9 +2,11 @@
 
     python export.py --out_dir=out/shakespeare_char_llama --to=exported
     python export.py --out_dir=out/shakespeare_char_llama --to=model.gguf --format=gguf --dtype=q8_0
+    python export.py --out_dir=out/gpt2_1558m --checkpoint=latest --to=ckpt.pt --format=ckpt    of a sharded run
 
 The folder has the model, its tokenizer and a model card, and is what the hub of Hugging Face takes. The file is for
-llama.cpp and what is built on it, such as Ollama and LM Studio. GPT-2's and Llama's architectures can be exported.
+llama.cpp and what is built on it, such as Ollama and LM Studio. GPT-2's and Llama's architectures can be exported; with
+format=ckpt every model, as the one file that all scripts open.
 """
 
 import json
@@ -19,15 +21,18 @@ from humptygpt.configurator import UserError, check, setting
 
 # torch is imported where it is needed: it takes seconds, and a misspelt key should not wait.
 
-DTYPES = {"transformers": ("float32", "bfloat16"), "gguf": ("float32", "bfloat16", "q8_0")}
+DTYPES = {"transformers": ("float32", "bfloat16"), "gguf": ("float32", "bfloat16", "q8_0"), "ckpt": ("float32",)}
+ONE_FILE = {"gguf": "model.gguf", "ckpt": "ckpt.pt"}
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     out_dir: str = setting("out", "folder of the run, or a checkpoint in it", "export", path=True)
     checkpoint: str = setting("best", "best.pt (lowest loss), or latest: ckpt.pt", choices=("best", "latest"))
-    to: str | None = setting(None, "new folder, or of gguf the file, to write", path=True)
-    format: str = setting("transformers", "gguf: a file for llama.cpp", choices=DTYPES)
+    to: str | None = setting(None, "new folder, or of gguf and ckpt the file, to write", path=True)
+    format: str = setting(
+        "transformers", "gguf: a file for llama.cpp; ckpt: one checkpoint of a sharded one", choices=DTYPES
+    )
     dtype: str = setting("float32", "of the weights; q8_0, of gguf alone: 8 bits", choices=DTYPES["gguf"])
 
     def __post_init__(self):
@@ -45,13 +50,14 @@ def main(argv: list[str]) -> None:
     if not os.path.isfile(path):
         path = find_checkpoint(path, config.checkpoint)
     loaded = load_model(path)
-    write = {"transformers": write_folder, "gguf": write_file}[config.format]
+    write = {"transformers": write_folder, "gguf": write_file, "ckpt": write_checkpoint}[config.format]
     print(write(loaded, path, to, config.dtype))
 
 
 def where(config: ExportConfig) -> Path:
     """The path to write. Raises UserError where something is in its place."""
-    kind, example = ("file", "model.gguf") if config.format == "gguf" else ("folder", "exported")
+    example = ONE_FILE.get(config.format, "exported")
+    kind = "file" if config.format in ONE_FILE else "folder"
     if config.to is None:
         raise UserError(f"export needs a {kind} to write; give one, as --to={example}")
     to = Path(config.to)
@@ -98,6 +104,16 @@ def write_file(loaded, path: Path, to: Path, dtype: str) -> str:
         few = f"{len(exact)} matrices, such as {exact[0]}" if len(exact) > 1 else exact[0]
         print(f"note: {few}: float32, since q8_0 needs rows of a multiple of 32 weights", file=sys.stderr)
     return f"{to}: {size(to)}; for llama.cpp: llama-completion -m {shlex.quote(str(to))} -n 200"
+
+
+def write_checkpoint(loaded, path: Path, to: Path, dtype: str) -> str:
+    """All entries of the checkpoint in one file; as write_folder."""
+    from humptygpt.checkpoint import save
+
+    to.parent.mkdir(parents=True, exist_ok=True)
+    save(to, loaded.saved)
+    more = "what training needs to resume" if "optimizer" in loaded.saved else "the model"
+    return f"{to}: {size(to)}, {more}; python sample.py {shlex.quote(f'--out_dir={to}')}"
 
 
 def generation_config(loaded) -> str:

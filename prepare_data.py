@@ -389,7 +389,8 @@ def make_tokenizer(corpus: Corpus | Pairs, fit: bool) -> Tokenizer:
 
 def pretrained_tokenizer(path: str, corpus: Corpus | Pairs) -> Tokenizer:
     """Of a model's folder, of a run or of nanoGPT's ckpt.pt. Raises UserError."""
-    checkpoint = os.path.isfile(path) or any(os.path.exists(Path(path, name)) for name in ("best.pt", "ckpt.pt"))
+    names = ("best.pt", "ckpt.pt", "best", "ckpt")
+    checkpoint = os.path.isfile(path) or any(os.path.exists(Path(path, name)) for name in names)
     if is_tokenizer(Path(path)) or not checkpoint:
         tokenizer = read_tokenizer(Path(path))
     else:

@@ -18,7 +18,8 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -58,6 +59,7 @@ from humptygpt.optimizers import (
     SCHEDULES,
     MovingAverage,
     Optimizer,
+    clip_gradients,
     freeze,
     learning_rate_at,
     make_optimizer,
@@ -135,7 +137,9 @@ class TrainConfig:
     device: str = setting("auto", "auto: the GPU if there is one; cpu, cuda, cuda:1, mps", "system")
     dtype: str = setting("auto", "auto: what the hardware has", choices=("auto", *DTYPES))
     compile: bool | None = setting(None, "torch.compile; None: on CUDA only")
-    parallel: str = setting("ddp", "of several processes: each has the whole model", choices=distributed.WAYS)
+    parallel: str = setting(
+        "ddp", "of several processes: each has the whole model; fsdp: a part of it", choices=distributed.WAYS
+    )
     backend: str = setting("auto", "of several processes: nccl on CUDA, gloo on a CPU", choices=distributed.BACKENDS)
 
     def __post_init__(self):
@@ -199,9 +203,12 @@ class Run:
     identity: dict  # of the data set, which takes a moment to compute
     processes: Processes = ONE_PROCESS
 
-    def ema_weights(self):
-        """A context in which the model has the averaged weights, if there are any."""
-        return self.ema.ema_weights() if self.ema else nullcontext()
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Within this, the model has the averaged weights, if there are any."""
+        with self.ema.ema_weights() if self.ema else nullcontext():
+            yield
+            self.processes.after_forward(self.model)
 
     def evaluate(self) -> float:
         config = self.config
@@ -222,9 +229,25 @@ class Run:
         return asdict(self.config) | asdict(self.model.config)
 
     def save(self, path: Path, entries: dict) -> None:
-        """Write a checkpoint, in the process that writes."""
-        if self.processes.first:
-            checkpoint.save(path, entries)
+        """Write a checkpoint, path, in the process that writes; of a sharded model a folder, such as ckpt for ckpt.pt.
+
+        All processes have to call this.
+        """
+        self.processes.save(path, entries)
+
+    def load(self, saved: dict) -> None:
+        """Take over the state of a checkpoint, whose weights the model has already."""
+        if saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
+        if next(iter(saved["model"].values())).is_meta:  # sharded: each process reads its part, weights included
+            self.optimizer.steps = saved["optimizer"]["steps"]
+            if self.optimizer.steps:
+                self.optimizer.prepare_state()
+            self.processes.load(Path(self.config.out_dir) / "ckpt.pt", self.state() | self.training_state())
+            return
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.ema and saved.get("ema"):
+            self.ema.load_state_dict(saved["ema"])
 
     def best_state(self) -> dict:
         """The entries of best.pt: see checkpoint.SCHEMA. LoRA is merged, so that it is a model as any other."""
@@ -282,20 +305,20 @@ def train_and_finish(run: Run) -> int:
     try:
         stopped_by = train(run, folder)
     except Diverged as error:
-        good = (folder.path / "ckpt.pt").exists()
-        kept = f"{folder.path}/ckpt.pt is the last good checkpoint" if good else "nothing was saved yet"
+        saved = checkpoint.stored(folder.path / "ckpt.pt")
+        kept = f"{saved} is the last good checkpoint" if saved.exists() else "nothing was saved yet"
         advice = "Try a lower --learning_rate, more --warmup_iters, --grad_clip=1.0 or --dtype=float32"
         if run.processes.first:
             print(f"train.py: the {error}; {kept}. {advice}", file=sys.stderr)
         return 1
-    if not run.processes.first:
-        return distributed.exit_code(stopped_by)
     folder.draw()  # a resumed run may have no step left, and its plot be missing
     out_dir = f"--out_dir={shlex.quote(str(folder.path))}"  # in commands that can be pasted
     if stopped_by:
-        line = f"{signal.Signals(stopped_by).name}: saved {folder.path}/ckpt.pt at iter {run.progress.iter}"
+        saved = checkpoint.stored(folder.path / "ckpt.pt")
+        line = f"{signal.Signals(stopped_by).name}: saved {saved} at iter {run.progress.iter}"
         with suppress(OSError):  # as in catch_signals
-            print(f"{line}; resume: python train.py --init_from=resume {out_dir}", file=sys.stderr)
+            if run.processes.first:
+                print(f"{line}; resume: python train.py --init_from=resume {out_dir}", file=sys.stderr)
     else:
         finish(run, folder, out_dir)
     folder.close()
@@ -328,7 +351,7 @@ def read_settings(
         path = out_dir / "ckpt.pt"
         if locks:
             locks.enter_context(lock_out_dir(out_dir))
-        saved = checkpoint.load(path)
+        saved = checkpoint.load(path, with_tensors=False)
         from_data = ("vocab_size", "ngram_rows")  # None stands for what the checkpoint has
         given = {key: value for key, value in given.items() if key not in from_data or value is not None}
         check_resumable(saved, given, path)
@@ -340,6 +363,8 @@ def read_settings(
     config, model_config = configurator.make(TrainConfig, settings), configurator.make(ModelConfig, settings)
     if locks and not saved:
         locks.enter_context(lock_out_dir(Path(config.out_dir)))
+    if saved and (processes == 1 or config.parallel == "ddp"):
+        saved = with_tensors(saved, path)
 
     import_loggers(asdict(config))  # refused now if one is missing, and not after a long preparation
     if processes == 1:
@@ -350,6 +375,11 @@ def read_settings(
         if key in given:
             note(f"{key}={settings[key]} has no effect {why}")
     return fit_warmup(config, chosen="warmup_iters" in given or saved is not None), model_config, saved, base
+
+
+def with_tensors(saved: dict, path: Path) -> dict:
+    """The checkpoint with its tensors, which of a sharded one were not read yet."""
+    return checkpoint.load(path) if next(iter(saved["model"].values())).is_meta else saved
 
 
 def base_settings(base: BaseModel, given: dict) -> dict[str, object]:
@@ -394,7 +424,7 @@ def is_checkpoint_of(given: dict, path: Path) -> bool:
     Should it be of an earlier run, that was the same run.
     """
     try:
-        saved = checkpoint.load(path)
+        saved = checkpoint.load(path, with_tensors=False)
     except UserError:
         return False
     settings = asdict(configurator.make(TrainConfig, given)) | asdict(configurator.make(ModelConfig, given))
@@ -449,7 +479,7 @@ def setup(
     config: TrainConfig, model_config: ModelConfig, saved: dict | None = None, base: BaseModel | None = None
 ) -> Run:
     """Put a run together; saved: the checkpoint that it resumes. base: the model that it starts from."""
-    processes = distributed.start(config.backend, pick_device(config.device))
+    processes = distributed.start(config.backend, pick_device(config.device), config.parallel)
     device = processes.device
     dtype = pick_dtype(config.dtype, device)
     keep_freed_memory()
@@ -471,6 +501,7 @@ def setup(
         model_config, ngrams = complete_model_config(config, model_config, dataset)
     if not config.eval_only and not config.freeze:  # frozen parameters take less than it counts
         check_training_fits(config, model_config, device, dtype)
+    processes.check_model(model_config, dtype)
     if saved:
         model = checkpoint.restore_model(saved["model"], model_config)
     elif base:
@@ -480,25 +511,19 @@ def setup(
     for stack in (module for module in model.modules() if isinstance(module, models.Stack)):
         stack.checkpoint_activations = config.checkpoint_activations
     freeze(model, config.freeze)
-    model.to(device)
-    processes.broadcast(model)
+    processes.distribute(model)
     optimizer = make_optimizer(config, model)
-    optimizer.spread = processes.spread
+    optimizer.spread, optimizer.total = processes.spread, processes.total
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     ema = MovingAverage(model, config.ema_decay) if config.ema_decay else None
-    progress = Progress()
-    if saved:
-        optimizer.load_state_dict(saved["optimizer"])
-        if saved.get("scaler"):
-            scaler.load_state_dict(saved["scaler"])
-        if ema and saved.get("ema"):
-            ema.load_state_dict(saved["ema"])
-        progress = resume_progress(config, saved)
-    compiled = config.compile or (config.compile is None and device.type == "cuda")
-    net = compile_model(model, dataset, config.batch_size, device, dtype) if compiled else model
     batches = Prefetcher(dataset, processes.stride(accumulation)) if device.type == "cuda" else dataset
-    run = Run(config, dataset, model, net, batches, optimizer, scaler, ema, progress, device, dtype, identity)
+    run = Run(config, dataset, model, model, batches, optimizer, scaler, ema, Progress(), device, dtype, identity)
     run.processes = processes
+    if saved:
+        run.progress = resume_progress(config, saved)
+        run.load(saved)
+    if config.compile or (config.compile is None and device.type == "cuda"):
+        run.net = compile_model(run)
     return run
 
 
@@ -615,17 +640,16 @@ def resume_progress(config: TrainConfig, saved: dict) -> Progress:
     return progress
 
 
-def compile_model(
-    model: nn.Module, dataset: Dataset, batch_size: int, device: torch.device, dtype: torch.dtype
-) -> nn.Module:
+def compile_model(run: Run) -> nn.Module:
     """The model compiled and tried on two batches; where that fails, a note says why and it is the model itself."""
     print("compiling: this takes about a minute", flush=True)
-    batches = [to_device(dataset.batch(index, batch_size), device) for index in range(2)]
+    model, dataset = run.model, run.dataset
+    batches = [to_device(dataset.batch(index, run.config.batch_size), run.device) for index in range(2)]
     try:
         # batches of pairs have many shapes, those of a text one
-        compiled = torch.compile(model, dynamic=True if dataset.task == "translation" else None)
+        compiled = run.processes.compile(model, dynamic=True if dataset.task == "translation" else None)
         for batch in batches:
-            with autocast(device, dtype):
+            with autocast(run.device, run.dtype):
                 compiled(**batch)[1].backward()
                 with torch.no_grad():
                     model.eval()
@@ -634,10 +658,13 @@ def compile_model(
     except Exception as error:  # compilers fail in as many ways as there are machines
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         note(f"torch.compile fails here ({reason}); training uncompiled")
+        for module in model.modules():
+            vars(module).pop("forward", None)  # a compiled one
         return model
     finally:
         model.zero_grad()
         model.train()
+        run.processes.after_forward(model)
     return compiled
 
 
@@ -693,10 +720,11 @@ def describe_cost(run: Run) -> str:
 def evaluate_only(run: Run) -> str:
     with run.ema_weights():
         text = f"{evaluation.describe(evaluation.measures(run.evaluate(), run.dataset))} at iter {run.progress.iter}"
-        if run.dataset.task == "translation" and run.processes.first:
-            dtype = sample_dtype(run.config.dtype, run.device)
-            scores = evaluation.score_translations(run.model, run.dataset, run.device, dtype)
-            text += f"\n{evaluation.describe_translations(scores)}"
+        if run.dataset.task == "translation":
+            model, dtype = run.processes.whole_model(run.model), sample_dtype(run.config.dtype, run.device)
+            if run.processes.first:
+                scores = evaluation.score_translations(model, run.dataset, run.device, dtype)
+                text += f"\n{evaluation.describe_translations(scores)}"
     return text
 
 
@@ -762,6 +790,7 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     (tokens,) = processes.sum(sum(part.tokens for part in parts))
     mean_loss = torch.zeros((), device=run.device)
     for part in parts:
+        processes.before_backward(run.model, last=part is parts[-1])
         drops = model_config.dropout or model_config.ngram_dropout
         with part.same_dropout(config.seed, run.device) if drops else nullcontext():
             with autocast(run.device, run.dtype):
@@ -773,7 +802,7 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     run.scaler.unscale_(run.optimizer)
     # Adagrad, which takes the sparse gradients, needs no clipping
     dense = [p for p in run.model.parameters() if p.grad is not None and not p.grad.is_sparse]
-    grad_norm = nn.utils.clip_grad_norm_(dense, config.grad_clip or math.inf)
+    grad_norm = clip_gradients(dense, config.grad_clip or math.inf)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
@@ -841,9 +870,10 @@ def evaluate_and_record(run: Run, folder: RunFolder, bar: tqdm) -> bool:
         folder.record(stamp(progress) | row)
         best = ", the best so far" if improved else ""
         write_line(bar, f"iter {progress.iter}: {evaluation.describe(row)}{best}")
-        if run.dataset.task == "translation" and run.processes.first:
-            dtype = sample_dtype(run.config.dtype, run.device)
-            write_line(bar, evaluation.translate_examples(run.model, run.dataset, run.device, dtype))
+        if run.dataset.task == "translation":
+            model, dtype = run.processes.whole_model(run.model), sample_dtype(run.config.dtype, run.device)
+            if run.processes.first:
+                write_line(bar, evaluation.translate_examples(model, run.dataset, run.device, dtype))
         if improved:
             run.save(folder.path / "best.pt", run.best_state())
             if run.model.config.lora_rank and run.processes.first:
@@ -878,23 +908,29 @@ def write_line(bar: tqdm, line: str) -> None:
 
 
 def finish(run: Run, folder: RunFolder, out_dir: str) -> None:
-    """Show what the model can do: a sample of text, or the score of its translations."""
-    progress, best = run.progress, folder.path / "best.pt"
+    """Show in the first process what the model can do: a sample of text, or the score of its translations."""
+    with run.ema_weights():
+        model = run.processes.whole_model(run.model)
+        if run.processes.first:
+            show(run, model, folder, out_dir)
+
+
+def show(run: Run, model: nn.Module, folder: RunFolder, out_dir: str) -> None:
+    progress, best = run.progress, checkpoint.stored(folder.path / "best.pt")
     dtype = sample_dtype(run.config.dtype, run.device)
     if progress.iter < run.config.max_iters:
         evaluations = "evaluation" if progress.evals_since_best == 1 else "evaluations"
         print(f"stopped early: {progress.evals_since_best} {evaluations} without a lower validation loss")
-    with run.ema_weights():
-        if run.dataset.task == "translation":
-            # best.pt translates best, and sample.py takes it
-            model = checkpoint.load_model(best).model.to(run.device) if best.exists() else run.model
-            scores = evaluation.score_translations(model, run.dataset, run.device, dtype)
-            folder.record(stamp(progress) | {"test_bleu": scores["bleu"], "test_chrf": scores["chrf"]})
-            print(evaluation.describe_translations(scores))
-            print(f'translate: python sample.py {out_dir} --start="..."')
-        else:
-            print(f"\n{evaluation.sample_text(run.model, run.dataset.tokenizer, run.device, dtype)}\n")
-            print(f"more of this: python sample.py {out_dir}")
+    if run.dataset.task == "translation":
+        # best.pt translates best, and sample.py takes it
+        model = checkpoint.load_model(best).model.to(run.device) if best.exists() else model
+        scores = evaluation.score_translations(model, run.dataset, run.device, dtype)
+        folder.record(stamp(progress) | {"test_bleu": scores["bleu"], "test_chrf": scores["chrf"]})
+        print(evaluation.describe_translations(scores))
+        print(f'translate: python sample.py {out_dir} --start="..."')
+    else:
+        print(f"\n{evaluation.sample_text(model, run.dataset.tokenizer, run.device, dtype)}\n")
+        print(f"more of this: python sample.py {out_dir}")
     print(f"best val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}")
 
 

@@ -40,7 +40,7 @@ class BaseModel(NamedTuple):
 def load_base(name: str, which: str = "best") -> BaseModel:
     """The model that init_from=name means; which: best or latest, of a run. Raises UserError."""
     path = find_base(name, which)
-    if path.is_dir():
+    if path.is_dir() and not (path / checkpoint.SHARDED).exists():
         config, weights = pretrained.read_pretrained(path)
         tokenizer = read_tokenizer(path)
         base = BaseModel(path, config, weights, tokenizer, "language modelling", f"{path}")
@@ -62,10 +62,12 @@ def find_base(name: str, which: str = "best") -> Path:
         if repo := hub.repository(name):
             return hub.fetch_model(repo, pretrained.check_supported)
         raise UserError(f"init_from={name}: there is no such file or folder{nearest_path(name)}")
+    if (path / checkpoint.SHARDED).exists():
+        return path
     names = ("best.pt", "ckpt.pt") if which == "best" else ("ckpt.pt",)
     for file in names:
-        if os.path.exists(path / file):
-            return path / file
+        if os.path.exists(found := checkpoint.stored(path / file)):
+            return found
     weights = ("config.json", "model.safetensors", "pytorch_model.bin")
     if any(os.path.exists(path / file) for file in weights):
         return path
@@ -75,7 +77,7 @@ def find_base(name: str, which: str = "best") -> Path:
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a run or of a nanoGPT checkpoint. Raises UserError."""
     path = find_base(str(path))
-    if path.is_dir():
+    if path.is_dir() and not (path / checkpoint.SHARDED).exists():
         return read_tokenizer(path)
     saved = checkpoint.read(path, mapped=sys.platform == "linux")
     if is_nanogpt(saved):

@@ -19,11 +19,12 @@ import model as models
 from humptygpt import configurator, limits, lora
 from humptygpt import tokenizer as tokenizers
 from humptygpt.configurator import UserError, nearest_path
-from humptygpt.files import write_whole
+from humptygpt.files import remove, write_whole
 from humptygpt.optimizers import STATE, freeze, group_parameters, trained_parameters, update_rules
 from humptygpt.schema import check_schema
 from humptygpt.tokenizer import Tokenizer
 
+SHARDED = ".metadata"  # the file that makes a folder a sharded checkpoint
 FORMAT = "gpt checkpoint 3"  # a change of the schema gets a new number
 CONFIG = {str: (int, float, bool, str, None)}
 SCALER = dict.fromkeys(("scale", "growth_factor", "backoff_factor"), float)
@@ -62,11 +63,31 @@ def save(path: Path, entries: dict) -> None:
 
 def find_checkpoint(out_dir: Path, which: str) -> Path:
     """best.pt or ckpt.pt; the latest one where no evaluation has found a best."""
-    path = out_dir / {"best": "best.pt", "latest": "ckpt.pt"}[which]
-    if which == "best" and not os.path.exists(path) and os.path.exists(path.with_name("ckpt.pt")):
-        path = path.with_name("ckpt.pt")
+    if (out_dir / SHARDED).exists():
+        return out_dir
+    path = stored(out_dir / {"best": "best.pt", "latest": "ckpt.pt"}[which])
+    latest = stored(out_dir / "ckpt.pt")
+    if which == "best" and not os.path.exists(path) and os.path.exists(latest):
+        path = latest
         print(f"note: no evaluation has found a best model yet; taking {path}", file=sys.stderr)
     return path
+
+
+def stored(path: Path) -> Path:
+    """path, such as ckpt.pt, or the folder of a sharded checkpoint instead, such as ckpt: the later of both."""
+    folders = (path.with_suffix(""), path.with_suffix(".old"))  # the second: where a replacement was interrupted
+    folder = next((folder for folder in folders if (folder / SHARDED).exists()), None)
+    if path.suffix != ".pt" or folder is None:
+        return path
+    older = os.path.exists(path) and path.stat().st_mtime > (folder / SHARDED).stat().st_mtime
+    return path if older else folder
+
+
+def remove_sharded(path: Path) -> None:
+    """A sharded checkpoint that was there before this one, such as ckpt.pt."""
+    for folder in (path.with_suffix(""), path.with_suffix(".old")):
+        if (folder / SHARDED).exists():
+            remove(folder)
 
 
 def load_model(path: Path, mapped: bool = False) -> Loaded:
@@ -89,17 +110,21 @@ def restore_model(weights: dict[str, Tensor], config: models.ModelConfig) -> nn.
     return model
 
 
-def load(path: Path, mapped: bool = False) -> dict:
+def load(path: Path, mapped: bool = False, with_tensors: bool = True) -> dict:
     """Read a checkpoint onto the CPU and check all of it.
 
     mapped: its tensors stay in the file until they are used; they can be changed, but the file does not change.
+    with_tensors=False: those of a sharded checkpoint are on the meta device instead.
     Raises UserError for a file that is missing, damaged, of another kind, or would run code.
     """
-    return check(path, read(path, mapped))
+    path = stored(path)
+    return check(path, read(path, mapped, with_tensors), "cpu" if with_tensors or not os.path.isdir(path) else "meta")
 
 
-def read(path: Path, mapped: bool = False) -> object:
-    """What is in the file, which may be no checkpoint of ours; mapped and errors: as in load."""
+def read(path: Path, mapped: bool = False, with_tensors: bool = True) -> object:
+    """What is in the file, or sharded checkpoint, which may be none of ours; the rest as in load."""
+    if ((path := stored(path)) / SHARDED).exists():
+        return read_sharded(path, with_tensors)
     try:
         path.open("rb").close()
     except FileNotFoundError as error:
@@ -118,8 +143,21 @@ def read(path: Path, mapped: bool = False) -> object:
         ) from error
 
 
-def check(path: Path, saved: object) -> dict:
-    """What was read from path, if it is a checkpoint; in the present format."""
+def read_sharded(path: Path, with_tensors: bool) -> dict:
+    from humptygpt import sharded_checkpoint  # here, since it takes a second to load
+
+    try:
+        return sharded_checkpoint.read(path, with_tensors)
+    except UserError:
+        raise
+    except Exception as error:  # as in read()
+        if limits.is_out_of_memory(error):
+            raise
+        raise damaged(path, error) from error
+
+
+def check(path: Path, saved: object, device: str = "cpu") -> dict:
+    """What was read from path, if it is a checkpoint; in the present format. device: of all tensors."""
     if isinstance(saved, dict) and "model_args" in saved and "format" not in saved:
         raise UserError(f"{path} is a checkpoint of nanoGPT; write {shlex.quote(f'--init_from={path}')}")
     if not isinstance(saved, dict) or saved.get("format") not in (FORMAT, FORMAT_2):
@@ -128,7 +166,7 @@ def check(path: Path, saved: object) -> dict:
         if saved["format"] == FORMAT_2:
             saved = from_format_2(saved)
         check_schema(saved, SCHEMA)
-        check_content(saved)
+        check_content(saved, device)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         if limits.is_out_of_memory(error):
             raise
@@ -160,7 +198,7 @@ def damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} is damaged: {reason}")
 
 
-def check_content(saved: dict) -> None:
+def check_content(saved: dict, device: str) -> None:
     """Raise ValueError where the entries, each of the right type, do not fit together."""
     for key, value in saved["train_config"].items():
         if type(value) is str and not value.isprintable():
@@ -175,19 +213,20 @@ def check_content(saved: dict) -> None:
     if config.n_layer > len(weights) or (config.n_embd,) != n_embd:  # found before something huge is built
         raise ValueError("model_config does not describe these weights")
     model = build_on_meta(config)
-    check_tensors("model", weights, model.state_dict())
+    check_tensors("model", weights, model.state_dict(), device)
     first = {}  # of the names of one parameter
     for name, p in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(p, name) != name and not torch.equal(weights[name], weights[first[p]]):
+        same = weights[name] is weights[first.setdefault(p, name)]
+        if not same and not torch.equal(weights[name], weights[first[p]]):
             raise ValueError(f"model.{name} must equal model.{first[p]}, to which it is tied")
     if "optimizer" in saved:
         freeze(model, saved["train_config"].get("freeze"))
     if saved.get("ema") is not None:
-        check_tensors("ema", saved["ema"], trained_parameters(model))
+        check_tensors("ema", saved["ema"], trained_parameters(model), device)
     if "optimizer" in saved:
         if bool(saved["train_config"].get("ema_decay")) != (saved.get("ema") is not None):
             raise ValueError("ema does not fit ema_decay")
-        check_optimizer(saved["optimizer"], model, saved["train_config"].get("optimizer", "adamw"))
+        check_optimizer(saved["optimizer"], model, saved["train_config"].get("optimizer", "adamw"), device)
     progress = saved["progress"]
     if unknown := progress.keys() - PROGRESS.keys():
         raise ValueError(f"progress.{min(unknown)} is unknown")
@@ -196,7 +235,7 @@ def check_content(saved: dict) -> None:
         raise ValueError(f"progress has seconds={seconds} and best_val_loss={best}")
 
 
-def check_optimizer(optimizer: dict, model: nn.Module, name: str) -> None:
+def check_optimizer(optimizer: dict, model: nn.Module, name: str, device: str) -> None:
     """Raise ValueError unless there is the state of every parameter; name: a key of OPTIMIZERS."""
     expected, rules = {}, update_rules(name)
     for group, members in group_parameters(model).items():
@@ -207,7 +246,7 @@ def check_optimizer(optimizer: dict, model: nn.Module, name: str) -> None:
     for parameter, state in optimizer["state"].items():
         if parameter not in expected:
             raise ValueError(f"optimizer.{parameter} is unknown")
-        check_tensors(f"optimizer.{parameter}", state, expected[parameter])
+        check_tensors(f"optimizer.{parameter}", state, expected[parameter], device)
 
 
 def build_on_meta(config: models.ModelConfig) -> nn.Module:
@@ -231,14 +270,14 @@ class WithoutValues(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def check_tensors(entry: str, tensors: dict[str, Tensor], like: dict[str, Tensor]) -> None:
-    """Raise ValueError where names, shapes, dtypes or layouts differ."""
+def check_tensors(entry: str, tensors: dict[str, Tensor], like: dict[str, Tensor], device: str) -> None:
+    """Raise ValueError where names, shapes, dtypes, layouts or devices differ."""
     if tensors.keys() != like.keys():
         name = min(tensors.keys() ^ like.keys())
         raise ValueError(f"{entry}.{name} is {'unknown' if name in tensors else 'missing'}")
     for name, tensor in tensors.items():
         dtype, shape = like[name].dtype, like[name].shape
-        dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
+        dense = tensor.layout == torch.strided and tensor.device.type == device and tensor.is_contiguous()
         if not dense or (tensor.dtype, tensor.shape) != (dtype, shape):
             raise ValueError(f"{entry}.{name} must be a dense tensor of {dtype} and shape {tuple(shape)}")
 

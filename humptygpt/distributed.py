@@ -1,13 +1,14 @@
-"""Several processes that train one model together, started by torchrun: data parallelism (DDP).
+"""Several processes that train one model together, started by torchrun: data parallelism.
 
     torchrun --standalone --nproc_per_node=2 train.py CONFIG
 
-Every process has the whole model and a part of each step's batch. They add up their gradients, so that a step has the
-tokens of one process, and all take the same step. One process, the first, writes and reports.
+Every process takes a part of each step's batch. They add up their gradients, so that a step has the tokens of one
+process, and all take the same step. With DDP every process has the whole model, with FSDP a part of it: see
+sharding.py. One process, the first, writes and reports.
 
-The gradients are added up here, after the last backward pass of a step, and not by torch's DistributedDataParallel:
-that takes no part without sentence pairs, wants a hook to leave out all passes but the last, wraps the model, and on a
-CPU, where computing and sending share the cores, it is no faster.
+With DDP the gradients are added up here, after the last backward pass of a step, and not by torch's
+DistributedDataParallel: that takes no part without sentence pairs, wants a hook to leave out all passes but the last,
+wraps the model, and on a CPU, where computing and sending share the cores, it is no faster.
 """
 
 import datetime
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from humptygpt import layers
+from humptygpt import checkpoint, layers
 from humptygpt.batches import Dataset, Prefetcher, random_key
 from humptygpt.configurator import UserError
 
@@ -39,7 +40,7 @@ ABSENCE = datetime.timedelta(minutes=10)  # the longest that a sum waits for a p
 DONE = "done"
 WAY_OUT = "the run ends; its last checkpoint is whole: --init_from=resume continues from it"
 BACKENDS = ("auto", "gloo", "nccl")
-WAYS = ("ddp",)
+WAYS = ("ddp", "fsdp")
 
 
 class Lost(UserError):
@@ -131,6 +132,8 @@ class Processes:
     device: torch.device | None = None  # of this process
     heartbeat: Heartbeat | None = field(default=None, compare=False)
 
+    sharded = False  # FSDP: a model in parts, see sharding.ShardedProcesses
+
     @property
     def first(self) -> bool:
         """Whether this is the process that writes and reports."""
@@ -162,7 +165,7 @@ class Processes:
             counts = parts == 1 or end > start
             yield Part(index, batch, int((batch["targets"] >= 0).sum()) if counts else 0, rows)
 
-    def alternate(self, batches: Iterator) -> Iterator:
+    def alternate(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         """Every size-th batch, beginning with number rank."""
         return islice(batches, self.rank, None, self.size)
 
@@ -221,13 +224,46 @@ class Processes:
         dist.all_gather_into_tensor(found, x.contiguous())
         return found
 
-    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """function(x), x: (n, ...), whose n items do not depend on each other: each process computes some of them."""
+    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+        """function(x), x: (n, rows, columns), whose n matrices are independent: each process computes some of them."""
         if self.size == 1:
             return function(x)
         most = -(-len(x) // self.size)
         mine = x[self.rank * most : (self.rank + 1) * most]
         return self.gather(pad(function(mine) if len(mine) else mine, most))[: len(x)]
+
+    total = None  # where matrices are in parts, their sum over the processes
+
+    # ----------------------------------------------------------------------------------
+    # The model
+
+    def check_model(self, model_config: object, dtype: torch.dtype) -> None:
+        """Raise UserError where these processes cannot train such a model; model_config: a ModelConfig."""
+
+    def distribute(self, model: nn.Module) -> None:
+        """On the device; each process has the whole model."""
+        model.to(self.device)
+        self.broadcast(model)
+
+    def compile(self, model: nn.Module, dynamic: bool | None) -> nn.Module:
+        """The same compiled."""
+        return torch.compile(model, dynamic=dynamic)
+
+    def before_backward(self, model: nn.Module, last: bool) -> None:
+        """last: of a step's micro-batches of this process."""
+
+    def after_forward(self, model: nn.Module) -> None:
+        """Before the weights change otherwise than by a step."""
+
+    def whole_model(self, model: nn.Module) -> nn.Module | None:
+        """With which the first process can compute while the others do not; all have to call this."""
+        return model
+
+    def save(self, path: Path, entries: dict) -> None:
+        """Write a checkpoint such as ckpt.pt, in the first process; all have to call this."""
+        if self.first:
+            checkpoint.save(path, entries)
+            checkpoint.remove_sharded(path)
 
     # ----------------------------------------------------------------------------------
     # Order
@@ -412,8 +448,8 @@ def connect(serves: bool, timeout: datetime.timedelta) -> dist.Store:
     return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def start(backend: str, device: torch.device) -> Processes:
-    """Meet the other processes, if there are any. Raises UserError where they cannot be met."""
+def start(backend: str, device: torch.device, parallel: str = "ddp") -> Processes:
+    """Meet the other processes, if there are any; parallel: of WAYS. Raises UserError where they cannot be met."""
     rank, size = launched()
     if size == 1:
         return Processes(device=device)
@@ -435,4 +471,7 @@ def start(backend: str, device: torch.device) -> Processes:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the processes cannot meet at {where} ({reason}); take another --master_port") from error
-    return Processes(rank, size, device, Heartbeat(rank, size))
+    processes = Processes
+    if parallel == "fsdp":
+        from humptygpt.sharding import ShardedProcesses as processes  # here, since it takes a second to load
+    return processes(rank, size, device, Heartbeat(rank, size))

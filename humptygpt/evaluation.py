@@ -34,8 +34,9 @@ def evaluate(
         tokens = int((batch["targets"] >= 0).sum())
         with autocast(device, dtype):
             _, loss = model(**to_device(batch, device))
-        total += loss * tokens
-        count += tokens
+        if tokens:
+            total += loss * tokens
+            count += tokens
     model.train()
     loss, count = processes.sum(float(total), count)
     return loss / count

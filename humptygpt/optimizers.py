@@ -23,7 +23,9 @@ class Optimizer:
         self.param_groups = groups
         self.state: dict[str, dict[str, Tensor]] = {}
         self.steps = 0
-        self.spread = lambda function, x: function(x)  # several processes divide its items: Processes.spread
+        # several processes divide the matrices: Processes.spread, sharding.spread_rows and sharding.total
+        self.spread = lambda function, x, rows: function(x)
+        self.total: Callable[[Tensor], Tensor] | None = None
 
     def set_lr(self, scale: float) -> None:
         """Each group's learning rate becomes scale times its peak."""
@@ -56,17 +58,23 @@ class Optimizer:
         for group in self.param_groups:
             for name, p in zip(group["names"], group["params"], strict=True):
                 if name in saved["state"]:
-                    self.state[name] = {key: value.to(p.device) for key, value in saved["state"][name].items()}
+                    self.state[name] = {key: own_part(value, p) for key, value in saved["state"][name].items()}
 
     def get_state(self, rule: Callable, key: str, params: dict[str, Tensor]) -> list[Tensor]:
-        """What the rule keeps of each parameter under this key; zeros at first."""
+        """What the rule keeps of each parameter under this key, of this process; zeros at first."""
         found = []
         for name, p in params.items():
             state = self.state.setdefault(name, {})
             if key not in state:
                 state[key] = torch.zeros_like(STATE[rule][key](p))
-            found.append(state[key])
+            found.append(local(state[key]))
         return found
+
+    def prepare_state(self) -> None:
+        """Make the state of every parameter, which is else made in the first step."""
+        for group in self.param_groups:
+            for key in STATE[group["rule"]]:
+                self.get_state(group["rule"], key, dict(zip(group["names"], group["params"], strict=True)))
 
 
 def adamw(optimizer: Optimizer, group: dict, params: dict[str, Tensor]) -> None:
@@ -74,7 +82,7 @@ def adamw(optimizer: Optimizer, group: dict, params: dict[str, Tensor]) -> None:
 
     Source: Loshchilov and Hutter 2017, arXiv:1711.05101.
     """
-    weights, gradients = list(params.values()), [p.grad for p in params.values()]
+    weights, gradients = [local(p) for p in params.values()], [local(p.grad) for p in params.values()]
     exp_avg, exp_avg_sq = (optimizer.get_state(adamw, key, params) for key in STATE[adamw])
     beta1, beta2 = group["betas"]
     # One kernel for all parameters, the one behind torch.optim.AdamW(fused=True). It is private to torch: should it go,
@@ -107,14 +115,15 @@ def muon(optimizer: Optimizer, group: dict, params: dict[str, Tensor]) -> None:
     for name, p in params.items():
         by_shape.setdefault(tuple(p.shape), {})[name] = p
     for (rows, columns), alike in by_shape.items():
-        weights = list(alike.values())
-        gradients = torch.stack([p.grad for p in weights])  # (n, rows, columns)
+        weights = [local(p) for p in alike.values()]
+        gradients = torch.stack([local(p.grad) for p in alike.values()])  # (n, rows, columns); sharded, fewer rows
         momentum = optimizer.get_state(rule, "momentum_buffer", alike)
         torch._foreach_lerp_(momentum, list(gradients), 1 - group["momentum"])
         gradients = gradients.lerp_(torch.stack(momentum), group["momentum"])  # Nesterov: one look ahead
-        updates = optimizer.spread(orthogonalize, gradients)
+        updates = optimizer.spread(orthogonalize, gradients, rows)
         if rule is normuon:
-            updates = normalize_neurons(updates, optimizer.get_state(rule, "second_moment_buffer", alike), group)
+            second_moment = optimizer.get_state(rule, "second_moment_buffer", alike)
+            updates = normalize_neurons(updates, second_moment, group, (rows, columns), optimizer.total)
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(weights, list(updates), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
@@ -124,17 +133,34 @@ def normuon(optimizer: Optimizer, group: dict, params: dict[str, Tensor]) -> Non
     muon(optimizer, group, params)
 
 
-def normalize_neurons(updates: Tensor, second_moment: list[Tensor], group: dict) -> Tensor:
+def normalize_neurons(
+    updates: Tensor,
+    second_moment: list[Tensor],
+    group: dict,
+    shape: tuple[int, int] | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Each neuron's part of the updates, (n, rows, columns), over its root mean square of the last steps.
 
     In an orthogonal update some neurons move much less than others; so all move at about one speed, and a whole matrix
     as fast as without it. A neuron has a row, or a column of a matrix with more columns than rows; second_moment: n, as
-    per_neuron() has it, is brought up to date.
+    per_neuron() has it, is brought up to date. Where this process has only some of the rows, shape is that of a whole
+    matrix, and total adds up over all processes.
     """
-    mean_square = updates.square().mean(dim=2 if updates.shape[1] >= updates.shape[2] else 1, keepdim=True)
+
+    def norm(x: Tensor) -> Tensor:
+        found = x.norm(dim=(1, 2), keepdim=True)
+        return total(found.square()).sqrt() if total else found
+
+    rows, columns = shape or updates.shape[1:]
+    if rows >= columns:
+        mean_square = updates.square().mean(dim=2, keepdim=True)
+    else:
+        square = updates.square().sum(dim=1, keepdim=True)
+        mean_square = (total(square) if total else square) / rows
     torch._foreach_lerp_(second_moment, list(mean_square), 1 - group["betas"][1])
     normalized = updates * (torch.stack(second_moment) + 1e-10).rsqrt()
-    return normalized * (updates.norm(dim=(1, 2), keepdim=True) / (normalized.norm(dim=(1, 2), keepdim=True) + 1e-10))
+    return normalized * (norm(updates) / (norm(normalized) + 1e-10))
 
 
 def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
@@ -179,6 +205,29 @@ def per_row(p: Tensor) -> Tensor:
 
 def per_neuron(p: Tensor) -> Tensor:
     return p[:, :1] if p.shape[0] >= p.shape[1] else p[:1]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: all, or its rows of a sharded one."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def own_part(value: Tensor, p: Tensor) -> Tensor:
+    """The saved state of a parameter on its device; of a sharded one, the part of this process."""
+    if not hasattr(p, "to_local"):
+        return value.to(p.device)
+    from humptygpt import sharding  # here, since it takes a second to load
+
+    return sharding.own_part(value, p)
+
+
+def clip_gradients(parameters: list[Tensor], max_norm: float) -> Tensor:
+    """Scale the gradients so that their norm together is at most this, and return the norm before."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if hasattr(norm, "full_tensor"):  # sharded: of the parts of all processes
+        norm = norm.full_tensor()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 # The rule for the matrices of the blocks; AdamW trains the rest
@@ -255,7 +304,8 @@ class MovingAverage:
     def update(self, steps: int) -> None:
         """After this many steps of the optimizer."""
         weight = 1 - min(self.decay, (1 + steps) / (10 + steps))
-        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), weight)
+        averages, weights = ([local(x) for x in kept.values()] for kept in (self.averages, self.parameters))
+        torch._foreach_lerp_(averages, weights, weight)
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -266,12 +316,17 @@ class MovingAverage:
         finally:
             self.swap()
 
+    @torch.no_grad()
     def swap(self) -> None:
+        """The numbers and not the tensors, of which whoever shards or compiles a model has its own."""
         for name, p in self.parameters.items():
-            self.averages[name], p.data = p.data, self.averages[name]
+            average, weight = local(self.averages[name]), local(p)
+            kept = average.clone()
+            average.copy_(weight)
+            weight.copy_(kept)
 
     def load_state_dict(self, averages: dict[str, Tensor]) -> None:
-        self.averages = {name: averages[name].to(p.device) for name, p in self.parameters.items()}
+        self.averages = {name: own_part(averages[name], p) for name, p in self.parameters.items()}
 
 
 # --------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from humptygpt.configurator import UserError
 from humptygpt.locks import Lock
 
 FILES = ("ckpt.pt", "best.pt", "adapter", "metrics.jsonl", "loss.png", "config.json", "wandb_id", "tensorboard")
+FILES += ("ckpt", "ckpt.old", "best", "best.old")  # sharded
 
 
 def lock_out_dir(out_dir: Path) -> Lock:

@@ -204,7 +204,7 @@ def on_clusters(model: nn.Module, whole: Memory, sequences: int, card: Card = H1
         sharded = whole.total > card.memory
         size = sharded_bytes(whole, cards, largest) if sharded else whole.total
         seconds = step_seconds(flops, parameters, cards, card, sharded=sharded)
-        way = "sharded (FSDP, not built yet)" if sharded else "DDP"
+        way = "FSDP" if sharded else "DDP"
         fits = "" if size <= card.memory else ", which does not fit"
         lines.append(f"  {cards:>5,} {card.name}: {seconds:.3g} s a step, {size / 1e9:.3g} GB each{fits}, {way}{more}")
     return lines

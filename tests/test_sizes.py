@@ -133,5 +133,5 @@ def test_ddp_ends_where_a_card_cannot_hold_the_model():
     model = sizes.build_on_meta(TINY)
     small, large = Memory(10**9, 10**9, 10**9, 0, 0), Memory(10**11, 10**11, 10**11, 0, 0)
     assert all(line.endswith("DDP") for line in sizes.on_clusters(model, small, 2000))
-    assert all("sharded" in line for line in sizes.on_clusters(model, large, 2000))
+    assert all("FSDP" in line for line in sizes.on_clusters(model, large, 2000))
     assert sizes.on_clusters(model, small, 500)[2].endswith("DDP, with 1,024 sequences a step")

@@ -1,0 +1,267 @@
+"""Sharded, several processes train as one does; their checkpoints are whole, and any number of processes reads them."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_RUN, assert_same_weights, read_rows
+from test_distributed import PAIRS, RUNS, complaints, count_matrices, dying, launch, losses
+
+import export
+import sample
+import train
+from humptygpt import checkpoint, optimizers, sharded_checkpoint
+
+OUT = Path("out/run")
+FSDP = [*TINY_RUN, "--n_embd=34", "--parallel=fsdp"]  # 34 rows, which 4 processes do not divide evenly
+SHARDED = {name: options for name, options in RUNS.items() if name != "n-grams"}
+SHARDED["Muon"] = [*SHARDED["Muon"], "--ema_decay=0.9", "--dropout=0.2", "--gradient_accumulation_steps=4"]
+SHARDED["checkpointed activations"] = [*RUNS["micro-batches are divided"], "--checkpoint_activations=True"]
+SHARDED["clipped, untied, gated"] = ["--grad_clip=0.1", "--tie_weights=False", "--mlp=gated", "--position=rotary"]
+USUAL = {("micro-batches are divided", 2), ("both, 2 micro-batches", 4)}
+CASES = [(name, size, 12) for name, size in USUAL] + [(name, size, 50) for name in SHARDED for size in (2, 4)]
+KEPT = ["--learning_rate=3e-3", "--eval_iters=3"]
+
+
+@pytest.mark.parametrize(
+    "name, size, steps",
+    [pytest.param(*case, marks=() if case[2] == 12 else pytest.mark.long) for case in sorted(CASES)],
+)
+def test_sharded_processes_have_the_losses_of_one(run_train, monkeypatch, name, size, steps):
+    # Muon rounds to bfloat16 where it can, so that the smallest difference grows
+    monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda device: False)
+    argv = [*KEPT, *SHARDED[name], "--n_embd=34" if "rotary" not in str(SHARDED[name]) else "--n_embd=36"]
+    argv += [f"--max_iters={steps}", f"--eval_interval={steps // 2}"]
+    one = run_train(*argv)
+    assert launch(size, *TINY_RUN, *argv, "--parallel=fsdp") == [0] * size
+    several = read_rows(OUT)
+    assert [(row["iter"], row["tokens"]) for row in several] == [(row["iter"], row["tokens"]) for row in one]
+    tolerance = 1e-3 if "uon" in str(argv) else 1e-5
+    assert losses(several) == pytest.approx(losses(one), rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--max_iters=6"],
+        pytest.param(["--max_iters=50"], marks=pytest.mark.long),
+        pytest.param(["--model=gpt", "--batch_size=4", "--max_iters=50"], marks=pytest.mark.long),
+    ],
+)
+def test_sharded_processes_have_the_losses_of_one_on_sentence_pairs(pairs, run_train, options):
+    argv = [*PAIRS, "--eval_interval=25", *options]
+    one = run_train(*argv)
+    size = 2 if "--max_iters=6" in options else 4
+    assert launch(size, *TINY_RUN, *argv, "--parallel=fsdp") == [0] * size
+    several = read_rows(OUT)
+    assert [row["iter"] for row in several] == [row["iter"] for row in one]
+    assert losses(several[:-1]) == pytest.approx(losses(one[:-1]), rel=1e-5)
+    assert several[-1]["test_bleu"] == one[-1]["test_bleu"]
+
+
+def test_sharded_each_matrix_is_orthogonalised_whole_by_one_process(tiny):
+    assert launch(2, *FSDP, "--optimizer=normuon", "--n_layer=3", main=count_matrices) == [0, 0]
+    counts = [json.loads(Path(f"counts{rank}").read_text())["matrices"] for rank in range(2)]
+    assert sum(counts) == 6 * 3 * 6 and min(counts) >= 6 * 8  # steps, layers, matrices of each
+
+
+# --------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def stopping_at_4(argv: list[str]) -> int:
+    """Train, and send SIGTERM to this process after its fourth step begins, if it is the first."""
+    step = train.train_step
+
+    def step_and_signal(run, it):
+        if it == 3 and run.processes.first:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, it)
+
+    train.train_step = step_and_signal
+    return train.main(argv)
+
+
+def test_saved_by_4_processes_it_is_resumed_by_2_and_by_1(run_train, monkeypatch):
+    monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda device: False)
+    argv = ["--n_embd=34", "--optimizer=normuon", "--ema_decay=0.5", "--gradient_accumulation_steps=4"]
+    resume = ["--init_from=resume", "--out_dir=out/run"]
+    rows = run_train(*argv)
+    assert launch(4, *TINY_RUN, *argv, "--parallel=fsdp", main=stopping_at_4) == [128 + signal.SIGTERM] * 4
+    assert "saved out/run/ckpt at iter 4" in Path("stderr0").read_text()
+    assert [path.name for path in OUT.glob("ckpt*")] == ["ckpt"]
+    shutil.copytree(OUT, "out/four")
+    assert launch(2, *resume) == [0, 0]
+    assert losses(read_rows(OUT)) == pytest.approx(losses(rows), rel=1e-4)
+    shutil.rmtree(OUT)
+    shutil.copytree("out/four", OUT)
+    assert train.main(resume) == 0
+    assert losses(read_rows(OUT)) == pytest.approx(losses(rows), rel=1e-4)
+    assert (OUT / "ckpt.pt").exists() and not (OUT / "ckpt").exists()  # of one process
+
+
+@pytest.mark.long
+def test_4_sharded_processes_resume_bit_for_bit(tiny):
+    argv = [*FSDP, "--optimizer=normuon", "--ema_decay=0.5", "--dropout=0.2", "--gradient_accumulation_steps=4"]
+    assert launch(4, *argv) == [0] * 4
+    rows, whole = read_rows(OUT), checkpoint.load(OUT / "ckpt.pt")
+    assert launch(4, *argv, main=stopping_at_4) == [128 + signal.SIGTERM] * 4
+    assert checkpoint.load(OUT / "ckpt.pt")["progress"]["iter"] == 4
+    assert launch(4, "--init_from=resume", "--out_dir=out/run") == [0] * 4
+    assert read_rows(OUT) == rows
+    again = checkpoint.load(OUT / "ckpt.pt")
+    for kind in ("model", "ema"):
+        assert_same_weights(again[kind], whole[kind])
+    for name, state in whole["optimizer"]["state"].items():
+        assert_same_weights(again["optimizer"]["state"][name], state)
+
+
+def test_a_checkpoint_of_one_process_is_resumed_sharded(run_train, monkeypatch):
+    monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda device: False)
+    argv = ["--optimizer=normuon", "--ema_decay=0.5"]
+    rows = run_train(*argv)
+    run_train(*argv, "--max_iters=3")
+    resume = ["--init_from=resume", "--out_dir=out/run", "--parallel=fsdp", "--max_iters=6"]
+    assert launch(2, *resume) == [0, 0]
+    assert losses(read_rows(OUT))[-3:] == pytest.approx(losses(rows)[-3:], rel=1e-4)
+    assert (OUT / "ckpt").is_dir() and not (OUT / "ckpt.pt").exists()
+
+
+@pytest.fixture
+def saved(tiny):
+    assert launch(2, *FSDP, "--max_iters=3") == [0, 0]
+    return OUT / "ckpt"
+
+
+def test_sample_and_export_open_it_without_a_process_group(saved, capsys):
+    sample.main(["--out_dir=out/run", "--max_new_tokens=5", "--seed=1", "--checkpoint=latest"])
+    text = capsys.readouterr().out
+    export.main(["--out_dir=out/run", "--format=ckpt", "--checkpoint=latest", "--to=one/ckpt.pt"])
+    one, sharded = checkpoint.load(Path("one/ckpt.pt")), checkpoint.load(saved)
+    assert_same_weights(one["model"], sharded["model"])
+    assert one["progress"] == sharded["progress"] and one["optimizer"]["steps"] == 3
+    capsys.readouterr()
+    sample.main(["--out_dir=one", "--max_new_tokens=5", "--seed=1"])
+    assert capsys.readouterr().out == text
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_missing_shard_is_one_line(saved, fails):
+    (saved / "__1_0.distcp").rename(saved / "elsewhere")
+    for main, argv in ((sample.main, ["--checkpoint=latest"]), (train.main, ["--init_from=resume", "--max_iters=9"])):
+        complaint = fails(main, "--out_dir=out/run", *argv)
+        assert complaint.startswith("out/run/ckpt is not whole: its file __1_0.distcp is missing; copy all files")
+    assert "__1_0.distcp is missing" in complaints("--n_embd=34", "--init_from=resume", "--max_iters=9")[0]
+
+
+def rewrite_metadata(folder: Path, content: bytes) -> None:
+    """Also its checksum, as whoever wants to do harm would."""
+    (folder / ".metadata").write_bytes(content)
+    entries = checkpoint.load_plain(folder / "entries.pt")
+    entries["metadata"] = hashlib.sha256(content).hexdigest()
+    torch.save(entries, folder / "entries.pt")
+
+
+class Harm:
+    def __reduce__(self):
+        return Path.touch, (Path("harmed"),)
+
+
+def test_metadata_that_would_run_code_is_refused(saved, fails):
+    rewrite_metadata(saved, pickle.dumps(Harm()))
+    complaint = fails(sample.main, "--out_dir=out/run", "--checkpoint=latest")
+    assert complaint.startswith("out/run/ckpt is damaged: it holds") and not Path("harmed").exists()
+
+
+def test_every_damaged_byte_is_noticed_or_does_not_matter(saved):
+    whole, draw = checkpoint.load(saved), torch.Generator().manual_seed(0)
+    for path in [path for path in saved.iterdir() for _ in range(4)]:
+        content = path.read_bytes()
+        at = int(torch.randint(len(content), (), generator=draw))
+        path.write_bytes(content[:at] + bytes([content[at] ^ 64]) + content[at + 1 :])
+        try:
+            found = checkpoint.load(saved)
+        except checkpoint.UserError as error:
+            assert str(saved) in str(error) and "\n" not in str(error)
+        else:  # the date of a record in a zip file, say
+            assert_same_weights(found["model"], whole["model"])
+            assert found["progress"] == whole["progress"]
+        path.write_bytes(content)
+    checkpoint.load(saved)
+
+
+def outside(metadata):
+    for info in metadata.storage_data.values():
+        info.relative_path = "../../secret.distcp"
+
+
+def with_a_gap(metadata):
+    entry = metadata.state_dict_metadata["model/wte.weight"]
+    del entry.chunks[-1]
+
+
+@pytest.mark.parametrize("harm", [outside, with_a_gap])
+def test_metadata_that_names_other_files_or_no_rows_is_refused(saved, harm):
+    metadata = pickle.loads((saved / ".metadata").read_bytes())
+    harm(metadata)
+    rewrite_metadata(saved, pickle.dumps(metadata))
+    with pytest.raises(checkpoint.UserError, match="is damaged"):
+        checkpoint.load(saved)
+
+
+def test_at_any_moment_of_a_replacement_a_whole_checkpoint_is_found(saved, monkeypatch):
+    """Killed between any two of its steps."""
+    new, steps = saved.with_name("ckpt.tmp"), []
+    shutil.copytree(saved, new)
+    for name in ("rename",):
+        monkeypatch.setattr(Path, name, stopping(getattr(Path, name), steps))
+    monkeypatch.setattr(sharded_checkpoint, "remove", stopping(sharded_checkpoint.remove, steps))
+    for stop in range(1, 4):
+        steps[:] = [stop]
+        with pytest.raises(KeyboardInterrupt):
+            sharded_checkpoint.put_in_place(new, saved)
+        assert checkpoint.load(OUT / "ckpt.pt")["progress"]["iter"] == 3
+        if not new.exists():
+            shutil.copytree(saved, new)
+    steps[:] = [99]
+    sharded_checkpoint.put_in_place(new, saved)
+    assert [path.name for path in OUT.glob("ckpt*")] == ["ckpt"]
+
+
+def stopping(function, steps: list[int]):
+    def run(*args):
+        steps[0] -= 1
+        if not steps[0]:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    return run
+
+
+# --------------------------------------------------------------------------------------
+# Mistakes and faults
+
+
+def test_what_cannot_be_sharded_is_one_line(tiny):
+    found = complaints("--parallel=fsdp", "--ngrams=3", "--ngram_min_count=2")
+    assert "parallel=fsdp does not shard a model with ngrams=3, whose gradients are sparse" in found[0]
+    assert found[0].count("\n") == 1 and not OUT.exists()
+
+
+def test_a_sharded_process_that_dies_ends_the_others_and_the_run_resumes_exactly(tiny, monkeypatch):
+    assert launch(2, *FSDP) == [0, 0]
+    rows, whole = read_rows(OUT), checkpoint.load(OUT / "ckpt.pt")["model"]
+    assert launch(2, *FSDP, main=partial(dying, number=signal.SIGKILL)) == [2, -signal.SIGKILL]
+    assert Path("stderr0").read_text().splitlines()[-1].startswith("train.py: another process has ended")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert launch(2, *FSDP) == [0, 0]
+    assert "it resumes out/run/ckpt" in Path("stderr0").read_text()
+    assert read_rows(OUT) == rows
+    assert_same_weights(checkpoint.load(OUT / "ckpt.pt")["model"], whole)
