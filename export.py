@@ -3,6 +3,7 @@
     python export.py --out_dir=out/shakespeare_char_llama --to=exported
     python export.py --out_dir=out/shakespeare_char_llama --to=model.gguf --format=gguf --dtype=q8_0
     python export.py --out_dir=out/gpt2_1558m --checkpoint=latest --to=ckpt.pt --format=ckpt    of a sharded run
+    python export.py --init_from=nanoGPT/out-x --to=exported     any other model: nanoGPT's, a folder, an adapter, gpt2
 
 The folder has the model, its tokenizer and a model card, and is what the hub of Hugging Face takes. The file is for
 llama.cpp and what is built on it, such as Ollama and LM Studio. GPT-2's and Llama's architectures can be exported; with
@@ -21,13 +22,15 @@ from humptygpt.configurator import UserError, check, setting
 
 # torch is imported where it is needed: it takes seconds, and a misspelt key should not wait.
 
+INIT_FROM = "resume: from a checkpoint in out_dir; or a run, a checkpoint, a model's folder, gpt2"
 DTYPES = {"transformers": ("float32", "bfloat16"), "gguf": ("float32", "bfloat16", "q8_0"), "ckpt": ("float32",)}
 ONE_FILE = {"gguf": "model.gguf", "ckpt": "ckpt.pt"}
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    out_dir: str = setting("out", "folder of the run, or a checkpoint in it", "export", path=True)
+    init_from: str = setting("resume", INIT_FROM, "export")
+    out_dir: str = setting("out", "folder of the run to export, or a checkpoint in it", path=True)
     checkpoint: str = setting("best", "best.pt (lowest loss), or latest: ckpt.pt", choices=("best", "latest"))
     to: str | None = setting(None, "new folder, or of gguf and ckpt the file, to write", path=True)
     format: str = setting(
@@ -42,16 +45,20 @@ class ExportConfig:
 
 
 def main(argv: list[str]) -> None:
-    config = configurator.make(ExportConfig, configurator.read(argv, ExportConfig))
+    given = configurator.read(argv, ExportConfig)
+    config = configurator.make(ExportConfig, given)
     to = where(config)
-    from humptygpt.checkpoint import find_checkpoint, load_model
+    from humptygpt.base_models import chosen_model, load_base
+    from humptygpt.checkpoint import Loaded, restore_model
 
-    path = Path(config.out_dir)
-    if not os.path.isfile(path):
-        path = find_checkpoint(path, config.checkpoint)
-    loaded = load_model(path)
+    base = load_base(chosen_model(config, given), config.checkpoint)
+    if config.format == "ckpt" and base.saved is None:
+        raise UserError(
+            f"format=ckpt is for checkpoints of runs, and {base.path} is none; scripts open it by --init_from"
+        )
+    loaded = Loaded(restore_model(base.weights, base.config).eval(), base.tokenizer, base.saved)
     write = {"transformers": write_folder, "gguf": write_file, "ckpt": write_checkpoint}[config.format]
-    print(write(loaded, path, to, config.dtype))
+    print(write(loaded, base.path, to, config.dtype))
 
 
 def where(config: ExportConfig) -> Path:

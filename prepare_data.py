@@ -48,6 +48,7 @@ from humptygpt.configurator import UserError, check, nearest, setting, without_e
 from humptygpt.corpus import VOCABULARY_BYTES, Corpus, Encoder, Progress, progress_bar, units, vocabulary_texts
 from humptygpt.documents import STREAM, Found, check_readable, find_files, save_stream
 from humptygpt.files import being_moved, cannot_write, move_aside, write_whole
+from humptygpt.hub import fetch_tokenizer, repository
 from humptygpt.known_texts import KNOWN, Known, PairFiles
 from humptygpt.locks import Lock
 from humptygpt.pairs import Pairs, is_tsv
@@ -94,7 +95,11 @@ class PrepareConfig:
     held_out: str | None = setting(None, "file of pairs, or of a source per line, not to train on", path=True, **PAIRS)
 
     tokenizer: str | None = setting(
-        None, "None: char, pairs sentencepiece; a model's folder: its own", "tokens", choices=TOKENIZERS, path=True
+        None,
+        "None: char, pairs sentencepiece; a model's folder or owner/model: its own",
+        "tokens",
+        choices=TOKENIZERS,
+        path=True,
     )
     vocab_size: int | None = setting(
         None, "number of tokens; None: 4096, pairs 8192", at_least=2, **taken_by("vocab_size")
@@ -115,9 +120,10 @@ class PrepareConfig:
 
     def __post_init__(self):
         check(self)
-        if self.tokenizer is not None and self.tokenizer not in TOKENIZERS and not os.path.exists(self.tokenizer):
+        elsewhere = self.tokenizer not in (None, *TOKENIZERS)
+        if elsewhere and not os.path.exists(self.tokenizer) and not repository(self.tokenizer):
             near = f"; did you mean {near}?" if (near := nearest(self.tokenizer, TOKENIZERS)) else ""
-            kinds = f"{', '.join(TOKENIZERS)}, nor a folder or file with a tokenizer"
+            kinds = f"{', '.join(TOKENIZERS)}, nor a folder or file with a tokenizer, nor owner/model of the hub"
             raise ValueError(f"tokenizer={self.tokenizer} is not one of: {kinds}{near}")
         self.check_name()
         if self.part is not None:
@@ -388,15 +394,15 @@ def make_tokenizer(corpus: Corpus | Pairs, fit: bool) -> Tokenizer:
 
 
 def pretrained_tokenizer(path: str, corpus: Corpus | Pairs) -> Tokenizer:
-    """Of a model's folder, of a run or of nanoGPT's ckpt.pt. Raises UserError."""
-    names = ("best.pt", "ckpt.pt", "best", "ckpt")
-    checkpoint = os.path.isfile(path) or any(os.path.exists(Path(path, name)) for name in names)
-    if is_tokenizer(Path(path)) or not checkpoint:
-        tokenizer = read_tokenizer(Path(path))
+    """Of a model's folder, of a run, an adapter or nanoGPT's ckpt.pt, or of a model of the hub. Raises UserError."""
+    repo = None if os.path.exists(path) else repository(path)
+    folder = fetch_tokenizer(repo) if repo else Path(path)
+    if repo or is_tokenizer(folder):
+        tokenizer = read_tokenizer(folder)
     else:
         from humptygpt.base_models import load_tokenizer  # here, since it loads torch
 
-        tokenizer = separate(load_tokenizer(Path(path)), corpus.separated)
+        tokenizer = separate(load_tokenizer(path), corpus.separated)
     if tokenizer.eot is None and corpus.task == Pairs.task:
         raise UserError(
             f"tokenizer={path} has no end-of-text token, which sentence pairs need; take another --tokenizer"

@@ -35,9 +35,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from humptygpt import checkpoint, configurator
-from humptygpt.base_models import load_base
+from humptygpt import configurator
+from humptygpt.base_models import chosen_model, load_base
 from humptygpt.beams import NUM_BEAMS, translate
+from humptygpt.checkpoint import restore_model
 from humptygpt.configurator import UserError, check, check_path, nearest_path, setting, without_effect
 from humptygpt.device import DTYPES, autocast, pick_device, sample_dtype
 from humptygpt.generation import Context, Sampler, bytes_per_text, continue_texts
@@ -58,7 +59,9 @@ TRANSLATION = {"only_with": {"task": "translation"}}
 @dataclass(frozen=True)
 class SampleConfig:
     init_from: str = setting(
-        "resume", "resume: from a checkpoint in out_dir; or a run, a checkpoint, a model's folder, gpt2", "what"
+        "resume",
+        "resume: from a checkpoint in out_dir; or a run, a checkpoint, a model's folder, gpt2",
+        "what",
     )
     out_dir: str = setting("out", "folder of the run to sample from, or a checkpoint in it", path=True)
     checkpoint: str = setting("best", "best: best.pt, the lowest loss; latest: ckpt.pt", choices=("best", "latest"))
@@ -135,7 +138,7 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Pipeline:
     """A trained model, made for generation, and what belongs to it."""
 
     model: nn.Module
@@ -149,12 +152,7 @@ def main(argv: list[str]) -> None:
     given = configurator.read(argv, SampleConfig)
     config = configurator.make(SampleConfig, given)
     options = {"device": config.device, "dtype": config.dtype, "quantize": config.quantize}
-    if config.init_from == "resume":
-        loaded = load(config.out_dir, config.checkpoint, **options)
-    else:
-        loaded = load(config.init_from, config.checkpoint, foreign=True, **options)
-        if "out_dir" in given:
-            print(f"note: out_dir={config.out_dir} has no effect with init_from={config.init_from}", file=sys.stderr)
+    loaded = load(chosen_model(config, given), config.checkpoint, **options)
     for key, why in without_effect(asdict(config) | {"task": loaded.task}, SampleConfig).items():
         if key in given:
             print(f"note: {key}={given[key]} has no effect {why}", file=sys.stderr)
@@ -173,53 +171,40 @@ def main(argv: list[str]) -> None:
 
 
 def load(
-    out_dir: str,
+    source: str | Path,
     which: str = "best",
     *,
-    foreign: bool = False,
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
-) -> Loaded:
-    """The model of a run; the keys are those of SampleConfig. foreign: of what init_from names. Raises UserError."""
+) -> Pipeline:
+    """The model of a run, or of what else init_from names; the keys are those of SampleConfig. Raises UserError."""
     torch_device = pick_device(device)
     torch_dtype = sample_dtype(dtype, torch_device)
     if quantize and torch_device.type != "cpu":
         raise UserError(f"quantize={quantize} is for CPUs, and the device is {torch_device}; use --dtype=bfloat16")
     on_cpu = torch_device.type == "cpu"  # there the weights are converted; a GPU has autocast
-    mapped = on_cpu and sys.platform == "linux" and not foreign  # Windows would not let a run replace the file
-    if foreign:
-        base = load_base(out_dir, which)
-        model, tokenizer, task = checkpoint.restore_model(base.weights, base.config).eval(), base.tokenizer, base.task
-        print(base.description, file=sys.stderr)
-        del base
-    else:
-        model, tokenizer, task = load_run(out_dir, which, mapped)
+    # Windows would not let a run replace a file that is mapped
+    base = load_base(source, which, mapped=on_cpu and sys.platform == "linux")
+    print(base.description, file=sys.stderr)
+    model, tokenizer, task, mapped = restore_model(base.weights, base.config), base.tokenizer, base.task, base.mapped
+    del base  # it would keep the weights that are replaced
     bits = 8 if quantize else 16 if on_cpu and torch_dtype == torch.bfloat16 else 32
-    check_weights_fit(model, out_dir, torch_device, bits=bits)
+    check_weights_fit(model, str(source), torch_device, bits=bits)
     model = prepare_for_generation(
         model.to(torch_device), torch_dtype if on_cpu else torch.float32, quantize == "int8", mapped
     )
     context = autocast(torch_device, torch.float32 if on_cpu else torch_dtype)
-    return Loaded(model, tokenizer, task, torch_device, context)
-
-
-def load_run(out_dir: str, which: str, mapped: bool) -> tuple[nn.Module, Tokenizer, str]:
-    """(model, tokenizer, task); mapped: as in checkpoint.load."""
-    path = Path(out_dir)
-    if not os.path.isfile(path):  # a checkpoint itself may be named, too
-        path = checkpoint.find_checkpoint(path, which)
-    model, tokenizer, saved = checkpoint.load_model(path, mapped)
-    progress = saved["progress"]
-    print(f"{path}: iter {progress['iter']}, best val loss {progress['best_val_loss']:.4f}", file=sys.stderr)
-    return model, tokenizer, saved["task"]
+    return Pipeline(model, tokenizer, task, torch_device, context)
 
 
 # --------------------------------------------------------------------------------------
 # Text
 
 
-def complete(loaded: Loaded, prompt: str, max_new_tokens: int = 500, *, stop: tuple[str, ...] = (), **sampling) -> str:
+def complete(
+    loaded: Pipeline, prompt: str, max_new_tokens: int = 500, *, stop: tuple[str, ...] = (), **sampling
+) -> str:
     """The prompt and its continuation, for a notebook; sampling: temperature, top_k, top_p, min_p, seed and so on."""
     _, ids = encode_prompt(prompt, loaded.tokenizer)
     context = Context(loaded.model, to_batch(ids, loaded), len(ids) + max_new_tokens)
@@ -228,7 +213,7 @@ def complete(loaded: Loaded, prompt: str, max_new_tokens: int = 500, *, stop: tu
 
 
 def stream_one(
-    loaded: Loaded, context: Context, n: int, stop: tuple[str, ...], sample: int = 0, **sampling
+    loaded: Pipeline, context: Context, n: int, stop: tuple[str, ...], sample: int = 0, **sampling
 ) -> Iterator[str]:
     """What follows a single text, n tokens at most, as it becomes readable; sample: the number of the sample."""
     tokenizer, stream, stopped = loaded.tokenizer, TextStream(loaded.tokenizer, stop), set()
@@ -240,12 +225,12 @@ def stream_one(
     yield stream.close()
 
 
-def to_batch(ids: np.ndarray, loaded: Loaded) -> torch.Tensor:
+def to_batch(ids: np.ndarray, loaded: Pipeline) -> torch.Tensor:
     """(1, T), on the device."""
     return torch.from_numpy(ids).to(loaded.device)[None]
 
 
-def print_texts(config: SampleConfig, loaded: Loaded) -> None:
+def print_texts(config: SampleConfig, loaded: Pipeline) -> None:
     num_samples = config.num_samples if config.temperature else 1
     if num_samples < config.num_samples:
         print("note: at temperature=0 all texts are the same; here is one", file=sys.stderr)
@@ -259,7 +244,7 @@ def print_texts(config: SampleConfig, loaded: Loaded) -> None:
 
 
 def print_batch(
-    prompts: list[tuple[str, np.ndarray]], texts: list[tuple[int, int]], config: SampleConfig, loaded: Loaded
+    prompts: list[tuple[str, np.ndarray]], texts: list[tuple[int, int]], config: SampleConfig, loaded: Pipeline
 ) -> None:
     """texts: (number of the prompt, number of the sample). The first is printed while it is written."""
     tokenizer, n = loaded.tokenizer, config.max_new_tokens
@@ -304,12 +289,12 @@ def left_padded(prompts: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.pad(ids, (longest - len(ids), 0), constant_values=-1) for ids in prompts]))
 
 
-def texts_that_fit(loaded: Loaded, size: int) -> int:
+def texts_that_fit(loaded: Pipeline, size: int) -> int:
     """How many texts of this many tokens can be continued together in the memory that is free."""
     return int(0.9 * free_memory(loaded.device)) // bytes_per_text(loaded.model.config, size)
 
 
-def check_texts_fit(loaded: Loaded, key: str, count: int, size: int) -> None:
+def check_texts_fit(loaded: Pipeline, key: str, count: int, size: int) -> None:
     """Raises UserError where `count` texts of `size` tokens each do not fit; key: what the user calls their number."""
     fit = texts_that_fit(loaded, size)
     if count <= fit:
@@ -323,7 +308,7 @@ def check_texts_fit(loaded: Loaded, key: str, count: int, size: int) -> None:
     raise UserError(f"{key}={count} texts of {size:,} tokens take {needed} of memory, and {free} are free; {way_out}")
 
 
-def read_prompts(config: SampleConfig, loaded: Loaded) -> list[tuple[str, np.ndarray]]:
+def read_prompts(config: SampleConfig, loaded: Pipeline) -> list[tuple[str, np.ndarray]]:
     """(the prompt as it is shown, its token ids) for each text to be continued."""
     tokenizer, block_size = loaded.tokenizer, loaded.model.config.block_size
     if config.prompts is None:
@@ -420,7 +405,7 @@ def json_line(text: tuple[int, int], token: int, logprobs: torch.Tensor, k: int,
     return json.dumps(line, ensure_ascii=False)
 
 
-def print_score(config: SampleConfig, loaded: Loaded) -> None:
+def print_score(config: SampleConfig, loaded: Pipeline) -> None:
     """Of the text in a file, from its second token on, or from its first where end-of-text can come before it."""
     tokenizer, block_size = loaded.tokenizer, loaded.model.config.block_size
     ids = tokenizer.encode(read_text(config.score))
@@ -444,7 +429,7 @@ def print_score(config: SampleConfig, loaded: Loaded) -> None:
 # Prompt after prompt
 
 
-def converse(config: SampleConfig, loaded: Loaded) -> None:
+def converse(config: SampleConfig, loaded: Pipeline) -> None:
     """Read a line, write what follows it, and so on; what has been read and written is kept. Ends with Ctrl-D."""
     print("Ctrl-D ends; an empty line continues the text", file=sys.stderr)
     if loaded.task == "translation":
@@ -481,7 +466,7 @@ def typed_lines() -> Iterator[str]:
 # Translations
 
 
-def print_translations(config: SampleConfig, loaded: Loaded) -> None:
+def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
     """One line for each line of the text; an empty one stays empty."""
     if config.start is None:
         raise UserError('nothing to translate; give a sentence, as --start="Wo wohnst du?", or --start=FILE:german.txt')
@@ -495,7 +480,7 @@ def print_translations(config: SampleConfig, loaded: Loaded) -> None:
             print(translation, flush=True)
 
 
-def translate_lines(lines: list[str], number: int, config: SampleConfig, loaded: Loaded) -> list[str]:
+def translate_lines(lines: list[str], number: int, config: SampleConfig, loaded: Pipeline) -> list[str]:
     """A translation for each line; number: of the first line, for notes."""
     model, tokenizer = loaded.model, loaded.tokenizer
     # without the end-of-text token; a source that shares the context with its translation has half of it

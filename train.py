@@ -288,7 +288,7 @@ def main(argv: list[str]) -> int:
         print(describe(run), flush=True)
         if busy := limits.load_note():
             note(busy)
-        if run.config.init_from not in ("scratch", "resume") and not run.config.eval_only:
+        if run.config.init_from not in ("scratch", "resume") and not (run.config.eval_only or run.progress.iter):
             print(describe_cost(run), flush=True)
         if run.config.eval_only:
             print(evaluate_only(run))
@@ -356,7 +356,7 @@ def read_settings(
         given = {key: value for key, value in given.items() if key not in from_data or value is not None}
         check_resumable(saved, given, path)
         settings = saved["train_config"] | saved["model_config"] | {"backend": TrainConfig.backend} | given
-        settings |= {"out_dir": str(path.parent)}
+        settings |= {"out_dir": str(path.parent), "init_from": saved["train_config"].get("init_from", "resume")}
     elif given.get("init_from", "scratch") != "scratch":
         base = load_base(given["init_from"])
         settings = given | base_settings(base, given)

@@ -1,6 +1,6 @@
-"""A model to start from -> config, weights and tokenizer: a run of ours, nanoGPT's ckpt.pt, or Hugging Face's format.
+"""A model -> its config, weights and tokenizer: a run, nanoGPT's ckpt.pt, Hugging Face's format, an adapter of PEFT.
 
-This is what init_from names, in train.py and sample.py, and what --tokenizer=PATH may name in prepare_data.py.
+This is what init_from names, and what --tokenizer=PATH may name in prepare_data.py.
 """
 
 import os
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from humptygpt import checkpoint, hub, lora, pretrained
+from humptygpt import adapters, checkpoint, hub, lora, pretrained
 from humptygpt import tokenizer as tokenizers
 from humptygpt.configurator import UserError, make, nearest_path
 from humptygpt.families import GPT2
@@ -18,7 +18,7 @@ from humptygpt.schema import check_schema
 from humptygpt.token_files import GPT2_TOKENS, read_nanogpt_meta
 from humptygpt.tokenizer import Tokenizer
 from humptygpt.tokenizer_files import read_tokenizer
-from humptygpt.weight_files import store
+from humptygpt.weight_files import FORMATS, store
 from model import ModelConfig
 
 SIZE = range(1, 2**20 + 1)
@@ -33,70 +33,98 @@ class BaseModel(NamedTuple):
     config: ModelConfig
     weights: dict[str, Tensor]  # the state dict, in float32 on the CPU
     tokenizer: Tokenizer
-    task: str
     description: str
+    task: str = "language modelling"
+    saved: dict | None = None  # of a run, its checkpoint: see checkpoint.SCHEMA
+    mapped: bool = False  # whether all weights are in the mapped file
 
 
-def load_base(name: str, which: str = "best") -> BaseModel:
-    """The model that init_from=name means; which: best or latest, of a run. Raises UserError."""
+def load_base(name: str | Path, which: str = "best", mapped: bool = False) -> BaseModel:
+    """The model that init_from=name means; which: best or latest, of a run. Raises UserError.
+
+    mapped: weights of a run stay in the file until they are used, as in checkpoint.read.
+    """
     path = find_base(name, which)
-    if path.is_dir() and not (path / checkpoint.SHARDED).exists():
-        config, weights = pretrained.read_pretrained(path)
-        tokenizer = read_tokenizer(path)
-        base = BaseModel(path, config, weights, tokenizer, "language modelling", f"{path}")
+    if path.is_dir() and path.suffix != ".pt" and not checkpoint.is_sharded(path):
+        base = from_adapter(path) if adapters.is_adapter(path) else from_folder(path)
     else:
-        saved = checkpoint.read(path)
-        base = from_nanogpt(path, saved) if is_nanogpt(saved) else from_run(path, saved)
+        saved = checkpoint.read(path, mapped)
+        base = from_nanogpt(path, saved) if is_nanogpt(saved) else from_run(path, saved, mapped)
     if (tokens := base.tokenizer.vocab_size) > base.config.vocab_size:
         problem = f"the tokenizer in {path} has {tokens:,} tokens, but the model only {base.config.vocab_size:,}"
         raise UserError(f"{problem}; take the tokenizer that belongs to it")
     return base
 
 
-def find_base(name: str, which: str = "best") -> Path:
-    """The folder in Hugging Face's format, or the checkpoint, that a name stands for. Raises UserError."""
+def chosen_model(config: object, given: dict) -> str | Path:
+    """What init_from, out_dir and checkpoint of a config name together; given: the keys that the user set."""
+    if config.init_from == "resume":
+        return checkpoint.find_checkpoint(Path(config.out_dir), config.checkpoint)
+    if "out_dir" in given:
+        print(f"note: out_dir={config.out_dir} has no effect with init_from={config.init_from}", file=sys.stderr)
+    return config.init_from
+
+
+def find_base(name: str | Path, which: str = "best", key: str = "init_from") -> Path:
+    """The checkpoint, or the folder in Hugging Face's or PEFT's format, that key=name stands for. Raises UserError."""
     path = Path(os.path.expanduser(name))  # noqa: PTH111, which loses the end of "folder/", as in configurator.py
-    if os.path.isfile(path):
+    if os.path.isfile(path) or path.suffix == ".pt":  # reading it says where it is missing
         return path
     if not os.path.isdir(path):
-        if repo := hub.repository(name):
+        if repo := hub.repository(str(name)):
             return hub.fetch_model(repo, pretrained.check_supported)
-        raise UserError(f"init_from={name}: there is no such file or folder{nearest_path(name)}")
-    if (path / checkpoint.SHARDED).exists():
+        raise UserError(f"{key}={name}: there is no such file or folder{nearest_path(str(name))}")
+    if checkpoint.is_sharded(path):
         return path
-    names = ("best.pt", "ckpt.pt") if which == "best" else ("ckpt.pt",)
-    for file in names:
-        if os.path.exists(found := checkpoint.stored(path / file)):
-            return found
-    weights = ("config.json", "model.safetensors", "pytorch_model.bin")
-    if any(os.path.exists(path / file) for file in weights):
+    if any(os.path.exists(checkpoint.stored(path / file)) for file in ("best.pt", "ckpt.pt")):
+        return checkpoint.find_checkpoint(path, which)
+    if adapters.is_adapter(path) or any(os.path.exists(path / file) for file in ("config.json", *FORMATS)):
         return path
-    raise UserError(f"init_from={name} holds no model: neither {' nor '.join(names)}, nor config.json and weights")
+    raise UserError(f"{key}={name} holds no model: neither best.pt nor ckpt.pt, nor config.json and weights")
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a run or of a nanoGPT checkpoint. Raises UserError."""
-    path = find_base(str(path))
-    if path.is_dir() and not (path / checkpoint.SHARDED).exists():
-        return read_tokenizer(path)
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of the model that tokenizer=name means. Raises UserError."""
+    path = find_base(name, key="tokenizer")
+    if path.is_dir() and not checkpoint.is_sharded(path):
+        return load_tokenizer(adapters.base_of(path)) if adapters.is_adapter(path) else read_tokenizer(path)
     saved = checkpoint.read(path, mapped=sys.platform == "linux")
     if is_nanogpt(saved):
         return nanogpt_tokenizer(path, saved)
     return tokenizers.from_state(checkpoint.check(path, saved)["tokenizer"])
 
 
+def from_folder(path: Path) -> BaseModel:
+    return BaseModel(path, *pretrained.read_pretrained(path), read_tokenizer(path), f"{path}")
+
+
+def from_adapter(path: Path) -> BaseModel:
+    """The model that an adapter in PEFT's format was trained beside, with its matrices merged."""
+    name = adapters.base_of(path)
+    found = find_base(name, key=f"{path / adapters.CONFIG}: base_model_name_or_path")
+    if adapters.is_adapter(found):
+        raise UserError(f"the base model of the adapter {path} is an adapter, too: {name}; merge that one first")
+    base = load_base(found)
+    weights = adapters.merge_adapter(path, base.config, base.weights)
+    return base._replace(
+        path=path, weights=weights, description=f"{path}: an adapter of {base.path}", saved=None, mapped=False
+    )
+
+
 # --------------------------------------------------------------------------------------
 # Checkpoints
 
 
-def from_run(path: Path, saved: object) -> BaseModel:
+def from_run(path: Path, saved: object, mapped: bool = False) -> BaseModel:
     saved = checkpoint.check(path, saved)
     config, progress = make(ModelConfig, saved["model_config"]), saved["progress"]
     weights = saved["model"] | (saved.get("ema") or {})
     if config.lora_rank:
         config, weights = lora.merged_state(checkpoint.restore_model(weights, config))
+        mapped = False
     description = f"{path}: iter {progress['iter']}, best val loss {progress['best_val_loss']:.4f}"
-    return BaseModel(path, config, weights, tokenizers.from_state(saved["tokenizer"]), saved["task"], description)
+    tokenizer = tokenizers.from_state(saved["tokenizer"])
+    return BaseModel(path, config, weights, tokenizer, description, saved["task"], saved, mapped)
 
 
 def is_nanogpt(saved: object) -> bool:
@@ -114,7 +142,7 @@ def from_nanogpt(path: Path, saved: dict) -> BaseModel:
         weights = pretrained.read_stored(NANOGPT_FAMILY, config, store(weights, path.name))
     except (ValueError, AttributeError, OverflowError) as error:  # AttributeError: a name that is no string
         raise checkpoint.damaged(path, error) from error
-    return BaseModel(path, config, weights, nanogpt_tokenizer(path, saved), "language modelling", f"{path}: nanoGPT's")
+    return BaseModel(path, config, weights, nanogpt_tokenizer(path, saved), f"{path}: nanoGPT's")
 
 
 def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:

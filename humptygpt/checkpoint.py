@@ -51,7 +51,7 @@ SCHEMA = {
 class Loaded(NamedTuple):
     model: nn.Module  # on the CPU, in evaluation mode
     tokenizer: Tokenizer
-    saved: dict  # as SCHEMA has it
+    saved: dict | None  # as SCHEMA has it; None: of a model that was not trained here
 
 
 def save(path: Path, entries: dict) -> None:
@@ -62,21 +62,26 @@ def save(path: Path, entries: dict) -> None:
 
 
 def find_checkpoint(out_dir: Path, which: str) -> Path:
-    """best.pt or ckpt.pt; the latest one where no evaluation has found a best."""
-    if (out_dir / SHARDED).exists():
+    """best.pt or ckpt.pt of a run; the latest one where no evaluation has found a best. Of a checkpoint, itself."""
+    if os.path.isfile(out_dir) or is_sharded(out_dir):
         return out_dir
     path = stored(out_dir / {"best": "best.pt", "latest": "ckpt.pt"}[which])
     latest = stored(out_dir / "ckpt.pt")
     if which == "best" and not os.path.exists(path) and os.path.exists(latest):
         path = latest
-        print(f"note: no evaluation has found a best model yet; taking {path}", file=sys.stderr)
+        print(f"note: there is no best.pt yet; taking {path}", file=sys.stderr)
     return path
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether this is the folder of a sharded checkpoint."""
+    return (path / SHARDED).exists()
 
 
 def stored(path: Path) -> Path:
     """path, such as ckpt.pt, or the folder of a sharded checkpoint instead, such as ckpt: the later of both."""
     folders = (path.with_suffix(""), path.with_suffix(".old"))  # the second: where a replacement was interrupted
-    folder = next((folder for folder in folders if (folder / SHARDED).exists()), None)
+    folder = next(filter(is_sharded, folders), None)
     if path.suffix != ".pt" or folder is None:
         return path
     older = os.path.exists(path) and path.stat().st_mtime > (folder / SHARDED).stat().st_mtime
@@ -85,14 +90,13 @@ def stored(path: Path) -> Path:
 
 def remove_sharded(path: Path) -> None:
     """A sharded checkpoint that was there before this one, such as ckpt.pt."""
-    for folder in (path.with_suffix(""), path.with_suffix(".old")):
-        if (folder / SHARDED).exists():
-            remove(folder)
+    for folder in filter(is_sharded, (path.with_suffix(""), path.with_suffix(".old"))):
+        remove(folder)
 
 
-def load_model(path: Path, mapped: bool = False) -> Loaded:
-    """The model in a checkpoint, with the averaged weights if it has any, and its tokenizer. mapped: as in load."""
-    saved = load(path, mapped)
+def load_model(path: Path) -> Loaded:
+    """The model in a checkpoint, with the averaged weights if it has any, and its tokenizer."""
+    saved = load(path)
     weights = saved["model"] | (saved.get("ema") or {})
     model = restore_model(weights, configurator.make(models.ModelConfig, saved["model_config"]))
     return Loaded(lora.merge(model).eval(), tokenizers.from_state(saved["tokenizer"]), saved)
@@ -110,20 +114,23 @@ def restore_model(weights: dict[str, Tensor], config: models.ModelConfig) -> nn.
     return model
 
 
-def load(path: Path, mapped: bool = False, with_tensors: bool = True) -> dict:
+def load(path: Path, with_tensors: bool = True) -> dict:
     """Read a checkpoint onto the CPU and check all of it.
 
-    mapped: its tensors stay in the file until they are used; they can be changed, but the file does not change.
     with_tensors=False: those of a sharded checkpoint are on the meta device instead.
     Raises UserError for a file that is missing, damaged, of another kind, or would run code.
     """
     path = stored(path)
-    return check(path, read(path, mapped, with_tensors), "cpu" if with_tensors or not os.path.isdir(path) else "meta")
+    saved = read(path, with_tensors=with_tensors)
+    return check(path, saved, "cpu" if with_tensors or not os.path.isdir(path) else "meta")
 
 
 def read(path: Path, mapped: bool = False, with_tensors: bool = True) -> object:
-    """What is in the file, or sharded checkpoint, which may be none of ours; the rest as in load."""
-    if ((path := stored(path)) / SHARDED).exists():
+    """What is in the file or sharded checkpoint, which may be none of ours. Raises UserError, as load.
+
+    mapped: the tensors of a file stay in it until they are used; they can be changed, but the file does not change.
+    """
+    if is_sharded(path := stored(path)):
         return read_sharded(path, with_tensors)
     try:
         path.open("rb").close()
@@ -159,7 +166,8 @@ def read_sharded(path: Path, with_tensors: bool) -> dict:
 def check(path: Path, saved: object, device: str = "cpu") -> dict:
     """What was read from path, if it is a checkpoint; in the present format. device: of all tensors."""
     if isinstance(saved, dict) and "model_args" in saved and "format" not in saved:
-        raise UserError(f"{path} is a checkpoint of nanoGPT; write {shlex.quote(f'--init_from={path}')}")
+        way_out = f"train.py, sample.py and export.py start from it: {shlex.quote(f'--init_from={path}')}"
+        raise UserError(f"{path} is a checkpoint of nanoGPT; {way_out}")
     if not isinstance(saved, dict) or saved.get("format") not in (FORMAT, FORMAT_2):
         raise UserError(f"{path} is not a checkpoint of this version; it should say format={FORMAT!r}")
     try:

@@ -25,14 +25,16 @@ WEIGHTS = [r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", r"pytorch_model(
 SIZE = range(2**53)
 FILE = {"rfilename": str, "size?": (SIZE, None), "lfs?": ({"sha256?": str, "size?": SIZE}, None)}
 LISTING = {"siblings": [FILE], "sha?": str}
-COMPLETE = "hub.json"  # {file: size}, written when all are there
+COMPLETE, TEXT_COMPLETE = "hub.json", "hub-text.json"  # {file: size}, written when all are there, or all but weights
 
 
 def repository(name: str) -> str | None:
     """owner/model, if the name can stand for a model of the hub; a path that begins in a folder here cannot."""
     if name in GPT2:
         return GPT2[name]
-    return name if REPOSITORY.fullmatch(name) and not os.path.exists(name.partition("/")[0]) else None
+    owner = name.partition("/")[0]
+    local = owner in ("out", "data") or os.path.exists(owner)
+    return name if REPOSITORY.fullmatch(name) and not local else None
 
 
 def fetch_model(repo: str, check_config: Callable[[Path], object]) -> Path:
@@ -40,13 +42,23 @@ def fetch_model(repo: str, check_config: Callable[[Path], object]) -> Path:
 
     check_config: what raises UserError for a folder with a config.json that is not supported, before the weights come.
     """
+    return fetch(repo, COMPLETE, check_config)
+
+
+def fetch_tokenizer(repo: str) -> Path:
+    """The same folder with everything but the weights."""
+    return fetch(repo, TEXT_COMPLETE, lambda folder: None)
+
+
+def fetch(repo: str, complete: str, check_config: Callable[[Path], object]) -> Path:
+    """complete: COMPLETE or TEXT_COMPLETE."""
     home = os.environ.get("HF_HOME")
     folder = (Path(home, "humptygpt") if home else Path("data", "downloads")) / repo.replace("/", "--")
-    if is_complete(folder):
+    if is_complete(folder, complete):
         return folder
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or ENDPOINT
     try:
-        files, revision = list_files(repo, endpoint, folder)
+        files, revision = list_files(repo, endpoint, folder, weights=complete == COMPLETE)
         for name in sorted(files, key=lambda name: name != "config.json"):
             size, sha256 = files[name]
             path = folder / name
@@ -60,20 +72,25 @@ def fetch_model(repo: str, check_config: Callable[[Path], object]) -> Path:
     except OSError as error:
         raise UserError(f"cannot write {error.filename or folder}: {error.strerror}; set HF_HOME to another") from error
     sizes = {name: (folder / name).stat().st_size for name in files}
-    write_whole(folder / COMPLETE, lambda file: file.write(json.dumps(sizes, indent=1).encode()))
+    write_whole(folder / complete, lambda file: file.write(json.dumps(sizes, indent=1).encode()))
     return folder
 
 
-def is_complete(folder: Path) -> bool:
+def is_complete(folder: Path, complete: str) -> bool:
     try:
-        sizes = parse_json((folder / COMPLETE).read_bytes(), {str: SIZE})
+        sizes = parse_json((folder / complete).read_bytes(), {str: SIZE})
         return all((folder / Path(name).name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
 
 
-def list_files(repo: str, endpoint: str, folder: Path) -> tuple[dict[str, tuple[int | None, str | None]], str]:
-    """({file: (size, SHA-256)} of what is needed, the revision): of safetensors and pickles, the first that it has."""
+def list_files(
+    repo: str, endpoint: str, folder: Path, weights: bool
+) -> tuple[dict[str, tuple[int | None, str | None]], str]:
+    """({file: (size, SHA-256)} of what is needed, the revision): of safetensors and pickles, the first that it has.
+
+    weights: whether they are needed, too.
+    """
     listing = folder / "listing.json"
     for old in (listing, listing.with_name("listing.json.part")):
         old.unlink(missing_ok=True)
@@ -86,11 +103,17 @@ def list_files(repo: str, endpoint: str, folder: Path) -> tuple[dict[str, tuple[
         ) from error
     listing.unlink()
     found = {file["rfilename"]: file for file in content["siblings"]}
-    weights = next((names for kind in WEIGHTS if (names := [name for name in found if re.fullmatch(kind, name)])), [])
-    if "config.json" not in found or not weights:
-        raise UserError(f"{repo} has no config.json with model.safetensors or pytorch_model.bin; name another model")
-    single = next((name for name in weights if name in ("model.safetensors", "pytorch_model.bin")), None)
-    wanted = [name for name in found if name in TEXT_FILES] + ([single] if single else weights)
+    wanted = [name for name in found if name in TEXT_FILES]
+    if weights:
+        names = next((names for kind in WEIGHTS if (names := [name for name in found if re.fullmatch(kind, name)])), [])
+        if "config.json" not in found or not names:
+            raise UserError(
+                f"{repo} has no config.json with model.safetensors or pytorch_model.bin; name another model"
+            )
+        single = next((name for name in names if name in ("model.safetensors", "pytorch_model.bin")), None)
+        wanted += [single] if single else names
+    elif not wanted:
+        raise UserError(f"{repo} has no tokenizer; name another model")
     return {name: size_and_hash(found[name]) for name in wanted}, content.get("sha", "main")
 
 

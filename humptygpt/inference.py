@@ -119,7 +119,7 @@ def prepare_for_generation(
     """The model itself, which can no longer be trained or saved: with fused projections, and weights in dtype or int8.
 
     dtype: float32, or bfloat16. int8: on a CPU alone. mapped: its weights are in a mapped file, as from
-    checkpoint.load_model; the pages of those that are replaced are given back. Embeddings stay as they are: a token
+    checkpoint.read; the pages of those that are replaced are given back. Embeddings stay as they are: a token
     reads one row, and of a mapped file only the rows that were read are in memory.
     """
     model.eval().requires_grad_(False)

@@ -15,14 +15,11 @@ tags:
 ---
 # {name}
 
-A {family} model with {parameters} parameters, trained with HumptyGPT on {source}.
+A {family} model with {parameters} parameters, {origin}.
 
 | | |
 |---|---|
-| trained on | {source} |
-| training | {steps} steps, {tokens} tokens |
-| validation loss | {loss} |
-| context | {context} tokens |
+{training}| context | {context} tokens |
 | tokenizer | {tokenizer}, {vocabulary} tokens |
 
 It continues texts like those that it was trained on. It follows no instructions, and nothing keeps it from writing what
@@ -42,7 +39,12 @@ print(tokenizer.decode(output[0]))
 ```
 
 {notes}
-
+"""
+TRAINING = """| trained on | {source} |
+| training | {steps} steps, {tokens} tokens |
+| validation loss | {loss} |
+"""
+SETTINGS = """
 ## Settings
 
 The settings of the run that are not HumptyGPT's defaults:
@@ -54,10 +56,9 @@ The settings of the run that are not HumptyGPT's defaults:
 
 
 def model_card(loaded: Loaded, path: Path, name: str) -> str:
-    """path: of the checkpoint. name: of the model."""
+    """path: of the checkpoint, or of a model that was not trained here. name: of the model."""
     model, tokenizer, saved = loaded
-    progress, eot = saved["progress"], tokenizer.eot
-    translation = saved["task"] == "translation"
+    eot, translation = tokenizer.eot, saved is not None and saved["task"] == "translation"
     notes = [f"Prompt and output together have at most {model.config.block_size:,} tokens."]
     if translation:
         notes.append("It translates: after a sentence and the end-of-text token, it writes the translation.")
@@ -67,27 +68,37 @@ def model_card(loaded: Loaded, path: Path, name: str) -> str:
         notes.append("Its training text was a single one, so that it never ends one.")
     prompt = "Ein Mann schläft." if translation else ""
     start = f"{prompt}{'<|endoftext|>' if eot is not None else tokenizer.decode(tokenizer.start())}"
-    return CARD.format(
+    card = CARD.format(
         name=name,
         family="Llama" if model.config.position == "rotary" else "GPT-2",
         parameters=f"{count_parameters(model):,}",
-        source=source(saved),
-        steps=f"{progress['iter']:,}",
-        tokens=f"{progress['tokens']:,}",
-        loss=loss(saved, path),
+        origin=origin(saved, path),
+        training=training(saved, path) if saved else "",
         context=f"{model.config.block_size:,}",
         tokenizer=tokenizer.name,
         vocabulary=f"{tokenizer.vocab_size:,}",
         prompt=repr(start).replace("'", '"') if "'" not in start and '"' not in start else repr(start),
         new_tokens=min(200, model.config.block_size // 2),
         notes=" ".join(notes),
-        settings=changed_settings(saved),
     )
+    return card + (SETTINGS.format(settings=changed_settings(saved)) if saved else "")
+
+
+def origin(saved: dict | None, path: Path) -> str:
+    return f"trained with HumptyGPT on {source(saved)}" if saved else f"converted by HumptyGPT from {path}"
+
+
+def training(saved: dict, path: Path) -> str:
+    """Rows of the card's table."""
+    progress = saved["progress"]
+    steps, tokens = f"{progress['iter']:,}", f"{progress['tokens']:,}"
+    return TRAINING.format(source=source(saved), steps=steps, tokens=tokens, loss=loss(saved, path))
 
 
 def describe(loaded: Loaded, path: Path) -> str:
-    """In one line; path: of the checkpoint."""
-    return f"trained with HumptyGPT on {source(loaded.saved)}; validation loss: {loss(loaded.saved, path)}"
+    """In one line; path: as in model_card."""
+    described = origin(loaded.saved, path)
+    return f"{described}; validation loss: {loss(loaded.saved, path)}" if loaded.saved else described
 
 
 def source(saved: dict) -> str:

@@ -237,10 +237,17 @@ def test_a_checkpoint_that_would_run_code_is_refused(folder):
     assert not Path("executed").exists()
 
 
-def test_out_dir_of_nanogpt_is_answered_with_init_from(folder, fails):
+def test_out_dir_may_be_nanogpts_but_its_training_is_not_resumed(folder, fails, capsys):
     write_nanogpt()
-    line = fails(sample.main, "--out_dir=nano/out", "--checkpoint=latest")
-    assert line == "nano/out/ckpt.pt is a checkpoint of nanoGPT; write --init_from=nano/out/ckpt.pt\n"
+    texts = []
+    for argv in (["--out_dir=nano/out"], ["--init_from=nano/out/ckpt.pt"], ["--init_from=nano/out"]):
+        sample.main([*argv, "--seed=3", "--start=abc", "--max_new_tokens=9", "--num_samples=1"])
+        texts.append(capsys.readouterr().out)
+    assert len(set(texts)) == 1 and len(texts[0]) == 13
+    line = fails(train.main, "--init_from=resume", "--out_dir=nano/out")
+    assert line.endswith(
+        "is a checkpoint of nanoGPT; train.py, sample.py and export.py start from it: --init_from=nano/out/ckpt.pt\n"
+    )
 
 
 # what nanoGPT's config files set, but for out_dir, wandb and intervals

@@ -142,7 +142,7 @@ BAD = {
         lambda path: torch.save([1, 2], path),
         lambda path: torch.save({"format": ["gpt checkpoint 3"]}, path),
     ],
-    "out/run/best.pt is a checkpoint of nanoGPT; write --init_from=out/run/best.pt": [
+    "out/run/best.pt is damaged: model_args.n_layer is missing": [
         lambda path: torch.save({"model": {}, "model_args": {}}, path),
     ],
     "no checkpoint out/run/best.pt; train first": [lambda path: None],

@@ -26,13 +26,14 @@ from test_damage import (
     flip_bytes,
     replace_json,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 import prepare_data
 import sample
 import train
 from humptygpt import checkpoint, evaluation
 from humptygpt.configurator import UserError
+from model import ModelConfig
 
 OUT = Path("out/run")
 FORMAT_2 = Path(__file__).parent / "format2" / "ckpt.pt"
@@ -240,13 +241,13 @@ def write(name: str) -> dict:
     """What sample.py writes from."""
     found = {}
 
-    def load_model(path: Path, mapped: bool, load_model=checkpoint.load_model) -> checkpoint.Loaded:
-        loaded = load_model(path, mapped)
-        found.update(contents(loaded.model.state_dict()))
-        return loaded
+    def restore_model(weights: dict, config: ModelConfig) -> nn.Module:
+        model = checkpoint.restore_model(weights, config)
+        found.update(contents(model.state_dict()))
+        return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "load_model", load_model)
+        patch.setattr(sample, "restore_model", restore_model)
         sample.main(["--out_dir=out/run", f"--checkpoint={name}", "--device=cpu", "--max_new_tokens=2"])
     return found
 

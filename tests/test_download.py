@@ -1,10 +1,9 @@
 import hashlib
 import subprocess
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from servers import serving
 
 from humptygpt import download as downloads
 from humptygpt.configurator import UserError
@@ -16,38 +15,16 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server on this machine. cuts: after how many bytes each response ends; ranges: the requested ones."""
+    """A server of one file. waits: the seconds between two attempts."""
     waits = []
     monkeypatch.setattr(downloads.time, "sleep", waits.append)
+    with serving(lambda path: CONTENT) as here:
+        here.url, here.waits = f"http://127.0.0.1:{here.server_port}/file", waits
+        yield here
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked = self.headers.get("Range")
-            here.ranges.append(asked)
-            begin = int(asked.removeprefix("bytes=")[:-1]) if asked and here.has_ranges else 0
-            if begin == len(CONTENT):
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(CONTENT)}")
-                self.end_headers()
-                return
-            self.send_response(206 if begin else 200)
-            self.send_header("Content-Length", str(len(CONTENT) - begin))
-            self.end_headers()
-            cut = here.cuts.pop(0) if here.cuts else len(CONTENT)
-            self.wfile.write(CONTENT[begin : begin + cut])
 
-        def log_message(self, *args):
-            pass
-
-    here = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    here.cuts, here.ranges, here.has_ranges, here.waits = [], [], True, waits
-    here.url = f"http://127.0.0.1:{here.server_port}/file"
-    thread = threading.Thread(target=here.serve_forever)
-    thread.start()
-    yield here
-    here.shutdown()
-    thread.join()
-    here.server_close()
+def ranges(server) -> list[str | None]:
+    return [found for _, found, _ in server.asked]
 
 
 def test_a_download_arrives_whole(server):
@@ -56,17 +33,17 @@ def test_a_download_arrives_whole(server):
 
 
 def test_an_interrupted_download_is_resumed(server):
-    server.cuts = [1000, 200_000, 7]
+    server.cuts["file"] = [1000, 200_000, 7]
     download(server.url, Path("file"), SHA256)
     assert Path("file").read_bytes() == CONTENT
-    assert server.ranges == [None, "bytes=1000-", "bytes=201000-", "bytes=201007-"]
+    assert ranges(server) == [None, "bytes=1000-", "bytes=201000-", "bytes=201007-"]
     assert server.waits == [1, 1, 1]  # each attempt brought new bytes
 
 
 def test_a_later_command_resumes_the_download_of_an_earlier_one(server):
     Path("file.part").write_bytes(CONTENT[:5000])
     download(server.url, Path("file"), SHA256)
-    assert Path("file").read_bytes() == CONTENT and server.ranges == ["bytes=5000-"]
+    assert Path("file").read_bytes() == CONTENT and ranges(server) == ["bytes=5000-"]
 
 
 def test_a_complete_download_that_was_not_renamed_is_kept(server):
@@ -76,7 +53,7 @@ def test_a_complete_download_that_was_not_renamed_is_kept(server):
 
 
 def test_a_server_without_ranges_sends_the_whole_file_again(server):
-    server.has_ranges, server.cuts = False, [1000]
+    server.has_ranges, server.cuts["file"] = False, [1000]
     download(server.url, Path("file"), SHA256)
     assert Path("file").read_bytes() == CONTENT
 

@@ -964,7 +964,7 @@ def test_the_latest_checkpoint_is_taken_where_there_is_no_best_one_yet(run_dir, 
     checkpoint.save(run_dir / "ckpt.pt", saved)
     capsys.readouterr()
     explain.main(["--out_dir=out/run"])
-    assert capsys.readouterr().err == "note: no evaluation has found a best model yet; taking out/run/ckpt.pt\n"
+    assert capsys.readouterr().err == "note: there is no best.pt yet; taking out/run/ckpt.pt\n"
     assert data_in(run_dir / "explain.html")["progress"] == {"iter": 6}
 
 

@@ -2,20 +2,23 @@
 
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_text
 from safetensors.torch import save_file
+from servers import serving
 from test_tokenizer_files import merges_folder
 
+import prepare_data
 import sample
 from humptygpt import checkpoint, download, hub
 from humptygpt.base_models import load_base
 from humptygpt.configurator import UserError
 from humptygpt.pretrained import write_pretrained
+from humptygpt.token_files import read_meta
+from humptygpt.tokenizer_files import read_tokenizer
 from model import GPT, ModelConfig
 
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 400, "bias": True}
@@ -34,54 +37,32 @@ def files(folder) -> dict[str, bytes]:
 
 @pytest.fixture
 def server(files, monkeypatch):
-    """cut: bytes after which each answer of a file ends, once each; codes, sizes: of a file, instead of the right."""
+    """codes, sizes: of a file, instead of the right; names: of the models that it has, all with the same files."""
     monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     monkeypatch.delenv("HF_HOME", raising=False)
     monkeypatch.delenv("HF_TOKEN", raising=False)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            here.asked.append((self.path, self.headers.get("Range"), self.headers.get("Authorization")))
-            name = self.path.rpartition("/resolve/abc123/")[2]
-            if code := here.codes.get(name if name in here.files else "listing"):
-                return self.send(b"", code)
-            if self.path == "/api/models/openai-community/gpt2?blobs=true":
-                siblings = [{"rfilename": name, **here.describe(name)} for name in here.files]
-                return self.send(json.dumps({"sha": "abc123", "siblings": siblings}).encode())
-            if self.path.startswith("/openai-community/gpt2/resolve/") and name == "model.safetensors":
-                return self.send(b"", 302, f"http://localhost:{here.server_port}/cdn/resolve/abc123/{name}")
-            return self.send(here.files[name], 200 if name in here.files else 404, name=name)
+    def describe(name: str) -> dict:
+        content = here.files[name]
+        size = here.sizes.get(name, len(content))
+        large = {"lfs": {"sha256": hashlib.sha256(content).hexdigest(), "size": size}}
+        return {"size": size} | (large if name == "model.safetensors" and name not in here.sizes else {})
 
-        def send(self, content: bytes, code: int = 200, location: str = "", name: str = ""):
-            asked = self.headers.get("Range") if name else None
-            begin = int(asked.removeprefix("bytes=")[:-1]) if asked else 0
-            self.send_response(206 if asked and code == 200 else code)
-            self.send_header("Content-Length", str(len(content) - begin))
-            if location:
-                self.send_header("Location", location)
-            self.end_headers()
-            cuts = here.cuts.get(name, [])
-            self.wfile.write(content[begin : begin + (cuts.pop(0) if cuts else len(content))])
+    def answer(path: str) -> bytes | int | str:
+        name = path.rpartition("/resolve/abc123/")[2]
+        if code := here.codes.get(name if name in here.files else "listing"):
+            return code
+        if path in [f"/api/models/{name}?blobs=true" for name in here.names]:
+            siblings = [{"rfilename": name, **describe(name)} for name in here.files]
+            return json.dumps({"sha": "abc123", "siblings": siblings}).encode()
+        if name == "model.safetensors" and not path.startswith("/cdn/"):
+            return f"http://localhost:{here.server_port}/cdn/resolve/abc123/{name}"
+        return here.files.get(name, 404)
 
-        def log_message(self, *args):
-            pass
-
-    class Hub(ThreadingHTTPServer):
-        def describe(self, name: str) -> dict:
-            content = self.files[name]
-            size = self.sizes.get(name, len(content))
-            large = {"lfs": {"sha256": hashlib.sha256(content).hexdigest(), "size": size}}
-            return {"size": size} | (large if name == "model.safetensors" and name not in self.sizes else {})
-
-    here = Hub(("127.0.0.1", 0), Handler)
-    here.files, here.asked, here.codes, here.sizes, here.cuts = dict(files), [], {}, {}, {}
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{here.server_port}/")
-    thread = threading.Thread(target=here.serve_forever)
-    thread.start()
-    yield here
-    here.shutdown()
-    thread.join()
-    here.server_close()
+    with serving(answer) as here:
+        here.files, here.codes, here.sizes, here.names = dict(files), {}, {}, ["openai-community/gpt2"]
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{here.server_port}/")
+        yield here
 
 
 FOLDER = Path("data/downloads/openai-community--gpt2")
@@ -98,6 +79,20 @@ def test_a_model_comes_by_its_name_and_only_once(server, files, capsys):
     assert len(server.asked) == asked and base.path == FOLDER
     expected = checkpoint.restore_model(base.weights, base.config)
     assert sum(p.numel() for p in expected.parameters()) > 0
+
+
+def test_a_tokenizer_comes_by_the_models_name_without_its_weights(server, files):
+    Path("text.txt").write_text(make_text(3000))
+    for repo in ("openai-community/gpt2", "gpt2-medium"):
+        if repo == "gpt2-medium":
+            server.names.append("openai-community/gpt2-medium")
+        prepare_data.main(["--input=text.txt", f"--name={repo[-4:]}", f"--tokenizer={repo}"])
+    assert not any("safetensors" in path for path, *_ in server.asked)
+    tokens = read_meta(Path("data/gpt2"))["tokenizer"]
+    assert tokens == read_meta(Path("data/dium"))["tokenizer"] == read_tokenizer(Path("made")).state()
+    assert tokens == load_base("gpt2").tokenizer.state()
+    with pytest.raises(UserError, match="there is no model no/model at"):
+        prepare_data.main(["--input=text.txt", "--name=x", "--tokenizer=no/model"])
 
 
 def test_an_interrupted_download_is_resumed(server, files):

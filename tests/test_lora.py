@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_RUN, assert_same_weights, make_text
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import prepare_data
 import sample
 import train
 from humptygpt import checkpoint, lora
 from humptygpt.base_models import load_base
+from humptygpt.lora import MARK
 from humptygpt.optimizers import trained_parameters
 from model import GPT, ModelConfig
 
@@ -77,6 +78,14 @@ def test_a_resumed_run_with_lora_is_the_uninterrupted_one(base):
     assert train.main([*LORA, ema, "--max_iters=3", "--lr_decay_iters=6", "--out_dir=out/two"]) == 0
     assert train.main(["--init_from=resume", "--out_dir=out/two", "--max_iters=6"]) == 0
     assert_same_weights(checkpoint.load(Path("out/two/ckpt.pt"))["model"], whole["model"])
+
+
+def test_the_adapter_of_a_resumed_run_names_the_model_that_it_is_for(base):
+    assert train.main([*LORA, "--max_iters=3", "--lr_decay_iters=6"]) == 0
+    for steps in (6, 9):
+        assert train.main(["--init_from=resume", f"--out_dir={OUT}", f"--max_iters={steps}"]) == 0
+    assert json.loads((OUT / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "out/run"
+    assert checkpoint.load(OUT / "ckpt.pt")["train_config"]["init_from"] == "out/run"
 
 
 def test_frozen_parameters_stay_and_the_others_train(base):
@@ -162,6 +171,119 @@ def test_the_adapter_is_small_and_has_our_names_where_there_are_no_others(run_tr
     assert weights[name].shape == (2, 32) and len(weights) == 8
     size = sum(path.stat().st_size for path in (OUT / "adapter").iterdir())
     assert size < (OUT / "best.pt").stat().st_size / 10
+
+
+@pytest.mark.parametrize("shape", [[], ["--qk_norm=True"]], ids=["names of transformers", "our names"])
+def test_a_model_is_read_back_from_its_adapter(shape, run_train, capsys):
+    run_train("--bias=True", *shape)
+    targets = "--lora_targets=k_proj,v_proj,o_proj,up_proj"
+    assert train.main([*LORA, targets, "--eval_interval=6"]) == 0
+    merged, found = load_base("out/lora"), load_base("out/lora/adapter")
+    assert found.config == merged.config and found.weights.keys() == merged.weights.keys()
+    for name, x in merged.weights.items():
+        torch.testing.assert_close(found.weights[name], x, atol=1e-6, rtol=1e-6)
+    assert found.description == "out/lora/adapter: an adapter of out/run/best.pt"
+    capsys.readouterr()
+    texts = []
+    for source in ("out/lora", "out/lora/adapter"):
+        sample.main([f"--init_from={source}", "--temperature=0", "--max_new_tokens=20"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    prepare_data.main(["--input=tiny.txt", "--name=tiny2", "--tokenizer=out/lora/adapter"])
+    assert train.main([*TINY_RUN, "--init_from=out/lora/adapter", "--dataset=tiny2", "--out_dir=out/more"]) == 0
+
+
+PEFT_CONFIGS = {
+    "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "gpt2, rank-stabilised": ("gpt2", {"target_modules": ["c_fc"], "use_rslora": True, "fan_in_fan_out": True}),
+    "llama, several ranks": (
+        "llama",
+        {"target_modules": ["q_proj", "v_proj", "down_proj"], "rank_pattern": {"v_proj": 5}}
+        | {"alpha_pattern": {"down_proj": 11, "layers.1.self_attn.q_proj": 7}},
+    ),
+    "llama, MLP": ("llama", {"target_modules": ["gate_proj", "up_proj"]}),
+}
+
+
+def peft_adapter(kind: str, **settings):
+    """transformers' model with a random adapter of PEFT, which is saved in adapter/, the model in theirs/."""
+    peft = pytest.importorskip("peft", reason="needs peft: pip install -r requirements-dev.txt")
+    from test_pretrained import gpt2, llama
+    from test_tokenizer_files import merges_folder
+
+    base = (gpt2 if kind == "gpt2" else llama)(vocab_size=400)
+    merges_folder(Path("theirs"))
+    base.save_pretrained("theirs")
+    base.name_or_path = base.config._name_or_path = "theirs"
+    model = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=8, task_type="CAUSAL_LM", **settings)).eval()
+    for name, p in model.named_parameters():
+        if MARK in name:
+            torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained("adapter")
+    return model
+
+
+@pytest.mark.parametrize("name", PEFT_CONFIGS)
+def test_an_adapter_of_peft_is_read_with_its_logits(name, folder):
+    kind, settings = PEFT_CONFIGS[name]
+    theirs = peft_adapter(kind, **settings)
+    base = load_base("adapter")
+    idx = torch.randint(400, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(idx).logits
+    torch.testing.assert_close(
+        logits(checkpoint.restore_model(base.weights, base.config), idx), expected, atol=1e-4, rtol=1e-4
+    )
+    assert not torch.equal(expected, logits(checkpoint.restore_model(load_base("theirs").weights, base.config), idx))
+
+
+def change_config(**changes):
+    path = Path("adapter/adapter_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_weights(change):
+    weights = load_file("adapter/adapter_model.safetensors")
+    change(weights)
+    save_file(weights, "adapter/adapter_model.safetensors")
+
+
+B = "base_model.model.transformer.h.1.attn.c_attn.lora_B.weight"
+BAD = [
+    (lambda: change_config(peft_type="LOHA"), "peft_type must be LORA"),
+    (lambda: change_config(use_dora=True), "use_dora=True is not supported; plain LoRA is"),
+    (lambda: change_config(init_lora_weights="pissa"), "init_lora_weights=pissa changes the base model"),
+    (lambda: change_config(alpha_pattern={"c_(a|b)": 3}), "the regular expression 'c_(a|b)'; names of layers are"),
+    (lambda: change_config(base_model_name_or_path=None), "base_model_name_or_path must be a string"),
+    (
+        lambda: change_config(base_model_name_or_path="thei"),
+        "thei: there is no such file or folder; did you mean theirs?",
+    ),
+    (
+        lambda: change_config(base_model_name_or_path="adapter"),
+        "the base model of the adapter adapter is an adapter, too",
+    ),
+    (lambda: change_weights(lambda weights: weights.pop(B)), f"the weight {B} is missing"),
+    (lambda: change_weights(lambda weights: weights.update(more=torch.ones(1))), "the weight more is unknown"),
+    (
+        lambda: change_weights(lambda weights: weights.update({B: torch.ones(48, 4)})),
+        "lora_A and lora_B of transformer.h.1",
+    ),
+    (lambda: change_weights(lambda weights: weights.update({B: torch.ones(48, 3).int()})), "must be in F32, BF16, F16"),
+    (lambda: change_weights(dict.clear), "it has no weights"),
+    (
+        lambda: Path("adapter/adapter_model.safetensors").unlink(),
+        "neither adapter_model.safetensors nor adapter_model.bin",
+    ),
+    (lambda: Path("adapter/adapter_model.safetensors").write_bytes(b"abc"), "is truncated, damaged or no safetensors"),
+]
+
+
+@pytest.mark.parametrize(("damage", "complaint"), BAD, ids=range(len(BAD)))
+def test_an_adapter_that_is_damaged_or_more_than_lora_is_refused_in_one_line(damage, complaint, folder, fails):
+    peft_adapter("gpt2", target_modules=["c_attn"], fan_in_fan_out=True)
+    damage()
+    assert complaint in fails(sample.main, "--init_from=adapter")
 
 
 # --------------------------------------------------------------------------------------

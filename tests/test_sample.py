@@ -101,24 +101,24 @@ def test_the_best_checkpoint_is_sampled_unless_the_latest_is_asked_for(run_dir, 
     assert text_of(capsys) == text_of(capsys, "--checkpoint=latest")
     sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=1"])
     note, loaded, *_ = capsys.readouterr().err.splitlines()
-    assert note == "note: no evaluation has found a best model yet; taking out/run/ckpt.pt"
+    assert note == "note: there is no best.pt yet; taking out/run/ckpt.pt"
     assert loaded.startswith("out/run/ckpt.pt: iter 6, best val loss ")
 
 
-def test_the_model_that_is_sampled_is_the_one_that_load_model_gives(tiny, capsys, monkeypatch):
+def test_the_model_that_is_sampled_has_the_averaged_weights_and_is_in_memory_once(tiny, capsys, monkeypatch):
     train.main([*TINY_RUN, "--ema_decay=0.5"])
     text = text_of(capsys, "--checkpoint=latest")
     zero_embeddings(Path("out/run/ckpt.pt"))  # its ema entry stays
     assert text_of(capsys, "--checkpoint=latest") == text
-    loaded, sampled, load_model, read = [], [], checkpoint.load_model, sample.continue_texts
-    monkeypatch.setattr(checkpoint, "load_model", lambda path, mapped: loaded.append(load_model(path)) or loaded[-1])
+    restored, sampled, restore, read = [], [], checkpoint.restore_model, sample.continue_texts
+    monkeypatch.setattr(sample, "restore_model", lambda *given: restored.append(restore(*given)) or restored[-1])
     monkeypatch.setattr(
         sample,
         "continue_texts",
         lambda context, *args, **keys: sampled.append(context.model) or read(context, *args, **keys),
     )
     text_of(capsys, "--checkpoint=latest", "--num_samples=1")
-    assert len(sampled) == 1 and sampled[0] is loaded[0].model
+    assert len(sampled) == 1 and sampled[0] is restored[0]
 
 
 def test_sampling_needs_no_data_folder(run_dir, capsys):
