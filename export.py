@@ -88,11 +88,12 @@ def write_folder(loaded, path: Path, to: Path, dtype: str) -> str:
 
     model, tokenizer, _ = loaded
     files = tokenizer_files(tokenizer, model.config.block_size)
-    files |= {"generation_config.json": generation_config(loaded), "README.md": model_card(loaded, path, to.name)}
+    texts = {"generation_config.json": generation_config(loaded), "README.md": model_card(loaded, path, to.name)}
+    files |= {name: text.encode() for name, text in texts.items()}
     with whole(to) as folder:
-        write_pretrained(model, folder, getattr(torch, dtype), tokenizer.eot)
-        for name, text in files.items():
-            write_whole(folder / name, lambda file, text=text: file.write(text.encode()))
+        write_pretrained(model, folder, getattr(torch, dtype), tokenizer.eot, tokenizer.bos)
+        for name, content in files.items():
+            write_whole(folder / name, lambda file, content=content: file.write(content))
     return f"{to}: {size(to)}; its README.md shows how to use it"
 
 
@@ -131,6 +132,8 @@ def generation_config(loaded) -> str:
     content = {"do_sample": True, "temperature": SampleConfig.temperature, "top_k": SampleConfig.top_k}
     if tokenizer.eot is not None:
         content |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
+    if tokenizer.bos is not None:
+        content["bos_token_id"] = tokenizer.bos
     if padding := list(range(tokenizer.vocab_size, model.config.vocab_size)):
         content["suppress_tokens"] = padding  # rows of the embedding that stand for no token
     return json.dumps(content, indent=2) + "\n"

@@ -397,7 +397,8 @@ def pretrained_tokenizer(path: str, corpus: Corpus | Pairs) -> Tokenizer:
     """Of a model's folder, of a run, an adapter or nanoGPT's ckpt.pt, or of a model of the hub. Raises UserError."""
     repo = None if os.path.exists(path) else repository(path)
     folder = fetch_tokenizer(repo) if repo else Path(path)
-    if repo or is_tokenizer(folder):
+    models = ("best.pt", "ckpt.pt", "adapter_config.json")
+    if is_tokenizer(folder) or not (os.path.isfile(path) or any(os.path.exists(folder / name) for name in models)):
         tokenizer = read_tokenizer(folder)
     else:
         from humptygpt.base_models import load_tokenizer  # here, since it loads torch

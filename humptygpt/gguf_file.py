@@ -4,6 +4,7 @@ The format is that of llama.cpp's own convert_hf_to_gguf.py. It holds less than 
 gelu_tanh, Llama with silu, and the tokenizers of a few kinds.
 """
 
+import json
 import logging
 import math
 from functools import singledispatch
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import gguf
 import numpy as np
+import sentencepiece
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
 from torch import Tensor
@@ -23,6 +25,8 @@ from humptygpt.tokenizer import (
     BytePairTokenizer,
     ByteTokenizer,
     CharTokenizer,
+    PretrainedSentencePiece,
+    PretrainedTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
 )
@@ -34,6 +38,9 @@ ACTIVATIONS = {  # what llama.cpp has: the key of config.json and our name
     "gpt2": ("activation_function", "gelu_tanh"),
     "llama": ("hidden_act", "silu"),
 }
+# how Llama 3 splits text before byte pairs are merged
+LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+LLAMA3_PATTERN += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 logging.getLogger("gguf").setLevel(logging.ERROR)  # it reports every file it writes
 
 
@@ -46,6 +53,9 @@ class Vocabulary(NamedTuple):
     types: list[TokenType] | None = None
     scores: list[float] | None = None
     merges: list[str] | None = None
+    split: str = "gpt-2"  # of byte pairs: the pattern by which a text is split first
+    bos: int | None = None  # the token that every text starts with
+    space: bool = False  # of sentencepiece: whether a space is put before a text
 
 
 # --------------------------------------------------------------------------------------
@@ -55,7 +65,7 @@ class Vocabulary(NamedTuple):
 @singledispatch
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """Raises UserError where llama.cpp has no tokenizer that gives the same tokens."""
-    raise UserError(f"tokenizer={tokenizer.name} cannot be exported with format=gguf")
+    raise AssertionError(f"{tokenizer.name} is not declared")
 
 
 @vocabulary.register
@@ -109,6 +119,65 @@ def _(tokenizer: SentencePieceTokenizer) -> Vocabulary:
     return Vocabulary("llama", tokens, types.index(TokenType.CONTROL), types, scores)
 
 
+def refusal(name: str, why: str) -> UserError:
+    return UserError(f"{name} cannot be exported with format=gguf: {why}; use format=transformers")
+
+
+@vocabulary.register
+def _(tokenizer: PretrainedTokenizer) -> Vocabulary:
+    """Byte pairs, split as GPT-2 or Llama 3 does: of the many ways that a tokenizer.json may have, those are common."""
+    described = json.loads(tokenizer.content)
+    model, added = described["model"], {entry["id"]: entry for entry in described.get("added_tokens") or ()}
+    split = known_split(described)
+    if model.get("type") != "BPE" or described.get("normalizer") or split is None:
+        raise refusal(tokenizer.name, "it is none of GPT-2's or Llama 3's kind, which llama.cpp has")
+    if split == "llama-bpe" and not model.get("ignore_merges"):
+        raise refusal(tokenizer.name, "ignore_merges is false, unlike in Llama 3's own")
+    names = {i: token for token, i in model["vocab"].items()} | {i: entry["content"] for i, entry in added.items()}
+    tokens, types = [], []
+    for i in range(tokenizer.vocab_size):
+        control = i in added and added[i].get("special")
+        kinds = [TokenType.UNUSED] * (i not in names) + [TokenType.CONTROL] * bool(control)
+        types.append([*kinds, TokenType.USER_DEFINED if i in added else TokenType.NORMAL][0])
+        tokens.append(names.get(i, f"[PAD{i}]"))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    return Vocabulary("gpt2", tokens, tokenizer.eot, types, merges=merges, split=split, bos=tokenizer.bos)
+
+
+def known_split(described: dict) -> str | None:
+    """llama.cpp's name for the way in which a tokenizer.json splits a text."""
+    step = described.get("pre_tokenizer") or {}
+    steps = step.get("pretokenizers") or [step]
+    found = [step.get("pattern", {}).get("Regex") or step.get("type") for step in steps]
+    if any(step.get("add_prefix_space") for step in steps):
+        return None
+    if found == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt-2"
+    return "llama-bpe" if found == [LLAMA3_PATTERN, "ByteLevel"] and not steps[1].get("use_regex", True) else None
+
+
+@vocabulary.register
+def _(tokenizer: PretrainedSentencePiece) -> Vocabulary:
+    """Of a prompt that begins with a space, or of text after a special token, LlamaTokenizer may add one space less."""
+    model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.proto)
+    size, special = model.vocab_size(), {i: token for token, i in tokenizer.special.items()}
+    kinds = {}
+    for i in range(tokenizer.vocab_size):
+        byte = i < size and model.is_byte(i)
+        unknown = i < size and model.is_unknown(i)
+        kinds[i] = TokenType.BYTE if byte else TokenType.UNKNOWN if unknown else TokenType.NORMAL
+        kinds[i] = TokenType.CONTROL if i in special and not unknown else kinds[i]
+    normal = [model.get_score(i) for i in range(size) if kinds[i] == TokenType.NORMAL]
+    if TokenType.BYTE not in kinds.values() or not all(score.is_integer() for score in normal):
+        raise refusal(tokenizer.name, "llama.cpp needs byte pairs with byte_fallback, not unigrams")
+    if model.normalize(" a  ﬁ ").removeprefix("▁").lstrip("▁") != "a▁▁ﬁ▁" or normal.count(0.0) > 1:
+        raise refusal(tokenizer.name, "llama.cpp does not normalise a text, and has no user-defined symbols")
+    texts = [special.get(i) or model.id_to_piece(i) for i in kinds]
+    scores = [model.get_score(i) if i < size else 0.0 for i in kinds]
+    bos, space = tokenizer.bos, tokenizer.has_prefix
+    return Vocabulary("llama", texts, tokenizer.eot, list(kinds.values()), scores, bos=bos, space=space)
+
+
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_token_list(vocabulary.tokens)
@@ -117,13 +186,15 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     if vocabulary.scores:
         writer.add_token_scores(vocabulary.scores)
     if vocabulary.merges:
-        writer.add_tokenizer_pre("gpt-2")
+        writer.add_tokenizer_pre(vocabulary.split)
         writer.add_token_merges(vocabulary.merges)
     if vocabulary.eot is not None:
         writer.add_eos_token_id(vocabulary.eot)
         writer.add_bos_token_id(vocabulary.eot)
-    writer.add_add_bos_token(False)
-    writer.add_add_space_prefix(False)
+    if vocabulary.bos is not None:
+        writer.add_bos_token_id(vocabulary.bos)
+    writer.add_add_bos_token(vocabulary.bos is not None)
+    writer.add_add_space_prefix(vocabulary.space)
 
 
 # --------------------------------------------------------------------------------------

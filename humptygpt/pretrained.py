@@ -162,10 +162,11 @@ NOT_EXPORTED = {"dropout", "label_smoothing", "init", "bias", "attn_bias", "mlp_
 
 
 def to_pretrained(
-    model: nn.Module, dtype: torch.dtype = torch.float32, eot: int | None = None
+    model: nn.Module, dtype: torch.dtype = torch.float32, eot: int | None = None, bos: int | None = None
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """What config.json holds, and the weights under their names, in this dtype on the CPU; eot: token that ends a text.
+    """What config.json holds, and the weights under their names, in this dtype on the CPU.
 
+    eot: the token that ends a text. bos: the one that a text starts with, if that is another.
     GPT-2 always has bias terms: those of a model without are 0. Raises UserError where a setting cannot be expressed.
     """
     config, state = model.config, model.state_dict()
@@ -182,7 +183,10 @@ def to_pretrained(
     }
     content |= {theirs: settings[key] for theirs, key, *_ in family.settings}
     content |= dict.fromkeys(family.dropouts, config.dropout)
-    content |= {"bos_token_id": eot, "eos_token_id": eot}  # None, too: the defaults belong to other tokenizers
+    content |= {
+        "bos_token_id": eot if bos is None else bos,
+        "eos_token_id": eot,
+    }  # None, too: the defaults belong to other tokenizers
     if name == "gpt2":
         content["n_ctx"] = config.block_size  # which llama.cpp reads
     elif config.rope_factor != 1:
@@ -223,14 +227,14 @@ def find_family(config: ModelConfig) -> str:
 
 
 def write_pretrained(
-    model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, eot: int | None = None
+    model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, eot: int | None = None, bos: int | None = None
 ) -> None:
     """Write config.json and model.safetensors, each whole or not at all; as to_pretrained. Raises UserError.
 
     They may replace those of an older model of the same config. Those of another one stay as they are: a crash between
     the two files would leave neither model.
     """
-    content, weights = to_pretrained(model, dtype, eot)
+    content, weights = to_pretrained(model, dtype, eot, bos)
     text, path = (json.dumps(content, indent=2) + "\n").encode(), folder / "config.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)

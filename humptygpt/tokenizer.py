@@ -449,10 +449,10 @@ class PretrainedSentencePiece(Tokenizer):
     def __init__(self, proto: bytes, special: dict[str, int], space: str, eot: int | None, bos: int | None):
         from sentencepiece import SentencePieceProcessor
 
-        self._proto, self._special, self._space, self.eot, self.bos = proto, special, space, eot, bos
+        self.proto, self.special, self.space, self.eot, self.bos = proto, special, space, eot, bos
         self._model = SentencePieceProcessor(model_proto=proto)
         self._rest = SentencePieceProcessor(model_proto=proto + NO_DUMMY_PREFIX)
-        self._has_prefix = self._model.normalize("a") != self._rest.normalize("a")
+        self.has_prefix = self._model.normalize("a") != self._rest.normalize("a")
         size = self._model.vocab_size()
         self.pieces = [sentencepiece_bytes(self._model.id_to_piece(i), self._model.is_byte(i)) for i in range(size)]
         added = sorted((i, token) for token, i in special.items() if i >= size)
@@ -477,20 +477,20 @@ class PretrainedSentencePiece(Tokenizer):
         ids = []
         for number, part in enumerate(self._split.split(text) if self._split else [text]):
             if number % 2:
-                ids.append(self._special[part])
+                ids.append(self.special[part])
             elif part:
-                bare = self._space != "every" and part.startswith((" ", "▁"))
-                bare |= self._space == "first" and number > 0
+                bare = self.space != "every" and part.startswith((" ", "▁"))
+                bare |= self.space == "first" and number > 0
                 ids += (self._rest if bare else model if number == 0 else self._model).encode(part)
         return np.array(ids, dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         text = super().decode(ids)
-        return text.removeprefix(" ") if self._has_prefix else text
+        return text.removeprefix(" ") if self.has_prefix else text
 
     def state(self) -> dict:
-        state = {"tokenizer": self.name, "proto": base64.b64encode(self._proto).decode(), "special": self._special}
-        return state | {"space": self._space, "eot": self.eot, "bos": self.bos}
+        state = {"tokenizer": self.name, "proto": base64.b64encode(self.proto).decode(), "special": self.special}
+        return state | {"space": self.space, "eot": self.eot, "bos": self.bos}
 
     @classmethod
     def from_state(cls, proto: str, **entries) -> Self:

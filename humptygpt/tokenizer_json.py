@@ -23,6 +23,7 @@ from humptygpt.tokenizer import (
     BytePairTokenizer,
     ByteTokenizer,
     CharTokenizer,
+    PretrainedSentencePiece,
     PretrainedTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
@@ -30,7 +31,7 @@ from humptygpt.tokenizer import (
 )
 
 
-def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
+def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
     """The content of each file, by its name. Raises UserError where it cannot be expressed."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -38,6 +39,8 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,  # or "do n't" would be decoded as "don't"
     }
+    if isinstance(tokenizer, PretrainedSentencePiece):
+        return sentencepiece_files(tokenizer, settings)
     if tokenizer.eot is not None:
         end = tokenizer.pieces[tokenizer.eot].decode()
         settings |= {"eos_token": end, "pad_token": end, "padding_side": "left"}
@@ -45,7 +48,26 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, str]:
         settings["bos_token"] = tokenizer.pieces[tokenizer.bos].decode()
     imported = isinstance(tokenizer, PretrainedTokenizer)  # it goes out as it came in
     content = tokenizer.content if imported else build_tokenizer(tokenizer).to_str(pretty=True)
-    return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}
+    return {"tokenizer.json": content.encode(), "tokenizer_config.json": as_json(settings)}
+
+
+def sentencepiece_files(tokenizer: PretrainedSentencePiece, settings: dict) -> dict[str, bytes]:
+    """tokenizer.model as it came, and what says which of its tokens are special; settings: of every tokenizer."""
+    names = {i: token for token, i in tokenizer.special.items()}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    settings = settings | {"added_tokens_decoder": {str(i): {"content": names[i], **flags} for i in sorted(names)}}
+    if tokenizer.space != "every":
+        settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": tokenizer.space == "unless"}
+    if tokenizer.eot is not None:
+        settings |= {"eos_token": names[tokenizer.eot], "pad_token": names[tokenizer.eot], "padding_side": "left"}
+    settings |= {"add_bos_token": tokenizer.bos is not None, "add_eos_token": False}
+    if tokenizer.bos is not None:
+        settings["bos_token"] = names[tokenizer.bos]
+    return {"tokenizer.model": tokenizer.proto, "tokenizer_config.json": as_json(settings)}
+
+
+def as_json(content: dict) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
@@ -61,7 +83,7 @@ def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 @singledispatch
 def convert(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """build_tokenizer() without its special token."""
-    raise UserError(f"the tokenizer of a {tokenizer.name} cannot be exported: it has one already, where it came from")
+    raise AssertionError(f"{tokenizer.name} has files already")
 
 
 @convert.register

@@ -192,6 +192,37 @@ def compare_tokens(tokenizer: Tokenizer, text: str) -> None:
     assert theirs.decode(ids) == text
 
 
+IMPORTED = ("GPT-2's tokenizer.json", "Llama 3's tokenizer.json", "sentencepiece, BPE", "LlamaTokenizer")
+PROMPTS = ["Hello the dog", "a", "Füße, 東京!\n🙂 and   plain words", "can't 12345\n\n x", "ﬁ e\u0301 "]
+
+
+@pytest.mark.parametrize("kind", IMPORTED)
+def test_a_tokenizer_that_was_imported_has_its_tokens_in_llama_cpp(kind, folder):
+    """Random weights: any other token in the prompt would change the text that follows."""
+    pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt")
+    pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-dev.txt")
+    from test_tokenizer_files import KINDS
+
+    from humptygpt.tokenizer_files import read_tokenizer
+
+    KINDS[kind](Path("theirs"))
+    if kind.startswith("Llama 3"):  # as its own has it
+        path = Path("theirs/tokenizer.json")
+        described = json.loads(path.read_text())
+        path.write_text(json.dumps(described | {"model": described["model"] | {"ignore_merges": True}}))
+    found = loaded(tokenizer=read_tokenizer(Path("theirs")), **ROTARY)
+    export.write_file(found, BEST, Path("model.gguf"), "float32")
+    complete = llama_cpp(Path("model.gguf"))
+    for prompt in PROMPTS:
+        ids = sample.encode_prompt(prompt, found.tokenizer)[1].tolist()
+        answer = complete(prompt, 8)
+        assert answer["usage"]["prompt_tokens"] == len(ids), prompt
+        expected = greedy(found, ids, 8)
+        if found.tokenizer.eot in expected:
+            expected = expected[: expected.index(found.tokenizer.eot)]
+        assert answer["choices"][0]["text"].lstrip() == found.tokenizer.decode(expected).lstrip(), prompt
+
+
 def test_the_end_of_text_token_is_theirs_too():
     for name, tokenizer in SEPARATED.items():
         theirs = build_tokenizer(tokenizer)

@@ -110,6 +110,9 @@ KINDS = {
     "sentencepiece, BPE": sentencepiece_folder,
     "sentencepiece, unigram": lambda folder: sentencepiece_folder(folder, "unigram"),
     "LlamaTokenizer": lambda folder: sentencepiece_folder(folder, tokenizer_class="LlamaTokenizer", add_bos_token=True),
+    "LlamaTokenizer, legacy, with more tokens": lambda folder: sentencepiece_folder(
+        folder, tokenizer_class="LlamaTokenizer", legacy=True, additional_special_tokens=["<|x|>"]
+    ),
     "Llama 2's tokenizer.json": llama2_json_folder,
 }
 
@@ -294,8 +297,8 @@ def test_a_tokenizer_that_is_neither_a_kind_nor_a_path_is_refused(fails, folder)
     Path("mine.txt").write_text("some text " * 30)
     line = fails(prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=chars")
     assert line == (
-        "tokenizer=chars is not one of: char, byte, sentencepiece, gpt2, bpe, nor a folder or file with a tokenizer;"
-        " did you mean char?\n"
+        "tokenizer=chars is not one of: char, byte, sentencepiece, gpt2, bpe, nor a folder or file with a tokenizer,"
+        " nor owner/model of the hub; did you mean char?\n"
     )
     line = fails(prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=.")
     assert line.startswith("cannot read the tokenizer in .: there is neither tokenizer.json")
@@ -304,12 +307,24 @@ def test_a_tokenizer_that_is_neither_a_kind_nor_a_path_is_refused(fails, folder)
     )
 
 
-@pytest.mark.parametrize("kind", ["vocab.json", "GPT-2's tokenizer.json", "Llama 3's tokenizer.json"])
-def test_a_tokenizer_that_was_imported_is_exported_with_its_ids_and_special_tokens(kind, made, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_tokenizer_that_was_imported_is_exported_with_its_ids_and_special_tokens(kind, architecture, made, tmp_path):
     ours = made(kind)[2]
-    for name, text in tokenizer_files(ours, block_size=64).items():
-        (tmp_path / name).write_text(text)
+    write(tmp_path, config={"model_type": architecture})
+    for name, content in tokenizer_files(ours, block_size=64).items():
+        (tmp_path / name).write_bytes(content)
     again = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+
+    @settings(max_examples=30, deadline=None, derandomize=True, database=None)
+    @given(text=anything)
+    def compare(text):
+        assert_equal(again, ours, text)
+
+    compare()
     for text in (TEXT, *SIGNS):
         assert_equal(again, ours, text)
-    assert (again.eos_token_id, again.bos_token_id) == (ours.eot, ours.bos)
+    assert again.eos_token_id == ours.eot and (ours.bos is None or again.bos_token_id == ours.bos)
+    assert (
+        read_tokenizer(tmp_path).state() == ours.state() or kind == "vocab.json"
+    )  # which comes back as tokenizer.json

@@ -1,0 +1,41 @@
+# Llama's architecture on subwords: the preset for your own text, for export to transformers, llama.cpp, Ollama.
+#
+#   python train.py config/shakespeare_sp_llama.py
+#   python export.py --out_dir=out/shakespeare_sp_llama --to=model.gguf --format=gguf
+#
+# On your own text: python prepare_data.py --input=FILE_OR_FOLDER --name=mine --tokenizer=bpe, and add --dataset=mine
+# --out_dir=out/mine to the first command.
+#
+# X million parameters.
+
+out_dir = "out/shakespeare_sp_llama"
+dataset = "shakespeare_sp"  # 1,024 subwords of tiny Shakespeare, by sentencepiece
+
+# the model
+n_layer = 4
+n_head = 4
+n_kv_head = 2  # two query heads share keys and values
+n_embd = 128
+n_hidden = 352  # a multiple of 32, so that each matrix can be stored in 8 bits
+block_size = 256  # context of 256 tokens, about 600 characters
+position = "rotary"
+norm = "rmsnorm"
+mlp = "gated"
+activation = "silu"
+init = "zero"
+tie_weights = False
+
+# the training, as in shakespeare_char_llama.py
+batch_size = 4
+max_iters = 1600
+optimizer = "normuon"
+learning_rate = 6e-3
+muon_learning_rate = 0.03
+muon_momentum = 0.85
+beta2 = 0.95
+schedule = "linear"
+min_lr = 0.0
+warmup_iters = 10
+weight_decay = 0.1
+grad_clip = 0.0
+eval_interval = 400
