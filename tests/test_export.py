@@ -193,7 +193,7 @@ def compare_tokens(tokenizer: Tokenizer, text: str) -> None:
 
 
 IMPORTED = ("GPT-2's tokenizer.json", "Llama 3's tokenizer.json", "sentencepiece, BPE", "LlamaTokenizer")
-PROMPTS = ["Hello the dog", "a", "Füße, 東京!\n🙂 and   plain words", "can't 12345\n\n x", "ﬁ e\u0301 "]
+PROMPTS = ["Hello the dog", "a", "Füße, 東京!\n🙂 and   plain words", "can't 1234567,\n(so).\n\n x", "ﬁ e\u0301 "]
 
 
 @pytest.mark.parametrize("kind", IMPORTED)
@@ -220,6 +220,9 @@ def test_a_tokenizer_that_was_imported_has_its_tokens_in_llama_cpp(kind, folder)
         expected = greedy(found, ids, 8)
         if found.tokenizer.eot in expected:
             expected = expected[: expected.index(found.tokenizer.eot)]
+        expected = [
+            i for i in expected if found.tokenizer.pieces[i] not in (b"<s>", b"<unk>")
+        ]  # which it does not show
         assert answer["choices"][0]["text"].lstrip() == found.tokenizer.decode(expected).lstrip(), prompt
 
 

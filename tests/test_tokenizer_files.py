@@ -22,7 +22,7 @@ from humptygpt.tokenizer_json import tokenizer_files
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-dev.txt")
 tokenizers = pytest.importorskip("tokenizers")
 
-TEXT = "Füße, 東京!\n🙂 and   plain words\nHello the dog " + make_text(5000)
+TEXT = "Füße, 東京!\n🙂 and   plain words\nHello the dog " + "1234567,\n(so).\n" * 20 + make_text(5000)
 SIGNS = ["▁", " ", "  ", "\n", "\r\n", "\t", "\0", "<unk>", "<s>", "</s>", "<|endoftext|>", "<|x|>", "\ufeff", "é", "ﬁ"]
 SIGNS += ["e\u0301", "　", "Hello", " the", " dog", "12345", "can't", ".\n"]
 anything = st.lists(st.sampled_from(SIGNS) | st.text(max_size=20)).map("".join)
