@@ -4,8 +4,8 @@
 #   python train.py config/nanogpt.py nanoGPT/config/eval_gpt2.py
 #   python train.py config/nanogpt.py nanoGPT/config/finetune_shakespeare.py
 #
-# Its last two start from GPT-2, whose shape then counts. device, dtype and compile stay at what this machine has, and
-# the vocabulary is not padded (there, to 50,304). Unmeasured here.
+# The last two start from GPT-2, whose shape and vocabulary of 50,257 then count. device, dtype and compile stay at what
+# this machine has. Unmeasured here.
 
 out_dir = "out"
 dataset = "openwebtext"
@@ -22,6 +22,7 @@ block_size = 1024
 bias = False
 dropout = 0.0
 activation = "gelu"
+vocab_size = 50304  # GPT-2's 50,257 tokens, padded; for data of other tokens add --vocab_size=None
 
 batch_size = 12
 gradient_accumulation_steps = 40

@@ -202,6 +202,23 @@ def test_without_its_meta_pkl_a_large_vocabulary_is_gpt2s(folder, monkeypatch):
     assert base_models.nanogpt_tokenizer(path, {"model_args": {"vocab_size": 50304}}) is made
 
 
+def test_a_padded_vocabulary_of_nanogpt_is_kept_and_its_padding_never_drawn(folder, capsys):
+    """nanoGPT's 50,304 rows, in small: 11 for 9 tokens, those of the padding the likeliest by far."""
+    saved = nanogpt_checkpoint()
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        saved["model"][f"_orig_mod.{name}"][9:] *= 10
+    path = write_nanogpt()
+    torch.save(saved, path)
+    logits = nanogpt_logits(saved, torch.tensor([[1, 2, 3]]))[0, -1]
+    assert logits.argmax() >= 9 or (-logits).argmax() >= 9
+    sample.main(["--init_from=nano/out", "--start=abc", "--max_new_tokens=21", "--num_samples=4", "--temperature=3"])
+    assert set(capsys.readouterr().out) <= set(CHARACTERS)
+    Path("letters.txt").write_text("abc\nfed\nhag\n" * 60)
+    prepare_data.main(["--input=letters.txt", "--name=mine", "--tokenizer=nano/out/ckpt.pt"])
+    assert train.main([*TINY_RUN, "--dataset=mine", "--init_from=nano/out"]) == 0
+    assert load_base("out/run").weights["wte.weight"].shape[0] == 11
+
+
 DAMAGES = {
     "a weight is missing": (
         lambda saved: saved["model"].pop("transformer.ln_f.bias"),
@@ -276,12 +293,22 @@ def test_after_nanogpts_defaults_its_config_files_mean_what_they_mean_there(name
     config, model_config, _, found = train.read_settings([str(DEFAULTS), "theirs.py"])
     settings = vars(config) | vars(model_config)
     defaults = {"dataset": "openwebtext", "learning_rate": 6e-4, "beta2": 0.95, "gradient_accumulation_steps": 40}
-    defaults |= {"n_layer": 12, "n_embd": 768, "block_size": 1024, "warmup_iters": 2000, "min_lr": 6e-5, "bias": False}
+    defaults |= {
+        "vocab_size": 50304,
+        "n_layer": 12,
+        "n_embd": 768,
+        "block_size": 1024,
+        "warmup_iters": 2000,
+        "min_lr": 6e-5,
+        "bias": False,
+    }
     started = "init_from" in keys
     expected = defaults | keys | (shape if started else {})
     assert {key: settings[key] for key in expected} == expected
     assert asked == ([keys["init_from"]] if started else []) and (found is base) == started
-    assert ("n_layer=12, n_head=12, n_embd=768, bias=False: without effect" in capsys.readouterr().err) == started
+    assert (
+        "n_layer=12, n_head=12, n_embd=768, vocab_size=50304, bias=False: without effect" in capsys.readouterr().err
+    ) == started
 
 
 # --------------------------------------------------------------------------------------

@@ -21,12 +21,12 @@ import prepare_data
 import sample
 import train
 from humptygpt import configurator, download
-from humptygpt.checkpoint import Loaded, load_model
+from humptygpt.checkpoint import Loaded, load, load_model, restore_model
 from humptygpt.configurator import UserError
 from humptygpt.families import FAMILIES
 from humptygpt.generation import generate
 from humptygpt.pretrained import find_family, to_pretrained
-from humptygpt.tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer
+from humptygpt.tokenizer import END_OF_TEXT, CharTokenizer, PretrainedTokenizer, Tokenizer
 from humptygpt.tokenizer_json import build_tokenizer, find_merges
 from model import ModelConfig
 
@@ -157,6 +157,74 @@ def test_llama_cpp_has_the_greedy_text_of_sample_py(case, runs, monkeypatch):
     text = make_text(20)
     answer = llama_cpp(Path("model.gguf"))(text)
     assert text + answer["choices"][0]["text"] == continued(Path("out/run"), text)
+
+
+REAL = {"gpt2": [], "llama": LLAMA}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shape", REAL)
+def test_both_have_the_greedy_text_of_models_with_gpt2s_own_vocabulary(shape, folder):
+    """Its 50,257 tokens, and rows that stand for none; they are downloaded, or taken from a package."""
+    make_run(["--tokenizer=gpt2"], ["--vocab_size=50304", *REAL[shape]], steps="40")
+    export.main(["--out_dir=out/run", "--to=exported"])
+    export.main(["--out_dir=out/run", "--to=model.gguf", "--format=gguf"])
+    theirs, tokenizer = open_folder(Path("exported"))
+    assert len(tokenizer) == 50257
+    text = make_text(150)
+    prompt = tokenizer(text[:20], return_tensors="pt")
+    assert prompt.input_ids[0].tolist() == load_model(BEST).tokenizer.encode(text[:20]).tolist()
+    output = theirs.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0]
+    expected = continued(Path("out/run"), text[:20])
+    assert tokenizer.decode(output) == expected
+    assert text[:20] + llama_cpp(Path("model.gguf"))(text[:20])["choices"][0]["text"] == expected
+
+
+# --------------------------------------------------------------------------------------
+# Models that started elsewhere
+
+
+def test_a_run_with_lora_is_exported_merged(runs, monkeypatch, tmp_path):
+    """Both checkpoints, to 1e-5; so is the adapter beside its base model."""
+    base = runs("llama, documents of bpe") / "out/run"
+    monkeypatch.chdir(runs("llama, documents of bpe"))
+    lora = ["--lora_rank=4", "--lora_targets=q_proj,v_proj,o_proj,up_proj", f"--out_dir={tmp_path}/lora"]
+    more = ["--max_iters=8", "--eval_interval=8", "--eval_iters=1", "--batch_size=4", "--warmup_iters=1"]
+    given = [f"--init_from={base}", "--dataset=mine", "--device=cpu", "--dtype=float32", "--learning_rate=3e-2"]
+    assert train.main([*given, *lora, *more]) == 0
+    saved = load(tmp_path / "lora/ckpt.pt")
+    idx = torch.arange(40)[None]
+    with torch.no_grad():
+        unmerged = restore_model(saved["model"], ModelConfig(**saved["model_config"])).eval()(idx)[0]
+        before = load_model(base / "best.pt").model(idx)[0]
+    assert (unmerged - before).abs().max() > 0.1
+    sources = [f"--out_dir={tmp_path}/lora", f"--init_from={tmp_path}/lora/ckpt.pt"]
+    for number, source in enumerate([*sources, f"--init_from={tmp_path}/lora/adapter"]):
+        export.main([source, f"--to={tmp_path}/{number}"])
+        theirs, _ = open_folder(tmp_path / str(number))
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(idx).logits, unmerged, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_was_not_trained_here_is_exported(folder, capsys):
+    """nanoGPT's checkpoint, with its logits."""
+    from test_base_models import nanogpt_checkpoint, nanogpt_logits, write_nanogpt
+
+    write_nanogpt()
+    for number, source in enumerate(["--init_from=nano/out", "--out_dir=nano/out"]):
+        export.main([source, f"--to={number}"])
+        theirs, tokenizer = open_folder(Path(str(number)))
+        idx = tokenizer("abc\nhgf", return_tensors="pt").input_ids
+        with torch.no_grad():
+            torch.testing.assert_close(
+                theirs(idx).logits, nanogpt_logits(nanogpt_checkpoint(), idx), atol=1e-4, rtol=1e-4
+            )
+    card = Path("0/README.md").read_text()
+    assert "parameters, converted by HumptyGPT from nano/out/ckpt.pt." in card and "## Settings" not in card
+    capsys.readouterr()
+    export.main(["--init_from=0", "--out_dir=x", "--to=again"])
+    assert "note: out_dir=x has no effect with init_from=0" in capsys.readouterr().err
+    assert Path("again/model.safetensors").read_bytes() == Path("0/model.safetensors").read_bytes()
 
 
 # --------------------------------------------------------------------------------------
@@ -409,6 +477,14 @@ def test_the_demo_is_refused_and_the_preset_named(fails, folder):
     assert not list(folder.iterdir())
 
 
+def without_split() -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models
+
+    engine = Tokenizer(models.BPE({"a": 0}, []))
+    engine.decoder = decoders.ByteLevel()
+    return PretrainedTokenizer(engine.to_str(), None, None)
+
+
 GGUF_REFUSES = [
     (
         {"activation": "gelu"},
@@ -418,6 +494,7 @@ GGUF_REFUSES = [
     ({"tokenizer": CharTokenizer("aé")}, "tokenizer=char cannot be .* characters outside ASCII .* --tokenizer=byte"),
     ({"tokenizer": CharTokenizer("aé▁", True)}, "tokenizer=char cannot be .* '▁' is a space; .* --tokenizer=byte"),
     ({"tokenizer": EVERY["unigram"]}, "tokenizer=sentencepiece cannot be .* --model_type=bpe"),
+    ({"tokenizer": without_split()}, "it is none of GPT-2's or .*; use format=transf"),
 ]
 
 
