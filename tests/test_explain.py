@@ -450,13 +450,14 @@ def feed_forward_values(recorder: Recorder, block: str, name: str) -> dict:
 
 
 def rounded(model: nn.Module, std: float | None = 0.1) -> nn.Module:
-    """The model with random weights, rounded to float16; std: None: with its own weights."""
+    """The model with random weights, rounded as in a page; std: None: with its own weights."""
     torch.manual_seed(1)
     with torch.no_grad():
-        for p in model.parameters():
+        for name, p in model.named_parameters():
             if std:
                 nn.init.normal_(p, std=std)
-            p.copy_(p.half().float())
+            in_int8 = name == "ngrams.table.weight"
+            p.copy_(math.prod(page_data.round_rows(p)) if in_int8 else p.half().float())
     return model.eval()
 
 
@@ -1002,6 +1003,35 @@ def test_a_model_larger_than_the_limit_is_refused_before_its_page_is_made(run_di
     complaint = fails(explain.main, "--out_dir=out/run", "--max_mb=0.05")
     parameters = models.count_parameters(checkpoint.load_model(run_dir / "best.pt").model)
     assert complaint.startswith(f"the weights of {parameters:,} parameters take ") and "raise --max_mb" in complaint
+
+
+NGRAMS = ["--ngrams=3", "--ngram_min_count=2", "--n_embd=32"]
+
+
+def test_a_run_with_ngram_embeddings_has_a_page_with_each_row_of_them_in_8_bits(node, tiny):
+    train.main([*TINY_RUN, *NGRAMS])
+    explain.main(["--out_dir=out/run"])
+    model, tok, _ = checkpoint.load_model(Path("out/run/best.pt"))
+    table, rows = model.ngrams.table.weight.detach(), len(model.ngrams.keys)
+    integers, unit = page_data.round_rows(table)
+    assert integers.dtype == torch.int8 and integers.shape == table.shape and len(table) == rows + 1
+    assert ((integers * unit - table).abs() <= unit / 2 + 1e-9).all()
+    (packed,) = [
+        x for x in data_in(Path("out/run/explain.html"))["weights"]["tensors"] if x["name"] == "ngrams.table.weight"
+    ]
+    assert packed["dtype"] == "int8"
+    idx = tok.encode("Akis osal Ak").tolist()
+    (answer,) = node.ask("page", path=str(Path("out/run/explain.html").resolve()), typed=[["Akis osal Ak", None]])
+    assert_computes(answer, probabilities(Path("out/run/best.pt"), idx), tok.vocab_size)
+
+
+def test_a_model_that_is_too_large_for_its_ngram_embeddings_is_told_to_do_without(tiny, fails):
+    train.main([*TINY_RUN, *NGRAMS])
+    complaint = fails(explain.main, "--out_dir=out/run", "--max_mb=0.09")
+    assert re.search(
+        r" MB in a page, 0.\d\d of them n-gram embeddings, more than .*; train with --ngrams=0, or", complaint
+    )
+    assert "; train a smaller model, or" in fails(explain.main, "--out_dir=out/run", "--max_mb=0.01")
 
 
 # --------------------------------------------------------------------------------------
