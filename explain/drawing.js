@@ -7,6 +7,7 @@ function h(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (name.startsWith("aria-")) made.setAttribute(name, value); // false, too
     else if (value === true) made.setAttribute(name, "");
     else if (value !== false && value !== null && value !== undefined) made.setAttribute(name, value);
   }
@@ -14,8 +15,16 @@ function h(tag, attributes = {}, ...children) {
   return made;
 }
 
+/** Draws the contents of an element anew, with the focus where it was among them. */
+function keepFocus(root, draw) {
+  const all = () => [...root.querySelectorAll("button:not([disabled]), [tabindex]")];
+  const at = all().indexOf(document.activeElement);
+  draw();
+  if (at >= 0) (all()[at] ?? all().at(-1))?.focus({ preventScroll: true });
+}
+
 function percent(p) {
-  return `${(100 * p).toFixed(p < 0.1 ? 2 : 1)} %`;
+  return p > 0 && p < 0.00005 ? "<0.01 %" : `${(100 * p).toFixed(p < 0.1 ? 2 : 1)} %`;
 }
 
 let controls = 0;
@@ -48,6 +57,7 @@ function slider(label, { min, max, step, value, format = String }, onSlide) {
   root.set = (number) => {
     input.value = number;
     shown.textContent = format(number);
+    input.setAttribute("aria-valuetext", shown.textContent);
   };
   return root;
 }
@@ -93,8 +103,14 @@ function table(caption, heads, rows, numeric = []) {
 // Colour: blue below zero, orange above, the surface's own at zero
 
 const PALETTES = {
-  light: { negative: [28, 98, 176], zero: [238, 240, 242], positive: [200, 84, 16], ink: "#16191d", line: "#5c6670" },
-  dark: { negative: [98, 168, 240], zero: [38, 42, 48], positive: [246, 150, 74], ink: "#eef1f4", line: "#9aa5b1" },
+  light: {
+    ...{ negative: [28, 98, 176], zero: [238, 240, 242], positive: [200, 84, 16] },
+    ...{ ink: "#16191d", line: "#5c6670", weight: "#7a3299", surface: "#ffffff" },
+  },
+  dark: {
+    ...{ negative: [98, 168, 240], zero: [38, 42, 48], positive: [246, 150, 74] },
+    ...{ ink: "#eef1f4", line: "#9aa5b1", weight: "#cf9be8", surface: "#15181c" },
+  },
 };
 const darkScheme = matchMedia("(prefers-color-scheme: dark)");
 const palette = () => PALETTES[darkScheme.matches ? "dark" : "light"];
@@ -115,11 +131,15 @@ function colourTable() {
 const strips = new Set();
 const waiting = new Set(); // strips that will be drawn
 const TALLEST = 440; // pixels of a matrix
+const LABEL = "12px ui-monospace, 'DejaVu Sans Mono', monospace";
+const SMALLEST = 13; // pixels of a cell whose row has a label
+const short = (text) => (text.length > 9 ? `${text.slice(0, 8)}…` : text);
 
 /** A grid of numbers, each a cell of a canvas, walked with the arrow keys; one is selected, and only it has digits.
 
 options: label; columns (0: as many as fit); cell: height of one in pixels; unit: what an index counts;
-describe(index): text of a cell, instead; onSelect(index); part: the path in the trace that these numbers are of. */
+describe(index): text of a cell, instead; onSelect(index); part: the path in the trace that these numbers are of;
+square: largest width of square cells; labels(): of a matrix, texts of its rows and columns. */
 class Strip {
   constructor(options) {
     this.options = { columns: 0, cell: 14, unit: "feature", describe: null, onSelect: null, part: null, ...options };
@@ -181,15 +201,25 @@ class Strip {
     if (!width || !n) return null;
     const rows = this.options.columns ? Math.ceil(n / this.options.columns) : Math.ceil((n * 5) / width);
     const columns = this.options.columns || Math.ceil(n / rows);
-    const square = this.options.square
-      ? Math.min(Math.max(Math.min(width / columns, TALLEST / rows), 1), this.options.square)
-      : 0;
-    return {
-      rows,
-      columns,
-      width: square ? square * columns : Math.min(width, columns * 24),
-      height: (square || this.options.cell) * rows,
-    };
+    if (!this.options.square)
+      return { rows, columns, left: 0, top: 0, width: Math.min(width, columns * 24), height: this.options.cell * rows };
+    const side = (room) =>
+      Math.min(Math.max(Math.min(room / columns, TALLEST / rows), 1), this.options.square);
+    const margin = this.options.labels && side(width) >= SMALLEST ? this.margin() : null;
+    const labelled = margin && side(width - margin.left) >= SMALLEST;
+    const { left, top } = labelled ? margin : { left: 0, top: 0 };
+    const cell = side(width - left);
+    return { rows, columns, left, top, width: cell * columns, height: cell * rows };
+  }
+
+  /** Pixels beside and above the cells that the labels take. */
+  margin() {
+    const context = this.canvas.getContext("2d");
+    context.font = LABEL;
+    const longest = (texts) => Math.ceil(Math.max(...texts.map((text) => context.measureText(short(text)).width)));
+    const { rows, columns } = this.options.labels();
+    const across = longest(columns);
+    return { left: longest(rows) + 6, top: across < SMALLEST ? 18 : across + 6 };
   }
 
   /** At the next frame, together with the others: all are measured before the first is drawn. */
@@ -207,12 +237,12 @@ class Strip {
 
   paint() {
     const { canvas, values, max } = this;
-    const { rows, columns, width, height } = this.size;
+    const { rows, columns, left, top, width, height } = this.size;
     const ratio = devicePixelRatio || 1;
-    canvas.width = Math.round(width * ratio);
-    canvas.height = Math.round(height * ratio);
-    canvas.style.width = `${width}px`;
-    canvas.style.height = `${height}px`;
+    canvas.width = Math.round((left + width) * ratio);
+    canvas.height = Math.round((top + height) * ratio);
+    canvas.style.width = `${left + width}px`;
+    canvas.style.height = `${top + height}px`;
     const pixels = new ImageData(columns, rows);
     const colours = colourTable();
     values.forEach((x, i) => {
@@ -225,27 +255,52 @@ class Strip {
     small.getContext("2d").putImageData(pixels, 0, 0);
     const context = canvas.getContext("2d");
     context.imageSmoothingEnabled = false;
-    context.drawImage(small, 0, 0, canvas.width, canvas.height);
-    this.outline(context, this.selected, 2 * ratio);
-    if (this.hovered !== this.selected) this.outline(context, this.hovered, ratio);
+    context.scale(ratio, ratio);
+    context.drawImage(small, left, top, width, height);
+    if (top) this.label(context);
+    this.outline(context, this.selected, 2);
+    if (this.hovered !== this.selected) this.outline(context, this.hovered, 1);
   }
 
   outline(context, index, thickness) {
     if (index < 0) return;
-    const { rows, columns } = this.size;
-    const [w, t] = [context.canvas.width / columns, context.canvas.height / rows];
-    const [x, y] = [(index % columns) * w, Math.floor(index / columns) * t];
+    const { rows, columns, left, top, width, height } = this.size;
+    const [w, t] = [width / columns, height / rows];
+    const [x, y] = [left + (index % columns) * w, top + Math.floor(index / columns) * t];
     context.strokeStyle = palette().ink;
     context.lineWidth = thickness;
     const half = thickness / 2;
-    context.strokeRect(Math.max(x, 0) + half, y + half, Math.max(w - thickness, 1), Math.max(t - thickness, 1));
+    context.strokeRect(x + half, y + half, Math.max(w - thickness, 1), Math.max(t - thickness, 1));
+  }
+
+  /** Rows at the left, columns above, upwards where they are more than a character; the selected cell's are darker. */
+  label(context) {
+    const { columns, left, top, width } = this.size;
+    const cell = width / columns;
+    const labels = this.options.labels();
+    const colour = (chosen) => (context.fillStyle = chosen ? palette().ink : palette().line);
+    Object.assign(context, { font: LABEL, textBaseline: "middle", textAlign: "right" });
+    labels.rows.forEach((text, row) => {
+      colour(row === Math.floor(this.selected / columns));
+      context.fillText(short(text), left - 4, top + (row + 0.5) * cell);
+    });
+    labels.columns.forEach((text, column) => {
+      colour(column === this.selected % columns);
+      context.save();
+      context.translate(left + (column + 0.5) * cell, top - 4);
+      if (top > 18) context.rotate(-Math.PI / 2);
+      Object.assign(context, top > 18 ? { textAlign: "left" } : { textAlign: "center", textBaseline: "bottom" });
+      context.fillText(short(text), 0, 0);
+      context.restore();
+    });
   }
 
   indexAt(event) {
     if (!this.size) return -1;
-    const { rows, columns, width, height } = this.size;
-    const column = Math.min(Math.max(Math.floor((event.offsetX / width) * columns), 0), columns - 1);
-    const row = Math.min(Math.max(Math.floor((event.offsetY / height) * rows), 0), rows - 1);
+    const { rows, columns, left, top, width, height } = this.size;
+    if (event.offsetX < left || event.offsetY < top) return -1;
+    const column = Math.min(Math.floor(((event.offsetX - left) / width) * columns), columns - 1);
+    const row = Math.min(Math.floor(((event.offsetY - top) / height) * rows), rows - 1);
     const index = row * columns + column;
     return index < this.values.length ? index : -1;
   }

@@ -16,7 +16,7 @@ function assemble(...parts) {
 /** An element that is drawn by f() at each update. */
 function drawn(f, attributes = {}) {
   const root = h("div", { class: "drawn", ...attributes });
-  return { root, update: () => root.replaceChildren(...[f()].flat().filter(Boolean)) };
+  return { root, update: () => keepFocus(root, () => root.replaceChildren(...[f()].flat().filter(Boolean))) };
 }
 
 function sentence(f) {
@@ -36,8 +36,20 @@ function rowStrip(app, label, pathOf, { unit = "feature", token = () => app.at.t
   return { root: strip.root, update };
 }
 
-function layerPicker(app, count = app.config.n_layer) {
-  const options = Array.from({ length: count }, (_, i) => `${i + 1}`);
+/** A strip of trained numbers, one for each feature; each opens the number that it is a factor or term of. */
+function weightStrip(app, label, name, path) {
+  const open = (i) => app.open(`${path()}.output:${app.at.t},${i}`);
+  const strip = new Strip({ label: h("b", { class: "weight" }, label), onSelect: open });
+  strip.canvas.setAttribute("aria-label", label);
+  const update = () => {
+    const selected = app.selectedIn(`${path()}.output`, app.at.t);
+    strip.show(Array.from(lookUp(app.model.weights, path())[name].data), { selected });
+  };
+  return { root: strip.root, update };
+}
+
+function layerPicker(app) {
+  const options = Array.from({ length: app.config.n_layer }, (_, i) => `${i + 1}`);
   const root = picker("Layer", options, app.at.layer, (layer) => app.select({ layer, address: null }));
   return { root, update: () => root.set(app.at.layer) };
 }
@@ -57,6 +69,7 @@ function controlRow(...parts) {
   return { root, update: () => parts.forEach((part) => part.update?.()) };
 }
 
+const count = (n) => n.toLocaleString("en");
 const tokenName = (app, t, idx = app.trace.idx) => `“${shown(app.tokenizer, idx[t])}”`;
 const blockPath = (app, rest) => `${app.stack}.blocks.${app.at.layer}.${rest}`;
 
@@ -74,19 +87,25 @@ function needsStack(app) {
 function leafPanel() {
   const state = { x: [...LEAF], bias: false, relu: false, selected: ["hidden", 0] };
   const network = articleNetwork();
-  const drawing = h("div", { class: "network" });
+  const lines = h("canvas", { "aria-hidden": "true" });
+  const columns = h("div", { class: "columns" });
+  const drawing = h("div", { class: "network" }, lines, columns);
+  const drawLines = () => paintWeights(lines, columns, network, state.selected);
+  new ResizeObserver(drawLines).observe(drawing);
+  darkScheme.addEventListener("change", () => draw());
+  const colour = h("span", { class: "swatch", "aria-hidden": "true" });
   const sum = h("p", { class: "sum", "aria-live": "polite" });
   const verdict = h("p", { class: "verdict" });
+  const select = (...neuron) => {
+    state.selected = neuron;
+    draw();
+  };
   const draw = () => {
     const y = leafForward(network, state.x, state);
-    drawing.replaceChildren(
-      ...networkColumns(y, state, (layer, o) => {
-        state.selected = [layer, o];
-        draw();
-        drawing.querySelector('[aria-pressed="true"]').focus();
-      }),
-    );
-    sum.textContent = leafSum(network, y, state);
+    keepFocus(columns, () => columns.replaceChildren(...networkColumns(y, state, select)));
+    drawLines();
+    sum.replaceChildren(...leafSum(network, y, state));
+    colour.style.background = `rgb(${state.x.slice(0, 3).join()})`;
     const [leaf, flower] = y.output;
     verdict.textContent =
       `Leaf ${digits2(leaf)}, flower ${digits2(flower)}: the network sees a ` + `${leaf > flower ? "leaf" : "flower"}.`;
@@ -108,7 +127,8 @@ function leafPanel() {
     toggle("ReLU", false, (on) => ((state.relu = on), draw())),
   ];
   draw();
-  const objects = h("div", { class: "controls" }, preset("A leaf", LEAF), preset("A sunflower", FLOWER), switches);
+  const presets = [preset("A leaf", LEAF), preset("A sunflower", FLOWER)];
+  const objects = h("div", { class: "controls" }, presets, switches, colour);
   return assemble(objects, h("div", { class: "controls wide" }, sliders), drawing, sum, verdict);
 }
 
@@ -145,15 +165,56 @@ const digits2 = (x) =>
     .replace(/\.?0+$/, "");
 const tint = (x, max) => `--tint: rgb(${colourOf(Math.max(Math.min(x / max, 1), -1) * 0.8).join()})`;
 
-/** The selected neuron's sum, with every number in it. */
+/** The selected neuron's sum, with every number in it, weights in their colour. */
 function leafSum(network, y, { selected: [layer, o], bias, relu }) {
   const inputs = layer === "hidden" ? y.x : y.hidden;
   const { weight, bias: b } = network[layer];
-  const terms = weight[o].map((w, i) => `(${digits2(inputs[i])} × ${digits2(w)})`);
-  if (bias) terms.push(`${digits2(b[o])} bias`);
+  const trained = (w) => h("b", { class: "weight" }, digits2(w));
+  const terms = weight[o].map((w, i) => [i ? " + (" : "(", `${digits2(inputs[i])} × `, trained(w), ")"]);
+  if (bias) terms.push([" + ", trained(b[o]), " bias"]);
   const sum = (layer === "hidden" ? y.sums : y.output)[o];
   const after = layer === "hidden" && relu ? `; ReLU makes it ${digits2(y.hidden[o])}` : "";
-  return `${layer === "hidden" ? `Neuron ${o + 1}` : KINDS[o]}: ${terms.join(" + ")} = ${digits2(sum)}${after}`;
+  return [layer === "hidden" ? `Neuron ${o + 1}: ` : `${KINDS[o]}: `, ...terms.flat(), ` = ${digits2(sum)}${after}`];
+}
+
+/** The weights as lines, thick ones large and dashed ones negative; those of the selected neuron with their numbers. */
+function paintWeights(canvas, { children }, network, selected) {
+  const { clientWidth: width, clientHeight: height } = canvas.parentElement;
+  if (!width) return;
+  const ratio = devicePixelRatio || 1;
+  Object.assign(canvas, { width: width * ratio, height: height * ratio });
+  const context = canvas.getContext("2d");
+  context.scale(ratio, ratio);
+  Object.assign(context, { font: "12px system-ui, sans-serif", textBaseline: "middle", textAlign: "center" });
+  const neurons = [...children].map((column) => [...column.querySelectorAll(".neuron")]);
+  const middle = (neuron) => neuron.offsetTop + neuron.offsetHeight / 2;
+  ["hidden", "output"].forEach((layer, l) => {
+    network[layer].weight.forEach((row, o) => {
+      const chosen = selected[0] === layer && selected[1] === o;
+      row.forEach((w, i) => {
+        const [from, to] = [neurons[l][i], neurons[l + 1][o]];
+        const [x, y] = [from.offsetLeft + from.offsetWidth, middle(from)];
+        const [dx, dy] = [to.offsetLeft - x, middle(to) - y];
+        context.globalAlpha = chosen ? 1 : 0.3;
+        context.strokeStyle = palette().weight;
+        context.lineWidth = 0.75 + 4 * Math.abs(w);
+        context.setLineDash(w < 0 ? [5, 3] : []);
+        context.beginPath();
+        context.moveTo(x, y);
+        context.lineTo(x + dx, y + dy);
+        context.stroke();
+        if (chosen && dx > 60) writeWeight(context, digits2(w), x + 0.3 * dx, y + 0.3 * dy);
+      });
+    });
+  });
+}
+
+function writeWeight(context, text, x, y) {
+  const width = context.measureText(text).width + 6;
+  context.fillStyle = palette().surface;
+  context.fillRect(x - width / 2, y - 8, width, 16);
+  context.fillStyle = palette().weight;
+  context.fillText(text, x, y);
 }
 
 function trainingPanel(app) {
@@ -349,9 +410,9 @@ function windowText(app) {
   const all = app.translates ? idx.length : app.allIds().length;
   const left = all - idx.length;
   const reach = model === "window_mlp" ? ` Of these the network sees the last ${window}.` : "";
-  const lost = left ? ` ${left} earlier ones have left it: the model knows nothing of them.` : "";
+  const lost = left ? ` ${count(left)} earlier ones have left it: the model knows nothing of them.` : "";
   return (
-    `The context has room for ${block_size} tokens; ${idx.length} are in it.${reach}${lost} Each new token ` +
+    `The context has room for ${count(block_size)} tokens; ${count(idx.length)} are in it.${reach}${lost} Each new token ` +
     `is appended, and the whole network computes again.`
   );
 }
@@ -372,7 +433,7 @@ function embeddingsPanel(app) {
     sentence(
       () =>
         `Token ${app.at.t}, ${tokenName(app, app.at.t)}, is number ${app.trace.idx[app.at.t]} of ` +
-        `${app.model.tokenizer_vocab_size}; to the model it is these ${app.config.n_embd} features.`,
+        `${count(app.model.tokenizer_vocab_size)}; to the model it is these ${app.config.n_embd} features.`,
     ),
     rowStrip(app, "token embedding", () => "wte"),
   ];
@@ -526,10 +587,12 @@ function mergeRows({ symbols, merges, scores, tokens }) {
 function attentionMatrix(app, attention, { size = 20, label = null } = {}) {
   const cross = attention === "cross_attn";
   const keys = () => (cross ? app.trace.source.idx : app.trace.idx);
+  const names = (idx) => idx.map((id) => shown(app.tokenizer, id));
   const strip = new Strip({
     label: "",
     square: size,
     columns: 1,
+    labels: () => ({ rows: names(app.trace.idx), columns: names(keys()) }),
     describe: (i) => pairText(app, Math.floor(i / keys().length), i % keys().length, keys(), strip.values[i]),
     onSelect: (i) =>
       app.open(
@@ -546,7 +609,7 @@ function attentionMatrix(app, attention, { size = 20, label = null } = {}) {
     strip.show(values, {
       max: 1,
       columns: S,
-      selected: app.at.t * S + Math.min(app.at.key, S - 1),
+      selected: app.at.t * S + Math.min(app.at.key, cross ? S - 1 : app.at.t),
       part: blockPath(app, `${attention}.weights`),
     });
   };
@@ -609,16 +672,17 @@ function pairStrips(app) {
 }
 
 function queryRows(app) {
-  const { t, head: chosen, key } = app.at;
+  const { t, head: chosen } = app.at;
+  const key = Math.min(app.at.key, t);
   const { scores, weights } = lookUp(app.trace, blockPath(app, "attn"));
   const { mask } = lookUp(app.trace, app.stack);
   const most = likeliest(weights[chosen][t], 8);
-  if (key <= t && !most.includes(key)) most.splice(7, 1, key);
+  if (!most.includes(key)) most.splice(7, 1, key);
   const D = headSize(app.config);
   const address = (name, s) => `${blockPath(app, `attn.${name}`)}:${chosen},${t},${s}`;
   const link = (name, s, value) => button(digits(value), () => app.open(address(name, s)), { class: "operand" });
   return most.map((s) => [
-    h("code", {}, `${s} ${shown(app.tokenizer, app.trace.idx[s])}`),
+    h("code", { class: s === key ? "chosen" : null }, `${s} ${shown(app.tokenizer, app.trace.idx[s])}`),
     digits(scores[chosen][t][s] * Math.sqrt(D)),
     link("scores", s, scores[chosen][t][s]),
     digits(scores[chosen][t][s] + mask[chosen % mask.length][t][s]),
@@ -826,7 +890,7 @@ function contributionList(app) {
     h(
       "li",
       { "data-value": value },
-      h("span", {}, layer === undefined ? name : `block ${layer + 1} ${name}`),
+      h("span", {}, layer === undefined ? name : `layer ${layer + 1} ${name}`),
       h("span", { class: "number" }, signed(value)),
       h(
         "span",
@@ -906,6 +970,8 @@ function normPanel(app) {
   const parts = [
     rowStrip(app, "before", () => `${path()}.input`),
     sentence(() => normText(app, lookUp(app.trace, path()))),
+    weightStrip(app, "trained scale", "weight", path),
+    ...(app.config.bias && app.config.norm === "layernorm" ? [weightStrip(app, "trained bias", "bias", path)] : []),
     rowStrip(app, "after", () => `${path()}.output`),
   ];
   const choose = picker(
@@ -1017,11 +1083,14 @@ function positionHeat(app) {
     describe: (i) => `position ${Math.floor(i / app.config.n_embd)}, feature ${i % app.config.n_embd}`,
     onSelect: (i) => app.open(`${path}:${Math.floor(i / app.config.n_embd)},${i % app.config.n_embd}`),
   });
-  const update = () =>
+  const update = () => {
+    const i = app.selectedIn(path, app.at.t);
+    const selected = i < 0 ? -1 : app.at.t * app.config.n_embd + i;
     heat.show(
       lookUp(app.trace, path).flatMap((row) => [...row]),
-      {},
+      { selected },
     );
+  };
   return [rowStrip(app, "vector of this position", () => path), { root: heat.root, update }];
 }
 
@@ -1030,17 +1099,24 @@ function dials(app) {
   const text = h("p", {});
   const update = () => {
     const { frequency } = lookUp(app.trace, app.stack).position;
-    const distance = app.at.t - Math.min(app.at.key, app.at.t);
-    const angles = Array.from(frequency, (f) => f * distance);
+    const angles = Array.from(frequency, (f) => f * apart());
     text.textContent =
-      `Query ${app.at.t}, key ${app.at.t - distance}: ${distance} positions apart. The first ` +
+      `Query ${app.at.t}, key ${app.at.t - apart()}: ${apart()} positions apart. The first ` +
       `pair is rotated by ${digits(angles[0])} radians, the last by ${digits(angles.at(-1))}.`;
     canvas.setAttribute("aria-label", text.textContent);
     requestAnimationFrame(() => paintDials(canvas, angles));
   };
-  const distance = slider("Distance", { min: 0, max: 64, step: 1, value: 1 }, (d) =>
+  const apart = () => app.at.t - Math.min(app.at.key, app.at.t);
+  const root = slider("Distance", { min: 0, max: app.config.block_size - 1, step: 1, value: apart() }, (d) =>
     app.select({ key: Math.max(app.at.t - d, 0), address: null }),
   );
+  const distance = {
+    root,
+    update() {
+      root.querySelector("input").max = Math.max(app.at.t, 1);
+      root.set(apart());
+    },
+  };
   const both = ["q", "k"].map((name) =>
     rowStrip(app, `${name === "q" ? "query" : "key"}, rotated`, () => blockPath(app, `attn.${name}`)),
   );
@@ -1120,13 +1196,16 @@ function gptPanel(app) {
     h(
       "p",
       {},
-      `Embedding, ${app.config.n_layer} blocks of attention and MLP, ` +
-        `${app.config.block === "post_norm" ? "" : "a last norm, "}the head. Read after every branch by the ` +
+      `Embedding, ${app.config.n_layer} layers, each a block of ` +
+        `${branchesOf(app.trace, blockPath(app, "x").slice(0, -2))
+          .map((branch) => BRANCH_NAMES[branch])
+          .join(", ")}; ` +
+        `${app.config.block === "post_norm" ? "" : "a last norm; "}the head. Read after every branch by the ` +
         `head, the stream shows the prediction as it forms (the logit lens).`,
     ),
     drawn(() => lensTable(app)),
     controlRow(layerPicker(app)),
-    rowStrip(app, "stream after this block", () => blockPath(app, "output")),
+    rowStrip(app, "stream after this layer", () => blockPath(app, "output")),
     rowStrip(app, "what the head reads", () => "output"),
     rowStrip(app, "logits", () => "logits", { unit: "id" }),
   );
@@ -1198,7 +1277,7 @@ function alignmentTable(app) {
 function needsEncoder(app) {
   return app.encodes
     ? null
-    : { text: "This run has no encoder and decoder.", command: "python train.py config/everyday_de_en.py" };
+    : { text: "This run has no encoder and decoder.", command: "python train.py config/translate_de_en.py" };
 }
 
 const PANELS = [

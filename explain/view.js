@@ -263,8 +263,10 @@ class App {
     this.jumping = performance.now() + 300;
     for (const other of this.panels) if (!other.built) this.renderPanel(other); // so that nothing above it grows later
     this.setSection(panel.id);
-    panel.root.scrollIntoView({ block: "start" });
     panel.root.querySelector("h2").focus({ preventScroll: true });
+    const scroll = () => panel.root.scrollIntoView({ block: "start" });
+    scroll();
+    requestAnimationFrame(() => requestAnimationFrame(scroll)); // strips above it have their heights by then
   }
 
   renderPanel(panel) {
@@ -425,7 +427,7 @@ class PipelineMap {
     add("Embedding", "wte", [["vector", "embeddings"], ...(app.stack ? [["position", "positions"]] : [])]);
     if (app.encodes) add("Encoder", "source", [["read once", "transformer"]]);
     for (let i = 0; i < app.config.n_layer; i++) {
-      if (app.stack) add(`Block ${i + 1}`, `${app.stack}.blocks.${i}.output`, this.blockParts(i));
+      if (app.stack) add(`Layer ${i + 1}`, `${app.stack}.blocks.${i}.output`, this.blockParts(i));
       else add(`Layer ${i + 1}`, `layers.${i}.activation`, [["neurons", "writing", i]]);
     }
     add("Head", "output", [
@@ -469,7 +471,7 @@ class PipelineMap {
     const layer = app.at.address?.match(/(?:blocks|layers)\.(\d+)/);
     const chosen = layer ? +layer[1] : app.at.layer;
     for (const { root, canvas, path, label } of this.rows) {
-      root.classList.toggle("chosen", label === `Block ${chosen + 1}` || label === `Layer ${chosen + 1}`);
+      root.classList.toggle("chosen", label === `Layer ${chosen + 1}`);
       const row =
         path === "source" ? app.trace.source.encoder.norm.output.at(-1) : path && lookUp(app.trace, path)[app.at.t];
       canvas.hidden = !row;
@@ -523,6 +525,8 @@ class Drawer {
       return;
     }
     const y = explainNumber(app.model, app.trace, app.at.address);
+    if (document.activeElement !== document.body && !this.body.contains(document.activeElement))
+      this.opener = document.activeElement;
     const focused = document.activeElement?.closest("#arithmetic") && document.activeElement.dataset.address;
     const rows = this.chosenTerms(y);
     this.body.replaceChildren(
@@ -534,7 +538,7 @@ class Drawer {
           "span",
           {},
           button("Back", () => this.back(), { disabled: !this.past.length }),
-          button("Close", () => app.select({ address: null })),
+          button("Close", () => this.close()),
         ),
       ),
       h("p", { class: "value", "data-value": y.value }, digits(y.value)),
@@ -609,6 +613,12 @@ class Drawer {
       h("th", { scope: "row", colspan: 2 }, text),
       h("td", { class: "number" }, digits(value)),
     );
+  }
+
+  /** The focus goes back to where the number was selected. */
+  close() {
+    this.app.select({ address: null });
+    (this.opener?.isConnected ? this.opener : element("text")).focus({ preventScroll: true });
   }
 
   walk(address) {

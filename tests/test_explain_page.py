@@ -280,6 +280,62 @@ def test_the_keyboard_alone_walks_over_tokens_and_numbers_and_opens_their_arithm
     assert view.page.evaluate(focused) == "token embedding"
 
 
+CONTROLS = "button:not([disabled], #tokens *), select, input, textarea, summary, canvas[tabindex], .scroll"
+KEYS = {
+    **{"button": ("Enter",), "summary": ("Enter",), "checkbox": (" ",), "textarea": ("k",), "div": ("ArrowRight",)},
+    **{"range": ("ArrowRight", "ArrowLeft"), "select": ("ArrowDown", "ArrowUp"), "canvas": ("ArrowRight", "ArrowUp")},
+}
+WATCH = """controls => {
+  addEventListener("focusin", ({ target }) => (target.seen = true));
+  window.visible = () => [...document.querySelectorAll(controls)].filter((control) => control.checkVisibility());
+  window.state = () => [control.value, control.checked, control.ariaValueText, document.getElementById("text").value];
+  return visible().length;
+}"""
+FOCUS = """i => {
+  window.control = visible()[i];
+  if (!control) return [null, "", ""];
+  control.focus();
+  const kind = { checkbox: "checkbox", range: "range" }[control.type] ?? control.localName;
+  return [kind, control.outerHTML.slice(0, 300), state().join()];
+}"""
+AFTER = "() => [state().join(), document.activeElement !== document.body, control.textContent]"
+
+
+@pytest.mark.parametrize("run", ["run", "pairs"])
+def test_tab_leads_to_every_control_and_each_obeys_its_keys_and_keeps_the_focus(opened, run):
+    view = opened(run, "#section=gpt&number=logits:0,1")
+    press, ask = view.page.keyboard.press, view.page.evaluate
+    for _ in range(ask(WATCH, CONTROLS) + 5):  # the selected token, and once around
+        press("Tab")
+    assert ask("visible().filter((control) => !control.seen).map((control) => control.outerHTML)") == []
+    for number in range(1000):
+        kind, label, before = ask(FOCUS, number)
+        if not kind:
+            break
+        for key in KEYS[kind]:
+            press(key)
+            after, focused, text = ask(AFTER)
+            assert focused, label
+            if after != before:
+                break
+        assert after != before or kind in ("button", "summary", "div"), label
+        if text == "Stop":
+            press("Enter")
+    assert number > 60
+
+
+def test_nothing_moves_where_reduced_motion_is_asked_for(opened):
+    moving = """() => [...document.querySelectorAll("*")].filter((e) => {
+      const { transitionDuration, animationName, scrollBehavior } = getComputedStyle(e);
+      return !/^0s(, 0s)*$/.test(transitionDuration) || animationName !== "none" || scrollBehavior !== "auto";
+    }).length"""
+    assert opened(hash="#section=gpt", reduced_motion="no-preference").page.evaluate(moving) > 0
+    view = opened(hash="#section=gpt", reduced_motion="reduce")
+    assert view.page.evaluate(moving) == 0
+    view.page.locator("#bars button").nth(1).click()
+    assert view.page.evaluate("document.getAnimations().length") == 0
+
+
 @pytest.mark.parametrize(("run", "scheme"), [("run", "light"), ("run", "dark"), ("pairs", "light"), ("window", "dark")])
 def test_axe_finds_nothing(opened, run, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
