@@ -450,13 +450,10 @@ function embeddingsPanel(app) {
     );
   if (!app.trace.ngrams) {
     parts.push(
-      h(
-        "p",
-        { class: "quiet" },
-        "This run has no n-gram embeddings; ",
-        h("code", {}, "python train.py config/shakespeare_char_ngrams.py"),
-        " has.",
-      ),
+      missingNote({
+        text: "This run has no n-gram embeddings, which are added to those of single tokens.",
+        command: "python train.py config/shakespeare_char_ngrams.py",
+      }),
     );
   } else {
     parts.push(rowStrip(app, "sum of its n-gram rows", () => "ngrams.sum"));
@@ -484,7 +481,8 @@ function ngramRows(app) {
       .slice(Math.max(t - n - 1, 0), t + 1)
       .map((id) => shown(app.tokenizer, id))
       .join("");
-    return [h("code", {}, text), row < 0 ? "not frequent" : `${row}`];
+    const before = "∅".repeat(Math.max(n + 1 - t, 0)); // no token
+    return [h("code", {}, before + text), row < 0 ? "not frequent" : `${row}`];
   });
 }
 
@@ -1034,10 +1032,12 @@ function dropoutPanel(app) {
   };
   const rate = slider("Probability", { min: 0.05, max: 0.5, step: 0.05, value: state.p }, (p) => (state.p = p));
   const note = trained
-    ? `This run was trained with dropout ${trained}.`
-    : "This run was trained without dropout; config/article/06_dropout/2-with.py is one with it. Thinned, a " +
-      "network that was never trained so predicts worse.";
-  return assemble(h("p", {}, note), controlRow(rate, button("Draw thinned networks", draw)), shownResults);
+    ? h("p", {}, `This run was trained with dropout ${trained}.`)
+    : missingNote({
+        text: "This run was trained without dropout. Thinned, a network that was never trained so predicts worse.",
+        command: "python train.py config/article/06_dropout/2-with.py",
+      });
+  return assemble(note, controlRow(rate, button("Draw thinned networks", draw)), shownResults);
 }
 
 /** The prediction with each activation of embeddings and branches zeroed with probability p, the others scaled up. */
@@ -1054,8 +1054,12 @@ function thinned(app, p, seed) {
 function positionsPanel(app) {
   const scheme = app.config.position;
   const swapped = drawn(() => swapTokens(app));
+  const none = {
+    text: "This run has no positional encoding. Beside the config below are others, with sinusoids and rotations.",
+    command: "python train.py config/article/08_positions/2-learned.py",
+  };
   return assemble(
-    h("p", {}, POSITION_TEXTS[scheme]),
+    scheme === "none" ? missingNote(none) : h("p", {}, POSITION_TEXTS[scheme]),
     ...(POSITION_PARTS[scheme]?.(app) ?? []),
     h("h3", {}, "Swap two tokens"),
     swapped,
@@ -1063,9 +1067,6 @@ function positionsPanel(app) {
 }
 
 const POSITION_TEXTS = {
-  none:
-    "This run has no positional encoding: config/article/08_positions/2-learned.py, 3-sinusoidal.py and " +
-    "4-rotary.py have.",
   learned: "Each position has a trained vector, which is added to the token's.",
   sinusoidal: "Each position has a fixed vector of sinusoids, fast ones first, which is added to the token's.",
   rotary:
