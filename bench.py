@@ -6,6 +6,7 @@
     python bench.py --what=prepare --input=FILE.txt       prepare_data.py with GPT-2's tokens, and tiktoken alone
     python bench.py --what=read --dataset=NAME            batches out of token files, on one core
     python bench.py --what=sample --nanogpt=../nanoGPT    generation on a CPU, beside every other program installed
+    python bench.py --what=page --page=PAGE.html          keystrokes in a page of explain.py, in an installed Chromium
 
 train: same shapes, same math (nanoGPT's CPU preset and AdamW, or a --config), same text; medians in milliseconds, and
 `speedup`, nanoGPT's median over ours. Each runs in a process of its own, as its users have it; nanoGPT computes in
@@ -27,13 +28,18 @@ that its package was compiled for. Ours, nanoGPT and transformers leave out the 
 Memory is the peak of a process, loading included, minus that of one that has imported torch and this program alone.
 `ratio` is ours divided by theirs. The limit is memory bandwidth divided by the bytes of all matrices, which each step
 reads once, times the texts; matrices as small as those of 0.8M stay in the cache, and it does not hold for them.
+page: milliseconds from the press of a key until the page has been painted, medians and 95th percentiles: a character
+appended to a text of 64 tokens, one typed anywhere in it, and the same where the context is full, so that all tokens
+move. It is for runs whose tokens are characters. `pip install playwright` brings what drives the browser.
 A --config's own device, dtype, compile and evaluation settings do not count here.
 """
 
 import json
+import math
 import multiprocessing
 import os
 import platform
+import random
 import re
 import shutil
 import statistics
@@ -85,15 +91,17 @@ GPT2 = {
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a weight
 READ_BYTES = 4_000_000_000  # to measure how fast memory is read
 WARMUP = 20  # steps that are not counted
+FIRST_KEYS = 10  # keystrokes that are not counted, while the browser compiles
 TRAINS = ("train", "loss", "profile")
 LOSS = {"only_with": {"what": "loss"}}
 READ = {"only_with": {"what": "read"}}
 SAMPLE = {"only_with": {"what": "sample"}}
+PAGE = {"only_with": {"what": "page"}}
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    what: str = setting("train", "train, loss, profile, prepare, read or sample: see above", "benchmark")
+    what: str = setting("train", "train, loss, profile, prepare, read, sample or page: see above", "benchmark")
     nanogpt: str | None = setting(
         None, "a nanoGPT checkout to compare with", only_with={"what": ("train", "loss", "sample")}
     )
@@ -121,6 +129,9 @@ class BenchConfig:
     )
     new_tokens: int = setting(32, "tokens of each text after the prompt", at_least=2, **SAMPLE)
     rounds: int = setting(3, "measurements of each, one of ours after one of each other", at_least=1, **SAMPLE)
+    page: str | None = setting(None, "an HTML file that explain.py made", **PAGE)
+    section: str = setting("attention", "of the page, in view while keys are pressed", **PAGE)
+    keystrokes: int = setting(50, "that are timed", at_least=1, **PAGE)
 
     def __post_init__(self):
         if self.what not in BENCHMARKS:
@@ -130,6 +141,8 @@ class BenchConfig:
             raise ValueError("what=prepare needs --input=FILE.txt")
         if self.what == "loss" and self.nanogpt is None:
             raise ValueError("what=loss needs --nanogpt=FOLDER, a checkout of nanoGPT")
+        if self.what == "page" and self.page is None:
+            raise ValueError("what=page needs --page=PAGE.html, which explain.py makes of a run")
         for key, allowed in (("sizes", ("0.8M", *GPT2)), ("dtypes", tuple(BYTES))):
             for value in getattr(self, key):
                 if value not in allowed:
@@ -627,8 +640,66 @@ def count_matrix_weights(config: ModelConfig) -> int:
         return sum(m.weight.numel() for m in build(config).modules() if isinstance(m, nn.Linear))
 
 
+# --------------------------------------------------------------------------------------
+# The page
+
+# A message that is posted before a frame is painted arrives after it.
+PAINTED = """() => {
+  window.painted = [];
+  const later = new MessageChannel();
+  addEventListener("keydown", ({ timeStamp }) => {
+    later.port1.onmessage = () => painted.push(performance.now() - timeStamp);
+    requestAnimationFrame(() => later.port2.postMessage(null));
+  }, true);
+  const data = JSON.parse(document.getElementById("data").textContent);
+  return [data.tokenizer.alphabet ?? "", data.model.block_size];
+}"""
+TIME_OF_NEXT = (
+    "n => new Promise((done) => { const ask = () => n < painted.length ? done(painted[n]) : setTimeout(ask); ask(); })"
+)
+
+
+def bench_page(config: BenchConfig) -> dict:
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise UserError("what=page needs playwright, which drives a browser: pip install playwright") from None
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        raise UserError("what=page needs an installed Chromium; on Debian: apt-get install chromium")
+    path = Path(config.page).resolve()
+    if not path.is_file():
+        raise UserError(f"no {config.page}; make it with explain.py")
+    with sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1440, "height": 900})
+        page.goto(f"{path.as_uri()}#section={config.section}")
+        page.wait_for_selector("#bars")
+        alphabet, block_size = page.evaluate(PAINTED)
+        letters = [letter for letter in alphabet if "a" <= letter <= "z"]
+        if not letters:
+            raise UserError(f"{config.page}: its tokens are not characters, which this benchmark types")
+        sizes = {"64": 64, "full": block_size + 1}  # where it is full, the first token leaves and all others move
+        cases = {f"{where}_{name}": (T, where) for name, T in sizes.items() for where in ("appended", "anywhere")}
+        return {name: time_keystrokes(page, letters, *case, config.keystrokes) for name, case in cases.items()}
+
+
+def time_keystrokes(page, letters: list[str], T: int, where: str, count: int) -> dict:
+    """T: tokens of the text after each keystroke; where: appended or anywhere. Returns milliseconds."""
+    draw, times = random.Random(1), []
+    for _ in range(FIRST_KEYS + count):
+        page.fill("#text", "".join(draw.choices(letters, k=T - 1)))
+        position = T - 1 if where == "appended" else draw.randrange(T - 1)
+        page.eval_on_selector("#text", "(text, at) => { text.focus(); text.setSelectionRange(at, at); }", position)
+        seen = page.evaluate("painted.length")
+        page.keyboard.press(draw.choice(letters))
+        times.append(page.evaluate(TIME_OF_NEXT, seen))
+    times = sorted(times[FIRST_KEYS:])
+    return {"median_ms": round(statistics.median(times), 1), "p95_ms": round(times[math.ceil(0.95 * count) - 1], 1)}
+
+
 BENCHMARKS = {"train": bench_train, "loss": bench_loss, "profile": bench_profile}
-BENCHMARKS |= {"prepare": bench_prepare, "read": bench_read, "sample": bench_sample}
+BENCHMARKS |= {"prepare": bench_prepare, "read": bench_read, "sample": bench_sample, "page": bench_page}
 
 
 if __name__ == "__main__":

@@ -1025,7 +1025,7 @@ def test_a_run_with_ngram_embeddings_has_a_page_with_each_row_of_them_in_8_bits(
     assert_computes(answer, probabilities(Path("out/run/best.pt"), idx), tok.vocab_size)
 
 
-def test_a_model_that_is_too_large_for_its_ngram_embeddings_is_told_to_do_without(tiny, fails):
+def test_a_model_that_is_too_large_by_its_ngram_embeddings_is_refused_with_the_key_that_leaves_them_out(tiny, fails):
     train.main([*TINY_RUN, *NGRAMS])
     complaint = fails(explain.main, "--out_dir=out/run", "--max_mb=0.09")
     assert re.search(

@@ -3,6 +3,7 @@
 Needs Chromium (Debian: apt-get install chromium) and the packages playwright and axe-playwright-python.
 """
 
+import json
 import random
 import re
 import shutil
@@ -14,6 +15,7 @@ from conftest import TINY_RUN
 from test_explain import expected_trace, rounded
 from texts import make_pairs, make_text
 
+import bench
 import explain
 import prepare_data
 import train
@@ -376,6 +378,20 @@ def test_nothing_scrolls_sideways(opened, run, width, zoom):
     view.page.locator("#bars button").nth(1).click()
     sizes = view.page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
     assert sizes[0] <= sizes[1]
+
+
+def test_the_time_until_a_keystroke_is_painted_is_measured_in_each_case(runs, capsys, fails, monkeypatch):
+    monkeypatch.setattr(bench, "FIRST_KEYS", 0)
+    page = runs / "out" / "run" / "explain.html"
+    bench.main(["--what=page", f"--page={page}", "--keystrokes=2"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found.keys() == {f"{where}_{size}" for where in ("appended", "anywhere") for size in ("64", "full")}
+    assert all(0 < times["median_ms"] <= times["p95_ms"] for times in found.values())
+    assert "make it with explain.py" in fails(bench.main, "--what=page", "--page=none.html")
+    assert "its tokens are not characters" in fails(
+        bench.main, "--what=page", f"--page={page.parents[1]}/pairs/explain.html"
+    )
+    assert "what=page needs --page" in fails(bench.main, "--what=page")
 
 
 def test_a_section_for_which_the_run_has_nothing_names_a_command_that_trains_one(opened):
