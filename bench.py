@@ -57,7 +57,7 @@ from tempfile import TemporaryDirectory
 from humptygpt import limits
 
 if __name__ == "__main__":
-    limits.start()  # before numpy and torch are loaded
+    limits.start(limits.TORCH)  # before numpy and torch are loaded
 
 import numpy as np
 import psutil

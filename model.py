@@ -1008,11 +1008,3 @@ def flops_per_token(model: nn.Module) -> int:
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     attended = sum(m.n_head * m.head_size for m in model.modules() if isinstance(m, Attention))
     return 6 * matrices + 12 * attended * (config.window or config.block_size)
-
-
-def activations_per_token(model: nn.Module) -> int:
-    """Numbers that training keeps for each token until the backward pass: inputs and outputs of the linear layers.
-
-    Less than there are: norms, dropout and the like keep some, too.
-    """
-    return sum(m.in_features + m.out_features for m in model.modules() if isinstance(m, nn.Linear))

@@ -39,7 +39,7 @@ from pathlib import Path
 from humptygpt import limits
 
 if __name__ == "__main__":
-    limits.start()  # before numpy is loaded
+    limits.start(limits.NUMPY)  # before numpy is loaded
 
 import numpy as np
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from humptygpt import limits
 
 if __name__ == "__main__":
-    limits.start()  # before numpy and torch are loaded
+    limits.start(limits.TORCH)  # before numpy and torch are loaded
 
 import numpy as np
 import torch
@@ -40,11 +40,11 @@ from humptygpt.base_models import chosen_model, load_base
 from humptygpt.beams import NUM_BEAMS, translate
 from humptygpt.checkpoint import restore_model
 from humptygpt.configurator import UserError, check, check_path, nearest_path, setting, without_effect
-from humptygpt.device import DTYPES, autocast, pick_device, sample_dtype
+from humptygpt.device import DTYPES, autocast, free_memory, pick_device, sample_dtype
 from humptygpt.generation import Context, Sampler, bytes_per_text, continue_texts
 from humptygpt.inference import prepare_for_generation
 from humptygpt.limits import gigabytes
-from humptygpt.memory import check_weights_fit, free_memory
+from humptygpt.memory import check_weights_fit
 from humptygpt.scoring import log_probabilities
 from humptygpt.streams import TextStream
 from humptygpt.tokenizer import END_OF_TEXT, Tokenizer

@@ -26,7 +26,7 @@ from pathlib import Path
 from humptygpt import limits
 
 if __name__ == "__main__":
-    limits.start()  # before numpy and torch are loaded
+    limits.start(limits.TORCH)  # before numpy and torch are loaded
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ from humptygpt.optimizers import (
     freeze,
     learning_rate_at,
     make_optimizer,
+    state_bytes,
     trained_parameters,
 )
 from humptygpt.run_folder import NoFolder, RunFolder, chosen_loggers, import_loggers, lock_out_dir
@@ -483,6 +484,8 @@ def setup(
     device = processes.device
     dtype = pick_dtype(config.dtype, device)
     keep_freed_memory()
+    if device.type == "cpu":  # the driver of a GPU reserves more than it uses
+        limits.limit_memory()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     with processes.first_alone("data"):  # it may have to prepare them
@@ -499,8 +502,9 @@ def setup(
     ngrams = None
     if not saved and not base:
         model_config, ngrams = complete_model_config(config, model_config, dataset)
-    if not config.eval_only and not config.freeze:  # frozen parameters take less than it counts
-        check_training_fits(config, model_config, device, dtype)
+    # frozen parameters take less than it counts, and so does a sharded model
+    if not (config.eval_only or config.freeze or processes.sharded):
+        check_training_fits(config, model_config, rows_of_process(config, processes.size), device, dtype)
     processes.check_model(model_config, dtype)
     if saved:
         model = checkpoint.restore_model(saved["model"], model_config)
@@ -535,15 +539,19 @@ def describe_sizes(config: TrainConfig, model_config: ModelConfig) -> str:
     if model_config.ngrams and model_config.ngram_rows is None:
         raise UserError("dry_run=True cannot count the n-grams of a text; take --ngrams=0")
     device, size = pick_device(config.device), distributed.launched().size
-    parts = max(1, size // config.gradient_accumulation_steps)
     return sizes.describe(
         model_config,
         config,
-        rows=math.ceil(config.batch_size / parts),
+        rows=rows_of_process(config, size),
         dtype=pick_dtype(config.dtype, device),
         device=device,
         processes=size,
     )
+
+
+def rows_of_process(config: TrainConfig, processes: int) -> int:
+    """The most sequences that one of several processes has at once: they divide a micro-batch if these are too few."""
+    return math.ceil(config.batch_size / max(1, processes // config.gradient_accumulation_steps))
 
 
 def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
@@ -706,9 +714,9 @@ def describe_cost(run: Run) -> str:
     loss.detach().item()  # waits for a GPU
     seconds = (time.perf_counter() - started) * config.gradient_accumulation_steps
     run.model.zero_grad()
-    adam = 12 * trained  # gradients, and the two moments of AdamW, in float32
+    update = 4 * trained + state_bytes(config.optimizer, run.model)
     activations = sum(size for at, size in kept.items() if at not in weights)
-    memory = [size / 1e9 for size in (sum(weights.values()), adam, activations)]
+    memory = [size / 1e9 for size in (sum(weights.values()), update, activations)]
     return (
         f"training: {trained:,} parameters, {trained / models.count_parameters(run.model):.1%}\n"
         f"memory: {sum(memory):.2f} GB: weights {memory[0]:.2f}, gradients and optimizer state {memory[1]:.2f},"

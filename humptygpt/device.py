@@ -1,6 +1,7 @@
 """Devices and dtypes: what the machine has, or what the user says."""
 
 import ctypes
+import os
 import re
 from contextlib import AbstractContextManager
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from humptygpt.configurator import UserError
+from humptygpt.limits import available_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,6 +82,13 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still allocate on the device; those of a CPU are divided among torchrun's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def keep_freed_memory() -> None:

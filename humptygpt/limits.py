@@ -14,24 +14,30 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CGROUPS, OUR_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+TORCH = 150_000_000  # bytes of its own that a process takes to load torch, and numpy
+NUMPY = 12_000_000
+STACK = 8 << 20  # bytes that a thread reserves, and hardly uses
 SPINS = 1300  # of a thread that waits for another, less than a tenth of a millisecond; libgomp's default is 300,000
 NOTED = 0.5  # cores that others take from us before there is a note
 
 
-def start() -> None:
+def start(imports: int = 0) -> None:
     """For a script, before numpy and torch are loaded: as many threads as it may use, which give way to others.
 
+    imports: bytes that these will take; where there are fewer, one line says so, as a container would kill the process.
     A thread that spins while it waits for one of its own process keeps a core from the process whose turn it is: two
     trainings on two cores were slowed down tenfold. What the user has set in the environment stays.
     """
     global load
+    sys.excepthook = report_imports
     load = load or Load()
+    if imports > (free := available_memory()):
+        raise OutOfMemory(f"{gigabytes(imports)} of memory are needed to start, and {gigabytes(free)} are free")
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)  # GCC's OpenMP, which torch has on Linux
         os.environ["KMP_BLOCKTIME"] = "1"  # milliseconds; Intel's and LLVM's, elsewhere
     if usable_cores() < len(affinity()):
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
-    sys.excepthook = report_memory
 
 
 # --------------------------------------------------------------------------------------
@@ -97,30 +103,53 @@ def load_note() -> str | None:
 
 
 def available_memory() -> int:
-    """Bytes that this process can still allocate: of the machine, of its control groups, and by ulimit -v."""
+    """Bytes that this process can still allocate: of the machine, of its control groups, and by ulimit -v and -d."""
     import psutil
 
     found = [psutil.virtual_memory().available]
     for folder in cgroup_folders("memory"):
-        limit, used, cache = read_numbers(folder / "memory.max", 1)[0], folder / "memory.current", "inactive_file"
+        limit, used, total = read_numbers(folder / "memory.max", 1)[0], folder / "memory.current", ""
         if limit is None:
             limit, used = read_numbers(folder / "memory.limit_in_bytes", 1)[0], folder / "memory.usage_in_bytes"
-            cache = "total_inactive_file"
+            total = "total_"
         used = read_numbers(used, 1)[0]
         if limit is not None and used is not None:
-            found.append(limit - used + read_entry(folder / "memory.stat", cache))  # a cache gives way
+            # a cache of files gives way
+            cache = sum(read_entry(folder / "memory.stat", f"{total}{kind}_file") for kind in ("inactive", "active"))
+            found.append(limit - used + cache)
     if sys.platform != "win32":
         import resource
 
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if limit != resource.RLIM_INFINITY:
-            found.append(limit - psutil.Process().memory_info().vms)
+        used = psutil.Process().memory_info()
+        for which, size in ((resource.RLIMIT_AS, used.vms), (resource.RLIMIT_DATA, getattr(used, "data", used.rss))):
+            if (limit := resource.getrlimit(which)[0]) != resource.RLIM_INFINITY:
+                found.append(limit - size)
     return max(0, min(found))
 
 
+def limit_memory() -> None:
+    """Where a control group, such as a container's, has less than the machine, let allocations beyond it fail.
+
+    That is one line that names the way out; the group would kill the process instead, without a word.
+    """
+    import psutil
+
+    available = available_memory()
+    if sys.platform != "linux" or available >= psutil.virtual_memory().available:
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    used = psutil.Process().memory_info()
+    # what is reserved counts, used or not, but for the stacks of threads
+    limit = used.rss - used.shared + available + usable_cores() * STACK
+    if soft == resource.RLIM_INFINITY or limit < soft:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
 def gigabytes(size: float) -> str:
-    """Such as 3.2 GB."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+    """Such as 3.21 GB."""
+    return f"{size / 1e9:,.{1 if size >= 1e10 else 2}f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 class OutOfMemory(MemoryError):
@@ -162,13 +191,17 @@ def memory_advice(way_out: str) -> Iterator[None]:
         raise OutOfMemory(f"{describe_failure(error)}; {way_out}") from error
 
 
-def report_memory(kind: type, error: BaseException, trace: object) -> None:
-    """sys.excepthook of a script: one line where memory does not even suffice to load what it imports."""
-    if not is_out_of_memory(error):
+def report_imports(kind: type, error: BaseException, trace: object) -> None:
+    """sys.excepthook of a script: one line where what it imports is missing, or memory does not suffice to load it."""
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("humptygpt"):
+        line = f"the package {error.name} is not installed here; pip install -r requirements.txt"
+    elif is_out_of_memory(error):
+        reason = error if isinstance(error, OutOfMemory) else "out of memory"  # to look for more would take some, too
+        line = f"{reason}; end other programs, or raise the limit (of a container, or ulimit -v)"
+    else:
         sys.__excepthook__(kind, error, trace)
         return
-    line = f"{Path(sys.argv[0]).name}: {describe_failure(error)}; raise the limit (ulimit -v)"
-    print(line, file=sys.stderr, flush=True)
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
     os._exit(2)  # an excepthook has no other way to choose the code
 
 

@@ -1,25 +1,21 @@
 """What will not fit into memory, before it is tried: lower bounds, so that nothing that would run is refused."""
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+import model as models
 from humptygpt import checkpoint
 from humptygpt.configurator import UserError
-from humptygpt.limits import available_memory, gigabytes
-from humptygpt.optimizers import STATE, group_parameters, update_rules
-from model import MODELS, ModelConfig, activations_per_token, count_parameters
+from humptygpt.device import free_memory
+from humptygpt.limits import gigabytes
+from humptygpt.optimizers import group_parameters, state_bytes
+from model import ModelConfig
 
-# Bytes for each activation that model.py counts. Measured on a CPU: 6.4 to 8, as there are more than it counts, and
-# autocast keeps both the float32 and its bfloat16.
-CPU_BYTES = 6
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+MOST = 3  # times what training_size() finds is what a training takes
 
 
 class Size(NamedTuple):
@@ -27,62 +23,83 @@ class Size(NamedTuple):
     bytes: float
 
 
-def training_size(config, model_config: ModelConfig, itemsize: int) -> Size:
-    """Of a training, by its configs: parameters, gradients, optimizer state, average, and a micro-batch's activations.
+def training_size(config, model_config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype) -> Size:
+    """Of a training, by its configs; rows: sequences that the process has at once.
 
-    itemsize: bytes of an activation.
-    All of it is linear in the number of layers, so two small models on the meta device give that of any depth.
+    sizes.memory() is exact, but needs torch's compiler, which takes a second and 70 MB. This is less than that, and all
+    of it linear in the number of layers, so two small models on the meta device give that of any depth.
     """
     try:
-        one, two = (size_of_layers(config, replace(model_config, n_layer=n), itemsize) for n in (1, 2))
+        one, two = (size_of_layers(config, replace(model_config, n_layer=n), rows, device, dtype) for n in (1, 2))
     except RuntimeError:  # a matrix has more elements than an int64 can count
         return Size(float("inf"), float("inf"))
     return Size(*(a + (model_config.n_layer - 1) * (b - a) for a, b in zip(one, two, strict=True)))
 
 
-def size_of_layers(config, model_config: ModelConfig, itemsize: int) -> Size:
-    model, rules = checkpoint.build_on_meta(model_config), update_rules(config.optimizer)
-    copies = 2 if config.ema_decay else 1
-    size = sum(tensor.nbytes for tensor in model.state_dict().values())
-    for group, members in group_parameters(model).items():
-        for p in members.values():
-            size += (copies - 1) * p.nbytes + sum(like(p).nbytes for like in STATE[rules[group]].values())
-            if group != "sparse":  # whose gradient is as large as the batch
-                size += p.nbytes
-    tokens = config.batch_size * model_config.block_size
-    if MODELS[model_config.model].has_encoder:  # a token is in the source or in the target
-        tokens /= 2
-    if not config.checkpoint_activations:
-        size += tokens * itemsize * activations_per_token(model)
-    size += tokens * 8 * model_config.vocab_size
-    return Size(count_parameters(model), size)
+def size_of_layers(config, model_config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype) -> Size:
+    model = checkpoint.build_on_meta(model_config)
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    averages = models.count_parameters(model) * 4 if config.ema_decay else 0
+    gradients = sum(
+        p.nbytes
+        for group, members in group_parameters(model).items()
+        for p in members.values()
+        if group != "sparse"  # whose gradient is as large as the batch
+    )
+    activations = 0 if config.checkpoint_activations else activation_bytes(model, rows, device, dtype)
+    if config.gradient_accumulation_steps > 1:
+        gradients += activations
+    else:  # activations are freed while the gradients are computed
+        gradients = max(gradients, activations)
+    return Size(models.count_parameters(model), weights + averages + state_bytes(config.optimizer, model) + gradients)
 
 
-def check_training_fits(config, model_config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+def activation_bytes(model: nn.Module, rows: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Some of what the backward pass needs: of linear layers inputs or outputs, scores where attention keeps them."""
+    config, on_cpu = model.config, device.type == "cpu"
+    tokens, scores = rows * config.block_size, rows * config.n_head * config.block_size**2
+    one = config.activation == "relu" or not on_cpu  # of an activation only one side is kept; a compiler sees to that
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    kept = sum(
+        m.in_features if getattr(m, "ends_branch", False) else m.out_features
+        for name, m in layers.items()
+        if not (one and name.endswith("up_proj"))
+    )
+    each = kept * dtype.itemsize + 4 * config.vocab_size  # the gradient of the logits
+    if model.has_encoder:  # a token is in the source or in the target, and sentences are short
+        return tokens / 2 * each
+    copies = 0  # as in models.prefers_explicit()
+    if on_cpu and (config.dropout or (dtype != torch.float32 and scores <= models.EXPLICIT_SCORES)):
+        copies = 2 if config.dropout else 1
+    attentions = sum(isinstance(m, models.Attention) for m in model.modules())
+    return tokens * each + copies * attentions * scores * dtype.itemsize
+
+
+def check_training_fits(config, model_config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype) -> None:
     """Raises UserError with the size, what there is, and a setting that would fit. config: a TrainConfig."""
-    itemsize = CPU_BYTES if device.type == "cpu" else dtype.itemsize
-    parameters, size = training_size(config, model_config, itemsize)
+    parameters, size = training_size(config, model_config, rows, device, dtype)
     free = free_memory(device)
     if size <= free:
         return
     model = f"{parameters:,.0f} parameters" if parameters < 1e30 else "a model of that size"
-    raise UserError(  # what is proposed has half of the memory, as the size is a lower bound
+    fits = what_fits(config, model_config, rows, device, dtype) or "make the model smaller, and the batches"
+    raise UserError(
         f"training {model} with batch_size={config.batch_size} and block_size={model_config.block_size} takes"
-        f" {gigabytes(size)} of memory or more, and {gigabytes(free)} are free{on(device)}; "
-        + (what_fits(config, model_config, itemsize, free // 2) or "make the model smaller, and the batches")
+        f" {gigabytes(size)} of memory or more, and {gigabytes(free)} are free{on(device)}; {fits}"
     )
 
 
-def what_fits(config, model_config: ModelConfig, itemsize: int, free: int) -> str | None:
+def what_fits(config, model_config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype) -> str | None:
     """The first key that need only be made smaller, and how small."""
+    free = free_memory(device) / MOST
     for key in ("batch_size", "n_layer", "n_embd", "block_size", "n_hidden"):
         owner = config if hasattr(config, key) else model_config
         step = 2 * model_config.n_head if key == "n_embd" else 1
         value = getattr(owner, key)
         while value and (value := value // 2 // step * step):
-            smaller = replace(owner, **{key: value})
-            configs = (smaller, model_config) if owner is config else (config, smaller)
-            if training_size(*configs, itemsize).bytes <= free:
+            smaller = model_config if owner is config else replace(model_config, **{key: value})
+            fewer = math.ceil(rows * value / config.batch_size) if owner is config else rows
+            if training_size(config, smaller, fewer, device, dtype).bytes <= free:
                 return f"--{key}={value} would fit"
     return None
 

@@ -270,6 +270,12 @@ def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     return {group: members for group, members in groups.items() if members}
 
 
+def state_bytes(optimizer: str, model: nn.Module) -> int:
+    """Of the optimizer state of the parameters that train."""
+    groups = ((STATE[update_rules(optimizer)[group]], members) for group, members in group_parameters(model).items())
+    return sum(view(p).nbytes for views, members in groups for view in views.values() for p in members.values())
+
+
 def make_optimizer(config, model: nn.Module) -> Optimizer:
     """The optimizer of a run; config: a TrainConfig.
 

@@ -5,19 +5,17 @@ pass. What a cluster would do is a formula: an estimate, and not a measurement.
 """
 
 import math
-import os
 from dataclasses import replace
 from typing import NamedTuple
 
-import psutil
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as models
 from humptygpt.checkpoint import build_on_meta
-from humptygpt.device import autocast
-from humptygpt.optimizers import STATE, group_parameters, update_rules
+from humptygpt.device import autocast, free_memory
+from humptygpt.optimizers import state_bytes
 from model import ModelConfig
 
 SMALLER = "a smaller --batch_size with more --gradient_accumulation_steps"
@@ -52,12 +50,8 @@ def memory(
     """Of training with micro-batches of this many sequences of block_size tokens, a process with the whole model."""
     model = build_on_meta(config)
     weights = FLOAT * models.count_parameters(model)
-    state = 0
-    for group, members in group_parameters(model).items():
-        views = STATE[update_rules(optimizer)[group]].values()
-        state += FLOAT * sum(view(p).numel() for p in members.values() for view in views)
     activations = activation_bytes(config, rows, dtype, on_gpu, checkpoint_activations)
-    return Memory(weights, weights, state, weights if ema else 0, activations)
+    return Memory(weights, weights, state_bytes(optimizer, model), weights if ema else 0, activations)
 
 
 def activation_bytes(
@@ -104,13 +98,6 @@ def saved_bytes(config: ModelConfig, rows: int, dtype: torch.dtype, on_gpu: bool
     return sum(storage.nbytes() for key, storage in found.items() if key not in weights)
 
 
-def free_bytes(device: torch.device) -> int:
-    """For one process: of its card, or its part of what the machine has left."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def describe(
     config: ModelConfig, train_config, *, rows: int, dtype: torch.dtype, device: torch.device, processes: int
 ) -> str:
@@ -126,7 +113,7 @@ def describe(
         checkpoint_activations=train_config.checkpoint_activations,
     )
     tokens = micro_batches * train_config.batch_size * config.block_size
-    flops, free = models.flops_per_token(model), free_bytes(device)
+    flops, free = models.flops_per_token(model), free_memory(device)
     entries = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in needed._asdict().items() if size)
     fits = "it fits" if needed.total <= free else f"it does not fit; {WAY_OUT[train_config.checkpoint_activations]}"
     return "\n".join(

@@ -95,7 +95,8 @@ def test_a_script_has_threads_that_give_way_and_what_the_user_chose_stays(enviro
 def test_a_script_that_loads_torch_has_its_wait_policy_before_and_an_import_of_it_has_none(name, environment):
     lines = (ROOT / f"{name}.py").read_text().splitlines()
     guard = lines.index('if __name__ == "__main__":')
-    assert lines[guard + 1].startswith("    limits.start()")
+    needed = "NUMPY" if name == "prepare_data" else "TORCH"
+    assert lines[guard + 1].startswith(f"    limits.start(limits.{needed})")
     assert not [line for line in lines[:guard] if line.startswith(("import torch", "from torch", "import numpy"))]
     __import__(name)
 
@@ -150,6 +151,7 @@ def test_time_of_our_own_is_not_load_of_others():
         ("0::/", {"memory.max": "max", "memory.current": "7000"}, 8000),
         ("0::/", {"memory.max": "5000", "memory.current": "3000"}, 2000),
         ("0::/", {"memory.max": "5000", "memory.current": "4500", "memory.stat": "anon 1\ninactive_file 900\n"}, 1400),
+        ("0::/", {"memory.max": "5000", "memory.current": "4500", "memory.stat": "active_file 700\nanon 1\n"}, 1200),
         ("0::/a", {"a/memory.max": "9000", "a/memory.current": "1", "memory.max": "100", "memory.current": "90"}, 10),
         (VERSION_1, {"memory/memory.limit_in_bytes": str(2**63 - 4096), "memory/memory.usage_in_bytes": "1"}, 8000),
         (VERSION_1, {"memory/memory.limit_in_bytes": "600", "memory/memory.usage_in_bytes": "700"}, 0),
@@ -180,7 +182,7 @@ FAILURES = {
     "out of memory: 4,503,599.6 GB more were requested, ": lambda: torch.empty(2**50, dtype=torch.float32),
     "out of memory: 1,125,899.9 GB more were requested, ": lambda: np.empty(2**50, np.uint8),
     "out of memory, ": lambda: bytes(2**62),
-    "out of memory on the GPU: 2.1 GB more were requested": lambda: fail(
+    "out of memory on the GPU: 2.15 GB more were requested": lambda: fail(
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB")
     ),
     "out of memory, 0": lambda: fail(ImportError("libx.so: failed to map segment from shared object")),
@@ -217,6 +219,44 @@ def test_where_memory_does_not_suffice_to_load_what_is_imported_that_is_one_line
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(f"{script}: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_where_memory_does_not_suffice_to_start_that_is_reported_before_anything_is_loaded(environment, monkeypatch):
+    monkeypatch.setattr(limits, "available_memory", lambda: 100_000_000)
+    line = "150.0 MB of memory are needed to start, and 100.0 MB are free"
+    with pytest.raises(limits.OutOfMemory, match=f"^{line}$"):
+        limits.start(limits.TORCH)
+    limits.start(limits.NUMPY)
+
+
+def test_a_package_that_is_missing_is_one_line_with_the_command_that_installs_all(folder):
+    (folder / "torch.py").write_text("import nothing_of_this_name")
+    env = os.environ | {"PYTHONPATH": str(folder)}
+    for script in ("train.py", "sample.py"):
+        done = subprocess.run([sys.executable, ROOT / script], capture_output=True, text=True, env=env)
+        line = "the package nothing_of_this_name is not installed here; pip install -r requirements.txt"
+        assert (done.returncode, done.stderr) == (2, f"{script}: {line}\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs control groups")
+def test_in_a_control_group_an_allocation_fails_where_the_group_would_kill_the_process(monkeypatch):
+    import resource
+
+    import psutil
+
+    limit = []
+    monkeypatch.setattr(resource, "setrlimit", lambda which, value: limit.append((which, *value)))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=10**9))
+    monkeypatch.setattr(limits, "available_memory", lambda: 10**9)
+    limits.limit_memory()
+    assert not limit
+    monkeypatch.setattr(limits, "available_memory", lambda: 3 * 10**8)
+    monkeypatch.setattr(limits, "usable_cores", lambda: 4)
+    limits.limit_memory()
+    memory = psutil.Process().memory_info()
+    ((which, soft, hard),) = limit
+    assert which == resource.RLIMIT_DATA and hard == resource.getrlimit(resource.RLIMIT_DATA)[1]
+    assert soft == pytest.approx(memory.rss - memory.shared + 3 * 10**8 + 4 * limits.STACK, abs=10**7)
 
 
 # --------------------------------------------------------------------------------------

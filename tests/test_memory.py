@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from conftest import TINY_RUN, started_processes
 import prepare_data
 import sample
 import train
-from humptygpt import configurator, evaluation, limits, memory, run_folder
+from humptygpt import configurator, device, evaluation, limits, memory, run_folder, sizes
 from humptygpt.device import DTYPES
 from model import ACTIVATIONS, BLOCKS, MLPS, MODELS, POSITIONS
 
@@ -25,7 +26,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def gigabyte(monkeypatch):
     """A machine, and a GPU, with 1 GB of free memory."""
     monkeypatch.setattr(limits, "available_memory", lambda: 10**9)
-    monkeypatch.setattr(memory, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(device, "available_memory", lambda: 10**9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 4 * 10**9))
 
 
@@ -38,47 +39,54 @@ def test_a_training_that_will_not_fit_is_refused_with_its_size_and_the_setting_t
     tiny, gigabyte, fails, settings
 ):
     line = fails(train.main, *TINY_RUN, *settings.split())
-    assert re.search(r" takes (inf|[\d,.]+) GB of memory or more, and 1\.0 GB are free; ", line), line
+    assert re.search(r" takes (inf|[\d,.]+) GB of memory or more, and 1\.00 GB are free; ", line), line
     assert not Path("out/run/config.json").exists()
     if fits := re.search(r"(--\w+=\d+) would fit$", line):
         config, model_config, *_ = train.read_settings([*TINY_RUN, *settings.split(), fits[1], "--vocab_size=21"])
-        memory.check_training_fits(config, model_config, CPU, torch.float32)
+        memory.check_training_fits(config, model_config, config.batch_size, CPU, torch.float32)
     else:
         assert line.endswith("make the model smaller, and the batches\n") and "vocab_size" in settings
 
 
 def test_on_a_gpu_its_own_memory_counts(tiny, gigabyte, monkeypatch):
     config, model_config, *_ = train.read_settings([*TINY_RUN, "--n_embd=4096", "--vocab_size=50"])
-    with pytest.raises(configurator.UserError, match=r"GB of memory or more, and 1\.0 GB are free on cuda; --n_"):
-        memory.check_training_fits(config, model_config, CUDA, torch.bfloat16)
+    with pytest.raises(configurator.UserError, match=r"GB of memory or more, and 1\.00 GB are free on cuda; --n_"):
+        memory.check_training_fits(config, model_config, 4, CUDA, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**11, 10**11))
-    memory.check_training_fits(config, model_config, CUDA, torch.bfloat16)
+    memory.check_training_fits(config, model_config, 4, CUDA, torch.bfloat16)
 
 
 VARIANTS = [("position", name) for name in POSITIONS] + [("block", name) for name in BLOCKS]
 VARIANTS += [("mlp", name) for name in MLPS] + [("activation", name) for name in ACTIVATIONS]
-VARIANTS += [("dtype", name) for name in ("float32", "bfloat16")] + [("model", name) for name in MODELS]
+VARIANTS += [("model", name) for name in MODELS] + [("dropout", 0.1), ("n_kv_head", 1), ("norm", "none")]
+VARIANTS += [("block_size", 256), ("vocab_size", 3000), ("n_hidden", 2048)]
+DTYPE_NAMES = ("float32", "bfloat16")
 
 
 @pytest.mark.parametrize(("key", "value"), VARIANTS)
-def test_the_size_is_linear_in_the_layers_and_its_parameters_are_those_of_the_model(key, value):
-    settings = {"vocab_size": 50, "n_embd": 32, "n_head": 2, "block_size": 16, "n_layer": 5, "window": 4, key: value}
+def test_the_size_is_linear_in_the_layers_and_less_than_a_training_takes_but_not_a_sixth_of_it(key, value):
+    settings = {"vocab_size": 50, "n_embd": 32, "n_head": 2, "block_size": 64, "n_layer": 5, "window": 8, key: value}
     if value == "parallel" or value == "plain":
         settings["init"] = "gpt2"
     config = configurator.make(train.TrainConfig, settings)
     model_config = configurator.make(train.ModelConfig, settings)
-    size = memory.training_size(config, model_config, DTYPES["float32"].itemsize)
-    model = train.models.build(model_config)
-    assert size.parameters == sum(p.numel() for p in model.parameters())
-    assert size.bytes == pytest.approx(memory.size_of_layers(config, model_config, 4).bytes, rel=1e-9)
-    assert size.bytes > 16 * size.parameters  # AdamW: the weights, their gradients and two averages
+    parameters = sum(p.numel() for p in train.models.build(model_config).parameters())
+    for dtype in (DTYPES[name] for name in DTYPE_NAMES):
+        size = memory.training_size(config, model_config, config.batch_size, CPU, dtype)
+        assert size.parameters == parameters
+        assert size.bytes == pytest.approx(
+            memory.size_of_layers(config, model_config, config.batch_size, CPU, dtype).bytes, rel=1e-9
+        )
+        exact = sizes.memory(model_config, config.optimizer, config.batch_size, dtype)
+        assert exact.total / 6 < size.bytes < exact.total - min(exact.gradients, exact.activations)
+        assert size.bytes > 16 * parameters  # AdamW: the weights, their gradients and two averages
 
 
 def test_counting_loads_no_compiler(tiny):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train; from humptygpt import memory\n"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, train; from humptygpt import memory\n"
     code += "for position in train.models.POSITIONS:\n"
     code += "    model_config = train.ModelConfig(vocab_size=9, position=position)\n"
-    code += "    memory.training_size(train.TrainConfig(), model_config, 4)\n"
+    code += "    memory.training_size(train.TrainConfig(), model_config, 4, torch.device('cpu'), torch.float32)\n"
     code += "print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False False\n", done.stderr
@@ -103,11 +111,11 @@ def test_texts_that_will_not_fit_are_refused_with_their_size_and_how_many_would(
 ):
     with pytest.raises(configurator.UserError) as error:
         sample.main(["--out_dir=out/run", "--device=cpu", *argv])
-    assert re.search(rf" tokens take [\d,.]+ GB of memory, and 1\.0 GB are free; {way_out}$", str(error.value))
+    assert re.search(rf" tokens take [\d,.]+ GB of memory, and 1\.00 GB are free; {way_out}$", str(error.value))
 
 
 def test_weights_that_will_not_fit_are_refused_with_their_size(run_dir, monkeypatch):
-    monkeypatch.setattr(memory, "available_memory", lambda: 100)
+    monkeypatch.setattr(device, "available_memory", lambda: 100)
     with pytest.raises(configurator.UserError, match=r"out/run takes .* MB .* free; --quantize=int8 takes a quarter"):
         sample.load("out/run", device="cpu")
 
@@ -155,7 +163,7 @@ def run_limited(main, argv: list[str], room: int) -> None:
     for name in ("stdout", "stderr"):
         os.dup2(os.open(name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), getattr(sys, f"__{name}__").fileno())
     sys.argv = ["script.py", *argv]
-    sys.excepthook = limits.report_memory
+    sys.excepthook = limits.report_imports
     limit = psutil.Process().memory_info().vms + room
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     configurator.run(main)
@@ -206,3 +214,83 @@ def test_under_a_limit_of_memory_a_script_ends_well_or_in_one_line(run_train, pr
 def test_under_thirty_limits_of_memory_a_script_ends_well_or_in_one_line(run_train, processes, name):
     run_train()
     under_limits(processes, name, 30)
+
+
+# --------------------------------------------------------------------------------------
+# Whole scripts, from the loading of Python on, in a control group or under ulimit -v
+
+GROUPS = Path("/sys/fs/cgroup")
+STARTED = {"group": 20_000_000, "ulimit": 60_000_000}  # bytes with which Python itself starts
+
+
+@pytest.fixture
+def group():
+    """A function that runs a command in a control group of so many bytes and returns what subprocess.run() does."""
+    version_1 = (GROUPS / "memory").is_dir()
+    path = (GROUPS / "memory" if version_1 else GROUPS) / f"humptygpt_{os.getpid()}"
+    limit, swap = ("memory.limit_in_bytes", "") if version_1 else ("memory.max", "memory.swap.max")
+    try:
+        path.mkdir()
+    except OSError:
+        pytest.skip("this user may not make control groups")
+    if not (path / limit).exists():
+        path.rmdir()
+        pytest.skip("here control groups do not limit memory")
+
+    def run(size: int, command: list[str]) -> subprocess.CompletedProcess:
+        (path / limit).write_text(str(size))
+        if swap and (path / swap).exists():
+            (path / swap).write_text("0")
+        script = f"echo $$ > {path}/cgroup.procs && exec {shlex.join(command)}"
+        return subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+
+    yield run
+    path.rmdir()
+
+
+def ulimit(size: int, command: list[str]) -> subprocess.CompletedProcess:
+    script = f"ulimit -v {size // 1024}; exec {shlex.join(command)}"
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+
+
+# (script, its arguments, bytes with which it certainly succeeds in a control group, and under ulimit -v)
+SCRIPTS = {
+    "train": ("train.py", COMMANDS["train"][1], 500_000_000, 1_500_000_000),
+    "sample": ("sample.py", COMMANDS["sample"][1], 350_000_000, 1_500_000_000),
+    "prepare": ("prepare_data.py", COMMANDS["prepare"][1], 150_000_000, 400_000_000),
+}
+
+
+def whole_script_under_limits(limited, name: str, kind: str, count: int) -> None:
+    script, argv, *enough = SCRIPTS[name]
+    least, most, codes = STARTED[kind], enough[list(STARTED).index(kind)], []
+    for number in range(count):
+        size = least + (most - least) * number // (count - 1)
+        done = limited(size, [sys.executable, str(ROOT / script), *argv])
+        known = ("note: ", "out/run", "---")
+        lines = [
+            line for line in done.stderr.splitlines() if line and not line.startswith(known) and "step/s" not in line
+        ]
+        codes.append(done.returncode)
+        assert (done.returncode, len(lines)) in ((0, 0), (2, 1)), (size, done.returncode, done.stderr)
+        assert not lines or "memory" in lines[0], lines
+    assert codes[0] == 2 and codes[-1] == 0
+
+
+def test_in_a_control_group_of_any_size_a_preparation_is_not_killed_but_ends_in_one_line(tiny, group):
+    whole_script_under_limits(group, "prepare", "group", 3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_in_control_groups_of_thirty_sizes_a_script_is_not_killed_but_ends_in_one_line(run_train, group, name):
+    run_train()
+    whole_script_under_limits(group, name, "group", 30)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="needs ulimit -v")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_under_thirty_limits_a_whole_script_ends_well_or_in_one_line(run_train, name):
+    run_train()
+    whole_script_under_limits(ulimit, name, "ulimit", 30)
