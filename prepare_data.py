@@ -44,7 +44,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from humptygpt import configurator
-from humptygpt.configurator import UserError, check, nearest, setting, without_effect
+from humptygpt.configurator import UserError, as_written_here, check, nearest, setting, without_effect
 from humptygpt.corpus import VOCABULARY_BYTES, Corpus, Encoder, Progress, progress_bar, units, vocabulary_texts
 from humptygpt.documents import STREAM, Found, check_readable, find_files, save_stream
 from humptygpt.files import being_moved, cannot_write, move_aside, write_whole
@@ -144,11 +144,12 @@ class PrepareConfig:
         if not self.name:
             if text := self.input or self.source:
                 own = replace(self, name=name_from(text))
-                raise ValueError(f"no name for the data set; write: {command_text(own)}")
-            raise ValueError("no name for the data set; try: python prepare_data.py shakespeare_char")
+                raise ValueError(f"no name for the data set; write: {as_written_here(command_text(own))}")
+            command = as_written_here("python prepare_data.py shakespeare_char")
+            raise ValueError(f"no name for the data set; try: {command}")
         if self.name in (".", "..") or any(char in self.name for char in "/\\\0"):
             own = {} if self.input or self.source or not os.path.exists(self.name) else {"input": self.name}
-            way_out = command_text(replace(self, name=name_from(self.name), **own))
+            way_out = as_written_here(command_text(replace(self, name=name_from(self.name), **own)))
             raise ValueError(f"name={self.name!r} must be the name of a folder in data/, not a path; write: {way_out}")
 
 
@@ -170,7 +171,7 @@ def main(argv: list[str]) -> None:
         arguments = f"config/{config.name}.py"
     elif meta["task"] == Pairs.task:
         arguments = f"config/translate_de_en.py {arguments} --block_size={meta['longest']}"
-    print(f"\ntrain on it: python train.py {arguments}")
+    print("\ntrain on it: " + as_written_here(f"python train.py {arguments}"))
 
 
 def prepare(config: PrepareConfig) -> dict:
@@ -217,7 +218,7 @@ def prepare_part(config: PrepareConfig) -> str:
     except OSError as error:
         raise UserError(f"cannot write {error.filename or target}: {error.strerror}; {RESUME}") from error
     tokens = sum(counted["tokens"] for counted in progress.splits.values())
-    join = f"{command} --join=True"
+    join = f"{as_written_here(command)} --join=True"
     return f"{target}: {len(mine.files):,} of {len(corpus.files):,} files, {tokens:,} tokens\nwith all parts: {join}"
 
 
@@ -341,7 +342,8 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, st
     raise UserError(
         f"no data set {config.name}: it is not one of: {', '.join(KNOWN)}, and there is no {folder / 'input.txt'};"
         + (f" did you mean {near}?" if near else "")
-        + f" for your own text: python prepare_data.py --input={where} --name={shlex.quote(name)}"
+        + " for your own text: "
+        + as_written_here(f"python prepare_data.py --input={where} --name={shlex.quote(name)}")
     )
 
 

@@ -39,7 +39,7 @@ from humptygpt import tokenizer as tokenizers
 from humptygpt.adapters import write_adapter
 from humptygpt.base_models import BaseModel, load_base
 from humptygpt.batches import Dataset, PairDataset, Prefetcher, TokenDataset
-from humptygpt.configurator import UserError, check, setting, without_effect
+from humptygpt.configurator import UserError, as_written_here, check, setting, without_effect
 from humptygpt.device import (
     DTYPES,
     autocast,
@@ -319,7 +319,8 @@ def train_and_finish(run: Run) -> int:
         line = f"{signal.Signals(stopped_by).name}: saved {saved} at iter {run.progress.iter}"
         with suppress(OSError):  # as in catch_signals
             if run.processes.first:
-                print(f"{line}; resume: python train.py --init_from=resume {out_dir}", file=sys.stderr)
+                command = as_written_here(f"python train.py --init_from=resume {out_dir}")
+                print(f"{line}; resume: {command}", file=sys.stderr)
     else:
         finish(run, folder, out_dir)
     folder.close()
@@ -407,7 +408,7 @@ def base_model(base: BaseModel, config: TrainConfig, model_config: ModelConfig, 
         tokenizer = base.tokenizer.name if base.tokenizer.name == "gpt2" else base.path
         raise UserError(
             f"data/{config.dataset} has tokens ({kinds[0]}) that are not those of the model {base.path} ({kinds[1]});"
-            f" prepare it with the model's: {shlex.join([*words, f'--tokenizer={tokenizer}'])}"
+            f" prepare it with the model's: {as_written_here(shlex.join([*words, f'--tokenizer={tokenizer}']))}"
         )
     cropped = {  # as nanoGPT: the first positions
         name: x[: model_config.block_size].clone() if name.endswith("position.wpe.weight") else x
@@ -595,7 +596,7 @@ def find_data_of(saved: dict, config: TrainConfig, model_config: ModelConfig) ->
                 if is_data_of(saved, found, found.identity()):
                     return f"; that is now in data/{name}: add --dataset={shlex.quote(name)}"
     command = saved["data"].get("command", "")
-    return f"; to make that again: {command}" if is_command(command) else ""
+    return f"; to make that again: {as_written_here(command)}" if is_command(command) else ""
 
 
 def complete_model_config(
@@ -935,10 +936,10 @@ def show(run: Run, model: nn.Module, folder: RunFolder, out_dir: str) -> None:
         scores = evaluation.score_translations(model, run.dataset, run.device, dtype)
         folder.record(stamp(progress) | {"test_bleu": scores["bleu"], "test_chrf": scores["chrf"]})
         print(evaluation.describe_translations(scores))
-        print(f'translate: python sample.py {out_dir} --start="..."')
+        print("translate: " + as_written_here(f'python sample.py {out_dir} --start="..."'))
     else:
         print(f"\n{evaluation.sample_text(model, run.dataset.tokenizer, run.device, dtype)}\n")
-        print(f"more of this: python sample.py {out_dir}")
+        print("more of this: " + as_written_here(f"python sample.py {out_dir}"))
     print(f"best val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}")
 
 

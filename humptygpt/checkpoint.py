@@ -135,7 +135,7 @@ def read(path: Path, mapped: bool = False, with_tensors: bool = True) -> object:
     try:
         path.open("rb").close()
     except FileNotFoundError as error:
-        command = f"python train.py {shlex.quote(f'--out_dir={path.parent}')}"
+        command = configurator.as_written_here(f"python train.py {shlex.quote(f'--out_dir={path.parent}')}")
         near = "" if os.path.exists(path.parent) else nearest_path(str(path.parent))
         raise UserError(f"no checkpoint {path}{near or f'; train first: {command}'}") from error
     except OSError as error:

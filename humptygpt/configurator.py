@@ -118,12 +118,13 @@ def read(argv: list[str], *classes: type, positional: str | None = None) -> dict
         print(help_text(*classes, positional=positional))
         sys.exit(0)
     given = {}
-    for argument in argv:
+    for argument, following in zip(argv, [*argv, ""][1:], strict=True):
         if argument.startswith("--"):
             name, equals, text = argument[2:].partition("=")
             check_key(name, hints, "")
             if not equals:
-                raise UserError(f"{argument} has no value; write --{name}=VALUE")
+                value = following if following and not following.startswith("--") else "VALUE"
+                raise UserError(f"{argument} has no value; write {shlex.quote(f'--{name}={value}')}")
             value = parse(name, text, hints[name])
             given[name] = (*given.get(name, ()), *value) if hints[name] == TEXTS else value
         elif positional is not None and hints[positional] == TEXTS:
@@ -151,6 +152,14 @@ def check_path(before: str, value: str | tuple[str, ...] | None) -> str | tuple[
     if "\0" in value:
         raise UserError(f"{before}{value!r} has a null byte, which no path can have")
     return os.path.expanduser(value)  # noqa: PTH111, since a pathlib.Path loses the end of "folder/"
+
+
+def as_written_here(command: str) -> str:
+    """A command of a script in the root, as "python train.py", with the folder that the user wrote before this one."""
+    script, folder = command.split()[1], os.path.dirname(sys.argv[0])  # noqa: PTH120, since "" stays ""
+    if not folder or not os.path.exists(os.path.join(folder, script)):  # noqa: PTH118
+        return command
+    return command.replace(script, shlex.quote(os.path.join(folder, script)), 1)  # noqa: PTH118
 
 
 def note_folder(script: Path) -> None:
@@ -269,12 +278,16 @@ def other_argument(path: str, hints: dict[str, object]) -> str:
     """What to write instead of an argument that is no config file: "; write ...", or "" where nothing is near."""
     if "=" in path:
         return f"; for a key write {shlex.quote('--' + path.lstrip('-'))}"
+    run = Path(path).parent if os.path.isfile(path) else path
+    of_run = f"; for the folder of a run write {shlex.quote(f'--out_dir={run}')}" if "out_dir" in hints else ""
     if os.path.exists(path):
-        run = path if os.path.isdir(path) else Path(path).parent
-        return f"; for the folder of a run write {shlex.quote(f'--out_dir={run}')}" if "out_dir" in hints else ""
+        return of_run
     ours = {file.stem: os.path.relpath(file) for file in sorted(CONFIGS.rglob("*.py"))}
-    near = ours.get(nearest(Path(path).stem, ours))
-    return nearest_path(path, ".py") or (f"; did you mean {shlex.quote(near)}?" if near else "")
+    if near := nearest_path(path, ".py"):
+        return near
+    if near := ours.get(nearest(Path(path).stem, ours)):
+        return f"; did you mean {shlex.quote(near)}?"
+    return of_run if "/" in path and not path.endswith(".py") else ""  # out/x, which is not there
 
 
 def parse(name: str, text: str, hint: object) -> object:

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from humptygpt.configurator import UserError
-from humptygpt.documents import Found, Piece, kind_of, read_documents
+from humptygpt.documents import Found, Piece, head, is_binary, kind_of, read_documents
 from humptygpt.download import file_sha256
 from humptygpt.known_texts import TINY_SHAKESPEARE_SHA256
 from humptygpt.token_files import token_dtype
@@ -71,6 +71,7 @@ class Corpus:
         self.found: dict[int, Found] = {}  # by the number of the file; of those that were read to their end
         self.sizes = [file.stat().st_size for file in files]
         self.only_text = all(kind_of(file) == ".txt" for file in files)
+        self.binary = len(files) == 1 and self.only_text and is_binary(head(files[0]))  # of several, it is skipped
         self.separated = len(files) > 1 or not self.only_text  # documents end in the end-of-text token
         if not any(True for number in range(len(files)) for _ in self.read(number)):
             skipped = "".join(f"; {note}" for note in self.notes())
@@ -127,7 +128,7 @@ class Corpus:
         documents = sum(counted["documents"] for counted in splits.values())
         single = "; a single document is cut in two only if it is a .txt file" if self.separated else ""
         fraction = f"val_fraction={self.config.val_fraction}, documents: {documents:,}"
-        return f"{fraction}; change --val_fraction or add text{single}"
+        return f"{fraction}; change --val_fraction or add text{single}" + "".join(f"; {note}" for note in self.notes())
 
     def extra_meta(self, splits: dict[str, dict[str, int]], first_text: str) -> dict:
         """The entries of meta.json that only this kind of data has. first_text: the start of the training split."""
@@ -139,6 +140,8 @@ class Corpus:
     def notes(self) -> list[str]:
         """What the user should know of the files, once all are read."""
         notes, found = [], sorted(self.found.items())
+        if self.binary:
+            notes.append(f"{self.source} looks like a binary file, which is no text")
         if bad := [(number, entry) for number, entry in found if entry.bad_lines]:
             count, (number, first) = sum(entry.bad_lines for _, entry in bad), bad[0]
             where = f"the first: {self.files[number]}, line {first.first_bad:,}"

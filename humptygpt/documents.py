@@ -32,6 +32,15 @@ HEAD = 8000  # bytes at the start of a file that decide whether it is text
 CONTROL = re.compile(rb"[\x00-\x06\x0e-\x1a\x1c-\x1f\x7f]")  # that text hardly ever has
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 STREAM = "standard_input.txt"  # the copy of a stream, which is read more than once
+MARKS = {".lock", "command.txt", "progress.json", "metrics.jsonl"}  # one of them is in every data folder and run
+OURS = {
+    ".lock",
+    "meta.json",
+    "command.txt",
+    "progress.json",
+    "config.json",
+    "metrics.jsonl",
+}  # files in them that are no texts
 NAMED = 5  # files that a note names
 SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 cannot encode them
 WAY_OUT = "set --encoding_errors=replace or ignore"
@@ -59,25 +68,28 @@ class Found:
 def find_files(where: str) -> list[Path]:
     """Sorted files of a path: a file, a folder's, or a glob pattern's matches.
 
-    Hidden files of a folder, and binary files of a folder or pattern, are skipped and named. Raises UserError where
-    nothing is left, or a file cannot be read.
+    Hidden files of a folder, and of a folder or pattern binary files and what our scripts write, are skipped and named.
+    Raises UserError where nothing is left, or a file cannot be read.
     """
-    path, hidden, one = Path(where), [], False
+    path, hidden, one = Path(where), set(), False
     with read_errors(path):
         if path.is_dir():
             files = {file for file in path.rglob("*") if file.is_file()}
-            hidden = [file for file in files if any(part.startswith(".") for part in file.relative_to(path).parts)]
+            hidden = {file for file in files if any(part.startswith(".") for part in file.relative_to(path).parts)}
         elif not path.exists() and glob.has_magic(where):
             files = {file for match in glob.glob(where, recursive=True) if (file := Path(match)).is_file()}  # noqa: PTH207
             if not files:
                 raise UserError(f"no file matches {where}")
         else:
             files, one = {path}, True
-    shown = sorted(files.difference(hidden), key=Path.as_posix)
+    ours = set() if one else {file for file in files if is_ours(file)}
+    shown = sorted(files - hidden - ours, key=Path.as_posix)
     binary, json_lines = look_into(shown)  # now rather than hours later
     skipped = [] if one else binary  # whoever names a file wants it, and hears why it is no text
-    groups = (("binary", skipped), ("hidden", sorted(hidden, key=Path.as_posix)))
-    listed = "; ".join(f"{len(group):,} {why}: {names(group)}" for why, group in groups if group)
+    groups = {"binary": skipped, "hidden": hidden - ours, "of data folders and runs": ours}
+    listed = "; ".join(
+        f"{len(group):,} {why}: {names(sorted(group, key=Path.as_posix))}" for why, group in groups.items() if group
+    )
     files = [file for file in shown if file not in set(skipped)]
     if not files:
         raise UserError(f"{where} has no text files" + (f"; skipped: {listed}" if listed else ""))
@@ -87,6 +99,11 @@ def find_files(where: str) -> list[Path]:
         found = names(json_lines)
         print(f"note: taken for text, but it looks like JSON lines, which end in .jsonl: {found}", file=sys.stderr)
     return files
+
+
+def is_ours(file: Path) -> bool:
+    """Whether one of our scripts has written this beside tokens or checkpoints: the input may be the folder "."."""
+    return file.name in OURS and any(file.with_name(mark).exists() for mark in MARKS)
 
 
 def look_into(files: list[Path]) -> tuple[list[Path], list[Path]]:
@@ -228,7 +245,8 @@ def decompressed(path: Path, file: BinaryIO) -> BinaryIO:
 
 def read_text(path: Path, errors: str, found: Found) -> Iterator[tuple[str, int]]:
     """(characters, bytes of the file read so far) of a text file, part by part. errors as in read_documents."""
-    decoder, decoded = codecs.getincrementaldecoder("utf-8-sig")(errors), 0
+    encoding = "utf-16" if head(path).startswith(UTF_16) else "utf-8-sig"
+    decoder, decoded = codecs.getincrementaldecoder(encoding)(errors), 0
     line_breaks = io.IncrementalNewlineDecoder(None, translate=True)  # of two parts, too, that cut \r\n in two
     with path.open("rb") as file:
         stream = decompressed(path, file)
@@ -249,9 +267,10 @@ def not_utf8(path: Path, wrong: str) -> UserError:
     """wrong: the first byte and where it is."""
     start, shown = head(path), "standard input" if path.name == STREAM else path
     if is_binary(start):
-        return UserError(f"{shown} is a binary file, not text: {wrong} is not UTF-8")
-    encoding, file = "utf-16" if start.startswith(UTF_16) else "latin1", shlex.quote(str(path))
-    convert = f"iconv -f {encoding} -t utf-8" + (f" {file}" if shown is path else "")
+        return UserError(f"{shown} is a binary file, not text: {wrong} is not UTF-8; save it as plain text")
+    if start.startswith(UTF_16):
+        return UserError(f"{shown} begins as UTF-16, but is damaged: {wrong}; {WAY_OUT}")
+    convert = "iconv -f latin1 -t utf-8" + (f" {shlex.quote(str(path))}" if shown is path else "")
     return UserError(f"{shown} is not UTF-8: {wrong}; convert it, for example: {convert}; or {WAY_OUT}")
 
 

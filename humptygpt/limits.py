@@ -14,25 +14,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CGROUPS, OUR_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-TORCH = 150_000_000  # bytes of its own that a process takes to load torch, and numpy
-NUMPY = 12_000_000
+# Bytes that a process takes to load torch, and numpy: of memory that it shares with nobody, and of virtual memory. With
+# fewer it would be killed by its container, or aborted by the library.
+TORCH, NUMPY = (150_000_000, 600_000_000), (12_000_000, 90_000_000)
 STACK = 8 << 20  # bytes that a thread reserves, and hardly uses
 SPINS = 1300  # of a thread that waits for another, less than a tenth of a millisecond; libgomp's default is 300,000
 NOTED = 0.5  # cores that others take from us before there is a note
 
 
-def start(imports: int = 0) -> None:
+def start(imports: tuple[int, int] = (0, 0)) -> None:
     """For a script, before numpy and torch are loaded: as many threads as it may use, which give way to others.
 
-    imports: bytes that these will take; where there are fewer, one line says so, as a container would kill the process.
+    imports: what these will take, such as TORCH; where there is less, that is one line.
     A thread that spins while it waits for one of its own process keeps a core from the process whose turn it is: two
     trainings on two cores were slowed down tenfold. What the user has set in the environment stays.
     """
     global load
     sys.excepthook = report_imports
     load = load or Load()
-    if imports > (free := available_memory()):
-        raise OutOfMemory(f"{gigabytes(imports)} of memory are needed to start, and {gigabytes(free)} are free")
+    for kind, needed, free in zip(
+        ("memory", "virtual memory"), imports, (available_memory(), addresses()), strict=True
+    ):
+        if needed > free:
+            raise OutOfMemory(f"{gigabytes(needed)} of {kind} are needed to start, and {gigabytes(free)} are free")
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)  # GCC's OpenMP, which torch has on Linux
         os.environ["KMP_BLOCKTIME"] = "1"  # milliseconds; Intel's and LLVM's, elsewhere
@@ -120,17 +124,29 @@ def available_memory() -> int:
     if sys.platform != "win32":
         import resource
 
-        used = psutil.Process().memory_info()
-        for which, size in ((resource.RLIMIT_AS, used.vms), (resource.RLIMIT_DATA, getattr(used, "data", used.rss))):
-            if (limit := resource.getrlimit(which)[0]) != resource.RLIM_INFINITY:
-                found.append(limit - size)
-    return max(0, min(found))
+        used, limit = psutil.Process().memory_info(), resource.getrlimit(resource.RLIMIT_DATA)[0]
+        if limit != resource.RLIM_INFINITY:
+            found.append(limit - getattr(used, "data", used.rss))
+    return int(max(0, min([*found, addresses()])))
 
 
-def limit_memory() -> None:
+def addresses() -> float:
+    """Bytes that ulimit -v still allows."""
+    if sys.platform == "win32":
+        return math.inf
+    import resource
+
+    import psutil
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return math.inf if limit == resource.RLIM_INFINITY else limit - psutil.Process().memory_info().vms
+
+
+def limit_memory(mapped: int = 0) -> None:
     """Where a control group, such as a container's, has less than the machine, let allocations beyond it fail.
 
-    That is one line that names the way out; the group would kill the process instead, without a word.
+    That is one line that names the way out; the group would kill the process instead, without a word. mapped: bytes of
+    a file whose pages the system may drop.
     """
     import psutil
 
@@ -140,10 +156,10 @@ def limit_memory() -> None:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    used = psutil.Process().memory_info()
-    # what is reserved counts, used or not, but for the stacks of threads
-    limit = used.rss - used.shared + available + usable_cores() * STACK
-    if soft == resource.RLIM_INFINITY or limit < soft:
+    if soft == resource.RLIM_INFINITY:
+        used = psutil.Process().memory_info()
+        # what is reserved counts, used or not, but for the stacks of threads
+        limit = used.rss - used.shared + available + usable_cores() * STACK + mapped
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 

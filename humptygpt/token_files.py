@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from humptygpt import tokenizer as tokenizers
-from humptygpt.configurator import UserError
+from humptygpt.configurator import UserError, as_written_here
 from humptygpt.locks import holder
 from humptygpt.schema import check_schema, parse_json
 
@@ -238,12 +238,12 @@ def how_to(folder: Path) -> str:
         with suppress(OSError, ValueError):
             command = parse_json(path.read_bytes(), {"command": str})["command"]
             if is_command(command):
-                return f"prepare it again: {command}"
+                return f"prepare it again: {as_written_here(command)}"
     with suppress(OSError, ValueError), (folder / COMMAND).open(encoding="utf-8") as file:
         command = file.read(10_000).strip()
         if is_command(command):
-            return f"prepare it again: {command}"
-    return f"prepare it again: python prepare_data.py {shlex.quote(folder.name)}"
+            return f"prepare it again: {as_written_here(command)}"
+    return "prepare it again: " + as_written_here(f"python prepare_data.py {shlex.quote(folder.name)}")
 
 
 def is_command(text: str) -> bool:

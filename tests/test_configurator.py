@@ -100,6 +100,14 @@ def test_a_key_without_a_value_is_refused():
         read("--fast")
 
 
+def test_a_value_after_a_space_is_answered_with_how_to_write_it():
+    with pytest.raises(UserError, match=r"^--name has no value; write '--name=my text'$"):
+        read("--name", "my text")
+    for following in ([], ["--width=3"]):
+        with pytest.raises(UserError, match=r"^--name has no value; write --name=VALUE$"):
+            read("--name", *following)
+
+
 def test_a_key_without_its_dashes_is_answered_with_how_to_write_it():
     for argument in ("-width=3", "width=3"):
         with pytest.raises(UserError, match=f"cannot read config file {argument}: .*; for a key write --width=3"):
@@ -151,6 +159,8 @@ def test_a_run_in_place_of_a_config_file_is_answered_with_its_key(folder):
             configurator.read([argument], SampleConfig)
         with pytest.raises(UserError, match=r"(Is a directory|is no config file)$"):
             read(argument)
+    with pytest.raises(UserError, match=r"No such file or directory; for the folder of a run write --out_dir=out/x$"):
+        configurator.read(["out/x"], SampleConfig)
     with pytest.raises(UserError, match=r"cannot read config file 'a\\x00b': it has a null byte$"):
         read("a\0b")
 
@@ -187,6 +197,17 @@ def test_help_lists_the_choices_that_the_dictionary_has(monkeypatch, capsys):
         for field in dataclasses.fields(cls):
             if choices := field.metadata["choices"]:
                 assert f"one of: {', '.join(choices)}\n" in text + "\n", field.name
+
+
+def test_commands_in_messages_name_the_script_as_the_user_has_written_it(folder, monkeypatch):
+    command = "python train.py --out_dir='a b'"
+    for script in ("train.py", "nowhere/sample.py", "/usr/bin/pytest"):
+        monkeypatch.setattr(sys, "argv", [script])
+        assert configurator.as_written_here(command) == command
+    (folder / "my code").mkdir()
+    (folder / "my code/train.py").touch()
+    monkeypatch.setattr(sys, "argv", ["my code/sample.py"])
+    assert configurator.as_written_here(command) == "python 'my code/train.py' --out_dir='a b'"
 
 
 def test_started_from_another_folder_a_script_says_where_its_files_are(folder):

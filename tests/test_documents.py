@@ -134,7 +134,7 @@ def test_binary_and_hidden_files_are_skipped_counted_and_named(capsys):
     Path("t/.git").mkdir(parents=True)
     Path("t/notes").write_text("some text")
     Path("t/.git/config").write_text("some text")
-    Path("t/utf16.txt").write_bytes("some text".encode("utf-16"))  # no binary file: it is to be converted
+    Path("t/utf16.txt").write_bytes("some text".encode("utf-16"))  # no binary file
     Path("t/a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
     Path("t/b.pdf").write_bytes(b"%PDF-1.4\n% some text")
     Path("t/c.txt").write_bytes(bytes(range(1, 256)))
@@ -148,6 +148,30 @@ def test_binary_and_hidden_files_are_skipped_counted_and_named(capsys):
         Path(f"t/a.png{number}").write_bytes(b"\0")
     find_files("t")
     assert "13 binary: t/a.png, t/a.png0, t/a.png1, t/a.png2, t/a.png3 and 8 more; 1 hidden" in capsys.readouterr().err
+
+
+def test_what_our_scripts_have_written_is_no_text_of_a_folder_around_it(tiny, run_train, capsys):
+    run_train()
+    Path("data/tiny/own.txt").write_text("some text")
+    Path("data/tiny/config.json").write_text("of the user")
+    capsys.readouterr()
+    assert found(".") == ["data/tiny/own.txt", "tiny.txt"]
+    skipped = "note: skipped files: 4 binary: data/tiny/train.bin, data/tiny/val.bin, out/run/best.pt, out/run/ckpt.pt;"
+    listed = "data/tiny/command.txt, data/tiny/config.json, data/tiny/meta.json, out/run/config.json,"
+    assert capsys.readouterr().err == f"{skipped} 5 of data folders and runs: {listed} out/run/metrics.jsonl\n"
+    Path("notes").mkdir()
+    Path("notes/meta.json").write_text("of the user")  # nothing of ours is beside it
+    assert found("notes") == ["notes/meta.json"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+@pytest.mark.parametrize("piece", [1, 3, 1000])
+def test_utf_16_is_read_as_it_is_where_a_byte_order_mark_says_so(encoding, piece, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE", piece)
+    mark = "" if encoding == "utf-16" else "\ufeff"
+    Path("a.txt").write_bytes((mark + "Grüße 🙂\n").encode(encoding))
+    for errors in ("strict", "replace"):
+        assert "".join(part.text for part in read_documents(Path("a.txt"), "text", errors)) == "Grüße 🙂\n"
 
 
 def test_text_that_looks_like_json_lines_is_noted(capsys):
@@ -191,7 +215,7 @@ BAD = {
     "folder has no text files; skipped: 1 binary: folder/a.bin": ["folder"],
     "cannot read latin.txt: No such file or directory; did you mean latin1.txt?": ["latin.txt"],
     "folder/a.bin is a binary file, not text: byte 0xff": ["folder/a.bin"],
-    "utf16.txt is not UTF-8: byte 0xff at offset 0; convert it, for example: iconv -f utf-16 -t utf-8": ["utf16.txt"],
+    "utf16.txt begins as UTF-16, but is damaged: byte 0x00 at offset 4; set --encoding_errors": ["utf16.txt"],
     "for example: iconv -f latin1 -t utf-8 'a b.txt'; or": ["a b.txt"],
     "no file matches nothing*.txt": ["nothing*.txt"],
     "cannot read missing.txt: No such file": ["missing.txt"],
@@ -221,7 +245,7 @@ BAD = {
 def test_bad_files_are_one_line_that_names_the_place(fails, complaint):
     Path("folder").mkdir()
     Path("folder/a.bin").write_bytes(b"\0\xff")
-    Path("utf16.txt").write_bytes(b"\xff\xfea\0")
+    Path("utf16.txt").write_bytes(b"\xff\xfea\0\0")
     Path("a b.txt").write_bytes(b"\xfc")
     Path("empty.txt").touch()
     Path("latin1.txt").write_bytes(b"abc" * 100_001 + b"\xfc" + b"abc" * 100_000)

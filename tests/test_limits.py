@@ -227,6 +227,12 @@ def test_where_memory_does_not_suffice_to_start_that_is_reported_before_anything
     with pytest.raises(limits.OutOfMemory, match=f"^{line}$"):
         limits.start(limits.TORCH)
     limits.start(limits.NUMPY)
+    monkeypatch.setattr(limits, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(limits, "addresses", lambda: 80_000_000)
+    with pytest.raises(
+        limits.OutOfMemory, match=r"^90\.0 MB of virtual memory are needed to start, and 80\.0 MB are free$"
+    ):
+        limits.start(limits.NUMPY)
 
 
 def test_a_package_that_is_missing_is_one_line_with_the_command_that_installs_all(folder):

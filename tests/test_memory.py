@@ -225,7 +225,7 @@ STARTED = {"group": 20_000_000, "ulimit": 60_000_000}  # bytes with which Python
 
 @pytest.fixture
 def group():
-    """A function that runs a command in a control group of so many bytes and returns what subprocess.run() does."""
+    """A function that runs a command in a control group of this many bytes and returns what subprocess.run() does."""
     version_1 = (GROUPS / "memory").is_dir()
     path = (GROUPS / "memory" if version_1 else GROUPS) / f"humptygpt_{os.getpid()}"
     limit, swap = ("memory.limit_in_bytes", "") if version_1 else ("memory.max", "memory.swap.max")

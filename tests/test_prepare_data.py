@@ -475,6 +475,19 @@ def test_only_a_text_is_read_from_a_stream(fails):
         assert "only --input=- reads a stream" in fails(prepare_data.main, "mine", *keys)
 
 
+def test_a_binary_file_that_could_be_text_is_noted_where_it_is_named(folder, capsys):
+    for name, data in (("a.docx", b"PK\3\4" + bytes(500)), ("a.pdf", b"%PDF-1.4\n" + make_text().encode())):
+        Path(name).write_bytes(data)
+        prepare_data.main([f"--input={name}", "--name=mine"])
+        assert f"note: {name} looks like a binary file, which is no text\n" in capsys.readouterr().err
+
+
+def test_where_skipped_lines_leave_too_little_they_are_counted(folder, fails):
+    Path("a.jsonl").write_text('{"text": "a text"}\n' + '{"body": "a text"}\n' * 9)
+    line = fails(prepare_data.main, "--input=a.jsonl", "--name=mine", "--skip_bad_lines=True")
+    assert line.endswith("; skipped lines without a text: 9 (the first: a.jsonl, line 2)\n")
+
+
 def test_carriage_returns_are_noted(folder, capsys):
     Path("t").mkdir()
     for name, text in (("a.txt", "one\r\ntwo\n"), ("b.txt", "three\n"), ("c.txt", "four\r")):
