@@ -110,7 +110,19 @@ def available_memory() -> int:
     """Bytes that this process can still allocate: of the machine, of its control groups, and by ulimit -v and -d."""
     import psutil
 
-    found = [psutil.virtual_memory().available]
+    found = [psutil.virtual_memory().available, group_memory(), addresses()]
+    if sys.platform != "win32":
+        import resource
+
+        used, limit = psutil.Process().memory_info(), resource.getrlimit(resource.RLIMIT_DATA)[0]
+        if limit != resource.RLIM_INFINITY:
+            found.append(limit - getattr(used, "data", used.rss))
+    return int(max(0, min(found)))
+
+
+def group_memory() -> float:
+    """Bytes that the control groups of this process still allow."""
+    found = [math.inf]
     for folder in cgroup_folders("memory"):
         limit, used, total = read_numbers(folder / "memory.max", 1)[0], folder / "memory.current", ""
         if limit is None:
@@ -121,13 +133,7 @@ def available_memory() -> int:
             # a cache of files gives way
             cache = sum(read_entry(folder / "memory.stat", f"{total}{kind}_file") for kind in ("inactive", "active"))
             found.append(limit - used + cache)
-    if sys.platform != "win32":
-        import resource
-
-        used, limit = psutil.Process().memory_info(), resource.getrlimit(resource.RLIMIT_DATA)[0]
-        if limit != resource.RLIM_INFINITY:
-            found.append(limit - getattr(used, "data", used.rss))
-    return int(max(0, min([*found, addresses()])))
+    return min(found)
 
 
 def addresses() -> float:
@@ -150,7 +156,7 @@ def limit_memory(mapped: int = 0) -> None:
     """
     import psutil
 
-    available = available_memory()
+    available = group_memory()
     if sys.platform != "linux" or available >= psutil.virtual_memory().available:
         return
     import resource

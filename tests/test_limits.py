@@ -1,6 +1,7 @@
 """Cores and memory that a process may use, threads that give way, and allocations that fail."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -253,10 +254,11 @@ def test_in_a_control_group_an_allocation_fails_where_the_group_would_kill_the_p
     limit = []
     monkeypatch.setattr(resource, "setrlimit", lambda which, value: limit.append((which, *value)))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=10**9))
-    monkeypatch.setattr(limits, "available_memory", lambda: 10**9)
-    limits.limit_memory()
+    for available in (math.inf, 10**9):
+        monkeypatch.setattr(limits, "group_memory", lambda available=available: available)
+        limits.limit_memory()
     assert not limit
-    monkeypatch.setattr(limits, "available_memory", lambda: 3 * 10**8)
+    monkeypatch.setattr(limits, "group_memory", lambda: 3 * 10**8)
     monkeypatch.setattr(limits, "usable_cores", lambda: 4)
     limits.limit_memory()
     memory = psutil.Process().memory_info()
