@@ -76,10 +76,15 @@ class Heartbeat(threading.Thread):
         self.store.set(str(self.rank), f"{socket.gethostname()} {number}")
 
     def run(self) -> None:
-        number, last, heard, where = 0, "", time.monotonic(), ""
+        number, last, where = 0, "", ""
+        heard = looked = time.monotonic()
         self.beat(number)
         while not self.stopped.wait(SILENCE / 10):
             number += 1
+            now = time.monotonic()
+            if now - looked > SILENCE / 2:  # this process was stopped, and the others may have been, too
+                heard = now
+            looked = now
             try:
                 self.beat(number)
                 sign = self.store.get(str(self.watched)).decode()

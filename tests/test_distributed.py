@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -317,13 +318,17 @@ DYING = """
 import os, random, signal, sys, threading, time
 sys.path[:0] = [{root!r}]
 import train
-from humptygpt import configurator, distributed
-draw = random.Random(f"{seed} {{os.environ['TORCHELASTIC_RESTART_COUNT']}}")
+from humptygpt import configurator
+start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+draw = random.Random(f"{seed} {{start}}")
 victim, moment = draw.randrange(2), draw.uniform(0, {seconds})
 def die():
     time.sleep(moment)
+    saving = any(name.endswith(".tmp") for name in (os.listdir("out/run") if os.path.isdir("out/run") else ()))
+    with open("kills", "a") as file:
+        print(f"seed {seed}, start {{start}}, {{moment:.2f}} s", "saving" if saving else "", file=file, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
-if int(os.environ["RANK"]) == victim and int(os.environ["TORCHELASTIC_RESTART_COUNT"]) < 3:
+if int(os.environ["RANK"]) == victim and start < 3:
     threading.Thread(target=die, daemon=True).start()
 configurator.run(train.main)
 """
@@ -331,16 +336,29 @@ configurator.run(train.main)
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_killed_at_twenty_random_moments_a_run_ends_by_itself_with_the_weights_of_the_uninterrupted_one(tiny):
-    """Each of seven runs loses a process up to three times, in the start, in steps and in saving."""
-    argv = [*TINY_RUN, "--dropout=0.2", "--gradient_accumulation_steps=2", "--max_iters=60", "--eval_interval=5"]
-    assert launch(2, *argv) == [0, 0]
-    rows, whole = read_rows(OUT), checkpoint.load(OUT / "ckpt.pt")["model"]
-    for seed in range(7):
-        Path("dying.py").write_text(DYING.format(root=str(ROOT), seed=seed, seconds=4))
+@pytest.mark.parametrize("parallel", distributed.WAYS)
+def test_killed_at_twenty_random_moments_runs_end_by_themselves_with_the_weights_of_the_uninterrupted_one(
+    tiny, parallel
+):
+    """Each run loses a process up to three times, in the start, in steps and in saving."""
+    argv = [*TINY_RUN, "--dropout=0.2", "--gradient_accumulation_steps=2", "--max_iters=60", "--eval_interval=2"]
+    command = ["torchrun", "--standalone", "--nproc_per_node=2", "--max_restarts=3", "dying.py", *argv]
+    command.append(f"--parallel={parallel}")
+
+    def run(seed: int, seconds: float) -> subprocess.CompletedProcess:
+        Path("dying.py").write_text(DYING.format(root=str(ROOT), seed=seed, seconds=seconds))
+        return subprocess.run(command, capture_output=True, text=True)
+
+    started = time.monotonic()
+    assert run(0, 1e6).returncode == 0
+    seconds = time.monotonic() - started
+    rows, whole, seed, kills = read_rows(OUT), checkpoint.load(OUT / "ckpt.pt")["model"], 0, []
+    while len(kills) < 20:
+        seed += 1
         shutil.rmtree(OUT)
-        command = ["torchrun", "--standalone", "--nproc_per_node=2", "--max_restarts=3", "dying.py", *argv]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run(seed, seconds)
+        kills = Path("kills").read_text().splitlines() if Path("kills").exists() else []
+        print(kills[-3:])
         assert done.returncode == 0, done.stderr
         assert read_rows(OUT) == rows
         assert_same_weights(checkpoint.load(OUT / "ckpt.pt")["model"], whole)
