@@ -412,8 +412,8 @@ function windowText(app) {
   const reach = model === "window_mlp" ? ` Of these the network sees the last ${window}.` : "";
   const lost = left ? ` ${count(left)} earlier ones have left it: the model knows nothing of them.` : "";
   return (
-    `The context has room for ${count(block_size)} tokens; ${count(idx.length)} are in it.${reach}${lost} Each new token ` +
-    `is appended, and the whole network computes again.`
+    `The context has room for ${count(block_size)} tokens; ${count(idx.length)} are in it.${reach}${lost} Each new ` +
+    `token is appended, and the whole network computes again.`
   );
 }
 
