@@ -4,6 +4,7 @@ This is what init_from names, and what --tokenizer=PATH may name in prepare_data
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -59,6 +60,9 @@ def load_base(name: str | Path, which: str = "best", mapped: bool = False) -> Ba
 def chosen_model(config: object, given: dict) -> str | Path:
     """What init_from, out_dir and checkpoint of a config name together; given: the keys that the user set."""
     if config.init_from == "resume":
+        if is_pretrained(Path(config.out_dir)):
+            way_out = shlex.quote(f"--init_from={config.out_dir}")
+            raise UserError(f"out_dir={config.out_dir} is no run, but a model's folder; write {way_out}")
         return checkpoint.find_checkpoint(Path(config.out_dir), config.checkpoint)
     if "out_dir" in given:
         print(f"note: out_dir={config.out_dir} has no effect with init_from={config.init_from}", file=sys.stderr)
@@ -68,6 +72,9 @@ def chosen_model(config: object, given: dict) -> str | Path:
 def find_base(name: str | Path, which: str = "best", key: str = "init_from") -> Path:
     """The checkpoint, or the folder in Hugging Face's or PEFT's format, that key=name stands for. Raises UserError."""
     path = Path(os.path.expanduser(name))  # noqa: PTH111, which loses the end of "folder/", as in configurator.py
+    if os.path.isfile(path) and path.suffix in (".safetensors", ".bin", ".json", ".gguf"):
+        kind = "for llama.cpp alone" if path.suffix == ".gguf" else "one file of a model; name its folder"
+        raise UserError(f"{key}={name} is {kind}")
     if os.path.isfile(path) or path.suffix == ".pt":  # reading it says where it is missing
         return path
     if not os.path.isdir(path):
@@ -76,11 +83,17 @@ def find_base(name: str | Path, which: str = "best", key: str = "init_from") -> 
         raise UserError(f"{key}={name}: there is no such file or folder{nearest_path(str(name))}")
     if checkpoint.is_sharded(path):
         return path
-    if any(os.path.exists(checkpoint.stored(path / file)) for file in ("best.pt", "ckpt.pt")):
+    if any(os.path.exists(checkpoint.stored(path / file)) for file in ("best.pt", "ckpt.pt", "metrics.jsonl")):
         return checkpoint.find_checkpoint(path, which)
-    if adapters.is_adapter(path) or any(os.path.exists(path / file) for file in ("config.json", *FORMATS)):
+    if is_pretrained(path) or os.path.exists(path / "config.json"):
         return path
     raise UserError(f"{key}={name} holds no model: neither best.pt nor ckpt.pt, nor config.json and weights")
+
+
+def is_pretrained(path: Path) -> bool:
+    """Whether it is a folder with weights or an adapter in Hugging Face's format."""
+    files = ("adapter_config.json", *FORMATS, *(f"{name}.index.json" for name in FORMATS))
+    return any(os.path.exists(path / file) for file in files)
 
 
 def load_tokenizer(name: str) -> Tokenizer:

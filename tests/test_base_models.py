@@ -362,6 +362,18 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
     assert refused("their").endswith("; did you mean theirs?\n")
     assert "holds no model: neither best.pt nor ckpt.pt, nor config.json and weights" in refused("data", train.main)
     assert "is not a checkpoint: it is truncated" in refused("text.txt")
+    assert refused("theirs/model.safetensors") == (
+        "init_from=theirs/model.safetensors is one file of a model; name its folder\n"
+    )
+    Path("model.gguf").write_bytes(b"GGUF")
+    assert refused("model.gguf") == "init_from=model.gguf is for llama.cpp alone\n"
+    line = fails(sample.main, "--out_dir=theirs")
+    assert line == "out_dir=theirs is no run, but a model's folder; write --init_from=theirs\n"
+    Path("out/stopped").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl"):
+        Path("out/stopped", name).write_text("{}")
+    assert refused("out/stopped").startswith("no checkpoint out/stopped/best.pt; train first: python train.py --out_d")
+    assert refused("out/gone").startswith("init_from=out/gone: there is no such file or folder")
     vocab = json.loads(Path("theirs/vocab.json").read_text())
     config = json.loads(Path("theirs/config.json").read_text())
     Path("theirs/vocab.json").write_text(json.dumps(vocab | {"surplus": 400}))
