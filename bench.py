@@ -671,17 +671,20 @@ def bench_page(config: BenchConfig) -> dict:
     if not path.is_file():
         raise UserError(f"no {config.page}; make it with explain.py")
     with sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1440, "height": 900})
-        page.goto(f"{path.as_uri()}#section={config.section}")
-        page.wait_for_selector("#bars")
-        alphabet, block_size = page.evaluate(PAINTED)
-        letters = [letter for letter in alphabet if "a" <= letter <= "z"]
-        if not letters:
-            raise UserError(f"{config.page}: its tokens are not characters, which this benchmark types")
-        sizes = {"64": 64, "full": block_size + 1}  # where it is full, the first token leaves and all others move
-        cases = {f"{where}_{name}": (T, where) for name, T in sizes.items() for where in ("appended", "anywhere")}
-        return {name: time_keystrokes(page, letters, *case, config.keystrokes) for name, case in cases.items()}
+        return time_page(started.chromium.launch(executable_path=chromium, args=["--no-sandbox"]), path, config)
+
+
+def time_page(browser, path: Path, config: BenchConfig) -> dict:
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    page.goto(f"{path.as_uri()}#section={config.section}")
+    page.wait_for_selector("#bars")
+    alphabet, block_size = page.evaluate(PAINTED)
+    letters = [letter for letter in alphabet if "a" <= letter <= "z"]
+    if not letters:
+        raise UserError(f"{config.page}: its tokens are not characters, which this benchmark types")
+    sizes = {"64": 64, "full": block_size + 1}  # where it is full, the first token leaves and all others move
+    cases = {f"{where}_{name}": (T, where) for name, T in sizes.items() for where in ("appended", "anywhere")}
+    return {name: time_keystrokes(page, letters, *case, config.keystrokes) for name, case in cases.items()}
 
 
 def time_keystrokes(page, letters: list[str], T: int, where: str, count: int) -> dict:

@@ -475,7 +475,8 @@ function titleOf(path, at) {
   const name = path.split(".").at(-1);
   const norm = path.match(/(attn|cross|mlp|embed)?_?norm\.output$/);
   const layer = path.match(/(?:blocks|layers)\.(\d+)/);
-  const what = norm ? "norm's output" : (NAMES[name] ?? name);
+  const known = norm ? "norm's output" : (NAMES[name] ?? name);
+  const what = path.includes("cross_attn") ? `cross-attention: ${known.replace("attention", "its")}` : known;
   const where = layer ? `, layer ${+layer[1] + 1}` : "";
   const side = path.startsWith("source") ? ", encoder" : "";
   if (at.length === 3) return `${what}${side}${where}, head ${at[0] + 1}, token ${at[1]} to ${at[2]}`;

@@ -15,7 +15,7 @@ function h(tag, attributes = {}, ...children) {
   return made;
 }
 
-/** Draws the contents of an element again, with the focus where it was among them. */
+/** Draws the contents of an element again and leaves the focus where it was among them. */
 function keepFocus(root, draw) {
   const all = () => [...root.querySelectorAll("button:not([disabled]), [tabindex]")];
   const at = all().indexOf(document.activeElement);

@@ -381,6 +381,7 @@ function writingPanel(app) {
   app.greedy = true;
   const parts = [
     controlRow(button("Write one token", one, { id: "write-one" }), go, greedy),
+    h("p", { class: "quiet" }, "Otherwise a token is drawn, with the temperature and filters of section 7."),
     status,
     sentence(() => windowText(app)),
     drawn(() => table("Tokens of the context", ["position", "token", "id"], contextRows(app), [0, 2])),
@@ -490,7 +491,8 @@ const MERGES_SHOWN = 40;
 
 function subwordsPanel(app) {
   const { name } = app.tokenizer;
-  const parts = [sentence(() => SUBWORDS[name] ?? "")];
+  const unigram = app.data.tokenizer.model_type === "unigram";
+  const parts = [h("p", {}, SUBWORDS[unigram ? "unigram" : name] ?? "")];
   if (name === "char" || name === "byte")
     parts.push(
       missingNote({
@@ -504,12 +506,18 @@ function subwordsPanel(app) {
   );
 }
 
+const MERGED =
+  "Of the neighbours that together are a token, those that became one first (the lowest rank) are merged first.";
+const BYTES = "What is no token is spelled in bytes.";
 const SUBWORDS = {
   char: "This run's tokens are the characters of its training text.",
   byte: "This run's tokens are the bytes of the text in UTF-8: a character beyond ASCII is two to four of them.",
-  sentencepiece: "A word starts as characters, ▁ for a space. What is no token is spelled in bytes.",
-  bpe: "A word starts as bytes. The pair of neighbours that became a token first in training is merged first.",
-  gpt2: "A word starts as bytes. The pair of neighbours that became a token first in training is merged first.",
+  sentencepiece: `A word starts as characters, ▁ for a space. ${MERGED} ${BYTES}`,
+  unigram:
+    "▁ stands for a space. Of all ways to cut a text into tokens, the most probable one is taken, whose " +
+    `log-probabilities have the largest sum. ${BYTES}`,
+  bpe: `A word starts as bytes. ${MERGED}`,
+  gpt2: `A word starts as bytes. ${MERGED}`,
 };
 
 /** Parts of the text, or of the source while nothing is translated; which of its tokens is selected. */
@@ -582,41 +590,47 @@ function mergeRows({ symbols, merges, scores, tokens }) {
 // 6 and 11: attention
 
 /** Weights of one head, queries by keys; the arrow keys walk over pairs of positions. */
-function attentionMatrix(app, attention, { size = 20, label = null } = {}) {
+function attentionMatrix(app, attention, { size = 20, label = null, encoder = false } = {}) {
   const cross = attention === "cross_attn";
-  const keys = () => (cross ? app.trace.source.idx : app.trace.idx);
+  const rows = () => (encoder ? app.trace.source.idx : app.trace.idx);
+  const keys = () => (cross ? app.trace.source.idx : rows());
+  const path = () => (encoder ? `source.encoder.blocks.${app.at.layer}.attn` : blockPath(app, attention));
   const names = (idx) => idx.map((id) => shown(app.tokenizer, id));
   const strip = new Strip({
     label: "",
     square: size,
     columns: 1,
-    labels: () => ({ rows: names(app.trace.idx), columns: names(keys()) }),
-    describe: (i) => pairText(app, Math.floor(i / keys().length), i % keys().length, keys(), strip.values[i]),
+    labels: () => ({ rows: names(rows()), columns: names(keys()) }),
+    describe: (i) => pairText(app, rows(), keys(), i, strip.values[i]),
     onSelect: (i) =>
-      app.open(
-        `${blockPath(app, `${attention}.weights`)}:${[app.at.head, Math.floor(i / keys().length), i % keys().length]}`,
-      ),
+      app.open(`${path()}.weights:${[app.at.head, Math.floor(i / keys().length), i % keys().length]}`),
   });
+  const selected = (S) => {
+    if (!encoder) return app.at.t * S + Math.min(app.at.key, cross ? S - 1 : app.at.t);
+    const { path: chosen, at } = parseAddress(app.at.address ?? ":");
+    return chosen === `${path()}.weights` && at[0] === app.at.head ? at[1] * S + at[2] : -1;
+  };
   const update = () => {
     const S = keys().length;
-    const rows = lookUp(app.trace, blockPath(app, attention)).weights[app.at.head];
-    const values = rows.flatMap((row) => [...row, ...Array(S - row.length).fill(NaN)]);
+    const weights = lookUp(app.trace, path()).weights[app.at.head];
+    const values = weights.flatMap((row) => [...row, ...Array(S - row.length).fill(NaN)]);
     strip.title.textContent =
       label ?? `layer ${app.at.layer + 1}, head ${app.at.head + 1}: each row is a query, each column a key`;
     strip.canvas.setAttribute("aria-label", strip.title.textContent);
     strip.show(values, {
       max: 1,
       columns: S,
-      selected: app.at.t * S + Math.min(app.at.key, cross ? S - 1 : app.at.t),
-      part: blockPath(app, `${attention}.weights`),
+      selected: selected(S),
+      part: `${path()}.weights`,
     });
   };
   return { root: strip.root, update };
 }
 
-function pairText(app, t, s, keys, weight) {
+function pairText(app, rows, keys, i, weight) {
   if (!Number.isFinite(weight)) return "a later key: masked";
-  return `${tokenName(app, t)} ${t} attends to ${tokenName(app, s, keys)} ${s}: ${digits(weight)}`;
+  const [t, s] = [Math.floor(i / keys.length), i % keys.length];
+  return `${tokenName(app, t, rows)} ${t} attends to ${tokenName(app, s, keys)} ${s}: ${digits(weight)}`;
 }
 
 function attentionPanel(app) {
@@ -774,7 +788,7 @@ function softmaxPanel(app) {
     softmaxText(app),
     table(
       "The most probable tokens",
-      ["token", "logit", "exp", "probability", "/ temperature", "drawn with"],
+      ["token", "logit", "exp", "probability", "logit / temperature", "drawn with probability"],
       softmaxRows(app),
       [1, 2, 3, 4, 5],
     ),
@@ -1256,6 +1270,10 @@ function transformerPanel(app) {
       label: "alignment: each row is a token of the translation, each column one of the source",
     }),
     drawn(() => alignmentTable(app)),
+    attentionMatrix(app, "attn", {
+      label: "encoder: each row is a token of the source, and attends to all",
+      encoder: true,
+    }),
     sourceRow("encoder, this layer: the selected source token", "output"),
     rowStrip(app, "decoder: what cross-attention adds", () => blockPath(app, "cross_attn.o_proj")),
     controlRow(button("Write one token", () => app.write(likeliest(app.trace.probs.at(-1), 1)[0]))),

@@ -264,7 +264,8 @@ class App {
     for (const other of this.panels) if (!other.built) this.renderPanel(other); // so that nothing above it grows later
     this.setSection(panel.id);
     panel.root.querySelector("h2").focus({ preventScroll: true });
-    const scroll = () => panel.root.scrollIntoView({ block: "start" });
+    const first = panel === this.panels[0];
+    const scroll = () => (first ? scrollTo(0, 0) : panel.root.scrollIntoView({ block: "start" }));
     scroll();
     requestAnimationFrame(() => requestAnimationFrame(scroll)); // strips above it have their heights by then
   }

@@ -3,7 +3,6 @@
 Needs Chromium (Debian: apt-get install chromium) and the packages playwright and axe-playwright-python.
 """
 
-import json
 import random
 import re
 import shutil
@@ -20,6 +19,7 @@ import explain
 import prepare_data
 import train
 from humptygpt import checkpoint, evaluation, run_folder
+from humptygpt.configurator import UserError
 from humptygpt.generation import generate
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -327,7 +327,7 @@ AFTER = "() => [state().join(), document.activeElement !== document.body, contro
 
 @pytest.mark.parametrize("run", ["run", "pairs"])
 def test_tab_leads_to_every_control_and_each_obeys_its_keys_and_keeps_the_focus(opened, run):
-    view = opened(run, "#section=gpt&number=logits:0,1")
+    view = opened(run, "#section=gpt&number=logits:0,1", viewport={"width": 1440, "height": 300})
     press, ask = view.page.keyboard.press, view.page.evaluate
     for _ in range(ask(WATCH, CONTROLS) + 5):  # the selected token, and once around
         press("Tab")
@@ -380,17 +380,16 @@ def test_nothing_scrolls_sideways(opened, run, width, zoom):
     assert sizes[0] <= sizes[1]
 
 
-def test_the_time_until_a_keystroke_is_painted_is_measured_in_each_case(runs, capsys, fails, monkeypatch):
+def test_the_time_until_a_keystroke_is_painted_is_measured_in_each_case(browser, runs, fails, monkeypatch):
     monkeypatch.setattr(bench, "FIRST_KEYS", 0)
-    page = runs / "out" / "run" / "explain.html"
-    bench.main(["--what=page", f"--page={page}", "--keystrokes=2"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    page, pairs = (runs / "out" / run / "explain.html" for run in ("run", "pairs"))
+    config = bench.BenchConfig(what="page", page=str(page), keystrokes=2)
+    found = bench.time_page(browser, page, config)
     assert found.keys() == {f"{where}_{size}" for where in ("appended", "anywhere") for size in ("64", "full")}
     assert all(0 < times["median_ms"] <= times["p95_ms"] for times in found.values())
+    with pytest.raises(UserError, match="its tokens are not characters"):
+        bench.time_page(browser, pairs, config)
     assert "make it with explain.py" in fails(bench.main, "--what=page", "--page=none.html")
-    assert "its tokens are not characters" in fails(
-        bench.main, "--what=page", f"--page={page.parents[1]}/pairs/explain.html"
-    )
     assert "what=page needs --page" in fails(bench.main, "--what=page")
 
 
