@@ -94,6 +94,15 @@ def remove_sharded(path: Path) -> None:
         remove(folder)
 
 
+def nearest_run(out_dir: Path) -> str:
+    """ "; ..." with a run that was probably meant by a folder without one, or ""."""
+    trained = [*out_dir.glob("*/ckpt.pt"), *Path("out", out_dir.name).glob("ckpt.pt")]
+    if trained:
+        newest = max(trained, key=lambda path: path.stat().st_mtime).parent
+        return f"; did you mean {shlex.quote(f'--out_dir={newest}')}?"
+    return "" if os.path.exists(out_dir) else nearest_path(str(out_dir))
+
+
 def load_model(path: Path) -> Loaded:
     """The model in a checkpoint, with the averaged weights if it has any, and its tokenizer."""
     saved = load(path)
@@ -136,7 +145,7 @@ def read(path: Path, mapped: bool = False, with_tensors: bool = True) -> object:
         path.open("rb").close()
     except FileNotFoundError as error:
         command = configurator.as_written_here(f"python train.py {shlex.quote(f'--out_dir={path.parent}')}")
-        near = "" if os.path.exists(path.parent) else nearest_path(str(path.parent))
+        near = nearest_run(path.parent)
         raise UserError(f"no checkpoint {path}{near or f'; train first: {command}'}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error

@@ -117,7 +117,7 @@ def read(argv: list[str], *classes: type, positional: str | None = None) -> dict
     if "--help" in argv or "-h" in argv:
         print(help_text(*classes, positional=positional))
         sys.exit(0)
-    given = {}
+    given, bare = {}, []
     for argument, following in zip(argv, [*argv, ""][1:], strict=True):
         if argument.startswith("--"):
             name, equals, text = argument[2:].partition("=")
@@ -130,9 +130,15 @@ def read(argv: list[str], *classes: type, positional: str | None = None) -> dict
         elif positional is not None and hints[positional] == TEXTS:
             given[positional] = (*given.get(positional, ()), argument)
         elif positional is not None:
-            given[positional] = argument
+            bare.append(argument)
         else:
             given.update(read_file(argument, hints))
+    if bare:
+        values = [*bare, *([given[positional]] if positional in given else [])]
+        if len(set(values)) > 1:
+            first, second = map(shlex.quote, values[:2])
+            raise UserError(f"{positional} is given twice, as {first} and {second}; leave one out")
+        given[positional] = bare[0]
     if classes[-1].__module__ == "__main__":  # a script was started, and is not imported
         note_folder(Path(sys.modules["__main__"].__file__))
     return {name: check_path(f"{name}=", value) if name in paths else value for name, value in given.items()}
@@ -287,7 +293,9 @@ def other_argument(path: str, hints: dict[str, object]) -> str:
         return near
     if near := ours.get(nearest(Path(path).stem, ours)):
         return f"; did you mean {shlex.quote(near)}?"
-    return of_run if "/" in path and not path.endswith(".py") else ""  # out/x, which is not there
+    if "/" in path and not path.endswith(".py"):  # out/x, which is not there
+        return of_run
+    return f"; for a prompt write {shlex.quote(f'--start={path}')}" if "start" in hints and " " in path else ""
 
 
 def parse(name: str, text: str, hint: object) -> object:

@@ -71,6 +71,8 @@ def find_files(where: str) -> list[Path]:
     Hidden files of a folder, and of a folder or pattern binary files and what our scripts write, are skipped and named.
     Raises UserError where nothing is left, or a file cannot be read.
     """
+    if re.match("https?://", where):
+        raise UserError(f"input={where} is an address; download it first: wget {shlex.quote(where)}")
     path, hidden, one = Path(where), set(), False
     with read_errors(path):
         if path.is_dir():

@@ -161,6 +161,8 @@ def test_a_run_in_place_of_a_config_file_is_answered_with_its_key(folder):
             read(argument)
     with pytest.raises(UserError, match=r"No such file or directory; for the folder of a run write --out_dir=out/x$"):
         configurator.read(["out/x"], SampleConfig)
+    with pytest.raises(UserError, match=r"No such file or directory; for a prompt write '--start=The cat'$"):
+        configurator.read(["The cat"], SampleConfig)
     with pytest.raises(UserError, match=r"cannot read config file 'a\\x00b': it has a null byte$"):
         read("a\0b")
 
@@ -287,7 +289,11 @@ def test_bare_arguments_gather_in_a_key_that_takes_several_texts():
 
 
 def test_a_bare_argument_sets_a_key_that_takes_one_text():
-    assert configurator.read(["a", "b"], Example, positional="name") == {"name": "b"}
+    read = lambda *argv: configurator.read(list(argv), Example, positional="name")  # noqa: E731
+    assert read("a") == read("a", "a") == read("a", "--name=a") == {"name": "a"}
+    for argv in (("a b", "c"), ("a b", "--name=c"), ("--name=c", "a b")):
+        with pytest.raises(UserError, match=r"^name is given twice, as 'a b' and c; leave one out$"):
+            read(*argv)
 
 
 def test_a_users_mistake_ends_in_one_line_and_exit_code_2():

@@ -217,6 +217,7 @@ BAD = {
     "folder/a.bin is a binary file, not text: byte 0xff": ["folder/a.bin"],
     "utf16.txt begins as UTF-16, but is damaged: byte 0x00 at offset 4; set --encoding_errors": ["utf16.txt"],
     "for example: iconv -f latin1 -t utf-8 'a b.txt'; or": ["a b.txt"],
+    "input=https://a.b/c d.txt is an address; download it first: wget 'https://a.b/c d.txt'": ["https://a.b/c d.txt"],
     "no file matches nothing*.txt": ["nothing*.txt"],
     "cannot read missing.txt: No such file": ["missing.txt"],
     "empty.txt has no text": ["empty.txt"],
