@@ -429,7 +429,10 @@ def encode(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, par
         for split, counted in progress.splits.items()
     }
     most = min(limits.usable_cores(), limits.available_memory() // WORKER_MEMORY)
-    workers = (corpus.config.workers or max(1, most)) if sum(corpus.sizes) >= SMALL else 1
+    large = sum(corpus.sizes) >= SMALL
+    workers = (corpus.config.workers or max(1, most)) if large else 1
+    if large and (busy := limits.load_note()):
+        print(f"note: {busy}", file=sys.stderr)
     counts = np.array(progress.counts)
 
     def save() -> None:

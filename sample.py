@@ -158,6 +158,8 @@ def main(argv: list[str]) -> None:
             print(f"note: {key}={given[key]} has no effect {why}", file=sys.stderr)
     if config.compile:
         print("note: compile=True has no effect in sample.py", file=sys.stderr)
+    if busy := limits.load_note():
+        print(f"note: {busy}", file=sys.stderr)
     smaller = "try fewer --num_samples, --max_new_tokens or --num_beams"
     with limits.memory_advice(smaller), loaded.autocast:
         if config.interactive:

@@ -22,6 +22,13 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
     if os.path.isdir(path):
         raise UserError(f"cannot write {path}: it is a folder; name a file in it")
+    if is_device(path):
+        try:
+            with path.open("wb") as file:
+                write(file)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        return
     temporary, raw = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp"), None
     try:
         raw = RawFile(temporary, "xb")
@@ -35,6 +42,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             temporary.unlink(missing_ok=True)
         kept = "; the one before it is as it was" if os.path.exists(path) else ""
         raise cannot_write(path, (raw and raw.error) or error, kept) from error
+
+
+def is_device(path: Path) -> bool:
+    """Whether it is a device or a pipe, such as /dev/stdout, which is written to and must not be replaced by a file."""
+    return path.exists() and (not path.is_file() or path.absolute().parent == Path("/dev"))
 
 
 class RawFile(io.FileIO):

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,19 @@ def test_a_checkpoint_that_finds_no_room_names_the_disk_and_not_what_follows_fro
         checkpoint.save(path, entries)
     assert path.read_bytes() == before
     assert not list(path.parent.glob("*.tmp"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs named pipes")
+def test_a_device_or_a_pipe_is_written_to_and_not_replaced_by_a_file(folder, fails):
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    files.write_whole(Path("pipe"), lambda file: file.write(b"text"))
+    assert os.read(reader, 100) == b"text" and [path.name for path in folder.iterdir()] == ["pipe"]
+    assert Path("pipe").is_fifo()
+    if Path("/dev/full").is_char_device():
+        line = fails(lambda argv: files.write_whole(Path("/dev/full"), lambda file: file.write(b"text")))
+        assert line.startswith("cannot write /dev/full: No space left on device")
+        assert Path("/dev/full").is_char_device()
 
 
 def test_of_two_processes_that_write_a_file_at_once_both_succeed_and_one_wins(folder):

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+import prepare_data
+import sample
 from humptygpt import configurator, limits
 
 ROOT = Path(__file__).parent.parent
@@ -121,6 +123,18 @@ def test_others_that_load_our_cores_are_noted_where_they_leave_too_little(monkey
     monkeypatch.setattr(limits, "load", limits.Load())
     note = f"other processes use {others:.1f} of the 4 cores; alone, this would be faster"
     assert limits.load_note() == (note if noted else None)
+
+
+def test_sampling_and_preparation_note_a_busy_machine_too(run_train, monkeypatch, capsys):
+    run_train()
+    monkeypatch.setattr(limits, "load", types.SimpleNamespace(others=lambda: 2.0))
+    monkeypatch.setattr(limits, "affinity", lambda: {0, 1})
+    note = "note: other processes use 2.0 of the 2 cores; alone, this would be faster\n"
+    sample.main(["--out_dir=out/run", "--device=cpu", "--num_samples=1", "--max_new_tokens=1"])
+    assert note in capsys.readouterr().err
+    monkeypatch.setattr(prepare_data, "SMALL", 1)
+    prepare_data.main(["--input=tiny.txt", "--name=mine", "--workers=1"])
+    assert note in capsys.readouterr().err
 
 
 def test_others_that_use_what_our_threads_leave_are_not_noted(monkeypatch):
@@ -272,7 +286,7 @@ def test_in_a_control_group_an_allocation_fails_where_the_group_would_kill_the_p
 
 
 def test_a_full_disk_under_the_output_is_one_line(fails):
-    if not Path("/dev/full").exists():
+    if not Path("/dev/full").is_char_device():
         pytest.skip("needs /dev/full")
 
     def main(argv: list[str]) -> None:
