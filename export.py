@@ -70,7 +70,9 @@ def where(config: ExportConfig) -> Path:
     to = Path(config.to)
     if kind == "file" and os.path.isdir(to):
         raise UserError(f"to={to} is a folder; name a file, as --to={to / example}")
-    if kind == "folder" and os.path.isfile(to):
+    if kind == "file" and os.path.exists(to) and not os.path.isfile(to):
+        raise UserError(f"to={to} is a device or a pipe, which a file cannot replace; name a new file")
+    if kind == "folder" and os.path.exists(to) and not os.path.isdir(to):
         raise UserError(f"to={to} is a file; name a new folder")
     if kind == "folder" and os.path.isdir(to) and any(to.iterdir()):
         raise UserError(f"to={to} has files in it; remove it, or name a new folder")

@@ -518,6 +518,7 @@ def test_mistakes_are_one_line(fails, folder):
     assert "to=full has files in it; remove it, or name a new folder" in refused("--to=full")
     assert "to=full is a folder; name a file" in refused("--to=full", "--format=gguf")
     assert "to=full/file is a file; name a new folder" in refused("--to=full/file")
+    assert "to=/dev/null is a device or a pipe, which a file cannot" in refused("--to=/dev/null", "--format=gguf")
 
 
 FULL = """
