@@ -207,7 +207,7 @@ function scoreRule(c, attention) {
   const from = keyStart(c.model.config, h);
   const terms = Array.from({ length: D }, (_, i) =>
     term(
-      `${i}`,
+      `feature ${i}`,
       operand(c.trace, `${attention}.q`, [t, h * D + i], `q[${i}]`),
       operand(c.trace, `${keysOf(attention)}.k`, [s, from + i], `k[${i}]`),
     ),

@@ -380,9 +380,8 @@ function writingPanel(app) {
   const greedy = toggle("Most probable token (greedy)", true, (on) => (app.greedy = on));
   app.greedy = true;
   const parts = [
-    controlRow(button("Write one token", one, { id: "write-one" }), go, greedy),
+    controlRow(button("Write one token", one, { id: "write-one" }), go, greedy, status),
     h("p", { class: "quiet" }, "Otherwise a token is drawn, with the temperature and filters of section 7."),
-    status,
     sentence(() => windowText(app)),
     drawn(() => table("Tokens of the context", ["position", "token", "id"], contextRows(app), [0, 2])),
   ];
@@ -824,8 +823,7 @@ function softmaxPanel(app) {
   return assemble(
     tableOf,
     h("div", { class: "controls wide" }, sliders),
-    controlRow(button("Draw a token", draw)),
-    drawnToken,
+    controlRow(button("Draw a token", draw), drawnToken),
   );
 }
 

@@ -472,12 +472,15 @@ class PipelineMap {
     const layer = app.at.address?.match(/(?:blocks|layers)\.(\d+)/);
     const chosen = layer ? +layer[1] : app.at.layer;
     for (const { root, canvas, path, label } of this.rows) {
-      root.classList.toggle("chosen", label === `Layer ${chosen + 1}`);
+      const isChosen = label === `Layer ${chosen + 1}`;
+      if (isChosen && this.chosen !== chosen) element("map").scrollLeft = root.offsetLeft - element("map").offsetLeft;
+      root.classList.toggle("chosen", isChosen);
       const row =
         path === "source" ? app.trace.source.encoder.norm.output.at(-1) : path && lookUp(app.trace, path)[app.at.t];
       canvas.hidden = !row;
       if (row) paintRow(canvas, row);
     }
+    this.chosen = chosen;
   }
 }
 
@@ -555,8 +558,9 @@ class Drawer {
     const { tokenizer, trace } = this.app;
     if (path === "logits" || path === "probs") return `${y.title}: “${shown(tokenizer, at[1])}”`;
     const source = path.startsWith("source") || path.includes(".context.");
-    const t = at.length === 3 ? at[1] : at[0];
-    return `${y.title} (“${shown(tokenizer, (source ? trace.source.idx : trace.idx)[t])}”)`;
+    const name = (t, ofSource) => `“${shown(tokenizer, (ofSource ? trace.source.idx : trace.idx)[t])}”`;
+    if (at.length === 2) return `${y.title} (${name(at[0], source)})`;
+    return `${y.title} (${name(at[1], source)} to ${name(at[2], source || path.includes("cross_attn"))})`;
   }
 
   /** Rows: the largest terms, the sum of the others, the bias, the sum, and what is done with it. */
