@@ -338,7 +338,7 @@ def test_a_signalled_program_exits_with_the_signals_code(tiny):
             pass
         process.send_signal(signal.SIGTERM)
         process.stdout.read()
-        assert "; resume: python train.py --init_from=resume" in process.stderr.read()
+        assert f"; resume: python {ROOT / 'train.py'} --init_from=resume" in process.stderr.read()
     assert process.returncode == 143
 
 
