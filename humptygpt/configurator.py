@@ -311,6 +311,8 @@ def parse(name: str, text: str, hint: object) -> object:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"nan": float("nan"), "inf": float("inf"), "true": True, "false": False}.get(text.lower(), text)
+    if isinstance(value, tuple):  # 1,000
+        raise UserError(f"{name}={text} must be {type_name(hint)}, without commas")
     return convert(name, value, hint)
 
 

@@ -85,6 +85,11 @@ def test_wrong_types_are_refused_with_the_right_one(argument):
         read(argument)
 
 
+def test_a_number_with_commas_is_answered_as_it_was_written():
+    with pytest.raises(UserError, match=r"^width=1,000 must be int, without commas$"):
+        read("--width=1,000")
+
+
 def test_unknown_keys_are_answered_with_the_nearest(folder):
     Path("a.py").write_text("widht = 3")
     with pytest.raises(UserError, match="unknown key widht; did you mean width"):
