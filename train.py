@@ -503,9 +503,9 @@ def setup(
     ngrams = None
     if not saved and not base:
         model_config, ngrams = complete_model_config(config, model_config, dataset)
-    # frozen parameters take less than it counts, and so does a sharded model
-    if not (config.eval_only or config.freeze or processes.sharded):
-        check_training_fits(config, model_config, rows_of_process(config, processes.size), device, dtype)
+    if not config.eval_only and not config.freeze:  # frozen parameters take less than it counts
+        rows = rows_of_process(config, processes.size)
+        check_training_fits(config, model_config, rows, device, dtype, processes=processes.size)
     processes.check_model(model_config, dtype)
     if saved:
         model = checkpoint.restore_model(saved["model"], model_config)
@@ -538,7 +538,7 @@ def describe_sizes(config: TrainConfig, model_config: ModelConfig) -> str:
         meta = read_meta(Path("data") / config.dataset)
         model_config = dataclasses.replace(model_config, vocab_size=tokenizers.from_state(meta["tokenizer"]).vocab_size)
     if model_config.ngrams and model_config.ngram_rows is None:
-        raise UserError("dry_run=True cannot count the n-grams of a text; take --ngrams=0")
+        raise UserError("dry_run=True does not count the n-grams of a text; suppose some, as --ngram_rows=100000")
     device, size = pick_device(config.device), distributed.launched().size
     return sizes.describe(
         model_config,

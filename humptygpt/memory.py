@@ -23,20 +23,25 @@ class Size(NamedTuple):
     bytes: float
 
 
-def training_size(config, model_config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype) -> Size:
-    """Of a training, by its configs; rows: sequences that the process has at once.
+def training_size(
+    config, model_config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype, *, parts: int = 1
+) -> Size:
+    """Of a training, by its configs; rows: sequences that the process has at once; parts: of a sharded model.
 
     sizes.memory() is exact, but needs torch's compiler, which takes a second and 70 MB. This is less than that, and all
     of it linear in the number of layers, so two small models on the meta device give that of any depth.
     """
     try:
-        one, two = (size_of_layers(config, replace(model_config, n_layer=n), rows, device, dtype) for n in (1, 2))
+        few = (replace(model_config, n_layer=n) for n in (1, 2))
+        one, two = (size_of_layers(config, layers, rows, device, dtype, parts=parts) for layers in few)
     except RuntimeError:  # a matrix has more elements than an int64 can count
         return Size(float("inf"), float("inf"))
     return Size(*(a + (model_config.n_layer - 1) * (b - a) for a, b in zip(one, two, strict=True)))
 
 
-def size_of_layers(config, model_config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype) -> Size:
+def size_of_layers(
+    config, model_config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype, *, parts: int = 1
+) -> Size:
     model = checkpoint.build_on_meta(model_config)
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     averages = models.count_parameters(model) * 4 if config.ema_decay else 0
@@ -46,12 +51,14 @@ def size_of_layers(config, model_config: ModelConfig, rows: int, device: torch.d
         for p in members.values()
         if group != "sparse"  # whose gradient is as large as the batch
     )
+    gradients /= parts
     activations = 0 if config.checkpoint_activations else activation_bytes(model, rows, device, dtype)
     if config.gradient_accumulation_steps > 1:
         gradients += activations
     else:  # activations are freed while the gradients are computed
         gradients = max(gradients, activations)
-    return Size(models.count_parameters(model), weights + averages + state_bytes(config.optimizer, model) + gradients)
+    kept = (weights + averages + state_bytes(config.optimizer, model)) / parts
+    return Size(models.count_parameters(model), kept + gradients)
 
 
 def activation_bytes(model: nn.Module, rows: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -75,21 +82,27 @@ def activation_bytes(model: nn.Module, rows: int, device: torch.device, dtype: t
     return tokens * each + copies * attentions * scores * dtype.itemsize
 
 
-def check_training_fits(config, model_config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype) -> None:
+def check_training_fits(
+    config, model_config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype, *, processes: int = 1
+) -> None:
     """Raises UserError with the size, what there is, and a setting that would fit. config: a TrainConfig."""
-    parameters, size = training_size(config, model_config, rows, device, dtype)
+    parts = processes if config.parallel == "fsdp" else 1
+    parameters, size = training_size(config, model_config, rows, device, dtype, parts=parts)
     free = free_memory(device)
     if size <= free:
         return
     model = f"{parameters:,.0f} parameters" if parameters < 1e30 else "a model of that size"
-    fits = what_fits(config, model_config, rows, device, dtype) or "make the model smaller, and the batches"
+    fits = what_fits(config, model_config, rows, device, dtype, parts=parts)
     raise UserError(
         f"training {model} with batch_size={config.batch_size} and block_size={model_config.block_size} takes"
-        f" {gigabytes(size)} of memory or more, and {gigabytes(free)} are free{on(device)}; {fits}"
+        f" {gigabytes(size)} of memory or more{' in each process' if processes > 1 else ''},"
+        f" and {gigabytes(free)} are free{on(device)}; {fits or 'make the model smaller, and the batches'}"
     )
 
 
-def what_fits(config, model_config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype) -> str | None:
+def what_fits(
+    config, model_config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype, *, parts: int
+) -> str | None:
     """The first key that need only be made smaller, and how small."""
     free = free_memory(device) / MOST
     for key in ("batch_size", "n_layer", "n_embd", "block_size", "n_hidden"):
@@ -99,7 +112,7 @@ def what_fits(config, model_config: ModelConfig, rows: int, device: torch.device
         while value and (value := value // 2 // step * step):
             smaller = model_config if owner is config else replace(model_config, **{key: value})
             fewer = math.ceil(rows * value / config.batch_size) if owner is config else rows
-            if training_size(config, smaller, fewer, device, dtype).bytes <= free:
+            if training_size(config, smaller, fewer, device, dtype, parts=parts).bytes <= free:
                 return f"--{key}={value} would fit"
     return None
 

@@ -51,10 +51,13 @@ class ShardedProcesses(Processes):
         if not without_memory:
             self.broadcast(model)
         mesh = init_device_mesh(self.device.type, (self.size,))
+        fully_shard([model.wte, model.lm_head], mesh=mesh, reshard_after_forward=False)  # which may be one matrix
         for module in (*blocks(model), model):
             fully_shard(module, mesh=mesh)
+        for module in (model.wte, *blocks(model), model):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
+        model.lm_head.register_forward_pre_hook(lambda head, inputs: free_after_backward(model.wte, *inputs))
         if without_memory:
             model._apply(lambda x: torch.empty_like(x, device=self.device) if x.is_meta else x.to(self.device))
 
@@ -118,7 +121,8 @@ class ShardedProcesses(Processes):
         return x
 
     def after_forward(self, model: nn.Module) -> None:
-        """Those of the embedding and the head would stay gathered, and be outdated when the weights change."""
+        """What is in no block would stay gathered, and be outdated when the weights change."""
+        model.wte.reshard()
         model.reshard()
 
     @others_answer()
@@ -144,6 +148,12 @@ class ShardedProcesses(Processes):
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, models.Block)]
+
+
+def free_after_backward(embedding: nn.Module, x: Tensor) -> None:
+    """x: the head's input. When its gradient is there, no backward pass needs the weights of head and embedding."""
+    if x.requires_grad:
+        x.register_hook(lambda gradient: embedding.reshard())
 
 
 def own_part(value: Tensor, p: Tensor) -> Tensor:

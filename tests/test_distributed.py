@@ -20,6 +20,7 @@ from conftest import TINY_RUN, assert_same_weights, read_rows
 
 import train
 from humptygpt import checkpoint, configurator, distributed, optimizers
+from humptygpt.batches import TokenDataset
 from humptygpt.configurator import UserError
 from humptygpt.distributed import Processes, check_divisible
 from humptygpt.layers import Rows, drop, rows_of_batch
@@ -259,6 +260,34 @@ def test_mistakes_are_one_line(tiny, monkeypatch):
     found = complaints(differ={1: ["--learning_rate=0.5"]})
     assert "has learning_rate=0.5, but process 0 on" in found[0] and found[0].count("\n") == 1
     assert not Path("out").exists()
+
+
+def with_other_data(argv: list[str]) -> int:
+    """Train, in process 1 on a text that has been changed."""
+    if os.environ["RANK"] == "1":
+        identity = TokenDataset.identity
+        TokenDataset.identity = lambda self: identity(self) | {"train": "another checksum"}
+    return train.main(argv)
+
+
+def test_a_process_with_other_data_is_named(tiny, monkeypatch):
+    monkeypatch.setattr(distributed, "PATIENCE", 0)
+    found = complaints(main=with_other_data)
+    assert "process 1 on" in found[0] and "has train=another checksum, but process 0" in found[0]
+    assert "start all with the same command, on the same data" in found[0] and found[0].count("\n") == 1
+
+
+def test_a_port_in_use_is_one_line(tiny, fails, monkeypatch):
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        port = used.getsockname()[1]
+        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        complaint = fails(train.main, *TINY_RUN)
+    assert complaint.startswith(f"the processes cannot meet at 127.0.0.1:{port} (")
+    assert "in use" in complaint and complaint.endswith("take another --master_port\n")
 
 
 def test_without_torchrun_several_processes_are_refused(tiny, fails, monkeypatch):

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,15 @@ def test_on_a_gpu_its_own_memory_counts(tiny, gigabyte, monkeypatch):
         memory.check_training_fits(config, model_config, 4, CUDA, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**11, 10**11))
     memory.check_training_fits(config, model_config, 4, CUDA, torch.bfloat16)
+
+
+def test_several_processes_share_the_memory_of_a_machine(tiny, gigabyte, monkeypatch):
+    config, model_config, *_ = train.read_settings([*TINY_RUN, "--n_embd=1024", "--vocab_size=50", "--n_layer=4"])
+    memory.check_training_fits(config, model_config, 4, CPU, torch.float32)  # 0.8 GB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(configurator.UserError, match=r"in each process, and 250\.0 MB are free"):
+        memory.check_training_fits(config, model_config, 1, CPU, torch.float32, processes=4)
+    memory.check_training_fits(replace(config, parallel="fsdp"), model_config, 1, CPU, torch.float32, processes=4)
 
 
 VARIANTS = [("position", name) for name in POSITIONS] + [("block", name) for name in BLOCKS]

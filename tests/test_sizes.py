@@ -1,5 +1,6 @@
 """What sizes.py computes is what training takes."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,23 +116,65 @@ def test_a_ring_sends_twice_all_but_one_part():
     assert all_reduce_seconds(450e9, 16, H100) == pytest.approx(2 * 7 / 8 + 450e9 / 8 / 50e9, rel=1e-3)
 
 
+def test_what_is_gathered_arrives_in_half_the_time_of_a_sum():
+    assert sizes.gather_seconds(450e9, 8, H100) == pytest.approx(all_reduce_seconds(450e9, 8, H100) / 2)
+    two_nodes = 7 / 8 + 450e9 / 8 / 50e9 / 2
+    assert sizes.gather_seconds(450e9, 16, H100) == pytest.approx(two_nodes, rel=1e-3)
+    # a ring through many nodes is slow however little it carries
+    assert sizes.gather_seconds(0, 1024, H100) == pytest.approx(127 * H100.latency)
+
+
 def test_a_step_takes_the_time_of_its_products_and_of_its_sums():
     flops = 1e15
     alone = flops / (MFU * H100.peak_flops)
     assert step_seconds(flops, 10**9, 1, H100) == pytest.approx(alone)
     eight = step_seconds(flops, 10**9, 8, H100)
     assert alone / 8 < eight < alone
-    assert step_seconds(flops, 10**9, 8, H100, sharded=True) == pytest.approx(eight)  # 8 bytes half the way
 
 
-def test_sharded_each_card_has_its_part_and_two_whole_blocks():
-    whole = Memory(weights=80, gradients=80, optimizer=160, ema=0, activations=7)
-    assert sizes.sharded_bytes(whole, 8, 5) == 320 / 8 + 7 + 20
+def test_a_sharded_step_takes_the_longer_time_of_products_and_of_what_is_gathered_meanwhile():
+    groups, first = [10**8] * 10, sizes.gather_seconds(4e8, 8, H100)
+    computed = sizes.sharded_step_seconds(1e18, groups, 1, 8, H100)
+    assert computed == pytest.approx(first + 1e18 / 8 / (MFU * H100.peak_flops))
+    sent = [sizes.sharded_step_seconds(1.0, groups, n, 8, H100) for n in (1, 2)]
+    assert sent == pytest.approx([first * (1 + 3 * 10), first * (1 + 5 * 10)])
+
+
+def test_each_node_writes_a_part_of_a_checkpoint():
+    assert sizes.checkpoint_seconds(8 * sizes.DISK, 1) == 8 * sizes.checkpoint_seconds(8 * sizes.DISK, 8) == 8
+
+
+def test_sharded_each_card_has_its_part_and_what_is_gathered():
+    model = sizes.build_on_meta(TINY)
+    whole = memory(TINY, "adamw", 2, torch.float32, ema=True)
+    one, two = (sizes.sharded(whole, model, 8, n) for n in (1, 2))
+    assert (one.weights, one.optimizer, one.ema) == (whole.weights / 8, whole.optimizer / 8, whole.ema / 8)
+    assert one.gradients == whole.gradients / 8 and two.gradients == whole.gradients
+    assert one.activations == whole.activations and one.buffers == two.buffers > 0
 
 
 def test_ddp_ends_where_a_card_cannot_hold_the_model():
     model = sizes.build_on_meta(TINY)
     small, large = Memory(10**9, 10**9, 10**9, 0, 0), Memory(10**11, 10**11, 10**11, 0, 0)
-    assert all(line.endswith("DDP") for line in sizes.on_clusters(model, small, 2000))
-    assert all("FSDP" in line for line in sizes.on_clusters(model, large, 2000))
-    assert sizes.on_clusters(model, small, 500)[2].endswith("DDP, with 1,024 sequences a step")
+    assert all("DDP" in line for line in sizes.on_clusters(model, small, 2000, 1))
+    assert all("FSDP" in line for line in sizes.on_clusters(model, large, 2000, 1))
+    assert sizes.on_clusters(model, small, 500, 1)[2].endswith("with 1,024 sequences a step")
+
+
+def test_a_dry_run_knows_several_processes_and_n_grams(capsys, monkeypatch):
+    argv = ["--n_layer=2", "--vocab_size=100", "--device=cpu", "--gradient_accumulation_steps=4", "--dry_run=True"]
+    found = {}
+    for options in ("", "--parallel=ddp", "--parallel=fsdp", "--ngrams=3 --ngram_rows=5000"):
+        if "parallel" in options:
+            for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+                monkeypatch.setenv(name, "0")
+            monkeypatch.setenv("MASTER_ADDR", "localhost")
+            monkeypatch.setenv("WORLD_SIZE", "4")
+        else:
+            monkeypatch.setenv("WORLD_SIZE", "1")
+        assert train.main([*argv, *options.split()]) == 0
+        found[options] = re.search("memory(.*), in GB: weights ([0-9.e-]+)", capsys.readouterr().out).groups()
+    assert found[""][0] == "" and found["--parallel=ddp"][0] == " of each of 4 processes, DDP"
+    assert found["--parallel=fsdp"][0] == " of each of 4 processes, FSDP"
+    assert float(found["--parallel=fsdp"][1]) == pytest.approx(float(found[""][1]) / 4, rel=0.01)
+    assert float(found["--ngrams=3 --ngram_rows=5000"][1]) > 2 * float(found[""][1])
