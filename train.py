@@ -62,6 +62,7 @@ from humptygpt.optimizers import (
     clip_gradients,
     freeze,
     learning_rate_at,
+    local,
     make_optimizer,
     state_bytes,
     trained_parameters,
@@ -707,7 +708,8 @@ def describe_cost(run: Run) -> str:
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in run.model.parameters()}
+    storages = [local(p).untyped_storage() for p in run.model.parameters()]
+    weights = {storage.data_ptr(): storage.nbytes() for storage in storages}
     batch, started = to_device(run.dataset.batch(0, config.batch_size), run.device), time.perf_counter()
     with autocast(run.device, run.dtype), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         _, loss = run.model(**batch)
@@ -715,7 +717,8 @@ def describe_cost(run: Run) -> str:
     loss.detach().item()  # waits for a GPU
     seconds = (time.perf_counter() - started) * config.gradient_accumulation_steps
     run.model.zero_grad()
-    update = 4 * trained + state_bytes(config.optimizer, run.model)
+    parts = run.processes.size if run.processes.sharded else 1
+    update = (4 * trained + state_bytes(config.optimizer, run.model)) / parts
     activations = sum(size for at, size in kept.items() if at not in weights)
     memory = [size / 1e9 for size in (sum(weights.values()), update, activations)]
     return (

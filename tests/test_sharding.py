@@ -66,6 +66,18 @@ def test_sharded_processes_have_the_losses_of_one_on_sentence_pairs(pairs, run_t
     assert several[-1]["test_bleu"] == one[-1]["test_bleu"]
 
 
+def test_a_sharded_run_starts_from_a_model_and_is_evaluated_as_one_of_one_process(run_train):
+    run_train()
+    argv = ["--init_from=out/run", "--out_dir=out/tuned", "--max_iters=3", "--freeze=wte", "--ema_decay=0.5"]
+    assert train.main([*TINY_RUN, *argv]) == 0
+    one = read_rows(Path("out/tuned"))
+    assert launch(2, *TINY_RUN, *argv, "--parallel=fsdp") == [0, 0]
+    assert "parameters, 97." in Path("stdout0").read_text()  # are trained
+    assert losses(read_rows(Path("out/tuned"))) == pytest.approx(losses(one), rel=1e-5)
+    assert launch(2, "--init_from=resume", "--out_dir=out/tuned", "--eval_only=True") == [0, 0]
+    assert f"val loss {one[-1]['val_loss']:.4f}" in Path("stdout0").read_text()
+
+
 def test_sharded_each_matrix_is_orthogonalised_whole_by_one_process(tiny):
     assert launch(2, *FSDP, "--optimizer=normuon", "--n_layer=3", main=count_matrices) == [0, 0]
     counts = [json.loads(Path(f"counts{rank}").read_text())["matrices"] for rank in range(2)]
