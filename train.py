@@ -43,6 +43,7 @@ from humptygpt.configurator import UserError, as_written_here, check, setting, w
 from humptygpt.device import (
     DTYPES,
     autocast,
+    give_back_freed_memory,
     keep_freed_memory,
     peak_flops,
     pick_device,
@@ -485,7 +486,7 @@ def setup(
     processes = distributed.start(config.backend, pick_device(config.device), config.parallel)
     device = processes.device
     dtype = pick_dtype(config.dtype, device)
-    keep_freed_memory()
+    (give_back_freed_memory if processes.sharded else keep_freed_memory)()
     if device.type == "cpu":  # the driver of a GPU reserves more than it uses
         limits.limit_memory()
     if device.type == "cuda":
@@ -672,9 +673,9 @@ def compile_model(run: Run) -> nn.Module:
             vars(module).pop("forward", None)  # a compiled one
         return model
     finally:
+        run.processes.after_forward(model)
         model.zero_grad()
         model.train()
-        run.processes.after_forward(model)
     return compiled
 
 

@@ -97,10 +97,21 @@ def keep_freed_memory() -> None:
     Otherwise every large activation is mapped and cleared again in each step: a tenth of the time of a small model on a
     CPU. With another C library nothing happens.
     """
+    set_malloc(mmap_threshold=32 << 20, trim_threshold=2**31 - 1)  # the most that glibc accepts
+
+
+def give_back_freed_memory() -> None:
+    """Ask glibc to give freed blocks of a megabyte and more back to the system at once.
+
+    Of a sharded model, whole weights come and go, and the holes between what stays would take as much memory again.
+    """
+    set_malloc(mmap_threshold=1 << 20, trim_threshold=1 << 20)
+
+
+def set_malloc(mmap_threshold: int, trim_threshold: int) -> None:
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    trim_threshold, mmap_threshold = -1, -3  # names of the settings, as malloc.h numbers them
-    mallopt(mmap_threshold, 32 << 20)  # the most that glibc accepts
-    mallopt(trim_threshold, 2**31 - 1)
+    for setting, value in ((-3, mmap_threshold), (-1, trim_threshold)):  # as malloc.h numbers them
+        mallopt(setting, value)

@@ -67,6 +67,13 @@ def embedding_gradients(config: ModelConfig) -> int:
     return FLOAT * config.vocab_size * config.n_embd * (3 if config.tie_weights else 1)
 
 
+def replicated(whole: Memory, processes: int) -> Memory:
+    """Of one of several processes with DDP: the gradients that are sent are a copy."""
+    if processes == 1:
+        return whole
+    return whole._replace(buffers=max(whole.buffers, whole.gradients - whole.activations))
+
+
 def sharded(whole: Memory, model: nn.Module, processes: int, micro_batches: int) -> Memory:
     """Of one of several processes with FSDP; whole: of one with the whole model; micro_batches: of each in a step.
 
@@ -141,7 +148,9 @@ def describe(
         checkpoint_activations=train_config.checkpoint_activations,
     )
     is_sharded = train_config.parallel == "fsdp" and processes > 1
-    needed = sharded(whole, model, processes, micro_batches // processes) if is_sharded else whole
+    needed = replicated(whole, processes)
+    if is_sharded:
+        needed = sharded(whole, model, processes, micro_batches // processes)
     each = f" of each of {processes} processes, {train_config.parallel.upper()}" if processes > 1 else ""
     tokens = micro_batches * train_config.batch_size * config.block_size
     flops, free = models.flops_per_token(model), free_memory(device)
@@ -246,10 +255,11 @@ def on_clusters(model: nn.Module, whole: Memory, micro_batches: int, batch_size:
         flops = models.flops_per_token(model) * sequences * model.config.block_size
         each = math.ceil(micro_batches / cards)
         rows = min(1, sequences / cards / batch_size)  # of a micro-batch
-        needed = whole._replace(activations=whole.activations * rows)
+        part = whole._replace(activations=whole.activations * rows)
+        needed = replicated(part, cards)
         is_sharded = needed.total > card.memory
         if is_sharded:
-            needed = sharded(needed, model, cards, each)
+            needed = sharded(part, model, cards, each)
             seconds = sharded_step_seconds(flops, groups, each, cards, card)
         else:
             seconds = step_seconds(flops, parameters, cards, card)

@@ -78,6 +78,15 @@ def test_a_sharded_run_starts_from_a_model_and_is_evaluated_as_one_of_one_proces
     assert f"val loss {one[-1]['val_loss']:.4f}" in Path("stdout0").read_text()
 
 
+@pytest.mark.long
+def test_compiled_sharded_processes_have_the_losses_of_one(run_train):
+    argv = ["--gradient_accumulation_steps=4", "--ema_decay=0.5"]
+    one = run_train(*argv)
+    assert launch(2, *TINY_RUN, *argv, "--parallel=fsdp", "--compile=True") == [0, 0]
+    assert "torch.compile fails" not in Path("stderr0").read_text()
+    assert losses(read_rows(OUT)) == pytest.approx(losses(one), rel=1e-5)
+
+
 def test_sharded_each_matrix_is_orthogonalised_whole_by_one_process(tiny):
     assert launch(2, *FSDP, "--optimizer=normuon", "--n_layer=3", main=count_matrices) == [0, 0]
     counts = [json.loads(Path(f"counts{rank}").read_text())["matrices"] for rank in range(2)]

@@ -153,6 +153,13 @@ def test_sharded_each_card_has_its_part_and_what_is_gathered():
     assert one.activations == whole.activations and one.buffers == two.buffers > 0
 
 
+def test_with_ddp_gradients_are_there_twice_where_the_activations_are_smaller():
+    whole = Memory(weights=8, gradients=8, optimizer=16, ema=0, activations=3)
+    assert sizes.replicated(whole, 1) == whole
+    assert sizes.replicated(whole, 2) == whole._replace(buffers=5)
+    assert sizes.replicated(whole._replace(activations=9), 2).buffers == 0
+
+
 def test_ddp_ends_where_a_card_cannot_hold_the_model():
     model = sizes.build_on_meta(TINY)
     small, large = Memory(10**9, 10**9, 10**9, 0, 0), Memory(10**11, 10**11, 10**11, 0, 0)
