@@ -142,9 +142,14 @@ def read(path: Path, with_tensors: bool = True) -> dict:
 
 def load(path: Path, entries: dict, processes: Processes) -> None:
     """Fill the DTensors of entries, as from Run.state() and Run.training_state(), each process its own part."""
-    folder = open_folder(path)
+    folder, problem = open_folder(path), None
     infos = list(folder.metadata.storage_data.values())
-    check_shards(path, infos[processes.rank :: processes.size])
+    try:
+        check_shards(path, infos[processes.rank :: processes.size])
+    except (UserError, ValueError, OSError, zipfile.BadZipFile) as error:
+        problem = error if isinstance(error, UserError) else checkpoint.damaged(path, error)
+    if any(processes.sum(int(problem is not None))):
+        raise problem or UserError(f"{path} is damaged, as another process has found")
     with others_answer():
         dcp.load(flat(entries, folder.entries["tied"]), storage_reader=Reader(folder))
 
