@@ -182,7 +182,8 @@ def test_sample_and_export_open_it_without_a_process_group(saved, capsys):
     assert not torch.distributed.is_initialized()
 
 
-def test_a_missing_shard_is_one_line(saved, fails):
+def test_a_missing_shard_is_one_line(saved, fails, monkeypatch):
+    monkeypatch.setattr(distributed, "PATIENCE", 0)
     (saved / "__1_0.distcp").rename(saved / "elsewhere")
     for main, argv in ((sample.main, ["--checkpoint=latest"]), (train.main, ["--init_from=resume", "--max_iters=9"])):
         complaint = fails(main, "--out_dir=out/run", *argv)
