@@ -374,20 +374,21 @@ def test_killed_at_twenty_random_moments_runs_end_by_themselves_with_the_weights
     command = ["torchrun", "--standalone", "--nproc_per_node=2", "--max_restarts=3", "dying.py", *argv]
     command.append(f"--parallel={parallel}")
 
-    def run(seed: int, seconds: float) -> subprocess.CompletedProcess:
+    def run(seed: int, seconds: float) -> float:
+        """Returns how long it took."""
         Path("dying.py").write_text(DYING.format(root=str(ROOT), seed=seed, seconds=seconds))
-        return subprocess.run(command, capture_output=True, text=True)
+        started = time.monotonic()
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return time.monotonic() - started
 
-    started = time.monotonic()
-    assert run(0, 1e6).returncode == 0
-    seconds = time.monotonic() - started
+    seconds = run(0, 1e6)
     rows, whole, seed, kills = read_rows(OUT), checkpoint.load(OUT / "ckpt.pt")["model"], 0, []
     while len(kills) < 20:
         seed += 1
         shutil.rmtree(OUT)
-        done = run(seed, seconds)
+        seconds = min(seconds, run(seed, seconds))  # the machine may be less busy now
         kills = Path("kills").read_text().splitlines() if Path("kills").exists() else []
-        print(kills[-3:])
-        assert done.returncode == 0, done.stderr
+        print(kills[-3:], f"{seconds:.1f} s")
         assert read_rows(OUT) == rows
         assert_same_weights(checkpoint.load(OUT / "ckpt.pt")["model"], whole)
