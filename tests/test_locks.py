@@ -93,7 +93,7 @@ def test_the_folder_is_locked_from_before_the_checkpoint_is_read_until_the_run_h
     run_train()
     checked = []
     load, finish = checkpoint.load, train.finish
-    monkeypatch.setattr(checkpoint, "load", lambda *args: checked.append(is_held()) or load(*args))
+    monkeypatch.setattr(checkpoint, "load", lambda *args, **keys: checked.append(is_held()) or load(*args, **keys))
     monkeypatch.setattr(train, "finish", lambda *args: finish(*args) or checked.append(is_held()))
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
     assert checked == [True, True] and not (OUT / ".lock").exists()
