@@ -73,8 +73,8 @@ from humptygpt.configurator import UserError, check, setting, without_effect
 from humptygpt.device import DTYPES, autocast, peak_flops, pick_device, pick_dtype, to_device
 from humptygpt.evaluation import evaluate
 from humptygpt.tokenizer import GPT2Tokenizer
+from humptygpt.train_config import TrainConfig
 from model import ModelConfig, build, flops_per_token
-from train import TrainConfig
 
 # nanoGPT's preset for a laptop's CPU, as the command in its README sets it
 SHAPE = ModelConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False)

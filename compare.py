@@ -204,8 +204,8 @@ def count_parameters(settings: dict) -> int | None:
 @functools.cache
 def default_settings() -> dict:
     """Of this version."""
+    from humptygpt.train_config import TrainConfig
     from model import ModelConfig
-    from train import TrainConfig
 
     return {field.name: field.default for cls in (ModelConfig, TrainConfig) for field in dataclasses.fields(cls)}
 

@@ -15,6 +15,7 @@ import datetime
 import os
 import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -373,6 +374,12 @@ def launched() -> Launched:
         command = "torchrun --standalone --nproc_per_node=N train.py ..."
         raise UserError(f"WORLD_SIZE={size} is set, but not {missing[0]}; start several processes with: {command}")
     return Launched(int(os.environ["RANK"]), int(size))
+
+
+def note(line: str) -> None:
+    """One line for the user, from the first process."""
+    if launched().rank == 0:
+        print(f"note: {line}", file=sys.stderr)
 
 
 @contextmanager

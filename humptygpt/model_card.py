@@ -122,7 +122,7 @@ def loss(saved: dict, path: Path) -> str:
 
 def changed_settings(saved: dict) -> str:
     """Lines of a config file."""
-    from train import TrainConfig
+    from humptygpt.train_config import TrainConfig
 
     lines = []
     for cls, settings in ((ModelConfig, saved["model_config"]), (TrainConfig, saved["train_config"])):

@@ -16,6 +16,7 @@ import train
 from humptygpt import configurator, evaluation, run_folder
 from humptygpt.ngrams import frequent_ngrams
 from humptygpt.optimizers import make_optimizer
+from humptygpt.train_config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # models this small only wait for each other's threads
@@ -33,7 +34,7 @@ def fill_ngrams(model: nn.Module) -> None:
 
 def overfit(model: nn.Module, batch: dict[str, Tensor], steps: int, lr: float, until: float) -> float:
     """The loss after this many steps on this batch, or the first one below until."""
-    optimizer = make_optimizer(train.TrainConfig(learning_rate=lr, weight_decay=0.0), model)
+    optimizer = make_optimizer(TrainConfig(learning_rate=lr, weight_decay=0.0), model)
     for _ in range(steps):
         _, loss = model(**batch)
         if loss < until:

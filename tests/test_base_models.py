@@ -14,9 +14,10 @@ from conftest import TINY_RUN, assert_same_weights, make_text, read_rows
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint
+from humptygpt import checkpoint, train_config
 from humptygpt.base_models import BaseModel, load_base
 from humptygpt.configurator import UserError
+from humptygpt.train_config import read_settings
 from model import ModelConfig
 
 OTHER = make_text(4000, seed=1)  # other words of the same characters
@@ -38,7 +39,7 @@ def val_losses(out_dir: str) -> list[float]:
 
 def test_a_run_starts_with_the_weights_of_another(other):
     for source in ("out/run", "out/run/best.pt"):
-        run = train.setup(*train.read_settings([*FROM_RUN, f"--init_from={source}"]))
+        run = train.setup(*read_settings([*FROM_RUN, f"--init_from={source}"]))
         assert_same_weights(dict(run.model.state_dict()), checkpoint.load(Path("out/run/best.pt"))["model"])
         assert run.progress.iter == 0 and not run.optimizer.state
     assert load_base("out/run", "latest").path == Path("out/run/ckpt.pt")
@@ -288,9 +289,9 @@ def test_after_nanogpts_defaults_its_config_files_mean_what_they_mean_there(name
     asked, keys = [], NANOGPT_CONFIGS[name]
     shape = {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024, "vocab_size": 50257, "bias": True}
     base = BaseModel(Path("gpt2"), ModelConfig(**shape), {}, None, "language modelling", "")
-    monkeypatch.setattr(train, "load_base", lambda source: asked.append(source) or base)
+    monkeypatch.setattr(train_config, "load_base", lambda source: asked.append(source) or base)
     Path("theirs.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
-    config, model_config, _, found = train.read_settings([str(DEFAULTS), "theirs.py"])
+    config, model_config, _, found = read_settings([str(DEFAULTS), "theirs.py"])
     settings = vars(config) | vars(model_config)
     defaults = {"dataset": "openwebtext", "learning_rate": 6e-4, "beta2": 0.95, "gradient_accumulation_steps": 40}
     defaults |= {

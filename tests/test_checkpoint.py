@@ -19,6 +19,7 @@ import train
 from humptygpt import checkpoint, files
 from humptygpt.configurator import UserError
 from humptygpt.tokenizer import CharTokenizer
+from humptygpt.train_config import TrainConfig
 
 OUT = Path("out/run")
 FORMAT_2 = Path(__file__).parent / "format2" / "ckpt.pt"
@@ -32,7 +33,7 @@ def make_entries(**changes) -> dict:
     parameters = dict(model.named_parameters())
     state = {name: {key: torch.rand_like(p) for key in ("exp_avg", "exp_avg_sq")} for name, p in parameters.items()}
     return {
-        "train_config": asdict(train.TrainConfig(dataset="tiny", ema_decay=0.5)),
+        "train_config": asdict(TrainConfig(dataset="tiny", ema_decay=0.5)),
         "model_config": asdict(config),
         "tokenizer": CharTokenizer("ab\n").state(),
         "task": "language modelling",

@@ -24,6 +24,7 @@ from humptygpt.batches import TokenDataset
 from humptygpt.configurator import UserError
 from humptygpt.distributed import Processes, check_divisible
 from humptygpt.layers import Rows, drop, rows_of_batch
+from humptygpt.train_config import read_settings
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/run")
@@ -332,7 +333,7 @@ def test_only_the_same_run_is_resumed_when_torchrun_starts_again(run_train, monk
     run_train()
     monkeypatch.setattr(distributed, "restarted", lambda: True)
     for change, resumes in (([], True), (["--n_layer=3"], False), (["--max_iters=7"], False)):
-        assert (train.read_settings([*TINY_RUN, *change])[2] is not None) == resumes
+        assert (read_settings([*TINY_RUN, *change])[2] is not None) == resumes
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGSTOP")

@@ -28,6 +28,7 @@ from humptygpt.generation import generate
 from humptygpt.pretrained import find_family, to_pretrained
 from humptygpt.tokenizer import END_OF_TEXT, CharTokenizer, PretrainedTokenizer, Tokenizer
 from humptygpt.tokenizer_json import build_tokenizer, find_merges
+from humptygpt.train_config import TrainConfig
 from model import ModelConfig
 
 ROOT = Path(__file__).parent.parent
@@ -437,10 +438,10 @@ def test_the_settings_in_the_card_are_a_config_file_of_the_run(runs, monkeypatch
     export.main(["--out_dir=out/run", "--to=card"])
     code = re.findall(r"```python\n(.*?)```", Path("card/README.md").read_text(), re.DOTALL)[1]
     Path("again.py").write_text(code)
-    given = configurator.read(["again.py"], ModelConfig, train.TrainConfig)
+    given = configurator.read(["again.py"], ModelConfig, TrainConfig)
     saved = load_model(Path("out/run/best.pt")).saved
     assert vars(configurator.make(ModelConfig, given)) == saved["model_config"]
-    assert vars(configurator.make(train.TrainConfig, given)) == saved["train_config"]
+    assert vars(configurator.make(TrainConfig, given)) == saved["train_config"]
 
 
 # --------------------------------------------------------------------------------------
@@ -450,7 +451,7 @@ def test_the_settings_in_the_card_are_a_config_file_of_the_run(runs, monkeypatch
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_preset_that_a_refusal_names_is_exported(name):
     preset = FAMILIES[name].preset
-    config = configurator.make(ModelConfig, configurator.read([str(ROOT / preset)], ModelConfig, train.TrainConfig))
+    config = configurator.make(ModelConfig, configurator.read([str(ROOT / preset)], ModelConfig, TrainConfig))
     assert find_family(config) == name
 
 
@@ -459,7 +460,7 @@ def test_the_presets_of_llamas_architecture_can_be_exported_in_both_formats(path
     pytest.importorskip("gguf")
     from humptygpt.gguf_file import check_activation
 
-    config = configurator.make(ModelConfig, configurator.read([str(path)], ModelConfig, train.TrainConfig))
+    config = configurator.make(ModelConfig, configurator.read([str(path)], ModelConfig, TrainConfig))
     content, weights = to_pretrained(random_model(**vars(config) | {"n_layer": 1, "vocab_size": 11}))
     check_activation(content)
     assert not [name for name, tensor in weights.items() if tensor.dim() == 2 and tensor.shape[-1] % 32]
@@ -471,7 +472,7 @@ DEMO += " mlp=gated mlp_conv=0 qk_norm=False, as in config/shakespeare_char_llam
 
 def test_the_demo_is_refused_and_the_preset_named(fails, folder):
     demo = str(ROOT / "config/shakespeare_char.py")
-    config = configurator.make(ModelConfig, configurator.read([demo], ModelConfig, train.TrainConfig))
+    config = configurator.make(ModelConfig, configurator.read([demo], ModelConfig, TrainConfig))
     with pytest.raises(UserError, match=re.escape(DEMO)):
         export.write_folder(loaded(**vars(config) | {"vocab_size": 11}), BEST, Path("exported"), "float32")
     assert not list(folder.iterdir())

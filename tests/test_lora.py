@@ -17,6 +17,7 @@ from humptygpt import checkpoint, lora
 from humptygpt.base_models import load_base
 from humptygpt.lora import MARK
 from humptygpt.optimizers import trained_parameters
+from humptygpt.train_config import read_settings
 from model import GPT, ModelConfig
 
 ALL = "q_proj,k_proj,v_proj,o_proj,up_proj,down_proj"
@@ -37,7 +38,7 @@ def base(run_train):
 
 
 def test_a_run_with_lora_starts_as_the_model_that_it_starts_from(base):
-    run = train.setup(*train.read_settings([*LORA, f"--lora_targets={ALL}"]))
+    run = train.setup(*read_settings([*LORA, f"--lora_targets={ALL}"]))
     idx = torch.arange(16)[None]
     assert torch.equal(logits(run.model, idx), logits(checkpoint.restore_model(base.weights, base.config), idx))
     names = set(trained_parameters(run.model))
@@ -296,7 +297,7 @@ import torch, train
 def peak():  # MB; of this program, where the resource module counts the one that started it, too
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 imported = peak()
-run = train.setup(*train.read_settings(sys.argv[1:]))
+run = train.setup(*read_settings(sys.argv[1:]))
 print(train.describe_cost(run))
 for it in range(2):
     train.train_step(run, it)

@@ -17,6 +17,7 @@ import sample
 import train
 from humptygpt import configurator, device, evaluation, limits, memory, run_folder, sizes
 from humptygpt.device import DTYPES
+from humptygpt.train_config import TrainConfig, read_settings
 from model import ACTIVATIONS, BLOCKS, MLPS, MODELS, POSITIONS
 
 ROOT = Path(__file__).parent.parent
@@ -43,14 +44,14 @@ def test_a_training_that_will_not_fit_is_refused_with_its_size_and_the_setting_t
     assert re.search(r" takes (inf|[\d,.]+) GB of memory or more, and 1\.00 GB are free; ", line), line
     assert not Path("out/run/config.json").exists()
     if fits := re.search(r"(--\w+=\d+) would fit$", line):
-        config, model_config, *_ = train.read_settings([*TINY_RUN, *settings.split(), fits[1], "--vocab_size=21"])
+        config, model_config, *_ = read_settings([*TINY_RUN, *settings.split(), fits[1], "--vocab_size=21"])
         memory.check_training_fits(config, model_config, config.batch_size, CPU, torch.float32)
     else:
         assert line.endswith("make the model smaller, and the batches\n") and "vocab_size" in settings
 
 
 def test_on_a_gpu_its_own_memory_counts(tiny, gigabyte, monkeypatch):
-    config, model_config, *_ = train.read_settings([*TINY_RUN, "--n_embd=4096", "--vocab_size=50"])
+    config, model_config, *_ = read_settings([*TINY_RUN, "--n_embd=4096", "--vocab_size=50"])
     with pytest.raises(configurator.UserError, match=r"GB of memory or more, and 1\.00 GB are free on cuda; --n_"):
         memory.check_training_fits(config, model_config, 4, CUDA, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**11, 10**11))
@@ -58,7 +59,7 @@ def test_on_a_gpu_its_own_memory_counts(tiny, gigabyte, monkeypatch):
 
 
 def test_several_processes_share_the_memory_of_a_machine(tiny, gigabyte, monkeypatch):
-    config, model_config, *_ = train.read_settings([*TINY_RUN, "--n_embd=1024", "--vocab_size=50", "--n_layer=4"])
+    config, model_config, *_ = read_settings([*TINY_RUN, "--n_embd=1024", "--vocab_size=50", "--n_layer=4"])
     memory.check_training_fits(config, model_config, 4, CPU, torch.float32)  # 0.8 GB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(configurator.UserError, match=r"in each process, and 250\.0 MB are free"):
@@ -78,7 +79,7 @@ def test_the_size_is_linear_in_the_layers_and_less_than_a_training_takes_but_not
     settings = {"vocab_size": 50, "n_embd": 32, "n_head": 2, "block_size": 64, "n_layer": 5, "window": 8, key: value}
     if value == "parallel" or value == "plain":
         settings["init"] = "gpt2"
-    config = configurator.make(train.TrainConfig, settings)
+    config = configurator.make(TrainConfig, settings)
     model_config = configurator.make(train.ModelConfig, settings)
     parameters = sum(p.numel() for p in train.models.build(model_config).parameters())
     for dtype in (DTYPES[name] for name in DTYPE_NAMES):
@@ -96,7 +97,7 @@ def test_counting_loads_no_compiler(tiny):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, train; from humptygpt import memory\n"
     code += "for position in train.models.POSITIONS:\n"
     code += "    model_config = train.ModelConfig(vocab_size=9, position=position)\n"
-    code += "    memory.training_size(train.TrainConfig(), model_config, 4, torch.device('cpu'), torch.float32)\n"
+    code += "    memory.training_size(TrainConfig(), model_config, 4, torch.device('cpu'), torch.float32)\n"
     code += "print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False False\n", done.stderr

@@ -14,6 +14,7 @@ from humptygpt import configurator, sizes
 from humptygpt.device import autocast
 from humptygpt.optimizers import OPTIMIZERS, make_optimizer
 from humptygpt.sizes import H100, MFU, Memory, all_reduce_seconds, memory, step_seconds
+from humptygpt.train_config import TrainConfig
 from model import ModelConfig
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +25,7 @@ TINY = ModelConfig(n_layer=3, n_head=2, n_embd=32, block_size=16, vocab_size=50)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_memory_of_weights_gradients_and_optimizer_is_what_a_step_holds(optimizer):
     model = models.build(TINY)
-    trained = make_optimizer(train.TrainConfig(optimizer=optimizer), model)
+    trained = make_optimizer(TrainConfig(optimizer=optimizer), model)
     idx = torch.zeros(2, 16, dtype=torch.int64)
     model(idx, idx)[1].backward()
     trained.step()
@@ -99,7 +100,7 @@ PARAMETERS |= {"llama_1b": 1.236e9, "llama_8b": 8.03e9}
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_configs_have_the_sizes_of_their_names(name):
-    given = configurator.read([str(ROOT / f"config/{name}.py")], ModelConfig, train.TrainConfig)
+    given = configurator.read([str(ROOT / f"config/{name}.py")], ModelConfig, TrainConfig)
     model = sizes.build_on_meta(configurator.make(ModelConfig, given))
     assert models.count_parameters(model) == pytest.approx(PARAMETERS[name], rel=0.01)
 

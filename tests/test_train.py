@@ -23,6 +23,7 @@ import train
 from humptygpt import checkpoint, configurator, evaluation, run_folder
 from humptygpt.batches import TokenDataset
 from humptygpt.optimizers import Optimizer, make_optimizer
+from humptygpt.train_config import read_settings
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -449,7 +450,7 @@ def test_settings_of_the_checkpoint_hold_unless_changed(run_train):
     assert train.main(["--init_from=resume", "--out_dir=out/run", *changes]) == 0
     settings = json.loads((OUT / "config.json").read_text())
     assert (settings["learning_rate"], settings["weight_decay"], settings["dropout"]) == (0.01, 0.25, 0.1)
-    resumed = train.setup(*train.read_settings(["--init_from=resume", "--out_dir=out/run"]))
+    resumed = train.setup(*read_settings(["--init_from=resume", "--out_dir=out/run"]))
     groups = resumed.optimizer.param_groups
     assert [group["weight_decay"] for group in groups] == [0.25, 0.25, 0.0]  # hidden, other matrices, vectors
     assert groups[0]["betas"] == (0.8, 0.5)
@@ -692,17 +693,17 @@ def test_a_key_without_effect_says_so(run_train, capsys):
 
 
 def test_the_default_warmup_is_fitted_to_a_short_run_and_a_chosen_one_is_not(tiny, capsys):
-    config, *_ = train.read_settings(["--max_iters=60"])
+    config, *_ = read_settings(["--max_iters=60"])
     assert config.warmup_iters == 6 and config.lr(59) < config.lr(6)
     assert "note: warmup_iters=100 would last all 60 steps; warmup_iters=6 is taken" in capsys.readouterr().err
-    config, *_ = train.read_settings(["--max_iters=60", "--warmup_iters=100"])
+    config, *_ = read_settings(["--max_iters=60", "--warmup_iters=100"])
     assert config.warmup_iters == 100 and "the learning rate never decays" in capsys.readouterr().err
     for keys in (["--max_iters=60", "--decay_lr=False"], ["--max_iters=101"]):
-        config, *_ = train.read_settings(keys)
+        config, *_ = read_settings(keys)
         assert config.warmup_iters == 100 and not capsys.readouterr().err
     argv = [key for key in TINY_RUN if "warmup" not in key]
     train.main(argv)
-    resumed, *_ = train.read_settings(["--init_from=resume", "--out_dir=out/run", "--max_iters=300"])
+    resumed, *_ = read_settings(["--init_from=resume", "--out_dir=out/run", "--max_iters=300"])
     assert resumed.warmup_iters == 0  # as it was
 
 

@@ -21,6 +21,7 @@ from humptygpt.beams import Translation
 from humptygpt.configurator import UserError
 from humptygpt.optimizers import Optimizer
 from humptygpt.token_files import checksums
+from humptygpt.train_config import read_settings
 
 TINY = ["--dataset=pairs", "--device=cpu", "--model=transformer", "--n_layer=1", "--n_head=2", "--n_embd=32"]
 TINY += ["--block_size=40", "--batch_size=4", "--log_interval=1", "--eval_interval=3", "--max_iters=6"]
@@ -217,7 +218,7 @@ def test_a_resumed_run_on_pairs_is_the_uninterrupted_one(pairs, with_encoder):
 
 
 def test_accumulating_gives_the_gradient_of_the_mean_over_all_target_tokens(pairs, monkeypatch):
-    run = train.setup(*train.read_settings([*TINY, "--gradient_accumulation_steps=3", "--grad_clip=0"]))
+    run = train.setup(*read_settings([*TINY, "--gradient_accumulation_steps=3", "--grad_clip=0"]))
     total, count = 0.0, 0
     for index in range(3):
         batch = run.dataset.batch(index, 4)
