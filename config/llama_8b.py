@@ -1,7 +1,9 @@
 # The shape of Llama 3's model of 8.03 billion parameters: RMSNorm, SwiGLU, rotary positions, grouped-query attention.
 #
 #   python train.py config/llama_8b.py --dry_run=True
+#   torchrun --standalone --nproc_per_node=8 train.py config/llama_8b.py --parallel=fsdp
 #
+# One card cannot hold it with gradients and optimizer state: it needs --parallel=fsdp, on 8 cards of 80 GB or more.
 # Its vocabulary is padded to Llama's, and the text has GPT-2's tokens. What it takes is computed by --dry_run=True; it
 # was trained nowhere yet.
 
