@@ -12,6 +12,7 @@ import io
 import math
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -136,7 +137,9 @@ def read(path: Path, with_tensors: bool = True) -> dict:
     }
     if with_tensors:
         check_shards(path, list(folder.metadata.storage_data.values()))
-        dcp.load(tensors, storage_reader=Reader(folder), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is one process, as no_dist says
+            dcp.load(tensors, storage_reader=Reader(folder), no_dist=True)
     return nested(folder.entries, tensors)
 
 
