@@ -169,9 +169,11 @@ def saved(tiny, tmp_path_factory):
     return OUT / "ckpt"
 
 
+@pytest.mark.filterwarnings("error")
 def test_sample_and_export_open_it_without_a_process_group(saved, capsys):
     sample.main(["--out_dir=out/run", "--max_new_tokens=5", "--seed=1", "--checkpoint=latest"])
-    text = capsys.readouterr().out
+    text, notes = capsys.readouterr()
+    assert "Warning" not in notes
     export.main(["--out_dir=out/run", "--format=ckpt", "--checkpoint=latest", "--to=one/ckpt.pt"])
     one, sharded = checkpoint.load(Path("one/ckpt.pt")), checkpoint.load(saved)
     assert_same_weights(one["model"], sharded["model"])
