@@ -123,7 +123,8 @@ def read(argv: list[str], *classes: type, positional: str | None = None) -> dict
             name, equals, text = argument[2:].partition("=")
             check_key(name, hints, "")
             if not equals:
-                value = following if following and not following.startswith("--") else "VALUE"
+                value = "True" if bool in (typing.get_args(hints[name]) or (hints[name],)) else following
+                value = value if value and not value.startswith("--") else "VALUE"
                 raise UserError(f"{argument} has no value; write {shlex.quote(f'--{name}={value}')}")
             value = parse(name, text, hints[name])
             given[name] = (*given.get(name, ()), *value) if hints[name] == TEXTS else value

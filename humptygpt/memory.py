@@ -15,6 +15,7 @@ from humptygpt.limits import gigabytes
 from humptygpt.optimizers import group_parameters, state_bytes
 from model import ModelConfig
 
+TABLES = ("rotary", "sinusoidal", "alibi")  # positions without weights, but with tables that may be large, too
 MOST = 3  # times what training_size() finds is what a training takes
 
 
@@ -42,6 +43,8 @@ def training_size(
 def size_of_layers(
     config, model_config: ModelConfig, rows: int, device: torch.device, dtype: torch.dtype, *, parts: int = 1
 ) -> Size:
+    if model_config.position in TABLES:
+        model_config = replace(model_config, position="none")
     model = checkpoint.build_on_meta(model_config)
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     averages = models.count_parameters(model) * 4 if config.ema_decay else 0

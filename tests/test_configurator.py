@@ -101,13 +101,15 @@ def test_unknown_keys_are_answered_with_the_nearest(folder):
 
 
 def test_a_key_without_a_value_is_refused():
-    with pytest.raises(UserError, match="--fast has no value; write --fast=VALUE"):
+    with pytest.raises(UserError, match="--fast has no value; write --fast=True"):
         read("--fast")
 
 
 def test_a_value_after_a_space_is_answered_with_how_to_write_it():
     with pytest.raises(UserError, match=r"^--name has no value; write '--name=my text'$"):
         read("--name", "my text")
+    with pytest.raises(UserError, match=r"^--fast has no value; write --fast=True$"):
+        read("--fast", "a.py")
     for following in ([], ["--width=3"]):
         with pytest.raises(UserError, match=r"^--name has no value; write --name=VALUE$"):
             read("--name", *following)

@@ -93,6 +93,13 @@ def test_the_size_is_linear_in_the_layers_and_less_than_a_training_takes_but_not
         assert size.bytes > 16 * parameters  # AdamW: the weights, their gradients and two averages
 
 
+@pytest.mark.parametrize("position", memory.TABLES)
+def test_counting_makes_no_table_of_positions_which_may_be_large_too(monkeypatch, position):
+    monkeypatch.setitem(POSITIONS, position, lambda *args: 1 / 0)
+    model_config = train.ModelConfig(vocab_size=9, position=position)
+    assert memory.training_size(train.TrainConfig(), model_config, 4, CPU, torch.float32).bytes > 10**6
+
+
 def test_counting_loads_no_compiler(tiny):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, train; from humptygpt import memory\n"
     code += "for position in train.models.POSITIONS:\n"
