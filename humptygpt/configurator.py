@@ -294,7 +294,7 @@ def other_argument(path: str, hints: dict[str, object]) -> str:
         return near
     if near := ours.get(nearest(Path(path).stem, ours)):
         return f"; did you mean {shlex.quote(near)}?"
-    if "/" in path and not path.endswith(".py"):  # out/x, which is not there
+    if "/" in path and not path.endswith(".py") and not any(Path(path).parent.glob("*.py")):  # out/x, not config/x
         return of_run
     return f"; for a prompt write {shlex.quote(f'--start={path}')}" if "start" in hints and " " in path else ""
 
