@@ -104,7 +104,7 @@ def test_counting_loads_no_compiler(tiny):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, train; from humptygpt import memory\n"
     code += "for position in train.models.POSITIONS:\n"
     code += "    model_config = train.ModelConfig(vocab_size=9, position=position)\n"
-    code += "    memory.training_size(TrainConfig(), model_config, 4, torch.device('cpu'), torch.float32)\n"
+    code += "    memory.training_size(train.TrainConfig(), model_config, 4, torch.device('cpu'), torch.float32)\n"
     code += "print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False False\n", done.stderr
