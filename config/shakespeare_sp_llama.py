@@ -6,7 +6,8 @@
 # On your own text: python prepare_data.py --input=FILE_OR_FOLDER --name=mine --tokenizer=bpe, and add --dataset=mine
 # --out_dir=out/mine to the first command.
 #
-# X million parameters.
+# 1.00 million parameters. It reaches a validation loss of 3.2096 nats per token, 2.091 bits per byte. On 2 CPU cores it
+# takes minutes; its time alone was not measured.
 
 out_dir = "out/shakespeare_sp_llama"
 dataset = "shakespeare_sp"  # 1,024 subwords of tiny Shakespeare, by sentencepiece
