@@ -153,9 +153,14 @@ class Corpus:
 
     def summary(self, meta: dict) -> dict[str, str]:
         """The lines of the summary that only this kind of data has."""
-        if self.separated:
-            return {}
         percent = f"{100 * self.config.val_fraction:g}%"
+        if self.separated:
+            fraction = meta["splits"]["val"]["characters"] / meta["characters"]
+            if fraction < 3 * self.config.val_fraction:
+                return {}
+            return {
+                "split": f"few documents: {fraction:.0%} of the text are for validation; in one .txt file, {percent}"
+            }
         return {"split": f"one document; the last {percent} of its characters are for validation"}
 
 

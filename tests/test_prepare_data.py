@@ -122,6 +122,19 @@ def test_the_summary_shows_counts_of_each_split_and_the_vocabulary(folder, capsy
     assert meta("own")["commonest"][1] == {"token": 0, "text": "a", "share": 0.3}
 
 
+def test_the_summary_reports_a_large_validation_split_of_few_documents(folder, capsys):
+    Path("books").mkdir()
+    for name in ("one", "two"):
+        Path(f"books/{name}.txt").write_text(name * 1000)
+    prepare_data.main(["own", "--input=books"])
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("split"))
+    assert line.split(maxsplit=1)[1] == "few documents: 50% of the text are for validation; in one .txt file, 10%"
+    for number in range(40):
+        Path(f"books/{number}.txt").write_text(f"{number} one two" * 100)
+    prepare_data.main(["many", "--input=books"])
+    assert "few documents" not in capsys.readouterr().out
+
+
 def test_characters_encoded_as_bytes_are_counted(folder, capsys):
     Path("own.txt").write_text(make_text(9000) + "鳥🙂", encoding="utf-8")
     prepare_data.main(["own", "--input=own.txt", "--tokenizer=sentencepiece", "--vocab_size=320"])
