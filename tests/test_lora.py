@@ -297,7 +297,7 @@ import torch, train
 def peak():  # MB; of this program, where the resource module counts the one that started it, too
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 imported = peak()
-run = train.setup(*read_settings(sys.argv[1:]))
+run = train.setup(*train.read_settings(sys.argv[1:]))
 print(train.describe_cost(run))
 for it in range(2):
     train.train_step(run, it)
