@@ -197,16 +197,35 @@ def load_plain(path: Path, mapped: bool = False, legacy: bool = False) -> object
     mapped: the system reads of the tensors what is used. legacy: also read files of PyTorch before 1.6, which are no
     zip files and have no checksums.
     """
+    sizes = None
     if not legacy or zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as records:
             whole = records.testzip() is None  # compares the CRC-32 of every record
             # torch.load takes a record marked as a directory for an empty one and leaves its tensor uninitialized
             whole = whole and not any(info.external_attr & 0x10 for info in records.infolist())
+            sizes = sorted(info.file_size for info in records.infolist() if "/data/" in info.filename)
         if not whole:
             raise ValueError("a record is damaged")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says more about a foreign pickle than one line
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    if mapped and sizes and storage_sizes(found) != [size for size in sizes if size]:
+        raise ValueError("a record has another size than its tensor")  # of which torch would map what follows it
+    return found
+
+
+def storage_sizes(found: object) -> list[int]:
+    """Bytes of the storages of all tensors in dictionaries, sorted; empty ones left out."""
+    storages, left = {}, [found]
+    while left:
+        entry = left.pop()
+        if isinstance(entry, dict):
+            left += entry.values()
+        elif isinstance(entry, list | tuple):
+            left += entry
+        elif isinstance(entry, Tensor):
+            storages[entry.untyped_storage().data_ptr()] = entry.untyped_storage().nbytes()
+    return sorted(size for size in storages.values() if size)
 
 
 def damaged(path: Path, error: Exception) -> UserError:

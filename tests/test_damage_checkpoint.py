@@ -291,6 +291,16 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_or_gives_the_same_tensors_a
     check_damages(kind, KINDS[kind](), range(60))
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_record_that_is_shorter_than_its_tensor_is_refused(mapped, folder):
+    torch.save({"first": torch.ones(8), "second": torch.zeros(8)}, "file.pt")
+    records = read_records(Path("file.pt").read_bytes())
+    name = next(name for name in records if name.endswith("/data/0"))
+    Path("file.pt").write_bytes(write_records(records | {name: records[name][:16]}))
+    with pytest.raises(UserError, match="truncated, damaged or holds more"):
+        checkpoint.read(Path("file.pt"), mapped)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_thousands_of_damaged_checkpoints_are_refused_in_one_line_or_give_the_same_tensors(kind):
