@@ -399,7 +399,7 @@ def pretrained_tokenizer(path: str, corpus: Corpus | Pairs) -> Tokenizer:
     """Of a model's folder, of a run, an adapter or nanoGPT's ckpt.pt, or of a model of the hub. Raises UserError."""
     repo = None if os.path.exists(path) else repository(path)
     folder = fetch_tokenizer(repo) if repo else Path(path)
-    models = ("best.pt", "ckpt.pt", "adapter_config.json")
+    models = ("best.pt", "ckpt.pt", "best", "ckpt", "adapter_config.json")  # best and ckpt: of a sharded run
     if is_tokenizer(folder) or not (os.path.isfile(path) or any(os.path.exists(folder / name) for name in models)):
         tokenizer = read_tokenizer(folder)
     else:

@@ -16,6 +16,7 @@ from conftest import TINY_RUN, assert_same_weights, read_rows
 from test_distributed import PAIRS, RUNS, complaints, count_matrices, dying, launch, losses
 
 import export
+import prepare_data
 import sample
 import train
 from humptygpt import checkpoint, distributed, optimizers, sharded_checkpoint, sharding
@@ -182,6 +183,12 @@ def test_sample_and_export_open_it_without_a_process_group(saved, capsys):
     sample.main(["--out_dir=one", "--max_new_tokens=5", "--seed=1"])
     assert capsys.readouterr().out == text
     assert not torch.distributed.is_initialized()
+
+
+def test_data_is_prepared_with_the_tokenizer_of_a_sharded_run(saved):
+    prepare_data.main(["--input=tiny.txt", "--name=again", "--tokenizer=out/run"])
+    again, first = (json.loads(Path(f"data/{name}/meta.json").read_text())["tokenizer"] for name in ("again", "tiny"))
+    assert again == first
 
 
 def test_a_missing_shard_is_one_line(saved, fails, monkeypatch):
