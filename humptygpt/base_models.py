@@ -92,7 +92,7 @@ def find_base(name: str | Path, which: str = "best", key: str = "init_from") -> 
 
 def is_pretrained(path: Path) -> bool:
     """Whether it is a folder with weights or an adapter in Hugging Face's format."""
-    files = ("adapter_config.json", *FORMATS, *(f"{name}.index.json" for name in FORMATS))
+    files = (adapters.CONFIG, *FORMATS, *(f"{name}.index.json" for name in FORMATS))
     return any(os.path.exists(path / file) for file in files)
 
 

@@ -30,7 +30,7 @@ from humptygpt.distributed import Processes, others_answer
 from humptygpt.files import cannot_write, remove, write_whole
 from humptygpt.schema import check_schema
 
-ENTRIES, METADATA = "entries.pt", ".metadata"
+ENTRIES, METADATA = "entries.pt", checkpoint.SHARDED
 SCHEMA = {"metadata": str, "tied": {str: str}}  # SHA-256 of .metadata; {name in the model: name of the same tensor}
 # The classes that .metadata is made of: {module: names}
 CLASSES = {
@@ -52,7 +52,7 @@ def save(folder: Path, entries: dict, processes: Processes) -> None:
     """Write a checkpoint; all processes have to call this. entries: those of checkpoint.SCHEMA, with DTensors.
 
     It is written beside the earlier one, which is then moved to ckpt.old, replaced and removed: at any moment one of
-    the two is whole, and find() knows which. The processes have to share the disk. Raises UserError.
+    the two is whole, and checkpoint.stored() finds it. The processes have to share the disk. Raises UserError.
     """
     temporary = folder.with_name(f"{folder.name}.tmp")
     if processes.first:
