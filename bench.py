@@ -54,7 +54,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from humptygpt import limits
+from humptygpt.core import limits
 
 if __name__ == "__main__":
     limits.start(limits.TORCH)  # before numpy and torch are loaded
@@ -67,18 +67,22 @@ from torch.autograd import DeviceType
 from tqdm import tqdm, trange
 
 import train
-from humptygpt import configurator, rivals
-from humptygpt.batches import Dataset, TokenDataset
-from humptygpt.configurator import UserError, check, setting, without_effect
-from humptygpt.device import DTYPES, autocast, peak_flops, pick_device, pick_dtype, to_device
-from humptygpt.evaluation import evaluate
-from humptygpt.tokenizer import GPT2Tokenizer
-from humptygpt.train_config import TrainConfig
+from benchmarks import rivals
+from humptygpt.core import settings as configurator
+from humptygpt.core.device import DTYPES, autocast, peak_flops, pick_device, pick_dtype, to_device
+from humptygpt.core.errors import UserError
+from humptygpt.core.settings import check, setting, without_effect
+from humptygpt.data.batches import Dataset, TokenDataset
+from humptygpt.tokenizer.tokenizers import GPT2Tokenizer
+from humptygpt.training.evaluation import evaluate
+from humptygpt.training.settings import TrainConfig
 from model import ModelConfig, build, flops_per_token
 
 # nanoGPT's preset for a laptop's CPU, as the command in its README sets it
 SHAPE = ModelConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False)
-PRESET = TrainConfig(batch_size=12, max_iters=2000, learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, beta2=0.99)
+PRESET = TrainConfig(
+    batch_size=12, max_iters=2000, learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, beta2=0.99
+)
 PREPARE = Path(__file__).with_name("prepare_data.py")
 DEMO = Path(__file__).parent / "config" / "shakespeare_char.py"
 OF_GPT2 = {"block_size": 1024, "vocab_size": 50257, "bias": True, "activation": "gelu_tanh"}
@@ -101,7 +105,9 @@ PAGE = {"only_with": {"what": "page"}}
 
 @dataclass(frozen=True)
 class BenchConfig:
-    what: str = setting("train", "train, loss, profile, prepare, read, sample or page: see above", "benchmark")
+    what: str = setting(
+        "train", "train, loss, profile, prepare, read, sample or page: see above", "benchmark"
+    )
     nanogpt: str | None = setting(
         None, "a nanoGPT checkout to compare with", only_with={"what": ("train", "loss", "sample")}
     )
@@ -113,22 +119,35 @@ class BenchConfig:
     seeds: int = setting(3, "runs of each, one of ours after one of nanoGPT's", at_least=1, **LOSS)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps", only_with={"what": TRAINS})
     dtype: str | None = setting(
-        None, "of ours; None: float32 in train, else auto", choices=("auto", *DTYPES), only_with={"what": TRAINS}
+        None,
+        "of ours; None: float32 in train, else auto",
+        choices=("auto", *DTYPES),
+        only_with={"what": TRAINS},
     )
-    input: str | None = setting(None, "a text file, the larger the better", only_with={"what": "prepare"})
-    dataset: str | None = setting(None, "folder in data/; None: the config's", only_with={"what": (*TRAINS, "read")})
+    input: str | None = setting(
+        None, "a text file, the larger the better", only_with={"what": "prepare"}
+    )
+    dataset: str | None = setting(
+        None, "folder in data/; None: the config's", only_with={"what": (*TRAINS, "read")}
+    )
     block_size: int = setting(1024, "length of a sequence", at_least=1, **READ)
     batch_size: int = setting(12, "sequences in a batch", at_least=1, **READ)
     batches: int = setting(100_000, "batches to read", at_least=1, **READ)
     sizes: tuple[str, ...] = setting(
         ("0.8M", "gpt2"), "models: 0.8M, " + ", ".join(GPT2) + "; several may be given", **SAMPLE
     )
-    dtypes: tuple[str, ...] = setting(tuple(BYTES), "of the weights; several may be given", **SAMPLE)
+    dtypes: tuple[str, ...] = setting(
+        tuple(BYTES), "of the weights; several may be given", **SAMPLE
+    )
     cases: tuple[str, ...] = setting(
-        ("1x8", "16x8", "1x512", "16x512"), "texts x tokens of the prompt; several may be given", **SAMPLE
+        ("1x8", "16x8", "1x512", "16x512"),
+        "texts x tokens of the prompt; several may be given",
+        **SAMPLE,
     )
     new_tokens: int = setting(32, "tokens of each text after the prompt", at_least=2, **SAMPLE)
-    rounds: int = setting(3, "measurements of each, one of ours after one of each other", at_least=1, **SAMPLE)
+    rounds: int = setting(
+        3, "measurements of each, one of ours after one of each other", at_least=1, **SAMPLE
+    )
     page: str | None = setting(None, "an HTML file that explain.py made", **PAGE)
     section: str = setting("attention", "of the page, in view while keys are pressed", **PAGE)
     keystrokes: int = setting(50, "that are timed", at_least=1, **PAGE)
@@ -149,9 +168,13 @@ class BenchConfig:
                     raise ValueError(f"{key}={value} is not one of: {', '.join(allowed)}")
         for case in self.cases:
             if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", case):
-                raise ValueError(f"cases={case} must be texts x tokens of the prompt, such as 16x512")
+                raise ValueError(
+                    f"cases={case} must be texts x tokens of the prompt, such as 16x512"
+                )
         if self.nanogpt is not None and not (Path(self.nanogpt) / "model.py").exists():
-            raise ValueError(f"nanogpt={self.nanogpt} has no model.py; give the folder of a checkout")
+            raise ValueError(
+                f"nanogpt={self.nanogpt} has no model.py; give the folder of a checkout"
+            )
 
 
 def main(argv: list[str]) -> None:
@@ -186,7 +209,9 @@ class Contender:
     def val_loss(self) -> float:
         """Nats per token over the whole validation split, in blocks of block_size, in float32 or, on CUDA, TF32."""
         batch_size = self.config.batch_size
-        return evaluate(self.model, self.dataset, batch_size, None, device=self.device, dtype=torch.float32)
+        return evaluate(
+            self.model, self.dataset, batch_size, None, device=self.device, dtype=torch.float32
+        )
 
     @torch.no_grad()
     def crops_loss(self) -> float:
@@ -194,8 +219,12 @@ class Contender:
         rng, losses = np.random.default_rng(1337), []
         self.model.eval()
         for _ in range(200):
-            starts = rng.integers(len(self.dataset.val) - self.dataset.block_size, size=self.config.batch_size)
-            losses.append(self.model(**to_device(self.dataset.blocks("val", starts), self.device))[1].item())
+            starts = rng.integers(
+                len(self.dataset.val) - self.dataset.block_size, size=self.config.batch_size
+            )
+            losses.append(
+                self.model(**to_device(self.dataset.blocks("val", starts), self.device))[1].item()
+            )
         self.model.train()
         return statistics.mean(losses)
 
@@ -226,15 +255,24 @@ class NanoGPT(Contender):
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32, which nanoGPT asks for, too
         self.dataset = train.open_dataset(config, model_config)
-        if self.dataset.meta["dtype"] != "uint16" or not (self.dataset.folder / "train.bin").exists():
-            raise UserError(f"{self.dataset.folder} is not one file of uint16 tokens, which is all that nanoGPT reads")
+        if (
+            self.dataset.meta["dtype"] != "uint16"
+            or not (self.dataset.folder / "train.bin").exists()
+        ):
+            raise UserError(
+                f"{self.dataset.folder} is not one file of uint16 tokens, which is all that nanoGPT reads"
+            )
         module = rivals.load_nanogpt(checkout)
         torch.manual_seed(config.seed)
         shape = {key: getattr(model_config, key) for key in rivals.NANOGPT_KEYS}
         vocab_size = model_config.vocab_size or self.dataset.tokenizer.vocab_size
-        self.model = self.net = module.GPT(module.GPTConfig(**shape, vocab_size=vocab_size)).to(self.device)
+        self.model = self.net = module.GPT(module.GPTConfig(**shape, vocab_size=vocab_size)).to(
+            self.device
+        )
         if self.device.type == "cuda":
-            self.net = train.compile_model(self.model, self.dataset, config.batch_size, self.device, self.dtype)
+            self.net = train.compile_model(
+                self.model, self.dataset, config.batch_size, self.device, self.dtype
+            )
         rates = config.weight_decay, config.learning_rate, (config.beta1, config.beta2)
         self.optimizer = self.model.configure_optimizers(*rates, device_type=self.device.type)
         self.next_batch = self.get_batch()
@@ -244,7 +282,9 @@ class NanoGPT(Contender):
         data = np.memmap(path, dtype=np.uint16, mode="r")  # opened again for each batch, as there
         starts = torch.randint(len(data) - T, (self.config.batch_size,))
         idx = torch.stack([torch.from_numpy(data[i : i + T].astype(np.int64)) for i in starts])
-        targets = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + T].astype(np.int64)) for i in starts])
+        targets = torch.stack(
+            [torch.from_numpy(data[i + 1 : i + 1 + T].astype(np.int64)) for i in starts]
+        )
         return tuple(to_device({"idx": idx, "targets": targets}, self.device).values())
 
     def step(self, it: int) -> None:
@@ -266,12 +306,18 @@ def read_config(config: BenchConfig, default: str | None = None) -> tuple[TrainC
     train_config, model_config = PRESET, SHAPE
     if path := config.config or default:
         given = configurator.read([path], ModelConfig, TrainConfig)
-        train_config, model_config = (configurator.make(cls, given) for cls in (TrainConfig, ModelConfig))
+        train_config, model_config = (
+            configurator.make(cls, given) for cls in (TrainConfig, ModelConfig)
+        )
     dtype = config.dtype or ("float32" if config.what == "train" else "auto")
     name = config.dataset or train_config.dataset
-    train_config = replace(train_config, dataset=name, device=config.device, dtype=dtype, compile=None)
+    train_config = replace(
+        train_config, dataset=name, device=config.device, dtype=dtype, compile=None
+    )
     if train_config.ema_decay:
-        raise UserError(f"ema_decay={train_config.ema_decay} is not timed here; take a config without it")
+        raise UserError(
+            f"ema_decay={train_config.ema_decay} is not timed here; take a config without it"
+        )
     pick_dtype(dtype, pick_device(config.device))  # refused now, and not in another process
     if not (Path("data") / name).exists():
         raise UserError(f"no data/{name}; run: python prepare_data.py {name}")
@@ -283,9 +329,14 @@ def read_config(config: BenchConfig, default: str | None = None) -> tuple[TrainC
 def bench_train(config: BenchConfig) -> dict:
     train_config, model_config = read_config(config)
     train_config = replace(train_config, gradient_accumulation_steps=1)
-    others = replace(ModelConfig(), **{key: getattr(model_config, key) for key in (*rivals.NANOGPT_KEYS, "vocab_size")})
+    others = replace(
+        ModelConfig(),
+        **{key: getattr(model_config, key) for key in (*rivals.NANOGPT_KEYS, "vocab_size")},
+    )
     if config.nanogpt and (model_config != others or train_config.optimizer != "adamw"):
-        raise UserError(f"config={config.config} is no GPT-2 trained by AdamW, which is all that nanoGPT can be")
+        raise UserError(
+            f"config={config.config} is no GPT-2 trained by AdamW, which is all that nanoGPT can be"
+        )
     runs = {"ours": Apart(Ours, train_config, model_config)}
     if config.nanogpt:
         runs["nanogpt"] = Apart(NanoGPT, train_config, model_config, Path(config.nanogpt))
@@ -297,12 +348,20 @@ def bench_train(config: BenchConfig) -> dict:
                 seconds[name] += run.ask("take_steps", first, count)
             bar.update(count)
     medians = {name: statistics.median(each[WARMUP:]) for name, each in seconds.items()}
-    tokens, peak = train_config.batch_size * model_config.block_size, peak_flops(pick_device(config.device))
+    tokens, peak = (
+        train_config.batch_size * model_config.block_size,
+        peak_flops(pick_device(config.device)),
+    )
     result = {}
     for name, median in medians.items():
-        result |= {f"{name}_ms": round(1000 * median, 2), f"{name}_tokens_per_second": round(tokens / median)}
+        result |= {
+            f"{name}_ms": round(1000 * median, 2),
+            f"{name}_tokens_per_second": round(tokens / median),
+        }
         if peak:
-            result[f"{name}_mfu"] = round(tokens / median * runs["ours"].ask("flops_per_token") / peak, 4)
+            result[f"{name}_mfu"] = round(
+                tokens / median * runs["ours"].ask("flops_per_token") / peak, 4
+            )
     if config.nanogpt:
         result["speedup"] = round(medians["nanogpt"] / medians["ours"], 3)
     return result
@@ -352,7 +411,9 @@ def bench_loss(config: BenchConfig) -> dict:
         found = train_to(nanogpt.ask, theirs.max_iters, 100, config.target)
         row = {f"nanogpt_{key}": value for key, value in found.items()}
         # how many steps fit into the same time, with room for a machine that others slow down
-        each = statistics.mean(Apart(Ours, replace(ours, seed=seed), shape).ask("take_steps", 0, 3 * WARMUP)[WARMUP:])
+        each = statistics.mean(
+            Apart(Ours, replace(ours, seed=seed), shape).ask("take_steps", 0, 3 * WARMUP)[WARMUP:]
+        )
         steps = max(1, int(0.8 * found["seconds"] / each))
         run = Apart(Ours, replace(ours, seed=seed, max_iters=steps, lr_decay_iters=None), shape)
         found = train_to(run.ask, steps, 5, config.target)
@@ -364,7 +425,9 @@ def bench_loss(config: BenchConfig) -> dict:
         rows.append({key: round(value, 4) for key, value in row.items() if value is not None})
         print(f"seed {seed}: {json.dumps(rows[-1])}", flush=True)
     keys = [key for key in rows[0] if all(key in row for row in rows)]
-    return {key: round(statistics.median(row[key] for row in rows), 4) for key in keys} | {"target": config.target}
+    return {key: round(statistics.median(row[key] for row in rows), 4) for key in keys} | {
+        "target": config.target
+    }
 
 
 def train_to(ask: Callable, steps: int, interval: int, target: float) -> dict:
@@ -383,10 +446,15 @@ def train_to(ask: Callable, steps: int, interval: int, target: float) -> dict:
             if reached is None:
                 loss = ask("val_loss")
                 if loss <= target:
-                    after = (target - loss) / (before - loss) if before else 0  # fraction of these steps
+                    after = (
+                        (target - loss) / (before - loss) if before else 0
+                    )  # fraction of these steps
                     reached = seconds - taken * after
                 before = loss
-    losses = {"val_loss": loss if reached is None else ask("val_loss"), "crops_loss": ask("crops_loss")}
+    losses = {
+        "val_loss": loss if reached is None else ask("val_loss"),
+        "crops_loss": ask("crops_loss"),
+    }
     return {"seconds": seconds, "seconds_to_target": reached, **losses}
 
 
@@ -404,7 +472,11 @@ def bench_profile(config: BenchConfig) -> dict:
         time_parts(ours.run, it, parts)
     ms = {name: 1000 * seconds / config.steps for name, seconds in parts.items()}
     ms["whole step"] = 1000 * statistics.mean(ours.take_steps(WARMUP, config.steps))
-    print("\n".join(f"{name:<14}{each:9.2f} ms {each / ms['whole step']:6.1%}" for name, each in ms.items()))
+    print(
+        "\n".join(
+            f"{name:<14}{each:9.2f} ms {each / ms['whole step']:6.1%}" for name, each in ms.items()
+        )
+    )
     steps = min(config.steps, 20)
     with torch.profiler.profile() as profile:
         ours.take_steps(WARMUP, steps)
@@ -431,7 +503,9 @@ def time_parts(run: train.Run, it: int, parts: dict[str, float]) -> None:
     took("forward")
     loss.backward()
     took("backward")
-    nn.utils.clip_grad_norm_([p for p in run.model.parameters() if not p.grad.is_sparse], run.config.grad_clip)
+    nn.utils.clip_grad_norm_(
+        [p for p in run.model.parameters() if not p.grad.is_sparse], run.config.grad_clip
+    )
     took("clip")
     run.optimizer.step()
     took("optimizer")
@@ -439,13 +513,19 @@ def time_parts(run: train.Run, it: int, parts: dict[str, float]) -> None:
 
 
 def operator_table(profile: torch.profiler.profile, steps: int, on_gpu: bool) -> str:
-    operators = [e for e in profile.key_averages() if e.device_type == DeviceType.CPU]  # the others are their kernels
-    spent = {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) for e in operators}
+    operators = [
+        e for e in profile.key_averages() if e.device_type == DeviceType.CPU
+    ]  # the others are their kernels
+    spent = {
+        e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) for e in operators
+    }
     calls = {e.key: e.count for e in operators}
     lines = [f"\n{'operator':<48}{'ms/step':>10}{'%':>8}{'calls':>8}"]
     for name, microseconds in sorted(spent.items(), key=lambda item: -item[1])[:15]:
         percent = 100 * microseconds / sum(spent.values())
-        lines.append(f"{name[:47]:<48}{microseconds / 1000 / steps:10.2f}{percent:8.1f}{calls[name] / steps:8.0f}")
+        lines.append(
+            f"{name[:47]:<48}{microseconds / 1000 / steps:10.2f}{percent:8.1f}{calls[name] / steps:8.0f}"
+        )
     return "\n".join(lines)
 
 
@@ -498,7 +578,9 @@ def bench_read(config: BenchConfig) -> dict:
     """Batches in the order of training. The memory that counts is the process's own, without mapped pages of files."""
     torch.set_num_threads(1)
     began = time.perf_counter()
-    dataset = TokenDataset(Path("data") / (config.dataset or "shakespeare_char"), config.block_size, seed=1337)
+    dataset = TokenDataset(
+        Path("data") / (config.dataset or "shakespeare_char"), config.block_size, seed=1337
+    )
     dataset.batch(0, config.batch_size)
     first = time.perf_counter() - began
     for index in range(100):
@@ -508,7 +590,9 @@ def bench_read(config: BenchConfig) -> dict:
         dataset.batch(index, config.batch_size)
     seconds = time.perf_counter() - began
     return {
-        "tokens_per_second": round(config.batches * config.batch_size * config.block_size / seconds),
+        "tokens_per_second": round(
+            config.batches * config.batch_size * config.block_size / seconds
+        ),
         "first_batch_seconds": round(first, 3),
         "growth_mb": round((own_memory() - before) / 1e6, 1),
     }
@@ -528,12 +612,22 @@ def bench_sample(config: BenchConfig) -> dict:
     fitting = {size: fitting_cases(config, size) for size in dict.fromkeys(config.sizes)}
     contenders, missing = rivals.find_contenders(config.nanogpt)
     if missing:
-        print("not timed: " + ", ".join(f"{name} ({how})" for name, how in missing.items()), file=sys.stderr)
+        print(
+            "not timed: " + ", ".join(f"{name} ({how})" for name, how in missing.items()),
+            file=sys.stderr,
+        )
     machine, helper, rows = measure_machine(), Apart(rivals.Process), []
     nothing = helper.ask("peak_memory")
-    gigabytes = f"{machine['bytes_per_second'] / 1e9:.1f} GB/s over {machine['bytes_read'] / 1e9:.1f} GB"
-    print(f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, reads {gigabytes}")
-    print(f"{'':<41}first token  tokens/s    memory  ratios of the three; ours: of the limit", flush=True)
+    gigabytes = (
+        f"{machine['bytes_per_second'] / 1e9:.1f} GB/s over {machine['bytes_read'] / 1e9:.1f} GB"
+    )
+    print(
+        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, reads {gigabytes}"
+    )
+    print(
+        f"{'':<41}first token  tokens/s    memory  ratios of the three; ours: of the limit",
+        flush=True,
+    )
     for size, (ours, gpt2, cases) in fitting.items():
         for dtype in dict.fromkeys(config.dtypes):
             with TemporaryDirectory() as folder:
@@ -542,27 +636,55 @@ def bench_sample(config: BenchConfig) -> dict:
                     helper.ask("write", cls, gpt2, dtype, Path(folder))
                 for batch, prompt in cases:
                     case = rivals.Case(
-                        ours, gpt2, dtype, batch, prompt, config.new_tokens, config.nanogpt, Path(folder)
+                        ours,
+                        gpt2,
+                        dtype,
+                        batch,
+                        prompt,
+                        config.new_tokens,
+                        config.nanogpt,
+                        Path(folder),
                     )
-                    past_context = prompt + config.new_tokens > min(ours.block_size, gpt2.block_size)
+                    past_context = prompt + config.new_tokens > min(
+                        ours.block_size, gpt2.block_size
+                    )
                     runs = {
                         name: cls
                         for name, cls in able.items()
                         if batch <= cls.max_batch and (cls.past_context or not past_context)
                     }
                     found = time_case(case, runs, config.rounds)
-                    limit = batch * machine["bytes_per_second"] / BYTES[dtype] / count_matrix_weights(ours)
+                    limit = (
+                        batch
+                        * machine["bytes_per_second"]
+                        / BYTES[dtype]
+                        / count_matrix_weights(ours)
+                    )
                     row = {"size": size, "dtype": dtype, "batch": batch, "prompt": prompt}
-                    rows.append(row | {"limit_tokens_per_second": round(limit, 2)} | compare(found, nothing, limit))
+                    rows.append(
+                        row
+                        | {"limit_tokens_per_second": round(limit, 2)}
+                        | compare(found, nothing, limit)
+                    )
                     print_row(rows[-1])
-    return {"machine": machine, "new_tokens": config.new_tokens, "rounds": config.rounds, "cases": rows}
+    return {
+        "machine": machine,
+        "new_tokens": config.new_tokens,
+        "rounds": config.rounds,
+        "cases": rows,
+    }
 
 
-def fitting_cases(config: BenchConfig, size: str) -> tuple[ModelConfig, ModelConfig, list[tuple[int, int]]]:
+def fitting_cases(
+    config: BenchConfig, size: str
+) -> tuple[ModelConfig, ModelConfig, list[tuple[int, int]]]:
     """Our shape of this size, the others', and the cases, (texts, tokens of the prompt), that fit both contexts."""
     if size == "0.8M":
         demo = configurator.read([str(DEMO)], ModelConfig, TrainConfig)
-        ours, gpt2 = configurator.make(ModelConfig, demo | {"vocab_size": 65}), replace(SHAPE, vocab_size=65)
+        ours, gpt2 = (
+            configurator.make(ModelConfig, demo | {"vocab_size": 65}),
+            replace(SHAPE, vocab_size=65),
+        )
     else:
         ours = gpt2 = GPT2[size]
     context = min(ours.block_size, gpt2.block_size)
@@ -576,16 +698,23 @@ def fitting_cases(config: BenchConfig, size: str) -> tuple[ModelConfig, ModelCon
     return ours, gpt2, [numbers for case, numbers in cases.items() if case not in too_long]
 
 
-def time_case(case: rivals.Case, contenders: dict[str, type[rivals.Contender]], rounds: int) -> dict[str, dict]:
+def time_case(
+    case: rivals.Case, contenders: dict[str, type[rivals.Contender]], rounds: int
+) -> dict[str, dict]:
     """{contender: its figures}; memory is the peak in MB."""
-    runs, seconds = {name: Apart(cls, case) for name, cls in contenders.items()}, {name: [] for name in contenders}
+    runs, seconds = (
+        {name: Apart(cls, case) for name, cls in contenders.items()},
+        {name: [] for name in contenders},
+    )
     for _ in trange(rounds, unit="round", leave=False, disable=None):
         for name, run in runs.items():
             seconds[name].append(run.ask("measure", case.new_tokens))
     return {
         name: {
             "first_token_ms": round(1000 * statistics.median(steps[0] for steps in each), 3),
-            "tokens_per_second": round(case.batch / statistics.median(s for steps in each for s in steps[1:]), 2),
+            "tokens_per_second": round(
+                case.batch / statistics.median(s for steps in each for s in steps[1:]), 2
+            ),
             "memory_mb": runs[name].ask("peak_memory") / 1e6,
             "version": runs[name].ask("version"),
         }
@@ -603,7 +732,10 @@ def compare(found: dict[str, dict], nothing: int, limit: float) -> dict[str, dic
             figures["of_limit"] = round(ours["tokens_per_second"] / limit, 4)
         else:  # None where there is nothing to divide by, as the memory of a very small model
             keys = ("first_token_ms", "tokens_per_second", "memory_mb")
-            figures["ratio"] = {key: round(ours[key] / figures[key], 3) if figures[key] > 0 else None for key in keys}
+            figures["ratio"] = {
+                key: round(ours[key] / figures[key], 3) if figures[key] > 0 else None
+                for key in keys
+            }
     return found
 
 
@@ -611,7 +743,11 @@ def print_row(row: dict) -> None:
     case = f"{row['batch']}x{row['prompt']}"
     for name, figures in row.items():
         if isinstance(figures, dict):
-            ms, speed, memory = figures["first_token_ms"], figures["tokens_per_second"], figures["memory_mb"]
+            ms, speed, memory = (
+                figures["first_token_ms"],
+                figures["tokens_per_second"],
+                figures["memory_mb"],
+            )
             ratios = figures.get("ratio", {"": figures.get("of_limit")}).values()
             head = f"{row['size']:<12}{row['dtype']:<9}{case:<7}{name:<12}"
             print(f"{head}{ms:>11.1f} ms{speed:>10.1f}{memory:>7.0f} MB ", *ratios, flush=True)
@@ -655,7 +791,8 @@ PAINTED = """() => {
   return [data.tokenizer.alphabet ?? "", data.model.block_size];
 }"""
 TIME_OF_NEXT = (
-    "n => new Promise((done) => { const ask = () => n < painted.length ? done(painted[n]) : setTimeout(ask); ask(); })"
+    "n => new Promise((done) => {"
+    " const ask = () => n < painted.length ? done(painted[n]) : setTimeout(ask); ask(); })"
 )
 
 
@@ -663,15 +800,21 @@ def bench_page(config: BenchConfig) -> dict:
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        raise UserError("what=page needs playwright, which drives a browser: pip install playwright") from None
+        raise UserError(
+            "what=page needs playwright, which drives a browser: pip install playwright"
+        ) from None
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
-        raise UserError("what=page needs an installed Chromium; on Debian: apt-get install chromium")
+        raise UserError(
+            "what=page needs an installed Chromium; on Debian: apt-get install chromium"
+        )
     path = Path(config.page).resolve()
     if not path.is_file():
         raise UserError(f"no {config.page}; make it with explain.py")
     with sync_playwright() as started:
-        return time_page(started.chromium.launch(executable_path=chromium, args=["--no-sandbox"]), path, config)
+        return time_page(
+            started.chromium.launch(executable_path=chromium, args=["--no-sandbox"]), path, config
+        )
 
 
 def time_page(browser, path: Path, config: BenchConfig) -> dict:
@@ -682,9 +825,19 @@ def time_page(browser, path: Path, config: BenchConfig) -> dict:
     letters = [letter for letter in alphabet if "a" <= letter <= "z"]
     if not letters:
         raise UserError(f"{config.page}: its tokens are not characters, which this benchmark types")
-    sizes = {"64": 64, "full": block_size + 1}  # where it is full, the first token leaves and all others move
-    cases = {f"{where}_{name}": (T, where) for name, T in sizes.items() for where in ("appended", "anywhere")}
-    return {name: time_keystrokes(page, letters, *case, config.keystrokes) for name, case in cases.items()}
+    sizes = {
+        "64": 64,
+        "full": block_size + 1,
+    }  # where it is full, the first token leaves and all others move
+    cases = {
+        f"{where}_{name}": (T, where)
+        for name, T in sizes.items()
+        for where in ("appended", "anywhere")
+    }
+    return {
+        name: time_keystrokes(page, letters, *case, config.keystrokes)
+        for name, case in cases.items()
+    }
 
 
 def time_keystrokes(page, letters: list[str], T: int, where: str, count: int) -> dict:
@@ -693,16 +846,26 @@ def time_keystrokes(page, letters: list[str], T: int, where: str, count: int) ->
     for _ in range(FIRST_KEYS + count):
         page.fill("#text", "".join(draw.choices(letters, k=T - 1)))
         position = T - 1 if where == "appended" else draw.randrange(T - 1)
-        page.eval_on_selector("#text", "(text, at) => { text.focus(); text.setSelectionRange(at, at); }", position)
+        page.eval_on_selector(
+            "#text", "(text, at) => { text.focus(); text.setSelectionRange(at, at); }", position
+        )
         seen = page.evaluate("painted.length")
         page.keyboard.press(draw.choice(letters))
         times.append(page.evaluate(TIME_OF_NEXT, seen))
     times = sorted(times[FIRST_KEYS:])
-    return {"median_ms": round(statistics.median(times), 1), "p95_ms": round(times[math.ceil(0.95 * count) - 1], 1)}
+    return {
+        "median_ms": round(statistics.median(times), 1),
+        "p95_ms": round(times[math.ceil(0.95 * count) - 1], 1),
+    }
 
 
 BENCHMARKS = {"train": bench_train, "loss": bench_loss, "profile": bench_profile}
-BENCHMARKS |= {"prepare": bench_prepare, "read": bench_read, "sample": bench_sample, "page": bench_page}
+BENCHMARKS |= {
+    "prepare": bench_prepare,
+    "read": bench_read,
+    "sample": bench_sample,
+    "page": bench_page,
+}
 
 
 if __name__ == "__main__":

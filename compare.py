@@ -32,28 +32,52 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from humptygpt import configurator, files
-from humptygpt.configurator import UserError, nearest_path, setting
-from humptygpt.run_folder import read_metrics
-from humptygpt.schema import parse_json
+from humptygpt.core import files
+from humptygpt.core import settings as configurator
+from humptygpt.core.errors import UserError
+from humptygpt.core.schema import parse_json
+from humptygpt.core.settings import nearest_path, setting
+from humptygpt.training.run_folder import read_metrics
 
 # torch and matplotlib are imported where they are needed: they take seconds, and a misspelt key should not wait.
 
 # Settings of where a run writes, how often, and where it logs: they do not affect what it learns
-IGNORED = {"out_dir", "init_from", "eval_only", "always_save_checkpoint", "log_interval", "parallel", "backend"}
+IGNORED = {
+    "out_dir",
+    "init_from",
+    "eval_only",
+    "always_save_checkpoint",
+    "log_interval",
+    "parallel",
+    "backend",
+}
 IGNORED |= {"log", "wandb_log", "wandb_project", "wandb_run_name"}
-SETTINGS = {"max_iters": range(1, 2**53), "log_interval": range(1, 2**53), "early_stopping": range(2**53)}
+SETTINGS = {
+    "max_iters": range(1, 2**53),
+    "log_interval": range(1, 2**53),
+    "early_stopping": range(2**53),
+}
 SETTINGS |= {"n_layer?": range(1, 10_000)}  # the model is built to count its parameters
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    runs: tuple[str, ...] = setting((), "folders of runs; bare arguments are added to them", "compare", path=True)
-    group: bool = setting(False, "compare within each folder of runs, and merge runs that differ in the seed alone")
-    picture: str | None = setting("out/compare.png", "PNG file of the losses; None: no picture", path=True)
-    csv: str | None = setting(None, "CSV file of the table; -: stdout, with nothing else there", path=True)
+    runs: tuple[str, ...] = setting(
+        (), "folders of runs; bare arguments are added to them", "compare", path=True
+    )
+    group: bool = setting(
+        False, "compare within each folder of runs, and merge runs that differ in the seed alone"
+    )
+    picture: str | None = setting(
+        "out/compare.png", "PNG file of the losses; None: no picture", path=True
+    )
+    csv: str | None = setting(
+        None, "CSV file of the table; -: stdout, with nothing else there", path=True
+    )
     json: str | None = setting(
-        None, "JSON file of the table, a list of objects; -: stdout, with nothing else there", path=True
+        None,
+        "JSON file of the table, a list of objects; -: stdout, with nothing else there",
+        path=True,
     )
 
     def __post_init__(self):
@@ -86,17 +110,30 @@ class Group:
 
 
 def main(argv: list[str]) -> None:
-    config = configurator.make(CompareConfig, configurator.read(argv, CompareConfig, positional="runs"))
-    outputs = (config.picture, config.csv, config.json)  # out/* includes what the last call wrote there
+    config = configurator.make(
+        CompareConfig, configurator.read(argv, CompareConfig, positional="runs")
+    )
+    outputs = (
+        config.picture,
+        config.csv,
+        config.json,
+    )  # out/* includes what the last call wrote there
     runs = read_runs([Path(folder) for folder in config.runs if folder not in outputs])
     groups = find_groups(runs) if config.group else [describe_runs(runs)]
     for group in groups:
-        if keys := " and ".join(key for key in ("dataset", "eval_iters") if key in group.differences):
+        if keys := " and ".join(
+            key for key in ("dataset", "eval_iters") if key in group.differences
+        ):
             whose = f"the runs of {group.title}" if config.group else "the runs"
-            print(f"note: {whose} differ in {keys}; losses compare only on the same validation text", file=sys.stderr)
+            print(
+                f"note: {whose} differ in {keys}; losses compare only on the same validation text",
+                file=sys.stderr,
+            )
     if "-" not in outputs:
         print(format_table(groups, shutil.get_terminal_size((120, 24)).columns), flush=True)
-    keys = dict.fromkeys(key for group in groups for key in group.differences if key != "parameters")
+    keys = dict.fromkeys(
+        key for group in groups for key in group.differences if key != "parameters"
+    )
     rows = [pair for group in groups for pair in zip(group.table, group.runs, strict=True)]
     data = [row | {key: run.settings.get(key) for key in keys} for row, run in rows]
     if config.csv:
@@ -117,7 +154,9 @@ def read_runs(folders: list[Path]) -> list[Run]:
             errors.append(str(error))
     if not runs:
         others = f" (nor are {len(errors) - 1} others)" if errors[1:] else ""
-        raise UserError(f"nothing to compare: {errors[0] if errors else 'no folder is given'}{others}")
+        raise UserError(
+            f"nothing to compare: {errors[0] if errors else 'no folder is given'}{others}"
+        )
     print("".join(f"note: {error}; skipped\n" for error in errors), end="", file=sys.stderr)
     return runs
 
@@ -132,7 +171,9 @@ def read_run(folder: Path) -> Run:
         rows = read_metrics(metrics)
         idle = time.time() - metrics.stat().st_mtime
     except OSError as error:
-        raise UserError(f"{folder} is not a run: {error.filename}: {error.strerror}{runs_near(folder)}") from error
+        raise UserError(
+            f"{folder} is not a run: {error.filename}: {error.strerror}{runs_near(folder)}"
+        ) from error
     except ValueError as error:
         raise UserError(f"{folder} is not a run: its config.json is damaged: {error}") from error
     if damaged := rows[:-1].count(None):  # the last line may be one that is being written
@@ -152,7 +193,9 @@ def runs_near(folder: Path) -> str:
 
 def describe(run: Run, name: str) -> dict:
     """The run's row of the table, in full precision; None for what is not available (yet)."""
-    rows = [row for row in run.rows if "test_bleu" not in row]  # that one follows the end of training
+    rows = [
+        row for row in run.rows if "test_bleu" not in row
+    ]  # that one follows the end of training
     last = rows[-1] if rows else {"iter": 0, "tokens": 0, "seconds": 0}
     best = min(run.evaluations(), key=lambda row: row["val_loss"], default={})
     return {
@@ -167,7 +210,9 @@ def describe(run: Run, name: str) -> dict:
         "best_val_loss": best.get("val_loss"),
         "best_iter": best.get("iter"),
         "best_bits_per_byte": best.get("val_bits_per_byte"),
-        "test_bleu": next((row["test_bleu"] for row in reversed(run.rows) if "test_bleu" in row), None),
+        "test_bleu": next(
+            (row["test_bleu"] for row in reversed(run.rows) if "test_bleu" in row), None
+        ),
     }
 
 
@@ -196,7 +241,9 @@ def count_parameters(settings: dict) -> int | None:
         return None
     try:
         with torch.device("meta"):
-            return models.count_parameters(models.build(configurator.make(models.ModelConfig, settings)))
+            return models.count_parameters(
+                models.build(configurator.make(models.ModelConfig, settings))
+            )
     except Exception:  # values of another version, or of someone's editor, can be wrong in any way
         return None
 
@@ -204,10 +251,14 @@ def count_parameters(settings: dict) -> int | None:
 @functools.cache
 def default_settings() -> dict:
     """Of this version."""
-    from humptygpt.train_config import TrainConfig
+    from humptygpt.training.settings import TrainConfig
     from model import ModelConfig
 
-    return {field.name: field.default for cls in (ModelConfig, TrainConfig) for field in dataclasses.fields(cls)}
+    return {
+        field.name: field.default
+        for cls in (ModelConfig, TrainConfig)
+        for field in dataclasses.fields(cls)
+    }
 
 
 def short_names(folders: list[Path]) -> list[str]:
@@ -226,13 +277,23 @@ def describe_runs(runs: list[Run]) -> Group:
 def find_groups(runs: list[Run]) -> list[Group]:
     """The runs by folder; those of a folder that differ in nothing but the seed are one row."""
     folders: dict[str, dict[str, dict[str, Run]]] = {}  # title: settings: seed: run
-    for run, title in zip(runs, short_names([run.folder.absolute().parent for run in runs]), strict=True):
-        settings = json.dumps({key: run.settings[key] for key in sorted(run.settings.keys() - IGNORED - {"seed"})})
+    for run, title in zip(
+        runs, short_names([run.folder.absolute().parent for run in runs]), strict=True
+    ):
+        settings = json.dumps(
+            {key: run.settings[key] for key in sorted(run.settings.keys() - IGNORED - {"seed"})}
+        )
         row = folders.setdefault(title, {}).setdefault(settings, {})
         first = row.setdefault(str(run.settings.get("seed")), run)
         if first is not run:
-            print(f"note: {run.folder} has the settings and the seed of {first.folder}; skipped", file=sys.stderr)
-    return [make_group(title, [list(row.values()) for row in rows.values()]) for title, rows in folders.items()]
+            print(
+                f"note: {run.folder} has the settings and the seed of {first.folder}; skipped",
+                file=sys.stderr,
+            )
+    return [
+        make_group(title, [list(row.values()) for row in rows.values()])
+        for title, rows in folders.items()
+    ]
 
 
 def make_group(title: str, rows: list[list[Run]]) -> Group:
@@ -242,8 +303,13 @@ def make_group(title: str, rows: list[list[Run]]) -> Group:
     for row, run in zip(table, firsts, strict=True):
         if names[row["run"]] > 1:  # each is named after its first run
             row["run"] = run.folder.absolute().name
-    differences, sizes = find_differences(firsts, IGNORED | {"seed"}), [row["parameters"] for row in table]
-    if all(sizes) and max(sizes) > 1.05 * min(sizes):  # a few per cent matter less than what they are for
+    differences, sizes = (
+        find_differences(firsts, IGNORED | {"seed"}),
+        [row["parameters"] for row in table],
+    )
+    if all(sizes) and max(sizes) > 1.05 * min(
+        sizes
+    ):  # a few per cent matter less than what they are for
         differences["parameters"] = [f"{size:,}" for size in sizes]
     return Group(title, firsts, table, compare_with_first(table), differences)
 
@@ -251,13 +317,17 @@ def make_group(title: str, rows: list[list[Run]]) -> Group:
 def merge_seeds(runs: list[Run]) -> dict:
     """The row of runs that differ in the seed alone: means with the lowest and the highest, and the median time."""
     names = [run.folder.absolute().name for run in runs]
-    shared = {re.sub(r"[-_.]?(seed)?[-_.=]?\d+$", "", name) for name in names}  # heads of heads-1, heads-2
+    shared = {
+        re.sub(r"[-_.]?(seed)?[-_.=]?\d+$", "", name) for name in names
+    }  # heads of heads-1, heads-2
     rows = [describe(run, name) for run, name in zip(runs, names, strict=True)]
     merged = {
         "run": (shared.pop() if len(shared) == 1 < len(names) else "") or names[0],
         "folder": str(runs[0].folder.parent),
         "seeds": sum(row["best_val_loss"] is not None for row in rows),
-        "state": ", ".join(f"{count} {state}" for state, count in Counter(row["state"] for row in rows).items()),
+        "state": ", ".join(
+            f"{count} {state}" for state, count in Counter(row["state"] for row in rows).items()
+        ),
         "parameters": rows[0]["parameters"],
         "seconds": statistics.median(row["seconds"] for row in rows),
     }
@@ -320,31 +390,53 @@ def format_table(groups: list[Group], width: int) -> str:
     from it.
     """
     grouped, table = groups[0].title is not None, [row for group in groups for row in group.table]
-    names = align([shorten(name, max(16, width // 5)) for name in ("run", *(row["run"] for row in table))], "<")
+    names = align(
+        [shorten(name, max(16, width // 5)) for name in ("run", *(row["run"] for row in table))],
+        "<",
+    )
     states = align(["seeds" if grouped else "state", *(row["state"] for row in table)], "<")
     hidden = {"parameters", *(("best_val_loss",) if width < 130 else ())} if grouped else set()
     columns = format_numbers(table, [key for key in NUMBERS if key not in hidden])
     if any(marks := [mark for group in groups for mark in group.marks]):
         columns.append(align(["difference" if grouped else "", *marks], "<"))
-    numbers, titles, settings, common = ["  ".join(line) for line in zip(*columns, strict=True)], [""], ["settings"], {}
+    numbers, titles, settings, common = (
+        ["  ".join(line) for line in zip(*columns, strict=True)],
+        [""],
+        ["settings"],
+        {},
+    )
     for group in groups:
         if not grouped:
-            modes = {key: Counter(values).most_common(1)[0] for key, values in group.differences.items()}
+            modes = {
+                key: Counter(values).most_common(1)[0] for key, values in group.differences.items()
+            }
             common = {key: value for key, (value, count) in modes.items() if 2 * count > len(table)}
         for i in range(len(group.table)):
-            unusual = {key: texts[i] for key, texts in group.differences.items() if texts[i] != common.get(key)}
+            unusual = {
+                key: texts[i]
+                for key, texts in group.differences.items()
+                if texts[i] != common.get(key)
+            }
             settings.append(" ".join(f"{key}={value}" for key, value in unusual.items()))
             titles.append(group.title if grouped and i == 0 else "")
     wide = width - len("  ".join((names[0], numbers[0], states[0]))) >= (26 if grouped else 45)
     lines = []
-    for block in [(names, numbers, states, settings)] if wide else [(names, numbers), (names, states, settings)]:
+    for block in (
+        [(names, numbers, states, settings)]
+        if wide
+        else [(names, numbers), (names, states, settings)]
+    ):
         for title, *cells, text in zip(titles, *block, strict=True):
             start = "  ".join((*cells, ""))
             lines += ["", title] if title else []
             lines += wrap(start + text, width, len(start))
         lines.append("")
     if common:
-        lines += wrap(" ".join(("most runs:", *(f"{key}={value}" for key, value in common.items()))), width, 11)
+        lines += wrap(
+            " ".join(("most runs:", *(f"{key}={value}" for key, value in common.items()))),
+            width,
+            11,
+        )
     return "\n".join(lines).rstrip()
 
 
@@ -367,7 +459,9 @@ def align(texts: list[str], side: str) -> list[str]:
 
 
 def wrap(text: str, width: int, indent: int) -> list[str]:
-    return textwrap.wrap(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(
+        text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def shorten(text: str, length: int) -> str:
@@ -403,7 +497,18 @@ def write(path: str, content: bytes) -> None:
 
 # Ten colours that most people with red-green colour blindness can tell apart, too; the next ten runs are dashed
 BLUE, GREY = "#1f77b4", "#5f6b7a"
-COLORS = (BLUE, "#d95f02", "#2a9d4b", "#c0267e", "#7a5cc8", "#8c564b", "#e0a100", "#17a2b8", GREY, "#9acd32")
+COLORS = (
+    BLUE,
+    "#d95f02",
+    "#2a9d4b",
+    "#c0267e",
+    "#7a5cc8",
+    "#8c564b",
+    "#e0a100",
+    "#17a2b8",
+    GREY,
+    "#9acd32",
+)
 CAPTION = """lowest validation loss, bits per byte: further left is better; the scales of the panels differ
 dot and line: mean and range of the seeds. bar: difference from the first row. bold: best
 hollow: no clear difference, since the ranges overlap or there is one seed"""
@@ -453,16 +558,31 @@ def draw_runs(figure, groups: list[Group]) -> None:
         color, marker, dashed = COLORS[i % len(COLORS)], "osD^v"[i % 5], i // len(COLORS) % 2 == 1
         x, y = zip(*points, strict=True) if (points := curve(run)) else ((), ())
         every = math.ceil(len(x) / 10) or 1
-        left.plot(x, y, "--" if dashed else "-", color=color, marker=marker, markersize=4, markevery=every)
-        right.barh(i, best or 0, color=color, hatch="///" if dashed else None, edgecolor="white", height=0.75)
+        left.plot(
+            x, y, "--" if dashed else "-", color=color, marker=marker, markersize=4, markevery=every
+        )
+        right.barh(
+            i,
+            best or 0,
+            color=color,
+            hatch="///" if dashed else None,
+            edgecolor="white",
+            height=0.75,
+        )
         if best:
-            right.plot(0.04 * highest, i, color="white", marker=marker, markersize=8, markeredgecolor=color)
+            right.plot(
+                0.04 * highest, i, color="white", marker=marker, markersize=8, markeredgecolor=color
+            )
         label = f" {best:.3f}" if best else " not evaluated yet"
-        right.text(best or 0, i, label, va="center", fontweight="bold" if best == lowest else "normal")
+        right.text(
+            best or 0, i, label, va="center", fontweight="bold" if best == lowest else "normal"
+        )
     left.set_title("HumptyGPT", loc="left")
     # logarithmic, so that the first evaluations, far above the others, leave room for their differences
     margin = max(1.03, (top / lowest) ** 0.05)
-    left.set(yscale="log", ylim=(lowest / margin, top * margin), ylabel="validation loss, bits per byte")
+    left.set(
+        yscale="log", ylim=(lowest / margin, top * margin), ylabel="validation loss, bits per byte"
+    )
     left.set(xlim=(0, None), xlabel="training text")
     left.yaxis.set_major_locator(MaxNLocator(10, steps=(1, 2, 5, 10)))
     left.yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
@@ -485,19 +605,33 @@ def draw_groups(figure, groups: list[Group]) -> None:
         for y, (row, mark) in enumerate(zip(group.table, group.marks, strict=True)):
             color, bits, label = BLUE if y else GREY, row["best_bits_per_byte"], "not evaluated yet"
             if bits:
-                panel.plot([first or bits, bits], [y, y], color=color, linewidth=8, alpha=0.3, solid_capstyle="butt")
+                panel.plot(
+                    [first or bits, bits],
+                    [y, y],
+                    color=color,
+                    linewidth=8,
+                    alpha=0.3,
+                    solid_capstyle="butt",
+                )
                 ends = [row[f"best_bits_per_byte_{end}"] or bits for end in ("low", "high")]
                 panel.plot(ends, [y, y], color=color)
                 clear = y == 0 or row["within_seeds"] is False
                 panel.plot(bits, y, "o", color=color, markerfacecolor=color if clear else "white")
-                label = f"{bits:.3f}" if row["difference"] is None else f"{bits:.3f}  {row['difference']:+.3f}"
+                label = (
+                    f"{bits:.3f}"
+                    if row["difference"] is None
+                    else f"{bits:.3f}  {row['difference']:+.3f}"
+                )
             font = {"fontsize": 8, "fontweight": "bold" if "best" in mark else "normal"}
             panel.text(1.03, y, label, transform=panel.get_yaxis_transform(), va="center", **font)
         panel.margins(x=0.1)
         low, high = panel.get_xlim()
         around = max(0, 0.04 * high - (high - low)) / 2  # so that small differences look small
         panel.set(xlim=(low - around, high + around), ylim=(len(group.table) - 0.5, -0.5))
-        panel.set_yticks(range(len(group.table)), [shorten(without_number(row["run"]), 22) for row in group.table])
+        panel.set_yticks(
+            range(len(group.table)),
+            [shorten(without_number(row["run"]), 22) for row in group.table],
+        )
         panel.set_title(without_number(group.title), loc="left", fontsize=10)
         panel.locator_params(axis="x", nbins=4)
         panel.tick_params(labelsize=8)

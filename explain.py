@@ -13,9 +13,10 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from humptygpt import configurator
-from humptygpt.configurator import UserError, check, setting
-from humptygpt.files import write_whole
+from humptygpt.core import settings as configurator
+from humptygpt.core.errors import UserError
+from humptygpt.core.files import write_whole
+from humptygpt.core.settings import check, setting
 
 # torch is imported where it is needed: it takes seconds, and a misspelt key should not wait.
 
@@ -25,7 +26,9 @@ PARTS = Path(__file__).parent / "explain"
 @dataclass(frozen=True)
 class ExplainConfig:
     out_dir: str = setting("out", "folder of the run", "explain", path=True)
-    checkpoint: str = setting("best", "best.pt (lowest loss), or latest: ckpt.pt", choices=("best", "latest"))
+    checkpoint: str = setting(
+        "best", "best.pt (lowest loss), or latest: ckpt.pt", choices=("best", "latest")
+    )
     to: str | None = setting(None, "HTML file to write; None: explain.html in out_dir", path=True)
     start: str = setting("", "the text that the page starts with; translation: the sentence")
     max_mb: float = setting(32.0, "megabytes that the page may take", above=0)
@@ -44,12 +47,14 @@ def main(argv: list[str]) -> None:
 
 def make_page(config: ExplainConfig) -> bytes:
     """The HTML file. Raises UserError where there is no such run, or it does not fit."""
-    from humptygpt.page_data import page_data
+    from humptygpt.page.page_data import page_data
 
     data = page_data(config.out_dir, config.checkpoint, start=config.start, max_mb=config.max_mb)
     page = fill(to_text(data))
     if len(page) > 1e6 * config.max_mb:
-        raise UserError(f"the page takes {len(page) / 1e6:.2f} MB, more than max_mb={config.max_mb:g}; raise --max_mb")
+        raise UserError(
+            f"the page takes {len(page) / 1e6:.2f} MB, more than max_mb={config.max_mb:g}; raise --max_mb"
+        )
     return page
 
 
@@ -61,7 +66,11 @@ def to_text(data: dict) -> str:
 def fill(data: str) -> bytes:
     """page.html with the scripts, the style and the data inside it, each instead of its name: {{model.js}}."""
     parts = {"data": data, "checksum": f"{zlib.crc32(data.encode()):08x}"}
-    parts |= {path.name: path.read_text(encoding="utf-8") for path in PARTS.iterdir() if path.name != "page.html"}
+    parts |= {
+        path.name: path.read_text(encoding="utf-8")
+        for path in PARTS.iterdir()
+        if path.name != "page.html"
+    }
     template = (PARTS / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{([\w.]+)\}\}", lambda found: parts[found[1]], template).encode()
 

@@ -17,13 +17,18 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from humptygpt import configurator
-from humptygpt.configurator import UserError, check, setting
+from humptygpt.core import settings as configurator
+from humptygpt.core.errors import UserError
+from humptygpt.core.settings import check, setting
 
 # torch is imported where it is needed: it takes seconds, and a misspelt key should not wait.
 
 INIT_FROM = "resume: from a checkpoint in out_dir; or a run, a checkpoint, a model's folder, gpt2"
-DTYPES = {"transformers": ("float32", "bfloat16"), "gguf": ("float32", "bfloat16", "q8_0"), "ckpt": ("float32",)}
+DTYPES = {
+    "transformers": ("float32", "bfloat16"),
+    "gguf": ("float32", "bfloat16", "q8_0"),
+    "ckpt": ("float32",),
+}
 ONE_FILE = {"gguf": "model.gguf", "ckpt": "ckpt.pt"}
 
 
@@ -31,25 +36,33 @@ ONE_FILE = {"gguf": "model.gguf", "ckpt": "ckpt.pt"}
 class ExportConfig:
     init_from: str = setting("resume", INIT_FROM, "export")
     out_dir: str = setting("out", "folder of the run to export, or a checkpoint in it", path=True)
-    checkpoint: str = setting("best", "best.pt (lowest loss), or latest: ckpt.pt", choices=("best", "latest"))
+    checkpoint: str = setting(
+        "best", "best.pt (lowest loss), or latest: ckpt.pt", choices=("best", "latest")
+    )
     to: str | None = setting(None, "new folder, or of gguf and ckpt the file, to write", path=True)
     format: str = setting(
-        "transformers", "gguf: a file for llama.cpp; ckpt: one checkpoint of a sharded one", choices=DTYPES
+        "transformers",
+        "gguf: a file for llama.cpp; ckpt: one checkpoint of a sharded one",
+        choices=DTYPES,
     )
-    dtype: str = setting("float32", "of the weights; q8_0, of gguf alone: 8 bits", choices=DTYPES["gguf"])
+    dtype: str = setting(
+        "float32", "of the weights; q8_0, of gguf alone: 8 bits", choices=DTYPES["gguf"]
+    )
 
     def __post_init__(self):
         check(self)
         if self.dtype not in DTYPES[self.format]:
-            raise ValueError(f"dtype={self.dtype} is for --format=gguf; take {' or '.join(DTYPES[self.format])}")
+            raise ValueError(
+                f"dtype={self.dtype} is for --format=gguf; take {' or '.join(DTYPES[self.format])}"
+            )
 
 
 def main(argv: list[str]) -> None:
     given = configurator.read(argv, ExportConfig)
     config = configurator.make(ExportConfig, given)
     to = where(config)
-    from humptygpt.base_models import chosen_model, load_base
-    from humptygpt.checkpoint import Loaded, restore_model
+    from humptygpt.checkpoint.checkpoint import Loaded, restore_model
+    from humptygpt.interchange.load import chosen_model, load_base
 
     base = load_base(chosen_model(config, given), config.checkpoint)
     if config.format == "ckpt" and base.saved is None:
@@ -57,7 +70,9 @@ def main(argv: list[str]) -> None:
             f"format=ckpt is for checkpoints of runs, and {base.path} is none; scripts open it by --init_from"
         )
     loaded = Loaded(restore_model(base.weights, base.config).eval(), base.tokenizer, base.saved)
-    write = {"transformers": write_folder, "gguf": write_file, "ckpt": write_checkpoint}[config.format]
+    write = {"transformers": write_folder, "gguf": write_file, "ckpt": write_checkpoint}[
+        config.format
+    ]
     print(write(loaded, base.path, to, config.dtype))
 
 
@@ -71,7 +86,9 @@ def where(config: ExportConfig) -> Path:
     if kind == "file" and os.path.isdir(to):
         raise UserError(f"to={to} is a folder; name a file, as --to={to / example}")
     if kind == "file" and os.path.exists(to) and not os.path.isfile(to):
-        raise UserError(f"to={to} is a device or a pipe, which a file cannot replace; name a new file")
+        raise UserError(
+            f"to={to} is a device or a pipe, which a file cannot replace; name a new file"
+        )
     if kind == "folder" and os.path.exists(to) and not os.path.isdir(to):
         raise UserError(f"to={to} is a file; name a new folder")
     if kind == "folder" and os.path.isdir(to) and any(to.iterdir()):
@@ -83,14 +100,17 @@ def write_folder(loaded, path: Path, to: Path, dtype: str) -> str:
     """What transformers opens; loaded: a checkpoint.Loaded, of this path. Returns a line on what was written."""
     import torch
 
-    from humptygpt.files import whole, write_whole
-    from humptygpt.model_card import model_card
-    from humptygpt.pretrained import write_pretrained
-    from humptygpt.tokenizer_json import tokenizer_files
+    from humptygpt.core.files import whole, write_whole
+    from humptygpt.interchange.huggingface import write_pretrained
+    from humptygpt.interchange.model_card import model_card
+    from humptygpt.tokenizer.write_huggingface import tokenizer_files
 
     model, tokenizer, _ = loaded
     files = tokenizer_files(tokenizer, model.config.block_size)
-    texts = {"generation_config.json": generation_config(loaded), "README.md": model_card(loaded, path, to.name)}
+    texts = {
+        "generation_config.json": generation_config(loaded),
+        "README.md": model_card(loaded, path, to.name),
+    }
     files |= {name: text.encode() for name, text in texts.items()}
     with whole(to) as folder:
         write_pretrained(model, folder, getattr(torch, dtype), tokenizer.eot, tokenizer.bos)
@@ -101,24 +121,30 @@ def write_folder(loaded, path: Path, to: Path, dtype: str) -> str:
 
 def write_file(loaded, path: Path, to: Path, dtype: str) -> str:
     """What llama.cpp opens; as write_folder."""
-    from humptygpt.files import whole
-    from humptygpt.gguf_file import KINDS, vocabulary, write_gguf
-    from humptygpt.model_card import describe
-    from humptygpt.pretrained import to_pretrained
+    from humptygpt.core.files import whole
+    from humptygpt.interchange.gguf import KINDS, vocabulary, write_gguf
+    from humptygpt.interchange.huggingface import to_pretrained
+    from humptygpt.interchange.model_card import describe
 
     content, weights = to_pretrained(loaded.model)
-    tokens, about = vocabulary(loaded.tokenizer), {"name": to.stem, "description": describe(loaded, path)}
+    tokens, about = (
+        vocabulary(loaded.tokenizer),
+        {"name": to.stem, "description": describe(loaded, path)},
+    )
     with whole(to) as file:
         exact = write_gguf(file, content, weights, tokens, kind=KINDS[dtype], about=about)
     if exact:
         few = f"{len(exact)} matrices, such as {exact[0]}" if len(exact) > 1 else exact[0]
-        print(f"note: {few}: float32, since q8_0 needs rows of a multiple of 32 weights", file=sys.stderr)
+        print(
+            f"note: {few}: float32, since q8_0 needs rows of a multiple of 32 weights",
+            file=sys.stderr,
+        )
     return f"{to}: {size(to)}; for llama.cpp: llama-completion -m {shlex.quote(str(to))} -n 200"
 
 
 def write_checkpoint(loaded, path: Path, to: Path, dtype: str) -> str:
     """All entries of the checkpoint in one file; as write_folder."""
-    from humptygpt.checkpoint import save
+    from humptygpt.checkpoint.checkpoint import save
 
     to.parent.mkdir(parents=True, exist_ok=True)
     save(to, loaded.saved)
@@ -131,7 +157,11 @@ def generation_config(loaded) -> str:
     from sample import SampleConfig
 
     model, tokenizer, _ = loaded
-    content = {"do_sample": True, "temperature": SampleConfig.temperature, "top_k": SampleConfig.top_k}
+    content = {
+        "do_sample": True,
+        "temperature": SampleConfig.temperature,
+        "top_k": SampleConfig.top_k,
+    }
     if tokenizer.eot is not None:
         content |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
     if tokenizer.bos is not None:

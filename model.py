@@ -34,11 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from humptygpt import lora
-from humptygpt.configurator import check, setting
-from humptygpt.layers import ACTIVATIONS, CausalConv, Dropout, Linear, drop, with_loss
-from humptygpt.ngrams import NgramEmbedding
-from humptygpt.window_mlp import EMBEDDINGS, WindowMLP
+from humptygpt.core.settings import check, setting
+from humptygpt.nn import lora
+from humptygpt.nn.layers import ACTIVATIONS, CausalConv, Dropout, Linear, drop, with_loss
+from humptygpt.nn.ngrams import NgramEmbedding
+from humptygpt.nn.window_mlp import EMBEDDINGS, WindowMLP
 
 # --------------------------------------------------------------------------------------
 # Norms: keep activations at a scale at which a deep network trains well.
@@ -120,8 +120,12 @@ class SinusoidalPosition(PositionalEncoding):
         super().__init__(config, causal)
         i = torch.arange(config.n_embd)
         frequency = 10000.0 ** (-(i - i % 2) / config.n_embd)
-        angle = torch.arange(config.block_size, dtype=torch.float32)[:, None] * frequency  # (block_size, C)
-        self.register_buffer("sinusoids", torch.where(i % 2 == 0, angle.sin(), angle.cos()), persistent=False)
+        angle = (
+            torch.arange(config.block_size, dtype=torch.float32)[:, None] * frequency
+        )  # (block_size, C)
+        self.register_buffer(
+            "sinusoids", torch.where(i % 2 == 0, angle.sin(), angle.cos()), persistent=False
+        )
 
     def embed(self, x: Tensor, at: PositionIds) -> Tensor:
         return x * math.sqrt(x.shape[-1]) + self.sinusoids[at]
@@ -142,13 +146,19 @@ class RotaryPosition(PositionalEncoding):
     def __init__(self, config: "ModelConfig", causal: bool):
         super().__init__(config, causal)
         head_size = config.head_size or config.n_embd // config.n_head
-        frequency = config.rope_base ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+        frequency = config.rope_base ** (
+            -torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
+        )
         if config.rope_factor != 1:
             low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
             turns = config.rope_original_context * frequency / (2 * math.pi)
-            kept = ((turns - low) / (high - low)).clamp(0, 1)  # fraction of the frequency that is not divided
+            kept = ((turns - low) / (high - low)).clamp(
+                0, 1
+            )  # fraction of the frequency that is not divided
             frequency = frequency * (kept + (1 - kept) / config.rope_factor)
-        angle = torch.arange(config.block_size, dtype=torch.float32)[:, None] * frequency  # (block_size, D / 2)
+        angle = (
+            torch.arange(config.block_size, dtype=torch.float32)[:, None] * frequency
+        )  # (block_size, D / 2)
         self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)  # (block_size, D)
         self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], dim=1), persistent=False)
 
@@ -208,9 +218,13 @@ class LayerState:
     """Keys and values of one block, in buffers that hold `size` tokens."""
 
     def __init__(self):
-        self.k = self.v = None  # (B, H, size, D), made when the first token shows shape, dtype and device
+        self.k = self.v = (
+            None  # (B, H, size, D), made when the first token shows shape, dtype and device
+        )
         self.cross_k = self.cross_v = None  # (B, H, S, D), of the encoder's output
-        self.last_inputs = None  # (B, up to n, C), the newest first, of a convolution over n tokens before each
+        self.last_inputs = (
+            None  # (B, up to n, C), the newest first, of a convolution over n tokens before each
+        )
 
     def append(self, k: Tensor, v: Tensor, end: int, size: int) -> tuple[Tensor, Tensor]:
         """k, v: (B, H, T, D), which go before position `end` of the buffers. Returns all up to it, (B, H, end, D)."""
@@ -303,12 +317,18 @@ def select_rows(state: LayerState | DecoderState, name: str, rows: Tensor) -> No
 class BlockInputs(NamedTuple):
     """What is the same for all blocks of a stack in one forward pass."""
 
-    cached: tuple[int, int] | None  # where these tokens end in the state's buffers, and the buffers' size
+    cached: (
+        tuple[int, int] | None
+    )  # where these tokens end in the state's buffers, and the buffers' size
     mask: Tensor | None  # broadcasts to (B, H, T, S), added to the scores of self-attention
     is_causal: bool  # instead of a mask: no token attends to a later one
     rotary: tuple[Tensor, Tensor] | None  # as from PositionalEncoding.rotary
-    context: Tensor | None  # (B, S, C), what cross-attention looks at; not needed where a state has its keys and values
-    context_mask: Tensor | None  # broadcasts to (B, H, T, S), added to the scores of cross-attention
+    context: (
+        Tensor | None
+    )  # (B, S, C), what cross-attention looks at; not needed where a state has its keys and values
+    context_mask: (
+        Tensor | None
+    )  # broadcasts to (B, H, T, S), added to the scores of cross-attention
     padding: Tensor | None  # (B, T) bool, True where x is no token; None: nowhere
 
 
@@ -345,7 +365,9 @@ def attention_mask(
     return mask.masked_fill(~allowed, -torch.inf)
 
 
-EXPLICIT_SCORES = 2**25  # elements of the scores up to which explicit attention is used: 64 MB a block in bfloat16
+EXPLICIT_SCORES = (
+    2**25
+)  # elements of the scores up to which explicit attention is used: 64 MB a block in bfloat16
 
 
 def prefers_explicit(device: torch.device, scores: int, dropout: float) -> bool:
@@ -360,7 +382,13 @@ def prefers_explicit(device: torch.device, scores: int, dropout: float) -> bool:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    dropout: float = 0.0,
 ) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v: the mean of the values, weighted by how well each key answers the query.
 
@@ -372,7 +400,13 @@ def attend(
         assert not is_causal, "explicit attention takes a mask"
         return attend_explicit(q, k, v, mask, dropout)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
 
 
@@ -395,7 +429,11 @@ class Attention(nn.Module):
 
     def __init__(self, config: "ModelConfig"):
         super().__init__()
-        C, self.n_head, self.n_kv_head = config.n_embd, config.n_head, config.n_kv_head or config.n_head
+        C, self.n_head, self.n_kv_head = (
+            config.n_embd,
+            config.n_head,
+            config.n_kv_head or config.n_head,
+        )
         self.head_size = config.head_size or C // config.n_head
         self.qk_norm, self.dropout = config.qk_norm, config.dropout
         bias = config.bias if config.attn_bias is None else config.attn_bias
@@ -403,7 +441,9 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, self.n_kv_head * self.head_size, bias)
         self.v_proj = Linear(C, self.n_kv_head * self.head_size, bias)
         self.o_proj = Linear(self.n_head * self.head_size, C, bias, ends_branch=True)
-        self.qkv_proj = None  # the three of self-attention in one, where inference.py has fused them
+        self.qkv_proj = (
+            None  # the three of self-attention in one, where inference.py has fused them
+        )
 
     def queries(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, H, T, D)."""
@@ -424,7 +464,9 @@ class Attention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False
     ) -> Tensor:
         """Attend and mix the heads. q: (B, H, T, D); k, v: (B, H or fewer, S, D). Returns (B, T, C)."""
-        y = attend(q, k, v, mask, is_causal=is_causal, dropout=self.dropout if self.training else 0.0)
+        y = attend(
+            q, k, v, mask, is_causal=is_causal, dropout=self.dropout if self.training else 0.0
+        )
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -551,7 +593,9 @@ class Block(nn.Module):
             x = x.masked_fill(inputs.padding[..., None], 0)
         if self.conv and state:
             before, newest_first = state.last_inputs, x if x.shape[1] == 1 else x.flip(1)
-            state.last_inputs = newest_first if before is None else torch.cat([newest_first, before], dim=1)
+            state.last_inputs = (
+                newest_first if before is None else torch.cat([newest_first, before], dim=1)
+            )
             state.last_inputs = state.last_inputs[:, : len(self.conv.weight)]
             x = self.conv(x, before)
         elif self.conv:
@@ -624,7 +668,12 @@ class ParallelBlock(Block):
         return x + self.dropout(self.feed_forward(y, inputs, state))
 
 
-BLOCKS = {"pre_norm": PreNormBlock, "post_norm": PostNormBlock, "plain": PlainBlock, "parallel": ParallelBlock}
+BLOCKS = {
+    "pre_norm": PreNormBlock,
+    "post_norm": PostNormBlock,
+    "plain": PlainBlock,
+    "parallel": ParallelBlock,
+}
 
 
 class Stack(nn.Module):
@@ -659,7 +708,9 @@ class Stack(nn.Module):
         padding: (B, T), True where x is no token. context: (B, S, C), for cross-attention, and its padding: (B, S).
         """
         x, inputs = self.enter(x, state, padding, context, context_padding)
-        for block, layer in zip(self.blocks, state.layers if state else [None] * len(self.blocks), strict=True):
+        for block, layer in zip(
+            self.blocks, state.layers if state else [None] * len(self.blocks), strict=True
+        ):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, inputs, layer, use_reentrant=False)
             else:
@@ -679,7 +730,9 @@ class Stack(nn.Module):
         """As forward. Returns what enters the first block, and what all blocks need beside it."""
         B, T, _ = x.shape
         start = state.length if state else 0
-        assert start + T <= self.block_size, f"{start + T} tokens, but block_size is {self.block_size}"
+        assert start + T <= self.block_size, (
+            f"{start + T} tokens, but block_size is {self.block_size}"
+        )
         at, S, cached = slice(start, start + T), T, None
         if state:
             S = state.make_room(T)
@@ -687,9 +740,13 @@ class Stack(nn.Module):
         mask, is_causal = self.self_mask(B, T, S, x.device, padding)
         context_mask = None
         if context_padding is not None:
-            context_mask = attention_mask(T, context_padding.shape[1], x.device, padding=context_padding)
+            context_mask = attention_mask(
+                T, context_padding.shape[1], x.device, padding=context_padding
+            )
         new_padding = None if padding is None else padding[:, S - T :]
-        inputs = BlockInputs(cached, mask, is_causal, self.position.rotary(at), context, context_mask, new_padding)
+        inputs = BlockInputs(
+            cached, mask, is_causal, self.position.rotary(at), context, context_mask, new_padding
+        )
         return self.dropout(self.embed_norm(self.position.embed(x, at))), inputs
 
     def self_mask(
@@ -698,11 +755,15 @@ class Stack(nn.Module):
         """(mask, is_causal) of self-attention; padding: (B, S). SDPA's own causal mask is faster, where it will do."""
         bias = self.position.score_bias(T, S)
         # it starts at the top left, wrong where a state makes S > T, and refuses a mask beside it
-        simple = self.causal and T == S and not 0 < self.window < S and bias is None and padding is None
+        simple = (
+            self.causal and T == S and not 0 < self.window < S and bias is None and padding is None
+        )
         dropout = self.dropout.p if self.training else 0.0
         if simple and not prefers_explicit(device, B * self.n_head * T * S, dropout):
             return None, True
-        return attention_mask(T, S, device, causal=self.causal, window=self.window, bias=bias, padding=padding), False
+        return attention_mask(
+            T, S, device, causal=self.causal, window=self.window, bias=bias, padding=padding
+        ), False
 
 
 # --------------------------------------------------------------------------------------
@@ -736,7 +797,9 @@ class GPT(nn.Module):
 
         Returns logits (B, T, V) and the mean cross-entropy in nats, None without targets.
         """
-        return with_loss(self, self.lm_head(self.stack(embed_tokens(self, idx, state), state)), targets)
+        return with_loss(
+            self, self.lm_head(self.stack(embed_tokens(self, idx, state), state)), targets
+        )
 
     def next_logits(self, idx: Tensor, state: DecoderState | None = None) -> Tensor:
         """As forward, but of the token after the last one alone: (B, V)."""
@@ -746,7 +809,12 @@ class GPT(nn.Module):
     def make_state(self, padding: Tensor | None = None, size: int | None = None) -> DecoderState:
         """An empty state; padding, size: as DecoderState has them; None: block_size."""
         config = self.config
-        return DecoderState(config.n_layer, min(size or config.block_size, config.block_size), config.window, padding)
+        return DecoderState(
+            config.n_layer,
+            min(size or config.block_size, config.block_size),
+            config.window,
+            padding,
+        )
 
 
 class Transformer(nn.Module):
@@ -783,12 +851,16 @@ class Transformer(nn.Module):
         (B, T), -1 where no loss is counted. Returns as GPT does.
         """
         context, padding = (None, state.source_padding) if state else self.encode(source)
-        x = self.decoder(embed_tokens(self, idx, state), state, context=context, context_padding=padding)
+        x = self.decoder(
+            embed_tokens(self, idx, state), state, context=context, context_padding=padding
+        )
         return with_loss(self, self.lm_head(x), targets)
 
     def next_logits(self, idx: Tensor, state: DecoderState) -> Tensor:
         """As forward, but of the token after the last one alone: (B, V)."""
-        x = self.decoder(embed_tokens(self, idx, state), state, context_padding=state.source_padding)
+        x = self.decoder(
+            embed_tokens(self, idx, state), state, context_padding=state.source_padding
+        )
         return with_loss(self, self.lm_head(x[:, -1]), None)[0]
 
     def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
@@ -817,10 +889,14 @@ def make_embeddings(config: "ModelConfig") -> tuple[nn.Embedding, NgramEmbedding
     if not config.ngrams:
         return wte, None
     assert config.ngram_rows is not None, "the data set gives ngram_rows before the model is built"
-    return wte, NgramEmbedding(config.ngrams, config.ngram_rows, config.n_embd, config.ngram_dropout)
+    return wte, NgramEmbedding(
+        config.ngrams, config.ngram_rows, config.n_embd, config.ngram_dropout
+    )
 
 
-def embed_tokens(model: GPT | Transformer, idx: Tensor, state: DecoderState | None = None) -> Tensor:
+def embed_tokens(
+    model: GPT | Transformer, idx: Tensor, state: DecoderState | None = None
+) -> Tensor:
     """idx: (B, T) token ids, which follow those in the state; -1 in its padding. Returns (B, T, C)."""
     padded = state is not None and state.padding is not None
     x = model.wte(idx.clamp(min=0) if padded else idx)
@@ -850,7 +926,11 @@ def init_weights(model: GPT | Transformer) -> None:
     """
     config, branches = model.config, {}
     for stack in model.children():
-        ends = [module for module in stack.modules() if isinstance(module, Linear) and module.ends_branch]
+        ends = [
+            module
+            for module in stack.modules()
+            if isinstance(module, Linear) and module.ends_branch
+        ]
         branches |= dict.fromkeys(ends, len(ends))
 
     def std(module: nn.Linear | nn.Embedding) -> float:
@@ -892,60 +972,121 @@ PROBABILITY = {"at_least": 0, "below": 1}
 class ModelConfig:
     """What a model is made of: all that a checkpoint needs to build it again."""
 
-    model: str = setting("gpt", "transformer: encoder-decoder; window_mlp: no attention", "model", choices=MODELS)
-    n_layer: int = setting(4, "blocks; of a transformer, in each stack; of window_mlp, hidden layers", at_least=1)
+    model: str = setting(
+        "gpt", "transformer: encoder-decoder; window_mlp: no attention", "model", choices=MODELS
+    )
+    n_layer: int = setting(
+        4, "blocks; of a transformer, in each stack; of window_mlp, hidden layers", at_least=1
+    )
     n_head: int = setting(4, "attention heads in a block", at_least=1, **ATTENTION)
-    n_kv_head: int | None = setting(None, "key-value heads (GQA); None: n_head; 1: MQA", at_least=1, **ATTENTION)
+    n_kv_head: int | None = setting(
+        None, "key-value heads (GQA); None: n_head; 1: MQA", at_least=1, **ATTENTION
+    )
     n_embd: int = setting(128, "embedding dimension: the width of the model", at_least=1)
-    head_size: int | None = setting(None, "features of an attention head; None: n_embd/n_head", at_least=1, **ATTENTION)
+    head_size: int | None = setting(
+        None, "features of an attention head; None: n_embd/n_head", at_least=1, **ATTENTION
+    )
     n_hidden: int | None = setting(
-        None, "hidden neurons; None: 4 n_embd, gated 8/3 n_embd, window_mlp window n_embd", at_least=1
+        None,
+        "hidden neurons; None: 4 n_embd, gated 8/3 n_embd, window_mlp window n_embd",
+        at_least=1,
     )
     block_size: int = setting(
-        64, "context length in tokens; transformer: of source and of target", at_least=1, at_most=2**20
+        64,
+        "context length in tokens; transformer: of source and of target",
+        at_least=1,
+        at_most=2**20,
     )
-    window: int = setting(0, "sliding window of attention in tokens, 0: all; window_mlp: tokens read", at_least=0)
-    vocab_size: int | None = setting(None, "rows of the embedding; None: the tokenizer's; more are padding", at_least=1)
-    dropout: float = setting(0.0, "probability that an activation is zeroed in training", **PROBABILITY)
-    label_smoothing: float = setting(0.0, "fraction of a target spread over the vocabulary in training", **PROBABILITY)
+    window: int = setting(
+        0, "sliding window of attention in tokens, 0: all; window_mlp: tokens read", at_least=0
+    )
+    vocab_size: int | None = setting(
+        None, "rows of the embedding; None: the tokenizer's; more are padding", at_least=1
+    )
+    dropout: float = setting(
+        0.0, "probability that an activation is zeroed in training", **PROBABILITY
+    )
+    label_smoothing: float = setting(
+        0.0, "fraction of a target spread over the vocabulary in training", **PROBABILITY
+    )
     bias: bool = setting(False, "bias terms in linear layers and layer norms, as in GPT-2")
-    attn_bias: bool | None = setting(None, "bias terms in attention's linear layers; None: bias", **ATTENTION)
-    mlp_bias: bool | None = setting(None, "and in those of the feed-forward network; None: bias", **MLP_ONLY)
+    attn_bias: bool | None = setting(
+        None, "bias terms in attention's linear layers; None: bias", **ATTENTION
+    )
+    mlp_bias: bool | None = setting(
+        None, "and in those of the feed-forward network; None: bias", **MLP_ONLY
+    )
     embedding: str = setting("table", "number: a token is its own number", choices=EMBEDDINGS)
-    ngrams: int = setting(0, "frequent n-grams up to this length have embeddings, too; 0: off", at_least=0)
-    ngram_dropout: float = setting(0.0, "probability of no n-gram embedding at a position", **PROBABILITY, **NGRAMS)
-    ngram_rows: int | None = setting(None, "frequent n-grams: counted in the text, not chosen", at_least=1, **NGRAMS)
+    ngrams: int = setting(
+        0, "frequent n-grams up to this length have embeddings, too; 0: off", at_least=0
+    )
+    ngram_dropout: float = setting(
+        0.0, "probability of no n-gram embedding at a position", **PROBABILITY, **NGRAMS
+    )
+    ngram_rows: int | None = setting(
+        None, "frequent n-grams: counted in the text, not chosen", at_least=1, **NGRAMS
+    )
     tie_weights: bool = setting(True, "embedding and output head share their weights", **ATTENTION)
     position: str = setting("learned", "positional encoding", choices=POSITIONS, **ATTENTION)
-    rope_base: float = setting(10000.0, "base of the rotary frequencies (rope_theta)", above=1, **ROTARY)
-    rope_factor: float = setting(1.0, "divides the low frequencies, as in Llama 3.1; 1: off", at_least=1, **ROTARY)
-    rope_low_freq_factor: float = setting(1.0, "frequencies with fewer turns in the context are low", above=0, **SCALED)
-    rope_high_freq_factor: float = setting(4.0, "and stays as it is with more turns than this", above=0, **SCALED)
-    rope_original_context: int = setting(8192, "context length before the extension", at_least=1, **SCALED)
+    rope_base: float = setting(
+        10000.0, "base of the rotary frequencies (rope_theta)", above=1, **ROTARY
+    )
+    rope_factor: float = setting(
+        1.0, "divides the low frequencies, as in Llama 3.1; 1: off", at_least=1, **ROTARY
+    )
+    rope_low_freq_factor: float = setting(
+        1.0, "frequencies with fewer turns in the context are low", above=0, **SCALED
+    )
+    rope_high_freq_factor: float = setting(
+        4.0, "and stays as it is with more turns than this", above=0, **SCALED
+    )
+    rope_original_context: int = setting(
+        8192, "context length before the extension", at_least=1, **SCALED
+    )
     norm: str = setting("layernorm", "norm of the activations", choices=NORMS, **ATTENTION)
     norm_eps: float = setting(1e-5, "added to a norm's variance or mean square", above=0, **NORM)
     block: str = setting("pre_norm", "norms and residuals", choices=BLOCKS, **ATTENTION)
-    mlp: str = setting("plain", "feed-forward network; gated with silu: SwiGLU", choices=MLPS, **ATTENTION)
+    mlp: str = setting(
+        "plain", "feed-forward network; gated with silu: SwiGLU", choices=MLPS, **ATTENTION
+    )
     mlp_conv: int = setting(
-        0, "tokens that a causal convolution before the feed-forward network looks back; 0: off", at_least=0, **MLP_ONLY
+        0,
+        "tokens that a causal convolution before the feed-forward network looks back; 0: off",
+        at_least=0,
+        **MLP_ONLY,
     )
     activation: str = setting(
-        "gelu", "nonlinearity of the feed-forward network", choices=ACTIVATIONS, not_with={"mlp": "none"}
+        "gelu",
+        "nonlinearity of the feed-forward network",
+        choices=ACTIVATIONS,
+        not_with={"mlp": "none"},
     )
-    qk_norm: bool = setting(False, "RMS norm of queries and keys, which bounds the scores", **ATTENTION)
+    qk_norm: bool = setting(
+        False, "RMS norm of queries and keys, which bounds the scores", **ATTENTION
+    )
     embed_norm: bool = setting(False, "a norm after the embedding", **NORM)
     logit_soft_cap: float = setting(
         0.0, "keeps logits between -cap and cap by tanh; 0: no cap", at_least=0, at_most=1e6
     )
-    init: str = setting("gpt2", "zero: each block starts as the identity", choices=("gpt2", "zero"), **ATTENTION)
-    lora_rank: int = setting(0, "LoRA: rank of the matrices that train beside a model's; 0: off", at_least=0)
-    lora_alpha: float = setting(16.0, "LoRA: what they add is scaled by lora_alpha / lora_rank", above=0, **LORA)
-    lora_targets: str = setting("q_proj,v_proj", "LoRA: layers that have it, by the ends of their names", **LORA)
+    init: str = setting(
+        "gpt2", "zero: each block starts as the identity", choices=("gpt2", "zero"), **ATTENTION
+    )
+    lora_rank: int = setting(
+        0, "LoRA: rank of the matrices that train beside a model's; 0: off", at_least=0
+    )
+    lora_alpha: float = setting(
+        16.0, "LoRA: what they add is scaled by lora_alpha / lora_rank", above=0, **LORA
+    )
+    lora_targets: str = setting(
+        "q_proj,v_proj", "LoRA: layers that have it, by the ends of their names", **LORA
+    )
 
     def __post_init__(self):
         check(self)
         if self.window > self.block_size:
-            raise ValueError(f"window={self.window} must be at most block_size={self.block_size}: no text is longer")
+            raise ValueError(
+                f"window={self.window} must be at most block_size={self.block_size}: no text is longer"
+            )
         if self.model == "window_mlp":
             self.check_window_mlp()
         else:
@@ -953,37 +1094,59 @@ class ModelConfig:
 
     def check_window_mlp(self) -> None:
         if self.window < 1:
-            raise ValueError(f"window={self.window} must be at least 1: model=window_mlp reads that many tokens")
+            raise ValueError(
+                f"window={self.window} must be at least 1: model=window_mlp reads that many tokens"
+            )
         if self.ngrams:
-            raise ValueError(f"ngrams={self.ngrams} must be 0: model=window_mlp reads its tokens side by side anyway")
+            raise ValueError(
+                f"ngrams={self.ngrams} must be 0: model=window_mlp reads its tokens side by side anyway"
+            )
         if self.embedding == "number" and self.n_embd != 1:
-            raise ValueError(f"n_embd={self.n_embd} must be 1: embedding=number gives each token a single number")
+            raise ValueError(
+                f"n_embd={self.n_embd} must be 1: embedding=number gives each token a single number"
+            )
 
     def check_transformer(self) -> None:
         if self.ngrams and self.ngrams < 2:
-            raise ValueError(f"ngrams={self.ngrams} must be 0, or at least 2: single tokens have their vectors anyway")
+            raise ValueError(
+                f"ngrams={self.ngrams} must be 0, or at least 2: single tokens have their vectors anyway"
+            )
         n_kv_head = self.n_kv_head or self.n_head
         if self.n_embd % self.n_head and not self.head_size:
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, or set head_size")
+            raise ValueError(
+                f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, or set head_size"
+            )
         if self.n_head % n_kv_head:
-            raise ValueError(f"n_head={self.n_head} must be a multiple of n_kv_head={n_kv_head}: heads share evenly")
+            raise ValueError(
+                f"n_head={self.n_head} must be a multiple of n_kv_head={n_kv_head}: heads share evenly"
+            )
         head_size = self.head_size or self.n_embd // self.n_head
         if self.position == "rotary" and head_size % 2:
-            raise ValueError(f"position=rotary turns pairs: head_size={head_size}, or n_embd/n_head, must be even")
+            raise ValueError(
+                f"position=rotary turns pairs: head_size={head_size}, or n_embd/n_head, must be even"
+            )
         low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
         if low >= high:
-            raise ValueError(f"rope_low_freq_factor={low} must be below rope_high_freq_factor={high}")
+            raise ValueError(
+                f"rope_low_freq_factor={low} must be below rope_high_freq_factor={high}"
+            )
         if self.embedding != "table":
-            raise ValueError(f"embedding={self.embedding} is for model=window_mlp; model={self.model} trains a table")
+            raise ValueError(
+                f"embedding={self.embedding} is for model=window_mlp; model={self.model} trains a table"
+            )
         if self.init == "zero" and not BLOCKS[self.block].residual:
             raise ValueError(
                 f"init=zero must not meet block={self.block}: no block would ever give anything but 0; take init=gpt2"
             )
         if self.mlp == "none":
             if self.n_hidden is not None:
-                raise ValueError(f"n_hidden={self.n_hidden} is the width of a network that mlp={self.mlp} leaves out")
+                raise ValueError(
+                    f"n_hidden={self.n_hidden} is the width of a network that mlp={self.mlp} leaves out"
+                )
             if self.block == "parallel":
-                raise ValueError(f"block=parallel needs a feed-forward network beside attention, not mlp={self.mlp}")
+                raise ValueError(
+                    f"block=parallel needs a feed-forward network beside attention, not mlp={self.mlp}"
+                )
 
 
 def build(config: ModelConfig) -> nn.Module:

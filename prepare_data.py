@@ -36,26 +36,57 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-from humptygpt import limits
+from humptygpt.core import limits
 
 if __name__ == "__main__":
     limits.start(limits.NUMPY)  # before numpy is loaded
 
 import numpy as np
 
-from humptygpt import configurator
-from humptygpt.configurator import UserError, as_written_here, check, nearest, setting, without_effect
-from humptygpt.corpus import VOCABULARY_BYTES, Corpus, Encoder, Progress, progress_bar, units, vocabulary_texts
-from humptygpt.documents import STREAM, Found, check_readable, find_files, save_stream
-from humptygpt.files import being_moved, cannot_write, move_aside, write_whole
-from humptygpt.hub import fetch_tokenizer, repository
-from humptygpt.known_texts import KNOWN, Known, PairFiles
-from humptygpt.locks import Lock
-from humptygpt.pairs import Pairs, is_tsv
-from humptygpt.parts import check_divisible, corpus_id, finish_part, join_parts, parse_part, part_folder, take_part
-from humptygpt.token_files import COMMAND, META_FORMAT, TokenWriter, checksums, is_whole, read_meta, token_dtype
-from humptygpt.tokenizer import TOKENIZERS, SentencePieceTokenizer, Tokenizer, VocabularyTooLarge, from_state
-from humptygpt.tokenizer_files import is_tokenizer, read_tokenizer
+from humptygpt.core import settings as configurator
+from humptygpt.core.errors import UserError
+from humptygpt.core.files import being_moved, cannot_write, move_aside, write_whole
+from humptygpt.core.locks import Lock
+from humptygpt.core.settings import as_written_here, check, nearest, setting, without_effect
+from humptygpt.data.corpus import (
+    VOCABULARY_BYTES,
+    Corpus,
+    Encoder,
+    Progress,
+    progress_bar,
+    units,
+    vocabulary_texts,
+)
+from humptygpt.data.documents import STREAM, Found, check_readable, find_files, save_stream
+from humptygpt.data.pairs import Pairs, is_tsv
+from humptygpt.data.parts import (
+    check_divisible,
+    corpus_id,
+    finish_part,
+    join_parts,
+    parse_part,
+    part_folder,
+    take_part,
+)
+from humptygpt.data.sources import KNOWN, Known, PairFiles
+from humptygpt.data.token_files import (
+    COMMAND,
+    META_FORMAT,
+    TokenWriter,
+    checksums,
+    is_whole,
+    read_meta,
+    token_dtype,
+)
+from humptygpt.interchange.hub import fetch_tokenizer, repository
+from humptygpt.tokenizer.read_huggingface import is_tokenizer, read_tokenizer
+from humptygpt.tokenizer.tokenizers import (
+    TOKENIZERS,
+    SentencePieceTokenizer,
+    Tokenizer,
+    VocabularyTooLarge,
+    from_state,
+)
 
 SAVE_UNITS = 128  # units between two saves of the progress
 SMALL = 8_000_000  # bytes of files below which starting worker processes takes longer than it saves
@@ -68,31 +99,54 @@ PAIRS = {"only_with": {"task": "translation"}}
 
 def taken_by(key: str) -> dict:
     """The rule of a key that only some tokenizers take."""
-    return {"only_with": {"tokenizer": tuple(name for name, cls in TOKENIZERS.items() if key in cls.options)}}
+    return {
+        "only_with": {
+            "tokenizer": tuple(name for name, cls in TOKENIZERS.items() if key in cls.options)
+        }
+    }
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    name: str | None = setting(None, "folder in data/ to write; also the bare argument", group="data")
+    name: str | None = setting(
+        None, "folder in data/ to write; also the bare argument", group="data"
+    )
     input: str | None = setting(
         None,
         "file, folder, pattern, or - for a stream; None: data/<name>/input.txt or .tsv, or a known text",
         path=True,
     )
     text_key: str = setting("text", "field with the text in .jsonl and .parquet files")
-    encoding_errors: str = setting("strict", "for bytes that are not UTF-8", choices=("strict", "replace", "ignore"))
-    skip_bad_lines: bool = setting(False, "leave out lines and rows that have no text, or not one tab, and count them")
-    val_fraction: float | None = setting(None, "fraction for validation; None: 0.1, pairs 0.02", above=0, below=1)
+    encoding_errors: str = setting(
+        "strict", "for bytes that are not UTF-8", choices=("strict", "replace", "ignore")
+    )
+    skip_bad_lines: bool = setting(
+        False, "leave out lines and rows that have no text, or not one tab, and count them"
+    )
+    val_fraction: float | None = setting(
+        None, "fraction for validation; None: 0.1, pairs 0.02", above=0, below=1
+    )
     files: int | None = setting(None, "maximum number of files", at_least=1)
 
     source: str | None = setting(
-        None, "file with a sentence per line", group="sentence pairs, also from a .tsv input", path=True
+        None,
+        "file with a sentence per line",
+        group="sentence pairs, also from a .tsv input",
+        path=True,
     )
     target: str | None = setting(None, "file with their translations, line by line", path=True)
-    test_fraction: float | None = setting(None, "fraction for test; None: val_fraction", at_least=0, below=1, **PAIRS)
-    max_pair_tokens: int | None = setting(None, "drop pairs with a longer side; None: 128", at_least=2, **PAIRS)
-    max_pair_ratio: float | None = setting(None, "drop pairs with a larger length ratio; None: 3", at_least=1, **PAIRS)
-    held_out: str | None = setting(None, "file of pairs, or of a source per line, not to train on", path=True, **PAIRS)
+    test_fraction: float | None = setting(
+        None, "fraction for test; None: val_fraction", at_least=0, below=1, **PAIRS
+    )
+    max_pair_tokens: int | None = setting(
+        None, "drop pairs with a longer side; None: 128", at_least=2, **PAIRS
+    )
+    max_pair_ratio: float | None = setting(
+        None, "drop pairs with a larger length ratio; None: 3", at_least=1, **PAIRS
+    )
+    held_out: str | None = setting(
+        None, "file of pairs, or of a source per line, not to train on", path=True, **PAIRS
+    )
 
     tokenizer: str | None = setting(
         None,
@@ -107,22 +161,31 @@ class PrepareConfig:
     model_type: str | None = setting(
         None, "of sentencepiece; None: bpe", choices=("bpe", "unigram"), **taken_by("model_type")
     )
-    shard_tokens: int | None = setting(None, "tokens per file, train_0000.bin and so on; None: one file", at_least=1)
+    shard_tokens: int | None = setting(
+        None, "tokens per file, train_0000.bin and so on; None: one file", at_least=1
+    )
 
     part: str | None = setting(
-        None, "3/16: encode the third of 16 parts, here or on another machine", group="several machines"
+        None,
+        "3/16: encode the third of 16 parts, here or on another machine",
+        group="several machines",
     )
     join: bool = setting(False, "make one data set of all its parts, in data/<name>/parts")
 
     workers: int | None = setting(
-        None, "processes that encode; None: one per core that it may use", group="system", at_least=1
+        None,
+        "processes that encode; None: one per core that it may use",
+        group="system",
+        at_least=1,
     )
 
     def __post_init__(self):
         check(self)
         elsewhere = self.tokenizer not in (None, *TOKENIZERS)
         if elsewhere and not os.path.exists(self.tokenizer) and not repository(self.tokenizer):
-            near = f"; did you mean {near}?" if (near := nearest(self.tokenizer, TOKENIZERS)) else ""
+            near = (
+                f"; did you mean {near}?" if (near := nearest(self.tokenizer, TOKENIZERS)) else ""
+            )
             kinds = f"{', '.join(TOKENIZERS)}, nor a folder or file with a tokenizer, nor owner/model of the hub"
             raise ValueError(f"tokenizer={self.tokenizer} is not one of: {kinds}{near}")
         self.check_name()
@@ -133,24 +196,36 @@ class PrepareConfig:
                     f"part={self.part} goes without join, shard_tokens and --input=-; join takes the shards"
                 )
         if (self.source is None) != (self.target is None):
-            raise ValueError("source and target go together: --source=a.de --target=a.en, line by line translations")
+            raise ValueError(
+                "source and target go together: --source=a.de --target=a.en, line by line translations"
+            )
         if self.source is not None and self.input is not None:
             raise ValueError(f"input={self.input} and source={self.source} exclude each other")
         for key in ("source", "target", "held_out"):
             if getattr(self, key) == "-":
-                raise ValueError(f"{key}=-: only --input=- reads a stream, which is a text; write a file for {key}")
+                raise ValueError(
+                    f"{key}=-: only --input=- reads a stream, which is a text; write a file for {key}"
+                )
 
     def check_name(self) -> None:
         if not self.name:
             if text := self.input or self.source:
                 own = replace(self, name=name_from(text))
-                raise ValueError(f"no name for the data set; write: {as_written_here(command_text(own))}")
+                raise ValueError(
+                    f"no name for the data set; write: {as_written_here(command_text(own))}"
+                )
             command = as_written_here("python prepare_data.py shakespeare_char")
             raise ValueError(f"no name for the data set; try: {command}")
         if self.name in (".", "..") or any(char in self.name for char in "/\\\0"):
-            own = {} if self.input or self.source or not os.path.exists(self.name) else {"input": self.name}
+            own = (
+                {}
+                if self.input or self.source or not os.path.exists(self.name)
+                else {"input": self.name}
+            )
             way_out = as_written_here(command_text(replace(self, name=name_from(self.name), **own)))
-            raise ValueError(f"name={self.name!r} must be the name of a folder in data/, not a path; write: {way_out}")
+            raise ValueError(
+                f"name={self.name!r} must be the name of a folder in data/, not a path; write: {way_out}"
+            )
 
 
 def name_from(path: str) -> str:
@@ -160,14 +235,19 @@ def name_from(path: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    config = configurator.make(PrepareConfig, configurator.read(argv, PrepareConfig, positional="name"))
+    config = configurator.make(
+        PrepareConfig, configurator.read(argv, PrepareConfig, positional="name")
+    )
     if config.part:
         print(prepare_part(config))
         return
     meta = prepare(config)
     name, out_dir = shlex.quote(config.name), shlex.quote(f"out/{config.name}")
     arguments = f"--dataset={name} --out_dir={out_dir}"
-    if known_text(config) and Path(__file__).with_name("config").joinpath(f"{config.name}.py").exists():
+    if (
+        known_text(config)
+        and Path(__file__).with_name("config").joinpath(f"{config.name}.py").exists()
+    ):
         arguments = f"config/{config.name}.py"
     elif meta["task"] == Pairs.task:
         arguments = f"config/translate_de_en.py {arguments} --block_size={meta['longest']}"
@@ -180,11 +260,15 @@ def prepare(config: PrepareConfig) -> dict:
     try:
         with (
             limits.memory_advice("try --workers=1, or --tokenizer=byte"),
-            Lock(folder / ".lock", str(folder), "wait until that has ended, or take another --name"),
+            Lock(
+                folder / ".lock", str(folder), "wait until that has ended, or take another --name"
+            ),
         ):
             try:
                 corpus = open_corpus(config, folder)
-                meta = make_data(corpus, folder, command_text(config), fit=config.vocab_size is None)
+                meta = make_data(
+                    corpus, folder, command_text(config), fit=config.vocab_size is None
+                )
             finally:
                 if config.input == "-" and not (folder / "preparing").exists():  # nothing to resume
                     (folder / STREAM).unlink(missing_ok=True)
@@ -194,7 +278,10 @@ def prepare(config: PrepareConfig) -> dict:
         print(RESUME, file=sys.stderr)
         raise
     if corpus.separated and from_state(meta["tokenizer"]).eot is None:
-        print("note: this tokenizer has no end-of-text token; nothing separates the documents", file=sys.stderr)
+        print(
+            "note: this tokenizer has no end-of-text token; nothing separates the documents",
+            file=sys.stderr,
+        )
     print(summary(folder, meta, corpus.summary(meta)))
     for note in corpus.notes():
         print(f"note: {note}", file=sys.stderr)
@@ -212,11 +299,15 @@ def prepare_part(config: PrepareConfig) -> str:
             check_divisible(corpus)
             mine, made_from = take_part(corpus, number, count), f"{config.part} {corpus_id(corpus)}"
             (target / "part.json").unlink(missing_ok=True)
-            tokenizer, progress = start_or_resume(mine, target, made_from, command, fit=fit, whole=corpus)
+            tokenizer, progress = start_or_resume(
+                mine, target, made_from, command, fit=fit, whole=corpus
+            )
             encode(mine, tokenizer, progress, target)
             finish_part(corpus, progress, target)
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or target}: {error.strerror}; {RESUME}") from error
+        raise UserError(
+            f"cannot write {error.filename or target}: {error.strerror}; {RESUME}"
+        ) from error
     tokens = sum(counted["tokens"] for counted in progress.splits.values())
     join = f"{as_written_here(command)} --join=True"
     return f"{target}: {len(mine.files):,} of {len(corpus.files):,} files, {tokens:,} tokens\nwith all parts: {join}"
@@ -233,8 +324,13 @@ def make_data(corpus: Corpus | Pairs, folder: Path, command: str, fit: bool) -> 
         content.append(pretrained_tokenizer(settings["tokenizer"], corpus).state())
     made_from = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     if read_json(folder / "meta.json").get("made_from") == made_from and is_whole(folder):
-        print(f"note: {folder} has this text with these settings already; it stays as it is", file=sys.stderr)
-        if parts.exists() and not read_json(parts / "progress.json"):  # else it can be resumed, with other settings
+        print(
+            f"note: {folder} has this text with these settings already; it stays as it is",
+            file=sys.stderr,
+        )
+        if parts.exists() and not read_json(
+            parts / "progress.json"
+        ):  # else it can be resumed, with other settings
             shutil.rmtree(parts)
         return read_meta(folder)
     meta = read_json(parts / "meta.json")
@@ -247,24 +343,41 @@ def make_data(corpus: Corpus | Pairs, folder: Path, command: str, fit: bool) -> 
             tokenizer, progress = start_or_resume(corpus, parts, made_from, command, fit=fit)
             encode(corpus, tokenizer, progress, parts)
         check_splits(corpus, progress, parts)
-        meta = describe(corpus, tokenizer, progress, parts) | {"command": command, "made_from": made_from}
-        write_whole(parts / COMMAND, lambda file: file.write(f"{command}\n".encode()))  # in case meta.json is lost
+        meta = describe(corpus, tokenizer, progress, parts) | {
+            "command": command,
+            "made_from": made_from,
+        }
+        write_whole(
+            parts / COMMAND, lambda file: file.write(f"{command}\n".encode())
+        )  # in case meta.json is lost
         write_json(parts / "meta.json", meta)
-        meta = read_json(parts / "meta.json")  # lists for tuples, as in the one that it may be compared with
+        meta = read_json(
+            parts / "meta.json"
+        )  # lists for tuples, as in the one that it may be compared with
     install(parts, folder, meta)
     return meta
 
 
 def command_text(config: PrepareConfig) -> str:
     """The command of this config, to be pasted into a shell; without the keys that change no byte."""
-    changed = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    changed = {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if getattr(config, f.name) != f.default
+    }
     bare = changed["name"] if not changed["name"].startswith("-") else f"--name={changed['name']}"
-    rest = [f"--{key}={value}" for key, value in changed.items() if key not in ("name", *CHANGES_NOTHING)]
+    rest = [
+        f"--{key}={value}"
+        for key, value in changed.items()
+        if key not in ("name", *CHANGES_NOTHING)
+    ]
     return shlex.join(["python", "prepare_data.py", bare, *rest])
 
 
 def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:
-    return replace(config, **{key: value for key, value in defaults.items() if getattr(config, key) is None})
+    return replace(
+        config, **{key: value for key, value in defaults.items() if getattr(config, key) is None}
+    )
 
 
 def resolve(config: PrepareConfig, pairs: bool = False) -> PrepareConfig:
@@ -275,9 +388,15 @@ def resolve(config: PrepareConfig, pairs: bool = False) -> PrepareConfig:
     for key, why in idle.items():
         if getattr(config, key) is not None:
             if "task=" in why:
-                why = "without sentence pairs, from --input=PAIRS.tsv or --source=FILE --target=FILE"
+                why = (
+                    "without sentence pairs, from --input=PAIRS.tsv or --source=FILE --target=FILE"
+                )
             raise UserError(f"{key}={getattr(config, key)} has no effect {why}")
-    defaults = {"vocab_size": 8192 if pairs else 4096, "model_type": "bpe", "test_fraction": config.val_fraction}
+    defaults = {
+        "vocab_size": 8192 if pairs else 4096,
+        "model_type": "bpe",
+        "test_fraction": config.val_fraction,
+    }
     defaults |= {"max_pair_tokens": 128, "max_pair_ratio": 3.0}
     return with_defaults(config, {key: value for key, value in defaults.items() if key not in idle})
 
@@ -302,10 +421,14 @@ def open_corpus(config: PrepareConfig, folder: Path) -> Corpus | Pairs:
         if not any(map(is_tsv, files)):
             return Corpus(resolve(preset), files, source or where)
         if not all(map(is_tsv, files)):
-            pair, text = (next(file for file in files if is_tsv(file) == pairs) for pairs in (True, False))
+            pair, text = (
+                next(file for file in files if is_tsv(file) == pairs) for pairs in (True, False)
+            )
             pattern = shlex.quote(f"--input={pair.with_name('*' + pair.suffix)}")
             found = f"sentence pairs ({pair}) and text ({text})"
-            raise UserError(f"{where} has {found}; name one kind only, by a pattern such as {pattern}")
+            raise UserError(
+                f"{where} has {found}; name one kind only, by a pattern such as {pattern}"
+            )
         parts = [(None, (file,)) for file in files]
         source = source or (where if len(files) == 1 else f"{len(files):,} files: {where}")
     else:
@@ -313,7 +436,10 @@ def open_corpus(config: PrepareConfig, folder: Path) -> Corpus | Pairs:
         drawn = any(split is None for split, _ in parts)
         for key in ("files",) if drawn else ("files", "val_fraction", "test_fraction"):
             if getattr(config, key) is not None:
-                print(f"note: {key}={getattr(config, key)} has no effect on these files", file=sys.stderr)
+                print(
+                    f"note: {key}={getattr(config, key)} has no effect on these files",
+                    file=sys.stderr,
+                )
         for file in chain.from_iterable(files for _, files in parts):
             check_readable(file)
     return Pairs(resolve(preset, pairs=True), parts, source)
@@ -322,7 +448,9 @@ def open_corpus(config: PrepareConfig, folder: Path) -> Corpus | Pairs:
 def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, str | None]:
     """(a path or files of pairs, the source for meta.json; None: the path)."""
     if config.source is not None:
-        return [(None, (Path(config.source), Path(config.target)))], f"{config.source} and {config.target}"
+        return [
+            (None, (Path(config.source), Path(config.target)))
+        ], f"{config.source} and {config.target}"
     if config.input == "-":
         if sys.stdin.isatty():
             print("reading the text from the terminal; Ctrl-D ends it", file=sys.stderr)
@@ -352,7 +480,13 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, st
 
 
 def start_or_resume(
-    corpus: Corpus | Pairs, parts: Path, made_from: str, command: str, *, fit: bool, whole: Corpus | None = None
+    corpus: Corpus | Pairs,
+    parts: Path,
+    made_from: str,
+    command: str,
+    *,
+    fit: bool,
+    whole: Corpus | None = None,
 ) -> tuple[Tokenizer, Progress]:
     """The tokenizer, and how far the encoding is; fit: see make_tokenizer; whole: of which this corpus is a part."""
     saved = read_json(parts / "progress.json")
@@ -362,13 +496,22 @@ def start_or_resume(
         print(f"resuming after {progress.read:,} of {sum(corpus.sizes):,} bytes", file=sys.stderr)
         return from_state(progress.tokenizer), progress
     if saved:
-        print("note: the files or settings changed since the stopped preparation; starting over", file=sys.stderr)
-    tokenizer = make_tokenizer(whole or corpus, fit)  # before the folder is made, as it may refuse the text
+        print(
+            "note: the files or settings changed since the stopped preparation; starting over",
+            file=sys.stderr,
+        )
+    tokenizer = make_tokenizer(
+        whole or corpus, fit
+    )  # before the folder is made, as it may refuse the text
     if parts.exists():
         shutil.rmtree(parts)
     parts.mkdir(parents=True)
-    splits = {split: dict.fromkeys((*corpus.counts, *corpus.other_counts), 0) for split in corpus.splits}
-    progress = Progress(made_from, command, tokenizer.state(), splits, counts=[0] * tokenizer.vocab_size)
+    splits = {
+        split: dict.fromkeys((*corpus.counts, *corpus.other_counts), 0) for split in corpus.splits
+    }
+    progress = Progress(
+        made_from, command, tokenizer.state(), splits, counts=[0] * tokenizer.vocab_size
+    )
     write_json(parts / "progress.json", vars(progress))
     return tokenizer, progress
 
@@ -384,7 +527,9 @@ def make_tokenizer(corpus: Corpus | Pairs, fit: bool) -> Tokenizer:
     size, free = base + each * min(sum(corpus.sizes), VOCABULARY_BYTES), limits.available_memory()
     if base and size > free:
         needed = f"takes {limits.gigabytes(size)} of memory, and {limits.gigabytes(free)} are free"
-        raise UserError(f"training tokenizer={kind.name} on this text {needed}; --tokenizer=byte takes none")
+        raise UserError(
+            f"training tokenizer={kind.name} on this text {needed}; --tokenizer=byte takes none"
+        )
     try:
         return train(vocabulary_texts(corpus, kind.needs_all_texts), **options)
     except VocabularyTooLarge as error:
@@ -399,11 +544,19 @@ def pretrained_tokenizer(path: str, corpus: Corpus | Pairs) -> Tokenizer:
     """Of a model's folder, of a run, an adapter or nanoGPT's ckpt.pt, or of a model of the hub. Raises UserError."""
     repo = None if os.path.exists(path) else repository(path)
     folder = fetch_tokenizer(repo) if repo else Path(path)
-    models = ("best.pt", "ckpt.pt", "best", "ckpt", "adapter_config.json")  # best and ckpt: of a sharded run
-    if is_tokenizer(folder) or not (os.path.isfile(path) or any(os.path.exists(folder / name) for name in models)):
+    models = (
+        "best.pt",
+        "ckpt.pt",
+        "best",
+        "ckpt",
+        "adapter_config.json",
+    )  # best and ckpt: of a sharded run
+    if is_tokenizer(folder) or not (
+        os.path.isfile(path) or any(os.path.exists(folder / name) for name in models)
+    ):
         tokenizer = read_tokenizer(folder)
     else:
-        from humptygpt.base_models import load_tokenizer  # here, since it loads torch
+        from humptygpt.interchange.load import load_tokenizer  # here, since it loads torch
 
         tokenizer = separate(load_tokenizer(path), corpus.separated)
     if tokenizer.eot is None and corpus.task == Pairs.task:
@@ -425,7 +578,9 @@ def separate(tokenizer: Tokenizer, separated: bool) -> Tokenizer:
 def encode(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, parts: Path) -> None:
     """Write the token files into parts, in order and on all cores; saves the progress regularly."""
     writers = {
-        split: TokenWriter(parts, split, token_dtype(tokenizer), corpus.config.shard_tokens, counted["tokens"])
+        split: TokenWriter(
+            parts, split, token_dtype(tokenizer), corpus.config.shard_tokens, counted["tokens"]
+        )
         for split, counted in progress.splits.items()
     }
     most = min(limits.usable_cores(), limits.available_memory() // WORKER_MEMORY)
@@ -439,13 +594,17 @@ def encode(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, par
         for writer in writers.values():
             writer.flush()
         progress.counts = counts.tolist()
-        progress.found = {str(number): list(vars(entry).values()) for number, entry in corpus.found.items()}
+        progress.found = {
+            str(number): list(vars(entry).values()) for number, entry in corpus.found.items()
+        }
         write_json(parts / "progress.json", vars(progress))
 
     with ExitStack() as stack, progress_bar(sum(corpus.sizes), "encoding", progress.read) as bar:
         for writer in writers.values():
             stack.callback(writer.close)
-        for number, (unit, encoded) in enumerate(in_order(corpus, tokenizer, progress, workers), start=1):
+        for number, (unit, encoded) in enumerate(
+            in_order(corpus, tokenizer, progress, workers), start=1
+        ):
             for split, (ids, counted) in encoded.items():
                 writers[split].write(ids)
                 if len(ids):
@@ -454,20 +613,29 @@ def encode(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, par
                 for key, value in counted.items():
                     total[key] = max(total[key], value) if key == "longest" else total[key] + value
             bar.update(unit.read - progress.read)
-            progress.file, progress.piece, progress.read, progress.split = unit.file, unit.piece, unit.read, unit.split
+            progress.file, progress.piece, progress.read, progress.split = (
+                unit.file,
+                unit.piece,
+                unit.read,
+                unit.split,
+            )
             if number % SAVE_UNITS == 0:
                 save()
         save()
 
 
-def in_order(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, workers: int) -> Iterator[tuple]:
+def in_order(
+    corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, workers: int
+) -> Iterator[tuple]:
     """(unit, its encoding) for the units after progress, in order; about 4 units per worker are in memory."""
     encoder = corpus.encoder
     if workers == 1:
         yield from ((unit, encoder(tokenizer, unit.entries)) for unit in units(corpus, progress))
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(tokenizer.state(), encoder))
+    pool = ProcessPoolExecutor(
+        workers, context, initializer=start_worker, initargs=(tokenizer.state(), encoder)
+    )
     waiting: deque = deque()
     try:
         for unit in units(corpus, progress):
@@ -478,7 +646,9 @@ def in_order(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, w
         for first, encoded in waiting:
             yield first, encoded.result()
     except BrokenProcessPool as error:
-        raise UserError("a worker process was killed, maybe for lack of memory; use fewer --workers") from error
+        raise UserError(
+            "a worker process was killed, maybe for lack of memory; use fewer --workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -523,17 +693,26 @@ def describe(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, p
     for split, counted in progress.splits.items():
         paths = [path for path in sorted(parts.glob(f"{split}*.bin")) if path.stat().st_size]
         splits[split] = {key: counted[key] for key in corpus.counts} | {
-            "files": [{"name": path.name, "tokens": path.stat().st_size // dtype.itemsize} for path in paths],
+            "files": [
+                {"name": path.name, "tokens": path.stat().st_size // dtype.itemsize}
+                for path in paths
+            ],
             "checksums": {path.name: checksums(path) for path in paths},
         }
     total = {key: sum(counted[key] for counted in splits.values()) for key in corpus.counts}
     commonest = [
-        {"token": int(i), "text": tokenizer.decode([i]), "share": round(int(counts[i]) / total["tokens"], 4)}
+        {
+            "token": int(i),
+            "text": tokenizer.decode([i]),
+            "share": round(int(counts[i]) / total["tokens"], 4),
+        }
         for i in np.argsort(-counts, kind="stable")[:10]
         if counts[i]
     ]
     spelled = isinstance(tokenizer, SentencePieceTokenizer)
-    first_text = tokenizer.decode(np.fromfile(parts / splits["train"]["files"][0]["name"], dtype, count=1000))
+    first_text = tokenizer.decode(
+        np.fromfile(parts / splits["train"]["files"][0]["name"], dtype, count=1000)
+    )
     return {
         "format": META_FORMAT,
         "task": corpus.task,
@@ -553,12 +732,20 @@ def describe(corpus: Corpus | Pairs, tokenizer: Tokenizer, progress: Progress, p
 
 def install(parts: Path, folder: Path, meta: dict) -> None:
     """Move the complete files into the folder; if this is interrupted, the same command moves the rest."""
-    names = {COMMAND} | {file["name"] for split in meta["splits"].values() for file in split["files"]}
-    (parts / "progress.json").unlink(missing_ok=True)  # from here on, parts/meta.json is the progress
+    names = {COMMAND} | {
+        file["name"] for split in meta["splits"].values() for file in split["files"]
+    }
+    (parts / "progress.json").unlink(
+        missing_ok=True
+    )  # from here on, parts/meta.json is the progress
     old = read_json(folder / "meta.json")
     if any(old.get(key) != meta[key] for key in ("task", "dtype", "tokenizer", "splits")):
-        moved = {name for name in names if not (parts / name).exists()}  # new ones, by a call that was interrupted
-        keep_earlier_data(folder, moved)  # of the same data the files, which may be damaged, are replaced
+        moved = {
+            name for name in names if not (parts / name).exists()
+        }  # new ones, by a call that was interrupted
+        keep_earlier_data(
+            folder, moved
+        )  # of the same data the files, which may be damaged, are replaced
     for name in names:
         if (parts / name).exists():
             (parts / name).replace(folder / name)
@@ -572,7 +759,9 @@ def keep_earlier_data(folder: Path, new: set[str]) -> None:
     new: names of files in the folder that are not of that one.
     """
     ours = re.compile(r"meta\.(json|pkl)|command\.txt|(train|val|test)(_\d+)?\.bin")
-    found = [path.name for path in folder.iterdir() if ours.fullmatch(path.name) and path.name not in new]
+    found = [
+        path.name for path in folder.iterdir() if ours.fullmatch(path.name) and path.name not in new
+    ]
     if not found and not being_moved(folder):
         return
     # what describes the data first, so that no half of it is taken for the whole
@@ -587,18 +776,24 @@ def keep_earlier_data(folder: Path, new: set[str]) -> None:
 
 def summary(folder: Path, meta: dict, other: dict[str, str]) -> str:
     """The data at a glance: a table of counts, then lines of text; other: those of this kind of data."""
-    splits = {"total": meta} | {SPLIT_NAMES[split]: counted for split, counted in meta["splits"].items()}
+    splits = {"total": meta} | {
+        SPLIT_NAMES[split]: counted for split, counted in meta["splits"].items()
+    }
     table = [f"{folder}: {meta['source']}", 12 * " " + "".join(f"{name:>14}" for name in splits)]
     for key in ("documents", "pairs", "characters", "bytes", "tokens"):
         if meta.get(key, 1) > 1:  # a single document is cut in two
-            table.append(f"  {key:<10}" + "".join(f"{counted[key]:>14,}" for counted in splits.values()))
+            table.append(
+                f"  {key:<10}" + "".join(f"{counted[key]:>14,}" for counted in splits.values())
+            )
     kind, unused = meta["tokenizer"]["tokenizer"], meta["vocab_size"] - meta["vocabulary_used"]
     lines = {
         "tokenizer": f"{kind}, {meta['bytes_per_token']:.2f} bytes per token, stored as {meta['dtype']}",
         "vocabulary": f"{meta['vocab_size']:,} tokens, {f'{unused:,} unused' if unused else 'all used'}",
     }
     if unknown := meta.get("characters_spelled_in_bytes"):
-        lines["byte fallback"] = f"{unknown:,} characters are not in the vocabulary and are encoded as bytes"
+        lines["byte fallback"] = (
+            f"{unknown:,} characters are not in the vocabulary and are encoded as bytes"
+        )
     frequent = [f"{entry['text']!r} {100 * entry['share']:.1f}%" for entry in meta["commonest"][:6]]
     lines["most frequent"] = ", ".join(frequent)
     return "\n".join([*table, *(f"  {key:<15}{line}" for key, line in (lines | other).items())])

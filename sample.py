@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
-from humptygpt import limits
+from humptygpt.core import limits
 
 if __name__ == "__main__":
     limits.start(limits.TORCH)  # before numpy and torch are loaded
@@ -35,19 +35,20 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from humptygpt import configurator
-from humptygpt.base_models import chosen_model, load_base
-from humptygpt.beams import NUM_BEAMS, translate
-from humptygpt.checkpoint import restore_model
-from humptygpt.configurator import UserError, check, check_path, nearest_path, setting, without_effect
-from humptygpt.device import DTYPES, autocast, free_memory, pick_device, sample_dtype
-from humptygpt.generation import Context, Sampler, bytes_per_text, continue_texts
-from humptygpt.inference import prepare_for_generation
-from humptygpt.limits import gigabytes
-from humptygpt.memory import check_weights_fit
-from humptygpt.scoring import log_probabilities
-from humptygpt.streams import TextStream
-from humptygpt.tokenizer import END_OF_TEXT, Tokenizer
+from humptygpt.checkpoint.checkpoint import restore_model
+from humptygpt.core import settings as configurator
+from humptygpt.core.device import DTYPES, autocast, free_memory, pick_device, sample_dtype
+from humptygpt.core.errors import UserError
+from humptygpt.core.limits import gigabytes
+from humptygpt.core.settings import check, check_path, nearest_path, setting, without_effect
+from humptygpt.generation.beams import NUM_BEAMS, translate
+from humptygpt.generation.decoder import prepare_for_generation
+from humptygpt.generation.sampling import Context, Sampler, bytes_per_text, continue_texts
+from humptygpt.generation.scoring import log_probabilities
+from humptygpt.generation.streams import TextStream
+from humptygpt.interchange.load import chosen_model, load_base
+from humptygpt.tokenizer.tokenizers import END_OF_TEXT, Tokenizer
+from humptygpt.training.memory import check_weights_fit
 
 TRANSLATED_AT_ONCE = 500  # lines of a text, before the first of them is printed
 CONTINUED_AT_ONCE = 64  # texts, but all samples of one prompt
@@ -63,25 +64,41 @@ class SampleConfig:
         "resume: from a checkpoint in out_dir; or a run, a checkpoint, a model's folder, gpt2",
         "what",
     )
-    out_dir: str = setting("out", "folder of the run to sample from, or a checkpoint in it", path=True)
-    checkpoint: str = setting("best", "best: best.pt, the lowest loss; latest: ckpt.pt", choices=("best", "latest"))
+    out_dir: str = setting(
+        "out", "folder of the run to sample from, or a checkpoint in it", path=True
+    )
+    checkpoint: str = setting(
+        "best", "best: best.pt, the lowest loss; latest: ckpt.pt", choices=("best", "latest")
+    )
     start: str | None = setting(
-        None, "the prompt, FILE:path of one, or - for standard input; None: end-of-text, or a line break"
+        None,
+        "the prompt, FILE:path of one, or - for standard input; None: end-of-text, or a line break",
     )
     prompts: str | None = setting(
-        None, "a file with a prompt on each line, or -; they are continued together", path=True, **TEXT
+        None,
+        "a file with a prompt on each line, or -; they are continued together",
+        path=True,
+        **TEXT,
     )
-    interactive: bool = setting(False, "read prompts from the terminal; each continues where the last text ended")
-    score: str | None = setting(None, "a text file, or -: how well does the model predict it?", path=True, **TEXT)
+    interactive: bool = setting(
+        False, "read prompts from the terminal; each continues where the last text ended"
+    )
+    score: str | None = setting(
+        None, "a text file, or -: how well does the model predict it?", path=True, **TEXT
+    )
     stride: int | None = setting(
         None,
         "of --score: tokens that each window is further than the last; None: half of block_size",
         at_least=1,
         **TEXT,
     )
-    num_samples: int = setting(3, "texts for each prompt, generated together in one batch", at_least=1, **TEXT)
+    num_samples: int = setting(
+        3, "texts for each prompt, generated together in one batch", at_least=1, **TEXT
+    )
     max_new_tokens: int = setting(500, "tokens of each after the prompt", at_least=1)
-    stop: tuple[str, ...] = setting((), "a text ends before this, which is not printed; several may be given", **TEXT)
+    stop: tuple[str, ...] = setting(
+        (), "a text ends before this, which is not printed; several may be given", **TEXT
+    )
     logprobs: int | None = setting(
         None,
         "JSON lines: tokens, their log-probabilities and the K likeliest; on a terminal, colours",
@@ -89,21 +106,43 @@ class SampleConfig:
         **TEXT,
     )
 
-    num_beams: int = setting(NUM_BEAMS, "hypotheses; 1: greedy", "beam search", at_least=1, **TRANSLATION)
+    num_beams: int = setting(
+        NUM_BEAMS, "hypotheses; 1: greedy", "beam search", at_least=1, **TRANSLATION
+    )
     length_penalty: float = setting(
-        1.0, "score: log-probability / tokens^this; above 1 favours long ones", at_least=-10, at_most=10, **TRANSLATION
+        1.0,
+        "score: log-probability / tokens^this; above 1 favours long ones",
+        at_least=-10,
+        at_most=10,
+        **TRANSLATION,
     )
 
-    temperature: float = setting(0.8, "below 1 sharper, above 1 more random; 0: greedy", "sampling", at_least=0, **TEXT)
-    top_k: int | None = setting(200, "sample from the k most probable tokens only", at_least=1, **SAMPLING)
-    top_p: float | None = setting(None, "nucleus sampling: probability kept", above=0, at_most=1, **SAMPLING)
+    temperature: float = setting(
+        0.8, "below 1 sharper, above 1 more random; 0: greedy", "sampling", at_least=0, **TEXT
+    )
+    top_k: int | None = setting(
+        200, "sample from the k most probable tokens only", at_least=1, **SAMPLING
+    )
+    top_p: float | None = setting(
+        None, "nucleus sampling: probability kept", above=0, at_most=1, **SAMPLING
+    )
     min_p: float | None = setting(
-        None, "leave out tokens less probable than this times the most probable", at_least=0, at_most=1, **SAMPLING
+        None,
+        "leave out tokens less probable than this times the most probable",
+        at_least=0,
+        at_most=1,
+        **SAMPLING,
     )
     repetition_penalty: float = setting(
-        1.0, "above 1 makes tokens that the text already has less probable", above=0, at_most=100, **TEXT
+        1.0,
+        "above 1 makes tokens that the text already has less probable",
+        above=0,
+        at_most=100,
+        **TEXT,
     )
-    seed: int = setting(1337, "the same seed gives the same text", at_least=0, below=2**63, **SAMPLING)
+    seed: int = setting(
+        1337, "the same seed gives the same text", at_least=0, below=2**63, **SAMPLING
+    )
     context: str = setting(
         "fast",
         "when full: fast continues from its newest half; exact recomputes it per token",
@@ -114,17 +153,27 @@ class SampleConfig:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", "system")
     dtype: str = setting("auto", "auto: float32 on a CPU", choices=("auto", *DTYPES))
     quantize: str | None = setting(None, "weights in 8 bits, on a CPU", choices=("int8",))
-    compile: bool = setting(False, "nanoGPT's key; has no effect: every length of text would be compiled again")
+    compile: bool = setting(
+        False, "nanoGPT's key; has no effect: every length of text would be compiled again"
+    )
 
     def __post_init__(self):
         check(self)
         if "" in self.stop:
-            raise ValueError("stop= is empty: every text would end at once; give at least one character")
-        modes = ("start", "prompts", "score"), ("interactive", "prompts", "score"), ("interactive", "logprobs", "score")
+            raise ValueError(
+                "stop= is empty: every text would end at once; give at least one character"
+            )
+        modes = (
+            ("start", "prompts", "score"),
+            ("interactive", "prompts", "score"),
+            ("interactive", "logprobs", "score"),
+        )
         for keys in modes:
             given = [key for key in keys if getattr(self, key) not in (None, False)]
             if len(given) > 1:
-                raise ValueError(f"{given[0]} and {given[1]} exclude each other; leave one of them out")
+                raise ValueError(
+                    f"{given[0]} and {given[1]} exclude each other; leave one of them out"
+                )
         if self.stride is not None and self.score is None:
             raise ValueError(f"stride={self.stride} is for --score=FILE alone")
         if self.quantize and self.dtype not in ("auto", "float32"):
@@ -184,12 +233,19 @@ def load(
     torch_device = pick_device(device)
     torch_dtype = sample_dtype(dtype, torch_device)
     if quantize and torch_device.type != "cpu":
-        raise UserError(f"quantize={quantize} is for CPUs, and the device is {torch_device}; use --dtype=bfloat16")
+        raise UserError(
+            f"quantize={quantize} is for CPUs, and the device is {torch_device}; use --dtype=bfloat16"
+        )
     on_cpu = torch_device.type == "cpu"  # there the weights are converted; a GPU has autocast
     # Windows would not let a run replace a file that is mapped
     base = load_base(source, which, mapped=on_cpu and sys.platform == "linux")
     print(base.description, file=sys.stderr)
-    model, tokenizer, task, mapped = restore_model(base.weights, base.config), base.tokenizer, base.task, base.mapped
+    model, tokenizer, task, mapped = (
+        restore_model(base.weights, base.config),
+        base.tokenizer,
+        base.task,
+        base.mapped,
+    )
     del base  # it would keep the weights that are replaced
     if on_cpu:
         limits.limit_memory(sum(p.nbytes for p in model.parameters()) if mapped else 0)
@@ -207,7 +263,12 @@ def load(
 
 
 def complete(
-    loaded: Pipeline, prompt: str, max_new_tokens: int = 500, *, stop: tuple[str, ...] = (), **sampling
+    loaded: Pipeline,
+    prompt: str,
+    max_new_tokens: int = 500,
+    *,
+    stop: tuple[str, ...] = (),
+    **sampling,
 ) -> str:
     """The prompt and its continuation, for a notebook; sampling: temperature, top_k, top_p, min_p, seed and so on."""
     _, ids = encode_prompt(prompt, loaded.tokenizer)
@@ -222,7 +283,9 @@ def stream_one(
     """What follows a single text, n tokens at most, as it becomes readable; sample: the number of the sample."""
     tokenizer, stream, stopped = loaded.tokenizer, TextStream(loaded.tokenizer, stop), set()
     sampler = Sampler([sample], n, **sampling)
-    for step in continue_texts(context, sampler, n, tokenizer.vocab_size, eot=tokenizer.eot, stopped=stopped):
+    for step in continue_texts(
+        context, sampler, n, tokenizer.vocab_size, eot=tokenizer.eot, stopped=stopped
+    ):
         yield stream.feed(step.ids[0])
         if stream.ended:
             stopped.add(0)
@@ -248,7 +311,10 @@ def print_texts(config: SampleConfig, loaded: Pipeline) -> None:
 
 
 def print_batch(
-    prompts: list[tuple[str, np.ndarray]], texts: list[tuple[int, int]], config: SampleConfig, loaded: Pipeline
+    prompts: list[tuple[str, np.ndarray]],
+    texts: list[tuple[int, int]],
+    config: SampleConfig,
+    loaded: Pipeline,
 ) -> None:
     """texts: (number of the prompt, number of the sample). The first is printed while it is written."""
     tokenizer, n = loaded.tokenizer, config.max_new_tokens
@@ -267,12 +333,17 @@ def print_batch(
     if texts[0] != (0, 0) and not json_lines:
         print("---------------", file=sys.stderr, flush=True)
     print("" if json_lines else written[0], end="", flush=True)
-    for step in continue_texts(context, sampler, n, tokenizer.vocab_size, eot=tokenizer.eot, stopped=stopped):
+    for step in continue_texts(
+        context, sampler, n, tokenizer.vocab_size, eot=tokenizer.eot, stopped=stopped
+    ):
         if config.logprobs is not None:
             logprobs = step.logits.log_softmax(dim=-1)
         for i, (row, token) in enumerate(zip(step.rows, step.ids, strict=True)):
             if json_lines:
-                print(json_line(texts[row], token, logprobs[i], config.logprobs, tokenizer), flush=True)
+                print(
+                    json_line(texts[row], token, logprobs[i], config.logprobs, tokenizer),
+                    flush=True,
+                )
             text = streams[row].feed(token)
             write(row, coloured(text, float(logprobs[i, token])) if colours else text)
             if streams[row].ended:
@@ -290,7 +361,9 @@ def print_batch(
 def left_padded(prompts: list[np.ndarray]) -> torch.Tensor:
     """(B, T) int64, -1 before the first token of the shorter ones."""
     longest = max(map(len, prompts))
-    return torch.from_numpy(np.stack([np.pad(ids, (longest - len(ids), 0), constant_values=-1) for ids in prompts]))
+    return torch.from_numpy(
+        np.stack([np.pad(ids, (longest - len(ids), 0), constant_values=-1) for ids in prompts])
+    )
 
 
 def texts_that_fit(loaded: Pipeline, size: int) -> int:
@@ -305,11 +378,17 @@ def check_texts_fit(loaded: Pipeline, key: str, count: int, size: int) -> None:
         return
     way_out = f"--{key}={fit} would fit"
     if not fit:
-        fitting = next((n for n in (size >> i for i in range(1, 64)) if texts_that_fit(loaded, n)), 0)
-        way_out = f"--{key}=1 --max_new_tokens={fitting} would fit" if fitting else "free some memory"
+        fitting = next(
+            (n for n in (size >> i for i in range(1, 64)) if texts_that_fit(loaded, n)), 0
+        )
+        way_out = (
+            f"--{key}=1 --max_new_tokens={fitting} would fit" if fitting else "free some memory"
+        )
     needed = gigabytes(count * bytes_per_text(loaded.model.config, size))
     free = gigabytes(free_memory(loaded.device))
-    raise UserError(f"{key}={count} texts of {size:,} tokens take {needed} of memory, and {free} are free; {way_out}")
+    raise UserError(
+        f"{key}={count} texts of {size:,} tokens take {needed} of memory, and {free} are free; {way_out}"
+    )
 
 
 def read_prompts(config: SampleConfig, loaded: Pipeline) -> list[tuple[str, np.ndarray]]:
@@ -317,7 +396,9 @@ def read_prompts(config: SampleConfig, loaded: Pipeline) -> list[tuple[str, np.n
     tokenizer, block_size = loaded.tokenizer, loaded.model.config.block_size
     if config.prompts is None:
         prompts = [
-            start_prompt(tokenizer) if config.start is None else encode_prompt(read_start(config.start), tokenizer)
+            start_prompt(tokenizer)
+            if config.start is None
+            else encode_prompt(read_start(config.start), tokenizer)
         ]
     else:
         lines = read_text(config.prompts).splitlines()
@@ -332,7 +413,10 @@ def read_prompts(config: SampleConfig, loaded: Pipeline) -> list[tuple[str, np.n
     for number, (_, ids) in enumerate(prompts, start=1):
         if len(ids) > block_size:
             which = "the prompt" if config.prompts is None else f"the prompt in line {number:,}"
-            print(f"note: {which} has {len(ids):,} tokens; the last {block_size:,} are read", file=sys.stderr)
+            print(
+                f"note: {which} has {len(ids):,} tokens; the last {block_size:,} are read",
+                file=sys.stderr,
+            )
     return prompts
 
 
@@ -344,7 +428,10 @@ def read_start(start: str) -> str:
         return read_text(check_path("start=FILE:", start[5:]))
     if os.path.isfile(start):
         file = shlex.quote(f"--start=FILE:{start}")
-        print(f"note: the prompt is {start!r}; for the text in the file of this name write {file}", file=sys.stderr)
+        print(
+            f"note: the prompt is {start!r}; for the text in the file of this name write {file}",
+            file=sys.stderr,
+        )
     return start
 
 
@@ -377,7 +464,12 @@ def encode_prompt(text: str, tokenizer: Tokenizer) -> tuple[str, np.ndarray]:
 # --------------------------------------------------------------------------------------
 # Log-probabilities and scores
 
-COLOURS = ((0.5, 32), (0.1, 36), (0.01, 33), (0.0, 31))  # from this probability on: green, cyan, yellow, red
+COLOURS = (
+    (0.5, 32),
+    (0.1, 36),
+    (0.01, 33),
+    (0.0, 31),
+)  # from this probability on: green, cyan, yellow, red
 
 
 def shown_logprobs(config: SampleConfig) -> tuple[bool, bool]:
@@ -397,7 +489,9 @@ def coloured(text: str, logprob: float) -> str:
     return f"\033[{code}m{text}\033[0m" if text else ""
 
 
-def json_line(text: tuple[int, int], token: int, logprobs: torch.Tensor, k: int, tokenizer: Tokenizer) -> str:
+def json_line(
+    text: tuple[int, int], token: int, logprobs: torch.Tensor, k: int, tokenizer: Tokenizer
+) -> str:
     """One token of a text, (number of the prompt, number of the sample), and the k likeliest; logprobs: (V,)."""
 
     def entry(token: int) -> dict:
@@ -405,7 +499,12 @@ def json_line(text: tuple[int, int], token: int, logprobs: torch.Tensor, k: int,
         return {"token": token, "text": piece, "logprob": round(float(logprobs[token]), 6)}
 
     likeliest = logprobs.topk(min(k, len(logprobs))).indices.tolist() if k else []
-    line = {"prompt": text[0], "sample": text[1], **entry(token), "top": [entry(other) for other in likeliest]}
+    line = {
+        "prompt": text[0],
+        "sample": text[1],
+        **entry(token),
+        "top": [entry(other) for other in likeliest],
+    }
     return json.dumps(line, ensure_ascii=False)
 
 
@@ -419,7 +518,9 @@ def print_score(config: SampleConfig, loaded: Pipeline) -> None:
         raise UserError(f"{config.score} has no token to predict; give a longer text")
     stride = config.stride or max(1, block_size // 2)
     if stride > block_size:
-        raise UserError(f"stride={stride} leaves tokens out; it must be at most block_size={block_size}")
+        raise UserError(
+            f"stride={stride} leaves tokens out; it must be at most block_size={block_size}"
+        )
     nats = -log_probabilities(loaded.model, ids, stride, loaded.device).astype(np.float64)
     size = int(tokenizer.token_bytes()[ids[1:]].sum())
     print(
@@ -444,7 +545,13 @@ def converse(config: SampleConfig, loaded: Pipeline) -> None:
     first = [] if config.start is None else [read_start(config.start)]
     for turn, line in enumerate(chain(first, typed_lines())):
         try:
-            ids = encode_prompt(line, tokenizer)[1] if line else tokenizer.start() if context is None else None
+            ids = (
+                encode_prompt(line, tokenizer)[1]
+                if line
+                else tokenizer.start()
+                if context is None
+                else None
+            )
         except UserError as error:
             print(f"note: {error}", file=sys.stderr)
             continue
@@ -452,7 +559,9 @@ def converse(config: SampleConfig, loaded: Pipeline) -> None:
             context = Context(loaded.model, to_batch(ids, loaded), exact=config.context == "exact")
         elif ids is not None:
             context.append(to_batch(ids, loaded))
-        for text in stream_one(loaded, context, config.max_new_tokens, config.stop, turn, **config.sampling()):
+        for text in stream_one(
+            loaded, context, config.max_new_tokens, config.stop, turn, **config.sampling()
+        ):
             print(text, end="", flush=True)
         print(flush=True)
 
@@ -473,18 +582,24 @@ def typed_lines() -> Iterator[str]:
 def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
     """One line for each line of the text; an empty one stays empty."""
     if config.start is None:
-        raise UserError('nothing to translate; give a sentence, as --start="Wo wohnst du?", or --start=FILE:german.txt')
+        raise UserError(
+            'nothing to translate; give a sentence, as --start="Wo wohnst du?", or --start=FILE:german.txt'
+        )
     text = read_start(config.start)
     if not text:
         raise UserError("an empty text; give at least one character to translate")
     lines = [" ".join(line.split()) for line in text.removesuffix("\n").split("\n")]
     unit = f"{TRANSLATED_AT_ONCE} lines"
     for first in tqdm(range(0, len(lines), TRANSLATED_AT_ONCE), unit=unit, delay=2, disable=None):
-        for translation in translate_lines(lines[first : first + TRANSLATED_AT_ONCE], first + 1, config, loaded):
+        for translation in translate_lines(
+            lines[first : first + TRANSLATED_AT_ONCE], first + 1, config, loaded
+        ):
             print(translation, flush=True)
 
 
-def translate_lines(lines: list[str], number: int, config: SampleConfig, loaded: Pipeline) -> list[str]:
+def translate_lines(
+    lines: list[str], number: int, config: SampleConfig, loaded: Pipeline
+) -> list[str]:
     """A translation for each line; number: of the first line, for notes."""
     model, tokenizer = loaded.model, loaded.tokenizer
     # without the end-of-text token; a source that shares the context with its translation has half of it
@@ -493,7 +608,10 @@ def translate_lines(lines: list[str], number: int, config: SampleConfig, loaded:
     for i, line in enumerate(lines):
         ids = tokenizer.encode(line)
         if len(ids) > room:
-            print(f"note: line {number + i:,} has {len(ids):,} tokens; the first {room:,} are read", file=sys.stderr)
+            print(
+                f"note: line {number + i:,} has {len(ids):,} tokens; the first {room:,} are read",
+                file=sys.stderr,
+            )
         if len(ids):
             sources[i] = np.append(ids[:room], tokenizer.eot)
     check_texts_fit(loaded, "num_beams", config.num_beams, model.config.block_size)
@@ -508,9 +626,14 @@ def translate_lines(lines: list[str], number: int, config: SampleConfig, loaded:
     )
     translations = [""] * len(lines)
     for i, translation in zip(sources, found, strict=True):
-        translations[i] = " ".join(tokenizer.decode(translation.ids).split())  # on one line, whatever the model writes
+        translations[i] = " ".join(
+            tokenizer.decode(translation.ids).split()
+        )  # on one line, whatever the model writes
         if not translation.ended:
-            print(f"note: line {number + i:,} has no room for more of its translation", file=sys.stderr)
+            print(
+                f"note: line {number + i:,} has no room for more of its translation",
+                file=sys.stderr,
+            )
     return translations
 
 

@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from humptygpt import limits
+from humptygpt.core import limits
 
 if __name__ == "__main__":
     limits.start(limits.TORCH)  # before numpy and torch are loaded
@@ -34,13 +34,9 @@ from tqdm import tqdm
 
 import model as models
 import prepare_data
-from humptygpt import checkpoint, configurator, distributed, evaluation, lora, sizes
-from humptygpt import tokenizer as tokenizers
-from humptygpt.adapters import write_adapter
-from humptygpt.base_models import BaseModel
-from humptygpt.batches import Dataset, PairDataset, Prefetcher, TokenDataset
-from humptygpt.configurator import UserError, as_written_here
-from humptygpt.device import (
+from humptygpt.checkpoint import checkpoint
+from humptygpt.core import settings as configurator
+from humptygpt.core.device import (
     autocast,
     give_back_freed_memory,
     keep_freed_memory,
@@ -50,11 +46,21 @@ from humptygpt.device import (
     sample_dtype,
     to_device,
 )
-from humptygpt.distributed import ONE_PROCESS, Processes, note
-from humptygpt.interrupts import catch_signals
-from humptygpt.memory import check_training_fits
-from humptygpt.ngrams import frequent_ngrams
-from humptygpt.optimizers import (
+from humptygpt.core.errors import UserError
+from humptygpt.core.settings import as_written_here
+from humptygpt.data.batches import Dataset, PairDataset, Prefetcher, TokenDataset
+from humptygpt.data.token_files import COMMAND, is_command, read_meta
+from humptygpt.interchange.adapters import write_adapter
+from humptygpt.interchange.load import BaseModel
+from humptygpt.nn import lora
+from humptygpt.nn.ngrams import frequent_ngrams
+from humptygpt.parallel import processes as distributed
+from humptygpt.parallel.processes import ONE_PROCESS, Processes, note
+from humptygpt.tokenizer import tokenizers
+from humptygpt.training import evaluation, sizes
+from humptygpt.training.interrupts import catch_signals
+from humptygpt.training.memory import check_training_fits
+from humptygpt.training.optimizers import (
     MovingAverage,
     Optimizer,
     clip_gradients,
@@ -64,9 +70,8 @@ from humptygpt.optimizers import (
     state_bytes,
     trained_parameters,
 )
-from humptygpt.run_folder import NoFolder, RunFolder
-from humptygpt.token_files import COMMAND, is_command, read_meta
-from humptygpt.train_config import TrainConfig, read_settings
+from humptygpt.training.run_folder import NoFolder, RunFolder
+from humptygpt.training.settings import TrainConfig, read_settings
 from model import ModelConfig
 
 NGRAM_TEXT = 20_000_000  # tokens of training text in which n-grams are counted
@@ -101,7 +106,9 @@ class Run:
     config: TrainConfig
     dataset: Dataset
     model: nn.Module
-    net: nn.Module  # the model, or the same compiled, which trains; weights are saved from the model itself
+    net: (
+        nn.Module
+    )  # the model, or the same compiled, which trains; weights are saved from the model itself
     batches: Dataset | Prefetcher
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
@@ -148,11 +155,15 @@ class Run:
         """Take over the state of a checkpoint, whose weights the model has already."""
         if saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
-        if next(iter(saved["model"].values())).is_meta:  # sharded: each process reads its part, weights included
+        if next(
+            iter(saved["model"].values())
+        ).is_meta:  # sharded: each process reads its part, weights included
             self.optimizer.steps = saved["optimizer"]["steps"]
             if self.optimizer.steps:
                 self.optimizer.prepare_state()
-            self.processes.load(Path(self.config.out_dir) / "ckpt.pt", self.state() | self.training_state())
+            self.processes.load(
+                Path(self.config.out_dir) / "ckpt.pt", self.state() | self.training_state()
+            )
             return
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.ema and saved.get("ema"):
@@ -171,7 +182,11 @@ class Run:
             "tokenizer": self.dataset.tokenizer.state(),
             "task": self.dataset.task,
             "data": {"identity": self.identity}
-            | {key: self.dataset.meta[key] for key in ("source", "command") if key in self.dataset.meta},
+            | {
+                key: self.dataset.meta[key]
+                for key in ("source", "command")
+                if key in self.dataset.meta
+            },
             "progress": asdict(self.progress),
             "model": dict(self.model.state_dict()),
         }
@@ -197,7 +212,9 @@ def main(argv: list[str]) -> int:
         print(describe(run), flush=True)
         if busy := limits.load_note():
             note(busy)
-        if run.config.init_from not in ("scratch", "resume") and not (run.config.eval_only or run.progress.iter):
+        if run.config.init_from not in ("scratch", "resume") and not (
+            run.config.eval_only or run.progress.iter
+        ):
             print(describe_cost(run), flush=True)
         if run.config.eval_only:
             print(evaluate_only(run))
@@ -216,7 +233,9 @@ def train_and_finish(run: Run) -> int:
     except Diverged as error:
         saved = checkpoint.stored(folder.path / "ckpt.pt")
         kept = f"{saved} is the last good checkpoint" if saved.exists() else "nothing was saved yet"
-        advice = "Try a lower --learning_rate, more --warmup_iters, --grad_clip=1.0 or --dtype=float32"
+        advice = (
+            "Try a lower --learning_rate, more --warmup_iters, --grad_clip=1.0 or --dtype=float32"
+        )
         if run.processes.first:
             print(f"train.py: the {error}; {kept}. {advice}", file=sys.stderr)
         return 1
@@ -239,11 +258,15 @@ def train_and_finish(run: Run) -> int:
 # Setup
 
 
-def base_model(base: BaseModel, config: TrainConfig, model_config: ModelConfig, dataset: Dataset) -> nn.Module:
+def base_model(
+    base: BaseModel, config: TrainConfig, model_config: ModelConfig, dataset: Dataset
+) -> nn.Module:
     """The model to start from, on the CPU. Raises UserError where the data has other tokens than it knows."""
     if dataset.tokenizer.pieces != base.tokenizer.pieces:
         kinds = dataset.tokenizer.name, base.tokenizer.name
-        command = dataset.meta.get("command", f"python prepare_data.py {shlex.quote(config.dataset)}")
+        command = dataset.meta.get(
+            "command", f"python prepare_data.py {shlex.quote(config.dataset)}"
+        )
         words = [word for word in shlex.split(command) if not word.startswith(PREPARED_WITH)]
         tokenizer = base.tokenizer.name if base.tokenizer.name == "gpt2" else base.path
         raise UserError(
@@ -261,7 +284,10 @@ def base_model(base: BaseModel, config: TrainConfig, model_config: ModelConfig, 
 
 
 def setup(
-    config: TrainConfig, model_config: ModelConfig, saved: dict | None = None, base: BaseModel | None = None
+    config: TrainConfig,
+    model_config: ModelConfig,
+    saved: dict | None = None,
+    base: BaseModel | None = None,
 ) -> Run:
     """Put a run together; saved: the checkpoint that it resumes. base: the model that it starts from."""
     processes = distributed.start(config.backend, pick_device(config.device), config.parallel)
@@ -281,7 +307,9 @@ def setup(
     accumulation, pairs = config.gradient_accumulation_steps, dataset.task == "translation"
     distributed.check_divisible(processes.size, accumulation, config.batch_size, pairs)
     if saved and not is_data_of(saved, dataset, identity):
-        other = f"data/{config.dataset} is not the data that {config.out_dir}/ckpt.pt was trained on"
+        other = (
+            f"data/{config.dataset} is not the data that {config.out_dir}/ckpt.pt was trained on"
+        )
         raise UserError(other + find_data_of(saved, config, model_config))
     ngrams = None
     if not saved and not base:
@@ -304,8 +332,23 @@ def setup(
     optimizer.spread, optimizer.total = processes.spread, processes.total
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     ema = MovingAverage(model, config.ema_decay) if config.ema_decay else None
-    batches = Prefetcher(dataset, processes.stride(accumulation)) if device.type == "cuda" else dataset
-    run = Run(config, dataset, model, model, batches, optimizer, scaler, ema, Progress(), device, dtype, identity)
+    batches = (
+        Prefetcher(dataset, processes.stride(accumulation)) if device.type == "cuda" else dataset
+    )
+    run = Run(
+        config,
+        dataset,
+        model,
+        model,
+        batches,
+        optimizer,
+        scaler,
+        ema,
+        Progress(),
+        device,
+        dtype,
+        identity,
+    )
     run.processes = processes
     if saved:
         run.progress = resume_progress(config, saved)
@@ -319,9 +362,13 @@ def describe_sizes(config: TrainConfig, model_config: ModelConfig) -> str:
     """What training would take, found without data and without memory."""
     if model_config.vocab_size is None:
         meta = read_meta(Path("data") / config.dataset)
-        model_config = dataclasses.replace(model_config, vocab_size=tokenizers.from_state(meta["tokenizer"]).vocab_size)
+        model_config = dataclasses.replace(
+            model_config, vocab_size=tokenizers.from_state(meta["tokenizer"]).vocab_size
+        )
     if model_config.ngrams and model_config.ngram_rows is None:
-        raise UserError("dry_run=True does not count the n-grams of a text; suppose some, as --ngram_rows=100000")
+        raise UserError(
+            "dry_run=True does not count the n-grams of a text; suppose some, as --ngram_rows=100000"
+        )
     device, size = pick_device(config.device), distributed.launched().size
     return sizes.describe(
         model_config,
@@ -343,14 +390,20 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
     folder = Path("data") / config.dataset
     exists = lambda *names: any(os.path.exists(folder / name) for name in names)  # noqa: E731
     prepared = exists("meta.json", "meta.pkl")
-    stopped = exists("preparing") and config.dataset in prepare_data.KNOWN  # its preparation can be resumed
+    stopped = (
+        exists("preparing") and config.dataset in prepare_data.KNOWN
+    )  # its preparation can be resumed
     # a train.bin alone is taken for nanoGPT's; a command is left of a folder of ours
     missing = not prepared and not exists("preparing", "train.bin", COMMAND)
     if missing and len(folder.parts) > 2:  # a path: data/mine
         name = shlex.quote(f"--dataset={Path(config.dataset).name}")
-        raise UserError(f"dataset={config.dataset} is not the name of a folder in data/; write {name}")
+        raise UserError(
+            f"dataset={config.dataset} is not the name of a folder in data/; write {name}"
+        )
     if not prepared and (stopped or missing):
-        prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, {"name": config.dataset}))
+        prepare_data.prepare(
+            configurator.make(prepare_data.PrepareConfig, {"name": config.dataset})
+        )
     model, meta = models.MODELS[model_config.model], read_meta(folder)
     task = meta["task"]
     if task not in model.tasks:
@@ -359,7 +412,9 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
         )
     if task == "translation":
         if not importlib.util.find_spec("sacrebleu"):  # refused now and not when all is trained
-            raise UserError("translations are scored with the package sacrebleu: pip install sacrebleu")
+            raise UserError(
+                "translations are scored with the package sacrebleu: pip install sacrebleu"
+            )
         return PairDataset(folder, model_config.block_size, config.seed, model.has_encoder, meta)
     return TokenDataset(folder, model_config.block_size, config.seed, meta)
 
@@ -371,7 +426,9 @@ def is_data_of(saved: dict, dataset: Dataset, identity: dict) -> bool:
 def find_data_of(saved: dict, config: TrainConfig, model_config: ModelConfig) -> str:
     """Where the data of a checkpoint is now, or else the command that makes it again: the end of a message."""
     dataset = saved["train_config"].get("dataset", config.dataset)
-    earlier = (f"{dataset}/{folder.name}" for folder in sorted((Path("data") / dataset).glob("previous-*")))
+    earlier = (
+        f"{dataset}/{folder.name}" for folder in sorted((Path("data") / dataset).glob("previous-*"))
+    )
     for name in (dataset, *earlier):
         if any((Path("data") / name / meta).exists() for meta in ("meta.json", "meta.pkl")):
             with suppress(UserError):
@@ -394,7 +451,9 @@ def complete_model_config(
     if vocab_size < tokens:
         raise UserError(f"vocab_size={vocab_size} is below the {tokens} tokens of {config.dataset}")
     if model_config.lora_rank:
-        raise UserError(f"lora_rank={model_config.lora_rank} trains beside a model; name that with --init_from")
+        raise UserError(
+            f"lora_rank={model_config.lora_rank} trains beside a model; name that with --init_from"
+        )
     model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
     if not model_config.ngrams:
         return model_config, None
@@ -406,7 +465,9 @@ def complete_model_config(
     text = torch.from_numpy(dataset.beginning("train", NGRAM_TEXT)[0])
     ngrams = frequent_ngrams(text, model_config.ngrams, config.ngram_min_count)
     if not len(ngrams):
-        raise UserError(f"ngram_min_count={config.ngram_min_count}: no n-gram of the text occurs that often")
+        raise UserError(
+            f"ngram_min_count={config.ngram_min_count}: no n-gram of the text occurs that often"
+        )
     return dataclasses.replace(model_config, ngram_rows=len(ngrams)), ngrams
 
 
@@ -423,12 +484,16 @@ def resume_progress(config: TrainConfig, saved: dict) -> Progress:
     """The checkpoint's progress. Raises UserError where it is beyond the end of training."""
     progress = Progress(**saved["progress"])
     if progress.iter > config.max_iters:
-        raise UserError(f"max_iters={config.max_iters} is below the {progress.iter} steps that the checkpoint has done")
+        raise UserError(
+            f"max_iters={config.max_iters} is below the {progress.iter} steps that the checkpoint has done"
+        )
     if progress.iter == config.max_iters and not config.eval_only:
         note(f"all {progress.iter} steps are done; for more: --max_iters=N")
     if config.eval_iters != saved["train_config"]["eval_iters"]:
         note("eval_iters changed, so that the lowest validation loss starts over")
-        progress = dataclasses.replace(progress, best_val_loss=math.inf, best_iter=0, evals_since_best=0)
+        progress = dataclasses.replace(
+            progress, best_val_loss=math.inf, best_iter=0, evals_since_best=0
+        )
     return progress
 
 
@@ -436,10 +501,14 @@ def compile_model(run: Run) -> nn.Module:
     """The model compiled and tried on two batches; where that fails, a note says why and it is the model itself."""
     print("compiling: this takes about a minute", flush=True)
     model, dataset = run.model, run.dataset
-    batches = [to_device(dataset.batch(index, run.config.batch_size), run.device) for index in range(2)]
+    batches = [
+        to_device(dataset.batch(index, run.config.batch_size), run.device) for index in range(2)
+    ]
     try:
         # batches of pairs have many shapes, those of a text one
-        compiled = run.processes.compile(model, dynamic=True if dataset.task == "translation" else None)
+        compiled = run.processes.compile(
+            model, dynamic=True if dataset.task == "translation" else None
+        )
         for batch in batches:
             with autocast(run.device, run.dtype):
                 compiled(**batch)[1].backward()
@@ -492,8 +561,14 @@ def describe_cost(run: Run) -> str:
 
     storages = [local(p).untyped_storage() for p in run.model.parameters()]
     weights = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    batch, started = to_device(run.dataset.batch(0, config.batch_size), run.device), time.perf_counter()
-    with autocast(run.device, run.dtype), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    batch, started = (
+        to_device(run.dataset.batch(0, config.batch_size), run.device),
+        time.perf_counter(),
+    )
+    with (
+        autocast(run.device, run.dtype),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+    ):
         _, loss = run.model(**batch)
     loss.backward()
     loss.detach().item()  # waits for a GPU
@@ -515,7 +590,10 @@ def evaluate_only(run: Run) -> str:
     with run.ema_weights():
         text = f"{evaluation.describe(evaluation.measures(run.evaluate(), run.dataset))} at iter {run.progress.iter}"
         if run.dataset.task == "translation":
-            model, dtype = run.processes.whole_model(run.model), sample_dtype(run.config.dtype, run.device)
+            model, dtype = (
+                run.processes.whole_model(run.model),
+                sample_dtype(run.config.dtype, run.device),
+            )
             if run.processes.first:
                 scores = evaluation.score_translations(model, run.dataset, run.device, dtype)
                 text += f"\n{evaluation.describe_translations(scores)}"
@@ -535,7 +613,13 @@ def train(run: Run, folder: RunFolder) -> int | None:
     config, progress = run.config, run.progress
     meter = Meter(run)
     hidden = None if run.processes.first else True
-    bar = tqdm(total=config.max_iters, initial=progress.iter, unit="step", dynamic_ncols=True, disable=hidden)
+    bar = tqdm(
+        total=config.max_iters,
+        initial=progress.iter,
+        unit="step",
+        dynamic_ncols=True,
+        disable=hidden,
+    )
     with catch_signals() as signals, bar:
         while progress.iter < config.max_iters and not run.stops_early():
             lr = config.lr(progress.iter)
@@ -631,7 +715,9 @@ class Meter:
             # a scaler leaves out steps whose gradient is not finite; without it the weights are lost
             if not math.isfinite(loss) or not (math.isfinite(norm) or scaled):
                 what = "gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
-                raise Diverged(f"{what} at iter {progress.iter - len(self.losses) + 1 + i} (gradient norm {norm})")
+                raise Diverged(
+                    f"{what} at iter {progress.iter - len(self.losses) + 1 + i} (gradient norm {norm})"
+                )
 
     def row(self, lr: float) -> dict:
         """A row of metrics; the next one begins."""
@@ -641,7 +727,11 @@ class Meter:
         row["grad_norm"] = self.norms[-1] if math.isfinite(self.norms[-1]) else None
         row["tokens_per_second"] = round(speed)
         if self.peak_flops:
-            row["mfu"] = speed * models.flops_per_token(self.run.model) / (self.peak_flops * self.run.processes.size)
+            row["mfu"] = (
+                speed
+                * models.flops_per_token(self.run.model)
+                / (self.peak_flops * self.run.processes.size)
+            )
         self.logged_tokens, self.logged_seconds = progress.tokens, progress.seconds
         progress.losses, self.losses, self.norms = [], [], []
         return row
@@ -665,9 +755,14 @@ def evaluate_and_record(run: Run, folder: RunFolder, bar: tqdm) -> bool:
         best = ", the best so far" if improved else ""
         write_line(bar, f"iter {progress.iter}: {evaluation.describe(row)}{best}")
         if run.dataset.task == "translation":
-            model, dtype = run.processes.whole_model(run.model), sample_dtype(run.config.dtype, run.device)
+            model, dtype = (
+                run.processes.whole_model(run.model),
+                sample_dtype(run.config.dtype, run.device),
+            )
             if run.processes.first:
-                write_line(bar, evaluation.translate_examples(model, run.dataset, run.device, dtype))
+                write_line(
+                    bar, evaluation.translate_examples(model, run.dataset, run.device, dtype)
+                )
         if improved:
             run.save(folder.path / "best.pt", run.best_state())
             if run.model.config.lora_rank and run.processes.first:
@@ -714,7 +809,9 @@ def show(run: Run, model: nn.Module, folder: RunFolder, out_dir: str) -> None:
     dtype = sample_dtype(run.config.dtype, run.device)
     if progress.iter < run.config.max_iters:
         evaluations = "evaluation" if progress.evals_since_best == 1 else "evaluations"
-        print(f"stopped early: {progress.evals_since_best} {evaluations} without a lower validation loss")
+        print(
+            f"stopped early: {progress.evals_since_best} {evaluations} without a lower validation loss"
+        )
     if run.dataset.task == "translation":
         # best.pt translates best, and sample.py takes it
         model = checkpoint.load_model(best).model.to(run.device) if best.exists() else model

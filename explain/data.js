@@ -1,6 +1,6 @@
 "use strict";
 
-/* What humptygpt/page_data.py wrote into the page -> the model and the tokenizer. */
+/* What humptygpt/page/page_data.py wrote into the page -> the model and the tokenizer. */
 
 /** CRC-32 of a text of ASCII characters, as zlib's. */
 function crc32(text) {

@@ -1,6 +1,6 @@
 "use strict";
 
-/* Text -> token ids -> text, as humptygpt/tokenizer.py and the libraries that it uses do it, step by step.
+/* Text -> token ids -> text, as humptygpt/tokenizer/tokenizers.py and the libraries that it uses do it, step by step.
 
 makeTokenizer(data) returns
   encode(text)    token ids; throws an Error, with the reason, for text that it has no tokens for
@@ -16,7 +16,7 @@ Bytes are written as strings of characters up to U+00FF. Text is taken by code p
 
 const SPACE = "▁"; // sentencepiece's sign for a space
 
-/** data: as from tokenizer_data() in humptygpt/page_data.py. */
+/** data: as from tokenizer_data() in humptygpt/page/page_data.py. */
 function makeTokenizer(data) {
   const pieces = unpackPieces(data.pieces);
   const split = TOKENIZERS[data.name](data, pieces);

@@ -13,26 +13,44 @@ from torch import Tensor, nn
 
 import prepare_data
 import train
-from humptygpt import configurator, evaluation, run_folder
-from humptygpt.ngrams import frequent_ngrams
-from humptygpt.optimizers import make_optimizer
-from humptygpt.train_config import TrainConfig
+from humptygpt.core import settings as configurator
+from humptygpt.nn.ngrams import frequent_ngrams
+from humptygpt.training import evaluation, run_folder
+from humptygpt.training.optimizers import make_optimizer
+from humptygpt.training.settings import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # models this small only wait for each other's threads
 TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16"]
-TINY_RUN = [*TINY_MODEL, "--dataset=tiny", "--device=cpu", "--out_dir=out/run", "--batch_size=4", "--max_iters=6"]
-TINY_RUN += ["--eval_interval=3", "--log_interval=1", "--warmup_iters=2", "--eval_iters=2", "--dtype=float32"]
+TINY_RUN = [
+    *TINY_MODEL,
+    "--dataset=tiny",
+    "--device=cpu",
+    "--out_dir=out/run",
+    "--batch_size=4",
+    "--max_iters=6",
+]
+TINY_RUN += [
+    "--eval_interval=3",
+    "--log_interval=1",
+    "--warmup_iters=2",
+    "--eval_iters=2",
+    "--dtype=float32",
+]
 
 
 def fill_ngrams(model: nn.Module) -> None:
     """Fill in the frequent n-grams of a model that has embeddings of them, from a random text of 11 tokens."""
     if getattr(model, "ngrams", None):
         text = torch.randint(11, (3000,), generator=torch.Generator().manual_seed(0))
-        model.ngrams.keys.copy_(frequent_ngrams(text, model.ngrams.n, min_count=1)[: len(model.ngrams.keys)])
+        model.ngrams.keys.copy_(
+            frequent_ngrams(text, model.ngrams.n, min_count=1)[: len(model.ngrams.keys)]
+        )
 
 
-def overfit(model: nn.Module, batch: dict[str, Tensor], steps: int, lr: float, until: float) -> float:
+def overfit(
+    model: nn.Module, batch: dict[str, Tensor], steps: int, lr: float, until: float
+) -> float:
     """The loss after this many steps on this batch, or the first one below until."""
     optimizer = make_optimizer(TrainConfig(learning_rate=lr, weight_decay=0.0), model)
     for _ in range(steps):
@@ -71,7 +89,9 @@ def tiny(folder):
 @pytest.fixture
 def pairs(folder):
     """data/pairs, prepared from 60 sentence pairs."""
-    (folder / "pairs.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in make_pairs()))
+    (folder / "pairs.tsv").write_text(
+        "".join(f"{source}\t{target}\n" for source, target in make_pairs())
+    )
     prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte"])
     return folder / "data" / "pairs"
 
@@ -108,7 +128,9 @@ def run_train(tiny):
 def read_rows(out_dir) -> list[dict]:
     """The rows of a run's metrics, without the numbers that depend on the clock."""
     rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows
+    ]
 
 
 def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

@@ -20,7 +20,9 @@ from pathlib import Path
 from texts import make_pairs, make_text
 
 STEPS = 20
-COMMON = f"--n_layer=2 --n_head=4 --n_embd=32 --block_size=32 --batch_size=4 --lr_decay_iters={STEPS}"
+COMMON = (
+    f"--n_layer=2 --n_head=4 --n_embd=32 --block_size=32 --batch_size=4 --lr_decay_iters={STEPS}"
+)
 COMMON += " --eval_interval=10 --log_interval=1 --warmup_iters=4 --device=cpu --compile=False --dtype=float32"
 RUNS = {
     "gpt2": "--dataset=text --position=learned --dropout=0.1 --bias=True --activation=gelu_tanh",
@@ -46,7 +48,12 @@ def run(script: Path, folder: Path, *argv: str, processes: int = 1) -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), *argv]
     if processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command[1:1] = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+        ]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{argv}\n{done.stderr[-2000:]}"
 
@@ -63,8 +70,22 @@ def losses(first: Path, second: Path, folder: Path, name: str) -> list[dict]:
     processes = 2 if name == "two_processes" else 1
     argv = [*COMMON.split(), *RUNS[name].split()]
     straight, resumed = f"out/{name}/straight", f"out/{name}/resumed"
-    run(first / "train.py", folder, *argv, f"--out_dir={straight}", f"--max_iters={STEPS}", processes=processes)
-    run(first / "train.py", folder, *argv, f"--out_dir={resumed}", f"--max_iters={STEPS // 2}", processes=processes)
+    run(
+        first / "train.py",
+        folder,
+        *argv,
+        f"--out_dir={straight}",
+        f"--max_iters={STEPS}",
+        processes=processes,
+    )
+    run(
+        first / "train.py",
+        folder,
+        *argv,
+        f"--out_dir={resumed}",
+        f"--max_iters={STEPS // 2}",
+        processes=processes,
+    )
     more = ["--init_from=resume", f"--out_dir={resumed}", f"--max_iters={STEPS}"]
     run(second / "train.py", folder, *more, processes=processes)
     rows = read_rows(folder / straight)
@@ -81,7 +102,13 @@ def main(argv: list[str]) -> None:
         pairs = "".join(f"{source}\t{target}\n" for source, target in make_pairs())
         (folder / "pairs.tsv").write_text(pairs)
         run(first / "prepare_data.py", folder, "--input=text.txt", "--name=text")
-        run(first / "prepare_data.py", folder, "--input=pairs.tsv", "--name=pairs", "--tokenizer=byte")
+        run(
+            first / "prepare_data.py",
+            folder,
+            "--input=pairs.tsv",
+            "--name=pairs",
+            "--tokenizer=byte",
+        )
         rows = pool.map(lambda name: losses(first, second, folder, name), RUNS)
         print(json.dumps(dict(zip(RUNS, rows, strict=True)), indent=1))
 

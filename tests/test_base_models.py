@@ -14,10 +14,11 @@ from conftest import TINY_RUN, assert_same_weights, make_text, read_rows
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, train_config
-from humptygpt.base_models import BaseModel, load_base
-from humptygpt.configurator import UserError
-from humptygpt.train_config import read_settings
+from humptygpt.checkpoint import checkpoint
+from humptygpt.core.errors import UserError
+from humptygpt.interchange.load import BaseModel, load_base
+from humptygpt.training import settings as train_config
+from humptygpt.training.settings import read_settings
 from model import ModelConfig
 
 OTHER = make_text(4000, seed=1)  # other words of the same characters
@@ -40,7 +41,9 @@ def val_losses(out_dir: str) -> list[float]:
 def test_a_run_starts_with_the_weights_of_another(other):
     for source in ("out/run", "out/run/best.pt"):
         run = train.setup(*read_settings([*FROM_RUN, f"--init_from={source}"]))
-        assert_same_weights(dict(run.model.state_dict()), checkpoint.load(Path("out/run/best.pt"))["model"])
+        assert_same_weights(
+            dict(run.model.state_dict()), checkpoint.load(Path("out/run/best.pt"))["model"]
+        )
         assert run.progress.iter == 0 and not run.optimizer.state
     assert load_base("out/run", "latest").path == Path("out/run/ckpt.pt")
 
@@ -48,7 +51,9 @@ def test_a_run_starts_with_the_weights_of_another(other):
 def test_fine_tuning_is_below_training_from_scratch_at_equal_steps(other):
     assert train.main(FROM_RUN) == 0
     assert train.main([*FROM_RUN, "--init_from=scratch", "--out_dir=out/scratch"]) == 0
-    assert all(a < b - 0.1 for a, b in zip(val_losses("out/other"), val_losses("out/scratch"), strict=True))
+    assert all(
+        a < b - 0.1 for a, b in zip(val_losses("out/other"), val_losses("out/scratch"), strict=True)
+    )
 
 
 def test_a_run_that_started_from_a_model_resumes_without_it(other):
@@ -65,12 +70,16 @@ def test_averaged_weights_are_what_a_run_starts_from(run_train):
     assert all(torch.equal(weights[name], averaged) for name, averaged in saved["ema"].items())
 
 
-def test_other_tokens_are_refused_and_the_command_in_the_message_mends_it(run_train, fails, folder, capsys):
+def test_other_tokens_are_refused_and_the_command_in_the_message_mends_it(
+    run_train, fails, folder, capsys
+):
     run_train()
     (folder / "other.txt").write_text(OTHER)
     prepare_data.main(["--input=other.txt", "--name=other", "--tokenizer=byte"])
     line = fails(train.main, *FROM_RUN)
-    assert line.startswith("data/other has tokens (byte) that are not those of the model out/run/best.pt (char); prep")
+    assert line.startswith(
+        "data/other has tokens (byte) that are not those of the model out/run/best.pt (char); prep"
+    )
     command = shlex.split(line.partition("prepare it with the model's: ")[2])
     prepare_data.main(command[2:])
     assert train.main(FROM_RUN) == 0
@@ -79,10 +88,15 @@ def test_other_tokens_are_refused_and_the_command_in_the_message_mends_it(run_tr
 
 def test_the_shape_of_the_model_stays_and_its_context_may_shrink(other, capsys, fails):
     assert train.main([*FROM_RUN, "--n_layer=7", "--block_size=8", "--dropout=0.1"]) == 0
-    assert "note: n_layer=7: without effect; the model out/run/best.pt has n_layer=2" in capsys.readouterr().err
+    assert (
+        "note: n_layer=7: without effect; the model out/run/best.pt has n_layer=2"
+        in capsys.readouterr().err
+    )
     config = checkpoint.load(Path("out/other/ckpt.pt"))["model_config"]
     assert (config["n_layer"], config["block_size"], config["dropout"]) == (2, 8, 0.1)
-    assert "has learned 16 positions; take at most as many" in fails(train.main, *FROM_RUN, "--block_size=17")
+    assert "has learned 16 positions; take at most as many" in fails(
+        train.main, *FROM_RUN, "--block_size=17"
+    )
 
 
 def test_a_models_tokenizer_separates_documents_where_it_can(run_train, folder, capsys):
@@ -91,14 +105,20 @@ def test_a_models_tokenizer_separates_documents_where_it_can(run_train, folder, 
     for i in range(6):
         Path("texts", f"{i}.txt").write_text(OTHER[: 100 + i])
     prepare_data.main(["--input=texts", "--name=characters", "--tokenizer=out/run"])
-    assert "this tokenizer has no end-of-text token; nothing separates the documents" in capsys.readouterr().err
+    assert (
+        "this tokenizer has no end-of-text token; nothing separates the documents"
+        in capsys.readouterr().err
+    )
     (folder / "words.txt").write_text(make_text(20_000))
     prepare_data.main(["--input=words.txt", "--name=words", "--tokenizer=bpe", "--vocab_size=300"])
     assert train.main([*TINY_RUN, "--dataset=words", "--out_dir=out/words", "--max_iters=1"]) == 0
     prepare_data.main(["--input=texts", "--name=texts", "--tokenizer=out/words"])
     ids = json.loads(Path("data/texts/meta.json").read_text())
     assert ids["tokenizer"]["separated"] and ids["commonest"]
-    assert train.main([*TINY_RUN, "--dataset=texts", "--out_dir=out/texts", "--init_from=out/words"]) == 0
+    assert (
+        train.main([*TINY_RUN, "--dataset=texts", "--out_dir=out/texts", "--init_from=out/words"])
+        == 0
+    )
 
 
 # --------------------------------------------------------------------------------------
@@ -120,7 +140,8 @@ def nanogpt_checkpoint(bias: bool = True, prefix: str = "_orig_mod.", **changes)
         shapes |= {f"h.{i}.mlp.c_proj.weight": (C, 4 * C), f"h.{i}.mlp.c_proj.bias": (C,)}
         shapes |= {f"h.{i}.ln_{n}.{kind}": (C,) for n in (1, 2) for kind in ("weight", "bias")}
     weights = {
-        f"{prefix}transformer.{name}": torch.randn(shape) * 0.3 + ("ln" in name and "weight" in name)
+        f"{prefix}transformer.{name}": torch.randn(shape) * 0.3
+        + ("ln" in name and "weight" in name)
         for name, shape in shapes.items()
         if bias or not name.endswith("bias")
     }
@@ -152,11 +173,18 @@ def write_nanogpt(**changes) -> Path:
 def nanogpt_logits(saved: dict, idx: torch.Tensor) -> torch.Tensor:
     """By transformers, whose GPT-2 has its matrices the other way round."""
     transformers = pytest.importorskip("transformers")
-    sizes = {"n_positions": 24, **{key: SIZES[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(activation_function="gelu", **sizes)).eval()
+    sizes = {
+        "n_positions": 24,
+        **{key: SIZES[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")},
+    }
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(activation_function="gelu", **sizes)
+    ).eval()
     weights = {name.removeprefix("_orig_mod."): x for name, x in saved["model"].items()}
     theirs = {name: x.T if x.dim() == 2 and ".h." in name else x for name, x in weights.items()}
-    zeros = {name: torch.zeros_like(x) for name, x in model.state_dict().items() if name.endswith("bias")}
+    zeros = {
+        name: torch.zeros_like(x) for name, x in model.state_dict().items() if name.endswith("bias")
+    }
     model.load_state_dict(zeros | theirs)
     with torch.no_grad():
         return model(idx).logits
@@ -170,13 +198,23 @@ def test_a_nanogpt_checkpoint_has_its_logits(bias, prefix, folder):
     idx = torch.randint(9, (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours = checkpoint.restore_model(base.weights, base.config).eval()(idx)[0]
-    torch.testing.assert_close(ours, nanogpt_logits(nanogpt_checkpoint(bias, prefix), idx), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        ours, nanogpt_logits(nanogpt_checkpoint(bias, prefix), idx), atol=1e-4, rtol=1e-4
+    )
     assert base.tokenizer.decode(range(9)) == CHARACTERS
 
 
 def test_a_nanogpt_checkpoint_writes_and_its_training_proceeds(folder, capsys):
     write_nanogpt()
-    sample.main(["--init_from=nano/out", "--temperature=0", "--start=abc", "--max_new_tokens=6", "--num_samples=1"])
+    sample.main(
+        [
+            "--init_from=nano/out",
+            "--temperature=0",
+            "--start=abc",
+            "--max_new_tokens=6",
+            "--num_samples=1",
+        ]
+    )
     text = capsys.readouterr().out
     saved, ids = nanogpt_checkpoint(), [CHARACTERS.index(char) for char in "abc"]
     for _ in range(6):
@@ -185,18 +223,29 @@ def test_a_nanogpt_checkpoint_writes_and_its_training_proceeds(folder, capsys):
 
     Path("letters.txt").write_text("abc\nfed\nhag\n" * 60)
     prepare_data.main(["--input=letters.txt", "--name=mine", "--tokenizer=nano/out/ckpt.pt"])
-    run = [*TINY_RUN, "--dataset=mine", "--init_from=nano/out", "--learning_rate=0.003", "--max_iters=12"]
+    run = [
+        *TINY_RUN,
+        "--dataset=mine",
+        "--init_from=nano/out",
+        "--learning_rate=0.003",
+        "--max_iters=12",
+    ]
     assert train.main(run) == 0
     losses = val_losses("out/run")
-    assert losses[-1] < losses[0] and checkpoint.load(Path("out/run/best.pt"))["model_config"]["vocab_size"] == 11
+    assert (
+        losses[-1] < losses[0]
+        and checkpoint.load(Path("out/run/best.pt"))["model_config"]["vocab_size"] == 11
+    )
 
 
 def test_without_its_meta_pkl_a_large_vocabulary_is_gpt2s(folder, monkeypatch):
-    import humptygpt.base_models as base_models
+    from humptygpt.interchange import load as base_models
 
     path = write_nanogpt()
     Path("nano/data/letters/meta.pkl").unlink()
-    with pytest.raises(UserError, match=r"needs the characters of its data set: there is no data/letters/meta.pkl"):
+    with pytest.raises(
+        UserError, match=r"needs the characters of its data set: there is no data/letters/meta.pkl"
+    ):
         load_base(str(path))
     made = object()
     monkeypatch.setattr(base_models.tokenizers.GPT2Tokenizer, "train", lambda separated: made)
@@ -212,7 +261,15 @@ def test_a_padded_vocabulary_of_nanogpt_is_kept_and_its_padding_never_drawn(fold
     torch.save(saved, path)
     logits = nanogpt_logits(saved, torch.tensor([[1, 2, 3]]))[0, -1]
     assert logits.argmax() >= 9 or (-logits).argmax() >= 9
-    sample.main(["--init_from=nano/out", "--start=abc", "--max_new_tokens=21", "--num_samples=4", "--temperature=3"])
+    sample.main(
+        [
+            "--init_from=nano/out",
+            "--start=abc",
+            "--max_new_tokens=21",
+            "--num_samples=4",
+            "--temperature=3",
+        ]
+    )
     assert set(capsys.readouterr().out) <= set(CHARACTERS)
     Path("letters.txt").write_text("abc\nfed\nhag\n" * 60)
     prepare_data.main(["--input=letters.txt", "--name=mine", "--tokenizer=nano/out/ckpt.pt"])
@@ -225,10 +282,19 @@ DAMAGES = {
         lambda saved: saved["model"].pop("transformer.ln_f.bias"),
         r"the weight transformer.ln_f.bias is missing",
     ),
-    "a weight is surplus": (lambda saved: saved["model"].update(more=torch.ones(1)), "transformer.more is unknown"),
+    "a weight is surplus": (
+        lambda saved: saved["model"].update(more=torch.ones(1)),
+        "transformer.more is unknown",
+    ),
     "a wrong shape": (lambda saved: saved["model_args"].update(n_embd=32), "must have shape"),
-    "no number": (lambda saved: saved["model_args"].update(n_layer="2"), "model_args.n_layer must be an integer"),
-    "huge": (lambda saved: saved["model_args"].update(n_layer=2**20), "1,048,576 layers, but there are only"),
+    "no number": (
+        lambda saved: saved["model_args"].update(n_layer="2"),
+        "model_args.n_layer must be an integer",
+    ),
+    "huge": (
+        lambda saved: saved["model_args"].update(n_layer=2**20),
+        "1,048,576 layers, but there are only",
+    ),
 }
 
 
@@ -258,7 +324,11 @@ def test_a_checkpoint_that_would_run_code_is_refused(folder):
 def test_out_dir_may_be_nanogpts_but_its_training_is_not_resumed(folder, fails, capsys):
     write_nanogpt()
     texts = []
-    for argv in (["--out_dir=nano/out"], ["--init_from=nano/out/ckpt.pt"], ["--init_from=nano/out"]):
+    for argv in (
+        ["--out_dir=nano/out"],
+        ["--init_from=nano/out/ckpt.pt"],
+        ["--init_from=nano/out"],
+    ):
         sample.main([*argv, "--seed=3", "--start=abc", "--max_new_tokens=9", "--num_samples=1"])
         texts.append(capsys.readouterr().out)
     assert len(set(texts)) == 1 and len(texts[0]) == 13
@@ -272,28 +342,79 @@ def test_out_dir_may_be_nanogpts_but_its_training_is_not_resumed(folder, fails, 
 NANOGPT_CONFIGS = {
     "train_gpt2": {"batch_size": 12, "max_iters": 600000, "weight_decay": 1e-1},
     "eval_gpt2": {"batch_size": 8, "eval_iters": 500, "eval_only": True, "init_from": "gpt2"},
-    "eval_gpt2_medium": {"batch_size": 8, "eval_iters": 500, "eval_only": True, "init_from": "gpt2-medium"},
-    "eval_gpt2_large": {"batch_size": 8, "eval_iters": 500, "eval_only": True, "init_from": "gpt2-large"},
+    "eval_gpt2_medium": {
+        "batch_size": 8,
+        "eval_iters": 500,
+        "eval_only": True,
+        "init_from": "gpt2-medium",
+    },
+    "eval_gpt2_large": {
+        "batch_size": 8,
+        "eval_iters": 500,
+        "eval_only": True,
+        "init_from": "gpt2-large",
+    },
     "eval_gpt2_xl": {"batch_size": 8, "eval_iters": 500, "eval_only": True, "init_from": "gpt2-xl"},
-    "finetune_shakespeare": {"dataset": "shakespeare", "init_from": "gpt2-xl", "batch_size": 1, "max_iters": 20}
-    | {"gradient_accumulation_steps": 32, "learning_rate": 3e-5, "decay_lr": False, "always_save_checkpoint": False},
-    "train_shakespeare_char": {"dataset": "shakespeare_char", "n_layer": 6, "n_head": 6, "n_embd": 384}
-    | {"block_size": 256, "dropout": 0.2, "learning_rate": 1e-3, "max_iters": 5000, "lr_decay_iters": 5000}
-    | {"min_lr": 1e-4, "beta2": 0.99, "warmup_iters": 100, "batch_size": 64, "gradient_accumulation_steps": 1},
+    "finetune_shakespeare": {
+        "dataset": "shakespeare",
+        "init_from": "gpt2-xl",
+        "batch_size": 1,
+        "max_iters": 20,
+    }
+    | {
+        "gradient_accumulation_steps": 32,
+        "learning_rate": 3e-5,
+        "decay_lr": False,
+        "always_save_checkpoint": False,
+    },
+    "train_shakespeare_char": {
+        "dataset": "shakespeare_char",
+        "n_layer": 6,
+        "n_head": 6,
+        "n_embd": 384,
+    }
+    | {
+        "block_size": 256,
+        "dropout": 0.2,
+        "learning_rate": 1e-3,
+        "max_iters": 5000,
+        "lr_decay_iters": 5000,
+    }
+    | {
+        "min_lr": 1e-4,
+        "beta2": 0.99,
+        "warmup_iters": 100,
+        "batch_size": 64,
+        "gradient_accumulation_steps": 1,
+    },
 }
 DEFAULTS = Path(train.__file__).parent / "config" / "nanogpt.py"
 
 
 @pytest.mark.parametrize("name", NANOGPT_CONFIGS)
-def test_after_nanogpts_defaults_its_config_files_mean_what_they_mean_there(name, folder, monkeypatch, capsys):
+def test_after_nanogpts_defaults_its_config_files_mean_what_they_mean_there(
+    name, folder, monkeypatch, capsys
+):
     asked, keys = [], NANOGPT_CONFIGS[name]
-    shape = {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024, "vocab_size": 50257, "bias": True}
+    shape = {
+        "n_layer": 48,
+        "n_head": 25,
+        "n_embd": 1600,
+        "block_size": 1024,
+        "vocab_size": 50257,
+        "bias": True,
+    }
     base = BaseModel(Path("gpt2"), ModelConfig(**shape), {}, None, "language modelling", "")
     monkeypatch.setattr(train_config, "load_base", lambda source: asked.append(source) or base)
     Path("theirs.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
     config, model_config, _, found = read_settings([str(DEFAULTS), "theirs.py"])
     settings = vars(config) | vars(model_config)
-    defaults = {"dataset": "openwebtext", "learning_rate": 6e-4, "beta2": 0.95, "gradient_accumulation_steps": 40}
+    defaults = {
+        "dataset": "openwebtext",
+        "learning_rate": 6e-4,
+        "beta2": 0.95,
+        "gradient_accumulation_steps": 40,
+    }
     defaults |= {
         "vocab_size": 50304,
         "n_layer": 12,
@@ -308,7 +429,8 @@ def test_after_nanogpts_defaults_its_config_files_mean_what_they_mean_there(name
     assert {key: settings[key] for key in expected} == expected
     assert asked == ([keys["init_from"]] if started else []) and (found is base) == started
     assert (
-        "n_layer=12, n_head=12, n_embd=768, vocab_size=50304, bias=False: without effect" in capsys.readouterr().err
+        "n_layer=12, n_head=12, n_embd=768, vocab_size=50304, bias=False: without effect"
+        in capsys.readouterr().err
     ) == started
 
 
@@ -324,8 +446,17 @@ def theirs(folder):
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(merges_folder(Path("theirs")))
     torch.manual_seed(0)
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 24, "vocab_size": 400, "eos_token_id": None}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(initializer_range=0.3, **sizes)).eval()
+    sizes = {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 16,
+        "n_positions": 24,
+        "vocab_size": 400,
+        "eos_token_id": None,
+    }
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(initializer_range=0.3, **sizes)
+    ).eval()
     model.save_pretrained("theirs")
     Path("text.txt").write_text(make_text(6000))
     prepare_data.main(["--input=text.txt", "--name=text", "--tokenizer=theirs"])
@@ -361,7 +492,9 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
 
     assert refused("nothing") == "init_from=nothing: there is no such file or folder\n"
     assert refused("their").endswith("; did you mean theirs?\n")
-    assert "holds no model: neither best.pt nor ckpt.pt, nor config.json and weights" in refused("data", train.main)
+    assert "holds no model: neither best.pt nor ckpt.pt, nor config.json and weights" in refused(
+        "data", train.main
+    )
     assert "is not a checkpoint: it is truncated" in refused("text.txt")
     assert refused("theirs/model.safetensors") == (
         "init_from=theirs/model.safetensors is one file of a model; name its folder\n"
@@ -373,7 +506,9 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
     Path("out/stopped").mkdir(parents=True)
     for name in ("config.json", "metrics.jsonl"):
         Path("out/stopped", name).write_text("{}")
-    assert refused("out/stopped").startswith("no checkpoint out/stopped/best.pt; train first: python train.py --out_d")
+    assert refused("out/stopped").startswith(
+        "no checkpoint out/stopped/best.pt; train first: python train.py --out_d"
+    )
     assert refused("out/gone").startswith("init_from=out/gone: there is no such file or folder")
     vocab = json.loads(Path("theirs/vocab.json").read_text())
     config = json.loads(Path("theirs/config.json").read_text())
@@ -382,6 +517,8 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
     Path("theirs/vocab.json").unlink()
     assert "there is neither tokenizer.json nor tokenizer.model nor vocab.json" in refused("theirs")
     Path("theirs/config.json").unlink()
-    assert "cannot read the model in theirs: there is no config.json" in refused("theirs", train.main)
+    assert "cannot read the model in theirs: there is no config.json" in refused(
+        "theirs", train.main
+    )
     Path("theirs/config.json").write_text(json.dumps(config | {"model_type": "bert"}))
     assert "model_type=bert is not supported" in refused("theirs", train.main)

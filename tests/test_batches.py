@@ -9,10 +9,10 @@ import torch
 from conftest import TINY_RUN, make_text
 
 import train
-from humptygpt.batches import Prefetcher, TokenDataset, permute, random_key
-from humptygpt.configurator import UserError
-from humptygpt.token_files import CHECKED, META_FORMAT, TokenFiles, checksums, read_meta
-from humptygpt.tokenizer import GPT2Tokenizer
+from humptygpt.core.errors import UserError
+from humptygpt.data.batches import Prefetcher, TokenDataset, permute, random_key
+from humptygpt.data.token_files import CHECKED, META_FORMAT, TokenFiles, checksums, read_meta
+from humptygpt.tokenizer.tokenizers import GPT2Tokenizer
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000])
@@ -73,9 +73,17 @@ def write_meta(data: Path, tokenizer: dict) -> None:
     for split in ("train", "val"):
         paths = sorted(data.glob(f"{split}*.bin"))
         files = [{"name": path.name, "tokens": path.stat().st_size // 2} for path in paths]
-        splits[split] = {"files": files, "checksums": {path.name: checksums(path) for path in paths}}
+        splits[split] = {
+            "files": files,
+            "checksums": {path.name: checksums(path) for path in paths},
+        }
         splits[split]["tokens"] = splits[split]["bytes"] = sum(file["tokens"] for file in files)
-    meta = {"format": META_FORMAT, "task": "language modelling", "source": "counting", "dtype": "uint16"}
+    meta = {
+        "format": META_FORMAT,
+        "task": "language modelling",
+        "source": "counting",
+        "dtype": "uint16",
+    }
     (data / "meta.json").write_text(json.dumps(meta | {"splits": splits, "tokenizer": tokenizer}))
 
 
@@ -129,7 +137,9 @@ def test_prefetching_gives_the_same_batches_and_reads_the_next_one(counted, monk
     dataset = TokenDataset(counted, 16, seed=1)
     ahead, read = Prefetcher(dataset), []
     monkeypatch.setattr(
-        dataset, "batch", lambda index, size, batch=dataset.batch: read.append(index) or batch(index, size)
+        dataset,
+        "batch",
+        lambda index, size, batch=dataset.batch: read.append(index) or batch(index, size),
     )
     for index in (5, 6, 7, 3, 4):
         assert starts_of(ahead, index, 4) == starts_of(TokenDataset(counted, 16, seed=1), index, 4)
@@ -157,7 +167,9 @@ def test_some_evaluation_batches_are_always_the_same_and_spread_over_the_split(c
     dataset = TokenDataset(counted, 16, seed=1)
     first = [batch["idx"][:, 0].tolist() for batch in dataset.val_batches(2, 2)]
     dataset.batch(1, 4)
-    assert first == [batch["idx"][:, 0].tolist() for batch in TokenDataset(counted, 16, seed=9).val_batches(2, 2)]
+    assert first == [
+        batch["idx"][:, 0].tolist() for batch in TokenDataset(counted, 16, seed=9).val_batches(2, 2)
+    ]
     assert first[0][0] == 0 and first[0][1] < first[1][0] < first[1][1] and first[1][1] >= 64
 
 
@@ -168,7 +180,9 @@ def test_a_nanogpt_folder_opens_as_it_is(folder):
     data.mkdir(parents=True)
     stoi = {char: i for i, char in enumerate(alphabet)}
     with (data / "meta.pkl").open("wb") as file:
-        pickle.dump({"vocab_size": len(alphabet), "itos": dict(enumerate(alphabet)), "stoi": stoi}, file)
+        pickle.dump(
+            {"vocab_size": len(alphabet), "itos": dict(enumerate(alphabet)), "stoi": stoi}, file
+        )
     for split, part in (("train", text[:1800]), ("val", text[1800:])):
         np.array([stoi[char] for char in part], dtype=np.uint16).tofile(data / f"{split}.bin")
     dataset = TokenDataset(data, 16, seed=1)
@@ -185,8 +199,12 @@ class Evil:
 def test_a_pickle_that_holds_code_is_refused_and_never_runs(folder, fails):
     data = folder / "data" / "evil"
     data.mkdir(parents=True)
-    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 1, "itos": {0: Evil()}, "stoi": {}}))
-    assert "is not a plain {vocab_size, itos, stoi}" in fails(train.main, *TINY_RUN, "--dataset=evil")
+    (data / "meta.pkl").write_bytes(
+        pickle.dumps({"vocab_size": 1, "itos": {0: Evil()}, "stoi": {}})
+    )
+    assert "is not a plain {vocab_size, itos, stoi}" in fails(
+        train.main, *TINY_RUN, "--dataset=evil"
+    )
     assert not Path("ran").exists()
 
 
@@ -217,25 +235,45 @@ DAMAGE = {
     ),
     "meta.json: dtype must be uint16 or uint32": lambda data: edit_meta(data, dtype="object"),
     "meta.json: splits is missing": lambda data: (data / "meta.json").write_text(
-        json.dumps({"format": META_FORMAT, "task": "translation", "source": "", "dtype": "uint16", "tokenizer": {}})
+        json.dumps(
+            {
+                "format": META_FORMAT,
+                "task": "translation",
+                "source": "",
+                "dtype": "uint16",
+                "tokenizer": {},
+            }
+        )
     ),
-    "meta.json: splits.train.tokens must be an integer from 1 to 9,": lambda data: edit_train(data, tokens=-3600),
+    "meta.json: splits.train.tokens must be an integer from 1 to 9,": lambda data: edit_train(
+        data, tokens=-3600
+    ),
     "meta.json: splits.train.bytes is missing": lambda data: edit_train(data, bytes=...),
-    "meta.json: splits.train has 3,601 tokens, which is not the sum": lambda data: edit_train(data, tokens=3601),
-    "meta.json: splits.train has the file '../train.bin', which is not train.bin": lambda data: edit_train(
-        data, files=[{"name": "../train.bin", "tokens": 3600}]
+    "meta.json: splits.train has 3,601 tokens, which is not the sum": lambda data: edit_train(
+        data, tokens=3601
     ),
-    "meta.json: splits.train does not have the 1 checksums of train.bin": lambda data: edit_train(data, checksums={}),
+    "meta.json: splits.train has the file '../train.bin', which is not train.bin": lambda data: (
+        edit_train(data, files=[{"name": "../train.bin", "tokens": 3600}])
+    ),
+    "meta.json: splits.train does not have the 1 checksums of train.bin": lambda data: edit_train(
+        data, checksums={}
+    ),
     "meta.json: splits has 'more', which is not train, val or test": lambda data: edit_meta(
         data, splits=(splits := read_meta(data)["splits"]) | {"more": splits["val"]}
     ),
-    "meta.json: it is nested too deeply": lambda data: (data / "meta.json").write_text("[" * 100_000),
-    "train.bin is truncated": lambda data: (data / "train.bin").write_bytes((data / "train.bin").read_bytes()[:-1]),
-    "train.bin has 3,599 tokens, but meta.json says 3,600": lambda data: (data / "train.bin").write_bytes(
-        (data / "train.bin").read_bytes()[:-2]
+    "meta.json: it is nested too deeply": lambda data: (data / "meta.json").write_text(
+        "[" * 100_000
     ),
+    "train.bin is truncated": lambda data: (data / "train.bin").write_bytes(
+        (data / "train.bin").read_bytes()[:-1]
+    ),
+    "train.bin has 3,599 tokens, but meta.json says 3,600": lambda data: (
+        data / "train.bin"
+    ).write_bytes((data / "train.bin").read_bytes()[:-2]),
     "cannot read": lambda data: (data / "val.bin").unlink(),
-    "meta.json: format must be tokens 2": lambda data: (data / "meta.json").write_text('{"format": "tokens 99"}'),
+    "meta.json: format must be tokens 2": lambda data: (data / "meta.json").write_text(
+        '{"format": "tokens 99"}'
+    ),
     "meta.json: Expecting": lambda data: (data / "meta.json").write_text("{"),
 }
 
@@ -249,7 +287,10 @@ def test_damaged_token_files_are_refused(tiny, fails, complaint):
 
 def test_a_text_shorter_than_a_block_is_refused(tiny, fails):
     line = fails(train.main, *TINY_RUN, "--block_size=4000")
-    assert "train.bin has 3,600 tokens but needs at least 4,001" in line and "smaller --block_size" in line
+    assert (
+        "train.bin has 3,600 tokens but needs at least 4,001" in line
+        and "smaller --block_size" in line
+    )
 
 
 def test_nanogpts_folder_without_a_meta_is_gpt2s_tokens(folder, monkeypatch, capsys):
@@ -268,7 +309,10 @@ def test_nanogpts_folder_without_a_meta_is_gpt2s_tokens(folder, monkeypatch, cap
 def test_files_are_checked_where_they_are_read_and_only_there(folder):
     ids = np.arange(3 * CHECKED // 2 + 5).astype(np.uint16)  # three parts and a little of a fourth
     ids.tofile("train.bin")
-    meta = {"dtype": "uint16", "splits": {"train": {"files": [{"name": "train.bin", "tokens": len(ids)}]}}}
+    meta = {
+        "dtype": "uint16",
+        "splits": {"train": {"files": [{"name": "train.bin", "tokens": len(ids)}]}},
+    }
     meta["splits"]["train"]["checksums"] = {"train.bin": checksums(Path("train.bin"))}
     ids[CHECKED + 17] += 1  # in the third
     ids.tofile("train.bin")
@@ -277,7 +321,9 @@ def test_files_are_checked_where_they_are_read_and_only_there(folder):
     assert tokens.read(starts, 5).tolist() == ids[starts[:, None] + np.arange(5)].tolist()
     tokens.read(np.array([size]), size)
     for start, length in ((2 * size, 1), (2 * size - 1, 2), (3 * size - 1, 1), (size, size + 1)):
-        with pytest.raises(UserError, match=rf"train\.bin was altered or damaged: from byte {2 * CHECKED:,} on"):
+        with pytest.raises(
+            UserError, match=rf"train\.bin was altered or damaged: from byte {2 * CHECKED:,} on"
+        ):
             TokenFiles(Path(), "train", meta).read(np.array([start]), length)
 
 
@@ -288,7 +334,11 @@ def test_a_row_may_cross_from_one_file_to_the_next(folder, sizes):
     for file, part in zip(files, parts, strict=True):
         part.tofile(file["name"])
     sums = {file["name"]: checksums(Path(file["name"])) for file in files}
-    tokens = TokenFiles(Path(), "train", {"dtype": "uint32", "splits": {"train": {"files": files, "checksums": sums}}})
+    tokens = TokenFiles(
+        Path(),
+        "train",
+        {"dtype": "uint32", "splits": {"train": {"files": files, "checksums": sums}}},
+    )
     assert len(tokens) == 10
     for length in (1, 4, 10, 12):
         rows = tokens.read(np.arange(10), length)

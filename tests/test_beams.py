@@ -8,8 +8,8 @@ import torch
 from test_transformer import EOT, random_model, tokens
 
 import model as models
-from humptygpt import beams
-from humptygpt.beams import Translation, beam_search, score, translate
+from humptygpt.generation import beams
+from humptygpt.generation.beams import Translation, beam_search, score, translate
 from model import ModelConfig
 
 
@@ -22,7 +22,9 @@ def decoder_only(**keys) -> models.GPT:
     return model
 
 
-both_ways = pytest.mark.parametrize("make", [random_model, decoder_only], ids=["encoder and decoder", "decoder only"])
+both_ways = pytest.mark.parametrize(
+    "make", [random_model, decoder_only], ids=["encoder and decoder", "decoder only"]
+)
 
 
 def some_sources(*lengths: int) -> list[np.ndarray]:
@@ -56,10 +58,17 @@ def test_one_beam_takes_the_most_probable_token_at_each_step(make):
 def test_enough_beams_find_the_best_translation_of_all(make, length_penalty):
     model = make(vocab_size=4)
     source = np.array([2, 1, EOT])
-    candidates = [(*words, EOT) for n in range(3) for words in itertools.product(range(1, 4), repeat=n)]
-    ranked = {ids: sum(log_probabilities(model, source, list(ids))) / len(ids) ** length_penalty for ids in candidates}
+    candidates = [
+        (*words, EOT) for n in range(3) for words in itertools.product(range(1, 4), repeat=n)
+    ]
+    ranked = {
+        ids: sum(log_probabilities(model, source, list(ids))) / len(ids) ** length_penalty
+        for ids in candidates
+    }
     best = max(ranked, key=ranked.get)
-    (found,) = translate(model, [source], EOT, num_beams=40, length_penalty=length_penalty, max_new_tokens=3)
+    (found,) = translate(
+        model, [source], EOT, num_beams=40, length_penalty=length_penalty, max_new_tokens=3
+    )
     assert found.ids == list(best[:-1]) and found.ended
     assert found.score == pytest.approx(ranked[best], abs=1e-5)
 
@@ -72,7 +81,9 @@ def test_the_score_is_the_mean_log_probability_of_a_forward_pass_without_state(m
     translations = translate(model, sources, EOT, num_beams=num_beams, max_new_tokens=5)
     for source, found in zip(sources, translations, strict=True):
         ids = found.ids if len(found.ids) == 5 else [*found.ids, EOT]
-        assert found.score == pytest.approx(np.mean(log_probabilities(model, source, ids)), abs=1e-5)
+        assert found.score == pytest.approx(
+            np.mean(log_probabilities(model, source, ids)), abs=1e-5
+        )
 
 
 @both_ways
@@ -119,7 +130,9 @@ def test_a_hypothesis_that_ended_is_not_lost_to_longer_ones_that_score_worse(mak
     for source in some_sources(*[2 + i % 4 for i in range(30)]):
         source = source % 4
         ended = []
-        for ids in itertools.chain.from_iterable(itertools.product(range(1, 4), repeat=n) for n in range(3)):
+        for ids in itertools.chain.from_iterable(
+            itertools.product(range(1, 4), repeat=n) for n in range(3)
+        ):
             ended.append(np.mean(log_probabilities(model, source, [*ids, EOT])))
         (found,) = translate(model, [source], EOT, num_beams=40, max_new_tokens=6)
         assert found.ended
@@ -143,7 +156,10 @@ def plain_search(model, source: np.ndarray, num_beams: int, limit: int) -> Trans
         longer = [hypothesis for hypothesis in kept if hypothesis[0][-1:] == [EOT]]
         for ids, total in kept:
             if ids[-1:] != [EOT]:
-                longer += [([*ids, t], total + log_probabilities(model, source, [*ids, t])[-1]) for t in range(4)]
+                longer += [
+                    ([*ids, t], total + log_probabilities(model, source, [*ids, t])[-1])
+                    for t in range(4)
+                ]
         kept = sorted(longer, key=mean, reverse=True)[:num_beams]
         ended = [hypothesis for hypothesis in kept if hypothesis[0][-1] == EOT]
         best = max([*filter(None, [best]), *ended], key=mean, default=None)
@@ -157,7 +173,9 @@ def plain_search(model, source: np.ndarray, num_beams: int, limit: int) -> Trans
 def test_two_beams_find_what_a_plain_search_without_state_finds(make):
     model = make(vocab_size=4)
     sources = [source % 4 for source in some_sources(*[2 + i % 4 for i in range(16)])]
-    for source, found in zip(sources, translate(model, sources, EOT, num_beams=2, max_new_tokens=7), strict=True):
+    for source, found in zip(
+        sources, translate(model, sources, EOT, num_beams=2, max_new_tokens=7), strict=True
+    ):
         expected = plain_search(model, source, 2, 7)
         assert (found.ids, found.ended) == (expected.ids, expected.ended)
         assert found.score == pytest.approx(expected.score, abs=1e-5)
@@ -181,4 +199,6 @@ def test_a_perfect_translation_scores_100_and_the_signature_names_the_settings()
 
 def test_a_translation_that_leaves_words_out_gets_the_brevity_penalty():
     whole = "A man in a blue shirt sleeps on a bench"
-    assert score([whole], [f"{whole} near the lake"])["bleu"] == pytest.approx(100 * np.exp(1 - 13 / 10))
+    assert score([whole], [f"{whole} near the lake"])["bleu"] == pytest.approx(
+        100 * np.exp(1 - 13 / 10)
+    )

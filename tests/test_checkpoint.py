@@ -16,10 +16,11 @@ from conftest import TINY_RUN, assert_same_weights, read_rows
 import model as models
 import sample
 import train
-from humptygpt import checkpoint, files
-from humptygpt.configurator import UserError
-from humptygpt.tokenizer import CharTokenizer
-from humptygpt.train_config import TrainConfig
+from humptygpt.checkpoint import checkpoint
+from humptygpt.core import files
+from humptygpt.core.errors import UserError
+from humptygpt.tokenizer.tokenizers import CharTokenizer
+from humptygpt.training.settings import TrainConfig
 
 OUT = Path("out/run")
 FORMAT_2 = Path(__file__).parent / "format2" / "ckpt.pt"
@@ -28,10 +29,15 @@ FORMAT_2 = Path(__file__).parent / "format2" / "ckpt.pt"
 def make_entries(**changes) -> dict:
     """The entries of a small checkpoint."""
     torch.manual_seed(0)
-    config = models.ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=3, tie_weights=False)
+    config = models.ModelConfig(
+        n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=3, tie_weights=False
+    )
     model = models.build(config)
     parameters = dict(model.named_parameters())
-    state = {name: {key: torch.rand_like(p) for key in ("exp_avg", "exp_avg_sq")} for name, p in parameters.items()}
+    state = {
+        name: {key: torch.rand_like(p) for key in ("exp_avg", "exp_avg_sq")}
+        for name, p in parameters.items()
+    }
     return {
         "train_config": asdict(TrainConfig(dataset="tiny", ema_decay=0.5)),
         "model_config": asdict(config),
@@ -50,16 +56,27 @@ def flatten(entries: object, name: str = "") -> dict[str, object]:
     """{path: value}"""
     if not isinstance(entries, dict) or not entries:
         return {name: entries}
-    return {path: leaf for key, value in entries.items() for path, leaf in flatten(value, f"{name}/{key}").items()}
+    return {
+        path: leaf
+        for key, value in entries.items()
+        for path, leaf in flatten(value, f"{name}/{key}").items()
+    }
 
 
 def test_a_checkpoint_comes_back_as_it_was(folder):
     entries = make_entries()
     checkpoint.save(Path("a.pt"), entries)
-    expected, found = flatten(entries | {"format": checkpoint.FORMAT}), flatten(checkpoint.load(Path("a.pt")))
+    expected, found = (
+        flatten(entries | {"format": checkpoint.FORMAT}),
+        flatten(checkpoint.load(Path("a.pt"))),
+    )
     assert expected.keys() == found.keys()
     for path, value in expected.items():
-        same = torch.equal(found[path], value) if isinstance(value, torch.Tensor) else found[path] == value
+        same = (
+            torch.equal(found[path], value)
+            if isinstance(value, torch.Tensor)
+            else found[path] == value
+        )
         assert same, path
 
 
@@ -151,8 +168,12 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("complaint", "make"), [(line, make) for line, makes in BAD.items() for make in makes])
-def test_a_file_that_is_not_a_checkpoint_is_refused_and_runs_no_code(folder, fails, complaint, make):
+@pytest.mark.parametrize(
+    ("complaint", "make"), [(line, make) for line, makes in BAD.items() for make in makes]
+)
+def test_a_file_that_is_not_a_checkpoint_is_refused_and_runs_no_code(
+    folder, fails, complaint, make
+):
     OUT.mkdir(parents=True)
     make(OUT / "best.pt")
     assert complaint in fails(sample.main, "--out_dir=out/run", "--device=cpu")
@@ -182,8 +203,12 @@ def test_one_flipped_bit_in_any_record_is_found(folder):
     whole, records = records_of(path)
     assert len(records) > 40
     for info in records:
-        name_size, extra_size = (int.from_bytes(whole[info.header_offset + at :][:2], "little") for at in (26, 28))
-        start = info.header_offset + 30 + name_size + extra_size  # a local header has 30 bytes, a name and extra fields
+        name_size, extra_size = (
+            int.from_bytes(whole[info.header_offset + at :][:2], "little") for at in (26, 28)
+        )
+        start = (
+            info.header_offset + 30 + name_size + extra_size
+        )  # a local header has 30 bytes, a name and extra fields
         assert_damaged(path, whole, start + info.file_size // 2, 1)
 
 
@@ -192,7 +217,9 @@ def test_a_record_marked_as_a_directory_is_found(folder):
     checkpoint.save(path, make_entries())
     whole, records = records_of(path)
     for info in records:
-        name_at = whole.rindex(b"PK\1\2", 0, whole.rindex(info.filename.encode())) + 46  # in the central directory
+        name_at = (
+            whole.rindex(b"PK\1\2", 0, whole.rindex(info.filename.encode())) + 46
+        )  # in the central directory
         assert whole[name_at:].startswith(info.filename.encode())
         assert_damaged(path, whole, name_at - 8, 0x10)  # in the external attributes
 
@@ -219,17 +246,32 @@ HOLDS = r"it is truncated, damaged or holds more than tensors and plain data"
 EDITS = [
     ("train_config is missing", change("train_config")),
     ("train_config must be a dictionary", change("train_config", value=[])),
-    ("unknown key batch_sice; did you mean batch_size", change("train_config", "batch_size", rename="batch_sice")),
+    (
+        "unknown key batch_sice; did you mean batch_size",
+        change("train_config", "batch_size", rename="batch_sice"),
+    ),
     ("batch_size='4' must be int", change("train_config", "batch_size", value="4")),
     ("batch_size=0 must be at least 1", change("train_config", "batch_size", value=0)),
-    ("learning_rate=nan must be above 0", change("train_config", "learning_rate", value=float("nan"))),
+    (
+        "learning_rate=nan must be above 0",
+        change("train_config", "learning_rate", value=float("nan")),
+    ),
     (r"train_config\.seed must be ", change("train_config", "seed", value=[1])),
     ("unknown key n_layr", change("model_config", "n_layer", rename="n_layr")),
-    ("model_config does not describe these weights", change("model_config", "n_layer", value=10**9)),
+    (
+        "model_config does not describe these weights",
+        change("model_config", "n_layer", value=10**9),
+    ),
     ("model_config does not describe these weights", change("model_config", "n_embd", value=2**40)),
     ("n_head=3", change("model_config", "n_head", value=3)),
-    ("block_size=2147483648 must be at least 1 and at most", change("model_config", "block_size", value=2**31)),
-    ("lm_head.weight must equal model.wte.weight", change("model_config", "tie_weights", value=True)),
+    (
+        "block_size=2147483648 must be at least 1 and at most",
+        change("model_config", "block_size", value=2**31),
+    ),
+    (
+        "lm_head.weight must equal model.wte.weight",
+        change("model_config", "tie_weights", value=True),
+    ),
     ("tokenizer must be a dictionary", change("tokenizer", value="char")),
     ("the tokenizer char is damaged", change("tokenizer", "alphabet")),
     ("the tokenizer has 4 tokens, but the model 3", change("tokenizer", "alphabet", value="abcd")),
@@ -252,11 +294,19 @@ EDITS = [
     ("model.lm_head.weight must be", change("model", "lm_head.weight", value=WTE.double())),
     ("model.lm_head.weight must be", change("model", "lm_head.weight", value=WTE.to_sparse())),
     ("model.lm_head.weight must be", change("model", "lm_head.weight", value=WTE.to("meta"))),
-    ("model.lm_head.weight must be", change("model", "lm_head.weight", value=torch.nn.Parameter(WTE))),
-    ("model.lm_head.weight must be", change("model", "lm_head.weight", value=torch.zeros(()).expand(3, 8))),
+    (
+        "model.lm_head.weight must be",
+        change("model", "lm_head.weight", value=torch.nn.Parameter(WTE)),
+    ),
+    (
+        "model.lm_head.weight must be",
+        change("model", "lm_head.weight", value=torch.zeros(()).expand(3, 8)),
+    ),
     (
         "model.lm_head.weight must be|" + HOLDS,
-        change("model", "lm_head.weight", value=torch.quantize_per_tensor(WTE, 1.0, 0, torch.qint8)),
+        change(
+            "model", "lm_head.weight", value=torch.quantize_per_tensor(WTE, 1.0, 0, torch.qint8)
+        ),
     ),
     ("ema must be a dictionary or None", change("ema", value=3)),
     ("ema.wte.weight is missing", change("ema", "wte.weight")),
@@ -265,15 +315,24 @@ EDITS = [
     ("progress.x is unknown", change("progress", "x", value=3)),
     ("device must have no control characters", change("train_config", "device", value="c\npu")),
     ("optimizer.steps is missing", change("optimizer", "steps")),
-    ("optimizer.state.wte.weight must be a dictionary", change("optimizer", "state", "wte.weight", value=WTE)),
+    (
+        "optimizer.state.wte.weight must be a dictionary",
+        change("optimizer", "state", "wte.weight", value=WTE),
+    ),
     ("optimizer.wte.weight is missing", change("optimizer", "state", "wte.weight", rename="wte.w")),
     (
         "optimizer.wte.weight.exp_average is unknown",
         change("optimizer", "state", "wte.weight", "exp_avg", rename="exp_average"),
     ),
-    ("optimizer.wte.weight.exp_avg must be", change("optimizer", "state", "wte.weight", "exp_avg", value=WTE.half())),
+    (
+        "optimizer.wte.weight.exp_avg must be",
+        change("optimizer", "state", "wte.weight", "exp_avg", value=WTE.half()),
+    ),
     ("optimizer.x is unknown", change("optimizer", "state", "x", value={})),
-    ("batch_size must be an integer of 64 bits", change("train_config", "batch_size", value=10**400)),
+    (
+        "batch_size must be an integer of 64 bits",
+        change("train_config", "batch_size", value=10**400),
+    ),
     ("scaler", change("scaler", value={"scale": 1.0})),
 ]
 
@@ -291,7 +350,9 @@ def test_an_entry_that_is_missing_renamed_or_of_another_kind_is_named(tiny, comp
 
 def test_what_does_not_fit_the_schema_is_never_saved(folder):
     with pytest.raises(ValueError, match="model is missing"):
-        checkpoint.save(Path("a.pt"), {key: value for key, value in make_entries().items() if key != "model"})
+        checkpoint.save(
+            Path("a.pt"), {key: value for key, value in make_entries().items() if key != "model"}
+        )
     assert not Path("a.pt").exists()
 
 
@@ -309,7 +370,9 @@ def test_a_run_resumes_from_a_checkpoint_of_format_2_with_its_averaged_weights(t
     expected = {4: 2.9839518070220947, 5: 2.945059299468994, 6: 2.9363901615142822}
     assert losses == pytest.approx(expected, abs=0.003)
     (evaluated,) = (row for row in rows if "val_loss" in row)
-    assert evaluated["iter"] == 6 and evaluated["val_loss"] == pytest.approx(2.964020252227783, abs=0.003)
+    assert evaluated["iter"] == 6 and evaluated["val_loss"] == pytest.approx(
+        2.964020252227783, abs=0.003
+    )
     new = torch.load(OUT / "ckpt.pt")
     assert new["format"] == checkpoint.FORMAT and new["optimizer"]["steps"] == 6
     assert not torch.equal(new["ema"]["wte.weight"], old["model"]["wte.weight"])
@@ -319,8 +382,13 @@ def test_a_checkpoint_of_format_2_keeps_every_tensor():
     old, new = torch.load(FORMAT_2), checkpoint.load(FORMAT_2)
     values = lambda weights: {tensor.numpy().tobytes() for tensor in weights.values()}  # noqa: E731
     assert values(new["model"]) == values(old["newest_weights"])
-    assert values(new["ema"]) | {new["model"]["ngrams.keys"].numpy().tobytes()} == values(old["model"])
-    (_, _, old_states), new_states = old["optimizer"].values(), list(new["optimizer"]["state"].values())
+    assert values(new["ema"]) | {new["model"]["ngrams.keys"].numpy().tobytes()} == values(
+        old["model"]
+    )
+    (_, _, old_states), new_states = (
+        old["optimizer"].values(),
+        list(new["optimizer"]["state"].values()),
+    )
     assert len(new_states) == len(new["ema"])
     assert [values(state) for state in new_states] == [values(state) for state in old_states]
     assert_same_weights(dict(checkpoint.load_model(FORMAT_2).model.named_parameters()), new["ema"])
@@ -331,7 +399,10 @@ def test_sampling_reads_format_2(folder, capsys, name):
     OUT.mkdir(parents=True)
     entries = torch.load(FORMAT_2)
     if name == "best.pt":
-        entries = {key: entries[key] for key in entries.keys() - {"optimizer", "scaler", "newest_weights", "progress"}}
+        entries = {
+            key: entries[key]
+            for key in entries.keys() - {"optimizer", "scaler", "newest_weights", "progress"}
+        }
     torch.save(entries, OUT / name)
     sample.main(["--out_dir=out/run", "--device=cpu", "--num_samples=1", "--max_new_tokens=30"])
     printed = capsys.readouterr()
@@ -340,7 +411,12 @@ def test_sampling_reads_format_2(folder, capsys, name):
 
 @pytest.mark.parametrize("position", models.POSITIONS)
 def test_a_restored_model_shares_the_tensors_of_the_file_and_is_whole(position):
-    for keys in ({}, {"tie_weights": False}, {"model": "transformer"}, {"ngrams": 2, "ngram_rows": 20}):
+    for keys in (
+        {},
+        {"tie_weights": False},
+        {"model": "transformer"},
+        {"ngrams": 2, "ngram_rows": 20},
+    ):
         config = models.ModelConfig(
             n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=11, position=position, **keys
         )
@@ -350,7 +426,9 @@ def test_a_restored_model_shares_the_tensors_of_the_file_and_is_whole(position):
             saved["lm_head.weight"] = saved["wte.weight"]
         restored = checkpoint.restore_model(saved, config)
         assert restored.wte.weight.data_ptr() == saved["wte.weight"].data_ptr()
-        assert [name for name, _ in restored.named_parameters()] == [name for name, _ in model.named_parameters()]
+        assert [name for name, _ in restored.named_parameters()] == [
+            name for name, _ in model.named_parameters()
+        ]
         assert all(p.requires_grad for p in restored.parameters())
         batch = {"idx": torch.ones(1, 8, dtype=torch.long)}
         batch |= {"source": torch.ones(1, 5, dtype=torch.long)} if model.has_encoder else {}

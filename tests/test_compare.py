@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import compare
-from humptygpt import checkpoint
+from humptygpt.checkpoint import checkpoint
 from model import ModelConfig
 from train import TrainConfig
 
@@ -43,8 +43,12 @@ def make_run(
     for it, loss in enumerate(losses, start=1):
         clock = {"iter": it * every, "tokens": it * every * 10, "seconds": it * float(every)}
         bits = loss / math.log(2) / bytes_per_token
-        rows.append(clock | {"train_loss": loss, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 10})
-        rows.append(clock | {"val_loss": loss, "val_bits_per_byte": bits, "val_perplexity": math.exp(loss)})
+        rows.append(
+            clock | {"train_loss": loss, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 10}
+        )
+        rows.append(
+            clock | {"val_loss": loss, "val_bits_per_byte": bits, "val_perplexity": math.exp(loss)}
+        )
     if bleu is not None:
         rows.append(clock | {"test_bleu": bleu, "test_chrf": 2 * bleu})
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -56,7 +60,9 @@ def make_run(
 def run(capsys, *argv: str) -> str:
     """What compare.py prints to stdout."""
     capsys.readouterr()
-    compare.main([*argv, *([] if any(a.startswith("--picture") for a in argv) else ["--picture=None"])])
+    compare.main(
+        [*argv, *([] if any(a.startswith("--picture") for a in argv) else ["--picture=None"])]
+    )
     return capsys.readouterr().out
 
 
@@ -73,7 +79,17 @@ def test_a_row_shows_name_parameters_time_speed_loss_bits_and_state(folder, caps
     make_run("out/a", 2.5, 2.0)
     parameters = 65 * 128 + 64 * 128 + 4 * (12 * 128 * 128 + 2 * 128) + 128
     assert row_of(run(capsys, "out/a"), "a").split() == [
-        *("a", f"{parameters:,}", "200.0", "10", "2.0000", "200", f"{2 / math.log(2):.3f}", "best", "done")
+        *(
+            "a",
+            f"{parameters:,}",
+            "200.0",
+            "10",
+            "2.0000",
+            "200",
+            f"{2 / math.log(2):.3f}",
+            "best",
+            "done",
+        )
     ]
 
 
@@ -93,22 +109,39 @@ def test_where_no_value_is_common_every_row_shows_its_own(folder, capsys, count)
         make_run(f"out/{i}", 2.0, learning_rate=0.1 * i)
     table = run(capsys, *(f"out/{i}" for i in range(count)))
     assert "most runs" not in table
-    assert all(row_of(table, str(i)).split()[-1] == f"learning_rate={0.1 * i}" for i in range(count))
+    assert all(
+        row_of(table, str(i)).split()[-1] == f"learning_rate={0.1 * i}" for i in range(count)
+    )
 
 
 def test_settings_that_need_more_lines_stay_in_their_column(folder, capsys, monkeypatch):
     make_run("out/a", 2.0, 1.9)
-    make_run("out/b", 2.0, 1.9, position="rotary", norm="rmsnorm", activation="silu", optimizer="muon", bias=True)
+    make_run(
+        "out/b",
+        2.0,
+        1.9,
+        position="rotary",
+        norm="rmsnorm",
+        activation="silu",
+        optimizer="muon",
+        bias=True,
+    )
     for columns in ("80", "120"):
         monkeypatch.setenv("COLUMNS", columns)
         lines = run(capsys, "out/a", "out/b").splitlines()
         (start,) = [number for number, line in enumerate(lines) if "settings" in line]
         column = lines[start].index("settings")
-        assert len(lines) > start + 3 and all(line[column - 1] == " " != line[column] for line in lines[start:])
-        assert {line[:column].strip() for line in lines[start + 2 :] if not line.startswith("b ")} == {""}
+        assert len(lines) > start + 3 and all(
+            line[column - 1] == " " != line[column] for line in lines[start:]
+        )
+        assert {
+            line[:column].strip() for line in lines[start + 2 :] if not line.startswith("b ")
+        } == {""}
 
 
-def test_where_settings_do_not_fit_beside_the_numbers_they_follow_in_a_second_block(folder, capsys, monkeypatch):
+def test_where_settings_do_not_fit_beside_the_numbers_they_follow_in_a_second_block(
+    folder, capsys, monkeypatch
+):
     make_run("out/a", 2.0)
     make_run("out/b", 2.0, n_head=2)
     monkeypatch.setenv("COLUMNS", "80")
@@ -126,8 +159,21 @@ def test_where_settings_do_not_fit_beside_the_numbers_they_follow_in_a_second_bl
 @pytest.mark.parametrize("width", [80, 120, 200])
 def test_many_differences_and_long_names_fit_the_terminal(folder, capsys, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
-    unusual = {"n_layer": 2, "n_head": 2, "n_embd": 64, "position": "rotary", "norm": "rmsnorm", "activation": "silu"}
-    unusual |= {"learning_rate": 0.002, "beta2": 0.95, "weight_decay": 0.0, "optimizer": "muon", "seed": 1}
+    unusual = {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 64,
+        "position": "rotary",
+        "norm": "rmsnorm",
+        "activation": "silu",
+    }
+    unusual |= {
+        "learning_rate": 0.002,
+        "beta2": 0.95,
+        "weight_decay": 0.0,
+        "optimizer": "muon",
+        "seed": 1,
+    }
     for name in ("a", "b"):
         make_run(f"out/{name}", 2.0, max_iters=2000)
     make_run("out/" + "a-long-name-" * 8 + "with-an-end", 1.9, **unusual)
@@ -157,13 +203,19 @@ def test_runs_with_different_tokens_are_compared_by_bits_per_byte(folder, capsys
     compare.main(["out/char", "out/bpe", "--picture=None"])
     table, errors = capsys.readouterr()
     assert " best " in row_of(table, "bpe") and " best " not in row_of(table, "char")
-    assert "note: the runs differ in dataset; losses compare only on the same validation text" in errors
+    assert (
+        "note: the runs differ in dataset; losses compare only on the same validation text"
+        in errors
+    )
 
 
 def test_curves_are_drawn_over_bytes_so_that_tokens_of_any_length_compare(folder):
     make_run("out/bpe", 4.0, 3.9, bytes_per_token=4.0)
     curve = compare.curve(compare.read_run(Path("out/bpe")))
-    assert curve == [pytest.approx((4000, 4 / 4 / math.log(2))), pytest.approx((8000, 3.9 / 4 / math.log(2)))]
+    assert curve == [
+        pytest.approx((4000, 4 / 4 / math.log(2))),
+        pytest.approx((8000, 3.9 / 4 / math.log(2))),
+    ]
 
 
 def test_a_run_with_settings_of_another_version_is_listed_without_parameters(folder, capsys):
@@ -201,7 +253,11 @@ def test_a_run_of_an_earlier_version_has_the_defaults_of_the_keys_that_came_late
         ([2.0, 2.1, 2.2], {"max_iters": 900, "early_stopping": 2}, "done early at 300 of 900"),
         ([2.0, 2.1, 1.9], {"max_iters": 900, "early_stopping": 2}, "stopped at 300 of 900"),
         ([2.0, 2.1], {"max_iters": 900, "early_stopping": 2}, "stopped at 200 of 900"),
-        ([2.0, 1.9], {"max_iters": 900, "quiet": 600, "log_interval": 100}, "running at 22 %"),  # a line each 100 s
+        (
+            [2.0, 1.9],
+            {"max_iters": 900, "quiet": 600, "log_interval": 100},
+            "running at 22 %",
+        ),  # a line each 100 s
     ],
 )
 def test_a_row_shows_the_state_of_its_run(folder, capsys, losses, settings, state):
@@ -216,8 +272,27 @@ def test_a_run_without_its_last_evaluation_is_not_done(folder, capsys):
 
 
 DAMAGED = [
-    *("[1]", '"text"', "7", "null", "true", "", "{", "[" * 100_000, '{"iter": 5}', "{'iter': 5}", "\x00\xff"),
-    *({"iter": None}, {"iter": "5"}, {"tokens": [1]}, {"seconds": {}}, {"seconds": True}, {"iter": -1}),
+    *(
+        "[1]",
+        '"text"',
+        "7",
+        "null",
+        "true",
+        "",
+        "{",
+        "[" * 100_000,
+        '{"iter": 5}',
+        "{'iter': 5}",
+        "\x00\xff",
+    ),
+    *(
+        {"iter": None},
+        {"iter": "5"},
+        {"tokens": [1]},
+        {"seconds": {}},
+        {"seconds": True},
+        {"iter": -1},
+    ),
     *({"seconds": math.nan}, {"seconds": math.inf}, {"tokens": 10**400}, {"iter": 1e300}),
     *({"val_loss": math.nan}, {"val_loss": "low"}, {"val_loss": None}, {"val_loss": -math.inf}),
     *({"val_loss": 0.1, "val_bits_per_byte": []}, {"val_loss": 0.1, "val_bits_per_byte": -1}),
@@ -229,11 +304,19 @@ DAMAGED = [
 def test_damaged_rows_are_skipped_with_a_note_wherever_they_stand(folder, capsys, row):
     make_run("out/good", 2.0)
     metrics = make_run("out/a", 2.0, 1.9, 1.95, max_iters=300) / "metrics.jsonl"
-    line = row if isinstance(row, str) else json.dumps({"iter": 150, "tokens": 1500, "seconds": 1.5} | row)
+    line = (
+        row
+        if isinstance(row, str)
+        else json.dumps({"iter": 150, "tokens": 1500, "seconds": 1.5} | row)
+    )
     expected = run(capsys, "out/a", "out/good")
     lines = metrics.read_text().splitlines()
     for at in (0, 3, 6):
-        metrics.write_text("".join(f"{line}\n" for line in [*lines[:at], line, *lines[at:], ""][: 8 if at == 6 else 7]))
+        metrics.write_text(
+            "".join(
+                f"{line}\n" for line in [*lines[:at], line, *lines[at:], ""][: 8 if at == 6 else 7]
+            )
+        )
         compare.main(["out/a", "out/good"])
         table, errors = capsys.readouterr()
         assert table == expected
@@ -288,7 +371,9 @@ def break_folder(how: str) -> str:
             "a list": lambda: config.write_text("[1]"),
             "no steps": lambda: config.write_text(json.dumps(DEFAULTS | {"max_iters": 0})),
             "nested": lambda: config.write_text("[" * 100_000),
-            "control characters": lambda: config.write_text(json.dumps(DEFAULTS | {"dataset": "\x1b[2J\ud800"})),
+            "control characters": lambda: config.write_text(
+                json.dumps(DEFAULTS | {"dataset": "\x1b[2J\ud800"})
+            ),
         }[how]()
     return "out/bad"
 
@@ -329,9 +414,13 @@ def test_nothing_left_to_compare_is_one_line_and_exit_code_2(folder, fails):
 
 def test_bad_arguments_are_one_line(folder, fails):
     make_run("out/a", 2.0)
-    assert "unknown key pictur; did you mean picture?" in fails(compare.main, "out/a", "--pictur=x.png")
+    assert "unknown key pictur; did you mean picture?" in fails(
+        compare.main, "out/a", "--pictur=x.png"
+    )
     assert "picture=x.svg must end in .png" in fails(compare.main, "out/a", "--picture=x.svg")
-    assert "csv=- and json=- cannot both have stdout" in fails(compare.main, "out/a", "--csv=-", "--json=-")
+    assert "csv=- and json=- cannot both have stdout" in fails(
+        compare.main, "out/a", "--csv=-", "--json=-"
+    )
     for key in ("csv", "json"):
         assert "cannot write /: it is a folder; name a file in it" in fails(
             *(compare.main, "out/a", f"--{key}=/", "--picture=None")
@@ -354,7 +443,10 @@ def test_a_mistake_is_reported_without_loading_torch(folder):
 
 def make_seeds(path: str, *losses: float, **settings) -> list[str]:
     """The folders of a finished run for each lowest loss, with seeds from 1."""
-    return [str(make_run(f"{path}-{seed}", 3.0, loss, seed=seed, **settings)) for seed, loss in enumerate(losses, 1)]
+    return [
+        str(make_run(f"{path}-{seed}", 3.0, loss, seed=seed, **settings))
+        for seed, loss in enumerate(losses, 1)
+    ]
 
 
 def rows_of(capsys, *argv: str) -> dict[str, dict]:
@@ -362,14 +454,29 @@ def rows_of(capsys, *argv: str) -> dict[str, dict]:
     return {row["run"]: row for row in json.loads(run(capsys, *argv, "--group=True", "--json=-"))}
 
 
-def test_runs_of_a_folder_that_differ_in_the_seed_alone_are_one_row_of_means_ranges_and_the_median_time(folder, capsys):
+def test_runs_of_a_folder_that_differ_in_the_seed_alone_are_one_row_of_means_ranges_and_the_median_time(
+    folder, capsys
+):
     runs = make_seeds("out/heads/one", 2.0, 1.4, 1.5, n_head=1)
-    runs.append(str(make_run("out/heads/four-1", 1.9, 1.5, n_head=4, seed=1, bleu=30, wandb_run_name="x")))
-    runs.append(str(make_run("out/heads/four-2", 1.9, 1.3, n_head=4, seed=2, bleu=33, log_interval=7, every=110)))
+    runs.append(
+        str(make_run("out/heads/four-1", 1.9, 1.5, n_head=4, seed=1, bleu=30, wandb_run_name="x"))
+    )
+    runs.append(
+        str(
+            make_run(
+                "out/heads/four-2", 1.9, 1.3, n_head=4, seed=2, bleu=33, log_interval=7, every=110
+            )
+        )
+    )
     runs.append(str(make_run("out/heads/four-3", 1.9, 1.2, n_head=4, seed=3, bleu=36, every=500)))
     rows = rows_of(capsys, *runs)
     one, four = rows["one"], rows["four"]
-    assert [one["group"], one["folder"], one["seeds"], one["state"]] == ["heads", "out/heads", 3, "3 done"]
+    assert [one["group"], one["folder"], one["seeds"], one["state"]] == [
+        "heads",
+        "out/heads",
+        3,
+        "3 done",
+    ]
     assert [one["best_val_loss"], one["best_val_loss_low"], one["best_val_loss_high"]] == [
         pytest.approx(4.9 / 3),
         1.4,
@@ -384,7 +491,9 @@ def test_runs_of_a_folder_that_differ_in_the_seed_alone_are_one_row_of_means_ran
 
 def test_without_groups_runs_that_differ_in_the_seed_alone_are_rows_of_their_own(folder, capsys):
     table = run(capsys, *make_seeds("out/heads/one", 2.0, 1.4))
-    assert row_of(table, "one-1").endswith("done   seed=1") and row_of(table, "one-2").endswith("done   seed=2")
+    assert row_of(table, "one-1").endswith("done   seed=1") and row_of(table, "one-2").endswith(
+        "done   seed=2"
+    )
 
 
 def test_equal_runs_of_two_folders_are_two_groups(folder, capsys):
@@ -393,7 +502,9 @@ def test_equal_runs_of_two_folders_are_two_groups(folder, capsys):
     assert [line.split(" ")[0] for line in lines] == ["run", "", "a", "one", "", "b", "one"]
 
 
-def test_rows_are_compared_with_the_first_of_their_group_and_the_best_of_each_group_is_marked(folder, capsys):
+def test_rows_are_compared_with_the_first_of_their_group_and_the_best_of_each_group_is_marked(
+    folder, capsys
+):
     bits = {  # lowest loss of each seed, in bits per byte
         "out/a/first": (2.0, 2.1),
         "out/a/worse": (2.2, 2.5),
@@ -410,7 +521,17 @@ def test_rows_are_compared_with_the_first_of_their_group_and_the_best_of_each_gr
         runs += make_seeds(path, *(math.log(2) * value for value in values), max_iters=199 - i)
     table = run(capsys, *runs, "--group=True")
     shown = [re.split(r"  +", line) for line in table.splitlines() if " done" in line]
-    heading = ["run", "seconds", "val loss", "bits/byte", "lowest", "highest", "difference", "seeds", "settings"]
+    heading = [
+        "run",
+        "seconds",
+        "val loss",
+        "bits/byte",
+        "lowest",
+        "highest",
+        "difference",
+        "seeds",
+        "settings",
+    ]
     assert re.split(r"  +", table.splitlines()[0]) == heading
     marks = [[cell for cell in cells[6:] if not re.search("done|=", cell)] for cells in shown]
     assert [[cells[0], *mark] for cells, mark in zip(shown, marks, strict=True)] == [
@@ -426,12 +547,25 @@ def test_rows_are_compared_with_the_first_of_their_group_and_the_best_of_each_gr
     ]
     assert shown[0][1:6] == ["200.0", f"{2.05 * math.log(2):.4f}", "2.050", "2.000", "2.100"]
     rows = json.loads(run(capsys, *runs, "--group=True", "--json=-"))
-    assert [row["within_seeds"] for row in rows] == [None, False, False, True, None, True, None, None, None]
+    assert [row["within_seeds"] for row in rows] == [
+        None,
+        False,
+        False,
+        True,
+        None,
+        True,
+        None,
+        None,
+        None,
+    ]
     assert rows[1]["difference"] == pytest.approx(0.3) and rows[0]["difference"] is None
 
 
 def test_settings_are_shown_where_they_differ_within_a_group(folder, capsys):
-    runs = [*make_seeds("out/heads/one", 2.0, 1.9, n_head=1), *make_seeds("out/heads/four", 1.8, 1.7, n_head=4)]
+    runs = [
+        *make_seeds("out/heads/one", 2.0, 1.9, n_head=1),
+        *make_seeds("out/heads/four", 1.8, 1.7, n_head=4),
+    ]
     runs += make_seeds("out/wide/32", 2.0, 1.9, n_embd=32, n_head=1, norm="rmsnorm")
     runs += make_seeds("out/wide/64", 2.0, 1.9, n_embd=64, n_head=1, norm="rmsnorm")
     lines = run(capsys, *runs, "--group=True").splitlines()
@@ -444,10 +578,17 @@ def test_settings_are_shown_where_they_differ_within_a_group(folder, capsys):
 
 
 def test_a_row_of_a_group_shows_all_that_differs_even_where_most_rows_agree(folder, capsys):
-    runs = [*make_seeds("out/ema/1-adamw", 2.0), *make_seeds("out/ema/2-muon", 1.9, optimizer="muon")]
+    runs = [
+        *make_seeds("out/ema/1-adamw", 2.0),
+        *make_seeds("out/ema/2-muon", 1.9, optimizer="muon"),
+    ]
     runs += make_seeds("out/ema/3-ema", 1.8, optimizer="muon", ema_decay=0.9)
     lines = run(capsys, *runs, "--group=True").splitlines()
-    settings = ["optimizer=adamw ema_decay=0.0", "optimizer=muon ema_decay=0.0", "optimizer=muon ema_decay=0.9"]
+    settings = [
+        "optimizer=adamw ema_decay=0.0",
+        "optimizer=muon ema_decay=0.0",
+        "optimizer=muon ema_decay=0.9",
+    ]
     assert [line.split("1 done  ")[1] for line in lines[3:]] == settings
 
 
@@ -456,14 +597,22 @@ def test_groups_fit_the_terminal(folder, capsys, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     runs = make_seeds("out/heads/first", 2.0, 2.1)
     runs += make_seeds(
-        "out/heads/" + "a-long-name-" * 8 + "with-an-end", 1.9, 2.0, n_head=1, position="rotary", bias=True
+        "out/heads/" + "a-long-name-" * 8 + "with-an-end",
+        1.9,
+        2.0,
+        n_head=1,
+        position="rotary",
+        bias=True,
     )
     lines = run(capsys, *runs, "--group=True").splitlines()
     assert max(map(len, lines)) <= width
     assert [line.strip() for line in lines].count("heads") == (1 if width == 200 else 2)
     text = " \n".join([*lines, ""])
     assert "-an-end " in text and " best, within seeds" in text
-    assert all(f"{setting} " in text for setting in ("n_head=1", "n_head=4", "position=rotary", "position=learned"))
+    assert all(
+        f"{setting} " in text
+        for setting in ("n_head=1", "n_head=4", "position=rotary", "position=learned")
+    )
     assert ("val loss" in text) == (width == 200)
 
 
@@ -481,27 +630,51 @@ NAMES = [
 
 
 @pytest.mark.parametrize(("names", "name"), NAMES, ids=[name for _, name in NAMES])
-def test_a_row_is_named_after_what_its_runs_share_before_the_number_of_the_seed(folder, capsys, names, name):
+def test_a_row_is_named_after_what_its_runs_share_before_the_number_of_the_seed(
+    folder, capsys, names, name
+):
     runs = [str(make_run(f"out/group/{name}", 2.0, seed=seed)) for seed, name in enumerate(names)]
     assert list(rows_of(capsys, *runs)) == [name]
 
 
 def test_rows_that_would_have_the_same_name_are_named_after_their_first_runs(folder, capsys):
-    runs = [str(make_run(f"out/group/run-{i}", 2.0, seed=i % 2, n_head=1 + i // 2)) for i in range(4)]
+    runs = [
+        str(make_run(f"out/group/run-{i}", 2.0, seed=i % 2, n_head=1 + i // 2)) for i in range(4)
+    ]
     assert list(rows_of(capsys, *runs)) == ["run-0", "run-2"]
 
 
-def test_a_run_without_an_evaluation_counts_in_no_mean_and_a_group_may_have_none(folder, capsys, draw):
-    runs = [str(make_run("out/a/new-1", n_head=1, seed=1, quiet=0)), *make_seeds("out/a/old", 2.0, 1.9)]
+def test_a_run_without_an_evaluation_counts_in_no_mean_and_a_group_may_have_none(
+    folder, capsys, draw
+):
+    runs = [
+        str(make_run("out/a/new-1", n_head=1, seed=1, quiet=0)),
+        *make_seeds("out/a/old", 2.0, 1.9),
+    ]
     runs.append(str(make_run("out/a/old-3", quiet=0, seed=3)))
     runs += [str(make_run("out/b/new-1", quiet=0)), *make_seeds("out/b/once", 1.9, n_head=1)]
     new, old, alone, once = json.loads(run(capsys, *runs, "--group=True", "--json=-"))
-    assert (new["seeds"], new["best_val_loss"], new["best_bits_per_byte"], old["difference"]) == (0, None, None, None)
-    assert (old["seeds"], old["best_val_loss"], old["state"]) == (2, pytest.approx(1.95), "2 done, 1 running at 0 %")
+    assert (new["seeds"], new["best_val_loss"], new["best_bits_per_byte"], old["difference"]) == (
+        0,
+        None,
+        None,
+        None,
+    )
+    assert (old["seeds"], old["best_val_loss"], old["state"]) == (
+        2,
+        pytest.approx(1.95),
+        "2 done, 1 running at 0 %",
+    )
     assert (alone["seeds"], alone["best_val_loss_low"]) == (0, None)
     a, b = draw(*runs, "--group=True")
-    assert [text.get_text() for text in a.texts] == ["not evaluated yet", f"{1.95 / math.log(2):.3f}"]
-    assert [text.get_text() for text in b.texts] == ["not evaluated yet", f"{1.9 / math.log(2):.3f}"]
+    assert [text.get_text() for text in a.texts] == [
+        "not evaluated yet",
+        f"{1.95 / math.log(2):.3f}",
+    ]
+    assert [text.get_text() for text in b.texts] == [
+        "not evaluated yet",
+        f"{1.9 / math.log(2):.3f}",
+    ]
     assert [set(line.get_xdata()) for line in b.lines] == 3 * [{once["best_bits_per_byte"]}]
     assert b.lines[-1].get_markerfacecolor() == "white"  # one seed shows no clear difference
     assert all(x > 2 for line in a.lines for x in line.get_xdata())
@@ -520,7 +693,10 @@ def test_a_run_that_repeats_settings_and_seed_is_skipped_with_a_note(folder, cap
 
 def test_different_validation_text_is_noted_for_the_group_that_has_it(folder, capsys):
     runs = [*make_seeds("out/a/x", 2.0), *make_seeds("out/a/y", 2.0, n_head=1)]
-    runs += [*make_seeds("out/b/x", 2.0, dataset="other"), *make_seeds("out/b/y", 2.0, eval_iters=3)]
+    runs += [
+        *make_seeds("out/b/x", 2.0, dataset="other"),
+        *make_seeds("out/b/y", 2.0, eval_iters=3),
+    ]
     compare.main([*runs, "--group=True", "--picture=None"])
     notes = "note: the runs of b differ in dataset and eval_iters; losses compare only on the same validation text\n"
     assert "".join(sorted(capsys.readouterr().err.splitlines(keepends=True))) == notes
@@ -537,7 +713,10 @@ def test_data_of_groups_are_the_same_in_csv_and_json(folder, capsys):
         json.loads(Path("t.json").read_text()),
         list(csv.DictReader(io.StringIO(Path("t.csv").read_text()))),
     )
-    assert [{key: "" if value is None else str(value) for key, value in row.items()} for row in from_json] == from_csv
+    assert [
+        {key: "" if value is None else str(value) for key, value in row.items()}
+        for row in from_json
+    ] == from_csv
     assert {type(row["parameters"]) for row in from_json} == {int}
     assert [row["n_embd"] for row in from_json] == [128, 64, 128]
 
@@ -552,7 +731,10 @@ def test_csv_and_json_hold_the_numbers_of_the_table_and_all_that_differs(folder,
     table = run(capsys, "out/a", "out/b", "--csv=out/t.csv", "--json=out/t.json")
     from_json = json.loads(Path("out/t.json").read_text())
     from_csv = list(csv.DictReader(io.StringIO(Path("out/t.csv").read_text())))
-    assert [{key: "" if value is None else str(value) for key, value in row.items()} for row in from_json] == from_csv
+    assert [
+        {key: "" if value is None else str(value) for key, value in row.items()}
+        for row in from_json
+    ] == from_csv
     for row in from_json:
         shown = row_of(table, row["run"]).split()
         assert shown[1] == f"{row['parameters']:,}"
@@ -560,7 +742,10 @@ def test_csv_and_json_hold_the_numbers_of_the_table_and_all_that_differs(folder,
         assert shown[4:6] == [f"{row['best_val_loss']:.4f}", str(row["best_iter"])]
         assert shown[6] == f"{row['best_bits_per_byte']:.3f}"
     assert from_json[0]["best_val_loss"] == 2.123456789
-    assert [(row["n_head"], row["dataset"]) for row in from_json] == [(4, "shakespeare_char"), (1, "has,comma")]
+    assert [(row["n_head"], row["dataset"]) for row in from_json] == [
+        (4, "shakespeare_char"),
+        (1, "has,comma"),
+    ]
 
 
 @pytest.mark.parametrize("form", ["csv", "json"])
@@ -592,7 +777,9 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(folder, fails, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert "cannot write pictures/x.png: No space left" in fails(compare.main, "out/a", "--picture=pictures/x.png")
+    assert "cannot write pictures/x.png: No space left" in fails(
+        compare.main, "out/a", "--picture=pictures/x.png"
+    )
     assert [path.name for path in Path("pictures").iterdir()] == ["x.png"]
     assert Path("pictures/x.png").read_text() == "old"
 
@@ -620,7 +807,9 @@ def test_each_run_has_one_look_of_its_own_in_both_panels(folder, draw, count):
     assert len({(line.get_color(), line.get_linestyle()) for line in left.lines}) == count
     bars = [bar.get_facecolor() for bar in right.patches]
     assert bars == [pytest.approx(to_rgba(color)) for color in colors]
-    assert [label.get_text() for label in right.get_yticklabels()] == [f"{i:02}" for i in range(count)]
+    assert [label.get_text() for label in right.get_yticklabels()] == [
+        f"{i:02}" for i in range(count)
+    ]
     assert [text.get_fontweight() for text in right.texts] == ["normal"] * (count - 1) + ["bold"]
 
 
@@ -631,7 +820,9 @@ def test_the_first_point_of_a_curve_is_in_the_axes_and_has_a_mark(folder, draw, 
     left, right = draw("out/a", "out/b")
     left.figure.savefig(io.BytesIO())
     for line in left.lines:
-        assert len(line.get_xydata()) == count and isinstance(line.get_markevery(), int)  # the first is one of them
+        assert len(line.get_xydata()) == count and isinstance(
+            line.get_markevery(), int
+        )  # the first is one of them
         for point in line.get_xydata():
             assert left.bbox.contains(*left.transData.transform(point))
     for text, bar in zip(right.texts, right.patches, strict=True):
@@ -639,7 +830,9 @@ def test_the_first_point_of_a_curve_is_in_the_axes_and_has_a_mark(folder, draw, 
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 11])
-def test_groups_have_a_panel_each_named_without_its_number_and_the_first_row_is_grey_in_all(folder, draw, count):
+def test_groups_have_a_panel_each_named_without_its_number_and_the_first_row_is_grey_in_all(
+    folder, draw, count
+):
     runs = []
     for i in range(count):
         runs += make_seeds(f"out/{i:02}_idea_{i}/1-without", 2.0, 2.1, n_head=1)
@@ -649,21 +842,34 @@ def test_groups_have_a_panel_each_named_without_its_number_and_the_first_row_is_
     assert [panel.get_title(loc="left") for panel in panels] == [f"idea {i}" for i in range(count)]
     assert len({panel.get_position().bounds for panel in panels}) == count
     for panel in panels:
-        assert [label.get_text() for label in panel.get_yticklabels()] == ["without", "with", "again"]
+        assert [label.get_text() for label in panel.get_yticklabels()] == [
+            "without",
+            "with",
+            "again",
+        ]
         bits = [value / math.log(2) for value in (2.05, 1.55, 2.125)]
         labels = [f"{bits[0]:.3f}", *(f"{value:.3f}  {value - bits[0]:+.3f}" for value in bits[1:])]
         assert [text.get_text() for text in panel.texts] == labels
         assert [text.get_fontweight() for text in panel.texts] == ["normal", "bold", "normal"]
         bars, ranges, dots = (panel.lines[i::3] for i in range(3))
         assert [line.get_color() for line in dots] == [compare.GREY, compare.BLUE, compare.BLUE]
-        assert [line.get_markerfacecolor() for line in dots] == [compare.GREY, compare.BLUE, "white"]  # within seeds
-        assert [list(line.get_xdata()) for line in bars] == [pytest.approx([bits[0], value]) for value in bits]
+        assert [line.get_markerfacecolor() for line in dots] == [
+            compare.GREY,
+            compare.BLUE,
+            "white",
+        ]  # within seeds
+        assert [list(line.get_xdata()) for line in bars] == [
+            pytest.approx([bits[0], value]) for value in bits
+        ]
         assert [value * math.log(2) for value in ranges[1].get_xdata()] == pytest.approx([1.5, 1.6])
         assert panel.get_ylim() == (2.5, -0.5)  # the first row is on top
 
 
 def test_a_small_difference_looks_small(folder, draw):
-    runs = [*make_seeds("out/group/1-without", 2.0, 2.001), *make_seeds("out/group/2-with", 1.999, 2.0, n_head=1)]
+    runs = [
+        *make_seeds("out/group/1-without", 2.0, 2.001),
+        *make_seeds("out/group/2-with", 1.999, 2.0, n_head=1),
+    ]
     (panel,) = draw(*runs, "--group=True")
     low, high = panel.get_xlim()
     assert high - low > 0.1 and low < 1.999 / math.log(2) < 2.001 / math.log(2) < high
@@ -682,7 +888,9 @@ def test_real_runs_are_compared(run_train, capsys):
     old, new = json.loads(out)
     assert (old["position"], new["position"]) == (first["position"], "rotary")
     assert old["state"] == new["state"] == "done" and old["iter"] == 6
-    assert old["parameters"] == sum({value.data_ptr(): value.numel() for value in model.values()}.values())
+    assert old["parameters"] == sum(
+        {value.data_ptr(): value.numel() for value in model.values()}.values()
+    )
     best = checkpoint.load(Path("out/run/best.pt"))["progress"]
     assert (new["best_val_loss"], new["best_iter"]) == (best["best_val_loss"], best["iter"])
     assert not re.search(r"out_dir|seed", out)

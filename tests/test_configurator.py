@@ -14,8 +14,10 @@ import model
 import prepare_data
 import sample
 import train
-from humptygpt import configurator, tokenizer
-from humptygpt.configurator import UserError, check, setting, without_effect
+from humptygpt.core import settings as configurator
+from humptygpt.core.errors import UserError
+from humptygpt.core.settings import check, setting, without_effect
+from humptygpt.tokenizer import tokenizers as tokenizer
 from model import ModelConfig
 from prepare_data import PrepareConfig
 from sample import SampleConfig
@@ -44,7 +46,11 @@ def read(*argv: str) -> dict:
 def test_sources_apply_from_left_to_right(folder):
     Path("a.py").write_text("width = 1\nrate = 0.1\nfast = True")
     Path("b.py").write_text("rate = 0.2")
-    assert read("--width=9", "a.py", "b.py", "--fast=False") == {"width": 1, "rate": 0.2, "fast": False}
+    assert read("--width=9", "a.py", "b.py", "--fast=False") == {
+        "width": 1,
+        "rate": 0.2,
+        "fast": False,
+    }
 
 
 def test_config_files_may_compute_and_import(folder):
@@ -77,7 +83,8 @@ def test_command_line_values_take_the_type_of_their_key(argument, value):
 
 
 @pytest.mark.parametrize(
-    "argument", ["--width=1.5", "--width=True", "--width=x", "--width=None", "--rate=fast", "--fast=1"]
+    "argument",
+    ["--width=1.5", "--width=True", "--width=x", "--width=None", "--rate=fast", "--fast=1"],
 )
 def test_wrong_types_are_refused_with_the_right_one(argument):
     key = argument[2:].partition("=")[0]
@@ -117,7 +124,9 @@ def test_a_value_after_a_space_is_answered_with_how_to_write_it():
 
 def test_a_key_without_its_dashes_is_answered_with_how_to_write_it():
     for argument in ("-width=3", "width=3"):
-        with pytest.raises(UserError, match=f"cannot read config file {argument}: .*; for a key write --width=3"):
+        with pytest.raises(
+            UserError, match=f"cannot read config file {argument}: .*; for a key write --width=3"
+        ):
             read(argument)
 
 
@@ -144,7 +153,11 @@ def test_a_mistyped_config_file_is_answered_with_the_nearest(folder, monkeypatch
     Path("mine.py").write_text("width = 3")
     Path("own data").mkdir()
     Path("own data/mine.py").write_text("width = 3")
-    for argument, near in (("mien.py", "mine.py"), ("mine", "mine.py"), ("own data/mien.py", "'own data/mine.py'")):
+    for argument, near in (
+        ("mien.py", "mine.py"),
+        ("mine", "mine.py"),
+        ("own data/mien.py", "'own data/mine.py'"),
+    ):
         with pytest.raises(UserError, match=rf"No such file or directory; did you mean {near}\?$"):
             read(argument)
     ours = os.path.relpath(ROOT / "config" / "shakespeare_char.py")
@@ -162,13 +175,20 @@ def test_a_run_in_place_of_a_config_file_is_answered_with_its_key(folder):
     with zipfile.ZipFile("out/my run/best.pt", "w") as file:
         file.writestr("__main__.py", "raise SystemExit('code of a checkpoint')")
     for argument in ("out/my run", "out/my run/best.pt"):
-        with pytest.raises(UserError, match=r"; for the folder of a run write '--out_dir=out/my run'$"):
+        with pytest.raises(
+            UserError, match=r"; for the folder of a run write '--out_dir=out/my run'$"
+        ):
             configurator.read([argument], SampleConfig)
         with pytest.raises(UserError, match=r"(Is a directory|is no config file)$"):
             read(argument)
-    with pytest.raises(UserError, match=r"No such file or directory; for the folder of a run write --out_dir=out/x$"):
+    with pytest.raises(
+        UserError,
+        match=r"No such file or directory; for the folder of a run write --out_dir=out/x$",
+    ):
         configurator.read(["out/x"], SampleConfig)
-    with pytest.raises(UserError, match=r"No such file or directory; for a prompt write '--start=The cat'$"):
+    with pytest.raises(
+        UserError, match=r"No such file or directory; for a prompt write '--start=The cat'$"
+    ):
         configurator.read(["The cat"], SampleConfig)
     with pytest.raises(UserError, match=r"cannot read config file 'a\\x00b': it has a null byte$"):
         read("a\0b")
@@ -187,7 +207,9 @@ def test_every_path_may_begin_with_the_home_folder_and_has_no_null_byte(cls, mon
 
 
 def test_every_key_for_a_path_is_declared_as_one():
-    paths = {field.name for cls in CONFIGS for field in dataclasses.fields(cls) if field.metadata["path"]}
+    paths = {
+        field.name for cls in CONFIGS for field in dataclasses.fields(cls) if field.metadata["path"]
+    }
     assert paths == {
         *("out_dir", "prompts", "score", "input", "source", "target", "held_out", "tokenizer"),
         *("runs", "picture", "csv", "json"),
@@ -196,7 +218,10 @@ def test_every_key_for_a_path_is_declared_as_one():
 
 def test_help_lists_the_choices_that_the_dictionary_has(monkeypatch, capsys):
     monkeypatch.setitem(model.NORMS, "mynorm", model.NORMS["rmsnorm"])
-    for main, choice in ((train.main, "mynorm"), (prepare_data.main, ", ".join(tokenizer.TOKENIZERS))):
+    for main, choice in (
+        (train.main, "mynorm"),
+        (prepare_data.main, ", ".join(tokenizer.TOKENIZERS)),
+    ):
         with pytest.raises(SystemExit):
             main(["--help"])
         text = capsys.readouterr().out
@@ -257,7 +282,14 @@ def test_a_key_that_does_nothing_says_why_and_so_does_one_that_depends_on_it():
     assert idle(kind="a") == {"turns": "without kind=b or c", "speed": "without kind=b or c"}
 
 
-CONFIGS = [ModelConfig, TrainConfig, SampleConfig, PrepareConfig, bench.BenchConfig, compare.CompareConfig]
+CONFIGS = [
+    ModelConfig,
+    TrainConfig,
+    SampleConfig,
+    PrepareConfig,
+    bench.BenchConfig,
+    compare.CompareConfig,
+]
 
 
 @pytest.mark.parametrize("cls", CONFIGS)
@@ -268,7 +300,9 @@ def test_every_key_has_a_line_of_help_and_its_rules_name_keys_that_exist(cls):
         assert {*(field.metadata["only_with"] or {}), *(field.metadata["not_with"] or {})} <= known
 
 
-@pytest.mark.parametrize("main", [train.main, sample.main, prepare_data.main, bench.main, compare.main])
+@pytest.mark.parametrize(
+    "main", [train.main, sample.main, prepare_data.main, bench.main, compare.main]
+)
 def test_help_lists_every_key_with_its_default(main, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
@@ -299,12 +333,16 @@ def test_a_bare_argument_sets_a_key_that_takes_one_text():
     read = lambda *argv: configurator.read(list(argv), Example, positional="name")  # noqa: E731
     assert read("a") == read("a", "a") == read("a", "--name=a") == {"name": "a"}
     for argv in (("a b", "c"), ("a b", "--name=c"), ("--name=c", "a b")):
-        with pytest.raises(UserError, match=r"^name is given twice, as 'a b' and c; leave one out$"):
+        with pytest.raises(
+            UserError, match=r"^name is given twice, as 'a b' and c; leave one out$"
+        ):
             read(*argv)
 
 
 def test_a_users_mistake_ends_in_one_line_and_exit_code_2():
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--n_layr=3"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--n_layr=3"], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "train.py: unknown key n_layr; did you mean n_layer?\n"
 

@@ -16,16 +16,18 @@ import pytest
 from texts import make_pairs, make_text
 
 import prepare_data
-from humptygpt.batches import Dataset, PairDataset, TokenDataset
-from humptygpt.configurator import UserError
-from humptygpt.token_files import read_meta
+from humptygpt.core.errors import UserError
+from humptygpt.data.batches import Dataset, PairDataset, TokenDataset
+from humptygpt.data.token_files import read_meta
 
 Damage = Callable[[bytes, random.Random], bytes]
 
 
 class Target(NamedTuple):
     path: Path
-    read: Callable[[], object]  # what a program takes from the file, to be compared; raises UserError
+    read: Callable[
+        [], object
+    ]  # what a program takes from the file, to be compared; raises UserError
     damages: tuple[Damage, ...]
 
 
@@ -43,11 +45,40 @@ def flip_bytes(data: bytes, rng: random.Random) -> bytes:
 def cut_bytes(data: bytes, rng: random.Random) -> bytes:
     """Without some bytes at the end, or in the middle, or with some more."""
     start, end = sorted(rng.randrange(len(data) + 1) for _ in range(2))
-    return rng.choice([data[:start], data[:-1], data[:start] + data[end:], data[:end] + data[start:], b""])
+    return rng.choice(
+        [data[:start], data[:-1], data[:start] + data[end:], data[:end] + data[start:], b""]
+    )
 
 
-NUMBERS = [0, 1, -1, 2**31, 2**64, 10**4000, -(10**400), 1.5, 1e308, math.nan, math.inf, -math.inf, True, False]
-TEXTS = ["", "a", "\n", "\ud800", "../train.bin", "/dev/zero", "\0", "a\nb\r\x1b[2J", "x" * 100_000, "AAAA", "byte"]
+NUMBERS = [
+    0,
+    1,
+    -1,
+    2**31,
+    2**64,
+    10**4000,
+    -(10**400),
+    1.5,
+    1e308,
+    math.nan,
+    math.inf,
+    -math.inf,
+    True,
+    False,
+]
+TEXTS = [
+    "",
+    "a",
+    "\n",
+    "\ud800",
+    "../train.bin",
+    "/dev/zero",
+    "\0",
+    "a\nb\r\x1b[2J",
+    "x" * 100_000,
+    "AAAA",
+    "byte",
+]
 WRONG_VALUES = [*NUMBERS, *TEXTS, None, [], {}, [[]], [None], {"": None}, {"tokens": 1}, [0] * 1000]
 
 
@@ -80,7 +111,15 @@ def wrong_value(value: object, rng: random.Random) -> object:
     if type(value) in (int, float) and abs(value) < 2**64:
         near = [value + 1, value - 1, -value, 2 * value, float(value), str(value)]
     elif type(value) is str:
-        near = [value[:-1], value + "=", value + value, value[::-1], value.upper(), [value], list(value[:1000])]
+        near = [
+            value[:-1],
+            value + "=",
+            value + value,
+            value[::-1],
+            value.upper(),
+            [value],
+            list(value[:1000]),
+        ]
         if value:
             at = rng.randrange(len(value))
             near += [value[:at] + char + value[at + 1 :] for char in rng.choices("Aaé/0\n", k=3)]
@@ -152,7 +191,9 @@ def read_data(folder: Path) -> dict:
         data = TokenDataset(folder, 16, seed=1, meta=meta)
     assert all(0 <= i < data.tokenizer.vocab_size for i in data.tokenizer.start())
     assert isinstance(data.tokenizer.decode(range(data.tokenizer.vocab_size)), str)
-    assert 0 < data.val_bytes_per_token() < math.inf and data.identity() and all(data.describe(4, 2))
+    assert (
+        0 < data.val_bytes_per_token() < math.inf and data.identity() and all(data.describe(4, 2))
+    )
     assert isinstance(data.meta["source"], str) and data.batches_per_epoch(4) > 0
     batches = [data.batch(0, 4), *data.val_batches(4, 1)]
     return {
@@ -164,16 +205,28 @@ def read_data(folder: Path) -> dict:
 
 def prepared(name: str, *argv: str) -> Path:
     """data/<name>, prepared from documents or from pairs."""
-    Path("docs.jsonl").write_text("".join(json.dumps({"text": make_text(n)}) + "\n" for n in range(50, 400, 5)))
+    Path("docs.jsonl").write_text(
+        "".join(json.dumps({"text": make_text(n)}) + "\n" for n in range(50, 400, 5))
+    )
     Path("text.txt").write_text(make_text(4000))
-    Path("pairs.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in make_pairs()))
+    Path("pairs.tsv").write_text(
+        "".join(f"{source}\t{target}\n" for source, target in make_pairs())
+    )
     prepare_data.main([f"--name={name}", *argv])
     return Path("data", name)
 
 
 def meta_json(*argv: str) -> Target:
     folder = prepared("damaged", *argv)
-    damages = (change_json, change_json, change_json, change_json, replace_json, flip_bytes, cut_bytes)
+    damages = (
+        change_json,
+        change_json,
+        change_json,
+        change_json,
+        replace_json,
+        flip_bytes,
+        cut_bytes,
+    )
     return Target(folder / "meta.json", lambda: read_data(folder), damages)
 
 
@@ -188,7 +241,9 @@ def meta_pkl() -> Target:
     folder.mkdir(parents=True)
     itos = dict(enumerate(sorted(set(text))))
     stoi = {char: i for i, char in itos.items()}
-    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(itos), "itos": itos, "stoi": stoi}))
+    (folder / "meta.pkl").write_bytes(
+        pickle.dumps({"vocab_size": len(itos), "itos": itos, "stoi": stoi})
+    )
     for split, part in (("train", text[:1800]), ("val", text[1800:])):
         np.array([stoi[char] for char in part], dtype=np.uint16).tofile(folder / f"{split}.bin")
     damages = (change_pickle, change_pickle, hide_code, flip_bytes, cut_bytes)
@@ -198,9 +253,13 @@ def meta_pkl() -> Target:
 SUBWORDS = ("--vocab_size=320", "--val_fraction=0.3")
 KINDS: dict[str, Callable[[], Target]] = {
     "meta.json, char": lambda: meta_json("--input=text.txt"),
-    "meta.json, byte, sharded": lambda: meta_json("--input=docs.jsonl", "--tokenizer=byte", "--shard_tokens=5000"),
+    "meta.json, byte, sharded": lambda: meta_json(
+        "--input=docs.jsonl", "--tokenizer=byte", "--shard_tokens=5000"
+    ),
     "meta.json, bpe": lambda: meta_json("--input=docs.jsonl", "--tokenizer=bpe", *SUBWORDS),
-    "meta.json, sentencepiece": lambda: meta_json("--input=text.txt", "--tokenizer=sentencepiece", *SUBWORDS),
+    "meta.json, sentencepiece": lambda: meta_json(
+        "--input=text.txt", "--tokenizer=sentencepiece", *SUBWORDS
+    ),
     "meta.json, pairs": lambda: meta_json("--input=pairs.tsv", "--tokenizer=byte"),
     "train.bin": lambda: token_file("train", "--input=text.txt"),
     "val.bin": lambda: token_file("val", "--input=text.txt"),

@@ -31,13 +31,21 @@ from torch import Tensor, nn
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, evaluation
-from humptygpt.configurator import UserError
+from humptygpt.checkpoint import checkpoint
+from humptygpt.core.errors import UserError
+from humptygpt.training import evaluation
 from model import ModelConfig
 
 OUT = Path("out/run")
 FORMAT_2 = Path(__file__).parent / "format2" / "ckpt.pt"
-RUN = ["--n_layer=1", "--n_embd=16", "--max_iters=3", "--optimizer=muon", "--ngrams=3", "--ngram_min_count=40"]
+RUN = [
+    "--n_layer=1",
+    "--n_embd=16",
+    "--max_iters=3",
+    "--optimizer=muon",
+    "--ngrams=3",
+    "--ngram_min_count=40",
+]
 RUN += ["--ema_decay=0.5", "--bias=True", "--tie_weights=False", "--position=rotary", "--mlp=gated"]
 
 
@@ -53,8 +61,15 @@ def change_entries(data: bytes, rng: random.Random) -> bytes:
         entries = change_entry(entries, rng)
     was = flatten(before)
     for path, value in flatten(entries).items():
-        if isinstance(value, Tensor) and path in was and value is not was[path] and value.shape == was[path].shape:
-            return change_entries(data, rng)  # one tensor in place of another of its shape cannot be detected
+        if (
+            isinstance(value, Tensor)
+            and path in was
+            and value is not was[path]
+            and value.shape == was[path].shape
+        ):
+            return change_entries(
+                data, rng
+            )  # one tensor in place of another of its shape cannot be detected
     return to_bytes(entries)
 
 
@@ -163,7 +178,8 @@ def change_records(data: bytes, rng: random.Random) -> bytes:
         "moved": {name: content},
     }
     return write_records(
-        records | changed[rng.choice(list(changed))], rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+        records | changed[rng.choice(list(changed))],
+        rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]),
     )
 
 
@@ -185,7 +201,9 @@ def hide_code(data: bytes, rng: random.Random) -> bytes:
         code,
         code[:-1] + b"0" + records[name],
         pickle.dumps(entries | {"model": Code()}, protocol=2),
-        pickle.dumps(entries | {rng.choice(list(checkpoint.SCHEMA)): Code()}, protocol=rng.randrange(6)),
+        pickle.dumps(
+            entries | {rng.choice(list(checkpoint.SCHEMA)): Code()}, protocol=rng.randrange(6)
+        ),
         pickle.dumps({Code(): entries}, protocol=2),
         b"cbuiltins\nexec\n(S\"open('ran', 'w')\"\ntR.",
         b"cos\nsystem\n(S'touch ran'\ntR" + records[name],
@@ -228,7 +246,9 @@ def resume() -> dict:
         patch.setattr(torch, "compile", lambda *args, **settings: 1 / 0)
         patch.setattr(prepare_data, "prepare", refuse)
         patch.setitem(sys.modules, "wandb", None)
-        code = train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=3", "--ema_decay=0.5"])
+        code = train.main(
+            ["--init_from=resume", "--out_dir=out/run", "--max_iters=3", "--ema_decay=0.5"]
+        )
     assert code in (0, 1)  # 1: the loss of an earlier step is not finite
     return found
 
@@ -248,7 +268,9 @@ def write(name: str) -> dict:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "restore_model", restore_model)
-        sample.main(["--out_dir=out/run", f"--checkpoint={name}", "--device=cpu", "--max_new_tokens=2"])
+        sample.main(
+            ["--out_dir=out/run", f"--checkpoint={name}", "--device=cpu", "--max_new_tokens=2"]
+        )
     return found
 
 
@@ -258,11 +280,20 @@ def train_run() -> None:
     assert train.main([*TINY_RUN, *RUN]) == 0
 
 
-DAMAGES = (change_entries, change_entries, change_entries, change_tensor, change_tensor, change_tensor)
+DAMAGES = (
+    change_entries,
+    change_entries,
+    change_entries,
+    change_tensor,
+    change_tensor,
+    change_tensor,
+)
 DAMAGES += (change_records, hide_code, flip_bytes, flip_bytes, cut_bytes)
 
 
-def checkpoint_file(name: str, read: Callable[[], object], damages: tuple[Damage, ...] = DAMAGES) -> Target:
+def checkpoint_file(
+    name: str, read: Callable[[], object], damages: tuple[Damage, ...] = DAMAGES
+) -> Target:
     train_run()
     return Target(OUT / name, read, damages)
 
@@ -279,7 +310,9 @@ KINDS = {
     "best.pt": lambda: checkpoint_file("best.pt", lambda: write("best")),
     "format 2, resumed": lambda: checkpoint_of_format_2(resume),
     "format 2, sampled": lambda: checkpoint_of_format_2(lambda: write("latest")),
-    "ckpt.pt, other pickle, resumed": lambda: checkpoint_file("ckpt.pt", lambda: resume() and None, (change_pickle,)),
+    "ckpt.pt, other pickle, resumed": lambda: checkpoint_file(
+        "ckpt.pt", lambda: resume() and None, (change_pickle,)
+    ),
     "ckpt.pt, other pickle, sampled": lambda: checkpoint_file(
         "ckpt.pt", lambda: write("latest") and None, (change_pickle,)
     ),
@@ -287,7 +320,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_checkpoint_is_refused_in_one_line_or_gives_the_same_tensors_and_never_runs_code(kind):
+def test_a_damaged_checkpoint_is_refused_in_one_line_or_gives_the_same_tensors_and_never_runs_code(
+    kind,
+):
     check_damages(kind, KINDS[kind](), range(60))
 
 
@@ -333,7 +368,10 @@ def check_metrics(seeds: range) -> None:
         except Exception as error:
             pytest.fail(f"seed {seed}, {damage.__name__}: {error!r}")
         pairs = zip(whole, damaged.splitlines(), strict=False)
-        intact = [json.loads(line) for line, found in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        intact = [
+            json.loads(line)
+            for line, found in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+        ]
         kept = [json.loads(line) for line in path.read_bytes().splitlines()]
         assert kept[: len(intact)] == intact, f"seed {seed}, {damage.__name__}"
 

@@ -10,12 +10,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as models
 import train
-from humptygpt.configurator import UserError
-from humptygpt.device import autocast, keep_freed_memory, peak_flops, pick_device, pick_dtype, sample_dtype
-from humptygpt.distributed import ONE_PROCESS
-from humptygpt.layers import ACTIVATIONS
-from humptygpt.optimizers import OPTIMIZERS, MovingAverage, make_optimizer
-from humptygpt.window_mlp import EMBEDDINGS
+from humptygpt.core.device import (
+    autocast,
+    keep_freed_memory,
+    peak_flops,
+    pick_device,
+    pick_dtype,
+    sample_dtype,
+)
+from humptygpt.core.errors import UserError
+from humptygpt.nn.layers import ACTIVATIONS
+from humptygpt.nn.window_mlp import EMBEDDINGS
+from humptygpt.parallel.processes import ONE_PROCESS
+from humptygpt.training.optimizers import OPTIMIZERS, MovingAverage, make_optimizer
 from model import BLOCKS, MLPS, MODELS, NORMS, POSITIONS, ModelConfig
 from train import TrainConfig
 
@@ -34,12 +41,15 @@ def test_auto_picks_the_gpu_if_there_is_one(monkeypatch):
 
 @pytest.mark.parametrize("name", ["cuda:7", "tpu", "meta", "gpu", "cpu:x"])
 def test_a_device_that_is_not_available_is_refused(name):
-    with pytest.raises(UserError, match=f"^device={name} is not available; this machine and this torch have: .*cpu"):
+    with pytest.raises(
+        UserError, match=f"^device={name} is not available; this machine and this torch have: .*cpu"
+    ):
         pick_device(name)
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype"), [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)]
+    ("capability", "dtype"),
+    [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)],
 )
 def test_auto_dtype_is_what_the_card_multiplies(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -50,7 +60,9 @@ def test_auto_dtype_is_what_the_card_multiplies(monkeypatch, capability, dtype):
     ("capabilities", "dtype"),
     [("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx2", torch.float32)],
 )
-def test_auto_dtype_is_what_the_processor_multiplies_and_float32_to_generate(monkeypatch, capabilities, dtype):
+def test_auto_dtype_is_what_the_processor_multiplies_and_float32_to_generate(
+    monkeypatch, capabilities, dtype
+):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capabilities: True}, raising=False)
     assert pick_dtype("auto", CPU) == dtype
     assert sample_dtype("auto", CPU) == torch.float32
@@ -88,7 +100,9 @@ def test_peak_flops_are_found_by_the_name_of_the_card(monkeypatch):
 
 def test_keep_freed_memory_does_nothing_with_another_c_library(monkeypatch):
     keep_freed_memory()
-    monkeypatch.setattr("ctypes.CDLL", lambda name: (_ for _ in ()).throw(OSError("no such library")))
+    monkeypatch.setattr(
+        "ctypes.CDLL", lambda name: (_ for _ in ()).throw(OSError("no such library"))
+    )
     assert keep_freed_memory() is None
 
 
@@ -129,23 +143,43 @@ def random_variants(model: str) -> list[ModelConfig]:
     draw, found = random.Random(0), []
     if model == "window_mlp":
         for embedding, activation in itertools.product(EMBEDDINGS, ACTIVATIONS):
-            keys = {key: draw.choice(OPTIONS[key]) for key in ("dropout", "label_smoothing", "logit_soft_cap", "bias")}
-            keys |= {"n_embd": 1 if embedding == "number" else 16, "embedding": embedding, "activation": activation}
+            keys = {
+                key: draw.choice(OPTIONS[key])
+                for key in ("dropout", "label_smoothing", "logit_soft_cap", "bias")
+            }
+            keys |= {
+                "n_embd": 1 if embedding == "number" else 16,
+                "embedding": embedding,
+                "activation": activation,
+            }
             found.append(ModelConfig(**SHAPE | keys, model=model, window=3))
         return found
-    for position, block, norm in [*itertools.product(POSITIONS, BLOCKS, NORMS)] * (3 if model == "gpt" else 1):
+    for position, block, norm in [*itertools.product(POSITIONS, BLOCKS, NORMS)] * (
+        3 if model == "gpt" else 1
+    ):
         keys = {key: draw.choice(list(values)) for key, values in OPTIONS.items()}
         if block == "plain":
             keys["init"] = "gpt2"
         if block == "parallel" and keys["mlp"] == "none":
             keys["mlp"] = "plain"
-        found.append(ModelConfig(**SHAPE | keys, model=model, position=position, block=block, norm=norm, ngram_rows=20))
+        found.append(
+            ModelConfig(
+                **SHAPE | keys,
+                model=model,
+                position=position,
+                block=block,
+                norm=norm,
+                ngram_rows=20,
+            )
+        )
     return found
 
 
 def model_on_meta(config: ModelConfig) -> nn.Module:
     model = models.build(config).to(META)
-    if getattr(model, "ngrams", None):  # torch has no kernels on meta that make and read its sparse gradient
+    if getattr(
+        model, "ngrams", None
+    ):  # torch has no kernels on meta that make and read its sparse gradient
         model.ngrams.table.requires_grad_(False)
     return model
 
@@ -166,7 +200,9 @@ def train_evaluate_and_generate(model: nn.Module, optimizer_name: str, padded: b
         if model.has_state:
             padding = torch.zeros(2, dtype=torch.int64, device=META)
             state = (
-                model.make_state(source, padded) if model.has_encoder else model.make_state(padding if padded else None)
+                model.make_state(source, padded)
+                if model.has_encoder
+                else model.make_state(padding if padded else None)
             )
             model(idx, state=state)
             state.select(torch.zeros(3, dtype=torch.int64, device=META))
@@ -180,7 +216,11 @@ def test_every_variant_trains_evaluates_and_generates_on_its_device_alone(name):
     variants, draw = random_variants(name), random.Random(0)
     assert len(variants) == {"gpt": 180, "transformer": 60, "window_mlp": 10}[name]
     for config in variants:
-        model, optimizer, padded = model_on_meta(config), draw.choice(list(OPTIMIZERS)), draw.random() < 0.5
+        model, optimizer, padded = (
+            model_on_meta(config),
+            draw.choice(list(OPTIMIZERS)),
+            draw.random() < 0.5,
+        )
         try:
             with OneDevice():
                 train_evaluate_and_generate(model, optimizer, padded)
@@ -194,9 +234,20 @@ def test_a_training_step_moves_its_batch_to_the_device(monkeypatch, name, optimi
     monkeypatch.setattr(train, "autocast", lambda device, dtype: nullcontext())  # refuses meta
     config = TrainConfig(optimizer=optimizer, batch_size=2, gradient_accumulation_steps=2)
     model = model_on_meta(ModelConfig(**SHAPE, model=name, window=3, dropout=0.1))
-    batch = dict.fromkeys(("idx", "targets") + ("source",) * model.has_encoder, torch.zeros(2, 5, dtype=torch.int64))
-    scaler, batches = torch.amp.GradScaler("cpu", enabled=False), SimpleNamespace(batch=lambda index, size: batch)
-    run = SimpleNamespace(config=config, model=model, net=model, batches=batches, scaler=scaler, device=META)
-    run.dtype, run.optimizer, run.processes = torch.float32, make_optimizer(config, model), ONE_PROCESS
+    batch = dict.fromkeys(
+        ("idx", "targets") + ("source",) * model.has_encoder, torch.zeros(2, 5, dtype=torch.int64)
+    )
+    scaler, batches = (
+        torch.amp.GradScaler("cpu", enabled=False),
+        SimpleNamespace(batch=lambda index, size: batch),
+    )
+    run = SimpleNamespace(
+        config=config, model=model, net=model, batches=batches, scaler=scaler, device=META
+    )
+    run.dtype, run.optimizer, run.processes = (
+        torch.float32,
+        make_optimizer(config, model),
+        ONE_PROCESS,
+    )
     loss, grad_norm, count = train.train_step(run, it=0)
     assert (loss.device, grad_norm.device, count) == (META, META, 20)

@@ -12,9 +12,11 @@ from conftest import TINY_RUN, assert_same_weights
 
 import prepare_data
 import train
-from humptygpt import checkpoint, configurator, files
-from humptygpt.configurator import UserError
-from humptygpt.run_folder import read_metrics
+from humptygpt.checkpoint import checkpoint
+from humptygpt.core import files
+from humptygpt.core import settings as configurator
+from humptygpt.core.errors import UserError
+from humptygpt.training.run_folder import read_metrics
 
 RUN = [*TINY_RUN, "--out_dir=disk/run", "--max_iters=8", "--eval_interval=2"]
 PREPARE = ["--input=tiny.txt", "--name=mine"]
@@ -30,8 +32,12 @@ def disk(folder):
         if mounted and not keep:
             subprocess.run(["umount", path], check=True)
             mounted.clear()
-        options = f"{'remount,' if mounted else ''}size={max(size, 4096)}"  # 0 would be without a limit
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True)
+        options = (
+            f"{'remount,' if mounted else ''}size={max(size, 4096)}"  # 0 would be without a limit
+        )
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True
+        )
         if done.returncode:
             pytest.skip("this user may not mount a small disk")
         mounted.append(path)
@@ -57,7 +63,9 @@ def run(main, argv: list[str], capsys, monkeypatch) -> str | None:
         return None
     complaint = [line for line in lines if not line.startswith("note: ")]
     assert (stop.value.code, len(complaint)) == (2, 1), lines
-    assert complaint[0].startswith("script.py: cannot write disk/") or "data/mine" in complaint[0], complaint
+    assert (
+        complaint[0].startswith("script.py: cannot write disk/") or "data/mine" in complaint[0]
+    ), complaint
     return complaint[0]
 
 
@@ -79,7 +87,9 @@ def train_on_disks(disk, count: int, capsys, monkeypatch) -> None:
         outcomes.append(complaint is None)
         if complaint:
             assert f"No space left on device (the disk {path} has " in complaint
-        saved = [path / "run" / name for name in ("ckpt.pt", "best.pt") if (path / "run" / name).exists()]
+        saved = [
+            path / "run" / name for name in ("ckpt.pt", "best.pt") if (path / "run" / name).exists()
+        ]
         for name in saved:
             assert checkpoint.load(name)["progress"]["iter"] in (2, 4, 6, 8)
         assert not list(path.rglob("*.tmp"))
@@ -104,7 +114,9 @@ def test_on_forty_disk_sizes_a_run_ends_well_or_in_one_line(tiny, disk, capsys, 
 
 def prepare_on_disks(folder: Path, disk, count: int, capsys, monkeypatch) -> None:
     def contents() -> dict:
-        return {path.name: path.read_bytes() for path in Path("data/mine").iterdir() if path.is_file()}
+        return {
+            path.name: path.read_bytes() for path in Path("data/mine").iterdir() if path.is_file()
+        }
 
     path = disk(10**8)
     (folder / "data" / "mine").symlink_to(path / "mine")
@@ -131,12 +143,16 @@ def test_on_a_disk_of_any_size_a_preparation_ends_well_or_in_one_line_and_resume
 
 
 @pytest.mark.long
-def test_on_forty_disk_sizes_a_preparation_ends_well_or_in_one_line(tiny, folder, disk, capsys, monkeypatch):
+def test_on_forty_disk_sizes_a_preparation_ends_well_or_in_one_line(
+    tiny, folder, disk, capsys, monkeypatch
+):
     prepare_on_disks(folder, disk, 40, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("room", [0, 1, 1000, 4096, 5000, 10_000, 40_000, 80_000])
-def test_a_checkpoint_that_finds_no_room_names_the_disk_and_not_what_follows_from_it(run_train, monkeypatch, room):
+def test_a_checkpoint_that_finds_no_room_names_the_disk_and_not_what_follows_from_it(
+    run_train, monkeypatch, room
+):
     class SmallDisk(io.FileIO):
         def write(self, data: bytes) -> int:
             nonlocal room
@@ -157,7 +173,8 @@ def test_a_checkpoint_that_finds_no_room_names_the_disk_and_not_what_follows_fro
     del entries["format"]
     monkeypatch.setattr(files, "RawFile", SmallFile)
     with pytest.raises(
-        UserError, match=r"No space left on device \(the disk /.* has .* MB free\); the one before it is"
+        UserError,
+        match=r"No space left on device \(the disk /.* has .* MB free\); the one before it is",
     ):
         checkpoint.save(path, entries)
     assert path.read_bytes() == before
@@ -172,7 +189,9 @@ def test_a_device_or_a_pipe_is_written_to_and_not_replaced_by_a_file(folder, fai
     assert os.read(reader, 100) == b"text" and [path.name for path in folder.iterdir()] == ["pipe"]
     assert Path("pipe").is_fifo()
     if Path("/dev/full").is_char_device():
-        line = fails(lambda argv: files.write_whole(Path("/dev/full"), lambda file: file.write(b"text")))
+        line = fails(
+            lambda argv: files.write_whole(Path("/dev/full"), lambda file: file.write(b"text"))
+        )
         assert line.startswith("cannot write /dev/full: No space left on device")
         assert Path("/dev/full").is_char_device()
 
@@ -186,9 +205,19 @@ def test_of_two_processes_that_write_a_file_at_once_both_succeed_and_one_wins(fo
     assert [path.name for path in folder.iterdir()] == ["x"] and Path("x").read_bytes() == b"first"
 
 
-def test_what_a_kill_left_of_a_file_is_removed_by_the_next_run_and_what_is_not_ours_stays(run_train):
+def test_what_a_kill_left_of_a_file_is_removed_by_the_next_run_and_what_is_not_ours_stays(
+    run_train,
+):
     run_train()
-    for name in ("ckpt.pt.0123abcd.tmp", "best.pt.89abcdef.tmp", "ckpt.pt.mine.tmp", "mine.0123abcd.tmp"):
+    for name in (
+        "ckpt.pt.0123abcd.tmp",
+        "best.pt.89abcdef.tmp",
+        "ckpt.pt.mine.tmp",
+        "mine.0123abcd.tmp",
+    ):
         Path("out/run", name).touch()
     assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
-    assert {path.name for path in Path("out/run").glob("*.tmp")} == {"ckpt.pt.mine.tmp", "mine.0123abcd.tmp"}
+    assert {path.name for path in Path("out/run").glob("*.tmp")} == {
+        "ckpt.pt.mine.tmp",
+        "mine.0123abcd.tmp",
+    }

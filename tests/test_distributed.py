@@ -19,17 +19,26 @@ import torch.distributed as dist
 from conftest import TINY_RUN, assert_same_weights, read_rows
 
 import train
-from humptygpt import checkpoint, configurator, distributed, optimizers
-from humptygpt.batches import TokenDataset
-from humptygpt.configurator import UserError
-from humptygpt.distributed import Processes, check_divisible
-from humptygpt.layers import Rows, drop, rows_of_batch
-from humptygpt.train_config import read_settings
+from humptygpt.checkpoint import checkpoint
+from humptygpt.core import settings as configurator
+from humptygpt.core.errors import UserError
+from humptygpt.data.batches import TokenDataset
+from humptygpt.nn.layers import Rows, drop, rows_of_batch
+from humptygpt.parallel import processes as distributed
+from humptygpt.parallel.processes import Processes, check_divisible
+from humptygpt.training import optimizers
+from humptygpt.training.settings import read_settings
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/run")
 TIME = 600  # seconds until a test fails
-STEPS = ["--max_iters=50", "--eval_interval=25", "--eval_iters=3", "--learning_rate=3e-3", "--out_dir=out/run"]
+STEPS = [
+    "--max_iters=50",
+    "--eval_interval=25",
+    "--eval_iters=3",
+    "--learning_rate=3e-3",
+    "--out_dir=out/run",
+]
 
 
 def free_port() -> int:
@@ -43,15 +52,23 @@ def one_of_several(rank: int, size: int, port: int, main, argv: list[str]) -> No
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.argv = ["train.py", *argv]
-    with Path(f"stdout{rank}").open("w") as sys.stdout, Path(f"stderr{rank}").open("w") as sys.stderr:
+    with (
+        Path(f"stdout{rank}").open("w") as sys.stdout,
+        Path(f"stderr{rank}").open("w") as sys.stderr,
+    ):
         configurator.run(main)
 
 
-def launch(size: int, *argv: str, main=train.main, differ: dict[int, list[str]] | None = None) -> list[int]:
+def launch(
+    size: int, *argv: str, main=train.main, differ: dict[int, list[str]] | None = None
+) -> list[int]:
     """Run a script in this many processes and return their exit codes; differ: {rank: its own arguments}."""
     context, port = multiprocessing.get_context("fork"), free_port()
     found = [
-        context.Process(target=one_of_several, args=(rank, size, port, main, [*argv, *(differ or {}).get(rank, [])]))
+        context.Process(
+            target=one_of_several,
+            args=(rank, size, port, main, [*argv, *(differ or {}).get(rank, [])]),
+        )
         for rank in range(size)
     ]
     for process in found:
@@ -68,16 +85,37 @@ def losses(rows: list[dict]) -> list[float]:
 
 
 RUNS = {
-    "micro-batches are divided": ["--gradient_accumulation_steps=4", "--dropout=0.2", "--ema_decay=0.9"],
+    "micro-batches are divided": [
+        "--gradient_accumulation_steps=4",
+        "--dropout=0.2",
+        "--ema_decay=0.9",
+    ],
     "rows are divided": ["--dropout=0.2", "--grad_clip=0.5"],
-    "both, 2 micro-batches": ["--gradient_accumulation_steps=2", "--dropout=0.2", "--bias=True", "--optimizer=normuon"],
+    "both, 2 micro-batches": [
+        "--gradient_accumulation_steps=2",
+        "--dropout=0.2",
+        "--bias=True",
+        "--optimizer=normuon",
+    ],
     "Muon": ["--optimizer=muon", "--n_layer=3"],
     "n-grams": ["--ngrams=3", "--ngram_min_count=2", "--ngram_dropout=0.2"],
 }
-PAIRS = ["--dataset=pairs", "--model=transformer", "--block_size=64", "--batch_size=2", "--dropout=0.2"]
+PAIRS = [
+    "--dataset=pairs",
+    "--model=transformer",
+    "--block_size=64",
+    "--batch_size=2",
+    "--dropout=0.2",
+]
 
 
-USUAL = {"micro-batches are divided": 2, "rows are divided": 4, "both, 2 micro-batches": 4, "Muon": 2, "n-grams": 2}
+USUAL = {
+    "micro-batches are divided": 2,
+    "rows are divided": 4,
+    "both, 2 micro-batches": 4,
+    "Muon": 2,
+    "n-grams": 2,
+}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +133,9 @@ def test_several_processes_have_the_losses_of_one(run_train, monkeypatch, name, 
     one = run_train(*argv)
     assert launch(size, *TINY_RUN, *argv) == [0] * size
     several = read_rows(Path("out/run"))
-    assert [(row["iter"], row["tokens"]) for row in several] == [(row["iter"], row["tokens"]) for row in one]
+    assert [(row["iter"], row["tokens"]) for row in several] == [
+        (row["iter"], row["tokens"]) for row in one
+    ]
     tolerance = 1e-3 if "uon" in str(argv) else 1e-5
     assert losses(several) == pytest.approx(losses(one), rel=tolerance)
 
@@ -165,7 +205,9 @@ def test_what_cannot_be_divided_is_refused_with_the_nearest_values_that_can():
         check_divisible(*works)
     with pytest.raises(UserError) as error:
         check_divisible(4, 6, 5, False)
-    assert str(error.value).endswith("take gradient_accumulation_steps=4 or 8, or nproc_per_node=3 or 6")
+    assert str(error.value).endswith(
+        "take gradient_accumulation_steps=4 or 8, or nproc_per_node=3 or 6"
+    )
     with pytest.raises(UserError) as error:
         check_divisible(4, 1, 6, False)
     assert str(error.value).endswith(
@@ -176,7 +218,9 @@ def test_what_cannot_be_divided_is_refused_with_the_nearest_values_that_can():
 def test_each_process_orthogonalises_some_matrices_and_none_is_done_twice(tiny):
     assert launch(2, *TINY_RUN, "--optimizer=muon", "--n_layer=3", main=count_matrices) == [0, 0]
     counts = [json.loads(Path(f"counts{rank}").read_text()) for rank in range(2)]
-    assert sum(count["matrices"] for count in counts) == 6 * 3 * 6  # steps, layers, matrices of each
+    assert (
+        sum(count["matrices"] for count in counts) == 6 * 3 * 6
+    )  # steps, layers, matrices of each
     assert min(count["matrices"] for count in counts) >= 6 * 6
 
 
@@ -212,7 +256,12 @@ def test_one_process_writes_and_reports(tiny):
     assert launch(2, *TINY_RUN) == [0, 0]
     assert "best val loss" in Path("stdout0").read_text() and Path("stdout1").read_text() == ""
     assert Path("stderr1").read_text() == ""
-    assert sorted(path.name for path in OUT.iterdir()) == ["best.pt", "ckpt.pt", "config.json", "metrics.jsonl"]
+    assert sorted(path.name for path in OUT.iterdir()) == [
+        "best.pt",
+        "ckpt.pt",
+        "config.json",
+        "metrics.jsonl",
+    ]
     assert not list(Path("out").glob("*/previous-*"))
 
 
@@ -229,7 +278,9 @@ def signal_at_4(argv: list[str]) -> int:
     return train.main(argv)
 
 
-def test_a_signal_to_one_process_ends_all_with_one_checkpoint_that_any_number_resumes(tiny, run_train):
+def test_a_signal_to_one_process_ends_all_with_one_checkpoint_that_any_number_resumes(
+    tiny, run_train
+):
     argv = [*TINY_RUN, "--ngrams=3", "--ngram_min_count=2", "--optimizer=muon", "--ema_decay=0.5"]
     assert launch(2, *argv) == [0, 0]
     rows, whole = read_rows(OUT), checkpoint.load(OUT / "ckpt.pt")
@@ -275,7 +326,10 @@ def test_a_process_with_other_data_is_named(tiny, monkeypatch):
     monkeypatch.setattr(distributed, "PATIENCE", 0)
     found = complaints(main=with_other_data)
     assert "process 1 on" in found[0] and "has train=another checksum, but process 0" in found[0]
-    assert "start all with the same command, on the same data" in found[0] and found[0].count("\n") == 1
+    assert (
+        "start all with the same command, on the same data" in found[0]
+        and found[0].count("\n") == 1
+    )
 
 
 def test_a_port_in_use_is_one_line(tiny, fails, monkeypatch):
@@ -283,7 +337,12 @@ def test_a_port_in_use_is_one_line(tiny, fails, monkeypatch):
         used.bind(("127.0.0.1", 0))
         used.listen()
         port = used.getsockname()[1]
-        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": port}.items():
+        for name, value in {
+            "RANK": 0,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": 2,
+            "MASTER_PORT": port,
+        }.items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         complaint = fails(train.main, *TINY_RUN)
@@ -293,7 +352,9 @@ def test_a_port_in_use_is_one_line(tiny, fails, monkeypatch):
 
 def test_without_torchrun_several_processes_are_refused(tiny, fails, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "WORLD_SIZE=2 is set, but not RANK; start several processes with: torchrun" in fails(train.main, *TINY_RUN)
+    assert "WORLD_SIZE=2 is set, but not RANK; start several processes with: torchrun" in fails(
+        train.main, *TINY_RUN
+    )
 
 
 # --------------------------------------------------------------------------------------
@@ -324,7 +385,10 @@ def test_a_process_that_dies_ends_the_others_and_the_run_resumes_exactly(tiny, m
     # as torchrun --max_restarts starts them again
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert launch(2, *argv) == [0, 0]
-    assert "note: torchrun has started this run again; it resumes out/run/ckpt.pt" in Path("stderr0").read_text()
+    assert (
+        "note: torchrun has started this run again; it resumes out/run/ckpt.pt"
+        in Path("stderr0").read_text()
+    )
     assert read_rows(OUT) == rows
     assert_same_weights(checkpoint.load(OUT / "ckpt.pt")["model"], whole)
 
@@ -341,14 +405,16 @@ def test_a_process_that_hangs_is_named_and_ends_the_run(tiny, monkeypatch, capfd
     monkeypatch.setattr(distributed, "SILENCE", 4.0)
     assert launch(2, *TINY_RUN, main=partial(dying, number=signal.SIGSTOP)) == [1, -signal.SIGKILL]
     complaint = capfd.readouterr().err.splitlines()[-1]
-    assert re.match(r"train.py: process 1 on \S+ has given no sign of life for 4 s; the run ends", complaint)
+    assert re.match(
+        r"train.py: process 1 on \S+ has given no sign of life for 4 s; the run ends", complaint
+    )
 
 
 DYING = """
 import os, random, signal, sys, threading, time
 sys.path[:0] = [{root!r}]
 import train
-from humptygpt import configurator
+from humptygpt.core import settings as configurator
 start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 draw = random.Random(f"{seed} {{start}}")
 victim, moment = draw.randrange(2), draw.uniform(0, {seconds})
@@ -371,8 +437,21 @@ def test_killed_at_twenty_random_moments_runs_end_by_themselves_with_the_weights
     tiny, parallel
 ):
     """Each run loses a process up to three times, in the start, in steps and in saving."""
-    argv = [*TINY_RUN, "--dropout=0.2", "--gradient_accumulation_steps=2", "--max_iters=60", "--eval_interval=2"]
-    command = ["torchrun", "--standalone", "--nproc_per_node=2", "--max_restarts=3", "dying.py", *argv]
+    argv = [
+        *TINY_RUN,
+        "--dropout=0.2",
+        "--gradient_accumulation_steps=2",
+        "--max_iters=60",
+        "--eval_interval=2",
+    ]
+    command = [
+        "torchrun",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--max_restarts=3",
+        "dying.py",
+        *argv,
+    ]
     command.append(f"--parallel={parallel}")
 
     def run(seed: int, seconds: float) -> float:

@@ -10,8 +10,8 @@ from conftest import make_text
 from test_tokenizer import EVERY
 
 import prepare_data
-from humptygpt import documents
-from humptygpt.documents import Found, find_files, read_documents
+from humptygpt.data import documents
+from humptygpt.data.documents import Found, find_files, read_documents
 
 TEXTS = ["first\n\ndocument", "Zweites, mit Ü", "third"]
 
@@ -21,7 +21,9 @@ def write(path: str, texts: list[str], key: str = "text") -> Path:
     name = path.lower().removesuffix(".gz").removesuffix(".zst")
     packed = {".gz": gzip.open, "zst": zstd.open}.get(path[-3:].lower(), open)
     if name.endswith(".parquet"):
-        pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(texts))), key: texts}), path, row_group_size=2)
+        pyarrow.parquet.write_table(
+            pyarrow.table({"id": list(range(len(texts))), key: texts}), path, row_group_size=2
+        )
     else:
         lines = [json.dumps({"id": 1, key: text}) for text in texts]
         with packed(path, "wb") as file:
@@ -66,7 +68,11 @@ def test_long_documents_come_in_pieces_that_count_the_bytes_read(name, monkeypat
 def test_cutting_a_document_changes_none_of_its_tokens(tok, seed, monkeypatch):
     monkeypatch.setattr(documents, "PIECE", 60 + 7 * seed)
     text = (
-        make_text(2000, seed).replace(". ", ".\n\n  ").replace("a ", "a,  ").replace(" t", "\t\n t").replace("e.", "'s")
+        make_text(2000, seed)
+        .replace(". ", ".\n\n  ")
+        .replace("a ", "a,  ")
+        .replace(" t", "\t\n t")
+        .replace("e.", "'s")
     )
     known = set(tok.decode(range(tok.vocab_size)))
     text = "".join(char for char in text if "char" not in tok.name or char in known)
@@ -104,7 +110,12 @@ def test_there_is_a_way_out_where_bytes_are_not_utf8(errors, text):
     Path("a.txt").write_bytes(b"ab\xfcc")
     Path("b.jsonl").write_bytes(b'{"text": "ab\xfcc"}')
     Path("c.jsonl").write_bytes(b'{"text": "ab\\ud83dc"}')  # an unpaired surrogate
-    assert read("a.txt", errors=errors) == read("b.jsonl", errors=errors) == read("c.jsonl", errors=errors) == [text]
+    assert (
+        read("a.txt", errors=errors)
+        == read("b.jsonl", errors=errors)
+        == read("c.jsonl", errors=errors)
+        == [text]
+    )
 
 
 def found(where: str) -> list[str]:
@@ -147,7 +158,10 @@ def test_binary_and_hidden_files_are_skipped_counted_and_named(capsys):
     for number in range(9):
         Path(f"t/a.png{number}").write_bytes(b"\0")
     find_files("t")
-    assert "13 binary: t/a.png, t/a.png0, t/a.png1, t/a.png2, t/a.png3 and 8 more; 1 hidden" in capsys.readouterr().err
+    assert (
+        "13 binary: t/a.png, t/a.png0, t/a.png1, t/a.png2, t/a.png3 and 8 more; 1 hidden"
+        in capsys.readouterr().err
+    )
 
 
 def test_what_our_scripts_have_written_is_no_text_of_a_folder_around_it(tiny, run_train, capsys):
@@ -157,8 +171,13 @@ def test_what_our_scripts_have_written_is_no_text_of_a_folder_around_it(tiny, ru
     capsys.readouterr()
     assert found(".") == ["data/tiny/own.txt", "tiny.txt"]
     skipped = "note: skipped files: 4 binary: data/tiny/train.bin, data/tiny/val.bin, out/run/best.pt, out/run/ckpt.pt;"
-    listed = "data/tiny/command.txt, data/tiny/config.json, data/tiny/meta.json, out/run/config.json,"
-    assert capsys.readouterr().err == f"{skipped} 5 of data folders and runs: {listed} out/run/metrics.jsonl\n"
+    listed = (
+        "data/tiny/command.txt, data/tiny/config.json, data/tiny/meta.json, out/run/config.json,"
+    )
+    assert (
+        capsys.readouterr().err
+        == f"{skipped} 5 of data folders and runs: {listed} out/run/metrics.jsonl\n"
+    )
     Path("notes").mkdir()
     Path("notes/meta.json").write_text("of the user")  # nothing of ours is beside it
     assert found("notes") == ["notes/meta.json"]
@@ -171,7 +190,10 @@ def test_utf_16_is_read_as_it_is_where_a_byte_order_mark_says_so(encoding, piece
     mark = "" if encoding == "utf-16" else "\ufeff"
     Path("a.txt").write_bytes((mark + "Grüße 🙂\n").encode(encoding))
     for errors in ("strict", "replace"):
-        assert "".join(part.text for part in read_documents(Path("a.txt"), "text", errors)) == "Grüße 🙂\n"
+        assert (
+            "".join(part.text for part in read_documents(Path("a.txt"), "text", errors))
+            == "Grüße 🙂\n"
+        )
 
 
 def test_text_that_looks_like_json_lines_is_noted(capsys):
@@ -180,7 +202,10 @@ def test_text_that_looks_like_json_lines_is_noted(capsys):
     find_files("b.json")
     assert not capsys.readouterr().err
     find_files("a.json")
-    assert "note: taken for text, but it looks like JSON lines, which end in .jsonl: a.json" in capsys.readouterr().err
+    assert (
+        "note: taken for text, but it looks like JSON lines, which end in .jsonl: a.json"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("name", ["A.TXT", "A.Txt.GZ", "a.JSONL", "a.JsonL.ZST", "a.PARQUET"])
@@ -202,7 +227,15 @@ def test_carriage_returns_become_line_breaks_wherever_a_read_ends(name, piece, m
 
 
 def test_bad_lines_and_rows_are_skipped_and_counted_where_the_user_wants_it():
-    lines = ["{", "[1]", '{"text": 5}', '{"body": "a"}', '{"text": "\\ud83d"}', '{"text": "\xfc"}', '{"text": "good"}']
+    lines = [
+        "{",
+        "[1]",
+        '{"text": 5}',
+        '{"body": "a"}',
+        '{"text": "\\ud83d"}',
+        '{"text": "\xfc"}',
+        '{"text": "good"}',
+    ]
     Path("a.jsonl").write_bytes("\n".join(lines).encode("latin1"))
     write("a.parquet", ["good", None])
     for path, bad, first in (("a.jsonl", 6, 1), ("a.parquet", 1, 2)):
@@ -215,25 +248,36 @@ BAD = {
     "folder has no text files; skipped: 1 binary: folder/a.bin": ["folder"],
     "cannot read latin.txt: No such file or directory; did you mean latin1.txt?": ["latin.txt"],
     "folder/a.bin is a binary file, not text: byte 0xff": ["folder/a.bin"],
-    "utf16.txt begins as UTF-16, but is damaged: byte 0x00 at offset 4; set --encoding_errors": ["utf16.txt"],
+    "utf16.txt begins as UTF-16, but is damaged: byte 0x00 at offset 4; set --encoding_errors": [
+        "utf16.txt"
+    ],
     "for example: iconv -f latin1 -t utf-8 'a b.txt'; or": ["a b.txt"],
-    "input=https://a.b/c d.txt is an address; download it first: wget 'https://a.b/c d.txt'": ["https://a.b/c d.txt"],
+    "input=https://a.b/c d.txt is an address; download it first: wget 'https://a.b/c d.txt'": [
+        "https://a.b/c d.txt"
+    ],
     "no file matches nothing*.txt": ["nothing*.txt"],
     "cannot read missing.txt: No such file": ["missing.txt"],
     "empty.txt has no text": ["empty.txt"],
     "latin1.txt is not UTF-8: byte 0xfc at offset 300,003; convert it": ["latin1.txt"],
     "cut.txt is not UTF-8: byte 0xc3 at offset 3": ["cut.txt"],
     "latin1.jsonl, line 2 is not UTF-8": ["latin1.jsonl"],
-    "half.jsonl, line 1 has an unpaired surrogate, which UTF-8 cannot encode; set --encoding_errors": ["half.jsonl"],
+    "half.jsonl, line 1 has an unpaired surrogate, which UTF-8 cannot encode; set --encoding_errors": [
+        "half.jsonl"
+    ],
     "key.jsonl, line 3 has no text under 'text'; set --text_key to one of: body": ["key.jsonl"],
-    "number.jsonl, line 1 has no text under 'text', but 5; leave such lines out with --skip_bad": ["number.jsonl"],
+    "number.jsonl, line 1 has no text under 'text', but 5; leave such lines out with --skip_bad": [
+        "number.jsonl"
+    ],
     "number.jsonl has no text; there is nothing to learn from; skipped lines without a text: 1 (the first:": [
         *("number.jsonl", "--skip_bad_lines=True")
     ],
     "list.jsonl, line 1 is not a JSON object": ["list.jsonl"],
     "broken.jsonl, line 2 is not JSON: Expecting": ["broken.jsonl"],
     "null.parquet, row 2 has no text under 'text', but None": ["null.parquet"],
-    "null.parquet has no column 'body'; set --text_key to one of: id, text": ["null.parquet", "--text_key=body"],
+    "null.parquet has no column 'body'; set --text_key to one of: id, text": [
+        "null.parquet",
+        "--text_key=body",
+    ],
     "damaged.parquet is damaged: ": ["damaged.parquet"],
     "short.txt.gz is damaged: Compressed file ended": ["short.txt.gz"],
     "wrong.txt.gz: Not a gzipped file": ["wrong.txt.gz"],

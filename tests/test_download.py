@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from servers import serving
 
-from humptygpt import download as downloads
-from humptygpt.configurator import UserError
-from humptygpt.download import download
+from humptygpt.core import download as downloads
+from humptygpt.core.download import download
+from humptygpt.core.errors import UserError
 
 CONTENT = bytes(range(256)) * 3000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -29,7 +29,9 @@ def ranges(server) -> list[str | None]:
 
 def test_a_download_arrives_whole(server):
     download(server.url, Path("a/file"), SHA256)
-    assert Path("a/file").read_bytes() == CONTENT and [path.name for path in Path("a").iterdir()] == ["file"]
+    assert Path("a/file").read_bytes() == CONTENT and [
+        path.name for path in Path("a").iterdir()
+    ] == ["file"]
 
 
 def test_an_interrupted_download_is_resumed(server):
@@ -59,7 +61,9 @@ def test_a_server_without_ranges_sends_the_whole_file_again(server):
 
 
 def test_content_with_another_hash_is_refused_and_not_kept(server):
-    with pytest.raises(UserError, match=r"returned 768,000 bytes with sha256 .*, but 0000.* was expected"):
+    with pytest.raises(
+        UserError, match=r"returned 768,000 bytes with sha256 .*, but 0000.* was expected"
+    ):
         download(server.url, Path("file"), "0" * 64)
     assert list(Path().iterdir()) == []
 
@@ -102,7 +106,9 @@ def test_a_package_is_fetched_by_pip_with_its_hash_and_left_packed(monkeypatch):
 
 
 def test_pips_error_is_reported(monkeypatch):
-    done = subprocess.CompletedProcess([], 1, "", "warning\nERROR: No matching distribution found\n")
+    done = subprocess.CompletedProcess(
+        [], 1, "", "warning\nERROR: No matching distribution found\n"
+    )
     monkeypatch.setattr(downloads.subprocess, "run", lambda command, **options: done)
     with (
         pytest.raises(UserError, match="pip: No matching distribution found"),

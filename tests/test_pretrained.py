@@ -11,16 +11,27 @@ import pytest
 import torch
 from conftest import assert_same_weights
 from safetensors.torch import load_file, save_file
-from test_damage import Code, Target, change_json, check_damages, cut_bytes, flip_bytes, replace_json
+from test_damage import (
+    Code,
+    Target,
+    change_json,
+    check_damages,
+    cut_bytes,
+    flip_bytes,
+    replace_json,
+)
 from test_damage_checkpoint import OTHER_TENSORS
 from test_model import VARIANTS, random_model
 from torch import Tensor, nn
 
-from humptygpt import checkpoint, files
-from humptygpt.configurator import UserError
-from humptygpt.pretrained import read_pretrained, to_pretrained, write_pretrained
+from humptygpt.checkpoint import checkpoint
+from humptygpt.core import files
+from humptygpt.core.errors import UserError
+from humptygpt.interchange.huggingface import read_pretrained, to_pretrained, write_pretrained
 
-transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-dev.txt")
+transformers = pytest.importorskip(
+    "transformers", reason="needs transformers: pip install -r requirements-dev.txt"
+)
 transformers.logging.disable_progress_bar()
 
 IDX = torch.randint(11, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -32,16 +43,30 @@ HF = Path("theirs")
 
 def gpt2(**settings) -> nn.Module:
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 24, "vocab_size": 11}
-    return randomized(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | NO_DROPOUT | settings)))
+    return randomized(
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | NO_DROPOUT | settings))
+    )
 
 
 def llama(**settings) -> nn.Module:
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 44}
-    sizes |= {"max_position_embeddings": 24, "vocab_size": 11, "bos_token_id": None, "eos_token_id": None}
+    sizes = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": 32,
+        "intermediate_size": 44,
+    }
+    sizes |= {
+        "max_position_embeddings": 24,
+        "vocab_size": 11,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
     return randomized(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | settings)))
 
 
-NO_DROPOUT = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop", "bos_token_id", "eos_token_id"])
+NO_DROPOUT = dict.fromkeys(
+    ["resid_pdrop", "embd_pdrop", "attn_pdrop", "bos_token_id", "eos_token_id"]
+)
 NO_DROPOUT |= dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0)
 
 
@@ -87,13 +112,20 @@ def save_rounded(model: nn.Module, dtype: torch.dtype) -> None:
 
 def save_shards(model: nn.Module) -> None:
     model.save_pretrained(HF, max_shard_size="6KB")
-    assert len(list(HF.glob("model-*-of-*.safetensors"))) > 2 and not (HF / "model.safetensors").exists()
+    assert (
+        len(list(HF.glob("model-*-of-*.safetensors"))) > 2
+        and not (HF / "model.safetensors").exists()
+    )
 
 
 def save_without_prefix(model: nn.Module) -> None:
     """As the model without its head has it."""
     model.base_model.save_pretrained(HF)
-    assert not [name for name in load_file(HF / "model.safetensors") if name.startswith(("transformer.", "model."))]
+    assert not [
+        name
+        for name in load_file(HF / "model.safetensors")
+        if name.startswith(("transformer.", "model."))
+    ]
 
 
 def save_pickle(model: nn.Module) -> None:
@@ -106,9 +138,15 @@ def save_legacy_pickle_shards(model: nn.Module) -> None:
     names = list(with_buffers(model))
     weight_map = {name: f"pytorch_model-{number % 3}.bin" for number, name in enumerate(names)}
     for shard in set(weight_map.values()):
-        held = {name: tensor for name, tensor in with_buffers(model).items() if weight_map[name] == shard}
+        held = {
+            name: tensor
+            for name, tensor in with_buffers(model).items()
+            if weight_map[name] == shard
+        }
         torch.save(held, HF / shard, _use_new_zipfile_serialization=False)
-    (HF / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (HF / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def with_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -118,7 +156,9 @@ def with_buffers(model: nn.Module) -> dict[str, Tensor]:
     weights = dict(model.state_dict(keep_vars=True))
     for layer in range(2):
         if "transformer.wte.weight" in weights:
-            weights[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 24, 24, dtype=torch.bool).tril()
+            weights[f"transformer.h.{layer}.attn.bias"] = torch.ones(
+                1, 1, 24, 24, dtype=torch.bool
+            ).tril()
             weights[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
         else:
             weights[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
@@ -132,9 +172,22 @@ def save_old_config(model: nn.Module) -> None:
     if rope := content.pop("rope_parameters", None):
         content["rope_theta"] = rope.pop("rope_theta")
         content["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-    for key in ("tie_word_embeddings", "activation_function", "layer_norm_epsilon", "n_inner", "scale_attn_weights"):
+    for key in (
+        "tie_word_embeddings",
+        "activation_function",
+        "layer_norm_epsilon",
+        "n_inner",
+        "scale_attn_weights",
+    ):
         content.pop(key, None)
-    for key in ("num_key_value_heads", "head_dim", "hidden_act", "attention_bias", "mlp_bias", "rms_norm_eps"):
+    for key in (
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "attention_bias",
+        "mlp_bias",
+        "rms_norm_eps",
+    ):
         content.pop(key, None)
     (HF / "config.json").write_text(json.dumps(content))
 
@@ -143,7 +196,11 @@ SHAPES = {
     "gpt2": (gpt2, {}, save),
     "gpt2, 3 heads of 5": (gpt2, {"n_head": 3, "n_embd": 15}, save),
     "gpt2, 1 head, 1 layer": (gpt2, {"n_head": 1, "n_layer": 1, "n_embd": 7}, save),
-    "gpt2, 7 heads of 1, untied": (gpt2, {"n_head": 7, "n_embd": 7, "tie_word_embeddings": False}, save),
+    "gpt2, 7 heads of 1, untied": (
+        gpt2,
+        {"n_head": 7, "n_embd": 7, "tie_word_embeddings": False},
+        save,
+    ),
     "gpt2, n_inner": (gpt2, {"n_inner": 37}, save),
     "gpt2, n_inner below n_embd": (gpt2, {"n_inner": 3}, save),
     "gpt2, gelu": (gpt2, {"activation_function": "gelu"}, save),
@@ -158,7 +215,11 @@ SHAPES = {
     "gpt2, old config": (gpt2, {}, save_old_config),
     "gpt2, pickle": (gpt2, {}, save_pickle),
     "gpt2, untied, pickle": (gpt2, {"tie_word_embeddings": False}, save_pickle),
-    "gpt2, 12 layers, shards of legacy pickles": (gpt2, {"n_layer": 12, "n_embd": 8}, save_legacy_pickle_shards),
+    "gpt2, 12 layers, shards of legacy pickles": (
+        gpt2,
+        {"n_layer": 12, "n_embd": 8},
+        save_legacy_pickle_shards,
+    ),
     "llama": (llama, {}, save),
     "llama, 3 heads of 6": (llama, {"num_attention_heads": 3, "hidden_size": 18}, save),
     "llama, 6 heads share 2": (
@@ -173,10 +234,18 @@ SHAPES = {
     ),
     "llama, tied": (llama, {"tie_word_embeddings": True}, save),
     "llama, wide heads": (llama, {"head_dim": 14, "num_key_value_heads": 2}, save),
-    "llama, narrow heads, biases": (llama, {"head_dim": 2, "attention_bias": True, "mlp_bias": True}, save),
+    "llama, narrow heads, biases": (
+        llama,
+        {"head_dim": 2, "attention_bias": True, "mlp_bias": True},
+        save,
+    ),
     "llama, attention biases": (llama, {"attention_bias": True, "num_key_value_heads": 2}, save),
     "llama, MLP biases": (llama, {"mlp_bias": True}, save),
-    "llama, rope_theta": (llama, {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, save),
+    "llama, rope_theta": (
+        llama,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+        save,
+    ),
     "llama, scaled": (llama, rope_scaling(), save),
     "llama, scaled, wide heads, tied, shards": (
         llama,
@@ -184,7 +253,11 @@ SHAPES = {
         save_shards,
     ),
     "llama, scaled, old config": (llama, rope_scaling() | {"rms_norm_eps": 1e-6}, save_old_config),
-    "llama, old config": (llama, {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, save_old_config),
+    "llama, old config": (
+        llama,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+        save_old_config,
+    ),
     "llama, large epsilon": (llama, {"rms_norm_eps": 0.5}, save),
     "llama, gelu_pytorch_tanh": (llama, {"hidden_act": "gelu_pytorch_tanh"}, save),
     "llama, relu": (llama, {"hidden_act": "relu"}, save),
@@ -192,7 +265,11 @@ SHAPES = {
     "llama, float16, tied": (llama, {"tie_word_embeddings": True}, save_float16),
     "llama, tied, without prefix": (llama, {"tie_word_embeddings": True}, save_without_prefix),
     "llama, pickle": (llama, {"num_key_value_heads": 1}, save_pickle),
-    "llama, tied, shards of legacy pickles": (llama, {"tie_word_embeddings": True}, save_legacy_pickle_shards),
+    "llama, tied, shards of legacy pickles": (
+        llama,
+        {"tie_word_embeddings": True},
+        save_legacy_pickle_shards,
+    ),
 }
 
 
@@ -216,7 +293,9 @@ def test_a_model_gives_the_logits_of_transformers_and_goes_back_bit_for_bit(shap
     torch.testing.assert_close(again.eval()(IDX).logits, expected, atol=2e-6, rtol=2e-6)
     once_more, weights_again = read_pretrained(Path("back"))
     assert_same_weights(weights_again, weights)
-    write_pretrained(checkpoint.restore_model(weights_again, once_more), Path("back"))  # the same config
+    write_pretrained(
+        checkpoint.restore_model(weights_again, once_more), Path("back")
+    )  # the same config
 
 
 # --------------------------------------------------------------------------------------
@@ -233,7 +312,13 @@ EXPORTED = [
     ROTARY | {"tie_weights": False, "n_kv_head": 1, "activation": "silu", "norm_eps": 0.3},
     ROTARY | {"head_size": 6, "bias": True, "n_hidden": 40, "rope_base": 50.0},
     ROTARY | {"bias": True, "attn_bias": False},
-    ROTARY | {"mlp_bias": True, "rope_factor": 4.0, "rope_original_context": 8, "rope_high_freq_factor": 2.0},
+    ROTARY
+    | {
+        "mlp_bias": True,
+        "rope_factor": 4.0,
+        "rope_original_context": 8,
+        "rope_high_freq_factor": 2.0,
+    },
 ]
 
 
@@ -241,14 +326,18 @@ def opened(model: nn.Module) -> nn.Module:
     """The model of transformers with what to_pretrained says."""
     content, weights = to_pretrained(model)
     content = json.loads(json.dumps(content))
-    theirs = getattr(transformers, content["architectures"][0])(transformers.AutoConfig.for_model(**content)).eval()
+    theirs = getattr(transformers, content["architectures"][0])(
+        transformers.AutoConfig.for_model(**content)
+    ).eval()
     found = theirs.load_state_dict(weights, strict=False)
     assert found.missing_keys in ([], ["lm_head.weight"]) and not found.unexpected_keys
     assert (found.missing_keys == ["lm_head.weight"]) == model.config.tie_weights
     return theirs
 
 
-@pytest.mark.parametrize("keys", EXPORTED, ids=lambda keys: "-".join(f"{k}-{x}" for k, x in keys.items()) or "default")
+@pytest.mark.parametrize(
+    "keys", EXPORTED, ids=lambda keys: "-".join(f"{k}-{x}" for k, x in keys.items()) or "default"
+)
 def test_an_exported_model_gives_the_same_logits_in_transformers(keys):
     model = random_model(**keys).eval()
     idx = IDX[:, :16]
@@ -264,7 +353,9 @@ def test_every_variant_is_refused_or_gives_the_same_logits_in_transformers(base)
         try:
             theirs = opened(model)
         except UserError as error:
-            given, needed = re.fullmatch(r"(.*) cannot be exported; .* needs (.*)", str(error)).groups()
+            given, needed = re.fullmatch(
+                r"(.*) cannot be exported; .* needs (.*)", str(error)
+            ).groups()
             for setting in given.split(" "):
                 key, value = setting.split("=")
                 assert str(getattr(model.config, key)) == value
@@ -272,7 +363,9 @@ def test_every_variant_is_refused_or_gives_the_same_logits_in_transformers(base)
             refused += 1
             continue
         idx = IDX[:, : model.config.block_size]
-        torch.testing.assert_close(theirs(idx).logits, model(idx)[0], atol=1e-4, rtol=1e-4, msg=str(keys))
+        torch.testing.assert_close(
+            theirs(idx).logits, model(idx)[0], atol=1e-4, rtol=1e-4, msg=str(keys)
+        )
     assert len(VARIANTS) / 3 < refused < len(VARIANTS)
 
 
@@ -282,23 +375,41 @@ REFUSED = [
         "position=alibi cannot be exported; export needs position=learned (gpt2) or position=rotary",
     ),
     ({"norm": "rmsnorm"}, "norm=rmsnorm cannot be exported; GPT2LMHeadModel needs norm=layernorm"),
-    ({"block": "post_norm"}, "block=post_norm cannot be exported; GPT2LMHeadModel needs block=pre_norm"),
+    (
+        {"block": "post_norm"},
+        "block=post_norm cannot be exported; GPT2LMHeadModel needs block=pre_norm",
+    ),
     ({"mlp": "gated"}, "mlp=gated cannot be exported; GPT2LMHeadModel needs mlp=plain"),
     ({"n_kv_head": 1}, "n_kv_head=1 cannot be exported; GPT2LMHeadModel needs n_kv_head=None"),
     ({"head_size": 8}, "head_size=8 cannot be exported; GPT2LMHeadModel needs head_size=None"),
     ({"qk_norm": True}, "qk_norm=True cannot be exported; GPT2LMHeadModel needs qk_norm=False"),
     ({"window": 5}, "window=5 cannot be exported; GPT2LMHeadModel needs window=0"),
-    ({"ngrams": 2, "ngram_rows": 50}, "ngrams=2 cannot be exported; GPT2LMHeadModel needs ngrams=0"),
-    ({"model": "transformer"}, "model=transformer cannot be exported; GPT2LMHeadModel needs model=gpt"),
-    ({"model": "window_mlp", "window": 4}, "model=window_mlp cannot be exported; GPT2LMHeadModel needs model=gpt"),
-    (ROTARY | {"norm": "layernorm"}, "norm=layernorm cannot be exported; LlamaForCausalLM needs norm=rmsnorm"),
+    (
+        {"ngrams": 2, "ngram_rows": 50},
+        "ngrams=2 cannot be exported; GPT2LMHeadModel needs ngrams=0",
+    ),
+    (
+        {"model": "transformer"},
+        "model=transformer cannot be exported; GPT2LMHeadModel needs model=gpt",
+    ),
+    (
+        {"model": "window_mlp", "window": 4},
+        "model=window_mlp cannot be exported; GPT2LMHeadModel needs model=gpt",
+    ),
+    (
+        ROTARY | {"norm": "layernorm"},
+        "norm=layernorm cannot be exported; LlamaForCausalLM needs norm=rmsnorm",
+    ),
     (ROTARY | {"mlp": "plain"}, "mlp=plain cannot be exported; LlamaForCausalLM needs mlp=gated"),
     (ROTARY | {"mlp_conv": 3}, "mlp_conv=3 cannot be exported; LlamaForCausalLM needs mlp_conv=0"),
     (
         ROTARY | {"logit_soft_cap": 15.0},
         "logit_soft_cap=15.0 cannot be exported; LlamaForCausalLM needs logit_soft_cap=",
     ),
-    (ROTARY | {"n_head": 3, "head_size": 6}, "n_embd=32 cannot be exported; transformers needs a multiple of n_head=3"),
+    (
+        ROTARY | {"n_head": 3, "head_size": 6},
+        "n_embd=32 cannot be exported; transformers needs a multiple of n_head=3",
+    ),
 ]
 
 
@@ -322,7 +433,8 @@ def test_a_full_disk_leaves_the_model_that_was_there(monkeypatch):
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(
-        UserError, match=r"cannot write theirs/model\.safetensors: No space left on device .* the one before"
+        UserError,
+        match=r"cannot write theirs/model\.safetensors: No space left on device .* the one before",
     ):
         write_pretrained(random_model(init="zero"), HF)
     with pytest.raises(UserError, match=r"cannot write new/model\.safetensors"):
@@ -337,14 +449,21 @@ def test_a_folder_takes_a_newer_model_of_the_same_config_but_no_other():
     nn.init.ones_(newer.wte.weight)
     write_pretrained(newer, HF)
     assert_same_weights(read_pretrained(HF)[1], {**newer.state_dict(), **biases(HF)})
-    with pytest.raises(UserError, match=r"theirs/config\.json describes another model; remove it, or write to another"):
+    with pytest.raises(
+        UserError,
+        match=r"theirs/config\.json describes another model; remove it, or write to another",
+    ):
         write_pretrained(random_model(n_layer=1), HF)
     assert_same_weights(read_pretrained(HF)[1], {**newer.state_dict(), **biases(HF)})
 
 
 def biases(folder: Path) -> dict[str, Tensor]:
     """The bias terms that a model without them is written with, which are 0."""
-    found = {name: tensor for name, tensor in read_pretrained(folder)[1].items() if name.endswith(".bias")}
+    found = {
+        name: tensor
+        for name, tensor in read_pretrained(folder)[1].items()
+        if name.endswith(".bias")
+    }
     assert found and not any(tensor.any() for tensor in found.values())
     return found
 
@@ -385,7 +504,9 @@ def pickled(content: object, **options) -> Callable[[], None]:
     def write() -> None:
         weights = load_file(HF / "model.safetensors")
         (HF / "model.safetensors").unlink()
-        torch.save(content(weights) if callable(content) else content, HF / "pytorch_model.bin", **options)
+        torch.save(
+            content(weights) if callable(content) else content, HF / "pytorch_model.bin", **options
+        )
 
     return write
 
@@ -426,7 +547,10 @@ BAD = [
     # the folder and config.json
     (lambda: shutil.rmtree(HF), "there is no config.json"),
     (lambda: (HF / "config.json").unlink(), "there is no config.json"),
-    (lambda: (HF / "model.safetensors").unlink(), "there is neither model.safetensors nor pytorch_model.bin"),
+    (
+        lambda: (HF / "model.safetensors").unlink(),
+        "there is neither model.safetensors nor pytorch_model.bin",
+    ),
     (write_config(""), "config.json: Expecting value: line 1"),
     (write_config('{"model_type": "gpt2"'), "config.json: Expecting"),
     (write_config("[1]"), "config.json: the content must be a dictionary"),
@@ -434,7 +558,10 @@ BAD = [
     (edit_config(model_type=...), "config.json: model_type is missing"),
     (edit_config(model_type="mistral"), "model_type=mistral is not supported; gpt2 and llama are"),
     (edit_config(model_type="a\nb\x1b[2J\ud800"), "model_type=a b [2J  is not supported"),
-    (edit_config(architectures=["GPT2ForTokenClassification"]), "GPT2ForTokenClassification is not supported; GPT2LMH"),
+    (
+        edit_config(architectures=["GPT2ForTokenClassification"]),
+        "GPT2ForTokenClassification is not supported; GPT2LMH",
+    ),
     (edit_config(n_layer=...), "config.json: n_layer is missing"),
     (edit_config(n_positions=...), "config.json: n_positions is missing"),
     (edit_config(n_layer="2"), "n_layer must be an integer from 1 to 1,048,576"),
@@ -442,7 +569,10 @@ BAD = [
     (edit_config(n_head=3), "n_embd=32 must be a multiple of n_head=3"),
     (edit_config(tie_word_embeddings=None), "tie_word_embeddings must be a boolean"),
     (edit_config(activation_function="tanh"), "the activation tanh is not supported; gelu_new, "),
-    (edit_config(scale_attn_weights=False), "scale_attn_weights=False is not supported; scale_attn_weights=True is"),
+    (
+        edit_config(scale_attn_weights=False),
+        "scale_attn_weights=False is not supported; scale_attn_weights=True is",
+    ),
     (edit_config(add_cross_attention=True), "add_cross_attention=True is not supported"),
     (edit_config(layer_norm_epsilon=float("nan")), "norm_eps=nan must be above 0"),
     (edit_config(layer_norm_epsilon=10**400), "norm_eps"),
@@ -450,20 +580,41 @@ BAD = [
     (edit_config(n_embd=2**40), "n_embd must be an integer from 1 to 1,048,576"),
     (edit_config(n_layer=2**20), "1,048,576 layers, but there are only 28 weights"),
     (edit_config(vocab_size=2**20), f"{WTE} must have shape (1048576, 32), but has (11, 32)"),
-    (edit_config(n_positions=2**20), "transformer.wpe.weight must have shape (1048576, 32), but has (16, 32)"),
-    (edit_config(n_embd=2**20, n_inner=2**20), "c_attn.bias must have shape (3145728,), but has (96,)"),
+    (
+        edit_config(n_positions=2**20),
+        "transformer.wpe.weight must have shape (1048576, 32), but has (16, 32)",
+    ),
+    (
+        edit_config(n_embd=2**20, n_inner=2**20),
+        "c_attn.bias must have shape (3145728,), but has (96,)",
+    ),
     # weights
     (edit_weights(lambda weights: weights.pop(LN)), f"the weight {LN} is missing"),
-    (edit_weights(lambda weights: weights.update({"x.y": torch.ones(2)})), "the weight transformer.x.y is unknown"),
+    (
+        edit_weights(lambda weights: weights.update({"x.y": torch.ones(2)})),
+        "the weight transformer.x.y is unknown",
+    ),
     (edit_config(n_layer=1), "the weight transformer.h.1.attn.c_attn.bias is unknown"),
-    (edit_weights(lambda weights: weights.update({LN: torch.ones(33)})), f"{LN} must have shape (32,), but has (33,)"),
-    (edit_weights(lambda weights: weights.update({WTE: weights[WTE].T.contiguous()})), "(11, 32), but has (32, 11)"),
+    (
+        edit_weights(lambda weights: weights.update({LN: torch.ones(33)})),
+        f"{LN} must have shape (32,), but has (33,)",
+    ),
+    (
+        edit_weights(lambda weights: weights.update({WTE: weights[WTE].T.contiguous()})),
+        "(11, 32), but has (32, 11)",
+    ),
     (
         edit_weights(lambda weights: weights.update({LN: weights[LN].double()})),
         f"{LN} must be in F32, BF16, F16, but is",
     ),
-    (edit_weights(lambda weights: weights.update({LN: weights[LN].to(torch.int8)})), "but is in I8"),
-    (edit_weights(lambda weights: weights.update({LN[12:]: torch.ones(32)})), f"there are two weights named {LN}"),
+    (
+        edit_weights(lambda weights: weights.update({LN: weights[LN].to(torch.int8)})),
+        "but is in I8",
+    ),
+    (
+        edit_weights(lambda weights: weights.update({LN[12:]: torch.ones(32)})),
+        f"there are two weights named {LN}",
+    ),
     (
         edit_weights(lambda weights: weights.update({"lm_head.weight": weights[WTE] + 1})),
         "lm_head.weight must equal the embedding",
@@ -478,13 +629,22 @@ BAD = [
     (write_file(lambda data: b"\xff" * 8 + data[8:]), WHOLE),
     (lambda: ((HF / "model.safetensors").unlink(), (HF / "model.safetensors").mkdir()), WHOLE),
     # shards
-    (sharded({WTE: "a.safetensors", LN: "c.safetensors"}), "index.json names c.safetensors, which is missing"),
-    (sharded({WTE: "a.safetensors", LN: "../theirs/b.safetensors"}), "names ../theirs/b.safetensors, which is missing"),
+    (
+        sharded({WTE: "a.safetensors", LN: "c.safetensors"}),
+        "index.json names c.safetensors, which is missing",
+    ),
+    (
+        sharded({WTE: "a.safetensors", LN: "../theirs/b.safetensors"}),
+        "names ../theirs/b.safetensors, which is missing",
+    ),
     (
         sharded({WTE: "a.safetensors", LN: "b.safetensors"}),
         "the weight transformer.h.0.attn.c_attn.bias is in two files",
     ),
-    (sharded({}), "the weight transformer.h.0.attn.c_attn.bias is missing|but there are only 0 weights"),
+    (
+        sharded({}),
+        "the weight transformer.h.0.attn.c_attn.bias is missing|but there are only 0 weights",
+    ),
     (sharded(x=1), "model.safetensors.index.json: weight_map is missing"),
     # pickles
     (
@@ -498,10 +658,22 @@ BAD = [
     (damaged_pickle(lambda data: b""), WHOLE),
     (pickled([1]), "pytorch_model.bin holds no dictionary of tensors by name"),
     (pickled({1: torch.ones(2)}), "pytorch_model.bin holds no dictionary of tensors by name"),
-    (pickled(lambda weights: weights | {LN: [1.0]}), f"pytorch_model.bin: {LN} must be a dense tensor"),
-    (pickled(lambda weights: weights | {WTE: weights[WTE].to_sparse()}), f"{WTE} must be a dense tensor"),
-    (pickled(lambda weights: weights | {WTE: weights[WTE].to("meta")}), f"{WTE} must be a dense tensor"),
-    (pickled(lambda weights: weights | {WTE: torch.zeros(()).expand(2**40, 32)}), f"{WTE} must be a dense tensor"),
+    (
+        pickled(lambda weights: weights | {LN: [1.0]}),
+        f"pytorch_model.bin: {LN} must be a dense tensor",
+    ),
+    (
+        pickled(lambda weights: weights | {WTE: weights[WTE].to_sparse()}),
+        f"{WTE} must be a dense tensor",
+    ),
+    (
+        pickled(lambda weights: weights | {WTE: weights[WTE].to("meta")}),
+        f"{WTE} must be a dense tensor",
+    ),
+    (
+        pickled(lambda weights: weights | {WTE: torch.zeros(()).expand(2**40, 32)}),
+        f"{WTE} must be a dense tensor",
+    ),
     (
         pickled(lambda weights: weights | {LN: weights[LN].long()}),
         f"{LN} must be in F32, BF16, F16, but is in torch.int64",
@@ -515,13 +687,19 @@ BAD_LLAMA = [
     ),
     (edit_config(rope_parameters={"rope_type": "linear"}), "rope_type=linear is not supported"),
     (edit_config(rope_scaling=ROPE), "config.json: original_max_position_embeddings is missing"),
-    (edit_config(rope_scaling=ROPE | {"original_max_position_embeddings": 0}), "must be an integer from 1"),
+    (
+        edit_config(rope_scaling=ROPE | {"original_max_position_embeddings": 0}),
+        "must be an integer from 1",
+    ),
     (
         edit_config(rope_scaling=ROPE | {"original_max_position_embeddings": 8, "factor": 0}),
         "rope_factor=0.0 must be at",
     ),
     (edit_config(rope_scaling="linear"), "config.json: rope_scaling must be a dictionary"),
-    (edit_config(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor=0.5 is not supported"),
+    (
+        edit_config(rope_parameters={"partial_rotary_factor": 0.5}),
+        "partial_rotary_factor=0.5 is not supported",
+    ),
     (edit_config(rope_theta=0.5), "rope_base=0.5 must be above 1"),
     (edit_config(head_dim=7), "head_size=7, or n_embd/n_head, must be even"),
     (edit_config(head_dim=2**20), "must have shape"),
@@ -539,13 +717,19 @@ def check_refused(keys: dict, damage: Callable[[], object], complaint: str) -> N
     with pytest.raises(UserError) as refusal:
         read_pretrained(HF)
     line = str(refusal.value)
-    assert line.startswith("cannot read the model in theirs: ") and line.isprintable() and len(line) < 600
+    assert (
+        line.startswith("cannot read the model in theirs: ")
+        and line.isprintable()
+        and len(line) < 600
+    )
     assert any(option in line for option in complaint.split("|")), line
     assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize(("damage", "complaint"), BAD, ids=range(len(BAD)))
-def test_a_folder_that_is_incomplete_damaged_or_unsupported_is_refused_in_one_line(damage, complaint):
+def test_a_folder_that_is_incomplete_damaged_or_unsupported_is_refused_in_one_line(
+    damage, complaint
+):
     check_refused({}, damage, complaint)
 
 
@@ -576,7 +760,11 @@ def read_all() -> None:
 
 TARGETS = {
     "config.json": (change_json, change_json, change_json, replace_json, cut_bytes),
-    "model.safetensors": (cut_bytes, cut_bytes, lambda data, rng: flip_bytes(data[:2000], rng) + data[2000:]),
+    "model.safetensors": (
+        cut_bytes,
+        cut_bytes,
+        lambda data, rng: flip_bytes(data[:2000], rng) + data[2000:],
+    ),
     "pytorch_model.bin": (cut_bytes, flip_bytes),
 }
 

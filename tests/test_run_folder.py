@@ -11,8 +11,8 @@ import torch
 from conftest import TINY_RUN, assert_same_weights, read_rows
 
 import train
-from humptygpt import checkpoint
-from humptygpt.run_folder import TensorBoard, draw_losses
+from humptygpt.checkpoint import checkpoint
+from humptygpt.training.run_folder import TensorBoard, draw_losses
 
 OUT, ROOT = Path("out/run"), Path(__file__).parent.parent
 
@@ -31,7 +31,9 @@ def test_killed_while_it_moves_an_earlier_run_aside_nothing_of_it_is_lost(run_tr
     run_train("--seed=1")
     first = checkpoint.load(OUT / "ckpt.pt")["model"]
     replace = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda path, to: replace(path, to) if path.name == "ckpt.pt" else 1 / 0)
+    monkeypatch.setattr(
+        Path, "replace", lambda path, to: replace(path, to) if path.name == "ckpt.pt" else 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         run_train("--seed=2")
     monkeypatch.setattr(Path, "replace", replace)
@@ -58,7 +60,9 @@ def test_a_full_disk_between_checkpoints_is_one_line(tiny, fails, monkeypatch):
             monkeypatch.setattr(Path, "open", full)
 
     monkeypatch.setattr(checkpoint, "save", save)
-    assert "cannot write out/run/metrics.jsonl: No space left on device" in fails(train.main, *TINY_RUN)
+    assert "cannot write out/run/metrics.jsonl: No space left on device" in fails(
+        train.main, *TINY_RUN
+    )
 
 
 # --------------------------------------------------------------------------------------
@@ -73,7 +77,9 @@ def figure(monkeypatch):
     import matplotlib.pyplot as plt
 
     def make(train_losses: list[float], val_losses: list[float], **settings: float):
-        rows = [{"iter": 10 * it, "train_loss": loss} for it, loss in enumerate(train_losses, start=1)]
+        rows = [
+            {"iter": 10 * it, "train_loss": loss} for it, loss in enumerate(train_losses, start=1)
+        ]
         rows += [{"iter": 10 * it, "val_loss": loss} for it, loss in enumerate(val_losses, start=1)]
         with monkeypatch.context() as patch:
             patch.setattr(plt, "close", lambda figure: None)
@@ -93,12 +99,17 @@ def test_all_points_are_in_the_axes_and_no_number_stands_on_a_line(figure, losse
     drawn = figure(losses, [loss + 0.2 for loss in losses])
     (axes,) = drawn.axes
     for line in axes.lines:
-        inside = [axes.bbox.contains(*axes.transData.transform(point)) for point in line.get_xydata()]
+        inside = [
+            axes.bbox.contains(*axes.transData.transform(point)) for point in line.get_xydata()
+        ]
         assert all(inside) and len(inside) == len(losses)
     (legend,) = drawn.legends
     assert not axes.texts and not legend.get_window_extent().overlaps(axes.bbox)
     lowest = 10 * (1 + losses.index(min(losses)))
-    assert legend.get_texts()[1].get_text() == f"validation, lowest {min(losses) + 0.2:.3f} at step {lowest}"
+    assert (
+        legend.get_texts()[1].get_text()
+        == f"validation, lowest {min(losses) + 0.2:.3f} at step {lowest}"
+    )
 
 
 def test_a_run_of_one_point_is_no_empty_plot(figure):
@@ -144,7 +155,9 @@ class FakeWandb(types.ModuleType):
 
 
 @pytest.mark.parametrize("online", [True, False])
-def test_wandb_gets_every_row_and_a_resumed_run_is_the_same_run(run_train, monkeypatch, capsys, online):
+def test_wandb_gets_every_row_and_a_resumed_run_is_the_same_run(
+    run_train, monkeypatch, capsys, online
+):
     fake = FakeWandb(online)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     rows = run_train("--wandb_log=True", "--wandb_project=p")
@@ -160,7 +173,9 @@ def test_wandb_gets_every_row_and_a_resumed_run_is_the_same_run(run_train, monke
 
 
 def test_wandb_that_is_not_installed_is_named(tiny, fails, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # as a folder of that name is imported
+    monkeypatch.setitem(
+        sys.modules, "wandb", types.ModuleType("wandb")
+    )  # as a folder of that name is imported
     line = fails(train.main, *TINY_RUN, "--wandb_log=True")
     assert "wandb_log=True, needs the package wandb: pip install wandb" in line
     assert fails(train.main, *TINY_RUN, "--log=wandb") == line
@@ -171,16 +186,24 @@ def test_wandb_that_is_not_installed_is_named(tiny, fails, monkeypatch):
 
 
 def test_tensorboard_has_the_numbers_of_the_metrics_and_a_resumed_run_continues_in_it(run_train):
-    pytest.importorskip("tensorboard", reason="needs tensorboard: pip install -r requirements-dev.txt")
+    pytest.importorskip(
+        "tensorboard", reason="needs tensorboard: pip install -r requirements-dev.txt"
+    )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def logged() -> dict[str, list[tuple]]:
         events = EventAccumulator("out/run/tensorboard").Reload()
-        return {key: [(event.step, event.value) for event in events.Scalars(key)] for key in events.Tags()["scalars"]}
+        return {
+            key: [(event.step, event.value) for event in events.Scalars(key)]
+            for key in events.Tags()["scalars"]
+        }
 
     def expected(rows: list[dict]) -> dict[str, list[tuple]]:
         keys = {key for row in rows for key in row} - {"iter"}
-        return {key: [(row["iter"], pytest.approx(row[key])) for row in rows if key in row] for key in keys}
+        return {
+            key: [(row["iter"], pytest.approx(row[key])) for row in rows if key in row]
+            for key in keys
+        }
 
     def all_rows() -> list[dict]:
         return [json.loads(line) for line in Path("out/run/metrics.jsonl").read_text().splitlines()]
@@ -196,11 +219,15 @@ def test_tensorboard_has_the_numbers_of_the_metrics_and_a_resumed_run_continues_
 
 
 def test_both_loggers_get_every_row_once(run_train, monkeypatch):
-    pytest.importorskip("tensorboard", reason="needs tensorboard: pip install -r requirements-dev.txt")
+    pytest.importorskip(
+        "tensorboard", reason="needs tensorboard: pip install -r requirements-dev.txt"
+    )
     fake = FakeWandb(online=True)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     rows = run_train("--log=tensorboard,wandb", "--wandb_log=True")
-    assert len(fake.started) == 1 and [step for step, _ in fake.logged] == [row["iter"] for row in rows]
+    assert len(fake.started) == 1 and [step for step, _ in fake.logged] == [
+        row["iter"] for row in rows
+    ]
     assert list(Path("out/run/tensorboard").iterdir())
 
 
@@ -216,5 +243,7 @@ def test_a_logger_that_is_unknown_or_not_installed_is_named(tiny, fails, monkeyp
 
 def test_tensorboard_is_imported_only_where_it_is_asked_for():
     code = "import sys, train; print('tensorboard' in sys.modules, 'wandb' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "False False\n"

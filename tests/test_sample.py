@@ -11,10 +11,10 @@ from conftest import TINY_RUN
 
 import sample
 import train
-from humptygpt import checkpoint
-from humptygpt.batches import TokenDataset
-from humptygpt.configurator import UserError
-from humptygpt.tokenizer import ByteTokenizer
+from humptygpt.checkpoint import checkpoint
+from humptygpt.core.errors import UserError
+from humptygpt.data.batches import TokenDataset
+from humptygpt.tokenizer.tokenizers import ByteTokenizer
 from model import ModelConfig
 
 
@@ -32,7 +32,9 @@ def text_of(capsys, *argv: str) -> str:
 
 
 def test_only_text_goes_to_stdout(run_dir, capsys):
-    sample.main(["--out_dir=out/run", "--device=cpu", "--num_samples=2", "--max_new_tokens=20", "--start=A"])
+    sample.main(
+        ["--out_dir=out/run", "--device=cpu", "--num_samples=2", "--max_new_tokens=20", "--start=A"]
+    )
     out, err = capsys.readouterr()
     assert out.count("A") >= 2 and len(out) == 2 * (1 + 20 + 1)  # prompt, tokens, line end
     assert "---------------" in err and "best val loss" in err
@@ -48,7 +50,9 @@ def test_the_prompt_may_come_from_a_file(run_dir, capsys):
     assert text_of(capsys, "--start=FILE:prompt.txt") == text_of(capsys, "--start=Ak ")
 
 
-def test_a_prompt_file_may_be_in_the_home_folder_and_a_forgotten_sign_is_noted(run_dir, capsys, folder, monkeypatch):
+def test_a_prompt_file_may_be_in_the_home_folder_and_a_forgotten_sign_is_noted(
+    run_dir, capsys, folder, monkeypatch
+):
     monkeypatch.setenv("HOME", str(folder))
     Path("Ak").write_text("Ak ")
     text = text_of(capsys, "--start=Ak ")
@@ -77,7 +81,9 @@ def test_a_checkpoint_may_be_named_itself(run_dir, capsys):
         assert capsys.readouterr().out == text
 
 
-def test_a_run_that_is_not_there_is_answered_with_the_nearest_or_the_command_that_trains_it(run_dir, fails):
+def test_a_run_that_is_not_there_is_answered_with_the_nearest_or_the_command_that_trains_it(
+    run_dir, fails
+):
     run_dir.rename("out/my run")
     assert fails(sample.main, "--out_dir=out/my rnu").endswith("; did you mean 'out/my run'?\n")
     for argv in ([], ["--out_dir=out"], ["--out_dir=my run"]):
@@ -107,17 +113,23 @@ def test_the_best_checkpoint_is_sampled_unless_the_latest_is_asked_for(run_dir, 
     assert loaded.startswith("out/run/ckpt.pt: iter 6, best val loss ")
 
 
-def test_the_model_that_is_sampled_has_the_averaged_weights_and_is_in_memory_once(tiny, capsys, monkeypatch):
+def test_the_model_that_is_sampled_has_the_averaged_weights_and_is_in_memory_once(
+    tiny, capsys, monkeypatch
+):
     train.main([*TINY_RUN, "--ema_decay=0.5"])
     text = text_of(capsys, "--checkpoint=latest")
     zero_embeddings(Path("out/run/ckpt.pt"))  # its ema entry stays
     assert text_of(capsys, "--checkpoint=latest") == text
     restored, sampled, restore, read = [], [], checkpoint.restore_model, sample.continue_texts
-    monkeypatch.setattr(sample, "restore_model", lambda *given: restored.append(restore(*given)) or restored[-1])
+    monkeypatch.setattr(
+        sample, "restore_model", lambda *given: restored.append(restore(*given)) or restored[-1]
+    )
     monkeypatch.setattr(
         sample,
         "continue_texts",
-        lambda context, *args, **keys: sampled.append(context.model) or read(context, *args, **keys),
+        lambda context, *args, **keys: (
+            sampled.append(context.model) or read(context, *args, **keys)
+        ),
     )
     text_of(capsys, "--checkpoint=latest", "--num_samples=1")
     assert len(sampled) == 1 and sampled[0] is restored[0]
@@ -130,8 +142,15 @@ def test_sampling_needs_no_data_folder(run_dir, capsys):
 
 def test_a_character_appears_when_its_last_byte_is_there():
     read = []
-    pieces = ByteTokenizer().decode_stream(read.append(byte) or byte for byte in "ü🙂a".encode() + b"\xc3")
-    assert [(piece, len(read)) for piece in pieces] == [("ü", 2), ("🙂", 6), ("a", 7), ("\N{REPLACEMENT CHARACTER}", 8)]
+    pieces = ByteTokenizer().decode_stream(
+        read.append(byte) or byte for byte in "ü🙂a".encode() + b"\xc3"
+    )
+    assert [(piece, len(read)) for piece in pieces] == [
+        ("ü", 2),
+        ("🙂", 6),
+        ("a", 7),
+        ("\N{REPLACEMENT CHARACTER}", 8),
+    ]
 
 
 BAD = {
@@ -140,7 +159,9 @@ BAD = {
     "cannot read the text latin1.txt: it is not UTF-8": ["--start=FILE:latin1.txt"],
     "cannot read the text nothing.txt: No such file or directory": ["--start=FILE:nothing.txt"],
     "an empty prompt; give at": ["--start=-"],
-    "cannot read the text promts.txt: No such file or directory; did you mean prompts.txt?": ["--prompts=promts.txt"],
+    "cannot read the text promts.txt: No such file or directory; did you mean prompts.txt?": [
+        "--prompts=promts.txt"
+    ],
     "start=FILE: must not be empty; write --start=FILE:PATH": ["--start=FILE:"],
     "start=FILE:'a\\x00b' has a null byte": ["--start=FILE:a\0b"],
     "prompts.txt, line 2: character 'é' (U+00E9) is not among the": ["--prompts=prompts.txt"],
@@ -150,7 +171,10 @@ BAD = {
     "prompts and score exclude each other": ["--score=empty.txt", "--prompts=prompts.txt"],
     "stop= is empty: every text would end at once": ["--stop=A", "--stop="],
     "stride=3 is for --score=FILE alone": ["--stride=3"],
-    "stride=17 leaves tokens out; it must be at most block_size=16": ["--score=good.txt", "--stride=17"],
+    "stride=17 leaves tokens out; it must be at most block_size=16": [
+        "--score=good.txt",
+        "--stride=17",
+    ],
     "empty.txt has no token to predict": ["--score=empty.txt"],
     "min_p=1.5 must be at least 0 and at most 1": ["--min_p=1.5"],
     "repetition_penalty=0.0 must be above 0": ["--repetition_penalty=0"],
@@ -173,7 +197,9 @@ BAD = {
 
 @pytest.mark.parametrize("complaint", BAD)
 def test_bad_input_is_one_line(run_dir, fails, monkeypatch, complaint):
-    if not any(argument.startswith(("--device", "--dtype", "--init_from")) for argument in BAD[complaint]):
+    if not any(
+        argument.startswith(("--device", "--dtype", "--init_from")) for argument in BAD[complaint]
+    ):
         loaded = sample.load("out/run", device="cpu")
         monkeypatch.setattr(sample, "load", lambda *args, **keys: loaded)  # it prints nothing
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
@@ -187,7 +213,15 @@ def test_bad_input_is_one_line(run_dir, fails, monkeypatch, complaint):
 def test_keys_that_have_no_effect_are_reported(run_dir, capsys):
     sample.main(["--out_dir=out/run", "--device=cpu", "--compile=True", "--max_new_tokens=1"])
     assert "compile=True has no effect" in capsys.readouterr().err
-    sample.main(["--out_dir=out/run", "--device=cpu", "--temperature=0", "--top_p=0.5", "--max_new_tokens=1"])
+    sample.main(
+        [
+            "--out_dir=out/run",
+            "--device=cpu",
+            "--temperature=0",
+            "--top_p=0.5",
+            "--max_new_tokens=1",
+        ]
+    )
     assert "note: top_p=0.5 has no effect with temperature=0.0" in capsys.readouterr().err
 
 
@@ -216,8 +250,12 @@ def test_a_sample_is_the_same_alone_and_beside_others_of_other_prompts(run_dir, 
     together = texts_of(capsys, "--prompts=prompts.txt", "--num_samples=2")
     assert len(together) == 6
     for i, prompt in enumerate(("A", "Ak Ak Ak", "k A")):
-        assert together[2 * i : 2 * i + 2] == texts_of(capsys, f"--start={prompt}", "--num_samples=2")
-        assert together[2 * i : 2 * i + 1] == texts_of(capsys, f"--start={prompt}", "--num_samples=1")
+        assert together[2 * i : 2 * i + 2] == texts_of(
+            capsys, f"--start={prompt}", "--num_samples=2"
+        )
+        assert together[2 * i : 2 * i + 1] == texts_of(
+            capsys, f"--start={prompt}", "--num_samples=1"
+        )
 
 
 def test_more_texts_than_fit_at_once_are_continued_batch_by_batch(run_dir, capsys, monkeypatch):
@@ -226,7 +264,8 @@ def test_more_texts_than_fit_at_once_are_continued_batch_by_batch(run_dir, capsy
     monkeypatch.setattr(sample, "texts_that_fit", lambda loaded, size: 2)
     assert texts_of(capsys, "--prompts=prompts.txt", "--num_samples=2") == together
     with pytest.raises(
-        UserError, match=r"^num_samples=3 texts .* take .* of memory, and .* free; --num_samples=2 would"
+        UserError,
+        match=r"^num_samples=3 texts .* take .* of memory, and .* free; --num_samples=2 would",
     ):
         text_of(capsys, "--start=A")
 
@@ -235,7 +274,11 @@ def test_how_many_texts_fit_depends_on_memory_and_size(run_dir, monkeypatch):
     loaded = sample.load("out/run", device="cpu")
     monkeypatch.setattr(sample, "free_memory", lambda device: 10_000_000)
     few, many = sample.texts_that_fit(loaded, 16), sample.texts_that_fit(loaded, 2)
-    assert 9_000_000 // (4 * (2 * 2 * 32 * 16 + 8 * loaded.model.config.vocab_size) + 16 * 16) == few < many
+    assert (
+        9_000_000 // (4 * (2 * 2 * 32 * 16 + 8 * loaded.model.config.vocab_size) + 16 * 16)
+        == few
+        < many
+    )
 
 
 def test_a_text_ends_before_a_stop_text_and_end_of_text(run_dir, capsys):
@@ -259,14 +302,20 @@ def test_a_prompt_longer_than_the_context_is_read_from_its_end(run_dir, capsys):
 
 
 def test_log_probabilities_add_up_to_the_score_of_the_text(run_dir, capsys):
-    lines = text_of(capsys, "--start=A", "--num_samples=1", "--max_new_tokens=15", "--logprobs=3").splitlines()
+    lines = text_of(
+        capsys, "--start=A", "--num_samples=1", "--max_new_tokens=15", "--logprobs=3"
+    ).splitlines()
     rows = [json.loads(line) for line in lines]
     assert len(rows) == 15 and all(row["prompt"] == row["sample"] == 0 for row in rows)
     for row in rows:
         top = [other["logprob"] for other in row["top"]]
-        assert len(top) == 3 and top == sorted(top, reverse=True) and row["logprob"] <= top[0] + 1e-9
+        assert (
+            len(top) == 3 and top == sorted(top, reverse=True) and row["logprob"] <= top[0] + 1e-9
+        )
     Path("text.txt").write_text("A" + "".join(row["text"] for row in rows))
-    found = re.search(r"perplexity [\d.]+, ([\d.]+) nats in all; 15 tokens", text_of(capsys, "--score=text.txt"))
+    found = re.search(
+        r"perplexity [\d.]+, ([\d.]+) nats in all; 15 tokens", text_of(capsys, "--score=text.txt")
+    )
     assert float(found[1]) == pytest.approx(-sum(row["logprob"] for row in rows), abs=0.01)
 
 
@@ -275,7 +324,10 @@ def test_on_a_terminal_log_probabilities_are_colours(run_dir, capsys, monkeypatc
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     colours = text_of(capsys, "--start=A", "--num_samples=2", "--logprobs=1")
     assert "\033[" in colours and re.sub(r"\033\[\d+m", "", colours) == plain
-    assert sample.coloured("x", math.log(0.6)) == "\033[32mx\033[0m" and sample.coloured("x", -99) == "\033[31mx\033[0m"
+    assert (
+        sample.coloured("x", math.log(0.6)) == "\033[32mx\033[0m"
+        and sample.coloured("x", -99) == "\033[31mx\033[0m"
+    )
 
 
 def test_the_score_of_the_validation_text_is_the_trainers_evaluation(tiny, capsys):
@@ -284,19 +336,34 @@ def test_the_score_of_the_validation_text_is_the_trainers_evaluation(tiny, capsy
     ids = dataset.splits["val"].read(np.array([0]), len(dataset.splits["val"]))[0]
     Path("val.txt").write_text(dataset.tokenizer.decode(ids.tolist()))
     found = float(text_of(capsys, "--score=val.txt", "--stride=16").split()[0])
-    assert found == pytest.approx(checkpoint.load(Path("out/run/best.pt"))["progress"]["best_val_loss"], abs=1e-4)
+    assert found == pytest.approx(
+        checkpoint.load(Path("out/run/best.pt"))["progress"]["best_val_loss"], abs=1e-4
+    )
     assert float(text_of(capsys, "--score=val.txt").split()[0]) != found  # more context
 
 
 def test_each_line_typed_continues_the_text_so_far(run_dir, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("A\n\né\nk\n"))
-    sample.main(["--out_dir=out/run", "--device=cpu", "--interactive=True", "--max_new_tokens=5", "--temperature=0"])
+    sample.main(
+        [
+            "--out_dir=out/run",
+            "--device=cpu",
+            "--interactive=True",
+            "--max_new_tokens=5",
+            "--temperature=0",
+        ]
+    )
     out, err = capsys.readouterr()
     first, second, third = out.splitlines()
     assert "note: character 'é'" in err
     alone = text_of(capsys, "--start=A", "--temperature=0", "--max_new_tokens=10")[:-1]
     assert alone == "A" + first + second
-    assert third == text_of(capsys, f"--start={alone}k", "--temperature=0", "--max_new_tokens=5")[len(alone) + 1 : -1]
+    assert (
+        third
+        == text_of(capsys, f"--start={alone}k", "--temperature=0", "--max_new_tokens=5")[
+            len(alone) + 1 : -1
+        ]
+    )
 
 
 def test_weights_in_fewer_bits_sample_text_and_score_nearly_the_same(run_dir, capsys):
@@ -312,4 +379,9 @@ def test_from_a_notebook_three_lines_are_enough(run_dir, capsys):
     loaded = sample.load("out/run", device="cpu")
     text = sample.complete(loaded, "A", max_new_tokens=40, temperature=0.8, top_k=200, seed=1337)
     assert text == text_of(capsys, "--start=A", "--num_samples=1")[:-1]
-    assert sample.complete(loaded, "A", max_new_tokens=40, stop=(text[5:8],), temperature=0.8, top_k=200) in text
+    assert (
+        sample.complete(
+            loaded, "A", max_new_tokens=40, stop=(text[5:8],), temperature=0.8, top_k=200
+        )
+        in text
+    )

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from humptygpt.schema import check_schema, parse_json
+from humptygpt.core.schema import check_schema, parse_json
 
 COUNT = range(100)
 SCHEMA = {
@@ -13,7 +13,13 @@ SCHEMA = {
     "kind": {"text", "pairs"},
     "splits": {str: {"tokens": COUNT, "done": bool}},
 }
-FITTING = {"name": "a", "mean": 1, "sizes": [0, 99], "kind": "text", "splits": {"train": {"tokens": 3, "done": True}}}
+FITTING = {
+    "name": "a",
+    "mean": 1,
+    "sizes": [0, 99],
+    "kind": "text",
+    "splits": {"train": {"tokens": 3, "done": True}},
+}
 EDITS = {
     "the content must be a dictionary": lambda value: [value],
     "the content must have strings as keys": lambda value: value | {3: "three"},
@@ -31,7 +37,14 @@ EDITS = {
 
 
 def test_what_fits_passes_with_optional_and_further_entries_or_without():
-    for more in ({}, {"best": None}, {"best": 3}, {"comment": object()}, {"mean": math.nan}, {"splits": {}}):
+    for more in (
+        {},
+        {"best": None},
+        {"best": 3},
+        {"comment": object()},
+        {"mean": math.nan},
+        {"splits": {}},
+    ):
         check_schema(FITTING | more, SCHEMA)
 
 
@@ -41,7 +54,9 @@ def test_the_entry_that_does_not_fit_is_named(complaint):
         check_schema(EDITS[complaint](FITTING), SCHEMA)
 
 
-@pytest.mark.parametrize("text", ["", "{", "\0", '{"a": 1', b"\xff\xfe\xff", "[" * 100_000, "1" * 5000, "NaN", "[3]"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "\0", '{"a": 1', b"\xff\xfe\xff", "[" * 100_000, "1" * 5000, "NaN", "[3]"]
+)
 def test_what_is_no_json_or_does_not_fit_is_refused_in_one_line(text):
     with pytest.raises(ValueError) as error:
         parse_json(text, {"a": int})

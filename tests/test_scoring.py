@@ -7,11 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_model import random_model, tokens
 
-from humptygpt.scoring import log_probabilities, windows
+from humptygpt.generation.scoring import log_probabilities, windows
 
 
 @given(st.integers(0, 60), st.integers(1, 20), st.integers(1, 20))
-def test_windows_score_each_token_but_the_first_once_with_as_much_context_as_promised(length, block_size, stride):
+def test_windows_score_each_token_but_the_first_once_with_as_much_context_as_promised(
+    length, block_size, stride
+):
     stride, scored = min(stride, block_size), []
     for window in windows(length, block_size, stride):
         assert 0 <= window.first < window.scored < window.end <= length
@@ -22,7 +24,9 @@ def test_windows_score_each_token_but_the_first_once_with_as_much_context_as_pro
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("keys", [{}, {"model": "window_mlp", "window": 16}, {"position": "alibi"}], ids=str)
+@pytest.mark.parametrize(
+    "keys", [{}, {"model": "window_mlp", "window": 16}, {"position": "alibi"}], ids=str
+)
 def test_a_text_is_scored_as_token_by_token(keys):
     model, ids = random_model(**keys).eval(), tokens(1, 60)[0].numpy()
     for stride in (1, 5, 16):

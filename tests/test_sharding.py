@@ -19,33 +19,65 @@ import export
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, distributed, optimizers, sharded_checkpoint, sharding
+from humptygpt.checkpoint import checkpoint
+from humptygpt.checkpoint import sharded as sharded_checkpoint
+from humptygpt.parallel import fsdp as sharding
+from humptygpt.parallel import processes as distributed
+from humptygpt.training import optimizers
 
 assert sharding  # loaded here, and not again in each process
 OUT = Path("out/run")
-FSDP = [*TINY_RUN, "--n_embd=34", "--parallel=fsdp"]  # 34 rows, which 4 processes do not divide evenly
+FSDP = [
+    *TINY_RUN,
+    "--n_embd=34",
+    "--parallel=fsdp",
+]  # 34 rows, which 4 processes do not divide evenly
 SHARDED = {name: options for name, options in RUNS.items() if name != "n-grams"}
-SHARDED["Muon"] = [*SHARDED["Muon"], "--ema_decay=0.9", "--dropout=0.2", "--gradient_accumulation_steps=4"]
-SHARDED["checkpointed activations"] = [*RUNS["micro-batches are divided"], "--checkpoint_activations=True"]
-SHARDED["clipped, untied, gated"] = ["--grad_clip=0.1", "--tie_weights=False", "--mlp=gated", "--position=rotary"]
+SHARDED["Muon"] = [
+    *SHARDED["Muon"],
+    "--ema_decay=0.9",
+    "--dropout=0.2",
+    "--gradient_accumulation_steps=4",
+]
+SHARDED["checkpointed activations"] = [
+    *RUNS["micro-batches are divided"],
+    "--checkpoint_activations=True",
+]
+SHARDED["clipped, untied, gated"] = [
+    "--grad_clip=0.1",
+    "--tie_weights=False",
+    "--mlp=gated",
+    "--position=rotary",
+]
 USUAL = {("micro-batches are divided", 2), ("both, 2 micro-batches", 4)}
-CASES = [(name, size, 12) for name, size in USUAL] + [(name, size, 50) for name in SHARDED for size in (2, 4)]
+CASES = [(name, size, 12) for name, size in USUAL] + [
+    (name, size, 50) for name in SHARDED for size in (2, 4)
+]
 KEPT = ["--learning_rate=3e-3", "--eval_iters=3"]
 
 
 @pytest.mark.parametrize(
     "name, size, steps",
-    [pytest.param(*case, marks=() if case[2] == 12 else pytest.mark.long) for case in sorted(CASES)],
+    [
+        pytest.param(*case, marks=() if case[2] == 12 else pytest.mark.long)
+        for case in sorted(CASES)
+    ],
 )
 def test_sharded_processes_have_the_losses_of_one(run_train, monkeypatch, name, size, steps):
     # Muon rounds to bfloat16 where it can, so that the smallest difference grows
     monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda device: False)
-    argv = [*KEPT, *SHARDED[name], "--n_embd=34" if "rotary" not in str(SHARDED[name]) else "--n_embd=36"]
+    argv = [
+        *KEPT,
+        *SHARDED[name],
+        "--n_embd=34" if "rotary" not in str(SHARDED[name]) else "--n_embd=36",
+    ]
     argv += [f"--max_iters={steps}", f"--eval_interval={steps // 2}"]
     one = run_train(*argv)
     assert launch(size, *TINY_RUN, *argv, "--parallel=fsdp") == [0] * size
     several = read_rows(OUT)
-    assert [(row["iter"], row["tokens"]) for row in several] == [(row["iter"], row["tokens"]) for row in one]
+    assert [(row["iter"], row["tokens"]) for row in several] == [
+        (row["iter"], row["tokens"]) for row in one
+    ]
     tolerance = 1e-3 if "uon" in str(argv) else 1e-5
     assert losses(several) == pytest.approx(losses(one), rel=tolerance)
 
@@ -71,7 +103,13 @@ def test_sharded_processes_have_the_losses_of_one_on_sentence_pairs(pairs, run_t
 
 def test_a_sharded_run_starts_from_a_model_and_is_evaluated_as_one_of_one_process(run_train):
     run_train()
-    argv = ["--init_from=out/run", "--out_dir=out/tuned", "--max_iters=3", "--freeze=wte", "--ema_decay=0.5"]
+    argv = [
+        "--init_from=out/run",
+        "--out_dir=out/tuned",
+        "--max_iters=3",
+        "--freeze=wte",
+        "--ema_decay=0.5",
+    ]
     assert train.main([*TINY_RUN, *argv]) == 0
     one = read_rows(Path("out/tuned"))
     assert launch(2, *TINY_RUN, *argv, "--parallel=fsdp") == [0, 0]
@@ -115,10 +153,18 @@ def stopping_at_4(argv: list[str]) -> int:
 
 def test_saved_by_4_processes_it_is_resumed_by_2_and_by_1(run_train, monkeypatch):
     monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda device: False)
-    argv = ["--n_embd=34", "--optimizer=normuon", "--ema_decay=0.5", "--gradient_accumulation_steps=4"]
+    argv = [
+        "--n_embd=34",
+        "--optimizer=normuon",
+        "--ema_decay=0.5",
+        "--gradient_accumulation_steps=4",
+    ]
     resume = ["--init_from=resume", "--out_dir=out/run"]
     rows = run_train(*argv)
-    assert launch(4, *TINY_RUN, *argv, "--parallel=fsdp", main=stopping_at_4) == [128 + signal.SIGTERM] * 4
+    assert (
+        launch(4, *TINY_RUN, *argv, "--parallel=fsdp", main=stopping_at_4)
+        == [128 + signal.SIGTERM] * 4
+    )
     assert "saved out/run/ckpt at iter 4" in Path("stderr0").read_text()
     assert [path.name for path in OUT.glob("ckpt*")] == ["ckpt"]
     shutil.copytree(OUT, "out/four")
@@ -133,7 +179,13 @@ def test_saved_by_4_processes_it_is_resumed_by_2_and_by_1(run_train, monkeypatch
 
 @pytest.mark.long
 def test_4_sharded_processes_resume_bit_for_bit(tiny):
-    argv = [*FSDP, "--optimizer=normuon", "--ema_decay=0.5", "--dropout=0.2", "--gradient_accumulation_steps=4"]
+    argv = [
+        *FSDP,
+        "--optimizer=normuon",
+        "--ema_decay=0.5",
+        "--dropout=0.2",
+        "--gradient_accumulation_steps=4",
+    ]
     assert launch(4, *argv) == [0] * 4
     rows, whole = read_rows(OUT), checkpoint.load(OUT / "ckpt.pt")
     assert launch(4, *argv, main=stopping_at_4) == [128 + signal.SIGTERM] * 4
@@ -187,16 +239,24 @@ def test_sample_and_export_open_it_without_a_process_group(saved, capsys):
 
 def test_data_is_prepared_with_the_tokenizer_of_a_sharded_run(saved):
     prepare_data.main(["--input=tiny.txt", "--name=again", "--tokenizer=out/run"])
-    again, first = (json.loads(Path(f"data/{name}/meta.json").read_text())["tokenizer"] for name in ("again", "tiny"))
+    again, first = (
+        json.loads(Path(f"data/{name}/meta.json").read_text())["tokenizer"]
+        for name in ("again", "tiny")
+    )
     assert again == first
 
 
 def test_a_missing_shard_is_one_line(saved, fails, monkeypatch):
     monkeypatch.setattr(distributed, "PATIENCE", 0)
     (saved / "__1_0.distcp").rename(saved / "elsewhere")
-    for main, argv in ((sample.main, ["--checkpoint=latest"]), (train.main, ["--init_from=resume", "--max_iters=9"])):
+    for main, argv in (
+        (sample.main, ["--checkpoint=latest"]),
+        (train.main, ["--init_from=resume", "--max_iters=9"]),
+    ):
         complaint = fails(main, "--out_dir=out/run", *argv)
-        assert complaint.startswith("out/run/ckpt is not whole: its file __1_0.distcp is missing; copy all files")
+        assert complaint.startswith(
+            "out/run/ckpt is not whole: its file __1_0.distcp is missing; copy all files"
+        )
     found = complaints("--n_embd=34", "--init_from=resume", "--max_iters=9")
     assert "__1_0.distcp is missing" in found[0] + found[1] and found[0].count("\n") == 1
 
@@ -309,7 +369,9 @@ def test_a_disk_that_is_full_for_one_process_is_one_line(tiny, monkeypatch):
 
 def test_what_cannot_be_sharded_is_one_line(tiny):
     found = complaints("--parallel=fsdp", "--ngrams=3", "--ngram_min_count=2")
-    assert "parallel=fsdp does not shard a model with ngrams=3, whose gradients are sparse" in found[0]
+    assert (
+        "parallel=fsdp does not shard a model with ngrams=3, whose gradients are sparse" in found[0]
+    )
     assert found[0].count("\n") == 1 and not OUT.exists()
 
 
@@ -317,7 +379,12 @@ def test_a_sharded_process_that_dies_ends_the_others_and_the_run_resumes_exactly
     assert launch(2, *FSDP) == [0, 0]
     rows, whole = read_rows(OUT), checkpoint.load(OUT / "ckpt.pt")["model"]
     assert launch(2, *FSDP, main=partial(dying, number=signal.SIGKILL)) == [2, -signal.SIGKILL]
-    assert Path("stderr0").read_text().splitlines()[-1].startswith("train.py: another process has ended")
+    assert (
+        Path("stderr0")
+        .read_text()
+        .splitlines()[-1]
+        .startswith("train.py: another process has ended")
+    )
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert launch(2, *FSDP) == [0, 0]
     assert "it resumes out/run/ckpt" in Path("stderr0").read_text()

@@ -10,11 +10,12 @@ from conftest import TINY_RUN, read_rows
 
 import model as models
 import train
-from humptygpt import configurator, sizes
-from humptygpt.device import autocast
-from humptygpt.optimizers import OPTIMIZERS, make_optimizer
-from humptygpt.sizes import H100, MFU, Memory, all_reduce_seconds, memory, step_seconds
-from humptygpt.train_config import TrainConfig
+from humptygpt.core import settings as configurator
+from humptygpt.core.device import autocast
+from humptygpt.training import sizes
+from humptygpt.training.optimizers import OPTIMIZERS, make_optimizer
+from humptygpt.training.settings import TrainConfig
+from humptygpt.training.sizes import H100, MFU, Memory, all_reduce_seconds, memory, step_seconds
 from model import ModelConfig
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +38,9 @@ def test_memory_of_weights_gradients_and_optimizer_is_what_a_step_holds(optimize
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("change", [{}, {"dropout": 0.1}, {"model": "transformer"}, {"mlp": "gated", "qk_norm": True}])
+@pytest.mark.parametrize(
+    "change", [{}, {"dropout": 0.1}, {"model": "transformer"}, {"mlp": "gated", "qk_norm": True}]
+)
 def test_activations_are_those_that_autograd_keeps(dtype, change):
     config, found = replace(TINY, **change), {}
     model = models.build(config)
@@ -47,22 +50,32 @@ def test_activations_are_those_that_autograd_keeps(dtype, change):
         found[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(CPU, dtype):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        autocast(CPU, dtype),
+    ):
         model(idx, idx, **({"source": idx} if model.has_encoder else {}))
     weights = {p.data_ptr() for p in model.parameters()}
-    kept = sum(x.untyped_storage().nbytes() for pointer, x in found.items() if pointer not in weights)
-    assert memory(config, "adamw", 2, dtype).activations - 4 * 2 * 16 * 50 == pytest.approx(kept, rel=0.01)
+    kept = sum(
+        x.untyped_storage().nbytes() for pointer, x in found.items() if pointer not in weights
+    )
+    assert memory(config, "adamw", 2, dtype).activations - 4 * 2 * 16 * 50 == pytest.approx(
+        kept, rel=0.01
+    )
 
 
 def test_checkpointed_activations_take_less_than_half_at_12_layers():
     config = replace(TINY, n_layer=12)
     whole, checkpointed = (
-        memory(config, "adamw", 4, torch.float32, checkpoint_activations=choice).activations for choice in (False, True)
+        memory(config, "adamw", 4, torch.float32, checkpoint_activations=choice).activations
+        for choice in (False, True)
     )
     assert checkpointed < whole / 2
 
 
-@pytest.mark.parametrize("options", [[], ["--dtype=bfloat16"], ["--ngrams=2", "--ngram_dropout=0.2"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--dtype=bfloat16"], ["--ngrams=2", "--ngram_dropout=0.2"]]
+)
 def test_with_checkpointed_activations_the_losses_are_the_same_bit_for_bit(tiny, options):
     found = []
     for choice in ("False", "True"):
@@ -74,7 +87,9 @@ def test_with_checkpointed_activations_the_losses_are_the_same_bit_for_bit(tiny,
 def test_blocks_are_computed_again_in_the_backward_pass(tiny, monkeypatch):
     calls = []
     forward = models.PreNormBlock.forward
-    monkeypatch.setattr(models.PreNormBlock, "forward", lambda *args: calls.append(1) or forward(*args))
+    monkeypatch.setattr(
+        models.PreNormBlock, "forward", lambda *args: calls.append(1) or forward(*args)
+    )
     train.main([*TINY_RUN, "--max_iters=1", "--eval_interval=9", "--checkpoint_activations=True"])
     training = len(calls)
     calls.clear()
@@ -83,10 +98,21 @@ def test_blocks_are_computed_again_in_the_backward_pass(tiny, monkeypatch):
 
 
 def test_a_dry_run_reports_and_touches_nothing(capsys):
-    argv = ["--n_layer=2", "--vocab_size=100", "--device=cpu", "--dataset=missing", "--dry_run=True"]
+    argv = [
+        "--n_layer=2",
+        "--vocab_size=100",
+        "--device=cpu",
+        "--dataset=missing",
+        "--dry_run=True",
+    ]
     assert train.main(argv) == 0
     out = capsys.readouterr().out
-    assert "parameters" in out and "FLOPs per token" in out and "GB: weights" in out and "1,024 H100" in out
+    assert (
+        "parameters" in out
+        and "FLOPs per token" in out
+        and "GB: weights" in out
+        and "1,024 H100" in out
+    )
     assert not list(Path().iterdir())
 
 
@@ -114,11 +140,15 @@ def test_a_ring_sends_twice_all_but_one_part():
     assert all_reduce_seconds(450e9, 2, H100) == pytest.approx(1.0)
     assert all_reduce_seconds(450e9, 8, H100) == pytest.approx(2 * 7 / 8)
     # two nodes: each of eight rings between them has an eighth
-    assert all_reduce_seconds(450e9, 16, H100) == pytest.approx(2 * 7 / 8 + 450e9 / 8 / 50e9, rel=1e-3)
+    assert all_reduce_seconds(450e9, 16, H100) == pytest.approx(
+        2 * 7 / 8 + 450e9 / 8 / 50e9, rel=1e-3
+    )
 
 
 def test_what_is_gathered_arrives_in_half_the_time_of_a_sum():
-    assert sizes.gather_seconds(450e9, 8, H100) == pytest.approx(all_reduce_seconds(450e9, 8, H100) / 2)
+    assert sizes.gather_seconds(450e9, 8, H100) == pytest.approx(
+        all_reduce_seconds(450e9, 8, H100) / 2
+    )
     two_nodes = 7 / 8 + 450e9 / 8 / 50e9 / 2
     assert sizes.gather_seconds(450e9, 16, H100) == pytest.approx(two_nodes, rel=1e-3)
     # a ring through many nodes is slow however little it carries
@@ -142,14 +172,22 @@ def test_a_sharded_step_takes_the_longer_time_of_products_and_of_what_is_gathere
 
 
 def test_each_node_writes_a_part_of_a_checkpoint():
-    assert sizes.checkpoint_seconds(8 * sizes.DISK, 1) == 8 * sizes.checkpoint_seconds(8 * sizes.DISK, 8) == 8
+    assert (
+        sizes.checkpoint_seconds(8 * sizes.DISK, 1)
+        == 8 * sizes.checkpoint_seconds(8 * sizes.DISK, 8)
+        == 8
+    )
 
 
 def test_sharded_each_card_has_its_part_and_what_is_gathered():
     model = sizes.build_on_meta(TINY)
     whole = memory(TINY, "adamw", 2, torch.float32, ema=True)
     one, two = (sizes.sharded(whole, model, 8, n) for n in (1, 2))
-    assert (one.weights, one.optimizer, one.ema) == (whole.weights / 8, whole.optimizer / 8, whole.ema / 8)
+    assert (one.weights, one.optimizer, one.ema) == (
+        whole.weights / 8,
+        whole.optimizer / 8,
+        whole.ema / 8,
+    )
     assert one.gradients == whole.gradients / 8 and two.gradients == whole.gradients
     assert one.activations == whole.activations and one.buffers == two.buffers > 0
 
@@ -170,7 +208,13 @@ def test_ddp_ends_where_a_card_cannot_hold_the_model():
 
 
 def test_a_dry_run_knows_several_processes_and_n_grams(capsys, monkeypatch):
-    argv = ["--n_layer=2", "--vocab_size=100", "--device=cpu", "--gradient_accumulation_steps=4", "--dry_run=True"]
+    argv = [
+        "--n_layer=2",
+        "--vocab_size=100",
+        "--device=cpu",
+        "--gradient_accumulation_steps=4",
+        "--dry_run=True",
+    ]
     found = {}
     for options in ("", "--parallel=ddp", "--parallel=fsdp", "--ngrams=3 --ngram_rows=5000"):
         if "parallel" in options:
@@ -181,7 +225,9 @@ def test_a_dry_run_knows_several_processes_and_n_grams(capsys, monkeypatch):
         else:
             monkeypatch.setenv("WORLD_SIZE", "1")
         assert train.main([*argv, *options.split()]) == 0
-        found[options] = re.search("memory(.*), in GB: weights ([0-9.e-]+)", capsys.readouterr().out).groups()
+        found[options] = re.search(
+            "memory(.*), in GB: weights ([0-9.e-]+)", capsys.readouterr().out
+        ).groups()
     assert found[""][0] == "" and found["--parallel=ddp"][0] == " of each of 4 processes, DDP"
     assert found["--parallel=fsdp"][0] == " of each of 4 processes, FSDP"
     assert float(found["--parallel=fsdp"][1]) == pytest.approx(float(found[""][1]) / 4, rel=0.01)

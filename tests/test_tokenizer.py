@@ -10,9 +10,10 @@ import sentencepiece
 from conftest import make_text
 from properties import given, settings, st
 
-from humptygpt import download, tokenizer
-from humptygpt.configurator import UserError
-from humptygpt.tokenizer import (
+from humptygpt.core import download
+from humptygpt.core.errors import UserError
+from humptygpt.tokenizer import tokenizers as tokenizer
+from humptygpt.tokenizer.tokenizers import (
     END_OF_TEXT,
     BytePairTokenizer,
     CharTokenizer,
@@ -35,7 +36,9 @@ def made(kind: type[tokenizer.Tokenizer], separated: bool, **options) -> tokeniz
 
 def all_made(separated: bool) -> dict[str, tokenizer.Tokenizer]:
     unigram = made(SentencePieceTokenizer, separated, model_type="unigram")
-    return {name: made(kind, separated) for name, kind in tokenizer.TOKENIZERS.items()} | {"unigram": unigram}
+    return {name: made(kind, separated) for name, kind in tokenizer.TOKENIZERS.items()} | {
+        "unigram": unigram
+    }
 
 
 TOKENIZERS, SEPARATED = all_made(separated=False), all_made(separated=True)
@@ -43,7 +46,23 @@ EVERY = {**TOKENIZERS, **{f"{name}, separated": tok for name, tok in SEPARATED.i
 every = pytest.mark.parametrize("tok", EVERY.values(), ids=EVERY)
 
 # what a sub-word tokenizer could take for its own signs, among any other text
-SIGNS = ["▁", " ", "\n", "\r\n", "\t", "\0", "<0x41>", "<unk>", "<s>", END_OF_TEXT, "\ufeff", "é", "e\u0301", "ﬁ", "　"]
+SIGNS = [
+    "▁",
+    " ",
+    "\n",
+    "\r\n",
+    "\t",
+    "\0",
+    "<0x41>",
+    "<unk>",
+    "<s>",
+    END_OF_TEXT,
+    "\ufeff",
+    "é",
+    "e\u0301",
+    "ﬁ",
+    "　",
+]
 anything = st.lists(st.sampled_from(SIGNS) | st.text(max_size=20)).map("".join)
 
 
@@ -54,7 +73,9 @@ def test_decoding_gives_back_any_text_there_is(name, text):
     tok = EVERY[name]
     ids = tok.encode(text)
     assert tok.decode(ids) == text
-    assert ids.dtype == np.int64 and (len(ids) == 0 or (ids.min() >= 0 and ids.max() < tok.vocab_size))
+    assert ids.dtype == np.int64 and (
+        len(ids) == 0 or (ids.min() >= 0 and ids.max() < tok.vocab_size)
+    )
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -136,7 +157,9 @@ def bound_in(error: pytest.ExceptionInfo) -> int:
 
 @pytest.mark.parametrize("kind", [SentencePieceTokenizer, BytePairTokenizer])
 def test_a_vocabulary_too_large_for_the_text_is_refused_with_the_largest_that_is_possible(kind):
-    with pytest.raises(UserError, match=r"vocab_size=5000 is too large: .* finds at most \d+ tokens in this") as error:
+    with pytest.raises(
+        UserError, match=r"vocab_size=5000 is too large: .* finds at most \d+ tokens in this"
+    ) as error:
         kind.train(["too little text"], 5000)
     most = bound_in(error)
     assert kind.train(["too little text"], most).vocab_size == most
@@ -144,7 +167,9 @@ def test_a_vocabulary_too_large_for_the_text_is_refused_with_the_largest_that_is
 
 @pytest.mark.parametrize("kind", [SentencePieceTokenizer, BytePairTokenizer])
 def test_a_vocabulary_too_small_for_the_text_is_refused_with_the_smallest_that_is_possible(kind):
-    with pytest.raises(UserError, match=r"vocab_size=20 is too small: .* needs at least \d+ tokens") as error:
+    with pytest.raises(
+        UserError, match=r"vocab_size=20 is too small: .* needs at least \d+ tokens"
+    ) as error:
         kind.train([TEXT], 20)
     least = bound_in(error)
     assert kind.train([TEXT], least).vocab_size == least
@@ -160,7 +185,11 @@ def test_the_least_vocabulary_of_byte_pair_encoding_is_explained():
 
 def test_characters_are_numbered_in_their_order():
     assert CharTokenizer.train(["ban", "ana"]).encode("nab").tolist() == [2, 0, 1]
-    assert CharTokenizer("nab").encode("nab").tolist() == [0, 1, 2]  # an alphabet from elsewhere keeps its own order
+    assert CharTokenizer("nab").encode("nab").tolist() == [
+        0,
+        1,
+        2,
+    ]  # an alphabet from elsewhere keeps its own order
 
 
 def test_an_unknown_character_is_named():
@@ -211,21 +240,40 @@ def packed(pieces: list[bytes]) -> str:
     ],
 )
 def test_a_damaged_description_is_refused(state):
-    with pytest.raises(UserError, match=f"the description of the tokenizer {state['tokenizer']} is damaged") as error:
+    with pytest.raises(
+        UserError, match=f"the description of the tokenizer {state['tokenizer']} is damaged"
+    ) as error:
         tokenizer.from_state(state)
     assert "\n" not in str(error.value)
 
 
-FOREIGN = [{}, {"eos_id": 1, "bos_id": -1}, {"user_defined_symbols": ["\n"], "byte_fallback": False}]
+FOREIGN = [
+    {},
+    {"eos_id": 1, "bos_id": -1},
+    {"user_defined_symbols": ["\n"], "byte_fallback": False},
+]
 
 
 @pytest.mark.parametrize("foreign", FOREIGN)
 def test_a_sentencepiece_model_that_was_trained_otherwise_is_refused(foreign):
     proto = io.BytesIO()
-    options = {"vocab_size": 330, "byte_fallback": True, "hard_vocab_limit": False, "minloglevel": 2} | foreign
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([TEXT]), model_writer=proto, **options)
-    state = {"tokenizer": "sentencepiece", "separated": True, "proto": base64.b64encode(proto.getvalue()).decode()}
-    with pytest.raises(UserError, match="the description of the tokenizer sentencepiece is damaged"):
+    options = {
+        "vocab_size": 330,
+        "byte_fallback": True,
+        "hard_vocab_limit": False,
+        "minloglevel": 2,
+    } | foreign
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT]), model_writer=proto, **options
+    )
+    state = {
+        "tokenizer": "sentencepiece",
+        "separated": True,
+        "proto": base64.b64encode(proto.getvalue()).decode(),
+    }
+    with pytest.raises(
+        UserError, match="the description of the tokenizer sentencepiece is damaged"
+    ):
         tokenizer.from_state(state)
 
 
@@ -241,12 +289,16 @@ def test_a_small_description_of_a_huge_vocabulary_takes_little_memory():
     assert len(bomb) < 1 << 20 and most < 1 << 26
 
 
-@pytest.mark.parametrize("state", [None, [], {}, {"tokenizer": ["char"]}, {"tokenizer": None, "alphabet": "ab"}])
+@pytest.mark.parametrize(
+    "state", [None, [], {}, {"tokenizer": ["char"]}, {"tokenizer": None, "alphabet": "ab"}]
+)
 def test_what_does_not_describe_a_tokenizer_is_refused(state):
     with pytest.raises(UserError, match="it does not say which tokenizer"):
         tokenizer.from_state(state)
 
 
 def test_an_unknown_tokenizer_is_refused():
-    with pytest.raises(UserError, match=f"tokenizer 'morse' is not one of: {', '.join(tokenizer.TOKENIZERS)}"):
+    with pytest.raises(
+        UserError, match=f"tokenizer 'morse' is not one of: {', '.join(tokenizer.TOKENIZERS)}"
+    ):
         tokenizer.from_state({"tokenizer": "morse"})

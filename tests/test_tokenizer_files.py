@@ -12,18 +12,38 @@ from conftest import make_text
 from properties import given, settings, st
 
 import prepare_data
-from humptygpt import tokenizer
-from humptygpt.configurator import UserError
-from humptygpt.corpus import encode_documents
-from humptygpt.token_files import TokenFiles, read_meta
-from humptygpt.tokenizer_files import read_tokenizer
-from humptygpt.tokenizer_json import tokenizer_files
+from humptygpt.core.errors import UserError
+from humptygpt.data.corpus import encode_documents
+from humptygpt.data.token_files import TokenFiles, read_meta
+from humptygpt.tokenizer import tokenizers as tokenizer
+from humptygpt.tokenizer.read_huggingface import read_tokenizer
+from humptygpt.tokenizer.write_huggingface import tokenizer_files
 
-transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-dev.txt")
+transformers = pytest.importorskip(
+    "transformers", reason="needs transformers: pip install -r requirements-dev.txt"
+)
 tokenizers = pytest.importorskip("tokenizers")
 
-TEXT = "Füße, 東京!\n🙂 and   plain words\nHello the dog " + "1234567,\n(so).\n" * 20 + make_text(5000)
-SIGNS = ["▁", " ", "  ", "\n", "\r\n", "\t", "\0", "<unk>", "<s>", "</s>", "<|endoftext|>", "<|x|>", "\ufeff", "é", "ﬁ"]
+TEXT = (
+    "Füße, 東京!\n🙂 and   plain words\nHello the dog " + "1234567,\n(so).\n" * 20 + make_text(5000)
+)
+SIGNS = [
+    "▁",
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\t",
+    "\0",
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<|endoftext|>",
+    "<|x|>",
+    "\ufeff",
+    "é",
+    "ﬁ",
+]
 SIGNS += ["e\u0301", "　", "Hello", " the", " dog", "12345", "can't", ".\n"]
 anything = st.lists(st.sampled_from(SIGNS) | st.text(max_size=20)).map("".join)
 
@@ -78,21 +98,43 @@ def llama3_folder(folder: Path) -> Path:
 
     engine = trained_bpe(LLAMA3)
     engine.add_special_tokens([AddedToken(token, special=True) for token in ("<s>", "</s>")])
-    template = {"single": "<s> $A", "pair": "<s> $A <s> $B", "special_tokens": [("<s>", engine.token_to_id("<s>"))]}
+    template = {
+        "single": "<s> $A",
+        "pair": "<s> $A <s> $B",
+        "special_tokens": [("<s>", engine.token_to_id("<s>"))],
+    }
     engine.post_processor = processors.TemplateProcessing(**template)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    engine.save(str(write(folder, config={"model_type": "llama"}, tokenizer_config=config) / "tokenizer.json"))
+    engine.save(
+        str(
+            write(folder, config={"model_type": "llama"}, tokenizer_config=config)
+            / "tokenizer.json"
+        )
+    )
     return folder
 
 
 def sentencepiece_folder(folder: Path, model_type: str = "bpe", **config) -> Path:
     """As Llama's own tokenizer.model was trained."""
-    write(folder, config={"model_type": "llama"}, **({"tokenizer_config": config} if config else {}))
-    options = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-    options |= {"vocab_size": 420, "model_type": model_type, "minloglevel": 2, "hard_vocab_limit": False}
+    write(
+        folder, config={"model_type": "llama"}, **({"tokenizer_config": config} if config else {})
+    )
+    options = {
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    }
+    options |= {
+        "vocab_size": 420,
+        "model_type": model_type,
+        "minloglevel": 2,
+        "hard_vocab_limit": False,
+    }
     with (folder / "tokenizer.model").open("wb") as file:
         lines = iter(TEXT.split("\n"))
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=file, **options)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=file, **options
+        )
     return folder
 
 
@@ -109,7 +151,9 @@ KINDS = {
     "Llama 3's tokenizer.json": llama3_folder,
     "sentencepiece, BPE": sentencepiece_folder,
     "sentencepiece, unigram": lambda folder: sentencepiece_folder(folder, "unigram"),
-    "LlamaTokenizer": lambda folder: sentencepiece_folder(folder, tokenizer_class="LlamaTokenizer", add_bos_token=True),
+    "LlamaTokenizer": lambda folder: sentencepiece_folder(
+        folder, tokenizer_class="LlamaTokenizer", add_bos_token=True
+    ),
     "LlamaTokenizer, legacy, with more tokens": lambda folder: sentencepiece_folder(
         folder, tokenizer_class="LlamaTokenizer", legacy=True, additional_special_tokens=["<|x|>"]
     ),
@@ -127,7 +171,11 @@ def made(tmp_path_factory):
         if kind not in found:
             folder = KINDS[kind](tmp_path_factory.mktemp("tokenizer"))
             ours = tokenizer.from_state(json.loads(json.dumps(read_tokenizer(folder).state())))
-            found[kind] = folder, transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True), ours
+            found[kind] = (
+                folder,
+                transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True),
+                ours,
+            )
         return found[kind]
 
     return make
@@ -173,9 +221,12 @@ def test_ids_and_text_are_those_of_transformers_on_a_thousand_texts(kind, made, 
 
 def gpt2_folder(folder: Path) -> Path:
     """GPT-2's own vocabulary as vocab.json and merges.txt: each token but the bytes is a merge of two before it."""
-    from humptygpt.download import gpt2_ranks
+    from humptygpt.core.download import gpt2_ranks
 
-    ranks, sign_of = gpt2_ranks(), {byte: sign for sign, byte in tokenizer.printable_bytes().items()}
+    ranks, sign_of = (
+        gpt2_ranks(),
+        {byte: sign for sign, byte in tokenizer.printable_bytes().items()},
+    )
     spelled = {piece: "".join(map(sign_of.get, piece)) for piece in ranks}
     lines = ["#version: 0.2"]
     for piece, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -186,7 +237,11 @@ def gpt2_folder(folder: Path) -> Path:
                 at = min(range(len(pairs)), key=pairs.__getitem__)
                 parts[at : at + 2] = [parts[at] + parts[at + 1]]
             lines.append(" ".join(spelled[part] for part in parts))
-    write(folder, config={"model_type": "gpt2"}, vocab={spelled[piece]: i for piece, i in ranks.items()})
+    write(
+        folder,
+        config={"model_type": "gpt2"},
+        vocab={spelled[piece]: i for piece, i in ranks.items()},
+    )
     vocab = json.loads((folder / "vocab.json").read_text()) | {"<|endoftext|>": 50256}
     write(folder, vocab=vocab)
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
@@ -237,8 +292,14 @@ def test_data_is_prepared_with_the_tokenizer_of_a_folder_and_keeps_it(kind, made
     meta = read_meta(Path("data/mine"))
     shutil.rmtree("theirs")
     assert tokenizer.from_state(meta["tokenizer"]).vocab_size == len(theirs)
-    found = {split: TokenFiles(Path("data/mine"), split, meta).read(np.array([0]), 20)[0] for split in ("train", "val")}
-    starts = [theirs("Hello the dog. " * 30).input_ids[:20], theirs("plain words " * 40).input_ids[:20]]
+    found = {
+        split: TokenFiles(Path("data/mine"), split, meta).read(np.array([0]), 20)[0]
+        for split in ("train", "val")
+    }
+    starts = [
+        theirs("Hello the dog. " * 30).input_ids[:20],
+        theirs("plain words " * 40).input_ids[:20],
+    ]
     assert sorted(ids.tolist() for ids in found.values()) == sorted(starts)
 
 
@@ -257,14 +318,31 @@ def test_data_follows_a_change_of_the_tokenizer_files(made, folder, capsys):
 def refusals() -> dict:
     decoder = {"type": "WordPiece", "prefix": "##", "cleanup": True}
     return {
-        "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "there is neither tokenizer.json nor tokenizer.mo"),
+        "no tokenizer": (
+            lambda d: (d / "tokenizer.json").unlink(),
+            "there is neither tokenizer.json nor tokenizer.mo",
+        ),
         "no JSON": (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizers cannot read it"),
-        "no model": (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizers cannot read it"),
-        "another decoder": (lambda d: change(d / "tokenizer.json", decoder=decoder), "its decoder is WordPiece; Byte"),
+        "no model": (
+            lambda d: (d / "tokenizer.json").write_text("{}"),
+            "tokenizers cannot read it",
+        ),
+        "another decoder": (
+            lambda d: change(d / "tokenizer.json", decoder=decoder),
+            "its decoder is WordPiece; Byte",
+        ),
         "no decoder": (lambda d: change(d / "tokenizer.json", decoder=None), "its decoder is none"),
-        "a wrong setting": (lambda d: write(d, tokenizer_config={"eos_token": 3}), "tokenizer_config.json: eos_token"),
+        "a wrong setting": (
+            lambda d: write(d, tokenizer_config={"eos_token": 3}),
+            "tokenizer_config.json: eos_token",
+        ),
         "a wrong id": (
-            lambda d: write(d, tokenizer_config={"added_tokens_decoder": {"7": {"content": "</s>", "special": True}}}),
+            lambda d: write(
+                d,
+                tokenizer_config={
+                    "added_tokens_decoder": {"7": {"content": "</s>", "special": True}}
+                },
+            ),
             "says that '</s>' has the id 7, but it has another",
         ),
     }
@@ -309,7 +387,9 @@ def test_a_tokenizer_that_is_neither_a_kind_nor_a_path_is_refused(fails, folder)
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_a_tokenizer_that_was_imported_is_exported_with_its_ids_and_special_tokens(kind, architecture, made, tmp_path):
+def test_a_tokenizer_that_was_imported_is_exported_with_its_ids_and_special_tokens(
+    kind, architecture, made, tmp_path
+):
     ours = made(kind)[2]
     write(tmp_path, config={"model_type": architecture})
     for name, content in tokenizer_files(ours, block_size=64).items():

@@ -20,10 +20,12 @@ from conftest import TINY_RUN, assert_same_weights, make_text, read_rows, starte
 import model as models
 import sample
 import train
-from humptygpt import checkpoint, configurator, evaluation, run_folder
-from humptygpt.batches import TokenDataset
-from humptygpt.optimizers import Optimizer, make_optimizer
-from humptygpt.train_config import read_settings
+from humptygpt.checkpoint import checkpoint
+from humptygpt.core import settings as configurator
+from humptygpt.data.batches import TokenDataset
+from humptygpt.training import evaluation, run_folder
+from humptygpt.training.optimizers import Optimizer, make_optimizer
+from humptygpt.training.settings import read_settings
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -94,10 +96,18 @@ def test_without_always_save_checkpoint_only_a_lower_loss_is_saved(run_train, mo
     saved = []
     save = checkpoint.save
     note = lambda path, entries: saved.append((path.name, entries["progress"]["iter"]))  # noqa: E731
-    monkeypatch.setattr(checkpoint, "save", lambda path, entries: note(path, entries) or save(path, entries))
+    monkeypatch.setattr(
+        checkpoint, "save", lambda path, entries: note(path, entries) or save(path, entries)
+    )
     evaluations(monkeypatch, 3.0, 4.0, 2.0, 5.0)
     run_train("--always_save_checkpoint=False", "--max_iters=12")
-    assert saved == [("best.pt", 3), ("ckpt.pt", 3), ("best.pt", 9), ("ckpt.pt", 9), ("ckpt.pt", 12)]
+    assert saved == [
+        ("best.pt", 3),
+        ("ckpt.pt", 3),
+        ("best.pt", 9),
+        ("ckpt.pt", 9),
+        ("ckpt.pt", 12),
+    ]
 
 
 def test_early_stopping_counts_evaluations_without_a_lower_loss(run_train, monkeypatch, capsys):
@@ -109,7 +119,10 @@ def test_early_stopping_counts_evaluations_without_a_lower_loss(run_train, monke
 
 def test_a_folder_with_a_space_is_quoted_in_what_to_do_next(tiny, capsys):
     assert train.main([*TINY_RUN, "--out_dir=out/my run"]) == 0
-    assert "more of this: python sample.py --out_dir='out/my run'" in capsys.readouterr().out.splitlines()
+    assert (
+        "more of this: python sample.py --out_dir='out/my run'"
+        in capsys.readouterr().out.splitlines()
+    )
 
 
 def test_only_a_run_with_steps_left_is_stopped_early(run_train, monkeypatch, capsys):
@@ -149,7 +162,9 @@ def test_accumulation_equals_a_big_batch(run_train):
 
 def test_evaluation_does_not_disturb_training(run_train):
     often = run_train("--dropout=0.3", "--eval_interval=1")
-    assert train_losses(often) == train_losses(run_train("--dropout=0.3", "--eval_interval=6", "--eval_iters=None"))
+    assert train_losses(often) == train_losses(
+        run_train("--dropout=0.3", "--eval_interval=6", "--eval_iters=None")
+    )
 
 
 def test_evaluation_goes_without_dropout(tiny, capsys):
@@ -161,12 +176,23 @@ def test_evaluation_goes_without_dropout(tiny, capsys):
 
 
 def test_each_batch_has_a_dropout_mask_of_its_own(tiny):
-    train.main([*TINY_RUN, "--dropout=0.5", "--learning_rate=1e-30", "--weight_decay=0", "--max_iters=3"])
+    train.main(
+        [*TINY_RUN, "--dropout=0.5", "--learning_rate=1e-30", "--weight_decay=0", "--max_iters=3"]
+    )
     one_block = make_text(17 * 10 // 9 + 2)
-    (tiny / "input.txt").write_text(one_block)  # a text of one block, whose every batch is the same but for dropout
+    (tiny / "input.txt").write_text(
+        one_block
+    )  # a text of one block, whose every batch is the same but for dropout
     train.prepare_data.main(["tiny"])
     train.main(
-        [*TINY_RUN, "--dropout=0.5", "--learning_rate=1e-30", "--weight_decay=0", "--max_iters=4", "--eval_interval=9"]
+        [
+            *TINY_RUN,
+            "--dropout=0.5",
+            "--learning_rate=1e-30",
+            "--weight_decay=0",
+            "--max_iters=4",
+            "--eval_interval=9",
+        ]
     )
     assert len(set(train_losses(read_rows(OUT)))) == 4
 
@@ -184,15 +210,23 @@ def test_the_gradient_is_clipped_and_its_norm_is_logged_as_it_was_before(run_tra
     logged = [row["grad_norm"] for row in run_train("--grad_clip=0.5") if "grad_norm" in row]
     assert min(logged) > 0.6 and norms == pytest.approx([0.5] * 6, rel=1e-3)
     norms.clear()
-    assert [row["grad_norm"] for row in run_train("--grad_clip=0") if "grad_norm" in row] == pytest.approx(
-        norms, rel=1e-5
-    )
+    assert [
+        row["grad_norm"] for row in run_train("--grad_clip=0") if "grad_norm" in row
+    ] == pytest.approx(norms, rel=1e-5)
 
 
 def test_the_learning_rate_follows_its_schedule(run_train):
-    rates = [row["lr"] for row in run_train("--learning_rate=0.3", "--warmup_iters=2", "--min_lr=0.1") if "lr" in row]
-    assert rates == pytest.approx([0.1, 0.2, *(0.1 + 0.1 * (1 + math.cos(math.pi * i / 4)) for i in range(4))])
-    rates = [row["lr"] for row in run_train("--learning_rate=0.3", "--decay_lr=False") if "lr" in row]
+    rates = [
+        row["lr"]
+        for row in run_train("--learning_rate=0.3", "--warmup_iters=2", "--min_lr=0.1")
+        if "lr" in row
+    ]
+    assert rates == pytest.approx(
+        [0.1, 0.2, *(0.1 + 0.1 * (1 + math.cos(math.pi * i / 4)) for i in range(4))]
+    )
+    rates = [
+        row["lr"] for row in run_train("--learning_rate=0.3", "--decay_lr=False") if "lr" in row
+    ]
     assert rates == [0.3] * 6
 
 
@@ -262,13 +296,18 @@ def test_averaged_weights_are_evaluated_and_saved_beside_those_that_are_trained(
     for model in models_to_sample:
         assert_same_weights(dict(model.named_parameters()), latest["ema"])
         assert val_loss(model, tiny) == averaged[-1]["val_loss"]
-    assert val_loss(checkpoint.restore_model(latest["model"], model.config), tiny) == plain[-1]["val_loss"]
+    assert (
+        val_loss(checkpoint.restore_model(latest["model"], model.config), tiny)
+        == plain[-1]["val_loss"]
+    )
 
 
 def val_loss(model: torch.nn.Module, folder: Path) -> float:
     """As in a tiny run."""
     dataset = TokenDataset(folder, 16, seed=1337)
-    return evaluation.evaluate(model, dataset, 4, 2, device=torch.device("cpu"), dtype=torch.float32)
+    return evaluation.evaluate(
+        model, dataset, 4, 2, device=torch.device("cpu"), dtype=torch.float32
+    )
 
 
 def test_a_run_with_averaged_weights_resumes_exactly(run_train, capsys):
@@ -301,18 +340,28 @@ def test_a_gpu_trains_in_mixed_precision(run_train, dtype, options):
 def test_a_model_that_is_traced_as_for_compiling_trains_alike(run_train, monkeypatch):
     eager = run_train(*ALL_RULES)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    assert train_losses(run_train(*ALL_RULES, "--compile=True")) == pytest.approx(train_losses(eager), rel=1e-4)
+    assert train_losses(run_train(*ALL_RULES, "--compile=True")) == pytest.approx(
+        train_losses(eager), rel=1e-4
+    )
 
 
 # --------------------------------------------------------------------------------------
 # Stopping and resuming
 
-DROPOUT_RUN = ["--dropout=0.2", "--optimizer=muon", "--max_iters=12", "--eval_interval=4", "--log_interval=3"]
+DROPOUT_RUN = [
+    "--dropout=0.2",
+    "--optimizer=muon",
+    "--max_iters=12",
+    "--eval_interval=4",
+    "--log_interval=3",
+]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("at", [1, 4, 5, 9, 12])
-def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(run_train, monkeypatch, capsys, number, at):
+def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(
+    run_train, monkeypatch, capsys, number, at
+):
     rows = run_train(*DROPOUT_RUN)
     whole, best = weights(), weights("best.pt")
     step = train.train_step
@@ -324,7 +373,10 @@ def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(run_train, 
 
     monkeypatch.setattr(train, "train_step", step_and_signal)
     assert train.main([*TINY_RUN, *DROPOUT_RUN]) == 128 + number
-    assert f"at iter {at}; resume: python train.py --init_from=resume --out_dir=out/run" in capsys.readouterr().err
+    assert (
+        f"at iter {at}; resume: python train.py --init_from=resume --out_dir=out/run"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr(train, "train_step", step)
     assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
     assert read_rows(OUT) == rows
@@ -333,8 +385,17 @@ def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(run_train, 
 
 
 def test_a_signalled_program_exits_with_the_signals_code(tiny):
-    command = [sys.executable, "-u", ROOT / "train.py", *TINY_RUN, "--max_iters=100000", "--eval_interval=100000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-u",
+        ROOT / "train.py",
+        *TINY_RUN,
+        "--max_iters=100000",
+        "--eval_interval=100000",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         while not process.stdout.readline().startswith("iter 2/"):
             pass
         process.send_signal(signal.SIGTERM)
@@ -345,8 +406,17 @@ def test_a_signalled_program_exits_with_the_signals_code(tiny):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
 def test_ctrl_c_saves_even_where_it_has_ended_the_reader_of_our_messages(tiny):
-    command = [sys.executable, "-u", ROOT / "train.py", *TINY_RUN, "--max_iters=100000", "--eval_interval=100000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    command = [
+        sys.executable,
+        "-u",
+        ROOT / "train.py",
+        *TINY_RUN,
+        "--max_iters=100000",
+        "--eval_interval=100000",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         while not process.stdout.readline().startswith("iter 2/"):
             pass
         process.stdout.close()
@@ -358,7 +428,10 @@ def test_ctrl_c_saves_even_where_it_has_ended_the_reader_of_our_messages(tiny):
 def quiet_train(*argv: str) -> None:
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115, open as long as the process
     torch.set_num_threads(1)
-    run_folder.draw_losses, evaluation.sample_text = lambda *args: None, lambda *args: ""  # as in short_ending
+    run_folder.draw_losses, evaluation.sample_text = (
+        lambda *args: None,
+        lambda *args: "",
+    )  # as in short_ending
     sys.exit(train.main([*TINY_RUN, *DROPOUT_RUN, "--max_iters=40", *argv]))
 
 
@@ -387,7 +460,9 @@ def processes():
     return started_processes("test_train")
 
 
-def assert_resumes_to(processes, rows: list[dict], whole: dict, dead: multiprocessing.Process) -> None:
+def assert_resumes_to(
+    processes, rows: list[dict], whole: dict, dead: multiprocessing.Process
+) -> None:
     assert dead.exitcode == -signal.SIGKILL
     resume = ["--init_from=resume"] if (OUT / "ckpt.pt").exists() else []
     process = processes.Process(target=quiet_train, args=resume)
@@ -449,10 +524,18 @@ def test_settings_of_the_checkpoint_hold_unless_changed(run_train):
     changes = ["--max_iters=8", "--weight_decay=0.25", "--beta2=0.5", "--dropout=0.1"]
     assert train.main(["--init_from=resume", "--out_dir=out/run", *changes]) == 0
     settings = json.loads((OUT / "config.json").read_text())
-    assert (settings["learning_rate"], settings["weight_decay"], settings["dropout"]) == (0.01, 0.25, 0.1)
+    assert (settings["learning_rate"], settings["weight_decay"], settings["dropout"]) == (
+        0.01,
+        0.25,
+        0.1,
+    )
     resumed = train.setup(*read_settings(["--init_from=resume", "--out_dir=out/run"]))
     groups = resumed.optimizer.param_groups
-    assert [group["weight_decay"] for group in groups] == [0.25, 0.25, 0.0]  # hidden, other matrices, vectors
+    assert [group["weight_decay"] for group in groups] == [
+        0.25,
+        0.25,
+        0.0,
+    ]  # hidden, other matrices, vectors
     assert groups[0]["betas"] == (0.8, 0.5)
 
 
@@ -464,7 +547,9 @@ FIXED += ("batch_size=2", "seed=2", "optimizer=muon")
 def test_what_may_not_change_on_resume_is_refused(run_train, fails, change):
     run_train()
     line = fails(train.main, "--init_from=resume", "--out_dir=out/run", f"--{change}")
-    assert f"{change} cannot change on resume: the checkpoint has {change.partition('=')[0]}=" in line
+    assert (
+        f"{change} cannot change on resume: the checkpoint has {change.partition('=')[0]}=" in line
+    )
 
 
 def test_a_checkpoint_from_before_a_key_existed_is_resumed_and_sampled(run_train, fails, capsys):
@@ -483,7 +568,10 @@ def test_a_checkpoint_from_before_a_key_existed_is_resumed_and_sampled(run_train
 
 def test_new_settings_are_checked_together_with_those_of_the_checkpoint(run_train):
     run_train("--learning_rate=0.01")
-    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=7", "--min_lr=0.005"]) == 0
+    assert (
+        train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=7", "--min_lr=0.005"])
+        == 0
+    )
 
 
 def test_resuming_a_copied_folder_leaves_the_original_alone(run_train):
@@ -497,7 +585,9 @@ def test_resuming_a_copied_folder_leaves_the_original_alone(run_train):
     assert not OUT.exists()
 
 
-def test_fewer_steps_than_are_done_are_refused_and_no_step_left_is_reported(run_train, fails, capsys):
+def test_fewer_steps_than_are_done_are_refused_and_no_step_left_is_reported(
+    run_train, fails, capsys
+):
     run_train()
     line = fails(train.main, "--init_from=resume", "--out_dir=out/run", "--max_iters=5")
     assert "max_iters=5 is below the 6 steps that the checkpoint has done" in line
@@ -508,7 +598,12 @@ def test_fewer_steps_than_are_done_are_refused_and_no_step_left_is_reported(run_
 def test_the_best_loss_starts_over_when_the_evaluation_set_changes(run_train, monkeypatch, capsys):
     evaluations(monkeypatch, 1.0, 1.0, 2.0)
     run_train()
-    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=9", "--eval_iters=None"]) == 0
+    assert (
+        train.main(
+            ["--init_from=resume", "--out_dir=out/run", "--max_iters=9", "--eval_iters=None"]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.splitlines()[-1] == "best val loss 2.0000 at iter 9"
 
 
@@ -529,7 +624,10 @@ def test_a_model_without_its_training_state_cannot_be_resumed(run_train, fails):
     run_train()
     (OUT / "best.pt").replace(OUT / "ckpt.pt")
     line = fails(train.main, "--init_from=resume", "--out_dir=out/run")
-    assert "out/run/ckpt.pt holds a model but not the state of its training; is it a copy of best.pt?" in line
+    assert (
+        "out/run/ckpt.pt holds a model but not the state of its training; is it a copy of best.pt?"
+        in line
+    )
 
 
 def test_a_run_that_stopped_early_stays_stopped_when_resumed(run_train, monkeypatch):
@@ -549,7 +647,9 @@ def test_the_same_text_from_another_path_can_be_resumed(run_train, folder):
 def test_a_run_that_moves_to_a_card_that_needs_a_scaler_gets_a_new_one(run_train, monkeypatch):
     run_train()
     scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler("cpu", init_scale=8.0))
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda device, enabled: scaler("cpu", init_scale=8.0)
+    )
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=7"]) == 0
     assert checkpoint.load(OUT / "ckpt.pt")["scaler"]["scale"] == 8.0
 
@@ -571,7 +671,9 @@ def test_a_run_resumes_on_data_that_was_moved_aside(run_train, tiny, fails):
     run_train("--lr_decay_iters=9")
     train.prepare_data.main(["--input=tiny.txt", "--name=tiny", "--tokenizer=byte"])
     resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=9", "--lr_decay_iters=9"]
-    assert fails(train.main, *resume).endswith("that is now in data/tiny/previous-1: add --dataset=tiny/previous-1\n")
+    assert fails(train.main, *resume).endswith(
+        "that is now in data/tiny/previous-1: add --dataset=tiny/previous-1\n"
+    )
     assert train.main([*resume, "--dataset=tiny/previous-1"]) == 0
     assert read_rows(OUT) == straight
     assert "that is now in data/tiny/previous-1" in fails(train.main, *resume, "--dataset=tiny")
@@ -585,10 +687,19 @@ def test_where_the_data_is_gone_the_command_that_makes_it_again_is_named(run_tra
     line = fails(train.main, "--init_from=resume", "--out_dir=out/run")
     assert line.endswith(f"was trained on; to make that again: {command}\n")
     saved = checkpoint.load(OUT / "ckpt.pt")
-    for other in ("python prepare_data.py x; rm -r y", "rm -r y", "python prepare_data.py 'x", None):
-        saved["data"] = {"source": "x", "identity": saved["data"]["identity"]} | ({"command": other} if other else {})
+    for other in (
+        "python prepare_data.py x; rm -r y",
+        "rm -r y",
+        "python prepare_data.py 'x",
+        None,
+    ):
+        saved["data"] = {"source": "x", "identity": saved["data"]["identity"]} | (
+            {"command": other} if other else {}
+        )
         checkpoint.save(OUT / "ckpt.pt", saved)
-        assert fails(train.main, "--init_from=resume", "--out_dir=out/run").endswith("was trained on\n")
+        assert fails(train.main, "--init_from=resume", "--out_dir=out/run").endswith(
+            "was trained on\n"
+        )
 
 
 # --------------------------------------------------------------------------------------
@@ -598,11 +709,18 @@ def test_where_the_data_is_gone_the_command_that_makes_it_again_is_named(run_tra
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run_train, capsys):
     run_train()
     good = weights()
-    argv = ["--init_from=resume", "--out_dir=out/run", "--max_iters=30", "--learning_rate=1e20", "--decay_lr=False"]
+    argv = [
+        "--init_from=resume",
+        "--out_dir=out/run",
+        "--max_iters=30",
+        "--learning_rate=1e20",
+        "--decay_lr=False",
+    ]
     assert train.main([*argv, "--log_interval=10", "--eval_interval=30"]) == 1
     complaint = capsys.readouterr().err
     assert re.search(
-        r"the loss is (nan|inf) at iter [789] \(gradient norm .*\); out/run/ckpt.pt is the last good", complaint
+        r"the loss is (nan|inf) at iter [789] \(gradient norm .*\); out/run/ckpt.pt is the last good",
+        complaint,
     )
     assert "lower --learning_rate" in complaint
     assert_same_weights(weights(), good)
@@ -660,12 +778,16 @@ BAD = {
     "dataset='' and out_dir=out/run must be names of folders": ["--dataset="],
     "out_dir='a\\x00b' has a null byte, which no path can have": ["--out_dir=a\0b"],
     "dataset='a\\x00b' and out_dir=": ["--dataset=a\0b"],
-    "dataset=data/tiny is not the name of a folder in data/; write --dataset=tiny": ["--dataset=data/tiny"],
+    "dataset=data/tiny is not the name of a folder in data/; write --dataset=tiny": [
+        "--dataset=data/tiny"
+    ],
     "dataset=data/my texts/ is not the name of a folder in data/; write '--dataset=my texts'": [
         "--dataset=data/my texts/"
     ],
     "out_dir=tiny.txt is a file; write --out_dir=.": ["--out_dir=tiny.txt", "--init_from=resume"],
-    "cannot read config file data: Is a directory; for the folder of a run write --out_dir=data": ["data"],
+    "cannot read config file data: Is a directory; for the folder of a run write --out_dir=data": [
+        "data"
+    ],
 }
 
 
@@ -685,7 +807,10 @@ def test_a_key_without_effect_says_so(run_train, capsys):
     assert "note: rope_base=5.0 has no effect without position=rotary" in notes
     assert "note: warmup_iters=2 has no effect without decay_lr=True" in notes
     run_train("--warmup_iters=6", "--max_iters=6")
-    assert "note: the learning rate never decays: warmup_iters=6 lasts all 6 steps" in capsys.readouterr().err
+    assert (
+        "note: the learning rate never decays: warmup_iters=6 lasts all 6 steps"
+        in capsys.readouterr().err
+    )
     run_train("--warmup_iters=5", "--max_iters=6")
     assert "never decays" not in capsys.readouterr().err
     run_train("--rope_base=5", "--position=rotary")
@@ -695,9 +820,14 @@ def test_a_key_without_effect_says_so(run_train, capsys):
 def test_the_default_warmup_is_fitted_to_a_short_run_and_a_chosen_one_is_not(tiny, capsys):
     config, *_ = read_settings(["--max_iters=60"])
     assert config.warmup_iters == 6 and config.lr(59) < config.lr(6)
-    assert "note: warmup_iters=100 would last all 60 steps; warmup_iters=6 is taken" in capsys.readouterr().err
+    assert (
+        "note: warmup_iters=100 would last all 60 steps; warmup_iters=6 is taken"
+        in capsys.readouterr().err
+    )
     config, *_ = read_settings(["--max_iters=60", "--warmup_iters=100"])
-    assert config.warmup_iters == 100 and "the learning rate never decays" in capsys.readouterr().err
+    assert (
+        config.warmup_iters == 100 and "the learning rate never decays" in capsys.readouterr().err
+    )
     for keys in (["--max_iters=60", "--decay_lr=False"], ["--max_iters=101"]):
         config, *_ = read_settings(keys)
         assert config.warmup_iters == 100 and not capsys.readouterr().err
@@ -709,13 +839,51 @@ def test_the_default_warmup_is_fitted_to_a_short_run_and_a_chosen_one_is_not(tin
 
 def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect():
     """Of the window network's keys: each either changes what it computes, or is reported."""
-    base = {"model": "window_mlp", "window": 4, "n_layer": 2, "n_embd": 8, "block_size": 8, "vocab_size": 11}
-    other = {"n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 4, "n_hidden": 5, "window": 3, "vocab_size": 12}
-    other |= {"dropout": 0.5, "bias": True, "tie_weights": False, "position": "rotary", "rope_base": 5.0}
-    other |= {"rope_factor": 2.0, "rope_low_freq_factor": 0.5, "rope_high_freq_factor": 5.0, "norm": "none"}
-    other |= {"rope_original_context": 9, "block": "plain", "mlp": "gated", "activation": "relu", "qk_norm": True}
+    base = {
+        "model": "window_mlp",
+        "window": 4,
+        "n_layer": 2,
+        "n_embd": 8,
+        "block_size": 8,
+        "vocab_size": 11,
+    }
+    other = {
+        "n_layer": 1,
+        "n_head": 2,
+        "n_kv_head": 1,
+        "n_embd": 4,
+        "n_hidden": 5,
+        "window": 3,
+        "vocab_size": 12,
+    }
+    other |= {
+        "dropout": 0.5,
+        "bias": True,
+        "tie_weights": False,
+        "position": "rotary",
+        "rope_base": 5.0,
+    }
+    other |= {
+        "rope_factor": 2.0,
+        "rope_low_freq_factor": 0.5,
+        "rope_high_freq_factor": 5.0,
+        "norm": "none",
+    }
+    other |= {
+        "rope_original_context": 9,
+        "block": "plain",
+        "mlp": "gated",
+        "activation": "relu",
+        "qk_norm": True,
+    }
     other |= {"embed_norm": True, "logit_soft_cap": 0.1, "init": "zero", "label_smoothing": 0.2}
-    other |= {"ngram_rows": 5, "ngram_dropout": 0.5, "mlp_conv": 2, "attn_bias": True, "mlp_bias": True}
+    other |= {
+        "ngram_rows": 5,
+        "ngram_dropout": 0.5,
+        "mlp_conv": 2,
+        "attn_bias": True,
+        "mlp_bias": True,
+    }
     other |= {"head_size": 6, "norm_eps": 0.5, "lora_alpha": 3.0, "lora_targets": "up_proj"}
 
     def computed(**keys) -> torch.Tensor:
@@ -742,20 +910,42 @@ def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect
 @pytest.mark.parametrize(
     ("settings", "idle"),
     [
-        ({}, {"rope_factor": "without position=rotary", "rope_original_context": "without position=rotary"}),
-        ({"position": "rotary"}, {"rope_original_context": "with rope_factor=1.0"}),
-        ({"position": "rotary", "rope_factor": 8.0, "norm": "none"}, {"embed_norm": "with norm=none"}),
-        ({"position": "rotary", "rope_factor": 8.0, "mlp": "none"}, {"activation": "with mlp=none"}),
         (
-            {"model": "window_mlp", "window": 3, "mlp": "none", "norm": "none"},  # there mlp and norm do nothing
-            dict.fromkeys(("rope_factor", "rope_original_context", "embed_norm", "mlp"), "with model=window_mlp"),
+            {},
+            {
+                "rope_factor": "without position=rotary",
+                "rope_original_context": "without position=rotary",
+            },
+        ),
+        ({"position": "rotary"}, {"rope_original_context": "with rope_factor=1.0"}),
+        (
+            {"position": "rotary", "rope_factor": 8.0, "norm": "none"},
+            {"embed_norm": "with norm=none"},
+        ),
+        (
+            {"position": "rotary", "rope_factor": 8.0, "mlp": "none"},
+            {"activation": "with mlp=none"},
+        ),
+        (
+            {
+                "model": "window_mlp",
+                "window": 3,
+                "mlp": "none",
+                "norm": "none",
+            },  # there mlp and norm do nothing
+            dict.fromkeys(
+                ("rope_factor", "rope_original_context", "embed_norm", "mlp"),
+                "with model=window_mlp",
+            ),
         ),
     ],
     ids=str,
 )
 def test_whether_a_key_has_an_effect_depends_on_the_others(settings, idle):
     found = configurator.without_effect(
-        asdict(TrainConfig()) | asdict(models.ModelConfig(**settings)), models.ModelConfig, TrainConfig
+        asdict(TrainConfig()) | asdict(models.ModelConfig(**settings)),
+        models.ModelConfig,
+        TrainConfig,
     )
     watched = ("activation", "embed_norm", "mlp", "rope_factor", "rope_original_context")
     assert {key: why for key, why in found.items() if key in watched} == idle
@@ -766,17 +956,34 @@ def test_whether_a_key_has_an_effect_depends_on_the_others(settings, idle):
     "embedding", [("--embedding=table",), ("--embedding=number", "--n_embd=1")], ids=lambda e: e[0]
 )
 def test_the_window_network_trains_resumes_and_samples(run_train, capsys, optimizer, embedding):
-    argv = ["--model=window_mlp", "--window=12", "--n_hidden=24", f"--optimizer={optimizer}", "--bias=True", *embedding]
-    whole = run_train(*argv, "--dropout=0.2", "--max_iters=60", "--learning_rate=1e-2", "--eval_interval=30")
+    argv = [
+        "--model=window_mlp",
+        "--window=12",
+        "--n_hidden=24",
+        f"--optimizer={optimizer}",
+        "--bias=True",
+        *embedding,
+    ]
+    whole = run_train(
+        *argv, "--dropout=0.2", "--max_iters=60", "--learning_rate=1e-2", "--eval_interval=30"
+    )
     assert whole[-1]["val_loss"] < whole[0]["train_loss"] - 0.2
     assert "n_head=2 has no effect with model=window_mlp" in capsys.readouterr().err
     weights_then = weights()
-    checkpoint_at_30 = [*argv, "--dropout=0.2", "--max_iters=30", "--lr_decay_iters=60", "--learning_rate=1e-2"]
+    checkpoint_at_30 = [
+        *argv,
+        "--dropout=0.2",
+        "--max_iters=30",
+        "--lr_decay_iters=60",
+        "--learning_rate=1e-2",
+    ]
     run_train(*checkpoint_at_30, "--eval_interval=30")
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=60"]) == 0
     assert_same_weights(weights(), weights_then)
     capsys.readouterr()
-    sample.main(["--out_dir=out/run", "--device=cpu", "--start=A", "--num_samples=1", "--max_new_tokens=40"])
+    sample.main(
+        ["--out_dir=out/run", "--device=cpu", "--start=A", "--num_samples=1", "--max_new_tokens=40"]
+    )
     assert len(capsys.readouterr().out) == 1 + 40 + 1
 
 
@@ -812,7 +1019,9 @@ class NoResidual(models.PreNormBlock):
     ],
     ids=["activation", "norm", "position", "block", "mlp"],
 )
-def test_a_new_variant_is_one_line_in_one_dictionary(run_train, monkeypatch, capsys, variants, key, variant):
+def test_a_new_variant_is_one_line_in_one_dictionary(
+    run_train, monkeypatch, capsys, variants, key, variant
+):
     monkeypatch.setitem(variants, "mine", variant)
     assert train_losses(run_train(f"--{key}=mine")) != train_losses(run_train())
     run_train(f"--{key}=mine")
@@ -822,4 +1031,6 @@ def test_a_new_variant_is_one_line_in_one_dictionary(run_train, monkeypatch, cap
 
 def test_every_training_key_is_in_the_saved_settings(run_train):
     run_train()
-    assert set(checkpoint.load(OUT / "ckpt.pt")["train_config"]) == set(TrainConfig.__dataclass_fields__)
+    assert set(checkpoint.load(OUT / "ckpt.pt")["train_config"]) == set(
+        TrainConfig.__dataclass_fields__
+    )

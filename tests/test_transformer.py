@@ -8,7 +8,7 @@ from conftest import fill_ngrams, overfit
 from torch import Tensor, nn
 
 import model as models
-from humptygpt.layers import ACTIVATIONS
+from humptygpt.nn.layers import ACTIVATIONS
 from model import BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
 
 VARIANTS = [
@@ -28,7 +28,9 @@ VARIANTS = [
     {"window": 3},
     {"window": 3, "position": "alibi"},
 ]
-every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()))
+every_variant = pytest.mark.parametrize(
+    "variant", VARIANTS, ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items())
+)
 EOT = 0
 
 
@@ -85,7 +87,10 @@ def to_our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         "linear2": "mlp.down_proj",
         "norm1": "attn_norm",
     }
-    norms = {"encoder": {"norm2": "mlp_norm"}, "decoder": {"norm2": "cross_norm", "norm3": "mlp_norm"}}
+    norms = {
+        "encoder": {"norm2": "mlp_norm"},
+        "decoder": {"norm2": "cross_norm", "norm3": "mlp_norm"},
+    }
     ours = {}
     for name, tensor in theirs.items():
         for old, new in (names | norms[name.partition(".")[0]]).items():
@@ -103,7 +108,14 @@ def to_our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_with_equal_weights_the_outputs_are_those_of_torchs_transformer(block, lengths):
     torch.manual_seed(0)
     ours = tiny(
-        n_layer=3, n_head=4, n_embd=48, n_hidden=96, bias=True, activation="relu", position="none", block=block
+        n_layer=3,
+        n_head=4,
+        n_embd=48,
+        n_hidden=96,
+        bias=True,
+        activation="relu",
+        position="none",
+        block=block,
     ).eval()
     theirs = torch_transformer(norm_first=block == "pre_norm")
     missing, unexpected = ours.load_state_dict(to_our_names(theirs.state_dict()), strict=False)
@@ -193,7 +205,9 @@ def test_decoding_in_pieces_with_a_state_gives_the_same_logits_and_encodes_once(
     source, idx = tokens(3, 10), tokens(3, 12, seed=1)
     padded = with_padding(source, lengths) if lengths else source
     texts = zip(idx, source, lengths or [10, 10, 10], strict=True)
-    expected = torch.cat([model(target[None], source=text[None, :length])[0] for target, text, length in texts])
+    expected = torch.cat(
+        [model(target[None], source=text[None, :length])[0] for target, text, length in texts]
+    )
     encoded = []
     model.encoder.register_forward_hook(lambda *args: encoded.append(1))
     state = model.make_state(padded, padded=lengths is not None)
@@ -201,7 +215,9 @@ def test_decoding_in_pieces_with_a_state_gives_the_same_logits_and_encodes_once(
     logits = torch.cat([model(piece, state=state)[0] for piece in pieces], dim=1)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     state.clear()  # of the target, not of the source
-    torch.testing.assert_close(model(pieces[0], state=state)[0], expected[:, :1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(pieces[0], state=state)[0], expected[:, :1], atol=1e-5, rtol=1e-5
+    )
     assert len(encoded) == 1
 
 
@@ -216,7 +232,9 @@ def test_rows_of_the_state_can_be_selected_and_repeated(variant, lengths):
     model(idx[:, :5], state=state)
     state.select(rows)
     together, _ = model(idx[rows], source=source[rows])
-    torch.testing.assert_close(model(idx[rows, 5:], state=state)[0], together[:, 5:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model(idx[rows, 5:], state=state)[0], together[:, 5:], atol=1e-5, rtol=1e-5
+    )
 
 
 @every_variant
@@ -264,11 +282,15 @@ def test_the_masks_and_the_rotary_tables_are_made_once_per_forward_pass_of_each_
     model, masks, tables = random_model(n_layer=3, position="rotary", window=3), [], []
     attention_mask = models.attention_mask
     monkeypatch.setattr(
-        models, "attention_mask", lambda *args, **keys: masks.append(args[:2]) or attention_mask(*args, **keys)
+        models,
+        "attention_mask",
+        lambda *args, **keys: masks.append(args[:2]) or attention_mask(*args, **keys),
     )
     for stack in (model.encoder, model.decoder):
         rotary = stack.position.rotary
-        monkeypatch.setattr(stack.position, "rotary", lambda at, rotary=rotary: tables.append(at) or rotary(at))
+        monkeypatch.setattr(
+            stack.position, "rotary", lambda at, rotary=rotary: tables.append(at) or rotary(at)
+        )
     model(tokens(2, 5), source=tokens(2, 7))
     assert sorted(masks) == [(5, 5), (5, 7), (7, 7)]  # target, cross-attention, source
     assert tables == [slice(0, 7), slice(0, 5)]
@@ -286,7 +308,11 @@ def test_qk_norm_makes_cross_attention_independent_of_the_scale_of_queries_and_k
 def test_initialization_counts_the_residual_branches_of_each_stack_separately():
     model = tiny(n_layer=3, n_embd=96)
     for stack, branches in ((model.encoder, 6), (model.decoder, 9)):
-        last = [parameter for name, parameter in stack.named_parameters() if "o_proj" in name or "down_proj" in name]
+        last = [
+            parameter
+            for name, parameter in stack.named_parameters()
+            if "o_proj" in name or "down_proj" in name
+        ]
         stds = [parameter.std().item() for parameter in last]
         assert stds == pytest.approx([0.02 / branches**0.5] * branches, rel=0.05)
 

@@ -15,16 +15,29 @@ import compare
 import prepare_data
 import sample
 import train
-from humptygpt import evaluation
-from humptygpt.batches import PairDataset
-from humptygpt.beams import Translation
-from humptygpt.configurator import UserError
-from humptygpt.optimizers import Optimizer
-from humptygpt.token_files import checksums
-from humptygpt.train_config import read_settings
+from humptygpt.core.errors import UserError
+from humptygpt.data.batches import PairDataset
+from humptygpt.data.token_files import checksums
+from humptygpt.generation.beams import Translation
+from humptygpt.training import evaluation
+from humptygpt.training.optimizers import Optimizer
+from humptygpt.training.settings import read_settings
 
-TINY = ["--dataset=pairs", "--device=cpu", "--model=transformer", "--n_layer=1", "--n_head=2", "--n_embd=32"]
-TINY += ["--block_size=40", "--batch_size=4", "--log_interval=1", "--eval_interval=3", "--max_iters=6"]
+TINY = [
+    "--dataset=pairs",
+    "--device=cpu",
+    "--model=transformer",
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=32",
+]
+TINY += [
+    "--block_size=40",
+    "--batch_size=4",
+    "--log_interval=1",
+    "--eval_interval=3",
+    "--max_iters=6",
+]
 TINY += ["--warmup_iters=2", "--out_dir=out/run", "--dtype=float32"]
 NO_ENCODER = ["--model=gpt", "--block_size=80"]
 
@@ -67,18 +80,27 @@ def test_an_epoch_has_each_pair_once_and_whole(pairs, with_encoder):
         read = [data.batch(epoch * batches + number, 4) for number in range(batches)]
         assert sorted(pair for batch in read for pair in texts_in(data, batch)) == expected
     validated = [pair for batch in data.val_batches(4, None) for pair in texts_in(data, batch)]
-    assert sorted(validated) == sorted((data.tokenizer.decode(ids[:-1]), text) for ids, text in data.texts("val"))
+    assert sorted(validated) == sorted(
+        (data.tokenizer.decode(ids[:-1]), text) for ids, text in data.texts("val")
+    )
 
 
 @both_ways
 def test_a_batch_has_no_more_tokens_than_asked_for_and_little_padding(folder, with_encoder):
     draw = np.random.default_rng(0)
-    lines = [make_text(int(n), seed=i).replace("\n", " ") for i, n in enumerate(draw.integers(20, 120, 3000))]
+    lines = [
+        make_text(int(n), seed=i).replace("\n", " ")
+        for i, n in enumerate(draw.integers(20, 120, 3000))
+    ]
     ratio = draw.normal(1.0, 0.15, 3000).clip(0.5, 1.5)
     translated = [make_text(int(len(line) * r), seed=i).replace("\n", " ") for i, (line, r) in
                   enumerate(zip(lines, ratio, strict=True))]  # fmt: skip
-    Path("many.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in zip(lines, translated, strict=True)))
-    prepare_data.main(["--input=many.tsv", "--name=many", "--tokenizer=byte", "--max_pair_tokens=200"])
+    Path("many.tsv").write_text(
+        "".join(f"{a}\t{b}\n" for a, b in zip(lines, translated, strict=True))
+    )
+    prepare_data.main(
+        ["--input=many.tsv", "--name=many", "--tokenizer=byte", "--max_pair_tokens=200"]
+    )
     data = PairDataset(Path("data/many"), 400, 1, with_encoder)
     counted = room = 0
     for number in range(int(data.batches_per_epoch(4))):
@@ -86,7 +108,10 @@ def test_a_batch_has_no_more_tokens_than_asked_for_and_little_padding(folder, wi
         sides = [batch["idx"], batch["source"]] if with_encoder else [batch["idx"]]
         assert max(side.numel() for side in sides) <= 4 * 400
         room += sum(side.numel() for side in sides)
-        counted += sum(len(s.encode()) + len(t.encode()) + 2 - (not with_encoder) for s, t in texts_in(data, batch))
+        counted += sum(
+            len(s.encode()) + len(t.encode()) + 2 - (not with_encoder)
+            for s, t in texts_in(data, batch)
+        )
     assert counted / room > 0.9
 
 
@@ -98,9 +123,13 @@ def test_a_batch_depends_on_seed_and_step_alone(pairs, with_encoder):
         for key, value in jumping.batch(number, 4).items():
             assert torch.equal(value, expected[number][key])
     batches = int(in_order.batches_per_epoch(4))
-    first, second = ([texts_in(in_order, b) for b in expected[i * batches : (i + 1) * batches]] for i in (0, 1))
+    first, second = (
+        [texts_in(in_order, b) for b in expected[i * batches : (i + 1) * batches]] for i in (0, 1)
+    )
     assert first != second
-    sizes = [[len(batch) for batch in epoch] for epoch in (first, second)]  # the batches are shuffled
+    sizes = [
+        [len(batch) for batch in epoch] for epoch in (first, second)
+    ]  # the batches are shuffled
     assert sorted(sizes[0]) == sorted(sizes[1]) and sizes[0] != sizes[1]
     other = open_pairs(with_encoder, seed=2)
     assert [texts_in(other, other.batch(number, 4)) for number in range(batches)] != first
@@ -113,7 +142,10 @@ def test_pairs_of_equal_lengths_meet_others_in_each_epoch(folder, with_encoder):
     data = open_pairs(with_encoder)
     batches = int(data.batches_per_epoch(1))
     first, second = (
-        {frozenset(texts_in(data, data.batch(epoch * batches + number, 1))) for number in range(batches)}
+        {
+            frozenset(texts_in(data, data.batch(epoch * batches + number, 1)))
+            for number in range(batches)
+        }
         for epoch in (0, 1)
     )
     assert first != second
@@ -129,15 +161,24 @@ def prepare_bytes(rows: list[tuple[str, str]], *argv: str) -> None:
 def test_the_longest_pair_of_all_splits_just_fits(pairs, with_encoder, split):
     data = open_pairs(with_encoder)
     source, _ = max((data.tokenizer.decode(ids[:-1]), text) for ids, text in data.texts(split))
-    prepare_bytes([(s, "long " * 9 + "it is." if s == source else t) for s, t in make_pairs()], "--val_fraction=0.2")
-    needed = 52 if with_encoder else len(source.encode()) + 1 + 52 - 1  # its last token is never read
+    prepare_bytes(
+        [(s, "long " * 9 + "it is." if s == source else t) for s, t in make_pairs()],
+        "--val_fraction=0.2",
+    )
+    needed = (
+        52 if with_encoder else len(source.encode()) + 1 + 52 - 1
+    )  # its last token is never read
     assert PairDataset(Path("data/pairs"), needed, 1, with_encoder).texts(split)
-    with pytest.raises(UserError, match=f"a pair that takes {needed} tokens, .* take --block_size={needed}$"):
+    with pytest.raises(
+        UserError, match=f"a pair that takes {needed} tokens, .* take --block_size={needed}$"
+    ):
         PairDataset(Path("data/pairs"), needed - 1, 1, with_encoder)
 
 
 def test_one_long_source_makes_no_other_batch_small(folder):
-    prepare_bytes([("long" * 9, "a"), *[(f"s{i:02}", f"t{i:02}") for i in range(90)]], "--max_pair_ratio=20")
+    prepare_bytes(
+        [("long" * 9, "a"), *[(f"s{i:02}", f"t{i:02}") for i in range(90)]], "--max_pair_ratio=20"
+    )
     sizes = np.diff(open_pairs().batch_starts("train", 2))
     assert sorted(sizes)[0] == 2 and sizes.max() == 20  # of 4 tokens each, in 2 times 40
 
@@ -147,12 +188,18 @@ def test_eval_iters_batches_of_all_lengths_are_evaluated_always_the_same(folder,
     prepare_bytes(make_pairs(), "--val_fraction=0.4")
     data = open_pairs(with_encoder)
     whole, some = (
-        [sorted(texts_in(data, batch)) for batch in data.val_batches(1, eval_iters)] for eval_iters in (None, 3)
+        [sorted(texts_in(data, batch)) for batch in data.val_batches(1, eval_iters)]
+        for eval_iters in (None, 3)
     )
     assert len(whole) > 6 and len(some) == 3 and all(batch in whole for batch in some)
-    first, middle, last = (whole.index(batch) * 3 // len(whole) for batch in some)  # in which third of the lengths
+    first, middle, last = (
+        whole.index(batch) * 3 // len(whole) for batch in some
+    )  # in which third of the lengths
     assert (first, middle, last) == (0, 1, 2)
-    assert some == [sorted(texts_in(data, batch)) for batch in open_pairs(with_encoder, seed=2).val_batches(1, 3)]
+    assert some == [
+        sorted(texts_in(data, batch))
+        for batch in open_pairs(with_encoder, seed=2).val_batches(1, 3)
+    ]
     assert [sorted(texts_in(data, batch)) for batch in data.val_batches(1, 999)] == whole
     assert data.describe(1, 3)[1] == f"{sum(map(len, some))} of {sum(map(len, whole))} pairs"
 
@@ -170,7 +217,9 @@ def test_bits_per_byte_are_of_the_translation_alone(folder, with_encoder):
     prepare_bytes([(source, target[:9]) for source, target in make_pairs()], "--val_fraction=0.2")
     data = open_pairs(with_encoder)
     lengths = [len(text.encode()) for _, text in data.texts("val")]
-    assert data.val_bytes_per_token() == sum(lengths) / (sum(lengths) + len(lengths))  # a byte each, and an end
+    assert data.val_bytes_per_token() == sum(lengths) / (
+        sum(lengths) + len(lengths)
+    )  # a byte each, and an end
 
 
 def test_a_stream_that_is_not_made_of_pairs_is_refused(pairs, fails):
@@ -181,7 +230,9 @@ def test_a_stream_that_is_not_made_of_pairs_is_refused(pairs, fails):
     meta["splits"]["train"]["files"][0]["tokens"] -= 1
     meta["splits"]["train"]["checksums"]["train.bin"] = checksums(pairs / "train.bin")
     (pairs / "meta.json").write_text(json.dumps(meta))
-    assert "has no whole pairs; prepare it again: python prepare_data.py" in fails(train.main, *TINY)
+    assert "has no whole pairs; prepare it again: python prepare_data.py" in fails(
+        train.main, *TINY
+    )
 
 
 # --------------------------------------------------------------------------------------
@@ -190,9 +241,23 @@ def test_a_stream_that_is_not_made_of_pairs_is_refused(pairs, fails):
 
 @both_ways
 def test_pairs_are_memorised_and_translated_as_in_training(pairs, capsys, with_encoder):
-    prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=sentencepiece", "--vocab_size=400"])
-    learn = ["--n_embd=64", "--n_head=2", "--max_iters=200", "--eval_interval=200", "--learning_rate=5e-3"]
-    learn += ["--batch_size=8", "--warmup_iters=20", "--weight_decay=0", "--log_interval=100", "--n_layer=2"]
+    prepare_data.main(
+        ["--input=pairs.tsv", "--name=pairs", "--tokenizer=sentencepiece", "--vocab_size=400"]
+    )
+    learn = [
+        "--n_embd=64",
+        "--n_head=2",
+        "--max_iters=200",
+        "--eval_interval=200",
+        "--learning_rate=5e-3",
+    ]
+    learn += [
+        "--batch_size=8",
+        "--warmup_iters=20",
+        "--weight_decay=0",
+        "--log_interval=100",
+        "--n_layer=2",
+    ]
     learn += ["--position=rotary", "--activation=relu_squared", "--norm=rmsnorm", "--init=zero"]
     assert train.main([*TINY, *([] if with_encoder else NO_ENCODER), *learn]) == 0
     data = open_pairs(with_encoder)
@@ -200,13 +265,26 @@ def test_pairs_are_memorised_and_translated_as_in_training(pairs, capsys, with_e
     Path("german.txt").write_text("".join(f"{source}\n" for source, _ in known))
     capsys.readouterr()
     for beams in (1, 4):
-        sample.main(["--out_dir=out/run", "--checkpoint=latest", "--start=FILE:german.txt", f"--num_beams={beams}"])
+        sample.main(
+            [
+                "--out_dir=out/run",
+                "--checkpoint=latest",
+                "--start=FILE:german.txt",
+                f"--num_beams={beams}",
+            ]
+        )
         assert capsys.readouterr().out.splitlines() == [target for _, target in known]
 
 
 @both_ways
 def test_a_resumed_run_on_pairs_is_the_uninterrupted_one(pairs, with_encoder):
-    argv = [*TINY, *([] if with_encoder else NO_ENCODER), "--dropout=0.1", "--label_smoothing=0.1", "--ngrams=3"]
+    argv = [
+        *TINY,
+        *([] if with_encoder else NO_ENCODER),
+        "--dropout=0.1",
+        "--label_smoothing=0.1",
+        "--ngrams=3",
+    ]
     assert train.main(argv) == 0
     whole, weights = read_rows(Path("out/run")), torch.load("out/run/ckpt.pt")["model"]
     assert train.main([*argv, "--max_iters=3", "--out_dir=out/two", "--lr_decay_iters=6"]) == 0
@@ -227,22 +305,33 @@ def test_accumulating_gives_the_gradient_of_the_mean_over_all_target_tokens(pair
     parameters = list(run.model.parameters())
     expected = torch.autograd.grad(total / count, parameters)
     gradients = []
-    monkeypatch.setattr(Optimizer, "step", lambda optimizer: gradients.extend(p.grad for p in parameters))
+    monkeypatch.setattr(
+        Optimizer, "step", lambda optimizer: gradients.extend(p.grad for p in parameters)
+    )
     loss, _, tokens = train.train_step(run, 0)
     assert tokens == count and float(loss) == pytest.approx(float((total / count).detach()))
     torch.testing.assert_close(gradients, list(expected))
 
 
-def test_evaluations_show_translations_and_the_end_has_the_bleu_of_the_best_checkpoint(pairs, capsys):
+def test_evaluations_show_translations_and_the_end_has_the_bleu_of_the_best_checkpoint(
+    pairs, capsys
+):
     assert train.main(TINY) == 0
     out = capsys.readouterr().out
     ids, target = open_pairs().texts("val", 3)[0]
     shown = f"    {open_pairs().tokenizer.decode(ids[:-1])}\n  = {target}\n  > "
     assert out.count(shown) == 2  # one for each evaluation
-    assert "pairs of the test split" in out and "BLEU" in out and "chrF" in out and out.count("nrefs:1|") == 2
+    assert (
+        "pairs of the test split" in out
+        and "BLEU" in out
+        and "chrF" in out
+        and out.count("nrefs:1|") == 2
+    )
     row = read_rows(Path("out/run"))[-1]
     assert row["iter"] == 6 and 0 <= row["test_bleu"] <= 100 and 0 <= row["test_chrf"] <= 100
-    assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0  # all steps are done: it only scores once more
+    assert (
+        train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
+    )  # all steps are done: it only scores once more
     assert [r for r in read_rows(Path("out/run")) if "test_bleu" in r] == [row]
     capsys.readouterr()
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--eval_only=True"]) == 0
@@ -256,11 +345,15 @@ def test_the_weights_that_are_scored_are_those_of_the_best_checkpoint(pairs, mon
     keep = lambda *args: (scored.append(weights(args[0])), score(*args))[1]  # noqa: E731
     monkeypatch.setattr(evaluation, "score_translations", keep)
     assert train.main(TINY) == 0
-    best, latest = (torch.load(f"out/run/{name}.pt")["model"]["lm_head.weight"] for name in ("best", "ckpt"))
+    best, latest = (
+        torch.load(f"out/run/{name}.pt")["model"]["lm_head.weight"] for name in ("best", "ckpt")
+    )
     assert torch.equal(scored[0], best) and not torch.equal(best, latest)
 
 
-def test_it_translates_without_dropout_and_never_chooses_ids_that_only_pad_the_vocabulary(pairs, monkeypatch):
+def test_it_translates_without_dropout_and_never_chooses_ids_that_only_pad_the_vocabulary(
+    pairs, monkeypatch
+):
     calls, translate = [], evaluation.translate
 
     def watched(model, sources, eot, tokenizer_vocab_size, num_beams=1):
@@ -281,7 +374,9 @@ def test_wandb_gets_the_score_before_the_run_is_finished(pairs, monkeypatch):
 
 def test_a_missing_sacrebleu_is_reported_at_the_start(pairs, fails, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: name != "sacrebleu" and find(name, *args))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *args: name != "sacrebleu" and find(name, *args)
+    )
     assert "pip install sacrebleu" in fails(train.main, *TINY)
     assert not Path("out").exists()
 
@@ -296,8 +391,12 @@ def test_a_finished_run_compares_as_done_and_with_its_score(pairs, capsys, monke
 
 
 def test_without_a_test_split_the_validation_split_is_scored(folder, capsys):
-    Path("pairs.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in make_pairs()))
-    prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte", "--test_fraction=0"])
+    Path("pairs.tsv").write_text(
+        "".join(f"{source}\t{target}\n" for source, target in make_pairs())
+    )
+    prepare_data.main(
+        ["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte", "--test_fraction=0"]
+    )
     assert train.main(TINY) == 0
     assert "pairs of the val split" in capsys.readouterr().out
 
@@ -307,22 +406,31 @@ def test_without_a_test_split_the_validation_split_is_scored(folder, capsys):
 
 
 @both_ways
-def test_empty_lines_stay_empty_and_long_ones_are_cut_and_reported(pairs, capsys, monkeypatch, with_encoder):
+def test_empty_lines_stay_empty_and_long_ones_are_cut_and_reported(
+    pairs, capsys, monkeypatch, with_encoder
+):
     train.main([*TINY, *([] if with_encoder else NO_ENCODER)])
     read, translate = [], sample.translate
     watched = lambda *args, **settings: (read.extend(args[1]), translate(*args, **settings))[1]  # noqa: E731
     monkeypatch.setattr(sample, "translate", watched)
-    Path("german.txt").write_text(f"\ufeffWo ist\u2028da?\n\n  \n{'sehr ' * 20}lang.\n", encoding="utf-8")
+    Path("german.txt").write_text(
+        f"\ufeffWo ist\u2028da?\n\n  \n{'sehr ' * 20}lang.\n", encoding="utf-8"
+    )
     capsys.readouterr()
     sample.main(["--out_dir=out/run", "--start=FILE:german.txt", "--max_new_tokens=5"])
     printed = capsys.readouterr()
     lines = printed.out.split("\n")
     assert len(lines) == 5 and lines[1] == lines[2] == lines[4] == ""
     assert "note: line 4 has 105 tokens; the first 39 are read" in printed.err
-    assert [bytes(ids[:-1].tolist()).decode() for ids in read] == ["Wo ist da?", ("sehr " * 20)[:39]]
+    assert [bytes(ids[:-1].tolist()).decode() for ids in read] == [
+        "Wo ist da?",
+        ("sehr " * 20)[:39],
+    ]
 
 
-def test_lines_keep_their_order_and_numbers_however_many_are_translated_at_once(pairs, capsys, monkeypatch):
+def test_lines_keep_their_order_and_numbers_however_many_are_translated_at_once(
+    pairs, capsys, monkeypatch
+):
     train.main(TINY)
 
     def echo(model, sources, *args, **settings):
@@ -352,26 +460,43 @@ def test_beams_penalty_and_length_are_those_asked_for(pairs, monkeypatch):
 
     monkeypatch.setattr(sample, "translate", translate)
     sample.main(["--out_dir=out/run", "--start=Wo?"])
-    sample.main(["--out_dir=out/run", "--start=Wo?", "--num_beams=7", "--length_penalty=0.5", "--max_new_tokens=9"])
+    sample.main(
+        [
+            "--out_dir=out/run",
+            "--start=Wo?",
+            "--num_beams=7",
+            "--length_penalty=0.5",
+            "--max_new_tokens=9",
+        ]
+    )
     assert asked == [
         (257, {"num_beams": 4, "length_penalty": 1.0, "max_new_tokens": 500}),
         (257, {"num_beams": 7, "length_penalty": 0.5, "max_new_tokens": 9}),
     ]
 
 
-def test_a_translation_is_one_line_whatever_the_model_writes_and_lack_of_room_is_reported(pairs, capsys, monkeypatch):
+def test_a_translation_is_one_line_whatever_the_model_writes_and_lack_of_room_is_reported(
+    pairs, capsys, monkeypatch
+):
     train.main(TINY)
     capsys.readouterr()
     two_lines = Translation(list(b"a\n b"), -1.0, ended=False)
     monkeypatch.setattr(sample, "translate", lambda *args, **settings: [two_lines])
     sample.main(["--out_dir=out/run", "--start=Wo?"])
     printed = capsys.readouterr()
-    assert printed.out == "a b\n" and "note: line 1 has no room for more of its translation" in printed.err
+    assert (
+        printed.out == "a b\n"
+        and "note: line 1 has no room for more of its translation" in printed.err
+    )
 
 
 def test_characters_that_are_not_in_the_training_text_are_encoded_as_bytes(folder, monkeypatch):
-    Path("pairs.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in make_pairs()))
-    prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=sentencepiece", "--vocab_size=400"])
+    Path("pairs.tsv").write_text(
+        "".join(f"{source}\t{target}\n" for source, target in make_pairs())
+    )
+    prepare_data.main(
+        ["--input=pairs.tsv", "--name=pairs", "--tokenizer=sentencepiece", "--vocab_size=400"]
+    )
     train.main(TINY)
     read, translate = [], sample.translate
     watched = lambda *args, **settings: (read.extend(args[1]), translate(*args, **settings))[1]  # noqa: E731
@@ -399,7 +524,9 @@ def test_bad_input_of_a_translation(pairs, fails, tiny):
     assert "model=transformer cannot change on resume: the checkpoint has model=gpt" in fails(
         train.main, "config.py", "--init_from=resume", "--out_dir=out/text"
     )
-    assert "block_size=20; take --block_size=" in fails(train.main, *TINY, "--block_size=20", "--out_dir=out/other")
+    assert "block_size=20; take --block_size=" in fails(
+        train.main, *TINY, "--block_size=20", "--out_dir=out/other"
+    )
     with pytest.raises(UserError, match="nothing to translate; give a sentence"):
         sample.main(["--out_dir=out/run"])
     Path("empty.txt").write_text("")
@@ -408,15 +535,22 @@ def test_bad_input_of_a_translation(pairs, fails, tiny):
             sample.main(["--out_dir=out/run", f"--start={start}"])
     assert "length_penalty=inf" in fails(sample.main, "--length_penalty=inf")
     assert "num_beams=0" in fails(sample.main, "--num_beams=0")
-    assert "ngram_rows=5 cannot be chosen" in fails(train.main, *TINY, "--ngrams=2", "--ngram_rows=5")
-    assert "no n-gram of the text occurs that often" in fails(train.main, *TINY, "--ngrams=2", "--ngram_min_count=9999")
+    assert "ngram_rows=5 cannot be chosen" in fails(
+        train.main, *TINY, "--ngrams=2", "--ngram_rows=5"
+    )
+    assert "no n-gram of the text occurs that often" in fails(
+        train.main, *TINY, "--ngrams=2", "--ngram_min_count=9999"
+    )
 
 
 def test_keys_of_the_other_task_are_reported_to_have_no_effect(pairs, tiny, capsys):
     train.main(TINY)
     capsys.readouterr()
     sample.main(["--out_dir=out/run", "--start=Wo?", "--temperature=0.5", "--max_new_tokens=3"])
-    assert "note: temperature=0.5 has no effect without task=language modelling" in capsys.readouterr().err
+    assert (
+        "note: temperature=0.5 has no effect without task=language modelling"
+        in capsys.readouterr().err
+    )
     assert train.main([*TINY_RUN, "--out_dir=out/text"]) == 0
     capsys.readouterr()
     sample.main(["--out_dir=out/text", "--num_beams=4", "--max_new_tokens=3"])

@@ -1,0 +1,150 @@
+"""Files that are written whole or not at all, and earlier ones that are moved aside."""
+
+import contextlib
+import errno
+import io
+import itertools
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from humptygpt.core.errors import UserError
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let write(file) fill a temporary file beside path, then put it in path's place in one step.
+
+    A crash, a kill or a full disk at any moment leaves the old file as it was. The temporary name is one that nobody
+    else uses: of two processes that write a file at once, one wins. Raises UserError where writing fails.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"cannot write {path}: it is a folder; name a file in it")
+    if is_device(path):
+        try:
+            with path.open("wb") as file:
+                write(file)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        return
+    temporary, raw = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp"), None
+    try:
+        raw = RawFile(temporary, "xb")
+        with io.BufferedWriter(raw) as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torch.save turns the file's OSError into a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        kept = "; the one before it is as it was" if os.path.exists(path) else ""
+        raise cannot_write(path, (raw and raw.error) or error, kept) from error
+
+
+def is_device(path: Path) -> bool:
+    """Whether it is a device or a pipe, such as /dev/stdout, which is written to and must not be replaced by a file."""
+    return path.exists() and (not path.is_file() or path.absolute().parent == Path("/dev"))
+
+
+class RawFile(io.FileIO):
+    """A file that remembers why it could not be written: torch.save may report what follows from that instead."""
+
+    error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def cannot_write(path: Path | str, error: Exception, way_out: str = "") -> UserError:
+    """One line; of a full disk it names the disk, which is not always the one that the user thinks of."""
+    reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+    return UserError(f"cannot write {path}: {reason}{describe_disk(Path(path), error)}{way_out}")
+
+
+def describe_disk(path: Path, error: Exception) -> str:
+    """ " (the disk ... has ... free)" where the error is that it is full, else ""."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    path = path.resolve()  # a link may lead to another disk
+    folders = [folder for folder in (path, *path.parents) if folder.is_dir()]
+    mounted = next(folder for folder in folders if folder.is_mount())
+    usage = shutil.disk_usage(folders[0])
+    return f" (the disk {mounted} has {usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB free)"
+
+
+def remove_unfinished(folder: Path, names: list[str]) -> None:
+    """Remove what a kill has left of write_whole. Only for a folder that nobody else writes meanwhile."""
+    for name in names:
+        for path in folder.glob(f"{name}.????????.tmp"):
+            path.unlink()
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside this one, for a new file or folder, which is put in its place at the end.
+
+    Whatever fails in between, such as a full disk, leaves nothing. Raises UserError where writing fails.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)  # of a run that was killed
+        yield temporary
+        if temporary.is_file():
+            with temporary.open("r+b") as file:
+                os.fsync(file.fileno())
+        if path.is_dir():  # an empty one, which Windows would not replace
+            path.rmdir()
+        temporary.replace(path)
+    except OSError as error:
+        if error.strerror is None:  # numpy reports no reason
+            raise UserError(f"cannot write {path}: the disk may be full") from error
+        raise cannot_write(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it, if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def append(path: Path, line: str) -> None:
+    """Add a line to a file. Raises UserError if it cannot be written."""
+    try:
+        with path.open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def move_aside(folder: Path, names: list[str]) -> Path:
+    """Move these files of a folder into a new one in it, previous-1 or the next number, which is returned.
+
+    Where it is killed in between, being_moved is true, and the next call moves the rest to the same folder.
+    """
+    moving = folder / "previous.new"
+    moving.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).replace(moving / name)
+    kept = next(path for n in itertools.count(1) if not (path := folder / f"previous-{n}").exists())
+    moving.rename(kept)
+    return kept
+
+
+def being_moved(folder: Path) -> bool:
+    return (folder / "previous.new").exists()

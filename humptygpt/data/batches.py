@@ -1,0 +1,365 @@
+"""Token files -> batches. The order of the data is a pure function of (seed, step), so there is no state to save."""
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from humptygpt.core.errors import UserError
+from humptygpt.data.token_files import TokenFiles, how_to, read_meta
+from humptygpt.tokenizer import tokenizers
+
+
+class Dataset:
+    """A prepared folder, data/<name>: memory-mapped token files, their tokenizer, and meta, as from read_meta.
+
+    Raises UserError where the folder is missing or damaged.
+    """
+
+    task: str
+
+    def __init__(self, folder: Path, block_size: int, seed: int, meta: dict | None = None):
+        """meta: None reads it."""
+        self.folder, self.block_size, self.seed = folder, block_size, seed
+        self.meta = meta or read_meta(folder)
+        if self.meta["task"] != self.task:
+            raise UserError(f"{folder} is for {self.meta['task']}, not for {self.task}")
+        self.tokenizer = tokenizers.from_state(self.meta["tokenizer"])
+        tokens = self.tokenizer.vocab_size
+        if (described := self.meta.get("vocab_size", tokens)) != tokens:
+            problem = f"{folder}/meta.json says vocab_size={described}, but its tokenizer has {tokens} tokens"
+            raise UserError(f"{problem}; {how_to(folder)}")
+        self.splits = {
+            split: TokenFiles(folder, split, self.meta)
+            for split in self.meta.get("splits", ("train", "val"))
+        }
+        self.train, self.val = self.splits["train"], self.splits["val"]
+
+    def read(self, split: str, starts: np.ndarray, length: int) -> np.ndarray:
+        """The tokens of a split from each of the starts on, checked; int64 (len(starts), length)."""
+        ids = self.splits[split].read(starts, length)
+        if (largest := int(ids.max())) >= self.tokenizer.vocab_size:
+            raise UserError(
+                f"{self.folder / split}.bin holds token {largest}, but its tokenizer has only"
+                f" {self.tokenizer.vocab_size} tokens; {how_to(self.folder)}"
+            )
+        return ids
+
+    def beginning(self, split: str, length: int) -> np.ndarray:
+        """The first tokens of a split, at most length; int64 (1, length)."""
+        return self.read(split, np.array([0]), min(len(self.splits[split]), length))
+
+    def chunks(self, split: str) -> Iterator[tuple[int, np.ndarray]]:
+        """(position of the first, token ids) of a million tokens at a time, all of a split in order."""
+        tokens, length = len(self.splits[split]), 1_000_000
+        for start in range(0, tokens, length):
+            yield start, self.read(split, np.array([start]), min(length, tokens - start))[0]
+
+    def identity(self) -> dict:
+        """What tells this data from other data with the same tokenizer, wherever it came from."""
+        checksums = [
+            split["checksums"] for split in self.meta.get("splits", {}).values()
+        ]  # long where the data is
+        return {
+            "train_tokens": len(self.train),
+            "val_tokens": len(self.val),
+            "first_million_sha256": hashlib.sha256(
+                self.beginning("train", 1_000_000).tobytes()
+            ).hexdigest(),
+            "checksums_sha256": hashlib.sha256(repr(checksums).encode()).hexdigest(),
+        }
+
+
+class TokenDataset(Dataset):
+    """Text as one stream of tokens, cut into blocks of block_size. Raises UserError where it is too short for one."""
+
+    task = "language modelling"
+
+    def __init__(self, folder: Path, block_size: int, seed: int, meta: dict | None = None):
+        super().__init__(folder, block_size, seed, meta)
+        for split, least in (("train", block_size + 1), ("val", 2)):
+            if len(self.splits[split]) < least:
+                raise UserError(
+                    f"{folder / split}.bin has {len(self.splits[split]):,} tokens but needs at least {least:,}"
+                    f" with block_size={block_size}; take more text or a smaller --block_size"
+                )
+            self.beginning(
+                split, 50_000
+            )  # shows most errors now; each batch is checked when it is read
+
+    def describe(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
+        """(a batch, the evaluation set) in words."""
+        targets = len(self.val) - 1
+        evaluated = min(targets, len(self.val_starts(batch_size, eval_iters)) * self.block_size)
+        batch = (
+            f"{batch_size * self.block_size:,} tokens ({batch_size} sequences of {self.block_size})"
+        )
+        return batch, f"{evaluated:,} of {targets:,} tokens"
+
+    def batches_per_epoch(self, batch_size: int) -> float:
+        return len(self.train) / (batch_size * self.block_size)
+
+    def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
+        """Training batch number index: idx and targets, both int64 (batch_size, block_size).
+
+        An epoch starts at a random offset, cuts the text into blocks and visits each once, in a random order. Batches
+        2 i and 2 i + 1 of n blocks are together batch i of 2 n blocks.
+        """
+        T = self.block_size
+        last = len(self.train) - 1 - T  # the last position at which a block can start
+        blocks = max(1, last // T)
+        offsets = (
+            last - (blocks - 1) * T + 1
+        )  # as many as leave room for all the blocks: between T and 2 T
+        epochs, numbers = np.divmod(np.arange(index * batch_size, (index + 1) * batch_size), blocks)
+        starts = np.empty(batch_size, dtype=np.int64)
+        for epoch in np.unique(epochs):  # nearly always a single one
+            key = random_key(self.seed, int(epoch))
+            starts[epochs == epoch] = key % offsets + T * permute(
+                numbers[epochs == epoch], blocks, key
+            )
+        return self.blocks("train", starts)
+
+    def val_batches(self, batch_size: int, eval_iters: int | None) -> Iterator[dict[str, Tensor]]:
+        """The evaluation set, always the same: eval_iters batches of blocks spread evenly over the validation split.
+
+        With None, or where that many would cover it, the whole split: every token but the first is predicted once.
+        Batches as from batch(); targets that pad the last one are -1.
+        """
+        starts = self.val_starts(batch_size, eval_iters)
+        for first in range(0, len(starts), batch_size):
+            rows = starts[first : first + batch_size]
+            batch = self.blocks("val", np.resize(rows, batch_size))
+            batch["targets"][len(rows) :] = -1
+            yield batch
+
+    def val_starts(self, batch_size: int, eval_iters: int | None) -> np.ndarray:
+        """Where the blocks of the evaluation set start; the last one of the whole split may be shorter."""
+        starts = np.arange(0, len(self.val) - 1, self.block_size)
+        if eval_iters is not None and eval_iters * batch_size < len(starts):
+            starts = starts[
+                np.linspace(0, len(starts) - 2, eval_iters * batch_size).astype(np.int64)
+            ]
+        return starts
+
+    def blocks(self, split: str, starts: np.ndarray) -> dict[str, Tensor]:
+        """A batch of the blocks that start at these positions, (B,); targets after the end of the split are -1."""
+        ids = self.read(split, starts, self.block_size + 1)
+        idx, targets = ids[:, :-1], ids[:, 1:].copy()
+        targets[starts[:, None] + np.arange(1, ids.shape[1]) >= len(self.splits[split])] = -1
+        return {"idx": torch.from_numpy(idx), "targets": torch.from_numpy(targets)}
+
+    def val_bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per token of the validation split."""
+        if entry := self.meta.get("splits", {}).get("val"):
+            return entry["bytes"] / entry["tokens"]
+        lengths = self.tokenizer.token_bytes()
+        return sum(int(lengths[ids].sum()) for _, ids in self.chunks("val")) / len(self.val)
+
+
+class PairDataset(Dataset):
+    """Sentence pairs, a stream of `source eot target eot ...`. A batch has pairs of similar lengths, as many as fit.
+
+    with_encoder: source and target apart, for a model whose encoder reads the source; else each pair is one text for a
+    decoder alone, and only the target's tokens are predicted. A batch takes at most batch_size * block_size tokens,
+    padding included; with_encoder, counted on the side that takes more.
+    Raises UserError where a pair is longer than block_size.
+    """
+
+    task = "translation"
+
+    def __init__(
+        self, folder: Path, block_size: int, seed: int, with_encoder: bool, meta: dict | None = None
+    ):
+        super().__init__(folder, block_size, seed, meta)
+        self.with_encoder = with_encoder
+        self.pairs = {split: self.find_pairs(split) for split in self.splits}
+        longest = max(int(self.lengths(pairs).max()) for pairs in self.pairs.values())
+        if longest > block_size:
+            raise UserError(
+                f"{folder} has a pair that takes {longest} tokens, more than block_size={block_size};"
+                f" take --block_size={longest}"
+            )
+        self.starts = {}  # {(split, batch_size): what batch_starts gives}
+        self.epoch = (-1, None)  # (number, order of its pairs) of the newest
+
+    def find_pairs(self, split: str) -> np.ndarray:
+        """(pairs, 3): where each starts, the tokens of its source and those of its target, eot included."""
+        ends = [
+            start + np.flatnonzero(ids == self.tokenizer.eot) for start, ids in self.chunks(split)
+        ]
+        ends = np.concatenate([[-1], *ends])
+        if len(ends) < 3 or len(ends) % 2 == 0 or ends[-1] != len(self.splits[split]) - 1:
+            raise UserError(f"{self.folder / split}.bin has no whole pairs; {how_to(self.folder)}")
+        lengths = np.diff(ends)
+        return np.stack([ends[:-1:2] + 1, lengths[::2], lengths[1::2]], axis=1)
+
+    def lengths(self, pairs: np.ndarray) -> np.ndarray:
+        """The tokens of block_size that each pair takes."""
+        _, source, target = pairs.T
+        return np.maximum(source, target) if self.with_encoder else source + target - 1
+
+    def order(self, split: str, tie_breaker: np.ndarray) -> np.ndarray:
+        """The pairs from short to long."""
+        _, source, target = self.pairs[split].T
+        if not self.with_encoder:
+            return np.lexsort((tie_breaker, source + target))
+        # sources get longer for one length of target and shorter for the next, so that neighbours are always alike
+        return np.lexsort((tie_breaker, np.where(target % 2, source, -source), target))
+
+    def batch_starts(self, split: str, batch_size: int) -> np.ndarray:
+        """Where batches start among the pairs in order of length, and the end of the last; the same in every epoch."""
+        if (split, batch_size) not in self.starts:
+            pairs, capacity, longest, starts = (
+                self.pairs[split],
+                batch_size * self.block_size,
+                0,
+                [0],
+            )
+            for number, length in enumerate(
+                self.lengths(pairs[self.order(split, np.arange(len(pairs)))]).tolist()
+            ):
+                longest = max(longest, length)
+                if (number + 1 - starts[-1]) * longest > capacity:
+                    starts.append(number)
+                    longest = length
+            self.starts[split, batch_size] = np.array([*starts, len(pairs)])
+        return self.starts[split, batch_size]
+
+    def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
+        """Training batch number index: source (B, S), padded with -1; idx and targets, (B, T); all int64.
+
+        Without an encoder there is no source: idx starts with it.
+        An epoch has each pair once. Those of equal lengths are shuffled before they are cut into batches, and then the
+        batches are.
+        """
+        starts = self.batch_starts("train", batch_size)
+        epoch, position = divmod(index, len(starts) - 1)
+        key = random_key(self.seed, epoch)
+        if self.epoch[0] != epoch:
+            pairs = len(self.pairs["train"])
+            self.epoch = epoch, self.order("train", permute(np.arange(pairs), pairs, key))
+        number = int(permute(np.array([position]), len(starts) - 1, key)[0])
+        return self.pairs_batch("train", self.epoch[1][starts[number] : starts[number + 1]])
+
+    def pairs_batch(self, split: str, numbers: np.ndarray) -> dict[str, Tensor]:
+        """A batch of the pairs with these numbers."""
+        start, source, target = self.pairs[split][numbers].T
+        # with an encoder, the decoder's text starts with the eot that ends the source; else it has the whole source,
+        # whose tokens are context and no targets
+        context = np.zeros_like(source) if self.with_encoder else source - 1
+        length = context + target
+        ids = self.read(split, start + source - 1 - context, int(length.max()) + 1)
+        position = np.arange(ids.shape[1] - 1)
+        idx, targets = ids[:, :-1].copy(), ids[:, 1:].copy()
+        idx[position >= length[:, None]] = self.tokenizer.eot
+        targets[(position < context[:, None]) | (position >= length[:, None])] = -1
+        batch = {"idx": torch.from_numpy(idx), "targets": torch.from_numpy(targets)}
+        if self.with_encoder:
+            ids = self.read(split, start, int(source.max()))
+            ids[np.arange(ids.shape[1]) >= source[:, None]] = -1
+            batch["source"] = torch.from_numpy(ids)
+        return batch
+
+    def val_batches(self, batch_size: int, eval_iters: int | None) -> Iterator[dict[str, Tensor]]:
+        """The evaluation set, always the same: eval_iters batches spread over all lengths; None: the whole split."""
+        for numbers in self.val_pairs(batch_size, eval_iters):
+            yield self.pairs_batch("val", numbers)
+
+    def val_pairs(self, batch_size: int, eval_iters: int | None) -> list[np.ndarray]:
+        """The numbers of the pairs in each batch of the evaluation set."""
+        order = self.order("val", np.arange(len(self.pairs["val"])))
+        batches = np.split(order, self.batch_starts("val", batch_size)[1:-1])
+        count = min(eval_iters or len(batches), len(batches))
+        return [batches[int((i + 0.5) * len(batches) / count)] for i in range(count)]
+
+    def texts(self, split: str, count: int | None = None) -> list[tuple[np.ndarray, str]]:
+        """(source with its eot, int64 (S,), the target as text) of count pairs, evenly spaced; None: of all."""
+        pairs = self.pairs[split]
+        if count is not None:
+            pairs = pairs[np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(int)]
+        found = []
+        for start, source, target in pairs.tolist():
+            ids = self.read(split, np.array([start]), source + target)[0]
+            found.append((ids[:source], self.tokenizer.decode(ids[source:-1])))
+        return found
+
+    def describe(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
+        """(a batch, the evaluation set) in words."""
+        train, batches = self.pairs["train"], self.batches_per_epoch(batch_size)
+        tokens, pairs = train[:, 2].sum() / batches, len(train) / batches
+        evaluated = sum(map(len, self.val_pairs(batch_size, eval_iters)))
+        batch = f"about {tokens:,.0f} target tokens ({pairs:,.0f} pairs of similar lengths)"
+        return batch, f"{evaluated:,} of {len(self.pairs['val']):,} pairs"
+
+    def batches_per_epoch(self, batch_size: int) -> float:
+        return len(self.batch_starts("train", batch_size)) - 1
+
+    def val_bytes_per_token(self) -> float:
+        """UTF-8 bytes of target per target token of the validation split."""
+        entry = self.meta["splits"]["val"]
+        return entry["target_bytes"] / entry["target_tokens"]
+
+
+class Prefetcher:
+    """A data set's batches; while one is trained on, a thread reads the next.
+
+    Of use where the step leaves the CPU idle, as on a GPU, and reading waits for a disk.
+    """
+
+    def __init__(self, dataset: Dataset, stride: int = 1):
+        """stride: from the number of one batch to that of the next."""
+        self.dataset, self.stride, self.next = (
+            dataset,
+            stride,
+            {},
+        )  # {(index, batch_size): the batch that is being read}
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+
+    def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
+        batch = self.next.get((index, batch_size)) or self.thread.submit(
+            self.dataset.batch, index, batch_size
+        )
+        following = index + self.stride
+        self.next = {
+            (following, batch_size): self.thread.submit(self.dataset.batch, following, batch_size)
+        }
+        return batch.result()
+
+
+# --------------------------------------------------------------------------------------
+# The order of the data
+
+
+def random_key(*numbers: int) -> int:
+    """63 random bits that depend on the numbers alone, the same on every machine."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Where a pseudorandom permutation of range(n), chosen by key, sends each index; int64, each in [0, n).
+
+    Four rounds of a Feistel network permute the range up to the next power of four, again and again for what falls
+    outside range(n). No table is kept: an epoch of 10^11 tokens takes no more memory than one of ten.
+    Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains", cycle walking.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = [np.uint64(random_key(key, r)) for r in range(4)]
+    x = index.astype(np.uint64)
+    outside = np.ones(len(x), dtype=bool)
+    while outside.any():
+        y = x[outside]
+        left, right = y >> half, y & mask
+        for round_key in keys:
+            mixed = (right ^ round_key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        x[outside] = (left << half) | right
+        outside = x >= np.uint64(n)
+    return x.astype(np.int64)

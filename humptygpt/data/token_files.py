@@ -1,0 +1,350 @@
+"""Token files: ids one after another without a header, as nanoGPT writes them, and a meta.json that describes them.
+
+meta.json has checksums of the parts of each file. A part is checked when it is first read, so that opening a file of
+any size takes no time and nothing damaged is ever used. The files of a folder that nanoGPT prepared have no checksums.
+"""
+
+import base64
+import io
+import os
+import pickle
+import re
+import shlex
+import sys
+import zlib
+from bisect import bisect_right
+from contextlib import suppress
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from humptygpt.core.errors import UserError
+from humptygpt.core.locks import holder
+from humptygpt.core.schema import check_schema, parse_json
+from humptygpt.core.settings import as_written_here
+from humptygpt.tokenizer import tokenizers
+
+META_FORMAT = "tokens 2"  # a change of what a data folder holds gets a new number
+CHECKED = 1 << 18  # bytes that have one checksum
+COMMAND = "command.txt"  # in every folder that we prepared: the command that made it
+GPT2_TOKENS = 50_257  # in its vocabulary
+LOOKED_AT = 100_000  # tokens that decide whether they can be GPT-2's
+
+COUNT, POSITIVE = range(2**53), range(1, 2**53)  # what a float64 holds exactly
+SPLIT = {"tokens": POSITIVE, "bytes": POSITIVE, "documents?": COUNT, "characters?": COUNT}
+SPLIT |= {"files": [{"name": str, "tokens": COUNT}], "checksums": {str: str}}
+SPLITS = {  # by task
+    "language modelling": {str: SPLIT},
+    "translation": {
+        str: SPLIT | {"pairs": POSITIVE, "target_bytes": POSITIVE, "target_tokens": POSITIVE}
+    },
+}
+TOTALS = (
+    "documents",
+    "pairs",
+    "characters",
+    "bytes",
+    "tokens",
+    "target_bytes",
+    "target_tokens",
+    "vocab_size",
+)
+META = {
+    "format": {META_FORMAT},
+    "task": set(SPLITS),
+    "source": str,
+    "dtype": {"uint16", "uint32"},
+    "splits": {"train": dict, "val": dict},  # SPLITS has the rest
+    "tokenizer": dict,  # its class has the rest
+    # for readers and for prepare_data.py
+    **{
+        f"{key}?": COUNT
+        for key in (*TOTALS, "vocabulary_used", "characters_spelled_in_bytes", "longest")
+    },
+    **{"skipped_lines?": COUNT, "carriage_return_files?": COUNT},
+    **{
+        "command?": str,
+        "made_from?": str,
+        "languages?": ([str], None),
+        "first_empty?": (str, None),
+    },
+    **{
+        "bytes_per_token?": float,
+        "commonest?": [dict],
+        "examples?": [[str]],
+        "dropped?": {str: COUNT},
+    },
+}
+
+
+def token_dtype(tokenizer: tokenizers.Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+
+
+def checksums(path: Path) -> str:
+    """The CRC-32 of every CHECKED bytes of a file, little-endian uint32, in base64 for meta.json."""
+    with path.open("rb") as file:
+        sums = [zlib.crc32(block) for block in iter(lambda: file.read(CHECKED), b"")]
+    return base64.b64encode(np.array(sums, "<u4").tobytes()).decode()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the files of a folder with a meta.json are as it says, all of them read."""
+    try:
+        splits = read_meta(folder)["splits"].values()
+        return all(
+            checksums(folder / name) == sums
+            for split in splits
+            for name, sums in split["checksums"].items()
+        )
+    except (OSError, UserError):
+        return False
+
+
+class TokenFiles:
+    """The token files of one split, read as one.
+
+    meta: as from read_meta. Raises UserError where a file is missing, or does not have the tokens or checksums of meta.
+    """
+
+    def __init__(self, folder: Path, split: str, meta: dict):
+        entry, self.folder = meta["splits"][split] if "splits" in meta else None, folder
+        files = entry["files"] if entry else [{"name": f"{split}.bin"}]
+        self.paths = [folder / file["name"] for file in files]
+        self.arrays = [self.open(path, np.dtype(meta["dtype"])) for path in self.paths]
+        self.ends = list(accumulate(map(len, self.arrays)))
+        for path, file, tokens in zip(self.paths, files, self.arrays, strict=True):
+            if entry and len(tokens) != file["tokens"]:
+                raise self.error(
+                    f"{path} has {len(tokens):,} tokens, but meta.json says {file['tokens']:,}"
+                )
+        self.sums = (
+            [unpack_checksums(entry["checksums"][file["name"]]) for file in files]
+            if entry
+            else None
+        )
+        self.unchecked = [np.ones(len(sums), dtype=bool) for sums in self.sums or ()]
+
+    def open(self, path: Path, dtype: np.dtype) -> np.ndarray:
+        """Mapped, not read: the system loads what is used, and drops it when memory is short."""
+        try:
+            size = path.stat().st_size
+            if size % dtype.itemsize:
+                raise self.error(
+                    f"{path} is truncated: {size:,} bytes are not a multiple of {dtype.itemsize} ({dtype})"
+                )
+            return np.asarray(np.memmap(path, dtype, mode="r")) if size else np.empty(0, dtype)
+        except OSError as error:
+            raise self.error(f"cannot read {path}: {error.strerror}") from error
+
+    def error(self, problem: str) -> UserError:
+        return UserError(f"{problem}; {how_to(self.folder)}")
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """The tokens from each of the starts on, int64 (len(starts), length); zeros after the last token."""
+        rows = np.zeros((len(starts), length), dtype=np.int64)
+        for row, start in zip(rows, starts.tolist(), strict=True):
+            number = bisect_right(self.ends, start)
+            offset = start - (self.ends[number - 1] if number else 0)
+            while len(row) and number < len(self.arrays):  # a row may continue in the next file
+                tokens = self.arrays[number][offset : offset + len(row)]
+                if self.sums is not None:
+                    self.check(number, offset, offset + len(tokens))
+                row[: len(tokens)] = tokens
+                row, number, offset = row[len(tokens) :], number + 1, 0
+        return rows
+
+    def check(self, number: int, start: int, end: int) -> None:
+        """The checksums of those parts with tokens [start, end) of file `number` that have not been read before."""
+        array, unchecked = self.arrays[number], self.unchecked[number]
+        size = CHECKED // array.itemsize
+        for part in range(start // size, (end - 1) // size + 1):
+            if unchecked[part]:
+                if zlib.crc32(array[part * size : (part + 1) * size]) != self.sums[number][part]:
+                    raise self.error(
+                        f"{self.paths[number]} was altered or damaged: from byte {part * CHECKED:,} on its checksum is"
+                        " not the one in meta.json"
+                    )
+                unchecked[part] = False
+
+
+class TokenWriter:
+    """Writes the token files of one split, from token number `tokens` on; what the files hold after it is dropped."""
+
+    def __init__(
+        self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int | None, tokens: int
+    ):
+        self.folder, self.split, self.itemsize = folder, split, dtype.itemsize
+        self.shard_tokens, self.tokens = shard_tokens, tokens
+        self.open()
+
+    def open(self) -> None:
+        number, tokens = divmod(self.tokens, self.shard_tokens or sys.maxsize)
+        name = f"{self.split}_{number:04d}.bin" if self.shard_tokens else f"{self.split}.bin"
+        self.file = (self.folder / name).open("ab")
+        if self.file.tell() < tokens * self.itemsize:
+            raise UserError(
+                f"{self.folder / name} is shorter than it was; remove {self.folder} and prepare it again"
+            )
+        self.file.truncate(tokens * self.itemsize)
+
+    def write(self, ids: np.ndarray) -> None:
+        while len(ids):
+            room = (
+                self.shard_tokens - self.tokens % self.shard_tokens
+                if self.shard_tokens
+                else len(ids)
+            )
+            self.file.write(ids[:room].tobytes())
+            self.tokens += len(ids[:room])
+            ids = ids[room:]
+            if self.shard_tokens and self.tokens % self.shard_tokens == 0:
+                self.flush()
+                self.close()
+                self.open()
+
+    def flush(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+# --------------------------------------------------------------------------------------
+# What describes a folder
+
+
+def read_meta(folder: Path) -> dict:
+    """The folder's meta.json, checked, or the same for a folder that nanoGPT prepared. Raises UserError."""
+    if os.path.exists(folder / "meta.json"):
+        try:
+            meta = parse_json((folder / "meta.json").read_bytes(), META)
+            check_splits(meta)
+            return meta
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {folder}/meta.json: {error}; {how_to(folder)}") from error
+    if os.path.exists(folder / "meta.pkl"):
+        return read_nanogpt_meta(folder / "meta.pkl")
+    if os.path.exists(folder / "preparing"):
+        running = f"is running, {who}, or" if (who := holder(folder / ".lock")) else ""
+        state = f"{running} was stopped before its end".strip()
+        raise UserError(f"the preparation of {folder} {state}; {how_to(folder)}")
+    if os.path.exists(folder / "train.bin") and not os.path.exists(folder / COMMAND):
+        if why := unlike_gpt2(folder / "train.bin"):
+            raise UserError(f"{folder} has no meta.json or meta.pkl, and {why}; {how_to(folder)}")
+        print(
+            f"note: {folder} has no meta.json or meta.pkl; it is taken for GPT-2's tokens",
+            file=sys.stderr,
+        )
+        return nanogpt_meta(folder, tokenizers.GPT2Tokenizer.train())
+    raise UserError(f"{folder} has no meta.json; {how_to(folder)}")
+
+
+def unlike_gpt2(path: Path) -> str:
+    """Why a token file cannot have GPT-2's tokens, or "": of a thousand tokens of a text, some are rare ones."""
+    try:
+        ids = np.fromfile(path, np.uint16, count=LOOKED_AT)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    largest = int(ids.max(initial=0))
+    if largest >= GPT2_TOKENS or (len(ids) >= 1000 and largest < GPT2_TOKENS // 4):
+        return f"its tokens, up to {largest:,}, are not GPT-2's"
+    return ""
+
+
+def check_splits(meta: dict) -> None:
+    """Raise ValueError where the splits lack an entry, or their files, token counts and checksums do not agree."""
+    splits, itemsize = meta["splits"], np.dtype(meta["dtype"]).itemsize
+    check_schema(splits, SPLITS[meta["task"]], "splits")
+    if extra := splits.keys() - {"train", "val", "test"}:
+        raise ValueError(f"splits has {min(extra)!r}, which is not train, val or test")
+    for split, entry in splits.items():
+        for file in entry["files"]:
+            if not re.fullmatch(
+                rf"{split}(_[0-9]+)?\.bin", file["name"]
+            ):  # nor may it be a path out of the folder
+                raise ValueError(
+                    f"splits.{split} has the file {file['name']!r}, which is not {split}.bin or a shard"
+                )
+            parts = -(-file["tokens"] * itemsize // CHECKED)
+            if len(unpack_checksums(entry["checksums"].get(file["name"], ""))) != parts:
+                raise ValueError(
+                    f"splits.{split} does not have the {parts:,} checksums of {file['name']}"
+                )
+        if sum(file["tokens"] for file in entry["files"]) != entry["tokens"]:
+            raise ValueError(
+                f"splits.{split} has {entry['tokens']:,} tokens, which is not the sum of its files"
+            )
+
+
+def unpack_checksums(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text, validate=True), "<u4")
+
+
+def how_to(folder: Path) -> str:
+    """The way out where a folder is broken: the command that made it, if it can still be read."""
+    for path in (
+        folder / "meta.json",
+        *(folder / "preparing" / name for name in ("progress.json", "meta.json")),
+    ):
+        with suppress(OSError, ValueError):
+            command = parse_json(path.read_bytes(), {"command": str})["command"]
+            if is_command(command):
+                return f"prepare it again: {as_written_here(command)}"
+    with suppress(OSError, ValueError), (folder / COMMAND).open(encoding="utf-8") as file:
+        command = file.read(10_000).strip()
+        if is_command(command):
+            return f"prepare it again: {as_written_here(command)}"
+    return "prepare it again: " + as_written_here(
+        f"python prepare_data.py {shlex.quote(folder.name)}"
+    )
+
+
+def is_command(text: str) -> bool:
+    """Whether this, which a file says, is one command of prepare_data.py, safe to be shown for pasting."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return False
+    return (
+        text.isprintable()
+        and words[:2] == ["python", "prepare_data.py"]
+        and shlex.join(words) == text
+    )
+
+
+def nanogpt_meta(folder: Path, tokenizer: tokenizers.Tokenizer) -> dict:
+    return {
+        "format": META_FORMAT,
+        "task": "language modelling",
+        "source": f"nanoGPT's {folder.name}",
+        "dtype": "uint16",
+        "tokenizer": tokenizer.state(),
+    }
+
+
+class PlainUnpickler(pickle._Unpickler):
+    """Reads dicts, lists, tuples, sets, strings and numbers, which need no class, and refuses all else.
+
+    It is the unpickler in Python, since a damaged pickle can make the one in C allocate any amount of memory.
+    """
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_nanogpt_meta(path: Path) -> dict:
+    """nanoGPT's {vocab_size, itos, stoi} -> ours: its token files are uint16 and its characters one token each."""
+    try:
+        old = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        characters = [old["itos"][i] for i in range(old["vocab_size"])]
+        if any(type(char) is not str or len(char) != 1 for char in characters):
+            raise ValueError("its tokens are not single characters")
+        return nanogpt_meta(path.parent, tokenizers.CharTokenizer("".join(characters)))
+    except Exception as error:  # a foreign pickle can fail in any way; none of them runs code
+        raise UserError(f"{path} is not a plain {{vocab_size, itos, stoi}}: {error!r}") from error

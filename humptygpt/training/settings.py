@@ -1,0 +1,320 @@
+"""The settings of a training: from a command, and from the run that it resumes or the model that it starts from."""
+
+import dataclasses
+import os
+import shlex
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from humptygpt.checkpoint import checkpoint
+from humptygpt.core import settings as configurator
+from humptygpt.core.device import DTYPES
+from humptygpt.core.errors import UserError
+from humptygpt.core.settings import check, setting, without_effect
+from humptygpt.interchange.load import BaseModel, load_base
+from humptygpt.nn import lora
+from humptygpt.parallel import processes as distributed
+from humptygpt.parallel.processes import note
+from humptygpt.training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate_at
+from humptygpt.training.run_folder import chosen_loggers, import_loggers, lock_out_dir
+from model import ModelConfig
+
+TRAINING_ONLY = (
+    "dropout",
+    "label_smoothing",
+    "ngram_dropout",
+)  # keys of ModelConfig that change no weight
+MUON = {"only_with": {"optimizer": ("muon", "normuon")}}
+NGRAMS = {"not_with": {"ngrams": 0}}
+DECAY = {"only_with": {"decay_lr": True}}
+DECAY_RATE = {"at_least": 0, "below": 1}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    out_dir: str = setting("out", "folder for checkpoints, metrics and the plot", "run", path=True)
+    init_from: str = setting(
+        "scratch",
+        "scratch: a new model; resume: continue out_dir/ckpt.pt; or a run, a checkpoint, a model's folder, gpt2",
+    )
+    eval_only: bool = setting(
+        False, "evaluate once, translations by BLEU too, and stop; nothing is written"
+    )
+    seed: int = setting(
+        1337, "seed of initial weights, data order and dropout", at_least=0, below=2**63
+    )
+
+    dataset: str = setting("shakespeare_char", "folder in data/ that prepare_data.py wrote", "data")
+    batch_size: int = setting(
+        12, "sequences per micro-batch; of pairs, as many as fit into them", at_least=1
+    )
+    gradient_accumulation_steps: int = setting(
+        1, "micro-batches whose gradients make one step", at_least=1
+    )
+
+    max_iters: int = setting(2000, "training steps", "optimizer", at_least=1)
+    optimizer: str = setting(
+        "adamw", "muon, normuon: for the matrices of the blocks", choices=OPTIMIZERS
+    )
+    learning_rate: float = setting(1e-3, "the peak, after warmup", above=0)
+    decay_lr: bool = setting(True, "warm up, then decay; False: constant")
+    schedule: str = setting("cosine", "shape of the decay", choices=SCHEDULES, **DECAY)
+    warmup_iters: int = setting(100, "steps of linear warmup", at_least=0, **DECAY)
+    lr_decay_iters: int | None = setting(
+        None, "step at which the decay ends; None: max_iters", at_least=1, **DECAY
+    )
+    min_lr: float | None = setting(
+        None, "the minimum; None: learning_rate / 10", at_least=0, **DECAY
+    )
+    weight_decay: float = setting(0.1, "weight decay of matrices and embeddings", at_least=0)
+    beta1: float = setting(0.9, "AdamW: decay rate of the first moment", **DECAY_RATE)
+    beta2: float = setting(0.99, "AdamW, NorMuon: decay rate of the second moment", **DECAY_RATE)
+    muon_learning_rate: float = setting(0.02, "Muon: the peak learning rate", above=0, **MUON)
+    muon_momentum: float = setting(0.95, "Muon: decay rate of the momentum", **DECAY_RATE, **MUON)
+    ngram_learning_rate: float = setting(
+        0.15, "Adagrad of n-gram embeddings: the peak", above=0, **NGRAMS
+    )
+    ngram_min_count: int = setting(
+        8, "occurrences that make an n-gram frequent", at_least=1, **NGRAMS
+    )
+    grad_clip: float = setting(
+        1.0, "largest gradient norm, without n-gram embeddings; 0: no clipping", at_least=0
+    )
+    freeze: str | None = setting(
+        None,
+        "parameters that stay as they are: parts of their names, as wte,blocks.0",
+        only_with={"lora_rank": 0},
+    )
+    ema_decay: float = setting(
+        0.0, "moving average of the weights, to evaluate and save; 0: off", **DECAY_RATE
+    )
+
+    eval_interval: int = setting(
+        250, "steps between evaluations; the last step has one", "evaluation", at_least=1
+    )
+    eval_iters: int | None = setting(
+        None, "batches of a fixed set; None: the whole validation split", at_least=1
+    )
+    early_stopping: int = setting(
+        0, "evaluations without a new lowest loss before stopping; 0: never", at_least=0
+    )
+    always_save_checkpoint: bool = setting(
+        True, "False: save ckpt.pt only where the loss is a new lowest"
+    )
+    log_interval: int = setting(10, "steps between lines of the training loss", at_least=1)
+
+    checkpoint_activations: bool = setting(
+        False,
+        "keep only each block's input and compute the rest twice: less memory, a third more work",
+        "memory",
+        not_with={"model": "window_mlp"},
+    )
+    dry_run: bool = setting(
+        False, "report sizes and memory and stop, before any data or memory is touched"
+    )
+
+    log: str = setting("", "log to tensorboard, wandb or both (with a comma), too", "logging")
+    wandb_log: bool = setting(False, "as log=wandb; WANDB_MODE=offline keeps it here")
+    wandb_project: str = setting("humptygpt", "project there")
+    wandb_run_name: str | None = setting(None, "run name there; None: the name of out_dir")
+
+    device: str = setting("auto", "auto: the GPU if there is one; cpu, cuda, cuda:1, mps", "system")
+    dtype: str = setting("auto", "auto: what the hardware has", choices=("auto", *DTYPES))
+    compile: bool | None = setting(None, "torch.compile; None: on CUDA only")
+    parallel: str = setting(
+        "ddp",
+        "of several processes: each has the whole model; fsdp: a part of it",
+        choices=distributed.WAYS,
+    )
+    backend: str = setting(
+        "auto", "of several processes: nccl on CUDA, gloo on a CPU", choices=distributed.BACKENDS
+    )
+
+    def __post_init__(self):
+        check(self)
+        chosen_loggers(vars(self))
+        if self.decay_lr and self.min_lr is not None and self.min_lr > self.learning_rate:
+            raise ValueError(
+                f"min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}"
+            )
+        if not self.out_dir or not self.dataset or "\0" in self.dataset:
+            raise ValueError(
+                f"dataset={self.dataset!r} and out_dir={self.out_dir} must be names of folders"
+            )
+
+    def lr(self, it: int) -> float:
+        """The learning rate of step it, the first being 0."""
+        if not self.decay_lr:
+            return self.learning_rate
+        return learning_rate_at(
+            it,
+            self.schedule,
+            self.learning_rate,
+            warmup_iters=self.warmup_iters,
+            lr_decay_iters=self.lr_decay_iters or self.max_iters,
+            min_lr=self.learning_rate / 10 if self.min_lr is None else self.min_lr,
+        )
+
+
+def read_settings(
+    argv: list[str], locks: ExitStack | None = None
+) -> tuple[TrainConfig, ModelConfig, dict | None, BaseModel | None]:
+    """The configs, and the checkpoint to resume or the model to start from, if that is asked for.
+
+    locks: takes the lock of the out_dir, before the checkpoint is read, unless the run writes nothing.
+    """
+    rank, processes = distributed.launched()
+    given = configurator.read(argv, ModelConfig, TrainConfig)
+    if (
+        rank or given.get("eval_only") or given.get("dry_run")
+    ):  # of several processes, the first has it
+        locks = None
+    saved, base, out_dir = None, None, Path(given.get("out_dir", TrainConfig.out_dir))
+    if os.path.isfile(out_dir):  # probably a checkpoint in the folder that is meant
+        raise UserError(
+            f"out_dir={out_dir} is a file; write {shlex.quote(f'--out_dir={out_dir.parent}')}"
+        )
+    if distributed.restarted() and is_checkpoint_of(given, out_dir / "ckpt.pt"):
+        note(f"torchrun has started this run again; it resumes {out_dir}/ckpt.pt")
+        given = given | {"init_from": "resume"}
+    settings = given
+    if given.get("init_from") == "resume":
+        path = out_dir / "ckpt.pt"
+        if locks:
+            locks.enter_context(lock_out_dir(out_dir))
+        saved = checkpoint.load(path, with_tensors=False)
+        from_data = ("vocab_size", "ngram_rows")  # None stands for what the checkpoint has
+        given = {
+            key: value for key, value in given.items() if key not in from_data or value is not None
+        }
+        check_resumable(saved, given, path)
+        settings = (
+            saved["train_config"] | saved["model_config"] | {"backend": TrainConfig.backend} | given
+        )
+        settings |= {
+            "out_dir": str(path.parent),
+            "init_from": saved["train_config"].get("init_from", "resume"),
+        }
+    elif given.get("init_from", "scratch") != "scratch":
+        base = load_base(given["init_from"])
+        settings = given | base_settings(base, given)
+    config, model_config = (
+        configurator.make(TrainConfig, settings),
+        configurator.make(ModelConfig, settings),
+    )
+    if locks and not saved:
+        locks.enter_context(lock_out_dir(Path(config.out_dir)))
+    if saved and (processes == 1 or config.parallel == "ddp"):
+        saved = with_tensors(saved, path)
+
+    import_loggers(
+        asdict(config)
+    )  # refused now if one is missing, and not after a long preparation
+    if processes == 1:
+        for key in given.keys() & {"parallel", "backend"}:
+            note(f"{key}={given[key]} has no effect on one process; torchrun starts several")
+    settings = asdict(config) | asdict(model_config)
+    for key, why in without_effect(settings, ModelConfig, TrainConfig).items():
+        if key in given:
+            note(f"{key}={settings[key]} has no effect {why}")
+    return (
+        fit_warmup(config, chosen="warmup_iters" in given or saved is not None),
+        model_config,
+        saved,
+        base,
+    )
+
+
+def with_tensors(saved: dict, path: Path) -> dict:
+    """The checkpoint with its tensors, which of a sharded one were not read yet."""
+    return checkpoint.load(path) if next(iter(saved["model"].values())).is_meta else saved
+
+
+def base_settings(base: BaseModel, given: dict) -> dict[str, object]:
+    """The ModelConfig of a run that starts from a model: the model's own, but for what a run may choose."""
+    own, defaults = asdict(base.config), asdict(ModelConfig())
+    free = (*TRAINING_ONLY, *lora.OFF, "block_size")
+    if idle := [
+        key
+        for key in own
+        if key in given and key not in free and given[key] not in (own[key], None)
+    ]:
+        listed = [", ".join(f"{key}={values[key]}" for key in idle) for values in (given, own)]
+        note(f"{listed[0]}: without effect; the model {base.path} has {listed[1]}")
+    chosen = {key: given.get(key, defaults[key]) for key in (*TRAINING_ONLY, *lora.OFF)}
+    block_size = given.get("block_size", base.config.block_size)
+    if block_size > base.config.block_size and base.config.position == "learned":
+        why = f"the model {base.path} has learned {base.config.block_size} positions; take at most as many"
+        raise UserError(f"block_size={block_size} is too large: {why}")
+    return own | chosen | {"block_size": block_size}
+
+
+def is_checkpoint_of(given: dict, path: Path) -> bool:
+    """Whether there is a checkpoint of a run with just these settings: an interrupted run continues it.
+
+    Should it be of an earlier run, that was the same run.
+    """
+    try:
+        saved = checkpoint.load(path, with_tensors=False)
+    except UserError:
+        return False
+    settings = asdict(configurator.make(TrainConfig, given)) | asdict(
+        configurator.make(ModelConfig, given)
+    )
+    had = saved["train_config"] | saved["model_config"]
+    may_differ = ("init_from", "out_dir", "warmup_iters")  # the warmup is fitted to a short run
+    from_data = ("vocab_size", "ngram_rows")
+    differ = {
+        key for key, value in settings.items() if value != had.get(key) and key not in may_differ
+    }
+    return "optimizer" in saved and all(
+        key in from_data and settings[key] is None for key in differ
+    )
+
+
+def fit_warmup(config: TrainConfig, chosen: bool) -> TrainConfig:
+    """The config with a warmup that leaves most steps of a short run to the decay, unless the user has chosen it."""
+    steps = config.lr_decay_iters or config.max_iters
+    if not config.decay_lr or config.warmup_iters < steps:
+        return config
+    if chosen:
+        note(
+            f"the learning rate never decays: warmup_iters={config.warmup_iters} lasts all {steps:,} steps"
+        )
+        return config
+    note(
+        f"warmup_iters={config.warmup_iters} would last all {steps:,} steps; warmup_iters={steps // 10} is taken"
+    )
+    return dataclasses.replace(config, warmup_iters=steps // 10)
+
+
+def check_resumable(saved: dict, given: dict, path: Path) -> None:
+    """Length, rates, evaluation and the like may change on resume; what the weights and the data order mean may not.
+
+    Nor may the data: that is checked by what is in it, wherever it is now.
+    """
+    if "optimizer" not in saved:
+        raise UserError(
+            f"{path} holds a model but not the state of its training; is it a copy of best.pt?"
+        )
+    try:
+        train_config = asdict(configurator.restore(TrainConfig, saved["train_config"]))
+        model_config = asdict(configurator.restore(ModelConfig, saved["model_config"]))
+    except UserError as error:
+        raise checkpoint.damaged(path, error) from error
+    fixed = {key: value for key, value in model_config.items() if key not in TRAINING_ONLY}
+    training_keys = (
+        "seed",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "optimizer",
+        "ngram_min_count",
+    )
+    fixed |= {key: train_config[key] for key in training_keys}
+    for key, value in given.items():
+        if key in fixed and value != fixed[key]:
+            raise UserError(
+                f"{key}={value} cannot change on resume: the checkpoint has {key}={fixed[key]};"
+                " leave it out, or train a new model with --init_from=scratch and another --out_dir"
+            )
