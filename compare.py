@@ -32,12 +32,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core import files
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
 from humptygpt.core.schema import parse_json
 from humptygpt.core.settings import nearest_path, setting
-from humptygpt.training.run_folder import read_metrics
 
 # torch and matplotlib are imported where they are needed: they take seconds, and a misspelt key should not wait.
 

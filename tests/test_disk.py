@@ -13,10 +13,10 @@ from conftest import TINY_RUN, assert_same_weights
 import prepare_data
 import train
 from humptygpt.checkpoint import checkpoint
+from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core import files
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
-from humptygpt.training.run_folder import read_metrics
 
 RUN = [*TINY_RUN, "--out_dir=disk/run", "--max_iters=8", "--eval_interval=2"]
 PREPARE = ["--input=tiny.txt", "--name=mine"]

@@ -31,7 +31,6 @@ YET_TO_GO = {
     ("checkpoint/checkpoint.py", "training"),
     ("checkpoint/sharded.py", "parallel"),
     ("interchange/model_card.py", "training"),
-    ("page/page_data.py", "training"),
 }
 
 

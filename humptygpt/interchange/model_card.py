@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from humptygpt.checkpoint.checkpoint import Loaded
-from humptygpt.training.run_folder import read_metrics
+from humptygpt.checkpoint.metrics import read_metrics
 from model import ModelConfig, count_parameters
 
 CARD = """---

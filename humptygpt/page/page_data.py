@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt.checkpoint import checkpoint
+from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core.errors import UserError
 from humptygpt.nn.ngrams import NgramTable
 from humptygpt.tokenizer.tokenizers import (
@@ -19,7 +20,6 @@ from humptygpt.tokenizer.tokenizers import (
     SentencePieceTokenizer,
     Tokenizer,
 )
-from humptygpt.training.run_folder import read_metrics
 
 ALIGNMENT = 8  # bytes, of each tensor: what JavaScript asks of 64-bit integers
 MODEL_TYPES = {1: "unigram", 2: "bpe"}  # TrainerSpec.ModelType of sentencepiece

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core import files
 from humptygpt.core.errors import UserError
 from humptygpt.core.locks import Lock
@@ -111,31 +112,6 @@ def keep_earlier_run(out_dir: Path) -> None:
         return
     kept = files.move_aside(out_dir, found)
     print(f"note: {out_dir} held an earlier run; it is now in {kept}", file=sys.stderr)
-
-
-def read_metrics(path: Path) -> list[dict | None]:
-    """The rows of a metrics.jsonl, None for a damaged one, such as a last line that was cut by a kill."""
-    return [parse_row(line) for line in path.read_bytes().splitlines()] if path.exists() else []
-
-
-def parse_row(line: bytes) -> dict | None:
-    """None unless all numbers that are read later are finite, not negative and below 1e18."""
-    measured = ("train_loss", "val_loss", "val_bits_per_byte", "test_bleu")
-    try:
-        row = json.loads(line)
-        numbers = [
-            row["iter"],
-            row["tokens"],
-            row["seconds"],
-            *(row[key] for key in measured if key in row),
-        ]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    return (
-        row
-        if all(type(number) in (int, float) and 0 <= number < 1e18 for number in numbers)
-        else None
-    )
 
 
 LOGGERS = ("tensorboard", "wandb")
