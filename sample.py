@@ -247,8 +247,6 @@ def load(
         base.mapped,
     )
     del base  # it would keep the weights that are replaced
-    if on_cpu:
-        limits.limit_memory(sum(p.nbytes for p in model.parameters()) if mapped else 0)
     bits = 8 if quantize else 16 if on_cpu and torch_dtype == torch.bfloat16 else 32
     check_weights_fit(model, str(source), torch_device, bits=bits)
     model = prepare_for_generation(

@@ -294,8 +294,6 @@ def setup(
     device = processes.device
     dtype = pick_dtype(config.dtype, device)
     (give_back_freed_memory if processes.sharded else keep_freed_memory)()
-    if device.type == "cpu":  # the driver of a GPU reserves more than it uses
-        limits.limit_memory()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     with processes.first_alone("data"):  # it may have to prepare them

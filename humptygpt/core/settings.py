@@ -247,7 +247,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         sys.exit(128 + 13)  # 13: SIGPIPE
     except Exception as error:
         if limits.is_out_of_memory(error):
-            complain(limits.describe_failure(error))
+            complain(limits.out_of_memory_line(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             sys.stdout = None
             complain(f"cannot write {error.filename or 'the output'}: {error.strerror}")
