@@ -1,0 +1,125 @@
+"""What a task means to data, training, evaluation, sampling and export: one entry of TASKS.
+
+A data set and a checkpoint name their task, and each class of MODELS those that it can learn.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import model as models
+from humptygpt.core.errors import UserError
+from humptygpt.data.batches import Dataset, PairDataset, TokenDataset
+from humptygpt.generation.beams import NUM_BEAMS, score, translate
+from humptygpt.generation.sampling import generate
+
+SAMPLE_TOKENS = 300  # of the text at the end of a run
+
+
+class Score(NamedTuple):
+    text: str  # for the user
+    metrics: dict[str, float]  # for metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Task:
+    """What differs from task to task. Each model is on its device and in evaluation mode, within autocast."""
+
+    open_dataset: Callable[
+        [Path, models.ModelConfig, int, dict], Dataset
+    ]  # folder, model, seed, meta
+    batches_vary: bool  # in their shapes
+    evaluation_examples: Callable[[nn.Module, Dataset], str]  # shown after each evaluation
+    final_examples: Callable[[nn.Module, Dataset], str]  # shown at the end of a run
+    score: Callable[[nn.Module, Dataset], Score]  # of the end of a run, and of eval_only
+    sample_command: str  # what to do next, {} being the arguments that name the run
+    card_prompt: str  # in a model card's example
+    card_note: str  # in a model card
+
+
+def open_texts(folder: Path, config: models.ModelConfig, seed: int, meta: dict) -> TokenDataset:
+    return TokenDataset(folder, config.block_size, seed, meta)
+
+
+def open_pairs(folder: Path, config: models.ModelConfig, seed: int, meta: dict) -> PairDataset:
+    """Raises UserError where sacrebleu is missing: now, and not when all is trained."""
+    if not importlib.util.find_spec("sacrebleu"):
+        raise UserError("translations are scored with the package sacrebleu: pip install sacrebleu")
+    with_encoder = models.MODELS[config.model].has_encoder
+    return PairDataset(folder, config.block_size, seed, with_encoder, meta)
+
+
+def no_examples(model: nn.Module, dataset: Dataset) -> str:
+    return ""
+
+
+def no_score(model: nn.Module, dataset: Dataset) -> Score:
+    return Score("", {})
+
+
+def sample_text(model: nn.Module, dataset: TokenDataset) -> str:
+    """Generate a text from nothing."""
+    tokenizer = dataset.tokenizer
+    idx = torch.from_numpy(tokenizer.start()).to(next(model.parameters()).device)[None]
+    tokens = list(generate(model, idx, SAMPLE_TOKENS, tokenizer.vocab_size, temperature=0.8))
+    return f"\n{tokenizer.decode(torch.cat(tokens).tolist()).strip()}\n"
+
+
+def translate_examples(model: nn.Module, dataset: PairDataset) -> str:
+    """Translate three sentences of the validation split greedily, each shown with its reference."""
+    tokenizer = dataset.tokenizer
+    examples = dataset.texts("val", 3)
+    sources = [source for source, _ in examples]
+    translations = translate(model, sources, tokenizer.eot, tokenizer.vocab_size)
+    lines = []
+    for (source, reference), translation in zip(examples, translations, strict=True):
+        lines.append(f"    {tokenizer.decode(source[:-1])}")
+        lines.append(f"  = {reference}")
+        lines.append(f"  > {tokenizer.decode(translation.ids)}")
+    return "\n".join(lines)
+
+
+def score_translations(model: nn.Module, dataset: PairDataset) -> Score:
+    """Compute BLEU and chrF on the test split, or where there is none on the validation split."""
+    split = "test" if "test" in dataset.pairs else "val"
+    tokenizer = dataset.tokenizer
+    pairs = dataset.texts(split)
+    sources = [source for source, _ in pairs]
+    references = [reference for _, reference in pairs]
+    beams = translate(model, sources, tokenizer.eot, tokenizer.vocab_size, num_beams=NUM_BEAMS)
+    scores = score(tokenizer.decode_batch(beam.ids for beam in beams), references)
+    text = (
+        f"\n{len(pairs):,} pairs of the {split} split, beams: {NUM_BEAMS}\n"
+        f"  BLEU {scores['bleu']:5.2f}   {scores['bleu_signature']}\n"
+        f"  chrF {scores['chrf']:5.2f}   {scores['chrf_signature']}"
+    )
+    return Score(text, {"test_bleu": scores["bleu"], "test_chrf": scores["chrf"]})
+
+
+TASKS = {
+    "language modelling": Task(
+        open_dataset=open_texts,
+        batches_vary=False,
+        evaluation_examples=no_examples,
+        final_examples=sample_text,
+        score=no_score,
+        sample_command="more of this: python sample.py {}",
+        card_prompt="",
+        card_note="",
+    ),
+    "translation": Task(
+        open_dataset=open_pairs,
+        batches_vary=True,
+        evaluation_examples=translate_examples,
+        final_examples=no_examples,
+        score=score_translations,
+        sample_command='translate: python sample.py {} --start="..."',
+        card_prompt="Ein Mann schläft.",
+        card_note="It translates: after a sentence and the end-of-text token, it writes the translation.",
+    ),
+}
