@@ -165,9 +165,6 @@ def test_training_on_a_folder_that_is_being_prepared_names_who_prepares_it(tiny)
         ("shakespeare_char", "tiny_shakespeare.txt"),
         ("shakespeare_sp", "tiny_shakespeare.txt"),
         ("translate_de_en", "multi30k"),
-        ("translate_de_en", "de-en"),
-        ("everyday_de_en", "multi30k"),
-        ("everyday_de_en", "de-en"),
     ],
 )
 def test_what_another_preparation_is_fetching_is_refused_and_no_other_text_is_taken(
@@ -175,7 +172,6 @@ def test_what_another_preparation_is_fetching_is_refused_and_no_other_text_is_ta
 ):
     monkeypatch.setattr(known_texts, "download", unreachable)
     monkeypatch.setattr(known_texts, "package", unreachable)
-    monkeypatch.setattr(known_texts, "debian_package", unreachable)
     with held(f"data/downloads/{entry}.lock") as process:
         with pytest.raises(
             InUse, match=f"^data/downloads/{entry} {named(process)}wait until that has fetched it$"

