@@ -57,9 +57,9 @@ from humptygpt.nn.ngrams import frequent_ngrams
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import ONE_PROCESS, Processes, note
 from humptygpt.tokenizer import tokenizers
-from humptygpt.training import evaluation, sizes
+from humptygpt.training import evaluation
 from humptygpt.training.interrupts import catch_signals
-from humptygpt.training.memory import check_training_fits
+from humptygpt.training.memory import check_training_fits, memory_report
 from humptygpt.training.optimizers import (
     MovingAverage,
     Optimizer,
@@ -368,9 +368,9 @@ def describe_sizes(config: TrainConfig, model_config: ModelConfig) -> str:
             "dry_run=True does not count the n-grams of a text; suppose some, as --ngram_rows=100000"
         )
     device, size = pick_device(config.device), distributed.launched().size
-    return sizes.describe(
-        model_config,
+    return memory_report(
         config,
+        model_config,
         rows=rows_of_process(config, size),
         dtype=pick_dtype(config.dtype, device),
         device=device,

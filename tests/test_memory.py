@@ -1,4 +1,4 @@
-"""What will not fit into memory is refused before it is tried; under any limit, a script ends well or in one line."""
+"""What memory a training takes; what will not fit is refused; under any limit, a script ends well or in one line."""
 
 import os
 import re
@@ -10,21 +10,166 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN, started_processes
+from conftest import TINY_RUN, read_rows, started_processes
 
+import model as models
 import prepare_data
 import sample
 import train
 from humptygpt.core import device, limits
 from humptygpt.core import settings as configurator
-from humptygpt.core.device import DTYPES
+from humptygpt.core.device import DTYPES, autocast
 from humptygpt.core.errors import UserError
-from humptygpt.training import evaluation, memory, run_folder, sizes
+from humptygpt.training import evaluation, memory, run_folder
+from humptygpt.training.memory import build_on_meta
+from humptygpt.training.optimizers import OPTIMIZERS, make_optimizer
 from humptygpt.training.settings import TrainConfig, read_settings
-from model import ACTIVATIONS, BLOCKS, MLPS, MODELS, POSITIONS
+from model import ACTIVATIONS, BLOCKS, MLPS, MODELS, POSITIONS, ModelConfig
 
 ROOT = Path(__file__).parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+TINY = ModelConfig(n_layer=3, n_head=2, n_embd=32, block_size=16, vocab_size=50)
+
+
+def memory_of(config: ModelConfig, dtype=torch.float32, rows=2, on_gpu=False, **settings):
+    """The memory of a training in one process, as --dry_run=True reports it."""
+    train_config = TrainConfig(**settings)
+    activations = memory.activation_bytes(train_config, config, rows, dtype, on_gpu=on_gpu)
+    return memory.training_memory(train_config, build_on_meta(config), activations)
+
+
+# --------------------------------------------------------------------------------------
+# What a training takes
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_memory_of_weights_gradients_and_optimizer_is_what_a_step_holds(optimizer):
+    model = models.build(TINY)
+    trained = make_optimizer(TrainConfig(optimizer=optimizer), model)
+    idx = torch.zeros(2, 16, dtype=torch.int64)
+    model(idx, idx)[1].backward()
+    trained.step()
+    needed = memory_of(TINY, optimizer=optimizer)
+    held = [tensor for state in trained.state.values() for tensor in state.values()]
+    assert needed.optimizer == sum(tensor.nbytes for tensor in held)
+    assert needed.weights == sum(p.nbytes for p in model.parameters())
+    assert needed.gradients == sum(p.grad.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "change", [{}, {"dropout": 0.1}, {"model": "transformer"}, {"mlp": "gated", "qk_norm": True}]
+)
+def test_activations_are_those_that_autograd_keeps(dtype, change):
+    config = replace(TINY, **change)
+    model = models.build(config)
+    idx = torch.zeros(2, 16, dtype=torch.int64)
+    storages = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        autocast(CPU, dtype),
+    ):
+        model(idx, idx, **({"source": idx} if model.has_encoder else {}))
+    weights = {p.data_ptr() for p in model.parameters()}
+    kept = sum(
+        x.untyped_storage().nbytes() for pointer, x in storages.items() if pointer not in weights
+    )
+    logits = 4 * 2 * 16 * 50
+    assert memory_of(config, dtype).activations - logits == pytest.approx(kept, rel=0.01)
+
+
+def test_a_gpu_keeps_no_scores_and_checkpointed_activations_take_less_than_half():
+    config = replace(TINY, n_layer=12, block_size=64, dropout=0.1)
+    whole, on_gpu, checkpointed = (
+        memory_of(config, **keys).activations
+        for keys in ({}, {"on_gpu": True}, {"checkpoint_activations": True})
+    )
+    scores = 4 * 2 * config.n_head * 64**2
+    assert whole - on_gpu > 12 * scores
+    assert checkpointed < whole / 2
+
+
+@pytest.mark.parametrize("options", [[], ["--dtype=bfloat16"]])
+def test_with_checkpointed_activations_the_losses_are_the_same_bit_for_bit(tiny, options):
+    rows = []
+    for choice in ("False", "True"):
+        train.main([*TINY_RUN, "--dropout=0.2", *options, f"--checkpoint_activations={choice}"])
+        rows.append(read_rows(Path("out/run")))
+    assert rows[0] == rows[1]
+
+
+def test_blocks_are_computed_again_in_the_backward_pass(tiny, monkeypatch):
+    calls = []
+    forward = models.PreNormBlock.forward
+    monkeypatch.setattr(
+        models.PreNormBlock, "forward", lambda *args: calls.append(1) or forward(*args)
+    )
+    train.main([*TINY_RUN, "--max_iters=1", "--eval_interval=9", "--checkpoint_activations=True"])
+    training = len(calls)
+    calls.clear()
+    train.main([*TINY_RUN, "--max_iters=1", "--eval_interval=9"])
+    assert training == len(calls) + 2  # layers
+
+
+def test_several_processes_have_a_copy_of_the_gradients_or_with_fsdp_a_part_of_all():
+    model = build_on_meta(TINY)
+    ddp, fsdp = TrainConfig(), TrainConfig(parallel="fsdp")
+    alone = memory.training_memory(ddp, model, 0)
+    small, large = (memory.training_memory(ddp, model, size, processes=8) for size in (10, 10**9))
+    assert small == alone._replace(activations=10, buffers=alone.gradients - 10)
+    assert large.buffers == 0
+    one, two = (
+        memory.training_memory(fsdp, model, 10, processes=8, micro_batches=n) for n in (1, 2)
+    )
+    assert (one.weights, one.optimizer) == (alone.weights / 8, alone.optimizer / 8)
+    assert one.gradients == alone.gradients / 8 and two.gradients == alone.gradients
+    assert one.activations == 10 and one.buffers == two.buffers > 0
+
+
+def test_a_dry_run_reports_memory_and_touches_nothing(capsys, monkeypatch):
+    argv = ["--n_layer=2", "--vocab_size=100", "--device=cpu", "--dataset=missing"]
+    argv += ["--gradient_accumulation_steps=4", "--dry_run=True"]
+    weights = {}
+    for parallel in ("", "ddp", "fsdp"):
+        if parallel:
+            for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):
+                monkeypatch.setenv(name, "0")
+            monkeypatch.setenv("MASTER_ADDR", "localhost")
+            monkeypatch.setenv("WORLD_SIZE", "4")
+            argv.append(f"--parallel={parallel}")
+        assert train.main(argv) == 0
+        out = capsys.readouterr().out
+        assert " parameters, " in out and " FLOPs per token\n" in out and ": it fits\n" in out
+        each, size = re.search(r"memory(.*), in GB: weights ([0-9.e-]+)", out).groups()
+        assert each == (f" of each of 4 processes, {parallel.upper()}" if parallel else "")
+        weights[parallel] = float(size)
+    assert weights["ddp"] == weights[""]
+    assert weights["fsdp"] == pytest.approx(weights[""] / 4, rel=0.01)
+    assert not list(Path().iterdir())
+
+
+def test_a_dry_run_without_data_or_vocabulary_is_one_line(fails):
+    assert "meta.json" in fails(train.main, "--dataset=missing", "--dry_run=True")
+
+
+PARAMETERS = {"gpt2_124m": 124e6, "gpt2_350m": 354e6, "gpt2_774m": 773e6, "gpt2_1558m": 1557e6}
+PARAMETERS |= {"llama_1b": 1.236e9, "llama_8b": 8.03e9}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_configs_have_the_sizes_of_their_names(name):
+    given = configurator.read([str(ROOT / f"config/{name}.py")], ModelConfig, TrainConfig)
+    model = build_on_meta(configurator.make(ModelConfig, given))
+    assert models.count_parameters(model) == pytest.approx(PARAMETERS[name], rel=0.01)
+
+
+# --------------------------------------------------------------------------------------
+# What will not fit is refused
 
 
 @pytest.fixture
@@ -35,40 +180,36 @@ def gigabyte(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 4 * 10**9))
 
 
-TOO_LARGE = [
-    "--n_embd=1000000",
-    "--n_layer=1000000",
-    "--batch_size=10000000",
-    "--n_hidden=100000000",
-]
-TOO_LARGE += ["--n_embd=4000000000", "--vocab_size=1000000000 --n_embd=4096"]
+MODEL = "take a smaller model, as with --n_embd or --n_layer"
+BATCH = "take --checkpoint_activations=True, or a smaller --batch_size with more --gradient_accumulation_steps"
+TOO_LARGE = {
+    "--n_embd=1000000": MODEL,
+    "--n_layer=300 --n_embd=512": MODEL,
+    "--batch_size=10000000": BATCH,
+    "--batch_size=100000000 --checkpoint_activations=True --n_embd=4096": MODEL,
+    "--n_hidden=100000000": MODEL,
+    "--vocab_size=1000000000 --n_embd=4096": MODEL,
+}
 
 
 @pytest.mark.parametrize("settings", TOO_LARGE)
-def test_a_training_that_will_not_fit_is_refused_with_its_size_and_the_setting_that_fits(
+def test_a_training_that_will_not_fit_is_refused_with_its_size_and_what_takes_less(
     tiny, gigabyte, fails, settings
 ):
     line = fails(train.main, *TINY_RUN, *settings.split())
-    assert re.search(r" takes (inf|[\d,.]+) GB of memory or more, and 1\.00 GB are free; ", line), (
-        line
-    )
+    end = f"of memory or more, and 1.00 GB are free on cpu; {TOO_LARGE[settings]}\n"
+    assert re.search(r" takes [\d,.]+ GB ", line) and line.endswith(end)
     assert not Path("out/run/config.json").exists()
-    if fits := re.search(r"(--\w+=\d+) would fit$", line):
-        config, model_config, *_ = read_settings(
-            [*TINY_RUN, *settings.split(), fits[1], "--vocab_size=21"]
-        )
-        memory.check_training_fits(config, model_config, config.batch_size, CPU, torch.float32)
-    else:
-        assert (
-            line.endswith("make the model smaller, and the batches\n") and "vocab_size" in settings
-        )
+
+
+def test_a_matrix_with_more_elements_than_can_be_counted_is_refused(tiny, fails):
+    line = fails(train.main, *TINY_RUN, "--n_embd=4000000000")
+    assert line.startswith("the model is too large for any memory: ")
 
 
 def test_on_a_gpu_its_own_memory_counts(tiny, gigabyte, monkeypatch):
     config, model_config, *_ = read_settings([*TINY_RUN, "--n_embd=4096", "--vocab_size=50"])
-    with pytest.raises(
-        UserError, match=r"GB of memory or more, and 1\.00 GB are free on cuda; --n_"
-    ):
+    with pytest.raises(UserError, match=r"GB of memory or more, and 1\.00 GB are free on cuda; "):
         memory.check_training_fits(config, model_config, 4, CUDA, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**11, 10**11))
     memory.check_training_fits(config, model_config, 4, CUDA, torch.bfloat16)
@@ -89,61 +230,48 @@ def test_several_processes_share_the_memory_of_a_machine(tiny, gigabyte, monkeyp
 
 VARIANTS = [("position", name) for name in POSITIONS] + [("block", name) for name in BLOCKS]
 VARIANTS += [("mlp", name) for name in MLPS] + [("activation", name) for name in ACTIVATIONS]
-VARIANTS += [("model", name) for name in MODELS] + [
-    ("dropout", 0.1),
-    ("n_kv_head", 1),
-    ("norm", "none"),
-]
+VARIANTS += [("model", name) for name in MODELS]
+VARIANTS += [("dropout", 0.1), ("n_kv_head", 1), ("norm", "none")]
 VARIANTS += [("block_size", 256), ("vocab_size", 3000), ("n_hidden", 2048)]
-DTYPE_NAMES = ("float32", "bfloat16")
 
 
 @pytest.mark.parametrize(("key", "value"), VARIANTS)
-def test_the_size_is_linear_in_the_layers_and_less_than_a_training_takes_but_not_a_sixth_of_it(
-    key, value
-):
-    settings = {
-        "vocab_size": 50,
-        "n_embd": 32,
-        "n_head": 2,
-        "block_size": 64,
-        "n_layer": 5,
-        "window": 8,
-        key: value,
-    }
-    if value == "parallel" or value == "plain":
+def test_what_is_refused_would_take_more_and_at_most_eight_times_as_much(key, value):
+    settings = {"vocab_size": 50, "n_embd": 32, "n_head": 2, "block_size": 64, "n_layer": 3}
+    settings |= {"window": 8, key: value}
+    if value in ("parallel", "plain"):
         settings["init"] = "gpt2"
     config = configurator.make(TrainConfig, settings)
-    model_config = configurator.make(train.ModelConfig, settings)
-    parameters = sum(p.numel() for p in train.models.build(model_config).parameters())
-    for dtype in (DTYPES[name] for name in DTYPE_NAMES):
-        size = memory.training_size(config, model_config, config.batch_size, CPU, dtype)
-        assert size.parameters == parameters
-        assert size.bytes == pytest.approx(
-            memory.size_of_layers(config, model_config, config.batch_size, CPU, dtype).bytes,
-            rel=1e-9,
-        )
-        exact = sizes.memory(model_config, config.optimizer, config.batch_size, dtype)
-        assert exact.total / 6 < size.bytes < exact.total - min(exact.gradients, exact.activations)
-        assert size.bytes > 16 * parameters  # AdamW: the weights, their gradients and two averages
+    model_config = configurator.make(ModelConfig, settings)
+    model = build_on_meta(model_config)
+    for dtype in (DTYPES[name] for name in ("float32", "bfloat16")):
+        least = memory.least_memory(config, model, config.batch_size, dtype, 1)
+        exact = memory_of(model_config, dtype, config.batch_size)
+        assert exact.total / 8 < least.total < exact.total
+        assert least.total >= 16 * models.count_parameters(model)  # AdamW
 
 
-@pytest.mark.parametrize("position", memory.TABLES)
-def test_counting_makes_no_table_of_positions_which_may_be_large_too(monkeypatch, position):
-    monkeypatch.setitem(POSITIONS, position, lambda *args: 1 / 0)
-    model_config = train.ModelConfig(vocab_size=9, position=position)
-    assert (
-        memory.training_size(train.TrainConfig(), model_config, 4, CPU, torch.float32).bytes > 10**6
-    )
+def test_a_researchers_model_whose_layers_differ_is_counted_as_it_is(tiny, monkeypatch):
+    windows = iter((8, 4))  # one for each of its two layers; a third layer is an error
+
+    class WindowedBlock(models.PreNormBlock):
+        def __init__(self, config, cross=False):
+            super().__init__(config, cross)
+            self.window = next(windows)
+
+    monkeypatch.setitem(BLOCKS, "windowed", WindowedBlock)
+    config, model_config, *_ = read_settings([*TINY_RUN, "--block=windowed", "--vocab_size=50"])
+    memory.check_training_fits(config, model_config, 4, CPU, torch.float32)
 
 
-def test_counting_loads_no_compiler(tiny):
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, train; from humptygpt.training import memory\n"
+def test_the_check_before_a_training_loads_no_compiler(tiny):
+    code = "import sys, torch, train; from humptygpt.training.memory import check_training_fits\n"
     code += "for position in train.models.POSITIONS:\n"
     code += "    model_config = train.ModelConfig(vocab_size=9, position=position)\n"
-    code += "    memory.training_size(train.TrainConfig(), model_config, 4, torch.device('cpu'), torch.float32)\n"
+    code += "    device = torch.device('cpu')\n"
+    code += "    check_training_fits(train.TrainConfig(), model_config, 4, device, torch.float32)\n"
     code += "print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False False\n", done.stderr
 
 
@@ -176,9 +304,7 @@ def test_texts_that_will_not_fit_are_refused_with_their_size_and_how_many_would(
 
 def test_weights_that_will_not_fit_are_refused_with_their_size(run_dir, monkeypatch):
     monkeypatch.setattr(device, "available_memory", lambda: 100)
-    with pytest.raises(
-        UserError, match=r"out/run takes .* MB .* free; --quantize=int8 takes a quarter"
-    ):
+    with pytest.raises(UserError, match=r"out/run takes .* MB .* free on cpu; .*--quantize=int8"):
         sample.load("out/run", device="cpu")
 
 

@@ -1,112 +1,160 @@
-"""What will not fit into memory, before it is tried: lower bounds, so that nothing that would run is refused."""
+"""How much memory a training takes: reported by --dry_run=True, and refused where it cannot fit.
 
-import math
-from dataclasses import replace
+All of it is computed before a tensor has any memory, from the model of the run itself on the meta device.
+"""
+
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as models
-from humptygpt.checkpoint import checkpoint
-from humptygpt.core.device import free_memory
+from humptygpt.checkpoint.checkpoint import build_on_meta
+from humptygpt.core.device import autocast, free_memory
 from humptygpt.core.errors import UserError
 from humptygpt.core.limits import gigabytes
-from humptygpt.training.optimizers import group_parameters, state_bytes
+from humptygpt.training.optimizers import state_bytes, trained_parameters
 from model import ModelConfig
 
-TABLES = (
-    "rotary",
-    "sinusoidal",
-    "alibi",
-)  # positions without weights, but with tables that may be large, too
-MOST = 3  # times what training_size() finds is what a training takes
+FLOAT = 4  # bytes of a weight, of a gradient, and of an element of the optimizer state
+SMALLER_BATCH = "a smaller --batch_size with more --gradient_accumulation_steps"
 
 
-class Size(NamedTuple):
-    parameters: float
-    bytes: float
+class Memory(NamedTuple):
+    """Bytes of one process. Weights, gradients and states are float32 whatever dtype the products are computed in."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    buffers: float = 0  # gradients on their way, and with FSDP whole weights: what exceeds the activations by then
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+    def advice(self, checkpoint_activations: bool) -> str:
+        """Return what takes less."""
+        if self.activations < self.total / 2:
+            return "take a smaller model, as with --n_embd or --n_layer"
+        if checkpoint_activations:
+            return f"take {SMALLER_BATCH}"
+        return f"take --checkpoint_activations=True, or {SMALLER_BATCH}"
 
 
-def training_size(
-    config,
-    model_config: ModelConfig,
-    rows: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    parts: int = 1,
-) -> Size:
-    """Of a training, by its configs; rows: sequences that the process has at once; parts: of a sharded model.
+def training_memory(
+    config, model: nn.Module, activations: float, *, processes: int = 1, micro_batches: int = 1
+) -> Memory:
+    """Return the memory of one of several processes. config: a TrainConfig. micro_batches: of each in a step."""
+    weights = FLOAT * models.count_parameters(model)
+    gradients = FLOAT * sum(p.numel() for p in trained_parameters(model).values())
+    optimizer = state_bytes(config.optimizer, model)
+    if processes > 1 and config.parallel == "fsdp":
+        buffers = sharded_buffers(model, activations)
+        if micro_batches == 1:  # else it sums whole gradients of its own
+            gradients /= processes
+        return Memory(weights / processes, gradients, optimizer / processes, activations, buffers)
+    buffers = embedding_gradients(model)
+    if processes > 1:
+        buffers = max(buffers, gradients)  # those that are sent are a copy
+    return Memory(weights, gradients, optimizer, activations, max(0, buffers - activations))
 
-    sizes.memory() is exact, but needs torch's compiler, which takes a second and 70 MB. This is less than that, and all
-    of it linear in the number of layers, so two small models on the meta device give that of any depth.
+
+def embedding_gradients(model: nn.Module) -> int:
+    """Return the bytes at the end of a backward pass: where the head is the embedding, both gradients and their sum."""
+    config = model.config
+    return FLOAT * config.vocab_size * config.n_embd * (3 if config.tie_weights else 1)
+
+
+def sharded_buffers(model: nn.Module, activations: float) -> float:
+    """Return the bytes that FSDP has whole.
+
+    Beside the activations that is what is in no block, such as the embedding, two blocks, and the gradients of one
+    twice: by parameters and by processes. At the end of the backward pass it is the gradients of what is in no block.
     """
-    try:
-        few = (replace(model_config, n_layer=n) for n in (1, 2))
-        one, two = (
-            size_of_layers(config, layers, rows, device, dtype, parts=parts) for layers in few
-        )
-    except RuntimeError:  # a matrix has more elements than an int64 can count
-        return Size(float("inf"), float("inf"))
-    return Size(*(a + (model_config.n_layer - 1) * (b - a) for a, b in zip(one, two, strict=True)))
-
-
-def size_of_layers(
-    config,
-    model_config: ModelConfig,
-    rows: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    parts: int = 1,
-) -> Size:
-    if model_config.position in TABLES:
-        model_config = replace(model_config, position="none")
-    model = checkpoint.build_on_meta(model_config)
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    averages = models.count_parameters(model) * 4 if config.ema_decay else 0
-    gradients = sum(
-        p.nbytes
-        for group, members in group_parameters(model).items()
-        for p in members.values()
-        if group != "sparse"  # whose gradient is as large as the batch
-    )
-    gradients /= parts
-    activations = (
-        0 if config.checkpoint_activations else activation_bytes(model, rows, device, dtype)
-    )
-    if config.gradient_accumulation_steps > 1:
-        gradients += activations
-    else:  # activations are freed while the gradients are computed
-        gradients = max(gradients, activations)
-    kept = (weights + averages + state_bytes(config.optimizer, model)) / parts
-    return Size(models.count_parameters(model), kept + gradients)
+    blocks = [
+        FLOAT * models.count_parameters(module)
+        for module in model.modules()
+        if isinstance(module, models.Block)
+    ]
+    rest = FLOAT * models.count_parameters(model) - sum(blocks)
+    at_the_end = max(embedding_gradients(model), 2 * rest) - activations
+    return max(rest + 4 * max(blocks, default=0), at_the_end)
 
 
 def activation_bytes(
-    model: nn.Module, rows: int, device: torch.device, dtype: torch.dtype
+    config, model_config: ModelConfig, rows: int, dtype: torch.dtype, *, on_gpu: bool = False
 ) -> float:
-    """Some of what the backward pass needs: of linear layers inputs or outputs, scores where attention keeps them."""
-    config, on_cpu = model.config, device.type == "cpu"
-    tokens, scores = rows * config.block_size, rows * config.n_head * config.block_size**2
-    one = (
-        config.activation == "relu" or not on_cpu
-    )  # of an activation only one side is kept; a compiler sees to that
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    kept = sum(
-        m.in_features if getattr(m, "ends_branch", False) else m.out_features
-        for name, m in layers.items()
-        if not (one and name.endswith("up_proj"))
+    """Return the bytes that the backward pass needs of the forward pass, uncompiled, and the gradient of the logits."""
+    kept = saved_bytes(model_config, rows, dtype, on_gpu=on_gpu, checkpointed=False)
+    if config.checkpoint_activations:
+        inputs = saved_bytes(model_config, rows, dtype, on_gpu=on_gpu, checkpointed=True)
+        kept = inputs + (kept - inputs) / model_config.n_layer  # one block at a time is recomputed
+    return kept + FLOAT * rows * model_config.block_size * model_config.vocab_size
+
+
+def saved_bytes(
+    config: ModelConfig, rows: int, dtype: torch.dtype, *, on_gpu: bool, checkpointed: bool
+) -> int:
+    """Return the bytes of the tensors that autograd keeps in a forward pass, by tensors that have no memory."""
+    T = config.block_size
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if not on_gpu or tensor.shape[2:] != (T, T):  # a GPU's attention keeps no scores
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage  # kept, so that no other gets its number
+        return tensor
+
+    with FakeTensorMode():
+        model = models.build(config)
+        for stack in (module for module in model.modules() if isinstance(module, models.Stack)):
+            stack.checkpoint_activations = checkpointed
+        idx = torch.zeros(rows, T, dtype=torch.int64)
+        batch = {"idx": idx, "targets": idx} | ({"source": idx} if model.has_encoder else {})
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with hooks, autocast(torch.device("cpu"), dtype):
+            model(**batch)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
+
+
+def memory_report(
+    config,
+    model_config: ModelConfig,
+    *,
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    processes: int,
+) -> str:
+    """Return parameters, FLOPs and memory of a run as text. rows: sequences of a process's micro-batch."""
+    model = build_on_meta(model_config)
+    micro_batches = config.gradient_accumulation_steps
+    activations = activation_bytes(config, model_config, rows, dtype, on_gpu=device.type == "cuda")
+    memory = training_memory(
+        config, model, activations, processes=processes, micro_batches=micro_batches // processes
     )
-    each = kept * dtype.itemsize + 4 * config.vocab_size  # the gradient of the logits
-    if model.has_encoder:  # a token is in the source or in the target, and sentences are short
-        return tokens / 2 * each
-    copies = 0  # as in models.prefers_explicit()
-    if on_cpu and (config.dropout or (dtype != torch.float32 and scores <= models.EXPLICIT_SCORES)):
-        copies = 2 if config.dropout else 1
-    attentions = sum(isinstance(m, models.Attention) for m in model.modules())
-    return tokens * each + copies * attentions * scores * dtype.itemsize
+    tokens = micro_batches * config.batch_size * model_config.block_size
+    flops = models.flops_per_token(model)
+    free = free_memory(device)
+    fits = "it fits"
+    if memory.total > free:
+        fits = f"it does not fit; {memory.advice(config.checkpoint_activations)}"
+    entries = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in memory._asdict().items())
+    each = f" of each of {processes} processes, {config.parallel.upper()}" if processes > 1 else ""
+    return (
+        f"model: {model_config.model}, {models.count_parameters(model):,} parameters, {flops:,} FLOPs per token\n"
+        f"step: {tokens:,} tokens, {micro_batches} x {config.batch_size} x {model_config.block_size},"
+        f" {flops * tokens:.3g} FLOPs\n"
+        f"memory{each}, in GB: {entries}; {memory.total / 1e9:.3g} in all,"
+        f" {free / 1e9:.3g} free on {device}: {fits}"
+    )
+
+
+# --------------------------------------------------------------------------------------
+# Refused before it is tried, by lower bounds, so that nothing that would run is refused
 
 
 def check_training_fits(
@@ -118,59 +166,58 @@ def check_training_fits(
     *,
     processes: int = 1,
 ) -> None:
-    """Raises UserError with the size, what there is, and a setting that would fit. config: a TrainConfig."""
-    parts = processes if config.parallel == "fsdp" else 1
-    parameters, size = training_size(config, model_config, rows, device, dtype, parts=parts)
+    """Raise UserError with the size and what there is. config: a TrainConfig. rows: sequences of a process at once."""
+    try:
+        model = build_on_meta(model_config)
+    except RuntimeError as error:  # a matrix has more elements than an int64 can count
+        raise UserError(f"the model is too large for any memory: {error}") from error
+    least = least_memory(config, model, rows, dtype, processes)
     free = free_memory(device)
-    if size <= free:
-        return
-    model = f"{parameters:,.0f} parameters" if parameters < 1e30 else "a model of that size"
-    fits = what_fits(config, model_config, rows, device, dtype, parts=parts)
-    raise UserError(
-        f"training {model} with batch_size={config.batch_size} and block_size={model_config.block_size} takes"
-        f" {gigabytes(size)} of memory or more{' in each process' if processes > 1 else ''},"
-        f" and {gigabytes(free)} are free{on(device)}; {fits or 'make the model smaller, and the batches'}"
-    )
+    if least.total > free:
+        raise UserError(
+            f"training {models.count_parameters(model):,} parameters with batch_size={config.batch_size} and"
+            f" block_size={model_config.block_size} takes {gigabytes(least.total)} of memory or more"
+            f"{' in each process' if processes > 1 else ''}, and {gigabytes(free)} are free on {device};"
+            f" {least.advice(config.checkpoint_activations)}"
+        )
 
 
-def what_fits(
-    config,
-    model_config: ModelConfig,
-    rows: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    parts: int,
-) -> str | None:
-    """The first key that need only be made smaller, and how small."""
-    free = free_memory(device) / MOST
-    for key in ("batch_size", "n_layer", "n_embd", "block_size", "n_hidden"):
-        owner = config if hasattr(config, key) else model_config
-        step = 2 * model_config.n_head if key == "n_embd" else 1
-        value = getattr(owner, key)
-        while value and (value := value // 2 // step * step):
-            smaller = model_config if owner is config else replace(model_config, **{key: value})
-            fewer = math.ceil(rows * value / config.batch_size) if owner is config else rows
-            if training_size(config, smaller, fewer, device, dtype, parts=parts).bytes <= free:
-                return f"--{key}={value} would fit"
-    return None
+def least_memory(config, model: nn.Module, rows: int, dtype: torch.dtype, processes: int) -> Memory:
+    """Return less than what a training takes: without buffers, and with the larger of gradients and activations alone.
+
+    activation_bytes() is exact, but needs torch's compiler, which takes a second and 70 MB.
+    """
+    activations = 0
+    if not config.checkpoint_activations:
+        activations = least_activation_bytes(model, rows, dtype)
+    memory = training_memory(config, model, activations, processes=processes)
+    if activations > memory.gradients:  # they are freed while the gradients are computed
+        return memory._replace(gradients=0, buffers=0)
+    return memory._replace(activations=0, buffers=0)
 
 
-def check_weights_fit(model: nn.Module, name: object, device: torch.device, *, bits: int) -> None:
-    """Before the weights of a checkpoint are converted, or moved to a GPU; bits: of each afterwards."""
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    size, free = weights * bits / 8, free_memory(device)
-    if size <= free:
-        return
-    way_out = (
-        "--quantize=int8 takes a quarter"
-        if device.type == "cpu" and bits == 32
-        else "free some memory"
-    )
-    raise UserError(
-        f"{name} takes {gigabytes(size)} of memory, and {gigabytes(free)} are free{on(device)}; {way_out}"
-    )
+def least_activation_bytes(model: nn.Module, rows: int, dtype: torch.dtype) -> float:
+    """Return some of what the backward pass needs: an input or output of each linear layer, and the logits' gradient."""
+    tokens = rows * model.config.block_size
+    if model.has_encoder:  # a token is in the source or in the target, and sentences are short
+        tokens /= 2
+    features = 0
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            ends_branch = getattr(layer, "ends_branch", False)
+            features += (
+                layer.in_features if ends_branch else min(layer.in_features, layer.out_features)
+            )
+    return tokens * (features * dtype.itemsize + FLOAT * model.config.vocab_size)
 
 
-def on(device: torch.device) -> str:
-    return f" on {device}" if device.type == "cuda" else ""
+def check_weights_fit(model: nn.Module, name: str, device: torch.device, *, bits: int) -> None:
+    """Raise UserError where the weights of a checkpoint have no room once they are converted. bits: of each then."""
+    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    size = weights * bits / 8
+    free = free_memory(device)
+    if size > free:
+        raise UserError(
+            f"{name} takes {gigabytes(size)} of memory, and {gigabytes(free)} are free on {device};"
+            " end other programs, or on a CPU take --quantize=int8"
+        )
