@@ -1,8 +1,8 @@
-"""A run -> a folder that transformers opens, or one file for llama.cpp.
+"""A model -> a folder that transformers opens, or one file for llama.cpp.
 
     python export.py --out_dir=out/shakespeare_char_llama --to=exported
-    python export.py --out_dir=out/shakespeare_char_llama --to=model.gguf --format=gguf --dtype=q8_0
-    python export.py --out_dir=out/gpt2_1558m --checkpoint=latest --to=ckpt.pt --format=ckpt    of a sharded run
+    python export.py --out_dir=out/shakespeare_char_llama --to=model.gguf --dtype=q8_0
+    python export.py --out_dir=out/gpt2_1558m --checkpoint=latest --to=ckpt.pt    of a sharded run
     python export.py --init_from=nanoGPT/out-x --to=exported     any other model: nanoGPT's, a folder, an adapter, gpt2
 
 The folder has the model, its tokenizer and a model card, and is what the hub of Hugging Face takes. The file is for
@@ -29,7 +29,8 @@ DTYPES = {
     "gguf": ("float32", "bfloat16", "q8_0"),
     "ckpt": ("float32",),
 }
-ONE_FILE = {"gguf": "model.gguf", "ckpt": "ckpt.pt"}
+FORMATS = {".gguf": "gguf", ".pt": "ckpt"}  # by the ending of the name; of all others, transformers
+EXAMPLES = {"transformers": "exported", "gguf": "model.gguf", "ckpt": "ckpt.pt"}
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class ExportConfig:
         "best", "best.pt (lowest loss), or latest: ckpt.pt", choices=("best", "latest")
     )
     to: str | None = setting(None, "new folder, or of gguf and ckpt the file, to write", path=True)
-    format: str = setting(
-        "transformers",
-        "gguf: a file for llama.cpp; ckpt: one checkpoint of a sharded one",
+    format: str | None = setting(
+        None,
+        "transformers: a folder; gguf: a file for llama.cpp; ckpt: one checkpoint; None: by the ending of --to",
         choices=DTYPES,
     )
     dtype: str = setting(
@@ -51,67 +52,54 @@ class ExportConfig:
 
     def __post_init__(self):
         check(self)
-        if self.dtype not in DTYPES[self.format]:
-            raise ValueError(
-                f"dtype={self.dtype} is for --format=gguf; take {' or '.join(DTYPES[self.format])}"
-            )
+        dtypes = DTYPES[self.resolved_format]
+        if self.dtype not in dtypes:
+            raise ValueError(f"dtype={self.dtype} is for --format=gguf; take {' or '.join(dtypes)}")
+
+    @property
+    def resolved_format(self) -> str:
+        return self.format or FORMATS.get(Path(self.to or "").suffix, "transformers")
 
 
 def main(argv: list[str]) -> None:
     given = configurator.read(argv, ExportConfig)
     config = configurator.make(ExportConfig, given)
-    to = where(config)
-    from humptygpt.checkpoint.checkpoint import Loaded, restore_model
-    from humptygpt.interchange.load import chosen_model, load_base
+    to = check_target(config.to, config.resolved_format)
+    from humptygpt.interchange.load import chosen_source, load
 
-    base = load_base(chosen_model(config, given), config.checkpoint)
-    if config.format == "ckpt" and base.saved is None:
-        raise UserError(
-            f"format=ckpt is for checkpoints of runs, and {base.path} is none; scripts open it by --init_from"
-        )
-    loaded = Loaded(restore_model(base.weights, base.config).eval(), base.tokenizer, base.saved)
-    write = {"transformers": write_folder, "gguf": write_file, "ckpt": write_checkpoint}[
-        config.format
-    ]
-    print(write(loaded, base.path, to, config.dtype))
+    loaded = load(chosen_source(config, given), config.checkpoint)
+    write = {"transformers": write_folder, "gguf": write_gguf_file, "ckpt": write_checkpoint}
+    print(write[config.resolved_format](loaded, to, config.dtype))
 
 
-def where(config: ExportConfig) -> Path:
-    """The path to write. Raises UserError where something is in its place."""
-    example = ONE_FILE.get(config.format, "exported")
-    kind = "file" if config.format in ONE_FILE else "folder"
-    if config.to is None:
-        raise UserError(f"export needs a {kind} to write; give one, as --to={example}")
-    to = Path(config.to)
-    if kind == "file" and os.path.isdir(to):
-        raise UserError(f"to={to} is a folder; name a file, as --to={to / example}")
+def check_target(to: str | None, format_: str) -> Path:
+    """Return the path to write. Raises UserError where something is in its place."""
+    kind = "folder" if format_ == "transformers" else "file"
+    if to is None:
+        raise UserError(f"export needs a {kind} to write; give one, as --to={EXAMPLES[format_]}")
     if kind == "file" and os.path.exists(to) and not os.path.isfile(to):
-        raise UserError(
-            f"to={to} is a device or a pipe, which a file cannot replace; name a new file"
-        )
-    if kind == "folder" and os.path.exists(to) and not os.path.isdir(to):
-        raise UserError(f"to={to} is a file; name a new folder")
-    if kind == "folder" and os.path.isdir(to) and any(to.iterdir()):
-        raise UserError(f"to={to} has files in it; remove it, or name a new folder")
-    return to
+        raise UserError(f"to={to} is no file that can be replaced; name a new file")
+    if kind == "folder" and os.path.exists(to) and not (os.path.isdir(to) and not os.listdir(to)):
+        raise UserError(f"to={to} is a file or has files in it; remove it, or name a new folder")
+    return Path(to)
 
 
-def write_folder(loaded, path: Path, to: Path, dtype: str) -> str:
-    """What transformers opens; loaded: a checkpoint.Loaded, of this path. Returns a line on what was written."""
+def write_folder(loaded, to: Path, dtype: str) -> str:
+    """Write what transformers opens and return a line about it; loaded: a load.Loaded."""
     import torch
 
     from humptygpt.core.files import whole, write_whole
     from humptygpt.interchange.huggingface import write_pretrained
     from humptygpt.interchange.model_card import model_card
     from humptygpt.tokenizer.write_huggingface import tokenizer_files
+    from humptygpt.training.settings import TrainConfig
+    from model import ModelConfig
 
-    model, tokenizer, _ = loaded
+    defaults = vars(ModelConfig()) | vars(TrainConfig())
+    model, tokenizer = loaded.model, loaded.tokenizer
     files = tokenizer_files(tokenizer, model.config.block_size)
-    texts = {
-        "generation_config.json": generation_config(loaded),
-        "README.md": model_card(loaded, path, to.name),
-    }
-    files |= {name: text.encode() for name, text in texts.items()}
+    files["generation_config.json"] = generation_config(loaded).encode()
+    files["README.md"] = model_card(loaded, to.name, defaults).encode()
     with whole(to) as folder:
         write_pretrained(model, folder, getattr(torch, dtype), tokenizer.eot, tokenizer.bos)
         for name, content in files.items():
@@ -119,33 +107,32 @@ def write_folder(loaded, path: Path, to: Path, dtype: str) -> str:
     return f"{to}: {size(to)}; its README.md shows how to use it"
 
 
-def write_file(loaded, path: Path, to: Path, dtype: str) -> str:
-    """What llama.cpp opens; as write_folder."""
+def write_gguf_file(loaded, to: Path, dtype: str) -> str:
+    """Write what llama.cpp opens; as write_folder."""
     from humptygpt.core.files import whole
     from humptygpt.interchange.gguf import KINDS, vocabulary, write_gguf
     from humptygpt.interchange.huggingface import to_pretrained
-    from humptygpt.interchange.model_card import describe
+    from humptygpt.interchange.model_card import summary
 
     content, weights = to_pretrained(loaded.model)
-    tokens, about = (
-        vocabulary(loaded.tokenizer),
-        {"name": to.stem, "description": describe(loaded, path)},
-    )
+    tokens = vocabulary(loaded.tokenizer)
+    about = {"name": to.stem, "description": summary(loaded)}
     with whole(to) as file:
         exact = write_gguf(file, content, weights, tokens, kind=KINDS[dtype], about=about)
     if exact:
-        few = f"{len(exact)} matrices, such as {exact[0]}" if len(exact) > 1 else exact[0]
-        print(
-            f"note: {few}: float32, since q8_0 needs rows of a multiple of 32 weights",
-            file=sys.stderr,
-        )
+        why = "float32, since q8_0 needs rows of a multiple of 32 weights"
+        print(f"note: {len(exact)} matrices, such as {exact[0]}: {why}", file=sys.stderr)
     return f"{to}: {size(to)}; for llama.cpp: llama-completion -m {shlex.quote(str(to))} -n 200"
 
 
-def write_checkpoint(loaded, path: Path, to: Path, dtype: str) -> str:
-    """All entries of the checkpoint in one file; as write_folder."""
+def write_checkpoint(loaded, to: Path, dtype: str) -> str:
+    """Write all entries of a run's checkpoint in one file; as write_folder."""
     from humptygpt.checkpoint.checkpoint import save
 
+    if loaded.saved is None:
+        raise UserError(
+            f"format=ckpt is for checkpoints of runs, and {loaded.path} is none; scripts open it by --init_from"
+        )
     to.parent.mkdir(parents=True, exist_ok=True)
     save(to, loaded.saved)
     more = "what training needs to resume" if "optimizer" in loaded.saved else "the model"
@@ -153,10 +140,10 @@ def write_checkpoint(loaded, path: Path, to: Path, dtype: str) -> str:
 
 
 def generation_config(loaded) -> str:
-    """generate() of transformers samples as sample.py does by default; loaded: a checkpoint.Loaded."""
+    """Return generation_config.json, with which transformers samples as sample.py does by default."""
     from sample import SampleConfig
 
-    model, tokenizer, _ = loaded
+    model, tokenizer = loaded.model, loaded.tokenizer
     content = {
         "do_sample": True,
         "temperature": SampleConfig.temperature,
@@ -172,7 +159,7 @@ def generation_config(loaded) -> str:
 
 
 def size(path: Path) -> str:
-    """Of a file, or of those in a folder."""
+    """Return the size of a file, or of all in a folder, in megabytes."""
     files = list(path.iterdir()) if path.is_dir() else [path]
     return f"{sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"
 

@@ -78,8 +78,7 @@ from humptygpt.data.token_files import (
     read_meta,
     token_dtype,
 )
-from humptygpt.interchange.hub import fetch_tokenizer, repository
-from humptygpt.tokenizer.read_huggingface import is_tokenizer, read_tokenizer
+from humptygpt.interchange.hub import repository
 from humptygpt.tokenizer.tokenizers import (
     TOKENIZERS,
     SentencePieceTokenizer,
@@ -542,23 +541,9 @@ def make_tokenizer(corpus: Corpus | Pairs, fit: bool) -> Tokenizer:
 
 def pretrained_tokenizer(path: str, corpus: Corpus | Pairs) -> Tokenizer:
     """Of a model's folder, of a run, an adapter or nanoGPT's ckpt.pt, or of a model of the hub. Raises UserError."""
-    repo = None if os.path.exists(path) else repository(path)
-    folder = fetch_tokenizer(repo) if repo else Path(path)
-    models = (
-        "best.pt",
-        "ckpt.pt",
-        "best",
-        "ckpt",
-        "adapter_config.json",
-    )  # best and ckpt: of a sharded run
-    if is_tokenizer(folder) or not (
-        os.path.isfile(path) or any(os.path.exists(folder / name) for name in models)
-    ):
-        tokenizer = read_tokenizer(folder)
-    else:
-        from humptygpt.interchange.load import load_tokenizer  # here, since it loads torch
+    from humptygpt.interchange.load import load_tokenizer  # here, since it loads torch
 
-        tokenizer = separate(load_tokenizer(path), corpus.separated)
+    tokenizer = separate(load_tokenizer(path), corpus.separated)
     if tokenizer.eot is None and corpus.task == Pairs.task:
         raise UserError(
             f"tokenizer={path} has no end-of-text token, which sentence pairs need; take another --tokenizer"

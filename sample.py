@@ -35,7 +35,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from humptygpt.checkpoint.checkpoint import restore_model
 from humptygpt.core import settings as configurator
 from humptygpt.core.device import DTYPES, autocast, free_memory, pick_device, sample_dtype
 from humptygpt.core.errors import UserError
@@ -46,7 +45,7 @@ from humptygpt.generation.decoder import prepare_for_generation
 from humptygpt.generation.sampling import Context, Sampler, bytes_per_text, continue_texts
 from humptygpt.generation.scoring import log_probabilities
 from humptygpt.generation.streams import TextStream
-from humptygpt.interchange.load import chosen_model, load_base
+from humptygpt.interchange import load as interchange
 from humptygpt.tokenizer.tokenizers import END_OF_TEXT, Tokenizer
 from humptygpt.training.memory import check_weights_fit
 
@@ -201,7 +200,7 @@ def main(argv: list[str]) -> None:
     given = configurator.read(argv, SampleConfig)
     config = configurator.make(SampleConfig, given)
     options = {"device": config.device, "dtype": config.dtype, "quantize": config.quantize}
-    loaded = load(chosen_model(config, given), config.checkpoint, **options)
+    loaded = load(interchange.chosen_source(config, given), config.checkpoint, **options)
     for key, why in without_effect(asdict(config) | {"task": loaded.task}, SampleConfig).items():
         if key in given:
             print(f"note: {key}={given[key]} has no effect {why}", file=sys.stderr)
@@ -238,15 +237,10 @@ def load(
         )
     on_cpu = torch_device.type == "cpu"  # there the weights are converted; a GPU has autocast
     # Windows would not let a run replace a file that is mapped
-    base = load_base(source, which, mapped=on_cpu and sys.platform == "linux")
-    print(base.description, file=sys.stderr)
-    model, tokenizer, task, mapped = (
-        restore_model(base.weights, base.config),
-        base.tokenizer,
-        base.task,
-        base.mapped,
-    )
-    del base  # it would keep the weights that are replaced
+    loaded = interchange.load(source, which, mapped=on_cpu and sys.platform == "linux")
+    print(loaded.description, file=sys.stderr)
+    model, tokenizer, task, mapped = loaded.model, loaded.tokenizer, loaded.task, loaded.mapped
+    del loaded  # it would keep the weights that are replaced
     bits = 8 if quantize else 16 if on_cpu and torch_dtype == torch.bfloat16 else 32
     check_weights_fit(model, str(source), torch_device, bits=bits)
     model = prepare_for_generation(

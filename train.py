@@ -51,7 +51,7 @@ from humptygpt.core.settings import as_written_here
 from humptygpt.data.batches import Dataset, PairDataset, Prefetcher, TokenDataset
 from humptygpt.data.token_files import COMMAND, is_command, read_meta
 from humptygpt.interchange.adapters import write_adapter
-from humptygpt.interchange.load import BaseModel
+from humptygpt.interchange.load import Loaded, load
 from humptygpt.nn import lora
 from humptygpt.nn.ngrams import frequent_ngrams
 from humptygpt.parallel import processes as distributed
@@ -259,7 +259,7 @@ def train_and_finish(run: Run) -> int:
 
 
 def base_model(
-    base: BaseModel, config: TrainConfig, model_config: ModelConfig, dataset: Dataset
+    base: Loaded, config: TrainConfig, model_config: ModelConfig, dataset: Dataset
 ) -> nn.Module:
     """The model to start from, on the CPU. Raises UserError where the data has other tokens than it knows."""
     if dataset.tokenizer.pieces != base.tokenizer.pieces:
@@ -275,7 +275,7 @@ def base_model(
         )
     cropped = {  # as nanoGPT: the first positions
         name: x[: model_config.block_size].clone() if name.endswith("position.wpe.weight") else x
-        for name, x in base.weights.items()
+        for name, x in base.model.state_dict().items()
     }
     model = checkpoint.restore_model(cropped, dataclasses.replace(model_config, lora_rank=0))
     model.config = model_config
@@ -287,7 +287,7 @@ def setup(
     config: TrainConfig,
     model_config: ModelConfig,
     saved: dict | None = None,
-    base: BaseModel | None = None,
+    base: Loaded | None = None,
 ) -> Run:
     """Put a run together; saved: the checkpoint that it resumes. base: the model that it starts from."""
     processes = distributed.start(config.backend, pick_device(config.device), config.parallel)
@@ -812,7 +812,7 @@ def show(run: Run, model: nn.Module, folder: RunFolder, out_dir: str) -> None:
         )
     if run.dataset.task == "translation":
         # best.pt translates best, and sample.py takes it
-        model = checkpoint.load_model(best).model.to(run.device) if best.exists() else model
+        model = load(best).model.to(run.device) if best.exists() else model
         scores = evaluation.score_translations(model, run.dataset, run.device, dtype)
         folder.record(stamp(progress) | {"test_bleu": scores["bleu"], "test_chrf": scores["chrf"]})
         print(evaluation.describe_translations(scores))

@@ -19,6 +19,7 @@ import train
 from humptygpt.checkpoint import checkpoint
 from humptygpt.core import files
 from humptygpt.core.errors import UserError
+from humptygpt.interchange.load import load as load_source
 from humptygpt.tokenizer.tokenizers import CharTokenizer
 from humptygpt.training.settings import TrainConfig
 
@@ -80,16 +81,17 @@ def test_a_checkpoint_comes_back_as_it_was(folder):
         assert same, path
 
 
-def test_load_model_gives_the_averaged_weights_if_there_are_any(folder):
+def test_loading_gives_the_averaged_weights_if_there_are_any(folder):
     entries = make_entries()
     checkpoint.save(Path("a.pt"), entries)
-    model, tokenizer, saved = checkpoint.load_model(Path("a.pt"))
+    loaded = load_source("a.pt")
+    model, tokenizer, saved = loaded.model, loaded.tokenizer, loaded.saved
     assert_same_weights(dict(model.named_parameters()), entries["ema"])
     assert_same_weights(saved["model"], entries["model"])
     assert not model.training and tokenizer.alphabet == "ab\n"
     del entries["ema"], entries["optimizer"]
     checkpoint.save(Path("a.pt"), entries)
-    assert_same_weights(checkpoint.load_model(Path("a.pt")).model.state_dict(), entries["model"])
+    assert_same_weights(load_source("a.pt").model.state_dict(), entries["model"])
 
 
 class FullDisk(io.RawIOBase):
@@ -391,7 +393,7 @@ def test_a_checkpoint_of_format_2_keeps_every_tensor():
     )
     assert len(new_states) == len(new["ema"])
     assert [values(state) for state in new_states] == [values(state) for state in old_states]
-    assert_same_weights(dict(checkpoint.load_model(FORMAT_2).model.named_parameters()), new["ema"])
+    assert_same_weights(dict(load_source(FORMAT_2).model.named_parameters()), new["ema"])
 
 
 @pytest.mark.parametrize("name", ["ckpt.pt", "best.pt"])

@@ -27,6 +27,7 @@ import explain
 import model as models
 import train
 from humptygpt.checkpoint import checkpoint
+from humptygpt.interchange.load import load
 from humptygpt.nn.layers import ACTIVATIONS
 from humptygpt.page import page_data
 from humptygpt.tokenizer import tokenizers as tokenizer
@@ -1027,7 +1028,8 @@ def data_in(page: Path) -> dict:
 
 def probabilities(path: Path, idx: list[int], source: list[int] | None = None) -> Tensor:
     """(V,), of each next token; the model's weights are rounded as in the page."""
-    model, tok, _ = checkpoint.load_model(path)
+    loaded = load(path)
+    model, tok = loaded.model, loaded.tokenizer
     keys = {} if source is None else {"source": torch.tensor([source])}
     with torch.no_grad():
         logits = rounded(model, std=None)(torch.tensor([idx]), **keys)[0][0, -1]
@@ -1044,7 +1046,7 @@ def test_the_page_of_a_run_has_the_probabilities_of_its_model(node, run_dir, cap
     assert re.fullmatch(
         r"out/run/explain.html: 0.\d MB; open it in a browser\n", capsys.readouterr().out
     )
-    tok = checkpoint.load_model(run_dir / "best.pt").tokenizer
+    tok = load(run_dir / "best.pt").tokenizer
     typed = ["Akis", "kis", "", "Ak " * 30]
     path = str(Path("out/run/explain.html").resolve())
     for text, answer in zip(
@@ -1063,7 +1065,7 @@ def test_the_page_of_a_translation_has_the_probabilities_of_the_next_word(node, 
     argv = [*TINY_RUN, "--dataset=pairs", "--block_size=40", *PAIR_MODELS[kind]]
     train.main(argv)
     explain.main(["--out_dir=out/run", "--start=Wo  wohnst\ndu?"])
-    tok = checkpoint.load_model(Path("out/run/best.pt")).tokenizer
+    tok = load(Path("out/run/best.pt")).tokenizer
     typed = [["", "Wo  wohnst\ndu?"], ["Whe", "Wo wohnst du?"], ["Whe", "Das Haus"]]
     seen = node.ask("page", path=str(Path("out/run/explain.html").resolve()), typed=typed)
     for (target, source), answer in zip(typed, seen, strict=True):
@@ -1202,7 +1204,7 @@ def test_a_model_larger_than_the_limit_is_refused_before_its_page_is_made(
 ):
     monkeypatch.setattr(page_data, "pack_weights", None)
     complaint = fails(explain.main, "--out_dir=out/run", "--max_mb=0.05")
-    parameters = models.count_parameters(checkpoint.load_model(run_dir / "best.pt").model)
+    parameters = models.count_parameters(load(run_dir / "best.pt").model)
     assert (
         complaint.startswith(f"the weights of {parameters:,} parameters take ")
         and "raise --max_mb" in complaint
@@ -1215,7 +1217,8 @@ NGRAMS = ["--ngrams=3", "--ngram_min_count=2", "--n_embd=32"]
 def test_a_run_with_ngram_embeddings_has_a_page_with_each_row_of_them_in_8_bits(node, tiny):
     train.main([*TINY_RUN, *NGRAMS])
     explain.main(["--out_dir=out/run"])
-    model, tok, _ = checkpoint.load_model(Path("out/run/best.pt"))
+    loaded = load(Path("out/run/best.pt"))
+    model, tok = loaded.model, loaded.tokenizer
     table, rows = model.ngrams.table.weight.detach(), len(model.ngrams.keys)
     integers, unit = page_data.round_rows(table)
     assert integers.dtype == torch.int8 and integers.shape == table.shape and len(table) == rows + 1

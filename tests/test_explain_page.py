@@ -18,9 +18,9 @@ import bench
 import explain
 import prepare_data
 import train
-from humptygpt.checkpoint import checkpoint
 from humptygpt.core.errors import UserError
 from humptygpt.generation.sampling import generate
+from humptygpt.interchange import load as interchange
 from humptygpt.training import evaluation, run_folder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -130,8 +130,8 @@ def opened(browser, runs, request):
 
 
 def load(runs: Path, run: str = "run"):
-    model, tokenizer, _ = checkpoint.load_model(runs / "out" / run / "best.pt")
-    return rounded(model, std=None), tokenizer
+    loaded = interchange.load(runs / "out" / run / "best.pt")
+    return rounded(loaded.model, std=None), loaded.tokenizer
 
 
 def expected_probabilities(model, tokenizer, text: str) -> torch.Tensor:

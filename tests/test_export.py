@@ -20,13 +20,14 @@ import export
 import prepare_data
 import sample
 import train
-from humptygpt.checkpoint.checkpoint import Loaded, load, load_model, restore_model
+from humptygpt.checkpoint import checkpoint
 from humptygpt.core import download
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
 from humptygpt.generation.sampling import generate
 from humptygpt.interchange.families import FAMILIES
 from humptygpt.interchange.huggingface import find_family, to_pretrained
+from humptygpt.interchange.load import Loaded, load
 from humptygpt.tokenizer.tokenizers import (
     END_OF_TEXT,
     CharTokenizer,
@@ -177,7 +178,7 @@ def test_transformers_has_the_logits_the_tokens_and_the_greedy_text_of_sample_py
     monkeypatch.chdir(runs(case))
     export.main(["--out_dir=out/run", "--to=exported"])
     theirs, tokenizer = open_folder(Path("exported"))
-    ours = load_model(Path("out/run/best.pt"))
+    ours = load(Path("out/run/best.pt"))
     text = make_text(150)
     ids = ours.tokenizer.encode(text)
     assert tokenizer(text)["input_ids"] == ids.tolist() and tokenizer.decode(ids) == text
@@ -216,7 +217,7 @@ def test_both_have_the_greedy_text_of_models_with_gpt2s_own_vocabulary(shape, fo
     assert len(tokenizer) == 50257
     text = make_text(150)
     prompt = tokenizer(text[:20], return_tensors="pt")
-    assert prompt.input_ids[0].tolist() == load_model(BEST).tokenizer.encode(text[:20]).tolist()
+    assert prompt.input_ids[0].tolist() == load(BEST).tokenizer.encode(text[:20]).tolist()
     output = theirs.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0]
     expected = continued(Path("out/run"), text[:20])
     assert tokenizer.decode(output) == expected
@@ -251,13 +252,13 @@ def test_a_run_with_lora_is_exported_merged(runs, monkeypatch, tmp_path):
         "--learning_rate=3e-2",
     ]
     assert train.main([*given, *lora, *more]) == 0
-    saved = load(tmp_path / "lora/ckpt.pt")
+    saved = checkpoint.load(tmp_path / "lora/ckpt.pt")
     idx = torch.arange(40)[None]
     with torch.no_grad():
-        unmerged = restore_model(saved["model"], ModelConfig(**saved["model_config"])).eval()(idx)[
-            0
-        ]
-        before = load_model(base / "best.pt").model(idx)[0]
+        unmerged = checkpoint.restore_model(
+            saved["model"], ModelConfig(**saved["model_config"])
+        ).eval()(idx)[0]
+        before = load(base / "best.pt").model(idx)[0]
     assert (unmerged - before).abs().max() > 0.1
     sources = [f"--out_dir={tmp_path}/lora", f"--init_from={tmp_path}/lora/ckpt.pt"]
     for number, source in enumerate([*sources, f"--init_from={tmp_path}/lora/adapter"]):
@@ -358,7 +359,7 @@ def test_a_tokenizer_that_was_imported_has_its_tokens_in_llama_cpp(kind, folder)
             json.dumps(described | {"model": described["model"] | {"ignore_merges": True}})
         )
     found = loaded(tokenizer=read_tokenizer(Path("theirs")), **ROTARY)
-    export.write_file(found, BEST, Path("model.gguf"), "float32")
+    export.write_gguf_file(found, Path("model.gguf"), "float32")
     complete = llama_cpp(Path("model.gguf"))
     for prompt in PROMPTS:
         ids = sample.encode_prompt(prompt, found.tokenizer)[1].tolist()
@@ -426,7 +427,7 @@ def loaded(vocab_size: int | None = None, tokenizer: Tokenizer | None = None, **
         "model_config": vars(model.config),
         "train_config": {"dataset": "mine", "max_iters": 3, "seed": 1337},
     }
-    return Loaded(model, tokenizer, saved)
+    return Loaded(model, tokenizer, "language modelling", BEST, "", saved)
 
 
 BEST = Path("out/run/best.pt")
@@ -461,7 +462,7 @@ SHAPES = [
 def test_llama_cpp_computes_every_shape_that_can_be_exported_to_within_its_rounding(keys):
     pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt")
     found = loaded(**keys)
-    export.write_file(found, BEST, Path("model.gguf"), "float32")
+    export.write_gguf_file(found, Path("model.gguf"), "float32")
     prompt = torch.randint(11, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     answer = llama_cpp(Path("model.gguf"))(prompt, 5, logprobs=11)["choices"][0]
     text = found.tokenizer.encode(answer["text"]).tolist()
@@ -483,9 +484,9 @@ def test_llama_cpp_computes_every_shape_that_can_be_exported_to_within_its_round
 def test_a_gguf_file_in_fewer_bits_is_smaller_and_still_read_by_llama_cpp(dtype, capsys):
     gguf = pytest.importorskip("gguf")
     found = loaded(n_hidden=40, **ROTARY)
-    export.write_file(found, BEST, Path("exact.gguf"), "float32")
+    export.write_gguf_file(found, Path("exact.gguf"), "float32")
     assert not capsys.readouterr().err
-    export.write_file(found, BEST, Path("model.gguf"), dtype)
+    export.write_gguf_file(found, Path("model.gguf"), dtype)
     kinds = {
         tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader("model.gguf").tensors
     }
@@ -502,7 +503,7 @@ def test_a_gguf_file_in_fewer_bits_is_smaller_and_still_read_by_llama_cpp(dtype,
 
 def test_a_folder_in_bfloat16_has_the_weights_rounded():
     found = loaded()
-    export.write_folder(found, BEST, Path("exported"), "bfloat16")
+    export.write_folder(found, Path("exported"), "bfloat16")
     theirs, _ = open_folder(Path("exported"))
     assert {parameter.dtype for parameter in theirs.parameters()} == {torch.bfloat16}
     assert torch.equal(theirs.transformer.wte.weight, found.model.wte.weight.bfloat16())
@@ -511,7 +512,7 @@ def test_a_folder_in_bfloat16_has_the_weights_rounded():
 def test_rows_that_stand_for_no_token_are_never_drawn():
     found = loaded(vocab_size=24)
     nn.init.zeros_(found.model.wte.weight[:11])
-    export.write_folder(found, BEST, Path("exported"), "float32")
+    export.write_folder(found, Path("exported"), "float32")
     theirs, tokenizer = open_folder(Path("exported"))
     assert theirs.config.vocab_size == 24
     output = theirs.generate(**tokenizer("abc", return_tensors="pt"), max_new_tokens=30)[0]
@@ -551,7 +552,7 @@ def test_the_settings_in_the_card_are_a_config_file_of_the_run(runs, monkeypatch
     code = re.findall(r"```python\n(.*?)```", Path("card/README.md").read_text(), re.DOTALL)[1]
     Path("again.py").write_text(code)
     given = configurator.read(["again.py"], ModelConfig, TrainConfig)
-    saved = load_model(Path("out/run/best.pt")).saved
+    saved = load(Path("out/run/best.pt")).saved
     assert vars(configurator.make(ModelConfig, given)) == saved["model_config"]
     assert vars(configurator.make(TrainConfig, given)) == saved["train_config"]
 

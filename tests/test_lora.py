@@ -14,7 +14,7 @@ import prepare_data
 import sample
 import train
 from humptygpt.checkpoint import checkpoint
-from humptygpt.interchange.load import load_base
+from humptygpt.interchange.load import load
 from humptygpt.nn import lora
 from humptygpt.nn.lora import MARK
 from humptygpt.training.optimizers import trained_parameters
@@ -35,15 +35,13 @@ def logits(model, idx: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def base(run_train):
     run_train("--bias=True")
-    return load_base("out/run")
+    return load("out/run")
 
 
 def test_a_run_with_lora_starts_as_the_model_that_it_starts_from(base):
     run = train.setup(*read_settings([*LORA, f"--lora_targets={ALL}"]))
     idx = torch.arange(16)[None]
-    assert torch.equal(
-        logits(run.model, idx), logits(checkpoint.restore_model(base.weights, base.config), idx)
-    )
+    assert torch.equal(logits(run.model, idx), logits(base.model, idx))
     names = set(trained_parameters(run.model))
     kinds = ALL.split(",")
     assert {name.split(".")[-3] for name in names} == set(kinds) and len(names) == 2 * 2 * len(
@@ -57,27 +55,29 @@ def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base, capsys
     saved, best = (checkpoint.load(OUT / name) for name in ("ckpt.pt", "best.pt"))
     own = {name: x for name, x in saved["model"].items() if lora.MARK in name}
     assert_same_weights(
-        {name: x for name, x in saved["model"].items() if name not in own}, base.weights
+        {name: x for name, x in saved["model"].items() if name not in own}, base.model.state_dict()
     )
     assert saved["optimizer"]["state"].keys() == own.keys()
     assert all(x.any() for x in own.values())
     assert best["model_config"] == saved["model_config"] | lora.OFF
-    changed = {name for name, x in best["model"].items() if not torch.equal(x, base.weights[name])}
+    changed = {
+        name
+        for name, x in best["model"].items()
+        if not torch.equal(x, base.model.state_dict()[name])
+    }
     assert changed == {name.replace(".lora_A", "") for name in own if ".lora_A" in name}
     config = checkpoint.configurator.make(ModelConfig, saved["model_config"])
     idx = torch.arange(16)[None]
     unmerged = logits(checkpoint.restore_model(saved["model"], config), idx)
     for path in (OUT / "ckpt.pt", OUT / "best.pt"):
-        torch.testing.assert_close(
-            logits(checkpoint.load_model(path).model, idx), unmerged, atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(logits(load(path).model, idx), unmerged, atol=1e-5, rtol=1e-5)
     capsys.readouterr()
     texts = []
     for argv in (["--checkpoint=latest"], ["--checkpoint=best"]):
         sample.main([f"--out_dir={OUT}", "--temperature=0", "--max_new_tokens=20", *argv])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
-    assert load_base("out/lora", "latest").config.lora_rank == 0
+    assert load("out/lora", "latest").model.config.lora_rank == 0
 
 
 def test_a_resumed_run_with_lora_is_the_uninterrupted_one(base):
@@ -110,7 +110,9 @@ def test_frozen_parameters_stay_and_the_others_train(base):
     )
     assert train.main(["--init_from=resume", f"--out_dir={OUT}", "--max_iters=6"]) == 0
     saved = checkpoint.load(OUT / "ckpt.pt")
-    same = {name for name, x in saved["model"].items() if torch.equal(x, base.weights[name])}
+    same = {
+        name for name, x in saved["model"].items() if torch.equal(x, base.model.state_dict()[name])
+    }
     frozen = {
         name
         for name in same
@@ -211,10 +213,11 @@ def test_a_model_is_read_back_from_its_adapter(shape, run_train, capsys):
     run_train("--bias=True", *shape)
     targets = "--lora_targets=k_proj,v_proj,o_proj,up_proj"
     assert train.main([*LORA, targets, "--eval_interval=6"]) == 0
-    merged, found = load_base("out/lora"), load_base("out/lora/adapter")
-    assert found.config == merged.config and found.weights.keys() == merged.weights.keys()
-    for name, x in merged.weights.items():
-        torch.testing.assert_close(found.weights[name], x, atol=1e-6, rtol=1e-6)
+    merged, found = load("out/lora"), load("out/lora/adapter")
+    assert found.model.config == merged.model.config
+    torch.testing.assert_close(
+        dict(found.model.state_dict()), dict(merged.model.state_dict()), atol=1e-6, rtol=1e-6
+    )
     assert found.description == "out/lora/adapter: an adapter of out/run/best.pt"
     capsys.readouterr()
     texts = []
@@ -270,19 +273,17 @@ def peft_adapter(kind: str, **settings):
 def test_an_adapter_of_peft_is_read_with_its_logits(name, folder):
     kind, settings = PEFT_CONFIGS[name]
     theirs = peft_adapter(kind, **settings)
-    base = load_base("adapter")
+    base = load("adapter")
     idx = torch.randint(400, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = theirs(idx).logits
     torch.testing.assert_close(
-        logits(checkpoint.restore_model(base.weights, base.config), idx),
+        logits(base.model, idx),
         expected,
         atol=1e-4,
         rtol=1e-4,
     )
-    assert not torch.equal(
-        expected, logits(checkpoint.restore_model(load_base("theirs").weights, base.config), idx)
-    )
+    assert not torch.equal(expected, logits(load("theirs").model, idx))
 
 
 def change_config(**changes):

@@ -30,7 +30,6 @@ TORCHLESS = [
 YET_TO_GO = {
     ("checkpoint/checkpoint.py", "training"),
     ("checkpoint/sharded.py", "parallel"),
-    ("interchange/model_card.py", "training"),
 }
 
 

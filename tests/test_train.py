@@ -23,6 +23,7 @@ import train
 from humptygpt.checkpoint import checkpoint
 from humptygpt.core import settings as configurator
 from humptygpt.data.batches import TokenDataset
+from humptygpt.interchange.load import load
 from humptygpt.training import evaluation, run_folder
 from humptygpt.training.optimizers import Optimizer, make_optimizer
 from humptygpt.training.settings import read_settings
@@ -292,7 +293,7 @@ def test_averaged_weights_are_evaluated_and_saved_beside_those_that_are_trained(
     latest, best = (checkpoint.load(OUT / name) for name in ("ckpt.pt", "best.pt"))
     assert_same_weights(latest["model"], trained)
     assert "ema" not in best
-    models_to_sample = [checkpoint.load_model(OUT / name).model for name in ("ckpt.pt", "best.pt")]
+    models_to_sample = [load(OUT / name).model for name in ("ckpt.pt", "best.pt")]
     for model in models_to_sample:
         assert_same_weights(dict(model.named_parameters()), latest["ema"])
         assert val_loss(model, tiny) == averaged[-1]["val_loss"]

@@ -9,7 +9,6 @@ import sys
 import warnings
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,7 @@ from humptygpt.core.errors import UserError
 from humptygpt.core.files import remove, write_whole
 from humptygpt.core.schema import check_schema
 from humptygpt.core.settings import nearest_path
-from humptygpt.nn import lora
 from humptygpt.tokenizer import tokenizers
-from humptygpt.tokenizer.tokenizers import Tokenizer
 from humptygpt.training.optimizers import (
     STATE,
     freeze,
@@ -55,12 +52,6 @@ SCHEMA = {
     "optimizer?": {"steps": COUNT, "state": {str: {str: Tensor}}},
     "scaler?": (SCALER, None),  # of float16 alone
 }
-
-
-class Loaded(NamedTuple):
-    model: nn.Module  # on the CPU, in evaluation mode
-    tokenizer: Tokenizer
-    saved: dict | None  # as SCHEMA has it; None: of a model that was not trained here
 
 
 def save(path: Path, entries: dict) -> None:
@@ -113,14 +104,6 @@ def nearest_run(out_dir: Path) -> str:
         newest = max(trained, key=lambda path: path.stat().st_mtime).parent
         return f"; did you mean {shlex.quote(f'--out_dir={newest}')}?"
     return "" if os.path.exists(out_dir) else nearest_path(str(out_dir))
-
-
-def load_model(path: Path) -> Loaded:
-    """The model in a checkpoint, with the averaged weights if it has any, and its tokenizer."""
-    saved = load(path)
-    weights = saved["model"] | (saved.get("ema") or {})
-    model = restore_model(weights, configurator.make(models.ModelConfig, saved["model_config"]))
-    return Loaded(lora.merge(model).eval(), tokenizers.from_state(saved["tokenizer"]), saved)
 
 
 def restore_model(weights: dict[str, Tensor], config: models.ModelConfig) -> nn.Module:

@@ -1,11 +1,10 @@
 """README.md of an exported model: what it is, what it was trained on, how well it predicts, and how to use it."""
 
-import dataclasses
-from pathlib import Path
+import json
 
-from humptygpt.checkpoint.checkpoint import Loaded
 from humptygpt.checkpoint.metrics import read_metrics
-from model import ModelConfig, count_parameters
+from humptygpt.interchange.load import Loaded
+from model import count_parameters
 
 CARD = """---
 library_name: transformers
@@ -55,10 +54,10 @@ The settings of the run that are not HumptyGPT's defaults:
 """
 
 
-def model_card(loaded: Loaded, path: Path, name: str) -> str:
-    """path: of the checkpoint, or of a model that was not trained here. name: of the model."""
-    model, tokenizer, saved = loaded
-    eot, translation = tokenizer.eot, saved is not None and saved["task"] == "translation"
+def model_card(loaded: Loaded, name: str, defaults: dict) -> str:
+    """Return the card of a model of this name; defaults: of all settings, those of the run that differ are listed."""
+    model, tokenizer, saved = loaded.model, loaded.tokenizer, loaded.saved
+    eot, translation = tokenizer.eot, loaded.task == "translation"
     notes = [f"Prompt and output together have at most {model.config.block_size:,} tokens."]
     if translation:
         notes.append(
@@ -68,82 +67,67 @@ def model_card(loaded: Loaded, path: Path, name: str) -> str:
         notes.append("Characters that its training text does not have are an error.")
     if eot is None:
         notes.append("Its training text was a single one, so that it never ends one.")
-    prompt = "Ein Mann schläft." if translation else ""
-    start = f"{prompt}{'<|endoftext|>' if eot is not None else tokenizer.decode(tokenizer.start())}"
+    start = tokenizer.decode(tokenizer.start()) if eot is None else "<|endoftext|>"
+    prompt = f"Ein Mann schläft.{start}" if translation else start
     card = CARD.format(
         name=name,
         family="Llama" if model.config.position == "rotary" else "GPT-2",
         parameters=f"{count_parameters(model):,}",
-        origin=origin(saved, path),
-        training=training(saved, path) if saved else "",
+        origin=origin(loaded),
+        training=training(loaded) if saved else "",
         context=f"{model.config.block_size:,}",
         tokenizer=tokenizer.name,
         vocabulary=f"{tokenizer.vocab_size:,}",
-        prompt=repr(start).replace("'", '"')
-        if "'" not in start and '"' not in start
-        else repr(start),
+        prompt=json.dumps(prompt, ensure_ascii=False),
         new_tokens=min(200, model.config.block_size // 2),
         notes=" ".join(notes),
     )
-    return card + (SETTINGS.format(settings=changed_settings(saved)) if saved else "")
+    if not saved:
+        return card
+    settings = saved["model_config"] | saved["train_config"]
+    changed = [
+        f"{key} = {value!r}"
+        for key, value in settings.items()
+        if key in defaults and value != defaults[key]
+    ]
+    return card + SETTINGS.format(settings="\n".join(changed))
 
 
-def origin(saved: dict | None, path: Path) -> str:
-    return (
-        f"trained with HumptyGPT on {source(saved)}"
-        if saved
-        else f"converted by HumptyGPT from {path}"
+def summary(loaded: Loaded) -> str:
+    """Return where a model comes from and how well it predicts, in one line."""
+    if loaded.saved is None:
+        return origin(loaded)
+    return f"{origin(loaded)}; validation loss: {validation_loss(loaded)}"
+
+
+def origin(loaded: Loaded) -> str:
+    if loaded.saved is None:
+        return f"converted by HumptyGPT from {loaded.path}"
+    return f"trained with HumptyGPT on {data_source(loaded.saved)}"
+
+
+def training(loaded: Loaded) -> str:
+    """Return the rows of the card's table that are about training."""
+    progress = loaded.saved["progress"]
+    return TRAINING.format(
+        source=data_source(loaded.saved),
+        steps=f"{progress['iter']:,}",
+        tokens=f"{progress['tokens']:,}",
+        loss=validation_loss(loaded),
     )
 
 
-def training(saved: dict, path: Path) -> str:
-    """Rows of the card's table."""
-    progress = saved["progress"]
-    steps, tokens = f"{progress['iter']:,}", f"{progress['tokens']:,}"
-    return TRAINING.format(source=source(saved), steps=steps, tokens=tokens, loss=loss(saved, path))
-
-
-def describe(loaded: Loaded, path: Path) -> str:
-    """In one line; path: as in model_card."""
-    described = origin(loaded.saved, path)
-    return (
-        f"{described}; validation loss: {loss(loaded.saved, path)}" if loaded.saved else described
-    )
-
-
-def source(saved: dict) -> str:
-    """What it was trained on."""
+def data_source(saved: dict) -> str:
     return saved["data"].get("source", saved["train_config"]["dataset"])
 
 
-def loss(saved: dict, path: Path) -> str:
-    """Of these weights where it was measured, else the lowest so far."""
-    progress = saved["progress"]
-    rows = [
-        row for row in read_metrics(path.with_name("metrics.jsonl")) if row and "val_loss" in row
-    ]
-    measured = next((row for row in rows if row["iter"] == progress["iter"]), None)
-    if measured and "val_bits_per_byte" in measured:
-        return f"{measured['val_loss']:.4f} nats per token, {measured['val_bits_per_byte']:.3f} bits per byte"
+def validation_loss(loaded: Loaded) -> str:
+    """Return that of these weights where it was measured, else the lowest so far."""
+    progress = loaded.saved["progress"]
+    for row in read_metrics(loaded.path.with_name("metrics.jsonl")):
+        if row and row["iter"] == progress["iter"] and "val_bits_per_byte" in row:
+            return f"{row['val_loss']:.4f} nats per token, {row['val_bits_per_byte']:.3f} bits per byte"
+    best = f"{progress['best_val_loss']:.4f} nats per token"
     if progress["best_iter"] == progress["iter"]:
-        return f"{progress['best_val_loss']:.4f} nats per token"
-    best = f"{progress['best_val_loss']:.4f} nats per token at step {progress['best_iter']:,}"
-    return f"not measured at this step; {best}"
-
-
-def changed_settings(saved: dict) -> str:
-    """Lines of a config file."""
-    from humptygpt.training.settings import TrainConfig
-
-    lines = []
-    for cls, settings in (
-        (ModelConfig, saved["model_config"]),
-        (TrainConfig, saved["train_config"]),
-    ):
-        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        lines += [
-            f"{key} = {value!r}"
-            for key, value in settings.items()
-            if value != defaults.get(key, value)
-        ]
-    return "\n".join(lines)
+        return best
+    return f"not measured at this step; {best} at step {progress['best_iter']:,}"

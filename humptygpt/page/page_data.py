@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from humptygpt.checkpoint import checkpoint
 from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core.errors import UserError
+from humptygpt.interchange.load import load
 from humptygpt.nn.ngrams import NgramTable
 from humptygpt.tokenizer.tokenizers import (
     END_OF_TEXT,
@@ -33,19 +34,23 @@ def page_data(
 
     which: best or latest. start: the text that the page starts with. max_mb: megabytes that the weights may take in it.
     """
-    path = checkpoint.find_checkpoint(Path(out_dir), which)
-    model, tokenizer, saved = checkpoint.load_model(path)
+    run = load(checkpoint.find_checkpoint(Path(out_dir), which))
+    model, tokenizer, saved = run.model, run.tokenizer, run.saved
+    if saved is None:
+        raise UserError(f"out_dir={out_dir} is no run of train.py; a page shows one")
     check_size(model, max_mb)
     text = start if tokenizer.eot is None else start.removeprefix(END_OF_TEXT)
     tokenizer.encode(text)  # raises UserError where it has no tokens for it
     return {
         "name": Path(out_dir).resolve().name,
-        "task": saved["task"],
+        "task": run.task,
         "progress": plain_row({key: saved["progress"][key] for key in ("iter", "best_val_loss")}),
         **model_data(model),
         "tokenizer": tokenizer_data(tokenizer),
         "start": start,
-        "metrics": [plain_row(row) for row in read_metrics(path.with_name("metrics.jsonl")) if row],
+        "metrics": [
+            plain_row(row) for row in read_metrics(run.path.with_name("metrics.jsonl")) if row
+        ],
     }
 
 

@@ -12,7 +12,7 @@ from humptygpt.core import settings as configurator
 from humptygpt.core.device import DTYPES
 from humptygpt.core.errors import UserError
 from humptygpt.core.settings import check, setting, without_effect
-from humptygpt.interchange.load import BaseModel, load_base
+from humptygpt.interchange.load import Loaded, load
 from humptygpt.nn import lora
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import note
@@ -159,7 +159,7 @@ class TrainConfig:
 
 def read_settings(
     argv: list[str], locks: ExitStack | None = None
-) -> tuple[TrainConfig, ModelConfig, dict | None, BaseModel | None]:
+) -> tuple[TrainConfig, ModelConfig, dict | None, Loaded | None]:
     """The configs, and the checkpoint to resume or the model to start from, if that is asked for.
 
     locks: takes the lock of the out_dir, before the checkpoint is read, unless the run writes nothing.
@@ -197,7 +197,7 @@ def read_settings(
             "init_from": saved["train_config"].get("init_from", "resume"),
         }
     elif given.get("init_from", "scratch") != "scratch":
-        base = load_base(given["init_from"])
+        base = load(given["init_from"])
         settings = given | base_settings(base, given)
     config, model_config = (
         configurator.make(TrainConfig, settings),
@@ -231,9 +231,9 @@ def with_tensors(saved: dict, path: Path) -> dict:
     return checkpoint.load(path) if next(iter(saved["model"].values())).is_meta else saved
 
 
-def base_settings(base: BaseModel, given: dict) -> dict[str, object]:
+def base_settings(base: Loaded, given: dict) -> dict[str, object]:
     """The ModelConfig of a run that starts from a model: the model's own, but for what a run may choose."""
-    own, defaults = asdict(base.config), asdict(ModelConfig())
+    own, defaults = asdict(base.model.config), asdict(ModelConfig())
     free = (*TRAINING_ONLY, *lora.OFF, "block_size")
     if idle := [
         key
@@ -243,9 +243,10 @@ def base_settings(base: BaseModel, given: dict) -> dict[str, object]:
         listed = [", ".join(f"{key}={values[key]}" for key in idle) for values in (given, own)]
         note(f"{listed[0]}: without effect; the model {base.path} has {listed[1]}")
     chosen = {key: given.get(key, defaults[key]) for key in (*TRAINING_ONLY, *lora.OFF)}
-    block_size = given.get("block_size", base.config.block_size)
-    if block_size > base.config.block_size and base.config.position == "learned":
-        why = f"the model {base.path} has learned {base.config.block_size} positions; take at most as many"
+    positions = base.model.config.block_size
+    block_size = given.get("block_size", positions)
+    if block_size > positions and base.model.config.position == "learned":
+        why = f"the model {base.path} has learned {positions} positions; take at most as many"
         raise UserError(f"block_size={block_size} is too large: {why}")
     return own | chosen | {"block_size": block_size}
 
