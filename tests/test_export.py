@@ -25,6 +25,7 @@ from humptygpt.core import download
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
 from humptygpt.generation.sampling import generate
+from humptygpt.interchange import load as load_module
 from humptygpt.interchange.families import FAMILIES
 from humptygpt.interchange.huggingface import find_family, to_pretrained
 from humptygpt.interchange.load import Loaded, load
@@ -596,7 +597,7 @@ def test_the_demo_is_refused_and_the_preset_named(fails, folder):
     config = configurator.make(ModelConfig, configurator.read([demo], ModelConfig, TrainConfig))
     with pytest.raises(UserError, match=re.escape(DEMO)):
         export.write_folder(
-            loaded(**vars(config) | {"vocab_size": 11}), BEST, Path("exported"), "float32"
+            loaded(**vars(config) | {"vocab_size": 11}), Path("exported"), "float32"
         )
     assert not list(folder.iterdir())
 
@@ -632,7 +633,7 @@ GGUF_REFUSES = [
 def test_what_gguf_cannot_hold_is_refused_by_name_with_the_way_out(keys, complaint, folder):
     pytest.importorskip("gguf")
     with pytest.raises(UserError, match=complaint):
-        export.write_file(loaded(**keys), BEST, Path("model.gguf"), "float32")
+        export.write_gguf_file(loaded(**keys), Path("model.gguf"), "float32")
     assert not list(folder.iterdir())
 
 
@@ -647,12 +648,29 @@ def test_mistakes_are_one_line(fails, folder):
     assert "no checkpoint out/best.pt" in refused("--to=x")
     (folder / "full").mkdir()
     (folder / "full" / "file").write_text("")
-    assert "to=full has files in it; remove it, or name a new folder" in refused("--to=full")
-    assert "to=full is a folder; name a file" in refused("--to=full", "--format=gguf")
-    assert "to=full/file is a file; name a new folder" in refused("--to=full/file")
-    assert "to=/dev/null is a device or a pipe, which a file cannot" in refused(
-        "--to=/dev/null", "--format=gguf"
-    )
+    assert "to=full is a file or has files in it; remove it" in refused("--to=full")
+    assert "to=full/file is a file or has files in it" in refused("--to=full/file")
+    for path in ("full", "/dev/null"):
+        line = refused(f"--to={path}", "--format=gguf")
+        assert f"to={path} is no file that can be replaced; name a new file" in line
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("a.gguf", "gguf"), ("a.pt", "ckpt"), ("a", "transformers")]
+)
+def test_the_ending_of_the_name_chooses_the_format(name, kind, monkeypatch, folder):
+    monkeypatch.setattr(load_module, "load", lambda source, which: None)
+    writers = {
+        "gguf": "write_gguf_file",
+        "ckpt": "write_checkpoint",
+        "transformers": "write_folder",
+    }
+    written = []
+    for each, writer in writers.items():
+        monkeypatch.setattr(export, writer, lambda *args, each=each: written.append(each))
+    export.main(["--init_from=x", f"--to={name}"])
+    export.main(["--init_from=x", f"--to={name}", "--format=transformers"])
+    assert written == [kind, "transformers"]
 
 
 FULL = """
@@ -661,16 +679,16 @@ from pathlib import Path
 sys.path[:0] = sys.argv[1:]
 import export
 from humptygpt.core.errors import UserError
-from test_export import BEST, loaded
+from test_export import loaded
 
 found, none = loaded(n_embd=64), resource.RLIM_INFINITY
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-for path, write in (("new/exported", export.write_folder), ("new/model.gguf", export.write_file)):
+for path, write in (("new/exported", export.write_folder), ("new/model.gguf", export.write_gguf_file)):
     for limit in (none, 100, 5_000, 60_000):
         to = Path(path if limit != none else f"before/{path}")
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, none))
         try:
-            write(found, BEST, to, "float32")
+            write(found, to, "float32")
         except UserError as error:
             print(error)
 """
