@@ -197,7 +197,7 @@ def least_memory(config, model: nn.Module, rows: int, dtype: torch.dtype, proces
 
 
 def least_activation_bytes(model: nn.Module, rows: int, dtype: torch.dtype) -> float:
-    """Return some of what the backward pass needs: an input or output of each linear layer, and the logits' gradient."""
+    """Return some of what the backward pass needs: a side of each linear layer, and the logits' gradient."""
     tokens = rows * model.config.block_size
     if model.has_encoder:  # a token is in the source or in the target, and sentences are short
         tokens /= 2
