@@ -1035,3 +1035,27 @@ def test_every_training_key_is_in_the_saved_settings(run_train):
     assert set(checkpoint.load(OUT / "ckpt.pt")["train_config"]) == set(
         TrainConfig.__dataclass_fields__
     )
+
+
+LONG_STEP = """
+import hashlib
+from humptygpt.training.interrupts import catch_signals
+with catch_signals():
+    print("started", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # one call of C, as torch's are
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
+def test_a_second_ctrl_c_ends_a_long_step_at_once_and_the_first_one_says_so():
+    command = [sys.executable, "-c", LONG_STEP]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "\n"
+        line = "SIGINT: finishing this step, then saving; a second one ends at once, unsaved\n"
+        assert process.stderr.readline() == line
+        time.sleep(1.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=9) == 128 + signal.SIGINT
