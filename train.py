@@ -202,7 +202,7 @@ class Run:
 
 def main(argv: list[str]) -> int:
     smaller = "try a smaller --batch_size, --block_size or model"
-    with ExitStack() as locks, distributed.one_reports(), limits.memory_advice(smaller):
+    with ExitStack() as locks, distributed.silence_other_ranks(), limits.memory_advice(smaller):
         config, model_config, *start = read_settings(argv, locks)
         if config.dry_run:
             print(describe_sizes(config, model_config))
@@ -296,12 +296,11 @@ def setup(
     (give_back_freed_memory if processes.sharded else keep_freed_memory)()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    with processes.first_alone("data"):  # it may have to prepare them
+    with processes.rank_zero_first():  # it may have to prepare them
         dataset = open_dataset(config, model_config)
     identity = dataset.identity()
     steps = {"iter": saved["progress"]["iter"]} if saved else {}
     processes.check_alike(asdict(config) | asdict(model_config) | identity | steps)
-    processes.watch()
     accumulation, pairs = config.gradient_accumulation_steps, dataset.task == "translation"
     distributed.check_divisible(processes.size, accumulation, config.batch_size, pairs)
     if saved and not is_data_of(saved, dataset, identity):
@@ -662,8 +661,11 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     """
     config, model_config, processes = run.config, run.model.config, run.processes
     micro_batches = config.gradient_accumulation_steps
-    parts = list(processes.parts(run.batches, it * micro_batches, micro_batches, config.batch_size))
-    (tokens,) = processes.sum(sum(part.tokens for part in parts))
+    batches = processes.local_batches(
+        run.batches, it * micro_batches, micro_batches, config.batch_size
+    )
+    parts = list(batches)
+    tokens = processes.sum(sum(part.tokens for part in parts))
     mean_loss = torch.zeros((), device=run.device)
     for part in parts:
         processes.before_backward(run.model, last=part is parts[-1])

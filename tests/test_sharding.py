@@ -32,7 +32,7 @@ FSDP = [
     "--n_embd=34",
     "--parallel=fsdp",
 ]  # 34 rows, which 4 processes do not divide evenly
-SHARDED = {name: options for name, options in RUNS.items() if name != "n-grams"}
+SHARDED = dict(RUNS)
 SHARDED["Muon"] = [
     *SHARDED["Muon"],
     "--ema_decay=0.9",

@@ -28,7 +28,7 @@ from humptygpt.checkpoint import checkpoint
 from humptygpt.core.errors import UserError
 from humptygpt.core.files import cannot_write, remove, write_whole
 from humptygpt.core.schema import check_schema
-from humptygpt.parallel.processes import Processes, others_answer
+from humptygpt.parallel.processes import Processes, raise_if_rank_died
 
 ENTRIES, METADATA = "entries.pt", checkpoint.SHARDED
 SCHEMA = {
@@ -60,14 +60,14 @@ def save(folder: Path, entries: dict, processes: Processes) -> None:
     temporary = folder.with_name(f"{folder.name}.tmp")
     if processes.first:
         remove(temporary)  # of a run that was killed
-    processes.sum(0)  # so that nobody writes before
+    processes.wait_for_all()  # so that nobody writes before
     tied, first_names = {}, {}
     for name, tensor in entries["model"].items():
         memory = tensor.to_local().untyped_storage().data_ptr()
         if memory and (first := first_names.setdefault(memory, name)) != name:
             tied[name] = first
     try:
-        with others_answer():
+        with raise_if_rank_died():
             dcp.save(flat(entries, tied), storage_writer=dcp.FileSystemWriter(temporary))
     except CheckpointException as error:
         (reason, _), *_ = error.failures.values()
@@ -165,9 +165,9 @@ def load(path: Path, entries: dict, processes: Processes) -> None:
         check_shards(path, infos[processes.rank :: processes.size])
     except (UserError, ValueError, OSError, zipfile.BadZipFile) as error:
         problem = error if isinstance(error, UserError) else checkpoint.damaged(path, error)
-    if any(processes.sum(int(problem is not None))):
+    if processes.sum(int(problem is not None)):
         raise problem or UserError(f"{path} is damaged, as another process has found")
-    with others_answer():
+    with raise_if_rank_died():
         dcp.load(flat(entries, folder.entries["tied"]), storage_reader=Reader(folder))
 
 

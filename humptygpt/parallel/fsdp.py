@@ -9,7 +9,7 @@ to_local() has them. Source: Rajbhandari et al. 2019 (ZeRO), arXiv:1910.02054; Z
 It takes a second to load, and one process or DDP needs none of it: it is imported where it is used.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from humptygpt.checkpoint import sharded as sharded_checkpoint
 from humptygpt.checkpoint.checkpoint import restore_model, stored
 from humptygpt.core.errors import UserError
 from humptygpt.core.files import remove
-from humptygpt.parallel.processes import Processes, others_answer
+from humptygpt.parallel.processes import Processes, raise_if_rank_died
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,11 @@ class ShardedProcesses(Processes):
             block.forward = torch.compile(block.forward, dynamic=dynamic)
         return model
 
-    def alternate(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-        """As Processes.alternate, but all get equally many: where batches are missing, one without targets."""
-        for number, batch in enumerate(batches):
-            if number % self.size == self.rank:
-                yield batch
-        if self.rank > number % self.size:
-            yield batch | {"targets": torch.full_like(batch["targets"], -1)}
-
     def before_backward(self, model: nn.Module, last: bool) -> None:
         """Before the last one of a step, each process keeps whole gradients of its own."""
         model.set_requires_gradient_sync(last)
 
-    @others_answer()
+    @raise_if_rank_died()
     def sum_gradients(self, model: nn.Module, loss: Tensor) -> None:
         """The gradients are sums already."""
         dist.all_reduce(loss)
@@ -130,14 +122,14 @@ class ShardedProcesses(Processes):
         found[order] = torch.cat(updates).view(x.shape)
         return found
 
-    @others_answer()
+    @raise_if_rank_died()
     def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, ...]:
         """Each process gets a piece of x, (n,), of these sizes. Returns what this one gets from each."""
         found = x.new_empty(sum(received))
         dist.all_to_all_single(found, x, received, sent)
         return found.split(received)
 
-    @others_answer()
+    @raise_if_rank_died()
     def total(self, x: Tensor) -> Tensor:
         """The sum of x over the processes."""
         dist.all_reduce(x)
@@ -148,7 +140,7 @@ class ShardedProcesses(Processes):
         model.wte.reshard()
         model.reshard()
 
-    @others_answer()
+    @raise_if_rank_died()
     def whole_model(self, model: nn.Module) -> nn.Module | None:
         """A copy of it in the first process; None in the others."""
         weights: dict[str, Tensor] = {}

@@ -38,8 +38,7 @@ def evaluate(
             total += loss * tokens
             count += tokens
     model.train()
-    loss, count = processes.sum(float(total), count)
-    return loss / count
+    return processes.sum(float(total)) / processes.sum(count)
 
 
 def measures(val_loss: float, dataset: Dataset) -> dict[str, float]:
