@@ -18,6 +18,7 @@ import bench
 import explain
 import prepare_data
 import train
+from benchmarks import keystrokes
 from humptygpt.core.errors import UserError
 from humptygpt.generation.sampling import generate
 from humptygpt.interchange import load as interchange
@@ -448,18 +449,16 @@ def test_nothing_scrolls_sideways(opened, run, width, zoom):
 def test_the_time_until_a_keystroke_is_painted_is_measured_in_each_case(
     browser, runs, fails, monkeypatch
 ):
-    monkeypatch.setattr(bench, "FIRST_KEYS", 0)
+    monkeypatch.setattr(keystrokes, "FIRST_KEYS", 0)
     page, pairs = (runs / "out" / run / "explain.html" for run in ("run", "pairs"))
-    config = bench.BenchConfig(what="page", page=str(page), keystrokes=2)
-    found = bench.time_page(browser, page, config)
-    assert found.keys() == {
+    figures = keystrokes.time_page(browser, page, 2)
+    assert figures.keys() == {
         f"{where}_{size}" for where in ("appended", "anywhere") for size in ("64", "full")
     }
-    assert all(0 < times["median_ms"] <= times["p95_ms"] for times in found.values())
+    assert all(0 < times["median_ms"] <= times["p95_ms"] for times in figures.values())
     with pytest.raises(UserError, match="its tokens are not characters"):
-        bench.time_page(browser, pairs, config)
+        keystrokes.time_page(browser, pairs, 2)
     assert "make it with explain.py" in fails(bench.main, "--what=page", "--page=none.html")
-    assert "what=page needs --page" in fails(bench.main, "--what=page")
 
 
 def test_a_section_for_which_the_run_has_nothing_names_a_command_that_trains_one(opened):

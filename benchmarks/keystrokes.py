@@ -1,0 +1,80 @@
+"""bench.py --what=page: how long a page of explain.py takes to answer a keystroke, in a browser."""
+
+import math
+import random
+import shutil
+import statistics
+from pathlib import Path
+
+from bench import BenchConfig
+from humptygpt.core.errors import UserError
+
+FIRST_KEYS = 10  # keystrokes that are not counted, while the browser compiles
+# A message that is posted before a frame is painted arrives after it.
+PAINTED = """() => {
+  window.painted = [];
+  const later = new MessageChannel();
+  addEventListener("keydown", ({ timeStamp }) => {
+    later.port1.onmessage = () => painted.push(performance.now() - timeStamp);
+    requestAnimationFrame(() => later.port2.postMessage(null));
+  }, true);
+  const data = JSON.parse(document.getElementById("data").textContent);
+  return [data.tokenizer.alphabet ?? "", data.model.block_size];
+}"""
+TIME_OF_NEXT = """n => new Promise((done) => {
+  const ask = () => n < painted.length ? done(painted[n]) : setTimeout(ask);
+  ask();
+})"""
+
+
+def bench(config: BenchConfig) -> dict:
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        raise UserError("what=page needs playwright: pip install playwright") from None
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        raise UserError("what=page needs an installed Chromium; Debian: apt-get install chromium")
+    path = Path(config.page).resolve()
+    if not path.is_file():
+        raise UserError(f"no {config.page}; make it with explain.py")
+    with sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        return time_page(browser, path, config.keystrokes)
+
+
+def time_page(browser, path: Path, keystrokes: int) -> dict[str, dict]:
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    page.goto(f"{path.as_uri()}#section=attention")
+    page.wait_for_selector("#bars")
+    alphabet, block_size = page.evaluate(PAINTED)
+    letters = [letter for letter in alphabet if "a" <= letter <= "z"]
+    if not letters:
+        raise UserError(f"{path}: its tokens are not characters, which this benchmark types")
+    # where the context is full, the first token leaves and all others move
+    lengths = {"64": 64, "full": block_size + 1}
+    return {
+        f"{where}_{name}": time_keystrokes(page, letters, T, where, keystrokes)
+        for name, T in lengths.items()
+        for where in ("appended", "anywhere")
+    }
+
+
+def time_keystrokes(page, letters: list[str], T: int, where: str, count: int) -> dict[str, float]:
+    """T: tokens of the text after each keystroke; where: appended or anywhere. Returns milliseconds."""
+    draw = random.Random(1)
+    times = []
+    for _ in range(FIRST_KEYS + count):
+        page.fill("#text", "".join(draw.choices(letters, k=T - 1)))
+        position = T - 1 if where == "appended" else draw.randrange(T - 1)
+        page.eval_on_selector(
+            "#text", "(text, at) => { text.focus(); text.setSelectionRange(at, at); }", position
+        )
+        painted = page.evaluate("painted.length")
+        page.keyboard.press(draw.choice(letters))
+        times.append(page.evaluate(TIME_OF_NEXT, painted))
+    times = sorted(times[FIRST_KEYS:])
+    return {
+        "median_ms": round(statistics.median(times), 1),
+        "p95_ms": round(times[math.ceil(0.95 * count) - 1], 1),
+    }

@@ -1,0 +1,64 @@
+"""llama.cpp, by the package xllamacpp."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from bench import BenchConfig
+from benchmarks.contenders import Generator
+from benchmarks.huggingface import random_gpt2
+from humptygpt.interchange.gguf import Vocabulary, write_gguf
+from model import ModelConfig
+
+KINDS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
+
+
+def write_random_gguf(path: Path, config: ModelConfig, kind: str) -> None:
+    """Write random_gpt2() for llama.cpp; kind: of KINDS.
+
+    The output head is that of the embedding, as llama.cpp has it where a file has none.
+    """
+    model = random_gpt2(config)
+    weights = model.state_dict()
+    del weights["lm_head.weight"]
+    words = [f"t{i}" for i in range(config.vocab_size)]
+    tokens = Vocabulary("gpt2", words, eot=0, merges=["t 0"])  # it insists on one
+    content = model.config.to_dict() | {"architectures": ["GPT2LMHeadModel"]}
+    write_gguf(path, content, weights, tokens, kind=kind, about={})
+
+
+class LlamaCppGenerator(Generator):
+    """Its server, called in its own process: it reports the seconds, of the tokens after the first their mean."""
+
+    dtypes = tuple(KINDS)
+    packages = ("xllamacpp", "gguf", "transformers")
+    max_texts = 1
+
+    def load(self, model_config: ModelConfig, config: BenchConfig) -> None:
+        import xllamacpp
+
+        self.folder = TemporaryDirectory()  # the server maps the file
+        path = Path(self.folder.name) / "model.gguf"
+        write_random_gguf(path, model_config, KINDS[config.weights])
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx = config.prompt + config.new_tokens
+        params.n_parallel = 1
+        params.n_gpu_layers = 0
+        params.cpuparams.n_threads = torch.get_num_threads()
+        params.cpuparams_batch.n_threads = torch.get_num_threads()
+        params.verbosity = -1
+        params.cache_ram_mib = 0  # of earlier requests
+        self.server = xllamacpp.Server(params)
+
+    def measure(self, n: int) -> list[float]:
+        request = {
+            "prompt": self.idx[0].tolist(),
+            "max_tokens": n,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
+        timings = self.server.handle_completions(request)["timings"]
+        return [timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000 / (n - 1)]

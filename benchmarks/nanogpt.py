@@ -1,0 +1,88 @@
+"""nanoGPT, from a checkout: https://github.com/karpathy/nanoGPT."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import train
+from bench import BenchConfig
+from benchmarks.contenders import Generator, Trainer
+from humptygpt.core.device import autocast, pick_device, to_device
+from humptygpt.training.settings import TrainConfig
+from model import ModelConfig
+
+KEYS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "vocab_size")
+
+
+def build_gpt(checkout: str, config: ModelConfig) -> nn.Module:
+    """The GPT of the checkout's model.py in the shape of the config."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(checkout) / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    shape = {key: getattr(config, key) for key in KEYS}
+    return module.GPT(module.GPTConfig(**shape))
+
+
+class NanoGPTTrainer(Trainer):
+    """nanoGPT's model and optimizer, the body of its loop and its way of drawing batches; data: one file of uint16."""
+
+    def __init__(self, config: TrainConfig, model_config: ModelConfig, checkout: str):
+        self.config = config
+        self.device = pick_device(config.device)
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dataset = train.open_dataset(config, model_config)
+        self.tokens = self.dataset.folder / "train.bin"
+        torch.manual_seed(config.seed)
+        self.model = build_gpt(checkout, model_config).to(self.device)
+        self.net = self.model
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, as there
+            self.net = torch.compile(self.model)
+        self.optimizer = self.model.configure_optimizers(
+            config.weight_decay,
+            config.learning_rate,
+            (config.beta1, config.beta2),
+            device_type=self.device.type,
+        )
+        self.next_batch = self.get_batch()
+
+    def get_batch(self) -> Tensor:
+        """Returns (2, B, T): token ids and targets."""
+        T = self.dataset.block_size
+        data = np.memmap(self.tokens, dtype=np.uint16, mode="r")  # opened for each batch, as there
+        starts = torch.randint(len(data) - T, (self.config.batch_size,))
+        crops = np.stack([data[i : i + T + 1] for i in starts]).astype(np.int64)
+        batch = torch.from_numpy(np.stack([crops[:, :-1], crops[:, 1:]]))
+        return to_device({"batch": batch}, self.device)["batch"]
+
+    def step(self, it: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr(it)
+        with autocast(self.device, self.dtype):
+            _, loss = self.net(*self.next_batch)
+        self.next_batch = self.get_batch()
+        loss.backward()
+        if self.config.grad_clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        loss.item()
+
+
+class NanoGPTGenerator(Generator):
+    """Its GPT.generate, one token a call, which is the same work: it keeps nothing from one token to the next."""
+
+    def load(self, model_config: ModelConfig, config: BenchConfig) -> None:
+        self.model = build_gpt(config.nanogpt, model_config).eval()
+
+    def steps(self, n: int) -> Iterator[Tensor]:
+        idx = self.idx
+        for _ in range(n):
+            idx = self.model.generate(idx, 1)
+            yield idx

@@ -1,0 +1,43 @@
+"""This program as a contender."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import train
+from bench import BenchConfig
+from benchmarks.contenders import Generator, Trainer
+from humptygpt.generation.decoder import prepare_for_generation
+from humptygpt.generation.sampling import generate
+from humptygpt.training.settings import TrainConfig
+from model import ModelConfig, build
+
+
+class OurTrainer(Trainer):
+    """Steps as train.py takes them."""
+
+    def __init__(self, config: TrainConfig, model_config: ModelConfig):
+        self.run = train.setup(config, model_config)
+        self.config = config
+        self.model = self.run.model
+        self.dataset = self.run.dataset
+        self.device = self.run.device
+
+    def step(self, it: int) -> None:
+        self.run.optimizer.set_lr(self.config.lr(it) / self.config.learning_rate)
+        loss, _, _ = train.train_step(self.run, it)
+        loss.item()
+
+
+class OurGenerator(Generator):
+    """Tokens as sample.py generates them."""
+
+    dtypes = ("float32", "bfloat16", "int8")
+
+    def load(self, model_config: ModelConfig, config: BenchConfig) -> None:
+        dtype = torch.bfloat16 if config.weights == "bfloat16" else torch.float32
+        self.model = prepare_for_generation(build(model_config), dtype, config.weights == "int8")
+
+    def steps(self, n: int) -> Iterator[Tensor]:
+        return generate(self.model, self.idx, n, temperature=0.0)

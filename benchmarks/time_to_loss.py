@@ -1,0 +1,66 @@
+"""bench.py --what=loss: how long nanoGPT's CPU preset takes to a validation loss, and how long ours does."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+from tqdm import trange
+
+from bench import BenchConfig
+from benchmarks.contenders import WARMUP, Isolated
+from benchmarks.nanogpt import NanoGPTTrainer
+from benchmarks.ours import OurTrainer
+from benchmarks.training import DEMO, PRESET, SHAPE, read_configs
+
+
+def bench(config: BenchConfig) -> dict:
+    rows = []
+    for seed in range(1, config.seeds + 1):
+        rows.append(compare_run(config, seed))
+        print(f"seed {seed}: {json.dumps(rows[-1])}", flush=True)
+    return {key: round(statistics.median(row[key] for row in rows), 4) for key in rows[0]}
+
+
+def compare_run(config: BenchConfig, seed: int) -> dict[str, float]:
+    """Train both from this seed. Returns the figures of each, as from train_to(), and the speedup."""
+    ours, model_config = read_configs(config, DEMO)
+    ours = replace(ours, seed=seed)
+    preset = replace(PRESET, seed=seed, dataset=ours.dataset, device=config.device)
+    shape = replace(SHAPE, vocab_size=model_config.vocab_size)
+    nanogpt = Isolated(NanoGPTTrainer, preset, shape, config.nanogpt)
+    row = train_to(nanogpt.call, preset.max_iters, 100, config.target, "nanogpt")
+    trial = Isolated(OurTrainer, ours, model_config).call("take_steps", 0, 3 * WARMUP)
+    # how many steps fit into the same time, with room for a machine that others slow down
+    steps = int(0.8 * row["nanogpt_seconds"] / statistics.mean(trial[WARMUP:])) or 1
+    ours = replace(ours, max_iters=steps, lr_decay_iters=None)
+    row |= train_to(Isolated(OurTrainer, ours, model_config).call, steps, 5, config.target, "ours")
+    row["speedup"] = row["nanogpt_seconds_to_target"] / row["ours_seconds_to_target"]
+    return row
+
+
+def train_to(
+    call: Callable, steps: int, interval: int, target: float, name: str
+) -> dict[str, float]:
+    """Train for this many steps, evaluating after every interval of them until the target is reached.
+
+    Returns the seconds of all steps, those to the target, interpolated linearly between evaluations (all, where it was
+    not reached), and the loss at the end.
+    """
+    seconds = 0.0
+    reached = None
+    loss = math.inf
+    for first in trange(0, steps, interval, disable=None):
+        taken = sum(call("take_steps", first, min(interval, steps - first)))
+        seconds += taken
+        if reached is None:
+            before = loss
+            loss = call("val_loss")
+            if loss <= target:
+                reached = seconds - taken * (target - loss) / (before - loss)
+    return {
+        f"{name}_seconds": seconds,
+        f"{name}_seconds_to_target": seconds if reached is None else reached,
+        f"{name}_val_loss": call("val_loss"),
+    }

@@ -1,0 +1,44 @@
+"""The settings of the benchmarks that train."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import train
+from bench import BenchConfig
+from humptygpt.core import settings
+from humptygpt.core.errors import UserError
+from humptygpt.training.settings import TrainConfig
+from model import ModelConfig
+
+DEMO = Path(__file__).parent.parent / "config" / "shakespeare_char.py"
+# nanoGPT's preset for a laptop's CPU, as the command in its README sets it
+SHAPE = ModelConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False)
+PRESET = TrainConfig(
+    batch_size=12, max_iters=2000, learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, beta2=0.99
+)
+
+
+def read_configs(
+    config: BenchConfig, default: Path | None = None
+) -> tuple[TrainConfig, ModelConfig]:
+    """The settings of the config file, or of the default one, or else nanoGPT's CPU preset.
+
+    The data is prepared if it is missing. Raises UserError where it is not text.
+    """
+    train_config = PRESET
+    model_config = SHAPE
+    path = config.config or default
+    if path:
+        given = settings.read([str(path)], ModelConfig, TrainConfig)
+        train_config = settings.make(TrainConfig, given)
+        model_config = settings.make(ModelConfig, given)
+    dtype = config.dtype or ("float32" if config.what == "train" else "auto")
+    train_config = replace(train_config, device=config.device, dtype=dtype, compile=None)
+    dataset = train.open_dataset(train_config, model_config)
+    if dataset.task != "language modelling":
+        raise UserError(
+            f"dataset={train_config.dataset} has sentence pairs, but what={config.what} is for text"
+        )
+    # nanoGPT's model needs to know it before it is built
+    vocab_size = model_config.vocab_size or dataset.tokenizer.vocab_size
+    return train_config, replace(model_config, vocab_size=vocab_size)
