@@ -89,6 +89,7 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
     import torch
 
     from humptygpt.core.files import whole, write_whole
+    from humptygpt.generation.tasks import TASKS
     from humptygpt.interchange.huggingface import write_pretrained
     from humptygpt.interchange.model_card import model_card
     from humptygpt.tokenizer.write_huggingface import tokenizer_files
@@ -99,7 +100,9 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
     model, tokenizer = loaded.model, loaded.tokenizer
     files = tokenizer_files(tokenizer, model.config.block_size)
     files["generation_config.json"] = generation_config(loaded).encode()
-    files["README.md"] = model_card(loaded, to.name, defaults).encode()
+    files["README.md"] = model_card(
+        loaded, to.name, TASKS[loaded.task].card_prompt, TASKS[loaded.task].card_note, defaults
+    ).encode()
     with whole(to) as folder:
         write_pretrained(model, folder, getattr(torch, dtype), tokenizer.eot, tokenizer.bos)
         for name, content in files.items():

@@ -20,11 +20,14 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_headers(416, {"Content-Range": f"bytes */{len(found)}"})
         self.send_headers(206 if begin else 200, {"Content-Length": str(len(found) - begin)})
         cuts = here.cuts.get(self.path.rpartition("/")[2], [])
-        self.wfile.write(found[begin : begin + (cuts.pop(0) if cuts else len(found))])
+        if self.command == "GET":
+            self.wfile.write(found[begin : begin + (cuts.pop(0) if cuts else len(found))])
+
+    do_HEAD = do_GET
 
     def send_headers(self, code: int, headers: dict[str, str]) -> None:
         self.send_response(code)
-        for name, value in headers.items():
+        for name, value in (headers | self.server.headers).items():
             self.send_header(name, value)
         self.end_headers()
 
@@ -37,10 +40,11 @@ def serving(answer: Callable[[str], bytes | int | str]) -> Iterator[ThreadingHTT
     """answer: path -> the file's content, the code of a failure, or the address that it redirects to.
 
     cuts of the server: {file: the bytes after which its answers end}, once each; has_ranges: whether it can begin at an
-    offset; asked: (path, Range, Authorization) of each request.
+    offset; asked: (path, Range, Authorization) of each request; headers: of each answer, beside its own.
     """
     here = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     here.answer, here.cuts, here.has_ranges, here.asked = answer, {}, True, []
+    here.headers = {}
     thread = threading.Thread(target=here.serve_forever)
     thread.start()
     try:

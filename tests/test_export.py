@@ -284,7 +284,7 @@ def test_a_model_that_was_not_trained_here_is_exported(folder, capsys):
             )
     card = Path("0/README.md").read_text()
     assert (
-        "parameters, converted by HumptyGPT from nano/out/ckpt.pt." in card
+        "parameters, converted by HumptyGPT from nanoGPT's nano/out/ckpt.pt." in card
         and "## Settings" not in card
     )
     capsys.readouterr()

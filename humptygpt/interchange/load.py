@@ -52,7 +52,7 @@ def load(source: str | Path, which: str = "best", mapped: bool = False) -> Loade
     """
     path = find_source(source, which)
     if is_folder(path):
-        loaded = from_adapter(path) if adapters.is_adapter(path) else from_folder(path)
+        loaded = from_adapter(path) if adapters.is_adapter(path) else from_folder(path, source)
     else:
         saved = checkpoint.read(path, mapped)
         loaded = from_nanogpt(path, saved) if is_nanogpt(saved) else from_run(path, saved, mapped)
@@ -158,9 +158,9 @@ def from_run(path: Path, saved: object, mapped: bool) -> Loaded:
     )
 
 
-def from_folder(path: Path) -> Loaded:
+def from_folder(path: Path, source: str | Path) -> Loaded:
     config, weights = huggingface.read_pretrained(path)
-    return foreign(path, config, weights, read_tokenizer(path), f"{path}")
+    return foreign(path, config, weights, read_tokenizer(path), f"{source}")
 
 
 def from_adapter(path: Path) -> Loaded:
@@ -208,7 +208,7 @@ def from_nanogpt(path: Path, saved: dict) -> Loaded:
     except (ValueError, AttributeError, OverflowError) as error:
         # AttributeError: a name that is no string
         raise checkpoint.damaged(path, error) from error
-    return foreign(path, config, weights, nanogpt_tokenizer(path, saved), f"{path}: nanoGPT's")
+    return foreign(path, config, weights, nanogpt_tokenizer(path, saved), f"nanoGPT's {path}")
 
 
 def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:

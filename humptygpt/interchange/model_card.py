@@ -4,6 +4,7 @@ import json
 
 from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.interchange.load import Loaded
+from humptygpt.tokenizer.tokenizers import END_OF_TEXT
 from model import count_parameters
 
 CARD = """---
@@ -54,21 +55,20 @@ The settings of the run that are not HumptyGPT's defaults:
 """
 
 
-def model_card(loaded: Loaded, name: str, defaults: dict) -> str:
-    """Return the card of a model of this name; defaults: of all settings, those of the run that differ are listed."""
+def model_card(loaded: Loaded, name: str, prompt: str, note: str, defaults: dict) -> str:
+    """Return the card of a model of this name.
+
+    prompt, note: of its task. defaults: of all settings; those of the run that differ are listed.
+    """
     model, tokenizer, saved = loaded.model, loaded.tokenizer, loaded.saved
-    eot, translation = tokenizer.eot, loaded.task == "translation"
     notes = [f"Prompt and output together have at most {model.config.block_size:,} tokens."]
-    if translation:
-        notes.append(
-            "It translates: after a sentence and the end-of-text token, it writes the translation."
-        )
+    if note:
+        notes.append(note)
     if tokenizer.name == "char":
         notes.append("Characters that its training text does not have are an error.")
-    if eot is None:
+    if tokenizer.eot is None:
         notes.append("Its training text was a single one, so that it never ends one.")
-    start = tokenizer.decode(tokenizer.start()) if eot is None else "<|endoftext|>"
-    prompt = f"Ein Mann schläft.{start}" if translation else start
+    start = tokenizer.decode(tokenizer.start()) if tokenizer.eot is None else END_OF_TEXT
     card = CARD.format(
         name=name,
         family="Llama" if model.config.position == "rotary" else "GPT-2",
@@ -78,7 +78,7 @@ def model_card(loaded: Loaded, name: str, defaults: dict) -> str:
         context=f"{model.config.block_size:,}",
         tokenizer=tokenizer.name,
         vocabulary=f"{tokenizer.vocab_size:,}",
-        prompt=json.dumps(prompt, ensure_ascii=False),
+        prompt=json.dumps(prompt + start, ensure_ascii=False),
         new_tokens=min(200, model.config.block_size // 2),
         notes=" ".join(notes),
     )
@@ -102,7 +102,7 @@ def summary(loaded: Loaded) -> str:
 
 def origin(loaded: Loaded) -> str:
     if loaded.saved is None:
-        return f"converted by HumptyGPT from {loaded.path}"
+        return f"converted by HumptyGPT from {loaded.description}"
     return f"trained with HumptyGPT on {data_source(loaded.saved)}"
 
 
