@@ -4,7 +4,7 @@
     python explain.py --out_dir=out/shakespeare_char --start="ROMEO:" --to=page.html
 
 The page is one file: it opens from disk in any browser, without a network, and can be sent by mail. In it are the
-model's weights, rounded to 16 bits, those of n-gram embeddings to 8, its tokenizer and its losses.
+model's weights, rounded to 16 bits, its tokenizer and its losses.
 """
 
 import json

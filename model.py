@@ -37,7 +37,6 @@ from torch.utils.checkpoint import checkpoint
 from humptygpt.core.settings import check, setting
 from humptygpt.nn import lora
 from humptygpt.nn.layers import ACTIVATIONS, CausalConv, Dropout, Linear, drop, with_loss
-from humptygpt.nn.ngrams import NgramEmbedding
 from humptygpt.nn.window_mlp import EMBEDDINGS, WindowMLP
 
 # --------------------------------------------------------------------------------------
@@ -260,7 +259,6 @@ class DecoderState:
         self.window, self.padding = window, padding
         self.layers = [LayerState() for _ in range(n_layer)]
         self.source_padding = None  # (B, S) bool, of the text that cross-attention looks at
-        self.last_tokens = None  # (B, up to n - 1), token ids, for an n-gram embedding
 
     def make_room(self, T: int) -> int:
         """For the next T tokens. Returns how many tokens they can attend to, themselves included."""
@@ -290,7 +288,7 @@ class DecoderState:
 
     def clear(self) -> None:
         """Forget the tokens, but not the source."""
-        self.length, self.held, self.last_tokens, self.padding = 0, 0, None, None
+        self.length, self.held, self.padding = 0, 0, None
         for layer in self.layers:
             layer.last_inputs = None
 
@@ -300,7 +298,7 @@ class DecoderState:
             layer.copy(0, self.held, self.size, rows)
             for name in ("cross_k", "cross_v", "last_inputs"):
                 select_rows(layer, name, rows)
-        for name in ("padding", "source_padding", "last_tokens"):
+        for name in ("padding", "source_padding"):
             select_rows(self, name, rows)
 
 
@@ -783,7 +781,8 @@ class GPT(nn.Module):
     def __init__(self, config: "ModelConfig"):
         super().__init__()
         self.config = config
-        self.wte, self.ngrams = make_embeddings(config)
+        assert config.vocab_size is not None, "the data set gives vocab_size"
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.stack = Stack(config, causal=True)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:  # Source: Press and Wolf 2016, arXiv:1608.05859
@@ -830,7 +829,8 @@ class Transformer(nn.Module):
     def __init__(self, config: "ModelConfig"):
         super().__init__()
         self.config = config
-        self.wte, self.ngrams = make_embeddings(config)
+        assert config.vocab_size is not None, "the data set gives vocab_size"
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.encoder = Stack(config, causal=False)
         self.decoder = Stack(config, causal=True, cross=True)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -882,30 +882,12 @@ class Transformer(nn.Module):
         return state
 
 
-def make_embeddings(config: "ModelConfig") -> tuple[nn.Embedding, NgramEmbedding | None]:
-    """Of single tokens and, if the config asks for it, of n-grams."""
-    assert config.vocab_size is not None, "the data set gives vocab_size before the model is built"
-    wte = nn.Embedding(config.vocab_size, config.n_embd)
-    if not config.ngrams:
-        return wte, None
-    assert config.ngram_rows is not None, "the data set gives ngram_rows before the model is built"
-    return wte, NgramEmbedding(
-        config.ngrams, config.ngram_rows, config.n_embd, config.ngram_dropout
-    )
-
-
 def embed_tokens(
     model: GPT | Transformer, idx: Tensor, state: DecoderState | None = None
 ) -> Tensor:
     """idx: (B, T) token ids, which follow those in the state; -1 in its padding. Returns (B, T, C)."""
     padded = state is not None and state.padding is not None
-    x = model.wte(idx.clamp(min=0) if padded else idx)
-    if model.ngrams:
-        before = state.last_tokens if state and state.last_tokens is not None else idx[:, :0]
-        x = x + model.ngrams(idx, before)
-        if state:
-            state.last_tokens = torch.cat([before, idx], dim=1)[:, 1 - model.ngrams.n :]
-    return x
+    return model.wte(idx.clamp(min=0) if padded else idx)
 
 
 @torch.no_grad()
@@ -914,7 +896,6 @@ def init_weights(model: GPT | Transformer) -> None:
 
                                    gpt2                             zero
     embeddings                     normal, 0.02                     normal, 1; tied 1 / sqrt(n_embd)
-    n-gram embeddings              0                                0
     linear layers                  normal, 0.02                     normal, 1 / sqrt(inputs)
     last layer of each branch      normal, 0.02 / sqrt(branches)    0, so that a new block is the identity
     an untied head                 normal, 0.02                     0, so that all tokens are equally likely
@@ -946,8 +927,6 @@ def init_weights(model: GPT | Transformer) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std(module))
-        if isinstance(module, nn.EmbeddingBag):
-            nn.init.zeros_(module.weight)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -959,7 +938,6 @@ MODELS = {"window_mlp": WindowMLP, "gpt": GPT, "transformer": Transformer}
 # The config
 
 ATTENTION = {"not_with": {"model": "window_mlp"}}
-NGRAMS = {"not_with": {"ngrams": 0}}
 ROTARY = {"only_with": {"position": "rotary"}}
 SCALED = ROTARY | {"not_with": {"rope_factor": 1.0}}
 MLP_ONLY = {"not_with": {"model": "window_mlp", "mlp": "none"}}
@@ -1017,15 +995,6 @@ class ModelConfig:
         None, "and in those of the feed-forward network; None: bias", **MLP_ONLY
     )
     embedding: str = setting("table", "number: a token is its own number", choices=EMBEDDINGS)
-    ngrams: int = setting(
-        0, "frequent n-grams up to this length have embeddings, too; 0: off", at_least=0
-    )
-    ngram_dropout: float = setting(
-        0.0, "probability of no n-gram embedding at a position", **PROBABILITY, **NGRAMS
-    )
-    ngram_rows: int | None = setting(
-        None, "frequent n-grams: counted in the text, not chosen", at_least=1, **NGRAMS
-    )
     tie_weights: bool = setting(True, "embedding and output head share their weights", **ATTENTION)
     position: str = setting("learned", "positional encoding", choices=POSITIONS, **ATTENTION)
     rope_base: float = setting(
@@ -1097,20 +1066,12 @@ class ModelConfig:
             raise ValueError(
                 f"window={self.window} must be at least 1: model=window_mlp reads that many tokens"
             )
-        if self.ngrams:
-            raise ValueError(
-                f"ngrams={self.ngrams} must be 0: model=window_mlp reads its tokens side by side anyway"
-            )
         if self.embedding == "number" and self.n_embd != 1:
             raise ValueError(
                 f"n_embd={self.n_embd} must be 1: embedding=number gives each token a single number"
             )
 
     def check_transformer(self) -> None:
-        if self.ngrams and self.ngrams < 2:
-            raise ValueError(
-                f"ngrams={self.ngrams} must be 0, or at least 2: single tokens have their vectors anyway"
-            )
         n_kv_head = self.n_kv_head or self.n_head
         if self.n_embd % self.n_head and not self.head_size:
             raise ValueError(

@@ -53,7 +53,6 @@ from humptygpt.data.token_files import COMMAND, is_command, read_meta
 from humptygpt.interchange.adapters import write_adapter
 from humptygpt.interchange.load import Loaded, load
 from humptygpt.nn import lora
-from humptygpt.nn.ngrams import frequent_ngrams
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import ONE_PROCESS, Processes, note
 from humptygpt.tokenizer import tokenizers
@@ -74,7 +73,6 @@ from humptygpt.training.run_folder import NoFolder, RunFolder
 from humptygpt.training.settings import TrainConfig, read_settings
 from model import ModelConfig
 
-NGRAM_TEXT = 20_000_000  # tokens of training text in which n-grams are counted
 PREPARED_WITH = ("--tokenizer=", "--vocab_size=", "--model_type=")
 
 
@@ -308,9 +306,8 @@ def setup(
             f"data/{config.dataset} is not the data that {config.out_dir}/ckpt.pt was trained on"
         )
         raise UserError(other + find_data_of(saved, config, model_config))
-    ngrams = None
     if not saved and not base:
-        model_config, ngrams = complete_model_config(config, model_config, dataset)
+        model_config = complete_model_config(config, model_config, dataset)
     if not config.eval_only and not config.freeze:  # frozen parameters take less than it counts
         rows = rows_of_process(config, processes.size)
         check_training_fits(config, model_config, rows, device, dtype, processes=processes.size)
@@ -320,7 +317,8 @@ def setup(
     elif base:
         model = base_model(base, config, model_config, dataset)
     else:
-        model = new_model(config, model_config, ngrams)
+        torch.manual_seed(config.seed)
+        model = models.build(model_config)
     for stack in (module for module in model.modules() if isinstance(module, models.Stack)):
         stack.checkpoint_activations = config.checkpoint_activations
     freeze(model, config.freeze)
@@ -361,10 +359,6 @@ def describe_sizes(config: TrainConfig, model_config: ModelConfig) -> str:
         meta = read_meta(Path("data") / config.dataset)
         model_config = dataclasses.replace(
             model_config, vocab_size=tokenizers.from_state(meta["tokenizer"]).vocab_size
-        )
-    if model_config.ngrams and model_config.ngram_rows is None:
-        raise UserError(
-            "dry_run=True does not count the n-grams of a text; suppose some, as --ngram_rows=100000"
         )
     device, size = pick_device(config.device), distributed.launched().size
     return memory_report(
@@ -438,11 +432,8 @@ def find_data_of(saved: dict, config: TrainConfig, model_config: ModelConfig) ->
 
 def complete_model_config(
     config: TrainConfig, model_config: ModelConfig, dataset: Dataset
-) -> tuple[ModelConfig, Tensor | None]:
-    """The config of a new model for this data, and the frequent n-grams, if it has embeddings of them.
-
-    Raises UserError.
-    """
+) -> ModelConfig:
+    """The config of a new model for this data. Raises UserError."""
     tokens = dataset.tokenizer.vocab_size
     vocab_size = model_config.vocab_size or tokens
     if vocab_size < tokens:
@@ -451,30 +442,7 @@ def complete_model_config(
         raise UserError(
             f"lora_rank={model_config.lora_rank} trains beside a model; name that with --init_from"
         )
-    model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
-    if not model_config.ngrams:
-        return model_config, None
-    if model_config.ngram_rows is not None:
-        raise UserError(
-            f"ngram_rows={model_config.ngram_rows} cannot be chosen: n-grams are counted in the text; leave it out,"
-            " and take another --ngram_min_count for more or fewer"
-        )
-    text = torch.from_numpy(dataset.beginning("train", NGRAM_TEXT)[0])
-    ngrams = frequent_ngrams(text, model_config.ngrams, config.ngram_min_count)
-    if not len(ngrams):
-        raise UserError(
-            f"ngram_min_count={config.ngram_min_count}: no n-gram of the text occurs that often"
-        )
-    return dataclasses.replace(model_config, ngram_rows=len(ngrams)), ngrams
-
-
-def new_model(config: TrainConfig, model_config: ModelConfig, ngrams: Tensor | None) -> nn.Module:
-    """A model with random weights, on the CPU; both as from complete_model_config."""
-    torch.manual_seed(config.seed)
-    model = models.build(model_config)
-    if ngrams is not None:
-        model.ngrams.keys.copy_(ngrams)
-    return model
+    return dataclasses.replace(model_config, vocab_size=vocab_size)
 
 
 def resume_progress(config: TrainConfig, saved: dict) -> Progress:
@@ -656,10 +624,10 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     """Step number it, the first being 0: the gradients of a few micro-batches, then an optimizer step.
 
     Several processes divide the micro-batches, add up their gradients once, and take the same step.
-    Returns the mean loss before the step, the gradient norm before clipping, n-gram embeddings left out, both still on
-    the device, since reading them would make the CPU wait for the GPU, and how many tokens the loss is the mean of.
+    Returns the mean loss before the step, the gradient norm before clipping, both still on the device, since
+    reading them would make the CPU wait for the GPU, and how many tokens the loss is the mean of.
     """
-    config, model_config, processes = run.config, run.model.config, run.processes
+    config, processes = run.config, run.processes
     micro_batches = config.gradient_accumulation_steps
     batches = processes.local_batches(
         run.batches, it * micro_batches, micro_batches, config.batch_size
@@ -669,7 +637,7 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     mean_loss = torch.zeros((), device=run.device)
     for part in parts:
         processes.before_backward(run.model, last=part is parts[-1])
-        drops = model_config.dropout or model_config.ngram_dropout
+        drops = run.model.config.dropout > 0
         with part.same_dropout(config.seed, run.device) if drops else nullcontext():
             with autocast(run.device, run.dtype):
                 _, loss = run.net(**to_device(part.batch, run.device))
@@ -678,9 +646,8 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
         mean_loss += loss.detach()
     processes.sum_gradients(run.model, mean_loss)
     run.scaler.unscale_(run.optimizer)
-    # Adagrad, which takes the sparse gradients, needs no clipping
-    dense = [p for p in run.model.parameters() if p.grad is not None and not p.grad.is_sparse]
-    grad_norm = clip_gradients(dense, config.grad_clip or math.inf)
+    trained = [p for p in run.model.parameters() if p.grad is not None]
+    grad_norm = clip_gradients(trained, config.grad_clip or math.inf)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()

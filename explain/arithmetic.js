@@ -299,18 +299,8 @@ function embedRule(c, stack) {
   const scale = position.scale ?? 1;
   const scaled = (path) => [operand(c.trace, path, c.at), ...(scale === 1 ? [] : [{ value: scale, name: "√C" }])];
   const terms = [term("token", ...scaled(`${before}wte`))];
-  if (has(c.trace, `${before}ngrams.sum`)) terms.push(term("n-grams", ...scaled(`${before}ngrams.sum`)));
   if (position.vectors) terms.push(term("position", operand(c.trace, `${stack}.position.vectors`, c.at)));
   return { formula: terms.map(({ name }) => name).join(" + "), terms };
-}
-
-function ngramRule(c) {
-  const [t, i] = c.at;
-  const { data, shape } = c.model.weights.ngrams.table.weight;
-  const terms = Array.from(lookUp(c.trace, c.path.replace(/sum$/, "rows"))[t], (row, n) => [row, n + 2])
-    .filter(([row]) => row >= 0)
-    .map(([row, n]) => term(`${n}-gram`, trained(data[row * shape[1] + i], `row ${row}`)));
-  return { formula: "sum of the rows of its frequent n-grams", terms };
 }
 
 function tokenRule(c) {
@@ -368,7 +358,6 @@ function probabilityRule(c) {
 
 const FIXED = { wte: tokenRule, logits: logitRule, probs: probabilityRule, window: windowRule };
 FIXED["source.wte"] = tokenRule;
-FIXED["ngrams.sum"] = FIXED["source.ngrams.sum"] = ngramRule;
 
 /** The rule of a path that is no alias. */
 function applyRule(c) {
@@ -441,7 +430,6 @@ const NAMES = {
   wte: "token embedding",
   embed: "embedding with position",
   vectors: "position",
-  sum: "n-gram embedding",
   q_proj: "query",
   k_proj: "key",
   v_proj: "value",
@@ -509,7 +497,6 @@ function decompose(model, trace, stack, t) {
   const weights = lookUp(model.weights, stack);
   const scaled = (row) => Float64Array.from(row, (x) => x * (y.position.scale ?? 1));
   let parts = [{ name: "token", path: "wte", row: scaled(trace.wte[t]) }];
-  if (trace.ngrams) parts.push({ name: "n-grams", path: "ngrams.sum", row: scaled(trace.ngrams.sum[t]) });
   if (y.position.vectors)
     parts.push({ name: "position", path: `${stack}.position.vectors`, row: y.position.vectors[t] });
   freeze(parts, y.embed_norm, weights.embed_norm, t);

@@ -20,42 +20,28 @@ function readData(text, checksum) {
 }
 
 /** What forward() takes. data: as from readData(). */
-function makeModel({ model, weights, ngram_constants, tokenizer }) {
+function makeModel({ model, weights, tokenizer }) {
   const binary = atob(weights.bytes);
   const bytes = new Uint8Array(binary.length);
   for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
   const tensors = new Map(); // a tensor under two names is one
   const tree = {};
-  for (const { name, dtype, shape, offset } of weights.tensors) {
-    if (!tensors.has(offset)) tensors.set(offset, { data: readTensor(bytes.buffer, dtype, shape, offset), shape });
+  for (const { name, shape, offset } of weights.tensors) {
+    if (!tensors.has(offset)) tensors.set(offset, { data: readTensor(bytes.buffer, shape, offset), shape });
     plant(tree, name.split("."), tensors.get(offset));
   }
   return {
     config: model,
     weights: tree,
-    ngram_constants: ngram_constants.map((pair) => pair.map(BigInt)),
     tokenizer_vocab_size: tokenizer.pieces.lengths.length,
   };
 }
 
-function readTensor(buffer, dtype, shape, offset) {
+function readTensor(buffer, shape, offset) {
   const length = shape.reduce((product, size) => product * size, 1);
-  if (dtype === "int64") return new BigInt64Array(buffer, offset, length);
-  if (dtype === "int8") return readRows(buffer, shape, offset);
   const half = new Uint16Array(buffer, offset, length);
   const data = new Float32Array(length);
   for (let i = 0; i < length; i++) data[i] = FLOAT16[half[i]];
-  return data;
-}
-
-/** Integers, row by row, and then, from the next multiple of 8 bytes on, each row's unit. */
-function readRows(buffer, [rows, columns], offset) {
-  const integers = new Int8Array(buffer, offset, rows * columns);
-  const unit = new Float32Array(buffer, offset + 8 * Math.ceil(integers.length / 8), rows);
-  const data = new Float32Array(integers.length);
-  for (let row = 0, i = 0; row < rows; row++) {
-    for (const end = i + columns; i < end; i++) data[i] = integers[i] * unit[row];
-  }
   return data;
 }
 

@@ -13,9 +13,7 @@ forward() returns a trace, all that was computed on the way, under the names of 
 
   idx                     T token ids
   wte                     (T, C)
-  ngrams                  null, or rows: T lists of rows of the table, of the 2-gram, 3-gram, ..., -1 where it is not
-                          frequent; sum: (T, C), added to wte
-  stack                   of a GPT; of a Transformer: decoder, and source = {idx, wte, ngrams, encoder}
+  stack                   of a GPT; of a Transformer: decoder, and source = {idx, wte, encoder}
     position              learned: vectors (T, C); sinusoidal: vectors (T, C) and scale;
                           rotary: frequency (D / 2) and cos, sin (T, D); alibi: slopes (H)
     embed                 (T, C), with positions
@@ -515,73 +513,33 @@ function stack(x, weights, config, { causal, name, dropout, before = null, conte
 // --------------------------------------------------------------------------------------
 // Embeddings
 
-/** idx: the new token ids; before: the ids that come before them. */
-function embedTokens({ weights, ngram_constants }, idx, before) {
-  const wte = idx.map((id) => rowOf(weights.wte.weight, id));
-  if (!weights.ngrams) return { wte, ngrams: null, x: wte };
-  const ngrams = ngramEmbedding(weights.ngrams, ngram_constants, idx, before);
-  return { wte, ngrams, x: add(wte, ngrams.sum) };
-}
-
-function ngramEmbedding({ keys, table }, constants, idx, before) {
-  const text = joined(before, idx);
-  const rows = idx.map((_, i) => {
-    const t = text.length - idx.length + i;
-    return Int32Array.from(ngramKeys(text, t, constants), (key) => find(keys.data, key));
-  });
-  const sum = rows.map((found) => {
-    const y = new Float64Array(table.weight.shape[1]);
-    for (const row of found.filter((row) => row >= 0)) rowOf(table.weight, row).forEach((value, i) => (y[i] += value));
-    return Float32Array.from(y);
-  });
-  return { rows, sum };
-}
-
-/** The hash of the 2-gram that ends at position t of the text, of the 3-gram, ...: products overflow 64 bits. */
-function ngramKeys(text, t, constants) {
-  const keys = [];
-  let key = 0n;
-  constants.forEach(([factor, offset], back) => {
-    key += BigInt(t >= back ? text[t - back] + 1 : 0) * factor; // 0: no token
-    if (back) keys.push(BigInt.asIntN(64, key + offset));
-  });
-  return keys;
-}
-
-/** Where the key is in the sorted keys; -1: nowhere. */
-function find(keys, key) {
-  let [low, high] = [0, keys.length];
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (keys[middle] < key) low = middle + 1;
-    else high = middle;
-  }
-  return keys[low] === key ? low : -1;
+function embedTokens({ weights }, idx) {
+  return idx.map((id) => rowOf(weights.wte.weight, id));
 }
 
 // --------------------------------------------------------------------------------------
 // Models. Each reads the new token ids, which follow those of `before`, and returns their trace up to the head.
 
 function gpt(model, idx, { before, dropout }) {
-  const { x, ...embedded } = embedTokens(model, idx, before?.idx);
+  const wte = embedTokens(model, idx);
   const options = { causal: true, name: "stack", dropout, before: before?.stack };
-  const y = stack(x, model.weights.stack, model.config, options);
-  return { idx, ...embedded, stack: y, output: y.norm.output };
+  const y = stack(wte, model.weights.stack, model.config, options);
+  return { idx, wte, stack: y, output: y.norm.output };
 }
 
 function transformer(model, idx, { before, dropout, source }) {
-  const { x, ...embedded } = embedTokens(model, idx, before?.idx);
+  const wte = embedTokens(model, idx);
   const context = source.encoder.norm.output;
   const options = { causal: true, name: "decoder", dropout, before: before?.decoder, context };
-  const y = stack(x, model.weights.decoder, model.config, options);
-  return { idx, ...embedded, decoder: y, output: y.norm.output };
+  const y = stack(wte, model.weights.decoder, model.config, options);
+  return { idx, wte, decoder: y, output: y.norm.output };
 }
 
 /** The trace of the source of a Transformer. */
 function encode(model, idx, dropout) {
-  const { x, ...embedded } = embedTokens(model, idx, []);
-  const encoder = stack(x, model.weights.encoder, model.config, { causal: false, name: "encoder", dropout });
-  return { idx, ...embedded, encoder };
+  const wte = embedTokens(model, idx);
+  const encoder = stack(wte, model.weights.encoder, model.config, { causal: false, name: "encoder", dropout });
+  return { idx, wte, encoder };
 }
 
 const EMBEDDINGS = {
@@ -627,7 +585,7 @@ function probabilities(model, logits) {
 
 /** The trace of a text, as described above.
 
-model: {config, weights: by their names in the state dict, ngram_constants, tokenizer_vocab_size}. idx: T token ids, at
+model: {config, weights: by their names in the state dict, tokenizer_vocab_size}. idx: T token ids, at
 most block_size. source: those of the text that a Transformer translates. before: the trace of an earlier text, which is
 not changed; the first tokens that the two have in common are not computed again, and trace.first is their number.
 lastOnly: logits and probs of the last token alone, null for the others, since a large vocabulary takes long.

@@ -448,17 +448,6 @@ function embeddingsPanel(app) {
     parts.push(
       drawn(() => table("Nearest neighbours of its vector, by cosine", ["token", "cosine"], neighbours(app), [1])),
     );
-  if (!app.trace.ngrams) {
-    parts.push(
-      missingNote({
-        text: "This run has no n-gram embeddings, which are added to those of single tokens.",
-        command: "python train.py config/shakespeare_char_ngrams.py",
-      }),
-    );
-  } else {
-    parts.push(rowStrip(app, "sum of its n-gram rows", () => "ngrams.sum"));
-    parts.push(drawn(() => table("N-grams that end here", ["n-gram", "row of the table"], ngramRows(app), [1])));
-  }
   return assemble(...parts);
 }
 
@@ -472,18 +461,6 @@ function neighbours(app) {
   });
   cosines[app.trace.idx[app.at.t]] = -2; // itself
   return likeliest(cosines, NEIGHBOURS).map((id) => [h("code", {}, shown(app.tokenizer, id)), digits(cosines[id])]);
-}
-
-function ngramRows(app) {
-  const { t } = app.at;
-  return Array.from(app.trace.ngrams.rows[t], (row, n) => {
-    const text = app.trace.idx
-      .slice(Math.max(t - n - 1, 0), t + 1)
-      .map((id) => shown(app.tokenizer, id))
-      .join("");
-    const before = "∅".repeat(Math.max(n + 1 - t, 0)); // no token
-    return [h("code", {}, before + text), row < 0 ? "not frequent" : `${row}`];
-  });
 }
 
 const MERGES_SHOWN = 40;

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import prepare_data
 import train
 from humptygpt.core import settings as configurator
-from humptygpt.nn.ngrams import frequent_ngrams
 from humptygpt.training import evaluation, run_folder
 from humptygpt.training.optimizers import make_optimizer
 from humptygpt.training.settings import TrainConfig
@@ -37,15 +36,6 @@ TINY_RUN += [
     "--eval_iters=2",
     "--dtype=float32",
 ]
-
-
-def fill_ngrams(model: nn.Module) -> None:
-    """Fill in the frequent n-grams of a model that has embeddings of them, from a random text of 11 tokens."""
-    if getattr(model, "ngrams", None):
-        text = torch.randint(11, (3000,), generator=torch.Generator().manual_seed(0))
-        model.ngrams.keys.copy_(
-            frequent_ngrams(text, model.ngrams.n, min_count=1)[: len(model.ngrams.keys)]
-        )
 
 
 def overfit(

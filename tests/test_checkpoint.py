@@ -3,7 +3,6 @@
 import errno
 import io
 import pickle
-import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN, assert_same_weights, read_rows
+from conftest import TINY_RUN, assert_same_weights
 
 import model as models
 import sample
@@ -24,7 +23,6 @@ from humptygpt.tokenizer.tokenizers import CharTokenizer
 from humptygpt.training.settings import TrainConfig
 
 OUT = Path("out/run")
-FORMAT_2 = Path(__file__).parent / "format2" / "ckpt.pt"
 
 
 def make_entries(**changes) -> dict:
@@ -359,66 +357,33 @@ def test_what_does_not_fit_the_schema_is_never_saved(folder):
 
 
 # --------------------------------------------------------------------------------------
-# Format 2
+# Checkpoints of earlier versions
 
 
-def test_a_run_resumes_from_a_checkpoint_of_format_2_with_its_averaged_weights(tiny):
-    OUT.mkdir(parents=True)
-    shutil.copy(FORMAT_2, OUT / "ckpt.pt")
-    old = torch.load(FORMAT_2)
-    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=6"]) == 0
-    rows = read_rows(OUT)
-    losses = {row["iter"]: row["train_loss"] for row in rows if "train_loss" in row}
-    expected = {4: 2.9839518070220947, 5: 2.945059299468994, 6: 2.9363901615142822}
-    assert losses == pytest.approx(expected, abs=0.003)
-    (evaluated,) = (row for row in rows if "val_loss" in row)
-    assert evaluated["iter"] == 6 and evaluated["val_loss"] == pytest.approx(
-        2.964020252227783, abs=0.003
-    )
-    new = torch.load(OUT / "ckpt.pt")
-    assert new["format"] == checkpoint.FORMAT and new["optimizer"]["steps"] == 6
-    assert not torch.equal(new["ema"]["wte.weight"], old["model"]["wte.weight"])
+def add_ngram_keys(path: Path, ngrams: int) -> None:
+    saved = torch.load(path)
+    saved["model_config"] |= {"ngrams": ngrams, "ngram_dropout": 0.0, "ngram_rows": None}
+    saved["train_config"] |= {"ngram_learning_rate": 0.15, "ngram_min_count": 8}
+    torch.save(saved, path)
 
 
-def test_a_checkpoint_of_format_2_keeps_every_tensor():
-    old, new = torch.load(FORMAT_2), checkpoint.load(FORMAT_2)
-    values = lambda weights: {tensor.numpy().tobytes() for tensor in weights.values()}  # noqa: E731
-    assert values(new["model"]) == values(old["newest_weights"])
-    assert values(new["ema"]) | {new["model"]["ngrams.keys"].numpy().tobytes()} == values(
-        old["model"]
-    )
-    (_, _, old_states), new_states = (
-        old["optimizer"].values(),
-        list(new["optimizer"]["state"].values()),
-    )
-    assert len(new_states) == len(new["ema"])
-    assert [values(state) for state in new_states] == [values(state) for state in old_states]
-    assert_same_weights(dict(load_source(FORMAT_2).model.named_parameters()), new["ema"])
+def test_a_run_of_the_version_with_ngrams_that_used_none_resumes(run_train):
+    run_train("--lr_decay_iters=8")
+    add_ngram_keys(OUT / "ckpt.pt", ngrams=0)
+    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
+    assert "ngrams" not in checkpoint.load(OUT / "ckpt.pt")["model_config"]
 
 
-@pytest.mark.parametrize("name", ["ckpt.pt", "best.pt"])
-def test_sampling_reads_format_2(folder, capsys, name):
-    OUT.mkdir(parents=True)
-    entries = torch.load(FORMAT_2)
-    if name == "best.pt":
-        entries = {
-            key: entries[key]
-            for key in entries.keys() - {"optimizer", "scaler", "newest_weights", "progress"}
-        }
-    torch.save(entries, OUT / name)
-    sample.main(["--out_dir=out/run", "--device=cpu", "--num_samples=1", "--max_new_tokens=30"])
-    printed = capsys.readouterr()
-    assert len(printed.out) == 1 + 30 + 1 and "iter 3, best val loss 2.9772" in printed.err
+def test_a_checkpoint_with_ngrams_is_refused(run_train):
+    run_train()
+    add_ngram_keys(OUT / "ckpt.pt", ngrams=3)
+    with pytest.raises(UserError, match=r"ngrams=3, which was removed: .*; train a new model"):
+        checkpoint.load(OUT / "ckpt.pt")
 
 
 @pytest.mark.parametrize("position", models.POSITIONS)
 def test_a_restored_model_shares_the_tensors_of_the_file_and_is_whole(position):
-    for keys in (
-        {},
-        {"tie_weights": False},
-        {"model": "transformer"},
-        {"ngrams": 2, "ngram_rows": 20},
-    ):
+    for keys in ({}, {"tie_weights": False}, {"model": "transformer"}):
         config = models.ModelConfig(
             n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=11, position=position, **keys
         )

@@ -53,6 +53,14 @@ def test_sources_apply_from_left_to_right(folder):
     }
 
 
+def test_a_removed_key_is_answered_with_the_reason(folder):
+    Path("a.py").write_text("ngram_min_count = 4")
+    with pytest.raises(UserError, match=r"^ngrams was removed: .*; leave it out$"):
+        read("--ngrams=0")
+    with pytest.raises(UserError, match=r"^a.py: ngram_min_count was removed: "):
+        read("a.py")
+
+
 def test_config_files_may_compute_and_import(folder):
     Path("a.py").write_text(
         "import time\nfrom math import sqrt\n_half = 2\nwidth = 2 * _half\nname = 'r' + str(int(sqrt(16)))"

@@ -37,15 +37,7 @@ from humptygpt.training import evaluation
 from model import ModelConfig
 
 OUT = Path("out/run")
-FORMAT_2 = Path(__file__).parent / "format2" / "ckpt.pt"
-RUN = [
-    "--n_layer=1",
-    "--n_embd=16",
-    "--max_iters=3",
-    "--optimizer=muon",
-    "--ngrams=3",
-    "--ngram_min_count=40",
-]
+RUN = ["--n_layer=1", "--n_embd=16", "--max_iters=3", "--optimizer=muon"]
 RUN += ["--ema_decay=0.5", "--bias=True", "--tie_weights=False", "--position=rotary", "--mlp=gated"]
 
 
@@ -298,18 +290,10 @@ def checkpoint_file(
     return Target(OUT / name, read, damages)
 
 
-def checkpoint_of_format_2(read: Callable[[], object]) -> Target:
-    target = checkpoint_file("ckpt.pt", read)
-    target.path.write_bytes(FORMAT_2.read_bytes())
-    return target
-
-
 KINDS = {
     "ckpt.pt, resumed": lambda: checkpoint_file("ckpt.pt", resume),
     "ckpt.pt, sampled": lambda: checkpoint_file("ckpt.pt", lambda: write("latest")),
     "best.pt": lambda: checkpoint_file("best.pt", lambda: write("best")),
-    "format 2, resumed": lambda: checkpoint_of_format_2(resume),
-    "format 2, sampled": lambda: checkpoint_of_format_2(lambda: write("latest")),
     "ckpt.pt, other pickle, resumed": lambda: checkpoint_file(
         "ckpt.pt", lambda: resume() and None, (change_pickle,)
     ),

@@ -127,7 +127,6 @@ OPTIONS = {
     "activation": ACTIVATIONS,
     "n_kv_head": (None, 2, 1),
     "window": (0, 3),
-    "ngrams": (0, 2, 4),
     "dropout": (0.0, 0.2),
     "label_smoothing": (0.0, 0.1),
     "logit_soft_cap": (0.0, 15.0),
@@ -169,19 +168,9 @@ def random_variants(model: str) -> list[ModelConfig]:
                 position=position,
                 block=block,
                 norm=norm,
-                ngram_rows=20,
             )
         )
     return found
-
-
-def model_on_meta(config: ModelConfig) -> nn.Module:
-    model = models.build(config).to(META)
-    if getattr(
-        model, "ngrams", None
-    ):  # torch has no kernels on meta that make and read its sparse gradient
-        model.ngrams.table.requires_grad_(False)
-    return model
 
 
 def train_evaluate_and_generate(model: nn.Module, optimizer_name: str, padded: bool) -> None:
@@ -217,7 +206,7 @@ def test_every_variant_trains_evaluates_and_generates_on_its_device_alone(name):
     assert len(variants) == {"gpt": 180, "transformer": 60, "window_mlp": 10}[name]
     for config in variants:
         model, optimizer, padded = (
-            model_on_meta(config),
+            models.build(config).to(META),
             draw.choice(list(OPTIMIZERS)),
             draw.random() < 0.5,
         )
@@ -233,7 +222,7 @@ def test_every_variant_trains_evaluates_and_generates_on_its_device_alone(name):
 def test_a_training_step_moves_its_batch_to_the_device(monkeypatch, name, optimizer):
     monkeypatch.setattr(train, "autocast", lambda device, dtype: nullcontext())  # refuses meta
     config = TrainConfig(optimizer=optimizer, batch_size=2, gradient_accumulation_steps=2)
-    model = model_on_meta(ModelConfig(**SHAPE, model=name, window=3, dropout=0.1))
+    model = models.build(ModelConfig(**SHAPE, model=name, window=3, dropout=0.1)).to(META)
     batch = dict.fromkeys(
         ("idx", "targets") + ("source",) * model.has_encoder, torch.zeros(2, 5, dtype=torch.int64)
     )

@@ -19,7 +19,7 @@ import test_model
 import test_transformer
 import torch
 import torch.nn.functional as F
-from conftest import TINY_RUN, fill_ngrams
+from conftest import TINY_RUN
 from test_tokenizer import ALPHABET, EVERY, TEXT, anything
 from torch import Tensor, nn
 
@@ -316,7 +316,7 @@ class Recorder:
 
     def record(self, name: str, args: tuple, output: object) -> None:
         if isinstance(output, Tensor):
-            self.inputs[name].append(args[0] if name == "ngrams.table" else args[0][0])
+            self.inputs[name].append(args[0][0])
             self.outputs[name].append(output[0])
 
     @staticmethod
@@ -363,12 +363,7 @@ def window_values(recorder: Recorder) -> dict:
 
 
 def embedding_values(recorder: Recorder, which: int, prefix: str) -> dict:
-    found = {f"{prefix}wte": recorder.outputs["wte"][which]}
-    if ngrams := recorder.model.ngrams:
-        found[f"{prefix}ngrams.sum"] = recorder.outputs["ngrams"][which]
-        rows = recorder.inputs["ngrams.table"][which]
-        found[f"{prefix}ngrams.rows"] = rows.where(rows < len(ngrams.keys), -1)
-    return found
+    return {f"{prefix}wte": recorder.outputs["wte"][which]}
 
 
 def norm_values(recorder: Recorder, module: str, name: str) -> dict:
@@ -497,11 +492,10 @@ def rounded(model: nn.Module, std: float | None = 0.1) -> nn.Module:
     """The model with random weights, rounded as in a page; std: None: with its own weights."""
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if std:
                 nn.init.normal_(p, std=std)
-            in_int8 = name == "ngrams.table.weight"
-            p.copy_(math.prod(page_data.round_rows(p)) if in_int8 else p.half().float())
+            p.copy_(p.half().float())
     return model.eval()
 
 
@@ -573,8 +567,6 @@ MORE_VARIANTS = [
         "norm": "rmsnorm",
         "block": "post_norm",
         "mlp_conv": 2,
-        "ngrams": 3,
-        "ngram_rows": 300,
     },
     {
         "embed_norm": True,
@@ -624,12 +616,10 @@ def test_every_number_of_a_model_of_each_shipped_config_is_pytorchs(node, path):
     fields = typing.get_type_hints(ModelConfig)
     keys = {key: value for key, value in runpy.run_path(str(path)).items() if key in fields}
     keys |= {"n_layer": min(2, keys.get("n_layer", 2)), "vocab_size": 70}
-    keys |= {"ngram_rows": 500} if keys.get("ngrams") else {}
     if keys.get("n_embd", 0) > 256:
         smaller = {"n_embd": 96, "n_head": 4, "n_kv_head": 2, "n_hidden": 112}
         keys |= {key: value for key, value in smaller.items() if key in keys}
     model = models.build(ModelConfig(**keys))
-    fill_ngrams(model)
     source = tokens(10, 11, seed=1) if model.has_encoder else None
     assert_parity(node, rounded(model), tokens(24, 11), source=source, size=65)
 
@@ -1208,45 +1198,6 @@ def test_a_model_larger_than_the_limit_is_refused_before_its_page_is_made(
     assert (
         complaint.startswith(f"the weights of {parameters:,} parameters take ")
         and "raise --max_mb" in complaint
-    )
-
-
-NGRAMS = ["--ngrams=3", "--ngram_min_count=2", "--n_embd=32"]
-
-
-def test_a_run_with_ngram_embeddings_has_a_page_with_each_row_of_them_in_8_bits(node, tiny):
-    train.main([*TINY_RUN, *NGRAMS])
-    explain.main(["--out_dir=out/run"])
-    loaded = load(Path("out/run/best.pt"))
-    model, tok = loaded.model, loaded.tokenizer
-    table, rows = model.ngrams.table.weight.detach(), len(model.ngrams.keys)
-    integers, unit = page_data.round_rows(table)
-    assert integers.dtype == torch.int8 and integers.shape == table.shape and len(table) == rows + 1
-    assert ((integers * unit - table).abs() <= unit / 2 + 1e-9).all()
-    (packed,) = [
-        x
-        for x in data_in(Path("out/run/explain.html"))["weights"]["tensors"]
-        if x["name"] == "ngrams.table.weight"
-    ]
-    assert packed["dtype"] == "int8"
-    idx = tok.encode("Akis osal Ak").tolist()
-    (answer,) = node.ask(
-        "page", path=str(Path("out/run/explain.html").resolve()), typed=[["Akis osal Ak", None]]
-    )
-    assert_computes(answer, probabilities(Path("out/run/best.pt"), idx), tok.vocab_size)
-
-
-def test_a_model_that_is_too_large_by_its_ngram_embeddings_is_refused_with_the_key_that_leaves_them_out(
-    tiny, fails
-):
-    train.main([*TINY_RUN, *NGRAMS])
-    complaint = fails(explain.main, "--out_dir=out/run", "--max_mb=0.09")
-    assert re.search(
-        r" MB in a page, 0.\d\d of them n-gram embeddings, more than .*; train with --ngrams=0, or",
-        complaint,
-    )
-    assert "; train a smaller model, or" in fails(
-        explain.main, "--out_dir=out/run", "--max_mb=0.01"
     )
 
 

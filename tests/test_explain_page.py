@@ -68,17 +68,7 @@ def runs(tmp_path_factory):
                 "--block_size=32",
             ]
         )
-        train.main(
-            [
-                *TINY_RUN,
-                "--out_dir=out/ngrams",
-                "--ngrams=3",
-                "--ngram_min_count=4",
-                "--block_size=32",
-            ]
-        )
         explain.main(["--out_dir=out/run", f"--start={START}"])
-        explain.main(["--out_dir=out/ngrams", f"--start={START}"])
         explain.main(["--out_dir=out/pairs", "--start=Wo wohnst du?"])
         explain.main(["--out_dir=out/window", f"--start={START}"])
     return folder
@@ -160,30 +150,6 @@ def test_the_bars_are_the_models_probabilities_and_change_with_each_keystroke(op
         assert min(seen[-1].values()) >= expected.sort().values[-8].item() - 1e-6
         view.page.keyboard.type("is"[len(seen) - 1 :][:1])
     assert seen[0] != seen[1] != seen[2]
-
-
-def test_the_ngrams_that_end_at_a_token_and_the_sum_of_their_rows_are_the_models(opened, runs):
-    model, tokenizer = load(runs, "ngrams")
-    text = "Akis osal"
-    trace = expected_trace(model, tokenizer.encode(text).tolist(), None, tokenizer.vocab_size)
-    view = opened("ngrams", f"#section=embeddings&text={text}")
-    for id, p in view.shown().items():
-        assert p == pytest.approx(trace["probs"][-1, id].item(), abs=1e-6)
-    shown = "all => all.map((row) => [...row.cells].map((cell) => cell.textContent))"
-    seen = set()
-    for t in (1, 5, 8):
-        view.select(section="embeddings", t=t, text=text, number=f"ngrams.sum:{t},3")
-        rows = view.page.eval_on_selector_all(
-            '#embeddings table[aria-label="N-grams that end here"] tbody tr', shown
-        )
-        found = [
-            str(row) if row >= 0 else "not frequent" for row in trace["ngrams.rows"][t].tolist()
-        ]
-        before = f"∅∅{text}"[t : t + 3].replace(" ", "␣")
-        assert rows == [[before[1:], found[0]], [before, found[1]]]
-        seen |= set(found)
-        assert drawer(view)["value"] == pytest.approx(trace["ngrams.sum"][t, 3].item(), abs=1e-6)
-    assert len(seen) >= 3
 
 
 def test_greedy_writes_what_sample_py_writes(opened, runs):

@@ -129,8 +129,8 @@ def test_a_killed_process_leaves_no_lock_and_its_run_is_resumed(run_train, capsy
 
 
 def test_a_run_that_does_not_start_leaves_no_folder(tiny, fails):
-    assert "ngram_min_count=9999: no n-gram" in fails(
-        train.main, *TINY_RUN, "--out_dir=out/deep/run", "--ngrams=3", "--ngram_min_count=9999"
+    assert "vocab_size=3 is below" in fails(
+        train.main, *TINY_RUN, "--out_dir=out/deep/run", "--vocab_size=3"
     )
     assert not Path("out").exists()
 

@@ -1,16 +1,14 @@
 import itertools
 import math
-from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fill_ngrams, overfit
+from conftest import overfit
 
 import model as models
 from humptygpt.generation.sampling import generate
 from humptygpt.nn.layers import ACTIVATIONS, drop
-from humptygpt.nn.ngrams import frequent_ngrams
 from model import (
     BLOCKS,
     MLPS,
@@ -37,8 +35,6 @@ VARIANTS = [
     {"qk_norm": True},
     {"embed_norm": True},
     {"logit_soft_cap": 5.0},
-    {"ngrams": 2, "ngram_rows": 50},
-    {"ngrams": 4, "ngram_rows": 2000},
     {"init": "zero"},
     {"init": "zero", "tie_weights": False},
     {"n_head": 1},
@@ -80,9 +76,7 @@ every_variant = pytest.mark.parametrize(
 def tiny(**keys) -> models.GPT:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 11}
-    model = models.build(ModelConfig(**sizes | keys))
-    fill_ngrams(model)
-    return model
+    return models.build(ModelConfig(**sizes | keys))
 
 
 def random_model(**keys) -> models.GPT:
@@ -272,7 +266,7 @@ def test_left_padded_texts_of_different_lengths_give_the_logits_of_each_text_alo
     texts = [tokens(1, length, seed=length) for length in lengths]
     idx = torch.cat([F.pad(text, (T - text.shape[1], 0), value=-1) for text in texts])
     for n_kv_head, window in [*KV_HEADS_AND_WINDOW, (None, 3)]:
-        for others in ({}, {"ngrams": 4, "ngram_rows": 2000}, {"mlp_conv": 3}):
+        for others in ({}, {"mlp_conv": 3}):
             keys = {"n_head": 4, "n_kv_head": n_kv_head, "window": window, "block_size": T} | others
             model = random_model(position=position, block=block, **keys).eval()
             alone = [F.pad(model(text)[0][0], (0, 0, T - text.shape[1], 0)) for text in texts]
@@ -698,11 +692,6 @@ def test_with_init_zero_tokens_and_positions_weigh_the_same(tied):
             {"block": "plain", "init": "zero"},
             "init=zero must not meet block=plain: no block would ever give",
         ),
-        ({"ngrams": 1}, "ngrams=1 must be 0, or at least 2"),
-        (
-            {"model": "window_mlp", "window": 3, "ngrams": 2},
-            "ngrams=2 must be 0: model=window_mlp reads",
-        ),
         (
             {"mlp": "none", "n_hidden": 64},
             "n_hidden=64 is the width of a network that mlp=none leaves out",
@@ -730,80 +719,6 @@ def test_a_bad_model_config_is_refused(keys, complaint):
 def test_an_odd_head_size_is_refused_with_rotary_positions():
     with pytest.raises(ValueError, match="must be even"):
         ModelConfig(position="rotary", n_embd=6, n_head=2)
-
-
-# --------------------------------------------------------------------------------------
-# N-gram embeddings
-
-
-def test_each_frequent_ngram_has_a_vector_of_its_own_and_other_ngrams_have_none():
-    text = torch.randint(5, (400,), generator=torch.Generator().manual_seed(0))
-    counts = Counter(tuple(text[t : t + n].tolist()) for n in (2, 3, 4) for t in range(401 - n))
-    frequent = {ngram for ngram, count in counts.items() if count >= 4}
-    assert 0 < len(frequent) < len(counts)
-    keys = frequent_ngrams(text, 4, min_count=4)
-    model = tiny(vocab_size=5, ngrams=4, ngram_rows=len(keys))
-    model.ngrams.keys.copy_(keys)
-    torch.nn.init.normal_(model.ngrams.table.weight)
-    vectors = {}
-    for ngram in counts:
-        idx, before = torch.tensor([ngram[-1:]]), torch.tensor([ngram[:-1]])
-        shorter = sum((vectors[ngram[-n:]] for n in range(2, len(ngram))), torch.zeros(32))
-        vectors[ngram] = model.ngrams(idx, before)[0, 0] - shorter
-    assert {ngram for ngram, vector in vectors.items() if vector.norm() > 0.1} == frequent
-    assert len(
-        {tuple(vectors[ngram].mul(100).round().int().tolist()) for ngram in frequent}
-    ) == len(frequent)
-
-
-def test_an_ngram_has_one_vector_at_all_positions():
-    model = tiny(ngrams=4, ngram_rows=2000)
-    torch.nn.init.normal_(model.ngrams.table.weight)
-    idx = tokens(2, 40)
-    none, whole = idx[:, :0], model.ngrams(idx, idx[:, :0])
-    later = model.ngrams(idx[:, 20:], none)
-    torch.testing.assert_close(
-        later[:, 3:], whole[:, 23:]
-    )  # n-grams of the first 3 positions begin before them
-    assert not torch.allclose(later[:, :3], whole[:, 20:23])
-    torch.testing.assert_close(model.ngrams(idx[:, 20:], idx[:, 17:20]), whole[:, 20:])
-
-
-def test_ngram_embeddings_are_added_to_those_of_tokens():
-    model = tiny(ngrams=3, ngram_rows=100)
-    torch.nn.init.normal_(model.ngrams.table.weight)
-    inputs = []
-    model.stack.register_forward_pre_hook(lambda stack, args: inputs.append(args[0]))
-    idx = tokens(2, 5)
-    model(idx)
-    torch.testing.assert_close(inputs[0], model.wte.weight[idx] + model.ngrams(idx, idx[:, :0]))
-
-
-def test_ngram_dropout_zeroes_whole_positions_in_training_only():
-    model = tiny(ngrams=3, ngram_rows=100, ngram_dropout=0.4)
-    torch.nn.init.ones_(model.ngrams.table.weight)
-    idx = torch.randint(11, (40, 16), generator=torch.Generator().manual_seed(0))
-    none = idx[:, :0]
-    training, evaluation = model.ngrams(idx, none), model.eval().ngrams(idx, none)
-    frequent = evaluation[..., 0] > 0
-    zeroed = (training == 0).all(dim=-1)
-    assert zeroed[frequent].float().mean() == pytest.approx(0.4, abs=0.1)
-    torch.testing.assert_close(training[~zeroed], evaluation[~zeroed] / 0.6)
-
-
-def test_torch_compile_traces_the_ngram_embedding_forward_and_backward_without_a_graph_break():
-    idx, results = tokens(2, 16), []
-    for compiled in (False, True):
-        ngrams = tiny(ngrams=3, ngram_rows=100).ngrams
-        torch.nn.init.normal_(ngrams.table.weight, generator=torch.Generator().manual_seed(0))
-        # aot_eager traces both ways as the default backend does, but needs no C++ compiler
-        module = torch.compile(ngrams, backend="aot_eager", fullgraph=True) if compiled else ngrams
-        y = module(idx, idx[:, :0])
-        y.square().sum().backward()
-        assert ngrams.table.weight.grad.is_sparse
-        results.append((y, ngrams.table.weight.grad.to_dense()))
-    for eager, traced in zip(*results, strict=True):
-        assert torch.equal(eager, traced)
 
 
 # --------------------------------------------------------------------------------------

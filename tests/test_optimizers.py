@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-from conftest import fill_ngrams
 
 import model as models
 from humptygpt.nn.window_mlp import EMBEDDINGS
@@ -24,13 +23,8 @@ every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 def tiny(**keys) -> models.GPT:
     torch.manual_seed(0)
-    model = models.build(
-        ModelConfig(
-            **{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11} | keys
-        )
-    )
-    fill_ngrams(model)
-    return model
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11}
+    return models.build(ModelConfig(**sizes | keys))
 
 
 def make_optimizer(model, name: str = "adamw", **keys) -> Optimizer:
@@ -53,7 +47,6 @@ def train_some(model, optimizer, steps: int, seed: int = 0) -> None:
         {"bias": True},
         {"tie_weights": False},
         {"n_kv_head": 1},
-        {"ngrams": 3, "ngram_rows": 40},
         *({"position": name} for name in POSITIONS),
         *({"norm": name} for name in NORMS),
         *({"block": name} for name in BLOCKS),
@@ -114,16 +107,9 @@ def test_muon_trains_the_hidden_layers_of_the_window_mlp_too():
 
 
 @every_optimizer
-def test_adagrad_trains_the_table_of_ngrams(name):
-    names = names_by_rule(make_optimizer(tiny(ngrams=3, ngram_rows=40), name))
-    assert names[optim.adagrad] == {"ngrams.table.weight"}
-
-
-@every_optimizer
 def test_each_group_has_its_own_highest_learning_rate_and_all_are_scaled_alike(name):
-    keys = {"learning_rate": 0.01, "muon_learning_rate": 0.02, "ngram_learning_rate": 0.03}
-    optimizer = make_optimizer(tiny(ngrams=3, ngram_rows=40), name, **keys)
-    highest = {optim.adamw: 0.01, optim.muon: 0.02, optim.normuon: 0.02, optim.adagrad: 0.03}
+    optimizer = make_optimizer(tiny(), name, learning_rate=0.01, muon_learning_rate=0.02)
+    highest = {optim.adamw: 0.01, optim.muon: 0.02, optim.normuon: 0.02}
     for scale in (1.0, 0.5, 0.1, 1.0):
         optimizer.set_lr(scale)
         for group in optimizer.param_groups:
@@ -252,13 +238,12 @@ STATE = {
     optim.adamw: {"exp_avg", "exp_avg_sq"},
     optim.muon: {"momentum_buffer"},
     optim.normuon: {"momentum_buffer", "second_moment_buffer"},
-    optim.adagrad: {"sum"},
 }
 
 
 @every_optimizer
 def test_the_state_is_plain_data_by_the_name_of_the_parameter(name):
-    model = tiny(ngrams=3, ngram_rows=40, bias=True)
+    model = tiny(bias=True)
     train_some(model, optimizer := make_optimizer(model, name), 2)
     saved = optimizer.state_dict()
     assert saved.keys() == {"steps", "state"} and saved["steps"] == 2
@@ -267,9 +252,8 @@ def test_the_state_is_plain_data_by_the_name_of_the_parameter(name):
 
 
 @every_optimizer
-@pytest.mark.parametrize("keys", [{}, {"ngrams": 3, "ngram_rows": 40}], ids=str)
-def test_an_optimizer_resumes_from_its_state(name, keys):
-    straight, stopped = tiny(**keys), tiny(**keys)
+def test_an_optimizer_resumes_from_its_state(name):
+    straight, stopped = tiny(), tiny()
     train_some(straight, optimizer := make_optimizer(straight, name), 3)
     train_some(straight, optimizer, 3, seed=1)
     train_some(stopped, first := make_optimizer(stopped, name), 3)
@@ -322,27 +306,6 @@ def test_a_run_shorter_than_its_warmup_has_learning_rates_too():
         for it in range(5)
     ]
     assert lr == [0.2, 0.4, 0.6, 0.8, 0.1]
-
-
-def test_adagrad_updates_the_rows_of_ngrams_that_a_batch_looked_up_and_no_others():
-    model = tiny(ngrams=3, ngram_rows=800)
-    optimizer = make_optimizer(model, ngram_learning_rate=0.1)
-    table = model.ngrams.table.weight
-    expected, squares = table.detach().clone(), torch.zeros(801)
-    for seed in range(3):
-        idx = torch.randint(
-            11, (2, 6), generator=torch.Generator().manual_seed(seed // 2)
-        )  # one batch comes twice
-        model(idx[:, :-1], idx[:, 1:])[1].backward()
-        gradient = table.grad.to_dense()
-        squares += gradient.square().mean(dim=1)
-        expected -= 0.1 * gradient / (squares.sqrt()[:, None] + 1e-12)
-        optimizer.step()
-        optimizer.zero_grad()
-        torch.testing.assert_close(table, expected)
-    others = squares == 0
-    assert others.any() and not others.all()
-    assert torch.equal(table[others], torch.zeros(int(others.sum()), 32))
 
 
 def test_averaged_weights_are_the_moving_average_over_all_steps():

@@ -385,10 +385,6 @@ REFUSED = [
     ({"qk_norm": True}, "qk_norm=True cannot be exported; GPT2LMHeadModel needs qk_norm=False"),
     ({"window": 5}, "window=5 cannot be exported; GPT2LMHeadModel needs window=0"),
     (
-        {"ngrams": 2, "ngram_rows": 50},
-        "ngrams=2 cannot be exported; GPT2LMHeadModel needs ngrams=0",
-    ),
-    (
         {"model": "transformer"},
         "model=transformer cannot be exported; GPT2LMHeadModel needs model=gpt",
     ),

@@ -68,7 +68,7 @@ def test_a_full_disk_between_checkpoints_is_one_line(tiny, fails, monkeypatch):
 # --------------------------------------------------------------------------------------
 # The picture
 
-EQUAL = dict.fromkeys(("dropout", "ngram_dropout", "label_smoothing"), 0.0)
+EQUAL = dict.fromkeys(("dropout", "label_smoothing"), 0.0)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/run")
-ALL_RULES = ["--optimizer=muon", "--ngrams=3", "--ngram_min_count=2", "--ema_decay=0.5"]
+ALL_RULES = ["--optimizer=normuon", "--ema_decay=0.5"]
 
 
 def weights(name: str = "ckpt.pt") -> dict[str, torch.Tensor]:
@@ -879,8 +879,6 @@ def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect
     }
     other |= {"embed_norm": True, "logit_soft_cap": 0.1, "init": "zero", "label_smoothing": 0.2}
     other |= {
-        "ngram_rows": 5,
-        "ngram_dropout": 0.5,
         "mlp_conv": 2,
         "attn_bias": True,
         "mlp_bias": True,
@@ -899,7 +897,7 @@ def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect
         asdict(TrainConfig()) | asdict(models.ModelConfig(**base)), models.ModelConfig, TrainConfig
     )
     assert (
-        other.keys() | {"model", "block_size", "embedding", "ngrams", "lora_rank"}
+        other.keys() | {"model", "block_size", "embedding", "lora_rank"}
         == asdict(models.ModelConfig()).keys()
     )
     for key, value in other.items():

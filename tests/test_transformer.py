@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import fill_ngrams, overfit
+from conftest import overfit
 from torch import Tensor, nn
 
 import model as models
@@ -22,7 +22,6 @@ VARIANTS = [
     {"qk_norm": True},
     {"embed_norm": True},
     {"logit_soft_cap": 5.0},
-    {"ngrams": 3, "ngram_rows": 300},
     {"init": "zero"},
     {"n_kv_head": 1, "n_head": 4},
     {"window": 3},
@@ -37,9 +36,7 @@ EOT = 0
 def tiny(**keys) -> models.Transformer:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 12, "vocab_size": 11}
-    model = models.build(ModelConfig(model="transformer", **sizes | keys))
-    fill_ngrams(model)
-    return model
+    return models.build(ModelConfig(model="transformer", **sizes | keys))
 
 
 def random_model(**keys) -> models.Transformer:

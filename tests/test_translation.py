@@ -283,7 +283,6 @@ def test_a_resumed_run_on_pairs_is_the_uninterrupted_one(pairs, with_encoder):
         *([] if with_encoder else NO_ENCODER),
         "--dropout=0.1",
         "--label_smoothing=0.1",
-        "--ngrams=3",
     ]
     assert train.main(argv) == 0
     whole, weights = read_rows(Path("out/run")), torch.load("out/run/ckpt.pt")["model"]
@@ -535,12 +534,6 @@ def test_bad_input_of_a_translation(pairs, fails, tiny):
             sample.main(["--out_dir=out/run", f"--start={start}"])
     assert "length_penalty=inf" in fails(sample.main, "--length_penalty=inf")
     assert "num_beams=0" in fails(sample.main, "--num_beams=0")
-    assert "ngram_rows=5 cannot be chosen" in fails(
-        train.main, *TINY, "--ngrams=2", "--ngram_rows=5"
-    )
-    assert "no n-gram of the text occurs that often" in fails(
-        train.main, *TINY, "--ngrams=2", "--ngram_min_count=9999"
-    )
 
 
 def test_keys_of_the_other_task_are_reported_to_have_no_effect(pairs, tiny, capsys):

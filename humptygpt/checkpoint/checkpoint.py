@@ -1,6 +1,6 @@
 """Checkpoints: tensors and plain data, written whole or not at all, and checked when they are read; they run no code.
 
-This module owns their schema. It alone turns a checkpoint into a model, and older formats into the present one.
+This module owns their schema. It alone turns a checkpoint into a model.
 """
 
 import os
@@ -20,7 +20,7 @@ from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
 from humptygpt.core.files import remove, write_whole
 from humptygpt.core.schema import check_schema
-from humptygpt.core.settings import nearest_path
+from humptygpt.core.settings import REMOVED, nearest_path
 from humptygpt.tokenizer import tokenizers
 from humptygpt.training.optimizers import (
     STATE,
@@ -176,20 +176,22 @@ def read_sharded(path: Path, with_tensors: bool) -> dict:
 
 
 def check(path: Path, saved: object, device: str = "cpu") -> dict:
-    """What was read from path, if it is a checkpoint; in the present format. device: of all tensors."""
+    """What was read from path, if it is a checkpoint. device: of all tensors."""
     if isinstance(saved, dict) and "model_args" in saved and "format" not in saved:
         way_out = (
             f"train.py, sample.py and export.py start from it: {shlex.quote(f'--init_from={path}')}"
         )
         raise UserError(f"{path} is a checkpoint of nanoGPT; {way_out}")
-    if not isinstance(saved, dict) or saved.get("format") not in (FORMAT, FORMAT_2):
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise UserError(
             f"{path} is not a checkpoint of this version; it should say format={FORMAT!r}"
         )
     try:
-        if saved["format"] == FORMAT_2:
-            saved = from_format_2(saved)
         check_schema(saved, SCHEMA)
+    except ValueError as error:
+        raise damaged(path, error) from error
+    drop_removed_keys(path, saved)
+    try:
         check_content(saved, device)
     except (
         ValueError,
@@ -203,6 +205,17 @@ def check(path: Path, saved: object, device: str = "cpu") -> dict:
             raise
         raise damaged(path, error) from error
     return saved
+
+
+def drop_removed_keys(path: Path, saved: dict) -> None:
+    """Take out of the configs the keys of earlier versions. Raises UserError for a model that needs one."""
+    if ngrams := saved["model_config"].get("ngrams"):
+        raise UserError(
+            f"{path} has ngrams={ngrams}, which was removed: {REMOVED['ngrams']}; train a new model"
+        )
+    for config in (saved["train_config"], saved["model_config"]):
+        for key in REMOVED.keys() & config.keys():
+            del config[key]
 
 
 def load_plain(path: Path, mapped: bool = False, legacy: bool = False) -> object:
@@ -350,67 +363,3 @@ def check_tensors(
             raise ValueError(
                 f"{entry}.{name} must be a dense tensor of {dtype} and shape {tuple(shape)}"
             )
-
-
-# --------------------------------------------------------------------------------------
-# Older formats
-
-FORMAT_2 = "gpt checkpoint 2"
-RENAMED = {
-    ".query.": ".q_proj.",
-    ".key.": ".k_proj.",
-    ".value.": ".v_proj.",
-    "attn.proj.": "attn.o_proj.",
-}
-RENAMED |= {".fc.": ".up_proj.", "mlp.proj.": "mlp.down_proj.", ".gate.": ".gate_proj."}
-STATE_2 = {"mean": "exp_avg", "square": "exp_avg_sq", "squares": "sum"}
-
-
-def from_format_2(old: dict) -> dict:
-    """The entries of the present format.
-
-    There, `model` was the averaged weights where `newest_weights` were those being trained; optimizer state was a list.
-    """
-    config = configurator.restore(models.ModelConfig, old["model_config"])
-
-    def renamed(weights: dict) -> dict:
-        found = {}
-        for name, tensor in weights.items():
-            for before, after in RENAMED.items():
-                name = name.replace(before, after)
-            found[name.replace("stack.", "layers.") if config.model == "window_mlp" else name] = (
-                tensor
-            )
-        return found
-
-    kept = ("train_config", "model_config", "tokenizer", "task", "data")
-    new = {"format": FORMAT, **{name: old[name] for name in kept}, "model": renamed(old["model"])}
-    if "optimizer" not in old:  # best.pt
-        progress = dict.fromkeys(PROGRESS, 0) | {
-            "losses": [],
-            "iter": old["iter"],
-            "best_iter": old["iter"],
-        }
-        return new | {"progress": progress | {"best_val_loss": old["best_val_loss"]}}
-    model = build_on_meta(config)
-    groups, muon = group_parameters(model), old["train_config"]["optimizer"] == "muon"
-    if not muon:  # its matrices were one group, in the order of the model
-        matrices = groups.pop("hidden", {}) | groups["matrices"]
-        groups["matrices"] = {name: p for name, p in model.named_parameters() if name in matrices}
-    names = [name for members in groups.values() for name in members]
-    averages, new["model"] = new["model"], renamed(old["newest_weights"])
-    if old["train_config"].get("ema_decay"):
-        new["ema"] = {name: averages[name] for name in names}
-    elif not all(torch.equal(averages[name], tensor) for name, tensor in new["model"].items()):
-        raise ValueError("ema_decay does not fit the weights")
-    state = {}
-    for name, memory in zip(names, old["optimizer"]["memories"], strict=True):
-        keys = STATE_2 | (
-            {"mean": "momentum_buffer"} if muon and name in groups.get("hidden", {}) else {}
-        )
-        state[name] = {keys[key]: tensor for key, tensor in memory.items()}
-    new |= {
-        "optimizer": {"steps": old["optimizer"]["steps"], "state": state},
-        "scaler": old["scaler"] or None,
-    }
-    return new | {"progress": old["progress"]}

@@ -30,6 +30,11 @@ from humptygpt.core import limits
 from humptygpt.core.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent.parent / "config"
+NGRAMS = "a GPT alone reaches the same loss with a twentieth of the parameters"
+# {key of an earlier version: why it was removed}
+REMOVED = dict.fromkeys(
+    ("ngrams", "ngram_dropout", "ngram_rows", "ngram_min_count", "ngram_learning_rate"), NGRAMS
+)
 TEXTS = tuple[str, ...]  # the type of a key that takes several texts: --key=ONE --key=ANOTHER
 
 
@@ -266,6 +271,8 @@ def complain(line: str) -> typing.NoReturn:
 
 
 def check_key(name: str, hints: dict[str, object], where: str) -> None:
+    if name in REMOVED:
+        raise UserError(f"{where}{name} was removed: {REMOVED[name]}; leave it out")
     if name not in hints:
         near = nearest(name, hints)
         hint = f"did you mean {near}?" if near else "--help lists all keys"

@@ -206,7 +206,7 @@ def check_weights(stored: dict[str, Stored], expected: dict[str, Tensor]) -> Non
 # --------------------------------------------------------------------------------------
 # Writing
 
-# Settings that are not exported: of training alone, of what the weights themselves have or lack, and of ngrams
+# Settings that are not exported: of training alone, and of what the weights themselves have or lack
 NOT_EXPORTED = {
     "dropout",
     "label_smoothing",
@@ -214,8 +214,6 @@ NOT_EXPORTED = {
     "bias",
     "attn_bias",
     "mlp_bias",
-    "ngram_dropout",
-    "ngram_rows",
 }
 
 

@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from humptygpt.checkpoint import checkpoint
 from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core.errors import UserError
 from humptygpt.interchange.load import load
-from humptygpt.nn.ngrams import NgramTable
 from humptygpt.tokenizer.tokenizers import (
     END_OF_TEXT,
     CharTokenizer,
@@ -22,7 +20,6 @@ from humptygpt.tokenizer.tokenizers import (
     Tokenizer,
 )
 
-ALIGNMENT = 8  # bytes, of each tensor: what JavaScript asks of 64-bit integers
 MODEL_TYPES = {1: "unigram", 2: "bpe"}  # TrainerSpec.ModelType of sentencepiece
 BASE64 = 4 / 3  # characters for each byte
 
@@ -56,20 +53,14 @@ def page_data(
 
 def check_size(model: nn.Module, max_mb: float) -> None:
     """Raises UserError where the weights take more than max_mb megabytes in a page."""
-    tables = ngram_tables(model)
-    sizes = {
-        p: bytes_in_page(p, p in tables) * BASE64 / 1e6
-        for p in model.state_dict(keep_vars=True).values()
-    }
-    size, of_ngrams = sum(sizes.values()), sum(sizes[table] for table in tables)
+    tensors = set(model.state_dict(keep_vars=True).values())
+    size = sum(2 * p.numel() for p in tensors) * BASE64 / 1e6
     if size <= max_mb:
         return
     parameters = sum(p.numel() for p in model.parameters())
-    part = f", {of_ngrams:.2f} of them n-gram embeddings" if tables else ""
-    smaller = "train with --ngrams=0" if size - of_ngrams <= max_mb else "train a smaller model"
     raise UserError(
-        f"the weights of {parameters:,} parameters take {size:.2f} MB in a page{part}, more than max_mb={max_mb:g}: a"
-        f" browser would take long to open it; {smaller}, or raise --max_mb"
+        f"the weights of {parameters:,} parameters take {size:.2f} MB in a page, more than max_mb={max_mb:g}: a"
+        " browser would take long to open it; train a smaller model, or raise --max_mb"
     )
 
 
@@ -88,70 +79,32 @@ def plain_row(row: dict) -> dict:
 
 def model_data(model: nn.Module) -> dict:
     """What makeModel() in explain/data.js takes, with tokenizer_data()."""
-    constants = (
-        model.ngrams.constants if getattr(model, "ngrams", None) else []
-    )  # of a hash, numbers of 64 bits
-    return {
-        "model": dataclasses.asdict(model.config),
-        "weights": pack_weights(model),
-        "ngram_constants": [[str(number) for number in pair] for pair in constants],
-    }
+    return {"model": dataclasses.asdict(model.config), "weights": pack_weights(model)}
 
 
 def pack_weights(model: nn.Module) -> dict:
-    """Names, dtypes, shapes and offsets of the tensors, and the bytes of all of them in base64.
+    """Names, shapes and offsets of the tensors, and the bytes of all of them in base64.
 
     Matrices that are tied are there once, under both names.
     """
-    packed, tensors, placed, tables = bytearray(), [], {}, ngram_tables(model)
+    packed, tensors, placed = bytearray(), [], {}
     for name, p in model.state_dict(keep_vars=True).items():
         if p not in placed:
-            dtype, parts = to_int8(name, p.detach()) if p in tables else to_bytes(name, p.detach())
-            placed[p] = {"dtype": dtype, "shape": list(p.shape), "offset": len(packed)}
-            for part in parts:
-                packed += part + bytes(-len(part) % ALIGNMENT)
+            placed[p] = {"shape": list(p.shape), "offset": len(packed)}
+            packed += to_float16(name, p.detach())
         tensors.append({"name": name, **placed[p]})
     return {"tensors": tensors, "bytes": base64.b64encode(packed).decode()}
 
 
-def ngram_tables(model: nn.Module) -> set[Tensor]:
-    return {module.weight for module in model.modules() if isinstance(module, NgramTable)}
-
-
-def to_bytes(name: str, tensor: Tensor) -> tuple[str, list[bytes]]:
-    """Dtype and little-endian bytes, float32 rounded to float16. Raises UserError where a weight is beyond float16."""
-    if not tensor.is_floating_point():
-        return "int64", [tensor.numpy().astype("<i8").tobytes()]
+def to_float16(name: str, tensor: Tensor) -> bytes:
+    """The little-endian bytes of float32 rounded to float16. Raises UserError where a weight is beyond float16."""
     half = tensor.half()
-    check_finite(name, tensor, half)
-    return "float16", [half.numpy().astype("<f2").tobytes()]
-
-
-def to_int8(name: str, table: Tensor) -> tuple[str, list[bytes]]:
-    """The same of an n-gram table, which is most of its model: each row as integers up to 127, and their unit."""
-    rounded, unit = round_rows(table)
-    check_finite(name, table, unit)
-    return "int8", [rounded.numpy().tobytes(), unit.numpy().astype("<f4").tobytes()]
-
-
-def round_rows(table: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, C) float -> (rows, C) int8 and (rows, 1) float32, whose product is the table, rounded."""
-    unit = table.abs().amax(dim=1, keepdim=True) / 127
-    return (table / unit.where(unit > 0, 1)).round().to(torch.int8), unit
-
-
-def check_finite(name: str, tensor: Tensor, rounded: Tensor) -> None:
-    if not rounded.isfinite().all():
+    if not half.isfinite().all():
         largest = tensor.abs().max().item()
         raise UserError(
             f"{name} has a weight of {largest:.4g}, beyond float16's 65504: has its training diverged?"
         )
-
-
-def bytes_in_page(p: Tensor, in_int8: bool) -> int:
-    if in_int8:
-        return p.numel() + 4 * len(p)
-    return p.numel() * (2 if p.is_floating_point() else 8)
+    return half.numpy().astype("<f2").tobytes()
 
 
 # --------------------------------------------------------------------------------------

@@ -35,14 +35,11 @@ class ShardedProcesses(Processes):
     sharded = True
 
     def check_model(self, model_config: models.ModelConfig, dtype: torch.dtype) -> None:
-        for key, why in {
-            "ngrams": "whose gradients are sparse",
-            "lora_rank": "which trains too little",
-        }.items():
-            if value := getattr(model_config, key):
-                raise UserError(
-                    f"parallel=fsdp does not shard a model with {key}={value}, {why}; take --parallel=ddp"
-                )
+        if rank := model_config.lora_rank:
+            raise UserError(
+                f"parallel=fsdp does not shard a model with lora_rank={rank}, which trains too little;"
+                " take --parallel=ddp"
+            )
         if dtype == torch.float16:
             raise UserError(
                 "parallel=fsdp does not train in float16; take --dtype=bfloat16 or --dtype=float32"

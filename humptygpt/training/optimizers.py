@@ -1,4 +1,4 @@
-"""The update rule of each parameter: AdamW, Muon, NorMuon or Adagrad; the average of the weights; schedules."""
+"""The update rule of each parameter: AdamW, Muon or NorMuon; the average of the weights; schedules."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -205,29 +205,8 @@ def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).to(dtype)
 
 
-def adagrad(optimizer: Optimizer, group: dict, params: dict[str, Tensor]) -> None:
-    """Update the rows of a table that the batch looked up, by about lr at first and less the more they have moved.
-
-    Other rows cost nothing, however many there are. Each row keeps one number, the sum of its mean squared gradients.
-    Source: Duchi et al. 2011, "Adaptive subgradient methods for online learning and stochastic optimization"; one
-    number per row: Mudigere et al. 2021, arXiv:2104.05158, section 4.1.
-    """
-    for name, p in params.items():
-        (total,), gradient = optimizer.get_state(adagrad, "sum", {name: p}), p.grad.coalesce()
-        rows, gradient = (
-            gradient.indices()[0],
-            gradient.values(),
-        )  # (looked up,), (looked up, columns)
-        total.index_add_(0, rows, gradient.square().mean(dim=1, keepdim=True))
-        p.index_add_(0, rows, gradient / (total[rows].sqrt() + 1e-12), alpha=-group["lr"])
-
-
 def whole(p: Tensor) -> Tensor:
     return p
-
-
-def per_row(p: Tensor) -> Tensor:
-    return p[:, :1]
 
 
 def per_neuron(p: Tensor) -> Tensor:
@@ -263,14 +242,13 @@ OPTIMIZERS = {"adamw": adamw, "muon": muon, "normuon": normuon}
 STATE = {
     adamw: {"exp_avg": whole, "exp_avg_sq": whole},
     muon: {"momentum_buffer": whole},
-    adagrad: {"sum": per_row},
 }
 STATE[normuon] = STATE[muon] | {"second_moment_buffer": per_neuron}
 
 
 def update_rules(optimizer: str) -> dict[str, Callable]:
-    """{group: update rule}; a class that owns a matrix may name its group: hidden, in the blocks, or sparse."""
-    return {"hidden": OPTIMIZERS[optimizer], "matrices": adamw, "vectors": adamw, "sparse": adagrad}
+    """{group: update rule}; a class that owns a matrix may name its group: hidden, in the blocks."""
+    return {"hidden": OPTIMIZERS[optimizer], "matrices": adamw, "vectors": adamw}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -298,7 +276,7 @@ def freeze(model: nn.Module, names: str | None) -> None:
 def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """{group: {name: parameter}}, every parameter that trains in exactly one group; no group is empty."""
     owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
-    groups = {"hidden": {}, "matrices": {}, "vectors": {}, "sparse": {}}
+    groups = {"hidden": {}, "matrices": {}, "vectors": {}}
     for name, p in trained_parameters(model).items():
         group = getattr(owners[id(p)], "optimizer_group", "matrices") if p.dim() > 1 else "vectors"
         groups[group][name] = p
@@ -324,8 +302,7 @@ def make_optimizer(config, model: nn.Module) -> Optimizer:
 
     Weight decay pulls matrices and embeddings towards zero, but not biases and norms.
     """
-    muon_lr, ngram_lr = config.muon_learning_rate, config.ngram_learning_rate
-    peak_lrs = {muon: muon_lr, normuon: muon_lr, adagrad: ngram_lr}
+    peak_lrs = dict.fromkeys((muon, normuon), config.muon_learning_rate)
     rules, groups = update_rules(config.optimizer), []
     for group, members in group_parameters(model).items():
         peak_lr = peak_lrs.get(rules[group], config.learning_rate)

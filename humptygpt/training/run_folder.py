@@ -212,7 +212,7 @@ def draw_losses(rows: list[dict], path: Path, settings: dict) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     train = [(row["iter"], row["train_loss"]) for row in rows if "train_loss" in row]
-    only_training = ("dropout", "ngram_dropout", "label_smoothing")
+    only_training = ("dropout", "label_smoothing")
     harder = " and ".join(f"{key}={settings[key]}" for key in only_training if settings[key])
     label = f"training, with {harder}: not comparable" if harder else "training"
     marker = "o" if len(train) == 1 else None  # a line of one point cannot be seen

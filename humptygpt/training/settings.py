@@ -20,13 +20,8 @@ from humptygpt.training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate_a
 from humptygpt.training.run_folder import chosen_loggers, import_loggers, lock_out_dir
 from model import ModelConfig
 
-TRAINING_ONLY = (
-    "dropout",
-    "label_smoothing",
-    "ngram_dropout",
-)  # keys of ModelConfig that change no weight
+TRAINING_ONLY = ("dropout", "label_smoothing")  # keys of ModelConfig that change no weight
 MUON = {"only_with": {"optimizer": ("muon", "normuon")}}
-NGRAMS = {"not_with": {"ngrams": 0}}
 DECAY = {"only_with": {"decay_lr": True}}
 DECAY_RATE = {"at_least": 0, "below": 1}
 
@@ -72,15 +67,7 @@ class TrainConfig:
     beta2: float = setting(0.99, "AdamW, NorMuon: decay rate of the second moment", **DECAY_RATE)
     muon_learning_rate: float = setting(0.02, "Muon: the peak learning rate", above=0, **MUON)
     muon_momentum: float = setting(0.95, "Muon: decay rate of the momentum", **DECAY_RATE, **MUON)
-    ngram_learning_rate: float = setting(
-        0.15, "Adagrad of n-gram embeddings: the peak", above=0, **NGRAMS
-    )
-    ngram_min_count: int = setting(
-        8, "occurrences that make an n-gram frequent", at_least=1, **NGRAMS
-    )
-    grad_clip: float = setting(
-        1.0, "largest gradient norm, without n-gram embeddings; 0: no clipping", at_least=0
-    )
+    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", at_least=0)
     freeze: str | None = setting(
         None,
         "parameters that stay as they are: parts of their names, as wte,blocks.0",
@@ -184,10 +171,8 @@ def read_settings(
         if locks:
             locks.enter_context(lock_out_dir(out_dir))
         saved = checkpoint.load(path, with_tensors=False)
-        from_data = ("vocab_size", "ngram_rows")  # None stands for what the checkpoint has
-        given = {
-            key: value for key, value in given.items() if key not in from_data or value is not None
-        }
+        if given.get("vocab_size", 0) is None:  # what the checkpoint has
+            del given["vocab_size"]
         check_resumable(saved, given, path)
         settings = (
             saved["train_config"] | saved["model_config"] | {"backend": TrainConfig.backend} | given
@@ -265,13 +250,12 @@ def is_checkpoint_of(given: dict, path: Path) -> bool:
     )
     had = saved["train_config"] | saved["model_config"]
     may_differ = ("init_from", "out_dir", "warmup_iters")  # the warmup is fitted to a short run
-    from_data = ("vocab_size", "ngram_rows")
     differ = {
         key for key, value in settings.items() if value != had.get(key) and key not in may_differ
     }
-    return "optimizer" in saved and all(
-        key in from_data and settings[key] is None for key in differ
-    )
+    if settings["vocab_size"] is None:  # the data's
+        differ -= {"vocab_size"}
+    return "optimizer" in saved and not differ
 
 
 def fit_warmup(config: TrainConfig, chosen: bool) -> TrainConfig:
@@ -310,7 +294,6 @@ def check_resumable(saved: dict, given: dict, path: Path) -> None:
         "batch_size",
         "gradient_accumulation_steps",
         "optimizer",
-        "ngram_min_count",
     )
     fixed |= {key: train_config[key] for key in training_keys}
     for key, value in given.items():
