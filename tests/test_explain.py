@@ -11,6 +11,7 @@ import subprocess
 import typing
 import unicodedata
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,11 @@ import explain
 import model as models
 import train
 from humptygpt.checkpoint import checkpoint
+from humptygpt.core.errors import UserError
+from humptygpt.core.settings import setting
 from humptygpt.interchange.load import load
 from humptygpt.nn.layers import ACTIVATIONS
-from humptygpt.page import page_data
+from humptygpt.page import known_settings, page_data
 from humptygpt.tokenizer import tokenizers as tokenizer
 from humptygpt.tokenizer.tokenizers import BytePairTokenizer, CharTokenizer, SentencePieceTokenizer
 from model import ModelConfig
@@ -680,19 +683,27 @@ def test_softmax_does_not_overflow(node):
         assert list(node.ask("softmax", args=scores).values()) == expected
 
 
-def test_the_variants_of_the_javascript_are_those_of_python(node):
-    found = node.ask("dictionaries")
-    expected = {
-        name: getattr(models, name) for name in ("NORMS", "POSITIONS", "MLPS", "BLOCKS", "MODELS")
-    }
-    expected |= {
-        "ACTIVATIONS": ACTIVATIONS,
-        "EMBEDDINGS": models.EMBEDDINGS,
-        "TOKENIZERS": tokenizer.TOKENIZERS,
-    }
-    assert {name: set(found[name]) for name in expected} == {
-        name: set(keys) for name, keys in expected.items()
-    }
+def test_the_variants_that_a_page_knows_are_those_of_the_javascript(node):
+    dictionaries = node.ask("dictionaries")
+    for key, names in known_settings.VARIANTS.items():
+        assert set(dictionaries[f"{key.upper()}S"]) == set(names)
+    assert set(dictionaries["TOKENIZERS"]) == set(tokenizer.TOKENIZERS)
+
+
+@dataclass(frozen=True)
+class ResearchConfig(ModelConfig):
+    attn_temperature: float = setting(1.0, "divides the scores of attention")
+
+
+def test_a_setting_that_the_page_does_not_compute_with_is_refused():
+    known_settings.check_settings(ResearchConfig())
+    known_settings.check_settings(ResearchConfig(dropout=0.1, init="zero", n_kv_head=2))
+    for settings in ({"attn_temperature": 2.0}, {"norm": "mynorm"}, {"window": (8, 0)}):
+        config = ResearchConfig()
+        vars(config).update(settings)
+        (key,) = settings
+        with pytest.raises(UserError, match=f"{key}=.* is a setting that the page does not"):
+            known_settings.check_settings(config)
 
 
 def test_a_branch_that_is_switched_off_adds_nothing(node):

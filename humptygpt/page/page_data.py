@@ -13,6 +13,7 @@ from humptygpt.checkpoint import checkpoint
 from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core.errors import UserError
 from humptygpt.interchange.load import load
+from humptygpt.page.known_settings import check_settings
 from humptygpt.tokenizer.tokenizers import (
     END_OF_TEXT,
     CharTokenizer,
@@ -78,7 +79,8 @@ def plain_row(row: dict) -> dict:
 
 
 def model_data(model: nn.Module) -> dict:
-    """What makeModel() in explain/data.js takes, with tokenizer_data()."""
+    """What makeModel() in explain/data.js takes, with tokenizer_data(). Raises UserError for settings it ignores."""
+    check_settings(model.config)
     return {"model": dataclasses.asdict(model.config), "weights": pack_weights(model)}
 
 
