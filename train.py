@@ -116,6 +116,9 @@ class Run:
     dtype: torch.dtype
     identity: dict  # of the data set, which takes a moment to compute
     processes: Processes = ONE_PROCESS
+    replica: nn.Module | None = (
+        None  # the net, or the same in DDP: its backward sums over processes
+    )
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -350,6 +353,7 @@ def setup(
         run.load(saved)
     if config.compile or (config.compile is None and device.type == "cuda"):
         run.net = compile_model(run)
+    run.replica = processes.replicate(run.net)
     return run
 
 
@@ -623,7 +627,7 @@ def train(run: Run, folder: RunFolder) -> int | None:
 def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     """Step number it, the first being 0: the gradients of a few micro-batches, then an optimizer step.
 
-    Several processes divide the micro-batches, add up their gradients once, and take the same step.
+    Several processes divide the micro-batches, sum gradients over ranks once, and take the same step.
     Returns the mean loss before the step, the gradient norm before clipping, both still on the device, since
     reading them would make the CPU wait for the GPU, and how many tokens the loss is the mean of.
     """
@@ -636,15 +640,16 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     tokens = processes.sum(sum(part.tokens for part in parts))
     mean_loss = torch.zeros((), device=run.device)
     for part in parts:
-        processes.before_backward(run.model, last=part is parts[-1])
-        drops = run.model.config.dropout > 0
-        with part.same_dropout(config.seed, run.device) if drops else nullcontext():
+        dropout = nullcontext()
+        if run.model.config.dropout:
+            dropout = part.same_dropout(config.seed, run.device)
+        with dropout, processes.sync_gradients(run.replica, last=part is parts[-1]):
             with autocast(run.device, run.dtype):
-                _, loss = run.net(**to_device(part.batch, run.device))
+                _, loss = run.replica(**to_device(part.batch, run.device))
                 loss = loss * (part.tokens / tokens)
-            run.scaler.scale(loss).backward()
+            processes.backward(run.scaler.scale(loss))
         mean_loss += loss.detach()
-    processes.sum_gradients(run.model, mean_loss)
+    processes.all_reduce(mean_loss)
     run.scaler.unscale_(run.optimizer)
     trained = [p for p in run.model.parameters() if p.grad is not None]
     grad_norm = clip_gradients(trained, config.grad_clip or math.inf)

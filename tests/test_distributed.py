@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from conftest import TINY_RUN, assert_same_weights, read_rows
+from torch.nn.parallel import DistributedDataParallel
 
 import train
 from humptygpt.checkpoint import checkpoint
@@ -29,6 +31,7 @@ from humptygpt.parallel.processes import Processes, check_divisible
 from humptygpt.training import optimizers
 from humptygpt.training.settings import read_settings
 
+assert torch._dynamo  # which DDP loads: here, and not again in each process
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/run")
 TIME = 600  # seconds until a test fails
@@ -222,28 +225,64 @@ def test_each_process_orthogonalises_some_matrices_and_none_is_done_twice(tiny):
     assert min(count["matrices"] for count in counts) >= 6 * 6
 
 
-def test_gradients_are_sent_once_in_a_step(tiny):
-    assert launch(2, *TINY_RUN, "--gradient_accumulation_steps=4", main=count_matrices) == [0, 0]
-    assert json.loads(Path("counts1").read_text())["gradients"] == 6
-
-
 def count_matrices(argv: list[str]) -> int:
-    """Train, counting the matrices that this process orthogonalises and how often it sends gradients."""
-    counts = {"matrices": 0, "gradients": 0}
-    orthogonalize, all_reduce = optimizers.orthogonalize, dist.all_reduce
+    """Train, counting the matrices that this process orthogonalises and its passes without sums of gradients."""
+    counts = {"matrices": 0, "local": 0}
+    orthogonalize = optimizers.orthogonalize
+    no_sync = DistributedDataParallel.no_sync
 
     def counting(x):
         counts["matrices"] += len(x)
         return orthogonalize(x)
 
-    def counting_sums(x, *args, **settings):
-        counts["gradients"] += x.numel() > 1000
-        return all_reduce(x, *args, **settings)
+    def counting_passes(self):
+        counts["local"] += 1
+        return no_sync(self)
 
-    optimizers.orthogonalize, dist.all_reduce = counting, counting_sums
+    optimizers.orthogonalize = counting
+    DistributedDataParallel.no_sync = counting_passes
     code = train.main(argv)
     Path(f"counts{os.environ['RANK']}").write_text(json.dumps(counts))
     return code
+
+
+def test_gradients_are_summed_once_in_a_step(tiny):
+    assert launch(2, *TINY_RUN, "--gradient_accumulation_steps=4", main=count_matrices) == [0, 0]
+    assert json.loads(Path("counts1").read_text())["local"] == 6  # of 12 passes in 6 steps
+
+
+def keep_gradients(argv: list[str]) -> int:
+    """Train, and leave the gradients of the first step, before clipping, in the file gradients{rank}."""
+    clip = train.clip_gradients
+    path = Path(f"gradients{os.environ.get('RANK', '')}")
+
+    def keep(parameters, max_norm):
+        if not path.exists():
+            torch.save([p.grad for p in parameters], path)
+        return clip(parameters, max_norm)
+
+    train.clip_gradients = keep
+    try:
+        return train.main(argv)
+    finally:
+        train.clip_gradients = clip
+
+
+@pytest.mark.parametrize("options", [[], ["--gradient_accumulation_steps=4", "--dropout=0.2"]])
+def test_gradients_and_updates_of_the_first_step_are_those_of_one_process(
+    tiny, monkeypatch, options
+):
+    monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda device: False)
+    argv = [*TINY_RUN, "--max_iters=1", "--optimizer=muon", "--grad_clip=0.5", *options]
+    assert keep_gradients(argv) == 0
+    one = checkpoint.load(OUT / "ckpt.pt")["model"]
+    assert launch(2, *argv, main=keep_gradients) == [0, 0]
+    several = checkpoint.load(OUT / "ckpt.pt")["model"]
+    assert all(torch.allclose(several[name], one[name], rtol=0, atol=1e-6) for name in one)
+    expected = torch.load("gradients")
+    for rank in range(2):
+        gradients = torch.load(f"gradients{rank}")
+        assert all(map(partial(torch.allclose, rtol=0, atol=1e-6), gradients, expected))
 
 
 # --------------------------------------------------------------------------------------

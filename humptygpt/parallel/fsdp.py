@@ -10,6 +10,7 @@ It takes a second to load, and one process or DDP needs none of it: it is import
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,12 +49,12 @@ class ShardedProcesses(Processes):
     def distribute(self, model: nn.Module) -> None:
         """Keep of each parameter, on the device, the part of this process; each block is gathered by itself.
 
-        Gradients are added up over the processes, and not averaged: the loss is divided by the tokens of all. Weights
-        are gathered in float32, since autocast converts them, as for one process.
+        Weights are gathered in float32, since autocast converts them, as for one process.
         """
         without_memory = next(model.parameters()).is_meta  # the weights are read later
         if not without_memory:
-            self.broadcast(model)
+            for tensor in model.state_dict().values():
+                dist.broadcast(tensor, 0)  # other hardware might have drawn other ones
         mesh = init_device_mesh(self.device.type, (self.size,))
         fully_shard(
             [model.wte, model.lm_head], mesh=mesh, reshard_after_forward=False
@@ -61,7 +62,6 @@ class ShardedProcesses(Processes):
         for module in (*blocks(model), model):
             fully_shard(module, mesh=mesh)
         for module in (model.wte, *blocks(model), model):
-            module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
         model.lm_head.register_forward_pre_hook(
             lambda head, inputs: free_after_backward(model.wte, *inputs)
@@ -79,14 +79,14 @@ class ShardedProcesses(Processes):
             block.forward = torch.compile(block.forward, dynamic=dynamic)
         return model
 
-    def before_backward(self, model: nn.Module, last: bool) -> None:
-        """Before the last one of a step, each process keeps whole gradients of its own."""
-        model.set_requires_gradient_sync(last)
+    def replicate(self, net: nn.Module) -> nn.Module:
+        """Return the network itself, which is sharded already."""
+        return net
 
-    @raise_if_rank_died()
-    def sum_gradients(self, model: nn.Module, loss: Tensor) -> None:
-        """The gradients are sums already."""
-        dist.all_reduce(loss)
+    def sync_gradients(self, replica: nn.Module, last: bool) -> AbstractContextManager:
+        """Before the last micro-batch of a step, each rank keeps whole gradients of its own."""
+        replica.set_requires_gradient_sync(last)
+        return nullcontext()
 
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
         """The rows of this process of function(whole), whole: (n, rows, columns), whose n matrices are independent.

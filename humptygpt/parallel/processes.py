@@ -25,13 +25,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from humptygpt.checkpoint import checkpoint
 from humptygpt.core.errors import UserError
 from humptygpt.data.batches import Dataset, Prefetcher, random_key
 from humptygpt.nn import layers
 
-BUCKET = 2**23  # elements of the gradients that are sent together: 32 MiB of float32
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective in training
 LONG = datetime.timedelta(days=7)  # while ranks prepare data, or rank 0 scores translations
 PATIENCE = 2  # seconds in which rank 0 reports a mistake that all ranks have found
@@ -175,44 +175,27 @@ class Processes:
         """Raise UserError where these ranks cannot train such a model; model_config: a ModelConfig."""
 
     def distribute(self, model: nn.Module) -> None:
-        """Move the model to the device, the same in all ranks."""
+        """Move the model to the device."""
         model.to(self.device)
-        self.broadcast(model)
-
-    def broadcast(self, model: nn.Module) -> None:
-        """Give all ranks the weights of rank 0: other hardware might have drawn other ones."""
-        if self.size > 1:
-            for tensor in model.state_dict().values():
-                dist.broadcast(tensor, 0)
 
     def compile(self, model: nn.Module, dynamic: bool | None) -> nn.Module:
         """Return the model compiled."""
         return torch.compile(model, dynamic=dynamic)
 
-    def before_backward(self, model: nn.Module, last: bool) -> None:
-        """last: of a step's micro-batches of this process."""
-
-    @torch.no_grad()
-    @raise_if_rank_died()
-    def sum_gradients(self, model: nn.Module, loss: Tensor) -> None:
-        """Sum gradients over ranks, and the loss."""
+    def replicate(self, net: nn.Module) -> nn.Module:
+        """Return the network that trains: backward averages gradients over ranks, which start from rank 0's weights."""
         if self.size == 1:
-            return
-        dense: dict[torch.dtype, list[Tensor]] = {loss.dtype: [loss]}
-        for p in model.parameters():
-            if p.grad is not None:
-                dense.setdefault(p.grad.dtype, []).append(p.grad)
-        pending = []
-        for bucket in (bucket for gradients in dense.values() for bucket in buckets(gradients)):
-            flat = torch.cat([gradient.flatten() for gradient in bucket])
-            pending.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-        for bucket, flat, work in pending:
-            work.wait()
-            parts = flat.split([gradient.numel() for gradient in bucket])
-            torch._foreach_copy_(
-                bucket,
-                [part.view_as(gradient) for gradient, part in zip(bucket, parts, strict=True)],
-            )
+            return net
+        return DistributedDataParallel(net, gradient_as_bucket_view=True)
+
+    def sync_gradients(self, replica: nn.Module, last: bool) -> AbstractContextManager:
+        """Return a context of forward and backward; gradients are averaged in the last micro-batch of a step alone."""
+        return nullcontext() if last or self.size == 1 else replica.no_sync()
+
+    @raise_if_rank_died()
+    def backward(self, loss: Tensor) -> None:
+        """Sum the gradients of the loss over ranks: DDP and FSDP average them."""
+        (loss * self.size).backward()
 
     def after_forward(self, model: nn.Module) -> None:
         """Before the weights change otherwise than by a step."""
@@ -276,18 +259,6 @@ ONE_PROCESS = Processes()
 
 def count_targets(batch: dict[str, Tensor]) -> int:
     return int((batch["targets"] >= 0).sum())
-
-
-def buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The gradients, in order, as many together as fit into BUCKET; a larger one alone."""
-    bucket, elements = [], 0
-    for gradient in gradients:
-        if bucket and elements + gradient.numel() > BUCKET:
-            yield bucket
-            bucket, elements = [], 0
-        bucket.append(gradient)
-        elements += gradient.numel()
-    yield bucket
 
 
 # --------------------------------------------------------------------------------------
