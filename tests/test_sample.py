@@ -163,7 +163,6 @@ BAD = {
         "--prompts=promts.txt"
     ],
     "start=FILE: must not be empty; write --start=FILE:PATH": ["--start=FILE:"],
-    "start=FILE:'a\\x00b' has a null byte": ["--start=FILE:a\0b"],
     "prompts.txt, line 2: character 'é' (U+00E9) is not among the": ["--prompts=prompts.txt"],
     "empty.txt has no prompts; write one on each line": ["--prompts=empty.txt"],
     "start and prompts exclude each other": ["--start=A", "--prompts=prompts.txt"],

@@ -750,7 +750,7 @@ def test_token_files_of_a_preparation_that_was_stopped_are_left_as_they_are(tiny
 
 
 BAD = {
-    "seed must be an integer of 64 bits": ["--seed=99999999999999999999"],
+    "seed must be a number of at most 64 bits": ["--seed=99999999999999999999"],
     "position=rotary turns pairs": ["--position=rotary", "--n_embd=6"],
     "unknown key n_layr; did you mean n_layer?": ["--n_layr=3"],
     "n_layer='two' must be int": ["--n_layer=two"],
@@ -758,11 +758,10 @@ BAD = {
     "batch_size=0 must be at least 1": ["--batch_size=0"],
     "max_iters=-5 must be at least 1": ["--max_iters=-5"],
     "learning_rate=0.0 must be above 0": ["--learning_rate=0"],
-    "learning_rate=nan must be above 0": ["--learning_rate=nan"],
-    "learning_rate=inf must be above 0": ["--learning_rate=inf"],
     "min_lr=1.0 must be at most learning_rate": ["--min_lr=1.0"],
     "beta1=1.0 must be at least 0 and below 1": ["--beta1=1.0"],
-    "weight_decay=nan must be at least 0": ["--weight_decay=nan"],
+    "weight_decay='nan' must be float": ["--weight_decay=nan"],
+    "weight_decay=inf must be at least 0": ["--weight_decay=1e999"],
     "grad_clip=-1.0 must be at least 0": ["--grad_clip=-1"],
     "eval_iters=0 must be at least 1": ["--eval_iters=0"],
     "dropout=1.5 must be at least 0 and below 1": ["--dropout=1.5"],
@@ -771,13 +770,12 @@ BAD = {
     "device=cuda:9 is not available": ["--device=cuda:9"],
     "init_from=nothing: there is no such file or folder": ["--init_from=nothing"],
     "vocab_size=3 is below the": ["--vocab_size=3"],
-    "cannot read config file nothing.py": ["nothing.py"],
-    "cannot read config file data": ["data"],
+    "nothing.py is not a config file": ["nothing.py"],
+    "data is not a config file": ["data"],
     "broken.py:1: ": ["broken.py"],
     "cannot write blocked/run: Not a directory; name another --out_dir": ["--out_dir=blocked/run"],
     "out_dir= must not be empty; write --out_dir=PATH": ["--out_dir="],
     "dataset='' and out_dir=out/run must be names of folders": ["--dataset="],
-    "out_dir='a\\x00b' has a null byte, which no path can have": ["--out_dir=a\0b"],
     "dataset='a\\x00b' and out_dir=": ["--dataset=a\0b"],
     "dataset=data/tiny is not the name of a folder in data/; write --dataset=tiny": [
         "--dataset=data/tiny"
@@ -786,9 +784,6 @@ BAD = {
         "--dataset=data/my texts/"
     ],
     "out_dir=tiny.txt is a file; write --out_dir=.": ["--out_dir=tiny.txt", "--init_from=resume"],
-    "cannot read config file data: Is a directory; for the folder of a run write --out_dir=data": [
-        "data"
-    ],
 }
 
 

@@ -35,7 +35,35 @@ NGRAMS = "a GPT alone reaches the same loss with a twentieth of the parameters"
 REMOVED = dict.fromkeys(
     ("ngrams", "ngram_dropout", "ngram_rows", "ngram_min_count", "ngram_learning_rate"), NGRAMS
 )
+Fields = dict[str, dataclasses.Field]  # of several config classes, by key
 TEXTS = tuple[str, ...]  # the type of a key that takes several texts: --key=ONE --key=ANOTHER
+TYPE_NAMES = {
+    int: "int",
+    float: "float",
+    bool: "True or False",
+    str: "text",
+    types.NoneType: "None",
+}
+BOUNDS = {
+    "at_least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "at_most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+ELSEWHERE = {  # names that other programs have for keys of ours
+    "lr": "learning_rate",
+    "steps": "max_iters",
+    "epochs": "max_iters",
+    "context_length": "block_size",
+    "prompt": "start",
+    "max_tokens": "max_new_tokens",
+    "output": "out_dir",
+    "output_dir": "out_dir",
+}
+
+
+# --------------------------------------------------------------------------------------
+# Keys and their rules
 
 
 def setting(
@@ -52,7 +80,7 @@ def setting(
     only_with: dict[str, object] | None = None,
     not_with: dict[str, object] | None = None,
 ) -> typing.Any:
-    """A field of a config class, with its line in --help and the rules that check() and without_effect() apply.
+    """Return a field of a config class, with its line in --help and the rules of check() and without_effect().
 
     group: the title under which it and the keys after it stand in --help. choices: the values that are allowed, often
     the dictionary of variants itself. path: it names files or folders, so that ~ stands for the home folder; with
@@ -63,174 +91,262 @@ def setting(
     return dataclasses.field(default=rules.pop("default"), metadata=rules)
 
 
-LIMITS = {
-    "at_least": ("at least", operator.ge),
-    "above": ("above", operator.gt),
-    "at_most": ("at most", operator.le),
-    "below": ("below", operator.lt),
-}
-
-
 def check(config: object) -> None:
     """Raise ValueError for the first value that breaks a rule of its key. None passes; inf and nan obey no limit."""
     for field in dataclasses.fields(config):
-        value, rules = getattr(config, field.name), field.metadata
+        value = getattr(config, field.name)
+        rules = field.metadata
         if value is None:
             continue
         if rules["choices"] is not None and value not in rules["choices"] and not rules["path"]:
             raise ValueError(f"{field.name}={value} is not one of: {', '.join(rules['choices'])}")
-        limits = [
-            (words, holds, rules[limit])
-            for limit, (words, holds) in LIMITS.items()
-            if rules[limit] is not None
-        ]
-        if limits and not (
-            math.isfinite(value) and all(holds(value, bound) for _, holds, bound in limits)
+        bounds = {name: rules[name] for name in BOUNDS if rules[name] is not None}
+        if any(
+            not math.isfinite(value) or not BOUNDS[name][1](value, bound)
+            for name, bound in bounds.items()
         ):
-            rule = " and ".join(f"{words} {bound}" for words, _, bound in limits)
+            rule = " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items())
             raise ValueError(f"{field.name}={value} must be {rule}")
 
 
+def fields_of(classes: tuple[type, ...]) -> Fields:
+    return {field.name: field for cls in classes for field in dataclasses.fields(cls)}
+
+
 def without_effect(settings: dict[str, object], *classes: type) -> dict[str, str]:
-    """{key: why} of the keys that do nothing in these settings, such as {"rope_base": "without position=rotary"}.
+    """Return {key: why} of the keys that do nothing in these settings, as {"rope_base": "without position=rotary"}.
 
     Nor does a key do anything whose only_with names a key that does nothing; a not_with of such a key says nothing.
     """
-    rules = {field.name: field.metadata for cls in classes for field in dataclasses.fields(cls)}
+    rules = {name: field.metadata for name, field in fields_of(classes).items()}
 
     def reason(name: str) -> str | None:
-        for word, others in (
-            ("without", rules[name]["only_with"]),
-            ("with", rules[name]["not_with"]),
-        ):
-            for other, values in (others or {}).items():
-                values = values if isinstance(values, tuple) else (values,)
-                if why := reason(other) if other in rules else None:
-                    if word == "without":
-                        return why
-                elif (settings[other] in values) == (word == "with"):
-                    shown = settings[other] if word == "with" else " or ".join(map(str, values))
-                    return f"{word} {other}={shown}"
+        if name not in rules:
+            return None
+        for other, values in (rules[name]["only_with"] or {}).items():
+            values = values if isinstance(values, tuple) else (values,)
+            if why := reason(other):
+                return why
+            if settings[other] not in values:
+                return f"without {other}={' or '.join(map(str, values))}"
+        for other, values in (rules[name]["not_with"] or {}).items():
+            values = values if isinstance(values, tuple) else (values,)
+            if settings[other] in values and not reason(other):
+                return f"with {other}={settings[other]}"
         return None
 
-    return {name: why for name in rules if (why := reason(name))}
-
-
-def read(argv: list[str], *classes: type, positional: str | None = None) -> dict[str, object]:
-    """What the user set: {key: value} from config files and --key=value, with known keys and the right types.
-
-    positional: the key that a bare argument sets, or adds to where it takes several texts; None: a bare argument is a
-    config file.
-    Raises UserError. Prints help and exits where --help is among the arguments.
-    """
-    hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
-    paths = {
-        field.name for cls in classes for field in dataclasses.fields(cls) if field.metadata["path"]
-    }
-    if "--help" in argv or "-h" in argv:
-        print(help_text(*classes, positional=positional))
-        sys.exit(0)
-    given, bare = {}, []
-    for argument, following in zip(argv, [*argv, ""][1:], strict=True):
-        if argument.startswith("--"):
-            name, equals, text = argument[2:].partition("=")
-            check_key(name, hints, "")
-            if not equals:
-                value = (
-                    "True"
-                    if bool in (typing.get_args(hints[name]) or (hints[name],))
-                    else following
-                )
-                value = value if value and not value.startswith("--") else "VALUE"
-                raise UserError(
-                    f"{argument} has no value; write {shlex.quote(f'--{name}={value}')}"
-                )
-            value = parse(name, text, hints[name])
-            given[name] = (*given.get(name, ()), *value) if hints[name] == TEXTS else value
-        elif positional is not None and hints[positional] == TEXTS:
-            given[positional] = (*given.get(positional, ()), argument)
-        elif positional is not None:
-            bare.append(argument)
-        else:
-            given.update(read_file(argument, hints))
-    if bare:
-        values = [*bare, *([given[positional]] if positional in given else [])]
-        if len(set(values)) > 1:
-            first, second = map(shlex.quote, values[:2])
-            raise UserError(f"{positional} is given twice, as {first} and {second}; leave one out")
-        given[positional] = bare[0]
-    if classes[-1].__module__ == "__main__":  # a script was started, and is not imported
-        note_folder(Path(sys.modules["__main__"].__file__))
-    return {
-        name: check_path(f"{name}=", value) if name in paths else value
-        for name, value in given.items()
-    }
-
-
-def check_path(before: str, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-    """The path, or each of several, with the home folder in place of ~, which shells leave alone in --key=~/file.
-
-    before: what the user wrote before it. Raises UserError for what cannot be a path.
-    """
-    if isinstance(value, tuple):
-        return tuple(check_path(before, path) for path in value)
-    if value is None:
-        return None
-    if not value:
-        raise UserError(f"{before} must not be empty; write --{before}PATH")
-    if "\0" in value:
-        raise UserError(f"{before}{value!r} has a null byte, which no path can have")
-    return os.path.expanduser(value)  # noqa: PTH111, since a pathlib.Path loses the end of "folder/"
-
-
-def as_written_here(command: str) -> str:
-    """A command of a script in the root, as "python train.py", with the folder that the user wrote before this one."""
-    script, folder = command.split()[1], os.path.dirname(sys.argv[0])  # noqa: PTH120, since "" stays ""
-    if not folder or not os.path.exists(os.path.join(folder, script)):  # noqa: PTH118
-        return command
-    return command.replace(script, shlex.quote(os.path.join(folder, script)), 1)  # noqa: PTH118
-
-
-def note_folder(script: Path) -> None:
-    """Say which data/ and out/ are meant where a script is started from another folder than its own."""
-    if (here := Path.cwd()) != script.resolve().parent and os.environ.get(
-        "RANK", "0"
-    ) == "0":  # once, by torchrun
-        print(f"note: data/, out/ and other relative paths are in {here}", file=sys.stderr)
-
-
-def nearest(name: str, known: Collection[str]) -> str | None:
-    """The one of the known names that a mistyped one is probably meant to be."""
-    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
-
-
-def nearest_path(path: str, ending: str = "") -> str:
-    """ "; did you mean ...?" with the name in the same folder that is nearest to a path that does not exist, or ""."""
-    folder, name = os.path.split(path.rstrip("/"))
-    try:
-        names = os.listdir(folder or ".")  # noqa: PTH208, since the path is to be written as the user did
-    except (OSError, ValueError):
-        return ""
-    near = nearest(name, [found for found in names if found.endswith(ending)])
-    return f"; did you mean {shlex.quote(os.path.join(folder, near))}?" if near else ""  # noqa: PTH118
+    reasons = {name: reason(name) for name in rules}
+    return {name: why for name, why in reasons.items() if why}
 
 
 def make(cls: type, values: dict[str, object]):
-    """An instance of a config class from those of the values that are its fields. Raises UserError for a bad value."""
-    names = {field.name for field in dataclasses.fields(cls)}
+    """Return an instance of a config class from those of the values that are its fields. Raises UserError."""
     try:
-        return cls(**{name: value for name, value in values.items() if name in names})
+        return cls(**{name: values[name] for name in fields_of((cls,)) if name in values})
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
 def restore(cls: type, values: dict[str, object]):
-    """make() from what a file holds: keys must be known, types right; a missing key has its default."""
-    hints = typing.get_type_hints(cls)
+    """As make(), from what a file holds: keys must be known, types right; a missing key has its default."""
+    fields = fields_of((cls,))
     for name, value in values.items():
-        check_key(name, hints, "")
-        convert(name, value, hints[name])
+        check_key(name, fields)
+        convert(name, value, fields[name].type)
     return make(cls, values)
+
+
+# --------------------------------------------------------------------------------------
+# The command line
+
+
+def read(argv: list[str], *classes: type, positional: str | None = None) -> dict[str, object]:
+    """Return what the user set: {key: value} from config files and --key=value, with known keys and the right types.
+
+    positional: the key that a bare argument sets, or adds to where it takes several texts; None: a bare argument is a
+    config file.
+    Raises UserError. Prints help and exits where --help is among the arguments.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text(*classes, positional=positional))
+        sys.exit(0)
+    fields = fields_of(classes)
+    given = {}
+    for argument, following in zip(argv, [*argv, ""][1:], strict=True):
+        if argument.startswith("--"):
+            name, value = read_option(argument, following, fields)
+        elif positional:
+            name = positional
+            value = parse(name, argument, fields[name].type)
+        else:
+            given |= read_config(argument, fields)
+            continue
+        if fields[name].type == TEXTS:
+            value = given.get(name, ()) + value
+        elif name == positional and given.get(name, value) != value:
+            both = f"{shlex.quote(given[name])} and {shlex.quote(value)}"
+            raise UserError(f"{name} is given twice, as {both}; leave one out")
+        given[name] = value
+    for name in given:
+        if fields[name].metadata["path"]:
+            given[name] = check_path(f"{name}=", given[name])
+    return given
+
+
+def read_option(argument: str, following: str, fields: Fields) -> tuple[str, object]:
+    """Return key and value of --key=value. following: the next argument, which may have been meant as the value."""
+    name, equals, text = argument[2:].partition("=")
+    check_key(name, fields)
+    if equals:
+        return name, parse(name, text, fields[name].type)
+    value = "VALUE" if not following or following.startswith("--") else following
+    if bool in kinds_of(fields[name].type):
+        value = "True"
+    raise UserError(f"{argument} has no value; write {shlex.quote(f'--{name}={value}')}")
+
+
+def check_key(name: str, fields: Fields, where: str = "") -> None:
+    if name in fields:
+        return
+    if name in REMOVED:
+        raise UserError(f"{where}{name} was removed: {REMOVED[name]}; leave it out")
+    near = ELSEWHERE.get(name)
+    if near not in fields:
+        near = nearest(name, fields)
+    advice = f"did you mean {near}?" if near else "--help lists all keys"
+    if name == "config":
+        advice = "a config file is named without a key: config/mine.py"
+    raise UserError(f"{where}unknown key {name}; {advice}")
+
+
+def check_path(before: str, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    """Return the path, or each of several, with the home folder in place of ~, which shells leave alone in --key=~/x.
+
+    before: what the user wrote before it. Raises UserError where it is empty.
+    """
+    if isinstance(value, tuple):
+        return tuple(check_path(before, path) for path in value)
+    if value == "":
+        raise UserError(f"{before} must not be empty; write --{before}PATH")
+    return value and os.path.expanduser(value)  # noqa: PTH111, since a pathlib.Path loses the end of "folder/"
+
+
+def kinds_of(hint: object) -> tuple[type, ...]:
+    """Return the types that a key's type hint allows, such as (int, NoneType)."""
+    return typing.get_args(hint) or (hint,)
+
+
+def parse(name: str, text: str, hint: object) -> object:
+    """Return the value that a command line's text stands for: the text where the key takes text, else a literal."""
+    kinds = kinds_of(hint)
+    if text == "None" and types.NoneType in kinds:
+        return None
+    if hint == TEXTS:
+        return (text,)
+    if str in kinds:
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False}.get(text.lower(), text)
+    return convert(name, text if isinstance(value, tuple) else value, hint)  # a tuple: 1,000
+
+
+def convert(name: str, value: object, hint: object) -> object:
+    """Return the value, if it has the key's type: a whole number passes as a float, and True is not a number."""
+    kinds = kinds_of(hint)
+    if type(value) is int and abs(value) >= 2**63:
+        raise UserError(f"{name} must be a number of at most 64 bits")
+    if float in kinds and type(value) is int:
+        return float(value)
+    if type(value) not in kinds:
+        raise UserError(f"{name}={value!r} must be {type_name(hint)}")
+    return value
+
+
+def type_name(hint: object) -> str:
+    return "texts" if hint == TEXTS else " or ".join(TYPE_NAMES[kind] for kind in kinds_of(hint))
+
+
+def help_text(*classes: type, positional: str | None = None) -> str:
+    """Return every key with its type, default and one line, by group, below the docstring of the script."""
+    fields = fields_of(classes)
+    several = " ..." if positional is None or fields[positional].type == TEXTS else ""
+    bare = f"[{(positional or 'config_file').upper()}{several}]"
+    about = sys.modules["__main__"].__doc__ or ""
+    lines = [f"usage: python {script_name()} {bare} [--key=value ...]", "", about.strip()]
+    for name, field in fields.items():
+        rules = field.metadata
+        if rules["group"]:
+            lines += ["", f"{rules['group']}:"]
+        kind = type_name(field.type).replace("True or False", "bool").replace(" or ", "|")
+        choices = f"; one of: {', '.join(rules['choices'])}" if rules["choices"] else ""
+        key = f"--{name}={field.default}"
+        lines.append(f"  {key:<40} {kind:<11}{rules['help']}{choices}")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------
+# Config files
+
+
+def read_config(path: str, fields: Fields) -> dict[str, object]:
+    """Run a config file and return its keys. Names that start with _, modules and functions are the file's own."""
+    if not path.endswith(".py") or not os.path.isfile(path):
+        raise UserError(f"{path} is not a config file{other_argument(path, fields)}")
+    try:
+        names = runpy.run_path(path)
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: {error.msg}") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = max((frame.lineno for frame in frames if frame.filename == path), default=0)
+        raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from error
+    given = {}
+    for name, value in names.items():
+        helper = isinstance(value, types.ModuleType) or callable(value)
+        if name.startswith("_") or (helper and name not in fields):
+            continue
+        check_key(name, fields, f"{path}: ")
+        given[name] = convert(name, value, fields[name].type)
+    return given
+
+
+def other_argument(path: str, fields: Fields) -> str:
+    """Return what to write instead of an argument that is not a config file: "; write ...", or ""."""
+    if "=" in path:
+        return f"; for a key write {shlex.quote('--' + path.lstrip('-'))}"
+    if os.path.exists(path) and "out_dir" in fields:
+        resume = "" if fields["init_from"].default == "resume" else "--init_from=resume "
+        folder = Path(path).parent if os.path.isfile(path) else path
+        return f"; for the run in it write {resume}{shlex.quote(f'--out_dir={folder}')}"
+    ours = {file.stem: os.path.relpath(file) for file in sorted(CONFIGS.rglob("*.py"))}
+    near = nearest_path(path, ".py")
+    if not near and (name := nearest(Path(path).stem, ours)):
+        near = f"; did you mean {shlex.quote(ours[name])}?"
+    if not near and "start" in fields and " " in path:
+        near = f"; for a prompt write {shlex.quote(f'--start={path}')}"
+    return near
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """Return the one of the known names that a mistyped one is probably meant to be."""
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+
+
+def nearest_path(path: str, ending: str = "") -> str:
+    """Return "; did you mean ...?" with the name in its folder nearest to a path that does not exist, or ""."""
+    folder, name = os.path.split(path.rstrip("/"))
+    try:
+        names = os.listdir(folder or ".")  # noqa: PTH208, since the path is to be written as the user did
+    except (OSError, ValueError):
+        return ""
+    near = nearest(name, [known for known in names if known.endswith(ending)])
+    return f"; did you mean {shlex.quote(os.path.join(folder, near))}?" if near else ""  # noqa: PTH118
+
+
+# --------------------------------------------------------------------------------------
+# A script
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
@@ -240,6 +356,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """
     if main.__module__ == "__main__":  # a script was started
         limits.start()
+        note_folder(Path(sys.modules["__main__"].__file__))
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
@@ -259,9 +376,10 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         raise
 
 
-def complain(line: str) -> typing.NoReturn:
-    """Print what is wrong and exit. torchrun ends with a report of its own, in which the line comes last."""
-    line = f"{Path(sys.argv[0]).name}: {line}"
+def complain(message: str) -> typing.NoReturn:
+    """Print one line and exit. torchrun ends with a report of its own, in which the line comes last."""
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
+    line = f"{script_name()}: {shown}"
     print(line, file=sys.stderr)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         report = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
@@ -270,142 +388,19 @@ def complain(line: str) -> typing.NoReturn:
     sys.exit(2)
 
 
-def check_key(name: str, hints: dict[str, object], where: str) -> None:
-    if name in REMOVED:
-        raise UserError(f"{where}{name} was removed: {REMOVED[name]}; leave it out")
-    if name not in hints:
-        near = nearest(name, hints)
-        hint = f"did you mean {near}?" if near else "--help lists all keys"
-        raise UserError(f"{where}unknown key {name}; {hint}")
+def script_name() -> str:
+    return Path(sys.argv[0]).name
 
 
-def read_file(path: str, hints: dict[str, object]) -> dict[str, object]:
-    """Run a config file and return its keys. Names that start with _, modules and functions are the file's own."""
-    try:
-        with Path(path).open("rb") as file:
-            zipped = file.read(2) == b"PK"  # Python would run a program in it
-    except (OSError, ValueError) as error:  # ValueError: a null byte
-        reason = error.strerror if isinstance(error, OSError) else "it has a null byte"
-        shown = path if path.isprintable() else repr(path)
-        raise UserError(
-            f"cannot read config file {shown}: {reason}{other_argument(path, hints)}"
-        ) from error
-    if zipped:
-        raise UserError(f"{path} is no config file{other_argument(path, hints)}")
-    try:
-        names = runpy.run_path(path)
-    except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: {error.msg}") from error
-    except Exception as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename == path
-        ]
-        raise UserError(
-            f"{path}:{lines[-1] if lines else 0}: {type(error).__name__}: {error}"
-        ) from error
-    given = {}
-    for name, value in names.items():
-        helper = isinstance(value, types.ModuleType) or callable(value)
-        if name.startswith("_") or (helper and name not in hints):
-            continue
-        check_key(name, hints, f"{path}: ")
-        given[name] = convert(name, value, hints[name])
-    return given
+def note_folder(script: Path) -> None:
+    """Say which data/ and out/ are meant where a script is started from another folder than its own."""
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    if first and Path.cwd() != script.resolve().parent:
+        print(f"note: data/, out/ and other relative paths are in {Path.cwd()}", file=sys.stderr)
 
 
-def other_argument(path: str, hints: dict[str, object]) -> str:
-    """What to write instead of an argument that is no config file: "; write ...", or "" where nothing is near."""
-    if "=" in path:
-        return f"; for a key write {shlex.quote('--' + path.lstrip('-'))}"
-    run = Path(path).parent if os.path.isfile(path) else path
-    of_run = (
-        f"; for the folder of a run write {shlex.quote(f'--out_dir={run}')}"
-        if "out_dir" in hints
-        else ""
-    )
-    if os.path.exists(path):
-        return of_run
-    ours = {file.stem: os.path.relpath(file) for file in sorted(CONFIGS.rglob("*.py"))}
-    if near := nearest_path(path, ".py"):
-        return near
-    if near := ours.get(nearest(Path(path).stem, ours)):
-        return f"; did you mean {shlex.quote(near)}?"
-    if (
-        "/" in path and not path.endswith(".py") and not any(Path(path).parent.glob("*.py"))
-    ):  # out/x, not config/x
-        return of_run
-    return (
-        f"; for a prompt write {shlex.quote(f'--start={path}')}"
-        if "start" in hints and " " in path
-        else ""
-    )
-
-
-def parse(name: str, text: str, hint: object) -> object:
-    """The value that a command line's text stands for: text as it is where the key takes text, else a literal."""
-    kinds = typing.get_args(hint) or (hint,)
-    if text == "None" and types.NoneType in kinds:
-        return None
-    if hint == TEXTS:
-        return (text,)
-    if str in kinds:
-        return text
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = {"nan": float("nan"), "inf": float("inf"), "true": True, "false": False}.get(
-            text.lower(), text
-        )
-    if isinstance(value, tuple):  # 1,000
-        raise UserError(f"{name}={text} must be {type_name(hint)}, without commas")
-    return convert(name, value, hint)
-
-
-def convert(name: str, value: object, hint: object) -> object:
-    """The value, if it has the key's type: a whole number passes as a float, and True is not a number."""
-    kinds = typing.get_args(hint) or (hint,)
-    if float in kinds and type(value) is int and abs(value) < 2**63:
-        return float(value)
-    if type(value) not in kinds:
-        raise UserError(f"{name}={value!r} must be {type_name(hint)}")
-    if type(value) is int and abs(value) >= 2**63:
-        raise UserError(f"{name} must be an integer of 64 bits")
-    return value
-
-
-def type_name(hint: object) -> str:
-    if hint == TEXTS:
-        return "texts"
-    names = {int: "int", float: "float", bool: "True or False", str: "text", types.NoneType: "None"}
-    return " or ".join(names[kind] for kind in typing.get_args(hint) or (hint,))
-
-
-def help_text(*classes: type, positional: str | None = None) -> str:
-    """Every key with its type, default and one line, by group, under the first paragraphs of the script's docstring."""
-    script = sys.modules[classes[-1].__module__]
-    several = positional is None or any(
-        typing.get_type_hints(cls).get(positional) == TEXTS for cls in classes
-    )
-    bare = f"[{(positional or 'config_file').upper()}{' ...' if several else ''}]"
-    lines = [
-        f"usage: python {Path(script.__file__).name} {bare} [--key=value ...]",
-        "",
-        script.__doc__.strip(),
-    ]
-    for cls in classes:
-        hints = typing.get_type_hints(cls)
-        for field in dataclasses.fields(cls):
-            if field.metadata["group"]:
-                lines += ["", f"{field.metadata['group']}:"]
-            kind = (
-                type_name(hints[field.name]).replace("True or False", "bool").replace(" or ", "|")
-            )
-            choices = field.metadata["choices"]
-            listed = f"; one of: {', '.join(choices)}" if choices else ""
-            lines.append(
-                f"  --{field.name}={field.default}".ljust(42)
-                + f" {kind:<11}{field.metadata['help']}{listed}"
-            )
-    return "\n".join(lines)
+def as_written_here(command: str) -> str:
+    """Return a command such as "python train.py", with the folder that the user wrote before the present script."""
+    script = command.split()[1]
+    path = os.path.join(os.path.dirname(sys.argv[0]), script)  # noqa: PTH118, PTH120, since "" stays ""
+    return command.replace(script, shlex.quote(path), 1) if os.path.exists(path) else command
