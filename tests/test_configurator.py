@@ -216,7 +216,7 @@ def test_every_key_for_a_path_is_declared_as_one():
     }
     assert paths == {
         *("out_dir", "prompts", "score", "input", "source", "target", "held_out", "tokenizer"),
-        *("runs", "picture", "csv", "json"),
+        *("runs", "picture", "csv", "json", "config", "nanogpt", "page"),
     }
 
 
