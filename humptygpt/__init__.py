@@ -1,1 +1,1 @@
-"""Everything that the scripts beside this folder share; nothing in here is run by itself."""
+__version__ = "2.0"
