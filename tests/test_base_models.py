@@ -405,7 +405,7 @@ def test_after_nanogpts_defaults_its_config_files_mean_what_they_mean_there(
         "bias": True,
     }
     model = checkpoint.build_on_meta(ModelConfig(**shape))
-    base = Loaded(model, None, "language modelling", Path("gpt2"), "")
+    base = Loaded(model, None, Path("gpt2"), "")
     monkeypatch.setattr(train_config, "load", lambda source: asked.append(source) or base)
     Path("theirs.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
     config, model_config, _, found = read_settings([str(DEFAULTS), "theirs.py"])
@@ -498,10 +498,8 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
     )
     assert "is not a checkpoint: it is truncated" in refused("text.txt")
     assert refused("theirs/model.safetensors") == (
-        "init_from=theirs/model.safetensors is one file of a model; name its folder\n"
+        "init_from=theirs/model.safetensors is no model by itself; name its folder, which also has config.json\n"
     )
-    Path("model.gguf").write_bytes(b"GGUF")
-    assert refused("model.gguf") == "init_from=model.gguf is for llama.cpp alone\n"
     sample.main(["--out_dir=theirs", "--max_new_tokens=2"])  # it may be named as a run is
     Path("out/stopped").mkdir(parents=True)
     for name in ("config.json", "metrics.jsonl"):

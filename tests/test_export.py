@@ -428,7 +428,7 @@ def loaded(vocab_size: int | None = None, tokenizer: Tokenizer | None = None, **
         "model_config": vars(model.config),
         "train_config": {"dataset": "mine", "max_iters": 3, "seed": 1337},
     }
-    return Loaded(model, tokenizer, "language modelling", BEST, "", saved)
+    return Loaded(model, tokenizer, BEST, "", saved=saved)
 
 
 BEST = Path("out/run/best.pt")

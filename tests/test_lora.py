@@ -332,7 +332,7 @@ BAD = [
     ),
     (
         lambda: change_weights(lambda weights: weights.update({B: torch.ones(48, 3).int()})),
-        "must be in F32, BF16, F16",
+        "must be in torch.float32, torch.bfloat16",
     ),
     (lambda: change_weights(dict.clear), "it has no weights"),
     (
@@ -341,7 +341,7 @@ BAD = [
     ),
     (
         lambda: Path("adapter/adapter_model.safetensors").write_bytes(b"abc"),
-        "is truncated, damaged or no safetensors",
+        "is truncated, damaged or holds more",
     ),
 ]
 

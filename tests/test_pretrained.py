@@ -291,11 +291,8 @@ def test_a_model_gives_the_logits_of_transformers_and_goes_back_bit_for_bit(shap
     assert_same_weights(again.float().state_dict(), theirs.state_dict())
     # not bit for bit: gelu_pytorch_tanh, which becomes gelu_new, rounds otherwise
     torch.testing.assert_close(again.eval()(IDX).logits, expected, atol=2e-6, rtol=2e-6)
-    once_more, weights_again = read_pretrained(Path("back"))
+    _, weights_again = read_pretrained(Path("back"))
     assert_same_weights(weights_again, weights)
-    write_pretrained(
-        checkpoint.restore_model(weights_again, once_more), Path("back")
-    )  # the same config
 
 
 # --------------------------------------------------------------------------------------
@@ -439,31 +436,6 @@ def test_a_full_disk_leaves_the_model_that_was_there(monkeypatch):
     assert not list(Path("new").iterdir())
 
 
-def test_a_folder_takes_a_newer_model_of_the_same_config_but_no_other():
-    write_pretrained(random_model(), HF)
-    newer = random_model(init="zero", dropout=0.0)
-    nn.init.ones_(newer.wte.weight)
-    write_pretrained(newer, HF)
-    assert_same_weights(read_pretrained(HF)[1], {**newer.state_dict(), **biases(HF)})
-    with pytest.raises(
-        UserError,
-        match=r"theirs/config\.json describes another model; remove it, or write to another",
-    ):
-        write_pretrained(random_model(n_layer=1), HF)
-    assert_same_weights(read_pretrained(HF)[1], {**newer.state_dict(), **biases(HF)})
-
-
-def biases(folder: Path) -> dict[str, Tensor]:
-    """The bias terms that a model without them is written with, which are 0."""
-    found = {
-        name: tensor
-        for name, tensor in read_pretrained(folder)[1].items()
-        if name.endswith(".bias")
-    }
-    assert found and not any(tensor.any() for tensor in found.values())
-    return found
-
-
 def test_a_folder_that_cannot_be_made_is_one_line():
     Path("file").write_text("")
     with pytest.raises(UserError, match="cannot write file/x: Not a directory"):
@@ -601,11 +573,11 @@ BAD = [
     ),
     (
         edit_weights(lambda weights: weights.update({LN: weights[LN].double()})),
-        f"{LN} must be in F32, BF16, F16, but is",
+        f"{LN} must be in torch.float32, torch.bfloat16, torch.float16, but is",
     ),
     (
         edit_weights(lambda weights: weights.update({LN: weights[LN].to(torch.int8)})),
-        "but is in I8",
+        "but is in torch.int8",
     ),
     (
         edit_weights(lambda weights: weights.update({LN[12:]: torch.ones(32)})),
@@ -617,7 +589,7 @@ BAD = [
     ),
     (edit_config(tie_word_embeddings=False), "the weight lm_head.weight is missing"),
     # safetensors
-    (write_file(lambda data: data[:-1]), f"model.safetensors is {WHOLE} no safetensors file"),
+    (write_file(lambda data: data[:-1]), f"model.safetensors is {WHOLE} holds more than"),
     (write_file(lambda data: data[:100]), WHOLE),
     (write_file(lambda data: b""), WHOLE),
     (write_file(lambda data: data + b"x"), WHOLE),
@@ -672,7 +644,7 @@ BAD = [
     ),
     (
         pickled(lambda weights: weights | {LN: weights[LN].long()}),
-        f"{LN} must be in F32, BF16, F16, but is in torch.int64",
+        f"{LN} must be in torch.float32, torch.bfloat16, torch.float16, but is in torch.int64",
     ),
 ]
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -28,18 +28,13 @@ ACTIVATION_NAMES = {  # theirs: ours; of several names for one of ours, the firs
 class Family(NamedTuple):
     """Models that differ in the values of these settings alone."""
 
-    architectures: list[
-        str
-    ]  # classes of transformers: with the head, which is written, and without it
+    architectures: list[str]  # classes of transformers: with the head, which is written, without it
     prefix: str  # of the names of all weights but the head's; files without a head may lack it
-    settings: list[
-        tuple
-    ]  # key of config.json, of ModelConfig, its schema, and what it is where config.json lacks it
+    settings: list[tuple]  # key of config.json, of ModelConfig, its schema, its default
     supported: dict[str, object]  # further keys of config.json, and the value that is supported
     fixed: dict[str, object]  # settings of ours that all these models have
-    weights: list[
-        tuple
-    ]  # theirs, ours (several are concatenated) and how; #: the number of the block
+    weights: dict[str, list[str]]  # theirs: ours, several are concatenated; #: number of the block
+    transposed: bool  # whether the matrices of blocks are (inputs, outputs), unlike ours
     no_weights: str  # regular expression for buffers that older files hold beside the weights
     dropouts: list[str]  # keys of config.json
     preset: str  # a config file whose models are exported as this family
@@ -64,24 +59,27 @@ GPT2 = Family(
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
     },
-    fixed={"position": "learned", "norm": "layernorm", "mlp": "plain"}
-    | {"bias": True, "attn_bias": None, "mlp_bias": None},
-    weights=[  # conv1d: matrices are (inputs, outputs)
-        ("transformer.wte", ["wte"], "same"),
-        ("transformer.wpe", ["stack.position.wpe"], "same"),
-        ("transformer.h.#.ln_1", ["stack.blocks.#.attn_norm"], "same"),
-        (
-            "transformer.h.#.attn.c_attn",
-            [f"stack.blocks.#.attn.{part}_proj" for part in "qkv"],
-            "conv1d",
-        ),
-        ("transformer.h.#.attn.c_proj", ["stack.blocks.#.attn.o_proj"], "conv1d"),
-        ("transformer.h.#.ln_2", ["stack.blocks.#.mlp_norm"], "same"),
-        ("transformer.h.#.mlp.c_fc", ["stack.blocks.#.mlp.up_proj"], "conv1d"),
-        ("transformer.h.#.mlp.c_proj", ["stack.blocks.#.mlp.down_proj"], "conv1d"),
-        ("transformer.ln_f", ["stack.norm"], "same"),
-        ("lm_head", ["lm_head"], "same"),
-    ],
+    fixed={
+        "position": "learned",
+        "norm": "layernorm",
+        "mlp": "plain",
+        "bias": True,
+        "attn_bias": None,
+        "mlp_bias": None,
+    },
+    weights={
+        "transformer.wte": ["wte"],
+        "transformer.wpe": ["stack.position.wpe"],
+        "transformer.h.#.ln_1": ["stack.blocks.#.attn_norm"],
+        "transformer.h.#.attn.c_attn": [f"stack.blocks.#.attn.{part}_proj" for part in "qkv"],
+        "transformer.h.#.attn.c_proj": ["stack.blocks.#.attn.o_proj"],
+        "transformer.h.#.ln_2": ["stack.blocks.#.mlp_norm"],
+        "transformer.h.#.mlp.c_fc": ["stack.blocks.#.mlp.up_proj"],
+        "transformer.h.#.mlp.c_proj": ["stack.blocks.#.mlp.down_proj"],
+        "transformer.ln_f": ["stack.norm"],
+        "lm_head": ["lm_head"],
+    },
+    transposed=True,
     no_weights=r"transformer\.h\.\d+\.attn\.(masked_)?bias",
     dropouts=["embd_pdrop", "attn_pdrop", "resid_pdrop"],
     preset="config/gpt2_124m.py",
@@ -107,20 +105,21 @@ LLAMA = Family(
     ],
     supported={"partial_rotary_factor": 1},
     fixed={"position": "rotary", "norm": "rmsnorm", "mlp": "gated"},
-    weights=[
-        ("model.embed_tokens", ["wte"], "same"),
-        ("model.layers.#.input_layernorm", ["stack.blocks.#.attn_norm"], "same"),
-        *(
-            (f"model.layers.#.self_attn.{part}_proj", [f"stack.blocks.#.attn.{part}_proj"], "same")
-            for part in "qkvo"
-        ),
-        ("model.layers.#.post_attention_layernorm", ["stack.blocks.#.mlp_norm"], "same"),
-        ("model.layers.#.mlp.gate_proj", ["stack.blocks.#.mlp.gate_proj"], "same"),
-        ("model.layers.#.mlp.up_proj", ["stack.blocks.#.mlp.up_proj"], "same"),
-        ("model.layers.#.mlp.down_proj", ["stack.blocks.#.mlp.down_proj"], "same"),
-        ("model.norm", ["stack.norm"], "same"),
-        ("lm_head", ["lm_head"], "same"),
-    ],
+    weights={
+        "model.embed_tokens": ["wte"],
+        "model.layers.#.input_layernorm": ["stack.blocks.#.attn_norm"],
+        "model.layers.#.self_attn.q_proj": ["stack.blocks.#.attn.q_proj"],
+        "model.layers.#.self_attn.k_proj": ["stack.blocks.#.attn.k_proj"],
+        "model.layers.#.self_attn.v_proj": ["stack.blocks.#.attn.v_proj"],
+        "model.layers.#.self_attn.o_proj": ["stack.blocks.#.attn.o_proj"],
+        "model.layers.#.post_attention_layernorm": ["stack.blocks.#.mlp_norm"],
+        "model.layers.#.mlp.gate_proj": ["stack.blocks.#.mlp.gate_proj"],
+        "model.layers.#.mlp.up_proj": ["stack.blocks.#.mlp.up_proj"],
+        "model.layers.#.mlp.down_proj": ["stack.blocks.#.mlp.down_proj"],
+        "model.norm": ["stack.norm"],
+        "lm_head": ["lm_head"],
+    },
+    transposed=False,
     no_weights=r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
     dropouts=["attention_dropout"],
     preset="config/shakespeare_char_llama.py",

@@ -1,7 +1,7 @@
 """Models of the Hugging Face hub by their names, in the cache that the user's other programs share.
 
 huggingface_hub's settings hold: HF_ENDPOINT names a mirror, HF_TOKEN opens models that ask for it, HF_HOME is where
-models are kept, HF_HUB_OFFLINE=1 asks no server. Only text and weights are fetched, pickles only where there is no more.
+models are kept, HF_HUB_OFFLINE=1 asks no server. Only text and weights are fetched, pickles where there is no other.
 """
 
 import os

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from humptygpt.checkpoint import checkpoint
 from humptygpt.core.errors import UserError
@@ -14,33 +14,30 @@ from humptygpt.core.settings import make, nearest_path
 from humptygpt.data.token_files import GPT2_TOKENS, read_nanogpt_meta
 from humptygpt.interchange import adapters, hub, huggingface
 from humptygpt.interchange.families import GPT2
-from humptygpt.interchange.weight_files import FORMATS, store
+from humptygpt.interchange.weight_files import MODEL_FILES, check_dense
 from humptygpt.nn import lora
 from humptygpt.tokenizer import tokenizers
 from humptygpt.tokenizer.read_huggingface import is_tokenizer, read_tokenizer
 from humptygpt.tokenizer.tokenizers import Tokenizer
 from model import ModelConfig
 
-NO_MODELS = {
-    ".gguf": "for llama.cpp alone",
-    ".json": "one file of a model; name its folder",
-    ".bin": "one file of a model; name its folder",
-    ".safetensors": "one file of a model; name its folder",
-}
+FILES_OF_A_FOLDER = (".safetensors", ".bin", ".json", ".gguf")
 SIZE = range(1, 2**20 + 1)
 MODEL_ARGS = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), SIZE)
-MODEL_ARGS |= {"bias?": bool}
-NANOGPT = {"model": dict, "model_args": MODEL_ARGS, "config?": {"dataset?": str}}
-# its linear layers are (outputs, inputs), as ours; GPT-2's own are the other way round
-NANOGPT_FAMILY = GPT2._replace(weights=[(theirs, ours, "same") for theirs, ours, _ in GPT2.weights])
+NANOGPT = {
+    "model": dict,
+    "model_args": MODEL_ARGS | {"bias?": bool},
+    "config?": {"dataset?": str},
+}
+NANOGPT_FAMILY = GPT2._replace(transposed=False)  # its matrices are (outputs, inputs), as ours
 
 
 class Loaded(NamedTuple):
     model: nn.Module  # float32, on the CPU, in evaluation mode, LoRA merged
     tokenizer: Tokenizer
-    task: str
     path: Path  # the checkpoint or the folder that was read
     description: str  # in one line
+    task: str = "language modelling"
     saved: dict | None = None  # the entries of a run's checkpoint: see checkpoint.SCHEMA
     mapped: bool = False  # whether the weights lie in the mapped file
 
@@ -56,6 +53,7 @@ def load(source: str | Path, which: str = "best", mapped: bool = False) -> Loade
     else:
         saved = checkpoint.read(path, mapped)
         loaded = from_nanogpt(path, saved) if is_nanogpt(saved) else from_run(path, saved, mapped)
+    loaded.model.eval()
     tokens = loaded.tokenizer.vocab_size
     rows = loaded.model.config.vocab_size
     if tokens > rows:
@@ -101,15 +99,17 @@ def chosen_source(config: object, given: dict) -> str | Path:
 def find_source(source: str | Path, which: str = "best", key: str = "init_from") -> Path:
     """Return the checkpoint or folder that key=source stands for; a model of the hub is fetched. Raises UserError."""
     path = expand(source)
-    if os.path.isfile(path) and path.suffix in NO_MODELS:
-        raise UserError(f"{key}={source} is {NO_MODELS[path.suffix]}")
+    if os.path.isfile(path) and path.suffix in FILES_OF_A_FOLDER:
+        raise UserError(
+            f"{key}={source} is no model by itself; name its folder, which also has config.json"
+        )
     if os.path.isfile(path) or path.suffix == ".pt" or checkpoint.is_sharded(path):
         return path  # reading it reports a file that is missing
     if not os.path.isdir(path):
         if repo := hub.repository(str(source)):
             if key == "tokenizer":
                 return hub.fetch_tokenizer(repo)
-            return hub.fetch_model(repo, huggingface.check_supported)
+            return hub.fetch_model(repo, huggingface.read_config)
         run = Path("out", source)
         near = f"; did you mean {run}?" if os.path.isdir(run) else nearest_path(str(source))
         raise UserError(f"{key}={source}: there is no such file or folder{near}")
@@ -134,7 +134,7 @@ def is_folder(path: Path) -> bool:
 
 def is_pretrained(path: Path) -> bool:
     """Whether it is a folder with weights or an adapter in Hugging Face's format."""
-    files = (adapters.CONFIG, *FORMATS, *(f"{name}.index.json" for name in FORMATS))
+    files = (adapters.CONFIG, *MODEL_FILES, *(f"{name}.index.json" for name in MODEL_FILES))
     return any(os.path.exists(path / file) for file in files)
 
 
@@ -148,7 +148,7 @@ def from_run(path: Path, saved: object, mapped: bool) -> Loaded:
     progress = saved["progress"]
     weights = saved["model"] | (saved.get("ema") or {})  # averaged ones of older runs
     return Loaded(
-        model=lora.merge(checkpoint.restore_model(weights, config)).eval(),
+        model=lora.merge(checkpoint.restore_model(weights, config)),
         tokenizer=tokenizers.from_state(saved["tokenizer"]),
         task=saved["task"],
         path=path,
@@ -160,7 +160,8 @@ def from_run(path: Path, saved: object, mapped: bool) -> Loaded:
 
 def from_folder(path: Path, source: str | Path) -> Loaded:
     config, weights = huggingface.read_pretrained(path)
-    return foreign(path, config, weights, read_tokenizer(path), f"{source}")
+    model = checkpoint.restore_model(weights, config)
+    return Loaded(model, read_tokenizer(path), path, f"{source}")
 
 
 def from_adapter(path: Path) -> Loaded:
@@ -174,20 +175,9 @@ def from_adapter(path: Path) -> Loaded:
     base = load(base_path)
     config = base.model.config
     weights = adapters.merge_adapter(path, config, base.model.state_dict())
+    model = checkpoint.restore_model(weights, config)
     description = f"{path}: an adapter of {base_path}"
-    return foreign(path, config, weights, base.tokenizer, description)._replace(task=base.task)
-
-
-def foreign(
-    path: Path,
-    config: ModelConfig,
-    weights: dict[str, Tensor],
-    tokenizer: Tokenizer,
-    description: str,
-) -> Loaded:
-    """Return a model that was not trained here."""
-    model = checkpoint.restore_model(weights, config).eval()
-    return Loaded(model, tokenizer, "language modelling", path, description)
+    return Loaded(model, base.tokenizer, path, description, base.task)
 
 
 def is_nanogpt(saved: object) -> bool:
@@ -196,19 +186,18 @@ def is_nanogpt(saved: object) -> bool:
 
 def from_nanogpt(path: Path, saved: dict) -> Loaded:
     try:
-        weights = saved.get("model")
-        plain = dict(weights) if isinstance(weights, dict) else None  # it was an OrderedDict
-        check_schema(saved | {"model": plain}, NANOGPT)
-        args = {key: saved["model_args"][key] for key in MODEL_ARGS if key in saved["model_args"]}
-        bias = {"bias": saved["model_args"].get("bias", True)}
-        config = ModelConfig(**GPT2.fixed | {"activation": "gelu"} | args | bias)
+        check_dense(saved.get("model"), path.name)
+        check_schema(saved | {"model": dict(saved["model"])}, NANOGPT)  # it was an OrderedDict
+        args = {"bias": True} | saved["model_args"]
+        sizes = {key: args[key] for key in ("bias", *MODEL_ARGS)}
+        config = ModelConfig(**GPT2.fixed | {"activation": "gelu"} | sizes)
         # the names of a compiled model have a prefix
-        weights = {name.removeprefix("_orig_mod."): x for name, x in weights.items()}
-        weights = huggingface.read_stored(NANOGPT_FAMILY, config, store(weights, path.name))
-    except (ValueError, AttributeError, OverflowError) as error:
-        # AttributeError: a name that is no string
+        weights = {name.removeprefix("_orig_mod."): x for name, x in saved["model"].items()}
+        weights = huggingface.read_weights(NANOGPT_FAMILY, config, weights)
+    except (ValueError, OverflowError) as error:
         raise checkpoint.damaged(path, error) from error
-    return foreign(path, config, weights, nanogpt_tokenizer(path, saved), f"nanoGPT's {path}")
+    model = checkpoint.restore_model(weights, config)
+    return Loaded(model, nanogpt_tokenizer(path, saved), path, f"nanoGPT's {path}")
 
 
 def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:
