@@ -18,8 +18,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -60,7 +59,6 @@ from humptygpt.training import evaluation
 from humptygpt.training.interrupts import catch_signals
 from humptygpt.training.memory import check_training_fits, memory_report
 from humptygpt.training.optimizers import (
-    MovingAverage,
     Optimizer,
     clip_gradients,
     freeze,
@@ -110,7 +108,6 @@ class Run:
     batches: Dataset | Prefetcher
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
-    ema: MovingAverage | None
     progress: Progress
     device: torch.device
     dtype: torch.dtype
@@ -120,24 +117,19 @@ class Run:
         None  # the net, or the same in DDP: its backward sums over processes
     )
 
-    @contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        """Within this, the model has the averaged weights, if there are any."""
-        with self.ema.ema_weights() if self.ema else nullcontext():
-            yield
-            self.processes.after_forward(self.model)
-
     def evaluate(self) -> float:
-        config = self.config
-        return evaluation.evaluate(
+        """Return the mean validation loss, in nats per token."""
+        val_loss = evaluation.evaluate(
             self.net,
             self.dataset,
-            config.batch_size,
-            config.eval_iters,
+            self.config.batch_size,
+            self.config.eval_iters,
             device=self.device,
             dtype=self.dtype,
             processes=self.processes,
         )
+        self.processes.after_forward(self.model)
+        return val_loss
 
     def stops_early(self) -> bool:
         return 0 < self.config.early_stopping <= self.progress.evals_since_best
@@ -167,8 +159,6 @@ class Run:
             )
             return
         self.optimizer.load_state_dict(saved["optimizer"])
-        if self.ema and saved.get("ema"):
-            self.ema.load_state_dict(saved["ema"])
 
     def best_state(self) -> dict:
         """The entries of best.pt: see checkpoint.SCHEMA. LoRA is merged, so that it is a model as any other."""
@@ -197,7 +187,6 @@ class Run:
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() or None,
-            "ema": self.ema.averages if self.ema else None,
         }
 
 
@@ -329,7 +318,6 @@ def setup(
     optimizer = make_optimizer(config, model)
     optimizer.spread, optimizer.total = processes.spread, processes.total
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    ema = MovingAverage(model, config.ema_decay) if config.ema_decay else None
     batches = (
         Prefetcher(dataset, processes.stride(accumulation)) if device.type == "cuda" else dataset
     )
@@ -341,7 +329,6 @@ def setup(
         batches,
         optimizer,
         scaler,
-        ema,
         Progress(),
         device,
         dtype,
@@ -556,16 +543,15 @@ def describe_cost(run: Run) -> str:
 
 
 def evaluate_only(run: Run) -> str:
-    with run.ema_weights():
-        text = f"{evaluation.describe(evaluation.measures(run.evaluate(), run.dataset))} at iter {run.progress.iter}"
-        if run.dataset.task == "translation":
-            model, dtype = (
-                run.processes.whole_model(run.model),
-                sample_dtype(run.config.dtype, run.device),
-            )
-            if run.processes.first:
-                scores = evaluation.score_translations(model, run.dataset, run.device, dtype)
-                text += f"\n{evaluation.describe_translations(scores)}"
+    text = f"{evaluation.describe(evaluation.measures(run.evaluate(), run.dataset))} at iter {run.progress.iter}"
+    if run.dataset.task == "translation":
+        model, dtype = (
+            run.processes.whole_model(run.model),
+            sample_dtype(run.config.dtype, run.device),
+        )
+        if run.processes.first:
+            scores = evaluation.score_translations(model, run.dataset, run.device, dtype)
+            text += f"\n{evaluation.describe_translations(scores)}"
     return text
 
 
@@ -597,8 +583,6 @@ def train(run: Run, folder: RunFolder) -> int | None:
             progress.iter += 1
             progress.tokens += tokens
             meter.add(loss, grad_norm)
-            if run.ema:
-                run.ema.update(progress.iter)
             bar.update()
 
             last = progress.iter == config.max_iters
@@ -717,28 +701,25 @@ def stamp(progress: Progress) -> dict:
 def evaluate_and_record(run: Run, folder: RunFolder, bar: tqdm) -> bool:
     """Evaluate, save best.pt if the loss is the lowest so far, and return whether it is. Raises Diverged."""
     progress = run.progress
-    with run.ema_weights():
-        val_loss = run.evaluate()
-        if not val_loss < 700:  # beyond that, e^loss overflows
-            raise Diverged(f"validation loss is {val_loss} at iter {progress.iter}")
-        improved = progress.record(val_loss)
-        row = evaluation.measures(val_loss, run.dataset)
-        folder.record(stamp(progress) | row)
-        best = ", the best so far" if improved else ""
-        write_line(bar, f"iter {progress.iter}: {evaluation.describe(row)}{best}")
-        if run.dataset.task == "translation":
-            model, dtype = (
-                run.processes.whole_model(run.model),
-                sample_dtype(run.config.dtype, run.device),
-            )
-            if run.processes.first:
-                write_line(
-                    bar, evaluation.translate_examples(model, run.dataset, run.device, dtype)
-                )
-        if improved:
-            run.save(folder.path / "best.pt", run.best_state())
-            if run.model.config.lora_rank and run.processes.first:
-                write_adapter(run.model, run.config.init_from, folder.path / "adapter")
+    val_loss = run.evaluate()
+    if not val_loss < 700:  # beyond that, e^loss overflows
+        raise Diverged(f"validation loss is {val_loss} at iter {progress.iter}")
+    improved = progress.record(val_loss)
+    row = evaluation.measures(val_loss, run.dataset)
+    folder.record(stamp(progress) | row)
+    best = ", the best so far" if improved else ""
+    write_line(bar, f"iter {progress.iter}: {evaluation.describe(row)}{best}")
+    if run.dataset.task == "translation":
+        model, dtype = (
+            run.processes.whole_model(run.model),
+            sample_dtype(run.config.dtype, run.device),
+        )
+        if run.processes.first:
+            write_line(bar, evaluation.translate_examples(model, run.dataset, run.device, dtype))
+    if improved:
+        run.save(folder.path / "best.pt", run.best_state())
+        if run.model.config.lora_rank and run.processes.first:
+            write_adapter(run.model, run.config.init_from, folder.path / "adapter")
     return improved
 
 
@@ -770,10 +751,9 @@ def write_line(bar: tqdm, line: str) -> None:
 
 def finish(run: Run, folder: RunFolder, out_dir: str) -> None:
     """Show in the first process what the model can do: a sample of text, or the score of its translations."""
-    with run.ema_weights():
-        model = run.processes.whole_model(run.model)
-        if run.processes.first:
-            show(run, model, folder, out_dir)
+    model = run.processes.whole_model(run.model)
+    if run.processes.first:
+        show(run, model, folder, out_dir)
 
 
 def show(run: Run, model: nn.Module, folder: RunFolder, out_dir: str) -> None:

@@ -63,13 +63,6 @@ def test_a_run_that_started_from_a_model_resumes_without_it(other):
     assert len(val_losses("out/other")) == 2
 
 
-def test_averaged_weights_are_what_a_run_starts_from(run_train):
-    run_train("--ema_decay=0.9")
-    saved = checkpoint.load(Path("out/run/ckpt.pt"))
-    weights = load("out/run", "latest").model.state_dict()
-    assert all(torch.equal(weights[name], averaged) for name, averaged in saved["ema"].items())
-
-
 def test_other_tokens_are_refused_and_the_command_in_the_message_mends_it(
     run_train, fails, folder, capsys
 ):

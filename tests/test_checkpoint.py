@@ -38,14 +38,13 @@ def make_entries(**changes) -> dict:
         for name, p in parameters.items()
     }
     return {
-        "train_config": asdict(TrainConfig(dataset="tiny", ema_decay=0.5)),
+        "train_config": asdict(TrainConfig(dataset="tiny")),
         "model_config": asdict(config),
         "tokenizer": CharTokenizer("ab\n").state(),
         "task": "language modelling",
         "data": {"source": "ü.txt", "identity": {"train_tokens": 9}},
         "progress": asdict(train.Progress(iter=3, tokens=12, losses=[1.5])),
         "model": dict(model.state_dict()),
-        "ema": {name: torch.rand_like(p) for name, p in parameters.items()},
         "optimizer": {"steps": 3, "state": state},
         "scaler": None,
     } | changes
@@ -77,19 +76,6 @@ def test_a_checkpoint_comes_back_as_it_was(folder):
             else found[path] == value
         )
         assert same, path
-
-
-def test_loading_gives_the_averaged_weights_if_there_are_any(folder):
-    entries = make_entries()
-    checkpoint.save(Path("a.pt"), entries)
-    loaded = load_source("a.pt")
-    model, tokenizer, saved = loaded.model, loaded.tokenizer, loaded.saved
-    assert_same_weights(dict(model.named_parameters()), entries["ema"])
-    assert_same_weights(saved["model"], entries["model"])
-    assert not model.training and tokenizer.alphabet == "ab\n"
-    del entries["ema"], entries["optimizer"]
-    checkpoint.save(Path("a.pt"), entries)
-    assert_same_weights(load_source("a.pt").model.state_dict(), entries["model"])
 
 
 class FullDisk(io.RawIOBase):
@@ -308,9 +294,6 @@ EDITS = [
             "model", "lm_head.weight", value=torch.quantize_per_tensor(WTE, 1.0, 0, torch.qint8)
         ),
     ),
-    ("ema must be a dictionary or None", change("ema", value=3)),
-    ("ema.wte.weight is missing", change("ema", "wte.weight")),
-    ("ema does not fit ema_decay", change("ema")),
     ("too large", change("progress", "seconds", value=10**400)),
     ("progress.x is unknown", change("progress", "x", value=3)),
     ("device must have no control characters", change("train_config", "device", value="c\npu")),
@@ -372,6 +355,18 @@ def test_a_run_of_the_version_with_ngrams_that_used_none_resumes(run_train):
     add_ngram_keys(OUT / "ckpt.pt", ngrams=0)
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
     assert "ngrams" not in checkpoint.load(OUT / "ckpt.pt")["model_config"]
+
+
+def test_a_run_with_averaged_weights_is_read_without_them_and_a_note_says_so(run_train, capsys):
+    run_train("--lr_decay_iters=8")
+    saved = torch.load(OUT / "ckpt.pt")
+    saved["train_config"]["ema_decay"] = 0.9
+    saved["ema"] = {name: torch.zeros_like(p) for name, p in saved["model"].items()}
+    torch.save(saved, OUT / "ckpt.pt")
+    assert_same_weights(load_source(OUT / "ckpt.pt").model.state_dict(), saved["model"])
+    assert "taking its latest weights, not their average (EMA)" in capsys.readouterr().err
+    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
+    assert "ema" not in torch.load(OUT / "ckpt.pt")
 
 
 def test_a_checkpoint_with_ngrams_is_refused(run_train):

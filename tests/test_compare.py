@@ -232,9 +232,9 @@ def test_a_run_of_an_earlier_version_has_the_defaults_of_the_keys_that_came_late
     make_run("out/a-1", 2.0, seed=1)
     earlier = make_run("out/a-2", 1.8, seed=2) / "config.json"
     settings = json.loads(earlier.read_text())
-    del settings["ema_decay"]
+    del settings["grad_clip"]
     earlier.write_text(json.dumps(settings))
-    assert "ema_decay" not in run(capsys, "out/a-1", "out/a-2")
+    assert "grad_clip" not in run(capsys, "out/a-1", "out/a-2")
     assert rows_of(capsys, "out/a-1", "out/a-2")["a"]["seeds"] == 2
 
 
@@ -579,15 +579,15 @@ def test_settings_are_shown_where_they_differ_within_a_group(folder, capsys):
 
 def test_a_row_of_a_group_shows_all_that_differs_even_where_most_rows_agree(folder, capsys):
     runs = [
-        *make_seeds("out/ema/1-adamw", 2.0),
-        *make_seeds("out/ema/2-muon", 1.9, optimizer="muon"),
+        *make_seeds("out/clip/1-adamw", 2.0),
+        *make_seeds("out/clip/2-muon", 1.9, optimizer="muon"),
     ]
-    runs += make_seeds("out/ema/3-ema", 1.8, optimizer="muon", ema_decay=0.9)
+    runs += make_seeds("out/clip/3-clip", 1.8, optimizer="muon", grad_clip=0.9)
     lines = run(capsys, *runs, "--group=True").splitlines()
     settings = [
-        "optimizer=adamw ema_decay=0.0",
-        "optimizer=muon ema_decay=0.0",
-        "optimizer=muon ema_decay=0.9",
+        "optimizer=adamw grad_clip=1.0",
+        "optimizer=muon grad_clip=1.0",
+        "optimizer=muon grad_clip=0.9",
     ]
     assert [line.split("1 done  ")[1] for line in lines[3:]] == settings
 

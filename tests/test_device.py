@@ -22,7 +22,7 @@ from humptygpt.core.errors import UserError
 from humptygpt.nn.layers import ACTIVATIONS
 from humptygpt.nn.window_mlp import EMBEDDINGS
 from humptygpt.parallel.processes import ONE_PROCESS
-from humptygpt.training.optimizers import OPTIMIZERS, MovingAverage, make_optimizer
+from humptygpt.training.optimizers import OPTIMIZERS, make_optimizer
 from model import BLOCKS, MLPS, MODELS, NORMS, POSITIONS, ModelConfig
 from train import TrainConfig
 
@@ -177,14 +177,12 @@ def train_evaluate_and_generate(model: nn.Module, optimizer_name: str, padded: b
     idx, source = (torch.zeros(2, T, dtype=torch.int64, device=META) for T in (5, 6))
     batch = {"idx": idx} | ({"source": source} if model.has_encoder else {})
     optimizer = make_optimizer(TrainConfig(optimizer=optimizer_name), model)
-    average = MovingAverage(model, 0.9)
     logits, loss = model(**batch, targets=idx)
     loss.backward()
     nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], 1.0)
     optimizer.step()
-    average.update(1)
     model.eval()
-    with torch.no_grad(), average.ema_weights():
+    with torch.no_grad():
         assert model(**batch)[0].shape == logits.shape == (2, 5, 11)
         if model.has_state:
             padding = torch.zeros(2, dtype=torch.int64, device=META)

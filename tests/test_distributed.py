@@ -96,7 +96,6 @@ RUNS = {
     "micro-batches are divided": [
         "--gradient_accumulation_steps=4",
         "--dropout=0.2",
-        "--ema_decay=0.9",
     ],
     "rows are divided": ["--dropout=0.2", "--grad_clip=0.5"],
     "both, 2 micro-batches": [
@@ -318,7 +317,7 @@ def signal_at_4(argv: list[str]) -> int:
 def test_a_signal_to_one_process_ends_all_with_one_checkpoint_that_any_number_resumes(
     tiny, run_train
 ):
-    argv = [*TINY_RUN, "--optimizer=muon", "--ema_decay=0.5"]
+    argv = [*TINY_RUN, "--optimizer=muon"]
     assert launch(2, *argv) == [0, 0]
     rows, whole = read_rows(OUT), checkpoint.load(OUT / "ckpt.pt")
     assert launch(2, *argv, main=signal_at_4) == [128 + signal.SIGTERM] * 2

@@ -10,7 +10,6 @@ from humptygpt.training import optimizers as optim
 from humptygpt.training.optimizers import (
     OPTIMIZERS,
     SCHEDULES,
-    MovingAverage,
     Optimizer,
     learning_rate_at,
     orthogonalize,
@@ -306,29 +305,3 @@ def test_a_run_shorter_than_its_warmup_has_learning_rates_too():
         for it in range(5)
     ]
     assert lr == [0.2, 0.4, 0.6, 0.8, 0.1]
-
-
-def test_averaged_weights_are_the_moving_average_over_all_steps():
-    model = torch.nn.Linear(1, 1, bias=False)
-    model.weight.data.fill_(0.0)
-    average, expected = MovingAverage(model, decay=0.5), 0.0
-    for step in range(1, 12):
-        model.weight.data.fill_(float(step))
-        average.update(step)
-        weight = 1 - min(0.5, (1 + step) / (10 + step))  # the newest counts for more at first
-        expected += weight * (step - expected)
-    with average.ema_weights():
-        assert model.weight.item() == pytest.approx(expected)
-    assert model.weight.item() == 11.0
-
-
-def test_training_continues_with_its_own_weights_after_an_error_while_the_average_is_in_use():
-    model = torch.nn.Linear(1, 1, bias=False)
-    average, trained = MovingAverage(model, decay=0.5), model.weight.item() + 1
-    model.weight.data += 1
-    with pytest.raises(KeyboardInterrupt), average.ema_weights():
-        raise KeyboardInterrupt
-    assert model.weight.item() == trained
-    restored = MovingAverage(torch.nn.Linear(1, 1, bias=False), decay=0.5)
-    restored.load_state_dict(average.averages)
-    assert restored.averages == average.averages

@@ -113,13 +113,7 @@ def test_the_best_checkpoint_is_sampled_unless_the_latest_is_asked_for(run_dir, 
     assert loaded.startswith("out/run/ckpt.pt: iter 6, best val loss ")
 
 
-def test_the_model_that_is_sampled_has_the_averaged_weights_and_is_in_memory_once(
-    tiny, capsys, monkeypatch
-):
-    train.main([*TINY_RUN, "--ema_decay=0.5"])
-    text = text_of(capsys, "--checkpoint=latest")
-    zero_embeddings(Path("out/run/ckpt.pt"))  # its ema entry stays
-    assert text_of(capsys, "--checkpoint=latest") == text
+def test_the_model_that_is_sampled_is_in_memory_once(run_dir, capsys, monkeypatch):
     restored, sampled, restore, read = [], [], checkpoint.restore_model, sample.continue_texts
     monkeypatch.setattr(
         sample, "restore_model", lambda *given: restored.append(restore(*given)) or restored[-1]

@@ -35,7 +35,6 @@ FSDP = [
 SHARDED = dict(RUNS)
 SHARDED["Muon"] = [
     *SHARDED["Muon"],
-    "--ema_decay=0.9",
     "--dropout=0.2",
     "--gradient_accumulation_steps=4",
 ]
@@ -108,7 +107,6 @@ def test_a_sharded_run_starts_from_a_model_and_is_evaluated_as_one_of_one_proces
         "--out_dir=out/tuned",
         "--max_iters=3",
         "--freeze=wte",
-        "--ema_decay=0.5",
     ]
     assert train.main([*TINY_RUN, *argv]) == 0
     one = read_rows(Path("out/tuned"))
@@ -121,7 +119,7 @@ def test_a_sharded_run_starts_from_a_model_and_is_evaluated_as_one_of_one_proces
 
 @pytest.mark.long
 def test_compiled_sharded_processes_have_the_losses_of_one(run_train):
-    argv = ["--gradient_accumulation_steps=4", "--ema_decay=0.5"]
+    argv = ["--gradient_accumulation_steps=4"]
     one = run_train(*argv)
     assert launch(2, *TINY_RUN, *argv, "--parallel=fsdp", "--compile=True") == [0, 0]
     assert "torch.compile fails" not in Path("stderr0").read_text()
@@ -156,7 +154,6 @@ def test_saved_by_4_processes_it_is_resumed_by_2_and_by_1(run_train, monkeypatch
     argv = [
         "--n_embd=34",
         "--optimizer=normuon",
-        "--ema_decay=0.5",
         "--gradient_accumulation_steps=4",
     ]
     resume = ["--init_from=resume", "--out_dir=out/run"]
@@ -182,7 +179,6 @@ def test_4_sharded_processes_resume_bit_for_bit(tiny):
     argv = [
         *FSDP,
         "--optimizer=normuon",
-        "--ema_decay=0.5",
         "--dropout=0.2",
         "--gradient_accumulation_steps=4",
     ]
@@ -193,15 +189,14 @@ def test_4_sharded_processes_resume_bit_for_bit(tiny):
     assert launch(4, "--init_from=resume", "--out_dir=out/run") == [0] * 4
     assert read_rows(OUT) == rows
     again = checkpoint.load(OUT / "ckpt.pt")
-    for kind in ("model", "ema"):
-        assert_same_weights(again[kind], whole[kind])
+    assert_same_weights(again["model"], whole["model"])
     for name, state in whole["optimizer"]["state"].items():
         assert_same_weights(again["optimizer"]["state"][name], state)
 
 
 def test_a_checkpoint_of_one_process_is_resumed_sharded(run_train, monkeypatch):
     monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda device: False)
-    argv = ["--optimizer=normuon", "--ema_decay=0.5"]
+    argv = ["--optimizer=normuon"]
     rows = run_train(*argv)
     run_train(*argv, "--max_iters=3")
     resume = ["--init_from=resume", "--out_dir=out/run", "--parallel=fsdp", "--max_iters=6"]

@@ -26,7 +26,6 @@ from humptygpt.training.optimizers import (
     STATE,
     freeze,
     group_parameters,
-    trained_parameters,
     update_rules,
 )
 
@@ -48,7 +47,6 @@ SCHEMA = {
     "progress": PROGRESS,
     "model": {str: Tensor},
     # of ckpt.pt alone: what training needs to resume
-    "ema?": ({str: Tensor}, None),  # the averaged weights
     "optimizer?": {"steps": COUNT, "state": {str: {str: Tensor}}},
     "scaler?": (SCALER, None),  # of float16 alone
 }
@@ -190,7 +188,7 @@ def check(path: Path, saved: object, device: str = "cpu") -> dict:
         check_schema(saved, SCHEMA)
     except ValueError as error:
         raise damaged(path, error) from error
-    drop_removed_keys(path, saved)
+    drop_removed_entries(path, saved)
     try:
         check_content(saved, device)
     except (
@@ -207,12 +205,14 @@ def check(path: Path, saved: object, device: str = "cpu") -> dict:
     return saved
 
 
-def drop_removed_keys(path: Path, saved: dict) -> None:
-    """Take out of the configs the keys of earlier versions. Raises UserError for a model that needs one."""
+def drop_removed_entries(path: Path, saved: dict) -> None:
+    """Take out what earlier versions had besides. Raises UserError for a model that needs it."""
     if ngrams := saved["model_config"].get("ngrams"):
         raise UserError(
             f"{path} has ngrams={ngrams}, which was removed: {REMOVED['ngrams']}; train a new model"
         )
+    if saved.pop("ema", None) is not None:
+        print(f"note: {path}: taking its latest weights, not their average (EMA)", file=sys.stderr)
     for config in (saved["train_config"], saved["model_config"]):
         for key in REMOVED.keys() & config.keys():
             del config[key]
@@ -292,11 +292,6 @@ def check_content(saved: dict, device: str) -> None:
             raise ValueError(f"model.{name} must equal model.{first[p]}, to which it is tied")
     if "optimizer" in saved:
         freeze(model, saved["train_config"].get("freeze"))
-    if saved.get("ema") is not None:
-        check_tensors("ema", saved["ema"], trained_parameters(model), device)
-    if "optimizer" in saved:
-        if bool(saved["train_config"].get("ema_decay")) != (saved.get("ema") is not None):
-            raise ValueError("ema does not fit ema_decay")
         check_optimizer(
             saved["optimizer"], model, saved["train_config"].get("optimizer", "adamw"), device
         )

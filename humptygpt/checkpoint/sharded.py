@@ -73,9 +73,7 @@ def save(folder: Path, entries: dict, processes: Processes) -> None:
         (reason, _), *_ = error.failures.values()
         raise cannot_write(folder, reason) from error
     if processes.first:
-        plain = {
-            key: value for key, value in entries.items() if key not in ("model", "ema", "optimizer")
-        }
+        plain = {key: value for key, value in entries.items() if key not in ("model", "optimizer")}
         plain |= {
             "format": checkpoint.FORMAT,
             "tied": tied,
@@ -104,7 +102,6 @@ def flat(entries: dict, tied: dict[str, str]) -> dict[str, Tensor]:
     tensors = {
         f"model/{name}": tensor for name, tensor in entries["model"].items() if name not in tied
     }
-    tensors |= {f"ema/{name}": tensor for name, tensor in (entries.get("ema") or {}).items()}
     for name, state in entries["optimizer"]["state"].items() if "optimizer" in entries else ():
         tensors |= {f"optimizer/{name}/{key}": tensor for key, tensor in state.items()}
     return tensors
@@ -178,13 +175,12 @@ def nested(plain: dict, tensors: dict[str, Tensor]) -> dict:
         kind, name, *key = full.split("/")
         if kind == "optimizer" and key:
             found["optimizer"].setdefault("state", {}).setdefault(name, {})[key[0]] = tensor
-        elif kind in ("model", "ema") and not key:
+        elif kind in ("model", "ema") and not key:  # ema: of an earlier version
             found[kind] = (found.get(kind) or {}) | {name: tensor}
         else:
             raise ValueError(f"{full} is unknown")
     if "optimizer" in found:
         found["optimizer"].setdefault("state", {})
-        found.setdefault("ema", None)
     return found | {
         "model": found["model"] | {name: found["model"][of] for name, of in plain["tied"].items()}
     }

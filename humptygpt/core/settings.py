@@ -34,7 +34,7 @@ NGRAMS = "a GPT alone reaches the same loss with a twentieth of the parameters"
 # {key of an earlier version: why it was removed}
 REMOVED = dict.fromkeys(
     ("ngrams", "ngram_dropout", "ngram_rows", "ngram_min_count", "ngram_learning_rate"), NGRAMS
-)
+) | {"ema_decay": "no preset used weights averaged over time (EMA)"}
 Fields = dict[str, dataclasses.Field]  # of several config classes, by key
 TEXTS = tuple[str, ...]  # the type of a key that takes several texts: --key=ONE --key=ANOTHER
 TYPE_NAMES = {

@@ -146,7 +146,7 @@ def from_run(path: Path, saved: object, mapped: bool) -> Loaded:
     saved = checkpoint.check(path, saved)
     config = make(ModelConfig, saved["model_config"])
     progress = saved["progress"]
-    weights = saved["model"] | (saved.get("ema") or {})  # averaged ones of older runs
+    weights = saved["model"]
     return Loaded(
         model=lora.merge(checkpoint.restore_model(weights, config)),
         tokenizer=tokenizers.from_state(saved["tokenizer"]),

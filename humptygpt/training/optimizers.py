@@ -1,8 +1,7 @@
-"""The update rule of each parameter: AdamW, Muon or NorMuon; the average of the weights; schedules."""
+"""The update rule of each parameter: AdamW, Muon or NorMuon; schedules."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -317,49 +316,6 @@ def make_optimizer(config, model: nn.Module) -> Optimizer:
             settings["weight_decay"] = 0.0
         groups.append(settings | {"names": list(members), "params": list(members.values())})
     return Optimizer(groups)
-
-
-class MovingAverage:
-    """Exponential moving average (EMA) of a model's weights, whose loss is often lower than that of any one step's.
-
-    It reaches back over about 1 / (1 - decay) steps; at first over fewer, or the initial weights would count for long.
-    Source: Polyak and Juditsky 1992, "Acceleration of stochastic approximation by averaging"; the decay of the first
-    steps: Szegedy et al. 2015, arXiv:1512.00567, as TensorFlow's moving averages have it.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.parameters, self.decay = trained_parameters(model), decay
-        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
-
-    @torch.no_grad()
-    def update(self, steps: int) -> None:
-        """After this many steps of the optimizer."""
-        weight = 1 - min(self.decay, (1 + steps) / (10 + steps))
-        averages, weights = (
-            [local(x) for x in kept.values()] for kept in (self.averages, self.parameters)
-        )
-        torch._foreach_lerp_(averages, weights, weight)
-
-    @contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        """Within this, the model has the averaged weights."""
-        self.swap()
-        try:
-            yield
-        finally:
-            self.swap()
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """The numbers and not the tensors, of which whoever shards or compiles a model has its own."""
-        for name, p in self.parameters.items():
-            average, weight = local(self.averages[name]), local(p)
-            kept = average.clone()
-            average.copy_(weight)
-            weight.copy_(kept)
-
-    def load_state_dict(self, averages: dict[str, Tensor]) -> None:
-        self.averages = {name: own_part(averages[name], p) for name, p in self.parameters.items()}
 
 
 # --------------------------------------------------------------------------------------

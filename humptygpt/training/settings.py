@@ -73,9 +73,6 @@ class TrainConfig:
         "parameters that stay as they are: parts of their names, as wte,blocks.0",
         only_with={"lora_rank": 0},
     )
-    ema_decay: float = setting(
-        0.0, "moving average of the weights, to evaluate and save; 0: off", **DECAY_RATE
-    )
 
     eval_interval: int = setting(
         250, "steps between evaluations; the last step has one", "evaluation", at_least=1
