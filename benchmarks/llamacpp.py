@@ -24,7 +24,10 @@ def write_random_gguf(path: Path, config: ModelConfig, kind: str) -> None:
     del weights["lm_head.weight"]
     words = [f"t{i}" for i in range(config.vocab_size)]
     tokens = Vocabulary("gpt2", words, eot=0, merges=["t 0"])  # it insists on one
-    content = model.config.to_dict() | {"architectures": ["GPT2LMHeadModel"]}
+    content = model.config.to_dict() | {
+        "architectures": ["GPT2LMHeadModel"],
+        "n_inner": 4 * config.n_embd,
+    }
     write_gguf(path, content, weights, tokens, kind=kind, about={})
 
 
