@@ -439,9 +439,6 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, self.n_kv_head * self.head_size, bias)
         self.v_proj = Linear(C, self.n_kv_head * self.head_size, bias)
         self.o_proj = Linear(self.n_head * self.head_size, C, bias, ends_branch=True)
-        self.qkv_proj = (
-            None  # the three of self-attention in one, where inference.py has fused them
-        )
 
     def queries(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, H, T, D)."""
@@ -473,28 +470,14 @@ class SelfAttention(Attention):
 
     def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
         """x: (B, T, C), which follow the tokens in the state. Returns (B, T, C)."""
-        if self.qkv_proj:
-            q, k, v = self.fused_queries_keys_values(x, inputs.rotary)
-        else:
-            q = self.queries(x)
-            k, v = self.keys_and_values(x)
-            if inputs.rotary:
-                q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)
+        q = self.queries(x)
+        k, v = self.keys_and_values(x)
+        if inputs.rotary:
+            q = rotate(q, inputs.rotary)
+            k = rotate(k, inputs.rotary)
         if state:
             k, v = state.append(k, v, *inputs.cached)
         return self.attend_and_project(q, k, v, inputs.mask, inputs.is_causal)
-
-    def fused_queries_keys_values(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same by one matrix product, and with queries and keys normalised and rotated together."""
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-        qk, v = heads.split((self.n_head + self.n_kv_head, self.n_kv_head), dim=1)
-        if self.qk_norm:
-            qk = F.rms_norm(qk, qk.shape[-1:])
-        if rotary:
-            qk = rotate(qk, rotary)
-        return *qk.split((self.n_head, self.n_kv_head), dim=1), v
 
 
 class CrossAttention(Attention):

@@ -239,12 +239,12 @@ def load(
     # Windows would not let a run replace a file that is mapped
     loaded = interchange.load(source, which, mapped=on_cpu and sys.platform == "linux")
     print(loaded.description, file=sys.stderr)
-    model, tokenizer, task, mapped = loaded.model, loaded.tokenizer, loaded.task, loaded.mapped
+    model, tokenizer, task = loaded.model, loaded.tokenizer, loaded.task
     del loaded  # it would keep the weights that are replaced
     bits = 8 if quantize else 16 if on_cpu and torch_dtype == torch.bfloat16 else 32
     check_weights_fit(model, str(source), torch_device, bits=bits)
     model = prepare_for_generation(
-        model.to(torch_device), torch_dtype if on_cpu else torch.float32, quantize == "int8", mapped
+        model.to(torch_device), torch_dtype if on_cpu else torch.float32, quantize == "int8"
     )
     context = autocast(torch_device, torch.float32 if on_cpu else torch_dtype)
     return Pipeline(model, tokenizer, task, torch_device, context)

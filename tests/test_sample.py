@@ -113,22 +113,6 @@ def test_the_best_checkpoint_is_sampled_unless_the_latest_is_asked_for(run_dir, 
     assert loaded.startswith("out/run/ckpt.pt: iter 6, best val loss ")
 
 
-def test_the_model_that_is_sampled_is_in_memory_once(run_dir, capsys, monkeypatch):
-    restored, sampled, restore, read = [], [], checkpoint.restore_model, sample.continue_texts
-    monkeypatch.setattr(
-        sample, "restore_model", lambda *given: restored.append(restore(*given)) or restored[-1]
-    )
-    monkeypatch.setattr(
-        sample,
-        "continue_texts",
-        lambda context, *args, **keys: (
-            sampled.append(context.model) or read(context, *args, **keys)
-        ),
-    )
-    text_of(capsys, "--checkpoint=latest", "--num_samples=1")
-    assert len(sampled) == 1 and sampled[0] is restored[0]
-
-
 def test_sampling_needs_no_data_folder(run_dir, capsys):
     Path("data").rename("gone")
     assert text_of(capsys)

@@ -1,22 +1,22 @@
-"""A trained model -> the same model made for generation: fewer matrix products, and weights in fewer bits.
+"""A trained model -> the same model made for generation: weights in fewer bits, and a shorter way for single tokens.
 
-Token by token, a processor waits for weights to come from memory; half the bits are nearly half the time. Norms, sums
-and softmax stay in float32.
+Token by token, a processor waits for weights to come from memory, so half the bits are nearly half the time; in a small
+model it waits for Python and PyTorch to start operators. Norms, sums and softmax stay in float32. What BlockDecoder and
+FusedSelfAttention repeat of model.py, tests hold equal to it.
+
+Shapes: see model.py.
 """
 
-import ctypes
 import math
-import mmap
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from humptygpt.nn.layers import Linear, with_loss
+from humptygpt.nn.layers import Linear
 from model import (
     GPT,
     MLP,
@@ -24,44 +24,83 @@ from model import (
     DecoderState,
     GatedMLP,
     LayerState,
+    ModelConfig,
     PreNormBlock,
     SelfAttention,
-    embed_tokens,
+    Stack,
+    rotate,
 )
+
+
+def prepare_for_generation(
+    model: nn.Module, dtype: torch.dtype = torch.float32, int8: bool = False
+) -> nn.Module:
+    """Return the model itself with its layers swapped; it can no longer be trained or saved.
+
+    dtype: of the weights, float32 or bfloat16. int8: on a CPU alone. Embeddings stay as they are: a token reads one
+    row, and of a file that is mapped only the rows that were read are in memory.
+    """
+    model.eval().requires_grad_(False)
+    # not the linear layers themselves: a list of them would keep all that are replaced
+    parents = [module for module in model.modules() if not isinstance(module, nn.Linear)]
+    for parent in parents:
+        for name, child in list(parent.named_children()):
+            if isinstance(child, SelfAttention):
+                child = FusedSelfAttention(child)
+                child.qkv_proj = low_bit_linear(child.qkv_proj, dtype, int8)
+                setattr(parent, name, child)
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, low_bit_linear(child, dtype, int8))
+    if isinstance(model, GPT) and all(type(block) is PreNormBlock for block in model.stack.blocks):
+        model.stack = FastStack(model.stack, model.config)
+    return model
+
+
+# --------------------------------------------------------------------------------------
+# Weights in fewer bits, and in the order in which a processor reads them
+
+PACKED_FROM = 2**17  # weights; the packed product of fewer takes longer to start than it saves
+
+
+def low_bit_linear(linear: nn.Linear, dtype: torch.dtype, int8: bool) -> nn.Module:
+    """Return the layer, or one that computes the same faster for few tokens."""
+    if int8:
+        return Int8Linear(linear)
+    packs = linear.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    packs &= dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if packs and linear.weight.numel() >= PACKED_FROM:
+        return PackedLinear(linear, dtype)
+    return linear if dtype == torch.float32 else Bfloat16Linear(linear)
 
 
 class PackedLinear(nn.Module):
     """A linear layer with weights in float32 or bfloat16, in the order in which oneDNN reads them: for CPUs.
 
-    Input and output are float32. On two cores a product with one token or a few takes half of the time.
+    On two cores a product with one token or a few takes half of the time.
     """
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, mapped: bool):
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
-        weight = (
-            linear.weight.detach() if dtype == torch.float32 else to_bfloat16(linear.weight, mapped)
-        )
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.to(dtype), 1)
+        self.bias = None if linear.bias is None else linear.bias.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., inputs). Returns (..., outputs)."""
-        return torch.ops.mkldnn._linear_pointwise(
-            x.to(self.dtype), self.packed, self.bias, "none", [], ""
-        ).float()
+        """x: (..., inputs), float32. Returns (..., outputs), float32."""
+        product = torch.ops.mkldnn._linear_pointwise
+        return product(x.to(self.dtype), self.packed, self.bias, "none", [], "").float()
 
 
 class Bfloat16Linear(nn.Module):
-    """A linear layer with weights in bfloat16; input and output are float32."""
+    """A linear layer with weights in bfloat16, on any device."""
 
-    def __init__(self, linear: nn.Linear, mapped: bool):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.weight = to_bfloat16(linear.weight, mapped)
-        self.bias = None if linear.bias is None else linear.bias.detach().bfloat16()
+        self.weight = linear.weight.bfloat16()
+        self.bias = None if linear.bias is None else linear.bias.bfloat16()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., inputs). Returns (..., outputs)."""
+        """x: (..., inputs), float32. Returns (..., outputs), float32."""
         return F.linear(x.bfloat16(), self.weight, self.bias).float()
 
 
@@ -71,198 +110,148 @@ class Int8Linear(nn.Module):
     By PyTorch's own quantized products, which are for CPUs alone.
     """
 
-    def __init__(self, linear: nn.Linear, mapped: bool):
+    def __init__(self, linear: nn.Linear):
         super().__init__()
-        bias = None if linear.bias is None else linear.bias.detach()
-        rows, scales = quantize_rows(linear.weight, mapped)
-        zeros = torch.zeros(len(rows), dtype=torch.int64)
-        with (
-            warnings.catch_warnings()
-        ):  # PyTorch means to move these products to a library, which has none as fast
-            warnings.simplefilter("ignore", UserWarning)
-            quantized = torch._make_per_channel_quantized_tensor(rows, scales.double(), zeros, 0)
-        self.packed = torch.ops.quantized.linear_prepack(quantized, bias)
+        self.packed = torch.ops.quantized.linear_prepack(quantize_rows(linear.weight), linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., inputs), float32. Returns (..., outputs)."""
+        """x: (..., inputs), float32. Returns (..., outputs), float32."""
         return torch.ops.quantized.linear_dynamic(x, self.packed)
 
 
-PACKED_FROM = 2**17  # weights; the packed product of fewer takes longer to start than it saves
+def quantize_rows(weight: Tensor) -> Tensor:
+    """Return the matrix in int8, each row with the scale at which its largest weight is 127 or -127."""
+    scales = torch.linalg.vector_norm(weight, torch.inf, dim=1).clamp(min=1e-12) / 127
+    zeros = torch.zeros(len(weight), dtype=torch.int64)
+    with (
+        warnings.catch_warnings()
+    ):  # PyTorch will move this to a library that has no product as fast
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
 
 
-def to_bfloat16(weight: Tensor, mapped: bool) -> Tensor:
-    """The matrix in bfloat16."""
-    found = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
-    for rows in row_slices(weight, mapped):
-        found[rows] = weight.detach()[rows]
-    return found
+class FusedSelfAttention(nn.Module):
+    """SelfAttention with queries, keys and values by one matrix product, and queries and keys rotated together."""
 
+    def __init__(self, attention: SelfAttention):
+        super().__init__()
+        self.attention = attention
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        del attention.q_proj, attention.k_proj, attention.v_proj
+        weight = torch.cat([projection.weight for projection in projections])
+        has_bias = projections[0].bias is not None
+        self.qkv_proj = Linear(weight.shape[1], weight.shape[0], has_bias).requires_grad_(False)
+        self.qkv_proj.weight.data = weight
+        if has_bias:
+            self.qkv_proj.bias.data = torch.cat([projection.bias for projection in projections])
 
-def quantize_rows(weight: Tensor, mapped: bool = False) -> tuple[Tensor, Tensor]:
-    """(the matrix in int8, (outputs, inputs); the scale of each row, at which its largest weight is 127)."""
-    found, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
-    for rows in row_slices(weight, mapped):
-        smallest, largest = weight.detach()[rows].aminmax(dim=1)
-        scales[rows] = torch.maximum(-smallest, largest).clamp(min=1e-12) / 127
-        found[rows] = (weight.detach()[rows] / scales[rows, None]).round_().to(torch.int8)
-    return found, scales
-
-
-def row_slices(weight: Tensor, mapped: bool) -> Iterator[slice]:
-    """A matrix of a mapped file a few megabytes at a time, whose pages are given back after each; of others, all."""
-    step = max(1, 2**21 // weight.shape[1]) if mapped else len(weight)
-    for first in range(0, len(weight), step):
-        rows = slice(first, first + step)
-        yield rows
-        if mapped:
-            give_back_pages(weight.detach()[rows])
-
-
-def prepare_for_generation(
-    model: nn.Module, dtype: torch.dtype = torch.float32, int8: bool = False, mapped: bool = False
-) -> nn.Module:
-    """The model itself, which can no longer be trained or saved: with fused projections, and weights in dtype or int8.
-
-    dtype: float32, or bfloat16. int8: on a CPU alone. mapped: its weights are in a mapped file, as from
-    checkpoint.read; the pages of those that are replaced are given back. Embeddings stay as they are: a token
-    reads one row, and of a mapped file only the rows that were read are in memory.
-    """
-    model.eval().requires_grad_(False)
-    # not the layers themselves, or the list would keep all that are replaced; the model last, since its head is largest
-    parents = [
-        module for module in model.modules() if not isinstance(module, nn.Linear | nn.Embedding)
-    ]
-    for module in reversed(parents):
-        replaced = fuse_projections(module) if isinstance(module, SelfAttention) else []
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, converted(child, dtype, int8, mapped))
-            if getattr(module, name) is not child and name != "qkv_proj":  # which is in no file
-                replaced.append(child)
-        for layer in replaced if mapped else []:
-            give_back_pages(layer.weight)
-    if isinstance(model, GPT) and all(type(block) is PreNormBlock for block in model.stack.blocks):
-        model.next_logits = GPTDecoder(model)
-    return model
-
-
-def give_back_pages(weight: Tensor) -> None:
-    """Let Linux drop this part of a mapped file from memory. Where somebody uses it, it is read again."""
-    if sys.platform != "linux":
-        return
-    page, first = mmap.PAGESIZE, weight.data_ptr()
-    begin, end = -(-first // page) * page, (first + weight.nbytes) // page * page
-    if begin < end:
-        libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
-
-
-def converted(linear: nn.Linear, dtype: torch.dtype, int8: bool, mapped: bool) -> nn.Module:
-    """The layer, or one that computes the same faster for few tokens."""
-    if int8:
-        return Int8Linear(linear, mapped)
-    packs = linear.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    packs &= dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if packs and linear.weight.numel() >= PACKED_FROM:
-        return PackedLinear(linear, dtype, mapped)
-    return linear if dtype == torch.float32 else Bfloat16Linear(linear, mapped)
-
-
-def fuse_projections(attention: SelfAttention) -> list[nn.Linear]:
-    """Queries, keys and values by one matrix product. Returns the three layers that it replaces."""
-    parts = [attention.q_proj, attention.k_proj, attention.v_proj]
-    fused = Linear(
-        parts[0].in_features, sum(part.out_features for part in parts), parts[0].bias is not None
-    )
-    fused.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
-    if fused.bias is not None:
-        fused.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
-    attention.qkv_proj = fused
-    del attention.q_proj, attention.k_proj, attention.v_proj
-    return parts
+    def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
+        """As SelfAttention.forward."""
+        n_head, n_kv_head = self.attention.n_head, self.attention.n_kv_head
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.attention.head_size)).transpose(1, 2)
+        qk, v = heads.split((n_head + n_kv_head, n_kv_head), dim=1)
+        if self.attention.qk_norm:
+            qk = F.rms_norm(qk, qk.shape[-1:])
+        if inputs.rotary:
+            qk = rotate(qk, inputs.rotary)
+        q, k = qk.split((n_head, n_kv_head), dim=1)
+        if state:
+            k, v = state.append(k, v, *inputs.cached)
+        return self.attention.attend_and_project(q, k, v, inputs.mask, inputs.is_causal)
 
 
 # --------------------------------------------------------------------------------------
 # One token at a time
 
 
-def product(linear: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What the layer computes, (B, inputs) -> (B, outputs), without the time that nn.Module takes."""
-    if not isinstance(linear, nn.Linear):
-        return linear.forward
-    weight = linear.weight.t()
-    return (
-        partial(torch.mm, mat2=weight)
-        if linear.bias is None
-        else partial(torch.addmm, linear.bias, mat2=weight)
-    )
+class FastStack(nn.Module):
+    """The stack of a GPT: prompts go through the stack as it is, single tokens through a BlockDecoder a block."""
 
+    def __init__(self, stack: Stack, config: ModelConfig):
+        super().__init__()
+        self.stack = stack
+        self.norm = norm_function(stack.norm)
+        self.blocks = [BlockDecoder(block) for block in stack.blocks]
+        # a position acts in rotary tables alone, and a new token attends to all: there is nothing to add and no mask
+        self.plain = config.position == "rotary" and not config.window and not config.embed_norm
+        if self.plain:
+            self.cos = self.scaled_table(stack.position.cos)
+            self.sin = self.scaled_table(stack.position.sin)
 
-def add_product(linear: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """x, y -> x + what the layer makes of y."""
-    if isinstance(linear, nn.Linear) and linear.bias is None:
-        return partial(torch.addmm, mat2=linear.weight.t())
-    of = product(linear)
-    return lambda x, y: x + of(y)
+    def forward(self, x: Tensor, state: DecoderState | None = None) -> Tensor:
+        """As Stack.forward."""
+        if x.shape[1] == 1 and state and state.length:
+            return self.decode(x, state)
+        return self.stack(x, state)
 
+    def decode(self, x: Tensor, state: DecoderState) -> Tensor:
+        """Read the next token of each text. x: (B, 1, C). Returns (B, 1, C)."""
+        x, inputs = self.enter(x, state)
+        x = x.squeeze(1)
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            x = block(x, inputs, layer)
+        state.length += 1
+        return self.norm(x).unsqueeze(1)
 
-def normalization(norm: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What the norm computes, (B, C) -> (B, C), likewise."""
-    if not isinstance(norm, nn.LayerNorm):
-        return norm.forward
-    keys = {
-        "normalized_shape": norm.normalized_shape,
-        "weight": norm.weight,
-        "bias": norm.bias,
-        "eps": norm.eps,
-    }
-    return partial(torch.layer_norm, **keys)
+    def enter(self, x: Tensor, state: DecoderState) -> tuple[Tensor, BlockInputs]:
+        """As Stack.enter, but with rotary tables for BlockDecoder. x: (B, 1, C)."""
+        if self.plain and state.padding is None:
+            rotary = self.cos[state.length], self.sin[state.length]
+            cached = state.make_room(1), state.size
+            return x, BlockInputs(cached, None, False, rotary, None, None, None)
+        x, inputs = self.stack.enter(x, state)
+        if inputs.rotary:
+            inputs = inputs._replace(rotary=[self.scaled_table(table) for table in inputs.rotary])
+        return x, inputs
+
+    def scaled_table(self, table: Tensor) -> Tensor:
+        """table: (positions, D), or (B, 1, 1, D). Returns (positions or B, 1, D)."""
+        return self.blocks[0].norm_scale * table.view(-1, 1, table.shape[-1])
 
 
 class BlockDecoder:
-    """What PreNormBlock computes, for one new token of each text: (B, C) instead of (B, T, C).
-
-    In a small model a token takes as long as Python and PyTorch need to start its operators, so they are few, and what
-    can be looked up once is.
-    """
+    """What PreNormBlock computes, for one new token of each text, by few operators: (B, C) instead of (B, T, C)."""
 
     def __init__(self, block: PreNormBlock):
-        attn, mlp = block.attn, block.mlp
-        self.head_size, self.qk_norm = attn.head_size, attn.qk_norm
-        self.n_head, self.n_kv_head = attn.n_head, attn.n_kv_head
-        self.norm_scale = (
-            math.sqrt(attn.head_size) if attn.qk_norm else 1.0
-        )  # what a vector of length 1 lacks
-        self.root_of_eps = torch.tensor(math.sqrt(torch.finfo(torch.float32).eps * attn.head_size))
-        self.attn_norm, self.qkv_proj = normalization(block.attn_norm), product(attn.qkv_proj)
-        self.add_o_proj = add_product(attn.o_proj)
-        self.mlp, self.has_conv = mlp, block.conv is not None
-        self.known_mlp = type(mlp) in (MLP, GatedMLP)  # and not one that a user has added
-        if mlp:
-            self.mlp_norm = normalization(block.mlp_norm)
-        if self.known_mlp:
-            self.activation = mlp.activation
-            self.up_proj, self.add_down_proj = product(mlp.up_proj), add_product(mlp.down_proj)
-            self.gate_proj = product(mlp.gate_proj) if isinstance(mlp, GatedMLP) else None
-        if block.conv:  # of the token itself and of those before it, the newest first
+        attention = block.attn.attention
+        self.head_size = attention.head_size
+        self.n_head = attention.n_head
+        self.n_kv_head = attention.n_kv_head
+        self.qk_norm = attention.qk_norm
+        # RMS norm is x / |x| times this; the rotary tables are multiplied by it, once for all blocks
+        self.norm_scale = math.sqrt(self.head_size) if self.qk_norm else 1.0
+        self.root_of_eps = torch.tensor(math.sqrt(torch.finfo(torch.float32).eps * self.head_size))
+        self.attn_norm = norm_function(block.attn_norm)
+        self.qkv_proj = linear_function(block.attn.qkv_proj)
+        self.add_o_proj = add_linear_function(attention.o_proj)
+        self.mlp = block.mlp
+        self.conv = block.conv
+        if block.mlp:
+            self.mlp_norm = norm_function(block.mlp_norm)
+            self.add_mlp = add_mlp_function(block.mlp)
+        if block.conv:  # weights of the token itself and of those before it, the newest first
             self.conv_weight = F.pad(block.conv.GAIN * block.conv.weight, (0, 0, 1, 0), value=1.0)
             self.conv_size = len(self.conv_weight)
 
     def __call__(self, x: Tensor, inputs: BlockInputs, state: LayerState) -> Tensor:
         """x: (B, C). inputs.rotary: (1, 1, D) or (B, 1, D), times norm_scale. Returns (B, C)."""
+        x = self.add_attention(x, inputs, state)
+        if not self.mlp:
+            return x
+        y = self.mlp_norm(x)
+        if self.conv:
+            y = self.convolve(y, state)
+        return self.add_mlp(x, y)
+
+    def add_attention(self, x: Tensor, inputs: BlockInputs, state: LayerState) -> Tensor:
+        """x: (B, C). Returns (B, C)."""
         n_head, n_kv_head, end = self.n_head, self.n_kv_head, inputs.cached[0]
-        heads = self.qkv_proj(self.attn_norm(x)).view(
-            -1, n_head + 2 * n_kv_head, self.head_size
-        )  # (B, heads, D)
-        qk, v = (
-            heads.narrow(1, 0, n_head + n_kv_head),
-            heads.narrow(1, n_head + n_kv_head, n_kv_head),
-        )
+        heads = self.qkv_proj(self.attn_norm(x)).view(-1, n_head + 2 * n_kv_head, self.head_size)
+        qk = heads.narrow(1, 0, n_head + n_kv_head)  # (B, H, D)
+        v = heads.narrow(1, n_head + n_kv_head, n_kv_head)
         if self.qk_norm:  # as F.rms_norm, which on a CPU is three times as many operators
-            qk = qk / torch.hypot(
-                torch.linalg.vector_norm(qk, dim=-1, keepdim=True), self.root_of_eps
-            )
+            length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True)
+            qk = qk / torch.hypot(length, self.root_of_eps)
         if inputs.rotary:
             cos, sin = inputs.rotary
             qk = torch.addcmul(qk * cos, qk.roll(self.head_size // 2, -1), sin)
@@ -270,65 +259,65 @@ class BlockDecoder:
             qk = qk * self.norm_scale
         state.k.select(2, end - 1).copy_(qk.narrow(1, n_head, n_kv_head))
         state.v.select(2, end - 1).copy_(v)
-        k, v = state.k.narrow(2, 0, end), state.v.narrow(2, 0, end)
-        q = qk.narrow(1, 0, n_head).unsqueeze(2)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=inputs.mask, enable_gqa=n_head != n_kv_head
+            qk.narrow(1, 0, n_head).unsqueeze(2),
+            state.k.narrow(2, 0, end),
+            state.v.narrow(2, 0, end),
+            attn_mask=inputs.mask,
+            enable_gqa=n_head != n_kv_head,
         )
-        x = self.add_o_proj(x, y.flatten(1))
-        return self.add_feed_forward(x, state) if self.mlp else x
+        return self.add_o_proj(x, y.flatten(1))
 
-    def add_feed_forward(self, x: Tensor, state: LayerState) -> Tensor:
+    def convolve(self, x: Tensor, state: LayerState) -> Tensor:
         """x: (B, C). Returns (B, C)."""
-        y = self.mlp_norm(x)
-        if self.has_conv:
-            text = torch.cat([y.unsqueeze(1), state.last_inputs], dim=1)  # the newest first
-            n = text.shape[1]
-            y = (text * (self.conv_weight if n == self.conv_size else self.conv_weight[:n])).sum(
-                dim=1
-            )
-            state.last_inputs = text.narrow(1, 0, min(n, self.conv_size - 1))
-        if not self.known_mlp:
-            return x + self.mlp(y)
-        hidden = self.up_proj(y)
-        gate = self.activation(hidden if self.gate_proj is None else self.gate_proj(y))
-        return self.add_down_proj(x, gate if self.gate_proj is None else gate * hidden)
+        newest_first = torch.cat([x.unsqueeze(1), state.last_inputs], dim=1)
+        n = newest_first.shape[1]
+        if n < self.conv_size:
+            state.last_inputs = newest_first
+            return (newest_first * self.conv_weight[:n]).sum(dim=1)
+        state.last_inputs = newest_first.narrow(1, 0, n - 1)
+        return (newest_first * self.conv_weight).sum(dim=1)
 
 
-class GPTDecoder:
-    """GPT.next_logits of a GPT made for generation: prompts go through the model, single tokens through here."""
+def linear_function(linear: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what the layer computes, (B, inputs) -> (B, outputs), without the time that nn.Module takes."""
+    if not isinstance(linear, nn.Linear):
+        return linear.forward
+    weight = linear.weight.t()
+    if linear.bias is None:
+        return partial(torch.mm, mat2=weight)
+    return partial(torch.addmm, linear.bias, mat2=weight)
 
-    def __init__(self, model: GPT):
-        self.model, self.stack, self.read_prompt = model, model.stack, model.next_logits
-        self.norm, self.lm_head = normalization(model.stack.norm), product(model.lm_head)
-        self.blocks = [BlockDecoder(block) for block in model.stack.blocks]
-        self.norm_scale = self.blocks[0].norm_scale
-        config, position = model.config, model.stack.position
-        # each token attends to all before it, and its position is in the rotary tables alone: there is no mask to make
-        self.plain = config.position == "rotary" and not config.window and not config.embed_norm
-        if self.plain:
-            self.tables = [
-                table[:, None, None] * self.norm_scale for table in (position.cos, position.sin)
-            ]
 
-    def __call__(self, idx: Tensor, state: DecoderState | None = None) -> Tensor:
-        """As GPT.next_logits."""
-        if idx.shape[1] > 1 or not state or not state.length:
-            return self.read_prompt(idx, state)
-        x, inputs = self.enter(embed_tokens(self.model, idx, state), state)
-        for block, layer in zip(self.blocks, state.layers, strict=True):
-            x = block(x, inputs, layer)
-        state.length += 1
-        return with_loss(self.model, self.lm_head(self.norm(x)), None)[0]
+def add_linear_function(linear: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return x, y -> x + linear(y)."""
+    if isinstance(linear, nn.Linear) and linear.bias is None:
+        return partial(torch.addmm, mat2=linear.weight.t())
+    function = linear_function(linear)
+    return lambda x, y: x + function(y)
 
-    def enter(self, x: Tensor, state: DecoderState) -> tuple[Tensor, BlockInputs]:
-        """As Stack.enter, but returns (B, C) and rotary tables for BlockDecoder. x: (B, 1, C)."""
-        if self.plain and state.padding is None:
-            rotary = [table[state.length] for table in self.tables]
-            cached = state.make_room(1), state.size
-            return x.squeeze(1), BlockInputs(cached, None, False, rotary, None, None, None)
-        x, inputs = self.stack.enter(x, state)
-        if inputs.rotary:
-            tables = (table.view(-1, 1, table.shape[-1]) for table in inputs.rotary)
-            inputs = inputs._replace(rotary=[table * self.norm_scale for table in tables])
-        return x.squeeze(1), inputs
+
+def add_mlp_function(mlp: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return x, y -> x + mlp(y)."""
+    if type(mlp) not in (MLP, GatedMLP):  # one that a user has added
+        return lambda x, y: x + mlp(y)
+    activation = mlp.activation
+    up_proj = linear_function(mlp.up_proj)
+    add_down_proj = add_linear_function(mlp.down_proj)
+    if type(mlp) is MLP:
+        return lambda x, y: add_down_proj(x, activation(up_proj(y)))
+    gate_proj = linear_function(mlp.gate_proj)
+    return lambda x, y: add_down_proj(x, activation(gate_proj(y)) * up_proj(y))
+
+
+def norm_function(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what the norm computes, (B, C) -> (B, C)."""
+    if not isinstance(norm, nn.LayerNorm):
+        return norm.forward
+    return partial(
+        torch.layer_norm,
+        normalized_shape=norm.normalized_shape,
+        weight=norm.weight,
+        bias=norm.bias,
+        eps=norm.eps,
+    )
