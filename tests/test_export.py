@@ -21,7 +21,6 @@ import prepare_data
 import sample
 import train
 from humptygpt.checkpoint import checkpoint
-from humptygpt.core import download
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
 from humptygpt.generation.sampling import generate
@@ -94,7 +93,7 @@ def runs(tmp_path_factory) -> Callable[[str], Path]:
             done[case] = tmp_path_factory.mktemp("run")
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(done[case])
-                patch.setattr(download, "gpt2_ranks", lambda: GPT2)
+                patch.setattr("humptygpt.tokenizer.tokenizers.gpt2_pieces", lambda: GPT2)
                 patch.setattr("humptygpt.training.run_folder.draw_losses", lambda *args: None)
                 make_run(*CASES[case])
         return done[case]

@@ -24,7 +24,8 @@ MAY_IMPORT = {
 FILES = [ROOT / "model.py", *sorted(ROOT.glob("humptygpt/*/*.py"))]
 TORCHLESS = [
     "core.settings core.files core.locks core.limits core.schema core.download",
-    "tokenizer.tokenizers tokenizer.read_huggingface tokenizer.write_huggingface",
+    "tokenizer.base tokenizer.tokenizers tokenizer.pretrained",
+    "tokenizer.read_huggingface tokenizer.write_huggingface",
     "data.documents data.corpus data.pairs data.parts data.token_files data.sources",
 ]
 YET_TO_GO = {

@@ -16,6 +16,7 @@ from humptygpt.core.errors import UserError
 from humptygpt.data.corpus import encode_documents
 from humptygpt.data.token_files import TokenFiles, read_meta
 from humptygpt.tokenizer import tokenizers as tokenizer
+from humptygpt.tokenizer.base import printable_bytes
 from humptygpt.tokenizer.read_huggingface import read_tokenizer
 from humptygpt.tokenizer.write_huggingface import tokenizer_files
 
@@ -221,12 +222,10 @@ def test_ids_and_text_are_those_of_transformers_on_a_thousand_texts(kind, made, 
 
 def gpt2_folder(folder: Path) -> Path:
     """GPT-2's own vocabulary as vocab.json and merges.txt: each token but the bytes is a merge of two before it."""
-    from humptygpt.core.download import gpt2_ranks
+    from humptygpt.tokenizer.tokenizers import gpt2_pieces
 
-    ranks, sign_of = (
-        gpt2_ranks(),
-        {byte: sign for sign, byte in tokenizer.printable_bytes().items()},
-    )
+    ranks = {piece: rank for rank, piece in enumerate(gpt2_pieces())}
+    sign_of = {byte: sign for sign, byte in printable_bytes().items()}
     spelled = {piece: "".join(map(sign_of.get, piece)) for piece in ranks}
     lines = ["#version: 0.2"]
     for piece, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -379,7 +378,7 @@ def test_a_tokenizer_that_is_neither_a_kind_nor_a_path_is_refused(fails, folder)
         " nor owner/model of the hub; did you mean char?\n"
     )
     line = fails(prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=.")
-    assert line.startswith("cannot read the tokenizer in .: there is neither tokenizer.json")
+    assert line.startswith("tokenizer=. holds no model: ")
     assert "vocab_size=300 has no effect" in fails(
         prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=.", "--vocab_size=300"
     )

@@ -5,7 +5,6 @@ everywhere in transformers. And each byte of a sequence that is not UTF-8, as a 
 its own where we write one for the sequence.
 """
 
-import base64
 import json
 import math
 from collections.abc import Iterator
@@ -18,16 +17,13 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from humptygpt.core.errors import UserError
+from humptygpt.tokenizer.base import END_OF_TEXT, Tokenizer, printable_bytes
+from humptygpt.tokenizer.pretrained import PretrainedSentencePiece, PretrainedTokenizer
 from humptygpt.tokenizer.tokenizers import (
-    END_OF_TEXT,
     BytePairTokenizer,
     ByteTokenizer,
     CharTokenizer,
-    PretrainedSentencePiece,
-    PretrainedTokenizer,
     SentencePieceTokenizer,
-    Tokenizer,
-    printable_bytes,
 )
 
 
@@ -169,9 +165,7 @@ class Entry(NamedTuple):
 
 def sentencepiece_entries(tokenizer: SentencePieceTokenizer) -> list[Entry]:
     """Of each token; the file's first entry, which stands for the unknown, is none of ours."""
-    model = sentencepiece.SentencePieceProcessor(
-        model_proto=base64.b64decode(tokenizer.state()["proto"])
-    )
+    model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.proto)
 
     def kind(i: int) -> str:
         if model.is_byte(i):

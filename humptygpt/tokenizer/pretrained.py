@@ -1,0 +1,211 @@
+"""Tokenizers of other projects, in Hugging Face's or sentencepiece's file, which stays as it is within ours."""
+
+import base64
+import json
+import re
+from collections.abc import Callable, Iterable
+from typing import ClassVar, Self
+
+import numpy as np
+
+from humptygpt.tokenizer.base import (
+    Tokenizer,
+    pack,
+    printable_bytes,
+    sentencepiece_bytes,
+    unpack,
+    utf8,
+)
+
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }: a later entry of a protobuf counts
+SENTENCEPIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+ENDS = {"eot": (int, None), "bos": (int, None)}
+
+
+class PretrainedTokenizer(Tokenizer):
+    """What a tokenizer.json describes, run by Hugging Face's tokenizers: ids and text are those of transformers.
+
+    content: the JSON. Its special tokens are recognised in a text, unlike those of our own tokenizers. The byte-level
+    decoder and those of sentencepiece are supported, by which the text of each token does not depend on others.
+    """
+
+    name = "tokenizer.json"
+    schema: ClassVar = {"content": str, **ENDS}
+
+    def __init__(self, content: str, eot: int | None, bos: int | None):
+        self.content = content
+        self.eot = eot
+        self.bos = bos
+        self._engine = load_engine(content)
+        ids = self._engine.get_vocab(with_added_tokens=True)
+        size = 1 + max(ids.values(), default=-1)
+        if not ids or size > 2 * len(ids) + 1000 or not {eot, bos} <= {None, *ids.values()}:
+            raise ValueError("its ids have gaps, or the end-of-text token is none of them")
+        described = json.loads(content)
+        as_bytes = piece_decoder(described.get("decoder"))
+        self.pieces = [b""] * size
+        for token, i in ids.items():
+            self.pieces[i] = as_bytes(token)
+        rest = without_prefix(described)
+        self._rest = self._engine if rest == described else load_engine(json.dumps(rest))
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+        texts = [utf8(text).decode() for text in texts]
+        encodings = self._engine.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def encode_rest(self, text: str) -> np.ndarray:
+        utf8(text)
+        return np.array(self._rest.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._engine.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def state(self) -> dict:
+        content = pack(self.content.encode())
+        return {"tokenizer": self.name, "content": content, "eot": self.eot, "bos": self.bos}
+
+    @classmethod
+    def from_state(cls, content: str, **entries) -> Self:
+        return cls(unpack(content).decode(), **entries)
+
+
+def load_engine(content: str):
+    """Return the tokenizers.Tokenizer of a tokenizer.json, without truncation and padding. Raises ValueError."""
+    import tokenizers
+
+    try:
+        engine = tokenizers.Tokenizer.from_str(content)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    # it has one class for all mistakes, and one beside Exception where it gives up
+    except BaseException as error:
+        raise ValueError(f"tokenizers cannot read it: {error}") from error
+    engine.no_truncation()
+    engine.no_padding()
+    return engine
+
+
+def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
+    """Return the function from a token to the bytes it stands for. Raises ValueError where a decoder needs more."""
+    steps = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else []
+    kinds = [step.get("type") for step in steps if isinstance(step, dict)]
+    if kinds == ["ByteLevel"]:
+        byte_of = printable_bytes()
+        return lambda token: (
+            bytes(map(byte_of.get, token)) if byte_of.keys() >= set(token) else token.encode()
+        )
+    if not kinds or not set(kinds) <= SENTENCEPIECE_DECODERS:
+        listed = ", ".join(map(str, kinds)) or "none"
+        raise ValueError(
+            f"its decoder is {listed}; ByteLevel and those of sentencepiece are supported"
+        )
+    return lambda token: sentencepiece_bytes(token, "ByteFallback" in kinds)
+
+
+def without_prefix(described: dict) -> dict:
+    """Return the same tokenizer.json without the space that it puts before a text."""
+    steps = {key: described.get(key) for key in ("normalizer", "pre_tokenizer")}
+    changed = json.loads(json.dumps(steps))  # a copy
+    for part in changed.values():
+        part = part or {}
+        for step in part.get("normalizers") or part.get("pretokenizers") or [part]:
+            kind = step.get("type")
+            if kind == "Prepend":
+                step.pop("prepend")
+                step |= {"type": "Replace", "pattern": {"String": "▁"}, "content": "▁"}
+            elif kind == "ByteLevel" and step.get("add_prefix_space"):
+                step["add_prefix_space"] = False
+            elif kind == "Metaspace":
+                step.pop("add_prefix_space", None)
+                step["prepend_scheme"] = "never"
+    return described | changed
+
+
+class PretrainedSentencePiece(Tokenizer):
+    """A tokenizer.model of sentencepiece, as another project trained it, run by sentencepiece.
+
+    special: {token: id} of those that are recognised in a text: a text between two of them is encoded by itself.
+    space: before which of these texts a space is put, where the model puts one: every one, as sentencepiece does;
+    "unless": every one that does not start with a space; "first": the first alone, unless it does. The last two are
+    the class LlamaTokenizer of transformers, before and since its legacy=False.
+    """
+
+    name = "tokenizer.model"
+    schema: ClassVar = {
+        "proto": str,
+        "special": {str: int},
+        "space": {"every", "unless", "first"},
+        **ENDS,
+    }
+
+    def __init__(
+        self, proto: bytes, special: dict[str, int], space: str, eot: int | None, bos: int | None
+    ):
+        from sentencepiece import SentencePieceProcessor
+
+        self.proto = proto
+        self.special = special
+        self.space = space
+        self.eot = eot
+        self.bos = bos
+        self._model = SentencePieceProcessor(model_proto=proto)
+        self._rest = SentencePieceProcessor(model_proto=proto + NO_DUMMY_PREFIX)
+        self.has_prefix = self._model.normalize("a") != self._rest.normalize("a")
+        self.pieces = [
+            sentencepiece_bytes(self._model.id_to_piece(i), self._model.is_byte(i))
+            for i in range(self._model.vocab_size())
+        ]
+        for token, i in sorted(special.items(), key=lambda item: item[1]):
+            if i == len(self.pieces):
+                self.pieces.append(token.encode())
+        ids = set(range(len(self.pieces)))
+        if not set(special.values()) <= ids:
+            raise ValueError(
+                "the ids of its special tokens are not in its vocabulary, nor do they continue it"
+            )
+        if not {eot, bos} <= {None, *ids}:
+            raise ValueError("its end-of-text token is not in its vocabulary")
+        longest_first = sorted(special, key=len, reverse=True)
+        pattern = "|".join(map(re.escape, longest_first)) or "(?!)"  # which nothing matches
+        self._special = re.compile(f"({pattern})")
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_parts(text, self._model)
+
+    def encode_rest(self, text: str) -> np.ndarray:
+        return self.encode_parts(text, self._rest)
+
+    def encode_parts(self, text: str, model) -> np.ndarray:
+        """model: the SentencePieceProcessor of the text before the first special token."""
+        utf8(text)
+        ids = []
+        for number, part in enumerate(self._special.split(text)):
+            if number % 2:
+                ids.append(self.special[part])
+                model = self._rest if self.space == "first" else self._model
+            elif part:
+                has_space = self.space != "every" and part.startswith((" ", "▁"))
+                ids += (self._rest if has_space else model).encode(part)
+        return np.array(ids, dtype=np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text = super().decode(ids)
+        return text.removeprefix(" ") if self.has_prefix else text
+
+    def state(self) -> dict:
+        return {
+            "tokenizer": self.name,
+            "proto": base64.b64encode(self.proto).decode(),
+            "special": self.special,
+            "space": self.space,
+            "eot": self.eot,
+            "bos": self.bos,
+        }
+
+    @classmethod
+    def from_state(cls, proto: str, **entries) -> Self:
+        return cls(base64.b64decode(proto, validate=True), **entries)
