@@ -486,14 +486,11 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
 
     assert refused("nothing") == "init_from=nothing: there is no such file or folder\n"
     assert refused("their").endswith("; did you mean theirs?\n")
-    assert "holds no model: neither best.pt nor ckpt.pt, nor config.json and weights" in refused(
-        "data", train.main
-    )
+    assert "cannot read the model in data: there is no config.json" in refused("data", train.main)
     assert "is not a checkpoint: it is truncated" in refused("text.txt")
     assert refused("theirs/model.safetensors") == (
         "init_from=theirs/model.safetensors is no model by itself; name its folder, which also has config.json\n"
     )
-    sample.main(["--out_dir=theirs", "--max_new_tokens=2"])  # it may be named as a run is
     Path("out/stopped").mkdir(parents=True)
     for name in ("config.json", "metrics.jsonl"):
         Path("out/stopped", name).write_text("{}")
@@ -501,6 +498,9 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
         "no checkpoint out/stopped/best.pt; train first: python train.py --out_d"
     )
     assert refused("out/gone").startswith("init_from=out/gone: there is no such file or folder")
+    assert refused("stopped").endswith("; did you mean out/stopped?\n")
+    line = fails(sample.main, "--out_dir=out/stopped/best.pt")
+    assert line.endswith("; train first: python train.py --out_dir=out/stopped\n")
     vocab = json.loads(Path("theirs/vocab.json").read_text())
     config = json.loads(Path("theirs/config.json").read_text())
     Path("theirs/vocab.json").write_text(json.dumps(vocab | {"surplus": 400}))

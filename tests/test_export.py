@@ -624,7 +624,7 @@ GGUF_REFUSES = [
         "tokenizer=char cannot be .* '▁' is a space; .* --tokenizer=byte",
     ),
     ({"tokenizer": EVERY["unigram"]}, "tokenizer=sentencepiece cannot be .* --model_type=bpe"),
-    ({"tokenizer": without_split()}, "it is none of GPT-2's or .*; use format=transf"),
+    ({"tokenizer": without_split()}, "it is none of GPT-2's or .*; use --format=transf"),
 ]
 
 

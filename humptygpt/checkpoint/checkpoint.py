@@ -61,7 +61,7 @@ def save(path: Path, entries: dict) -> None:
 
 def find_checkpoint(out_dir: Path, which: str) -> Path:
     """best.pt or ckpt.pt of a run; the latest one where no evaluation has found a best. Of a checkpoint, itself."""
-    if os.path.isfile(out_dir) or is_sharded(out_dir):
+    if out_dir.suffix == ".pt" or os.path.isfile(out_dir) or is_sharded(out_dir):
         return out_dir
     path = stored(out_dir / {"best": "best.pt", "latest": "ckpt.pt"}[which])
     latest = stored(out_dir / "ckpt.pt")

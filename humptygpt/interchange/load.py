@@ -14,7 +14,7 @@ from humptygpt.core.settings import make, nearest_path
 from humptygpt.data.token_files import GPT2_TOKENS, read_nanogpt_meta
 from humptygpt.interchange import adapters, hub, huggingface
 from humptygpt.interchange.families import GPT2
-from humptygpt.interchange.weight_files import MODEL_FILES, check_dense
+from humptygpt.interchange.weight_files import check_dense
 from humptygpt.nn import lora
 from humptygpt.tokenizer import tokenizers
 from humptygpt.tokenizer.read_huggingface import is_tokenizer, read_tokenizer
@@ -48,14 +48,15 @@ def load(source: str | Path, which: str = "best", mapped: bool = False) -> Loade
     mapped: weights of a run stay in its file until they are used. Nothing is in memory twice in any case.
     """
     path = find_source(source, which)
-    if is_folder(path):
-        loaded = from_adapter(path) if adapters.is_adapter(path) else from_folder(path, source)
+    if adapters.is_adapter(path):
+        loaded = from_adapter(path)
+    elif is_folder(path):
+        loaded = from_folder(path, source)
     else:
         saved = checkpoint.read(path, mapped)
         loaded = from_nanogpt(path, saved) if is_nanogpt(saved) else from_run(path, saved, mapped)
     loaded.model.eval()
-    tokens = loaded.tokenizer.vocab_size
-    rows = loaded.model.config.vocab_size
+    tokens, rows = loaded.tokenizer.vocab_size, loaded.model.config.vocab_size
     if tokens > rows:
         raise UserError(
             f"the tokenizer in {path} has {tokens:,} tokens, but the model only {rows:,};"
@@ -66,8 +67,8 @@ def load(source: str | Path, which: str = "best", mapped: bool = False) -> Loade
 
 def load_tokenizer(source: str) -> Tokenizer:
     """Load the tokenizer that tokenizer=source means, without the weights beside it. Raises UserError."""
-    if is_tokenizer(expand(source)):
-        return read_tokenizer(expand(source))
+    if is_tokenizer(Path(source)):
+        return read_tokenizer(Path(source))
     path = find_source(source, key="tokenizer")
     if adapters.is_adapter(path):
         return load_tokenizer(adapters.base_of(path))
@@ -85,57 +86,38 @@ def load_tokenizer(source: str) -> Tokenizer:
 
 def chosen_source(config: object, given: dict) -> str | Path:
     """Return what init_from, out_dir and checkpoint of a config name together; given: the keys that the user set."""
-    if config.init_from != "resume":
-        if "out_dir" in given:
-            unused = f"out_dir={config.out_dir} has no effect with init_from={config.init_from}"
-            print(f"note: {unused}", file=sys.stderr)
-        return config.init_from
-    folder = Path(config.out_dir)
-    return (
-        folder if is_pretrained(folder) else checkpoint.find_checkpoint(folder, config.checkpoint)
-    )
+    if config.init_from == "resume":
+        return checkpoint.find_checkpoint(Path(config.out_dir), config.checkpoint)
+    if "out_dir" in given:
+        unused = f"out_dir={config.out_dir} has no effect with init_from={config.init_from}"
+        print(f"note: {unused}", file=sys.stderr)
+    return config.init_from
 
 
 def find_source(source: str | Path, which: str = "best", key: str = "init_from") -> Path:
     """Return the checkpoint or folder that key=source stands for; a model of the hub is fetched. Raises UserError."""
-    path = expand(source)
-    if os.path.isfile(path) and path.suffix in FILES_OF_A_FOLDER:
+    path = Path(os.path.expanduser(source))  # noqa: PTH111, which loses the end of "folder/"
+    if os.path.isdir(path):
+        files = (checkpoint.stored(path / name) for name in ("best.pt", "ckpt.pt", "metrics.jsonl"))
+        return checkpoint.find_checkpoint(path, which) if any(map(os.path.exists, files)) else path
+    if path.suffix in FILES_OF_A_FOLDER:
         raise UserError(
             f"{key}={source} is no model by itself; name its folder, which also has config.json"
         )
-    if os.path.isfile(path) or path.suffix == ".pt" or checkpoint.is_sharded(path):
+    if os.path.isfile(path) or path.suffix == ".pt":
         return path  # reading it reports a file that is missing
-    if not os.path.isdir(path):
-        if repo := hub.repository(str(source)):
-            if key == "tokenizer":
-                return hub.fetch_tokenizer(repo)
-            return hub.fetch_model(repo, huggingface.read_config)
-        run = Path("out", source)
-        near = f"; did you mean {run}?" if os.path.isdir(run) else nearest_path(str(source))
-        raise UserError(f"{key}={source}: there is no such file or folder{near}")
-    files = (checkpoint.stored(path / name) for name in ("best.pt", "ckpt.pt", "metrics.jsonl"))
-    if any(map(os.path.exists, files)):
-        return checkpoint.find_checkpoint(path, which)
-    if is_pretrained(path) or os.path.exists(path / "config.json"):
-        return path
-    raise UserError(
-        f"{key}={source} holds no model: neither best.pt nor ckpt.pt, nor config.json and weights"
-    )
-
-
-def expand(source: str | Path) -> Path:
-    return Path(os.path.expanduser(source))  # noqa: PTH111, which loses the end of "folder/"
+    if repo := hub.repository(str(source)):
+        if key == "tokenizer":
+            return hub.fetch_tokenizer(repo)
+        return hub.fetch_model(repo, huggingface.read_config)
+    run = Path("out", source)
+    near = f"; did you mean {run}?" if os.path.isdir(run) else nearest_path(str(source))
+    raise UserError(f"{key}={source}: there is no such file or folder{near}")
 
 
 def is_folder(path: Path) -> bool:
-    """Whether it is a folder in Hugging Face's or PEFT's format."""
+    """Whether it is a folder in Hugging Face's format."""
     return os.path.isdir(path) and not checkpoint.is_sharded(path)
-
-
-def is_pretrained(path: Path) -> bool:
-    """Whether it is a folder with weights or an adapter in Hugging Face's format."""
-    files = (adapters.CONFIG, *MODEL_FILES, *(f"{name}.index.json" for name in MODEL_FILES))
-    return any(os.path.exists(path / file) for file in files)
 
 
 # --------------------------------------------------------------------------------------
@@ -146,9 +128,8 @@ def from_run(path: Path, saved: object, mapped: bool) -> Loaded:
     saved = checkpoint.check(path, saved)
     config = make(ModelConfig, saved["model_config"])
     progress = saved["progress"]
-    weights = saved["model"]
     return Loaded(
-        model=lora.merge(checkpoint.restore_model(weights, config)),
+        model=lora.merge(checkpoint.restore_model(saved["model"], config)),
         tokenizer=tokenizers.from_state(saved["tokenizer"]),
         task=saved["task"],
         path=path,
