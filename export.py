@@ -104,7 +104,7 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
         loaded, to.name, TASKS[loaded.task].card_prompt, TASKS[loaded.task].card_note, defaults
     ).encode()
     with whole(to) as folder:
-        write_pretrained(model, folder, getattr(torch, dtype), tokenizer.eot, tokenizer.bos)
+        write_pretrained(model, folder, getattr(torch, dtype), tokenizer)
         for name, content in files.items():
             write_whole(folder / name, lambda file, content=content: file.write(content))
     return f"{to}: {size(to)}; its README.md shows how to use it"

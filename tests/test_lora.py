@@ -326,7 +326,7 @@ BAD = [
     ),
     (
         lambda: change_weights(lambda weights: weights.update({B: torch.ones(48, 4)})),
-        "lora_A and lora_B of transformer.h.1",
+        "c_attn.lora_B.weight must have shape (48, 3), but has (48, 4)",
     ),
     (
         lambda: change_weights(lambda weights: weights.update({B: torch.ones(48, 3).int()})),

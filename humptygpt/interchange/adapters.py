@@ -13,8 +13,8 @@ from humptygpt.checkpoint.checkpoint import build_on_meta
 from humptygpt.core.errors import UserError, one_line
 from humptygpt.core.schema import parse_json
 from humptygpt.interchange.families import FAMILIES
-from humptygpt.interchange.huggingface import find_family, write_model_files
-from humptygpt.interchange.weight_files import check_dtype, open_weights
+from humptygpt.interchange.huggingface import find_family, write_files
+from humptygpt.interchange.weight_files import check_tensor, open_weights
 from humptygpt.nn.lora import OFF, adapted
 from model import ModelConfig
 
@@ -107,7 +107,7 @@ def write_adapter(model: nn.Module, base: str, folder: Path) -> None:
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
-    write_model_files(folder, CONFIG, content, WEIGHTS[0], weights)
+    write_files(folder, {CONFIG: content, WEIGHTS[0]: weights})
 
 
 # --------------------------------------------------------------------------------------
@@ -176,15 +176,9 @@ def changed_weights(
         A, B = (stored.pop(name) for name in names)
         own = [weights[f"{name}.weight"] for name in ours]
         sizes = [len(W) for W in own]
-        rank, inputs = len(A) if A.dim() else 0, own[0].shape[1]
-        if not rank or A.shape != (rank, inputs) or B.shape != (sum(sizes), rank):
-            expected = f"(rank, {inputs}) and ({sum(sizes)}, rank)"
-            given = f"{tuple(A.shape)}, {tuple(B.shape)}"
-            raise ValueError(
-                f"lora_A and lora_B of {theirs} must have shapes {expected}, but have {given}"
-            )
-        check_dtype(names[0], A)
-        check_dtype(names[1], B)
+        rank = max(1, len(A)) if A.dim() else 1
+        check_tensor(names[0], A, (rank, own[0].shape[1]))
+        check_tensor(names[1], B, (sum(sizes), rank))
         scale = alpha(theirs, adapter) / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
         updates = (scale * (B.float() @ A.float())).split(sizes)
         for name, W, update in zip(ours, own, updates, strict=True):

@@ -27,7 +27,8 @@ from humptygpt.interchange.families import (
     ROPE_SCALING,
     Family,
 )
-from humptygpt.interchange.weight_files import check_dtype, open_weights
+from humptygpt.interchange.weight_files import check_tensor, open_weights
+from humptygpt.tokenizer.tokenizers import Tokenizer
 from model import ModelConfig
 
 CONFIG = {"model_type": str, "architectures?": ([str], None)}
@@ -146,7 +147,17 @@ def read_weights(
 
     Nothing is allocated before all names, shapes and dtypes are checked.
     """
-    stored = full_names(family, tensors)
+    stored = {}
+    while tensors:
+        name, tensor = tensors.popitem()
+        if not name.startswith((family.prefix, "lm_head.")):
+            name = family.prefix + name
+        if name in stored:
+            raise ValueError(
+                f"there are two weights named {name}, with and without {family.prefix}"
+            )
+        if not re.fullmatch(family.no_weights, name):
+            stored[name] = tensor
     if config.n_layer > len(stored):  # or building would take long
         raise ValueError(
             f"config.json has {config.n_layer:,} layers, but there are only {len(stored)} weights"
@@ -156,33 +167,16 @@ def read_weights(
     check_weights(stored, to_theirs(family, config, like))
     ours = {}
     for name, own in weight_names(family, config, like):
-        tensor = turned(family, name, stored.pop(name)).detach()
+        tensor = turned(family, name, stored.pop(name).detach())
         pieces = tensor.split([len(like[part]) for part in own])
         for part, piece in zip(own, pieces, strict=True):
             # copied: the file may be mapped into memory
             ours[part] = piece.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    if config.tie_weights:
-        if head is not None and not torch.equal(head.float(), ours["wte.weight"]):
-            raise ValueError(
-                "lm_head.weight must equal the embedding, to which tie_word_embeddings=true ties it"
-            )
-        ours["lm_head.weight"] = ours["wte.weight"]
-    return ours
-
-
-def full_names(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights, without buffers, by their names with the prefix that files without a head lack."""
-    stored = {}
-    for name in list(tensors):
-        full = name if name.startswith((family.prefix, "lm_head.")) else family.prefix + name
-        if full in stored:
-            raise ValueError(
-                f"there are two weights named {full}, with and without {family.prefix}"
-            )
-        tensor = tensors.pop(name)
-        if not re.fullmatch(family.no_weights, full):
-            stored[full] = tensor
-    return stored
+    if head is not None and not torch.equal(head.float(), ours["wte.weight"]):
+        raise ValueError(
+            "lm_head.weight must equal the embedding, to which tie_word_embeddings=true ties it"
+        )
+    return ours if not config.tie_weights else ours | {"lm_head.weight": ours["wte.weight"]}
 
 
 def check_weights(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -190,11 +184,8 @@ def check_weights(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
     if stored.keys() != expected.keys():
         name = min(stored.keys() ^ expected.keys())
         raise ValueError(f"the weight {name} is {'unknown' if name in stored else 'missing'}")
-    for name, tensor in stored.items():
-        shape, needed = tuple(tensor.shape), tuple(expected[name].shape)
-        if shape != needed:
-            raise ValueError(f"the weight {name} must have shape {needed}, but has {shape}")
-        check_dtype(name, tensor)
+    for name, tensor in sorted(stored.items()):
+        check_tensor(name, tensor, expected[name].shape)
 
 
 # --------------------------------------------------------------------------------------
@@ -202,14 +193,10 @@ def check_weights(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
 
 
 def to_pretrained(
-    model: nn.Module,
-    dtype: torch.dtype = torch.float32,
-    eot: int | None = None,
-    bos: int | None = None,
+    model: nn.Module, dtype: torch.dtype = torch.float32, tokenizer: Tokenizer | None = None
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Return what config.json holds, and the weights under their names, in this dtype on the CPU.
 
-    eot: the token that ends a text. bos: the one that a text starts with, if that is another.
     GPT-2 always has bias terms: those of a model without are 0. Raises UserError where a setting cannot be expressed.
     """
     config, state = model.config, model.state_dict()
@@ -230,7 +217,9 @@ def to_pretrained(
     }
     content |= {theirs: settings[key] for theirs, key, *_ in family.settings}
     content |= dict.fromkeys(family.dropouts, config.dropout)
-    # None, too: the defaults belong to other tokenizers
+    # None where there is none: the defaults belong to other tokenizers
+    eot = tokenizer and tokenizer.eot
+    bos = tokenizer and tokenizer.bos
     content |= {"bos_token_id": eot if bos is None else bos, "eos_token_id": eot}
     if name == "gpt2":
         content["n_ctx"] = config.block_size  # which llama.cpp reads
@@ -281,22 +270,22 @@ def write_pretrained(
     model: nn.Module,
     folder: Path,
     dtype: torch.dtype = torch.float32,
-    eot: int | None = None,
-    bos: int | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Write config.json and model.safetensors, each whole or not at all; as to_pretrained. Raises UserError."""
-    content, weights = to_pretrained(model, dtype, eot, bos)
-    write_model_files(folder, "config.json", content, "model.safetensors", weights)
+    """Write config.json and model.safetensors; as to_pretrained. Raises UserError."""
+    content, weights = to_pretrained(model, dtype, tokenizer)
+    write_files(folder, {"config.json": content, "model.safetensors": weights})
 
 
-def write_model_files(
-    folder: Path, config_name: str, config: dict, weights_name: str, weights: dict[str, Tensor]
-) -> None:
+def write_files(folder: Path, contents: dict[str, dict]) -> None:
+    """Write JSON and safetensors files, each whole or not at all, the JSON last. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(folder, error) from error
-    data = safetensors.torch.save(weights, {"format": "pt"})
-    text = f"{json.dumps(config, indent=2)}\n".encode()
-    write_whole(folder / weights_name, lambda file: file.write(data))
-    write_whole(folder / config_name, lambda file: file.write(text))
+    for name, content in sorted(contents.items(), reverse=True):
+        if name.endswith(".json"):
+            data = f"{json.dumps(content, indent=2)}\n".encode()
+        else:
+            data = safetensors.torch.save(content, {"format": "pt"})
+        write_whole(folder / name, lambda file, data=data: file.write(data))

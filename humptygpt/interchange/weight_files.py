@@ -70,7 +70,12 @@ def check_dense(tensors: object, file: str) -> None:
             raise ValueError(f"{file}: {name} must be a dense tensor")
 
 
-def check_dtype(name: str, tensor: Tensor) -> None:
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError where a shape differs, or a dtype is not supported."""
+    if tensor.shape != shape:
+        raise ValueError(
+            f"the weight {name} must have shape {tuple(shape)}, but has {tuple(tensor.shape)}"
+        )
     if tensor.dtype not in DTYPES:
         raise ValueError(
             f"the weight {name} must be in {', '.join(map(str, DTYPES))}, but is in {tensor.dtype}"
