@@ -28,46 +28,43 @@ from humptygpt.tokenizer.tokenizers import (
 
 
 def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
-    """The content of each file, by its name. Raises UserError where it cannot be expressed."""
+    """Return the content of each file, by its name. Raises UserError where it cannot be expressed."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,  # or "do n't" would be decoded as "don't"
     }
-    if isinstance(tokenizer, PretrainedSentencePiece):
-        return sentencepiece_files(tokenizer, settings)
     if tokenizer.eot is not None:
         end = tokenizer.pieces[tokenizer.eot].decode()
         settings |= {"eos_token": end, "pad_token": end, "padding_side": "left"}
     if tokenizer.bos is not None:
         settings["bos_token"] = tokenizer.pieces[tokenizer.bos].decode()
-    imported = isinstance(tokenizer, PretrainedTokenizer)  # it goes out as it came in
-    content = tokenizer.content if imported else build_tokenizer(tokenizer).to_str(pretty=True)
+    if isinstance(tokenizer, PretrainedSentencePiece):
+        settings |= sentencepiece_settings(tokenizer)
+        return {"tokenizer.model": tokenizer.proto, "tokenizer_config.json": as_json(settings)}
+    if isinstance(tokenizer, PretrainedTokenizer):  # it goes out as it came in
+        content = tokenizer.content
+    else:
+        content = build_tokenizer(tokenizer).to_str(pretty=True)
     return {"tokenizer.json": content.encode(), "tokenizer_config.json": as_json(settings)}
 
 
-def sentencepiece_files(tokenizer: PretrainedSentencePiece, settings: dict) -> dict[str, bytes]:
-    """tokenizer.model as it came, and what says which of its tokens are special; settings: of every tokenizer."""
-    names = {i: token for token, i in tokenizer.special.items()}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {
-        "special": True
+def sentencepiece_settings(tokenizer: PretrainedSentencePiece) -> dict:
+    """Return what says which tokens of its tokenizer.model are special."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = {
+        str(i): {"content": token, **flags, "special": True}
+        for token, i in sorted(tokenizer.special.items(), key=lambda item: item[1])
     }
-    settings = settings | {
-        "added_tokens_decoder": {str(i): {"content": names[i], **flags} for i in sorted(names)}
+    settings = {
+        "added_tokens_decoder": added,
+        "add_bos_token": tokenizer.bos is not None,
+        "add_eos_token": False,
     }
     if tokenizer.space != "every":
         settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": tokenizer.space == "unless"}
-    if tokenizer.eot is not None:
-        settings |= {
-            "eos_token": names[tokenizer.eot],
-            "pad_token": names[tokenizer.eot],
-            "padding_side": "left",
-        }
-    settings |= {"add_bos_token": tokenizer.bos is not None, "add_eos_token": False}
-    if tokenizer.bos is not None:
-        settings["bos_token"] = names[tokenizer.bos]
-    return {"tokenizer.model": tokenizer.proto, "tokenizer_config.json": as_json(settings)}
+    return settings
 
 
 def as_json(content: dict) -> bytes:
@@ -75,7 +72,7 @@ def as_json(content: dict) -> bytes:
 
 
 def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """The same in the library tokenizers."""
+    """Return the same in the library tokenizers."""
     theirs = convert(tokenizer)
     if (end := END_OF_TEXT.encode()) in tokenizer.pieces:
         theirs.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
@@ -131,22 +128,17 @@ def _(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
     entries = sentencepiece_entries(tokenizer)
     if is_merged(entries):
         ids = {entry.text: i for i, entry in enumerate(entries)}
-        normal = sorted(
-            (entry for entry in entries if entry.kind == "normal"), key=lambda entry: -entry.score
-        )
-        model = models.BPE(
-            ids, list(find_merges([entry.text for entry in normal])), byte_fallback=True
-        )
+        normal = [entry for entry in entries if entry.kind == "normal"]
+        normal.sort(key=lambda entry: -entry.score)
+        merges = list(find_merges([entry.text for entry in normal]))
+        theirs = tokenizers.Tokenizer(models.BPE(ids, merges, byte_fallback=True))
     else:
         # unk_id marks what has no piece until it is spelled in bytes; any token will do
-        model = models.Unigram(
-            [(entry.text, entry.score) for entry in entries], unk_id=0, byte_fallback=True
-        )
-    theirs = tokenizers.Tokenizer(model)
-    if not is_merged(entries):  # or it would take the text "<0x41>" for the byte
-        theirs.pre_tokenizer = pre_tokenizers.Split(
-            Regex("<(?=0x[0-9A-F]{2}>)"), "merged_with_previous"
-        )
+        scores = [(entry.text, entry.score) for entry in entries]
+        theirs = tokenizers.Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=True))
+        # or it would take the text "<0x41>" for the byte
+        byte_like = Regex("<(?=0x[0-9A-F]{2}>)")
+        theirs.pre_tokenizer = pre_tokenizers.Split(byte_like, "merged_with_previous")
     theirs.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return theirs
 
@@ -164,22 +156,17 @@ class Entry(NamedTuple):
 
 
 def sentencepiece_entries(tokenizer: SentencePieceTokenizer) -> list[Entry]:
-    """Of each token; the file's first entry, which stands for the unknown, is none of ours."""
+    """Return an entry of each token; the file's first one, which stands for the unknown, is none of ours."""
     model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.proto)
 
-    def kind(i: int) -> str:
-        if model.is_byte(i):
-            return "byte"
-        return (
-            "end of text"
-            if i == model.eos_id()
-            else "line break"
-            if model.id_to_piece(i) == "\n"
-            else "normal"
-        )
-
-    ids = range(1, model.vocab_size())
-    return [Entry(model.id_to_piece(i).replace("▁", " "), kind(i), model.get_score(i)) for i in ids]
+    entries = []
+    for i in range(1, model.vocab_size()):
+        text = model.id_to_piece(i)
+        kind = "byte" if model.is_byte(i) else "line break" if text == "\n" else "normal"
+        if i == model.eos_id():
+            kind = "end of text"
+        entries.append(Entry(text.replace("▁", " "), kind, model.get_score(i)))
+    return entries
 
 
 def is_merged(entries: list[Entry]) -> bool:
@@ -212,11 +199,11 @@ def find_merges(pieces: list[bytes] | list[str]) -> Iterator[tuple]:
     for rank, piece in enumerate(pieces):
         parts = [piece[i : i + 1] for i in range(len(piece))]
         while len(parts) > 2:
-            found = [ranks.get(a + b, math.inf) for a, b in pairwise(parts)]
-            first = min(found)
+            pair_ranks = [ranks.get(a + b, math.inf) for a, b in pairwise(parts)]
+            first = min(pair_ranks)
             if first >= rank:
                 break
-            at = found.index(first)
+            at = pair_ranks.index(first)
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
         if len(parts) == 2:
             yield tuple(parts)
