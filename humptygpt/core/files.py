@@ -14,12 +14,33 @@ from typing import BinaryIO
 from humptygpt.core.errors import UserError
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let write(file) fill a temporary file beside path, then put it in path's place in one step.
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside this one, for a new file or folder, which is put in its place at the end.
 
-    A crash, a kill or a full disk at any moment leaves the old file as it was. The temporary name is one that nobody
-    else uses: of two processes that write a file at once, one wins. Raises UserError where writing fails.
+    A crash, a kill or a full disk at any moment leaves what was there. The temporary name is one that nobody else uses:
+    of two processes that write a file at once, one wins. Raises UserError where writing fails.
     """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if temporary.is_file():
+            with temporary.open("r+b") as file:
+                os.fsync(file.fileno())
+        if path.is_dir():  # an empty one, which Windows would not replace
+            path.rmdir()
+        temporary.replace(path)
+    except OSError as error:
+        kept = "; the one before it is as it was" if path.is_file() else ""
+        raise cannot_write(path, error, kept) from error
+    finally:
+        with contextlib.suppress(OSError):
+            remove(temporary)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let write(file) fill a file that is put in path's place, as by whole(). Raises UserError where writing fails."""
     if os.path.isdir(path):
         raise UserError(f"cannot write {path}: it is a folder; name a file in it")
     if is_device(path):
@@ -29,22 +50,13 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         except OSError as error:
             raise cannot_write(path, error) from error
         return
-    temporary, raw = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp"), None
-    try:
+    with whole(path) as temporary:
         raw = RawFile(temporary, "xb")
-        with io.BufferedWriter(raw) as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch.save turns the file's OSError into a RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        kept = "; the one before it is as it was" if os.path.exists(path) else ""
-        raise cannot_write(path, (raw and raw.error) or error, kept) from error
+        try:
+            with io.BufferedWriter(raw) as file:
+                write(file)
+        except (OSError, RuntimeError) as error:
+            raise raw.error or error from error
 
 
 def is_device(path: Path) -> bool:
@@ -65,21 +77,18 @@ class RawFile(io.FileIO):
             raise
 
 
-def cannot_write(path: Path | str, error: Exception, way_out: str = "") -> UserError:
-    """One line; of a full disk it names the disk, which is not always the one that the user thinks of."""
-    reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-    return UserError(f"cannot write {path}: {reason}{describe_disk(Path(path), error)}{way_out}")
-
-
-def describe_disk(path: Path, error: Exception) -> str:
-    """ " (the disk ... has ... free)" where the error is that it is full, else ""."""
-    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return ""
-    path = path.resolve()  # a link may lead to another disk
-    folders = [folder for folder in (path, *path.parents) if folder.is_dir()]
-    mounted = next(folder for folder in folders if folder.is_mount())
-    usage = shutil.disk_usage(folders[0])
-    return f" (the disk {mounted} has {usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB free)"
+def cannot_write(path: Path | str, error: Exception, advice: str = "") -> UserError:
+    """Return an error in one line; of a full disk it names the disk, which is not always the one that one thinks of."""
+    # numpy and torch report no reason
+    reason = getattr(error, "strerror", None) or "the disk may be full"
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        path_on_disk = Path(path).resolve()  # a link may lead to another disk
+        folder = next(f for f in (path_on_disk, *path_on_disk.parents) if f.is_dir())
+        mounted = next(f for f in (folder, *folder.parents) if f.is_mount())
+        usage = shutil.disk_usage(folder)
+        megabytes = f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB"
+        reason += f" (the disk {mounted} has {megabytes} free)"
+    return UserError(f"cannot write {path}: {reason}{advice}")
 
 
 def remove_unfinished(folder: Path, names: list[str]) -> None:
@@ -89,34 +98,8 @@ def remove_unfinished(folder: Path, names: list[str]) -> None:
             path.unlink()
 
 
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside this one, for a new file or folder, which is put in its place at the end.
-
-    Whatever fails in between, such as a full disk, leaves nothing. Raises UserError where writing fails.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)  # of a run that was killed
-        yield temporary
-        if temporary.is_file():
-            with temporary.open("r+b") as file:
-                os.fsync(file.fileno())
-        if path.is_dir():  # an empty one, which Windows would not replace
-            path.rmdir()
-        temporary.replace(path)
-    except OSError as error:
-        if error.strerror is None:  # numpy reports no reason
-            raise UserError(f"cannot write {path}: the disk may be full") from error
-        raise cannot_write(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            remove(temporary)
-
-
 def remove(path: Path) -> None:
-    """A file, or a folder with all that is in it, if it exists."""
+    """Remove a file, or a folder with all that is in it, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -141,7 +124,8 @@ def move_aside(folder: Path, names: list[str]) -> Path:
     moving.mkdir(exist_ok=True)
     for name in names:
         (folder / name).replace(moving / name)
-    kept = next(path for n in itertools.count(1) if not (path := folder / f"previous-{n}").exists())
+    numbered = (folder / f"previous-{number}" for number in itertools.count(1))
+    kept = next(path for path in numbered if not path.exists())
     moving.rename(kept)
     return kept
 

@@ -23,9 +23,7 @@ except ImportError:  # Windows
     import msvcrt
 
 ATTEMPTS = 100
-FAR = (
-    1 << 30
-)  # Windows lets nobody else read a locked byte: the one that is locked is far after the text
+FAR = 1 << 30  # on Windows nobody else can read the locked byte, so that it is far after the text
 
 
 class InUse(UserError):
@@ -44,41 +42,38 @@ class Lock:
         what is locked and what to do instead are for the message. Raises InUse where another process holds the lock,
         and OSError where the file cannot be written.
         """
-        self.path, self.what, self.file, self.missing, who = path, what, None, None, None
+        self.path = path
+        self.what = what
         self.made = [folder for folder in path.parents if not folder.exists()]
-        for _ in range(ATTEMPTS):
-            if self.acquire():
-                return
+        who = None
+        for attempt in range(ATTEMPTS):
+            try:
+                if self.acquire():
+                    return
+            except FileNotFoundError:  # its holder has just removed the folder that it had made
+                if attempt == ATTEMPTS - 1:
+                    raise
             if who := holder(path):
                 break
             time.sleep(0.01)  # it has just been released, or its holder is about to write its name
-        if self.missing:  # every time: no folder can be made there
-            raise self.missing
         raise InUse(f"{what} is in use by {who or 'another process'}; {advice}")
 
     def acquire(self) -> bool:
-        self.missing = None
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            if self.try_lock() and (not fcntl or is_at(self.file, self.path)):
-                name = {"host": socket.gethostname(), "pid": os.getpid()}
-                name["since"] = time.strftime("%Y-%m-%d %H:%M:%S %z")
-                os.ftruncate(self.file, 0)
-                os.lseek(self.file, 0, os.SEEK_SET)
-                os.write(self.file, json.dumps(name).encode())
-                return True
-        except (
-            FileNotFoundError
-        ) as error:  # the other process has just removed the folder that it had made
-            self.missing = error
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        if not self.try_lock() or (fcntl and not is_at(self.file, self.path)):
+            os.close(self.file)
             return False
-        except OSError:
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        name = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+        try:
+            os.ftruncate(self.file, 0)
+            os.lseek(self.file, 0, os.SEEK_SET)
+            os.write(self.file, json.dumps(name).encode())
+        except OSError:  # a full disk
             self.__exit__()
             raise
-        os.close(self.file)
-        self.file = None
-        return False
+        return True
 
     def try_lock(self) -> bool:
         try:
@@ -98,18 +93,12 @@ class Lock:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with suppress(OSError):
-            if (
-                fcntl and self.file is not None
-            ):  # while it is locked, so that nobody else's file is removed
-                self.path.unlink()
-        if self.file is not None:
+        if not fcntl:  # Windows removes no open file, nor one that somebody else has opened by now
             os.close(self.file)
         with suppress(OSError):
-            if (
-                not fcntl
-            ):  # Windows removes no open file, nor one that somebody else has opened by now
-                self.path.unlink()
+            self.path.unlink()
+        if fcntl:  # it is locked until here, so that nobody else's file is removed
+            os.close(self.file)
         with suppress(OSError):  # not empty
             for folder in self.made:
                 folder.rmdir()
@@ -117,14 +106,11 @@ class Lock:
 
 def is_at(file: int, path: Path) -> bool:
     """Whether the open file is still the one at path: its last holder removes it."""
-    try:
-        return os.path.samestat(os.fstat(file), path.stat())
-    except FileNotFoundError:
-        return False
+    return path.exists() and os.path.samestat(os.fstat(file), path.stat())
 
 
 def holder(path: Path) -> str | None:
-    """Who holds the lock, as its file says; None where it says nothing."""
+    """Return who holds the lock, as its file says; None where it says nothing."""
     try:
         name = parse_json(path.read_bytes(), {"host": str, "pid": int, "since": str})
     except (OSError, ValueError):
