@@ -486,7 +486,9 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
 
     assert refused("nothing") == "init_from=nothing: there is no such file or folder\n"
     assert refused("their").endswith("; did you mean theirs?\n")
-    assert "cannot read the model in data: there is no config.json" in refused("data", train.main)
+    assert "cannot read the model in data: config.json: No such file or directory" in refused(
+        "data", train.main
+    )
     assert "is not a checkpoint: it is truncated" in refused("text.txt")
     assert refused("theirs/model.safetensors") == (
         "init_from=theirs/model.safetensors is no model by itself; name its folder, which also has config.json\n"
@@ -508,7 +510,7 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
     Path("theirs/vocab.json").unlink()
     assert "there is neither tokenizer.json nor tokenizer.model nor vocab.json" in refused("theirs")
     Path("theirs/config.json").unlink()
-    assert "cannot read the model in theirs: there is no config.json" in refused(
+    assert "cannot read the model in theirs: config.json: No such file or directory" in refused(
         "theirs", train.main
     )
     Path("theirs/config.json").write_text(json.dumps(config | {"model_type": "bert"}))

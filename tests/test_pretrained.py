@@ -513,8 +513,8 @@ LN, WTE = "transformer.h.1.ln_1.weight", "transformer.wte.weight"
 WHOLE = "truncated, damaged or"
 BAD = [
     # the folder and config.json
-    (lambda: shutil.rmtree(HF), "there is no config.json"),
-    (lambda: (HF / "config.json").unlink(), "there is no config.json"),
+    (lambda: shutil.rmtree(HF), "config.json: No such file or directory"),
+    (lambda: (HF / "config.json").unlink(), "config.json: No such file or directory"),
     (
         lambda: (HF / "model.safetensors").unlink(),
         "there is neither model.safetensors nor pytorch_model.bin",

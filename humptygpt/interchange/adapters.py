@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt.checkpoint.checkpoint import build_on_meta
-from humptygpt.core.errors import UserError, one_line
+from humptygpt.core.errors import UserError
 from humptygpt.core.schema import parse_json
 from humptygpt.interchange.families import FAMILIES
 from humptygpt.interchange.huggingface import find_family, write_files
-from humptygpt.interchange.weight_files import check_tensor, open_weights
+from humptygpt.interchange.weight_files import check_tensor, open_weights, reading
 from humptygpt.nn.lora import OFF, adapted
 from model import ModelConfig
 
@@ -125,7 +125,7 @@ def base_of(folder: Path) -> str:
 
 def read_config(folder: Path) -> dict:
     """Read adapter_config.json. Raises UserError where it is damaged, or more than plain LoRA."""
-    try:
+    with reading(f"the adapter in {folder}"):
         config = parse_json((folder / CONFIG).read_bytes(), SCHEMA)
         for key in VARIANTS:
             if config.get(key):
@@ -135,12 +135,6 @@ def read_config(folder: Path) -> dict:
                 f"init_lora_weights={start} changes the base model; convert the adapter to plain LoRA"
             )
         return config
-    except (ValueError, OSError) as error:
-        raise cannot_read(folder, error) from error
-
-
-def cannot_read(folder: Path, error: Exception) -> UserError:
-    return UserError(f"cannot read the adapter in {folder}: {one_line(error)}")
 
 
 def merge_adapter(
@@ -151,10 +145,8 @@ def merge_adapter(
     config, weights: of the base model. Raises UserError.
     """
     adapter = read_config(folder)
-    try:
+    with reading(f"the adapter in {folder}"):
         return weights | changed_weights(open_weights(folder, WEIGHTS), adapter, config, weights)
-    except (ValueError, OSError) as error:
-        raise cannot_read(folder, error) from error
 
 
 def changed_weights(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt.checkpoint.checkpoint import build_on_meta
-from humptygpt.core.errors import UserError, one_line
+from humptygpt.core.errors import UserError
 from humptygpt.core.files import cannot_write, write_whole
 from humptygpt.core.schema import check_schema, parse_json
 from humptygpt.core.settings import convert, without_effect
@@ -27,7 +27,7 @@ from humptygpt.interchange.families import (
     ROPE_SCALING,
     Family,
 )
-from humptygpt.interchange.weight_files import check_tensor, open_weights
+from humptygpt.interchange.weight_files import check_tensor, open_weights, reading
 from humptygpt.tokenizer.tokenizers import Tokenizer
 from model import ModelConfig
 
@@ -75,19 +75,13 @@ def read_pretrained(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     not read. Raises UserError for a folder that is incomplete or damaged, or holds what cannot be built here.
     """
     family, config = read_config(folder)
-    try:
+    with reading(f"the model in {folder}"):
         return config, read_weights(family, config, open_weights(folder))
-    except (ValueError, OSError, OverflowError) as error:
-        raise cannot_read(folder, error) from error
-
-
-def cannot_read(folder: Path, error: Exception) -> UserError:
-    return UserError(f"cannot read the model in {folder}: {one_line(error)}")
 
 
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     """Read config.json. Raises UserError where it describes a model that cannot be built here."""
-    try:
+    with reading(f"the model in {folder}: config.json"):
         content = parse_json((folder / "config.json").read_bytes(), CONFIG)
         kind = content["model_type"]
         if kind not in FAMILIES:
@@ -98,10 +92,6 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
                 supported = " and ".join(family.architectures)
                 raise ValueError(f"{name} is not supported; {supported} are")
         return family, ModelConfig(**family.fixed | model_settings(family, content))
-    except OSError as error:
-        raise cannot_read(folder, ValueError("there is no config.json")) from error
-    except (ValueError, OverflowError) as error:
-        raise cannot_read(folder, ValueError(f"config.json: {error}")) from error
 
 
 def model_settings(family: Family, content: dict) -> dict[str, object]:

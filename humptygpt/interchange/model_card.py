@@ -61,9 +61,8 @@ def model_card(loaded: Loaded, name: str, prompt: str, note: str, defaults: dict
     prompt, note: of its task. defaults: of all settings; those of the run that differ are listed.
     """
     model, tokenizer, saved = loaded.model, loaded.tokenizer, loaded.saved
-    notes = [f"Prompt and output together have at most {model.config.block_size:,} tokens."]
-    if note:
-        notes.append(note)
+    context = model.config.block_size
+    notes = [f"Prompt and output together have at most {context:,} tokens.", note]
     if tokenizer.name == "char":
         notes.append("Characters that its training text does not have are an error.")
     if tokenizer.eot is None:
@@ -74,60 +73,46 @@ def model_card(loaded: Loaded, name: str, prompt: str, note: str, defaults: dict
         family="Llama" if model.config.position == "rotary" else "GPT-2",
         parameters=f"{count_parameters(model):,}",
         origin=origin(loaded),
-        training=training(loaded) if saved else "",
-        context=f"{model.config.block_size:,}",
+        training=TRAINING.format(**training(loaded)) if saved else "",
+        context=f"{context:,}",
         tokenizer=tokenizer.name,
         vocabulary=f"{tokenizer.vocab_size:,}",
         prompt=json.dumps(prompt + start, ensure_ascii=False),
-        new_tokens=min(200, model.config.block_size // 2),
-        notes=" ".join(notes),
+        new_tokens=min(200, context // 2),
+        notes=" ".join(filter(None, notes)),
     )
     if not saved:
         return card
-    settings = saved["model_config"] | saved["train_config"]
-    changed = [
-        f"{key} = {value!r}"
-        for key, value in settings.items()
-        if key in defaults and value != defaults[key]
-    ]
+    settings = (saved["model_config"] | saved["train_config"]).items()
+    changed = [f"{key} = {value!r}" for key, value in settings if value != defaults.get(key, value)]
     return card + SETTINGS.format(settings="\n".join(changed))
 
 
 def summary(loaded: Loaded) -> str:
     """Return where a model comes from and how well it predicts, in one line."""
-    if loaded.saved is None:
-        return origin(loaded)
-    return f"{origin(loaded)}; validation loss: {validation_loss(loaded)}"
+    loss = f"; validation loss: {training(loaded)['loss']}" if loaded.saved else ""
+    return f"{origin(loaded)}{loss}"
 
 
 def origin(loaded: Loaded) -> str:
     if loaded.saved is None:
         return f"converted by HumptyGPT from {loaded.description}"
-    return f"trained with HumptyGPT on {data_source(loaded.saved)}"
+    return f"trained with HumptyGPT on {training(loaded)['source']}"
 
 
-def training(loaded: Loaded) -> str:
-    """Return the rows of the card's table that are about training."""
-    progress = loaded.saved["progress"]
-    return TRAINING.format(
-        source=data_source(loaded.saved),
-        steps=f"{progress['iter']:,}",
-        tokens=f"{progress['tokens']:,}",
-        loss=validation_loss(loaded),
-    )
-
-
-def data_source(saved: dict) -> str:
-    return saved["data"].get("source", saved["train_config"]["dataset"])
-
-
-def validation_loss(loaded: Loaded) -> str:
-    """Return that of these weights where it was measured, else the lowest so far."""
-    progress = loaded.saved["progress"]
+def training(loaded: Loaded) -> dict[str, str]:
+    """Return what a run was trained on, how long, and its validation loss: that of these weights, or the lowest."""
+    saved, progress = loaded.saved, loaded.saved["progress"]
+    loss = f"{progress['best_val_loss']:.4f} nats per token"
+    if progress["best_iter"] != progress["iter"]:
+        loss = f"not measured at this step; {loss} at step {progress['best_iter']:,}"
     for row in read_metrics(loaded.path.with_name("metrics.jsonl")):
         if row and row["iter"] == progress["iter"] and "val_bits_per_byte" in row:
-            return f"{row['val_loss']:.4f} nats per token, {row['val_bits_per_byte']:.3f} bits per byte"
-    best = f"{progress['best_val_loss']:.4f} nats per token"
-    if progress["best_iter"] == progress["iter"]:
-        return best
-    return f"not measured at this step; {best} at step {progress['best_iter']:,}"
+            bits = f"{row['val_bits_per_byte']:.3f} bits per byte"
+            loss = f"{row['val_loss']:.4f} nats per token, {bits}"
+    return {
+        "source": saved["data"].get("source", saved["train_config"]["dataset"]),
+        "steps": f"{progress['iter']:,}",
+        "tokens": f"{progress['tokens']:,}",
+        "loss": loss,
+    }

@@ -3,6 +3,8 @@
 Tensors of safetensors stay in the mapped file until they are used, so that all can be checked first. No code is run.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,10 +12,21 @@ from safetensors import safe_open
 from torch import Tensor
 
 from humptygpt.checkpoint.checkpoint import load_plain
+from humptygpt.core.errors import UserError, one_line
 from humptygpt.core.schema import parse_json
 
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there counts
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Within this, an error of a stranger's file becomes a UserError of one line."""
+    try:
+        yield
+    except (ValueError, OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"cannot read {what}: {reason}") from error
 
 
 def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> dict[str, Tensor]:
