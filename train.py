@@ -373,7 +373,7 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
     exists = lambda *names: any(os.path.exists(folder / name) for name in names)  # noqa: E731
     prepared = exists("meta.json", "meta.pkl")
     stopped = (
-        exists("preparing") and config.dataset in prepare_data.KNOWN
+        exists("preparing") and config.dataset in prepare_data.SOURCES
     )  # its preparation can be resumed
     # a train.bin alone is taken for nanoGPT's; a command is left of a folder of ours
     missing = not prepared and not exists("preparing", "train.bin", COMMAND)

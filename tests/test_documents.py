@@ -11,7 +11,7 @@ from test_tokenizer import EVERY
 
 import prepare_data
 from humptygpt.data import documents
-from humptygpt.data.documents import Found, find_files, read_documents
+from humptygpt.data.documents import find_files, read_documents
 
 TEXTS = ["first\n\ndocument", "Zweites, mit Ü", "third"]
 
@@ -76,7 +76,7 @@ def test_cutting_a_document_changes_none_of_its_tokens(tok, seed, monkeypatch):
     )
     known = set(tok.decode(range(tok.vocab_size)))
     text = "".join(char for char in text if "char" not in tok.name or char in known)
-    pieces = [piece.text for piece in documents.pieces([(text, 0)])]
+    pieces = [piece.text for piece in documents.pieces([(text, 0, False)])]
     assert len(pieces) > 15
     assert [i for piece in pieces for i in tok.encode(piece)] == tok.encode(text).tolist()
 
@@ -84,7 +84,7 @@ def test_cutting_a_document_changes_none_of_its_tokens(tok, seed, monkeypatch):
 def test_text_without_a_cut_position_is_cut_anywhere(monkeypatch):
     monkeypatch.setattr(documents, "PIECE", 10)
     for text in ("x" * 35, " " * 35, "東" * 35, "\n" * 10):
-        assert "".join(piece.text for piece in documents.pieces([(text, 0)])) == text
+        assert "".join(piece.text for piece in documents.pieces([(text, 0, False)])) == text
 
 
 def test_a_byte_order_mark_is_not_text():
@@ -152,16 +152,14 @@ def test_binary_and_hidden_files_are_skipped_counted_and_named(capsys):
     with gzip.open("t/d.tar.gz", "wb") as file:
         file.write(b"name\0\0\0some text")
     assert found("t") == ["t/notes", "t/utf16.txt"]
-    skipped = "note: skipped files: 4 binary: t/a.png, t/b.pdf, t/c.txt, t/d.tar.gz"
-    assert capsys.readouterr().err == f"{skipped}; 1 hidden: t/.git/config\n"
-    assert found("t/*") == ["t/notes", "t/utf16.txt"] and capsys.readouterr().err == f"{skipped}\n"
+    binary = "t/a.png (binary), t/b.pdf (binary), t/c.txt (binary), t/d.tar.gz (binary)"
+    assert capsys.readouterr().err == f"note: skipped files: t/.git/config (hidden), {binary}\n"
+    assert found("t/*") == ["t/notes", "t/utf16.txt"]
+    assert capsys.readouterr().err == f"note: skipped files: {binary}\n"
     for number in range(9):
         Path(f"t/a.png{number}").write_bytes(b"\0")
     find_files("t")
-    assert (
-        "13 binary: t/a.png, t/a.png0, t/a.png1, t/a.png2, t/a.png3 and 8 more; 1 hidden"
-        in capsys.readouterr().err
-    )
+    assert "t/a.png2 (binary) and 9 more\n" in capsys.readouterr().err
 
 
 def test_what_our_scripts_have_written_is_no_text_of_a_folder_around_it(tiny, run_train, capsys):
@@ -170,14 +168,7 @@ def test_what_our_scripts_have_written_is_no_text_of_a_folder_around_it(tiny, ru
     Path("data/tiny/config.json").write_text("of the user")
     capsys.readouterr()
     assert found(".") == ["data/tiny/own.txt", "tiny.txt"]
-    skipped = "note: skipped files: 4 binary: data/tiny/train.bin, data/tiny/val.bin, out/run/best.pt, out/run/ckpt.pt;"
-    listed = (
-        "data/tiny/command.txt, data/tiny/config.json, data/tiny/meta.json, out/run/config.json,"
-    )
-    assert (
-        capsys.readouterr().err
-        == f"{skipped} 5 of data folders and runs: {listed} out/run/metrics.jsonl\n"
-    )
+    assert "data/tiny/config.json (of a data folder or run), " in capsys.readouterr().err
     Path("notes").mkdir()
     Path("notes/meta.json").write_text("of the user")  # nothing of ours is beside it
     assert found("notes") == ["notes/meta.json"]
@@ -196,18 +187,6 @@ def test_utf_16_is_read_as_it_is_where_a_byte_order_mark_says_so(encoding, piece
         )
 
 
-def test_text_that_looks_like_json_lines_is_noted(capsys):
-    write("a.jsonl", TEXTS).rename("a.json")
-    Path("b.json").write_text('{\n "text": "one"\n}\n')
-    find_files("b.json")
-    assert not capsys.readouterr().err
-    find_files("a.json")
-    assert (
-        "note: taken for text, but it looks like JSON lines, which end in .jsonl: a.json"
-        in capsys.readouterr().err
-    )
-
-
 @pytest.mark.parametrize("name", ["A.TXT", "A.Txt.GZ", "a.JSONL", "a.JsonL.ZST", "a.PARQUET"])
 def test_endings_count_in_upper_case_too(name):
     lower = write(name.lower(), TEXTS)
@@ -219,11 +198,11 @@ def test_endings_count_in_upper_case_too(name):
 def test_carriage_returns_become_line_breaks_wherever_a_read_ends(name, piece, monkeypatch):
     monkeypatch.setattr(documents, "PIECE", piece)
     path = write(name, ["one\r\ntwo\rthree\r\r\nfour\n\r"])
-    met = Found()
-    text = "".join(part.text for part in read_documents(path, "text", "strict", found=met))
-    assert text == "one\ntwo\nthree\n\nfour\n\n" and met.carriage_returns
-    list(read_documents(write(name, ["one\ntwo"]), "text", "strict", found=(met := Found())))
-    assert met == Found()
+    parts = list(read_documents(path, "text", "strict"))
+    assert "".join(part.text for part in parts) == "one\ntwo\nthree\n\nfour\n\n"
+    assert sum(part.carriage_returns for part in parts) == 1
+    others = read_documents(write(name, ["one\ntwo"]), "text", "strict")
+    assert not any(part.carriage_returns for part in others)
 
 
 def test_bad_lines_and_rows_are_skipped_and_counted_where_the_user_wants_it():
@@ -238,42 +217,42 @@ def test_bad_lines_and_rows_are_skipped_and_counted_where_the_user_wants_it():
     ]
     Path("a.jsonl").write_bytes("\n".join(lines).encode("latin1"))
     write("a.parquet", ["good", None])
-    for path, bad, first in (("a.jsonl", 6, 1), ("a.parquet", 1, 2)):
-        pieces = list(read_documents(Path(path), "text", "strict", True, met := Found()))
-        assert [piece.text for piece in pieces] == ["good"]
-        assert (met.bad_lines, met.first_bad) == (bad, first)
+    for path, bad in (("a.jsonl", 6), ("a.parquet", 1)):
+        pieces = list(read_documents(Path(path), "text", "strict", skip_bad_lines=True))
+        assert [piece.text for piece in pieces if not piece.skipped] == ["good"]
+        assert sum(piece.skipped for piece in pieces) == bad
 
 
 BAD = {
-    "folder has no text files; skipped: 1 binary: folder/a.bin": ["folder"],
+    "folder has no text files; skipped files: folder/a.bin (binary)": ["folder"],
     "cannot read latin.txt: No such file or directory; did you mean latin1.txt?": ["latin.txt"],
-    "folder/a.bin is a binary file, not text: byte 0xff": ["folder/a.bin"],
-    "utf16.txt begins as UTF-16, but is damaged: byte 0x00 at offset 4; set --encoding_errors": [
-        "utf16.txt"
-    ],
+    "folder/a.bin has no text files; skipped files: folder/a.bin (binary)": ["folder/a.bin"],
+    "utf16.txt is not UTF-16: byte 0x00": ["utf16.txt"],
     "for example: iconv -f latin1 -t utf-8 'a b.txt'; or": ["a b.txt"],
     "input=https://a.b/c d.txt is an address; download it first: wget 'https://a.b/c d.txt'": [
         "https://a.b/c d.txt"
     ],
-    "no file matches nothing*.txt": ["nothing*.txt"],
+    "nothing*.txt has no text files": ["nothing*.txt"],
     "cannot read missing.txt: No such file": ["missing.txt"],
     "empty.txt has no text": ["empty.txt"],
-    "latin1.txt is not UTF-8: byte 0xfc at offset 300,003; convert it": ["latin1.txt"],
-    "cut.txt is not UTF-8: byte 0xc3 at offset 3": ["cut.txt"],
-    "latin1.jsonl, line 2 is not UTF-8": ["latin1.jsonl"],
-    "half.jsonl, line 1 has an unpaired surrogate, which UTF-8 cannot encode; set --encoding_errors": [
+    "latin1.txt is not UTF-8: byte 0xfc after 'bcabcabcabcabcabcabc'; convert it": ["latin1.txt"],
+    "cut.txt is not UTF-8: byte 0xc3 after ''": ["cut.txt"],
+    "latin1.jsonl, line 2 has no text: 'utf-8' codec can't decode byte 0xfc": ["latin1.jsonl"],
+    "half.jsonl, line 1 has no text: it has an unpaired surrogate, which UTF-8 cannot encode; set --encoding_errors": [
         "half.jsonl"
     ],
-    "key.jsonl, line 3 has no text under 'text'; set --text_key to one of: body": ["key.jsonl"],
-    "number.jsonl, line 1 has no text under 'text', but 5; leave such lines out with --skip_bad": [
+    "key.jsonl, line 3 has no text: set --text_key to the key of the text; it has no 'text', but": [
+        "key.jsonl"
+    ],
+    "number.jsonl, line 1 has no text: under 'text' is 5; leave such lines out with --skip_bad": [
         "number.jsonl"
     ],
-    "number.jsonl has no text; there is nothing to learn from; skipped lines without a text: 1 (the first:": [
+    "number.jsonl has no text; there is nothing to learn from": [
         *("number.jsonl", "--skip_bad_lines=True")
     ],
-    "list.jsonl, line 1 is not a JSON object": ["list.jsonl"],
-    "broken.jsonl, line 2 is not JSON: Expecting": ["broken.jsonl"],
-    "null.parquet, row 2 has no text under 'text', but None": ["null.parquet"],
+    "list.jsonl, line 1 has no text: set --text_key": ["list.jsonl"],
+    "broken.jsonl, line 2 has no text: Expecting value": ["broken.jsonl"],
+    "null.parquet, row 2 has no text: under 'text' is None": ["null.parquet"],
     "null.parquet has no column 'body'; set --text_key to one of: id, text": [
         "null.parquet",
         "--text_key=body",

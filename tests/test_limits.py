@@ -16,6 +16,7 @@ import sample
 from humptygpt.core import limits
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
+from humptygpt.data import encoding
 
 ROOT = Path(__file__).parent.parent
 
@@ -146,7 +147,7 @@ def test_sampling_and_preparation_note_a_busy_machine_too(run_train, monkeypatch
     note = "note: other processes use 2.0 of the 2 cores; alone, this would be faster\n"
     sample.main(["--out_dir=out/run", "--device=cpu", "--num_samples=1", "--max_new_tokens=1"])
     assert note in capsys.readouterr().err
-    monkeypatch.setattr(prepare_data, "SMALL", 1)
+    monkeypatch.setattr(encoding, "SMALL", 1)
     prepare_data.main(["--input=tiny.txt", "--name=mine", "--workers=1"])
     assert note in capsys.readouterr().err
 

@@ -20,6 +20,7 @@ from humptygpt.core import device, limits
 from humptygpt.core import settings as configurator
 from humptygpt.core.device import DTYPES, autocast
 from humptygpt.core.errors import UserError
+from humptygpt.data import encoding
 from humptygpt.training import evaluation, memory, run_folder
 from humptygpt.training.memory import build_on_meta
 from humptygpt.training.optimizers import OPTIMIZERS, make_optimizer
@@ -333,9 +334,10 @@ def test_as_many_workers_encode_as_memory_allows(folder, monkeypatch):
     Path("large.txt").write_text("Ak el. " * 1_200_000)
     monkeypatch.setattr(limits, "available_memory", lambda: 250_000_000)
     monkeypatch.setattr(limits, "usable_cores", lambda: 8)
-    started, in_order = [], prepare_data.in_order
-    watched = lambda *args: started.append(args[3]) or in_order(*args[:3], 1)  # noqa: E731
-    monkeypatch.setattr(prepare_data, "in_order", watched)
+    started = []
+    usable_workers = encoding.usable_workers
+    watched = lambda corpus: started.append(usable_workers(corpus)) or 1  # noqa: E731
+    monkeypatch.setattr(encoding, "usable_workers", watched)
     prepare_data.main(["--input=large.txt", "--name=mine"])
     assert started == [2]
 

@@ -56,18 +56,18 @@ def test_joined_parts_have_the_bytes_that_one_machine_makes(corpus, count, optio
 
 def test_a_part_that_is_missing_foreign_or_damaged_is_named(corpus, fails):
     join = [*corpus, "--join=True"]
-    assert "data/mine/parts has no parts; prepare all parts" in fails(prepare_data.main, *join)
+    assert "data/mine/parts has parts of 0; prepare all parts" in fails(prepare_data.main, *join)
     prepare_parts(corpus, 3)
     part = Path("data/mine/parts/2_of_3")
     kept = contents(part)
     shutil.rmtree(part)
     missing = fails(prepare_data.main, *join)
     assert missing.startswith(
-        "part 2/3 is missing in data/mine/parts/2_of_3; prepare it: python prepare_data.py mine"
+        "part 2/3 in data/mine/parts/2_of_3 cannot be joined: [Errno 2] No such file"
     )
     assert missing.rstrip().endswith("--part=2/3")
     prepare_data.main([*corpus, "--part=2/3", "--tokenizer=byte"])
-    assert "part 2/3 in data/mine/parts/2_of_3 is of other files or settings" in fails(
+    assert "part 2/3 in data/mine/parts/2_of_3 cannot be joined: it is of other files" in fails(
         prepare_data.main, *join
     )
     prepare_data.main([*corpus, "--part=2/3"])
@@ -75,19 +75,20 @@ def test_a_part_that_is_missing_foreign_or_damaged_is_named(corpus, fails):
     damaged = bytearray(kept["train.bin"])
     damaged[10] ^= 1
     (part / "train.bin").write_bytes(damaged)
-    assert "part 2/3 in data/mine/parts/2_of_3 is damaged: its checksums differ" in fails(
+    assert "part 2/3 in data/mine/parts/2_of_3 cannot be joined: train.bin is damaged" in fails(
         prepare_data.main, *join
     )
     prepare_data.main([*corpus, "--part=1/2"])
-    assert "data/mine/parts has parts of 2 and of 3" in fails(prepare_data.main, *join)
+    assert "data/mine/parts has parts of 2 and 3" in fails(prepare_data.main, *join)
     assert not Path("data/mine/meta.json").exists()
 
 
 def test_what_has_no_parts_is_refused(folder, fails):
     (folder / "single.txt").write_text(make_text())
     (folder / "pairs.tsv").write_text("a\tb\nc\td\n" * 20)
-    for name, complaint in (("single.txt", "a single text"), ("pairs.tsv", "sentence pairs")):
-        assert complaint in fails(prepare_data.main, f"--input={name}", "--name=mine", "--part=1/2")
+    for name in ("single.txt", "pairs.tsv"):
+        line = fails(prepare_data.main, f"--input={name}", "--name=mine", "--part=1/2")
+        assert line.startswith(f"{name} is not files of documents, but one text or pairs")
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "3", "a/b", "1/0", "-1/3"])

