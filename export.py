@@ -13,7 +13,6 @@ format=ckpt every model, as the one file that all scripts open.
 import json
 import os
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,10 +120,7 @@ def write_gguf_file(loaded, to: Path, dtype: str) -> str:
     tokens = vocabulary(loaded.tokenizer)
     about = {"name": to.stem, "description": summary(loaded)}
     with whole(to) as file:
-        exact = write_gguf(file, content, weights, tokens, kind=KINDS[dtype], about=about)
-    if exact:
-        why = "float32, since q8_0 needs rows of a multiple of 32 weights"
-        print(f"note: {len(exact)} matrices, such as {exact[0]}: {why}", file=sys.stderr)
+        write_gguf(file, content, weights, tokens, kind=KINDS[dtype], about=about)
     return f"{to}: {size(to)}; for llama.cpp: llama-completion -m {shlex.quote(str(to))} -n 200"
 
 

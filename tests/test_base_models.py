@@ -334,19 +334,6 @@ def test_out_dir_may_be_nanogpts_but_its_training_is_not_resumed(folder, fails, 
 # what nanoGPT's config files set, but for out_dir, wandb and intervals
 NANOGPT_CONFIGS = {
     "train_gpt2": {"batch_size": 12, "max_iters": 600000, "weight_decay": 1e-1},
-    "eval_gpt2": {"batch_size": 8, "eval_iters": 500, "eval_only": True, "init_from": "gpt2"},
-    "eval_gpt2_medium": {
-        "batch_size": 8,
-        "eval_iters": 500,
-        "eval_only": True,
-        "init_from": "gpt2-medium",
-    },
-    "eval_gpt2_large": {
-        "batch_size": 8,
-        "eval_iters": 500,
-        "eval_only": True,
-        "init_from": "gpt2-large",
-    },
     "eval_gpt2_xl": {"batch_size": 8, "eval_iters": 500, "eval_only": True, "init_from": "gpt2-xl"},
     "finetune_shakespeare": {
         "dataset": "shakespeare",

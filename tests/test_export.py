@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_text
-from properties import given, settings, st
+from properties import given, settings
 from test_model import random_model
 from test_tokenizer import EVERY, GPT2, SEPARATED, TEXT, anything
 from torch import nn
@@ -203,27 +203,6 @@ def test_llama_cpp_has_the_greedy_text_of_sample_py(case, runs, monkeypatch):
     assert text + answer["choices"][0]["text"] == continued(Path("out/run"), text)
 
 
-REAL = {"gpt2": [], "llama": LLAMA}
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("shape", REAL)
-def test_both_have_the_greedy_text_of_models_with_gpt2s_own_vocabulary(shape, folder):
-    """Its 50,257 tokens, and rows that stand for none; they are downloaded, or taken from a package."""
-    make_run(["--tokenizer=gpt2"], ["--vocab_size=50304", *REAL[shape]], steps="40")
-    export.main(["--out_dir=out/run", "--to=exported"])
-    export.main(["--out_dir=out/run", "--to=model.gguf", "--format=gguf"])
-    theirs, tokenizer = open_folder(Path("exported"))
-    assert len(tokenizer) == 50257
-    text = make_text(150)
-    prompt = tokenizer(text[:20], return_tensors="pt")
-    assert prompt.input_ids[0].tolist() == load(BEST).tokenizer.encode(text[:20]).tolist()
-    output = theirs.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0]
-    expected = continued(Path("out/run"), text[:20])
-    assert tokenizer.decode(output) == expected
-    assert text[:20] + llama_cpp(Path("model.gguf"))(text[:20])["choices"][0]["text"] == expected
-
-
 # --------------------------------------------------------------------------------------
 # Models that started elsewhere
 
@@ -300,14 +279,6 @@ def test_a_model_that_was_not_trained_here_is_exported(folder, capsys):
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(text=anything)
 def test_any_text_has_the_same_tokens_in_transformers_and_comes_back(name, text):
-    compare_tokens(EVERY[name], text)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", EVERY)
-@settings(max_examples=1000, deadline=None, derandomize=True, database=None)
-@given(text=st.text() | anything)
-def test_a_thousand_texts_have_the_same_tokens_in_transformers_and_come_back(name, text):
     compare_tokens(EVERY[name], text)
 
 
@@ -481,11 +452,10 @@ def test_llama_cpp_computes_every_shape_that_can_be_exported_to_within_its_round
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "q8_0"])
-def test_a_gguf_file_in_fewer_bits_is_smaller_and_still_read_by_llama_cpp(dtype, capsys):
+def test_a_gguf_file_in_fewer_bits_is_smaller_and_still_read_by_llama_cpp(dtype):
     gguf = pytest.importorskip("gguf")
     found = loaded(n_hidden=40, **ROTARY)
     export.write_gguf_file(found, Path("exact.gguf"), "float32")
-    assert not capsys.readouterr().err
     export.write_gguf_file(found, Path("model.gguf"), dtype)
     kinds = {
         tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader("model.gguf").tensors
@@ -494,8 +464,6 @@ def test_a_gguf_file_in_fewer_bits_is_smaller_and_still_read_by_llama_cpp(dtype,
     for name, kind in kinds.items():
         exact = "norm" in name or (dtype == "q8_0" and name in rows_of_40)
         assert kind == ("F32" if exact else {"bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]), name
-    note = "note: 2 matrices, such as model.layers.0.mlp.down_proj.weight: float32, since q8_0 needs rows of"
-    assert (note in capsys.readouterr().err) == (dtype == "q8_0")
     assert Path("model.gguf").stat().st_size < Path("exact.gguf").stat().st_size
     pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt")
     assert llama_cpp(Path("model.gguf"))([1, 5, 2], 10)["usage"]["completion_tokens"] == 10

@@ -371,30 +371,15 @@ REFUSED = [
         {"position": "alibi"},
         "position=alibi cannot be exported; export needs position=learned (gpt2) or position=rotary",
     ),
-    ({"norm": "rmsnorm"}, "norm=rmsnorm cannot be exported; GPT2LMHeadModel needs norm=layernorm"),
-    (
-        {"block": "post_norm"},
-        "block=post_norm cannot be exported; GPT2LMHeadModel needs block=pre_norm",
-    ),
-    ({"mlp": "gated"}, "mlp=gated cannot be exported; GPT2LMHeadModel needs mlp=plain"),
-    ({"n_kv_head": 1}, "n_kv_head=1 cannot be exported; GPT2LMHeadModel needs n_kv_head=None"),
-    ({"head_size": 8}, "head_size=8 cannot be exported; GPT2LMHeadModel needs head_size=None"),
-    ({"qk_norm": True}, "qk_norm=True cannot be exported; GPT2LMHeadModel needs qk_norm=False"),
     ({"window": 5}, "window=5 cannot be exported; GPT2LMHeadModel needs window=0"),
     (
         {"model": "transformer"},
         "model=transformer cannot be exported; GPT2LMHeadModel needs model=gpt",
     ),
     (
-        {"model": "window_mlp", "window": 4},
-        "model=window_mlp cannot be exported; GPT2LMHeadModel needs model=gpt",
-    ),
-    (
         ROTARY | {"norm": "layernorm"},
         "norm=layernorm cannot be exported; LlamaForCausalLM needs norm=rmsnorm",
     ),
-    (ROTARY | {"mlp": "plain"}, "mlp=plain cannot be exported; LlamaForCausalLM needs mlp=gated"),
-    (ROTARY | {"mlp_conv": 3}, "mlp_conv=3 cannot be exported; LlamaForCausalLM needs mlp_conv=0"),
     (
         ROTARY | {"logit_soft_cap": 15.0},
         "logit_soft_cap=15.0 cannot be exported; LlamaForCausalLM needs logit_soft_cap=",
@@ -432,14 +417,10 @@ def test_a_full_disk_leaves_the_model_that_was_there(monkeypatch):
         write_pretrained(random_model(init="zero"), HF)
     with pytest.raises(UserError, match=r"cannot write new/model\.safetensors"):
         write_pretrained(random_model(), Path("new"))
+    with pytest.raises(UserError, match="cannot write theirs/config.json: File exists"):
+        write_pretrained(random_model(), HF / "config.json")
     assert {path.name: path.read_bytes() for path in HF.iterdir()} == before
     assert not list(Path("new").iterdir())
-
-
-def test_a_folder_that_cannot_be_made_is_one_line():
-    Path("file").write_text("")
-    with pytest.raises(UserError, match="cannot write file/x: Not a directory"):
-        write_pretrained(random_model(), Path("file/x"))
 
 
 # --------------------------------------------------------------------------------------
@@ -513,14 +494,12 @@ LN, WTE = "transformer.h.1.ln_1.weight", "transformer.wte.weight"
 WHOLE = "truncated, damaged or"
 BAD = [
     # the folder and config.json
-    (lambda: shutil.rmtree(HF), "config.json: No such file or directory"),
     (lambda: (HF / "config.json").unlink(), "config.json: No such file or directory"),
     (
         lambda: (HF / "model.safetensors").unlink(),
         "there is neither model.safetensors nor pytorch_model.bin",
     ),
     (write_config(""), "config.json: Expecting value: line 1"),
-    (write_config('{"model_type": "gpt2"'), "config.json: Expecting"),
     (write_config("[1]"), "config.json: the content must be a dictionary"),
     (write_config("[" * 10**5), "config.json: it is nested too deeply"),
     (edit_config(model_type=...), "config.json: model_type is missing"),
@@ -531,9 +510,7 @@ BAD = [
         "GPT2ForTokenClassification is not supported; GPT2LMH",
     ),
     (edit_config(n_layer=...), "config.json: n_layer is missing"),
-    (edit_config(n_positions=...), "config.json: n_positions is missing"),
     (edit_config(n_layer="2"), "n_layer must be an integer from 1 to 1,048,576"),
-    (edit_config(n_embd=True), "n_embd must be an integer"),
     (edit_config(n_head=3), "n_embd=32 must be a multiple of n_head=3"),
     (edit_config(tie_word_embeddings=None), "tie_word_embeddings must be a boolean"),
     (edit_config(activation_function="tanh"), "the activation tanh is not supported; gelu_new, "),
@@ -541,17 +518,11 @@ BAD = [
         edit_config(scale_attn_weights=False),
         "scale_attn_weights=False is not supported; scale_attn_weights=True is",
     ),
-    (edit_config(add_cross_attention=True), "add_cross_attention=True is not supported"),
     (edit_config(layer_norm_epsilon=float("nan")), "norm_eps=nan must be above 0"),
     (edit_config(layer_norm_epsilon=10**400), "norm_eps"),
     # absurd sizes
     (edit_config(n_embd=2**40), "n_embd must be an integer from 1 to 1,048,576"),
     (edit_config(n_layer=2**20), "1,048,576 layers, but there are only 28 weights"),
-    (edit_config(vocab_size=2**20), f"{WTE} must have shape (1048576, 32), but has (11, 32)"),
-    (
-        edit_config(n_positions=2**20),
-        "transformer.wpe.weight must have shape (1048576, 32), but has (16, 32)",
-    ),
     (
         edit_config(n_embd=2**20, n_inner=2**20),
         "c_attn.bias must have shape (3145728,), but has (96,)",
@@ -568,16 +539,8 @@ BAD = [
         f"{LN} must have shape (32,), but has (33,)",
     ),
     (
-        edit_weights(lambda weights: weights.update({WTE: weights[WTE].T.contiguous()})),
-        "(11, 32), but has (32, 11)",
-    ),
-    (
         edit_weights(lambda weights: weights.update({LN: weights[LN].double()})),
         f"{LN} must be in torch.float32, torch.bfloat16, torch.float16, but is",
-    ),
-    (
-        edit_weights(lambda weights: weights.update({LN: weights[LN].to(torch.int8)})),
-        "but is in torch.int8",
     ),
     (
         edit_weights(lambda weights: weights.update({LN[12:]: torch.ones(32)})),
@@ -590,10 +553,7 @@ BAD = [
     (edit_config(tie_word_embeddings=False), "the weight lm_head.weight is missing"),
     # safetensors
     (write_file(lambda data: data[:-1]), f"model.safetensors is {WHOLE} holds more than"),
-    (write_file(lambda data: data[:100]), WHOLE),
-    (write_file(lambda data: b""), WHOLE),
     (write_file(lambda data: data + b"x"), WHOLE),
-    (write_file(lambda data: b"version https://git-lfs.github.com/spec/v1\n"), WHOLE),
     (write_file(lambda data: b"\xff" * 8 + data[8:]), WHOLE),
     (lambda: ((HF / "model.safetensors").unlink(), (HF / "model.safetensors").mkdir()), WHOLE),
     # shards
@@ -613,19 +573,15 @@ BAD = [
         sharded({}),
         "the weight transformer.h.0.attn.c_attn.bias is missing|but there are only 0 weights",
     ),
-    (sharded(x=1), "model.safetensors.index.json: weight_map is missing"),
     # pickles
     (
         pickled(lambda weights: weights | {LN: Code()}),
         f"pytorch_model.bin is {WHOLE} holds more than tensors and plain data",
     ),
-    (pickled(Code()), WHOLE),
     (pickled(Code(), _use_new_zipfile_serialization=False), WHOLE),
     (damaged_pickle(lambda data: data[:-100]), WHOLE),
     (damaged_pickle(lambda data: data.replace(b"\0\0\x80\x3f" * 3, b"\0\0\x80\x3e" * 3, 1)), WHOLE),
-    (damaged_pickle(lambda data: b""), WHOLE),
     (pickled([1]), "pytorch_model.bin holds no dictionary of tensors by name"),
-    (pickled({1: torch.ones(2)}), "pytorch_model.bin holds no dictionary of tensors by name"),
     (
         pickled(lambda weights: weights | {LN: [1.0]}),
         f"pytorch_model.bin: {LN} must be a dense tensor",
@@ -635,16 +591,8 @@ BAD = [
         f"{WTE} must be a dense tensor",
     ),
     (
-        pickled(lambda weights: weights | {WTE: weights[WTE].to("meta")}),
-        f"{WTE} must be a dense tensor",
-    ),
-    (
         pickled(lambda weights: weights | {WTE: torch.zeros(()).expand(2**40, 32)}),
         f"{WTE} must be a dense tensor",
-    ),
-    (
-        pickled(lambda weights: weights | {LN: weights[LN].long()}),
-        f"{LN} must be in torch.float32, torch.bfloat16, torch.float16, but is in torch.int64",
     ),
 ]
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -653,7 +601,6 @@ BAD_LLAMA = [
         edit_config(rope_scaling={"type": "yarn", "factor": 2.0}),
         "rope_type=yarn is not supported; default and llama3 are",
     ),
-    (edit_config(rope_parameters={"rope_type": "linear"}), "rope_type=linear is not supported"),
     (edit_config(rope_scaling=ROPE), "config.json: original_max_position_embeddings is missing"),
     (
         edit_config(rope_scaling=ROPE | {"original_max_position_embeddings": 0}),
@@ -668,11 +615,8 @@ BAD_LLAMA = [
         edit_config(rope_parameters={"partial_rotary_factor": 0.5}),
         "partial_rotary_factor=0.5 is not supported",
     ),
-    (edit_config(rope_theta=0.5), "rope_base=0.5 must be above 1"),
     (edit_config(head_dim=7), "head_size=7, or n_embd/n_head, must be even"),
-    (edit_config(head_dim=2**20), "must have shape"),
     (edit_config(num_key_value_heads=3), "n_head=2 must be a multiple of n_kv_head=3"),
-    (edit_config(intermediate_size=None), "intermediate_size must be an integer"),
     (edit_config(attention_bias=True), "self_attn.k_proj.bias is missing"),
     (edit_config(model_type="gpt2", architectures=None), "config.json: n_positions is missing"),
 ]

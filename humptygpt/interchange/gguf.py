@@ -237,6 +237,7 @@ def _(tokenizer: PretrainedSentencePiece) -> Vocabulary:
 
 
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
+    bos = vocabulary.eot if vocabulary.bos is None else vocabulary.bos
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_token_list(vocabulary.tokens)
     if vocabulary.types:
@@ -248,9 +249,8 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
         writer.add_token_merges(vocabulary.merges)
     if vocabulary.eot is not None:
         writer.add_eos_token_id(vocabulary.eot)
-        writer.add_bos_token_id(vocabulary.eot)
-    if vocabulary.bos is not None:
-        writer.add_bos_token_id(vocabulary.bos)
+    if bos is not None:
+        writer.add_bos_token_id(bos)
     writer.add_add_bos_token(vocabulary.bos is not None)
     writer.add_add_space_prefix(vocabulary.space)
 
@@ -267,12 +267,13 @@ def write_gguf(
     *,
     kind: str,
     about: dict[str, str],
-) -> list[str]:
-    """Write the file and return the matrices that are F32 although kind is Q8_0, whose blocks are 32 weights of a row.
+) -> None:
+    """Write a GGUF file.
 
-    content, weights: as from to_pretrained(). kind: F32, BF16 or Q8_0, of all matrices but that of positions.
-    about: name and description. Rows of the embedding that stand for no token are left out: llama.cpp would draw them.
-    Raises UserError where llama.cpp does not have what the model is made of, OSError where writing fails.
+    content, weights: as from to_pretrained(). kind: F32, BF16 or Q8_0, of all matrices but that of positions, and for
+    Q8_0, whose blocks are 32 weights of a row, those of other rows. about: name and description. Rows of the embedding
+    that stand for no token are left out: llama.cpp would draw them. Raises UserError where llama.cpp does not have what
+    the model is made of, OSError where writing fails.
     """
     check_activation(content)
     architecture, tokens = content["model_type"], len(vocabulary.tokens)
@@ -287,16 +288,12 @@ def write_gguf(
     add_vocabulary(writer, vocabulary)
     layers = content[hyperparameters["block_count"]]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], layers)
-    exact = []
     for name, tensor in weights.items():
         tensor = arranged(name, tensor, content)
         if name in EMBEDDINGS:
             tensor = tensor[:tokens]
-        dtype = kind if tensor.dim() == 2 and "wpe" not in name else "F32"
-        if dtype == "Q8_0" and tensor.shape[-1] % 32:
-            dtype = "F32"
-            exact.append(name)
-        dtype = GGMLQuantizationType[dtype]
+        exact = tensor.dim() == 1 or "wpe" in name or (kind == "Q8_0" and tensor.shape[-1] % 32)
+        dtype = GGMLQuantizationType["F32" if exact else kind]
         array = gguf.quants.quantize(tensor.float().contiguous().numpy(), dtype)
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), array, raw_dtype=dtype)
     if "rope_scaling" in content:
@@ -305,7 +302,6 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return exact
 
 
 def check_activation(content: dict) -> None:
