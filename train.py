@@ -11,15 +11,13 @@ metrics.jsonl, loss.png and config.json. Ctrl-C saves before it stops.
 """
 
 import dataclasses
-import importlib.util
 import math
 import os
 import shlex
 import signal
 import sys
-import time
-from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, closing, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from humptygpt.core import limits
@@ -47,52 +45,23 @@ from humptygpt.core.device import (
 )
 from humptygpt.core.errors import UserError
 from humptygpt.core.settings import as_written_here
-from humptygpt.data.batches import Dataset, PairDataset, Prefetcher, TokenDataset
-from humptygpt.data.token_files import COMMAND, is_command, read_meta
+from humptygpt.data.batches import Dataset, Prefetcher
+from humptygpt.data.token_files import COMMAND, read_meta
+from humptygpt.generation import tasks
 from humptygpt.interchange.adapters import write_adapter
 from humptygpt.interchange.load import Loaded, load
 from humptygpt.nn import lora
 from humptygpt.parallel import processes as distributed
-from humptygpt.parallel.processes import ONE_PROCESS, Processes, note
+from humptygpt.parallel.processes import Processes, note
 from humptygpt.tokenizer import tokenizers
-from humptygpt.training import evaluation
+from humptygpt.training import evaluation, resume
 from humptygpt.training.interrupts import catch_signals
 from humptygpt.training.memory import check_training_fits, memory_report
-from humptygpt.training.optimizers import (
-    Optimizer,
-    clip_gradients,
-    freeze,
-    local,
-    make_optimizer,
-    state_bytes,
-    trained_parameters,
-)
+from humptygpt.training.optimizers import Optimizer, clip_gradients, freeze, make_optimizer
+from humptygpt.training.progress import Diverged, Meter, Progress
 from humptygpt.training.run_folder import NoFolder, RunFolder
 from humptygpt.training.settings import TrainConfig, read_settings
 from model import ModelConfig
-
-PREPARED_WITH = ("--tokenizer=", "--vocab_size=", "--model_type=")
-
-
-@dataclass
-class Progress:
-    """Where a run stands. Saved in ckpt.pt, so that a resumed run is the uninterrupted one."""
-
-    iter: int = 0  # steps done
-    tokens: int = 0  # tokens trained on
-    seconds: float = 0.0  # spent training: evaluating and saving are not counted
-    best_val_loss: float = math.inf
-    best_iter: int = 0
-    evals_since_best: int = 0
-    losses: list[float] = field(default_factory=list)  # of the steps since the last line of metrics
-
-    def record(self, val_loss: float) -> bool:
-        """Count a validation loss; whether it is the lowest so far."""
-        if val_loss < self.best_val_loss:
-            self.best_val_loss, self.best_iter, self.evals_since_best = val_loss, self.iter, 0
-            return True
-        self.evals_since_best += 1
-        return False
 
 
 @dataclass
@@ -100,177 +69,117 @@ class Run:
     """What a run is made of. setup() puts it together."""
 
     config: TrainConfig
+    processes: Processes
+    device: torch.device
+    dtype: torch.dtype
     dataset: Dataset
+    identity: dict  # of the data set, which takes a moment to compute
+    batches: Dataset | Prefetcher
     model: nn.Module
     net: (
         nn.Module
     )  # the model, or the same compiled, which trains; weights are saved from the model itself
-    batches: Dataset | Prefetcher
+    replica: nn.Module  # the net, or the same in DDP: its backward pass sums gradients over ranks
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
-    device: torch.device
-    dtype: torch.dtype
-    identity: dict  # of the data set, which takes a moment to compute
-    processes: Processes = ONE_PROCESS
-    replica: nn.Module | None = (
-        None  # the net, or the same in DDP: its backward sums over processes
-    )
 
-    def evaluate(self) -> float:
-        """Return the mean validation loss, in nats per token."""
-        val_loss = evaluation.evaluate(
-            self.net,
-            self.dataset,
-            self.config.batch_size,
-            self.config.eval_iters,
-            device=self.device,
-            dtype=self.dtype,
-            processes=self.processes,
-        )
-        self.processes.after_forward(self.model)
-        return val_loss
+    @property
+    def task(self) -> tasks.Task:
+        return tasks.TASKS[self.dataset.task]
 
-    def stops_early(self) -> bool:
-        return 0 < self.config.early_stopping <= self.progress.evals_since_best
+    @property
+    def is_over(self) -> bool:
+        stops_early = 0 < self.config.early_stopping <= self.progress.evals_since_best
+        return stops_early or self.progress.iter >= self.config.max_iters
 
     def settings(self) -> dict:
         return asdict(self.config) | asdict(self.model.config)
 
-    def save(self, path: Path, entries: dict) -> None:
-        """Write a checkpoint, path, in the process that writes; of a sharded model a folder, such as ckpt for ckpt.pt.
-
-        All processes have to call this.
-        """
-        self.processes.save(path, entries)
-
-    def load(self, saved: dict) -> None:
-        """Take over the state of a checkpoint, whose weights the model has already."""
-        if saved.get("scaler"):
-            self.scaler.load_state_dict(saved["scaler"])
-        if next(
-            iter(saved["model"].values())
-        ).is_meta:  # sharded: each process reads its part, weights included
-            self.optimizer.steps = saved["optimizer"]["steps"]
-            if self.optimizer.steps:
-                self.optimizer.prepare_state()
-            self.processes.load(
-                Path(self.config.out_dir) / "ckpt.pt", self.state() | self.training_state()
-            )
-            return
-        self.optimizer.load_state_dict(saved["optimizer"])
-
-    def best_state(self) -> dict:
-        """The entries of best.pt: see checkpoint.SCHEMA. LoRA is merged, so that it is a model as any other."""
-        model_config, weights = lora.merged_state(self.model)
-        return self.state() | {"model_config": asdict(model_config), "model": weights}
-
     def state(self) -> dict:
-        """The entries of ckpt.pt, but for those of training."""
+        """Return the entries of ckpt.pt, but for those of training: see checkpoint.SCHEMA."""
+        meta = self.dataset.meta
+        data = {key: meta[key] for key in ("source", "command") if key in meta}
         return {
             "train_config": asdict(self.config),
             "model_config": asdict(self.model.config),
             "tokenizer": self.dataset.tokenizer.state(),
             "task": self.dataset.task,
-            "data": {"identity": self.identity}
-            | {
-                key: self.dataset.meta[key]
-                for key in ("source", "command")
-                if key in self.dataset.meta
-            },
+            "data": data | {"identity": self.identity},
             "progress": asdict(self.progress),
             "model": dict(self.model.state_dict()),
         }
 
     def training_state(self) -> dict:
-        """What ckpt.pt has beside them."""
+        """Return what ckpt.pt has beside them."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() or None,
         }
 
+    def best_state(self) -> dict:
+        """Return the entries of best.pt. LoRA is merged, so that it is a model as any other."""
+        model_config, weights = lora.merged_state(self.model)
+        return self.state() | {"model_config": asdict(model_config), "model": weights}
+
+    def load(self, saved: dict) -> None:
+        """Take over the state of a checkpoint, whose weights the model has already."""
+        if saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
+        if not checkpoint.lacks_tensors(saved):
+            self.optimizer.load_state_dict(saved["optimizer"])
+            return
+        self.optimizer.steps = saved["optimizer"]["steps"]
+        if self.optimizer.steps:
+            self.optimizer.prepare_state()
+        path = Path(self.config.out_dir) / "ckpt.pt"
+        self.processes.load(path, self.state() | self.training_state())
+
 
 def main(argv: list[str]) -> int:
     smaller = "try a smaller --batch_size, --block_size or model"
     with ExitStack() as locks, distributed.silence_other_ranks(), limits.memory_advice(smaller):
-        config, model_config, *start = read_settings(argv, locks)
-        if config.dry_run:
-            print(describe_sizes(config, model_config))
+        start = read_settings(argv, locks)
+        if start.config.dry_run:
+            print(dry_run(start.config, start.model_config))
             return 0
-        # popped, since a name for the checkpoint would keep it in memory
-        run = setup(config, model_config, base=start.pop(), saved=start.pop())
-        print(describe(run), flush=True)
+        run = setup(*start)
+        fine_tunes = start.base is not None
+        del start  # which would keep a checkpoint in memory
+        print(summary(run), flush=True)
         if busy := limits.load_note():
             note(busy)
-        if run.config.init_from not in ("scratch", "resume") and not (
-            run.config.eval_only or run.progress.iter
-        ):
-            print(describe_cost(run), flush=True)
         if run.config.eval_only:
             print(evaluate_only(run))
             code = 0
         else:
-            code = train_and_finish(run)
+            if fine_tunes:
+                print(resume.cost_report(run), flush=True)
+            code = fit(run)
         run.processes.end()
         return code
 
 
-def train_and_finish(run: Run) -> int:
+def fit(run: Run) -> int:
+    """Train, show what the model can do, and return the exit code."""
+    out_dir = Path(run.config.out_dir)
     new_folder = RunFolder if run.processes.first else NoFolder
-    folder = new_folder(Path(run.config.out_dir), run.settings(), run.progress.iter)
-    try:
-        stopped_by = train(run, folder)
-    except Diverged as error:
-        saved = checkpoint.stored(folder.path / "ckpt.pt")
-        kept = f"{saved} is the last good checkpoint" if saved.exists() else "nothing was saved yet"
-        advice = (
-            "Try a lower --learning_rate, more --warmup_iters, --grad_clip=1.0 or --dtype=float32"
-        )
-        if run.processes.first:
-            print(f"train.py: the {error}; {kept}. {advice}", file=sys.stderr)
-        return 1
-    folder.draw()  # a resumed run may have no step left, and its plot be missing
-    out_dir = f"--out_dir={shlex.quote(str(folder.path))}"  # in commands that can be pasted
-    if stopped_by:
-        saved = checkpoint.stored(folder.path / "ckpt.pt")
-        line = f"{signal.Signals(stopped_by).name}: saved {saved} at iter {run.progress.iter}"
-        with suppress(OSError):  # as in catch_signals
-            if run.processes.first:
-                command = as_written_here(f"python train.py --init_from=resume {out_dir}")
-                print(f"{line}; resume: {command}", file=sys.stderr)
-    else:
-        finish(run, folder, out_dir)
-    folder.close()
+    with closing(new_folder(out_dir, run.settings(), run.progress.iter)) as folder:
+        try:
+            stopped_by = train(run, folder)
+        except Diverged as error:
+            report_divergence(run, error)
+            return 1
+        folder.draw()  # a resumed run may have no step left, and its plot be missing
+        if stopped_by:
+            report_stop(run, stopped_by)
+        elif run.processes.first:
+            finish(run, folder)
     return distributed.exit_code(stopped_by)
 
 
 # --------------------------------------------------------------------------------------
 # Setup
-
-
-def base_model(
-    base: Loaded, config: TrainConfig, model_config: ModelConfig, dataset: Dataset
-) -> nn.Module:
-    """The model to start from, on the CPU. Raises UserError where the data has other tokens than it knows."""
-    if dataset.tokenizer.pieces != base.tokenizer.pieces:
-        kinds = dataset.tokenizer.name, base.tokenizer.name
-        command = dataset.meta.get(
-            "command", f"python prepare_data.py {shlex.quote(config.dataset)}"
-        )
-        words = [word for word in shlex.split(command) if not word.startswith(PREPARED_WITH)]
-        tokenizer = base.tokenizer.name if base.tokenizer.name == "gpt2" else base.path
-        raise UserError(
-            f"data/{config.dataset} has tokens ({kinds[0]}) that are not those of the model {base.path} ({kinds[1]});"
-            f" prepare it with the model's: {as_written_here(shlex.join([*words, f'--tokenizer={tokenizer}']))}"
-        )
-    cropped = {  # as nanoGPT: the first positions
-        name: x[: model_config.block_size].clone() if name.endswith("position.wpe.weight") else x
-        for name, x in base.model.state_dict().items()
-    }
-    model = checkpoint.restore_model(cropped, dataclasses.replace(model_config, lora_rank=0))
-    model.config = model_config
-    torch.manual_seed(config.seed)
-    return lora.add(model) if model_config.lora_rank else model
 
 
 def setup(
@@ -279,7 +188,7 @@ def setup(
     saved: dict | None = None,
     base: Loaded | None = None,
 ) -> Run:
-    """Put a run together; saved: the checkpoint that it resumes. base: the model that it starts from."""
+    """Put a run together. saved: the checkpoint that it resumes. base: the model that it starts from."""
     processes = distributed.start(config.backend, pick_device(config.device), config.parallel)
     device = processes.device
     dtype = pick_dtype(config.dtype, device)
@@ -291,52 +200,44 @@ def setup(
     identity = dataset.identity()
     steps = {"iter": saved["progress"]["iter"]} if saved else {}
     processes.check_alike(asdict(config) | asdict(model_config) | identity | steps)
-    accumulation, pairs = config.gradient_accumulation_steps, dataset.task == "translation"
-    distributed.check_divisible(processes.size, accumulation, config.batch_size, pairs)
-    if saved and not is_data_of(saved, dataset, identity):
-        other = (
-            f"data/{config.dataset} is not the data that {config.out_dir}/ckpt.pt was trained on"
-        )
-        raise UserError(other + find_data_of(saved, config, model_config))
-    if not saved and not base:
-        model_config = complete_model_config(config, model_config, dataset)
+    micro_batches = config.gradient_accumulation_steps
+    varies = tasks.TASKS[dataset.task].batches_vary
+    distributed.check_divisible(processes.size, micro_batches, config.batch_size, varies)
+    if saved:
+        resume.check_same_data(saved, dataset, model_config, config.out_dir)
+    elif base:
+        resume.check_same_tokens(base, dataset)
+    else:
+        model_config = for_vocabulary(model_config, dataset)
     if not config.eval_only and not config.freeze:  # frozen parameters take less than it counts
-        rows = rows_of_process(config, processes.size)
+        rows = config.rows(processes.size)
         check_training_fits(config, model_config, rows, device, dtype, processes=processes.size)
     processes.check_model(model_config, dtype)
-    if saved:
-        model = checkpoint.restore_model(saved["model"], model_config)
-    elif base:
-        model = base_model(base, config, model_config, dataset)
-    else:
-        torch.manual_seed(config.seed)
-        model = models.build(model_config)
-    for stack in (module for module in model.modules() if isinstance(module, models.Stack)):
-        stack.checkpoint_activations = config.checkpoint_activations
-    freeze(model, config.freeze)
+
+    model = make_model(config, model_config, saved, base)
     processes.distribute(model)
     optimizer = make_optimizer(config, model)
-    optimizer.spread, optimizer.total = processes.spread, processes.total
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    batches = (
-        Prefetcher(dataset, processes.stride(accumulation)) if device.type == "cuda" else dataset
-    )
+    optimizer.spread = processes.spread
+    optimizer.total = processes.total
+    batches = dataset
+    if device.type == "cuda":
+        batches = Prefetcher(dataset, processes.stride(micro_batches))
     run = Run(
-        config,
-        dataset,
-        model,
-        model,
-        batches,
-        optimizer,
-        scaler,
-        Progress(),
-        device,
-        dtype,
-        identity,
+        config=config,
+        processes=processes,
+        device=device,
+        dtype=dtype,
+        dataset=dataset,
+        identity=identity,
+        batches=batches,
+        model=model,
+        net=model,
+        replica=model,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        progress=resumed_progress(config, saved) if saved else Progress(),
     )
-    run.processes = processes
     if saved:
-        run.progress = resume_progress(config, saved)
         run.load(saved)
     if config.compile or (config.compile is None and device.type == "cuda"):
         run.net = compile_model(run)
@@ -344,100 +245,63 @@ def setup(
     return run
 
 
-def describe_sizes(config: TrainConfig, model_config: ModelConfig) -> str:
-    """What training would take, found without data and without memory."""
-    if model_config.vocab_size is None:
-        meta = read_meta(Path("data") / config.dataset)
-        model_config = dataclasses.replace(
-            model_config, vocab_size=tokenizers.from_state(meta["tokenizer"]).vocab_size
-        )
-    device, size = pick_device(config.device), distributed.launched().size
-    return memory_report(
-        config,
-        model_config,
-        rows=rows_of_process(config, size),
-        dtype=pick_dtype(config.dtype, device),
-        device=device,
-        processes=size,
-    )
-
-
-def rows_of_process(config: TrainConfig, processes: int) -> int:
-    """The most sequences that one of several processes has at once: they divide a micro-batch if these are too few."""
-    return math.ceil(config.batch_size / max(1, processes // config.gradient_accumulation_steps))
-
-
 def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
-    """The prepared folder, which is prepared now if it is missing."""
+    """Open data/<dataset>, which is prepared now if it is missing, or if its preparation was stopped."""
     folder = Path("data") / config.dataset
-    exists = lambda *names: any(os.path.exists(folder / name) for name in names)  # noqa: E731
-    prepared = exists("meta.json", "meta.pkl")
-    stopped = (
-        exists("preparing") and config.dataset in prepare_data.SOURCES
-    )  # its preparation can be resumed
-    # a train.bin alone is taken for nanoGPT's; a command is left of a folder of ours
-    missing = not prepared and not exists("preparing", "train.bin", COMMAND)
-    if missing and len(folder.parts) > 2:  # a path: data/mine
-        name = shlex.quote(f"--dataset={Path(config.dataset).name}")
-        raise UserError(
-            f"dataset={config.dataset} is not the name of a folder in data/; write {name}"
-        )
-    if not prepared and (stopped or missing):
-        prepare_data.prepare(
-            configurator.make(prepare_data.PrepareConfig, {"name": config.dataset})
-        )
-    model, meta = models.MODELS[model_config.model], read_meta(folder)
-    task = meta["task"]
-    if task not in model.tasks:
-        raise UserError(
-            f"dataset={config.dataset} is for {task}, but model={model_config.model} for {' and '.join(model.tasks)}"
-        )
-    if task == "translation":
-        if not importlib.util.find_spec("sacrebleu"):  # refused now and not when all is trained
+    if not has_any(folder, "meta.json", "meta.pkl"):
+        known = config.dataset in prepare_data.SOURCES
+        # a train.bin alone is taken for nanoGPT's; a command is left of a folder of ours
+        begun = has_any(folder, "preparing", "train.bin", COMMAND)
+        if not begun and len(folder.parts) > 2:  # a path: data/mine
+            name = shlex.quote(f"--dataset={folder.name}")
             raise UserError(
-                "translations are scored with the package sacrebleu: pip install sacrebleu"
+                f"dataset={config.dataset} is not the name of a folder in data/; write {name}"
             )
-        return PairDataset(folder, model_config.block_size, config.seed, model.has_encoder, meta)
-    return TokenDataset(folder, model_config.block_size, config.seed, meta)
+        if not begun or (known and has_any(folder, "preparing")):
+            keys = {"name": config.dataset}
+            prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, keys))
+    return tasks.open_dataset(folder, model_config, config.seed)
 
 
-def is_data_of(saved: dict, dataset: Dataset, identity: dict) -> bool:
-    return (saved["tokenizer"], saved["data"]["identity"]) == (dataset.tokenizer.state(), identity)
+def has_any(folder: Path, *names: str) -> bool:
+    return any(os.path.exists(folder / name) for name in names)
 
 
-def find_data_of(saved: dict, config: TrainConfig, model_config: ModelConfig) -> str:
-    """Where the data of a checkpoint is now, or else the command that makes it again: the end of a message."""
-    dataset = saved["train_config"].get("dataset", config.dataset)
-    earlier = (
-        f"{dataset}/{folder.name}" for folder in sorted((Path("data") / dataset).glob("previous-*"))
-    )
-    for name in (dataset, *earlier):
-        if any((Path("data") / name / meta).exists() for meta in ("meta.json", "meta.pkl")):
-            with suppress(UserError):
-                found = open_dataset(dataclasses.replace(config, dataset=name), model_config)
-                if is_data_of(saved, found, found.identity()):
-                    return f"; that is now in data/{name}: add --dataset={shlex.quote(name)}"
-    command = saved["data"].get("command", "")
-    return f"; to make that again: {as_written_here(command)}" if is_command(command) else ""
-
-
-def complete_model_config(
-    config: TrainConfig, model_config: ModelConfig, dataset: Dataset
-) -> ModelConfig:
-    """The config of a new model for this data. Raises UserError."""
+def for_vocabulary(model_config: ModelConfig, dataset: Dataset) -> ModelConfig:
+    """Return the config of a new model for this data. Raises UserError."""
     tokens = dataset.tokenizer.vocab_size
     vocab_size = model_config.vocab_size or tokens
     if vocab_size < tokens:
-        raise UserError(f"vocab_size={vocab_size} is below the {tokens} tokens of {config.dataset}")
-    if model_config.lora_rank:
         raise UserError(
-            f"lora_rank={model_config.lora_rank} trains beside a model; name that with --init_from"
+            f"vocab_size={vocab_size} is below the {tokens} tokens of {dataset.folder.name}"
         )
+    if rank := model_config.lora_rank:
+        raise UserError(f"lora_rank={rank} trains beside a model; name that with --init_from")
     return dataclasses.replace(model_config, vocab_size=vocab_size)
 
 
-def resume_progress(config: TrainConfig, saved: dict) -> Progress:
-    """The checkpoint's progress. Raises UserError where it is beyond the end of training."""
+def make_model(
+    config: TrainConfig, model_config: ModelConfig, saved: dict | None, base: Loaded | None
+) -> nn.Module:
+    """Return the model that trains, on the CPU."""
+    if saved:
+        model = checkpoint.restore_model(saved["model"], model_config)
+    elif base:
+        model = resume.adapt_model(base, model_config, config.seed)
+    else:
+        torch.manual_seed(config.seed)
+        model = models.build(model_config)
+    for module in model.modules():
+        if isinstance(module, models.Stack):
+            module.checkpoint_activations = config.checkpoint_activations
+    freeze(model, config.freeze)
+    if saved:
+        resume.check_optimizer(saved, model, config.out_dir)
+    return model
+
+
+def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
+    """Return the checkpoint's progress. Raises UserError where it is beyond the end of training."""
     progress = Progress(**saved["progress"])
     if progress.iter > config.max_iters:
         raise UserError(
@@ -447,136 +311,84 @@ def resume_progress(config: TrainConfig, saved: dict) -> Progress:
         note(f"all {progress.iter} steps are done; for more: --max_iters=N")
     if config.eval_iters != saved["train_config"]["eval_iters"]:
         note("eval_iters changed, so that the lowest validation loss starts over")
-        progress = dataclasses.replace(
-            progress, best_val_loss=math.inf, best_iter=0, evals_since_best=0
-        )
+        progress.forget_best()
     return progress
 
 
 def compile_model(run: Run) -> nn.Module:
-    """The model compiled and tried on two batches; where that fails, a note says why and it is the model itself."""
+    """Compile the model and try it on two batches; where that fails, a note says why and the model itself trains."""
     print("compiling: this takes about a minute", flush=True)
-    model, dataset = run.model, run.dataset
-    batches = [
-        to_device(dataset.batch(index, run.config.batch_size), run.device) for index in range(2)
-    ]
+    model = run.model
+    batches = [run.dataset.batch(index, run.config.batch_size) for index in range(2)]
     try:
-        # batches of pairs have many shapes, those of a text one
-        compiled = run.processes.compile(
-            model, dynamic=True if dataset.task == "translation" else None
-        )
+        net = run.processes.compile(model, dynamic=True if run.task.batches_vary else None)
         for batch in batches:
+            batch = to_device(batch, run.device)
             with autocast(run.device, run.dtype):
-                compiled(**batch)[1].backward()
+                net(**batch)[1].backward()
                 with torch.no_grad():
                     model.eval()
-                    compiled(**batch)
+                    net(**batch)
             model.train()
     except Exception as error:  # compilers fail in as many ways as there are machines
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         note(f"torch.compile fails here ({reason}); training uncompiled")
         for module in model.modules():
             vars(module).pop("forward", None)  # a compiled one
-        return model
-    finally:
-        run.processes.after_forward(model)
-        model.zero_grad()
-        model.train()
-    return compiled
+        net = model
+    run.processes.after_forward(model)
+    model.zero_grad()
+    model.train()
+    return net
 
 
-def describe(run: Run) -> str:
-    """What is about to happen."""
-    config, dataset = run.config, run.dataset
+def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
+    """Return what training would take, found without data and without memory."""
+    if model_config.vocab_size is None:
+        meta = read_meta(Path("data") / config.dataset)
+        vocab_size = tokenizers.from_state(meta["tokenizer"]).vocab_size
+        model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    size = distributed.launched().size
+    rows = config.rows(size)
+    return memory_report(
+        config, model_config, rows=rows, dtype=dtype, device=device, processes=size
+    )
+
+
+def summary(run: Run) -> str:
+    """Return what is about to happen."""
+    config = run.config
+    dataset = run.dataset
     batch, evaluated = dataset.describe(config.batch_size, config.eval_iters)
     if config.gradient_accumulation_steps > 1:
         batch = f"{config.gradient_accumulation_steps} times {batch}"
     micro_batches = config.max_iters * config.gradient_accumulation_steps
     epochs = micro_batches / dataset.batches_per_epoch(config.batch_size)
-    model_config = run.model.config
     start = "" if config.init_from in ("scratch", "resume") else f", from {config.init_from}"
+    processes = f", {run.processes.size} processes" if run.processes.size > 1 else ""
     return (
         f"data: {dataset.meta['source']}, {len(dataset.train):,} tokens to train on,"
-        f" vocabulary of {model_config.vocab_size:,}\n"
-        f"model: {model_config.model}, {models.count_parameters(run.model):,} parameters{start}\n"
+        f" vocabulary of {run.model.config.vocab_size:,}\n"
+        f"model: {run.model.config.model}, {models.count_parameters(run.model):,} parameters{start}\n"
         f"steps: {config.max_iters:,} of {batch}, {epochs:.1f} epochs\n"
         f"evaluation: every {config.eval_interval:,} steps, on {evaluated}\n"
-        f"device: {run.device}, {str(run.dtype).removeprefix('torch.')}"
-        f"{f', {run.processes.size} processes' if run.processes.size > 1 else ''}"
+        f"device: {run.device}, {str(run.dtype).removeprefix('torch.')}{processes}"
     )
-
-
-def describe_cost(run: Run) -> str:
-    """What fine-tuning takes, by a trial of the first micro-batch, of which nothing remains."""
-    config, kept = run.config, {}
-    trained = sum(p.numel() for p in trained_parameters(run.model).values())
-
-    def keep(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    storages = [local(p).untyped_storage() for p in run.model.parameters()]
-    weights = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    batch, started = (
-        to_device(run.dataset.batch(0, config.batch_size), run.device),
-        time.perf_counter(),
-    )
-    with (
-        autocast(run.device, run.dtype),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
-    ):
-        _, loss = run.model(**batch)
-    loss.backward()
-    loss.detach().item()  # waits for a GPU
-    seconds = (time.perf_counter() - started) * config.gradient_accumulation_steps
-    run.model.zero_grad()
-    parts = run.processes.size if run.processes.sharded else 1
-    update = (4 * trained + state_bytes(config.optimizer, run.model)) / parts
-    activations = sum(size for at, size in kept.items() if at not in weights)
-    memory = [size / 1e9 for size in (sum(weights.values()), update, activations)]
-    return (
-        f"training: {trained:,} parameters, {trained / models.count_parameters(run.model):.1%}\n"
-        f"memory: {sum(memory):.2f} GB: weights {memory[0]:.2f}, gradients and optimizer state {memory[1]:.2f},"
-        f" activations {memory[2]:.2f}\n"
-        f"time: about {seconds:.2g} s a step, {seconds * config.max_iters:.2g} s in all"
-    )
-
-
-def evaluate_only(run: Run) -> str:
-    text = f"{evaluation.describe(evaluation.measures(run.evaluate(), run.dataset))} at iter {run.progress.iter}"
-    if run.dataset.task == "translation":
-        model, dtype = (
-            run.processes.whole_model(run.model),
-            sample_dtype(run.config.dtype, run.device),
-        )
-        if run.processes.first:
-            scores = evaluation.score_translations(model, run.dataset, run.device, dtype)
-            text += f"\n{evaluation.describe_translations(scores)}"
-    return text
 
 
 # --------------------------------------------------------------------------------------
 # The loop
 
 
-class Diverged(Exception):
-    """The loss or the gradient is not finite."""
-
-
 def train(run: Run, folder: RunFolder) -> int | None:
     """Train to the end, or to the signal whose number is returned. Raises Diverged."""
-    config, progress = run.config, run.progress
-    meter = Meter(run)
-    hidden = None if run.processes.first else True
-    bar = tqdm(
-        total=config.max_iters,
-        initial=progress.iter,
-        unit="step",
-        dynamic_ncols=True,
-        disable=hidden,
-    )
-    with catch_signals() as signals, bar:
-        while progress.iter < config.max_iters and not run.stops_early():
+    config = run.config
+    progress = run.progress
+    meter = make_meter(run)
+    with catch_signals() as signals, progress_bar(run) as bar:
+        while not run.is_over:
             lr = config.lr(progress.iter)
             run.optimizer.set_lr(lr / config.learning_rate)
             loss, grad_norm, tokens = train_step(run, progress.iter)
@@ -597,30 +409,28 @@ def train(run: Run, folder: RunFolder) -> int | None:
                 folder.record(row)
                 report(bar, row, run)
             improved = due and evaluate_and_record(run, folder, bar)
-            last = last or run.stops_early()
-            if stop or (due and (last or improved or config.always_save_checkpoint)):
-                run.save(folder.path / "ckpt.pt", run.state() | run.training_state())
+            if stop or (due and (run.is_over or improved or config.always_save_checkpoint)):
+                run.processes.save(folder.path / "ckpt.pt", run.state() | run.training_state())
             if stop:
                 return stop
-            if due and not last:
+            if due and not run.is_over:
                 folder.draw()
                 meter.restart_clock()
     return None
 
 
 def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
-    """Step number it, the first being 0: the gradients of a few micro-batches, then an optimizer step.
+    """Take step number it, the first being 0: the gradients of a few micro-batches, then an optimizer step.
 
     Several processes divide the micro-batches, sum gradients over ranks once, and take the same step.
-    Returns the mean loss before the step, the gradient norm before clipping, both still on the device, since
-    reading them would make the CPU wait for the GPU, and how many tokens the loss is the mean of.
+    Returns the mean loss before the step and the gradient norm before clipping, both still on the device, since reading
+    them would make the CPU wait for the GPU, and how many tokens the loss is the mean of.
     """
-    config, processes = run.config, run.processes
+    config = run.config
+    processes = run.processes
     micro_batches = config.gradient_accumulation_steps
-    batches = processes.local_batches(
-        run.batches, it * micro_batches, micro_batches, config.batch_size
-    )
-    parts = list(batches)
+    first = it * micro_batches
+    parts = list(processes.local_batches(run.batches, first, micro_batches, config.batch_size))
     tokens = processes.sum(sum(part.tokens for part in parts))
     mean_loss = torch.zeros((), device=run.device)
     for part in parts:
@@ -643,97 +453,90 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     return mean_loss, grad_norm, tokens
 
 
-class Meter:
-    """Losses and gradient norms since the last row of metrics, left on the device until they are read; and the time."""
-
-    def __init__(self, run: Run):
-        self.run, progress = run, run.progress
-        self.losses, self.norms = list(progress.losses), [0.0] * len(progress.losses)
-        self.logged_seconds, self.logged_tokens = progress.seconds, progress.tokens
-        self.peak_flops = peak_flops(run.device)
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """The time since read() does not count as training."""
-        self.started = time.perf_counter() - self.run.progress.seconds
-
-    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
-        self.losses.append(loss)
-        self.norms.append(grad_norm)
-
-    def read(self) -> None:
-        """Wait for the device and bring progress up to date. Raises Diverged."""
-        self.losses, self.norms = [float(x) for x in self.losses], [float(x) for x in self.norms]
-        progress, scaled = self.run.progress, self.run.scaler.is_enabled()
-        progress.seconds = time.perf_counter() - self.started
-        progress.losses = list(self.losses)
-        for i, (loss, norm) in enumerate(zip(self.losses, self.norms, strict=True)):
-            # a scaler leaves out steps whose gradient is not finite; without it the weights are lost
-            if not math.isfinite(loss) or not (math.isfinite(norm) or scaled):
-                what = "gradient is not finite" if math.isfinite(loss) else f"loss is {loss}"
-                raise Diverged(
-                    f"{what} at iter {progress.iter - len(self.losses) + 1 + i} (gradient norm {norm})"
-                )
-
-    def row(self, lr: float) -> dict:
-        """A row of metrics; the next one begins."""
-        progress = self.run.progress
-        speed = (progress.tokens - self.logged_tokens) / (progress.seconds - self.logged_seconds)
-        row = stamp(progress) | {"train_loss": sum(self.losses) / len(self.losses), "lr": lr}
-        row["grad_norm"] = self.norms[-1] if math.isfinite(self.norms[-1]) else None
-        row["tokens_per_second"] = round(speed)
-        if self.peak_flops:
-            row["mfu"] = (
-                speed
-                * models.flops_per_token(self.run.model)
-                / (self.peak_flops * self.run.processes.size)
-            )
-        self.logged_tokens, self.logged_seconds = progress.tokens, progress.seconds
-        progress.losses, self.losses, self.norms = [], [], []
-        return row
-
-
-def stamp(progress: Progress) -> dict:
-    """What each row of metrics begins with."""
-    return {"iter": progress.iter, "tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
+def evaluate(run: Run) -> float:
+    """Return the validation loss."""
+    config = run.config
+    val_loss = evaluation.evaluate(
+        run.net,
+        run.dataset,
+        config.batch_size,
+        config.eval_iters,
+        device=run.device,
+        dtype=run.dtype,
+        processes=run.processes,
+    )
+    run.processes.after_forward(run.model)
+    return val_loss
 
 
 def evaluate_and_record(run: Run, folder: RunFolder, bar: tqdm) -> bool:
     """Evaluate, save best.pt if the loss is the lowest so far, and return whether it is. Raises Diverged."""
-    progress = run.progress
-    val_loss = run.evaluate()
-    if not val_loss < 700:  # beyond that, e^loss overflows
-        raise Diverged(f"validation loss is {val_loss} at iter {progress.iter}")
-    improved = progress.record(val_loss)
+    val_loss = evaluate(run)
+    improved = run.progress.record(val_loss)
     row = evaluation.measures(val_loss, run.dataset)
-    folder.record(stamp(progress) | row)
+    folder.record(run.progress.stamp() | row)
     best = ", the best so far" if improved else ""
-    write_line(bar, f"iter {progress.iter}: {evaluation.describe(row)}{best}")
-    if run.dataset.task == "translation":
-        model, dtype = (
-            run.processes.whole_model(run.model),
-            sample_dtype(run.config.dtype, run.device),
-        )
-        if run.processes.first:
-            write_line(bar, evaluation.translate_examples(model, run.dataset, run.device, dtype))
+    write_line(bar, f"iter {run.progress.iter}: {evaluation.evaluation_line(row)}{best}")
+    if examples := on_whole_model(run, run.task.evaluation_examples):
+        write_line(bar, examples)
     if improved:
-        run.save(folder.path / "best.pt", run.best_state())
+        run.processes.save(folder.path / "best.pt", run.best_state())
         if run.model.config.lora_rank and run.processes.first:
             write_adapter(run.model, run.config.init_from, folder.path / "adapter")
     return improved
 
 
+def evaluate_only(run: Run) -> str:
+    row = evaluation.measures(evaluate(run), run.dataset)
+    text = f"{evaluation.evaluation_line(row)} at iter {run.progress.iter}"
+    score = on_whole_model(run, run.task.score)
+    return f"{text}\n{score.text}" if score else text
+
+
+def on_whole_model(run: Run, show):
+    """Return show(model, dataset), a function of a task, in the first process; None in the others, and without show."""
+    if show is None:
+        return None
+    model = run.processes.whole_model(run.model)
+    if not run.processes.first:
+        return None
+    model.eval()
+    with autocast(run.device, sample_dtype(run.config.dtype, run.device)):
+        result = show(model, run.dataset)
+    model.train()
+    return result
+
+
+def make_meter(run: Run) -> Meter:
+    peak = peak_flops(run.device)
+    peak_tokens = None
+    if peak:
+        peak_tokens = peak * run.processes.size / models.flops_per_token(run.model)
+    return Meter(run.progress, run.scaler.is_enabled(), peak_tokens)
+
+
+def progress_bar(run: Run) -> tqdm:
+    return tqdm(
+        total=run.config.max_iters,
+        initial=run.progress.iter,
+        unit="step",
+        dynamic_ncols=True,
+        disable=None if run.processes.first else True,
+    )
+
+
 def report(bar: tqdm, row: dict, run: Run) -> None:
-    """On a terminal the bar shows the numbers; elsewhere, a line does."""
-    progress, max_iters = run.progress, run.config.max_iters
-    loss, lr, speed = row["train_loss"], row["lr"], row["tokens_per_second"]
+    """Show the numbers in the bar on a terminal, and in a line elsewhere."""
+    progress = run.progress
+    max_iters = run.config.max_iters
+    speed = f"{row['tokens_per_second']:,} tokens/s"
     if not bar.disable:
-        bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,} tokens/s")
+        bar.set_postfix_str(f"loss {row['train_loss']:.3f}, lr {row['lr']:.1e}, {speed}")
         return
     left = (max_iters - progress.iter) * progress.seconds / progress.iter
     norm = "inf" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
-    line = f"iter {progress.iter}/{max_iters}: loss {loss:.4f}, lr {lr:.2e}, gradient norm {norm}"
-    write_line(bar, f"{line}, {speed:,} tokens/s, {left:.0f} s left")
+    line = f"iter {progress.iter}/{max_iters}: loss {row['train_loss']:.4f}, lr {row['lr']:.2e}"
+    write_line(bar, f"{line}, gradient norm {norm}, {speed}, {left:.0f} s left")
 
 
 def write_line(bar: tqdm, line: str) -> None:
@@ -749,32 +552,51 @@ def write_line(bar: tqdm, line: str) -> None:
 # The end
 
 
-def finish(run: Run, folder: RunFolder, out_dir: str) -> None:
-    """Show in the first process what the model can do: a sample of text, or the score of its translations."""
-    model = run.processes.whole_model(run.model)
-    if run.processes.first:
-        show(run, model, folder, out_dir)
-
-
-def show(run: Run, model: nn.Module, folder: RunFolder, out_dir: str) -> None:
-    progress, best = run.progress, checkpoint.stored(folder.path / "best.pt")
-    dtype = sample_dtype(run.config.dtype, run.device)
-    if progress.iter < run.config.max_iters:
+def finish(run: Run, folder: RunFolder) -> None:
+    """Show what the best model can do, as sample.py will take it: its text, or the score of its translations."""
+    config = run.config
+    progress = run.progress
+    if progress.iter < config.max_iters:
         evaluations = "evaluation" if progress.evals_since_best == 1 else "evaluations"
         print(
             f"stopped early: {progress.evals_since_best} {evaluations} without a lower validation loss"
         )
-    if run.dataset.task == "translation":
-        # best.pt translates best, and sample.py takes it
-        model = load(best).model.to(run.device) if best.exists() else model
-        scores = evaluation.score_translations(model, run.dataset, run.device, dtype)
-        folder.record(stamp(progress) | {"test_bleu": scores["bleu"], "test_chrf": scores["chrf"]})
-        print(evaluation.describe_translations(scores))
-        print("translate: " + as_written_here(f'python sample.py {out_dir} --start="..."'))
-    else:
-        print(f"\n{evaluation.sample_text(model, run.dataset.tokenizer, run.device, dtype)}\n")
-        print("more of this: " + as_written_here(f"python sample.py {out_dir}"))
+    model = load(folder.path).model.to(run.device)
+    with autocast(run.device, sample_dtype(config.dtype, run.device)):
+        if run.task.final_examples:
+            print(run.task.final_examples(model, run.dataset))
+        if run.task.score:
+            score = run.task.score(model, run.dataset)
+            folder.record(progress.stamp() | score.metrics)
+            print(score.text)
+    command = as_written_here(run.task.sample_command.format(out_dir_key(run)))
+    print(f"{run.task.sample_label}: {command}")
     print(f"best val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}")
+
+
+def report_stop(run: Run, number: int) -> None:
+    command = as_written_here(f"python train.py --init_from=resume {out_dir_key(run)}")
+    saved = f"saved {saved_checkpoint(run)} at iter {run.progress.iter}"
+    with suppress(OSError):  # the reader of our messages may have got the signal, too
+        if run.processes.first:
+            print(f"{signal.Signals(number).name}: {saved}; resume: {command}", file=sys.stderr)
+
+
+def report_divergence(run: Run, error: Diverged) -> None:
+    saved = saved_checkpoint(run)
+    kept = f"{saved} is the last good checkpoint" if saved.exists() else "nothing was saved yet"
+    advice = "Try a lower --learning_rate, more --warmup_iters, --grad_clip=1.0 or --dtype=float32"
+    if run.processes.first:
+        print(f"train.py: the {error}; {kept}. {advice}", file=sys.stderr)
+
+
+def saved_checkpoint(run: Run) -> Path:
+    return checkpoint.stored(Path(run.config.out_dir) / "ckpt.pt")
+
+
+def out_dir_key(run: Run) -> str:
+    """Return the argument as it can be pasted into a command."""
+    return f"--out_dir={shlex.quote(run.config.out_dir)}"
 
 
 if __name__ == "__main__":

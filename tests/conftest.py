@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 import prepare_data
 import train
 from humptygpt.core import settings as configurator
-from humptygpt.training import evaluation, run_folder
+from humptygpt.generation.tasks import TASKS
+from humptygpt.training import run_folder
 from humptygpt.training.optimizers import make_optimizer
 from humptygpt.training.settings import TrainConfig
 
+WITHOUT_SAMPLE = replace(TASKS["language modelling"], final_examples=None)
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # models this small only wait for each other's threads
 TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16"]
@@ -65,7 +68,7 @@ def short_ending(request, monkeypatch):
     """Most runs here do without the picture and the sample, which take longer than all of their steps."""
     if "whole_ending" not in request.keywords:
         monkeypatch.setattr(run_folder, "draw_losses", lambda *args: None)
-        monkeypatch.setattr(evaluation, "sample_text", lambda *args: "")
+        monkeypatch.setitem(TASKS, "language modelling", WITHOUT_SAMPLE)
 
 
 @pytest.fixture

@@ -302,16 +302,6 @@ EDITS = [
         "optimizer.state.wte.weight must be a dictionary",
         change("optimizer", "state", "wte.weight", value=WTE),
     ),
-    ("optimizer.wte.weight is missing", change("optimizer", "state", "wte.weight", rename="wte.w")),
-    (
-        "optimizer.wte.weight.exp_average is unknown",
-        change("optimizer", "state", "wte.weight", "exp_avg", rename="exp_average"),
-    ),
-    (
-        "optimizer.wte.weight.exp_avg must be",
-        change("optimizer", "state", "wte.weight", "exp_avg", value=WTE.half()),
-    ),
-    ("optimizer.x is unknown", change("optimizer", "state", "x", value={})),
     (
         "batch_size must be an integer of 64 bits",
         change("train_config", "batch_size", value=10**400),

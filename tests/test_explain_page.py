@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN
+from conftest import TINY_RUN, WITHOUT_SAMPLE
 from test_explain import expected_trace, rounded
 from texts import make_pairs, make_text
 
@@ -21,8 +21,9 @@ import train
 from benchmarks import keystrokes
 from humptygpt.core.errors import UserError
 from humptygpt.generation.sampling import generate
+from humptygpt.generation.tasks import TASKS
 from humptygpt.interchange import load as interchange
-from humptygpt.training import evaluation, run_folder
+from humptygpt.training import run_folder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 if CHROMIUM is None:
@@ -49,7 +50,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(run_folder, "draw_losses", lambda *args: None)
-        patch.setattr(evaluation, "sample_text", lambda *args: "")
+        patch.setitem(TASKS, "language modelling", WITHOUT_SAMPLE)
         Path("tiny.txt").write_text(make_text())
         Path("pairs.tsv").write_text(
             "".join(f"{source}\t{target}\n" for source, target in make_pairs())

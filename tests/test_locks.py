@@ -14,7 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_RUN, assert_same_weights, make_text, read_rows, started_processes
+from conftest import (
+    TINY_RUN,
+    WITHOUT_SAMPLE,
+    assert_same_weights,
+    make_text,
+    read_rows,
+    started_processes,
+)
 from test_prepare_data import unreachable
 
 import compare
@@ -28,7 +35,8 @@ from humptygpt.core.errors import UserError
 from humptygpt.core.locks import InUse, Lock
 from humptygpt.data import sources as known_texts
 from humptygpt.data import token_files
-from humptygpt.training import evaluation, run_folder
+from humptygpt.generation.tasks import TASKS
+from humptygpt.training import run_folder
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/run")
@@ -235,7 +243,8 @@ EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "fcntl.flock
 def start(main, argv: list[str], number: int, call: int, signal) -> None:
     """Run a script's main; at the call-th thing that it does to a file, and at its end, it sends to signal."""
     torch.set_num_threads(1)
-    run_folder.draw_losses, evaluation.sample_text = lambda *args: None, lambda *args: ""
+    run_folder.draw_losses = lambda *args: None
+    TASKS["language modelling"] = WITHOUT_SAMPLE
     for name in ("stdout", "stderr"):
         sys.stdout.flush()
         os.dup2(

@@ -29,7 +29,6 @@ TORCHLESS = [
     "data.documents data.corpus data.encoding data.pairs data.parts data.token_files data.sources",
 ]
 YET_TO_GO = {
-    ("checkpoint/checkpoint.py", "training"),
     ("checkpoint/sharded.py", "parallel"),
 }
 

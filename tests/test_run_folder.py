@@ -177,7 +177,7 @@ def test_wandb_that_is_not_installed_is_named(tiny, fails, monkeypatch):
         sys.modules, "wandb", types.ModuleType("wandb")
     )  # as a folder of that name is imported
     line = fails(train.main, *TINY_RUN, "--wandb_log=True")
-    assert "wandb_log=True, needs the package wandb: pip install wandb" in line
+    assert "log=wandb needs the package wandb: pip install wandb" in line
     assert fails(train.main, *TINY_RUN, "--log=wandb") == line
 
 

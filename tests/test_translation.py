@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ import train
 from humptygpt.core.errors import UserError
 from humptygpt.data.batches import PairDataset
 from humptygpt.data.token_files import checksums
+from humptygpt.generation import tasks
 from humptygpt.generation.beams import Translation
+from humptygpt.generation.tasks import TASKS
 from humptygpt.training import evaluation
 from humptygpt.training.optimizers import Optimizer
 from humptygpt.training.settings import read_settings
@@ -338,11 +341,11 @@ def test_evaluations_show_translations_and_the_end_has_the_bleu_of_the_best_chec
 
 
 def test_the_weights_that_are_scored_are_those_of_the_best_checkpoint(pairs, monkeypatch):
-    losses, scored, score = iter([1.0, 2.0]), [], evaluation.score_translations
+    losses, scored, translation = iter([1.0, 2.0]), [], TASKS["translation"]
     monkeypatch.setattr(evaluation, "evaluate", lambda *args, **settings: next(losses))
     weights = lambda model: model.state_dict()["lm_head.weight"].clone()  # noqa: E731
-    keep = lambda *args: (scored.append(weights(args[0])), score(*args))[1]  # noqa: E731
-    monkeypatch.setattr(evaluation, "score_translations", keep)
+    keep = lambda *args: (scored.append(weights(args[0])), translation.score(*args))[1]  # noqa: E731
+    monkeypatch.setitem(TASKS, "translation", replace(translation, score=keep))
     assert train.main(TINY) == 0
     best, latest = (
         torch.load(f"out/run/{name}.pt")["model"]["lm_head.weight"] for name in ("best", "ckpt")
@@ -353,13 +356,13 @@ def test_the_weights_that_are_scored_are_those_of_the_best_checkpoint(pairs, mon
 def test_it_translates_without_dropout_and_never_chooses_ids_that_only_pad_the_vocabulary(
     pairs, monkeypatch
 ):
-    calls, translate = [], evaluation.translate
+    calls, translate = [], tasks.translate
 
     def watched(model, sources, eot, tokenizer_vocab_size, num_beams=1):
         calls.append((model.training, num_beams, tokenizer_vocab_size))
         return translate(model, sources, eot, tokenizer_vocab_size, num_beams=num_beams)
 
-    monkeypatch.setattr(evaluation, "translate", watched)
+    monkeypatch.setattr(tasks, "translate", watched)
     assert train.main([*TINY, "--dropout=0.1", "--vocab_size=300"]) == 0
     assert calls == [(False, 1, 257), (False, 1, 257), (False, 4, 257)]  # shown twice, then scored
 

@@ -22,12 +22,6 @@ from humptygpt.core.files import remove, write_whole
 from humptygpt.core.schema import check_schema
 from humptygpt.core.settings import REMOVED, nearest_path
 from humptygpt.tokenizer import tokenizers
-from humptygpt.training.optimizers import (
-    STATE,
-    freeze,
-    group_parameters,
-    update_rules,
-)
 
 SHARDED = ".metadata"  # the file that makes a folder a sharded checkpoint
 FORMAT = "gpt checkpoint 3"  # a change of the schema gets a new number
@@ -259,6 +253,11 @@ def storage_sizes(found: object) -> list[int]:
     return sorted(size for size in storages.values() if size)
 
 
+def lacks_tensors(saved: dict) -> bool:
+    """Return whether the tensors of a sharded checkpoint were not read, as load(with_tensors=False) leaves them."""
+    return next(iter(saved["model"].values())).is_meta
+
+
 def damaged(path: Path, error: Exception) -> UserError:
     """One line, whatever the error says: it may quote the file."""
     reason = "".join(char if char.isprintable() else " " for char in str(error))
@@ -290,11 +289,6 @@ def check_content(saved: dict, device: str) -> None:
         same = weights[name] is weights[first.setdefault(p, name)]
         if not same and not torch.equal(weights[name], weights[first[p]]):
             raise ValueError(f"model.{name} must equal model.{first[p]}, to which it is tied")
-    if "optimizer" in saved:
-        freeze(model, saved["train_config"].get("freeze"))
-        check_optimizer(
-            saved["optimizer"], model, saved["train_config"].get("optimizer", "adamw"), device
-        )
     progress = saved["progress"]
     if unknown := progress.keys() - PROGRESS.keys():
         raise ValueError(f"progress.{min(unknown)} is unknown")
@@ -303,20 +297,6 @@ def check_content(saved: dict, device: str) -> None:
     )
     if not (0 <= seconds < 1e9 and best >= 0):
         raise ValueError(f"progress has seconds={seconds} and best_val_loss={best}")
-
-
-def check_optimizer(optimizer: dict, model: nn.Module, name: str, device: str) -> None:
-    """Raise ValueError unless there is the state of every parameter; name: a key of OPTIMIZERS."""
-    expected, rules = {}, update_rules(name)
-    for group, members in group_parameters(model).items():
-        for parameter, p in members.items():
-            expected[parameter] = {key: like(p) for key, like in STATE[rules[group]].items()}
-    if missing := expected.keys() - optimizer["state"].keys() if optimizer["steps"] else ():
-        raise ValueError(f"optimizer.{min(missing)} is missing")
-    for parameter, state in optimizer["state"].items():
-        if parameter not in expected:
-            raise ValueError(f"optimizer.{parameter} is unknown")
-        check_tensors(f"optimizer.{parameter}", state, expected[parameter], device)
 
 
 def build_on_meta(config: models.ModelConfig) -> nn.Module:

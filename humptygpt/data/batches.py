@@ -22,9 +22,17 @@ class Dataset:
 
     task: str
 
-    def __init__(self, folder: Path, block_size: int, seed: int, meta: dict | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        block_size: int,
+        seed: int,
+        with_encoder: bool = False,
+        meta: dict | None = None,
+    ):
         """meta: None reads it."""
         self.folder, self.block_size, self.seed = folder, block_size, seed
+        self.with_encoder = with_encoder
         self.meta = meta or read_meta(folder)
         if self.meta["task"] != self.task:
             raise UserError(f"{folder} is for {self.meta['task']}, not for {self.task}")
@@ -79,8 +87,15 @@ class TokenDataset(Dataset):
 
     task = "language modelling"
 
-    def __init__(self, folder: Path, block_size: int, seed: int, meta: dict | None = None):
-        super().__init__(folder, block_size, seed, meta)
+    def __init__(
+        self,
+        folder: Path,
+        block_size: int,
+        seed: int,
+        with_encoder: bool = False,
+        meta: dict | None = None,
+    ):
+        super().__init__(folder, block_size, seed, with_encoder, meta)
         for split, least in (("train", block_size + 1), ("val", 2)):
             if len(self.splits[split]) < least:
                 raise UserError(
@@ -175,8 +190,7 @@ class PairDataset(Dataset):
     def __init__(
         self, folder: Path, block_size: int, seed: int, with_encoder: bool, meta: dict | None = None
     ):
-        super().__init__(folder, block_size, seed, meta)
-        self.with_encoder = with_encoder
+        super().__init__(folder, block_size, seed, with_encoder, meta)
         self.pairs = {split: self.find_pairs(split) for split in self.splits}
         longest = max(int(self.lengths(pairs).max()) for pairs in self.pairs.values())
         if longest > block_size:

@@ -15,10 +15,12 @@ from torch import nn
 import model as models
 from humptygpt.core.errors import UserError
 from humptygpt.data.batches import Dataset, PairDataset, TokenDataset
+from humptygpt.data.token_files import read_meta
 from humptygpt.generation.beams import NUM_BEAMS, score, translate
 from humptygpt.generation.sampling import generate
 
 SAMPLE_TOKENS = 300  # of the text at the end of a run
+Show = Callable[[nn.Module, Dataset], str]
 
 
 class Score(NamedTuple):
@@ -30,36 +32,16 @@ class Score(NamedTuple):
 class Task:
     """What differs from task to task. Each model is on its device and in evaluation mode, within autocast."""
 
-    open_dataset: Callable[
-        [Path, models.ModelConfig, int, dict], Dataset
-    ]  # folder, model, seed, meta
+    dataset: type[Dataset]
+    package: str | None  # that the score needs
     batches_vary: bool  # in their shapes
-    evaluation_examples: Callable[[nn.Module, Dataset], str]  # shown after each evaluation
-    final_examples: Callable[[nn.Module, Dataset], str]  # shown at the end of a run
-    score: Callable[[nn.Module, Dataset], Score]  # of the end of a run, and of eval_only
-    sample_command: str  # what to do next, {} being the arguments that name the run
+    evaluation_examples: Show | None  # after each evaluation
+    final_examples: Show | None  # at the end of a run
+    score: Callable[[nn.Module, Dataset], Score] | None  # at the end of a run, and of eval_only
+    sample_label: str  # of what to do next
+    sample_command: str  # {} is the argument that names the run
     card_prompt: str  # in a model card's example
     card_note: str  # in a model card
-
-
-def open_texts(folder: Path, config: models.ModelConfig, seed: int, meta: dict) -> TokenDataset:
-    return TokenDataset(folder, config.block_size, seed, meta)
-
-
-def open_pairs(folder: Path, config: models.ModelConfig, seed: int, meta: dict) -> PairDataset:
-    """Raises UserError where sacrebleu is missing: now, and not when all is trained."""
-    if not importlib.util.find_spec("sacrebleu"):
-        raise UserError("translations are scored with the package sacrebleu: pip install sacrebleu")
-    with_encoder = models.MODELS[config.model].has_encoder
-    return PairDataset(folder, config.block_size, seed, with_encoder, meta)
-
-
-def no_examples(model: nn.Module, dataset: Dataset) -> str:
-    return ""
-
-
-def no_score(model: nn.Module, dataset: Dataset) -> Score:
-    return Score("", {})
 
 
 def sample_text(model: nn.Module, dataset: TokenDataset) -> str:
@@ -103,23 +85,43 @@ def score_translations(model: nn.Module, dataset: PairDataset) -> Score:
 
 TASKS = {
     "language modelling": Task(
-        open_dataset=open_texts,
+        dataset=TokenDataset,
+        package=None,
         batches_vary=False,
-        evaluation_examples=no_examples,
+        evaluation_examples=None,
         final_examples=sample_text,
-        score=no_score,
-        sample_command="more of this: python sample.py {}",
+        score=None,
+        sample_label="more of this",
+        sample_command="python sample.py {}",
         card_prompt="",
         card_note="",
     ),
     "translation": Task(
-        open_dataset=open_pairs,
+        dataset=PairDataset,
+        package="sacrebleu",
         batches_vary=True,
         evaluation_examples=translate_examples,
-        final_examples=no_examples,
+        final_examples=None,
         score=score_translations,
-        sample_command='translate: python sample.py {} --start="..."',
+        sample_label="translate",
+        sample_command='python sample.py {} --start="..."',
         card_prompt="Ein Mann schläft.",
         card_note="It translates: after a sentence and the end-of-text token, it writes the translation.",
     ),
 }
+
+
+def open_dataset(folder: Path, config: models.ModelConfig, seed: int) -> Dataset:
+    """Open a prepared folder for a model. Raises UserError where it, or this machine, is not made for the task."""
+    meta = read_meta(folder)
+    task = TASKS[meta["task"]]
+    model = models.MODELS[config.model]
+    if meta["task"] not in model.tasks:
+        raise UserError(
+            f"dataset={folder.name} is for {meta['task']}, but model={config.model} for {' and '.join(model.tasks)}"
+        )
+    if task.package and not importlib.util.find_spec(task.package):  # now, not when all is trained
+        raise UserError(
+            f"{meta['task']} is scored with the package {task.package}: pip install {task.package}"
+        )
+    return task.dataset(folder, config.block_size, seed, model.has_encoder, meta)

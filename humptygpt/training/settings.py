@@ -1,11 +1,13 @@
 """The settings of a training: from a command, and from the run that it resumes or the model that it starts from."""
 
 import dataclasses
+import math
 import os
 import shlex
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from humptygpt.checkpoint import checkpoint
 from humptygpt.core import settings as configurator
@@ -17,10 +19,17 @@ from humptygpt.nn import lora
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import note
 from humptygpt.training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate_at
-from humptygpt.training.run_folder import chosen_loggers, import_loggers, lock_out_dir
+from humptygpt.training.run_folder import chosen_loggers, import_logger, lock_out_dir
 from model import ModelConfig
 
 TRAINING_ONLY = ("dropout", "label_smoothing")  # keys of ModelConfig that change no weight
+# what the weights and the order of the data mean
+FIXED = ("seed", "batch_size", "gradient_accumulation_steps", "optimizer", "freeze")
+MAY_DIFFER = {
+    "init_from",
+    "out_dir",
+    "warmup_iters",
+}  # in an interrupted run; warmup is fitted to a short one
 MUON = {"only_with": {"optimizer": ("muon", "normuon")}}
 DECAY = {"only_with": {"decay_lr": True}}
 DECAY_RATE = {"at_least": 0, "below": 1}
@@ -128,7 +137,7 @@ class TrainConfig:
             )
 
     def lr(self, it: int) -> float:
-        """The learning rate of step it, the first being 0."""
+        """Return the learning rate of step it, the first being 0."""
         if not self.decay_lr:
             return self.learning_rate
         return learning_rate_at(
@@ -140,59 +149,135 @@ class TrainConfig:
             min_lr=self.learning_rate / 10 if self.min_lr is None else self.min_lr,
         )
 
+    def rows(self, processes: int) -> int:
+        """Return the most sequences that a process has at once: several share a micro-batch where these are too few."""
+        return math.ceil(self.batch_size / max(1, processes // self.gradient_accumulation_steps))
 
-def read_settings(
-    argv: list[str], locks: ExitStack | None = None
-) -> tuple[TrainConfig, ModelConfig, dict | None, Loaded | None]:
-    """The configs, and the checkpoint to resume or the model to start from, if that is asked for.
 
-    locks: takes the lock of the out_dir, before the checkpoint is read, unless the run writes nothing.
+class Start(NamedTuple):
+    """What a command asks for."""
+
+    config: TrainConfig
+    model_config: ModelConfig
+    saved: dict | None = None  # the checkpoint to resume
+    base: Loaded | None = None  # the model to start from
+
+
+def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
+    """Read a command, and what it resumes or starts from.
+
+    locks: takes the lock of the out_dir, before its checkpoint is read, unless the run writes nothing.
     """
     rank, processes = distributed.launched()
     given = configurator.read(argv, ModelConfig, TrainConfig)
-    if (
+    writes = not (
         rank or given.get("eval_only") or given.get("dry_run")
-    ):  # of several processes, the first has it
-        locks = None
-    saved, base, out_dir = None, None, Path(given.get("out_dir", TrainConfig.out_dir))
+    )  # of several, the first has the lock
+    locks = locks if writes else None
+    out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
+    path = out_dir / "ckpt.pt"
     if os.path.isfile(out_dir):  # probably a checkpoint in the folder that is meant
         raise UserError(
             f"out_dir={out_dir} is a file; write {shlex.quote(f'--out_dir={out_dir.parent}')}"
         )
-    if distributed.restarted() and is_checkpoint_of(given, out_dir / "ckpt.pt"):
-        note(f"torchrun has started this run again; it resumes {out_dir}/ckpt.pt")
-        given = given | {"init_from": "resume"}
-    settings = given
-    if given.get("init_from") == "resume":
-        path = out_dir / "ckpt.pt"
+    init_from = given.get("init_from", "scratch")
+    if distributed.restarted() and is_same_run(given, path):
+        note(f"torchrun has started this run again; it resumes {path}")
+        init_from = "resume"
+    saved, base, settings = None, None, given
+    if init_from == "resume":
         if locks:
             locks.enter_context(lock_out_dir(out_dir))
         saved = checkpoint.load(path, with_tensors=False)
-        if given.get("vocab_size", 0) is None:  # what the checkpoint has
-            del given["vocab_size"]
-        check_resumable(saved, given, path)
-        settings = (
-            saved["train_config"] | saved["model_config"] | {"backend": TrainConfig.backend} | given
-        )
-        settings |= {
-            "out_dir": str(path.parent),
-            "init_from": saved["train_config"].get("init_from", "resume"),
-        }
-    elif given.get("init_from", "scratch") != "scratch":
-        base = load(given["init_from"])
+        settings = resumed_settings(saved, given, path)
+    elif init_from != "scratch":
+        base = load(init_from)
         settings = given | base_settings(base, given)
-    config, model_config = (
-        configurator.make(TrainConfig, settings),
-        configurator.make(ModelConfig, settings),
-    )
+    config = configurator.make(TrainConfig, settings)
+    model_config = configurator.make(ModelConfig, settings)
     if locks and not saved:
-        locks.enter_context(lock_out_dir(Path(config.out_dir)))
-    if saved and (processes == 1 or config.parallel == "ddp"):
-        saved = with_tensors(saved, path)
+        locks.enter_context(lock_out_dir(out_dir))
+    if saved and checkpoint.lacks_tensors(saved) and (processes == 1 or config.parallel == "ddp"):
+        saved = checkpoint.load(path)
+    for name in chosen_loggers(asdict(config)):  # now, not after a long preparation
+        import_logger(name)
+    note_without_effect(given, config, model_config, processes)
+    config = fit_warmup(config, chosen="warmup_iters" in given or saved is not None)
+    return Start(config, model_config, saved, base)
 
-    import_loggers(
-        asdict(config)
-    )  # refused now if one is missing, and not after a long preparation
+
+def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
+    """Return the settings of a run that goes on. Raises UserError for a key that cannot change.
+
+    Length, rates, evaluation and the like may; what the weights and the data order mean may not. Nor may the data: they
+    are checked by what is in them, wherever they are now.
+    """
+    if "optimizer" not in saved:
+        raise UserError(
+            f"{path} holds a model but not the state of its training; is it a copy of best.pt?"
+        )
+    train_config, model_config = saved_configs(saved, path)
+    if given.get("vocab_size", 0) is None:  # what the checkpoint has
+        given = {key: value for key, value in given.items() if key != "vocab_size"}
+    fixed = {key: value for key, value in model_config.items() if key not in TRAINING_ONLY}
+    fixed |= {key: train_config[key] for key in FIXED}
+    for key in given.keys() & fixed.keys():
+        if given[key] != fixed[key]:
+            raise UserError(
+                f"{key}={given[key]} cannot change on resume: the checkpoint has {key}={fixed[key]};"
+                " leave it out, or train a new model with --init_from=scratch and another --out_dir"
+            )
+    own = {"out_dir": str(path.parent), "init_from": train_config["init_from"]}
+    return train_config | model_config | {"backend": TrainConfig.backend} | given | own
+
+
+def saved_configs(saved: dict, path: Path) -> tuple[dict, dict]:
+    """Return all keys of both configs of a checkpoint. Raises UserError where they are not as they should be."""
+    try:
+        train_config = configurator.restore(TrainConfig, saved["train_config"])
+        model_config = configurator.restore(ModelConfig, saved["model_config"])
+    except UserError as error:
+        raise checkpoint.damaged(path, error) from error
+    return asdict(train_config), asdict(model_config)
+
+
+def is_same_run(given: dict, path: Path) -> bool:
+    """Return whether path is a checkpoint of a run with just these settings: an interrupted run continues it."""
+    try:
+        saved = checkpoint.load(path, with_tensors=False)
+    except UserError:
+        return False
+    settings = asdict(configurator.make(TrainConfig, given))
+    settings |= asdict(configurator.make(ModelConfig, given))
+    had = saved["train_config"] | saved["model_config"]
+    differ = {key for key, value in settings.items() if value != had.get(key)} - MAY_DIFFER
+    if settings["vocab_size"] is None:  # the data's
+        differ -= {"vocab_size"}
+    return "optimizer" in saved and not differ
+
+
+def base_settings(base: Loaded, given: dict) -> dict[str, object]:
+    """Return the ModelConfig of a run that starts from a model: the model's own, but for what a run may choose."""
+    own = asdict(base.model.config)
+    free = {key: given.get(key, getattr(ModelConfig, key)) for key in (*TRAINING_ONLY, *lora.OFF)}
+    block_size = given.get("block_size", own["block_size"])
+    idle = [key for key in own if key in given and key not in free and key != "block_size"]
+    idle = [key for key in idle if given[key] not in (own[key], None)]
+    if idle:
+        asked, has = (", ".join(f"{key}={of[key]}" for key in idle) for of in (given, own))
+        note(f"{asked}: without effect; the model {base.path} has {has}")
+    if block_size > own["block_size"] and own["position"] == "learned":
+        raise UserError(
+            f"block_size={block_size} is too large: the model {base.path} has learned"
+            f" {own['block_size']} positions; take at most as many"
+        )
+    return own | free | {"block_size": block_size}
+
+
+def note_without_effect(
+    given: dict, config: TrainConfig, model_config: ModelConfig, processes: int
+) -> None:
+    """Report the keys that the user set in vain."""
     if processes == 1:
         for key in given.keys() & {"parallel", "backend"}:
             note(f"{key}={given[key]} has no effect on one process; torchrun starts several")
@@ -200,102 +285,18 @@ def read_settings(
     for key, why in without_effect(settings, ModelConfig, TrainConfig).items():
         if key in given:
             note(f"{key}={settings[key]} has no effect {why}")
-    return (
-        fit_warmup(config, chosen="warmup_iters" in given or saved is not None),
-        model_config,
-        saved,
-        base,
-    )
-
-
-def with_tensors(saved: dict, path: Path) -> dict:
-    """The checkpoint with its tensors, which of a sharded one were not read yet."""
-    return checkpoint.load(path) if next(iter(saved["model"].values())).is_meta else saved
-
-
-def base_settings(base: Loaded, given: dict) -> dict[str, object]:
-    """The ModelConfig of a run that starts from a model: the model's own, but for what a run may choose."""
-    own, defaults = asdict(base.model.config), asdict(ModelConfig())
-    free = (*TRAINING_ONLY, *lora.OFF, "block_size")
-    if idle := [
-        key
-        for key in own
-        if key in given and key not in free and given[key] not in (own[key], None)
-    ]:
-        listed = [", ".join(f"{key}={values[key]}" for key in idle) for values in (given, own)]
-        note(f"{listed[0]}: without effect; the model {base.path} has {listed[1]}")
-    chosen = {key: given.get(key, defaults[key]) for key in (*TRAINING_ONLY, *lora.OFF)}
-    positions = base.model.config.block_size
-    block_size = given.get("block_size", positions)
-    if block_size > positions and base.model.config.position == "learned":
-        why = f"the model {base.path} has learned {positions} positions; take at most as many"
-        raise UserError(f"block_size={block_size} is too large: {why}")
-    return own | chosen | {"block_size": block_size}
-
-
-def is_checkpoint_of(given: dict, path: Path) -> bool:
-    """Whether there is a checkpoint of a run with just these settings: an interrupted run continues it.
-
-    Should it be of an earlier run, that was the same run.
-    """
-    try:
-        saved = checkpoint.load(path, with_tensors=False)
-    except UserError:
-        return False
-    settings = asdict(configurator.make(TrainConfig, given)) | asdict(
-        configurator.make(ModelConfig, given)
-    )
-    had = saved["train_config"] | saved["model_config"]
-    may_differ = ("init_from", "out_dir", "warmup_iters")  # the warmup is fitted to a short run
-    differ = {
-        key for key, value in settings.items() if value != had.get(key) and key not in may_differ
-    }
-    if settings["vocab_size"] is None:  # the data's
-        differ -= {"vocab_size"}
-    return "optimizer" in saved and not differ
 
 
 def fit_warmup(config: TrainConfig, chosen: bool) -> TrainConfig:
-    """The config with a warmup that leaves most steps of a short run to the decay, unless the user has chosen it."""
+    """Return the config with a warmup that leaves most steps of a short run to the decay, unless the user chose it."""
     steps = config.lr_decay_iters or config.max_iters
-    if not config.decay_lr or config.warmup_iters < steps:
+    warmup = config.warmup_iters
+    if not config.decay_lr or warmup < steps:
         return config
     if chosen:
-        note(
-            f"the learning rate never decays: warmup_iters={config.warmup_iters} lasts all {steps:,} steps"
-        )
+        note(f"the learning rate never decays: warmup_iters={warmup} lasts all {steps:,} steps")
         return config
     note(
-        f"warmup_iters={config.warmup_iters} would last all {steps:,} steps; warmup_iters={steps // 10} is taken"
+        f"warmup_iters={warmup} would last all {steps:,} steps; warmup_iters={steps // 10} is taken"
     )
     return dataclasses.replace(config, warmup_iters=steps // 10)
-
-
-def check_resumable(saved: dict, given: dict, path: Path) -> None:
-    """Length, rates, evaluation and the like may change on resume; what the weights and the data order mean may not.
-
-    Nor may the data: that is checked by what is in it, wherever it is now.
-    """
-    if "optimizer" not in saved:
-        raise UserError(
-            f"{path} holds a model but not the state of its training; is it a copy of best.pt?"
-        )
-    try:
-        train_config = asdict(configurator.restore(TrainConfig, saved["train_config"]))
-        model_config = asdict(configurator.restore(ModelConfig, saved["model_config"]))
-    except UserError as error:
-        raise checkpoint.damaged(path, error) from error
-    fixed = {key: value for key, value in model_config.items() if key not in TRAINING_ONLY}
-    training_keys = (
-        "seed",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "optimizer",
-    )
-    fixed |= {key: train_config[key] for key in training_keys}
-    for key, value in given.items():
-        if key in fixed and value != fixed[key]:
-            raise UserError(
-                f"{key}={value} cannot change on resume: the checkpoint has {key}={fixed[key]};"
-                " leave it out, or train a new model with --init_from=scratch and another --out_dir"
-            )

@@ -1,0 +1,132 @@
+"""What a run takes over from a checkpoint that it resumes, or from a model that it starts from, and what has to fit."""
+
+import dataclasses
+import shlex
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import model as models
+from humptygpt.checkpoint import checkpoint
+from humptygpt.core.device import autocast, to_device
+from humptygpt.core.errors import UserError
+from humptygpt.core.settings import as_written_here
+from humptygpt.data.batches import Dataset
+from humptygpt.data.token_files import is_command
+from humptygpt.generation.tasks import open_dataset
+from humptygpt.interchange.load import Loaded
+from humptygpt.nn import lora
+from humptygpt.training.optimizers import check_state, local, state_bytes, trained_parameters
+from model import ModelConfig
+
+PREPARED_WITH = ("--tokenizer=", "--vocab_size=", "--model_type=")
+
+# --------------------------------------------------------------------------------------
+# A run that is resumed
+
+
+def check_same_data(saved: dict, dataset: Dataset, model_config: ModelConfig, out_dir: str) -> None:
+    """Raise UserError unless these are the data that a checkpoint was trained on; it says where those are."""
+    if is_data_of(saved, dataset):
+        return
+    problem = f"{dataset.folder} is not the data that {out_dir}/ckpt.pt was trained on"
+    folder = Path("data") / saved["train_config"].get("dataset", dataset.folder.name)
+    for place in (folder, *sorted(folder.glob("previous-*"))):
+        if is_folder_of(saved, place, model_config):
+            key = shlex.quote(f"--dataset={place.relative_to('data')}")
+            raise UserError(f"{problem}; that is now in {place}: add {key}")
+    command = saved["data"].get("command", "")
+    advice = f"; to make that again: {as_written_here(command)}" if is_command(command) else ""
+    raise UserError(problem + advice)
+
+
+def is_data_of(saved: dict, dataset: Dataset) -> bool:
+    tokenizer = dataset.tokenizer.state()
+    return (saved["tokenizer"], saved["data"]["identity"]) == (tokenizer, dataset.identity())
+
+
+def is_folder_of(saved: dict, folder: Path, model_config: ModelConfig) -> bool:
+    with suppress(UserError):
+        return is_data_of(saved, open_dataset(folder, model_config, seed=0))
+    return False
+
+
+def check_optimizer(saved: dict, model: nn.Module, out_dir: str) -> None:
+    """Raise UserError where the state of a checkpoint's optimizer is not that of its model."""
+    optimizer = saved["train_config"].get("optimizer", "adamw")
+    device = "meta" if checkpoint.lacks_tensors(saved) else "cpu"
+    try:
+        check_state(saved["optimizer"], model, optimizer, device)
+    except ValueError as error:
+        raise checkpoint.damaged(checkpoint.stored(Path(out_dir) / "ckpt.pt"), error) from error
+
+
+# --------------------------------------------------------------------------------------
+# A run that starts from a model
+
+
+def check_same_tokens(base: Loaded, dataset: Dataset) -> None:
+    """Raise UserError where the data has other tokens than the model knows; it says how to prepare them."""
+    tokenizer = base.tokenizer
+    if dataset.tokenizer.pieces == tokenizer.pieces:
+        return
+    command = dataset.meta.get("command", f"python prepare_data.py {dataset.folder.name}")
+    words = [word for word in shlex.split(command) if not word.startswith(PREPARED_WITH)]
+    source = tokenizer.name if tokenizer.name == "gpt2" else base.path
+    prepare = as_written_here(shlex.join([*words, f"--tokenizer={source}"]))
+    raise UserError(
+        f"{dataset.folder} has tokens ({dataset.tokenizer.name}) that are not those of the model {base.path}"
+        f" ({tokenizer.name}); prepare it with the model's: {prepare}"
+    )
+
+
+def adapt_model(base: Loaded, model_config: ModelConfig, seed: int) -> nn.Module:
+    """Return the model to start from, on the CPU, with this config: fewer positions, other dropout, LoRA."""
+    weights = dict(base.model.state_dict())
+    for name, x in weights.items():
+        if name.endswith("position.wpe.weight"):  # as nanoGPT: the first positions
+            weights[name] = x[: model_config.block_size].clone()
+    model = checkpoint.restore_model(weights, dataclasses.replace(model_config, lora_rank=0))
+    model.config = model_config
+    torch.manual_seed(seed)
+    return lora.add(model) if model_config.lora_rank else model
+
+
+def cost_report(run) -> str:
+    """Return what fine-tuning takes, by a trial of the first micro-batch. Nothing of that remains. run: a train.Run."""
+    model = run.model
+    config = run.config
+    weights = {}
+    for p in model.parameters():
+        storage = local(p).untyped_storage()
+        weights[storage.data_ptr()] = storage.nbytes()
+    kept = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    batch = to_device(run.dataset.batch(0, config.batch_size), run.device)
+    started = time.perf_counter()
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+    with autocast(run.device, run.dtype), hooks:
+        _, loss = model(**batch)
+    loss.backward()
+    loss.detach().item()  # waits for a GPU
+    seconds = (time.perf_counter() - started) * config.gradient_accumulation_steps
+    model.zero_grad()
+    trained = sum(p.numel() for p in trained_parameters(model).values())
+    update = 4 * trained + state_bytes(config.optimizer, model)
+    if run.processes.sharded:
+        update /= run.processes.size
+    activations = sum(size for pointer, size in kept.items() if pointer not in weights)
+    sizes = (sum(weights.values()) / 1e9, update / 1e9, activations / 1e9)
+    return (
+        f"training: {trained:,} parameters, {trained / models.count_parameters(model):.1%}\n"
+        f"memory: {sum(sizes):.2f} GB: weights {sizes[0]:.2f}, gradients and optimizer state {sizes[1]:.2f},"
+        f" activations {sizes[2]:.2f}\n"
+        f"time: about {seconds:.2g} s a step, {seconds * config.max_iters:.2g} s in all"
+    )
