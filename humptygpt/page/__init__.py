@@ -1,4 +1,5 @@
 """A run to what its page computes with.
 
-In: a run. Out: one HTML page. It imports interchange and what is below it.
+In: a run's folder. Out: plain data for explain.py to put into one HTML file: settings, weights, tokenizer, metrics.
+It may import core, nn, tokenizer, model, data, checkpoint and interchange.
 """
