@@ -21,32 +21,29 @@ PEAK_FLOPS = {
     "A100": 312e12,
     "L40S": 362e12,
     "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "4090": 165e12,
+    "3090": 71e12,
 }
-PEAK_FLOPS |= {"V100": 125e12, "T4": 65e12, "4090": 165e12, "3090": 71e12}
 
 
 def pick_device(name: str) -> torch.device:
     """auto: CUDA, else Apple's GPU, else the CPU. Raises UserError for a device that is not there."""
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
+    counts = {
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
     }
+    usable = [kind for kind, count in counts.items() if count]
     if name == "auto":
-        return torch.device(next(kind for kind, usable in there.items() if usable))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    missing = device is None or not there.get(device.type)
-    if not missing and device.type == "cuda" and device.index is not None:
-        missing = device.index >= torch.cuda.device_count()
-    if missing:
-        usable = ", ".join(kind for kind, usable in there.items() if usable)
+        return torch.device(usable[0])
+    kind, _, index = name.partition(":")
+    if kind not in usable or index not in ("", *map(str, range(counts[kind]))):
         raise UserError(
-            f"device={name} is not available; this machine and this torch have: {usable}; auto picks one"
+            f"device={name} is not available; this machine and this torch have: {', '.join(usable)}; auto picks one"
         )
-    return device
+    return torch.device(name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -63,21 +60,19 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def sample_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The same for generation: token by token, a CPU waits for memory, not for matrix products."""
-    return pick_dtype("float32" if (name, device.type) == ("auto", "cpu") else name, device)
+    """As pick_dtype(), for generation: token by token, a CPU waits for memory, not for matrix products."""
+    if name == "auto" and device.type == "cpu":
+        return torch.float32
+    return pick_dtype(name, device)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the hardware has bfloat16 matrix products. Where it has none, bfloat16 is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and (cpu_has("avx512_bf16") or cpu_has("amx_bf16"))
-
-
-def cpu_has(instructions: str) -> bool:
-    if not hasattr(torch.cpu, "get_capabilities"):  # an older torch
-        return False
-    return bool(torch.cpu.get_capabilities().get(instructions))
+    capabilities = torch.cpu.get_capabilities()
+    has_products = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return device.type == "cpu" and bool(has_products)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
@@ -86,9 +81,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    if (
-        device.type == "cuda"
-    ):  # from pinned memory, which must be contiguous, the copy overlaps with the GPU's work
+    if device.type == "cuda":
+        # from pinned memory, which must be contiguous, the copy overlaps with the GPU's work
         return {
             name: value.contiguous().pin_memory().to(device, non_blocking=True)
             for name, value in batch.items()
@@ -135,5 +129,5 @@ def set_malloc(mmap_threshold: int, trim_threshold: int) -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    for setting, value in ((-3, mmap_threshold), (-1, trim_threshold)):  # as malloc.h numbers them
-        mallopt(setting, value)
+    mallopt(-3, mmap_threshold)  # as malloc.h numbers them
+    mallopt(-1, trim_threshold)
