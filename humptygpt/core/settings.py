@@ -320,13 +320,18 @@ def other_argument(path: str, fields: Fields) -> str:
         resume = "" if fields["init_from"].default == "resume" else "--init_from=resume "
         folder = Path(path).parent if os.path.isfile(path) else path
         return f"; for the run in it write {resume}{shlex.quote(f'--out_dir={folder}')}"
-    ours = {file.stem: os.path.relpath(file) for file in sorted(CONFIGS.rglob("*.py"))}
+    ours = our_configs()
     near = nearest_path(path, ".py")
     if not near and (name := nearest(Path(path).stem, ours)):
         near = f"; did you mean {shlex.quote(ours[name])}?"
     if not near and "start" in fields and " " in path:
         near = f"; for a prompt write {shlex.quote(f'--start={path}')}"
     return near
+
+
+def our_configs() -> dict[str, str]:
+    """Return {name: path} of the config files of this project."""
+    return {file.stem: os.path.relpath(file) for file in sorted(CONFIGS.rglob("*.py"))}
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
