@@ -351,6 +351,10 @@ def test_an_adapter_that_is_damaged_or_more_than_lora_is_refused_in_one_line(
     peft_adapter("gpt2", target_modules=["c_attn"], fan_in_fan_out=True)
     damage()
     assert complaint in fails(sample.main, "--init_from=adapter")
+    if "adapter, too" in complaint:
+        Path("text.txt").write_text(make_text(3000))
+        argv = ["--input=text.txt", "--name=x", "--tokenizer=adapter"]
+        assert complaint in fails(prepare_data.main, *argv)
 
 
 # --------------------------------------------------------------------------------------

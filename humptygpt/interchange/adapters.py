@@ -118,11 +118,6 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def base_of(folder: Path) -> str:
-    """Return the path or name of the model that an adapter was trained beside. Raises UserError."""
-    return read_config(folder)["base_model_name_or_path"]
-
-
 def read_config(folder: Path) -> dict:
     """Read adapter_config.json. Raises UserError where it is damaged, or more than plain LoRA."""
     with reading(f"the adapter in {folder}"):

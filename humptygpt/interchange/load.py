@@ -66,13 +66,13 @@ def load(source: str | Path, which: str = "best", mapped: bool = False) -> Loade
     return loaded
 
 
-def load_tokenizer(source: str) -> Tokenizer:
+def load_tokenizer(source: str | Path) -> Tokenizer:
     """Load the tokenizer that tokenizer=source means, without the weights beside it. Raises UserError."""
     if is_tokenizer(Path(source)):
         return read_tokenizer(Path(source))
     path = find_source(source, key="tokenizer")
     if adapters.is_adapter(path):
-        return load_tokenizer(adapters.base_of(path))
+        return load_tokenizer(find_base(path))
     if is_folder(path):
         return read_tokenizer(path)
     saved = checkpoint.read(path, mapped=sys.platform == "linux")
@@ -119,6 +119,18 @@ def find_source(source: str | Path, which: str = "best", key: str = "init_from")
     raise UserError(f"{key}={source}: there is no such file or folder{near}")
 
 
+def find_base(adapter: Path) -> Path:
+    """Return where the model is that an adapter was trained beside. Raises UserError."""
+    key = "base_model_name_or_path"
+    name = adapters.read_config(adapter)[key]
+    base = find_source(name, key=f"{adapter / adapters.CONFIG}: {key}")
+    if adapters.is_adapter(base):
+        raise UserError(
+            f"the base model of the adapter {adapter} is an adapter, too: {name}; merge that one first"
+        )
+    return base
+
+
 def is_folder(path: Path) -> bool:
     """Whether it is a folder in Hugging Face's format."""
     return os.path.isdir(path) and not checkpoint.is_sharded(path)
@@ -151,17 +163,11 @@ def from_folder(path: Path, source: str | Path) -> Loaded:
 
 def from_adapter(path: Path) -> Loaded:
     """Return the model that an adapter in PEFT's format was trained beside, with its matrices merged."""
-    name = adapters.base_of(path)
-    base_path = find_source(name, key=f"{path / adapters.CONFIG}: base_model_name_or_path")
-    if adapters.is_adapter(base_path):
-        raise UserError(
-            f"the base model of the adapter {path} is an adapter, too: {name}; merge that one first"
-        )
-    base = load(base_path)
+    base = load(find_base(path))
     config = base.model.config
     weights = adapters.merge_adapter(path, config, base.model.state_dict())
     model = checkpoint.restore_model(weights, config)
-    description = f"{path}: an adapter of {base_path}"
+    description = f"{path}: an adapter of {base.path}"
     return Loaded(model, base.tokenizer, path, description, base.task)
 
 
