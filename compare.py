@@ -330,9 +330,9 @@ def compare_with_first(table: list[dict]) -> None:
             continue
         row["difference"] = row[BITS] - first[BITS]
         if min(row["seeds"], first["seeds"]) < 2:
-            row["remark"] += " (one seed)"
+            row["remark"] = f"{row['remark']} (one seed)".lstrip()
         elif max(row["lowest"], first["lowest"]) <= min(row["highest"], first["highest"]):
-            row["remark"] += " (within seeds)"
+            row["remark"] = f"{row['remark']} (within seeds)".lstrip()
 
 
 def differences(runs: list[Run], ignored: set[str]) -> dict[str, list[str]]:
@@ -345,7 +345,8 @@ def differences(runs: list[Run], ignored: set[str]) -> dict[str, list[str]]:
 # --------------------------------------------------------------------------------------
 # The table
 
-NUMBERS = {  # key of a row: heading and format of its column
+COLUMNS = {  # key of a row: heading and format of a number, which stands at the right
+    "run": ("run", ""),
     "parameters": ("parameters", ","),
     "seconds": ("seconds", ",.1f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
@@ -356,34 +357,27 @@ NUMBERS = {  # key of a row: heading and format of its column
     "lowest": ("lowest", ".3f"),
     "highest": ("highest", ".3f"),
     "difference": ("difference", "+.3f"),
+    "remark": ("", ""),
+    "state": ("state", ""),
 }
 
 
 def format_table(group: Group) -> str:
-    """A line for each row; columns without a number are left out."""
-    rows = group.table
-    columns = [align(["run", *(row["run"] for row in rows)], "<")]
-    for key, (heading, form) in NUMBERS.items():
-        values = [row[key] for row in rows]
+    """A line for each row; columns without a value are left out."""
+    columns = []
+    for key, (heading, form) in COLUMNS.items():
+        values = [row[key] for row in group.table]
         if set(values) != {None}:
-            texts = ["—" if value is None else format(value, form) for value in values]
-            columns.append(align([heading, *texts], ">"))
-    columns.append(align(["", *(row["remark"].strip() for row in rows)], "<"))
-    columns.append(
-        align(["seeds" if group.title else "state", *(row["state"] for row in rows)], "<")
-    )
+            texts = [heading, *("—" if value is None else format(value, form) for value in values)]
+            width = max(map(len, texts))
+            side = ">" if form else "<"
+            columns.append([f"{text:{side}{width}}" for text in texts])
     settings = ["settings"]
-    for i in range(len(rows)):
+    for i in range(len(group.table)):
         texts = [f"{key}={values[i]}" for key, values in group.differences.items()]
         settings.append(" ".join(texts))
     lines = ["  ".join(cells).rstrip() for cells in zip(*columns, settings, strict=True)]
     return "\n".join(["", group.title, *lines] if group.title else lines)
-
-
-def align(texts: list[str], side: str) -> list[str]:
-    """The texts padded to the length of the longest; side: "<" left, ">" right."""
-    width = max(map(len, texts))
-    return [f"{text:{side}{width}}" for text in texts]
 
 
 def table_data(groups: list[Group]) -> list[dict]:
@@ -454,8 +448,10 @@ def curve(run: Run) -> tuple[list[float], list[float]]:
     """Bytes of text read, and bits per byte, at each evaluation: unlike tokens, bytes compare across tokenizers."""
     rows = [row for row in run.rows if row.get("val_bits_per_byte")]
     bits = [row["val_bits_per_byte"] for row in rows]
-    tokens = [row["tokens"] * row["val_loss"] / math.log(2) for row in rows]
-    return [each / b for each, b in zip(tokens, bits, strict=True)], bits
+    read = [
+        row["tokens"] * row["val_loss"] / math.log(2) / row["val_bits_per_byte"] for row in rows
+    ]
+    return read, bits
 
 
 def draw_runs(figure, group: Group) -> None:

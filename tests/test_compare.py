@@ -380,7 +380,7 @@ def test_rows_are_compared_with_the_first_of_their_group_and_the_best_of_each_gr
     for i, (path, (values, _)) in enumerate(bits.items()):
         runs += make_seeds(path, *(math.log(2) * value for value in values), max_iters=199 - i)
     rows = data_of(capsys, *runs, "--group=True")
-    assert [row["remark"].strip() for row in rows] == [said[1] for _, said in bits.values()]
+    assert [row["remark"] for row in rows] == [said[1] for _, said in bits.values()]
     expected = [said[0] and pytest.approx(said[0]) for _, said in bits.values()]
     assert [row["difference"] for row in rows] == expected
     table = run(capsys, *runs, "--group=True")
