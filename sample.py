@@ -16,14 +16,13 @@ Only text goes to stdout, or with --logprobs JSON lines, all else to stderr.
 """
 
 import json
-import os
-import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from humptygpt.core import limits
 
@@ -42,13 +41,13 @@ from humptygpt.core.limits import gigabytes
 from humptygpt.core.settings import check, check_path, nearest_path, setting, without_effect
 from humptygpt.generation.beams import NUM_BEAMS, translate
 from humptygpt.generation.decoder import prepare_for_generation
-from humptygpt.generation.sampling import Context, Sampler, bytes_per_text, continue_texts
+from humptygpt.generation.sampling import Context, TextStream, bytes_per_text, continue_texts
 from humptygpt.generation.scoring import log_probabilities
-from humptygpt.generation.streams import TextStream
+from humptygpt.generation.tasks import TASKS
 from humptygpt.interchange import load as interchange
 from humptygpt.tokenizer.tokenizers import END_OF_TEXT, Tokenizer
-from humptygpt.training.memory import check_weights_fit
 
+SEPARATOR = "---------------"
 TRANSLATED_AT_ONCE = 500  # lines of a text, before the first of them is printed
 CONTINUED_AT_ONCE = 64  # texts, but all samples of one prompt
 TEXT = {"only_with": {"task": "language modelling"}}
@@ -89,6 +88,7 @@ class SampleConfig:
         None,
         "of --score: tokens that each window is further than the last; None: half of block_size",
         at_least=1,
+        not_with={"score": None},
         **TEXT,
     )
     num_samples: int = setting(
@@ -102,6 +102,7 @@ class SampleConfig:
         None,
         "JSON lines: tokens, their log-probabilities and the K likeliest; on a terminal, colours",
         at_least=0,
+        not_with={"interactive": True},
         **TEXT,
     )
 
@@ -159,28 +160,18 @@ class SampleConfig:
     def __post_init__(self):
         check(self)
         if "" in self.stop:
-            raise ValueError(
-                "stop= is empty: every text would end at once; give at least one character"
-            )
-        modes = (
-            ("start", "prompts", "score"),
-            ("interactive", "prompts", "score"),
-            ("interactive", "logprobs", "score"),
-        )
-        for keys in modes:
-            given = [key for key in keys if getattr(self, key) not in (None, False)]
+            raise ValueError("stop= is empty: every text would end at once; give some characters")
+        for keys in (("start", "prompts", "score"), ("interactive", "prompts", "score")):
+            given = [key for key in keys if getattr(self, key)]
             if len(given) > 1:
-                raise ValueError(
-                    f"{given[0]} and {given[1]} exclude each other; leave one of them out"
-                )
-        if self.stride is not None and self.score is None:
-            raise ValueError(f"stride={self.stride} is for --score=FILE alone")
+                raise ValueError(f"{given[0]} and {given[1]} exclude each other; leave one out")
         if self.quantize and self.dtype not in ("auto", "float32"):
             raise ValueError(
                 f"quantize={self.quantize} has weights in 8 bits, not in dtype={self.dtype}; leave dtype out"
             )
 
     def sampling(self) -> dict:
+        """Return the options of generation.sampling.Sampler."""
         keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
         return {key: getattr(self, key) for key in keys}
 
@@ -196,23 +187,33 @@ class Pipeline:
     autocast: AbstractContextManager  # in which the model is to be used
 
 
+def note(message: str) -> None:
+    print(f"note: {message}", file=sys.stderr)
+
+
 def main(argv: list[str]) -> None:
     given = configurator.read(argv, SampleConfig)
     config = configurator.make(SampleConfig, given)
-    options = {"device": config.device, "dtype": config.dtype, "quantize": config.quantize}
-    loaded = load(interchange.chosen_source(config, given), config.checkpoint, **options)
+    source = interchange.chosen_source(config, given)
+    loaded = load(
+        source,
+        config.checkpoint,
+        device=config.device,
+        dtype=config.dtype,
+        quantize=config.quantize,
+    )
     for key, why in without_effect(asdict(config) | {"task": loaded.task}, SampleConfig).items():
         if key in given:
-            print(f"note: {key}={given[key]} has no effect {why}", file=sys.stderr)
+            note(f"{key}={given[key]} has no effect {why}")
     if config.compile:
-        print("note: compile=True has no effect in sample.py", file=sys.stderr)
+        note("compile=True has no effect in sample.py")
     if busy := limits.load_note():
-        print(f"note: {busy}", file=sys.stderr)
+        note(busy)
     smaller = "try fewer --num_samples, --max_new_tokens or --num_beams"
     with limits.memory_advice(smaller), loaded.autocast:
         if config.interactive:
             converse(config, loaded)
-        elif loaded.task == "translation":
+        elif not TASKS[loaded.task].continues_text:
             print_translations(config, loaded)
         elif config.score:
             print_score(config, loaded)
@@ -228,71 +229,102 @@ def load(
     dtype: str = "auto",
     quantize: str | None = None,
 ) -> Pipeline:
-    """The model of a run, or of what else init_from names; the keys are those of SampleConfig. Raises UserError."""
+    """Load what init_from names, made for generation; the keys are those of SampleConfig. Raises UserError."""
     torch_device = pick_device(device)
-    torch_dtype = sample_dtype(dtype, torch_device)
-    if quantize and torch_device.type != "cpu":
+    weight_dtype = sample_dtype(dtype, torch_device)
+    on_cpu = torch_device.type == "cpu"  # there the weights are converted; a GPU has autocast
+    if quantize and not on_cpu:
         raise UserError(
             f"quantize={quantize} is for CPUs, and the device is {torch_device}; use --dtype=bfloat16"
         )
-    on_cpu = torch_device.type == "cpu"  # there the weights are converted; a GPU has autocast
+    autocast_dtype = weight_dtype
+    if on_cpu:
+        autocast_dtype = torch.float32
+    else:
+        weight_dtype = torch.float32
     # Windows would not let a run replace a file that is mapped
     loaded = interchange.load(source, which, mapped=on_cpu and sys.platform == "linux")
     print(loaded.description, file=sys.stderr)
-    model, tokenizer, task = loaded.model, loaded.tokenizer, loaded.task
-    del loaded  # it would keep the weights that are replaced
-    bits = 8 if quantize else 16 if on_cpu and torch_dtype == torch.bfloat16 else 32
-    check_weights_fit(model, str(source), torch_device, bits=bits)
-    model = prepare_for_generation(
-        model.to(torch_device), torch_dtype if on_cpu else torch.float32, quantize == "int8"
-    )
-    context = autocast(torch_device, torch.float32 if on_cpu else torch_dtype)
-    return Pipeline(model, tokenizer, task, torch_device, context)
+    model = loaded.model
+    check_weights_fit(model, source, torch_device, 1 if quantize else weight_dtype.itemsize)
+    model = prepare_for_generation(model.to(torch_device), weight_dtype, quantize == "int8")
+    in_dtype = autocast(torch_device, autocast_dtype)
+    return Pipeline(model, loaded.tokenizer, loaded.task, torch_device, in_dtype)
+
+
+def check_weights_fit(
+    model: nn.Module, source: object, device: torch.device, itemsize: int
+) -> None:
+    """Raise UserError where there is no room for the converted weights; itemsize: bytes of each."""
+    size = itemsize * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    free = free_memory(device)
+    if size > free:
+        raise UserError(
+            f"{source} takes {gigabytes(size)} of memory, and {gigabytes(free)} are free on {device};"
+            " end other programs, or on a CPU take --quantize=int8"
+        )
 
 
 # --------------------------------------------------------------------------------------
 # Text
 
 
-def complete(
-    loaded: Pipeline,
-    prompt: str,
-    max_new_tokens: int = 500,
-    *,
-    stop: tuple[str, ...] = (),
-    **sampling,
-) -> str:
-    """The prompt and its continuation, for a notebook; sampling: temperature, top_k, top_p, min_p, seed and so on."""
-    _, ids = encode_prompt(prompt, loaded.tokenizer)
-    context = Context(loaded.model, to_batch(ids, loaded), len(ids) + max_new_tokens)
-    with loaded.autocast:
-        return prompt + "".join(stream_one(loaded, context, max_new_tokens, stop, **sampling))
+class Piece(NamedTuple):
+    """What a new token of a text lets appear; token and logits are None for what was held back at its end."""
+
+    row: int  # of this text
+    text: str
+    token: int | None = None
+    logits: torch.Tensor | None = None  # (V,), those that the token was drawn from
 
 
-def stream_one(
-    loaded: Pipeline, context: Context, n: int, stop: tuple[str, ...], sample: int = 0, **sampling
-) -> Iterator[str]:
-    """What follows a single text, n tokens at most, as it becomes readable; sample: the number of the sample."""
-    tokenizer, stream, stopped = loaded.tokenizer, TextStream(loaded.tokenizer, stop), set()
-    sampler = Sampler([sample], n, **sampling)
+def stream_texts(
+    loaded: Pipeline, context: Context, samples: list[int], config: SampleConfig
+) -> Iterator[Piece]:
+    """Continue the texts of the context; samples: the number of each, which chooses its random numbers."""
+    tokenizer = loaded.tokenizer
+    streams = [TextStream(tokenizer, config.stop) for _ in samples]
+    stopped = set()
     for step in continue_texts(
-        context, sampler, n, tokenizer.vocab_size, eot=tokenizer.eot, stopped=stopped
+        context,
+        config.max_new_tokens,
+        tokenizer.vocab_size,
+        samples=samples,
+        eot=tokenizer.eot,
+        stopped=stopped,
+        **config.sampling(),
     ):
-        yield stream.feed(step.ids[0])
-        if stream.ended:
-            stopped.add(0)
-    yield stream.close()
+        for row, token, logits in zip(step.rows, step.ids, step.logits, strict=True):
+            yield Piece(row, streams[row].feed(token), token, logits)
+            if streams[row].ended:
+                stopped.add(row)
+    for row, stream in enumerate(streams):
+        yield Piece(row, stream.close())
 
 
-def to_batch(ids: np.ndarray, loaded: Pipeline) -> torch.Tensor:
-    """(1, T), on the device."""
-    return torch.from_numpy(ids).to(loaded.device)[None]
+def complete(loaded: Pipeline, prompt: str, max_new_tokens: int = 500, **keys) -> str:
+    """Return the prompt and its continuation, for a notebook; keys: temperature, stop and others of SampleConfig."""
+    config = SampleConfig(max_new_tokens=max_new_tokens, **keys)
+    ids = encode_prompt(prompt, loaded.tokenizer)
+    context = make_context([ids], config, loaded, len(ids) + max_new_tokens)
+    with loaded.autocast:
+        return prompt + "".join(piece.text for piece in stream_texts(loaded, context, [0], config))
+
+
+def make_context(
+    texts: list[np.ndarray], config: SampleConfig, loaded: Pipeline, size: int | None = None
+) -> Context:
+    """Return the context of texts that are continued together; size: the most tokens of one, None for any number."""
+    longest = max(map(len, texts))
+    padded = [np.pad(ids, (longest - len(ids), 0), constant_values=-1) for ids in texts]
+    idx = torch.from_numpy(np.stack(padded)).to(loaded.device)
+    return Context(loaded.model, idx, size, exact=config.context == "exact")
 
 
 def print_texts(config: SampleConfig, loaded: Pipeline) -> None:
     num_samples = config.num_samples if config.temperature else 1
     if num_samples < config.num_samples:
-        print("note: at temperature=0 all texts are the same; here is one", file=sys.stderr)
+        note("at temperature=0 all texts are the same; here is one")
     prompts = read_prompts(config, loaded)
     size = max(len(ids) for _, ids in prompts) + config.max_new_tokens
     check_texts_fit(loaded, "num_samples", num_samples, size)
@@ -309,199 +341,143 @@ def print_batch(
     loaded: Pipeline,
 ) -> None:
     """texts: (number of the prompt, number of the sample). The first is printed while it is written."""
-    tokenizer, n = loaded.tokenizer, config.max_new_tokens
-    idx = left_padded([prompts[number][1] for number, _ in texts]).to(loaded.device)
-    context = Context(loaded.model, idx, idx.shape[1] + n, exact=config.context == "exact")
-    sampler = Sampler([sample for _, sample in texts], n, **config.sampling())
-    streams, stopped = [TextStream(tokenizer, config.stop) for _ in texts], set()
-    written = [prompts[number][0] for number, _ in texts]
-    colours, json_lines = shown_logprobs(config)
-
-    def write(row: int, text: str) -> None:
-        written[row] += text
-        if row == 0 and not json_lines:
-            print(text, end="", flush=True)
-
-    if texts[0] != (0, 0) and not json_lines:
-        print("---------------", file=sys.stderr, flush=True)
-    print("" if json_lines else written[0], end="", flush=True)
-    for step in continue_texts(
-        context, sampler, n, tokenizer.vocab_size, eot=tokenizer.eot, stopped=stopped
-    ):
-        if config.logprobs is not None:
-            logprobs = step.logits.log_softmax(dim=-1)
-        for i, (row, token) in enumerate(zip(step.rows, step.ids, strict=True)):
-            if json_lines:
-                print(
-                    json_line(texts[row], token, logprobs[i], config.logprobs, tokenizer),
-                    flush=True,
-                )
-            text = streams[row].feed(token)
-            write(row, coloured(text, float(logprobs[i, token])) if colours else text)
-            if streams[row].ended:
-                stopped.add(row)
-    if json_lines:
+    ids = [prompts[number][1] for number, _ in texts]
+    samples = [sample for _, sample in texts]
+    size = max(map(len, ids)) + config.max_new_tokens
+    context = make_context(ids, config, loaded, size)
+    pieces = stream_texts(loaded, context, samples, config)
+    if config.logprobs is not None and not sys.stdout.isatty():
+        print_json_lines(pieces, texts, config.logprobs, loaded.tokenizer)
         return
-    for row, stream in enumerate(streams):
-        write(row, stream.close())
+    if config.logprobs is not None:
+        pieces = coloured(pieces)
+    written = [prompts[number][0] for number, _ in texts]
+    if texts[0] != (0, 0):
+        print(SEPARATOR, file=sys.stderr, flush=True)
+    print(written[0], end="", flush=True)
+    for piece in pieces:
+        written[piece.row] += piece.text
+        if piece.row == 0:
+            print(piece.text, end="", flush=True)
     print(flush=True)
     for text in written[1:]:
-        print("---------------", file=sys.stderr, flush=True)
+        print(SEPARATOR, file=sys.stderr, flush=True)
         print(text, flush=True)
 
 
-def left_padded(prompts: list[np.ndarray]) -> torch.Tensor:
-    """(B, T) int64, -1 before the first token of the shorter ones."""
-    longest = max(map(len, prompts))
-    return torch.from_numpy(
-        np.stack([np.pad(ids, (longest - len(ids), 0), constant_values=-1) for ids in prompts])
-    )
-
-
 def texts_that_fit(loaded: Pipeline, size: int) -> int:
-    """How many texts of this many tokens can be continued together in the memory that is free."""
+    """Return how many texts of this many tokens can be continued together in the memory that is free."""
     return int(0.9 * free_memory(loaded.device)) // bytes_per_text(loaded.model.config, size)
 
 
 def check_texts_fit(loaded: Pipeline, key: str, count: int, size: int) -> None:
-    """Raises UserError where `count` texts of `size` tokens each do not fit; key: what the user calls their number."""
+    """Raise UserError where `count` texts of `size` tokens do not fit; key: what the user calls their number."""
     fit = texts_that_fit(loaded, size)
-    if count <= fit:
-        return
-    way_out = f"--{key}={fit} would fit"
-    if not fit:
-        fitting = next(
-            (n for n in (size >> i for i in range(1, 64)) if texts_that_fit(loaded, n)), 0
+    if count > fit:
+        needed = gigabytes(count * bytes_per_text(loaded.model.config, size))
+        free = gigabytes(free_memory(loaded.device))
+        advice = f"--{key}={fit} would fit" if fit else "try fewer --max_new_tokens"
+        raise UserError(
+            f"{key}={count} texts of {size:,} tokens take {needed} of memory, and {free} are free; {advice}"
         )
-        way_out = (
-            f"--{key}=1 --max_new_tokens={fitting} would fit" if fitting else "free some memory"
-        )
-    needed = gigabytes(count * bytes_per_text(loaded.model.config, size))
-    free = gigabytes(free_memory(loaded.device))
-    raise UserError(
-        f"{key}={count} texts of {size:,} tokens take {needed} of memory, and {free} are free; {way_out}"
-    )
 
 
 def read_prompts(config: SampleConfig, loaded: Pipeline) -> list[tuple[str, np.ndarray]]:
-    """(the prompt as it is shown, its token ids) for each text to be continued."""
+    """Return (the prompt as it is shown, its token ids) for each text to be continued."""
     tokenizer, block_size = loaded.tokenizer, loaded.model.config.block_size
-    if config.prompts is None:
-        prompts = [
-            start_prompt(tokenizer)
-            if config.start is None
-            else encode_prompt(read_start(config.start), tokenizer)
-        ]
-    else:
-        lines = read_text(config.prompts).splitlines()
-        prompts = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                prompts.append(encode_prompt(line, tokenizer))
-            except UserError as error:
-                raise UserError(f"{config.prompts}, line {number:,}: {error}") from error
-        if not prompts:
-            raise UserError(f"{config.prompts} has no prompts; write one on each line")
-    for number, (_, ids) in enumerate(prompts, start=1):
+    if config.start is None and config.prompts is None:
+        ids = tokenizer.start()
+        return [("" if tokenizer.eot is not None else tokenizer.decode(ids), ids)]
+    lines = config.prompts is not None
+    texts = read_text(config.prompts).splitlines() if lines else [read_start(config.start)]
+    prompts = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            ids = encode_prompt(text, tokenizer)
+        except UserError as error:
+            raise UserError(f"prompt {number:,}: {error}") from error
         if len(ids) > block_size:
-            which = "the prompt" if config.prompts is None else f"the prompt in line {number:,}"
-            print(
-                f"note: {which} has {len(ids):,} tokens; the last {block_size:,} are read",
-                file=sys.stderr,
-            )
+            note(f"prompt {number:,} has {len(ids):,} tokens; the last {block_size:,} are read")
+        prompts.append((text.removeprefix(END_OF_TEXT), ids))
+    if not prompts:
+        raise UserError(f"{config.prompts} has no prompts; write one on each line")
     return prompts
 
 
 def read_start(start: str) -> str:
-    """What --start says, or the content of what it names."""
-    if start == "-":
-        return read_text(start)
+    """Return what --start says, or the content of what it names."""
     if start.startswith("FILE:"):
         return read_text(check_path("start=FILE:", start[5:]))
-    if os.path.isfile(start):
-        file = shlex.quote(f"--start=FILE:{start}")
-        print(
-            f"note: the prompt is {start!r}; for the text in the file of this name write {file}",
-            file=sys.stderr,
-        )
-    return start
+    return read_text(start) if start == "-" else start
 
 
 def read_text(path: str) -> str:
-    """The text in a file, or for "-" on standard input."""
+    """Return the text in a file, or for "-" on standard input."""
     try:
         return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read the text {Path(path)}: it is not UTF-8") from error
+    except OSError as error:
         near = nearest_path(path) if isinstance(error, FileNotFoundError) else ""
-        raise UserError(f"cannot read the text {Path(path)}: {reason}{near}") from error
+        raise UserError(f"cannot read the text {Path(path)}: {error.strerror}{near}") from error
 
 
-def start_prompt(tokenizer: Tokenizer) -> tuple[str, np.ndarray]:
-    """The prompt where none is given, as encode_prompt() has it."""
-    ids = tokenizer.start()
-    return "" if tokenizer.eot is not None else tokenizer.decode(ids), ids
-
-
-def encode_prompt(text: str, tokenizer: Tokenizer) -> tuple[str, np.ndarray]:
-    """(the prompt as it is shown, its token ids). Raises UserError where it is empty or has unknown characters."""
+def encode_prompt(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Return the token ids of a text and what comes before one. Raises UserError: empty, or unknown characters."""
     if not text:
         raise UserError("an empty prompt; give at least one character, or leave --start out")
-    ids = np.array([] if tokenizer.bos is None else [tokenizer.bos], dtype=np.int64)
+    before = np.array([] if tokenizer.bos is None else [tokenizer.bos], dtype=np.int64)
     if tokenizer.eot is not None and text.startswith(END_OF_TEXT):  # as nanoGPT's users write it
-        ids, text = tokenizer.start(), text.removeprefix(END_OF_TEXT)
-    return text, np.concatenate([ids, tokenizer.encode(text)]) if text else ids
+        before = tokenizer.start()
+        text = text.removeprefix(END_OF_TEXT)
+    return np.concatenate([before, tokenizer.encode(text)]) if text else before
 
 
 # --------------------------------------------------------------------------------------
 # Log-probabilities and scores
 
-COLOURS = (
-    (0.5, 32),
-    (0.1, 36),
-    (0.01, 33),
-    (0.0, 31),
-)  # from this probability on: green, cyan, yellow, red
+COLOURS = {
+    0.5: 32,
+    0.1: 36,
+    0.01: 33,
+    0.0: 31,
+}  # from this probability on: green, cyan, yellow, red
 
 
-def shown_logprobs(config: SampleConfig) -> tuple[bool, bool]:
-    """(colours on a terminal, JSON lines elsewhere): how log-probabilities are shown, if at all."""
-    if config.logprobs is None:
-        return False, False
-    if not sys.stdout.isatty():
-        return False, True
-    legend = ", ".join(f"\033[{code}m{at_least:.0%}\033[0m" for at_least, code in COLOURS)
+def coloured(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Give each text the colour of its token's probability, for a terminal."""
+    legend = ", ".join(f"\033[{code}m{least:.0%}\033[0m" for least, code in COLOURS.items())
     print(f"colours: the token's probability is at least {legend}", file=sys.stderr)
-    return True, False
+    code = 0
+    for piece in pieces:
+        if piece.token is not None:
+            probability = float(piece.logits.softmax(dim=-1)[piece.token])
+            code = next(code for least, code in COLOURS.items() if probability >= least)
+        yield piece._replace(text=f"\033[{code}m{piece.text}\033[0m" if piece.text else "")
 
 
-def coloured(text: str, logprob: float) -> str:
-    """The text in the colour of its token's probability."""
-    code = next(code for at_least, code in COLOURS if np.exp(logprob) >= at_least)
-    return f"\033[{code}m{text}\033[0m" if text else ""
+def print_json_lines(
+    pieces: Iterable[Piece], texts: list[tuple[int, int]], k: int, tokenizer: Tokenizer
+) -> None:
+    """Print each token of a text, (number of the prompt, number of the sample), and the k likeliest beside it."""
+    for row, _, token, logits in pieces:
+        if token is None:
+            continue
+        logprobs = logits.log_softmax(dim=-1)
+        likeliest = logprobs.topk(min(k, len(logprobs))).indices.tolist()
+        line = {"prompt": texts[row][0], "sample": texts[row][1]}
+        line |= json_token(token, logprobs, tokenizer)
+        line["top"] = [json_token(other, logprobs, tokenizer) for other in likeliest]
+        print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
-def json_line(
-    text: tuple[int, int], token: int, logprobs: torch.Tensor, k: int, tokenizer: Tokenizer
-) -> str:
-    """One token of a text, (number of the prompt, number of the sample), and the k likeliest; logprobs: (V,)."""
-
-    def entry(token: int) -> dict:
-        piece = tokenizer.pieces[token].decode("utf-8", "replace")
-        return {"token": token, "text": piece, "logprob": round(float(logprobs[token]), 6)}
-
-    likeliest = logprobs.topk(min(k, len(logprobs))).indices.tolist() if k else []
-    line = {
-        "prompt": text[0],
-        "sample": text[1],
-        **entry(token),
-        "top": [entry(other) for other in likeliest],
-    }
-    return json.dumps(line, ensure_ascii=False)
+def json_token(token: int, logprobs: torch.Tensor, tokenizer: Tokenizer) -> dict:
+    text = tokenizer.pieces[token].decode("utf-8", "replace")
+    return {"token": token, "text": text, "logprob": round(float(logprobs[token]), 6)}
 
 
 def print_score(config: SampleConfig, loaded: Pipeline) -> None:
-    """Of the text in a file, from its second token on, or from its first where end-of-text can come before it."""
+    """Score the text in a file from its second token on, or from its first where end-of-text can come before it."""
     tokenizer, block_size = loaded.tokenizer, loaded.model.config.block_size
     ids = tokenizer.encode(read_text(config.score))
     if tokenizer.eot is not None or tokenizer.bos is not None:
@@ -529,37 +505,39 @@ def print_score(config: SampleConfig, loaded: Pipeline) -> None:
 def converse(config: SampleConfig, loaded: Pipeline) -> None:
     """Read a line, write what follows it, and so on; what has been read and written is kept. Ends with Ctrl-D."""
     print("Ctrl-D ends; an empty line continues the text", file=sys.stderr)
-    if loaded.task == "translation":
+    if not TASKS[loaded.task].continues_text:
         for line in typed_lines():
             print(translate_lines([line], 1, config, loaded)[0], flush=True)
         return
-    tokenizer, context = loaded.tokenizer, None
+    context = None
     first = [] if config.start is None else [read_start(config.start)]
     for turn, line in enumerate(chain(first, typed_lines())):
         try:
-            ids = (
-                encode_prompt(line, tokenizer)[1]
-                if line
-                else tokenizer.start()
-                if context is None
-                else None
-            )
+            context = read_line(line, context, config, loaded)
         except UserError as error:
-            print(f"note: {error}", file=sys.stderr)
+            note(str(error))
             continue
-        if context is None:
-            context = Context(loaded.model, to_batch(ids, loaded), exact=config.context == "exact")
-        elif ids is not None:
-            context.append(to_batch(ids, loaded))
-        for text in stream_one(
-            loaded, context, config.max_new_tokens, config.stop, turn, **config.sampling()
-        ):
-            print(text, end="", flush=True)
+        for piece in stream_texts(loaded, context, [turn], config):
+            print(piece.text, end="", flush=True)
         print(flush=True)
 
 
+def read_line(
+    line: str, context: Context | None, config: SampleConfig, loaded: Pipeline
+) -> Context:
+    """Return the context with the line read; None: the line begins the text, with what a tokenizer has before one."""
+    tokenizer = loaded.tokenizer
+    if context is None:
+        ids = encode_prompt(line, tokenizer) if line else tokenizer.start()
+        return make_context([ids], config, loaded)
+    if line:
+        ids = torch.from_numpy(tokenizer.encode_rest(line))
+        context.append(ids[None].to(loaded.device))
+    return context
+
+
 def typed_lines() -> Iterator[str]:
-    """Lines from standard input, after a prompt where a person types them."""
+    """Yield lines from standard input, after a prompt where a person types them."""
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "")
@@ -572,42 +550,35 @@ def typed_lines() -> Iterator[str]:
 
 
 def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
-    """One line for each line of the text; an empty one stays empty."""
-    if config.start is None:
+    """Print a line for each line of the text; an empty one stays empty."""
+    text = read_start(config.start or "")
+    if not text:
         raise UserError(
             'nothing to translate; give a sentence, as --start="Wo wohnst du?", or --start=FILE:german.txt'
         )
-    text = read_start(config.start)
-    if not text:
-        raise UserError("an empty text; give at least one character to translate")
     lines = [" ".join(line.split()) for line in text.removesuffix("\n").split("\n")]
     unit = f"{TRANSLATED_AT_ONCE} lines"
     for first in tqdm(range(0, len(lines), TRANSLATED_AT_ONCE), unit=unit, delay=2, disable=None):
-        for translation in translate_lines(
-            lines[first : first + TRANSLATED_AT_ONCE], first + 1, config, loaded
-        ):
+        batch = lines[first : first + TRANSLATED_AT_ONCE]
+        for translation in translate_lines(batch, first + 1, config, loaded):
             print(translation, flush=True)
 
 
 def translate_lines(
     lines: list[str], number: int, config: SampleConfig, loaded: Pipeline
 ) -> list[str]:
-    """A translation for each line; number: of the first line, for notes."""
+    """Translate each line; number: of the first line, for notes."""
     model, tokenizer = loaded.model, loaded.tokenizer
     # without the end-of-text token; a source that shares the context with its translation has half of it
     room = (model.config.block_size if model.has_encoder else model.config.block_size // 2) - 1
     sources = {}
-    for i, line in enumerate(lines):
-        ids = tokenizer.encode(line)
+    for i, ids in enumerate(tokenizer.encode_batch(lines)):
         if len(ids) > room:
-            print(
-                f"note: line {number + i:,} has {len(ids):,} tokens; the first {room:,} are read",
-                file=sys.stderr,
-            )
+            note(f"line {number + i:,} has {len(ids):,} tokens; the first {room:,} are read")
         if len(ids):
             sources[i] = np.append(ids[:room], tokenizer.eot)
     check_texts_fit(loaded, "num_beams", config.num_beams, model.config.block_size)
-    found = translate(
+    translations = translate(
         model,
         list(sources.values()),
         tokenizer.eot,
@@ -616,17 +587,13 @@ def translate_lines(
         length_penalty=config.length_penalty,
         max_new_tokens=config.max_new_tokens,
     )
-    translations = [""] * len(lines)
-    for i, translation in zip(sources, found, strict=True):
-        translations[i] = " ".join(
-            tokenizer.decode(translation.ids).split()
-        )  # on one line, whatever the model writes
+    texts = [""] * len(lines)
+    for i, translation in zip(sources, translations, strict=True):
+        # on one line, whatever the model writes
+        texts[i] = " ".join(tokenizer.decode(translation.ids).split())
         if not translation.ended:
-            print(
-                f"note: line {number + i:,} has no room for more of its translation",
-                file=sys.stderr,
-            )
-    return translations
+            note(f"line {number + i:,} has no room for more of its translation")
+    return texts
 
 
 if __name__ == "__main__":

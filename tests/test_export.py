@@ -333,7 +333,7 @@ def test_a_tokenizer_that_was_imported_has_its_tokens_in_llama_cpp(kind, folder)
     export.write_gguf_file(found, Path("model.gguf"), "float32")
     complete = llama_cpp(Path("model.gguf"))
     for prompt in PROMPTS:
-        ids = sample.encode_prompt(prompt, found.tokenizer)[1].tolist()
+        ids = sample.encode_prompt(prompt, found.tokenizer).tolist()
         answer = complete(prompt, 8)
         assert answer["usage"]["prompt_tokens"] == len(ids), prompt
         expected = greedy(found, ids, 8)

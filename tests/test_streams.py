@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from humptygpt.generation.streams import TextStream
+from humptygpt.generation.sampling import TextStream
 from humptygpt.tokenizer.tokenizers import ByteTokenizer, CharTokenizer
 
 TEXTS = st.text(st.sampled_from("abü🙂\n"), max_size=30)

@@ -1,5 +1,9 @@
-"""A model and a prompt -> new tokens: logits -> probabilities -> token, again and again."""
+"""A model and a prompt -> new tokens: logits -> probabilities -> token -> characters, again and again.
 
+Shapes: B texts, T tokens, V vocabulary.
+"""
+
+import codecs
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
@@ -9,45 +13,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from humptygpt.core.errors import UserError
+from humptygpt.tokenizer.tokenizers import Tokenizer
 
 # --------------------------------------------------------------------------------------
 # Logits -> probabilities -> token
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """logits: (B, V); of the tokens seen, (B, V) bool, positive ones are divided by the penalty, negative multiplied.
+    """Divide the logits of tokens seen by the penalty where positive, else multiply. Both (B, V); seen: bool.
 
     Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1, in the form that Hugging Face gave it.
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """logits: (B, V). All but the k largest, and those equal to the smallest of these, become -inf."""
-    if k >= logits.shape[-1]:
-        return logits
-    return logits.masked_fill(logits < logits.topk(k).values[:, -1:], -torch.inf)
-
-
 def keep_top_p(probs: Tensor, p: float) -> Tensor:
-    """probs: (B, V). All but the most probable tokens that together have probability p become 0; the first one stays.
+    """Set all to 0 but the most probable tokens that together have probability p; probs: (B, V).
 
     Tokens as probable as the last that stays, stay. The rest is not rescaled. Source: Holtzman et al. 2019,
     arXiv:1904.09751, section 3.1 (nucleus sampling).
     """
-    k, total = 64, probs.sum(dim=-1, keepdim=True)
-    while True:  # a few tokens mostly have it, so the whole vocabulary need not be sorted
-        ranked = probs.topk(min(k, probs.shape[-1])).values
-        before = ranked.cumsum(dim=-1) - ranked  # of all more probable tokens; 0 for the first
-        if k >= probs.shape[-1] or bool((before[:, -1:] >= p * total).all()):
-            break
-        k *= 8
-    least = ranked.masked_fill(before >= p * total, torch.inf).amin(dim=-1, keepdim=True)
+    ranked = probs.sort(dim=-1, descending=True).values
+    before = ranked.cumsum(dim=-1) - ranked  # of all more probable tokens; 0 for the first
+    least = ranked.masked_fill(before >= p, torch.inf).amin(dim=-1, keepdim=True)
     return probs.masked_fill(probs < least, 0.0)
 
 
 def keep_min_p(probs: Tensor, p: float) -> Tensor:
-    """probs: (B, V). Tokens less probable than p times the most probable one become 0; the rest is not rescaled.
+    """Set to 0 what is less probable than p times the most probable token; probs: (B, V). It is not rescaled.
 
     Source: Nguyen et al. 2024, arXiv:2407.01082.
     """
@@ -55,22 +48,10 @@ def keep_min_p(probs: Tensor, p: float) -> Tensor:
 
 
 def probabilities(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
+    logits: Tensor, temperature: float = 1.0, top_p: float | None = None, min_p: float | None = None
 ) -> Tensor:
-    """The probabilities (B, V) that the next token is sampled from; logits: (B, V).
-
-    temperature: 0 is greedy. top_k, top_p, min_p: what stays, each of what the one before it leaves.
-    """
-    if temperature == 0:
-        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
-    logits = logits / max(temperature, 1e-30)  # which is as good as greedy, and does not overflow
-    if top_k is not None:
-        logits = keep_top_k(logits, top_k)
-    probs = logits.softmax(dim=-1)
+    """Return the probabilities (B, V) of the next token; logits: (B, V)."""
+    probs = (logits / max(temperature, 1e-30)).softmax(dim=-1)  # 1e-30 does not overflow
     if top_p is not None and top_p < 1:
         probs = keep_top_p(probs, top_p)
     if min_p is not None:
@@ -79,26 +60,44 @@ def probabilities(
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens (B,) with these probabilities, (B, V); uniform: (B, 1) numbers from [0, 1), one for each text.
+    """Draw tokens (B, 1) with these probabilities, (B, V), by numbers from [0, 1), (B, 1).
 
     The token is where the sum of the probabilities, in the order of ids, first exceeds the number: one number for each
     text, whatever the vocabulary, and rounding hardly ever changes a token. It is V where a probability is nan.
     """
     cumulative = probs.cumsum(dim=-1, dtype=uniform.dtype)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).flatten()
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
 
 
-def uniform_numbers(seed: int, samples: list[int], n: int) -> Tensor:
-    """(n, B, 1) float64, in [0, 1): the i-th of each of B samples depends on seed, its number and i alone.
+def sample_tokens(logits: Tensor, uniform: Tensor, top_k: int | None, **filters) -> Tensor:
+    """Draw tokens (B, 1), of the top_k most probable alone; filters: of probabilities()."""
+    vocab_size = logits.shape[-1]
+    if top_k is None or top_k >= vocab_size:
+        return draw(probabilities(logits, **filters), uniform)
+    ids = logits.topk(top_k).indices.sort(dim=-1).values
+    choice = draw(probabilities(logits.gather(1, ids), **filters), uniform)
+    return F.pad(ids, (0, 1), value=vocab_size).gather(1, choice)
+
+
+def greedy_tokens(logits: Tensor) -> Tensor:
+    """Return the most probable tokens, (B, 1); V where a logit is not finite."""
+    largest = logits.max(dim=-1, keepdim=True)
+    return largest.indices.where(largest.values.isfinite(), logits.shape[-1])
+
+
+def uniform_numbers(
+    seed: int, samples: list[int], n: int, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Return (n, B, 1) random numbers in [0, 1): the i-th of a sample depends on seed, its number and i alone.
 
     So a text comes out the same whatever texts are sampled beside it. By numpy's Philox, a generator that encrypts a
     counter; the key is seed and sample. Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
-    streams = [
-        np.random.Generator(np.random.Philox(key=[seed, sample])).random(n) for sample in samples
-    ]
-    # at most 1 - 2^-40, so that its product with a sum stays below the sum, rounding included
-    return torch.from_numpy(np.stack(streams, axis=1)[..., None].clip(max=1 - 2**-40))
+    keys = [[seed, sample] for sample in samples]
+    streams = [np.random.Generator(np.random.Philox(key=key)).random(n) for key in keys]
+    numbers = torch.from_numpy(np.stack(streams, axis=1)[..., None]).to(dtype)
+    # so that in draw() the product with a sum stays below the sum, rounding included
+    return numbers.clamp(max=1 - torch.finfo(dtype).eps)
 
 
 # --------------------------------------------------------------------------------------
@@ -106,7 +105,7 @@ def uniform_numbers(seed: int, samples: list[int], n: int) -> Tensor:
 
 
 class Context:
-    """Texts that a model continues together: their tokens, and what the decoder keeps of them.
+    """The tokens of texts that a model continues together, as far as it can still see them, and its state.
 
     When the context of block_size tokens is full: exact recomputes the newest block_size tokens for every new one;
     otherwise the newest half is recomputed once and continued from there. Each text of a batch does so when its own
@@ -126,87 +125,61 @@ class Context:
         text will have; None: any number. cached=False computes the same without the decoder's state, as a model that
         has none always does.
         """
-        self.model, self.size = model, size
-        self.exact, self.cached = exact or not model.has_state, cached and model.has_state
-        self.chunks, self.length = (
-            [idx],
-            idx.shape[1],
-        )  # of all tokens, (B, T) and then (B, 1) for each step
-        block_size = model.config.block_size
-        # of each text, where its context begins
-        self.first = [
-            max(padding, self.length - block_size) for padding in (idx < 0).sum(dim=1).tolist()
-        ]
-        self.state = None
-        self.restart()
+        self.model = model
+        self.exact = exact or not model.has_state
+        self.tokens = idx  # (B, T)
+        self.padding = (idx < 0).sum(dim=1).tolist()  # of each text, columns before its context
+        self.state = model.make_state(size=size) if cached and model.has_state else None
+        self.restart(model.config.block_size)
 
     def append(self, tokens: Tensor) -> None:
         """tokens: (B, T), the next of each text."""
-        self.chunks.append(tokens)
-        self.length += tokens.shape[1]
-
-    def tokens(self) -> Tensor:
-        """(B, length)."""
-        self.chunks = [torch.cat(self.chunks, dim=1)]
-        return self.chunks[0]
+        self.tokens = torch.cat([self.tokens, tokens], dim=1)
 
     def next_logits(self) -> Tensor:
-        """(B, V), of the next token of each text."""
+        """Return the logits (B, V) of the next token of each text."""
         block_size = self.model.config.block_size
-        if self.length - min(self.first) > block_size:
-            kept = block_size if self.exact else max(1, block_size // 2)
-            self.first = [
-                first if self.length - first <= block_size else self.length - kept
-                for first in self.first
-            ]
-            self.restart()
-        if self.cached:
-            last = self.chunks[-1]
-            new = (
-                last if self.length - last.shape[1] == self.read else self.tokens()[:, self.read :]
-            )
-            if (
-                self.state.padding is not None and not self.state.length
-            ):  # a token before the context is none
-                columns = torch.arange(new.shape[1], device=new.device)
-                new = new.masked_fill(columns < self.state.padding[:, None], -1)
-            self.read = self.length
+        if self.tokens.shape[1] > block_size:
+            self.restart(block_size if self.exact else max(1, block_size // 2))
+        if self.state:
+            new = self.tokens[:, self.read :]
+            self.read = self.tokens.shape[1]
             return self.model.next_logits(new, self.state)
-        if len(set(self.first)) == 1:
-            return self.model.next_logits(self.tokens()[:, self.first[0] :])
-        tokens = self.tokens()
-        return torch.cat(
-            [
-                self.model.next_logits(tokens[i : i + 1, first:])
-                for i, first in enumerate(self.first)
-            ]
-        )
+        if not any(self.padding):
+            return self.model.next_logits(self.tokens)
+        texts = zip(self.tokens.split(1), self.padding, strict=True)
+        return torch.cat([self.model.next_logits(text[:, first:]) for text, first in texts])
 
-    def restart(self) -> None:
-        """Forget what has been computed."""
-        self.read = min(self.first)  # tokens up to here are in the state
-        if not self.cached:
-            return
-        if self.state is None:
-            self.state = self.model.make_state(size=self.size)
-        self.state.clear()
-        if len(set(self.first)) > 1:
-            self.state.padding = torch.tensor(self.first, device=self.chunks[0].device) - self.read
+    def restart(self, kept: int) -> None:
+        """Keep the newest tokens of each text that has more than block_size, and forget what has been computed."""
+        T, block_size = self.tokens.shape[1], self.model.config.block_size
+        padding = [T - kept if T - first > block_size else first for first in self.padding]
+        self.tokens = self.tokens[:, min(padding) :]
+        self.padding = [first - min(padding) for first in padding]
+        self.read = 0  # columns that the state has
+        if self.state:
+            self.state.clear()
+        if self.state and any(self.padding):
+            self.state.padding = torch.tensor(self.padding, device=self.tokens.device)
+            columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+            self.tokens = self.tokens.masked_fill(columns < self.state.padding[:, None], -1)
 
     def select(self, rows: list[int]) -> None:
         """Keep these of the texts alone."""
-        index = torch.tensor(rows, device=self.chunks[0].device)
-        self.chunks = [self.tokens()[index]]
-        self.first = [self.first[row] for row in rows]
+        index = torch.tensor(rows, device=self.tokens.device)
+        self.tokens = self.tokens[index]
+        self.padding = [self.padding[row] for row in rows]
         if self.state:
             self.state.select(index)
 
 
 class Sampler:
-    """Draws the next token of each of B texts."""
+    """Chooses the next token of each of B texts."""
 
     def __init__(
         self,
+        idx: Tensor,
+        vocab_size: int,
         samples: list[int],
         max_new_tokens: int,
         *,
@@ -217,47 +190,33 @@ class Sampler:
         repetition_penalty: float = 1.0,
         seed: int = 1337,
     ):
-        """samples: a number for each text, which chooses its random numbers. The rest: see probabilities()."""
+        """idx: (B, T), the texts so far, -1 where there is no token. samples: a number for each text, which chooses its
+        random numbers. temperature: 0 is greedy. top_k, top_p, min_p: what stays, each of what the one before leaves.
+        """
         self.filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        self.penalty, self.seen = repetition_penalty, None  # (B, V) bool: tokens in the text so far
-        self.uniforms = uniform_numbers(seed, samples, max_new_tokens) if temperature else None
+        self.uniforms = None
+        if temperature:
+            dtype = torch.float32 if idx.is_mps else torch.float64  # which Apple's GPUs do not have
+            self.uniforms = uniform_numbers(seed, samples, max_new_tokens, dtype).to(idx.device)
+        self.penalty = repetition_penalty
+        self.seen = None  # (B, V) bool: tokens in the text
+        if repetition_penalty != 1:
+            seen = torch.zeros(len(idx), vocab_size + 1, dtype=torch.bool, device=idx.device)
+            self.seen = seen.scatter(1, idx.where(idx >= 0, vocab_size), True)[:, :-1]
         self.step = 0
 
-    def read(self, idx: Tensor, vocab_size: int) -> None:
-        """Tokens of each text that were not drawn here; idx: (B, T), -1 where there is none."""
-        if self.penalty != 1:
-            self.seen = torch.zeros(len(idx), vocab_size + 1, dtype=torch.bool, device=idx.device)
-            self.seen.scatter_(1, idx.where(idx >= 0, vocab_size), True)
-            self.seen = self.seen[:, :-1]
-
-    def draw(self, logits: Tensor) -> Tensor:
-        """logits: (B, V). Returns (B,) token ids; V where the logits are not finite."""
-        if self.penalty != 1:
+    def next_tokens(self, logits: Tensor) -> Tensor:
+        """logits: (B, V). Returns (B, 1) token ids; V where the logits are not finite."""
+        if self.seen is not None:
             logits = penalize_repetition(logits, self.seen, self.penalty)
         if self.uniforms is None:
-            largest = logits.max(dim=-1)
-            tokens = largest.indices.where(largest.values.isfinite(), logits.shape[-1])
+            tokens = greedy_tokens(logits)
         else:
-            if self.step == 0:  # float64, but for Apple's GPUs, which have none
-                self.uniforms = self.uniforms.to(
-                    logits.device, torch.float32 if logits.is_mps else torch.float64
-                )
-            tokens = self.draw_filtered(logits, self.uniforms[self.step])
+            tokens = sample_tokens(logits, self.uniforms[self.step], **self.filters)
         self.step += 1
-        if self.penalty != 1:
-            self.seen.scatter_(1, tokens.clamp(max=logits.shape[-1] - 1)[:, None], True)
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens.clamp(max=logits.shape[-1] - 1), True)
         return tokens
-
-    def draw_filtered(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """draw(probabilities(...)), which of a large vocabulary looks at the k most probable tokens alone."""
-        k, vocab_size = self.filters["top_k"], logits.shape[-1]
-        if k is None or k >= vocab_size:
-            return draw(probabilities(logits, **self.filters), uniform)
-        ids = logits.topk(k).indices.sort(dim=-1).values
-        found = draw(
-            probabilities(logits.gather(1, ids), **self.filters | {"top_k": None}), uniform
-        )
-        return F.pad(ids, (0, 1), value=vocab_size).gather(1, found[:, None]).flatten()
 
     def select(self, rows: list[int]) -> None:
         """Keep these of the texts alone."""
@@ -267,8 +226,75 @@ class Sampler:
             self.seen = self.seen[rows]
 
 
+class Step(NamedTuple):
+    """One more token of each text that has not ended."""
+
+    rows: list[int]  # of these texts, in the batch as it was given
+    ids: list[int]  # their new tokens
+    logits: Tensor  # (len(rows), V), float32, as the model gave them
+
+
+@torch.inference_mode()
+def continue_texts(
+    context: Context,
+    max_new_tokens: int,
+    tokenizer_vocab_size: int | None = None,
+    *,
+    samples: list[int] | None = None,
+    eot: int | None = None,
+    stopped: Collection[int] = (),
+    **sampling,
+) -> Iterator[Step]:
+    """Sample token after token. A text ends after eot, and where the caller puts its row into stopped meanwhile.
+
+    tokenizer_vocab_size: ids from here on pad the model's vocabulary and are never sampled. samples, sampling: of
+    Sampler; without samples, the texts are numbered. Raises UserError where the model's logits are not finite.
+    """
+    vocab_size = tokenizer_vocab_size or context.model.config.vocab_size
+    rows = list(range(len(context.tokens)))
+    sampler = Sampler(context.tokens, vocab_size, samples or rows, max_new_tokens, **sampling)
+    for _ in range(max_new_tokens):
+        logits = context.next_logits()[:, :vocab_size].float()
+        tokens = sampler.next_tokens(logits)
+        context.append(tokens)
+        ids = tokens.flatten().tolist()
+        if max(ids) >= vocab_size:
+            raise UserError("the model's logits are not finite: has its training diverged?")
+        yield Step(rows, ids, logits)
+        if stopped or eot in ids:
+            going = [i for i, row in enumerate(rows) if ids[i] != eot and row not in stopped]
+            if not going:
+                return
+            if len(going) < len(rows):
+                rows = [rows[i] for i in going]
+                context.select(going)
+                sampler.select(going)
+
+
+def generate(
+    model: nn.Module,
+    idx: Tensor,
+    max_new_tokens: int,
+    tokenizer_vocab_size: int | None = None,
+    *,
+    exact: bool = False,
+    cached: bool = True,
+    **options,
+) -> Iterator[Tensor]:
+    """Continue idx by max_new_tokens; yields each new token as (B,), -1 where a text has ended.
+
+    idx, exact, cached: of Context. options: of continue_texts.
+    """
+    context = Context(model, idx, idx.shape[1] + max_new_tokens, exact=exact, cached=cached)
+    for step in continue_texts(context, max_new_tokens, tokenizer_vocab_size, **options):
+        tokens = [-1] * len(idx)
+        for row, token in zip(step.rows, step.ids, strict=True):
+            tokens[row] = token
+        yield idx.new_tensor(tokens)
+
+
 def bytes_per_text(config, size: int) -> int:
-    """What continuing one text of `size` tokens takes: keys, values, logits, tokens, random numbers.
+    """Estimate what continuing one text of `size` tokens takes: keys, values, logits, tokens, random numbers.
 
     config: a ModelConfig.
     """
@@ -278,73 +304,45 @@ def bytes_per_text(config, size: int) -> int:
     return 4 * (cache + 8 * config.vocab_size) + 16 * size
 
 
-class Step(NamedTuple):
-    """One more token of each text that has not ended."""
-
-    rows: list[int]  # of these texts, in the batch as it was given
-    tokens: Tensor  # (len(rows),), their new tokens
-    ids: list[int]  # the same as numbers
-    logits: Tensor  # (len(rows), V), float32, as the model gave them
+# --------------------------------------------------------------------------------------
+# Token -> characters
 
 
-def generate(
-    model: nn.Module,
-    idx: Tensor,
-    max_new_tokens: int,
-    tokenizer_vocab_size: int | None = None,
-    *,
-    eot: int | None = None,
-    exact: bool = False,
-    cached: bool = True,
-    **sampling,
-) -> Iterator[Tensor]:
-    """Continue idx, (B, T) token ids with T >= 1, by max_new_tokens; yields each new token as (B,).
+class TextStream:
+    """The text of one sample: feed() its tokens and show what comes back.
 
-    idx: -1 before the first token of the shorter texts. tokenizer_vocab_size: ids from here on pad the model's
-    vocabulary and are never sampled. eot: ends a text, which is then continued by -1; None: nothing does. exact,
-    cached: of Context. sampling: of Sampler.
+    A character comes when the last of its bytes is there; one that is never completed does not come. The text ends
+    before the first of the stop texts, and what may be the beginning of one is held back until that is known.
     """
-    context = Context(model, idx, idx.shape[1] + max_new_tokens, exact=exact, cached=cached)
-    sampler = Sampler(list(range(len(idx))), max_new_tokens, **sampling)
-    for step in continue_texts(context, sampler, max_new_tokens, tokenizer_vocab_size, eot=eot):
-        if len(step.rows) == len(idx):
-            yield step.tokens
-        else:
-            tokens = idx.new_full((len(idx),), -1)
-            tokens[step.rows] = step.tokens
-            yield tokens
 
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+        self.pieces = tokenizer.pieces
+        self.eot = tokenizer.eot
+        self.stop = stop
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.held = ""
+        self.ended = False
 
-@torch.inference_mode()
-def continue_texts(
-    context: Context,
-    sampler: Sampler,
-    max_new_tokens: int,
-    tokenizer_vocab_size: int | None = None,
-    *,
-    eot: int | None = None,
-    stopped: Collection[int] = (),
-) -> Iterator[Step]:
-    """Sample token after token. A text ends after eot, and where the caller puts its row into stopped meanwhile.
+    def feed(self, token: int) -> str:
+        """Return the characters that can be shown now."""
+        if token == self.eot:
+            self.ended = True
+            return self.close()
+        self.held += self.decoder.decode(self.pieces[token])
+        ends = [self.held.index(text) for text in self.stop if text in self.held]
+        if ends:
+            self.ended = True
+            return self.release(min(ends))
+        for end in range(len(self.held)):
+            if any(text.startswith(self.held[end:]) for text in self.stop):
+                return self.release(end)
+        return self.close()
 
-    Raises UserError where the model's logits are not finite.
-    """
-    vocab_size = tokenizer_vocab_size or context.model.config.vocab_size
-    sampler.read(context.tokens(), vocab_size)
-    rows = list(range(len(context.first)))
-    for _ in range(max_new_tokens):
-        logits = context.next_logits()[:, :vocab_size].float()
-        tokens = sampler.draw(logits)
-        context.append(tokens[:, None])
-        ids = tokens.tolist()
-        if max(ids) >= vocab_size:
-            raise UserError("the model's logits are not finite: has its training diverged?")
-        yield Step(rows, tokens, ids, logits)
-        if stopped or eot in ids:
-            left = [i for i, row in enumerate(rows) if ids[i] != eot and row not in stopped]
-            if not left:
-                return
-            if len(left) < len(rows):
-                rows = [rows[i] for i in left]
-                context.select(left)
-                sampler.select(left)
+    def close(self) -> str:
+        """Return what was held back: there is no next token."""
+        return self.release(len(self.held))
+
+    def release(self, n: int) -> str:
+        shown = self.held[:n]
+        self.held = "" if self.ended else self.held[n:]
+        return shown

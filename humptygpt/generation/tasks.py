@@ -38,6 +38,7 @@ class Task:
     evaluation_examples: Show | None  # after each evaluation
     final_examples: Show | None  # at the end of a run
     score: Callable[[nn.Module, Dataset], Score] | None  # at the end of a run, and of eval_only
+    continues_text: bool  # sample.py continues a prompt; otherwise it translates line by line
     sample_label: str  # of what to do next
     sample_command: str  # {} is the argument that names the run
     card_prompt: str  # in a model card's example
@@ -91,6 +92,7 @@ TASKS = {
         evaluation_examples=None,
         final_examples=sample_text,
         score=None,
+        continues_text=True,
         sample_label="more of this",
         sample_command="python sample.py {}",
         card_prompt="",
@@ -103,6 +105,7 @@ TASKS = {
         evaluation_examples=translate_examples,
         final_examples=None,
         score=score_translations,
+        continues_text=False,
         sample_label="translate",
         sample_command='python sample.py {} --start="..."',
         card_prompt="Ein Mann schläft.",

@@ -209,15 +209,3 @@ def least_activation_bytes(model: nn.Module, rows: int, dtype: torch.dtype) -> f
                 layer.in_features if ends_branch else min(layer.in_features, layer.out_features)
             )
     return tokens * (features * dtype.itemsize + FLOAT * model.config.vocab_size)
-
-
-def check_weights_fit(model: nn.Module, name: str, device: torch.device, *, bits: int) -> None:
-    """Raise UserError where the weights of a checkpoint have no room once they are converted. bits: of each then."""
-    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
-    size = weights * bits / 8
-    free = free_memory(device)
-    if size > free:
-        raise UserError(
-            f"{name} takes {gigabytes(size)} of memory, and {gigabytes(free)} are free on {device};"
-            " end other programs, or on a CPU take --quantize=int8"
-        )
