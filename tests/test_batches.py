@@ -226,7 +226,7 @@ def edit_train(data: Path, **entries):
 
 
 DAMAGE = {
-    "meta.json says vocab_size=21, but its tokenizer has 3 tokens": lambda data: edit_meta(
+    "meta.json is not that of its tokenizer, 3": lambda data: edit_meta(
         data, tokenizer={"tokenizer": "char", "alphabet": "abc"}
     ),
     "train.bin was altered or damaged: from byte 0 on its checksum is not the one in meta.json": alter,
@@ -249,13 +249,11 @@ DAMAGE = {
         data, tokens=-3600
     ),
     "meta.json: splits.train.bytes is missing": lambda data: edit_train(data, bytes=...),
-    "meta.json: splits.train has 3,601 tokens, which is not the sum": lambda data: edit_train(
-        data, tokens=3601
+    "meta.json: splits.train.tokens is not the sum": lambda data: edit_train(data, tokens=3601),
+    "meta.json: splits.train has the file '../train.bin', which": lambda data: edit_train(
+        data, files=[{"name": "../train.bin", "tokens": 3600}]
     ),
-    "meta.json: splits.train has the file '../train.bin', which is not train.bin": lambda data: (
-        edit_train(data, files=[{"name": "../train.bin", "tokens": 3600}])
-    ),
-    "meta.json: splits.train does not have the 1 checksums of train.bin": lambda data: edit_train(
+    "meta.json: splits.train does not have the checksums of train.bin": lambda data: edit_train(
         data, checksums={}
     ),
     "meta.json: splits has 'more', which is not train, val or test": lambda data: edit_meta(

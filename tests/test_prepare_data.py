@@ -664,15 +664,10 @@ def test_a_folder_of_ours_without_its_meta_json_is_not_taken_for_nanogpts(folder
 def test_tokens_that_are_not_gpt2s_are_not_taken_for_them(tiny, fails):
     for name in ("meta.json", "command.txt"):  # prepared before there was a command.txt
         (tiny / name).unlink()
-    complaint = fails(train.main, "--dataset=tiny", "--device=cpu")
-    assert (
-        "has no meta.json or meta.pkl, and its tokens, up to " in complaint
-        and "are not GPT-2's" in complaint
-    )
+    complaint = "has no meta.json or meta.pkl, and its tokens are not GPT-2's"
+    assert complaint in fails(train.main, "--dataset=tiny", "--device=cpu")
     np.full(10, 50_257, np.uint16).tofile(tiny / "train.bin")
-    assert "its tokens, up to 50,257, are not GPT-2's" in fails(
-        train.main, "--dataset=tiny", "--device=cpu"
-    )
+    assert complaint in fails(train.main, "--dataset=tiny", "--device=cpu")
 
 
 # --------------------------------------------------------------------------------------

@@ -31,21 +31,26 @@ class Dataset:
         meta: dict | None = None,
     ):
         """meta: None reads it."""
-        self.folder, self.block_size, self.seed = folder, block_size, seed
+        self.folder = folder
+        self.block_size = block_size
+        self.seed = seed
         self.with_encoder = with_encoder
         self.meta = meta or read_meta(folder)
         if self.meta["task"] != self.task:
             raise UserError(f"{folder} is for {self.meta['task']}, not for {self.task}")
         self.tokenizer = tokenizers.from_state(self.meta["tokenizer"])
         tokens = self.tokenizer.vocab_size
-        if (described := self.meta.get("vocab_size", tokens)) != tokens:
-            problem = f"{folder}/meta.json says vocab_size={described}, but its tokenizer has {tokens} tokens"
+        if self.meta.get("vocab_size", tokens) != tokens:
+            problem = f"vocab_size in {folder}/meta.json is not that of its tokenizer, {tokens}"
             raise UserError(f"{problem}; {how_to(folder)}")
-        self.splits = {
-            split: TokenFiles(folder, split, self.meta)
-            for split in self.meta.get("splits", ("train", "val"))
-        }
-        self.train, self.val = self.splits["train"], self.splits["val"]
+        self.splits = {split: TokenFiles(folder, split, self.meta) for split in self.meta["splits"]}
+        self.train = self.splits["train"]
+        self.val = self.splits["val"]
+        self.set_up()
+
+    def set_up(self) -> None:
+        """Check the lengths of the splits, and prepare the batches."""
+        raise NotImplementedError
 
     def read(self, split: str, starts: np.ndarray, length: int) -> np.ndarray:
         """The tokens of a split from each of the starts on, checked; int64 (len(starts), length)."""
@@ -68,16 +73,14 @@ class Dataset:
             yield start, self.read(split, np.array([start]), min(length, tokens - start))[0]
 
     def identity(self) -> dict:
-        """What tells this data from other data with the same tokenizer, wherever it came from."""
-        checksums = [
-            split["checksums"] for split in self.meta.get("splits", {}).values()
-        ]  # long where the data is
+        """Return what tells this data from other data with the same tokenizer, wherever it came from."""
+        splits = self.meta["splits"].values()
+        checksums = [split["checksums"] for split in splits if "checksums" in split]
+        first_million = self.beginning("train", 1_000_000)
         return {
             "train_tokens": len(self.train),
             "val_tokens": len(self.val),
-            "first_million_sha256": hashlib.sha256(
-                self.beginning("train", 1_000_000).tobytes()
-            ).hexdigest(),
+            "first_million_sha256": hashlib.sha256(first_million.tobytes()).hexdigest(),
             "checksums_sha256": hashlib.sha256(repr(checksums).encode()).hexdigest(),
         }
 
@@ -87,24 +90,14 @@ class TokenDataset(Dataset):
 
     task = "language modelling"
 
-    def __init__(
-        self,
-        folder: Path,
-        block_size: int,
-        seed: int,
-        with_encoder: bool = False,
-        meta: dict | None = None,
-    ):
-        super().__init__(folder, block_size, seed, with_encoder, meta)
-        for split, least in (("train", block_size + 1), ("val", 2)):
+    def set_up(self) -> None:
+        for split, least in (("train", self.block_size + 1), ("val", 2)):
             if len(self.splits[split]) < least:
                 raise UserError(
-                    f"{folder / split}.bin has {len(self.splits[split]):,} tokens but needs at least {least:,}"
-                    f" with block_size={block_size}; take more text or a smaller --block_size"
+                    f"{self.folder / split}.bin has {len(self.splits[split]):,} tokens but needs at least {least:,}"
+                    f" with block_size={self.block_size}; take more text or a smaller --block_size"
                 )
-            self.beginning(
-                split, 50_000
-            )  # shows most errors now; each batch is checked when it is read
+            self.beginning(split, 50_000)  # shows most errors now
 
     def describe(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
         """(a batch, the evaluation set) in words."""
@@ -170,7 +163,8 @@ class TokenDataset(Dataset):
 
     def val_bytes_per_token(self) -> float:
         """UTF-8 bytes of text per token of the validation split."""
-        if entry := self.meta.get("splits", {}).get("val"):
+        entry = self.meta["splits"]["val"]
+        if "bytes" in entry:
             return entry["bytes"] / entry["tokens"]
         lengths = self.tokenizer.token_bytes()
         return sum(int(lengths[ids].sum()) for _, ids in self.chunks("val")) / len(self.val)
@@ -187,15 +181,12 @@ class PairDataset(Dataset):
 
     task = "translation"
 
-    def __init__(
-        self, folder: Path, block_size: int, seed: int, with_encoder: bool, meta: dict | None = None
-    ):
-        super().__init__(folder, block_size, seed, with_encoder, meta)
+    def set_up(self) -> None:
         self.pairs = {split: self.find_pairs(split) for split in self.splits}
         longest = max(int(self.lengths(pairs).max()) for pairs in self.pairs.values())
-        if longest > block_size:
+        if longest > self.block_size:
             raise UserError(
-                f"{folder} has a pair that takes {longest} tokens, more than block_size={block_size};"
+                f"{self.folder} has a pair that takes {longest} tokens, more than block_size={self.block_size};"
                 f" take --block_size={longest}"
             )
         self.starts = {}  # {(split, batch_size): what batch_starts gives}
@@ -228,17 +219,13 @@ class PairDataset(Dataset):
     def batch_starts(self, split: str, batch_size: int) -> np.ndarray:
         """Where batches start among the pairs in order of length, and the end of the last; the same in every epoch."""
         if (split, batch_size) not in self.starts:
-            pairs, capacity, longest, starts = (
-                self.pairs[split],
-                batch_size * self.block_size,
-                0,
-                [0],
-            )
-            for number, length in enumerate(
-                self.lengths(pairs[self.order(split, np.arange(len(pairs)))]).tolist()
-            ):
+            pairs = self.pairs[split]
+            lengths = self.lengths(pairs[self.order(split, np.arange(len(pairs)))])
+            longest = 0
+            starts = [0]
+            for number, length in enumerate(lengths.tolist()):
                 longest = max(longest, length)
-                if (number + 1 - starts[-1]) * longest > capacity:
+                if (number + 1 - starts[-1]) * longest > batch_size * self.block_size:
                     starts.append(number)
                     longest = length
             self.starts[split, batch_size] = np.array([*starts, len(pairs)])
@@ -296,11 +283,11 @@ class PairDataset(Dataset):
         pairs = self.pairs[split]
         if count is not None:
             pairs = pairs[np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(int)]
-        found = []
+        texts = []
         for start, source, target in pairs.tolist():
             ids = self.read(split, np.array([start]), source + target)[0]
-            found.append((ids[:source], self.tokenizer.decode(ids[source:-1])))
-        return found
+            texts.append((ids[:source], self.tokenizer.decode(ids[source:-1])))
+        return texts
 
     def describe(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
         """(a batch, the evaluation set) in words."""
@@ -327,21 +314,16 @@ class Prefetcher:
 
     def __init__(self, dataset: Dataset, stride: int = 1):
         """stride: from the number of one batch to that of the next."""
-        self.dataset, self.stride, self.next = (
-            dataset,
-            stride,
-            {},
-        )  # {(index, batch_size): the batch that is being read}
+        self.dataset = dataset
+        self.stride = stride
+        self.pending = {}  # {(index, batch_size): the batch that is being read}
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
-        batch = self.next.get((index, batch_size)) or self.thread.submit(
-            self.dataset.batch, index, batch_size
-        )
-        following = index + self.stride
-        self.next = {
-            (following, batch_size): self.thread.submit(self.dataset.batch, following, batch_size)
-        }
+        key = (index, batch_size)
+        batch = self.pending.get(key) or self.thread.submit(self.dataset.batch, *key)
+        following = (index + self.stride, batch_size)
+        self.pending = {following: self.thread.submit(self.dataset.batch, *following)}
         return batch.result()
 
 

@@ -60,7 +60,7 @@ def token_dtype(tokenizer: tokenizers.Tokenizer) -> np.dtype:
 
 
 def checksums(path: Path) -> str:
-    """The CRC-32 of every CHECKED bytes of a file, little-endian uint32, in base64 for meta.json."""
+    """Return the CRC-32 of every CHECKED bytes of a file, little-endian uint32, in base64 for meta.json."""
     with path.open("rb") as file:
         sums = [zlib.crc32(block) for block in iter(lambda: file.read(CHECKED), b"")]
     return base64.b64encode(np.array(sums, "<u4").tobytes()).decode()
@@ -86,31 +86,28 @@ class TokenFiles:
     """
 
     def __init__(self, folder: Path, split: str, meta: dict):
-        entry, self.folder = meta["splits"][split] if "splits" in meta else None, folder
-        files = entry["files"] if entry else [{"name": f"{split}.bin"}]
-        self.paths = [folder / file["name"] for file in files]
+        self.folder = folder
+        entry = meta["splits"][split]
+        self.paths = [folder / file["name"] for file in entry["files"]]
         self.arrays = [self.open(path, np.dtype(meta["dtype"])) for path in self.paths]
         self.ends = list(accumulate(map(len, self.arrays)))
-        for path, file, tokens in zip(self.paths, files, self.arrays, strict=True):
-            if entry and len(tokens) != file["tokens"]:
+        if "checksums" not in entry:  # of nanoGPT's folders
+            self.sums = None
+            return
+        self.sums = [unpack_checksums(entry["checksums"][path.name]) for path in self.paths]
+        self.unchecked = [np.ones(len(sums), dtype=bool) for sums in self.sums]
+        for path, file, ids in zip(self.paths, entry["files"], self.arrays, strict=True):
+            if len(ids) != file["tokens"]:
                 raise self.error(
-                    f"{path} has {len(tokens):,} tokens, but meta.json says {file['tokens']:,}"
+                    f"{path} has {len(ids):,} tokens, but meta.json says {file['tokens']:,}"
                 )
-        self.sums = (
-            [unpack_checksums(entry["checksums"][file["name"]]) for file in files]
-            if entry
-            else None
-        )
-        self.unchecked = [np.ones(len(sums), dtype=bool) for sums in self.sums or ()]
 
     def open(self, path: Path, dtype: np.dtype) -> np.ndarray:
-        """Mapped, not read: the system loads what is used, and drops it when memory is short."""
+        """Map a file, not read: the system loads what is used, and drops it when memory is short."""
         try:
             size = path.stat().st_size
             if size % dtype.itemsize:
-                raise self.error(
-                    f"{path} is truncated: {size:,} bytes are not a multiple of {dtype.itemsize} ({dtype})"
-                )
+                raise self.error(f"{path} is truncated: {size:,} bytes are no whole {dtype}s")
             return np.asarray(np.memmap(path, dtype, mode="r")) if size else np.empty(0, dtype)
         except OSError as error:
             raise self.error(f"cannot read {path}: {error.strerror}") from error
@@ -122,31 +119,34 @@ class TokenFiles:
         return self.ends[-1]
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """The tokens from each of the starts on, int64 (len(starts), length); zeros after the last token."""
+        """Return the tokens from each start on, int64 (len(starts), length); zeros after the last token."""
         rows = np.zeros((len(starts), length), dtype=np.int64)
         for row, start in zip(rows, starts.tolist(), strict=True):
             number = bisect_right(self.ends, start)
             offset = start - (self.ends[number - 1] if number else 0)
             while len(row) and number < len(self.arrays):  # a row may continue in the next file
-                tokens = self.arrays[number][offset : offset + len(row)]
+                ids = self.arrays[number][offset : offset + len(row)]
                 if self.sums is not None:
-                    self.check(number, offset, offset + len(tokens))
-                row[: len(tokens)] = tokens
-                row, number, offset = row[len(tokens) :], number + 1, 0
+                    self.check(number, offset, offset + len(ids))
+                row[: len(ids)] = ids
+                row = row[len(ids) :]
+                number += 1
+                offset = 0
         return rows
 
     def check(self, number: int, start: int, end: int) -> None:
-        """The checksums of those parts with tokens [start, end) of file `number` that have not been read before."""
-        array, unchecked = self.arrays[number], self.unchecked[number]
+        """Verify those blocks with tokens [start, end) of file `number` that have not been read before."""
+        array = self.arrays[number]
         size = CHECKED // array.itemsize
-        for part in range(start // size, (end - 1) // size + 1):
-            if unchecked[part]:
-                if zlib.crc32(array[part * size : (part + 1) * size]) != self.sums[number][part]:
-                    raise self.error(
-                        f"{self.paths[number]} was altered or damaged: from byte {part * CHECKED:,} on its checksum is"
-                        " not the one in meta.json"
-                    )
-                unchecked[part] = False
+        for block in range(start // size, (end - 1) // size + 1):
+            if not self.unchecked[number][block]:
+                continue
+            if zlib.crc32(array[block * size : (block + 1) * size]) != self.sums[number][block]:
+                raise self.error(
+                    f"{self.paths[number]} was altered or damaged: from byte {block * CHECKED:,} on its checksum is"
+                    " not the one in meta.json"
+                )
+            self.unchecked[number][block] = False
 
 
 class TokenWriter:
@@ -155,31 +155,29 @@ class TokenWriter:
     def __init__(
         self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int | None, tokens: int
     ):
-        self.folder, self.split, self.itemsize = folder, split, dtype.itemsize
-        self.shard_tokens, self.tokens = shard_tokens, tokens
+        self.folder = folder
+        self.split = split
+        self.itemsize = dtype.itemsize
+        self.shard_tokens = shard_tokens or sys.maxsize
+        self.tokens = tokens
         self.open()
 
     def open(self) -> None:
-        number, tokens = divmod(self.tokens, self.shard_tokens or sys.maxsize)
-        name = f"{self.split}_{number:04d}.bin" if self.shard_tokens else f"{self.split}.bin"
-        self.file = (self.folder / name).open("ab")
+        number, tokens = divmod(self.tokens, self.shard_tokens)
+        sharded = self.shard_tokens < sys.maxsize
+        path = self.folder / (f"{self.split}_{number:04d}.bin" if sharded else f"{self.split}.bin")
+        self.file = path.open("ab")
         if self.file.tell() < tokens * self.itemsize:
-            raise UserError(
-                f"{self.folder / name} is shorter than it was; remove {self.folder} and prepare it again"
-            )
+            raise UserError(f"{path} is shorter than it was; remove {self.folder} and try again")
         self.file.truncate(tokens * self.itemsize)
 
     def write(self, ids: np.ndarray) -> None:
         while len(ids):
-            room = (
-                self.shard_tokens - self.tokens % self.shard_tokens
-                if self.shard_tokens
-                else len(ids)
-            )
-            self.file.write(ids[:room].tobytes())
-            self.tokens += len(ids[:room])
-            ids = ids[room:]
-            if self.shard_tokens and self.tokens % self.shard_tokens == 0:
+            some = ids[: self.shard_tokens - self.tokens % self.shard_tokens]
+            self.file.write(some.tobytes())
+            self.tokens += len(some)
+            ids = ids[len(some) :]
+            if self.tokens % self.shard_tokens == 0:
                 self.flush()
                 self.close()
                 self.open()
@@ -197,7 +195,7 @@ class TokenWriter:
 
 
 def read_meta(folder: Path) -> dict:
-    """The folder's meta.json, checked, or the same for a folder that nanoGPT prepared. Raises UserError."""
+    """Read the folder's meta.json, checked, or make one for a folder that nanoGPT prepared. Raises UserError."""
     if os.path.exists(folder / "meta.json"):
         try:
             meta = parse_json((folder / "meta.json").read_bytes(), META)
@@ -208,55 +206,45 @@ def read_meta(folder: Path) -> dict:
     if os.path.exists(folder / "meta.pkl"):
         return read_nanogpt_meta(folder / "meta.pkl")
     if os.path.exists(folder / "preparing"):
-        running = f"is running, {who}, or" if (who := holder(folder / ".lock")) else ""
-        state = f"{running} was stopped before its end".strip()
-        raise UserError(f"the preparation of {folder} {state}; {how_to(folder)}")
+        who = holder(folder / ".lock")
+        state = f"is running, {who}, or was stopped" if who else "was stopped"
+        raise UserError(f"the preparation of {folder} {state} before its end; {how_to(folder)}")
+    problem = f"{folder} has no meta.json"
     if os.path.exists(folder / "train.bin") and not os.path.exists(folder / COMMAND):
-        if why := unlike_gpt2(folder / "train.bin"):
-            raise UserError(f"{folder} has no meta.json or meta.pkl, and {why}; {how_to(folder)}")
-        print(
-            f"note: {folder} has no meta.json or meta.pkl; it is taken for GPT-2's tokens",
-            file=sys.stderr,
-        )
-        return nanogpt_meta(folder, tokenizers.GPT2Tokenizer.train())
-    raise UserError(f"{folder} has no meta.json; {how_to(folder)}")
+        if could_be_gpt2s(folder / "train.bin"):
+            note = f"{folder} has no meta.json or meta.pkl; it is taken for GPT-2's tokens"
+            print(f"note: {note}", file=sys.stderr)
+            return nanogpt_meta(folder, tokenizers.GPT2Tokenizer.train())
+        problem += " or meta.pkl, and its tokens are not GPT-2's"
+    raise UserError(f"{problem}; {how_to(folder)}")
 
 
-def unlike_gpt2(path: Path) -> str:
-    """Why a token file cannot have GPT-2's tokens, or "": of a thousand tokens of a text, some are rare ones."""
+def could_be_gpt2s(path: Path) -> bool:
+    """Whether none of the tokens is too large, and of a thousand tokens of a text some are rare ones."""
     try:
         ids = np.fromfile(path, np.uint16, count=LOOKED_AT)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    largest = int(ids.max(initial=0))
-    if largest >= GPT2_TOKENS or (len(ids) >= 1000 and largest < GPT2_TOKENS // 4):
-        return f"its tokens, up to {largest:,}, are not GPT-2's"
-    return ""
+    largest = ids.max(initial=0)
+    return largest < GPT2_TOKENS and (len(ids) < 1000 or largest >= GPT2_TOKENS // 4)
 
 
 def check_splits(meta: dict) -> None:
     """Raise ValueError where the splits lack an entry, or their files, token counts and checksums do not agree."""
-    splits, itemsize = meta["splits"], np.dtype(meta["dtype"]).itemsize
-    check_schema(splits, SPLITS[meta["task"]], "splits")
-    if extra := splits.keys() - {"train", "val", "test"}:
-        raise ValueError(f"splits has {min(extra)!r}, which is not train, val or test")
-    for split, entry in splits.items():
+    itemsize = np.dtype(meta["dtype"]).itemsize
+    check_schema(meta["splits"], SPLITS[meta["task"]], "splits")
+    for split, entry in meta["splits"].items():
+        if split not in ("train", "val", "test"):
+            raise ValueError(f"splits has {split!r}, which is not train, val or test")
         for file in entry["files"]:
-            if not re.fullmatch(
-                rf"{split}(_[0-9]+)?\.bin", file["name"]
-            ):  # nor may it be a path out of the folder
-                raise ValueError(
-                    f"splits.{split} has the file {file['name']!r}, which is not {split}.bin or a shard"
-                )
-            parts = -(-file["tokens"] * itemsize // CHECKED)
-            if len(unpack_checksums(entry["checksums"].get(file["name"], ""))) != parts:
-                raise ValueError(
-                    f"splits.{split} does not have the {parts:,} checksums of {file['name']}"
-                )
+            name = file["name"]
+            if not re.fullmatch(rf"{split}(_[0-9]+)?\.bin", name):  # nor a path out of the folder
+                raise ValueError(f"splits.{split} has the file {name!r}, which is not its own")
+            blocks = -(-file["tokens"] * itemsize // CHECKED)
+            if len(unpack_checksums(entry["checksums"].get(name, ""))) != blocks:
+                raise ValueError(f"splits.{split} does not have the checksums of {name}")
         if sum(file["tokens"] for file in entry["files"]) != entry["tokens"]:
-            raise ValueError(
-                f"splits.{split} has {entry['tokens']:,} tokens, which is not the sum of its files"
-            )
+            raise ValueError(f"splits.{split}.tokens is not the sum of its files")
 
 
 def unpack_checksums(text: str) -> np.ndarray:
@@ -292,6 +280,7 @@ def nanogpt_meta(folder: Path, tokenizer: tokenizers.Tokenizer) -> dict:
         "task": "language modelling",
         "source": f"nanoGPT's {folder.name}",
         "dtype": "uint16",
+        "splits": {split: {"files": [{"name": f"{split}.bin"}]} for split in ("train", "val")},
         "tokenizer": tokenizer.state(),
     }
 
