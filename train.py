@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import model as models
-import prepare_data
 from humptygpt.checkpoint import checkpoint
 from humptygpt.core import settings as configurator
 from humptygpt.core.device import (
@@ -55,10 +54,9 @@ from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import Processes, note
 from humptygpt.tokenizer import tokenizers
 from humptygpt.training import evaluation, resume
-from humptygpt.training.interrupts import catch_signals
 from humptygpt.training.memory import check_training_fits, memory_report
 from humptygpt.training.optimizers import Optimizer, clip_gradients, freeze, make_optimizer
-from humptygpt.training.progress import Diverged, Meter, Progress
+from humptygpt.training.progress import Diverged, Meter, Progress, catch_signals
 from humptygpt.training.run_folder import NoFolder, RunFolder
 from humptygpt.training.settings import TrainConfig, read_settings
 from model import ModelConfig
@@ -92,9 +90,6 @@ class Run:
     def is_over(self) -> bool:
         stops_early = 0 < self.config.early_stopping <= self.progress.evals_since_best
         return stops_early or self.progress.iter >= self.config.max_iters
-
-    def settings(self) -> dict:
-        return asdict(self.config) | asdict(self.model.config)
 
     def state(self) -> dict:
         """Return the entries of ckpt.pt, but for those of training: see checkpoint.SCHEMA."""
@@ -164,7 +159,8 @@ def fit(run: Run) -> int:
     """Train, show what the model can do, and return the exit code."""
     out_dir = Path(run.config.out_dir)
     new_folder = RunFolder if run.processes.first else NoFolder
-    with closing(new_folder(out_dir, run.settings(), run.progress.iter)) as folder:
+    settings = asdict(run.config) | asdict(run.model.config)
+    with closing(new_folder(out_dir, settings, run.progress.iter)) as folder:
         try:
             stopped_by = train(run, folder)
         except Diverged as error:
@@ -249,6 +245,8 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
     """Open data/<dataset>, which is prepared now if it is missing, or if its preparation was stopped."""
     folder = Path("data") / config.dataset
     if not has_any(folder, "meta.json", "meta.pkl"):
+        import prepare_data  # here, since it is seldom needed
+
         known = config.dataset in prepare_data.SOURCES
         # a train.bin alone is taken for nanoGPT's; a command is left of a folder of ours
         begun = has_any(folder, "preparing", "train.bin", COMMAND)
@@ -453,25 +451,9 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     return mean_loss, grad_norm, tokens
 
 
-def evaluate(run: Run) -> float:
-    """Return the validation loss."""
-    config = run.config
-    val_loss = evaluation.evaluate(
-        run.net,
-        run.dataset,
-        config.batch_size,
-        config.eval_iters,
-        device=run.device,
-        dtype=run.dtype,
-        processes=run.processes,
-    )
-    run.processes.after_forward(run.model)
-    return val_loss
-
-
 def evaluate_and_record(run: Run, folder: RunFolder, bar: tqdm) -> bool:
     """Evaluate, save best.pt if the loss is the lowest so far, and return whether it is. Raises Diverged."""
-    val_loss = evaluate(run)
+    val_loss = evaluation.evaluate(run)
     improved = run.progress.record(val_loss)
     row = evaluation.measures(val_loss, run.dataset)
     folder.record(run.progress.stamp() | row)
@@ -487,7 +469,7 @@ def evaluate_and_record(run: Run, folder: RunFolder, bar: tqdm) -> bool:
 
 
 def evaluate_only(run: Run) -> str:
-    row = evaluation.measures(evaluate(run), run.dataset)
+    row = evaluation.measures(evaluation.evaluate(run), run.dataset)
     text = f"{evaluation.evaluation_line(row)} at iter {run.progress.iter}"
     score = on_whole_model(run, run.task.score)
     return f"{text}\n{score.text}" if score else text

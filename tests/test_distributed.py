@@ -20,6 +20,7 @@ import torch.distributed as dist
 from conftest import TINY_RUN, assert_same_weights, read_rows
 from torch.nn.parallel import DistributedDataParallel
 
+import prepare_data
 import train
 from humptygpt.checkpoint import checkpoint
 from humptygpt.core import settings as configurator
@@ -381,7 +382,7 @@ def on_two_machines(argv: list[str], disks: int) -> int:
         time.sleep(0.2)
         shutil.copytree(elsewhere, "data/tiny")
 
-    train.prepare_data.prepare = prepare
+    prepare_data.prepare = prepare
     return train.main(argv)
 
 

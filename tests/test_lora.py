@@ -368,7 +368,7 @@ def peak():  # MB; of this program, where the resource module counts the one tha
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 imported = peak()
 run = train.setup(*train.read_settings(sys.argv[1:]))
-print(train.describe_cost(run))
+print(train.resume.cost_report(run))
 for it in range(2):
     train.train_step(run, it)
 print("peak", peak() - imported)

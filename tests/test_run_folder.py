@@ -1,6 +1,7 @@
 """What a run leaves beside its checkpoints, and what it does with an earlier run's files."""
 
 import json
+import math
 import subprocess
 import sys
 import types
@@ -12,6 +13,7 @@ from conftest import TINY_RUN, assert_same_weights, read_rows
 
 import train
 from humptygpt.checkpoint import checkpoint
+from humptygpt.training import evaluation
 from humptygpt.training.run_folder import TensorBoard, draw_losses
 
 OUT, ROOT = Path("out/run"), Path(__file__).parent.parent
@@ -170,6 +172,14 @@ def test_wandb_gets_every_row_and_a_resumed_run_is_the_same_run(
     assert fake.finished == 2
     run_train("--wandb_log=True")
     assert fake.started[-1]["id"] != first["id"]
+
+
+def test_a_run_that_diverges_is_finished_on_wandb_too(tiny, monkeypatch, capsys):
+    fake = FakeWandb(online=True)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **settings: math.nan)
+    assert train.main([*TINY_RUN, "--log=wandb"]) == 1
+    assert fake.finished == 1
 
 
 def test_wandb_that_is_not_installed_is_named(tiny, fails, monkeypatch):

@@ -18,6 +18,7 @@ import torch
 from conftest import TINY_RUN, assert_same_weights, make_text, read_rows, started_processes
 
 import model as models
+import prepare_data
 import sample
 import train
 from humptygpt.checkpoint import checkpoint
@@ -181,7 +182,7 @@ def test_each_batch_has_a_dropout_mask_of_its_own(tiny):
     (tiny / "input.txt").write_text(
         one_block
     )  # a text of one block, whose every batch is the same but for dropout
-    train.prepare_data.main(["tiny"])
+    prepare_data.main(["tiny"])
     train.main(
         [
             *TINY_RUN,
@@ -593,7 +594,7 @@ def test_a_run_that_stopped_early_stays_stopped_when_resumed(run_train, monkeypa
 
 def test_the_same_text_from_another_path_can_be_resumed(run_train, folder):
     run_train()
-    train.prepare_data.main([f"--input={folder / 'tiny.txt'}", "--name=tiny"])
+    prepare_data.main([f"--input={folder / 'tiny.txt'}", "--name=tiny"])
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=7"]) == 0
 
 
@@ -610,19 +611,19 @@ def test_a_run_that_moves_to_a_card_that_needs_a_scaler_gets_a_new_one(run_train
 def test_data_that_changed_since_the_checkpoint_is_refused(run_train, fails):
     run_train()
     Path("tiny.txt").write_text(make_text(seed=5))
-    train.prepare_data.main(["--input=tiny.txt", "--name=tiny"])
+    prepare_data.main(["--input=tiny.txt", "--name=tiny"])
     line = fails(train.main, "--init_from=resume", "--out_dir=out/run")
     other = "data/tiny is not the data that out/run/ckpt.pt was trained on"
     assert line == f"{other}; that is now in data/tiny/previous-1: add --dataset=tiny/previous-1\n"
     Path("tiny.txt").write_text(make_text() + "0123456789")  # a larger vocabulary
-    train.prepare_data.main(["--input=tiny.txt", "--name=tiny"])
+    prepare_data.main(["--input=tiny.txt", "--name=tiny"])
     assert fails(train.main, "--init_from=resume", "--out_dir=out/run") == line
 
 
 def test_a_run_resumes_on_data_that_was_moved_aside(run_train, tiny, fails):
     straight = run_train("--max_iters=9", "--lr_decay_iters=9")
     run_train("--lr_decay_iters=9")
-    train.prepare_data.main(["--input=tiny.txt", "--name=tiny", "--tokenizer=byte"])
+    prepare_data.main(["--input=tiny.txt", "--name=tiny", "--tokenizer=byte"])
     resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=9", "--lr_decay_iters=9"]
     assert fails(train.main, *resume).endswith(
         "that is now in data/tiny/previous-1: add --dataset=tiny/previous-1\n"
@@ -635,7 +636,7 @@ def test_a_run_resumes_on_data_that_was_moved_aside(run_train, tiny, fails):
 def test_where_the_data_is_gone_the_command_that_makes_it_again_is_named(run_train, tiny, fails):
     run_train()
     command = json.loads((tiny / "meta.json").read_text())["command"]
-    train.prepare_data.main(["--input=tiny.txt", "--name=tiny", "--tokenizer=byte"])
+    prepare_data.main(["--input=tiny.txt", "--name=tiny", "--tokenizer=byte"])
     shutil.rmtree(tiny / "previous-1")
     line = fails(train.main, "--init_from=resume", "--out_dir=out/run")
     assert line.endswith(f"was trained on; to make that again: {command}\n")
@@ -984,7 +985,7 @@ def test_every_training_key_is_in_the_saved_settings(run_train):
 
 LONG_STEP = """
 import hashlib
-from humptygpt.training.interrupts import catch_signals
+from humptygpt.training.progress import catch_signals
 with catch_signals():
     print("started", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # one call of C, as torch's are

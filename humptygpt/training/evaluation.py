@@ -3,39 +3,31 @@
 import math
 
 import torch
-from torch import nn
 
 from humptygpt.core.device import autocast, to_device
 from humptygpt.data.batches import Dataset
-from humptygpt.parallel.processes import ONE_PROCESS, Processes
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    dataset: Dataset,
-    batch_size: int,
-    eval_iters: int | None,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    processes: Processes = ONE_PROCESS,
-) -> float:
-    """Compute the mean loss in nats per token over the evaluation set. Draws no random number, to not disturb training.
+def evaluate(run) -> float:
+    """Compute the mean loss in nats per token over the evaluation set; ranks divide its batches. run: a train.Run.
 
-    processes: those that divide the batches.
+    Draws no random number, so it cannot disturb training.
     """
-    model.eval()
-    total = torch.zeros((), device=device)
+    processes = run.processes
+    batches = run.dataset.val_batches(run.config.batch_size, run.config.eval_iters)
+    run.net.eval()
+    total = torch.zeros((), device=run.device)
     count = 0
-    for batch in processes.alternate(dataset.val_batches(batch_size, eval_iters)):
+    for batch in processes.alternate(batches):
         tokens = int((batch["targets"] >= 0).sum())
-        with autocast(device, dtype):
-            _, loss = model(**to_device(batch, device))
+        with autocast(run.device, run.dtype):
+            _, loss = run.net(**to_device(batch, run.device))
         if tokens:
             total += loss * tokens
             count += tokens
-    model.train()
+    run.net.train()
+    processes.after_forward(run.model)
     return processes.sum(float(total)) / processes.sum(count)
 
 

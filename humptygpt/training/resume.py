@@ -19,7 +19,8 @@ from humptygpt.data.token_files import is_command
 from humptygpt.generation.tasks import open_dataset
 from humptygpt.interchange.load import Loaded
 from humptygpt.nn import lora
-from humptygpt.training.optimizers import check_state, local, state_bytes, trained_parameters
+from humptygpt.training.memory import training_memory
+from humptygpt.training.optimizers import check_state, local, trained_parameters
 from model import ModelConfig
 
 PREPARED_WITH = ("--tokenizer=", "--vocab_size=", "--model_type=")
@@ -99,10 +100,6 @@ def cost_report(run) -> str:
     """Return what fine-tuning takes, by a trial of the first micro-batch. Nothing of that remains. run: a train.Run."""
     model = run.model
     config = run.config
-    weights = {}
-    for p in model.parameters():
-        storage = local(p).untyped_storage()
-        weights[storage.data_ptr()] = storage.nbytes()
     kept = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -118,15 +115,15 @@ def cost_report(run) -> str:
     loss.detach().item()  # waits for a GPU
     seconds = (time.perf_counter() - started) * config.gradient_accumulation_steps
     model.zero_grad()
+    for p in model.parameters():
+        kept.pop(local(p).untyped_storage().data_ptr(), None)
+    memory = training_memory(config, model, sum(kept.values()), processes=run.processes.size)
+    update = memory.gradients + memory.optimizer
+    total = memory.weights + update + memory.activations
     trained = sum(p.numel() for p in trained_parameters(model).values())
-    update = 4 * trained + state_bytes(config.optimizer, model)
-    if run.processes.sharded:
-        update /= run.processes.size
-    activations = sum(size for pointer, size in kept.items() if pointer not in weights)
-    sizes = (sum(weights.values()) / 1e9, update / 1e9, activations / 1e9)
     return (
         f"training: {trained:,} parameters, {trained / models.count_parameters(model):.1%}\n"
-        f"memory: {sum(sizes):.2f} GB: weights {sizes[0]:.2f}, gradients and optimizer state {sizes[1]:.2f},"
-        f" activations {sizes[2]:.2f}\n"
+        f"memory: {total / 1e9:.2f} GB: weights {memory.weights / 1e9:.2f},"
+        f" gradients and optimizer state {update / 1e9:.2f}, activations {memory.activations / 1e9:.2f}\n"
         f"time: about {seconds:.2g} s a step, {seconds * config.max_iters:.2g} s in all"
     )
