@@ -334,7 +334,7 @@ def refusals() -> dict:
         "no decoder": (lambda d: change(d / "tokenizer.json", decoder=None), "its decoder is none"),
         "a wrong setting": (
             lambda d: write(d, tokenizer_config={"eos_token": 3}),
-            "tokenizer_config.json: eos_token",
+            ": eos_token must be a string",
         ),
         "a wrong id": (
             lambda d: write(
