@@ -45,10 +45,10 @@ TYPE_NAMES = {
     types.NoneType: "None",
 }
 BOUNDS = {
-    "at_least": ("at least", operator.ge),
-    "above": ("above", operator.gt),
-    "at_most": ("at most", operator.le),
-    "below": ("below", operator.lt),
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
 }
 ELSEWHERE = {  # names that other programs have for keys of ours
     "lr": "learning_rate",
@@ -88,6 +88,11 @@ def setting(
     the other key has none of them, or one of them, this key does nothing.
     """
     rules = dict(locals())
+    for key in ("only_with", "not_with"):
+        rules[key] = {
+            other: values if isinstance(values, tuple) else (values,)
+            for other, values in (rules[key] or {}).items()
+        }
     return dataclasses.field(default=rules.pop("default"), metadata=rules)
 
 
@@ -101,11 +106,11 @@ def check(config: object) -> None:
         if rules["choices"] is not None and value not in rules["choices"] and not rules["path"]:
             raise ValueError(f"{field.name}={value} is not one of: {', '.join(rules['choices'])}")
         bounds = {name: rules[name] for name in BOUNDS if rules[name] is not None}
-        if any(
-            not math.isfinite(value) or not BOUNDS[name][1](value, bound)
-            for name, bound in bounds.items()
-        ):
-            rule = " and ".join(f"{BOUNDS[name][0]} {bound}" for name, bound in bounds.items())
+        obeyed = all(BOUNDS[name](value, bound) for name, bound in bounds.items())
+        if bounds and not (obeyed and math.isfinite(value)):
+            rule = " and ".join(
+                f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items()
+            )
             raise ValueError(f"{field.name}={value} must be {rule}")
 
 
@@ -123,14 +128,12 @@ def without_effect(settings: dict[str, object], *classes: type) -> dict[str, str
     def reason(name: str) -> str | None:
         if name not in rules:
             return None
-        for other, values in (rules[name]["only_with"] or {}).items():
-            values = values if isinstance(values, tuple) else (values,)
+        for other, values in rules[name]["only_with"].items():
             if why := reason(other):
                 return why
             if settings[other] not in values:
                 return f"without {other}={' or '.join(map(str, values))}"
-        for other, values in (rules[name]["not_with"] or {}).items():
-            values = values if isinstance(values, tuple) else (values,)
+        for other, values in rules[name]["not_with"].items():
             if settings[other] in values and not reason(other):
                 return f"with {other}={settings[other]}"
         return None
