@@ -20,7 +20,7 @@ from humptygpt.core.settings import check, setting
 
 # torch is imported where it is needed: it takes seconds, and a misspelt key should not wait.
 
-PARTS = Path(__file__).parent / "explain"
+SOURCES = Path(__file__).parent / "explain"
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,11 @@ def to_text(data: dict) -> str:
 
 def fill(data: str) -> bytes:
     """page.html with the scripts, the style and the data inside it, each instead of its name: {{model.js}}."""
-    parts = {"data": data, "checksum": f"{zlib.crc32(data.encode()):08x}"}
-    parts |= {
-        path.name: path.read_text(encoding="utf-8")
-        for path in PARTS.iterdir()
-        if path.name != "page.html"
-    }
-    template = (PARTS / "page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{([\w.]+)\}\}", lambda found: parts[found[1]], template).encode()
+    contents = {path.name: path.read_text(encoding="utf-8") for path in SOURCES.iterdir()}
+    contents["data"] = data
+    contents["checksum"] = f"{zlib.crc32(data.encode()):08x}"
+    page = re.sub(r"\{\{([\w.]+)\}\}", lambda name: contents[name[1]], contents["page.html"])
+    return page.encode()
 
 
 if __name__ == "__main__":

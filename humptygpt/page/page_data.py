@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,8 @@ from humptygpt.tokenizer.tokenizers import (
     SentencePieceTokenizer,
     Tokenizer,
 )
+from humptygpt.tokenizer.write_huggingface import is_merged, sentencepiece_entries
 
-MODEL_TYPES = {1: "unigram", 2: "bpe"}  # TrainerSpec.ModelType of sentencepiece
 BASE64 = 4 / 3  # characters for each byte
 
 
@@ -33,22 +32,21 @@ def page_data(
     which: best or latest. start: the text that the page starts with. max_mb: megabytes that the weights may take in it.
     """
     run = load(checkpoint.find_checkpoint(Path(out_dir), which))
-    model, tokenizer, saved = run.model, run.tokenizer, run.saved
-    if saved is None:
+    if run.saved is None:
         raise UserError(f"out_dir={out_dir} is no run of train.py; a page shows one")
-    check_size(model, max_mb)
-    text = start if tokenizer.eot is None else start.removeprefix(END_OF_TEXT)
-    tokenizer.encode(text)  # raises UserError where it has no tokens for it
+    check_size(run.model, max_mb)
+    text = start if run.tokenizer.eot is None else start.removeprefix(END_OF_TEXT)
+    run.tokenizer.encode(text)  # raises UserError where it has no tokens for it
+    progress = {key: run.saved["progress"][key] for key in ("iter", "best_val_loss")}
+    rows = read_metrics(run.path.with_name("metrics.jsonl"))
     return {
         "name": Path(out_dir).resolve().name,
         "task": run.task,
-        "progress": plain_row({key: saved["progress"][key] for key in ("iter", "best_val_loss")}),
-        **model_data(model),
-        "tokenizer": tokenizer_data(tokenizer),
+        "progress": without_infinities(progress),
+        **model_data(run.model),
+        "tokenizer": tokenizer_data(run.tokenizer),
         "start": start,
-        "metrics": [
-            plain_row(row) for row in read_metrics(run.path.with_name("metrics.jsonl")) if row
-        ],
+        "metrics": [without_infinities(row) for row in rows if row],
     }
 
 
@@ -65,8 +63,8 @@ def check_size(model: nn.Module, max_mb: float) -> None:
     )
 
 
-def plain_row(row: dict) -> dict:
-    """Without what JSON cannot hold: a loss may be infinite, as the best one is before the first evaluation."""
+def without_infinities(row: dict) -> dict:
+    """Leave out what JSON cannot hold: a loss may be infinite, as the best one is before the first evaluation."""
     return {
         key: value
         for key, value in row.items()
@@ -89,7 +87,9 @@ def pack_weights(model: nn.Module) -> dict:
 
     Matrices that are tied are there once, under both names.
     """
-    packed, tensors, placed = bytearray(), [], {}
+    packed = bytearray()
+    tensors = []
+    placed = {}
     for name, p in model.state_dict(keep_vars=True).items():
         if p not in placed:
             placed[p] = {"shape": list(p.shape), "offset": len(packed)}
@@ -123,60 +123,21 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
     if isinstance(tokenizer, CharTokenizer):
         data["alphabet"] = tokenizer.alphabet
     if isinstance(tokenizer, SentencePieceTokenizer):
-        data |= sentencepiece_data(base64.b64decode(tokenizer.state()["proto"]))
+        data |= sentencepiece_data(tokenizer)
     return data
 
 
-def sentencepiece_data(proto: bytes) -> dict:
-    """model_type; scores: of each token, None where text never becomes it; byte_ids: the tokens of bytes 0 to 255.
-
-    proto: a ModelProto of sentencepiece, whose Python interface does not give the model's type.
-    """
-    scores, byte_ids, model_type = [], {}, 1
-    for number, value in read_fields(proto):
-        if number == 1:  # SentencePiece: 1 piece, 2 score, 3 type
-            piece = {1: b"", 2: b"\0\0\0\0", 3: 1} | dict(read_fields(value))
-            matched = piece[3] in (
-                1,
-                4,
-            )  # normal or user-defined; the others are unknown, control, unused and byte
-            scores.append(float(str(np.frombuffer(piece[2], "<f4")[0])) if matched else None)
-            if piece[3] == 6:  # byte: "<0x41>"
-                byte_ids[int(piece[1][1:-1], 16)] = len(scores) - 2
-        elif number == 2:  # TrainerSpec
-            model_type = dict(read_fields(value)).get(3, model_type)
-    if model_type not in MODEL_TYPES:
-        raise UserError(
-            f"a sentencepiece model of type {model_type} is not one of: {', '.join(MODEL_TYPES.values())}"
-        )
-    # our ids are one less than sentencepiece's, see SentencePieceTokenizer
+def sentencepiece_data(tokenizer: SentencePieceTokenizer) -> dict:
+    """model_type; scores: of each token, None where text never becomes it; byte_ids: the tokens of bytes 0 to 255."""
+    entries = sentencepiece_entries(tokenizer)
+    scores = []
+    for entry in entries:
+        matched = entry.kind in ("normal", "line break")
+        # the shortest decimal that is the same float32
+        scores.append(float(str(np.float32(entry.score))) if matched else None)
+    ids = {entry.text: i for i, entry in enumerate(entries)}
     return {
-        "model_type": MODEL_TYPES[model_type],
-        "scores": scores[1:],
-        "byte_ids": [byte_ids[i] for i in range(256)],
+        "model_type": "bpe" if is_merged(entries) else "unigram",
+        "scores": scores,
+        "byte_ids": [ids[f"<0x{byte:02X}>"] for byte in range(256)],
     }
-
-
-def read_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Number and value of each field of a protocol buffer: an int, or the bytes of a text, message or float."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte, at = message[at], at + 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(message):
-        key = varint()
-        number, kind = key >> 3, key & 7
-        if kind == 0:
-            yield number, varint()
-            continue
-        size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-        yield number, message[at : at + size]
-        at += size
