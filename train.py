@@ -334,7 +334,6 @@ def compile_model(run: Run) -> nn.Module:
         for module in model.modules():
             vars(module).pop("forward", None)  # a compiled one
         net = model
-    run.processes.after_forward(model)
     model.zero_grad()
     model.train()
     return net

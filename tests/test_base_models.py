@@ -42,7 +42,7 @@ def test_a_run_starts_with_the_weights_of_another(other):
     for source in ("out/run", "out/run/best.pt"):
         run = train.setup(*read_settings([*FROM_RUN, f"--init_from={source}"]))
         assert_same_weights(
-            dict(run.model.state_dict()), checkpoint.load(Path("out/run/best.pt"))["model"]
+            dict(run.model.state_dict()), checkpoint.read(Path("out/run/best.pt"))["model"]
         )
         assert run.progress.iter == 0 and not run.optimizer.state
     assert load("out/run", "latest").path == Path("out/run/ckpt.pt")
@@ -85,7 +85,7 @@ def test_the_shape_of_the_model_stays_and_its_context_may_shrink(other, capsys, 
         "note: n_layer=7: without effect; the model out/run/best.pt has n_layer=2"
         in capsys.readouterr().err
     )
-    config = checkpoint.load(Path("out/other/ckpt.pt"))["model_config"]
+    config = checkpoint.read(Path("out/other/ckpt.pt"))["model_config"]
     assert (config["n_layer"], config["block_size"], config["dropout"]) == (2, 8, 0.1)
     assert "has learned 16 positions; take at most as many" in fails(
         train.main, *FROM_RUN, "--block_size=17"
@@ -227,7 +227,7 @@ def test_a_nanogpt_checkpoint_writes_and_its_training_proceeds(folder, capsys):
     losses = val_losses("out/run")
     assert (
         losses[-1] < losses[0]
-        and checkpoint.load(Path("out/run/best.pt"))["model_config"]["vocab_size"] == 11
+        and checkpoint.read(Path("out/run/best.pt"))["model_config"]["vocab_size"] == 11
     )
 
 

@@ -563,7 +563,7 @@ def test_a_small_difference_looks_small(folder, draw):
 
 def test_real_runs_are_compared(run_train, capsys):
     run_train("--out_dir=out/run")
-    model = checkpoint.load(Path("out/run/best.pt"))["model"]
+    model = checkpoint.read(Path("out/run/best.pt"))["model"]
     first = json.loads(Path("out/run/config.json").read_text())
     run_train("--position=rotary")  # the first run is in previous-1 now
     out = run(capsys, "out/run/previous-1", "out/run", "--json=-")
@@ -573,6 +573,6 @@ def test_real_runs_are_compared(run_train, capsys):
     assert old["parameters"] == sum(
         {value.data_ptr(): value.numel() for value in model.values()}.values()
     )
-    best = checkpoint.load(Path("out/run/best.pt"))["progress"]
+    best = checkpoint.read(Path("out/run/best.pt"))["progress"]
     assert (new["best_val_loss"], new["best_iter"]) == (best["best_val_loss"], best["iter"])
     assert not {"out_dir", "seed"} & new.keys()

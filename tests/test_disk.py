@@ -79,7 +79,7 @@ def train_on_disks(disk, count: int, capsys, monkeypatch) -> None:
     """On `count` sizes from nothing to twice what the run needs."""
     path = disk(10**8)
     assert run(train.main, RUN, capsys, monkeypatch) is None
-    needed, whole = size_of(path), checkpoint.load(path / "run" / "ckpt.pt")["model"]
+    needed, whole = size_of(path), checkpoint.read(path / "run" / "ckpt.pt")["model"]
     outcomes = []
     for number in range(count):
         path = disk(2 * needed * number // (count - 1))
@@ -91,13 +91,13 @@ def train_on_disks(disk, count: int, capsys, monkeypatch) -> None:
             path / "run" / name for name in ("ckpt.pt", "best.pt") if (path / "run" / name).exists()
         ]
         for name in saved:
-            assert checkpoint.load(name)["progress"]["iter"] in (2, 4, 6, 8)
+            assert checkpoint.read(name)["progress"]["iter"] in (2, 4, 6, 8)
         assert not list(path.rglob("*.tmp"))
         assert None not in read_metrics(path / "run" / "metrics.jsonl")[:-1]
         disk(10**8, keep=True)
         resume = ["--init_from=resume"] if path / "run" / "ckpt.pt" in saved else []
         assert run(train.main, [*RUN, *resume], capsys, monkeypatch) is None
-        assert_same_weights(checkpoint.load(path / "run" / "ckpt.pt")["model"], whole)
+        assert_same_weights(checkpoint.read(path / "run" / "ckpt.pt")["model"], whole)
     assert outcomes[0] is False and outcomes[-1] is True and outcomes == sorted(outcomes)
 
 
@@ -168,7 +168,7 @@ def test_a_checkpoint_that_finds_no_room_names_the_disk_and_not_what_follows_fro
 
     run_train("--max_iters=1")
     path = Path("out/run/ckpt.pt")
-    entries, before = checkpoint.load(path), path.read_bytes()
+    entries, before = checkpoint.read(path), path.read_bytes()
     assert room < len(before)
     del entries["format"]
     monkeypatch.setattr(files, "RawFile", SmallFile)

@@ -275,9 +275,9 @@ def test_gradients_and_updates_of_the_first_step_are_those_of_one_process(
     monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda device: False)
     argv = [*TINY_RUN, "--max_iters=1", "--optimizer=muon", "--grad_clip=0.5", *options]
     assert keep_gradients(argv) == 0
-    one = checkpoint.load(OUT / "ckpt.pt")["model"]
+    one = checkpoint.read(OUT / "ckpt.pt")["model"]
     assert launch(2, *argv, main=keep_gradients) == [0, 0]
-    several = checkpoint.load(OUT / "ckpt.pt")["model"]
+    several = checkpoint.read(OUT / "ckpt.pt")["model"]
     assert all(torch.allclose(several[name], one[name], rtol=0, atol=1e-6) for name in one)
     expected = torch.load("gradients")
     for rank in range(2):
@@ -320,13 +320,13 @@ def test_a_signal_to_one_process_ends_all_with_one_checkpoint_that_any_number_re
 ):
     argv = [*TINY_RUN, "--optimizer=muon"]
     assert launch(2, *argv) == [0, 0]
-    rows, whole = read_rows(OUT), checkpoint.load(OUT / "ckpt.pt")
+    rows, whole = read_rows(OUT), checkpoint.read(OUT / "ckpt.pt")
     assert launch(2, *argv, main=signal_at_4) == [128 + signal.SIGTERM] * 2
     assert "SIGTERM: saved out/run/ckpt.pt at iter 4; resume:" in Path("stderr0").read_text()
-    assert checkpoint.load(OUT / "ckpt.pt")["progress"]["iter"] == 4
+    assert checkpoint.read(OUT / "ckpt.pt")["progress"]["iter"] == 4
     assert launch(2, "--init_from=resume", "--out_dir=out/run") == [0, 0]
     assert read_rows(OUT) == rows
-    assert_same_weights(checkpoint.load(OUT / "ckpt.pt")["model"], whole["model"])
+    assert_same_weights(checkpoint.read(OUT / "ckpt.pt")["model"], whole["model"])
     launch(2, *argv, main=signal_at_4)
     assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
     assert losses(read_rows(OUT)) == pytest.approx(losses(rows), rel=1e-3)
@@ -438,11 +438,11 @@ def dying(argv: list[str], number: int) -> int:
 def test_a_process_that_dies_ends_the_others_and_the_run_resumes_exactly(tiny, monkeypatch):
     argv = [*TINY_RUN, "--dropout=0.2", "--gradient_accumulation_steps=2"]
     assert launch(2, *argv) == [0, 0]
-    rows, whole = read_rows(OUT), checkpoint.load(OUT / "ckpt.pt")["model"]
+    rows, whole = read_rows(OUT), checkpoint.read(OUT / "ckpt.pt")["model"]
     assert launch(2, *argv, main=partial(dying, number=signal.SIGKILL)) == [2, -signal.SIGKILL]
     complaint = Path("stderr0").read_text().splitlines()[-1]
     assert complaint.startswith("train.py: another process has ended or does not answer")
-    assert checkpoint.load(OUT / "ckpt.pt")["progress"]["iter"] == 3
+    assert checkpoint.read(OUT / "ckpt.pt")["progress"]["iter"] == 3
     # as torchrun --max_restarts starts them again
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert launch(2, *argv) == [0, 0]
@@ -451,7 +451,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_resumes_exactly(tiny, m
         in Path("stderr0").read_text()
     )
     assert read_rows(OUT) == rows
-    assert_same_weights(checkpoint.load(OUT / "ckpt.pt")["model"], whole)
+    assert_same_weights(checkpoint.read(OUT / "ckpt.pt")["model"], whole)
 
 
 def test_only_the_same_run_is_resumed_when_torchrun_starts_again(run_train, monkeypatch):
@@ -522,7 +522,7 @@ def test_killed_at_twenty_random_moments_runs_end_by_themselves_with_the_weights
         return time.monotonic() - started
 
     seconds = run(0, 1e6)
-    rows, whole, seed, kills = read_rows(OUT), checkpoint.load(OUT / "ckpt.pt")["model"], 0, []
+    rows, whole, seed, kills = read_rows(OUT), checkpoint.read(OUT / "ckpt.pt")["model"], 0, []
     while len(kills) < 20:
         seed += 1
         shutil.rmtree(OUT)
@@ -530,4 +530,4 @@ def test_killed_at_twenty_random_moments_runs_end_by_themselves_with_the_weights
         kills = Path("kills").read_text().splitlines() if Path("kills").exists() else []
         print(kills[-3:], f"{seconds:.1f} s")
         assert read_rows(OUT) == rows
-        assert_same_weights(checkpoint.load(OUT / "ckpt.pt")["model"], whole)
+        assert_same_weights(checkpoint.read(OUT / "ckpt.pt")["model"], whole)

@@ -1024,7 +1024,7 @@ def test_what_a_text_has_of_html_stays_text():
 def test_a_page_holds_config_weights_tokenizer_and_metrics_of_the_run(run_dir):
     explain.main(["--out_dir=out/run", "--checkpoint=latest"])
     data = data_in(run_dir / "explain.html")
-    saved = checkpoint.load(run_dir / "ckpt.pt")
+    saved = checkpoint.read(run_dir / "ckpt.pt")
     assert data["model"] == saved["model_config"] and data["task"] == "language modelling"
     assert [row["iter"] for row in data["metrics"] if "val_loss" in row] == [3, 6]
     packed = base64.b64decode(data["weights"]["bytes"])
@@ -1052,7 +1052,7 @@ def test_a_run_without_metrics_or_with_damaged_ones_has_a_page(run_dir):
 
 def test_the_latest_checkpoint_is_taken_where_there_is_no_best_one_yet(run_dir, capsys):
     (run_dir / "best.pt").unlink()
-    saved = checkpoint.load(run_dir / "ckpt.pt")
+    saved = checkpoint.read(run_dir / "ckpt.pt")
     saved["progress"]["best_val_loss"] = math.inf
     checkpoint.save(run_dir / "ckpt.pt", saved)
     capsys.readouterr()
@@ -1080,7 +1080,7 @@ def test_bad_input_is_one_line_and_writes_nothing(run_dir, fails):
 
 def test_weights_beyond_float16_are_refused(run_dir, fails):
     for value, shown in ((1e5, "1e+05"), (math.nan, "nan")):
-        saved = checkpoint.load(run_dir / "best.pt")
+        saved = checkpoint.read(run_dir / "best.pt")
         saved["model"]["stack.norm.weight"][3] = value
         checkpoint.save(run_dir / "best.pt", saved)
         complaint = f"stack.norm.weight has a weight of {shown}, beyond float16's 65504: has its training diverged?\n"

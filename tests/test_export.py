@@ -231,7 +231,7 @@ def test_a_run_with_lora_is_exported_merged(runs, monkeypatch, tmp_path):
         "--learning_rate=3e-2",
     ]
     assert train.main([*given, *lora, *more]) == 0
-    saved = checkpoint.load(tmp_path / "lora/ckpt.pt")
+    saved = checkpoint.read(tmp_path / "lora/ckpt.pt")
     idx = torch.arange(40)[None]
     with torch.no_grad():
         unmerged = checkpoint.restore_model(

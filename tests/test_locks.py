@@ -117,9 +117,9 @@ def test_the_folder_is_locked_from_before_the_checkpoint_is_read_until_the_run_h
 
     run_train()
     checked = []
-    load, finish = checkpoint.load, train.finish
+    load, finish = checkpoint.read, train.finish
     monkeypatch.setattr(
-        checkpoint, "load", lambda *args, **keys: checked.append(is_held()) or load(*args, **keys)
+        checkpoint, "read", lambda *args, **keys: checked.append(is_held()) or load(*args, **keys)
     )
     monkeypatch.setattr(train, "finish", lambda *args: finish(*args) or checked.append(is_held()))
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
@@ -322,7 +322,7 @@ def test_fifty_starts_of_two_runs_in_one_folder_never_mix(tiny, processes, capsy
         )
         expected[seed] = (
             read_rows(Path(f"out/{seed}")),
-            checkpoint.load(Path(f"out/{seed}/ckpt.pt"))["model"],
+            checkpoint.read(Path(f"out/{seed}/ckpt.pt"))["model"],
         )
     for number in range(50):
         commands = [[*TINY_RUN, f"--seed={seed}"] for seed in draw.sample(SEEDS, 2)]
@@ -348,7 +348,7 @@ def assert_one_run(folder: Path, expected: dict) -> None:
     seed = json.loads((folder / "config.json").read_text())["seed"]
     rows, model = expected[seed]
     assert read_rows(folder) == rows
-    latest, best = checkpoint.load(folder / "ckpt.pt"), checkpoint.load(folder / "best.pt")
+    latest, best = checkpoint.read(folder / "ckpt.pt"), checkpoint.read(folder / "best.pt")
     assert latest["train_config"]["seed"] == best["train_config"]["seed"] == seed
     assert_same_weights(latest["model"], model)
 

@@ -52,7 +52,7 @@ def test_a_run_with_lora_starts_as_the_model_that_it_starts_from(base):
 
 def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base, capsys):
     assert train.main([*LORA, "--eval_interval=6"]) == 0  # so that the best is the last
-    saved, best = (checkpoint.load(OUT / name) for name in ("ckpt.pt", "best.pt"))
+    saved, best = (checkpoint.read(OUT / name) for name in ("ckpt.pt", "best.pt"))
     own = {name: x for name, x in saved["model"].items() if lora.MARK in name}
     assert_same_weights(
         {name: x for name, x in saved["model"].items() if name not in own}, base.model.state_dict()
@@ -82,10 +82,10 @@ def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base, capsys
 
 def test_a_resumed_run_with_lora_is_the_uninterrupted_one(base):
     assert train.main(LORA) == 0
-    whole = checkpoint.load(OUT / "ckpt.pt")
+    whole = checkpoint.read(OUT / "ckpt.pt")
     assert train.main([*LORA, "--max_iters=3", "--lr_decay_iters=6", "--out_dir=out/two"]) == 0
     assert train.main(["--init_from=resume", "--out_dir=out/two", "--max_iters=6"]) == 0
-    assert_same_weights(checkpoint.load(Path("out/two/ckpt.pt"))["model"], whole["model"])
+    assert_same_weights(checkpoint.read(Path("out/two/ckpt.pt"))["model"], whole["model"])
 
 
 def test_the_adapter_of_a_resumed_run_names_the_model_that_it_is_for(base):
@@ -96,7 +96,7 @@ def test_the_adapter_of_a_resumed_run_names_the_model_that_it_is_for(base):
         json.loads((OUT / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
         == "out/run"
     )
-    assert checkpoint.load(OUT / "ckpt.pt")["train_config"]["init_from"] == "out/run"
+    assert checkpoint.read(OUT / "ckpt.pt")["train_config"]["init_from"] == "out/run"
 
 
 def test_frozen_parameters_stay_and_the_others_train(base):
@@ -107,7 +107,7 @@ def test_frozen_parameters_stay_and_the_others_train(base):
         == 0
     )
     assert train.main(["--init_from=resume", f"--out_dir={OUT}", "--max_iters=6"]) == 0
-    saved = checkpoint.load(OUT / "ckpt.pt")
+    saved = checkpoint.read(OUT / "ckpt.pt")
     same = {
         name for name, x in saved["model"].items() if torch.equal(x, base.model.state_dict()[name])
     }

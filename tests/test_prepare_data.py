@@ -692,7 +692,7 @@ def test_train_prepares_a_missing_data_set_and_the_checkpoint_names_its_source(f
     )
     assert train.main([*TINY_RUN, "--dataset=shakespeare_char"]) == 0
     assert meta("shakespeare_char")["source"] == "tiny Shakespeare"
-    saved = train.checkpoint.load(Path("out/run/ckpt.pt"))
+    saved = train.checkpoint.read(Path("out/run/ckpt.pt"))
     assert saved["data"]["source"] == "tiny Shakespeare"
 
 

@@ -28,9 +28,7 @@ TORCHLESS = [
     "tokenizer.read_huggingface tokenizer.write_huggingface",
     "data.documents data.corpus data.encoding data.pairs data.parts data.token_files data.sources",
 ]
-YET_TO_GO = {
-    ("checkpoint/sharded.py", "parallel"),
-}
+YET_TO_GO = {}
 
 
 def room_of(module: str) -> str:

@@ -21,17 +21,17 @@ OUT, ROOT = Path("out/run"), Path(__file__).parent.parent
 
 def test_a_new_run_keeps_every_earlier_one(run_train, capsys):
     run_train("--seed=1")
-    first = checkpoint.load(OUT / "ckpt.pt")["model"]
+    first = checkpoint.read(OUT / "ckpt.pt")["model"]
     run_train("--seed=2")
     assert "is now in out/run/previous-1" in capsys.readouterr().err
     run_train("--seed=3")
-    assert_same_weights(checkpoint.load(OUT / "previous-1" / "ckpt.pt")["model"], first)
+    assert_same_weights(checkpoint.read(OUT / "previous-1" / "ckpt.pt")["model"], first)
     assert (OUT / "previous-2" / "best.pt").exists()
 
 
 def test_killed_while_it_moves_an_earlier_run_aside_nothing_of_it_is_lost(run_train, monkeypatch):
     run_train("--seed=1")
-    first = checkpoint.load(OUT / "ckpt.pt")["model"]
+    first = checkpoint.read(OUT / "ckpt.pt")["model"]
     replace = Path.replace
     monkeypatch.setattr(
         Path, "replace", lambda path, to: replace(path, to) if path.name == "ckpt.pt" else 1 / 0
@@ -40,7 +40,7 @@ def test_killed_while_it_moves_an_earlier_run_aside_nothing_of_it_is_lost(run_tr
         run_train("--seed=2")
     monkeypatch.setattr(Path, "replace", replace)
     run_train("--seed=2")
-    assert_same_weights(checkpoint.load(OUT / "previous-1" / "ckpt.pt")["model"], first)
+    assert_same_weights(checkpoint.read(OUT / "previous-1" / "ckpt.pt")["model"], first)
     assert (OUT / "previous-1" / "metrics.jsonl").exists() and not (OUT / "previous.new").exists()
 
 

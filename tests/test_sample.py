@@ -90,7 +90,7 @@ def test_a_run_that_is_not_there_is_answered_with_the_nearest_or_the_command_tha
 
 def zero_embeddings(path: Path) -> None:
     """All tokens become equally probable."""
-    saved = checkpoint.load(path)
+    saved = checkpoint.read(path)
     saved["model"]["wte.weight"].zero_()
     saved["model"]["lm_head.weight"].zero_()
     checkpoint.save(path, saved)
@@ -185,7 +185,7 @@ def test_keys_that_have_no_effect_are_reported(run_dir, capsys):
 
 
 def test_every_model_key_is_in_the_checkpoint(run_dir):
-    saved = checkpoint.load(run_dir / "best.pt")["model_config"]
+    saved = checkpoint.read(run_dir / "best.pt")["model_config"]
     assert set(saved) == {field.name for field in dataclasses.fields(ModelConfig)}
 
 
@@ -295,7 +295,7 @@ def test_the_score_of_the_validation_text_is_the_trainers_evaluation(tiny, capsy
     Path("val.txt").write_text(dataset.tokenizer.decode(ids.tolist()))
     found = float(text_of(capsys, "--score=val.txt", "--stride=16").split()[0])
     assert found == pytest.approx(
-        checkpoint.load(Path("out/run/best.pt"))["progress"]["best_val_loss"], abs=1e-4
+        checkpoint.read(Path("out/run/best.pt"))["progress"]["best_val_loss"], abs=1e-4
     )
     assert float(text_of(capsys, "--score=val.txt").split()[0]) != found  # more context
 

@@ -33,7 +33,7 @@ OUT = Path("out/run")
 
 
 def weights(name: str = "ckpt.pt") -> dict[str, torch.Tensor]:
-    return checkpoint.load(OUT / name)["model"]
+    return checkpoint.read(OUT / name)["model"]
 
 
 def train_losses(rows: list[dict]) -> list[float]:
@@ -85,7 +85,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(run_train):
 def test_best_and_latest_are_two_files(run_train, monkeypatch):
     evaluations(monkeypatch, 2.0, 3.0)
     run_train()
-    best, latest = checkpoint.load(OUT / "best.pt"), checkpoint.load(OUT / "ckpt.pt")
+    best, latest = checkpoint.read(OUT / "best.pt"), checkpoint.read(OUT / "ckpt.pt")
     assert (best["progress"]["iter"], best["progress"]["best_val_loss"]) == (3, 2.0)
     assert (latest["progress"]["iter"], latest["progress"]["best_val_loss"]) == (6, 2.0)
     assert "optimizer" in latest and "optimizer" not in best
@@ -376,7 +376,7 @@ def test_ctrl_c_saves_even_where_it_has_ended_the_reader_of_our_messages(tiny):
         process.stdout.close()
         process.send_signal(signal.SIGINT)
         process.wait()
-    assert checkpoint.load(OUT / "ckpt.pt")["progress"]["iter"] >= 2
+    assert checkpoint.read(OUT / "ckpt.pt")["progress"]["iter"] >= 2
 
 
 def quiet_train(*argv: str) -> None:
@@ -509,7 +509,7 @@ def test_what_may_not_change_on_resume_is_refused(run_train, fails, change):
 def test_a_checkpoint_from_before_a_key_existed_is_resumed_and_sampled(run_train, fails, capsys):
     run_train()
     for name in ("ckpt.pt", "best.pt"):
-        saved = checkpoint.load(OUT / name)
+        saved = checkpoint.read(OUT / name)
         for key in ("n_kv_head", "n_hidden", "window", "embedding", "rope_factor"):
             del saved["model_config"][key]
         checkpoint.save(OUT / name, saved)
@@ -571,7 +571,7 @@ def test_two_signals_within_a_second_are_one_request(run_train, monkeypatch):
 
     monkeypatch.setattr(train, "train_step", step_and_signal)
     assert train.main(TINY_RUN) == 143
-    assert checkpoint.load(OUT / "ckpt.pt")["progress"]["iter"] == 1
+    assert checkpoint.read(OUT / "ckpt.pt")["progress"]["iter"] == 1
 
 
 def test_a_model_without_its_training_state_cannot_be_resumed(run_train, fails):
@@ -605,7 +605,7 @@ def test_a_run_that_moves_to_a_card_that_needs_a_scaler_gets_a_new_one(run_train
         torch.amp, "GradScaler", lambda device, enabled: scaler("cpu", init_scale=8.0)
     )
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=7"]) == 0
-    assert checkpoint.load(OUT / "ckpt.pt")["scaler"]["scale"] == 8.0
+    assert checkpoint.read(OUT / "ckpt.pt")["scaler"]["scale"] == 8.0
 
 
 def test_data_that_changed_since_the_checkpoint_is_refused(run_train, fails):
@@ -640,7 +640,7 @@ def test_where_the_data_is_gone_the_command_that_makes_it_again_is_named(run_tra
     shutil.rmtree(tiny / "previous-1")
     line = fails(train.main, "--init_from=resume", "--out_dir=out/run")
     assert line.endswith(f"was trained on; to make that again: {command}\n")
-    saved = checkpoint.load(OUT / "ckpt.pt")
+    saved = checkpoint.read(OUT / "ckpt.pt")
     for other in (
         "python prepare_data.py x; rm -r y",
         "rm -r y",
@@ -684,7 +684,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run_tr
 def test_a_validation_loss_that_is_not_finite_is_never_the_best(run_train, monkeypatch, capsys):
     evaluations(monkeypatch, 2.0, math.nan)
     assert train.main(TINY_RUN) == 1
-    assert checkpoint.load(OUT / "ckpt.pt")["progress"]["iter"] == 3
+    assert checkpoint.read(OUT / "ckpt.pt")["progress"]["iter"] == 3
 
 
 def test_a_validation_loss_too_large_for_a_perplexity_stops_the_run(run_train, monkeypatch, capsys):
@@ -978,7 +978,7 @@ def test_a_new_variant_is_one_line_in_one_dictionary(
 
 def test_every_training_key_is_in_the_saved_settings(run_train):
     run_train()
-    assert set(checkpoint.load(OUT / "ckpt.pt")["train_config"]) == set(
+    assert set(checkpoint.read(OUT / "ckpt.pt")["train_config"]) == set(
         TrainConfig.__dataclass_fields__
     )
 

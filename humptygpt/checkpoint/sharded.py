@@ -1,7 +1,7 @@
-"""Checkpoints of a sharded model: a folder to which every process writes its part, by torch.distributed.checkpoint.
+"""Checkpoints of a sharded model: a folder to which every rank writes its part, by torch.distributed.checkpoint (DCP).
 
     ckpt/entries.pt      all that is no tensor, as in ckpt.pt
-    ckpt/__0_0.distcp    the rows that process 0 keeps, and so on
+    ckpt/__0_0.distcp    the rows that rank 0 keeps, and so on
     ckpt/.metadata       where each tensor is: a pickle, read without running what else it may hold
 
 Any number of processes reads it, each its own part; one process, and sample.py, all of it, without a process group.
@@ -14,28 +14,26 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from humptygpt.checkpoint import checkpoint
+from humptygpt.checkpoint.torch_files import SHARDED, load_plain, refuse_damaged
 from humptygpt.core.errors import UserError
 from humptygpt.core.files import cannot_write, remove, write_whole
 from humptygpt.core.schema import check_schema
-from humptygpt.parallel.processes import Processes, raise_if_rank_died
 
-ENTRIES, METADATA = "entries.pt", checkpoint.SHARDED
-SCHEMA = {
-    "metadata": str,
-    "tied": {str: str},
-}  # SHA-256 of .metadata; {name in the model: name of the same tensor}
-# The classes that .metadata is made of: {module: names}
+ENTRIES = "entries.pt"
+# SHA-256 of .metadata; {name in the model: name of the same tensor}
+SCHEMA = {"metadata": str, "tied": {str: str}}
+# The classes that .metadata is made of, some private to torch: {module: names}
 CLASSES = {
     "torch": ("Size", "float32", "int64"),
     "torch.serialization": ("_get_layout",),  # looks a name up
@@ -51,41 +49,34 @@ CLASSES = {
 # Writing
 
 
-def save(folder: Path, entries: dict, processes: Processes) -> None:
-    """Write a checkpoint; all processes have to call this. entries: those of checkpoint.SCHEMA, with DTensors.
+def save(folder: Path, entries: dict, wait_for_all: Callable[[], None]) -> None:
+    """Write a checkpoint; all ranks have to call this. entries: those of checkpoint.SCHEMA, with DTensors.
 
     It is written beside the earlier one, which is then moved to ckpt.old, replaced and removed: at any moment one of
-    the two is whole, and checkpoint.stored() finds it. The processes have to share the disk. Raises UserError.
+    the two is whole, and checkpoint.stored() finds it. The ranks have to share the disk. Raises UserError.
     """
+    rank = dist.get_rank()
     temporary = folder.with_name(f"{folder.name}.tmp")
-    if processes.first:
+    if rank == 0:
         remove(temporary)  # of a run that was killed
-    processes.wait_for_all()  # so that nobody writes before
-    tied, first_names = {}, {}
-    for name, tensor in entries["model"].items():
-        memory = tensor.to_local().untyped_storage().data_ptr()
-        if memory and (first := first_names.setdefault(memory, name)) != name:
-            tied[name] = first
+    wait_for_all()
+    tied = tied_names(entries["model"])
     try:
-        with raise_if_rank_died():
-            dcp.save(flat(entries, tied), storage_writer=dcp.FileSystemWriter(temporary))
+        dcp.save(flat(entries, tied), storage_writer=dcp.FileSystemWriter(temporary))
     except CheckpointException as error:
         (reason, _), *_ = error.failures.values()
         raise cannot_write(folder, reason) from error
-    if processes.first:
+    if rank == 0:
         plain = {key: value for key, value in entries.items() if key not in ("model", "optimizer")}
-        plain |= {
-            "format": checkpoint.FORMAT,
-            "tied": tied,
-            "metadata": digest(temporary / METADATA),
-        }
         if "optimizer" in entries:
-            plain |= {"optimizer": {"steps": entries["optimizer"]["steps"]}}
+            plain["optimizer"] = {"steps": entries["optimizer"]["steps"]}
+        plain |= {"tied": tied, "metadata": digest(temporary / SHARDED)}
         write_whole(temporary / ENTRIES, lambda file: torch.save(plain, file))
         put_in_place(temporary, folder)
 
 
 def put_in_place(temporary: Path, folder: Path) -> None:
+    """Replace an earlier checkpoint. Raises UserError."""
     old = folder.with_name(f"{folder.name}.old")
     try:
         if folder.is_dir():
@@ -97,12 +88,23 @@ def put_in_place(temporary: Path, folder: Path) -> None:
         raise cannot_write(folder, error) from error
 
 
+def tied_names(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Return {name: first name of the same DTensor}."""
+    tied = {}
+    first_names: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        memory = tensor.to_local().untyped_storage().data_ptr()
+        first = first_names.setdefault(memory, name)
+        if memory and first != name:
+            tied[name] = first
+    return tied
+
+
 def flat(entries: dict, tied: dict[str, str]) -> dict[str, Tensor]:
-    """Names such as optimizer/wte.weight/exp_avg; of tied weights the first name alone."""
-    tensors = {
-        f"model/{name}": tensor for name, tensor in entries["model"].items() if name not in tied
-    }
-    for name, state in entries["optimizer"]["state"].items() if "optimizer" in entries else ():
+    """Return tensors by names such as optimizer/wte.weight/exp_avg; tied ones by the first name alone."""
+    weights = entries["model"].items()
+    tensors = {f"model/{name}": tensor for name, tensor in weights if name not in tied}
+    for name, state in entries.get("optimizer", {"state": {}})["state"].items():
         tensors |= {f"optimizer/{name}/{key}": tensor for key, tensor in state.items()}
     return tensors
 
@@ -116,13 +118,11 @@ def digest(path: Path) -> str:
 
 
 class Unpickler(pickle.Unpickler):
-    """Of .metadata: it admits the classes that this is made of and no others."""
+    """A reader of .metadata that admits the classes that this is made of and no others."""
 
     def find_class(self, module: str, name: str) -> type:
-        if module.startswith("pathlib") and name in (
-            "PosixPath",
-            "WindowsPath",
-        ):  # where it was written
+        # where it was written
+        if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):
             return PurePath
         if name not in CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it holds {module}.{name}")
@@ -133,57 +133,6 @@ class Folder(NamedTuple):
     path: Path
     entries: dict  # what is no tensor
     metadata: Metadata
-
-
-def read(path: Path, with_tensors: bool = True) -> dict:
-    """All of a checkpoint, on the CPU, as checkpoint.SCHEMA has it; without tensors, these are on the meta device.
-
-    Raises some Exception where it is damaged or would run code, and UserError where a file is missing.
-    """
-    folder = open_folder(path)
-    device = "cpu" if with_tensors else "meta"
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
-        for name, entry in folder.metadata.state_dict_metadata.items()
-    }
-    if with_tensors:
-        check_shards(path, list(folder.metadata.storage_data.values()))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is one process, as no_dist says
-            dcp.load(tensors, storage_reader=Reader(folder), no_dist=True)
-    return nested(folder.entries, tensors)
-
-
-def load(path: Path, entries: dict, processes: Processes) -> None:
-    """Fill the DTensors of entries, as from Run.state() and Run.training_state(), each process its own part."""
-    folder, problem = open_folder(path), None
-    infos = list(folder.metadata.storage_data.values())
-    try:
-        check_shards(path, infos[processes.rank :: processes.size])
-    except (UserError, ValueError, OSError, zipfile.BadZipFile) as error:
-        problem = error if isinstance(error, UserError) else checkpoint.damaged(path, error)
-    if processes.sum(int(problem is not None)):
-        raise problem or UserError(f"{path} is damaged, as another process has found")
-    with raise_if_rank_died():
-        dcp.load(flat(entries, folder.entries["tied"]), storage_reader=Reader(folder))
-
-
-def nested(plain: dict, tensors: dict[str, Tensor]) -> dict:
-    """The entries as checkpoint.SCHEMA has them, of names as from flat()."""
-    found = {key: value for key, value in plain.items() if key not in SCHEMA} | {"model": {}}
-    for full, tensor in tensors.items():
-        kind, name, *key = full.split("/")
-        if kind == "optimizer" and key:
-            found["optimizer"].setdefault("state", {}).setdefault(name, {})[key[0]] = tensor
-        elif kind in ("model", "ema") and not key:  # ema: of an earlier version
-            found[kind] = (found.get(kind) or {}) | {name: tensor}
-        else:
-            raise ValueError(f"{full} is unknown")
-    if "optimizer" in found:
-        found["optimizer"].setdefault("state", {})
-    return found | {
-        "model": found["model"] | {name: found["model"][of] for name, of in plain["tied"].items()}
-    }
 
 
 class Reader(dcp.FileSystemReader):
@@ -197,16 +146,73 @@ class Reader(dcp.FileSystemReader):
         return self.metadata
 
 
+def read(path: Path, with_tensors: bool = True) -> dict:
+    """Return a checkpoint on the CPU, as checkpoint.SCHEMA has it, yet unchecked; without tensors, on the meta device.
+
+    Raises UserError where a file is missing, damaged, or would run code.
+    """
+    folder = open_folder(path)
+    with refuse_damaged(path):
+        device = "cpu" if with_tensors else "meta"
+        tensors = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
+            for name, entry in folder.metadata.state_dict_metadata.items()
+        }
+    if with_tensors:
+        check_shards(path, list(folder.metadata.storage_data.values()))
+        with refuse_damaged(path), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is one process, as no_dist says
+            dcp.load(tensors, storage_reader=Reader(folder), no_dist=True)
+    with refuse_damaged(path):
+        return nested(folder.entries, tensors)
+
+
+def load(path: Path, entries: dict) -> None:
+    """Fill the DTensors of entries, as from Run.state() and Run.training_state(), each rank its own part.
+
+    All ranks have to call this. Raises UserError, in all of them, where one finds a damaged file.
+    """
+    folder = open_folder(path)
+    infos = list(folder.metadata.storage_data.values())
+    problem = None
+    try:
+        check_shards(path, infos[dist.get_rank() :: dist.get_world_size()])
+    except UserError as error:
+        problem = str(error)
+    problems = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for problem in filter(None, problems):
+        raise UserError(problem)
+    dcp.load(flat(entries, folder.entries["tied"]), storage_reader=Reader(folder))
+
+
+def nested(plain: dict, tensors: dict[str, Tensor]) -> dict:
+    """Return the entries as checkpoint.SCHEMA has them, of names as from flat()."""
+    entries = {key: value for key, value in plain.items() if key not in SCHEMA}
+    if "optimizer" in entries:
+        entries["optimizer"]["state"] = {}
+    for name, tensor in tensors.items():
+        *path, last = name.replace("optimizer/", "optimizer/state/").split("/")
+        place = entries
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = tensor
+    for name, first in plain["tied"].items():
+        entries["model"][name] = entries["model"][first]
+    return entries
+
+
 def open_folder(path: Path) -> Folder:
-    """What is in a checkpoint but its tensors, checked. Raises as read() does."""
-    for name in (ENTRIES, METADATA):
+    """Read a checkpoint but for its tensors. Raises UserError."""
+    for name in (ENTRIES, SHARDED):
         check_there(path / name)
-    entries = checkpoint.load_plain(path / ENTRIES)
-    check_schema(entries, SCHEMA)
-    if entries["metadata"] != digest(path / METADATA):
-        raise ValueError(f"{METADATA} is damaged")
-    metadata = Unpickler(io.BytesIO((path / METADATA).read_bytes())).load()
-    check_metadata(metadata)
+    with refuse_damaged(path):
+        entries = load_plain(path / ENTRIES)
+        check_schema(entries, SCHEMA)
+        if entries["metadata"] != digest(path / SHARDED):
+            raise ValueError(f"{SHARDED} has another checksum")
+        metadata = Unpickler(io.BytesIO((path / SHARDED).read_bytes())).load()
+        check_metadata(metadata)
     return Folder(path, entries, metadata)
 
 
@@ -220,37 +226,30 @@ def check_there(file: Path) -> None:
 
 def check_metadata(metadata: Metadata) -> None:
     """Raise an Exception unless each tensor is there in consecutive rows, in files of the folder itself."""
-    assert type(metadata) is Metadata, "it is something else"
     for name, entry in metadata.state_dict_metadata.items():
-        assert type(name) is str and type(entry) is TensorStorageMetadata, (
-            "it holds more than tensors"
-        )
-        size, rows = tuple(entry.size), 0
-        assert all(type(n) is int and n >= 0 for n in size), "a size is none"
+        rows = 0
         for chunk in sorted(entry.chunks, key=lambda chunk: tuple(chunk.offsets)):
-            kept = tuple(chunk.sizes)
-            if not math.prod(kept):
+            if not math.prod(chunk.sizes):
                 continue
-            assert (
-                tuple(chunk.offsets) == (rows, *(0 for _ in size[1:])) and kept[1:] == size[1:]
-            ), f"{name} has gaps"
-            rows += kept[0]
-            assert MetadataIndex(name, chunk.offsets) in metadata.storage_data, f"{name} is missing"
-        assert rows == size[0], f"{name} has gaps"
+            at = (rows, *(0 for _ in entry.size[1:]))
+            whole_rows = tuple(chunk.offsets) == at and chunk.sizes[1:] == entry.size[1:]
+            if not whole_rows or MetadataIndex(name, chunk.offsets) not in metadata.storage_data:
+                raise ValueError(f"{name} has gaps")
+            rows += chunk.sizes[0]
+        if rows != entry.size[0]:
+            raise ValueError(f"{name} has gaps")
     for info in metadata.storage_data.values():
-        assert type(info) is _StorageInfo and not info.transform_descriptors, "it is converted"
-        assert type(info.relative_path) is str and re.fullmatch(
-            r"\w+\.distcp", info.relative_path
-        ), "a foreign file"
-        assert type(info.offset) is int and type(info.length) is int, "a length is none"
+        if not re.fullmatch(r"\w+\.distcp", info.relative_path) or info.transform_descriptors:
+            raise ValueError("it is in foreign files")
 
 
-def check_shards(path: Path, infos: list[_StorageInfo]) -> None:
-    """Raise an Exception where a tensor is damaged: each has checksums, which torch does not compare."""
+def check_shards(path: Path, infos: list) -> None:
+    """Raise UserError where a tensor is damaged: each has checksums, which torch does not compare."""
     for info in infos:
-        check_there(path / info.relative_path)
-        with (path / info.relative_path).open("rb") as file:
-            file.seek(info.offset)
-            with zipfile.ZipFile(io.BytesIO(file.read(info.length))) as records:
+        file = path / info.relative_path
+        check_there(file)
+        with refuse_damaged(path), file.open("rb") as stream:
+            stream.seek(info.offset)
+            with zipfile.ZipFile(io.BytesIO(stream.read(info.length))) as records:
                 if records.testzip() is not None:
-                    raise ValueError(f"{info.relative_path} is damaged")
+                    raise ValueError(f"{info.relative_path} has another checksum")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from humptygpt.checkpoint import checkpoint
+from humptygpt.checkpoint.torch_files import refuse_damaged
 from humptygpt.core.errors import UserError
 from humptygpt.core.schema import check_schema
 from humptygpt.core.settings import as_written_here, make, nearest_path, our_configs
@@ -54,7 +55,7 @@ def load(source: str | Path, which: str = "best", mapped: bool = False) -> Loade
     elif is_folder(path):
         loaded = from_folder(path, source)
     else:
-        saved = checkpoint.read(path, mapped)
+        saved = checkpoint.read_plain(path, mapped)
         loaded = from_nanogpt(path, saved) if is_nanogpt(saved) else from_run(path, saved, mapped)
     loaded.model.eval()
     tokens, rows = loaded.tokenizer.vocab_size, loaded.model.config.vocab_size
@@ -75,7 +76,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         return load_tokenizer(find_base(path))
     if is_folder(path):
         return read_tokenizer(path)
-    saved = checkpoint.read(path, mapped=sys.platform == "linux")
+    saved = checkpoint.read_plain(path, mapped=sys.platform == "linux")
     if is_nanogpt(saved):
         return nanogpt_tokenizer(path, saved)
     return tokenizers.from_state(checkpoint.check(path, saved)["tokenizer"])
@@ -176,7 +177,7 @@ def is_nanogpt(saved: object) -> bool:
 
 
 def from_nanogpt(path: Path, saved: dict) -> Loaded:
-    try:
+    with refuse_damaged(path):
         check_dense(saved.get("model"), path.name)
         check_schema(saved | {"model": dict(saved["model"])}, NANOGPT)  # it was an OrderedDict
         args = {"bias": True} | saved["model_args"]
@@ -185,8 +186,6 @@ def from_nanogpt(path: Path, saved: dict) -> Loaded:
         # the names of a compiled model have a prefix
         weights = {name.removeprefix("_orig_mod."): x for name, x in saved["model"].items()}
         weights = huggingface.read_weights(NANOGPT_FAMILY, config, weights)
-    except (ValueError, OverflowError) as error:
-        raise checkpoint.damaged(path, error) from error
     model = checkpoint.restore_model(weights, config)
     return Loaded(model, nanogpt_tokenizer(path, saved), path, f"nanoGPT's {path}")
 

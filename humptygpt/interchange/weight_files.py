@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from humptygpt.checkpoint.checkpoint import load_plain
+from humptygpt.checkpoint.torch_files import load_plain
 from humptygpt.core.errors import UserError, one_line
 from humptygpt.core.schema import parse_json
 

@@ -197,9 +197,6 @@ class Processes:
         """Sum the gradients of the loss over ranks: DDP and FSDP average them."""
         (loss * self.size).backward()
 
-    def after_forward(self, model: nn.Module) -> None:
-        """Before the weights change otherwise than by a step."""
-
     def whole_model(self, model: nn.Module) -> nn.Module | None:
         """Return a model with which rank 0 can compute while the others do not; all ranks have to call this."""
         return model

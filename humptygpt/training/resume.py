@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import model as models
 from humptygpt.checkpoint import checkpoint
+from humptygpt.checkpoint.torch_files import refuse_damaged
 from humptygpt.core.device import autocast, to_device
 from humptygpt.core.errors import UserError
 from humptygpt.core.settings import as_written_here
@@ -59,10 +60,8 @@ def check_optimizer(saved: dict, model: nn.Module, out_dir: str) -> None:
     """Raise UserError where the state of a checkpoint's optimizer is not that of its model."""
     optimizer = saved["train_config"].get("optimizer", "adamw")
     device = "meta" if checkpoint.lacks_tensors(saved) else "cpu"
-    try:
+    with refuse_damaged(checkpoint.stored(Path(out_dir) / "ckpt.pt")):
         check_state(saved["optimizer"], model, optimizer, device)
-    except ValueError as error:
-        raise checkpoint.damaged(checkpoint.stored(Path(out_dir) / "ckpt.pt"), error) from error
 
 
 # --------------------------------------------------------------------------------------

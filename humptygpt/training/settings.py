@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from humptygpt.checkpoint import checkpoint
+from humptygpt.checkpoint.torch_files import refuse_damaged
 from humptygpt.core import settings as configurator
 from humptygpt.core.device import DTYPES
 from humptygpt.core.errors import UserError
@@ -188,7 +189,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     if init_from == "resume":
         if locks:
             locks.enter_context(lock_out_dir(out_dir))
-        saved = checkpoint.load(path, with_tensors=False)
+        saved = checkpoint.read(path, with_tensors=False)
         settings = resumed_settings(saved, given, path)
     elif init_from != "scratch":
         base = load(init_from)
@@ -198,7 +199,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     if locks and not saved:
         locks.enter_context(lock_out_dir(out_dir))
     if saved and checkpoint.lacks_tensors(saved) and (processes == 1 or config.parallel == "ddp"):
-        saved = checkpoint.load(path)
+        saved = checkpoint.read(path)
     for name in chosen_loggers(asdict(config)):  # now, not after a long preparation
         import_logger(name)
     note_without_effect(given, config, model_config, processes)
@@ -233,18 +234,16 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
 
 def saved_configs(saved: dict, path: Path) -> tuple[dict, dict]:
     """Return all keys of both configs of a checkpoint. Raises UserError where they are not as they should be."""
-    try:
+    with refuse_damaged(path):
         train_config = configurator.restore(TrainConfig, saved["train_config"])
         model_config = configurator.restore(ModelConfig, saved["model_config"])
-    except UserError as error:
-        raise checkpoint.damaged(path, error) from error
     return asdict(train_config), asdict(model_config)
 
 
 def is_same_run(given: dict, path: Path) -> bool:
     """Return whether path is a checkpoint of a run with just these settings: an interrupted run continues it."""
     try:
-        saved = checkpoint.load(path, with_tensors=False)
+        saved = checkpoint.read(path, with_tensors=False)
     except UserError:
         return False
     settings = asdict(configurator.make(TrainConfig, given))
