@@ -146,6 +146,9 @@ BAD = {
         lambda path: torch.save([1, 2], path),
         lambda path: torch.save({"format": ["gpt checkpoint 3"]}, path),
     ],
+    "out/run/best.pt is a checkpoint of format 2, which version 1 reads": [
+        lambda path: torch.save({"format": "gpt checkpoint 2"}, path),
+    ],
     "out/run/best.pt is damaged: model_args.n_layer is missing": [
         lambda path: torch.save({"model": {}, "model_args": {}}, path),
     ],

@@ -154,7 +154,7 @@ def read_plain(path: Path, mapped: bool = False, with_tensors: bool = True) -> o
 def check(path: Path, saved: object, device: str = "cpu") -> dict:
     """Return what was read from path if it is a checkpoint. device: of all tensors. Raises UserError."""
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this version{explain_format(path, saved)}")
+        raise UserError(f"{path} {explain_format(path, saved)}")
     with refuse_damaged(path):
         check_schema(saved, SCHEMA)
     drop_removed_entries(path, saved)
@@ -164,14 +164,16 @@ def check(path: Path, saved: object, device: str = "cpu") -> dict:
 
 
 def explain_format(path: Path, saved: object) -> str:
-    """Return "; ..." with what it is instead and the fix."""
-    saved = saved if isinstance(saved, dict) else {}
-    if "model_args" in saved:
+    """Return what it is instead, and the fix."""
+    entries = saved if isinstance(saved, dict) else {}
+    if "model_args" in entries:
         source = shlex.quote(f"--init_from={path}")
-        return f", but of nanoGPT; train.py, sample.py and export.py start from it: {source}"
-    if saved.get("format") == FORMAT_2:
-        return f", but {FORMAT_2!r}, which version 1 reads: resumed there, a run is saved in this one's"
-    return f"; it should say format={FORMAT!r}"
+        return (
+            f"is a checkpoint of nanoGPT; train.py, sample.py and export.py start from it: {source}"
+        )
+    if entries.get("format") == FORMAT_2:
+        return "is a checkpoint of format 2, which version 1 reads: a run that it resumes is saved in format 3"
+    return f"is not a checkpoint of this version; it should say format={FORMAT!r}"
 
 
 def lacks_tensors(saved: dict) -> bool:
