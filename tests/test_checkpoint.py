@@ -1,7 +1,6 @@
 """Checkpoints: what is saved comes back, what is damaged or foreign is refused in one line, older formats are read."""
 
 import errno
-import io
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -78,28 +77,27 @@ def test_a_checkpoint_comes_back_as_it_was(folder):
         assert same, path
 
 
-class FullDisk(io.RawIOBase):
+class FullDisk(files.RawFile):
     """A file that takes some bytes and then has no more room."""
 
-    def __init__(self, file, room: int):
-        self.file, self.room = file, room
-
-    def writable(self):
-        return True
+    room = 0
 
     def write(self, data):
-        if len(data) > self.room:
-            raise OSError(errno.ENOSPC, "No space left on device")
         self.room -= len(data)
-        return self.file.write(data)
+        if self.room < 0:
+            self.error = OSError(errno.ENOSPC, "No space left on device")
+            raise self.error
+        return super().write(data)
 
 
 @pytest.mark.parametrize("room", [0, 100, 1000])
-def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(folder, room):
+def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(folder, monkeypatch, room):
     path, entries = Path("a.pt"), make_entries()
     checkpoint.save(path, entries)
+    monkeypatch.setattr(FullDisk, "room", room)
+    monkeypatch.setattr(files, "RawFile", FullDisk)
     with pytest.raises(UserError, match=r"cannot write a\.pt: .*; the one before it is as it was"):
-        files.write_whole(path, lambda file: torch.save(entries, FullDisk(file, room)))
+        checkpoint.save(path, entries)
     assert checkpoint.read(path)["progress"]["iter"] == 3
     assert [file.name for file in Path().iterdir()] == ["a.pt"]
 
@@ -153,9 +151,7 @@ BAD = {
         lambda path: torch.save({"model": {}, "model_args": {}}, path),
     ],
     "no checkpoint out/run/best.pt; train first": [lambda path: None],
-    "cannot read the model in out/run/best.pt: there is no config.json": [
-        lambda path: path.mkdir()
-    ],
+    "cannot read the model in out/run/best.pt": [lambda path: path.mkdir()],
 }
 
 

@@ -27,7 +27,6 @@ def evaluate(run) -> float:
             total += loss * tokens
             count += tokens
     run.net.train()
-    processes.after_forward(run.model)
     return processes.sum(float(total)) / processes.sum(count)
 
 
