@@ -358,7 +358,7 @@ def summary(run: Run) -> str:
     """Return what is about to happen."""
     config = run.config
     dataset = run.dataset
-    batch, evaluated = dataset.describe(config.batch_size, config.eval_iters)
+    batch, evaluated = dataset.summary(config.batch_size, config.eval_iters)
     if config.gradient_accumulation_steps > 1:
         batch = f"{config.gradient_accumulation_steps} times {batch}"
     micro_batches = config.max_iters * config.gradient_accumulation_steps

@@ -204,7 +204,7 @@ def test_eval_iters_batches_of_all_lengths_are_evaluated_always_the_same(folder,
         for batch in open_pairs(with_encoder, seed=2).val_batches(1, 3)
     ]
     assert [sorted(texts_in(data, batch)) for batch in data.val_batches(1, 999)] == whole
-    assert data.describe(1, 3)[1] == f"{sum(map(len, some))} of {sum(map(len, whole))} pairs"
+    assert data.summary(1, 3)[1] == f"{sum(map(len, some))} of {sum(map(len, whole))} pairs"
 
 
 def test_a_few_texts_are_evenly_spaced_from_the_first_to_the_last(pairs):

@@ -13,6 +13,8 @@ from humptygpt.core.errors import UserError
 from humptygpt.data.token_files import TokenFiles, how_to, read_meta
 from humptygpt.tokenizer import tokenizers
 
+CHUNK = 1_000_000  # tokens that are read at once
+
 
 class Dataset:
     """A prepared folder, data/<name>: memory-mapped token files, their tokenizer, and meta, as from read_meta.
@@ -53,7 +55,7 @@ class Dataset:
         raise NotImplementedError
 
     def read(self, split: str, starts: np.ndarray, length: int) -> np.ndarray:
-        """The tokens of a split from each of the starts on, checked; int64 (len(starts), length)."""
+        """Return the tokens of a split from each of the starts on, checked; int64 (len(starts), length)."""
         ids = self.splits[split].read(starts, length)
         if (largest := int(ids.max())) >= self.tokenizer.vocab_size:
             raise UserError(
@@ -63,20 +65,20 @@ class Dataset:
         return ids
 
     def beginning(self, split: str, length: int) -> np.ndarray:
-        """The first tokens of a split, at most length; int64 (1, length)."""
+        """Return the first tokens of a split, at most length; int64 (1, length)."""
         return self.read(split, np.array([0]), min(len(self.splits[split]), length))
 
     def chunks(self, split: str) -> Iterator[tuple[int, np.ndarray]]:
-        """(position of the first, token ids) of a million tokens at a time, all of a split in order."""
-        tokens, length = len(self.splits[split]), 1_000_000
-        for start in range(0, tokens, length):
-            yield start, self.read(split, np.array([start]), min(length, tokens - start))[0]
+        """Read (position of the first, token ids) of a million tokens at a time, all of a split in order."""
+        tokens = len(self.splits[split])
+        for start in range(0, tokens, CHUNK):
+            yield start, self.read(split, np.array([start]), min(CHUNK, tokens - start))[0]
 
     def identity(self) -> dict:
         """Return what tells this data from other data with the same tokenizer, wherever it came from."""
         splits = self.meta["splits"].values()
         checksums = [split["checksums"] for split in splits if "checksums" in split]
-        first_million = self.beginning("train", 1_000_000)
+        first_million = self.beginning("train", CHUNK)
         return {
             "train_tokens": len(self.train),
             "val_tokens": len(self.val),
@@ -99,8 +101,8 @@ class TokenDataset(Dataset):
                 )
             self.beginning(split, 50_000)  # shows most errors now
 
-    def describe(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
-        """(a batch, the evaluation set) in words."""
+    def summary(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
+        """Return (a batch, the evaluation set) in words."""
         targets = len(self.val) - 1
         evaluated = min(targets, len(self.val_starts(batch_size, eval_iters)) * self.block_size)
         batch = (
@@ -112,7 +114,7 @@ class TokenDataset(Dataset):
         return len(self.train) / (batch_size * self.block_size)
 
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
-        """Training batch number index: idx and targets, both int64 (batch_size, block_size).
+        """Return training batch number index: idx and targets, both int64 (batch_size, block_size).
 
         An epoch starts at a random offset, cuts the text into blocks and visits each once, in a random order. Batches
         2 i and 2 i + 1 of n blocks are together batch i of 2 n blocks.
@@ -122,18 +124,17 @@ class TokenDataset(Dataset):
         blocks = max(1, last // T)
         offsets = (
             last - (blocks - 1) * T + 1
-        )  # as many as leave room for all the blocks: between T and 2 T
+        )  # that leave room for all the blocks: between T and 2 T
         epochs, numbers = np.divmod(np.arange(index * batch_size, (index + 1) * batch_size), blocks)
         starts = np.empty(batch_size, dtype=np.int64)
         for epoch in np.unique(epochs):  # nearly always a single one
             key = random_key(self.seed, int(epoch))
-            starts[epochs == epoch] = key % offsets + T * permute(
-                numbers[epochs == epoch], blocks, key
-            )
+            order = permute(numbers[epochs == epoch], blocks, key)
+            starts[epochs == epoch] = key % offsets + T * order
         return self.blocks("train", starts)
 
     def val_batches(self, batch_size: int, eval_iters: int | None) -> Iterator[dict[str, Tensor]]:
-        """The evaluation set, always the same: eval_iters batches of blocks spread evenly over the validation split.
+        """Yield the evaluation set, always the same: eval_iters batches of blocks spread over its split.
 
         With None, or where that many would cover it, the whole split: every token but the first is predicted once.
         Batches as from batch(); targets that pad the last one are -1.
@@ -146,23 +147,22 @@ class TokenDataset(Dataset):
             yield batch
 
     def val_starts(self, batch_size: int, eval_iters: int | None) -> np.ndarray:
-        """Where the blocks of the evaluation set start; the last one of the whole split may be shorter."""
+        """Return where the blocks of the evaluation set start; the last one of the whole split may be shorter."""
         starts = np.arange(0, len(self.val) - 1, self.block_size)
-        if eval_iters is not None and eval_iters * batch_size < len(starts):
-            starts = starts[
-                np.linspace(0, len(starts) - 2, eval_iters * batch_size).astype(np.int64)
-            ]
-        return starts
+        if eval_iters is None or eval_iters * batch_size >= len(starts):
+            return starts
+        return starts[np.linspace(0, len(starts) - 2, eval_iters * batch_size).astype(np.int64)]
 
     def blocks(self, split: str, starts: np.ndarray) -> dict[str, Tensor]:
-        """A batch of the blocks that start at these positions, (B,); targets after the end of the split are -1."""
+        """Return a batch of the blocks that start there, (B,); targets after the end of the split are -1."""
         ids = self.read(split, starts, self.block_size + 1)
-        idx, targets = ids[:, :-1], ids[:, 1:].copy()
+        idx = ids[:, :-1]
+        targets = ids[:, 1:].copy()
         targets[starts[:, None] + np.arange(1, ids.shape[1]) >= len(self.splits[split])] = -1
         return {"idx": torch.from_numpy(idx), "targets": torch.from_numpy(targets)}
 
     def val_bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token of the validation split."""
+        """Return the UTF-8 bytes of text per token of the validation split."""
         entry = self.meta["splits"]["val"]
         if "bytes" in entry:
             return entry["bytes"] / entry["tokens"]
@@ -193,23 +193,23 @@ class PairDataset(Dataset):
         self.epoch = (-1, None)  # (number, order of its pairs) of the newest
 
     def find_pairs(self, split: str) -> np.ndarray:
-        """(pairs, 3): where each starts, the tokens of its source and those of its target, eot included."""
-        ends = [
-            start + np.flatnonzero(ids == self.tokenizer.eot) for start, ids in self.chunks(split)
-        ]
-        ends = np.concatenate([[-1], *ends])
+        """Return (pairs, 3): where each starts, the tokens of its source and those of its target, eot included."""
+        ends = [np.array([-1])]
+        for start, ids in self.chunks(split):
+            ends.append(start + np.flatnonzero(ids == self.tokenizer.eot))
+        ends = np.concatenate(ends)
         if len(ends) < 3 or len(ends) % 2 == 0 or ends[-1] != len(self.splits[split]) - 1:
             raise UserError(f"{self.folder / split}.bin has no whole pairs; {how_to(self.folder)}")
         lengths = np.diff(ends)
         return np.stack([ends[:-1:2] + 1, lengths[::2], lengths[1::2]], axis=1)
 
     def lengths(self, pairs: np.ndarray) -> np.ndarray:
-        """The tokens of block_size that each pair takes."""
+        """Return how many tokens of block_size each pair takes."""
         _, source, target = pairs.T
         return np.maximum(source, target) if self.with_encoder else source + target - 1
 
     def order(self, split: str, tie_breaker: np.ndarray) -> np.ndarray:
-        """The pairs from short to long."""
+        """Return the numbers of the pairs from short to long."""
         _, source, target = self.pairs[split].T
         if not self.with_encoder:
             return np.lexsort((tie_breaker, source + target))
@@ -217,7 +217,7 @@ class PairDataset(Dataset):
         return np.lexsort((tie_breaker, np.where(target % 2, source, -source), target))
 
     def batch_starts(self, split: str, batch_size: int) -> np.ndarray:
-        """Where batches start among the pairs in order of length, and the end of the last; the same in every epoch."""
+        """Return where batches start among the pairs in order of length, and the end of the last, for all epochs."""
         if (split, batch_size) not in self.starts:
             pairs = self.pairs[split]
             lengths = self.lengths(pairs[self.order(split, np.arange(len(pairs)))])
@@ -232,7 +232,7 @@ class PairDataset(Dataset):
         return self.starts[split, batch_size]
 
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
-        """Training batch number index: source (B, S), padded with -1; idx and targets, (B, T); all int64.
+        """Return training batch number index: source (B, S), padded with -1; idx and targets, (B, T); all int64.
 
         Without an encoder there is no source: idx starts with it.
         An epoch has each pair once. Those of equal lengths are shuffled before they are cut into batches, and then the
@@ -248,7 +248,7 @@ class PairDataset(Dataset):
         return self.pairs_batch("train", self.epoch[1][starts[number] : starts[number + 1]])
 
     def pairs_batch(self, split: str, numbers: np.ndarray) -> dict[str, Tensor]:
-        """A batch of the pairs with these numbers."""
+        """Return a batch of the pairs with these numbers."""
         start, source, target = self.pairs[split][numbers].T
         # with an encoder, the decoder's text starts with the eot that ends the source; else it has the whole source,
         # whose tokens are context and no targets
@@ -256,7 +256,8 @@ class PairDataset(Dataset):
         length = context + target
         ids = self.read(split, start + source - 1 - context, int(length.max()) + 1)
         position = np.arange(ids.shape[1] - 1)
-        idx, targets = ids[:, :-1].copy(), ids[:, 1:].copy()
+        idx = ids[:, :-1].copy()
+        targets = ids[:, 1:].copy()
         idx[position >= length[:, None]] = self.tokenizer.eot
         targets[(position < context[:, None]) | (position >= length[:, None])] = -1
         batch = {"idx": torch.from_numpy(idx), "targets": torch.from_numpy(targets)}
@@ -267,19 +268,19 @@ class PairDataset(Dataset):
         return batch
 
     def val_batches(self, batch_size: int, eval_iters: int | None) -> Iterator[dict[str, Tensor]]:
-        """The evaluation set, always the same: eval_iters batches spread over all lengths; None: the whole split."""
+        """Yield the evaluation set, always the same: eval_iters batches over all lengths; None: the whole split."""
         for numbers in self.val_pairs(batch_size, eval_iters):
             yield self.pairs_batch("val", numbers)
 
     def val_pairs(self, batch_size: int, eval_iters: int | None) -> list[np.ndarray]:
-        """The numbers of the pairs in each batch of the evaluation set."""
+        """Return the numbers of the pairs in each batch of the evaluation set."""
         order = self.order("val", np.arange(len(self.pairs["val"])))
         batches = np.split(order, self.batch_starts("val", batch_size)[1:-1])
         count = min(eval_iters or len(batches), len(batches))
         return [batches[int((i + 0.5) * len(batches) / count)] for i in range(count)]
 
     def texts(self, split: str, count: int | None = None) -> list[tuple[np.ndarray, str]]:
-        """(source with its eot, int64 (S,), the target as text) of count pairs, evenly spaced; None: of all."""
+        """Return (source with its eot, int64 (S,), the target as text) of count pairs, evenly spaced; None: of all."""
         pairs = self.pairs[split]
         if count is not None:
             pairs = pairs[np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(int)]
@@ -289,10 +290,12 @@ class PairDataset(Dataset):
             texts.append((ids[:source], self.tokenizer.decode(ids[source:-1])))
         return texts
 
-    def describe(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
-        """(a batch, the evaluation set) in words."""
-        train, batches = self.pairs["train"], self.batches_per_epoch(batch_size)
-        tokens, pairs = train[:, 2].sum() / batches, len(train) / batches
+    def summary(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
+        """Return (a batch, the evaluation set) in words."""
+        train = self.pairs["train"]
+        batches = self.batches_per_epoch(batch_size)
+        tokens = train[:, 2].sum() / batches
+        pairs = len(train) / batches
         evaluated = sum(map(len, self.val_pairs(batch_size, eval_iters)))
         batch = f"about {tokens:,.0f} target tokens ({pairs:,.0f} pairs of similar lengths)"
         return batch, f"{evaluated:,} of {len(self.pairs['val']):,} pairs"
@@ -301,7 +304,7 @@ class PairDataset(Dataset):
         return len(self.batch_starts("train", batch_size)) - 1
 
     def val_bytes_per_token(self) -> float:
-        """UTF-8 bytes of target per target token of the validation split."""
+        """Return the UTF-8 bytes of target per target token of the validation split."""
         entry = self.meta["splits"]["val"]
         return entry["target_bytes"] / entry["target_tokens"]
 
@@ -332,13 +335,13 @@ class Prefetcher:
 
 
 def random_key(*numbers: int) -> int:
-    """63 random bits that depend on the numbers alone, the same on every machine."""
+    """Return 63 random bits that depend on the numbers alone, the same on every machine."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Where a pseudorandom permutation of range(n), chosen by key, sends each index; int64, each in [0, n).
+    """Return where a pseudorandom permutation of range(n), chosen by key, sends each index; int64, each in [0, n).
 
     Four rounds of a Feistel network permute the range up to the next power of four, again and again for what falls
     outside range(n). No table is kept: an epoch of 10^11 tokens takes no more memory than one of ten.
