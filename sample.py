@@ -489,7 +489,7 @@ def print_score(config: SampleConfig, loaded: Pipeline) -> None:
         raise UserError(
             f"stride={stride} leaves tokens out; it must be at most block_size={block_size}"
         )
-    nats = -log_probabilities(loaded.model, ids, stride, loaded.device).astype(np.float64)
+    nats = -log_probabilities(loaded.model, ids, stride).astype(np.float64)
     size = int(tokenizer.token_bytes()[ids[1:]].sum())
     print(
         f"{nats.mean():.4f} nats per token, {nats.sum() / np.log(2) / size:.4f} bits per byte,"

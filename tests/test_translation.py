@@ -533,7 +533,7 @@ def test_bad_input_of_a_translation(pairs, fails, tiny):
     for start in ([], ["--start="], ["--start=FILE:empty.txt"]):
         with pytest.raises(UserError, match="nothing to translate; give a sentence"):
             sample.main(["--out_dir=out/run", *start])
-    assert "length_penalty=inf" in fails(sample.main, "--length_penalty=inf")
+    assert "length_penalty=11.0" in fails(sample.main, "--length_penalty=11")
     assert "num_beams=0" in fails(sample.main, "--num_beams=0")
 
 

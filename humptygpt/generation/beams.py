@@ -1,5 +1,7 @@
 """A model and sentences -> translations, greedily or by beam search, and how good they are by BLEU and chrF."""
 
+import math
+from itertools import compress, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -23,36 +25,21 @@ def translate(
     tokenizer_vocab_size: int | None = None,
     **settings,
 ) -> list[Translation]:
-    """The translations of sources, token ids that end in eot, in their order; settings: of beam_search.
+    """Translate sources, token ids that end in eot; settings: of beam_search.
 
     Sentences of equal lengths are translated in one batch, so that none is padded.
     """
     device = next(model.parameters()).device
-    done: dict[int, Translation] = {}
-    order = sorted(range(len(sources)), key=lambda number: len(sources[number]))
-    while order:
-        length = len(sources[order[0]])
-        batch = [number for number in order[:BATCH] if len(sources[number]) == length]
-        order = order[len(batch) :]
-        source = torch.from_numpy(np.stack([sources[number] for number in batch])).to(device)
-        done.update(
-            zip(
-                batch,
-                beam_search(model, source, eot, tokenizer_vocab_size, **settings),
-                strict=True,
-            )
-        )
-    return [done[number] for number in range(len(sources))]
-
-
-class Hypotheses(NamedTuple):
-    """Of n sentences that are still open: k hypotheses each, the best first."""
-
-    ids: Tensor  # (n, k, tokens so far)
-    ended: Tensor  # (n, k) bool: the last id is eot
-    tokens: Tensor  # (n, k) int64, up to the first eot
-    log_prob: Tensor  # (n, k)
-    score: Tensor  # (n, k)
+    translations: dict[int, Translation] = {}
+    by_length = sorted(range(len(sources)), key=lambda number: len(sources[number]))
+    for _, group in groupby(by_length, key=lambda number: len(sources[number])):
+        numbers = list(group)
+        for first in range(0, len(numbers), BATCH):
+            batch = numbers[first : first + BATCH]
+            source = torch.from_numpy(np.stack([sources[number] for number in batch])).to(device)
+            best = beam_search(model, source, eot, tokenizer_vocab_size, **settings)
+            translations.update(zip(batch, best, strict=True))
+    return [translations[number] for number in range(len(sources))]
 
 
 @torch.inference_mode()
@@ -66,7 +53,7 @@ def beam_search(
     length_penalty: float = 1.0,
     max_new_tokens: int | None = None,
 ) -> list[Translation]:
-    """The best translation found of each source, (B, S) token ids that end in eot.
+    """Return the best translation found of each source, (B, S) token ids that end in eot.
 
     At each step the num_beams best hypotheses of each sentence are extended; one that has ended stays as long as it is
     among them, and the best that ever ended is the result. Best is the highest sum of log-probabilities /
@@ -76,93 +63,90 @@ def beam_search(
     Source: Sutskever et al. 2014, arXiv:1409.3215; the length penalty: Wu et al. 2016, arXiv:1609.08144, section 7.
     """
     if model.has_encoder:
-        state, idx = model.make_state(source), torch.full_like(source[:, :1], eot)
+        state = model.make_state(source)
+        idx = torch.full_like(source[:, :1], eot)
     else:  # the source is the beginning of the text that the model continues
-        state, idx = model.make_state(), source
+        state = model.make_state()
+        idx = source
     room = model.config.block_size + 1 - idx.shape[1]
     limit = min(room, max_new_tokens or room)
 
-    sentences = torch.arange(len(source), device=source.device)  # numbers of the open ones
-    zeros = torch.zeros(
-        len(source), 1, device=source.device
-    )  # one hypothesis each, since all would begin alike
-    hypotheses = Hypotheses(
-        source.new_empty(len(source), 1, 0), zeros.bool(), zeros.long(), zeros, zeros
-    )
-    found: dict[int, Translation] = {}  # of each sentence, the best so far that has ended
+    best = [Translation([], -math.inf, ended=False)] * len(source)
+    open_sentences = list(range(len(source)))
+    ids = source.new_empty(len(source), 1, 0)  # (n, k, T): k hypotheses of each open sentence
+    log_prob = torch.zeros(ids.shape[:2], device=ids.device)
     for step in range(limit):
-        logits = model.next_logits(idx, state)
-        n, k = hypotheses.score.shape
-        logp = logits[:, :tokenizer_vocab_size].float().log_softmax(dim=-1).view(n, k, -1)
-        hypotheses, extends = extend(hypotheses, logp, eot, num_beams, length_penalty)
+        n, k = log_prob.shape
+        logits = model.next_logits(idx, state)[:, :tokenizer_vocab_size]
+        logp = logits.float().log_softmax(dim=-1).view(n, k, -1)
+        ids, log_prob, scores, parents = extend(ids, log_prob, logp, eot, num_beams, length_penalty)
+        ended = (ids == eot).any(dim=-1)
         last = step == limit - 1
-        collect(found, sentences.tolist(), hypotheses, eot, last)
-        open_ = ~hypotheses.ended.all(dim=1)
-        if last or not open_.any():
+        keep_best(best, open_sentences, ids, scores, ended, eot, last)
+        going = ~ended.all(dim=1)
+        if last or not going.any():
             break
-        rows = k * torch.arange(n, device=source.device)[:, None] + extends  # of the state
-        state.select(rows[open_].flatten())
-        sentences, hypotheses = sentences[open_], Hypotheses(*(x[open_] for x in hypotheses))
-        idx = hypotheses.ids[..., -1].view(-1, 1)
-    return [found[number] for number in range(len(source))]
+        rows = parents + k * torch.arange(n, device=ids.device)[:, None]  # of the state
+        state.select(rows[going].flatten())
+        ids = ids[going]
+        log_prob = log_prob[going]
+        open_sentences = list(compress(open_sentences, going.tolist()))
+        idx = ids[..., -1].view(-1, 1)
+    return best
 
 
 def extend(
-    hypotheses: Hypotheses, logp: Tensor, eot: int, num_beams: int, length_penalty: float
-) -> tuple[Hypotheses, Tensor]:
-    """The best hypotheses one token longer, and which of the given ones each extends, (n, k).
+    ids: Tensor, log_prob: Tensor, logp: Tensor, eot: int, num_beams: int, length_penalty: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the best hypotheses one token longer, the best first, for ids (n, k, T) and log_prob (n, k).
 
     logp: (n, k, V), log-probabilities of the next token. What has ended is extended by eot alone, at no cost.
+    Returns ids, log_prob, scores, and which of the given hypotheses each extends, (n, k).
     """
-    ids, ended, tokens, log_prob, _ = hypotheses
+    ended = (ids == eot).any(dim=-1)
     logp = logp.masked_fill(ended[..., None], -torch.inf)
     logp[..., eot].masked_fill_(ended, 0.0)
-    tokens = tokens + ~ended
+    length = (ids != eot).sum(dim=-1) + 1  # with the new token, or with the eot that it has
     log_prob = log_prob[..., None] + logp  # (n, k, V)
-    scores = (log_prob / tokens[..., None] ** length_penalty).flatten(1)
-
-    score, choice = scores.topk(
-        min(num_beams, scores.shape[1])
-    )  # (n, hypotheses from now on), the best first
-    extends, token = choice // logp.shape[-1], choice % logp.shape[-1]
-    ids = torch.cat(
-        [ids.gather(1, extends[..., None].expand(-1, -1, ids.shape[2])), token[..., None]], dim=2
-    )
-    ended = ended.gather(1, extends) | (token == eot)
-    return Hypotheses(
-        ids, ended, tokens.gather(1, extends), log_prob.flatten(1).gather(1, choice), score
-    ), extends
+    scores = (log_prob / length[..., None] ** length_penalty).flatten(1)
+    scores, choice = scores.topk(min(num_beams, scores.shape[1]))
+    parents = choice // logp.shape[-1]
+    tokens = choice % logp.shape[-1]
+    ids = ids.gather(1, parents[..., None].expand(-1, -1, ids.shape[2]))
+    ids = torch.cat([ids, tokens[..., None]], dim=2)
+    return ids, log_prob.flatten(1).gather(1, choice), scores, parents
 
 
-def collect(
-    found: dict[int, Translation],
+def keep_best(
+    best: list[Translation],
     sentences: list[int],
-    hypotheses: Hypotheses,
+    ids: Tensor,
+    scores: Tensor,
+    ended: Tensor,
     eot: int,
     last: bool,
 ) -> None:
-    """Keep in found what ended with a better score than all before; last: or has no room for more."""
-    score, best = hypotheses.score.masked_fill(~hypotheses.ended, -torch.inf).max(dim=1)
+    """Replace in best what has ended with a better score; at the last step, what has never ended, too."""
+    ended_scores, hypothesis = scores.masked_fill(~ended, -torch.inf).max(dim=1)
     for row, number in enumerate(sentences):
-        if float(score[row]) > (found[number].score if number in found else -torch.inf):
-            ids = hypotheses.ids[row, best[row]].tolist()
-            found[number] = Translation(ids[: ids.index(eot)], float(score[row]), ended=True)
-        elif last and number not in found:
-            found[number] = Translation(
-                hypotheses.ids[row, 0].tolist(), float(hypotheses.score[row, 0]), ended=False
-            )
+        if ended_scores[row] > best[number].score:
+            tokens = ids[row, hypothesis[row]].tolist()
+            score = float(ended_scores[row])
+            best[number] = Translation(tokens[: tokens.index(eot)], score, ended=True)
+        elif last and not best[number].ended:
+            best[number] = Translation(ids[row, 0].tolist(), float(scores[row, 0]), ended=False)
 
 
 def score(translations: list[str], references: list[str]) -> dict[str, float | str]:
-    """BLEU and chrF, both from 0 to 100, with sacrebleu's signatures: the words that say how they were computed.
+    """Compute BLEU and chrF, both from 0 to 100, with sacrebleu's signatures, which say how they were computed.
 
     Source: Papineni et al. 2002, "BLEU: a method for automatic evaluation of machine translation"; Popovic 2015, "chrF:
     character n-gram F-score for automatic MT evaluation"; Post 2018, arXiv:1804.08771.
     """
     from sacrebleu.metrics import BLEU, CHRF
 
-    found = {}
+    scores = {}
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
-        found[name] = metric.corpus_score(translations, [references]).score
-        found[f"{name}_signature"] = str(metric.get_signature())
-    return found
+        scores[name] = metric.corpus_score(translations, [references]).score
+        scores[f"{name}_signature"] = str(metric.get_signature())
+    return scores
