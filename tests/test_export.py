@@ -589,7 +589,7 @@ GGUF_REFUSES = [
     ),
     (
         {"tokenizer": CharTokenizer("aé▁", True)},
-        "tokenizer=char cannot be .* '▁' is a space; .* --tokenizer=byte",
+        "tokenizer=char cannot be .* and '▁' is a space; .* --tokenizer=byte",
     ),
     ({"tokenizer": EVERY["unigram"]}, "tokenizer=sentencepiece cannot be .* --model_type=bpe"),
     ({"tokenizer": without_split()}, "it is none of GPT-2's or .*; use --format=transf"),

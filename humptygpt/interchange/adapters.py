@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from humptygpt.checkpoint.checkpoint import build_on_meta
 from humptygpt.core.errors import UserError
 from humptygpt.core.schema import parse_json
 from humptygpt.interchange.families import FAMILIES
 from humptygpt.interchange.huggingface import find_family, write_files
-from humptygpt.interchange.weight_files import check_tensor, open_weights, reading
+from humptygpt.interchange.weight_files import Weights, check_tensor, open_weights, reading
 from humptygpt.nn.lora import OFF, adapted
 from model import ModelConfig
 
@@ -132,9 +132,7 @@ def read_config(folder: Path) -> dict:
         return config
 
 
-def merge_adapter(
-    folder: Path, config: ModelConfig, weights: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def merge_adapter(folder: Path, config: ModelConfig, weights: Weights) -> Weights:
     """Return the state dict of the adapter's base model with W + scale * B A for each W that it changes.
 
     config, weights: of the base model. Raises UserError.
@@ -145,8 +143,8 @@ def merge_adapter(
 
 
 def changed_weights(
-    stored: dict[str, Tensor], adapter: dict, config: ModelConfig, weights: dict[str, Tensor]
-) -> dict[str, Tensor]:
+    stored: Weights, adapter: dict, config: ModelConfig, weights: Weights
+) -> Weights:
     """Return W + scale * B A by our names; stored: the adapter's tensors."""
     modules = build_on_meta(config).named_modules()
     layers = [name for name, module in modules if isinstance(module, nn.Linear)]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from humptygpt.core.errors import UserError
 from humptygpt.interchange.families import ACTIVATION_NAMES
+from humptygpt.interchange.weight_files import Weights
 from humptygpt.tokenizer.tokenizers import (
     END_OF_TEXT,
     BytePairTokenizer,
@@ -123,12 +124,9 @@ def _(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
     if isinstance(tokenizer, ByteTokenizer) or tokenizer.alphabet.isascii():
         escaped = ["".join(f"\\x{byte:02x}" for byte in text) for text in texts]
         return Vocabulary("rwkv", escaped + end, eot, types)
-    fix = "prepare the data with --tokenizer=byte"
-    if eot is None:
-        why = "in llama.cpp, characters outside ASCII need an end-of-text token, which this data has not"
-        raise refusal(tokenizer, why, fix)
-    if "▁" in tokenizer.alphabet:
-        raise refusal(tokenizer, "for llama.cpp, '▁' is a space", fix)
+    if eot is None or "▁" in tokenizer.alphabet:
+        why = "in llama.cpp, characters outside ASCII need an end-of-text token, and '▁' is a space"
+        raise refusal(tokenizer, why, "prepare the data with --tokenizer=byte")
     tokens = [char.replace(" ", "▁") for char in tokenizer.alphabet] + end
     return Vocabulary("llama", tokens, eot, types, [0.0] * len(tokens))
 
@@ -171,10 +169,9 @@ def _(tokenizer: PretrainedTokenizer) -> Vocabulary:
     """Byte pairs, split as GPT-2 or Llama 3 does: of the many ways that a tokenizer.json may have, those are common."""
     content = json.loads(tokenizer.content)
     model, split = content["model"], known_split(content)
-    if model.get("type") != "BPE" or content.get("normalizer") or split is None:
+    known = model.get("type") == "BPE" and not content.get("normalizer") and split
+    if not known or (split == "llama-bpe" and not model.get("ignore_merges")):
         raise refusal(tokenizer, "it is none of GPT-2's or Llama 3's kind, which llama.cpp has")
-    if split == "llama-bpe" and not model.get("ignore_merges"):
-        raise refusal(tokenizer, "ignore_merges is false, unlike in Llama 3's own")
     added = {entry["id"]: entry for entry in content.get("added_tokens") or ()}
     names = {i: token for token, i in model["vocab"].items()}
     names |= {i: entry["content"] for i, entry in added.items()}
@@ -227,10 +224,10 @@ def _(tokenizer: PretrainedSentencePiece) -> Vocabulary:
         scores.append(model.get_score(i) if known else 0.0)
         texts.append(special.get(i) or model.id_to_piece(i))
     normal = [x for x, kind in zip(scores, types, strict=True) if kind == TokenType.NORMAL]
-    if TokenType.BYTE not in types or not all(score.is_integer() for score in normal):
-        raise refusal(tokenizer, "llama.cpp needs byte pairs with byte_fallback, not unigrams")
-    if model.normalize(" a  ﬁ ").removeprefix("▁").lstrip("▁") != "a▁▁ﬁ▁" or normal.count(0.0) > 1:
-        why = "llama.cpp does not normalise a text, and has no user-defined symbols"
+    merged = TokenType.BYTE in types and all(score.is_integer() for score in normal)
+    plain = model.normalize(" a  ﬁ ").removeprefix("▁").lstrip("▁") == "a▁▁ﬁ▁"
+    if not (merged and plain) or normal.count(0.0) > 1:
+        why = "llama.cpp needs byte pairs with byte_fallback, without normalisation and symbols of users"
         raise refusal(tokenizer, why)
     bos, space = tokenizer.bos, tokenizer.has_prefix
     return Vocabulary("llama", texts, tokenizer.eot, types, scores, bos=bos, space=space)
@@ -262,7 +259,7 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
 def write_gguf(
     path: Path,
     content: dict,
-    weights: dict[str, Tensor],
+    weights: Weights,
     vocabulary: Vocabulary,
     *,
     kind: str,

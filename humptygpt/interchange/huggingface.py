@@ -27,7 +27,7 @@ from humptygpt.interchange.families import (
     ROPE_SCALING,
     Family,
 )
-from humptygpt.interchange.weight_files import check_tensor, open_weights, reading
+from humptygpt.interchange.weight_files import Weights, check_tensor, open_weights, reading
 from humptygpt.tokenizer.tokenizers import Tokenizer
 from model import ModelConfig
 
@@ -55,7 +55,7 @@ def turned(family: Family, name: str, tensor: Tensor) -> Tensor:
     return tensor.t() if family.transposed and ".h." in name else tensor
 
 
-def to_theirs(family: Family, config: ModelConfig, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_theirs(family: Family, config: ModelConfig, ours: Weights) -> Weights:
     """Return a state dict under their names and in their shapes."""
     theirs = {}
     for name, own in weight_names(family, config, ours):
@@ -68,7 +68,7 @@ def to_theirs(family: Family, config: ModelConfig, ours: dict[str, Tensor]) -> d
 # Reading
 
 
-def read_pretrained(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+def read_pretrained(folder: Path) -> tuple[ModelConfig, Weights]:
     """Return the config and the state dict, in float32 on the CPU, of the model in a folder.
 
     checkpoint.restore_model(state_dict, config) makes a model of them. Dropout is a matter of training and
@@ -130,9 +130,7 @@ def take(table: list[tuple], content: dict) -> dict[str, object]:
     }
 
 
-def read_weights(
-    family: Family, config: ModelConfig, tensors: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def read_weights(family: Family, config: ModelConfig, tensors: Weights) -> Weights:
     """Return our state dict of a file's tensors, which are removed from the dictionary. Raises ValueError.
 
     Nothing is allocated before all names, shapes and dtypes are checked.
@@ -169,7 +167,7 @@ def read_weights(
     return ours if not config.tie_weights else ours | {"lm_head.weight": ours["wte.weight"]}
 
 
-def check_weights(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def check_weights(stored: Weights, expected: Weights) -> None:
     """Raise ValueError where names or shapes differ, or a dtype is not supported."""
     if stored.keys() != expected.keys():
         name = min(stored.keys() ^ expected.keys())
@@ -184,7 +182,7 @@ def check_weights(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
 
 def to_pretrained(
     model: nn.Module, dtype: torch.dtype = torch.float32, tokenizer: Tokenizer | None = None
-) -> tuple[dict[str, object], dict[str, Tensor]]:
+) -> tuple[dict[str, object], Weights]:
     """Return what config.json holds, and the weights under their names, in this dtype on the CPU.
 
     GPT-2 always has bias terms: those of a model without are 0. Raises UserError where a setting cannot be expressed.

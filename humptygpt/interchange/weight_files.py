@@ -16,6 +16,7 @@ from humptygpt.core.errors import UserError, one_line
 from humptygpt.core.schema import parse_json
 
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there counts
+Weights = dict[str, Tensor]  # by name
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,7 +30,7 @@ def reading(what: str) -> Iterator[None]:
         raise UserError(f"cannot read {what}: {reason}") from error
 
 
-def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> dict[str, Tensor]:
+def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
     """Return all tensors of a folder's first file of these names. Raises ValueError or OSError."""
     present = {path.name for path in folder.iterdir()}
     for name in names:
@@ -40,7 +41,7 @@ def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> dict[str
     raise ValueError(f"there is neither {' nor '.join(names)}")
 
 
-def open_file(path: Path) -> dict[str, Tensor]:
+def open_file(path: Path) -> Weights:
     try:
         if path.suffix == ".safetensors":
             file = safe_open(path, framework="pt")  # compares what it declares with its size
@@ -54,7 +55,7 @@ def open_file(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def open_shards(index: Path, present: set[str]) -> dict[str, Tensor]:
+def open_shards(index: Path, present: set[str]) -> Weights:
     """Return the tensors of all files that an index names; present: the files beside it."""
     try:
         content = parse_json(index.read_bytes(), {"weight_map": {str: str}})
