@@ -46,7 +46,6 @@ IGNORED = {
 SETTINGS = {
     "max_iters": range(1, 2**53),
     "log_interval": range(1, 2**53),
-    "early_stopping": range(2**53),
     "n_layer?": range(1, 10_000),  # the model is built to count its parameters
 }
 SEED = re.compile(r"(^|[-_])(seed[-_=]?)?\d+$")  # the end of heads-1 and heads_seed=1, or all of 1
@@ -111,7 +110,7 @@ def main(argv: list[str]) -> None:
         groups = find_groups(runs, config.baseline)
     else:
         names = short_names([run.folder for run in runs])
-        groups = [make_group(None, names, [[run] for run in runs])]
+        groups = [make_group(None, [(name, [run]) for name, run in zip(names, runs, strict=True)])]
     for group in groups:
         note_validation_text(group)
         if "-" not in outputs:
@@ -196,7 +195,7 @@ def measure(run: Run) -> dict:
     evaluations = [row for row in run.rows if "val_loss" in row]
     best = min(evaluations, key=lambda row: row["val_loss"], default={})
     return {
-        "state": state(run, last, evaluations, best),
+        "state": state(run, last, evaluations),
         "iter": last["iter"],
         "tokens": last["tokens"],
         "seconds": last["seconds"],
@@ -208,16 +207,12 @@ def measure(run: Run) -> dict:
     }
 
 
-def state(run: Run, last: dict, evaluations: list[dict], best: dict) -> str:
+def state(run: Run, last: dict, evaluations: list[dict]) -> str:
     """done, running at 40 %, stopped at 300 of 2000: from the last row of metrics and its age."""
     it = last["iter"]
     steps = run.settings["max_iters"]
-    if evaluations and evaluations[-1]["iter"] == it:  # training always ends with an evaluation
-        since_best = sum(row["iter"] > best["iter"] for row in evaluations)
-        if it >= steps:
-            return "done"
-        if 0 < run.settings["early_stopping"] <= since_best:
-            return f"done early at {it} of {steps}"
+    if evaluations and evaluations[-1]["iter"] >= steps:  # training ends with an evaluation
+        return "done"
     interval = run.settings["log_interval"] * last["seconds"] / max(1, it)
     if run.idle < 120 + 10 * interval:
         return f"running at {100 * it // steps} %"
@@ -268,30 +263,26 @@ def find_groups(runs: list[Run], baseline: str | None) -> list[Group]:
         rows.setdefault((variant, json.dumps(settings, sort_keys=True)), []).append(run)
     groups = []
     for title, (folder, rows) in zip(short_names(list(folders)), folders.items(), strict=True):
-        names = [
-            variant if len(seeds) > 1 else str(seeds[0].folder.relative_to(folder))
-            for (variant, _), seeds in rows.items()
-        ]
-        groups.append(make_group(title, names, list(rows.values()), baseline or names[0]))
+        named = []
+        for (variant, _), seeds in rows.items():
+            alone = str(seeds[0].folder.relative_to(folder))
+            named.append((variant if len(seeds) > 1 else alone, seeds))
+        names = [name for name, _ in named]
+        if baseline and baseline not in names:
+            raise UserError(f"baseline={baseline} is not a row of {title}: {', '.join(names)}")
+        named.sort(key=lambda pair: pair[0] != baseline)
+        groups.append(make_group(title, named))
+        compare_with_first(groups[-1].table)
     return groups
 
 
-def make_group(
-    title: str | None, names: list[str], rows: list[list[Run]], baseline: str | None = None
-) -> Group:
-    """rows: the runs that are merged into each. The one whose name is the baseline becomes the first."""
-    table = [summarize(runs, name, title) for runs, name in zip(rows, names, strict=True)]
-    firsts = [runs[0] for runs in rows]
+def make_group(title: str | None, named: list[tuple[str, list[Run]]]) -> Group:
+    """named: the name of each row, and the runs that are merged into it."""
+    table = [summarize(runs, name, title) for name, runs in named]
     evaluated = [row for row in table if row[BITS]]
     if evaluated:
         min(evaluated, key=lambda row: row[BITS])["remark"] = "best"
-    if baseline is not None:
-        if baseline not in names:
-            raise UserError(f"baseline={baseline} is not a row of {title}: {', '.join(names)}")
-        first = names.index(baseline)
-        table.insert(0, table.pop(first))
-        firsts.insert(0, firsts.pop(first))
-        compare_with_first(table)
+    firsts = [runs[0] for _, runs in named]
     ignored = IGNORED | {"seed"} if title else IGNORED
     return Group(title, firsts, table, differences(firsts, ignored))
 

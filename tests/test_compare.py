@@ -161,9 +161,6 @@ def test_a_run_of_an_earlier_version_has_the_defaults_of_the_keys_that_came_late
         ([2.0, 1.9], {"max_iters": 500, "quiet": 0}, "running at 40 %"),
         ([], {"quiet": 0}, "running at 0 %"),
         ([], {}, "stopped at 0 of 200"),
-        ([2.0, 2.1, 2.2], {"max_iters": 900, "early_stopping": 2}, "done early at 300 of 900"),
-        ([2.0, 2.1, 1.9], {"max_iters": 900, "early_stopping": 2}, "stopped at 300 of 900"),
-        ([2.0, 2.1], {"max_iters": 900, "early_stopping": 2}, "stopped at 200 of 900"),
         (
             [2.0, 1.9],
             {"max_iters": 900, "quiet": 600, "log_interval": 100},
