@@ -202,6 +202,20 @@ if __name__ == "__main__":
 """
 
 
+def fill_disk(patch, number: int = 1) -> None:
+    """Let write number `number` of token files find no space."""
+    writes = []
+    write = token_files.TokenWriter.write
+
+    def full(self, ids):
+        writes.append(ids)
+        if len(writes) == number:
+            raise OSError(errno.ENOSPC, "No space left on device", "data/mine/preparing/train.bin")
+        return write(self, ids)
+
+    patch.setattr(token_files.TokenWriter, "write", full)
+
+
 def contents(name: str) -> dict[str, bytes]:
     """The files of a data set, without those that were moved aside."""
     paths = [path for path in Path("data", name).iterdir() if not path.name.startswith("previous-")]
@@ -291,12 +305,9 @@ def test_shards_are_read_as_one(corpus, shard_tokens):
 
 
 def test_other_settings_or_files_start_over(corpus, capsys, monkeypatch):
-    def stop(*args):
-        raise OSError(errno.ENOSPC, "No space left on device", "data/mine/preparing/train.bin")
-
     for change in (["--val_fraction=0.2"], []):
         with monkeypatch.context() as patch, pytest.raises(prepare_data.UserError):
-            patch.setattr(token_files.TokenWriter, "write", stop)
+            fill_disk(patch)
             prepare_data.main(PREPARE)
         if not change:
             write("corpus/b.jsonl", corpus[5:10])
@@ -308,6 +319,17 @@ def test_other_settings_or_files_start_over(corpus, capsys, monkeypatch):
         )
 
 
+def test_a_preparation_that_an_earlier_version_left_unfinished_starts_over(corpus, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(prepare_data.UserError):
+        fill_disk(patch)
+        prepare_data.main(PREPARE)
+    progress = json.loads(Path("data/mine/preparing/progress.json").read_text())
+    earlier = {"made_from": progress["made_from"], "file": 0, "piece": 3}
+    Path("data/mine/preparing/progress.json").write_text(json.dumps(earlier))
+    prepare_data.main(PREPARE)
+    assert meta("mine")["documents"] == 40
+
+
 def test_a_full_disk_is_one_line_and_the_same_command_resumes(corpus, fails, monkeypatch, capsys):
     monkeypatch.setattr(corpus_module, "UNIT", 2000)
     monkeypatch.setattr(encoding, "SAVE_UNITS", 2)
@@ -315,17 +337,9 @@ def test_a_full_disk_is_one_line_and_the_same_command_resumes(corpus, fails, mon
     whole = contents("mine")
     for path in Path("data/mine").iterdir():
         path.unlink()
-    writes = []
-
-    def full(self, ids):
-        writes.append(ids)
-        if len(writes) == 9:
-            raise OSError(errno.ENOSPC, "No space left on device", "data/mine/preparing/train.bin")
-        return write_tokens(self, ids)
-
-    write_tokens = token_files.TokenWriter.write
-    monkeypatch.setattr(token_files.TokenWriter, "write", full)
-    line = fails(prepare_data.main, *PREPARE)
+    with monkeypatch.context() as patch:
+        fill_disk(patch, 9)
+        line = fails(prepare_data.main, *PREPARE)
     assert line.startswith(
         "cannot write data/mine/preparing/train.bin: No space left on device (the disk /"
     )
@@ -508,21 +522,13 @@ def test_a_stopped_preparation_of_a_stream_resumes_when_the_same_stream_is_read(
     monkeypatch.setattr(documents, "PIECE", 500)
     monkeypatch.setattr(corpus_module, "UNIT", 500)
     monkeypatch.setattr(encoding, "SAVE_UNITS", 1)
-    text, write_tokens, writes = make_text(9000).encode(), token_files.TokenWriter.write, []
-
-    def full(self, ids):
-        writes.append(ids)
-        if len(writes) == 20:
-            raise OSError(errno.ENOSPC, "No space left on device", "train.bin")
-        return write_tokens(self, ids)
-
+    text = make_text(9000).encode()
     for data, resumed in ((text, True), (text + b"x", False)):
-        writes.clear()
         with (
             monkeypatch.context() as patch,
             pytest.raises(prepare_data.UserError, match="No space left"),
         ):
-            patch.setattr(token_files.TokenWriter, "write", full)
+            fill_disk(patch, 20)
             pipe(patch, text)
             prepare_data.main(["mine", "--input=-"])
         pipe(monkeypatch, data)
@@ -587,14 +593,6 @@ def test_skipped_lines_are_counted_also_when_a_preparation_is_resumed(folder, mo
         Path(f"t/{name}.jsonl").write_text("\n".join(lines) + "\n")
     monkeypatch.setattr(corpus_module, "UNIT", 200)
     monkeypatch.setattr(encoding, "SAVE_UNITS", 1)
-    write_tokens, writes = token_files.TokenWriter.write, []
-
-    def full(self, ids):
-        writes.append(ids)
-        if len(writes) == 20:
-            raise OSError(errno.ENOSPC, "No space left on device", "train.bin")
-        return write_tokens(self, ids)
-
     command = [
         "mine",
         "--input=t",
@@ -606,7 +604,7 @@ def test_skipped_lines_are_counted_also_when_a_preparation_is_resumed(folder, mo
         monkeypatch.context() as patch,
         pytest.raises(prepare_data.UserError, match="No space left"),
     ):
-        patch.setattr(token_files.TokenWriter, "write", full)
+        fill_disk(patch, 20)
         prepare_data.main(command)
     prepare_data.main(command)
     out, err = capsys.readouterr()
@@ -903,30 +901,16 @@ BAD = {
         "mine",
         "--tokenizer=morse",
     ],
-    "model_type=word is not one of: bpe, unigram": ["mine", "--model_type=word"],
-    "encoding_errors=hide is not one of: strict, replace, ignore": [
-        "mine",
-        "--encoding_errors=hide",
-    ],
-    "val_fraction=1.0 must be above 0 and below 1": ["mine", "--val_fraction=1"],
-    "workers=0 must be at least 1": ["mine", "--workers=0"],
     "vocab_size=300 has no effect without tokenizer=sentencepiece or bpe": [
         "mine",
         "--input=own.txt",
         "--vocab_size=300",
     ],
-    "model_type=bpe has no effect without tokenizer=sentencepiece": [
-        *("mine", "--input=own.txt", "--model_type=bpe", "--tokenizer=bpe")
-    ],
     "vocab_size=9000 is too large: sentencepiece finds at most": [
         *("mine", "--input=own.txt", "--tokenizer=sentencepiece", "--vocab_size=9000")
     ],
-    "no data set nothing: it is not one of: shakespeare_char, shakespeare,": ["nothing"],
     "train.bin would have 0 tokens, but needs at least 2: val_fraction=0.1; documents: 1": [
         *("mine", "--input=one.jsonl")
-    ],
-    "train.bin would have 0 tokens, but needs at least 2: val_fraction=0.2": [
-        *("mine", "--input=one.txt", "--val_fraction=0.2")
     ],
     "val.bin would have 1 tokens, but needs at least 2": ["mine", "--input=own.txt"],
     "blank.jsonl has no text; there is nothing to learn from": ["mine", "--input=blank.jsonl"],
@@ -953,9 +937,3 @@ def test_bad_input_is_one_line(folder, fails, complaint):
     Path("data/taken").write_text("a file where a folder should be")
     assert complaint in fails(prepare_data.main, *BAD[complaint])
     assert [path.name for path in Path("data").iterdir()] == ["taken"]
-
-
-def test_train_names_a_missing_data_set(folder, fails):
-    line = fails(train.main, "--dataset=shakespear_char", "--device=cpu")
-    assert "no data set shakespear_char" in line and "--input=FILE_OR_FOLDER" in line
-    assert not Path("out").exists()

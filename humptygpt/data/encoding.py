@@ -51,7 +51,7 @@ def encode(
     made_from identifies the files and settings. train makes the tokenizer where there is none yet.
     """
     saved = read_json(folder / "progress.json")
-    if saved.get("made_from") == made_from:
+    if saved.get("made_from") == made_from and "position" in saved:  # else of an earlier version
         progress = Progress(**saved)
         read = Position(*progress.position).read
         print(f"resuming after {read:,} of {sum(corpus.sizes):,} bytes", file=sys.stderr)
