@@ -167,18 +167,15 @@ KINDS = {
 def made(tmp_path_factory):
     """{kind: (its folder, transformers' tokenizer, ours after a round trip through its state)}, made when asked for."""
     pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with it")
-    found = {}
+    tokenizers = {}
 
     def make(kind: str):
-        if kind not in found:
+        if kind not in tokenizers:
             folder = KINDS[kind](tmp_path_factory.mktemp("tokenizer"))
+            theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             ours = tokenizer.from_state(json.loads(json.dumps(read_tokenizer(folder).state())))
-            found[kind] = (
-                folder,
-                transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True),
-                ours,
-            )
-        return found[kind]
+            tokenizers[kind] = folder, theirs, ours
+        return tokenizers[kind]
 
     return make
 
@@ -190,11 +187,10 @@ def assert_equal(theirs, ours, text: str) -> None:
     assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_ids_and_text_are_those_of_transformers(kind, made):
-    _, theirs, ours = made(kind)
+def assert_equal_on(theirs, ours, examples: int) -> None:
+    """On this many random texts, and on those that are hard."""
 
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
     @given(text=anything)
     def compare(text):
         assert_equal(theirs, ours, text)
@@ -204,19 +200,18 @@ def test_ids_and_text_are_those_of_transformers(kind, made):
         assert_equal(theirs, ours, text)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_and_text_are_those_of_transformers(kind, made):
+    _, theirs, ours = made(kind)
+    assert_equal_on(theirs, ours, 60)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", [*KINDS, "GPT-2"])
-def test_ids_and_text_are_those_of_transformers_on_a_thousand_texts(kind, made, tmp_path_factory):
-    if kind == "GPT-2":
-        KINDS[kind] = gpt2_folder
+def test_ids_and_text_are_those_of_transformers_on_a_thousand_texts(kind, made, monkeypatch):
+    monkeypatch.setitem(KINDS, "GPT-2", gpt2_folder)
     _, theirs, ours = made(kind)
-
-    @settings(max_examples=1000, deadline=None, derandomize=True, database=None)
-    @given(text=anything)
-    def compare(text):
-        assert_equal(theirs, ours, text)
-
-    compare()
+    assert_equal_on(theirs, ours, 1000)
     if kind == "GPT-2":
         assert ours.pieces == tokenizer.GPT2Tokenizer.train(separated=True).pieces
 
@@ -315,48 +310,28 @@ def test_data_follows_a_change_of_the_tokenizer_files(made, folder, capsys):
     assert "stays as it is" not in capsys.readouterr().err
 
 
-def refusals() -> dict:
-    decoder = {"type": "WordPiece", "prefix": "##", "cleanup": True}
-    return {
-        "no tokenizer": (
-            lambda d: (d / "tokenizer.json").unlink(),
-            "there is neither tokenizer.json nor tokenizer.mo",
-        ),
-        "no JSON": (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizers cannot read it"),
-        "no model": (
-            lambda d: (d / "tokenizer.json").write_text("{}"),
-            "tokenizers cannot read it",
-        ),
-        "another decoder": (
-            lambda d: change(d / "tokenizer.json", decoder=decoder),
-            "its decoder is WordPiece; Byte",
-        ),
-        "no decoder": (lambda d: change(d / "tokenizer.json", decoder=None), "its decoder is none"),
-        "a wrong setting": (
-            lambda d: write(d, tokenizer_config={"eos_token": 3}),
-            ": eos_token must be a string",
-        ),
-        "a wrong id": (
-            lambda d: write(
-                d,
-                tokenizer_config={
-                    "added_tokens_decoder": {"7": {"content": "</s>", "special": True}}
-                },
-            ),
-            "says that '</s>' has the id 7, but it has another",
-        ),
-    }
+DECODER = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+ADDED = {"added_tokens_decoder": {"7": {"content": "</s>", "special": True}}}
+# {content of a file, or entries that change; None: it is removed: the complaint}
+REFUSED = {
+    "there is neither tokenizer.json nor tokenizer.mo": ("tokenizer", None),
+    "tokenizers cannot read it": ("tokenizer", {"model": {}}),
+    "its decoder is WordPiece; Byte": ("tokenizer", {"decoder": DECODER}),
+    "its decoder is none": ("tokenizer", {"decoder": None}),
+    ": eos_token must be a string": ("tokenizer_config", {"eos_token": 3}),
+    "says that '</s>' has the id 7, but it has another": ("tokenizer_config", ADDED),
+}
 
 
-def change(path: Path, **entries) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
-
-
-@pytest.mark.parametrize("name", refusals())
-def test_what_is_no_tokenizer_is_refused_in_one_line(name, made, folder):
-    path = shutil.copytree(made("Llama 3's tokenizer.json")[0], "theirs")
-    damage, complaint = refusals()[name]
-    damage(Path(path))
+@pytest.mark.parametrize("complaint", REFUSED)
+def test_what_is_no_tokenizer_is_refused_in_one_line(complaint, made, folder):
+    shutil.copytree(made("Llama 3's tokenizer.json")[0], "theirs")
+    name, entries = REFUSED[complaint]
+    path = Path("theirs", f"{name}.json")
+    if entries is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
     with pytest.raises(UserError, match=complaint) as error:
         read_tokenizer(Path("theirs"))
     assert "\n" not in str(error.value)
@@ -395,14 +370,7 @@ def test_a_tokenizer_that_was_imported_is_exported_with_its_ids_and_special_toke
         (tmp_path / name).write_bytes(content)
     again = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
 
-    @settings(max_examples=30, deadline=None, derandomize=True, database=None)
-    @given(text=anything)
-    def compare(text):
-        assert_equal(again, ours, text)
-
-    compare()
-    for text in (TEXT, *SIGNS):
-        assert_equal(again, ours, text)
+    assert_equal_on(again, ours, 30)
     assert again.eos_token_id == ours.eot and (ours.bos is None or again.bos_token_id == ours.bos)
     assert (
         read_tokenizer(tmp_path).state() == ours.state() or kind == "vocab.json"
