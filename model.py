@@ -36,7 +36,9 @@ from torch.utils.checkpoint import checkpoint
 
 from humptygpt.core.settings import check, setting
 from humptygpt.nn import lora
-from humptygpt.nn.layers import ACTIVATIONS, CausalConv, Dropout, Linear, drop, with_loss
+from humptygpt.nn.attention import Mask, attend, attention_mask, distances
+from humptygpt.nn.decoder_state import DecoderState, LayerState, PositionIds
+from humptygpt.nn.layers import ACTIVATIONS, CausalConv, Dropout, Linear, with_loss
 from humptygpt.nn.window_mlp import EMBEDDINGS, WindowMLP
 
 # --------------------------------------------------------------------------------------
@@ -73,15 +75,11 @@ NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "none": NoNorm}
 # --------------------------------------------------------------------------------------
 # Positional encodings: attention alone cannot tell the order of its tokens. A scheme can act in three places.
 
-# Positions of the tokens of one forward pass: T consecutive ones, or (B, T) where each text of a batch has its own
-PositionIds = slice | Tensor
-
 
 class PositionalEncoding(nn.Module):
     """No positional encoding: three hooks that change nothing. Each scheme overrides one of them."""
 
-    def __init__(self, config: "ModelConfig", causal: bool):
-        """causal: of a stack in which no token attends to a later one."""
+    def __init__(self, config: "ModelConfig"):
         super().__init__()
 
     def embed(self, x: Tensor, at: PositionIds) -> Tensor:
@@ -100,8 +98,8 @@ class PositionalEncoding(nn.Module):
 class LearnedPosition(PositionalEncoding):
     """One trained vector per position of the context, added to the token's embedding, as in GPT-2."""
 
-    def __init__(self, config: "ModelConfig", causal: bool):
-        super().__init__(config, causal)
+    def __init__(self, config: "ModelConfig"):
+        super().__init__(config)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
 
     def embed(self, x: Tensor, at: PositionIds) -> Tensor:
@@ -115,16 +113,14 @@ class SinusoidalPosition(PositionalEncoding):
     first, or the sinusoids would dominate it. Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3.4 and 3.5.
     """
 
-    def __init__(self, config: "ModelConfig", causal: bool):
-        super().__init__(config, causal)
+    def __init__(self, config: "ModelConfig"):
+        super().__init__(config)
         i = torch.arange(config.n_embd)
         frequency = 10000.0 ** (-(i - i % 2) / config.n_embd)
-        angle = (
-            torch.arange(config.block_size, dtype=torch.float32)[:, None] * frequency
-        )  # (block_size, C)
-        self.register_buffer(
-            "sinusoids", torch.where(i % 2 == 0, angle.sin(), angle.cos()), persistent=False
-        )
+        position = torch.arange(config.block_size, dtype=torch.float32)
+        angle = position[:, None] * frequency  # (block_size, C)
+        sinusoids = torch.where(i % 2 == 0, angle.sin(), angle.cos())
+        self.register_buffer("sinusoids", sinusoids, persistent=False)
 
     def embed(self, x: Tensor, at: PositionIds) -> Tensor:
         return x * math.sqrt(x.shape[-1]) + self.sinusoids[at]
@@ -142,28 +138,26 @@ class RotaryPosition(PositionalEncoding):
     Source: Grattafiori et al. 2024 (Llama 3), arXiv:2407.21783, and the code of Llama 3.1.
     """
 
-    def __init__(self, config: "ModelConfig", causal: bool):
-        super().__init__(config, causal)
+    def __init__(self, config: "ModelConfig"):
+        super().__init__(config)
         head_size = config.head_size or config.n_embd // config.n_head
-        frequency = config.rope_base ** (
-            -torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
-        )
+        exponent = -torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
+        frequency = config.rope_base**exponent  # (D / 2), in radians per position
         if config.rope_factor != 1:
-            low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+            low = config.rope_low_freq_factor
+            high = config.rope_high_freq_factor
             turns = config.rope_original_context * frequency / (2 * math.pi)
-            kept = ((turns - low) / (high - low)).clamp(
-                0, 1
-            )  # fraction of the frequency that is not divided
+            kept = ((turns - low) / (high - low)).clamp(0, 1)  # the fraction that is not divided
             frequency = frequency * (kept + (1 - kept) / config.rope_factor)
-        angle = (
-            torch.arange(config.block_size, dtype=torch.float32)[:, None] * frequency
-        )  # (block_size, D / 2)
+        position = torch.arange(config.block_size, dtype=torch.float32)
+        angle = position[:, None] * frequency  # (block_size, D / 2)
         self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)  # (block_size, D)
         self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], dim=1), persistent=False)
 
     def rotary(self, at: PositionIds) -> tuple[Tensor, Tensor]:
-        cos, sin = self.cos[at], self.sin[at]
-        return (cos, sin) if isinstance(at, slice) else (cos[:, None], sin[:, None])
+        if isinstance(at, slice):
+            return self.cos[at], self.sin[at]
+        return self.cos[at][:, None], self.sin[at][:, None]
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -178,18 +172,12 @@ class AlibiPosition(PositionalEncoding):
     Source: Press et al. 2021, arXiv:2108.12409.
     """
 
-    def __init__(self, config: "ModelConfig", causal: bool):
-        super().__init__(config, causal)
+    def __init__(self, config: "ModelConfig"):
+        super().__init__(config)
         self.register_buffer("slopes", torch.tensor(alibi_slopes(config.n_head)), persistent=False)
 
     def score_bias(self, T: int, S: int) -> Tensor:
         return -self.slopes[:, None, None] * distances(T, S, self.slopes.device).abs()
-
-
-def distances(T: int, S: int, device: torch.device) -> Tensor:
-    """(T, S) int64: positions from each key to each query, the last T of S; negative where the key is later."""
-    key = torch.arange(S, device=device)
-    return key[S - T :, None] - key
 
 
 def alibi_slopes(n_head: int) -> list[float]:
@@ -210,105 +198,6 @@ POSITIONS = {
 
 
 # --------------------------------------------------------------------------------------
-# The decoder's state: what generating the next token needs of the tokens read so far.
-
-
-class LayerState:
-    """Keys and values of one block, in buffers that hold `size` tokens."""
-
-    def __init__(self):
-        self.k = self.v = (
-            None  # (B, H, size, D), made when the first token shows shape, dtype and device
-        )
-        self.cross_k = self.cross_v = None  # (B, H, S, D), of the encoder's output
-        self.last_inputs = (
-            None  # (B, up to n, C), the newest first, of a convolution over n tokens before each
-        )
-
-    def append(self, k: Tensor, v: Tensor, end: int, size: int) -> tuple[Tensor, Tensor]:
-        """k, v: (B, H, T, D), which go before position `end` of the buffers. Returns all up to it, (B, H, end, D)."""
-        if self.k is None:
-            B, H, _, D = k.shape
-            self.k, self.v = k.new_empty(B, H, size, D), v.new_empty(B, H, size, D)
-        self.k[:, :, end - k.shape[2] : end], self.v[:, :, end - k.shape[2] : end] = k, v
-        return self.k[:, :, :end], self.v[:, :, :end]
-
-    def copy(self, first: int, end: int, size: int, rows: Tensor | None = None) -> None:
-        """Move what the buffers hold from `first` to `end` into new ones, of these rows of the batch; None: of all."""
-        for name in ("k", "v"):
-            if (old := getattr(self, name)) is not None:
-                kept = old[:, :, first:end] if rows is None else old[rows, :, first:end]
-                new = old.new_empty(*kept.shape[:2], size, old.shape[-1])
-                new[:, :, : end - first] = kept
-                setattr(self, name, new)
-
-
-class DecoderState:
-    """A decoder's KV cache: what it keeps of the tokens read. Its length is an int: no step waits for a GPU.
-
-    size: the most tokens that will be read. window: of sliding-window attention; keys and values that are out of every
-    later token's reach are dropped, so that the buffers never hold more than about twice as many; 0: keep all.
-    padding: (B,) int64, how many of the first tokens of each text are padding, idx -1, where a batch holds texts of
-    different lengths; None: all texts start at the first token.
-    """
-
-    def __init__(self, n_layer: int, size: int, window: int = 0, padding: Tensor | None = None):
-        self.length = 0  # tokens read
-        self.held = 0  # of these, the newest, that the buffers hold
-        self.size = min(size, 2 * window) if window else size
-        self.window, self.padding = window, padding
-        self.layers = [LayerState() for _ in range(n_layer)]
-        self.source_padding = None  # (B, S) bool, of the text that cross-attention looks at
-
-    def make_room(self, T: int) -> int:
-        """For the next T tokens. Returns how many tokens they can attend to, themselves included."""
-        if self.held + T > self.size:
-            assert self.window, f"{self.held + T} tokens, but the state was made for {self.size}"
-            kept = min(self.held, self.window - 1)
-            self.size = max(2 * self.window, kept + T)
-            for layer in self.layers:
-                layer.copy(self.held - kept, self.held, self.size)
-            self.held = kept
-        self.held += T
-        return self.held
-
-    def positions(self, T: int) -> PositionIds:
-        """Of the next T tokens."""
-        if self.padding is None:
-            return slice(self.length, self.length + T)
-        index = torch.arange(self.length, self.length + T, device=self.padding.device)
-        return (index - self.padding[:, None]).clamp(min=0)
-
-    def padding_mask(self, T: int, S: int) -> Tensor | None:
-        """(B, S) bool, True where a token is padding, of the last S up to the next T."""
-        if self.padding is None:
-            return None
-        end = self.length + T
-        return torch.arange(end - S, end, device=self.padding.device) < self.padding[:, None]
-
-    def clear(self) -> None:
-        """Forget the tokens, but not the source."""
-        self.length, self.held, self.padding = 0, 0, None
-        for layer in self.layers:
-            layer.last_inputs = None
-
-    def select(self, rows: Tensor) -> None:
-        """The batch becomes these of its rows, int64 (any number,), in this order; a row may occur several times."""
-        for layer in self.layers:
-            layer.copy(0, self.held, self.size, rows)
-            for name in ("cross_k", "cross_v", "last_inputs"):
-                select_rows(layer, name, rows)
-        for name in ("padding", "source_padding"):
-            select_rows(self, name, rows)
-
-
-def select_rows(state: LayerState | DecoderState, name: str, rows: Tensor) -> None:
-    """The attribute of this name, None or a tensor, becomes these of its rows."""
-    held = getattr(state, name)
-    setattr(state, name, None if held is None else held[rows])
-
-
-# --------------------------------------------------------------------------------------
 # Attention
 
 
@@ -317,105 +206,14 @@ class BlockInputs(NamedTuple):
 
     cached: (
         tuple[int, int] | None
-    )  # where these tokens end in the state's buffers, and the buffers' size
-    mask: Tensor | None  # broadcasts to (B, H, T, S), added to the scores of self-attention
-    is_causal: bool  # instead of a mask: no token attends to a later one
+    )  # where these tokens end in the state's buffers; the buffers' size
+    masks: dict[
+        int, tuple[Tensor | None, bool]
+    ]  # {window: mask and is_causal, as attend() takes them}
     rotary: tuple[Tensor, Tensor] | None  # as from PositionalEncoding.rotary
-    context: (
-        Tensor | None
-    )  # (B, S, C), what cross-attention looks at; not needed where a state has its keys and values
-    context_mask: (
-        Tensor | None
-    )  # broadcasts to (B, H, T, S), added to the scores of cross-attention
+    context: Tensor | None  # (B, S, C), what cross-attention looks at; None: the state has its keys
+    context_mask: Mask  # of cross-attention
     padding: Tensor | None  # (B, T) bool, True where x is no token; None: nowhere
-
-
-def attention_mask(
-    T: int,
-    S: int,
-    device: torch.device,
-    *,
-    causal: bool = False,
-    window: int = 0,
-    bias: Tensor | None = None,
-    padding: Tensor | None = None,
-) -> Tensor | None:
-    """What is added to the scores of T queries and S keys: -inf where a query must not attend, and bias; None: nothing.
-
-    The queries are the last T of the S positions. causal: no query attends to a later key. window: none to a key that
-    is window or more positions away; 0: no limit. bias: (H, T, S). padding: (B, S), True where a key is no token.
-    Returns float32 that broadcasts to (B, H, T, S).
-    """
-    allowed = None  # broadcasts to (B, H, T, S)
-    if (causal and T > 1) or 0 < window < S:
-        distance = distances(T, S, device)
-        allowed = distance.abs() < (window or S)
-        if causal:
-            allowed &= distance >= 0
-    if padding is not None:
-        tokens = ~padding[:, None, None, :]
-        # softmax over no key at all is nan: each position may at least attend to itself
-        allowed = tokens if allowed is None else (allowed & tokens) | (distance == 0)
-    bias = None if bias is None else bias[None]  # SDPA fuses masks of four dimensions only
-    if allowed is None:
-        return bias
-    mask = torch.zeros_like(allowed, dtype=torch.float32) if bias is None else bias
-    return mask.masked_fill(~allowed, -torch.inf)
-
-
-EXPLICIT_SCORES = (
-    2**25
-)  # elements of the scores up to which explicit attention is used: 64 MB a block in bfloat16
-
-
-def prefers_explicit(device: torch.device, scores: int, dropout: float) -> bool:
-    """Whether explicit attention trains faster than SDPA on this device; scores: B H T S.
-
-    On a CPU the backward pass of SDPA in bfloat16 takes three times as long; but it does not keep all the scores. With
-    dropout it does, and draws its masks more slowly than drop() and for the rows of its own process alone.
-    """
-    if device.type != "cpu" or not torch.is_grad_enabled():
-        return False
-    return dropout > 0 or (torch.is_autocast_enabled("cpu") and scores <= EXPLICIT_SCORES)
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    *,
-    is_causal: bool = False,
-    dropout: float = 0.0,
-) -> Tensor:
-    """softmax(q k^T / sqrt(D) + mask) v: the mean of the values, weighted by how well each key answers the query.
-
-    q: (B, H, T, D); k, v: (B, H or fewer, S, D), inputs by groups of neighbouring queries where they are fewer; mask:
-    broadcasts to (B, H, T, S). Returns (B, H, T, D). Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
-    """
-    mask = None if mask is None else mask.to(q.dtype)
-    if prefers_explicit(q.device, q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2], dropout):
-        assert not is_causal, "explicit attention takes a mask"
-        return attend_explicit(q, k, v, mask, dropout)
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=is_causal,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-
-
-def attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """The formula of attend() as it stands."""
-    if q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, S)
-    if mask is not None:
-        scores += mask
-    return drop(scores.softmax(dim=-1), dropout) @ v
 
 
 class Attention(nn.Module):
@@ -427,13 +225,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: "ModelConfig"):
         super().__init__()
-        C, self.n_head, self.n_kv_head = (
-            config.n_embd,
-            config.n_head,
-            config.n_kv_head or config.n_head,
-        )
+        C = config.n_embd
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head or config.n_head
         self.head_size = config.head_size or C // config.n_head
-        self.qk_norm, self.dropout = config.qk_norm, config.dropout
+        self.qk_norm = config.qk_norm
+        self.dropout = config.dropout
         bias = config.bias if config.attn_bias is None else config.attn_bias
         self.q_proj = Linear(C, self.n_head * self.head_size, bias)
         self.k_proj = Linear(C, self.n_kv_head * self.head_size, bias)
@@ -442,31 +239,37 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, H, T, D)."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_size))  # (B, T, H, D)
-        if self.qk_norm:  # bounds the scores. Source: Henry et al. 2020, arXiv:2010.04245
-            q = F.rms_norm(q, q.shape[-1:])
-        return q.transpose(1, 2)
+        return self.split_heads(self.q_proj(x), self.qk_norm)
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, S, C). Returns twice (B, H or fewer, S, D)."""
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_size))
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_size))
-        if self.qk_norm:
-            k = F.rms_norm(k, k.shape[-1:])
-        return k.transpose(1, 2), v.transpose(1, 2)
+        return self.split_heads(self.k_proj(x), self.qk_norm), self.split_heads(self.v_proj(x))
 
-    def attend_and_project(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool = False
-    ) -> Tensor:
-        """Attend and mix the heads. q: (B, H, T, D); k, v: (B, H or fewer, S, D). Returns (B, T, C)."""
-        y = attend(
-            q, k, v, mask, is_causal=is_causal, dropout=self.dropout if self.training else 0.0
-        )
+    def split_heads(self, x: Tensor, norm: bool = False) -> Tensor:
+        """x: (B, T, H D). norm: of each vector, which bounds the scores. Returns (B, H, T, D).
+
+        Source of the norm: Henry et al. 2020, arXiv:2010.04245.
+        """
+        x = x.unflatten(-1, (-1, self.head_size))  # (B, T, H, D)
+        if norm:
+            x = F.rms_norm(x, x.shape[-1:])
+        return x.transpose(1, 2)
+
+    def attend_and_project(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+        """softmax(q k^T / sqrt(D) + mask) v in each head, and mix the heads. q, k, v, mask: as attend() takes them.
+
+        Returns (B, T, C).
+        """
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class SelfAttention(Attention):
-    """Queries, keys and values from one text."""
+    """Queries, keys and values from one text. window: tokens that a query sees, itself included; 0: all."""
+
+    def __init__(self, config: "ModelConfig", window: int = 0):
+        super().__init__(config)
+        self.window = window
 
     def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
         """x: (B, T, C), which follow the tokens in the state. Returns (B, T, C)."""
@@ -477,7 +280,7 @@ class SelfAttention(Attention):
             k = rotate(k, inputs.rotary)
         if state:
             k, v = state.append(k, v, *inputs.cached)
-        return self.attend_and_project(q, k, v, inputs.mask, inputs.is_causal)
+        return self.attend_and_project(q, k, v, inputs.masks[self.window])
 
 
 class CrossAttention(Attention):
@@ -543,18 +346,21 @@ MLPS = {"plain": MLP, "gated": GatedMLP, "none": None}
 class Block(nn.Module):
     """What all kinds of block are made of; each kind's forward joins the parts.
 
-    cross: cross-attention comes between self-attention and the feed-forward network. mlp=none: there is none.
+    layer: its number in the stack, from 0. cross: cross-attention comes between self-attention and the feed-forward
+    network. mlp=none: there is no such network.
     """
 
     residual = True  # is each branch added to its input?
     one_norm = False  # do all branches read the same normalised input?
     ends_with_norm = False  # if so, the stack needs no last norm
 
-    def __init__(self, config: "ModelConfig", cross: bool = False):
+    def __init__(self, config: "ModelConfig", layer: int = 0, cross: bool = False):
         super().__init__()
-        norm, mlp = NORMS[config.norm], MLPS[config.mlp]
+        norm = NORMS[config.norm]
+        mlp = MLPS[config.mlp]
+        self.layer = layer
         self.attn_norm = norm(config)
-        self.attn = SelfAttention(config)
+        self.attn = SelfAttention(config, config.window)
         if cross and not self.one_norm:
             self.cross_norm = norm(config)
         self.cross_attn = CrossAttention(config) if cross else None
@@ -570,17 +376,10 @@ class Block(nn.Module):
 
     def feed_forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None) -> Tensor:
         """The convolution, where there is one, and the feed-forward network. x: (B, T, C). Returns (B, T, C)."""
-        if self.conv and inputs.padding is not None:
-            x = x.masked_fill(inputs.padding[..., None], 0)
-        if self.conv and state:
-            before, newest_first = state.last_inputs, x if x.shape[1] == 1 else x.flip(1)
-            state.last_inputs = (
-                newest_first if before is None else torch.cat([newest_first, before], dim=1)
-            )
-            state.last_inputs = state.last_inputs[:, : len(self.conv.weight)]
-            x = self.conv(x, before)
-        elif self.conv:
-            x = self.conv(x)
+        if self.conv:
+            if inputs.padding is not None:
+                x = x.masked_fill(inputs.padding[..., None], 0)
+            x = self.conv(x, state)
         return self.mlp(x)
 
 
@@ -668,13 +467,15 @@ class Stack(nn.Module):
     def __init__(self, config: "ModelConfig", causal: bool, cross: bool = False):
         super().__init__()
         block = BLOCKS[config.block]
-        self.block_size, self.n_head, self.window = config.block_size, config.n_head, config.window
-        self.causal, self.checkpoint_activations = causal, False
-        self.position = POSITIONS[config.position](config, causal)
+        self.block_size = config.block_size
+        self.causal = causal
+        self.checkpoint_activations = False
+        self.position = POSITIONS[config.position](config)
         self.embed_norm = NORMS[config.norm if config.embed_norm else "none"](config)
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(block(config, cross) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(block(config, i, cross) for i in range(config.n_layer))
         self.norm = NORMS["none" if block.ends_with_norm else config.norm](config)
+        self.windows = {block.attn.window for block in self.blocks}
 
     def forward(
         self,
@@ -689,9 +490,8 @@ class Stack(nn.Module):
         padding: (B, T), True where x is no token. context: (B, S, C), for cross-attention, and its padding: (B, S).
         """
         x, inputs = self.enter(x, state, padding, context, context_padding)
-        for block, layer in zip(
-            self.blocks, state.layers if state else [None] * len(self.blocks), strict=True
-        ):
+        layers = state.layers if state else [None] * len(self.blocks)
+        for block, layer in zip(self.blocks, layers, strict=True):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, inputs, layer, use_reentrant=False)
             else:
@@ -709,42 +509,32 @@ class Stack(nn.Module):
         context_padding: Tensor | None = None,
     ) -> tuple[Tensor, BlockInputs]:
         """As forward. Returns what enters the first block, and what all blocks need beside it."""
-        B, T, _ = x.shape
+        T = S = x.shape[1]
         start = state.length if state else 0
-        assert start + T <= self.block_size, (
-            f"{start + T} tokens, but block_size is {self.block_size}"
-        )
-        at, S, cached = slice(start, start + T), T, None
+        end = start + T
+        assert end <= self.block_size, f"{end} tokens, but block_size is {self.block_size}"
+        at = slice(start, end)
+        cached = None
         if state:
             S = state.make_room(T)
-            at, padding, cached = state.positions(T), state.padding_mask(T, S), (S, state.size)
-        mask, is_causal = self.self_mask(B, T, S, x.device, padding)
-        context_mask = None
-        if context_padding is not None:
-            context_mask = attention_mask(
-                T, context_padding.shape[1], x.device, padding=context_padding
-            )
-        new_padding = None if padding is None else padding[:, S - T :]
-        inputs = BlockInputs(
-            cached, mask, is_causal, self.position.rotary(at), context, context_mask, new_padding
-        )
-        return self.dropout(self.embed_norm(self.position.embed(x, at))), inputs
-
-    def self_mask(
-        self, B: int, T: int, S: int, device: torch.device, padding: Tensor | None
-    ) -> tuple[Tensor | None, bool]:
-        """(mask, is_causal) of self-attention; padding: (B, S). SDPA's own causal mask is faster, where it will do."""
+            at = state.positions(T)
+            padding = state.padding_mask(T, S)
+            cached = (S, state.size)
         bias = self.position.score_bias(T, S)
-        # it starts at the top left, wrong where a state makes S > T, and refuses a mask beside it
-        simple = (
-            self.causal and T == S and not 0 < self.window < S and bias is None and padding is None
-        )
-        dropout = self.dropout.p if self.training else 0.0
-        if simple and not prefers_explicit(device, B * self.n_head * T * S, dropout):
-            return None, True
-        return attention_mask(
-            T, S, device, causal=self.causal, window=self.window, bias=bias, padding=padding
-        ), False
+        masks = {
+            window: attention_mask(
+                T, S, x.device, causal=self.causal, window=window, bias=bias, padding=padding
+            )
+            for window in self.windows
+        }
+        context_mask = None, False
+        if context_padding is not None:
+            S_context = context_padding.shape[1]
+            context_mask = attention_mask(T, S_context, x.device, padding=context_padding)
+        new_padding = None if padding is None else padding[:, S - T :]
+        rotary = self.position.rotary(at)
+        inputs = BlockInputs(cached, masks, rotary, context, context_mask, new_padding)
+        return self.dropout(self.embed_norm(self.position.embed(x, at))), inputs
 
 
 # --------------------------------------------------------------------------------------
@@ -764,12 +554,9 @@ class GPT(nn.Module):
     def __init__(self, config: "ModelConfig"):
         super().__init__()
         self.config = config
-        assert config.vocab_size is not None, "the data set gives vocab_size"
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.stack = Stack(config, causal=True)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_weights:  # Source: Press and Wolf 2016, arXiv:1608.05859
-            self.lm_head.weight = self.wte.weight
+        self.lm_head = make_head(config, self.wte)
         init_weights(self)
 
     def forward(
@@ -779,24 +566,19 @@ class GPT(nn.Module):
 
         Returns logits (B, T, V) and the mean cross-entropy in nats, None without targets.
         """
-        return with_loss(
-            self, self.lm_head(self.stack(embed_tokens(self, idx, state), state)), targets
-        )
+        x = self.stack(self.wte(idx), state)
+        return with_loss(self, self.lm_head(x), targets)
 
     def next_logits(self, idx: Tensor, state: DecoderState | None = None) -> Tensor:
         """As forward, but of the token after the last one alone: (B, V)."""
-        x = self.stack(embed_tokens(self, idx, state), state)
+        x = self.stack(self.wte(idx), state)
         return with_loss(self, self.lm_head(x[:, -1]), None)[0]
 
     def make_state(self, padding: Tensor | None = None, size: int | None = None) -> DecoderState:
         """An empty state; padding, size: as DecoderState has them; None: block_size."""
-        config = self.config
-        return DecoderState(
-            config.n_layer,
-            min(size or config.block_size, config.block_size),
-            config.window,
-            padding,
-        )
+        block_size = self.config.block_size
+        size = min(size or block_size, block_size)
+        return DecoderState(self.config.n_layer, size, widest_window(self), padding)
 
 
 class Transformer(nn.Module):
@@ -812,13 +594,10 @@ class Transformer(nn.Module):
     def __init__(self, config: "ModelConfig"):
         super().__init__()
         self.config = config
-        assert config.vocab_size is not None, "the data set gives vocab_size"
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.encoder = Stack(config, causal=False)
         self.decoder = Stack(config, causal=True, cross=True)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_weights:
-            self.lm_head.weight = self.wte.weight
+        self.lm_head = make_head(config, self.wte)
         init_weights(self)
 
     def forward(
@@ -834,22 +613,18 @@ class Transformer(nn.Module):
         (B, T), -1 where no loss is counted. Returns as GPT does.
         """
         context, padding = (None, state.source_padding) if state else self.encode(source)
-        x = self.decoder(
-            embed_tokens(self, idx, state), state, context=context, context_padding=padding
-        )
+        x = self.decoder(self.wte(idx), state, context=context, context_padding=padding)
         return with_loss(self, self.lm_head(x), targets)
 
     def next_logits(self, idx: Tensor, state: DecoderState) -> Tensor:
         """As forward, but of the token after the last one alone: (B, V)."""
-        x = self.decoder(
-            embed_tokens(self, idx, state), state, context_padding=state.source_padding
-        )
+        x = self.decoder(self.wte(idx), state, context_padding=state.source_padding)
         return with_loss(self, self.lm_head(x[:, -1]), None)[0]
 
     def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """source: (B, S), as in forward. Returns the encoder's output, (B, S, C), and where it is padding, (B, S)."""
         padding = source < 0
-        return self.encoder(embed_tokens(self, source.clamp(min=0)), padding=padding), padding
+        return self.encoder(self.wte(source.clamp(min=0)), padding=padding), padding
 
     def make_state(self, source: Tensor, padded: bool = False) -> DecoderState:
         """A state with room for block_size tokens of the target, and the source, (B, S) as in forward, read.
@@ -858,19 +633,25 @@ class Transformer(nn.Module):
         """
         context, padding = self.encode(source)
         assert padded or padding.is_meta or not padding.any(), "padding needs padded=True"
-        state = DecoderState(self.config.n_layer, self.config.block_size, self.config.window)
+        state = DecoderState(self.config.n_layer, self.config.block_size, widest_window(self))
         state.source_padding = padding if padded else None
         for block, layer in zip(self.decoder.blocks, state.layers, strict=True):
             layer.cross_k, layer.cross_v = block.cross_attn.keys_and_values(context)
         return state
 
 
-def embed_tokens(
-    model: GPT | Transformer, idx: Tensor, state: DecoderState | None = None
-) -> Tensor:
-    """idx: (B, T) token ids, which follow those in the state; -1 in its padding. Returns (B, T, C)."""
-    padded = state is not None and state.padding is not None
-    return model.wte(idx.clamp(min=0) if padded else idx)
+def make_head(config: "ModelConfig", wte: nn.Embedding) -> nn.Linear:
+    """The output head, which shares the embedding's matrix where weights are tied."""
+    head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+    if config.tie_weights:  # Source: Press and Wolf 2016, arXiv:1608.05859
+        head.weight = wte.weight
+    return head
+
+
+def widest_window(model: nn.Module) -> int:
+    """Tokens that the layer sees that looks back furthest; 0: all."""
+    windows = {module.window for module in model.modules() if isinstance(module, SelfAttention)}
+    return 0 if 0 in windows else max(windows)
 
 
 @torch.no_grad()
@@ -888,13 +669,11 @@ def init_weights(model: GPT | Transformer) -> None:
     feed-forward, to keep the variance of the residual stream that of its input. Without residual connections
     (block=plain) the linear layers of the blocks alone carry the signal: all are 1 / sqrt(inputs), which keeps it.
     """
-    config, branches = model.config, {}
+    config = model.config
+    branches = {}  # {last layer of a residual branch: how many its stack has}
     for stack in model.children():
-        ends = [
-            module
-            for module in stack.modules()
-            if isinstance(module, Linear) and module.ends_branch
-        ]
+        linears = [module for module in stack.modules() if isinstance(module, Linear)]
+        ends = [linear for linear in linears if linear.ends_branch]
         branches |= dict.fromkeys(ends, len(ends))
 
     def std(module: nn.Linear | nn.Embedding) -> float:
@@ -951,6 +730,7 @@ class ModelConfig:
         None,
         "hidden neurons; None: 4 n_embd, gated 8/3 n_embd, window_mlp window n_embd",
         at_least=1,
+        not_with={"mlp": "none"},
     )
     block_size: int = setting(
         64,
@@ -1082,15 +862,10 @@ class ModelConfig:
             raise ValueError(
                 f"init=zero must not meet block={self.block}: no block would ever give anything but 0; take init=gpt2"
             )
-        if self.mlp == "none":
-            if self.n_hidden is not None:
-                raise ValueError(
-                    f"n_hidden={self.n_hidden} is the width of a network that mlp={self.mlp} leaves out"
-                )
-            if self.block == "parallel":
-                raise ValueError(
-                    f"block=parallel needs a feed-forward network beside attention, not mlp={self.mlp}"
-                )
+        if self.mlp == "none" and self.block == "parallel":
+            raise ValueError(
+                f"block=parallel needs a feed-forward network beside attention, not mlp={self.mlp}"
+            )
 
 
 def build(config: ModelConfig) -> nn.Module:
@@ -1113,5 +888,9 @@ def flops_per_token(model: nn.Module) -> int:
     """
     config = model.config
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    attended = sum(m.n_head * m.head_size for m in model.modules() if isinstance(m, Attention))
-    return 6 * matrices + 12 * attended * (config.window or config.block_size)
+    attended = 0
+    for module in model.modules():
+        if isinstance(module, Attention):
+            tokens = getattr(module, "window", 0) or config.block_size
+            attended += tokens * module.n_head * module.head_size
+    return 6 * matrices + 12 * attended

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import model as models
 from humptygpt.generation.sampling import generate, probabilities
+from humptygpt.nn.attention import attend, attention_mask
 from humptygpt.nn.layers import ACTIVATIONS
 from humptygpt.nn.window_mlp import NumberEmbedding
 from humptygpt.tokenizer.tokenizers import CharTokenizer
@@ -20,8 +21,6 @@ from model import (
     ModelConfig,
     PositionalEncoding,
     SelfAttention,
-    attend,
-    attention_mask,
 )
 from train import TrainConfig
 
@@ -47,11 +46,10 @@ def config(**keys) -> ModelConfig:
 
 def inputs(T: int, position: PositionalEncoding | None = None) -> BlockInputs:
     """What a stack computes for its blocks of a text of T tokens."""
-    position = position or PositionalEncoding(config(), causal=True)
+    position = position or PositionalEncoding(config())
     mask = attention_mask(T, T, torch.device("cpu"), causal=True, bias=position.score_bias(T, T))
-    return BlockInputs(
-        0, mask, False, position.rotary(slice(0, T)), context=None, context_mask=None, padding=None
-    )
+    rotary = position.rotary(slice(0, T))
+    return BlockInputs(None, {0: mask}, rotary, None, (None, False), None)
 
 
 # --------------------------------------------------------------------------------------
@@ -226,7 +224,7 @@ def test_the_weighted_sum_of_equal_values_is_that_value():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 2, 7, 4)
     v = torch.ones(1, 2, 7, 4)
-    torch.testing.assert_close(attend(q, k, v, inputs(7).mask), v)
+    torch.testing.assert_close(attend(q, k, v, inputs(7).masks[0]), v)
 
 
 def test_without_positions_switching_two_words_makes_no_difference_and_with_them_it_does():
@@ -234,7 +232,7 @@ def test_without_positions_switching_two_words_makes_no_difference_and_with_them
     words = torch.randn(1, 3, 8)
     switched = words[:, [1, 0, 2]]
     for name, scheme in POSITIONS.items():
-        position = scheme(config(position=name), causal=True)
+        position = scheme(config(position=name))
         attention = SelfAttention(config())
         outputs = [
             attention(position.embed(x, slice(0, 3)), inputs(3, position))[0, 2]
@@ -254,7 +252,7 @@ def test_several_heads_are_single_heads_concatenated():
             F.linear(words, layer.weight[rows])[:, None]
             for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
         ]
-        heads.append(attend(*part, inputs(5).mask)[:, 0])
+        heads.append(attend(*part, inputs(5).masks[0])[:, 0])
     torch.testing.assert_close(attention(words, inputs(5)), torch.cat(heads, dim=-1))
 
 
@@ -301,7 +299,7 @@ def test_dropout_keeps_the_mean_the_same_in_training_and_in_use(p):
 
 def test_the_sinusoidal_encoding_is_the_papers():
     """sin for even features i and cos for odd ones, of p / 10000^(i/C); an odd feature takes i of the one before."""
-    position = POSITIONS["sinusoidal"](config(n_embd=10, block_size=50), causal=True)
+    position = POSITIONS["sinusoidal"](config(n_embd=10, block_size=50))
     nothing = torch.zeros(1, 50, 10)
     encoding = position.embed(nothing, slice(0, 50))[0]
     for p in (0, 1, 7, 49):

@@ -308,14 +308,9 @@ class Recorder:
             )
         attend = models.attend
 
-        def recorded(q, k, v, mask=None, **keys):
-            self.attended[self.attention] = (
-                q[0],
-                k[0],
-                v[0],
-                self.full_mask(q, k, mask, keys["is_causal"]),
-            )
-            return attend(q, k, v, mask, **keys)
+        def recorded(q, k, v, mask, dropout):
+            self.attended[self.attention] = q[0], k[0], v[0], self.full_mask(q, k, *mask)
+            return attend(q, k, v, mask, dropout)
 
         monkeypatch.setattr(models, "attend", recorded)
 

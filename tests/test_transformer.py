@@ -271,7 +271,7 @@ def test_cross_attention_has_neither_rotation_nor_bias_nor_window(position, wind
     x, context = torch.randn(2, T, 32), torch.randn(2, 7, 32)
     decoder(x, context=context)
     ((q, shared, _),) = contexts
-    assert shared.context_mask is None
+    assert shared.context_mask == (None, False)
     torch.testing.assert_close(cross(q, shared), cross(q, shared._replace(context=context.flip(1))))
 
 

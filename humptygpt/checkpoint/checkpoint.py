@@ -256,7 +256,7 @@ def restore_model(weights: dict[str, Tensor], config: models.ModelConfig) -> nn.
     model = build_on_meta(config)
     for stack in (module for module in model.modules() if isinstance(module, models.Stack)):
         # its tables are in no checkpoint
-        stack.position = models.POSITIONS[config.position](config, stack.causal)
+        stack.position = models.POSITIONS[config.position](config)
         stack.position.requires_grad_(not config.lora_rank)
     model.load_state_dict(weights, assign=True)
     if config.tie_weights and config.model != "window_mlp":

@@ -157,7 +157,7 @@ class FusedSelfAttention(nn.Module):
         q, k = qk.split((n_head, n_kv_head), dim=1)
         if state:
             k, v = state.append(k, v, *inputs.cached)
-        return self.attention.attend_and_project(q, k, v, inputs.mask, inputs.is_causal)
+        return self.attention.attend_and_project(q, k, v, inputs.masks[self.attention.window])
 
 
 # --------------------------------------------------------------------------------------
@@ -173,7 +173,8 @@ class FastStack(nn.Module):
         self.norm = norm_function(stack.norm)
         self.blocks = [BlockDecoder(block) for block in stack.blocks]
         # a position acts in rotary tables alone, and a new token attends to all: there is nothing to add and no mask
-        self.plain = config.position == "rotary" and not config.window and not config.embed_norm
+        unlimited = stack.windows == {0}
+        self.plain = config.position == "rotary" and unlimited and not config.embed_norm
         if self.plain:
             self.cos = self.scaled_table(stack.position.cos)
             self.sin = self.scaled_table(stack.position.sin)
@@ -198,7 +199,7 @@ class FastStack(nn.Module):
         if self.plain and state.padding is None:
             rotary = self.cos[state.length], self.sin[state.length]
             cached = state.make_room(1), state.size
-            return x, BlockInputs(cached, None, False, rotary, None, None, None)
+            return x, BlockInputs(cached, {0: (None, False)}, rotary, None, (None, False), None)
         x, inputs = self.stack.enter(x, state)
         if inputs.rotary:
             inputs = inputs._replace(rotary=[self.scaled_table(table) for table in inputs.rotary])
@@ -218,6 +219,7 @@ class BlockDecoder:
         self.n_head = attention.n_head
         self.n_kv_head = attention.n_kv_head
         self.qk_norm = attention.qk_norm
+        self.window = attention.window
         # RMS norm is x / |x| times this; the rotary tables are multiplied by it, once for all blocks
         self.norm_scale = math.sqrt(self.head_size) if self.qk_norm else 1.0
         self.root_of_eps = torch.tensor(math.sqrt(torch.finfo(torch.float32).eps * self.head_size))
@@ -263,7 +265,7 @@ class BlockDecoder:
             qk.narrow(1, 0, n_head).unsqueeze(2),
             state.k.narrow(2, 0, end),
             state.v.narrow(2, 0, end),
-            attn_mask=inputs.mask,
+            attn_mask=inputs.masks[self.window][0],
             enable_gqa=n_head != n_kv_head,
         )
         return self.add_o_proj(x, y.flatten(1))

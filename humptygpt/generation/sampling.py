@@ -161,8 +161,7 @@ class Context:
             self.state.clear()
         if self.state and any(self.padding):
             self.state.padding = torch.tensor(self.padding, device=self.tokens.device)
-            columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-            self.tokens = self.tokens.masked_fill(columns < self.state.padding[:, None], -1)
+            self.tokens = self.tokens.clamp(min=0)  # no token attends to the padding
 
     def select(self, rows: list[int]) -> None:
         """Keep these of the texts alone."""

@@ -1,4 +1,5 @@
-"""Layers that models are built from, the article's first network, and LoRA.
+"""What networks are built from: layers, attention, the decoder's state, LoRA, and the article's window network.
 
-In: tensors. Out: tensors. It imports core alone.
+In come tensors and a ModelConfig, out come tensors: no file, no process, no tokenizer. Which attention or random number
+generator is fastest on a device is decided here, so that model.py can be read as formulas. It may import core.
 """

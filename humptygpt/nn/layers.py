@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from humptygpt.nn.decoder_state import LayerState
+
 
 class Linear(nn.Linear):
     """A linear layer inside the network, whose matrix Muon may train. The output head is a plain nn.Linear.
@@ -36,20 +38,19 @@ class CausalConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(n, n_embd))
 
-    def forward(self, x: Tensor, before: Tensor | None = None) -> Tensor:
-        """x: (B, T, C); before: (B, up to n, C), the tokens before them, the newest first. Returns (B, T, C)."""
-        if (
-            before is not None and x.shape[1] == 1
-        ):  # while generating; the fewer operators, the faster
-            weight = self.weight[: before.shape[1]].to(x.dtype)
-            return torch.add(x, (before * weight).sum(dim=1, keepdim=True), alpha=self.GAIN)
-        text = x if before is None else torch.cat([before.flip(1), x], dim=1)
+    def forward(self, x: Tensor, state: LayerState | None = None) -> Tensor:
+        """x: (B, T, C), which follow the tokens in the state. Returns (B, T, C)."""
+        n = len(self.weight)
+        text = x
+        if state:
+            if state.last_inputs is not None:
+                text = torch.cat([state.last_inputs.flip(1), x], dim=1)
+            state.last_inputs = text[:, -n:].flip(1)
         y = text
         for back, weight in enumerate(self.weight[: text.shape[1] - 1], start=1):
-            y = torch.addcmul(
-                y, F.pad(text, (0, 0, back, -back)), weight.to(x.dtype), value=self.GAIN
-            )
-        return y if before is None else y[:, -x.shape[1] :]
+            shifted = F.pad(text, (0, 0, back, -back))
+            y = torch.addcmul(y, shifted, weight.to(x.dtype), value=self.GAIN)
+        return y if text is x else y[:, -x.shape[1] :]
 
 
 class Rows(NamedTuple):
@@ -97,12 +98,8 @@ def drop(x: Tensor, p: float) -> Tensor:
         return F.dropout(x, p)
     first, total = dropped_rows or (0, len(x))
     row = x.numel() // len(x)  # elements
-    bits = (
-        torch.empty(total * row // 4 + 1, dtype=torch.int64)
-        .random_(-(2**63), None)
-        .view(torch.int16)
-    )
-    bits = bits[first * row : first * row + x.numel()].view(x.shape)
+    bits = torch.empty(total * row // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+    bits = bits.view(torch.int16)[first * row : first * row + x.numel()].view(x.shape)
     kept = bits >= min(round(2**16 * p), 2**16 - 1) - 2**15
     return x * (kept.to(x.dtype) * (1 / (1 - p)))
 

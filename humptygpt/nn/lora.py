@@ -9,15 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from humptygpt.core.errors import UserError
-from humptygpt.core.settings import nearest
 from humptygpt.nn.layers import Linear
 
 MARK = ".lora_"  # in the names of its parameters
-OFF = {
-    "lora_rank": 0,
-    "lora_alpha": 16.0,
-    "lora_targets": "q_proj,v_proj",
-}  # the defaults of ModelConfig
+# the defaults of ModelConfig
+OFF = {"lora_rank": 0, "lora_alpha": 16.0, "lora_targets": "q_proj,v_proj"}
 
 
 class LoRALinear(Linear):
@@ -27,13 +23,8 @@ class LoRALinear(Linear):
     """
 
     def __init__(self, linear: Linear, rank: int, alpha: float):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.ends_branch = (
-            linear.in_features,
-            linear.out_features,
-            False,
-        )
-        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
+        adopt(self, linear.weight, linear.bias)
+        self.scale = alpha / rank
         self.lora_A = nn.Linear(self.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, self.out_features, bias=False)
         nn.init.zeros_(self.lora_B.weight)
@@ -44,33 +35,38 @@ class LoRALinear(Linear):
 
     def merged(self) -> Tensor:
         """W + alpha / rank * B A, (outputs, inputs)."""
-        return self.weight.detach() + self.scale * (
-            self.lora_B.weight.detach() @ self.lora_A.weight.detach()
-        )
+        change = self.lora_B.weight.detach() @ self.lora_A.weight.detach()
+        return self.weight.detach() + self.scale * change
+
+
+def adopt(layer: Linear, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    """Initialise a layer with these parameters; its constructor would draw random ones first."""
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = weight.shape
+    layer.ends_branch = False
+    layer.weight = weight
+    layer.bias = bias
 
 
 def add(model: nn.Module) -> nn.Module:
     """Put LoRA beside the layers that the model's config names; nothing else of it trains. Raises UserError."""
     config = model.config
-    targets = [name.strip() for name in config.lora_targets.split(",")]
+    targets = {name.strip() for name in config.lora_targets.split(",")}
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-    kinds = sorted({name.rpartition(".")[2] for name in layers})
-    for target in targets:
-        if target not in kinds:
-            near = f"; did you mean {near}?" if (near := nearest(target, kinds)) else ""
-            raise UserError(
-                f"lora_targets={config.lora_targets}: {target!r} is not one of: {', '.join(kinds)}{near}"
-            )
+    known = {last_part(name) for name in layers}
+    if unknown := targets - known:
+        raise UserError(
+            f"lora_targets={config.lora_targets}: {min(unknown)!r} is not one of: {', '.join(sorted(known))}"
+        )
     model.requires_grad_(False)
     for name, layer in layers.items():
-        parent, _, kind = name.rpartition(".")
-        if kind in targets:
-            setattr(
-                model.get_submodule(parent),
-                kind,
-                LoRALinear(layer, config.lora_rank, config.lora_alpha),
-            )
+        if last_part(name) in targets:
+            model.set_submodule(name, LoRALinear(layer, config.lora_rank, config.lora_alpha))
     return model
+
+
+def last_part(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:
@@ -89,16 +85,9 @@ def merged_state(model: nn.Module) -> tuple[object, dict[str, Tensor]]:
 def merge(model: nn.Module) -> nn.Module:
     """The same model without LoRA."""
     for name, layer in adapted(model).items():
-        parent, _, kind = name.rpartition(".")
         plain = Linear.__new__(Linear)
-        nn.Module.__init__(plain)
-        plain.in_features, plain.out_features, plain.ends_branch = (
-            layer.in_features,
-            layer.out_features,
-            False,
-        )
-        plain.weight, plain.bias = nn.Parameter(layer.merged()), layer.bias
-        setattr(model.get_submodule(parent), kind, plain)
+        adopt(plain, nn.Parameter(layer.merged()), layer.bias)
+        model.set_submodule(name, plain)
     if model.config.lora_rank:
         model.config = replace(model.config, **OFF)
         model.requires_grad_(True)
