@@ -156,7 +156,7 @@ def read_runs(folders: list[str]) -> list[Run]:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises UserError for a folder that is not a run. Damaged lines of its metrics are reported and skipped."""
+    """Read a run's folder; damaged lines of its metrics are reported and skipped. Raises UserError if it is no run."""
     metrics = folder / "metrics.jsonl"
     try:
         settings = parse_json((folder / "config.json").read_text("utf-8"), SETTINGS)
@@ -188,7 +188,7 @@ def default_settings() -> dict:
 
 
 def measure(run: Run) -> dict:
-    """What its metrics say, in full precision; None for what is not available (yet)."""
+    """Return what a run's metrics say, in full precision; None for what is not available (yet)."""
     last = {"iter": 0, "tokens": 0, "seconds": 0}
     for row in run.rows:
         last |= row
@@ -208,7 +208,7 @@ def measure(run: Run) -> dict:
 
 
 def state(run: Run, last: dict, evaluations: list[dict]) -> str:
-    """done, running at 40 %, stopped at 300 of 2000: from the last row of metrics and its age."""
+    """Return "done", "running at 40 %" or "stopped at 300 of 2000", from the last row of metrics and its age."""
     it = last["iter"]
     steps = run.settings["max_iters"]
     if evaluations and evaluations[-1]["iter"] >= steps:  # training ends with an evaluation
@@ -220,7 +220,7 @@ def state(run: Run, last: dict, evaluations: list[dict]) -> str:
 
 
 def count_parameters(settings: dict) -> int | None:
-    """Count by a model without memory for its weights; None where this version does not have these settings."""
+    """Count the parameters of a model on the meta device; None where this version does not have these settings."""
     import torch
 
     import model as models
@@ -240,13 +240,13 @@ def count_parameters(settings: dict) -> int | None:
 
 
 def short_names(folders: list[Path]) -> list[str]:
-    """Their paths without the folders that all of them have in common."""
+    """Return the paths without the folders that all of them have in common."""
     common = os.path.commonpath([folder.parent for folder in folders])
     return [str(folder.relative_to(common)) for folder in folders]
 
 
 def place(folder: Path) -> tuple[Path, str]:
-    """Group and variant of group/variant-1 and group/variant/1; the number is that of the seed."""
+    """Return group and variant of group/variant-1 or group/variant/1, whose number is that of the seed."""
     variant = SEED.sub("", folder.name)
     if variant:
         return folder.parent, variant
@@ -277,7 +277,7 @@ def find_groups(runs: list[Run], baseline: str | None) -> list[Group]:
 
 
 def make_group(title: str | None, named: list[tuple[str, list[Run]]]) -> Group:
-    """named: the name of each row, and the runs that are merged into it."""
+    """Make a table; named: the name of each row, and the runs that are merged into it."""
     table = [summarize(runs, name, title) for name, runs in named]
     evaluated = [row for row in table if row[BITS]]
     if evaluated:
@@ -288,7 +288,7 @@ def make_group(title: str | None, named: list[tuple[str, list[Run]]]) -> Group:
 
 
 def summarize(runs: list[Run], name: str, group: str | None) -> dict:
-    """The row of runs that differ in the seed alone: the means of what was measured, and the range of the scores."""
+    """Return the row of runs that differ in the seed alone: means, and the range of the bits per byte."""
     seeds = {str(run.settings.get("seed")): run for run in runs}
     if len(seeds) < len(runs):
         note(f"{name} has several runs with the same seed; the last of them counts")
@@ -327,7 +327,7 @@ def compare_with_first(table: list[dict]) -> None:
 
 
 def differences(runs: list[Run], ignored: set[str]) -> dict[str, list[str]]:
-    """{key: its value in each run} of the settings that differ between runs."""
+    """Return {key: its value in each run} of the settings that differ between runs."""
     keys = sorted({key for run in runs for key in run.settings} - ignored)
     values = {key: [str(run.settings.get(key, "—")) for run in runs] for key in keys}
     return {key: texts for key, texts in values.items() if len(set(texts)) > 1}
@@ -354,7 +354,7 @@ COLUMNS = {  # key of a row: heading and format of a number, which stands at the
 
 
 def format_table(group: Group) -> str:
-    """A line for each row; columns without a value are left out."""
+    """Return a line for each row; columns without a value are left out."""
     columns = []
     for key, (heading, form) in COLUMNS.items():
         values = [row[key] for row in group.table]
@@ -372,7 +372,7 @@ def format_table(group: Group) -> str:
 
 
 def table_data(groups: list[Group]) -> list[dict]:
-    """The rows of all groups, with the settings in which any of them differ."""
+    """Return the rows of all groups, with the settings in which any of them differ."""
     keys = dict.fromkeys(key for group in groups for key in group.differences)
     return [
         row | {key: run.settings.get(key) for key in keys}
@@ -436,7 +436,7 @@ def draw(groups: list[Group], path: str) -> None:
 
 
 def curve(run: Run) -> tuple[list[float], list[float]]:
-    """Bytes of text read, and bits per byte, at each evaluation: unlike tokens, bytes compare across tokenizers."""
+    """Return bytes of text read and bits per byte at each evaluation: unlike tokens, they compare across tokenizers."""
     rows = [row for row in run.rows if row.get("val_bits_per_byte")]
     bits = [row["val_bits_per_byte"] for row in rows]
     read = [
@@ -446,7 +446,7 @@ def curve(run: Run) -> tuple[list[float], list[float]]:
 
 
 def draw_runs(figure, group: Group) -> None:
-    """Left the curves of validation loss, right a bar per run for its lowest."""
+    """Draw the curves of validation loss at the left, and a bar per run for its lowest at the right."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     figure.set_size_inches(12, max(4.2, 1.2 + 0.3 * len(group.runs)))
@@ -474,7 +474,7 @@ def draw_runs(figure, group: Group) -> None:
 
 
 def draw_groups(figure, groups: list[Group]) -> None:
-    """A panel per group."""
+    """Draw a panel per group."""
     across = min(len(groups), 3)
     down = math.ceil(len(groups) / across)
     rows = max(len(group.table) for group in groups)
@@ -485,7 +485,7 @@ def draw_groups(figure, groups: list[Group]) -> None:
 
 
 def draw_group(panel, group: Group) -> None:
-    """For each row the mean and the range of its seeds, and a bar from the first row's to it."""
+    """Draw for each row the mean and the range of its seeds, and a bar from the first row's mean to it."""
     labels = []
     for y, row in enumerate(group.table):
         labels.append(row["run"])

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
 
 
 def make_page(config: ExplainConfig) -> bytes:
-    """The HTML file. Raises UserError where there is no such run, or it does not fit."""
+    """Return the HTML file. Raises UserError where there is no such run, or it does not fit."""
     from humptygpt.page.page_data import page_data
 
     data = page_data(config.out_dir, config.checkpoint, start=config.start, max_mb=config.max_mb)
@@ -59,12 +59,12 @@ def make_page(config: ExplainConfig) -> bytes:
 
 
 def to_text(data: dict) -> str:
-    """JSON in ASCII that no HTML parser takes for the end of a script."""
+    """Return JSON in ASCII that no HTML parser takes for the end of a script."""
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
 
 
 def fill(data: str) -> bytes:
-    """page.html with the scripts, the style and the data inside it, each instead of its name: {{model.js}}."""
+    """Return page.html with the scripts, the style and the data in it, each in place of its name: {{model.js}}."""
     contents = {path.name: path.read_text(encoding="utf-8") for path in SOURCES.iterdir()}
     contents["data"] = data
     contents["checksum"] = f"{zlib.crc32(data.encode()):08x}"

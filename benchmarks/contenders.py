@@ -34,7 +34,7 @@ class Trainer:
         return seconds
 
     def val_loss(self) -> float:
-        """Returns nats per token over the whole validation split, in blocks of block_size, in float32."""
+        """Return nats per token over the whole validation split, in blocks of block_size, in float32."""
         return evaluate(
             self.model,
             self.dataset,

@@ -54,7 +54,7 @@ def bench(config: BenchConfig) -> dict:
 
 
 def shapes(size: str) -> tuple[ModelConfig, ModelConfig]:
-    """Returns our model of this size, and that of the others."""
+    """Return our model of this size, and that of the others."""
     if size == "gpt2":
         shape = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
         gpt2 = ModelConfig(**shape, vocab_size=50257, bias=True, activation="gelu_tanh")
@@ -65,7 +65,7 @@ def shapes(size: str) -> tuple[ModelConfig, ModelConfig]:
 
 
 def obstacle(cls: type[Generator], config: BenchConfig) -> str | None:
-    """Returns why this program cannot be timed."""
+    """Return why this program cannot be timed."""
     missing = [package for package in cls.packages if not importlib.util.find_spec(package)]
     if missing:
         return f"pip install {' '.join(missing)}"
@@ -79,7 +79,7 @@ def obstacle(cls: type[Generator], config: BenchConfig) -> str | None:
 
 
 def summary(seconds: list[list[float]], texts: int) -> dict[str, float]:
-    """seconds: of each step, in each round; the first step reads the prompt."""
+    """Return medians; seconds: of each step, in each round; the first step reads the prompt."""
     first = statistics.median(steps[0] for steps in seconds)
     later = statistics.median(step for steps in seconds for step in steps[1:])
     return {

@@ -61,7 +61,7 @@ def time_page(browser, path: Path, keystrokes: int) -> dict[str, dict]:
 
 
 def time_keystrokes(page, letters: list[str], T: int, where: str, count: int) -> dict[str, float]:
-    """T: tokens of the text after each keystroke; where: appended or anywhere. Returns milliseconds."""
+    """Return milliseconds; T: tokens of the text after each keystroke; where: appended or anywhere."""
     draw = random.Random(1)
     times = []
     for _ in range(FIRST_KEYS + count):

@@ -20,7 +20,7 @@ KEYS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "vocab_s
 
 
 def build_gpt(checkout: str, config: ModelConfig) -> nn.Module:
-    """The GPT of the checkout's model.py in the shape of the config."""
+    """Build the GPT of the checkout's model.py in the shape of the config."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", Path(checkout) / "model.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclass looks itself up there
@@ -30,7 +30,7 @@ def build_gpt(checkout: str, config: ModelConfig) -> nn.Module:
 
 
 class NanoGPTTrainer(Trainer):
-    """nanoGPT's model and optimizer, the body of its loop and its way of drawing batches; data: one file of uint16."""
+    """nanoGPT's model and optimizer, the body of its loop and its way of drawing batches, from one file of uint16."""
 
     def __init__(self, config: TrainConfig, model_config: ModelConfig, checkout: str):
         self.config = config
@@ -53,7 +53,7 @@ class NanoGPTTrainer(Trainer):
         self.next_batch = self.get_batch()
 
     def get_batch(self) -> Tensor:
-        """Returns (2, B, T): token ids and targets."""
+        """Return (2, B, T): token ids and targets."""
         T = self.dataset.block_size
         data = np.memmap(self.tokens, dtype=np.uint16, mode="r")  # opened for each batch, as there
         starts = torch.randint(len(data) - T, (self.config.batch_size,))

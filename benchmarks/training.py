@@ -21,7 +21,7 @@ PRESET = TrainConfig(
 def read_configs(
     config: BenchConfig, default: Path | None = None
 ) -> tuple[TrainConfig, ModelConfig]:
-    """The settings of the config file, or of the default one, or else nanoGPT's CPU preset.
+    """Return the settings of the config file, or of the default one, or else nanoGPT's CPU preset.
 
     The data is prepared if it is missing. Raises UserError where it is not text.
     """

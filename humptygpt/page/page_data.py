@@ -27,7 +27,7 @@ BASE64 = 4 / 3  # characters for each byte
 def page_data(
     out_dir: str, which: str = "best", *, start: str = "", max_mb: float = math.inf
 ) -> dict:
-    """All that a page needs of a run. Raises UserError where the run has no such checkpoint, or the model is too large.
+    """Return what a page needs of a run. Raises UserError where there is no such checkpoint, or the model is too large.
 
     which: best or latest. start: the text that the page starts with. max_mb: megabytes that the weights may take in it.
     """
@@ -51,7 +51,7 @@ def page_data(
 
 
 def check_size(model: nn.Module, max_mb: float) -> None:
-    """Raises UserError where the weights take more than max_mb megabytes in a page."""
+    """Raise UserError where the weights take more than max_mb megabytes in a page."""
     tensors = set(model.state_dict(keep_vars=True).values())
     size = sum(2 * p.numel() for p in tensors) * BASE64 / 1e6
     if size <= max_mb:
@@ -77,13 +77,13 @@ def without_infinities(row: dict) -> dict:
 
 
 def model_data(model: nn.Module) -> dict:
-    """What makeModel() in explain/data.js takes, with tokenizer_data(). Raises UserError for settings it ignores."""
+    """Return what makeModel() in explain/data.js takes. Raises UserError for settings that it would ignore."""
     check_settings(model.config)
     return {"model": dataclasses.asdict(model.config), "weights": pack_weights(model)}
 
 
 def pack_weights(model: nn.Module) -> dict:
-    """Names, shapes and offsets of the tensors, and the bytes of all of them in base64.
+    """Return names, shapes and offsets of the tensors, and the bytes of all of them in base64.
 
     Matrices that are tied are there once, under both names.
     """
@@ -99,7 +99,7 @@ def pack_weights(model: nn.Module) -> dict:
 
 
 def to_float16(name: str, tensor: Tensor) -> bytes:
-    """The little-endian bytes of float32 rounded to float16. Raises UserError where a weight is beyond float16."""
+    """Round float32 to float16 and return its little-endian bytes. Raises UserError where a weight is too large."""
     half = tensor.half()
     if not half.isfinite().all():
         largest = tensor.abs().max().item()
@@ -114,7 +114,7 @@ def to_float16(name: str, tensor: Tensor) -> bytes:
 
 
 def tokenizer_data(tokenizer: Tokenizer) -> dict:
-    """What makeTokenizer() in explain/tokenizer.js takes."""
+    """Return what makeTokenizer() in explain/tokenizer.js takes."""
     pieces = {
         "bytes": base64.b64encode(b"".join(tokenizer.pieces)).decode(),
         "lengths": [len(piece) for piece in tokenizer.pieces],
@@ -128,7 +128,7 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
 
 
 def sentencepiece_data(tokenizer: SentencePieceTokenizer) -> dict:
-    """model_type; scores: of each token, None where text never becomes it; byte_ids: the tokens of bytes 0 to 255."""
+    """Return model_type, the score of each token, None where no text becomes it, and the tokens of bytes 0 to 255."""
     entries = sentencepiece_entries(tokenizer)
     scores = []
     for entry in entries:
