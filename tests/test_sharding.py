@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -265,6 +266,12 @@ def rewrite_metadata(folder: Path, content: bytes) -> None:
     entries = load_plain(folder / "entries.pt")
     entries["metadata"] = hashlib.sha256(content).hexdigest()
     torch.save(entries, folder / "entries.pt")
+
+
+@pytest.mark.parametrize("name", sorted(sharded_checkpoint.CLASSES))
+def test_the_classes_of_torch_that_metadata_is_made_of_are_still_there(name):
+    module, _, attribute = name.rpartition(".")
+    assert hasattr(importlib.import_module(module), attribute), f"torch has no {name} any more"
 
 
 class Harm:

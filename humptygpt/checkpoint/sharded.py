@@ -33,15 +33,20 @@ from humptygpt.core.schema import check_schema
 ENTRIES = "entries.pt"
 # SHA-256 of .metadata; {name in the model: name of the same tensor}
 SCHEMA = {"metadata": str, "tied": {str: str}}
-# The classes that .metadata is made of, some private to torch: {module: names}
+# The classes that .metadata is made of, some private to torch
 CLASSES = {
-    "torch": ("Size", "float32", "int64"),
-    "torch.serialization": ("_get_layout",),  # looks a name up
-    "torch.distributed.checkpoint.metadata": (
-        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties"),
-        *("ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.Size",
+    "torch.float32",
+    "torch.int64",
+    "torch.serialization._get_layout",  # looks a name up
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.distributed.checkpoint.metadata.ChunkStorageMetadata",
+    "torch.distributed.checkpoint.metadata.Metadata",
+    "torch.distributed.checkpoint.metadata.MetadataIndex",
+    "torch.distributed.checkpoint.metadata.StorageMeta",
+    "torch.distributed.checkpoint.metadata.TensorProperties",
+    "torch.distributed.checkpoint.metadata.TensorStorageMetadata",
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
 }
 
 
@@ -124,7 +129,7 @@ class Unpickler(pickle.Unpickler):
         # where it was written
         if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):
             return PurePath
-        if name not in CLASSES.get(module, ()):
+        if f"{module}.{name}" not in CLASSES:
             raise pickle.UnpicklingError(f"it holds {module}.{name}")
         return super().find_class(module, name)
 
@@ -152,18 +157,16 @@ def read(path: Path, with_tensors: bool = True) -> dict:
     Raises UserError where a file is missing, damaged, or would run code.
     """
     folder = open_folder(path)
-    with refuse_damaged(path):
-        device = "cpu" if with_tensors else "meta"
-        tensors = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
-            for name, entry in folder.metadata.state_dict_metadata.items()
-        }
     if with_tensors:
         check_shards(path, list(folder.metadata.storage_data.values()))
-        with refuse_damaged(path), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is one process, as no_dist says
+    with refuse_damaged(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process, as no_dist says
+        tensors = {}
+        for name, entry in folder.metadata.state_dict_metadata.items():
+            tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        if with_tensors:
+            tensors = {name: torch.empty_like(x, device="cpu") for name, x in tensors.items()}
             dcp.load(tensors, storage_reader=Reader(folder), no_dist=True)
-    with refuse_damaged(path):
         return nested(folder.entries, tensors)
 
 
