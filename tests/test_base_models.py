@@ -126,11 +126,16 @@ def nanogpt_checkpoint(bias: bool = True, prefix: str = "_orig_mod.", **changes)
     torch.manual_seed(0)
     C = SIZES["n_embd"]
     shapes = {"wte.weight": (11, C), "wpe.weight": (24, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    linear = {
+        "attn.c_attn": (3, 1),
+        "attn.c_proj": (1, 1),
+        "mlp.c_fc": (4, 1),
+        "mlp.c_proj": (1, 4),
+    }
     for i in range(SIZES["n_layer"]):
-        for name, (rows, columns) in {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}.items():
-            shapes |= {f"h.{i}.{name}.weight": (rows, columns), f"h.{i}.{name}.bias": (rows,)}
-        shapes |= {f"h.{i}.mlp.c_fc.weight": (4 * C, C), f"h.{i}.mlp.c_fc.bias": (4 * C,)}
-        shapes |= {f"h.{i}.mlp.c_proj.weight": (C, 4 * C), f"h.{i}.mlp.c_proj.bias": (C,)}
+        for name, (outputs, inputs) in linear.items():
+            shapes[f"h.{i}.{name}.weight"] = (outputs * C, inputs * C)
+            shapes[f"h.{i}.{name}.bias"] = (outputs * C,)
         shapes |= {f"h.{i}.ln_{n}.{kind}": (C,) for n in (1, 2) for kind in ("weight", "bias")}
     weights = {
         f"{prefix}transformer.{name}": torch.randn(shape) * 0.3

@@ -191,9 +191,7 @@ def read_data(folder: Path) -> dict:
         data = TokenDataset(folder, 16, seed=1, meta=meta)
     assert all(0 <= i < data.tokenizer.vocab_size for i in data.tokenizer.start())
     assert isinstance(data.tokenizer.decode(range(data.tokenizer.vocab_size)), str)
-    assert (
-        0 < data.val_bytes_per_token() < math.inf and data.identity() and all(data.summary(4, 2))
-    )
+    assert 0 < data.val_bytes_per_token() < math.inf and data.identity() and all(data.summary(4, 2))
     assert isinstance(data.meta["source"], str) and data.batches_per_epoch(4) > 0
     batches = [data.batch(0, 4), *data.val_batches(4, 1)]
     return {
