@@ -202,18 +202,21 @@ POSITIONS = {
 
 
 class BlockInputs(NamedTuple):
-    """What is the same for all blocks of a stack in one forward pass."""
+    """What is the same for all blocks of a stack in one forward pass.
 
-    cached: (
-        tuple[int, int] | None
-    )  # where these tokens end in the state's buffers; the buffers' size
-    masks: dict[
-        int, tuple[Tensor | None, bool]
-    ]  # {window: mask and is_causal, as attend() takes them}
-    rotary: tuple[Tensor, Tensor] | None  # as from PositionalEncoding.rotary
-    context: Tensor | None  # (B, S, C), what cross-attention looks at; None: the state has its keys
-    context_mask: Mask  # of cross-attention
-    padding: Tensor | None  # (B, T) bool, True where x is no token; None: nowhere
+    cached: where these tokens end in the state's buffers, and how many tokens the buffers hold.
+    masks: of self-attention, {window: mask}. context_mask: of cross-attention.
+    rotary: as from PositionalEncoding.rotary.
+    context: (B, S, C), what cross-attention looks at; None where a state has its keys and values.
+    padding: (B, T) bool, True where x is no token; None: nowhere.
+    """
+
+    cached: tuple[int, int] | None
+    masks: dict[int, Mask]
+    rotary: tuple[Tensor, Tensor] | None
+    context: Tensor | None
+    context_mask: Mask
+    padding: Tensor | None
 
 
 class Attention(nn.Module):

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from humptygpt.nn.layers import drop
 
-# (what is added to the scores, broadcasts to (B, H, T, S), or None; whether instead, with T = S, no query attends to a
-# later key)
+# What is added to the scores, broadcasts to (B, H, T, S), or None; and whether instead, with T = S, no query attends to
+# a later key, for which SDPA has fast kernels
 Mask = tuple[Tensor | None, bool]
-EXPLICIT_SCORES = (
-    2**25
-)  # elements of the scores up to which explicit attention is used: 64 MB in bfloat16
+# Elements of the scores up to which explicit attention is used: 64 MB a block in bfloat16
+EXPLICIT_SCORES = 2**25
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
@@ -70,7 +69,7 @@ def attention_mask(
     """
     limited = 0 < window < S
     if causal and T == S and not limited and bias is None and padding is None:
-        return None, True  # for which SDPA has fast kernels
+        return None, True
     allowed = None  # broadcasts to (B, H, T, S)
     if (causal and T > 1) or limited:
         distance = distances(T, S, device)
