@@ -118,13 +118,12 @@ def test_blocks_are_computed_again_in_the_backward_pass(tiny, monkeypatch):
     assert training == len(calls) + 2  # layers
 
 
-def test_several_processes_have_a_copy_of_the_gradients_or_with_fsdp_a_part_of_all():
+def test_with_fsdp_each_process_has_a_part_of_all_and_what_is_gathered():
     model = build_on_meta(TINY)
-    ddp, fsdp = TrainConfig(), TrainConfig(parallel="fsdp")
-    alone = memory.training_memory(ddp, model, 0)
-    small, large = (memory.training_memory(ddp, model, size, processes=8) for size in (10, 10**9))
-    assert small == alone._replace(activations=10, buffers=alone.gradients - 10)
-    assert large.buffers == 0
+    fsdp = TrainConfig(parallel="fsdp")
+    alone = memory.training_memory(fsdp, model, 10)
+    assert alone == memory.training_memory(TrainConfig(), model, 10, processes=8)
+    assert alone.buffers > 0 == memory.training_memory(fsdp, model, 10**9).buffers
     one, two = (
         memory.training_memory(fsdp, model, 10, processes=8, micro_batches=n) for n in (1, 2)
     )

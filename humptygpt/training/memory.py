@@ -28,7 +28,7 @@ class Memory(NamedTuple):
     gradients: float
     optimizer: float
     activations: float
-    buffers: float = 0  # gradients on their way, and with FSDP whole weights: what exceeds the activations by then
+    buffers: float = 0  # gradients of the embedding, and with FSDP whole weights: what exceeds the activations by then
 
     @property
     def total(self) -> float:
@@ -55,10 +55,9 @@ def training_memory(
         if micro_batches == 1:  # else it sums whole gradients of its own
             gradients /= processes
         return Memory(weights / processes, gradients, optimizer / processes, activations, buffers)
-    buffers = embedding_gradients(model)
-    if processes > 1:
-        buffers = max(buffers, gradients)  # those that are sent are a copy
-    return Memory(weights, gradients, optimizer, activations, max(0, buffers - activations))
+    # DDP sums the gradients where they are
+    buffers = max(0, embedding_gradients(model) - activations)
+    return Memory(weights, gradients, optimizer, activations, buffers)
 
 
 def embedding_gradients(model: nn.Module) -> int:
@@ -142,7 +141,8 @@ def memory_report(
     fits = "it fits"
     if memory.total > free:
         fits = f"it does not fit; {memory.advice(config.checkpoint_activations)}"
-    entries = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in memory._asdict().items())
+    sizes = {name: size for name, size in memory._asdict().items() if size}
+    entries = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in sizes.items())
     each = f" of each of {processes} processes, {config.parallel.upper()}" if processes > 1 else ""
     return (
         f"model: {model_config.model}, {models.count_parameters(model):,} parameters, {flops:,} FLOPs per token\n"
