@@ -6,6 +6,7 @@ and an encoder of items.
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,6 @@ from tqdm import tqdm
 
 from humptygpt.core.errors import UserError
 from humptygpt.data.documents import Piece, file_format, read_documents
-from humptygpt.data.token_files import token_dtype
 from humptygpt.tokenizer.tokenizers import Tokenizer
 
 UNIT = 1 << 19  # characters that are encoded at once
@@ -133,18 +133,17 @@ class Documents:
 
 def encode_documents(
     tokenizer: Tokenizer, split: str, pieces: list[Piece]
-) -> tuple[np.ndarray, dict[str, int]]:
+) -> tuple[list[np.ndarray], Counter]:
     """Return (token ids, counts) of the pieces, which are of one split."""
-    ids = [np.empty(0, np.int64)]
-    counted = dict.fromkeys((*Documents.counts, *Documents.other_counts), 0)
+    ids = []
+    counted = Counter()
     for piece in pieces:
-        starts = piece.start == 0
-        if piece.text and starts and tokenizer.bos is not None:
-            ids.append(np.array([tokenizer.bos]))
-        if piece.text:
-            ids.append(
-                tokenizer.encode(piece.text) if starts else tokenizer.encode_rest(piece.text)
-            )
+        if piece.text and piece.start == 0:
+            if tokenizer.bos is not None:
+                ids.append(np.array([tokenizer.bos]))
+            ids.append(tokenizer.encode(piece.text))
+        elif piece.text:
+            ids.append(tokenizer.encode_rest(piece.text))
         if piece.last and tokenizer.eot is not None:
             ids.append(np.array([tokenizer.eot]))
         counted["documents"] += piece.last
@@ -152,8 +151,7 @@ def encode_documents(
         counted["bytes"] += len(piece.text.encode())
         counted["skipped_lines"] += piece.skipped
         counted["carriage_return_files"] += piece.carriage_returns
-    tokens = np.concatenate(ids).astype(token_dtype(tokenizer))
-    return tokens, counted | {"tokens": len(tokens)}
+    return ids, counted
 
 
 # --------------------------------------------------------------------------------------

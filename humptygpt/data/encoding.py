@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -62,10 +62,7 @@ def encode(
                 file=sys.stderr,
             )
         tokenizer = train()  # before the folder is made, as it may refuse the text
-        splits = {
-            split: dict.fromkeys((*corpus.counts, *corpus.other_counts), 0)
-            for split in corpus.splits
-        }
+        splits = zero_counts(corpus)
         progress = Progress(made_from, tokenizer.state(), splits, [0] * tokenizer.vocab_size)
         start_folder(folder, command)
         write_json(folder / "progress.json", vars(progress))
@@ -110,6 +107,11 @@ def encode_rest(corpus, folder: Path, progress: Progress) -> None:
             if number % SAVE_UNITS == 0:
                 save()
         save()
+
+
+def zero_counts(corpus) -> dict[str, dict[str, int]]:
+    keys = (*corpus.counts, *corpus.other_counts)
+    return {split: dict.fromkeys(keys, 0) for split in corpus.splits}
 
 
 def add_counts(total: dict[str, int], counted: dict[str, int]) -> None:
@@ -157,10 +159,16 @@ def in_order(
 
 
 def encode_unit(encoder: Callable, tokenizer: Tokenizer, entries: list[Entry]) -> Encoded:
+    """Encode the entries of a unit with the encoder of its corpus."""
     items = defaultdict(list)
     for split, item in entries:
         items[split].append(item)
-    return {split: encoder(tokenizer, split, of_split) for split, of_split in items.items()}
+    encoded = {}
+    for split in items:
+        ids, counted = encoder(tokenizer, split, items[split])
+        ids = np.concatenate([np.empty(0, np.int64), *ids]).astype(token_dtype(tokenizer))
+        encoded[split] = (ids, counted | Counter(tokens=len(ids)))
+    return encoded
 
 
 worker_encoder: Callable[[list[Entry]], Encoded]  # set in worker processes only

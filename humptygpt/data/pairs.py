@@ -7,6 +7,7 @@ that scores on it stay comparable.
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, zip_longest
@@ -18,7 +19,6 @@ import numpy as np
 from humptygpt.core.errors import UserError
 from humptygpt.data.corpus import Entry, draw, file_fingerprint, read_from
 from humptygpt.data.documents import SKIP_HINT, file_format, read_text_lines, unpacked_name
-from humptygpt.data.token_files import token_dtype
 from humptygpt.tokenizer.tokenizers import END_OF_TEXT, Tokenizer
 
 SLACK = 8  # tokens by which one side may always be longer, for "Stop!" and "Halt, stehen bleiben!"
@@ -264,14 +264,14 @@ def encode_pairs(
     tokenizer: Tokenizer,
     split: str,
     pairs: list[Pair],
-) -> tuple[np.ndarray, dict[str, int]]:
+) -> tuple[list[np.ndarray], Counter]:
     """Return (token ids, counts) of the pairs, which are of one split.
 
     Dropped from the splits `cleaned` are pairs with a side, end-of-text included, over max_tokens, or over max_ratio
     times the other plus SLACK.
     """
-    ids = [np.empty(0, np.int64)]
-    counted = dict.fromkeys((*Pairs.counts, *Pairs.other_counts), 0)
+    ids = []
+    counted = Counter()
     sides = iter(tokenizer.encode_batch(chain.from_iterable(pair.texts for pair in pairs)))
     for pair, *both in zip(pairs, sides, sides, strict=True):
         source, target = (np.append(side, tokenizer.eot) for side in both)
@@ -288,5 +288,4 @@ def encode_pairs(
             counted["bytes"] += len(pair.source.encode()) + len(pair.target.encode())
             counted["target_tokens"] += len(target)
             counted["longest"] = max(counted["longest"], longer)
-    tokens = np.concatenate(ids).astype(token_dtype(tokenizer))
-    return tokens, counted | {"tokens": len(tokens)}
+    return ids, counted

@@ -16,7 +16,7 @@ import numpy as np
 from humptygpt.core.errors import UserError
 from humptygpt.core.schema import parse_json
 from humptygpt.data.corpus import Documents
-from humptygpt.data.encoding import Progress, add_counts, start_folder, write_json
+from humptygpt.data.encoding import Progress, add_counts, start_folder, write_json, zero_counts
 from humptygpt.data.token_files import TokenWriter, checksums, token_dtype
 from humptygpt.tokenizer.tokenizers import from_state
 
@@ -128,9 +128,7 @@ def join_parts(
             ) from error
     state = next(iter(parts.values()))["tokenizer"]
     dtype = token_dtype(from_state(state))
-    totals = {
-        split: dict.fromkeys((*corpus.counts, *corpus.other_counts), 0) for split in corpus.splits
-    }
+    totals = zero_counts(corpus)
     start_folder(joined, command)
     for split, total in totals.items():
         writer = TokenWriter(joined, split, dtype, corpus.config.shard_tokens, 0)
