@@ -3,13 +3,15 @@
 import math
 import multiprocessing
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import torch
 
 from bench import BenchConfig
+from humptygpt.parallel.processes import ONE_PROCESS
 from humptygpt.training.evaluation import evaluate
 from model import ModelConfig
 
@@ -18,11 +20,11 @@ PATIENCE = 20  # seconds of generating; without a KV cache, all tokens would tak
 
 
 class Trainer:
-    """A model in training, one step at a time; it has config, model, dataset and device."""
+    """A model in training, one step at a time.
 
-    def step(self, it: int) -> None:
-        """Take step number it, the first being 0, and read its loss, so that a GPU has done its work."""
-        raise NotImplementedError
+    A subclass has config, model, dataset and device, and step(it), which takes step number it, the first being 0, and
+    reads its loss, so that a GPU has done its work.
+    """
 
     def take_steps(self, first: int, count: int) -> list[float]:
         """Take steps number first and on. Returns the seconds of each."""
@@ -35,18 +37,22 @@ class Trainer:
 
     def val_loss(self) -> float:
         """Return nats per token over the whole validation split, in blocks of block_size, in float32."""
-        return evaluate(
-            self.model,
-            self.dataset,
-            self.config.batch_size,
-            None,
+        run = SimpleNamespace(
+            config=replace(self.config, eval_iters=None),
+            processes=ONE_PROCESS,
+            dataset=self.dataset,
+            net=self.model,
             device=self.device,
             dtype=torch.float32,
         )
+        return evaluate(run)
 
 
 class Generator:
-    """A program with a model, which continues the same texts each time it is asked."""
+    """A program with a model, which continues the same texts each time it is asked.
+
+    A subclass has load(model_config, config), and steps(n), which generates n tokens of each text, one at a time.
+    """
 
     dtypes = ("float32",)  # that it has
     packages = ("torch",)  # that it needs
@@ -57,13 +63,6 @@ class Generator:
         self.idx = torch.randint(model_config.vocab_size, (config.texts, config.prompt))
         self.load(model_config, config)
         self.measure(2)  # what happens only once is not timed
-
-    def load(self, model_config: ModelConfig, config: BenchConfig) -> None:
-        raise NotImplementedError
-
-    def steps(self, n: int) -> Iterator[object]:
-        """Generate n tokens of each text, one at a time."""
-        raise NotImplementedError
 
     def measure(self, n: int) -> list[float]:
         """Generate n >= 2 tokens of each text, fewer where that takes longer than PATIENCE.
