@@ -231,8 +231,11 @@ class BlockDecoder:
         if block.mlp:
             self.mlp_norm = norm_function(block.mlp_norm)
             self.add_mlp = add_mlp_function(block.mlp)
-        if block.conv:  # weights of the token itself and of those before it, the newest first
-            self.conv_weight = F.pad(block.conv.GAIN * block.conv.weight, (0, 0, 1, 0), value=1.0)
+        if (
+            block.conv
+        ):  # weights of the tokens before a token, the oldest first, and of the token itself
+            weight = block.conv.GAIN * block.conv.weight.flip(0)
+            self.conv_weight = F.pad(weight, (0, 0, 0, 1), value=1.0)
             self.conv_size = len(self.conv_weight)
 
     def __call__(self, x: Tensor, inputs: BlockInputs, state: LayerState) -> Tensor:
@@ -272,13 +275,13 @@ class BlockDecoder:
 
     def convolve(self, x: Tensor, state: LayerState) -> Tensor:
         """x: (B, C). Returns (B, C)."""
-        newest_first = torch.cat([x.unsqueeze(1), state.last_inputs], dim=1)
-        n = newest_first.shape[1]
+        text = torch.cat([state.last_inputs, x.unsqueeze(1)], dim=1)
+        n = text.shape[1]
         if n < self.conv_size:
-            state.last_inputs = newest_first
-            return (newest_first * self.conv_weight[:n]).sum(dim=1)
-        state.last_inputs = newest_first.narrow(1, 0, n - 1)
-        return (newest_first * self.conv_weight).sum(dim=1)
+            state.last_inputs = text
+            return (text * self.conv_weight[-n:]).sum(dim=1)
+        state.last_inputs = text.narrow(1, 1, n - 1)
+        return (text * self.conv_weight).sum(dim=1)
 
 
 def linear_function(linear: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -18,7 +18,7 @@ class LayerState:
         self.v = None
         self.cross_k = None  # (B, H, S, D), of the encoder's output
         self.cross_v = None
-        self.last_inputs = None  # (B, up to n, C), the newest first, of a convolution over n tokens
+        self.last_inputs = None  # (B, up to n, C), of a convolution over n tokens before each
 
     def append(self, k: Tensor, v: Tensor, end: int, size: int) -> tuple[Tensor, Tensor]:
         """k, v: (B, H, T, D), which go before position `end` of the buffers. Returns all up to it, (B, H, end, D)."""

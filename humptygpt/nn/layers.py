@@ -40,12 +40,11 @@ class CausalConv(nn.Module):
 
     def forward(self, x: Tensor, state: LayerState | None = None) -> Tensor:
         """x: (B, T, C), which follow the tokens in the state. Returns (B, T, C)."""
-        n = len(self.weight)
         text = x
         if state:
             if state.last_inputs is not None:
-                text = torch.cat([state.last_inputs.flip(1), x], dim=1)
-            state.last_inputs = text[:, -n:].flip(1)
+                text = torch.cat([state.last_inputs, x], dim=1)
+            state.last_inputs = text[:, -len(self.weight) :]
         y = text
         for back, weight in enumerate(self.weight[: text.shape[1] - 1], start=1):
             shifted = F.pad(text, (0, 0, back, -back))
