@@ -247,7 +247,6 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
     if not has_any(folder, "meta.json", "meta.pkl"):
         import prepare_data  # here, since it is seldom needed
 
-        known = config.dataset in prepare_data.SOURCES
         # a train.bin alone is taken for nanoGPT's; a command is left of a folder of ours
         begun = has_any(folder, "preparing", "train.bin", COMMAND)
         if not begun and len(folder.parts) > 2:  # a path: data/mine
@@ -255,7 +254,8 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
             raise UserError(
                 f"dataset={config.dataset} is not the name of a folder in data/; write {name}"
             )
-        if not begun or (known and has_any(folder, "preparing")):
+        stopped = has_any(folder, "preparing") and config.dataset in prepare_data.SOURCES
+        if stopped or not begun:
             keys = {"name": config.dataset}
             prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, keys))
     return tasks.open_dataset(folder, model_config, config.seed)
@@ -509,15 +509,14 @@ def progress_bar(run: Run) -> tqdm:
 def report(bar: tqdm, row: dict, run: Run) -> None:
     """Show the numbers in the bar on a terminal, and in a line elsewhere."""
     progress = run.progress
-    max_iters = run.config.max_iters
-    speed = f"{row['tokens_per_second']:,} tokens/s"
-    if not bar.disable:
-        bar.set_postfix_str(f"loss {row['train_loss']:.3f}, lr {row['lr']:.1e}, {speed}")
-        return
-    left = (max_iters - progress.iter) * progress.seconds / progress.iter
     norm = "inf" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
-    line = f"iter {progress.iter}/{max_iters}: loss {row['train_loss']:.4f}, lr {row['lr']:.2e}"
-    write_line(bar, f"{line}, gradient norm {norm}, {speed}, {left:.0f} s left")
+    text = f"loss {row['train_loss']:.4f}, lr {row['lr']:.2e}, gradient norm {norm}"
+    text += f", {row['tokens_per_second']:,} tokens/s"
+    if not bar.disable:
+        bar.set_postfix_str(text)
+        return
+    left = (run.config.max_iters - progress.iter) * progress.seconds / progress.iter
+    write_line(bar, f"iter {progress.iter}/{run.config.max_iters}: {text}, {left:.0f} s left")
 
 
 def write_line(bar: tqdm, line: str) -> None:
@@ -535,15 +534,11 @@ def write_line(bar: tqdm, line: str) -> None:
 
 def finish(run: Run, folder: RunFolder) -> None:
     """Show what the best model can do, as sample.py will take it: its text, or the score of its translations."""
-    config = run.config
     progress = run.progress
-    if progress.iter < config.max_iters:
-        evaluations = "evaluation" if progress.evals_since_best == 1 else "evaluations"
-        print(
-            f"stopped early: {progress.evals_since_best} {evaluations} without a lower validation loss"
-        )
+    if progress.iter < run.config.max_iters:
+        print(f"stopped early: the validation loss was lowest at iter {progress.best_iter}")
     model = load(folder.path).model.to(run.device)
-    with autocast(run.device, sample_dtype(config.dtype, run.device)):
+    with autocast(run.device, sample_dtype(run.config.dtype, run.device)):
         if run.task.final_examples:
             print(run.task.final_examples(model, run.dataset))
         if run.task.score:

@@ -228,19 +228,6 @@ def test_tensorboard_has_the_numbers_of_the_metrics_and_a_resumed_run_continues_
     assert logged() == expected(all_rows()) and Path("out/run/previous-1/tensorboard").is_dir()
 
 
-def test_both_loggers_get_every_row_once(run_train, monkeypatch):
-    pytest.importorskip(
-        "tensorboard", reason="needs tensorboard: pip install -r requirements-dev.txt"
-    )
-    fake = FakeWandb(online=True)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    rows = run_train("--log=tensorboard,wandb", "--wandb_log=True")
-    assert len(fake.started) == 1 and [step for step, _ in fake.logged] == [
-        row["iter"] for row in rows
-    ]
-    assert list(Path("out/run/tensorboard").iterdir())
-
-
 def test_a_logger_that_is_unknown_or_not_installed_is_named(tiny, fails, monkeypatch):
     line = fails(train.main, *TINY_RUN, "--log=tensorboard,mlflow")
     assert "log=tensorboard,mlflow: mlflow is not one of: tensorboard, wandb" in line

@@ -125,7 +125,7 @@ def test_a_folder_with_a_space_is_quoted_in_what_to_do_next(tiny, capsys):
 
 
 def test_only_a_run_with_steps_left_is_stopped_early(run_train, monkeypatch, capsys):
-    stopped = "stopped early: 1 evaluation without a lower validation loss"
+    stopped = "stopped early: the validation loss was lowest at iter 3"
     for length, early in ((9, True), (6, False)):
         evaluations(monkeypatch, 3.0, 4.0)
         run_train("--early_stopping=1", f"--max_iters={length}")
@@ -608,18 +608,6 @@ def test_a_run_that_moves_to_a_card_that_needs_a_scaler_gets_a_new_one(run_train
     assert checkpoint.read(OUT / "ckpt.pt")["scaler"]["scale"] == 8.0
 
 
-def test_data_that_changed_since_the_checkpoint_is_refused(run_train, fails):
-    run_train()
-    Path("tiny.txt").write_text(make_text(seed=5))
-    prepare_data.main(["--input=tiny.txt", "--name=tiny"])
-    line = fails(train.main, "--init_from=resume", "--out_dir=out/run")
-    other = "data/tiny is not the data that out/run/ckpt.pt was trained on"
-    assert line == f"{other}; that is now in data/tiny/previous-1: add --dataset=tiny/previous-1\n"
-    Path("tiny.txt").write_text(make_text() + "0123456789")  # a larger vocabulary
-    prepare_data.main(["--input=tiny.txt", "--name=tiny"])
-    assert fails(train.main, "--init_from=resume", "--out_dir=out/run") == line
-
-
 def test_a_run_resumes_on_data_that_was_moved_aside(run_train, tiny, fails):
     straight = run_train("--max_iters=9", "--lr_decay_iters=9")
     run_train("--lr_decay_iters=9")
@@ -681,16 +669,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run_tr
     assert all(math.isfinite(loss) for loss in train_losses(read_rows(OUT)))
 
 
-def test_a_validation_loss_that_is_not_finite_is_never_the_best(run_train, monkeypatch, capsys):
-    evaluations(monkeypatch, 2.0, math.nan)
+@pytest.mark.parametrize("loss", [math.nan, 2000.0])  # the second is too large for a perplexity
+def test_a_validation_loss_that_is_no_number_is_never_the_best(tiny, monkeypatch, capsys, loss):
+    evaluations(monkeypatch, 2.0, loss)
     assert train.main(TINY_RUN) == 1
     assert checkpoint.read(OUT / "ckpt.pt")["progress"]["iter"] == 3
-
-
-def test_a_validation_loss_too_large_for_a_perplexity_stops_the_run(run_train, monkeypatch, capsys):
-    evaluations(monkeypatch, 2000.0)
-    assert train.main(TINY_RUN) == 1
-    assert "the validation loss is 2000.0 at iter 3" in capsys.readouterr().err
 
 
 def test_token_files_of_a_preparation_that_was_stopped_are_left_as_they_are(tiny, fails):
@@ -705,20 +688,12 @@ def test_token_files_of_a_preparation_that_was_stopped_are_left_as_they_are(tiny
 BAD = {
     "seed must be a number of at most 64 bits": ["--seed=99999999999999999999"],
     "position=rotary turns pairs": ["--position=rotary", "--n_embd=6"],
-    "unknown key n_layr; did you mean n_layer?": ["--n_layr=3"],
-    "n_layer='two' must be int": ["--n_layer=two"],
     "n_embd=32 must be a multiple of n_head=3": ["--n_head=3"],
     "batch_size=0 must be at least 1": ["--batch_size=0"],
-    "max_iters=-5 must be at least 1": ["--max_iters=-5"],
     "learning_rate=0.0 must be above 0": ["--learning_rate=0"],
     "min_lr=1.0 must be at most learning_rate": ["--min_lr=1.0"],
-    "beta1=1.0 must be at least 0 and below 1": ["--beta1=1.0"],
     "weight_decay='nan' must be float": ["--weight_decay=nan"],
     "weight_decay=inf must be at least 0": ["--weight_decay=1e999"],
-    "grad_clip=-1.0 must be at least 0": ["--grad_clip=-1"],
-    "eval_iters=0 must be at least 1": ["--eval_iters=0"],
-    "dropout=1.5 must be at least 0 and below 1": ["--dropout=1.5"],
-    "dtype=float8 is not one of: auto, float32": ["--dtype=float8"],
     "dtype=float16 needs a CUDA device": ["--dtype=float16"],
     "device=cuda:9 is not available": ["--device=cuda:9"],
     "init_from=nothing: there is no such file or folder": ["--init_from=nothing"],
@@ -974,13 +949,6 @@ def test_a_new_variant_is_one_line_in_one_dictionary(
     run_train(f"--{key}=mine")
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
     sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=20"])
-
-
-def test_every_training_key_is_in_the_saved_settings(run_train):
-    run_train()
-    assert set(checkpoint.read(OUT / "ckpt.pt")["train_config"]) == set(
-        TrainConfig.__dataclass_fields__
-    )
 
 
 LONG_STEP = """

@@ -217,7 +217,9 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
         raise UserError(
             f"{path} holds a model but not the state of its training; is it a copy of best.pt?"
         )
-    train_config, model_config = saved_configs(saved, path)
+    with refuse_damaged(path):
+        train_config = asdict(configurator.restore(TrainConfig, saved["train_config"]))
+        model_config = asdict(configurator.restore(ModelConfig, saved["model_config"]))
     if given.get("vocab_size", 0) is None:  # what the checkpoint has
         given = {key: value for key, value in given.items() if key != "vocab_size"}
     fixed = {key: value for key, value in model_config.items() if key not in TRAINING_ONLY}
@@ -230,14 +232,6 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
             )
     own = {"out_dir": str(path.parent), "init_from": train_config["init_from"]}
     return train_config | model_config | {"backend": TrainConfig.backend} | given | own
-
-
-def saved_configs(saved: dict, path: Path) -> tuple[dict, dict]:
-    """Return all keys of both configs of a checkpoint. Raises UserError where they are not as they should be."""
-    with refuse_damaged(path):
-        train_config = configurator.restore(TrainConfig, saved["train_config"])
-        model_config = configurator.restore(ModelConfig, saved["model_config"])
-    return asdict(train_config), asdict(model_config)
 
 
 def is_same_run(given: dict, path: Path) -> bool:
