@@ -66,7 +66,8 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     text, whatever the vocabulary, and rounding hardly ever changes a token. It is V where a probability is nan.
     """
     cumulative = probs.cumsum(dim=-1, dtype=uniform.dtype)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    total = cumulative.narrow(-1, -1, 1)
+    return torch.searchsorted(cumulative, uniform * total, right=True)
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor, top_k: int | None, **filters) -> Tensor:
@@ -142,8 +143,9 @@ class Context:
         if self.tokens.shape[1] > block_size:
             self.restart(block_size if self.exact else max(1, block_size // 2))
         if self.state:
-            new = self.tokens[:, self.read :]
-            self.read = self.tokens.shape[1]
+            T = self.tokens.shape[1]
+            new = self.tokens.narrow(1, self.read, T - self.read)
+            self.read = T
             return self.model.next_logits(new, self.state)
         if not any(self.padding):
             return self.model.next_logits(self.tokens)
@@ -253,7 +255,9 @@ def continue_texts(
     rows = list(range(len(context.tokens)))
     sampler = Sampler(context.tokens, vocab_size, samples or rows, max_new_tokens, **sampling)
     for _ in range(max_new_tokens):
-        logits = context.next_logits()[:, :vocab_size].float()
+        logits = context.next_logits().float()
+        if vocab_size < logits.shape[1]:
+            logits = logits[:, :vocab_size]
         tokens = sampler.next_tokens(logits)
         context.append(tokens)
         ids = tokens.flatten().tolist()
