@@ -129,18 +129,6 @@ def test_a_tsv_and_two_aligned_files_give_the_same_tokens(folder, packed):
     ] == ["de", "en"]
 
 
-def test_several_files_are_read_as_one_and_files_limits_their_number(folder):
-    for number in range(3):
-        write_tsv(f"part{number}.tsv", make_pairs()[20 * number : 20 * number + 20])
-    prepare_data.main(["--input=part*.tsv", *BYTES])
-    assert (
-        sorted(all_pairs("mine")) == sorted(make_pairs())
-        and meta("mine")["source"] == "3 files: part*.tsv"
-    )
-    prepare_data.main(["--input=part*.tsv", "--files=2", *BYTES])
-    assert sorted(all_pairs("mine")) == sorted(make_pairs()[:40])
-
-
 def test_a_file_in_the_data_folder_needs_no_input(folder):
     write_tsv("data/mine/input.tsv", make_pairs())
     prepare_data.main(BYTES)
@@ -422,15 +410,6 @@ def test_the_summary_shows_the_splits_and_three_pairs(folder, capsys):
 # --------------------------------------------------------------------------------------
 # Large, interrupted, and on several cores
 
-LOPSIDED = ("a", str(7**100))
-PREPARE = [
-    "--input=own*.tsv",
-    "--name=mine",
-    "--val_fraction=0.2",
-    "--tokenizer=bpe",
-    "--vocab_size=300",
-]
-
 
 def test_from_any_position_the_remaining_units_are_the_same(folder, monkeypatch):
     write_tsv("own.tsv", [ROWS[0], ("", ""), *ROWS[1:]])
@@ -443,36 +422,6 @@ def test_from_any_position_the_remaining_units_are_the_same(folder, monkeypatch)
     assert len(units) > 9 and len({position.file for _, position in units}) == 3
     for number, (_, position) in enumerate(units, start=1):
         assert list(corpus_module.units(found, "reading", position)) == units[number:]
-
-
-def test_small_units_give_the_same_as_a_large_one(folder, monkeypatch):
-    for n in range(2):
-        write_tsv(f"own{n}.tsv", [(f"{source} {n}", target) for source, target in ROWS])
-    prepare_data.main(PREPARE)
-    whole = contents("mine")
-    shutil.rmtree("data/mine")
-    monkeypatch.setattr(corpus_module, "UNIT", 500)
-    prepare_data.main(PREPARE)
-    assert contents("mine") == whole
-
-
-def test_shards_are_read_as_one(folder):
-    write_tsv("own.tsv", ROWS)
-    prepare_data.main(["--input=own.tsv", *BYTES])
-    whole = pairs_of("mine")
-    prepare_data.main(["--input=own.tsv", "--shard_tokens=97", *BYTES])
-    assert pairs_of("mine") == whole and len(list(Path("data/mine").glob("test_*.bin"))) > 1
-    assert not Path("data/mine/test.bin").exists()
-
-
-def test_a_text_moves_pairs_of_the_same_name_aside(folder):
-    write_tsv("own.tsv", ROWS)
-    write("own.txt", make_text())
-    prepare_data.main(["--input=own.tsv", *BYTES])
-    prepare_data.main(["--input=own.txt", "--name=mine"])
-    assert set(contents("mine")) == {"train.bin", "val.bin", "meta.json", "command.txt"}
-    assert meta("mine")["task"] == "language modelling"
-    assert Path("data/mine/previous-1/test.bin").exists()
 
 
 # --------------------------------------------------------------------------------------

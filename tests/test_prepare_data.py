@@ -156,15 +156,6 @@ def test_the_summary_reports_a_large_validation_split_of_few_documents(folder, c
     assert "few documents" not in capsys.readouterr().out
 
 
-def test_characters_encoded_as_bytes_are_counted(folder, capsys):
-    Path("own.txt").write_text(make_text(9000) + "鳥🙂", encoding="utf-8")
-    prepare_data.main(["own", "--input=own.txt", "--tokenizer=sentencepiece", "--vocab_size=320"])
-    assert meta("own")["characters_spelled_in_bytes"] == 2
-    out = capsys.readouterr().out
-    assert "2 characters are not in the vocabulary and are encoded as bytes" in out
-    assert re.search(r"vocabulary +320 tokens, \d+ unused", out)
-
-
 # --------------------------------------------------------------------------------------
 # Large, interrupted, and on several cores
 
@@ -561,12 +552,6 @@ def test_only_a_text_is_read_from_a_stream(fails):
         ["--input=a.tsv", "--held_out=-"],
     ):
         assert "only --input=- reads a stream" in fails(prepare_data.main, "mine", *keys)
-
-
-def test_where_skipped_lines_leave_too_little_they_are_counted(folder, fails):
-    Path("a.jsonl").write_text('{"text": "a text"}\n' + '{"body": "a text"}\n' * 9)
-    line = fails(prepare_data.main, "--input=a.jsonl", "--name=mine", "--skip_bad_lines=True")
-    assert "; documents: 1, skipped_lines: 9; change --val_fraction" in line
 
 
 def test_carriage_returns_are_noted(folder, capsys):
