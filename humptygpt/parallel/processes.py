@@ -357,6 +357,16 @@ def pick_gpu() -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def connect(rank: int) -> dist.Store:
+    """Return the store through which ranks meet: torchrun's, or else one in rank 0."""
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    host = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, None, serves, timeout=TIMEOUT, wait_for_workers=False)
+    # torchrun keeps it where it starts ranks again, with the addresses of those that have ended
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
 def start(backend: str, device: torch.device, parallel: str = "ddp") -> Processes:
     """Meet the other ranks, if there are any; parallel: of WAYS. Raises UserError where they cannot be met."""
     rank, size = launched()
@@ -366,7 +376,8 @@ def start(backend: str, device: torch.device, parallel: str = "ddp") -> Processe
     if device.type == "cuda":
         device = pick_gpu()
     try:
-        dist.init_process_group(backends, timeout=TIMEOUT)
+        store = connect(rank)
+        dist.init_process_group(backends, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
         patient = dist.new_group(backend="gloo", timeout=LONG)
     except (RuntimeError, ValueError) as error:  # a port in use, a host that is not reached
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
