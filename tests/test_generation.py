@@ -199,6 +199,14 @@ def test_the_repetition_penalty_counts_the_prompt_and_the_tokens_drawn_but_no_pa
     assert sampler.seen.tolist() == [[True, True, True, True]]
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_padding_counts_as_no_token_that_was_seen(cached):
+    prompts = torch.tensor([[-1, -1, 2], [1, 1, 1]])
+    context = Context(tiny_model(), prompts, cached=cached)
+    sampler = Sampler(context.tokens, 11, [0, 1], 3, repetition_penalty=2.0)
+    assert sampler.seen.nonzero().tolist() == [[0, 2], [1, 1]]
+
+
 def test_drawing_from_the_k_most_probable_alone_is_drawing_from_their_probabilities():
     logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(1))
     uniform = uniform_numbers(5, list(range(50)), 1)[0]

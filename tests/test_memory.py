@@ -253,12 +253,12 @@ def test_what_is_refused_would_take_more_and_at_most_eight_times_as_much(key, va
 
 
 def test_a_researchers_model_whose_layers_differ_is_counted_as_it_is(tiny, monkeypatch):
-    windows = iter((8, 4))  # one for each of its two layers; a third layer is an error
+    windows = (8, 4)  # one for each of its two layers; a third layer is an error
 
     class WindowedBlock(models.PreNormBlock):
-        def __init__(self, config, cross=False):
-            super().__init__(config, cross)
-            self.window = next(windows)
+        def __init__(self, config, layer, cross=False):
+            super().__init__(config, layer, cross)
+            self.window = windows[layer]
 
     monkeypatch.setitem(BLOCKS, "windowed", WindowedBlock)
     config, model_config, *_ = read_settings([*TINY_RUN, "--block=windowed", "--vocab_size=50"])

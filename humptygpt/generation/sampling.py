@@ -146,6 +146,8 @@ class Context:
             T = self.tokens.shape[1]
             new = self.tokens.narrow(1, self.read, T - self.read)
             self.read = T
+            if self.state.padding is not None:
+                new = new.clamp(min=0)  # no token attends to the padding
             return self.model.next_logits(new, self.state)
         if not any(self.padding):
             return self.model.next_logits(self.tokens)
@@ -163,7 +165,8 @@ class Context:
             self.state.clear()
         if self.state and any(self.padding):
             self.state.padding = torch.tensor(self.padding, device=self.tokens.device)
-            self.tokens = self.tokens.clamp(min=0)  # no token attends to the padding
+            columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+            self.tokens = self.tokens.masked_fill(columns < self.state.padding[:, None], -1)
 
     def select(self, rows: list[int]) -> None:
         """Keep these of the texts alone."""
