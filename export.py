@@ -78,7 +78,8 @@ def check_target(to: str | None, format_: str) -> Path:
         raise UserError(f"export needs a {kind} to write; give one, as --to={EXAMPLES[format_]}")
     if kind == "file" and os.path.exists(to) and not os.path.isfile(to):
         raise UserError(f"to={to} is no file that can be replaced; name a new file")
-    if kind == "folder" and os.path.exists(to) and not (os.path.isdir(to) and not os.listdir(to)):
+    empty = os.path.isdir(to) and not any(Path(to).iterdir())
+    if kind == "folder" and os.path.exists(to) and not empty:
         raise UserError(f"to={to} is a file or has files in it; remove it, or name a new folder")
     return Path(to)
 

@@ -417,7 +417,7 @@ def test_a_full_disk_leaves_the_model_that_was_there(monkeypatch):
         write_pretrained(random_model(init="zero"), HF)
     with pytest.raises(UserError, match=r"cannot write new/model\.safetensors"):
         write_pretrained(random_model(), Path("new"))
-    with pytest.raises(UserError, match="cannot write theirs/config.json: File exists"):
+    with pytest.raises(UserError, match=r"cannot write theirs/config\.json: File exists"):
         write_pretrained(random_model(), HF / "config.json")
     assert {path.name: path.read_bytes() for path in HF.iterdir()} == before
     assert not list(Path("new").iterdir())

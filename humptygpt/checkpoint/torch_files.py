@@ -69,5 +69,3 @@ def refuse_damaged(path: Path) -> Iterator[None]:
         if limits.is_out_of_memory(error):
             raise
         raise UserError(f"{path} is damaged: {one_line(error)}") from error
-
-
