@@ -33,8 +33,7 @@ from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
 from humptygpt.core.files import cannot_write, write_whole
-from humptygpt.core.schema import parse_json
-from humptygpt.core.settings import setting
+from humptygpt.core.settings import parse_json, setting
 
 # torch and matplotlib are imported where they are needed: they take seconds, and a misspelt key should not wait.
 

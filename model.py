@@ -32,13 +32,25 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from humptygpt.core.settings import check, setting
 from humptygpt.nn import lora
-from humptygpt.nn.attention import Mask, attend, attention_mask, distances
-from humptygpt.nn.decoder_state import DecoderState, LayerState, PositionIds
-from humptygpt.nn.layers import ACTIVATIONS, CausalConv, Dropout, Linear, with_loss
+from humptygpt.nn.layers import (
+    ACTIVATIONS,
+    CausalConv,
+    DecoderState,
+    Dropout,
+    LayerState,
+    Linear,
+    Mask,
+    PositionIds,
+    attend,
+    attention_mask,
+    distances,
+    with_loss,
+)
 from humptygpt.nn.window_mlp import EMBEDDINGS, WindowMLP
 
 # --------------------------------------------------------------------------------------
@@ -875,6 +887,27 @@ def build(config: ModelConfig) -> nn.Module:
     """A new model with random weights, on the CPU."""
     model = MODELS[config.model](config)
     return lora.add(model) if config.lora_rank else model
+
+
+def build_on_meta(config: ModelConfig) -> nn.Module:
+    """Build a model without memory for its weights."""
+    with torch.device("meta"), WithoutValues():
+        return build(config)
+
+
+class WithoutValues(TorchFunctionMode):
+    """Weights on the meta device are not initialized, and tables of positions are on the CPU.
+
+    Either would make torch load its compiler, for more than a second.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        if func in (torch.arange, torch.tensor):
+            kwargs = kwargs | {"device": "cpu"}
+        return func(*args, **kwargs)
 
 
 def count_parameters(model: nn.Module) -> int:

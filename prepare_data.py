@@ -39,8 +39,7 @@ import numpy as np
 
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
-from humptygpt.core.files import being_moved, cannot_write, move_aside, remove
-from humptygpt.core.locks import Lock
+from humptygpt.core.files import Lock, being_moved, cannot_write, move_aside, remove
 from humptygpt.core.settings import as_written_here, check, nearest, setting, without_effect
 from humptygpt.data.corpus import VOCABULARY_BYTES, Documents, vocabulary_texts
 from humptygpt.data.documents import find_files, read_errors, write_if_changed

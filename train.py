@@ -56,8 +56,14 @@ from humptygpt.tokenizer import tokenizers
 from humptygpt.training import evaluation, resume
 from humptygpt.training.memory import check_training_fits, memory_report
 from humptygpt.training.optimizers import Optimizer, clip_gradients, freeze, make_optimizer
-from humptygpt.training.progress import Diverged, Meter, Progress, catch_signals
-from humptygpt.training.run_folder import NoFolder, RunFolder
+from humptygpt.training.run_folder import (
+    Diverged,
+    Meter,
+    NoFolder,
+    Progress,
+    RunFolder,
+    catch_signals,
+)
 from humptygpt.training.settings import TrainConfig, read_settings
 from model import ModelConfig
 

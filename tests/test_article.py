@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 import model as models
 from humptygpt.generation.sampling import generate, probabilities
-from humptygpt.nn.attention import attend, attention_mask
-from humptygpt.nn.layers import ACTIVATIONS
+from humptygpt.nn.layers import ACTIVATIONS, attend, attention_mask
 from humptygpt.nn.window_mlp import NumberEmbedding
 from humptygpt.tokenizer.tokenizers import CharTokenizer
 from humptygpt.training.optimizers import make_optimizer

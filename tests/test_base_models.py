@@ -19,7 +19,7 @@ from humptygpt.core.errors import UserError
 from humptygpt.interchange.load import Loaded, load
 from humptygpt.training import settings as train_config
 from humptygpt.training.settings import read_settings
-from model import ModelConfig
+from model import ModelConfig, build_on_meta
 
 OTHER = make_text(4000, seed=1)  # other words of the same characters
 FROM_RUN = [*TINY_RUN, "--dataset=other", "--out_dir=out/other", "--init_from=out/run"]
@@ -389,7 +389,7 @@ def test_after_nanogpts_defaults_its_config_files_mean_what_they_mean_there(
         "vocab_size": 50257,
         "bias": True,
     }
-    model = checkpoint.build_on_meta(ModelConfig(**shape))
+    model = build_on_meta(ModelConfig(**shape))
     base = Loaded(model, None, Path("gpt2"), "")
     monkeypatch.setattr(train_config, "load", lambda source: asked.append(source) or base)
     Path("theirs.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))

@@ -28,10 +28,10 @@ from humptygpt.interchange import load as load_module
 from humptygpt.interchange.families import FAMILIES
 from humptygpt.interchange.huggingface import find_family, to_pretrained
 from humptygpt.interchange.load import Loaded, load
+from humptygpt.tokenizer.pretrained import PretrainedTokenizer
 from humptygpt.tokenizer.tokenizers import (
     END_OF_TEXT,
     CharTokenizer,
-    PretrainedTokenizer,
     Tokenizer,
 )
 from humptygpt.tokenizer.write_huggingface import build_tokenizer, find_merges

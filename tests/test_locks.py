@@ -29,10 +29,10 @@ import prepare_data
 import sample
 import train
 from humptygpt.checkpoint import checkpoint
-from humptygpt.core import locks
+from humptygpt.core import files
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
-from humptygpt.core.locks import InUse, Lock
+from humptygpt.core.files import InUse, Lock
 from humptygpt.data import sources as known_texts
 from humptygpt.data import token_files
 from humptygpt.generation.tasks import TASKS
@@ -43,7 +43,7 @@ OUT = Path("out/run")
 HOLD = """
 import pathlib, sys
 sys.path.insert(0, sys.argv[1])
-from humptygpt.core.locks import Lock
+from humptygpt.core.files import Lock
 with Lock(pathlib.Path(sys.argv[2]), "it", "wait"):
     print("held", flush=True)
     sys.stdin.read()
@@ -192,7 +192,7 @@ def test_on_a_disk_without_locks_there_is_a_note(tmp_path, monkeypatch, capsys):
     def no_locks(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(locks, "fcntl", SimpleNamespace(flock=no_locks, LOCK_EX=2, LOCK_NB=4))
+    monkeypatch.setattr(files, "fcntl", SimpleNamespace(flock=no_locks, LOCK_EX=2, LOCK_NB=4))
     with Lock(tmp_path / "new/.lock", "data/x", "wait"):
         note = "note: data/x cannot be locked on this disk (No locks available); let no second process write there\n"
         assert capsys.readouterr().err == note
@@ -207,14 +207,14 @@ def test_on_windows_the_locked_byte_is_not_in_the_text_that_names_the_holder(tmp
         if len(locked) > 1:
             raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(locks, "fcntl", None)
+    monkeypatch.setattr(files, "fcntl", None)
     monkeypatch.setattr(
-        locks, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2), raising=False
+        files, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2), raising=False
     )
     with Lock(tmp_path / ".lock", "data/x", "wait"):
         with pytest.raises(InUse, match=f"^data/x is in use by process {os.getpid()} on "):
             Lock(tmp_path / ".lock", "data/x", "wait")
-        assert locked == [locks.FAR] * 2 and (tmp_path / ".lock").stat().st_size < 1000
+        assert locked == [files.FAR] * 2 and (tmp_path / ".lock").stat().st_size < 1000
     assert not (tmp_path / ".lock").exists()
 
 
@@ -230,7 +230,7 @@ def test_where_no_folder_can_be_made_nobody_is_named_as_its_user(tiny, fails):
 )
 def test_a_lock_file_that_says_nothing_names_nobody(tmp_path, text):
     (tmp_path / ".lock").write_text(text)
-    assert locks.holder(tmp_path / ".lock") is None
+    assert files.holder(tmp_path / ".lock") is None
 
 
 # --------------------------------------------------------------------------------------

@@ -23,10 +23,9 @@ from humptygpt.core.errors import UserError
 from humptygpt.data import encoding
 from humptygpt.generation.tasks import TASKS
 from humptygpt.training import memory, run_folder
-from humptygpt.training.memory import build_on_meta
 from humptygpt.training.optimizers import OPTIMIZERS, make_optimizer
 from humptygpt.training.settings import TrainConfig, read_settings
-from model import ACTIVATIONS, BLOCKS, MLPS, MODELS, POSITIONS, ModelConfig
+from model import ACTIVATIONS, BLOCKS, MLPS, MODELS, POSITIONS, ModelConfig, build_on_meta
 
 ROOT = Path(__file__).parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -10,9 +10,8 @@ from conftest import overfit
 import model as models
 from humptygpt.generation.decoder import prepare_for_generation
 from humptygpt.generation.sampling import generate
-from humptygpt.nn import attention
-from humptygpt.nn.attention import attend, attention_mask
-from humptygpt.nn.layers import ACTIVATIONS, drop
+from humptygpt.nn import layers
+from humptygpt.nn.layers import ACTIVATIONS, attend, attention_mask, drop
 from model import BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig, alibi_slopes, rotate
 
 VARIANTS = [
@@ -378,7 +377,7 @@ def test_explicit_attention_has_dropout_and_leaves_large_score_matrices_to_sdpa(
         assert dropped.float().std() > 0.05  # a mean of ones is one, but not of half of them
         monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **keys: "sdpa")
         assert attend_with_mask(q, k, v, causal=True) != "sdpa"
-        monkeypatch.setattr(attention, "EXPLICIT_SCORES", 63)
+        monkeypatch.setattr(layers, "EXPLICIT_SCORES", 63)
         assert attend_with_mask(q, k, v, causal=True) == "sdpa"
 
 
@@ -434,7 +433,7 @@ def test_each_layer_may_have_a_window_of_its_own_cached_or_not(monkeypatch):
 def test_mixed_precision_training_gives_the_same_loss_by_explicit_attention_and_by_sdpa(
     monkeypatch, sdpa_calls, scores
 ):
-    monkeypatch.setattr(attention, "EXPLICIT_SCORES", scores)
+    monkeypatch.setattr(layers, "EXPLICIT_SCORES", scores)
     model = random_model(n_kv_head=1)
     idx = tokens(2, 17)
     expected = model(idx[:, :-1], idx[:, 1:])[1]

@@ -23,8 +23,8 @@ MAY_IMPORT = {
 }
 FILES = [ROOT / "model.py", *sorted(ROOT.glob("humptygpt/*/*.py"))]
 TORCHLESS = [
-    "core.settings core.files core.locks core.limits core.schema core.download",
-    "tokenizer.base tokenizer.tokenizers tokenizer.pretrained",
+    "core.settings core.files core.limits core.download",
+    "tokenizer.tokenizers tokenizer.pretrained",
     "tokenizer.read_huggingface tokenizer.write_huggingface",
     "data.documents data.corpus data.encoding data.pairs data.parts data.token_files data.sources",
 ]

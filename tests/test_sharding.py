@@ -22,7 +22,7 @@ import sample
 import train
 from humptygpt.checkpoint import checkpoint
 from humptygpt.checkpoint import sharded as sharded_checkpoint
-from humptygpt.checkpoint.torch_files import load_plain
+from humptygpt.checkpoint.checkpoint import load_plain
 from humptygpt.core.errors import UserError
 from humptygpt.parallel import fsdp as sharding
 from humptygpt.parallel import processes as distributed

@@ -17,8 +17,8 @@ from humptygpt.data.corpus import encode_documents
 from humptygpt.data.documents import Piece
 from humptygpt.data.token_files import TokenFiles, read_meta
 from humptygpt.tokenizer import tokenizers as tokenizer
-from humptygpt.tokenizer.base import printable_bytes
 from humptygpt.tokenizer.read_huggingface import read_tokenizer
+from humptygpt.tokenizer.tokenizers import printable_bytes
 from humptygpt.tokenizer.write_huggingface import tokenizer_files
 
 transformers = pytest.importorskip(

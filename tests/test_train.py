@@ -953,7 +953,7 @@ def test_a_new_variant_is_one_line_in_one_dictionary(
 
 LONG_STEP = """
 import hashlib
-from humptygpt.training.progress import catch_signals
+from humptygpt.training.run_folder import catch_signals
 with catch_signals():
     print("started", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # one call of C, as torch's are

@@ -6,22 +6,24 @@ This module owns their schema. It alone turns a checkpoint into a model.
 import os
 import shlex
 import sys
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import model as models
-from humptygpt.checkpoint.torch_files import SHARDED, load_plain, refuse_damaged
 from humptygpt.core import limits
 from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError
+from humptygpt.core.errors import UserError, one_line
 from humptygpt.core.files import remove, write_whole
-from humptygpt.core.schema import check_schema
-from humptygpt.core.settings import REMOVED, nearest_path
+from humptygpt.core.settings import REMOVED, check_schema, nearest_path
 from humptygpt.tokenizer import tokenizers
 
+SHARDED = ".metadata"  # the file that makes a folder a sharded checkpoint
 FORMAT = "gpt checkpoint 3"  # a change of the schema gets a new number
 FORMAT_2 = "gpt checkpoint 2"
 CONFIG = {str: (int, float, bool, str, None)}
@@ -127,6 +129,66 @@ def suggest_run(out_dir: Path) -> str:
 
 
 # --------------------------------------------------------------------------------------
+# A file of torch.save, read without running code that it may hold, and checked by its checksums
+
+
+def load_plain(path: Path, mapped: bool = False, legacy: bool = False) -> object:
+    """Return what torch.save wrote, on the CPU. Raises some Exception where it is damaged or would run code.
+
+    mapped: the system reads of the tensors what is used. legacy: also read files of PyTorch before 1.6, which are no
+    zip files and have no checksums.
+    """
+    in_records = not legacy or zipfile.is_zipfile(path)
+    sizes = check_records(path) if in_records else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says more about a foreign pickle than one line
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    # torch would map what follows a record that is too short
+    if mapped and in_records and storage_sizes(content) != sizes:
+        raise ValueError("a record has another size than its tensor")
+    return content
+
+
+def check_records(path: Path) -> list[int]:
+    """Compare all checksums. Returns the sizes in bytes of the records of tensors, sorted, empty ones left out."""
+    with zipfile.ZipFile(path) as file:
+        records = file.infolist()
+        damaged = file.testzip() is not None
+    # torch.load takes a record marked as a directory for an empty one and leaves its tensor uninitialized
+    if damaged or any(info.external_attr & 0x10 for info in records):
+        raise ValueError("a record is damaged")
+    sizes = (info.file_size for info in records if "/data/" in info.filename)
+    return sorted(size for size in sizes if size)
+
+
+def storage_sizes(content: object) -> list[int]:
+    """Return the sizes in bytes of the storages of all tensors in dictionaries, sorted, empty ones left out."""
+    storages = {}
+    remaining = [content]
+    while remaining:
+        entry = remaining.pop()
+        if isinstance(entry, dict):
+            remaining += entry.values()
+        elif isinstance(entry, list | tuple):
+            remaining += entry
+        elif isinstance(entry, Tensor):
+            storage = entry.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sorted(size for size in storages.values() if size)
+
+
+@contextmanager
+def refuse_damaged(path: Path) -> Iterator[None]:
+    """Raise UserError for whatever a damaged file makes the block raise; zip, pickle and torch have many errors."""
+    try:
+        yield
+    except Exception as error:
+        if limits.is_out_of_memory(error):
+            raise
+        raise UserError(f"{path} is damaged: {one_line(error)}") from error
+
+
+# --------------------------------------------------------------------------------------
 # What is in it
 
 
@@ -221,7 +283,7 @@ def check_weights(weights: dict[str, Tensor], config: models.ModelConfig, device
     # found before something huge is built
     if config.n_layer > len(weights) or (config.n_embd,) != n_embd:
         raise ValueError("model_config does not describe these weights")
-    model = build_on_meta(config)
+    model = models.build_on_meta(config)
     check_tensors("model", weights, model.state_dict(), device)
     first_names: dict[nn.Parameter, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -253,7 +315,7 @@ def check_tensors(
 
 def restore_model(weights: dict[str, Tensor], config: models.ModelConfig) -> nn.Module:
     """Return a model on the CPU whose parameters are these tensors themselves: nothing is in memory twice."""
-    model = build_on_meta(config)
+    model = models.build_on_meta(config)
     for stack in (module for module in model.modules() if isinstance(module, models.Stack)):
         # its tables are in no checkpoint
         stack.position = models.POSITIONS[config.position](config)
@@ -262,24 +324,3 @@ def restore_model(weights: dict[str, Tensor], config: models.ModelConfig) -> nn.
     if config.tie_weights and config.model != "window_mlp":
         model.lm_head.weight = model.wte.weight
     return model
-
-
-def build_on_meta(config: models.ModelConfig) -> nn.Module:
-    """Build a model without memory for its weights."""
-    with torch.device("meta"), WithoutValues():
-        return models.build(config)
-
-
-class WithoutValues(TorchFunctionMode):
-    """Weights on the meta device are not initialized, and tables of positions are on the CPU.
-
-    Either would make torch load its compiler, for more than a second.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        if func in (torch.arange, torch.tensor):
-            kwargs = kwargs | {"device": "cpu"}
-        return func(*args, **kwargs)

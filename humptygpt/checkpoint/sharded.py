@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from humptygpt.checkpoint.torch_files import SHARDED, load_plain, refuse_damaged
+from humptygpt.checkpoint.checkpoint import SHARDED, load_plain, refuse_damaged
 from humptygpt.core.errors import UserError
 from humptygpt.core.files import cannot_write, remove, write_whole
-from humptygpt.core.schema import check_schema
+from humptygpt.core.settings import check_schema
 
 ENTRIES = "entries.pt"
 # SHA-256 of .metadata; {name in the model: name of the same tensor}

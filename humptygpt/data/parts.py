@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from humptygpt.core.errors import UserError
-from humptygpt.core.schema import parse_json
+from humptygpt.core.settings import parse_json
 from humptygpt.data.corpus import Documents
 from humptygpt.data.encoding import Progress, add_counts, start_folder, write_json, zero_counts
 from humptygpt.data.token_files import TokenWriter, checksums, token_dtype

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from humptygpt.core.download import download, file_sha256, package
 from humptygpt.core.errors import UserError
-from humptygpt.core.locks import Lock
+from humptygpt.core.files import Lock
 from humptygpt.data.documents import write_if_changed
 from humptygpt.data.pairs import PairFiles
 

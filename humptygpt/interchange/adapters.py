@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from humptygpt.checkpoint.checkpoint import build_on_meta
 from humptygpt.core.errors import UserError
-from humptygpt.core.schema import parse_json
+from humptygpt.core.settings import parse_json
 from humptygpt.interchange.families import FAMILIES
 from humptygpt.interchange.huggingface import find_family, write_files
 from humptygpt.interchange.weight_files import Weights, check_tensor, open_weights, reading
 from humptygpt.nn.lora import OFF, adapted
-from model import ModelConfig
+from model import ModelConfig, build_on_meta
 
 PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"
@@ -112,10 +111,6 @@ def write_adapter(model: nn.Module, base: str, folder: Path) -> None:
 
 # --------------------------------------------------------------------------------------
 # Reading
-
-
-def is_adapter(folder: Path) -> bool:
-    return (folder / CONFIG).is_file()
 
 
 def read_config(folder: Path) -> dict:

@@ -21,13 +21,12 @@ from torch import Tensor
 from humptygpt.core.errors import UserError
 from humptygpt.interchange.families import ACTIVATION_NAMES
 from humptygpt.interchange.weight_files import Weights
+from humptygpt.tokenizer.pretrained import PretrainedSentencePiece, PretrainedTokenizer
 from humptygpt.tokenizer.tokenizers import (
     END_OF_TEXT,
     BytePairTokenizer,
     ByteTokenizer,
     CharTokenizer,
-    PretrainedSentencePiece,
-    PretrainedTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
 )

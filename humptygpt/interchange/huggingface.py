@@ -15,11 +15,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from humptygpt.checkpoint.checkpoint import build_on_meta
 from humptygpt.core.errors import UserError
 from humptygpt.core.files import cannot_write, write_whole
-from humptygpt.core.schema import check_schema, parse_json
-from humptygpt.core.settings import convert, without_effect
+from humptygpt.core.settings import check_schema, convert, parse_json, without_effect
 from humptygpt.interchange.families import (
     ACTIVATION_NAMES,
     FAMILIES,
@@ -29,7 +27,7 @@ from humptygpt.interchange.families import (
 )
 from humptygpt.interchange.weight_files import Weights, check_tensor, open_weights, reading
 from humptygpt.tokenizer.tokenizers import Tokenizer
-from model import ModelConfig
+from model import ModelConfig, build_on_meta
 
 CONFIG = {"model_type": str, "architectures?": ([str], None)}
 # settings that are not exported: of training alone, and of what the weights themselves have or lack

@@ -9,10 +9,9 @@ from typing import NamedTuple
 from torch import nn
 
 from humptygpt.checkpoint import checkpoint
-from humptygpt.checkpoint.torch_files import refuse_damaged
+from humptygpt.checkpoint.checkpoint import refuse_damaged
 from humptygpt.core.errors import UserError
-from humptygpt.core.schema import check_schema
-from humptygpt.core.settings import as_written_here, make, nearest_path, our_configs
+from humptygpt.core.settings import as_written_here, check_schema, make, nearest_path, our_configs
 from humptygpt.data.token_files import GPT2_TOKENS, read_nanogpt_meta
 from humptygpt.interchange import adapters, hub, huggingface
 from humptygpt.interchange.families import GPT2
@@ -50,7 +49,7 @@ def load(source: str | Path, which: str = "best", mapped: bool = False) -> Loade
     mapped: weights of a run stay in its file until they are used. Nothing is in memory twice in any case.
     """
     path = find_source(source, which)
-    if adapters.is_adapter(path):
+    if is_adapter(path):
         loaded = from_adapter(path)
     elif is_folder(path):
         loaded = from_folder(path, source)
@@ -72,7 +71,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if is_tokenizer(Path(source)):
         return read_tokenizer(Path(source))
     path = find_source(source, key="tokenizer")
-    if adapters.is_adapter(path):
+    if is_adapter(path):
         return load_tokenizer(find_base(path))
     if is_folder(path):
         return read_tokenizer(path)
@@ -125,11 +124,15 @@ def find_base(adapter: Path) -> Path:
     key = "base_model_name_or_path"
     name = adapters.read_config(adapter)[key]
     base = find_source(name, key=f"{adapter / adapters.CONFIG}: {key}")
-    if adapters.is_adapter(base):
+    if is_adapter(base):
         raise UserError(
             f"the base model of the adapter {adapter} is an adapter, too: {name}; merge that one first"
         )
     return base
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / adapters.CONFIG).is_file()
 
 
 def is_folder(path: Path) -> bool:
@@ -144,9 +147,10 @@ def is_folder(path: Path) -> bool:
 def from_run(path: Path, saved: object, mapped: bool) -> Loaded:
     saved = checkpoint.check(path, saved)
     config = make(ModelConfig, saved["model_config"])
+    model = checkpoint.restore_model(saved["model"], config)
     progress = saved["progress"]
     return Loaded(
-        model=lora.merge(checkpoint.restore_model(saved["model"], config)),
+        model=lora.merge(model) if config.lora_rank else model,
         tokenizer=tokenizers.from_state(saved["tokenizer"]),
         task=saved["task"],
         path=path,

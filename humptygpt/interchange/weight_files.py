@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from humptygpt.checkpoint.torch_files import load_plain
+from humptygpt.checkpoint.checkpoint import load_plain
 from humptygpt.core.errors import UserError, one_line
-from humptygpt.core.schema import parse_json
+from humptygpt.core.settings import parse_json
 
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there counts
 Weights = dict[str, Tensor]  # by name

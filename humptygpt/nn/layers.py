@@ -1,4 +1,7 @@
-"""What the networks of this project are built from: linear layers, a convolution, dropout, activations, loss."""
+"""What networks are built from: the decoder's state, layers, dropout, attention, activations, loss.
+
+Shapes: B batch, H heads, T queries or new tokens, S keys or source length, D head size, C n_embd, V vocabulary.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +12,124 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from humptygpt.nn.decoder_state import LayerState
+# Positions of the tokens of one forward pass: T consecutive ones, or (B, T) where each text of a batch has its own
+PositionIds = slice | Tensor
+# What is added to the scores, broadcasts to (B, H, T, S), or None; and whether instead, with T = S, no query attends to
+# a later key, for which SDPA has fast kernels
+Mask = tuple[Tensor | None, bool]
+# Elements of the scores up to which explicit attention is used: 64 MB a block in bfloat16
+EXPLICIT_SCORES = 2**25
+
+
+# --------------------------------------------------------------------------------------
+# The decoder's state: what generating the next token needs of the tokens read so far
+
+
+class LayerState:
+    """Keys and values of one block, in buffers that hold `size` tokens."""
+
+    def __init__(self):
+        self.k = None  # (B, H, size, D), made when the first token shows shape, dtype and device
+        self.v = None
+        self.cross_k = None  # (B, H, S, D), of the encoder's output
+        self.cross_v = None
+        self.last_inputs = None  # (B, up to n, C), of a convolution over n tokens before each
+
+    def append(self, k: Tensor, v: Tensor, end: int, size: int) -> tuple[Tensor, Tensor]:
+        """k, v: (B, H, T, D), which go before position `end` of the buffers. Returns all up to it, (B, H, end, D)."""
+        B, H, T, D = k.shape
+        if self.k is None:
+            self.k = k.new_empty(B, H, size, D)
+            self.v = v.new_empty(B, H, size, D)
+        self.k[:, :, end - T : end] = k
+        self.v[:, :, end - T : end] = v
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+    def copy(self, first: int, end: int, size: int, rows: Tensor | None = None) -> None:
+        """Move what the buffers hold from `first` to `end` into new ones, of these rows of the batch; None: of all."""
+        if self.k is not None:
+            self.k = copied(self.k[:, :, first:end], size, rows)
+            self.v = copied(self.v[:, :, first:end], size, rows)
+
+
+def copied(held: Tensor, size: int, rows: Tensor | None) -> Tensor:
+    """Return a buffer for `size` tokens that begins with these rows of held, (B, H, up to size, D)."""
+    held = select_rows(held, rows)
+    B, H, T, D = held.shape
+    buffer = held.new_empty(B, H, size, D)
+    buffer[:, :, :T] = held
+    return buffer
+
+
+def select_rows(x: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    return x if x is None or rows is None else x[rows]
+
+
+class DecoderState:
+    """A decoder's KV cache: what it keeps of the tokens read. Its length is an int: no step waits for a GPU.
+
+    size: the most tokens that will be read. window: of sliding-window attention; keys and values that are out of every
+    later token's reach are dropped, so that the buffers never hold more than about twice as many; 0: keep all.
+    padding: (B,) int64, how many of the first tokens of each text are padding, where a batch holds texts of different
+    lengths; None: all texts start at the first token.
+    """
+
+    def __init__(self, n_layer: int, size: int, window: int = 0, padding: Tensor | None = None):
+        self.length = 0  # tokens read
+        self.held = 0  # of these, the newest, that the buffers hold
+        self.size = min(size, 2 * window) if window else size
+        self.window = window
+        self.padding = padding
+        self.layers = [LayerState() for _ in range(n_layer)]
+        self.source_padding = None  # (B, S) bool, of the text that cross-attention looks at
+
+    def make_room(self, T: int) -> int:
+        """For the next T tokens. Returns how many tokens they can attend to, themselves included."""
+        if self.held + T > self.size:
+            assert self.window, f"{self.held + T} tokens, but the state was made for {self.size}"
+            kept = min(self.held, self.window - 1)
+            self.size = max(2 * self.window, kept + T)
+            for layer in self.layers:
+                layer.copy(self.held - kept, self.held, self.size)
+            self.held = kept
+        self.held += T
+        return self.held
+
+    def positions(self, T: int) -> PositionIds:
+        """Of the next T tokens."""
+        if self.padding is None:
+            return slice(self.length, self.length + T)
+        index = torch.arange(self.length, self.length + T, device=self.padding.device)
+        return (index - self.padding[:, None]).clamp(min=0)
+
+    def padding_mask(self, T: int, S: int) -> Tensor | None:
+        """(B, S) bool, True where a token is padding, of the last S up to the next T."""
+        if self.padding is None:
+            return None
+        end = self.length + T
+        return torch.arange(end - S, end, device=self.padding.device) < self.padding[:, None]
+
+    def clear(self) -> None:
+        """Forget the tokens, but not the source."""
+        self.length = 0
+        self.held = 0
+        self.padding = None
+        for layer in self.layers:
+            layer.last_inputs = None
+
+    def select(self, rows: Tensor) -> None:
+        """The batch becomes these of its rows, int64 (any number,), in this order; a row may occur several times."""
+        for layer in self.layers:
+            layer.copy(0, self.held, self.size, rows)
+            layer.cross_k = select_rows(layer.cross_k, rows)
+            layer.cross_v = select_rows(layer.cross_v, rows)
+            layer.last_inputs = select_rows(layer.last_inputs, rows)
+        self.padding = select_rows(self.padding, rows)
+        self.source_padding = select_rows(self.source_padding, rows)
+
+
+# --------------------------------------------------------------------------------------
+# Layers
 
 
 class Linear(nn.Linear):
@@ -101,6 +221,92 @@ def drop(x: Tensor, p: float) -> Tensor:
     bits = bits.view(torch.int16)[first * row : first * row + x.numel()].view(x.shape)
     kept = bits >= min(round(2**16 * p), 2**16 - 1) - 2**15
     return x * (kept.to(x.dtype) * (1 / (1 - p)))
+
+
+# --------------------------------------------------------------------------------------
+# Attention: its mask, and the way to compute it that is fastest on this device
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v: the mean of the values, weighted by how well each key answers the query.
+
+    q: (B, H, T, D); k, v: (B, H or fewer, S, D), inputs by groups of neighbouring queries where they are fewer.
+    Returns (B, H, T, D). Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
+    """
+    bias, is_causal = mask
+    if bias is not None:
+        bias = bias.to(q.dtype)
+    grouped = q.shape[1] != k.shape[1]
+    if not prefers_explicit(q, k, dropout):
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped
+        )
+    if grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, S)
+    if is_causal:
+        scores += scores.new_full(scores.shape[-2:], -torch.inf).triu(1)
+    if bias is not None:
+        scores += bias
+    return drop(scores.softmax(dim=-1), dropout) @ v
+
+
+def prefers_explicit(q: Tensor, k: Tensor, dropout: float) -> bool:
+    """Return whether the formula as it stands trains faster than SDPA.
+
+    On a CPU the backward pass of SDPA in bfloat16 takes three times as long; but it does not keep all the scores. With
+    dropout it does, and draws its masks more slowly than drop() and for the rows of its own process alone.
+    """
+    if q.device.type != "cpu" or not torch.is_grad_enabled():
+        return False
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    return dropout > 0 or (torch.is_autocast_enabled("cpu") and scores <= EXPLICIT_SCORES)
+
+
+def attention_mask(
+    T: int,
+    S: int,
+    device: torch.device,
+    *,
+    causal: bool = False,
+    window: int = 0,
+    bias: Tensor | None = None,
+    padding: Tensor | None = None,
+) -> Mask:
+    """What is added to the scores of T queries and S keys: -inf where a query must not attend, and bias.
+
+    The queries are the last T of the S positions. causal: no query attends to a later key. window: none to a key that
+    is window or more positions away; 0: no limit. bias: (H, T, S). padding: (B, S), True where a key is no token.
+    """
+    limited = 0 < window < S
+    if causal and T == S and not limited and bias is None and padding is None:
+        return None, True
+    allowed = None  # broadcasts to (B, H, T, S)
+    if (causal and T > 1) or limited:
+        distance = distances(T, S, device)
+        allowed = distance.abs() < (window or S)
+        if causal:
+            allowed &= distance >= 0
+    if padding is not None:
+        tokens = ~padding[:, None, None, :]
+        # softmax over no key at all is nan: each position may at least attend to itself
+        allowed = tokens if allowed is None else (allowed & tokens) | (distance == 0)
+    if bias is not None:
+        bias = bias[None]  # SDPA fuses masks of four dimensions only
+    if allowed is None:
+        return bias, False
+    mask = torch.zeros_like(allowed, dtype=torch.float32) if bias is None else bias
+    return mask.masked_fill(~allowed, -torch.inf), False
+
+
+def distances(T: int, S: int, device: torch.device) -> Tensor:
+    """(T, S) int64: positions from each key to each query, the last T of S; negative where the key is later."""
+    key = torch.arange(S, device=device)
+    return key[S - T :, None] - key
+
+
+# --------------------------------------------------------------------------------------
+# Activations and loss
 
 
 def relu_squared(x: Tensor) -> Tensor:

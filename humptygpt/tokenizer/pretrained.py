@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from humptygpt.tokenizer.base import (
+from humptygpt.tokenizer.tokenizers import (
     Tokenizer,
     pack,
     printable_bytes,
@@ -209,3 +209,6 @@ class PretrainedSentencePiece(Tokenizer):
     @classmethod
     def from_state(cls, proto: str, **entries) -> Self:
         return cls(base64.b64decode(proto, validate=True), **entries)
+
+
+PRETRAINED = {kind.name: kind for kind in (PretrainedTokenizer, PretrainedSentencePiece)}

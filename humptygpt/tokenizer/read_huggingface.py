@@ -7,13 +7,13 @@ beside it say which tokens are special. No code is run, and transformers is not 
 from pathlib import Path
 
 from humptygpt.core.errors import UserError, one_line
-from humptygpt.core.schema import parse_json
-from humptygpt.tokenizer.base import END_OF_TEXT, Tokenizer
+from humptygpt.core.settings import parse_json
 from humptygpt.tokenizer.pretrained import (
     PretrainedSentencePiece,
     PretrainedTokenizer,
     load_engine,
 )
+from humptygpt.tokenizer.tokenizers import END_OF_TEXT, Tokenizer
 
 # the first that is there counts, as in transformers
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")

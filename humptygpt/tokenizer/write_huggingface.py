@@ -17,13 +17,15 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from humptygpt.core.errors import UserError
-from humptygpt.tokenizer.base import END_OF_TEXT, Tokenizer, printable_bytes
 from humptygpt.tokenizer.pretrained import PretrainedSentencePiece, PretrainedTokenizer
 from humptygpt.tokenizer.tokenizers import (
+    END_OF_TEXT,
     BytePairTokenizer,
     ByteTokenizer,
     CharTokenizer,
     SentencePieceTokenizer,
+    Tokenizer,
+    printable_bytes,
 )
 
 

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as models
-from humptygpt.checkpoint.checkpoint import build_on_meta
 from humptygpt.core.device import autocast, free_memory
 from humptygpt.core.errors import UserError
 from humptygpt.core.limits import gigabytes
 from humptygpt.training.optimizers import state_bytes, trained_parameters
-from model import ModelConfig
+from model import ModelConfig, build_on_meta
 
 FLOAT = 4  # bytes of a weight, of a gradient, and of an element of the optimizer state
 SMALLER_BATCH = "a smaller --batch_size with more --gradient_accumulation_steps"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import model as models
 from humptygpt.checkpoint import checkpoint
-from humptygpt.checkpoint.torch_files import refuse_damaged
+from humptygpt.checkpoint.checkpoint import refuse_damaged
 from humptygpt.core.device import autocast, to_device
 from humptygpt.core.errors import UserError
 from humptygpt.core.settings import as_written_here

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from humptygpt.checkpoint import checkpoint
-from humptygpt.checkpoint.torch_files import refuse_damaged
+from humptygpt.checkpoint.checkpoint import refuse_damaged
 from humptygpt.core import settings as configurator
 from humptygpt.core.device import DTYPES
 from humptygpt.core.errors import UserError
