@@ -35,7 +35,6 @@ from torch import nn
 from tqdm import tqdm
 
 from humptygpt.core import settings as configurator
-from humptygpt.core.device import DTYPES, autocast, free_memory, pick_device, sample_dtype
 from humptygpt.core.errors import UserError
 from humptygpt.core.limits import gigabytes
 from humptygpt.core.settings import check, check_path, nearest_path, setting, without_effect
@@ -45,6 +44,7 @@ from humptygpt.generation.sampling import Context, TextStream, bytes_per_text, c
 from humptygpt.generation.scoring import log_probabilities
 from humptygpt.generation.tasks import TASKS
 from humptygpt.interchange import load as interchange
+from humptygpt.nn.layers import DTYPES, autocast, free_memory, pick_device, sample_dtype
 from humptygpt.tokenizer.tokenizers import END_OF_TEXT, Tokenizer
 
 SEPARATOR = "---------------"

@@ -32,7 +32,15 @@ from tqdm import tqdm
 import model as models
 from humptygpt.checkpoint import checkpoint
 from humptygpt.core import settings as configurator
-from humptygpt.core.device import (
+from humptygpt.core.errors import UserError
+from humptygpt.core.settings import as_written_here
+from humptygpt.data.batches import Dataset, Prefetcher
+from humptygpt.data.token_files import COMMAND, read_meta
+from humptygpt.generation import tasks
+from humptygpt.interchange.adapters import write_adapter
+from humptygpt.interchange.load import Loaded, load
+from humptygpt.nn import lora
+from humptygpt.nn.layers import (
     autocast,
     give_back_freed_memory,
     keep_freed_memory,
@@ -42,14 +50,6 @@ from humptygpt.core.device import (
     sample_dtype,
     to_device,
 )
-from humptygpt.core.errors import UserError
-from humptygpt.core.settings import as_written_here
-from humptygpt.data.batches import Dataset, Prefetcher
-from humptygpt.data.token_files import COMMAND, read_meta
-from humptygpt.generation import tasks
-from humptygpt.interchange.adapters import write_adapter
-from humptygpt.interchange.load import Loaded, load
-from humptygpt.nn import lora
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import Processes, note
 from humptygpt.tokenizer import tokenizers
@@ -64,7 +64,7 @@ from humptygpt.training.run_folder import (
     RunFolder,
     catch_signals,
 )
-from humptygpt.training.settings import TrainConfig, read_settings
+from humptygpt.training.settings import TrainConfig, open_prepared, read_settings
 from model import ModelConfig
 
 
@@ -264,7 +264,7 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
         if stopped or not begun:
             keys = {"name": config.dataset}
             prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, keys))
-    return tasks.open_dataset(folder, model_config, config.seed)
+    return open_prepared(folder, model_config, config.seed)
 
 
 def has_any(folder: Path, *names: str) -> bool:

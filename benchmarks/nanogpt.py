@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import train
 from bench import BenchConfig
 from benchmarks.contenders import Generator, Trainer
-from humptygpt.core.device import autocast, pick_device, to_device
+from humptygpt.nn.layers import autocast, pick_device, to_device
 from humptygpt.training.settings import TrainConfig
 from model import ModelConfig
 

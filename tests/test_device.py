@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as models
 import train
-from humptygpt.core.device import (
+from humptygpt.core.errors import UserError
+from humptygpt.nn.layers import (
+    ACTIVATIONS,
     autocast,
     keep_freed_memory,
     peak_flops,
@@ -18,8 +20,6 @@ from humptygpt.core.device import (
     pick_dtype,
     sample_dtype,
 )
-from humptygpt.core.errors import UserError
-from humptygpt.nn.layers import ACTIVATIONS
 from humptygpt.nn.window_mlp import EMBEDDINGS
 from humptygpt.parallel.processes import ONE_PROCESS
 from humptygpt.training.optimizers import OPTIMIZERS, make_optimizer

@@ -16,12 +16,13 @@ import model as models
 import prepare_data
 import sample
 import train
-from humptygpt.core import device, limits
+from humptygpt.core import limits
 from humptygpt.core import settings as configurator
-from humptygpt.core.device import DTYPES, autocast
 from humptygpt.core.errors import UserError
 from humptygpt.data import encoding
 from humptygpt.generation.tasks import TASKS
+from humptygpt.nn import layers
+from humptygpt.nn.layers import DTYPES, autocast
 from humptygpt.training import memory, run_folder
 from humptygpt.training.optimizers import OPTIMIZERS, make_optimizer
 from humptygpt.training.settings import TrainConfig, read_settings
@@ -176,7 +177,7 @@ def test_configs_have_the_sizes_of_their_names(name):
 def gigabyte(monkeypatch):
     """A machine, and a GPU, with 1 GB of free memory."""
     monkeypatch.setattr(limits, "available_memory", lambda: 10**9)
-    monkeypatch.setattr(device, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(layers, "available_memory", lambda: 10**9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 4 * 10**9))
 
 
@@ -300,7 +301,7 @@ def test_texts_that_will_not_fit_are_refused_with_their_size_and_how_many_would(
 
 
 def test_weights_that_will_not_fit_are_refused_with_their_size(run_dir, monkeypatch):
-    monkeypatch.setattr(device, "available_memory", lambda: 100)
+    monkeypatch.setattr(layers, "available_memory", lambda: 100)
     with pytest.raises(UserError, match=r"out/run takes .* MB .* free on cpu; .*--quantize=int8"):
         sample.load("out/run", device="cpu")
 

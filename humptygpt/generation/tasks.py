@@ -3,19 +3,14 @@
 A data set and a checkpoint name their task, and each class of MODELS those that it can learn.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-import model as models
-from humptygpt.core.errors import UserError
 from humptygpt.data.batches import Dataset, PairDataset, TokenDataset
-from humptygpt.data.token_files import read_meta
 from humptygpt.generation.beams import NUM_BEAMS, score, translate
 from humptygpt.generation.sampling import generate
 
@@ -112,19 +107,3 @@ TASKS = {
         card_note="It translates: after a sentence and the end-of-text token, it writes the translation.",
     ),
 }
-
-
-def open_dataset(folder: Path, config: models.ModelConfig, seed: int) -> Dataset:
-    """Open a prepared folder for a model. Raises UserError where it, or this machine, is not made for the task."""
-    meta = read_meta(folder)
-    task = TASKS[meta["task"]]
-    model = models.MODELS[config.model]
-    if meta["task"] not in model.tasks:
-        raise UserError(
-            f"dataset={folder.name} is for {meta['task']}, but model={config.model} for {' and '.join(model.tasks)}"
-        )
-    if task.package and not importlib.util.find_spec(task.package):  # now, not when all is trained
-        raise UserError(
-            f"{meta['task']} is scored with the package {task.package}: pip install {task.package}"
-        )
-    return task.dataset(folder, config.block_size, seed, model.has_encoder, meta)

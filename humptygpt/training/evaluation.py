@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from humptygpt.core.device import autocast, to_device
 from humptygpt.data.batches import Dataset
+from humptygpt.nn.layers import autocast, to_device
 
 
 @torch.no_grad()

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as models
-from humptygpt.core.device import autocast, free_memory
 from humptygpt.core.errors import UserError
 from humptygpt.core.limits import gigabytes
+from humptygpt.nn.layers import autocast, free_memory
 from humptygpt.training.optimizers import state_bytes, trained_parameters
 from model import ModelConfig, build_on_meta
 

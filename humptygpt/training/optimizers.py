@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt.checkpoint.checkpoint import check_tensors
-from humptygpt.core.device import multiplies_bfloat16
 from humptygpt.core.errors import UserError
+from humptygpt.nn.layers import multiplies_bfloat16
 
 
 class Slot(NamedTuple):

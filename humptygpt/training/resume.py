@@ -12,16 +12,16 @@ from torch import Tensor, nn
 import model as models
 from humptygpt.checkpoint import checkpoint
 from humptygpt.checkpoint.checkpoint import refuse_damaged
-from humptygpt.core.device import autocast, to_device
 from humptygpt.core.errors import UserError
 from humptygpt.core.settings import as_written_here
 from humptygpt.data.batches import Dataset
 from humptygpt.data.token_files import is_command
-from humptygpt.generation.tasks import open_dataset
 from humptygpt.interchange.load import Loaded
 from humptygpt.nn import lora
+from humptygpt.nn.layers import autocast, to_device
 from humptygpt.training.memory import training_memory
 from humptygpt.training.optimizers import check_state, local, trained_parameters
+from humptygpt.training.settings import open_prepared
 from model import ModelConfig
 
 PREPARED_WITH = ("--tokenizer=", "--vocab_size=", "--model_type=")
@@ -52,7 +52,7 @@ def is_data_of(saved: dict, dataset: Dataset) -> bool:
 
 def is_folder_of(saved: dict, folder: Path, model_config: ModelConfig) -> bool:
     with suppress(UserError):
-        return is_data_of(saved, open_dataset(folder, model_config, seed=0))
+        return is_data_of(saved, open_prepared(folder, model_config, seed=0))
     return False
 
 

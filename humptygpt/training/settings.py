@@ -1,6 +1,7 @@
-"""The settings of a training: from a command, and from the run that it resumes or the model that it starts from."""
+"""The settings of a training, from a command and from the run or the model that it starts from; and its data."""
 
 import dataclasses
+import importlib.util
 import math
 import os
 import shlex
@@ -12,16 +13,19 @@ from typing import NamedTuple
 from humptygpt.checkpoint import checkpoint
 from humptygpt.checkpoint.checkpoint import refuse_damaged
 from humptygpt.core import settings as configurator
-from humptygpt.core.device import DTYPES
 from humptygpt.core.errors import UserError
 from humptygpt.core.settings import check, setting, without_effect
+from humptygpt.data.batches import Dataset
+from humptygpt.data.token_files import read_meta
+from humptygpt.generation.tasks import TASKS
 from humptygpt.interchange.load import Loaded, load
 from humptygpt.nn import lora
+from humptygpt.nn.layers import DTYPES
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import note
 from humptygpt.training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate_at
 from humptygpt.training.run_folder import chosen_loggers, import_logger, lock_out_dir
-from model import ModelConfig
+from model import MODELS, ModelConfig
 
 TRAINING_ONLY = ("dropout", "label_smoothing")  # keys of ModelConfig that change no weight
 # what the weights and the order of the data mean
@@ -293,3 +297,19 @@ def fit_warmup(config: TrainConfig, chosen: bool) -> TrainConfig:
         f"warmup_iters={warmup} would last all {steps:,} steps; warmup_iters={steps // 10} is taken"
     )
     return dataclasses.replace(config, warmup_iters=steps // 10)
+
+
+def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
+    """Open a prepared folder for a model. Raises UserError where it, or this machine, is not made for the task."""
+    meta = read_meta(folder)
+    task = TASKS[meta["task"]]
+    model = MODELS[config.model]
+    if meta["task"] not in model.tasks:
+        raise UserError(
+            f"dataset={folder.name} is for {meta['task']}, but model={config.model} for {' and '.join(model.tasks)}"
+        )
+    if task.package and not importlib.util.find_spec(task.package):  # now, not when all is trained
+        raise UserError(
+            f"{meta['task']} is scored with the package {task.package}: pip install {task.package}"
+        )
+    return task.dataset(folder, config.block_size, seed, model.has_encoder, meta)
