@@ -7,7 +7,7 @@
 
 A run is a folder that train.py wrote; one in progress is shown as far as it is. Its row has its lowest validation loss
 and the settings in which it differs from most runs. Where tokenizers differ, compare bits per byte. A run counts as
-running if it wrote metrics in the last two minutes, or in the last ten log_intervals.
+running if it wrote metrics in the last ten minutes.
 
 With --group=True, runs of one folder that differ in nothing but the seed, such as idea/with-1 and idea/with-2, are one
 row, the mean of their lowest losses; so are idea/with/1 and idea/with/2. Each row is compared in bits per byte with the
@@ -32,7 +32,7 @@ from pathlib import Path
 from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
-from humptygpt.core.files import cannot_write, write_whole
+from humptygpt.core.files import write_whole
 from humptygpt.core.settings import parse_json, setting
 
 # torch and matplotlib are imported where they are needed: they take seconds, and a misspelt key should not wait.
@@ -44,7 +44,6 @@ IGNORED = {
 }
 SETTINGS = {
     "max_iters": range(1, 2**53),
-    "log_interval": range(1, 2**53),
     "n_layer?": range(1, 10_000),  # the model is built to count its parameters
 }
 SEED = re.compile(r"(^|[-_])(seed[-_=]?)?\d+$")  # the end of heads-1 and heads_seed=1, or all of 1
@@ -75,12 +74,8 @@ class CompareConfig:
     )
 
     def __post_init__(self):
-        if not self.runs:
-            raise ValueError("no run to compare; try: python compare.py out/*")
         if self.picture is not None and not self.picture.lower().endswith(".png"):
             raise ValueError(f"picture={self.picture} must end in .png")
-        if self.csv == self.json == "-":
-            raise ValueError("csv=- and json=- cannot both have stdout; give one of them a file")
 
 
 @dataclass
@@ -141,16 +136,13 @@ def note_validation_text(group: Group) -> None:
 def read_runs(folders: list[str]) -> list[Run]:
     """Read the runs; a folder that is not a run is reported and skipped. Raises UserError if none is."""
     runs = []
-    errors = []
     for folder in folders:
         try:
             runs.append(read_run(Path(folder)))
         except UserError as error:
-            errors.append(str(error))
+            note(f"{error}; skipped")
     if not runs:
-        raise UserError(f"nothing to compare: {errors[0] if errors else 'no folder is given'}")
-    for error in errors:
-        note(f"{error}; skipped")
+        raise UserError("no run to compare; try: python compare.py out/*")
     return runs
 
 
@@ -212,8 +204,7 @@ def state(run: Run, last: dict, evaluations: list[dict]) -> str:
     steps = run.settings["max_iters"]
     if evaluations and evaluations[-1]["iter"] >= steps:  # training ends with an evaluation
         return "done"
-    interval = run.settings["log_interval"] * last["seconds"] / max(1, it)
-    if run.idle < 120 + 10 * interval:
+    if run.idle < 600:
         return f"running at {100 * it // steps} %"
     return f"stopped at {it} of {steps}"
 
@@ -288,10 +279,7 @@ def make_group(title: str | None, named: list[tuple[str, list[Run]]]) -> Group:
 
 def summarize(runs: list[Run], name: str, group: str | None) -> dict:
     """Return the row of runs that differ in the seed alone: means, and the range of the bits per byte."""
-    seeds = {str(run.settings.get("seed")): run for run in runs}
-    if len(seeds) < len(runs):
-        note(f"{name} has several runs with the same seed; the last of them counts")
-    measured = [measure(run) for run in seeds.values()]
+    measured = [measure(run) for run in runs]
     states = Counter(figures.pop("state") for figures in measured)
     bits = [figures[BITS] for figures in measured if figures[BITS] is not None]
     row = {
@@ -319,10 +307,12 @@ def compare_with_first(table: list[dict]) -> None:
         if not row[BITS] or not first[BITS]:
             continue
         row["difference"] = row[BITS] - first[BITS]
+        doubt = ""
         if min(row["seeds"], first["seeds"]) < 2:
-            row["remark"] = f"{row['remark']} (one seed)".lstrip()
+            doubt = "(one seed)"
         elif max(row["lowest"], first["lowest"]) <= min(row["highest"], first["highest"]):
-            row["remark"] = f"{row['remark']} (within seeds)".lstrip()
+            doubt = "(within seeds)"
+        row["remark"] = f"{row['remark']} {doubt}".strip()
 
 
 def differences(runs: list[Run], ignored: set[str]) -> dict[str, list[str]]:
@@ -393,10 +383,6 @@ def write(path: str, content: bytes) -> None:
     if path == "-":
         print(content.decode(), end="", flush=True)
         return
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from error
     write_whole(Path(path), lambda file: file.write(content))
     print(f"{path} written", file=sys.stderr)
 
@@ -417,9 +403,6 @@ hollow: no clear difference, since the ranges overlap or there is one seed"""
 
 
 def draw(groups: list[Group], path: str) -> None:
-    if not any(row[BITS] for group in groups for row in group.table):
-        note("no run has bits per byte yet, so there is no picture")
-        return
     from matplotlib.figure import Figure
 
     figure = Figure(layout="constrained")
@@ -445,20 +428,15 @@ def curve(run: Run) -> tuple[list[float], list[float]]:
 
 
 def draw_runs(figure, group: Group) -> None:
-    """Draw the curves of validation loss at the left, and a bar per run for its lowest at the right."""
+    """Draw the curves of validation loss at the left, and the lowest of each at the right."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     figure.set_size_inches(12, max(4.2, 1.2 + 0.3 * len(group.runs)))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for i, (run, row) in enumerate(zip(group.runs, group.table, strict=True)):
-        color = COLORS[i % len(COLORS)]
+    colors = [COLORS[i % len(COLORS)] for i in range(len(group.runs))]
+    for i, run in enumerate(group.runs):
         style = "-" if i < len(COLORS) else "--"
-        left.plot(*curve(run), style, color=color, marker="osD^v"[i % 5], markersize=4)
-        bar = right.barh(i, row[BITS] or 0, color=color)
-        right.bar_label(
-            bar, [f"{row[BITS]:.3f} {row['remark']}" if row[BITS] else "not evaluated yet"]
-        )
-    left.set_title("HumptyGPT", loc="left")
+        left.plot(*curve(run), style, color=colors[i], marker="osD^v"[i % 5], markersize=4)
     # logarithmic, so that the first evaluations, far above the others, leave room for their differences
     left.set(yscale="log", ylabel="validation loss, bits per byte", xlabel="training text")
     left.yaxis.set_major_locator(MaxNLocator(10, steps=(1, 2, 5, 10)))
@@ -466,24 +444,21 @@ def draw_runs(figure, group: Group) -> None:
     left.minorticks_off()
     left.xaxis.set_major_formatter(EngFormatter("B"))
     left.grid(alpha=0.25)
+    draw_group(right, group, colors)
     right.set_xlabel("lowest validation loss, bits per byte")
-    right.margins(x=0.3)
-    right.set_yticks(range(len(group.table)), [row["run"] for row in group.table])
-    right.invert_yaxis()
 
 
 def draw_groups(figure, groups: list[Group]) -> None:
     """Draw a panel per group."""
-    across = min(len(groups), 3)
-    down = math.ceil(len(groups) / across)
-    rows = max(len(group.table) for group in groups)
-    figure.set_size_inches(10, 0.7 + down * (0.6 + 0.27 * rows))
-    for number, group in enumerate(groups, start=1):
-        draw_group(figure.add_subplot(down, across, number), group)
+    heights = [0.6 + 0.27 * len(group.table) for group in groups]
+    figure.set_size_inches(6, 0.7 + sum(heights))
+    panels = figure.subplots(len(groups), squeeze=False, height_ratios=heights)
+    for (panel,), group in zip(panels, groups, strict=True):
+        draw_group(panel, group, [GREY] + [BLUE] * len(group.runs))
     figure.supxlabel(CAPTION, fontsize=8)
 
 
-def draw_group(panel, group: Group) -> None:
+def draw_group(panel, group: Group, colors: list[str]) -> None:
     """Draw for each row the mean and the range of its seeds, and a bar from the first row's mean to it."""
     labels = []
     for y, row in enumerate(group.table):
@@ -491,16 +466,14 @@ def draw_group(panel, group: Group) -> None:
         if not row[BITS]:
             continue
         labels[-1] += f"  {row[BITS]:.3f}"
-        color = BLUE if y else GREY
+        color = colors[y]
         panel.barh(y, -(row["difference"] or 0), left=row[BITS], color=color, alpha=0.3, height=0.4)
         seeds = [row["lowest"] or row[BITS], row["highest"] or row[BITS]]
         panel.plot(seeds, [y, y], color=color)
         hollow = "white" if "(" in row["remark"] else color
         panel.plot(row[BITS], y, "o", color=color, markerfacecolor=hollow)
     panel.margins(x=0.1)
-    low, high = panel.get_xlim()
-    around = max(0, 0.04 * high - (high - low)) / 2  # so that small differences look small
-    panel.set(xlim=(low - around, high + around), ylim=(len(labels) - 0.5, -0.5))
+    panel.set_ylim(len(labels) - 0.5, -0.5)
     panel.set_yticks(range(len(labels)), labels)
     panel.set_title(group.title, loc="left", fontsize=10)
     panel.locator_params(axis="x", nbins=4)

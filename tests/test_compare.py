@@ -13,6 +13,7 @@ import pytest
 
 import compare
 from humptygpt.checkpoint import checkpoint
+from humptygpt.core.errors import UserError
 from model import ModelConfig
 from train import TrainConfig
 
@@ -161,11 +162,7 @@ def test_a_run_of_an_earlier_version_has_the_defaults_of_the_keys_that_came_late
         ([2.0, 1.9], {"max_iters": 500, "quiet": 0}, "running at 40 %"),
         ([], {"quiet": 0}, "running at 0 %"),
         ([], {}, "stopped at 0 of 200"),
-        (
-            [2.0, 1.9],
-            {"max_iters": 900, "quiet": 600, "log_interval": 100},
-            "running at 22 %",
-        ),  # a line each 100 s
+        ([2.0, 1.9], {"max_iters": 900, "quiet": 500}, "running at 22 %"),
     ],
 )
 def test_a_row_shows_the_state_of_its_run(folder, capsys, losses, settings, state):
@@ -220,19 +217,16 @@ def test_a_last_line_that_is_being_written_is_skipped_without_a_note(folder, cap
     assert (row["state"], row["best_val_loss"], row["best_iter"], errors) == ("done", 1.9, 200, "")
 
 
-def test_a_run_that_has_not_been_evaluated_shows_dashes_and_others_are_drawn(folder, capsys):
-    make_run("out/a", 2.0, 1.9)
+@pytest.mark.parametrize("losses", [(2.0, 1.9), ()])
+def test_a_run_that_has_not_been_evaluated_shows_dashes_and_is_drawn_without_a_curve(
+    folder, capsys, losses
+):
+    make_run("out/a", *losses, quiet=0)
     make_run("out/new", quiet=0)
     table = run(capsys, "out/a", "out/new", "--picture=out/compare.png")
-    assert row_of(table, "new").split()[2:7] == ["0.0", "—", "—", "—", "—"]
+    if losses:
+        assert row_of(table, "new").split()[2:7] == ["0.0", "—", "—", "—", "—"]
     assert Path("out/compare.png").exists()
-
-
-def test_without_any_evaluation_there_is_no_picture_and_a_note(folder, capsys):
-    make_run("out/new")
-    compare.main(["out/new"])
-    assert capsys.readouterr().err == "note: no run has bits per byte yet, so there is no picture\n"
-    assert not Path("out/compare.png").exists()
 
 
 BROKEN = {
@@ -259,10 +253,15 @@ def test_a_folder_whose_config_is_damaged_is_one_note_and_the_rest_is_compared(
 
 
 @pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl"])
-def test_what_is_no_run_is_one_line_and_exit_code_2(folder, fails, missing):
+def test_what_is_no_run_is_skipped_with_a_note(folder, capsys, missing):
     (make_run("out/a", 2.0) / missing).unlink()
-    assert f"out/a is not a run: out/a/{missing}: No such" in fails(compare.main, "out/a")
-    assert fails(compare.main, "out").endswith("; for the runs in it write out/*\n")
+    make_run("out/b", 2.0)
+    compare.main(["out/a", "out/b", "out", "--picture=None"])
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0].startswith(f"note: out/a is not a run: out/a/{missing}: No such")
+    assert errors[1].endswith("; for the runs in it write out/*; skipped")
+    with pytest.raises(UserError, match="no run to compare"):
+        compare.main(["out/a"])
 
 
 def test_bad_arguments_are_one_line(folder, fails):
@@ -271,7 +270,6 @@ def test_bad_arguments_are_one_line(folder, fails):
         "": "no run to compare; try: python compare.py out/*",
         "out/a --pictur=x.png": "unknown key pictur",
         "out/a --picture=x.svg": "picture=x.svg must end in .png",
-        "out/a --csv=- --json=-": "csv=- and json=- cannot both have stdout",
         "out/a --csv=/": "cannot write /: it is a folder; name a file in it",
         "out/a --baseline=b": "baseline=b is not a row of out: a",
     }.items():
@@ -400,14 +398,6 @@ def test_a_run_without_an_evaluation_counts_in_no_mean_and_a_group_may_have_none
     assert labels == ["new-1", f"old  {1.95 / math.log(2):.3f}"]
 
 
-def test_of_runs_with_the_same_settings_and_seed_one_counts_with_a_note(folder, capsys):
-    runs = [str(make_run(f"out/idea/a-{i}", 2.0 - i, seed=7)) for i in range(2)]
-    compare.main([*runs, "--group=True", "--json=-", "--picture=None"])
-    out, errors = capsys.readouterr()
-    assert errors == "note: a has several runs with the same seed; the last of them counts\n"
-    assert [(row["seeds"], row["best_val_loss"]) for row in json.loads(out)] == [(1, 1.0)]
-
-
 def test_different_validation_text_is_noted_for_the_group_that_has_it(folder, capsys):
     runs = [*make_seeds("out/a/x-{}", 2.0), *make_seeds("out/a/y-{}", 2.0, n_head=1)]
     runs += make_seeds("out/b/x-{}", 2.0, dataset="other")
@@ -504,15 +494,10 @@ def draw(monkeypatch):
 def test_each_run_has_one_look_of_its_own(folder, draw, count):
     left, right = draw(*(str(make_run(f"out/{i:02}", 2.5, 2 - i / 100)) for i in range(count)))
     assert len({(line.get_color(), line.get_linestyle()) for line in left.lines}) == count
-    bars = [bar.get_facecolor()[:3] for bar in right.patches]
-    assert bars == [pytest.approx(to_rgb(line.get_color())) for line in left.lines]
+    dots = right.lines[1::2]
+    assert [dot.get_color() for dot in dots] == [line.get_color() for line in left.lines]
     labels = [label.get_text() for label in right.get_yticklabels()]
-    assert labels == [f"{i:02}" for i in range(count)]
-    assert [text.get_text().endswith("best") for text in right.texts][-1]
-
-
-def to_rgb(color: str) -> tuple[float, ...]:
-    return tuple(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    assert labels == [f"{i:02}  {(2 - i / 100) / math.log(2):.3f}" for i in range(count)]
 
 
 def test_the_first_point_of_a_curve_is_in_the_axes(folder, draw):
@@ -548,14 +533,6 @@ def test_groups_have_a_panel_each_in_which_the_first_row_is_grey(folder, draw, c
             assert ends == {round(bits[0], 6), round(each, 6)}
         assert [x * math.log(2) for x in ranges[1].get_xdata()] == pytest.approx([1.5, 1.6])
         assert panel.get_ylim() == (2.5, -0.5)  # the first row is on top
-
-
-def test_a_small_difference_looks_small(folder, draw):
-    runs = make_seeds("out/group/without-{}", 2.0, 2.001)
-    runs += make_seeds("out/group/with-{}", 1.999, 2.0, n_head=1)
-    (panel,) = draw(*runs, "--group=True")
-    low, high = panel.get_xlim()
-    assert high - low > 0.1 and low < 1.999 / math.log(2) < 2.001 / math.log(2) < high
 
 
 def test_real_runs_are_compared(run_train, capsys):
