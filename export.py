@@ -11,7 +11,6 @@ format=ckpt every model, as the one file that all scripts open.
 """
 
 import json
-import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,6 @@ DTYPES = {
     "ckpt": ("float32",),
 }
 FORMATS = {".gguf": "gguf", ".pt": "ckpt"}  # by the ending of the name; of all others, transformers
-EXAMPLES = {"transformers": "exported", "gguf": "model.gguf", "ckpt": "ckpt.pt"}
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,12 @@ def check_target(to: str | None, format_: str) -> Path:
     """Return the path to write. Raises UserError where something is in its place."""
     kind = "folder" if format_ == "transformers" else "file"
     if to is None:
-        raise UserError(f"export needs a {kind} to write; give one, as --to={EXAMPLES[format_]}")
-    if kind == "file" and os.path.exists(to) and not os.path.isfile(to):
-        raise UserError(f"to={to} is no file that can be replaced; name a new file")
-    empty = os.path.isdir(to) and not any(Path(to).iterdir())
-    if kind == "folder" and os.path.exists(to) and not empty:
-        raise UserError(f"to={to} is a file or has files in it; remove it, or name a new folder")
-    return Path(to)
+        raise UserError(f"export needs a {kind} to write; give one by --to")
+    path = Path(to)
+    replaceable = path.is_file() if kind == "file" else path.is_dir() and not any(path.iterdir())
+    if path.exists() and not replaceable:
+        raise UserError(f"to={to} exists and would not be replaced; name a new {kind}")
+    return path
 
 
 def write_folder(loaded, to: Path, dtype: str) -> str:
@@ -107,13 +104,13 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
         write_pretrained(model, folder, getattr(torch, dtype), tokenizer)
         for name, content in files.items():
             write_whole(folder / name, lambda file, content=content: file.write(content))
-    return f"{to}: {size(to)}; its README.md shows how to use it"
+    return f"{to}: its README.md shows how to use it"
 
 
 def write_gguf_file(loaded, to: Path, dtype: str) -> str:
     """Write what llama.cpp opens; as write_folder."""
     from humptygpt.core.files import whole
-    from humptygpt.interchange.gguf import KINDS, vocabulary, write_gguf
+    from humptygpt.interchange.gguf import vocabulary, write_gguf
     from humptygpt.interchange.huggingface import to_pretrained
     from humptygpt.interchange.model_card import summary
 
@@ -121,8 +118,8 @@ def write_gguf_file(loaded, to: Path, dtype: str) -> str:
     tokens = vocabulary(loaded.tokenizer)
     about = {"name": to.stem, "description": summary(loaded)}
     with whole(to) as file:
-        write_gguf(file, content, weights, tokens, kind=KINDS[dtype], about=about)
-    return f"{to}: {size(to)}; for llama.cpp: llama-completion -m {shlex.quote(str(to))} -n 200"
+        write_gguf(file, content, weights, tokens, dtype, about)
+    return f"{to}: for llama.cpp: llama-completion -m {shlex.quote(str(to))} -n 200"
 
 
 def write_checkpoint(loaded, to: Path, dtype: str) -> str:
@@ -133,10 +130,8 @@ def write_checkpoint(loaded, to: Path, dtype: str) -> str:
         raise UserError(
             f"format=ckpt is for checkpoints of runs, and {loaded.path} is none; scripts open it by --init_from"
         )
-    to.parent.mkdir(parents=True, exist_ok=True)
     save(to, loaded.saved)
-    more = "what training needs to resume" if "optimizer" in loaded.saved else "the model"
-    return f"{to}: {size(to)}, {more}; python sample.py {shlex.quote(f'--out_dir={to}')}"
+    return f"{to}: python sample.py {shlex.quote(f'--out_dir={to}')}"
 
 
 def generation_config(loaded) -> str:
@@ -156,12 +151,6 @@ def generation_config(loaded) -> str:
     if padding := list(range(tokenizer.vocab_size, model.config.vocab_size)):
         content["suppress_tokens"] = padding  # rows of the embedding that stand for no token
     return json.dumps(content, indent=2) + "\n"
-
-
-def size(path: Path) -> str:
-    """Return the size of a file, or of all in a folder, in megabytes."""
-    files = list(path.iterdir()) if path.is_dir() else [path]
-    return f"{sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"
 
 
 if __name__ == "__main__":

@@ -350,13 +350,10 @@ def test_every_variant_is_refused_or_gives_the_same_logits_in_transformers(base)
         try:
             theirs = opened(model)
         except UserError as error:
-            given, needed = re.fullmatch(
-                r"(.*) cannot be exported; .* needs (.*)", str(error)
-            ).groups()
-            for setting in given.split(" "):
-                key, value = setting.split("=")
-                assert str(getattr(model.config, key)) == value
-                assert f"{key}=" in needed or (key == "n_embd" and "n_head=" in needed)
+            message = r"(\w+)=(.*) cannot be exported; .* needs (.*)"
+            key, value, needed = re.fullmatch(message, str(error)).groups()
+            assert str(getattr(model.config, key)) == value
+            assert f"{key}=" in needed or (key == "n_embd" and "n_head=" in needed)
             refused += 1
             continue
         idx = IDX[:, : model.config.block_size]
@@ -417,7 +414,7 @@ def test_a_full_disk_leaves_the_model_that_was_there(monkeypatch):
         write_pretrained(random_model(init="zero"), HF)
     with pytest.raises(UserError, match=r"cannot write new/model\.safetensors"):
         write_pretrained(random_model(), Path("new"))
-    with pytest.raises(UserError, match=r"cannot write theirs/config\.json: File exists"):
+    with pytest.raises(UserError, match=r"cannot write theirs/config\.json/model\.safetensors: "):
         write_pretrained(random_model(), HF / "config.json")
     assert {path.name: path.read_bytes() for path in HF.iterdir()} == before
     assert not list(Path("new").iterdir())

@@ -37,16 +37,12 @@ from humptygpt.tokenizer.write_huggingface import (
     sentencepiece_entries,
 )
 
-KINDS = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0"}  # by our names of dtypes
-FILE_TYPES = {
-    "F32": LlamaFileType.ALL_F32,
-    "BF16": LlamaFileType.MOSTLY_BF16,
-    "Q8_0": LlamaFileType.MOSTLY_Q8_0,
+DTYPES = {  # by our names
+    "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-ACTIVATIONS = {  # what llama.cpp has: the key of config.json and our name
-    "gpt2": ("activation_function", "gelu_tanh"),
-    "llama": ("hidden_act", "silu"),
-}
+ACTIVATIONS = {"gpt2": "gelu_tanh", "llama": "silu"}  # what llama.cpp computes
 HYPERPARAMETERS = {  # {end of the name of a method of GGUFWriter: key of config.json}
     "gpt2": {
         "block_count": "n_layer",
@@ -104,9 +100,9 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     raise AssertionError(f"{tokenizer.name} is not declared")
 
 
-def refusal(tokenizer: Tokenizer, why: str, fix: str = "use --format=transformers") -> UserError:
+def refusal(tokenizer: Tokenizer, why: str) -> UserError:
     name = f"tokenizer={tokenizer.name}"
-    return UserError(f"{name} cannot be exported with format=gguf: {why}; {fix}")
+    return UserError(f"{name} cannot be exported as GGUF: {why}; use --format=transformers")
 
 
 @vocabulary.register
@@ -125,7 +121,7 @@ def _(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
         return Vocabulary("rwkv", escaped + end, eot, types)
     if eot is None or "▁" in tokenizer.alphabet:
         why = "in llama.cpp, characters outside ASCII need an end-of-text token, and '▁' is a space"
-        raise refusal(tokenizer, why, "prepare the data with --tokenizer=byte")
+        raise refusal(tokenizer, why)
     tokens = [char.replace(" ", "▁") for char in tokenizer.alphabet] + end
     return Vocabulary("llama", tokens, eot, types, [0.0] * len(tokens))
 
@@ -150,8 +146,7 @@ def _(tokenizer: SentencePieceTokenizer) -> Vocabulary:
     """A "▁" in a text, which we spell in bytes, is a space for llama.cpp."""
     entries = sentencepiece_entries(tokenizer)
     if not is_merged(entries):
-        why = "llama.cpp cannot spell in bytes what is not in a vocabulary of model_type=unigram"
-        raise refusal(tokenizer, why, "prepare the data with --model_type=bpe")
+        raise refusal(tokenizer, "of sentencepiece's, llama.cpp has model_type=bpe alone")
     kinds = {
         "byte": TokenType.BYTE,
         "end of text": TokenType.CONTROL,
@@ -260,14 +255,13 @@ def write_gguf(
     content: dict,
     weights: Weights,
     vocabulary: Vocabulary,
-    *,
-    kind: str,
+    dtype: str,
     about: dict[str, str],
 ) -> None:
     """Write a GGUF file.
 
-    content, weights: as from to_pretrained(). kind: F32, BF16 or Q8_0, of all matrices but that of positions, and for
-    Q8_0, whose blocks are 32 weights of a row, those of other rows. about: name and description. Rows of the embedding
+    content, weights: as from to_pretrained(). dtype: a key of DTYPES, of all matrices but that of positions, and for
+    q8_0, whose blocks are 32 weights of a row, those of other rows. about: name and description. Rows of the embedding
     that stand for no token are left out: llama.cpp would draw them. Raises UserError where llama.cpp does not have what
     the model is made of, OSError where writing fails.
     """
@@ -277,7 +271,8 @@ def write_gguf(
     writer = GGUFWriter(path, architecture)
     for key, value in about.items():
         writer.add_string(f"general.{key}", value)
-    writer.add_file_type(FILE_TYPES[kind])
+    kind, file_type = DTYPES[dtype]
+    writer.add_file_type(file_type)
     for name, key in hyperparameters.items():
         getattr(writer, f"add_{name}")(content[key])
     writer.add_vocab_size(tokens)
@@ -288,10 +283,10 @@ def write_gguf(
         tensor = arranged(name, tensor, content)
         if name in EMBEDDINGS:
             tensor = tensor[:tokens]
-        exact = tensor.dim() == 1 or "wpe" in name or (kind == "Q8_0" and tensor.shape[-1] % 32)
-        dtype = GGMLQuantizationType["F32" if exact else kind]
-        array = gguf.quants.quantize(tensor.float().contiguous().numpy(), dtype)
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), array, raw_dtype=dtype)
+        exact = tensor.dim() == 1 or "wpe" in name or (dtype == "q8_0" and tensor.shape[-1] % 32)
+        stored = GGMLQuantizationType.F32 if exact else kind
+        array = gguf.quants.quantize(tensor.float().contiguous().numpy(), stored)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), array, raw_dtype=stored)
     if "rope_scaling" in content:
         writer.add_tensor("rope_freqs.weight", rope_factors(content))
     writer.write_header_to_file()
@@ -302,13 +297,11 @@ def write_gguf(
 
 def check_activation(content: dict) -> None:
     """Raise UserError where llama.cpp would compute another one."""
-    key, ours = ACTIVATIONS[content["model_type"]]
-    activation = ACTIVATION_NAMES[content[key]]
-    if activation != ours:
-        why = f"for {content['architectures'][0]}, llama.cpp has {ours} alone"
+    supported = ACTIVATIONS[content["model_type"]]
+    activation = ACTIVATION_NAMES[content.get("hidden_act") or content["activation_function"]]
+    if activation != supported:
         raise UserError(
-            f"activation={activation} cannot be exported with format=gguf: {why};"
-            f" train with --activation={ours}"
+            f"activation={activation} cannot be exported as GGUF; train with --activation={supported}"
         )
 
 

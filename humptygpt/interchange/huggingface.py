@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt.core.errors import UserError
-from humptygpt.core.files import cannot_write, write_whole
+from humptygpt.core.files import write_whole
 from humptygpt.core.settings import check_schema, convert, parse_json, without_effect
 from humptygpt.interchange.families import (
     ACTIVATION_NAMES,
@@ -234,18 +234,10 @@ def find_family(config: ModelConfig) -> str:
     }
     exported = {key for _, key, *_ in family.settings + ROPE_SCALING}
     free = exported | NOT_EXPORTED | without_effect(vars(config), ModelConfig).keys()
-    wrong = [
-        key
-        for key, values in supported.items()
-        if key not in free and getattr(config, key) not in values
-    ]
-    if "model" in wrong:  # of other models the other keys mean something else
-        wrong = ["model"]
-    if wrong:
-        given = " ".join(f"{key}={getattr(config, key)}" for key in wrong)
-        needed = " ".join(f"{key}={supported[key][0]}" for key in wrong)
-        fix = f"{family.architectures[0]} needs {needed}, as in {family.preset}"
-        raise UserError(f"{given} cannot be exported; {fix}")
+    for key, values in supported.items():
+        if key not in free and getattr(config, key) not in values:
+            needed = f"{family.architectures[0]} needs {key}={values[0]}, as in {family.preset}"
+            raise UserError(f"{key}={getattr(config, key)} cannot be exported; {needed}")
     if config.n_embd % config.n_head:
         needed = f"transformers needs a multiple of n_head={config.n_head}"
         raise UserError(f"n_embd={config.n_embd} cannot be exported; {needed}")
@@ -265,10 +257,6 @@ def write_pretrained(
 
 def write_files(folder: Path, contents: dict[str, dict]) -> None:
     """Write JSON and safetensors files, each whole or not at all, the JSON last. Raises UserError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
     for name, content in sorted(contents.items(), reverse=True):
         if name.endswith(".json"):
             data = f"{json.dumps(content, indent=2)}\n".encode()

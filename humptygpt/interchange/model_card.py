@@ -38,7 +38,7 @@ output = model.generate(**prompt, max_new_tokens={new_tokens})
 print(tokenizer.decode(output[0]))
 ```
 
-{notes}
+Prompt and output together have at most {context} tokens. {note}
 """
 TRAINING = """| trained on | {source} |
 | training | {steps} steps, {tokens} tokens |
@@ -62,11 +62,6 @@ def model_card(loaded: Loaded, name: str, prompt: str, note: str, defaults: dict
     """
     model, tokenizer, saved = loaded.model, loaded.tokenizer, loaded.saved
     context = model.config.block_size
-    notes = [f"Prompt and output together have at most {context:,} tokens.", note]
-    if tokenizer.name == "char":
-        notes.append("Characters that its training text does not have are an error.")
-    if tokenizer.eot is None:
-        notes.append("Its training text was a single one, so that it never ends one.")
     start = tokenizer.decode(tokenizer.start()) if tokenizer.eot is None else END_OF_TEXT
     card = CARD.format(
         name=name,
@@ -79,7 +74,7 @@ def model_card(loaded: Loaded, name: str, prompt: str, note: str, defaults: dict
         vocabulary=f"{tokenizer.vocab_size:,}",
         prompt=json.dumps(prompt + start, ensure_ascii=False),
         new_tokens=min(200, context // 2),
-        notes=" ".join(filter(None, notes)),
+        note=note,
     )
     if not saved:
         return card

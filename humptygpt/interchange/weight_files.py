@@ -57,10 +57,7 @@ def open_file(path: Path) -> Weights:
 
 def open_shards(index: Path, present: set[str]) -> Weights:
     """Return the tensors of all files that an index names; present: the files beside it."""
-    try:
-        content = parse_json(index.read_bytes(), {"weight_map": {str: str}})
-    except ValueError as error:
-        raise ValueError(f"{index.name}: {error}") from error
+    content = parse_json(index.read_bytes(), {"weight_map": {str: str}})
     shards = set(content["weight_map"].values())
     if missing := shards - present:
         raise ValueError(f"{index.name} names {min(missing)}, which is missing")
