@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError
 from humptygpt.core.files import write_whole
 from humptygpt.core.settings import check, setting
 
@@ -31,7 +30,7 @@ class ExplainConfig:
     )
     to: str | None = setting(None, "HTML file to write; None: explain.html in out_dir", path=True)
     start: str = setting("", "the text that the page starts with; translation: the sentence")
-    max_mb: float = setting(32.0, "megabytes that the page may take", above=0)
+    max_mb: float = setting(32.0, "megabytes that the weights may take in the page", above=0)
 
     def __post_init__(self):
         check(self)
@@ -39,23 +38,12 @@ class ExplainConfig:
 
 def main(argv: list[str]) -> None:
     config = configurator.make(ExplainConfig, configurator.read(argv, ExplainConfig))
-    page = make_page(config)
+    from humptygpt.page.page_data import page_data
+
+    page = fill(to_text(page_data(config)))
     path = Path(config.out_dir) / "explain.html" if config.to is None else Path(config.to)
     write_whole(path, lambda file: file.write(page))
     print(f"{path}: {len(page) / 1e6:.1f} MB; open it in a browser")
-
-
-def make_page(config: ExplainConfig) -> bytes:
-    """Return the HTML file. Raises UserError where there is no such run, or it does not fit."""
-    from humptygpt.page.page_data import page_data
-
-    data = page_data(config.out_dir, config.checkpoint, start=config.start, max_mb=config.max_mb)
-    page = fill(to_text(data))
-    if len(page) > 1e6 * config.max_mb:
-        raise UserError(
-            f"the page takes {len(page) / 1e6:.2f} MB, more than max_mb={config.max_mb:g}; raise --max_mb"
-        )
-    return page
 
 
 def to_text(data: dict) -> str:

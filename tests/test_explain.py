@@ -1062,7 +1062,6 @@ BAD = {
     "--to=out": "cannot write out: it is a folder; name a file in it",
     "--start=Aké": "character 'é' (U+00E9) is not among the",
     "--max_mb=0.05": "MB in a page, more than max_mb=0.05",
-    "--max_mb=0.08": "MB, more than max_mb=0.08; raise --max_mb",
     "--checkpoint=newest": "checkpoint=newest is not one of: best, latest",
 }
 

@@ -101,7 +101,7 @@ def test_a_tokenizer_comes_by_the_models_name_without_its_weights(server):
     assert tokens == read_tokenizer(Path("made")).state()
     assert fetched(server) == {"config.json", "merges.txt", "vocab.json"}
     assert tokens == load("gpt2").tokenizer.state()
-    with pytest.raises(UserError, match="there is no model no/model at"):
+    with pytest.raises(UserError, match="no/model does not exist or asks for permission"):
         prepare_data.main(["--input=text.txt", "--name=x", "--tokenizer=no/model"])
 
 
@@ -110,9 +110,12 @@ def test_a_tokenizer_comes_by_the_models_name_without_its_weights(server):
     [
         (
             404,
-            "there is no model openai-community/gpt2 at ADDRESS; check the name, or set HF_TOKEN",
+            "ADDRESS/openai-community/gpt2 does not exist or asks for permission; check the name",
         ),
-        (403, "ADDRESS/openai-community/gpt2 asks for permission; accept its terms"),
+        (
+            403,
+            "ADDRESS/openai-community/gpt2 does not exist or asks for permission; check the name",
+        ),
         (500, "gpt2 cannot be fetched from ADDRESS: Server error '500 Internal Server Error' for"),
     ],
 )

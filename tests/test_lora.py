@@ -319,7 +319,10 @@ BAD = [
         lambda: change_config(base_model_name_or_path="adapter"),
         "the base model of the adapter adapter is an adapter, too",
     ),
-    (lambda: change_weights(lambda weights: weights.pop(B)), f"the weight {B} is missing"),
+    (
+        lambda: change_weights(lambda weights: weights.pop(B)),
+        "lora_A.weight is unknown, or the other of its pair is missing",
+    ),
     (
         lambda: change_weights(lambda weights: weights.update(more=torch.ones(1))),
         "the weight more is unknown",

@@ -73,20 +73,18 @@ def write_adapter(model: nn.Module, base: str, folder: Path) -> None:
     config, layers = model.config, adapted(model)
     weights, targets, ranks, alphas = {}, set(), {}, {}
     for theirs, ours in layer_names(config, layers):
-        parts = [layers.get(name) for name in ours]
-        present = [part for part in parts if part]
+        present = [name for name in ours if name in layers]
         if not present:
             continue
-        weights[f"{PREFIX}{theirs}.lora_A.weight"] = torch.cat(
-            [part.lora_A.weight.detach().float() for part in present]
-        ).cpu()
-        blocks = [
-            part.lora_B.weight.detach().float().cpu()
-            if part
-            else torch.zeros(model.get_submodule(name).out_features, 0)
-            for name, part in zip(ours, parts, strict=True)
+        A = torch.cat([layers[name].lora_A.weight for name in present])
+        B = [
+            layers[name].lora_B.weight
+            if name in layers
+            else A.new_zeros(model.get_submodule(name).out_features, 0)
+            for name in ours
         ]
-        weights[f"{PREFIX}{theirs}.lora_B.weight"] = torch.block_diag(*blocks)
+        weights[f"{PREFIX}{theirs}.lora_A.weight"] = A
+        weights[f"{PREFIX}{theirs}.lora_B.weight"] = torch.block_diag(*B)
         targets.add(unnumbered(theirs).split(".#.")[-1])
         if len(present) > 1:
             kind = theirs.rpartition(".")[2]
@@ -106,6 +104,7 @@ def write_adapter(model: nn.Module, base: str, folder: Path) -> None:
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
+    weights = {name: x.detach().float().cpu() for name, x in weights.items()}
     write_files(folder, {CONFIG: content, WEIGHTS[0]: weights})
 
 
@@ -146,11 +145,8 @@ def changed_weights(
     changed = {}
     for theirs, ours in layer_names(config, layers):
         names = [f"{PREFIX}{theirs}.lora_{part}.weight" for part in "AB"]
-        missing = [name for name in names if name not in stored]
-        if len(missing) == 2:
+        if not stored.keys() >= set(names):
             continue
-        if missing:
-            raise ValueError(f"the weight {missing[0]} is missing")
         if config.tie_weights and theirs == "lm_head":
             raise ValueError("it changes lm_head, which is tied to the embedding")
         A, B = (stored.pop(name) for name in names)
@@ -164,7 +160,9 @@ def changed_weights(
         for name, W, update in zip(ours, own, updates, strict=True):
             changed[f"{name}.weight"] = W + update
     if stored:
-        raise ValueError(f"the weight {min(stored)} is unknown")
+        raise ValueError(
+            f"the weight {min(stored)} is unknown, or the other of its pair is missing"
+        )
     if not changed:
         raise ValueError("it has no weights")
     return changed

@@ -6,10 +6,10 @@ models are kept, HF_HUB_OFFLINE=1 asks no server. Only text and weights are fetc
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from humptygpt.core.errors import UserError, one_line
+from humptygpt.interchange.huggingface import read_config
 
 GPT2 = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -37,12 +37,9 @@ def fetch_tokenizer(repo: str) -> Path:
     return fetch(repo, TEXT_FILES)
 
 
-def fetch_model(repo: str, check_config: Callable[[Path], object]) -> Path:
-    """Return the folder of a model in Hugging Face's format. Raises UserError.
-
-    check_config: raises UserError for a folder with a config.json that is not supported, before the weights come.
-    """
-    check_config(fetch_tokenizer(repo))
+def fetch_model(repo: str) -> Path:
+    """Return the folder of a model in Hugging Face's format. Raises UserError, before the weights come if it can."""
+    read_config(fetch_tokenizer(repo))
     for names in WEIGHTS:
         folder = fetch(repo, names)
         if any(path for name in names for path in folder.glob(name)):
@@ -54,18 +51,16 @@ def fetch_model(repo: str, check_config: Callable[[Path], object]) -> Path:
 
 def fetch(repo: str, names: list[str]) -> Path:
     import huggingface_hub  # here, since it takes half a second to load
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     huggingface_hub.utils.logging.set_verbosity_error()
     endpoint = huggingface_hub.constants.ENDPOINT
     try:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=names))
-    except GatedRepoError as error:
-        page = f"{endpoint}/{repo}"
-        raise UserError(f"{page} asks for permission; accept its terms and set HF_TOKEN") from error
-    except RepositoryNotFoundError as error:
+    except RepositoryNotFoundError as error:  # or one that this user may not read
         raise UserError(
-            f"there is no model {repo} at {endpoint}; check the name, or set HF_TOKEN if it is private"
+            f"{endpoint}/{repo} does not exist or asks for permission; check the name, or accept its terms"
+            " and set HF_TOKEN"
         ) from error
     except Exception as error:  # of requests or httpx, by its version
         reason = one_line(error.__cause__ or error)

@@ -14,7 +14,7 @@ from humptygpt.core.errors import UserError
 from humptygpt.core.settings import as_written_here, check_schema, make, nearest_path, our_configs
 from humptygpt.data.token_files import GPT2_TOKENS, read_nanogpt_meta
 from humptygpt.interchange import adapters, hub, huggingface
-from humptygpt.interchange.families import GPT2
+from humptygpt.interchange.families import GPT2, SIZE
 from humptygpt.interchange.weight_files import check_dense
 from humptygpt.nn import lora
 from humptygpt.tokenizer import tokenizers
@@ -23,7 +23,6 @@ from humptygpt.tokenizer.tokenizers import Tokenizer
 from model import ModelConfig
 
 FILES_OF_A_FOLDER = (".safetensors", ".bin", ".json", ".gguf")
-SIZE = range(1, 2**20 + 1)
 MODEL_ARGS = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), SIZE)
 NANOGPT = {
     "model": dict,
@@ -40,7 +39,6 @@ class Loaded(NamedTuple):
     description: str  # in one line
     task: str = "language modelling"
     saved: dict | None = None  # the entries of a run's checkpoint: see checkpoint.SCHEMA
-    mapped: bool = False  # whether the weights lie in the mapped file
 
 
 def load(source: str | Path, which: str = "best", mapped: bool = False) -> Loaded:
@@ -55,7 +53,7 @@ def load(source: str | Path, which: str = "best", mapped: bool = False) -> Loade
         loaded = from_folder(path, source)
     else:
         saved = checkpoint.read_plain(path, mapped)
-        loaded = from_nanogpt(path, saved) if is_nanogpt(saved) else from_run(path, saved, mapped)
+        loaded = from_nanogpt(path, saved) if is_nanogpt(saved) else from_run(path, saved)
     loaded.model.eval()
     tokens, rows = loaded.tokenizer.vocab_size, loaded.model.config.vocab_size
     if tokens > rows:
@@ -110,7 +108,7 @@ def find_source(source: str | Path, which: str = "best", key: str = "init_from")
     if repo := hub.repository(str(source)):
         if key == "tokenizer":
             return hub.fetch_tokenizer(repo)
-        return hub.fetch_model(repo, huggingface.read_config)
+        return hub.fetch_model(repo)
     run = Path("out", source)
     near = f"; did you mean {run}?" if os.path.isdir(run) else nearest_path(str(source))
     if not near and (config := our_configs().get(str(source))):
@@ -144,7 +142,7 @@ def is_folder(path: Path) -> bool:
 # One function a format
 
 
-def from_run(path: Path, saved: object, mapped: bool) -> Loaded:
+def from_run(path: Path, saved: object) -> Loaded:
     saved = checkpoint.check(path, saved)
     config = make(ModelConfig, saved["model_config"])
     model = checkpoint.restore_model(saved["model"], config)
@@ -156,7 +154,6 @@ def from_run(path: Path, saved: object, mapped: bool) -> Loaded:
         path=path,
         description=f"{path}: iter {progress['iter']}, best val loss {progress['best_val_loss']:.4f}",
         saved=saved,
-        mapped=mapped and not config.lora_rank,
     )
 
 

@@ -24,28 +24,28 @@ from humptygpt.tokenizer.write_huggingface import is_merged, sentencepiece_entri
 BASE64 = 4 / 3  # characters for each byte
 
 
-def page_data(
-    out_dir: str, which: str = "best", *, start: str = "", max_mb: float = math.inf
-) -> dict:
+def page_data(config) -> dict:
     """Return what a page needs of a run. Raises UserError where there is no such checkpoint, or the model is too large.
 
-    which: best or latest. start: the text that the page starts with. max_mb: megabytes that the weights may take in it.
+    config: explain.py's ExplainConfig.
     """
-    run = load(checkpoint.find_checkpoint(Path(out_dir), which))
+    run = load(checkpoint.find_checkpoint(Path(config.out_dir), config.checkpoint))
     if run.saved is None:
-        raise UserError(f"out_dir={out_dir} is no run of train.py; a page shows one")
-    check_size(run.model, max_mb)
-    text = start if run.tokenizer.eot is None else start.removeprefix(END_OF_TEXT)
+        raise UserError(f"out_dir={config.out_dir} is no run of train.py; a page shows one")
+    check_size(run.model, config.max_mb)
+    text = config.start
+    if run.tokenizer.eot is not None:
+        text = text.removeprefix(END_OF_TEXT)
     run.tokenizer.encode(text)  # raises UserError where it has no tokens for it
     progress = {key: run.saved["progress"][key] for key in ("iter", "best_val_loss")}
     rows = read_metrics(run.path.with_name("metrics.jsonl"))
     return {
-        "name": Path(out_dir).resolve().name,
+        "name": Path(config.out_dir).resolve().name,
         "task": run.task,
         "progress": without_infinities(progress),
         **model_data(run.model),
         "tokenizer": tokenizer_data(run.tokenizer),
-        "start": start,
+        "start": config.start,
         "metrics": [without_infinities(row) for row in rows if row],
     }
 
@@ -54,13 +54,11 @@ def check_size(model: nn.Module, max_mb: float) -> None:
     """Raise UserError where the weights take more than max_mb megabytes in a page."""
     tensors = set(model.state_dict(keep_vars=True).values())
     size = sum(2 * p.numel() for p in tensors) * BASE64 / 1e6
-    if size <= max_mb:
-        return
-    parameters = sum(p.numel() for p in model.parameters())
-    raise UserError(
-        f"the weights of {parameters:,} parameters take {size:.2f} MB in a page, more than max_mb={max_mb:g}: a"
-        " browser would take long to open it; train a smaller model, or raise --max_mb"
-    )
+    if size > max_mb:
+        raise UserError(
+            f"the weights take {size:.2f} MB in a page, more than max_mb={max_mb:g}: a browser would take long to open"
+            " it; train a smaller model, or raise --max_mb"
+        )
 
 
 def without_infinities(row: dict) -> dict:
