@@ -24,7 +24,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import chain
@@ -40,7 +40,7 @@ import numpy as np
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
 from humptygpt.core.files import Lock, being_moved, cannot_write, move_aside, remove
-from humptygpt.core.settings import as_written_here, check, nearest, setting, without_effect
+from humptygpt.core.settings import as_written_here, check, our_configs, setting, without_effect
 from humptygpt.data.corpus import VOCABULARY_BYTES, Documents, vocabulary_texts
 from humptygpt.data.documents import find_files, read_errors, write_if_changed
 from humptygpt.data.encoding import Progress, encode, read_json, write_json
@@ -74,7 +74,6 @@ from humptygpt.tokenizer.tokenizers import (
 
 Corpus = Documents | Pairs
 STREAM = "standard_input.txt"  # the copy of a stream, which is read more than once
-CHANGES_NOTHING = ("workers", "part", "join")  # of what is written
 RESUME = "run the same command again to resume"
 OWN_TEXT = "python prepare_data.py --input=FILE_OR_FOLDER --name=NAME"
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
@@ -183,10 +182,6 @@ class PrepareConfig:
         if (self.source is None) != (self.target is None) or (self.source and self.input):
             rule = "go together, and without input: --source=a.de --target=a.en, line by line translations"
             raise ValueError(f"source and target {rule}")
-        if "-" in (self.source, self.target, self.held_out):
-            raise ValueError(
-                "only --input=- reads a stream; write a file for source, target or held_out"
-            )
 
 
 def main(argv: list[str]) -> None:
@@ -199,10 +194,7 @@ def main(argv: list[str]) -> None:
     arguments = (
         f"--dataset={shlex.quote(config.name)} --out_dir={shlex.quote(f'out/{config.name}')}"
     )
-    if (
-        built_in(config)
-        and Path(__file__).with_name("config").joinpath(f"{config.name}.py").exists()
-    ):
+    if built_in(config) and config.name in our_configs():
         arguments = f"config/{config.name}.py"
     elif meta["task"] == Pairs.task:
         arguments = f"config/translate_de_en.py {arguments} --block_size={meta['longest']}"
@@ -215,15 +207,10 @@ def prepare(config: PrepareConfig) -> dict:
     with one_writer(folder, folder / ".lock"):
         try:
             corpus = open_corpus(config, folder)
-            meta = make_data(corpus, folder, command_text(config), fit=config.vocab_size is None)
+            meta = make_data(corpus, folder, config)
         finally:
             if config.input == "-" and not (folder / "preparing").exists():  # nothing to resume
                 (folder / STREAM).unlink(missing_ok=True)
-    if corpus.separated and from_state(meta["tokenizer"]).eot is None:
-        print(
-            "note: this tokenizer has no end-of-text token; nothing separates the documents",
-            file=sys.stderr,
-        )
     print(summary(folder, meta, corpus.summary(meta)))
     return meta
 
@@ -239,11 +226,10 @@ def prepare_part(config: PrepareConfig) -> str:
         check_divisible(corpus)
         part = take_part(corpus, number, count)
         (target / "part.json").unlink(missing_ok=True)
-        train = partial(make_tokenizer, corpus, fit=config.vocab_size is None)
+        train = partial(make_tokenizer, corpus, config)
         progress = encode(part, target, f"{config.part} {corpus_id(corpus)}", command, train)
         finish_part(corpus, progress, target)
-    tokens = sum(counted["tokens"] for counted in progress.splits.values())
-    size = f"{len(part.files):,} of {len(corpus.files):,} files, {tokens:,} tokens"
+    size = f"{len(part.files):,} of {len(corpus.files):,} files"
     return f"{target}: {size}\nwith all parts: {as_written_here(command)} --join=True"
 
 
@@ -264,10 +250,11 @@ def one_writer(folder: Path, lock: Path) -> Iterator[None]:
         raise
 
 
-def make_data(corpus: Corpus, folder: Path, command: str, fit: bool) -> dict:
-    """Write the folder, unless it has the same already, and return its meta.json. fit: see make_tokenizer."""
+def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
+    """Write the folder, unless it has the same already, and return its meta.json. config: as the user gave it."""
     preparing = folder / "preparing"
-    made_from = data_id(corpus, fit)
+    command = command_text(config)
+    made_from = data_id(corpus, config)
     if read_json(folder / "meta.json").get("made_from") == made_from and is_whole(folder):
         print(
             f"note: {folder} has this text with these settings already; it stays as it is",
@@ -283,22 +270,22 @@ def make_data(corpus: Corpus, folder: Path, command: str, fit: bool) -> dict:
             check_divisible(corpus)
             progress = join_parts(corpus, folder, preparing, made_from, command)
         else:
-            train = partial(make_tokenizer, corpus, fit=fit)
+            train = partial(make_tokenizer, corpus, config)
             progress = encode(corpus, preparing, made_from, command, train)
-        check_splits(progress, preparing, corpus)
+        check_splits(progress, preparing)
         meta = make_meta(corpus, progress, preparing) | {"command": command, "made_from": made_from}
         write_json(preparing / "meta.json", meta)
     install(preparing, folder)
     return read_json(folder / "meta.json")
 
 
-def data_id(corpus: Corpus, fit: bool) -> str:
+def data_id(corpus: Corpus, config: PrepareConfig) -> str:
     """Hash what the data is made from: the files' paths, sizes and times, settings, and a tokenizer from elsewhere."""
     settings = asdict(corpus.config) | dict.fromkeys(
         ("input", "source", "target", "files", "workers")
     )
     del settings["part"], settings["join"]
-    content = [corpus.fingerprint(), settings, fit]
+    content = [corpus.fingerprint(), settings, config.vocab_size is None]
     if settings["tokenizer"] not in TOKENIZERS:
         content.append(pretrained_tokenizer(settings["tokenizer"], corpus).state())
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -306,14 +293,10 @@ def data_id(corpus: Corpus, fit: bool) -> str:
 
 def command_text(config: PrepareConfig) -> str:
     """Return the command of this config, to be pasted into a shell; without the keys that change no byte."""
-    words = [
-        "python",
-        "prepare_data.py",
-        f"--name={config.name}" if config.name.startswith("-") else config.name,
-    ]
+    words = ["python", "prepare_data.py", config.name]
     for field in fields(config):
         value = getattr(config, field.name)
-        if value != field.default and field.name not in ("name", *CHANGES_NOTHING):
+        if value != field.default and field.name not in ("name", "workers", "part", "join"):
             words.append(f"--{field.name}={value}")
     return shlex.join(words)
 
@@ -335,49 +318,38 @@ def open_corpus(config: PrepareConfig, folder: Path) -> Corpus:
     where, name = find_input(preset, folder)
     if isinstance(where, str):
         files = find_files(where)[: preset.files]
+        name = f"{len(files):,} files: {name}" if len(files) > 1 else name
         tsv_files = [file for file in files if is_tsv(file)]
         if not tsv_files:
-            return Documents(resolve(preset), files, name or where)
+            return Documents(resolve(preset), files, name)
         if len(tsv_files) < len(files):
-            pattern = shlex.quote(f"--input={tsv_files[0].with_name('*' + tsv_files[0].suffix)}")
-            raise UserError(
-                f"{where} has text and sentence pairs; name one kind only, by a pattern such as {pattern}"
-            )
-        name = name or (where if len(files) == 1 else f"{len(files):,} files: {where}")
+            problem = f"{where} has text and sentence pairs"
+            raise UserError(f"{problem}; name one kind only, by a pattern such as '*.tsv'")
         where = [(None, (file,)) for file in files]
-    elif config.source is None:  # the splits are given
-        for key in ("files", "val_fraction", "test_fraction"):
-            if getattr(config, key) is not None:
-                note = f"{key}={getattr(config, key)} has no effect on these files"
-                print(f"note: {note}", file=sys.stderr)
     for path in chain.from_iterable(paths for _, paths in where):
         with read_errors(path):
             path.open("rb").close()  # now rather than hours later
     return Pairs(resolve(preset, pairs=True), where, name)
 
 
-def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, str | None]:
-    """Return (a path or files of pairs, the source for meta.json; None: the path)."""
+def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, str]:
+    """Return (a path or files of pairs, the source for meta.json)."""
     if config.source is not None:
         paths = (Path(config.source), Path(config.target))
         return [(None, paths)], f"{config.source} and {config.target}"
     if config.input == "-":
-        if sys.stdin.isatty():
-            print("reading the text from the terminal; Ctrl-D ends it", file=sys.stderr)
         write_if_changed(folder / STREAM, lambda file: shutil.copyfileobj(sys.stdin.buffer, file))
         return str(folder / STREAM), "standard input"
     if config.input is not None:
-        return config.input, None
+        return config.input, config.input
     for path in (folder / "input.txt", folder / "input.tsv"):
         if os.path.exists(path):
-            return str(path), None
+            return str(path), str(path)
     if source := built_in(config):
-        return source.fetch(config.name, config.files)
-    prepared = [path.parent.name for path in Path("data").glob("*/meta.*")]
-    near = nearest(config.name, [*prepared, *SOURCES])
+        return source.fetch(config)
     raise UserError(
         f"no data set {config.name}: it is not one of: {', '.join(SOURCES)}, and there is no {folder}/input.txt;"
-        f"{f' did you mean {near}?' if near else ''} for your own text: {as_written_here(OWN_TEXT)}"
+        f" for your own text: {as_written_here(OWN_TEXT)}"
     )
 
 
@@ -395,7 +367,6 @@ def resolve(config: PrepareConfig, pairs: bool = False) -> PrepareConfig:
     idle = without_effect(vars(config) | {"task": task}, PrepareConfig)
     for key, why in idle.items():
         if getattr(config, key) is not None:
-            why = why.replace(f"task={Pairs.task}", "sentence pairs, as in a .tsv file")
             raise UserError(f"{key}={getattr(config, key)} has no effect {why}")
     defaults = {
         "vocab_size": 8192 if pairs else 4096,
@@ -411,8 +382,8 @@ def resolve(config: PrepareConfig, pairs: bool = False) -> PrepareConfig:
 # The tokenizer
 
 
-def make_tokenizer(corpus: Corpus, fit: bool) -> Tokenizer:
-    """fit: of a small text, take as many tokens as there are, since the user named no vocab_size."""
+def make_tokenizer(corpus: Corpus, config: PrepareConfig) -> Tokenizer:
+    """Train or load it. A small text gives as many tokens as it can where the user's config names no vocab_size."""
     if corpus.config.tokenizer not in TOKENIZERS:
         return pretrained_tokenizer(corpus.config.tokenizer, corpus)
     kind = TOKENIZERS[corpus.config.tokenizer]
@@ -430,7 +401,7 @@ def make_tokenizer(corpus: Corpus, fit: bool) -> Tokenizer:
         try:
             return kind.train(texts, separated=corpus.separated, **options)
         except VocabularyTooLarge as error:
-            if not fit:
+            if config.vocab_size is not None:
                 raise
             print(f"note: {error}; vocab_size={error.most} is taken", file=sys.stderr)
             options["vocab_size"] = error.most
@@ -440,7 +411,12 @@ def pretrained_tokenizer(path: str, corpus: Corpus) -> Tokenizer:
     """Load the tokenizer of a run, of a folder, or of a model of the hub. Raises UserError."""
     from humptygpt.interchange.load import load_tokenizer  # here, since it loads torch
 
-    tokenizer = separate(load_tokenizer(path), corpus.separated)
+    tokenizer = load_tokenizer(path)
+    state = tokenizer.state()
+    if corpus.separated and tokenizer.eot is None and "separated" in state:
+        separated = from_state(state | {"separated": True})
+        if separated.vocab_size == tokenizer.vocab_size:  # the model that it is for has the token
+            tokenizer = separated
     if tokenizer.eot is None and corpus.task == Pairs.task:
         raise UserError(
             f"tokenizer={path} has no end-of-text token, which sentence pairs need; take another --tokenizer"
@@ -448,31 +424,17 @@ def pretrained_tokenizer(path: str, corpus: Corpus) -> Tokenizer:
     return tokenizer
 
 
-def separate(tokenizer: Tokenizer, separated: bool) -> Tokenizer:
-    """The same with an end-of-text token, if documents need one and the model it is for has one."""
-    state = tokenizer.state()
-    if not separated or tokenizer.eot is not None or "separated" not in state:
-        return tokenizer
-    separate = from_state(state | {"separated": True})
-    return separate if separate.vocab_size == tokenizer.vocab_size else tokenizer
-
-
 # --------------------------------------------------------------------------------------
 # The folder
 
 
-def check_splits(progress: Progress, preparing: Path, corpus: Corpus) -> None:
+def check_splits(progress: Progress, preparing: Path) -> None:
     """Raise UserError where a split has too few tokens, and remove the incomplete files: resuming would not help."""
     for split, counted in progress.splits.items():
         if counted["tokens"] < 2:
             shutil.rmtree(preparing)
-            with suppress(OSError):  # not empty
-                preparing.parent.rmdir()
             rule = f"{split}.bin would have {counted['tokens']} tokens, but needs at least 2"
-            facts = (
-                f"val_fraction={corpus.config.val_fraction}; {corpus.why_short(progress.splits)}"
-            )
-            raise UserError(f"{rule}: {facts}; change --val_fraction or add text")
+            raise UserError(f"{rule}; change --val_fraction or add text; counted: {counted}")
 
 
 def make_meta(corpus: Corpus, progress: Progress, preparing: Path) -> dict:
@@ -552,11 +514,10 @@ def keep_earlier_data(folder: Path, new: set[str]) -> None:
         return
     # meta.json first, so that no half of the data is taken for the whole
     kept = move_aside(folder, sorted(old, key=lambda name: not name.startswith("meta")))
-    size = sum(path.stat().st_size for path in kept.iterdir())
     dataset = shlex.quote(f"{folder.name}/{kept.name}")
     print(
-        f"note: {folder} held another data set; it is now in {kept}, {size / 1e6:,.1f} MB, and a run that was trained"
-        f" on it resumes with --dataset={dataset}",
+        f"note: {folder} held another data set; it is now in {kept}, and a run that was trained on it"
+        f" resumes with --dataset={dataset}",
         file=sys.stderr,
     )
 

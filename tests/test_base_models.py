@@ -98,10 +98,6 @@ def test_a_models_tokenizer_separates_documents_where_it_can(run_train, folder, 
     for i in range(6):
         Path("texts", f"{i}.txt").write_text(OTHER[: 100 + i])
     prepare_data.main(["--input=texts", "--name=characters", "--tokenizer=out/run"])
-    assert (
-        "this tokenizer has no end-of-text token; nothing separates the documents"
-        in capsys.readouterr().err
-    )
     (folder / "words.txt").write_text(make_text(20_000))
     prepare_data.main(["--input=words.txt", "--name=words", "--tokenizer=bpe", "--vocab_size=300"])
     assert train.main([*TINY_RUN, "--dataset=words", "--out_dir=out/words", "--max_iters=1"]) == 0

@@ -226,12 +226,9 @@ def edit_train(data: Path, **entries):
 
 
 DAMAGE = {
-    "meta.json is not that of its tokenizer, 3": lambda data: edit_meta(
-        data, tokenizer={"tokenizer": "char", "alphabet": "abc"}
-    ),
     "train.bin was altered or damaged: from byte 0 on its checksum is not the one in meta.json": alter,
     "holds token 20, but its tokenizer has only 3": lambda data: edit_meta(
-        data, tokenizer={"tokenizer": "char", "alphabet": "abc"}, vocab_size=3
+        data, tokenizer={"tokenizer": "char", "alphabet": "abc"}
     ),
     "meta.json: dtype must be uint16 or uint32": lambda data: edit_meta(data, dtype="object"),
     "meta.json: splits is missing": lambda data: (data / "meta.json").write_text(

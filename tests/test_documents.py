@@ -76,7 +76,7 @@ def test_cutting_a_document_changes_none_of_its_tokens(tok, seed, monkeypatch):
     )
     known = set(tok.decode(range(tok.vocab_size)))
     text = "".join(char for char in text if "char" not in tok.name or char in known)
-    pieces = [piece.text for piece in documents.pieces([(text, 0, False)])]
+    pieces = [piece.text for piece in documents.pieces([(text, 0)])]
     assert len(pieces) > 15
     assert [i for piece in pieces for i in tok.encode(piece)] == tok.encode(text).tolist()
 
@@ -84,7 +84,7 @@ def test_cutting_a_document_changes_none_of_its_tokens(tok, seed, monkeypatch):
 def test_text_without_a_cut_position_is_cut_anywhere(monkeypatch):
     monkeypatch.setattr(documents, "PIECE", 10)
     for text in ("x" * 35, " " * 35, "東" * 35, "\n" * 10):
-        assert "".join(piece.text for piece in documents.pieces([(text, 0, False)])) == text
+        assert "".join(piece.text for piece in documents.pieces([(text, 0)])) == text
 
 
 def test_a_byte_order_mark_is_not_text():
@@ -153,13 +153,16 @@ def test_binary_and_hidden_files_are_skipped_counted_and_named(capsys):
         file.write(b"name\0\0\0some text")
     assert found("t") == ["t/notes", "t/utf16.txt"]
     binary = "t/a.png (binary), t/b.pdf (binary), t/c.txt (binary), t/d.tar.gz (binary)"
-    assert capsys.readouterr().err == f"note: skipped files: t/.git/config (hidden), {binary}\n"
+    assert (
+        capsys.readouterr().err
+        == f"note: skipped files: 5, first t/.git/config (hidden), {binary}\n"
+    )
     assert found("t/*") == ["t/notes", "t/utf16.txt"]
-    assert capsys.readouterr().err == f"note: skipped files: {binary}\n"
+    assert capsys.readouterr().err == f"note: skipped files: 4, first {binary}\n"
     for number in range(9):
         Path(f"t/a.png{number}").write_bytes(b"\0")
     find_files("t")
-    assert "t/a.png2 (binary) and 9 more\n" in capsys.readouterr().err
+    assert "skipped files: 14, first t/.git/config" in capsys.readouterr().err
 
 
 def test_what_our_scripts_have_written_is_no_text_of_a_folder_around_it(tiny, run_train, capsys):
@@ -200,9 +203,6 @@ def test_carriage_returns_become_line_breaks_wherever_a_read_ends(name, piece, m
     path = write(name, ["one\r\ntwo\rthree\r\r\nfour\n\r"])
     parts = list(read_documents(path, "text", "strict"))
     assert "".join(part.text for part in parts) == "one\ntwo\nthree\n\nfour\n\n"
-    assert sum(part.carriage_returns for part in parts) == 1
-    others = read_documents(write(name, ["one\ntwo"]), "text", "strict")
-    assert not any(part.carriage_returns for part in others)
 
 
 def test_bad_lines_and_rows_are_skipped_and_counted_where_the_user_wants_it():
@@ -224,23 +224,20 @@ def test_bad_lines_and_rows_are_skipped_and_counted_where_the_user_wants_it():
 
 
 BAD = {
-    "folder has no text files; skipped files: folder/a.bin (binary)": ["folder"],
+    "folder has no text files; skipped files: 1, first folder/a.bin (binary)": ["folder"],
     "cannot read latin.txt: No such file or directory; did you mean latin1.txt?": ["latin.txt"],
-    "folder/a.bin has no text files; skipped files: folder/a.bin (binary)": ["folder/a.bin"],
-    "utf16.txt is not UTF-16: byte 0x00": ["utf16.txt"],
-    "for example: iconv -f latin1 -t utf-8 'a b.txt'; or": ["a b.txt"],
-    "input=https://a.b/c d.txt is an address; download it first: wget 'https://a.b/c d.txt'": [
-        "https://a.b/c d.txt"
+    "folder/a.bin has no text files; skipped files: 1, first folder/a.bin (binary)": [
+        "folder/a.bin"
     ],
+    "utf16.txt: byte 0x00 is no utf-16": ["utf16.txt"],
+    "a b.txt: byte 0xfc is no utf-8; convert it with iconv, or set --encoding": ["a b.txt"],
     "nothing*.txt has no text files": ["nothing*.txt"],
     "cannot read missing.txt: No such file": ["missing.txt"],
     "empty.txt has no text": ["empty.txt"],
-    "latin1.txt is not UTF-8: byte 0xfc after 'bcabcabcabcabcabcabc'; convert it": ["latin1.txt"],
-    "cut.txt is not UTF-8: byte 0xc3 after ''": ["cut.txt"],
+    "latin1.txt: byte 0xfc is no utf-8": ["latin1.txt"],
+    "cut.txt: byte 0xc3 is no utf-8": ["cut.txt"],
     "latin1.jsonl, line 2 has no text: 'utf-8' codec can't decode byte 0xfc": ["latin1.jsonl"],
-    "half.jsonl, line 1 has no text: it has an unpaired surrogate, which UTF-8 cannot encode; set --encoding_errors": [
-        "half.jsonl"
-    ],
+    "half.jsonl, line 1 has no text: 'utf-16": ["half.jsonl"],
     "key.jsonl, line 3 has no text: set --text_key to the key of the text; it has no 'text', but": [
         "key.jsonl"
     ],

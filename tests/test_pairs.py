@@ -11,7 +11,6 @@ from conftest import make_pairs, make_text
 from test_prepare_data import contents, fill_disk, meta, unreachable
 
 import prepare_data
-from humptygpt.core import download
 from humptygpt.data import corpus as corpus_module
 from humptygpt.data import pairs, token_files
 from humptygpt.data import sources as known_texts
@@ -90,11 +89,7 @@ def test_meta_names_the_task_and_counts_both_sides_and_the_target(folder):
     write_tsv("own.de-en.tsv", all_rows)
     prepare_data.main(["--input=own.de-en.tsv", *BYTES])
     written = meta("mine")
-    assert (written["task"], written["source"], written["languages"]) == (
-        "translation",
-        "own.de-en.tsv",
-        ["de", "en"],
-    )
+    assert (written["task"], written["source"]) == ("translation", "own.de-en.tsv")
     for split, rows in pairs_of("mine").items():
         counted = written["splits"][split]
         sources, targets = (sum(len(row[side].encode()) for row in rows) for side in (0, 1))
@@ -124,9 +119,7 @@ def test_a_tsv_and_two_aligned_files_give_the_same_tokens(folder, packed):
     prepare_data.main([*write_two(f"a.de{packed}", f"a.en{packed}", make_pairs()), *BYTES])
     two = contents("mine")
     assert all(one[name] == two[name] for name in ("train.bin", "val.bin", "test.bin"))
-    assert meta("mine")["source"] == f"a.de{packed} and a.en{packed}" and meta("mine")[
-        "languages"
-    ] == ["de", "en"]
+    assert meta("mine")["source"] == f"a.de{packed} and a.en{packed}"
 
 
 def test_a_file_in_the_data_folder_needs_no_input(folder):
@@ -269,10 +262,9 @@ def test_pairs_too_long_empty_or_lopsided_are_dropped_and_reported(folder, capsy
         written["dropped"] == {"too_long": 2, "empty": 2, "lopsided": 2, "held_out": 0}
         and written["longest"] == 40
     )
-    assert written["first_empty"] == "own.tsv, line 63"
     lines = capsys.readouterr().out.splitlines()
     assert next(line for line in lines if line.startswith("  dropped")).split(maxsplit=2)[2] == (
-        "2 longer than 40 tokens, 2 empty on one side (the first: own.tsv, line 63),"
+        "2 longer than 40 tokens, 2 empty on one side,"
         " 2 with a side longer than 3 times the other plus 8 tokens"
     )
     prepare_data.main(["--input=own.tsv", "--max_pair_tokens=40", "--max_pair_ratio=15", *BYTES])
@@ -454,25 +446,11 @@ def test_a_users_files_under_their_public_names_come_before_any_download(
     prepare_data.main(["translate_de_en", "--vocab_size=330"])
     assert pairs_of("translate_de_en") == GIVEN
     written = meta("translate_de_en")
-    assert (
-        written["languages"] == ["de", "en"]
-        and written["tokenizer"]["tokenizer"] == "sentencepiece"
-    )
+    assert written["tokenizer"]["tokenizer"] == "sentencepiece"
     assert written["source"] == "train, val and test_2016_flickr in data/translate_de_en"
     assert (
         Path("data/translate_de_en") / f"train.de{packed}"
     ).exists()  # a user's file is left alone
-
-
-def test_the_public_files_are_recognised_by_their_checksums(folder, monkeypatch):
-    write_multi30k(GIVEN)
-    sums = {
-        name: download.file_sha256(Path("data/translate_de_en", name))
-        for name in known_texts.MULTI30K_SHA256
-    }
-    monkeypatch.setattr(known_texts, "MULTI30K_SHA256", sums)
-    prepare_data.main(["translate_de_en", "--vocab_size=330"])
-    assert meta("translate_de_en")["source"] == "Multi30k"
 
 
 def test_the_public_files_are_downloaded_once_and_verified(folder, monkeypatch):
@@ -525,14 +503,11 @@ BAD = {
         "--source=a.de",
         "--target=a.en",
     ],
-    "train.bin would have 0 tokens, but needs at least 2: val_fraction=0.02; dropped pairs: 60 too_long;": [
+    "train.bin would have 0 tokens, but needs at least 2; change --val_fraction or add text; counted: {'pairs': 0": [
         *("--input=own.tsv", "--max_pair_tokens=2", "--tokenizer=byte")
     ],
-    "train.bin would have 0 tokens, but needs at least 2: val_fraction=0.5; dropped pairs: none; change": [
-        *("--input=own.tsv", "--val_fraction=0.5", "--tokenizer=byte")
-    ],
     "no text of one.tsv is in the training split; add text": ["--input=one.tsv"],
-    "max_pair_tokens=9 has no effect without sentence pairs, as in a .tsv file": [
+    "max_pair_tokens=9 has no effect without task=translation": [
         "--input=own.txt",
         "--max_pair_tokens=9",
     ],
@@ -545,7 +520,7 @@ BAD = {
         "--input=own.tsv",
         "--held_out=latin1.txt",
     ],
-    "dropped pairs: 60 held_out; change --val_fraction": [
+    "would have 0 tokens, but needs at least 2; change --val_fraction": [
         *("--input=own.tsv", "--held_out=own.tsv", "--tokenizer=byte")
     ],
 }
@@ -571,15 +546,16 @@ def test_bad_input_is_one_line_that_names_the_place(folder, fails, complaint):
     assert not Path("data/mine/meta.json").exists()
 
 
-@pytest.mark.parametrize("split, file", [("val", "val.en.gz"), ("test", "test_2016_flickr.en.gz")])
+@pytest.mark.parametrize("split, name", [("val", "val"), ("test", "test_2016_flickr")])
 def test_an_empty_line_of_a_split_that_keeps_every_pair_is_refused_with_its_number(
-    folder, fails, split, file
+    folder, fails, split, name
 ):
     write_multi30k(GIVEN | {split: [*ROWS[:4], ("Leer.", ""), *ROWS]})
     complaint = fails(prepare_data.main, "translate_de_en", "--tokenizer=byte")
+    sides = f"{name}.de.gz or data/translate_de_en/{name}.en.gz"
     assert (
         complaint
-        == f"data/translate_de_en/{file}, line 5 is empty; a {split} split keeps every pair\n"
+        == f"line 5 of data/translate_de_en/{sides} is empty; a {split} split keeps every pair\n"
     )
 
 
@@ -588,42 +564,6 @@ def test_a_public_file_that_is_missing_is_named(folder, fails, monkeypatch):
     write_multi30k(GIVEN, leave_out="val.en.gz")
     complaint = fails(prepare_data.main, "translate_de_en")
     assert complaint == "data/translate_de_en has no val.en.gz, with or without .gz\n"
-
-
-def test_settings_without_effect_are_reported(folder, capsys):
-    write_multi30k(GIVEN)
-    argv = [
-        "--tokenizer=byte",
-        "--val_fraction=0.3",
-        "--test_fraction=0.3",
-        "--files=2",
-    ]
-    prepare_data.main(["translate_de_en", *argv])
-    assert capsys.readouterr().err.splitlines() == [
-        "note: files=2 has no effect on these files",
-        "note: val_fraction=0.3 has no effect on these files",
-        "note: test_fraction=0.3 has no effect on these files",
-    ]
-    prepare_data.main(["translate_de_en", "--tokenizer=byte"])
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(
-    "names, found",
-    [
-        (["a.de", "a.en"], ["de", "en"]),
-        (["x/a.de.gz", "x/a.en.zst"], ["de", "en"]),
-        (["a.de", "b.de"], None),
-        (["a.txt", "b.txt"], None),
-        (["pairs.de-en.tsv.gz"], ["de", "en"]),
-        (["trans-de-en.tsv"], ["de", "en"]),
-        (["de_en.tsv"], ["de", "en"]),
-        (["pairs.tsv"], None),
-        (["my-pairs.tsv"], None),
-    ],
-)
-def test_languages_are_read_from_file_names(names, found):
-    assert pairs.languages(tuple(map(Path, names))) == found
 
 
 def test_a_stopped_preparation_is_reported_with_the_command_that_resumes_it(folder, monkeypatch):

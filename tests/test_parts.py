@@ -56,7 +56,7 @@ def test_joined_parts_have_the_bytes_that_one_machine_makes(corpus, count, optio
 
 def test_a_part_that_is_missing_foreign_or_damaged_is_named(corpus, fails):
     join = [*corpus, "--join=True"]
-    assert "data/mine/parts has parts of 0; prepare all parts" in fails(prepare_data.main, *join)
+    assert "data/mine/parts must have all parts of one count" in fails(prepare_data.main, *join)
     prepare_parts(corpus, 3)
     part = Path("data/mine/parts/2_of_3")
     kept = contents(part)
@@ -79,7 +79,7 @@ def test_a_part_that_is_missing_foreign_or_damaged_is_named(corpus, fails):
         prepare_data.main, *join
     )
     prepare_data.main([*corpus, "--part=1/2"])
-    assert "data/mine/parts has parts of 2 and 3" in fails(prepare_data.main, *join)
+    assert "data/mine/parts must have all parts of one count" in fails(prepare_data.main, *join)
     assert not Path("data/mine/meta.json").exists()
 
 

@@ -138,24 +138,6 @@ def test_the_summary_shows_counts_of_each_split_and_the_vocabulary(folder, capsy
     assert meta("own")["commonest"][1] == {"token": 0, "text": "a", "share": 0.3}
 
 
-def test_the_summary_reports_a_large_validation_split_of_few_documents(folder, capsys):
-    Path("books").mkdir()
-    for name in ("one", "two"):
-        Path(f"books/{name}.txt").write_text(name * 1000)
-    prepare_data.main(["own", "--input=books"])
-    line = next(
-        line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("split")
-    )
-    assert (
-        line.split(maxsplit=1)[1]
-        == "few documents: 50% of the text are for validation; in one .txt file, 10%"
-    )
-    for number in range(40):
-        Path(f"books/{number}.txt").write_text(f"{number} one two" * 100)
-    prepare_data.main(["many", "--input=books"])
-    assert "few documents" not in capsys.readouterr().out
-
-
 # --------------------------------------------------------------------------------------
 # Large, interrupted, and on several cores
 
@@ -357,15 +339,13 @@ def files_of(folder: str) -> dict[str, tuple[bytes, int]]:
     }
 
 
-def test_other_data_of_the_same_name_moves_what_was_there_aside_and_reports_its_size(
-    corpus, capsys
-):
+def test_other_data_of_the_same_name_moves_what_was_there_aside(corpus, capsys):
     prepare_data.main(PREPARE)
-    first, size = contents("mine"), sum(map(len, contents("mine").values()))
+    first = contents("mine")
     capsys.readouterr()
     prepare_data.main([*PREPARE, "--val_fraction=0.5"])
     assert capsys.readouterr().err == (
-        f"note: data/mine held another data set; it is now in data/mine/previous-1, {size / 1e6:.1f} MB, and a run that"
+        "note: data/mine held another data set; it is now in data/mine/previous-1, and a run that"
         " was trained on it resumes with --dataset=mine/previous-1\n"
     )
     second = files_of("data/mine")
@@ -479,7 +459,7 @@ def test_a_folder_of_30_texts_whatever_their_endings_gives_30_documents(folder, 
     Path("mixed/picture.png").write_bytes(b"\x89PNG\0")
     prepare_data.main(["mine", "--input=mixed"])
     assert meta("mine")["documents"] == 30 and meta("mine")["source"] == "30 files: mixed"
-    assert "note: skipped files: mixed/picture.png (binary)\n" in capsys.readouterr().err
+    assert "note: skipped files: 1, first mixed/picture.png (binary)\n" in capsys.readouterr().err
 
 
 def test_sentence_pairs_and_text_in_one_folder_are_refused_and_each_alone_is_prepared(pairs, fails):
@@ -487,7 +467,7 @@ def test_sentence_pairs_and_text_in_one_folder_are_refused_and_each_alone_is_pre
     Path("pairs.tsv").rename("mixed/a.TSV")
     Path("mixed/b.md").write_text(make_text())
     complaint = fails(prepare_data.main, "mine", "--input=mixed")
-    rule = "name one kind only, by a pattern such as '--input=mixed/*.TSV'"
+    rule = "name one kind only, by a pattern such as '*.tsv'"
     assert complaint == f"mixed has text and sentence pairs; {rule}\n"
     prepare_data.main(["mine", "--input=mixed/*.TSV", "--tokenizer=byte"])
     assert meta("mine")["task"] == "translation"
@@ -533,8 +513,8 @@ def test_a_stopped_preparation_of_a_stream_resumes_when_the_same_stream_is_read(
     ("data", "complaint"),
     [
         (b"", "standard input has no text"),
-        (b"ab\xfc", "standard_input.txt is not UTF-8: byte 0xfc after 'ab'; convert it"),
-        (b"\x1f\x8b\0\xff", "skipped files: data/mine/standard_input.txt (binary)"),
+        (b"ab\xfc", "standard_input.txt: byte 0xfc is no utf-8; convert it"),
+        (b"\x1f\x8b\0\xff", "skipped files: 1, first data/mine/standard_input.txt (binary)"),
     ],
 )
 def test_a_stream_without_text_is_one_line_and_leaves_nothing(
@@ -543,29 +523,6 @@ def test_a_stream_without_text_is_one_line_and_leaves_nothing(
     pipe(monkeypatch, data)
     assert complaint in fails(prepare_data.main, "mine", "--input=-")
     assert not Path("data/mine").exists()
-
-
-def test_only_a_text_is_read_from_a_stream(fails):
-    for keys in (
-        ["--source=-", "--target=b"],
-        ["--source=a", "--target=-"],
-        ["--input=a.tsv", "--held_out=-"],
-    ):
-        assert "only --input=- reads a stream" in fails(prepare_data.main, "mine", *keys)
-
-
-def test_carriage_returns_are_noted(folder, capsys):
-    Path("t").mkdir()
-    for name, text in (("a.txt", "one\r\ntwo\n"), ("b.txt", "three\n"), ("c.txt", "four\r")):
-        Path("t", name).write_bytes(100 * text.encode())
-    prepare_data.main(["mine", "--input=t"])
-    assert "  line breaks    replace carriage returns (files: 2)\n" in capsys.readouterr().out
-    assert (
-        meta("mine")["carriage_return_files"] == 2
-        and "\r" not in meta("mine")["tokenizer"]["alphabet"]
-    )
-    prepare_data.main(["mine", "--input=t/b.txt"])
-    assert "carriage" not in capsys.readouterr().out
 
 
 def test_skipped_lines_are_counted_also_when_a_preparation_is_resumed(folder, monkeypatch, capsys):
@@ -602,7 +559,7 @@ def test_bad_lines_of_pairs_are_skipped_and_counted_as_empty(pairs, capsys):
         file.write("no tab\nWo?\tWhere?\tOu?\n")
     prepare_data.main(["mine", "--input=pairs.tsv", "--tokenizer=byte", "--skip_bad_lines=True"])
     assert meta("mine")["dropped"]["empty"] == 2 and meta("mine")["pairs"] == 60
-    assert "2 empty on one side (the first: pairs.tsv, line 61)" in capsys.readouterr().out
+    assert "2 empty on one side" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece", "unigram"])
@@ -642,15 +599,6 @@ def test_a_folder_of_ours_without_its_meta_json_is_not_taken_for_nanogpts(folder
             fails(train.main, f"--dataset={name}", "--device=cpu")
             == f"data/{name} has no meta.json; {again}"
         )
-
-
-def test_tokens_that_are_not_gpt2s_are_not_taken_for_them(tiny, fails):
-    for name in ("meta.json", "command.txt"):  # prepared before there was a command.txt
-        (tiny / name).unlink()
-    complaint = "has no meta.json or meta.pkl, and its tokens are not GPT-2's"
-    assert complaint in fails(train.main, "--dataset=tiny", "--device=cpu")
-    np.full(10, 50_257, np.uint16).tofile(tiny / "train.bin")
-    assert complaint in fails(train.main, "--dataset=tiny", "--device=cpu")
 
 
 # --------------------------------------------------------------------------------------
@@ -878,7 +826,6 @@ BAD = {
     "name=None must be the name of a folder in data/, such as shakespeare_char; for your own text: python": [],
     "name='my texts/own.txt' must be the name of a folder in data/": ["my texts/own.txt"],
     "no data set own.txt: it is not one of": ["own.txt"],
-    "did you mean shakespeare_char? for your own text": ["shakespear_char"],
     "input= must not be empty; write --input=PATH": ["mine", "--input="],
     "name='a\\x00b' must be the name of a folder": ["a\0b", "--input=own.txt"],
     "must be the name of a folder": ["--input=own.txt", "--name=../x"],
@@ -894,7 +841,7 @@ BAD = {
     "vocab_size=9000 is too large: sentencepiece finds at most": [
         *("mine", "--input=own.txt", "--tokenizer=sentencepiece", "--vocab_size=9000")
     ],
-    "train.bin would have 0 tokens, but needs at least 2: val_fraction=0.1; documents: 1": [
+    "train.bin would have 0 tokens, but needs at least 2; change --val_fraction or add text; counted: {'": [
         *("mine", "--input=one.jsonl")
     ],
     "val.bin would have 1 tokens, but needs at least 2": ["mine", "--input=own.txt"],
@@ -903,10 +850,6 @@ BAD = {
     "cannot read aaa": ["mine", f"--input={300 * 'a'}"],
     "cannot write data/bbb": ["--input=long.txt", f"--name={300 * 'b'}"],
 }
-
-
-def test_a_mistyped_name_is_answered_with_the_nearest_data_set_that_is_prepared(tiny, fails):
-    assert "; did you mean tiny? for your own text: " in fails(prepare_data.main, "tinny")
 
 
 @pytest.mark.parametrize("complaint", BAD)

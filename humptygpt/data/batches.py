@@ -41,10 +41,6 @@ class Dataset:
         if self.meta["task"] != self.task:
             raise UserError(f"{folder} is for {self.meta['task']}, not for {self.task}")
         self.tokenizer = tokenizers.from_state(self.meta["tokenizer"])
-        tokens = self.tokenizer.vocab_size
-        if self.meta.get("vocab_size", tokens) != tokens:
-            problem = f"vocab_size in {folder}/meta.json is not that of its tokenizer, {tokens}"
-            raise UserError(f"{problem}; {how_to(folder)}")
         self.splits = {split: TokenFiles(folder, split, self.meta) for split in self.meta["splits"]}
         self.train = self.splits["train"]
         self.val = self.splits["val"]
@@ -156,10 +152,8 @@ class TokenDataset(Dataset):
     def blocks(self, split: str, starts: np.ndarray) -> dict[str, Tensor]:
         """Return a batch of the blocks that start there, (B,); targets after the end of the split are -1."""
         ids = self.read(split, starts, self.block_size + 1)
-        idx = ids[:, :-1]
-        targets = ids[:, 1:].copy()
-        targets[starts[:, None] + np.arange(1, ids.shape[1]) >= len(self.splits[split])] = -1
-        return {"idx": torch.from_numpy(idx), "targets": torch.from_numpy(targets)}
+        after = starts[:, None] + np.arange(1, ids.shape[1]) >= len(self.splits[split])
+        return next_tokens(ids, ignored=after)
 
     def val_bytes_per_token(self) -> float:
         """Return the UTF-8 bytes of text per token of the validation split."""
@@ -256,11 +250,9 @@ class PairDataset(Dataset):
         length = context + target
         ids = self.read(split, start + source - 1 - context, int(length.max()) + 1)
         position = np.arange(ids.shape[1] - 1)
-        idx = ids[:, :-1].copy()
-        targets = ids[:, 1:].copy()
-        idx[position >= length[:, None]] = self.tokenizer.eot
-        targets[(position < context[:, None]) | (position >= length[:, None])] = -1
-        batch = {"idx": torch.from_numpy(idx), "targets": torch.from_numpy(targets)}
+        padding = position >= length[:, None]
+        batch = next_tokens(ids, ignored=padding | (position < context[:, None]))
+        batch["idx"][padding] = self.tokenizer.eot
         if self.with_encoder:
             ids = self.read(split, start, int(source.max()))
             ids[np.arange(ids.shape[1]) >= source[:, None]] = -1
@@ -328,6 +320,13 @@ class Prefetcher:
         following = (index + self.stride, batch_size)
         self.pending = {following: self.thread.submit(self.dataset.batch, *following)}
         return batch.result()
+
+
+def next_tokens(ids: np.ndarray, ignored: np.ndarray) -> dict[str, Tensor]:
+    """Return idx and targets, the tokens one further; where ignored they are -1. ids: (B, T + 1), ignored: (B, T)."""
+    targets = ids[:, 1:].copy()
+    targets[ignored] = -1
+    return {"idx": torch.from_numpy(ids[:, :-1]), "targets": torch.from_numpy(targets)}
 
 
 # --------------------------------------------------------------------------------------

@@ -44,13 +44,13 @@ class Documents:
     task = "language modelling"
     splits = ("train", "val")
     counts = ("documents", "characters", "bytes", "tokens")  # of each split, in meta.json
-    other_counts = ("skipped_lines", "carriage_return_files")
+    other_counts = ("skipped_lines",)
 
     def __init__(self, config, files: list[Path], source: str):
         """config: a resolved prepare_data.PrepareConfig. source: what the files are called in meta.json."""
         self.config = config
         self.files = files
-        self.source = f"{len(files):,} files: {source}" if len(files) > 1 else source
+        self.source = source
         self.encoder = encode_documents
         self.sizes = [file.stat().st_size for file in files]
         self.only_text = all(file_format(file) == ".txt" for file in files)
@@ -95,37 +95,21 @@ class Documents:
                 split = "val" if draw(piece.text) <= self.val_up_to else "train"
             return [(split, piece)]
         in_train = min(len(piece.text), max(0, self.cut - piece.start))
-        rest = piece._replace(
-            text=piece.text[in_train:], start=piece.start + in_train, carriage_returns=False
-        )
+        rest = piece._replace(text=piece.text[in_train:], start=piece.start + in_train)
         return [("train", piece._replace(text=piece.text[:in_train], last=False)), ("val", rest)]
-
-    def why_short(self, splits: dict[str, dict[str, int]]) -> str:
-        """Return what explains that a split has too few tokens."""
-        return ", ".join(
-            f"{key}: {sum(counted[key] for counted in splits.values()):,}"
-            for key in ("documents", "skipped_lines")
-        )
 
     def extra_meta(self, splits: dict[str, dict[str, int]], first_text: str) -> dict:
         """Return the entries of meta.json that only documents have."""
-        return {key: sum(counted[key] for counted in splits.values()) for key in self.other_counts}
+        return {"skipped_lines": sum(counted["skipped_lines"] for counted in splits.values())}
 
     def summary(self, meta: dict) -> dict[str, str]:
         """Return the lines of the summary that only documents have."""
-        percent = f"{100 * self.config.val_fraction:g}%"
-        fraction = meta["splits"]["val"]["characters"] / meta["characters"]
         lines = {}
         if not self.separated:
+            percent = f"{100 * self.config.val_fraction:g}%"
             lines["split"] = (
                 f"one document; the last {percent} of its characters are for validation"
             )
-        elif fraction >= 3 * self.config.val_fraction:
-            lines["split"] = (
-                f"few documents: {fraction:.0%} of the text are for validation; in one .txt file, {percent}"
-            )
-        if count := meta["carriage_return_files"]:
-            lines["line breaks"] = f"replace carriage returns (files: {count:,})"
         if count := meta["skipped_lines"]:
             lines["skipped lines"] = f"{count:,}, which have no text"
         return lines
@@ -150,7 +134,6 @@ def encode_documents(
         counted["characters"] += len(piece.text)
         counted["bytes"] += len(piece.text.encode())
         counted["skipped_lines"] += piece.skipped
-        counted["carriage_return_files"] += piece.carriage_returns
     return ids, counted
 
 

@@ -9,9 +9,7 @@ import glob
 import gzip
 import io
 import json
-import os
 import re
-import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -38,7 +36,6 @@ MARKS = {
 }  # one is in every data folder and run
 OURS = MARKS | {"meta.json", "config.json", "part.json"}  # files beside them that are no texts
 NAMED = 5  # files that a note names
-SURROGATES = re.compile("[\ud800-\udfff]")  # JSON can spell them, UTF-8 cannot encode them
 ENCODING_HINT = "set --encoding_errors=replace or ignore"
 SKIP_HINT = "leave such lines out with --skip_bad_lines=True"
 
@@ -50,7 +47,6 @@ class Piece(NamedTuple):
     start: int  # characters of the document before it
     last: bool  # ends its document
     read: int  # bytes of the file read so far
-    carriage_returns: bool = False  # it is the first of its file in which they became line breaks
     skipped: bool = False  # it stands for a line or row without a text
 
     @property
@@ -68,24 +64,19 @@ def find_files(where: str) -> list[Path]:
     Binary files, hidden files of a folder, and what our scripts write are skipped; a note names them. Raises UserError
     where nothing is left, or a file cannot be read.
     """
-    if re.match("https?://", where):
-        raise UserError(
-            f"input={where} is an address; download it first: wget {shlex.quote(where)}"
-        )
     path = Path(where)
     with read_errors(path):
         if path.is_dir():
-            files = [file for file in path.rglob("*") if file.is_file()]
+            files = filter(Path.is_file, path.rglob("*"))
         elif glob.has_magic(where) and not path.exists():
             matches = glob.glob(where, recursive=True)  # noqa: PTH207, since it may be absolute
-            files = [Path(match) for match in matches if os.path.isfile(match)]
+            files = filter(Path.is_file, map(Path, matches))
         else:
             files = [path]
-    reasons = {file: why_skipped(file, path) for file in sorted(files, key=Path.as_posix)}
+        reasons = {file: why_skipped(file, path) for file in sorted(files, key=Path.as_posix)}
     texts = [file for file, reason in reasons.items() if not reason]
     skipped = [f"{file} ({reason})" for file, reason in reasons.items() if reason]
-    more = f" and {len(skipped) - NAMED:,} more" if len(skipped) > NAMED else ""
-    note = f"skipped files: {', '.join(skipped[:NAMED])}{more}"
+    note = f"skipped files: {len(skipped):,}, first {', '.join(skipped[:NAMED])}"
     if not texts:
         raise UserError(f"{where} has no text files" + (f"; {note}" if skipped else ""))
     if skipped:
@@ -119,13 +110,9 @@ def is_binary(start: bytes) -> bool:
 
 def file_format(path: Path) -> str:
     """Return .jsonl, .parquet or .tsv; .txt for any other name."""
-    suffix = Path(unpacked_name(path)).suffix.lower()
+    packed = path.suffix.lower() in (".gz", ".zst")
+    suffix = Path(path.stem if packed else path.name).suffix.lower()
     return suffix if suffix in FORMATS else ".txt"
-
-
-def unpacked_name(path: Path) -> str:
-    """Return the name without .gz or .zst."""
-    return path.stem if path.suffix.lower() in (".gz", ".zst") else path.name
 
 
 def unpacked(path: Path, file: BinaryIO) -> BinaryIO:
@@ -178,42 +165,32 @@ def read_documents(
             return
         in_rows = file_format(path) == ".parquet"
         records = read_parquet(path, text_key) if in_rows else read_lines(path)
-        any_returns = False
         for number, (record, read) in enumerate(records, start=1):
             try:
-                text = text_of(
-                    record if in_rows else parse_line(record, text_key, errors), text_key, errors
-                )
+                value = record if in_rows else parse_line(record, text_key, errors)
+                text = text_of(value, text_key, errors)
             except (ValueError, RecursionError) as error:
                 if not skip_bad_lines:
                     where = f"{path}, {'row' if in_rows else 'line'} {number:,}"
                     raise UserError(f"{where} has no text: {error}; {SKIP_HINT}") from error
                 yield Piece("", 0, False, read, skipped=True)
                 continue
-            returns = "\r" in text
-            text = text.replace("\r\n", "\n").replace("\r", "\n") if returns else text
-            yield from pieces([(text, read, returns and not any_returns)])
-            any_returns |= returns
+            yield from pieces([(text.replace("\r\n", "\n").replace("\r", "\n"), read)])
 
 
-def read_text(path: Path, errors: str) -> Iterator[tuple[str, int, bool]]:
-    """Read (characters, bytes of the file so far, whether these are the first carriage returns) of a text file."""
+def read_text(path: Path, errors: str) -> Iterator[tuple[str, int]]:
+    """Read (characters, bytes of the file so far) of a text file."""
     encoding = "utf-16" if head(path).startswith(UTF_16) else "utf-8-sig"
     with path.open("rb") as file:
         text = io.TextIOWrapper(unpacked(path, file), encoding, errors)
-        any_returns = False
         try:
             while part := text.read(PIECE):
-                returns = text.newlines not in (None, "\n")
-                yield part, file.tell(), returns and not any_returns
-                any_returns = returns
+                yield part, file.tell()
         except UnicodeDecodeError as error:
-            before = error.object[max(0, error.start - 20) : error.start].decode("utf-8", "replace")
-            wrong = f"byte 0x{error.object[error.start]:02x} after {before!r}"
-            convert = f"iconv -f latin1 -t utf-8 {shlex.quote(str(path))}"
-            fix = f"convert it, for example: {convert}; or {ENCODING_HINT}"
-            name = encoding.upper().removesuffix("-SIG")
-            raise UserError(f"{path} is not {name}: {wrong}; {fix}") from error
+            wrong = f"byte 0x{error.object[error.start]:02x} is no {error.encoding}"
+            raise UserError(
+                f"{path}: {wrong}; convert it with iconv, or {ENCODING_HINT}"
+            ) from error
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, int]]:
@@ -270,32 +247,24 @@ def text_of(value: object, text_key: str, errors: str) -> str:
     """Check a value that should be a text. Raises ValueError."""
     if not isinstance(value, str):
         raise ValueError(f"under {text_key!r} is {repr(value)[:60]}")
-    if not SURROGATES.search(value):
-        return value
-    if errors == "strict":
-        raise ValueError(
-            f"it has an unpaired surrogate, which UTF-8 cannot encode; {ENCODING_HINT}"
-        )
-    return SURROGATES.sub("\N{REPLACEMENT CHARACTER}" if errors == "replace" else "", value)
+    # JSON can spell an unpaired surrogate, UTF-8 cannot encode it
+    return value.encode("utf-16", "surrogatepass").decode("utf-16", errors)
 
 
-def pieces(parts: Iterable[tuple[str, int, bool]]) -> Iterator[Piece]:
+def pieces(parts: Iterable[tuple[str, int]]) -> Iterator[Piece]:
     """Cut one document into pieces, none where it is empty. parts: as from read_text."""
     text = ""
     start = 0
     read = 0
-    returns = False
-    for part, read, part_returns in parts:
+    for part, read in parts:
         text += part
-        returns |= part_returns
         while len(text) > PIECE:
             end = cut_position(text)
-            yield Piece(text[:end], start, False, read, returns)
+            yield Piece(text[:end], start, False, read)
             text = text[end:]
             start += end
-            returns = False
     if text:
-        yield Piece(text, start, True, read, returns)
+        yield Piece(text, start, True, read)
 
 
 def cut_position(text: str) -> int:

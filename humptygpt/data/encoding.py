@@ -115,16 +115,15 @@ def zero_counts(corpus) -> dict[str, dict[str, int]]:
 
 
 def add_counts(total: dict[str, int], counted: dict[str, int]) -> None:
-    for key, value in counted.items():
-        total[key] = max(total[key], value) if key == "longest" else total[key] + value
+    for key in total:  # of an earlier version, counted may have more
+        both = (total[key], counted[key])
+        total[key] = max(both) if key == "longest" else sum(both)
 
 
 def usable_workers(corpus) -> int:
     """Return how many processes are worth it: one for a small corpus."""
     if sum(corpus.sizes) < SMALL:
         return 1
-    if busy := limits.load_note():
-        print(f"note: {busy}", file=sys.stderr)
     most = min(limits.usable_cores(), limits.available_memory() // WORKER_MEMORY)
     return corpus.config.workers or max(1, most)
 

