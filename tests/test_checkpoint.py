@@ -143,8 +143,6 @@ BAD = {
     "out/run/best.pt is not a checkpoint of this version": [
         lambda path: torch.save([1, 2], path),
         lambda path: torch.save({"format": ["gpt checkpoint 3"]}, path),
-    ],
-    "out/run/best.pt is a checkpoint of format 2, which version 1 reads": [
         lambda path: torch.save({"format": "gpt checkpoint 2"}, path),
     ],
     "out/run/best.pt is damaged: model_args.n_layer is missing": [

@@ -25,7 +25,6 @@ from humptygpt.tokenizer import tokenizers
 
 SHARDED = ".metadata"  # the file that makes a folder a sharded checkpoint
 FORMAT = "gpt checkpoint 3"  # a change of the schema gets a new number
-FORMAT_2 = "gpt checkpoint 2"
 CONFIG = {str: (int, float, bool, str, None)}
 SCALER = dict.fromkeys(("scale", "growth_factor", "backoff_factor"), float)
 SCALER |= dict.fromkeys(("growth_interval", "_growth_tracker"), range(2**31))
@@ -178,14 +177,15 @@ def storage_sizes(content: object) -> list[int]:
 
 
 @contextmanager
-def refuse_damaged(path: Path) -> Iterator[None]:
+def refuse_damaged(path: Path, problem: str = "") -> Iterator[None]:
     """Raise UserError for whatever a damaged file makes the block raise; zip, pickle and torch have many errors."""
     try:
         yield
     except Exception as error:
         if limits.is_out_of_memory(error):
             raise
-        raise UserError(f"{path} is damaged: {one_line(error)}") from error
+        problem = problem or f"is damaged: {one_line(error)}"
+        raise UserError(f"{path} {problem}") from error
 
 
 # --------------------------------------------------------------------------------------
@@ -203,39 +203,29 @@ def read_plain(path: Path, mapped: bool = False, with_tensors: bool = True) -> o
 
         return sharded.read(path, with_tensors)
     check_there(path)
-    try:
+    problem = (
+        "is not a checkpoint: it is truncated, damaged or holds more than tensors and plain data"
+    )
+    with refuse_damaged(path, problem):
         return load_plain(path, mapped)
-    except Exception as error:  # zip, pickle and torch each have errors of their own
-        if limits.is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"{path} is not a checkpoint: it is truncated, damaged or holds more than tensors and plain data"
-        ) from error
 
 
 def check(path: Path, saved: object, device: str = "cpu") -> dict:
     """Return what was read from path if it is a checkpoint. device: of all tensors. Raises UserError."""
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise UserError(f"{path} {explain_format(path, saved)}")
+    entries = saved if isinstance(saved, dict) else {}
+    if "model_args" in entries:
+        source = shlex.quote(f"--init_from={path}")
+        nanogpt = "is a checkpoint of nanoGPT; train.py, sample.py and export.py start from it"
+        raise UserError(f"{path} {nanogpt}: {source}")
+    if entries.get("format") != FORMAT:
+        expected = f"it should say format={FORMAT!r}"
+        raise UserError(f"{path} is not a checkpoint of this version; {expected}")
     with refuse_damaged(path):
         check_schema(saved, SCHEMA)
     drop_removed_entries(path, saved)
     with refuse_damaged(path):
         check_content(saved, device)
     return saved
-
-
-def explain_format(path: Path, saved: object) -> str:
-    """Return what it is instead, and the fix."""
-    entries = saved if isinstance(saved, dict) else {}
-    if "model_args" in entries:
-        source = shlex.quote(f"--init_from={path}")
-        return (
-            f"is a checkpoint of nanoGPT; train.py, sample.py and export.py start from it: {source}"
-        )
-    if entries.get("format") == FORMAT_2:
-        return "is a checkpoint of format 2, which version 1 reads: a run that it resumes is saved in format 3"
-    return f"is not a checkpoint of this version; it should say format={FORMAT!r}"
 
 
 def lacks_tensors(saved: dict) -> bool:

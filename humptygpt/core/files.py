@@ -1,6 +1,5 @@
 """Files that are written whole or not at all, earlier ones that are moved aside, and locks: one writer at a time."""
 
-import contextlib
 import errno
 import io
 import itertools
@@ -12,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,7 +28,7 @@ ATTEMPTS = 100
 FAR = 1 << 30  # on Windows nobody else can read the locked byte, so that it is far after the text
 
 
-@contextlib.contextmanager
+@contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside this one, for a new file or folder, which is put in its place at the end.
 
