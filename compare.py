@@ -31,7 +31,7 @@ from pathlib import Path
 
 from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError
+from humptygpt.core.errors import UserError, note
 from humptygpt.core.files import write_whole
 from humptygpt.core.settings import parse_json, setting
 
@@ -117,10 +117,6 @@ def main(argv: list[str]) -> None:
         draw(groups, config.picture)
 
 
-def note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
-
-
 def note_validation_text(group: Group) -> None:
     keys = [key for key in ("dataset", "eval_iters") if key in group.differences]
     if keys:
@@ -154,13 +150,8 @@ def read_run(folder: Path) -> Run:
         if not all(f"{key}{value}".isprintable() for key, value in settings.items()):
             raise ValueError("it has unprintable characters")
         idle = time.time() - metrics.stat().st_mtime
-    except OSError as error:
-        example = f"; for the runs in it write {folder}/*" if folder.is_dir() else ""
-        raise UserError(
-            f"{folder} is not a run: {error.filename}: {error.strerror}{example}"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{folder} is not a run: its config.json is damaged: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not a run: {error}") from error
     rows = read_metrics(metrics)
     damaged = rows[:-1].count(None)  # the last line may be one that is being written
     if damaged:

@@ -38,7 +38,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError
+from humptygpt.core.errors import UserError, note
 from humptygpt.core.files import Lock, being_moved, cannot_write, move_aside, remove
 from humptygpt.core.settings import as_written_here, check, our_configs, setting, without_effect
 from humptygpt.data.corpus import VOCABULARY_BYTES, Documents, vocabulary_texts
@@ -256,10 +256,7 @@ def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
     command = command_text(config)
     made_from = data_id(corpus, config)
     if read_json(folder / "meta.json").get("made_from") == made_from and is_whole(folder):
-        print(
-            f"note: {folder} has this text with these settings already; it stays as it is",
-            file=sys.stderr,
-        )
+        note(f"{folder} has this text with these settings already; it stays as it is")
         if not (
             preparing / "progress.json"
         ).exists():  # else it can be resumed, with other settings
@@ -403,7 +400,7 @@ def make_tokenizer(corpus: Corpus, config: PrepareConfig) -> Tokenizer:
         except VocabularyTooLarge as error:
             if config.vocab_size is not None:
                 raise
-            print(f"note: {error}; vocab_size={error.most} is taken", file=sys.stderr)
+            note(f"{error}; vocab_size={error.most} is taken")
             options["vocab_size"] = error.most
 
 
@@ -515,10 +512,9 @@ def keep_earlier_data(folder: Path, new: set[str]) -> None:
     # meta.json first, so that no half of the data is taken for the whole
     kept = move_aside(folder, sorted(old, key=lambda name: not name.startswith("meta")))
     dataset = shlex.quote(f"{folder.name}/{kept.name}")
-    print(
-        f"note: {folder} held another data set; it is now in {kept}, and a run that was trained on it"
-        f" resumes with --dataset={dataset}",
-        file=sys.stderr,
+    note(
+        f"{folder} held another data set; it is now in {kept}, and a run that was trained on it"
+        f" resumes with --dataset={dataset}"
     )
 
 

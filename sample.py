@@ -35,7 +35,7 @@ from torch import nn
 from tqdm import tqdm
 
 from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError
+from humptygpt.core.errors import UserError, note
 from humptygpt.core.limits import gigabytes
 from humptygpt.core.settings import check, check_path, nearest_path, setting, without_effect
 from humptygpt.generation.beams import NUM_BEAMS, translate
@@ -185,10 +185,6 @@ class Pipeline:
     task: str
     device: torch.device
     autocast: AbstractContextManager  # in which the model is to be used
-
-
-def note(message: str) -> None:
-    print(f"note: {message}", file=sys.stderr)
 
 
 def main(argv: list[str]) -> None:

@@ -230,12 +230,12 @@ def test_a_run_that_has_not_been_evaluated_shows_dashes_and_is_drawn_without_a_c
 
 
 BROKEN = {
-    '{"max_iters": 2': "damaged: Expecting ',' delimiter: line 1 column 16 (char 15)",
-    '{"hidden_size": 768}': "damaged: max_iters is missing",
-    "[1]": "damaged: the content must be a dictionary",
-    json.dumps(DEFAULTS | {"max_iters": 0}): "damaged: max_iters must be an integer from 1 to",
-    "[" * 100_000: "damaged: it is nested too deeply",
-    json.dumps(DEFAULTS | {"dataset": "\x1b[2J\ud800"}): "damaged: it has unprintable characters",
+    '{"max_iters": 2': "Expecting ',' delimiter: line 1 column 16 (char 15)",
+    '{"hidden_size": 768}': "max_iters is missing",
+    "[1]": "the content must be a dictionary",
+    json.dumps(DEFAULTS | {"max_iters": 0}): "max_iters must be an integer from 1 to",
+    "[" * 100_000: "it is nested too deeply",
+    json.dumps(DEFAULTS | {"dataset": "\x1b[2J\ud800"}): "it has unprintable characters",
 }
 
 
@@ -247,7 +247,7 @@ def test_a_folder_whose_config_is_damaged_is_one_note_and_the_rest_is_compared(
     (make_run("out/bad", 2.0) / "config.json").write_text(config)
     compare.main(["out/good", "out/bad", "--picture=None"])
     out, errors = capsys.readouterr()
-    assert errors.startswith(f"note: out/bad is not a run: its config.json is {BROKEN[config]}")
+    assert errors.startswith(f"note: out/bad is not a run: {BROKEN[config]}")
     assert errors.count("\n") == 1 and errors.endswith("; skipped\n")
     assert row_of(out, "good") and "bad" not in out
 
@@ -258,8 +258,8 @@ def test_what_is_no_run_is_skipped_with_a_note(folder, capsys, missing):
     make_run("out/b", 2.0)
     compare.main(["out/a", "out/b", "out", "--picture=None"])
     errors = capsys.readouterr().err.splitlines()
-    assert errors[0].startswith(f"note: out/a is not a run: out/a/{missing}: No such")
-    assert errors[1].endswith("; for the runs in it write out/*; skipped")
+    assert errors[0].startswith("note: out/a is not a run: [Errno 2] No such")
+    assert errors[1].endswith("'out/config.json'; skipped")
     with pytest.raises(UserError, match="no run to compare"):
         compare.main(["out/a"])
 

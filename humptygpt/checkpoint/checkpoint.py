@@ -5,7 +5,6 @@ This module owns their schema. It alone turns a checkpoint into a model.
 
 import os
 import shlex
-import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 import model as models
 from humptygpt.core import limits
 from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError, one_line
+from humptygpt.core.errors import UserError, note, one_line
 from humptygpt.core.files import remove, write_whole
 from humptygpt.core.settings import REMOVED, check_schema, nearest_path
 from humptygpt.tokenizer import tokenizers
@@ -76,7 +75,7 @@ def find_checkpoint(out_dir: Path, which: str) -> Path:
     latest = stored(out_dir / "ckpt.pt")
     if which == "latest" or os.path.exists(path) or not os.path.exists(latest):
         return path
-    print(f"note: there is no best.pt yet; taking {latest}", file=sys.stderr)
+    note(f"there is no best.pt yet; taking {latest}")
     return latest
 
 
@@ -240,7 +239,7 @@ def drop_removed_entries(path: Path, saved: dict) -> None:
             f"{path} has ngrams={ngrams}, which was removed: {REMOVED['ngrams']}; train a new model"
         )
     if saved.pop("ema", None) is not None:
-        print(f"note: {path}: taking its latest weights, not their average (EMA)", file=sys.stderr)
+        note(f"{path}: taking its latest weights, not their average (EMA)")
     for config in (saved["train_config"], saved["model_config"]):
         for key in REMOVED.keys() & config.keys():
             del config[key]

@@ -8,14 +8,13 @@ import os
 import secrets
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from humptygpt.core.errors import UserError
+from humptygpt.core.errors import UserError, note
 from humptygpt.core.settings import parse_json
 
 try:
@@ -216,7 +215,7 @@ class Lock:
             return False
         except OSError as error:  # some network disks have no locks
             problem = f"{self.what} cannot be locked on this disk ({error.strerror})"
-            print(f"note: {problem}; let no second process write there", file=sys.stderr)
+            note(f"{problem}; let no second process write there")
         return True
 
     def __enter__(self) -> "Lock":

@@ -27,7 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from humptygpt.core import limits
-from humptygpt.core.errors import UserError
+from humptygpt.core.errors import UserError, note
 
 CONFIGS = Path(__file__).parent.parent.parent / "config"
 NGRAMS = "a GPT alone reaches the same loss with a twentieth of the parameters"
@@ -480,7 +480,7 @@ def note_folder(script: Path) -> None:
     """Say which data/ and out/ are meant where a script is started from another folder than its own."""
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
     if first and Path.cwd() != script.resolve().parent:
-        print(f"note: data/, out/ and other relative paths are in {Path.cwd()}", file=sys.stderr)
+        note(f"data/, out/ and other relative paths are in {Path.cwd()}")
 
 
 def as_written_here(command: str) -> str:

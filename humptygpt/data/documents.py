@@ -10,7 +10,6 @@ import gzip
 import io
 import json
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 from backports import zstd  # in the standard library from Python 3.14 on
 
-from humptygpt.core.errors import UserError
+from humptygpt.core.errors import UserError, note
 from humptygpt.core.files import whole
 from humptygpt.core.settings import nearest_path
 
@@ -76,11 +75,11 @@ def find_files(where: str) -> list[Path]:
         reasons = {file: why_skipped(file, path) for file in sorted(files, key=Path.as_posix)}
     texts = [file for file, reason in reasons.items() if not reason]
     skipped = [f"{file} ({reason})" for file, reason in reasons.items() if reason]
-    note = f"skipped files: {len(skipped):,}, first {', '.join(skipped[:NAMED])}"
+    report = f"skipped files: {len(skipped):,}, first {', '.join(skipped[:NAMED])}"
     if not texts:
-        raise UserError(f"{where} has no text files" + (f"; {note}" if skipped else ""))
+        raise UserError(f"{where} has no text files" + (f"; {report}" if skipped else ""))
     if skipped:
-        print(f"note: {note}", file=sys.stderr)
+        note(report)
     return texts
 
 

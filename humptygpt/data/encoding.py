@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from humptygpt.core import limits
-from humptygpt.core.errors import UserError
+from humptygpt.core.errors import UserError, note
 from humptygpt.core.files import remove, write_whole
 from humptygpt.data.corpus import START, Entry, Position, units
 from humptygpt.data.token_files import COMMAND, TokenWriter, token_dtype
@@ -57,10 +57,7 @@ def encode(
         print(f"resuming after {read:,} of {sum(corpus.sizes):,} bytes", file=sys.stderr)
     else:
         if saved:
-            print(
-                "note: the files or settings changed since the stopped preparation; starting over",
-                file=sys.stderr,
-            )
+            note("the files or settings changed since the stopped preparation; starting over")
         tokenizer = train()  # before the folder is made, as it may refuse the text
         splits = zero_counts(corpus)
         progress = Progress(made_from, tokenizer.state(), splits, [0] * tokenizer.vocab_size)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from humptygpt.core.download import download, package
-from humptygpt.core.errors import UserError
+from humptygpt.core.errors import UserError, note
 from humptygpt.core.files import Lock, whole
 from humptygpt.data.documents import write_if_changed
 from humptygpt.data.pairs import PairFiles
@@ -75,7 +75,7 @@ def shakespeare(config) -> tuple[str, str]:
     if path.exists():
         return str(path), "tiny Shakespeare"
     edition = "another edition than tiny Shakespeare; losses on the two are not comparable"
-    print(f"note: {PLAYS_PACKAGE} is {edition}", file=sys.stderr)
+    note(f"{PLAYS_PACKAGE} is {edition}")
     return str(plays), f"the plays and poems in the package {PLAYS_PACKAGE}"
 
 

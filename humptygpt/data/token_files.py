@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from humptygpt.core.errors import UserError
+from humptygpt.core.errors import UserError, note
 from humptygpt.core.files import holder
 from humptygpt.core.settings import as_written_here, check_schema, parse_json
 from humptygpt.tokenizer import tokenizers
@@ -209,8 +209,7 @@ def read_meta(folder: Path) -> dict:
         raise UserError(f"the preparation of {folder} {state} before its end; {how_to(folder)}")
     if not os.path.exists(folder / "train.bin") or os.path.exists(folder / COMMAND):
         raise UserError(f"{folder} has no meta.json; {how_to(folder)}")
-    note = f"{folder} has no meta.json or meta.pkl; it is taken for GPT-2's tokens"
-    print(f"note: {note}", file=sys.stderr)
+    note(f"{folder} has no meta.json or meta.pkl; it is taken for GPT-2's tokens")
     return nanogpt_meta(folder, tokenizers.GPT2Tokenizer.train())
 
 

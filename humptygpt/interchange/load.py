@@ -10,7 +10,7 @@ from torch import nn
 
 from humptygpt.checkpoint import checkpoint
 from humptygpt.checkpoint.checkpoint import refuse_damaged
-from humptygpt.core.errors import UserError
+from humptygpt.core.errors import UserError, note
 from humptygpt.core.settings import as_written_here, check_schema, make, nearest_path, our_configs
 from humptygpt.data.token_files import GPT2_TOKENS, read_nanogpt_meta
 from humptygpt.interchange import adapters, hub, huggingface
@@ -88,8 +88,7 @@ def chosen_source(config: object, given: dict) -> str | Path:
     if config.init_from == "resume":
         return checkpoint.find_checkpoint(Path(config.out_dir), config.checkpoint)
     if "out_dir" in given:
-        unused = f"out_dir={config.out_dir} has no effect with init_from={config.init_from}"
-        print(f"note: {unused}", file=sys.stderr)
+        note(f"out_dir={config.out_dir} has no effect with init_from={config.init_from}")
     return config.init_from
 
 

@@ -9,7 +9,6 @@ import re
 import secrets
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core import files
-from humptygpt.core.errors import UserError
+from humptygpt.core.errors import UserError, note
 from humptygpt.core.files import Lock
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -262,7 +261,7 @@ def keep_earlier_run(out_dir: Path) -> None:
     begun_only = metrics.exists() and not metrics.stat().st_size
     if (earlier and not begun_only) or files.being_moved(out_dir):
         kept = files.move_aside(out_dir, earlier)
-        print(f"note: {out_dir} held an earlier run; it is now in {kept}", file=sys.stderr)
+        note(f"{out_dir} held an earlier run; it is now in {kept}")
 
 
 # --------------------------------------------------------------------------------------
@@ -336,7 +335,7 @@ def start_wandb(out_dir: Path, settings: dict, resumed_at: int):
         return wandb.init(**options)
     except wandb.Error as error:
         offline = "logging offline, to be sent by: wandb sync"
-        print(f"note: wandb cannot be reached ({error}); {offline}", file=sys.stderr)
+        note(f"wandb cannot be reached ({error}); {offline}")
         return wandb.init(**options, mode="offline")
 
 
