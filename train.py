@@ -80,9 +80,7 @@ class Run:
     identity: dict  # of the data set, which takes a moment to compute
     batches: Dataset | Prefetcher
     model: nn.Module
-    net: (
-        nn.Module
-    )  # the model, or the same compiled, which trains; weights are saved from the model itself
+    net: nn.Module  # the model, or the same compiled; weights are saved from the model itself
     replica: nn.Module  # the net, or the same in DDP: its backward pass sums gradients over ranks
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
@@ -206,14 +204,13 @@ def setup(
     varies = tasks.TASKS[dataset.task].batches_vary
     distributed.check_divisible(processes.size, micro_batches, config.batch_size, varies)
     if saved:
-        resume.check_same_data(saved, dataset, model_config, config.out_dir)
+        resume.check_same_data(saved, dataset, config.out_dir)
     elif base:
         resume.check_same_tokens(base, dataset)
     else:
         model_config = for_vocabulary(model_config, dataset)
     if not config.eval_only and not config.freeze:  # frozen parameters take less than it counts
-        rows = config.rows(processes.size)
-        check_training_fits(config, model_config, rows, device, dtype, processes=processes.size)
+        check_training_fits(config, model_config, device, dtype, processes.size)
     processes.check_model(model_config, dtype)
 
     model = make_model(config, model_config, saved, base)
@@ -353,11 +350,7 @@ def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
         model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    size = distributed.launched().size
-    rows = config.rows(size)
-    return memory_report(
-        config, model_config, rows=rows, dtype=dtype, device=device, processes=size
-    )
+    return memory_report(config, model_config, device, dtype, distributed.launched().size)
 
 
 def summary(run: Run) -> str:

@@ -410,10 +410,7 @@ def test_after_nanogpts_defaults_its_config_files_mean_what_they_mean_there(
     expected = defaults | keys | (shape if started else {})
     assert {key: settings[key] for key in expected} == expected
     assert asked == ([keys["init_from"]] if started else []) and (found is base) == started
-    assert (
-        "n_layer=12, n_head=12, n_embd=768, vocab_size=50304, bias=False: without effect"
-        in capsys.readouterr().err
-    ) == started
+    assert ("n_layer=12: without effect" in capsys.readouterr().err) == started
 
 
 # --------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def test_memory_and_time_are_printed_before_the_run(base, capsys):
         ),
         (["--init_from=scratch"], "lora_rank=2 trains beside a model; name that with --init_from"),
         (["--lora_rank=-1"], "lora_rank=-1 must be at least 0"),
-        (["--freeze=wpee"], "freeze=wpee: no parameter has 'wpee' in its name; there are: attn, "),
+        (["--freeze=wpee"], "freeze=wpee: no parameter has 'wpee' in its name; see print(model)"),
         (["--freeze=stack,wte"], "freeze=stack,wte leaves nothing to train; name fewer parameters"),
     ],
 )

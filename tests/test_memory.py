@@ -211,21 +211,21 @@ def test_a_matrix_with_more_elements_than_can_be_counted_is_refused(tiny, fails)
 def test_on_a_gpu_its_own_memory_counts(tiny, gigabyte, monkeypatch):
     config, model_config, *_ = read_settings([*TINY_RUN, "--n_embd=4096", "--vocab_size=50"])
     with pytest.raises(UserError, match=r"GB of memory or more, and 1\.00 GB are free on cuda; "):
-        memory.check_training_fits(config, model_config, 4, CUDA, torch.bfloat16)
+        memory.check_training_fits(config, model_config, CUDA, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**11, 10**11))
-    memory.check_training_fits(config, model_config, 4, CUDA, torch.bfloat16)
+    memory.check_training_fits(config, model_config, CUDA, torch.bfloat16)
 
 
 def test_several_processes_share_the_memory_of_a_machine(tiny, gigabyte, monkeypatch):
     config, model_config, *_ = read_settings(
         [*TINY_RUN, "--n_embd=1024", "--vocab_size=50", "--n_layer=4"]
     )
-    memory.check_training_fits(config, model_config, 4, CPU, torch.float32)  # 0.8 GB
+    memory.check_training_fits(config, model_config, CPU, torch.float32)  # 0.8 GB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match=r"in each process, and 250\.0 MB are free"):
-        memory.check_training_fits(config, model_config, 1, CPU, torch.float32, processes=4)
+        memory.check_training_fits(config, model_config, CPU, torch.float32, processes=4)
     memory.check_training_fits(
-        replace(config, parallel="fsdp"), model_config, 1, CPU, torch.float32, processes=4
+        replace(config, parallel="fsdp"), model_config, CPU, torch.float32, processes=4
     )
 
 
@@ -246,7 +246,7 @@ def test_what_is_refused_would_take_more_and_at_most_eight_times_as_much(key, va
     model_config = configurator.make(ModelConfig, settings)
     model = build_on_meta(model_config)
     for dtype in (DTYPES[name] for name in ("float32", "bfloat16")):
-        least = memory.least_memory(config, model, config.batch_size, dtype, 1)
+        least = memory.least_memory(config, model, dtype, 1)
         exact = memory_of(model_config, dtype, config.batch_size)
         assert exact.total / 8 < least.total < exact.total
         assert least.total >= 16 * models.count_parameters(model)  # AdamW
@@ -262,7 +262,7 @@ def test_a_researchers_model_whose_layers_differ_is_counted_as_it_is(tiny, monke
 
     monkeypatch.setitem(BLOCKS, "windowed", WindowedBlock)
     config, model_config, *_ = read_settings([*TINY_RUN, "--block=windowed", "--vocab_size=50"])
-    memory.check_training_fits(config, model_config, 4, CPU, torch.float32)
+    memory.check_training_fits(config, model_config, CPU, torch.float32)
 
 
 def test_the_check_before_a_training_loads_no_compiler(tiny):
@@ -270,7 +270,7 @@ def test_the_check_before_a_training_loads_no_compiler(tiny):
     code += "for position in train.models.POSITIONS:\n"
     code += "    model_config = train.ModelConfig(vocab_size=9, position=position)\n"
     code += "    device = torch.device('cpu')\n"
-    code += "    check_training_fits(train.TrainConfig(), model_config, 4, device, torch.float32)\n"
+    code += "    check_training_fits(train.TrainConfig(), model_config, device, torch.float32)\n"
     code += "print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False False\n", done.stderr

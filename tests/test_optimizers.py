@@ -13,7 +13,6 @@ from humptygpt.training.optimizers import (
     Optimizer,
     check_state,
     group_parameters,
-    learning_rate_at,
     orthogonalize,
 )
 from model import BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
@@ -76,7 +75,7 @@ def names_by_rule(optimizer: Optimizer) -> dict[str, set[str]]:
     names = {}
     for group in optimizer.param_groups:
         rule = next(name for name, rule in OPTIMIZERS.items() if rule is group["rule"])
-        names.setdefault(rule, set()).update(group["names"])
+        names.setdefault(rule, set()).update(group["named_params"])
     return names
 
 
@@ -276,12 +275,14 @@ def test_an_optimizer_resumes_from_its_state(name):
     )
 
 
+def rate(it: int, schedule: str, **keys: int) -> float:
+    keys = {"warmup_iters": 10, "lr_decay_iters": 110} | keys
+    return TrainConfig(schedule=schedule, learning_rate=1.0, min_lr=0.1, **keys).lr(it)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_learning_rate_warms_up_and_decays(schedule):
-    lr = [
-        learning_rate_at(it, schedule, 1.0, warmup_iters=10, lr_decay_iters=110, min_lr=0.1)
-        for it in range(130)
-    ]
+    lr = [rate(it, schedule) for it in range(130)]
     assert lr[0] == pytest.approx(1 / 11)  # not 0, or the first step would be wasted
     assert lr[:11] == sorted(lr[:11]) and lr[10] == 1.0
     assert lr[10:] == sorted(lr[10:], reverse=True)
@@ -293,15 +294,10 @@ def test_the_learning_rate_warms_up_and_decays(schedule):
     [("cosine", 0.55, 0.1220), ("linear", 0.55, 0.19), ("wsd", 1.0, 0.55)],
 )
 def test_the_shape_of_the_decay_is_that_of_its_source(schedule, halfway, at_nine_tenths):
-    def lr(it):
-        return learning_rate_at(it, schedule, 1.0, warmup_iters=10, lr_decay_iters=110, min_lr=0.1)
-
-    assert lr(60) == pytest.approx(halfway) and lr(100) == pytest.approx(at_nine_tenths, abs=1e-4)
+    assert rate(60, schedule) == pytest.approx(halfway)
+    assert rate(100, schedule) == pytest.approx(at_nine_tenths, abs=1e-4)
 
 
 def test_a_run_shorter_than_its_warmup_has_learning_rates_too():
-    lr = [
-        learning_rate_at(it, "cosine", 1.0, warmup_iters=4, lr_decay_iters=2, min_lr=0.1)
-        for it in range(5)
-    ]
+    lr = [rate(it, "cosine", warmup_iters=4, lr_decay_iters=2) for it in range(5)]
     assert lr == [0.2, 0.4, 0.6, 0.8, 0.1]

@@ -70,22 +70,20 @@ def test_a_full_disk_between_checkpoints_is_one_line(tiny, fails, monkeypatch):
 # --------------------------------------------------------------------------------------
 # The picture
 
-EQUAL = dict.fromkeys(("dropout", "label_smoothing"), 0.0)
-
 
 @pytest.fixture
 def figure(monkeypatch):
     """The figure that draw_losses makes of these losses, at every tenth step, drawn."""
     import matplotlib.pyplot as plt
 
-    def make(train_losses: list[float], val_losses: list[float], **settings: float):
+    def make(train_losses: list[float], val_losses: list[float]):
         rows = [
             {"iter": 10 * it, "train_loss": loss} for it, loss in enumerate(train_losses, start=1)
         ]
         rows += [{"iter": 10 * it, "val_loss": loss} for it, loss in enumerate(val_losses, start=1)]
         with monkeypatch.context() as patch:
             patch.setattr(plt, "close", lambda figure: None)
-            draw_losses(rows, Path("loss.png"), EQUAL | settings)
+            draw_losses(rows, Path("loss.png"))
         return plt.gcf()
 
     yield make
@@ -112,22 +110,6 @@ def test_all_points_are_in_the_axes_and_no_number_stands_on_a_line(figure, losse
         legend.get_texts()[1].get_text()
         == f"validation, lowest {min(losses) + 0.2:.3f} at step {lowest}"
     )
-
-
-def test_a_run_of_one_point_is_no_empty_plot(figure):
-    training, validation = figure([3.0], [3.1]).axes[0].lines
-    assert training.get_marker() == validation.get_marker() == "o"
-    assert figure(FALLING, [3.0]).axes[0].lines[0].get_marker() == "None"
-
-
-def test_a_training_loss_that_is_not_comparable_is_marked_so(figure):
-    def label(**settings: float) -> str:
-        return figure([3.0], [3.1], **settings).legends[0].get_texts()[0].get_text()
-
-    assert label() == "training"
-    assert label(dropout=0.2) == "training, with dropout=0.2: not comparable"
-    both = "training, with dropout=0.2 and label_smoothing=0.1: not comparable"
-    assert label(dropout=0.2, label_smoothing=0.1) == both
 
 
 # --------------------------------------------------------------------------------------

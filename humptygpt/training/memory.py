@@ -17,7 +17,6 @@ from humptygpt.training.optimizers import state_bytes, trained_parameters
 from model import ModelConfig, build_on_meta
 
 FLOAT = 4  # bytes of a weight, of a gradient, and of an element of the optimizer state
-SMALLER_BATCH = "a smaller --batch_size with more --gradient_accumulation_steps"
 
 
 class Memory(NamedTuple):
@@ -33,13 +32,12 @@ class Memory(NamedTuple):
     def total(self) -> float:
         return sum(self)
 
-    def advice(self, checkpoint_activations: bool) -> str:
+    @property
+    def advice(self) -> str:
         """Return what takes less."""
         if self.activations < self.total / 2:
             return "take a smaller model, as with --n_embd or --n_layer"
-        if checkpoint_activations:
-            return f"take {SMALLER_BATCH}"
-        return f"take --checkpoint_activations=True, or {SMALLER_BATCH}"
+        return "take --checkpoint_activations=True, or a smaller --batch_size with more --gradient_accumulation_steps"
 
 
 def training_memory(
@@ -71,11 +69,8 @@ def sharded_buffers(model: nn.Module, activations: float) -> float:
     Beside the activations that is what is in no block, such as the embedding, two blocks, and the gradients of one
     twice: by parameters and by processes. At the end of the backward pass it is the gradients of what is in no block.
     """
-    blocks = [
-        FLOAT * models.count_parameters(module)
-        for module in model.modules()
-        if isinstance(module, models.Block)
-    ]
+    modules = [module for module in model.modules() if isinstance(module, models.Block)]
+    blocks = [FLOAT * models.count_parameters(block) for block in modules]
     rest = FLOAT * models.count_parameters(model) - sum(blocks)
     at_the_end = max(embedding_gradients(model), 2 * rest) - activations
     return max(rest + 4 * max(blocks, default=0), at_the_end)
@@ -121,14 +116,13 @@ def saved_bytes(
 def memory_report(
     config,
     model_config: ModelConfig,
-    *,
-    rows: int,
-    dtype: torch.dtype,
     device: torch.device,
+    dtype: torch.dtype,
     processes: int,
 ) -> str:
-    """Return parameters, FLOPs and memory of a run as text. rows: sequences of a process's micro-batch."""
+    """Return parameters, FLOPs and memory of a run as text."""
     model = build_on_meta(model_config)
+    rows = config.rows(processes)
     micro_batches = config.gradient_accumulation_steps
     activations = activation_bytes(config, model_config, rows, dtype, on_gpu=device.type == "cuda")
     memory = training_memory(
@@ -139,7 +133,7 @@ def memory_report(
     free = free_memory(device)
     fits = "it fits"
     if memory.total > free:
-        fits = f"it does not fit; {memory.advice(config.checkpoint_activations)}"
+        fits = f"it does not fit; {memory.advice}"
     sizes = {name: size for name, size in memory._asdict().items() if size}
     entries = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in sizes.items())
     each = f" of each of {processes} processes, {config.parallel.upper()}" if processes > 1 else ""
@@ -159,36 +153,34 @@ def memory_report(
 def check_training_fits(
     config,
     model_config: ModelConfig,
-    rows: int,
     device: torch.device,
     dtype: torch.dtype,
-    *,
     processes: int = 1,
 ) -> None:
-    """Raise UserError with the size and what there is. config: a TrainConfig. rows: sequences of a process at once."""
+    """Raise UserError with the size and what there is. config: a TrainConfig."""
     try:
         model = build_on_meta(model_config)
     except RuntimeError as error:  # a matrix has more elements than an int64 can count
         raise UserError(f"the model is too large for any memory: {error}") from error
-    least = least_memory(config, model, rows, dtype, processes)
+    least = least_memory(config, model, dtype, processes)
     free = free_memory(device)
     if least.total > free:
         raise UserError(
             f"training {models.count_parameters(model):,} parameters with batch_size={config.batch_size} and"
             f" block_size={model_config.block_size} takes {gigabytes(least.total)} of memory or more"
             f"{' in each process' if processes > 1 else ''}, and {gigabytes(free)} are free on {device};"
-            f" {least.advice(config.checkpoint_activations)}"
+            f" {least.advice}"
         )
 
 
-def least_memory(config, model: nn.Module, rows: int, dtype: torch.dtype, processes: int) -> Memory:
+def least_memory(config, model: nn.Module, dtype: torch.dtype, processes: int) -> Memory:
     """Return less than what a training takes: without buffers, and with the larger of gradients and activations alone.
 
     activation_bytes() is exact, but needs torch's compiler, which takes a second and 70 MB.
     """
     activations = 0
     if not config.checkpoint_activations:
-        activations = least_activation_bytes(model, rows, dtype)
+        activations = least_activation_bytes(model, config.rows(processes), dtype)
     memory = training_memory(config, model, activations, processes=processes)
     if activations > memory.gradients:  # they are freed while the gradients are computed
         return memory._replace(gradients=0, buffers=0)
@@ -202,9 +194,8 @@ def least_activation_bytes(model: nn.Module, rows: int, dtype: torch.dtype) -> f
         tokens /= 2
     features = 0
     for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            ends_branch = getattr(layer, "ends_branch", False)
-            features += (
-                layer.in_features if ends_branch else min(layer.in_features, layer.out_features)
-            )
+        if getattr(layer, "ends_branch", False):
+            features += layer.in_features
+        elif isinstance(layer, nn.Linear):
+            features += min(layer.in_features, layer.out_features)
     return tokens * (features * dtype.itemsize + FLOAT * model.config.vocab_size)

@@ -43,7 +43,7 @@ class Optimizer:
     """
 
     def __init__(self, groups: list[dict]):
-        """groups: dicts of rule, names, params, lr and what else the rule needs; see make_optimizer."""
+        """groups: dicts of rule, params, named_params, lr and what else the rule needs; see make_optimizer."""
         self.param_groups = groups
         self.state: dict[str, dict[str, Tensor]] = {}
         self.steps = 0
@@ -62,7 +62,7 @@ class Optimizer:
         self.steps += 1
         for group in self.param_groups:
             slots = []
-            for name, p in zip(group["names"], group["params"], strict=True):
+            for name, p in group["named_params"].items():
                 if p.grad is not None:
                     state = {key: local(x) for key, x in self.state_of(name, p, group).items()}
                     slots.append(Slot(local(p), local(p.grad), state, p.shape))
@@ -84,7 +84,7 @@ class Optimizer:
     def prepare_state(self) -> None:
         """Make the state of every parameter, which is otherwise made in its first step."""
         for group in self.param_groups:
-            for name, p in zip(group["names"], group["params"], strict=True):
+            for name, p in group["named_params"].items():
                 self.state_of(name, p, group)
 
     def state_dict(self) -> dict:
@@ -95,7 +95,7 @@ class Optimizer:
         """Take over the state, which check_state has checked; the settings of the groups stay as they are now."""
         self.steps = saved["steps"]
         for group in self.param_groups:
-            for name, p in zip(group["names"], group["params"], strict=True):
+            for name, p in group["named_params"].items():
                 if name in saved["state"]:
                     state = saved["state"][name]
                     self.state[name] = {key: own_part(x, p) for key, x in state.items()}
@@ -137,9 +137,8 @@ def muon(optimizer: Optimizer, group: dict, slots: list[Slot], normalize: bool =
     for slot in slots:
         by_shape.setdefault(slot.shape, []).append(slot)
     for (rows, columns), alike in by_shape.items():
-        gradients = torch.stack(
-            [slot.gradient for slot in alike]
-        )  # (n, rows, columns); sharded, fewer rows
+        # (n, rows, columns); sharded, fewer rows
+        gradients = torch.stack([slot.gradient for slot in alike])
         momentum = [slot.state["momentum_buffer"] for slot in alike]
         torch._foreach_lerp_(momentum, list(gradients), 1 - group["momentum"])
         gradients.lerp_(torch.stack(momentum), group["momentum"])  # Nesterov: one look ahead
@@ -261,10 +260,8 @@ def freeze(model: nn.Module, names: str | None) -> None:
         part = f".{name.strip()}."
         frozen = [p for full, p in model.named_parameters() if part in f".{full}."]
         if not frozen:
-            words = {word for full, _ in model.named_parameters() for word in full.split(".")[:-1]}
-            known = ", ".join(sorted(word for word in words if not word.isdecimal()))
             raise UserError(
-                f"freeze={names}: no parameter has {name.strip()!r} in its name; there are: {known}"
+                f"freeze={names}: no parameter has {name.strip()!r} in its name; see print(model)"
             )
         for p in frozen:
             p.requires_grad_(False)
@@ -328,7 +325,7 @@ def make_optimizer(config, model: nn.Module) -> Optimizer:
         groups.append(
             {
                 "rule": rule,
-                "names": list(members),
+                "named_params": members,
                 "params": list(members.values()),
                 "lr": peak_lr,
                 "peak_lr": peak_lr,
@@ -360,24 +357,3 @@ def warmup_stable_decay(progress: float) -> float:
 
 
 SCHEDULES = {"cosine": cosine, "linear": linear, "wsd": warmup_stable_decay}
-
-
-def learning_rate_at(
-    it: int,
-    schedule: str,
-    learning_rate: float,
-    *,
-    warmup_iters: int,
-    lr_decay_iters: int,
-    min_lr: float,
-) -> float:
-    """The learning rate of step it, the first being 0: linear warmup, then decay to min_lr.
-
-    The first step's is above zero, and that of steps from lr_decay_iters on is min_lr.
-    """
-    if it < warmup_iters:
-        return learning_rate * (it + 1) / (warmup_iters + 1)
-    if it >= lr_decay_iters:
-        return min_lr
-    progress = (it - warmup_iters) / (lr_decay_iters - warmup_iters)
-    return min_lr + SCHEDULES[schedule](progress) * (learning_rate - min_lr)

@@ -3,7 +3,6 @@
 import dataclasses
 import shlex
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -30,30 +29,18 @@ PREPARED_WITH = ("--tokenizer=", "--vocab_size=", "--model_type=")
 # A run that is resumed
 
 
-def check_same_data(saved: dict, dataset: Dataset, model_config: ModelConfig, out_dir: str) -> None:
-    """Raise UserError unless these are the data that a checkpoint was trained on; it says where those are."""
-    if is_data_of(saved, dataset):
+def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
+    """Raise UserError unless these are the data that a checkpoint was trained on; it says how to get those."""
+    tokenizer = dataset.tokenizer.state()
+    if (saved["tokenizer"], saved["data"]["identity"]) == (tokenizer, dataset.identity()):
         return
     problem = f"{dataset.folder} is not the data that {out_dir}/ckpt.pt was trained on"
-    folder = Path("data") / saved["train_config"].get("dataset", dataset.folder.name)
-    for place in (folder, *sorted(folder.glob("previous-*"))):
-        if is_folder_of(saved, place, model_config):
-            key = shlex.quote(f"--dataset={place.relative_to('data')}")
-            raise UserError(f"{problem}; that is now in {place}: add {key}")
+    moved = shlex.quote(f"--dataset={dataset.folder.name}/previous-1")
+    advice = f"; if that was moved aside, add {moved}"
     command = saved["data"].get("command", "")
-    advice = f"; to make that again: {as_written_here(command)}" if is_command(command) else ""
+    if is_command(command):
+        advice += f"; to make it again: {as_written_here(command)}"
     raise UserError(problem + advice)
-
-
-def is_data_of(saved: dict, dataset: Dataset) -> bool:
-    tokenizer = dataset.tokenizer.state()
-    return (saved["tokenizer"], saved["data"]["identity"]) == (tokenizer, dataset.identity())
-
-
-def is_folder_of(saved: dict, folder: Path, model_config: ModelConfig) -> bool:
-    with suppress(UserError):
-        return is_data_of(saved, open_prepared(folder, model_config, seed=0))
-    return False
 
 
 def check_optimizer(saved: dict, model: nn.Module, out_dir: str) -> None:

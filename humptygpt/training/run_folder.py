@@ -195,7 +195,6 @@ class RunFolder:
     def __init__(self, path: Path, settings: dict, resumed_at: int):
         """settings: of the run, as in config.json. resumed_at: steps done; 0: a new run. Raises UserError."""
         self.path = path
-        self.settings = settings
         self.rows = []
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -221,7 +220,7 @@ class RunFolder:
             logger.log(row, step=row["iter"])
 
     def draw(self) -> None:
-        draw_losses(self.rows, self.path / "loss.png", self.settings)
+        draw_losses(self.rows, self.path / "loss.png")
 
     def close(self) -> None:
         for logger in self.loggers:
@@ -345,7 +344,7 @@ LOGGERS = {"tensorboard": TensorBoard, "wandb": start_wandb}
 # The plot
 
 
-def draw_losses(rows: list[dict], path: Path, settings: dict) -> None:
+def draw_losses(rows: list[dict], path: Path) -> None:
     """Plot training and validation loss against steps. The numbers are in the legend, above the axes."""
     val = points(rows, "val_loss")
     if not val:
@@ -356,16 +355,8 @@ def draw_losses(rows: list[dict], path: Path, settings: dict) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    regularized = [
-        f"{key}={settings[key]}" for key in ("dropout", "label_smoothing") if settings[key]
-    ]
-    label = "training"
-    if regularized:
-        label += f", with {' and '.join(regularized)}: not comparable"
     train = points(rows, "train_loss")
-    marker = "o" if len(train) == 1 else None  # a line of one point cannot be seen
-    style = {"color": "#9db4c8", "linewidth": 1, "markersize": 3.5}
-    axes.plot(*zip(*train, strict=True), marker=marker, label=label, **style)
+    axes.plot(*zip(*train, strict=True), label="training", color="#9db4c8", linewidth=1)
     step, lowest = min(val, key=lambda point: point[1])
     label = f"validation, lowest {lowest:.3f} at step {step:,}"
     style = {"color": "#c2410c", "linewidth": 1.8, "markersize": 3.5}

@@ -23,18 +23,15 @@ from humptygpt.nn import lora
 from humptygpt.nn.layers import DTYPES
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import note
-from humptygpt.training.optimizers import OPTIMIZERS, SCHEDULES, learning_rate_at
+from humptygpt.training.optimizers import OPTIMIZERS, SCHEDULES
 from humptygpt.training.run_folder import chosen_loggers, import_logger, lock_out_dir
 from model import MODELS, ModelConfig
 
 TRAINING_ONLY = ("dropout", "label_smoothing")  # keys of ModelConfig that change no weight
 # what the weights and the order of the data mean
 FIXED = ("seed", "batch_size", "gradient_accumulation_steps", "optimizer", "freeze")
-MAY_DIFFER = {
-    "init_from",
-    "out_dir",
-    "warmup_iters",
-}  # in an interrupted run; warmup is fitted to a short one
+# in an interrupted run; warmup is fitted to a short one
+MAY_DIFFER = {"init_from", "out_dir", "warmup_iters"}
 MUON = {"only_with": {"optimizer": ("muon", "normuon")}}
 DECAY = {"only_with": {"decay_lr": True}}
 DECAY_RATE = {"at_least": 0, "below": 1}
@@ -142,17 +139,21 @@ class TrainConfig:
             )
 
     def lr(self, it: int) -> float:
-        """Return the learning rate of step it, the first being 0."""
+        """Return the learning rate of step it, the first being 0: linear warmup from above zero, then decay to min_lr.
+
+        That of steps from lr_decay_iters on is min_lr.
+        """
         if not self.decay_lr:
             return self.learning_rate
-        return learning_rate_at(
-            it,
-            self.schedule,
-            self.learning_rate,
-            warmup_iters=self.warmup_iters,
-            lr_decay_iters=self.lr_decay_iters or self.max_iters,
-            min_lr=self.learning_rate / 10 if self.min_lr is None else self.min_lr,
-        )
+        warmup = self.warmup_iters
+        if it < warmup:
+            return self.learning_rate * (it + 1) / (warmup + 1)
+        min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
+        end = self.lr_decay_iters or self.max_iters
+        if it >= end:
+            return min_lr
+        decay = SCHEDULES[self.schedule]((it - warmup) / (end - warmup))
+        return min_lr + decay * (self.learning_rate - min_lr)
 
     def rows(self, processes: int) -> int:
         """Return the most sequences that a process has at once: several share a micro-batch where these are too few."""
@@ -175,10 +176,8 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     """
     rank, processes = distributed.launched()
     given = configurator.read(argv, ModelConfig, TrainConfig)
-    writes = not (
-        rank or given.get("eval_only") or given.get("dry_run")
-    )  # of several, the first has the lock
-    locks = locks if writes else None
+    if rank or given.get("eval_only") or given.get("dry_run"):
+        locks = None  # of several processes, the first has the lock
     out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
     path = out_dir / "ckpt.pt"
     if os.path.isfile(out_dir):  # probably a checkpoint in the folder that is meant
@@ -258,11 +257,10 @@ def base_settings(base: Loaded, given: dict) -> dict[str, object]:
     own = asdict(base.model.config)
     free = {key: given.get(key, getattr(ModelConfig, key)) for key in (*TRAINING_ONLY, *lora.OFF)}
     block_size = given.get("block_size", own["block_size"])
-    idle = [key for key in own if key in given and key not in free and key != "block_size"]
-    idle = [key for key in idle if given[key] not in (own[key], None)]
-    if idle:
-        asked, has = (", ".join(f"{key}={of[key]}" for key in idle) for of in (given, own))
-        note(f"{asked}: without effect; the model {base.path} has {has}")
+    for key in own:
+        fixed = key not in free and key != "block_size"
+        if fixed and given.get(key) not in (own[key], None):
+            note(f"{key}={given[key]}: without effect; the model {base.path} has {key}={own[key]}")
     if block_size > own["block_size"] and own["position"] == "learned":
         raise UserError(
             f"block_size={block_size} is too large: the model {base.path} has learned"
