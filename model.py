@@ -492,19 +492,9 @@ class Stack(nn.Module):
         self.norm = NORMS["none" if block.ends_with_norm else config.norm](config)
         self.windows = {block.attn.window for block in self.blocks}
 
-    def forward(
-        self,
-        x: Tensor,
-        state: DecoderState | None = None,
-        padding: Tensor | None = None,
-        context: Tensor | None = None,
-        context_padding: Tensor | None = None,
-    ) -> Tensor:
-        """x: (B, T, C), embedded tokens, which follow those in the state. Returns (B, T, C).
-
-        padding: (B, T), True where x is no token. context: (B, S, C), for cross-attention, and its padding: (B, S).
-        """
-        x, inputs = self.enter(x, state, padding, context, context_padding)
+    def forward(self, x: Tensor, state: DecoderState | None = None, **texts) -> Tensor:
+        """x: (B, T, C), embedded tokens, which follow those in the state. texts: of enter(). Returns (B, T, C)."""
+        x, inputs = self.enter(x, state, **texts)
         layers = state.layers if state else [None] * len(self.blocks)
         for block, layer in zip(self.blocks, layers, strict=True):
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -523,7 +513,10 @@ class Stack(nn.Module):
         context: Tensor | None = None,
         context_padding: Tensor | None = None,
     ) -> tuple[Tensor, BlockInputs]:
-        """As forward. Returns what enters the first block, and what all blocks need beside it."""
+        """Return what enters the first block, and what all blocks need beside it.
+
+        padding: (B, T), True where x is no token. context: (B, S, C), for cross-attention, and its padding: (B, S).
+        """
         T = S = x.shape[1]
         start = state.length if state else 0
         end = start + T

@@ -201,8 +201,6 @@ def main(argv: list[str]) -> None:
     for key, why in without_effect(asdict(config) | {"task": loaded.task}, SampleConfig).items():
         if key in given:
             note(f"{key}={given[key]} has no effect {why}")
-    if config.compile:
-        note("compile=True has no effect in sample.py")
     if busy := limits.load_note():
         note(busy)
     smaller = "try fewer --num_samples, --max_new_tokens or --num_beams"
@@ -432,12 +430,8 @@ def encode_prompt(text: str, tokenizer: Tokenizer) -> np.ndarray:
 # --------------------------------------------------------------------------------------
 # Log-probabilities and scores
 
-COLOURS = {
-    0.5: 32,
-    0.1: 36,
-    0.01: 33,
-    0.0: 31,
-}  # from this probability on: green, cyan, yellow, red
+# from this probability on: green, cyan, yellow, red
+COLOURS = {0.5: 32, 0.1: 36, 0.01: 33, 0.0: 31}
 
 
 def coloured(pieces: Iterable[Piece]) -> Iterator[Piece]:

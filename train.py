@@ -252,11 +252,6 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
 
         # a train.bin alone is taken for nanoGPT's; a command is left of a folder of ours
         begun = has_any(folder, "preparing", "train.bin", COMMAND)
-        if not begun and len(folder.parts) > 2:  # a path: data/mine
-            name = shlex.quote(f"--dataset={folder.name}")
-            raise UserError(
-                f"dataset={config.dataset} is not the name of a folder in data/; write {name}"
-            )
         stopped = has_any(folder, "preparing") and config.dataset in prepare_data.SOURCES
         if stopped or not begun:
             keys = {"name": config.dataset}

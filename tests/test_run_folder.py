@@ -165,9 +165,7 @@ def test_a_run_that_diverges_is_finished_on_wandb_too(tiny, monkeypatch, capsys)
 
 
 def test_wandb_that_is_not_installed_is_named(tiny, fails, monkeypatch):
-    monkeypatch.setitem(
-        sys.modules, "wandb", types.ModuleType("wandb")
-    )  # as a folder of that name is imported
+    monkeypatch.setitem(sys.modules, "wandb", None)
     line = fails(train.main, *TINY_RUN, "--wandb_log=True")
     assert "log=wandb needs the package wandb: pip install wandb" in line
     assert fails(train.main, *TINY_RUN, "--log=wandb") == line

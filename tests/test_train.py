@@ -702,12 +702,7 @@ BAD = {
     "out_dir= must not be empty; write --out_dir=PATH": ["--out_dir="],
     "dataset='' and out_dir=out/run must be names of folders": ["--dataset="],
     "dataset='a\\x00b' and out_dir=": ["--dataset=a\0b"],
-    "dataset=data/tiny is not the name of a folder in data/; write --dataset=tiny": [
-        "--dataset=data/tiny"
-    ],
-    "dataset=data/my texts/ is not the name of a folder in data/; write '--dataset=my texts'": [
-        "--dataset=data/my texts/"
-    ],
+    "name='data/tiny' must be the name of a folder in data/": ["--dataset=data/tiny"],
     "out_dir=tiny.txt is a file; write --out_dir=.": ["--out_dir=tiny.txt", "--init_from=resume"],
 }
 

@@ -123,9 +123,8 @@ def quantize_rows(weight: Tensor) -> Tensor:
     """Return the matrix in int8, each row with the scale at which its largest weight is 127 or -127."""
     scales = torch.linalg.vector_norm(weight, torch.inf, dim=1).clamp(min=1e-12) / 127
     zeros = torch.zeros(len(weight), dtype=torch.int64)
-    with (
-        warnings.catch_warnings()
-    ):  # PyTorch will move this to a library that has no product as fast
+    with warnings.catch_warnings():
+        # PyTorch will move this to a library that has no product as fast
         warnings.simplefilter("ignore", UserWarning)
         return torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
 
@@ -170,7 +169,7 @@ class FastStack(nn.Module):
     def __init__(self, stack: Stack, config: ModelConfig):
         super().__init__()
         self.stack = stack
-        self.norm = norm_function(stack.norm)
+        self.norm = stack.norm.forward
         self.blocks = [BlockDecoder(block) for block in stack.blocks]
         # a position acts in rotary tables alone, and a new token attends to all: there is nothing to add and no mask
         unlimited = stack.windows == {0}
@@ -223,17 +222,16 @@ class BlockDecoder:
         # RMS norm is x / |x| times this; the rotary tables are multiplied by it, once for all blocks
         self.norm_scale = math.sqrt(self.head_size) if self.qk_norm else 1.0
         self.root_of_eps = torch.tensor(math.sqrt(torch.finfo(torch.float32).eps * self.head_size))
-        self.attn_norm = norm_function(block.attn_norm)
+        self.attn_norm = block.attn_norm.forward
         self.qkv_proj = linear_function(block.attn.qkv_proj)
         self.add_o_proj = add_linear_function(attention.o_proj)
         self.mlp = block.mlp
         self.conv = block.conv
         if block.mlp:
-            self.mlp_norm = norm_function(block.mlp_norm)
+            self.mlp_norm = block.mlp_norm.forward
             self.add_mlp = add_mlp_function(block.mlp)
-        if (
-            block.conv
-        ):  # weights of the tokens before a token, the oldest first, and of the token itself
+        if block.conv:
+            # weights of the tokens before a token, the oldest first, and of the token itself
             weight = block.conv.GAIN * block.conv.weight.flip(0)
             self.conv_weight = F.pad(weight, (0, 0, 0, 1), value=1.0)
             self.conv_size = len(self.conv_weight)
@@ -313,16 +311,3 @@ def add_mlp_function(mlp: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda x, y: add_down_proj(x, activation(up_proj(y)))
     gate_proj = linear_function(mlp.gate_proj)
     return lambda x, y: add_down_proj(x, activation(gate_proj(y)) * up_proj(y))
-
-
-def norm_function(norm: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return what the norm computes, (B, C) -> (B, C)."""
-    if not isinstance(norm, nn.LayerNorm):
-        return norm.forward
-    return partial(
-        torch.layer_norm,
-        normalized_shape=norm.normalized_shape,
-        weight=norm.weight,
-        bias=norm.bias,
-        eps=norm.eps,
-    )

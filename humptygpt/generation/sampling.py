@@ -70,7 +70,7 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, uniform * total, right=True)
 
 
-def sample_tokens(logits: Tensor, uniform: Tensor, top_k: int | None, **filters) -> Tensor:
+def sample_tokens(logits: Tensor, uniform: Tensor, top_k: int | None = None, **filters) -> Tensor:
     """Draw tokens (B, 1), of the top_k most probable alone; filters: of probabilities()."""
     vocab_size = logits.shape[-1]
     if top_k is None or top_k >= vocab_size:
@@ -187,19 +187,16 @@ class Sampler:
         samples: list[int],
         max_new_tokens: int,
         *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
         repetition_penalty: float = 1.0,
         seed: int = 1337,
+        **filters,
     ):
         """idx: (B, T), the texts so far, -1 where there is no token. samples: a number for each text, which chooses its
-        random numbers. temperature: 0 is greedy. top_k, top_p, min_p: what stays, each of what the one before leaves.
+        random numbers. filters: of sample_tokens(); temperature=0 is greedy.
         """
-        self.filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        self.filters = filters
         self.uniforms = None
-        if temperature:
+        if filters.get("temperature") != 0:
             dtype = torch.float32 if idx.is_mps else torch.float64  # which Apple's GPUs do not have
             self.uniforms = uniform_numbers(seed, samples, max_new_tokens, dtype).to(idx.device)
         self.penalty = repetition_penalty

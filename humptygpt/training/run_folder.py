@@ -280,16 +280,10 @@ def chosen_loggers(settings: dict) -> list[str]:
 
 def import_logger(name: str) -> ModuleType:
     """Import what a logger needs. Raises UserError where the package is missing."""
-    module, needed = {
-        "tensorboard": ("torch.utils.tensorboard", "SummaryWriter"),
-        "wandb": ("wandb", "init"),
-    }[name]
     try:
-        package = importlib.import_module(module)
-        getattr(package, needed)  # not in a folder of that name, which wandb leaves behind
-    except (ImportError, AttributeError) as error:
+        return importlib.import_module("wandb" if name == "wandb" else "torch.utils.tensorboard")
+    except ImportError as error:
         raise UserError(f"log={name} needs the package {name}: pip install {name}") from error
-    return package
 
 
 class TensorBoard:
@@ -359,8 +353,8 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     axes.plot(*zip(*train, strict=True), label="training", color="#9db4c8", linewidth=1)
     step, lowest = min(val, key=lambda point: point[1])
     label = f"validation, lowest {lowest:.3f} at step {step:,}"
-    style = {"color": "#c2410c", "linewidth": 1.8, "markersize": 3.5}
-    axes.plot(*zip(*val, strict=True), marker="o", label=label, **style)
+    style = {"color": "#c2410c", "linewidth": 1.8, "markersize": 3.5, "marker": "o"}
+    axes.plot(*zip(*val, strict=True), label=label, **style)
     axes.set(xlabel="steps", ylabel="loss, nats per token")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
