@@ -387,12 +387,8 @@ def make_tokenizer(corpus: Corpus, config: PrepareConfig) -> Tokenizer:
     options = {key: getattr(corpus.config, key) for key in kind.options}
     base, each = kind.training_memory
     size = base + each * min(sum(corpus.sizes), VOCABULARY_BYTES)
-    free = limits.available_memory()
-    if base and size > free:
-        needed = f"takes {limits.gigabytes(size)} of memory, and {limits.gigabytes(free)} are free"
-        raise UserError(
-            f"training tokenizer={kind.name} on this text {needed}; --tokenizer=byte takes none"
-        )
+    training = f"training tokenizer={kind.name} on this text takes"
+    limits.check_fits(training, size, limits.available_memory(), "--tokenizer=byte takes none")
     while True:
         texts = vocabulary_texts(corpus, kind.needs_all_texts)
         try:

@@ -36,7 +36,6 @@ from tqdm import tqdm
 
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError, note
-from humptygpt.core.limits import gigabytes
 from humptygpt.core.settings import check, check_path, nearest_path, setting, without_effect
 from humptygpt.generation.beams import NUM_BEAMS, translate
 from humptygpt.generation.decoder import prepare_for_generation
@@ -49,7 +48,7 @@ from humptygpt.tokenizer.tokenizers import END_OF_TEXT, Tokenizer
 
 SEPARATOR = "---------------"
 TRANSLATED_AT_ONCE = 500  # lines of a text, before the first of them is printed
-CONTINUED_AT_ONCE = 64  # texts, but all samples of one prompt
+CONTINUED_AT_ONCE = 128  # texts
 TEXT = {"only_with": {"task": "language modelling"}}
 SAMPLING = TEXT | {"not_with": {"temperature": 0.0}}
 TRANSLATION = {"only_with": {"task": "translation"}}
@@ -251,12 +250,8 @@ def check_weights_fit(
 ) -> None:
     """Raise UserError where there is no room for the converted weights; itemsize: bytes of each."""
     size = itemsize * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    free = free_memory(device)
-    if size > free:
-        raise UserError(
-            f"{source} takes {gigabytes(size)} of memory, and {gigabytes(free)} are free on {device};"
-            " end other programs, or on a CPU take --quantize=int8"
-        )
+    advice = "end other programs, or on a CPU take --quantize=int8"
+    limits.check_fits(f"{source} takes", size, free_memory(device), advice)
 
 
 # --------------------------------------------------------------------------------------
@@ -321,8 +316,7 @@ def print_texts(config: SampleConfig, loaded: Pipeline) -> None:
         note("at temperature=0 all texts are the same; here is one")
     prompts = read_prompts(config, loaded)
     size = max(len(ids) for _, ids in prompts) + config.max_new_tokens
-    check_texts_fit(loaded, "num_samples", num_samples, size)
-    at_once = min(max(num_samples, CONTINUED_AT_ONCE), texts_that_fit(loaded, size))
+    at_once = min(CONTINUED_AT_ONCE, texts_that_fit(loaded, size))
     texts = [(number, sample) for number in range(len(prompts)) for sample in range(num_samples)]
     for first in range(0, len(texts), at_once):
         print_batch(prompts, texts[first : first + at_once], config, loaded)
@@ -359,21 +353,16 @@ def print_batch(
         print(text, flush=True)
 
 
-def texts_that_fit(loaded: Pipeline, size: int) -> int:
-    """Return how many texts of this many tokens can be continued together in the memory that is free."""
-    return int(0.9 * free_memory(loaded.device)) // bytes_per_text(loaded.model.config, size)
+def texts_that_fit(loaded: Pipeline, size: int, beams: int = 1) -> int:
+    """Return how many texts of this many tokens can be continued together in the memory that is free.
 
-
-def check_texts_fit(loaded: Pipeline, key: str, count: int, size: int) -> None:
-    """Raise UserError where `count` texts of `size` tokens do not fit; key: what the user calls their number."""
-    fit = texts_that_fit(loaded, size)
-    if count > fit:
-        needed = gigabytes(count * bytes_per_text(loaded.model.config, size))
-        free = gigabytes(free_memory(loaded.device))
-        advice = f"--{key}={fit} would fit" if fit else "try fewer --max_new_tokens"
-        raise UserError(
-            f"{key}={count} texts of {size:,} tokens take {needed} of memory, and {free} are free; {advice}"
-        )
+    Raises UserError where not even one can.
+    """
+    free = int(0.9 * free_memory(loaded.device))
+    needed = beams * bytes_per_text(loaded.model.config, size)
+    advice = "try fewer --max_new_tokens or --num_beams"
+    limits.check_fits(f"a text of {size:,} tokens takes", needed, free, advice)
+    return free // needed
 
 
 def read_prompts(config: SampleConfig, loaded: Pipeline) -> list[tuple[str, np.ndarray]]:
@@ -567,7 +556,7 @@ def translate_lines(
             note(f"line {number + i:,} has {len(ids):,} tokens; the first {room:,} are read")
         if len(ids):
             sources[i] = np.append(ids[:room], tokenizer.eot)
-    check_texts_fit(loaded, "num_beams", config.num_beams, model.config.block_size)
+    texts_that_fit(loaded, model.config.block_size, config.num_beams)
     translations = translate(
         model,
         list(sources.values()),

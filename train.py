@@ -56,14 +56,7 @@ from humptygpt.tokenizer import tokenizers
 from humptygpt.training import evaluation, resume
 from humptygpt.training.memory import check_training_fits, memory_report
 from humptygpt.training.optimizers import Optimizer, clip_gradients, freeze, make_optimizer
-from humptygpt.training.run_folder import (
-    Diverged,
-    Meter,
-    NoFolder,
-    Progress,
-    RunFolder,
-    catch_signals,
-)
+from humptygpt.training.run_folder import Diverged, Meter, Progress, RunFolder, catch_signals
 from humptygpt.training.settings import TrainConfig, open_prepared, read_settings
 from model import ModelConfig
 
@@ -162,9 +155,9 @@ def main(argv: list[str]) -> int:
 def fit(run: Run) -> int:
     """Train, show what the model can do, and return the exit code."""
     out_dir = Path(run.config.out_dir)
-    new_folder = RunFolder if run.processes.first else NoFolder
     settings = asdict(run.config) | asdict(run.model.config)
-    with closing(new_folder(out_dir, settings, run.progress.iter)) as folder:
+    folder = RunFolder(out_dir, settings, run.progress.iter, writes=run.processes.first)
+    with closing(folder):
         try:
             stopped_by = train(run, folder)
         except Diverged as error:

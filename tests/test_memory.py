@@ -198,8 +198,8 @@ def test_a_training_that_will_not_fit_is_refused_with_its_size_and_what_takes_le
     tiny, gigabyte, fails, settings
 ):
     line = fails(train.main, *TINY_RUN, *settings.split())
-    end = f"of memory or more, and 1.00 GB are free on cpu; {TOO_LARGE[settings]}\n"
-    assert re.search(r" takes [\d,.]+ GB ", line) and line.endswith(end)
+    end = f"of memory, and 1.00 GB are free; {TOO_LARGE[settings]}\n"
+    assert re.search(r" takes at least [\d,.]+ GB ", line) and line.endswith(end)
     assert not Path("out/run/config.json").exists()
 
 
@@ -210,7 +210,7 @@ def test_a_matrix_with_more_elements_than_can_be_counted_is_refused(tiny, fails)
 
 def test_on_a_gpu_its_own_memory_counts(tiny, gigabyte, monkeypatch):
     config, model_config, *_ = read_settings([*TINY_RUN, "--n_embd=4096", "--vocab_size=50"])
-    with pytest.raises(UserError, match=r"GB of memory or more, and 1\.00 GB are free on cuda; "):
+    with pytest.raises(UserError, match=r"GB of memory, and 1\.00 GB are free; "):
         memory.check_training_fits(config, model_config, CUDA, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**11, 10**11))
     memory.check_training_fits(config, model_config, CUDA, torch.bfloat16)
@@ -222,7 +222,7 @@ def test_several_processes_share_the_memory_of_a_machine(tiny, gigabyte, monkeyp
     )
     memory.check_training_fits(config, model_config, CPU, torch.float32)  # 0.8 GB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(UserError, match=r"in each process, and 250\.0 MB are free"):
+    with pytest.raises(UserError, match=r" and 250\.0 MB are free"):
         memory.check_training_fits(config, model_config, CPU, torch.float32, processes=4)
     memory.check_training_fits(
         replace(config, parallel="fsdp"), model_config, CPU, torch.float32, processes=4
@@ -282,27 +282,18 @@ def run_dir(run_train):
     return Path("out/run")
 
 
-@pytest.mark.parametrize(
-    ("argv", "way_out"),
-    [
-        (["--num_samples=100000000"], r"--num_samples=\d+ would fit"),
-        (["--max_new_tokens=1000000000"], "try fewer --max_new_tokens"),
-        (["--max_new_tokens=1000000000000000000"], "try fewer --max_new_tokens"),
-    ],
-)
-def test_texts_that_will_not_fit_are_refused_with_their_size_and_how_many_would(
-    run_dir, gigabyte, fails, argv, way_out, capsys
-):
-    with pytest.raises(UserError) as error:
-        sample.main(["--out_dir=out/run", "--device=cpu", *argv])
-    assert re.search(
-        rf" tokens take [\d,.]+ GB of memory, and 1\.00 GB are free; {way_out}$", str(error.value)
+@pytest.mark.parametrize("new_tokens", [10**9, 10**18])
+def test_a_text_that_will_not_fit_is_refused_with_its_size(run_dir, gigabyte, new_tokens):
+    match = (
+        r" tokens takes [\d,.]+ GB of memory, and 900\.0 MB are free; try fewer --max_new_tokens"
     )
+    with pytest.raises(UserError, match=match):
+        sample.main(["--out_dir=out/run", "--device=cpu", f"--max_new_tokens={new_tokens}"])
 
 
 def test_weights_that_will_not_fit_are_refused_with_their_size(run_dir, monkeypatch):
     monkeypatch.setattr(layers, "available_memory", lambda: 100)
-    with pytest.raises(UserError, match=r"out/run takes .* MB .* free on cpu; .*--quantize=int8"):
+    with pytest.raises(UserError, match=r"out/run takes .* MB .* free; .*--quantize=int8"):
         sample.load("out/run", device="cpu")
 
 

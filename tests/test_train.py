@@ -722,13 +722,6 @@ def test_a_key_without_effect_says_so(run_train, capsys):
     assert "note: backend=gloo has no effect" in notes
     assert "note: rope_base=5.0 has no effect without position=rotary" in notes
     assert "note: warmup_iters=2 has no effect without decay_lr=True" in notes
-    run_train("--warmup_iters=6", "--max_iters=6")
-    assert (
-        "note: the learning rate never decays: warmup_iters=6 lasts all 6 steps"
-        in capsys.readouterr().err
-    )
-    run_train("--warmup_iters=5", "--max_iters=6")
-    assert "never decays" not in capsys.readouterr().err
     run_train("--rope_base=5", "--position=rotary")
     assert "no effect" not in capsys.readouterr().err
 
@@ -741,9 +734,7 @@ def test_the_default_warmup_is_fitted_to_a_short_run_and_a_chosen_one_is_not(tin
         in capsys.readouterr().err
     )
     config, *_ = read_settings(["--max_iters=60", "--warmup_iters=100"])
-    assert (
-        config.warmup_iters == 100 and "the learning rate never decays" in capsys.readouterr().err
-    )
+    assert config.warmup_iters == 100
     for keys in (["--max_iters=60", "--decay_lr=False"], ["--max_iters=101"]):
         config, *_ = read_settings(keys)
         assert config.warmup_iters == 100 and not capsys.readouterr().err

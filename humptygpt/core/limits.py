@@ -163,6 +163,14 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:,.{1 if size >= 1e10 else 2}f} GB"
 
 
+def check_fits(what: str, size: float, free: float, advice: str) -> None:
+    """Raise UserError where size is more than the bytes that are free. what: subject and verb, as "weights take"."""
+    if size > free:
+        raise UserError(
+            f"{what} {gigabytes(size)} of memory, and {gigabytes(free)} are free; {advice}"
+        )
+
+
 # How those who allocate say that they could not: few have a class for it
 NO_MEMORY = re.compile(
     "can't allocate memory|not enough memory|out of memory|std::bad_alloc|unable to mmap|failed to map segment"

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as models
 from humptygpt.core.errors import UserError
-from humptygpt.core.limits import gigabytes
+from humptygpt.core.limits import check_fits
 from humptygpt.nn.layers import autocast, free_memory
 from humptygpt.training.optimizers import state_bytes, trained_parameters
 from model import ModelConfig, build_on_meta
@@ -163,14 +163,11 @@ def check_training_fits(
     except RuntimeError as error:  # a matrix has more elements than an int64 can count
         raise UserError(f"the model is too large for any memory: {error}") from error
     least = least_memory(config, model, dtype, processes)
-    free = free_memory(device)
-    if least.total > free:
-        raise UserError(
-            f"training {models.count_parameters(model):,} parameters with batch_size={config.batch_size} and"
-            f" block_size={model_config.block_size} takes {gigabytes(least.total)} of memory or more"
-            f"{' in each process' if processes > 1 else ''}, and {gigabytes(free)} are free on {device};"
-            f" {least.advice}"
-        )
+    training = (
+        f"training {models.count_parameters(model):,} parameters with batch_size={config.batch_size} and"
+        f" block_size={model_config.block_size} takes at least"
+    )
+    check_fits(training, least.total, free_memory(device), least.advice)
 
 
 def least_memory(config, model: nn.Module, dtype: torch.dtype, processes: int) -> Memory:

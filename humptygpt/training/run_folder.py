@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import re
 import secrets
 import signal
 import socket
@@ -192,10 +191,17 @@ class RunFolder:
     holds the lock of its folder: see lock_out_dir.
     """
 
-    def __init__(self, path: Path, settings: dict, resumed_at: int):
-        """settings: of the run, as in config.json. resumed_at: steps done; 0: a new run. Raises UserError."""
+    def __init__(self, path: Path, settings: dict, resumed_at: int, writes: bool = True):
+        """settings: of the run, as in config.json. resumed_at: steps done; 0: a new run. Raises UserError.
+
+        writes: False where another process of the same run does.
+        """
         self.path = path
+        self.writes = writes
         self.rows = []
+        self.loggers = []
+        if not writes:
+            return
         try:
             path.mkdir(parents=True, exist_ok=True)
             if resumed_at:
@@ -208,12 +214,13 @@ class RunFolder:
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_text(path / "metrics.jsonl", lines)
         write_text(path / "config.json", json.dumps(settings, indent=1))
-        self.loggers = []
         for name in chosen_loggers(settings):
             self.loggers.append(LOGGERS[name](path, settings, resumed_at))
 
     def record(self, row: dict) -> None:
         """Add a row of metrics."""
+        if not self.writes:
+            return
         self.rows.append(row)
         files.append(self.path / "metrics.jsonl", json.dumps(row))
         for logger in self.loggers:
@@ -225,22 +232,6 @@ class RunFolder:
     def close(self) -> None:
         for logger in self.loggers:
             logger.finish()
-
-
-class NoFolder:
-    """What a process has instead of a RunFolder that writes nothing, since another one of the same run does."""
-
-    def __init__(self, path: Path, settings: dict, resumed_at: int):
-        self.path = path
-
-    def record(self, row: dict) -> None:
-        pass
-
-    def draw(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def write_text(path: Path, text: str) -> None:
@@ -313,13 +304,12 @@ def start_wandb(out_dir: Path, settings: dict, resumed_at: int):
     """Start the run on Weights & Biases, the same whenever it is resumed; offline where that cannot be reached."""
     wandb = import_logger("wandb")
     id_file = out_dir / "wandb_id"
-    earlier = id_file.read_bytes() if resumed_at and id_file.exists() else b""
-    run_id = earlier.decode() if re.fullmatch(rb"[0-9a-f]{8}", earlier) else secrets.token_hex(4)
-    write_text(id_file, run_id)
+    if not resumed_at or not id_file.exists():
+        write_text(id_file, secrets.token_hex(4))
     options = {
         "project": settings["wandb_project"],
         "name": settings["wandb_run_name"] or out_dir.name,
-        "id": run_id,
+        "id": id_file.read_text(),
         "resume": "allow",
         "dir": str(out_dir),
         "config": settings,

@@ -286,15 +286,11 @@ def fit_warmup(config: TrainConfig, chosen: bool) -> TrainConfig:
     """Return the config with a warmup that leaves most steps of a short run to the decay, unless the user chose it."""
     steps = config.lr_decay_iters or config.max_iters
     warmup = config.warmup_iters
-    if not config.decay_lr or warmup < steps:
+    if chosen or not config.decay_lr or warmup < steps:
         return config
-    if chosen:
-        note(f"the learning rate never decays: warmup_iters={warmup} lasts all {steps:,} steps")
-        return config
-    note(
-        f"warmup_iters={warmup} would last all {steps:,} steps; warmup_iters={steps // 10} is taken"
-    )
-    return dataclasses.replace(config, warmup_iters=steps // 10)
+    shorter = steps // 10
+    note(f"warmup_iters={warmup} would last all {steps:,} steps; warmup_iters={shorter} is taken")
+    return dataclasses.replace(config, warmup_iters=shorter)
 
 
 def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
