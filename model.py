@@ -582,11 +582,11 @@ class GPT(nn.Module):
         x = self.stack(self.wte(idx), state)
         return with_loss(self, self.lm_head(x[:, -1]), None)[0]
 
-    def make_state(self, padding: Tensor | None = None, size: int | None = None) -> DecoderState:
-        """An empty state; padding, size: as DecoderState has them; None: block_size."""
+    def make_state(self, size: int | None = None) -> DecoderState:
+        """An empty state; size: as DecoderState has it; None: block_size."""
         block_size = self.config.block_size
         size = min(size or block_size, block_size)
-        return DecoderState(self.config.n_layer, size, widest_window(self), padding)
+        return DecoderState(self.config.n_layer, size, widest_window(self))
 
 
 class Transformer(nn.Module):
@@ -620,13 +620,13 @@ class Transformer(nn.Module):
         idx: (B, T) token ids of the target so far, which follow those in the state; the first is end-of-text. targets:
         (B, T), -1 where no loss is counted. Returns as GPT does.
         """
-        context, padding = (None, state.source_padding) if state else self.encode(source)
+        context, padding = (None, None) if state else self.encode(source)
         x = self.decoder(self.wte(idx), state, context=context, context_padding=padding)
         return with_loss(self, self.lm_head(x), targets)
 
     def next_logits(self, idx: Tensor, state: DecoderState) -> Tensor:
         """As forward, but of the token after the last one alone: (B, V)."""
-        x = self.decoder(self.wte(idx), state, context_padding=state.source_padding)
+        x = self.decoder(self.wte(idx), state)
         return with_loss(self, self.lm_head(x[:, -1]), None)[0]
 
     def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
@@ -634,15 +634,11 @@ class Transformer(nn.Module):
         padding = source < 0
         return self.encoder(self.wte(source.clamp(min=0)), padding=padding), padding
 
-    def make_state(self, source: Tensor, padded: bool = False) -> DecoderState:
-        """A state with room for block_size tokens of the target, and the source, (B, S) as in forward, read.
-
-        padded: False where all sources are equally long, which needs no mask.
-        """
+    def make_state(self, source: Tensor) -> DecoderState:
+        """A state with room for block_size tokens of the target, and the sources read, (B, S), all equally long."""
         context, padding = self.encode(source)
-        assert padded or padding.is_meta or not padding.any(), "padding needs padded=True"
+        assert padding.is_meta or not padding.any(), "sources must be equally long"
         state = DecoderState(self.config.n_layer, self.config.block_size, widest_window(self))
-        state.source_padding = padding if padded else None
         for block, layer in zip(self.decoder.blocks, state.layers, strict=True):
             layer.cross_k, layer.cross_v = block.cross_attn.keys_and_values(context)
         return state

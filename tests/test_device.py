@@ -183,12 +183,9 @@ def train_evaluate_and_generate(model: nn.Module, optimizer_name: str, padded: b
     with torch.no_grad():
         assert model(**batch)[0].shape == logits.shape == (2, 5, 11)
         if model.has_state:
-            padding = torch.zeros(2, dtype=torch.int64, device=META)
-            state = (
-                model.make_state(source, padded)
-                if model.has_encoder
-                else model.make_state(padding if padded else None)
-            )
+            state = model.make_state(source) if model.has_encoder else model.make_state()
+            if padded and not model.has_encoder:
+                state.padding = torch.zeros(2, dtype=torch.int64, device=META)
             model(idx, state=state)
             state.select(torch.zeros(3, dtype=torch.int64, device=META))
             assert model(idx[:1, :1].expand(3, 1), state=state)[0].shape == (3, 1, 11)

@@ -13,7 +13,8 @@ from humptygpt.generation.decoder import PackedLinear, prepare_for_generation
 
 def logits_in_pieces(model, idx, padding=None) -> torch.Tensor:
     """A prompt of three tokens, then token by token: (B, T - 2, V)."""
-    state = model.make_state(padding=padding, size=idx.shape[1])
+    state = model.make_state(size=idx.shape[1])
+    state.padding = padding
     pieces = [idx[:, :3], *idx[:, 3:].split(1, dim=1)]
     return torch.stack([model.next_logits(piece, state) for piece in pieces], dim=1)
 

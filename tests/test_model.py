@@ -253,7 +253,8 @@ def test_left_padded_texts_of_different_lengths_give_the_logits_of_each_text_alo
             keys = {"n_head": 4, "n_kv_head": n_kv_head, "window": window, "block_size": T} | others
             model = random_model(position=position, block=block, **keys).eval()
             alone = [F.pad(model(text)[0][0], (0, 0, T - text.shape[1], 0)) for text in texts]
-            state = model.make_state(padding=padding)
+            state = model.make_state()
+            state.padding = padding
             pieces = idx[:, :-1].split(
                 [4, 2, 1, 1], dim=1
             )  # the shortest text begins in the second

@@ -80,14 +80,13 @@ class DecoderState:
     lengths; None: all texts start at the first token.
     """
 
-    def __init__(self, n_layer: int, size: int, window: int = 0, padding: Tensor | None = None):
+    def __init__(self, n_layer: int, size: int, window: int = 0):
         self.length = 0  # tokens read
         self.held = 0  # of these, the newest, that the buffers hold
         self.size = min(size, 2 * window) if window else size
         self.window = window
-        self.padding = padding
+        self.padding: Tensor | None = None
         self.layers = [LayerState() for _ in range(n_layer)]
-        self.source_padding = None  # (B, S) bool, of the text that cross-attention looks at
 
     def make_room(self, T: int) -> int:
         """For the next T tokens. Returns how many tokens they can attend to, themselves included."""
@@ -131,7 +130,6 @@ class DecoderState:
             layer.cross_v = select_rows(layer.cross_v, rows)
             layer.last_inputs = select_rows(layer.last_inputs, rows)
         self.padding = select_rows(self.padding, rows)
-        self.source_padding = select_rows(self.source_padding, rows)
 
 
 # --------------------------------------------------------------------------------------

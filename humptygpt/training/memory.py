@@ -3,6 +3,8 @@
 All of it is computed before a tensor has any memory, from the model of the run itself on the meta device.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ import model as models
 from humptygpt.core.errors import UserError
 from humptygpt.core.limits import check_fits
 from humptygpt.nn.layers import autocast, free_memory
-from humptygpt.training.optimizers import state_bytes, trained_parameters
+from humptygpt.training.optimizers import local, state_bytes, trained_parameters
 from model import ModelConfig, build_on_meta
 
 FLOAT = 4  # bytes of a weight, of a gradient, and of an element of the optimizer state
@@ -92,25 +94,38 @@ def saved_bytes(
 ) -> int:
     """Return the bytes of the tensors that autograd keeps in a forward pass, by tensors that have no memory."""
     T = config.block_size
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        if not on_gpu or tensor.shape[2:] != (T, T):  # a GPU's attention keeps no scores
-            storage = tensor.untyped_storage()
-            storages[storage._cdata] = storage  # kept, so that no other gets its number
-        return tensor
-
     with FakeTensorMode():
         model = models.build(config)
         for stack in (module for module in model.modules() if isinstance(module, models.Stack)):
             stack.checkpoint_activations = checkpointed
         idx = torch.zeros(rows, T, dtype=torch.int64)
         batch = {"idx": idx, "targets": idx} | ({"source": idx} if model.has_encoder else {})
-        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with hooks, autocast(torch.device("cpu"), dtype):
+        with saved_tensors() as saved, autocast(torch.device("cpu"), dtype):
             model(**batch)
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    return sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
+    if on_gpu:  # its attention keeps no scores
+        saved = [tensor for tensor in saved if tensor.shape[2:] != (T, T)]
+    return bytes_beside(model, saved)
+
+
+@contextmanager
+def saved_tensors() -> Iterator[list[Tensor]]:
+    """Yield a list that takes what autograd saves meanwhile."""
+    saved = []
+
+    def save(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        yield saved
+
+
+def bytes_beside(model: nn.Module, tensors: list[Tensor]) -> int:
+    """Return the bytes of the storages of these tensors, each counted once, but for the model's own."""
+    storages = {tensor.untyped_storage()._cdata: tensor for tensor in tensors}
+    for p in model.parameters():
+        storages.pop(local(p).untyped_storage()._cdata, None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
 def memory_report(

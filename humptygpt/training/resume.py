@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import model as models
 from humptygpt.checkpoint import checkpoint
@@ -18,9 +18,8 @@ from humptygpt.data.token_files import is_command
 from humptygpt.interchange.load import Loaded
 from humptygpt.nn import lora
 from humptygpt.nn.layers import autocast, to_device
-from humptygpt.training.memory import training_memory
-from humptygpt.training.optimizers import check_state, local, trained_parameters
-from humptygpt.training.settings import open_prepared
+from humptygpt.training.memory import bytes_beside, saved_tensors, training_memory
+from humptygpt.training.optimizers import check_state, trained_parameters
 from model import ModelConfig
 
 PREPARED_WITH = ("--tokenizer=", "--vocab_size=", "--model_type=")
@@ -86,24 +85,17 @@ def cost_report(run) -> str:
     """Return what fine-tuning takes, by a trial of the first micro-batch. Nothing of that remains. run: a train.Run."""
     model = run.model
     config = run.config
-    kept = {}
-
-    def keep(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
     batch = to_device(run.dataset.batch(0, config.batch_size), run.device)
     started = time.perf_counter()
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
-    with autocast(run.device, run.dtype), hooks:
+    with autocast(run.device, run.dtype), saved_tensors() as saved:
         _, loss = model(**batch)
+    activations = bytes_beside(model, saved)
+    saved.clear()
     loss.backward()
     loss.detach().item()  # waits for a GPU
     seconds = (time.perf_counter() - started) * config.gradient_accumulation_steps
     model.zero_grad()
-    for p in model.parameters():
-        kept.pop(local(p).untyped_storage().data_ptr(), None)
-    memory = training_memory(config, model, sum(kept.values()), processes=run.processes.size)
+    memory = training_memory(config, model, activations, processes=run.processes.size)
     update = memory.gradients + memory.optimizer
     total = memory.weights + update + memory.activations
     trained = sum(p.numel() for p in trained_parameters(model).values())
