@@ -761,7 +761,12 @@ class ModelConfig:
     mlp_bias: bool | None = setting(
         None, "and in those of the feed-forward network; None: bias", **MLP_ONLY
     )
-    embedding: str = setting("table", "number: a token is its own number", choices=EMBEDDINGS)
+    embedding: str = setting(
+        "table",
+        "number: a token is its own number",
+        choices=EMBEDDINGS,
+        only_with={"model": "window_mlp"},
+    )
     tie_weights: bool = setting(True, "embedding and output head share their weights", **ATTENTION)
     position: str = setting("learned", "positional encoding", choices=POSITIONS, **ATTENTION)
     rope_base: float = setting(
@@ -857,10 +862,6 @@ class ModelConfig:
         if low >= high:
             raise ValueError(
                 f"rope_low_freq_factor={low} must be below rope_high_freq_factor={high}"
-            )
-        if self.embedding != "table":
-            raise ValueError(
-                f"embedding={self.embedding} is for model=window_mlp; model={self.model} trains a table"
             )
         if self.init == "zero" and not BLOCKS[self.block].residual:
             raise ValueError(

@@ -63,7 +63,7 @@ def test_a_run_that_started_from_a_model_resumes_without_it(other):
     assert len(val_losses("out/other")) == 2
 
 
-def test_other_tokens_are_refused_and_the_command_in_the_message_mends_it(
+def test_other_tokens_are_refused_and_the_key_in_the_message_mends_it(
     run_train, fails, folder, capsys
 ):
     run_train()
@@ -73,8 +73,8 @@ def test_other_tokens_are_refused_and_the_command_in_the_message_mends_it(
     assert line.startswith(
         "data/other has tokens (byte) that are not those of the model out/run/best.pt (char); prep"
     )
-    command = shlex.split(line.partition("prepare it with the model's: ")[2])
-    prepare_data.main(command[2:])
+    (key,) = shlex.split(line.partition("; prepare it again with ")[2])
+    prepare_data.main(["--input=other.txt", "--name=other", key])
     assert train.main(FROM_RUN) == 0
     assert "from out/run" in capsys.readouterr().out
 

@@ -710,7 +710,6 @@ def test_with_init_zero_tokens_and_positions_weigh_the_same(tied):
             {"mlp": "none", "block": "parallel"},
             "block=parallel needs a feed-forward network beside attention",
         ),
-        ({"embedding": "number"}, "embedding=number is for model=window_mlp"),
         (
             {"model": "window_mlp"},
             "window=0 must be at least 1: model=window_mlp reads that many tokens",

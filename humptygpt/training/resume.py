@@ -22,8 +22,6 @@ from humptygpt.training.memory import bytes_beside, saved_tensors, training_memo
 from humptygpt.training.optimizers import check_state, trained_parameters
 from model import ModelConfig
 
-PREPARED_WITH = ("--tokenizer=", "--vocab_size=", "--model_type=")
-
 # --------------------------------------------------------------------------------------
 # A run that is resumed
 
@@ -59,13 +57,11 @@ def check_same_tokens(base: Loaded, dataset: Dataset) -> None:
     tokenizer = base.tokenizer
     if dataset.tokenizer.pieces == tokenizer.pieces:
         return
-    command = dataset.meta.get("command", f"python prepare_data.py {dataset.folder.name}")
-    words = [word for word in shlex.split(command) if not word.startswith(PREPARED_WITH)]
     source = tokenizer.name if tokenizer.name == "gpt2" else base.path
-    prepare = as_written_here(shlex.join([*words, f"--tokenizer={source}"]))
+    key = shlex.quote(f"--tokenizer={source}")
     raise UserError(
         f"{dataset.folder} has tokens ({dataset.tokenizer.name}) that are not those of the model {base.path}"
-        f" ({tokenizer.name}); prepare it with the model's: {prepare}"
+        f" ({tokenizer.name}); prepare it again with {key}"
     )
 
 

@@ -283,12 +283,8 @@ class TensorBoard:
     def __init__(self, out_dir: Path, settings: dict, resumed_at: int):
         """What an earlier process logged after the step at which this one resumes is no longer shown."""
         purge_step = resumed_at + 1 if resumed_at else None
-        folder = str(out_dir / "tensorboard")
-        try:
-            writer = import_logger("tensorboard").SummaryWriter
-            self.writer = writer(folder, purge_step=purge_step)
-        except OSError as error:
-            raise files.cannot_write(folder, error) from error
+        writer = import_logger("tensorboard").SummaryWriter
+        self.writer = writer(str(out_dir / "tensorboard"), purge_step=purge_step)
 
     def log(self, row: dict, step: int) -> None:
         for key, value in row.items():
