@@ -31,9 +31,9 @@ from pathlib import Path
 
 from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError, note
+from humptygpt.core.errors import UserError
 from humptygpt.core.files import write_whole
-from humptygpt.core.settings import parse_json, setting
+from humptygpt.core.settings import note, parse_json, setting
 
 # torch and matplotlib are imported where they are needed: they take seconds, and a misspelt key should not wait.
 

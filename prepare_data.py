@@ -38,9 +38,16 @@ if __name__ == "__main__":
 import numpy as np
 
 from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError, note
+from humptygpt.core.errors import UserError
 from humptygpt.core.files import Lock, being_moved, cannot_write, move_aside, remove
-from humptygpt.core.settings import as_written_here, check, our_configs, setting, without_effect
+from humptygpt.core.settings import (
+    as_written_here,
+    check,
+    note,
+    our_configs,
+    setting,
+    without_effect,
+)
 from humptygpt.data.corpus import VOCABULARY_BYTES, Documents, vocabulary_texts
 from humptygpt.data.documents import find_files, read_errors, write_if_changed
 from humptygpt.data.encoding import Progress, encode, read_json, write_json

@@ -35,8 +35,8 @@ from torch import nn
 from tqdm import tqdm
 
 from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError, note
-from humptygpt.core.settings import check, check_path, nearest_path, setting, without_effect
+from humptygpt.core.errors import UserError
+from humptygpt.core.settings import check, check_path, nearest_path, note, setting, without_effect
 from humptygpt.generation.beams import NUM_BEAMS, translate
 from humptygpt.generation.decoder import prepare_for_generation
 from humptygpt.generation.sampling import Context, TextStream, bytes_per_text, continue_texts

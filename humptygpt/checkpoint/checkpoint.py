@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import model as models
 from humptygpt.core import limits
 from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError, note, one_line
+from humptygpt.core.errors import UserError, one_line
 from humptygpt.core.files import remove, write_whole
-from humptygpt.core.settings import REMOVED, check_schema, nearest_path
+from humptygpt.core.settings import REMOVED, check_schema, nearest_path, note
 from humptygpt.tokenizer import tokenizers
 
 SHARDED = ".metadata"  # the file that makes a folder a sharded checkpoint

@@ -1,15 +1,8 @@
-"""The error of a user's mistake, and notes. A leaf: it imports nothing of ours."""
-
-import sys
+"""The error of a user's mistake. A leaf: it imports nothing."""
 
 
 class UserError(ValueError):
     """A mistake that the user can fix. Shown as one line: the value, the rule, the fix."""
-
-
-def note(text: str) -> None:
-    """Print a note to stderr: what the user may not expect, and need not fix."""
-    print(f"note: {text}", file=sys.stderr)
 
 
 def one_line(error: BaseException) -> str:

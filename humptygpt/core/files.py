@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from humptygpt.core.errors import UserError, note
-from humptygpt.core.settings import parse_json
+from humptygpt.core.errors import UserError
+from humptygpt.core.settings import note, parse_json
 
 try:
     import fcntl

@@ -27,7 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from humptygpt.core import limits
-from humptygpt.core.errors import UserError, note
+from humptygpt.core.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent.parent / "config"
 NGRAMS = "a GPT alone reaches the same loss with a twentieth of the parameters"
@@ -470,6 +470,11 @@ def complain(message: str) -> typing.NoReturn:
         with suppress(OSError):
             Path(path).write_text(json.dumps(report))
     sys.exit(2)
+
+
+def note(text: str) -> None:
+    """Print a note to stderr: what the user may not expect, and need not fix."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 def script_name() -> str:

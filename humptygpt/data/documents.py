@@ -18,9 +18,9 @@ from typing import BinaryIO, NamedTuple
 
 from backports import zstd  # in the standard library from Python 3.14 on
 
-from humptygpt.core.errors import UserError, note
+from humptygpt.core.errors import UserError
 from humptygpt.core.files import whole
-from humptygpt.core.settings import nearest_path
+from humptygpt.core.settings import nearest_path, note
 
 PIECE = 1 << 18  # characters of a document that are in memory at once
 FORMATS = (".jsonl", ".parquet", ".tsv")

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from humptygpt.core import limits
-from humptygpt.core.errors import UserError, note
+from humptygpt.core.errors import UserError
 from humptygpt.core.files import remove, write_whole
+from humptygpt.core.settings import note
 from humptygpt.data.corpus import START, Entry, Position, units
 from humptygpt.data.token_files import COMMAND, TokenWriter, token_dtype
 from humptygpt.tokenizer.tokenizers import Tokenizer, from_state

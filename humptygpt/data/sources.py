@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from humptygpt.core.download import download, package
-from humptygpt.core.errors import UserError, note
+from humptygpt.core.errors import UserError
 from humptygpt.core.files import Lock, whole
+from humptygpt.core.settings import note
 from humptygpt.data.documents import write_if_changed
 from humptygpt.data.pairs import PairFiles
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from humptygpt.core.errors import UserError, note
+from humptygpt.core.errors import UserError
 from humptygpt.core.files import holder
-from humptygpt.core.settings import as_written_here, check_schema, parse_json
+from humptygpt.core.settings import as_written_here, check_schema, note, parse_json
 from humptygpt.tokenizer import tokenizers
 
 META_FORMAT = "tokens 2"  # a change of what a data folder holds gets a new number

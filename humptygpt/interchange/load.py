@@ -10,8 +10,15 @@ from torch import nn
 
 from humptygpt.checkpoint import checkpoint
 from humptygpt.checkpoint.checkpoint import refuse_damaged
-from humptygpt.core.errors import UserError, note
-from humptygpt.core.settings import as_written_here, check_schema, make, nearest_path, our_configs
+from humptygpt.core.errors import UserError
+from humptygpt.core.settings import (
+    as_written_here,
+    check_schema,
+    make,
+    nearest_path,
+    note,
+    our_configs,
+)
 from humptygpt.data.token_files import GPT2_TOKENS, read_nanogpt_meta
 from humptygpt.interchange import adapters, hub, huggingface
 from humptygpt.interchange.families import GPT2, SIZE

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core import files
-from humptygpt.core.errors import UserError, note
+from humptygpt.core.errors import UserError
 from humptygpt.core.files import Lock
+from humptygpt.core.settings import note
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 SAME_REQUEST = 1.0  # seconds; timeout and some shells send a signal to a process and to its group
