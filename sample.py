@@ -200,6 +200,8 @@ def main(argv: list[str]) -> None:
     for key, why in without_effect(asdict(config) | {"task": loaded.task}, SampleConfig).items():
         if key in given:
             note(f"{key}={given[key]} has no effect {why}")
+    if config.compile:
+        note("compile=True has no effect in sample.py")
     if busy := limits.load_note():
         note(busy)
     smaller = "try fewer --num_samples, --max_new_tokens or --num_beams"

@@ -173,12 +173,14 @@ def test_keys_that_have_no_effect_are_reported(run_dir, capsys):
             "--temperature=0",
             "--top_p=0.5",
             "--stride=3",
+            "--compile=True",
             "--max_new_tokens=1",
         ]
     )
     notes = capsys.readouterr().err
     assert "note: top_p=0.5 has no effect with temperature=0.0" in notes
     assert "note: stride=3 has no effect with score=None" in notes
+    assert "note: compile=True has no effect in sample.py" in notes
 
 
 def test_every_model_key_is_in_the_checkpoint(run_dir):
