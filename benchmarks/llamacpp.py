@@ -11,11 +11,11 @@ from benchmarks.huggingface import random_gpt2
 from humptygpt.interchange.gguf import Vocabulary, write_gguf
 from model import ModelConfig
 
-KINDS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0"}  # of GGUF
 
 
-def write_random_gguf(path: Path, config: ModelConfig, kind: str) -> None:
-    """Write random_gpt2() for llama.cpp; kind: of KINDS.
+def write_random_gguf(path: Path, config: ModelConfig, dtype: str) -> None:
+    """Write random_gpt2() for llama.cpp; dtype: as in export.DTYPES.
 
     The output head is that of the embedding, as llama.cpp has it where a file has none.
     """
@@ -28,13 +28,13 @@ def write_random_gguf(path: Path, config: ModelConfig, kind: str) -> None:
         "architectures": ["GPT2LMHeadModel"],
         "n_inner": 4 * config.n_embd,
     }
-    write_gguf(path, content, weights, tokens, kind=kind, about={})
+    write_gguf(path, content, weights, tokens, dtype, about={})
 
 
 class LlamaCppGenerator(Generator):
     """Its server, called in its own process: it reports the seconds, of the tokens after the first their mean."""
 
-    dtypes = tuple(KINDS)
+    dtypes = tuple(DTYPES)
     packages = ("xllamacpp", "gguf", "transformers")
     max_texts = 1
 
@@ -43,7 +43,7 @@ class LlamaCppGenerator(Generator):
 
         self.folder = TemporaryDirectory()  # the server maps the file
         path = Path(self.folder.name) / "model.gguf"
-        write_random_gguf(path, model_config, KINDS[config.weights])
+        write_random_gguf(path, model_config, DTYPES[config.weights])
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_ctx = config.prompt + config.new_tokens

@@ -262,11 +262,13 @@ def test_a_step_ends_when_its_token_is_there_and_patience_ends_a_measurement(mon
     assert slow.measure(4) == [3.0, 1.0, 25.0]
 
 
-@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0"])
-def test_a_gguf_file_has_the_tensors_of_a_gpt2_under_their_names(kind):
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [("float32", "F32"), ("bfloat16", "BF16"), ("q8_0", "Q8_0")]
+)
+def test_a_gguf_file_has_the_tensors_of_a_gpt2_under_their_names(dtype, kind):
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("transformers")
-    write_random_gguf(Path("model.gguf"), SMALL, kind)
+    write_random_gguf(Path("model.gguf"), SMALL, dtype)
     reader = gguf.GGUFReader("model.gguf")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert tensors["token_embd.weight"].shape.tolist() == [32, 40]

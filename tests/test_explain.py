@@ -781,7 +781,9 @@ def test_computing_from_the_first_changed_token_on_gives_the_same_bits(node, tin
 # --------------------------------------------------------------------------------------
 # Tokenizers
 
-WORDS = re.findall(r"\s*\S+\s?", (ROOT / "README.md").read_text(encoding="utf-8"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ENGLISH = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+WORDS = re.findall(r"\s*\S+\s?", ENGLISH)
 README = "".join(WORDS[:3000])
 ODD = [
     "",
