@@ -59,7 +59,9 @@ PAGE = {"only_with": {"what": "page"}}
 @dataclass(frozen=True)
 class BenchConfig:
     what: str = setting("train", "what to measure: see above", "benchmark", choices=MODES)
-    nanogpt: str | None = setting(None, "a nanoGPT checkout to compare with", path=True, **RIVAL)
+    nanogpt: str | None = setting(
+        None, "a nanoGPT checkout to compare with", path=True, **RIVAL
+    )
     config: str | None = setting(
         None, "config file; None: nanoGPT's CPU preset, or the demo", path=True, **TRAINING
     )
@@ -72,14 +74,18 @@ class BenchConfig:
     )
     steps: int = setting(300, "timed steps", at_least=1, **STEPS)
     target: float = setting(1.88, "the validation loss to be reached", above=0, **LOSS)
-    seeds: int = setting(3, "runs of each, one of ours after one of nanoGPT's", at_least=1, **LOSS)
+    seeds: int = setting(
+        3, "runs of each, one of ours after one of nanoGPT's", at_least=1, **LOSS
+    )
     size: str = setting("gpt2", "of the model", choices=("0.8M", "gpt2"), **SAMPLE)
     weights: str = setting(
         "float32", "dtype of the weights", choices=("float32", "bfloat16", "int8"), **SAMPLE
     )
     texts: int = setting(1, "that are continued together", at_least=1, **SAMPLE)
     prompt: int = setting(8, "tokens of each text", at_least=1, **SAMPLE)
-    new_tokens: int = setting(32, "tokens of each text after the prompt", at_least=2, **SAMPLE)
+    new_tokens: int = setting(
+        32, "tokens of each text after the prompt", at_least=2, **SAMPLE
+    )
     rounds: int = setting(
         3, "measurements of each, one of ours after one of each other", at_least=1, **SAMPLE
     )

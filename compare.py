@@ -39,14 +39,23 @@ from humptygpt.core.settings import note, parse_json, setting
 
 # Settings of where a run writes, how often, and where it logs: they do not affect what it learns
 IGNORED = {
-    *("out_dir", "init_from", "eval_only", "always_save_checkpoint", "log_interval", "parallel"),
+    *(
+        "out_dir",
+        "init_from",
+        "eval_only",
+        "always_save_checkpoint",
+        "log_interval",
+        "parallel",
+    ),
     *("backend", "log", "wandb_log", "wandb_project", "wandb_run_name"),
 }
 SETTINGS = {
     "max_iters": range(1, 2**53),
     "n_layer?": range(1, 10_000),  # the model is built to count its parameters
 }
-SEED = re.compile(r"(^|[-_])(seed[-_=]?)?\d+$")  # the end of heads-1 and heads_seed=1, or all of 1
+SEED = re.compile(
+    r"(^|[-_])(seed[-_=]?)?\d+$"
+)  # the end of heads-1 and heads_seed=1, or all of 1
 BITS = "best_bits_per_byte"
 
 
@@ -56,7 +65,8 @@ class CompareConfig:
         (), "folders of runs; bare arguments are added to them", "compare", path=True
     )
     group: bool = setting(
-        False, "compare within each folder of runs, and merge runs that differ in the seed alone"
+        False,
+        "compare within each folder of runs, and merge runs that differ in the seed alone",
     )
     baseline: str | None = setting(
         None, "the row to compare with in each group, as group=True; None: the first"
@@ -104,13 +114,18 @@ def main(argv: list[str]) -> None:
         groups = find_groups(runs, config.baseline)
     else:
         names = short_names([run.folder for run in runs])
-        groups = [make_group(None, [(name, [run]) for name, run in zip(names, runs, strict=True)])]
+        groups = [
+            make_group(None, [(name, [run]) for name, run in zip(names, runs, strict=True)])
+        ]
     for group in groups:
         note_validation_text(group)
         if "-" not in outputs:
             print(format_table(group), flush=True)
     data = table_data(groups)
-    for path, text in ((config.csv, to_csv(data)), (config.json, json.dumps(data, indent=1))):
+    for path, text in (
+        (config.csv, to_csv(data)),
+        (config.json, json.dumps(data, indent=1)),
+    ):
         if path:
             write(path, f"{text.rstrip()}\n".encode())
     if config.picture:
@@ -211,7 +226,9 @@ def count_parameters(settings: dict) -> int | None:
     try:
         with torch.device("meta"):
             model = models.build(configurator.make(models.ModelConfig, settings))
-    except Exception:  # values of another version, or of someone's editor, can be wrong in any way
+    except (
+        Exception
+    ):  # values of another version, or of someone's editor, can be wrong in any way
         return None
     return models.count_parameters(model)
 
@@ -239,18 +256,24 @@ def find_groups(runs: list[Run], baseline: str | None) -> list[Group]:
     folders = {}
     for run in runs:
         folder, variant = place(run.folder)
-        settings = {key: run.settings[key] for key in run.settings.keys() - IGNORED - {"seed"}}
+        settings = {
+            key: run.settings[key] for key in run.settings.keys() - IGNORED - {"seed"}
+        }
         rows = folders.setdefault(folder, {})
         rows.setdefault((variant, json.dumps(settings, sort_keys=True)), []).append(run)
     groups = []
-    for title, (folder, rows) in zip(short_names(list(folders)), folders.items(), strict=True):
+    for title, (folder, rows) in zip(
+        short_names(list(folders)), folders.items(), strict=True
+    ):
         named = []
         for (variant, _), seeds in rows.items():
             alone = str(seeds[0].folder.relative_to(folder))
             named.append((variant if len(seeds) > 1 else alone, seeds))
         names = [name for name, _ in named]
         if baseline and baseline not in names:
-            raise UserError(f"baseline={baseline} is not a row of {title}: {', '.join(names)}")
+            raise UserError(
+                f"baseline={baseline} is not a row of {title}: {', '.join(names)}"
+            )
         named.sort(key=lambda pair: pair[0] != baseline)
         groups.append(make_group(title, named))
         compare_with_first(groups[-1].table)
@@ -277,7 +300,9 @@ def summarize(runs: list[Run], name: str, group: str | None) -> dict:
         "group": group,
         "run": name,
         "folder": os.path.relpath(runs[0].folder),
-        "state": ", ".join(f"{count} {text}" if group else text for text, count in states.items()),
+        "state": ", ".join(
+            f"{count} {text}" if group else text for text, count in states.items()
+        ),
         "parameters": count_parameters(runs[0].settings),
         "seeds": len(bits),
         "lowest": min(bits) if len(bits) > 1 else None,
@@ -339,7 +364,10 @@ def format_table(group: Group) -> str:
     for key, (heading, form) in COLUMNS.items():
         values = [row[key] for row in group.table]
         if set(values) != {None}:
-            texts = [heading, *("—" if value is None else format(value, form) for value in values)]
+            texts = [
+                heading,
+                *("—" if value is None else format(value, form) for value in values),
+            ]
             width = max(map(len, texts))
             side = ">" if form else "<"
             columns.append([f"{text:{side}{width}}" for text in texts])
@@ -413,7 +441,8 @@ def curve(run: Run) -> tuple[list[float], list[float]]:
     rows = [row for row in run.rows if row.get("val_bits_per_byte")]
     bits = [row["val_bits_per_byte"] for row in rows]
     read = [
-        row["tokens"] * row["val_loss"] / math.log(2) / row["val_bits_per_byte"] for row in rows
+        row["tokens"] * row["val_loss"] / math.log(2) / row["val_bits_per_byte"]
+        for row in rows
     ]
     return read, bits
 
@@ -458,7 +487,9 @@ def draw_group(panel, group: Group, colors: list[str]) -> None:
             continue
         labels[-1] += f"  {row[BITS]:.3f}"
         color = colors[y]
-        panel.barh(y, -(row["difference"] or 0), left=row[BITS], color=color, alpha=0.3, height=0.4)
+        panel.barh(
+            y, -(row["difference"] or 0), left=row[BITS], color=color, alpha=0.3, height=0.4
+        )
         seeds = [row["lowest"] or row[BITS], row["highest"] or row[BITS]]
         panel.plot(seeds, [y, y], color=color)
         hollow = "white" if "(" in row["remark"] else color

@@ -28,9 +28,15 @@ class ExplainConfig:
     checkpoint: str = setting(
         "best", "best.pt (lowest loss), or latest: ckpt.pt", choices=("best", "latest")
     )
-    to: str | None = setting(None, "HTML file to write; None: explain.html in out_dir", path=True)
-    start: str = setting("", "the text that the page starts with; translation: the sentence")
-    max_mb: float = setting(32.0, "megabytes that the weights may take in the page", above=0)
+    to: str | None = setting(
+        None, "HTML file to write; None: explain.html in out_dir", path=True
+    )
+    start: str = setting(
+        "", "the text that the page starts with; translation: the sentence"
+    )
+    max_mb: float = setting(
+        32.0, "megabytes that the weights may take in the page", above=0
+    )
 
     def __post_init__(self):
         check(self)
@@ -56,7 +62,9 @@ def fill(data: str) -> bytes:
     contents = {path.name: path.read_text(encoding="utf-8") for path in SOURCES.iterdir()}
     contents["data"] = data
     contents["checksum"] = f"{zlib.crc32(data.encode()):08x}"
-    page = re.sub(r"\{\{([\w.]+)\}\}", lambda name: contents[name[1]], contents["page.html"])
+    page = re.sub(
+        r"\{\{([\w.]+)\}\}", lambda name: contents[name[1]], contents["page.html"]
+    )
     return page.encode()
 
 

@@ -21,23 +21,32 @@ from humptygpt.core.settings import check, setting
 
 # torch is imported where it is needed: it takes seconds, and a misspelt key should not wait.
 
-INIT_FROM = "resume: from a checkpoint in out_dir; or a run, a checkpoint, a model's folder, gpt2"
+INIT_FROM = (
+    "resume: from a checkpoint in out_dir; or a run, a checkpoint, a model's folder, gpt2"
+)
 DTYPES = {
     "transformers": ("float32", "bfloat16"),
     "gguf": ("float32", "bfloat16", "q8_0"),
     "ckpt": ("float32",),
 }
-FORMATS = {".gguf": "gguf", ".pt": "ckpt"}  # by the ending of the name; of all others, transformers
+FORMATS = {
+    ".gguf": "gguf",
+    ".pt": "ckpt",
+}  # by the ending of the name; of all others, transformers
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     init_from: str = setting("resume", INIT_FROM, "export")
-    out_dir: str = setting("out", "folder of the run to export, or a checkpoint in it", path=True)
+    out_dir: str = setting(
+        "out", "folder of the run to export, or a checkpoint in it", path=True
+    )
     checkpoint: str = setting(
         "best", "best.pt (lowest loss), or latest: ckpt.pt", choices=("best", "latest")
     )
-    to: str | None = setting(None, "new folder, or of gguf and ckpt the file, to write", path=True)
+    to: str | None = setting(
+        None, "new folder, or of gguf and ckpt the file, to write", path=True
+    )
     format: str | None = setting(
         None,
         "transformers: a folder; gguf: a file for llama.cpp; ckpt: one checkpoint; None: by the ending of --to",
@@ -51,7 +60,9 @@ class ExportConfig:
         check(self)
         dtypes = DTYPES[self.resolved_format]
         if self.dtype not in dtypes:
-            raise ValueError(f"dtype={self.dtype} is for --format=gguf; take {' or '.join(dtypes)}")
+            raise ValueError(
+                f"dtype={self.dtype} is for --format=gguf; take {' or '.join(dtypes)}"
+            )
 
     @property
     def resolved_format(self) -> str:
@@ -65,7 +76,11 @@ def main(argv: list[str]) -> None:
     from humptygpt.interchange.load import chosen_source, load
 
     loaded = load(chosen_source(config, given), config.checkpoint)
-    write = {"transformers": write_folder, "gguf": write_gguf_file, "ckpt": write_checkpoint}
+    write = {
+        "transformers": write_folder,
+        "gguf": write_gguf_file,
+        "ckpt": write_checkpoint,
+    }
     print(write[config.resolved_format](loaded, to, config.dtype))
 
 
@@ -75,7 +90,9 @@ def check_target(to: str | None, format_: str) -> Path:
     if to is None:
         raise UserError(f"export needs a {kind} to write; give one by --to")
     path = Path(to)
-    replaceable = path.is_file() if kind == "file" else path.is_dir() and not any(path.iterdir())
+    replaceable = (
+        path.is_file() if kind == "file" else path.is_dir() and not any(path.iterdir())
+    )
     if path.exists() and not replaceable:
         raise UserError(f"to={to} exists and would not be replaced; name a new {kind}")
     return path
@@ -98,7 +115,11 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
     files = tokenizer_files(tokenizer, model.config.block_size)
     files["generation_config.json"] = generation_config(loaded).encode()
     files["README.md"] = model_card(
-        loaded, to.name, TASKS[loaded.task].card_prompt, TASKS[loaded.task].card_note, defaults
+        loaded,
+        to.name,
+        TASKS[loaded.task].card_prompt,
+        TASKS[loaded.task].card_note,
+        defaults,
     ).encode()
     with whole(to) as folder:
         write_pretrained(model, folder, getattr(torch, dtype), tokenizer)
@@ -145,11 +166,15 @@ def generation_config(loaded) -> str:
         "top_k": SampleConfig.top_k,
     }
     if tokenizer.eot is not None:
-        content |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
+        content |= dict.fromkeys(
+            ("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot
+        )
     if tokenizer.bos is not None:
         content["bos_token_id"] = tokenizer.bos
     if padding := list(range(tokenizer.vocab_size, model.config.vocab_size)):
-        content["suppress_tokens"] = padding  # rows of the embedding that stand for no token
+        content["suppress_tokens"] = (
+            padding  # rows of the embedding that stand for no token
+        )
     return json.dumps(content, indent=2) + "\n"
 
 

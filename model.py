@@ -159,12 +159,18 @@ class RotaryPosition(PositionalEncoding):
             low = config.rope_low_freq_factor
             high = config.rope_high_freq_factor
             turns = config.rope_original_context * frequency / (2 * math.pi)
-            kept = ((turns - low) / (high - low)).clamp(0, 1)  # the fraction that is not divided
+            kept = ((turns - low) / (high - low)).clamp(
+                0, 1
+            )  # the fraction that is not divided
             frequency = frequency * (kept + (1 - kept) / config.rope_factor)
         position = torch.arange(config.block_size, dtype=torch.float32)
         angle = position[:, None] * frequency  # (block_size, D / 2)
-        self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)  # (block_size, D)
-        self.register_buffer("sin", torch.cat([-angle.sin(), angle.sin()], dim=1), persistent=False)
+        self.register_buffer(
+            "cos", angle.cos().repeat(1, 2), persistent=False
+        )  # (block_size, D)
+        self.register_buffer(
+            "sin", torch.cat([-angle.sin(), angle.sin()], dim=1), persistent=False
+        )
 
     def rotary(self, at: PositionIds) -> tuple[Tensor, Tensor]:
         if isinstance(at, slice):
@@ -186,7 +192,9 @@ class AlibiPosition(PositionalEncoding):
 
     def __init__(self, config: "ModelConfig"):
         super().__init__(config)
-        self.register_buffer("slopes", torch.tensor(alibi_slopes(config.n_head)), persistent=False)
+        self.register_buffer(
+            "slopes", torch.tensor(alibi_slopes(config.n_head)), persistent=False
+        )
 
     def score_bias(self, T: int, S: int) -> Tensor:
         return -self.slopes[:, None, None] * distances(T, S, self.slopes.device).abs()
@@ -258,7 +266,9 @@ class Attention(nn.Module):
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (B, S, C). Returns twice (B, H or fewer, S, D)."""
-        return self.split_heads(self.k_proj(x), self.qk_norm), self.split_heads(self.v_proj(x))
+        return self.split_heads(self.k_proj(x), self.qk_norm), self.split_heads(
+            self.v_proj(x)
+        )
 
     def split_heads(self, x: Tensor, norm: bool = False) -> Tensor:
         """x: (B, T, H D). norm: of each vector, which bounds the scores. Returns (B, H, T, D).
@@ -286,7 +296,9 @@ class SelfAttention(Attention):
         super().__init__(config)
         self.window = window
 
-    def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None
+    ) -> Tensor:
         """x: (B, T, C), which follow the tokens in the state. Returns (B, T, C)."""
         q = self.queries(x)
         k, v = self.keys_and_values(x)
@@ -301,9 +313,15 @@ class SelfAttention(Attention):
 class CrossAttention(Attention):
     """Queries from one text, keys and values from another, whose positions are unrelated."""
 
-    def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None
+    ) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
-        k, v = (state.cross_k, state.cross_v) if state else self.keys_and_values(inputs.context)
+        k, v = (
+            (state.cross_k, state.cross_v)
+            if state
+            else self.keys_and_values(inputs.context)
+        )
         return self.attend_and_project(self.queries(x), k, v, inputs.context_mask)
 
 
@@ -381,15 +399,21 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(config) if cross else None
         if mlp and not self.one_norm:
             self.mlp_norm = norm(config)
-        self.conv = CausalConv(config.mlp_conv, config.n_embd) if config.mlp_conv and mlp else None
+        self.conv = (
+            CausalConv(config.mlp_conv, config.n_embd) if config.mlp_conv and mlp else None
+        )
         self.mlp = mlp(config) if mlp else None
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None
+    ) -> Tensor:
         """x: (B, T, C), which follow the tokens in the state. Returns (B, T, C)."""
         raise NotImplementedError
 
-    def feed_forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None) -> Tensor:
+    def feed_forward(
+        self, x: Tensor, inputs: BlockInputs, state: LayerState | None
+    ) -> Tensor:
         """The convolution, where there is one, and the feed-forward network. x: (B, T, C). Returns (B, T, C)."""
         if self.conv:
             if inputs.padding is not None:
@@ -404,7 +428,9 @@ class PreNormBlock(Block):
     Source: Radford et al. 2019 (GPT-2); Xiong et al. 2020, arXiv:2002.04745.
     """
 
-    def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None
+    ) -> Tensor:
         x = x + self.dropout(self.attn(self.attn_norm(x), inputs, state))
         if self.cross_attn:
             x = x + self.dropout(self.cross_attn(self.cross_norm(x), inputs, state))
@@ -421,7 +447,9 @@ class PostNormBlock(Block):
 
     ends_with_norm = True
 
-    def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None
+    ) -> Tensor:
         x = self.attn_norm(x + self.dropout(self.attn(x, inputs, state)))
         if self.cross_attn:
             x = self.cross_norm(x + self.dropout(self.cross_attn(x, inputs, state)))
@@ -438,7 +466,9 @@ class PlainBlock(Block):
 
     residual = False
 
-    def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None
+    ) -> Tensor:
         x = self.dropout(self.attn(self.attn_norm(x), inputs, state))
         if self.cross_attn:
             x = self.dropout(self.cross_attn(self.cross_norm(x), inputs, state))
@@ -455,7 +485,9 @@ class ParallelBlock(Block):
 
     one_norm = True
 
-    def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None
+    ) -> Tensor:
         y = self.attn_norm(x)
         x = x + self.dropout(self.attn(y, inputs, state))
         if self.cross_attn:
@@ -531,7 +563,13 @@ class Stack(nn.Module):
         bias = self.position.score_bias(T, S)
         masks = {
             window: attention_mask(
-                T, S, x.device, causal=self.causal, window=window, bias=bias, padding=padding
+                T,
+                S,
+                x.device,
+                causal=self.causal,
+                window=window,
+                bias=bias,
+                padding=padding,
             )
             for window in self.windows
         }
@@ -556,7 +594,9 @@ class GPT(nn.Module):
     """
 
     tasks = ("language modelling", "translation")
-    has_encoder = False  # a source to translate is the beginning of the text that it continues
+    has_encoder = (
+        False  # a source to translate is the beginning of the text that it continues
+    )
     has_state = True  # can it keep what it has computed for the tokens read so far?
 
     def __init__(self, config: "ModelConfig"):
@@ -638,7 +678,9 @@ class Transformer(nn.Module):
         """A state with room for block_size tokens of the target, and the sources read, (B, S), all equally long."""
         context, padding = self.encode(source)
         assert padding.is_meta or not padding.any(), "sources must be equally long"
-        state = DecoderState(self.config.n_layer, self.config.block_size, widest_window(self))
+        state = DecoderState(
+            self.config.n_layer, self.config.block_size, widest_window(self)
+        )
         for block, layer in zip(self.decoder.blocks, state.layers, strict=True):
             layer.cross_k, layer.cross_v = block.cross_attn.keys_and_values(context)
         return state
@@ -654,7 +696,9 @@ def make_head(config: "ModelConfig", wte: nn.Embedding) -> nn.Linear:
 
 def widest_window(model: nn.Module) -> int:
     """Tokens that the layer sees that looks back furthest; 0: all."""
-    windows = {module.window for module in model.modules() if isinstance(module, SelfAttention)}
+    windows = {
+        module.window for module in model.modules() if isinstance(module, SelfAttention)
+    }
     return 0 if 0 in windows else max(windows)
 
 
@@ -684,7 +728,9 @@ def init_weights(model: GPT | Transformer) -> None:
         if config.init == "zero":
             if isinstance(module, nn.Embedding):
                 return config.n_embd**-0.5 if config.tie_weights else 1.0
-            zero = module in branches or (module is model.lm_head and not config.tie_weights)
+            zero = module in branches or (
+                module is model.lm_head and not config.tie_weights
+            )
             return 0.0 if zero else module.in_features**-0.5
         if isinstance(module, Linear) and not BLOCKS[config.block].residual:
             return module.in_features**-0.5
@@ -717,10 +763,15 @@ class ModelConfig:
     """What a model is made of: all that a checkpoint needs to build it again."""
 
     model: str = setting(
-        "gpt", "transformer: encoder-decoder; window_mlp: no attention", "model", choices=MODELS
+        "gpt",
+        "transformer: encoder-decoder; window_mlp: no attention",
+        "model",
+        choices=MODELS,
     )
     n_layer: int = setting(
-        4, "blocks; of a transformer, in each stack; of window_mlp, hidden layers", at_least=1
+        4,
+        "blocks; of a transformer, in each stack; of window_mlp, hidden layers",
+        at_least=1,
     )
     n_head: int = setting(4, "attention heads in a block", at_least=1, **ATTENTION)
     n_kv_head: int | None = setting(
@@ -743,7 +794,9 @@ class ModelConfig:
         at_most=2**20,
     )
     window: int = setting(
-        0, "sliding window of attention in tokens, 0: all; window_mlp: tokens read", at_least=0
+        0,
+        "sliding window of attention in tokens, 0: all; window_mlp: tokens read",
+        at_least=0,
     )
     vocab_size: int | None = setting(
         None, "rows of the embedding; None: the tokenizer's; more are padding", at_least=1
@@ -767,8 +820,12 @@ class ModelConfig:
         choices=EMBEDDINGS,
         only_with={"model": "window_mlp"},
     )
-    tie_weights: bool = setting(True, "embedding and output head share their weights", **ATTENTION)
-    position: str = setting("learned", "positional encoding", choices=POSITIONS, **ATTENTION)
+    tie_weights: bool = setting(
+        True, "embedding and output head share their weights", **ATTENTION
+    )
+    position: str = setting(
+        "learned", "positional encoding", choices=POSITIONS, **ATTENTION
+    )
     rope_base: float = setting(
         10000.0, "base of the rotary frequencies (rope_theta)", above=1, **ROTARY
     )
@@ -785,7 +842,9 @@ class ModelConfig:
         8192, "context length before the extension", at_least=1, **SCALED
     )
     norm: str = setting("layernorm", "norm of the activations", choices=NORMS, **ATTENTION)
-    norm_eps: float = setting(1e-5, "added to a norm's variance or mean square", above=0, **NORM)
+    norm_eps: float = setting(
+        1e-5, "added to a norm's variance or mean square", above=0, **NORM
+    )
     block: str = setting("pre_norm", "norms and residuals", choices=BLOCKS, **ATTENTION)
     mlp: str = setting(
         "plain", "feed-forward network; gated with silu: SwiGLU", choices=MLPS, **ATTENTION
@@ -810,7 +869,10 @@ class ModelConfig:
         0.0, "keeps logits between -cap and cap by tanh; 0: no cap", at_least=0, at_most=1e6
     )
     init: str = setting(
-        "gpt2", "zero: each block starts as the identity", choices=("gpt2", "zero"), **ATTENTION
+        "gpt2",
+        "zero: each block starts as the identity",
+        choices=("gpt2", "zero"),
+        **ATTENTION,
     )
     lora_rank: int = setting(
         0, "LoRA: rank of the matrices that train beside a model's; 0: off", at_least=0

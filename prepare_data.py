@@ -91,7 +91,9 @@ def taken_by(key: str) -> dict:
     """The rule of a key that only some tokenizers take."""
     return {
         "only_with": {
-            "tokenizer": tuple(name for name, cls in TOKENIZERS.items() if key in cls.options)
+            "tokenizer": tuple(
+                name for name, cls in TOKENIZERS.items() if key in cls.options
+            )
         }
     }
 
@@ -124,7 +126,9 @@ class PrepareConfig:
         group="sentence pairs, also from a .tsv input",
         path=True,
     )
-    target: str | None = setting(None, "file with their translations, line by line", path=True)
+    target: str | None = setting(
+        None, "file with their translations, line by line", path=True
+    )
     test_fraction: float | None = setting(
         None, "fraction for test; None: val_fraction", at_least=0, below=1, **PAIRS
     )
@@ -146,10 +150,16 @@ class PrepareConfig:
         path=True,
     )
     vocab_size: int | None = setting(
-        None, "number of tokens; None: 4096, pairs 8192", at_least=2, **taken_by("vocab_size")
+        None,
+        "number of tokens; None: 4096, pairs 8192",
+        at_least=2,
+        **taken_by("vocab_size"),
     )
     model_type: str | None = setting(
-        None, "of sentencepiece; None: bpe", choices=("bpe", "unigram"), **taken_by("model_type")
+        None,
+        "of sentencepiece; None: bpe",
+        choices=("bpe", "unigram"),
+        **taken_by("model_type"),
     )
     shard_tokens: int | None = setting(
         None, "tokens per file, train_0000.bin and so on; None: one file", at_least=1
@@ -184,7 +194,9 @@ class PrepareConfig:
         if self.part is not None:
             parse_part(self.part)
             if self.join or self.shard_tokens or self.input == "-":
-                rule = "goes without join, shard_tokens and --input=-; join takes the shards"
+                rule = (
+                    "goes without join, shard_tokens and --input=-; join takes the shards"
+                )
                 raise ValueError(f"part={self.part} {rule}")
         if (self.source is None) != (self.target is None) or (self.source and self.input):
             rule = "go together, and without input: --source=a.de --target=a.en, line by line translations"
@@ -198,9 +210,7 @@ def main(argv: list[str]) -> None:
         print(prepare_part(config))
         return
     meta = prepare(config)
-    arguments = (
-        f"--dataset={shlex.quote(config.name)} --out_dir={shlex.quote(f'out/{config.name}')}"
-    )
+    arguments = f"--dataset={shlex.quote(config.name)} --out_dir={shlex.quote(f'out/{config.name}')}"
     if built_in(config) and config.name in our_configs():
         arguments = f"config/{config.name}.py"
     elif meta["task"] == Pairs.task:
@@ -216,7 +226,9 @@ def prepare(config: PrepareConfig) -> dict:
             corpus = open_corpus(config, folder)
             meta = make_data(corpus, folder, config)
         finally:
-            if config.input == "-" and not (folder / "preparing").exists():  # nothing to resume
+            if (
+                config.input == "-" and not (folder / "preparing").exists()
+            ):  # nothing to resume
                 (folder / STREAM).unlink(missing_ok=True)
     print(summary(folder, meta, corpus.summary(meta)))
     return meta
@@ -234,7 +246,9 @@ def prepare_part(config: PrepareConfig) -> str:
         part = take_part(corpus, number, count)
         (target / "part.json").unlink(missing_ok=True)
         train = partial(make_tokenizer, corpus, config)
-        progress = encode(part, target, f"{config.part} {corpus_id(corpus)}", command, train)
+        progress = encode(
+            part, target, f"{config.part} {corpus_id(corpus)}", command, train
+        )
         finish_part(corpus, progress, target)
     size = f"{len(part.files):,} of {len(corpus.files):,} files"
     return f"{target}: {size}\nwith all parts: {as_written_here(command)} --join=True"
@@ -277,7 +291,10 @@ def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
             train = partial(make_tokenizer, corpus, config)
             progress = encode(corpus, preparing, made_from, command, train)
         check_splits(progress, preparing)
-        meta = make_meta(corpus, progress, preparing) | {"command": command, "made_from": made_from}
+        meta = make_meta(corpus, progress, preparing) | {
+            "command": command,
+            "made_from": made_from,
+        }
         write_json(preparing / "meta.json", meta)
     install(preparing, folder)
     return read_json(folder / "meta.json")
@@ -310,7 +327,9 @@ def command_text(config: PrepareConfig) -> str:
 
 
 def built_in(config: PrepareConfig) -> Source | None:
-    return SOURCES.get(config.name) if config.input is None and config.source is None else None
+    return (
+        SOURCES.get(config.name) if config.input is None and config.source is None else None
+    )
 
 
 def open_corpus(config: PrepareConfig, folder: Path) -> Corpus:
@@ -342,7 +361,9 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, st
         paths = (Path(config.source), Path(config.target))
         return [(None, paths)], f"{config.source} and {config.target}"
     if config.input == "-":
-        write_if_changed(folder / STREAM, lambda file: shutil.copyfileobj(sys.stdin.buffer, file))
+        write_if_changed(
+            folder / STREAM, lambda file: shutil.copyfileobj(sys.stdin.buffer, file)
+        )
         return str(folder / STREAM), "standard input"
     if config.input is not None:
         return config.input, config.input
@@ -359,14 +380,17 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, st
 
 def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:
     return replace(
-        config, **{key: value for key, value in defaults.items() if getattr(config, key) is None}
+        config,
+        **{key: value for key, value in defaults.items() if getattr(config, key) is None},
     )
 
 
 def resolve(config: PrepareConfig, pairs: bool = False) -> PrepareConfig:
     """Replace None by defaults. Raises UserError for a key that has no effect on this data or with this tokenizer."""
     tokenizer = "sentencepiece" if pairs else "char"
-    config = with_defaults(config, {"val_fraction": 0.02 if pairs else 0.1, "tokenizer": tokenizer})
+    config = with_defaults(
+        config, {"val_fraction": 0.02 if pairs else 0.1, "tokenizer": tokenizer}
+    )
     task = Pairs.task if pairs else Documents.task
     idle = without_effect(vars(config) | {"task": task}, PrepareConfig)
     for key, why in idle.items():
@@ -379,7 +403,9 @@ def resolve(config: PrepareConfig, pairs: bool = False) -> PrepareConfig:
         "max_pair_tokens": 128,
         "max_pair_ratio": 3.0,
     }
-    return with_defaults(config, {key: value for key, value in defaults.items() if key not in idle})
+    return with_defaults(
+        config, {key: value for key, value in defaults.items() if key not in idle}
+    )
 
 
 # --------------------------------------------------------------------------------------
@@ -395,7 +421,9 @@ def make_tokenizer(corpus: Corpus, config: PrepareConfig) -> Tokenizer:
     base, each = kind.training_memory
     size = base + each * min(sum(corpus.sizes), VOCABULARY_BYTES)
     training = f"training tokenizer={kind.name} on this text takes"
-    limits.check_fits(training, size, limits.available_memory(), "--tokenizer=byte takes none")
+    limits.check_fits(
+        training, size, limits.available_memory(), "--tokenizer=byte takes none"
+    )
     while True:
         texts = vocabulary_texts(corpus, kind.needs_all_texts)
         try:
@@ -415,7 +443,9 @@ def pretrained_tokenizer(path: str, corpus: Corpus) -> Tokenizer:
     state = tokenizer.state()
     if corpus.separated and tokenizer.eot is None and "separated" in state:
         separated = from_state(state | {"separated": True})
-        if separated.vocab_size == tokenizer.vocab_size:  # the model that it is for has the token
+        if (
+            separated.vocab_size == tokenizer.vocab_size
+        ):  # the model that it is for has the token
             tokenizer = separated
     if tokenizer.eot is None and corpus.task == Pairs.task:
         raise UserError(
@@ -433,8 +463,12 @@ def check_splits(progress: Progress, preparing: Path) -> None:
     for split, counted in progress.splits.items():
         if counted["tokens"] < 2:
             shutil.rmtree(preparing)
-            rule = f"{split}.bin would have {counted['tokens']} tokens, but needs at least 2"
-            raise UserError(f"{rule}; change --val_fraction or add text; counted: {counted}")
+            rule = (
+                f"{split}.bin would have {counted['tokens']} tokens, but needs at least 2"
+            )
+            raise UserError(
+                f"{rule}; change --val_fraction or add text; counted: {counted}"
+            )
 
 
 def make_meta(corpus: Corpus, progress: Progress, preparing: Path) -> dict:
@@ -443,7 +477,9 @@ def make_meta(corpus: Corpus, progress: Progress, preparing: Path) -> dict:
     dtype = token_dtype(tokenizer)
     splits = {}
     for split, counted in progress.splits.items():
-        paths = [path for path in sorted(preparing.glob(f"{split}*.bin")) if path.stat().st_size]
+        paths = [
+            path for path in sorted(preparing.glob(f"{split}*.bin")) if path.stat().st_size
+        ]
         splits[split] = {key: counted[key] for key in corpus.counts} | {
             "files": [
                 {"name": path.name, "tokens": path.stat().st_size // dtype.itemsize}
@@ -465,7 +501,9 @@ def make_meta(corpus: Corpus, progress: Progress, preparing: Path) -> dict:
     spelled = {}
     if isinstance(tokenizer, SentencePieceTokenizer):
         spelled = {"characters_spelled_in_bytes": tokenizer.spelled(counts)}
-    first_ids = np.fromfile(preparing / splits["train"]["files"][0]["name"], dtype, count=1000)
+    first_ids = np.fromfile(
+        preparing / splits["train"]["files"][0]["name"], dtype, count=1000
+    )
     return {
         "format": META_FORMAT,
         "task": corpus.task,
@@ -494,7 +532,9 @@ def install(preparing: Path, folder: Path) -> None:
     )  # from here on, preparing/meta.json is the progress
     old = read_json(folder / "meta.json")
     if any(old.get(key) != meta[key] for key in ("task", "dtype", "tokenizer", "splits")):
-        keep_earlier_data(folder, {name for name in names if not (preparing / name).exists()})
+        keep_earlier_data(
+            folder, {name for name in names if not (preparing / name).exists()}
+        )
     for name in (*names, "meta.json"):
         if (preparing / name).exists():
             (preparing / name).replace(folder / name)
@@ -508,7 +548,9 @@ def keep_earlier_data(folder: Path, new: set[str]) -> None:
     """
     ours = re.compile(r"meta\.(json|pkl)|command\.txt|(train|val|test)(_\d+)?\.bin")
     old = [
-        path.name for path in folder.iterdir() if ours.fullmatch(path.name) and path.name not in new
+        path.name
+        for path in folder.iterdir()
+        if ours.fullmatch(path.name) and path.name not in new
     ]
     if not old and not being_moved(folder):
         return
@@ -525,10 +567,15 @@ def summary(folder: Path, meta: dict, other: dict[str, str]) -> str:
     """Return the data at a glance: a table of counts, then lines of text; other: those of this kind of data."""
     columns = [meta, *meta["splits"].values()]
     names = ["total", *(SPLIT_NAMES[split] for split in meta["splits"])]
-    table = [f"{folder}: {meta['source']}", 12 * " " + "".join(f"{name:>14}" for name in names)]
+    table = [
+        f"{folder}: {meta['source']}",
+        12 * " " + "".join(f"{name:>14}" for name in names),
+    ]
     for key in ("documents", "pairs", "characters", "bytes", "tokens"):
         if meta.get(key, 1) > 1:  # a single document is cut in two
-            table.append(f"  {key:<10}" + "".join(f"{column[key]:>14,}" for column in columns))
+            table.append(
+                f"  {key:<10}" + "".join(f"{column[key]:>14,}" for column in columns)
+            )
     kind = meta["tokenizer"]["tokenizer"]
     unused = meta["vocab_size"] - meta["vocabulary_used"]
     lines = {
@@ -539,7 +586,9 @@ def summary(folder: Path, meta: dict, other: dict[str, str]) -> str:
         lines["byte fallback"] = (
             f"{unknown:,} characters are not in the vocabulary and are encoded as bytes"
         )
-    frequent = [f"{entry['text']!r} {100 * entry['share']:.1f}%" for entry in meta["commonest"][:6]]
+    frequent = [
+        f"{entry['text']!r} {100 * entry['share']:.1f}%" for entry in meta["commonest"][:6]
+    ]
     lines |= {"most frequent": ", ".join(frequent)} | other
     return "\n".join([*table, *(f"  {key:<15}{line}" for key, line in lines.items())])
 

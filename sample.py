@@ -36,10 +36,22 @@ from tqdm import tqdm
 
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
-from humptygpt.core.settings import check, check_path, nearest_path, note, setting, without_effect
+from humptygpt.core.settings import (
+    check,
+    check_path,
+    nearest_path,
+    note,
+    setting,
+    without_effect,
+)
 from humptygpt.generation.beams import NUM_BEAMS, translate
 from humptygpt.generation.decoder import prepare_for_generation
-from humptygpt.generation.sampling import Context, TextStream, bytes_per_text, continue_texts
+from humptygpt.generation.sampling import (
+    Context,
+    TextStream,
+    bytes_per_text,
+    continue_texts,
+)
 from humptygpt.generation.scoring import log_probabilities
 from humptygpt.generation.tasks import TASKS
 from humptygpt.interchange import load as interchange
@@ -65,7 +77,9 @@ class SampleConfig:
         "out", "folder of the run to sample from, or a checkpoint in it", path=True
     )
     checkpoint: str = setting(
-        "best", "best: best.pt, the lowest loss; latest: ckpt.pt", choices=("best", "latest")
+        "best",
+        "best: best.pt, the lowest loss; latest: ckpt.pt",
+        choices=("best", "latest"),
     )
     start: str | None = setting(
         None,
@@ -117,7 +131,11 @@ class SampleConfig:
     )
 
     temperature: float = setting(
-        0.8, "below 1 sharper, above 1 more random; 0: greedy", "sampling", at_least=0, **TEXT
+        0.8,
+        "below 1 sharper, above 1 more random; 0: greedy",
+        "sampling",
+        at_least=0,
+        **TEXT,
     )
     top_k: int | None = setting(
         200, "sample from the k most probable tokens only", at_least=1, **SAMPLING
@@ -159,11 +177,15 @@ class SampleConfig:
     def __post_init__(self):
         check(self)
         if "" in self.stop:
-            raise ValueError("stop= is empty: every text would end at once; give some characters")
+            raise ValueError(
+                "stop= is empty: every text would end at once; give some characters"
+            )
         for keys in (("start", "prompts", "score"), ("interactive", "prompts", "score")):
             given = [key for key in keys if getattr(self, key)]
             if len(given) > 1:
-                raise ValueError(f"{given[0]} and {given[1]} exclude each other; leave one out")
+                raise ValueError(
+                    f"{given[0]} and {given[1]} exclude each other; leave one out"
+                )
         if self.quantize and self.dtype not in ("auto", "float32"):
             raise ValueError(
                 f"quantize={self.quantize} has weights in 8 bits, not in dtype={self.dtype}; leave dtype out"
@@ -197,7 +219,9 @@ def main(argv: list[str]) -> None:
         dtype=config.dtype,
         quantize=config.quantize,
     )
-    for key, why in without_effect(asdict(config) | {"task": loaded.task}, SampleConfig).items():
+    for key, why in without_effect(
+        asdict(config) | {"task": loaded.task}, SampleConfig
+    ).items():
         if key in given:
             note(f"{key}={given[key]} has no effect {why}")
     if config.compile:
@@ -227,7 +251,9 @@ def load(
     """Load what init_from names, made for generation; the keys are those of SampleConfig. Raises UserError."""
     torch_device = pick_device(device)
     weight_dtype = sample_dtype(dtype, torch_device)
-    on_cpu = torch_device.type == "cpu"  # there the weights are converted; a GPU has autocast
+    on_cpu = (
+        torch_device.type == "cpu"
+    )  # there the weights are converted; a GPU has autocast
     if quantize and not on_cpu:
         raise UserError(
             f"quantize={quantize} is for CPUs, and the device is {torch_device}; use --dtype=bfloat16"
@@ -251,7 +277,9 @@ def check_weights_fit(
     model: nn.Module, source: object, device: torch.device, itemsize: int
 ) -> None:
     """Raise UserError where there is no room for the converted weights; itemsize: bytes of each."""
-    size = itemsize * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    size = itemsize * sum(
+        m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)
+    )
     advice = "end other programs, or on a CPU take --quantize=int8"
     limits.check_fits(f"{source} takes", size, free_memory(device), advice)
 
@@ -299,7 +327,9 @@ def complete(loaded: Pipeline, prompt: str, max_new_tokens: int = 500, **keys) -
     ids = encode_prompt(prompt, loaded.tokenizer)
     context = make_context([ids], config, loaded, len(ids) + max_new_tokens)
     with loaded.autocast:
-        return prompt + "".join(piece.text for piece in stream_texts(loaded, context, [0], config))
+        return prompt + "".join(
+            piece.text for piece in stream_texts(loaded, context, [0], config)
+        )
 
 
 def make_context(
@@ -319,7 +349,9 @@ def print_texts(config: SampleConfig, loaded: Pipeline) -> None:
     prompts = read_prompts(config, loaded)
     size = max(len(ids) for _, ids in prompts) + config.max_new_tokens
     at_once = min(CONTINUED_AT_ONCE, texts_that_fit(loaded, size))
-    texts = [(number, sample) for number in range(len(prompts)) for sample in range(num_samples)]
+    texts = [
+        (number, sample) for number in range(len(prompts)) for sample in range(num_samples)
+    ]
     for first in range(0, len(texts), at_once):
         print_batch(prompts, texts[first : first + at_once], config, loaded)
 
@@ -382,7 +414,9 @@ def read_prompts(config: SampleConfig, loaded: Pipeline) -> list[tuple[str, np.n
         except UserError as error:
             raise UserError(f"prompt {number:,}: {error}") from error
         if len(ids) > block_size:
-            note(f"prompt {number:,} has {len(ids):,} tokens; the last {block_size:,} are read")
+            note(
+                f"prompt {number:,} has {len(ids):,} tokens; the last {block_size:,} are read"
+            )
         prompts.append((text.removeprefix(END_OF_TEXT), ids))
     if not prompts:
         raise UserError(f"{config.prompts} has no prompts; write one on each line")
@@ -399,20 +433,28 @@ def read_start(start: str) -> str:
 def read_text(path: str) -> str:
     """Return the text in a file, or for "-" on standard input."""
     try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+        return (
+            sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+        )
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read the text {Path(path)}: it is not UTF-8") from error
     except OSError as error:
         near = nearest_path(path) if isinstance(error, FileNotFoundError) else ""
-        raise UserError(f"cannot read the text {Path(path)}: {error.strerror}{near}") from error
+        raise UserError(
+            f"cannot read the text {Path(path)}: {error.strerror}{near}"
+        ) from error
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> np.ndarray:
     """Return the token ids of a text and what comes before one. Raises UserError: empty, or unknown characters."""
     if not text:
-        raise UserError("an empty prompt; give at least one character, or leave --start out")
+        raise UserError(
+            "an empty prompt; give at least one character, or leave --start out"
+        )
     before = np.array([] if tokenizer.bos is None else [tokenizer.bos], dtype=np.int64)
-    if tokenizer.eot is not None and text.startswith(END_OF_TEXT):  # as nanoGPT's users write it
+    if tokenizer.eot is not None and text.startswith(
+        END_OF_TEXT
+    ):  # as nanoGPT's users write it
         before = tokenizer.start()
         text = text.removeprefix(END_OF_TEXT)
     return np.concatenate([before, tokenizer.encode(text)]) if text else before
@@ -539,7 +581,9 @@ def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
         )
     lines = [" ".join(line.split()) for line in text.removesuffix("\n").split("\n")]
     unit = f"{TRANSLATED_AT_ONCE} lines"
-    for first in tqdm(range(0, len(lines), TRANSLATED_AT_ONCE), unit=unit, delay=2, disable=None):
+    for first in tqdm(
+        range(0, len(lines), TRANSLATED_AT_ONCE), unit=unit, delay=2, disable=None
+    ):
         batch = lines[first : first + TRANSLATED_AT_ONCE]
         for translation in translate_lines(batch, first + 1, config, loaded):
             print(translation, flush=True)
@@ -551,11 +595,15 @@ def translate_lines(
     """Translate each line; number: of the first line, for notes."""
     model, tokenizer = loaded.model, loaded.tokenizer
     # without the end-of-text token; a source that shares the context with its translation has half of it
-    room = (model.config.block_size if model.has_encoder else model.config.block_size // 2) - 1
+    room = (
+        model.config.block_size if model.has_encoder else model.config.block_size // 2
+    ) - 1
     sources = {}
     for i, ids in enumerate(tokenizer.encode_batch(lines)):
         if len(ids) > room:
-            note(f"line {number + i:,} has {len(ids):,} tokens; the first {room:,} are read")
+            note(
+                f"line {number + i:,} has {len(ids):,} tokens; the first {room:,} are read"
+            )
         if len(ids):
             sources[i] = np.append(ids[:room], tokenizer.eot)
     texts_that_fit(loaded, model.config.block_size, config.num_beams)

@@ -56,7 +56,13 @@ from humptygpt.tokenizer import tokenizers
 from humptygpt.training import evaluation, resume
 from humptygpt.training.memory import check_training_fits, memory_report
 from humptygpt.training.optimizers import Optimizer, clip_gradients, freeze, make_optimizer
-from humptygpt.training.run_folder import Diverged, Meter, Progress, RunFolder, catch_signals
+from humptygpt.training.run_folder import (
+    Diverged,
+    Meter,
+    Progress,
+    RunFolder,
+    catch_signals,
+)
 from humptygpt.training.settings import TrainConfig, open_prepared, read_settings
 from model import ModelConfig
 
@@ -73,8 +79,12 @@ class Run:
     identity: dict  # of the data set, which takes a moment to compute
     batches: Dataset | Prefetcher
     model: nn.Module
-    net: nn.Module  # the model, or the same compiled; weights are saved from the model itself
-    replica: nn.Module  # the net, or the same in DDP: its backward pass sums gradients over ranks
+    net: (
+        nn.Module
+    )  # the model, or the same compiled; weights are saved from the model itself
+    replica: (
+        nn.Module
+    )  # the net, or the same in DDP: its backward pass sums gradients over ranks
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
@@ -130,7 +140,11 @@ class Run:
 
 def main(argv: list[str]) -> int:
     smaller = "try a smaller --batch_size, --block_size or model"
-    with ExitStack() as locks, distributed.silence_other_ranks(), limits.memory_advice(smaller):
+    with (
+        ExitStack() as locks,
+        distributed.silence_other_ranks(),
+        limits.memory_advice(smaller),
+    ):
         start = read_settings(argv, locks)
         if start.config.dry_run:
             print(dry_run(start.config, start.model_config))
@@ -182,7 +196,9 @@ def setup(
     base: Loaded | None = None,
 ) -> Run:
     """Put a run together. saved: the checkpoint that it resumes. base: the model that it starts from."""
-    processes = distributed.start(config.backend, pick_device(config.device), config.parallel)
+    processes = distributed.start(
+        config.backend, pick_device(config.device), config.parallel
+    )
     device = processes.device
     dtype = pick_dtype(config.dtype, device)
     (give_back_freed_memory if processes.sharded else keep_freed_memory)()
@@ -202,7 +218,9 @@ def setup(
         resume.check_same_tokens(base, dataset)
     else:
         model_config = for_vocabulary(model_config, dataset)
-    if not config.eval_only and not config.freeze:  # frozen parameters take less than it counts
+    if (
+        not config.eval_only and not config.freeze
+    ):  # frozen parameters take less than it counts
         check_training_fits(config, model_config, device, dtype, processes.size)
     processes.check_model(model_config, dtype)
 
@@ -265,7 +283,9 @@ def for_vocabulary(model_config: ModelConfig, dataset: Dataset) -> ModelConfig:
             f"vocab_size={vocab_size} is below the {tokens} tokens of {dataset.folder.name}"
         )
     if rank := model_config.lora_rank:
-        raise UserError(f"lora_rank={rank} trains beside a model; name that with --init_from")
+        raise UserError(
+            f"lora_rank={rank} trains beside a model; name that with --init_from"
+        )
     return dataclasses.replace(model_config, vocab_size=vocab_size)
 
 
@@ -350,7 +370,9 @@ def summary(run: Run) -> str:
         batch = f"{config.gradient_accumulation_steps} times {batch}"
     micro_batches = config.max_iters * config.gradient_accumulation_steps
     epochs = micro_batches / dataset.batches_per_epoch(config.batch_size)
-    start = "" if config.init_from in ("scratch", "resume") else f", from {config.init_from}"
+    start = (
+        "" if config.init_from in ("scratch", "resume") else f", from {config.init_from}"
+    )
     processes = f", {run.processes.size} processes" if run.processes.size > 1 else ""
     return (
         f"data: {dataset.meta['source']}, {len(dataset.train):,} tokens to train on,"
@@ -384,7 +406,9 @@ def train(run: Run, folder: RunFolder) -> int | None:
             last = progress.iter == config.max_iters
             due = last or progress.iter % config.eval_interval == 0
             log = last or progress.iter % config.log_interval == 0
-            stop = run.processes.agree(signals)  # a signal that comes later waits for the next step
+            stop = run.processes.agree(
+                signals
+            )  # a signal that comes later waits for the next step
             if not (log or due or stop):
                 continue
             meter.read()
@@ -394,7 +418,9 @@ def train(run: Run, folder: RunFolder) -> int | None:
                 report(bar, row, run)
             improved = due and evaluate_and_record(run, folder, bar)
             if stop or (due and (run.is_over or improved or config.always_save_checkpoint)):
-                run.processes.save(folder.path / "ckpt.pt", run.state() | run.training_state())
+                run.processes.save(
+                    folder.path / "ckpt.pt", run.state() | run.training_state()
+                )
             if stop:
                 return stop
             if due and not run.is_over:
@@ -414,7 +440,9 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     processes = run.processes
     micro_batches = config.gradient_accumulation_steps
     first = it * micro_batches
-    parts = list(processes.local_batches(run.batches, first, micro_batches, config.batch_size))
+    parts = list(
+        processes.local_batches(run.batches, first, micro_batches, config.batch_size)
+    )
     tokens = processes.sum(sum(part.tokens for part in parts))
     mean_loss = torch.zeros((), device=run.device)
     for part in parts:
@@ -503,7 +531,9 @@ def report(bar: tqdm, row: dict, run: Run) -> None:
         bar.set_postfix_str(text)
         return
     left = (run.config.max_iters - progress.iter) * progress.seconds / progress.iter
-    write_line(bar, f"iter {progress.iter}/{run.config.max_iters}: {text}, {left:.0f} s left")
+    write_line(
+        bar, f"iter {progress.iter}/{run.config.max_iters}: {text}, {left:.0f} s left"
+    )
 
 
 def write_line(bar: tqdm, line: str) -> None:
@@ -542,12 +572,19 @@ def report_stop(run: Run, number: int) -> None:
     saved = f"saved {saved_checkpoint(run)} at iter {run.progress.iter}"
     with suppress(OSError):  # the reader of our messages may have got the signal, too
         if run.processes.first:
-            print(f"{signal.Signals(number).name}: {saved}; resume: {command}", file=sys.stderr)
+            print(
+                f"{signal.Signals(number).name}: {saved}; resume: {command}",
+                file=sys.stderr,
+            )
 
 
 def report_divergence(run: Run, error: Diverged) -> None:
     saved = saved_checkpoint(run)
-    kept = f"{saved} is the last good checkpoint" if saved.exists() else "nothing was saved yet"
+    kept = (
+        f"{saved} is the last good checkpoint"
+        if saved.exists()
+        else "nothing was saved yet"
+    )
     advice = "Try a lower --learning_rate, more --warmup_iters, --grad_clip=1.0 or --dtype=float32"
     if run.processes.first:
         print(f"train.py: the {error}; {kept}. {advice}", file=sys.stderr)

@@ -34,7 +34,9 @@ def bench(config: BenchConfig) -> dict:
         raise UserError("what=page needs playwright: pip install playwright") from None
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
-        raise UserError("what=page needs an installed Chromium; Debian: apt-get install chromium")
+        raise UserError(
+            "what=page needs an installed Chromium; Debian: apt-get install chromium"
+        )
     path = Path(config.page).resolve()
     if not path.is_file():
         raise UserError(f"no {config.page}; make it with explain.py")
@@ -50,7 +52,9 @@ def time_page(browser, path: Path, keystrokes: int) -> dict[str, dict]:
     alphabet, block_size = page.evaluate(PAINTED)
     letters = [letter for letter in alphabet if "a" <= letter <= "z"]
     if not letters:
-        raise UserError(f"{path}: its tokens are not characters, which this benchmark types")
+        raise UserError(
+            f"{path}: its tokens are not characters, which this benchmark types"
+        )
     # where the context is full, the first token leaves and all others move
     lengths = {"64": 64, "full": block_size + 1}
     return {
@@ -60,7 +64,9 @@ def time_page(browser, path: Path, keystrokes: int) -> dict[str, dict]:
     }
 
 
-def time_keystrokes(page, letters: list[str], T: int, where: str, count: int) -> dict[str, float]:
+def time_keystrokes(
+    page, letters: list[str], T: int, where: str, count: int
+) -> dict[str, float]:
     """Return milliseconds; T: tokens of the text after each keystroke; where: appended or anywhere."""
     draw = random.Random(1)
     times = []
@@ -68,7 +74,9 @@ def time_keystrokes(page, letters: list[str], T: int, where: str, count: int) ->
         page.fill("#text", "".join(draw.choices(letters, k=T - 1)))
         position = T - 1 if where == "appended" else draw.randrange(T - 1)
         page.eval_on_selector(
-            "#text", "(text, at) => { text.focus(); text.setSelectionRange(at, at); }", position
+            "#text",
+            "(text, at) => { text.focus(); text.setSelectionRange(at, at); }",
+            position,
         )
         painted = page.evaluate("painted.length")
         page.keyboard.press(draw.choice(letters))

@@ -21,7 +21,9 @@ KEYS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "vocab_s
 
 def build_gpt(checkout: str, config: ModelConfig) -> nn.Module:
     """Build the GPT of the checkout's model.py in the shape of the config."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(checkout) / "model.py")
+    spec = importlib.util.spec_from_file_location(
+        "nanogpt_model", Path(checkout) / "model.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclass looks itself up there
     spec.loader.exec_module(module)
@@ -55,7 +57,9 @@ class NanoGPTTrainer(Trainer):
     def get_batch(self) -> Tensor:
         """Return (2, B, T): token ids and targets."""
         T = self.dataset.block_size
-        data = np.memmap(self.tokens, dtype=np.uint16, mode="r")  # opened for each batch, as there
+        data = np.memmap(
+            self.tokens, dtype=np.uint16, mode="r"
+        )  # opened for each batch, as there
         starts = torch.randint(len(data) - T, (self.config.batch_size,))
         crops = np.stack([data[i : i + T + 1] for i in starts]).astype(np.int64)
         batch = torch.from_numpy(np.stack([crops[:, :-1], crops[:, 1:]]))

@@ -37,7 +37,9 @@ class OurGenerator(Generator):
 
     def load(self, model_config: ModelConfig, config: BenchConfig) -> None:
         dtype = torch.bfloat16 if config.weights == "bfloat16" else torch.float32
-        self.model = prepare_for_generation(build(model_config), dtype, config.weights == "int8")
+        self.model = prepare_for_generation(
+            build(model_config), dtype, config.weights == "int8"
+        )
 
     def steps(self, n: int) -> Iterator[Tensor]:
         return generate(self.model, self.idx, n, temperature=0.0)

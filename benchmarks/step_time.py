@@ -27,7 +27,9 @@ def bench(config: BenchConfig) -> dict:
             raise UserError(
                 f"config={config.config} is no GPT-2 trained by AdamW, which is all that nanoGPT can be"
             )
-        trainers["nanogpt"] = Isolated(NanoGPTTrainer, train_config, model_config, config.nanogpt)
+        trainers["nanogpt"] = Isolated(
+            NanoGPTTrainer, train_config, model_config, config.nanogpt
+        )
     seconds = {name: [] for name in trainers}
     steps = WARMUP + config.steps
     for first in trange(0, steps, TURN, disable=None):

@@ -35,7 +35,9 @@ def compare_run(config: BenchConfig, seed: int) -> dict[str, float]:
     # how many steps fit into the same time, with room for a machine that others slow down
     steps = int(0.8 * row["nanogpt_seconds"] / statistics.mean(trial[WARMUP:])) or 1
     ours = replace(ours, max_iters=steps, lr_decay_iters=None)
-    row |= train_to(Isolated(OurTrainer, ours, model_config).call, steps, 5, config.target, "ours")
+    row |= train_to(
+        Isolated(OurTrainer, ours, model_config).call, steps, 5, config.target, "ours"
+    )
     row["speedup"] = row["nanogpt_seconds_to_target"] / row["ours_seconds_to_target"]
     return row
 

@@ -14,7 +14,12 @@ DEMO = Path(__file__).parent.parent / "config" / "shakespeare_char.py"
 # nanoGPT's preset for a laptop's CPU, as the command in its README sets it
 SHAPE = ModelConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False)
 PRESET = TrainConfig(
-    batch_size=12, max_iters=2000, learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, beta2=0.99
+    batch_size=12,
+    max_iters=2000,
+    learning_rate=1e-3,
+    min_lr=1e-4,
+    warmup_iters=100,
+    beta2=0.99,
 )
 
 

@@ -16,9 +16,7 @@ position = "rotary"
 norm = "rmsnorm"
 activation = "relu_squared"
 qk_norm = True
-vocab_size = (
-    50304  # GPT-2's 50,257, padded to a multiple of 128, for faster matrix products on a GPU
-)
+vocab_size = 50304  # GPT-2's 50,257, padded to a multiple of 128, for faster matrix products on a GPU
 
 batch_size = 16
 gradient_accumulation_steps = 32  # 524,288 tokens a step

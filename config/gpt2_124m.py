@@ -14,9 +14,7 @@ n_head = 12
 n_embd = 768
 block_size = 1024
 activation = "gelu_tanh"
-vocab_size = (
-    50304  # GPT-2's 50,257, padded to a multiple of 128, for faster matrix products on a GPU
-)
+vocab_size = 50304  # GPT-2's 50,257, padded to a multiple of 128, for faster matrix products on a GPU
 
 batch_size = 12
 gradient_accumulation_steps = 40  # 491,520 tokens a step

@@ -12,9 +12,7 @@ n_layer = 36
 n_head = 20
 n_embd = 1280
 block_size = 1024
-vocab_size = (
-    50304  # GPT-2's 50,257, padded to a multiple of 128, for faster matrix products on a GPU
-)
+vocab_size = 50304  # GPT-2's 50,257, padded to a multiple of 128, for faster matrix products on a GPU
 
 batch_size = 8
 gradient_accumulation_steps = 64  # 524,288 tokens a step

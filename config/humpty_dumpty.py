@@ -14,9 +14,7 @@ dataset = "humpty_dumpty"
 n_layer = 2
 n_head = 2
 n_embd = 64
-block_size = (
-    1280  # nearly all of the data, so blocks start in the first line: the second begins alike
-)
+block_size = 1280  # nearly all of the data, so blocks start in the first line: the second begins alike
 position = "rotary"
 activation = "relu_squared"
 init = "zero"

@@ -22,7 +22,9 @@ block_size = 1024
 bias = False
 dropout = 0.0
 activation = "gelu"
-vocab_size = 50304  # GPT-2's 50,257 tokens, padded; for data of other tokens add --vocab_size=None
+vocab_size = (
+    50304  # GPT-2's 50,257 tokens, padded; for data of other tokens add --vocab_size=None
+)
 
 batch_size = 12
 gradient_accumulation_steps = 40

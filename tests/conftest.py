@@ -120,9 +120,12 @@ def run_train(tiny):
 
 def read_rows(out_dir) -> list[dict]:
     """The rows of a run's metrics, without the numbers that depend on the clock."""
-    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()
+    ]
     return [
-        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows
+        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
+        for row in rows
     ]
 
 
@@ -137,7 +140,9 @@ def started_processes(module: str):
     context.set_forkserver_preload([module])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
-        process = context.Process(target=int)  # starts the server, which looks for the module once
+        process = context.Process(
+            target=int
+        )  # starts the server, which looks for the module once
         process.start()
         process.join()
     return context

@@ -20,9 +20,7 @@ from pathlib import Path
 from texts import make_pairs, make_text
 
 STEPS = 20
-COMMON = (
-    f"--n_layer=2 --n_head=4 --n_embd=32 --block_size=32 --batch_size=4 --lr_decay_iters={STEPS}"
-)
+COMMON = f"--n_layer=2 --n_head=4 --n_embd=32 --block_size=32 --batch_size=4 --lr_decay_iters={STEPS}"
 COMMON += " --eval_interval=10 --log_interval=1 --warmup_iters=4 --device=cpu --compile=False --dtype=float32"
 RUNS = {
     "gpt2": "--dataset=text --position=learned --dropout=0.1 --bias=True --activation=gelu_tanh",
@@ -60,9 +58,21 @@ def run(script: Path, folder: Path, *argv: str, processes: int = 1) -> None:
 
 def read_rows(out_dir: Path) -> list[dict]:
     """The rows of metrics, without the scores of the test split, which each end of a run adds."""
-    keys = ("iter", "tokens", "lr", "train_loss", "grad_norm", "val_loss", "val_bits_per_byte")
+    keys = (
+        "iter",
+        "tokens",
+        "lr",
+        "train_loss",
+        "grad_norm",
+        "val_loss",
+        "val_bits_per_byte",
+    )
     rows = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
-    return [{key: row[key] for key in keys if key in row} for row in rows if "test_bleu" not in row]
+    return [
+        {key: row[key] for key in keys if key in row}
+        for row in rows
+        if "test_bleu" not in row
+    ]
 
 
 def losses(first: Path, second: Path, folder: Path, name: str) -> list[dict]:
@@ -94,9 +104,14 @@ def losses(first: Path, second: Path, folder: Path, name: str) -> list[dict]:
 
 
 def main(argv: list[str]) -> None:
-    roots = [Path(root).resolve() for root in argv] or [Path(__file__).parent.parent.resolve()]
+    roots = [Path(root).resolve() for root in argv] or [
+        Path(__file__).parent.parent.resolve()
+    ]
     first, second = roots[0], roots[-1]
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
         folder = Path(temporary)
         (folder / "text.txt").write_text(make_text(20_000))
         pairs = "".join(f"{source}\t{target}\n" for source, target in make_pairs())

@@ -18,7 +18,9 @@ class Handler(BaseHTTPRequestHandler):
         begin = int(asked.removeprefix("bytes=")[:-1]) if asked and here.has_ranges else 0
         if begin and begin == len(found):
             return self.send_headers(416, {"Content-Range": f"bytes */{len(found)}"})
-        self.send_headers(206 if begin else 200, {"Content-Length": str(len(found) - begin)})
+        self.send_headers(
+            206 if begin else 200, {"Content-Length": str(len(found) - begin)}
+        )
         cuts = here.cuts.get(self.path.rpartition("/")[2], [])
         if self.command == "GET":
             self.wfile.write(found[begin : begin + (cuts.pop(0) if cuts else len(found))])

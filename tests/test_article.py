@@ -39,14 +39,17 @@ TO_GREEN_CIRCLE = torch.tensor(
 def config(**keys) -> ModelConfig:
     """A ModelConfig with small sizes, unless the keys say otherwise."""
     return ModelConfig(
-        **{"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 27} | keys
+        **{"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 27}
+        | keys
     )
 
 
 def inputs(T: int, position: PositionalEncoding | None = None) -> BlockInputs:
     """What a stack computes for its blocks of a text of T tokens."""
     position = position or PositionalEncoding(config())
-    mask = attention_mask(T, T, torch.device("cpu"), causal=True, bias=position.score_bias(T, T))
+    mask = attention_mask(
+        T, T, torch.device("cpu"), causal=True, bias=position.score_bias(T, T)
+    )
     rotary = position.rotary(slice(0, T))
     return BlockInputs(None, {0: mask}, rotary, None, (None, False), None)
 
@@ -57,10 +60,15 @@ def inputs(T: int, position: PositionalEncoding | None = None) -> BlockInputs:
 
 def test_the_blue_circle_is_minus_26_6_and_its_bias_is_added():
     network = models.MLP(config(n_embd=4, n_hidden=1, bias=True))
-    network.up_proj.weight.data, network.up_proj.bias.data = TO_BLUE_CIRCLE, torch.tensor([0.0])
+    network.up_proj.weight.data, network.up_proj.bias.data = (
+        TO_BLUE_CIRCLE,
+        torch.tensor([0.0]),
+    )
     assert round(network.up_proj(LEAF).item(), 1) == -26.6
     network.up_proj.bias.data = torch.tensor([0.25])
-    assert round(network.up_proj(LEAF).item(), 2) == -26.35  # the article has dropped the sign here
+    assert (
+        round(network.up_proj(LEAF).item(), 2) == -26.35
+    )  # the article has dropped the sign here
 
 
 def test_relu_zeroes_the_two_negative_neurons_and_keeps_the_other():
@@ -72,7 +80,9 @@ def test_relu_zeroes_the_two_negative_neurons_and_keeps_the_other():
 
 
 @pytest.mark.parametrize("activation", ["identity", *ACTIVATIONS])
-def test_only_without_an_activation_do_two_layers_collapse_into_one(monkeypatch, activation):
+def test_only_without_an_activation_do_two_layers_collapse_into_one(
+    monkeypatch, activation
+):
     monkeypatch.setitem(ACTIVATIONS, "identity", lambda x: x)
     network = models.MLP(config(n_embd=2, n_hidden=3, activation=activation, n_head=1))
     network.up_proj.weight.data, network.down_proj.weight.data = TO_MIDDLE, TO_GREEN_CIRCLE
@@ -134,11 +144,15 @@ def test_letters_are_the_numbers_of_their_positions_in_the_alphabet():
         16,
         20,
     ]
-    assert not list(NumberEmbedding(27, 1).parameters())  # the article's are picked, not trained
+    assert not list(
+        NumberEmbedding(27, 1).parameters()
+    )  # the article's are picked, not trained
 
 
 @pytest.mark.parametrize(
-    "keys", [{"embedding": "number", "n_embd": 1}, {"n_embd": 10}], ids=["numbers", "vectors"]
+    "keys",
+    [{"embedding": "number", "n_embd": 1}, {"n_embd": 10}],
+    ids=["numbers", "vectors"],
 )
 def test_the_window_drops_its_oldest_letter_and_the_network_continues_the_text(keys):
     """humpty dumpt -> y, then umpty dumpty -> a space, then mpty dumpty_ -> s, ..."""
@@ -163,7 +177,9 @@ def test_the_window_drops_its_oldest_letter_and_the_network_continues_the_text(k
         optimizer.step()
         optimizer.zero_grad()
 
-    generated = torch.cat(list(generate(network, idx[:, :12], len(text) - 12, temperature=0)))
+    generated = torch.cat(
+        list(generate(network, idx[:, :12], len(text) - 12, temperature=0))
+    )
     assert LETTERS.decode(generated.tolist()) == "y sat on a wall"
     for start, next_letter in enumerate("y sat on a wall"):
         window = text[start : start + 12]
@@ -311,7 +327,9 @@ def test_the_sinusoidal_encoding_is_the_papers():
         encoding.abs().max() <= 1 and len(encoding.unique(dim=0)) == 50
     )  # bounded, and different at all positions
     assert not list(position.parameters())
-    torch.testing.assert_close(position.embed(nothing[:, :3], slice(7, 10))[0], encoding[7:10])
+    torch.testing.assert_close(
+        position.embed(nothing[:, :3], slice(7, 10))[0], encoding[7:10]
+    )
     words = torch.randn(1, 50, 10)
     torch.testing.assert_close(
         position.embed(words, slice(0, 50))[0], math.sqrt(10) * words[0] + encoding

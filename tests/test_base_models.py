@@ -28,7 +28,9 @@ FROM_RUN = [*TINY_RUN, "--dataset=other", "--out_dir=out/other", "--init_from=ou
 @pytest.fixture
 def other(run_train, folder):
     """out/run, and data/other: another text in the tokens of its model."""
-    run_train("--max_iters=60", "--eval_interval=30", "--log_interval=30", "--learning_rate=0.01")
+    run_train(
+        "--max_iters=60", "--eval_interval=30", "--log_interval=30", "--learning_rate=0.01"
+    )
     (folder / "other.txt").write_text(OTHER)
     prepare_data.main(["--input=other.txt", "--name=other", "--tokenizer=out/run"])
     return folder
@@ -52,7 +54,8 @@ def test_fine_tuning_is_below_training_from_scratch_at_equal_steps(other):
     assert train.main(FROM_RUN) == 0
     assert train.main([*FROM_RUN, "--init_from=scratch", "--out_dir=out/scratch"]) == 0
     assert all(
-        a < b - 0.1 for a, b in zip(val_losses("out/other"), val_losses("out/scratch"), strict=True)
+        a < b - 0.1
+        for a, b in zip(val_losses("out/other"), val_losses("out/scratch"), strict=True)
     )
 
 
@@ -99,13 +102,20 @@ def test_a_models_tokenizer_separates_documents_where_it_can(run_train, folder, 
         Path("texts", f"{i}.txt").write_text(OTHER[: 100 + i])
     prepare_data.main(["--input=texts", "--name=characters", "--tokenizer=out/run"])
     (folder / "words.txt").write_text(make_text(20_000))
-    prepare_data.main(["--input=words.txt", "--name=words", "--tokenizer=bpe", "--vocab_size=300"])
-    assert train.main([*TINY_RUN, "--dataset=words", "--out_dir=out/words", "--max_iters=1"]) == 0
+    prepare_data.main(
+        ["--input=words.txt", "--name=words", "--tokenizer=bpe", "--vocab_size=300"]
+    )
+    assert (
+        train.main([*TINY_RUN, "--dataset=words", "--out_dir=out/words", "--max_iters=1"])
+        == 0
+    )
     prepare_data.main(["--input=texts", "--name=texts", "--tokenizer=out/words"])
     ids = json.loads(Path("data/texts/meta.json").read_text())
     assert ids["tokenizer"]["separated"] and ids["commonest"]
     assert (
-        train.main([*TINY_RUN, "--dataset=texts", "--out_dir=out/texts", "--init_from=out/words"])
+        train.main(
+            [*TINY_RUN, "--dataset=texts", "--out_dir=out/texts", "--init_from=out/words"]
+        )
         == 0
     )
 
@@ -121,7 +131,12 @@ def nanogpt_checkpoint(bias: bool = True, prefix: str = "_orig_mod.", **changes)
     """What nanoGPT's train.py saves, with random weights."""
     torch.manual_seed(0)
     C = SIZES["n_embd"]
-    shapes = {"wte.weight": (11, C), "wpe.weight": (24, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    shapes = {
+        "wte.weight": (11, C),
+        "wpe.weight": (24, C),
+        "ln_f.weight": (C,),
+        "ln_f.bias": (C,),
+    }
     linear = {
         "attn.c_attn": (3, 1),
         "attn.c_proj": (1, 1),
@@ -132,7 +147,9 @@ def nanogpt_checkpoint(bias: bool = True, prefix: str = "_orig_mod.", **changes)
         for name, (outputs, inputs) in linear.items():
             shapes[f"h.{i}.{name}.weight"] = (outputs * C, inputs * C)
             shapes[f"h.{i}.{name}.bias"] = (outputs * C,)
-        shapes |= {f"h.{i}.ln_{n}.{kind}": (C,) for n in (1, 2) for kind in ("weight", "bias")}
+        shapes |= {
+            f"h.{i}.ln_{n}.{kind}": (C,) for n in (1, 2) for kind in ("weight", "bias")
+        }
     weights = {
         f"{prefix}transformer.{name}": torch.randn(shape) * 0.3
         + ("ln" in name and "weight" in name)
@@ -159,7 +176,11 @@ def write_nanogpt(**changes) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     torch.save(nanogpt_checkpoint(**changes), path)
     itos = dict(enumerate(CHARACTERS))
-    meta = {"vocab_size": len(itos), "itos": itos, "stoi": {char: i for i, char in itos.items()}}
+    meta = {
+        "vocab_size": len(itos),
+        "itos": itos,
+        "stoi": {char: i for i, char in itos.items()},
+    }
     (data / "meta.pkl").write_bytes(pickle.dumps(meta))
     return path
 
@@ -175,9 +196,13 @@ def nanogpt_logits(saved: dict, idx: torch.Tensor) -> torch.Tensor:
         transformers.GPT2Config(activation_function="gelu", **sizes)
     ).eval()
     weights = {name.removeprefix("_orig_mod."): x for name, x in saved["model"].items()}
-    theirs = {name: x.T if x.dim() == 2 and ".h." in name else x for name, x in weights.items()}
+    theirs = {
+        name: x.T if x.dim() == 2 and ".h." in name else x for name, x in weights.items()
+    }
     zeros = {
-        name: torch.zeros_like(x) for name, x in model.state_dict().items() if name.endswith("bias")
+        name: torch.zeros_like(x)
+        for name, x in model.state_dict().items()
+        if name.endswith("bias")
     }
     model.load_state_dict(zeros | theirs)
     with torch.no_grad():
@@ -216,7 +241,9 @@ def test_a_nanogpt_checkpoint_writes_and_its_training_proceeds(folder, capsys):
     assert text == "".join(CHARACTERS[i] for i in ids) + "\n"
 
     Path("letters.txt").write_text("abc\nfed\nhag\n" * 60)
-    prepare_data.main(["--input=letters.txt", "--name=mine", "--tokenizer=nano/out/ckpt.pt"])
+    prepare_data.main(
+        ["--input=letters.txt", "--name=mine", "--tokenizer=nano/out/ckpt.pt"]
+    )
     run = [
         *TINY_RUN,
         "--dataset=mine",
@@ -238,12 +265,17 @@ def test_without_its_meta_pkl_a_large_vocabulary_is_gpt2s(folder, monkeypatch):
     path = write_nanogpt()
     Path("nano/data/letters/meta.pkl").unlink()
     with pytest.raises(
-        UserError, match=r"needs the characters of its data set: there is no data/letters/meta.pkl"
+        UserError,
+        match=r"needs the characters of its data set: there is no data/letters/meta.pkl",
     ):
         load(str(path))
     made = object()
-    monkeypatch.setattr(base_models.tokenizers.GPT2Tokenizer, "train", lambda separated: made)
-    assert base_models.nanogpt_tokenizer(path, {"model_args": {"vocab_size": 50304}}) is made
+    monkeypatch.setattr(
+        base_models.tokenizers.GPT2Tokenizer, "train", lambda separated: made
+    )
+    assert (
+        base_models.nanogpt_tokenizer(path, {"model_args": {"vocab_size": 50304}}) is made
+    )
 
 
 def test_a_padded_vocabulary_of_nanogpt_is_kept_and_its_padding_never_drawn(folder, capsys):
@@ -266,7 +298,9 @@ def test_a_padded_vocabulary_of_nanogpt_is_kept_and_its_padding_never_drawn(fold
     )
     assert set(capsys.readouterr().out) <= set(CHARACTERS)
     Path("letters.txt").write_text("abc\nfed\nhag\n" * 60)
-    prepare_data.main(["--input=letters.txt", "--name=mine", "--tokenizer=nano/out/ckpt.pt"])
+    prepare_data.main(
+        ["--input=letters.txt", "--name=mine", "--tokenizer=nano/out/ckpt.pt"]
+    )
     assert train.main([*TINY_RUN, "--dataset=mine", "--init_from=nano/out"]) == 0
     assert load("out/run").model.state_dict()["wte.weight"].shape[0] == 11
 
@@ -280,7 +314,10 @@ DAMAGES = {
         lambda saved: saved["model"].update(more=torch.ones(1)),
         "transformer.more is unknown",
     ),
-    "a wrong shape": (lambda saved: saved["model_args"].update(n_embd=32), "must have shape"),
+    "a wrong shape": (
+        lambda saved: saved["model_args"].update(n_embd=32),
+        "must have shape",
+    ),
     "no number": (
         lambda saved: saved["model_args"].update(n_layer="2"),
         "model_args.n_layer must be an integer",
@@ -323,7 +360,9 @@ def test_out_dir_may_be_nanogpts_but_its_training_is_not_resumed(folder, fails, 
         ["--init_from=nano/out/ckpt.pt"],
         ["--init_from=nano/out"],
     ):
-        sample.main([*argv, "--seed=3", "--start=abc", "--max_new_tokens=9", "--num_samples=1"])
+        sample.main(
+            [*argv, "--seed=3", "--start=abc", "--max_new_tokens=9", "--num_samples=1"]
+        )
         texts.append(capsys.readouterr().out)
     assert len(set(texts)) == 1 and len(texts[0]) == 13
     line = fails(train.main, "--init_from=resume", "--out_dir=nano/out")
@@ -335,7 +374,12 @@ def test_out_dir_may_be_nanogpts_but_its_training_is_not_resumed(folder, fails, 
 # what nanoGPT's config files set, but for out_dir, wandb and intervals
 NANOGPT_CONFIGS = {
     "train_gpt2": {"batch_size": 12, "max_iters": 600000, "weight_decay": 1e-1},
-    "eval_gpt2_xl": {"batch_size": 8, "eval_iters": 500, "eval_only": True, "init_from": "gpt2-xl"},
+    "eval_gpt2_xl": {
+        "batch_size": 8,
+        "eval_iters": 500,
+        "eval_only": True,
+        "init_from": "gpt2-xl",
+    },
     "finetune_shakespeare": {
         "dataset": "shakespeare",
         "init_from": "gpt2-xl",
@@ -388,7 +432,9 @@ def test_after_nanogpts_defaults_its_config_files_mean_what_they_mean_there(
     model = build_on_meta(ModelConfig(**shape))
     base = Loaded(model, None, Path("gpt2"), "")
     monkeypatch.setattr(train_config, "load", lambda source: asked.append(source) or base)
-    Path("theirs.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
+    Path("theirs.py").write_text(
+        "".join(f"{key} = {value!r}\n" for key, value in keys.items())
+    )
     config, model_config, _, found = read_settings([str(DEFAULTS), "theirs.py"])
     settings = vars(config) | vars(model_config)
     defaults = {
@@ -445,7 +491,12 @@ def theirs(folder):
 def test_a_folder_of_hugging_face_writes_scores_and_trains(theirs, capsys):
     model, tokenizer = theirs
     capsys.readouterr()
-    argv = ["--init_from=theirs", "--temperature=0", "--start=Hello the", "--max_new_tokens=8"]
+    argv = [
+        "--init_from=theirs",
+        "--temperature=0",
+        "--start=Hello the",
+        "--max_new_tokens=8",
+    ]
     sample.main(argv)
     ids = tokenizer("Hello the", return_tensors="pt").input_ids
     found = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
@@ -471,8 +522,9 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
 
     assert refused("nothing") == "init_from=nothing: there is no such file or folder\n"
     assert refused("their").endswith("; did you mean theirs?\n")
-    assert "cannot read the model in data: config.json: No such file or directory" in refused(
-        "data", train.main
+    assert (
+        "cannot read the model in data: config.json: No such file or directory"
+        in refused("data", train.main)
     )
     assert "is not a checkpoint: it is truncated" in refused("text.txt")
     assert refused("theirs/model.safetensors") == (
@@ -484,19 +536,26 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
     assert refused("out/stopped").startswith(
         "no checkpoint out/stopped/best.pt; train first: python train.py --out_d"
     )
-    assert refused("out/gone").startswith("init_from=out/gone: there is no such file or folder")
+    assert refused("out/gone").startswith(
+        "init_from=out/gone: there is no such file or folder"
+    )
     assert refused("stopped").endswith("; did you mean out/stopped?\n")
     line = fails(sample.main, "--out_dir=out/stopped/best.pt")
     assert line.endswith("; train first: python train.py --out_dir=out/stopped\n")
     vocab = json.loads(Path("theirs/vocab.json").read_text())
     config = json.loads(Path("theirs/config.json").read_text())
     Path("theirs/vocab.json").write_text(json.dumps(vocab | {"surplus": 400}))
-    assert "the tokenizer in theirs has 401 tokens, but the model only 400" in refused("theirs")
+    assert "the tokenizer in theirs has 401 tokens, but the model only 400" in refused(
+        "theirs"
+    )
     Path("theirs/vocab.json").unlink()
-    assert "there is neither tokenizer.json nor tokenizer.model nor vocab.json" in refused("theirs")
+    assert "there is neither tokenizer.json nor tokenizer.model nor vocab.json" in refused(
+        "theirs"
+    )
     Path("theirs/config.json").unlink()
-    assert "cannot read the model in theirs: config.json: No such file or directory" in refused(
-        "theirs", train.main
+    assert (
+        "cannot read the model in theirs: config.json: No such file or directory"
+        in refused("theirs", train.main)
     )
     Path("theirs/config.json").write_text(json.dumps(config | {"model_type": "bert"}))
     assert "model_type=bert is not supported" in refused("theirs", train.main)

@@ -11,7 +11,13 @@ from conftest import TINY_RUN, make_text
 import train
 from humptygpt.core.errors import UserError
 from humptygpt.data.batches import Prefetcher, TokenDataset, permute, random_key
-from humptygpt.data.token_files import CHECKED, META_FORMAT, TokenFiles, checksums, read_meta
+from humptygpt.data.token_files import (
+    CHECKED,
+    META_FORMAT,
+    TokenFiles,
+    checksums,
+    read_meta,
+)
 from humptygpt.tokenizer.tokenizers import GPT2Tokenizer
 
 
@@ -77,14 +83,18 @@ def write_meta(data: Path, tokenizer: dict) -> None:
             "files": files,
             "checksums": {path.name: checksums(path) for path in paths},
         }
-        splits[split]["tokens"] = splits[split]["bytes"] = sum(file["tokens"] for file in files)
+        splits[split]["tokens"] = splits[split]["bytes"] = sum(
+            file["tokens"] for file in files
+        )
     meta = {
         "format": META_FORMAT,
         "task": "language modelling",
         "source": "counting",
         "dtype": "uint16",
     }
-    (data / "meta.json").write_text(json.dumps(meta | {"splits": splits, "tokenizer": tokenizer}))
+    (data / "meta.json").write_text(
+        json.dumps(meta | {"splits": splits, "tokenizer": tokenizer})
+    )
 
 
 def test_targets_are_the_tokens_that_follow(counted):
@@ -109,7 +119,9 @@ def test_the_blocks_of_an_epoch_come_in_an_order_that_the_next_epoch_changes(cou
     dataset = TokenDataset(counted, 16, seed=1)
     blocks = (1003 - 1 - 16) // 16
     first, second = (starts_of(dataset, epoch, blocks) for epoch in (0, 1))
-    ranks = [[sorted(starts).index(start) for start in starts] for starts in (first, second)]
+    ranks = [
+        [sorted(starts).index(start) for start in starts] for starts in (first, second)
+    ]
     assert ranks[0] != list(range(blocks)) and ranks[0] != ranks[1]
 
 
@@ -142,7 +154,9 @@ def test_prefetching_gives_the_same_batches_and_reads_the_next_one(counted, monk
         lambda index, size, batch=dataset.batch: read.append(index) or batch(index, size),
     )
     for index in (5, 6, 7, 3, 4):
-        assert starts_of(ahead, index, 4) == starts_of(TokenDataset(counted, 16, seed=1), index, 4)
+        assert starts_of(ahead, index, 4) == starts_of(
+            TokenDataset(counted, 16, seed=1), index, 4
+        )
     ahead.thread.shutdown()
     assert read == [5, 6, 7, 8, 3, 4, 5]
 
@@ -168,9 +182,12 @@ def test_some_evaluation_batches_are_always_the_same_and_spread_over_the_split(c
     first = [batch["idx"][:, 0].tolist() for batch in dataset.val_batches(2, 2)]
     dataset.batch(1, 4)
     assert first == [
-        batch["idx"][:, 0].tolist() for batch in TokenDataset(counted, 16, seed=9).val_batches(2, 2)
+        batch["idx"][:, 0].tolist()
+        for batch in TokenDataset(counted, 16, seed=9).val_batches(2, 2)
     ]
-    assert first[0][0] == 0 and first[0][1] < first[1][0] < first[1][1] and first[1][1] >= 64
+    assert (
+        first[0][0] == 0 and first[0][1] < first[1][0] < first[1][1] and first[1][1] >= 64
+    )
 
 
 def test_a_nanogpt_folder_opens_as_it_is(folder):
@@ -181,12 +198,17 @@ def test_a_nanogpt_folder_opens_as_it_is(folder):
     stoi = {char: i for i, char in enumerate(alphabet)}
     with (data / "meta.pkl").open("wb") as file:
         pickle.dump(
-            {"vocab_size": len(alphabet), "itos": dict(enumerate(alphabet)), "stoi": stoi}, file
+            {"vocab_size": len(alphabet), "itos": dict(enumerate(alphabet)), "stoi": stoi},
+            file,
         )
     for split, part in (("train", text[:1800]), ("val", text[1800:])):
-        np.array([stoi[char] for char in part], dtype=np.uint16).tofile(data / f"{split}.bin")
+        np.array([stoi[char] for char in part], dtype=np.uint16).tofile(
+            data / f"{split}.bin"
+        )
     dataset = TokenDataset(data, 16, seed=1)
-    assert dataset.tokenizer.decode(dataset.train.read(np.array([0]), 1800)[0]) == text[:1800]
+    assert (
+        dataset.tokenizer.decode(dataset.train.read(np.array([0]), 1800)[0]) == text[:1800]
+    )
     assert dataset.val_bytes_per_token() == 1.0
     assert train.main([*TINY_RUN, "--dataset=old"]) == 0
 
@@ -221,7 +243,9 @@ def edit_meta(data: Path, **entries):
 def edit_train(data: Path, **entries):
     """Change entries of the training split; ... removes one."""
     splits = read_meta(data)["splits"]
-    edited = {key: value for key, value in (splits["train"] | entries).items() if value is not ...}
+    edited = {
+        key: value for key, value in (splits["train"] | entries).items() if value is not ...
+    }
     edit_meta(data, splits=splits | {"train": edited})
 
 
@@ -230,7 +254,9 @@ DAMAGE = {
     "holds token 20, but its tokenizer has only 3": lambda data: edit_meta(
         data, tokenizer={"tokenizer": "char", "alphabet": "abc"}
     ),
-    "meta.json: dtype must be uint16 or uint32": lambda data: edit_meta(data, dtype="object"),
+    "meta.json: dtype must be uint16 or uint32": lambda data: edit_meta(
+        data, dtype="object"
+    ),
     "meta.json: splits is missing": lambda data: (data / "meta.json").write_text(
         json.dumps(
             {
@@ -242,16 +268,18 @@ DAMAGE = {
             }
         )
     ),
-    "meta.json: splits.train.tokens must be an integer from 1 to 9,": lambda data: edit_train(
-        data, tokens=-3600
+    "meta.json: splits.train.tokens must be an integer from 1 to 9,": lambda data: (
+        edit_train(data, tokens=-3600)
     ),
     "meta.json: splits.train.bytes is missing": lambda data: edit_train(data, bytes=...),
-    "meta.json: splits.train.tokens is not the sum": lambda data: edit_train(data, tokens=3601),
+    "meta.json: splits.train.tokens is not the sum": lambda data: edit_train(
+        data, tokens=3601
+    ),
     "meta.json: splits.train has the file '../train.bin', which": lambda data: edit_train(
         data, files=[{"name": "../train.bin", "tokens": 3600}]
     ),
-    "meta.json: splits.train does not have the checksums of train.bin": lambda data: edit_train(
-        data, checksums={}
+    "meta.json: splits.train does not have the checksums of train.bin": lambda data: (
+        edit_train(data, checksums={})
     ),
     "meta.json: splits has 'more', which is not train, val or test": lambda data: edit_meta(
         data, splits=(splits := read_meta(data)["splits"]) | {"more": splits["val"]}
@@ -296,13 +324,17 @@ def test_nanogpts_folder_without_a_meta_is_gpt2s_tokens(folder, monkeypatch, cap
     for split in ("train", "val"):
         tok.encode(make_text(900)).astype(np.uint16).tofile(data / f"{split}.bin")
     dataset = TokenDataset(data, 16, seed=1)
-    assert dataset.tokenizer.decode(dataset.val.read(np.array([0]), 900)[0]) == make_text(900)
+    assert dataset.tokenizer.decode(dataset.val.read(np.array([0]), 900)[0]) == make_text(
+        900
+    )
     assert dataset.val_bytes_per_token() == 1.0
     assert "it is taken for GPT-2's tokens" in capsys.readouterr().err
 
 
 def test_files_are_checked_where_they_are_read_and_only_there(folder):
-    ids = np.arange(3 * CHECKED // 2 + 5).astype(np.uint16)  # three parts and a little of a fourth
+    ids = np.arange(3 * CHECKED // 2 + 5).astype(
+        np.uint16
+    )  # three parts and a little of a fourth
     ids.tofile("train.bin")
     meta = {
         "dtype": "uint16",
@@ -315,9 +347,15 @@ def test_files_are_checked_where_they_are_read_and_only_there(folder):
     starts = np.array([0, size, 3 * size])
     assert tokens.read(starts, 5).tolist() == ids[starts[:, None] + np.arange(5)].tolist()
     tokens.read(np.array([size]), size)
-    for start, length in ((2 * size, 1), (2 * size - 1, 2), (3 * size - 1, 1), (size, size + 1)):
+    for start, length in (
+        (2 * size, 1),
+        (2 * size - 1, 2),
+        (3 * size - 1, 1),
+        (size, size + 1),
+    ):
         with pytest.raises(
-            UserError, match=rf"train\.bin was altered or damaged: from byte {2 * CHECKED:,} on"
+            UserError,
+            match=rf"train\.bin was altered or damaged: from byte {2 * CHECKED:,} on",
         ):
             TokenFiles(Path(), "train", meta).read(np.array([start]), length)
 
@@ -325,7 +363,9 @@ def test_files_are_checked_where_they_are_read_and_only_there(folder):
 @pytest.mark.parametrize("sizes", [[10], [3, 7], [1, 1, 1, 7], [5, 0, 5]])
 def test_a_row_may_cross_from_one_file_to_the_next(folder, sizes):
     parts = np.split(np.arange(10, dtype=np.uint32), np.cumsum(sizes)[:-1])
-    files = [{"name": f"train_{number}.bin", "tokens": size} for number, size in enumerate(sizes)]
+    files = [
+        {"name": f"train_{number}.bin", "tokens": size} for number, size in enumerate(sizes)
+    ]
     for file, part in zip(files, parts, strict=True):
         part.tofile(file["name"])
     sums = {file["name"]: checksums(Path(file["name"])) for file in files}

@@ -28,14 +28,18 @@ both_ways = pytest.mark.parametrize(
 
 
 def some_sources(*lengths: int) -> list[np.ndarray]:
-    return [np.append(tokens(1, n - 1, seed=i)[0].numpy(), EOT) for i, n in enumerate(lengths)]
+    return [
+        np.append(tokens(1, n - 1, seed=i)[0].numpy(), EOT) for i, n in enumerate(lengths)
+    ]
 
 
 def log_probabilities(model, source: np.ndarray, ids: list[int]) -> list[float]:
     """Those of each token of a translation, in one forward pass without the decoder's state."""
     source, ids = torch.from_numpy(source)[None], torch.tensor([ids])
     if model.has_encoder:
-        logits, _ = model(torch.nn.functional.pad(ids, (1, 0), value=EOT)[:, :-1], source=source)
+        logits, _ = model(
+            torch.nn.functional.pad(ids, (1, 0), value=EOT)[:, :-1], source=source
+        )
     else:
         logits, _ = model(torch.cat([source, ids[:, :-1]], dim=1))
     return logits.log_softmax(-1)[0, -ids.shape[1] :].gather(1, ids.T)[:, 0].tolist()
@@ -59,7 +63,9 @@ def test_enough_beams_find_the_best_translation_of_all(make, length_penalty):
     model = make(vocab_size=4)
     source = np.array([2, 1, EOT])
     candidates = [
-        (*words, EOT) for n in range(3) for words in itertools.product(range(1, 4), repeat=n)
+        (*words, EOT)
+        for n in range(3)
+        for words in itertools.product(range(1, 4), repeat=n)
     ]
     ranked = {
         ids: sum(log_probabilities(model, source, list(ids))) / len(ids) ** length_penalty
@@ -75,7 +81,9 @@ def test_enough_beams_find_the_best_translation_of_all(make, length_penalty):
 
 @both_ways
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_the_score_is_the_mean_log_probability_of_a_forward_pass_without_state(make, num_beams):
+def test_the_score_is_the_mean_log_probability_of_a_forward_pass_without_state(
+    make, num_beams
+):
     model = make()
     sources = some_sources(4, 6, 4, 2, 6)
     translations = translate(model, sources, EOT, num_beams=num_beams, max_new_tokens=5)
@@ -94,7 +102,9 @@ def test_a_batch_of_sentences_is_translated_as_each_alone(make, num_beams):
     together = translate(model, sources, EOT, num_beams=num_beams)
     for source, found in zip(sources, together, strict=True):
         (alone,) = translate(model, [source], EOT, num_beams=num_beams)
-        assert found.ids == alone.ids and found.score == pytest.approx(alone.score, abs=1e-5)
+        assert found.ids == alone.ids and found.score == pytest.approx(
+            alone.score, abs=1e-5
+        )
     assert len({len(found.ids) for found in together}) > 1  # some ended before others
 
 
@@ -107,7 +117,9 @@ def test_a_translation_ends_at_max_new_tokens_or_where_the_context_is_full(make)
     most = 12 if model.has_encoder else 12 + 1 - 5
     for num_beams in (1, 3):
         for limit, length in ((3, 3), (None, most)):
-            (found,) = translate(model, [source], EOT, num_beams=num_beams, max_new_tokens=limit)
+            (found,) = translate(
+                model, [source], EOT, num_beams=num_beams, max_new_tokens=limit
+            )
             assert len(found.ids) == length and not found.ended
 
 
@@ -117,7 +129,9 @@ def test_ids_that_only_pad_the_vocabulary_are_never_chosen():
         model.lm_head.weight[9:] = 100 * model.lm_head.weight[9:]
 
     def chosen(tokenizer_vocab_size: int | None) -> set[int]:
-        found = translate(model, some_sources(5, 5, 5, 7), EOT, tokenizer_vocab_size, num_beams=2)
+        found = translate(
+            model, some_sources(5, 5, 5, 7), EOT, tokenizer_vocab_size, num_beams=2
+        )
         return {token for translation in found for token in translation.ids}
 
     assert max(chosen(None)) >= 9 > max(chosen(9))
@@ -193,7 +207,9 @@ def test_a_perfect_translation_scores_100_and_the_signature_names_the_settings()
     lines = ["A man sleeps on a bench.", "Two children play ball in the park."]
     scores = score(lines, lines)
     assert scores["bleu"] == pytest.approx(100) and scores["chrf"] == pytest.approx(100)
-    assert "tok:13a" in scores["bleu_signature"] and "case:mixed" in scores["bleu_signature"]
+    assert (
+        "tok:13a" in scores["bleu_signature"] and "case:mixed" in scores["bleu_signature"]
+    )
     assert score(["A dog runs."], lines[:1])["bleu"] < 10
 
 

@@ -10,7 +10,14 @@ from conftest import make_text
 
 import bench
 import prepare_data
-from benchmarks import contenders, generation, step_profile, step_time, time_to_loss, training
+from benchmarks import (
+    contenders,
+    generation,
+    step_profile,
+    step_time,
+    time_to_loss,
+    training,
+)
 from benchmarks.huggingface import HuggingFaceGenerator, random_gpt2
 from benchmarks.llamacpp import write_random_gguf
 from benchmarks.nanogpt import NanoGPTTrainer
@@ -49,7 +56,13 @@ class GPT(torch.nn.Module):
         return torch.optim.SGD(self.parameters(), lr=learning_rate)
 """
 SMALL = ModelConfig(
-    n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=40, bias=True, activation="gelu_tanh"
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    block_size=16,
+    vocab_size=40,
+    bias=True,
+    activation="gelu_tanh",
 )
 
 
@@ -109,7 +122,9 @@ def test_alone_it_times_this_program(text, here, capsys):
     assert result.keys() == {"ours_ms", "ours_tokens_per_second"}
 
 
-def test_both_train_to_the_target_and_ours_for_as_long_as_nanogpt(text, here, monkeypatch, capsys):
+def test_both_train_to_the_target_and_ours_for_as_long_as_nanogpt(
+    text, here, monkeypatch, capsys
+):
     monkeypatch.setattr(time_to_loss, "PRESET", replace(training.PRESET, max_iters=300))
 
     def take_steps(self, first: int, count: int) -> list[float]:
@@ -137,7 +152,10 @@ def test_both_train_to_the_target_and_ours_for_as_long_as_nanogpt(text, here, mo
 
 def test_seconds_to_the_target_are_read_off_between_two_evaluations():
     losses = iter([4.0, 3.0, 2.0, 2.0])
-    answers = {"take_steps": lambda first, count: [1.0] * count, "val_loss": lambda: next(losses)}
+    answers = {
+        "take_steps": lambda first, count: [1.0] * count,
+        "val_loss": lambda: next(losses),
+    }
     figures = time_to_loss.train_to(
         lambda method, *given: answers[method](*given), 30, 10, target=2.75, name="x"
     )
@@ -154,7 +172,9 @@ def trainers(text) -> list[contenders.Trainer]:
 
 def test_both_are_scored_by_one_function_on_the_whole_split(trainers):
     for trainer in trainers:
-        torch.nn.init.normal_(next(trainer.model.parameters()))  # no two texts cost the same
+        torch.nn.init.normal_(
+            next(trainer.model.parameters())
+        )  # no two texts cost the same
         val = trainer.dataset.val
         ids = torch.from_numpy(val.read(np.array([0]), len(val))[0])
         total = 0.0
@@ -177,7 +197,13 @@ def test_the_profile_has_the_phases_of_a_step_and_its_operators(text, here, caps
     bench.main(["--what=profile", "--config=tiny.py", "--steps=2", "--device=cpu"])
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
-    assert list(result) == ["batch_ms", "forward_ms", "backward_ms", "clip_ms", "optimizer_ms"]
+    assert list(result) == [
+        "batch_ms",
+        "forward_ms",
+        "backward_ms",
+        "clip_ms",
+        "optimizer_ms",
+    ]
     assert min(result.values()) > 0 and "aten::mm" in out
 
 
@@ -239,7 +265,10 @@ def test_generation_is_timed_beside_what_is_installed_and_what_is_missing_is_nam
 def test_figures_are_medians_over_rounds_and_steps():
     rounds = [[5.0, 0.1, 0.2], [9.0, 0.4, 0.2], [7.0, 0.2, 0.9]]
     # 4 texts in 0.2 s
-    assert generation.summary(rounds, texts=4) == {"first_token_ms": 7000, "tokens_per_second": 20}
+    assert generation.summary(rounds, texts=4) == {
+        "first_token_ms": 7000,
+        "tokens_per_second": 20,
+    }
 
 
 def test_a_step_ends_when_its_token_is_there_and_patience_ends_a_measurement(monkeypatch):
@@ -256,7 +285,9 @@ def test_a_step_ends_when_its_token_is_there_and_patience_ends_a_measurement(mon
                 yield
 
     monkeypatch.setattr(contenders.time, "perf_counter", lambda: now)
-    slow = Slow(replace(SMALL, vocab_size=5), bench.BenchConfig(what="sample", texts=2, prompt=8))
+    slow = Slow(
+        replace(SMALL, vocab_size=5), bench.BenchConfig(what="sample", texts=2, prompt=8)
+    )
     assert slow.idx.shape == (2, 8) and slow.idx.max() < 5
     assert slow.measure(2) == [3.0, 1.0]
     assert slow.measure(4) == [3.0, 1.0, 25.0]

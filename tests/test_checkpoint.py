@@ -96,7 +96,9 @@ def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(folder, monkeyp
     checkpoint.save(path, entries)
     monkeypatch.setattr(FullDisk, "room", room)
     monkeypatch.setattr(files, "RawFile", FullDisk)
-    with pytest.raises(UserError, match=r"cannot write a\.pt: .*; the one before it is as it was"):
+    with pytest.raises(
+        UserError, match=r"cannot write a\.pt: .*; the one before it is as it was"
+    ):
         checkpoint.save(path, entries)
     assert checkpoint.read(path)["progress"]["iter"] == 3
     assert [file.name for file in Path().iterdir()] == ["a.pt"]
@@ -107,7 +109,9 @@ def test_a_full_disk_in_training_is_one_line(tiny, fails, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
-    assert "cannot write out/run/best.pt: No space left on device" in fails(train.main, *TINY_RUN)
+    assert "cannot write out/run/best.pt: No space left on device" in fails(
+        train.main, *TINY_RUN
+    )
 
 
 # --------------------------------------------------------------------------------------
@@ -166,7 +170,9 @@ def test_a_file_that_is_not_a_checkpoint_is_refused_and_runs_no_code(
 
 
 def test_resuming_without_a_checkpoint_is_refused(tiny, fails):
-    assert "no checkpoint out/run/ckpt.pt" in fails(train.main, *TINY_RUN, "--init_from=resume")
+    assert "no checkpoint out/run/ckpt.pt" in fails(
+        train.main, *TINY_RUN, "--init_from=resume"
+    )
     assert not Path("out").exists()
 
 
@@ -189,7 +195,8 @@ def test_one_flipped_bit_in_any_record_is_found(folder):
     assert len(records) > 40
     for info in records:
         name_size, extra_size = (
-            int.from_bytes(whole[info.header_offset + at :][:2], "little") for at in (26, 28)
+            int.from_bytes(whole[info.header_offset + at :][:2], "little")
+            for at in (26, 28)
         )
         start = (
             info.header_offset + 30 + name_size + extra_size
@@ -213,7 +220,9 @@ def test_a_record_marked_as_a_directory_is_found(folder):
 # The schema
 
 
-def change(*keys: str, value: object = None, rename: str | None = None) -> Callable[[dict], None]:
+def change(
+    *keys: str, value: object = None, rename: str | None = None
+) -> Callable[[dict], None]:
     """An edit of an entry: another value, another name, or none (neither is given)."""
 
     def edit(entries: dict) -> None:
@@ -247,7 +256,10 @@ EDITS = [
         "model_config does not describe these weights",
         change("model_config", "n_layer", value=10**9),
     ),
-    ("model_config does not describe these weights", change("model_config", "n_embd", value=2**40)),
+    (
+        "model_config does not describe these weights",
+        change("model_config", "n_embd", value=2**40),
+    ),
     ("n_head=3", change("model_config", "n_head", value=3)),
     (
         "block_size=2147483648 must be at least 1 and at most",
@@ -259,7 +271,10 @@ EDITS = [
     ),
     ("tokenizer must be a dictionary", change("tokenizer", value="char")),
     ("the tokenizer char is damaged", change("tokenizer", "alphabet")),
-    ("the tokenizer has 4 tokens, but the model 3", change("tokenizer", "alphabet", value="abcd")),
+    (
+        "the tokenizer has 4 tokens, but the model 3",
+        change("tokenizer", "alphabet", value="abcd"),
+    ),
     ("model=gpt is not for task=", change("task", value="painting")),
     ("data.identity is missing", change("data", "identity")),
     ("progress.iter is missing", change("progress", "iter", rename="steps")),
@@ -277,8 +292,14 @@ EDITS = [
         change("model", "lm_head.weight", value=WTE.T),
     ),
     ("model.lm_head.weight must be", change("model", "lm_head.weight", value=WTE.double())),
-    ("model.lm_head.weight must be", change("model", "lm_head.weight", value=WTE.to_sparse())),
-    ("model.lm_head.weight must be", change("model", "lm_head.weight", value=WTE.to("meta"))),
+    (
+        "model.lm_head.weight must be",
+        change("model", "lm_head.weight", value=WTE.to_sparse()),
+    ),
+    (
+        "model.lm_head.weight must be",
+        change("model", "lm_head.weight", value=WTE.to("meta")),
+    ),
     (
         "model.lm_head.weight must be",
         change("model", "lm_head.weight", value=torch.nn.Parameter(WTE)),
@@ -290,12 +311,17 @@ EDITS = [
     (
         "model.lm_head.weight must be|" + HOLDS,
         change(
-            "model", "lm_head.weight", value=torch.quantize_per_tensor(WTE, 1.0, 0, torch.qint8)
+            "model",
+            "lm_head.weight",
+            value=torch.quantize_per_tensor(WTE, 1.0, 0, torch.qint8),
         ),
     ),
     ("too large", change("progress", "seconds", value=10**400)),
     ("progress.x is unknown", change("progress", "x", value=3)),
-    ("device must have no control characters", change("train_config", "device", value="c\npu")),
+    (
+        "device must have no control characters",
+        change("train_config", "device", value="c\npu"),
+    ),
     ("optimizer.steps is missing", change("optimizer", "steps")),
     (
         "optimizer.state.wte.weight must be a dictionary",
@@ -310,7 +336,9 @@ EDITS = [
 
 
 @pytest.mark.parametrize(("complaint", "edit"), EDITS, ids=range(len(EDITS)))
-def test_an_entry_that_is_missing_renamed_or_of_another_kind_is_named(tiny, complaint, edit):
+def test_an_entry_that_is_missing_renamed_or_of_another_kind_is_named(
+    tiny, complaint, edit
+):
     entries = make_entries(format=checkpoint.FORMAT)
     edit(entries)
     OUT.mkdir(parents=True)
@@ -323,7 +351,8 @@ def test_an_entry_that_is_missing_renamed_or_of_another_kind_is_named(tiny, comp
 def test_what_does_not_fit_the_schema_is_never_saved(folder):
     with pytest.raises(ValueError, match="model is missing"):
         checkpoint.save(
-            Path("a.pt"), {key: value for key, value in make_entries().items() if key != "model"}
+            Path("a.pt"),
+            {key: value for key, value in make_entries().items() if key != "model"},
         )
     assert not Path("a.pt").exists()
 
@@ -346,7 +375,9 @@ def test_a_run_of_the_version_with_ngrams_that_used_none_resumes(run_train):
     assert "ngrams" not in checkpoint.read(OUT / "ckpt.pt")["model_config"]
 
 
-def test_a_run_with_averaged_weights_is_read_without_them_and_a_note_says_so(run_train, capsys):
+def test_a_run_with_averaged_weights_is_read_without_them_and_a_note_says_so(
+    run_train, capsys
+):
     run_train("--lr_decay_iters=8")
     saved = torch.load(OUT / "ckpt.pt")
     saved["train_config"]["ema_decay"] = 0.9
@@ -361,7 +392,9 @@ def test_a_run_with_averaged_weights_is_read_without_them_and_a_note_says_so(run
 def test_a_checkpoint_with_ngrams_is_refused(run_train):
     run_train()
     add_ngram_keys(OUT / "ckpt.pt", ngrams=3)
-    with pytest.raises(UserError, match=r"ngrams=3, which was removed: .*; train a new model"):
+    with pytest.raises(
+        UserError, match=r"ngrams=3, which was removed: .*; train a new model"
+    ):
         checkpoint.read(OUT / "ckpt.pt")
 
 
@@ -369,7 +402,13 @@ def test_a_checkpoint_with_ngrams_is_refused(run_train):
 def test_a_restored_model_shares_the_tensors_of_the_file_and_is_whole(position):
     for keys in ({}, {"tie_weights": False}, {"model": "transformer"}):
         config = models.ModelConfig(
-            n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=11, position=position, **keys
+            n_layer=1,
+            n_head=2,
+            n_embd=32,
+            block_size=8,
+            vocab_size=11,
+            position=position,
+            **keys,
         )
         model = models.build(config)
         saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -36,13 +36,23 @@ def make_run(
     (path / "config.json").write_text(json.dumps(DEFAULTS | {"out_dir": folder} | settings))
     rows = []
     for it, loss in enumerate(losses, start=1):
-        clock = {"iter": it * every, "tokens": it * every * 10, "seconds": it * float(every)}
+        clock = {
+            "iter": it * every,
+            "tokens": it * every * 10,
+            "seconds": it * float(every),
+        }
         bits = loss / math.log(2) / bytes_per_token
         rows.append(
-            clock | {"train_loss": loss, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 10}
+            clock
+            | {"train_loss": loss, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 10}
         )
         rows.append(
-            clock | {"val_loss": loss, "val_bits_per_byte": bits, "val_perplexity": math.exp(loss)}
+            clock
+            | {
+                "val_loss": loss,
+                "val_bits_per_byte": bits,
+                "val_perplexity": math.exp(loss),
+            }
         )
     if bleu is not None:
         rows.append(clock | {"test_bleu": bleu, "test_chrf": 2 * bleu})
@@ -56,7 +66,10 @@ def run(capsys, *argv: str) -> str:
     """What compare.py prints to stdout."""
     capsys.readouterr()
     compare.main(
-        [*argv, *([] if any(a.startswith("--picture") for a in argv) else ["--picture=None"])]
+        [
+            *argv,
+            *([] if any(a.startswith("--picture") for a in argv) else ["--picture=None"]),
+        ]
     )
     return capsys.readouterr().out
 
@@ -131,7 +144,9 @@ def test_curves_are_drawn_over_bytes_so_that_tokens_of_any_length_compare(folder
     assert bits == pytest.approx([4 / 4 / math.log(2), 3.9 / 4 / math.log(2)])
 
 
-def test_a_run_with_settings_of_another_version_is_listed_without_parameters(folder, capsys):
+def test_a_run_with_settings_of_another_version_is_listed_without_parameters(
+    folder, capsys
+):
     make_run("out/a", 2.0, 2.0)
     make_run("out/newer", 1.9, 1.9, n_experts=8)
     make_run("out/newest", 1.9, 1.9, position="quantum")
@@ -140,7 +155,9 @@ def test_a_run_with_settings_of_another_version_is_listed_without_parameters(fol
     assert "n_experts=8" in row_of(table, "newer") and "n_experts=—" in row_of(table, "a")
 
 
-def test_a_run_of_an_earlier_version_has_the_defaults_of_the_keys_that_came_later(folder, capsys):
+def test_a_run_of_an_earlier_version_has_the_defaults_of_the_keys_that_came_later(
+    folder, capsys
+):
     make_run("out/a-1", 2.0, seed=1)
     earlier = make_run("out/a-2", 1.8, seed=2) / "config.json"
     settings = json.loads(earlier.read_text())
@@ -179,7 +196,12 @@ def test_a_run_without_its_last_evaluation_is_not_done(folder, capsys):
 DAMAGED = [
     *("[1]", '"text"', "null", "", "{", "[" * 100_000, '{"iter": 5}', "\x00\xff"),
     *({"iter": None}, {"iter": "5"}, {"tokens": [1]}, {"seconds": True}, {"iter": -1}),
-    *({"seconds": math.nan}, {"tokens": 10**400}, {"val_loss": math.nan}, {"val_loss": "low"}),
+    *(
+        {"seconds": math.nan},
+        {"tokens": 10**400},
+        {"val_loss": math.nan},
+        {"val_loss": "low"},
+    ),
     *({"val_loss": 0.1, "val_bits_per_byte": -1}, {"test_bleu": {"score": 30}}),
 ]
 
@@ -214,7 +236,12 @@ def test_a_last_line_that_is_being_written_is_skipped_without_a_note(folder, cap
     compare.main(["out/a", "--json=-", "--picture=None"])
     out, errors = capsys.readouterr()
     (row,) = json.loads(out)
-    assert (row["state"], row["best_val_loss"], row["best_iter"], errors) == ("done", 1.9, 200, "")
+    assert (row["state"], row["best_val_loss"], row["best_iter"], errors) == (
+        "done",
+        1.9,
+        200,
+        "",
+    )
 
 
 @pytest.mark.parametrize("losses", [(2.0, 1.9), ()])
@@ -279,7 +306,9 @@ def test_bad_arguments_are_one_line(folder, fails):
 def test_a_mistake_is_reported_without_loading_torch(folder):
     Path("out").mkdir()
     code = "import sys, compare\ntry: compare.main(['out'])\nexcept ValueError: print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.stdout == "False\n", done.stderr
 
 
@@ -304,7 +333,12 @@ def test_runs_of_a_variant_that_differ_in_the_seed_alone_are_one_row_of_means_an
     more = {"n_head": 4, "every": 100, "bleu": 33, "log_interval": 7}
     runs.append(str(make_run("out/heads/four-2", 1.9, 1.3, seed=2, **more)))
     one, four = data_of(capsys, *runs, "--group=True")
-    assert [one["group"], one["run"], one["seeds"], one["state"]] == ["heads", "one", 3, "3 done"]
+    assert [one["group"], one["run"], one["seeds"], one["state"]] == [
+        "heads",
+        "one",
+        3,
+        "3 done",
+    ]
     assert one["best_val_loss"] == pytest.approx(4.9 / 3)
     bits = [value / math.log(2) for value in (4.9 / 3, 1.4, 2.0)]
     measured = [one["best_bits_per_byte"], one["lowest"], one["highest"]]
@@ -328,7 +362,9 @@ def test_both_layouts_of_folders_are_recognised_and_the_baseline_can_be_named(
     folder, capsys, layout
 ):
     group, variant = LAYOUTS[layout]
-    runs = make_seeds(layout.replace("{variant}", "with").format(seed="{}"), 1.5, 1.6, n_head=2)
+    runs = make_seeds(
+        layout.replace("{variant}", "with").format(seed="{}"), 1.5, 1.6, n_head=2
+    )
     theirs = layout.replace("{variant}", "without").format(seed="{}")
     runs += make_seeds(theirs, 2.0, 2.1)
     first, second = data_of(capsys, *runs, "--group=True")
@@ -373,7 +409,9 @@ def test_rows_are_compared_with_the_first_of_their_group_and_the_best_of_each_gr
     }
     runs = []
     for i, (path, (values, _)) in enumerate(bits.items()):
-        runs += make_seeds(path, *(math.log(2) * value for value in values), max_iters=199 - i)
+        runs += make_seeds(
+            path, *(math.log(2) * value for value in values), max_iters=199 - i
+        )
     rows = data_of(capsys, *runs, "--group=True")
     assert [row["remark"] for row in rows] == [said[1] for _, said in bits.values()]
     expected = [said[0] and pytest.approx(said[0]) for _, said in bits.values()]
@@ -404,7 +442,9 @@ def test_different_validation_text_is_noted_for_the_group_that_has_it(folder, ca
     runs += make_seeds("out/b/y-{}", 2.0, eval_iters=3)
     compare.main([*runs, "--group=True", "--picture=None"])
     errors = capsys.readouterr().err
-    assert errors.startswith("note: the runs of b differ in dataset and eval_iters; losses compare")
+    assert errors.startswith(
+        "note: the runs of b differ in dataset and eval_iters; losses compare"
+    )
     assert errors.count("\n") == 1
 
 
@@ -449,7 +489,9 @@ def test_the_picture_is_a_png_and_what_was_written_is_not_taken_for_a_run(folder
     make_run("out/a", 2.0, 1.9)
     for _ in range(2):
         compare.main([*sorted(map(str, Path("out").iterdir())), "--json=out/table.json"])
-        assert capsys.readouterr().err == "out/table.json written\nout/compare.png written\n"
+        assert (
+            capsys.readouterr().err == "out/table.json written\nout/compare.png written\n"
+        )
     assert Path("out/compare.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -492,7 +534,9 @@ def draw(monkeypatch):
 
 @pytest.mark.parametrize("count", [1, 5, 20])
 def test_each_run_has_one_look_of_its_own(folder, draw, count):
-    left, right = draw(*(str(make_run(f"out/{i:02}", 2.5, 2 - i / 100)) for i in range(count)))
+    left, right = draw(
+        *(str(make_run(f"out/{i:02}", 2.5, 2 - i / 100)) for i in range(count))
+    )
     assert len({(line.get_color(), line.get_linestyle()) for line in left.lines}) == count
     dots = right.lines[1::2]
     assert [dot.get_color() for dot in dots] == [line.get_color() for line in left.lines]
@@ -521,11 +565,18 @@ def test_groups_have_a_panel_each_in_which_the_first_row_is_grey(folder, draw, c
     titles = [panel.get_title(loc="left") for panel in panels]
     assert titles == [f"idea_{i:02}" for i in range(count)]
     bits = [value / math.log(2) for value in (2.05, 1.55, 2.125)]
-    names = [f"{name}  {x:.3f}" for name, x in zip(("without", "with", "again"), bits, strict=True)]
+    names = [
+        f"{name}  {x:.3f}"
+        for name, x in zip(("without", "with", "again"), bits, strict=True)
+    ]
     for panel in panels:
         assert [label.get_text() for label in panel.get_yticklabels()] == names
         ranges, dots = panel.lines[::2], panel.lines[1::2]
-        assert [line.get_color() for line in dots] == [compare.GREY, compare.BLUE, compare.BLUE]
+        assert [line.get_color() for line in dots] == [
+            compare.GREY,
+            compare.BLUE,
+            compare.BLUE,
+        ]
         hollow = [line.get_markerfacecolor() == "white" for line in dots]
         assert hollow == [False, False, True]  # within seeds
         for bar, each in zip(panel.patches, bits, strict=True):

@@ -122,7 +122,11 @@ def test_names_from_elsewhere_are_answered_with_ours():
         ("--epochs=3", TrainConfig, "did you mean max_iters?"),
         ("--prompt=x", SampleConfig, "did you mean start?"),
         ("--prompt=x", TrainConfig, "--help lists all keys"),
-        ("--config=x.py", TrainConfig, "a config file is named without a key: config/mine.py"),
+        (
+            "--config=x.py",
+            TrainConfig,
+            "a config file is named without a key: config/mine.py",
+        ),
     ):
         with pytest.raises(UserError) as error:
             configurator.read([argument], config)
@@ -173,7 +177,9 @@ def test_a_mistyped_config_file_is_answered_with_the_nearest(folder, monkeypatch
         ("mine", "mine.py"),
         ("own data/mien.py", "'own data/mine.py'"),
     ):
-        with pytest.raises(UserError, match=rf" is not a config file; did you mean {near}\?$"):
+        with pytest.raises(
+            UserError, match=rf" is not a config file; did you mean {near}\?$"
+        ):
             read(argument)
     ours = os.path.relpath(ROOT / "config" / "shakespeare_char.py")
     for argument in ("config/shakespear_char.py", "shakespeare_char", "shakespere_char.py"):
@@ -181,18 +187,25 @@ def test_a_mistyped_config_file_is_answered_with_the_nearest(folder, monkeypatch
             read(argument)
         assert str(error.value).endswith(f"; did you mean {ours}?")
     monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError, match=r"; did you mean config/article/04_residual/2-with.py\?$"):
+    with pytest.raises(
+        UserError, match=r"; did you mean config/article/04_residual/2-with.py\?$"
+    ):
         read("config/article/04_residual/2-wiht.py")
 
 
-def test_a_run_in_place_of_a_config_file_is_answered_with_its_key_and_never_executed(folder):
+def test_a_run_in_place_of_a_config_file_is_answered_with_its_key_and_never_executed(
+    folder,
+):
     Path("out/my run").mkdir(parents=True)
     Path("out/my run/config.json").write_text('{"eval_only": false}')
     with zipfile.ZipFile("out/my run/best.pt", "w") as file:
         file.writestr("__main__.py", "raise SystemExit('code of a checkpoint')")
     run = "'--out_dir=out/my run'"
     for argument in ("out/my run", "out/my run/best.pt", "out/my run/config.json"):
-        for config, option in ((SampleConfig, run), (TrainConfig, f"--init_from=resume {run}")):
+        for config, option in (
+            (SampleConfig, run),
+            (TrainConfig, f"--init_from=resume {run}"),
+        ):
             line = f"{argument} is not a config file; for the run in it write {option}"
             with pytest.raises(UserError, match=f"^{line}$"):
                 configurator.read([argument], config)
@@ -215,7 +228,9 @@ def test_the_name_of_a_config_in_place_of_a_model_is_answered_with_the_command_t
         find_source("mine")
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig, PrepareConfig, compare.CompareConfig])
+@pytest.mark.parametrize(
+    "cls", [TrainConfig, SampleConfig, PrepareConfig, compare.CompareConfig]
+)
 def test_every_path_may_begin_with_the_home_folder_and_is_not_empty(cls, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     for field in dataclasses.fields(cls):
@@ -228,10 +243,22 @@ def test_every_path_may_begin_with_the_home_folder_and_is_not_empty(cls, monkeyp
 
 def test_every_key_for_a_path_is_declared_as_one():
     paths = {
-        field.name for cls in CONFIGS for field in dataclasses.fields(cls) if field.metadata["path"]
+        field.name
+        for cls in CONFIGS
+        for field in dataclasses.fields(cls)
+        if field.metadata["path"]
     }
     assert paths == {
-        *("out_dir", "prompts", "score", "input", "source", "target", "held_out", "tokenizer"),
+        *(
+            "out_dir",
+            "prompts",
+            "score",
+            "input",
+            "source",
+            "target",
+            "held_out",
+            "tokenizer",
+        ),
         *("runs", "picture", "csv", "json", "config", "nanogpt", "page"),
     }
 
@@ -253,7 +280,9 @@ def test_help_lists_the_choices_that_the_dictionary_has(monkeypatch, capsys):
                 assert f"one of: {', '.join(choices)}\n" in text + "\n", field.name
 
 
-def test_commands_in_messages_name_the_script_as_the_user_has_written_it(folder, monkeypatch):
+def test_commands_in_messages_name_the_script_as_the_user_has_written_it(
+    folder, monkeypatch
+):
     command = "python train.py --out_dir='a b'"
     for script in ("train.py", "nowhere/sample.py", "/usr/bin/pytest"):
         monkeypatch.setattr(sys, "argv", [script])
@@ -261,12 +290,17 @@ def test_commands_in_messages_name_the_script_as_the_user_has_written_it(folder,
     (folder / "my code").mkdir()
     (folder / "my code/train.py").touch()
     monkeypatch.setattr(sys, "argv", ["my code/sample.py"])
-    assert configurator.as_written_here(command) == "python 'my code/train.py' --out_dir='a b'"
+    assert (
+        configurator.as_written_here(command) == "python 'my code/train.py' --out_dir='a b'"
+    )
 
 
 def test_started_from_another_folder_a_script_says_where_its_files_are(folder):
     start = lambda cwd: subprocess.run(  # noqa: E731
-        [sys.executable, ROOT / "compare.py", "nothing"], cwd=cwd, capture_output=True, text=True
+        [sys.executable, ROOT / "compare.py", "nothing"],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
     ).stderr.splitlines()
     assert start(folder)[0] == f"note: data/, out/ and other relative paths are in {folder}"
     assert len(start(folder)) == len(start(ROOT)) + 1
@@ -296,10 +330,15 @@ class Dependent:
 
 
 def test_a_key_that_does_nothing_says_why_and_so_does_one_that_depends_on_it():
-    idle = lambda **changed: without_effect(dataclasses.asdict(Dependent(**changed)), Dependent)  # noqa: E731
+    idle = lambda **changed: without_effect(
+        dataclasses.asdict(Dependent(**changed)), Dependent
+    )  # noqa: E731
     assert idle(kind="b", turns=2) == {}
     assert idle(kind="b") == {"speed": "without turns=1 or 2", "style": "with turns=0"}
-    assert idle(kind="a") == {"turns": "without kind=b or c", "speed": "without kind=b or c"}
+    assert idle(kind="a") == {
+        "turns": "without kind=b or c",
+        "speed": "without kind=b or c",
+    }
 
 
 CONFIGS = [
@@ -314,10 +353,15 @@ CONFIGS = [
 
 @pytest.mark.parametrize("cls", CONFIGS)
 def test_every_key_has_a_line_of_help_and_its_rules_name_keys_that_exist(cls):
-    known = {field.name for config in CONFIGS for field in dataclasses.fields(config)} | {"task"}
+    known = {field.name for config in CONFIGS for field in dataclasses.fields(config)} | {
+        "task"
+    }
     for field in dataclasses.fields(cls):
         assert len(field.metadata["help"]) > 5, field.name
-        assert {*(field.metadata["only_with"] or {}), *(field.metadata["not_with"] or {})} <= known
+        assert {
+            *(field.metadata["only_with"] or {}),
+            *(field.metadata["not_with"] or {}),
+        } <= known
 
 
 @pytest.mark.parametrize(
@@ -374,7 +418,9 @@ def test_a_users_mistake_ends_in_one_line_and_exit_code_2(fails, option, complai
 def test_help_is_that_of_the_script_which_was_started():
     command = [sys.executable, ROOT / "train.py", "--help"]
     text = subprocess.run(command, capture_output=True, text=True).stdout
-    assert text.startswith("usage: python train.py [CONFIG_FILE ...] [--key=value ...]\n\nTrain a")
+    assert text.startswith(
+        "usage: python train.py [CONFIG_FILE ...] [--key=value ...]\n\nTrain a"
+    )
 
 
 NANOGPT_KEYS = """out_dir eval_interval eval_iters log_interval always_save_checkpoint wandb_log wandb_project
@@ -384,7 +430,13 @@ backend device dtype compile init_from eval_only"""
 
 
 def test_every_key_of_nanogpt_is_known():
-    known = {field.name for cls in (ModelConfig, TrainConfig) for field in dataclasses.fields(cls)}
+    known = {
+        field.name
+        for cls in (ModelConfig, TrainConfig)
+        for field in dataclasses.fields(cls)
+    }
     assert set(NANOGPT_KEYS.split()) <= known
     sampling = "init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype compile"
-    assert set(sampling.split()) <= {field.name for field in dataclasses.fields(SampleConfig)}
+    assert set(sampling.split()) <= {
+        field.name for field in dataclasses.fields(SampleConfig)
+    }

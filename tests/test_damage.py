@@ -79,7 +79,18 @@ TEXTS = [
     "AAAA",
     "byte",
 ]
-WRONG_VALUES = [*NUMBERS, *TEXTS, None, [], {}, [[]], [None], {"": None}, {"tokens": 1}, [0] * 1000]
+WRONG_VALUES = [
+    *NUMBERS,
+    *TEXTS,
+    None,
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    {"tokens": 1},
+    [0] * 1000,
+]
 
 
 def change_entry(content: object, rng: random.Random) -> object:
@@ -122,7 +133,9 @@ def wrong_value(value: object, rng: random.Random) -> object:
         ]
         if value:
             at = rng.randrange(len(value))
-            near += [value[:at] + char + value[at + 1 :] for char in rng.choices("Aaé/0\n", k=3)]
+            near += [
+                value[:at] + char + value[at + 1 :] for char in rng.choices("Aaé/0\n", k=3)
+            ]
     return rng.choice(near if near and rng.random() < 0.5 else WRONG_VALUES)
 
 
@@ -135,7 +148,9 @@ def change_json(data: bytes, rng: random.Random) -> bytes:
 
 def replace_json(data: bytes, rng: random.Random) -> bytes:
     deep = rng.choice([b"[", b'{"a":', b'{"tokenizer":']) * 10**5
-    return rng.choice([deep, b"1" * 10**4, b"\xef\xbb\xbf" + data, data.decode().encode("utf-16")])
+    return rng.choice(
+        [deep, b"1" * 10**4, b"\xef\xbb\xbf" + data, data.decode().encode("utf-16")]
+    )
 
 
 class Code:
@@ -191,13 +206,19 @@ def read_data(folder: Path) -> dict:
         data = TokenDataset(folder, 16, seed=1, meta=meta)
     assert all(0 <= i < data.tokenizer.vocab_size for i in data.tokenizer.start())
     assert isinstance(data.tokenizer.decode(range(data.tokenizer.vocab_size)), str)
-    assert 0 < data.val_bytes_per_token() < math.inf and data.identity() and all(data.summary(4, 2))
+    assert (
+        0 < data.val_bytes_per_token() < math.inf
+        and data.identity()
+        and all(data.summary(4, 2))
+    )
     assert isinstance(data.meta["source"], str) and data.batches_per_epoch(4) > 0
     batches = [data.batch(0, 4), *data.val_batches(4, 1)]
     return {
         "train": data.beginning("train", len(data.train)).tolist(),
         "val": data.beginning("val", len(data.val)).tolist(),
-        "batches": [{key: tensor.tolist() for key, tensor in batch.items()} for batch in batches],
+        "batches": [
+            {key: tensor.tolist() for key, tensor in batch.items()} for batch in batches
+        ],
     }
 
 
@@ -230,7 +251,9 @@ def meta_json(*argv: str) -> Target:
 
 def token_file(split: str, *argv: str) -> Target:
     folder = prepared("damaged", *argv)
-    return Target(folder / f"{split}.bin", lambda: read_data(folder), (flip_bytes, cut_bytes))
+    return Target(
+        folder / f"{split}.bin", lambda: read_data(folder), (flip_bytes, cut_bytes)
+    )
 
 
 def meta_pkl() -> Target:
@@ -243,7 +266,9 @@ def meta_pkl() -> Target:
         pickle.dumps({"vocab_size": len(itos), "itos": itos, "stoi": stoi})
     )
     for split, part in (("train", text[:1800]), ("val", text[1800:])):
-        np.array([stoi[char] for char in part], dtype=np.uint16).tofile(folder / f"{split}.bin")
+        np.array([stoi[char] for char in part], dtype=np.uint16).tofile(
+            folder / f"{split}.bin"
+        )
     damages = (change_pickle, change_pickle, hide_code, flip_bytes, cut_bytes)
     return Target(folder / "meta.pkl", lambda: read_data(folder), damages)
 

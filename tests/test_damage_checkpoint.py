@@ -70,7 +70,9 @@ def change_tensor(data: bytes, rng: random.Random) -> bytes:
     entries = torch.load(io.BytesIO(data), weights_only=False)
     holders = list(tensor_dicts(entries))
     tensors = rng.choice(holders)
-    name = rng.choice([name for name, value in tensors.items() if isinstance(value, Tensor)])
+    name = rng.choice(
+        [name for name, value in tensors.items() if isinstance(value, Tensor)]
+    )
     tensors[name] = rng.choice(OTHER_TENSORS)(tensors[name])
     return to_bytes(entries)
 
@@ -98,7 +100,9 @@ OTHER_TENSORS: list[Callable[[Tensor], object]] = [
     lambda x: torch.cat([x, x])[len(x) :],
     lambda x: x[:1].expand(x.shape),
     lambda x: x.flatten().as_strided(x.shape, [0] * x.dim()),
-    lambda x: torch.empty_strided(x.shape, [2] * x.dim()).copy_(x) if x.dim() == 1 else x[:, ::2],
+    lambda x: (
+        torch.empty_strided(x.shape, [2] * x.dim()).copy_(x) if x.dim() == 1 else x[:, ::2]
+    ),
     lambda x: x.double(),
     lambda x: x.half(),
     lambda x: x.bfloat16(),
@@ -148,7 +152,9 @@ def read_records(data: bytes) -> dict[str, bytes]:
         return {name: file.read(name) for name in file.namelist()}
 
 
-def write_records(records: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+def write_records(
+    records: dict[str, bytes], compression: int = zipfile.ZIP_STORED
+) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as file:
         for name, content in records.items():
@@ -194,7 +200,8 @@ def hide_code(data: bytes, rng: random.Random) -> bytes:
         code[:-1] + b"0" + records[name],
         pickle.dumps(entries | {"model": Code()}, protocol=2),
         pickle.dumps(
-            entries | {rng.choice(list(checkpoint.SCHEMA)): Code()}, protocol=rng.randrange(6)
+            entries | {rng.choice(list(checkpoint.SCHEMA)): Code()},
+            protocol=rng.randrange(6),
         ),
         pickle.dumps({Code(): entries}, protocol=2),
         b"cbuiltins\nexec\n(S\"open('ran', 'w')\"\ntR.",
@@ -216,7 +223,10 @@ def hide_code(data: bytes, rng: random.Random) -> bytes:
 
 
 def contents(tensors: dict[str, Tensor]) -> dict[str, tuple]:
-    return {name: (x.dtype, x.shape, x.detach().numpy().tobytes()) for name, x in tensors.items()}
+    return {
+        name: (x.dtype, x.shape, x.detach().numpy().tobytes())
+        for name, x in tensors.items()
+    }
 
 
 def resume() -> dict:
@@ -226,13 +236,17 @@ def resume() -> dict:
     def setup(*configs, setup=train.setup, **start) -> train.Run:
         run = setup(*configs, **start)
         found["model"] = contents(run.model.state_dict())
-        found["optimizer"] = {name: contents(state) for name, state in run.optimizer.state.items()}
+        found["optimizer"] = {
+            name: contents(state) for name, state in run.optimizer.state.items()
+        }
         return run
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "setup", setup)
         # damages may ask for more steps, larger batches, compiling, other data and Weights & Biases
-        patch.setattr(train, "train_step", lambda run, it: (torch.ones(()), torch.ones(()), 1))
+        patch.setattr(
+            train, "train_step", lambda run, it: (torch.ones(()), torch.ones(()), 1)
+        )
         patch.setattr(evaluation, "evaluate", lambda *args, **settings: 1.0)
         patch.setattr(torch, "compile", lambda *args, **settings: 1 / 0)
         patch.setattr(prepare_data, "prepare", refuse)
@@ -259,7 +273,12 @@ def write(name: str) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "restore_model", restore_model)
         sample.main(
-            ["--out_dir=out/run", f"--checkpoint={name}", "--device=cpu", "--max_new_tokens=2"]
+            [
+                "--out_dir=out/run",
+                f"--checkpoint={name}",
+                "--device=cpu",
+                "--max_new_tokens=2",
+            ]
         )
     return weights_of_model
 
@@ -320,7 +339,9 @@ def test_a_record_that_is_shorter_than_its_tensor_is_refused(mapped, folder):
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
-def test_thousands_of_damaged_checkpoints_are_refused_in_one_line_or_give_the_same_tensors(kind):
+def test_thousands_of_damaged_checkpoints_are_refused_in_one_line_or_give_the_same_tensors(
+    kind,
+):
     check_damages(kind, KINDS[kind](), range(60, 2000))
 
 

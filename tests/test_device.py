@@ -42,7 +42,8 @@ def test_auto_picks_the_gpu_if_there_is_one(monkeypatch):
 @pytest.mark.parametrize("name", ["cuda:7", "tpu", "meta", "gpu", "cpu:x"])
 def test_a_device_that_is_not_available_is_refused(name):
     with pytest.raises(
-        UserError, match=f"^device={name} is not available; this machine and this torch have: .*cpu"
+        UserError,
+        match=f"^device={name} is not available; this machine and this torch have: .*cpu",
     ):
         pick_device(name)
 
@@ -58,12 +59,18 @@ def test_auto_dtype_is_what_the_card_multiplies(monkeypatch, capability, dtype):
 
 @pytest.mark.parametrize(
     ("capabilities", "dtype"),
-    [("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx2", torch.float32)],
+    [
+        ("avx512_bf16", torch.bfloat16),
+        ("amx_bf16", torch.bfloat16),
+        ("avx2", torch.float32),
+    ],
 )
 def test_auto_dtype_is_what_the_processor_multiplies_and_float32_to_generate(
     monkeypatch, capabilities, dtype
 ):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capabilities: True}, raising=False)
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {capabilities: True}, raising=False
+    )
     assert pick_dtype("auto", CPU) == dtype
     assert sample_dtype("auto", CPU) == torch.float32
     assert sample_dtype("bfloat16", CPU) == torch.bfloat16
@@ -171,7 +178,9 @@ def random_variants(model: str) -> list[ModelConfig]:
     return found
 
 
-def train_evaluate_and_generate(model: nn.Module, optimizer_name: str, padded: bool) -> None:
+def train_evaluate_and_generate(
+    model: nn.Module, optimizer_name: str, padded: bool
+) -> None:
     idx, source = (torch.zeros(2, T, dtype=torch.int64, device=META) for T in (5, 6))
     batch = {"idx": idx} | ({"source": source} if model.has_encoder else {})
     optimizer = make_optimizer(TrainConfig(optimizer=optimizer_name), model)
@@ -213,11 +222,14 @@ def test_every_variant_trains_evaluates_and_generates_on_its_device_alone(name):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_training_step_moves_its_batch_to_the_device(monkeypatch, name, optimizer):
-    monkeypatch.setattr(train, "autocast", lambda device, dtype: nullcontext())  # refuses meta
+    monkeypatch.setattr(
+        train, "autocast", lambda device, dtype: nullcontext()
+    )  # refuses meta
     config = TrainConfig(optimizer=optimizer, batch_size=2, gradient_accumulation_steps=2)
     model = models.build(ModelConfig(**SHAPE, model=name, window=3, dropout=0.1)).to(META)
     batch = dict.fromkeys(
-        ("idx", "targets") + ("source",) * model.has_encoder, torch.zeros(2, 5, dtype=torch.int64)
+        ("idx", "targets") + ("source",) * model.has_encoder,
+        torch.zeros(2, 5, dtype=torch.int64),
     )
     run = SimpleNamespace(
         config=config,

@@ -32,9 +32,7 @@ def disk(folder):
         if mounted and not keep:
             subprocess.run(["umount", path], check=True)
             mounted.clear()
-        options = (
-            f"{'remount,' if mounted else ''}size={max(size, 4096)}"  # 0 would be without a limit
-        )
+        options = f"{'remount,' if mounted else ''}size={max(size, 4096)}"  # 0 would be without a limit
         done = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True
         )
@@ -64,14 +62,19 @@ def run(main, argv: list[str], capsys, monkeypatch) -> str | None:
     complaint = [line for line in lines if not line.startswith("note: ")]
     assert (stop.value.code, len(complaint)) == (2, 1), lines
     assert (
-        complaint[0].startswith("script.py: cannot write disk/") or "data/mine" in complaint[0]
+        complaint[0].startswith("script.py: cannot write disk/")
+        or "data/mine" in complaint[0]
     ), complaint
     return complaint[0]
 
 
 def size_of(folder: Path) -> int:
     """Bytes in whole pages of the files in a folder, and of the largest of them once more, which is written beside."""
-    sizes = [-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file()]
+    sizes = [
+        -(-path.stat().st_size // 4096) * 4096
+        for path in folder.rglob("*")
+        if path.is_file()
+    ]
     return sum(sizes) + max(sizes)
 
 
@@ -88,7 +91,9 @@ def train_on_disks(disk, count: int, capsys, monkeypatch) -> None:
         if complaint:
             assert f"No space left on device (the disk {path} has " in complaint
         saved = [
-            path / "run" / name for name in ("ckpt.pt", "best.pt") if (path / "run" / name).exists()
+            path / "run" / name
+            for name in ("ckpt.pt", "best.pt")
+            if (path / "run" / name).exists()
         ]
         for name in saved:
             assert checkpoint.read(name)["progress"]["iter"] in (2, 4, 6, 8)
@@ -108,14 +113,18 @@ def test_on_a_disk_of_any_size_a_run_ends_well_or_in_one_line_and_resumes_with_m
 
 
 @pytest.mark.long
-def test_on_forty_disk_sizes_a_run_ends_well_or_in_one_line(tiny, disk, capsys, monkeypatch):
+def test_on_forty_disk_sizes_a_run_ends_well_or_in_one_line(
+    tiny, disk, capsys, monkeypatch
+):
     train_on_disks(disk, 40, capsys, monkeypatch)
 
 
 def prepare_on_disks(folder: Path, disk, count: int, capsys, monkeypatch) -> None:
     def contents() -> dict:
         return {
-            path.name: path.read_bytes() for path in Path("data/mine").iterdir() if path.is_file()
+            path.name: path.read_bytes()
+            for path in Path("data/mine").iterdir()
+            if path.is_file()
         }
 
     path = disk(10**8)
@@ -186,11 +195,15 @@ def test_a_device_or_a_pipe_is_written_to_and_not_replaced_by_a_file(folder, fai
     os.mkfifo("pipe")
     reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
     files.write_whole(Path("pipe"), lambda file: file.write(b"text"))
-    assert os.read(reader, 100) == b"text" and [path.name for path in folder.iterdir()] == ["pipe"]
+    assert os.read(reader, 100) == b"text" and [path.name for path in folder.iterdir()] == [
+        "pipe"
+    ]
     assert Path("pipe").is_fifo()
     if Path("/dev/full").is_char_device():
         line = fails(
-            lambda argv: files.write_whole(Path("/dev/full"), lambda file: file.write(b"text"))
+            lambda argv: files.write_whole(
+                Path("/dev/full"), lambda file: file.write(b"text")
+            )
         )
         assert line.startswith("cannot write /dev/full: No space left on device")
         assert Path("/dev/full").is_char_device()
@@ -202,7 +215,9 @@ def test_of_two_processes_that_write_a_file_at_once_both_succeed_and_one_wins(fo
         files.write_whole(Path("x"), lambda other: other.write(b"second, which is longer"))
 
     files.write_whole(Path("x"), write)
-    assert [path.name for path in folder.iterdir()] == ["x"] and Path("x").read_bytes() == b"first"
+    assert [path.name for path in folder.iterdir()] == ["x"] and Path(
+        "x"
+    ).read_bytes() == b"first"
 
 
 def test_what_a_kill_left_of_a_file_is_removed_by_the_next_run_and_what_is_not_ours_stays(

@@ -154,7 +154,9 @@ def test_several_processes_have_the_losses_of_one(run_train, monkeypatch, name, 
         pytest.param(["--model=gpt", "--batch_size=4"], marks=pytest.mark.long),
     ],
 )
-def test_several_processes_have_the_losses_of_one_on_sentence_pairs(pairs, run_train, options):
+def test_several_processes_have_the_losses_of_one_on_sentence_pairs(
+    pairs, run_train, options
+):
     argv = [*STEPS, *PAIRS, *options]
     one = run_train(*argv)
     assert launch(4, *TINY_RUN, *argv) == [0] * 4
@@ -217,7 +219,10 @@ def test_what_cannot_be_divided_is_refused_with_a_value_that_can():
 
 
 def test_each_process_orthogonalises_some_matrices_and_none_is_done_twice(tiny):
-    assert launch(2, *TINY_RUN, "--optimizer=muon", "--n_layer=3", main=count_matrices) == [0, 0]
+    assert launch(2, *TINY_RUN, "--optimizer=muon", "--n_layer=3", main=count_matrices) == [
+        0,
+        0,
+    ]
     counts = [json.loads(Path(f"counts{rank}").read_text()) for rank in range(2)]
     assert (
         sum(count["matrices"] for count in counts) == 6 * 3 * 6
@@ -247,7 +252,10 @@ def count_matrices(argv: list[str]) -> int:
 
 
 def test_gradients_are_summed_once_in_a_step(tiny):
-    assert launch(2, *TINY_RUN, "--gradient_accumulation_steps=4", main=count_matrices) == [0, 0]
+    assert launch(2, *TINY_RUN, "--gradient_accumulation_steps=4", main=count_matrices) == [
+        0,
+        0,
+    ]
     assert json.loads(Path("counts1").read_text())["local"] == 6  # of 12 passes in 6 steps
 
 
@@ -268,7 +276,9 @@ def keep_gradients(argv: list[str]) -> int:
         train.clip_gradients = clip
 
 
-@pytest.mark.parametrize("options", [[], ["--gradient_accumulation_steps=4", "--dropout=0.2"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--gradient_accumulation_steps=4", "--dropout=0.2"]]
+)
 def test_gradients_and_updates_of_the_first_step_are_those_of_one_process(
     tiny, monkeypatch, options
 ):
@@ -291,7 +301,9 @@ def test_gradients_and_updates_of_the_first_step_are_those_of_one_process(
 
 def test_one_process_writes_and_reports(tiny):
     assert launch(2, *TINY_RUN) == [0, 0]
-    assert "best val loss" in Path("stdout0").read_text() and Path("stdout1").read_text() == ""
+    assert (
+        "best val loss" in Path("stdout0").read_text() and Path("stdout1").read_text() == ""
+    )
     assert Path("stderr1").read_text() == ""
     assert sorted(path.name for path in OUT.iterdir()) == [
         "best.pt",
@@ -322,7 +334,9 @@ def test_a_signal_to_one_process_ends_all_with_one_checkpoint_that_any_number_re
     assert launch(2, *argv) == [0, 0]
     rows, whole = read_rows(OUT), checkpoint.read(OUT / "ckpt.pt")
     assert launch(2, *argv, main=signal_at_4) == [128 + signal.SIGTERM] * 2
-    assert "SIGTERM: saved out/run/ckpt.pt at iter 4; resume:" in Path("stderr0").read_text()
+    assert (
+        "SIGTERM: saved out/run/ckpt.pt at iter 4; resume:" in Path("stderr0").read_text()
+    )
     assert checkpoint.read(OUT / "ckpt.pt")["progress"]["iter"] == 4
     assert launch(2, "--init_from=resume", "--out_dir=out/run") == [0, 0]
     assert read_rows(OUT) == rows
@@ -347,7 +361,9 @@ def test_mistakes_are_one_line(tiny, monkeypatch):
         found = complaints(argv)
         assert complaint in found[0] and found[0].count("\n") == 1
     found = complaints(differ={1: ["--learning_rate=0.5"]})
-    assert "has learning_rate=0.5, but process 0 on" in found[0] and found[0].count("\n") == 1
+    assert (
+        "has learning_rate=0.5, but process 0 on" in found[0] and found[0].count("\n") == 1
+    )
     assert not Path("out").exists()
 
 
@@ -362,7 +378,10 @@ def with_other_data(argv: list[str]) -> int:
 def test_a_process_with_other_data_is_named(tiny, monkeypatch):
     monkeypatch.setattr(distributed, "PATIENCE", 0)
     found = complaints(main=with_other_data)
-    assert "process 1 on" in found[0] and "has train=another checksum, but process 0" in found[0]
+    assert (
+        "process 1 on" in found[0]
+        and "has train=another checksum, but process 0" in found[0]
+    )
     assert (
         "start all with the same command, on the same data" in found[0]
         and found[0].count("\n") == 1
@@ -413,8 +432,9 @@ def test_a_port_in_use_is_one_line(tiny, fails, monkeypatch):
 
 def test_without_torchrun_several_processes_are_refused(tiny, fails, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "WORLD_SIZE=2 is set, but not RANK; start several processes with: torchrun" in fails(
-        train.main, *TINY_RUN
+    assert (
+        "WORLD_SIZE=2 is set, but not RANK; start several processes with: torchrun"
+        in fails(train.main, *TINY_RUN)
     )
 
 
@@ -439,7 +459,10 @@ def test_a_process_that_dies_ends_the_others_and_the_run_resumes_exactly(tiny, m
     argv = [*TINY_RUN, "--dropout=0.2", "--gradient_accumulation_steps=2"]
     assert launch(2, *argv) == [0, 0]
     rows, whole = read_rows(OUT), checkpoint.read(OUT / "ckpt.pt")["model"]
-    assert launch(2, *argv, main=partial(dying, number=signal.SIGKILL)) == [2, -signal.SIGKILL]
+    assert launch(2, *argv, main=partial(dying, number=signal.SIGKILL)) == [
+        2,
+        -signal.SIGKILL,
+    ]
     complaint = Path("stderr0").read_text().splitlines()[-1]
     assert complaint.startswith("train.py: another process has ended or does not answer")
     assert checkpoint.read(OUT / "ckpt.pt")["progress"]["iter"] == 3
@@ -457,7 +480,11 @@ def test_a_process_that_dies_ends_the_others_and_the_run_resumes_exactly(tiny, m
 def test_only_the_same_run_is_resumed_when_torchrun_starts_again(run_train, monkeypatch):
     run_train()
     monkeypatch.setattr(distributed, "restarted", lambda: True)
-    for change, resumes in (([], True), (["--n_layer=3"], False), (["--max_iters=7"], False)):
+    for change, resumes in (
+        ([], True),
+        (["--n_layer=3"], False),
+        (["--max_iters=7"], False),
+    ):
         assert (read_settings([*TINY_RUN, *change])[2] is not None) == resumes
 
 
@@ -515,14 +542,21 @@ def test_killed_at_twenty_random_moments_runs_end_by_themselves_with_the_weights
 
     def run(seed: int, seconds: float) -> float:
         """Returns how long it took."""
-        Path("dying.py").write_text(DYING.format(root=str(ROOT), seed=seed, seconds=seconds))
+        Path("dying.py").write_text(
+            DYING.format(root=str(ROOT), seed=seed, seconds=seconds)
+        )
         started = time.monotonic()
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return time.monotonic() - started
 
     seconds = run(0, 1e6)
-    rows, whole, seed, kills = read_rows(OUT), checkpoint.read(OUT / "ckpt.pt")["model"], 0, []
+    rows, whole, seed, kills = (
+        read_rows(OUT),
+        checkpoint.read(OUT / "ckpt.pt")["model"],
+        0,
+        [],
+    )
     while len(kills) < 20:
         seed += 1
         shutil.rmtree(OUT)

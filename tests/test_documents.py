@@ -22,12 +22,16 @@ def write(path: str, texts: list[str], key: str = "text") -> Path:
     packed = {".gz": gzip.open, "zst": zstd.open}.get(path[-3:].lower(), open)
     if name.endswith(".parquet"):
         pyarrow.parquet.write_table(
-            pyarrow.table({"id": list(range(len(texts))), key: texts}), path, row_group_size=2
+            pyarrow.table({"id": list(range(len(texts))), key: texts}),
+            path,
+            row_group_size=2,
         )
     else:
         lines = [json.dumps({"id": 1, key: text}) for text in texts]
         with packed(path, "wb") as file:
-            file.write(("\n".join(lines) + "\n" if name.endswith(".jsonl") else texts[0]).encode())
+            file.write(
+                ("\n".join(lines) + "\n" if name.endswith(".jsonl") else texts[0]).encode()
+            )
     return Path(path)
 
 
@@ -35,8 +39,14 @@ def read(path: Path | str, text_key: str = "text", errors: str = "strict") -> li
     """The documents of a file, whole; checks that start and last fit."""
     texts, open_one = [], False
     for piece in read_documents(Path(path), text_key, errors):
-        assert (piece.start == 0) != open_one and piece.text and len(piece.text) <= documents.PIECE
-        texts.append(piece.text) if piece.start == 0 else texts.append(texts.pop() + piece.text)
+        assert (
+            (piece.start == 0) != open_one
+            and piece.text
+            and len(piece.text) <= documents.PIECE
+        )
+        texts.append(piece.text) if piece.start == 0 else texts.append(
+            texts.pop() + piece.text
+        )
         open_one = not piece.last
     assert not open_one
     return texts
@@ -165,7 +175,9 @@ def test_binary_and_hidden_files_are_skipped_counted_and_named(capsys):
     assert "skipped files: 14, first t/.git/config" in capsys.readouterr().err
 
 
-def test_what_our_scripts_have_written_is_no_text_of_a_folder_around_it(tiny, run_train, capsys):
+def test_what_our_scripts_have_written_is_no_text_of_a_folder_around_it(
+    tiny, run_train, capsys
+):
     run_train()
     Path("data/tiny/own.txt").write_text("some text")
     Path("data/tiny/config.json").write_text("of the user")
@@ -179,7 +191,9 @@ def test_what_our_scripts_have_written_is_no_text_of_a_folder_around_it(tiny, ru
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
 @pytest.mark.parametrize("piece", [1, 3, 1000])
-def test_utf_16_is_read_as_it_is_where_a_byte_order_mark_says_so(encoding, piece, monkeypatch):
+def test_utf_16_is_read_as_it_is_where_a_byte_order_mark_says_so(
+    encoding, piece, monkeypatch
+):
     monkeypatch.setattr(documents, "PIECE", piece)
     mark = "" if encoding == "utf-16" else "\ufeff"
     Path("a.txt").write_bytes((mark + "Grüße 🙂\n").encode(encoding))
@@ -190,7 +204,9 @@ def test_utf_16_is_read_as_it_is_where_a_byte_order_mark_says_so(encoding, piece
         )
 
 
-@pytest.mark.parametrize("name", ["A.TXT", "A.Txt.GZ", "a.JSONL", "a.JsonL.ZST", "a.PARQUET"])
+@pytest.mark.parametrize(
+    "name", ["A.TXT", "A.Txt.GZ", "a.JSONL", "a.JsonL.ZST", "a.PARQUET"]
+)
 def test_endings_count_in_upper_case_too(name):
     lower = write(name.lower(), TEXTS)
     assert read(lower.rename(name)) == (TEXTS[:1] if "txt" in name.lower() else TEXTS)
@@ -225,7 +241,9 @@ def test_bad_lines_and_rows_are_skipped_and_counted_where_the_user_wants_it():
 
 BAD = {
     "folder has no text files; skipped files: 1, first folder/a.bin (binary)": ["folder"],
-    "cannot read latin.txt: No such file or directory; did you mean latin1.txt?": ["latin.txt"],
+    "cannot read latin.txt: No such file or directory; did you mean latin1.txt?": [
+        "latin.txt"
+    ],
     "folder/a.bin has no text files; skipped files: 1, first folder/a.bin (binary)": [
         "folder/a.bin"
     ],
@@ -236,7 +254,9 @@ BAD = {
     "empty.txt has no text": ["empty.txt"],
     "latin1.txt: byte 0xfc is no utf-8": ["latin1.txt"],
     "cut.txt: byte 0xc3 is no utf-8": ["cut.txt"],
-    "latin1.jsonl, line 2 has no text: 'utf-8' codec can't decode byte 0xfc": ["latin1.jsonl"],
+    "latin1.jsonl, line 2 has no text: 'utf-8' codec can't decode byte 0xfc": [
+        "latin1.jsonl"
+    ],
     "half.jsonl, line 1 has no text: 'utf-16": ["half.jsonl"],
     "key.jsonl, line 3 has no text: set --text_key to the key of the text; it has no 'text', but": [
         "key.jsonl"

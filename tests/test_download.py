@@ -89,14 +89,18 @@ def test_a_full_disk_is_one_line(server, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(downloads, "fetch", full)
-    with pytest.raises(UserError, match=r"cannot write file\.part: No space left on device"):
+    with pytest.raises(
+        UserError, match=r"cannot write file\.part: No space left on device"
+    ):
         download(server.url, Path("file"))
 
 
 def test_a_package_is_fetched_by_pip_with_its_hash_and_left_packed(monkeypatch):
     def pip(command, **options):
         lines = Path(command[command.index("--requirement") + 1])
-        assert lines.read_text() == "thing==1.0 --hash=sha256:abc\n" and "--no-deps" in command
+        assert (
+            lines.read_text() == "thing==1.0 --hash=sha256:abc\n" and "--no-deps" in command
+        )
         archives = Path(command[command.index("--dest") + 1])
         archives.mkdir()
         (archives / "thing-1.0.whl").write_text("packed")

@@ -35,7 +35,11 @@ from humptygpt.interchange.load import load
 from humptygpt.nn.layers import ACTIVATIONS
 from humptygpt.page import known_settings, page_data
 from humptygpt.tokenizer import tokenizers as tokenizer
-from humptygpt.tokenizer.tokenizers import BytePairTokenizer, CharTokenizer, SentencePieceTokenizer
+from humptygpt.tokenizer.tokenizers import (
+    BytePairTokenizer,
+    CharTokenizer,
+    SentencePieceTokenizer,
+)
 from model import ModelConfig
 
 ROOT = Path(__file__).parent.parent
@@ -345,7 +349,9 @@ def expected_trace(
     if model.config.model == "window_mlp":
         return found | window_values(recorder)
     if source is not None:
-        found |= {"source.idx": torch.tensor(source)} | embedding_values(recorder, 0, "source.")
+        found |= {"source.idx": torch.tensor(source)} | embedding_values(
+            recorder, 0, "source."
+        )
         found |= stack_values(recorder, "encoder", "source.encoder")
     found |= embedding_values(recorder, -1, "")
     return found | stack_values(recorder, *["stack" if source is None else "decoder"] * 2)
@@ -391,7 +397,9 @@ def block_values(recorder: Recorder, module: str, name: str) -> dict:
             continue
         output = recorder.outputs[f"{module}.{last}"][0]
         if hasattr(block, f"{branch}_norm"):
-            found |= norm_values(recorder, f"{module}.{branch}_norm", f"{name}.{branch}_norm")
+            found |= norm_values(
+                recorder, f"{module}.{branch}_norm", f"{name}.{branch}_norm"
+            )
         if config.block == "post_norm":
             x = found[f"{name}.{branch}_norm.output"]
         else:
@@ -400,7 +408,10 @@ def block_values(recorder: Recorder, module: str, name: str) -> dict:
     found |= attention_values(recorder, f"{module}.attn", f"{name}.attn")
     if block.cross_attn:
         found |= attention_values(
-            recorder, f"{module}.cross_attn", f"{name}.cross_attn", f"{name}.cross_attn.context"
+            recorder,
+            f"{module}.cross_attn",
+            f"{name}.cross_attn",
+            f"{name}.cross_attn.context",
         )
     return found | (
         feed_forward_values(recorder, module, f"{name}.feed_forward") if block.mlp else {}
@@ -435,13 +446,18 @@ def attention_values(
 
 def feed_forward_values(recorder: Recorder, block: str, name: str) -> dict:
     inputs, outputs, config = recorder.inputs, recorder.outputs, recorder.model.config
-    found = {"hidden": inputs[f"{block}.mlp.down_proj"][0], "input": inputs[f"{block}.mlp"][0]}
+    found = {
+        "hidden": inputs[f"{block}.mlp.down_proj"][0],
+        "input": inputs[f"{block}.mlp"][0],
+    }
     if config.mlp_conv:
         found |= {"input": inputs[f"{block}.conv"][0], "conv": outputs[f"{block}.conv"][0]}
     for layer in ("up_proj", "gate_proj", "down_proj"):
         if f"{block}.mlp.{layer}" in outputs:
             found[layer] = outputs[f"{block}.mlp.{layer}"][0]
-    found["activation"] = ACTIVATIONS[config.activation](found.get("gate_proj", found["up_proj"]))
+    found["activation"] = ACTIVATIONS[config.activation](
+        found.get("gate_proj", found["up_proj"])
+    )
     return {f"{name}.{key}": value for key, value in found.items()}
 
 
@@ -467,7 +483,9 @@ def data_of(model: nn.Module, tokenizer_vocab_size: int | None = None) -> dict:
 
 
 def tokens(T: int, vocab_size: int = 11, seed: int = 0) -> list[int]:
-    return torch.randint(vocab_size, (T,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(
+        vocab_size, (T,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
 
 
 def assert_parity(
@@ -480,7 +498,9 @@ def assert_parity(
     for name, tensor in expected.items():
         b = tensor.double().numpy()
         # later keys are not computed
-        later = {"mask": -np.inf, "weights": 0.0, "scores": b}.get(name.rpartition(".")[2], np.nan)
+        later = {"mask": -np.inf, "weights": 0.0, "scores": b}.get(
+            name.rpartition(".")[2], np.nan
+        )
         assert found[name].shape == b.shape, name
         a = np.where(np.isnan(found[name]), later, found[name])
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE, err_msg=name)
@@ -530,7 +550,13 @@ MORE_VARIANTS = [
         "norm": "rmsnorm",
         "norm_eps": 1e-2,
     },
-    {"head_size": 20, "attn_bias": True, "mlp_bias": False, "norm_eps": 0.1, "embed_norm": True},
+    {
+        "head_size": 20,
+        "attn_bias": True,
+        "mlp_bias": False,
+        "norm_eps": 0.1,
+        "embed_norm": True,
+    },
     {
         "bias": True,
         "attn_bias": False,
@@ -539,7 +565,13 @@ MORE_VARIANTS = [
         "head_size": 6,
         "position": "rotary",
     },
-    {"model": "window_mlp", "window": 5, "n_layer": 3, "activation": "silu", "block_size": 40},
+    {
+        "model": "window_mlp",
+        "window": 5,
+        "n_layer": 3,
+        "activation": "silu",
+        "block_size": 40,
+    },
 ]
 VARIANTS = [*test_model.VARIANTS, *MORE_VARIANTS]
 
@@ -551,14 +583,18 @@ def test_every_number_of_a_gpt_or_window_network_is_pytorchs(node, variant):
 
 
 @pytest.mark.parametrize(
-    "variant", [*test_transformer.VARIANTS, {"mlp_conv": 2, "block": "parallel"}], ids=case_id
+    "variant",
+    [*test_transformer.VARIANTS, {"mlp_conv": 2, "block": "parallel"}],
+    ids=case_id,
 )
 def test_every_number_of_a_transformer_is_pytorchs(node, variant):
     model = rounded(test_transformer.tiny(**variant))
     assert_parity(node, model, tokens(9), source=tokens(12, seed=1), size=11)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "config")))
+@pytest.mark.parametrize(
+    "path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "config"))
+)
 def test_every_number_of_a_model_of_each_shipped_config_is_pytorchs(node, path):
     fields = typing.get_type_hints(ModelConfig)
     keys = {key: value for key, value in runpy.run_path(str(path)).items() if key in fields}
@@ -574,7 +610,9 @@ def test_every_number_of_a_model_of_each_shipped_config_is_pytorchs(node, path):
 @pytest.mark.parametrize(
     "keys", [{"qk_norm": True}, {"norm": "layernorm"}, {"norm": "rmsnorm"}], ids=case_id
 )
-def test_each_norm_has_its_own_epsilon_which_matters_where_activations_are_small(node, keys):
+def test_each_norm_has_its_own_epsilon_which_matters_where_activations_are_small(
+    node, keys
+):
     model = rounded(test_model.tiny(**keys, embed_norm=True))
     with torch.no_grad():
         for p in (
@@ -606,7 +644,9 @@ def test_late_positions_have_the_angles_of_float32(node, position, table, buffer
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_pytorchs_wherever_they_bend(node, name):
     x = torch.linspace(-8, 8, 801, dtype=torch.float64)
-    found = torch.tensor(node.ask("activation", name=name, args=x.tolist()), dtype=torch.float64)
+    found = torch.tensor(
+        node.ask("activation", name=name, args=x.tolist()), dtype=torch.float64
+    )
     torch.testing.assert_close(found, ACTIVATIONS[name](x), atol=1e-9, rtol=1e-9)
 
 
@@ -638,7 +678,9 @@ def test_a_setting_that_the_page_does_not_compute_with_is_refused():
         config = ResearchConfig()
         vars(config).update(settings)
         (key,) = settings
-        with pytest.raises(UserError, match=f"{key}=.* is a setting that the page does not"):
+        with pytest.raises(
+            UserError, match=f"{key}=.* is a setting that the page does not"
+        ):
             known_settings.check_settings(config)
 
 
@@ -658,7 +700,9 @@ def test_a_branch_that_is_switched_off_adds_nothing(node):
 # The arithmetic of each number
 
 EVERY_CASE = [(test_model.tiny, variant, "stack") for variant in VARIANTS]
-EVERY_CASE += [(test_transformer.tiny, variant, "decoder") for variant in test_transformer.VARIANTS]
+EVERY_CASE += [
+    (test_transformer.tiny, variant, "decoder") for variant in test_transformer.VARIANTS
+]
 
 
 def explained_case(tiny, variant: dict) -> dict:
@@ -673,7 +717,9 @@ def explained_case(tiny, variant: dict) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("tiny", "variant", "stack"), EVERY_CASE, ids=lambda x: case_id(x) if type(x) is dict else ""
+    ("tiny", "variant", "stack"),
+    EVERY_CASE,
+    ids=lambda x: case_id(x) if type(x) is dict else "",
 )
 def test_the_terms_of_any_number_make_it_and_each_operand_is_a_number_of_the_trace(
     node, tiny, variant, stack
@@ -686,7 +732,9 @@ def test_the_terms_of_any_number_make_it_and_each_operand_is_a_number_of_the_tra
 
 
 @pytest.mark.parametrize(
-    ("tiny", "variant", "stack"), EVERY_CASE, ids=lambda x: case_id(x) if type(x) is dict else ""
+    ("tiny", "variant", "stack"),
+    EVERY_CASE,
+    ids=lambda x: case_id(x) if type(x) is dict else "",
 )
 def test_what_the_parts_add_to_a_logit_adds_up_to_it(node, tiny, variant, stack):
     if variant.get("model") == "window_mlp":
@@ -700,7 +748,9 @@ def test_what_the_parts_add_to_a_logit_adds_up_to_it(node, tiny, variant, stack)
 
 @pytest.mark.parametrize("block", ["pre_norm", "post_norm", "parallel"])
 @pytest.mark.parametrize("branch", ["attn", "mlp"])
-def test_the_effect_of_a_branchs_output_is_what_that_branch_contributes(node, block, branch):
+def test_the_effect_of_a_branchs_output_is_what_that_branch_contributes(
+    node, block, branch
+):
     case = explained_case(test_model.tiny, {"block": block, "n_layer": 3})
     found = node.ask("effect", **case, stack="stack", layer=1, branch=branch)
     assert found["effect"] == pytest.approx(found["own"], abs=1e-9)
@@ -726,8 +776,14 @@ def test_the_logit_lens_ends_with_the_logits_and_after_fewer_blocks_is_a_shallow
 def test_the_leaf_network_is_the_articles(node):
     leaf, flower = node.ask("article", relu=False)
     assert [round(x, 1) for x in leaf["sums"]] == [-26.6, 3.2, -47.1]
-    assert leaf["output"][0] > leaf["output"][1] and flower["output"][0] < flower["output"][1]
-    assert node.ask("article", relu=True)[0]["hidden"] == [0, pytest.approx(3.2, abs=0.05), 0]
+    assert (
+        leaf["output"][0] > leaf["output"][1] and flower["output"][0] < flower["output"][1]
+    )
+    assert node.ask("article", relu=True)[0]["hidden"] == [
+        0,
+        pytest.approx(3.2, abs=0.05),
+        0,
+    ]
 
 
 def test_the_derivatives_of_the_leaf_network_are_the_changes_of_its_loss(node):
@@ -763,19 +819,30 @@ def edits(T: int) -> list[tuple[list[int], int]]:
 
 
 @pytest.mark.parametrize(
-    ("tiny", "variant", "stack"), EVERY_CASE, ids=lambda x: case_id(x) if type(x) is dict else ""
+    ("tiny", "variant", "stack"),
+    EVERY_CASE,
+    ids=lambda x: case_id(x) if type(x) is dict else "",
 )
-def test_computing_from_the_first_changed_token_on_gives_the_same_bits(node, tiny, variant, stack):
+def test_computing_from_the_first_changed_token_on_gives_the_same_bits(
+    node, tiny, variant, stack
+):
     model = rounded(tiny(**variant))
     source = tokens(7, seed=1) if model.has_encoder else None
-    texts = [(idx, common, source) for idx, common in edits(min(16, model.config.block_size))]
+    texts = [
+        (idx, common, source) for idx, common in edits(min(16, model.config.block_size))
+    ]
     if source:  # with another source, all of it is computed again
         idx = texts[-1][0]
         texts += [(idx, 0, source[:-1]), (idx, 0, source), (idx, len(idx), source)]
     request = [{"idx": idx, "source": source} for idx, _, source in texts]
     found = node.ask("incremental", data=data_of(model), texts=request)
     for answer, (_, common, _) in zip(found, texts, strict=True):
-        assert answer == {"first": common, "kept": common, "different": [], "last_different": []}
+        assert answer == {
+            "first": common,
+            "kept": common,
+            "different": [],
+            "last_different": [],
+        }
 
 
 # --------------------------------------------------------------------------------------
@@ -805,7 +872,14 @@ ODD += [
 LETTERS = "".join(
     random.Random(1).choices("etaoin shrdlu,.", k=8000)
 )  # many ways to split it are nearly as good
-ODD += [LETTERS, "a" * 300, " " * 50 + "x", "aaaa bbbb " * 20, "\U0001d49c𝒜𐍈", "x\u0301\u0302y"]
+ODD += [
+    LETTERS,
+    "a" * 300,
+    " " * 50 + "x",
+    "aaaa bbbb " * 20,
+    "\U0001d49c𝒜𐍈",
+    "x\u0301\u0302y",
+]
 
 
 @pytest.fixture(scope="module")
@@ -823,7 +897,12 @@ def tokenizers() -> dict[str, tokenizer.Tokenizer]:
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
     """Odd ones and what hypothesis makes up, of characters that Unicode has had for a while."""
-    found = [*ODD, TEXT, README[:3000], *("".join(WORDS[i : i + 9]) for i in range(0, 900, 9))]
+    found = [
+        *ODD,
+        TEXT,
+        README[:3000],
+        *("".join(WORDS[i : i + 9]) for i in range(0, 900, 9)),
+    ]
     hypothesis = pytest.importorskip("hypothesis")
     st = hypothesis.strategies
 
@@ -835,7 +914,10 @@ def texts() -> list[str]:
         found.append(text)
 
     collect()
-    return ["".join(char for char in text if unicodedata.category(char) != "Cn") for text in found]
+    return [
+        "".join(char for char in text if unicodedata.category(char) != "Cn")
+        for text in found
+    ]
 
 
 NAMES = [*EVERY, "README, bpe", "README, unigram", "README, sentencepiece"]
@@ -855,7 +937,9 @@ def test_token_ids_are_pythons(node, tokenizers, texts, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_merges_lead_from_the_characters_or_bytes_to_the_tokens(node, tokenizers, texts, name):
+def test_the_merges_lead_from_the_characters_or_bytes_to_the_tokens(
+    node, tokenizers, texts, name
+):
     tok = tokenizers[name]
     texts = texts if tok.name != "char" else [TEXT]
     merged = 0
@@ -871,7 +955,9 @@ def test_the_merges_lead_from_the_characters_or_bytes_to_the_tokens(node, tokeni
             symbols = list(part["symbols"])
             pieces = [token["piece"] for token in part["tokens"]]
             if "scores" in part:
-                assert "".join(symbols) == "".join(pieces) and len(part["scores"]) == len(pieces)
+                assert "".join(symbols) == "".join(pieces) and len(part["scores"]) == len(
+                    pieces
+                )
                 continue
             for merge in part["merges"]:
                 at = merge["at"]
@@ -924,7 +1010,9 @@ def test_text_without_tokens_is_refused_with_the_reason(node):
     }
     assert half["ids"] == [0, 2]
     for name in ("byte", "bpe", "sentencepiece", "unigram"):
-        (found,) = node.ask("encode", data=page_data.tokenizer_data(EVERY[name]), texts=["a\udcff"])
+        (found,) = node.ask(
+            "encode", data=page_data.tokenizer_data(EVERY[name]), texts=["a\udcff"]
+        )
         assert found == {"error": "U+DCFF is not valid UTF-8"}
 
 
@@ -969,11 +1057,16 @@ def test_the_page_of_a_run_has_the_probabilities_of_its_model(node, run_dir, cap
         assert_computes(answer, tok.encode(text or "\n").tolist()[-16:])
 
 
-PAIR_MODELS = {"transformer": ["--model=transformer"], "gpt": ["--model=gpt", "--block_size=64"]}
+PAIR_MODELS = {
+    "transformer": ["--model=transformer"],
+    "gpt": ["--model=gpt", "--block_size=64"],
+}
 
 
 @pytest.mark.parametrize("kind", PAIR_MODELS)
-def test_the_page_of_a_translation_has_the_probabilities_of_the_next_word(node, pairs, kind):
+def test_the_page_of_a_translation_has_the_probabilities_of_the_next_word(
+    node, pairs, kind
+):
     train.main([*TINY_RUN, "--dataset=pairs", "--block_size=40", *PAIR_MODELS[kind]])
     explain.main(["--out_dir=out/run", "--start=Wo  wohnst\ndu?"])
     tok = load(Path("out/run/best.pt")).tokenizer
@@ -1054,7 +1147,9 @@ def test_the_latest_checkpoint_is_taken_where_there_is_no_best_one_yet(run_dir, 
     checkpoint.save(run_dir / "ckpt.pt", saved)
     capsys.readouterr()
     explain.main(["--out_dir=out/run"])
-    assert capsys.readouterr().err == "note: there is no best.pt yet; taking out/run/ckpt.pt\n"
+    assert (
+        capsys.readouterr().err == "note: there is no best.pt yet; taking out/run/ckpt.pt\n"
+    )
     assert data_in(run_dir / "explain.html")["progress"] == {"iter": 6}
 
 
@@ -1091,4 +1186,6 @@ FILES = sorted((ROOT / "explain").iterdir())
 
 def test_the_page_and_its_scripts_stay_small():
     sizes = {path.name: path.stat().st_size for path in FILES}
-    assert sizes["model.js"] + sizes["tokenizer.js"] < 45_000 and sum(sizes.values()) < 200_000
+    assert (
+        sizes["model.js"] + sizes["tokenizer.js"] < 45_000 and sum(sizes.values()) < 200_000
+    )

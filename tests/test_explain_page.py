@@ -58,9 +58,21 @@ def runs(tmp_path_factory):
         prepare_data.main(["--input=tiny.txt", "--name=tiny"])
         prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte"])
         train.main([*TINY_RUN, "--block_size=32", "--position=rotary"])
-        pairs = ["--dataset=pairs", "--out_dir=out/pairs", "--block_size=40", "--model=transformer"]
-        train.main([*TINY_RUN, *pairs, "--position=sinusoidal", "--norm=rmsnorm", "--mlp=gated"])
-        window = ["--out_dir=out/window", "--model=window_mlp", "--window=4", "--block_size=32"]
+        pairs = [
+            "--dataset=pairs",
+            "--out_dir=out/pairs",
+            "--block_size=40",
+            "--model=transformer",
+        ]
+        train.main(
+            [*TINY_RUN, *pairs, "--position=sinusoidal", "--norm=rmsnorm", "--mlp=gated"]
+        )
+        window = [
+            "--out_dir=out/window",
+            "--model=window_mlp",
+            "--window=4",
+            "--block_size=32",
+        ]
         train.main([*TINY_RUN, *window])
         explain.main(["--out_dir=out/run", f"--start={START}"])
         explain.main(["--out_dir=out/pairs", "--start=Wo wohnst du?"])
@@ -91,7 +103,9 @@ class Opened:
 
     def select(self, **wanted) -> None:
         """By the hash, as a link to a view does."""
-        query = "&".join(f"{key}={value}" for key, value in ({"section": "leaf"} | wanted).items())
+        query = "&".join(
+            f"{key}={value}" for key, value in ({"section": "leaf"} | wanted).items()
+        )
         change = """hash => new Promise((done) => {
           addEventListener("hashchange", () => done(), { once: true });
           location.hash = hash;
@@ -144,7 +158,8 @@ def test_greedy_writes_what_sample_py_writes(opened, runs):
     view = opened()
     idx = tensor_of(tokenizer, START)
     written = [
-        token.item() for token in generate(model, idx, 12, tokenizer.vocab_size, temperature=0)
+        token.item()
+        for token in generate(model, idx, 12, tokenizer.vocab_size, temperature=0)
     ]
     view.select(section="writing")
     for _ in range(12):
@@ -155,7 +170,9 @@ def test_greedy_writes_what_sample_py_writes(opened, runs):
 def test_text_that_has_no_tokens_is_reported_and_its_numbers_are_gone(opened):
     view = opened()
     view.page.fill("#text", "Aké")
-    assert view.page.inner_text("#problem").startswith("character 'é' (U+00E9) is not among the ")
+    assert view.page.inner_text("#problem").startswith(
+        "character 'é' (U+00E9) is not among the "
+    )
     assert not view.shown()
     view.page.fill("#text", "Ak")
     assert view.page.is_hidden("#problem") and view.shown()
@@ -194,7 +211,9 @@ def addresses(trace: dict, n: int) -> list[tuple[str, float]]:
 
 
 @pytest.mark.parametrize(("run", "n"), [("run", 120), ("pairs", 80)])
-def test_the_drawer_shows_pytorchs_numbers_and_its_terms_add_up_to_them(opened, runs, run, n):
+def test_the_drawer_shows_pytorchs_numbers_and_its_terms_add_up_to_them(
+    opened, runs, run, n
+):
     model, tokenizer = load(runs, run)
     text, source = {"run": ("Akis osal", None), "pairs": ("Where", "Wo wohnst du?")}[run]
     idx = tokenizer.encode(text).tolist()
@@ -202,11 +221,15 @@ def test_the_drawer_shows_pytorchs_numbers_and_its_terms_add_up_to_them(opened, 
         idx.insert(0, tokenizer.eot)
         source = [*tokenizer.encode(source).tolist(), tokenizer.eot]
     view = opened(run, f"#section=leaf&text={text}")
-    for address, value in addresses(expected_trace(model, idx, source, tokenizer.vocab_size), n):
+    for address, value in addresses(
+        expected_trace(model, idx, source, tokenizer.vocab_size), n
+    ):
         view.select(number=address)
         y = drawer(view)
         unit = (
-            10.0 ** -len(y["shown"].partition(".")[2]) if "e" not in y["shown"] else abs(value) / 10
+            10.0 ** -len(y["shown"].partition(".")[2])
+            if "e" not in y["shown"]
+            else abs(value) / 10
         )
         assert abs(number(y["shown"]) - value) <= unit, address
         result = number(y["results"][-1]) if y["results"] else sum(y["terms"])
@@ -225,7 +248,9 @@ def test_the_hash_restores_the_view(opened):
     view.page.locator("#attention select").nth(0).select_option(label="2")
     view.page.locator("#attention canvas").nth(1).click(position={"x": 30, "y": 5})
     kept = "location.hash.includes('number=') ? done() : setTimeout(poll, 20)"
-    view.page.evaluate(f"() => new Promise((done) => {{ const poll = () => {kept}; poll(); }})")
+    view.page.evaluate(
+        f"() => new Promise((done) => {{ const poll = () => {kept}; poll(); }})"
+    )
     state = """() => {
       const at = (query) => document.querySelector(query).textContent;
       const top = document.querySelector("#attention").getBoundingClientRect().top;
@@ -243,7 +268,9 @@ def test_the_leaf_network_is_trained_to_95_percent_stops_and_explodes_with_a_rea
     panel = view.page.locator("#training")
     panel.get_by_role("button", name="Run").click()
     expect = playwright.expect(panel.locator("[data-accuracy]"))
-    expect.to_have_attribute("data-accuracy", re.compile(r"^(1|0\.9[5-9].*)$"), timeout=30_000)
+    expect.to_have_attribute(
+        "data-accuracy", re.compile(r"^(1|0\.9[5-9].*)$"), timeout=30_000
+    )
     panel.get_by_role("button", name="Stop").click()
     assert panel.get_by_role("button", name="Run").is_visible()
     panel.get_by_role("button", name="Start over").click()
@@ -253,7 +280,9 @@ def test_the_leaf_network_is_trained_to_95_percent_stops_and_explodes_with_a_rea
     assert "Exploded" in panel.locator(".status").inner_text()
 
 
-def test_the_keyboard_alone_walks_over_tokens_and_numbers_and_opens_their_arithmetic(opened):
+def test_the_keyboard_alone_walks_over_tokens_and_numbers_and_opens_their_arithmetic(
+    opened,
+):
     view = opened(hash="#section=embeddings")
     press = view.page.keyboard.press
     view.page.focus("#text")
@@ -273,9 +302,7 @@ def test_the_keyboard_alone_walks_over_tokens_and_numbers_and_opens_their_arithm
     assert view.page.evaluate(focused) == "token embedding"
 
 
-CONTROLS = (
-    "button:not([disabled], #tokens *), select, input, textarea, summary, canvas[tabindex], .scroll"
-)
+CONTROLS = "button:not([disabled], #tokens *), select, input, textarea, summary, canvas[tabindex], .scroll"
 KEYS = {
     **{
         "button": ("Enter",),
@@ -303,17 +330,25 @@ FOCUS = """i => {
   const kind = { checkbox: "checkbox", range: "range" }[control.type] ?? control.localName;
   return [kind, control.outerHTML.slice(0, 300), state().join()];
 }"""
-AFTER = "() => [state().join(), document.activeElement !== document.body, control.textContent]"
+AFTER = (
+    "() => [state().join(), document.activeElement !== document.body, control.textContent]"
+)
 
 
 @pytest.mark.parametrize("run", ["run", "pairs"])
-def test_tab_leads_to_every_control_and_each_obeys_its_keys_and_keeps_the_focus(opened, run):
-    view = opened(run, "#section=gpt&number=logits:0,1", viewport={"width": 1440, "height": 300})
+def test_tab_leads_to_every_control_and_each_obeys_its_keys_and_keeps_the_focus(
+    opened, run
+):
+    view = opened(
+        run, "#section=gpt&number=logits:0,1", viewport={"width": 1440, "height": 300}
+    )
     press, ask = view.page.keyboard.press, view.page.evaluate
     for _ in range(ask(WATCH, CONTROLS) + 5):  # the selected token, and once around
         press("Tab")
     assert (
-        ask("visible().filter((control) => !control.seen).map((control) => control.outerHTML)")
+        ask(
+            "visible().filter((control) => !control.seen).map((control) => control.outerHTML)"
+        )
         == []
     )
     for number in range(1000):
@@ -337,7 +372,10 @@ def test_nothing_moves_where_reduced_motion_is_asked_for(opened):
       const { transitionDuration, animationName, scrollBehavior } = getComputedStyle(e);
       return !/^0s(, 0s)*$/.test(transitionDuration) || animationName !== "none" || scrollBehavior !== "auto";
     }).length"""
-    assert opened(hash="#section=gpt", reduced_motion="no-preference").page.evaluate(moving) > 0
+    assert (
+        opened(hash="#section=gpt", reduced_motion="no-preference").page.evaluate(moving)
+        > 0
+    )
     view = opened(hash="#section=gpt", reduced_motion="reduce")
     assert view.page.evaluate(moving) == 0
     view.page.locator("#bars button").nth(1).click()
@@ -345,7 +383,8 @@ def test_nothing_moves_where_reduced_motion_is_asked_for(opened):
 
 
 @pytest.mark.parametrize(
-    ("run", "scheme"), [("run", "light"), ("run", "dark"), ("pairs", "light"), ("window", "dark")]
+    ("run", "scheme"),
+    [("run", "light"), ("run", "dark"), ("pairs", "light"), ("window", "dark")],
 )
 def test_axe_finds_nothing(opened, run, scheme):
     axe = pytest.importorskip(
@@ -354,7 +393,9 @@ def test_axe_finds_nothing(opened, run, scheme):
     view = opened(run, "#section=gpt", color_scheme=scheme)
     view.page.locator("#bars button").nth(1).click()
     found = axe.Axe().run(view.page).response["violations"]
-    assert {rule["id"]: [node["html"][:120] for node in rule["nodes"][:3]] for rule in found} == {}
+    assert {
+        rule["id"]: [node["html"][:120] for node in rule["nodes"][:3]] for rule in found
+    } == {}
 
 
 @pytest.mark.parametrize(("width", "zoom"), [(360, 1), (768, 1), (1440, 2)])
@@ -399,7 +440,9 @@ def test_a_section_for_which_the_run_has_nothing_names_a_command_that_trains_one
         assert (Path(explain.__file__).parent / config).exists()
 
 
-def test_a_page_whose_data_was_damaged_says_so_instead_of_showing_numbers(browser, runs, tmp_path):
+def test_a_page_whose_data_was_damaged_says_so_instead_of_showing_numbers(
+    browser, runs, tmp_path
+):
     whole = (runs / "out" / "run" / "explain.html").read_text()
     at = whole.index('"bytes":"') + 1000
     (tmp_path / "page.html").write_text(
@@ -407,6 +450,8 @@ def test_a_page_whose_data_was_damaged_says_so_instead_of_showing_numbers(browse
     )
     page = browser.new_page()
     page.goto(f"file://{tmp_path}/page.html")
-    playwright.expect(page.locator("#problem")).to_contain_text("The data of this page is damaged")
+    playwright.expect(page.locator("#problem")).to_contain_text(
+        "The data of this page is damaged"
+    )
     assert page.is_hidden("#page")
     page.close()

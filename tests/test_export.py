@@ -77,7 +77,10 @@ CASES = {  # options of prepare_data.py and train.py
         ["--tokenizer=sentencepiece", "--vocab_size=320", "--model_type=unigram"],
         [],
     ),
-    "llama, documents of bpe": (["--input=texts", "--tokenizer=bpe", "--vocab_size=320"], LLAMA),
+    "llama, documents of bpe": (
+        ["--input=texts", "--tokenizer=bpe", "--vocab_size=320"],
+        LLAMA,
+    ),
     "the rung 11_llama, char": (["--input=ascii.txt", "--tokenizer=char"], [RUNG]),
 }
 NOT_IN_GGUF = ("gpt2, unigram",)
@@ -94,7 +97,9 @@ def runs(tmp_path_factory) -> Callable[[str], Path]:
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(done[case])
                 patch.setattr("humptygpt.tokenizer.tokenizers.gpt2_pieces", lambda: GPT2)
-                patch.setattr("humptygpt.training.run_folder.draw_losses", lambda *args: None)
+                patch.setattr(
+                    "humptygpt.training.run_folder.draw_losses", lambda *args: None
+                )
                 make_run(*CASES[case])
         return done[case]
 
@@ -140,7 +145,9 @@ def continued(out_dir: Path, prompt: str) -> str:
 
 def open_folder(folder: Path) -> tuple[nn.Module, object]:
     hf = transformers()
-    model, report = hf.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, report = hf.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True
+    )
     assert not any(report.values()), report
     return model, hf.AutoTokenizer.from_pretrained(folder)
 
@@ -151,7 +158,12 @@ def llama_cpp(path: Path, exact_cache: bool = True):
         "xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt"
     )
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = str(path), 256, 1, 0
+    params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = (
+        str(path),
+        256,
+        1,
+        0,
+    )
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.verbosity, params.cache_ram_mib, params.warmup = -1, 0, False
     if exact_cache:
@@ -184,7 +196,9 @@ def test_transformers_has_the_logits_the_tokens_and_the_greedy_text_of_sample_py
     assert tokenizer(text)["input_ids"] == ids.tolist() and tokenizer.decode(ids) == text
     idx = torch.from_numpy(ids)[None]
     with torch.no_grad():
-        torch.testing.assert_close(theirs(idx).logits, ours.model(idx)[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            theirs(idx).logits, ours.model(idx)[0], atol=1e-4, rtol=1e-4
+        )
     prompt = tokenizer(text[:20], return_tensors="pt")
     assert prompt.input_ids.shape[1] + NEW_TOKENS <= 256
     output = theirs.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)[0]
@@ -195,7 +209,9 @@ def test_transformers_has_the_logits_the_tokens_and_the_greedy_text_of_sample_py
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in NOT_IN_GGUF])
 def test_llama_cpp_has_the_greedy_text_of_sample_py(case, runs, monkeypatch):
-    pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt")
+    pytest.importorskip(
+        "xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt"
+    )
     monkeypatch.chdir(runs(case))
     export.main(["--out_dir=out/run", "--to=model.gguf", "--format=gguf"])
     text = make_text(20)
@@ -258,7 +274,10 @@ def test_a_model_that_was_not_trained_here_is_exported(folder, capsys):
         idx = tokenizer("abc\nhgf", return_tensors="pt").input_ids
         with torch.no_grad():
             torch.testing.assert_close(
-                theirs(idx).logits, nanogpt_logits(nanogpt_checkpoint(), idx), atol=1e-4, rtol=1e-4
+                theirs(idx).logits,
+                nanogpt_logits(nanogpt_checkpoint(), idx),
+                atol=1e-4,
+                rtol=1e-4,
             )
     card = Path("0/README.md").read_text()
     assert (
@@ -268,7 +287,10 @@ def test_a_model_that_was_not_trained_here_is_exported(folder, capsys):
     capsys.readouterr()
     export.main(["--init_from=0", "--out_dir=x", "--to=again"])
     assert "note: out_dir=x has no effect with init_from=0" in capsys.readouterr().err
-    assert Path("again/model.safetensors").read_bytes() == Path("0/model.safetensors").read_bytes()
+    assert (
+        Path("again/model.safetensors").read_bytes()
+        == Path("0/model.safetensors").read_bytes()
+    )
 
 
 # --------------------------------------------------------------------------------------
@@ -314,7 +336,9 @@ PROMPTS = [
 @pytest.mark.parametrize("kind", IMPORTED)
 def test_a_tokenizer_that_was_imported_has_its_tokens_in_llama_cpp(kind, folder):
     """Random weights: any other token in the prompt would change the text that follows."""
-    pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt")
+    pytest.importorskip(
+        "xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt"
+    )
     pytest.importorskip(
         "transformers", reason="needs transformers: pip install -r requirements-dev.txt"
     )
@@ -342,9 +366,10 @@ def test_a_tokenizer_that_was_imported_has_its_tokens_in_llama_cpp(kind, folder)
         expected = [
             i for i in expected if found.tokenizer.pieces[i] not in (b"<s>", b"<unk>")
         ]  # which it does not show
-        assert answer["choices"][0]["text"].lstrip() == found.tokenizer.decode(expected).lstrip(), (
-            prompt
-        )
+        assert (
+            answer["choices"][0]["text"].lstrip()
+            == found.tokenizer.decode(expected).lstrip()
+        ), prompt
 
 
 def test_the_end_of_text_token_is_theirs_too():
@@ -352,7 +377,9 @@ def test_the_end_of_text_token_is_theirs_too():
         theirs = build_tokenizer(tokenizer)
         assert theirs.encode(f"or{END_OF_TEXT}").ids[-1] == tokenizer.eot, name
         assert (
-            theirs.decode([*tokenizer.encode("or"), tokenizer.eot], skip_special_tokens=True)
+            theirs.decode(
+                [*tokenizer.encode("or"), tokenizer.eot], skip_special_tokens=True
+            )
             == "or"
         )
         assert theirs.decode([tokenizer.eot], skip_special_tokens=False) == END_OF_TEXT
@@ -361,7 +388,9 @@ def test_the_end_of_text_token_is_theirs_too():
 def test_a_character_that_the_alphabet_lacks_is_an_error_there_as_here():
     with pytest.raises(Exception, match=r"unknown|UNK"):
         build_tokenizer(CharTokenizer("ab")).encode("abc")
-    with pytest.raises(UserError, match=r"tokenizer=char has '.ud800', which is no character"):
+    with pytest.raises(
+        UserError, match=r"tokenizer=char has '.ud800', which is no character"
+    ):
         build_tokenizer(CharTokenizer("ab\ud800"))
 
 
@@ -381,7 +410,9 @@ def test_each_piece_has_the_one_pair_that_the_merges_before_it_leave():
 # Models without a run
 
 
-def loaded(vocab_size: int | None = None, tokenizer: Tokenizer | None = None, **keys) -> Loaded:
+def loaded(
+    vocab_size: int | None = None, tokenizer: Tokenizer | None = None, **keys
+) -> Loaded:
     """A random model, as from a checkpoint; vocab_size: rows of the embedding."""
     tokenizer = tokenizer or CharTokenizer("\n abcdefghi")
     keys = {
@@ -390,10 +421,19 @@ def loaded(vocab_size: int | None = None, tokenizer: Tokenizer | None = None, **
         "activation": "gelu_tanh",
     } | keys
     model = random_model(**keys).eval()
-    for name, parameter in model.named_parameters():  # strong enough for positions to matter
-        nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.3)
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # strong enough for positions to matter
+        nn.init.normal_(
+            parameter, mean=float("norm" in name and name.endswith("weight")), std=0.3
+        )
     progress = {"iter": 3, "best_iter": 3, "best_val_loss": 1.5, "tokens": 48}
-    saved = {"progress": progress, "data": {"source": "a text"}, "task": "language modelling"}
+    saved = {
+        "progress": progress,
+        "data": {"source": "a text"},
+        "task": "language modelling",
+    }
     saved |= {
         "model_config": vars(model.config),
         "train_config": {"dataset": "mine", "max_iters": 3, "seed": 1337},
@@ -407,7 +447,8 @@ BEST = Path("out/run/best.pt")
 def greedy(found: Loaded, prompt: list[int], n: int) -> list[int]:
     idx = torch.tensor([prompt])
     return [
-        int(x) for x in generate(found.model, idx, n, found.tokenizer.vocab_size, temperature=0.0)
+        int(x)
+        for x in generate(found.model, idx, n, found.tokenizer.vocab_size, temperature=0.0)
     ]
 
 
@@ -431,7 +472,9 @@ SHAPES = [
     "keys", SHAPES, ids=lambda keys: " ".join(sorted(keys.keys() - ROTARY.keys()))
 )
 def test_llama_cpp_computes_every_shape_that_can_be_exported_to_within_its_rounding(keys):
-    pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt")
+    pytest.importorskip(
+        "xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt"
+    )
     found = loaded(**keys)
     export.write_gguf_file(found, Path("model.gguf"), "float32")
     prompt = torch.randint(11, (40,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -458,14 +501,19 @@ def test_a_gguf_file_in_fewer_bits_is_smaller_and_still_read_by_llama_cpp(dtype)
     export.write_gguf_file(found, Path("exact.gguf"), "float32")
     export.write_gguf_file(found, Path("model.gguf"), dtype)
     kinds = {
-        tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader("model.gguf").tensors
+        tensor.name: tensor.tensor_type.name
+        for tensor in gguf.GGUFReader("model.gguf").tensors
     }
     rows_of_40 = {"blk.0.ffn_down.weight", "blk.1.ffn_down.weight"}
     for name, kind in kinds.items():
         exact = "norm" in name or (dtype == "q8_0" and name in rows_of_40)
-        assert kind == ("F32" if exact else {"bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]), name
+        assert kind == ("F32" if exact else {"bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]), (
+            name
+        )
     assert Path("model.gguf").stat().st_size < Path("exact.gguf").stat().st_size
-    pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt")
+    pytest.importorskip(
+        "xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt"
+    )
     assert llama_cpp(Path("model.gguf"))([1, 5, 2], 10)["usage"]["completion_tokens"] == 10
 
 
@@ -497,7 +545,10 @@ def test_the_card_states_the_run_and_its_code_runs(runs, monkeypatch, capsys):
     export.main(["--out_dir=out/run", "--to=card"])
     monkeypatch.chdir("card")
     card = Path("README.md").read_text()
-    rows = [json.loads(line) for line in Path("../out/run/metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in Path("../out/run/metrics.jsonl").read_text().splitlines()
+    ]
     measured = next(row for row in rows if "val_loss" in row)
     assert (
         f"{measured['val_loss']:.4f} nats per token, {measured['val_bits_per_byte']:.3f} bits per byte"
@@ -517,7 +568,9 @@ def test_the_card_states_the_run_and_its_code_runs(runs, monkeypatch, capsys):
 def test_the_settings_in_the_card_are_a_config_file_of_the_run(runs, monkeypatch):
     monkeypatch.chdir(runs("the rung 11_llama, char"))
     export.main(["--out_dir=out/run", "--to=card"])
-    code = re.findall(r"```python\n(.*?)```", Path("card/README.md").read_text(), re.DOTALL)[1]
+    code = re.findall(
+        r"```python\n(.*?)```", Path("card/README.md").read_text(), re.DOTALL
+    )[1]
     Path("again.py").write_text(code)
     given = configurator.read(["again.py"], ModelConfig, TrainConfig)
     saved = load(Path("out/run/best.pt")).saved
@@ -538,7 +591,9 @@ def test_the_preset_that_a_refusal_names_is_exported(name):
     assert find_family(config) == name
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("config/*_llama.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("config/*_llama.py")), ids=lambda path: path.name
+)
 def test_the_presets_of_llamas_architecture_can_be_exported_in_both_formats(path):
     pytest.importorskip("gguf")
     from humptygpt.interchange.gguf import check_activation
@@ -551,7 +606,9 @@ def test_the_presets_of_llamas_architecture_can_be_exported_in_both_formats(path
     )
     check_activation(content)
     assert not [
-        name for name, tensor in weights.items() if tensor.dim() == 2 and tensor.shape[-1] % 32
+        name
+        for name, tensor in weights.items()
+        if tensor.dim() == 2 and tensor.shape[-1] % 32
     ]
 
 
@@ -560,7 +617,9 @@ DEMO = "norm=layernorm cannot be exported; LlamaForCausalLM needs norm=rmsnorm, 
 
 def test_the_demo_is_refused_and_the_preset_named(fails, folder):
     demo = str(ROOT / "config/shakespeare_char.py")
-    config = configurator.make(ModelConfig, configurator.read([demo], ModelConfig, TrainConfig))
+    config = configurator.make(
+        ModelConfig, configurator.read([demo], ModelConfig, TrainConfig)
+    )
     with pytest.raises(UserError, match=re.escape(DEMO)):
         export.write_folder(
             loaded(**vars(config) | {"vocab_size": 11}), Path("exported"), "float32"
@@ -581,7 +640,10 @@ GGUF_REFUSES = [
         {"activation": "gelu"},
         "activation=gelu cannot be exported as GGUF; train with --activation=gelu_tanh",
     ),
-    (ROTARY | {"activation": "relu"}, "activation=relu cannot be .* train with --activation=silu"),
+    (
+        ROTARY | {"activation": "relu"},
+        "activation=relu cannot be .* train with --activation=silu",
+    ),
     (
         {"tokenizer": CharTokenizer("aé")},
         "tokenizer=char cannot be .* characters outside ASCII",
@@ -590,7 +652,10 @@ GGUF_REFUSES = [
         {"tokenizer": CharTokenizer("aé▁", True)},
         "tokenizer=char cannot be .* and '▁' is a space",
     ),
-    ({"tokenizer": EVERY["unigram"]}, "tokenizer=sentencepiece cannot be .* model_type=bpe alone"),
+    (
+        {"tokenizer": EVERY["unigram"]},
+        "tokenizer=sentencepiece cannot be .* model_type=bpe alone",
+    ),
     ({"tokenizer": without_split()}, "it is none of GPT-2's or .*; use --format=transf"),
 ]
 
@@ -610,7 +675,9 @@ def test_mistakes_are_one_line(fails, folder):
     assert "dtype=q8_0 is for --format=gguf; take float32 or bfloat16" in refused(
         "--to=x", "--dtype=q8_0"
     )
-    assert "format=onnx is not one of: transformers, gguf" in refused("--to=x", "--format=onnx")
+    assert "format=onnx is not one of: transformers, gguf" in refused(
+        "--to=x", "--format=onnx"
+    )
     assert "no checkpoint out/best.pt" in refused("--to=x")
     (folder / "full").mkdir()
     (folder / "full" / "file").write_text("")
@@ -669,9 +736,14 @@ def test_a_full_disk_leaves_nothing_half_written(folder):
         [sys.executable, "-c", FULL, *paths], capture_output=True, text=True, check=True
     )
     lines = done.stdout.splitlines()
-    assert len(lines) == 6 and all(line.startswith("cannot write new/") for line in lines), done
+    assert len(lines) == 6 and all(
+        line.startswith("cannot write new/") for line in lines
+    ), done
     assert (
-        sum(line.endswith("File too large") or "the disk may be full" in line for line in lines)
+        sum(
+            line.endswith("File too large") or "the disk may be full" in line
+            for line in lines
+        )
         == 6
     ), done
     assert not list((folder / "new").iterdir())

@@ -30,12 +30,13 @@ from model import POSITIONS, ModelConfig
 def tiny_model(**keys) -> models.GPT:
     torch.manual_seed(0)
     config = ModelConfig(
-        **{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11} | keys
+        **{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11}
+        | keys
     )
     model = models.build(config).eval()
-    for (
-        parameter
-    ) in model.parameters():  # far from initialization, where all tokens are about equally probable
+    for parameter in (
+        model.parameters()
+    ):  # far from initialization, where all tokens are about equally probable
         torch.nn.init.normal_(parameter, std=0.3)
     return model
 
@@ -48,7 +49,9 @@ def continuation(model, idx, n: int, **options) -> list[list[int]]:
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 @pytest.mark.parametrize("prompt", [1, 5, 8, 13], ids=lambda n: f"prompt{n}")
 @pytest.mark.parametrize("block_size", [1, 2, 8])
-def test_cached_equals_uncached_before_and_past_block_size(position, exact, prompt, block_size):
+def test_cached_equals_uncached_before_and_past_block_size(
+    position, exact, prompt, block_size
+):
     model = tiny_model(position=position, block_size=block_size)
     idx = torch.arange(2 * prompt).view(2, prompt) % 11
     cached, uncached = (
@@ -75,7 +78,9 @@ def test_fast_generation_recomputes_the_newest_half_when_the_context_is_full():
     model = tiny_model()
     read = []
     next_logits = model.next_logits
-    model.next_logits = lambda idx, state=None: read.append(idx.shape[1]) or next_logits(idx, state)
+    model.next_logits = lambda idx, state=None: (
+        read.append(idx.shape[1]) or next_logits(idx, state)
+    )
     continuation(model, torch.tensor([[1, 2]]), 16)
     assert read == [2, 1, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1, 1]
 
@@ -102,7 +107,12 @@ def test_temperature_0_is_greedy():
 def test_top_k_draws_from_the_k_most_probable_tokens():
     logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
     uniforms = [torch.tensor([[u]], dtype=torch.float64) for u in (0.0, 0.7, 0.75, 0.999)]
-    assert [sample_tokens(logits, u, 2).item() for u in uniforms] == [1, 1, 2, 2]  # 73 % and 27 %
+    assert [sample_tokens(logits, u, 2).item() for u in uniforms] == [
+        1,
+        1,
+        2,
+        2,
+    ]  # 73 % and 27 %
     assert sample_tokens(logits, uniforms[0], 99).item() == 0
 
 
@@ -118,12 +128,16 @@ def test_top_p_keeps_the_fewest_tokens_that_together_reach_p():
 
 
 def test_the_smallest_temperature_is_greedy_and_does_not_overflow():
-    assert probabilities(torch.tensor([[3.0, 5.0]]), temperature=1e-39).tolist() == [[0.0, 1.0]]
+    assert probabilities(torch.tensor([[3.0, 5.0]]), temperature=1e-39).tolist() == [
+        [0.0, 1.0]
+    ]
 
 
 def test_temperature_sharpens_and_flattens():
     logits = torch.tensor([[0.0, 1.0]])
-    probs = [probabilities(logits, temperature=t)[0, 1].item() for t in (1e-9, 0.5, 1.0, 2.0)]
+    probs = [
+        probabilities(logits, temperature=t)[0, 1].item() for t in (1e-9, 0.5, 1.0, 2.0)
+    ]
     assert probs[0] == 1.0 and probs == sorted(probs, reverse=True)
 
 
@@ -169,13 +183,22 @@ def reference(logits: list[float], top_p: float | None, min_p: float | None) -> 
 def test_filters_keep_what_a_slow_reference_keeps(logits, top_p, min_p):
     # ties, and no near ties that rounding could decide
     logits = [float(x) for x in np.round(logits, 1)]
-    probs = probabilities(torch.tensor([logits, logits[::-1]]), 1.0, top_p, min_p).double().numpy()
+    probs = (
+        probabilities(torch.tensor([logits, logits[::-1]]), 1.0, top_p, min_p)
+        .double()
+        .numpy()
+    )
     expected = reference(logits, top_p, min_p)
-    if top_p is not None:  # where the sum is within rounding of p, one token more is right, too
+    if (
+        top_p is not None
+    ):  # where the sum is within rounding of p, one token more is right, too
         ranked = np.cumsum(sorted(reference(logits, None, None), reverse=True))
         if np.abs(ranked - top_p).min() < 1e-5:
             return
-    if min_p is not None and np.abs(expected[expected > 0].min() - min_p * expected.max()) < 1e-6:
+    if (
+        min_p is not None
+        and np.abs(expected[expected > 0].min() - min_p * expected.max()) < 1e-6
+    ):
         return
     np.testing.assert_allclose(probs[0], expected, atol=1e-5)
     np.testing.assert_allclose(probs[1], expected[::-1], atol=1e-5)
@@ -185,7 +208,9 @@ def test_filters_keep_what_a_slow_reference_keeps(logits, top_p, min_p):
 def test_the_repetition_penalty_makes_what_was_seen_less_probable(tokens, penalty):
     logits, seen = (torch.tensor([column]) for column in zip(*tokens, strict=True))
     found = generation.penalize_repetition(logits.double(), seen, penalty)
-    expected = [(x / penalty if x > 0 else x * penalty) if once else x for x, once in tokens]
+    expected = [
+        (x / penalty if x > 0 else x * penalty) if once else x for x, once in tokens
+    ]
     np.testing.assert_allclose(found[0], expected, rtol=1e-6, atol=1e-30)
 
 
@@ -213,15 +238,20 @@ def test_drawing_from_the_k_most_probable_alone_is_drawing_from_their_probabilit
     for k, keys in ((20, {}), (5, {"top_p": 0.8}), (300, {}), (40, {"min_p": 0.3})):
         least = logits.topk(k).values[:, -1:]
         expected = draw(
-            probabilities(logits.masked_fill(logits < least, -torch.inf), 0.7, **keys), uniform
+            probabilities(logits.masked_fill(logits < least, -torch.inf), 0.7, **keys),
+            uniform,
         )
-        assert torch.equal(sample_tokens(logits, uniform, k, temperature=0.7, **keys), expected)
+        assert torch.equal(
+            sample_tokens(logits, uniform, k, temperature=0.7, **keys), expected
+        )
         nan = torch.full_like(logits, torch.nan)
         assert sample_tokens(nan, uniform, k).flatten().tolist() == [300] * 50
 
 
 def test_frequencies_of_100_000_draws_match_the_probabilities():
-    probs = probabilities(torch.tensor([[0.0, 1.0, -3.0, 2.0, 0.5, -torch.inf]]), top_p=0.99)
+    probs = probabilities(
+        torch.tensor([[0.0, 1.0, -3.0, 2.0, 0.5, -torch.inf]]), top_p=0.99
+    )
     uniform = uniform_numbers(7, [0], 100_000)[:, 0]
     counts = torch.bincount(
         draw(probs.expand(100_000, -1), uniform).flatten(), minlength=6
@@ -229,18 +259,28 @@ def test_frequencies_of_100_000_draws_match_the_probabilities():
     expected = probs[0].double() * 100_000
     assert counts[expected == 0].sum() == 0
     chi_square = ((counts - expected) ** 2 / expected)[expected > 0].sum()
-    assert chi_square < 23.5  # with 4 degrees of freedom or fewer, one in ten thousand is above
+    assert (
+        chi_square < 23.5
+    )  # with 4 degrees of freedom or fewer, one in ten thousand is above
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # Apple's GPUs have no float64
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64]
+)  # Apple's GPUs have no float64
 def test_the_largest_random_number_draws_a_token_that_has_a_probability(monkeypatch, dtype):
     numbers = type("Numbers", (), {"random": lambda self, n: np.full(n, 1 - 2.0**-53)})
     monkeypatch.setattr(np.random, "Generator", lambda bits: numbers())
     largest = uniform_numbers(0, [0], 1, dtype)[0]
     assert largest.dtype == dtype
-    for probs in ([0.1, 0.9 - 1e-8, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0], [0.3, 0.7000001, 0.0, 0.0]):
+    for probs in (
+        [0.1, 0.9 - 1e-8, 0.0, 0.0],
+        [0.5, 0.5, 0.0, 0.0],
+        [0.3, 0.7000001, 0.0, 0.0],
+    ):
         assert draw(torch.tensor([probs]), largest).tolist() == [[1]]
-    assert draw(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 1, dtype=dtype)).tolist() == [[1]]
+    assert draw(torch.tensor([[0.0, 1.0]]), torch.zeros(1, 1, dtype=dtype)).tolist() == [
+        [1]
+    ]
 
 
 def test_random_numbers_depend_on_seed_sample_and_position_alone():
@@ -249,7 +289,12 @@ def test_random_numbers_depend_on_seed_sample_and_position_alone():
         numbers[:4, 1], uniform_numbers(3, [9], 4)[:, 0]
     )
     assert (
-        len({*numbers[:, :2].flatten().tolist(), *uniform_numbers(4, [5], 10).flatten().tolist()})
+        len(
+            {
+                *numbers[:, :2].flatten().tolist(),
+                *uniform_numbers(4, [5], 10).flatten().tolist(),
+            }
+        )
         == 30
     )
 
@@ -269,9 +314,13 @@ def alone(model, prompt: list[int], n: int, sample: int, **options) -> list[int]
 @pytest.mark.parametrize(
     "variant", VARIANTS, ids=lambda v: "-".join(f"{k}-{x}" for k, x in v.items())
 )
-def test_each_text_of_a_padded_batch_is_what_it_is_alone_before_and_past_block_size(variant, exact):
+def test_each_text_of_a_padded_batch_is_what_it_is_alone_before_and_past_block_size(
+    variant, exact
+):
     model = random_model(
-        **{"block_size": 8} | variant | ({"window": 8} if variant.get("window", 0) > 8 else {})
+        **{"block_size": 8}
+        | variant
+        | ({"window": 8} if variant.get("window", 0) > 8 else {})
     ).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -280,19 +329,26 @@ def test_each_text_of_a_padded_batch_is_what_it_is_alone_before_and_past_block_s
         [F.pad(torch.tensor(prompt), (10 - len(prompt), 0), value=-1) for prompt in prompts]
     )
     expected = [
-        alone(model, prompt, n, i, temperature=0.9, exact=exact) for i, prompt in enumerate(prompts)
+        alone(model, prompt, n, i, temperature=0.9, exact=exact)
+        for i, prompt in enumerate(prompts)
     ]
     for ready in (model, prepare_for_generation(copy.deepcopy(model))):
-        together = torch.stack(list(generate(ready, idx, n, temperature=0.9, exact=exact)), dim=1)
+        together = torch.stack(
+            list(generate(ready, idx, n, temperature=0.9, exact=exact)), dim=1
+        )
         assert together.tolist() == expected
-        pairs = torch.stack(list(generate(ready, idx[:2], n, temperature=0.9, exact=exact)), dim=1)
+        pairs = torch.stack(
+            list(generate(ready, idx[:2], n, temperature=0.9, exact=exact)), dim=1
+        )
         assert pairs.tolist() == expected[:2]
 
 
 def test_a_text_ends_after_eot_and_costs_nothing_more():
     model, rows = tiny_model(), []
     next_logits = model.next_logits
-    model.next_logits = lambda idx, state=None: rows.append(len(idx)) or next_logits(idx, state)
+    model.next_logits = lambda idx, state=None: (
+        rows.append(len(idx)) or next_logits(idx, state)
+    )
     idx = torch.tensor([[1, 2], [3, 4], [5, 6]])
     free = torch.stack(list(generate(model, idx, 20)), dim=1).tolist()
     eot = free[1][4]
@@ -302,7 +358,9 @@ def test_a_text_ends_after_eot_and_costs_nothing_more():
         length = all_tokens.index(eot) + 1 if eot in all_tokens else 20
         assert text[:length] == all_tokens[:length] and set(text[length:]) <= {-1}
     lengths = [text.index(eot) + 1 if eot in text else 20 for text in free]
-    assert rows == [sum(length > step for length in lengths) for step in range(max(lengths))]
+    assert rows == [
+        sum(length > step for length in lengths) for step in range(max(lengths))
+    ]
 
 
 def test_the_caller_can_stop_a_text_and_continue_the_others():
@@ -315,9 +373,9 @@ def test_the_caller_can_stop_a_text_and_continue_the_others():
         steps.append((step.rows, step.ids))
         if len(steps) == 2:
             stopped.add(0)
-    assert steps == [([0, 1], list(ids)) for ids in list(zip(*expected, strict=True))[:2]] + [
-        ([1], [token]) for token in expected[1][2:]
-    ]
+    assert steps == [
+        ([0, 1], list(ids)) for ids in list(zip(*expected, strict=True))[:2]
+    ] + [([1], [token]) for token in expected[1][2:]]
     context.append(torch.tensor([[7, 8]]))
     whole = torch.tensor([[3, 4, *expected[1], 7, 8]])
     with torch.inference_mode():
@@ -328,7 +386,9 @@ def test_the_caller_can_stop_a_text_and_continue_the_others():
 
 def test_a_short_text_goes_on_past_block_size_columns_when_the_longest_has_ended():
     model, stopped = tiny_model(), set()
-    context = Context(model, torch.tensor([[1, 2, 3, 4, 5, 6, 7], [-1, -1, -1, -1, -1, -1, 2]]))
+    context = Context(
+        model, torch.tensor([[1, 2, 3, 4, 5, 6, 7], [-1, -1, -1, -1, -1, -1, 2]])
+    )
     ids = []
     for step in continue_texts(context, 12, stopped=stopped):
         stopped.add(0)
@@ -358,7 +418,9 @@ def test_a_state_is_no_larger_than_the_text_or_twice_the_window():
 @pytest.mark.parametrize(
     "keys", [{}, {"n_kv_head": 1}, {"head_size": 24}, {"window": 4, "position": "rotary"}]
 )
-def test_the_bytes_of_a_text_are_those_of_its_keys_values_logits_tokens_and_random_numbers(keys):
+def test_the_bytes_of_a_text_are_those_of_its_keys_values_logits_tokens_and_random_numbers(
+    keys,
+):
     model = tiny_model(block_size=64, **keys)
     context = Context(model, torch.ones(1, 3, dtype=torch.long), 60)
     list(continue_texts(context, 57))

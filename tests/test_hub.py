@@ -23,7 +23,14 @@ from humptygpt.interchange.load import load
 from humptygpt.tokenizer.read_huggingface import read_tokenizer
 from model import GPT, ModelConfig
 
-SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 400, "bias": True}
+SMALL = {
+    "n_layer": 1,
+    "n_head": 2,
+    "n_embd": 8,
+    "block_size": 16,
+    "vocab_size": 400,
+    "bias": True,
+}
 REPO = "openai-community/gpt2"
 COMMIT = "a" * 40
 
@@ -48,13 +55,20 @@ def server(files, monkeypatch):
         path = path.partition("?")[0]
         if here.code or REPO not in path:
             code = here.code or 404
-            here.headers["X-Error-Code"] = {404: "RepoNotFound", 403: "GatedRepo"}.get(code, "")
+            here.headers["X-Error-Code"] = {404: "RepoNotFound", 403: "GatedRepo"}.get(
+                code, ""
+            )
             return code
         if path == f"/api/models/{REPO}/revision/main":
             return json.dumps({"id": REPO, "sha": COMMIT, "siblings": []}).encode()
         if path == f"/api/models/{REPO}/tree/{COMMIT}":
             entries = [
-                {"type": "file", "path": name, "size": len(content), "oid": name.replace("/", "-")}
+                {
+                    "type": "file",
+                    "path": name,
+                    "size": len(content),
+                    "oid": name.replace("/", "-"),
+                }
                 for name, content in here.files.items()
             ]
             return json.dumps(entries).encode()
@@ -66,7 +80,9 @@ def server(files, monkeypatch):
         here.files, here.code = dict(files), None
         here.headers = {"X-Repo-Commit": COMMIT}
         address = f"http://127.0.0.1:{here.server_port}"
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(
+            constants.ENDPOINT, address
+        )
         # which the package reads of the environment where it is first imported
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", address)
@@ -84,7 +100,12 @@ def test_a_model_comes_by_its_name_and_is_kept_for_when_there_is_no_network(serv
     argv = ["--init_from=gpt2", "--start=Hello", "--max_new_tokens=3", "--num_samples=1"]
     sample.main(argv)
     assert capsys.readouterr().out.startswith("Hello")
-    assert fetched(server) == {"config.json", "merges.txt", "model.safetensors", "vocab.json"}
+    assert fetched(server) == {
+        "config.json",
+        "merges.txt",
+        "model.safetensors",
+        "vocab.json",
+    }
     server.asked.clear()
     load("gpt2")
     assert fetched(server) == set()
@@ -116,7 +137,10 @@ def test_a_tokenizer_comes_by_the_models_name_without_its_weights(server):
             403,
             "ADDRESS/openai-community/gpt2 does not exist or asks for permission; check the name",
         ),
-        (500, "gpt2 cannot be fetched from ADDRESS: Server error '500 Internal Server Error' for"),
+        (
+            500,
+            "gpt2 cannot be fetched from ADDRESS: Server error '500 Internal Server Error' for",
+        ),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(code, message, server, fails):
@@ -142,7 +166,9 @@ def test_weights_in_shards_come_with_their_index(server, folder):
     for shard, members in shards.items():
         save_file({name: weights[name] for name in members}, shard)
         server.files[shard] = Path(shard).read_bytes()
-    index = {"weight_map": {name: shard for shard, members in shards.items() for name in members}}
+    index = {
+        "weight_map": {name: shard for shard, members in shards.items() for name in members}
+    }
     server.files["model.safetensors.index.json"] = json.dumps(index).encode()
     assert load("gpt2").model.config.n_layer == 1
     assert shards.keys() < fetched(server)
@@ -152,9 +178,13 @@ def test_pickles_come_only_where_there_are_no_safetensors(server, folder):
     torch.save(load_bytes(server.files.pop("model.safetensors")), "weights")
     server.files["pytorch_model.bin"] = Path("weights").read_bytes()
     assert load("gpt2").model.config.n_layer == 1
-    server.files = {name: server.files[name] for name in ("config.json", "modeling_gpt2.py")}
+    server.files = {
+        name: server.files[name] for name in ("config.json", "modeling_gpt2.py")
+    }
     constants.HF_HUB_CACHE = "another"
-    with pytest.raises(UserError, match=r"has neither model.safetensors nor pytorch_model.bin"):
+    with pytest.raises(
+        UserError, match=r"has neither model.safetensors nor pytorch_model.bin"
+    ):
         load("gpt2")
     assert "modeling_gpt2.py" not in fetched(server)
 
@@ -171,4 +201,6 @@ def test_a_path_that_begins_in_a_folder_here_is_no_model_of_the_hub(folder, fail
     Path("out").mkdir()
     line = fails(sample.main, "--init_from=out/x")
     assert line == "init_from=out/x: there is no such file or folder\n"
-    assert hub.repository("out/x") is None and hub.repository("someone/x.1") == "someone/x.1"
+    assert (
+        hub.repository("out/x") is None and hub.repository("someone/x.1") == "someone/x.1"
+    )

@@ -5,7 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import combinations, every_position_and_block, every_variant, random_model, tokens
+from test_model import (
+    combinations,
+    every_position_and_block,
+    every_variant,
+    random_model,
+    tokens,
+)
 
 from humptygpt.generation import decoder as inference
 from humptygpt.generation.decoder import PackedLinear, prepare_for_generation
@@ -54,7 +60,9 @@ def test_it_does_so_in_any_combination(position, block):
         check_equal(keys | {"qk_norm": True, "bias": keys["norm"] == "layernorm"})
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
+)
 def test_large_matrices_are_packed_and_give_the_same_logits(monkeypatch):
     monkeypatch.setattr(inference, "PACKED_FROM", 1)
     for keys in (
@@ -75,7 +83,9 @@ def test_large_matrices_are_packed_and_give_the_same_logits(monkeypatch):
     ("low", "bound"), [({"dtype": torch.bfloat16}, 0.03), ({"int8": True}, 0.05)], ids=str
 )
 def test_weights_in_fewer_bits_change_logits_little(low, bound, bias):
-    model = random_model(n_embd=64, n_head=2, bias=bias, position="rotary", qk_norm=True).eval()
+    model = random_model(
+        n_embd=64, n_head=2, bias=bias, position="rotary", qk_norm=True
+    ).eval()
     idx = tokens(2, 16)
     expected = model(idx)[0][:, 2:].detach()
     ready = prepare_for_generation(copy.deepcopy(model), **low)

@@ -36,7 +36,11 @@ def groups(tmp_path, monkeypatch):
     return write
 
 
-NESTED = {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000", "cpu.max": "max 100000"}
+NESTED = {
+    "a/b/cpu.max": "max 100000",
+    "a/cpu.max": "150000 100000",
+    "cpu.max": "max 100000",
+}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +54,9 @@ NESTED = {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000", "cpu.max": 
         ("/", {"cpu.max": "1600000 100000"}, 8),
     ],
 )
-def test_threads_are_as_many_as_affinity_and_quota_allow(groups, monkeypatch, path, files, cores):
+def test_threads_are_as_many_as_affinity_and_quota_allow(
+    groups, monkeypatch, path, files, cores
+):
     monkeypatch.setattr(limits, "affinity", lambda: set(range(8)))
     groups(path, files)
     assert limits.usable_cores() == cores
@@ -62,7 +68,9 @@ def test_a_process_that_is_bound_to_one_core_has_one_thread_for_torch_and_one_wo
     code = "from humptygpt.core import limits; limits.start(); import torch; print(torch.get_num_threads(),"
     code += " limits.usable_cores())"
     env = {
-        name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_"))
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("OMP_", "MKL_"))
     }
     bind = lambda: os.sched_setaffinity(0, one)  # noqa: E731
     done = subprocess.run(
@@ -91,9 +99,14 @@ def environment(monkeypatch):
     monkeypatch.setattr(limits, "cpu_quotas", lambda: [])
 
 
-def test_a_script_has_threads_that_give_way_and_what_the_user_chose_stays(environment, monkeypatch):
+def test_a_script_has_threads_that_give_way_and_what_the_user_chose_stays(
+    environment, monkeypatch
+):
     limits.start()
-    assert os.environ["GOMP_SPINCOUNT"] == str(limits.SPINS) and "OMP_NUM_THREADS" not in os.environ
+    assert (
+        os.environ["GOMP_SPINCOUNT"] == str(limits.SPINS)
+        and "OMP_NUM_THREADS" not in os.environ
+    )
     monkeypatch.setattr(limits, "cpu_quotas", lambda: [2.5])
     monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
     limits.start()
@@ -133,9 +146,13 @@ def test_a_script_that_loads_torch_has_its_wait_policy_before_and_an_import_of_i
 def test_others_that_load_our_cores_are_noted_where_they_leave_too_little(
     monkeypatch, others, threads, noted
 ):
-    monkeypatch.setattr(limits, "load", types.SimpleNamespace(cores_of_others=lambda: others))
+    monkeypatch.setattr(
+        limits, "load", types.SimpleNamespace(cores_of_others=lambda: others)
+    )
     monkeypatch.setattr(limits, "affinity", lambda: set(range(4)))
-    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))  # as torchrun does for several processes
+    monkeypatch.setenv(
+        "OMP_NUM_THREADS", str(threads)
+    )  # as torchrun does for several processes
     note = f"other processes use {others:.1f} of the 4 cores; alone, this would be faster"
     assert limits.load_note() == (note if noted else None)
 
@@ -145,7 +162,9 @@ def test_sampling_and_preparation_note_a_busy_machine_too(run_train, monkeypatch
     monkeypatch.setattr(limits, "load", types.SimpleNamespace(cores_of_others=lambda: 2.0))
     monkeypatch.setattr(limits, "affinity", lambda: {0, 1})
     note = "note: other processes use 2.0 of the 2 cores; alone, this would be faster\n"
-    sample.main(["--out_dir=out/run", "--device=cpu", "--num_samples=1", "--max_new_tokens=1"])
+    sample.main(
+        ["--out_dir=out/run", "--device=cpu", "--num_samples=1", "--max_new_tokens=1"]
+    )
     assert note in capsys.readouterr().err
     monkeypatch.setattr(encoding, "SMALL", 1)
     prepare_data.main(["--input=tiny.txt", "--name=mine", "--workers=1"])
@@ -187,7 +206,9 @@ def test_available_memory_is_that_of_the_machine_and_of_every_control_group(
 ):
     import psutil
 
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=8000))
+    monkeypatch.setattr(
+        psutil, "virtual_memory", lambda: types.SimpleNamespace(available=8000)
+    )
     groups(path, files | {"memory.stat": stat})
     cached = 97 if stat and 0 < available < 8000 else 0
     assert limits.available_memory() == available + cached
@@ -211,7 +232,9 @@ FAILURES = {
     "out of memory, 7.0 MB": lambda: np.empty(2**50, np.uint8),
     "out of memory, ": lambda: bytes(2**62),
     "out of memory on the GPU": lambda: fail(torch.OutOfMemoryError("CUDA out of memory.")),
-    "out of memory": lambda: fail(ImportError("x.so: failed to map segment from shared object")),
+    "out of memory": lambda: fail(
+        ImportError("x.so: failed to map segment from shared object")
+    ),
 }
 
 
@@ -228,13 +251,18 @@ def test_an_allocation_that_fails_is_one_line_with_the_way_out(line, monkeypatch
         with limits.memory_advice("take less"):
             FAILURES[line]()
 
-    if line != "out of memory":  # an import is no allocation that a smaller setting would help
+    if (
+        line != "out of memory"
+    ):  # an import is no allocation that a smaller setting would help
         assert fails(main).endswith("; take less\n")
 
 
 def test_other_errors_pass():
     for error in (RuntimeError("a bug"), OSError("a bug"), ValueError("out of memory")):
-        with pytest.raises(type(error), match=str(error)), limits.memory_advice("take less"):
+        with (
+            pytest.raises(type(error), match=str(error)),
+            limits.memory_advice("take less"),
+        ):
             raise error
 
 
@@ -244,7 +272,9 @@ def test_where_memory_does_not_suffice_to_load_what_is_imported_that_is_one_line
     command = f"ulimit -v 60000; exec {sys.executable} {ROOT / script} --out_dir=out/none"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"{script}: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"{script}: ") and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
 
 
 def test_where_memory_does_not_suffice_to_start_nothing_is_loaded(environment, monkeypatch):

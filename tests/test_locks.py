@@ -54,7 +54,9 @@ with Lock(pathlib.Path(sys.argv[2]), "it", "wait"):
 def held(path: str):
     """Another process has this lock until the block ends."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", HOLD, ROOT, path], **pipes, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, ROOT, path], **pipes, text=True
+    ) as process:
         assert process.stdout.readline() == "held\n"
         yield process
         process.stdin.close()
@@ -68,9 +70,7 @@ def snapshot(folder: Path) -> dict:
 def named(process: subprocess.Popen) -> str:
     """A regular expression for what names the holder."""
     time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}"
-    return (
-        rf"is in use by process {process.pid} on {re.escape(socket.gethostname())} since {time}; "
-    )
+    return rf"is in use by process {process.pid} on {re.escape(socket.gethostname())} since {time}; "
 
 
 @pytest.mark.parametrize("new", [True, False])
@@ -82,10 +82,15 @@ def test_a_second_run_in_a_folder_is_refused_by_the_name_of_the_first_and_change
         before = snapshot(OUT)
         line = fails(
             train.main,
-            *(TINY_RUN if new else ["--init_from=resume", "--out_dir=out/run", "--max_iters=9"]),
+            *(
+                TINY_RUN
+                if new
+                else ["--init_from=resume", "--out_dir=out/run", "--max_iters=9"]
+            ),
         )
         assert re.fullmatch(
-            f"out_dir=out/run {named(process)}name another --out_dir, or wait until .*\n", line
+            f"out_dir=out/run {named(process)}name another --out_dir, or wait until .*\n",
+            line,
         )
         assert snapshot(OUT) == before
 
@@ -93,16 +98,24 @@ def test_a_second_run_in_a_folder_is_refused_by_the_name_of_the_first_and_change
 def test_a_living_run_can_be_sampled_compared_and_evaluated(run_train, capsys):
     run_train()
     with held("out/run/.lock"):
-        sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5", "--num_samples=1"])
+        sample.main(
+            ["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5", "--num_samples=1"]
+        )
         compare.main(["out/run", "--picture=None"])
-        assert train.main(["--init_from=resume", "--out_dir=out/run", "--eval_only=True"]) == 0
+        assert (
+            train.main(["--init_from=resume", "--out_dir=out/run", "--eval_only=True"]) == 0
+        )
         assert "val loss" in capsys.readouterr().out
 
 
-def test_only_what_writes_takes_a_lock_so_that_a_disk_may_be_read_only(run_train, monkeypatch):
+def test_only_what_writes_takes_a_lock_so_that_a_disk_may_be_read_only(
+    run_train, monkeypatch
+):
     run_train()
     monkeypatch.setattr(Lock, "acquire", lambda lock: 1 / 0)
-    sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5", "--num_samples=1"])
+    sample.main(
+        ["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5", "--num_samples=1"]
+    )
     compare.main(["out/run", "--picture=None"])
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--eval_only=True"]) == 0
 
@@ -119,9 +132,13 @@ def test_the_folder_is_locked_from_before_the_checkpoint_is_read_until_the_run_h
     checked = []
     load, finish = checkpoint.read, train.finish
     monkeypatch.setattr(
-        checkpoint, "read", lambda *args, **keys: checked.append(is_held()) or load(*args, **keys)
+        checkpoint,
+        "read",
+        lambda *args, **keys: checked.append(is_held()) or load(*args, **keys),
     )
-    monkeypatch.setattr(train, "finish", lambda *args: finish(*args) or checked.append(is_held()))
+    monkeypatch.setattr(
+        train, "finish", lambda *args: finish(*args) or checked.append(is_held())
+    )
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
     assert checked == [True, True] and not (OUT / ".lock").exists()
 
@@ -148,9 +165,12 @@ def test_a_second_preparation_of_a_name_is_refused_by_the_name_of_the_first_and_
 ):
     with held("data/tiny/.lock") as process:
         before = snapshot(tiny)
-        line = fails(prepare_data.main, "--input=tiny.txt", "--name=tiny", "--tokenizer=byte")
+        line = fails(
+            prepare_data.main, "--input=tiny.txt", "--name=tiny", "--tokenizer=byte"
+        )
         assert re.fullmatch(
-            f"data/tiny {named(process)}wait until that has ended, or take another --name\n", line
+            f"data/tiny {named(process)}wait until that has ended, or take another --name\n",
+            line,
         )
         assert snapshot(tiny) == before
         assert train.main(TINY_RUN) == 0
@@ -182,7 +202,8 @@ def test_what_another_preparation_is_fetching_is_refused_and_no_other_text_is_ta
     monkeypatch.setattr(known_texts, "package", unreachable)
     with held(f"data/downloads/{entry}.lock") as process:
         with pytest.raises(
-            InUse, match=f"^data/downloads/{entry} {named(process)}wait until that has fetched it$"
+            InUse,
+            match=f"^data/downloads/{entry} {named(process)}wait until that has fetched it$",
         ):
             prepare_data.main([name])
         assert not Path("data", name).exists()
@@ -192,14 +213,18 @@ def test_on_a_disk_without_locks_there_is_a_note(tmp_path, monkeypatch, capsys):
     def no_locks(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(files, "fcntl", SimpleNamespace(flock=no_locks, LOCK_EX=2, LOCK_NB=4))
+    monkeypatch.setattr(
+        files, "fcntl", SimpleNamespace(flock=no_locks, LOCK_EX=2, LOCK_NB=4)
+    )
     with Lock(tmp_path / "new/.lock", "data/x", "wait"):
         note = "note: data/x cannot be locked on this disk (No locks available); let no second process write there\n"
         assert capsys.readouterr().err == note
     assert not (tmp_path / "new").exists()
 
 
-def test_on_windows_the_locked_byte_is_not_in_the_text_that_names_the_holder(tmp_path, monkeypatch):
+def test_on_windows_the_locked_byte_is_not_in_the_text_that_names_the_holder(
+    tmp_path, monkeypatch
+):
     locked = []
 
     def locking(file: int, mode: int, count: int) -> None:
@@ -222,7 +247,9 @@ def test_where_no_folder_can_be_made_nobody_is_named_as_its_user(tiny, fails):
     if not Path("/proc/self").exists():
         pytest.skip("needs a folder in which nobody can make one")
     line = fails(train.main, *TINY_RUN, "--out_dir=/proc/x")
-    assert line == "cannot write /proc/x: No such file or directory; name another --out_dir\n"
+    assert (
+        line == "cannot write /proc/x: No such file or directory; name another --out_dir\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -236,7 +263,10 @@ def test_a_lock_file_that_says_nothing_names_nobody(tmp_path, text):
 # --------------------------------------------------------------------------------------
 # Fifty starts of two
 
-SEEDS, SETTINGS = (1, 2, 3), (["--val_fraction=0.2"], ["--val_fraction=0.3"], ["--tokenizer=byte"])
+SEEDS, SETTINGS = (
+    (1, 2, 3),
+    (["--val_fraction=0.2"], ["--val_fraction=0.3"], ["--tokenizer=byte"]),
+)
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "fcntl.flock"}
 
 
@@ -274,7 +304,9 @@ def processes():
     return started_processes("test_locks")
 
 
-def start_two(processes, main, commands: list[list[str]], calls: int) -> list[tuple[int, str]]:
+def start_two(
+    processes, main, commands: list[list[str]], calls: int
+) -> list[tuple[int, str]]:
     """(exit code, stderr) of each; the second starts when the first has done this many things to files."""
     pairs, receiver, sender = [], *processes.Pipe(duplex=False)
     for number, argv in enumerate(commands):
@@ -305,7 +337,9 @@ def count_calls(processes, main, argv: list[str]) -> int:
 def check_ends(ends: list[tuple[int, str]], what: str) -> int:
     """The number of those that ran; the others are refused in one line."""
     for code, error in ends:
-        refused = rf"script.py: {what} is in use by process \d+ on \S+ since [^;]+; [^\n]+\n"
+        refused = (
+            rf"script.py: {what} is in use by process \d+ on \S+ since [^;]+; [^\n]+\n"
+        )
         assert code == 0 or (code == 2 and re.fullmatch(refused, error)), (code, error)
     ran = sum(code == 0 for code, _ in ends)
     assert ran > 0
@@ -359,21 +393,32 @@ def test_fifty_starts_of_two_preparations_of_one_name_never_mix(folder, processe
     draw, ran, refused, expected = random.Random(0), 0, 0, []
     Path("own.txt").write_text(make_text(9000))
     for settings in SETTINGS:
-        calls = count_calls(processes, prepare_data.main, ["mine", "--input=own.txt", *settings])
+        calls = count_calls(
+            processes, prepare_data.main, ["mine", "--input=own.txt", *settings]
+        )
         expected.append(
-            {path.name: path.read_bytes() for path in Path("data/mine").iterdir() if path.is_file()}
+            {
+                path.name: path.read_bytes()
+                for path in Path("data/mine").iterdir()
+                if path.is_file()
+            }
         )
     for _ in range(50):
         commands = [
-            ["mine", "--input=own.txt", *settings] for settings in draw.choices(SETTINGS, k=2)
+            ["mine", "--input=own.txt", *settings]
+            for settings in draw.choices(SETTINGS, k=2)
         ]
         both = check_ends(
-            start_two(processes, prepare_data.main, commands, draw.randrange(int(1.1 * calls))),
+            start_two(
+                processes, prepare_data.main, commands, draw.randrange(int(1.1 * calls))
+            ),
             "data/mine",
         )
         ran, refused = ran + both, refused + 2 - both
         earlier = [
-            path for path in Path("data/mine").iterdir() if path.name.startswith("previous-")
+            path
+            for path in Path("data/mine").iterdir()
+            if path.name.startswith("previous-")
         ]
         for kept in (Path("data/mine"), *earlier):
             assert {

@@ -44,9 +44,9 @@ def test_a_run_with_lora_starts_as_the_model_that_it_starts_from(base):
     assert torch.equal(logits(run.model, idx), logits(base.model, idx))
     names = set(trained_parameters(run.model))
     kinds = ALL.split(",")
-    assert {name.split(".")[-3] for name in names} == set(kinds) and len(names) == 2 * 2 * len(
-        kinds
-    )
+    assert {name.split(".")[-3] for name in names} == set(kinds) and len(
+        names
+    ) == 2 * 2 * len(kinds)
     assert all(".lora_A." in name or ".lora_B." in name for name in names)
 
 
@@ -55,7 +55,8 @@ def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base, capsys
     saved, best = (checkpoint.read(OUT / name) for name in ("ckpt.pt", "best.pt"))
     own = {name: x for name, x in saved["model"].items() if lora.MARK in name}
     assert_same_weights(
-        {name: x for name, x in saved["model"].items() if name not in own}, base.model.state_dict()
+        {name: x for name, x in saved["model"].items() if name not in own},
+        base.model.state_dict(),
     )
     assert saved["optimizer"]["state"].keys() == own.keys()
     assert all(x.any() for x in own.values())
@@ -70,7 +71,9 @@ def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base, capsys
     idx = torch.arange(16)[None]
     unmerged = logits(checkpoint.restore_model(saved["model"], config), idx)
     for path in (OUT / "ckpt.pt", OUT / "best.pt"):
-        torch.testing.assert_close(logits(load(path).model, idx), unmerged, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            logits(load(path).model, idx), unmerged, atol=1e-5, rtol=1e-5
+        )
     capsys.readouterr()
     texts = []
     for argv in (["--checkpoint=latest"], ["--checkpoint=best"]):
@@ -83,7 +86,9 @@ def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base, capsys
 def test_a_resumed_run_with_lora_is_the_uninterrupted_one(base):
     assert train.main(LORA) == 0
     whole = checkpoint.read(OUT / "ckpt.pt")
-    assert train.main([*LORA, "--max_iters=3", "--lr_decay_iters=6", "--out_dir=out/two"]) == 0
+    assert (
+        train.main([*LORA, "--max_iters=3", "--lr_decay_iters=6", "--out_dir=out/two"]) == 0
+    )
     assert train.main(["--init_from=resume", "--out_dir=out/two", "--max_iters=6"]) == 0
     assert_same_weights(checkpoint.read(Path("out/two/ckpt.pt"))["model"], whole["model"])
 
@@ -91,9 +96,14 @@ def test_a_resumed_run_with_lora_is_the_uninterrupted_one(base):
 def test_the_adapter_of_a_resumed_run_names_the_model_that_it_is_for(base):
     assert train.main([*LORA, "--max_iters=3", "--lr_decay_iters=6"]) == 0
     for steps in (6, 9):
-        assert train.main(["--init_from=resume", f"--out_dir={OUT}", f"--max_iters={steps}"]) == 0
+        assert (
+            train.main(["--init_from=resume", f"--out_dir={OUT}", f"--max_iters={steps}"])
+            == 0
+        )
     assert (
-        json.loads((OUT / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+        json.loads((OUT / "adapter/adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
         == "out/run"
     )
     assert checkpoint.read(OUT / "ckpt.pt")["train_config"]["init_from"] == "out/run"
@@ -102,14 +112,21 @@ def test_the_adapter_of_a_resumed_run_names_the_model_that_it_is_for(base):
 def test_frozen_parameters_stay_and_the_others_train(base):
     assert (
         train.main(
-            [*FROM_RUN, "--freeze=wte,blocks.0,attn_norm", "--max_iters=3", "--lr_decay_iters=6"]
+            [
+                *FROM_RUN,
+                "--freeze=wte,blocks.0,attn_norm",
+                "--max_iters=3",
+                "--lr_decay_iters=6",
+            ]
         )
         == 0
     )
     assert train.main(["--init_from=resume", f"--out_dir={OUT}", "--max_iters=6"]) == 0
     saved = checkpoint.read(OUT / "ckpt.pt")
     same = {
-        name for name, x in saved["model"].items() if torch.equal(x, base.model.state_dict()[name])
+        name
+        for name, x in saved["model"].items()
+        if torch.equal(x, base.model.state_dict()[name])
     }
     frozen = {
         name
@@ -129,9 +146,12 @@ def test_memory_and_time_are_printed_before_the_run(base, capsys):
         f"training: {rows} parameters, "
     )
     assert any(
-        line.startswith("memory: 0.00 GB: weights 0.00, gradients and optimizer") for line in lines
+        line.startswith("memory: 0.00 GB: weights 0.00, gradients and optimizer")
+        for line in lines
     )
-    assert any(line.startswith("time: about ") and line.endswith(" s in all") for line in lines)
+    assert any(
+        line.startswith("time: about ") and line.endswith(" s in all") for line in lines
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,14 +161,25 @@ def test_memory_and_time_are_printed_before_the_run(base, capsys):
             ["--lora_targets=q_proj,vproj"],
             "lora_targets=q_proj,vproj: 'vproj' is not one of: down_proj, k_proj, o_pro",
         ),
-        (["--init_from=scratch"], "lora_rank=2 trains beside a model; name that with --init_from"),
+        (
+            ["--init_from=scratch"],
+            "lora_rank=2 trains beside a model; name that with --init_from",
+        ),
         (["--lora_rank=-1"], "lora_rank=-1 must be at least 0"),
-        (["--freeze=wpee"], "freeze=wpee: no parameter has 'wpee' in its name; see print(model)"),
-        (["--freeze=stack,wte"], "freeze=stack,wte leaves nothing to train; name fewer parameters"),
+        (
+            ["--freeze=wpee"],
+            "freeze=wpee: no parameter has 'wpee' in its name; see print(model)",
+        ),
+        (
+            ["--freeze=stack,wte"],
+            "freeze=stack,wte leaves nothing to train; name fewer parameters",
+        ),
     ],
 )
 def test_what_cannot_train_is_refused_in_one_line(argv, complaint, base, fails):
-    assert complaint in fails(train.main, *(FROM_RUN if "freeze" in complaint else LORA), *argv)
+    assert complaint in fails(
+        train.main, *(FROM_RUN if "freeze" in complaint else LORA), *argv
+    )
 
 
 # --------------------------------------------------------------------------------------
@@ -158,7 +189,9 @@ def test_what_cannot_train_is_refused_in_one_line(argv, complaint, base, fails):
 def trained_adapter(kind: str, targets: str, folder: Path):
     """(our model with LoRA whose weights are random, transformers' base model with the adapter opened by PEFT)."""
     transformers = pytest.importorskip("transformers")
-    peft = pytest.importorskip("peft", reason="needs peft: pip install -r requirements-dev.txt")
+    peft = pytest.importorskip(
+        "peft", reason="needs peft: pip install -r requirements-dev.txt"
+    )
     from test_pretrained import gpt2, llama
 
     from humptygpt.interchange.adapters import write_adapter
@@ -174,7 +207,9 @@ def trained_adapter(kind: str, targets: str, folder: Path):
     for p in trained_parameters(model).values():
         torch.nn.init.normal_(p, std=0.3)
     write_adapter(model, "theirs", folder)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained("theirs", dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        "theirs", dtype=torch.float32
+    )
     return model, peft.PeftModel.from_pretrained(theirs, folder).eval()
 
 
@@ -190,7 +225,8 @@ def test_peft_opens_the_adapter_with_equal_logits(kind, targets, folder):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logits(lora.merge(ours), idx), found, atol=1e-5, rtol=1e-5)
     assert (
-        plain is not None and json.loads(Path("adapter/adapter_config.json").read_text())["r"] == 3
+        plain is not None
+        and json.loads(Path("adapter/adapter_config.json").read_text())["r"] == 3
     )
 
 
@@ -214,7 +250,10 @@ def test_a_model_is_read_back_from_its_adapter(shape, run_train, capsys):
     merged, found = load("out/lora"), load("out/lora/adapter")
     assert found.model.config == merged.model.config
     torch.testing.assert_close(
-        dict(found.model.state_dict()), dict(merged.model.state_dict()), atol=1e-6, rtol=1e-6
+        dict(found.model.state_dict()),
+        dict(merged.model.state_dict()),
+        atol=1e-6,
+        rtol=1e-6,
     )
     assert found.description == "out/lora/adapter: an adapter of out/run/best.pt"
     capsys.readouterr()
@@ -226,7 +265,12 @@ def test_a_model_is_read_back_from_its_adapter(shape, run_train, capsys):
     prepare_data.main(["--input=tiny.txt", "--name=tiny2", "--tokenizer=out/lora/adapter"])
     assert (
         train.main(
-            [*TINY_RUN, "--init_from=out/lora/adapter", "--dataset=tiny2", "--out_dir=out/more"]
+            [
+                *TINY_RUN,
+                "--init_from=out/lora/adapter",
+                "--dataset=tiny2",
+                "--out_dir=out/more",
+            ]
         )
         == 0
     )
@@ -249,7 +293,9 @@ PEFT_CONFIGS = {
 
 def peft_adapter(kind: str, **settings):
     """transformers' model with a random adapter of PEFT, which is saved in adapter/, the model in theirs/."""
-    peft = pytest.importorskip("peft", reason="needs peft: pip install -r requirements-dev.txt")
+    peft = pytest.importorskip(
+        "peft", reason="needs peft: pip install -r requirements-dev.txt"
+    )
     from test_pretrained import gpt2, llama
     from test_tokenizer_files import merges_folder
 
@@ -332,7 +378,9 @@ BAD = [
         "c_attn.lora_B.weight must have shape (48, 3), but has (48, 4)",
     ),
     (
-        lambda: change_weights(lambda weights: weights.update({B: torch.ones(48, 3).int()})),
+        lambda: change_weights(
+            lambda weights: weights.update({B: torch.ones(48, 3).int()})
+        ),
         "must be in torch.float32, torch.bfloat16",
     ),
     (lambda: change_weights(dict.clear), "it has no weights"),
@@ -379,12 +427,18 @@ print("peak", peak() - imported)
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_lora_needs_at_most_half_the_memory_of_full_fine_tuning_of_124_million_parameters(folder):
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="peak memory is read from /proc"
+)
+def test_lora_needs_at_most_half_the_memory_of_full_fine_tuning_of_124_million_parameters(
+    folder,
+):
     from humptygpt.tokenizer.tokenizers import BytePairTokenizer
 
     Path("text.txt").write_text(make_text(20_000))
-    prepare_data.main(["--input=text.txt", "--name=text", "--tokenizer=bpe", "--vocab_size=300"])
+    prepare_data.main(
+        ["--input=text.txt", "--name=text", "--tokenizer=bpe", "--vocab_size=300"]
+    )
     shape = {
         "n_layer": 12,
         "n_head": 12,
@@ -410,7 +464,10 @@ def test_lora_needs_at_most_half_the_memory_of_full_fine_tuning_of_124_million_p
         "tokenizer": state,
         "task": "language modelling",
     }
-    entries |= {"data": {"source": "", "identity": {}}, "progress": progress | {"losses": []}}
+    entries |= {
+        "data": {"source": "", "identity": {}},
+        "progress": progress | {"losses": []},
+    }
     checkpoint.save(Path("base.pt"), entries | {"model": dict(model.state_dict())})
     argv = [
         "--init_from=base.pt",

@@ -60,7 +60,8 @@ def test_memory_of_weights_gradients_and_optimizer_is_what_a_step_holds(optimize
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "change", [{}, {"dropout": 0.1}, {"model": "transformer"}, {"mlp": "gated", "qk_norm": True}]
+    "change",
+    [{}, {"dropout": 0.1}, {"model": "transformer"}, {"mlp": "gated", "qk_norm": True}],
 )
 def test_activations_are_those_that_autograd_keeps(dtype, change):
     config = replace(TINY, **change)
@@ -79,7 +80,9 @@ def test_activations_are_those_that_autograd_keeps(dtype, change):
         model(idx, idx, **({"source": idx} if model.has_encoder else {}))
     weights = {p.data_ptr() for p in model.parameters()}
     kept = sum(
-        x.untyped_storage().nbytes() for pointer, x in storages.items() if pointer not in weights
+        x.untyped_storage().nbytes()
+        for pointer, x in storages.items()
+        if pointer not in weights
     )
     logits = 4 * 2 * 16 * 50
     assert memory_of(config, dtype).activations - logits == pytest.approx(kept, rel=0.01)
@@ -100,7 +103,9 @@ def test_a_gpu_keeps_no_scores_and_checkpointed_activations_take_less_than_half(
 def test_with_checkpointed_activations_the_losses_are_the_same_bit_for_bit(tiny, options):
     rows = []
     for choice in ("False", "True"):
-        train.main([*TINY_RUN, "--dropout=0.2", *options, f"--checkpoint_activations={choice}"])
+        train.main(
+            [*TINY_RUN, "--dropout=0.2", *options, f"--checkpoint_activations={choice}"]
+        )
         rows.append(read_rows(Path("out/run")))
     assert rows[0] == rows[1]
 
@@ -111,7 +116,9 @@ def test_blocks_are_computed_again_in_the_backward_pass(tiny, monkeypatch):
     monkeypatch.setattr(
         models.PreNormBlock, "forward", lambda *args: calls.append(1) or forward(*args)
     )
-    train.main([*TINY_RUN, "--max_iters=1", "--eval_interval=9", "--checkpoint_activations=True"])
+    train.main(
+        [*TINY_RUN, "--max_iters=1", "--eval_interval=9", "--checkpoint_activations=True"]
+    )
     training = len(calls)
     calls.clear()
     train.main([*TINY_RUN, "--max_iters=1", "--eval_interval=9"])
@@ -125,7 +132,8 @@ def test_with_fsdp_each_process_has_a_part_of_all_and_what_is_gathered():
     assert alone == memory.training_memory(TrainConfig(), model, 10, processes=8)
     assert alone.buffers > 0 == memory.training_memory(fsdp, model, 10**9).buffers
     one, two = (
-        memory.training_memory(fsdp, model, 10, processes=8, micro_batches=n) for n in (1, 2)
+        memory.training_memory(fsdp, model, 10, processes=8, micro_batches=n)
+        for n in (1, 2)
     )
     assert (one.weights, one.optimizer) == (alone.weights / 8, alone.optimizer / 8)
     assert one.gradients == alone.gradients / 8 and two.gradients == alone.gradients
@@ -145,7 +153,9 @@ def test_a_dry_run_reports_memory_and_touches_nothing(capsys, monkeypatch):
             argv.append(f"--parallel={parallel}")
         assert train.main(argv) == 0
         out = capsys.readouterr().out
-        assert " parameters, " in out and " FLOPs per token\n" in out and ": it fits\n" in out
+        assert (
+            " parameters, " in out and " FLOPs per token\n" in out and ": it fits\n" in out
+        )
         each, size = re.search(r"memory(.*), in GB: weights ([0-9.e-]+)", out).groups()
         assert each == (f" of each of 4 processes, {parallel.upper()}" if parallel else "")
         weights[parallel] = float(size)
@@ -158,7 +168,12 @@ def test_a_dry_run_without_data_or_vocabulary_is_one_line(fails):
     assert "meta.json" in fails(train.main, "--dataset=missing", "--dry_run=True")
 
 
-PARAMETERS = {"gpt2_124m": 124e6, "gpt2_350m": 354e6, "gpt2_774m": 773e6, "gpt2_1558m": 1557e6}
+PARAMETERS = {
+    "gpt2_124m": 124e6,
+    "gpt2_350m": 354e6,
+    "gpt2_774m": 773e6,
+    "gpt2_1558m": 1557e6,
+}
 PARAMETERS |= {"llama_1b": 1.236e9, "llama_8b": 8.03e9}
 
 
@@ -209,7 +224,9 @@ def test_a_matrix_with_more_elements_than_can_be_counted_is_refused(tiny, fails)
 
 
 def test_on_a_gpu_its_own_memory_counts(tiny, gigabyte, monkeypatch):
-    config, model_config, *_ = read_settings([*TINY_RUN, "--n_embd=4096", "--vocab_size=50"])
+    config, model_config, *_ = read_settings(
+        [*TINY_RUN, "--n_embd=4096", "--vocab_size=50"]
+    )
     with pytest.raises(UserError, match=r"GB of memory, and 1\.00 GB are free; "):
         memory.check_training_fits(config, model_config, CUDA, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**11, 10**11))
@@ -230,7 +247,9 @@ def test_several_processes_share_the_memory_of_a_machine(tiny, gigabyte, monkeyp
 
 
 VARIANTS = [("position", name) for name in POSITIONS] + [("block", name) for name in BLOCKS]
-VARIANTS += [("mlp", name) for name in MLPS] + [("activation", name) for name in ACTIVATIONS]
+VARIANTS += [("mlp", name) for name in MLPS] + [
+    ("activation", name) for name in ACTIVATIONS
+]
 VARIANTS += [("model", name) for name in MODELS]
 VARIANTS += [("dropout", 0.1), ("n_kv_head", 1), ("norm", "none")]
 VARIANTS += [("block_size", 256), ("vocab_size", 3000), ("n_hidden", 2048)]
@@ -261,7 +280,9 @@ def test_a_researchers_model_whose_layers_differ_is_counted_as_it_is(tiny, monke
             self.window = windows[layer]
 
     monkeypatch.setitem(BLOCKS, "windowed", WindowedBlock)
-    config, model_config, *_ = read_settings([*TINY_RUN, "--block=windowed", "--vocab_size=50"])
+    config, model_config, *_ = read_settings(
+        [*TINY_RUN, "--block=windowed", "--vocab_size=50"]
+    )
     memory.check_training_fits(config, model_config, CPU, torch.float32)
 
 
@@ -272,7 +293,9 @@ def test_the_check_before_a_training_loads_no_compiler(tiny):
     code += "    device = torch.device('cpu')\n"
     code += "    check_training_fits(train.TrainConfig(), model_config, device, torch.float32)\n"
     code += "print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.stdout == "False False\n", done.stderr
 
 
@@ -284,9 +307,7 @@ def run_dir(run_train):
 
 @pytest.mark.parametrize("new_tokens", [10**9, 10**18])
 def test_a_text_that_will_not_fit_is_refused_with_its_size(run_dir, gigabyte, new_tokens):
-    match = (
-        r" tokens takes [\d,.]+ GB of memory, and 900\.0 MB are free; try fewer --max_new_tokens"
-    )
+    match = r" tokens takes [\d,.]+ GB of memory, and 900\.0 MB are free; try fewer --max_new_tokens"
     with pytest.raises(UserError, match=match):
         sample.main(["--out_dir=out/run", "--device=cpu", f"--max_new_tokens={new_tokens}"])
 
@@ -310,7 +331,9 @@ def test_a_tokenizer_whose_training_will_not_fit_is_refused_with_the_one_that_fi
     tiny, fails, monkeypatch
 ):
     monkeypatch.setattr(limits, "available_memory", lambda: 50_000)
-    line = fails(prepare_data.main, "--input=tiny.txt", "--name=mine", "--tokenizer=sentencepiece")
+    line = fails(
+        prepare_data.main, "--input=tiny.txt", "--name=mine", "--tokenizer=sentencepiece"
+    )
     assert line == (
         "training tokenizer=sentencepiece on this text takes 50.1 MB of memory, and 0.1 MB are free;"
         " --tokenizer=byte takes none\n"
@@ -379,7 +402,9 @@ COMMANDS = {
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs ulimit -v")
 @pytest.mark.parametrize("name", COMMANDS)
-def test_under_a_limit_of_memory_a_script_ends_well_or_in_one_line(run_train, processes, name):
+def test_under_a_limit_of_memory_a_script_ends_well_or_in_one_line(
+    run_train, processes, name
+):
     run_train()
     main, argv = COMMANDS[name]
     codes = []

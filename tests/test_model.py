@@ -170,7 +170,13 @@ def test_one_batch_overfits(variant):
             torch.arange(4)[:, None].expand(4, idx.shape[1]).contiguous()
         )  # learnable without order or context
     assert (
-        overfit(model, {"idx": idx[:, :-1], "targets": idx[:, 1:]}, steps=150, lr=5e-3, until=0.1)
+        overfit(
+            model,
+            {"idx": idx[:, :-1], "targets": idx[:, 1:]},
+            steps=150,
+            lr=5e-3,
+            until=0.1,
+        )
         < 0.1
     )
 
@@ -224,7 +230,14 @@ def test_cached_equals_uncached_generation_in_any_combination(position, block):
             cached, uncached = (
                 torch.stack(
                     list(
-                        generate(model, tokens(2, 3), 9, temperature=0, exact=exact, cached=cached)
+                        generate(
+                            model,
+                            tokens(2, 3),
+                            9,
+                            temperature=0,
+                            exact=exact,
+                            cached=cached,
+                        )
                     )
                 )
                 for cached in (True, False)
@@ -242,7 +255,9 @@ def test_one_batch_overfits_in_any_combination(position, block):
 
 
 @every_position_and_block
-def test_left_padded_texts_of_different_lengths_give_the_logits_of_each_text_alone(position, block):
+def test_left_padded_texts_of_different_lengths_give_the_logits_of_each_text_alone(
+    position, block
+):
     lengths, T, rows = [6, 9, 4], 9, [2, 0, 0, 1]
     padding = torch.tensor([T - length for length in lengths])
     texts = [tokens(1, length, seed=length) for length in lengths]
@@ -250,9 +265,16 @@ def test_left_padded_texts_of_different_lengths_give_the_logits_of_each_text_alo
     is_padding = torch.arange(T) < padding[:, None]
     for n_kv_head, window in [*KV_HEADS_AND_WINDOW, (None, 3)]:
         for others in ({}, {"mlp_conv": 3}):
-            keys = {"n_head": 4, "n_kv_head": n_kv_head, "window": window, "block_size": T} | others
+            keys = {
+                "n_head": 4,
+                "n_kv_head": n_kv_head,
+                "window": window,
+                "block_size": T,
+            } | others
             model = random_model(position=position, block=block, **keys).eval()
-            alone = [F.pad(model(text)[0][0], (0, 0, T - text.shape[1], 0)) for text in texts]
+            alone = [
+                F.pad(model(text)[0][0], (0, 0, T - text.shape[1], 0)) for text in texts
+            ]
             state = model.make_state()
             state.padding = padding
             pieces = idx[:, :-1].split(
@@ -269,13 +291,17 @@ def test_left_padded_texts_of_different_lengths_give_the_logits_of_each_text_alo
             )
             state.select(torch.tensor(rows))
             found = model(idx[rows, -1:], state=state)[0][:, 0]
-            torch.testing.assert_close(found, torch.stack(alone)[rows, -1], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                found, torch.stack(alone)[rows, -1], atol=1e-5, rtol=1e-5
+            )
 
 
 def test_the_only_combinations_refused_have_nothing_beside_attention():
     every = len(POSITIONS) * len(BLOCKS) * len(NORMS) * len(MLPS) * len(KV_HEADS_AND_WINDOW)
     accepted = combinations()
-    assert not any(keys["block"] == "parallel" and keys["mlp"] == "none" for keys in accepted)
+    assert not any(
+        keys["block"] == "parallel" and keys["mlp"] == "none" for keys in accepted
+    )
     assert every - len(accepted) == len(POSITIONS) * len(NORMS) * len(KV_HEADS_AND_WINDOW)
 
 
@@ -315,7 +341,9 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(idx)[0], model(idx)[0])
 
 
-def attend_with_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask) -> torch.Tensor:
+def attend_with_mask(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask
+) -> torch.Tensor:
     return attend(q, k, v, attention_mask(q.shape[2], k.shape[2], q.device, **mask))
 
 
@@ -324,7 +352,9 @@ def attend_with_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask) 
 @pytest.mark.parametrize("window", [0, 1, 2, 4, 99])
 @pytest.mark.parametrize("n_kv_head", [6, 3, 1])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_attention_is_a_weighted_mean_of_the_values(cached, T, window, n_kv_head, with_bias):
+def test_attention_is_a_weighted_mean_of_the_values(
+    cached, T, window, n_kv_head, with_bias
+):
     torch.manual_seed(0)
     S, D = T + cached, 4
     q, k, v = (
@@ -354,28 +384,38 @@ def test_attention_is_a_weighted_mean_of_the_values(cached, T, window, n_kv_head
 )
 @pytest.mark.parametrize(("length", "window"), [(9, 0), (9, 4), (4, 0)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_explicit_attention_equals_sdpa(monkeypatch, causal, padded, length, window, biased):
+def test_explicit_attention_equals_sdpa(
+    monkeypatch, causal, padded, length, window, biased
+):
     torch.manual_seed(0)
     q = torch.randn(2, 4, length, 8).requires_grad_()
     k, v = (torch.randn(2, 2, 9, 8).requires_grad_() for _ in range(2))
     bias = torch.randn(4, length, 9) if biased else None
-    padding = torch.arange(9) >= torch.tensor([[9], [6]]) if padded and length == 9 else None
+    padding = (
+        torch.arange(9) >= torch.tensor([[9], [6]]) if padded and length == 9 else None
+    )
     results = []
     for mixed in (False, True):
         if mixed:  # explicit attention is for this case, on a CPU
             monkeypatch.setattr(F, "scaled_dot_product_attention", None)
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            y = attend_with_mask(q, k, v, causal=causal, window=window, bias=bias, padding=padding)
+            y = attend_with_mask(
+                q, k, v, causal=causal, window=window, bias=bias, padding=padding
+            )
         results.append([y, *torch.autograd.grad(y.float().square().sum(), (q, k, v))])
     for expected, found in zip(*results, strict=True):
         assert (found - expected).norm() < 0.02 * expected.norm()
 
 
-def test_explicit_attention_has_dropout_and_leaves_large_score_matrices_to_sdpa(monkeypatch):
+def test_explicit_attention_has_dropout_and_leaves_large_score_matrices_to_sdpa(
+    monkeypatch,
+):
     q, k, v = torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4), torch.ones(1, 1, 8, 4)
     with torch.autocast("cpu", torch.bfloat16):
         dropped = attend(q, k, v, (None, False), dropout=0.5)
-        assert dropped.float().std() > 0.05  # a mean of ones is one, but not of half of them
+        assert (
+            dropped.float().std() > 0.05
+        )  # a mean of ones is one, but not of half of them
         monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **keys: "sdpa")
         assert attend_with_mask(q, k, v, causal=True) != "sdpa"
         monkeypatch.setattr(layers, "EXPLICIT_SCORES", 63)
@@ -387,7 +427,9 @@ def sdpa_calls(monkeypatch) -> list[dict]:
     """The keyword arguments of every call of SDPA."""
     calls, sdpa = [], F.scaled_dot_product_attention
     monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda *a, **keys: calls.append(keys) or sdpa(*a, **keys)
+        F,
+        "scaled_dot_product_attention",
+        lambda *a, **keys: calls.append(keys) or sdpa(*a, **keys),
     )
     return calls
 
@@ -399,10 +441,14 @@ def test_plain_causal_attention_makes_no_mask(sdpa_calls):
     model = tiny()
     state = model.make_state()
     model(tokens(2, 5), state=state)
-    assert [(keys["attn_mask"], keys["is_causal"]) for keys in sdpa_calls] == [(None, True)] * 6
+    assert [(keys["attn_mask"], keys["is_causal"]) for keys in sdpa_calls] == [
+        (None, True)
+    ] * 6
     sdpa_calls.clear()
     model(tokens(2, 1), state=state)  # one query attends to all keys
-    assert [(keys["attn_mask"], keys["is_causal"]) for keys in sdpa_calls] == [(None, False)] * 2
+    assert [(keys["attn_mask"], keys["is_causal"]) for keys in sdpa_calls] == [
+        (None, False)
+    ] * 2
 
 
 def test_each_layer_may_have_a_window_of_its_own_cached_or_not(monkeypatch):
@@ -456,7 +502,9 @@ def test_the_mask_and_the_rotary_tables_are_made_once_per_forward_pass(
 
     def count(owner: object, name: str) -> None:
         function = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(name) or function(*a, **k))
+        monkeypatch.setattr(
+            owner, name, lambda *a, **k: calls.append(name) or function(*a, **k)
+        )
 
     count(models, "attention_mask")
     for hook in ("embed", "rotary", "score_bias"):
@@ -466,7 +514,9 @@ def test_the_mask_and_the_rotary_tables_are_made_once_per_forward_pass(
         calls.clear()
         model(tokens(2, T), state=state)
         masks = ["attention_mask"] * calls.count("attention_mask")
-        assert sorted(calls) == [*masks, "embed", "rotary", "score_bias"] and len(masks) <= 1
+        assert (
+            sorted(calls) == [*masks, "embed", "rotary", "score_bias"] and len(masks) <= 1
+        )
 
 
 @pytest.mark.parametrize(
@@ -485,7 +535,9 @@ def test_a_window_holds_a_token_itself_and_those_before_it(keys):
     for t in range(16):
         changed = idx.clone()
         changed[:, t] = (changed[:, t] + 1) % 11
-        affected = (model(changed)[0] != model(idx)[0]).any(dim=-1)[0].nonzero().flatten().tolist()
+        affected = (
+            (model(changed)[0] != model(idx)[0]).any(dim=-1)[0].nonzero().flatten().tolist()
+        )
         assert affected == list(range(t, min(t + 5, 16)))
 
 
@@ -534,7 +586,12 @@ def test_a_score_bias_gives_a_mask_of_four_dimensions_which_sdpa_fuses():
 def test_alibi_slopes_are_those_of_the_paper():
     assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
     assert alibi_slopes(1) == [2**-8]
-    twelve = [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]  # the paper's code adds these to the eight
+    twelve = [
+        2**-0.5,
+        2**-1.5,
+        2**-2.5,
+        2**-3.5,
+    ]  # the paper's code adds these to the eight
     assert alibi_slopes(12) == pytest.approx(alibi_slopes(8) + twelve)
 
 
@@ -559,16 +616,27 @@ def test_alibi_lowers_scores_in_proportion_to_distance():
 )
 def test_each_branch_has_its_norm_and_the_stack_ends_with_exactly_one(keys, norms):
     model = tiny(n_layer=3, **keys)
-    assert sum(isinstance(module, torch.nn.LayerNorm) for module in model.modules()) == norms
+    assert (
+        sum(isinstance(module, torch.nn.LayerNorm) for module in model.modules()) == norms
+    )
     x = model.stack(torch.randn(2, 5, 32))
-    torch.testing.assert_close(x.std(dim=-1, correction=0), torch.ones(2, 5), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        x.std(dim=-1, correction=0), torch.ones(2, 5), atol=1e-3, rtol=0
+    )
 
 
 def test_a_gated_mlp_has_as_many_parameters_as_a_plain_one():
     plain, gated = tiny(n_embd=128).stack, tiny(n_embd=128, mlp="gated").stack
-    assert gated.blocks[0].mlp.up_proj.out_features == 344  # 8/3 of 128 is 341.3; and 8 times 43
-    assert models.count_parameters(gated) == pytest.approx(models.count_parameters(plain), rel=0.01)
-    assert tiny(n_embd=128, mlp="gated", n_hidden=30).stack.blocks[0].mlp.up_proj.out_features == 30
+    assert (
+        gated.blocks[0].mlp.up_proj.out_features == 344
+    )  # 8/3 of 128 is 341.3; and 8 times 43
+    assert models.count_parameters(gated) == pytest.approx(
+        models.count_parameters(plain), rel=0.01
+    )
+    assert (
+        tiny(n_embd=128, mlp="gated", n_hidden=30).stack.blocks[0].mlp.up_proj.out_features
+        == 30
+    )
 
 
 def test_rotation_makes_scores_depend_on_distance_alone():
@@ -593,7 +661,9 @@ def test_positions_given_one_by_one_rotate_as_a_slice_does():
     one_by_one = position.rotary(torch.tensor([[3, 4, 5, 6], [0, 0, 1, 2]]))
     found = rotate(x, one_by_one)
     torch.testing.assert_close(found[:1], rotate(x[:1], position.rotary(slice(3, 7))))
-    torch.testing.assert_close(found[1:, :, 1:], rotate(x[1:, :, 1:], position.rotary(slice(0, 3))))
+    torch.testing.assert_close(
+        found[1:, :, 1:], rotate(x[1:, :, 1:], position.rotary(slice(0, 3)))
+    )
 
 
 def test_the_tied_head_is_the_embedding():
@@ -606,7 +676,12 @@ def test_parameters_and_flops_are_those_of_gpt2():
     with torch.device("meta"):
         gpt2 = models.build(
             ModelConfig(
-                n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, bias=True
+                n_layer=12,
+                n_head=12,
+                n_embd=768,
+                block_size=1024,
+                vocab_size=50257,
+                bias=True,
             )
         )
     assert models.count_parameters(gpt2) == 124_439_808
@@ -616,12 +691,18 @@ def test_parameters_and_flops_are_those_of_gpt2():
 
 def test_flops_count_what_is_computed():
     mha, mqa = tiny(n_head=4), tiny(n_head=4, n_kv_head=1)
-    assert models.flops_per_token(mha) - models.flops_per_token(mqa) == 6 * 2 * (2 * 32 * 24)
+    assert models.flops_per_token(mha) - models.flops_per_token(mqa) == 6 * 2 * (
+        2 * 32 * 24
+    )
     narrow = tiny(n_head=4, head_size=5)
-    fewer = 6 * 2 * (4 * 32 * 4 * 3) + 12 * 2 * (4 * 3) * 16  # 3 features less in each of 4 heads
+    fewer = (
+        6 * 2 * (4 * 32 * 4 * 3) + 12 * 2 * (4 * 3) * 16
+    )  # 3 features less in each of 4 heads
     assert models.flops_per_token(mha) - models.flops_per_token(narrow) == fewer
     windowed = tiny(n_head=4, window=4)
-    assert models.flops_per_token(mha) - models.flops_per_token(windowed) == 12 * 2 * 32 * (16 - 4)
+    assert models.flops_per_token(mha) - models.flops_per_token(windowed) == 12 * 2 * 32 * (
+        16 - 4
+    )
     window_mlp = tiny(model="window_mlp", window=4, n_hidden=50)
     assert models.flops_per_token(window_mlp) == 6 * (4 * 32 * 50 + 50 * 50 + 50 * 11)
 

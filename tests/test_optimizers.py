@@ -28,7 +28,9 @@ def tiny(**keys) -> models.GPT:
 
 
 def make_optimizer(model, name: str = "adamw", **keys) -> Optimizer:
-    return optim.make_optimizer(TrainConfig(optimizer=name, **{"weight_decay": 0.0} | keys), model)
+    return optim.make_optimizer(
+        TrainConfig(optimizer=name, **{"weight_decay": 0.0} | keys), model
+    )
 
 
 def train_some(model, optimizer, steps: int, seed: int = 0) -> None:
@@ -51,7 +53,13 @@ def train_some(model, optimizer, steps: int, seed: int = 0) -> None:
         *({"block": name} for name in BLOCKS),
         *({"mlp": name, "bias": True} for name in MLPS),
         *(
-            {"model": "window_mlp", "window": 4, "n_embd": 1, "bias": True, "embedding": name}
+            {
+                "model": "window_mlp",
+                "window": 4,
+                "n_embd": 1,
+                "bias": True,
+                "embedding": name,
+            }
             for name in EMBEDDINGS
         ),
     ],
@@ -59,8 +67,12 @@ def train_some(model, optimizer, steps: int, seed: int = 0) -> None:
 )
 def test_optimizer_groups_cover_every_parameter_once(keys):
     model = tiny(**keys)
-    grouped = [pair for members in group_parameters(model).values() for pair in members.items()]
-    assert sorted(name for name, _ in grouped) == sorted(n for n, _ in model.named_parameters())
+    grouped = [
+        pair for members in group_parameters(model).values() for pair in members.items()
+    ]
+    assert sorted(name for name, _ in grouped) == sorted(
+        n for n, _ in model.named_parameters()
+    )
     assert all(model.get_parameter(name) is p for name, p in grouped)
 
 
@@ -110,12 +122,18 @@ def test_adamw_is_that_of_torch():
     assert hasattr(torch, "_fused_adamw_"), "torch renamed its private kernel of AdamW"
     ours, reference = tiny(bias=True), tiny(bias=True)
     train_some(
-        ours, make_optimizer(ours, learning_rate=1e-2, beta1=0.8, beta2=0.95, weight_decay=0.3), 5
+        ours,
+        make_optimizer(ours, learning_rate=1e-2, beta1=0.8, beta2=0.95, weight_decay=0.3),
+        5,
     )
     matrices, vectors = (
-        [p for p in reference.parameters() if (p.dim() >= 2) == wanted] for wanted in (True, False)
+        [p for p in reference.parameters() if (p.dim() >= 2) == wanted]
+        for wanted in (True, False)
     )
-    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": 0.3},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     train_some(
         reference,
         torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.95), foreach=False, fused=False),
@@ -181,7 +199,9 @@ def test_muon_has_nesterov_momentum(monkeypatch):
 @pytest.mark.parametrize(
     "name", ["up_proj", "down_proj"]
 )  # a neuron is a row of the first, a column of the second
-def test_normuon_moves_all_neurons_at_one_speed_and_each_matrix_as_fast_as_muon(monkeypatch, name):
+def test_normuon_moves_all_neurons_at_one_speed_and_each_matrix_as_fast_as_muon(
+    monkeypatch, name
+):
     monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device: False)
     moved = {}
     for rule in ("muon", "normuon"):
@@ -195,9 +215,12 @@ def test_normuon_moves_all_neurons_at_one_speed_and_each_matrix_as_fast_as_muon(
         )
         make_optimizer(model, rule, muon_learning_rate=0.1).step()
         moved[rule] = p.detach() - before
-    torch.testing.assert_close(moved["normuon"].norm(), moved["muon"].norm(), atol=0, rtol=1e-4)
+    torch.testing.assert_close(
+        moved["normuon"].norm(), moved["muon"].norm(), atol=0, rtol=1e-4
+    )
     speeds = {
-        rule: change.norm(dim=1 if name == "up_proj" else 0) for rule, change in moved.items()
+        rule: change.norm(dim=1 if name == "up_proj" else 0)
+        for rule, change in moved.items()
     }
     assert speeds["normuon"].max() / speeds["normuon"].min() < 1.01
     assert speeds["muon"].max() / speeds["muon"].min() > 2
@@ -218,7 +241,9 @@ def test_parameters_without_a_gradient_do_not_change(name):
     model.stack.norm.weight.grad = torch.ones(32)
     optimizer.step()
     changed = {
-        key for key, value in model.state_dict().items() if not torch.equal(value, before[key])
+        key
+        for key, value in model.state_dict().items()
+        if not torch.equal(value, before[key])
     }
     assert changed == {"stack.norm.weight"}
 
@@ -240,9 +265,9 @@ DAMAGES = {
     f"optimizer.{WTE} is missing": lambda state: state.pop(WTE),
     "optimizer.other is unknown": lambda state: state.update(other={}),
     f"optimizer.{WTE}.exp_avg is missing": lambda state: state[WTE].pop("exp_avg"),
-    f"optimizer.{UP}.momentum_buffer must be a dense tensor": lambda state: state[UP].update(
-        momentum_buffer=torch.zeros(3, 3)
-    ),
+    f"optimizer.{UP}.momentum_buffer must be a dense tensor": lambda state: state[
+        UP
+    ].update(momentum_buffer=torch.zeros(3, 3)),
     f"optimizer.{WTE}.exp_avg must be a dense tensor of torch.float32": lambda state: state[
         WTE
     ].update(exp_avg=torch.zeros(11, 32, dtype=torch.float64)),
@@ -271,7 +296,8 @@ def test_an_optimizer_resumes_from_its_state(name):
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     train_some(stopped, second, 3, seed=1)
     assert all(
-        torch.equal(a, b) for a, b in zip(straight.parameters(), stopped.parameters(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(straight.parameters(), stopped.parameters(), strict=True)
     )
 
 

@@ -99,11 +99,16 @@ def test_meta_names_the_task_and_counts_both_sides_and_the_target(folder):
             sources + targets,
             sources + targets + 2 * len(rows),
         )
-        assert (counted["target_bytes"], counted["target_tokens"]) == (targets, targets + len(rows))
+        assert (counted["target_bytes"], counted["target_tokens"]) == (
+            targets,
+            targets + len(rows),
+        )
     assert written["pairs"] == 69 and written["tokens"] == sum(
         split["tokens"] for split in written["splits"].values()
     )
-    assert written["longest"] == 1 + max(len(side.encode()) for row in all_rows for side in row)
+    assert written["longest"] == 1 + max(
+        len(side.encode()) for row in all_rows for side in row
+    )
     assert written["dropped"] == {"too_long": 0, "empty": 0, "lopsided": 0, "held_out": 0}
     assert written["tokenizer"] == {"tokenizer": "byte", "separated": True}
     assert (
@@ -136,7 +141,9 @@ def test_spaces_are_trimmed_and_collapsed(folder):
     write("own.tsv", "".join(f"{source}\t{target}\r\n" for source, target in messy))
     prepare_data.main(["--input=own.tsv", *BYTES])
     assert sorted(all_pairs("mine")) == sorted(ROWS)
-    write_two("a.de", "a.en", [(source.replace(" ", "\t"), target) for source, target in ROWS])
+    write_two(
+        "a.de", "a.en", [(source.replace(" ", "\t"), target) for source, target in ROWS]
+    )
     prepare_data.main(["--source=a.de", "--target=a.en", *BYTES])
     assert sorted(all_pairs("mine")) == sorted(ROWS)
 
@@ -164,7 +171,10 @@ def test_there_is_a_way_out_where_bytes_are_not_utf8(folder, errors, text):
 
 
 def test_characters_outside_the_vocabulary_are_encoded_as_bytes_and_nothing_is_lost(folder):
-    strange = [("Was heißt 鳥🙂?", "What does 鳥🙂 mean?"), ("Ein ▁ und ein ĳ.", "A ▁ and an ĳ.")]
+    strange = [
+        ("Was heißt 鳥🙂?", "What does 鳥🙂 mean?"),
+        ("Ein ▁ und ein ĳ.", "A ▁ and an ĳ."),
+    ]
     splits = {"train": ROWS, "val": strange, "test": strange}
     write_multi30k(splits)
     prepare_data.main(["translate_de_en", "--vocab_size=330"])
@@ -183,9 +193,17 @@ def test_encoding_a_batch_equals_encoding_one_by_one():
     tokenizer = SentencePieceTokenizer.train(
         [side for row in ROWS for side in row], 330, separated=True
     )
-    texts = [side for row in ROWS for side in row] + ["", "two\nlines", "a ▁ sign", "鳥🙂", "last"]
+    texts = [side for row in ROWS for side in row] + [
+        "",
+        "two\nlines",
+        "a ▁ sign",
+        "鳥🙂",
+        "last",
+    ]
     batch = tokenizer.encode_batch(iter(texts))
-    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text).tolist() for text in texts]
+    assert [ids.tolist() for ids in batch] == [
+        tokenizer.encode(text).tolist() for text in texts
+    ]
     assert tokenizer.decode_batch(batch) == texts
     with pytest.raises(prepare_data.UserError, match="is not valid UTF-8"):
         tokenizer.encode_batch(["fine", "half \ud83d"])
@@ -196,11 +214,17 @@ def test_encoding_a_batch_equals_encoding_one_by_one():
 
 
 def test_the_same_source_is_never_in_two_splits(folder):
-    rows = [(source, f"{target} {number}") for number in range(8) for source, target in ROWS]
+    rows = [
+        (source, f"{target} {number}") for number in range(8) for source, target in ROWS
+    ]
     write_tsv("own.tsv", rows)
     prepare_data.main(["--input=own.tsv", *BYTES])
-    sources = {split: {source for source, _ in rows} for split, rows in pairs_of("mine").items()}
-    assert sum(map(len, sources.values())) == len(ROWS) and min(map(len, sources.values())) > 4
+    sources = {
+        split: {source for source, _ in rows} for split, rows in pairs_of("mine").items()
+    }
+    assert (
+        sum(map(len, sources.values())) == len(ROWS) and min(map(len, sources.values())) > 4
+    )
     assert sorted(all_pairs("mine")) == sorted(rows)  # those that came twice are kept
 
 
@@ -238,8 +262,12 @@ def test_more_pairs_change_nothing_for_those_that_were_there(folder):
 
 def test_three_sources_give_three_splits_of_one(folder):
     for number in range(8):
-        write_tsv("own.tsv", [(f"{number} {word}", "x") for word in ("eins", "zwei", "drei")])
-        prepare_data.main(["mine", "--input=own.tsv", "--tokenizer=byte", "--val_fraction=0.001"])
+        write_tsv(
+            "own.tsv", [(f"{number} {word}", "x") for word in ("eins", "zwei", "drei")]
+        )
+        prepare_data.main(
+            ["mine", "--input=own.tsv", "--tokenizer=byte", "--val_fraction=0.001"]
+        )
         assert [len(split) for split in pairs_of("mine").values()] == [1, 1, 1]
 
 
@@ -256,18 +284,24 @@ def test_pairs_too_long_empty_or_lopsided_are_dropped_and_reported(folder, capsy
         "own.tsv", [*ROWS, *bad, ("z" * 39, "z" * 39), ("c", "d" * 13)]
     )  # the last two are just not too long
     prepare_data.main(["--input=own.tsv", "--max_pair_tokens=40", *BYTES])
-    assert sorted(all_pairs("mine")) == sorted([*ROWS, ("z" * 39, "z" * 39), ("c", "d" * 13)])
+    assert sorted(all_pairs("mine")) == sorted(
+        [*ROWS, ("z" * 39, "z" * 39), ("c", "d" * 13)]
+    )
     written = meta("mine")
     assert (
         written["dropped"] == {"too_long": 2, "empty": 2, "lopsided": 2, "held_out": 0}
         and written["longest"] == 40
     )
     lines = capsys.readouterr().out.splitlines()
-    assert next(line for line in lines if line.startswith("  dropped")).split(maxsplit=2)[2] == (
+    assert next(line for line in lines if line.startswith("  dropped")).split(maxsplit=2)[
+        2
+    ] == (
         "2 longer than 40 tokens, 2 empty on one side,"
         " 2 with a side longer than 3 times the other plus 8 tokens"
     )
-    prepare_data.main(["--input=own.tsv", "--max_pair_tokens=40", "--max_pair_ratio=15", *BYTES])
+    prepare_data.main(
+        ["--input=own.tsv", "--max_pair_tokens=40", "--max_pair_ratio=15", *BYTES]
+    )
     assert meta("mine")["dropped"]["lopsided"] == 0
 
 
@@ -293,14 +327,25 @@ HELD_OUT = [
 
 @pytest.mark.parametrize("name", ["held.tsv", "held.tsv.gz", "held.txt"])
 def test_held_out_sentences_are_in_no_split_that_is_drawn(folder, capsys, name):
-    lines = [f"{source}\t{target}" if ".tsv" in name else source for source, target in HELD_OUT]
+    lines = [
+        f"{source}\t{target}" if ".tsv" in name else source for source, target in HELD_OUT
+    ]
     write(name, "\n".join([*lines, ""]))
-    write_tsv("own.tsv", [*ROWS, ("WO WOHNST DU", "Where"), ("Wo wohnst du nun?", "Where now?")])
+    write_tsv(
+        "own.tsv", [*ROWS, ("WO WOHNST DU", "Where"), ("Wo wohnst du nun?", "Where now?")]
+    )
     prepare_data.main(["--input=own.tsv", f"--held_out={name}", *BYTES])
     left = [row for row in ROWS if row[0] not in ("Wo wohnst du?", "Der Hund schläft.")]
     assert sorted(all_pairs("mine")) == sorted([*left, ("Wo wohnst du nun?", "Where now?")])
-    assert meta("mine")["dropped"] == {"too_long": 0, "empty": 0, "lopsided": 0, "held_out": 3}
-    assert re.search(r"^  dropped pairs  3 held out$", capsys.readouterr().out, re.MULTILINE)
+    assert meta("mine")["dropped"] == {
+        "too_long": 0,
+        "empty": 0,
+        "lopsided": 0,
+        "held_out": 3,
+    }
+    assert re.search(
+        r"^  dropped pairs  3 held out$", capsys.readouterr().out, re.MULTILINE
+    )
 
 
 def test_with_held_out_sentences_no_source_of_a_given_validation_or_test_split_is_trained_on(
@@ -315,10 +360,19 @@ def test_with_held_out_sentences_no_source_of_a_given_validation_or_test_split_i
     assert pairs_of("translate_de_en") == {"train": ROWS, "val": val, "test": test}
     write("held.txt", "Vielen Dank\n")
     prepare_data.main(["translate_de_en", "--tokenizer=byte", "--held_out=held.txt"])
-    left_out = {"Ich bin müde.", "Gute Nacht!", "Vielen Dank!", *(source for source, _ in ROWS[:5])}
+    left_out = {
+        "Ich bin müde.",
+        "Gute Nacht!",
+        "Vielen Dank!",
+        *(source for source, _ in ROWS[:5]),
+    }
     train = [row for row in ROWS if row[0] not in left_out]
     assert pairs_of("translate_de_en") == {"train": train, "val": val, "test": test}
-    assert meta("translate_de_en")["dropped"]["held_out"] == len(left_out) == len(ROWS) - len(train)
+    assert (
+        meta("translate_de_en")["dropped"]["held_out"]
+        == len(left_out)
+        == len(ROWS) - len(train)
+    )
 
 
 @pytest.mark.parametrize(
@@ -355,10 +409,14 @@ def test_held_out_sentences_that_changed_start_a_stopped_preparation_over(
         capsys.readouterr()
         prepare_data.main(["--input=own.tsv", "--held_out=held.txt", *BYTES])
         assert printed in capsys.readouterr().err
-        assert sorted(all_pairs("mine")) == sorted(row for row in ROWS if row[0] not in change)
+        assert sorted(all_pairs("mine")) == sorted(
+            row for row in ROWS if row[0] not in change
+        )
 
 
-def test_the_tokenizer_is_trained_on_both_sides_of_the_training_pairs_alone(folder, monkeypatch):
+def test_the_tokenizer_is_trained_on_both_sides_of_the_training_pairs_alone(
+    folder, monkeypatch
+):
     seen = []
     original = BytePairTokenizer.train
 
@@ -369,13 +427,27 @@ def test_the_tokenizer_is_trained_on_both_sides_of_the_training_pairs_alone(fold
     monkeypatch.setattr(BytePairTokenizer, "train", recorded)
     write_tsv("own.tsv", ROWS)
     prepare_data.main(
-        ["mine", "--input=own.tsv", "--tokenizer=bpe", "--vocab_size=300", "--val_fraction=0.2"]
+        [
+            "mine",
+            "--input=own.tsv",
+            "--tokenizer=bpe",
+            "--vocab_size=300",
+            "--val_fraction=0.2",
+        ]
     )
     assert seen == [[side for row in pairs_of("mine")["train"] for side in row]]
     shutil.rmtree("data/mine")
-    monkeypatch.setattr(corpus_module, "VOCABULARY_BYTES", Path("own.tsv").stat().st_size // 2)
+    monkeypatch.setattr(
+        corpus_module, "VOCABULARY_BYTES", Path("own.tsv").stat().st_size // 2
+    )
     prepare_data.main(
-        ["mine", "--input=own.tsv", "--tokenizer=bpe", "--vocab_size=300", "--val_fraction=0.2"]
+        [
+            "mine",
+            "--input=own.tsv",
+            "--tokenizer=bpe",
+            "--vocab_size=300",
+            "--val_fraction=0.2",
+        ]
     )
     assert set(seen[1]) < set(seen[0]) and 0.25 < len(seen[1]) / len(seen[0]) < 0.75
 
@@ -386,7 +458,8 @@ def test_the_summary_shows_the_splits_and_three_pairs(folder, capsys):
     lines = capsys.readouterr().out.splitlines()
     rows = [" ".join(line.split()) for line in lines]
     assert (
-        rows[0] == "data/translate_de_en: train, val and test_2016_flickr in data/translate_de_en"
+        rows[0]
+        == "data/translate_de_en: train, val and test_2016_flickr in data/translate_de_en"
     )
     assert rows[1:3] == ["total training validation test", "pairs 77 60 9 8"]
     assert rows[-7].startswith("longest side ") and rows[-7].endswith(
@@ -465,7 +538,10 @@ def test_the_public_files_are_downloaded_once_and_verified(folder, monkeypatch):
     monkeypatch.setattr(known_texts, "download", fake)
     prepare_data.main(["translate_de_en", "--vocab_size=330"])
     assert fetched == known_texts.MULTI30K_SHA256
-    assert meta("translate_de_en")["source"] == "Multi30k" and pairs_of("translate_de_en") == GIVEN
+    assert (
+        meta("translate_de_en")["source"] == "Multi30k"
+        and pairs_of("translate_de_en") == GIVEN
+    )
     monkeypatch.setattr(known_texts, "download", None)
     prepare_data.main(["translate_de_en", "--tokenizer=char"])
     assert pairs_of("translate_de_en") == GIVEN
@@ -486,7 +562,9 @@ def test_where_the_public_files_cannot_be_reached_the_message_names_the_files_to
 # Bad input
 
 BAD = {
-    "tab.tsv, line 3 has 0 tabs; write a line as SOURCE, one tab, TARGET": ["--input=tab.tsv"],
+    "tab.tsv, line 3 has 0 tabs; write a line as SOURCE, one tab, TARGET": [
+        "--input=tab.tsv"
+    ],
     "tabs.tsv, line 2 has 2 tabs; write a line": ["--input=tabs.tsv"],
     "empty.tsv has no pairs; write a line as": ["--input=empty.tsv"],
     "blank.tsv has no pairs; write a line as": ["--input=blank.tsv"],
@@ -495,7 +573,10 @@ BAD = {
     ],
     "damaged.tsv.gz is damaged: ": ["--input=damaged.tsv.gz"],
     "*.t?[tv] has text and sentence pairs; name one kind only": ["--input=*.t?[tv]"],
-    "short.en has 59 lines, fewer than the other file": ["--source=a.de", "--target=short.en"],
+    "short.en has 59 lines, fewer than the other file": [
+        "--source=a.de",
+        "--target=short.en",
+    ],
     "cannot read none.en: No such file": ["--source=a.de", "--target=none.en"],
     "source and target go together": ["--source=a.de"],
     "source and target go together, and without input": [
@@ -515,7 +596,10 @@ BAD = {
         "--input=own.tsv",
         "--held_out=dots.txt",
     ],
-    "tab.tsv, line 3 has 0 tabs; write a line as": ["--input=own.tsv", "--held_out=tab.tsv"],
+    "tab.tsv, line 3 has 0 tabs; write a line as": [
+        "--input=own.tsv",
+        "--held_out=tab.tsv",
+    ],
     "latin1.txt, line 1 is not UTF-8; set --encoding_errors": [
         "--input=own.tsv",
         "--held_out=latin1.txt",
@@ -566,7 +650,9 @@ def test_a_public_file_that_is_missing_is_named(folder, fails, monkeypatch):
     assert complaint == "data/translate_de_en has no val.en.gz, with or without .gz\n"
 
 
-def test_a_stopped_preparation_is_reported_with_the_command_that_resumes_it(folder, monkeypatch):
+def test_a_stopped_preparation_is_reported_with_the_command_that_resumes_it(
+    folder, monkeypatch
+):
     write_tsv("own.tsv", ROWS)
     monkeypatch.setattr(prepare_data, "make_meta", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):

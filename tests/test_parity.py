@@ -45,7 +45,12 @@ def hf_gpt2() -> torch.nn.Module:
 
 
 def hf_llama() -> torch.nn.Module:
-    rope = {"rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {
+        "rope_theta": 500.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
     config = transformers.LlamaConfig(
         num_hidden_layers=3,
         num_attention_heads=4,
@@ -56,7 +61,11 @@ def hf_llama() -> torch.nn.Module:
         max_position_embeddings=256,
         rms_norm_eps=1e-5,
         rope_theta=500.0,
-        rope_scaling={"rope_type": "llama3", "original_max_position_embeddings": 32, **rope},
+        rope_scaling={
+            "rope_type": "llama3",
+            "original_max_position_embeddings": 32,
+            **rope,
+        },
     )
     return transformers.LlamaForCausalLM(config)
 
@@ -80,7 +89,10 @@ def to_gpt2_names(ours: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         if "q_proj" in name:
             tensor = torch.cat(
-                [ours[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+                [
+                    ours[name.replace("q_proj", part)]
+                    for part in ("q_proj", "k_proj", "v_proj")
+                ]
             )
             name = name.replace("q_proj", "c_attn")
         if ".blocks." in name and tensor.dim() == 2:
@@ -120,7 +132,9 @@ def test_logits_and_gradients_are_those_of_hugging_face(config, make_hf, to_hf_n
         torch.nn.init.normal_(parameter, std=0.4)
     weights = to_hf_names(dict(ours.named_parameters()))
     assert weights.keys() == dict(hf.named_parameters()).keys()
-    hf.load_state_dict({key: value.detach() for key, value in weights.items()}, strict=False)
+    hf.load_state_dict(
+        {key: value.detach() for key, value in weights.items()}, strict=False
+    )
     idx = torch.randint(71, (2, 97))
 
     logits, loss = ours(idx[:, :-1], idx[:, 1:])
@@ -128,11 +142,19 @@ def test_logits_and_gradients_are_those_of_hugging_face(config, make_hf, to_hf_n
     torch.testing.assert_close(logits, hf_logits, atol=1e-4, rtol=1e-4)
 
     loss.backward()
-    torch.nn.functional.cross_entropy(hf_logits.flatten(0, 1), idx[:, 1:].flatten()).backward()
-    gradients = to_hf_names({name: parameter.grad for name, parameter in ours.named_parameters()})
+    torch.nn.functional.cross_entropy(
+        hf_logits.flatten(0, 1), idx[:, 1:].flatten()
+    ).backward()
+    gradients = to_hf_names(
+        {name: parameter.grad for name, parameter in ours.named_parameters()}
+    )
     for name, parameter in hf.named_parameters():
         torch.testing.assert_close(
-            gradients[name], parameter.grad, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: n + m
+            gradients[name],
+            parameter.grad,
+            atol=1e-4,
+            rtol=1e-4,
+            msg=lambda m, n=name: n + m,
         )
 
 

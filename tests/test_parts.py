@@ -18,7 +18,9 @@ def corpus(folder):
     """corpus/: ten files of several documents each, of very different sizes, one with carriage returns."""
     (folder / "corpus").mkdir()
     for number in range(9):
-        lines = [json.dumps({"text": make_text(100 + 300 * number + line)}) for line in range(4)]
+        lines = [
+            json.dumps({"text": make_text(100 + 300 * number + line)}) for line in range(4)
+        ]
         (folder / "corpus" / f"{number}.jsonl").write_text("\n".join(lines))
     (folder / "corpus" / "last.txt").write_bytes(
         b"one line\r\nand another\r\n" + make_text(500).encode()
@@ -56,7 +58,9 @@ def test_joined_parts_have_the_bytes_that_one_machine_makes(corpus, count, optio
 
 def test_a_part_that_is_missing_foreign_or_damaged_is_named(corpus, fails):
     join = [*corpus, "--join=True"]
-    assert "data/mine/parts must have all parts of one count" in fails(prepare_data.main, *join)
+    assert "data/mine/parts must have all parts of one count" in fails(
+        prepare_data.main, *join
+    )
     prepare_parts(corpus, 3)
     part = Path("data/mine/parts/2_of_3")
     kept = contents(part)
@@ -67,19 +71,23 @@ def test_a_part_that_is_missing_foreign_or_damaged_is_named(corpus, fails):
     )
     assert missing.rstrip().endswith("--part=2/3")
     prepare_data.main([*corpus, "--part=2/3", "--tokenizer=byte"])
-    assert "part 2/3 in data/mine/parts/2_of_3 cannot be joined: it is of other files" in fails(
-        prepare_data.main, *join
+    assert (
+        "part 2/3 in data/mine/parts/2_of_3 cannot be joined: it is of other files"
+        in fails(prepare_data.main, *join)
     )
     prepare_data.main([*corpus, "--part=2/3"])
     assert contents(part) == kept
     damaged = bytearray(kept["train.bin"])
     damaged[10] ^= 1
     (part / "train.bin").write_bytes(damaged)
-    assert "part 2/3 in data/mine/parts/2_of_3 cannot be joined: train.bin is damaged" in fails(
-        prepare_data.main, *join
+    assert (
+        "part 2/3 in data/mine/parts/2_of_3 cannot be joined: train.bin is damaged"
+        in fails(prepare_data.main, *join)
     )
     prepare_data.main([*corpus, "--part=1/2"])
-    assert "data/mine/parts must have all parts of one count" in fails(prepare_data.main, *join)
+    assert "data/mine/parts must have all parts of one count" in fails(
+        prepare_data.main, *join
+    )
     assert not Path("data/mine/meta.json").exists()
 
 

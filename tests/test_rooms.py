@@ -61,7 +61,9 @@ def test_a_room_imports_only_what_is_below_it(path):
 def test_a_room_has_at_most_eight_files_and_says_what_it_is_for(room):
     files = list((ROOT / "humptygpt" / room).glob("*.py"))
     assert len(files) <= 9  # with __init__.py
-    assert ast.get_docstring(ast.parse((ROOT / "humptygpt" / room / "__init__.py").read_text()))
+    assert ast.get_docstring(
+        ast.parse((ROOT / "humptygpt" / room / "__init__.py").read_text())
+    )
 
 
 @pytest.mark.parametrize("module", " ".join(TORCHLESS).split())

@@ -29,19 +29,25 @@ def test_a_new_run_keeps_every_earlier_one(run_train, capsys):
     assert (OUT / "previous-2" / "best.pt").exists()
 
 
-def test_killed_while_it_moves_an_earlier_run_aside_nothing_of_it_is_lost(run_train, monkeypatch):
+def test_killed_while_it_moves_an_earlier_run_aside_nothing_of_it_is_lost(
+    run_train, monkeypatch
+):
     run_train("--seed=1")
     first = checkpoint.read(OUT / "ckpt.pt")["model"]
     replace = Path.replace
     monkeypatch.setattr(
-        Path, "replace", lambda path, to: replace(path, to) if path.name == "ckpt.pt" else 1 / 0
+        Path,
+        "replace",
+        lambda path, to: replace(path, to) if path.name == "ckpt.pt" else 1 / 0,
     )
     with pytest.raises(ZeroDivisionError):
         run_train("--seed=2")
     monkeypatch.setattr(Path, "replace", replace)
     run_train("--seed=2")
     assert_same_weights(checkpoint.read(OUT / "previous-1" / "ckpt.pt")["model"], first)
-    assert (OUT / "previous-1" / "metrics.jsonl").exists() and not (OUT / "previous.new").exists()
+    assert (OUT / "previous-1" / "metrics.jsonl").exists() and not (
+        OUT / "previous.new"
+    ).exists()
 
 
 def test_a_metrics_line_that_a_kill_cut_short_is_dropped(run_train):
@@ -78,9 +84,13 @@ def figure(monkeypatch):
 
     def make(train_losses: list[float], val_losses: list[float]):
         rows = [
-            {"iter": 10 * it, "train_loss": loss} for it, loss in enumerate(train_losses, start=1)
+            {"iter": 10 * it, "train_loss": loss}
+            for it, loss in enumerate(train_losses, start=1)
         ]
-        rows += [{"iter": 10 * it, "val_loss": loss} for it, loss in enumerate(val_losses, start=1)]
+        rows += [
+            {"iter": 10 * it, "val_loss": loss}
+            for it, loss in enumerate(val_losses, start=1)
+        ]
         with monkeypatch.context() as patch:
             patch.setattr(plt, "close", lambda figure: None)
             draw_losses(rows, Path("loss.png"))
@@ -100,7 +110,8 @@ def test_all_points_are_in_the_axes_and_no_number_stands_on_a_line(figure, losse
     (axes,) = drawn.axes
     for line in axes.lines:
         inside = [
-            axes.bbox.contains(*axes.transData.transform(point)) for point in line.get_xydata()
+            axes.bbox.contains(*axes.transData.transform(point))
+            for point in line.get_xydata()
         ]
         assert all(inside) and len(inside) == len(losses)
     (legend,) = drawn.legends
@@ -147,7 +158,9 @@ def test_wandb_gets_every_row_and_a_resumed_run_is_the_same_run(
     rows = run_train("--wandb_log=True", "--wandb_project=p")
     train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"])
     first, second = fake.started
-    assert first["id"] == second["id"] and first["project"] == "p" and first["name"] == "run"
+    assert (
+        first["id"] == second["id"] and first["project"] == "p" and first["name"] == "run"
+    )
     assert first["mode"] == (None if online else "offline")
     assert ("logging offline" in capsys.readouterr().err) == (not online)
     assert [step for step, _ in fake.logged][: len(rows)] == [row["iter"] for row in rows]
@@ -175,7 +188,9 @@ def test_wandb_that_is_not_installed_is_named(tiny, fails, monkeypatch):
 # TensorBoard
 
 
-def test_tensorboard_has_the_numbers_of_the_metrics_and_a_resumed_run_continues_in_it(run_train):
+def test_tensorboard_has_the_numbers_of_the_metrics_and_a_resumed_run_continues_in_it(
+    run_train,
+):
     pytest.importorskip(
         "tensorboard", reason="needs tensorboard: pip install -r requirements-dev.txt"
     )
@@ -196,7 +211,10 @@ def test_tensorboard_has_the_numbers_of_the_metrics_and_a_resumed_run_continues_
         }
 
     def all_rows() -> list[dict]:
-        return [json.loads(line) for line in Path("out/run/metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)
+            for line in Path("out/run/metrics.jsonl").read_text().splitlines()
+        ]
 
     run_train("--log=tensorboard")
     assert len(all_rows()) >= 6 and logged() == expected(all_rows())
@@ -205,7 +223,9 @@ def test_tensorboard_has_the_numbers_of_the_metrics_and_a_resumed_run_continues_
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
     assert all_rows()[-1]["iter"] == 8 and logged() == expected(all_rows())
     run_train("--log=tensorboard")
-    assert logged() == expected(all_rows()) and Path("out/run/previous-1/tensorboard").is_dir()
+    assert (
+        logged() == expected(all_rows()) and Path("out/run/previous-1/tensorboard").is_dir()
+    )
 
 
 def test_a_logger_that_is_unknown_or_not_installed_is_named(tiny, fails, monkeypatch):

@@ -34,7 +34,13 @@ def text_of(capsys, *argv: str) -> str:
 
 def test_only_text_goes_to_stdout(run_dir, capsys):
     sample.main(
-        ["--out_dir=out/run", "--device=cpu", "--num_samples=2", "--max_new_tokens=20", "--start=A"]
+        [
+            "--out_dir=out/run",
+            "--device=cpu",
+            "--num_samples=2",
+            "--max_new_tokens=20",
+            "--start=A",
+        ]
     )
     out, err = capsys.readouterr()
     assert out.count("A") >= 2 and len(out) == 2 * (1 + 20 + 1)  # prompt, tokens, line end
@@ -57,7 +63,9 @@ def test_a_prompt_file_may_be_in_the_home_folder(run_dir, capsys, folder, monkey
     assert text_of(capsys, "--start=FILE:~/Ak") == text_of(capsys, "--start=Ak ")
 
 
-def test_prompts_and_a_text_to_score_may_come_from_standard_input(run_dir, capsys, monkeypatch):
+def test_prompts_and_a_text_to_score_may_come_from_standard_input(
+    run_dir, capsys, monkeypatch
+):
     Path("text.txt").write_text("Ak\nAk\n")
     for key in ("--prompts", "--score"):
         from_file = text_of(capsys, f"{key}=text.txt")
@@ -78,9 +86,13 @@ def test_a_run_that_is_not_there_is_answered_with_the_nearest_or_the_command_tha
     run_dir, fails
 ):
     run_dir.rename("out/my run")
-    assert fails(sample.main, "--out_dir=out/my rnu").endswith("; did you mean 'out/my run'?\n")
+    assert fails(sample.main, "--out_dir=out/my rnu").endswith(
+        "; did you mean 'out/my run'?\n"
+    )
     for argv in ([], ["--out_dir=out"], ["--out_dir=my run"]):
-        assert fails(sample.main, *argv).endswith("; did you mean '--out_dir=out/my run'?\n")
+        assert fails(sample.main, *argv).endswith(
+            "; did you mean '--out_dir=out/my run'?\n"
+        )
     Path("out/new one").mkdir()
     assert fails(sample.main, "--out_dir=out/new one").endswith(
         "; train first: python train.py '--out_dir=out/new one'\n"
@@ -115,7 +127,9 @@ BAD = {
     "character 'é' (U+00E9) is not among the": ["--start=é"],
     "an empty prompt; give at least one character": ["--start="],
     "cannot read the text latin1.txt: it is not UTF-8": ["--start=FILE:latin1.txt"],
-    "cannot read the text nothing.txt: No such file or directory": ["--start=FILE:nothing.txt"],
+    "cannot read the text nothing.txt: No such file or directory": [
+        "--start=FILE:nothing.txt"
+    ],
     "an empty prompt; give at": ["--start=-"],
     "cannot read the text promts.txt: No such file or directory; did you mean prompts.txt?": [
         "--prompts=promts.txt"
@@ -153,10 +167,13 @@ BAD = {
 @pytest.mark.parametrize("complaint", BAD)
 def test_bad_input_is_one_line(run_dir, fails, monkeypatch, complaint):
     if not any(
-        argument.startswith(("--device", "--dtype", "--init_from")) for argument in BAD[complaint]
+        argument.startswith(("--device", "--dtype", "--init_from"))
+        for argument in BAD[complaint]
     ):
         loaded = sample.load("out/run", device="cpu")
-        monkeypatch.setattr(sample, "load", lambda *args, **keys: loaded)  # it prints nothing
+        monkeypatch.setattr(
+            sample, "load", lambda *args, **keys: loaded
+        )  # it prints nothing
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     Path("latin1.txt").write_bytes(b"caf\xe9")
     Path("empty.txt").write_text("")
@@ -189,9 +206,14 @@ def test_every_model_key_is_in_the_checkpoint(run_dir):
 
 
 def test_greedy_texts_are_all_the_same_so_one_is_printed(run_dir, capsys):
-    sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5", "--temperature=0"])
+    sample.main(
+        ["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5", "--temperature=0"]
+    )
     captured = capsys.readouterr()
-    assert "at temperature=0 all texts are the same" in captured.err and "-----" not in captured.err
+    assert (
+        "at temperature=0 all texts are the same" in captured.err
+        and "-----" not in captured.err
+    )
 
 
 # --------------------------------------------------------------------------------------
@@ -216,7 +238,9 @@ def test_a_sample_is_the_same_alone_and_beside_others_of_other_prompts(run_dir, 
         )
 
 
-def test_more_texts_than_fit_at_once_are_continued_batch_by_batch(run_dir, capsys, monkeypatch):
+def test_more_texts_than_fit_at_once_are_continued_batch_by_batch(
+    run_dir, capsys, monkeypatch
+):
     Path("prompts.txt").write_text("A\nAk Ak Ak\nk A\n")
     together = texts_of(capsys, "--prompts=prompts.txt", "--num_samples=2")
     monkeypatch.setattr(sample, "texts_that_fit", lambda loaded, size: 2)
@@ -237,7 +261,9 @@ def test_how_many_texts_fit_depends_on_memory_and_size(run_dir, monkeypatch):
 def test_a_text_ends_before_a_stop_text_and_end_of_text(run_dir, capsys):
     whole = text_of(capsys, "--start=A", "--num_samples=1")[:-1]
     stop = whole[10:13]
-    found = text_of(capsys, "--start=A", "--num_samples=1", f"--stop={stop}", "--stop=nowhere")[:-1]
+    found = text_of(
+        capsys, "--start=A", "--num_samples=1", f"--stop={stop}", "--stop=nowhere"
+    )[:-1]
     assert found == whole[: whole.index(stop, 1)]
 
 
@@ -250,7 +276,9 @@ def test_a_prompt_longer_than_the_context_is_read_from_its_end(run_dir, capsys):
     long = "Ak " * 10
     found = text_of(capsys, f"--start={long}", "--num_samples=1")
     assert found.startswith(long)
-    sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=1", f"--start={long}"])
+    sample.main(
+        ["--out_dir=out/run", "--device=cpu", "--max_new_tokens=1", f"--start={long}"]
+    )
     assert "note: prompt 1 has 30 tokens; the last 16 are read" in capsys.readouterr().err
 
 
@@ -263,11 +291,14 @@ def test_log_probabilities_add_up_to_the_score_of_the_text(run_dir, capsys):
     for row in rows:
         top = [other["logprob"] for other in row["top"]]
         assert (
-            len(top) == 3 and top == sorted(top, reverse=True) and row["logprob"] <= top[0] + 1e-9
+            len(top) == 3
+            and top == sorted(top, reverse=True)
+            and row["logprob"] <= top[0] + 1e-9
         )
     Path("text.txt").write_text("A" + "".join(row["text"] for row in rows))
     found = re.search(
-        r"perplexity [\d.]+, ([\d.]+) nats in all; 15 tokens", text_of(capsys, "--score=text.txt")
+        r"perplexity [\d.]+, ([\d.]+) nats in all; 15 tokens",
+        text_of(capsys, "--score=text.txt"),
     )
     assert float(found[1]) == pytest.approx(-sum(row["logprob"] for row in rows), abs=0.01)
 
@@ -277,7 +308,9 @@ def test_on_a_terminal_log_probabilities_are_colours(run_dir, capsys, monkeypatc
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     colours = text_of(capsys, "--start=A", "--num_samples=2", "--logprobs=1")
     assert "\033[" in colours and re.sub(r"\033\[\d+m", "", colours) == plain
-    likely, unlikely = (sample.Piece(0, "x", token, torch.tensor([0.5, -99.0])) for token in (0, 1))
+    likely, unlikely = (
+        sample.Piece(0, "x", token, torch.tensor([0.5, -99.0])) for token in (0, 1)
+    )
     texts = [piece.text for piece in sample.coloured([likely, unlikely])]
     assert texts == ["\033[32mx\033[0m", "\033[31mx\033[0m"]
 
@@ -332,7 +365,9 @@ class Spy(ByteTokenizer):
 
 def test_a_later_line_gets_no_start_token_and_no_space_before_it(monkeypatch):
     model = random_model(vocab_size=256, block_size=64)
-    loaded = sample.Pipeline(model, Spy(), "language modelling", torch.device("cpu"), nullcontext())
+    loaded = sample.Pipeline(
+        model, Spy(), "language modelling", torch.device("cpu"), nullcontext()
+    )
     seen = []
 
     def continue_texts(context, *args, **keys):
@@ -356,7 +391,9 @@ def test_weights_in_fewer_bits_sample_text_and_score_nearly_the_same(run_dir, ca
 
 def test_from_a_notebook_three_lines_are_enough(run_dir, capsys):
     loaded = sample.load("out/run", device="cpu")
-    text = sample.complete(loaded, "A", max_new_tokens=40, temperature=0.8, top_k=200, seed=1337)
+    text = sample.complete(
+        loaded, "A", max_new_tokens=40, temperature=0.8, top_k=200, seed=1337
+    )
     assert text == text_of(capsys, "--start=A", "--num_samples=1")[:-1]
     assert (
         sample.complete(

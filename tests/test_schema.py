@@ -26,13 +26,19 @@ EDITS = {
     "name must be a string": lambda value: value | {"name": 3},
     "mean must be a number": lambda value: value | {"mean": True},
     r"sizes must be a list": lambda value: value | {"sizes": (1, 2)},
-    r"sizes\[1\] must be an integer from 0 to 99": lambda value: value | {"sizes": [1, 100]},
+    r"sizes\[1\] must be an integer from 0 to 99": lambda value: (
+        value | {"sizes": [1, 100]}
+    ),
     r"sizes\[0\] must be an integer from 0 to 99": lambda value: value | {"sizes": [True]},
     "best must be an integer or None": lambda value: value | {"best": math.nan},
     "kind must be pairs or text": lambda value: value | {"kind": ["text"]},
-    "kind is missing": lambda value: {key: entry for key, entry in value.items() if key != "kind"},
+    "kind is missing": lambda value: {
+        key: entry for key, entry in value.items() if key != "kind"
+    },
     r"splits\.'a\\nb' must be a dictionary": lambda value: value | {"splits": {"a\nb": 3}},
-    r"splits\.val\.tokens is missing": lambda value: value | {"splits": {"val": {"done": False}}},
+    r"splits\.val\.tokens is missing": lambda value: (
+        value | {"splits": {"val": {"done": False}}}
+    ),
 }
 
 
@@ -55,7 +61,8 @@ def test_the_entry_that_does_not_fit_is_named(complaint):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "\0", '{"a": 1', b"\xff\xfe\xff", "[" * 100_000, "1" * 5000, "NaN", "[3]"]
+    "text",
+    ["", "{", "\0", '{"a": 1', b"\xff\xfe\xff", "[" * 100_000, "1" * 5000, "NaN", "[3]"],
 )
 def test_what_is_no_json_or_does_not_fit_is_refused_in_one_line(text):
     with pytest.raises(ValueError) as error:

@@ -66,7 +66,9 @@ KEPT = ["--learning_rate=3e-3", "--eval_iters=3"]
         for case in sorted(CASES)
     ],
 )
-def test_sharded_processes_have_the_losses_of_one(run_train, monkeypatch, name, size, steps):
+def test_sharded_processes_have_the_losses_of_one(
+    run_train, monkeypatch, name, size, steps
+):
     # Muon rounds to bfloat16 where it can, so that the smallest difference grows
     monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda device: False)
     argv = [
@@ -90,10 +92,14 @@ def test_sharded_processes_have_the_losses_of_one(run_train, monkeypatch, name, 
     [
         ["--max_iters=6"],
         pytest.param(["--max_iters=50"], marks=pytest.mark.long),
-        pytest.param(["--model=gpt", "--batch_size=4", "--max_iters=50"], marks=pytest.mark.long),
+        pytest.param(
+            ["--model=gpt", "--batch_size=4", "--max_iters=50"], marks=pytest.mark.long
+        ),
     ],
 )
-def test_sharded_processes_have_the_losses_of_one_on_sentence_pairs(pairs, run_train, options):
+def test_sharded_processes_have_the_losses_of_one_on_sentence_pairs(
+    pairs, run_train, options
+):
     argv = [*PAIRS, "--eval_interval=25", *options]
     one = run_train(*argv)
     size = 2 if "--max_iters=6" in options else 4
@@ -104,7 +110,9 @@ def test_sharded_processes_have_the_losses_of_one_on_sentence_pairs(pairs, run_t
     assert several[-1]["test_bleu"] == one[-1]["test_bleu"]
 
 
-def test_a_sharded_run_starts_from_a_model_and_is_evaluated_as_one_of_one_process(run_train):
+def test_a_sharded_run_starts_from_a_model_and_is_evaluated_as_one_of_one_process(
+    run_train,
+):
     run_train()
     argv = [
         "--init_from=out/run",
@@ -117,7 +125,10 @@ def test_a_sharded_run_starts_from_a_model_and_is_evaluated_as_one_of_one_proces
     assert launch(2, *TINY_RUN, *argv, "--parallel=fsdp") == [0, 0]
     assert "parameters, 97." in Path("stdout0").read_text()  # are trained
     assert losses(read_rows(Path("out/tuned"))) == pytest.approx(losses(one), rel=1e-5)
-    assert launch(2, "--init_from=resume", "--out_dir=out/tuned", "--eval_only=True") == [0, 0]
+    assert launch(2, "--init_from=resume", "--out_dir=out/tuned", "--eval_only=True") == [
+        0,
+        0,
+    ]
     assert f"val loss {one[-1]['val_loss']:.4f}" in Path("stdout0").read_text()
 
 
@@ -131,9 +142,16 @@ def test_compiled_sharded_processes_have_the_losses_of_one(run_train):
 
 
 def test_sharded_each_matrix_is_orthogonalised_whole_by_one_process(tiny):
-    assert launch(2, *FSDP, "--optimizer=normuon", "--n_layer=3", main=count_matrices) == [0, 0]
-    counts = [json.loads(Path(f"counts{rank}").read_text())["matrices"] for rank in range(2)]
-    assert sum(counts) == 6 * 3 * 6 and min(counts) >= 6 * 8  # steps, layers, matrices of each
+    assert launch(2, *FSDP, "--optimizer=normuon", "--n_layer=3", main=count_matrices) == [
+        0,
+        0,
+    ]
+    counts = [
+        json.loads(Path(f"counts{rank}").read_text())["matrices"] for rank in range(2)
+    ]
+    assert (
+        sum(counts) == 6 * 3 * 6 and min(counts) >= 6 * 8
+    )  # steps, layers, matrices of each
 
 
 # --------------------------------------------------------------------------------------
@@ -223,10 +241,14 @@ def saved(tiny, tmp_path_factory):
 
 @pytest.mark.filterwarnings("error")
 def test_sample_and_export_open_it_without_a_process_group(saved, capsys):
-    sample.main(["--out_dir=out/run", "--max_new_tokens=5", "--seed=1", "--checkpoint=latest"])
+    sample.main(
+        ["--out_dir=out/run", "--max_new_tokens=5", "--seed=1", "--checkpoint=latest"]
+    )
     text, notes = capsys.readouterr()
     assert "Warning" not in notes
-    export.main(["--out_dir=out/run", "--format=ckpt", "--checkpoint=latest", "--to=one/ckpt.pt"])
+    export.main(
+        ["--out_dir=out/run", "--format=ckpt", "--checkpoint=latest", "--to=one/ckpt.pt"]
+    )
     one, sharded = checkpoint.read(Path("one/ckpt.pt")), checkpoint.read(saved)
     assert_same_weights(one["model"], sharded["model"])
     assert one["progress"] == sharded["progress"] and one["optimizer"]["steps"] == 3
@@ -271,7 +293,9 @@ def rewrite_metadata(folder: Path, content: bytes) -> None:
 @pytest.mark.parametrize("name", sorted(sharded_checkpoint.CLASSES))
 def test_the_classes_of_torch_that_metadata_is_made_of_are_still_there(name):
     module, _, attribute = name.rpartition(".")
-    assert hasattr(importlib.import_module(module), attribute), f"torch has no {name} any more"
+    assert hasattr(importlib.import_module(module), attribute), (
+        f"torch has no {name} any more"
+    )
 
 
 class Harm:
@@ -282,7 +306,10 @@ class Harm:
 def test_metadata_that_would_run_code_is_refused(saved, fails):
     rewrite_metadata(saved, pickle.dumps(Harm()))
     complaint = fails(sample.main, "--out_dir=out/run", "--checkpoint=latest")
-    assert complaint.startswith("out/run/ckpt is damaged: it holds") and not Path("harmed").exists()
+    assert (
+        complaint.startswith("out/run/ckpt is damaged: it holds")
+        and not Path("harmed").exists()
+    )
 
 
 def test_every_damaged_byte_is_noticed_or_does_not_matter(saved):
@@ -327,7 +354,9 @@ def test_at_any_moment_of_a_replacement_a_whole_checkpoint_is_found(saved, monke
     shutil.copytree(saved, new)
     for name in ("rename",):
         monkeypatch.setattr(Path, name, stopping(getattr(Path, name), steps))
-    monkeypatch.setattr(sharded_checkpoint, "remove", stopping(sharded_checkpoint.remove, steps))
+    monkeypatch.setattr(
+        sharded_checkpoint, "remove", stopping(sharded_checkpoint.remove, steps)
+    )
     for stop in range(1, 4):
         steps[:] = [stop]
         with pytest.raises(KeyboardInterrupt):
@@ -374,17 +403,25 @@ def test_a_disk_that_is_full_for_one_process_is_one_line(tiny, monkeypatch):
 
 @pytest.mark.parametrize(
     ("rank", "dtype", "complaint"),
-    [(4, torch.float32, "lora_rank=4"), (0, torch.float16, "does not train in float16; take")],
+    [
+        (4, torch.float32, "lora_rank=4"),
+        (0, torch.float16, "does not train in float16; take"),
+    ],
 )
 def test_what_cannot_be_sharded_is_refused(rank, dtype, complaint):
     with pytest.raises(UserError, match=complaint):
         sharding.ShardedProcesses().check_model(ModelConfig(lora_rank=rank), dtype)
 
 
-def test_a_sharded_process_that_dies_ends_the_others_and_the_run_resumes_exactly(tiny, monkeypatch):
+def test_a_sharded_process_that_dies_ends_the_others_and_the_run_resumes_exactly(
+    tiny, monkeypatch
+):
     assert launch(2, *FSDP) == [0, 0]
     rows, whole = read_rows(OUT), checkpoint.read(OUT / "ckpt.pt")["model"]
-    assert launch(2, *FSDP, main=partial(dying, number=signal.SIGKILL)) == [2, -signal.SIGKILL]
+    assert launch(2, *FSDP, main=partial(dying, number=signal.SIGKILL)) == [
+        2,
+        -signal.SIGKILL,
+    ]
     assert (
         Path("stderr0")
         .read_text()

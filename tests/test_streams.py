@@ -33,7 +33,10 @@ def test_a_text_ends_before_the_first_stop_text_and_is_otherwise_whole(text, sto
     expected = text[: min(ends)] if ends else text
     assert "".join(shown(text, stop)) == expected
     if text:
-        assert "".join(shown(text, stop, CharTokenizer("".join(sorted(set(text)))))) == expected
+        assert (
+            "".join(shown(text, stop, CharTokenizer("".join(sorted(set(text))))))
+            == expected
+        )
 
 
 def test_only_what_may_begin_a_stop_text_is_held_back():
@@ -43,14 +46,26 @@ def test_only_what_may_begin_a_stop_text_is_held_back():
 
 def test_a_character_comes_with_its_last_byte_and_a_broken_one_never():
     stream = TextStream(ByteTokenizer())
-    assert [stream.feed(byte) for byte in "ü🙂a".encode()] == ["", "ü", "", "", "", "🙂", "a"]
+    assert [stream.feed(byte) for byte in "ü🙂a".encode()] == [
+        "",
+        "ü",
+        "",
+        "",
+        "",
+        "🙂",
+        "a",
+    ]
     assert [stream.feed(0xC3), stream.close()] == ["", ""]
     assert TextStream(ByteTokenizer()).feed(0xFF) == "\N{REPLACEMENT CHARACTER}"
 
 
 def test_end_of_text_ends_it_and_is_not_shown():
     stream = TextStream(ByteTokenizer(separated=True), ("bc",))
-    assert [stream.feed(token) for token in (97, 98, 256)] == ["a", "", "b"] and stream.ended
+    assert [stream.feed(token) for token in (97, 98, 256)] == [
+        "a",
+        "",
+        "b",
+    ] and stream.ended
 
 
 @pytest.mark.parametrize("seed", range(3))

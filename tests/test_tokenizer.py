@@ -25,9 +25,13 @@ OPTIONS = {"vocab_size": 350, "model_type": "bpe"}
 GPT2 = [*(bytes([i]) for i in range(256)), b" w", b"or"]
 
 
-def made(kind: type[tokenizer.Tokenizer], separated: bool, **options) -> tokenizer.Tokenizer:
+def made(
+    kind: type[tokenizer.Tokenizer], separated: bool, **options
+) -> tokenizer.Tokenizer:
     """A tokenizer as prepare_data.py makes one, with the options that it takes."""
-    options = {key: value for key, value in (OPTIONS | options).items() if key in kind.options}
+    options = {
+        key: value for key, value in (OPTIONS | options).items() if key in kind.options
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "gpt2_pieces", lambda: GPT2)
         return kind.train(iter([TEXT]), separated=separated, **options)
@@ -130,7 +134,9 @@ def test_a_prompt_for_when_there_is_none_is_the_end_of_a_text_or_a_line_break():
     assert CharTokenizer("ab").start().tolist() == [0]
 
 
-@pytest.mark.parametrize("tok", [TOKENIZERS[name] for name in ("sentencepiece", "unigram", "bpe")])
+@pytest.mark.parametrize(
+    "tok", [TOKENIZERS[name] for name in ("sentencepiece", "unigram", "bpe")]
+)
 def test_sub_words_are_longer_than_characters_and_all_ids_can_be_decoded(tok):
     assert tok.vocab_size == 350
     assert len(tok.encode(TEXT)) < 0.6 * len(TEXT)
@@ -155,9 +161,12 @@ def bound_in(error: pytest.ExceptionInfo) -> int:
 
 
 @pytest.mark.parametrize("kind", [SentencePieceTokenizer, BytePairTokenizer])
-def test_a_vocabulary_too_large_for_the_text_is_refused_with_the_largest_that_is_possible(kind):
+def test_a_vocabulary_too_large_for_the_text_is_refused_with_the_largest_that_is_possible(
+    kind,
+):
     with pytest.raises(
-        UserError, match=r"vocab_size=5000 is too large: .* finds at most \d+ tokens in this"
+        UserError,
+        match=r"vocab_size=5000 is too large: .* finds at most \d+ tokens in this",
     ) as error:
         kind.train(["too little text"], 5000)
     most = bound_in(error)
@@ -165,7 +174,9 @@ def test_a_vocabulary_too_large_for_the_text_is_refused_with_the_largest_that_is
 
 
 @pytest.mark.parametrize("kind", [SentencePieceTokenizer, BytePairTokenizer])
-def test_a_vocabulary_too_small_for_the_text_is_refused_with_the_smallest_that_is_possible(kind):
+def test_a_vocabulary_too_small_for_the_text_is_refused_with_the_smallest_that_is_possible(
+    kind,
+):
     with pytest.raises(
         UserError, match=r"vocab_size=20 is too small: .* needs at least \d+ tokens"
     ) as error:
@@ -213,7 +224,9 @@ PIECES = [bytes([i]) for i in range(256)]
 
 
 def packed(pieces: list[bytes]) -> str:
-    return base64.b64encode(zlib.compress(b"\n".join(map(base64.b64encode, pieces)))).decode()
+    return base64.b64encode(
+        zlib.compress(b"\n".join(map(base64.b64encode, pieces)))
+    ).decode()
 
 
 @pytest.mark.parametrize(
@@ -278,8 +291,14 @@ def test_a_sentencepiece_model_that_was_trained_otherwise_is_refused(foreign):
 
 def test_a_small_description_of_a_huge_vocabulary_takes_little_memory():
     packer = zlib.compressobj(9)
-    bomb = b"".join([*(packer.compress(bytes(1 << 20)) for _ in range(256)), packer.flush()])
-    state = {"tokenizer": "bpe", "separated": True, "pieces": base64.b64encode(bomb).decode()}
+    bomb = b"".join(
+        [*(packer.compress(bytes(1 << 20)) for _ in range(256)), packer.flush()]
+    )
+    state = {
+        "tokenizer": "bpe",
+        "separated": True,
+        "pieces": base64.b64encode(bomb).decode(),
+    }
     tracemalloc.start()
     with pytest.raises(UserError, match="take more than 67,108,864 bytes"):
         tokenizer.from_state(state)
@@ -298,6 +317,7 @@ def test_what_does_not_describe_a_tokenizer_is_refused(state):
 
 def test_an_unknown_tokenizer_is_refused():
     with pytest.raises(
-        UserError, match=f"tokenizer 'morse' is not one of: {', '.join(tokenizer.TOKENIZERS)}"
+        UserError,
+        match=f"tokenizer 'morse' is not one of: {', '.join(tokenizer.TOKENIZERS)}",
     ):
         tokenizer.from_state({"tokenizer": "morse"})

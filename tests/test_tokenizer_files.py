@@ -27,7 +27,9 @@ transformers = pytest.importorskip(
 tokenizers = pytest.importorskip("tokenizers")
 
 TEXT = (
-    "Füße, 東京!\n🙂 and   plain words\nHello the dog " + "1234567,\n(so).\n" * 20 + make_text(5000)
+    "Füße, 東京!\n🙂 and   plain words\nHello the dog "
+    + "1234567,\n(so).\n" * 20
+    + make_text(5000)
 )
 SIGNS = [
     "▁",
@@ -71,7 +73,10 @@ def trained_bpe(split: str | None = None):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|endoftext|>"] if split is None else []
     trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+        vocab_size=400,
+        initial_alphabet=alphabet,
+        special_tokens=special,
+        show_progress=False,
     )
     engine.train_from_iterator([TEXT], trainer)
     return engine
@@ -85,7 +90,9 @@ def merges_folder(folder: Path) -> Path:
 
 
 def gpt2_json_folder(folder: Path) -> Path:
-    transformers.AutoTokenizer.from_pretrained(merges_folder(folder)).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(merges_folder(folder)).save_pretrained(
+        folder
+    )
     for name in ("vocab.json", "merges.txt"):
         (folder / name).unlink(missing_ok=True)
     return folder
@@ -99,14 +106,20 @@ def llama3_folder(folder: Path) -> Path:
     from tokenizers import AddedToken, processors
 
     engine = trained_bpe(LLAMA3)
-    engine.add_special_tokens([AddedToken(token, special=True) for token in ("<s>", "</s>")])
+    engine.add_special_tokens(
+        [AddedToken(token, special=True) for token in ("<s>", "</s>")]
+    )
     template = {
         "single": "<s> $A",
         "pair": "<s> $A <s> $B",
         "special_tokens": [("<s>", engine.token_to_id("<s>"))],
     }
     engine.post_processor = processors.TemplateProcessing(**template)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    }
     engine.save(
         str(
             write(folder, config={"model_type": "llama"}, tokenizer_config=config)
@@ -119,7 +132,9 @@ def llama3_folder(folder: Path) -> Path:
 def sentencepiece_folder(folder: Path, model_type: str = "bpe", **config) -> Path:
     """As Llama's own tokenizer.model was trained."""
     write(
-        folder, config={"model_type": "llama"}, **({"tokenizer_config": config} if config else {})
+        folder,
+        config={"model_type": "llama"},
+        **({"tokenizer_config": config} if config else {}),
     )
     options = {
         "byte_fallback": True,
@@ -157,7 +172,10 @@ KINDS = {
         folder, tokenizer_class="LlamaTokenizer", add_bos_token=True
     ),
     "LlamaTokenizer, legacy, with more tokens": lambda folder: sentencepiece_folder(
-        folder, tokenizer_class="LlamaTokenizer", legacy=True, additional_special_tokens=["<|x|>"]
+        folder,
+        tokenizer_class="LlamaTokenizer",
+        legacy=True,
+        additional_special_tokens=["<|x|>"],
     ),
     "Llama 2's tokenizer.json": llama2_json_folder,
 }
@@ -166,14 +184,20 @@ KINDS = {
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """{kind: (its folder, transformers' tokenizer, ours after a round trip through its state)}, made when asked for."""
-    pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with it")
+    pytest.importorskip(
+        "google.protobuf", reason="transformers reads tokenizer.model with it"
+    )
     tokenizers = {}
 
     def make(kind: str):
         if kind not in tokenizers:
             folder = KINDS[kind](tmp_path_factory.mktemp("tokenizer"))
-            theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            ours = tokenizer.from_state(json.loads(json.dumps(read_tokenizer(folder).state())))
+            theirs = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True
+            )
+            ours = tokenizer.from_state(
+                json.loads(json.dumps(read_tokenizer(folder).state()))
+            )
             tokenizers[kind] = folder, theirs, ours
         return tokenizers[kind]
 
@@ -208,7 +232,9 @@ def test_ids_and_text_are_those_of_transformers(kind, made):
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", [*KINDS, "GPT-2"])
-def test_ids_and_text_are_those_of_transformers_on_a_thousand_texts(kind, made, monkeypatch):
+def test_ids_and_text_are_those_of_transformers_on_a_thousand_texts(
+    kind, made, monkeypatch
+):
     monkeypatch.setitem(KINDS, "GPT-2", gpt2_folder)
     _, theirs, ours = made(kind)
     assert_equal_on(theirs, ours, 1000)
@@ -266,7 +292,9 @@ def test_the_ends_of_texts_are_the_models_own(made):
     assert names["LlamaTokenizer"][0].start().tolist() == [1]
 
 
-@pytest.mark.parametrize("kind", ["vocab.json", "Llama 3's tokenizer.json", "LlamaTokenizer"])
+@pytest.mark.parametrize(
+    "kind", ["vocab.json", "Llama 3's tokenizer.json", "LlamaTokenizer"]
+)
 def test_a_document_in_pieces_has_the_tokens_of_the_whole(kind, made):
     _, theirs, ours = made(kind)
     first, second = "Hello the dog.", " and plain words\n12"
@@ -342,7 +370,9 @@ def test_a_damaged_state_is_refused(kind, made):
     state = made(kind)[2].state()
     for key in state.keys() - {"tokenizer"}:
         for wrong in ("", "AAAA", 10**6, {"a": 10**6}, ["x"]):
-            with pytest.raises(UserError, match=r"the description of the tokenizer .* is damaged"):
+            with pytest.raises(
+                UserError, match=r"the description of the tokenizer .* is damaged"
+            ):
                 tokenizer.from_state(state | {key: wrong})
 
 
@@ -353,9 +383,15 @@ def test_a_tokenizer_that_is_neither_a_kind_nor_a_path_is_refused(fails, folder)
         "tokenizer=chars is not one of: char, byte, sentencepiece, gpt2, bpe, a folder"
     )
     line = fails(prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=.")
-    assert line.startswith("cannot read the tokenizer in .: there is neither tokenizer.json")
+    assert line.startswith(
+        "cannot read the tokenizer in .: there is neither tokenizer.json"
+    )
     assert "vocab_size=300 has no effect" in fails(
-        prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=.", "--vocab_size=300"
+        prepare_data.main,
+        "--input=mine.txt",
+        "--name=mine",
+        "--tokenizer=.",
+        "--vocab_size=300",
     )
 
 
@@ -371,7 +407,9 @@ def test_a_tokenizer_that_was_imported_is_exported_with_its_ids_and_special_toke
     again = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
 
     assert_equal_on(again, ours, 30)
-    assert again.eos_token_id == ours.eot and (ours.bos is None or again.bos_token_id == ours.bos)
+    assert again.eos_token_id == ours.eot and (
+        ours.bos is None or again.bos_token_id == ours.bos
+    )
     assert (
         read_tokenizer(tmp_path).state() == ours.state() or kind == "vocab.json"
     )  # which comes back as tokenizer.json

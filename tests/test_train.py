@@ -57,14 +57,37 @@ def test_a_run_leaves_checkpoints_metrics_picture_and_settings(run_train, capsys
     assert [row["iter"] for row in rows] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert [row["tokens"] for row in rows] == [64 * row["iter"] for row in rows]
     raw = [json.loads(line) for line in (OUT / "metrics.jsonl").read_text().splitlines()]
-    logged = {"iter", "tokens", "seconds", "train_loss", "lr", "grad_norm", "tokens_per_second"}
-    evaluated = {"iter", "tokens", "seconds", "val_loss", "val_bits_per_byte", "val_perplexity"}
-    assert [set(row) for row in raw] == [logged] * 3 + [evaluated] + [logged] * 3 + [evaluated]
+    logged = {
+        "iter",
+        "tokens",
+        "seconds",
+        "train_loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+    }
+    evaluated = {
+        "iter",
+        "tokens",
+        "seconds",
+        "val_loss",
+        "val_bits_per_byte",
+        "val_perplexity",
+    }
+    assert [set(row) for row in raw] == [logged] * 3 + [evaluated] + [logged] * 3 + [
+        evaluated
+    ]
     assert rows[-1]["val_perplexity"] == pytest.approx(math.exp(rows[-1]["val_loss"]))
-    assert rows[-1]["val_bits_per_byte"] == pytest.approx(rows[-1]["val_loss"] / math.log(2))
+    assert rows[-1]["val_bits_per_byte"] == pytest.approx(
+        rows[-1]["val_loss"] / math.log(2)
+    )
     assert (OUT / "loss.png").read_bytes().startswith(b"\x89PNG")
     settings = json.loads((OUT / "config.json").read_text())
-    assert (settings["n_embd"], settings["vocab_size"] > 1, settings["max_iters"]) == (32, True, 6)
+    assert (settings["n_embd"], settings["vocab_size"] > 1, settings["max_iters"]) == (
+        32,
+        True,
+        6,
+    )
     assert out.splitlines()[-1] == f"best val loss {rows[-1]['val_loss']:.4f} at iter 6"
     assert "python sample.py --out_dir=out/run" in out
     assert sorted(path.name for path in OUT.iterdir()) == [
@@ -109,7 +132,9 @@ def test_without_always_save_checkpoint_only_a_lower_loss_is_saved(run_train, mo
     ]
 
 
-def test_early_stopping_counts_evaluations_without_a_lower_loss(run_train, monkeypatch, capsys):
+def test_early_stopping_counts_evaluations_without_a_lower_loss(
+    run_train, monkeypatch, capsys
+):
     evaluations(monkeypatch, 3.0, 4.0, 2.0, 2.5, 2.0, 9.0)
     rows = run_train("--early_stopping=2", "--max_iters=60")
     assert rows[-1]["iter"] == 15
@@ -176,7 +201,13 @@ def test_evaluation_goes_without_dropout(tiny, capsys):
 
 def test_each_batch_has_a_dropout_mask_of_its_own(tiny):
     train.main(
-        [*TINY_RUN, "--dropout=0.5", "--learning_rate=1e-30", "--weight_decay=0", "--max_iters=3"]
+        [
+            *TINY_RUN,
+            "--dropout=0.5",
+            "--learning_rate=1e-30",
+            "--weight_decay=0",
+            "--max_iters=3",
+        ]
     )
     one_block = make_text(17 * 10 // 9 + 2)
     (tiny / "input.txt").write_text(
@@ -196,17 +227,23 @@ def test_each_batch_has_a_dropout_mask_of_its_own(tiny):
     assert len(set(train_losses(read_rows(OUT)))) == 4
 
 
-def test_the_gradient_is_clipped_and_its_norm_is_logged_as_it_was_before(run_train, monkeypatch):
+def test_the_gradient_is_clipped_and_its_norm_is_logged_as_it_was_before(
+    run_train, monkeypatch
+):
     norms = []
     step = Optimizer.step
 
     def spy(optimizer):
-        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        gradients = [
+            p.grad.flatten() for group in optimizer.param_groups for p in group["params"]
+        ]
         norms.append(torch.cat(gradients).norm().item())
         return step(optimizer)
 
     monkeypatch.setattr(Optimizer, "step", spy)
-    logged = [row["grad_norm"] for row in run_train("--grad_clip=0.5") if "grad_norm" in row]
+    logged = [
+        row["grad_norm"] for row in run_train("--grad_clip=0.5") if "grad_norm" in row
+    ]
     assert min(logged) > 0.6 and norms == pytest.approx([0.5] * 6, rel=1e-3)
     norms.clear()
     assert [
@@ -224,7 +261,9 @@ def test_the_learning_rate_follows_its_schedule(run_train):
         [0.1, 0.2, *(0.1 + 0.1 * (1 + math.cos(math.pi * i / 4)) for i in range(4))]
     )
     rates = [
-        row["lr"] for row in run_train("--learning_rate=0.3", "--decay_lr=False") if "lr" in row
+        row["lr"]
+        for row in run_train("--learning_rate=0.3", "--decay_lr=False")
+        if "lr" in row
     ]
     assert rates == [0.3] * 6
 
@@ -246,7 +285,9 @@ def test_where_compiling_fails_the_run_trains_uncompiled(run_train, monkeypatch,
     monkeypatch.setattr(torch, "compile", broken)
     rows = run_train("--compile=True")
     notes = [line for line in capsys.readouterr().err.splitlines() if "compile" in line]
-    assert notes == ["note: torch.compile fails here (no compiler here); training uncompiled"]
+    assert notes == [
+        "note: torch.compile fails here (no compiler here); training uncompiled"
+    ]
     assert rows == run_train("--compile=False")
 
 
@@ -294,9 +335,9 @@ def test_a_gpu_trains_in_mixed_precision(run_train, dtype, options):
 def test_a_model_that_is_traced_as_for_compiling_trains_alike(run_train, monkeypatch):
     eager = run_train("--optimizer=normuon")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    assert train_losses(run_train("--optimizer=normuon", "--compile=True")) == pytest.approx(
-        train_losses(eager), rel=1e-4
-    )
+    assert train_losses(
+        run_train("--optimizer=normuon", "--compile=True")
+    ) == pytest.approx(train_losses(eager), rel=1e-4)
 
 
 # --------------------------------------------------------------------------------------
@@ -354,7 +395,10 @@ def test_a_signalled_program_exits_with_the_signals_code(tiny):
             pass
         process.send_signal(signal.SIGTERM)
         process.stdout.read()
-        assert f"; resume: python {ROOT / 'train.py'} --init_from=resume" in process.stderr.read()
+        assert (
+            f"; resume: python {ROOT / 'train.py'} --init_from=resume"
+            in process.stderr.read()
+        )
     assert process.returncode == 143
 
 
@@ -502,11 +546,14 @@ def test_what_may_not_change_on_resume_is_refused(run_train, fails, change):
     run_train()
     line = fails(train.main, "--init_from=resume", "--out_dir=out/run", f"--{change}")
     assert (
-        f"{change} cannot change on resume: the checkpoint has {change.partition('=')[0]}=" in line
+        f"{change} cannot change on resume: the checkpoint has {change.partition('=')[0]}="
+        in line
     )
 
 
-def test_a_checkpoint_from_before_a_key_existed_is_resumed_and_sampled(run_train, fails, capsys):
+def test_a_checkpoint_from_before_a_key_existed_is_resumed_and_sampled(
+    run_train, fails, capsys
+):
     run_train()
     for name in ("ckpt.pt", "best.pt"):
         saved = checkpoint.read(OUT / name)
@@ -523,7 +570,9 @@ def test_a_checkpoint_from_before_a_key_existed_is_resumed_and_sampled(run_train
 def test_new_settings_are_checked_together_with_those_of_the_checkpoint(run_train):
     run_train("--learning_rate=0.01")
     assert (
-        train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=7", "--min_lr=0.005"])
+        train.main(
+            ["--init_from=resume", "--out_dir=out/run", "--max_iters=7", "--min_lr=0.005"]
+        )
         == 0
     )
 
@@ -535,7 +584,9 @@ def test_resuming_a_copied_folder_leaves_the_original_alone(run_train):
     OUT.rename("out/copy")
     before = {path.name: path.read_bytes() for path in Path("out/original").iterdir()}
     assert train.main(["--init_from=resume", "--out_dir=out/copy", "--max_iters=9"]) == 0
-    assert before == {path.name: path.read_bytes() for path in Path("out/original").iterdir()}
+    assert before == {
+        path.name: path.read_bytes() for path in Path("out/original").iterdir()
+    }
     assert not OUT.exists()
 
 
@@ -549,12 +600,19 @@ def test_fewer_steps_than_are_done_are_refused_and_no_step_left_is_reported(
     assert "note: all 6 steps are done; for more: --max_iters=N" in capsys.readouterr().err
 
 
-def test_the_best_loss_starts_over_when_the_evaluation_set_changes(run_train, monkeypatch, capsys):
+def test_the_best_loss_starts_over_when_the_evaluation_set_changes(
+    run_train, monkeypatch, capsys
+):
     evaluations(monkeypatch, 1.0, 1.0, 2.0)
     run_train()
     assert (
         train.main(
-            ["--init_from=resume", "--out_dir=out/run", "--max_iters=9", "--eval_iters=None"]
+            [
+                "--init_from=resume",
+                "--out_dir=out/run",
+                "--max_iters=9",
+                "--eval_iters=None",
+            ]
         )
         == 0
     )
@@ -598,7 +656,9 @@ def test_the_same_text_from_another_path_can_be_resumed(run_train, folder):
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=7"]) == 0
 
 
-def test_a_run_that_moves_to_a_card_that_needs_a_scaler_gets_a_new_one(run_train, monkeypatch):
+def test_a_run_that_moves_to_a_card_that_needs_a_scaler_gets_a_new_one(
+    run_train, monkeypatch
+):
     run_train()
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(
@@ -612,13 +672,20 @@ def test_a_run_resumes_on_data_that_was_moved_aside(run_train, tiny, fails):
     straight = run_train("--max_iters=9", "--lr_decay_iters=9")
     run_train("--lr_decay_iters=9")
     prepare_data.main(["--input=tiny.txt", "--name=tiny", "--tokenizer=byte"])
-    resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=9", "--lr_decay_iters=9"]
+    resume = [
+        "--init_from=resume",
+        "--out_dir=out/run",
+        "--max_iters=9",
+        "--lr_decay_iters=9",
+    ]
     assert "moved aside, add --dataset=tiny/previous-1;" in fails(train.main, *resume)
     assert train.main([*resume, "--dataset=tiny/previous-1"]) == 0
     assert read_rows(OUT) == straight
 
 
-def test_where_the_data_is_gone_the_command_that_makes_it_again_is_named(run_train, tiny, fails):
+def test_where_the_data_is_gone_the_command_that_makes_it_again_is_named(
+    run_train, tiny, fails
+):
     run_train()
     command = json.loads((tiny / "meta.json").read_text())["command"]
     prepare_data.main(["--input=tiny.txt", "--name=tiny", "--tokenizer=byte"])
@@ -645,7 +712,9 @@ def test_where_the_data_is_gone_the_command_that_makes_it_again_is_named(run_tra
 # When it goes wrong
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run_train, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    run_train, capsys
+):
     run_train()
     good = weights()
     argv = [
@@ -666,8 +735,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(run_tr
     assert all(math.isfinite(loss) for loss in train_losses(read_rows(OUT)))
 
 
-@pytest.mark.parametrize("loss", [math.nan, 2000.0])  # the second is too large for a perplexity
-def test_a_validation_loss_that_is_no_number_is_never_the_best(tiny, monkeypatch, capsys, loss):
+@pytest.mark.parametrize(
+    "loss", [math.nan, 2000.0]
+)  # the second is too large for a perplexity
+def test_a_validation_loss_that_is_no_number_is_never_the_best(
+    tiny, monkeypatch, capsys, loss
+):
     evaluations(monkeypatch, 2.0, loss)
     assert train.main(TINY_RUN) == 1
     assert checkpoint.read(OUT / "ckpt.pt")["progress"]["iter"] == 3
@@ -678,7 +751,9 @@ def test_token_files_of_a_preparation_that_was_stopped_are_left_as_they_are(tiny
     (tiny / "preparing").mkdir()
     (tiny / "input.txt").write_text(make_text(seed=3))
     before = (tiny / "train.bin").read_bytes()
-    assert "the preparation of data/tiny was stopped before its end" in fails(train.main, *TINY_RUN)
+    assert "the preparation of data/tiny was stopped before its end" in fails(
+        train.main, *TINY_RUN
+    )
     assert (tiny / "train.bin").read_bytes() == before
 
 
@@ -698,12 +773,17 @@ BAD = {
     "nothing.py is not a config file": ["nothing.py"],
     "data is not a config file": ["data"],
     "broken.py:1: ": ["broken.py"],
-    "cannot write blocked/run: Not a directory; name another --out_dir": ["--out_dir=blocked/run"],
+    "cannot write blocked/run: Not a directory; name another --out_dir": [
+        "--out_dir=blocked/run"
+    ],
     "out_dir= must not be empty; write --out_dir=PATH": ["--out_dir="],
     "dataset='' and out_dir=out/run must be names of folders": ["--dataset="],
     "dataset='a\\x00b' and out_dir=": ["--dataset=a\0b"],
     "name='data/tiny' must be the name of a folder in data/": ["--dataset=data/tiny"],
-    "out_dir=tiny.txt is a file; write --out_dir=.": ["--out_dir=tiny.txt", "--init_from=resume"],
+    "out_dir=tiny.txt is a file; write --out_dir=.": [
+        "--out_dir=tiny.txt",
+        "--init_from=resume",
+    ],
 }
 
 
@@ -740,7 +820,9 @@ def test_the_default_warmup_is_fitted_to_a_short_run_and_a_chosen_one_is_not(tin
         assert config.warmup_iters == 100 and not capsys.readouterr().err
     argv = [key for key in TINY_RUN if "warmup" not in key]
     train.main(argv)
-    resumed, *_ = read_settings(["--init_from=resume", "--out_dir=out/run", "--max_iters=300"])
+    resumed, *_ = read_settings(
+        ["--init_from=resume", "--out_dir=out/run", "--max_iters=300"]
+    )
     assert resumed.warmup_iters == 0  # as it was
 
 
@@ -783,7 +865,12 @@ def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect
         "activation": "relu",
         "qk_norm": True,
     }
-    other |= {"embed_norm": True, "logit_soft_cap": 0.1, "init": "zero", "label_smoothing": 0.2}
+    other |= {
+        "embed_norm": True,
+        "logit_soft_cap": 0.1,
+        "init": "zero",
+        "label_smoothing": 0.2,
+    }
     other |= {
         "mlp_conv": 2,
         "attn_bias": True,
@@ -800,7 +887,9 @@ def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect
         return torch.cat([logits.flatten(), loss[None]])
 
     idle = configurator.without_effect(
-        asdict(TrainConfig()) | asdict(models.ModelConfig(**base)), models.ModelConfig, TrainConfig
+        asdict(TrainConfig()) | asdict(models.ModelConfig(**base)),
+        models.ModelConfig,
+        TrainConfig,
     )
     assert (
         other.keys() | {"model", "block_size", "embedding", "lora_rank"}
@@ -858,9 +947,13 @@ def test_whether_a_key_has_an_effect_depends_on_the_others(settings, idle):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(
-    "embedding", [("--embedding=table",), ("--embedding=number", "--n_embd=1")], ids=lambda e: e[0]
+    "embedding",
+    [("--embedding=table",), ("--embedding=number", "--n_embd=1")],
+    ids=lambda e: e[0],
 )
-def test_the_window_network_trains_resumes_and_samples(run_train, capsys, optimizer, embedding):
+def test_the_window_network_trains_resumes_and_samples(
+    run_train, capsys, optimizer, embedding
+):
     argv = [
         "--model=window_mlp",
         "--window=12",
@@ -870,7 +963,11 @@ def test_the_window_network_trains_resumes_and_samples(run_train, capsys, optimi
         *embedding,
     ]
     whole = run_train(
-        *argv, "--dropout=0.2", "--max_iters=60", "--learning_rate=1e-2", "--eval_interval=30"
+        *argv,
+        "--dropout=0.2",
+        "--max_iters=60",
+        "--learning_rate=1e-2",
+        "--eval_interval=30",
     )
     assert whole[-1]["val_loss"] < whole[0]["train_loss"] - 0.2
     assert "n_head=2 has no effect with model=window_mlp" in capsys.readouterr().err
@@ -887,7 +984,13 @@ def test_the_window_network_trains_resumes_and_samples(run_train, capsys, optimi
     assert_same_weights(weights(), weights_then)
     capsys.readouterr()
     sample.main(
-        ["--out_dir=out/run", "--device=cpu", "--start=A", "--num_samples=1", "--max_new_tokens=40"]
+        [
+            "--out_dir=out/run",
+            "--device=cpu",
+            "--start=A",
+            "--num_samples=1",
+            "--max_new_tokens=40",
+        ]
     )
     assert len(capsys.readouterr().out) == 1 + 40 + 1
 
@@ -951,7 +1054,9 @@ def test_a_second_ctrl_c_ends_a_long_step_at_once_and_the_first_one_says_so():
         assert process.stdout.readline() == "started\n"
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline() == "\n"
-        line = "SIGINT: finishing this step, then saving; a second one ends at once, unsaved\n"
+        line = (
+            "SIGINT: finishing this step, then saving; a second one ends at once, unsaved\n"
+        )
         assert process.stderr.readline() == line
         time.sleep(1.1)
         process.send_signal(signal.SIGINT)

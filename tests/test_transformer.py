@@ -52,7 +52,9 @@ def tokens(B: int, T: int, seed: int = 0) -> Tensor:
 
 
 def with_padding(source: Tensor, lengths: list[int]) -> Tensor:
-    return source.masked_fill(torch.arange(source.shape[1]) >= torch.tensor(lengths)[:, None], -1)
+    return source.masked_fill(
+        torch.arange(source.shape[1]) >= torch.tensor(lengths)[:, None], -1
+    )
 
 
 # --------------------------------------------------------------------------------------
@@ -66,7 +68,9 @@ def torch_transformer(norm_first: bool) -> nn.Transformer:
             d_model=48, nhead=4, num_encoder_layers=3, num_decoder_layers=3, dim_feedforward=96, dropout=0.0,
             batch_first=True, norm_first=norm_first,
         )  # fmt: skip
-    if not norm_first:  # torch adds a last norm after blocks that end with one; the paper does not
+    if (
+        not norm_first
+    ):  # torch adds a last norm after blocks that end with one; the paper does not
         theirs.encoder.norm = theirs.decoder.norm = None
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -115,7 +119,9 @@ def test_with_equal_weights_the_outputs_are_those_of_torchs_transformer(block, l
         block=block,
     ).eval()
     theirs = torch_transformer(norm_first=block == "pre_norm")
-    missing, unexpected = ours.load_state_dict(to_our_names(theirs.state_dict()), strict=False)
+    missing, unexpected = ours.load_state_dict(
+        to_our_names(theirs.state_dict()), strict=False
+    )
     assert not unexpected and set(missing) == {"wte.weight", "lm_head.weight"}
     source, idx = with_padding(tokens(3, 9), lengths), tokens(3, 7, seed=1)
     causal = nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.bool)
@@ -135,7 +141,9 @@ def test_the_original_transformer_scales_its_shared_embedding_by_the_square_root
     model = random_model(position="sinusoidal")
     inputs = []
     for stack in (model.encoder, model.decoder):
-        stack.blocks[0].register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
+        stack.blocks[0].register_forward_pre_hook(
+            lambda block, args: inputs.append(args[0])
+        )
     source, idx = tokens(2, 6), tokens(2, 4, seed=1)
     model(idx, source=source)
     for ids, x in zip((source, idx), inputs, strict=True):
@@ -231,10 +239,17 @@ def test_rows_of_the_state_can_be_selected_and_repeated(variant):
 def test_one_batch_of_pairs_overfits(variant):
     model = tiny(**variant)
     source, target = tokens(4, 6), tokens(4, 5, seed=1)
-    if "window" in variant or {"position": "none", "block": "plain"}.items() & variant.items():
+    if (
+        "window" in variant
+        or {"position": "none", "block": "plain"}.items() & variant.items()
+    ):
         # without order, residual connections or a view of the whole source it learns no more than one word
         target = source[:, :1] * torch.ones(1, 5, dtype=torch.int64)
-    batch = {"source": source, "idx": nn.functional.pad(target[:, :-1], (1, 0)), "targets": target}
+    batch = {
+        "source": source,
+        "idx": nn.functional.pad(target[:, :-1], (1, 0)),
+        "targets": target,
+    }
     assert overfit(model, batch, steps=200, lr=5e-3, until=0.1) < 0.1
 
 
@@ -265,10 +280,14 @@ def test_cross_attention_has_neither_rotation_nor_bias_nor_window(position, wind
     decoder(x, context=context)
     ((q, shared, _),) = contexts
     assert shared.context_mask == (None, False)
-    torch.testing.assert_close(cross(q, shared), cross(q, shared._replace(context=context.flip(1))))
+    torch.testing.assert_close(
+        cross(q, shared), cross(q, shared._replace(context=context.flip(1)))
+    )
 
 
-def test_the_masks_and_the_rotary_tables_are_made_once_per_forward_pass_of_each_stack(monkeypatch):
+def test_the_masks_and_the_rotary_tables_are_made_once_per_forward_pass_of_each_stack(
+    monkeypatch,
+):
     model, masks, tables = random_model(n_layer=3, position="rotary", window=3), [], []
     attention_mask = models.attention_mask
     monkeypatch.setattr(
@@ -279,7 +298,9 @@ def test_the_masks_and_the_rotary_tables_are_made_once_per_forward_pass_of_each_
     for stack in (model.encoder, model.decoder):
         rotary = stack.position.rotary
         monkeypatch.setattr(
-            stack.position, "rotary", lambda at, rotary=rotary: tables.append(at) or rotary(at)
+            stack.position,
+            "rotary",
+            lambda at, rotary=rotary: tables.append(at) or rotary(at),
         )
     model(tokens(2, 5), source=tokens(2, 7))
     assert sorted(masks) == [(5, 5), (5, 7), (7, 7)]  # target, cross-attention, source

@@ -61,8 +61,13 @@ def texts_in(data: PairDataset, batch: dict) -> list[tuple[str, str]]:
             assert idx[0] == data.tokenizer.eot
         else:
             source = idx[: int((targets >= 0).nonzero()[0]) + 1].tolist()
-        assert source[-1] == data.tokenizer.eot and idx[targets >= 0].tolist()[1:] == target[:-1]
-        found.append((data.tokenizer.decode(source[:-1]), data.tokenizer.decode(target[:-1])))
+        assert (
+            source[-1] == data.tokenizer.eot
+            and idx[targets >= 0].tolist()[1:] == target[:-1]
+        )
+        found.append(
+            (data.tokenizer.decode(source[:-1]), data.tokenizer.decode(target[:-1]))
+        )
     return found
 
 
@@ -76,13 +81,17 @@ both_ways = pytest.mark.parametrize("with_encoder", [True, False])
 @both_ways
 def test_an_epoch_has_each_pair_once_and_whole(pairs, with_encoder):
     data = open_pairs(with_encoder)
-    expected = sorted((data.tokenizer.decode(ids[:-1]), text) for ids, text in data.texts("train"))
+    expected = sorted(
+        (data.tokenizer.decode(ids[:-1]), text) for ids, text in data.texts("train")
+    )
     assert set(expected) < set(make_pairs())
     for epoch in range(3):
         batches = int(data.batches_per_epoch(4))
         read = [data.batch(epoch * batches + number, 4) for number in range(batches)]
         assert sorted(pair for batch in read for pair in texts_in(data, batch)) == expected
-    validated = [pair for batch in data.val_batches(4, None) for pair in texts_in(data, batch)]
+    validated = [
+        pair for batch in data.val_batches(4, None) for pair in texts_in(data, batch)
+    ]
     assert sorted(validated) == sorted(
         (data.tokenizer.decode(ids[:-1]), text) for ids, text in data.texts("val")
     )
@@ -127,7 +136,8 @@ def test_a_batch_depends_on_seed_and_step_alone(pairs, with_encoder):
             assert torch.equal(value, expected[number][key])
     batches = int(in_order.batches_per_epoch(4))
     first, second = (
-        [texts_in(in_order, b) for b in expected[i * batches : (i + 1) * batches]] for i in (0, 1)
+        [texts_in(in_order, b) for b in expected[i * batches : (i + 1) * batches]]
+        for i in (0, 1)
     )
     assert first != second
     sizes = [
@@ -155,7 +165,9 @@ def test_pairs_of_equal_lengths_meet_others_in_each_epoch(folder, with_encoder):
 
 
 def prepare_bytes(rows: list[tuple[str, str]], *argv: str) -> None:
-    Path("pairs.tsv").write_text("".join(f"{source}\t{target}\n" for source, target in rows))
+    Path("pairs.tsv").write_text(
+        "".join(f"{source}\t{target}\n" for source, target in rows)
+    )
     prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte", *argv])
 
 
@@ -163,7 +175,9 @@ def prepare_bytes(rows: list[tuple[str, str]], *argv: str) -> None:
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_the_longest_pair_of_all_splits_just_fits(pairs, with_encoder, split):
     data = open_pairs(with_encoder)
-    source, _ = max((data.tokenizer.decode(ids[:-1]), text) for ids, text in data.texts(split))
+    source, _ = max(
+        (data.tokenizer.decode(ids[:-1]), text) for ids, text in data.texts(split)
+    )
     prepare_bytes(
         [(s, "long " * 9 + "it is." if s == source else t) for s, t in make_pairs()],
         "--val_fraction=0.2",
@@ -173,21 +187,25 @@ def test_the_longest_pair_of_all_splits_just_fits(pairs, with_encoder, split):
     )  # its last token is never read
     assert PairDataset(Path("data/pairs"), needed, 1, with_encoder).texts(split)
     with pytest.raises(
-        UserError, match=f"a pair that takes {needed} tokens, .* take --block_size={needed}$"
+        UserError,
+        match=f"a pair that takes {needed} tokens, .* take --block_size={needed}$",
     ):
         PairDataset(Path("data/pairs"), needed - 1, 1, with_encoder)
 
 
 def test_one_long_source_makes_no_other_batch_small(folder):
     prepare_bytes(
-        [("long" * 9, "a"), *[(f"s{i:02}", f"t{i:02}") for i in range(90)]], "--max_pair_ratio=20"
+        [("long" * 9, "a"), *[(f"s{i:02}", f"t{i:02}") for i in range(90)]],
+        "--max_pair_ratio=20",
     )
     sizes = np.diff(open_pairs().batch_starts("train", 2))
     assert sorted(sizes)[0] == 2 and sizes.max() == 20  # of 4 tokens each, in 2 times 40
 
 
 @both_ways
-def test_eval_iters_batches_of_all_lengths_are_evaluated_always_the_same(folder, with_encoder):
+def test_eval_iters_batches_of_all_lengths_are_evaluated_always_the_same(
+    folder, with_encoder
+):
     prepare_bytes(make_pairs(), "--val_fraction=0.4")
     data = open_pairs(with_encoder)
     whole, some = (
@@ -209,7 +227,9 @@ def test_eval_iters_batches_of_all_lengths_are_evaluated_always_the_same(folder,
 
 @both_ways
 def test_bits_per_byte_are_of_the_translation_alone(folder, with_encoder):
-    prepare_bytes([(source, target[:9]) for source, target in make_pairs()], "--val_fraction=0.2")
+    prepare_bytes(
+        [(source, target[:9]) for source, target in make_pairs()], "--val_fraction=0.2"
+    )
     data = open_pairs(with_encoder)
     lengths = [len(text.encode()) for _, text in data.texts("val")]
     assert data.val_bytes_per_token() == sum(lengths) / (
@@ -237,7 +257,12 @@ def test_a_stream_that_is_not_made_of_pairs_is_refused(pairs, fails):
 @both_ways
 def test_pairs_are_memorised_and_translated_as_in_training(pairs, capsys, with_encoder):
     prepare_data.main(
-        ["--input=pairs.tsv", "--name=pairs", "--tokenizer=sentencepiece", "--vocab_size=400"]
+        [
+            "--input=pairs.tsv",
+            "--name=pairs",
+            "--tokenizer=sentencepiece",
+            "--vocab_size=400",
+        ]
     )
     learn = [
         "--n_embd=64",
@@ -253,10 +278,17 @@ def test_pairs_are_memorised_and_translated_as_in_training(pairs, capsys, with_e
         "--log_interval=100",
         "--n_layer=2",
     ]
-    learn += ["--position=rotary", "--activation=relu_squared", "--norm=rmsnorm", "--init=zero"]
+    learn += [
+        "--position=rotary",
+        "--activation=relu_squared",
+        "--norm=rmsnorm",
+        "--init=zero",
+    ]
     assert train.main([*TINY, *([] if with_encoder else NO_ENCODER), *learn]) == 0
     data = open_pairs(with_encoder)
-    known = [(data.tokenizer.decode(ids[:-1]), text) for ids, text in data.texts("train", 30)]
+    known = [
+        (data.tokenizer.decode(ids[:-1]), text) for ids, text in data.texts("train", 30)
+    ]
     Path("german.txt").write_text("".join(f"{source}\n" for source, _ in known))
     capsys.readouterr()
     for beams in (1, 4):
@@ -281,7 +313,9 @@ def test_a_resumed_run_on_pairs_is_the_uninterrupted_one(pairs, with_encoder):
     ]
     assert train.main(argv) == 0
     whole, weights = read_rows(Path("out/run")), torch.load("out/run/ckpt.pt")["model"]
-    assert train.main([*argv, "--max_iters=3", "--out_dir=out/two", "--lr_decay_iters=6"]) == 0
+    assert (
+        train.main([*argv, "--max_iters=3", "--out_dir=out/two", "--lr_decay_iters=6"]) == 0
+    )
     assert train.main(["--init_from=resume", "--out_dir=out/two", "--max_iters=6"]) == 0
     losses = lambda rows: [row for row in rows if "test_bleu" not in row]  # noqa: E731
     assert losses(read_rows(Path("out/two"))) == losses(whole)
@@ -289,8 +323,12 @@ def test_a_resumed_run_on_pairs_is_the_uninterrupted_one(pairs, with_encoder):
         assert torch.equal(weight, weights[name])
 
 
-def test_accumulating_gives_the_gradient_of_the_mean_over_all_target_tokens(pairs, monkeypatch):
-    run = train.setup(*read_settings([*TINY, "--gradient_accumulation_steps=3", "--grad_clip=0"]))
+def test_accumulating_gives_the_gradient_of_the_mean_over_all_target_tokens(
+    pairs, monkeypatch
+):
+    run = train.setup(
+        *read_settings([*TINY, "--gradient_accumulation_steps=3", "--grad_clip=0"])
+    )
     total, count = 0.0, 0
     for index in range(3):
         batch = run.dataset.batch(index, 4)
@@ -322,7 +360,9 @@ def test_evaluations_show_translations_and_the_end_has_the_bleu_of_the_best_chec
         and out.count("nrefs:1|") == 2
     )
     row = read_rows(Path("out/run"))[-1]
-    assert row["iter"] == 6 and 0 <= row["test_bleu"] <= 100 and 0 <= row["test_chrf"] <= 100
+    assert (
+        row["iter"] == 6 and 0 <= row["test_bleu"] <= 100 and 0 <= row["test_chrf"] <= 100
+    )
     assert (
         train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
     )  # all steps are done: it only scores once more
@@ -340,7 +380,8 @@ def test_the_weights_that_are_scored_are_those_of_the_best_checkpoint(pairs, mon
     monkeypatch.setitem(TASKS, "translation", replace(translation, score=keep))
     assert train.main(TINY) == 0
     best, latest = (
-        torch.load(f"out/run/{name}.pt")["model"]["lm_head.weight"] for name in ("best", "ckpt")
+        torch.load(f"out/run/{name}.pt")["model"]["lm_head.weight"]
+        for name in ("best", "ckpt")
     )
     assert torch.equal(scored[0], best) and not torch.equal(best, latest)
 
@@ -356,7 +397,11 @@ def test_it_translates_without_dropout_and_never_chooses_ids_that_only_pad_the_v
 
     monkeypatch.setattr(tasks, "translate", watched)
     assert train.main([*TINY, "--dropout=0.1", "--vocab_size=300"]) == 0
-    assert calls == [(False, 1, 257), (False, 1, 257), (False, 4, 257)]  # shown twice, then scored
+    assert calls == [
+        (False, 1, 257),
+        (False, 1, 257),
+        (False, 4, 257),
+    ]  # shown twice, then scored
 
 
 def test_wandb_gets_the_score_before_the_run_is_finished(pairs, monkeypatch):
@@ -369,7 +414,9 @@ def test_wandb_gets_the_score_before_the_run_is_finished(pairs, monkeypatch):
 def test_a_missing_sacrebleu_is_reported_at_the_start(pairs, fails, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *args: name != "sacrebleu" and find(name, *args)
+        importlib.util,
+        "find_spec",
+        lambda name, *args: name != "sacrebleu" and find(name, *args),
     )
     assert "pip install sacrebleu" in fails(train.main, *TINY)
     assert not Path("out").exists()
@@ -405,7 +452,10 @@ def test_empty_lines_stay_empty_and_long_ones_are_cut_and_reported(
 ):
     train.main([*TINY, *([] if with_encoder else NO_ENCODER)])
     read, translate = [], sample.translate
-    watched = lambda *args, **settings: (read.extend(args[1]), translate(*args, **settings))[1]  # noqa: E731
+    watched = lambda *args, **settings: (
+        read.extend(args[1]),
+        translate(*args, **settings),
+    )[1]  # noqa: E731
     monkeypatch.setattr(sample, "translate", watched)
     Path("german.txt").write_text(
         f"\ufeffWo ist\u2028da?\n\n  \n{'sehr ' * 20}lang.\n", encoding="utf-8"
@@ -485,12 +535,19 @@ def test_a_translation_is_one_line_whatever_the_model_writes_and_lack_of_room_is
 
 
 def test_bad_input_of_a_translation(pairs, fails, tiny):
-    assert "dataset=tiny is for language modelling, but model=transformer for translation" in fails(
-        train.main, *TINY, "--dataset=tiny"
+    assert (
+        "dataset=tiny is for language modelling, but model=transformer for translation"
+        in fails(train.main, *TINY, "--dataset=tiny")
     )
-    without_attention = ["--dataset=pairs", "--device=cpu", "--model=window_mlp", "--window=2"]
-    assert "dataset=pairs is for translation, but model=window_mlp for language modelling" in fails(
-        train.main, *without_attention
+    without_attention = [
+        "--dataset=pairs",
+        "--device=cpu",
+        "--model=window_mlp",
+        "--window=2",
+    ]
+    assert (
+        "dataset=pairs is for translation, but model=window_mlp for language modelling"
+        in fails(train.main, *without_attention)
     )
     assert "block_size=20; take --block_size=" in fails(
         train.main, *TINY, "--block_size=20", "--out_dir=out/other"
@@ -507,7 +564,9 @@ def test_bad_input_of_a_translation(pairs, fails, tiny):
 def test_keys_of_the_other_task_are_reported_to_have_no_effect(pairs, tiny, capsys):
     train.main(TINY)
     capsys.readouterr()
-    sample.main(["--out_dir=out/run", "--start=Wo?", "--temperature=0.5", "--max_new_tokens=3"])
+    sample.main(
+        ["--out_dir=out/run", "--start=Wo?", "--temperature=0.5", "--max_new_tokens=3"]
+    )
     assert (
         "note: temperature=0.5 has no effect without task=language modelling"
         in capsys.readouterr().err
@@ -515,4 +574,7 @@ def test_keys_of_the_other_task_are_reported_to_have_no_effect(pairs, tiny, caps
     assert train.main([*TINY_RUN, "--out_dir=out/text"]) == 0
     capsys.readouterr()
     sample.main(["--out_dir=out/text", "--num_beams=4", "--max_new_tokens=3"])
-    assert "note: num_beams=4 has no effect without task=translation" in capsys.readouterr().err
+    assert (
+        "note: num_beams=4 has no effect without task=translation"
+        in capsys.readouterr().err
+    )

@@ -28,7 +28,9 @@ CONFIG = {str: (int, float, bool, str, None)}
 SCALER = dict.fromkeys(("scale", "growth_factor", "backoff_factor"), float)
 SCALER |= dict.fromkeys(("growth_interval", "_growth_tracker"), range(2**31))
 COUNT = range(2**63)
-PROGRESS = dict.fromkeys(("tokens", "best_iter", "evals_since_best"), COUNT) | {"iter": COUNT[1:]}
+PROGRESS = dict.fromkeys(("tokens", "best_iter", "evals_since_best"), COUNT) | {
+    "iter": COUNT[1:]
+}
 PROGRESS |= dict.fromkeys(("seconds", "best_val_loss"), float) | {"losses": [float]}
 SCHEMA = {
     "format": str,
@@ -96,7 +98,9 @@ def stored(path: Path) -> Path:
     if path.suffix != ".pt" or not folders:
         return path
     sharded_at = (folders[0] / SHARDED).stat().st_mtime
-    return path if os.path.exists(path) and path.stat().st_mtime > sharded_at else folders[0]
+    return (
+        path if os.path.exists(path) and path.stat().st_mtime > sharded_at else folders[0]
+    )
 
 
 def remove_sharded(path: Path) -> None:
@@ -139,7 +143,9 @@ def load_plain(path: Path, mapped: bool = False, legacy: bool = False) -> object
     in_records = not legacy or zipfile.is_zipfile(path)
     sizes = check_records(path) if in_records else []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says more about a foreign pickle than one line
+        warnings.simplefilter(
+            "ignore"
+        )  # torch says more about a foreign pickle than one line
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     # torch would map what follows a record that is too short
     if mapped and in_records and storage_sizes(content) != sizes:
@@ -202,9 +208,7 @@ def read_plain(path: Path, mapped: bool = False, with_tensors: bool = True) -> o
 
         return sharded.read(path, with_tensors)
     check_there(path)
-    problem = (
-        "is not a checkpoint: it is truncated, damaged or holds more than tensors and plain data"
-    )
+    problem = "is not a checkpoint: it is truncated, damaged or holds more than tensors and plain data"
     with refuse_damaged(path, problem):
         return load_plain(path, mapped)
 
@@ -214,7 +218,9 @@ def check(path: Path, saved: object, device: str = "cpu") -> dict:
     entries = saved if isinstance(saved, dict) else {}
     if "model_args" in entries:
         source = shlex.quote(f"--init_from={path}")
-        nanogpt = "is a checkpoint of nanoGPT; train.py, sample.py and export.py start from it"
+        nanogpt = (
+            "is a checkpoint of nanoGPT; train.py, sample.py and export.py start from it"
+        )
         raise UserError(f"{path} {nanogpt}: {source}")
     if entries.get("format") != FORMAT:
         expected = f"it should say format={FORMAT!r}"
@@ -253,7 +259,9 @@ def check_content(saved: dict, device: str) -> None:
     config = configurator.restore(models.ModelConfig, saved["model_config"])
     tokens = tokenizers.from_state(saved["tokenizer"]).vocab_size
     if config.vocab_size is None or tokens > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokens} tokens, but the model {config.vocab_size}")
+        raise ValueError(
+            f"the tokenizer has {tokens} tokens, but the model {config.vocab_size}"
+        )
     if saved["task"] not in models.MODELS[config.model].tasks:
         raise ValueError(f"model={config.model} is not for task={saved['task']}")
     check_weights(saved["model"], config, device)
@@ -263,10 +271,14 @@ def check_content(saved: dict, device: str) -> None:
     numbers = (progress["seconds"], progress["best_val_loss"], *progress["losses"])
     seconds, best_val_loss, *_ = map(float, numbers)
     if not (0 <= seconds < 1e9 and best_val_loss >= 0):
-        raise ValueError(f"progress has seconds={seconds} and best_val_loss={best_val_loss}")
+        raise ValueError(
+            f"progress has seconds={seconds} and best_val_loss={best_val_loss}"
+        )
 
 
-def check_weights(weights: dict[str, Tensor], config: models.ModelConfig, device: str) -> None:
+def check_weights(
+    weights: dict[str, Tensor], config: models.ModelConfig, device: str
+) -> None:
     """Raise ValueError where these are not the weights of such a model."""
     n_embd = weights["wte.weight"].shape[-1:] if "wte.weight" in weights else (1,)
     # found before something huge is built

@@ -72,7 +72,11 @@ def save(folder: Path, entries: dict, wait_for_all: Callable[[], None]) -> None:
         (reason, _), *_ = error.failures.values()
         raise cannot_write(folder, reason) from error
     if rank == 0:
-        plain = {key: value for key, value in entries.items() if key not in ("model", "optimizer")}
+        plain = {
+            key: value
+            for key, value in entries.items()
+            if key not in ("model", "optimizer")
+        }
         if "optimizer" in entries:
             plain["optimizer"] = {"steps": entries["optimizer"]["steps"]}
         plain |= {"tied": tied, "metadata": digest(temporary / SHARDED)}
@@ -163,9 +167,13 @@ def read(path: Path, with_tensors: bool = True) -> dict:
         warnings.simplefilter("ignore")  # that there is one process, as no_dist says
         tensors = {}
         for name, entry in folder.metadata.state_dict_metadata.items():
-            tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            tensors[name] = torch.empty(
+                entry.size, dtype=entry.properties.dtype, device="meta"
+            )
         if with_tensors:
-            tensors = {name: torch.empty_like(x, device="cpu") for name, x in tensors.items()}
+            tensors = {
+                name: torch.empty_like(x, device="cpu") for name, x in tensors.items()
+            }
             dcp.load(tensors, storage_reader=Reader(folder), no_dist=True)
         return nested(folder.entries, tensors)
 
@@ -236,13 +244,19 @@ def check_metadata(metadata: Metadata) -> None:
                 continue
             at = (rows, *(0 for _ in entry.size[1:]))
             whole_rows = tuple(chunk.offsets) == at and chunk.sizes[1:] == entry.size[1:]
-            if not whole_rows or MetadataIndex(name, chunk.offsets) not in metadata.storage_data:
+            if (
+                not whole_rows
+                or MetadataIndex(name, chunk.offsets) not in metadata.storage_data
+            ):
                 raise ValueError(f"{name} has gaps")
             rows += chunk.sizes[0]
         if rows != entry.size[0]:
             raise ValueError(f"{name} has gaps")
     for info in metadata.storage_data.values():
-        if not re.fullmatch(r"\w+\.distcp", info.relative_path) or info.transform_descriptors:
+        if (
+            not re.fullmatch(r"\w+\.distcp", info.relative_path)
+            or info.transform_descriptors
+        ):
             raise ValueError("it is in foreign files")
 
 

@@ -62,7 +62,9 @@ def size_of(path: Path) -> int:
 def fetch(url: str, part: Path, timeout: float) -> None:
     """Append the missing bytes to part. Raises OSError or HTTPException where the connection fails or ends early."""
     offset = size_of(part)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
+    request = urllib.request.Request(
+        url, headers={"Range": f"bytes={offset}-"} if offset else {}
+    )
     try:
         response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
@@ -74,7 +76,9 @@ def fetch(url: str, part: Path, timeout: float) -> None:
             offset = 0
         remaining = response.headers.get("Content-Length")
         total = offset + int(remaining) if remaining else None
-        bar = tqdm(total=total, initial=offset, unit="B", unit_scale=True, desc=Path(url).name)
+        bar = tqdm(
+            total=total, initial=offset, unit="B", unit_scale=True, desc=Path(url).name
+        )
         with part.open("ab" if offset else "wb") as file, bar:
             while chunk := response.read(1 << 16):
                 file.write(chunk)

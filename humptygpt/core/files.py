@@ -24,7 +24,9 @@ except ImportError:  # Windows
     import msvcrt
 
 ATTEMPTS = 100
-FAR = 1 << 30  # on Windows nobody else can read the locked byte, so that it is far after the text
+FAR = (
+    1 << 30
+)  # on Windows nobody else can read the locked byte, so that it is far after the text
 
 
 @contextmanager
@@ -179,12 +181,16 @@ class Lock:
             try:
                 if self.acquire():
                     return
-            except FileNotFoundError:  # its holder has just removed the folder that it had made
+            except (
+                FileNotFoundError
+            ):  # its holder has just removed the folder that it had made
                 if attempt == ATTEMPTS - 1:
                     raise
             if who := holder(path):
                 break
-            time.sleep(0.01)  # it has just been released, or its holder is about to write its name
+            time.sleep(
+                0.01
+            )  # it has just been released, or its holder is about to write its name
         raise InUse(f"{what} is in use by {who or 'another process'}; {advice}")
 
     def acquire(self) -> bool:
@@ -222,7 +228,9 @@ class Lock:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not fcntl:  # Windows removes no open file, nor one that somebody else has opened by now
+        if (
+            not fcntl
+        ):  # Windows removes no open file, nor one that somebody else has opened by now
             os.close(self.file)
         with suppress(OSError):
             self.path.unlink()

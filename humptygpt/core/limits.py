@@ -15,14 +15,14 @@ from pathlib import Path
 
 from humptygpt.core.errors import UserError
 
-CGROUPS = Path("/sys/fs/cgroup")  # control groups of Linux, version 2, in which containers run
+CGROUPS = Path(
+    "/sys/fs/cgroup"
+)  # control groups of Linux, version 2, in which containers run
 OUR_GROUPS = Path("/proc/self/cgroup")
 # Bytes of virtual memory that these libraries reserve when they are loaded; with fewer they abort the process
 TORCH = 600_000_000
 NUMPY = 90_000_000
-SPINS = (
-    1300  # of a waiting thread, less than a tenth of a millisecond; libgomp's default is 300,000
-)
+SPINS = 1300  # of a waiting thread, less than a tenth of a millisecond; libgomp's default is 300,000
 NOTED_LOAD = 0.5  # cores that other processes take from ours before load_note() says so
 
 
@@ -49,11 +49,11 @@ def report_failed_import(kind: type, error: BaseException, trace: object) -> Non
     """Print one line where an import of a script is missing or does not fit into memory; serves as sys.excepthook."""
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing and not missing.startswith("humptygpt"):
-        line = f"the package {missing} is not installed here; pip install -r requirements.txt"
-    elif is_out_of_memory(error):
         line = (
-            "out of memory; end other programs, or raise the limit (of a container, or ulimit -v)"
+            f"the package {missing} is not installed here; pip install -r requirements.txt"
         )
+    elif is_out_of_memory(error):
+        line = "out of memory; end other programs, or raise the limit (of a container, or ulimit -v)"
     else:
         sys.__excepthook__(kind, error, trace)
         return
@@ -95,7 +95,10 @@ class Load:
         import psutil  # here, since prepare_data.py --help needs no more than the rest
 
         percents = psutil.cpu_percent(percpu=True)  # since its last call
-        busy = sum(percent for core, percent in enumerate(percents) if core in affinity()) / 100
+        busy = (
+            sum(percent for core, percent in enumerate(percents) if core in affinity())
+            / 100
+        )
         now = time.monotonic()
         our_seconds = sum(os.times()[:4])
         ours = (our_seconds - self.our_seconds) / (now - self.time)
@@ -214,7 +217,9 @@ def cgroup_folders() -> list[Path]:
         return []
     paths = [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
     # in a container the path may be the one outside, and only the root is there
-    return [folder for path in paths for folder in (CGROUPS / path, *(CGROUPS / path).parents)]
+    return [
+        folder for path in paths for folder in (CGROUPS / path, *(CGROUPS / path).parents)
+    ]
 
 
 def read_numbers(path: Path) -> list[int]:

@@ -33,10 +33,13 @@ CONFIGS = Path(__file__).parent.parent.parent / "config"
 NGRAMS = "a GPT alone reaches the same loss with a twentieth of the parameters"
 # {key of an earlier version: why it was removed}
 REMOVED = dict.fromkeys(
-    ("ngrams", "ngram_dropout", "ngram_rows", "ngram_min_count", "ngram_learning_rate"), NGRAMS
+    ("ngrams", "ngram_dropout", "ngram_rows", "ngram_min_count", "ngram_learning_rate"),
+    NGRAMS,
 ) | {"ema_decay": "no preset used weights averaged over time (EMA)"}
 Fields = dict[str, dataclasses.Field]  # of several config classes, by key
-TEXTS = tuple[str, ...]  # the type of a key that takes several texts: --key=ONE --key=ANOTHER
+TEXTS = tuple[
+    str, ...
+]  # the type of a key that takes several texts: --key=ONE --key=ANOTHER
 TYPE_NAMES = {
     int: "int",
     float: "float",
@@ -103,8 +106,14 @@ def check(config: object) -> None:
         rules = field.metadata
         if value is None:
             continue
-        if rules["choices"] is not None and value not in rules["choices"] and not rules["path"]:
-            raise ValueError(f"{field.name}={value} is not one of: {', '.join(rules['choices'])}")
+        if (
+            rules["choices"] is not None
+            and value not in rules["choices"]
+            and not rules["path"]
+        ):
+            raise ValueError(
+                f"{field.name}={value} is not one of: {', '.join(rules['choices'])}"
+            )
         bounds = {name: rules[name] for name in BOUNDS if rules[name] is not None}
         obeyed = all(BOUNDS[name](value, bound) for name, bound in bounds.items())
         if bounds and not (obeyed and math.isfinite(value)):
@@ -163,7 +172,9 @@ def restore(cls: type, values: dict[str, object]):
 # The command line
 
 
-def read(argv: list[str], *classes: type, positional: str | None = None) -> dict[str, object]:
+def read(
+    argv: list[str], *classes: type, positional: str | None = None
+) -> dict[str, object]:
     """Return what the user set: {key: value} from config files and --key=value, with known keys and the right types.
 
     positional: the key that a bare argument sets, or adds to where it takes several texts; None: a bare argument is a
@@ -222,7 +233,9 @@ def check_key(name: str, fields: Fields, where: str = "") -> None:
     raise UserError(f"{where}unknown key {name}; {advice}")
 
 
-def check_path(before: str, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+def check_path(
+    before: str, value: str | tuple[str, ...] | None
+) -> str | tuple[str, ...] | None:
     """Return the path, or each of several, with the home folder in place of ~, which shells leave alone in --key=~/x.
 
     before: what the user wrote before it. Raises UserError where it is empty.
@@ -252,7 +265,9 @@ def parse(name: str, text: str, hint: object) -> object:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"true": True, "false": False}.get(text.lower(), text)
-    return convert(name, text if isinstance(value, tuple) else value, hint)  # a tuple: 1,000
+    return convert(
+        name, text if isinstance(value, tuple) else value, hint
+    )  # a tuple: 1,000
 
 
 def convert(name: str, value: object, hint: object) -> object:
@@ -268,7 +283,11 @@ def convert(name: str, value: object, hint: object) -> object:
 
 
 def type_name(hint: object) -> str:
-    return "texts" if hint == TEXTS else " or ".join(TYPE_NAMES[kind] for kind in kinds_of(hint))
+    return (
+        "texts"
+        if hint == TEXTS
+        else " or ".join(TYPE_NAMES[kind] for kind in kinds_of(hint))
+    )
 
 
 def help_text(*classes: type, positional: str | None = None) -> str:
@@ -392,7 +411,9 @@ def check_schema(value: object, schema: object, name: str = "") -> None:
     options = schema if isinstance(schema, tuple) else (schema,)
     fitting = [option for option in options if is_kind(value, option)]
     if not fitting:
-        raise ValueError(f"{name or 'the content'} must be {' or '.join(map(describe, options))}")
+        raise ValueError(
+            f"{name or 'the content'} must be {' or '.join(map(describe, options))}"
+        )
     form = fitting[0]
     if isinstance(form, dict) and any(type(key) is not str for key in value):
         raise ValueError(f"{name or 'the content'} must have strings as keys")
@@ -401,7 +422,9 @@ def check_schema(value: object, schema: object, name: str = "") -> None:
             check_schema(item, form[0], f"{name}[{number}]")
     elif isinstance(form, dict) and str in form:
         for key, item in value.items():
-            check_schema(item, form[str], f"{name}.{key if key.isprintable() else repr(key)}")
+            check_schema(
+                item, form[str], f"{name}.{key if key.isprintable() else repr(key)}"
+            )
     elif isinstance(form, dict):
         for declared, rule in form.items():
             key = declared.removesuffix("?")
@@ -448,7 +471,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader of our output has seen enough: python sample.py ... | head
+    except (
+        BrokenPipeError
+    ):  # the reader of our output has seen enough: python sample.py ... | head
         sys.stdout = None  # or Python would fail once more when it flushes at exit
         sys.exit(128 + 13)  # 13: SIGPIPE
     except Exception as error:
@@ -466,7 +491,9 @@ def complain(message: str) -> typing.NoReturn:
     line = f"{script_name()}: {shown}"
     print(line, file=sys.stderr)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        report = {"message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        report = {
+            "message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        }
         with suppress(OSError):
             Path(path).write_text(json.dumps(report))
     sys.exit(2)
@@ -492,4 +519,6 @@ def as_written_here(command: str) -> str:
     """Return a command such as "python train.py", with the folder that the user wrote before the present script."""
     script = command.split()[1]
     path = os.path.join(os.path.dirname(sys.argv[0]), script)  # noqa: PTH118, PTH120, since "" stays ""
-    return command.replace(script, shlex.quote(path), 1) if os.path.exists(path) else command
+    return (
+        command.replace(script, shlex.quote(path), 1) if os.path.exists(path) else command
+    )

@@ -41,7 +41,9 @@ class Dataset:
         if self.meta["task"] != self.task:
             raise UserError(f"{folder} is for {self.meta['task']}, not for {self.task}")
         self.tokenizer = tokenizers.from_state(self.meta["tokenizer"])
-        self.splits = {split: TokenFiles(folder, split, self.meta) for split in self.meta["splits"]}
+        self.splits = {
+            split: TokenFiles(folder, split, self.meta) for split in self.meta["splits"]
+        }
         self.train = self.splits["train"]
         self.val = self.splits["val"]
         self.set_up()
@@ -100,10 +102,10 @@ class TokenDataset(Dataset):
     def summary(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
         """Return (a batch, the evaluation set) in words."""
         targets = len(self.val) - 1
-        evaluated = min(targets, len(self.val_starts(batch_size, eval_iters)) * self.block_size)
-        batch = (
-            f"{batch_size * self.block_size:,} tokens ({batch_size} sequences of {self.block_size})"
+        evaluated = min(
+            targets, len(self.val_starts(batch_size, eval_iters)) * self.block_size
         )
+        batch = f"{batch_size * self.block_size:,} tokens ({batch_size} sequences of {self.block_size})"
         return batch, f"{evaluated:,} of {targets:,} tokens"
 
     def batches_per_epoch(self, batch_size: int) -> float:
@@ -121,7 +123,9 @@ class TokenDataset(Dataset):
         offsets = (
             last - (blocks - 1) * T + 1
         )  # that leave room for all the blocks: between T and 2 T
-        epochs, numbers = np.divmod(np.arange(index * batch_size, (index + 1) * batch_size), blocks)
+        epochs, numbers = np.divmod(
+            np.arange(index * batch_size, (index + 1) * batch_size), blocks
+        )
         starts = np.empty(batch_size, dtype=np.int64)
         for epoch in np.unique(epochs):  # nearly always a single one
             key = random_key(self.seed, int(epoch))
@@ -129,7 +133,9 @@ class TokenDataset(Dataset):
             starts[epochs == epoch] = key % offsets + T * order
         return self.blocks("train", starts)
 
-    def val_batches(self, batch_size: int, eval_iters: int | None) -> Iterator[dict[str, Tensor]]:
+    def val_batches(
+        self, batch_size: int, eval_iters: int | None
+    ) -> Iterator[dict[str, Tensor]]:
         """Yield the evaluation set, always the same: eval_iters batches of blocks spread over its split.
 
         With None, or where that many would cover it, the whole split: every token but the first is predicted once.
@@ -147,7 +153,9 @@ class TokenDataset(Dataset):
         starts = np.arange(0, len(self.val) - 1, self.block_size)
         if eval_iters is None or eval_iters * batch_size >= len(starts):
             return starts
-        return starts[np.linspace(0, len(starts) - 2, eval_iters * batch_size).astype(np.int64)]
+        return starts[
+            np.linspace(0, len(starts) - 2, eval_iters * batch_size).astype(np.int64)
+        ]
 
     def blocks(self, split: str, starts: np.ndarray) -> dict[str, Tensor]:
         """Return a batch of the blocks that start there, (B,); targets after the end of the split are -1."""
@@ -193,7 +201,9 @@ class PairDataset(Dataset):
             ends.append(start + np.flatnonzero(ids == self.tokenizer.eot))
         ends = np.concatenate(ends)
         if len(ends) < 3 or len(ends) % 2 == 0 or ends[-1] != len(self.splits[split]) - 1:
-            raise UserError(f"{self.folder / split}.bin has no whole pairs; {how_to(self.folder)}")
+            raise UserError(
+                f"{self.folder / split}.bin has no whole pairs; {how_to(self.folder)}"
+            )
         lengths = np.diff(ends)
         return np.stack([ends[:-1:2] + 1, lengths[::2], lengths[1::2]], axis=1)
 
@@ -259,7 +269,9 @@ class PairDataset(Dataset):
             batch["source"] = torch.from_numpy(ids)
         return batch
 
-    def val_batches(self, batch_size: int, eval_iters: int | None) -> Iterator[dict[str, Tensor]]:
+    def val_batches(
+        self, batch_size: int, eval_iters: int | None
+    ) -> Iterator[dict[str, Tensor]]:
         """Yield the evaluation set, always the same: eval_iters batches over all lengths; None: the whole split."""
         for numbers in self.val_pairs(batch_size, eval_iters):
             yield self.pairs_batch("val", numbers)
@@ -275,7 +287,9 @@ class PairDataset(Dataset):
         """Return (source with its eot, int64 (S,), the target as text) of count pairs, evenly spaced; None: of all."""
         pairs = self.pairs[split]
         if count is not None:
-            pairs = pairs[np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(int)]
+            pairs = pairs[
+                np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(int)
+            ]
         texts = []
         for start, source, target in pairs.tolist():
             ids = self.read(split, np.array([start]), source + target)[0]

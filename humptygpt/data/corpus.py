@@ -21,7 +21,9 @@ from humptygpt.tokenizer.tokenizers import Tokenizer
 
 UNIT = 1 << 19  # characters that are encoded at once
 HASHED = 4096  # characters at the start of a document that decide its split; fewer than its first piece has
-VOCABULARY_BYTES = 100_000_000  # a tokenizer is trained on an even sample of a longer corpus
+VOCABULARY_BYTES = (
+    100_000_000  # a tokenizer is trained on an even sample of a longer corpus
+)
 
 Entry = tuple[str, NamedTuple]  # split, piece or pair
 
@@ -57,7 +59,9 @@ class Documents:
         self.separated = (
             len(files) > 1 or not self.only_text
         )  # documents end in the end-of-text token
-        if not any(piece.text for number in range(len(files)) for piece in self.read(number)):
+        if not any(
+            piece.text for number in range(len(files)) for piece in self.read(number)
+        ):
             raise UserError(f"{source} has no text; there is nothing to learn from")
         # A single text is cut; of several documents, those with a low draw are for validation, at least the lowest one.
         if self.separated:
@@ -73,7 +77,10 @@ class Documents:
         """Read the documents of file number, in pieces."""
         config = self.config
         return read_documents(
-            self.files[number], config.text_key, config.encoding_errors, config.skip_bad_lines
+            self.files[number],
+            config.text_key,
+            config.encoding_errors,
+            config.skip_bad_lines,
         )
 
     def lowest_draw(self) -> float:
@@ -85,7 +92,9 @@ class Documents:
             for number in range(len(self.files))
             for piece in islice(self.read(number), 1 if self.only_text else None)
         )
-        draws = (draw(piece.text) for piece in first_pieces if piece.start == 0 and piece.text)
+        draws = (
+            draw(piece.text) for piece in first_pieces if piece.start == 0 and piece.text
+        )
         return min(draws, default=0.0)
 
     def assign(self, piece: Piece, number: int, split: str) -> list[Entry]:
@@ -96,11 +105,16 @@ class Documents:
             return [(split, piece)]
         in_train = min(len(piece.text), max(0, self.cut - piece.start))
         rest = piece._replace(text=piece.text[in_train:], start=piece.start + in_train)
-        return [("train", piece._replace(text=piece.text[:in_train], last=False)), ("val", rest)]
+        return [
+            ("train", piece._replace(text=piece.text[:in_train], last=False)),
+            ("val", rest),
+        ]
 
     def extra_meta(self, splits: dict[str, dict[str, int]], first_text: str) -> dict:
         """Return the entries of meta.json that only documents have."""
-        return {"skipped_lines": sum(counted["skipped_lines"] for counted in splits.values())}
+        return {
+            "skipped_lines": sum(counted["skipped_lines"] for counted in splits.values())
+        }
 
     def summary(self, meta: dict) -> dict[str, str]:
         """Return the lines of the summary that only documents have."""
@@ -141,7 +155,9 @@ def encode_documents(
 # Documents or pairs, in order
 
 
-def read_from(corpus, what: str, start: Position = START) -> Iterator[tuple[Position, NamedTuple]]:
+def read_from(
+    corpus, what: str, start: Position = START
+) -> Iterator[tuple[Position, NamedTuple]]:
     """Read (position after it, piece or pair) for all after the position start, with a progress bar that says what."""
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds
     total = sum(corpus.sizes)
@@ -159,13 +175,17 @@ def read_from(corpus, what: str, start: Position = START) -> Iterator[tuple[Posi
         before = sum(corpus.sizes[: start.file])
         for number in range(start.file, len(corpus.sizes)):
             first = start.item if number == start.file else 0
-            for count, item in enumerate(islice(corpus.read(number), first, None), start=first + 1):
+            for count, item in enumerate(
+                islice(corpus.read(number), first, None), start=first + 1
+            ):
                 bar.update(before + item.read - bar.n)
                 yield Position(number, count, before + item.read), item
             before += corpus.sizes[number]
 
 
-def units(corpus, what: str, start: Position = START) -> Iterator[tuple[list[Entry], Position]]:
+def units(
+    corpus, what: str, start: Position = START
+) -> Iterator[tuple[list[Entry], Position]]:
     """Read (entries, position after them), about UNIT characters at a time."""
     split = start.split
     entries = []

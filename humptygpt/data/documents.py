@@ -33,7 +33,11 @@ MARKS = {
     "progress.json",
     "metrics.jsonl",
 }  # one is in every data folder and run
-OURS = MARKS | {"meta.json", "config.json", "part.json"}  # files beside them that are no texts
+OURS = MARKS | {
+    "meta.json",
+    "config.json",
+    "part.json",
+}  # files beside them that are no texts
 NAMED = 5  # files that a note names
 ENCODING_HINT = "set --encoding_errors=replace or ignore"
 SKIP_HINT = "leave such lines out with --skip_bad_lines=True"
@@ -72,7 +76,9 @@ def find_files(where: str) -> list[Path]:
             files = filter(Path.is_file, map(Path, matches))
         else:
             files = [path]
-        reasons = {file: why_skipped(file, path) for file in sorted(files, key=Path.as_posix)}
+        reasons = {
+            file: why_skipped(file, path) for file in sorted(files, key=Path.as_posix)
+        }
     texts = [file for file, reason in reasons.items() if not reason]
     skipped = [f"{file} ({reason})" for file, reason in reasons.items() if reason]
     report = f"skipped files: {len(skipped):,}, first {', '.join(skipped[:NAMED])}"
@@ -205,7 +211,9 @@ def read_text_lines(path: Path, errors: str) -> Iterator[tuple[str, int]]:
         try:
             yield line.decode("utf-8", errors), read
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}, line {number:,} is not UTF-8; {ENCODING_HINT}") from error
+            raise UserError(
+                f"{path}, line {number:,} is not UTF-8; {ENCODING_HINT}"
+            ) from error
 
 
 def read_parquet(path: Path, text_key: str) -> Iterator[tuple[object, int]]:
@@ -221,7 +229,9 @@ def read_parquet(path: Path, text_key: str) -> Iterator[tuple[object, int]]:
                 )
             bytes_per_row = path.stat().st_size / max(1, table.metadata.num_rows)
             rows = 0
-            for batch in table.iter_batches(batch_size=256, columns=[text_key], use_threads=False):
+            for batch in table.iter_batches(
+                batch_size=256, columns=[text_key], use_threads=False
+            ):
                 for value in batch.column(0).to_pylist():
                     rows += 1
                     yield value, round(rows * bytes_per_row)

@@ -52,16 +52,22 @@ def encode(
     made_from identifies the files and settings. train makes the tokenizer where there is none yet.
     """
     saved = read_json(folder / "progress.json")
-    if saved.get("made_from") == made_from and "position" in saved:  # else of an earlier version
+    if (
+        saved.get("made_from") == made_from and "position" in saved
+    ):  # else of an earlier version
         progress = Progress(**saved)
         read = Position(*progress.position).read
         print(f"resuming after {read:,} of {sum(corpus.sizes):,} bytes", file=sys.stderr)
     else:
         if saved:
-            note("the files or settings changed since the stopped preparation; starting over")
+            note(
+                "the files or settings changed since the stopped preparation; starting over"
+            )
         tokenizer = train()  # before the folder is made, as it may refuse the text
         splits = zero_counts(corpus)
-        progress = Progress(made_from, tokenizer.state(), splits, [0] * tokenizer.vocab_size)
+        progress = Progress(
+            made_from, tokenizer.state(), splits, [0] * tokenizer.vocab_size
+        )
         start_folder(folder, command)
         write_json(folder / "progress.json", vars(progress))
     encode_rest(corpus, folder, progress)
@@ -140,7 +146,9 @@ def in_order(
             yield encode_unit(corpus.encoder, tokenizer, entries), position
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, start_worker, (corpus.encoder, tokenizer.state()))
+    pool = ProcessPoolExecutor(
+        workers, context, start_worker, (corpus.encoder, tokenizer.state())
+    )
     try:
         for entries, position in todo:
             waiting.append((pool.submit(encode_in_worker, entries), position))
@@ -178,7 +186,9 @@ def start_worker(encoder: Callable, state: dict) -> None:
     worker_encoder = partial(encode_unit, encoder, from_state(state))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
-    def end_with_parent() -> None:  # a worker whose parent was killed would wait for work forever
+    def end_with_parent() -> (
+        None
+    ):  # a worker whose parent was killed would wait for work forever
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
         os._exit(1)
 

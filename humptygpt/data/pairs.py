@@ -49,7 +49,11 @@ class Pairs:
     task = "translation"
     separated = True
     counts = ("pairs", "characters", "bytes", "tokens", "target_bytes", "target_tokens")
-    other_counts = ("longest", "too_long", "lopsided")  # the most tokens of a side; dropped pairs
+    other_counts = (
+        "longest",
+        "too_long",
+        "lopsided",
+    )  # the most tokens of a side; dropped pairs
 
     def __init__(self, config, files: PairFiles, source: str):
         """Reads everything once, so that errors are reported before anything is written.
@@ -64,7 +68,9 @@ class Pairs:
         with_test = config.test_fraction or not self.drawn
         self.splits = ("train", "val", "test") if with_test else ("train", "val")
         cleaned = self.splits if self.drawn else ("train",)
-        self.encoder = partial(encode_pairs, cleaned, config.max_pair_tokens, config.max_pair_ratio)
+        self.encoder = partial(
+            encode_pairs, cleaned, config.max_pair_tokens, config.max_pair_ratio
+        )
         self.held_out_sources = self.read_held_out()
         self.empty = 0
         self.held_out = 0
@@ -97,7 +103,9 @@ class Pairs:
                 if drawn >= val and drawn not in above:
                     above = sorted([*above, drawn])[:2]
         if not any_pair:
-            raise UserError(f"{self.source} has no pairs; write a line as SOURCE, one tab, TARGET")
+            raise UserError(
+                f"{self.source} has no pairs; write a line as SOURCE, one tab, TARGET"
+            )
         just_above = [float(np.nextafter(drawn, 1)) for drawn in above]
         val_below = just_above.pop(0) if just_above and not any_val else val
         if just_above and test:
@@ -116,7 +124,11 @@ class Pairs:
             sources = {line for line, _ in read_text_lines(path, errors)}
         if not any(map(normalised, sources)):
             raise UserError(f"held_out={path} has no sentences; write one source per line")
-        given = [number for number, (split, _) in enumerate(self.files) if split in ("val", "test")]
+        given = [
+            number
+            for number, (split, _) in enumerate(self.files)
+            if split in ("val", "test")
+        ]
         sources |= {pair.source for number in given for pair in self.read(number)}
         return {normalised(source) for source in sources} - {""}
 
@@ -130,13 +142,17 @@ class Pairs:
         files = list(self.files)
         if self.config.held_out is not None:
             files.append(("held_out", (Path(self.config.held_out),)))
-        return [[split, [file_fingerprint(path) for path in paths]] for split, paths in files]
+        return [
+            [split, [file_fingerprint(path) for path in paths]] for split, paths in files
+        ]
 
     def read(self, number: int) -> Iterator[Pair]:
         """Read the pairs of files number, one for each line, empty ones too."""
         _, paths = self.files[number]
         if len(paths) == 1:
-            return read_tsv(paths[0], self.config.encoding_errors, self.config.skip_bad_lines)
+            return read_tsv(
+                paths[0], self.config.encoding_errors, self.config.skip_bad_lines
+            )
         return read_aligned(*paths, self.config.encoding_errors)
 
     def assign(self, pair: Pair, number: int, split: str) -> list[Entry]:
@@ -219,8 +235,12 @@ def read_aligned(source: Path, target: Path, errors: str) -> Iterator[Pair]:
         if source_line is None or target_line is None:
             short = source if source_line is None else target
             rule = "each line must be the translation of the other's"
-            raise UserError(f"{short} has {number - 1:,} lines, fewer than the other file; {rule}")
-        yield Pair(clean(source_line[0]), clean(target_line[0]), source_line[1] + target_line[1])
+            raise UserError(
+                f"{short} has {number - 1:,} lines, fewer than the other file; {rule}"
+            )
+        yield Pair(
+            clean(source_line[0]), clean(target_line[0]), source_line[1] + target_line[1]
+        )
 
 
 # --------------------------------------------------------------------------------------

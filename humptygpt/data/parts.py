@@ -16,7 +16,13 @@ import numpy as np
 from humptygpt.core.errors import UserError
 from humptygpt.core.settings import parse_json
 from humptygpt.data.corpus import Documents
-from humptygpt.data.encoding import Progress, add_counts, start_folder, write_json, zero_counts
+from humptygpt.data.encoding import (
+    Progress,
+    add_counts,
+    start_folder,
+    write_json,
+    zero_counts,
+)
 from humptygpt.data.token_files import TokenWriter, checksums, token_dtype
 from humptygpt.tokenizer.tokenizers import from_state
 
@@ -46,7 +52,9 @@ def parse_part(text: str) -> tuple[int, int]:
     """ "3/16" -> (3, 16). Raises ValueError."""
     numbers = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", text)
     if not numbers or int(numbers[1]) > int(numbers[2]):
-        raise ValueError(f"part={text!r} must be NUMBER/COUNT, the first being 1: --part=3/16")
+        raise ValueError(
+            f"part={text!r} must be NUMBER/COUNT, the first being 1: --part=3/16"
+        )
     return int(numbers[1]), int(numbers[2])
 
 
@@ -79,7 +87,9 @@ def take_part(corpus: Documents, number: int, count: int) -> Documents:
 def corpus_id(corpus: Documents) -> str:
     """Hash what the parts of a corpus have in common on all machines: names and sizes of files, and settings."""
     settings = {
-        key: value for key, value in asdict(corpus.config).items() if key not in CHANGES_NOTHING
+        key: value
+        for key, value in asdict(corpus.config).items()
+        if key not in CHANGES_NOTHING
     }
     content = [[file.name for file in corpus.files], corpus.sizes, settings]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -89,7 +99,9 @@ def finish_part(corpus: Documents, progress: Progress, folder: Path) -> None:
     """Write part.json into the folder of a part, which makes it complete. corpus: all of it."""
     part = {"corpus": corpus_id(corpus), "tokenizer": progress.tokenizer}
     part |= {"splits": progress.splits, "counts": progress.counts}
-    part["checksums"] = {path.name: checksums(path) for path in sorted(folder.glob("*.bin"))}
+    part["checksums"] = {
+        path.name: checksums(path) for path in sorted(folder.glob("*.bin"))
+    }
     write_json(folder / "part.json", part)
 
 
@@ -108,7 +120,9 @@ def join_parts(
     corpus: Documents, folder: Path, joined: Path, made_from: str, command: str
 ) -> Progress:
     """Write the token files of all parts, one after another, to the folder `joined`, as if one machine had."""
-    counts = {int(path.name.rpartition("_")[2]) for path in folder.glob("parts/[1-9]*_of_*[0-9]")}
+    counts = {
+        int(path.name.rpartition("_")[2]) for path in folder.glob("parts/[1-9]*_of_*[0-9]")
+    }
     if len(counts) != 1:
         rule = f"must have all parts of one count: {command} --part=1/COUNT"
         raise UserError(f"{folder}/parts {rule}")

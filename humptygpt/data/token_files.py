@@ -105,8 +105,12 @@ class TokenFiles:
         try:
             size = path.stat().st_size
             if size % dtype.itemsize:
-                raise self.error(f"{path} is truncated: {size:,} bytes are no whole {dtype}s")
-            return np.asarray(np.memmap(path, dtype, mode="r")) if size else np.empty(0, dtype)
+                raise self.error(
+                    f"{path} is truncated: {size:,} bytes are no whole {dtype}s"
+                )
+            return (
+                np.asarray(np.memmap(path, dtype, mode="r")) if size else np.empty(0, dtype)
+            )
         except OSError as error:
             raise self.error(f"cannot read {path}: {error.strerror}") from error
 
@@ -122,7 +126,9 @@ class TokenFiles:
         for row, start in zip(rows, starts.tolist(), strict=True):
             number = bisect_right(self.ends, start)
             offset = start - (self.ends[number - 1] if number else 0)
-            while len(row) and number < len(self.arrays):  # a row may continue in the next file
+            while len(row) and number < len(
+                self.arrays
+            ):  # a row may continue in the next file
                 ids = self.arrays[number][offset : offset + len(row)]
                 if self.sums is not None:
                     self.check(number, offset, offset + len(ids))
@@ -139,7 +145,10 @@ class TokenFiles:
         for block in range(start // size, (end - 1) // size + 1):
             if not self.unchecked[number][block]:
                 continue
-            if zlib.crc32(array[block * size : (block + 1) * size]) != self.sums[number][block]:
+            if (
+                zlib.crc32(array[block * size : (block + 1) * size])
+                != self.sums[number][block]
+            ):
                 raise self.error(
                     f"{self.paths[number]} was altered or damaged: from byte {block * CHECKED:,} on its checksum is"
                     " not the one in meta.json"
@@ -151,7 +160,12 @@ class TokenWriter:
     """Writes the token files of one split, from token number `tokens` on; what the files hold after it is dropped."""
 
     def __init__(
-        self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int | None, tokens: int
+        self,
+        folder: Path,
+        split: str,
+        dtype: np.dtype,
+        shard_tokens: int | None,
+        tokens: int,
     ):
         self.folder = folder
         self.split = split
@@ -163,10 +177,14 @@ class TokenWriter:
     def open(self) -> None:
         number, tokens = divmod(self.tokens, self.shard_tokens)
         sharded = self.shard_tokens < sys.maxsize
-        path = self.folder / (f"{self.split}_{number:04d}.bin" if sharded else f"{self.split}.bin")
+        path = self.folder / (
+            f"{self.split}_{number:04d}.bin" if sharded else f"{self.split}.bin"
+        )
         self.file = path.open("ab")
         if self.file.tell() < tokens * self.itemsize:
-            raise UserError(f"{path} is shorter than it was; remove {self.folder} and try again")
+            raise UserError(
+                f"{path} is shorter than it was; remove {self.folder} and try again"
+            )
         self.file.truncate(tokens * self.itemsize)
 
     def write(self, ids: np.ndarray) -> None:
@@ -200,13 +218,17 @@ def read_meta(folder: Path) -> dict:
             check_splits(meta)
             return meta
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {folder}/meta.json: {error}; {how_to(folder)}") from error
+            raise UserError(
+                f"cannot read {folder}/meta.json: {error}; {how_to(folder)}"
+            ) from error
     if os.path.exists(folder / "meta.pkl"):
         return read_nanogpt_meta(folder / "meta.pkl")
     if os.path.exists(folder / "preparing"):
         who = holder(folder / ".lock")
         state = f"is running, {who}, or was stopped" if who else "was stopped"
-        raise UserError(f"the preparation of {folder} {state} before its end; {how_to(folder)}")
+        raise UserError(
+            f"the preparation of {folder} {state} before its end; {how_to(folder)}"
+        )
     if not os.path.exists(folder / "train.bin") or os.path.exists(folder / COMMAND):
         raise UserError(f"{folder} has no meta.json; {how_to(folder)}")
     note(f"{folder} has no meta.json or meta.pkl; it is taken for GPT-2's tokens")
@@ -222,8 +244,12 @@ def check_splits(meta: dict) -> None:
             raise ValueError(f"splits has {split!r}, which is not train, val or test")
         for file in entry["files"]:
             name = file["name"]
-            if not re.fullmatch(rf"{split}(_[0-9]+)?\.bin", name):  # nor a path out of the folder
-                raise ValueError(f"splits.{split} has the file {name!r}, which is not its own")
+            if not re.fullmatch(
+                rf"{split}(_[0-9]+)?\.bin", name
+            ):  # nor a path out of the folder
+                raise ValueError(
+                    f"splits.{split} has the file {name!r}, which is not its own"
+                )
             blocks = -(-file["tokens"] * itemsize // CHECKED)
             if len(unpack_checksums(entry["checksums"].get(name, ""))) != blocks:
                 raise ValueError(f"splits.{split} does not have the checksums of {name}")
@@ -264,7 +290,9 @@ def nanogpt_meta(folder: Path, tokenizer: tokenizers.Tokenizer) -> dict:
         "task": "language modelling",
         "source": f"nanoGPT's {folder.name}",
         "dtype": "uint16",
-        "splits": {split: {"files": [{"name": f"{split}.bin"}]} for split in ("train", "val")},
+        "splits": {
+            split: {"files": [{"name": f"{split}.bin"}]} for split in ("train", "val")
+        },
         "tokenizer": tokenizer.state(),
     }
 
@@ -287,5 +315,9 @@ def read_nanogpt_meta(path: Path) -> dict:
         if any(type(char) is not str or len(char) != 1 for char in characters):
             raise ValueError("its tokens are not single characters")
         return nanogpt_meta(path.parent, tokenizers.CharTokenizer("".join(characters)))
-    except Exception as error:  # a foreign pickle can fail in any way; none of them runs code
-        raise UserError(f"{path} is not a plain {{vocab_size, itos, stoi}}: {error!r}") from error
+    except (
+        Exception
+    ) as error:  # a foreign pickle can fail in any way; none of them runs code
+        raise UserError(
+            f"{path} is not a plain {{vocab_size, itos, stoi}}: {error!r}"
+        ) from error

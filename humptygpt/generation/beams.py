@@ -36,7 +36,9 @@ def translate(
         numbers = list(group)
         for first in range(0, len(numbers), BATCH):
             batch = numbers[first : first + BATCH]
-            source = torch.from_numpy(np.stack([sources[number] for number in batch])).to(device)
+            source = torch.from_numpy(np.stack([sources[number] for number in batch])).to(
+                device
+            )
             best = beam_search(model, source, eot, tokenizer_vocab_size, **settings)
             translations.update(zip(batch, best, strict=True))
     return [translations[number] for number in range(len(sources))]
@@ -73,13 +75,17 @@ def beam_search(
 
     best = [Translation([], -math.inf, ended=False)] * len(source)
     open_sentences = list(range(len(source)))
-    ids = source.new_empty(len(source), 1, 0)  # (n, k, T): k hypotheses of each open sentence
+    ids = source.new_empty(
+        len(source), 1, 0
+    )  # (n, k, T): k hypotheses of each open sentence
     log_prob = torch.zeros(ids.shape[:2], device=ids.device)
     for step in range(limit):
         n, k = log_prob.shape
         logits = model.next_logits(idx, state)[:, :tokenizer_vocab_size]
         logp = logits.float().log_softmax(dim=-1).view(n, k, -1)
-        ids, log_prob, scores, parents = extend(ids, log_prob, logp, eot, num_beams, length_penalty)
+        ids, log_prob, scores, parents = extend(
+            ids, log_prob, logp, eot, num_beams, length_penalty
+        )
         ended = (ids == eot).any(dim=-1)
         last = step == limit - 1
         keep_best(best, open_sentences, ids, scores, ended, eot, last)
@@ -96,7 +102,12 @@ def beam_search(
 
 
 def extend(
-    ids: Tensor, log_prob: Tensor, logp: Tensor, eot: int, num_beams: int, length_penalty: float
+    ids: Tensor,
+    log_prob: Tensor,
+    logp: Tensor,
+    eot: int,
+    num_beams: int,
+    length_penalty: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the best hypotheses one token longer, the best first, for ids (n, k, T) and log_prob (n, k).
 
@@ -134,7 +145,9 @@ def keep_best(
             score = float(ended_scores[row])
             best[number] = Translation(tokens[: tokens.index(eot)], score, ended=True)
         elif last and not best[number].ended:
-            best[number] = Translation(ids[row, 0].tolist(), float(scores[row, 0]), ended=False)
+            best[number] = Translation(
+                ids[row, 0].tolist(), float(scores[row, 0]), ended=False
+            )
 
 
 def score(translations: list[str], references: list[str]) -> dict[str, float | str]:

@@ -51,7 +51,9 @@ def prepare_for_generation(
                 setattr(parent, name, child)
             if isinstance(child, nn.Linear):
                 setattr(parent, name, low_bit_linear(child, dtype, int8))
-    if isinstance(model, GPT) and all(type(block) is PreNormBlock for block in model.stack.blocks):
+    if isinstance(model, GPT) and all(
+        type(block) is PreNormBlock for block in model.stack.blocks
+    ):
         model.stack = FastStack(model.stack, model.config)
     return model
 
@@ -59,7 +61,9 @@ def prepare_for_generation(
 # --------------------------------------------------------------------------------------
 # Weights in fewer bits, and in the order in which a processor reads them
 
-PACKED_FROM = 2**17  # weights; the packed product of fewer takes longer to start than it saves
+PACKED_FROM = (
+    2**17
+)  # weights; the packed product of fewer takes longer to start than it saves
 
 
 def low_bit_linear(linear: nn.Linear, dtype: torch.dtype, int8: bool) -> nn.Module:
@@ -112,7 +116,9 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.packed = torch.ops.quantized.linear_prepack(quantize_rows(linear.weight), linear.bias)
+        self.packed = torch.ops.quantized.linear_prepack(
+            quantize_rows(linear.weight), linear.bias
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., inputs), float32. Returns (..., outputs), float32."""
@@ -139,15 +145,23 @@ class FusedSelfAttention(nn.Module):
         del attention.q_proj, attention.k_proj, attention.v_proj
         weight = torch.cat([projection.weight for projection in projections])
         has_bias = projections[0].bias is not None
-        self.qkv_proj = Linear(weight.shape[1], weight.shape[0], has_bias).requires_grad_(False)
+        self.qkv_proj = Linear(weight.shape[1], weight.shape[0], has_bias).requires_grad_(
+            False
+        )
         self.qkv_proj.weight.data = weight
         if has_bias:
-            self.qkv_proj.bias.data = torch.cat([projection.bias for projection in projections])
+            self.qkv_proj.bias.data = torch.cat(
+                [projection.bias for projection in projections]
+            )
 
-    def forward(self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None
+    ) -> Tensor:
         """As SelfAttention.forward."""
         n_head, n_kv_head = self.attention.n_head, self.attention.n_kv_head
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.attention.head_size)).transpose(1, 2)
+        heads = (
+            self.qkv_proj(x).unflatten(-1, (-1, self.attention.head_size)).transpose(1, 2)
+        )
         qk, v = heads.split((n_head + n_kv_head, n_kv_head), dim=1)
         if self.attention.qk_norm:
             qk = F.rms_norm(qk, qk.shape[-1:])
@@ -156,7 +170,9 @@ class FusedSelfAttention(nn.Module):
         q, k = qk.split((n_head, n_kv_head), dim=1)
         if state:
             k, v = state.append(k, v, *inputs.cached)
-        return self.attention.attend_and_project(q, k, v, inputs.masks[self.attention.window])
+        return self.attention.attend_and_project(
+            q, k, v, inputs.masks[self.attention.window]
+        )
 
 
 # --------------------------------------------------------------------------------------
@@ -198,10 +214,14 @@ class FastStack(nn.Module):
         if self.plain and state.padding is None:
             rotary = self.cos[state.length], self.sin[state.length]
             cached = state.make_room(1), state.size
-            return x, BlockInputs(cached, {0: (None, False)}, rotary, None, (None, False), None)
+            return x, BlockInputs(
+                cached, {0: (None, False)}, rotary, None, (None, False), None
+            )
         x, inputs = self.stack.enter(x, state)
         if inputs.rotary:
-            inputs = inputs._replace(rotary=[self.scaled_table(table) for table in inputs.rotary])
+            inputs = inputs._replace(
+                rotary=[self.scaled_table(table) for table in inputs.rotary]
+            )
         return x, inputs
 
     def scaled_table(self, table: Tensor) -> Tensor:
@@ -221,7 +241,9 @@ class BlockDecoder:
         self.window = attention.window
         # RMS norm is x / |x| times this; the rotary tables are multiplied by it, once for all blocks
         self.norm_scale = math.sqrt(self.head_size) if self.qk_norm else 1.0
-        self.root_of_eps = torch.tensor(math.sqrt(torch.finfo(torch.float32).eps * self.head_size))
+        self.root_of_eps = torch.tensor(
+            math.sqrt(torch.finfo(torch.float32).eps * self.head_size)
+        )
         self.attn_norm = block.attn_norm.forward
         self.qkv_proj = linear_function(block.attn.qkv_proj)
         self.add_o_proj = add_linear_function(attention.o_proj)
@@ -249,7 +271,9 @@ class BlockDecoder:
     def add_attention(self, x: Tensor, inputs: BlockInputs, state: LayerState) -> Tensor:
         """x: (B, C). Returns (B, C)."""
         n_head, n_kv_head, end = self.n_head, self.n_kv_head, inputs.cached[0]
-        heads = self.qkv_proj(self.attn_norm(x)).view(-1, n_head + 2 * n_kv_head, self.head_size)
+        heads = self.qkv_proj(self.attn_norm(x)).view(
+            -1, n_head + 2 * n_kv_head, self.head_size
+        )
         qk = heads.narrow(1, 0, n_head + n_kv_head)  # (B, H, D)
         v = heads.narrow(1, n_head + n_kv_head, n_kv_head)
         if self.qk_norm:  # as F.rms_norm, which on a CPU is three times as many operators

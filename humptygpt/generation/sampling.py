@@ -24,7 +24,9 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
     Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1, in the form that Hugging Face gave it.
     """
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    return torch.where(
+        seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits
+    )
 
 
 def keep_top_p(probs: Tensor, p: float) -> Tensor:
@@ -48,7 +50,10 @@ def keep_min_p(probs: Tensor, p: float) -> Tensor:
 
 
 def probabilities(
-    logits: Tensor, temperature: float = 1.0, top_p: float | None = None, min_p: float | None = None
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_p: float | None = None,
+    min_p: float | None = None,
 ) -> Tensor:
     """Return the probabilities (B, V) of the next token; logits: (B, V)."""
     probs = (logits / max(temperature, 1e-30)).softmax(dim=-1)  # 1e-30 does not overflow
@@ -70,7 +75,9 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, uniform * total, right=True)
 
 
-def sample_tokens(logits: Tensor, uniform: Tensor, top_k: int | None = None, **filters) -> Tensor:
+def sample_tokens(
+    logits: Tensor, uniform: Tensor, top_k: int | None = None, **filters
+) -> Tensor:
     """Draw tokens (B, 1), of the top_k most probable alone; filters: of probabilities()."""
     vocab_size = logits.shape[-1]
     if top_k is None or top_k >= vocab_size:
@@ -129,7 +136,9 @@ class Context:
         self.model = model
         self.exact = exact or not model.has_state
         self.tokens = idx  # (B, T)
-        self.padding = (idx < 0).sum(dim=1).tolist()  # of each text, columns before its context
+        self.padding = (
+            (idx < 0).sum(dim=1).tolist()
+        )  # of each text, columns before its context
         self.state = model.make_state(size=size) if cached and model.has_state else None
         self.restart(model.config.block_size)
 
@@ -197,12 +206,18 @@ class Sampler:
         self.filters = filters
         self.uniforms = None
         if filters.get("temperature") != 0:
-            dtype = torch.float32 if idx.is_mps else torch.float64  # which Apple's GPUs do not have
-            self.uniforms = uniform_numbers(seed, samples, max_new_tokens, dtype).to(idx.device)
+            dtype = (
+                torch.float32 if idx.is_mps else torch.float64
+            )  # which Apple's GPUs do not have
+            self.uniforms = uniform_numbers(seed, samples, max_new_tokens, dtype).to(
+                idx.device
+            )
         self.penalty = repetition_penalty
         self.seen = None  # (B, V) bool: tokens in the text
         if repetition_penalty != 1:
-            seen = torch.zeros(len(idx), vocab_size + 1, dtype=torch.bool, device=idx.device)
+            seen = torch.zeros(
+                len(idx), vocab_size + 1, dtype=torch.bool, device=idx.device
+            )
             self.seen = seen.scatter(1, idx.where(idx >= 0, vocab_size), True)[:, :-1]
         self.step = 0
 
@@ -253,7 +268,9 @@ def continue_texts(
     """
     vocab_size = tokenizer_vocab_size or context.model.config.vocab_size
     rows = list(range(len(context.tokens)))
-    sampler = Sampler(context.tokens, vocab_size, samples or rows, max_new_tokens, **sampling)
+    sampler = Sampler(
+        context.tokens, vocab_size, samples or rows, max_new_tokens, **sampling
+    )
     for _ in range(max_new_tokens):
         logits = context.next_logits().float()
         if vocab_size < logits.shape[1]:
@@ -265,7 +282,9 @@ def continue_texts(
             raise UserError("the model's logits are not finite: has its training diverged?")
         yield Step(rows, ids, logits)
         if stopped or eot in ids:
-            going = [i for i, row in enumerate(rows) if ids[i] != eot and row not in stopped]
+            going = [
+                i for i, row in enumerate(rows) if ids[i] != eot and row not in stopped
+            ]
             if not going:
                 return
             if len(going) < len(rows):

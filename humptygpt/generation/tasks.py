@@ -32,8 +32,12 @@ class Task:
     batches_vary: bool  # in their shapes
     evaluation_examples: Show | None  # after each evaluation
     final_examples: Show | None  # at the end of a run
-    score: Callable[[nn.Module, Dataset], Score] | None  # at the end of a run, and of eval_only
-    continues_text: bool  # sample.py continues a prompt; otherwise it translates line by line
+    score: (
+        Callable[[nn.Module, Dataset], Score] | None
+    )  # at the end of a run, and of eval_only
+    continues_text: (
+        bool  # sample.py continues a prompt; otherwise it translates line by line
+    )
     sample_label: str  # of what to do next
     sample_command: str  # {} is the argument that names the run
     card_prompt: str  # in a model card's example
@@ -44,7 +48,9 @@ def sample_text(model: nn.Module, dataset: TokenDataset) -> str:
     """Generate a text from nothing."""
     tokenizer = dataset.tokenizer
     idx = torch.from_numpy(tokenizer.start()).to(next(model.parameters()).device)[None]
-    tokens = list(generate(model, idx, SAMPLE_TOKENS, tokenizer.vocab_size, temperature=0.8))
+    tokens = list(
+        generate(model, idx, SAMPLE_TOKENS, tokenizer.vocab_size, temperature=0.8)
+    )
     return f"\n{tokenizer.decode(torch.cat(tokens).tolist()).strip()}\n"
 
 
@@ -69,7 +75,9 @@ def score_translations(model: nn.Module, dataset: PairDataset) -> Score:
     pairs = dataset.texts(split)
     sources = [source for source, _ in pairs]
     references = [reference for _, reference in pairs]
-    beams = translate(model, sources, tokenizer.eot, tokenizer.vocab_size, num_beams=NUM_BEAMS)
+    beams = translate(
+        model, sources, tokenizer.eot, tokenizer.vocab_size, num_beams=NUM_BEAMS
+    )
     scores = score(tokenizer.decode_batch(beam.ids for beam in beams), references)
     text = (
         f"\n{len(pairs):,} pairs of the {split} split, beams: {NUM_BEAMS}\n"

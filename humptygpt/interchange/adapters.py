@@ -44,7 +44,9 @@ VARIANTS = [
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-def layer_names(config: ModelConfig, layers: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+def layer_names(
+    config: ModelConfig, layers: Iterable[str]
+) -> Iterator[tuple[str, list[str]]]:
     """Yield (name in the adapter, our names) of each layer: the names of transformers where it has such a model."""
     try:
         table = FAMILIES[find_family(replace(config, **OFF))].weights
@@ -133,7 +135,9 @@ def merge_adapter(folder: Path, config: ModelConfig, weights: Weights) -> Weight
     """
     adapter = read_config(folder)
     with reading(f"the adapter in {folder}"):
-        return weights | changed_weights(open_weights(folder, WEIGHTS), adapter, config, weights)
+        return weights | changed_weights(
+            open_weights(folder, WEIGHTS), adapter, config, weights
+        )
 
 
 def changed_weights(
@@ -155,7 +159,9 @@ def changed_weights(
         rank = max(1, len(A)) if A.dim() else 1
         check_tensor(names[0], A, (rank, own[0].shape[1]))
         check_tensor(names[1], B, (sum(sizes), rank))
-        scale = alpha(theirs, adapter) / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
+        scale = alpha(theirs, adapter) / (
+            math.sqrt(rank) if adapter.get("use_rslora") else rank
+        )
         updates = (scale * (B.float() @ A.float())).split(sizes)
         for name, W, update in zip(ours, own, updates, strict=True):
             changed[f"{name}.weight"] = W + update

@@ -28,14 +28,24 @@ ACTIVATION_NAMES = {  # theirs: ours; of several names for one of ours, the firs
 class Family(NamedTuple):
     """Models that differ in the values of these settings alone."""
 
-    architectures: list[str]  # classes of transformers: with the head, which is written, without it
-    prefix: str  # of the names of all weights but the head's; files without a head may lack it
+    architectures: list[
+        str
+    ]  # classes of transformers: with the head, which is written, without it
+    prefix: (
+        str  # of the names of all weights but the head's; files without a head may lack it
+    )
     settings: list[tuple]  # key of config.json, of ModelConfig, its schema, its default
-    supported: dict[str, object]  # further keys of config.json, and the value that is supported
+    supported: dict[
+        str, object
+    ]  # further keys of config.json, and the value that is supported
     fixed: dict[str, object]  # settings of ours that all these models have
-    weights: dict[str, list[str]]  # theirs: ours, several are concatenated; #: number of the block
+    weights: dict[
+        str, list[str]
+    ]  # theirs: ours, several are concatenated; #: number of the block
     transposed: bool  # whether the matrices of blocks are (inputs, outputs), unlike ours
-    no_weights: str  # regular expression for buffers that older files hold beside the weights
+    no_weights: (
+        str  # regular expression for buffers that older files hold beside the weights
+    )
     dropouts: list[str]  # keys of config.json
     preset: str  # a config file whose models are exported as this family
 
@@ -71,7 +81,9 @@ GPT2 = Family(
         "transformer.wte": ["wte"],
         "transformer.wpe": ["stack.position.wpe"],
         "transformer.h.#.ln_1": ["stack.blocks.#.attn_norm"],
-        "transformer.h.#.attn.c_attn": [f"stack.blocks.#.attn.{part}_proj" for part in "qkv"],
+        "transformer.h.#.attn.c_attn": [
+            f"stack.blocks.#.attn.{part}_proj" for part in "qkv"
+        ],
         "transformer.h.#.attn.c_proj": ["stack.blocks.#.attn.o_proj"],
         "transformer.h.#.ln_2": ["stack.blocks.#.mlp_norm"],
         "transformer.h.#.mlp.c_fc": ["stack.blocks.#.mlp.up_proj"],

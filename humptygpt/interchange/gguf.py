@@ -165,7 +165,9 @@ def _(tokenizer: PretrainedTokenizer) -> Vocabulary:
     model, split = content["model"], known_split(content)
     known = model.get("type") == "BPE" and not content.get("normalizer") and split
     if not known or (split == "llama-bpe" and not model.get("ignore_merges")):
-        raise refusal(tokenizer, "it is none of GPT-2's or Llama 3's kind, which llama.cpp has")
+        raise refusal(
+            tokenizer, "it is none of GPT-2's or Llama 3's kind, which llama.cpp has"
+        )
     added = {entry["id"]: entry for entry in content.get("added_tokens") or ()}
     names = {i: token for token, i in model["vocab"].items()}
     names |= {i: entry["content"] for i, entry in added.items()}
@@ -183,7 +185,9 @@ def _(tokenizer: PretrainedTokenizer) -> Vocabulary:
         tokens=[names.get(i, f"[PAD{i}]") for i in range(tokenizer.vocab_size)],
         eot=tokenizer.eot,
         types=types,
-        merges=[pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
+        merges=[
+            pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]
+        ],
         split=split,
         bos=tokenizer.bos,
     )
@@ -196,7 +200,9 @@ def known_split(content: dict) -> str | None:
     patterns = [step.get("pattern", {}).get("Regex") or step.get("type") for step in steps]
     split = SPLITS.get(tuple(patterns))
     by_itself = steps[-1].get("use_regex", True)  # ByteLevel splits as GPT-2 does
-    if any(step.get("add_prefix_space") for step in steps) or by_itself != (split == "gpt-2"):
+    if any(step.get("add_prefix_space") for step in steps) or by_itself != (
+        split == "gpt-2"
+    ):
         return None
     return split
 
@@ -283,10 +289,16 @@ def write_gguf(
         tensor = arranged(name, tensor, content)
         if name in EMBEDDINGS:
             tensor = tensor[:tokens]
-        exact = tensor.dim() == 1 or "wpe" in name or (dtype == "q8_0" and tensor.shape[-1] % 32)
+        exact = (
+            tensor.dim() == 1
+            or "wpe" in name
+            or (dtype == "q8_0" and tensor.shape[-1] % 32)
+        )
         stored = GGMLQuantizationType.F32 if exact else kind
         array = gguf.quants.quantize(tensor.float().contiguous().numpy(), stored)
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), array, raw_dtype=stored)
+        writer.add_tensor(
+            names.get_name(name, (".weight", ".bias")), array, raw_dtype=stored
+        )
     if "rope_scaling" in content:
         writer.add_tensor("rope_freqs.weight", rope_factors(content))
     writer.write_header_to_file()
@@ -298,7 +310,9 @@ def write_gguf(
 def check_activation(content: dict) -> None:
     """Raise UserError where llama.cpp would compute another one."""
     supported = ACTIVATIONS[content["model_type"]]
-    activation = ACTIVATION_NAMES[content.get("hidden_act") or content["activation_function"]]
+    activation = ACTIVATION_NAMES[
+        content.get("hidden_act") or content["activation_function"]
+    ]
     if activation != supported:
         raise UserError(
             f"activation={activation} cannot be exported as GGUF; train with --activation={supported}"

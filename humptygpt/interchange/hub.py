@@ -12,10 +12,17 @@ from humptygpt.core.errors import UserError, one_line
 from humptygpt.interchange.huggingface import read_config
 
 GPT2 = {
-    name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    name: f"openai-community/{name}"
+    for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-TEXT_FILES = ["config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"]
+TEXT_FILES = [
+    "config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+]
 TEXT_FILES += ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 WEIGHTS = [  # the first of these that a model has
     ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],

@@ -83,7 +83,9 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
         content = parse_json((folder / "config.json").read_bytes(), CONFIG)
         kind = content["model_type"]
         if kind not in FAMILIES:
-            raise ValueError(f"model_type={kind} is not supported; {' and '.join(FAMILIES)} are")
+            raise ValueError(
+                f"model_type={kind} is not supported; {' and '.join(FAMILIES)} are"
+            )
         family = FAMILIES[kind]
         for name in content.get("architectures") or ():
             if name not in family.architectures:
@@ -97,7 +99,9 @@ def model_settings(family: Family, content: dict) -> dict[str, object]:
     # before and since transformers 5
     rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
     check_schema(rope, {"rope_type?": str, "type?": str}, "rope_scaling")
-    moved = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    moved = {
+        key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope
+    }
     content = content | moved
     settings = take(family.settings, content)
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -119,7 +123,10 @@ def take(table: list[tuple], content: dict) -> dict[str, object]:
     """Return what a table of settings names, by our keys."""
     check_schema(
         content,
-        {key if default is REQUIRED else f"{key}?": form for key, _, form, default in table},
+        {
+            key if default is REQUIRED else f"{key}?": form
+            for key, _, form, default in table
+        },
     )
     types = typing.get_type_hints(ModelConfig)
     return {
@@ -148,7 +155,9 @@ def read_weights(family: Family, config: ModelConfig, tensors: Weights) -> Weigh
         raise ValueError(
             f"config.json has {config.n_layer:,} layers, but there are only {len(stored)} weights"
         )
-    head = stored.pop("lm_head.weight", None) if config.tie_weights else None  # of older files
+    head = (
+        stored.pop("lm_head.weight", None) if config.tie_weights else None
+    )  # of older files
     like = build_on_meta(config).state_dict()
     check_weights(stored, to_theirs(family, config, like))
     ours = {}
@@ -157,7 +166,9 @@ def read_weights(family: Family, config: ModelConfig, tensors: Weights) -> Weigh
         pieces = tensor.split([len(like[part]) for part in own])
         for part, piece in zip(own, pieces, strict=True):
             # copied: the file may be mapped into memory
-            ours[part] = piece.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            ours[part] = piece.to(
+                torch.float32, copy=True, memory_format=torch.contiguous_format
+            )
     if head is not None and not torch.equal(head.float(), ours["wte.weight"]):
         raise ValueError(
             "lm_head.weight must equal the embedding, to which tie_word_embeddings=true ties it"
@@ -169,7 +180,9 @@ def check_weights(stored: Weights, expected: Weights) -> None:
     """Raise ValueError where names or shapes differ, or a dtype is not supported."""
     if stored.keys() != expected.keys():
         name = min(stored.keys() ^ expected.keys())
-        raise ValueError(f"the weight {name} is {'unknown' if name in stored else 'missing'}")
+        raise ValueError(
+            f"the weight {name} is {'unknown' if name in stored else 'missing'}"
+        )
     for name, tensor in sorted(stored.items()):
         check_tensor(name, tensor, expected[name].shape)
 
@@ -187,14 +200,20 @@ def to_pretrained(
     """
     config, state = model.config, model.state_dict()
     name = find_family(config)
-    family, attn, mlp = FAMILIES[name], model.stack.blocks[0].attn, model.stack.blocks[0].mlp
+    family, attn, mlp = (
+        FAMILIES[name],
+        model.stack.blocks[0].attn,
+        model.stack.blocks[0].mlp,
+    )
     settings = vars(config) | {
         "n_kv_head": attn.n_kv_head,
         "head_size": attn.head_size,
         "n_hidden": mlp.up_proj.out_features,
         "attn_bias": attn.q_proj.bias is not None,
         "mlp_bias": mlp.up_proj.bias is not None,
-        "activation": next(key for key, x in ACTIVATION_NAMES.items() if x == config.activation),
+        "activation": next(
+            key for key, x in ACTIVATION_NAMES.items() if x == config.activation
+        ),
     }
     content = {
         "model_type": name,
@@ -215,15 +234,21 @@ def to_pretrained(
     like = build_on_meta(replace(config, **family.fixed)).state_dict()
     zeros = {key: torch.zeros(x.shape) for key, x in like.items() if key.endswith(".bias")}
     theirs = to_theirs(family, config, zeros | state)
-    return content, {key: x.detach().to("cpu", dtype).contiguous() for key, x in theirs.items()}
+    return content, {
+        key: x.detach().to("cpu", dtype).contiguous() for key, x in theirs.items()
+    }
 
 
 def find_family(config: ModelConfig) -> str:
     """Return the model_type of a model of this config. Raises UserError where it has what none of them has."""
     families = {family.fixed["position"]: name for name, family in FAMILIES.items()}
     if config.position not in families:
-        needed = " or ".join(f"position={position} ({name})" for position, name in families.items())
-        raise UserError(f"position={config.position} cannot be exported; export needs {needed}")
+        needed = " or ".join(
+            f"position={position} ({name})" for position, name in families.items()
+        )
+        raise UserError(
+            f"position={config.position} cannot be exported; export needs {needed}"
+        )
     family = FAMILIES[families[config.position]]
     supported = {field.name: (field.default,) for field in fields(ModelConfig)}
     supported |= {key: (value,) for key, value in family.fixed.items()}
@@ -236,7 +261,9 @@ def find_family(config: ModelConfig) -> str:
     free = exported | NOT_EXPORTED | without_effect(vars(config), ModelConfig).keys()
     for key, values in supported.items():
         if key not in free and getattr(config, key) not in values:
-            needed = f"{family.architectures[0]} needs {key}={values[0]}, as in {family.preset}"
+            needed = (
+                f"{family.architectures[0]} needs {key}={values[0]}, as in {family.preset}"
+            )
             raise UserError(f"{key}={getattr(config, key)} cannot be exported; {needed}")
     if config.n_embd % config.n_head:
         needed = f"transformers needs a multiple of n_head={config.n_head}"

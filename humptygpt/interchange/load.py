@@ -30,13 +30,17 @@ from humptygpt.tokenizer.tokenizers import Tokenizer
 from model import ModelConfig
 
 FILES_OF_A_FOLDER = (".safetensors", ".bin", ".json", ".gguf")
-MODEL_ARGS = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), SIZE)
+MODEL_ARGS = dict.fromkeys(
+    ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), SIZE
+)
 NANOGPT = {
     "model": dict,
     "model_args": MODEL_ARGS | {"bias?": bool},
     "config?": {"dataset?": str},
 }
-NANOGPT_FAMILY = GPT2._replace(transposed=False)  # its matrices are (outputs, inputs), as ours
+NANOGPT_FAMILY = GPT2._replace(
+    transposed=False
+)  # its matrices are (outputs, inputs), as ours
 
 
 class Loaded(NamedTuple):
@@ -103,8 +107,15 @@ def find_source(source: str | Path, which: str = "best", key: str = "init_from")
     """Return the checkpoint or folder that key=source stands for; a model of the hub is fetched. Raises UserError."""
     path = Path(os.path.expanduser(source))  # noqa: PTH111, which loses the end of "folder/"
     if os.path.isdir(path):
-        files = (checkpoint.stored(path / name) for name in ("best.pt", "ckpt.pt", "metrics.jsonl"))
-        return checkpoint.find_checkpoint(path, which) if any(map(os.path.exists, files)) else path
+        files = (
+            checkpoint.stored(path / name)
+            for name in ("best.pt", "ckpt.pt", "metrics.jsonl")
+        )
+        return (
+            checkpoint.find_checkpoint(path, which)
+            if any(map(os.path.exists, files))
+            else path
+        )
     if path.suffix in FILES_OF_A_FOLDER:
         raise UserError(
             f"{key}={source} is no model by itself; name its folder, which also has config.json"
@@ -186,7 +197,9 @@ def is_nanogpt(saved: object) -> bool:
 def from_nanogpt(path: Path, saved: dict) -> Loaded:
     with refuse_damaged(path):
         check_dense(saved.get("model"), path.name)
-        check_schema(saved | {"model": dict(saved["model"])}, NANOGPT)  # it was an OrderedDict
+        check_schema(
+            saved | {"model": dict(saved["model"])}, NANOGPT
+        )  # it was an OrderedDict
         args = {"bias": True} | saved["model_args"]
         sizes = {key: args[key] for key in ("bias", *MODEL_ARGS)}
         config = ModelConfig(**GPT2.fixed | {"activation": "gelu"} | sizes)
@@ -207,5 +220,7 @@ def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:
             return tokenizers.from_state(read_nanogpt_meta(meta)["tokenizer"])
     if saved["model_args"]["vocab_size"] < GPT2_TOKENS:
         missing = " and no ".join(map(str, metas))
-        raise UserError(f"{path} needs the characters of its data set: there is no {missing}")
+        raise UserError(
+            f"{path} needs the characters of its data set: there is no {missing}"
+        )
     return tokenizers.GPT2Tokenizer.train(separated=True)

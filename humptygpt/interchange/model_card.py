@@ -79,7 +79,9 @@ def model_card(loaded: Loaded, name: str, prompt: str, note: str, defaults: dict
     if not saved:
         return card
     settings = (saved["model_config"] | saved["train_config"]).items()
-    changed = [f"{key} = {value!r}" for key, value in settings if value != defaults.get(key, value)]
+    changed = [
+        f"{key} = {value!r}" for key, value in settings if value != defaults.get(key, value)
+    ]
     return card + SETTINGS.format(settings="\n".join(changed))
 
 

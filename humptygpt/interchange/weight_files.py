@@ -44,10 +44,14 @@ def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
 def open_file(path: Path) -> Weights:
     try:
         if path.suffix == ".safetensors":
-            file = safe_open(path, framework="pt")  # compares what it declares with its size
+            file = safe_open(
+                path, framework="pt"
+            )  # compares what it declares with its size
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
         tensors = load_plain(path, legacy=True)
-    except Exception as error:  # zip, pickle, torch and safetensors have errors of their own
+    except (
+        Exception
+    ) as error:  # zip, pickle, torch and safetensors have errors of their own
         raise ValueError(
             f"{path.name} is truncated, damaged or holds more than tensors and plain data"
         ) from error
@@ -75,7 +79,9 @@ def check_dense(tensors: object, file: str) -> None:
     if not isinstance(tensors, dict) or any(type(name) is not str for name in tensors):
         raise ValueError(f"{file} holds no dictionary of tensors by name")
     for name, x in tensors.items():
-        dense = isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu"
+        dense = (
+            isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu"
+        )
         # a stride of 0 may declare any size
         if not dense or x.is_nested or x.nbytes > x.untyped_storage().nbytes():
             raise ValueError(f"{file}: {name} must be a dense tensor")

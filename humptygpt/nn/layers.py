@@ -35,11 +35,15 @@ class LayerState:
     """Keys and values of one block, in buffers that hold `size` tokens."""
 
     def __init__(self):
-        self.k = None  # (B, H, size, D), made when the first token shows shape, dtype and device
+        self.k = (
+            None  # (B, H, size, D), made when the first token shows shape, dtype and device
+        )
         self.v = None
         self.cross_k = None  # (B, H, S, D), of the encoder's output
         self.cross_v = None
-        self.last_inputs = None  # (B, up to n, C), of a convolution over n tokens before each
+        self.last_inputs = (
+            None  # (B, up to n, C), of a convolution over n tokens before each
+        )
 
     def append(self, k: Tensor, v: Tensor, end: int, size: int) -> tuple[Tensor, Tensor]:
         """k, v: (B, H, T, D), which go before position `end` of the buffers. Returns all up to it, (B, H, end, D)."""
@@ -91,7 +95,9 @@ class DecoderState:
     def make_room(self, T: int) -> int:
         """For the next T tokens. Returns how many tokens they can attend to, themselves included."""
         if self.held + T > self.size:
-            assert self.window, f"{self.held + T} tokens, but the state was made for {self.size}"
+            assert self.window, (
+                f"{self.held + T} tokens, but the state was made for {self.size}"
+            )
             kept = min(self.held, self.window - 1)
             self.size = max(2 * self.window, kept + T)
             for layer in self.layers:
@@ -112,7 +118,9 @@ class DecoderState:
         if self.padding is None:
             return None
         end = self.length + T
-        return torch.arange(end - S, end, device=self.padding.device) < self.padding[:, None]
+        return (
+            torch.arange(end - S, end, device=self.padding.device) < self.padding[:, None]
+        )
 
     def clear(self) -> None:
         """Forget the tokens, but not the source."""
@@ -243,7 +251,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) ->
     grouped = q.shape[1] != k.shape[1]
     if not prefers_explicit(q, k, dropout):
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped
+            q,
+            k,
+            v,
+            attn_mask=bias,
+            dropout_p=dropout,
+            is_causal=is_causal,
+            enable_gqa=grouped,
         )
     if grouped:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -336,7 +350,9 @@ def with_loss(
     targets. In training the targets are smoothed: a fraction label_smoothing of each is spread over the vocabulary, so
     that the model does not become overconfident. Source: Szegedy et al. 2015, arXiv:1512.00567, section 7.
     """
-    if soft_cap := model.config.logit_soft_cap:  # Source: Gemma 2, arXiv:2408.00118, section 2
+    if (
+        soft_cap := model.config.logit_soft_cap
+    ):  # Source: Gemma 2, arXiv:2408.00118, section 2
         logits = soft_cap * torch.tanh(logits / soft_cap)
     if targets is None:
         return logits, None
@@ -436,7 +452,8 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next(
-        (peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None
+        (peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)),
+        None,
     )
 
 
@@ -453,7 +470,9 @@ def keep_freed_memory() -> None:
     Otherwise every large activation is mapped and cleared again in each step: a tenth of the time of a small model on a
     CPU. With another C library nothing happens.
     """
-    set_malloc(mmap_threshold=32 << 20, trim_threshold=2**31 - 1)  # the most that glibc accepts
+    set_malloc(
+        mmap_threshold=32 << 20, trim_threshold=2**31 - 1
+    )  # the most that glibc accepts
 
 
 def give_back_freed_memory() -> None:

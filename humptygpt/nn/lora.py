@@ -31,7 +31,9 @@ class LoRALinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., inputs). Returns (..., outputs)."""
-        return F.linear(x, self.weight, self.bias) + self.scale * self.lora_B(self.lora_A(x))
+        return F.linear(x, self.weight, self.bias) + self.scale * self.lora_B(
+            self.lora_A(x)
+        )
 
     def merged(self) -> Tensor:
         """W + alpha / rank * B A, (outputs, inputs)."""
@@ -52,7 +54,9 @@ def add(model: nn.Module) -> nn.Module:
     """Put LoRA beside the layers that the model's config names; nothing else of it trains. Raises UserError."""
     config = model.config
     targets = {name.strip() for name in config.lora_targets.split(",")}
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, Linear)
+    }
     known = {last_part(name) for name in layers}
     if unknown := targets - known:
         raise UserError(
@@ -61,7 +65,9 @@ def add(model: nn.Module) -> nn.Module:
     model.requires_grad_(False)
     for name, layer in layers.items():
         if last_part(name) in targets:
-            model.set_submodule(name, LoRALinear(layer, config.lora_rank, config.lora_alpha))
+            model.set_submodule(
+                name, LoRALinear(layer, config.lora_rank, config.lora_alpha)
+            )
     return model
 
 
@@ -71,7 +77,9 @@ def last_part(name: str) -> str:
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear)
     }
 
 

@@ -50,7 +50,8 @@ class WindowMLP(nn.Module):
         n_hidden = config.n_hidden or inputs
         self.wte = EMBEDDINGS[config.embedding](config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(
-            Linear(n_hidden if i else inputs, n_hidden, config.bias) for i in range(config.n_layer)
+            Linear(n_hidden if i else inputs, n_hidden, config.bias)
+            for i in range(config.n_layer)
         )
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = Dropout(config.dropout)

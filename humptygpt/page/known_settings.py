@@ -6,7 +6,16 @@ from humptygpt.core.errors import UserError
 from model import ModelConfig
 
 NUMBERS = {
-    *("n_layer", "n_head", "n_kv_head", "n_embd", "head_size", "n_hidden", "block_size", "window"),
+    *(
+        "n_layer",
+        "n_head",
+        "n_kv_head",
+        "n_embd",
+        "head_size",
+        "n_hidden",
+        "block_size",
+        "window",
+    ),
     *("vocab_size", "bias", "attn_bias", "mlp_bias", "tie_weights", "mlp_conv", "qk_norm"),
     *("rope_base", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor"),
     *("rope_original_context", "norm_eps", "embed_norm", "logit_soft_cap"),

@@ -122,7 +122,9 @@ class Processes:
             batch = {name: value[rows.first : last] for name, value in batch.items()}
             yield LocalBatch(index, batch, count_targets(batch) if end > start else 0, rows)
 
-    def alternate(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    def alternate(
+        self, batches: Iterator[dict[str, Tensor]]
+    ) -> Iterator[dict[str, Tensor]]:
         """Yield every size-th batch, from number rank on; equally many for all, the last perhaps without targets."""
         for number, batch in enumerate(batches):
             if number % self.size == self.rank:
@@ -314,7 +316,9 @@ def exit_code(stopped_by: int | None) -> int:
 
     torchrun starts processes again that end with an error, if it may: not those that were asked to stop.
     """
-    restarts = launched().size > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    restarts = (
+        launched().size > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    )
     return 128 + stopped_by if stopped_by and not restarts else 0
 
 
@@ -364,7 +368,9 @@ def connect(rank: int) -> dist.Store:
     port = int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, None, serves, timeout=TIMEOUT, wait_for_workers=False)
     # torchrun keeps it where it starts ranks again, with the addresses of those that have ended
-    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return dist.PrefixStore(
+        f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+    )
 
 
 def start(backend: str, device: torch.device, parallel: str = "ddp") -> Processes:
@@ -377,7 +383,9 @@ def start(backend: str, device: torch.device, parallel: str = "ddp") -> Processe
         device = pick_gpu()
     try:
         store = connect(rank)
-        dist.init_process_group(backends, timeout=TIMEOUT, store=store, rank=rank, world_size=size)
+        dist.init_process_group(
+            backends, timeout=TIMEOUT, store=store, rank=rank, world_size=size
+        )
         patient = dist.new_group(backend="gloo", timeout=LONG)
     except (RuntimeError, ValueError) as error:  # a port in use, a host that is not reached
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -387,6 +395,8 @@ def start(backend: str, device: torch.device, parallel: str = "ddp") -> Processe
         ) from error
     if parallel == "ddp":
         return Processes(rank, size, device, patient)
-    from humptygpt.parallel.fsdp import ShardedProcesses  # here, since it takes a second to load
+    from humptygpt.parallel.fsdp import (
+        ShardedProcesses,
+    )  # here, since it takes a second to load
 
     return ShardedProcesses(rank, size, device, patient)

@@ -59,14 +59,21 @@ class PretrainedTokenizer(Tokenizer):
 
     def encode_rest(self, text: str) -> np.ndarray:
         utf8(text)
-        return np.array(self._rest.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        return np.array(
+            self._rest.encode(text, add_special_tokens=False).ids, dtype=np.int64
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._engine.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def state(self) -> dict:
         content = pack(self.content.encode())
-        return {"tokenizer": self.name, "content": content, "eot": self.eot, "bos": self.bos}
+        return {
+            "tokenizer": self.name,
+            "content": content,
+            "eot": self.eot,
+            "bos": self.bos,
+        }
 
     @classmethod
     def from_state(cls, content: str, **entries) -> Self:
@@ -96,7 +103,9 @@ def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
     if kinds == ["ByteLevel"]:
         byte_of = printable_bytes()
         return lambda token: (
-            bytes(map(byte_of.get, token)) if byte_of.keys() >= set(token) else token.encode()
+            bytes(map(byte_of.get, token))
+            if byte_of.keys() >= set(token)
+            else token.encode()
         )
     if not kinds or not set(kinds) <= SENTENCEPIECE_DECODERS:
         listed = ", ".join(map(str, kinds)) or "none"
@@ -143,7 +152,12 @@ class PretrainedSentencePiece(Tokenizer):
     }
 
     def __init__(
-        self, proto: bytes, special: dict[str, int], space: str, eot: int | None, bos: int | None
+        self,
+        proto: bytes,
+        special: dict[str, int],
+        space: str,
+        eot: int | None,
+        bos: int | None,
     ):
         from sentencepiece import SentencePieceProcessor
 

@@ -18,21 +18,33 @@ from humptygpt.tokenizer.tokenizers import END_OF_TEXT, Tokenizer
 # the first that is there counts, as in transformers
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKEN = (str, {"content": str}, None)  # a token as these files have it
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 SWITCHES = ("legacy", "add_bos_token", "add_eos_token", "add_prefix_space")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 SETTINGS = {
     **{f"{key}?": TOKEN for key in NAMED},
     **{f"{key}?": (bool, None) for key in SWITCHES},
     "tokenizer_class?": (str, None),
-    "added_tokens_decoder?": {str: {"content": str, **{f"{flag}?": bool for flag in FLAGS}}},
+    "added_tokens_decoder?": {
+        str: {"content": str, **{f"{flag}?": bool for flag in FLAGS}}
+    },
     "additional_special_tokens?": ([(str, {"content": str})], None),
 }
 
 
 def is_tokenizer(path: Path) -> bool:
     """Whether it is one of these files, or a folder with one."""
-    return (path.is_file() and path.name in FILES) or any((path / name).is_file() for name in FILES)
+    return (path.is_file() and path.name in FILES) or any(
+        (path / name).is_file() for name in FILES
+    )
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -46,7 +58,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
             raise ValueError(f"there is neither {' nor '.join(FILES)}")
         return readers[file.name](file, read_settings(file.parent))
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: sentencepiece's
-        raise UserError(f"cannot read the tokenizer in {path}: {one_line(error)}") from error
+        raise UserError(
+            f"cannot read the tokenizer in {path}: {one_line(error)}"
+        ) from error
 
 
 def read_settings(folder: Path) -> dict:
@@ -101,7 +115,9 @@ def read_merges(path: Path, settings: dict) -> PretrainedTokenizer:
     try:
         model = models.BPE.from_file(str(path), str(path.with_name("merges.txt")))
     except Exception as error:  # tokenizers has no class of its own for it
-        raise ValueError(f"vocab.json and merges.txt do not fit together: {error}") from error
+        raise ValueError(
+            f"vocab.json and merges.txt do not fit together: {error}"
+        ) from error
     engine = Tokenizer(model)
     prefix = bool(settings.get("add_prefix_space"))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
@@ -112,7 +128,9 @@ def read_merges(path: Path, settings: dict) -> PretrainedTokenizer:
         settings.setdefault("eos_token", END_OF_TEXT)
     add_tokens(engine, settings)
     starts = settings.get("add_bos_token") and "bos_token" in settings
-    return finish(engine, settings, engine.token_to_id(settings["bos_token"]) if starts else None)
+    return finish(
+        engine, settings, engine.token_to_id(settings["bos_token"]) if starts else None
+    )
 
 
 def finish(engine, settings: dict, bos: int | None) -> PretrainedTokenizer:
@@ -126,7 +144,8 @@ def add_tokens(engine, settings: dict) -> None:
 
     known = {token.content for token in engine.get_added_tokens_decoder().values()}
     special = [
-        {"content": token, "special": True, "normalized": False} for token in settings["special"]
+        {"content": token, "special": True, "normalized": False}
+        for token in settings["special"]
     ]
     for entry in [entry for _, entry in settings["added"]] + special:
         if entry["content"] not in known:
@@ -143,7 +162,9 @@ def read_sentencepiece(path: Path, settings: dict) -> PretrainedSentencePiece:
 
     proto = path.read_bytes()
     model = SentencePieceProcessor(model_proto=proto)
-    special = {model.id_to_piece(i): i for i in range(model.vocab_size()) if model.is_control(i)}
+    special = {
+        model.id_to_piece(i): i for i in range(model.vocab_size()) if model.is_control(i)
+    }
     special[model.id_to_piece(model.unk_id())] = model.unk_id()
     for i, entry in settings["added"]:
         check_id(entry["content"], i, special.setdefault(entry["content"], i))

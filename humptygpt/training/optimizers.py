@@ -64,7 +64,9 @@ class Optimizer:
             slots = []
             for name, p in group["named_params"].items():
                 if p.grad is not None:
-                    state = {key: local(x) for key, x in self.state_of(name, p, group).items()}
+                    state = {
+                        key: local(x) for key, x in self.state_of(name, p, group).items()
+                    }
                     slots.append(Slot(local(p), local(p.grad), state, p.shape))
             if slots:
                 group["rule"].update(self, group, slots)
@@ -78,7 +80,9 @@ class Optimizer:
         """Return what is kept of a parameter, zeros at first."""
         if name not in self.state:
             views = group["rule"].state
-            self.state[name] = {key: torch.zeros_like(view(p)) for key, view in views.items()}
+            self.state[name] = {
+                key: torch.zeros_like(view(p)) for key, view in views.items()
+            }
         return self.state[name]
 
     def prepare_state(self) -> None:
@@ -126,7 +130,9 @@ def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
     )
 
 
-def muon(optimizer: Optimizer, group: dict, slots: list[Slot], normalize: bool = False) -> None:
+def muon(
+    optimizer: Optimizer, group: dict, slots: list[Slot], normalize: bool = False
+) -> None:
     """Update by the momentum with all its singular values set to about 1, so that no direction is lost.
 
     Matrices of one shape are stacked and orthogonalised together, in bfloat16 where that is fast. Source: Jordan et al.
@@ -141,12 +147,16 @@ def muon(optimizer: Optimizer, group: dict, slots: list[Slot], normalize: bool =
         gradients = torch.stack([slot.gradient for slot in alike])
         momentum = [slot.state["momentum_buffer"] for slot in alike]
         torch._foreach_lerp_(momentum, list(gradients), 1 - group["momentum"])
-        gradients.lerp_(torch.stack(momentum), group["momentum"])  # Nesterov: one look ahead
+        gradients.lerp_(
+            torch.stack(momentum), group["momentum"]
+        )  # Nesterov: one look ahead
         updates = optimizer.spread(orthogonalize, gradients, rows)
         if normalize:
             moment = [slot.state["second_moment_buffer"] for slot in alike]
             beta = group["betas"][1]
-            updates = normalize_neurons(updates, moment, beta, (rows, columns), optimizer.total)
+            updates = normalize_neurons(
+                updates, moment, beta, (rows, columns), optimizer.total
+            )
         weights = [slot.weight for slot in alike]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         lr = group["lr"] * math.sqrt(max(1, rows / columns))
@@ -194,7 +204,9 @@ def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
         x = x.bfloat16()  # exact enough here, and faster
     if tall:
         x = x.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # the largest singular value is now at most 1
+    x = x / (
+        x.norm(dim=(1, 2), keepdim=True) + 1e-7
+    )  # the largest singular value is now at most 1
     for _ in range(steps):
         a = x @ x.mT
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
@@ -274,10 +286,18 @@ def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
     A class that owns a matrix may name its group: hidden, in the blocks.
     """
-    owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
+    owners = {
+        id(p): module
+        for module in model.modules()
+        for p in module.parameters(recurse=False)
+    }
     groups = {"hidden": {}, "matrices": {}, "vectors": {}}
     for name, p in trained_parameters(model).items():
-        group = getattr(owners[id(p)], "optimizer_group", "matrices") if p.dim() > 1 else "vectors"
+        group = (
+            getattr(owners[id(p)], "optimizer_group", "matrices")
+            if p.dim() > 1
+            else "vectors"
+        )
         groups[group][name] = p
     return {group: members for group, members in groups.items() if members}
 
@@ -308,7 +328,9 @@ def check_state(saved: dict, model: nn.Module, optimizer: str, device: str = "cp
     expected = shapes.keys() if saved["steps"] else set()
     if differ := saved["state"].keys() ^ expected:
         name = min(differ)
-        raise ValueError(f"optimizer.{name} is {'missing' if name in expected else 'unknown'}")
+        raise ValueError(
+            f"optimizer.{name} is {'missing' if name in expected else 'unknown'}"
+        )
     for name, state in saved["state"].items():
         check_tensors(f"optimizer.{name}", state, shapes[name], device)
 

@@ -71,7 +71,9 @@ def adapt_model(base: Loaded, model_config: ModelConfig, seed: int) -> nn.Module
     for name, x in weights.items():
         if name.endswith("position.wpe.weight"):  # as nanoGPT: the first positions
             weights[name] = x[: model_config.block_size].clone()
-    model = checkpoint.restore_model(weights, dataclasses.replace(model_config, lora_rank=0))
+    model = checkpoint.restore_model(
+        weights, dataclasses.replace(model_config, lora_rank=0)
+    )
     model.config = model_config
     torch.manual_seed(seed)
     return lora.add(model) if model_config.lora_rank else model

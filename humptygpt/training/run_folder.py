@@ -25,7 +25,9 @@ from humptygpt.core.files import Lock
 from humptygpt.core.settings import note
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-SAME_REQUEST = 1.0  # seconds; timeout and some shells send a signal to a process and to its group
+SAME_REQUEST = (
+    1.0  # seconds; timeout and some shells send a signal to a process and to its group
+)
 FILES = ["ckpt.pt", "best.pt", "adapter", "metrics.jsonl", "loss.png", "config.json"]
 FILES += ["wandb_id", "tensorboard"]
 FILES += ["ckpt", "ckpt.old", "best", "best.old"]  # sharded
@@ -46,7 +48,9 @@ class Progress:
     best_val_loss: float = math.inf
     best_iter: int = 0
     evals_since_best: int = 0
-    losses: list[float] = field(default_factory=list)  # of the steps since the last row of metrics
+    losses: list[float] = field(
+        default_factory=list
+    )  # of the steps since the last row of metrics
 
     def record(self, val_loss: float) -> bool:
         """Count a validation loss, and return whether it is the lowest so far. Raises Diverged."""
@@ -73,7 +77,9 @@ class Progress:
 class Meter:
     """Losses and gradient norms since the last row of metrics, left on the device until they are read; and the time."""
 
-    def __init__(self, progress: Progress, skips_bad_steps: bool, peak_tokens: float | None):
+    def __init__(
+        self, progress: Progress, skips_bad_steps: bool, peak_tokens: float | None
+    ):
         """skips_bad_steps: a GradScaler does. peak_tokens: per second at the peak of all cards; None: not known."""
         self.progress = progress
         self.skips_bad_steps = skips_bad_steps
@@ -99,17 +105,26 @@ class Meter:
         self.progress.seconds = time.perf_counter() - self.started
         self.progress.losses = list(self.losses)
         first = self.progress.iter - len(self.losses) + 1
-        for it, (loss, norm) in enumerate(zip(self.losses, self.norms, strict=True), start=first):
+        for it, (loss, norm) in enumerate(
+            zip(self.losses, self.norms, strict=True), start=first
+        ):
             if not math.isfinite(loss):
                 raise Diverged(f"loss is {loss} at iter {it} (gradient norm {norm})")
             if not math.isfinite(norm) and not self.skips_bad_steps:  # the weights are lost
-                raise Diverged(f"gradient is not finite at iter {it} (gradient norm {norm})")
+                raise Diverged(
+                    f"gradient is not finite at iter {it} (gradient norm {norm})"
+                )
 
     def row(self, lr: float) -> dict:
         """Return a row of metrics; the next one begins."""
         progress = self.progress
-        speed = (progress.tokens - self.logged_tokens) / (progress.seconds - self.logged_seconds)
-        row = progress.stamp() | {"train_loss": sum(self.losses) / len(self.losses), "lr": lr}
+        speed = (progress.tokens - self.logged_tokens) / (
+            progress.seconds - self.logged_seconds
+        )
+        row = progress.stamp() | {
+            "train_loss": sum(self.losses) / len(self.losses),
+            "lr": lr,
+        }
         row["grad_norm"] = self.norms[-1] if math.isfinite(self.norms[-1]) else None
         row["tokens_per_second"] = round(speed)
         if self.peak_tokens:
@@ -163,10 +178,10 @@ def answer_signals(reader: socket.socket) -> None:
         if first is None:
             first = time.monotonic()
             name = signal.Signals(number).name
-            line = (
-                f"\n{name}: finishing this step, then saving; a second one ends at once, unsaved\n"
-            )
-            with suppress(OSError):  # the reader of our messages may have got it, too, and be gone
+            line = f"\n{name}: finishing this step, then saving; a second one ends at once, unsaved\n"
+            with suppress(
+                OSError
+            ):  # the reader of our messages may have got it, too, and be gone
                 os.write(2, line.encode())
         elif time.monotonic() - first > SAME_REQUEST:
             os._exit(128 + number)
@@ -264,7 +279,9 @@ def chosen_loggers(settings: dict) -> list[str]:
     names = [name.strip() for name in settings["log"].split(",") if name.strip()]
     for name in names:
         if name not in LOGGERS:
-            raise ValueError(f"log={settings['log']}: {name} is not one of: {', '.join(LOGGERS)}")
+            raise ValueError(
+                f"log={settings['log']}: {name} is not one of: {', '.join(LOGGERS)}"
+            )
     if settings["wandb_log"]:
         names.append("wandb")
     return list(dict.fromkeys(names))
@@ -273,9 +290,13 @@ def chosen_loggers(settings: dict) -> list[str]:
 def import_logger(name: str) -> ModuleType:
     """Import what a logger needs. Raises UserError where the package is missing."""
     try:
-        return importlib.import_module("wandb" if name == "wandb" else "torch.utils.tensorboard")
+        return importlib.import_module(
+            "wandb" if name == "wandb" else "torch.utils.tensorboard"
+        )
     except ImportError as error:
-        raise UserError(f"log={name} needs the package {name}: pip install {name}") from error
+        raise UserError(
+            f"log={name} needs the package {name}: pip install {name}"
+        ) from error
 
 
 class TensorBoard:
@@ -346,7 +367,9 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     title = f"HumptyGPT: {path.parent.name}"
-    figure.legend(title=title, title_fontsize="large", frameon=False, loc="outside upper center")
+    figure.legend(
+        title=title, title_fontsize="large", frameon=False, loc="outside upper center"
+    )
     files.write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
     plt.close(figure)
 

@@ -39,7 +39,9 @@ DECAY_RATE = {"at_least": 0, "below": 1}
 
 @dataclass(frozen=True)
 class TrainConfig:
-    out_dir: str = setting("out", "folder for checkpoints, metrics and the plot", "run", path=True)
+    out_dir: str = setting(
+        "out", "folder for checkpoints, metrics and the plot", "run", path=True
+    )
     init_from: str = setting(
         "scratch",
         "scratch: a new model; resume: continue out_dir/ckpt.pt; or a run, a checkpoint, a model's folder, gpt2",
@@ -51,7 +53,9 @@ class TrainConfig:
         1337, "seed of initial weights, data order and dropout", at_least=0, below=2**63
     )
 
-    dataset: str = setting("shakespeare_char", "folder in data/ that prepare_data.py wrote", "data")
+    dataset: str = setting(
+        "shakespeare_char", "folder in data/ that prepare_data.py wrote", "data"
+    )
     batch_size: int = setting(
         12, "sequences per micro-batch; of pairs, as many as fit into them", at_least=1
     )
@@ -73,11 +77,19 @@ class TrainConfig:
     min_lr: float | None = setting(
         None, "the minimum; None: learning_rate / 10", at_least=0, **DECAY
     )
-    weight_decay: float = setting(0.1, "weight decay of matrices and embeddings", at_least=0)
+    weight_decay: float = setting(
+        0.1, "weight decay of matrices and embeddings", at_least=0
+    )
     beta1: float = setting(0.9, "AdamW: decay rate of the first moment", **DECAY_RATE)
-    beta2: float = setting(0.99, "AdamW, NorMuon: decay rate of the second moment", **DECAY_RATE)
-    muon_learning_rate: float = setting(0.02, "Muon: the peak learning rate", above=0, **MUON)
-    muon_momentum: float = setting(0.95, "Muon: decay rate of the momentum", **DECAY_RATE, **MUON)
+    beta2: float = setting(
+        0.99, "AdamW, NorMuon: decay rate of the second moment", **DECAY_RATE
+    )
+    muon_learning_rate: float = setting(
+        0.02, "Muon: the peak learning rate", above=0, **MUON
+    )
+    muon_momentum: float = setting(
+        0.95, "Muon: decay rate of the momentum", **DECAY_RATE, **MUON
+    )
     grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", at_least=0)
     freeze: str | None = setting(
         None,
@@ -109,12 +121,16 @@ class TrainConfig:
         False, "report sizes and memory and stop, before any data or memory is touched"
     )
 
-    log: str = setting("", "log to tensorboard, wandb or both (with a comma), too", "logging")
+    log: str = setting(
+        "", "log to tensorboard, wandb or both (with a comma), too", "logging"
+    )
     wandb_log: bool = setting(False, "as log=wandb; WANDB_MODE=offline keeps it here")
     wandb_project: str = setting("humptygpt", "project there")
     wandb_run_name: str | None = setting(None, "run name there; None: the name of out_dir")
 
-    device: str = setting("auto", "auto: the GPU if there is one; cpu, cuda, cuda:1, mps", "system")
+    device: str = setting(
+        "auto", "auto: the GPU if there is one; cpu, cuda, cuda:1, mps", "system"
+    )
     dtype: str = setting("auto", "auto: what the hardware has", choices=("auto", *DTYPES))
     compile: bool | None = setting(None, "torch.compile; None: on CUDA only")
     parallel: str = setting(
@@ -123,7 +139,9 @@ class TrainConfig:
         choices=distributed.WAYS,
     )
     backend: str = setting(
-        "auto", "of several processes: nccl on CUDA, gloo on a CPU", choices=distributed.BACKENDS
+        "auto",
+        "of several processes: nccl on CUDA, gloo on a CPU",
+        choices=distributed.BACKENDS,
     )
 
     def __post_init__(self):
@@ -157,7 +175,9 @@ class TrainConfig:
 
     def rows(self, processes: int) -> int:
         """Return the most sequences that a process has at once: several share a micro-batch where these are too few."""
-        return math.ceil(self.batch_size / max(1, processes // self.gradient_accumulation_steps))
+        return math.ceil(
+            self.batch_size / max(1, processes // self.gradient_accumulation_steps)
+        )
 
 
 class Start(NamedTuple):
@@ -201,7 +221,11 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     model_config = configurator.make(ModelConfig, settings)
     if locks and not saved:
         locks.enter_context(lock_out_dir(out_dir))
-    if saved and checkpoint.lacks_tensors(saved) and (processes == 1 or config.parallel == "ddp"):
+    if (
+        saved
+        and checkpoint.lacks_tensors(saved)
+        and (processes == 1 or config.parallel == "ddp")
+    ):
         saved = checkpoint.read(path)
     for name in chosen_loggers(asdict(config)):  # now, not after a long preparation
         import_logger(name)
@@ -255,12 +279,17 @@ def is_same_run(given: dict, path: Path) -> bool:
 def base_settings(base: Loaded, given: dict) -> dict[str, object]:
     """Return the ModelConfig of a run that starts from a model: the model's own, but for what a run may choose."""
     own = asdict(base.model.config)
-    free = {key: given.get(key, getattr(ModelConfig, key)) for key in (*TRAINING_ONLY, *lora.OFF)}
+    free = {
+        key: given.get(key, getattr(ModelConfig, key))
+        for key in (*TRAINING_ONLY, *lora.OFF)
+    }
     block_size = given.get("block_size", own["block_size"])
     for key in own:
         fixed = key not in free and key != "block_size"
         if fixed and given.get(key) not in (own[key], None):
-            note(f"{key}={given[key]}: without effect; the model {base.path} has {key}={own[key]}")
+            note(
+                f"{key}={given[key]}: without effect; the model {base.path} has {key}={own[key]}"
+            )
     if block_size > own["block_size"] and own["position"] == "learned":
         raise UserError(
             f"block_size={block_size} is too large: the model {base.path} has learned"
@@ -275,7 +304,9 @@ def note_without_effect(
     """Report the keys that the user set in vain."""
     if processes == 1:
         for key in given.keys() & {"parallel", "backend"}:
-            note(f"{key}={given[key]} has no effect on one process; torchrun starts several")
+            note(
+                f"{key}={given[key]} has no effect on one process; torchrun starts several"
+            )
     settings = asdict(config) | asdict(model_config)
     for key, why in without_effect(settings, ModelConfig, TrainConfig).items():
         if key in given:
@@ -289,7 +320,9 @@ def fit_warmup(config: TrainConfig, chosen: bool) -> TrainConfig:
     if chosen or not config.decay_lr or warmup < steps:
         return config
     shorter = steps // 10
-    note(f"warmup_iters={warmup} would last all {steps:,} steps; warmup_iters={shorter} is taken")
+    note(
+        f"warmup_iters={warmup} would last all {steps:,} steps; warmup_iters={shorter} is taken"
+    )
     return dataclasses.replace(config, warmup_iters=shorter)
 
 
@@ -302,7 +335,9 @@ def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
         raise UserError(
             f"dataset={folder.name} is for {meta['task']}, but model={config.model} for {' and '.join(model.tasks)}"
         )
-    if task.package and not importlib.util.find_spec(task.package):  # now, not when all is trained
+    if task.package and not importlib.util.find_spec(
+        task.package
+    ):  # now, not when all is trained
         raise UserError(
             f"{meta['task']} is scored with the package {task.package}: pip install {task.package}"
         )
