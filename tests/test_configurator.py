@@ -330,9 +330,9 @@ class Dependent:
 
 
 def test_a_key_that_does_nothing_says_why_and_so_does_one_that_depends_on_it():
-    idle = lambda **changed: without_effect(
-        dataclasses.asdict(Dependent(**changed)), Dependent
-    )  # noqa: E731
+    def idle(**changed):
+        return without_effect(vars(Dependent(**changed)), Dependent)
+
     assert idle(kind="b", turns=2) == {}
     assert idle(kind="b") == {"speed": "without turns=1 or 2", "style": "with turns=0"}
     assert idle(kind="a") == {

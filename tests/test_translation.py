@@ -452,10 +452,11 @@ def test_empty_lines_stay_empty_and_long_ones_are_cut_and_reported(
 ):
     train.main([*TINY, *([] if with_encoder else NO_ENCODER)])
     read, translate = [], sample.translate
-    watched = lambda *args, **settings: (
-        read.extend(args[1]),
-        translate(*args, **settings),
-    )[1]  # noqa: E731
+
+    def watched(*args, **settings):
+        read.extend(args[1])
+        return translate(*args, **settings)
+
     monkeypatch.setattr(sample, "translate", watched)
     Path("german.txt").write_text(
         f"\ufeffWo ist\u2028da?\n\n  \n{'sehr ' * 20}lang.\n", encoding="utf-8"
