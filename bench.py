@@ -34,7 +34,7 @@ from pathlib import Path
 from humptygpt.core import limits
 
 if __name__ == "__main__":
-    limits.start(limits.TORCH)  # before numpy and torch are loaded
+    limits.start()  # before numpy and torch are loaded
 
 from humptygpt.core import settings
 from humptygpt.core.errors import UserError

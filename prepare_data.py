@@ -33,7 +33,7 @@ from pathlib import Path
 from humptygpt.core import limits
 
 if __name__ == "__main__":
-    limits.start(limits.NUMPY)  # before numpy is loaded
+    limits.start()  # before numpy is loaded
 
 import numpy as np
 

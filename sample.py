@@ -27,7 +27,7 @@ from typing import NamedTuple
 from humptygpt.core import limits
 
 if __name__ == "__main__":
-    limits.start(limits.TORCH)  # before numpy and torch are loaded
+    limits.start()  # before numpy and torch are loaded
 
 import numpy as np
 import torch

@@ -23,7 +23,7 @@ from pathlib import Path
 from humptygpt.core import limits
 
 if __name__ == "__main__":
-    limits.start(limits.TORCH)  # before numpy and torch are loaded
+    limits.start()  # before numpy and torch are loaded
 
 import torch
 from torch import Tensor, nn

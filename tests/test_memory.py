@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -354,7 +353,7 @@ def test_as_many_workers_encode_as_memory_allows(folder, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------
-# ulimit -v
+# Allocations that fail
 
 
 def run_limited(main, argv: list[str], room: int) -> None:
@@ -400,7 +399,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs ulimit -v")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of memory")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_under_a_limit_of_memory_a_script_ends_well_or_in_one_line(
     run_train, processes, name
@@ -427,32 +426,3 @@ def check_end(code: int, stderr: str, room: int) -> None:
     ]
     assert (code, len(lines)) in ((0, 0), (2, 1)), (room, code, stderr)
     assert not lines or "memory" in lines[0], lines
-
-
-# --------------------------------------------------------------------------------------
-# Whole scripts, from the loading of Python on
-
-# (script, its arguments, bytes of virtual memory with which it certainly succeeds)
-SCRIPTS = {
-    "train": ("train.py", COMMANDS["train"][1], 1_500_000_000),
-    "sample": ("sample.py", COMMANDS["sample"][1], 1_500_000_000),
-    "prepare": ("prepare_data.py", COMMANDS["prepare"][1], 400_000_000),
-}
-LEAST = 60_000_000  # with which Python itself starts
-
-
-@pytest.mark.long
-@pytest.mark.skipif(sys.platform != "linux", reason="needs ulimit -v")
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_under_thirty_limits_a_whole_script_ends_well_or_in_one_line(run_train, name):
-    run_train()
-    script, argv, enough = SCRIPTS[name]
-    command = shlex.join([sys.executable, str(ROOT / script), *argv])
-    codes = []
-    for number in range(30):
-        size = LEAST + (enough - LEAST) * number // 29
-        limited = f"ulimit -v {size // 1024}; exec {command}"
-        done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
-        codes.append(done.returncode)
-        check_end(done.returncode, done.stderr, size)
-    assert codes[0] == 2 and codes[-1] == 0

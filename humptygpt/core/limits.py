@@ -1,4 +1,4 @@
-"""Cores and memory that this process may use, by affinity, control group and ulimit; out-of-memory in one line.
+"""Cores and memory that this process may use, by affinity and control group; out-of-memory in one line.
 
 A script calls start() before numpy and torch are loaded, because their threads read once, at that moment, how many they
 are and how they wait for each other.
@@ -19,25 +19,19 @@ CGROUPS = Path(
     "/sys/fs/cgroup"
 )  # control groups of Linux, version 2, in which containers run
 OUR_GROUPS = Path("/proc/self/cgroup")
-# Bytes of virtual memory that these libraries reserve when they are loaded; with fewer they abort the process
-TORCH = 600_000_000
-NUMPY = 90_000_000
 SPINS = 1300  # of a waiting thread, less than a tenth of a millisecond; libgomp's default is 300,000
 NOTED_LOAD = 0.5  # cores that other processes take from ours before load_note() says so
 
 
-def start(virtual_memory: int = 0) -> None:
+def start() -> None:
     """Prepare a script for its imports: as many threads as it may use, which yield while they wait.
 
-    virtual_memory: bytes that the imports reserve, such as TORCH. A thread that spins while it waits for one of its own
-    process keeps a core from the process whose turn it is: two trainings on two cores were slowed down tenfold. What
-    the user has set in the environment stays.
+    A thread that spins while it waits for one of its own process keeps a core from the process whose turn it is: two
+    trainings on two cores were slowed down tenfold. What the user has set in the environment stays.
     """
     global load
     sys.excepthook = report_failed_import
     load = load or Load()
-    if virtual_memory > free_addresses():
-        raise MemoryError
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)  # GCC's OpenMP, which torch has on Linux
         os.environ["KMP_BLOCKTIME"] = "1"  # milliseconds; Intel's and LLVM's, elsewhere
@@ -53,7 +47,7 @@ def report_failed_import(kind: type, error: BaseException, trace: object) -> Non
             f"the package {missing} is not installed here; pip install -r requirements.txt"
         )
     elif is_out_of_memory(error):
-        line = "out of memory; end other programs, or raise the limit (of a container, or ulimit -v)"
+        line = "out of memory; end other programs, or raise the limit of a container"
     else:
         sys.__excepthook__(kind, error, trace)
         return
@@ -127,10 +121,10 @@ def load_note() -> str | None:
 
 
 def available_memory() -> int:
-    """Return the bytes that this process can still allocate: of the machine, of its control groups, by ulimit -v."""
+    """Return the bytes that this process can still allocate: of the machine and of its control groups."""
     import psutil
 
-    free = min(psutil.virtual_memory().available, group_memory(), free_addresses())
+    free = min(psutil.virtual_memory().available, group_memory())
     return int(max(0, free))
 
 
@@ -143,20 +137,6 @@ def group_memory() -> float:
         if limit and used:
             free = min(free, limit[0] - used[0] + file_cache(folder))
     return free
-
-
-def free_addresses() -> float:
-    """Return the bytes that ulimit -v still allows."""
-    if sys.platform == "win32":
-        return math.inf
-    import resource
-
-    import psutil
-
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit == resource.RLIM_INFINITY:
-        return math.inf
-    return limit - psutil.Process().memory_info().vms
 
 
 def gigabytes(size: float) -> str:
