@@ -39,23 +39,24 @@ from humptygpt.core.settings import note, parse_json, setting
 
 # Settings of where a run writes, how often, and where it logs: they do not affect what it learns
 IGNORED = {
-    *(
-        "out_dir",
-        "init_from",
-        "eval_only",
-        "always_save_checkpoint",
-        "log_interval",
-        "parallel",
-    ),
-    *("backend", "log", "wandb_log", "wandb_project", "wandb_run_name"),
+    "out_dir",
+    "init_from",
+    "eval_only",
+    "always_save_checkpoint",
+    "log_interval",
+    "parallel",
+    "backend",
+    "log",
+    "wandb_log",
+    "wandb_project",
+    "wandb_run_name",
 }
 SETTINGS = {
     "max_iters": range(1, 2**53),
     "n_layer?": range(1, 10_000),  # the model is built to count its parameters
 }
-SEED = re.compile(
-    r"(^|[-_])(seed[-_=]?)?\d+$"
-)  # the end of heads-1 and heads_seed=1, or all of 1
+# the end of heads-1 and heads_seed=1, or all of 1
+SEED = re.compile(r"(^|[-_])(seed[-_=]?)?\d+$")
 BITS = "best_bits_per_byte"
 
 
@@ -101,7 +102,7 @@ class Group:
     title: str | None  # None: all runs, each its own row
     runs: list[Run]  # the first of each row of the table
     table: list[dict]
-    differences: dict[str, list[str]]  # of the settings: {key: its value in each row}
+    differing: list[str]  # the settings that differ between rows
 
 
 def main(argv: list[str]) -> None:
@@ -114,26 +115,23 @@ def main(argv: list[str]) -> None:
         groups = find_groups(runs, config.baseline)
     else:
         names = short_names([run.folder for run in runs])
-        groups = [
-            make_group(None, [(name, [run]) for name, run in zip(names, runs, strict=True)])
-        ]
+        rows = [(name, [run]) for name, run in zip(names, runs, strict=True)]
+        groups = [make_group(None, rows)]
     for group in groups:
         note_validation_text(group)
         if "-" not in outputs:
             print(format_table(group), flush=True)
     data = table_data(groups)
-    for path, text in (
-        (config.csv, to_csv(data)),
-        (config.json, json.dumps(data, indent=1)),
-    ):
-        if path:
-            write(path, f"{text.rstrip()}\n".encode())
+    if config.csv:
+        write(config.csv, to_csv(data).encode())
+    if config.json:
+        write(config.json, f"{json.dumps(data, indent=1)}\n".encode())
     if config.picture:
         draw(groups, config.picture)
 
 
 def note_validation_text(group: Group) -> None:
-    keys = [key for key in ("dataset", "eval_iters") if key in group.differences]
+    keys = [key for key in ("dataset", "eval_iters") if key in group.differing]
     if keys:
         runs = f"the runs of {group.title}" if group.title else "the runs"
         rule = "losses compare only on the same validation text"
@@ -191,8 +189,15 @@ def measure(run: Run) -> dict:
         last |= row
     evaluations = [row for row in run.rows if "val_loss" in row]
     best = min(evaluations, key=lambda row: row["val_loss"], default={})
+    steps = run.settings["max_iters"]
+    if evaluations and evaluations[-1]["iter"] >= steps:  # training ends with an evaluation
+        state = "done"
+    elif run.idle < 600:
+        state = f"running at {100 * last['iter'] // steps} %"
+    else:
+        state = f"stopped at {last['iter']} of {steps}"
     return {
-        "state": state(run, last, evaluations),
+        "state": state,
         "iter": last["iter"],
         "tokens": last["tokens"],
         "seconds": last["seconds"],
@@ -204,31 +209,15 @@ def measure(run: Run) -> dict:
     }
 
 
-def state(run: Run, last: dict, evaluations: list[dict]) -> str:
-    """Return "done", "running at 40 %" or "stopped at 300 of 2000", from the last row of metrics and its age."""
-    it = last["iter"]
-    steps = run.settings["max_iters"]
-    if evaluations and evaluations[-1]["iter"] >= steps:  # training ends with an evaluation
-        return "done"
-    if run.idle < 600:
-        return f"running at {100 * it // steps} %"
-    return f"stopped at {it} of {steps}"
-
-
 def count_parameters(settings: dict) -> int | None:
-    """Count the parameters of a model on the meta device; None where this version does not have these settings."""
-    import torch
-
+    """Count the parameters of a model without building it; None where this version does not have these settings."""
     import model as models
 
     if not settings.keys() <= default_settings().keys():
         return None
     try:
-        with torch.device("meta"):
-            model = models.build(configurator.make(models.ModelConfig, settings))
-    except (
-        Exception
-    ):  # values of another version, or of someone's editor, can be wrong in any way
+        model = models.build_on_meta(configurator.make(models.ModelConfig, settings))
+    except Exception:  # values of another version can be wrong in any way
         return None
     return models.count_parameters(model)
 
@@ -256,42 +245,54 @@ def find_groups(runs: list[Run], baseline: str | None) -> list[Group]:
     folders = {}
     for run in runs:
         folder, variant = place(run.folder)
-        settings = {
+        learnt = {
             key: run.settings[key] for key in run.settings.keys() - IGNORED - {"seed"}
         }
-        rows = folders.setdefault(folder, {})
-        rows.setdefault((variant, json.dumps(settings, sort_keys=True)), []).append(run)
+        row = variant, json.dumps(learnt, sort_keys=True)
+        folders.setdefault(folder, {}).setdefault(row, []).append(run)
     groups = []
-    for title, (folder, rows) in zip(
-        short_names(list(folders)), folders.items(), strict=True
-    ):
-        named = []
-        for (variant, _), seeds in rows.items():
+    titles = short_names(list(folders))
+    for title, folder in zip(titles, folders, strict=True):
+        rows = []
+        for (variant, _), seeds in folders[folder].items():
             alone = str(seeds[0].folder.relative_to(folder))
-            named.append((variant if len(seeds) > 1 else alone, seeds))
-        names = [name for name, _ in named]
+            rows.append((variant if len(seeds) > 1 else alone, seeds))
+        names = [name for name, _ in rows]
         if baseline and baseline not in names:
             raise UserError(
                 f"baseline={baseline} is not a row of {title}: {', '.join(names)}"
             )
-        named.sort(key=lambda pair: pair[0] != baseline)
-        groups.append(make_group(title, named))
-        compare_with_first(groups[-1].table)
+        rows.sort(key=lambda row: row[0] != baseline)
+        groups.append(make_group(title, rows))
     return groups
 
 
-def make_group(title: str | None, named: list[tuple[str, list[Run]]]) -> Group:
-    """Make a table; named: the name of each row, and the runs that are merged into it."""
-    table = [summarize(runs, name, title) for name, runs in named]
+def make_group(title: str | None, rows: list[tuple[str, list[Run]]]) -> Group:
+    """Make a table; rows: the name of each, and the runs that are merged into it."""
+    table = [summarize(name, runs, title) for name, runs in rows]
+    if title:
+        compare_with_first(table)
     evaluated = [row for row in table if row[BITS]]
     if evaluated:
-        min(evaluated, key=lambda row: row[BITS])["remark"] = "best"
-    firsts = [runs[0] for _, runs in named]
-    ignored = IGNORED | {"seed"} if title else IGNORED
-    return Group(title, firsts, table, differences(firsts, ignored))
+        best = min(evaluated, key=lambda row: row[BITS])
+        best["remark"] = f"best {best['remark']}".strip()
+    runs = [seeds[0] for _, seeds in rows]
+    keys = {key for run in runs for key in run.settings} - IGNORED
+    if title:
+        keys.discard("seed")
+    differing = []
+    for key in sorted(keys):
+        if len({shown_value(run, key) for run in runs}) > 1:
+            differing.append(key)
+    return Group(title, runs, table, differing)
 
 
-def summarize(runs: list[Run], name: str, group: str | None) -> dict:
+def shown_value(run: Run, key: str) -> str:
+    """Return a setting as the table shows it."""
+    return str(run.settings.get(key, "—"))
+
+
+def summarize(name: str, runs: list[Run], group: str | None) -> dict:
     """Return the row of runs that differ in the seed alone: means, and the range of the bits per byte."""
     measured = [measure(run) for run in runs]
     states = Counter(figures.pop("state") for figures in measured)
@@ -301,7 +302,7 @@ def summarize(runs: list[Run], name: str, group: str | None) -> dict:
         "run": name,
         "folder": os.path.relpath(runs[0].folder),
         "state": ", ".join(
-            f"{count} {text}" if group else text for text, count in states.items()
+            f"{count} {state}" if group else state for state, count in states.items()
         ),
         "parameters": count_parameters(runs[0].settings),
         "seeds": len(bits),
@@ -323,19 +324,10 @@ def compare_with_first(table: list[dict]) -> None:
         if not row[BITS] or not first[BITS]:
             continue
         row["difference"] = row[BITS] - first[BITS]
-        doubt = ""
         if min(row["seeds"], first["seeds"]) < 2:
-            doubt = "(one seed)"
+            row["remark"] = "(one seed)"
         elif max(row["lowest"], first["lowest"]) <= min(row["highest"], first["highest"]):
-            doubt = "(within seeds)"
-        row["remark"] = f"{row['remark']} {doubt}".strip()
-
-
-def differences(runs: list[Run], ignored: set[str]) -> dict[str, list[str]]:
-    """Return {key: its value in each run} of the settings that differ between runs."""
-    keys = sorted({key for run in runs for key in run.settings} - ignored)
-    values = {key: [str(run.settings.get(key, "—")) for run in runs] for key in keys}
-    return {key: texts for key, texts in values.items() if len(set(texts)) > 1}
+            row["remark"] = "(within seeds)"
 
 
 # --------------------------------------------------------------------------------------
@@ -364,24 +356,23 @@ def format_table(group: Group) -> str:
     for key, (heading, form) in COLUMNS.items():
         values = [row[key] for row in group.table]
         if set(values) != {None}:
-            texts = [
-                heading,
-                *("—" if value is None else format(value, form) for value in values),
-            ]
+            texts = ["—" if number is None else format(number, form) for number in values]
+            texts.insert(0, heading)
             width = max(map(len, texts))
             side = ">" if form else "<"
             columns.append([f"{text:{side}{width}}" for text in texts])
     settings = ["settings"]
-    for i in range(len(group.table)):
-        texts = [f"{key}={values[i]}" for key, values in group.differences.items()]
-        settings.append(" ".join(texts))
+    for run in group.runs:
+        settings.append(
+            " ".join(f"{key}={shown_value(run, key)}" for key in group.differing)
+        )
     lines = ["  ".join(cells).rstrip() for cells in zip(*columns, settings, strict=True)]
     return "\n".join(["", group.title, *lines] if group.title else lines)
 
 
 def table_data(groups: list[Group]) -> list[dict]:
     """Return the rows of all groups, with the settings in which any of them differ."""
-    keys = dict.fromkeys(key for group in groups for key in group.differences)
+    keys = dict.fromkeys(key for group in groups for key in group.differing)
     return [
         row | {key: run.settings.get(key) for key in keys}
         for group in groups
@@ -413,8 +404,16 @@ BLUE = "#1f77b4"
 GREY = "#5f6b7a"
 # Ten colours that most people with red-green colour blindness can tell apart, too; the next ten runs are dashed
 COLORS = (
-    *(BLUE, "#d95f02", "#2a9d4b", "#c0267e", "#7a5cc8"),
-    *("#8c564b", "#e0a100", "#17a2b8", GREY, "#9acd32"),
+    BLUE,
+    "#d95f02",
+    "#2a9d4b",
+    "#c0267e",
+    "#7a5cc8",
+    "#8c564b",
+    "#e0a100",
+    "#17a2b8",
+    GREY,
+    "#9acd32",
 )
 CAPTION = """lowest validation loss, bits per byte: further left is better; the scales of the panels differ
 dot and line: mean and range of the seeds. bar: difference from the first row
@@ -438,12 +437,12 @@ def draw(groups: list[Group], path: str) -> None:
 
 def curve(run: Run) -> tuple[list[float], list[float]]:
     """Return bytes of text read and bits per byte at each evaluation: unlike tokens, they compare across tokenizers."""
-    rows = [row for row in run.rows if row.get("val_bits_per_byte")]
-    bits = [row["val_bits_per_byte"] for row in rows]
-    read = [
-        row["tokens"] * row["val_loss"] / math.log(2) / row["val_bits_per_byte"]
-        for row in rows
-    ]
+    read, bits = [], []
+    for row in run.rows:
+        if per_byte := row.get("val_bits_per_byte"):
+            per_token = row["val_loss"] / math.log(2)
+            read.append(row["tokens"] * per_token / per_byte)
+            bits.append(per_byte)
     return read, bits
 
 
@@ -474,26 +473,24 @@ def draw_groups(figure, groups: list[Group]) -> None:
     figure.set_size_inches(6, 0.7 + sum(heights))
     panels = figure.subplots(len(groups), squeeze=False, height_ratios=heights)
     for (panel,), group in zip(panels, groups, strict=True):
-        draw_group(panel, group, [GREY] + [BLUE] * len(group.runs))
+        draw_group(panel, group, [GREY, *[BLUE] * (len(group.runs) - 1)])
     figure.supxlabel(CAPTION, fontsize=8)
 
 
 def draw_group(panel, group: Group, colors: list[str]) -> None:
     """Draw for each row the mean and the range of its seeds, and a bar from the first row's mean to it."""
     labels = []
-    for y, row in enumerate(group.table):
-        labels.append(row["run"])
-        if not row[BITS]:
+    for y, (row, color) in enumerate(zip(group.table, colors, strict=True)):
+        bits = row[BITS]
+        if not bits:
+            labels.append(row["run"])
             continue
-        labels[-1] += f"  {row[BITS]:.3f}"
-        color = colors[y]
-        panel.barh(
-            y, -(row["difference"] or 0), left=row[BITS], color=color, alpha=0.3, height=0.4
-        )
-        seeds = [row["lowest"] or row[BITS], row["highest"] or row[BITS]]
-        panel.plot(seeds, [y, y], color=color)
+        labels.append(f"{row['run']}  {bits:.3f}")
+        difference = row["difference"] or 0
+        panel.barh(y, -difference, left=bits, color=color, alpha=0.3, height=0.4)
+        panel.plot([row["lowest"] or bits, row["highest"] or bits], [y, y], color=color)
         hollow = "white" if "(" in row["remark"] else color
-        panel.plot(row[BITS], y, "o", color=color, markerfacecolor=hollow)
+        panel.plot(bits, y, "o", color=color, markerfacecolor=hollow)
     panel.margins(x=0.1)
     panel.set_ylim(len(labels) - 0.5, -0.5)
     panel.set_yticks(range(len(labels)), labels)

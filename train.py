@@ -133,7 +133,7 @@ class Run:
             return
         self.optimizer.steps = saved["optimizer"]["steps"]
         if self.optimizer.steps:
-            self.optimizer.prepare_state()
+            self.optimizer.make_state()
         path = Path(self.config.out_dir) / "ckpt.pt"
         self.processes.load(path, self.state() | self.training_state())
 
@@ -226,9 +226,9 @@ def setup(
 
     model = make_model(config, model_config, saved, base)
     processes.distribute(model)
-    optimizer = make_optimizer(config, model)
-    optimizer.spread = processes.spread
-    optimizer.total = processes.total
+    optimizer = make_optimizer(config, model, processes)
+    if saved:
+        resume.check_optimizer(saved, optimizer, config.out_dir)
     batches = dataset
     if device.type == "cuda":
         batches = Prefetcher(dataset, processes.stride(micro_batches))
@@ -304,8 +304,6 @@ def make_model(
         if isinstance(module, models.Stack):
             module.checkpoint_activations = config.checkpoint_activations
     freeze(model, config.freeze)
-    if saved:
-        resume.check_optimizer(saved, model, config.out_dir)
     return model
 
 

@@ -11,7 +11,6 @@ from humptygpt.training.optimizers import (
     OPTIMIZERS,
     SCHEDULES,
     Optimizer,
-    check_state,
     group_parameters,
     orthogonalize,
 )
@@ -280,10 +279,10 @@ def test_a_state_that_is_not_that_of_the_model_is_refused(complaint):
     optimizer = make_optimizer(model, "muon")
     train_some(model, optimizer, 1)
     saved = copy.deepcopy(optimizer.state_dict())
-    check_state(saved, model, "muon")
+    optimizer.check_state(saved)
     DAMAGES[complaint](saved["state"])
     with pytest.raises(ValueError, match=complaint):
-        check_state(saved, model, "muon")
+        optimizer.check_state(saved)
 
 
 @every_optimizer

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_RUN, assert_same_weights, read_rows
+from matplotlib.figure import Figure
 
 import train
 from humptygpt.checkpoint import checkpoint
@@ -80,24 +81,24 @@ def test_a_full_disk_between_checkpoints_is_one_line(tiny, fails, monkeypatch):
 @pytest.fixture
 def figure(monkeypatch):
     """The figure that draw_losses makes of these losses, at every tenth step, drawn."""
-    import matplotlib.pyplot as plt
+    figures = []
+    savefig = Figure.savefig
+
+    def recorded(figure, *args, **keys):
+        figures.append(figure)
+        savefig(figure, *args, **keys)
+
+    monkeypatch.setattr(Figure, "savefig", recorded)
 
     def make(train_losses: list[float], val_losses: list[float]):
-        rows = [
-            {"iter": 10 * it, "train_loss": loss}
-            for it, loss in enumerate(train_losses, start=1)
-        ]
-        rows += [
-            {"iter": 10 * it, "val_loss": loss}
-            for it, loss in enumerate(val_losses, start=1)
-        ]
-        with monkeypatch.context() as patch:
-            patch.setattr(plt, "close", lambda figure: None)
-            draw_losses(rows, Path("loss.png"))
-        return plt.gcf()
+        rows = []
+        for it, losses in enumerate(zip(train_losses, val_losses, strict=True), start=1):
+            rows.append({"iter": 10 * it, "train_loss": losses[0]})
+            rows.append({"iter": 10 * it, "val_loss": losses[1]})
+        draw_losses(rows, Path("loss.png"))
+        return figures[-1]
 
-    yield make
-    plt.close("all")
+    return make
 
 
 FALLING = [4.0 / it for it in range(1, 30)]
@@ -114,6 +115,7 @@ def test_all_points_are_in_the_axes_and_no_number_stands_on_a_line(figure, losse
             for point in line.get_xydata()
         ]
         assert all(inside) and len(inside) == len(losses)
+        assert line.get_marker() != "None"  # a single point would be invisible
     (legend,) = drawn.legends
     assert not axes.texts and not legend.get_window_extent().overlaps(axes.bbox)
     lowest = 10 * (1 + losses.index(min(losses)))

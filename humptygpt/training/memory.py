@@ -15,7 +15,7 @@ import model as models
 from humptygpt.core.errors import UserError
 from humptygpt.core.limits import check_fits
 from humptygpt.nn.layers import autocast, free_memory
-from humptygpt.training.optimizers import local, state_bytes, trained_parameters
+from humptygpt.training.optimizers import local, make_optimizer, trained_parameters
 from model import ModelConfig, build_on_meta
 
 FLOAT = 4  # bytes of a weight, of a gradient, and of an element of the optimizer state
@@ -53,7 +53,8 @@ def training_memory(
     """Return the memory of one of several processes. config: a TrainConfig. micro_batches: of each in a step."""
     weights = FLOAT * models.count_parameters(model)
     gradients = FLOAT * sum(p.numel() for p in trained_parameters(model).values())
-    optimizer = state_bytes(config.optimizer, model)
+    states = make_optimizer(config, model).state_like().values()
+    optimizer = sum(x.nbytes for state in states for x in state.values())
     if processes > 1 and config.parallel == "fsdp":
         buffers = sharded_buffers(model, activations)
         if micro_batches == 1:  # else it sums whole gradients of its own

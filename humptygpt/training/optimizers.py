@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from humptygpt.checkpoint.checkpoint import check_tensors
 from humptygpt.core.errors import UserError
 from humptygpt.nn.layers import multiplies_bfloat16
+from humptygpt.parallel.processes import ONE_PROCESS, Processes
 
 
 class Slot(NamedTuple):
@@ -29,9 +30,8 @@ class Rule(NamedTuple):
     """How parameters are updated."""
 
     update: Callable  # (optimizer, group, slots), in place
-    state: dict[
-        str, Callable[[Tensor], Tensor]
-    ]  # {what it keeps: the view of the parameter that has its shape}
+    # {what it keeps: the view of the parameter that has its shape}
+    state: dict[str, Callable[[Tensor], Tensor]]
     learning_rate: str = "learning_rate"  # the key of TrainConfig that has the peak
 
 
@@ -42,14 +42,12 @@ class Optimizer:
     of one loads torch's compiler, which takes two to three seconds, longer than everything else at the start.
     """
 
-    def __init__(self, groups: list[dict]):
+    def __init__(self, groups: list[dict], processes: Processes):
         """groups: dicts of rule, params, named_params, lr and what else the rule needs; see make_optimizer."""
         self.param_groups = groups
+        self.processes = processes
         self.state: dict[str, dict[str, Tensor]] = {}
         self.steps = 0
-        # several processes divide the matrices: Processes.spread and Processes.total
-        self.spread = lambda function, x, rows: function(x)
-        self.total: Callable[[Tensor], Tensor] | None = None
 
     def set_lr(self, scale: float) -> None:
         """Set each group's learning rate to scale times its peak."""
@@ -59,14 +57,14 @@ class Optimizer:
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter that has a gradient."""
+        if not self.state:
+            self.make_state()
         self.steps += 1
         for group in self.param_groups:
             slots = []
             for name, p in group["named_params"].items():
                 if p.grad is not None:
-                    state = {
-                        key: local(x) for key, x in self.state_of(name, p, group).items()
-                    }
+                    state = {key: local(x) for key, x in self.state[name].items()}
                     slots.append(Slot(local(p), local(p.grad), state, p.shape))
             if slots:
                 group["rule"].update(self, group, slots)
@@ -76,32 +74,41 @@ class Optimizer:
             for p in group["params"]:
                 p.grad = None
 
-    def state_of(self, name: str, p: Tensor, group: dict) -> dict[str, Tensor]:
-        """Return what is kept of a parameter, zeros at first."""
-        if name not in self.state:
-            views = group["rule"].state
-            self.state[name] = {
-                key: torch.zeros_like(view(p)) for key, view in views.items()
-            }
-        return self.state[name]
-
-    def prepare_state(self) -> None:
-        """Make the state of every parameter, which is otherwise made in its first step."""
+    def state_like(self) -> dict[str, dict[str, Tensor]]:
+        """Return {parameter: {what its rule keeps: a tensor of that shape and dtype}}."""
+        like = {}
         for group in self.param_groups:
+            views = group["rule"].state
             for name, p in group["named_params"].items():
-                self.state_of(name, p, group)
+                like[name] = {key: view(p) for key, view in views.items()}
+        return like
+
+    def make_state(self) -> None:
+        """Make the state of every parameter: zeros."""
+        for name, like in self.state_like().items():
+            self.state[name] = {key: torch.zeros_like(x) for key, x in like.items()}
 
     def state_dict(self) -> dict:
         """Return plain data and tensors: {"steps": int, "state": {parameter: {name: tensor}}}."""
         return {"steps": self.steps, "state": self.state}
+
+    def check_state(self, saved: dict, device: str = "cpu") -> None:
+        """Raise ValueError unless saved, as from state_dict, is of such a model and rule; device: of its tensors."""
+        like = self.state_like() if saved["steps"] else {}
+        if differ := saved["state"].keys() ^ like.keys():
+            name = min(differ)
+            raise ValueError(
+                f"optimizer.{name} is {'missing' if name in like else 'unknown'}"
+            )
+        for name, state in saved["state"].items():
+            check_tensors(f"optimizer.{name}", state, like[name], device)
 
     def load_state_dict(self, saved: dict) -> None:
         """Take over the state, which check_state has checked; the settings of the groups stay as they are now."""
         self.steps = saved["steps"]
         for group in self.param_groups:
             for name, p in group["named_params"].items():
-                if name in saved["state"]:
-                    state = saved["state"][name]
+                if state := saved["state"].get(name):
                     self.state[name] = {key: own_part(x, p) for key, x in state.items()}
 
 
@@ -147,16 +154,14 @@ def muon(
         gradients = torch.stack([slot.gradient for slot in alike])
         momentum = [slot.state["momentum_buffer"] for slot in alike]
         torch._foreach_lerp_(momentum, list(gradients), 1 - group["momentum"])
-        gradients.lerp_(
-            torch.stack(momentum), group["momentum"]
-        )  # Nesterov: one look ahead
-        updates = optimizer.spread(orthogonalize, gradients, rows)
+        # Nesterov: one look ahead
+        gradients.lerp_(torch.stack(momentum), group["momentum"])
+        updates = optimizer.processes.spread(orthogonalize, gradients, rows)
         if normalize:
             moment = [slot.state["second_moment_buffer"] for slot in alike]
             beta = group["betas"][1]
-            updates = normalize_neurons(
-                updates, moment, beta, (rows, columns), optimizer.total
-            )
+            total = optimizer.processes.total
+            updates = normalize_neurons(updates, moment, beta, (rows, columns), total)
         weights = [slot.weight for slot in alike]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         lr = group["lr"] * math.sqrt(max(1, rows / columns))
@@ -204,9 +209,8 @@ def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
         x = x.bfloat16()  # exact enough here, and faster
     if tall:
         x = x.mT
-    x = x / (
-        x.norm(dim=(1, 2), keepdim=True) + 1e-7
-    )  # the largest singular value is now at most 1
+    # the largest singular value is now at most 1
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         a = x @ x.mT
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
@@ -293,56 +297,23 @@ def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     }
     groups = {"hidden": {}, "matrices": {}, "vectors": {}}
     for name, p in trained_parameters(model).items():
-        group = (
-            getattr(owners[id(p)], "optimizer_group", "matrices")
-            if p.dim() > 1
-            else "vectors"
-        )
+        group = "vectors"
+        if p.dim() > 1:
+            group = getattr(owners[id(p)], "optimizer_group", "matrices")
         groups[group][name] = p
     return {group: members for group, members in groups.items() if members}
 
 
-def rule_of(group: str, optimizer: str) -> Rule:
-    return OPTIMIZERS[optimizer] if group == "hidden" else ADAMW
-
-
-def state_shapes(optimizer: str, model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Return {parameter: {what its rule keeps: a tensor of that shape and dtype}}."""
-    shapes = {}
-    for group, members in group_parameters(model).items():
-        views = rule_of(group, optimizer).state
-        for name, p in members.items():
-            shapes[name] = {key: view(p) for key, view in views.items()}
-    return shapes
-
-
-def state_bytes(optimizer: str, model: nn.Module) -> int:
-    """Return the bytes of the optimizer state of the parameters that train."""
-    shapes = state_shapes(optimizer, model).values()
-    return sum(tensor.nbytes for tensors in shapes for tensor in tensors.values())
-
-
-def check_state(saved: dict, model: nn.Module, optimizer: str, device: str = "cpu") -> None:
-    """Raise ValueError unless saved, as from state_dict, is of such a model and rule; device: of the saved tensors."""
-    shapes = state_shapes(optimizer, model)
-    expected = shapes.keys() if saved["steps"] else set()
-    if differ := saved["state"].keys() ^ expected:
-        name = min(differ)
-        raise ValueError(
-            f"optimizer.{name} is {'missing' if name in expected else 'unknown'}"
-        )
-    for name, state in saved["state"].items():
-        check_tensors(f"optimizer.{name}", state, shapes[name], device)
-
-
-def make_optimizer(config, model: nn.Module) -> Optimizer:
+def make_optimizer(
+    config, model: nn.Module, processes: Processes = ONE_PROCESS
+) -> Optimizer:
     """Make the optimizer of a run; config: a TrainConfig.
 
     Weight decay pulls matrices and embeddings towards zero, but not biases and norms.
     """
     groups = []
     for group, members in group_parameters(model).items():
-        rule = rule_of(group, config.optimizer)
+        rule = OPTIMIZERS[config.optimizer] if group == "hidden" else ADAMW
         peak_lr = getattr(config, rule.learning_rate)
         groups.append(
             {
@@ -356,7 +327,7 @@ def make_optimizer(config, model: nn.Module) -> Optimizer:
                 "weight_decay": 0.0 if group == "vectors" else config.weight_decay,
             }
         )
-    return Optimizer(groups)
+    return Optimizer(groups, processes)
 
 
 # --------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from humptygpt.interchange.load import Loaded
 from humptygpt.nn import lora
 from humptygpt.nn.layers import autocast, to_device
 from humptygpt.training.memory import bytes_beside, saved_tensors, training_memory
-from humptygpt.training.optimizers import check_state, trained_parameters
+from humptygpt.training.optimizers import Optimizer, trained_parameters
 from model import ModelConfig
 
 # --------------------------------------------------------------------------------------
@@ -40,12 +40,11 @@ def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
     raise UserError(problem + advice)
 
 
-def check_optimizer(saved: dict, model: nn.Module, out_dir: str) -> None:
+def check_optimizer(saved: dict, optimizer: Optimizer, out_dir: str) -> None:
     """Raise UserError where the state of a checkpoint's optimizer is not that of its model."""
-    optimizer = saved["train_config"].get("optimizer", "adamw")
     device = "meta" if checkpoint.lacks_tensors(saved) else "cpu"
     with refuse_damaged(checkpoint.stored(Path(out_dir) / "ckpt.pt")):
-        check_state(saved["optimizer"], model, optimizer, device)
+        optimizer.check_state(saved["optimizer"], device)
 
 
 # --------------------------------------------------------------------------------------

@@ -25,12 +25,22 @@ from humptygpt.core.files import Lock
 from humptygpt.core.settings import note
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-SAME_REQUEST = (
-    1.0  # seconds; timeout and some shells send a signal to a process and to its group
-)
-FILES = ["ckpt.pt", "best.pt", "adapter", "metrics.jsonl", "loss.png", "config.json"]
-FILES += ["wandb_id", "tensorboard"]
-FILES += ["ckpt", "ckpt.old", "best", "best.old"]  # sharded
+# seconds; timeout and some shells send a signal to a process and to its group
+SAME_REQUEST = 1.0
+FILES = [
+    "ckpt.pt",
+    "best.pt",
+    "adapter",
+    "metrics.jsonl",
+    "loss.png",
+    "config.json",
+    "wandb_id",
+    "tensorboard",
+    "ckpt",  # sharded
+    "ckpt.old",
+    "best",
+    "best.old",
+]
 ANOTHER = "name another --out_dir"
 
 
@@ -48,9 +58,8 @@ class Progress:
     best_val_loss: float = math.inf
     best_iter: int = 0
     evals_since_best: int = 0
-    losses: list[float] = field(
-        default_factory=list
-    )  # of the steps since the last row of metrics
+    # of the steps since the last row of metrics
+    losses: list[float] = field(default_factory=list)
 
     def record(self, val_loss: float) -> bool:
         """Count a validation loss, and return whether it is the lowest so far. Raises Diverged."""
@@ -75,7 +84,7 @@ class Progress:
 
 
 class Meter:
-    """Losses and gradient norms since the last row of metrics, left on the device until they are read; and the time."""
+    """Losses and gradient norms, which stay on the device until they are read; and the time."""
 
     def __init__(
         self, progress: Progress, skips_bad_steps: bool, peak_tokens: float | None
@@ -84,8 +93,8 @@ class Meter:
         self.progress = progress
         self.skips_bad_steps = skips_bad_steps
         self.peak_tokens = peak_tokens
-        self.losses = list(progress.losses)
-        self.norms = [0.0] * len(progress.losses)
+        self.unread: list[tuple[Tensor, Tensor]] = []
+        self.grad_norm = 0.0
         self.logged_seconds = progress.seconds
         self.logged_tokens = progress.tokens
         self.restart_clock()
@@ -95,45 +104,39 @@ class Meter:
         self.started = time.perf_counter() - self.progress.seconds
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
-        self.losses.append(loss)
-        self.norms.append(grad_norm)
+        self.unread.append((loss, grad_norm))
 
     def read(self) -> None:
         """Wait for the device and bring progress up to date. Raises Diverged."""
-        self.losses = [float(loss) for loss in self.losses]
-        self.norms = [float(norm) for norm in self.norms]
-        self.progress.seconds = time.perf_counter() - self.started
-        self.progress.losses = list(self.losses)
-        first = self.progress.iter - len(self.losses) + 1
-        for it, (loss, norm) in enumerate(
-            zip(self.losses, self.norms, strict=True), start=first
-        ):
+        first = self.progress.iter - len(self.unread) + 1
+        for it, (loss, norm) in enumerate(self.unread, start=first):
+            loss = float(loss)
+            self.grad_norm = float(norm)
+            at = f"at iter {it} (gradient norm {self.grad_norm})"
             if not math.isfinite(loss):
-                raise Diverged(f"loss is {loss} at iter {it} (gradient norm {norm})")
-            if not math.isfinite(norm) and not self.skips_bad_steps:  # the weights are lost
-                raise Diverged(
-                    f"gradient is not finite at iter {it} (gradient norm {norm})"
-                )
+                raise Diverged(f"loss is {loss} {at}")
+            if not math.isfinite(self.grad_norm) and not self.skips_bad_steps:
+                raise Diverged(f"gradient is not finite {at}")  # the weights are lost
+            self.progress.losses.append(loss)
+        self.unread = []
+        self.progress.seconds = time.perf_counter() - self.started
 
     def row(self, lr: float) -> dict:
         """Return a row of metrics; the next one begins."""
         progress = self.progress
-        speed = (progress.tokens - self.logged_tokens) / (
-            progress.seconds - self.logged_seconds
-        )
+        tokens = progress.tokens - self.logged_tokens
+        speed = tokens / (progress.seconds - self.logged_seconds)
         row = progress.stamp() | {
-            "train_loss": sum(self.losses) / len(self.losses),
+            "train_loss": sum(progress.losses) / len(progress.losses),
             "lr": lr,
+            "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,
+            "tokens_per_second": round(speed),
         }
-        row["grad_norm"] = self.norms[-1] if math.isfinite(self.norms[-1]) else None
-        row["tokens_per_second"] = round(speed)
         if self.peak_tokens:
             row["mfu"] = speed / self.peak_tokens
         self.logged_tokens = progress.tokens
         self.logged_seconds = progress.seconds
         progress.losses = []
-        self.losses = []
-        self.norms = []
         return row
 
 
@@ -179,9 +182,8 @@ def answer_signals(reader: socket.socket) -> None:
             first = time.monotonic()
             name = signal.Signals(number).name
             line = f"\n{name}: finishing this step, then saving; a second one ends at once, unsaved\n"
-            with suppress(
-                OSError
-            ):  # the reader of our messages may have got it, too, and be gone
+            # the reader of our messages may have got it, too, and be gone
+            with suppress(OSError):
                 os.write(2, line.encode())
         elif time.monotonic() - first > SAME_REQUEST:
             os._exit(128 + number)
@@ -289,10 +291,9 @@ def chosen_loggers(settings: dict) -> list[str]:
 
 def import_logger(name: str) -> ModuleType:
     """Import what a logger needs. Raises UserError where the package is missing."""
+    module = "wandb" if name == "wandb" else "torch.utils.tensorboard"
     try:
-        return importlib.import_module(
-            "wandb" if name == "wandb" else "torch.utils.tensorboard"
-        )
+        return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
             f"log={name} needs the package {name}: pip install {name}"
@@ -351,14 +352,13 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     val = points(rows, "val_loss")
     if not val:
         return
-    import matplotlib  # here, since it takes a second to load and the first step should not wait for it
+    from matplotlib.figure import Figure  # here: it takes a second to load
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     train = points(rows, "train_loss")
-    axes.plot(*zip(*train, strict=True), label="training", color="#9db4c8", linewidth=1)
+    style = {"color": "#9db4c8", "linewidth": 1, "markersize": 2, "marker": "."}
+    axes.plot(*zip(*train, strict=True), label="training", **style)
     step, lowest = min(val, key=lambda point: point[1])
     label = f"validation, lowest {lowest:.3f} at step {step:,}"
     style = {"color": "#c2410c", "linewidth": 1.8, "markersize": 3.5, "marker": "o"}
@@ -371,7 +371,6 @@ def draw_losses(rows: list[dict], path: Path) -> None:
         title=title, title_fontsize="large", frameon=False, loc="outside upper center"
     )
     files.write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
-    plt.close(figure)
 
 
 def points(rows: list[dict], key: str) -> list[tuple[int, float]]:
