@@ -33,7 +33,7 @@ import model as models
 from humptygpt.checkpoint import checkpoint
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
-from humptygpt.core.settings import as_written_here
+from humptygpt.core.settings import as_written_here, note
 from humptygpt.data.batches import Dataset, Prefetcher
 from humptygpt.data.token_files import COMMAND, read_meta
 from humptygpt.generation import tasks
@@ -51,7 +51,7 @@ from humptygpt.nn.layers import (
     to_device,
 )
 from humptygpt.parallel import processes as distributed
-from humptygpt.parallel.processes import Processes, note
+from humptygpt.parallel.processes import Processes
 from humptygpt.tokenizer import tokenizers
 from humptygpt.training import evaluation, resume
 from humptygpt.training.memory import check_training_fits, memory_report

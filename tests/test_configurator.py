@@ -54,14 +54,6 @@ def test_sources_apply_from_left_to_right(folder):
     }
 
 
-def test_a_removed_key_is_answered_with_the_reason(folder):
-    Path("a.py").write_text("ngram_min_count = 4")
-    with pytest.raises(UserError, match=r"^ngrams was removed: .*; leave it out$"):
-        read("--ngrams=0")
-    with pytest.raises(UserError, match=r"^a.py: ngram_min_count was removed: "):
-        read("a.py")
-
-
 def test_config_files_may_compute_and_import(folder):
     Path("a.py").write_text(
         "import time\nfrom math import sqrt\n_half = 2\nwidth = 2 * _half\nname = 'r' + str(int(sqrt(16)))"
@@ -93,60 +85,42 @@ def test_command_line_values_take_the_type_of_their_key(argument, value):
 
 @pytest.mark.parametrize(
     "argument",
-    ["--width=1.5", "--width=True", "--width=x", "--width=None", "--rate=fast", "--fast=1"],
+    [
+        *("--width=1.5", "--width=True", "--width=x", "--width=None", "--width=1,000"),
+        *("--rate=fast", "--fast=1"),
+    ],
 )
 def test_wrong_types_are_refused_with_the_right_one(argument):
     key = argument[2:].partition("=")[0]
-    with pytest.raises(UserError, match=f"{key}=.* must be (int|float|True or False)$"):
+    with pytest.raises(UserError, match=f"{key}=.* must be (int|float|bool)$"):
         read(argument)
 
 
-def test_a_number_with_commas_is_answered_as_it_was_written():
-    with pytest.raises(UserError, match=r"^width='1,000' must be int$"):
-        read("--width=1,000")
-
-
-def test_unknown_keys_are_answered_with_the_nearest(folder):
-    Path("a.py").write_text("widht = 3")
-    with pytest.raises(UserError, match="unknown key widht; did you mean width"):
-        read("--widht=3")
-    with pytest.raises(UserError, match=r"a.py: unknown key widht; did you mean width"):
-        read("a.py")
-    with pytest.raises(UserError, match="unknown key zzz; --help lists all keys"):
-        read("--zzz=3")
-
-
-def test_names_from_elsewhere_are_answered_with_ours():
-    for argument, config, near in (
-        ("--lr=1e-3", TrainConfig, "did you mean learning_rate?"),
-        ("--epochs=3", TrainConfig, "did you mean max_iters?"),
-        ("--prompt=x", SampleConfig, "did you mean start?"),
-        ("--prompt=x", TrainConfig, "--help lists all keys"),
+@pytest.mark.parametrize(
+    ("argument", "answer"),
+    [
+        ("--learning_rte=3", "unknown key learning_rte; did you mean learning_rate?"),
+        ("--lr=3", "unknown key lr; did you mean learning_rate?"),
+        ("--zzz=3", "unknown key zzz; --help lists all keys"),
+        ("--prompt=x", "unknown key prompt; --help lists all keys"),
+        ("a.py", "a.py: unknown key learning_rte; did you mean learning_rate?"),
         (
-            "--config=x.py",
-            TrainConfig,
-            "a config file is named without a key: config/mine.py",
+            "--ema_decay=0",
+            "ema_decay was removed: no preset used weights averaged over time (EMA); leave it out",
         ),
-    ):
-        with pytest.raises(UserError) as error:
-            configurator.read([argument], config)
-        assert str(error.value) == f"unknown key {argument[2:].partition('=')[0]}; {near}"
-
-
-def test_a_value_after_a_space_is_answered_with_how_to_write_it(folder):
-    for argv, written in (
-        (["--name", "my text"], "'--name=my text'"),
-        (["--fast"], "--fast=True"),
-        (["--fast", "a.py"], "--fast=True"),
-        (["--name"], "--name=VALUE"),
-        (["--name", "--width=3"], "--name=VALUE"),
-    ):
-        with pytest.raises(UserError, match=f"^{argv[0]} has no value; write {written}$"):
-            read(*argv)
-    for argument in ("-width=3", "width=3"):
-        line = f"{argument} is not a config file; for a key write --width=3"
-        with pytest.raises(UserError, match=f"^{line}$"):
-            read(argument)
+        ("--dtype", "--dtype has no value; write --dtype=VALUE"),
+        ("--compile", "--compile has no value; write --compile=True"),
+        ("-dtype=3", "-dtype=3 is not a config file; for a key write --dtype=3"),
+        ("dtype=3", "dtype=3 is not a config file; for a key write --dtype=3"),
+    ],
+)
+def test_a_key_that_is_unknown_or_not_written_as_one_is_answered_with_the_right_one(
+    folder, argument, answer
+):
+    Path("a.py").write_text("learning_rte = 3")
+    with pytest.raises(UserError) as error:
+        configurator.read([argument], TrainConfig)
+    assert str(error.value) == answer
 
 
 @pytest.mark.parametrize(
@@ -157,7 +131,7 @@ def test_a_value_after_a_space_is_answered_with_how_to_write_it(folder):
         ("\nwidth = nothing", "a.py:2: NameError: name 'nothing' is not defined"),
         ("width = '4'", "width='4' must be int"),
         ("width = True", "width=True must be int"),
-        ("name = print", "name=<built-in function print> must be text"),
+        ("name = print", "name=<built-in function print> must be str"),
     ],
 )
 def test_missing_and_broken_config_files_are_named(folder, content, complaint):
@@ -407,8 +381,8 @@ def test_a_bare_argument_sets_a_key_that_takes_one_text():
     ("option", "complaint"),
     [
         ("--n_layr=3", "unknown key n_layr; did you mean n_layer?"),
-        ("--norm=a\tb\nc", "norm=a\\tb\\nc is not one of: layernorm, rmsnorm, none"),
-        ("a\nb", "a\\nb is not a config file"),
+        ("--norm=a\tb\nc", "norm=a b c is not one of: layernorm, rmsnorm, none"),
+        ("a\nb", "a b is not a config file"),
     ],
 )
 def test_a_users_mistake_ends_in_one_line_and_exit_code_2(fails, option, complaint):

@@ -191,29 +191,28 @@ def memory_advice(advice: str) -> Iterator[None]:
 
 def cgroup_folders() -> list[Path]:
     """Return the folders of this process's control group and of those around it, whose limits apply, too."""
-    try:
-        lines = OUR_GROUPS.read_text().splitlines()
-    except OSError:
-        return []
-    paths = [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
+    paths = re.findall("^0::/(.*)$", read(OUR_GROUPS), re.MULTILINE)
     # in a container the path may be the one outside, and only the root is there
     return [
         folder for path in paths for folder in (CGROUPS / path, *(CGROUPS / path).parents)
     ]
 
 
+def read(path: Path) -> str:
+    """Return the text of a file of the system, "" where there is none."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
 def read_numbers(path: Path) -> list[int]:
     """Read the numbers in a file; [] where there is no such file or it says "max"."""
-    try:
-        return [int(word) for word in path.read_text().split()]
-    except (OSError, ValueError):
-        return []
+    words = read(path).split()
+    return [] if "max" in words else list(map(int, words))
 
 
 def file_cache(group: Path) -> int:
     """Return the bytes of files that the group has cached, which give way to allocations."""
-    try:
-        stat = (group / "memory.stat").read_text()
-    except OSError:
-        return 0
+    stat = read(group / "memory.stat")
     return sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", stat, re.MULTILINE)))

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import errno
+import inspect
 import json
 import math
 import operator
@@ -27,7 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from humptygpt.core import limits
-from humptygpt.core.errors import UserError
+from humptygpt.core.errors import UserError, one_line
 
 CONFIGS = Path(__file__).parent.parent.parent / "config"
 NGRAMS = "a GPT alone reaches the same loss with a twentieth of the parameters"
@@ -40,13 +41,6 @@ Fields = dict[str, dataclasses.Field]  # of several config classes, by key
 TEXTS = tuple[
     str, ...
 ]  # the type of a key that takes several texts: --key=ONE --key=ANOTHER
-TYPE_NAMES = {
-    int: "int",
-    float: "float",
-    bool: "True or False",
-    str: "text",
-    types.NoneType: "None",
-}
 BOUNDS = {
     "at_least": operator.ge,
     "above": operator.gt,
@@ -186,9 +180,9 @@ def read(
         sys.exit(0)
     fields = fields_of(classes)
     given = {}
-    for argument, following in zip(argv, [*argv, ""][1:], strict=True):
+    for argument in argv:
         if argument.startswith("--"):
-            name, value = read_option(argument, following, fields)
+            name, value = read_option(argument, fields)
         elif positional:
             name = positional
             value = parse(name, argument, fields[name].type)
@@ -207,16 +201,14 @@ def read(
     return given
 
 
-def read_option(argument: str, following: str, fields: Fields) -> tuple[str, object]:
-    """Return key and value of --key=value. following: the next argument, which may have been meant as the value."""
+def read_option(argument: str, fields: Fields) -> tuple[str, object]:
+    """Return key and value of --key=value."""
     name, equals, text = argument[2:].partition("=")
     check_key(name, fields)
-    if equals:
-        return name, parse(name, text, fields[name].type)
-    value = "VALUE" if not following or following.startswith("--") else following
-    if bool in kinds_of(fields[name].type):
-        value = "True"
-    raise UserError(f"{argument} has no value; write {shlex.quote(f'--{name}={value}')}")
+    if not equals:
+        value = "True" if bool in kinds_of(fields[name].type) else "VALUE"
+        raise UserError(f"{argument} has no value; write {argument}={value}")
+    return name, parse(name, text, fields[name].type)
 
 
 def check_key(name: str, fields: Fields, where: str = "") -> None:
@@ -228,8 +220,6 @@ def check_key(name: str, fields: Fields, where: str = "") -> None:
     if near not in fields:
         near = nearest(name, fields)
     advice = f"did you mean {near}?" if near else "--help lists all keys"
-    if name == "config":
-        advice = "a config file is named without a key: config/mine.py"
     raise UserError(f"{where}unknown key {name}; {advice}")
 
 
@@ -278,16 +268,8 @@ def convert(name: str, value: object, hint: object) -> object:
     if float in kinds and type(value) is int:
         return float(value)
     if type(value) not in kinds:
-        raise UserError(f"{name}={value!r} must be {type_name(hint)}")
+        raise UserError(f"{name}={value!r} must be {inspect.formatannotation(hint)}")
     return value
-
-
-def type_name(hint: object) -> str:
-    return (
-        "texts"
-        if hint == TEXTS
-        else " or ".join(TYPE_NAMES[kind] for kind in kinds_of(hint))
-    )
 
 
 def help_text(*classes: type, positional: str | None = None) -> str:
@@ -301,10 +283,10 @@ def help_text(*classes: type, positional: str | None = None) -> str:
         rules = field.metadata
         if rules["group"]:
             lines += ["", f"{rules['group']}:"]
-        kind = type_name(field.type).replace("True or False", "bool").replace(" or ", "|")
+        kind = inspect.formatannotation(field.type)
         choices = f"; one of: {', '.join(rules['choices'])}" if rules["choices"] else ""
         key = f"--{name}={field.default}"
-        lines.append(f"  {key:<40} {kind:<11}{rules['help']}{choices}")
+        lines.append(f"  {key:<40} {kind:<16}{rules['help']}{choices}")
     return "\n".join(lines)
 
 
@@ -382,6 +364,7 @@ KINDS = {
     int: "an integer",
     float: "a number",
     bool: "a boolean",
+    types.NoneType: "None",
 }
 
 
@@ -449,7 +432,7 @@ def describe(schema: object) -> str:
     if isinstance(schema, range):
         return f"an integer from {schema.start:,} to {schema.stop - 1:,}"
     kind = schema if isinstance(schema, type) else type(schema)
-    return "None" if schema is None else KINDS.get(kind, kind.__name__)
+    return KINDS.get(kind, kind.__name__)
 
 
 # --------------------------------------------------------------------------------------
@@ -487,8 +470,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 def complain(message: str) -> typing.NoReturn:
     """Print one line and exit. torchrun ends with a report of its own, in which the line comes last."""
-    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
-    line = f"{script_name()}: {shown}"
+    line = f"{script_name()}: {one_line(message)}"
     print(line, file=sys.stderr)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         report = {
@@ -500,8 +482,9 @@ def complain(message: str) -> typing.NoReturn:
 
 
 def note(text: str) -> None:
-    """Print a note to stderr: what the user may not expect, and need not fix."""
-    print(f"note: {text}", file=sys.stderr)
+    """Print a note to stderr: what the user may not expect, and need not fix. Of several processes the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
 
 
 def script_name() -> str:
@@ -510,8 +493,7 @@ def script_name() -> str:
 
 def note_folder(script: Path) -> None:
     """Say which data/ and out/ are meant where a script is started from another folder than its own."""
-    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
-    if first and Path.cwd() != script.resolve().parent:
+    if Path.cwd() != script.resolve().parent:
         note(f"data/, out/ and other relative paths are in {Path.cwd()}")
 
 

@@ -14,7 +14,6 @@ import datetime
 import os
 import re
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
@@ -281,12 +280,6 @@ def launched() -> Launched:
                 " torchrun --standalone --nproc_per_node=N train.py ..."
             )
     return Launched(int(os.environ["RANK"]), int(size))
-
-
-def note(line: str) -> None:
-    """Print one line for the user, in rank 0."""
-    if launched().rank == 0:
-        print(f"note: {line}", file=sys.stderr)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from humptygpt.checkpoint import checkpoint
 from humptygpt.checkpoint.checkpoint import refuse_damaged
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
-from humptygpt.core.settings import check, setting, without_effect
+from humptygpt.core.settings import check, note, setting, without_effect
 from humptygpt.data.batches import Dataset
 from humptygpt.data.token_files import read_meta
 from humptygpt.generation.tasks import TASKS
@@ -22,7 +22,6 @@ from humptygpt.interchange.load import Loaded, load
 from humptygpt.nn import lora
 from humptygpt.nn.layers import DTYPES
 from humptygpt.parallel import processes as distributed
-from humptygpt.parallel.processes import note
 from humptygpt.training.optimizers import OPTIMIZERS, SCHEDULES
 from humptygpt.training.run_folder import chosen_loggers, import_logger, lock_out_dir
 from model import MODELS, ModelConfig
