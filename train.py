@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import model as models
 from humptygpt.checkpoint import checkpoint
+from humptygpt.checkpoint.checkpoint import refuse_damaged
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
 from humptygpt.core.settings import as_written_here, note
@@ -44,7 +45,6 @@ from humptygpt.nn.layers import (
     autocast,
     give_back_freed_memory,
     keep_freed_memory,
-    peak_flops,
     pick_device,
     pick_dtype,
     sample_dtype,
@@ -79,12 +79,10 @@ class Run:
     identity: dict  # of the data set, which takes a moment to compute
     batches: Dataset | Prefetcher
     model: nn.Module
-    net: (
-        nn.Module
-    )  # the model, or the same compiled; weights are saved from the model itself
-    replica: (
-        nn.Module
-    )  # the net, or the same in DDP: its backward pass sums gradients over ranks
+    # the model, or the same compiled; weights are saved from the model itself
+    net: nn.Module
+    # the net, or the same in DDP: its backward pass sums gradients over ranks
+    replica: nn.Module
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
@@ -99,7 +97,7 @@ class Run:
         return stops_early or self.progress.iter >= self.config.max_iters
 
     def state(self) -> dict:
-        """Return the entries of ckpt.pt, but for those of training: see checkpoint.SCHEMA."""
+        """Return what ckpt.pt and best.pt have in common: see checkpoint.SCHEMA."""
         meta = self.dataset.meta
         data = {key: meta[key] for key in ("source", "command") if key in meta}
         return {
@@ -112,12 +110,10 @@ class Run:
             "model": dict(self.model.state_dict()),
         }
 
-    def training_state(self) -> dict:
-        """Return what ckpt.pt has beside them."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict() or None,
-        }
+    def latest_state(self) -> dict:
+        """Return the entries of ckpt.pt."""
+        scaler = self.scaler.state_dict() or None
+        return self.state() | {"optimizer": self.optimizer.state_dict(), "scaler": scaler}
 
     def best_state(self) -> dict:
         """Return the entries of best.pt. LoRA is merged, so that it is a model as any other."""
@@ -125,17 +121,19 @@ class Run:
         return self.state() | {"model_config": asdict(model_config), "model": weights}
 
     def load(self, saved: dict) -> None:
-        """Take over the state of a checkpoint, whose weights the model has already."""
+        """Take over the state of a checkpoint, whose weights the model has already. Raises UserError."""
+        path = checkpoint.stored(Path(self.config.out_dir) / "ckpt.pt")
+        sharded = checkpoint.lacks_tensors(saved)
+        with refuse_damaged(path):
+            self.optimizer.check_state(saved["optimizer"], "meta" if sharded else "cpu")
         if saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
-        if not checkpoint.lacks_tensors(saved):
-            self.optimizer.load_state_dict(saved["optimizer"])
-            return
-        self.optimizer.steps = saved["optimizer"]["steps"]
-        if self.optimizer.steps:
+        if sharded:
+            self.optimizer.steps = saved["optimizer"]["steps"]
             self.optimizer.make_state()
-        path = Path(self.config.out_dir) / "ckpt.pt"
-        self.processes.load(path, self.state() | self.training_state())
+            self.processes.load(path, self.latest_state())
+        else:
+            self.optimizer.load_state_dict(saved["optimizer"])
 
 
 def main(argv: list[str]) -> int:
@@ -175,13 +173,15 @@ def fit(run: Run) -> int:
         try:
             stopped_by = train(run, folder)
         except Diverged as error:
-            report_divergence(run, error)
+            if run.processes.first:
+                report_divergence(run, error)
             return 1
         folder.draw()  # a resumed run may have no step left, and its plot be missing
-        if stopped_by:
-            report_stop(run, stopped_by)
-        elif run.processes.first:
-            finish(run, folder)
+        if run.processes.first:
+            if stopped_by:
+                report_stop(run, stopped_by)
+            else:
+                finish(run, folder)
     return distributed.exit_code(stopped_by)
 
 
@@ -218,17 +218,14 @@ def setup(
         resume.check_same_tokens(base, dataset)
     else:
         model_config = for_vocabulary(model_config, dataset)
-    if (
-        not config.eval_only and not config.freeze
-    ):  # frozen parameters take less than it counts
+    # frozen parameters take less than it counts
+    if not config.eval_only and not config.freeze:
         check_training_fits(config, model_config, device, dtype, processes.size)
     processes.check_model(model_config, dtype)
 
     model = make_model(config, model_config, saved, base)
     processes.distribute(model)
     optimizer = make_optimizer(config, model, processes)
-    if saved:
-        resume.check_optimizer(saved, optimizer, config.out_dir)
     batches = dataset
     if device.type == "cuda":
         batches = Prefetcher(dataset, processes.stride(micro_batches))
@@ -308,18 +305,15 @@ def make_model(
 
 
 def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
-    """Return the checkpoint's progress. Raises UserError where it is beyond the end of training."""
-    progress = Progress(**saved["progress"])
-    if progress.iter > config.max_iters:
-        raise UserError(
-            f"max_iters={config.max_iters} is below the {progress.iter} steps that the checkpoint has done"
-        )
-    if progress.iter == config.max_iters and not config.eval_only:
-        note(f"all {progress.iter} steps are done; for more: --max_iters=N")
+    """Return the checkpoint's progress."""
+    progress = dict(saved["progress"])
+    steps = progress["iter"]
+    if steps >= config.max_iters and not config.eval_only:
+        note(f"all {steps} steps are done; for more: --max_iters=N")
     if config.eval_iters != saved["train_config"]["eval_iters"]:
         note("eval_iters changed, so that the lowest validation loss starts over")
-        progress.forget_best()
-    return progress
+        progress |= {"best_val_loss": math.inf, "best_iter": 0, "evals_since_best": 0}
+    return Progress(**progress)
 
 
 def compile_model(run: Run) -> nn.Module:
@@ -368,9 +362,7 @@ def summary(run: Run) -> str:
         batch = f"{config.gradient_accumulation_steps} times {batch}"
     micro_batches = config.max_iters * config.gradient_accumulation_steps
     epochs = micro_batches / dataset.batches_per_epoch(config.batch_size)
-    start = (
-        "" if config.init_from in ("scratch", "resume") else f", from {config.init_from}"
-    )
+    start = "" if config.init_from == "scratch" else f", from {config.init_from}"
     processes = f", {run.processes.size} processes" if run.processes.size > 1 else ""
     return (
         f"data: {dataset.meta['source']}, {len(dataset.train):,} tokens to train on,"
@@ -390,7 +382,7 @@ def train(run: Run, folder: RunFolder) -> int | None:
     """Train to the end, or to the signal whose number is returned. Raises Diverged."""
     config = run.config
     progress = run.progress
-    meter = make_meter(run)
+    meter = Meter(run)
     with catch_signals() as signals, progress_bar(run) as bar:
         while not run.is_over:
             lr = config.lr(progress.iter)
@@ -404,9 +396,8 @@ def train(run: Run, folder: RunFolder) -> int | None:
             last = progress.iter == config.max_iters
             due = last or progress.iter % config.eval_interval == 0
             log = last or progress.iter % config.log_interval == 0
-            stop = run.processes.agree(
-                signals
-            )  # a signal that comes later waits for the next step
+            # a signal that comes later waits for the next step
+            stop = run.processes.agree(signals)
             if not (log or due or stop):
                 continue
             meter.read()
@@ -416,9 +407,7 @@ def train(run: Run, folder: RunFolder) -> int | None:
                 report(bar, row, run)
             improved = due and evaluate_and_record(run, folder, bar)
             if stop or (due and (run.is_over or improved or config.always_save_checkpoint)):
-                run.processes.save(
-                    folder.path / "ckpt.pt", run.state() | run.training_state()
-                )
+                run.processes.save(folder.path / "ckpt.pt", run.latest_state())
             if stop:
                 return stop
             if due and not run.is_over:
@@ -501,14 +490,6 @@ def on_whole_model(run: Run, show):
     return result
 
 
-def make_meter(run: Run) -> Meter:
-    peak = peak_flops(run.device)
-    peak_tokens = None
-    if peak:
-        peak_tokens = peak * run.processes.size / models.flops_per_token(run.model)
-    return Meter(run.progress, run.scaler.is_enabled(), peak_tokens)
-
-
 def progress_bar(run: Run) -> tqdm:
     return tqdm(
         total=run.config.max_iters,
@@ -528,10 +509,9 @@ def report(bar: tqdm, row: dict, run: Run) -> None:
     if not bar.disable:
         bar.set_postfix_str(text)
         return
-    left = (run.config.max_iters - progress.iter) * progress.seconds / progress.iter
-    write_line(
-        bar, f"iter {progress.iter}/{run.config.max_iters}: {text}, {left:.0f} s left"
-    )
+    steps = run.config.max_iters
+    left = (steps - progress.iter) * progress.seconds / progress.iter
+    write_line(bar, f"iter {progress.iter}/{steps}: {text}, {left:.0f} s left")
 
 
 def write_line(bar: tqdm, line: str) -> None:
@@ -568,24 +548,18 @@ def finish(run: Run, folder: RunFolder) -> None:
 def report_stop(run: Run, number: int) -> None:
     command = as_written_here(f"python train.py --init_from=resume {out_dir_key(run)}")
     saved = f"saved {saved_checkpoint(run)} at iter {run.progress.iter}"
+    line = f"{signal.Signals(number).name}: {saved}; resume: {command}"
     with suppress(OSError):  # the reader of our messages may have got the signal, too
-        if run.processes.first:
-            print(
-                f"{signal.Signals(number).name}: {saved}; resume: {command}",
-                file=sys.stderr,
-            )
+        print(line, file=sys.stderr)
 
 
 def report_divergence(run: Run, error: Diverged) -> None:
     saved = saved_checkpoint(run)
-    kept = (
-        f"{saved} is the last good checkpoint"
-        if saved.exists()
-        else "nothing was saved yet"
-    )
+    kept = "nothing was saved yet"
+    if saved.exists():
+        kept = f"{saved} is the last good checkpoint"
     advice = "Try a lower --learning_rate, more --warmup_iters, --grad_clip=1.0 or --dtype=float32"
-    if run.processes.first:
-        print(f"train.py: the {error}; {kept}. {advice}", file=sys.stderr)
+    print(f"train.py: the {error}; {kept}. {advice}", file=sys.stderr)
 
 
 def saved_checkpoint(run: Run) -> Path:

@@ -529,12 +529,7 @@ MORE_VARIANTS = [
         "bias": True,
         "norm": "rmsnorm",
     },
-    {
-        "embed_norm": True,
-        "norm": "rmsnorm",
-        "block": "post_norm",
-        "mlp_conv": 2,
-    },
+    {"embed_norm": True, "norm": "rmsnorm", "block": "post_norm", "mlp_conv": 2},
     {
         "embed_norm": True,
         "norm": "none",

@@ -590,13 +590,10 @@ def test_resuming_a_copied_folder_leaves_the_original_alone(run_train):
     assert not OUT.exists()
 
 
-def test_fewer_steps_than_are_done_are_refused_and_no_step_left_is_reported(
-    run_train, fails, capsys
-):
+@pytest.mark.parametrize("keys", [[], ["--max_iters=5"]])
+def test_a_run_that_has_no_step_left_says_so(run_train, capsys, keys):
     run_train()
-    line = fails(train.main, "--init_from=resume", "--out_dir=out/run", "--max_iters=5")
-    assert "max_iters=5 is below the 6 steps that the checkpoint has done" in line
-    assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
+    assert train.main(["--init_from=resume", "--out_dir=out/run", *keys]) == 0
     assert "note: all 6 steps are done; for more: --max_iters=N" in capsys.readouterr().err
 
 
@@ -777,8 +774,7 @@ BAD = {
         "--out_dir=blocked/run"
     ],
     "out_dir= must not be empty; write --out_dir=PATH": ["--out_dir="],
-    "dataset='' and out_dir=out/run must be names of folders": ["--dataset="],
-    "dataset='a\\x00b' and out_dir=": ["--dataset=a\0b"],
+    "name='' must be the name of a folder in data/": ["--dataset="],
     "name='data/tiny' must be the name of a folder in data/": ["--dataset=data/tiny"],
     "out_dir=tiny.txt is a file; write --out_dir=.": [
         "--out_dir=tiny.txt",
@@ -871,11 +867,7 @@ def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect
         "init": "zero",
         "label_smoothing": 0.2,
     }
-    other |= {
-        "mlp_conv": 2,
-        "attn_bias": True,
-        "mlp_bias": True,
-    }
+    other |= {"mlp_conv": 2, "attn_bias": True, "mlp_bias": True}
     other |= {"head_size": 6, "norm_eps": 0.5, "lora_alpha": 3.0, "lora_targets": "up_proj"}
 
     def computed(**keys) -> torch.Tensor:

@@ -3,14 +3,12 @@
 import dataclasses
 import shlex
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
 
 import model as models
 from humptygpt.checkpoint import checkpoint
-from humptygpt.checkpoint.checkpoint import refuse_damaged
 from humptygpt.core.errors import UserError
 from humptygpt.core.settings import as_written_here
 from humptygpt.data.batches import Dataset
@@ -19,7 +17,7 @@ from humptygpt.interchange.load import Loaded
 from humptygpt.nn import lora
 from humptygpt.nn.layers import autocast, to_device
 from humptygpt.training.memory import bytes_beside, saved_tensors, training_memory
-from humptygpt.training.optimizers import Optimizer, trained_parameters
+from humptygpt.training.optimizers import trained_parameters
 from model import ModelConfig
 
 # --------------------------------------------------------------------------------------
@@ -38,13 +36,6 @@ def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
     if is_command(command):
         advice += f"; to make it again: {as_written_here(command)}"
     raise UserError(problem + advice)
-
-
-def check_optimizer(saved: dict, optimizer: Optimizer, out_dir: str) -> None:
-    """Raise UserError where the state of a checkpoint's optimizer is not that of its model."""
-    device = "meta" if checkpoint.lacks_tensors(saved) else "cpu"
-    with refuse_damaged(checkpoint.stored(Path(out_dir) / "ckpt.pt")):
-        optimizer.check_state(saved["optimizer"], device)
 
 
 # --------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from humptygpt.core import files
 from humptygpt.core.errors import UserError
 from humptygpt.core.files import Lock
 from humptygpt.core.settings import note
+from humptygpt.nn.layers import peak_flops
+from model import flops_per_token
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 # seconds; timeout and some shells send a signal to a process and to its group
@@ -73,11 +75,6 @@ class Progress:
         self.evals_since_best = 0
         return True
 
-    def forget_best(self) -> None:
-        self.best_val_loss = math.inf
-        self.best_iter = 0
-        self.evals_since_best = 0
-
     def stamp(self) -> dict:
         """Return what each row of metrics begins with."""
         return {"iter": self.iter, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
@@ -86,17 +83,16 @@ class Progress:
 class Meter:
     """Losses and gradient norms, which stay on the device until they are read; and the time."""
 
-    def __init__(
-        self, progress: Progress, skips_bad_steps: bool, peak_tokens: float | None
-    ):
-        """skips_bad_steps: a GradScaler does. peak_tokens: per second at the peak of all cards; None: not known."""
-        self.progress = progress
-        self.skips_bad_steps = skips_bad_steps
-        self.peak_tokens = peak_tokens
+    def __init__(self, run):
+        """run: a train.Run."""
+        self.progress = run.progress
+        self.skips_bad_steps = run.scaler.is_enabled()
+        self.peak_flops = peak_flops(run.device)
+        self.flops_per_token = flops_per_token(run.model) / run.processes.size
         self.unread: list[tuple[Tensor, Tensor]] = []
         self.grad_norm = 0.0
-        self.logged_seconds = progress.seconds
-        self.logged_tokens = progress.tokens
+        self.logged_seconds = self.progress.seconds
+        self.logged_tokens = self.progress.tokens
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -132,8 +128,8 @@ class Meter:
             "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,
             "tokens_per_second": round(speed),
         }
-        if self.peak_tokens:
-            row["mfu"] = speed / self.peak_tokens
+        if self.peak_flops:
+            row["mfu"] = speed * self.flops_per_token / self.peak_flops
         self.logged_tokens = progress.tokens
         self.logged_seconds = progress.seconds
         progress.losses = []

@@ -150,10 +150,6 @@ class TrainConfig:
             raise ValueError(
                 f"min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}"
             )
-        if not self.out_dir or not self.dataset or "\0" in self.dataset:
-            raise ValueError(
-                f"dataset={self.dataset!r} and out_dir={self.out_dir} must be names of folders"
-            )
 
     def lr(self, it: int) -> float:
         """Return the learning rate of step it, the first being 0: linear warmup from above zero, then decay to min_lr.
@@ -195,22 +191,21 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     """
     rank, processes = distributed.launched()
     given = configurator.read(argv, ModelConfig, TrainConfig)
-    if rank or given.get("eval_only") or given.get("dry_run"):
-        locks = None  # of several processes, the first has the lock
     out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
     path = out_dir / "ckpt.pt"
     if os.path.isfile(out_dir):  # probably a checkpoint in the folder that is meant
         raise UserError(
             f"out_dir={out_dir} is a file; write {shlex.quote(f'--out_dir={out_dir.parent}')}"
         )
+    writes = not rank and not given.get("eval_only") and not given.get("dry_run")
+    if locks and writes:
+        locks.enter_context(lock_out_dir(out_dir))
     init_from = given.get("init_from", "scratch")
     if distributed.restarted() and is_same_run(given, path):
         note(f"torchrun has started this run again; it resumes {path}")
         init_from = "resume"
     saved, base, settings = None, None, given
     if init_from == "resume":
-        if locks:
-            locks.enter_context(lock_out_dir(out_dir))
         saved = checkpoint.read(path, with_tensors=False)
         settings = resumed_settings(saved, given, path)
     elif init_from != "scratch":
@@ -218,13 +213,8 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         settings = given | base_settings(base, given)
     config = configurator.make(TrainConfig, settings)
     model_config = configurator.make(ModelConfig, settings)
-    if locks and not saved:
-        locks.enter_context(lock_out_dir(out_dir))
-    if (
-        saved
-        and checkpoint.lacks_tensors(saved)
-        and (processes == 1 or config.parallel == "ddp")
-    ):
+    sharded = processes > 1 and config.parallel == "fsdp"
+    if saved and checkpoint.lacks_tensors(saved) and not sharded:
         saved = checkpoint.read(path)
     for name in chosen_loggers(asdict(config)):  # now, not after a long preparation
         import_logger(name)
