@@ -25,7 +25,7 @@ FILES = [ROOT / "model.py", *sorted(ROOT.glob("humptygpt/*/*.py"))]
 TORCHLESS = [
     "core.settings core.files core.limits core.download",
     "tokenizer.tokenizers tokenizer.pretrained",
-    "tokenizer.read_huggingface tokenizer.write_huggingface",
+    "tokenizer.sentencepiece_model tokenizer.read_huggingface tokenizer.write_huggingface",
     "data.documents data.corpus data.encoding data.pairs data.parts data.token_files data.sources",
 ]
 

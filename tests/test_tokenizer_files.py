@@ -1,8 +1,10 @@
 """Tokenizers of Hugging Face's folders: ids and text are those of transformers' AutoTokenizer, both ways."""
 
+import base64
 import itertools
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -129,34 +131,33 @@ def llama3_folder(folder: Path) -> Path:
     return folder
 
 
-def sentencepiece_folder(folder: Path, model_type: str = "bpe", **config) -> Path:
+def sentencepiece_folder(folder: Path, config: dict | None = None, **options) -> Path:
     """As Llama's own tokenizer.model was trained."""
-    write(
-        folder,
-        config={"model_type": "llama"},
-        **({"tokenizer_config": config} if config else {}),
-    )
+    write(folder, config={"model_type": "llama"})
+    if config:
+        write(folder, tokenizer_config=config)
     options = {
+        "model_type": "bpe",
+        "vocab_size": 420,
         "byte_fallback": True,
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,
-    }
-    options |= {
-        "vocab_size": 420,
-        "model_type": model_type,
-        "minloglevel": 2,
         "hard_vocab_limit": False,
-    }
+        "minloglevel": 2,
+    } | options
     with (folder / "tokenizer.model").open("wb") as file:
-        lines = iter(TEXT.split("\n"))
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=file, **options
+            sentence_iterator=iter(TEXT.split("\n")), model_writer=file, **options
         )
     return folder
 
 
+LLAMA = {"tokenizer_class": "LlamaTokenizer"}
+LEGACY = LLAMA | {"legacy": True, "additional_special_tokens": ["<|x|>"]}
+
+
 def llama2_json_folder(folder: Path) -> Path:
-    sentencepiece_folder(folder, tokenizer_class="LlamaTokenizer")
+    sentencepiece_folder(folder, LLAMA)
     transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
     (folder / "tokenizer.model").unlink()
     return folder
@@ -167,15 +168,10 @@ KINDS = {
     "GPT-2's tokenizer.json": gpt2_json_folder,
     "Llama 3's tokenizer.json": llama3_folder,
     "sentencepiece, BPE": sentencepiece_folder,
-    "sentencepiece, unigram": lambda folder: sentencepiece_folder(folder, "unigram"),
-    "LlamaTokenizer": lambda folder: sentencepiece_folder(
-        folder, tokenizer_class="LlamaTokenizer", add_bos_token=True
-    ),
-    "LlamaTokenizer, legacy, with more tokens": lambda folder: sentencepiece_folder(
-        folder,
-        tokenizer_class="LlamaTokenizer",
-        legacy=True,
-        additional_special_tokens=["<|x|>"],
+    "sentencepiece, unigram": partial(sentencepiece_folder, model_type="unigram"),
+    "LlamaTokenizer": partial(sentencepiece_folder, config=LLAMA | {"add_bos_token": True}),
+    "LlamaTokenizer, legacy, with more tokens": partial(
+        sentencepiece_folder, config=LEGACY
     ),
     "Llama 2's tokenizer.json": llama2_json_folder,
 }
@@ -365,9 +361,48 @@ def test_what_is_no_tokenizer_is_refused_in_one_line(complaint, made, folder):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["vocab.json", "sentencepiece, BPE"])
+SPACES = {
+    "sentencepiece, BPE": "every",
+    "sentencepiece, unigram": "every",
+    "LlamaTokenizer": "first",
+    "LlamaTokenizer, legacy, with more tokens": "unless",
+}
+
+
+def state_of_an_earlier_version(kind: str, made) -> dict:
+    """A tokenizer.model as it was held: as it is."""
+    folder, theirs, ours = made(kind)
+    proto = (folder / "tokenizer.model").read_bytes()
+    return {
+        "tokenizer": "tokenizer.model",
+        "proto": base64.b64encode(proto).decode(),
+        "special": {str(token): i for i, token in theirs.added_tokens_decoder.items()},
+        "space": SPACES[kind],
+        "eot": ours.eot,
+        "bos": ours.bos,
+    }
+
+
+def test_a_sentencepiece_model_that_changes_the_text_is_refused_with_the_fix(tmp_path):
+    folder = sentencepiece_folder(tmp_path, normalization_rule_name="nmt_nfkc")
+    with pytest.raises(UserError, match=r"save it as tokenizer\.json with transformers"):
+        read_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", SPACES)
+def test_a_state_of_an_earlier_version_has_the_same_tokens(kind, made):
+    _, theirs, ours = made(kind)
+    again = tokenizer.from_state(state_of_an_earlier_version(kind, made))
+    assert_equal_on(theirs, again, 20)
+    assert (again.pieces, again.eot, again.bos) == (ours.pieces, ours.eot, ours.bos)
+
+
+@pytest.mark.parametrize("kind", ["vocab.json", "tokenizer.model"])
 def test_a_damaged_state_is_refused(kind, made):
-    state = made(kind)[2].state()
+    if kind == "tokenizer.model":
+        state = state_of_an_earlier_version("sentencepiece, BPE", made)
+    else:
+        state = made(kind)[2].state()
     for key in state.keys() - {"tokenizer"}:
         for wrong in ("", "AAAA", 10**6, {"a": 10**6}, ["x"]):
             with pytest.raises(
@@ -407,9 +442,7 @@ def test_a_tokenizer_that_was_imported_is_exported_with_its_ids_and_special_toke
     again = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
 
     assert_equal_on(again, ours, 30)
-    assert again.eos_token_id == ours.eot and (
-        ours.bos is None or again.bos_token_id == ours.bos
-    )
-    assert (
-        read_tokenizer(tmp_path).state() == ours.state() or kind == "vocab.json"
-    )  # which comes back as tokenizer.json
+    assert again.eos_token_id == ours.eot
+    assert ours.bos is None or again.bos_token_id == ours.bos
+    read = read_tokenizer(tmp_path)
+    assert (read.pieces, read.eot, read.bos) == (ours.pieces, ours.eot, ours.bos)

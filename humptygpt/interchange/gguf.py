@@ -7,13 +7,12 @@ gelu_tanh, Llama with silu, and the tokenizers of a few kinds.
 import json
 import logging
 import math
-from functools import singledispatch
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import gguf
 import numpy as np
-import sentencepiece
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
 from torch import Tensor
@@ -21,21 +20,14 @@ from torch import Tensor
 from humptygpt.core.errors import UserError
 from humptygpt.interchange.families import ACTIVATION_NAMES
 from humptygpt.interchange.weight_files import Weights
-from humptygpt.tokenizer.pretrained import PretrainedSentencePiece, PretrainedTokenizer
+from humptygpt.tokenizer.pretrained import PretrainedTokenizer
 from humptygpt.tokenizer.tokenizers import (
     END_OF_TEXT,
-    BytePairTokenizer,
     ByteTokenizer,
     CharTokenizer,
-    SentencePieceTokenizer,
     Tokenizer,
 )
-from humptygpt.tokenizer.write_huggingface import (
-    byte_merges,
-    is_merged,
-    printable,
-    sentencepiece_entries,
-)
+from humptygpt.tokenizer.write_huggingface import build_tokenizer
 
 DTYPES = {  # by our names
     "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -72,7 +64,13 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {("ByteLevel",): "gpt-2", (LLAMA3_PATTERN, "ByteLevel"): "llama-bpe"}
+SPLITS = {  # by split_key() of each step
+    (("ByteLevel", False, True),): "gpt-2",
+    ((LLAMA3_PATTERN, None, None), ("ByteLevel", False, False)): "llama-bpe",
+    ((None, None, None),): "default",  # a text is not split
+    (("Metaspace", None, False),): "default",
+}
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 logging.getLogger("gguf").setLevel(logging.ERROR)  # it reports every file it writes
 
 
@@ -81,12 +79,12 @@ class Vocabulary(NamedTuple):
 
     model: str  # the kind of its tokenizer: gpt2 (byte pairs), llama (sentencepiece) or rwkv (the longest token first)
     tokens: list[str]
+    types: list[TokenType]
     eot: int | None  # the token that ends a text; one in any case, but of rwkv
-    types: list[TokenType] | None = None
+    bos: int | None = None  # the token that every text starts with
     scores: list[float] | None = None
     merges: list[str] | None = None
     split: str = "gpt-2"  # of byte pairs: the pattern by which a text is split first
-    bos: int | None = None  # the token that every text starts with
     space: bool = False  # of sentencepiece: whether a space is put before a text
 
 
@@ -94,10 +92,14 @@ class Vocabulary(NamedTuple):
 # The vocabulary
 
 
-@singledispatch
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """Return the vocabulary. Raises UserError where llama.cpp has no tokenizer that gives the same tokens."""
-    raise AssertionError(f"{tokenizer.name} is not declared")
+    if isinstance(tokenizer, CharTokenizer | ByteTokenizer):
+        return without_merges(tokenizer)
+    if isinstance(tokenizer, PretrainedTokenizer):
+        return with_merges(tokenizer, json.loads(tokenizer.content), tokenizer.eot)
+    content = json.loads(build_tokenizer(tokenizer).to_str())
+    return with_merges(tokenizer, content, tokenizer.pieces.index(END_OF_TEXT.encode()))
 
 
 def refusal(tokenizer: Tokenizer, why: str) -> UserError:
@@ -105,8 +107,7 @@ def refusal(tokenizer: Tokenizer, why: str) -> UserError:
     return UserError(f"{name} cannot be exported as GGUF: {why}; use --format=transformers")
 
 
-@vocabulary.register
-def _(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
+def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
     """llama.cpp's kind rwkv takes the longest token first, and is the only one that does without an end-of-text token.
 
     But it hangs where a text has the first byte of a token and not the rest. Among characters outside ASCII, that of
@@ -118,127 +119,78 @@ def _(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
     types = [TokenType.NORMAL] * len(texts) + [TokenType.CONTROL] * len(end)
     if isinstance(tokenizer, ByteTokenizer) or tokenizer.alphabet.isascii():
         escaped = ["".join(f"\\x{byte:02x}" for byte in text) for text in texts]
-        return Vocabulary("rwkv", escaped + end, eot, types)
+        return Vocabulary("rwkv", escaped + end, types, eot)
     if eot is None or "▁" in tokenizer.alphabet:
         why = "in llama.cpp, characters outside ASCII need an end-of-text token, and '▁' is a space"
         raise refusal(tokenizer, why)
     tokens = [char.replace(" ", "▁") for char in tokenizer.alphabet] + end
-    return Vocabulary("llama", tokens, eot, types, [0.0] * len(tokens))
+    return Vocabulary("llama", tokens, types, eot, scores=[0.0] * len(tokens))
 
 
-@vocabulary.register
-def _(tokenizer: BytePairTokenizer) -> Vocabulary:
-    pieces = tokenizer.pieces[:-1]
-    merges = [" ".join(pair) for pair in byte_merges(tokenizer)]
-    if len(merges) < sum(len(piece) > 1 for piece in pieces):
-        raise refusal(tokenizer, "its vocabulary has tokens that no merge makes")
-    return Vocabulary(
-        "gpt2",
-        tokens=[*map(printable, pieces), END_OF_TEXT],
-        eot=len(pieces),
-        types=[TokenType.NORMAL] * len(pieces) + [TokenType.CONTROL],
-        merges=merges or [f"{END_OF_TEXT} {END_OF_TEXT}"],  # llama.cpp insists on a merge
-    )
+def with_merges(tokenizer: Tokenizer, content: dict, eot: int | None) -> Vocabulary:
+    """Return the vocabulary of a tokenizer.json of byte pairs, of GPT-2's, Llama 2's or Llama 3's kind.
 
-
-@vocabulary.register
-def _(tokenizer: SentencePieceTokenizer) -> Vocabulary:
-    """A "▁" in a text, which we spell in bytes, is a space for llama.cpp."""
-    entries = sentencepiece_entries(tokenizer)
-    if not is_merged(entries):
-        raise refusal(tokenizer, "of sentencepiece's, llama.cpp has model_type=bpe alone")
-    kinds = {
-        "byte": TokenType.BYTE,
-        "end of text": TokenType.CONTROL,
-        "line break": TokenType.USER_DEFINED,
-    }
-    types = [kinds.get(entry.kind, TokenType.NORMAL) for entry in entries]
-    tokens = [entry.text.replace(" ", "▁") for entry in entries]
-    scores = [entry.score for entry in entries]
-    return Vocabulary("llama", tokens, types.index(TokenType.CONTROL), types, scores)
-
-
-@vocabulary.register
-def _(tokenizer: PretrainedTokenizer) -> Vocabulary:
-    """Byte pairs, split as GPT-2 or Llama 3 does: of the many ways that a tokenizer.json may have, those are common."""
-    content = json.loads(tokenizer.content)
-    model, split = content["model"], known_split(content)
-    known = model.get("type") == "BPE" and not content.get("normalizer") and split
-    if not known or (split == "llama-bpe" and not model.get("ignore_merges")):
-        raise refusal(
-            tokenizer, "it is none of GPT-2's or Llama 3's kind, which llama.cpp has"
-        )
-    added = {entry["id"]: entry for entry in content.get("added_tokens") or ()}
-    names = {i: token for token, i in model["vocab"].items()}
-    names |= {i: entry["content"] for i, entry in added.items()}
-    types = []
-    for i in range(tokenizer.vocab_size):
-        if i not in names:
-            types.append(TokenType.UNUSED)
-        elif i in added:
-            special = added[i].get("special")
-            types.append(TokenType.CONTROL if special else TokenType.USER_DEFINED)
-        else:
-            types.append(TokenType.NORMAL)
-    return Vocabulary(
-        "gpt2",
-        tokens=[names.get(i, f"[PAD{i}]") for i in range(tokenizer.vocab_size)],
-        eot=tokenizer.eot,
-        types=types,
-        merges=[
-            pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]
-        ],
-        split=split,
-        bos=tokenizer.bos,
-    )
-
-
-def known_split(content: dict) -> str | None:
-    """Return llama.cpp's name for the way in which a tokenizer.json splits a text."""
-    step = content.get("pre_tokenizer") or {}
-    steps = step.get("pretokenizers") or [step]
-    patterns = [step.get("pattern", {}).get("Regex") or step.get("type") for step in steps]
-    split = SPLITS.get(tuple(patterns))
-    by_itself = steps[-1].get("use_regex", True)  # ByteLevel splits as GPT-2 does
-    if any(step.get("add_prefix_space") for step in steps) or by_itself != (
-        split == "gpt-2"
-    ):
-        return None
-    return split
-
-
-@vocabulary.register
-def _(tokenizer: PretrainedSentencePiece) -> Vocabulary:
-    """Of a prompt that begins with a space, or of text after a special token, LlamaTokenizer may add one space less."""
-    model = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.proto)
-    special = {i: token for token, i in tokenizer.special.items()}
-    types, scores, texts = [], [], []
-    for i in range(tokenizer.vocab_size):
-        known = i < model.vocab_size()
-        if known and model.is_unknown(i):
-            types.append(TokenType.UNKNOWN)
-        elif i in special:
-            types.append(TokenType.CONTROL)
-        else:
-            types.append(TokenType.BYTE if known and model.is_byte(i) else TokenType.NORMAL)
-        scores.append(model.get_score(i) if known else 0.0)
-        texts.append(special.get(i) or model.id_to_piece(i))
-    normal = [x for x, kind in zip(scores, types, strict=True) if kind == TokenType.NORMAL]
-    merged = TokenType.BYTE in types and all(score.is_integer() for score in normal)
-    plain = model.normalize(" a  ﬁ ").removeprefix("▁").lstrip("▁") == "a▁▁ﬁ▁"
-    if not (merged and plain) or normal.count(0.0) > 1:
-        why = "llama.cpp needs byte pairs with byte_fallback, without normalisation and symbols of users"
+    Of a prompt that begins with a space, or of text after a special token, LlamaTokenizer may add one space less.
+    """
+    model = content["model"]
+    if model["type"] != "BPE" or not (split := known_split(tokenizer, content)):
+        why = "llama.cpp has byte pairs (sentencepiece's with model_type=bpe) as GPT-2, Llama 2 and Llama 3 have them"
         raise refusal(tokenizer, why)
-    bos, space = tokenizer.bos, tokenizer.has_prefix
-    return Vocabulary("llama", texts, tokenizer.eot, types, scores, bos=bos, space=space)
+    tokens = [f"[PAD{i}]" for i in range(tokenizer.vocab_size)]
+    types = [TokenType.UNUSED] * len(tokens)
+    for token, i in model["vocab"].items():
+        tokens[i] = token
+        is_byte = model["byte_fallback"] and BYTE.fullmatch(token)
+        types[i] = TokenType.BYTE if is_byte else TokenType.NORMAL
+    for entry in content["added_tokens"]:
+        tokens[entry["id"]] = entry["content"]
+        special = entry["special"]
+        types[entry["id"]] = TokenType.CONTROL if special else TokenType.USER_DEFINED
+    pairs, bos = model["merges"], tokenizer.bos
+    if not model["byte_fallback"]:
+        # llama.cpp insists on a merge
+        merges = [" ".join(pair) for pair in pairs or [[END_OF_TEXT, END_OF_TEXT]]]
+        return Vocabulary("gpt2", tokens, types, eot, bos, merges=merges, split=split)
+    ranks = {a + b: rank for rank, (a, b) in enumerate(pairs)}
+    scores = [-float(ranks.get(token, 0)) for token in tokens]
+    tokens = [token.replace(" ", "▁") for token in tokens]
+    space = tokenizer.encode("a").tolist() != tokenizer.encode_rest("a").tolist()
+    return Vocabulary("llama", tokens, types, eot, bos, scores=scores, space=space)
+
+
+def known_split(tokenizer: Tokenizer, content: dict) -> str | None:
+    """Return llama.cpp's name for how a tokenizer.json splits a text; None where it would give other tokens."""
+    model = content["model"]
+    step = content["pre_tokenizer"] or {}
+    steps = step.get("pretokenizers") or [step]
+    split = SPLITS.get(tuple(map(split_key, steps)))
+    added = {entry["content"] for entry in content["added_tokens"]}
+    made = {a + b for a, b in model["merges"]}
+    unmade = {token for token in model["vocab"].keys() - added - made if len(token) > 1}
+    if model["byte_fallback"]:
+        text = " a  ﬁ "
+        same = "".join(tokenizer.decode_stream(tokenizer.encode_rest(text))) == text
+        known = split == "default" and same and all(map(BYTE.fullmatch, unmade))
+    elif split == "llama-bpe":
+        known = model["ignore_merges"]
+    else:
+        known = split == "gpt-2" and not (model["ignore_merges"] and unmade)
+    return (
+        split if known and (model["byte_fallback"] or not content["normalizer"]) else None
+    )
+
+
+def split_key(step: dict) -> tuple[str | None, bool | None, bool | None]:
+    """Return by what a step of a pre_tokenizer splits, whether it adds a space, whether it splits at all."""
+    pattern = step.get("pattern", {}).get("Regex") or step.get("type")
+    return pattern, step.get("add_prefix_space"), step.get("use_regex", step.get("split"))
 
 
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     bos = vocabulary.eot if vocabulary.bos is None else vocabulary.bos
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_token_list(vocabulary.tokens)
-    if vocabulary.types:
-        writer.add_token_types(vocabulary.types)
+    writer.add_token_types(vocabulary.types)
     if vocabulary.scores:
         writer.add_token_scores(vocabulary.scores)
     if vocabulary.merges:

@@ -1,13 +1,13 @@
-"""Tokenizers of other projects, in Hugging Face's or sentencepiece's file, which stays as it is within ours."""
+"""Tokenizers of other projects, in Hugging Face's tokenizer.json, which stays as it is within ours."""
 
 import base64
 import json
-import re
 from collections.abc import Callable, Iterable
 from typing import ClassVar, Self
 
 import numpy as np
 
+from humptygpt.tokenizer.sentencepiece_model import convert_sentencepiece
 from humptygpt.tokenizer.tokenizers import (
     Tokenizer,
     pack,
@@ -17,7 +17,6 @@ from humptygpt.tokenizer.tokenizers import (
     utf8,
 )
 
-NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # normalizer_spec { add_dummy_prefix: false }: a later entry of a protobuf counts
 SENTENCEPIECE_DECODERS = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 ENDS = {"eot": (int, None), "bos": (int, None)}
 
@@ -134,14 +133,8 @@ def without_prefix(described: dict) -> dict:
     return described | changed
 
 
-class PretrainedSentencePiece(Tokenizer):
-    """A tokenizer.model of sentencepiece, as another project trained it, run by sentencepiece.
-
-    special: {token: id} of those that are recognised in a text: a text between two of them is encoded by itself.
-    space: before which of these texts a space is put, where the model puts one: every one, as sentencepiece does;
-    "unless": every one that does not start with a space; "first": the first alone, unless it does. The last two are
-    the class LlamaTokenizer of transformers, before and since its legacy=False.
-    """
+class SentencePieceModel(PretrainedTokenizer):
+    """A tokenizer.model, as data and runs of earlier versions hold it: it becomes a tokenizer.json."""
 
     name = "tokenizer.model"
     schema: ClassVar = {
@@ -151,78 +144,15 @@ class PretrainedSentencePiece(Tokenizer):
         **ENDS,
     }
 
-    def __init__(
-        self,
-        proto: bytes,
-        special: dict[str, int],
-        space: str,
-        eot: int | None,
-        bos: int | None,
-    ):
-        from sentencepiece import SentencePieceProcessor
-
-        self.proto = proto
-        self.special = special
-        self.space = space
-        self.eot = eot
-        self.bos = bos
-        self._model = SentencePieceProcessor(model_proto=proto)
-        self._rest = SentencePieceProcessor(model_proto=proto + NO_DUMMY_PREFIX)
-        self.has_prefix = self._model.normalize("a") != self._rest.normalize("a")
-        self.pieces = [
-            sentencepiece_bytes(self._model.id_to_piece(i), self._model.is_byte(i))
-            for i in range(self._model.vocab_size())
-        ]
-        for token, i in sorted(special.items(), key=lambda item: item[1]):
-            if i == len(self.pieces):
-                self.pieces.append(token.encode())
-        ids = set(range(len(self.pieces)))
-        if not set(special.values()) <= ids:
-            raise ValueError(
-                "the ids of its special tokens are not in its vocabulary, nor do they continue it"
-            )
-        if not {eot, bos} <= {None, *ids}:
-            raise ValueError("its end-of-text token is not in its vocabulary")
-        longest_first = sorted(special, key=len, reverse=True)
-        pattern = "|".join(map(re.escape, longest_first)) or "(?!)"  # which nothing matches
-        self._special = re.compile(f"({pattern})")
-
-    def encode(self, text: str) -> np.ndarray:
-        return self.encode_parts(text, self._model)
-
-    def encode_rest(self, text: str) -> np.ndarray:
-        return self.encode_parts(text, self._rest)
-
-    def encode_parts(self, text: str, model) -> np.ndarray:
-        """model: the SentencePieceProcessor of the text before the first special token."""
-        utf8(text)
-        ids = []
-        for number, part in enumerate(self._special.split(text)):
-            if number % 2:
-                ids.append(self.special[part])
-                model = self._rest if self.space == "first" else self._model
-            elif part:
-                has_space = self.space != "every" and part.startswith((" ", "▁"))
-                ids += (self._rest if has_space else model).encode(part)
-        return np.array(ids, dtype=np.int64)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        text = super().decode(ids)
-        return text.removeprefix(" ") if self.has_prefix else text
-
-    def state(self) -> dict:
-        return {
-            "tokenizer": self.name,
-            "proto": base64.b64encode(self.proto).decode(),
-            "special": self.special,
-            "space": self.space,
-            "eot": self.eot,
-            "bos": self.bos,
-        }
-
     @classmethod
-    def from_state(cls, proto: str, **entries) -> Self:
-        return cls(base64.b64decode(proto, validate=True), **entries)
+    def from_state(
+        cls, proto: str, special: dict[str, int], space: str, **ends
+    ) -> PretrainedTokenizer:
+        engine = convert_sentencepiece(base64.b64decode(proto, validate=True), space)
+        engine.add_special_tokens(sorted(special, key=special.get))
+        if any(engine.token_to_id(token) != i for token, i in special.items()):
+            raise ValueError("the ids of its special tokens do not continue its vocabulary")
+        return PretrainedTokenizer(engine.to_str(), **ends)
 
 
-PRETRAINED = {kind.name: kind for kind in (PretrainedTokenizer, PretrainedSentencePiece)}
+PRETRAINED = {kind.name: kind for kind in (PretrainedTokenizer, SentencePieceModel)}

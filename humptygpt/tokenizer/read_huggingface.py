@@ -8,11 +8,8 @@ from pathlib import Path
 
 from humptygpt.core.errors import UserError, one_line
 from humptygpt.core.settings import parse_json
-from humptygpt.tokenizer.pretrained import (
-    PretrainedSentencePiece,
-    PretrainedTokenizer,
-    load_engine,
-)
+from humptygpt.tokenizer.pretrained import PretrainedTokenizer, load_engine
+from humptygpt.tokenizer.sentencepiece_model import convert_sentencepiece
 from humptygpt.tokenizer.tokenizers import END_OF_TEXT, Tokenizer
 
 # the first that is there counts, as in transformers
@@ -88,24 +85,28 @@ def text_of(token: str | dict) -> str:
     return token if isinstance(token, str) else token["content"]
 
 
-def check_id(token: str, expected: int, actual: int) -> None:
-    if expected != actual:
-        raise ValueError(
-            f"added_tokens_decoder says that {token!r} has the id {expected}, but it has another one"
-        )
-
-
 # --------------------------------------------------------------------------------------
 # One function for each kind of file
 
 
 def read_json(path: Path, settings: dict) -> PretrainedTokenizer:
     engine = load_engine(path.read_text(encoding="utf-8"))
-    add_tokens(engine, settings)
     # the file itself says what is put before a text
-    plain, whole = (engine.encode("a", add_special_tokens=add).ids for add in (False, True))
-    starts = len(whole) > len(plain) and whole[1 : 1 + len(plain)] == plain
-    return finish(engine, settings, whole[0] if starts else None)
+    return finish(engine, settings | {"add_bos_token": False})
+
+
+def read_sentencepiece(path: Path, settings: dict) -> PretrainedTokenizer:
+    from sentencepiece import SentencePieceProcessor
+
+    proto = path.read_bytes()
+    space = "every"
+    if settings.get("tokenizer_class", "").removesuffix("Fast") == "LlamaTokenizer":
+        space = "unless" if settings.get("legacy") else "first"
+    engine = convert_sentencepiece(proto, space)
+    model = SentencePieceProcessor(model_proto=proto)
+    ends = {"bos_token": model.bos_id(), "eos_token": model.eos_id()}
+    defaults = {key: model.id_to_piece(i) for key, i in ends.items() if i >= 0}
+    return finish(engine, defaults | settings)
 
 
 def read_merges(path: Path, settings: dict) -> PretrainedTokenizer:
@@ -126,16 +127,27 @@ def read_merges(path: Path, settings: dict) -> PretrainedTokenizer:
         settings["special"].append(END_OF_TEXT)
         settings.setdefault("bos_token", END_OF_TEXT)
         settings.setdefault("eos_token", END_OF_TEXT)
+    return finish(engine, settings)
+
+
+# --------------------------------------------------------------------------------------
+# What they share
+
+
+def finish(engine, settings: dict) -> PretrainedTokenizer:
+    """Return the tokenizer of an engine with the special tokens that the files beside it name."""
+    from tokenizers import processors
+
     add_tokens(engine, settings)
-    starts = settings.get("add_bos_token") and "bos_token" in settings
-    return finish(
-        engine, settings, engine.token_to_id(settings["bos_token"]) if starts else None
-    )
-
-
-def finish(engine, settings: dict, bos: int | None) -> PretrainedTokenizer:
+    start = settings.get("bos_token")
+    if settings.get("add_bos_token") and start:
+        engine.post_processor = processors.TemplateProcessing(
+            single=[start, "$A"], special_tokens=[(start, engine.token_to_id(start))]
+        )
+    plain, whole = (engine.encode("a", add_special_tokens=add).ids for add in (False, True))
+    starts = len(whole) > len(plain) and whole[1 : 1 + len(plain)] == plain
     eot = engine.token_to_id(settings["eos_token"]) if "eos_token" in settings else None
-    return PretrainedTokenizer(engine.to_str(), eot, bos)
+    return PretrainedTokenizer(engine.to_str(), eot, whole[0] if starts else None)
 
 
 def add_tokens(engine, settings: dict) -> None:
@@ -154,32 +166,7 @@ def add_tokens(engine, settings: dict) -> None:
             add([AddedToken(entry["content"], **flags)])
             known.add(entry["content"])
     for i, entry in settings["added"]:
-        check_id(entry["content"], i, engine.token_to_id(entry["content"]))
-
-
-def read_sentencepiece(path: Path, settings: dict) -> PretrainedSentencePiece:
-    from sentencepiece import SentencePieceProcessor
-
-    proto = path.read_bytes()
-    model = SentencePieceProcessor(model_proto=proto)
-    special = {
-        model.id_to_piece(i): i for i in range(model.vocab_size()) if model.is_control(i)
-    }
-    special[model.id_to_piece(model.unk_id())] = model.unk_id()
-    for i, entry in settings["added"]:
-        check_id(entry["content"], i, special.setdefault(entry["content"], i))
-    for token in settings["special"]:
-        i = model.piece_to_id(token)
-        if i == model.unk_id():  # it is no piece: the next id
-            i = max(model.vocab_size(), 1 + max(special.values()))
-        special.setdefault(token, i)
-    space = "every"
-    if settings.get("tokenizer_class", "").removesuffix("Fast") == "LlamaTokenizer":
-        space = "unless" if settings.get("legacy") else "first"
-    bos = special.get(settings.get("bos_token"), model.bos_id())
-    eot = special.get(settings.get("eos_token"), model.eos_id())
-    if not settings.get("add_bos_token"):
-        bos = -1
-    return PretrainedSentencePiece(
-        proto, special, space, eot if eot >= 0 else None, bos if bos >= 0 else None
-    )
+        if engine.token_to_id(entry["content"]) != i:
+            raise ValueError(
+                f"added_tokens_decoder says that {entry['content']!r} has the id {i}, but it has another one"
+            )

@@ -16,6 +16,7 @@ from humptygpt.data.token_files import is_command
 from humptygpt.interchange.load import Loaded
 from humptygpt.nn import lora
 from humptygpt.nn.layers import autocast, to_device
+from humptygpt.tokenizer.tokenizers import from_state
 from humptygpt.training.memory import bytes_beside, saved_tensors, training_memory
 from humptygpt.training.optimizers import trained_parameters
 from model import ModelConfig
@@ -26,8 +27,9 @@ from model import ModelConfig
 
 def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
     """Raise UserError unless these are the data that a checkpoint was trained on; it says how to get those."""
-    tokenizer = dataset.tokenizer.state()
-    if (saved["tokenizer"], saved["data"]["identity"]) == (tokenizer, dataset.identity()):
+    pieces = from_state(saved["tokenizer"]).pieces
+    identity = saved["data"]["identity"]
+    if (pieces, identity) == (dataset.tokenizer.pieces, dataset.identity()):
         return
     problem = f"{dataset.folder} is not the data that {out_dir}/ckpt.pt was trained on"
     moved = shlex.quote(f"--dataset={dataset.folder.name}/previous-1")

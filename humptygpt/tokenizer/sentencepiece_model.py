@@ -1,0 +1,92 @@
+"""A model that sentencepiece trained, in the library tokenizers: ids and text stay the same."""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+
+
+def convert_sentencepiece(proto: bytes, space: str):
+    """Return the tokenizers.Tokenizer of another project's tokenizer.model. Raises ValueError where it has no such.
+
+    space: before which texts a space is put, where the model puts one: "every", as sentencepiece does; "unless": every
+    one that does not start with a space; "first": the first alone, unless it does. The last two are LlamaTokenizer of
+    transformers, before and since its legacy=False; a text between two special tokens is one of its own.
+    """
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+
+    model = SentencePieceProcessor(model_proto=proto)
+    ids = range(model.vocab_size())
+    prefix = model.normalize("a").removesuffix("a")
+    plain = model.normalize(" a  ﬁ ") == f"{prefix}▁a▁▁ﬁ▁"
+    scores = [model.get_score(i) for i in normal_ids(model)]
+    if not plain or not any(map(model.is_byte, ids)) or scores.count(0) > 1:
+        raise ValueError(
+            "of sentencepiece's models, those with byte_fallback and without normalisation and symbols of users"
+            " are supported; save it as tokenizer.json with transformers"
+        )
+    engine = Tokenizer(subword_model(model, "▁"))
+    if prefix and space == "every":
+        engine.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    else:
+        first = "first" if space == "first" else "always"
+        engine.pre_tokenizer = pre_tokenizers.Metaspace(
+            prepend_scheme=first if prefix else "never", split=False
+        )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    engine.decoder = decoders.Sequence(steps)
+    special = [i for i in ids if model.is_control(i) or model.is_unknown(i)]
+    engine.add_special_tokens([model.id_to_piece(i) for i in special])
+    return engine
+
+
+def normal_ids(model) -> list[int]:
+    """Return the ids of what sentencepiece learned. model: a SentencePieceProcessor."""
+    others = (model.is_byte, model.is_control, model.is_unknown)
+    return [i for i in range(model.vocab_size()) if not any(kind(i) for kind in others)]
+
+
+def subword_model(model, space: str, first: int = 0):
+    """Return the tokens of a SentencePieceProcessor from the id first on as a model of the library tokenizers.
+
+    space: what spaces are in the text of a token. Scores of byte-pair encoding are 0, -1, -2, ..., the highest merged
+    first, those of unigram are log-probabilities.
+    """
+    from tokenizers import models
+
+    ids = range(first, model.vocab_size())
+    texts = {i: model.id_to_piece(i).replace("▁", space) for i in ids}
+    scores = {i: model.get_score(i) for i in ids}
+    if not all(score.is_integer() for score in scores.values()):
+        # unk_id marks what has no piece until it is spelled in bytes; any token will do
+        pieces = [(texts[i], scores[i]) for i in ids]
+        return models.Unigram(pieces, unk_id=0, byte_fallback=True)
+    by_score = sorted(normal_ids(model), key=scores.get, reverse=True)
+    merges = list(find_merges([texts[i] for i in by_score]))
+    vocabulary = {text: i - first for i, text in texts.items()}
+    return models.BPE(vocabulary, merges, byte_fallback=True)
+
+
+def find_merges(pieces: list[bytes] | list[str]) -> Iterator[tuple]:
+    """The pair that each piece longer than 1 is merged from, in the order of the pieces, which is that of the merges.
+
+    tiktoken and sentencepiece merge whatever neighbours make a piece, those that make the first piece first. When a
+    piece's own time has come, all merges before it are done; so its text is always the same pair, and that is found
+    here. A piece whose text is then more than a pair is never merged, and left out.
+    """
+    ranks = {piece: rank for rank, piece in enumerate(pieces)}
+    for rank, piece in enumerate(pieces):
+        parts = [piece[i : i + 1] for i in range(len(piece))]
+        while len(parts) > 2:
+            pair_ranks = [ranks.get(a + b, math.inf) for a, b in pairwise(parts)]
+            first = min(pair_ranks)
+            if first >= rank:
+                break
+            at = pair_ranks.index(first)
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            yield tuple(parts)
