@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as models
-from humptygpt.core.errors import UserError
 from humptygpt.core.limits import check_fits
 from humptygpt.nn.layers import autocast, free_memory
 from humptygpt.training.optimizers import local, make_optimizer, trained_parameters
@@ -28,7 +27,7 @@ class Memory(NamedTuple):
     gradients: float
     optimizer: float
     activations: float
-    buffers: float = 0  # gradients of the embedding, and with FSDP whole weights: what exceeds the activations by then
+    buffers: float = 0  # with FSDP: what a process has whole
 
     @property
     def total(self) -> float:
@@ -43,47 +42,24 @@ class Memory(NamedTuple):
 
 
 def training_memory(
-    config,
-    model: nn.Module,
-    activations: float,
-    *,
-    processes: int = 1,
-    micro_batches: int = 1,
+    config, model: nn.Module, activations: float, processes: int = 1
 ) -> Memory:
-    """Return the memory of one of several processes. config: a TrainConfig. micro_batches: of each in a step."""
+    """Return the memory of one of several processes. config: a TrainConfig."""
     weights = FLOAT * models.count_parameters(model)
     gradients = FLOAT * sum(p.numel() for p in trained_parameters(model).values())
     states = make_optimizer(config, model).state_like().values()
     optimizer = sum(x.nbytes for state in states for x in state.values())
-    if processes > 1 and config.parallel == "fsdp":
-        buffers = sharded_buffers(model, activations)
-        if micro_batches == 1:  # else it sums whole gradients of its own
-            gradients /= processes
-        return Memory(
-            weights / processes, gradients, optimizer / processes, activations, buffers
-        )
-    # DDP sums the gradients where they are
-    buffers = max(0, embedding_gradients(model) - activations)
-    return Memory(weights, gradients, optimizer, activations, buffers)
-
-
-def embedding_gradients(model: nn.Module) -> int:
-    """Return the bytes at the end of a backward pass: where the head is the embedding, both gradients and their sum."""
-    config = model.config
-    return FLOAT * config.vocab_size * config.n_embd * (3 if config.tie_weights else 1)
-
-
-def sharded_buffers(model: nn.Module, activations: float) -> float:
-    """Return the bytes that FSDP has whole.
-
-    Beside the activations that is what is in no block, such as the embedding, two blocks, and the gradients of one
-    twice: by parameters and by processes. At the end of the backward pass it is the gradients of what is in no block.
-    """
+    if processes == 1 or config.parallel == "ddp":
+        return Memory(weights, gradients, optimizer, activations)
+    if config.gradient_accumulation_steps <= processes:  # else it sums whole gradients
+        gradients /= processes
+    # what is in no block, such as the embedding, two blocks, and the gradients of one twice: by parameters and by ranks
     modules = [module for module in model.modules() if isinstance(module, models.Block)]
     blocks = [FLOAT * models.count_parameters(block) for block in modules]
-    rest = FLOAT * models.count_parameters(model) - sum(blocks)
-    at_the_end = max(embedding_gradients(model), 2 * rest) - activations
-    return max(rest + 4 * max(blocks, default=0), at_the_end)
+    buffers = weights - sum(blocks) + 4 * max(blocks, default=0)
+    return Memory(
+        weights / processes, gradients, optimizer / processes, activations, buffers
+    )
 
 
 def activation_bytes(
@@ -91,34 +67,30 @@ def activation_bytes(
     model_config: ModelConfig,
     rows: int,
     dtype: torch.dtype,
-    *,
-    on_gpu: bool = False,
+    on_gpu: bool,
 ) -> float:
     """Return the bytes that the backward pass needs of the forward pass, uncompiled, and the gradient of the logits."""
-    kept = saved_bytes(model_config, rows, dtype, on_gpu=on_gpu, checkpointed=False)
-    if config.checkpoint_activations:
-        inputs = saved_bytes(model_config, rows, dtype, on_gpu=on_gpu, checkpointed=True)
-        kept = (
-            inputs + (kept - inputs) / model_config.n_layer
-        )  # one block at a time is recomputed
+    kept = saved_bytes(model_config, rows, dtype, on_gpu, checkpointed=False)
+    if config.checkpoint_activations:  # one block at a time is recomputed
+        inputs = saved_bytes(model_config, rows, dtype, on_gpu, checkpointed=True)
+        kept = inputs + (kept - inputs) / model_config.n_layer
     return kept + FLOAT * rows * model_config.block_size * model_config.vocab_size
 
 
 def saved_bytes(
-    config: ModelConfig, rows: int, dtype: torch.dtype, *, on_gpu: bool, checkpointed: bool
+    config: ModelConfig, rows: int, dtype: torch.dtype, on_gpu: bool, checkpointed: bool
 ) -> int:
     """Return the bytes of the tensors that autograd keeps in a forward pass, by tensors that have no memory."""
     T = config.block_size
     with FakeTensorMode():
         model = models.build(config)
-        for stack in (
-            module for module in model.modules() if isinstance(module, models.Stack)
-        ):
-            stack.checkpoint_activations = checkpointed
+        for module in model.modules():
+            if isinstance(module, models.Stack):
+                module.checkpoint_activations = checkpointed
         idx = torch.zeros(rows, T, dtype=torch.int64)
-        batch = {"idx": idx, "targets": idx} | (
-            {"source": idx} if model.has_encoder else {}
-        )
+        batch = {"idx": idx, "targets": idx}
+        if model.has_encoder:
+            batch["source"] = idx
         with saved_tensors() as saved, autocast(torch.device("cpu"), dtype):
             model(**batch)
     if on_gpu:  # its attention keeps no scores
@@ -157,17 +129,10 @@ def memory_report(
     """Return parameters, FLOPs and memory of a run as text."""
     model = build_on_meta(model_config)
     rows = config.rows(processes)
+    on_gpu = device.type == "cuda"
+    activations = activation_bytes(config, model_config, rows, dtype, on_gpu)
+    memory = training_memory(config, model, activations, processes)
     micro_batches = config.gradient_accumulation_steps
-    activations = activation_bytes(
-        config, model_config, rows, dtype, on_gpu=device.type == "cuda"
-    )
-    memory = training_memory(
-        config,
-        model,
-        activations,
-        processes=processes,
-        micro_batches=micro_batches // processes,
-    )
     tokens = micro_batches * config.batch_size * model_config.block_size
     flops = models.flops_per_token(model)
     free = free_memory(device)
@@ -176,11 +141,9 @@ def memory_report(
         fits = f"it does not fit; {memory.advice}"
     sizes = {name: size for name, size in memory._asdict().items() if size}
     entries = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in sizes.items())
-    each = (
-        f" of each of {processes} processes, {config.parallel.upper()}"
-        if processes > 1
-        else ""
-    )
+    each = ""
+    if processes > 1:
+        each = f" of each of {processes} processes, {config.parallel.upper()}"
     return (
         f"model: {model_config.model}, {models.count_parameters(model):,} parameters, {flops:,} FLOPs per token\n"
         f"step: {tokens:,} tokens, {micro_batches} x {config.batch_size} x {model_config.block_size},"
@@ -202,10 +165,7 @@ def check_training_fits(
     processes: int = 1,
 ) -> None:
     """Raise UserError with the size and what there is. config: a TrainConfig."""
-    try:
-        model = build_on_meta(model_config)
-    except RuntimeError as error:  # a matrix has more elements than an int64 can count
-        raise UserError(f"the model is too large for any memory: {error}") from error
+    model = build_on_meta(model_config)
     least = least_memory(config, model, dtype, processes)
     training = (
         f"training {models.count_parameters(model):,} parameters with batch_size={config.batch_size} and"
@@ -222,7 +182,7 @@ def least_memory(config, model: nn.Module, dtype: torch.dtype, processes: int) -
     activations = 0
     if not config.checkpoint_activations:
         activations = least_activation_bytes(model, config.rows(processes), dtype)
-    memory = training_memory(config, model, activations, processes=processes)
+    memory = training_memory(config, model, activations, processes)
     if activations > memory.gradients:  # they are freed while the gradients are computed
         return memory._replace(gradients=0, buffers=0)
     return memory._replace(activations=0, buffers=0)
@@ -231,9 +191,7 @@ def least_memory(config, model: nn.Module, dtype: torch.dtype, processes: int) -
 def least_activation_bytes(model: nn.Module, rows: int, dtype: torch.dtype) -> float:
     """Return some of what the backward pass needs: a side of each linear layer, and the logits' gradient."""
     tokens = rows * model.config.block_size
-    if (
-        model.has_encoder
-    ):  # a token is in the source or in the target, and sentences are short
+    if model.has_encoder:  # a token is in the source or in the target
         tokens /= 2
     features = 0
     for layer in model.modules():

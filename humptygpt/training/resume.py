@@ -85,7 +85,7 @@ def cost_report(run) -> str:
     loss.detach().item()  # waits for a GPU
     seconds = (time.perf_counter() - started) * config.gradient_accumulation_steps
     model.zero_grad()
-    memory = training_memory(config, model, activations, processes=run.processes.size)
+    memory = training_memory(config, model, activations, run.processes.size)
     update = memory.gradients + memory.optimizer
     total = memory.weights + update + memory.activations
     trained = sum(p.numel() for p in trained_parameters(model).values())
