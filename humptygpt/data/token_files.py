@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 from humptygpt.core.errors import UserError
-from humptygpt.core.files import holder
 from humptygpt.core.settings import as_written_here, check_schema, note, parse_json
 from humptygpt.tokenizer import tokenizers
 
@@ -67,18 +66,17 @@ def checksums(path: Path) -> str:
 def is_whole(folder: Path) -> bool:
     """Whether the files of a folder with a meta.json are as it says, all of them read."""
     try:
-        splits = read_meta(folder)["splits"].values()
         return all(
-            checksums(folder / name) == sums
-            for split in splits
-            for name, sums in split["checksums"].items()
+            checksums(folder / file["name"]) == split["checksums"].get(file["name"])
+            for split in read_meta(folder)["splits"].values()
+            for file in split["files"]
         )
     except (OSError, UserError):
         return False
 
 
 class TokenFiles:
-    """The token files of one split, read as one.
+    """The token files of one split, memory-mapped and read as one.
 
     meta: as from read_meta. Raises UserError where a file is missing, or does not have the tokens or checksums of meta.
     """
@@ -87,48 +85,42 @@ class TokenFiles:
         self.folder = folder
         entry = meta["splits"][split]
         self.paths = [folder / file["name"] for file in entry["files"]]
-        self.arrays = [self.open(path, np.dtype(meta["dtype"])) for path in self.paths]
-        self.ends = list(accumulate(map(len, self.arrays)))
-        if "checksums" not in entry:  # of nanoGPT's folders
-            self.sums = None
-            return
-        self.sums = [unpack_checksums(entry["checksums"][path.name]) for path in self.paths]
-        self.unchecked = [np.ones(len(sums), dtype=bool) for sums in self.sums]
-        for path, file, ids in zip(self.paths, entry["files"], self.arrays, strict=True):
-            if len(ids) != file["tokens"]:
-                raise self.error(
-                    f"{path} has {len(ids):,} tokens, but meta.json says {file['tokens']:,}"
-                )
-
-    def open(self, path: Path, dtype: np.dtype) -> np.ndarray:
-        """Map a file, not read: the system loads what is used, and drops it when memory is short."""
+        self.sums = None  # of nanoGPT's folders, which have none
         try:
-            size = path.stat().st_size
-            if size % dtype.itemsize:
-                raise self.error(
-                    f"{path} is truncated: {size:,} bytes are no whole {dtype}s"
-                )
-            return (
-                np.asarray(np.memmap(path, dtype, mode="r")) if size else np.empty(0, dtype)
+            self.arrays = [
+                np.asarray(np.memmap(path, meta["dtype"], mode="r")) for path in self.paths
+            ]
+            if "checksums" in entry:
+                self.sums = [
+                    unpack_checksums(entry["checksums"].get(path.name, ""))
+                    for path in self.paths
+                ]
+        except (OSError, ValueError) as error:  # ValueError: of a truncated file
+            raise self.error(f"cannot read {folder / split}.bin: {error}") from error
+        self.starts = list(accumulate(map(len, self.arrays), initial=0))
+        if self.sums is None:
+            return
+        self.unchecked = [np.ones(len(sums), dtype=bool) for sums in self.sums]
+        blocks = [-(-ids.nbytes // CHECKED) for ids in self.arrays]
+        if len(self) != entry["tokens"] or blocks != list(map(len, self.sums)):
+            raise self.error(
+                f"{folder / split}.bin has {len(self):,} tokens, which are not the {entry['tokens']:,} of meta.json"
             )
-        except OSError as error:
-            raise self.error(f"cannot read {path}: {error.strerror}") from error
 
     def error(self, problem: str) -> UserError:
         return UserError(f"{problem}; {how_to(self.folder)}")
 
     def __len__(self) -> int:
-        return self.ends[-1]
+        return self.starts[-1]
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Return the tokens from each start on, int64 (len(starts), length); zeros after the last token."""
         rows = np.zeros((len(starts), length), dtype=np.int64)
         for row, start in zip(rows, starts.tolist(), strict=True):
-            number = bisect_right(self.ends, start)
-            offset = start - (self.ends[number - 1] if number else 0)
-            while len(row) and number < len(
-                self.arrays
-            ):  # a row may continue in the next file
+            number = bisect_right(self.starts, start) - 1
+            offset = start - self.starts[number]
+            # a row may continue in the next file
+            while len(row) and number < len(self.arrays):
                 ids = self.arrays[number][offset : offset + len(row)]
                 if self.sums is not None:
                     self.check(number, offset, offset + len(ids))
@@ -145,10 +137,8 @@ class TokenFiles:
         for block in range(start // size, (end - 1) // size + 1):
             if not self.unchecked[number][block]:
                 continue
-            if (
-                zlib.crc32(array[block * size : (block + 1) * size])
-                != self.sums[number][block]
-            ):
+            content = array[block * size : (block + 1) * size]
+            if zlib.crc32(content) != self.sums[number][block]:
                 raise self.error(
                     f"{self.paths[number]} was altered or damaged: from byte {block * CHECKED:,} on its checksum is"
                     " not the one in meta.json"
@@ -223,38 +213,25 @@ def read_meta(folder: Path) -> dict:
             ) from error
     if os.path.exists(folder / "meta.pkl"):
         return read_nanogpt_meta(folder / "meta.pkl")
-    if os.path.exists(folder / "preparing"):
-        who = holder(folder / ".lock")
-        state = f"is running, {who}, or was stopped" if who else "was stopped"
-        raise UserError(
-            f"the preparation of {folder} {state} before its end; {how_to(folder)}"
-        )
-    if not os.path.exists(folder / "train.bin") or os.path.exists(folder / COMMAND):
-        raise UserError(f"{folder} has no meta.json; {how_to(folder)}")
+    ours = any(os.path.exists(folder / name) for name in ("preparing", COMMAND))
+    if ours or not os.path.exists(folder / "train.bin"):
+        rule = "which is written last: its preparation is running, or was stopped"
+        raise UserError(f"{folder} has no meta.json, {rule}; {how_to(folder)}")
     note(f"{folder} has no meta.json or meta.pkl; it is taken for GPT-2's tokens")
     return nanogpt_meta(folder, tokenizers.GPT2Tokenizer.train())
 
 
 def check_splits(meta: dict) -> None:
-    """Raise ValueError where the splits lack an entry, or their files, token counts and checksums do not agree."""
-    itemsize = np.dtype(meta["dtype"]).itemsize
+    """Raise ValueError where the splits lack an entry, or name a file that is not theirs."""
     check_schema(meta["splits"], SPLITS[meta["task"]], "splits")
     for split, entry in meta["splits"].items():
-        if split not in ("train", "val", "test"):
-            raise ValueError(f"splits has {split!r}, which is not train, val or test")
         for file in entry["files"]:
             name = file["name"]
-            if not re.fullmatch(
-                rf"{split}(_[0-9]+)?\.bin", name
-            ):  # nor a path out of the folder
+            ours = re.fullmatch(r"(train|val|test)(_[0-9]+)?\.bin", name)  # no path
+            if not ours or not name.startswith(split):
                 raise ValueError(
                     f"splits.{split} has the file {name!r}, which is not its own"
                 )
-            blocks = -(-file["tokens"] * itemsize // CHECKED)
-            if len(unpack_checksums(entry["checksums"].get(name, ""))) != blocks:
-                raise ValueError(f"splits.{split} does not have the checksums of {name}")
-        if sum(file["tokens"] for file in entry["files"]) != entry["tokens"]:
-            raise ValueError(f"splits.{split}.tokens is not the sum of its files")
 
 
 def unpack_checksums(text: str) -> np.ndarray:
