@@ -16,8 +16,6 @@ split, train, val or test, depends on its source alone; both sides share one voc
 Files are streamed, never held in memory. A stopped preparation resumes when the same command is run again.
 """
 
-import hashlib
-import json
 import os
 import re
 import shlex
@@ -25,7 +23,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -48,7 +46,12 @@ from humptygpt.core.settings import (
     setting,
     without_effect,
 )
-from humptygpt.data.corpus import VOCABULARY_BYTES, Documents, vocabulary_texts
+from humptygpt.data.corpus import (
+    VOCABULARY_BYTES,
+    Documents,
+    identity,
+    vocabulary_texts,
+)
 from humptygpt.data.documents import find_files, read_errors, write_if_changed
 from humptygpt.data.encoding import Progress, encode, read_json, write_json
 from humptygpt.data.pairs import PairFiles, Pairs, is_tsv
@@ -169,6 +172,7 @@ class PrepareConfig:
         None,
         "3/16: encode the third of 16 parts, here or on another machine",
         group="several machines",
+        not_with={"join": True},
     )
     join: bool = setting(False, "make one data set of all its parts, in data/<name>/parts")
 
@@ -193,11 +197,6 @@ class PrepareConfig:
             )
         if self.part is not None:
             parse_part(self.part)
-            if self.join or self.shard_tokens or self.input == "-":
-                rule = (
-                    "goes without join, shard_tokens and --input=-; join takes the shards"
-                )
-                raise ValueError(f"part={self.part} {rule}")
         if (self.source is None) != (self.target is None) or (self.source and self.input):
             rule = "go together, and without input: --source=a.de --target=a.en, line by line translations"
             raise ValueError(f"source and target {rule}")
@@ -286,7 +285,7 @@ def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
     if read_json(preparing / "meta.json").get("made_from") != made_from:
         if corpus.config.join:
             check_divisible(corpus)
-            progress = join_parts(corpus, folder, preparing, made_from, command)
+            progress = join_parts(corpus, folder, preparing, command)
         else:
             train = partial(make_tokenizer, corpus, config)
             progress = encode(corpus, preparing, made_from, command, train)
@@ -302,14 +301,11 @@ def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
 
 def data_id(corpus: Corpus, config: PrepareConfig) -> str:
     """Hash what the data is made from: the files' paths, sizes and times, settings, and a tokenizer from elsewhere."""
-    settings = asdict(corpus.config) | dict.fromkeys(
-        ("input", "source", "target", "files", "workers")
-    )
-    del settings["part"], settings["join"]
-    content = [corpus.fingerprint(), settings, config.vocab_size is None]
-    if settings["tokenizer"] not in TOKENIZERS:
-        content.append(pretrained_tokenizer(settings["tokenizer"], corpus).state())
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    elsewhere = []
+    if corpus.config.tokenizer not in TOKENIZERS:
+        elsewhere.append(pretrained_tokenizer(corpus.config.tokenizer, corpus).state())
+    fitted = config.vocab_size is None
+    return identity(corpus.config, corpus.fingerprint(), fitted, *elsewhere)
 
 
 def command_text(config: PrepareConfig) -> str:
@@ -466,9 +462,8 @@ def check_splits(progress: Progress, preparing: Path) -> None:
             rule = (
                 f"{split}.bin would have {counted['tokens']} tokens, but needs at least 2"
             )
-            raise UserError(
-                f"{rule}; change --val_fraction or add text; counted: {counted}"
-            )
+            advice = f"change --val_fraction or add text; counted: {dict(counted)}"
+            raise UserError(f"{rule}; {advice}")
 
 
 def make_meta(corpus: Corpus, progress: Progress, preparing: Path) -> dict:
@@ -524,38 +519,27 @@ def make_meta(corpus: Corpus, progress: Progress, preparing: Path) -> dict:
 def install(preparing: Path, folder: Path) -> None:
     """Move the complete files into the folder; if this is interrupted, the same command moves the rest."""
     meta = read_json(preparing / "meta.json")
-    names = {COMMAND} | {
-        file["name"] for split in meta["splits"].values() for file in split["files"]
-    }
-    (preparing / "progress.json").unlink(
-        missing_ok=True
-    )  # from here on, preparing/meta.json is the progress
+    (preparing / "progress.json").unlink(missing_ok=True)  # meta.json is the progress now
     old = read_json(folder / "meta.json")
-    if any(old.get(key) != meta[key] for key in ("task", "dtype", "tokenizer", "splits")):
-        keep_earlier_data(
-            folder, {name for name in names if not (preparing / name).exists()}
-        )
-    for name in (*names, "meta.json"):
+    changed = [old.get(k) != meta[k] for k in ("task", "dtype", "tokenizer", "splits")]
+    if any(changed) and (preparing / COMMAND).exists():
+        keep_earlier_data(folder)
+    # the command first, since from then on all that the folder holds is new; meta.json last
+    names = [file["name"] for split in meta["splits"].values() for file in split["files"]]
+    for name in (COMMAND, *names, "meta.json"):
         if (preparing / name).exists():
             (preparing / name).replace(folder / name)
     shutil.rmtree(preparing)
 
 
-def keep_earlier_data(folder: Path, new: set[str]) -> None:
-    """Move another data set aside, as runs may have been trained on it; killed in between, the next call continues.
-
-    new: names of files that an interrupted call has moved into the folder.
-    """
+def keep_earlier_data(folder: Path) -> None:
+    """Move another data set aside, as runs may have been trained on it; killed in between, the next call continues."""
     ours = re.compile(r"meta\.(json|pkl)|command\.txt|(train|val|test)(_\d+)?\.bin")
-    old = [
-        path.name
-        for path in folder.iterdir()
-        if ours.fullmatch(path.name) and path.name not in new
-    ]
+    old = [path.name for path in folder.iterdir() if ours.fullmatch(path.name)]
     if not old and not being_moved(folder):
         return
-    # meta.json first, so that no half of the data is taken for the whole
-    kept = move_aside(folder, sorted(old, key=lambda name: not name.startswith("meta")))
+    # in this order meta.json comes before the tokens, so that no half of them is taken for the whole
+    kept = move_aside(folder, sorted(old))
     dataset = shlex.quote(f"{folder.name}/{kept.name}")
     note(
         f"{folder} held another data set; it is now in {kept}, and a run that was trained on it"

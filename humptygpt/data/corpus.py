@@ -5,9 +5,11 @@ and an encoder of items.
 """
 
 import hashlib
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +26,7 @@ HASHED = 4096  # characters at the start of a document that decide its split; fe
 VOCABULARY_BYTES = (
     100_000_000  # a tokenizer is trained on an even sample of a longer corpus
 )
+CHANGES_NOTHING = ("input", "source", "target", "files", "workers")
 
 Entry = tuple[str, NamedTuple]  # split, piece or pair
 
@@ -46,7 +49,6 @@ class Documents:
     task = "language modelling"
     splits = ("train", "val")
     counts = ("documents", "characters", "bytes", "tokens")  # of each split, in meta.json
-    other_counts = ("skipped_lines",)
 
     def __init__(self, config, files: list[Path], source: str):
         """config: a resolved prepare_data.PrepareConfig. source: what the files are called in meta.json."""
@@ -217,6 +219,13 @@ def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
         raise UserError(
             f"no text of {corpus.source} is in the training split; add text or change --val_fraction"
         )
+
+
+def identity(config, files: list, *other: object, without: tuple[str, ...] = ()) -> str:
+    """Hash what data is made from: files, other things, and the settings but for those that change no byte."""
+    settings = asdict(config) | dict.fromkeys((*CHANGES_NOTHING, *without))
+    del settings["part"], settings["join"]
+    return hashlib.sha256(json.dumps([files, settings, *other]).encode()).hexdigest()
 
 
 def file_fingerprint(path: Path) -> list:

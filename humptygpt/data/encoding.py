@@ -39,7 +39,7 @@ class Progress:
 
     made_from: str  # identifies the files and settings
     tokenizer: dict  # its state
-    splits: dict[str, dict[str, int]]  # counts of each
+    splits: dict[str, Counter]  # what the corpus counts, and tokens, of each
     counts: list[int]  # occurrences of each token
     position: list = field(default_factory=lambda: list(START))
 
@@ -52,10 +52,12 @@ def encode(
     made_from identifies the files and settings. train makes the tokenizer where there is none yet.
     """
     saved = read_json(folder / "progress.json")
-    if (
-        saved.get("made_from") == made_from and "position" in saved
-    ):  # else of an earlier version
+    # without a position, it is of an earlier version
+    if saved.get("made_from") == made_from and "position" in saved:
         progress = Progress(**saved)
+        progress.splits = {
+            split: Counter(counted) for split, counted in progress.splits.items()
+        }
         read = Position(*progress.position).read
         print(f"resuming after {read:,} of {sum(corpus.sizes):,} bytes", file=sys.stderr)
     else:
@@ -64,13 +66,9 @@ def encode(
                 "the files or settings changed since the stopped preparation; starting over"
             )
         tokenizer = train()  # before the folder is made, as it may refuse the text
-        splits = zero_counts(corpus)
-        progress = Progress(
-            made_from, tokenizer.state(), splits, [0] * tokenizer.vocab_size
-        )
         start_folder(folder, command)
-        write_json(folder / "progress.json", vars(progress))
-    encode_rest(corpus, folder, progress)
+        progress = start_progress(corpus, made_from, tokenizer)
+    write_tokens(corpus, folder, progress, in_order(corpus, progress))
     return progress
 
 
@@ -81,10 +79,16 @@ def start_folder(folder: Path, command: str) -> None:
     write_whole(folder / COMMAND, lambda file: file.write(f"{command}\n".encode()))
 
 
-def encode_rest(corpus, folder: Path, progress: Progress) -> None:
-    """Append what comes after the progress to the token files; saves the progress regularly."""
-    tokenizer = from_state(progress.tokenizer)
-    dtype = token_dtype(tokenizer)
+def start_progress(corpus, made_from: str, tokenizer: Tokenizer) -> Progress:
+    splits = {split: Counter() for split in corpus.splits}
+    return Progress(made_from, tokenizer.state(), splits, [0] * tokenizer.vocab_size)
+
+
+def write_tokens(
+    corpus, folder: Path, progress: Progress, units: Iterator[tuple[Encoded, Position]]
+) -> None:
+    """Append the units, which come after the progress, to the token files; save the progress regularly."""
+    dtype = token_dtype(from_state(progress.tokenizer))
     counts = np.array(progress.counts)
     writers = {}
 
@@ -100,9 +104,8 @@ def encode_rest(corpus, folder: Path, progress: Progress) -> None:
                 folder, split, dtype, corpus.config.shard_tokens, counted["tokens"]
             )
             stack.callback(writers[split].close)
-        for number, (encoded, position) in enumerate(
-            in_order(corpus, tokenizer, progress), start=1
-        ):
+        save()
+        for number, (encoded, position) in enumerate(units, start=1):
             for split, (ids, counted) in encoded.items():
                 writers[split].write(ids)
                 counts += np.bincount(ids, minlength=len(counts))
@@ -113,15 +116,10 @@ def encode_rest(corpus, folder: Path, progress: Progress) -> None:
         save()
 
 
-def zero_counts(corpus) -> dict[str, dict[str, int]]:
-    keys = (*corpus.counts, *corpus.other_counts)
-    return {split: dict.fromkeys(keys, 0) for split in corpus.splits}
-
-
-def add_counts(total: dict[str, int], counted: dict[str, int]) -> None:
-    for key in total:  # of an earlier version, counted may have more
-        both = (total[key], counted[key])
-        total[key] = max(both) if key == "longest" else sum(both)
+def add_counts(total: Counter, counted: dict[str, int]) -> None:
+    longest = max(total["longest"], counted.get("longest", 0))
+    total.update(counted)
+    total["longest"] = longest
 
 
 def usable_workers(corpus) -> int:
@@ -134,21 +132,20 @@ def usable_workers(corpus) -> int:
     return corpus.config.workers or max(1, most)
 
 
-def in_order(
-    corpus, tokenizer: Tokenizer, progress: Progress
-) -> Iterator[tuple[Encoded, Position]]:
+def in_order(corpus, progress: Progress) -> Iterator[tuple[Encoded, Position]]:
     """Encode the units after progress; about 4 units per worker are in memory."""
-    waiting = deque()
     todo = units(corpus, "encoding", Position(*progress.position))
     workers = usable_workers(corpus)
     if workers == 1:
+        tokenizer = from_state(progress.tokenizer)
         for entries, position in todo:
             yield encode_unit(corpus.encoder, tokenizer, entries), position
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
-        workers, context, start_worker, (corpus.encoder, tokenizer.state())
+        workers, context, start_worker, (corpus.encoder, progress.tokenizer)
     )
+    waiting = deque()
     try:
         for entries, position in todo:
             waiting.append((pool.submit(encode_in_worker, entries), position))

@@ -49,11 +49,6 @@ class Pairs:
     task = "translation"
     separated = True
     counts = ("pairs", "characters", "bytes", "tokens", "target_bytes", "target_tokens")
-    other_counts = (
-        "longest",
-        "too_long",
-        "lopsided",
-    )  # the most tokens of a side; dropped pairs
 
     def __init__(self, config, files: PairFiles, source: str):
         """Reads everything once, so that errors are reported before anything is written.

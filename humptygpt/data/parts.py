@@ -4,26 +4,26 @@ A part is some of the files, encoded: data/<name>/parts/3_of_16 has its token fi
 """
 
 import copy
-import hashlib
-import json
 import re
 import shlex
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from humptygpt.core.errors import UserError
 from humptygpt.core.settings import parse_json
-from humptygpt.data.corpus import Documents
+from humptygpt.data.corpus import START, Documents, Position, identity
 from humptygpt.data.encoding import (
+    Encoded,
     Progress,
-    add_counts,
     start_folder,
+    start_progress,
     write_json,
-    zero_counts,
+    write_tokens,
 )
-from humptygpt.data.token_files import TokenWriter, checksums, token_dtype
+from humptygpt.data.token_files import checksums, token_dtype
 from humptygpt.tokenizer.tokenizers import from_state
 
 COUNT = range(2**53)
@@ -31,21 +31,9 @@ PART = {
     "corpus": str,
     "tokenizer": dict,
     "splits": {str: {str: COUNT}},
-    "counts": [COUNT],
     "checksums": {str: str},
 }
 COPIED = 1 << 22  # bytes that are copied at once
-CHANGES_NOTHING = (
-    "name",
-    "input",
-    "source",
-    "target",
-    "files",
-    "workers",
-    "part",
-    "join",
-    "shard_tokens",
-)
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -70,38 +58,26 @@ def part_folder(folder: Path, number: int, count: int) -> Path:
 
 
 def take_part(corpus: Documents, number: int, count: int) -> Documents:
-    """Return the same corpus with the files of this part alone: neighbours, about as many bytes in each part."""
-    total = max(1, sum(corpus.sizes))
-    start = 0
+    """Return the same corpus with the files of this part alone, which are neighbours; shards are made by the join."""
+    files = len(corpus.files)
+    taken = slice(files * (number - 1) // count, files * number // count)
     part = copy.copy(corpus)
-    part.files = []
-    part.sizes = []
-    for file, size in zip(corpus.files, corpus.sizes, strict=True):
-        if min(count - 1, start * count // total) == number - 1:
-            part.files.append(file)
-            part.sizes.append(size)
-        start += size
+    part.config = replace(corpus.config, shard_tokens=None)
+    part.files = corpus.files[taken]
+    part.sizes = corpus.sizes[taken]
     return part
 
 
 def corpus_id(corpus: Documents) -> str:
     """Hash what the parts of a corpus have in common on all machines: names and sizes of files, and settings."""
-    settings = {
-        key: value
-        for key, value in asdict(corpus.config).items()
-        if key not in CHANGES_NOTHING
-    }
-    content = [[file.name for file in corpus.files], corpus.sizes, settings]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    files = [[file.name for file in corpus.files], corpus.sizes]
+    return identity(corpus.config, files, without=("name", "shard_tokens"))
 
 
 def finish_part(corpus: Documents, progress: Progress, folder: Path) -> None:
     """Write part.json into the folder of a part, which makes it complete. corpus: all of it."""
-    part = {"corpus": corpus_id(corpus), "tokenizer": progress.tokenizer}
-    part |= {"splits": progress.splits, "counts": progress.counts}
-    part["checksums"] = {
-        path.name: checksums(path) for path in sorted(folder.glob("*.bin"))
-    }
+    sums = {path.name: checksums(path) for path in sorted(folder.glob("*.bin"))}
+    part = vars(progress) | {"corpus": corpus_id(corpus), "checksums": sums}
     write_json(folder / "part.json", part)
 
 
@@ -116,9 +92,7 @@ def read_part(corpus: Documents, folder: Path) -> dict:
     return part
 
 
-def join_parts(
-    corpus: Documents, folder: Path, joined: Path, made_from: str, command: str
-) -> Progress:
+def join_parts(corpus: Documents, folder: Path, joined: Path, command: str) -> Progress:
     """Write the token files of all parts, one after another, to the folder `joined`, as if one machine had."""
     counts = {
         int(path.name.rpartition("_")[2]) for path in folder.glob("parts/[1-9]*_of_*[0-9]")
@@ -132,25 +106,28 @@ def join_parts(
         path = part_folder(folder, number, count)
         try:
             parts[path] = read_part(corpus, path)
-            if parts[path]["tokenizer"] != next(iter(parts.values()))["tokenizer"]:
-                raise ValueError("it has another vocabulary than the first part")
         except (OSError, ValueError) as error:
             again = f"prepare it: {command} {shlex.quote(f'--part={number}/{count}')}"
             raise UserError(
                 f"part {number}/{count} in {path} cannot be joined: {error}; {again}"
             ) from error
-    state = next(iter(parts.values()))["tokenizer"]
-    dtype = token_dtype(from_state(state))
-    totals = zero_counts(corpus)
+    state, *others = (part["tokenizer"] for part in parts.values())
+    if any(other != state for other in others):
+        raise UserError(f"the parts in {folder}/parts have different vocabularies")
     start_folder(joined, command)
-    for split, total in totals.items():
-        writer = TokenWriter(joined, split, dtype, corpus.config.shard_tokens, 0)
-        for path, part in parts.items():
-            add_counts(total, part["splits"][split])
+    progress = start_progress(corpus, "parts", from_state(state))
+    write_tokens(corpus, joined, progress, read_tokens(corpus, parts))
+    return progress
+
+
+def read_tokens(
+    corpus: Documents, parts: dict[Path, dict]
+) -> Iterator[tuple[Encoded, Position]]:
+    """Read the token files of all parts in blocks. A join that is stopped starts over, so the position is unused."""
+    for path, part in parts.items():
+        dtype = token_dtype(from_state(part["tokenizer"]))
+        for split in corpus.splits:
+            yield {split: (np.empty(0, dtype), part["splits"][split])}, START
             with (path / f"{split}.bin").open("rb") as file:
                 while block := file.read(COPIED):
-                    writer.write(np.frombuffer(block, dtype))
-        writer.flush()
-        writer.close()
-    occurrences = np.sum([part["counts"] for part in parts.values()], axis=0)
-    return Progress(made_from, state, totals, occurrences.tolist())
+                    yield {split: (np.frombuffer(block, dtype), {})}, START
