@@ -334,18 +334,24 @@ def outside(metadata):
         info.relative_path = "../../secret.distcp"
 
 
-def with_a_gap(metadata):
-    entry = metadata.state_dict_metadata["model/wte.weight"]
-    del entry.chunks[-1]
+def without_files(metadata):
+    metadata.storage_data.clear()
 
 
-@pytest.mark.parametrize("harm", [outside, with_a_gap])
-def test_metadata_that_names_other_files_or_no_rows_is_refused(saved, harm):
+@pytest.mark.parametrize("harm", [outside, without_files])
+def test_metadata_that_names_other_files_or_none_is_refused(saved, harm):
     metadata = pickle.loads((saved / ".metadata").read_bytes())
     harm(metadata)
     rewrite_metadata(saved, pickle.dumps(metadata))
     with pytest.raises(UserError, match="is damaged"):
         checkpoint.read(saved)
+
+
+def test_rows_that_no_file_has_are_zeros(saved):
+    metadata = pickle.loads((saved / ".metadata").read_bytes())
+    del metadata.state_dict_metadata["model/wte.weight"].chunks[-1]
+    rewrite_metadata(saved, pickle.dumps(metadata))
+    assert not checkpoint.read(saved)["model"]["wte.weight"][-1].any()
 
 
 def test_at_any_moment_of_a_replacement_a_whole_checkpoint_is_found(saved, monkeypatch):

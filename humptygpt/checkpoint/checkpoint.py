@@ -18,7 +18,7 @@ import model as models
 from humptygpt.core import limits
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError, one_line
-from humptygpt.core.files import remove, write_whole
+from humptygpt.core.files import write_whole
 from humptygpt.core.settings import REMOVED, check_schema, nearest_path, note
 from humptygpt.tokenizer import tokenizers
 
@@ -101,12 +101,6 @@ def stored(path: Path) -> Path:
     return (
         path if os.path.exists(path) and path.stat().st_mtime > sharded_at else folders[0]
     )
-
-
-def remove_sharded(path: Path) -> None:
-    """Remove a sharded checkpoint that was there before this one, such as ckpt.pt."""
-    for folder in sharded_folders(path):
-        remove(folder)
 
 
 def check_there(path: Path) -> None:

@@ -12,7 +12,6 @@ a collective has waited for TIMEOUT. Either ends the run, and torchrun may start
 
 import datetime
 import os
-import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from humptygpt.checkpoint import checkpoint
-from humptygpt.core.errors import UserError
+from humptygpt.core.errors import UserError, one_line
+from humptygpt.core.files import remove
 from humptygpt.data.batches import Dataset, Prefetcher, random_key
 from humptygpt.nn import layers
 
@@ -46,7 +46,7 @@ def raise_if_rank_died() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = re.sub(r"^\[\S+\] ", "", str(error).strip()).splitlines()[0].split(". ")[0]
+        reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"another process has ended or does not answer ({reason}); the run ends; its last checkpoint is whole:"
             " --init_from=resume continues from it"
@@ -206,7 +206,8 @@ class Processes:
         """Write a checkpoint such as ckpt.pt, in rank 0; all ranks have to call this."""
         if self.first:
             checkpoint.save(path, entries)
-            checkpoint.remove_sharded(path)
+            for folder in checkpoint.sharded_folders(path):  # the one before this
+                remove(folder)
 
     # ----------------------------------------------------------------------------------
     # Order
@@ -269,17 +270,8 @@ class Launched(NamedTuple):
 
 
 def launched() -> Launched:
-    """Return rank and number of processes, as torchrun sets them. Raises UserError where something is missing."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size == "1":
-        return Launched(0, 1)
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise UserError(
-                f"WORLD_SIZE={size} is set, but not {name}; start several processes with:"
-                " torchrun --standalone --nproc_per_node=N train.py ..."
-            )
-    return Launched(int(os.environ["RANK"]), int(size))
+    """Return rank and number of processes, as torchrun sets them."""
+    return Launched(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 @contextmanager
@@ -301,7 +293,7 @@ def silence_other_ranks() -> Iterator[None]:
 
 def restarted() -> bool:
     """Whether torchrun has started these processes again after one has ended with an error (--max_restarts)."""
-    return launched().size > 1 and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def exit_code(stopped_by: int | None) -> int:
@@ -309,9 +301,7 @@ def exit_code(stopped_by: int | None) -> int:
 
     torchrun starts processes again that end with an error, if it may: not those that were asked to stop.
     """
-    restarts = (
-        launched().size > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
-    )
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
     return 128 + stopped_by if stopped_by and not restarts else 0
 
 
@@ -329,13 +319,9 @@ def check_divisible(size: int, micro_batches: int, batch_size: int, pairs: bool)
 
 def pick_backend(backend: str, device: torch.device) -> str:
     """Return the backends of tensors: gloo for those on the CPU, nccl for those on a GPU. Raises UserError."""
-    if backend == "nccl" and device.type != "cuda":
+    if device.type == "mps" or (backend == "nccl" and device.type != "cuda"):
         raise UserError(
-            f"backend=nccl needs CUDA devices, and this is {device.type}; take --backend=gloo"
-        )
-    if device.type == "mps":
-        raise UserError(
-            "device=mps trains in one process; take --device=cpu, or start without torchrun"
+            f"several processes with backend={backend} do not train on {device.type}; take --device=cpu --backend=gloo"
         )
     if device.type == "cpu" or backend == "gloo":
         return "gloo"
@@ -354,18 +340,6 @@ def pick_gpu() -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def connect(rank: int) -> dist.Store:
-    """Return the store through which ranks meet: torchrun's, or else one in rank 0."""
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    host = os.environ["MASTER_ADDR"]
-    port = int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, None, serves, timeout=TIMEOUT, wait_for_workers=False)
-    # torchrun keeps it where it starts ranks again, with the addresses of those that have ended
-    return dist.PrefixStore(
-        f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
-    )
-
-
 def start(backend: str, device: torch.device, parallel: str = "ddp") -> Processes:
     """Meet the other ranks, if there are any; parallel: of WAYS. Raises UserError where they cannot be met."""
     rank, size = launched()
@@ -375,16 +349,17 @@ def start(backend: str, device: torch.device, parallel: str = "ddp") -> Processe
     if device.type == "cuda":
         device = pick_gpu()
     try:
-        store = connect(rank)
+        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # torchrun keeps it where it starts ranks again, with the addresses of those that have ended
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start {attempt}", store)
         dist.init_process_group(
-            backends, timeout=TIMEOUT, store=store, rank=rank, world_size=size
+            backends, store=store, rank=rank, world_size=size, timeout=TIMEOUT
         )
         patient = dist.new_group(backend="gloo", timeout=LONG)
     except (RuntimeError, ValueError) as error:  # a port in use, a host that is not reached
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"the processes cannot meet at {where} ({reason}); take another --master_port"
+            f"the processes cannot meet ({one_line(error)}); start them with torchrun, or take another --master_port"
         ) from error
     if parallel == "ddp":
         return Processes(rank, size, device, patient)
