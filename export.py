@@ -29,10 +29,8 @@ DTYPES = {
     "gguf": ("float32", "bfloat16", "q8_0"),
     "ckpt": ("float32",),
 }
-FORMATS = {
-    ".gguf": "gguf",
-    ".pt": "ckpt",
-}  # by the ending of the name; of all others, transformers
+# by the ending of the name; of all others, transformers
+FORMATS = {".gguf": "gguf", ".pt": "ckpt"}
 
 
 @dataclass(frozen=True)
@@ -90,12 +88,14 @@ def check_target(to: str | None, format_: str) -> Path:
     if to is None:
         raise UserError(f"export needs a {kind} to write; give one by --to")
     path = Path(to)
-    replaceable = (
-        path.is_file() if kind == "file" else path.is_dir() and not any(path.iterdir())
-    )
+    replaceable = path.is_file() if kind == "file" else is_empty_folder(path)
     if path.exists() and not replaceable:
         raise UserError(f"to={to} exists and would not be replaced; name a new {kind}")
     return path
+
+
+def is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def write_folder(loaded, to: Path, dtype: str) -> str:
@@ -111,18 +111,13 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
     from model import ModelConfig
 
     defaults = vars(ModelConfig()) | vars(TrainConfig())
-    model, tokenizer = loaded.model, loaded.tokenizer
-    files = tokenizer_files(tokenizer, model.config.block_size)
+    task = TASKS[loaded.task]
+    card = model_card(loaded, to.name, task.card_prompt, task.card_note, defaults)
+    files = tokenizer_files(loaded.tokenizer, loaded.model.config.block_size)
     files["generation_config.json"] = generation_config(loaded).encode()
-    files["README.md"] = model_card(
-        loaded,
-        to.name,
-        TASKS[loaded.task].card_prompt,
-        TASKS[loaded.task].card_note,
-        defaults,
-    ).encode()
+    files["README.md"] = card.encode()
     with whole(to) as folder:
-        write_pretrained(model, folder, getattr(torch, dtype), tokenizer)
+        write_pretrained(loaded.model, folder, getattr(torch, dtype), loaded.tokenizer)
         for name, content in files.items():
             write_whole(folder / name, lambda file, content=content: file.write(content))
     return f"{to}: its README.md shows how to use it"
@@ -166,15 +161,13 @@ def generation_config(loaded) -> str:
         "top_k": SampleConfig.top_k,
     }
     if tokenizer.eot is not None:
-        content |= dict.fromkeys(
-            ("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot
-        )
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            content[key] = tokenizer.eot
     if tokenizer.bos is not None:
         content["bos_token_id"] = tokenizer.bos
+    # rows of the embedding that stand for no token
     if padding := list(range(tokenizer.vocab_size, model.config.vocab_size)):
-        content["suppress_tokens"] = (
-            padding  # rows of the embedding that stand for no token
-        )
+        content["suppress_tokens"] = padding
     return json.dumps(content, indent=2) + "\n"
 
 

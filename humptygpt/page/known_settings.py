@@ -5,20 +5,30 @@ import dataclasses
 from humptygpt.core.errors import UserError
 from model import ModelConfig
 
-NUMBERS = {
-    *(
-        "n_layer",
-        "n_head",
-        "n_kv_head",
-        "n_embd",
-        "head_size",
-        "n_hidden",
-        "block_size",
-        "window",
-    ),
-    *("vocab_size", "bias", "attn_bias", "mlp_bias", "tie_weights", "mlp_conv", "qk_norm"),
-    *("rope_base", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor"),
-    *("rope_original_context", "norm_eps", "embed_norm", "logit_soft_cap"),
+COMPUTED = {
+    "n_layer",
+    "n_head",
+    "n_kv_head",
+    "n_embd",
+    "head_size",
+    "n_hidden",
+    "block_size",
+    "window",
+    "vocab_size",
+    "bias",
+    "attn_bias",
+    "mlp_bias",
+    "tie_weights",
+    "mlp_conv",
+    "qk_norm",
+    "rope_base",
+    "rope_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_context",
+    "norm_eps",
+    "embed_norm",
+    "logit_soft_cap",
 }
 VARIANTS = {  # the keys of the dictionaries in explain/model.js
     "model": ("window_mlp", "gpt", "transformer"),
@@ -36,12 +46,10 @@ def check_settings(config: ModelConfig) -> None:
     """Raise UserError for the first setting that the page would ignore or misread."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in NUMBERS:
-            known = value is None or isinstance(value, int | float)
-        elif field.name in VARIANTS:
+        if field.name in VARIANTS:
             known = value in VARIANTS[field.name]
         else:
-            known = field.name in TRAINING or value == field.default
+            known = field.name in COMPUTED | TRAINING or value == field.default
         if not known:
             raise UserError(
                 f"{field.name}={value} is a setting that the page does not compute with, so its numbers would not be"

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
 from humptygpt.checkpoint import checkpoint
@@ -13,13 +14,13 @@ from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core.errors import UserError
 from humptygpt.interchange.load import load
 from humptygpt.page.known_settings import check_settings
+from humptygpt.tokenizer.sentencepiece_model import normal_ids
 from humptygpt.tokenizer.tokenizers import (
     END_OF_TEXT,
     CharTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
 )
-from humptygpt.tokenizer.write_huggingface import is_merged, sentencepiece_entries
 
 BASE64 = 4 / 3  # characters for each byte
 
@@ -127,15 +128,14 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
 
 def sentencepiece_data(tokenizer: SentencePieceTokenizer) -> dict:
     """Return model_type, the score of each token, None where no text becomes it, and the tokens of bytes 0 to 255."""
-    entries = sentencepiece_entries(tokenizer)
-    scores = []
-    for entry in entries:
-        matched = entry.kind in ("normal", "line break")
+    model = SentencePieceProcessor(model_proto=tokenizer.proto)
+    scores = dict.fromkeys(range(1, model.vocab_size()))  # its token 0 is none of ours
+    for i in normal_ids(model):
         # the shortest decimal that is the same float32
-        scores.append(float(str(np.float32(entry.score))) if matched else None)
-    ids = {entry.text: i for i, entry in enumerate(entries)}
+        scores[i] = float(str(np.float32(model.get_score(i))))
+    merged = all(score is None or score.is_integer() for score in scores.values())
     return {
-        "model_type": "bpe" if is_merged(entries) else "unigram",
-        "scores": scores,
-        "byte_ids": [ids[f"<0x{byte:02X}>"] for byte in range(256)],
+        "model_type": "bpe" if merged else "unigram",
+        "scores": list(scores.values()),
+        "byte_ids": [model.piece_to_id(f"<0x{byte:02X}>") - 1 for byte in range(256)],
     }

@@ -26,9 +26,9 @@ from humptygpt.training.optimizers import OPTIMIZERS, SCHEDULES
 from humptygpt.training.run_folder import chosen_loggers, import_logger, lock_out_dir
 from model import MODELS, ModelConfig
 
-TRAINING_ONLY = ("dropout", "label_smoothing")  # keys of ModelConfig that change no weight
+TRAINING_ONLY = {"dropout", "label_smoothing"}  # keys of ModelConfig that change no weight
 # what the weights and the order of the data mean
-FIXED = ("seed", "batch_size", "gradient_accumulation_steps", "optimizer", "freeze")
+FIXED = {"seed", "batch_size", "gradient_accumulation_steps", "optimizer", "freeze"}
 # in an interrupted run; warmup is fitted to a short one
 MAY_DIFFER = {"init_from", "out_dir", "warmup_iters"}
 MUON = {"only_with": {"optimizer": ("muon", "normuon")}}
@@ -236,18 +236,22 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
     with refuse_damaged(path):
         train_config = asdict(configurator.restore(TrainConfig, saved["train_config"]))
         model_config = asdict(configurator.restore(ModelConfig, saved["model_config"]))
-    if given.get("vocab_size", 0) is None:  # what the checkpoint has
-        given = {key: value for key, value in given.items() if key != "vocab_size"}
-    fixed = {key: value for key, value in model_config.items() if key not in TRAINING_ONLY}
-    fixed |= {key: train_config[key] for key in FIXED}
-    for key in given.keys() & fixed.keys():
-        if given[key] != fixed[key]:
+    own = train_config | model_config
+    fixed = model_config.keys() - TRAINING_ONLY | FIXED
+    for key in given.keys() & fixed:
+        if given[key] not in (own[key], None):
             raise UserError(
-                f"{key}={given[key]} cannot change on resume: the checkpoint has {key}={fixed[key]};"
+                f"{key}={given[key]} cannot change on resume: the checkpoint has {key}={own[key]};"
                 " leave it out, or train a new model with --init_from=scratch and another --out_dir"
             )
-    own = {"out_dir": str(path.parent), "init_from": train_config["init_from"]}
-    return train_config | model_config | {"backend": TrainConfig.backend} | given | own
+    kept = {key: own[key] for key in fixed | {"init_from"}}
+    return (
+        own
+        | {"backend": TrainConfig.backend}
+        | given
+        | kept
+        | {"out_dir": str(path.parent)}
+    )
 
 
 def is_same_run(given: dict, path: Path) -> bool:
@@ -259,32 +263,30 @@ def is_same_run(given: dict, path: Path) -> bool:
     settings = asdict(configurator.make(TrainConfig, given))
     settings |= asdict(configurator.make(ModelConfig, given))
     had = saved["train_config"] | saved["model_config"]
-    differ = {key for key, value in settings.items() if value != had.get(key)} - MAY_DIFFER
     if settings["vocab_size"] is None:  # the data's
-        differ -= {"vocab_size"}
-    return "optimizer" in saved and not differ
+        settings["vocab_size"] = had["vocab_size"]
+    differ = {key for key, value in settings.items() if value != had.get(key)}
+    return "optimizer" in saved and differ <= MAY_DIFFER
 
 
 def base_settings(base: Loaded, given: dict) -> dict[str, object]:
     """Return the ModelConfig of a run that starts from a model: the model's own, but for what a run may choose."""
     own = asdict(base.model.config)
-    free = {
-        key: given.get(key, getattr(ModelConfig, key))
-        for key in (*TRAINING_ONLY, *lora.OFF)
-    }
-    block_size = given.get("block_size", own["block_size"])
-    for key in own:
-        fixed = key not in free and key != "block_size"
-        if fixed and given.get(key) not in (own[key], None):
+    free = {key: getattr(ModelConfig, key) for key in (*TRAINING_ONLY, *lora.OFF)}
+    free["block_size"] = own["block_size"]
+    for key in given.keys() & own.keys():
+        if key in free:
+            free[key] = given[key]
+        elif given[key] not in (own[key], None):
             note(
                 f"{key}={given[key]}: without effect; the model {base.path} has {key}={own[key]}"
             )
-    if block_size > own["block_size"] and own["position"] == "learned":
+    if free["block_size"] > own["block_size"] and own["position"] == "learned":
         raise UserError(
-            f"block_size={block_size} is too large: the model {base.path} has learned"
+            f"block_size={free['block_size']} is too large: the model {base.path} has learned"
             f" {own['block_size']} positions; take at most as many"
         )
-    return own | free | {"block_size": block_size}
+    return own | free
 
 
 def note_without_effect(
@@ -324,9 +326,8 @@ def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
         raise UserError(
             f"dataset={folder.name} is for {meta['task']}, but model={config.model} for {' and '.join(model.tasks)}"
         )
-    if task.package and not importlib.util.find_spec(
-        task.package
-    ):  # now, not when all is trained
+    # now, not when all is trained
+    if task.package and not importlib.util.find_spec(task.package):
         raise UserError(
             f"{meta['task']} is scored with the package {task.package}: pip install {task.package}"
         )
