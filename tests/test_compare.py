@@ -297,7 +297,7 @@ def test_bad_arguments_are_one_line(folder, fails):
         "": "no run to compare; try: python compare.py out/*",
         "out/a --pictur=x.png": "unknown key pictur",
         "out/a --picture=x.svg": "picture=x.svg must end in .png",
-        "out/a --csv=/": "cannot write /: it is a folder; name a file in it",
+        "out/a --csv=/": "cannot write /: it is not a regular file; name another",
         "out/a --baseline=b": "baseline=b is not a row of out: a",
     }.items():
         assert complaint in fails(compare.main, *argv.split())

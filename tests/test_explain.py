@@ -1151,7 +1151,7 @@ def test_the_latest_checkpoint_is_taken_where_there_is_no_best_one_yet(run_dir, 
 BAD = {
     "--out_dir=out/none": "no checkpoint out/none/best.pt; train first",
     "--to=out/run/ckpt.pt/page.html": "cannot write out/run/ckpt.pt/page.html: ",
-    "--to=out": "cannot write out: it is a folder; name a file in it",
+    "--to=out": "cannot write out: it is not a regular file; name another",
     "--start=Aké": "character 'é' (U+00E9) is not among the",
     "--max_mb=0.05": "MB in a page, more than max_mb=0.05",
     "--checkpoint=newest": "checkpoint=newest is not one of: best, latest",

@@ -1,9 +1,7 @@
 """Files that are written whole or not at all, earlier ones that are moved aside, and locks: one writer at a time."""
 
 import errno
-import io
 import itertools
-import json
 import os
 import secrets
 import shutil
@@ -14,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from humptygpt.core.errors import UserError
-from humptygpt.core.settings import note, parse_json
+from humptygpt.core.errors import UserError, one_line
+from humptygpt.core.settings import note
 
 try:
     import fcntl
@@ -24,9 +22,8 @@ except ImportError:  # Windows
     import msvcrt
 
 ATTEMPTS = 100
-FAR = (
-    1 << 30
-)  # on Windows nobody else can read the locked byte, so that it is far after the text
+# on Windows nobody else can read the locked byte, so that it is far after the text
+FAR = 1 << 30
 
 
 @contextmanager
@@ -56,39 +53,16 @@ def whole(path: Path) -> Iterator[Path]:
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let write(file) fill a file that is put in path's place, as by whole(). Raises UserError where writing fails."""
-    if os.path.isdir(path):
-        raise UserError(f"cannot write {path}: it is a folder; name a file in it")
-    if is_device(path):
-        try:
-            with path.open("wb") as file:
-                write(file)
-        except OSError as error:
-            raise cannot_write(path, error) from error
-        return
+    # a device or a pipe, such as /dev/null or /dev/stdout, must not be replaced
+    if path.exists() and (not path.is_file() or path.absolute().parent == Path("/dev")):
+        raise UserError(f"cannot write {path}: it is not a regular file; name another")
     with whole(path) as temporary:
-        raw = RawFile(temporary, "xb")
         try:
-            with io.BufferedWriter(raw) as file:
+            with temporary.open("xb") as file:
                 write(file)
-        except (OSError, RuntimeError) as error:
-            raise raw.error or error from error
-
-
-def is_device(path: Path) -> bool:
-    """Whether it is a device or a pipe, such as /dev/stdout, which is written to and must not be replaced by a file."""
-    return path.exists() and (not path.is_file() or path.absolute().parent == Path("/dev"))
-
-
-class RawFile(io.FileIO):
-    """A file that remembers why it could not be written: torch.save may report what follows from that instead."""
-
-    error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.error = error
+        except RuntimeError as error:  # torch.save's, which hides the system's
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
             raise
 
 
@@ -97,10 +71,9 @@ def cannot_write(path: Path | str, error: Exception, advice: str = "") -> UserEr
     # numpy and torch report no reason
     reason = getattr(error, "strerror", None) or "the disk may be full"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        path_on_disk = Path(path).resolve()  # a link may lead to another disk
-        folder = next(f for f in (path_on_disk, *path_on_disk.parents) if f.is_dir())
-        mounted = next(f for f in (folder, *folder.parents) if f.is_mount())
-        usage = shutil.disk_usage(folder)
+        folders = Path(path).resolve().parents  # a link may lead to another disk
+        mounted = next(folder for folder in folders if folder.is_mount())
+        usage = shutil.disk_usage(mounted)
         megabytes = f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB"
         reason += f" (the disk {mounted} has {megabytes} free)"
     return UserError(f"cannot write {path}: {reason}{advice}")
@@ -157,10 +130,6 @@ def being_moved(folder: Path) -> bool:
 # filelock cannot say who holds a lock, and never removes its files.
 
 
-class InUse(UserError):
-    """Another process has the lock."""
-
-
 class Lock:
     """Held from the constructor to the end of the `with` block or of the process. The file names the holder.
 
@@ -170,28 +139,26 @@ class Lock:
     def __init__(self, path: Path, what: str, advice: str):
         """path: of the lock file; its folder is made, and removed at the end if nothing else is in it by then.
 
-        what is locked and what to do instead are for the message. Raises InUse where another process holds the lock,
+        what is locked and what to do instead are for the message. Raises UserError where another process holds the lock,
         and OSError where the file cannot be written.
         """
         self.path = path
         self.what = what
         self.made = [folder for folder in path.parents if not folder.exists()]
-        who = None
+        who = ""
         for attempt in range(ATTEMPTS):
             try:
                 if self.acquire():
                     return
-            except (
-                FileNotFoundError
-            ):  # its holder has just removed the folder that it had made
+                who = one_line(path.read_text(errors="replace"))
+            except FileNotFoundError:
+                # its holder has just removed it, perhaps with its folder
                 if attempt == ATTEMPTS - 1:
                     raise
-            if who := holder(path):
+            if who:
                 break
-            time.sleep(
-                0.01
-            )  # it has just been released, or its holder is about to write its name
-        raise InUse(f"{what} is in use by {who or 'another process'}; {advice}")
+            time.sleep(0.01)  # its holder is about to write its name
+        raise UserError(f"{what} is in use by {who or 'another process'}; {advice}")
 
     def acquire(self) -> bool:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,11 +167,11 @@ class Lock:
             os.close(self.file)
             return False
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        name = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+        who = f"process {os.getpid()} on {socket.gethostname()} since {since}"
         try:
             os.ftruncate(self.file, 0)
             os.lseek(self.file, 0, os.SEEK_SET)
-            os.write(self.file, json.dumps(name).encode())
+            os.write(self.file, who.encode())
         except OSError:  # a full disk
             self.__exit__()
             raise
@@ -228,9 +195,8 @@ class Lock:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if (
-            not fcntl
-        ):  # Windows removes no open file, nor one that somebody else has opened by now
+        # Windows removes no open file, nor one that somebody else has opened by now
+        if not fcntl:
             os.close(self.file)
         with suppress(OSError):
             self.path.unlink()
@@ -244,13 +210,3 @@ class Lock:
 def is_at(file: int, path: Path) -> bool:
     """Whether the open file is still the one at path: its last holder removes it."""
     return path.exists() and os.path.samestat(os.fstat(file), path.stat())
-
-
-def holder(path: Path) -> str | None:
-    """Return who holds the lock, as its file says; None where it says nothing."""
-    try:
-        name = parse_json(path.read_bytes(), {"host": str, "pid": int, "since": str})
-    except (OSError, ValueError):
-        return None
-    text = f"process {name['pid']} on {name['host']} since {name['since']}"
-    return text if text.isprintable() else None

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from humptygpt.core.errors import UserError
 
-CGROUPS = Path(
-    "/sys/fs/cgroup"
-)  # control groups of Linux, version 2, in which containers run
+# control groups of Linux, version 2, in which containers run
+CGROUPS = Path("/sys/fs/cgroup")
 OUR_GROUPS = Path("/proc/self/cgroup")
 SPINS = 1300  # of a waiting thread, less than a tenth of a millisecond; libgomp's default is 300,000
 NOTED_LOAD = 0.5  # cores that other processes take from ours before load_note() says so

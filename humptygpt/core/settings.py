@@ -454,9 +454,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except (
-        BrokenPipeError
-    ):  # the reader of our output has seen enough: python sample.py ... | head
+    except BrokenPipeError:
+        # the reader of our output has seen enough: python sample.py ... | head
         sys.stdout = None  # or Python would fail once more when it flushes at exit
         sys.exit(128 + 13)  # 13: SIGPIPE
     except Exception as error:
