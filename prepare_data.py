@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from humptygpt.core import limits
@@ -52,7 +51,7 @@ from humptygpt.data.corpus import (
     identity,
     vocabulary_texts,
 )
-from humptygpt.data.documents import find_files, read_errors, write_if_changed
+from humptygpt.data.documents import find_files, write_if_changed
 from humptygpt.data.encoding import Progress, encode, read_json, write_json
 from humptygpt.data.pairs import PairFiles, Pairs, is_tsv
 from humptygpt.data.parts import (
@@ -345,9 +344,6 @@ def open_corpus(config: PrepareConfig, folder: Path) -> Corpus:
             problem = f"{where} has text and sentence pairs"
             raise UserError(f"{problem}; name one kind only, by a pattern such as '*.tsv'")
         where = [(None, (file,)) for file in files]
-    for path in chain.from_iterable(paths for _, paths in where):
-        with read_errors(path):
-            path.open("rb").close()  # now rather than hours later
     return Pairs(resolve(preset, pairs=True), where, name)
 
 

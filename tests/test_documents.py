@@ -158,7 +158,7 @@ def test_binary_and_hidden_files_are_skipped_counted_and_named(capsys):
     Path("t/utf16.txt").write_bytes("some text".encode("utf-16"))  # no binary file
     Path("t/a.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
     Path("t/b.pdf").write_bytes(b"%PDF-1.4\n% some text")
-    Path("t/c.txt").write_bytes(bytes(range(1, 256)))
+    Path("t/c.txt").write_bytes(bytes(range(256)))
     with gzip.open("t/d.tar.gz", "wb") as file:
         file.write(b"name\0\0\0some text")
     assert found("t") == ["t/notes", "t/utf16.txt"]

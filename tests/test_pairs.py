@@ -305,14 +305,15 @@ def test_pairs_too_long_empty_or_lopsided_are_dropped_and_reported(folder, capsy
     assert meta("mine")["dropped"]["lopsided"] == 0
 
 
-def test_given_validation_and_test_splits_keep_every_pair(folder):
+def test_given_validation_and_test_splits_keep_every_pair_that_has_both_sides(folder):
     odd = [("x" * 300, "y" * 300), ("a", "b" * 30)]
-    write_multi30k({"train": [*ROWS, *odd], "val": odd, "test": odd[::-1]})
+    empty = [("Leer.", "")]
+    write_multi30k({"train": [*ROWS, *odd], "val": odd + empty, "test": odd[::-1]})
     prepare_data.main(["translate_de_en", "--tokenizer=byte"])
     assert pairs_of("translate_de_en") == {"train": ROWS, "val": odd, "test": odd[::-1]}
     written = meta("translate_de_en")
     assert (
-        written["dropped"] == {"too_long": 1, "empty": 0, "lopsided": 1, "held_out": 0}
+        written["dropped"] == {"too_long": 1, "empty": 1, "lopsided": 1, "held_out": 0}
         and written["longest"] == 301
     )
     assert written["splits"]["train"]["pairs"] == 60
@@ -584,7 +585,7 @@ BAD = {
         "--source=a.de",
         "--target=a.en",
     ],
-    "train.bin would have 0 tokens, but needs at least 2; change --val_fraction or add text; counted: {'pairs': 0": [
+    "train.bin would have 0 tokens, but needs at least 2; change --val_fraction or add text; counted: {'too_long': ": [
         *("--input=own.tsv", "--max_pair_tokens=2", "--tokenizer=byte")
     ],
     "no text of one.tsv is in the training split; add text": ["--input=one.tsv"],
@@ -592,19 +593,11 @@ BAD = {
         "--input=own.txt",
         "--max_pair_tokens=9",
     ],
-    "held_out=dots.txt has no sentences; write one source per line": [
-        "--input=own.tsv",
-        "--held_out=dots.txt",
-    ],
-    "tab.tsv, line 3 has 0 tabs; write a line as": [
-        "--input=own.tsv",
-        "--held_out=tab.tsv",
-    ],
     "latin1.txt, line 1 is not UTF-8; set --encoding_errors": [
         "--input=own.tsv",
         "--held_out=latin1.txt",
     ],
-    "would have 0 tokens, but needs at least 2; change --val_fraction": [
+    "own.tsv has no pairs; write a line as SOURCE, one tab, TARGET; left out: {'held_out': 60}": [
         *("--input=own.tsv", "--held_out=own.tsv", "--tokenizer=byte")
     ],
 }
@@ -621,26 +614,12 @@ def test_bad_input_is_one_line_that_names_the_place(folder, fails, complaint):
     write("blank.tsv", "\t\n\na\t\n")
     write("latin1.tsv", b"a\tb\nGr\xfcn\tgreen\n")
     write("latin1.txt", b"Gr\xfcn\n")
-    write("dots.txt", "…\n\n")
     packed = Path(write_tsv("damaged.tsv.gz", ROWS))
     packed.write_bytes(packed.read_bytes()[:-20])
     write_two("a.de", "a.en", ROWS)
     write("short.en", Path("a.en").read_bytes()[: -len("All is well.\n")])
     assert complaint in fails(prepare_data.main, "mine", *BAD[complaint])
     assert not Path("data/mine/meta.json").exists()
-
-
-@pytest.mark.parametrize("split, name", [("val", "val"), ("test", "test_2016_flickr")])
-def test_an_empty_line_of_a_split_that_keeps_every_pair_is_refused_with_its_number(
-    folder, fails, split, name
-):
-    write_multi30k(GIVEN | {split: [*ROWS[:4], ("Leer.", ""), *ROWS]})
-    complaint = fails(prepare_data.main, "translate_de_en", "--tokenizer=byte")
-    sides = f"{name}.de.gz or data/translate_de_en/{name}.en.gz"
-    assert (
-        complaint
-        == f"line 5 of data/translate_de_en/{sides} is empty; a {split} split keeps every pair\n"
-    )
 
 
 def test_a_public_file_that_is_missing_is_named(folder, fails, monkeypatch):
@@ -658,9 +637,8 @@ def test_a_stopped_preparation_is_reported_with_the_command_that_resumes_it(
     with pytest.raises(ZeroDivisionError):
         prepare_data.main(["--input=own.tsv", *BYTES])
     command = Path("data/mine/preparing/command.txt").read_text().strip()
-    with pytest.raises(prepare_data.UserError) as error:
+    with pytest.raises(
+        prepare_data.UserError, match="which a preparation writes last"
+    ) as error:
         token_files.read_meta(Path("data/mine"))
-    assert (
-        str(error.value)
-        == f"the preparation of data/mine was stopped before its end; prepare it again: {command}"
-    )
+    assert str(error.value).endswith(f"; prepare it again: {command}")

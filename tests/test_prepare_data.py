@@ -240,7 +240,7 @@ def test_killed_at_any_moment_and_run_again_it_writes_the_same_bytes(corpus):
         if not Path("data/mine/meta.json").exists():  # an incomplete folder is refused
             with pytest.raises(
                 prepare_data.UserError,
-                match=r"stopped before its end; prepare it again|has no meta",
+                match=r"has no meta\.json, .* prepare it again: python prepare_data\.py",
             ):
                 TokenDataset(Path("data/mine"), 8, seed=1)
         again = killed_at(10**6, *PREPARE, "--workers=1")
@@ -659,7 +659,7 @@ def test_a_folder_of_ours_without_its_meta_json_is_not_taken_for_nanogpts(folder
         again = f"prepare it again: python prepare_data.py {name} '--input=own text.txt'{shards}\n"
         assert (
             fails(train.main, f"--dataset={name}", "--device=cpu")
-            == f"data/{name} has no meta.json; {again}"
+            == f"data/{name} has no meta.json, which a preparation writes last; {again}"
         )
 
 
@@ -927,7 +927,7 @@ BAD = {
     "vocab_size=9000 is too large: sentencepiece finds at most": [
         *("mine", "--input=own.txt", "--tokenizer=sentencepiece", "--vocab_size=9000")
     ],
-    "train.bin would have 0 tokens, but needs at least 2; change --val_fraction or add text; counted: {'": [
+    "train.bin would have 0 tokens, but needs at least 2; change --val_fraction or add text; counted: {}": [
         *("mine", "--input=one.jsonl")
     ],
     "val.bin would have 1 tokens, but needs at least 2": ["mine", "--input=own.txt"],

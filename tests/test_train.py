@@ -748,7 +748,7 @@ def test_token_files_of_a_preparation_that_was_stopped_are_left_as_they_are(tiny
     (tiny / "preparing").mkdir()
     (tiny / "input.txt").write_text(make_text(seed=3))
     before = (tiny / "train.bin").read_bytes()
-    assert "the preparation of data/tiny was stopped before its end" in fails(
+    assert "data/tiny has no meta.json, which a preparation writes last" in fails(
         train.main, *TINY_RUN
     )
     assert (tiny / "train.bin").read_bytes() == before

@@ -38,8 +38,6 @@ class Dataset:
         self.seed = seed
         self.with_encoder = with_encoder
         self.meta = meta or read_meta(folder)
-        if self.meta["task"] != self.task:
-            raise UserError(f"{folder} is for {self.meta['task']}, not for {self.task}")
         self.tokenizer = tokenizers.from_state(self.meta["tokenizer"])
         self.splits = {
             split: TokenFiles(folder, split, self.meta) for split in self.meta["splits"]
@@ -123,9 +121,7 @@ class TokenDataset(Dataset):
         offsets = (
             last - (blocks - 1) * T + 1
         )  # that leave room for all the blocks: between T and 2 T
-        epochs, numbers = np.divmod(
-            np.arange(index * batch_size, (index + 1) * batch_size), blocks
-        )
+        epochs, numbers = np.divmod(index * batch_size + np.arange(batch_size), blocks)
         starts = np.empty(batch_size, dtype=np.int64)
         for epoch in np.unique(epochs):  # nearly always a single one
             key = random_key(self.seed, int(epoch))
@@ -196,10 +192,11 @@ class PairDataset(Dataset):
 
     def find_pairs(self, split: str) -> np.ndarray:
         """Return (pairs, 3): where each starts, the tokens of its source and those of its target, eot included."""
-        ends = [np.array([-1])]
-        for start, ids in self.chunks(split):
-            ends.append(start + np.flatnonzero(ids == self.tokenizer.eot))
-        ends = np.concatenate(ends)
+        eots = [
+            start + np.flatnonzero(ids == self.tokenizer.eot)
+            for start, ids in self.chunks(split)
+        ]
+        ends = np.concatenate([[-1], *eots])
         if len(ends) < 3 or len(ends) % 2 == 0 or ends[-1] != len(self.splits[split]) - 1:
             raise UserError(
                 f"{self.folder / split}.bin has no whole pairs; {how_to(self.folder)}"

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from humptygpt.core.errors import UserError
-from humptygpt.data.documents import Piece, file_format, read_documents
+from humptygpt.data.documents import Piece, file_format, file_size, read_documents
 from humptygpt.tokenizer.tokenizers import Tokenizer
 
 UNIT = 1 << 19  # characters that are encoded at once
@@ -56,7 +56,7 @@ class Documents:
         self.files = files
         self.source = source
         self.encoder = encode_documents
-        self.sizes = [file.stat().st_size for file in files]
+        self.sizes = [file_size(file) for file in files]
         self.only_text = all(file_format(file) == ".txt" for file in files)
         self.separated = (
             len(files) > 1 or not self.only_text
@@ -87,17 +87,15 @@ class Documents:
 
     def lowest_draw(self) -> float:
         """Return the lowest draw of all documents; 0 for a large corpus, where val_fraction alone is enough."""
-        if sum(self.sizes) > 64_000_000 and (not self.only_text or len(self.files) >= 1000):
+        if sum(self.sizes) > 64_000_000 and not self.only_text:
             return 0.0
         first_pieces = (
             piece
             for number in range(len(self.files))
             for piece in islice(self.read(number), 1 if self.only_text else None)
+            if piece.start == 0 and piece.text
         )
-        draws = (
-            draw(piece.text) for piece in first_pieces if piece.start == 0 and piece.text
-        )
-        return min(draws, default=0.0)
+        return min(draw(piece.text) for piece in first_pieces)
 
     def assign(self, piece: Piece, number: int, split: str) -> list[Entry]:
         """Return the entries of a piece; split: of the piece before it."""
@@ -112,7 +110,7 @@ class Documents:
             ("val", rest),
         ]
 
-    def extra_meta(self, splits: dict[str, dict[str, int]], first_text: str) -> dict:
+    def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
         """Return the entries of meta.json that only documents have."""
         return {
             "skipped_lines": sum(counted["skipped_lines"] for counted in splits.values())

@@ -9,10 +9,10 @@ import glob
 import gzip
 import io
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -25,7 +25,6 @@ from humptygpt.core.settings import nearest_path, note
 PIECE = 1 << 18  # characters of a document that are in memory at once
 FORMATS = (".jsonl", ".parquet", ".tsv")
 HEAD = 8000  # bytes at the start of a file that decide whether it is text
-CONTROL = re.compile(rb"[\x00-\x06\x0e-\x1a\x1c-\x1f\x7f]")  # that text hardly ever has
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MARKS = {
     ".lock",
@@ -38,7 +37,6 @@ OURS = MARKS | {
     "config.json",
     "part.json",
 }  # files beside them that are no texts
-NAMED = 5  # files that a note names
 ENCODING_HINT = "set --encoding_errors=replace or ignore"
 SKIP_HINT = "leave such lines out with --skip_bad_lines=True"
 
@@ -81,7 +79,7 @@ def find_files(where: str) -> list[Path]:
         }
     texts = [file for file, reason in reasons.items() if not reason]
     skipped = [f"{file} ({reason})" for file, reason in reasons.items() if reason]
-    report = f"skipped files: {len(skipped):,}, first {', '.join(skipped[:NAMED])}"
+    report = f"skipped files: {len(skipped):,}, first {', '.join(skipped[:5])}"
     if not texts:
         raise UserError(f"{where} has no text files" + (f"; {report}" if skipped else ""))
     if skipped:
@@ -91,8 +89,7 @@ def find_files(where: str) -> list[Path]:
 
 def why_skipped(file: Path, folder: Path) -> str:
     """Return why a file that was found in a folder is no text, or ""; so errors come now rather than hours later."""
-    within = file.relative_to(folder).parts if file.is_relative_to(folder) else ()
-    if any(part.startswith(".") for part in within):
+    if any(part.startswith(".") for part in file.parts[len(folder.parts) :]):
         return "hidden"
     if file.name in OURS and any(file.with_name(mark).exists() for mark in MARKS):
         return "of a data folder or run"
@@ -106,11 +103,13 @@ def head(path: Path) -> bytes:
 
 
 def is_binary(start: bytes) -> bool:
-    """Whether a file that starts like this is no text, in whatever encoding: null bytes, or many control characters."""
-    if start.startswith(UTF_16):
-        return False
-    few = len(CONTROL.findall(start)) <= len(start) / 100
-    return b"\0" in start or start.startswith(b"%PDF-") or not few
+    """Whether a file that starts like this is no text: as git does, by null bytes, which only UTF-16 has."""
+    return not start.startswith(UTF_16) and (b"\0" in start or start.startswith(b"%PDF-"))
+
+
+def file_size(path: Path) -> int:
+    with read_errors(path):
+        return path.stat().st_size
 
 
 def file_format(path: Path) -> str:
@@ -173,7 +172,10 @@ def read_documents(
         for number, (record, read) in enumerate(records, start=1):
             try:
                 value = record if in_rows else parse_line(record, text_key, errors)
-                text = text_of(value, text_key, errors)
+                if not isinstance(value, str):
+                    raise ValueError(f"under {text_key!r} is {repr(value)[:60]}")
+                # JSON can spell an unpaired surrogate, UTF-8 cannot encode it
+                text = value.encode("utf-16", "surrogatepass").decode("utf-16", errors)
             except (ValueError, RecursionError) as error:
                 if not skip_bad_lines:
                     where = f"{path}, {'row' if in_rows else 'line'} {number:,}"
@@ -227,14 +229,13 @@ def read_parquet(path: Path, text_key: str) -> Iterator[tuple[object, int]]:
                 raise UserError(
                     f"{path} has no column {text_key!r}; set --text_key to one of: {', '.join(columns)}"
                 )
-            bytes_per_row = path.stat().st_size / max(1, table.metadata.num_rows)
-            rows = 0
-            for batch in table.iter_batches(
+            batches = table.iter_batches(
                 batch_size=256, columns=[text_key], use_threads=False
-            ):
-                for value in batch.column(0).to_pylist():
-                    rows += 1
-                    yield value, round(rows * bytes_per_row)
+            )
+            size = path.stat().st_size
+            values = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+            for row, value in enumerate(values, start=1):
+                yield value, size * row // table.metadata.num_rows
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
@@ -250,14 +251,6 @@ def parse_line(line: bytes, text_key: str, errors: str) -> object:
             f"set --text_key to the key of the text; it has no {text_key!r}, but {text[:100]!r}"
         )
     return record[text_key]
-
-
-def text_of(value: object, text_key: str, errors: str) -> str:
-    """Check a value that should be a text. Raises ValueError."""
-    if not isinstance(value, str):
-        raise ValueError(f"under {text_key!r} is {repr(value)[:60]}")
-    # JSON can spell an unpaired surrogate, UTF-8 cannot encode it
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", errors)
 
 
 def pieces(parts: Iterable[tuple[str, int]]) -> Iterator[Piece]:

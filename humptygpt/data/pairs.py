@@ -1,10 +1,11 @@
 """Sentence pairs for translation: read from TSV or from two aligned files, cleaned, split and encoded.
 
 A pair is a source text and its translation. On disk each side ends in the end-of-text token: source, target, source,
-target. Pairs unsuitable for training are dropped and reported. A given validation or test split keeps every pair, so
-that scores on it stay comparable.
+target. Pairs unsuitable for training are dropped and reported. A given validation or test split keeps every pair that
+has both sides, so that scores on it stay comparable.
 """
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -18,7 +19,7 @@ import numpy as np
 
 from humptygpt.core.errors import UserError
 from humptygpt.data.corpus import Entry, draw, file_fingerprint, read_from
-from humptygpt.data.documents import SKIP_HINT, file_format, read_text_lines
+from humptygpt.data.documents import SKIP_HINT, file_format, file_size, read_text_lines
 from humptygpt.tokenizer.tokenizers import END_OF_TEXT, Tokenizer
 
 SLACK = 8  # tokens by which one side may always be longer, for "Stop!" and "Halt, stehen bleiben!"
@@ -58,7 +59,7 @@ class Pairs:
         self.config = config
         self.files = files
         self.source = source
-        self.sizes = [sum(path.stat().st_size for path in paths) for _, paths in files]
+        self.sizes = [sum(map(file_size, paths)) for _, paths in files]
         self.drawn = any(split is None for split, _ in files)
         with_test = config.test_fraction or not self.drawn
         self.splits = ("train", "val", "test") if with_test else ("train", "val")
@@ -67,8 +68,7 @@ class Pairs:
             encode_pairs, cleaned, config.max_pair_tokens, config.max_pair_ratio
         )
         self.held_out_sources = self.read_held_out()
-        self.empty = 0
-        self.held_out = 0
+        self.left_out = Counter()  # how many pairs, by reason
         self.val_below, self.test_below = self.survey()
 
     def survey(self) -> tuple[float, float]:
@@ -78,60 +78,47 @@ class Pairs:
         """
         val = self.config.val_fraction
         test = self.config.test_fraction
-        any_pair = False
         any_val = False
+        any_pair = False
         above = []  # the two lowest draws that are not below val
         for position, pair in read_from(self, "checking the pairs"):
-            if not all(pair.texts):
-                split, paths = self.files[position.file]
-                if split in ("val", "test"):
-                    where = f"line {position.item:,} of {' or '.join(map(str, paths))}"
-                    raise UserError(f"{where} is empty; a {split} split keeps every pair")
-                self.empty += 1
+            if reason := self.why_left_out(pair, position.file):
+                self.left_out[reason] += 1
                 continue
             any_pair = True
-            if self.is_held_out(pair, position.file):
-                self.held_out += 1
-            elif self.drawn:
-                drawn = draw(pair.source)
-                any_val |= drawn < val
-                if drawn >= val and drawn not in above:
-                    above = sorted([*above, drawn])[:2]
+            drawn = draw(pair.source)
+            if drawn < val:
+                any_val = True
+            else:
+                above = sorted({drawn, *above})[:2]
         if not any_pair:
+            rule = "write a line as SOURCE, one tab, TARGET"
             raise UserError(
-                f"{self.source} has no pairs; write a line as SOURCE, one tab, TARGET"
+                f"{self.source} has no pairs; {rule}; left out: {dict(self.left_out)}"
             )
-        just_above = [float(np.nextafter(drawn, 1)) for drawn in above]
-        val_below = just_above.pop(0) if just_above and not any_val else val
-        if just_above and test:
-            return val_below, max(val + test, just_above[0])
-        return val_below, val_below
+        just_above = [math.nextafter(drawn, 1) for drawn in above]
+        val_below = val if any_val else just_above.pop(0)
+        test_below = max([val + test, *just_above[:1]]) if test else val_below
+        return val_below, test_below
 
     def read_held_out(self) -> set[str]:
         """Read the normalised sources in the file held_out and in given validation and test splits; none without it."""
         if self.config.held_out is None:
             return set()
-        path = Path(self.config.held_out)
-        errors = self.config.encoding_errors
-        if is_tsv(path):
-            sources = {pair.source for pair in read_tsv(path, errors)}
-        else:
-            sources = {line for line, _ in read_text_lines(path, errors)}
-        if not any(map(normalised, sources)):
-            raise UserError(f"held_out={path} has no sentences; write one source per line")
-        given = [
-            number
-            for number, (split, _) in enumerate(self.files)
-            if split in ("val", "test")
-        ]
-        sources |= {pair.source for number in given for pair in self.read(number)}
-        return {normalised(source) for source in sources} - {""}
+        lines = read_text_lines(Path(self.config.held_out), self.config.encoding_errors)
+        sources = {line.partition("\t")[0] for line, _ in lines}
+        for number, (split, _) in enumerate(self.files):
+            if split in ("val", "test"):
+                sources |= {pair.source for pair in self.read(number)}
+        return set(map(normalised, sources)) - {""}
 
-    def is_held_out(self, pair: Pair, number: int) -> bool:
-        """Whether a pair of files number is left out; a given validation or test split keeps every pair."""
+    def why_left_out(self, pair: Pair, number: int) -> str:
+        """Return why a pair of files number is left out, or "". Nothing is held out of a given val or test split."""
+        if not all(pair.texts):
+            return "empty"
         if not self.held_out_sources or self.files[number][0] in ("val", "test"):
-            return False
-        return normalised(pair.source) in self.held_out_sources
+            return ""
+        return "held_out" if normalised(pair.source) in self.held_out_sources else ""
 
     def fingerprint(self) -> list:
         files = list(self.files)
@@ -152,7 +139,7 @@ class Pairs:
 
     def assign(self, pair: Pair, number: int, split: str) -> list[Entry]:
         """Return the entry of a pair of files number; none where it is left out. split: unused."""
-        if not all(pair.texts) or self.is_held_out(pair, number):
+        if self.why_left_out(pair, number):
             return []
         if given := self.files[number][0]:
             return [(given, pair)]
@@ -161,18 +148,13 @@ class Pairs:
             return [("val", pair)]
         return [("test" if drawn < self.test_below else "train", pair)]
 
-    def extra_meta(self, splits: dict[str, dict[str, int]], first_text: str) -> dict:
+    def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
         """Return the entries of meta.json that only pairs have. first_text: the start of the training split."""
         sides = first_text.split(END_OF_TEXT)[:-1]
-        counts = splits.values()
+        dropped = sum(splits.values(), self.left_out)
         return {
-            "longest": max(counted["longest"] for counted in counts),  # tokens of a side
-            "dropped": {
-                "too_long": sum(counted["too_long"] for counted in counts),
-                "empty": self.empty,
-                "lopsided": sum(counted["lopsided"] for counted in counts),
-                "held_out": self.held_out,
-            },
+            "longest": max(counted["longest"] for counted in splits.values()),
+            "dropped": {why: dropped[why] for why in DROPPED},
             "examples": list(zip(sides[::2], sides[1::2], strict=False))[:3],
         }
 

@@ -215,8 +215,8 @@ def read_meta(folder: Path) -> dict:
         return read_nanogpt_meta(folder / "meta.pkl")
     ours = any(os.path.exists(folder / name) for name in ("preparing", COMMAND))
     if ours or not os.path.exists(folder / "train.bin"):
-        rule = "which is written last: its preparation is running, or was stopped"
-        raise UserError(f"{folder} has no meta.json, {rule}; {how_to(folder)}")
+        problem = f"{folder} has no meta.json, which a preparation writes last"
+        raise UserError(f"{problem}; {how_to(folder)}")
     note(f"{folder} has no meta.json or meta.pkl; it is taken for GPT-2's tokens")
     return nanogpt_meta(folder, tokenizers.GPT2Tokenizer.train())
 
