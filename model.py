@@ -156,13 +156,13 @@ class RotaryPosition(PositionalEncoding):
         exponent = -torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
         frequency = config.rope_base**exponent  # (D / 2), in radians per position
         if config.rope_factor != 1:
-            low = config.rope_low_freq_factor
-            high = config.rope_high_freq_factor
-            turns = config.rope_original_context * frequency / (2 * math.pi)
-            kept = ((turns - low) / (high - low)).clamp(
-                0, 1
-            )  # the fraction that is not divided
-            frequency = frequency * (kept + (1 - kept) / config.rope_factor)
+            frequency = frequency * frequency_scale(
+                frequency,
+                config.rope_factor,
+                config.rope_low_freq_factor,
+                config.rope_high_freq_factor,
+                config.rope_original_context,
+            )
         position = torch.arange(config.block_size, dtype=torch.float32)
         angle = position[:, None] * frequency  # (block_size, D / 2)
         self.register_buffer(
@@ -176,6 +176,15 @@ class RotaryPosition(PositionalEncoding):
         if isinstance(at, slice):
             return self.cos[at], self.sin[at]
         return self.cos[at][:, None], self.sin[at][:, None]
+
+
+def frequency_scale(
+    frequency: Tensor, factor: float, low: float, high: float, context: int
+) -> Tensor:
+    """Return what Llama 3.1 multiplies each rotary frequency by: see RotaryPosition."""
+    turns = context * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # the fraction that is not divided
+    return kept + (1 - kept) / factor
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from gguf import TokenType
 
 from bench import BenchConfig
 from benchmarks.contenders import Generator
@@ -23,7 +24,8 @@ def write_random_gguf(path: Path, config: ModelConfig, dtype: str) -> None:
     weights = model.state_dict()
     del weights["lm_head.weight"]
     words = [f"t{i}" for i in range(config.vocab_size)]
-    tokens = Vocabulary("gpt2", words, eot=0, merges=["t 0"])  # it insists on one
+    types = [TokenType.NORMAL] * len(words)
+    tokens = Vocabulary("gpt2", words, types, eot=0, merges=["t 0"])  # it insists on one
     content = model.config.to_dict() | {
         "architectures": ["GPT2LMHeadModel"],
         "n_inner": 4 * config.n_embd,

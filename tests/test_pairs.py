@@ -204,7 +204,7 @@ def test_encoding_a_batch_equals_encoding_one_by_one():
     assert [ids.tolist() for ids in batch] == [
         tokenizer.encode(text).tolist() for text in texts
     ]
-    assert tokenizer.decode_batch(batch) == texts
+    assert [tokenizer.decode(ids) for ids in batch] == texts
     with pytest.raises(prepare_data.UserError, match="is not valid UTF-8"):
         tokenizer.encode_batch(["fine", "half \ud83d"])
 

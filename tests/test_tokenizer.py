@@ -107,11 +107,10 @@ def test_a_tokenizer_comes_back_from_its_state_of_plain_data(tok):
 
 
 @every
-def test_batches_are_encoded_and_decoded_one_by_one(tok):
+def test_batches_are_encoded_one_by_one(tok):
     texts = ["plain", "", "words\n"]
     batch = tok.encode_batch(texts)
     assert [ids.tolist() for ids in batch] == [tok.encode(text).tolist() for text in texts]
-    assert tok.decode_batch(batch) == texts
 
 
 @every
@@ -307,17 +306,8 @@ def test_a_small_description_of_a_huge_vocabulary_takes_little_memory():
     assert len(bomb) < 1 << 20 and most < 1 << 28
 
 
-@pytest.mark.parametrize(
-    "state", [None, [], {}, {"tokenizer": ["char"]}, {"tokenizer": None, "alphabet": "ab"}]
-)
-def test_what_does_not_describe_a_tokenizer_is_refused(state):
-    with pytest.raises(UserError, match="it does not say which tokenizer"):
-        tokenizer.from_state(state)
-
-
-def test_an_unknown_tokenizer_is_refused():
-    with pytest.raises(
-        UserError,
-        match=f"tokenizer 'morse' is not one of: {', '.join(tokenizer.TOKENIZERS)}",
-    ):
-        tokenizer.from_state({"tokenizer": "morse"})
+@pytest.mark.parametrize("name", ["morse", ["char"], None])
+def test_an_unknown_tokenizer_is_refused(name):
+    kinds = ", ".join(tokenizer.TOKENIZERS)
+    with pytest.raises(UserError, match=rf"tokenizer .* is not one of: {kinds}"):
+        tokenizer.from_state({"tokenizer": name})

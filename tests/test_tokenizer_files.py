@@ -274,7 +274,7 @@ def test_pieces_joined_are_the_text_and_continue_a_prompt_with_its_spaces(kind, 
     rest = ours.encode_rest(" the dog")
     assert "".join(ours.decode_stream(rest)) == " the dog"
     assert ours.token_bytes()[ids].sum() == len(text.encode())
-    assert ids.dtype == np.int64 and ours.decode_batch([ids]) == [ours.decode(ids)]
+    assert ids.dtype == np.int64
 
 
 def test_the_ends_of_texts_are_the_models_own(made):

@@ -78,7 +78,7 @@ def score_translations(model: nn.Module, dataset: PairDataset) -> Score:
     beams = translate(
         model, sources, tokenizer.eot, tokenizer.vocab_size, num_beams=NUM_BEAMS
     )
-    scores = score(tokenizer.decode_batch(beam.ids for beam in beams), references)
+    scores = score([tokenizer.decode(beam.ids) for beam in beams], references)
     text = (
         f"\n{len(pairs):,} pairs of the {split} split, beams: {NUM_BEAMS}\n"
         f"  BLEU {scores['bleu']:5.2f}   {scores['bleu_signature']}\n"

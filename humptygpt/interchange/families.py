@@ -5,14 +5,12 @@ Each table is read in both directions. A further family is one more entry of FAM
 
 from typing import NamedTuple
 
-SIZE = range(1, 2**20 + 1)  # the product of three of these, in bytes, is still an int64
-REQUIRED = object()
-ROPE_SCALING = [  # settings of rope_type=llama3, an entry of its own in config.json
-    ("factor", "rope_factor", float, REQUIRED),
-    ("low_freq_factor", "rope_low_freq_factor", float, REQUIRED),
-    ("high_freq_factor", "rope_high_freq_factor", float, REQUIRED),
-    ("original_max_position_embeddings", "rope_original_context", SIZE, REQUIRED),
-]
+ROPE_SCALING = {  # settings of rope_type=llama3, an entry of its own in config.json
+    "factor": "rope_factor",
+    "low_freq_factor": "rope_low_freq_factor",
+    "high_freq_factor": "rope_high_freq_factor",
+    "original_max_position_embeddings": "rope_original_context",
+}
 ACTIVATION_NAMES = {  # theirs: ours; of several names for one of ours, the first is written
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -28,24 +26,19 @@ ACTIVATION_NAMES = {  # theirs: ours; of several names for one of ours, the firs
 class Family(NamedTuple):
     """Models that differ in the values of these settings alone."""
 
-    architectures: list[
-        str
-    ]  # classes of transformers: with the head, which is written, without it
-    prefix: (
-        str  # of the names of all weights but the head's; files without a head may lack it
-    )
-    settings: list[tuple]  # key of config.json, of ModelConfig, its schema, its default
-    supported: dict[
-        str, object
-    ]  # further keys of config.json, and the value that is supported
+    # classes of transformers: with the head, which is written, without it
+    architectures: list[str]
+    # of the names of all weights but the head's; files without a head may lack it
+    prefix: str
+    settings: dict[str, str]  # key of config.json: key of ModelConfig
+    defaults: dict[str, object]  # of those that config.json may lack
+    supported: dict[str, object]  # further keys, and the value that is supported
     fixed: dict[str, object]  # settings of ours that all these models have
-    weights: dict[
-        str, list[str]
-    ]  # theirs: ours, several are concatenated; #: number of the block
+    # theirs: ours, several are concatenated; #: number of the block
+    weights: dict[str, list[str]]
     transposed: bool  # whether the matrices of blocks are (inputs, outputs), unlike ours
-    no_weights: (
-        str  # regular expression for buffers that older files hold beside the weights
-    )
+    # regular expression for buffers that older files hold beside the weights
+    no_weights: str
     dropouts: list[str]  # keys of config.json
     preset: str  # a config file whose models are exported as this family
 
@@ -53,17 +46,23 @@ class Family(NamedTuple):
 GPT2 = Family(
     architectures=["GPT2LMHeadModel", "GPT2Model"],
     prefix="transformer.",
-    settings=[
-        ("vocab_size", "vocab_size", SIZE, REQUIRED),
-        ("n_positions", "block_size", SIZE, REQUIRED),
-        ("n_embd", "n_embd", SIZE, REQUIRED),
-        ("n_layer", "n_layer", SIZE, REQUIRED),
-        ("n_head", "n_head", SIZE, REQUIRED),
-        ("n_inner", "n_hidden", (SIZE, None), None),
-        ("activation_function", "activation", str, "gelu_new"),
-        ("layer_norm_epsilon", "norm_eps", float, 1e-5),
-        ("tie_word_embeddings", "tie_weights", bool, True),
-    ],
+    settings={
+        "vocab_size": "vocab_size",
+        "n_positions": "block_size",
+        "n_embd": "n_embd",
+        "n_layer": "n_layer",
+        "n_head": "n_head",
+        "n_inner": "n_hidden",
+        "activation_function": "activation",
+        "layer_norm_epsilon": "norm_eps",
+        "tie_word_embeddings": "tie_weights",
+    },
+    defaults={
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+    },
     supported={
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
@@ -99,22 +98,32 @@ GPT2 = Family(
 LLAMA = Family(
     architectures=["LlamaForCausalLM", "LlamaModel"],
     prefix="model.",
-    settings=[
-        ("vocab_size", "vocab_size", SIZE, REQUIRED),
-        ("max_position_embeddings", "block_size", SIZE, REQUIRED),
-        ("hidden_size", "n_embd", SIZE, REQUIRED),
-        ("num_hidden_layers", "n_layer", SIZE, REQUIRED),
-        ("num_attention_heads", "n_head", SIZE, REQUIRED),
-        ("num_key_value_heads", "n_kv_head", (SIZE, None), None),
-        ("head_dim", "head_size", (SIZE, None), None),
-        ("intermediate_size", "n_hidden", SIZE, REQUIRED),
-        ("hidden_act", "activation", str, "silu"),
-        ("attention_bias", "attn_bias", bool, False),
-        ("mlp_bias", "mlp_bias", bool, False),
-        ("rms_norm_eps", "norm_eps", float, 1e-6),
-        ("rope_theta", "rope_base", float, 10000.0),
-        ("tie_word_embeddings", "tie_weights", bool, False),
-    ],
+    settings={
+        "vocab_size": "vocab_size",
+        "max_position_embeddings": "block_size",
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "num_key_value_heads": "n_kv_head",
+        "head_dim": "head_size",
+        "intermediate_size": "n_hidden",
+        "hidden_act": "activation",
+        "attention_bias": "attn_bias",
+        "mlp_bias": "mlp_bias",
+        "rms_norm_eps": "norm_eps",
+        "rope_theta": "rope_base",
+        "tie_word_embeddings": "tie_weights",
+    },
+    defaults={
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    },
     supported={"partial_rotary_factor": 1},
     fixed={"position": "rotary", "norm": "rmsnorm", "mlp": "gated"},
     weights={

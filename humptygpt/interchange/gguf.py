@@ -6,7 +6,6 @@ gelu_tanh, Llama with silu, and the tokenizers of a few kinds.
 
 import json
 import logging
-import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
 from torch import Tensor
 
 from humptygpt.core.errors import UserError
-from humptygpt.interchange.families import ACTIVATION_NAMES
+from humptygpt.interchange.families import ACTIVATION_NAMES, ROPE_SCALING
 from humptygpt.interchange.weight_files import Weights
 from humptygpt.tokenizer.pretrained import PretrainedTokenizer
 from humptygpt.tokenizer.tokenizers import (
@@ -28,6 +27,7 @@ from humptygpt.tokenizer.tokenizers import (
     Tokenizer,
 )
 from humptygpt.tokenizer.write_huggingface import build_tokenizer
+from model import frequency_scale
 
 DTYPES = {  # by our names
     "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -285,10 +285,8 @@ def arranged(name: str, tensor: Tensor, content: dict) -> Tensor:
 
 
 def rope_factors(content: dict) -> np.ndarray:
-    """Return what each rotary frequency is divided by, (D / 2,) float32; see RotaryPosition in model.py."""
-    scaling, D = content["rope_scaling"], content["head_dim"]
+    """Return what each rotary frequency is divided by, (D / 2,) float32."""
+    D = content["head_dim"]
     frequency = content["rope_theta"] ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
-    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / (kept + (1 - kept) / scaling["factor"])).numpy()
+    scaling = [content["rope_scaling"][key] for key in ROPE_SCALING]
+    return (1 / frequency_scale(frequency, *scaling)).numpy()

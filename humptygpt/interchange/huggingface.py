@@ -21,7 +21,6 @@ from humptygpt.core.settings import check_schema, convert, parse_json, without_e
 from humptygpt.interchange.families import (
     ACTIVATION_NAMES,
     FAMILIES,
-    REQUIRED,
     ROPE_SCALING,
     Family,
 )
@@ -99,40 +98,27 @@ def model_settings(family: Family, content: dict) -> dict[str, object]:
     # before and since transformers 5
     rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
     check_schema(rope, {"rope_type?": str, "type?": str}, "rope_scaling")
-    moved = {
-        key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope
-    }
-    content = content | moved
-    settings = take(family.settings, content)
+    content = family.defaults | content | rope
+    table = family.settings
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "llama3":
-        settings |= take(ROPE_SCALING, rope)
+        table = table | ROPE_SCALING
     elif kind != "default":
         raise ValueError(f"rope_type={kind} is not supported; default and llama3 are")
     for key, value in family.supported.items():
         if content.get(key, value) != value:
             raise ValueError(f"{key}={content[key]} is not supported; {key}={value} is")
+    if missing := table.keys() - content.keys():
+        raise ValueError(f"{min(missing)} is missing")
+    types = typing.get_type_hints(ModelConfig)
+    settings = {
+        ours: convert(ours, content[theirs], types[ours]) for theirs, ours in table.items()
+    }
     activation = settings["activation"]
     if activation not in ACTIVATION_NAMES:
         names = ", ".join(ACTIVATION_NAMES)
         raise ValueError(f"the activation {activation} is not supported; {names} are")
     return settings | {"activation": ACTIVATION_NAMES[activation]}
-
-
-def take(table: list[tuple], content: dict) -> dict[str, object]:
-    """Return what a table of settings names, by our keys."""
-    check_schema(
-        content,
-        {
-            key if default is REQUIRED else f"{key}?": form
-            for key, _, form, default in table
-        },
-    )
-    types = typing.get_type_hints(ModelConfig)
-    return {
-        ours: convert(ours, content.get(theirs, default), types[ours])
-        for theirs, ours, _, default in table
-    }
 
 
 def read_weights(family: Family, config: ModelConfig, tensors: Weights) -> Weights:
@@ -145,10 +131,6 @@ def read_weights(family: Family, config: ModelConfig, tensors: Weights) -> Weigh
         name, tensor = tensors.popitem()
         if not name.startswith((family.prefix, "lm_head.")):
             name = family.prefix + name
-        if name in stored:
-            raise ValueError(
-                f"there are two weights named {name}, with and without {family.prefix}"
-            )
         if not re.fullmatch(family.no_weights, name):
             stored[name] = tensor
     if config.n_layer > len(stored):  # or building would take long
@@ -220,7 +202,7 @@ def to_pretrained(
         "architectures": family.architectures[:1],
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    content |= {theirs: settings[key] for theirs, key, *_ in family.settings}
+    content |= {theirs: settings[key] for theirs, key in family.settings.items()}
     content |= dict.fromkeys(family.dropouts, config.dropout)
     # None where there is none: the defaults belong to other tokenizers
     eot = tokenizer and tokenizer.eot
@@ -229,7 +211,7 @@ def to_pretrained(
     if name == "gpt2":
         content["n_ctx"] = config.block_size  # which llama.cpp reads
     elif config.rope_factor != 1:
-        scaling = {theirs: settings[key] for theirs, key, *_ in ROPE_SCALING}
+        scaling = {theirs: settings[key] for theirs, key in ROPE_SCALING.items()}
         content["rope_scaling"] = {"rope_type": "llama3"} | scaling
     like = build_on_meta(replace(config, **family.fixed)).state_dict()
     zeros = {key: torch.zeros(x.shape) for key, x in like.items() if key.endswith(".bias")}
@@ -257,7 +239,7 @@ def find_family(config: ModelConfig) -> str:
         "n_kv_head": (None, config.n_head),
         "head_size": (None, config.n_embd // config.n_head),
     }
-    exported = {key for _, key, *_ in family.settings + ROPE_SCALING}
+    exported = {*family.settings.values(), *ROPE_SCALING.values()}
     free = exported | NOT_EXPORTED | without_effect(vars(config), ModelConfig).keys()
     for key, values in supported.items():
         if key not in free and getattr(config, key) not in values:

@@ -21,7 +21,7 @@ from humptygpt.core.settings import (
 )
 from humptygpt.data.token_files import GPT2_TOKENS, read_nanogpt_meta
 from humptygpt.interchange import adapters, hub, huggingface
-from humptygpt.interchange.families import GPT2, SIZE
+from humptygpt.interchange.families import GPT2
 from humptygpt.interchange.weight_files import check_dense
 from humptygpt.nn import lora
 from humptygpt.tokenizer import tokenizers
@@ -30,9 +30,7 @@ from humptygpt.tokenizer.tokenizers import Tokenizer
 from model import ModelConfig
 
 FILES_OF_A_FOLDER = (".safetensors", ".bin", ".json", ".gguf")
-MODEL_ARGS = dict.fromkeys(
-    ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), SIZE
-)
+MODEL_ARGS = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), int)
 NANOGPT = {
     "model": dict,
     "model_args": MODEL_ARGS | {"bias?": bool},

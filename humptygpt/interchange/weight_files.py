@@ -13,6 +13,7 @@ from torch import Tensor
 
 from humptygpt.checkpoint.checkpoint import load_plain
 from humptygpt.core.errors import UserError, one_line
+from humptygpt.core.limits import is_out_of_memory
 from humptygpt.core.settings import parse_json
 
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there counts
@@ -25,7 +26,9 @@ def reading(what: str) -> Iterator[None]:
     """Within this, an error of a stranger's file becomes a UserError of one line."""
     try:
         yield
-    except (ValueError, OSError, OverflowError) as error:
+    except (ValueError, OSError, OverflowError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"cannot read {what}: {reason}") from error
 
@@ -67,10 +70,7 @@ def open_shards(index: Path, present: set[str]) -> Weights:
         raise ValueError(f"{index.name} names {min(missing)}, which is missing")
     tensors = {}
     for shard in sorted(shards):
-        more = open_file(index.with_name(shard))
-        if twice := tensors.keys() & more.keys():
-            raise ValueError(f"the weight {min(twice)} is in two files")
-        tensors |= more
+        tensors |= open_file(index.with_name(shard))
     return tensors
 
 

@@ -41,7 +41,7 @@ class PretrainedTokenizer(Tokenizer):
         if not ids or size > 2 * len(ids) + 1000 or not {eot, bos} <= {None, *ids.values()}:
             raise ValueError("its ids have gaps, or the end-of-text token is none of them")
         described = json.loads(content)
-        as_bytes = piece_decoder(described.get("decoder"))
+        as_bytes = piece_decoder(described["decoder"])
         self.pieces = [b""] * size
         for token, i in ids.items():
             self.pieces[i] = as_bytes(token)
@@ -97,8 +97,8 @@ def load_engine(content: str):
 
 def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
     """Return the function from a token to the bytes it stands for. Raises ValueError where a decoder needs more."""
-    steps = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else []
-    kinds = [step.get("type") for step in steps if isinstance(step, dict)]
+    steps = decoder.get("decoders", [decoder]) if decoder else []
+    kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
         byte_of = printable_bytes()
         return lambda token: (
@@ -107,7 +107,7 @@ def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
             else token.encode()
         )
     if not kinds or not set(kinds) <= SENTENCEPIECE_DECODERS:
-        listed = ", ".join(map(str, kinds)) or "none"
+        listed = ", ".join(kinds) or "none"
         raise ValueError(
             f"its decoder is {listed}; ByteLevel and those of sentencepiece are supported"
         )
@@ -128,7 +128,6 @@ def without_prefix(described: dict) -> dict:
             elif kind == "ByteLevel" and step.get("add_prefix_space"):
                 step["add_prefix_space"] = False
             elif kind == "Metaspace":
-                step.pop("add_prefix_space", None)
                 step["prepend_scheme"] = "never"
     return described | changed
 

@@ -61,7 +61,10 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def read_settings(folder: Path) -> dict:
-    """Return tokenizer_config.json and the older files beside it: tokens as text, "added" ones as (id, entry)."""
+    """Return tokenizer_config.json and the older files beside it.
+
+    Named tokens are text; "tokens" has (id or None, entry) of each that is added.
+    """
     settings = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -69,16 +72,19 @@ def read_settings(folder: Path) -> dict:
             settings |= {key: value for key, value in content.items() if value is not None}
     for key in settings.keys() & set(NAMED):
         settings[key] = text_of(settings[key])
-    settings["special"] = [settings[key] for key in NAMED if key in settings]
-    settings["special"] += map(text_of, settings.get("additional_special_tokens", []))
-    added = {}
+    special = [settings[key] for key in NAMED if key in settings]
+    special += map(text_of, settings.get("additional_special_tokens", []))
+    tokens = [(int(i), x) for i, x in settings.get("added_tokens_decoder", {}).items()]
     if (folder / "added_tokens.json").is_file():  # of an older version
         ids = parse_json((folder / "added_tokens.json").read_bytes(), {str: int})
-        added = {i: {"content": token, "normalized": False} for token, i in ids.items()}
-    for key, entry in settings.get("added_tokens_decoder", {}).items():
-        added[int(key)] = entry
-    settings["added"] = sorted(added.items())
+        tokens += [(i, {"content": token, "normalized": False}) for token, i in ids.items()]
+    tokens.sort(key=lambda token: token[0])
+    settings["tokens"] = tokens + [(None, special_token(token)) for token in special]
     return settings
+
+
+def special_token(token: str) -> dict[str, object]:
+    return {"content": token, "special": True, "normalized": False}
 
 
 def text_of(token: str | dict) -> str:
@@ -124,7 +130,7 @@ def read_merges(path: Path, settings: dict) -> PretrainedTokenizer:
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     engine.decoder = decoders.ByteLevel()
     if engine.token_to_id(END_OF_TEXT) is not None:  # GPT-2's default for all ends
-        settings["special"].append(END_OF_TEXT)
+        settings["tokens"].append((None, special_token(END_OF_TEXT)))
         settings.setdefault("bos_token", END_OF_TEXT)
         settings.setdefault("eos_token", END_OF_TEXT)
     return finish(engine, settings)
@@ -138,7 +144,7 @@ def finish(engine, settings: dict) -> PretrainedTokenizer:
     """Return the tokenizer of an engine with the special tokens that the files beside it name."""
     from tokenizers import processors
 
-    add_tokens(engine, settings)
+    add_tokens(engine, settings["tokens"])
     start = settings.get("bos_token")
     if settings.get("add_bos_token") and start:
         engine.post_processor = processors.TemplateProcessing(
@@ -150,23 +156,16 @@ def finish(engine, settings: dict) -> PretrainedTokenizer:
     return PretrainedTokenizer(engine.to_str(), eot, whole[0] if starts else None)
 
 
-def add_tokens(engine, settings: dict) -> None:
-    """Add the tokens that the files beside it name and it does not know. Raises ValueError where an id is another."""
+def add_tokens(engine, tokens: list[tuple[int | None, dict]]) -> None:
+    """Add those that it does not know. Raises ValueError where an id is another."""
     from tokenizers import AddedToken
 
-    known = {token.content for token in engine.get_added_tokens_decoder().values()}
-    special = [
-        {"content": token, "special": True, "normalized": False}
-        for token in settings["special"]
-    ]
-    for entry in [entry for _, entry in settings["added"]] + special:
-        if entry["content"] not in known:
-            flags = {flag: entry[flag] for flag in FLAGS if flag in entry}
-            add = engine.add_special_tokens if entry.get("special") else engine.add_tokens
-            add([AddedToken(entry["content"], **flags)])
-            known.add(entry["content"])
-    for i, entry in settings["added"]:
-        if engine.token_to_id(entry["content"]) != i:
+    for i, entry in tokens:
+        token = entry["content"]
+        flags = {flag: entry[flag] for flag in FLAGS if flag in entry}
+        add = engine.add_special_tokens if entry.get("special") else engine.add_tokens
+        add([AddedToken(token, **flags)])
+        if i not in (None, engine.token_to_id(token)):
             raise ValueError(
-                f"added_tokens_decoder says that {entry['content']!r} has the id {i}, but it has another one"
+                f"added_tokens_decoder says that {token!r} has the id {i}, but it has another one"
             )

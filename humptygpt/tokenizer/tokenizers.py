@@ -73,9 +73,6 @@ class Tokenizer:
         """Return the text. Bytes that are not UTF-8, as a model may write them, become U+FFFD."""
         return "".join(self.decode_stream(ids))
 
-    def decode_batch(self, batch: Iterable[Iterable[int]]) -> list[str]:
-        return [self.decode(ids) for ids in batch]
-
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield text as soon as it is complete: a character when the last of its bytes is there."""
         return codecs.iterdecode((self.pieces[i] for i in ids), "utf-8", errors="replace")
@@ -83,9 +80,8 @@ class Tokenizer:
     def start(self) -> np.ndarray:
         """Return the prompt where none is given, (1,): bos, the end of the text before, a line break, or token 0."""
         line_break = self.pieces.index(b"\n") if b"\n" in self.pieces else 0
-        return np.array(
-            [next((i for i in (self.bos, self.eot) if i is not None), line_break)]
-        )
+        ends = [i for i in (self.bos, self.eot) if i is not None]
+        return np.array([*ends, line_break][:1])
 
     def token_bytes(self) -> np.ndarray:
         """Return how many bytes of text each token stands for, (vocab_size,); 0 for eot and bos, which are not text."""
@@ -151,8 +147,7 @@ class CharTokenizer(Tokenizer):
         return ids
 
     def state(self) -> dict:
-        separated = self.eot is not None
-        return {"tokenizer": self.name, "alphabet": self.alphabet, "separated": separated}
+        return super().state() | {"alphabet": self.alphabet}
 
 
 def code_points(text: str) -> np.ndarray:
@@ -418,30 +413,20 @@ TOKENIZERS = {
 }
 
 
-def from_state(state: object) -> Tokenizer:
+def from_state(state: dict) -> Tokenizer:
     """Return the tokenizer that a meta.json or a checkpoint describes. Raises UserError: it is damaged or unknown."""
-    name = state.get("tokenizer") if isinstance(state, dict) else None
-    if not isinstance(name, str):
-        raise UserError(
-            "the description of the tokenizer is damaged: it does not say which tokenizer"
-        )
-    from humptygpt.tokenizer.pretrained import (
-        PRETRAINED,
-    )  # here, since it imports Tokenizer
+    from humptygpt.tokenizer.pretrained import PRETRAINED  # which imports Tokenizer
 
     kinds = TOKENIZERS | PRETRAINED
+    name = str(state.get("tokenizer"))
     if name not in kinds:
         raise UserError(f"tokenizer {name!r} is not one of: {', '.join(kinds)}")
     entries = {key: value for key, value in state.items() if key != "tokenizer"}
     try:
         check_schema(entries, kinds[name].schema)
         return kinds[name].from_state(**entries)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        zlib.error,
-    ) as error:  # RuntimeError: sentencepiece's
+    # RuntimeError: sentencepiece's
+    except (TypeError, ValueError, RuntimeError, zlib.error) as error:
         raise UserError(
             f"the description of the tokenizer {name} is damaged: {error!r}"
         ) from error
