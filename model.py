@@ -262,7 +262,7 @@ class Attention(nn.Module):
         self.n_kv_head = config.n_kv_head or config.n_head
         self.head_size = config.head_size or C // config.n_head
         self.qk_norm = config.qk_norm
-        self.dropout = config.dropout
+        self.dropout = Dropout(config.dropout)
         bias = config.bias if config.attn_bias is None else config.attn_bias
         self.q_proj = Linear(C, self.n_head * self.head_size, bias)
         self.k_proj = Linear(C, self.n_kv_head * self.head_size, bias)
@@ -294,7 +294,7 @@ class Attention(nn.Module):
 
         Returns (B, T, C).
         """
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = attend(q, k, v, mask, self.dropout)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -929,11 +929,6 @@ class ModelConfig:
             raise ValueError(
                 f"position=rotary turns pairs: head_size={head_size}, or n_embd/n_head, must be even"
             )
-        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
-        if low >= high:
-            raise ValueError(
-                f"rope_low_freq_factor={low} must be below rope_high_freq_factor={high}"
-            )
         if self.init == "zero" and not BLOCKS[self.block].residual:
             raise ValueError(
                 f"init=zero must not meet block={self.block}: no block would ever give anything but 0; take init=gpt2"
@@ -965,7 +960,7 @@ class WithoutValues(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
+            return kwargs["tensor"]
         if func in (torch.arange, torch.tensor):
             kwargs = kwargs | {"device": "cpu"}
         return func(*args, **kwargs)

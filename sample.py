@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -168,7 +168,12 @@ class SampleConfig:
     )
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", "system")
-    dtype: str = setting("auto", "auto: float32 on a CPU", choices=("auto", *DTYPES))
+    dtype: str = setting(
+        "auto",
+        "auto: float32 on a CPU",
+        choices=("auto", *DTYPES),
+        not_with={"quantize": "int8"},
+    )
     quantize: str | None = setting(None, "weights in 8 bits, on a CPU", choices=("int8",))
     compile: bool = setting(
         False, "nanoGPT's key; has no effect: every length of text would be compiled again"
@@ -176,20 +181,12 @@ class SampleConfig:
 
     def __post_init__(self):
         check(self)
-        if "" in self.stop:
-            raise ValueError(
-                "stop= is empty: every text would end at once; give some characters"
-            )
         for keys in (("start", "prompts", "score"), ("interactive", "prompts", "score")):
             given = [key for key in keys if getattr(self, key)]
             if len(given) > 1:
                 raise ValueError(
                     f"{given[0]} and {given[1]} exclude each other; leave one out"
                 )
-        if self.quantize and self.dtype not in ("auto", "float32"):
-            raise ValueError(
-                f"quantize={self.quantize} has weights in 8 bits, not in dtype={self.dtype}; leave dtype out"
-            )
 
     def sampling(self) -> dict:
         """Return the options of generation.sampling.Sampler."""
@@ -250,38 +247,29 @@ def load(
 ) -> Pipeline:
     """Load what init_from names, made for generation; the keys are those of SampleConfig. Raises UserError."""
     torch_device = pick_device(device)
-    weight_dtype = sample_dtype(dtype, torch_device)
-    on_cpu = (
-        torch_device.type == "cpu"
-    )  # there the weights are converted; a GPU has autocast
+    low_dtype = sample_dtype(dtype, torch_device)
+    # there the weights are converted; a GPU has autocast
+    on_cpu = torch_device.type == "cpu"
+    weight_dtype = low_dtype if on_cpu else torch.float32
+    autocast_dtype = torch.float32 if on_cpu else low_dtype
     if quantize and not on_cpu:
         raise UserError(
             f"quantize={quantize} is for CPUs, and the device is {torch_device}; use --dtype=bfloat16"
         )
-    autocast_dtype = weight_dtype
-    if on_cpu:
-        autocast_dtype = torch.float32
-    else:
-        weight_dtype = torch.float32
     # Windows would not let a run replace a file that is mapped
     loaded = interchange.load(source, which, mapped=on_cpu and sys.platform == "linux")
     print(loaded.description, file=sys.stderr)
     model = loaded.model
-    check_weights_fit(model, source, torch_device, 1 if quantize else weight_dtype.itemsize)
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    limits.check_fits(
+        f"{source} takes",
+        weights * (1 if quantize else weight_dtype.itemsize),
+        free_memory(torch_device),
+        "end other programs, or on a CPU take --quantize=int8",
+    )
     model = prepare_for_generation(model.to(torch_device), weight_dtype, quantize == "int8")
     in_dtype = autocast(torch_device, autocast_dtype)
     return Pipeline(model, loaded.tokenizer, loaded.task, torch_device, in_dtype)
-
-
-def check_weights_fit(
-    model: nn.Module, source: object, device: torch.device, itemsize: int
-) -> None:
-    """Raise UserError where there is no room for the converted weights; itemsize: bytes of each."""
-    size = itemsize * sum(
-        m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)
-    )
-    advice = "end other programs, or on a CPU take --quantize=int8"
-    limits.check_fits(f"{source} takes", size, free_memory(device), advice)
 
 
 # --------------------------------------------------------------------------------------
@@ -324,19 +312,18 @@ def stream_texts(
 def complete(loaded: Pipeline, prompt: str, max_new_tokens: int = 500, **keys) -> str:
     """Return the prompt and its continuation, for a notebook; keys: temperature, stop and others of SampleConfig."""
     config = SampleConfig(max_new_tokens=max_new_tokens, **keys)
-    ids = encode_prompt(prompt, loaded.tokenizer)
-    context = make_context([ids], config, loaded, len(ids) + max_new_tokens)
+    context = make_context([encode_prompt(prompt, loaded.tokenizer)], config, loaded)
     with loaded.autocast:
-        return prompt + "".join(
-            piece.text for piece in stream_texts(loaded, context, [0], config)
-        )
+        pieces = stream_texts(loaded, context, [0], config)
+        return prompt + "".join(piece.text for piece in pieces)
 
 
 def make_context(
-    texts: list[np.ndarray], config: SampleConfig, loaded: Pipeline, size: int | None = None
+    texts: list[np.ndarray], config: SampleConfig, loaded: Pipeline
 ) -> Context:
-    """Return the context of texts that are continued together; size: the most tokens of one, None for any number."""
+    """Return the context of texts, token ids, that are continued together."""
     longest = max(map(len, texts))
+    size = None if config.interactive else longest + config.max_new_tokens
     padded = [np.pad(ids, (longest - len(ids), 0), constant_values=-1) for ids in texts]
     idx = torch.from_numpy(np.stack(padded)).to(loaded.device)
     return Context(loaded.model, idx, size, exact=config.context == "exact")
@@ -349,9 +336,7 @@ def print_texts(config: SampleConfig, loaded: Pipeline) -> None:
     prompts = read_prompts(config, loaded)
     size = max(len(ids) for _, ids in prompts) + config.max_new_tokens
     at_once = min(CONTINUED_AT_ONCE, texts_that_fit(loaded, size))
-    texts = [
-        (number, sample) for number in range(len(prompts)) for sample in range(num_samples)
-    ]
+    texts = list(product(range(len(prompts)), range(num_samples)))
     for first in range(0, len(texts), at_once):
         print_batch(prompts, texts[first : first + at_once], config, loaded)
 
@@ -363,17 +348,16 @@ def print_batch(
     loaded: Pipeline,
 ) -> None:
     """texts: (number of the prompt, number of the sample). The first is printed while it is written."""
+    written = [prompts[number][0] for number, _ in texts]
     ids = [prompts[number][1] for number, _ in texts]
     samples = [sample for _, sample in texts]
-    size = max(map(len, ids)) + config.max_new_tokens
-    context = make_context(ids, config, loaded, size)
+    context = make_context(ids, config, loaded)
     pieces = stream_texts(loaded, context, samples, config)
-    if config.logprobs is not None and not sys.stdout.isatty():
-        print_json_lines(pieces, texts, config.logprobs, loaded.tokenizer)
-        return
     if config.logprobs is not None:
+        if not sys.stdout.isatty():
+            print_json_lines(pieces, texts, config.logprobs, loaded.tokenizer)
+            return
         pieces = coloured(pieces)
-    written = [prompts[number][0] for number, _ in texts]
     if texts[0] != (0, 0):
         print(SEPARATOR, file=sys.stderr, flush=True)
     print(written[0], end="", flush=True)
@@ -433,16 +417,14 @@ def read_start(start: str) -> str:
 def read_text(path: str) -> str:
     """Return the text in a file, or for "-" on standard input."""
     try:
-        return (
-            sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
-        )
+        if path == "-":
+            return sys.stdin.read()
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"cannot read the text {Path(path)}: it is not UTF-8") from error
+        raise UserError(f"cannot read the text {path}: it is not UTF-8") from error
     except OSError as error:
         near = nearest_path(path) if isinstance(error, FileNotFoundError) else ""
-        raise UserError(
-            f"cannot read the text {Path(path)}: {error.strerror}{near}"
-        ) from error
+        raise UserError(f"cannot read the text {path}: {error.strerror}{near}") from error
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> np.ndarray:
@@ -452,9 +434,8 @@ def encode_prompt(text: str, tokenizer: Tokenizer) -> np.ndarray:
             "an empty prompt; give at least one character, or leave --start out"
         )
     before = np.array([] if tokenizer.bos is None else [tokenizer.bos], dtype=np.int64)
-    if tokenizer.eot is not None and text.startswith(
-        END_OF_TEXT
-    ):  # as nanoGPT's users write it
+    # as nanoGPT's users write it
+    if tokenizer.eot is not None and text.startswith(END_OF_TEXT):
         before = tokenizer.start()
         text = text.removeprefix(END_OF_TEXT)
     return np.concatenate([before, tokenizer.encode(text)]) if text else before
@@ -532,31 +513,23 @@ def converse(config: SampleConfig, loaded: Pipeline) -> None:
         for line in typed_lines():
             print(translate_lines([line], 1, config, loaded)[0], flush=True)
         return
+    tokenizer = loaded.tokenizer
     context = None
     first = [] if config.start is None else [read_start(config.start)]
     for turn, line in enumerate(chain(first, typed_lines())):
         try:
-            context = read_line(line, context, config, loaded)
+            if context is None:  # the line begins the text
+                ids = encode_prompt(line, tokenizer) if line else tokenizer.start()
+                context = make_context([ids], config, loaded)
+            elif line:
+                ids = torch.from_numpy(tokenizer.encode_rest(line))
+                context.append(ids[None].to(loaded.device))
         except UserError as error:
             note(str(error))
             continue
         for piece in stream_texts(loaded, context, [turn], config):
             print(piece.text, end="", flush=True)
         print(flush=True)
-
-
-def read_line(
-    line: str, context: Context | None, config: SampleConfig, loaded: Pipeline
-) -> Context:
-    """Return the context with the line read; None: the line begins the text, with what a tokenizer has before one."""
-    tokenizer = loaded.tokenizer
-    if context is None:
-        ids = encode_prompt(line, tokenizer) if line else tokenizer.start()
-        return make_context([ids], config, loaded)
-    if line:
-        ids = torch.from_numpy(tokenizer.encode_rest(line))
-        context.append(ids[None].to(loaded.device))
-    return context
 
 
 def typed_lines() -> Iterator[str]:

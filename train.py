@@ -16,7 +16,7 @@ import os
 import shlex
 import signal
 import sys
-from contextlib import ExitStack, closing, nullcontext, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,12 +43,11 @@ from humptygpt.interchange.load import Loaded, load
 from humptygpt.nn import lora
 from humptygpt.nn.layers import (
     autocast,
-    give_back_freed_memory,
-    keep_freed_memory,
     pick_device,
     pick_dtype,
     sample_dtype,
     to_device,
+    tune_malloc,
 )
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import Processes
@@ -201,7 +200,7 @@ def setup(
     )
     device = processes.device
     dtype = pick_dtype(config.dtype, device)
-    (give_back_freed_memory if processes.sharded else keep_freed_memory)()
+    tune_malloc(processes.sharded)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     with processes.rank_zero_first():  # it may have to prepare them
@@ -433,10 +432,9 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     tokens = processes.sum(sum(part.tokens for part in parts))
     mean_loss = torch.zeros((), device=run.device)
     for part in parts:
-        dropout = nullcontext()
         if run.model.config.dropout:
-            dropout = part.same_dropout(config.seed, run.device)
-        with dropout, processes.sync_gradients(run.replica, last=part is parts[-1]):
+            part.seed_dropout(config.seed, run.model, run.device)
+        with processes.sync_gradients(run.replica, last=part is parts[-1]):
             with autocast(run.device, run.dtype):
                 _, loss = run.replica(**to_device(part.batch, run.device))
                 loss = loss * (part.tokens / tokens)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import model as models
 from humptygpt.generation.sampling import generate, probabilities
-from humptygpt.nn.layers import ACTIVATIONS, attend, attention_mask
+from humptygpt.nn.layers import ACTIVATIONS, Dropout, attend, attention_mask
 from humptygpt.nn.window_mlp import NumberEmbedding
 from humptygpt.tokenizer.tokenizers import CharTokenizer
 from humptygpt.training.optimizers import make_optimizer
@@ -239,7 +239,7 @@ def test_the_weighted_sum_of_equal_values_is_that_value():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 2, 7, 4)
     v = torch.ones(1, 2, 7, 4)
-    torch.testing.assert_close(attend(q, k, v, inputs(7).masks[0]), v)
+    torch.testing.assert_close(attend(q, k, v, inputs(7).masks[0], Dropout(0.0)), v)
 
 
 def test_without_positions_switching_two_words_makes_no_difference_and_with_them_it_does():
@@ -267,7 +267,7 @@ def test_several_heads_are_single_heads_concatenated():
             F.linear(words, layer.weight[rows])[:, None]
             for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
         ]
-        heads.append(attend(*part, inputs(5).masks[0])[:, 0])
+        heads.append(attend(*part, inputs(5).masks[0], Dropout(0.0))[:, 0])
     torch.testing.assert_close(attention(words, inputs(5)), torch.cat(heads, dim=-1))
 
 

@@ -14,7 +14,6 @@ from humptygpt.core.errors import UserError
 from humptygpt.nn.layers import (
     ACTIVATIONS,
     autocast,
-    keep_freed_memory,
     peak_flops,
     pick_device,
     pick_dtype,
@@ -101,14 +100,6 @@ def test_peak_flops_are_found_by_the_name_of_the_card(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(cuda) == peak
     assert peak_flops(CPU) is None
-
-
-def test_keep_freed_memory_does_nothing_with_another_c_library(monkeypatch):
-    keep_freed_memory()
-    monkeypatch.setattr(
-        "ctypes.CDLL", lambda name: (_ for _ in ()).throw(OSError("no such library"))
-    )
-    assert keep_freed_memory() is None
 
 
 # --------------------------------------------------------------------------------------

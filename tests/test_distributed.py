@@ -26,7 +26,7 @@ from humptygpt.checkpoint import checkpoint
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
 from humptygpt.data.batches import TokenDataset
-from humptygpt.nn.layers import Rows, drop, rows_of_batch
+from humptygpt.nn.layers import Dropout, Rows
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import Processes, check_divisible
 from humptygpt.training import optimizers
@@ -203,11 +203,12 @@ def test_each_row_of_a_step_counts_in_one_process_once(size, micro_batches, rows
 def test_a_process_draws_the_dropout_mask_of_its_rows():
     x = torch.ones(6, 5, 3)
     torch.manual_seed(0)
-    whole = drop(x, 0.4)
+    dropout = Dropout(0.4)
+    whole = dropout(x)
     for first, end in ((0, 2), (2, 3), (3, 6)):
         torch.manual_seed(0)
-        with rows_of_batch(Rows(first, 6)):
-            assert torch.equal(drop(x[first:end], 0.4), whole[first:end])
+        dropout.rows = Rows(first, 6)
+        assert torch.equal(dropout(x[first:end]), whole[first:end])
 
 
 def test_what_cannot_be_divided_is_refused_with_a_value_that_can():

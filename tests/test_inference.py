@@ -14,7 +14,7 @@ from test_model import (
 )
 
 from humptygpt.generation import decoder as inference
-from humptygpt.generation.decoder import PackedLinear, prepare_for_generation
+from humptygpt.generation.decoder import ProductLinear, prepare_for_generation
 
 
 def logits_in_pieces(model, idx, padding=None) -> torch.Tensor:
@@ -56,7 +56,7 @@ def test_a_model_made_for_generation_gives_the_same_logits(variant):
 
 @every_position_and_block
 def test_it_does_so_in_any_combination(position, block):
-    for keys in combinations(position=position, block=block):
+    for keys in combinations(position, block):
         check_equal(keys | {"qk_norm": True, "bias": keys["norm"] == "layernorm"})
 
 
@@ -72,10 +72,9 @@ def test_large_matrices_are_packed_and_give_the_same_logits(monkeypatch):
     ):
         check_equal(keys)
     ready = prepare_for_generation(random_model())
-    linears = [module for module in ready.modules() if isinstance(module, PackedLinear)]
-    assert len(linears) == 2 * 4 + 1 and not any(
-        isinstance(m, torch.nn.Linear) for m in ready.modules()
-    )
+    linears = [module for module in ready.modules() if isinstance(module, ProductLinear)]
+    assert len(linears) == 2 * 4 + 1
+    assert not any(isinstance(module, torch.nn.Linear) for module in ready.modules())
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -75,9 +75,8 @@ def beam_search(
 
     best = [Translation([], -math.inf, ended=False)] * len(source)
     open_sentences = list(range(len(source)))
-    ids = source.new_empty(
-        len(source), 1, 0
-    )  # (n, k, T): k hypotheses of each open sentence
+    # (n, k, T): k hypotheses of each open sentence
+    ids = source.new_empty(len(source), 1, 0)
     log_prob = torch.zeros(ids.shape[:2], device=ids.device)
     for step in range(limit):
         n, k = log_prob.shape
@@ -87,10 +86,9 @@ def beam_search(
             ids, log_prob, logp, eot, num_beams, length_penalty
         )
         ended = (ids == eot).any(dim=-1)
-        last = step == limit - 1
-        keep_best(best, open_sentences, ids, scores, ended, eot, last)
+        keep_best(best, open_sentences, ids, scores.masked_fill(~ended, -torch.inf), eot)
         going = ~ended.all(dim=1)
-        if last or not going.any():
+        if step == limit - 1 or not going.any():
             break
         rows = parents + k * torch.arange(n, device=ids.device)[:, None]  # of the state
         state.select(rows[going].flatten())
@@ -98,6 +96,10 @@ def beam_search(
         log_prob = log_prob[going]
         open_sentences = list(compress(open_sentences, going.tolist()))
         idx = ids[..., -1].view(-1, 1)
+    for row, number in enumerate(open_sentences):
+        if not best[number].ended:
+            hypothesis = ids[row, 0].tolist()
+            best[number] = Translation(hypothesis, float(scores[row, 0]), ended=False)
     return best
 
 
@@ -133,21 +135,15 @@ def keep_best(
     sentences: list[int],
     ids: Tensor,
     scores: Tensor,
-    ended: Tensor,
     eot: int,
-    last: bool,
 ) -> None:
-    """Replace in best what has ended with a better score; at the last step, what has never ended, too."""
-    ended_scores, hypothesis = scores.masked_fill(~ended, -torch.inf).max(dim=1)
+    """Replace in best what has ended with a better score; scores: (n, k), -inf of what has not ended."""
+    highest, hypothesis = scores.max(dim=1)
     for row, number in enumerate(sentences):
-        if ended_scores[row] > best[number].score:
+        score = float(highest[row])
+        if score > best[number].score:
             tokens = ids[row, hypothesis[row]].tolist()
-            score = float(ended_scores[row])
             best[number] = Translation(tokens[: tokens.index(eot)], score, ended=True)
-        elif last and not best[number].ended:
-            best[number] = Translation(
-                ids[row, 0].tolist(), float(scores[row, 0]), ended=False
-            )
 
 
 def score(translations: list[str], references: list[str]) -> dict[str, float | str]:

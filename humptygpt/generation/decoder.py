@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from humptygpt.nn.layers import Linear
 from model import (
     GPT,
     MLP,
@@ -61,68 +60,56 @@ def prepare_for_generation(
 # --------------------------------------------------------------------------------------
 # Weights in fewer bits, and in the order in which a processor reads them
 
-PACKED_FROM = (
-    2**17
-)  # weights; the packed product of fewer takes longer to start than it saves
+# Weights; the packed product of fewer takes longer to start than it saves
+PACKED_FROM = 2**17
 
 
 def low_bit_linear(linear: nn.Linear, dtype: torch.dtype, int8: bool) -> nn.Module:
     """Return the layer, or one that computes the same faster for few tokens."""
     if int8:
-        return Int8Linear(linear)
-    packs = linear.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        return ProductLinear(int8_product(linear), torch.float32)
+    weight = linear.weight.to(dtype)
+    bias = None if linear.bias is None else linear.bias.to(dtype)
+    packs = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
     packs &= dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if packs and linear.weight.numel() >= PACKED_FROM:
-        return PackedLinear(linear, dtype)
-    return linear if dtype == torch.float32 else Bfloat16Linear(linear)
+    if packs and weight.numel() >= PACKED_FROM:
+        return ProductLinear(packed_product(weight, bias), dtype)
+    if dtype == torch.float32:
+        return linear
+    return ProductLinear(partial(F.linear, weight=weight, bias=bias), dtype)
 
 
-class PackedLinear(nn.Module):
-    """A linear layer with weights in float32 or bfloat16, in the order in which oneDNN reads them: for CPUs.
+class ProductLinear(nn.Module):
+    """A linear layer whose matrix product is a function that takes inputs of this dtype and holds the weights."""
+
+    def __init__(self, product: Callable[[Tensor], Tensor], dtype: torch.dtype):
+        super().__init__()
+        self.product = product
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., inputs), float32. Returns (..., outputs), float32."""
+        return self.product(x.to(self.dtype)).float()
+
+
+def packed_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """Return the product with weights in the order in which oneDNN reads them: for CPUs, in float32 or bfloat16.
 
     On two cores a product with one token or a few takes half of the time.
     """
-
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
-        super().__init__()
-        self.dtype = dtype
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.to(dtype), 1)
-        self.bias = None if linear.bias is None else linear.bias.to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., inputs), float32. Returns (..., outputs), float32."""
-        product = torch.ops.mkldnn._linear_pointwise
-        return product(x.to(self.dtype), self.packed, self.bias, "none", [], "").float()
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+    product = torch.ops.mkldnn._linear_pointwise
+    return lambda x: product(x, packed, bias, "none", [], "")
 
 
-class Bfloat16Linear(nn.Module):
-    """A linear layer with weights in bfloat16, on any device."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = linear.weight.bfloat16()
-        self.bias = None if linear.bias is None else linear.bias.bfloat16()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., inputs), float32. Returns (..., outputs), float32."""
-        return F.linear(x.bfloat16(), self.weight, self.bias).float()
-
-
-class Int8Linear(nn.Module):
-    """A linear layer with weights in int8, one scale for each output; inputs are rounded to 8 bits as they come.
+def int8_product(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """Return the product with weights in int8, one scale for each output; inputs are rounded to 8 bits as they come.
 
     By PyTorch's own quantized products, which are for CPUs alone.
     """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.packed = torch.ops.quantized.linear_prepack(
-            quantize_rows(linear.weight), linear.bias
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., inputs), float32. Returns (..., outputs), float32."""
-        return torch.ops.quantized.linear_dynamic(x, self.packed)
+    rows = quantize_rows(linear.weight)
+    packed = torch.ops.quantized.linear_prepack(rows, linear.bias)
+    return lambda x: torch.ops.quantized.linear_dynamic(x, packed)
 
 
 def quantize_rows(weight: Tensor) -> Tensor:
@@ -143,36 +130,27 @@ class FusedSelfAttention(nn.Module):
         self.attention = attention
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         del attention.q_proj, attention.k_proj, attention.v_proj
-        weight = torch.cat([projection.weight for projection in projections])
-        has_bias = projections[0].bias is not None
-        self.qkv_proj = Linear(weight.shape[1], weight.shape[0], has_bias).requires_grad_(
-            False
-        )
-        self.qkv_proj.weight.data = weight
-        if has_bias:
-            self.qkv_proj.bias.data = torch.cat(
-                [projection.bias for projection in projections]
-            )
+        self.qkv_proj = projections[0]
+        for name, parameter in self.qkv_proj.named_parameters():  # weight, perhaps bias
+            rows = [projection.get_parameter(name) for projection in projections]
+            parameter.data = torch.cat(rows)
 
     def forward(
         self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None
     ) -> Tensor:
         """As SelfAttention.forward."""
-        n_head, n_kv_head = self.attention.n_head, self.attention.n_kv_head
-        heads = (
-            self.qkv_proj(x).unflatten(-1, (-1, self.attention.head_size)).transpose(1, 2)
-        )
+        attention = self.attention
+        n_head, n_kv_head = attention.n_head, attention.n_kv_head
+        heads = attention.split_heads(self.qkv_proj(x))
         qk, v = heads.split((n_head + n_kv_head, n_kv_head), dim=1)
-        if self.attention.qk_norm:
+        if attention.qk_norm:
             qk = F.rms_norm(qk, qk.shape[-1:])
         if inputs.rotary:
             qk = rotate(qk, inputs.rotary)
         q, k = qk.split((n_head, n_kv_head), dim=1)
         if state:
             k, v = state.append(k, v, *inputs.cached)
-        return self.attention.attend_and_project(
-            q, k, v, inputs.masks[self.attention.window]
-        )
+        return attention.attend_and_project(q, k, v, inputs.masks[attention.window])
 
 
 # --------------------------------------------------------------------------------------
@@ -234,16 +212,11 @@ class BlockDecoder:
 
     def __init__(self, block: PreNormBlock):
         attention = block.attn.attention
-        self.head_size = attention.head_size
-        self.n_head = attention.n_head
-        self.n_kv_head = attention.n_kv_head
-        self.qk_norm = attention.qk_norm
-        self.window = attention.window
+        self.attention = attention
         # RMS norm is x / |x| times this; the rotary tables are multiplied by it, once for all blocks
-        self.norm_scale = math.sqrt(self.head_size) if self.qk_norm else 1.0
-        self.root_of_eps = torch.tensor(
-            math.sqrt(torch.finfo(torch.float32).eps * self.head_size)
-        )
+        self.norm_scale = math.sqrt(attention.head_size) if attention.qk_norm else 1.0
+        eps = torch.finfo(torch.float32).eps * attention.head_size
+        self.root_of_eps = torch.tensor(math.sqrt(eps))
         self.attn_norm = block.attn_norm.forward
         self.qkv_proj = linear_function(block.attn.qkv_proj)
         self.add_o_proj = add_linear_function(attention.o_proj)
@@ -256,7 +229,6 @@ class BlockDecoder:
             # weights of the tokens before a token, the oldest first, and of the token itself
             weight = block.conv.GAIN * block.conv.weight.flip(0)
             self.conv_weight = F.pad(weight, (0, 0, 0, 1), value=1.0)
-            self.conv_size = len(self.conv_weight)
 
     def __call__(self, x: Tensor, inputs: BlockInputs, state: LayerState) -> Tensor:
         """x: (B, C). inputs.rotary: (1, 1, D) or (B, 1, D), times norm_scale. Returns (B, C)."""
@@ -270,19 +242,21 @@ class BlockDecoder:
 
     def add_attention(self, x: Tensor, inputs: BlockInputs, state: LayerState) -> Tensor:
         """x: (B, C). Returns (B, C)."""
-        n_head, n_kv_head, end = self.n_head, self.n_kv_head, inputs.cached[0]
-        heads = self.qkv_proj(self.attn_norm(x)).view(
-            -1, n_head + 2 * n_kv_head, self.head_size
-        )
+        attention = self.attention
+        n_head, n_kv_head, D = attention.n_head, attention.n_kv_head, attention.head_size
+        end, _ = inputs.cached
+        heads = self.qkv_proj(self.attn_norm(x)).view(-1, n_head + 2 * n_kv_head, D)
         qk = heads.narrow(1, 0, n_head + n_kv_head)  # (B, H, D)
         v = heads.narrow(1, n_head + n_kv_head, n_kv_head)
-        if self.qk_norm:  # as F.rms_norm, which on a CPU is three times as many operators
+        if (
+            attention.qk_norm
+        ):  # as F.rms_norm, which on a CPU is three times as many operators
             length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True)
             qk = qk / torch.hypot(length, self.root_of_eps)
         if inputs.rotary:
             cos, sin = inputs.rotary
-            qk = torch.addcmul(qk * cos, qk.roll(self.head_size // 2, -1), sin)
-        elif self.qk_norm:
+            qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
+        elif attention.qk_norm:
             qk = qk * self.norm_scale
         state.k.select(2, end - 1).copy_(qk.narrow(1, n_head, n_kv_head))
         state.v.select(2, end - 1).copy_(v)
@@ -290,7 +264,7 @@ class BlockDecoder:
             qk.narrow(1, 0, n_head).unsqueeze(2),
             state.k.narrow(2, 0, end),
             state.v.narrow(2, 0, end),
-            attn_mask=inputs.masks[self.window][0],
+            attn_mask=inputs.masks[attention.window][0],
             enable_gqa=n_head != n_kv_head,
         )
         return self.add_o_proj(x, y.flatten(1))
@@ -298,12 +272,9 @@ class BlockDecoder:
     def convolve(self, x: Tensor, state: LayerState) -> Tensor:
         """x: (B, C). Returns (B, C)."""
         text = torch.cat([state.last_inputs, x.unsqueeze(1)], dim=1)
-        n = text.shape[1]
-        if n < self.conv_size:
-            state.last_inputs = text
-            return (text * self.conv_weight[-n:]).sum(dim=1)
-        state.last_inputs = text.narrow(1, 1, n - 1)
-        return (text * self.conv_weight).sum(dim=1)
+        n = self.conv_weight.shape[0]
+        state.last_inputs = text[:, 1 - n :]
+        return (text * self.conv_weight[-text.shape[1] :]).sum(dim=1)
 
 
 def linear_function(linear: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -136,9 +136,8 @@ class Context:
         self.model = model
         self.exact = exact or not model.has_state
         self.tokens = idx  # (B, T)
-        self.padding = (
-            (idx < 0).sum(dim=1).tolist()
-        )  # of each text, columns before its context
+        # of each text, columns before its context
+        self.padding = (idx < 0).sum(dim=1).tolist()
         self.state = model.make_state(size=size) if cached and model.has_state else None
         self.restart(model.config.block_size)
 
@@ -152,9 +151,7 @@ class Context:
         if self.tokens.shape[1] > block_size:
             self.restart(block_size if self.exact else max(1, block_size // 2))
         if self.state:
-            T = self.tokens.shape[1]
-            new = self.tokens.narrow(1, self.read, T - self.read)
-            self.read = T
+            new = self.tokens[:, self.state.length :]
             if self.state.padding is not None:
                 new = new.clamp(min=0)  # no token attends to the padding
             return self.model.next_logits(new, self.state)
@@ -165,17 +162,18 @@ class Context:
 
     def restart(self, kept: int) -> None:
         """Keep the newest tokens of each text that has more than block_size, and forget what has been computed."""
-        T, block_size = self.tokens.shape[1], self.model.config.block_size
+        T = self.tokens.shape[1]
+        block_size = self.model.config.block_size
         padding = [T - kept if T - first > block_size else first for first in self.padding]
-        self.tokens = self.tokens[:, min(padding) :]
-        self.padding = [first - min(padding) for first in padding]
-        self.read = 0  # columns that the state has
+        dropped = min(padding)
+        self.tokens = self.tokens[:, dropped:]
+        self.padding = [first - dropped for first in padding]
+        for text, first in zip(self.tokens, self.padding, strict=True):
+            text[:first] = -1
         if self.state:
             self.state.clear()
-        if self.state and any(self.padding):
-            self.state.padding = torch.tensor(self.padding, device=self.tokens.device)
-            columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-            self.tokens = self.tokens.masked_fill(columns < self.state.padding[:, None], -1)
+            if any(self.padding):
+                self.state.padding = torch.tensor(self.padding, device=self.tokens.device)
 
     def select(self, rows: list[int]) -> None:
         """Keep these of the texts alone."""
@@ -206,32 +204,29 @@ class Sampler:
         self.filters = filters
         self.uniforms = None
         if filters.get("temperature") != 0:
-            dtype = (
-                torch.float32 if idx.is_mps else torch.float64
-            )  # which Apple's GPUs do not have
-            self.uniforms = uniform_numbers(seed, samples, max_new_tokens, dtype).to(
-                idx.device
-            )
+            dtype = torch.float32 if idx.is_mps else torch.float64  # Apple's GPUs lack it
+            numbers = uniform_numbers(seed, samples, max_new_tokens, dtype)
+            self.uniforms = numbers.to(idx.device)
         self.penalty = repetition_penalty
-        self.seen = None  # (B, V) bool: tokens in the text
+        self.seen = (
+            None  # (B, V + 1) bool: tokens in the text, and in the last column what is none
+        )
         if repetition_penalty != 1:
-            seen = torch.zeros(
-                len(idx), vocab_size + 1, dtype=torch.bool, device=idx.device
-            )
-            self.seen = seen.scatter(1, idx.where(idx >= 0, vocab_size), True)[:, :-1]
+            self.seen = idx.new_zeros(len(idx), vocab_size + 1, dtype=torch.bool)
+            self.seen.scatter_(1, idx.where(idx >= 0, vocab_size), True)
         self.step = 0
 
     def next_tokens(self, logits: Tensor) -> Tensor:
         """logits: (B, V). Returns (B, 1) token ids; V where the logits are not finite."""
         if self.seen is not None:
-            logits = penalize_repetition(logits, self.seen, self.penalty)
+            logits = penalize_repetition(logits, self.seen[:, :-1], self.penalty)
         if self.uniforms is None:
             tokens = greedy_tokens(logits)
         else:
             tokens = sample_tokens(logits, self.uniforms[self.step], **self.filters)
         self.step += 1
         if self.seen is not None:
-            self.seen.scatter_(1, tokens.clamp(max=logits.shape[-1] - 1), True)
+            self.seen.scatter_(1, tokens, True)
         return tokens
 
     def select(self, rows: list[int]) -> None:
@@ -272,25 +267,20 @@ def continue_texts(
         context.tokens, vocab_size, samples or rows, max_new_tokens, **sampling
     )
     for _ in range(max_new_tokens):
-        logits = context.next_logits().float()
-        if vocab_size < logits.shape[1]:
-            logits = logits[:, :vocab_size]
+        logits = context.next_logits().float()[:, :vocab_size]
         tokens = sampler.next_tokens(logits)
         context.append(tokens)
         ids = tokens.flatten().tolist()
         if max(ids) >= vocab_size:
             raise UserError("the model's logits are not finite: has its training diverged?")
         yield Step(rows, ids, logits)
-        if stopped or eot in ids:
-            going = [
-                i for i, row in enumerate(rows) if ids[i] != eot and row not in stopped
-            ]
-            if not going:
-                return
-            if len(going) < len(rows):
-                rows = [rows[i] for i in going]
-                context.select(going)
-                sampler.select(going)
+        going = [i for i, row in enumerate(rows) if ids[i] != eot and row not in stopped]
+        if not going:
+            return
+        if len(going) < len(rows):
+            rows = [rows[i] for i in going]
+            context.select(going)
+            sampler.select(going)
 
 
 def generate(
@@ -309,10 +299,9 @@ def generate(
     """
     context = Context(model, idx, idx.shape[1] + max_new_tokens, exact=exact, cached=cached)
     for step in continue_texts(context, max_new_tokens, tokenizer_vocab_size, **options):
-        tokens = [-1] * len(idx)
-        for row, token in zip(step.rows, step.ids, strict=True):
-            tokens[row] = token
-        yield idx.new_tensor(tokens)
+        tokens = idx.new_full((len(idx),), -1)
+        tokens[step.rows] = idx.new_tensor(step.ids)
+        yield tokens
 
 
 def bytes_per_text(config, size: int) -> int:

@@ -6,8 +6,8 @@ Shapes: B batch, H heads, T queries or new tokens, S keys or source length, D he
 import ctypes
 import os
 import re
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import sys
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import NamedTuple
 
@@ -35,15 +35,14 @@ class LayerState:
     """Keys and values of one block, in buffers that hold `size` tokens."""
 
     def __init__(self):
-        self.k = (
-            None  # (B, H, size, D), made when the first token shows shape, dtype and device
-        )
+        # (B, H, size, D), made when the first token shows shape, dtype and device
+        self.k = None
         self.v = None
-        self.cross_k = None  # (B, H, S, D), of the encoder's output
+        # (B, H, S, D), of the encoder's output
+        self.cross_k = None
         self.cross_v = None
-        self.last_inputs = (
-            None  # (B, up to n, C), of a convolution over n tokens before each
-        )
+        # (B, up to n, C), of a convolution over n tokens before each
+        self.last_inputs = None
 
     def append(self, k: Tensor, v: Tensor, end: int, size: int) -> tuple[Tensor, Tensor]:
         """k, v: (B, H, T, D), which go before position `end` of the buffers. Returns all up to it, (B, H, end, D)."""
@@ -55,24 +54,18 @@ class LayerState:
         self.v[:, :, end - T : end] = v
         return self.k[:, :, :end], self.v[:, :, :end]
 
-    def copy(self, first: int, end: int, size: int, rows: Tensor | None = None) -> None:
-        """Move what the buffers hold from `first` to `end` into new ones, of these rows of the batch; None: of all."""
-        if self.k is not None:
-            self.k = copied(self.k[:, :, first:end], size, rows)
-            self.v = copied(self.v[:, :, first:end], size, rows)
+    def copy(self, first: int, end: int, size: int, rows: Tensor | slice) -> None:
+        """Move what the buffers hold from `first` to `end` into new ones, of these rows of the batch."""
+        if self.k is None:
+            return
+        k = self.k[:, :, first:end][rows]
+        v = self.v[:, :, first:end][rows]
+        self.k = None
+        self.append(k, v, end - first, size)
 
 
-def copied(held: Tensor, size: int, rows: Tensor | None) -> Tensor:
-    """Return a buffer for `size` tokens that begins with these rows of held, (B, H, up to size, D)."""
-    held = select_rows(held, rows)
-    B, H, T, D = held.shape
-    buffer = held.new_empty(B, H, size, D)
-    buffer[:, :, :T] = held
-    return buffer
-
-
-def select_rows(x: Tensor | None, rows: Tensor | None) -> Tensor | None:
-    return x if x is None or rows is None else x[rows]
+def select_rows(x: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if x is None else x[rows]
 
 
 class DecoderState:
@@ -101,7 +94,7 @@ class DecoderState:
             kept = min(self.held, self.window - 1)
             self.size = max(2 * self.window, kept + T)
             for layer in self.layers:
-                layer.copy(self.held - kept, self.held, self.size)
+                layer.copy(self.held - kept, self.held, self.size, slice(None))
             self.held = kept
         self.held += T
         return self.held
@@ -191,73 +184,51 @@ class Rows(NamedTuple):
     total: int
 
 
-dropped_rows: Rows | None = None  # see rows_of_batch; None: all
-
-
-@contextmanager
-def rows_of_batch(rows: Rows) -> Iterator[None]:
-    """Within this, a batch is these rows of a larger one, and its dropout masks are these rows of the larger one's."""
-    global dropped_rows
-    dropped_rows = rows
-    try:
-        yield
-    finally:
-        dropped_rows = None
-
-
 class Dropout(nn.Module):
     """In training, each activation is zeroed with probability p and the others are scaled by 1 / (1 - p).
 
     No activation can be relied on alone, so that the network memorises less. Source: Srivastava et al. 2014, "Dropout:
     a simple way to prevent neural networks from overfitting".
+
+    rows: on a CPU, the mask is that of these rows of a batch that several processes share; None: of a batch of its own.
     """
+
+    rows: Rows | None = None
 
     def __init__(self, p: float):
         super().__init__()
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        return drop(x, self.p) if self.training else x
-
-
-def drop(x: Tensor, p: float) -> Tensor:
-    """x with each element zeroed with probability p and the others scaled by 1 / (1 - p).
-
-    On a CPU the random numbers take longest, so there each 64 random bits decide on four elements.
-    """
-    if not p or x.device.type != "cpu":
-        return F.dropout(x, p)
-    first, total = dropped_rows or (0, len(x))
-    row = x.numel() // len(x)  # elements
-    bits = torch.empty(total * row // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
-    bits = bits.view(torch.int16)[first * row : first * row + x.numel()].view(x.shape)
-    kept = bits >= min(round(2**16 * p), 2**16 - 1) - 2**15
-    return x * (kept.to(x.dtype) * (1 / (1 - p)))
+        if not self.training or not self.p or x.device.type != "cpu":
+            return F.dropout(x, self.p, self.training)
+        # the random numbers take longest, so each 64 random bits decide on four elements
+        first, total = self.rows or (0, len(x))
+        row = x.numel() // len(x)  # elements
+        bits = torch.empty(total * row // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+        bits = bits.view(torch.int16)[first * row : first * row + x.numel()].view(x.shape)
+        kept = bits >= min(round(2**16 * self.p), 2**16 - 1) - 2**15
+        return x * (kept.to(x.dtype) * (1 / (1 - self.p)))
 
 
 # --------------------------------------------------------------------------------------
 # Attention: its mask, and the way to compute it that is fastest on this device
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: Dropout) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v: the mean of the values, weighted by how well each key answers the query.
 
     q: (B, H, T, D); k, v: (B, H or fewer, S, D), inputs by groups of neighbouring queries where they are fewer.
-    Returns (B, H, T, D). Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
+    dropout: of the weights. Returns (B, H, T, D). Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1.
     """
     bias, is_causal = mask
     if bias is not None:
         bias = bias.to(q.dtype)
     grouped = q.shape[1] != k.shape[1]
-    if not prefers_explicit(q, k, dropout):
+    p = dropout.p if dropout.training else 0.0
+    if not prefers_explicit(q, k, p):
         return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=bias,
-            dropout_p=dropout,
-            is_causal=is_causal,
-            enable_gqa=grouped,
+            q, k, v, attn_mask=bias, dropout_p=p, is_causal=is_causal, enable_gqa=grouped
         )
     if grouped:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -266,19 +237,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) ->
         scores += scores.new_full(scores.shape[-2:], -torch.inf).triu(1)
     if bias is not None:
         scores += bias
-    return drop(scores.softmax(dim=-1), dropout) @ v
+    return dropout(scores.softmax(dim=-1)) @ v
 
 
-def prefers_explicit(q: Tensor, k: Tensor, dropout: float) -> bool:
+def prefers_explicit(q: Tensor, k: Tensor, p: float) -> bool:
     """Return whether the formula as it stands trains faster than SDPA.
 
     On a CPU the backward pass of SDPA in bfloat16 takes three times as long; but it does not keep all the scores. With
-    dropout it does, and draws its masks more slowly than drop() and for the rows of its own process alone.
+    dropout (p) it does, and draws its masks more slowly than Dropout and for the rows of its own process alone.
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return False
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    return dropout > 0 or (torch.is_autocast_enabled("cpu") and scores <= EXPLICIT_SCORES)
+    return p > 0 or (torch.is_autocast_enabled("cpu") and scores <= EXPLICIT_SCORES)
 
 
 def attention_mask(
@@ -386,18 +357,16 @@ PEAK_FLOPS = {
 
 def pick_device(name: str) -> torch.device:
     """auto: CUDA, else Apple's GPU, else the CPU. Raises UserError for a device that is not there."""
-    counts = {
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-        "cpu": 1,
-    }
-    usable = [kind for kind, count in counts.items() if count]
+    cards = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    available = ["cuda", *cards] if cards else []
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    available.append("cpu")
     if name == "auto":
-        return torch.device(usable[0])
-    kind, _, index = name.partition(":")
-    if kind not in usable or index not in ("", *map(str, range(counts[kind]))):
+        return torch.device(available[0])
+    if name not in available:
         raise UserError(
-            f"device={name} is not available; this machine and this torch have: {', '.join(usable)}; auto picks one"
+            f"device={name} is not available; this machine and this torch have: {', '.join(available)}; auto picks one"
         )
     return torch.device(name)
 
@@ -437,13 +406,11 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         # from pinned memory, which must be contiguous, the copy overlaps with the GPU's work
-        return {
-            name: value.contiguous().pin_memory().to(device, non_blocking=True)
-            for name, value in batch.items()
-        }
-    return {name: value.to(device) for name, value in batch.items()}
+        batch = {name: value.contiguous().pin_memory() for name, value in batch.items()}
+    return {name: value.to(device, non_blocking=on_gpu) for name, value in batch.items()}
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -464,29 +431,16 @@ def free_memory(device: torch.device) -> int:
     return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def keep_freed_memory() -> None:
-    """Ask glibc to keep freed blocks for the next step instead of giving them back to the system.
+def tune_malloc(sharded: bool) -> None:
+    """Set what glibc does with freed blocks of memory: it keeps them for the next step, or not if the model is sharded.
 
     Otherwise every large activation is mapped and cleared again in each step: a tenth of the time of a small model on a
-    CPU. With another C library nothing happens.
+    CPU. Of a sharded model, whole weights come and go, and the holes between what stays would take as much memory
+    again; so blocks of a megabyte and more go back to the system at once.
     """
-    set_malloc(
-        mmap_threshold=32 << 20, trim_threshold=2**31 - 1
-    )  # the most that glibc accepts
-
-
-def give_back_freed_memory() -> None:
-    """Ask glibc to give freed blocks of a megabyte and more back to the system at once.
-
-    Of a sharded model, whole weights come and go, and the holes between what stays would take as much memory again.
-    """
-    set_malloc(mmap_threshold=1 << 20, trim_threshold=1 << 20)
-
-
-def set_malloc(mmap_threshold: int, trim_threshold: int) -> None:
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
+    if sys.platform != "linux":
         return
-    mallopt(-3, mmap_threshold)  # as malloc.h numbers them
-    mallopt(-1, trim_threshold)
+    mallopt = ctypes.CDLL("libc.so.6").mallopt
+    # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, as malloc.h numbers them
+    mallopt(-3, 1 << 20 if sharded else 32 << 20)
+    mallopt(-1, 1 << 20 if sharded else 2**31 - 1)

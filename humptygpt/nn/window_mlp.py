@@ -15,7 +15,6 @@ class NumberEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, n_embd: int):
         super().__init__()
-        assert n_embd == 1, n_embd
         self.vocab_size = vocab_size
 
     def forward(self, idx: Tensor) -> Tensor:
@@ -42,9 +41,6 @@ class WindowMLP(nn.Module):
     def __init__(self, config):
         """config: a ModelConfig."""
         super().__init__()
-        assert config.vocab_size is not None, (
-            "the data set gives vocab_size before the model is built"
-        )
         self.config = config
         inputs = config.window * config.n_embd
         n_hidden = config.n_hidden or inputs

@@ -61,16 +61,18 @@ class LocalBatch(NamedTuple):
     tokens: int  # targets that count
     rows: layers.Rows | None  # None: all
 
-    def same_dropout(self, seed: int, device: torch.device) -> AbstractContextManager:
-        """Return a context in which dropout masks are those that one process draws for these rows.
+    def seed_dropout(self, seed: int, model: nn.Module, device: torch.device) -> None:
+        """Let the next dropout masks be those that one process draws for these rows.
 
         On a GPU, where no process can draw a part of a mask, the parts of a micro-batch have masks of their own.
         """
-        if self.rows is None or device.type == "cpu":
-            torch.manual_seed(random_key(seed, self.index))
-            return layers.rows_of_batch(self.rows) if self.rows else nullcontext()
-        torch.manual_seed(random_key(seed, self.index, self.rows.first))
-        return nullcontext()
+        key = [self.index]
+        if self.rows and device.type != "cpu":
+            key.append(self.rows.first)
+        torch.manual_seed(random_key(seed, *key))
+        for module in model.modules():
+            if isinstance(module, layers.Dropout):
+                module.rows = self.rows
 
 
 @dataclass(frozen=True)
