@@ -254,20 +254,16 @@ def setup(
 def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
     """Open data/<dataset>, which is prepared now if it is missing, or if its preparation was stopped."""
     folder = Path("data") / config.dataset
-    if not has_any(folder, "meta.json", "meta.pkl"):
+    names = {path.name for path in folder.glob("*")}
+    if not names & {"meta.json", "meta.pkl"}:
         import prepare_data  # here, since it is seldom needed
 
+        stopped = "preparing" in names and config.dataset in prepare_data.SOURCES
         # a train.bin alone is taken for nanoGPT's; a command is left of a folder of ours
-        begun = has_any(folder, "preparing", "train.bin", COMMAND)
-        stopped = has_any(folder, "preparing") and config.dataset in prepare_data.SOURCES
-        if stopped or not begun:
+        if stopped or not names & {"preparing", "train.bin", COMMAND}:
             keys = {"name": config.dataset}
             prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, keys))
     return open_prepared(folder, model_config, config.seed)
-
-
-def has_any(folder: Path, *names: str) -> bool:
-    return any(os.path.exists(folder / name) for name in names)
 
 
 def for_vocabulary(model_config: ModelConfig, dataset: Dataset) -> ModelConfig:
@@ -319,10 +315,10 @@ def compile_model(run: Run) -> nn.Module:
     """Compile the model and try it on two batches; where that fails, a note says why and the model itself trains."""
     print("compiling: this takes about a minute", flush=True)
     model = run.model
-    batches = [run.dataset.batch(index, run.config.batch_size) for index in range(2)]
     try:
-        net = run.processes.compile(model, dynamic=True if run.task.batches_vary else None)
-        for batch in batches:
+        net = run.processes.compile(model, dynamic=run.task.batches_vary or None)
+        for index in range(2):
+            batch = run.dataset.batch(index, run.config.batch_size)
             batch = to_device(batch, run.device)
             with autocast(run.device, run.dtype):
                 net(**batch)[1].backward()
@@ -331,7 +327,7 @@ def compile_model(run: Run) -> nn.Module:
                     net(**batch)
             model.train()
     except Exception as error:  # compilers fail in as many ways as there are machines
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = str(error).strip().partition("\n")[0]
         note(f"torch.compile fails here ({reason}); training uncompiled")
         for module in model.modules():
             vars(module).pop("forward", None)  # a compiled one
@@ -426,9 +422,7 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     processes = run.processes
     micro_batches = config.gradient_accumulation_steps
     first = it * micro_batches
-    parts = list(
-        processes.local_batches(run.batches, first, micro_batches, config.batch_size)
-    )
+    parts = [*processes.local_batches(run.batches, first, micro_batches, config.batch_size)]
     tokens = processes.sum(sum(part.tokens for part in parts))
     mean_loss = torch.zeros((), device=run.device)
     for part in parts:
@@ -502,8 +496,10 @@ def report(bar: tqdm, row: dict, run: Run) -> None:
     """Show the numbers in the bar on a terminal, and in a line elsewhere."""
     progress = run.progress
     norm = "inf" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
-    text = f"loss {row['train_loss']:.4f}, lr {row['lr']:.2e}, gradient norm {norm}"
-    text += f", {row['tokens_per_second']:,} tokens/s"
+    text = (
+        f"loss {row['train_loss']:.4f}, lr {row['lr']:.2e}, gradient norm {norm},"
+        f" {row['tokens_per_second']:,} tokens/s"
+    )
     if not bar.disable:
         bar.set_postfix_str(text)
         return

@@ -193,10 +193,6 @@ def least_activation_bytes(model: nn.Module, rows: int, dtype: torch.dtype) -> f
     tokens = rows * model.config.block_size
     if model.has_encoder:  # a token is in the source or in the target
         tokens /= 2
-    features = 0
-    for layer in model.modules():
-        if getattr(layer, "ends_branch", False):
-            features += layer.in_features
-        elif isinstance(layer, nn.Linear):
-            features += min(layer.in_features, layer.out_features)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    features = sum(min(layer.in_features, layer.out_features) for layer in layers)
     return tokens * (features * dtype.itemsize + FLOAT * model.config.vocab_size)

@@ -286,7 +286,7 @@ def freeze(model: nn.Module, names: str | None) -> None:
 
 
 def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Return {group: {name: parameter}}, every parameter that trains in exactly one group; no group is empty.
+    """Return {group: {name: parameter}}, every parameter that trains in exactly one group.
 
     A class that owns a matrix may name its group: hidden, in the blocks.
     """
@@ -301,7 +301,7 @@ def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
         if p.dim() > 1:
             group = getattr(owners[id(p)], "optimizer_group", "matrices")
         groups[group][name] = p
-    return {group: members for group, members in groups.items() if members}
+    return groups
 
 
 def make_optimizer(

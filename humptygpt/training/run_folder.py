@@ -149,13 +149,13 @@ def catch_signals() -> Iterator[list[int]]:
     caught = []
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    handlers = {
-        number: signal.signal(number, lambda number, frame: caught.append(number))
-        for number in STOPPING
-    }
     wakeup = signal.set_wakeup_fd(writer.fileno())
-    thread = threading.Thread(target=answer_signals, args=(reader,), daemon=True)
-    thread.start()
+    handlers = {}
+    for number in STOPPING:
+        handlers[number] = signal.signal(
+            number, lambda number, frame: caught.append(number)
+        )
+    threading.Thread(target=answer_signals, args=(reader,), daemon=True).start()
     try:
         yield caught
     finally:
@@ -163,26 +163,25 @@ def catch_signals() -> Iterator[list[int]]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         writer.close()
-        thread.join()
-        reader.close()
 
 
 def answer_signals(reader: socket.socket) -> None:
     """Report the first signal, and exit at the second one. reader: gives the number of each as a byte."""
     first = None
-    while received := reader.recv(1):
-        number = received[0]
-        if number not in STOPPING:
-            continue
-        if first is None:
-            first = time.monotonic()
-            name = signal.Signals(number).name
-            line = f"\n{name}: finishing this step, then saving; a second one ends at once, unsaved\n"
-            # the reader of our messages may have got it, too, and be gone
-            with suppress(OSError):
-                os.write(2, line.encode())
-        elif time.monotonic() - first > SAME_REQUEST:
-            os._exit(128 + number)
+    with reader:
+        while received := reader.recv(1):
+            number = received[0]
+            if number not in STOPPING:
+                continue
+            if first is None:
+                first = time.monotonic()
+                name = signal.Signals(number).name
+                line = f"\n{name}: finishing this step, then saving; a second one ends at once, unsaved\n"
+                # the reader of our messages may have got it, too, and be gone
+                with suppress(OSError):
+                    os.write(2, line.encode())
+            elif time.monotonic() - first > SAME_REQUEST:
+                os._exit(128 + number)
 
 
 # --------------------------------------------------------------------------------------
