@@ -367,7 +367,7 @@ def test_out_dir_may_be_nanogpts_but_its_training_is_not_resumed(folder, fails, 
     assert len(set(texts)) == 1 and len(texts[0]) == 13
     line = fails(train.main, "--init_from=resume", "--out_dir=nano/out")
     assert line.endswith(
-        "is a checkpoint of nanoGPT; train.py, sample.py and export.py start from it: --init_from=nano/out/ckpt.pt\n"
+        "is a checkpoint of nanoGPT; start from it by --init_from=nano/out/ckpt.pt\n"
     )
 
 

@@ -228,10 +228,7 @@ EDITS = [
         "model_config does not describe these weights",
         change("model_config", "n_layer", value=10**9),
     ),
-    (
-        "model_config does not describe these weights",
-        change("model_config", "n_embd", value=2**40),
-    ),
+    ("is damaged: ", change("model_config", "n_embd", value=2**40)),
     ("n_head=3", change("model_config", "n_head", value=3)),
     (
         "block_size=2147483648 must be at least 1 and at most",
@@ -356,7 +353,7 @@ def test_a_run_with_averaged_weights_is_read_without_them_and_a_note_says_so(
     saved["ema"] = {name: torch.zeros_like(p) for name, p in saved["model"].items()}
     torch.save(saved, OUT / "ckpt.pt")
     assert_same_weights(load_source(OUT / "ckpt.pt").model.state_dict(), saved["model"])
-    assert "taking its latest weights, not their average (EMA)" in capsys.readouterr().err
+    assert "latest weights, not their average (EMA)" in capsys.readouterr().err
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
     assert "ema" not in torch.load(OUT / "ckpt.pt")
 
@@ -364,9 +361,7 @@ def test_a_run_with_averaged_weights_is_read_without_them_and_a_note_says_so(
 def test_a_checkpoint_with_ngrams_is_refused(run_train):
     run_train()
     add_ngram_keys(OUT / "ckpt.pt", ngrams=3)
-    with pytest.raises(
-        UserError, match=r"ngrams=3, which was removed: .*; train a new model"
-    ):
+    with pytest.raises(UserError, match="ngrams=3 was removed; train a new model"):
         checkpoint.read(OUT / "ckpt.pt")
 
 

@@ -1,6 +1,5 @@
 """Cores and memory that a process may use, threads that give way, and allocations that fail."""
 
-import json
 import os
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import prepare_data
 import sample
 from humptygpt.core import limits
 from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError
 from humptygpt.data import encoding
 
 ROOT = Path(__file__).parent.parent
@@ -291,12 +289,3 @@ def test_a_full_disk_under_the_output_is_one_line(fails):
             print("text", file=file, flush=True)
 
     assert fails(main) == "cannot write the output: No space left on device\n"
-
-
-def test_under_torchrun_the_line_is_in_its_report(tmp_path, monkeypatch, fails):
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    line = fails(lambda argv: fail(UserError("no such data")))
-    assert (
-        json.loads((tmp_path / "error.json").read_text())["message"]["message"]
-        == f"script.py: {line}".rstrip()
-    )

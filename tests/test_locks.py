@@ -22,7 +22,6 @@ from conftest import (
     read_rows,
     started_processes,
 )
-from test_prepare_data import unreachable
 
 import compare
 import prepare_data
@@ -33,7 +32,6 @@ from humptygpt.core import files
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
 from humptygpt.core.files import Lock
-from humptygpt.data import sources as known_texts
 from humptygpt.generation.tasks import TASKS
 from humptygpt.training import run_folder
 
@@ -174,28 +172,6 @@ def test_a_second_preparation_of_a_name_is_refused_by_the_name_of_the_first_and_
         )
         assert snapshot(tiny) == before
         assert train.main(TINY_RUN) == 0
-
-
-@pytest.mark.parametrize(
-    "name, entry",
-    [
-        ("shakespeare_char", "tiny_shakespeare.txt"),
-        ("shakespeare_sp", "tiny_shakespeare.txt"),
-        ("translate_de_en", "multi30k"),
-    ],
-)
-def test_what_another_preparation_is_fetching_is_refused_and_no_other_text_is_taken(
-    fails, monkeypatch, name, entry
-):
-    monkeypatch.setattr(known_texts, "download", unreachable)
-    monkeypatch.setattr(known_texts, "package", unreachable)
-    with held(f"data/downloads/{entry}.lock") as process:
-        with pytest.raises(
-            UserError,
-            match=f"^data/downloads/{entry} {named(process)}wait until that has fetched it$",
-        ):
-            prepare_data.main([name])
-        assert not Path("data", name).exists()
 
 
 def test_on_a_disk_without_locks_there_is_a_note(tmp_path, monkeypatch, capsys):

