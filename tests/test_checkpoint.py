@@ -285,7 +285,7 @@ EDITS = [
             value=torch.quantize_per_tensor(WTE, 1.0, 0, torch.qint8),
         ),
     ),
-    ("too large", change("progress", "seconds", value=10**400)),
+    ("progress.seconds must be a number", change("progress", "seconds", value=10**400)),
     ("progress.x is unknown", change("progress", "x", value=3)),
     (
         "device must have no control characters",

@@ -353,40 +353,36 @@ def complaints(*argv: str, **settings) -> list[str]:
     return [Path(f"stderr{rank}").read_text() for rank in range(2)]
 
 
-def test_mistakes_are_one_line(tiny, monkeypatch):
-    monkeypatch.setattr(distributed, "PATIENCE", 0)
-    for argv, complaint in {
-        "--batch_size=3": "batch_size=3 cannot be divided evenly over 2 processes; take gradient_accumulation_steps=2",
-        "--backend=nccl": "with backend=nccl do not train on cpu; take --device=cpu --backend=gloo",
-    }.items():
-        found = complaints(argv)
-        assert complaint in found[0] and found[0].count("\n") == 1
-    found = complaints(differ={1: ["--learning_rate=0.5"]})
-    assert (
-        "has learning_rate=0.5, but process 0 on" in found[0] and found[0].count("\n") == 1
-    )
-    assert not Path("out").exists()
-
-
 def with_other_data(argv: list[str]) -> int:
     """Train, in process 1 on a text that has been changed."""
     if os.environ["RANK"] == "1":
         identity = TokenDataset.identity
-        TokenDataset.identity = lambda self: identity(self) | {"train": "another checksum"}
+        TokenDataset.identity = lambda self: identity(self) | {"checksums_sha256": "other"}
     return train.main(argv)
 
 
-def test_a_process_with_other_data_is_named(tiny, monkeypatch):
+@pytest.mark.parametrize(
+    "argv, settings, complaint",
+    [
+        (
+            ["--batch_size=3"],
+            {},
+            "batch_size=3 cannot be divided evenly over 2 processes; take gradient_accumulation_steps=2",
+        ),
+        (["--backend=nccl"], {}, "do not train on cpu; take --device=cpu --backend=gloo"),
+        (
+            [],
+            {"differ": {1: ["--learning_rate=0.5"]}},
+            "has learning_rate=0.5, but process 0",
+        ),
+        ([], {"main": with_other_data}, "has checksums_sha256=other, but process 0 on"),
+    ],
+)
+def test_a_mistake_is_one_line(tiny, monkeypatch, argv, settings, complaint):
     monkeypatch.setattr(distributed, "PATIENCE", 0)
-    found = complaints(main=with_other_data)
-    assert (
-        "process 1 on" in found[0]
-        and "has train=another checksum, but process 0" in found[0]
-    )
-    assert (
-        "start all with the same command, on the same data" in found[0]
-        and found[0].count("\n") == 1
-    )
+    line = complaints(*argv, **settings)[0]
+    assert complaint in line and line.count("\n") == 1
+    assert not Path("out").exists()
 
 
 def on_two_machines(argv: list[str], disks: int) -> int:

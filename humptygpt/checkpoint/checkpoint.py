@@ -257,8 +257,8 @@ def check_content(saved: dict, device: str) -> None:
     progress = saved["progress"]
     if unknown := progress.keys() - PROGRESS.keys():
         raise ValueError(f"progress.{min(unknown)} is unknown")
-    numbers = (progress["seconds"], progress["best_val_loss"], *progress["losses"])
-    seconds, best_val_loss, *_ = map(float, numbers)
+    seconds = progress["seconds"]
+    best_val_loss = progress["best_val_loss"]
     if not (0 <= seconds < 1e9 and best_val_loss >= 0):
         raise ValueError(
             f"progress has seconds={seconds} and best_val_loss={best_val_loss}"

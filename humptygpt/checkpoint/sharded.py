@@ -15,7 +15,6 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path, PurePath
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -133,18 +132,12 @@ class Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class Folder(NamedTuple):
-    path: Path
-    entries: dict  # what is no tensor
-    metadata: Metadata
-
-
 class Reader(dcp.FileSystemReader):
     """torch's own would read .metadata by a pickle that runs code."""
 
-    def __init__(self, folder: Folder):
-        super().__init__(folder.path)
-        self.metadata = folder.metadata
+    def __init__(self, path: Path, metadata: Metadata):
+        super().__init__(path)
+        self.metadata = metadata
 
     def read_metadata(self, *args: object, **settings: object) -> Metadata:
         return self.metadata
@@ -155,24 +148,24 @@ def read(path: Path, with_tensors: bool = True) -> dict:
 
     Raises UserError where a file is missing, damaged, or would run code.
     """
-    folder = open_folder(path)
+    entries, reader = open_folder(path)
     if with_tensors:
-        check_shards(path, list(folder.metadata.storage_data.values()))
+        check_shards(path, list(reader.metadata.storage_data.values()))
     with refuse_damaged(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is one process, as no_dist says
         device = "cpu" if with_tensors else "meta"
         tensors = {}
-        for name, entry in folder.metadata.state_dict_metadata.items():
+        for name, entry in reader.metadata.state_dict_metadata.items():
             # zeros, since rows that no file has stay what they are
             tensors[name] = torch.zeros(
                 entry.size, dtype=entry.properties.dtype, device=device
             )
         if with_tensors:
             try:
-                dcp.load(tensors, storage_reader=Reader(folder), no_dist=True)
+                dcp.load(tensors, storage_reader=reader, no_dist=True)
             except CheckpointException as error:  # no Exception
                 raise ValueError("its shards are not those of its metadata") from error
-        return nested(folder.entries, tensors)
+        return nested(entries, tensors)
 
 
 def load(path: Path, entries: dict) -> None:
@@ -180,8 +173,8 @@ def load(path: Path, entries: dict) -> None:
 
     All ranks have to call this. Raises UserError, in all of them, where one finds a damaged file.
     """
-    folder = open_folder(path)
-    infos = list(folder.metadata.storage_data.values())
+    plain, reader = open_folder(path)
+    infos = list(reader.metadata.storage_data.values())
     problem = None
     try:
         check_shards(path, infos[dist.get_rank() :: dist.get_world_size()])
@@ -191,7 +184,7 @@ def load(path: Path, entries: dict) -> None:
     dist.all_gather_object(problems, problem)
     for problem in filter(None, problems):
         raise UserError(problem)
-    dcp.load(flat(entries, folder.entries["tied"]), storage_reader=Reader(folder))
+    dcp.load(flat(entries, plain["tied"]), storage_reader=reader)
 
 
 def nested(plain: dict, tensors: dict[str, Tensor]) -> dict:
@@ -210,8 +203,8 @@ def nested(plain: dict, tensors: dict[str, Tensor]) -> dict:
     return entries
 
 
-def open_folder(path: Path) -> Folder:
-    """Read a checkpoint but for its tensors. Raises UserError."""
+def open_folder(path: Path) -> tuple[dict, Reader]:
+    """Return a checkpoint's entries but for its tensors, and what reads those. Raises UserError."""
     for name in (ENTRIES, SHARDED):
         check_there(path / name)
     with refuse_damaged(path):
@@ -221,7 +214,7 @@ def open_folder(path: Path) -> Folder:
             raise ValueError(f"{SHARDED} has another checksum")
         metadata = Unpickler(io.BytesIO((path / SHARDED).read_bytes())).load()
         check_files(metadata)
-    return Folder(path, entries, metadata)
+    return entries, Reader(path, metadata)
 
 
 def check_there(file: Path) -> None:

@@ -370,7 +370,7 @@ KINDS = {
 
 
 def parse_json(text: str | bytes, schema: object) -> dict:
-    """The content of a JSON file, which fits the schema. Raises ValueError, in one line, where it does not."""
+    """Return the content of a JSON file, which fits the schema. Raises ValueError, in one line, where it does not."""
     try:
         content = json.loads(text)
     except RecursionError as error:
@@ -383,7 +383,7 @@ def check_schema(value: object, schema: object, name: str = "") -> None:
     """Raise ValueError, which names the entry, unless value fits schema.
 
     A schema is
-        a type               the value's own; an integer is a float, too, but a boolean is no integer
+        a type               the value's own; an integer of 64 bits is a float, too, but a boolean is no integer
         None                 None
         {"a", "b"}           one of these strings
         range(1, 10)         an integer in the range
@@ -424,7 +424,8 @@ def is_kind(value: object, schema: object) -> bool:
     if isinstance(schema, set | range):
         return type(value) is (str if isinstance(schema, set) else int) and value in schema
     kind = schema if isinstance(schema, type) else type(schema)  # type(None) for None
-    return type(value) is kind or (kind is float and type(value) is int)
+    whole_number = type(value) is int and abs(value) < 2**63
+    return type(value) is kind or (kind is float and whole_number)
 
 
 def describe(schema: object) -> str:

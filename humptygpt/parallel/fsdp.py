@@ -50,14 +50,13 @@ class ShardedProcesses(Processes):
 
         Weights are gathered in float32, since autocast converts them, as for one process.
         """
-        on_meta = next(model.parameters()).is_meta  # the weights are read later
-        if not on_meta:
+        if not next(model.parameters()).is_meta:  # else the weights are read later
             for tensor in model.state_dict().values():
                 dist.broadcast(tensor, 0)  # other hardware might have drawn other ones
         for module in (*blocks(model), model):
             fully_shard(module, mesh=self.mesh)
             module.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
-        for module in model.modules() if on_meta else ():
+        for module in model.modules():
             if any(p.is_meta for p in module.parameters(recurse=False)):
                 module.to_empty(device=self.device, recurse=False)
         model.to(self.device)  # tables of positions

@@ -241,11 +241,11 @@ class Processes:
             dist.all_gather_object(ranks, (socket.gethostname(), settings))
         first_host, expected = ranks[0]
         for rank, (host, actual) in enumerate(ranks):
-            for key in sorted(expected.keys() | actual.keys()):
-                if actual.get(key) != expected.get(key):
+            for key, value in expected.items():
+                if actual.get(key) != value:
                     raise UserError(
                         f"process {rank} on {host} has {key}={actual.get(key)}, but process 0 on {first_host} has"
-                        f" {key}={expected.get(key)}; start all with the same command, on the same data"
+                        f" {key}={value}; start all with the same command, on the same data"
                     )
 
     def end(self) -> None:
