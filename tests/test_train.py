@@ -1,6 +1,5 @@
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -9,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,10 +31,17 @@ from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/run")
+RESUME = ["--init_from=resume", "--out_dir=out/run"]
 
 
 def weights(name: str = "ckpt.pt") -> dict[str, torch.Tensor]:
     return checkpoint.read(OUT / name)["model"]
+
+
+def resume(*argv: str) -> list[dict]:
+    """Resume the run and return its rows of metrics."""
+    assert train.main([*RESUME, *argv]) == 0
+    return read_rows(OUT)
 
 
 def train_losses(rows: list[dict]) -> list[float]:
@@ -199,32 +207,13 @@ def test_evaluation_goes_without_dropout(tiny, capsys):
     assert len(set(losses)) == 1
 
 
-def test_each_batch_has_a_dropout_mask_of_its_own(tiny):
-    train.main(
-        [
-            *TINY_RUN,
-            "--dropout=0.5",
-            "--learning_rate=1e-30",
-            "--weight_decay=0",
-            "--max_iters=3",
-        ]
-    )
-    one_block = make_text(17 * 10 // 9 + 2)
-    (tiny / "input.txt").write_text(
-        one_block
-    )  # a text of one block, whose every batch is the same but for dropout
+def test_each_batch_has_a_dropout_mask_of_its_own(tiny, run_train):
+    # a text of one block, whose every batch is the same but for dropout
+    (tiny / "input.txt").write_text(make_text(17 * 10 // 9 + 2))
     prepare_data.main(["tiny"])
-    train.main(
-        [
-            *TINY_RUN,
-            "--dropout=0.5",
-            "--learning_rate=1e-30",
-            "--weight_decay=0",
-            "--max_iters=4",
-            "--eval_interval=9",
-        ]
-    )
-    assert len(set(train_losses(read_rows(OUT)))) == 4
+    still = ["--learning_rate=1e-30", "--weight_decay=0"]
+    rows = run_train("--dropout=0.5", *still, "--max_iters=4", "--eval_interval=9")
+    assert len(set(train_losses(rows))) == 4
 
 
 def test_the_gradient_is_clipped_and_its_norm_is_logged_as_it_was_before(
@@ -373,63 +362,45 @@ def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(
         in capsys.readouterr().err
     )
     monkeypatch.setattr(train, "train_step", step)
-    assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
-    assert read_rows(OUT) == rows
+    assert resume() == rows
     assert_same_weights(weights(), whole)
     assert_same_weights(weights("best.pt"), best)
 
 
-def test_a_signalled_program_exits_with_the_signals_code(tiny):
-    command = [
-        sys.executable,
-        "-u",
-        ROOT / "train.py",
-        *TINY_RUN,
-        "--max_iters=100000",
-        "--eval_interval=100000",
-    ]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+@contextmanager
+def started_run(stderr: int) -> Iterator[subprocess.Popen]:
+    """A run of train.py that would take long and has done two steps."""
+    command = [sys.executable, "-u", ROOT / "train.py", *TINY_RUN]
+    command += ["--max_iters=100000", "--eval_interval=100000"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
         while not process.stdout.readline().startswith("iter 2/"):
             pass
+        yield process
+
+
+def test_a_signalled_program_exits_with_the_signals_code(tiny):
+    with started_run(subprocess.PIPE) as process:
         process.send_signal(signal.SIGTERM)
         process.stdout.read()
-        assert (
-            f"; resume: python {ROOT / 'train.py'} --init_from=resume"
-            in process.stderr.read()
-        )
+        resume = f"; resume: python {ROOT / 'train.py'} --init_from=resume"
+        assert resume in process.stderr.read()
     assert process.returncode == 143
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
 def test_ctrl_c_saves_even_where_it_has_ended_the_reader_of_our_messages(tiny):
-    command = [
-        sys.executable,
-        "-u",
-        ROOT / "train.py",
-        *TINY_RUN,
-        "--max_iters=100000",
-        "--eval_interval=100000",
-    ]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        while not process.stdout.readline().startswith("iter 2/"):
-            pass
+    with started_run(subprocess.STDOUT) as process:
         process.stdout.close()
         process.send_signal(signal.SIGINT)
-        process.wait()
     assert checkpoint.read(OUT / "ckpt.pt")["progress"]["iter"] >= 2
 
 
 def quiet_train(*argv: str) -> None:
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115, open as long as the process
     torch.set_num_threads(1)
-    run_folder.draw_losses, evaluation.sample_text = (
-        lambda *args: None,
-        lambda *args: "",
-    )  # as in short_ending
+    run_folder.draw_losses = lambda *args: None  # as in short_ending
+    evaluation.sample_text = lambda *args: ""
     sys.exit(train.main([*TINY_RUN, *DROPOUT_RUN, "--max_iters=40", *argv]))
 
 
@@ -458,43 +429,38 @@ def processes():
     return started_processes("test_train")
 
 
-def assert_resumes_to(
-    processes, rows: list[dict], whole: dict, dead: multiprocessing.Process
-) -> None:
-    assert dead.exitcode == -signal.SIGKILL
-    resume = ["--init_from=resume"] if (OUT / "ckpt.pt").exists() else []
-    process = processes.Process(target=quiet_train, args=resume)
+def end_of(processes, target: Callable, *args) -> int:
+    """Run a function in a process and return its exit code."""
+    process = processes.Process(target=target, args=args)
     process.start()
     process.join()
-    assert process.exitcode == 0
+    return process.exitcode
+
+
+def assert_resumes_to(processes, rows: list[dict], whole: dict) -> None:
+    keys = ["--init_from=resume"] if (OUT / "ckpt.pt").exists() else []
+    assert end_of(processes, quiet_train, *keys) == 0
     assert read_rows(OUT) == rows
     assert_same_weights(weights(), whole)
 
 
 @pytest.fixture
 def uninterrupted(tiny, processes):
-    process = processes.Process(target=quiet_train)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    assert end_of(processes, quiet_train) == 0
     return read_rows(OUT), weights()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_killed_at_any_moment_of_saving_a_run_resumes_exactly(uninterrupted, processes):
     for call in range(8, 32, 3):
-        process = processes.Process(target=die_at, args=(call,))
-        process.start()
-        process.join()
-        assert_resumes_to(processes, *uninterrupted, process)
+        assert end_of(processes, die_at, call) == -signal.SIGKILL
+        assert_resumes_to(processes, *uninterrupted)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_killed_at_random_moments_a_run_resumes_exactly(uninterrupted, processes):
     began = time.perf_counter()
-    process = processes.Process(target=quiet_train)
-    process.start()
-    process.join()
+    end_of(processes, quiet_train)
     whole_run = time.perf_counter() - began
     draw, killed = random.Random(0), 0
     while killed < 12:
@@ -505,12 +471,12 @@ def test_killed_at_random_moments_a_run_resumes_exactly(uninterrupted, processes
         process.join()
         if process.exitcode == -signal.SIGKILL:  # otherwise it had finished
             killed += 1
-            assert_resumes_to(processes, *uninterrupted, process)
+            assert_resumes_to(processes, *uninterrupted)
 
 
 def test_a_finished_run_continues_when_max_iters_is_raised(run_train):
     run_train("--decay_lr=False")
-    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=9"]) == 0
+    resume("--max_iters=9")
     longer, longer_weights = read_rows(OUT), weights()
     at_once = run_train("--decay_lr=False", "--max_iters=9")
     assert longer == at_once
@@ -520,14 +486,14 @@ def test_a_finished_run_continues_when_max_iters_is_raised(run_train):
 def test_settings_of_the_checkpoint_hold_unless_changed(run_train):
     run_train("--learning_rate=0.01", "--weight_decay=0.5", "--beta1=0.8")
     changes = ["--max_iters=8", "--weight_decay=0.25", "--beta2=0.5", "--dropout=0.1"]
-    assert train.main(["--init_from=resume", "--out_dir=out/run", *changes]) == 0
+    resume(*changes)
     settings = json.loads((OUT / "config.json").read_text())
     assert (settings["learning_rate"], settings["weight_decay"], settings["dropout"]) == (
         0.01,
         0.25,
         0.1,
     )
-    resumed = train.setup(*read_settings(["--init_from=resume", "--out_dir=out/run"]))
+    resumed = train.setup(*read_settings(RESUME))
     groups = resumed.optimizer.param_groups
     assert [group["weight_decay"] for group in groups] == [
         0.25,
@@ -544,7 +510,7 @@ FIXED += ("batch_size=2", "seed=2", "optimizer=muon")
 @pytest.mark.parametrize("change", FIXED)
 def test_what_may_not_change_on_resume_is_refused(run_train, fails, change):
     run_train()
-    line = fails(train.main, "--init_from=resume", "--out_dir=out/run", f"--{change}")
+    line = fails(train.main, *RESUME, f"--{change}")
     assert (
         f"{change} cannot change on resume: the checkpoint has {change.partition('=')[0]}="
         in line
@@ -561,20 +527,13 @@ def test_a_checkpoint_from_before_a_key_existed_is_resumed_and_sampled(
             del saved["model_config"][key]
         checkpoint.save(OUT / name, saved)
     sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5"])
-    assert "window=4 cannot change on resume" in fails(
-        train.main, "--init_from=resume", "--out_dir=out/run", "--window=4"
-    )
-    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
+    assert "window=4 cannot change on resume" in fails(train.main, *RESUME, "--window=4")
+    resume("--max_iters=8")
 
 
 def test_new_settings_are_checked_together_with_those_of_the_checkpoint(run_train):
     run_train("--learning_rate=0.01")
-    assert (
-        train.main(
-            ["--init_from=resume", "--out_dir=out/run", "--max_iters=7", "--min_lr=0.005"]
-        )
-        == 0
-    )
+    resume("--max_iters=7", "--min_lr=0.005")
 
 
 def test_resuming_a_copied_folder_leaves_the_original_alone(run_train):
@@ -593,7 +552,7 @@ def test_resuming_a_copied_folder_leaves_the_original_alone(run_train):
 @pytest.mark.parametrize("keys", [[], ["--max_iters=5"]])
 def test_a_run_that_has_no_step_left_says_so(run_train, capsys, keys):
     run_train()
-    assert train.main(["--init_from=resume", "--out_dir=out/run", *keys]) == 0
+    resume(*keys)
     assert "note: all 6 steps are done; for more: --max_iters=N" in capsys.readouterr().err
 
 
@@ -602,17 +561,7 @@ def test_the_best_loss_starts_over_when_the_evaluation_set_changes(
 ):
     evaluations(monkeypatch, 1.0, 1.0, 2.0)
     run_train()
-    assert (
-        train.main(
-            [
-                "--init_from=resume",
-                "--out_dir=out/run",
-                "--max_iters=9",
-                "--eval_iters=None",
-            ]
-        )
-        == 0
-    )
+    resume("--max_iters=9", "--eval_iters=None")
     assert capsys.readouterr().out.splitlines()[-1] == "best val loss 2.0000 at iter 9"
 
 
@@ -632,7 +581,7 @@ def test_two_signals_within_a_second_are_one_request(run_train, monkeypatch):
 def test_a_model_without_its_training_state_cannot_be_resumed(run_train, fails):
     run_train()
     (OUT / "best.pt").replace(OUT / "ckpt.pt")
-    line = fails(train.main, "--init_from=resume", "--out_dir=out/run")
+    line = fails(train.main, *RESUME)
     assert (
         "out/run/ckpt.pt holds a model but not the state of its training; is it a copy of best.pt?"
         in line
@@ -643,14 +592,13 @@ def test_a_run_that_stopped_early_stays_stopped_when_resumed(run_train, monkeypa
     evaluations(monkeypatch, 2.0, 3.0)
     rows = run_train("--early_stopping=1", "--max_iters=60")
     assert rows[-1]["iter"] == 6
-    assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
-    assert read_rows(OUT) == rows
+    assert resume() == rows
 
 
 def test_the_same_text_from_another_path_can_be_resumed(run_train, folder):
     run_train()
     prepare_data.main([f"--input={folder / 'tiny.txt'}", "--name=tiny"])
-    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=7"]) == 0
+    resume("--max_iters=7")
 
 
 def test_a_run_that_moves_to_a_card_that_needs_a_scaler_gets_a_new_one(
@@ -661,7 +609,7 @@ def test_a_run_that_moves_to_a_card_that_needs_a_scaler_gets_a_new_one(
     monkeypatch.setattr(
         torch.amp, "GradScaler", lambda device, enabled: scaler("cpu", init_scale=8.0)
     )
-    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=7"]) == 0
+    resume("--max_iters=7")
     assert checkpoint.read(OUT / "ckpt.pt")["scaler"]["scale"] == 8.0
 
 
@@ -669,12 +617,7 @@ def test_a_run_resumes_on_data_that_was_moved_aside(run_train, tiny, fails):
     straight = run_train("--max_iters=9", "--lr_decay_iters=9")
     run_train("--lr_decay_iters=9")
     prepare_data.main(["--input=tiny.txt", "--name=tiny", "--tokenizer=byte"])
-    resume = [
-        "--init_from=resume",
-        "--out_dir=out/run",
-        "--max_iters=9",
-        "--lr_decay_iters=9",
-    ]
+    resume = [*RESUME, "--max_iters=9", "--lr_decay_iters=9"]
     assert "moved aside, add --dataset=tiny/previous-1;" in fails(train.main, *resume)
     assert train.main([*resume, "--dataset=tiny/previous-1"]) == 0
     assert read_rows(OUT) == straight
@@ -687,7 +630,7 @@ def test_where_the_data_is_gone_the_command_that_makes_it_again_is_named(
     command = json.loads((tiny / "meta.json").read_text())["command"]
     prepare_data.main(["--input=tiny.txt", "--name=tiny", "--tokenizer=byte"])
     shutil.rmtree(tiny / "previous-1")
-    line = fails(train.main, "--init_from=resume", "--out_dir=out/run")
+    line = fails(train.main, *RESUME)
     assert line.endswith(f"; to make it again: {command}\n")
     saved = checkpoint.read(OUT / "ckpt.pt")
     for other in (
@@ -700,9 +643,7 @@ def test_where_the_data_is_gone_the_command_that_makes_it_again_is_named(
             {"command": other} if other else {}
         )
         checkpoint.save(OUT / "ckpt.pt", saved)
-        assert fails(train.main, "--init_from=resume", "--out_dir=out/run").endswith(
-            "/previous-1\n"
-        )
+        assert fails(train.main, *RESUME).endswith("/previous-1\n")
 
 
 # --------------------------------------------------------------------------------------
@@ -714,13 +655,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
 ):
     run_train()
     good = weights()
-    argv = [
-        "--init_from=resume",
-        "--out_dir=out/run",
-        "--max_iters=30",
-        "--learning_rate=1e20",
-        "--decay_lr=False",
-    ]
+    argv = [*RESUME, "--max_iters=30", "--learning_rate=1e20", "--decay_lr=False"]
     assert train.main([*argv, "--log_interval=10", "--eval_interval=30"]) == 1
     complaint = capsys.readouterr().err
     assert re.search(
@@ -816,10 +751,13 @@ def test_the_default_warmup_is_fitted_to_a_short_run_and_a_chosen_one_is_not(tin
         assert config.warmup_iters == 100 and not capsys.readouterr().err
     argv = [key for key in TINY_RUN if "warmup" not in key]
     train.main(argv)
-    resumed, *_ = read_settings(
-        ["--init_from=resume", "--out_dir=out/run", "--max_iters=300"]
-    )
+    resumed, *_ = read_settings([*RESUME, "--max_iters=300"])
     assert resumed.warmup_iters == 0  # as it was
+
+
+def keys_without_effect(**settings) -> dict[str, str]:
+    settings = asdict(TrainConfig()) | asdict(models.ModelConfig(**settings))
+    return configurator.without_effect(settings, models.ModelConfig, TrainConfig)
 
 
 def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect():
@@ -840,35 +778,32 @@ def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect
         "n_hidden": 5,
         "window": 3,
         "vocab_size": 12,
-    }
-    other |= {
         "dropout": 0.5,
         "bias": True,
         "tie_weights": False,
         "position": "rotary",
         "rope_base": 5.0,
-    }
-    other |= {
         "rope_factor": 2.0,
         "rope_low_freq_factor": 0.5,
         "rope_high_freq_factor": 5.0,
-        "norm": "none",
-    }
-    other |= {
         "rope_original_context": 9,
+        "norm": "none",
         "block": "plain",
         "mlp": "gated",
         "activation": "relu",
         "qk_norm": True,
-    }
-    other |= {
         "embed_norm": True,
         "logit_soft_cap": 0.1,
         "init": "zero",
         "label_smoothing": 0.2,
+        "mlp_conv": 2,
+        "attn_bias": True,
+        "mlp_bias": True,
+        "head_size": 6,
+        "norm_eps": 0.5,
+        "lora_alpha": 3.0,
+        "lora_targets": "up_proj",
     }
-    other |= {"mlp_conv": 2, "attn_bias": True, "mlp_bias": True}
-    other |= {"head_size": 6, "norm_eps": 0.5, "lora_alpha": 3.0, "lora_targets": "up_proj"}
 
     def computed(**keys) -> torch.Tensor:
         torch.manual_seed(0)
@@ -878,11 +813,7 @@ def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect
         logits, loss = model(torch.arange(8)[None], torch.arange(1, 9)[None])
         return torch.cat([logits.flatten(), loss[None]])
 
-    idle = configurator.without_effect(
-        asdict(TrainConfig()) | asdict(models.ModelConfig(**base)),
-        models.ModelConfig,
-        TrainConfig,
-    )
+    idle = keys_without_effect(**base)
     assert (
         other.keys() | {"model", "block_size", "embedding", "lora_rank"}
         == asdict(models.ModelConfig()).keys()
@@ -928,11 +859,7 @@ def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect
     ids=str,
 )
 def test_whether_a_key_has_an_effect_depends_on_the_others(settings, idle):
-    found = configurator.without_effect(
-        asdict(TrainConfig()) | asdict(models.ModelConfig(**settings)),
-        models.ModelConfig,
-        TrainConfig,
-    )
+    found = keys_without_effect(**settings)
     watched = ("activation", "embed_norm", "mlp", "rope_factor", "rope_original_context")
     assert {key: why for key, why in found.items() if key in watched} == idle
 
@@ -972,7 +899,7 @@ def test_the_window_network_trains_resumes_and_samples(
         "--learning_rate=1e-2",
     ]
     run_train(*checkpoint_at_30, "--eval_interval=30")
-    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=60"]) == 0
+    resume("--max_iters=60")
     assert_same_weights(weights(), weights_then)
     capsys.readouterr()
     sample.main(
@@ -1025,7 +952,7 @@ def test_a_new_variant_is_one_line_in_one_dictionary(
     monkeypatch.setitem(variants, "mine", variant)
     assert train_losses(run_train(f"--{key}=mine")) != train_losses(run_train())
     run_train(f"--{key}=mine")
-    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
+    resume("--max_iters=8")
     sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=20"])
 
 
