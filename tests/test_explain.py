@@ -349,12 +349,12 @@ def expected_trace(
     if model.config.model == "window_mlp":
         return found | window_values(recorder)
     if source is not None:
-        found |= {"source.idx": torch.tensor(source)} | embedding_values(
-            recorder, 0, "source."
-        )
+        found |= {"source.idx": torch.tensor(source)}
+        found["source.wte"] = recorder.outputs["wte"][0]
         found |= stack_values(recorder, "encoder", "source.encoder")
-    found |= embedding_values(recorder, -1, "")
-    return found | stack_values(recorder, *["stack" if source is None else "decoder"] * 2)
+    found["wte"] = recorder.outputs["wte"][-1]
+    stack = "stack" if source is None else "decoder"
+    return found | stack_values(recorder, stack, stack)
 
 
 def window_values(recorder: Recorder) -> dict:
@@ -366,10 +366,6 @@ def window_values(recorder: Recorder) -> dict:
             "lm_head" if i + 1 == model.config.n_layer else f"layers.{i + 1}"
         ][0]
     return found
-
-
-def embedding_values(recorder: Recorder, which: int, prefix: str) -> dict:
-    return {f"{prefix}wte": recorder.outputs["wte"][which]}
 
 
 def norm_values(recorder: Recorder, module: str, name: str) -> dict:
@@ -694,10 +690,13 @@ def test_a_branch_that_is_switched_off_adds_nothing(node):
 # --------------------------------------------------------------------------------------
 # The arithmetic of each number
 
-EVERY_CASE = [(test_model.tiny, variant, "stack") for variant in VARIANTS]
-EVERY_CASE += [
+CASES = [(test_model.tiny, variant, "stack") for variant in VARIANTS]
+CASES += [
     (test_transformer.tiny, variant, "decoder") for variant in test_transformer.VARIANTS
 ]
+every_case = pytest.mark.parametrize(
+    ("tiny", "variant", "stack"), CASES, ids=lambda x: case_id(x) if type(x) is dict else ""
+)
 
 
 def explained_case(tiny, variant: dict) -> dict:
@@ -711,11 +710,7 @@ def explained_case(tiny, variant: dict) -> dict:
     }
 
 
-@pytest.mark.parametrize(
-    ("tiny", "variant", "stack"),
-    EVERY_CASE,
-    ids=lambda x: case_id(x) if type(x) is dict else "",
-)
+@every_case
 def test_the_terms_of_any_number_make_it_and_each_operand_is_a_number_of_the_trace(
     node, tiny, variant, stack
 ):
@@ -726,11 +721,7 @@ def test_the_terms_of_any_number_make_it_and_each_operand_is_a_number_of_the_tra
         assert answer["result"] == pytest.approx(answer["value"], abs=1e-5), answer
 
 
-@pytest.mark.parametrize(
-    ("tiny", "variant", "stack"),
-    EVERY_CASE,
-    ids=lambda x: case_id(x) if type(x) is dict else "",
-)
+@every_case
 def test_what_the_parts_add_to_a_logit_adds_up_to_it(node, tiny, variant, stack):
     if variant.get("model") == "window_mlp":
         pytest.skip("a window network has no residual stream")
@@ -813,31 +804,21 @@ def edits(T: int) -> list[tuple[list[int], int]]:
     return [*steps, (idx[1:], 0 if idx[0] != idx[1] else 1)]
 
 
-@pytest.mark.parametrize(
-    ("tiny", "variant", "stack"),
-    EVERY_CASE,
-    ids=lambda x: case_id(x) if type(x) is dict else "",
-)
+@every_case
 def test_computing_from_the_first_changed_token_on_gives_the_same_bits(
     node, tiny, variant, stack
 ):
-    model = rounded(tiny(**variant))
-    source = tokens(7, seed=1) if model.has_encoder else None
-    texts = [
-        (idx, common, source) for idx, common in edits(min(16, model.config.block_size))
-    ]
+    case = explained_case(tiny, variant)
+    block_size, source = case["data"]["model"]["block_size"], case["source"]
+    texts = [(idx, common, source) for idx, common in edits(min(16, block_size))]
     if source:  # with another source, all of it is computed again
         idx = texts[-1][0]
         texts += [(idx, 0, source[:-1]), (idx, 0, source), (idx, len(idx), source)]
     request = [{"idx": idx, "source": source} for idx, _, source in texts]
-    found = node.ask("incremental", data=data_of(model), texts=request)
+    found = node.ask("incremental", data=case["data"], texts=request)
     for answer, (_, common, _) in zip(found, texts, strict=True):
-        assert answer == {
-            "first": common,
-            "kept": common,
-            "different": [],
-            "last_different": [],
-        }
+        same = {"different": [], "last_different": []}
+        assert answer == {"first": common, "kept": common, **same}
 
 
 # --------------------------------------------------------------------------------------
@@ -847,6 +828,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ENGLISH = "".join(page.read_text(encoding="utf-8") for page in PAGES)
 WORDS = re.findall(r"\s*\S+\s?", ENGLISH)
 README = "".join(WORDS[:3000])
+# many ways to split it are nearly as good
+LETTERS = "".join(random.Random(1).choices("etaoin shrdlu,.", k=8000))
 ODD = [
     "",
     " ",
@@ -855,19 +838,12 @@ ODD = [
     "\u2028x\u3000 y",
     "we'll 'Tis it's 'LL''s 12½ ٣٤ x²",
     "\r\n\tif  (x)",
-]
-ODD += [
     "🙂👩‍👩‍👧‍👦🏳️‍🌈 e\u0301é",
     "東京タワー　한국어 ไทย",
     "<0x41><unk></s><|endoftext|>",
     "▁▁a ▁ b▁",
     "\0\x01\x7f",
     "ﬁ ß ẞ İ",
-]
-LETTERS = "".join(
-    random.Random(1).choices("etaoin shrdlu,.", k=8000)
-)  # many ways to split it are nearly as good
-ODD += [
     LETTERS,
     "a" * 300,
     " " * 50 + "x",
@@ -892,12 +868,8 @@ def tokenizers() -> dict[str, tokenizer.Tokenizer]:
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
     """Odd ones and what hypothesis makes up, of characters that Unicode has had for a while."""
-    found = [
-        *ODD,
-        TEXT,
-        README[:3000],
-        *("".join(WORDS[i : i + 9]) for i in range(0, 900, 9)),
-    ]
+    found = [*ODD, TEXT, README[:3000]]
+    found += ["".join(WORDS[i : i + 9]) for i in range(0, 900, 9)]
     hypothesis = pytest.importorskip("hypothesis")
     st = hypothesis.strategies
 

@@ -65,37 +65,19 @@ def test_a_run_leaves_checkpoints_metrics_picture_and_settings(run_train, capsys
     assert [row["iter"] for row in rows] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert [row["tokens"] for row in rows] == [64 * row["iter"] for row in rows]
     raw = [json.loads(line) for line in (OUT / "metrics.jsonl").read_text().splitlines()]
-    logged = {
-        "iter",
-        "tokens",
-        "seconds",
-        "train_loss",
-        "lr",
-        "grad_norm",
-        "tokens_per_second",
-    }
-    evaluated = {
-        "iter",
-        "tokens",
-        "seconds",
-        "val_loss",
-        "val_bits_per_byte",
-        "val_perplexity",
-    }
-    assert [set(row) for row in raw] == [logged] * 3 + [evaluated] + [logged] * 3 + [
-        evaluated
-    ]
+    logged = {"train_loss", "lr", "grad_norm", "tokens_per_second"}
+    evaluated = {"val_loss", "val_bits_per_byte", "val_perplexity"}
+    always = {"iter", "tokens", "seconds"}
+    assert [row.keys() - always for row in raw] == [*[logged] * 3, evaluated] * 2
+    assert all(always <= row.keys() for row in raw)
     assert rows[-1]["val_perplexity"] == pytest.approx(math.exp(rows[-1]["val_loss"]))
     assert rows[-1]["val_bits_per_byte"] == pytest.approx(
         rows[-1]["val_loss"] / math.log(2)
     )
     assert (OUT / "loss.png").read_bytes().startswith(b"\x89PNG")
     settings = json.loads((OUT / "config.json").read_text())
-    assert (settings["n_embd"], settings["vocab_size"] > 1, settings["max_iters"]) == (
-        32,
-        True,
-        6,
-    )
+    assert (settings["n_embd"], settings["max_iters"]) == (32, 6)
+    assert settings["vocab_size"] > 1
     assert out.splitlines()[-1] == f"best val loss {rows[-1]['val_loss']:.4f} at iter 6"
     assert "python sample.py --out_dir=out/run" in out
     assert sorted(path.name for path in OUT.iterdir()) == [
@@ -873,44 +855,19 @@ def test_whether_a_key_has_an_effect_depends_on_the_others(settings, idle):
 def test_the_window_network_trains_resumes_and_samples(
     run_train, capsys, optimizer, embedding
 ):
-    argv = [
-        "--model=window_mlp",
-        "--window=12",
-        "--n_hidden=24",
-        f"--optimizer={optimizer}",
-        "--bias=True",
-        *embedding,
-    ]
-    whole = run_train(
-        *argv,
-        "--dropout=0.2",
-        "--max_iters=60",
-        "--learning_rate=1e-2",
-        "--eval_interval=30",
-    )
-    assert whole[-1]["val_loss"] < whole[0]["train_loss"] - 0.2
+    argv = ["--model=window_mlp", "--window=12", "--n_hidden=24", "--bias=True", *embedding]
+    argv += [f"--optimizer={optimizer}", "--dropout=0.2", "--learning_rate=1e-2"]
+    argv += ["--eval_interval=30", "--lr_decay_iters=60"]
+    rows = run_train(*argv, "--max_iters=60")
+    assert rows[-1]["val_loss"] < rows[0]["train_loss"] - 0.2
     assert "n_head=2 has no effect with model=window_mlp" in capsys.readouterr().err
-    weights_then = weights()
-    checkpoint_at_30 = [
-        *argv,
-        "--dropout=0.2",
-        "--max_iters=30",
-        "--lr_decay_iters=60",
-        "--learning_rate=1e-2",
-    ]
-    run_train(*checkpoint_at_30, "--eval_interval=30")
+    whole = weights()
+    run_train(*argv, "--max_iters=30")
     resume("--max_iters=60")
-    assert_same_weights(weights(), weights_then)
+    assert_same_weights(weights(), whole)
     capsys.readouterr()
-    sample.main(
-        [
-            "--out_dir=out/run",
-            "--device=cpu",
-            "--start=A",
-            "--num_samples=1",
-            "--max_new_tokens=40",
-        ]
-    )
+    keys = ["--start=A", "--num_samples=1", "--max_new_tokens=40"]
+    sample.main(["--out_dir=out/run", "--device=cpu", *keys])
     assert len(capsys.readouterr().out) == 1 + 40 + 1
 
 
