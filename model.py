@@ -635,7 +635,7 @@ class GPT(nn.Module):
         """An empty state; size: as DecoderState has it; None: block_size."""
         block_size = self.config.block_size
         size = min(size or block_size, block_size)
-        return DecoderState(self.config.n_layer, size, widest_window(self))
+        return DecoderState(self.config.n_layer, size, self.stack.windows)
 
 
 class Transformer(nn.Module):
@@ -687,9 +687,8 @@ class Transformer(nn.Module):
         """A state with room for block_size tokens of the target, and the sources read, (B, S), all equally long."""
         context, padding = self.encode(source)
         assert padding.is_meta or not padding.any(), "sources must be equally long"
-        state = DecoderState(
-            self.config.n_layer, self.config.block_size, widest_window(self)
-        )
+        config = self.config
+        state = DecoderState(config.n_layer, config.block_size, self.decoder.windows)
         for block, layer in zip(self.decoder.blocks, state.layers, strict=True):
             layer.cross_k, layer.cross_v = block.cross_attn.keys_and_values(context)
         return state
@@ -703,15 +702,6 @@ def make_head(config: "ModelConfig", wte: nn.Embedding) -> nn.Linear:
     return head
 
 
-def widest_window(model: nn.Module) -> int:
-    """Tokens that the layer sees that looks back furthest; 0: all."""
-    windows = {
-        module.window for module in model.modules() if isinstance(module, SelfAttention)
-    }
-    return 0 if 0 in windows else max(windows)
-
-
-@torch.no_grad()
 def init_weights(model: GPT | Transformer) -> None:
     """All weights, as the config's init says:
 

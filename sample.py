@@ -32,6 +32,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from humptygpt.core import settings as configurator
@@ -256,8 +257,7 @@ def load(
         raise UserError(
             f"quantize={quantize} is for CPUs, and the device is {torch_device}; use --dtype=bfloat16"
         )
-    # Windows would not let a run replace a file that is mapped
-    loaded = interchange.load(source, which, mapped=on_cpu and sys.platform == "linux")
+    loaded = interchange.load(source, which, mapped=on_cpu)
     print(loaded.description, file=sys.stderr)
     model = loaded.model
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
@@ -322,10 +322,10 @@ def make_context(
     texts: list[np.ndarray], config: SampleConfig, loaded: Pipeline
 ) -> Context:
     """Return the context of texts, token ids, that are continued together."""
-    longest = max(map(len, texts))
-    size = None if config.interactive else longest + config.max_new_tokens
-    padded = [np.pad(ids, (longest - len(ids), 0), constant_values=-1) for ids in texts]
-    idx = torch.from_numpy(np.stack(padded)).to(loaded.device)
+    rows = [torch.from_numpy(ids) for ids in texts]
+    idx = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+    size = None if config.interactive else idx.shape[1] + config.max_new_tokens
+    idx = idx.to(loaded.device)
     return Context(loaded.model, idx, size, exact=config.context == "exact")
 
 

@@ -81,16 +81,30 @@ def beam_search(
     for step in range(limit):
         n, k = log_prob.shape
         logits = model.next_logits(idx, state)[:, :tokenizer_vocab_size]
-        logp = logits.float().log_softmax(dim=-1).view(n, k, -1)
-        ids, log_prob, scores, parents = extend(
-            ids, log_prob, logp, eot, num_beams, length_penalty
-        )
+        logp = logits.float().log_softmax(dim=-1).view(n, k, -1)  # (n, k, V)
+        # what has ended is extended by eot alone, at no cost
+        ended = (ids == eot).any(dim=-1)
+        logp = logp.masked_fill(ended[..., None], -torch.inf)
+        logp[..., eot].masked_fill_(ended, 0.0)
+        # with the new token, or with the eot that it has
+        length = (ids != eot).sum(dim=-1, keepdim=True) + 1
+
+        # the best of all that are one token longer, the best first
+        sums = log_prob[..., None] + logp
+        scores = (sums / length**length_penalty).flatten(1)
+        scores, choice = scores.topk(min(num_beams, scores.shape[1]))
+        log_prob = sums.flatten(1).gather(1, choice)
+        parents = choice // logp.shape[-1]
+        tokens = choice % logp.shape[-1]
+        sentence = torch.arange(n, device=ids.device)[:, None]
+        ids = torch.cat([ids[sentence, parents], tokens[..., None]], dim=2)
+
         ended = (ids == eot).any(dim=-1)
         keep_best(best, open_sentences, ids, scores.masked_fill(~ended, -torch.inf), eot)
         going = ~ended.all(dim=1)
         if step == limit - 1 or not going.any():
             break
-        rows = parents + k * torch.arange(n, device=ids.device)[:, None]  # of the state
+        rows = sentence * k + parents  # of the state
         state.select(rows[going].flatten())
         ids = ids[going]
         log_prob = log_prob[going]
@@ -101,33 +115,6 @@ def beam_search(
             hypothesis = ids[row, 0].tolist()
             best[number] = Translation(hypothesis, float(scores[row, 0]), ended=False)
     return best
-
-
-def extend(
-    ids: Tensor,
-    log_prob: Tensor,
-    logp: Tensor,
-    eot: int,
-    num_beams: int,
-    length_penalty: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the best hypotheses one token longer, the best first, for ids (n, k, T) and log_prob (n, k).
-
-    logp: (n, k, V), log-probabilities of the next token. What has ended is extended by eot alone, at no cost.
-    Returns ids, log_prob, scores, and which of the given hypotheses each extends, (n, k).
-    """
-    ended = (ids == eot).any(dim=-1)
-    logp = logp.masked_fill(ended[..., None], -torch.inf)
-    logp[..., eot].masked_fill_(ended, 0.0)
-    length = (ids != eot).sum(dim=-1) + 1  # with the new token, or with the eot that it has
-    log_prob = log_prob[..., None] + logp  # (n, k, V)
-    scores = (log_prob / length[..., None] ** length_penalty).flatten(1)
-    scores, choice = scores.topk(min(num_beams, scores.shape[1]))
-    parents = choice // logp.shape[-1]
-    tokens = choice % logp.shape[-1]
-    ids = ids.gather(1, parents[..., None].expand(-1, -1, ids.shape[2]))
-    ids = torch.cat([ids, tokens[..., None]], dim=2)
-    return ids, log_prob.flatten(1).gather(1, choice), scores, parents
 
 
 def keep_best(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from model import (
     GPT,
     MLP,
+    Block,
     BlockInputs,
     DecoderState,
     GatedMLP,
@@ -40,19 +41,13 @@ def prepare_for_generation(
     row, and of a file that is mapped only the rows that were read are in memory.
     """
     model.eval().requires_grad_(False)
-    # not the linear layers themselves: a list of them would keep all that are replaced
-    parents = [module for module in model.modules() if not isinstance(module, nn.Linear)]
-    for parent in parents:
-        for name, child in list(parent.named_children()):
-            if isinstance(child, SelfAttention):
-                child = FusedSelfAttention(child)
-                child.qkv_proj = low_bit_linear(child.qkv_proj, dtype, int8)
-                setattr(parent, name, child)
+    for module in model.modules():  # yields the children after they are swapped here
+        if isinstance(module, Block):
+            module.attn = FusedSelfAttention(module.attn)
+        for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(parent, name, low_bit_linear(child, dtype, int8))
-    if isinstance(model, GPT) and all(
-        type(block) is PreNormBlock for block in model.stack.blocks
-    ):
+                setattr(module, name, low_bit_linear(child, dtype, int8))
+    if isinstance(model, GPT) and type(model.stack.blocks[0]) is PreNormBlock:
         model.stack = FastStack(model.stack, model.config)
     return model
 
@@ -165,6 +160,7 @@ class FastStack(nn.Module):
         self.stack = stack
         self.norm = stack.norm.forward
         self.blocks = [BlockDecoder(block) for block in stack.blocks]
+        self.windows = stack.windows
         # a position acts in rotary tables alone, and a new token attends to all: there is nothing to add and no mask
         unlimited = stack.windows == {0}
         self.plain = config.position == "rotary" and unlimited and not config.embed_norm
@@ -180,27 +176,21 @@ class FastStack(nn.Module):
 
     def decode(self, x: Tensor, state: DecoderState) -> Tensor:
         """Read the next token of each text. x: (B, 1, C). Returns (B, 1, C)."""
-        x, inputs = self.enter(x, state)
+        no_mask = None, False
+        if self.plain and state.padding is None:  # what Stack.enter gives, in less time
+            rotary = self.cos[state.length], self.sin[state.length]
+            cached = state.make_room(1), state.size
+            inputs = BlockInputs(cached, {0: no_mask}, rotary, None, no_mask, None)
+        else:
+            x, inputs = self.stack.enter(x, state)
+            if inputs.rotary:
+                rotary = [self.scaled_table(table) for table in inputs.rotary]
+                inputs = inputs._replace(rotary=rotary)
         x = x.squeeze(1)
         for block, layer in zip(self.blocks, state.layers, strict=True):
             x = block(x, inputs, layer)
         state.length += 1
         return self.norm(x).unsqueeze(1)
-
-    def enter(self, x: Tensor, state: DecoderState) -> tuple[Tensor, BlockInputs]:
-        """As Stack.enter, but with rotary tables for BlockDecoder. x: (B, 1, C)."""
-        if self.plain and state.padding is None:
-            rotary = self.cos[state.length], self.sin[state.length]
-            cached = state.make_room(1), state.size
-            return x, BlockInputs(
-                cached, {0: (None, False)}, rotary, None, (None, False), None
-            )
-        x, inputs = self.stack.enter(x, state)
-        if inputs.rotary:
-            inputs = inputs._replace(
-                rotary=[self.scaled_table(table) for table in inputs.rotary]
-            )
-        return x, inputs
 
     def scaled_table(self, table: Tensor) -> Tensor:
         """table: (positions, D), or (B, 1, 1, D). Returns (positions or B, 1, D)."""

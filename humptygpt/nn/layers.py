@@ -71,17 +71,18 @@ def select_rows(x: Tensor | None, rows: Tensor) -> Tensor | None:
 class DecoderState:
     """A decoder's KV cache: what it keeps of the tokens read. Its length is an int: no step waits for a GPU.
 
-    size: the most tokens that will be read. window: of sliding-window attention; keys and values that are out of every
-    later token's reach are dropped, so that the buffers never hold more than about twice as many; 0: keep all.
+    size: the most tokens that will be read. windows: of the layers' sliding-window attention; keys and values that are
+    out of every later token's reach are dropped, so that the buffers never hold more than about twice the widest
+    window; with 0 among the windows, all are kept.
     padding: (B,) int64, how many of the first tokens of each text are padding, where a batch holds texts of different
     lengths; None: all texts start at the first token.
     """
 
-    def __init__(self, n_layer: int, size: int, window: int = 0):
+    def __init__(self, n_layer: int, size: int, windows: set[int]):
         self.length = 0  # tokens read
         self.held = 0  # of these, the newest, that the buffers hold
-        self.size = min(size, 2 * window) if window else size
-        self.window = window
+        self.window = 0 if 0 in windows else max(windows)
+        self.size = min(size, 2 * self.window or size)
         self.padding: Tensor | None = None
         self.layers = [LayerState() for _ in range(n_layer)]
 

@@ -57,22 +57,18 @@ def add(model: nn.Module) -> nn.Module:
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, Linear)
     }
-    known = {last_part(name) for name in layers}
+    known = {name.split(".")[-1] for name in layers}
     if unknown := targets - known:
         raise UserError(
             f"lora_targets={config.lora_targets}: {min(unknown)!r} is not one of: {', '.join(sorted(known))}"
         )
     model.requires_grad_(False)
     for name, layer in layers.items():
-        if last_part(name) in targets:
+        if name.split(".")[-1] in targets:
             model.set_submodule(
                 name, LoRALinear(layer, config.lora_rank, config.lora_alpha)
             )
     return model
-
-
-def last_part(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:

@@ -1,6 +1,5 @@
 """The article's first networks: feed-forward, without attention, over a window of tokens."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -54,7 +53,6 @@ class WindowMLP(nn.Module):
         self.lm_head = nn.Linear(n_hidden, config.vocab_size, bias=config.bias)
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self) -> None:
         """Matrices normal, 1 / sqrt(inputs), which keeps the variance; head 0: all tokens equally likely."""
         for layer in self.layers:
@@ -65,9 +63,9 @@ class WindowMLP(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, state: None = None
+        self, idx: Tensor, targets: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """idx: (B, T) token ids. targets: (B, T), -1 where no loss is counted. There is no state.
+        """idx: (B, T) token ids. targets: (B, T), -1 where no loss is counted.
 
         Returns logits (B, T, V) and the mean cross-entropy in nats, None without targets.
         """
