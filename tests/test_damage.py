@@ -316,12 +316,12 @@ def check_damages(kind: str, target: Target, seeds: range) -> None:
     assert refused > len(seeds) / 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file_is_refused_in_one_line_or_gives_the_same_and_never_runs_code(kind):
-    check_damages(kind, KINDS[kind](), range(60))
+SEEDS = [range(60), pytest.param(range(60, 3000), marks=pytest.mark.long)]
 
 
-@pytest.mark.long
+@pytest.mark.parametrize("seeds", SEEDS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_thousands_of_damaged_files_are_refused_in_one_line_or_give_the_same(kind):
-    check_damages(kind, KINDS[kind](), range(60, 3000))
+def test_a_damaged_file_is_refused_in_one_line_or_gives_the_same_and_never_runs_code(
+    kind, seeds
+):
+    check_damages(kind, KINDS[kind](), seeds)

@@ -16,6 +16,7 @@ import torch
 from conftest import TINY_RUN, make_text
 from test_checkpoint import flatten
 from test_damage import (
+    SEEDS,
     Code,
     Damage,
     Target,
@@ -320,11 +321,12 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("seeds", SEEDS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_checkpoint_is_refused_in_one_line_or_gives_the_same_tensors_and_never_runs_code(
-    kind,
+    kind, seeds
 ):
-    check_damages(kind, KINDS[kind](), range(60))
+    check_damages(kind, KINDS[kind](), seeds)
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -335,14 +337,6 @@ def test_a_record_that_is_shorter_than_its_tensor_is_refused(mapped, folder):
     Path("file.pt").write_bytes(write_records(records | {name: records[name][:16]}))
     with pytest.raises(UserError, match="truncated, damaged or holds more"):
         checkpoint.read_plain(Path("file.pt"), mapped)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("kind", KINDS)
-def test_thousands_of_damaged_checkpoints_are_refused_in_one_line_or_give_the_same_tensors(
-    kind,
-):
-    check_damages(kind, KINDS[kind](), range(60, 2000))
 
 
 # --------------------------------------------------------------------------------------
@@ -356,8 +350,11 @@ def change_line(data: bytes, rng: random.Random) -> bytes:
     return b"\n".join(lines) + b"\n"
 
 
-def check_metrics(seeds: range) -> None:
-    """A resumed run keeps the rows before the first that is damaged, and draws them."""
+@pytest.mark.whole_ending
+@pytest.mark.parametrize(
+    "seeds", [range(20), pytest.param(range(20, 1000), marks=pytest.mark.long)], ids=str
+)
+def test_of_damaged_metrics_the_rows_before_the_damage_are_kept_and_drawn(seeds):
     train_run()
     path = OUT / "metrics.jsonl"
     whole = path.read_bytes().splitlines()
@@ -377,14 +374,3 @@ def check_metrics(seeds: range) -> None:
         ]
         kept = [json.loads(line) for line in path.read_bytes().splitlines()]
         assert kept[: len(intact)] == intact, f"seed {seed}, {damage.__name__}"
-
-
-@pytest.mark.whole_ending
-def test_of_damaged_metrics_the_rows_before_the_damage_are_kept_and_drawn():
-    check_metrics(range(20))
-
-
-@pytest.mark.long
-@pytest.mark.whole_ending
-def test_of_a_thousand_damaged_metrics_the_rows_before_the_damage_are_kept_and_drawn():
-    check_metrics(range(20, 1000))

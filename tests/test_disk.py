@@ -78,8 +78,14 @@ def size_of(folder: Path) -> int:
     return sum(sizes) + max(sizes)
 
 
-def train_on_disks(disk, count: int, capsys, monkeypatch) -> None:
-    """On `count` sizes from nothing to twice what the run needs."""
+# of sizes from nothing to twice what is needed
+COUNTS = [6, pytest.param(40, marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_on_a_disk_of_any_size_a_run_ends_well_or_in_one_line_and_resumes_with_more_space(
+    tiny, disk, count, capsys, monkeypatch
+):
     path = disk(10**8)
     assert run(train.main, RUN, capsys, monkeypatch) is None
     needed, whole = size_of(path), checkpoint.read(path / "run" / "ckpt.pt")["model"]
@@ -106,20 +112,10 @@ def train_on_disks(disk, count: int, capsys, monkeypatch) -> None:
     assert outcomes[0] is False and outcomes[-1] is True and outcomes == sorted(outcomes)
 
 
-def test_on_a_disk_of_any_size_a_run_ends_well_or_in_one_line_and_resumes_with_more_space(
-    tiny, disk, capsys, monkeypatch
+@pytest.mark.parametrize("count", COUNTS)
+def test_on_a_disk_of_any_size_a_preparation_ends_well_or_in_one_line_and_resumes_with_more_space(
+    tiny, folder, disk, count, capsys, monkeypatch
 ):
-    train_on_disks(disk, 6, capsys, monkeypatch)
-
-
-@pytest.mark.long
-def test_on_forty_disk_sizes_a_run_ends_well_or_in_one_line(
-    tiny, disk, capsys, monkeypatch
-):
-    train_on_disks(disk, 40, capsys, monkeypatch)
-
-
-def prepare_on_disks(folder: Path, disk, count: int, capsys, monkeypatch) -> None:
     def contents() -> dict:
         return {
             path.name: path.read_bytes()
@@ -143,19 +139,6 @@ def prepare_on_disks(folder: Path, disk, count: int, capsys, monkeypatch) -> Non
         assert run(prepare_data.main, PREPARE, capsys, monkeypatch) is None
         assert contents() == whole
     assert complaint is None
-
-
-def test_on_a_disk_of_any_size_a_preparation_ends_well_or_in_one_line_and_resumes_with_more_space(
-    tiny, folder, disk, capsys, monkeypatch
-):
-    prepare_on_disks(folder, disk, 6, capsys, monkeypatch)
-
-
-@pytest.mark.long
-def test_on_forty_disk_sizes_a_preparation_ends_well_or_in_one_line(
-    tiny, folder, disk, capsys, monkeypatch
-):
-    prepare_on_disks(folder, disk, 40, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("room", [0, 1, 1000, 4096, 5000, 10_000, 40_000, 80_000])

@@ -59,8 +59,7 @@ def package(requirement: str, sha256: str, *options: str) -> Iterator[Path]:
             errors="replace",
         )
         if done.returncode:
-            lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
-            reason = next((line for line in lines if line.startswith("ERROR:")), lines[0])
-            raise UserError(f"pip: {reason.removeprefix('ERROR:').strip()}")
+            last_line = done.stderr.strip().rpartition("\n")[2]
+            raise UserError(f"pip: {last_line.removeprefix('ERROR: ')}")
         (archive,) = archives.iterdir()
         yield archive
