@@ -72,8 +72,12 @@ def write_adapter(model: nn.Module, base: str, folder: Path) -> None:
     model; GPT-2's c_attn, which is ours of queries, keys and values in one, has the rank of all of them. Other models
     have our names. Raises UserError.
     """
-    config, layers = model.config, adapted(model)
-    weights, targets, ranks, alphas = {}, set(), {}, {}
+    config = model.config
+    layers = adapted(model)
+    weights = {}
+    targets = set()
+    ranks = {}
+    alphas = {}
     for theirs, ours in layer_names(config, layers):
         present = [name for name in ours if name in layers]
         if not present:
@@ -96,11 +100,8 @@ def write_adapter(model: nn.Module, base: str, folder: Path) -> None:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "bias": "none",
         "r": config.lora_rank,
         "lora_alpha": config.lora_alpha,
-        "lora_dropout": 0.0,
-        "inference_mode": True,
         "target_modules": sorted(targets),
         "fan_in_fan_out": any(".c_" in name for name in targets),  # GPT-2's own matrices
         "rank_pattern": ranks,

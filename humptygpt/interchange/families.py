@@ -26,8 +26,7 @@ ACTIVATION_NAMES = {  # theirs: ours; of several names for one of ours, the firs
 class Family(NamedTuple):
     """Models that differ in the values of these settings alone."""
 
-    # classes of transformers: with the head, which is written, without it
-    architectures: list[str]
+    architecture: str  # the class of transformers
     # of the names of all weights but the head's; files without a head may lack it
     prefix: str
     settings: dict[str, str]  # key of config.json: key of ModelConfig
@@ -44,7 +43,7 @@ class Family(NamedTuple):
 
 
 GPT2 = Family(
-    architectures=["GPT2LMHeadModel", "GPT2Model"],
+    architecture="GPT2LMHeadModel",
     prefix="transformer.",
     settings={
         "vocab_size": "vocab_size",
@@ -96,7 +95,7 @@ GPT2 = Family(
     preset="config/gpt2_124m.py",
 )
 LLAMA = Family(
-    architectures=["LlamaForCausalLM", "LlamaModel"],
+    architecture="LlamaForCausalLM",
     prefix="model.",
     settings={
         "vocab_size": "vocab_size",

@@ -162,22 +162,13 @@ def known_split(tokenizer: Tokenizer, content: dict) -> str | None:
     """Return llama.cpp's name for how a tokenizer.json splits a text; None where it would give other tokens."""
     model = content["model"]
     step = content["pre_tokenizer"] or {}
-    steps = step.get("pretokenizers") or [step]
-    split = SPLITS.get(tuple(map(split_key, steps)))
-    added = {entry["content"] for entry in content["added_tokens"]}
-    made = {a + b for a, b in model["merges"]}
-    unmade = {token for token in model["vocab"].keys() - added - made if len(token) > 1}
-    if model["byte_fallback"]:
-        text = " a  ﬁ "
-        same = "".join(tokenizer.decode_stream(tokenizer.encode_rest(text))) == text
-        known = split == "default" and same and all(map(BYTE.fullmatch, unmade))
-    elif split == "llama-bpe":
-        known = model["ignore_merges"]
-    else:
-        known = split == "gpt-2" and not (model["ignore_merges"] and unmade)
-    return (
-        split if known and (model["byte_fallback"] or not content["normalizer"]) else None
-    )
+    split = SPLITS.get(tuple(map(split_key, step.get("pretokenizers") or [step])))
+    if not model["byte_fallback"]:
+        known = split == "gpt-2" or (split == "llama-bpe" and model["ignore_merges"])
+        return split if known and not content["normalizer"] else None
+    text = " a  ﬁ "
+    same = "".join(tokenizer.decode_stream(tokenizer.encode_rest(text))) == text
+    return split if split == "default" and same else None
 
 
 def split_key(step: dict) -> tuple[str | None, bool | None, bool | None]:

@@ -22,8 +22,10 @@ TEXT_FILES = [
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
 ]
-TEXT_FILES += ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 WEIGHTS = [  # the first of these that a model has
     ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],
     ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"],

@@ -8,7 +8,7 @@ import json
 import re
 import typing
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -28,7 +28,7 @@ from humptygpt.interchange.weight_files import Weights, check_tensor, open_weigh
 from humptygpt.tokenizer.tokenizers import Tokenizer
 from model import ModelConfig, build_on_meta
 
-CONFIG = {"model_type": str, "architectures?": ([str], None)}
+CONFIG = {"model_type": str}
 # settings that are not exported: of training alone, and of what the weights themselves have or lack
 NOT_EXPORTED = {"dropout", "label_smoothing", "init", "bias", "attn_bias", "mlp_bias"}
 
@@ -86,10 +86,6 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
                 f"model_type={kind} is not supported; {' and '.join(FAMILIES)} are"
             )
         family = FAMILIES[kind]
-        for name in content.get("architectures") or ():
-            if name not in family.architectures:
-                supported = " and ".join(family.architectures)
-                raise ValueError(f"{name} is not supported; {supported} are")
         return family, ModelConfig(**family.fixed | model_settings(family, content))
 
 
@@ -137,9 +133,8 @@ def read_weights(family: Family, config: ModelConfig, tensors: Weights) -> Weigh
         raise ValueError(
             f"config.json has {config.n_layer:,} layers, but there are only {len(stored)} weights"
         )
-    head = (
-        stored.pop("lm_head.weight", None) if config.tie_weights else None
-    )  # of older files
+    # older files have it, too
+    head = stored.pop("lm_head.weight", None) if config.tie_weights else None
     like = build_on_meta(config).state_dict()
     check_weights(stored, to_theirs(family, config, like))
     ours = {}
@@ -180,26 +175,23 @@ def to_pretrained(
 
     GPT-2 always has bias terms: those of a model without are 0. Raises UserError where a setting cannot be expressed.
     """
-    config, state = model.config, model.state_dict()
+    config = model.config
     name = find_family(config)
-    family, attn, mlp = (
-        FAMILIES[name],
-        model.stack.blocks[0].attn,
-        model.stack.blocks[0].mlp,
-    )
+    family = FAMILIES[name]
+    attn = model.stack.blocks[0].attn
+    mlp = model.stack.blocks[0].mlp
+    names = {ours: theirs for theirs, ours in reversed(ACTIVATION_NAMES.items())}
     settings = vars(config) | {
         "n_kv_head": attn.n_kv_head,
         "head_size": attn.head_size,
         "n_hidden": mlp.up_proj.out_features,
         "attn_bias": attn.q_proj.bias is not None,
         "mlp_bias": mlp.up_proj.bias is not None,
-        "activation": next(
-            key for key, x in ACTIVATION_NAMES.items() if x == config.activation
-        ),
+        "activation": names[config.activation],
     }
     content = {
         "model_type": name,
-        "architectures": family.architectures[:1],
+        "architectures": [family.architecture],
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     content |= {theirs: settings[key] for theirs, key in family.settings.items()}
@@ -215,7 +207,7 @@ def to_pretrained(
         content["rope_scaling"] = {"rope_type": "llama3"} | scaling
     like = build_on_meta(replace(config, **family.fixed)).state_dict()
     zeros = {key: torch.zeros(x.shape) for key, x in like.items() if key.endswith(".bias")}
-    theirs = to_theirs(family, config, zeros | state)
+    theirs = to_theirs(family, config, zeros | model.state_dict())
     return content, {
         key: x.detach().to("cpu", dtype).contiguous() for key, x in theirs.items()
     }
@@ -232,21 +224,20 @@ def find_family(config: ModelConfig) -> str:
             f"position={config.position} cannot be exported; export needs {needed}"
         )
     family = FAMILIES[families[config.position]]
-    supported = {field.name: (field.default,) for field in fields(ModelConfig)}
-    supported |= {key: (value,) for key, value in family.fixed.items()}
-    supported |= {
-        "window": (0, config.block_size),
-        "n_kv_head": (None, config.n_head),
-        "head_size": (None, config.n_embd // config.n_head),
-    }
     exported = {*family.settings.values(), *ROPE_SCALING.values()}
     free = exported | NOT_EXPORTED | without_effect(vars(config), ModelConfig).keys()
-    for key, values in supported.items():
-        if key not in free and getattr(config, key) not in values:
-            needed = (
-                f"{family.architectures[0]} needs {key}={values[0]}, as in {family.preset}"
+    same = {  # what is the same as the default
+        "window": config.block_size,
+        "n_kv_head": config.n_head,
+        "head_size": config.n_embd // config.n_head,
+    }
+    for key, needed in (vars(ModelConfig()) | family.fixed).items():
+        value = getattr(config, key)
+        if key not in free and value not in (needed, same.get(key, needed)):
+            raise UserError(
+                f"{key}={value} cannot be exported; {family.architecture} needs {key}={needed},"
+                f" as in {family.preset}"
             )
-            raise UserError(f"{key}={getattr(config, key)} cannot be exported; {needed}")
     if config.n_embd % config.n_head:
         needed = f"transformers needs a multiple of n_head={config.n_head}"
         raise UserError(f"n_embd={config.n_embd} cannot be exported; {needed}")

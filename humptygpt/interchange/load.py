@@ -25,14 +25,13 @@ from humptygpt.interchange.families import GPT2
 from humptygpt.interchange.weight_files import check_dense
 from humptygpt.nn import lora
 from humptygpt.tokenizer import tokenizers
-from humptygpt.tokenizer.read_huggingface import is_tokenizer, read_tokenizer
+from humptygpt.tokenizer.read_huggingface import read_tokenizer, tokenizer_file
 from humptygpt.tokenizer.tokenizers import Tokenizer
 from model import ModelConfig
 
 FILES_OF_A_FOLDER = (".safetensors", ".bin", ".json", ".gguf")
 MODEL_ARGS = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), int)
 NANOGPT = {
-    "model": dict,
     "model_args": MODEL_ARGS | {"bias?": bool},
     "config?": {"dataset?": str},
 }
@@ -75,7 +74,7 @@ def load(source: str | Path, which: str = "best", mapped: bool = False) -> Loade
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """Load the tokenizer that tokenizer=source means, without the weights beside it. Raises UserError."""
-    if is_tokenizer(Path(source)):
+    if tokenizer_file(Path(source)):
         return read_tokenizer(Path(source))
     path = find_source(source, key="tokenizer")
     if is_adapter(path):
@@ -195,9 +194,7 @@ def is_nanogpt(saved: object) -> bool:
 def from_nanogpt(path: Path, saved: dict) -> Loaded:
     with refuse_damaged(path):
         check_dense(saved.get("model"), path.name)
-        check_schema(
-            saved | {"model": dict(saved["model"])}, NANOGPT
-        )  # it was an OrderedDict
+        check_schema(saved, NANOGPT)
         args = {"bias": True} | saved["model_args"]
         sizes = {key: args[key] for key in ("bias", *MODEL_ARGS)}
         config = ModelConfig(**GPT2.fixed | {"activation": "gelu"} | sizes)

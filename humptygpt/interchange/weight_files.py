@@ -89,11 +89,8 @@ def check_dense(tensors: object, file: str) -> None:
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Raise ValueError where a shape differs, or a dtype is not supported."""
-    if tensor.shape != shape:
+    if tensor.shape != shape or tensor.dtype not in DTYPES:
         raise ValueError(
-            f"the weight {name} must have shape {tuple(shape)}, but has {tuple(tensor.shape)}"
-        )
-    if tensor.dtype not in DTYPES:
-        raise ValueError(
-            f"the weight {name} must be in {', '.join(map(str, DTYPES))}, but is in {tensor.dtype}"
+            f"the weight {name} must have shape {tuple(shape)} and be in float32, bfloat16 or float16,"
+            f" but has {tuple(tensor.shape)} and is in {tensor.dtype}"
         )

@@ -12,8 +12,6 @@ from humptygpt.tokenizer.pretrained import PretrainedTokenizer, load_engine
 from humptygpt.tokenizer.sentencepiece_model import convert_sentencepiece
 from humptygpt.tokenizer.tokenizers import END_OF_TEXT, Tokenizer
 
-# the first that is there counts, as in transformers
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKEN = (str, {"content": str}, None)  # a token as these files have it
 NAMED = (
     "bos_token",
@@ -37,23 +35,19 @@ SETTINGS = {
 }
 
 
-def is_tokenizer(path: Path) -> bool:
-    """Whether it is one of these files, or a folder with one."""
-    return (path.is_file() and path.name in FILES) or any(
-        (path / name).is_file() for name in FILES
-    )
+def tokenizer_file(path: Path) -> Path | None:
+    """Return path where it is one of these files, else the first of them in this folder, None where there is none."""
+    files = [path] if path.is_file() else [path / name for name in READERS]
+    return next((file for file in files if file.name in READERS and file.is_file()), None)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """Raises UserError where there is none, or it is damaged or of a kind that is not supported."""
-    file = path
-    if not path.is_file():
-        file = next((path / name for name in FILES if (path / name).is_file()), path)
-    readers = dict(zip(FILES, (read_json, read_sentencepiece, read_merges), strict=True))
+    file = tokenizer_file(path)
     try:
-        if file.name not in readers:
-            raise ValueError(f"there is neither {' nor '.join(FILES)}")
-        return readers[file.name](file, read_settings(file.parent))
+        if file is None:
+            raise ValueError(f"there is neither {' nor '.join(READERS)}")
+        return READERS[file.name](file, read_settings(file.parent))
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: sentencepiece's
         raise UserError(
             f"cannot read the tokenizer in {path}: {one_line(error)}"
@@ -135,6 +129,13 @@ def read_merges(path: Path, settings: dict) -> PretrainedTokenizer:
         settings.setdefault("eos_token", END_OF_TEXT)
     return finish(engine, settings)
 
+
+# the first that is there counts, as in transformers
+READERS = {
+    "tokenizer.json": read_json,
+    "tokenizer.model": read_sentencepiece,
+    "vocab.json": read_merges,
+}
 
 # --------------------------------------------------------------------------------------
 # What they share

@@ -71,7 +71,7 @@ def subword_model(model, space: str, first: int = 0):
     return models.BPE(vocabulary, merges, byte_fallback=True)
 
 
-def find_merges(pieces: list[bytes] | list[str]) -> Iterator[tuple]:
+def find_merges(pieces: list[str]) -> Iterator[tuple[str, ...]]:
     """The pair that each piece longer than 1 is merged from, in the order of the pieces, which is that of the merges.
 
     tiktoken and sentencepiece merge whatever neighbours make a piece, those that make the first piece first. When a

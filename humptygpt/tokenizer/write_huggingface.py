@@ -82,25 +82,16 @@ def _(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
 
 
 @convert.register
-def _(tokenizer: ByteTokenizer) -> tokenizers.Tokenizer:
-    return byte_level(models.BPE(printable_bytes(), []), use_regex=False)
-
-
-@convert.register
-def _(tokenizer: BytePairTokenizer) -> tokenizers.Tokenizer:
+def _(tokenizer: ByteTokenizer | BytePairTokenizer) -> tokenizers.Tokenizer:
     sign_of = {byte: sign for sign, byte in printable_bytes().items()}
-    pieces = ["".join(map(sign_of.get, piece)) for piece in tokenizer.pieces[:-1]]
-    ids = {piece: i for i, piece in enumerate(pieces)}
+    pieces = [piece for piece in tokenizer.pieces if piece != END_OF_TEXT.encode()]
+    texts = ["".join(map(sign_of.get, piece)) for piece in pieces]
+    ids = {text: i for i, text in enumerate(texts)}
     # ignore_merges: a word that is a piece is taken as it is, which is what tiktoken does
-    model = models.BPE(ids, list(find_merges(pieces)), ignore_merges=True)
-    return byte_level(model, use_regex=True)
-
-
-def byte_level(model: models.BPE, use_regex: bool) -> tokenizers.Tokenizer:
-    """use_regex: GPT-2's pattern splits the text first."""
+    model = models.BPE(ids, list(find_merges(texts)), ignore_merges=True)
     theirs = tokenizers.Tokenizer(model)
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=use_regex
+        add_prefix_space=False, use_regex=isinstance(tokenizer, BytePairTokenizer)
     )
     theirs.decoder = decoders.ByteLevel()
     return theirs
