@@ -300,11 +300,15 @@ def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
 
 def data_id(corpus: Corpus, config: PrepareConfig) -> str:
     """Hash what the data is made from: the files' paths, sizes and times, settings, and a tokenizer from elsewhere."""
+    files = []
+    for path in corpus.paths:
+        stat = path.stat()
+        files.append([path.as_posix(), stat.st_mtime_ns, stat.st_size])
     elsewhere = []
     if corpus.config.tokenizer not in TOKENIZERS:
         elsewhere.append(pretrained_tokenizer(corpus.config.tokenizer, corpus).state())
     fitted = config.vocab_size is None
-    return identity(corpus.config, corpus.fingerprint(), fitted, *elsewhere)
+    return identity(corpus.config, files, fitted, *elsewhere)
 
 
 def command_text(config: PrepareConfig) -> str:
@@ -329,22 +333,20 @@ def built_in(config: PrepareConfig) -> Source | None:
 
 def open_corpus(config: PrepareConfig, folder: Path) -> Corpus:
     """Open the documents or the pairs that the config names, with the resolved config."""
-    defaults = dict(source.settings) if (source := built_in(config)) else {}
-    if config.tokenizer not in (None, defaults.get("tokenizer")):
-        defaults.pop("vocab_size", None)  # is meant for the usual tokenizer
-    preset = with_defaults(config, defaults)
+    source = built_in(config)
+    preset = with_defaults(config, source.settings) if source else config
     where, name = find_input(preset, folder)
     if isinstance(where, str):
         files = find_files(where)[: preset.files]
         name = f"{len(files):,} files: {name}" if len(files) > 1 else name
-        tsv_files = [file for file in files if is_tsv(file)]
-        if not tsv_files:
-            return Documents(resolve(preset), files, name)
-        if len(tsv_files) < len(files):
+        in_pairs = set(map(is_tsv, files))
+        if in_pairs == {False}:
+            return Documents(resolve(config, preset, Documents.task), files, name)
+        if in_pairs != {True}:
             problem = f"{where} has text and sentence pairs"
             raise UserError(f"{problem}; name one kind only, by a pattern such as '*.tsv'")
         where = [(None, (file,)) for file in files]
-    return Pairs(resolve(preset, pairs=True), where, name)
+    return Pairs(resolve(config, preset, Pairs.task), where, name)
 
 
 def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, str]:
@@ -377,27 +379,28 @@ def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:
     )
 
 
-def resolve(config: PrepareConfig, pairs: bool = False) -> PrepareConfig:
-    """Replace None by defaults. Raises UserError for a key that has no effect on this data or with this tokenizer."""
+def resolve(config: PrepareConfig, preset: PrepareConfig, task: str) -> PrepareConfig:
+    """Replace None by defaults, in preset: the config with those of a built-in data set.
+
+    Raises UserError for a key of the config that has no effect on this data or with this tokenizer.
+    """
+    pairs = task == Pairs.task
     tokenizer = "sentencepiece" if pairs else "char"
-    config = with_defaults(
-        config, {"val_fraction": 0.02 if pairs else 0.1, "tokenizer": tokenizer}
+    preset = with_defaults(
+        preset, {"val_fraction": 0.02 if pairs else 0.1, "tokenizer": tokenizer}
     )
-    task = Pairs.task if pairs else Documents.task
-    idle = without_effect(vars(config) | {"task": task}, PrepareConfig)
+    idle = without_effect(vars(preset) | {"task": task}, PrepareConfig)
     for key, why in idle.items():
         if getattr(config, key) is not None:
             raise UserError(f"{key}={getattr(config, key)} has no effect {why}")
     defaults = {
         "vocab_size": 8192 if pairs else 4096,
         "model_type": "bpe",
-        "test_fraction": config.val_fraction,
+        "test_fraction": preset.val_fraction,
         "max_pair_tokens": 128,
         "max_pair_ratio": 3.0,
     }
-    return with_defaults(
-        config, {key: value for key, value in defaults.items() if key not in idle}
-    )
+    return replace(with_defaults(preset, defaults), **dict.fromkeys(idle))
 
 
 # --------------------------------------------------------------------------------------

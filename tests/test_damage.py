@@ -214,8 +214,9 @@ def read_data(folder: Path) -> dict:
     assert isinstance(data.meta["source"], str) and data.batches_per_epoch(4) > 0
     batches = [data.batch(0, 4), *data.val_batches(4, 1)]
     return {
-        "train": data.beginning("train", len(data.train)).tolist(),
-        "val": data.beginning("val", len(data.val)).tolist(),
+        "tokens": [
+            ids.tolist() for split in ("train", "val") for _, ids in data.chunks(split)
+        ],
         "batches": [
             {key: tensor.tolist() for key, tensor in batch.items()} for batch in batches
         ],

@@ -403,7 +403,7 @@ def test_held_out_sentences_that_changed_start_a_stopped_preparation_over(
         write("held.txt", "Vielen Dank!\n")
         os.utime("held.txt", (1, 1))
         with monkeypatch.context() as patch, pytest.raises(prepare_data.UserError):
-            fill_disk(patch)
+            fill_disk(patch, 4)
             prepare_data.main(["--input=own.tsv", "--held_out=held.txt", *BYTES])
         write("held.txt", change)
         os.utime("held.txt", (1, 1))
@@ -479,9 +479,8 @@ def test_the_summary_shows_the_splits_and_three_pairs(folder, capsys):
 
 def test_from_any_position_the_remaining_units_are_the_same(folder, monkeypatch):
     write_tsv("own.tsv", [ROWS[0], ("", ""), *ROWS[1:]])
-    config = prepare_data.resolve(
-        prepare_data.PrepareConfig(name="mine", tokenizer="byte"), pairs=True
-    )
+    config = prepare_data.PrepareConfig(name="mine", tokenizer="byte")
+    config = prepare_data.resolve(config, config, "translation")
     monkeypatch.setattr(corpus_module, "UNIT", 400)
     found = pairs.Pairs(config, [(None, (Path("own.tsv"),))] * 2, "own.tsv")
     units = list(corpus_module.units(found, "reading"))

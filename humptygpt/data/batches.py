@@ -60,10 +60,6 @@ class Dataset:
             )
         return ids
 
-    def beginning(self, split: str, length: int) -> np.ndarray:
-        """Return the first tokens of a split, at most length; int64 (1, length)."""
-        return self.read(split, np.array([0]), min(len(self.splits[split]), length))
-
     def chunks(self, split: str) -> Iterator[tuple[int, np.ndarray]]:
         """Read (position of the first, token ids) of a million tokens at a time, all of a split in order."""
         tokens = len(self.splits[split])
@@ -74,7 +70,7 @@ class Dataset:
         """Return what tells this data from other data with the same tokenizer, wherever it came from."""
         splits = self.meta["splits"].values()
         checksums = [split["checksums"] for split in splits if "checksums" in split]
-        first_million = self.beginning("train", CHUNK)
+        _, first_million = next(self.chunks("train"))
         return {
             "train_tokens": len(self.train),
             "val_tokens": len(self.val),
@@ -95,7 +91,6 @@ class TokenDataset(Dataset):
                     f"{self.folder / split}.bin has {len(self.splits[split]):,} tokens but needs at least {least:,}"
                     f" with block_size={self.block_size}; take more text or a smaller --block_size"
                 )
-            self.beginning(split, 50_000)  # shows most errors now
 
     def summary(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
         """Return (a batch, the evaluation set) in words."""

@@ -7,10 +7,10 @@ and an encoder of items.
 import hashlib
 import json
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,8 @@ VOCABULARY_BYTES = (
 )
 CHANGES_NOTHING = ("input", "source", "target", "files", "workers")
 
-Entry = tuple[str, NamedTuple]  # split, piece or pair
+# ({split: its pieces or pairs}, position after them)
+Unit = tuple[dict[str, list[NamedTuple]], "Position"]
 
 
 class Position(NamedTuple):
@@ -53,7 +54,7 @@ class Documents:
     def __init__(self, config, files: list[Path], source: str):
         """config: a resolved prepare_data.PrepareConfig. source: what the files are called in meta.json."""
         self.config = config
-        self.files = files
+        self.files = self.paths = files
         self.source = source
         self.encoder = encode_documents
         self.sizes = [file_size(file) for file in files]
@@ -71,9 +72,6 @@ class Documents:
         else:
             length = sum(len(piece.text) for piece in self.read(0))
             self.cut = int(length * (1 - config.val_fraction))
-
-    def fingerprint(self) -> list:
-        return [file_fingerprint(file) for file in self.files]
 
     def read(self, number: int) -> Iterator[Piece]:
         """Read the documents of file number, in pieces."""
@@ -97,8 +95,8 @@ class Documents:
         )
         return min(draw(piece.text) for piece in first_pieces)
 
-    def assign(self, piece: Piece, number: int, split: str) -> list[Entry]:
-        """Return the entries of a piece; split: of the piece before it."""
+    def assign(self, piece: Piece, number: int, split: str) -> list[tuple[str, Piece]]:
+        """Return (split, the part of the piece that is in it). split: of the piece before it."""
         if self.separated:
             if piece.start == 0:
                 split = "val" if draw(piece.text) <= self.val_up_to else "train"
@@ -159,45 +157,39 @@ def read_from(
     corpus, what: str, start: Position = START
 ) -> Iterator[tuple[Position, NamedTuple]]:
     """Read (position after it, piece or pair) for all after the position start, with a progress bar that says what."""
-    interval = 0.1 if sys.stderr.isatty() else 30  # seconds
-    total = sum(corpus.sizes)
+    offsets = list(accumulate(corpus.sizes, initial=0))
     bar = tqdm(
-        None,
-        what,
-        total,
+        desc=what,
+        total=offsets[-1],
         unit="B",
         unit_scale=True,
-        mininterval=interval,
+        mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds
         delay=2,
         initial=start.read,
     )
     with bar:
-        before = sum(corpus.sizes[: start.file])
         for number in range(start.file, len(corpus.sizes)):
             first = start.item if number == start.file else 0
-            for count, item in enumerate(
-                islice(corpus.read(number), first, None), start=first + 1
-            ):
-                bar.update(before + item.read - bar.n)
-                yield Position(number, count, before + item.read), item
-            before += corpus.sizes[number]
+            items = islice(corpus.read(number), first, None)
+            for count, item in enumerate(items, start=first + 1):
+                read = offsets[number] + item.read
+                bar.update(read - bar.n)
+                yield Position(number, count, read), item
 
 
-def units(
-    corpus, what: str, start: Position = START
-) -> Iterator[tuple[list[Entry], Position]]:
-    """Read (entries, position after them), about UNIT characters at a time."""
+def units(corpus, what: str, start: Position = START) -> Iterator[Unit]:
+    """Read (pieces or pairs of each split, position after them), about UNIT characters at a time."""
     split = start.split
-    entries = []
+    entries = defaultdict(list)
     length = 0
     for position, item in read_from(corpus, what, start):
-        for entry in corpus.assign(item, position.file, split):
-            split = entry[0]
-            entries.append(entry)
-            length += sum(map(len, entry[1].texts))
+        assigned = corpus.assign(item, position.file, split)
+        for split, entry in assigned:
+            entries[split].append(entry)
+            length += sum(map(len, entry.texts))
         if length >= UNIT:
             yield entries, position._replace(split=split)
-            entries = []
+            entries = defaultdict(list)
             length = 0
     if entries:
         yield entries, Position(len(corpus.sizes), 0, sum(corpus.sizes), split)
@@ -208,9 +200,10 @@ def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
     fraction = min(1.0, VOCABULARY_BYTES / sum(corpus.sizes))
     any_text = False
     for entries, _ in units(corpus, "training the tokenizer"):
-        for split, item in entries:
-            sampled = split == "train" and draw(item.texts[0], "vocabulary") < fraction
-            if item.texts[0] and (everything or sampled):
+        items = chain(*entries.values()) if everything else entries["train"]
+        for item in items:
+            sampled = everything or draw(item.texts[0], "vocabulary") < fraction
+            if item.texts[0] and sampled:
                 any_text = True
                 yield from item.texts
     if not any_text:
@@ -224,10 +217,6 @@ def identity(config, files: list, *other: object, without: tuple[str, ...] = ())
     settings = asdict(config) | dict.fromkeys((*CHANGES_NOTHING, *without))
     del settings["part"], settings["join"]
     return hashlib.sha256(json.dumps([files, settings, *other]).encode()).hexdigest()
-
-
-def file_fingerprint(path: Path) -> list:
-    return [path.as_posix(), path.stat().st_mtime_ns, path.stat().st_size]
 
 
 def draw(text: str, salt: str = "split") -> float:

@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 from backports import zstd  # in the standard library from Python 3.14 on
 
 from humptygpt.core.errors import UserError
-from humptygpt.core.files import whole
+from humptygpt.core.files import write_whole
 from humptygpt.core.settings import nearest_path, note
 
 PIECE = 1 << 18  # characters of a document that are in memory at once
@@ -142,8 +142,7 @@ def read_errors(path: Path) -> Iterator[None]:
 def write_if_changed(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let write(file) fill a file, which stays as it is if it has these bytes, so that a preparation resumes on it."""
     new = path.with_name(path.name + ".new")
-    with whole(new) as temporary, temporary.open("wb") as file:
-        write(file)
+    write_whole(new, write)
     if path.exists() and filecmp.cmp(new, path, shallow=False):
         new.unlink()
     else:

@@ -6,13 +6,13 @@ import os
 import signal
 import sys
 import threading
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,11 @@ from humptygpt.core import limits
 from humptygpt.core.errors import UserError
 from humptygpt.core.files import remove, write_whole
 from humptygpt.core.settings import note
-from humptygpt.data.corpus import START, Entry, Position, units
-from humptygpt.data.token_files import COMMAND, TokenWriter, token_dtype
+from humptygpt.data.corpus import START, Position, Unit, units
+from humptygpt.data.token_files import COMMAND, append_tokens, token_dtype
 from humptygpt.tokenizer.tokenizers import Tokenizer, from_state
 
-SAVE_UNITS = 128  # units between two saves of the progress
+SAVE_UNITS = 16  # units between two saves of the progress
 SMALL = 8_000_000  # bytes of files below which starting worker processes takes longer than it saves
 WORKER_MEMORY = 100_000_000  # bytes, about
 
@@ -87,33 +87,25 @@ def start_progress(corpus, made_from: str, tokenizer: Tokenizer) -> Progress:
 def write_tokens(
     corpus, folder: Path, progress: Progress, units: Iterator[tuple[Encoded, Position]]
 ) -> None:
-    """Append the units, which come after the progress, to the token files; save the progress regularly."""
+    """Append the units, which come after the progress, to the token files, and save the progress every SAVE_UNITS."""
     dtype = token_dtype(from_state(progress.tokenizer))
     counts = np.array(progress.counts)
-    writers = {}
-
-    def save() -> None:
-        for writer in writers.values():
-            writer.flush()
+    batch = []  # the first one is empty, so that there is a file for each split
+    while True:
+        for split, total in progress.splits.items():
+            encoded = [unit[split] for unit, _ in batch if split in unit]
+            ids = np.concatenate([np.empty(0, dtype), *(ids for ids, _ in encoded)])
+            append_tokens(folder, split, ids, corpus.config.shard_tokens, total["tokens"])
+            counts += np.bincount(ids, minlength=len(counts))
+            total["tokens"] += len(ids)
+            for _, counted in encoded:
+                add_counts(total, counted)
         progress.counts = counts.tolist()
         write_json(folder / "progress.json", vars(progress))
-
-    with ExitStack() as stack:
-        for split, counted in progress.splits.items():
-            writers[split] = TokenWriter(
-                folder, split, dtype, corpus.config.shard_tokens, counted["tokens"]
-            )
-            stack.callback(writers[split].close)
-        save()
-        for number, (encoded, position) in enumerate(units, start=1):
-            for split, (ids, counted) in encoded.items():
-                writers[split].write(ids)
-                counts += np.bincount(ids, minlength=len(counts))
-                add_counts(progress.splits[split], counted)
-            progress.position = list(position)
-            if number % SAVE_UNITS == 0:
-                save()
-        save()
+        batch = list(islice(units, SAVE_UNITS))
+        if not batch:
+            return
+        progress.position = list(batch[-1][1])
 
 
 def add_counts(total: Counter, counted: dict[str, int]) -> None:
@@ -138,8 +130,7 @@ def in_order(corpus, progress: Progress) -> Iterator[tuple[Encoded, Position]]:
     workers = usable_workers(corpus)
     if workers == 1:
         tokenizer = from_state(progress.tokenizer)
-        for entries, position in todo:
-            yield encode_unit(corpus.encoder, tokenizer, entries), position
+        yield from map(partial(encode_unit, corpus.encoder, tokenizer), todo)
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
@@ -147,13 +138,12 @@ def in_order(corpus, progress: Progress) -> Iterator[tuple[Encoded, Position]]:
     )
     waiting = deque()
     try:
-        for entries, position in todo:
-            waiting.append((pool.submit(encode_in_worker, entries), position))
+        for unit in todo:
+            waiting.append(pool.submit(encode_in_worker, unit))
             if len(waiting) > 4 * workers:
-                encoded, position = waiting.popleft()
-                yield encoded.result(), position
-        for encoded, position in waiting:
-            yield encoded.result(), position
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
     except BrokenProcessPool as error:
         raise UserError(
             "a worker process was killed, maybe for lack of memory; use fewer --workers"
@@ -162,25 +152,25 @@ def in_order(corpus, progress: Progress) -> Iterator[tuple[Encoded, Position]]:
         pool.shutdown(cancel_futures=True)
 
 
-def encode_unit(encoder: Callable, tokenizer: Tokenizer, entries: list[Entry]) -> Encoded:
-    """Encode the entries of a unit with the encoder of its corpus."""
-    items = defaultdict(list)
-    for split, item in entries:
-        items[split].append(item)
+def encode_unit(
+    encoder: Callable, tokenizer: Tokenizer, unit: Unit
+) -> tuple[Encoded, Position]:
+    """Encode a unit with the encoder of its corpus."""
+    entries, position = unit
     encoded = {}
-    for split in items:
-        ids, counted = encoder(tokenizer, split, items[split])
+    for split, items in entries.items():
+        ids, counted = encoder(tokenizer, split, items)
         ids = np.concatenate([np.empty(0, np.int64), *ids]).astype(token_dtype(tokenizer))
-        encoded[split] = (ids, counted | Counter(tokens=len(ids)))
-    return encoded
+        encoded[split] = (ids, counted)
+    return encoded, position
 
 
-worker_encoder: Callable[[list[Entry]], Encoded]  # set in worker processes only
+encode_in_this_worker: Callable[[Unit], tuple[Encoded, Position]]  # set by start_worker
 
 
 def start_worker(encoder: Callable, state: dict) -> None:
-    global worker_encoder
-    worker_encoder = partial(encode_unit, encoder, from_state(state))
+    global encode_in_this_worker
+    encode_in_this_worker = partial(encode_unit, encoder, from_state(state))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
     def end_with_parent() -> (
@@ -192,8 +182,8 @@ def start_worker(encoder: Callable, state: dict) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def encode_in_worker(entries: list[Entry]) -> Encoded:
-    return worker_encoder(entries)
+def encode_in_worker(unit: Unit) -> tuple[Encoded, Position]:
+    return encode_in_this_worker(unit)
 
 
 def read_json(path: Path) -> dict:

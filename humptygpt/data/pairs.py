@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from humptygpt.core.errors import UserError
-from humptygpt.data.corpus import Entry, draw, file_fingerprint, read_from
+from humptygpt.data.corpus import draw, read_from
 from humptygpt.data.documents import SKIP_HINT, file_format, file_size, read_text_lines
 from humptygpt.tokenizer.tokenizers import END_OF_TEXT, Tokenizer
 
@@ -59,6 +59,9 @@ class Pairs:
         self.config = config
         self.files = files
         self.source = source
+        self.paths = [path for _, paths in files for path in paths]
+        if config.held_out is not None:
+            self.paths.append(Path(config.held_out))
         self.sizes = [sum(map(file_size, paths)) for _, paths in files]
         self.drawn = any(split is None for split, _ in files)
         with_test = config.test_fraction or not self.drawn
@@ -120,14 +123,6 @@ class Pairs:
             return ""
         return "held_out" if normalised(pair.source) in self.held_out_sources else ""
 
-    def fingerprint(self) -> list:
-        files = list(self.files)
-        if self.config.held_out is not None:
-            files.append(("held_out", (Path(self.config.held_out),)))
-        return [
-            [split, [file_fingerprint(path) for path in paths]] for split, paths in files
-        ]
-
     def read(self, number: int) -> Iterator[Pair]:
         """Read the pairs of files number, one for each line, empty ones too."""
         _, paths = self.files[number]
@@ -137,8 +132,8 @@ class Pairs:
             )
         return read_aligned(*paths, self.config.encoding_errors)
 
-    def assign(self, pair: Pair, number: int, split: str) -> list[Entry]:
-        """Return the entry of a pair of files number; none where it is left out. split: unused."""
+    def assign(self, pair: Pair, number: int, split: str) -> list[tuple[str, Pair]]:
+        """Return (split, pair) for a pair of files number; none where it is left out. split: unused."""
         if self.why_left_out(pair, number):
             return []
         if given := self.files[number][0]:

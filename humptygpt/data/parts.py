@@ -33,7 +33,7 @@ PART = {
     "splits": {str: {str: COUNT}},
     "checksums": {str: str},
 }
-COPIED = 1 << 22  # bytes that are copied at once
+COPIED = 1 << 20  # bytes that are copied at once
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -127,7 +127,8 @@ def read_tokens(
     for path, part in parts.items():
         dtype = token_dtype(from_state(part["tokenizer"]))
         for split in corpus.splits:
-            yield {split: (np.empty(0, dtype), part["splits"][split])}, START
+            counted = part["splits"][split] | {"tokens": 0}  # they are counted as written
+            yield {split: (np.empty(0, dtype), counted)}, START
             with (path / f"{split}.bin").open("rb") as file:
                 while block := file.read(COPIED):
                     yield {split: (np.frombuffer(block, dtype), {})}, START

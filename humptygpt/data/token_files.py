@@ -146,54 +146,27 @@ class TokenFiles:
             self.unchecked[number][block] = False
 
 
-class TokenWriter:
-    """Writes the token files of one split, from token number `tokens` on; what the files hold after it is dropped."""
-
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        dtype: np.dtype,
-        shard_tokens: int | None,
-        tokens: int,
-    ):
-        self.folder = folder
-        self.split = split
-        self.itemsize = dtype.itemsize
-        self.shard_tokens = shard_tokens or sys.maxsize
-        self.tokens = tokens
-        self.open()
-
-    def open(self) -> None:
-        number, tokens = divmod(self.tokens, self.shard_tokens)
-        sharded = self.shard_tokens < sys.maxsize
-        path = self.folder / (
-            f"{self.split}_{number:04d}.bin" if sharded else f"{self.split}.bin"
-        )
-        self.file = path.open("ab")
-        if self.file.tell() < tokens * self.itemsize:
-            raise UserError(
-                f"{path} is shorter than it was; remove {self.folder} and try again"
-            )
-        self.file.truncate(tokens * self.itemsize)
-
-    def write(self, ids: np.ndarray) -> None:
-        while len(ids):
-            some = ids[: self.shard_tokens - self.tokens % self.shard_tokens]
-            self.file.write(some.tobytes())
-            self.tokens += len(some)
-            ids = ids[len(some) :]
-            if self.tokens % self.shard_tokens == 0:
-                self.flush()
-                self.close()
-                self.open()
-
-    def flush(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        self.file.close()
+def append_tokens(
+    folder: Path, split: str, ids: np.ndarray, shard_tokens: int | None, tokens: int
+) -> None:
+    """Write token ids of a split from token number `tokens` on; what its files hold after that is dropped."""
+    limit = shard_tokens or sys.maxsize
+    while True:
+        number, start = divmod(tokens, limit)
+        path = folder / (f"{split}_{number:04d}.bin" if shard_tokens else f"{split}.bin")
+        some = ids[: limit - start]
+        with path.open("ab") as file:
+            if file.tell() < start * ids.itemsize:
+                problem = f"{path} is shorter than it was"
+                raise UserError(f"{problem}; remove {folder} and try again")
+            file.truncate(start * ids.itemsize)
+            file.write(some.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        tokens += len(some)
+        ids = ids[len(some) :]
+        if not len(ids):
+            return
 
 
 # --------------------------------------------------------------------------------------
