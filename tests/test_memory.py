@@ -240,13 +240,19 @@ def test_several_processes_share_the_memory_of_a_machine(tiny, gigabyte, monkeyp
     )
 
 
-VARIANTS = [("position", name) for name in POSITIONS] + [("block", name) for name in BLOCKS]
-VARIANTS += [("mlp", name) for name in MLPS] + [
-    ("activation", name) for name in ACTIVATIONS
+VARIANTS = [
+    *(("position", name) for name in POSITIONS),
+    *(("block", name) for name in BLOCKS),
+    *(("mlp", name) for name in MLPS),
+    *(("activation", name) for name in ACTIVATIONS),
+    *(("model", name) for name in MODELS),
+    ("dropout", 0.1),
+    ("n_kv_head", 1),
+    ("norm", "none"),
+    ("block_size", 256),
+    ("vocab_size", 3000),
+    ("n_hidden", 2048),
 ]
-VARIANTS += [("model", name) for name in MODELS]
-VARIANTS += [("dropout", 0.1), ("n_kv_head", 1), ("norm", "none")]
-VARIANTS += [("block_size", 256), ("vocab_size", 3000), ("n_hidden", 2048)]
 
 
 @pytest.mark.parametrize(("key", "value"), VARIANTS)
@@ -263,21 +269,6 @@ def test_what_is_refused_would_take_more_and_at_most_eight_times_as_much(key, va
         exact = memory_of(model_config, dtype, config.batch_size)
         assert exact.total / 8 < least.total < exact.total
         assert least.total >= 16 * models.count_parameters(model)  # AdamW
-
-
-def test_a_researchers_model_whose_layers_differ_is_counted_as_it_is(tiny, monkeypatch):
-    windows = (8, 4)  # one for each of its two layers; a third layer is an error
-
-    class WindowedBlock(models.PreNormBlock):
-        def __init__(self, config, layer, cross=False):
-            super().__init__(config, layer, cross)
-            self.window = windows[layer]
-
-    monkeypatch.setitem(BLOCKS, "windowed", WindowedBlock)
-    config, model_config, *_ = read_settings(
-        [*TINY_RUN, "--block=windowed", "--vocab_size=50"]
-    )
-    memory.check_training_fits(config, model_config, CPU, torch.float32)
 
 
 def test_the_check_before_a_training_loads_no_compiler(tiny):
