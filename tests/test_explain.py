@@ -936,20 +936,6 @@ def test_the_merges_lead_from_the_characters_or_bytes_to_the_tokens(
     assert (merged > 100) == (name.split(", ")[name.startswith("README")] in merges)
 
 
-def test_a_character_that_is_a_piece_in_others_alone_is_spelled_in_bytes_where_none_of_them_fits(
-    node, tokenizers
-):
-    proto = base64.b64decode(tokenizers["README, unigram"].state()["proto"])
-    tok = SentencePieceTokenizer(
-        proto.replace(b"\n\x01e", b"\n\x01\x02"), separated=True
-    )  # the piece "e"
-    text = "the sequence of eeee, xexe and exceeded " * 3
-    (found,) = node.ask("encode", data=page_data.tokenizer_data(tok), texts=[text])
-    assert found["ids"] == tok.encode(text).tolist()
-    pieces = {token["piece"] for part in found["parts"] for token in part["tokens"]}
-    assert "e" in pieces and any("e" in piece for piece in pieces - {"e"})
-
-
 def test_a_word_that_is_a_token_stays_whole_even_where_merges_would_not_lead_to_it(node):
     tok = BytePairTokenizer([*(bytes([i]) for i in range(256)), b"bc", b"abcd"])
     (found,) = node.ask("encode", data=page_data.tokenizer_data(tok), texts=["abcd abcde"])

@@ -44,8 +44,12 @@ def resume(*argv: str) -> list[dict]:
     return read_rows(OUT)
 
 
+def values(key: str, rows: list[dict]) -> list[float]:
+    return [row[key] for row in rows if key in row]
+
+
 def train_losses(rows: list[dict]) -> list[float]:
-    return [row["train_loss"] for row in rows if "train_loss" in row]
+    return values("train_loss", rows)
 
 
 def evaluations(monkeypatch, *losses: float) -> None:
@@ -139,12 +143,14 @@ def test_a_folder_with_a_space_is_quoted_in_what_to_do_next(tiny, capsys):
     )
 
 
-def test_only_a_run_with_steps_left_is_stopped_early(run_train, monkeypatch, capsys):
+@pytest.mark.parametrize(("length", "early"), [(9, True), (6, False)])
+def test_only_a_run_with_steps_left_is_stopped_early(
+    run_train, monkeypatch, capsys, length, early
+):
+    evaluations(monkeypatch, 3.0, 4.0)
+    run_train("--early_stopping=1", f"--max_iters={length}")
     stopped = "stopped early: the validation loss was lowest at iter 3"
-    for length, early in ((9, True), (6, False)):
-        evaluations(monkeypatch, 3.0, 4.0)
-        run_train("--early_stopping=1", f"--max_iters={length}")
-        assert (stopped in capsys.readouterr().out.splitlines()) == early
+    assert (stopped in capsys.readouterr().out.splitlines()) == early
 
 
 def test_evaluating_only_writes_nothing(tiny, capsys):
@@ -205,38 +211,24 @@ def test_the_gradient_is_clipped_and_its_norm_is_logged_as_it_was_before(
     step = Optimizer.step
 
     def spy(optimizer):
-        gradients = [
-            p.grad.flatten() for group in optimizer.param_groups for p in group["params"]
-        ]
-        norms.append(torch.cat(gradients).norm().item())
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.cat([p.grad.flatten() for p in params]).norm().item())
         return step(optimizer)
 
     monkeypatch.setattr(Optimizer, "step", spy)
-    logged = [
-        row["grad_norm"] for row in run_train("--grad_clip=0.5") if "grad_norm" in row
-    ]
+    logged = values("grad_norm", run_train("--grad_clip=0.5"))
     assert min(logged) > 0.6 and norms == pytest.approx([0.5] * 6, rel=1e-3)
     norms.clear()
-    assert [
-        row["grad_norm"] for row in run_train("--grad_clip=0") if "grad_norm" in row
-    ] == pytest.approx(norms, rel=1e-5)
+    logged = values("grad_norm", run_train("--grad_clip=0"))
+    assert logged == pytest.approx(norms, rel=1e-5)
 
 
 def test_the_learning_rate_follows_its_schedule(run_train):
-    rates = [
-        row["lr"]
-        for row in run_train("--learning_rate=0.3", "--warmup_iters=2", "--min_lr=0.1")
-        if "lr" in row
-    ]
-    assert rates == pytest.approx(
-        [0.1, 0.2, *(0.1 + 0.1 * (1 + math.cos(math.pi * i / 4)) for i in range(4))]
-    )
-    rates = [
-        row["lr"]
-        for row in run_train("--learning_rate=0.3", "--decay_lr=False")
-        if "lr" in row
-    ]
-    assert rates == [0.3] * 6
+    rows = run_train("--learning_rate=0.3", "--warmup_iters=2", "--min_lr=0.1")
+    decay = [0.1 + 0.1 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]
+    assert values("lr", rows) == pytest.approx([0.1, 0.2, *decay])
+    rows = run_train("--learning_rate=0.3", "--decay_lr=False")
+    assert values("lr", rows) == [0.3] * 6
 
 
 def test_bfloat16_trains_on_the_cpu(run_train):
@@ -737,11 +729,6 @@ def test_the_default_warmup_is_fitted_to_a_short_run_and_a_chosen_one_is_not(tin
     assert resumed.warmup_iters == 0  # as it was
 
 
-def keys_without_effect(**settings) -> dict[str, str]:
-    settings = asdict(TrainConfig()) | asdict(models.ModelConfig(**settings))
-    return configurator.without_effect(settings, models.ModelConfig, TrainConfig)
-
-
 def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect():
     """Of the window network's keys: each either changes what it computes, or is reported."""
     base = {
@@ -795,7 +782,8 @@ def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect
         logits, loss = model(torch.arange(8)[None], torch.arange(1, 9)[None])
         return torch.cat([logits.flatten(), loss[None]])
 
-    idle = keys_without_effect(**base)
+    settings = asdict(TrainConfig()) | asdict(models.ModelConfig(**base))
+    idle = configurator.without_effect(settings, models.ModelConfig, TrainConfig)
     assert (
         other.keys() | {"model", "block_size", "embedding", "lora_rank"}
         == asdict(models.ModelConfig()).keys()
@@ -804,46 +792,6 @@ def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect
         changed = computed(**{key: value})
         same = changed.shape == computed().shape and torch.equal(changed, computed())
         assert same == (key in idle), key
-
-
-@pytest.mark.parametrize(
-    ("settings", "idle"),
-    [
-        (
-            {},
-            {
-                "rope_factor": "without position=rotary",
-                "rope_original_context": "without position=rotary",
-            },
-        ),
-        ({"position": "rotary"}, {"rope_original_context": "with rope_factor=1.0"}),
-        (
-            {"position": "rotary", "rope_factor": 8.0, "norm": "none"},
-            {"embed_norm": "with norm=none"},
-        ),
-        (
-            {"position": "rotary", "rope_factor": 8.0, "mlp": "none"},
-            {"activation": "with mlp=none"},
-        ),
-        (
-            {
-                "model": "window_mlp",
-                "window": 3,
-                "mlp": "none",
-                "norm": "none",
-            },  # there mlp and norm do nothing
-            dict.fromkeys(
-                ("rope_factor", "rope_original_context", "embed_norm", "mlp"),
-                "with model=window_mlp",
-            ),
-        ),
-    ],
-    ids=str,
-)
-def test_whether_a_key_has_an_effect_depends_on_the_others(settings, idle):
-    found = keys_without_effect(**settings)
-    watched = ("activation", "embed_norm", "mlp", "rope_factor", "rope_original_context")
-    assert {key: why for key, why in found.items() if key in watched} == idle
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
