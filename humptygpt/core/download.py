@@ -2,7 +2,6 @@
 
 import hashlib
 import http.client
-import os
 import subprocess
 import sys
 import tempfile
@@ -49,11 +48,18 @@ def package(requirement: str, sha256: str, *options: str) -> Iterator[Path]:
         requirements = Path(folder, "requirements.txt")
         requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
         archives = Path(folder, "archives")
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", *options]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--quiet",
+            "--no-input",
+        ]
+        pip += ["--disable-pip-version-check", *options]
         done = subprocess.run(
             [*pip, "--requirement", str(requirements), "--dest", str(archives)],
-            env=os.environ | {"LC_ALL": "C", "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             errors="replace",

@@ -39,9 +39,8 @@ REMOVED = {
     "ema_decay",
 }
 Fields = dict[str, dataclasses.Field]  # of several config classes, by key
-TEXTS = tuple[
-    str, ...
-]  # the type of a key that takes several texts: --key=ONE --key=ANOTHER
+# the type of a key that takes several texts: --key=ONE --key=ANOTHER
+TEXTS = tuple[str, ...]
 BOUNDS = {
     "at_least": operator.ge,
     "above": operator.gt,
@@ -101,14 +100,9 @@ def check(config: object) -> None:
         rules = field.metadata
         if value is None:
             continue
-        if (
-            rules["choices"] is not None
-            and value not in rules["choices"]
-            and not rules["path"]
-        ):
-            raise ValueError(
-                f"{field.name}={value} is not one of: {', '.join(rules['choices'])}"
-            )
+        choices = rules["choices"]
+        if choices and value not in choices and not rules["path"]:
+            raise ValueError(f"{field.name}={value} is not one of: {', '.join(choices)}")
         bounds = {name: rules[name] for name in BOUNDS if rules[name] is not None}
         obeyed = all(BOUNDS[name](value, bound) for name, bound in bounds.items())
         if bounds and not (obeyed and math.isfinite(value)):
@@ -256,9 +250,9 @@ def parse(name: str, text: str, hint: object) -> object:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"true": True, "false": False}.get(text.lower(), text)
-    return convert(
-        name, text if isinstance(value, tuple) else value, hint
-    )  # a tuple: 1,000
+    if isinstance(value, tuple):  # 1,000
+        value = text
+    return convert(name, value, hint)
 
 
 def convert(name: str, value: object, hint: object) -> object:
@@ -448,7 +442,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """
     if main.__module__ == "__main__":  # a script was started
         limits.start()
-        note_folder(Path(sys.modules["__main__"].__file__))
+        note_folder()
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
@@ -485,9 +479,9 @@ def script_name() -> str:
     return Path(sys.argv[0]).name
 
 
-def note_folder(script: Path) -> None:
+def note_folder() -> None:
     """Say which data/ and out/ are meant where a script is started from another folder than its own."""
-    if Path.cwd() != script.resolve().parent:
+    if Path.cwd() != Path(sys.argv[0]).resolve().parent:
         note(f"data/, out/ and other relative paths are in {Path.cwd()}")
 
 

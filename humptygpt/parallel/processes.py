@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from humptygpt.checkpoint import checkpoint
-from humptygpt.core.errors import UserError, one_line
+from humptygpt.core.errors import UserError
 from humptygpt.core.files import remove
 from humptygpt.data.batches import Dataset, Prefetcher, random_key
 from humptygpt.nn import layers
@@ -46,11 +46,15 @@ def raise_if_rank_died() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"another process has ended or does not answer ({reason}); the run ends; its last checkpoint is whole:"
-            " --init_from=resume continues from it"
+            f"another process has ended or does not answer ({first_line(error)}); the run ends;"
+            " its last checkpoint is whole: --init_from=resume continues from it"
         ) from error
+
+
+def first_line(error: RuntimeError | ValueError) -> str:
+    """Return what an error says; the lines after it are where torch found it."""
+    return str(error).strip().partition("\n")[0]
 
 
 class LocalBatch(NamedTuple):
@@ -361,12 +365,11 @@ def start(backend: str, device: torch.device, parallel: str = "ddp") -> Processe
         patient = dist.new_group(backend="gloo", timeout=LONG)
     except (RuntimeError, ValueError) as error:  # a port in use, a host that is not reached
         raise UserError(
-            f"the processes cannot meet ({one_line(error)}); start them with torchrun, or take another --master_port"
+            f"the processes cannot meet ({first_line(error)}); start them with torchrun, or take another --master_port"
         ) from error
     if parallel == "ddp":
         return Processes(rank, size, device, patient)
-    from humptygpt.parallel.fsdp import (
-        ShardedProcesses,
-    )  # here, since it takes a second to load
+    # here, since it takes a second to load
+    from humptygpt.parallel.fsdp import ShardedProcesses
 
     return ShardedProcesses(rank, size, device, patient)
