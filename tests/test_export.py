@@ -210,9 +210,6 @@ def test_transformers_has_the_logits_the_tokens_and_the_greedy_text_of_sample_py
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in NOT_IN_GGUF])
 def test_llama_cpp_has_the_greedy_text_of_sample_py(case, runs, monkeypatch):
-    pytest.importorskip(
-        "xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt"
-    )
     monkeypatch.chdir(runs(case))
     export.main(["--out_dir=out/run", "--to=model.gguf", "--format=gguf"])
     text = make_text(20)
@@ -338,9 +335,6 @@ PROMPTS = [
 @pytest.mark.parametrize("kind", IMPORTED)
 def test_a_tokenizer_that_was_imported_has_its_tokens_in_llama_cpp(kind, folder):
     """Random weights: any other token in the prompt would change the text that follows."""
-    pytest.importorskip(
-        "xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt"
-    )
     pytest.importorskip(
         "transformers", reason="needs transformers: pip install -r requirements-dev.txt"
     )
@@ -471,9 +465,6 @@ SHAPES = [
     "keys", SHAPES, ids=lambda keys: " ".join(sorted(keys.keys() - ROTARY.keys()))
 )
 def test_llama_cpp_computes_every_shape_that_can_be_exported_to_within_its_rounding(keys):
-    pytest.importorskip(
-        "xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt"
-    )
     found = loaded(**keys)
     export.write_gguf_file(found, Path("model.gguf"), "float32")
     prompt = torch.randint(11, (40,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -510,9 +501,6 @@ def test_a_gguf_file_in_fewer_bits_is_smaller_and_still_read_by_llama_cpp(dtype)
             name
         )
     assert Path("model.gguf").stat().st_size < Path("exact.gguf").stat().st_size
-    pytest.importorskip(
-        "xllamacpp", reason="needs xllamacpp: pip install -r requirements-dev.txt"
-    )
     assert llama_cpp(Path("model.gguf"))([1, 5, 2], 10)["usage"]["completion_tokens"] == 10
 
 
@@ -581,13 +569,15 @@ def test_the_settings_in_the_card_are_a_config_file_of_the_run(runs, monkeypatch
 # What cannot be exported
 
 
+def preset(path: str | Path) -> ModelConfig:
+    """The model of a config file, which may be relative to this checkout."""
+    given = configurator.read([str(ROOT / path)], ModelConfig, TrainConfig)
+    return configurator.make(ModelConfig, given)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_preset_that_a_refusal_names_is_exported(name):
-    preset = FAMILIES[name].preset
-    config = configurator.make(
-        ModelConfig, configurator.read([str(ROOT / preset)], ModelConfig, TrainConfig)
-    )
-    assert find_family(config) == name
+    assert find_family(preset(FAMILIES[name].preset)) == name
 
 
 @pytest.mark.parametrize(
@@ -597,12 +587,8 @@ def test_the_presets_of_llamas_architecture_can_be_exported_in_both_formats(path
     pytest.importorskip("gguf")
     from humptygpt.interchange.gguf import check_activation
 
-    config = configurator.make(
-        ModelConfig, configurator.read([str(path)], ModelConfig, TrainConfig)
-    )
-    content, weights = to_pretrained(
-        random_model(**vars(config) | {"n_layer": 1, "vocab_size": 11})
-    )
+    keys = vars(preset(path)) | {"n_layer": 1, "vocab_size": 11}
+    content, weights = to_pretrained(random_model(**keys))
     check_activation(content)
     assert not [
         name
@@ -615,14 +601,9 @@ DEMO = "norm=layernorm cannot be exported; LlamaForCausalLM needs norm=rmsnorm, 
 
 
 def test_the_demo_is_refused_and_the_preset_named(fails, folder):
-    demo = str(ROOT / "config/shakespeare_char.py")
-    config = configurator.make(
-        ModelConfig, configurator.read([demo], ModelConfig, TrainConfig)
-    )
+    keys = vars(preset("config/shakespeare_char.py")) | {"vocab_size": 11}
     with pytest.raises(UserError, match=re.escape(DEMO)):
-        export.write_folder(
-            loaded(**vars(config) | {"vocab_size": 11}), Path("exported"), "float32"
-        )
+        export.write_folder(loaded(**keys), Path("exported"), "float32")
     assert not list(folder.iterdir())
 
 

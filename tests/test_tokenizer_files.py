@@ -1,7 +1,6 @@
 """Tokenizers of Hugging Face's folders: ids and text are those of transformers' AutoTokenizer, both ways."""
 
 import base64
-import itertools
 import json
 import shutil
 from functools import partial
@@ -20,8 +19,7 @@ from humptygpt.data.documents import Piece
 from humptygpt.data.token_files import TokenFiles, read_meta
 from humptygpt.tokenizer import tokenizers as tokenizer
 from humptygpt.tokenizer.read_huggingface import read_tokenizer
-from humptygpt.tokenizer.tokenizers import printable_bytes
-from humptygpt.tokenizer.write_huggingface import tokenizer_files
+from humptygpt.tokenizer.write_huggingface import build_tokenizer, tokenizer_files
 
 transformers = pytest.importorskip(
     "transformers", reason="needs transformers: pip install -r requirements-dev.txt"
@@ -239,30 +237,11 @@ def test_ids_and_text_are_those_of_transformers_on_a_thousand_texts(
 
 
 def gpt2_folder(folder: Path) -> Path:
-    """GPT-2's own vocabulary as vocab.json and merges.txt: each token but the bytes is a merge of two before it."""
-    from humptygpt.tokenizer.tokenizers import gpt2_pieces
-
-    ranks = {piece: rank for rank, piece in enumerate(gpt2_pieces())}
-    sign_of = {byte: sign for sign, byte in printable_bytes().items()}
-    spelled = {piece: "".join(map(sign_of.get, piece)) for piece in ranks}
-    lines = ["#version: 0.2"]
-    for piece, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(piece) > 1:
-            parts = [bytes([byte]) for byte in piece]
-            while len(parts) > 2:  # merged as a text is, by the merges before this one
-                pairs = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
-                at = min(range(len(pairs)), key=pairs.__getitem__)
-                parts[at : at + 2] = [parts[at] + parts[at + 1]]
-            lines.append(" ".join(spelled[part] for part in parts))
-    write(
-        folder,
-        config={"model_type": "gpt2"},
-        vocab={spelled[piece]: i for piece, i in ranks.items()},
-    )
-    vocab = json.loads((folder / "vocab.json").read_text()) | {"<|endoftext|>": 50256}
-    write(folder, vocab=vocab)
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
-    return folder
+    """GPT-2's own vocabulary as vocab.json and merges.txt."""
+    write(folder, config={"model_type": "gpt2"})
+    build_tokenizer(tokenizer.GPT2Tokenizer.train()).model.save(str(folder))
+    vocab = json.loads((folder / "vocab.json").read_text())
+    return write(folder, vocab=vocab | {"<|endoftext|>": 50256})
 
 
 @pytest.mark.parametrize("kind", KINDS)
