@@ -16,7 +16,6 @@ the order given. The shell sorts by name: 1-without, 2-with puts the baseline fi
 """
 
 import csv
-import dataclasses
 import io
 import json
 import math
@@ -178,8 +177,7 @@ def default_settings() -> dict:
     from humptygpt.training.settings import TrainConfig
     from model import ModelConfig
 
-    fields = dataclasses.fields(ModelConfig) + dataclasses.fields(TrainConfig)
-    return {field.name: field.default for field in fields}
+    return vars(ModelConfig()) | vars(TrainConfig())
 
 
 def measure(run: Run) -> dict:

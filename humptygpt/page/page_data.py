@@ -39,15 +39,19 @@ def page_data(config) -> dict:
         text = text.removeprefix(END_OF_TEXT)
     run.tokenizer.encode(text)  # raises UserError where it has no tokens for it
     progress = {key: run.saved["progress"][key] for key in ("iter", "best_val_loss")}
+    if math.isinf(
+        progress["best_val_loss"]
+    ):  # which JSON cannot hold: no evaluation so far
+        del progress["best_val_loss"]
     rows = read_metrics(run.path.with_name("metrics.jsonl"))
     return {
         "name": Path(config.out_dir).resolve().name,
         "task": run.task,
-        "progress": without_infinities(progress),
+        "progress": progress,
         **model_data(run.model),
         "tokenizer": tokenizer_data(run.tokenizer),
         "start": config.start,
-        "metrics": [without_infinities(row) for row in rows if row],
+        "metrics": [row for row in rows if row],
     }
 
 
@@ -60,15 +64,6 @@ def check_size(model: nn.Module, max_mb: float) -> None:
             f"the weights take {size:.2f} MB in a page, more than max_mb={max_mb:g}: a browser would take long to open"
             " it; train a smaller model, or raise --max_mb"
         )
-
-
-def without_infinities(row: dict) -> dict:
-    """Leave out what JSON cannot hold: a loss may be infinite, as the best one is before the first evaluation."""
-    return {
-        key: value
-        for key, value in row.items()
-        if not isinstance(value, float) or math.isfinite(value)
-    }
 
 
 # --------------------------------------------------------------------------------------

@@ -124,6 +124,14 @@ class ShardedProcesses(Processes):
         if self.first:
             remove(path)
 
+    def own_part(self, value: Tensor, p: Tensor) -> Tensor:
+        """Return the rows that this rank keeps of the state of a whole parameter, or all of a row."""
+        placements = p.placements if len(value) == len(p) else [Replicate()]
+        value = value.to(p.device)
+        return distribute_tensor(
+            value, p.device_mesh, placements, src_data_rank=None
+        ).clone()
+
     @raise_if_rank_died()
     def load(self, path: Path, entries: dict) -> None:
         """Fill entries, of which each rank reads its part."""
@@ -132,11 +140,3 @@ class ShardedProcesses(Processes):
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, models.Block)]
-
-
-def own_part(value: Tensor, p: Tensor) -> Tensor:
-    """Return what this rank keeps of a value of a whole parameter, or of one number for each of its rows or columns."""
-    placements = p.placements if len(value) == len(p) else [Replicate()]
-    return distribute_tensor(
-        value.to(p.device), p.device_mesh, placements, src_data_rank=None
-    ).clone()

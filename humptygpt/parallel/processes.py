@@ -208,6 +208,10 @@ class Processes:
         """Return a model with which rank 0 can compute while the others do not; all ranks have to call this."""
         return model
 
+    def own_part(self, value: Tensor, p: Tensor) -> Tensor:
+        """Return what this rank keeps of a value of a parameter, on its device."""
+        return value.to(p.device)
+
     def save(self, path: Path, entries: dict) -> None:
         """Write a checkpoint such as ckpt.pt, in rank 0; all ranks have to call this."""
         if self.first:

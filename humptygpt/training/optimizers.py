@@ -105,6 +105,7 @@ class Optimizer:
 
     def load_state_dict(self, saved: dict) -> None:
         """Take over the state, which check_state has checked; the settings of the groups stay as they are now."""
+        own_part = self.processes.own_part
         self.steps = saved["steps"]
         for group in self.param_groups:
             for name, p in group["named_params"].items():
@@ -242,15 +243,6 @@ OPTIMIZERS = {
 def local(tensor: Tensor) -> Tensor:
     """Return what this process has of a tensor: all, or its rows of a sharded one."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def own_part(value: Tensor, p: Tensor) -> Tensor:
-    """Return the saved state of a parameter on its device; of a sharded one, the part of this process."""
-    if not hasattr(p, "to_local"):
-        return value.to(p.device)
-    from humptygpt.parallel import fsdp  # here, since it takes a second to load
-
-    return fsdp.own_part(value, p)
 
 
 def clip_gradients(parameters: list[Tensor], max_norm: float) -> Tensor:
