@@ -39,6 +39,7 @@ from humptygpt.core.settings import check, setting
 from humptygpt.nn import lora
 from humptygpt.nn.layers import (
     ACTIVATIONS,
+    NO_MASK,
     CausalConv,
     DecoderState,
     Dropout,
@@ -552,11 +553,11 @@ class Stack(nn.Module):
         state: DecoderState | None = None,
         padding: Tensor | None = None,
         context: Tensor | None = None,
-        context_padding: Tensor | None = None,
+        context_mask: Mask = NO_MASK,
     ) -> tuple[Tensor, BlockInputs]:
         """Return what enters the first block, and what all blocks need beside it.
 
-        padding: (B, T), True where x is no token. context: (B, S, C), for cross-attention, and its padding: (B, S).
+        padding: (B, T), True where x is no token. context: (B, S, C), for cross-attention, and its mask.
         """
         T = S = x.shape[1]
         start = state.length if state else 0
@@ -582,10 +583,6 @@ class Stack(nn.Module):
             )
             for window in self.windows
         }
-        context_mask = None, False
-        if context_padding is not None:
-            S_context = context_padding.shape[1]
-            context_mask = attention_mask(T, S_context, x.device, padding=context_padding)
         new_padding = None if padding is None else padding[:, S - T :]
         rotary = self.position.rotary(at)
         inputs = BlockInputs(cached, masks, rotary, context, context_mask, new_padding)
@@ -669,8 +666,8 @@ class Transformer(nn.Module):
         idx: (B, T) token ids of the target so far, which follow those in the state; the first is end-of-text. targets:
         (B, T), -1 where no loss is counted. Returns as GPT does.
         """
-        context, padding = (None, None) if state else self.encode(source)
-        x = self.decoder(self.wte(idx), state, context=context, context_padding=padding)
+        context, mask = (None, NO_MASK) if state else self.encode(source)
+        x = self.decoder(self.wte(idx), state, context=context, context_mask=mask)
         return with_loss(self, self.lm_head(x), targets)
 
     def next_logits(self, idx: Tensor, state: DecoderState) -> Tensor:
@@ -678,15 +675,16 @@ class Transformer(nn.Module):
         x = self.decoder(self.wte(idx), state)
         return with_loss(self, self.lm_head(x[:, -1]), None)[0]
 
-    def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """source: (B, S), as in forward. Returns the encoder's output, (B, S, C), and where it is padding, (B, S)."""
+    def encode(self, source: Tensor) -> tuple[Tensor, Mask]:
+        """source: (B, S), as in forward. Returns the encoder's output, (B, S, C), and the mask of its padding."""
         padding = source < 0
-        return self.encoder(self.wte(source.clamp(min=0)), padding=padding), padding
+        mask = attention_mask(1, source.shape[1], source.device, padding=padding)
+        return self.encoder(self.wte(source.clamp(min=0)), padding=padding), mask
 
     def make_state(self, source: Tensor) -> DecoderState:
         """A state with room for block_size tokens of the target, and the sources read, (B, S), all equally long."""
-        context, padding = self.encode(source)
-        assert padding.is_meta or not padding.any(), "sources must be equally long"
+        context, _ = self.encode(source)
+        assert source.is_meta or (source >= 0).all(), "sources must be equally long"
         config = self.config
         state = DecoderState(config.n_layer, config.block_size, self.decoder.windows)
         for block, layer in zip(self.decoder.blocks, state.layers, strict=True):

@@ -62,6 +62,7 @@ from humptygpt.tokenizer.tokenizers import END_OF_TEXT, Tokenizer
 SEPARATOR = "---------------"
 TRANSLATED_AT_ONCE = 500  # lines of a text, before the first of them is printed
 CONTINUED_AT_ONCE = 128  # texts
+SAMPLER_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 TEXT = {"only_with": {"task": "language modelling"}}
 SAMPLING = TEXT | {"not_with": {"temperature": 0.0}}
 TRANSLATION = {"only_with": {"task": "translation"}}
@@ -189,11 +190,6 @@ class SampleConfig:
                     f"{given[0]} and {given[1]} exclude each other; leave one out"
                 )
 
-    def sampling(self) -> dict:
-        """Return the options of generation.sampling.Sampler."""
-        keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-        return {key: getattr(self, key) for key in keys}
-
 
 @dataclass(frozen=True)
 class Pipeline:
@@ -299,7 +295,7 @@ def stream_texts(
         samples=samples,
         eot=tokenizer.eot,
         stopped=stopped,
-        **config.sampling(),
+        **{key: getattr(config, key) for key in SAMPLER_KEYS},
     ):
         for row, token, logits in zip(step.rows, step.ids, step.logits, strict=True):
             yield Piece(row, streams[row].feed(token), token, logits)
@@ -457,7 +453,7 @@ def coloured(pieces: Iterable[Piece]) -> Iterator[Piece]:
         if piece.token is not None:
             probability = float(piece.logits.softmax(dim=-1)[piece.token])
             code = next(code for least, code in COLOURS.items() if probability >= least)
-        yield piece._replace(text=f"\033[{code}m{piece.text}\033[0m" if piece.text else "")
+        yield piece._replace(text=f"\033[{code}m{piece.text}\033[0m")
 
 
 def print_json_lines(

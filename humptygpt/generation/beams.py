@@ -1,7 +1,8 @@
 """A model and sentences -> translations, greedily or by beam search, and how good they are by BLEU and chrF."""
 
 import math
-from itertools import compress, groupby
+from collections import defaultdict
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -31,14 +32,14 @@ def translate(
     """
     device = next(model.parameters()).device
     translations: dict[int, Translation] = {}
-    by_length = sorted(range(len(sources)), key=lambda number: len(sources[number]))
-    for _, group in groupby(by_length, key=lambda number: len(sources[number])):
-        numbers = list(group)
+    by_length = defaultdict(list)
+    for number, source in enumerate(sources):
+        by_length[len(source)].append(number)
+    for numbers in by_length.values():
         for first in range(0, len(numbers), BATCH):
             batch = numbers[first : first + BATCH]
-            source = torch.from_numpy(np.stack([sources[number] for number in batch])).to(
-                device
-            )
+            source = np.stack([sources[number] for number in batch])
+            source = torch.from_numpy(source).to(device)
             best = beam_search(model, source, eot, tokenizer_vocab_size, **settings)
             translations.update(zip(batch, best, strict=True))
     return [translations[number] for number in range(len(sources))]

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from humptygpt.nn.layers import NO_MASK
 from model import (
     GPT,
     MLP,
@@ -176,11 +177,10 @@ class FastStack(nn.Module):
 
     def decode(self, x: Tensor, state: DecoderState) -> Tensor:
         """Read the next token of each text. x: (B, 1, C). Returns (B, 1, C)."""
-        no_mask = None, False
         if self.plain and state.padding is None:  # what Stack.enter gives, in less time
             rotary = self.cos[state.length], self.sin[state.length]
             cached = state.make_room(1), state.size
-            inputs = BlockInputs(cached, {0: no_mask}, rotary, None, no_mask, None)
+            inputs = BlockInputs(cached, {0: NO_MASK}, rotary, None, NO_MASK, None)
         else:
             x, inputs = self.stack.enter(x, state)
             if inputs.rotary:
@@ -236,8 +236,7 @@ class BlockDecoder:
         n_head, n_kv_head, D = attention.n_head, attention.n_kv_head, attention.head_size
         end, _ = inputs.cached
         heads = self.qkv_proj(self.attn_norm(x)).view(-1, n_head + 2 * n_kv_head, D)
-        qk = heads.narrow(1, 0, n_head + n_kv_head)  # (B, H, D)
-        v = heads.narrow(1, n_head + n_kv_head, n_kv_head)
+        qk, v = heads.split_with_sizes((n_head + n_kv_head, n_kv_head), 1)  # (B, H, D)
         if (
             attention.qk_norm
         ):  # as F.rms_norm, which on a CPU is three times as many operators
@@ -248,10 +247,11 @@ class BlockDecoder:
             qk = torch.addcmul(qk * cos, qk.roll(D // 2, -1), sin)
         elif attention.qk_norm:
             qk = qk * self.norm_scale
-        state.k.select(2, end - 1).copy_(qk.narrow(1, n_head, n_kv_head))
+        q, k = qk.split_with_sizes((n_head, n_kv_head), 1)
+        state.k.select(2, end - 1).copy_(k)
         state.v.select(2, end - 1).copy_(v)
         y = F.scaled_dot_product_attention(
-            qk.narrow(1, 0, n_head).unsqueeze(2),
+            q.unsqueeze(2),
             state.k.narrow(2, 0, end),
             state.v.narrow(2, 0, end),
             attn_mask=inputs.masks[attention.window][0],

@@ -138,7 +138,8 @@ class Context:
         self.tokens = idx  # (B, T)
         # of each text, columns before its context
         self.padding = (idx < 0).sum(dim=1).tolist()
-        self.state = model.make_state(size=size) if cached and model.has_state else None
+        self.size = size
+        self.cached = cached and model.has_state
         self.restart(model.config.block_size)
 
     def append(self, tokens: Tensor) -> None:
@@ -170,10 +171,9 @@ class Context:
         self.padding = [first - dropped for first in padding]
         for text, first in zip(self.tokens, self.padding, strict=True):
             text[:first] = -1
-        if self.state:
-            self.state.clear()
-            if any(self.padding):
-                self.state.padding = torch.tensor(self.padding, device=self.tokens.device)
+        self.state = self.model.make_state(size=self.size) if self.cached else None
+        if self.cached and any(self.padding):
+            self.state.padding = torch.tensor(self.padding, device=self.tokens.device)
 
     def select(self, rows: list[int]) -> None:
         """Keep these of the texts alone."""

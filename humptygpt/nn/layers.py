@@ -23,6 +23,7 @@ PositionIds = slice | Tensor
 # What is added to the scores, broadcasts to (B, H, T, S), or None; and whether instead, with T = S, no query attends to
 # a later key, for which SDPA has fast kernels
 Mask = tuple[Tensor | None, bool]
+NO_MASK: Mask = (None, False)
 # Elements of the scores up to which explicit attention is used: 64 MB a block in bfloat16
 EXPLICIT_SCORES = 2**25
 
@@ -115,14 +116,6 @@ class DecoderState:
         return (
             torch.arange(end - S, end, device=self.padding.device) < self.padding[:, None]
         )
-
-    def clear(self) -> None:
-        """Forget the tokens, but not the source."""
-        self.length = 0
-        self.held = 0
-        self.padding = None
-        for layer in self.layers:
-            layer.last_inputs = None
 
     def select(self, rows: Tensor) -> None:
         """The batch becomes these of its rows, int64 (any number,), in this order; a row may occur several times."""
