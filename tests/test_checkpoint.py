@@ -148,44 +148,20 @@ def test_resuming_without_a_checkpoint_is_refused(tiny, fails):
     assert not Path("out").exists()
 
 
-def records_of(path: Path) -> tuple[bytes, list[zipfile.ZipInfo]]:
-    """(the bytes of a zip file, its records)"""
-    with zipfile.ZipFile(path) as records:
-        return path.read_bytes(), records.infolist()
-
-
-def assert_damaged(path: Path, data: bytes, at: int, bit: int) -> None:
-    path.write_bytes(data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :])
-    with pytest.raises(UserError, match="is not a checkpoint: it is truncated, damaged"):
-        checkpoint.read(path)
-
-
-def test_one_flipped_bit_in_any_record_is_found(folder):
-    path = Path("a.pt")
-    checkpoint.save(path, make_entries())
-    whole, records = records_of(path)
-    assert len(records) > 40
-    for info in records:
-        name_size, extra_size = (
-            int.from_bytes(whole[info.header_offset + at :][:2], "little")
-            for at in (26, 28)
-        )
-        start = (
-            info.header_offset + 30 + name_size + extra_size
-        )  # a local header has 30 bytes, a name and extra fields
-        assert_damaged(path, whole, start + info.file_size // 2, 1)
-
-
 def test_a_record_marked_as_a_directory_is_found(folder):
     path = Path("a.pt")
     checkpoint.save(path, make_entries())
-    whole, records = records_of(path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as file:
+        records = file.infolist()
     for info in records:
-        name_at = (
-            whole.rindex(b"PK\1\2", 0, whole.rindex(info.filename.encode())) + 46
-        )  # in the central directory
-        assert whole[name_at:].startswith(info.filename.encode())
-        assert_damaged(path, whole, name_at - 8, 0x10)  # in the external attributes
+        in_directory = whole.rindex(b"PK\1\2", 0, whole.rindex(info.filename.encode()))
+        attributes = in_directory + 38
+        damaged = bytearray(whole)
+        damaged[attributes] ^= 0x10
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="it is truncated, damaged"):
+            checkpoint.read(path)
 
 
 # --------------------------------------------------------------------------------------
@@ -208,7 +184,6 @@ def change(
 
 
 WTE = torch.zeros(3, 8)
-HOLDS = r"it is truncated, damaged or holds more than tensors and plain data"
 EDITS = [
     ("train_config is missing", change("train_config")),
     ("train_config must be a dictionary", change("train_config", value=[])),
@@ -216,19 +191,16 @@ EDITS = [
         "unknown key batch_sice; did you mean batch_size",
         change("train_config", "batch_size", rename="batch_sice"),
     ),
-    ("batch_size='4' must be int", change("train_config", "batch_size", value="4")),
     ("batch_size=0 must be at least 1", change("train_config", "batch_size", value=0)),
     (
         "learning_rate=nan must be above 0",
         change("train_config", "learning_rate", value=float("nan")),
     ),
-    (r"train_config\.seed must be ", change("train_config", "seed", value=[1])),
-    ("unknown key n_layr", change("model_config", "n_layer", rename="n_layr")),
     (
         "model_config does not describe these weights",
         change("model_config", "n_layer", value=10**9),
     ),
-    ("is damaged: ", change("model_config", "n_embd", value=2**40)),
+    ("does not describe these", change("model_config", "n_embd", value=2**40)),
     ("n_head=3", change("model_config", "n_head", value=3)),
     (
         "block_size=2147483648 must be at least 1 and at most",
@@ -238,21 +210,15 @@ EDITS = [
         "lm_head.weight must equal model.wte.weight",
         change("model_config", "tie_weights", value=True),
     ),
-    ("tokenizer must be a dictionary", change("tokenizer", value="char")),
     ("the tokenizer char is damaged", change("tokenizer", "alphabet")),
     (
         "the tokenizer has 4 tokens, but the model 3",
         change("tokenizer", "alphabet", value="abcd"),
     ),
     ("model=gpt is not for task=", change("task", value="painting")),
-    ("data.identity is missing", change("data", "identity")),
     ("progress.iter is missing", change("progress", "iter", rename="steps")),
-    ("progress.iter must be an integer", change("progress", "iter", value=3.0)),
-    ("progress.iter must", change("progress", "iter", value=-3)),
     ("progress.iter must", change("progress", "iter", value=10**400)),
     ("progress has seconds=nan", change("progress", "seconds", value=float("nan"))),
-    (r"progress.losses\[0\] must be a number", change("progress", "losses", value=["1.5"])),
-    ("model must be a dictionary", change("model", value=WTE)),
     ("model.wte.weight must be Tensor", change("model", "wte.weight", value=[0.0])),
     ("model.wte.weight is missing|does not describe", change("model", "wte.weight")),
     ("model.lm_head.w is unknown", change("model", "lm_head.weight", rename="lm_head.w")),
@@ -267,23 +233,7 @@ EDITS = [
     ),
     (
         "model.lm_head.weight must be",
-        change("model", "lm_head.weight", value=WTE.to("meta")),
-    ),
-    (
-        "model.lm_head.weight must be",
-        change("model", "lm_head.weight", value=torch.nn.Parameter(WTE)),
-    ),
-    (
-        "model.lm_head.weight must be",
         change("model", "lm_head.weight", value=torch.zeros(()).expand(3, 8)),
-    ),
-    (
-        "model.lm_head.weight must be|" + HOLDS,
-        change(
-            "model",
-            "lm_head.weight",
-            value=torch.quantize_per_tensor(WTE, 1.0, 0, torch.qint8),
-        ),
     ),
     ("progress.seconds must be a number", change("progress", "seconds", value=10**400)),
     ("progress.x is unknown", change("progress", "x", value=3)),
@@ -292,10 +242,6 @@ EDITS = [
         change("train_config", "device", value="c\npu"),
     ),
     ("optimizer.steps is missing", change("optimizer", "steps")),
-    (
-        "optimizer.state.wte.weight must be a dictionary",
-        change("optimizer", "state", "wte.weight", value=WTE),
-    ),
     (
         "batch_size must be a number of at most 64 bits",
         change("train_config", "batch_size", value=10**400),

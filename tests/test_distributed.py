@@ -260,42 +260,6 @@ def test_gradients_are_summed_once_in_a_step(tiny):
     assert json.loads(Path("counts1").read_text())["local"] == 6  # of 12 passes in 6 steps
 
 
-def keep_gradients(argv: list[str]) -> int:
-    """Train, and leave the gradients of the first step, before clipping, in the file gradients{rank}."""
-    clip = train.clip_gradients
-    path = Path(f"gradients{os.environ.get('RANK', '')}")
-
-    def keep(parameters, max_norm):
-        if not path.exists():
-            torch.save([p.grad for p in parameters], path)
-        return clip(parameters, max_norm)
-
-    train.clip_gradients = keep
-    try:
-        return train.main(argv)
-    finally:
-        train.clip_gradients = clip
-
-
-@pytest.mark.parametrize(
-    "options", [[], ["--gradient_accumulation_steps=4", "--dropout=0.2"]]
-)
-def test_gradients_and_updates_of_the_first_step_are_those_of_one_process(
-    tiny, monkeypatch, options
-):
-    monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda device: False)
-    argv = [*TINY_RUN, "--max_iters=1", "--optimizer=muon", "--grad_clip=0.5", *options]
-    assert keep_gradients(argv) == 0
-    one = checkpoint.read(OUT / "ckpt.pt")["model"]
-    assert launch(2, *argv, main=keep_gradients) == [0, 0]
-    several = checkpoint.read(OUT / "ckpt.pt")["model"]
-    assert all(torch.allclose(several[name], one[name], rtol=0, atol=1e-6) for name in one)
-    expected = torch.load("gradients")
-    for rank in range(2):
-        gradients = torch.load(f"gradients{rank}")
-        assert all(map(partial(torch.allclose, rtol=0, atol=1e-6), gradients, expected))
-
-
 # --------------------------------------------------------------------------------------
 # One process writes; a signal ends all; mistakes are one line
 

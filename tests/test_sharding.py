@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_RUN, assert_same_weights, read_rows
-from test_distributed import PAIRS, RUNS, complaints, count_matrices, dying, launch, losses
+from test_distributed import (
+    PAIRS,
+    RUNS,
+    complaints,
+    count_matrices,
+    dying,
+    launch,
+    losses,
+    signal_at_4,
+)
 
 import export
 import prepare_data
@@ -158,19 +167,6 @@ def test_sharded_each_matrix_is_orthogonalised_whole_by_one_process(tiny):
 # Checkpoints
 
 
-def stopping_at_4(argv: list[str]) -> int:
-    """Train, and send SIGTERM to this process after its fourth step begins, if it is the first."""
-    step = train.train_step
-
-    def step_and_signal(run, it):
-        if it == 3 and run.processes.first:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(run, it)
-
-    train.train_step = step_and_signal
-    return train.main(argv)
-
-
 def test_saved_by_4_processes_it_is_resumed_by_2_and_by_1(run_train, monkeypatch):
     monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda device: False)
     argv = [
@@ -181,7 +177,7 @@ def test_saved_by_4_processes_it_is_resumed_by_2_and_by_1(run_train, monkeypatch
     resume = ["--init_from=resume", "--out_dir=out/run"]
     rows = run_train(*argv)
     assert (
-        launch(4, *TINY_RUN, *argv, "--parallel=fsdp", main=stopping_at_4)
+        launch(4, *TINY_RUN, *argv, "--parallel=fsdp", main=signal_at_4)
         == [128 + signal.SIGTERM] * 4
     )
     assert "saved out/run/ckpt at iter 4" in Path("stderr0").read_text()
@@ -194,26 +190,6 @@ def test_saved_by_4_processes_it_is_resumed_by_2_and_by_1(run_train, monkeypatch
     assert train.main(resume) == 0
     assert losses(read_rows(OUT)) == pytest.approx(losses(rows), rel=1e-4)
     assert (OUT / "ckpt.pt").exists() and not (OUT / "ckpt").exists()  # of one process
-
-
-@pytest.mark.long
-def test_4_sharded_processes_resume_bit_for_bit(tiny):
-    argv = [
-        *FSDP,
-        "--optimizer=normuon",
-        "--dropout=0.2",
-        "--gradient_accumulation_steps=4",
-    ]
-    assert launch(4, *argv) == [0] * 4
-    rows, whole = read_rows(OUT), checkpoint.read(OUT / "ckpt.pt")
-    assert launch(4, *argv, main=stopping_at_4) == [128 + signal.SIGTERM] * 4
-    assert checkpoint.read(OUT / "ckpt.pt")["progress"]["iter"] == 4
-    assert launch(4, "--init_from=resume", "--out_dir=out/run") == [0] * 4
-    assert read_rows(OUT) == rows
-    again = checkpoint.read(OUT / "ckpt.pt")
-    assert_same_weights(again["model"], whole["model"])
-    for name, state in whole["optimizer"]["state"].items():
-        assert_same_weights(again["optimizer"]["state"][name], state)
 
 
 def test_a_checkpoint_of_one_process_is_resumed_sharded(run_train, monkeypatch):

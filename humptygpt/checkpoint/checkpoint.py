@@ -269,7 +269,9 @@ def check_weights(
     weights: dict[str, Tensor], config: models.ModelConfig, device: str
 ) -> None:
     """Raise ValueError where these are not the weights of such a model."""
-    if config.n_layer > len(weights):  # found before a billion layers are built
+    n_embd = weights["wte.weight"].shape[-1:] if "wte.weight" in weights else (1,)
+    # found before something huge is built
+    if config.n_layer > len(weights) or (config.n_embd,) != n_embd:
         raise ValueError("model_config does not describe these weights")
     model = models.build_on_meta(config)
     check_tensors("model", weights, model.state_dict(), device)
