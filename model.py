@@ -776,7 +776,11 @@ class ModelConfig:
     )
     n_embd: int = setting(128, "embedding dimension: the width of the model", at_least=1)
     head_size: int | None = setting(
-        None, "features of an attention head; None: n_embd/n_head", at_least=1, **ATTENTION
+        None,
+        "features of an attention head; None: n_embd/n_head",
+        at_least=1,
+        at_most=2**16,
+        **ATTENTION,
     )
     n_hidden: int | None = setting(
         None,
