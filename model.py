@@ -327,11 +327,7 @@ class CrossAttention(Attention):
         self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None
     ) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
-        k, v = (
-            (state.cross_k, state.cross_v)
-            if state
-            else self.keys_and_values(inputs.context)
-        )
+        k, v = state.cross if state else self.keys_and_values(inputs.context)
         return self.attend_and_project(self.queries(x), k, v, inputs.context_mask)
 
 
@@ -688,7 +684,7 @@ class Transformer(nn.Module):
         config = self.config
         state = DecoderState(config.n_layer, config.block_size, self.decoder.windows)
         for block, layer in zip(self.decoder.blocks, state.layers, strict=True):
-            layer.cross_k, layer.cross_v = block.cross_attn.keys_and_values(context)
+            layer.cross = block.cross_attn.keys_and_values(context)
         return state
 
 

@@ -248,6 +248,8 @@ def load(
     # there the weights are converted; a GPU has autocast
     on_cpu = torch_device.type == "cpu"
     weight_dtype = low_dtype if on_cpu else torch.float32
+    if quantize:
+        weight_dtype = torch.int8
     autocast_dtype = torch.float32 if on_cpu else low_dtype
     if quantize and not on_cpu:
         raise UserError(
@@ -259,11 +261,11 @@ def load(
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     limits.check_fits(
         f"{source} takes",
-        weights * (1 if quantize else weight_dtype.itemsize),
+        weights * weight_dtype.itemsize,
         free_memory(torch_device),
         "end other programs, or on a CPU take --quantize=int8",
     )
-    model = prepare_for_generation(model.to(torch_device), weight_dtype, quantize == "int8")
+    model = prepare_for_generation(model.to(torch_device), weight_dtype)
     in_dtype = autocast(torch_device, autocast_dtype)
     return Pipeline(model, loaded.tokenizer, loaded.task, torch_device, in_dtype)
 

@@ -36,10 +36,8 @@ class OurGenerator(Generator):
     dtypes = ("float32", "bfloat16", "int8")
 
     def load(self, model_config: ModelConfig, config: BenchConfig) -> None:
-        dtype = torch.bfloat16 if config.weights == "bfloat16" else torch.float32
-        self.model = prepare_for_generation(
-            build(model_config), dtype, config.weights == "int8"
-        )
+        dtype = getattr(torch, config.weights)
+        self.model = prepare_for_generation(build(model_config), dtype)
 
     def steps(self, n: int) -> Iterator[Tensor]:
         return generate(self.model, self.idx, n, temperature=0.0)

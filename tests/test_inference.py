@@ -79,7 +79,9 @@ def test_large_matrices_are_packed_and_give_the_same_logits(monkeypatch):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("low", "bound"), [({"dtype": torch.bfloat16}, 0.03), ({"int8": True}, 0.05)], ids=str
+    ("low", "bound"),
+    [({"dtype": torch.bfloat16}, 0.03), ({"dtype": torch.int8}, 0.05)],
+    ids=str,
 )
 def test_weights_in_fewer_bits_change_logits_little(low, bound, bias):
     model = random_model(

@@ -101,7 +101,12 @@ def beam_search(
         ids = torch.cat([ids[sentence, parents], tokens[..., None]], dim=2)
 
         ended = (ids == eot).any(dim=-1)
-        keep_best(best, open_sentences, ids, scores.masked_fill(~ended, -torch.inf), eot)
+        highest, hypothesis = scores.masked_fill(~ended, -torch.inf).max(dim=1)
+        for row, number in enumerate(open_sentences):
+            if highest[row] > best[number].score:
+                found = ids[row, hypothesis[row]].tolist()
+                score = float(highest[row])
+                best[number] = Translation(found[: found.index(eot)], score, ended=True)
         going = ~ended.all(dim=1)
         if step == limit - 1 or not going.any():
             break
@@ -116,22 +121,6 @@ def beam_search(
             hypothesis = ids[row, 0].tolist()
             best[number] = Translation(hypothesis, float(scores[row, 0]), ended=False)
     return best
-
-
-def keep_best(
-    best: list[Translation],
-    sentences: list[int],
-    ids: Tensor,
-    scores: Tensor,
-    eot: int,
-) -> None:
-    """Replace in best what has ended with a better score; scores: (n, k), -inf of what has not ended."""
-    highest, hypothesis = scores.max(dim=1)
-    for row, number in enumerate(sentences):
-        score = float(highest[row])
-        if score > best[number].score:
-            tokens = ids[row, hypothesis[row]].tolist()
-            best[number] = Translation(tokens[: tokens.index(eot)], score, ended=True)
 
 
 def score(translations: list[str], references: list[str]) -> dict[str, float | str]:

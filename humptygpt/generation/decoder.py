@@ -34,11 +34,11 @@ from model import (
 
 
 def prepare_for_generation(
-    model: nn.Module, dtype: torch.dtype = torch.float32, int8: bool = False
+    model: nn.Module, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     """Return the model itself with its layers swapped; it can no longer be trained or saved.
 
-    dtype: of the weights, float32 or bfloat16. int8: on a CPU alone. Embeddings stay as they are: a token reads one
+    dtype: of the weights, float32 or bfloat16, or on a CPU int8. Embeddings stay as they are: a token reads one
     row, and of a file that is mapped only the rows that were read are in memory.
     """
     model.eval().requires_grad_(False)
@@ -47,7 +47,7 @@ def prepare_for_generation(
             module.attn = FusedSelfAttention(module.attn)
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(module, name, low_bit_linear(child, dtype, int8))
+                setattr(module, name, low_bit_linear(child, dtype))
     if isinstance(model, GPT) and type(model.stack.blocks[0]) is PreNormBlock:
         model.stack = FastStack(model.stack, model.config)
     return model
@@ -60,9 +60,9 @@ def prepare_for_generation(
 PACKED_FROM = 2**17
 
 
-def low_bit_linear(linear: nn.Linear, dtype: torch.dtype, int8: bool) -> nn.Module:
+def low_bit_linear(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     """Return the layer, or one that computes the same faster for few tokens."""
-    if int8:
+    if dtype == torch.int8:
         return ProductLinear(int8_product(linear), torch.float32)
     weight = linear.weight.to(dtype)
     bias = None if linear.bias is None else linear.bias.to(dtype)

@@ -7,6 +7,7 @@ import ctypes
 import os
 import re
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import NamedTuple
@@ -39,9 +40,8 @@ class LayerState:
         # (B, H, size, D), made when the first token shows shape, dtype and device
         self.k = None
         self.v = None
-        # (B, H, S, D), of the encoder's output
-        self.cross_k = None
-        self.cross_v = None
+        # keys and values of the encoder's output, each (B, H, S, D), where there is one
+        self.cross: Sequence[Tensor] = ()
         # (B, up to n, C), of a convolution over n tokens before each
         self.last_inputs = None
 
@@ -63,10 +63,6 @@ class LayerState:
         v = self.v[:, :, first:end][rows]
         self.k = None
         self.append(k, v, end - first, size)
-
-
-def select_rows(x: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if x is None else x[rows]
 
 
 class DecoderState:
@@ -121,10 +117,11 @@ class DecoderState:
         """The batch becomes these of its rows, int64 (any number,), in this order; a row may occur several times."""
         for layer in self.layers:
             layer.copy(0, self.held, self.size, rows)
-            layer.cross_k = select_rows(layer.cross_k, rows)
-            layer.cross_v = select_rows(layer.cross_v, rows)
-            layer.last_inputs = select_rows(layer.last_inputs, rows)
-        self.padding = select_rows(self.padding, rows)
+            layer.cross = [x[rows] for x in layer.cross]
+            if layer.last_inputs is not None:
+                layer.last_inputs = layer.last_inputs[rows]
+        if self.padding is not None:
+            self.padding = self.padding[rows]
 
 
 # --------------------------------------------------------------------------------------

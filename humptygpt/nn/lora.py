@@ -5,6 +5,7 @@ add() puts them into a model, merge() multiplies them into its weights. Source: 
 
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,10 +36,10 @@ class LoRALinear(Linear):
             self.lora_A(x)
         )
 
+    @torch.no_grad()
     def merged(self) -> Tensor:
         """W + alpha / rank * B A, (outputs, inputs)."""
-        change = self.lora_B.weight.detach() @ self.lora_A.weight.detach()
-        return self.weight.detach() + self.scale * change
+        return self.weight + self.scale * (self.lora_B.weight @ self.lora_A.weight)
 
 
 def adopt(layer: Linear, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
