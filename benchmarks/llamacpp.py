@@ -9,7 +9,7 @@ from gguf import TokenType
 from bench import BenchConfig
 from benchmarks.contenders import Generator
 from benchmarks.huggingface import random_gpt2
-from humptygpt.interchange.gguf import Vocabulary, write_gguf
+from humptygpt.interchange.gguf import entries, write_gguf
 from model import ModelConfig
 
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0"}  # of GGUF
@@ -25,7 +25,8 @@ def write_random_gguf(path: Path, config: ModelConfig, dtype: str) -> None:
     del weights["lm_head.weight"]
     words = [f"t{i}" for i in range(config.vocab_size)]
     types = [TokenType.NORMAL] * len(words)
-    tokens = Vocabulary("gpt2", words, types, eot=0, merges=["t 0"])  # it insists on one
+    merges = {"tokenizer_pre": "gpt-2", "token_merges": ["t 0"]}  # it insists on one
+    tokens = entries("gpt2", words, types, eot=0, **merges)
     content = model.config.to_dict() | {
         "architectures": ["GPT2LMHeadModel"],
         "n_inner": 4 * config.n_embd,

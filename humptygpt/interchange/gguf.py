@@ -8,7 +8,6 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -72,21 +71,7 @@ SPLITS = {  # by split_key() of each step
 }
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 logging.getLogger("gguf").setLevel(logging.ERROR)  # it reports every file it writes
-
-
-class Vocabulary(NamedTuple):
-    """Tokens as llama.cpp has them."""
-
-    model: str  # the kind of its tokenizer: gpt2 (byte pairs), llama (sentencepiece) or rwkv (the longest token first)
-    tokens: list[str]
-    types: list[TokenType]
-    eot: int | None  # the token that ends a text; one in any case, but of rwkv
-    bos: int | None = None  # the token that every text starts with
-    scores: list[float] | None = None
-    merges: list[str] | None = None
-    split: str = "gpt-2"  # of byte pairs: the pattern by which a text is split first
-    space: bool = False  # of sentencepiece: whether a space is put before a text
-
+Vocabulary = dict[str, object]  # {end of the name of a method of GGUFWriter: its value}
 
 # --------------------------------------------------------------------------------------
 # The vocabulary
@@ -119,12 +104,12 @@ def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
     types = [TokenType.NORMAL] * len(texts) + [TokenType.CONTROL] * len(end)
     if isinstance(tokenizer, ByteTokenizer) or tokenizer.alphabet.isascii():
         escaped = ["".join(f"\\x{byte:02x}" for byte in text) for text in texts]
-        return Vocabulary("rwkv", escaped + end, types, eot)
+        return entries("rwkv", escaped + end, types, eot)
     if eot is None or "▁" in tokenizer.alphabet:
         why = "in llama.cpp, characters outside ASCII need an end-of-text token, and '▁' is a space"
         raise refusal(tokenizer, why)
     tokens = [char.replace(" ", "▁") for char in tokenizer.alphabet] + end
-    return Vocabulary("llama", tokens, types, eot, scores=[0.0] * len(tokens))
+    return entries("llama", tokens, types, eot, token_scores=[0.0] * len(tokens))
 
 
 def with_merges(tokenizer: Tokenizer, content: dict, eot: int | None) -> Vocabulary:
@@ -146,16 +131,21 @@ def with_merges(tokenizer: Tokenizer, content: dict, eot: int | None) -> Vocabul
         tokens[entry["id"]] = entry["content"]
         special = entry["special"]
         types[entry["id"]] = TokenType.CONTROL if special else TokenType.USER_DEFINED
-    pairs, bos = model["merges"], tokenizer.bos
+    bos = tokenizer.bos
+    pairs = model["merges"]
     if not model["byte_fallback"]:
         # llama.cpp insists on a merge
         merges = [" ".join(pair) for pair in pairs or [[END_OF_TEXT, END_OF_TEXT]]]
-        return Vocabulary("gpt2", tokens, types, eot, bos, merges=merges, split=split)
+        return entries(
+            "gpt2", tokens, types, eot, bos, tokenizer_pre=split, token_merges=merges
+        )
     ranks = {a + b: rank for rank, (a, b) in enumerate(pairs)}
     scores = [-float(ranks.get(token, 0)) for token in tokens]
     tokens = [token.replace(" ", "▁") for token in tokens]
     space = tokenizer.encode("a").tolist() != tokenizer.encode_rest("a").tolist()
-    return Vocabulary("llama", tokens, types, eot, bos, scores=scores, space=space)
+    return entries(
+        "llama", tokens, types, eot, bos, token_scores=scores, add_space_prefix=space
+    )
 
 
 def known_split(tokenizer: Tokenizer, content: dict) -> str | None:
@@ -177,22 +167,29 @@ def split_key(step: dict) -> tuple[str | None, bool | None, bool | None]:
     return pattern, step.get("add_prefix_space"), step.get("use_regex", step.get("split"))
 
 
-def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
-    bos = vocabulary.eot if vocabulary.bos is None else vocabulary.bos
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    if vocabulary.scores:
-        writer.add_token_scores(vocabulary.scores)
-    if vocabulary.merges:
-        writer.add_tokenizer_pre(vocabulary.split)
-        writer.add_token_merges(vocabulary.merges)
-    if vocabulary.eot is not None:
-        writer.add_eos_token_id(vocabulary.eot)
-    if bos is not None:
-        writer.add_bos_token_id(bos)
-    writer.add_add_bos_token(vocabulary.bos is not None)
-    writer.add_add_space_prefix(vocabulary.space)
+def entries(
+    kind: str,
+    tokens: list[str],
+    types: list[TokenType],
+    eot: int | None,
+    bos: int | None = None,
+    **more: object,
+) -> Vocabulary:
+    """Return the vocabulary of a kind of llama.cpp: gpt2 (byte pairs), llama (sentencepiece) or rwkv.
+
+    eot: the token that ends a text; one in any case, but of rwkv. bos: the one that every text starts with. more:
+    token_scores, or token_merges and the pattern by which a text is split first (tokenizer_pre).
+    """
+    ends = {"eos_token_id": eot, "bos_token_id": eot if bos is None else bos}
+    return {
+        "tokenizer_model": kind,
+        "token_list": tokens,
+        "token_types": types,
+        **{name: i for name, i in ends.items() if i is not None},
+        "add_bos_token": bos is not None,
+        "add_space_prefix": False,
+        **more,
+    }
 
 
 # --------------------------------------------------------------------------------------
@@ -215,17 +212,18 @@ def write_gguf(
     the model is made of, OSError where writing fails.
     """
     check_activation(content)
-    architecture, tokens = content["model_type"], len(vocabulary.tokens)
+    architecture = content["model_type"]
+    tokens = len(vocabulary["token_list"])
     hyperparameters = HYPERPARAMETERS[architecture]
     writer = GGUFWriter(path, architecture)
     for key, value in about.items():
         writer.add_string(f"general.{key}", value)
     kind, file_type = DTYPES[dtype]
     writer.add_file_type(file_type)
-    for name, key in hyperparameters.items():
-        getattr(writer, f"add_{name}")(content[key])
     writer.add_vocab_size(tokens)
-    add_vocabulary(writer, vocabulary)
+    values = {name: content[key] for name, key in hyperparameters.items()}
+    for name, value in (values | vocabulary).items():
+        getattr(writer, f"add_{name}")(value)
     layers = content[hyperparameters["block_count"]]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], layers)
     for name, tensor in weights.items():

@@ -28,7 +28,6 @@ from humptygpt.interchange.weight_files import Weights, check_tensor, open_weigh
 from humptygpt.tokenizer.tokenizers import Tokenizer
 from model import ModelConfig, build_on_meta
 
-CONFIG = {"model_type": str}
 # settings that are not exported: of training alone, and of what the weights themselves have or lack
 NOT_EXPORTED = {"dropout", "label_smoothing", "init", "bias", "attn_bias", "mlp_bias"}
 
@@ -79,7 +78,7 @@ def read_pretrained(folder: Path) -> tuple[ModelConfig, Weights]:
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     """Read config.json. Raises UserError where it describes a model that cannot be built here."""
     with reading(f"the model in {folder}: config.json"):
-        content = parse_json((folder / "config.json").read_bytes(), CONFIG)
+        content = parse_json((folder / "config.json").read_bytes(), {"model_type": str})
         kind = content["model_type"]
         if kind not in FAMILIES:
             raise ValueError(
@@ -136,7 +135,14 @@ def read_weights(family: Family, config: ModelConfig, tensors: Weights) -> Weigh
     # older files have it, too
     head = stored.pop("lm_head.weight", None) if config.tie_weights else None
     like = build_on_meta(config).state_dict()
-    check_weights(stored, to_theirs(family, config, like))
+    expected = to_theirs(family, config, like)
+    if unmatched := stored.keys() ^ expected.keys():
+        name = min(unmatched)
+        raise ValueError(
+            f"the weight {name} is {'unknown' if name in stored else 'missing'}"
+        )
+    for name, tensor in sorted(stored.items()):
+        check_tensor(name, tensor, expected[name].shape)
     ours = {}
     for name, own in weight_names(family, config, like):
         tensor = turned(family, name, stored.pop(name).detach())
@@ -151,17 +157,6 @@ def read_weights(family: Family, config: ModelConfig, tensors: Weights) -> Weigh
             "lm_head.weight must equal the embedding, to which tie_word_embeddings=true ties it"
         )
     return ours if not config.tie_weights else ours | {"lm_head.weight": ours["wte.weight"]}
-
-
-def check_weights(stored: Weights, expected: Weights) -> None:
-    """Raise ValueError where names or shapes differ, or a dtype is not supported."""
-    if stored.keys() != expected.keys():
-        name = min(stored.keys() ^ expected.keys())
-        raise ValueError(
-            f"the weight {name} is {'unknown' if name in stored else 'missing'}"
-        )
-    for name, tensor in sorted(stored.items()):
-        check_tensor(name, tensor, expected[name].shape)
 
 
 # --------------------------------------------------------------------------------------

@@ -100,9 +100,8 @@ def origin(loaded: Loaded) -> str:
 def training(loaded: Loaded) -> dict[str, str]:
     """Return what a run was trained on, how long, and its validation loss: that of these weights, or the lowest."""
     saved, progress = loaded.saved, loaded.saved["progress"]
-    loss = f"{progress['best_val_loss']:.4f} nats per token"
-    if progress["best_iter"] != progress["iter"]:
-        loss = f"not measured at this step; {loss} at step {progress['best_iter']:,}"
+    best = f"{progress['best_val_loss']:.4f} nats per token"
+    loss = f"{best}, at step {progress['best_iter']:,}"
     for row in read_metrics(loaded.path.with_name("metrics.jsonl")):
         if row and row["iter"] == progress["iter"] and "val_bits_per_byte" in row:
             bits = f"{row['val_bits_per_byte']:.3f} bits per byte"

