@@ -85,7 +85,6 @@ Corpus = Documents | Pairs
 STREAM = "standard_input.txt"  # the copy of a stream, which is read more than once
 RESUME = "run the same command again to resume"
 OWN_TEXT = "python prepare_data.py --input=FILE_OR_FOLDER --name=NAME"
-SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 PAIRS = {"only_with": {"task": Pairs.task}}
 
 
@@ -549,7 +548,7 @@ def keep_earlier_data(folder: Path) -> None:
 def summary(folder: Path, meta: dict, other: dict[str, str]) -> str:
     """Return the data at a glance: a table of counts, then lines of text; other: those of this kind of data."""
     columns = [meta, *meta["splits"].values()]
-    names = ["total", *(SPLIT_NAMES[split] for split in meta["splits"])]
+    names = ("total", "training", "validation", "test")[: len(columns)]
     table = [
         f"{folder}: {meta['source']}",
         12 * " " + "".join(f"{name:>14}" for name in names),

@@ -144,7 +144,6 @@ def test_the_summary_shows_counts_of_each_split_and_the_vocabulary(folder, capsy
         "tokenizer char, 1.10 bytes per token, stored as uint16",
         "vocabulary 3 tokens, all used",
         "most frequent 'b' 60.0%, 'a' 30.0%, 'ü' 10.0%",
-        "split one document; the last 10% of its characters are for validation",
         "",
         "train on it: python train.py --dataset=own --out_dir=out/own",
     ]

@@ -204,19 +204,19 @@ class PairDataset(Dataset):
         _, source, target = pairs.T
         return np.maximum(source, target) if self.with_encoder else source + target - 1
 
-    def order(self, split: str, tie_breaker: np.ndarray) -> np.ndarray:
-        """Return the numbers of the pairs from short to long."""
+    def order(self, split: str, *tie_breaker: np.ndarray) -> np.ndarray:
+        """Return the numbers of the pairs from short to long, equally long ones by tie_breaker."""
         _, source, target = self.pairs[split].T
         if not self.with_encoder:
-            return np.lexsort((tie_breaker, source + target))
+            return np.lexsort((*tie_breaker, source + target))
         # sources get longer for one length of target and shorter for the next, so that neighbours are always alike
-        return np.lexsort((tie_breaker, np.where(target % 2, source, -source), target))
+        return np.lexsort((*tie_breaker, np.where(target % 2, source, -source), target))
 
     def batch_starts(self, split: str, batch_size: int) -> np.ndarray:
         """Return where batches start among the pairs in order of length, and the end of the last, for all epochs."""
         if (split, batch_size) not in self.starts:
             pairs = self.pairs[split]
-            lengths = self.lengths(pairs[self.order(split, np.arange(len(pairs)))])
+            lengths = self.lengths(pairs[self.order(split)])
             longest = 0
             starts = [0]
             for number, length in enumerate(lengths.tolist()):
@@ -270,8 +270,7 @@ class PairDataset(Dataset):
 
     def val_pairs(self, batch_size: int, eval_iters: int | None) -> list[np.ndarray]:
         """Return the numbers of the pairs in each batch of the evaluation set."""
-        order = self.order("val", np.arange(len(self.pairs["val"])))
-        batches = np.split(order, self.batch_starts("val", batch_size)[1:-1])
+        batches = np.split(self.order("val"), self.batch_starts("val", batch_size)[1:-1])
         count = min(eval_iters or len(batches), len(batches))
         return [batches[int((i + 0.5) * len(batches) / count)] for i in range(count)]
 

@@ -116,15 +116,8 @@ class Documents:
 
     def summary(self, meta: dict) -> dict[str, str]:
         """Return the lines of the summary that only documents have."""
-        lines = {}
-        if not self.separated:
-            percent = f"{100 * self.config.val_fraction:g}%"
-            lines["split"] = (
-                f"one document; the last {percent} of its characters are for validation"
-            )
-        if count := meta["skipped_lines"]:
-            lines["skipped lines"] = f"{count:,}, which have no text"
-        return lines
+        count = meta["skipped_lines"]
+        return {"skipped lines": f"{count:,}, which have no text"} if count else {}
 
 
 def encode_documents(
@@ -136,12 +129,12 @@ def encode_documents(
     for piece in pieces:
         if piece.text and piece.start == 0:
             if tokenizer.bos is not None:
-                ids.append(np.array([tokenizer.bos]))
+                ids.append([tokenizer.bos])
             ids.append(tokenizer.encode(piece.text))
         elif piece.text:
             ids.append(tokenizer.encode_rest(piece.text))
         if piece.last and tokenizer.eot is not None:
-            ids.append(np.array([tokenizer.eot]))
+            ids.append([tokenizer.eot])
         counted["documents"] += piece.last
         counted["characters"] += len(piece.text)
         counted["bytes"] += len(piece.text.encode())

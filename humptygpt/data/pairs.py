@@ -245,9 +245,9 @@ def encode_pairs(
         else:
             ids += [source, target]
             counted["pairs"] += 1
-            counted["characters"] += len(pair.source) + len(pair.target)
+            counted["characters"] += len(pair.source + pair.target)
             counted["target_bytes"] += len(pair.target.encode())
-            counted["bytes"] += len(pair.source.encode()) + len(pair.target.encode())
+            counted["bytes"] += len((pair.source + pair.target).encode())
             counted["target_tokens"] += len(target)
             counted["longest"] = max(counted["longest"], longer)
     return ids, counted
