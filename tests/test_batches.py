@@ -38,18 +38,13 @@ def test_neighbours_in_a_permutation_are_unrelated():
     assert abs(np.corrcoef(np.arange(100_000), order)[0, 1]) < 0.02
 
 
-def test_a_permutation_of_a_huge_range_stays_inside_it():
-    n = 10**11
-    sent_to = permute(np.array([0, 1, n - 2, n - 1]), n, 3)
-    assert len(set(sent_to)) == 4 and sent_to.min() >= 0 and sent_to.max() < n
-
-
-def test_a_permutation_takes_the_same_memory_whatever_its_size():
+def test_a_permutation_of_a_huge_range_stays_inside_it_and_takes_no_more_memory():
     def most_memory(n: int) -> int:
         tracemalloc.start()
-        permute(np.arange(12), n, 3)  # each number is below n
+        sent_to = permute(np.arange(12), n, 3)  # each number is below n
         most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
+        assert len(set(sent_to)) == 12 and sent_to.min() >= 0 and sent_to.max() < n
         return most
 
     most_memory(100)
@@ -104,25 +99,21 @@ def test_targets_are_the_tokens_that_follow(counted):
     assert torch.equal(batch["targets"], batch["idx"] + 1)
 
 
-def test_an_epoch_visits_every_block_once_and_the_next_starts_at_another_offset(counted):
+def test_an_epoch_visits_every_block_once_in_an_order_and_from_an_offset_of_its_own(
+    counted,
+):
     dataset = TokenDataset(counted, 16, seed=1)
     blocks = (1003 - 1 - 16) // 16
+    in_order = list(range(0, 16 * blocks, 16))
     offsets = set()
+    orders = set()
     for epoch in range(10):
-        starts = sorted(starts_of(dataset, epoch, blocks))
-        assert starts == list(range(starts[0], starts[0] + 16 * blocks, 16))
-        offsets.add(starts[0])
-    assert len(offsets) > 5 and offsets <= set(range(32))
-
-
-def test_the_blocks_of_an_epoch_come_in_an_order_that_the_next_epoch_changes(counted):
-    dataset = TokenDataset(counted, 16, seed=1)
-    blocks = (1003 - 1 - 16) // 16
-    first, second = (starts_of(dataset, epoch, blocks) for epoch in (0, 1))
-    ranks = [
-        [sorted(starts).index(start) for start in starts] for starts in (first, second)
-    ]
-    assert ranks[0] != list(range(blocks)) and ranks[0] != ranks[1]
+        starts = starts_of(dataset, epoch, blocks)
+        offsets.add(min(starts))
+        order = [start - min(starts) for start in starts]
+        assert sorted(order) == in_order != order
+        orders.add(tuple(order))
+    assert len(offsets) > 5 and offsets <= set(range(32)) and len(orders) == 10
 
 
 def test_every_position_of_the_text_is_trained_on_in_time(counted):
@@ -213,23 +204,6 @@ def test_a_nanogpt_folder_opens_as_it_is(folder):
     assert train.main([*TINY_RUN, "--dataset=old"]) == 0
 
 
-class Evil:
-    def __reduce__(self):
-        return (Path.touch, (Path("ran"),))
-
-
-def test_a_pickle_that_holds_code_is_refused_and_never_runs(folder, fails):
-    data = folder / "data" / "evil"
-    data.mkdir(parents=True)
-    (data / "meta.pkl").write_bytes(
-        pickle.dumps({"vocab_size": 1, "itos": {0: Evil()}, "stoi": {}})
-    )
-    assert "is not a plain {vocab_size, itos, stoi}" in fails(
-        train.main, *TINY_RUN, "--dataset=evil"
-    )
-    assert not Path("ran").exists()
-
-
 def alter(data: Path):
     ids = np.fromfile(data / "train.bin", np.uint16)
     ids[100] ^= 1
@@ -241,12 +215,8 @@ def edit_meta(data: Path, **entries):
 
 
 def edit_train(data: Path, **entries):
-    """Change entries of the training split; ... removes one."""
     splits = read_meta(data)["splits"]
-    edited = {
-        key: value for key, value in (splits["train"] | entries).items() if value is not ...
-    }
-    edit_meta(data, splits=splits | {"train": edited})
+    edit_meta(data, splits=splits | {"train": splits["train"] | entries})
 
 
 DAMAGE = {
@@ -257,21 +227,9 @@ DAMAGE = {
     "meta.json: dtype must be uint16 or uint32": lambda data: edit_meta(
         data, dtype="object"
     ),
-    "meta.json: splits is missing": lambda data: (data / "meta.json").write_text(
-        json.dumps(
-            {
-                "format": META_FORMAT,
-                "task": "translation",
-                "source": "",
-                "dtype": "uint16",
-                "tokenizer": {},
-            }
-        )
-    ),
     "meta.json: splits.train.tokens must be an integer from 1 to 9,": lambda data: (
         edit_train(data, tokens=-3600)
     ),
-    "meta.json: splits.train.bytes is missing": lambda data: edit_train(data, bytes=...),
     "train.bin has 3,600 tokens, which are not the 3,601 of meta.json": lambda data: (
         edit_train(data, tokens=3601)
     ),
@@ -281,9 +239,6 @@ DAMAGE = {
     "are not the 3,600 of meta.json": lambda data: edit_train(data, checksums={}),
     "meta.json: splits.val has the file 'train.bin', which": lambda data: edit_meta(
         data, splits=(splits := read_meta(data)["splits"]) | {"val": splits["train"]}
-    ),
-    "meta.json: it is nested too deeply": lambda data: (data / "meta.json").write_text(
-        "[" * 100_000
     ),
     "cannot read data/tiny/train.bin: Size": lambda data: (data / "train.bin").write_bytes(
         (data / "train.bin").read_bytes()[:-1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from backports import zstd
 from conftest import make_pairs, make_text
-from test_prepare_data import contents, fill_disk, meta, unreachable
+from test_prepare_data import contents, full_disk, meta, unreachable
 
 import prepare_data
 from humptygpt.data import corpus as corpus_module
@@ -17,7 +17,6 @@ from humptygpt.data import sources as known_texts
 from humptygpt.tokenizer.tokenizers import (
     END_OF_TEXT,
     BytePairTokenizer,
-    SentencePieceTokenizer,
     from_state,
 )
 
@@ -151,23 +150,11 @@ def test_spaces_are_trimmed_and_collapsed(folder):
 ROWS = make_pairs()
 
 
-def test_a_byte_order_mark_is_not_text(folder):
-    write("own.tsv", "\ufeff" + "".join(f"{source}\t{target}\n" for source, target in ROWS))
-    prepare_data.main(["--input=own.tsv", *BYTES])
-    assert sorted(all_pairs("mine")) == sorted(ROWS)
-
-
-@pytest.mark.parametrize(
-    "errors, text", [("replace", "Gr\ufffdn ist es."), ("ignore", "Grn ist es.")]
-)
-def test_there_is_a_way_out_where_bytes_are_not_utf8(folder, errors, text):
-    data = (
-        "".join(f"{source}\t{target}\n" for source, target in ROWS).encode()
-        + b"Gr\xfcn ist es.\tIt is green.\n"
-    )
-    write("own.tsv", data)
-    prepare_data.main(["--input=own.tsv", f"--encoding_errors={errors}", *BYTES])
-    assert (text, "It is green.") in all_pairs("mine")
+def test_bytes_that_are_not_utf8_can_be_replaced(folder):
+    path = Path(write_tsv("own.tsv", ROWS))
+    path.write_bytes(path.read_bytes() + b"Gr\xfcn ist es.\tIt is green.\n")
+    prepare_data.main(["--input=own.tsv", "--encoding_errors=replace", *BYTES])
+    assert ("Gr\ufffdn ist es.", "It is green.") in all_pairs("mine")
 
 
 def test_characters_outside_the_vocabulary_are_encoded_as_bytes_and_nothing_is_lost(folder):
@@ -187,26 +174,6 @@ def test_text_that_looks_like_the_end_of_text_token_does_not_end_a_side(folder):
     write_tsv("own.tsv", rows)
     prepare_data.main(["--input=own.tsv", *SMALL])
     assert sorted(all_pairs("mine")) == sorted(rows)
-
-
-def test_encoding_a_batch_equals_encoding_one_by_one():
-    tokenizer = SentencePieceTokenizer.train(
-        [side for row in ROWS for side in row], 330, separated=True
-    )
-    texts = [side for row in ROWS for side in row] + [
-        "",
-        "two\nlines",
-        "a ▁ sign",
-        "鳥🙂",
-        "last",
-    ]
-    batch = tokenizer.encode_batch(iter(texts))
-    assert [ids.tolist() for ids in batch] == [
-        tokenizer.encode(text).tolist() for text in texts
-    ]
-    assert [tokenizer.decode(ids) for ids in batch] == texts
-    with pytest.raises(prepare_data.UserError, match="is not valid UTF-8"):
-        tokenizer.encode_batch(["fine", "half \ud83d"])
 
 
 # --------------------------------------------------------------------------------------
@@ -391,9 +358,7 @@ def test_sources_are_compared_by_their_words_alone(a, b, same):
     assert (pairs.normalised(a) == pairs.normalised(b)) == same
 
 
-def test_held_out_sentences_that_changed_start_a_stopped_preparation_over(
-    folder, capsys, monkeypatch
-):
+def test_held_out_sentences_that_changed_start_a_stopped_preparation_over(folder, capsys):
     write_tsv("own.tsv", ROWS)
     for change, printed in (
         ("Vielen Dank!\n", "resuming after"),
@@ -402,8 +367,7 @@ def test_held_out_sentences_that_changed_start_a_stopped_preparation_over(
         shutil.rmtree("data/mine", ignore_errors=True)
         write("held.txt", "Vielen Dank!\n")
         os.utime("held.txt", (1, 1))
-        with monkeypatch.context() as patch, pytest.raises(prepare_data.UserError):
-            fill_disk(patch, 4)
+        with full_disk(4):
             prepare_data.main(["--input=own.tsv", "--held_out=held.txt", *BYTES])
         write("held.txt", change)
         os.utime("held.txt", (1, 1))
@@ -427,30 +391,9 @@ def test_the_tokenizer_is_trained_on_both_sides_of_the_training_pairs_alone(
 
     monkeypatch.setattr(BytePairTokenizer, "train", recorded)
     write_tsv("own.tsv", ROWS)
-    prepare_data.main(
-        [
-            "mine",
-            "--input=own.tsv",
-            "--tokenizer=bpe",
-            "--vocab_size=300",
-            "--val_fraction=0.2",
-        ]
-    )
+    keys = ["--tokenizer=bpe", "--vocab_size=300", "--val_fraction=0.2"]
+    prepare_data.main(["mine", "--input=own.tsv", *keys])
     assert seen == [[side for row in pairs_of("mine")["train"] for side in row]]
-    shutil.rmtree("data/mine")
-    monkeypatch.setattr(
-        corpus_module, "VOCABULARY_BYTES", Path("own.tsv").stat().st_size // 2
-    )
-    prepare_data.main(
-        [
-            "mine",
-            "--input=own.tsv",
-            "--tokenizer=bpe",
-            "--vocab_size=300",
-            "--val_fraction=0.2",
-        ]
-    )
-    assert set(seen[1]) < set(seen[0]) and 0.25 < len(seen[1]) / len(seen[0]) < 0.75
 
 
 def test_the_summary_shows_the_splits_and_three_pairs(folder, capsys):
@@ -566,13 +509,13 @@ BAD = {
         "--input=tab.tsv"
     ],
     "tabs.tsv, line 2 has 2 tabs; write a line": ["--input=tabs.tsv"],
-    "empty.tsv has no pairs; write a line as": ["--input=empty.tsv"],
-    "blank.tsv has no pairs; write a line as": ["--input=blank.tsv"],
+    "empty.tsv has no pairs; write a line as SOURCE, one tab, TARGET; left out: {'empty': 3}": [
+        "--input=empty.tsv"
+    ],
     "latin1.tsv, line 2 is not UTF-8; set --encoding_errors=replace or ignore": [
         "--input=latin1.tsv"
     ],
     "damaged.tsv.gz is damaged: ": ["--input=damaged.tsv.gz"],
-    "*.t?[tv] has text and sentence pairs; name one kind only": ["--input=*.t?[tv]"],
     "short.en has 59 lines, fewer than the other file": [
         "--source=a.de",
         "--target=short.en",
@@ -584,7 +527,7 @@ BAD = {
         "--source=a.de",
         "--target=a.en",
     ],
-    "train.bin would have 0 tokens, but needs at least 2; change --val_fraction or add text; counted: {'too_long': ": [
+    "train.bin would have 0 tokens, but needs at least 2; change --val_fraction or add text; counted: {'tokens': 0, 'too_long': ": [
         *("--input=own.tsv", "--max_pair_tokens=2", "--tokenizer=byte")
     ],
     "no text of one.tsv is in the training split; add text": ["--input=one.tsv"],
@@ -608,9 +551,8 @@ def test_bad_input_is_one_line_that_names_the_place(folder, fails, complaint):
     write("own.txt", make_text())
     write("tab.tsv", "a\tb\n\t\nno tab\na\tb\n")
     write("tabs.tsv", "a\tb\na\tb\tc\n")
-    write("empty.tsv", "")
+    write("empty.tsv", "\t\n\na\t\n")
     write("one.tsv", "a\tb\n")
-    write("blank.tsv", "\t\n\na\t\n")
     write("latin1.tsv", b"a\tb\nGr\xfcn\tgreen\n")
     write("latin1.txt", b"Gr\xfcn\n")
     packed = Path(write_tsv("damaged.tsv.gz", ROWS))
