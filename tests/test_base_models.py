@@ -320,7 +320,7 @@ DAMAGES = {
     ),
     "no number": (
         lambda saved: saved["model_args"].update(n_layer="2"),
-        "model_args.n_layer must be an integer",
+        "model_args.n_layer must be int",
     ),
     "huge": (
         lambda saved: saved["model_args"].update(n_layer=2**20),

@@ -227,8 +227,8 @@ DAMAGE = {
     "meta.json: dtype must be uint16 or uint32": lambda data: edit_meta(
         data, dtype="object"
     ),
-    "meta.json: splits.train.tokens must be an integer from 1 to 9,": lambda data: (
-        edit_train(data, tokens=-3600)
+    "meta.json: splits.train.tokens must be an int from 1 to 9,": lambda data: edit_train(
+        data, tokens=-3600
     ),
     "train.bin has 3,600 tokens, which are not the 3,601 of meta.json": lambda data: (
         edit_train(data, tokens=3601)

@@ -186,7 +186,7 @@ def change(
 WTE = torch.zeros(3, 8)
 EDITS = [
     ("train_config is missing", change("train_config")),
-    ("train_config must be a dictionary", change("train_config", value=[])),
+    ("train_config must be dict", change("train_config", value=[])),
     (
         "unknown key batch_sice; did you mean batch_size",
         change("train_config", "batch_size", rename="batch_sice"),
@@ -235,7 +235,7 @@ EDITS = [
         "model.lm_head.weight must be",
         change("model", "lm_head.weight", value=torch.zeros(()).expand(3, 8)),
     ),
-    ("progress.seconds must be a number", change("progress", "seconds", value=10**400)),
+    ("progress.seconds must be float", change("progress", "seconds", value=10**400)),
     ("progress.x is unknown", change("progress", "x", value=3)),
     (
         "device must have no control characters",

@@ -230,7 +230,7 @@ def test_a_run_that_has_not_been_evaluated_shows_dashes_and_is_drawn_without_a_c
 BROKEN = {
     '{"max_iters": 2': "Expecting ',' delimiter: line 1 column 16 (char 15)",
     '{"hidden_size": 768}': "max_iters is missing",
-    json.dumps(DEFAULTS | {"max_iters": 0}): "max_iters must be an integer from 1 to",
+    json.dumps(DEFAULTS | {"max_iters": 0}): "max_iters must be an int from 1 to",
     json.dumps(DEFAULTS | {"dataset": "\x1b[2J\ud800"}): "it has unprintable characters",
 }
 

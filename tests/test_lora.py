@@ -355,7 +355,7 @@ BAD = [
     ),
     (
         lambda: change_config(base_model_name_or_path=None),
-        "base_model_name_or_path must be a string",
+        "base_model_name_or_path must be str",
     ),
     (
         lambda: change_config(base_model_name_or_path="thei"),

@@ -534,7 +534,7 @@ BAD = [
         "there is neither model.safetensors nor pytorch_model.bin",
     ),
     (write_config(""), "config.json: Expecting value: line 1"),
-    (write_config("[1]"), "config.json: the content must be a dictionary"),
+    (write_config("[1]"), "config.json: the content must be dict"),
     (write_config("[" * 10**5), "config.json: it is nested too deeply"),
     (edit_config(model_type=...), "config.json: model_type is missing"),
     (
@@ -656,7 +656,7 @@ BAD_LLAMA = [
         ),
         "rope_factor=0.0 must be at",
     ),
-    (edit_config(rope_scaling="linear"), "config.json: rope_scaling must be a dictionary"),
+    (edit_config(rope_scaling="linear"), "config.json: rope_scaling must be dict"),
     (
         edit_config(rope_parameters={"partial_rotary_factor": 0.5}),
         "partial_rotary_factor=0.5 is not supported",

@@ -21,21 +21,19 @@ FITTING = {
     "splits": {"train": {"tokens": 3, "done": True}},
 }
 EDITS = {
-    "the content must be a dictionary": lambda value: [value],
+    "the content must be dict": lambda value: [value],
     "the content must have strings as keys": lambda value: value | {3: "three"},
-    "name must be a string": lambda value: value | {"name": 3},
-    "mean must be a number": lambda value: value | {"mean": True},
-    r"sizes must be a list": lambda value: value | {"sizes": (1, 2)},
-    r"sizes\[1\] must be an integer from 0 to 99": lambda value: (
-        value | {"sizes": [1, 100]}
-    ),
-    r"sizes\[0\] must be an integer from 0 to 99": lambda value: value | {"sizes": [True]},
-    "best must be an integer or None": lambda value: value | {"best": math.nan},
+    "name must be str": lambda value: value | {"name": 3},
+    "mean must be float": lambda value: value | {"mean": True},
+    r"sizes must be list": lambda value: value | {"sizes": (1, 2)},
+    r"sizes\[1\] must be an int from 0 to 99": lambda value: value | {"sizes": [1, 100]},
+    r"sizes\[0\] must be an int from 0 to 99": lambda value: value | {"sizes": [True]},
+    "best must be int or None": lambda value: value | {"best": math.nan},
     "kind must be pairs or text": lambda value: value | {"kind": ["text"]},
     "kind is missing": lambda value: {
         key: entry for key, entry in value.items() if key != "kind"
     },
-    r"splits\.'a\\nb' must be a dictionary": lambda value: value | {"splits": {"a\nb": 3}},
+    r"splits\.'a\\nb' must be dict": lambda value: value | {"splits": {"a\nb": 3}},
     r"splits\.val\.tokens is missing": lambda value: (
         value | {"splits": {"val": {"done": False}}}
     ),

@@ -321,7 +321,7 @@ REFUSED = {
     "tokenizers cannot read it": ("tokenizer", {"model": {}}),
     "its decoder is WordPiece; Byte": ("tokenizer", {"decoder": DECODER}),
     "its decoder is none": ("tokenizer", {"decoder": None}),
-    ": eos_token must be a string": ("tokenizer_config", {"eos_token": 3}),
+    ": eos_token must be str": ("tokenizer_config", {"eos_token": 3}),
     "says that '</s>' has the id 7, but it has another": ("tokenizer_config", ADDED),
 }
 

@@ -352,16 +352,6 @@ def nearest_path(path: str, ending: str = "") -> str:
 # --------------------------------------------------------------------------------------
 # What a file must hold, declared as data: a file may be damaged, foreign or hostile
 
-KINDS = {
-    dict: "a dictionary",
-    list: "a list",
-    str: "a string",
-    int: "an integer",
-    float: "a number",
-    bool: "a boolean",
-    types.NoneType: "None",
-}
-
 
 def parse_json(text: str | bytes, schema: object) -> dict:
     """Return the content of a JSON file, which fits the schema. Raises ValueError, in one line, where it does not."""
@@ -417,7 +407,7 @@ def is_kind(value: object, schema: object) -> bool:
     """Whether value fits the schema as far as can be seen without looking into lists and dictionaries."""
     if isinstance(schema, set | range):
         return type(value) is (str if isinstance(schema, set) else int) and value in schema
-    kind = schema if isinstance(schema, type) else type(schema)  # type(None) for None
+    kind = kind_of(schema)
     whole_number = type(value) is int and abs(value) < 2**63
     return type(value) is kind or (kind is float and whole_number)
 
@@ -426,9 +416,12 @@ def describe(schema: object) -> str:
     if isinstance(schema, set):
         return " or ".join(sorted(schema))
     if isinstance(schema, range):
-        return f"an integer from {schema.start:,} to {schema.stop - 1:,}"
-    kind = schema if isinstance(schema, type) else type(schema)
-    return KINDS.get(kind, kind.__name__)
+        return f"an int from {schema.start:,} to {schema.stop - 1:,}"
+    return "None" if schema is None else kind_of(schema).__name__
+
+
+def kind_of(schema: object) -> type:
+    return schema if isinstance(schema, type) else type(schema)
 
 
 # --------------------------------------------------------------------------------------
