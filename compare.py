@@ -453,7 +453,7 @@ def draw_runs(figure, group: Group) -> None:
     colors = [COLORS[i % len(COLORS)] for i in range(len(group.runs))]
     for i, run in enumerate(group.runs):
         style = "-" if i < len(COLORS) else "--"
-        left.plot(*curve(run), style, color=colors[i], marker="osD^v"[i % 5], markersize=4)
+        left.plot(*curve(run), style, color=colors[i], marker="o", markersize=4)
     # logarithmic, so that the first evaluations, far above the others, leave room for their differences
     left.set(yscale="log", ylabel="validation loss, bits per byte", xlabel="training text")
     left.yaxis.set_major_locator(MaxNLocator(10, steps=(1, 2, 5, 10)))

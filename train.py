@@ -95,6 +95,11 @@ class Run:
         stops_early = 0 < self.config.early_stopping <= self.progress.evals_since_best
         return stops_early or self.progress.iter >= self.config.max_iters
 
+    @property
+    def path(self) -> Path:
+        """Where its latest checkpoint is, or will be."""
+        return checkpoint.stored(Path(self.config.out_dir) / "ckpt.pt")
+
     def state(self) -> dict:
         """Return what ckpt.pt and best.pt have in common: see checkpoint.SCHEMA."""
         meta = self.dataset.meta
@@ -121,16 +126,15 @@ class Run:
 
     def load(self, saved: dict) -> None:
         """Take over the state of a checkpoint, whose weights the model has already. Raises UserError."""
-        path = checkpoint.stored(Path(self.config.out_dir) / "ckpt.pt")
         sharded = checkpoint.lacks_tensors(saved)
-        with refuse_damaged(path):
+        with refuse_damaged(self.path):
             self.optimizer.check_state(saved["optimizer"], "meta" if sharded else "cpu")
         if saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
         if sharded:
             self.optimizer.steps = saved["optimizer"]["steps"]
             self.optimizer.make_state()
-            self.processes.load(path, self.latest_state())
+            self.processes.load(self.path, self.latest_state())
         else:
             self.optimizer.load_state_dict(saved["optimizer"])
 
@@ -541,23 +545,18 @@ def finish(run: Run, folder: RunFolder) -> None:
 
 def report_stop(run: Run, number: int) -> None:
     command = as_written_here(f"python train.py --init_from=resume {out_dir_key(run)}")
-    saved = f"saved {saved_checkpoint(run)} at iter {run.progress.iter}"
+    saved = f"saved {run.path} at iter {run.progress.iter}"
     line = f"{signal.Signals(number).name}: {saved}; resume: {command}"
     with suppress(OSError):  # the reader of our messages may have got the signal, too
         print(line, file=sys.stderr)
 
 
 def report_divergence(run: Run, error: Diverged) -> None:
-    saved = saved_checkpoint(run)
     kept = "nothing was saved yet"
-    if saved.exists():
-        kept = f"{saved} is the last good checkpoint"
+    if run.path.exists():
+        kept = f"{run.path} is the last good checkpoint"
     advice = "Try a lower --learning_rate, more --warmup_iters, --grad_clip=1.0 or --dtype=float32"
     print(f"train.py: the {error}; {kept}. {advice}", file=sys.stderr)
-
-
-def saved_checkpoint(run: Run) -> Path:
-    return checkpoint.stored(Path(run.config.out_dir) / "ckpt.pt")
 
 
 def out_dir_key(run: Run) -> str:
