@@ -133,15 +133,8 @@ def test_both_train_to_the_target_and_ours_for_as_long_as_nanogpt(
         return [0.002] * count
 
     monkeypatch.setattr(contenders.Trainer, "take_steps", take_steps)
-    result = run(
-        capsys,
-        "--what=loss",
-        "--nanogpt=other",
-        "--config=tiny.py",
-        "--target=2.6",
-        "--seeds=1",
-        "--device=cpu",
-    )
+    argv = ["--what=loss", "--nanogpt=other", "--config=tiny.py", "--target=2.6"]
+    result = run(capsys, *argv, "--seeds=1", "--device=cpu")
     assert result["ours_seconds"] == pytest.approx(0.8 * result["nanogpt_seconds"])
     assert 0 < result["ours_seconds_to_target"] <= result["ours_seconds"]
     # a table of pairs cannot learn as much
@@ -172,9 +165,8 @@ def trainers(text) -> list[contenders.Trainer]:
 
 def test_both_are_scored_by_one_function_on_the_whole_split(trainers):
     for trainer in trainers:
-        torch.nn.init.normal_(
-            next(trainer.model.parameters())
-        )  # no two texts cost the same
+        # no two texts cost the same
+        torch.nn.init.normal_(next(trainer.model.parameters()))
         val = trainer.dataset.val
         ids = torch.from_numpy(val.read(np.array([0]), len(val))[0])
         total = 0.0
@@ -197,27 +189,9 @@ def test_the_profile_has_the_phases_of_a_step_and_its_operators(text, here, caps
     bench.main(["--what=profile", "--config=tiny.py", "--steps=2", "--device=cpu"])
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
-    assert list(result) == [
-        "batch_ms",
-        "forward_ms",
-        "backward_ms",
-        "clip_ms",
-        "optimizer_ms",
-    ]
+    phases = ["batch", "forward", "backward", "clip", "optimizer"]
+    assert list(result) == [f"{phase}_ms" for phase in phases]
     assert min(result.values()) > 0 and "aten::mm" in out
-
-
-def test_the_profiled_step_clips_only_where_it_is_asked_to_and_takes_frozen_parameters(
-    trainers, monkeypatch
-):
-    run = trainers[0].run
-    run.model.wte.requires_grad_(False)
-    run.config = replace(run.config, grad_clip=0.0)
-    weight = run.model.stack.blocks[0].mlp.up_proj.weight
-    norms = []
-    monkeypatch.setattr(run.optimizer, "step", lambda: norms.append(weight.grad.norm()))
-    step_profile.time_phases(run, 0)
-    assert norms[0] > 1e-4
 
 
 def test_bad_input_is_one_line(text, fails):
@@ -265,10 +239,8 @@ def test_generation_is_timed_beside_what_is_installed_and_what_is_missing_is_nam
 def test_figures_are_medians_over_rounds_and_steps():
     rounds = [[5.0, 0.1, 0.2], [9.0, 0.4, 0.2], [7.0, 0.2, 0.9]]
     # 4 texts in 0.2 s
-    assert generation.summary(rounds, texts=4) == {
-        "first_token_ms": 7000,
-        "tokens_per_second": 20,
-    }
+    figures = generation.summary(rounds, texts=4)
+    assert figures == {"first_token_ms": 7000, "tokens_per_second": 20}
 
 
 def test_a_step_ends_when_its_token_is_there_and_patience_ends_a_measurement(monkeypatch):
@@ -293,20 +265,17 @@ def test_a_step_ends_when_its_token_is_there_and_patience_ends_a_measurement(mon
     assert slow.measure(4) == [3.0, 1.0, 25.0]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kind"), [("float32", "F32"), ("bfloat16", "BF16"), ("q8_0", "Q8_0")]
-)
-def test_a_gguf_file_has_the_tensors_of_a_gpt2_under_their_names(dtype, kind):
+def test_a_gguf_file_has_the_tensors_of_a_gpt2_under_their_names():
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("transformers")
-    write_random_gguf(Path("model.gguf"), SMALL, dtype)
+    write_random_gguf(Path("model.gguf"), SMALL, "q8_0")
     reader = gguf.GGUFReader("model.gguf")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert tensors["token_embd.weight"].shape.tolist() == [32, 40]
     assert tensors["blk.1.attn_qkv.weight"].shape.tolist() == [32, 96]
     assert "output.weight" not in tensors
     up = tensors["blk.1.ffn_up.weight"]
-    assert up.tensor_type.name == kind
+    assert up.tensor_type.name == "Q8_0"
     written = torch.tensor(gguf.quants.dequantize(up.data, up.tensor_type))
     expected = random_gpt2(SMALL).transformer.h[1].mlp.c_fc.weight.T
     torch.testing.assert_close(written, expected, atol=1e-3, rtol=1e-2)

@@ -352,13 +352,6 @@ def test_runs_whose_settings_differ_are_not_merged_whatever_their_names(folder, 
     assert [row["run"] for row in rows] == ["heads-1", "heads-2", "heads-4"]
 
 
-def test_equal_runs_of_two_folders_are_two_groups(folder, capsys):
-    runs = [*make_seeds("out/a/one-{}", 2.0, 1.9), *make_seeds("out/b/one-{}", 1.8, 1.7)]
-    table = run(capsys, *runs[::2], *runs[1::2], "--group=True")  # in alternation
-    first = [line.split(" ")[0] for line in table.splitlines()]
-    assert first == ["", "a", "run", "one", "", "b", "run", "one"]
-
-
 def test_rows_are_compared_with_the_first_of_their_group_and_the_best_of_each_group_is_marked(
     folder, capsys
 ):
@@ -381,7 +374,9 @@ def test_rows_are_compared_with_the_first_of_their_group_and_the_best_of_each_gr
     assert [row["remark"] for row in rows] == [said[1] for _, said in bits.values()]
     expected = [said[0] and pytest.approx(said[0]) for _, said in bits.values()]
     assert [row["difference"] for row in rows] == expected
-    table = run(capsys, *runs, "--group=True")
+    table = run(capsys, *runs[::2], *runs[1::2], "--group=True")  # in alternation
+    titles = [line for line in table.splitlines() if line in ("a", "b", "c")]
+    assert titles == ["a", "b", "c"]
     assert "-0.275  best (within seeds)" in row_of(table, "overlaps")
     assert row_of(table, "overlaps").endswith("2 done  max_iters=196")
 

@@ -254,23 +254,6 @@ def test_where_compiling_fails_the_run_trains_uncompiled(run_train, monkeypatch,
     assert rows == run_train("--compile=False")
 
 
-class Wrapper(torch.nn.Module):
-    def __init__(self, model, dynamic):
-        super().__init__()
-        self._orig_mod, self.config = model, model.config
-
-    def forward(self, **batch):
-        return self._orig_mod(**batch)
-
-
-def test_a_compiled_models_weights_keep_their_names(run_train, monkeypatch):
-    plain = run_train()
-    names = set(weights())
-    monkeypatch.setattr(torch, "compile", Wrapper)
-    assert run_train("--compile=True") == plain
-    assert set(weights()) == names
-
-
 def test_a_scaler_skips_the_step_whose_gradients_are_not_finite():
     layer = torch.nn.Linear(2, 1)
     optimizer = make_optimizer(TrainConfig(learning_rate=0.1), layer)
@@ -295,12 +278,15 @@ def test_a_gpu_trains_in_mixed_precision(run_train, dtype, options):
     assert train_losses(on_gpu) == pytest.approx(cpu, rel=0.05)
 
 
-def test_a_model_that_is_traced_as_for_compiling_trains_alike(run_train, monkeypatch):
-    eager = run_train("--optimizer=normuon")
+def test_a_model_that_is_traced_as_for_compiling_trains_alike_and_its_weights_keep_their_names(
+    run_train, monkeypatch
+):
+    eager = train_losses(run_train("--optimizer=normuon"))
+    names = weights().keys()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    assert train_losses(
-        run_train("--optimizer=normuon", "--compile=True")
-    ) == pytest.approx(train_losses(eager), rel=1e-4)
+    traced = train_losses(run_train("--optimizer=normuon", "--compile=True"))
+    assert traced == pytest.approx(eager, rel=1e-4)
+    assert weights().keys() == names
 
 
 # --------------------------------------------------------------------------------------
@@ -668,16 +654,13 @@ BAD = {
     "position=rotary turns pairs": ["--position=rotary", "--n_embd=6"],
     "n_embd=32 must be a multiple of n_head=3": ["--n_head=3"],
     "batch_size=0 must be at least 1": ["--batch_size=0"],
-    "learning_rate=0.0 must be above 0": ["--learning_rate=0"],
     "min_lr=1.0 must be at most learning_rate": ["--min_lr=1.0"],
     "weight_decay='nan' must be float": ["--weight_decay=nan"],
-    "weight_decay=inf must be at least 0": ["--weight_decay=1e999"],
     "dtype=float16 needs a CUDA device": ["--dtype=float16"],
     "device=cuda:9 is not available": ["--device=cuda:9"],
     "init_from=nothing: there is no such file or folder": ["--init_from=nothing"],
     "vocab_size=3 is below the": ["--vocab_size=3"],
     "nothing.py is not a config file": ["nothing.py"],
-    "data is not a config file": ["data"],
     "broken.py:1: ": ["broken.py"],
     "cannot write blocked/run: Not a directory; name another --out_dir": [
         "--out_dir=blocked/run"
