@@ -88,14 +88,10 @@ OWN_TEXT = "python prepare_data.py --input=FILE_OR_FOLDER --name=NAME"
 PAIRS = {"only_with": {"task": Pairs.task}}
 
 
-def taken_by(key: str) -> dict:
-    """The rule of a key that only some tokenizers take."""
+def taking(key: str) -> dict[str, tuple[str, ...]]:
+    """Return {"tokenizer": those that take this key}."""
     return {
-        "only_with": {
-            "tokenizer": tuple(
-                name for name, cls in TOKENIZERS.items() if key in cls.options
-            )
-        }
+        "tokenizer": tuple(name for name, cls in TOKENIZERS.items() if key in cls.options)
     }
 
 
@@ -154,13 +150,13 @@ class PrepareConfig:
         None,
         "number of tokens; None: 4096, pairs 8192",
         at_least=2,
-        **taken_by("vocab_size"),
+        only_with=taking("vocab_size"),
     )
     model_type: str | None = setting(
         None,
         "of sentencepiece; None: bpe",
         choices=("bpe", "unigram"),
-        **taken_by("model_type"),
+        only_with=taking("model_type"),
     )
     shard_tokens: int | None = setting(
         None, "tokens per file, train_0000.bin and so on; None: one file", at_least=1
@@ -223,9 +219,8 @@ def prepare(config: PrepareConfig) -> dict:
             corpus = open_corpus(config, folder)
             meta = make_data(corpus, folder, config)
         finally:
-            if (
-                config.input == "-" and not (folder / "preparing").exists()
-            ):  # nothing to resume
+            # nothing to resume
+            if config.input == "-" and not (folder / "preparing").exists():
                 (folder / STREAM).unlink(missing_ok=True)
     print(summary(folder, meta, corpus.summary(meta)))
     return meta
@@ -275,9 +270,8 @@ def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
     made_from = data_id(corpus, config)
     if read_json(folder / "meta.json").get("made_from") == made_from and is_whole(folder):
         note(f"{folder} has this text with these settings already; it stays as it is")
-        if not (
-            preparing / "progress.json"
-        ).exists():  # else it can be resumed, with other settings
+        # with its progress, it can be resumed with other settings
+        if not (preparing / "progress.json").exists():
             remove(preparing)
         return read_meta(folder)
     if read_json(preparing / "meta.json").get("made_from") != made_from:

@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -41,7 +41,7 @@ class Progress:
     tokenizer: dict  # its state
     splits: dict[str, Counter]  # what the corpus counts, and tokens, of each
     counts: list[int]  # occurrences of each token
-    position: list = field(default_factory=lambda: list(START))
+    position: Position = START
 
 
 def encode(
@@ -54,12 +54,11 @@ def encode(
     saved = read_json(folder / "progress.json")
     # without a position, it is of an earlier version
     if saved.get("made_from") == made_from and "position" in saved:
-        progress = Progress(**saved)
-        progress.splits = {
-            split: Counter(counted) for split, counted in progress.splits.items()
-        }
-        read = Position(*progress.position).read
-        print(f"resuming after {read:,} of {sum(corpus.sizes):,} bytes", file=sys.stderr)
+        splits = {split: Counter(counted) for split, counted in saved["splits"].items()}
+        position = Position(*saved["position"])
+        progress = Progress(**saved | {"splits": splits, "position": position})
+        read = f"{position.read:,} of {sum(corpus.sizes):,} bytes"
+        print(f"resuming after {read}", file=sys.stderr)
     else:
         if saved:
             note(
@@ -105,7 +104,7 @@ def write_tokens(
         batch = list(islice(units, SAVE_UNITS))
         if not batch:
             return
-        progress.position = list(batch[-1][1])
+        _, progress.position = batch[-1]
 
 
 def add_counts(total: Counter, counted: dict[str, int]) -> None:
@@ -126,7 +125,7 @@ def usable_workers(corpus) -> int:
 
 def in_order(corpus, progress: Progress) -> Iterator[tuple[Encoded, Position]]:
     """Encode the units after progress; about 4 units per worker are in memory."""
-    todo = units(corpus, "encoding", Position(*progress.position))
+    todo = units(corpus, "encoding", progress.position)
     workers = usable_workers(corpus)
     if workers == 1:
         tokenizer = from_state(progress.tokenizer)

@@ -203,16 +203,12 @@ def read_tsv(path: Path, errors: str, skip_bad_lines: bool = False) -> Iterator[
 def read_aligned(source: Path, target: Path, errors: str) -> Iterator[Pair]:
     """Read the pairs of two files with a sentence per line. Raises UserError where one has more lines."""
     lines = zip_longest(read_text_lines(source, errors), read_text_lines(target, errors))
-    for number, (source_line, target_line) in enumerate(lines, start=1):
-        if source_line is None or target_line is None:
-            short = source if source_line is None else target
+    for both in lines:
+        if None in both:
             rule = "each line must be the translation of the other's"
-            raise UserError(
-                f"{short} has {number - 1:,} lines, fewer than the other file; {rule}"
-            )
-        yield Pair(
-            clean(source_line[0]), clean(target_line[0]), source_line[1] + target_line[1]
-        )
+            raise UserError(f"{source} has not as many lines as {target}; {rule}")
+        (source_line, read), (target_line, also_read) = both
+        yield Pair(clean(source_line), clean(target_line), read + also_read)
 
 
 # --------------------------------------------------------------------------------------
