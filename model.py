@@ -104,7 +104,7 @@ class PositionalEncoding(nn.Module):
         return None
 
     def score_bias(self, T: int, S: int) -> Tensor | None:
-        """(H, T, S), added to the scores before softmax; the queries are the last T of the S positions."""
+        """(1, H, T, S), added to the scores before softmax; the queries are the last T of the S positions."""
         return None
 
 
@@ -202,12 +202,11 @@ class AlibiPosition(PositionalEncoding):
 
     def __init__(self, config: "ModelConfig"):
         super().__init__(config)
-        self.register_buffer(
-            "slopes", torch.tensor(alibi_slopes(config.n_head)), persistent=False
-        )
+        slopes = torch.tensor(alibi_slopes(config.n_head)).view(1, -1, 1, 1)
+        self.register_buffer("slopes", slopes, persistent=False)
 
     def score_bias(self, T: int, S: int) -> Tensor:
-        return -self.slopes[:, None, None] * distances(T, S, self.slopes.device).abs()
+        return -self.slopes * distances(T, S, self.slopes.device).abs()
 
 
 def alibi_slopes(n_head: int) -> list[float]:

@@ -248,13 +248,13 @@ def load(
     # there the weights are converted; a GPU has autocast
     on_cpu = torch_device.type == "cpu"
     weight_dtype = low_dtype if on_cpu else torch.float32
+    autocast_dtype = torch.float32 if on_cpu else low_dtype
     if quantize:
         weight_dtype = torch.int8
-    autocast_dtype = torch.float32 if on_cpu else low_dtype
-    if quantize and not on_cpu:
-        raise UserError(
-            f"quantize={quantize} is for CPUs, and the device is {torch_device}; use --dtype=bfloat16"
-        )
+        if not on_cpu:
+            raise UserError(
+                f"quantize={quantize} is for CPUs, and the device is {torch_device}; use --dtype=bfloat16"
+            )
     loaded = interchange.load(source, which, mapped=on_cpu)
     print(loaded.description, file=sys.stderr)
     model = loaded.model
@@ -266,8 +266,13 @@ def load(
         "end other programs, or on a CPU take --quantize=int8",
     )
     model = prepare_for_generation(model.to(torch_device), weight_dtype)
-    in_dtype = autocast(torch_device, autocast_dtype)
-    return Pipeline(model, loaded.tokenizer, loaded.task, torch_device, in_dtype)
+    return Pipeline(
+        model,
+        loaded.tokenizer,
+        loaded.task,
+        torch_device,
+        autocast(torch_device, autocast_dtype),
+    )
 
 
 # --------------------------------------------------------------------------------------

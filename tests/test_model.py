@@ -310,7 +310,7 @@ def test_attention_is_a_weighted_mean_of_the_values(
         torch.randn(2, n_kv_head, S, D),
         torch.randn(2, n_kv_head, S, D),
     )
-    bias = torch.randn(6, T, S) if with_bias else None
+    bias = torch.randn(1, 6, T, S) if with_bias else None
     expected = torch.empty_like(q)
     for head in range(6):
         keys, values = k[:, head * n_kv_head // 6], v[:, head * n_kv_head // 6]
@@ -319,7 +319,7 @@ def test_attention_is_a_weighted_mean_of_the_values(
             seen = slice(max(0, end - window) if window else 0, end)
             scores = (q[:, head, t, None] * keys[:, seen]).sum(-1) / math.sqrt(D)
             if with_bias:
-                scores = scores + bias[head, t, seen]
+                scores = scores + bias[0, head, t, seen]
             weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
             expected[:, head, t] = (weights[..., None] * values[:, seen]).sum(1)
     torch.testing.assert_close(
@@ -338,7 +338,7 @@ def test_explicit_attention_equals_sdpa(
     torch.manual_seed(0)
     q = torch.randn(2, 4, length, 8).requires_grad_()
     k, v = (torch.randn(2, 2, 9, 8).requires_grad_() for _ in range(2))
-    bias = torch.randn(4, length, 9) if biased else None
+    bias = torch.randn(1, 4, length, 9) if biased else None
     padding = (
         torch.arange(9) >= torch.tensor([[9], [6]]) if padded and length == 9 else None
     )
@@ -486,9 +486,8 @@ def test_alibi_slopes_are_those_of_the_paper():
 def test_alibi_lowers_scores_in_proportion_to_distance():
     bias = tiny(position="alibi", n_head=2).stack.position.score_bias(2, 4)
     distances = torch.tensor([[2.0, 1.0, 0.0], [3.0, 2.0, 1.0]])
-    torch.testing.assert_close(
-        bias[:, :, :3], -torch.tensor([2**-4, 2**-8])[:, None, None] * distances
-    )
+    slopes = torch.tensor([2**-4, 2**-8])[None, :, None, None]
+    torch.testing.assert_close(bias[..., :3], -slopes * distances)
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,7 @@ def test_in_the_encoder_a_window_reaches_equally_far_to_both_sides():
 
 def test_in_the_encoder_alibi_lowers_scores_to_both_sides():
     bias = tiny(position="alibi").encoder.position.score_bias(4, 4)
-    assert torch.equal(bias, bias.mT) and (bias[:, 0, 1:] < 0).all()
+    assert torch.equal(bias, bias.mT) and (bias[..., 0, 1:] < 0).all()
 
 
 @pytest.mark.parametrize("position", ["rotary", "alibi"])

@@ -32,6 +32,9 @@ from model import (
     rotate,
 )
 
+Product = Callable[[Tensor], Tensor]  # (..., inputs) -> (..., outputs)
+AddProduct = Callable[[Tensor, Tensor], Tensor]  # x, y -> x + product(y)
+
 
 def prepare_for_generation(
     model: nn.Module, dtype: torch.dtype = torch.float32
@@ -78,7 +81,7 @@ def low_bit_linear(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
 class ProductLinear(nn.Module):
     """A linear layer whose matrix product is a function that takes inputs of this dtype and holds the weights."""
 
-    def __init__(self, product: Callable[[Tensor], Tensor], dtype: torch.dtype):
+    def __init__(self, product: Product, dtype: torch.dtype):
         super().__init__()
         self.product = product
         self.dtype = dtype
@@ -88,7 +91,7 @@ class ProductLinear(nn.Module):
         return self.product(x.to(self.dtype)).float()
 
 
-def packed_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def packed_product(weight: Tensor, bias: Tensor | None) -> Product:
     """Return the product with weights in the order in which oneDNN reads them: for CPUs, in float32 or bfloat16.
 
     On two cores a product with one token or a few takes half of the time.
@@ -98,7 +101,7 @@ def packed_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Te
     return lambda x: product(x, packed, bias, "none", [], "")
 
 
-def int8_product(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+def int8_product(linear: nn.Linear) -> Product:
     """Return the product with weights in int8, one scale for each output; inputs are rounded to 8 bits as they come.
 
     By PyTorch's own quantized products, which are for CPUs alone.
@@ -171,12 +174,8 @@ class FastStack(nn.Module):
 
     def forward(self, x: Tensor, state: DecoderState | None = None) -> Tensor:
         """As Stack.forward."""
-        if x.shape[1] == 1 and state and state.length:
-            return self.decode(x, state)
-        return self.stack(x, state)
-
-    def decode(self, x: Tensor, state: DecoderState) -> Tensor:
-        """Read the next token of each text. x: (B, 1, C). Returns (B, 1, C)."""
+        if x.shape[1] > 1 or not state or not state.length:
+            return self.stack(x, state)
         if self.plain and state.padding is None:  # what Stack.enter gives, in less time
             rotary = self.cos[state.length], self.sin[state.length]
             cached = state.make_room(1), state.size
@@ -267,7 +266,7 @@ class BlockDecoder:
         return (text * self.conv_weight[-text.shape[1] :]).sum(dim=1)
 
 
-def linear_function(linear: nn.Module) -> Callable[[Tensor], Tensor]:
+def linear_function(linear: nn.Module) -> Product:
     """Return what the layer computes, (B, inputs) -> (B, outputs), without the time that nn.Module takes."""
     if not isinstance(linear, nn.Linear):
         return linear.forward
@@ -277,7 +276,7 @@ def linear_function(linear: nn.Module) -> Callable[[Tensor], Tensor]:
     return partial(torch.addmm, linear.bias, mat2=weight)
 
 
-def add_linear_function(linear: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+def add_linear_function(linear: nn.Module) -> AddProduct:
     """Return x, y -> x + linear(y)."""
     if isinstance(linear, nn.Linear) and linear.bias is None:
         return partial(torch.addmm, mat2=linear.weight.t())
@@ -285,7 +284,7 @@ def add_linear_function(linear: nn.Module) -> Callable[[Tensor, Tensor], Tensor]
     return lambda x, y: x + function(y)
 
 
-def add_mlp_function(mlp: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+def add_mlp_function(mlp: nn.Module) -> AddProduct:
     """Return x, y -> x + mlp(y)."""
     if type(mlp) not in (MLP, GatedMLP):  # one that a user has added
         return lambda x, y: x + mlp(y)

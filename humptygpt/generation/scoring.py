@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 BATCH = 16  # windows that are read at once
 
@@ -23,13 +23,11 @@ def log_probabilities(model: nn.Module, ids: np.ndarray, stride: int) -> np.ndar
     if len(ids) > block_size:
         windows = tokens.unfold(0, block_size + 1, stride)  # (n, block_size + 1)
     last = tokens[None, len(windows) * stride :]  # a shorter one
-    batches = [batch for batch in (*windows.split(BATCH), last) if batch.shape[1] > 1]
-    scores = [score_tokens(model, batch) for batch in batches]
+    scores = []
+    for batch in (*windows.split(BATCH), last):
+        if batch.shape[1] > 1:
+            logits, _ = model(batch[:, :-1])
+            nats = F.cross_entropy(logits.float().mT, batch[:, 1:], reduction="none")
+            scores.append(-nats)
     new = [batch_scores[:, overlap:].flatten() for batch_scores in scores]
     return torch.cat([scores[0][0, :overlap], *new]).cpu().numpy()
-
-
-def score_tokens(model: nn.Module, texts: Tensor) -> Tensor:
-    """Return the log-probabilities (B, T - 1) of all tokens but the first; texts: (B, T)."""
-    logits, _ = model(texts[:, :-1])
-    return -F.cross_entropy(logits.float().mT, texts[:, 1:], reduction="none")

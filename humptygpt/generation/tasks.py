@@ -62,9 +62,11 @@ def translate_examples(model: nn.Module, dataset: PairDataset) -> str:
     translations = translate(model, sources, tokenizer.eot, tokenizer.vocab_size)
     lines = []
     for (source, reference), translation in zip(examples, translations, strict=True):
-        lines.append(f"    {tokenizer.decode(source[:-1])}")
-        lines.append(f"  = {reference}")
-        lines.append(f"  > {tokenizer.decode(translation.ids)}")
+        lines += [
+            f"    {tokenizer.decode(source[:-1])}",
+            f"  = {reference}",
+            f"  > {tokenizer.decode(translation.ids)}",
+        ]
     return "\n".join(lines)
 
 

@@ -239,7 +239,7 @@ def prefers_explicit(q: Tensor, k: Tensor, p: float) -> bool:
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return False
-    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    scores = q.shape[:3].numel() * k.shape[2]
     return p > 0 or (torch.is_autocast_enabled("cpu") and scores <= EXPLICIT_SCORES)
 
 
@@ -256,7 +256,7 @@ def attention_mask(
     """What is added to the scores of T queries and S keys: -inf where a query must not attend, and bias.
 
     The queries are the last T of the S positions. causal: no query attends to a later key. window: none to a key that
-    is window or more positions away; 0: no limit. bias: (H, T, S). padding: (B, S), True where a key is no token.
+    is window or more positions away; 0: no limit. bias: (1, H, T, S). padding: (B, S), True where a key is no token.
     """
     limited = 0 < window < S
     if causal and T == S and not limited and bias is None and padding is None:
@@ -271,8 +271,6 @@ def attention_mask(
         tokens = ~padding[:, None, None, :]
         # softmax over no key at all is nan: each position may at least attend to itself
         allowed = tokens if allowed is None else (allowed & tokens) | (distance == 0)
-    if bias is not None:
-        bias = bias[None]  # SDPA fuses masks of four dimensions only
     if allowed is None:
         return bias, False
     mask = torch.zeros_like(allowed, dtype=torch.float32) if bias is None else bias

@@ -46,7 +46,6 @@ def adopt(layer: Linear, weight: nn.Parameter, bias: nn.Parameter | None) -> Non
     """Initialise a layer with these parameters; its constructor would draw random ones first."""
     nn.Module.__init__(layer)
     layer.out_features, layer.in_features = weight.shape
-    layer.ends_branch = False
     layer.weight = weight
     layer.bias = bias
 
