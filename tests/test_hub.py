@@ -183,7 +183,7 @@ def test_pickles_come_only_where_there_are_no_safetensors(server, folder):
     }
     constants.HF_HUB_CACHE = "another"
     with pytest.raises(
-        UserError, match=r"has neither model.safetensors nor pytorch_model.bin"
+        UserError, match=r"there is neither model.safetensors nor pytorch_model.bin"
     ):
         load("gpt2")
     assert "modeling_gpt2.py" not in fetched(server)

@@ -6,7 +6,6 @@ gelu_tanh, Llama with silu, and the tokenizers of a few kinds.
 
 import json
 import logging
-import re
 from pathlib import Path
 
 import gguf
@@ -20,6 +19,7 @@ from humptygpt.interchange.families import ACTIVATION_NAMES, ROPE_SCALING
 from humptygpt.interchange.weight_files import Weights
 from humptygpt.tokenizer.pretrained import PretrainedTokenizer
 from humptygpt.tokenizer.tokenizers import (
+    BYTE_TOKEN,
     END_OF_TEXT,
     ByteTokenizer,
     CharTokenizer,
@@ -69,7 +69,6 @@ SPLITS = {  # by split_key() of each step
     ((None, None, None),): "default",  # a text is not split
     (("Metaspace", None, False),): "default",
 }
-BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 logging.getLogger("gguf").setLevel(logging.ERROR)  # it reports every file it writes
 Vocabulary = dict[str, object]  # {end of the name of a method of GGUFWriter: its value}
 
@@ -88,8 +87,9 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def refusal(tokenizer: Tokenizer, why: str) -> UserError:
-    name = f"tokenizer={tokenizer.name}"
-    return UserError(f"{name} cannot be exported as GGUF: {why}; use --format=transformers")
+    return UserError(
+        f"tokenizer={tokenizer.name} cannot be exported as GGUF: {why}; use --format=transformers"
+    )
 
 
 def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
@@ -125,7 +125,7 @@ def with_merges(tokenizer: Tokenizer, content: dict, eot: int | None) -> Vocabul
     types = [TokenType.UNUSED] * len(tokens)
     for token, i in model["vocab"].items():
         tokens[i] = token
-        is_byte = model["byte_fallback"] and BYTE.fullmatch(token)
+        is_byte = model["byte_fallback"] and BYTE_TOKEN.fullmatch(token)
         types[i] = TokenType.BYTE if is_byte else TokenType.NORMAL
     for entry in content["added_tokens"]:
         tokens[entry["id"]] = entry["content"]

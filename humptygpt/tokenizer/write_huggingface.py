@@ -43,11 +43,10 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
         content = tokenizer.content
     else:
         content = build_tokenizer(tokenizer).to_str(pretty=True)
-    return {"tokenizer.json": content.encode(), "tokenizer_config.json": as_json(settings)}
-
-
-def as_json(content: dict) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
+    return {
+        "tokenizer.json": content.encode(),
+        "tokenizer_config.json": f"{json.dumps(settings, indent=2)}\n".encode(),
+    }
 
 
 def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
