@@ -17,6 +17,7 @@ from pathlib import Path
 
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
+from humptygpt.core.files import whole, write_whole
 from humptygpt.core.settings import check, setting
 
 # torch is imported where it is needed: it takes seconds, and a misspelt key should not wait.
@@ -102,7 +103,6 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
     """Write what transformers opens and return a line about it; loaded: a load.Loaded."""
     import torch
 
-    from humptygpt.core.files import whole, write_whole
     from humptygpt.generation.tasks import TASKS
     from humptygpt.interchange.huggingface import write_pretrained
     from humptygpt.interchange.model_card import model_card
@@ -125,7 +125,6 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
 
 def write_gguf_file(loaded, to: Path, dtype: str) -> str:
     """Write what llama.cpp opens; as write_folder."""
-    from humptygpt.core.files import whole
     from humptygpt.interchange.gguf import vocabulary, write_gguf
     from humptygpt.interchange.huggingface import to_pretrained
     from humptygpt.interchange.model_card import summary

@@ -444,7 +444,7 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     grad_norm = clip_gradients(trained, config.grad_clip or math.inf)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    run.optimizer.zero_grad()
+    run.model.zero_grad()
     return mean_loss, grad_norm, tokens
 
 

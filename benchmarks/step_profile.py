@@ -52,6 +52,6 @@ def time_phases(run: train.Run, it: int) -> dict[str, float]:
     nn.utils.clip_grad_norm_(trained, run.config.grad_clip or math.inf)
     end_phase("clip")
     run.optimizer.step()
-    run.optimizer.zero_grad()
+    run.model.zero_grad()
     end_phase("optimizer")
     return seconds

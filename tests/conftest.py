@@ -52,7 +52,7 @@ def overfit(
             break
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
+        model.zero_grad()
     return loss.item()
 
 

@@ -136,7 +136,7 @@ def test_the_window_drops_its_oldest_letter_and_the_network_continues_the_text(k
     for _ in range(200):
         network(idx[:, :-1], idx[:, 1:])[1].backward()
         optimizer.step()
-        optimizer.zero_grad()
+        network.zero_grad()
 
     steps = generate(network, idx[:, :12], len(text) - 12, temperature=0)
     assert LETTERS.decode(torch.cat([*steps]).tolist()) == "y sat on a wall"

@@ -39,7 +39,7 @@ def train_some(model, optimizer, steps: int, seed: int = 0) -> None:
         idx = torch.randint(11, (4, 9), generator=generator)
         model(idx[:, :-1], idx[:, 1:])[1].backward()
         optimizer.step()
-        optimizer.zero_grad()
+        model.zero_grad()
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,7 @@ def test_a_scaler_skips_the_step_whose_gradients_are_not_finite():
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
+        layer.zero_grad()
         assert torch.equal(layer.weight, before) != moves
     assert scaler.get_scale() == 2.0
 

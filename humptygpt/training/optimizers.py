@@ -69,11 +69,6 @@ class Optimizer:
             if slots:
                 group["rule"].update(self, group, slots)
 
-    def zero_grad(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = None
-
     def state_like(self) -> dict[str, dict[str, Tensor]]:
         """Return {parameter: {what its rule keeps: a tensor of that shape and dtype}}."""
         like = {}

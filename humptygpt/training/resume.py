@@ -87,11 +87,10 @@ def cost_report(run) -> str:
     model.zero_grad()
     memory = training_memory(config, model, activations, run.processes.size)
     update = memory.gradients + memory.optimizer
-    total = memory.weights + update + memory.activations
     trained = sum(p.numel() for p in trained_parameters(model).values())
     return (
         f"training: {trained:,} parameters, {trained / models.count_parameters(model):.1%}\n"
-        f"memory: {total / 1e9:.2f} GB: weights {memory.weights / 1e9:.2f},"
+        f"memory: {memory.total / 1e9:.2f} GB: weights {memory.weights / 1e9:.2f},"
         f" gradients and optimizer state {update / 1e9:.2f}, activations {memory.activations / 1e9:.2f}\n"
         f"time: about {seconds:.2g} s a step, {seconds * config.max_iters:.2g} s in all"
     )
