@@ -38,7 +38,6 @@ class Position(NamedTuple):
     file: int = 0  # number of the open file
     item: int = 0  # pieces or pairs read from it
     read: int = 0  # bytes read of all files
-    split: str = "train"  # of the open document
 
 
 START = Position()
@@ -74,33 +73,29 @@ class Documents:
             self.cut = int(length * (1 - config.val_fraction))
 
     def read(self, number: int) -> Iterator[Piece]:
-        """Read the documents of file number, in pieces."""
+        """Read the documents of file number, in pieces, each with the draw of its document."""
         config = self.config
-        return read_documents(
-            self.files[number],
-            config.text_key,
-            config.encoding_errors,
-            config.skip_bad_lines,
-        )
+        keys = (config.text_key, config.encoding_errors, config.skip_bad_lines)
+        for piece in read_documents(self.files[number], *keys):
+            if piece.start == 0:
+                drawn = draw(piece.text)
+            yield piece._replace(draw=drawn)
 
     def lowest_draw(self) -> float:
         """Return the lowest draw of all documents; 0 for a large corpus, where val_fraction alone is enough."""
         if sum(self.sizes) > 64_000_000 and not self.only_text:
             return 0.0
-        first_pieces = (
-            piece
+        return min(
+            piece.draw
             for number in range(len(self.files))
             for piece in islice(self.read(number), 1 if self.only_text else None)
-            if piece.start == 0 and piece.text
+            if piece.text
         )
-        return min(draw(piece.text) for piece in first_pieces)
 
-    def assign(self, piece: Piece, number: int, split: str) -> list[tuple[str, Piece]]:
-        """Return (split, the part of the piece that is in it). split: of the piece before it."""
+    def assign(self, piece: Piece, number: int) -> list[tuple[str, Piece]]:
+        """Return (split, the part of the piece that is in it). number: of its file, unused."""
         if self.separated:
-            if piece.start == 0:
-                split = "val" if draw(piece.text) <= self.val_up_to else "train"
-            return [(split, piece)]
+            return [("val" if piece.draw <= self.val_up_to else "train", piece)]
         in_train = min(len(piece.text), max(0, self.cut - piece.start))
         rest = piece._replace(text=piece.text[in_train:], start=piece.start + in_train)
         return [
@@ -172,20 +167,18 @@ def read_from(
 
 def units(corpus, what: str, start: Position = START) -> Iterator[Unit]:
     """Read (pieces or pairs of each split, position after them), about UNIT characters at a time."""
-    split = start.split
     entries = defaultdict(list)
     length = 0
     for position, item in read_from(corpus, what, start):
-        assigned = corpus.assign(item, position.file, split)
-        for split, entry in assigned:
+        for split, entry in corpus.assign(item, position.file):
             entries[split].append(entry)
             length += sum(map(len, entry.texts))
         if length >= UNIT:
-            yield entries, position._replace(split=split)
+            yield entries, position
             entries = defaultdict(list)
             length = 0
     if entries:
-        yield entries, Position(len(corpus.sizes), 0, sum(corpus.sizes), split)
+        yield entries, Position(len(corpus.sizes), 0, sum(corpus.sizes))
 
 
 def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:

@@ -49,6 +49,7 @@ class Piece(NamedTuple):
     last: bool  # ends its document
     read: int  # bytes of the file read so far
     skipped: bool = False  # it stands for a line or row without a text
+    draw: float = 0.0  # of its document, which decides the split: see corpus.draw
 
     @property
     def texts(self) -> tuple[str]:

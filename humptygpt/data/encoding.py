@@ -52,8 +52,9 @@ def encode(
     made_from identifies the files and settings. train makes the tokenizer where there is none yet.
     """
     saved = read_json(folder / "progress.json")
-    # without a position, it is of an earlier version
-    if saved.get("made_from") == made_from and "position" in saved:
+    # with another position, it is of an earlier version
+    current = len(saved.get("position", ())) == len(START)
+    if saved.get("made_from") == made_from and current:
         splits = {split: Counter(counted) for split, counted in saved["splits"].items()}
         position = Position(*saved["position"])
         progress = Progress(**saved | {"splits": splits, "position": position})

@@ -132,8 +132,8 @@ class Pairs:
             )
         return read_aligned(*paths, self.config.encoding_errors)
 
-    def assign(self, pair: Pair, number: int, split: str) -> list[tuple[str, Pair]]:
-        """Return (split, pair) for a pair of files number; none where it is left out. split: unused."""
+    def assign(self, pair: Pair, number: int) -> list[tuple[str, Pair]]:
+        """Return (split, pair) for a pair of files number; none where it is left out."""
         if self.why_left_out(pair, number):
             return []
         if given := self.files[number][0]:
