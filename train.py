@@ -349,7 +349,8 @@ def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
         model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    return memory_report(config, model_config, device, dtype, distributed.launched().size)
+    _, processes = distributed.launched()
+    return memory_report(config, model_config, device, dtype, processes)
 
 
 def summary(run: Run) -> str:

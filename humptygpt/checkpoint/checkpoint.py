@@ -73,11 +73,12 @@ def find_checkpoint(out_dir: Path, which: str) -> Path:
     """Return best.pt or ckpt.pt of a run, the latest where no evaluation has found a best; a checkpoint itself."""
     if out_dir.suffix == ".pt" or os.path.isfile(out_dir) or is_sharded(out_dir):
         return out_dir
-    path = stored(out_dir / {"best": "best.pt", "latest": "ckpt.pt"}[which])
+    best = stored(out_dir / "best.pt")
     latest = stored(out_dir / "ckpt.pt")
-    if which == "latest" or os.path.exists(path) or not os.path.exists(latest):
-        return path
-    note(f"there is no best.pt yet; taking {latest}")
+    if which == "best":
+        if os.path.exists(best) or not os.path.exists(latest):
+            return best
+        note(f"there is no best.pt yet; taking {latest}")
     return latest
 
 

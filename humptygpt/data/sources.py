@@ -229,18 +229,17 @@ def translate_de_en(config) -> tuple[PairFiles, str]:
         for path in (own / file, own / file.removesuffix(".gz")):
             if path.exists():
                 paths[file] = path
-    missing = [file for file in MULTI30K_SHA256 if file not in paths]
     source = f"train, val and test_2016_flickr in {own}"
     if not paths:
         paths = fetch_multi30k(config.name)
         source = "Multi30k"
-    elif missing:
-        raise UserError(f"{own} has no {', '.join(missing)}, with or without .gz")
-    sides = list(paths.values())
+    if missing := MULTI30K_SHA256.keys() - paths.keys():
+        raise UserError(f"{own} has no {', '.join(sorted(missing))}, with or without .gz")
+    train_de, train_en, val_de, val_en, test_de, test_en = paths.values()
     splits = [
-        ("train", tuple(sides[:2])),
-        ("val", tuple(sides[2:4])),
-        ("test", tuple(sides[4:])),
+        ("train", (train_de, train_en)),
+        ("val", (val_de, val_en)),
+        ("test", (test_de, test_en)),
     ]
     return splits, source
 

@@ -274,14 +274,9 @@ def count_targets(batch: dict[str, Tensor]) -> int:
 # The start
 
 
-class Launched(NamedTuple):
-    rank: int
-    size: int
-
-
-def launched() -> Launched:
+def launched() -> tuple[int, int]:
     """Return rank and number of processes, as torchrun sets them."""
-    return Launched(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextmanager
@@ -290,7 +285,8 @@ def silence_other_ranks() -> Iterator[None]:
 
     A mistake that all have found is reported by rank 0, whose end makes torchrun stop the others before they do.
     """
-    if launched().rank == 0:
+    rank, _ = launched()
+    if rank == 0:
         yield
         return
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
@@ -359,7 +355,7 @@ def start(backend: str, device: torch.device, parallel: str = "ddp") -> Processe
     if device.type == "cuda":
         device = pick_gpu()
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # torchrun keeps it where it starts ranks again, with the addresses of those that have ended
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"start {attempt}", store)
