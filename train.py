@@ -54,7 +54,7 @@ from humptygpt.parallel.processes import Processes
 from humptygpt.tokenizer import tokenizers
 from humptygpt.training import evaluation, resume
 from humptygpt.training.memory import check_training_fits, memory_report
-from humptygpt.training.optimizers import Optimizer, clip_gradients, freeze, make_optimizer
+from humptygpt.training.optimizers import Optimizer, freeze, make_optimizer
 from humptygpt.training.run_folder import (
     Diverged,
     Meter,
@@ -441,8 +441,10 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
         mean_loss += loss.detach()
     processes.all_reduce(mean_loss)
     run.scaler.unscale_(run.optimizer)
-    trained = [p for p in run.model.parameters() if p.grad is not None]
-    grad_norm = clip_gradients(trained, config.grad_clip or math.inf)
+    largest = config.grad_clip or math.inf
+    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), largest)
+    if processes.sharded:
+        grad_norm = grad_norm.full_tensor()
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.model.zero_grad()

@@ -48,8 +48,7 @@ def time_phases(run: train.Run, it: int) -> dict[str, float]:
     end_phase("forward")
     loss.backward()
     end_phase("backward")
-    trained = [p for p in run.model.parameters() if p.grad is not None]
-    nn.utils.clip_grad_norm_(trained, run.config.grad_clip or math.inf)
+    nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_clip or math.inf)
     end_phase("clip")
     run.optimizer.step()
     run.model.zero_grad()

@@ -240,15 +240,6 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def clip_gradients(parameters: list[Tensor], max_norm: float) -> Tensor:
-    """Scale the gradients so that their norm together is at most this, and return the norm before."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
-    if hasattr(norm, "full_tensor"):  # sharded: of the parts of all processes
-        norm = norm.full_tensor()
-    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
-
-
 # --------------------------------------------------------------------------------------
 # Which parameter is updated how
 
