@@ -141,7 +141,7 @@ class CharTokenizer(Tokenizer):
         if (ids < 0).any():
             char = text[int((ids < 0).argmax())]
             raise UserError(
-                f"character {char!r} (U+{ord(char):04X}) is not among the {len(self.alphabet)} of this tokenizer"
+                f"character {char!r} (U+{ord(char):04X}) is not among the {len(self.alphabet)} characters of this tokenizer"
             )
         return ids
 
