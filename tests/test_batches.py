@@ -224,9 +224,6 @@ DAMAGE = {
     "holds token 20, but its tokenizer has only 3": lambda data: edit_meta(
         data, tokenizer={"tokenizer": "char", "alphabet": "abc"}
     ),
-    "meta.json: dtype must be uint16 or uint32": lambda data: edit_meta(
-        data, dtype="object"
-    ),
     "meta.json: splits.train.tokens must be an int from 1 to 9,": lambda data: edit_train(
         data, tokens=-3600
     ),

@@ -12,7 +12,7 @@ from test_prepare_data import contents, full_disk, meta, unreachable
 
 import prepare_data
 from humptygpt.data import corpus as corpus_module
-from humptygpt.data import pairs, token_files
+from humptygpt.data import encoding, pairs, token_files
 from humptygpt.data import sources as known_texts
 from humptygpt.tokenizer.tokenizers import (
     END_OF_TEXT,
@@ -358,7 +358,11 @@ def test_sources_are_compared_by_their_words_alone(a, b, same):
     assert (pairs.normalised(a) == pairs.normalised(b)) == same
 
 
-def test_held_out_sentences_that_changed_start_a_stopped_preparation_over(folder, capsys):
+def test_a_stopped_preparation_resumes_but_starts_over_where_held_out_sentences_changed(
+    folder, capsys, monkeypatch
+):
+    monkeypatch.setattr(corpus_module, "UNIT", 200)
+    monkeypatch.setattr(encoding, "SAVE_UNITS", 1)
     write_tsv("own.tsv", ROWS)
     for change, printed in (
         ("Vielen Dank!\n", "resuming after"),
@@ -367,7 +371,7 @@ def test_held_out_sentences_that_changed_start_a_stopped_preparation_over(folder
         shutil.rmtree("data/mine", ignore_errors=True)
         write("held.txt", "Vielen Dank!\n")
         os.utime("held.txt", (1, 1))
-        with full_disk(4):
+        with full_disk(10):
             prepare_data.main(["--input=own.tsv", "--held_out=held.txt", *BYTES])
         write("held.txt", change)
         os.utime("held.txt", (1, 1))
@@ -414,22 +418,6 @@ def test_the_summary_shows_the_splits_and_three_pairs(folder, capsys):
         f"{'examples ' * (i == 0)}{source} -> {target}"
         for i, (source, target) in enumerate(ROWS[:3])
     ]
-
-
-# --------------------------------------------------------------------------------------
-# Large, interrupted, and on several cores
-
-
-def test_from_any_position_the_remaining_units_are_the_same(folder, monkeypatch):
-    write_tsv("own.tsv", [ROWS[0], ("", ""), *ROWS[1:]])
-    config = prepare_data.PrepareConfig(name="mine", tokenizer="byte")
-    config = prepare_data.resolve(config, config, "translation")
-    monkeypatch.setattr(corpus_module, "UNIT", 400)
-    found = pairs.Pairs(config, [(None, (Path("own.tsv"),))] * 2, "own.tsv")
-    units = list(corpus_module.units(found, "reading"))
-    assert len(units) > 9 and len({position.file for _, position in units}) == 3
-    for number, (_, position) in enumerate(units, start=1):
-        assert list(corpus_module.units(found, "reading", position)) == units[number:]
 
 
 # --------------------------------------------------------------------------------------
