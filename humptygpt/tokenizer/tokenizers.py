@@ -141,7 +141,8 @@ class CharTokenizer(Tokenizer):
         if (ids < 0).any():
             char = text[int((ids < 0).argmax())]
             raise UserError(
-                f"character {char!r} (U+{ord(char):04X}) is not among the {len(self.alphabet)} characters of this tokenizer"
+                f"character {char!r} (U+{ord(char):04X}) is not among"
+                f" the {len(self.alphabet)} characters of this tokenizer"
             )
         return ids
 
