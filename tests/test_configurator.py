@@ -100,6 +100,10 @@ def test_wrong_types_are_refused_with_the_right_one(argument):
     [
         ("--learning_rte=3", "unknown key learning_rte; did you mean learning_rate?"),
         ("--lr=3", "unknown key lr; did you mean learning_rate?"),
+        (
+            "--config=config/mine.py",
+            "unknown key config; a config file is named without a key: config/mine.py",
+        ),
         ("--zzz=3", "unknown key zzz; --help lists all keys"),
         ("--prompt=x", "unknown key prompt; --help lists all keys"),
         ("a.py", "a.py: unknown key learning_rte; did you mean learning_rate?"),

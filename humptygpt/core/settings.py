@@ -215,6 +215,8 @@ def check_key(name: str, fields: Fields, where: str = "") -> None:
     if near not in fields:
         near = nearest(name, fields)
     advice = f"did you mean {near}?" if near else "--help lists all keys"
+    if name == "config":
+        advice = "a config file is named without a key: config/mine.py"
     raise UserError(f"{where}unknown key {name}; {advice}")
 
 
