@@ -17,6 +17,7 @@ import train
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
 from humptygpt.core.settings import check, setting, without_effect
+from humptygpt.interchange.load import find_source
 from humptygpt.tokenizer import tokenizers as tokenizer
 from model import ModelConfig
 from prepare_data import PrepareConfig
@@ -185,6 +186,21 @@ def test_a_run_in_place_of_a_config_file_is_answered_with_its_key_and_never_exec
                 configurator.read([argument], config)
     with pytest.raises(UserError, match=r"; for a prompt write '--start=The cat'$"):
         configurator.read(["The cat"], SampleConfig)
+
+
+def test_the_name_of_a_config_in_place_of_a_model_is_answered_with_the_command_that_trains_it(
+    folder, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    monkeypatch.setattr(configurator, "CONFIGS", folder / "config")
+    Path("config").mkdir()
+    Path("config/mine.py").write_text("width = 3")
+    command = "python train.py config/mine.py --out_dir=out/mine"
+    with pytest.raises(UserError, match=f"; train it first: {command}$"):
+        find_source("mine")
+    Path("out/mine").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"; did you mean out/mine\?$"):
+        find_source("mine")
 
 
 @pytest.mark.parametrize(

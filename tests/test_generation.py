@@ -56,14 +56,6 @@ def test_cached_equals_uncached_before_and_past_block_size(
     assert cached == uncached
 
 
-def test_prompts_of_different_lengths_stay_as_they_were_given():
-    idx = torch.arange(26).view(2, 13) % 11
-    idx[0, :3] = -1
-    given = idx.clone()
-    continuation(tiny_model(), idx, 3)
-    assert torch.equal(idx, given)
-
-
 def test_exact_generation_is_nanogpts():
     model = tiny_model()
     idx, uniform = torch.tensor([[1, 2, 3]]), uniform_numbers(1337, [0], 30)

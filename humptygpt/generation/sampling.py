@@ -135,7 +135,7 @@ class Context:
         """
         self.model = model
         self.exact = exact or not model.has_state
-        self.tokens = idx.clone()  # (B, T); restart() writes into it
+        self.tokens = idx  # (B, T)
         # of each text, columns before its context
         self.padding = (idx < 0).sum(dim=1).tolist()
         self.size = size

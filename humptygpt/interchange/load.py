@@ -1,6 +1,7 @@
 """The one door to every model: a run, nanoGPT's ckpt.pt, Hugging Face's format, its hub, an adapter of PEFT."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +12,12 @@ from humptygpt.checkpoint import checkpoint
 from humptygpt.checkpoint.checkpoint import refuse_damaged
 from humptygpt.core.errors import UserError
 from humptygpt.core.settings import (
+    as_written_here,
     check_schema,
     make,
     nearest_path,
     note,
+    our_configs,
 )
 from humptygpt.data.token_files import GPT2_TOKENS, read_nanogpt_meta
 from humptygpt.interchange import adapters, hub, huggingface
@@ -122,6 +125,9 @@ def find_source(source: str | Path, which: str = "best", key: str = "init_from")
         return hub.fetch_model(repo)
     run = Path("out", source)
     near = f"; did you mean {run}?" if os.path.isdir(run) else nearest_path(str(source))
+    if not near and (config := our_configs().get(str(source))):
+        command = as_written_here(f"python train.py {shlex.quote(config)}")
+        near = f"; train it first: {command} --out_dir={run}"
     raise UserError(f"{key}={source}: there is no such file or folder{near}")
 
 
