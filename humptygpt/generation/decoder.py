@@ -215,9 +215,11 @@ class BlockDecoder:
             self.mlp_norm = block.mlp_norm.forward
             self.add_mlp = add_mlp_function(block.mlp)
         if block.conv:
-            # weights of the tokens before a token, the oldest first, and of the token itself
+            # weights of the tokens before a token, the oldest first, and of the token itself; of the last n by n
             weight = block.conv.GAIN * block.conv.weight.flip(0)
-            self.conv_weight = F.pad(weight, (0, 0, 0, 1), value=1.0)
+            weight = F.pad(weight, (0, 0, 0, 1), value=1.0)
+            self.conv_weights = [weight[len(weight) - n :] for n in range(len(weight) + 1)]
+            self.conv_size = len(block.conv.weight)
 
     def __call__(self, x: Tensor, inputs: BlockInputs, state: LayerState) -> Tensor:
         """x: (B, C). inputs.rotary: (1, 1, D) or (B, 1, D), times norm_scale. Returns (B, C)."""
@@ -261,9 +263,8 @@ class BlockDecoder:
     def convolve(self, x: Tensor, state: LayerState) -> Tensor:
         """x: (B, C). Returns (B, C)."""
         text = torch.cat([state.last_inputs, x.unsqueeze(1)], dim=1)
-        n = self.conv_weight.shape[0]
-        state.last_inputs = text[:, 1 - n :]
-        return (text * self.conv_weight[-text.shape[1] :]).sum(dim=1)
+        state.last_inputs = text[:, -self.conv_size :]
+        return (text * self.conv_weights[text.shape[1]]).sum(dim=1)
 
 
 def linear_function(linear: nn.Module) -> Product:

@@ -299,9 +299,10 @@ def generate(
     """
     context = Context(model, idx, idx.shape[1] + max_new_tokens, exact=exact, cached=cached)
     for step in continue_texts(context, max_new_tokens, tokenizer_vocab_size, **options):
-        tokens = idx.new_full((len(idx),), -1)
-        tokens[step.rows] = idx.new_tensor(step.ids)
-        yield tokens
+        tokens = [-1] * len(idx)
+        for row, token in zip(step.rows, step.ids, strict=True):
+            tokens[row] = token
+        yield idx.new_tensor(tokens)
 
 
 def bytes_per_text(config, size: int) -> int:
