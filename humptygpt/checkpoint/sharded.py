@@ -169,7 +169,7 @@ def read(path: Path, with_tensors: bool = True) -> dict:
 
 
 def load(path: Path, entries: dict) -> None:
-    """Fill the DTensors of entries, as from Run.state() and Run.training_state(), each rank its own part.
+    """Fill the DTensors of entries, as from Run.latest_state(), each rank its own part.
 
     All ranks have to call this. Raises UserError, in all of them, where one finds a damaged file.
     """
