@@ -222,6 +222,9 @@ PROTO = TOKENIZERS["sentencepiece"].state()["proto"]
 PIECES = [bytes([i]) for i in range(256)]
 
 
+NO_DECODER = tokenizer.pack(b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}')
+
+
 def packed(pieces: list[bytes]) -> str:
     return base64.b64encode(
         zlib.compress(b"\n".join(map(base64.b64encode, pieces)))
@@ -248,6 +251,7 @@ def packed(pieces: list[bytes]) -> str:
         {"tokenizer": "bpe", "separated": False, "pieces": packed(PIECES[1:])},
         {"tokenizer": "bpe", "separated": False, "pieces": packed([*PIECES, b"ab", b"ab"])},
         {"tokenizer": "gpt2", "separated": False, "pieces": 3},
+        {"tokenizer": "tokenizer.json", "content": NO_DECODER, "eot": None, "bos": None},
     ],
 )
 def test_a_damaged_description_is_refused(state):

@@ -41,7 +41,7 @@ class PretrainedTokenizer(Tokenizer):
         size = 1 + max(ids.values(), default=-1)
         if not ids or size > 2 * len(ids) + 1000 or not {eot, bos} <= {None, *ids.values()}:
             raise ValueError("its ids have gaps, or the end-of-text token is none of them")
-        as_bytes = piece_decoder(json.loads(content)["decoder"])
+        as_bytes = piece_decoder(json.loads(content).get("decoder"))
         self.pieces = [b""] * size
         for token, i in ids.items():
             self.pieces[i] = as_bytes(token)
@@ -50,7 +50,7 @@ class PretrainedTokenizer(Tokenizer):
     def _rest(self):
         """The engine of a text that continues one."""
         described = json.loads(self.content)
-        steps = {key: described[key] for key in ("normalizer", "pre_tokenizer")}
+        steps = {key: described.get(key) for key in ("normalizer", "pre_tokenizer")}
         described |= json.loads(json.dumps(steps), object_hook=without_prefix)
         return load_engine(json.dumps(described))
 
