@@ -665,7 +665,7 @@ class ResearchConfig(ModelConfig):
 def test_a_setting_that_the_page_does_not_compute_with_is_refused():
     known_settings.check_settings(ResearchConfig())
     known_settings.check_settings(ResearchConfig(dropout=0.1, init="zero", n_kv_head=2))
-    for settings in ({"attn_temperature": 2.0}, {"norm": "mynorm"}):
+    for settings in ({"attn_temperature": 2.0}, {"norm": "mynorm"}, {"window": (8, 0)}):
         config = ResearchConfig()
         vars(config).update(settings)
         (key,) = settings

@@ -48,8 +48,10 @@ def check_settings(config: ModelConfig) -> None:
         value = getattr(config, field.name)
         if field.name in VARIANTS:
             known = value in VARIANTS[field.name]
+        elif field.name in COMPUTED:
+            known = value is None or isinstance(value, int | float)
         else:
-            known = field.name in COMPUTED | TRAINING or value == field.default
+            known = field.name in TRAINING or value == field.default
         if not known:
             raise UserError(
                 f"{field.name}={value} is a setting that the page does not compute with, so its numbers would not be"
