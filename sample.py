@@ -255,7 +255,9 @@ def load(
             raise UserError(
                 f"quantize={quantize} is for CPUs, and the device is {torch_device}; use --dtype=bfloat16"
             )
-    loaded = interchange.load(source, which, mapped=on_cpu)
+    # Windows would not let a run replace a file that is mapped
+    mapped = on_cpu and sys.platform != "win32"
+    loaded = interchange.load(source, which, mapped=mapped)
     print(loaded.description, file=sys.stderr)
     model = loaded.model
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
