@@ -166,9 +166,8 @@ class RotaryPosition(PositionalEncoding):
             )
         position = torch.arange(config.block_size, dtype=torch.float32)
         angle = position[:, None] * frequency  # (block_size, D / 2)
-        self.register_buffer(
-            "cos", angle.cos().repeat(1, 2), persistent=False
-        )  # (block_size, D)
+        # (block_size, D)
+        self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)
         self.register_buffer(
             "sin", torch.cat([-angle.sin(), angle.sin()], dim=1), persistent=False
         )

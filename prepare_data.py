@@ -431,9 +431,8 @@ def pretrained_tokenizer(path: str, corpus: Corpus) -> Tokenizer:
     state = tokenizer.state()
     if corpus.separated and tokenizer.eot is None and "separated" in state:
         separated = from_state(state | {"separated": True})
-        if (
-            separated.vocab_size == tokenizer.vocab_size
-        ):  # the model that it is for has the token
+        # the model that it is for has the token
+        if separated.vocab_size == tokenizer.vocab_size:
             tokenizer = separated
     if tokenizer.eot is None and corpus.task == Pairs.task:
         raise UserError(

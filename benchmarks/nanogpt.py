@@ -57,9 +57,8 @@ class NanoGPTTrainer(Trainer):
     def get_batch(self) -> Tensor:
         """Return (2, B, T): token ids and targets."""
         T = self.dataset.block_size
-        data = np.memmap(
-            self.tokens, dtype=np.uint16, mode="r"
-        )  # opened for each batch, as there
+        # opened for each batch, as there
+        data = np.memmap(self.tokens, dtype=np.uint16, mode="r")
         starts = torch.randint(len(data) - T, (self.config.batch_size,))
         crops = np.stack([data[i : i + T + 1] for i in starts]).astype(np.int64)
         batch = torch.from_numpy(np.stack([crops[:, :-1], crops[:, 1:]]))

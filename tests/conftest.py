@@ -140,9 +140,8 @@ def started_processes(module: str):
     context.set_forkserver_preload([module])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
-        process = context.Process(
-            target=int
-        )  # starts the server, which looks for the module once
+        # starts the server, which looks for the module once
+        process = context.Process(target=int)
         process.start()
         process.join()
     return context

@@ -282,9 +282,8 @@ def test_nanogpts_folder_without_a_meta_is_gpt2s_tokens(folder, monkeypatch, cap
 
 
 def test_files_are_checked_where_they_are_read_and_only_there(folder):
-    ids = np.arange(3 * CHECKED // 2 + 5).astype(
-        np.uint16
-    )  # three parts and a little of a fourth
+    # three parts and a little of a fourth
+    ids = np.arange(3 * CHECKED // 2 + 5).astype(np.uint16)
     ids.tofile("train.bin")
     meta = {
         "dtype": "uint16",

@@ -25,9 +25,8 @@ Damage = Callable[[bytes, random.Random], bytes]
 
 class Target(NamedTuple):
     path: Path
-    read: Callable[
-        [], object
-    ]  # what a program takes from the file, to be compared; raises UserError
+    # what a program takes from the file, to be compared; raises UserError
+    read: Callable[[], object]
     damages: tuple[Damage, ...]
 
 

@@ -60,9 +60,8 @@ def change_entries(data: bytes, rng: random.Random) -> bytes:
             and value is not was[path]
             and value.shape == was[path].shape
         ):
-            return change_entries(
-                data, rng
-            )  # one tensor in place of another of its shape cannot be detected
+            # one tensor in place of another of its shape cannot be detected
+            return change_entries(data, rng)
     return to_bytes(entries)
 
 

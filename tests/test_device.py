@@ -211,9 +211,8 @@ def test_every_variant_trains_evaluates_and_generates_on_its_device_alone(name):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_training_step_moves_its_batch_to_the_device(monkeypatch, name, optimizer):
-    monkeypatch.setattr(
-        train, "autocast", lambda device, dtype: nullcontext()
-    )  # refuses meta
+    # refuses meta
+    monkeypatch.setattr(train, "autocast", lambda device, dtype: nullcontext())
     config = TrainConfig(optimizer=optimizer, batch_size=2, gradient_accumulation_steps=2)
     model = models.build(ModelConfig(**SHAPE, model=name, window=3, dropout=0.1)).to(META)
     batch = dict.fromkeys(

@@ -225,9 +225,8 @@ def test_each_process_orthogonalises_some_matrices_and_none_is_done_twice(tiny):
         0,
     ]
     counts = [json.loads(Path(f"counts{rank}").read_text()) for rank in range(2)]
-    assert (
-        sum(count["matrices"] for count in counts) == 6 * 3 * 6
-    )  # steps, layers, matrices of each
+    # steps, layers, matrices of each
+    assert sum(count["matrices"] for count in counts) == 6 * 3 * 6
     assert min(count["matrices"] for count in counts) >= 6 * 6
 
 

@@ -359,9 +359,10 @@ def test_a_tokenizer_that_was_imported_has_its_tokens_in_llama_cpp(kind, folder)
         expected = greedy(found, ids, 8)
         if found.tokenizer.eot in expected:
             expected = expected[: expected.index(found.tokenizer.eot)]
+        # which it does not show
         expected = [
             i for i in expected if found.tokenizer.pieces[i] not in (b"<s>", b"<unk>")
-        ]  # which it does not show
+        ]
         text = "".join(found.tokenizer.decode_stream(expected))
         assert answer["choices"][0]["text"].lstrip() == text.lstrip(), prompt
 
@@ -414,10 +415,11 @@ def loaded(
         "activation": "gelu_tanh",
     } | keys
     model = random_model(**keys).eval()
+    # strong enough for positions to matter
     for (
         name,
         parameter,
-    ) in model.named_parameters():  # strong enough for positions to matter
+    ) in model.named_parameters():
         nn.init.normal_(
             parameter, mean=float("norm" in name and name.endswith("weight")), std=0.3
         )

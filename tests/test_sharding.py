@@ -40,11 +40,12 @@ from model import ModelConfig
 
 assert sharding  # loaded here, and not again in each process
 OUT = Path("out/run")
+# 34 rows, which 4 processes do not divide evenly
 FSDP = [
     *TINY_RUN,
     "--n_embd=34",
     "--parallel=fsdp",
-]  # 34 rows, which 4 processes do not divide evenly
+]
 SHARDED = dict(RUNS)
 SHARDED["Muon"] = [
     *SHARDED["Muon"],
@@ -158,9 +159,8 @@ def test_sharded_each_matrix_is_orthogonalised_whole_by_one_process(tiny):
     counts = [
         json.loads(Path(f"counts{rank}").read_text())["matrices"] for rank in range(2)
     ]
-    assert (
-        sum(counts) == 6 * 3 * 6 and min(counts) >= 6 * 8
-    )  # steps, layers, matrices of each
+    # steps, layers, matrices of each
+    assert sum(counts) == 6 * 3 * 6 and min(counts) >= 6 * 8
 
 
 # --------------------------------------------------------------------------------------

@@ -194,11 +194,12 @@ def test_the_least_vocabulary_of_byte_pair_encoding_is_explained():
 
 def test_characters_are_numbered_in_their_order():
     assert CharTokenizer.train(["ban", "ana"]).encode("nab").tolist() == [2, 0, 1]
+    # an alphabet from elsewhere keeps its own order
     assert CharTokenizer("nab").encode("nab").tolist() == [
         0,
         1,
         2,
-    ]  # an alphabet from elsewhere keeps its own order
+    ]
 
 
 def test_an_unknown_character_is_named():

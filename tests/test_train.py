@@ -455,11 +455,12 @@ def test_settings_of_the_checkpoint_hold_unless_changed(run_train):
     )
     resumed = train.setup(*read_settings(RESUME))
     groups = resumed.optimizer.param_groups
+    # hidden, other matrices, vectors
     assert [group["weight_decay"] for group in groups] == [
         0.25,
         0.25,
         0.0,
-    ]  # hidden, other matrices, vectors
+    ]
     assert groups[0]["betas"] == (0.8, 0.5)
 
 
@@ -627,9 +628,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     assert all(math.isfinite(loss) for loss in train_losses(read_rows(OUT)))
 
 
-@pytest.mark.parametrize(
-    "loss", [math.nan, 2000.0]
-)  # the second is too large for a perplexity
+# the second is too large for a perplexity
+@pytest.mark.parametrize("loss", [math.nan, 2000.0])
 def test_a_validation_loss_that_is_no_number_is_never_the_best(
     tiny, monkeypatch, capsys, loss
 ):

@@ -68,9 +68,8 @@ def torch_transformer(norm_first: bool) -> nn.Transformer:
             d_model=48, nhead=4, num_encoder_layers=3, num_decoder_layers=3, dim_feedforward=96, dropout=0.0,
             batch_first=True, norm_first=norm_first,
         )  # fmt: skip
-    if (
-        not norm_first
-    ):  # torch adds a last norm after blocks that end with one; the paper does not
+    # torch adds a last norm after blocks that end with one; the paper does not
+    if not norm_first:
         theirs.encoder.norm = theirs.decoder.norm = None
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.2)

@@ -140,9 +140,8 @@ def test_a_batch_depends_on_seed_and_step_alone(pairs, with_encoder):
         for i in (0, 1)
     )
     assert first != second
-    sizes = [
-        [len(batch) for batch in epoch] for epoch in (first, second)
-    ]  # the batches are shuffled
+    # the batches are shuffled
+    sizes = [[len(batch) for batch in epoch] for epoch in (first, second)]
     assert sorted(sizes[0]) == sorted(sizes[1]) and sizes[0] != sizes[1]
     other = open_pairs(with_encoder, seed=2)
     assert [texts_in(other, other.batch(number, 4)) for number in range(batches)] != first
@@ -182,9 +181,8 @@ def test_the_longest_pair_of_all_splits_just_fits(pairs, with_encoder, split):
         [(s, "long " * 9 + "it is." if s == source else t) for s, t in make_pairs()],
         "--val_fraction=0.2",
     )
-    needed = (
-        52 if with_encoder else len(source.encode()) + 1 + 52 - 1
-    )  # its last token is never read
+    # its last token is never read
+    needed = 52 if with_encoder else len(source.encode()) + 1 + 52 - 1
     assert PairDataset(Path("data/pairs"), needed, 1, with_encoder).texts(split)
     with pytest.raises(
         UserError,
@@ -213,9 +211,8 @@ def test_eval_iters_batches_of_all_lengths_are_evaluated_always_the_same(
         for eval_iters in (None, 3)
     )
     assert len(whole) > 6 and len(some) == 3 and all(batch in whole for batch in some)
-    first, middle, last = (
-        whole.index(batch) * 3 // len(whole) for batch in some
-    )  # in which third of the lengths
+    # in which third of the lengths
+    first, middle, last = (whole.index(batch) * 3 // len(whole) for batch in some)
     assert (first, middle, last) == (0, 1, 2)
     assert some == [
         sorted(texts_in(data, batch))
@@ -232,9 +229,8 @@ def test_bits_per_byte_are_of_the_translation_alone(folder, with_encoder):
     )
     data = open_pairs(with_encoder)
     lengths = [len(text.encode()) for _, text in data.texts("val")]
-    assert data.val_bytes_per_token() == sum(lengths) / (
-        sum(lengths) + len(lengths)
-    )  # a byte each, and an end
+    # a byte each, and an end
+    assert data.val_bytes_per_token() == sum(lengths) / (sum(lengths) + len(lengths))
 
 
 def test_a_stream_that_is_not_made_of_pairs_is_refused(pairs, fails):
@@ -363,9 +359,8 @@ def test_evaluations_show_translations_and_the_end_has_the_bleu_of_the_best_chec
     assert (
         row["iter"] == 6 and 0 <= row["test_bleu"] <= 100 and 0 <= row["test_chrf"] <= 100
     )
-    assert (
-        train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
-    )  # all steps are done: it only scores once more
+    # all steps are done: it only scores once more
+    assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
     assert [r for r in read_rows(Path("out/run")) if "test_bleu" in r] == [row]
     capsys.readouterr()
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--eval_only=True"]) == 0
@@ -397,11 +392,12 @@ def test_it_translates_without_dropout_and_never_chooses_ids_that_only_pad_the_v
 
     monkeypatch.setattr(tasks, "translate", watched)
     assert train.main([*TINY, "--dropout=0.1", "--vocab_size=300"]) == 0
+    # shown twice, then scored
     assert calls == [
         (False, 1, 257),
         (False, 1, 257),
         (False, 4, 257),
-    ]  # shown twice, then scored
+    ]
 
 
 def test_wandb_gets_the_score_before_the_run_is_finished(pairs, monkeypatch):

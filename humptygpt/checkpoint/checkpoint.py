@@ -138,9 +138,8 @@ def load_plain(path: Path, mapped: bool = False, legacy: bool = False) -> object
     in_records = not legacy or zipfile.is_zipfile(path)
     sizes = check_records(path) if in_records else []
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # torch says more about a foreign pickle than one line
+        # torch says more about a foreign pickle than one line
+        warnings.simplefilter("ignore")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     # torch would map what follows a record that is too short
     if mapped and in_records and storage_sizes(content) != sizes:

@@ -113,9 +113,8 @@ class TokenDataset(Dataset):
         T = self.block_size
         last = len(self.train) - 1 - T  # the last position at which a block can start
         blocks = max(1, last // T)
-        offsets = (
-            last - (blocks - 1) * T + 1
-        )  # that leave room for all the blocks: between T and 2 T
+        # that leave room for all the blocks: between T and 2 T
+        offsets = last - (blocks - 1) * T + 1
         epochs, numbers = np.divmod(index * batch_size + np.arange(batch_size), blocks)
         starts = np.empty(batch_size, dtype=np.int64)
         for epoch in np.unique(epochs):  # nearly always a single one

@@ -58,9 +58,8 @@ class Documents:
         self.encoder = encode_documents
         self.sizes = [file_size(file) for file in files]
         self.only_text = all(file_format(file) == ".txt" for file in files)
-        self.separated = (
-            len(files) > 1 or not self.only_text
-        )  # documents end in the end-of-text token
+        # documents end in the end-of-text token
+        self.separated = len(files) > 1 or not self.only_text
         if not any(
             piece.text for number in range(len(files)) for piece in self.read(number)
         ):

@@ -26,17 +26,19 @@ PIECE = 1 << 18  # characters of a document that are in memory at once
 FORMATS = (".jsonl", ".parquet", ".tsv")
 HEAD = 8000  # bytes at the start of a file that decide whether it is text
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# one is in every data folder and run
 MARKS = {
     ".lock",
     "command.txt",
     "progress.json",
     "metrics.jsonl",
-}  # one is in every data folder and run
+}
+# files beside them that are no texts
 OURS = MARKS | {
     "meta.json",
     "config.json",
     "part.json",
-}  # files beside them that are no texts
+}
 ENCODING_HINT = "set --encoding_errors=replace or ignore"
 SKIP_HINT = "leave such lines out with --skip_bad_lines=True"
 

@@ -173,9 +173,8 @@ def start_worker(encoder: Callable, state: dict) -> None:
     encode_in_this_worker = partial(encode_unit, encoder, from_state(state))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
-    def end_with_parent() -> (
-        None
-    ):  # a worker whose parent was killed would wait for work forever
+    # a worker whose parent was killed would wait for work forever
+    def end_with_parent() -> None:
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
         os._exit(1)
 

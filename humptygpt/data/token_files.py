@@ -265,9 +265,8 @@ def read_nanogpt_meta(path: Path) -> dict:
         if any(type(char) is not str or len(char) != 1 for char in characters):
             raise ValueError("its tokens are not single characters")
         return nanogpt_meta(path.parent, tokenizers.CharTokenizer("".join(characters)))
-    except (
-        Exception
-    ) as error:  # a foreign pickle can fail in any way; none of them runs code
+    # a foreign pickle can fail in any way; none of them runs code
+    except Exception as error:
         raise UserError(
             f"{path} is not a plain {{vocab_size, itos, stoi}}: {error!r}"
         ) from error

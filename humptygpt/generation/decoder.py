@@ -51,8 +51,10 @@ def prepare_for_generation(
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, low_bit_linear(child, dtype))
-    if isinstance(model, GPT) and type(model.stack.blocks[0]) is PreNormBlock:
-        model.stack = FastStack(model.stack, model.config)
+    if isinstance(model, GPT):
+        kinds = {type(block) for block in model.stack.blocks}
+        if kinds == {PreNormBlock}:
+            model.stack = FastStack(model.stack, model.config)
     return model
 
 
@@ -238,9 +240,8 @@ class BlockDecoder:
         end, _ = inputs.cached
         heads = self.qkv_proj(self.attn_norm(x)).view(-1, n_head + 2 * n_kv_head, D)
         qk, v = heads.split_with_sizes((n_head + n_kv_head, n_kv_head), 1)  # (B, H, D)
-        if (
-            attention.qk_norm
-        ):  # as F.rms_norm, which on a CPU is three times as many operators
+        if attention.qk_norm:
+            # as F.rms_norm, which on a CPU is three times as many operators
             length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True)
             qk = qk / torch.hypot(length, self.root_of_eps)
         if inputs.rotary:

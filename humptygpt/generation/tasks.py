@@ -32,9 +32,8 @@ class Task:
     batches_vary: bool  # in their shapes
     evaluation_examples: Show | None  # after each evaluation
     final_examples: Show | None  # at the end of a run
-    score: (
-        Callable[[nn.Module, Dataset], Score] | None
-    )  # at the end of a run, and of eval_only
+    # at the end of a run, and of eval_only
+    score: Callable[[nn.Module, Dataset], Score] | None
     continues_text: (
         bool  # sample.py continues a prompt; otherwise it translates line by line
     )

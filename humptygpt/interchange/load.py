@@ -35,9 +35,8 @@ NANOGPT = {
     "model_args": MODEL_ARGS | {"bias?": bool},
     "config?": {"dataset?": str},
 }
-NANOGPT_FAMILY = GPT2._replace(
-    transposed=False
-)  # its matrices are (outputs, inputs), as ours
+# its matrices are (outputs, inputs), as ours
+NANOGPT_FAMILY = GPT2._replace(transposed=False)
 
 
 class Loaded(NamedTuple):

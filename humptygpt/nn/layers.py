@@ -310,9 +310,8 @@ def with_loss(
     targets. In training the targets are smoothed: a fraction label_smoothing of each is spread over the vocabulary, so
     that the model does not become overconfident. Source: Szegedy et al. 2015, arXiv:1512.00567, section 7.
     """
-    if (
-        soft_cap := model.config.logit_soft_cap
-    ):  # Source: Gemma 2, arXiv:2408.00118, section 2
+    # Source: Gemma 2, arXiv:2408.00118, section 2
+    if soft_cap := model.config.logit_soft_cap:
         logits = soft_cap * torch.tanh(logits / soft_cap)
     if targets is None:
         return logits, None

@@ -39,9 +39,8 @@ def page_data(config) -> dict:
         text = text.removeprefix(END_OF_TEXT)
     run.tokenizer.encode(text)  # raises UserError where it has no tokens for it
     progress = {key: run.saved["progress"][key] for key in ("iter", "best_val_loss")}
-    if math.isinf(
-        progress["best_val_loss"]
-    ):  # which JSON cannot hold: no evaluation so far
+    # which JSON cannot hold: no evaluation so far
+    if math.isinf(progress["best_val_loss"]):
         del progress["best_val_loss"]
     rows = read_metrics(run.path.with_name("metrics.jsonl"))
     return {

@@ -24,9 +24,8 @@ from humptygpt.core.errors import UserError
 from humptygpt.core.settings import check_schema, note
 
 END_OF_TEXT = "<|endoftext|>"
-MAX_UNPACKED_BYTES = (
-    1 << 26
-)  # of a state; Llama 3's tokenizer.json takes 9 MB, Gemma's 33 MB
+# of a state; Llama 3's tokenizer.json takes 9 MB, Gemma's 33 MB
+MAX_UNPACKED_BYTES = 1 << 26
 # How GPT-2 splits text before byte pairs are merged: contractions, words and numbers with the space before them,
 # punctuation, spaces. Source: Radford et al. 2019.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -123,9 +122,8 @@ class CharTokenizer(Tokenizer):
         self.pieces += [END_OF_TEXT.encode()] * separated
         self.eot = len(alphabet) if separated else None
         codes = code_points(alphabet)
-        self._ids = np.full(
-            int(codes.max()) + 2, -1
-        )  # the last entry is for all characters beyond
+        # the last entry is for all characters beyond
+        self._ids = np.full(int(codes.max()) + 2, -1)
         self._ids[codes] = np.arange(len(alphabet))
 
     @classmethod
