@@ -382,7 +382,7 @@ def texts_that_fit(loaded: Pipeline, size: int, beams: int = 1) -> int:
     Raises UserError where not even one can.
     """
     free = int(0.9 * free_memory(loaded.device))
-    needed = beams * bytes_per_text(loaded.model.config, size)
+    needed = beams * bytes_per_text(loaded.model, size)
     advice = "try fewer --max_new_tokens or --num_beams"
     limits.check_fits(f"a text of {size:,} tokens takes", needed, free, advice)
     return free // needed

@@ -322,4 +322,4 @@ def test_the_bytes_of_a_text_are_those_of_its_keys_values_logits_tokens_and_rand
     list(continue_texts(context, 57))
     held = sum(layer.k.nbytes + layer.v.nbytes for layer in context.state.layers)
     logits = 4 * 8 * model.config.vocab_size
-    assert generation.bytes_per_text(model.config, 60) == held + logits + 16 * 60
+    assert generation.bytes_per_text(model, 60) == held + logits + 16 * 60

@@ -393,9 +393,8 @@ def test_a_damaged_state_is_refused(kind, made):
 def test_a_tokenizer_that_is_neither_a_kind_nor_a_path_is_refused(fails, folder):
     Path("mine.txt").write_text("some text " * 30)
     line = fails(prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=chars")
-    assert line.startswith(
-        "tokenizer=chars is not one of: char, byte, sentencepiece, gpt2, bpe, a folder"
-    )
+    kinds = ", ".join(tokenizer.TOKENIZERS)
+    assert line.startswith(f"tokenizer=chars is not one of: {kinds}, a folder")
     line = fails(prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=.")
     assert line.startswith(
         "cannot read the tokenizer in .: there is neither tokenizer.json"
@@ -425,3 +424,11 @@ def test_a_tokenizer_that_was_imported_is_exported_with_its_ids_and_special_toke
     assert ours.bos is None or again.bos_token_id == ours.bos
     read = read_tokenizer(tmp_path)
     assert (read.pieces, read.eot, read.bos) == (ours.pieces, ours.eot, ours.bos)
+
+
+def test_a_tokenizer_of_ones_own_is_refused_in_one_line():
+    class Words(tokenizer.Tokenizer):
+        name = "words"
+
+    with pytest.raises(UserError, match="^tokenizer=words cannot be exported: "):
+        build_tokenizer(Words())

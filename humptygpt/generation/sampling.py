@@ -305,12 +305,13 @@ def generate(
         yield idx.new_tensor(tokens)
 
 
-def bytes_per_text(config, size: int) -> int:
-    """Estimate what continuing one text of `size` tokens takes: keys, values, logits, tokens, random numbers.
-
-    config: a ModelConfig.
-    """
-    kept = min(size, config.block_size, 2 * config.window or config.block_size)
+def bytes_per_text(model: nn.Module, size: int) -> int:
+    """Estimate what continuing one text of `size` tokens takes: keys, values, logits, tokens, random numbers."""
+    config = model.config
+    windows = [module.window for module in model.modules() if hasattr(module, "window")]
+    kept = min(size, config.block_size) if model.has_state else 0
+    if all(windows):
+        kept = min(kept, 2 * max(windows, default=0))
     head_size = config.head_size or config.n_embd // config.n_head
     cache = 2 * config.n_layer * (config.n_kv_head or config.n_head) * head_size * kept
     return 4 * (cache + 8 * config.vocab_size) + 16 * size

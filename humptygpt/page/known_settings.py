@@ -38,22 +38,23 @@ VARIANTS = {  # the keys of the dictionaries in explain/model.js
     "block": ("pre_norm", "post_norm", "plain", "parallel"),
     "mlp": ("plain", "gated", "none"),
     "activation": ("gelu", "gelu_tanh", "relu", "silu", "relu_squared"),
+    "tokenizer": ("char", "byte", "sentencepiece", "gpt2", "bpe"),  # in tokenizer.js
 }
 TRAINING = {"dropout", "label_smoothing", "init", "lora_alpha", "lora_targets"}
 
 
-def check_settings(config: ModelConfig) -> None:
-    """Raise UserError for the first setting that the page would ignore or misread."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name in VARIANTS:
-            known = value in VARIANTS[field.name]
-        elif field.name in COMPUTED:
+def check_settings(config: ModelConfig, tokenizer: str) -> None:
+    """Raise UserError for the first setting that the page would ignore or misread. tokenizer: its name."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for key, value in (vars(config) | {"tokenizer": tokenizer}).items():
+        if key in VARIANTS:
+            known = value in VARIANTS[key]
+        elif key in COMPUTED:
             known = value is None or isinstance(value, int | float)
         else:
-            known = field.name in TRAINING or value == field.default
+            known = key in TRAINING or value == defaults[key]
         if not known:
             raise UserError(
-                f"{field.name}={value} is a setting that the page does not compute with, so its numbers would not be"
-                " the model's; teach it to explain/model.js and humptygpt/page/known_settings.py"
+                f"{key}={value} is a setting that the page does not compute with, so its numbers would not be the"
+                " model's; teach it to explain/ and humptygpt/page/known_settings.py"
             )

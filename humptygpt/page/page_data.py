@@ -26,13 +26,14 @@ BASE64 = 4 / 3  # characters for each byte
 
 
 def page_data(config) -> dict:
-    """Return what a page needs of a run. Raises UserError where there is no such checkpoint, or the model is too large.
+    """Return what a page needs of a run. Raises UserError where there is no such, or the page cannot show it.
 
     config: explain.py's ExplainConfig.
     """
     run = load(checkpoint.find_checkpoint(Path(config.out_dir), config.checkpoint))
     if run.saved is None:
         raise UserError(f"out_dir={config.out_dir} is no run of train.py; a page shows one")
+    check_settings(run.model.config, run.tokenizer.name)
     check_size(run.model, config.max_mb)
     text = config.start
     if run.tokenizer.eot is not None:
@@ -70,8 +71,7 @@ def check_size(model: nn.Module, max_mb: float) -> None:
 
 
 def model_data(model: nn.Module) -> dict:
-    """Return what makeModel() in explain/data.js takes. Raises UserError for settings that it would ignore."""
-    check_settings(model.config)
+    """Return what makeModel() in explain/data.js takes."""
     return {"model": dataclasses.asdict(model.config), "weights": pack_weights(model)}
 
 

@@ -62,7 +62,9 @@ def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 @singledispatch
 def convert(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """build_tokenizer() without its special token."""
-    raise AssertionError(f"{tokenizer.name} has files already")
+    raise UserError(
+        f"tokenizer={tokenizer.name} cannot be exported: it has no tokenizer.json"
+    )
 
 
 @convert.register

@@ -31,7 +31,8 @@ TRAINING_ONLY = {"dropout", "label_smoothing"}  # keys of ModelConfig that chang
 FIXED = {"seed", "batch_size", "gradient_accumulation_steps", "optimizer", "freeze"}
 # in an interrupted run; warmup is fitted to a short one
 MAY_DIFFER = {"init_from", "out_dir", "warmup_iters"}
-MUON = {"only_with": {"optimizer": ("muon", "normuon")}}
+MUONS = [name for name, rule in OPTIMIZERS.items() if rule.learning_rate != "learning_rate"]
+MUON = {"only_with": {"optimizer": tuple(MUONS)}}
 DECAY = {"only_with": {"decay_lr": True}}
 DECAY_RATE = {"at_least": 0, "below": 1}
 
