@@ -430,5 +430,5 @@ def test_a_tokenizer_of_ones_own_is_refused_in_one_line():
     class Words(tokenizer.Tokenizer):
         name = "words"
 
-    with pytest.raises(UserError, match="^tokenizer=words cannot be exported: "):
+    with pytest.raises(UserError, match=r"^tokenizer=words cannot be exported: "):
         build_tokenizer(Words())
