@@ -489,6 +489,7 @@ def draw_group(panel, group: Group, colors: list[str]) -> None:
         panel.plot([row["lowest"] or bits, row["highest"] or bits], [y, y], color=color)
         hollow = "white" if "(" in row["remark"] else color
         panel.plot(bits, y, "o", color=color, markerfacecolor=hollow)
+    panel.use_sticky_edges = False  # or bars would leave no margin
     panel.margins(x=0.1)
     panel.set_ylim(len(labels) - 0.5, -0.5)
     panel.set_yticks(range(len(labels)), labels)

@@ -363,12 +363,13 @@ def summary(run: Run) -> str:
     micro_batches = config.max_iters * config.gradient_accumulation_steps
     epochs = micro_batches / dataset.batches_per_epoch(config.batch_size)
     start = "" if config.init_from == "scratch" else f", from {config.init_from}"
+    done = f"; {run.progress.iter:,} are done" if run.progress.iter else ""
     processes = f", {run.processes.size} processes" if run.processes.size > 1 else ""
     return (
         f"data: {dataset.meta['source']}, {len(dataset.train):,} tokens to train on,"
         f" vocabulary of {run.model.config.vocab_size:,}\n"
         f"model: {run.model.config.model}, {models.count_parameters(run.model):,} parameters{start}\n"
-        f"steps: {config.max_iters:,} of {batch}, {epochs:.1f} epochs\n"
+        f"steps: {config.max_iters:,} of {batch}, {epochs:.1f} epochs{done}\n"
         f"evaluation: every {config.eval_interval:,} steps, on {evaluated}\n"
         f"device: {run.device}, {str(run.dtype).removeprefix('torch.')}{processes}"
     )

@@ -514,7 +514,9 @@ def test_resuming_a_copied_folder_leaves_the_original_alone(run_train):
 def test_a_run_that_has_no_step_left_says_so(run_train, capsys, keys):
     run_train()
     resume(*keys)
-    assert "note: all 6 steps are done; for more: --max_iters=N" in capsys.readouterr().err
+    out, errors = capsys.readouterr()
+    assert " epochs; 6 are done\n" in out
+    assert "note: all 6 steps are done; for more: --max_iters=N" in errors
 
 
 def test_the_best_loss_starts_over_when_the_evaluation_set_changes(
