@@ -194,6 +194,19 @@ def test_the_profile_has_the_phases_of_a_step_and_its_operators(text, here, caps
     assert min(result.values()) > 0 and "aten::mm" in out
 
 
+def test_the_profiled_step_clips_only_where_it_is_asked_to_and_takes_frozen_parameters(
+    trainers, monkeypatch
+):
+    run = trainers[0].run
+    run.model.wte.requires_grad_(False)
+    run.config = replace(run.config, grad_clip=0.0)
+    weight = run.model.stack.blocks[0].mlp.up_proj.weight
+    norms = []
+    monkeypatch.setattr(run.optimizer, "step", lambda: norms.append(weight.grad.norm()))
+    step_profile.time_phases(run, 0)
+    assert norms[0] > 1e-4
+
+
 def test_bad_input_is_one_line(text, fails):
     for argv, complaint in {
         "--what=memory": "what=memory is not one of: train, loss, profile, sample, page",
