@@ -164,7 +164,7 @@ class FastStack(nn.Module):
     def __init__(self, stack: Stack, config: ModelConfig):
         super().__init__()
         self.stack = stack
-        self.norm = stack.norm.forward
+        self.norm = norm_function(stack.norm)
         self.blocks = [BlockDecoder(block) for block in stack.blocks]
         self.windows = stack.windows
         # a position acts in rotary tables alone, and a new token attends to all: there is nothing to add and no mask
@@ -208,13 +208,13 @@ class BlockDecoder:
         self.norm_scale = math.sqrt(attention.head_size) if attention.qk_norm else 1.0
         eps = torch.finfo(torch.float32).eps * attention.head_size
         self.root_of_eps = torch.tensor(math.sqrt(eps))
-        self.attn_norm = block.attn_norm.forward
+        self.attn_norm = norm_function(block.attn_norm)
         self.qkv_proj = linear_function(block.attn.qkv_proj)
         self.add_o_proj = add_linear_function(attention.o_proj)
         self.mlp = block.mlp
         self.conv = block.conv
         if block.mlp:
-            self.mlp_norm = block.mlp_norm.forward
+            self.mlp_norm = norm_function(block.mlp_norm)
             self.add_mlp = add_mlp_function(block.mlp)
         if block.conv:
             # weights of the tokens before a token, the oldest first, and of the token itself; of the last n by n
@@ -264,8 +264,23 @@ class BlockDecoder:
     def convolve(self, x: Tensor, state: LayerState) -> Tensor:
         """x: (B, C). Returns (B, C)."""
         text = torch.cat([state.last_inputs, x.unsqueeze(1)], dim=1)
-        state.last_inputs = text[:, -self.conv_size :]
-        return (text * self.conv_weights[text.shape[1]]).sum(dim=1)
+        n = text.shape[1]
+        first = max(0, n - self.conv_size)
+        state.last_inputs = text.narrow(1, first, n - first)
+        return (text * self.conv_weights[n]).sum(dim=1)
+
+
+def norm_function(norm: nn.Module) -> Product:
+    """Return what the norm computes, (B, C) -> (B, C), without the time that nn.Module takes."""
+    if not isinstance(norm, nn.LayerNorm):
+        return norm.forward
+    return partial(
+        torch.layer_norm,
+        normalized_shape=norm.normalized_shape,
+        weight=norm.weight,
+        bias=norm.bias,
+        eps=norm.eps,
+    )
 
 
 def linear_function(linear: nn.Module) -> Product:
