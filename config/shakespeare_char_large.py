@@ -2,8 +2,8 @@
 #
 #   python train.py config/shakespeare_char_large.py
 #
-# 4.76 million parameters. Validated on the end of the training text it has 1.3954 nats per character; its loss on the
-# validation split and its time are not measured yet. RECORDS.md has what was tried.
+# 4.76 million parameters. On 2 CPU cores with bfloat16 instructions it takes 15 to 25 minutes and reaches a validation
+# loss of 1.4319 nats per character. RECORDS.md has what was tried.
 
 out_dir = "out/shakespeare_char_large"
 dataset = "shakespeare_char"  # tiny Shakespeare: 1.1 million characters

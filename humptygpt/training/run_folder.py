@@ -352,7 +352,7 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     train = points(rows, "train_loss")
-    style = {"color": "#9db4c8", "linewidth": 1, "markersize": 5, "marker": "."}
+    style = {"color": "#9db4c8", "linewidth": 1, "markersize": 1.8, "marker": "o"}
     axes.plot(*zip(*train, strict=True), label="training", **style)
     step, lowest = min(val, key=lambda point: point[1])
     label = f"validation, lowest {lowest:.3f} at step {step:,}"
