@@ -316,7 +316,8 @@ def with_loss(
     if targets is None:
         return logits, None
     smoothing = model.config.label_smoothing if model.training else 0.0
-    flat = logits.flatten(0, 1).float()
+    flat = logits.flatten(0, 1)
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     return logits, F.cross_entropy(
         flat, targets.flatten(), ignore_index=-1, label_smoothing=smoothing
     )

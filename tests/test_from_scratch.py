@@ -1,0 +1,86 @@
+"""from_scratch.py beside model.py: the same weights give the same numbers, and it learns what it says."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import from_scratch
+import model as models
+from humptygpt.training.optimizers import make_optimizer
+from humptygpt.training.settings import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+SIZES = {"n_embd": 8, "n_layer": 2, "block_size": 6}
+TOKENS = [3, 1, 4, 1, 5, 9, 2]
+
+
+def tensor(vectors, what):
+    """What each vector has: numbers or gradient. A norm's scale is a single vector."""
+    rows = torch.tensor([getattr(x, what) for x in vectors], dtype=torch.float64)
+    return rows[0] if len(rows) == 1 else rows
+
+
+@pytest.fixture
+def both():
+    """Weights of from_scratch.py, and the GPT of model.py with the same weights."""
+    random.seed(0)
+    weights = from_scratch.new_gpt(**SIZES)
+    for rows in weights.values():
+        for x in rows:
+            x.numbers = [number + random.gauss(0, 0.1) for number in x.numbers]
+    settings = {"vocab_size": len(from_scratch.ALPHABET), "n_head": 2, "activation": "relu"}
+    model = models.build(models.ModelConfig(**SIZES, **settings)).double()
+    state = {f"{name}.weight": tensor(rows, "numbers") for name, rows in weights.items()}
+    model.load_state_dict(state | {"lm_head.weight": state["wte.weight"]})
+    return weights, model
+
+
+def step(weights, model):
+    """The losses of both on the same tokens, backpropagated in model."""
+    scores = from_scratch.gpt(TOKENS[:-1], weights, n_head=2)
+    losses = [
+        from_scratch.cross_entropy(x, token)
+        for x, token in zip(scores, TOKENS[1:], strict=True)
+    ]
+    logits, loss = model(torch.tensor([TOKENS[:-1]]), torch.tensor([TOKENS[1:]]))
+    loss.backward()
+    return scores, losses, logits[0], loss
+
+
+def test_logits_loss_and_gradients_are_those_of_model_py(both):
+    weights, model = both
+    scores, losses, logits, loss = step(weights, model)
+    torch.testing.assert_close(tensor(scores, "numbers"), logits, rtol=0, atol=1e-9)
+    from_scratch.adamw([], losses, step=1, lr=0)
+    assert sum(x.numbers[0] for x in losses) / len(losses) == pytest.approx(
+        loss.item(), abs=1e-9
+    )
+    for name, rows in weights.items():
+        expected = model.get_parameter(f"{name}.weight").grad
+        torch.testing.assert_close(tensor(rows, "gradient"), expected, rtol=0, atol=1e-9)
+
+
+def test_a_step_of_adamw_ends_in_the_weights_of_the_trainer(both):
+    weights, model = both
+    optimizer = make_optimizer(TrainConfig(learning_rate=0.01, weight_decay=0.1), model)
+    for number in (1, 2):
+        _, losses, _, _ = step(weights, model)
+        norms = [x for name, rows in weights.items() if "norm" in name for x in rows]
+        matrices = [x for name, rows in weights.items() if "norm" not in name for x in rows]
+        from_scratch.adamw(norms, losses, number, lr=0.01)
+        from_scratch.adamw(matrices, losses, number, lr=0.01, decay=0.1)
+        optimizer.step()
+        model.zero_grad()
+    for name, rows in weights.items():
+        expected = model.get_parameter(f"{name}.weight")
+        torch.testing.assert_close(tensor(rows, "numbers"), expected, rtol=0, atol=1e-9)
+
+
+def test_without_any_package_it_learns_the_rhyme_and_recites_it():
+    command = [sys.executable, "-I", "-S", str(ROOT / "from_scratch.py")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.endswith(from_scratch.RHYME + "\n")
