@@ -43,7 +43,6 @@ from humptygpt.core.settings import (
     nearest_path,
     note,
     setting,
-    without_effect,
 )
 from humptygpt.generation.beams import NUM_BEAMS, translate
 from humptygpt.generation.decoder import prepare_for_generation
@@ -213,11 +212,8 @@ def main(argv: list[str]) -> None:
         dtype=config.dtype,
         quantize=config.quantize,
     )
-    for key, why in without_effect(
-        asdict(config) | {"task": loaded.task}, SampleConfig
-    ).items():
-        if key in given:
-            note(f"{key}={given[key]} has no effect {why}")
+    settings = asdict(config) | {"task": loaded.task}
+    configurator.note_without_effect(settings, given, SampleConfig)
     if config.compile:
         note("compile=True has no effect in sample.py")
     if busy := limits.load_note():

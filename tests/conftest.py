@@ -118,6 +118,22 @@ def run_train(tiny):
     return run
 
 
+@pytest.fixture
+def saved_figures(monkeypatch) -> list:
+    """The figures of matplotlib that are saved, as they were drawn."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    savefig = Figure.savefig
+
+    def recorded(figure, *args, **keys):
+        figures.append(figure)
+        savefig(figure, *args, **keys)
+
+    monkeypatch.setattr(Figure, "savefig", recorded)
+    return figures
+
+
 def read_rows(out_dir) -> list[dict]:
     """The rows of a run's metrics, without the numbers that depend on the clock."""
     rows = [

@@ -453,22 +453,12 @@ def test_the_picture_is_a_png_and_what_was_written_is_not_taken_for_a_run(folder
 
 
 @pytest.fixture
-def draw(monkeypatch):
+def draw(saved_figures):
     """Run compare.py and return the panels of its picture."""
-    from matplotlib.figure import Figure
-
-    figures = []
-    savefig = Figure.savefig
-
-    def recorded(figure, *args, **keys):
-        figures.append(figure)
-        savefig(figure, *args, **keys)
-
-    monkeypatch.setattr(Figure, "savefig", recorded)
 
     def run(*argv: str) -> list:
         compare.main([*argv, "--picture=x.png"])
-        return figures[-1].axes
+        return saved_figures[-1].axes
 
     return run
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_RUN, assert_same_weights, read_rows
-from matplotlib.figure import Figure
 
 import train
 from humptygpt.checkpoint import checkpoint
@@ -74,16 +73,8 @@ def test_a_full_disk_between_checkpoints_is_one_line(tiny, fails, monkeypatch):
 
 
 @pytest.fixture
-def figure(monkeypatch):
+def figure(saved_figures):
     """The figure that draw_losses makes of these losses, at every tenth step, drawn."""
-    figures = []
-    savefig = Figure.savefig
-
-    def recorded(figure, *args, **keys):
-        figures.append(figure)
-        savefig(figure, *args, **keys)
-
-    monkeypatch.setattr(Figure, "savefig", recorded)
 
     def make(train_losses: list[float], val_losses: list[float]):
         rows = []
@@ -91,7 +82,7 @@ def figure(monkeypatch):
             rows.append({"iter": 10 * it, "train_loss": losses[0]})
             rows.append({"iter": 10 * it, "val_loss": losses[1]})
         draw_losses(rows, Path("loss.png"))
-        return figures[-1]
+        return saved_figures[-1]
 
     return make
 

@@ -140,6 +140,13 @@ def without_effect(settings: dict[str, object], *classes: type) -> dict[str, str
     return {name: why for name, why in reasons.items() if why}
 
 
+def note_without_effect(settings: dict, given: dict, *classes: type) -> None:
+    """Report the keys that the user set, given, and that do nothing in these settings."""
+    for key, why in without_effect(settings, *classes).items():
+        if key in given:
+            note(f"{key}={settings[key]} has no effect {why}")
+
+
 def make(cls: type, values: dict[str, object]):
     """Return an instance of a config class from those of the values that are its fields. Raises UserError."""
     try:

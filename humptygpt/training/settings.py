@@ -14,7 +14,7 @@ from humptygpt.checkpoint import checkpoint
 from humptygpt.checkpoint.checkpoint import refuse_damaged
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
-from humptygpt.core.settings import check, note, setting, without_effect
+from humptygpt.core.settings import check, note, setting
 from humptygpt.data.batches import Dataset
 from humptygpt.data.token_files import read_meta
 from humptygpt.generation.tasks import TASKS
@@ -300,9 +300,7 @@ def note_without_effect(
                 f"{key}={given[key]} has no effect on one process; torchrun starts several"
             )
     settings = asdict(config) | asdict(model_config)
-    for key, why in without_effect(settings, ModelConfig, TrainConfig).items():
-        if key in given:
-            note(f"{key}={settings[key]} has no effect {why}")
+    configurator.note_without_effect(settings, given, ModelConfig, TrainConfig)
 
 
 def fit_warmup(config: TrainConfig, chosen: bool) -> TrainConfig:
