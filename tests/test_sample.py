@@ -292,7 +292,7 @@ def test_a_later_line_gets_no_start_token_and_no_space_before_it(monkeypatch):
     seen = []
 
     def continue_texts(context, *args, **keys):
-        seen.append(context.tokens.tolist())
+        seen.append(context.tokens().tolist())
         return iter([])
 
     monkeypatch.setattr(sample, "continue_texts", continue_texts)

@@ -135,50 +135,63 @@ class Context:
         """
         self.model = model
         self.exact = exact or not model.has_state
-        self.tokens = idx  # (B, T)
+        # of the context's tokens, (B, any number), one after another; together (B, length)
+        self.chunks = [idx]
+        self.length = idx.shape[1]
         # of each text, columns before its context
         self.padding = (idx < 0).sum(dim=1).tolist()
-        self.size = size
         self.cached = cached and model.has_state
+        self.state = model.make_state(size=size) if self.cached else None
         self.restart(model.config.block_size)
 
     def append(self, tokens: Tensor) -> None:
         """tokens: (B, T), the next of each text."""
-        self.tokens = torch.cat([self.tokens, tokens], dim=1)
+        self.chunks.append(tokens)
+        self.length += tokens.shape[1]
+
+    def tokens(self) -> Tensor:
+        """Return the tokens of the context, (B, length)."""
+        self.chunks = [torch.cat(self.chunks, dim=1)]
+        return self.chunks[0]
 
     def next_logits(self) -> Tensor:
         """Return the logits (B, V) of the next token of each text."""
         block_size = self.model.config.block_size
-        if self.tokens.shape[1] > block_size:
+        if self.length > block_size:
             self.restart(block_size if self.exact else max(1, block_size // 2))
         if self.state:
-            new = self.tokens[:, self.state.length :]
+            new = self.chunks[-1]
+            if self.state.length + new.shape[1] != self.length:
+                new = self.tokens()[:, self.state.length :]
             if self.state.padding is not None:
                 new = new.clamp(min=0)  # no token attends to the padding
             return self.model.next_logits(new, self.state)
         if not any(self.padding):
-            return self.model.next_logits(self.tokens)
-        texts = zip(self.tokens.split(1), self.padding, strict=True)
+            return self.model.next_logits(self.tokens())
+        texts = zip(self.tokens().split(1), self.padding, strict=True)
         return torch.cat([self.model.next_logits(text[:, first:]) for text, first in texts])
 
     def restart(self, kept: int) -> None:
         """Keep the newest tokens of each text that has more than block_size, and forget what has been computed."""
-        T = self.tokens.shape[1]
+        T = self.length
         block_size = self.model.config.block_size
         padding = [T - kept if T - first > block_size else first for first in self.padding]
         dropped = min(padding)
-        self.tokens = self.tokens[:, dropped:]
+        tokens = self.tokens()[:, dropped:]
+        self.chunks = [tokens]
+        self.length = T - dropped
         self.padding = [first - dropped for first in padding]
-        for text, first in zip(self.tokens, self.padding, strict=True):
+        for text, first in zip(tokens, self.padding, strict=True):
             text[:first] = -1
-        self.state = self.model.make_state(size=self.size) if self.cached else None
-        if self.cached and any(self.padding):
-            self.state.padding = torch.tensor(self.padding, device=self.tokens.device)
+        if self.state:
+            self.state.clear()
+            if any(self.padding):
+                self.state.padding = torch.tensor(self.padding, device=tokens.device)
 
     def select(self, rows: list[int]) -> None:
         """Keep these of the texts alone."""
-        index = torch.tensor(rows, device=self.tokens.device)
-        self.tokens = self.tokens[index]
+        index = torch.tensor(rows, device=self.chunks[0].device)
+        self.chunks = [self.tokens()[index]]
         self.padding = [self.padding[row] for row in rows]
         if self.state:
             self.state.select(index)
@@ -262,10 +275,9 @@ def continue_texts(
     Sampler; without samples, the texts are numbered. Raises UserError where the model's logits are not finite.
     """
     vocab_size = tokenizer_vocab_size or context.model.config.vocab_size
-    rows = list(range(len(context.tokens)))
-    sampler = Sampler(
-        context.tokens, vocab_size, samples or rows, max_new_tokens, **sampling
-    )
+    tokens = context.tokens()
+    rows = list(range(len(tokens)))
+    sampler = Sampler(tokens, vocab_size, samples or rows, max_new_tokens, **sampling)
     for _ in range(max_new_tokens):
         logits = context.next_logits().float()[:, :vocab_size]
         tokens = sampler.next_tokens(logits)

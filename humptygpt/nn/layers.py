@@ -83,6 +83,14 @@ class DecoderState:
         self.padding: Tensor | None = None
         self.layers = [LayerState() for _ in range(n_layer)]
 
+    def clear(self) -> None:
+        """Forget the tokens read; the buffers stay."""
+        self.length = 0
+        self.held = 0
+        self.padding = None
+        for layer in self.layers:
+            layer.last_inputs = None
+
     def make_room(self, T: int) -> int:
         """For the next T tokens. Returns how many tokens they can attend to, themselves included."""
         if self.held + T > self.size:
