@@ -1278,24 +1278,28 @@ const PANELS = [
   {
     id: "leaf",
     title: "A leaf or a flower",
+    chapter: "A simple neural network",
     build: leafPanel,
     intro: "Numbers in, weights, sums, numbers out: the article's first network. Select a neuron to see its sum.",
   },
   {
     id: "training",
     title: "Training",
+    chapter: "How are these models trained?",
     build: trainingPanel,
     intro: "Gradient descent changes each weight a little, in the direction in which the loss falls.",
   },
   {
     id: "writing",
     title: "Writing",
+    chapter: "How does all this help generate language?",
     build: writingPanel,
     intro: "A network that predicts the next token writes: the token is appended, and it predicts again.",
   },
   {
     id: "embeddings",
     title: "Embeddings",
+    chapter: "Embeddings",
     build: embeddingsPanel,
     intro: "A token is a vector of features, trained with the rest.",
   },
@@ -1308,6 +1312,7 @@ const PANELS = [
   {
     id: "attention",
     title: "Self-attention",
+    chapter: "Self Attention",
     build: attentionPanel,
     missing: needsStack,
     intro: "Each token asks with a query; each token before it answers with a key; the answers weight the values.",
@@ -1315,12 +1320,14 @@ const PANELS = [
   {
     id: "softmax",
     title: "Softmax",
+    chapter: "Softmax",
     build: softmaxPanel,
     intro: "Logits become probabilities, and one token is drawn.",
   },
   {
     id: "residual",
     title: "Residual connections",
+    chapter: "Residual connections",
     build: residualPanel,
     missing: needsStack,
     intro: "Each branch adds its output to the stream that runs through the model.",
@@ -1328,6 +1335,7 @@ const PANELS = [
   {
     id: "norm",
     title: "Layer normalization",
+    chapter: "Layer Normalization",
     build: normPanel,
     missing: needsNorm,
     intro: "Before a branch reads the stream, its features are brought to one scale.",
@@ -1335,12 +1343,14 @@ const PANELS = [
   {
     id: "dropout",
     title: "Dropout",
+    chapter: "Dropout",
     build: dropoutPanel,
     intro: "In training each activation is zeroed with a probability, so each step trains another, thinned network.",
   },
   {
     id: "heads",
     title: "Multi-head attention",
+    chapter: "Multi-head Attention",
     build: headsPanel,
     missing: needsStack,
     intro: "Several heads attend at once, each to something else.",
@@ -1348,11 +1358,19 @@ const PANELS = [
   {
     id: "positions",
     title: "Positions",
+    chapter: "Positional encoding and embedding",
     build: positionsPanel,
     missing: needsStack,
     intro: "Attention alone does not see the order of the tokens.",
   },
-  { id: "gpt", title: "The GPT", build: gptPanel, missing: needsStack, intro: "The parts, assembled." },
+  {
+    id: "gpt",
+    title: "The GPT",
+    chapter: "The GPT architecture",
+    build: gptPanel,
+    missing: needsStack,
+    intro: "The parts, assembled.",
+  },
   {
     id: "transformer",
     title: "The transformer",

@@ -274,7 +274,8 @@ class App {
     if (!panel.built) {
       const missing = panel.missing?.(this);
       panel.built = missing ? { nodes: [missingNote(missing)], update() {} } : panel.build(this);
-      panel.body.replaceChildren(h("p", { class: "intro" }, panel.intro), ...panel.built.nodes);
+      const chapter = panel.chapter && ` In plain Python: “${panel.chapter}” in from_scratch.py.`;
+      panel.body.replaceChildren(h("p", { class: "intro" }, panel.intro, chapter), ...panel.built.nodes);
     }
     panel.dirty = false;
     panel.built.update();

@@ -1,6 +1,7 @@
 """from_scratch.py beside model.py: the same weights give the same numbers, and it learns what it says."""
 
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,7 @@ def both():
 
 def step(weights, model):
     """The losses of both on the same tokens, backpropagated in model."""
-    scores = from_scratch.gpt(TOKENS[:-1], weights, n_head=2)
+    scores = from_scratch.gpt(TOKENS[:-1], weights, n_layer=2, n_head=2)
     losses = [
         from_scratch.cross_entropy(x, token)
         for x, token in zip(scores, TOKENS[1:], strict=True)
@@ -80,7 +81,21 @@ def test_a_step_of_adamw_ends_in_the_weights_of_the_trainer(both):
         torch.testing.assert_close(tensor(rows, "numbers"), expected, rtol=0, atol=1e-9)
 
 
+def test_the_page_and_the_ladder_name_chapters_that_it_has():
+    page = (ROOT / "explain/panels.js").read_text(encoding="utf-8")
+    ladder = (ROOT / "docs/ladder.md").read_text(encoding="utf-8")
+    listed = re.search(r"under the article's titles:(.*?)\.", ladder, re.DOTALL).group(1)
+    chapters = re.findall('chapter: "(.*?)"', page) + " ".join(listed.split()).split(", ")
+    source = (ROOT / "from_scratch.py").read_text(encoding="utf-8")
+    missing = [
+        x
+        for x in chapters
+        if not re.search(rf"^# {re.escape(x)}(:|(?<=[?]))", source, re.M)
+    ]
+    assert (len(chapters), missing) == (20, [])
+
+
 def test_without_any_package_it_learns_the_rhyme_and_recites_it():
     command = [sys.executable, "-I", "-S", str(ROOT / "from_scratch.py")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert printed.endswith(from_scratch.RHYME + "\n")
+    assert from_scratch.RHYME in printed
