@@ -2,6 +2,7 @@ import gzip
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -315,6 +316,20 @@ def test_held_out_sentences_are_in_no_split_that_is_drawn(folder, capsys, name):
     )
 
 
+def test_what_translations_connect_with_a_held_out_sentence_is_held_out_too(folder):
+    chain = [
+        ("Ja.", "Yes."),
+        ("Gewiss.", "Sure."),
+        ("Ja, gern!", "Yes!"),
+        ("Ja, gern!", "Sure!"),
+    ]
+    write_tsv("own.tsv", [*ROWS, *chain])
+    write("held.txt", "gewiss\n")
+    prepare_data.main(["--input=own.tsv", "--held_out=held.txt", *BYTES])
+    assert sorted(all_pairs("mine")) == sorted(ROWS)
+    assert meta("mine")["dropped"]["held_out"] == len(chain)
+
+
 def test_with_held_out_sentences_no_source_of_a_given_validation_or_test_split_is_trained_on(
     folder,
 ):
@@ -474,6 +489,85 @@ def test_the_public_files_are_downloaded_once_and_verified(folder, monkeypatch):
     monkeypatch.setattr(known_texts, "download", None)
     prepare_data.main(["translate_de_en", "--tokenizer=char"])
     assert pairs_of("translate_de_en") == GIVEN
+
+
+EVERYDAY = [
+    (f"{german} {n} Hunde.", f"I see {n} dogs.")
+    for german in ("Ich sehe", "Da sind")
+    for n in range(20)
+]
+EVERYDAY += [
+    ("Ich sehe 3 Hunde!", "I can see three dogs."),
+    (ROWS[0][0], "Like a caption."),
+]
+
+
+def write_tatoeba(path: str, rows=EVERYDAY, name="deu.txt") -> str:
+    """The zip file as it is published: English first, and in later ones a column of credits."""
+    lines = [f"{english}\t{german}\tCC-BY 2.0" for german, english in rows]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(name, "\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def everyday(folder, monkeypatch):
+    """Files in data/everyday_de_en, of which 6 pairs go to test and 4 to validation."""
+    monkeypatch.setattr(known_texts, "download", None)
+    monkeypatch.setattr(known_texts, "TATOEBA_TEST", 6)
+    monkeypatch.setattr(known_texts, "TATOEBA_VAL", 4)
+    write_multi30k(GIVEN, folder="data/everyday_de_en")
+    write_tatoeba("data/everyday_de_en/deu-eng.zip")
+
+
+def test_no_sentence_of_one_split_is_in_another_in_either_language(everyday):
+    prepare_data.main(["everyday_de_en", "--tokenizer=byte"])
+    splits = pairs_of("everyday_de_en")
+    assert len(splits["val"]) == len(GIVEN["val"]) + 4
+    assert len(splits["test"]) == 6
+    # one pair of each chain of validation and test; of most chains there are two pairs
+    assert 0 <= len(EVERYDAY) - 2 * 10 - len(set(splits["train"]) & set(EVERYDAY)) <= 1
+    assert {*GIVEN["train"], EVERYDAY[-1]} < set(splits["train"])
+    sides = {
+        split: {pairs.normalised(text) for row in rows for text in row if row in EVERYDAY}
+        for split, rows in splits.items()
+    }
+    assert sides["train"].isdisjoint(sides["val"] | sides["test"])
+    assert sides["val"].isdisjoint(sides["test"])
+    assert "manythings.org/anki, CC-BY 2.0 FR" in meta("everyday_de_en")["source"]
+
+
+def test_todays_file_is_taken_with_a_note_where_that_of_2018_cannot_be_reached(
+    everyday, monkeypatch, capsys
+):
+    Path("data/everyday_de_en/deu-eng.zip").unlink()
+
+    def only_today(url, path, sha256=None):
+        if sha256:
+            unreachable(url, path, sha256)
+        write_tatoeba(str(path))
+
+    monkeypatch.setattr(known_texts, "download", only_today)
+    prepare_data.main(["everyday_de_en", "--tokenizer=byte"])
+    assert "no route; trying https://www.manythings.org/anki" in capsys.readouterr().err
+    assert len(pairs_of("everyday_de_en")["test"]) == 6
+
+
+def test_a_damaged_file_of_everyday_sentences_is_refused_in_one_line(everyday, fails):
+    path = Path("data/everyday_de_en/deu-eng.zip")
+    whole = path.read_bytes()
+    other = Path(write_tatoeba("other.zip", name="fra.txt")).read_bytes()
+    with zipfile.ZipFile("untabbed.zip", "w") as file:
+        file.writestr("deu.txt", "Go. Geh.\n")
+    untabbed = Path("untabbed.zip").read_bytes()
+    flipped = bytearray(whole)
+    flipped[60:90] = bytes(30)
+    for content in (whole[: len(whole) // 2], bytes(flipped), other, untabbed, b"text"):
+        path.write_bytes(content)
+        complaint = fails(prepare_data.main, "everyday_de_en", "--tokenizer=byte")
+        assert complaint.startswith(f"{path} is not a zip file with deu.txt"), complaint
+        assert complaint.count("\n") == 1
 
 
 def test_where_the_public_files_cannot_be_reached_the_message_names_the_files_to_put_where(

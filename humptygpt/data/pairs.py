@@ -70,7 +70,7 @@ class Pairs:
         self.encoder = partial(
             encode_pairs, cleaned, config.max_pair_tokens, config.max_pair_ratio
         )
-        self.held_out_sources = self.read_held_out()
+        self.held_out = self.read_held_out()
         self.left_out = Counter()  # how many pairs, by reason
         self.val_below, self.test_below = self.survey()
 
@@ -105,23 +105,34 @@ class Pairs:
         return val_below, test_below
 
     def read_held_out(self) -> set[str]:
-        """Read the normalised sources in the file held_out and in given validation and test splits; none without it."""
+        """Read the normalised sentences in the file held_out and in given validation and test splits, and all that
+        pairs connect with them: their translations, the other translations of these, and so on; none without the file.
+        """
         if self.config.held_out is None:
             return set()
         lines = read_text_lines(Path(self.config.held_out), self.config.encoding_errors)
-        sources = {line.partition("\t")[0] for line, _ in lines}
+        held_out = {normalised(line.partition("\t")[0]) for line, _ in lines}
         for number, (split, _) in enumerate(self.files):
             if split in ("val", "test"):
-                sources |= {pair.source for pair in self.read(number)}
-        return set(map(normalised, sources)) - {""}
+                held_out.update(normalised(pair.source) for pair in self.read(number))
+        held_out.discard("")
+        before = 0
+        while len(held_out) > before:
+            before = len(held_out)
+            for number, (split, _) in enumerate(self.files):
+                for pair in self.read(number) if split not in ("val", "test") else ():
+                    texts = set(map(normalised, pair.texts)) - {""}
+                    if texts & held_out:
+                        held_out |= texts
+        return held_out
 
     def why_left_out(self, pair: Pair, number: int) -> str:
         """Return why a pair of files number is left out, or "". Nothing is held out of a given val or test split."""
         if not all(pair.texts):
             return "empty"
-        if not self.held_out_sources or self.files[number][0] in ("val", "test"):
+        if not self.held_out or self.files[number][0] in ("val", "test"):
             return ""
-        return "held_out" if normalised(pair.source) in self.held_out_sources else ""
+        return "" if self.held_out.isdisjoint(map(normalised, pair.texts)) else "held_out"
 
     def read(self, number: int) -> Iterator[Pair]:
         """Read the pairs of files number, one for each line, empty ones too."""

@@ -8,8 +8,10 @@ import random
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +19,9 @@ from humptygpt.core.download import download, package
 from humptygpt.core.errors import UserError, one_line
 from humptygpt.core.files import whole
 from humptygpt.core.settings import note
+from humptygpt.data.corpus import draw
 from humptygpt.data.documents import write_if_changed
-from humptygpt.data.pairs import PairFiles
+from humptygpt.data.pairs import PairFiles, normalised, read_aligned
 
 DOWNLOADS = Path("data/downloads")
 
@@ -37,6 +40,11 @@ MULTI30K_SHA256 = {
     "test_2016_flickr.de.gz": "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8",
     "test_2016_flickr.en.gz": "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
 }
+TATOEBA_URL = "https://raw.githubusercontent.com/rioyshky/translation/de48b7027f7318d77010a6e08ed928c10748c23d/deu-eng.zip"
+TATOEBA_SHA256 = "b7688f84f99fa33c17397c14d8bd9cef1fdeb2ee0bf50074767023aee8926e28"
+TATOEBA_TODAY_URL = "https://www.manythings.org/anki/deu-eng.zip"
+TATOEBA_TEST = 2000  # pairs
+TATOEBA_VAL = 1000
 
 
 class Source(NamedTuple):
@@ -257,6 +265,94 @@ def fetch_multi30k(name: str) -> dict[str, Path]:
     return paths
 
 
+def everyday_de_en(config) -> tuple[PairFiles, str]:
+    """Everyday sentences of the Tatoeba project, with a validation and a test split of their own, and Multi30k.
+
+    A sentence has several translations, and these have others: no split has a sentence, in either language, that such a
+    chain connects with one of another split. Of each chain of validation and test, one pair is taken.
+    """
+    captions, source = translate_de_en(config)
+    archive = Path("data") / config.name / "deu-eng.zip"
+    if not archive.exists():
+        archive = fetch_tatoeba(config.name)
+    chains = Chains()
+    for pair in read_aligned(*captions[0][1], "strict"):
+        chains.connect("captions", *pair.texts)
+    pairs = read_tatoeba(archive)
+    for pair in pairs:
+        chains.connect(*pair)
+    of_chain = {}
+    for pair in pairs:
+        of_chain.setdefault(chains.first(pair[0]), []).append(pair)
+    train = of_chain.pop(chains.first("captions"), [])
+    drawn = [of_chain[first] for first in sorted(of_chain, key=draw)]
+    for_train = TATOEBA_TEST + TATOEBA_VAL
+    splits = {
+        "test": [pairs[0] for pairs in drawn[:TATOEBA_TEST]],
+        "val": [pairs[0] for pairs in drawn[TATOEBA_TEST:for_train]],
+        "train": train + list(chain.from_iterable(drawn[for_train:])),
+    }
+    files = captions[:2]
+    for split, pairs in splits.items():
+        path = DOWNLOADS / config.name / f"{split}.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(f"{source}\t{target}\n" for source, target in pairs))
+        files.append((split, (path,)))
+    credit = "Tatoeba sentences (tatoeba.org, manythings.org/anki, CC-BY 2.0 FR)"
+    return files, f"{credit} and {source}"
+
+
+class Chains:
+    """Sentences connected by pairs, directly or by way of others (union-find)."""
+
+    def __init__(self):
+        self.next = {}  # from a sentence towards the first of its chain
+
+    def first(self, sentence: str) -> str:
+        sentence = normalised(sentence)
+        while (following := self.next.setdefault(sentence, sentence)) != sentence:
+            self.next[sentence] = self.next[following]
+            sentence = following
+        return sentence
+
+    def connect(self, *sentences: str) -> None:
+        first = self.first(sentences[0])
+        for sentence in sentences[1:]:
+            self.next[self.first(sentence)] = first
+
+
+def read_tatoeba(archive: Path) -> list[tuple[str, str]]:
+    """Read (German, English) from deu.txt in a zip file: English, a tab, German, and perhaps a tab and credits."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            lines = file.read("deu.txt").decode().splitlines()
+        return [(german, english) for english, german, *_ in (x.split("\t") for x in lines)]
+    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError) as error:
+        form = "a zip file with deu.txt, and on each of its lines English, a tab, German"
+        raise UserError(f"{archive} is not {form}: {one_line(error)}") from error
+
+
+def fetch_tatoeba(name: str) -> Path:
+    """Download the pairs of 2018 or, where they cannot be reached, today's, whose scores differ."""
+    path = DOWNLOADS / "tatoeba_2018" / "deu-eng.zip"
+    today = DOWNLOADS / "tatoeba" / "deu-eng.zip"
+    if path.exists() or today.exists():
+        return path if path.exists() else today
+    try:
+        download(TATOEBA_URL, path, TATOEBA_SHA256)
+        return path
+    except UserError as error:
+        note(
+            f"{error}; trying {TATOEBA_TODAY_URL}, which has more sentences: scores do not compare"
+        )
+        try:
+            download(TATOEBA_TODAY_URL, today)
+        except UserError as error:
+            fix = f"put it into data/{name}/"
+            raise UserError(f"no sentence pairs for {name}: {error}; {fix}") from error
+        return today
+
+
 FINEWEB = partial(  # 2 GB each
     parquet,
     "HuggingFaceFW/fineweb",
@@ -281,6 +377,9 @@ SOURCES = {
     "sotu": Source(sotu, {"tokenizer": "sentencepiece", "vocab_size": 4096}),
     "translate_de_en": Source(
         translate_de_en, {"tokenizer": "sentencepiece", "vocab_size": 4096}
+    ),
+    "everyday_de_en": Source(
+        everyday_de_en, {"tokenizer": "sentencepiece", "vocab_size": 8192}
     ),
     "fineweb": Source(FINEWEB, {"tokenizer": "gpt2", "val_fraction": 0.005, "files": 1}),
     "openwebtext": Source(
