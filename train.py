@@ -326,6 +326,8 @@ def compile_model(run: Run) -> nn.Module:
             batch = to_device(batch, run.device)
             with autocast(run.device, run.dtype):
                 net(**batch)[1].backward()
+                # now: evaluation leaves whole weights in place of a sharded model's parts
+                model.zero_grad()
                 with torch.no_grad():
                     model.eval()
                     net(**batch)
