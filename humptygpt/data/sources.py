@@ -333,24 +333,20 @@ def read_tatoeba(archive: Path) -> list[tuple[str, str]]:
 
 
 def fetch_tatoeba(name: str) -> Path:
-    """Download the pairs of 2018 or, where they cannot be reached, today's, whose scores differ."""
-    path = DOWNLOADS / "tatoeba_2018" / "deu-eng.zip"
-    today = DOWNLOADS / "tatoeba" / "deu-eng.zip"
-    if path.exists() or today.exists():
-        return path if path.exists() else today
+    """Download the pairs of 2018 or, where they cannot be reached, today's, which are more."""
+    path = DOWNLOADS / "tatoeba" / "deu-eng.zip"
+    if path.exists():
+        return path
     try:
         download(TATOEBA_URL, path, TATOEBA_SHA256)
-        return path
     except UserError as error:
-        note(
-            f"{error}; trying {TATOEBA_TODAY_URL}, which has more sentences: scores do not compare"
-        )
+        note(f"{error}; trying {TATOEBA_TODAY_URL}; scores on the two are not comparable")
         try:
-            download(TATOEBA_TODAY_URL, today)
+            download(TATOEBA_TODAY_URL, path)
         except UserError as error:
             fix = f"put it into data/{name}/"
             raise UserError(f"no sentence pairs for {name}: {error}; {fix}") from error
-        return today
+    return path
 
 
 FINEWEB = partial(  # 2 GB each

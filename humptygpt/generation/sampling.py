@@ -286,6 +286,8 @@ def continue_texts(
         if max(ids) >= vocab_size:
             raise UserError("the model's logits are not finite: has its training diverged?")
         yield Step(rows, ids, logits)
+        if not stopped and eot not in ids:
+            continue
         going = [i for i, row in enumerate(rows) if ids[i] != eot and row not in stopped]
         if not going:
             return
