@@ -281,9 +281,9 @@ function gateRule(c, block) {
   return { formula: "gate × value", terms: [term("product", gate, up)] };
 }
 
-function convRule(c, block) {
+function convRule(c, block, weights) {
   const [t, i] = c.at;
-  const { data, shape } = lookUp(c.model.weights, `${block}.conv`).weight;
+  const { data, shape } = weights.conv.weight;
   const input = `${block}.feed_forward.input`;
   const terms = [term("itself", operand(c.trace, input, [t, i]))];
   for (let back = 1; back <= Math.min(shape[0], t); back++) {
@@ -398,7 +398,7 @@ function blockRule(c) {
 function feedForwardRule(c, block, name, weights) {
   const path = `${block}.feed_forward`;
   if (name === "down_proj") return linearRule(c, `${path}.hidden`, weights.mlp.down_proj, c.at);
-  if (name === "conv") return convRule(c, block);
+  if (name === "conv") return convRule(c, block, weights);
   if (name === "activation")
     return activationRule(c, `${path}.${c.model.config.mlp === "gated" ? "gate_proj" : "up_proj"}`);
   if (name === "hidden") return gateRule(c, block);

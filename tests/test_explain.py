@@ -706,7 +706,10 @@ def test_a_branch_that_is_switched_off_adds_nothing(node):
 # The arithmetic of each number
 
 CASES = [(test_model.tiny, variant, "stack") for variant in VARIANTS]
-CASES += [(test_transformer.tiny, variant, "decoder") for variant in TRANSFORMER_VARIANTS]
+CASES += [
+    (test_transformer.tiny, variant, "decoder")
+    for variant in [*TRANSFORMER_VARIANTS, {"mlp_conv": 3}]
+]
 every_case = pytest.mark.parametrize(
     ("tiny", "variant", "stack"), CASES, ids=lambda x: case_id(x) if type(x) is dict else ""
 )
