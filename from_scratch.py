@@ -265,7 +265,7 @@ def main() -> None:
     random.seed(1)
     print(f"A network tells leaves from flowers (loss of guessing: {math.log(2):.3f}):")
     leaf_or_flower()
-    print(f"It predicts letters (guessing: {math.log(len(ALPHABET)):.3f}). If each is")
+    print(f"Another predicts letters (guessing: {math.log(len(ALPHABET)):.3f}). If each is")
     numbers = [Vector([i / len(ALPHABET)]) for i in range(len(ALPHABET))]
     vectors = matrix(len(ALPHABET), 4, 1.0)
     print(f"  a number:         loss {window_network(numbers, trained=[]):.3f}")

@@ -317,17 +317,17 @@ def test_held_out_sentences_are_in_no_split_that_is_drawn(folder, capsys, name):
 
 
 def test_what_translations_connect_with_a_held_out_sentence_is_held_out_too(folder):
-    chain = [
+    connected = [
         ("Ja.", "Yes."),
         ("Gewiss.", "Sure."),
         ("Ja, gern!", "Yes!"),
         ("Ja, gern!", "Sure!"),
     ]
-    write_tsv("own.tsv", [*ROWS, *chain])
+    write_tsv("own.tsv", [*ROWS, *connected])
     write("held.txt", "gewiss\n")
     prepare_data.main(["--input=own.tsv", "--held_out=held.txt", *BYTES])
     assert sorted(all_pairs("mine")) == sorted(ROWS)
-    assert meta("mine")["dropped"]["held_out"] == len(chain)
+    assert meta("mine")["dropped"]["held_out"] == len(connected)
 
 
 def test_with_held_out_sentences_no_source_of_a_given_validation_or_test_split_is_trained_on(
@@ -526,7 +526,7 @@ def test_no_sentence_of_one_split_is_in_another_in_either_language(everyday):
     splits = pairs_of("everyday_de_en")
     assert len(splits["val"]) == len(GIVEN["val"]) + 4
     assert len(splits["test"]) == 6
-    # one pair of each chain of validation and test; of most chains there are two pairs
+    # one pair of each component of validation and test; most have two
     assert 0 <= len(EVERYDAY) - 2 * 10 - len(set(splits["train"]) & set(EVERYDAY)) <= 1
     assert {*GIVEN["train"], EVERYDAY[-1]} < set(splits["train"])
     sides = {

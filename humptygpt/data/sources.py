@@ -268,31 +268,31 @@ def fetch_multi30k(name: str) -> dict[str, Path]:
 def everyday_de_en(config) -> tuple[PairFiles, str]:
     """Everyday sentences of the Tatoeba project, with a validation and a test split of their own, and Multi30k.
 
-    A sentence has several translations, and these have others: no split has a sentence, in either language, that such a
-    chain connects with one of another split. Of each chain of validation and test, one pair is taken.
+    A sentence has several translations, and these have others, so the splits are of connected components: no sentence
+    of one split, in either language, is in another. Of each component of validation and test, one pair is taken.
     """
     captions, source = translate_de_en(config)
     archive = Path("data") / config.name / "deu-eng.zip"
     if not archive.exists():
         archive = fetch_tatoeba(config.name)
-    chains = Chains()
+    components = UnionFind()
     for pair in read_aligned(*captions[0][1], "strict"):
-        chains.connect("captions", *pair.texts)
+        components.union("captions", *pair.texts)  # one component, for training
     pairs = read_tatoeba(archive)
     for pair in pairs:
-        chains.connect(*pair)
-    of_chain = {}
+        components.union(*pair)
+    by_root = {}
     for pair in pairs:
-        of_chain.setdefault(chains.first(pair[0]), []).append(pair)
-    train = of_chain.pop(chains.first("captions"), [])
-    drawn = [of_chain[first] for first in sorted(of_chain, key=draw)]
-    for_train = TATOEBA_TEST + TATOEBA_VAL
+        by_root.setdefault(components.find(pair[0]), []).append(pair)
+    train = by_root.pop(components.find("captions"), [])
+    drawn = [by_root[root] for root in sorted(by_root, key=draw)]
+    drawn_first = TATOEBA_TEST + TATOEBA_VAL
     splits = {
         "test": [pairs[0] for pairs in drawn[:TATOEBA_TEST]],
-        "val": [pairs[0] for pairs in drawn[TATOEBA_TEST:for_train]],
-        "train": train + list(chain.from_iterable(drawn[for_train:])),
+        "val": [pairs[0] for pairs in drawn[TATOEBA_TEST:drawn_first]],
+        "train": train + list(chain.from_iterable(drawn[drawn_first:])),
     }
-    files = captions[:2]
+    files = captions[:2]  # without their test split
     for split, pairs in splits.items():
         path = DOWNLOADS / config.name / f"{split}.tsv"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -302,23 +302,24 @@ def everyday_de_en(config) -> tuple[PairFiles, str]:
     return files, f"{credit} and {source}"
 
 
-class Chains:
-    """Sentences connected by pairs, directly or by way of others (union-find)."""
+class UnionFind:
+    """The connected components of sentences that are translations of each other."""
 
     def __init__(self):
-        self.next = {}  # from a sentence towards the first of its chain
+        self.parent = {}
 
-    def first(self, sentence: str) -> str:
+    def find(self, sentence: str) -> str:
+        """Return the root of the sentence's component; sentences that differ in case and the like are the same."""
         sentence = normalised(sentence)
-        while (following := self.next.setdefault(sentence, sentence)) != sentence:
-            self.next[sentence] = self.next[following]
-            sentence = following
+        while (parent := self.parent.setdefault(sentence, sentence)) != sentence:
+            self.parent[sentence] = self.parent[parent]
+            sentence = parent
         return sentence
 
-    def connect(self, *sentences: str) -> None:
-        first = self.first(sentences[0])
+    def union(self, *sentences: str) -> None:
+        root = self.find(sentences[0])
         for sentence in sentences[1:]:
-            self.next[self.first(sentence)] = first
+            self.parent[self.find(sentence)] = root
 
 
 def read_tatoeba(archive: Path) -> list[tuple[str, str]]:
