@@ -9,7 +9,7 @@
     python prepare_data.py --source=a.de --target=a.en --name=mine           or two aligned files
 
 Input is text, .jsonl or .parquet, optionally with .gz or .zst. A line of JSON, a row of Parquet and a file of any other
-ending but .tsv are one document each; binary and hidden files in a folder are skipped and named, and carriage returns
+ending but .tsv are one document each; files of a folder that are no text are skipped and named, and carriage returns
 become line breaks. An end-of-text token separates documents. A document's split, train or val, depends on its text
 alone, so that added files change nothing for the documents that were there; a single text file is cut instead. A pair's
 split, train, val or test, depends on its source alone; both sides share one vocabulary.
@@ -330,11 +330,13 @@ def open_corpus(config: PrepareConfig, folder: Path) -> Corpus:
     preset = with_defaults(config, source.settings) if source else config
     where, name = find_input(preset, folder)
     if isinstance(where, str):
-        files = find_files(where)[: preset.files]
+        files, skipped = find_files(where, preset.encoding_errors)
+        files = files[: preset.files]
         name = f"{len(files):,} files: {name}" if len(files) > 1 else name
         in_pairs = set(map(is_tsv, files))
         if in_pairs == {False}:
-            return Documents(resolve(config, preset, Documents.task), files, name)
+            resolved = resolve(config, preset, Documents.task)
+            return Documents(resolved, files, skipped, name)
         if in_pairs != {True}:
             problem = f"{where} has text and sentence pairs"
             raise UserError(f"{problem}; name one kind only, by a pattern such as '*.tsv'")

@@ -258,7 +258,7 @@ def test_the_tokenizer_of_a_long_corpus_is_trained_on_an_even_sample_of_the_trai
 ):
     config = prepare_data.PrepareConfig("mine", "corpus", val_fraction=0.3)
     config = prepare_data.resolve(config, config, "language modelling")
-    source = prepare_data.Documents(config, prepare_data.find_files("corpus"), "corpus")
+    source = prepare_data.Documents(config, *prepare_data.find_files("corpus"), "corpus")
     prepare_data.main(["--input=corpus", "--name=mine", "--val_fraction=0.3"])
     train_texts, _ = documents_of("mine")
     assert set(corpus_module.vocabulary_texts(source, everything=True)) == set(corpus)
@@ -481,6 +481,36 @@ def test_a_folder_of_30_texts_whatever_their_endings_gives_30_documents(folder, 
         "note: skipped files: 1, first mixed/picture.png (binary)\n"
         in capsys.readouterr().err
     )
+
+
+def test_files_of_a_folder_that_are_no_text_are_skipped_in_every_pass_named_and_counted(
+    folder, capsys, monkeypatch
+):
+    monkeypatch.setattr(documents, "PIECE", 1000)
+    monkeypatch.setattr(corpus_module, "UNIT", 1000)
+    monkeypatch.setattr(encoding, "SAVE_UNITS", 1)
+    Path("mixed").mkdir()
+    for name in ("a", "g", "h"):
+        Path(f"mixed/{name}.txt").write_text(name + make_text(3000, seed=ord(name)))
+    Path("mixed/b.txt").write_bytes(make_text(9000).encode() + b"\xfc")
+    write("mixed/c.txt.gz", [make_text(9000)])
+    Path("mixed/c.txt.gz").write_bytes(Path("mixed/c.txt.gz").read_bytes()[:-50])
+    Path("mixed/d.gz").write_text("plain")
+    Path("mixed/e.txt").write_bytes(b"\xef\xbb\xbf")  # a byte order mark alone
+    Path("mixed/f.txt").write_bytes(b"\xff\xfea\0\0")
+    for name, where in (("mine", "mixed"), ("other", "mixed/*")):
+        with full_disk(10):
+            prepare_data.main([name, f"--input={where}", "--tokenizer=char"])
+        prepare_data.main([name, f"--input={where}", "--tokenizer=char"])
+        out, err = capsys.readouterr()
+        named = "mixed/b.txt (not utf-8), mixed/c.txt.gz (damaged), "
+        assert f"note: skipped files: 5, first {named}" in err and "resuming" in err
+        counts = "1 not utf-8, 2 damaged, 1 empty, 1 not utf-16-le"
+        assert f"{name}: 3 files: {where}\n" in out and f"skipped files  {counts}\n" in out
+        split_texts = documents_of(name)
+        assert sorted(text[0] for texts in split_texts for text in texts) == [*"agh"]
+    prepare_data.main(["mine", "--input=mixed", "--encoding_errors=replace"])
+    assert meta("mine")["documents"] == 5
 
 
 def test_sentence_pairs_and_text_in_one_folder_are_refused_and_each_alone_is_prepared(

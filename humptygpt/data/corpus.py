@@ -50,9 +50,13 @@ class Documents:
     splits = ("train", "val")
     counts = ("documents", "characters", "bytes", "tokens")  # of each split, in meta.json
 
-    def __init__(self, config, files: list[Path], source: str):
-        """config: a resolved prepare_data.PrepareConfig. source: what the files are called in meta.json."""
+    def __init__(self, config, files: list[Path], skipped: Counter, source: str):
+        """config: a resolved prepare_data.PrepareConfig. source: what the files are called in meta.json.
+
+        files, skipped: as from find_files.
+        """
         self.config = config
+        self.skipped = skipped
         self.files = self.paths = files
         self.source = source
         self.encoder = encode_documents
@@ -110,8 +114,13 @@ class Documents:
 
     def summary(self, meta: dict) -> dict[str, str]:
         """Return the lines of the summary that only documents have."""
-        count = meta["skipped_lines"]
-        return {"skipped lines": f"{count:,}, which have no text"} if count else {}
+        lines = {}
+        if self.skipped:
+            counts = (f"{count:,} {reason}" for reason, count in self.skipped.items())
+            lines["skipped files"] = ", ".join(counts)
+        if count := meta["skipped_lines"]:
+            lines["skipped lines"] = f"{count:,}, which have no text"
+        return lines
 
 
 def encode_documents(

@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from backports import zstd  # in the standard library from Python 3.14 on
+from tqdm import tqdm
 
 from humptygpt.core.errors import UserError
 from humptygpt.core.files import write_whole
@@ -39,6 +41,7 @@ OURS = MARKS | {
     "config.json",
     "part.json",
 }
+DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, zstd.ZstdError)
 ENCODING_HINT = "set --encoding_errors=replace or ignore"
 SKIP_HINT = "leave such lines out with --skip_bad_lines=True"
 
@@ -62,11 +65,12 @@ class Piece(NamedTuple):
 # Files
 
 
-def find_files(where: str) -> list[Path]:
-    """Return the sorted files of a path: a file, a folder's, or a glob pattern's matches.
+def find_files(where: str, errors: str = "strict") -> tuple[list[Path], Counter]:
+    """Return the sorted files of a path (a file, a folder's, or a glob pattern's matches), and {why: files skipped}.
 
-    Binary files, hidden files of a folder, and what our scripts write are skipped; a note names them. Raises UserError
-    where nothing is left, or a file cannot be read.
+    Skipped are, of a folder, hidden files; of a folder or pattern, text files that are empty, damaged or not in their
+    encoding (errors as in read_documents); and always binary files and what our scripts write. A note names them.
+    Raises UserError where nothing is left, or a file cannot be read.
     """
     path = Path(where)
     with read_errors(path):
@@ -77,9 +81,9 @@ def find_files(where: str) -> list[Path]:
             files = filter(Path.is_file, map(Path, matches))
         else:
             files = [path]
-        reasons = {
-            file: why_skipped(file, path) for file in sorted(files, key=Path.as_posix)
-        }
+        files = sorted(files, key=Path.as_posix)
+        bar = tqdm(files, "checking the files", unit="file", mininterval=2, delay=2)
+        reasons = {file: why_skipped(file, path, errors) for file in bar}
     texts = [file for file, reason in reasons.items() if not reason]
     skipped = [f"{file} ({reason})" for file, reason in reasons.items() if reason]
     report = f"skipped files: {len(skipped):,}, first {', '.join(skipped[:5])}"
@@ -87,16 +91,29 @@ def find_files(where: str) -> list[Path]:
         raise UserError(f"{where} has no text files" + (f"; {report}" if skipped else ""))
     if skipped:
         note(report)
-    return texts
+    return texts, Counter(filter(None, reasons.values()))
 
 
-def why_skipped(file: Path, folder: Path) -> str:
-    """Return why a file that was found in a folder is no text, or ""; so errors come now rather than hours later."""
-    if any(part.startswith(".") for part in file.parts[len(folder.parts) :]):
+def why_skipped(file: Path, where: Path, errors: str) -> str:
+    """Return why a file that was found at where is no text, or ""; so errors come now rather than hours later."""
+    if any(part.startswith(".") for part in file.parts[len(where.parts) :]):
         return "hidden"
     if file.name in OURS and any(file.with_name(mark).exists() for mark in MARKS):
         return "of a data folder or run"
-    return "binary" if is_binary(head(file)) and file_format(file) == ".txt" else ""
+    try:
+        start = head(file)
+        if file_format(file) != ".txt":
+            return ""
+        if is_binary(start):
+            return "binary"
+        # all of it is read now, so that every later pass has the same files
+        text = read_documents(file, "", errors)
+        return "" if file == where or sum(len(piece.text) for piece in text) else "empty"
+    except UserError as error:
+        cause = error.__cause__
+        if file == where or not isinstance(cause, (*DAMAGE, UnicodeDecodeError)):
+            raise
+        return f"not {cause.encoding}" if isinstance(cause, ValueError) else "damaged"
 
 
 def head(path: Path) -> bytes:
@@ -135,11 +152,11 @@ def read_errors(path: Path) -> Iterator[None]:
     """Turn the errors of reading a file into UserErrors."""
     try:
         yield
+    except DAMAGE as error:
+        raise UserError(f"{path} is damaged: {error}") from error
     except OSError as error:
         near = nearest_path(str(path)) if isinstance(error, FileNotFoundError) else ""
         raise UserError(f"cannot read {path}: {error.strerror or error}{near}") from error
-    except (EOFError, zlib.error, zstd.ZstdError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def write_if_changed(path: Path, write: Callable[[BinaryIO], object]) -> None:
