@@ -18,6 +18,7 @@ Files are streamed, never held in memory. A stopped preparation resumes when the
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -203,12 +204,25 @@ def main(argv: list[str]) -> None:
         print(prepare_part(config))
         return
     meta = prepare(config)
-    arguments = f"--dataset={shlex.quote(config.name)} --out_dir={shlex.quote(f'out/{config.name}')}"
-    if built_in(config) and config.name in our_configs():
-        arguments = f"config/{config.name}.py"
+    command = f"python train.py {shlex.join(training_arguments(config, meta))}"
+    print("\ntrain on it: " + as_written_here(command))
+
+
+def training_arguments(config: PrepareConfig, meta: dict) -> list[str]:
+    """Return what train.py takes to train on this data: the model whose tokens it has, a config, or the defaults."""
+    arguments = [f"--dataset={config.name}", f"--out_dir=out/{config.name}"]
+    if config.tokenizer not in (None, *TOKENIZERS):
+        return [f"--init_from={config.tokenizer}", *arguments]
+    configs = our_configs()
+    if built_in(config) and config.name in configs:
+        arguments = [configs[config.name]]
     elif meta["task"] == Pairs.task:
-        arguments = f"config/translate_de_en.py {arguments} --block_size={meta['longest']}"
-    print("\ntrain on it: " + as_written_here(f"python train.py {arguments}"))
+        arguments = [configs["translate_de_en"], *arguments]
+    if meta["task"] == Pairs.task:
+        longest = meta["longest"]
+        if longest > runpy.run_path(arguments[0])["block_size"]:
+            arguments.append(f"--block_size={longest}")
+    return arguments
 
 
 def prepare(config: PrepareConfig) -> dict:

