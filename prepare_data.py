@@ -50,6 +50,7 @@ from humptygpt.data.corpus import (
     VOCABULARY_BYTES,
     Documents,
     identity,
+    read_from,
     vocabulary_texts,
 )
 from humptygpt.data.documents import find_files, write_if_changed
@@ -86,6 +87,10 @@ Corpus = Documents | Pairs
 STREAM = "standard_input.txt"  # the copy of a stream, which is read more than once
 RESUME = "run the same command again to resume"
 OWN_TEXT = "python prepare_data.py --input=FILE_OR_FOLDER --name=NAME"
+CHOICES = ("auto", *TOKENIZERS)
+# tokenizer=auto: characters for small text, and from so many bytes on so many subwords, from measured runs
+AUTO = ((2_000_000, 512), (8_000_000, 2048), (50_000_000, 8192), (500_000_000, 32_768))
+MOST_CHARACTERS = 256  # of a small text; with more, its tokens are bytes
 PAIRS = {"only_with": {"task": Pairs.task}}
 
 
@@ -140,16 +145,16 @@ class PrepareConfig:
         None, "file of pairs, or of a source per line, not to train on", path=True, **PAIRS
     )
 
-    tokenizer: str | None = setting(
-        None,
-        "None: char, pairs sentencepiece; a model's folder or owner/model: its own",
+    tokenizer: str = setting(
+        "auto",
+        "auto: by the size of the text, pairs sentencepiece; a model's folder or owner/model: its own",
         "tokens",
-        choices=TOKENIZERS,
+        choices=CHOICES,
         path=True,
     )
     vocab_size: int | None = setting(
         None,
-        "number of tokens; None: 4096, pairs 8192",
+        "number of tokens; None: with auto by the size of the text, else 4096, pairs 8192",
         at_least=2,
         only_with=taking("vocab_size"),
     )
@@ -181,9 +186,9 @@ class PrepareConfig:
     def __post_init__(self):
         check(self)
         tokenizer = self.tokenizer
-        elsewhere = tokenizer not in (None, *TOKENIZERS)
+        elsewhere = tokenizer not in CHOICES
         if elsewhere and not os.path.exists(tokenizer) and not repository(tokenizer):
-            kinds = f"{', '.join(TOKENIZERS)}, a folder or file with a tokenizer, or owner/model of the hub"
+            kinds = f"{', '.join(CHOICES)}, a folder or file with a tokenizer, or owner/model of the hub"
             raise ValueError(f"tokenizer={tokenizer} is not one of: {kinds}")
         if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0"):
             rule = "must be the name of a folder in data/, such as shakespeare_char"
@@ -211,7 +216,7 @@ def main(argv: list[str]) -> None:
 def training_arguments(config: PrepareConfig, meta: dict) -> list[str]:
     """Return what train.py takes to train on this data: the model whose tokens it has, a config, or the defaults."""
     arguments = [f"--dataset={config.name}", f"--out_dir=out/{config.name}"]
-    if config.tokenizer not in (None, *TOKENIZERS):
+    if config.tokenizer not in CHOICES:
         return [f"--init_from={config.tokenizer}", *arguments]
     configs = our_configs()
     if built_in(config) and config.name in configs:
@@ -350,7 +355,11 @@ def open_corpus(config: PrepareConfig, folder: Path) -> Corpus:
         in_pairs = set(map(is_tsv, files))
         if in_pairs == {False}:
             resolved = resolve(config, preset, Documents.task)
-            return Documents(resolved, files, skipped, name)
+            corpus = Documents(resolved, files, skipped, name)
+            if resolved.tokenizer == "auto":
+                chosen, corpus.chosen_for = choose_tokenizer(corpus)
+                corpus.config = replace(resolved, **chosen)
+            return corpus
         if in_pairs != {True}:
             problem = f"{where} has text and sentence pairs"
             raise UserError(f"{problem}; name one kind only, by a pattern such as '*.tsv'")
@@ -384,7 +393,11 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, st
 def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:
     return replace(
         config,
-        **{key: value for key, value in defaults.items() if getattr(config, key) is None},
+        **{
+            key: value
+            for key, value in defaults.items()
+            if getattr(config, key) in (None, "auto")
+        },
     )
 
 
@@ -394,9 +407,13 @@ def resolve(config: PrepareConfig, preset: PrepareConfig, task: str) -> PrepareC
     Raises UserError for a key of the config that has no effect on this data or with this tokenizer.
     """
     pairs = task == Pairs.task
-    tokenizer = "sentencepiece" if pairs else "char"
+    tokenizer = "bpe" if preset.vocab_size else "auto"
     preset = with_defaults(
-        preset, {"val_fraction": 0.02 if pairs else 0.1, "tokenizer": tokenizer}
+        preset,
+        {
+            "val_fraction": 0.02 if pairs else 0.1,
+            "tokenizer": "sentencepiece" if pairs else tokenizer,
+        },
     )
     idle = without_effect(vars(preset) | {"task": task}, PrepareConfig)
     for key, why in idle.items():
@@ -414,6 +431,24 @@ def resolve(config: PrepareConfig, preset: PrepareConfig, task: str) -> PrepareC
 
 # --------------------------------------------------------------------------------------
 # The tokenizer
+
+
+def choose_tokenizer(corpus: Documents) -> tuple[dict, str]:
+    """Return the settings that tokenizer=auto stands for, and what of the text decides; the same for the same text."""
+    size = 0
+    characters = set()
+    for _, piece in read_from(corpus, "measuring the text"):
+        size += len(piece.text.encode())
+        if size < AUTO[0][0]:
+            characters.update(piece.text)
+        if size >= AUTO[-1][0]:
+            break
+    measured = f"{size:,} bytes of text"
+    fitting = [vocab_size for least, vocab_size in AUTO if size >= least]
+    if fitting:
+        return {"tokenizer": "bpe", "vocab_size": fitting[-1]}, measured
+    kind = "char" if len(characters) <= MOST_CHARACTERS else "byte"
+    return {"tokenizer": kind}, f"{measured} with {len(characters):,} different characters"
 
 
 def make_tokenizer(corpus: Corpus, config: PrepareConfig) -> Tokenizer:

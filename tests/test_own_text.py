@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY_RUN, make_text
+from test_documents import write
 from test_pairs import ROWS, write_multi30k, write_tsv
+from test_prepare_data import full_disk, meta, texts_of
 
 import prepare_data
 import train
+from humptygpt.data import corpus, documents, encoding
 
 SMALL = [
     *("--n_layer=2", "--n_head=2", "--n_embd=32", "--device=cpu", "--dtype=float32"),
@@ -43,3 +46,80 @@ def test_the_command_that_is_printed_after_preparing_trains(folder, capsys, case
     assert (python, script) == ("python", "train.py")
     assert train.main([*arguments, *SMALL]) == 0
     assert (f"--init_from={tokenizer}" in arguments) == case.startswith("out/run")
+
+
+# --------------------------------------------------------------------------------------
+# tokenizer=auto
+
+
+@pytest.fixture
+def small_table(monkeypatch):
+    monkeypatch.setattr(prepare_data, "AUTO", ((3000, 300), (6000, 320)))
+
+
+ASCII = make_text(2000)
+OTHERS = "".join(map(chr, range(0x4E00, 0x4E00 + 256 - len(set(ASCII)))))
+FITTING = {
+    "char": make_text(2999),
+    "char of 256": ASCII + OTHERS,
+    "byte": ASCII + OTHERS + "ä",
+    "bpe of 300": make_text(3000),
+    "bpe of 320": make_text(6000),
+}
+
+
+@pytest.mark.parametrize("name", ["own.txt", "own.txt.gz", "own.jsonl"])
+@pytest.mark.parametrize("case", FITTING)
+def test_the_size_of_the_text_and_not_of_its_file_decides_what_a_token_is(
+    small_table, capsys, case, name
+):
+    text = FITTING[case]
+    write(name, [text[:1000], text[1000:]] if name == "own.jsonl" else [text])
+    prepare_data.main(["mine", f"--input={name}"])
+    kind, _, vocab_size = case.partition(" of ")
+    assert meta("mine")["tokenizer"]["tokenizer"] == kind
+    if kind == "bpe":
+        assert meta("mine")["vocab_size"] == int(vocab_size)
+    reason = f"tokenizer=auto chosen for {len(text.encode()):,} bytes of text"
+    assert reason in capsys.readouterr().out
+
+
+def test_a_stopped_or_repeated_preparation_makes_the_same_choice(
+    small_table, monkeypatch, capsys
+):
+    monkeypatch.setattr(documents, "PIECE", 500)
+    monkeypatch.setattr(corpus, "UNIT", 500)
+    monkeypatch.setattr(encoding, "SAVE_UNITS", 1)
+    text = make_text(9000)
+    Path("own.txt").write_text(text)
+    with full_disk(10):
+        prepare_data.main(["mine", "--input=own.txt"])
+    prepare_data.main(["mine", "--input=own.txt"])
+    assert "resuming after" in capsys.readouterr().err
+    assert "".join(texts_of("mine")) == text and meta("mine")["vocab_size"] == 320
+    prepare_data.main(["mine", "--input=own.txt"])
+    out, err = capsys.readouterr()
+    assert "it stays as it is" in err and "tokenizer=auto chosen" in out
+
+
+def test_a_text_with_few_pairs_to_merge_gives_as_many_tokens_as_it_can(small_table):
+    Path("own.txt").write_text(700 * "some words\n")
+    prepare_data.main(["mine", "--input=own.txt"])
+    assert 257 < meta("mine")["vocab_size"] < 300
+
+
+def test_a_vocab_size_alone_is_that_of_byte_pair_encoding(folder, capsys):
+    Path("own.txt").write_text(make_text())
+    prepare_data.main(["mine", "--input=own.txt", "--vocab_size=310"])
+    assert meta("mine")["tokenizer"]["tokenizer"] == "bpe"
+    assert meta("mine")["vocab_size"] == 310
+    assert "tokenizer=auto" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", [[], ["--tokenizer=auto"]])
+def test_pairs_and_data_sets_with_a_tokenizer_of_their_own_keep_it(folder, key):
+    write_tsv("pairs.tsv", ROWS)
+    prepare_data.main(["mine", "--input=pairs.tsv", "--vocab_size=330", *key])
+    assert meta("mine")["tokenizer"]["tokenizer"] == "sentencepiece"
+    prepare_data.main(["wills", *key])
+    assert meta("wills")["tokenizer"]["tokenizer"] == "sentencepiece"

@@ -123,7 +123,7 @@ def test_few_documents_always_give_one_to_validation(folder):
 
 def test_the_summary_shows_counts_of_each_split_and_the_vocabulary(folder, capsys):
     Path("own.txt").write_text("b" * 600 + "a" * 300 + "ü" * 100, encoding="utf-8")
-    prepare_data.main(["own", "--input=own.txt"])
+    prepare_data.main(["own", "--input=own.txt", "--tokenizer=char"])
     assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
         "data/own: own.txt",
         "total training validation",
@@ -435,7 +435,7 @@ def test_data_of_nanogpt_is_moved_aside_too_and_other_files_stay(folder):
 def test_a_large_vocabulary_is_stored_as_uint32(folder):
     text = "".join(map(chr, range(0x10000, 0x10000 + 70_000))) * 2
     Path("own.txt").write_text(text, encoding="utf-8")
-    prepare_data.main(["--input=own.txt", "--name=wide"])
+    prepare_data.main(["--input=own.txt", "--name=wide", "--tokenizer=char"])
     assert meta("wide")["dtype"] == "uint32"
     assert "".join(texts_of("wide")) == text
 
@@ -898,14 +898,12 @@ BAD = {
     "input= must not be empty; write --input=PATH": ["mine", "--input="],
     "name='a\\x00b' must be the name of a folder": ["a\0b", "--input=own.txt"],
     "must be the name of a folder": ["--input=own.txt", "--name=../x"],
-    f"tokenizer=morse is not one of: {', '.join(tokenizer.TOKENIZERS)}": [
+    f"tokenizer=morse is not one of: auto, {', '.join(tokenizer.TOKENIZERS)}": [
         "mine",
         "--tokenizer=morse",
     ],
     "vocab_size=300 has no effect without tokenizer=sentencepiece or bpe": [
-        "mine",
-        "--input=own.txt",
-        "--vocab_size=300",
+        *("mine", "--input=own.txt", "--tokenizer=char", "--vocab_size=300")
     ],
     "vocab_size=9000 is too large: sentencepiece finds at most": [
         *("mine", "--input=own.txt", "--tokenizer=sentencepiece", "--vocab_size=9000")

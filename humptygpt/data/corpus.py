@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from humptygpt.core.errors import UserError
 from humptygpt.data.documents import Piece, file_format, file_size, read_documents
-from humptygpt.tokenizer.tokenizers import Tokenizer
+from humptygpt.tokenizer.tokenizers import TOKENIZERS, Tokenizer
 
 UNIT = 1 << 19  # characters that are encoded at once
 HASHED = 4096  # characters at the start of a document that decide its split; fewer than its first piece has
@@ -49,6 +49,7 @@ class Documents:
     task = "language modelling"
     splits = ("train", "val")
     counts = ("documents", "characters", "bytes", "tokens")  # of each split, in meta.json
+    chosen_for = ""  # what of the text its tokenizer was chosen for, where tokenizer=auto
 
     def __init__(self, config, files: list[Path], skipped: Counter, source: str):
         """config: a resolved prepare_data.PrepareConfig. source: what the files are called in meta.json.
@@ -115,6 +116,9 @@ class Documents:
     def summary(self, meta: dict) -> dict[str, str]:
         """Return the lines of the summary that only documents have."""
         lines = {}
+        if self.chosen_for:
+            another = f"for another: --tokenizer={', '.join(TOKENIZERS)}"
+            lines["tokenizer=auto"] = f"chosen for {self.chosen_for}; {another}"
         if self.skipped:
             counts = (f"{count:,} {reason}" for reason, count in self.skipped.items())
             lines["skipped files"] = ", ".join(counts)
