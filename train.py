@@ -3,6 +3,7 @@
     python train.py config/shakespeare_char.py
     python train.py config/shakespeare_char.py --n_layer=6 --out_dir=out/deeper
     python train.py --init_from=resume --out_dir=out/deeper --max_iters=4000
+    python train.py --input=FILE_OR_FOLDER --out_dir=out/mine                    your own text, prepared in data/
     python train.py --init_from=out/deeper --dataset=mine --out_dir=out/mine     a new run that starts from its model
     torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py
 
@@ -36,7 +37,7 @@ from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
 from humptygpt.core.settings import as_written_here, note
 from humptygpt.data.batches import Dataset, Prefetcher
-from humptygpt.data.token_files import COMMAND, read_meta
+from humptygpt.data.token_files import COMMAND, made_by, read_meta
 from humptygpt.generation import tasks
 from humptygpt.interchange.adapters import write_adapter
 from humptygpt.interchange.load import Loaded, load
@@ -259,7 +260,11 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
     """Open data/<dataset>, which is prepared now if it is missing, or if its preparation was stopped."""
     folder = Path("data") / config.dataset
     names = {path.name for path in folder.glob("*")}
-    if not names & {"meta.json", "meta.pkl"}:
+    prepared = names & {"meta.json", "meta.pkl"}
+    rank, _ = distributed.launched()
+    if config.input and (rank == 0 or not prepared):
+        prepare_input(config, folder)
+    elif not prepared:
         import prepare_data  # here, since it is seldom needed
 
         stopped = "preparing" in names and config.dataset in prepare_data.SOURCES
@@ -268,6 +273,28 @@ def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
             keys = {"name": config.dataset}
             prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, keys))
     return open_prepared(folder, model_config, config.seed)
+
+
+def prepare_input(config: TrainConfig, folder: Path) -> None:
+    """Prepare the input in this folder, in the tokens of the model to start from, or as the folder's own command says.
+
+    So the data stays as it is where the input does. Raises UserError where the folder is of another input.
+    """
+    import prepare_data
+
+    keys = {"input": config.input}
+    if config.init_from != "scratch":
+        keys["tokenizer"] = config.init_from
+    if command := made_by(folder):
+        words = shlex.split(command)[2:]
+        keys = configurator.read(words, prepare_data.PrepareConfig, positional="name")
+        if Path(keys.get("input", "")).resolve() != Path(config.input).resolve():
+            raise UserError(
+                f"{folder} is not of input={config.input}, but made by: {command};"
+                " take another name: --dataset=ANOTHER_NAME"
+            )
+    keys["name"] = config.dataset
+    prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, keys))
 
 
 def for_vocabulary(model_config: ModelConfig, dataset: Dataset) -> ModelConfig:

@@ -1,5 +1,6 @@
 """One's own text, from a file to a model: the choice of a tokenizer, and commands that work as they are printed."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from test_prepare_data import full_disk, meta, texts_of
 import prepare_data
 import train
 from humptygpt.data import corpus, documents, encoding
+from humptygpt.data.documents import data_name
 
 SMALL = [
     *("--n_layer=2", "--n_head=2", "--n_embd=32", "--device=cpu", "--dtype=float32"),
@@ -123,3 +125,129 @@ def test_pairs_and_data_sets_with_a_tokenizer_of_their_own_keep_it(folder, key):
     assert meta("mine")["tokenizer"]["tokenizer"] == "sentencepiece"
     prepare_data.main(["wills", *key])
     assert meta("wills")["tokenizer"]["tokenizer"] == "sentencepiece"
+
+
+# --------------------------------------------------------------------------------------
+# train.py --input
+
+
+TRAIN = [argument for argument in TINY_RUN if not argument.startswith("--dataset=")]
+
+
+def files_of(name: str) -> dict[str, tuple[bytes, int]]:
+    """Content and time of each file in the folder of a data set."""
+    files = (path for path in Path("data", name).iterdir() if path.is_file())
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def trained_on() -> str:
+    """The data set of the last run."""
+    return json.loads(Path("out/run/config.json").read_text())["dataset"]
+
+
+NAMES = {
+    "my text.txt.gz": "my_text",
+    "Grüße-1.md": "Grüße-1",
+    "corpus": "corpus",
+    "corpus/": "corpus",
+    "corpus/*.txt": "corpus",
+    "corpus/**/*.jsonl.gz": "corpus",
+    "corpus/../a.b/.x": "a",
+    "/": "text",
+}
+
+
+@pytest.mark.parametrize("where", NAMES)
+def test_data_is_named_after_its_file_or_folder(where):
+    assert data_name(where) == NAMES[where]
+
+
+def test_one_command_prepares_a_text_and_trains_on_it(folder, capsys):
+    Path("my text.txt").write_text(make_text())
+    assert train.main(["--input=my text.txt", *TRAIN]) == 0
+    assert trained_on() == "my_text" and meta("my_text")["source"] == "my text.txt"
+    before = files_of("my_text")
+    capsys.readouterr()
+    assert train.main([f"--input={folder}/my text.txt", *TRAIN]) == 0
+    assert "it stays as it is" in capsys.readouterr().err
+    assert files_of("my_text") == before
+    Path("my text.txt").unlink()
+    resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]
+    assert train.main(resume) == 0 and train.main(resume) == 0
+    assert trained_on() == "my_text"
+
+
+def test_the_data_of_an_input_keeps_the_settings_that_it_was_prepared_with(folder):
+    Path("own.txt").write_text(make_text())
+    prepare_data.main(["--input=own.txt", "--name=own", "--tokenizer=byte"])
+    before = files_of("own")
+    assert train.main(["--input=own.txt", *TRAIN]) == 0
+    assert files_of("own") == before
+    text = make_text(5000)
+    Path("own.txt").write_text(text)
+    assert train.main(["--input=own.txt", *TRAIN]) == 0
+    assert meta("own")["tokenizer"]["tokenizer"] == "byte"
+    assert "".join(texts_of("own")) == text
+    assert files_of("own/previous-1")["train.bin"] == before["train.bin"]
+
+
+def test_data_of_another_input_is_refused_and_another_name_taken(folder, fails):
+    for name in "ab":
+        Path(name).mkdir()
+        Path(name, "own.txt").write_text(name + make_text())
+    assert train.main(["--input=a/own.txt", *TRAIN]) == 0
+    before = files_of("own")
+    made_by = "made by: python prepare_data.py own --input=a/own.txt"
+    advice = "take another name: --dataset=ANOTHER_NAME"
+    assert fails(train.main, "--input=b/own.txt", *TRAIN) == (
+        f"data/own is not of input=b/own.txt, but {made_by}; {advice}\n"
+    )
+    assert files_of("own") == before
+    assert train.main(["--input=b/own.txt", "--dataset=other", *TRAIN]) == 0
+    assert trained_on() == "other" and "".join(texts_of("other"))[0] == "b"
+
+
+def test_beside_a_config_file_the_input_names_the_data_and_a_model_its_tokens(folder):
+    Path("config.py").write_text("dataset = 'shakespeare_char'\n")
+    Path("own.txt").write_text(make_text())
+    assert train.main(["config.py", "--input=own.txt", *TRAIN]) == 0
+    assert trained_on() == "own"
+    prepare_data.main(["--input=own.txt", "--name=tiny", "--tokenizer=byte"])
+    assert train.main(TINY_RUN) == 0
+    Path("more.txt").write_text(make_text(seed=1))
+    tune = ["--init_from=out/run", "--input=more.txt", *TRAIN, "--out_dir=out/tuned"]
+    assert train.main(tune) == 0
+    assert meta("more")["tokenizer"]["tokenizer"] == "byte"
+
+
+def test_a_run_that_resumes_takes_no_input(tiny, run_train, fails):
+    run_train()
+    resume = ["--init_from=resume", "--out_dir=out/run"]
+    assert "input=tiny.txt is for a new run" in fails(
+        train.main, "--input=tiny.txt", *resume
+    )
+
+
+def test_a_run_with_an_input_resumes_when_torchrun_starts_it_again_and_again(
+    folder, capsys, monkeypatch
+):
+    Path("own.txt").write_text(make_text())
+    assert train.main(["--input=own.txt", *TRAIN, "--max_iters=3"]) == 0
+    # now a resumed run has saved
+    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=6"]) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert train.main(["--input=own.txt", *TRAIN]) == 0
+    assert "it resumes out/run/ckpt.pt" in capsys.readouterr().err
+
+
+def test_of_several_processes_the_first_alone_prepares_the_input(folder, monkeypatch):
+    Path("own.txt").write_text(make_text())
+    config = train.TrainConfig(dataset="own", input="own.txt")
+    model_config = train.ModelConfig(block_size=16)
+    monkeypatch.setenv("RANK", "1")
+    train.open_dataset(config, model_config)  # alone on its disk
+    monkeypatch.setattr(prepare_data, "prepare", None)
+    train.open_dataset(config, model_config)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(TypeError):
+        train.open_dataset(config, model_config)

@@ -9,6 +9,7 @@ import glob
 import gzip
 import io
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -92,6 +93,13 @@ def find_files(where: str, errors: str = "strict") -> tuple[list[Path], Counter]
     if skipped:
         note(report)
     return texts, Counter(filter(None, reasons.values()))
+
+
+def data_name(where: str) -> str:
+    """Return a name for the data of an input: that of a folder, or of a file without its endings; of a pattern's."""
+    parts = reversed(Path(where).resolve().parts)
+    stems = (re.sub(r"[^\w-]+", "_", part.partition(".")[0]).strip("_") for part in parts)
+    return next(filter(None, stems), "text")
 
 
 def why_skipped(file: Path, where: Path, errors: str) -> str:

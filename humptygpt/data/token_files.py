@@ -213,12 +213,18 @@ def unpack_checksums(text: str) -> np.ndarray:
 
 def how_to(folder: Path) -> str:
     """Return the fix where a folder is broken: the command that made it, if it can still be read."""
-    command = f"python prepare_data.py {shlex.quote(folder.name)}"
-    for path in (folder / "preparing" / COMMAND, folder / COMMAND):
+    command = made_by(folder) or f"python prepare_data.py {shlex.quote(folder.name)}"
+    return f"prepare it again: {as_written_here(command)}"
+
+
+def made_by(folder: Path) -> str | None:
+    """Return the command that made a folder, or began to; None where there is none that can be read."""
+    for path in (folder / COMMAND, folder / "preparing" / COMMAND):
         with suppress(OSError, ValueError), path.open(encoding="utf-8") as file:
             text = file.read(10_000).strip()
-            command = text if is_command(text) else command
-    return f"prepare it again: {as_written_here(command)}"
+            if is_command(text):
+                return text
+    return None
 
 
 def is_command(text: str) -> bool:

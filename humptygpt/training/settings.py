@@ -16,6 +16,7 @@ from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
 from humptygpt.core.settings import check, note, setting
 from humptygpt.data.batches import Dataset
+from humptygpt.data.documents import data_name
 from humptygpt.data.token_files import read_meta
 from humptygpt.generation.tasks import TASKS
 from humptygpt.interchange.load import Loaded, load
@@ -30,7 +31,7 @@ TRAINING_ONLY = {"dropout", "label_smoothing"}  # keys of ModelConfig that chang
 # what the weights and the order of the data mean
 FIXED = {"seed", "batch_size", "gradient_accumulation_steps", "optimizer", "freeze"}
 # in an interrupted run; warmup is fitted to a short one
-MAY_DIFFER = {"init_from", "out_dir", "warmup_iters"}
+MAY_DIFFER = {"init_from", "out_dir", "warmup_iters", "input"}
 MUONS = [name for name, rule in OPTIMIZERS.items() if rule.learning_rate != "learning_rate"]
 MUON = {"only_with": {"optimizer": tuple(MUONS)}}
 DECAY = {"only_with": {"decay_lr": True}}
@@ -55,6 +56,9 @@ class TrainConfig:
 
     dataset: str = setting(
         "shakespeare_char", "folder in data/ that prepare_data.py wrote", "data"
+    )
+    input: str | None = setting(
+        None, "your own text, prepared as a dataset that is named after it", path=True
     )
     batch_size: int = setting(
         12, "sequences per micro-batch; of pairs, as many as fit into them", at_least=1
@@ -192,6 +196,8 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     """
     rank, processes = distributed.launched()
     given = configurator.read(argv, ModelConfig, TrainConfig)
+    if given.get("input"):
+        name_dataset(given, argv)
     out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
     path = out_dir / "ckpt.pt"
     if os.path.isfile(out_dir):  # probably a checkpoint in the folder that is meant
@@ -224,6 +230,16 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     return Start(config, model_config, saved, base)
 
 
+def name_dataset(given: dict, argv: list[str]) -> None:
+    """Name the data set of a new run after its input, also beside a config file, unless the command line names it."""
+    if given.get("init_from") == "resume":
+        raise UserError(
+            f"input={given['input']} is for a new run; the one that resumes has its data: leave it out"
+        )
+    if not any(argument.startswith("--dataset=") for argument in argv):
+        given["dataset"] = data_name(given["input"])
+
+
 def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
     """Return the settings of a run that goes on. Raises UserError for a key that cannot change.
 
@@ -251,7 +267,7 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
         | {"backend": TrainConfig.backend}
         | given
         | kept
-        | {"out_dir": str(path.parent)}
+        | {"out_dir": str(path.parent), "input": None}
     )
 
 
