@@ -20,6 +20,7 @@ import sys
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import monotonic
 
 from humptygpt.core import limits
 
@@ -53,7 +54,7 @@ from humptygpt.nn.layers import (
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import Processes
 from humptygpt.tokenizer import tokenizers
-from humptygpt.training import evaluation, resume
+from humptygpt.training import evaluation, plan, resume
 from humptygpt.training.memory import check_training_fits, memory_report
 from humptygpt.training.optimizers import Optimizer, freeze, make_optimizer
 from humptygpt.training.run_folder import (
@@ -86,6 +87,7 @@ class Run:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
+    clock: plan.Clock | None  # of a run that ends with its minutes
 
     @property
     def task(self) -> tasks.Task:
@@ -94,7 +96,12 @@ class Run:
     @property
     def is_over(self) -> bool:
         stops_early = 0 < self.config.early_stopping <= self.progress.evals_since_best
-        return stops_early or self.progress.iter >= self.config.max_iters
+        return stops_early or self.position >= self.config.max_iters
+
+    @property
+    def position(self) -> float:
+        """How far it is, in steps of max_iters: the steps done, or by the clock."""
+        return self.progress.position if self.clock else self.progress.iter
 
     @property
     def path(self) -> Path:
@@ -151,7 +158,7 @@ def main(argv: list[str]) -> int:
         if start.config.dry_run:
             print(dry_run(start.config, start.model_config))
             return 0
-        run = setup(*start)
+        run = setup(*start[1:], start.given)
         fine_tunes = start.base is not None
         del start  # which would keep a checkpoint in memory
         print(summary(run), flush=True)
@@ -198,8 +205,12 @@ def setup(
     model_config: ModelConfig,
     saved: dict | None = None,
     base: Loaded | None = None,
+    given: dict | None = None,
 ) -> Run:
-    """Put a run together. saved: the checkpoint that it resumes. base: the model that it starts from."""
+    """Put a run together. saved: the checkpoint that it resumes. base: the model that it starts from.
+
+    given: the keys of the command line, which a plan for minutes obeys.
+    """
     processes = distributed.start(
         config.backend, pick_device(config.device), config.parallel
     )
@@ -222,6 +233,14 @@ def setup(
         resume.check_same_tokens(base, dataset)
     else:
         model_config = for_vocabulary(model_config, dataset)
+    clock = None
+    if config.minutes:
+        earlier = saved["progress"].get("run_seconds", 0.0) if saved else 0.0
+        clock = plan.Clock(limits.STARTED, config.minutes, earlier)
+    if clock and not saved:
+        config, model_config = plan.choose(
+            config, model_config, given or {}, dataset, clock, device, dtype
+        )
     # frozen parameters take less than it counts
     if not config.eval_only and not config.freeze:
         check_training_fits(config, model_config, device, dtype, processes.size)
@@ -247,6 +266,7 @@ def setup(
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         progress=resumed_progress(config, saved) if saved else Progress(),
+        clock=clock,
     )
     if saved:
         run.load(saved)
@@ -336,8 +356,9 @@ def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
     steps = progress["iter"]
     if steps >= config.max_iters and not config.eval_only:
         note(f"all {steps} steps are done; for more: --max_iters=N")
-    if config.eval_iters != saved["train_config"]["eval_iters"]:
-        note("eval_iters changed, so that the lowest validation loss starts over")
+    before = configurator.restore(TrainConfig, saved["train_config"])
+    if config.evaluated_batches() != before.evaluated_batches():
+        note("the evaluation set changed, so that the lowest validation loss starts over")
         progress |= {"best_val_loss": math.inf, "best_iter": 0, "evals_since_best": 0}
     return Progress(**progress)
 
@@ -386,7 +407,7 @@ def summary(run: Run) -> str:
     """Return what is about to happen."""
     config = run.config
     dataset = run.dataset
-    batch, evaluated = dataset.summary(config.batch_size, config.eval_iters)
+    batch, evaluated = dataset.summary(config.batch_size, config.evaluated_batches())
     if config.gradient_accumulation_steps > 1:
         batch = f"{config.gradient_accumulation_steps} times {batch}"
     micro_batches = config.max_iters * config.gradient_accumulation_steps
@@ -413,18 +434,26 @@ def train(run: Run, folder: RunFolder) -> int | None:
     config = run.config
     progress = run.progress
     meter = Meter(run)
+    if run.clock:
+        run.clock.leave_out(0.0)
     with catch_signals() as signals, progress_bar(run) as bar:
         while not run.is_over:
-            lr = config.lr(progress.iter)
+            before = run.position
+            lr = config.lr(before)
             run.optimizer.set_lr(lr / config.learning_rate)
             loss, grad_norm, tokens = train_step(run, progress.iter)
             progress.iter += 1
             progress.tokens += tokens
             meter.add(loss, grad_norm)
-            bar.update()
+            if run.clock:
+                progress.position = run.clock.advance(before, config)
+            bar.update(run.position - before)
 
-            last = progress.iter == config.max_iters
-            due = last or progress.iter % config.eval_interval == 0
+            last = run.position >= config.max_iters
+            due = (
+                last
+                or before // config.eval_interval < run.position // config.eval_interval
+            )
             log = last or progress.iter % config.log_interval == 0
             # a signal that comes later waits for the next step
             stop = run.processes.agree(signals)
@@ -434,15 +463,19 @@ def train(run: Run, folder: RunFolder) -> int | None:
             if log:
                 row = meter.row(lr)
                 folder.record(row)
-                report(bar, row, run)
+                report(bar, row, run, meter.evaluation)
             improved = due and evaluate_and_record(run, folder, bar)
             if stop or (due and (run.is_over or improved or config.always_save_checkpoint)):
+                if run.clock:
+                    progress.run_seconds = run.clock.seconds()
                 run.processes.save(folder.path / "ckpt.pt", run.latest_state())
             if stop:
                 return stop
             if due and not run.is_over:
                 folder.draw()
                 meter.restart_clock()
+                if run.clock:
+                    run.clock.leave_out(meter.evaluation)
     return None
 
 
@@ -483,9 +516,9 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
 
 def evaluate_and_record(run: Run, folder: RunFolder, bar: tqdm) -> bool:
     """Evaluate, save best.pt if the loss is the lowest so far, and return whether it is. Raises Diverged."""
-    val_loss = evaluation.evaluate(run)
-    improved = run.progress.record(val_loss)
-    row = evaluation.measures(val_loss, run.dataset)
+    loss = evaluation.evaluate(run, run.net, run.config.evaluated_batches())
+    improved = run.progress.record(loss.mean)
+    row = evaluation.measures(loss, run.dataset)
     folder.record(run.progress.stamp() | row)
     best = ", the best so far" if improved else ""
     write_line(bar, f"iter {run.progress.iter}: {evaluation.evaluation_line(row)}{best}")
@@ -499,7 +532,8 @@ def evaluate_and_record(run: Run, folder: RunFolder, bar: tqdm) -> bool:
 
 
 def evaluate_only(run: Run) -> str:
-    row = evaluation.measures(evaluation.evaluate(run), run.dataset)
+    loss = evaluation.evaluate(run, run.net, run.config.eval_iters)
+    row = evaluation.measures(loss, run.dataset)
     text = f"{evaluation.evaluation_line(row)} at iter {run.progress.iter}"
     score = on_whole_model(run, run.task.score)
     return f"{text}\n{score.text}" if score else text
@@ -529,8 +563,8 @@ def progress_bar(run: Run) -> tqdm:
     )
 
 
-def report(bar: tqdm, row: dict, run: Run) -> None:
-    """Show the numbers in the bar on a terminal, and in a line elsewhere."""
+def report(bar: tqdm, row: dict, run: Run, evaluation: float) -> None:
+    """Show the numbers in the bar on a terminal, and in a line elsewhere. evaluation: seconds of the last one."""
     progress = run.progress
     norm = "inf" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
     text = (
@@ -542,7 +576,12 @@ def report(bar: tqdm, row: dict, run: Run) -> None:
         return
     steps = run.config.max_iters
     left = (steps - progress.iter) * progress.seconds / progress.iter
-    write_line(bar, f"iter {progress.iter}/{steps}: {text}, {left:.0f} s left")
+    left += math.ceil((steps - progress.iter) / run.config.eval_interval) * evaluation
+    of = f"/{steps}"
+    if run.clock:
+        left = run.clock.end - monotonic()
+        of = f" ({run.position / steps:.0%})"
+    write_line(bar, f"iter {progress.iter}{of}: {text}, {left:.0f} s left")
 
 
 def write_line(bar: tqdm, line: str) -> None:
@@ -561,9 +600,20 @@ def write_line(bar: tqdm, line: str) -> None:
 def finish(run: Run, folder: RunFolder) -> None:
     """Show what the best model can do, as sample.py will take it: its text, or the score of its translations."""
     progress = run.progress
-    if progress.iter < run.config.max_iters:
+    if run.clock:
+        steps = {
+            "max_iters": progress.iter,
+            "eval_interval": math.ceil(progress.iter / plan.EVALUATIONS),
+        }
+        config = dataclasses.replace(run.config, **steps)
+        plan.write_plan(folder.path / "plan.py", config, run.model.config)
+        print(f"{folder.path / 'plan.py'} is a config file that repeats this, step by step")
+    if run.position < run.config.max_iters:
         print(f"stopped early: the validation loss was lowest at iter {progress.best_iter}")
     model = load(folder.path).model.to(run.device)
+    if not run.clock and evaluates_whole(run):
+        row = evaluation.measures(evaluation.evaluate(run, model, None), run.dataset)
+        print(f"the whole validation split: {evaluation.evaluation_line(row)}")
     with autocast(run.device, sample_dtype(run.config.dtype, run.device)):
         if run.task.final_examples:
             print(run.task.final_examples(model, run.dataset))
@@ -574,6 +624,15 @@ def finish(run: Run, folder: RunFolder) -> None:
     command = as_written_here(run.task.sample_command.format(out_dir_key(run)))
     print(f"{run.task.sample_label}: {command}")
     print(f"best val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}")
+
+
+def evaluates_whole(run: Run) -> bool:
+    """Return whether the whole validation split, seen in part so far, takes less than a twentieth of the training."""
+    config = run.config
+    batches = run.dataset.all_val_batches(config.batch_size)
+    seen = batches <= config.evaluated_batches()
+    steps = config.max_iters * config.gradient_accumulation_steps
+    return not seen and batches / 3 < steps / 20
 
 
 def report_stop(run: Run, number: int) -> None:

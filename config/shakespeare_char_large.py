@@ -36,4 +36,3 @@ warmup_iters = 10
 weight_decay = 0.2
 grad_clip = 0.0
 eval_interval = 1000
-eval_iters = 55  # all of tiny Shakespeare's validation split

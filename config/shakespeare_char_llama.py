@@ -37,4 +37,3 @@ warmup_iters = 10
 weight_decay = 0.1
 grad_clip = 0.0
 eval_interval = 600
-eval_iters = 109  # all of tiny Shakespeare's validation split

@@ -25,4 +25,3 @@ schedule = "linear"
 min_lr = 0.0
 warmup_iters = 60
 eval_interval = 500
-eval_iters = 100

@@ -16,7 +16,7 @@ import prepare_data
 import train
 from humptygpt.core import settings as configurator
 from humptygpt.generation.tasks import TASKS
-from humptygpt.training import run_folder
+from humptygpt.training import run_folder, settings
 from humptygpt.training.optimizers import make_optimizer
 from humptygpt.training.settings import TrainConfig
 
@@ -61,6 +61,13 @@ def folder(tmp_path, monkeypatch):
     """Each test runs in a folder of its own; data/ and out/ appear there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def without_recipe(request, monkeypatch):
+    """Where no config file is named, the defaults of the dataclasses hold here."""
+    if "recipe" not in request.keywords:
+        monkeypatch.setattr(settings, "RECIPE", None)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from conftest import TINY_RUN, assert_same_weights, read_rows
 import train
 from humptygpt.checkpoint import checkpoint
 from humptygpt.training import evaluation
+from humptygpt.training.evaluation import Loss
 from humptygpt.training.run_folder import TensorBoard, draw_losses
 
 OUT, ROOT = Path("out/run"), Path(__file__).parent.parent
@@ -160,7 +161,7 @@ def test_wandb_gets_every_row_and_a_resumed_run_is_the_same_run(
 def test_a_run_that_diverges_is_finished_on_wandb_too(tiny, monkeypatch, capsys):
     fake = FakeWandb(online=True)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **settings: math.nan)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: Loss(math.nan, 0.1))
     assert train.main([*TINY_RUN, "--log=wandb"]) == 1
     assert fake.finished == 1
 

@@ -25,6 +25,7 @@ import train
 from humptygpt.checkpoint import checkpoint
 from humptygpt.core import settings as configurator
 from humptygpt.training import evaluation, run_folder
+from humptygpt.training.evaluation import Loss
 from humptygpt.training.optimizers import Optimizer, make_optimizer
 from humptygpt.training.settings import read_settings
 from train import TrainConfig
@@ -55,7 +56,7 @@ def train_losses(rows: list[dict]) -> list[float]:
 def evaluations(monkeypatch, *losses: float) -> None:
     """Let the evaluations of a run find these losses."""
     found = iter(losses)
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **settings: next(found))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: Loss(next(found), 0.1))
 
 
 # --------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from humptygpt.generation import tasks
 from humptygpt.generation.beams import Translation
 from humptygpt.generation.tasks import TASKS
 from humptygpt.training import evaluation
+from humptygpt.training.evaluation import Loss
 from humptygpt.training.optimizers import Optimizer
 from humptygpt.training.settings import read_settings
 
@@ -369,7 +370,7 @@ def test_evaluations_show_translations_and_the_end_has_the_bleu_of_the_best_chec
 
 def test_the_weights_that_are_scored_are_those_of_the_best_checkpoint(pairs, monkeypatch):
     losses, scored, translation = iter([1.0, 2.0]), [], TASKS["translation"]
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **settings: next(losses))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: Loss(next(losses), 0.1))
     weights = lambda model: model.state_dict()["lm_head.weight"].clone()  # noqa: E731
     keep = lambda *args: (scored.append(weights(args[0])), translation.score(*args))[1]  # noqa: E731
     monkeypatch.setitem(TASKS, "translation", replace(translation, score=keep))

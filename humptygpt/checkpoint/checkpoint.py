@@ -32,6 +32,7 @@ PROGRESS = dict.fromkeys(("tokens", "best_iter", "evals_since_best"), COUNT) | {
     "iter": COUNT[1:]
 }
 PROGRESS |= dict.fromkeys(("seconds", "best_val_loss"), float) | {"losses": [float]}
+PROGRESS |= {"position?": float, "run_seconds?": float}  # of a run by the clock
 SCHEMA = {
     "format": str,
     "train_config": CONFIG,
@@ -255,7 +256,7 @@ def check_content(saved: dict, device: str) -> None:
         raise ValueError(f"model={config.model} is not for task={saved['task']}")
     check_weights(saved["model"], config, device)
     progress = saved["progress"]
-    if unknown := progress.keys() - PROGRESS.keys():
+    if unknown := progress.keys() - {key.rstrip("?") for key in PROGRESS}:
         raise ValueError(f"progress.{min(unknown)} is unknown")
     seconds = progress["seconds"]
     best_val_loss = progress["best_val_loss"]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from humptygpt.core.errors import UserError
 
+STARTED = time.monotonic()  # of the command, but for the start of Python
 # control groups of Linux, version 2, in which containers run
 CGROUPS = Path("/sys/fs/cgroup")
 OUR_GROUPS = Path("/proc/self/cgroup")

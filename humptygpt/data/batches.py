@@ -1,6 +1,7 @@
 """Token files -> batches. The order of the data is a pure function of (seed, step), so there is no state to save."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -103,6 +104,10 @@ class TokenDataset(Dataset):
 
     def batches_per_epoch(self, batch_size: int) -> float:
         return len(self.train) / (batch_size * self.block_size)
+
+    def all_val_batches(self, batch_size: int) -> int:
+        """Return how many batches the whole validation split is."""
+        return math.ceil(len(self.val_starts(batch_size, None)) / batch_size)
 
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
         """Return training batch number index: idx and targets, both int64 (batch_size, block_size).
@@ -298,6 +303,10 @@ class PairDataset(Dataset):
 
     def batches_per_epoch(self, batch_size: int) -> float:
         return len(self.batch_starts("train", batch_size)) - 1
+
+    def all_val_batches(self, batch_size: int) -> int:
+        """Return how many batches the whole validation split is."""
+        return len(self.batch_starts("val", batch_size)) - 1
 
     def val_bytes_per_token(self) -> float:
         """Return the UTF-8 bytes of target per target token of the validation split."""

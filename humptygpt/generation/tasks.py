@@ -15,6 +15,7 @@ from humptygpt.generation.beams import NUM_BEAMS, score, translate
 from humptygpt.generation.sampling import generate
 
 SAMPLE_TOKENS = 300  # of the text at the end of a run
+LINE_TOKENS = 60  # of the line after each evaluation
 Show = Callable[[nn.Module, Dataset], str]
 
 
@@ -43,14 +44,23 @@ class Task:
     card_note: str  # in a model card
 
 
-def sample_text(model: nn.Module, dataset: TokenDataset) -> str:
+def sample(model: nn.Module, dataset: TokenDataset, max_new_tokens: int) -> str:
     """Generate a text from nothing."""
     tokenizer = dataset.tokenizer
     idx = torch.from_numpy(tokenizer.start()).to(next(model.parameters()).device)[None]
     tokens = list(
-        generate(model, idx, SAMPLE_TOKENS, tokenizer.vocab_size, temperature=0.8)
+        generate(model, idx, max_new_tokens, tokenizer.vocab_size, temperature=0.8)
     )
-    return f"\n{tokenizer.decode(torch.cat(tokens).tolist()).strip()}\n"
+    return tokenizer.decode(torch.cat(tokens).tolist()).strip()
+
+
+def sample_line(model: nn.Module, dataset: TokenDataset) -> str:
+    line = " ".join(sample(model, dataset, LINE_TOKENS).split())
+    return f"  > {line[:100]}"
+
+
+def sample_text(model: nn.Module, dataset: TokenDataset) -> str:
+    return f"\n{sample(model, dataset, SAMPLE_TOKENS)}\n"
 
 
 def translate_examples(model: nn.Module, dataset: PairDataset) -> str:
@@ -93,7 +103,7 @@ TASKS = {
         dataset=TokenDataset,
         package=None,
         batches_vary=False,
-        evaluation_examples=None,
+        evaluation_examples=sample_line,
         final_examples=sample_text,
         score=None,
         continues_text=True,

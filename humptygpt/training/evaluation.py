@@ -1,46 +1,66 @@
 """How good a model is: its validation loss, in nats per token, in bits per byte, and as perplexity."""
 
 import math
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from humptygpt.data.batches import Dataset
 from humptygpt.nn.layers import autocast, to_device
 
 
-@torch.no_grad()
-def evaluate(run) -> float:
-    """Compute the mean loss in nats per token over the evaluation set; ranks divide its batches. run: a train.Run.
+class Loss(NamedTuple):
+    """A mean in nats per token, over a sample of a split or all of it."""
 
-    Draws no random number, so it cannot disturb training.
+    mean: float
+    # of the mean, by how batches differ; 0 where there is but one
+    standard_error: float
+
+
+@torch.no_grad()
+def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
+    """Compute the loss of net over the evaluation set of so many batches; ranks divide them. run: a train.Run.
+
+    eval_iters: None: the whole validation split. Draws no random number, so it cannot disturb training.
     """
     processes = run.processes
-    batches = run.dataset.val_batches(run.config.batch_size, run.config.eval_iters)
-    run.net.eval()
-    total = torch.zeros((), device=run.device)
-    count = 0
-    for batch in processes.alternate(batches):
+    net.eval()
+    losses = []
+    weights = []
+    for batch in processes.alternate(
+        run.dataset.val_batches(run.config.batch_size, eval_iters)
+    ):
         tokens = int((batch["targets"] >= 0).sum())
         with autocast(run.device, run.dtype):
-            _, loss = run.net(**to_device(batch, run.device))
+            _, loss = net(**to_device(batch, run.device))
         if tokens:
-            total += loss * tokens
-            count += tokens
-    run.net.train()
-    return processes.sum(float(total)) / processes.sum(count)
+            losses.append(loss)
+            weights.append(tokens)
+    net.train()
+    losses = torch.stack(losses).double().cpu() if losses else torch.zeros(0).double()
+    weights = torch.tensor(weights, dtype=torch.float64)
+    total = processes.sum(float(weights.sum()))
+    mean = processes.sum(float(losses @ weights)) / total
+    squares = processes.sum(float(((losses - mean) * weights).square().sum()))
+    return Loss(mean, math.sqrt(squares) / total)
 
 
-def measures(val_loss: float, dataset: Dataset) -> dict[str, float]:
+def measures(loss: Loss, dataset: Dataset) -> dict[str, float]:
     """Return a validation loss in nats per token, and the same in bits per byte of text and as perplexity."""
-    bits = val_loss / math.log(2) / dataset.val_bytes_per_token()
+    bits = loss.mean / math.log(2) / dataset.val_bytes_per_token()
     return {
-        "val_loss": val_loss,
+        "val_loss": loss.mean,
+        "val_standard_error": loss.standard_error,
         "val_bits_per_byte": bits,
-        "val_perplexity": math.exp(val_loss),
+        "val_perplexity": math.exp(loss.mean),
     }
 
 
 def evaluation_line(row: dict[str, float]) -> str:
-    """Return: val loss 2.0123 (2.903 bits per byte, perplexity 7.48)"""
+    """Return: val loss 2.0123 ± 0.0060 (2.903 bits per byte, perplexity 7.48)"""
     bits, perplexity = row["val_bits_per_byte"], row["val_perplexity"]
-    return f"val loss {row['val_loss']:.4f} ({bits:.3f} bits per byte, perplexity {perplexity:.2f})"
+    return (
+        f"val loss {row['val_loss']:.4f} ± {row['val_standard_error']:.4f}"
+        f" ({bits:.3f} bits per byte, perplexity {perplexity:.2f})"
+    )

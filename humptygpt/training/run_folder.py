@@ -60,6 +60,9 @@ class Progress:
     best_val_loss: float = math.inf
     best_iter: int = 0
     evals_since_best: int = 0
+    # of a run by the clock: how far it is, in steps of max_iters, and seconds of all its commands
+    position: float = 0.0
+    run_seconds: float = 0.0
     # of the steps since the last row of metrics
     losses: list[float] = field(default_factory=list)
 
@@ -93,10 +96,12 @@ class Meter:
         self.grad_norm = 0.0
         self.logged_seconds = self.progress.seconds
         self.logged_tokens = self.progress.tokens
-        self.restart_clock()
+        self.evaluation = 0.0  # seconds of the last one, with what it saved and showed
+        self.started = time.perf_counter() - self.progress.seconds
 
     def restart_clock(self) -> None:
-        """Leave out the time since read(): it is not training."""
+        """Leave out the time since read(), of an evaluation: it is not training."""
+        self.evaluation = time.perf_counter() - self.started - self.progress.seconds
         self.started = time.perf_counter() - self.progress.seconds
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:

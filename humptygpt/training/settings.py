@@ -36,6 +36,8 @@ MUONS = [name for name, rule in OPTIMIZERS.items() if rule.learning_rate != "lea
 MUON = {"only_with": {"optimizer": tuple(MUONS)}}
 DECAY = {"only_with": {"decay_lr": True}}
 DECAY_RATE = {"at_least": 0, "below": 1}
+# the config file that is taken where none is named
+RECIPE = "own_text"
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,13 @@ class TrainConfig:
         1, "micro-batches whose gradients make one step", at_least=1
     )
 
-    max_iters: int = setting(2000, "training steps", "optimizer", at_least=1)
+    minutes: float | None = setting(
+        None,
+        "of the whole command; what is not given, the model's size too, is chosen to fit",
+        "optimizer",
+        above=0,
+    )
+    max_iters: int = setting(2000, "training steps", at_least=1)
     optimizer: str = setting(
         "adamw", "muon, normuon: for the matrices of the blocks", choices=OPTIMIZERS
     )
@@ -105,7 +113,7 @@ class TrainConfig:
         250, "steps between evaluations; the last step has one", "evaluation", at_least=1
     )
     eval_iters: int | None = setting(
-        None, "batches of a fixed set; None: the whole validation split", at_least=1
+        None, "batches of a fixed set; None: a tenth of the time at most", at_least=1
     )
     early_stopping: int = setting(
         0, "evaluations without a new lowest loss before stopping; 0: never", at_least=0
@@ -156,7 +164,7 @@ class TrainConfig:
                 f"min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}"
             )
 
-    def lr(self, it: int) -> float:
+    def lr(self, it: float) -> float:
         """Return the learning rate of step it, the first being 0: linear warmup from above zero, then decay to min_lr.
 
         That of steps from lr_decay_iters on is min_lr.
@@ -173,6 +181,11 @@ class TrainConfig:
         decay = SCHEDULES[self.schedule]((it - warmup) / (end - warmup))
         return min_lr + decay * (self.learning_rate - min_lr)
 
+    def evaluated_batches(self) -> int:
+        """Return how many batches an evaluation takes, of which each takes a third of the time of a training batch."""
+        between = self.eval_interval * self.gradient_accumulation_steps
+        return self.eval_iters or max(20, 3 * between // 10)
+
     def rows(self, processes: int) -> int:
         """Return the most sequences that a process has at once: several share a micro-batch where these are too few."""
         return math.ceil(
@@ -183,6 +196,7 @@ class TrainConfig:
 class Start(NamedTuple):
     """What a command asks for."""
 
+    given: dict  # the keys that the command line sets
     config: TrainConfig
     model_config: ModelConfig
     saved: dict | None = None  # the checkpoint to resume
@@ -198,6 +212,12 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     given = configurator.read(argv, ModelConfig, TrainConfig)
     if given.get("input"):
         name_dataset(given, argv)
+    recipe = {}
+    if RECIPE and given.get("init_from", "scratch") == "scratch" and not configs(argv):
+        recipe = configurator.read(
+            [configurator.our_configs()[RECIPE]], ModelConfig, TrainConfig
+        )
+        given.setdefault("out_dir", f"out/{given.get('dataset', TrainConfig.dataset)}")
     out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
     path = out_dir / "ckpt.pt"
     if os.path.isfile(out_dir):  # probably a checkpoint in the folder that is meant
@@ -208,10 +228,10 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     if locks and writes:
         locks.enter_context(lock_out_dir(out_dir))
     init_from = given.get("init_from", "scratch")
-    if distributed.restarted() and is_same_run(given, path):
+    if distributed.restarted() and is_same_run(recipe | given, path):
         note(f"torchrun has started this run again; it resumes {path}")
         init_from = "resume"
-    saved, base, settings = None, None, given
+    saved, base, settings = None, None, recipe | given
     if init_from == "resume":
         saved = checkpoint.read(path, with_tensors=False)
         settings = resumed_settings(saved, given, path)
@@ -226,8 +246,15 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     for name in chosen_loggers(asdict(config)):  # now, not after a long preparation
         import_logger(name)
     note_without_effect(given, config, model_config, processes)
-    config = fit_warmup(config, chosen="warmup_iters" in given or saved is not None)
-    return Start(config, model_config, saved, base)
+    if recipe:
+        note(f"no config file is named: config/{RECIPE}.py is taken")
+    config = fit_warmup(
+        config, chosen="warmup_iters" in given | recipe or saved is not None
+    )
+    in_line = configurator.read(
+        [x for x in argv if x[:2] == "--"], ModelConfig, TrainConfig
+    )
+    return Start(in_line, config, model_config, saved, base)
 
 
 def name_dataset(given: dict, argv: list[str]) -> None:
@@ -238,6 +265,10 @@ def name_dataset(given: dict, argv: list[str]) -> None:
         )
     if not any(argument.startswith("--dataset=") for argument in argv):
         given["dataset"] = data_name(given["input"])
+
+
+def configs(argv: list[str]) -> list[str]:
+    return [argument for argument in argv if not argument.startswith("--")]
 
 
 def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:

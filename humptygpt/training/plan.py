@@ -1,0 +1,226 @@
+"""--minutes: from a text, a machine and a time to a model and a training that fit; and the clock that it follows.
+
+The law that chooses was fitted to runs over texts, sizes and times: RECORDS.md, "The law of minutes".
+"""
+
+import math
+import statistics
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+import model as models
+from humptygpt.core.errors import UserError
+from humptygpt.core.files import write_whole
+from humptygpt.data.batches import Dataset
+from humptygpt.nn.layers import autocast, to_device
+from humptygpt.training.optimizers import make_optimizer
+from humptygpt.training.settings import TrainConfig
+from model import ModelConfig
+
+# (n_layer, n_embd), each some 1.5 times as expensive as the one before
+SIZES = (
+    (2, 64),
+    (2, 128),
+    (4, 128),
+    (4, 192),
+    (6, 192),
+    (6, 256),
+    (8, 320),
+    (8, 448),
+    (10, 576),
+    (12, 768),
+)
+HEAD_SIZE = 64
+EVALUATIONS = 4
+TIME_TO_TRAIN = 0.85  # of what is left after the choice: the rest evaluates
+PROBE_STEPS = 5
+# seconds that loading the best model, a text by it, the picture and the exit take, beside an evaluation
+ENDING = 1.5
+
+
+class Clock:
+    """How far a training is that ends with its minutes: steps follow the time, whatever else the machine does."""
+
+    def __init__(self, started: float, minutes: float, earlier: float):
+        """started: of the command, by time.monotonic(). earlier: seconds that earlier commands of the run took."""
+        self.started = started - earlier
+        self.end = self.started + 60 * minutes
+        self.leave_out(0.0)
+
+    def leave_out(self, evaluation: float) -> None:
+        """Leave out the time since advance(), which was an evaluation of so many seconds; the next may take as long."""
+        self.evaluation = evaluation
+        self.last_step = time.monotonic()
+
+    def seconds(self) -> float:
+        """Return how long the run has taken, earlier commands included."""
+        return time.monotonic() - self.started
+
+    def seconds_left(self, position: float, config: TrainConfig) -> float:
+        """Return the seconds that are left to train, without those of the evaluations to come and of the end."""
+        evaluations = math.ceil((config.max_iters - position) / config.eval_interval)
+        return self.end - time.monotonic() - ENDING - (evaluations + 1) * self.evaluation
+
+    def advance(self, position: float, config: TrainConfig) -> float:
+        """Return how far training is after a step, in steps of config.max_iters; position: before it."""
+        now = time.monotonic()
+        step = now - self.last_step
+        self.last_step = now
+        left = self.seconds_left(position, config)
+        if left < step / 2:
+            return config.max_iters
+        return position + (config.max_iters - position) * step / (left + step)
+
+
+# --------------------------------------------------------------------------------------
+# The law
+
+A = 12.0
+ALPHA = 0.25
+B = 60.0
+BETA = 0.28
+REPEATS = 6.0
+
+
+def loss(parameters: float, read: float, text: float) -> float:
+    """Predict bits per byte, beside those that no model can save, after reading so many bytes of a text.
+
+    Source of the form: Hoffmann et al. 2022, arXiv:2203.15556; of repeated text: Muennighoff et al. 2023,
+    arXiv:2305.16264, eq. 5.
+    """
+    repeats = max(0.0, read / text - 1)
+    worth = min(read, text) * (1 + REPEATS * (1 - math.exp(-repeats / REPEATS)))
+    return A * parameters**-ALPHA + B * worth**-BETA
+
+
+def dropout(epochs: float) -> float:
+    """Return the dropout for a text that is read so often."""
+    return round(min(0.3, max(0.0, 0.19 * math.log2(max(epochs, 1) / 2.4))), 2)
+
+
+# --------------------------------------------------------------------------------------
+# The choice
+
+
+def choose(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    given: dict,
+    dataset: Dataset,
+    clock: Clock,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[TrainConfig, ModelConfig]:
+    """Return the settings by which the law promises the lowest loss in the time that is left.
+
+    given: the keys of the command line, which are obeyed. Raises UserError where not one step would fit.
+    """
+    sizes = [model_config]
+    if not given.keys() & {"n_layer", "n_head", "n_embd", "n_hidden"}:
+        sizes = [sized(model_config, n_layer, n_embd) for n_layer, n_embd in SIZES]
+    costs = [cost(size) for size in sizes]
+    # a step takes some time whatever the size, and more by what it computes: two sizes show both
+    small, large = 0, min(4, len(sizes) - 1)
+    times = {
+        i: seconds_per_step(config, sizes[i], dataset, device, dtype)
+        for i in (small, large)
+    }
+    slope = (times[large] - times[small]) / max(1, costs[large][1] - costs[small][1])
+    seconds = TIME_TO_TRAIN * (clock.end - time.monotonic() - ENDING)
+    bytes_per_token = dataset.val_bytes_per_token()
+    text = len(dataset.train) * bytes_per_token
+    per_step = (
+        config.gradient_accumulation_steps * config.batch_size * model_config.block_size
+    )
+
+    def promise(i: int) -> float:
+        parameters, operations = costs[i]
+        step = times[small] + slope * (operations - costs[small][1])
+        read = seconds / step * per_step * bytes_per_token
+        return loss(parameters, read, text)
+
+    best = min(range(len(sizes)), key=promise)
+    step = times.get(best) or seconds_per_step(config, sizes[best], dataset, device, dtype)
+    steps = int(TIME_TO_TRAIN * (clock.end - time.monotonic() - ENDING) / step)
+    if steps < 1:
+        raise UserError(
+            f"minutes={config.minutes:g} is too short: a step of the smallest model takes {step:.2g} s here"
+        )
+    epochs = steps * per_step / len(dataset.train)
+    chosen = {
+        "max_iters": steps,
+        "eval_interval": max(1, math.ceil(steps / EVALUATIONS)),
+        "warmup_iters": min(config.warmup_iters, steps // 10),
+    }
+    config = replace(config, **{k: v for k, v in chosen.items() if k not in given})
+    model_config = sizes[best]
+    if "dropout" not in given:
+        model_config = replace(model_config, dropout=dropout(epochs))
+    return config, model_config
+
+
+def sized(config: ModelConfig, n_layer: int, n_embd: int) -> ModelConfig:
+    """Return the same architecture in another size."""
+    n_head = max(1, n_embd // HEAD_SIZE)
+    sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_hidden": None}
+    if config.n_kv_head:
+        groups = config.n_head // config.n_kv_head
+        sizes["n_kv_head"] = max(1, n_head // groups) if n_head % groups == 0 else n_head
+    return replace(config, head_size=None, **sizes)
+
+
+def cost(config: ModelConfig) -> tuple[int, int]:
+    """Return the parameters beside the embeddings, and the operations to train on one token."""
+    with torch.device("meta"):
+        model = models.build(config)
+    embeddings = config.vocab_size * config.n_embd * (1 if config.tie_weights else 2)
+    return models.count_parameters(model) - embeddings, models.flops_per_token(model)
+
+
+def seconds_per_step(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    dataset: Dataset,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    """Train a model of this size for a few steps and return the median of their times."""
+    torch.manual_seed(config.seed)
+    model = models.build(model_config).to(device)
+    optimizer = make_optimizer(config, model)
+    times = []
+    for index in range(PROBE_STEPS):
+        started = time.monotonic()
+        batch = to_device(dataset.batch(index, config.batch_size), device)
+        with autocast(device, dtype):
+            _, value = model(**batch)
+        value.backward()
+        optimizer.step()
+        model.zero_grad()
+        value.item()  # waits for a GPU
+        times.append(time.monotonic() - started)
+    return statistics.median(times[1:]) * config.gradient_accumulation_steps
+
+
+# --------------------------------------------------------------------------------------
+# plan.py
+
+
+def write_plan(path: Path, config: TrainConfig, model_config: ModelConfig) -> None:
+    """Write a config file that repeats a run, step by step, and that a person edits to go on."""
+    lines = [
+        f"# {config.minutes:g} minutes of training on {config.dataset}, step by step: what --minutes chose.",
+        "#",
+        f"#   python train.py {path}",
+        "",
+    ]
+    for part in (replace(config, minutes=None), model_config):
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if value != field.default:
+                lines.append(f"{field.name} = {value!r}")
+    text = "\n".join(lines) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
