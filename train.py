@@ -17,6 +17,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Collection
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -158,7 +159,7 @@ def main(argv: list[str]) -> int:
         if start.config.dry_run:
             print(dry_run(start.config, start.model_config))
             return 0
-        run = setup(*start[1:], start.given)
+        run = setup(*start)
         fine_tunes = start.base is not None
         del start  # which would keep a checkpoint in memory
         print(summary(run), flush=True)
@@ -205,11 +206,11 @@ def setup(
     model_config: ModelConfig,
     saved: dict | None = None,
     base: Loaded | None = None,
-    given: dict | None = None,
+    given: Collection[str] = (),
 ) -> Run:
     """Put a run together. saved: the checkpoint that it resumes. base: the model that it starts from.
 
-    given: the keys of the command line, which a plan for minutes obeys.
+    given: the keys that a plan for minutes leaves as they are.
     """
     processes = distributed.start(
         config.backend, pick_device(config.device), config.parallel
@@ -239,7 +240,7 @@ def setup(
         clock = plan.Clock(limits.STARTED, config.minutes, earlier)
     if clock and not saved:
         config, model_config = plan.choose(
-            config, model_config, given or {}, dataset, clock, device, dtype
+            config, model_config, given, dataset, clock, device, dtype
         )
     # frozen parameters take less than it counts
     if not config.eval_only and not config.freeze:
@@ -611,7 +612,7 @@ def finish(run: Run, folder: RunFolder) -> None:
     if run.position < run.config.max_iters:
         print(f"stopped early: the validation loss was lowest at iter {progress.best_iter}")
     model = load(folder.path).model.to(run.device)
-    if not run.clock and evaluates_whole(run):
+    if evaluates_whole(run):
         row = evaluation.measures(evaluation.evaluate(run, model, None), run.dataset)
         print(f"the whole validation split: {evaluation.evaluation_line(row)}")
     with autocast(run.device, sample_dtype(run.config.dtype, run.device)):
@@ -629,6 +630,8 @@ def finish(run: Run, folder: RunFolder) -> None:
 def evaluates_whole(run: Run) -> bool:
     """Return whether the whole validation split, seen in part so far, takes less than a twentieth of the training."""
     config = run.config
+    if config.eval_iters or run.clock:
+        return False
     batches = run.dataset.all_val_batches(config.batch_size)
     seen = batches <= config.evaluated_batches()
     steps = config.max_iters * config.gradient_accumulation_steps

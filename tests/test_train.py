@@ -71,7 +71,7 @@ def test_a_run_leaves_checkpoints_metrics_picture_and_settings(run_train, capsys
     assert [row["tokens"] for row in rows] == [64 * row["iter"] for row in rows]
     raw = [json.loads(line) for line in (OUT / "metrics.jsonl").read_text().splitlines()]
     logged = {"train_loss", "lr", "grad_norm", "tokens_per_second"}
-    evaluated = {"val_loss", "val_bits_per_byte", "val_perplexity"}
+    evaluated = {"val_loss", "val_standard_error", "val_bits_per_byte", "val_perplexity"}
     always = {"iter", "tokens", "seconds"}
     assert [row.keys() - always for row in raw] == [*[logged] * 3, evaluated] * 2
     assert all(always <= row.keys() for row in raw)
@@ -157,7 +157,7 @@ def test_only_a_run_with_steps_left_is_stopped_early(
 def test_evaluating_only_writes_nothing(tiny, capsys):
     assert train.main([*TINY_RUN, "--eval_only=True"]) == 0
     assert re.fullmatch(
-        r"val loss \d\.\d{4} \(\d\.\d{3} bits per byte, perplexity [\d.]+\) at iter 0",
+        r"val loss \d\.\d{4} ± \d\.\d{4} \(\d\.\d{3} bits per byte, perplexity [\d.]+\) at iter 0",
         capsys.readouterr().out.splitlines()[-1],
     )
     assert not Path("out").exists()

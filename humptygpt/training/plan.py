@@ -6,6 +6,7 @@ The law that chooses was fitted to runs over texts, sizes and times: RECORDS.md,
 import math
 import statistics
 import time
+from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def dropout(epochs: float) -> float:
 def choose(
     config: TrainConfig,
     model_config: ModelConfig,
-    given: dict,
+    given: Collection[str],
     dataset: Dataset,
     clock: Clock,
     device: torch.device,
@@ -116,10 +117,10 @@ def choose(
 ) -> tuple[TrainConfig, ModelConfig]:
     """Return the settings by which the law promises the lowest loss in the time that is left.
 
-    given: the keys of the command line, which are obeyed. Raises UserError where not one step would fit.
+    given: keys that stay as they are. Raises UserError where not one step would fit.
     """
     sizes = [model_config]
-    if not given.keys() & {"n_layer", "n_head", "n_embd", "n_hidden"}:
+    if not {"n_layer", "n_head", "n_embd", "n_hidden"}.intersection(given):
         sizes = [sized(model_config, n_layer, n_embd) for n_layer, n_embd in SIZES]
     costs = [cost(size) for size in sizes]
     # a step takes some time whatever the size, and more by what it computes: two sizes show both

@@ -196,11 +196,13 @@ class TrainConfig:
 class Start(NamedTuple):
     """What a command asks for."""
 
-    given: dict  # the keys that the command line sets
     config: TrainConfig
     model_config: ModelConfig
     saved: dict | None = None  # the checkpoint to resume
     base: Loaded | None = None  # the model to start from
+    given: tuple[
+        str, ...
+    ] = ()  # the keys that the command line sets, without those of a config file
 
 
 def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
@@ -254,7 +256,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     in_line = configurator.read(
         [x for x in argv if x[:2] == "--"], ModelConfig, TrainConfig
     )
-    return Start(in_line, config, model_config, saved, base)
+    return Start(config, model_config, saved, base, tuple(in_line))
 
 
 def name_dataset(given: dict, argv: list[str]) -> None:
