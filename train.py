@@ -42,6 +42,7 @@ from humptygpt.data.batches import Dataset, Prefetcher
 from humptygpt.data.token_files import COMMAND, made_by, read_meta
 from humptygpt.generation import tasks
 from humptygpt.interchange.adapters import write_adapter
+from humptygpt.interchange.huggingface import find_family
 from humptygpt.interchange.load import Loaded, load
 from humptygpt.nn import lora
 from humptygpt.nn.layers import (
@@ -67,6 +68,8 @@ from humptygpt.training.run_folder import (
 )
 from humptygpt.training.settings import TrainConfig, open_prepared, read_settings
 from model import ModelConfig
+
+MANY_EPOCHS = 5  # of fine-tuning
 
 
 @dataclass
@@ -171,17 +174,22 @@ def main(argv: list[str]) -> int:
         else:
             if fine_tunes:
                 print(resume.cost_report(run), flush=True)
-            code = fit(run)
+            code = fit(run, fine_tunes)
         run.processes.end()
         return code
 
 
-def fit(run: Run) -> int:
+def fit(run: Run, fine_tunes: bool) -> int:
     """Train, show what the model can do, and return the exit code."""
     out_dir = Path(run.config.out_dir)
     settings = asdict(run.config) | asdict(run.model.config)
     folder = RunFolder(out_dir, settings, run.progress.iter, writes=run.processes.first)
     with closing(folder):
+        if fine_tunes:
+            loss = evaluation.evaluate(run, run.net, run.config.evaluated_batches())
+            row = evaluation.measures(loss, run.dataset)
+            folder.record(run.progress.stamp() | row)
+            print(f"before the first step: {evaluation.evaluation_line(row)}", flush=True)
         try:
             stopped_by = train(run, folder)
         except Diverged as error:
@@ -235,6 +243,8 @@ def setup(
     else:
         model_config = for_vocabulary(model_config, dataset)
     clock = None
+    if config.minutes and processes.size > 1:
+        raise UserError("minutes is for one process; with several, take max_iters")
     if config.minutes:
         earlier = saved["progress"].get("run_seconds", 0.0) if saved else 0.0
         clock = plan.Clock(limits.STARTED, config.minutes, earlier)
@@ -413,16 +423,35 @@ def summary(run: Run) -> str:
         batch = f"{config.gradient_accumulation_steps} times {batch}"
     micro_batches = config.max_iters * config.gradient_accumulation_steps
     epochs = micro_batches / dataset.batches_per_epoch(config.batch_size)
+    if config.init_from != "scratch" and epochs > MANY_EPOCHS:
+        note(
+            f"{epochs:.0f} epochs: a model that is fine-tuned on so little text soon learns it by heart"
+        )
     start = "" if config.init_from == "scratch" else f", from {config.init_from}"
+    about = f"about {config.max_iters:,}" if run.clock else f"{config.max_iters:,}"
     done = f"; {run.progress.iter:,} are done" if run.progress.iter else ""
     processes = f", {run.processes.size} processes" if run.processes.size > 1 else ""
     return (
         f"data: {dataset.meta['source']}, {len(dataset.train):,} tokens to train on,"
         f" vocabulary of {run.model.config.vocab_size:,}\n"
         f"model: {run.model.config.model}, {models.count_parameters(run.model):,} parameters{start}\n"
-        f"steps: {config.max_iters:,} of {batch}, {epochs:.1f} epochs{done}\n"
+        f"steps: {about} of {batch}, {epochs:.1f} epochs{done}\n"
         f"evaluation: every {config.eval_interval:,} steps, on {evaluated}\n"
         f"device: {run.device}, {str(run.dtype).removeprefix('torch.')}{processes}"
+        f"{choice(run) if run.clock else ''}"
+    )
+
+
+def choice(run: Run) -> str:
+    """Return what --minutes has chosen, and whether the model can leave."""
+    config = run.model.config
+    try:
+        export = f"as {find_family(config)}"
+    except UserError as error:
+        export = f"not of this model; {error}"
+    return (
+        f"\nminutes: {run.config.minutes:g}; chosen: {config.n_layer} layers of {config.n_embd} features,"
+        f" dropout {config.dropout:g}; what is given is obeyed\nexport: {export}"
     )
 
 
@@ -609,6 +638,7 @@ def finish(run: Run, folder: RunFolder) -> None:
         config = dataclasses.replace(run.config, **steps)
         plan.write_plan(folder.path / "plan.py", config, run.model.config)
         print(f"{folder.path / 'plan.py'} is a config file that repeats this, step by step")
+        print(advice(run))
     if run.position < run.config.max_iters:
         print(f"stopped early: the validation loss was lowest at iter {progress.best_iter}")
     model = load(folder.path).model.to(run.device)
@@ -625,6 +655,14 @@ def finish(run: Run, folder: RunFolder) -> None:
     command = as_written_here(run.task.sample_command.format(out_dir_key(run)))
     print(f"{run.task.sample_label}: {command}")
     print(f"best val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}")
+
+
+def advice(run: Run) -> str:
+    """Return what would help most, by the law that chose."""
+    bytes_per_token = run.dataset.val_bytes_per_token()
+    parameters, _ = plan.cost(run.model.config)
+    text = len(run.dataset.train) * bytes_per_token
+    return plan.advice(parameters, run.progress.tokens * bytes_per_token, text)
 
 
 def evaluates_whole(run: Run) -> bool:

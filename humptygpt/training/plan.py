@@ -97,6 +97,19 @@ def loss(parameters: float, read: float, text: float) -> float:
     return A * parameters**-ALPHA + B * worth**-BETA
 
 
+def advice(parameters: int, read: float, text: float) -> str:
+    """Return what would lower the loss most: more minutes, more text or a larger model."""
+    now = loss(parameters, read, text)
+    gains = {
+        "twice the minutes": now - loss(parameters, 2 * read, text),
+        "twice the text": now - loss(parameters, read, 2 * text),
+        "twice the parameters, in twice the minutes": now
+        - loss(2 * parameters, read, text),
+    }
+    best = max(gains, key=gains.get)
+    return f"what would help most: {best}, by about {gains[best]:.2f} bits per byte"
+
+
 def dropout(epochs: float) -> float:
     """Return the dropout for a text that is read so often."""
     return round(min(0.3, max(0.0, 0.19 * math.log2(max(epochs, 1) / 2.4))), 2)
@@ -119,6 +132,10 @@ def choose(
 
     given: keys that stay as they are. Raises UserError where not one step would fit.
     """
+    if dataset.task != "language modelling":
+        raise UserError(
+            f"minutes={config.minutes:g} is for text, and {config.dataset} has sentence pairs; take max_iters"
+        )
     sizes = [model_config]
     if not {"n_layer", "n_head", "n_embd", "n_hidden"}.intersection(given):
         sizes = [sized(model_config, n_layer, n_embd) for n_layer, n_embd in SIZES]

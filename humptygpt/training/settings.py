@@ -36,6 +36,8 @@ MUONS = [name for name, rule in OPTIMIZERS.items() if rule.learning_rate != "lea
 MUON = {"only_with": {"optimizer": tuple(MUONS)}}
 DECAY = {"only_with": {"decay_lr": True}}
 DECAY_RATE = {"at_least": 0, "below": 1}
+# of a run that starts from a model: a tenth of the rates with which models begin
+GENTLE = {"learning_rate": 1e-4, "muon_learning_rate": 0.002}
 # the config file that is taken where none is named
 RECIPE = "own_text"
 
@@ -212,10 +214,14 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     """
     rank, processes = distributed.launched()
     given = configurator.read(argv, ModelConfig, TrainConfig)
+    options = [argument for argument in argv if argument.startswith("--")]
+    in_line = configurator.read(options, ModelConfig, TrainConfig)
+    if {"minutes", "max_iters"} <= in_line.keys():
+        raise UserError("minutes and max_iters are two lengths of one run; leave one out")
     if given.get("input"):
         name_dataset(given, argv)
     recipe = {}
-    if RECIPE and given.get("init_from", "scratch") == "scratch" and not configs(argv):
+    if RECIPE and given.get("init_from", "scratch") == "scratch" and options == argv:
         recipe = configurator.read(
             [configurator.our_configs()[RECIPE]], ModelConfig, TrainConfig
         )
@@ -239,7 +245,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         settings = resumed_settings(saved, given, path)
     elif init_from != "scratch":
         base = load(init_from)
-        settings = given | base_settings(base, given)
+        settings = GENTLE | given | base_settings(base, given)
     config = configurator.make(TrainConfig, settings)
     model_config = configurator.make(ModelConfig, settings)
     sharded = processes > 1 and config.parallel == "fsdp"
@@ -253,9 +259,6 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     config = fit_warmup(
         config, chosen="warmup_iters" in given | recipe or saved is not None
     )
-    in_line = configurator.read(
-        [x for x in argv if x[:2] == "--"], ModelConfig, TrainConfig
-    )
     return Start(config, model_config, saved, base, tuple(in_line))
 
 
@@ -267,10 +270,6 @@ def name_dataset(given: dict, argv: list[str]) -> None:
         )
     if not any(argument.startswith("--dataset=") for argument in argv):
         given["dataset"] = data_name(given["input"])
-
-
-def configs(argv: list[str]) -> list[str]:
-    return [argument for argument in argv if not argument.startswith("--")]
 
 
 def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
