@@ -100,12 +100,7 @@ class Run:
     @property
     def is_over(self) -> bool:
         stops_early = 0 < self.config.early_stopping <= self.progress.evals_since_best
-        return stops_early or self.position >= self.config.max_iters
-
-    @property
-    def position(self) -> float:
-        """How far it is, in steps of max_iters: the steps done, or by the clock."""
-        return self.progress.position if self.clock else self.progress.iter
+        return stops_early or self.progress.position >= self.config.max_iters
 
     @property
     def path(self) -> Path:
@@ -243,8 +238,6 @@ def setup(
     else:
         model_config = for_vocabulary(model_config, dataset)
     clock = None
-    if config.minutes and processes.size > 1:
-        raise UserError("minutes is for one process; with several, take max_iters")
     if config.minutes:
         earlier = saved["progress"].get("run_seconds", 0.0) if saved else 0.0
         clock = plan.Clock(limits.STARTED, config.minutes, earlier)
@@ -365,13 +358,16 @@ def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
     """Return the checkpoint's progress."""
     progress = dict(saved["progress"])
     steps = progress["iter"]
-    if steps >= config.max_iters and not config.eval_only:
-        note(f"all {steps} steps are done; for more: --max_iters=N")
     before = configurator.restore(TrainConfig, saved["train_config"])
+    position = float(steps)
+    if config.minutes and before.minutes:
+        position = progress.get("position", 0.0) * before.minutes / config.minutes
+    if position >= config.max_iters and not config.eval_only:
+        note(f"all {steps} steps are done; for more: --max_iters=N")
     if config.evaluated_batches() != before.evaluated_batches():
         note("the evaluation set changed, so that the lowest validation loss starts over")
         progress |= {"best_val_loss": math.inf, "best_iter": 0, "evals_since_best": 0}
-    return Progress(**progress)
+    return Progress(**progress | {"position": position})
 
 
 def compile_model(run: Run) -> nn.Module:
@@ -468,22 +464,20 @@ def train(run: Run, folder: RunFolder) -> int | None:
         run.clock.leave_out(0.0)
     with catch_signals() as signals, progress_bar(run) as bar:
         while not run.is_over:
-            before = run.position
+            before = progress.position
             lr = config.lr(before)
             run.optimizer.set_lr(lr / config.learning_rate)
             loss, grad_norm, tokens = train_step(run, progress.iter)
             progress.iter += 1
             progress.tokens += tokens
             meter.add(loss, grad_norm)
-            if run.clock:
-                progress.position = run.clock.advance(before, config)
-            bar.update(run.position - before)
+            after = run.clock.advance(before, config) if run.clock else before + 1
+            progress.position = after
+            bar.update(after - before)
 
-            last = run.position >= config.max_iters
-            due = (
-                last
-                or before // config.eval_interval < run.position // config.eval_interval
-            )
+            last = after >= config.max_iters
+            interval = config.eval_interval
+            due = last or before // interval < after // interval
             log = last or progress.iter % config.log_interval == 0
             # a signal that comes later waits for the next step
             stop = run.processes.agree(signals)
@@ -586,7 +580,7 @@ def on_whole_model(run: Run, show):
 def progress_bar(run: Run) -> tqdm:
     return tqdm(
         total=run.config.max_iters,
-        initial=run.progress.iter,
+        initial=run.progress.position,
         unit="step",
         dynamic_ncols=True,
         disable=None if run.processes.first else True,
@@ -605,12 +599,13 @@ def report(bar: tqdm, row: dict, run: Run, evaluation: float) -> None:
         bar.set_postfix_str(text)
         return
     steps = run.config.max_iters
-    left = (steps - progress.iter) * progress.seconds / progress.iter
-    left += math.ceil((steps - progress.iter) / run.config.eval_interval) * evaluation
-    of = f"/{steps}"
     if run.clock:
+        of = f" ({progress.position / steps:.0%})"
         left = run.clock.end - monotonic()
-        of = f" ({run.position / steps:.0%})"
+    else:
+        of = f"/{steps}"
+        left = (steps - progress.iter) * progress.seconds / progress.iter
+        left += math.ceil((steps - progress.iter) / run.config.eval_interval) * evaluation
     write_line(bar, f"iter {progress.iter}{of}: {text}, {left:.0f} s left")
 
 
@@ -631,15 +626,11 @@ def finish(run: Run, folder: RunFolder) -> None:
     """Show what the best model can do, as sample.py will take it: its text, or the score of its translations."""
     progress = run.progress
     if run.clock:
-        steps = {
-            "max_iters": progress.iter,
-            "eval_interval": math.ceil(progress.iter / plan.EVALUATIONS),
-        }
-        config = dataclasses.replace(run.config, **steps)
-        plan.write_plan(folder.path / "plan.py", config, run.model.config)
-        print(f"{folder.path / 'plan.py'} is a config file that repeats this, step by step")
+        path = folder.path / "plan.py"
+        plan.write_plan(path, run.config, run.model.config, progress.iter)
+        print(f"{path} is a config file that repeats this, step by step")
         print(advice(run))
-    if run.position < run.config.max_iters:
+    if progress.position < run.config.max_iters:
         print(f"stopped early: the validation loss was lowest at iter {progress.best_iter}")
     model = load(folder.path).model.to(run.device)
     if evaluates_whole(run):
@@ -668,7 +659,7 @@ def advice(run: Run) -> str:
 def evaluates_whole(run: Run) -> bool:
     """Return whether the whole validation split, seen in part so far, takes less than a twentieth of the training."""
     config = run.config
-    if config.eval_iters or run.clock:
+    if config.eval_iters or run.clock or run.processes.size > 1:
         return False
     batches = run.dataset.all_val_batches(config.batch_size)
     seen = batches <= config.evaluated_batches()

@@ -4,7 +4,6 @@ import math
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -38,14 +37,13 @@ class Trainer:
     def val_loss(self) -> float:
         """Return nats per token over the whole validation split, in blocks of block_size, in float32."""
         run = SimpleNamespace(
-            config=replace(self.config, eval_iters=None),
+            config=self.config,
             processes=ONE_PROCESS,
             dataset=self.dataset,
-            net=self.model,
             device=self.device,
             dtype=torch.float32,
         )
-        return evaluate(run)
+        return evaluate(run, self.model, None).mean
 
 
 class Generator:

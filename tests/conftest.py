@@ -20,7 +20,9 @@ from humptygpt.training import run_folder, settings
 from humptygpt.training.optimizers import make_optimizer
 from humptygpt.training.settings import TrainConfig
 
-WITHOUT_SAMPLE = replace(TASKS["language modelling"], final_examples=None)
+WITHOUT_SAMPLE = replace(
+    TASKS["language modelling"], evaluation_examples=None, final_examples=None
+)
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # models this small only wait for each other's threads
 TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16"]
@@ -72,7 +74,7 @@ def without_recipe(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def short_ending(request, monkeypatch):
-    """Most runs here do without the picture and the sample, which take longer than all of their steps."""
+    """Most runs here do without the picture and the samples, which take longer than all of their steps."""
     if "whole_ending" not in request.keywords:
         monkeypatch.setattr(run_folder, "draw_losses", lambda *args: None)
         monkeypatch.setitem(TASKS, "language modelling", WITHOUT_SAMPLE)

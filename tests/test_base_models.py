@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shlex
 import shutil
 from collections import OrderedDict
@@ -53,17 +54,24 @@ def test_a_run_starts_with_the_weights_of_another(other):
 def test_fine_tuning_is_below_training_from_scratch_at_equal_steps(other):
     assert train.main(FROM_RUN) == 0
     assert train.main([*FROM_RUN, "--init_from=scratch", "--out_dir=out/scratch"]) == 0
-    assert all(
-        a < b - 0.1
-        for a, b in zip(val_losses("out/other"), val_losses("out/scratch"), strict=True)
-    )
+    _, *tuned = val_losses("out/other")
+    assert all(a < b - 0.1 for a, b in zip(tuned, val_losses("out/scratch"), strict=True))
 
 
 def test_a_run_that_started_from_a_model_resumes_without_it(other):
     assert train.main([*FROM_RUN, "--max_iters=3", "--lr_decay_iters=6"]) == 0
     shutil.rmtree("out/run")
     assert train.main(["--init_from=resume", "--out_dir=out/other", "--max_iters=6"]) == 0
-    assert len(val_losses("out/other")) == 2
+    assert len(val_losses("out/other")) == 3
+
+
+def test_the_first_row_of_fine_tuning_is_the_loss_before_its_first_step(other, capsys):
+    assert train.main([*FROM_RUN, "--eval_only=True"]) == 0
+    loss = re.search(r"val loss \S+", capsys.readouterr().out)[0]
+    assert train.main(FROM_RUN) == 0
+    first = read_rows(Path("out/other"))[0]
+    assert first["iter"] == 0 and f"val loss {first['val_loss']:.4f}" == loss
+    assert f"before the first step: {loss}" in capsys.readouterr().out
 
 
 def test_other_tokens_are_refused_and_the_key_in_the_message_mends_it(
@@ -435,8 +443,8 @@ def test_after_nanogpts_defaults_its_config_files_mean_what_they_mean_there(
     Path("theirs.py").write_text(
         "".join(f"{key} = {value!r}\n" for key, value in keys.items())
     )
-    config, model_config, _, found = read_settings([str(DEFAULTS), "theirs.py"])
-    settings = vars(config) | vars(model_config)
+    start = read_settings([str(DEFAULTS), "theirs.py"])
+    settings = vars(start.config) | vars(start.model_config)
     defaults = {
         "dataset": "openwebtext",
         "learning_rate": 6e-4,
@@ -455,7 +463,8 @@ def test_after_nanogpts_defaults_its_config_files_mean_what_they_mean_there(
     started = "init_from" in keys
     expected = defaults | keys | (shape if started else {})
     assert {key: settings[key] for key in expected} == expected
-    assert asked == ([keys["init_from"]] if started else []) and (found is base) == started
+    assert asked == ([keys["init_from"]] if started else [])
+    assert (start.base is base) == started
     assert ("n_layer=12: without effect" in capsys.readouterr().err) == started
 
 

@@ -258,12 +258,11 @@ def check_content(saved: dict, device: str) -> None:
     progress = saved["progress"]
     if unknown := progress.keys() - {key.rstrip("?") for key in PROGRESS}:
         raise ValueError(f"progress.{min(unknown)} is unknown")
-    seconds = progress["seconds"]
-    best_val_loss = progress["best_val_loss"]
-    if not (0 <= seconds < 1e9 and best_val_loss >= 0):
-        raise ValueError(
-            f"progress has seconds={seconds} and best_val_loss={best_val_loss}"
-        )
+    for key in ("seconds", "run_seconds", "position"):
+        if not 0 <= progress.get(key, 0) < 1e9:
+            raise ValueError(f"progress has {key}={progress[key]}")
+    if not progress["best_val_loss"] >= 0:
+        raise ValueError(f"progress has best_val_loss={progress['best_val_loss']}")
 
 
 def check_weights(

@@ -34,6 +34,7 @@ SIZES = (
     (10, 576),
     (12, 768),
 )
+SIZE = {"n_layer", "n_head", "n_embd", "n_hidden"}  # keys
 HEAD_SIZE = 64
 EVALUATIONS = 4
 TIME_TO_TRAIN = 0.85  # of what is left after the choice: the rest evaluates
@@ -62,8 +63,12 @@ class Clock:
 
     def seconds_left(self, position: float, config: TrainConfig) -> float:
         """Return the seconds that are left to train, without those of the evaluations to come and of the end."""
-        evaluations = math.ceil((config.max_iters - position) / config.eval_interval)
-        return self.end - time.monotonic() - ENDING - (evaluations + 1) * self.evaluation
+        evaluations = math.ceil((config.max_iters - position) / config.eval_interval) + 1
+        return self.end - time.monotonic() - ENDING - evaluations * self.evaluation
+
+    def planned(self) -> float:
+        """Return the seconds that a plan made now has to train."""
+        return TIME_TO_TRAIN * (self.end - time.monotonic() - ENDING)
 
     def advance(self, position: float, config: TrainConfig) -> float:
         """Return how far training is after a step, in steps of config.max_iters; position: before it."""
@@ -130,14 +135,15 @@ def choose(
 ) -> tuple[TrainConfig, ModelConfig]:
     """Return the settings by which the law promises the lowest loss in the time that is left.
 
-    given: keys that stay as they are. Raises UserError where not one step would fit.
+    given: keys that stay as they are; so does the size of a model to start from. Raises UserError where not one step
+    would fit.
     """
     if dataset.task != "language modelling":
         raise UserError(
             f"minutes={config.minutes:g} is for text, and {config.dataset} has sentence pairs; take max_iters"
         )
     sizes = [model_config]
-    if not {"n_layer", "n_head", "n_embd", "n_hidden"}.intersection(given):
+    if config.init_from == "scratch" and not SIZE.intersection(given):
         sizes = [sized(model_config, n_layer, n_embd) for n_layer, n_embd in SIZES]
     costs = [cost(size) for size in sizes]
     # a step takes some time whatever the size, and more by what it computes: two sizes show both
@@ -146,8 +152,14 @@ def choose(
         i: seconds_per_step(config, sizes[i], dataset, device, dtype)
         for i in (small, large)
     }
-    slope = (times[large] - times[small]) / max(1, costs[large][1] - costs[small][1])
-    seconds = TIME_TO_TRAIN * (clock.end - time.monotonic() - ENDING)
+    more = times[large] - times[small]
+    slope = max(0.0, more) / max(1, costs[large][1] - costs[small][1])
+    seconds = clock.planned()
+    if seconds < times[small]:
+        raise UserError(
+            f"minutes={config.minutes:g} is too short: {clock.seconds():.1f} s are over before the first step,"
+            f" which takes {times[small]:.2g} s"
+        )
     bytes_per_token = dataset.val_bytes_per_token()
     text = len(dataset.train) * bytes_per_token
     per_step = (
@@ -162,14 +174,11 @@ def choose(
 
     best = min(range(len(sizes)), key=promise)
     step = times.get(best) or seconds_per_step(config, sizes[best], dataset, device, dtype)
-    steps = int(TIME_TO_TRAIN * (clock.end - time.monotonic() - ENDING) / step)
-    if steps < 1:
-        raise UserError(
-            f"minutes={config.minutes:g} is too short: a step of the smallest model takes {step:.2g} s here"
-        )
+    steps = max(1, int(clock.planned() / step))
     epochs = steps * per_step / len(dataset.train)
     chosen = {
         "max_iters": steps,
+        "lr_decay_iters": None,
         "eval_interval": max(1, math.ceil(steps / EVALUATIONS)),
         "warmup_iters": min(config.warmup_iters, steps // 10),
     }
@@ -183,17 +192,20 @@ def choose(
 def sized(config: ModelConfig, n_layer: int, n_embd: int) -> ModelConfig:
     """Return the same architecture in another size."""
     n_head = max(1, n_embd // HEAD_SIZE)
-    sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_hidden": None}
-    if config.n_kv_head:
-        groups = config.n_head // config.n_kv_head
-        sizes["n_kv_head"] = max(1, n_head // groups) if n_head % groups == 0 else n_head
-    return replace(config, head_size=None, **sizes)
+    return replace(
+        config,
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=n_head,
+        n_kv_head=config.n_kv_head and math.gcd(n_head, config.n_kv_head),
+        head_size=None,
+        n_hidden=None,
+    )
 
 
 def cost(config: ModelConfig) -> tuple[int, int]:
     """Return the parameters beside the embeddings, and the operations to train on one token."""
-    with torch.device("meta"):
-        model = models.build(config)
+    model = models.build_on_meta(config)
     embeddings = config.vocab_size * config.n_embd * (1 if config.tie_weights else 2)
     return models.count_parameters(model) - embeddings, models.flops_per_token(model)
 
@@ -227,15 +239,25 @@ def seconds_per_step(
 # plan.py
 
 
-def write_plan(path: Path, config: TrainConfig, model_config: ModelConfig) -> None:
-    """Write a config file that repeats a run, step by step, and that a person edits to go on."""
+def write_plan(
+    path: Path, config: TrainConfig, model_config: ModelConfig, steps: int
+) -> None:
+    """Write a config file that repeats a run of so many steps, and that a person edits to go on."""
+    interval = round(config.eval_interval * steps / config.max_iters)
+    config = replace(
+        config,
+        minutes=None,
+        input=None,
+        max_iters=steps,
+        eval_interval=max(1, interval),
+    )
     lines = [
-        f"# {config.minutes:g} minutes of training on {config.dataset}, step by step: what --minutes chose.",
+        f"# What --minutes chose for {config.dataset}, step by step.",
         "#",
         f"#   python train.py {path}",
         "",
     ]
-    for part in (replace(config, minutes=None), model_config):
+    for part in (config, model_config):
         for field in fields(part):
             value = getattr(part, field.name)
             if value != field.default:

@@ -60,9 +60,8 @@ class Progress:
     best_val_loss: float = math.inf
     best_iter: int = 0
     evals_since_best: int = 0
-    # of a run by the clock: how far it is, in steps of max_iters, and seconds of all its commands
-    position: float = 0.0
-    run_seconds: float = 0.0
+    position: float = 0.0  # how far it is, in steps of max_iters: iter, or by the clock
+    run_seconds: float = 0.0  # of a run by the clock: all of its commands took
     # of the steps since the last row of metrics
     losses: list[float] = field(default_factory=list)
 
@@ -225,7 +224,7 @@ class RunFolder:
             if resumed_at:
                 self.rows = rows_until(path / "metrics.jsonl", resumed_at)
             else:
-                keep_earlier_run(path)
+                keep_earlier_run(path, settings)
             files.remove_unfinished(path, FILES)
         except OSError as error:
             raise files.cannot_write(path, error, f"; {ANOTHER}") from error
@@ -262,9 +261,11 @@ def rows_until(metrics: Path, step: int) -> list[dict]:
     return [row for row in rows if row["iter"] <= step and "test_bleu" not in row]
 
 
-def keep_earlier_run(out_dir: Path) -> None:
+def keep_earlier_run(out_dir: Path, settings: dict) -> None:
     """Move an earlier run's files aside; killed in between, the next start moves the rest."""
-    earlier = [name for name in FILES if (out_dir / name).exists()]
+    # which a run by its steps may have for its config file
+    plan = ["plan.py"] if settings.get("minutes") else []
+    earlier = [name for name in FILES + plan if (out_dir / name).exists()]
     metrics = out_dir / "metrics.jsonl"
     begun_only = metrics.exists() and not metrics.stat().st_size
     if (earlier and not begun_only) or files.being_moved(out_dir):

@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import shlex
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ DECAY_RATE = {"at_least": 0, "below": 1}
 # of a run that starts from a model: a tenth of the rates with which models begin
 GENTLE = {"learning_rate": 1e-4, "muon_learning_rate": 0.002}
 # the config file that is taken where none is named
-RECIPE = "own_text"
+RECIPE = configurator.CONFIGS / "own_text.py"
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,8 @@ class Start(NamedTuple):
     model_config: ModelConfig
     saved: dict | None = None  # the checkpoint to resume
     base: Loaded | None = None  # the model to start from
-    given: tuple[
-        str, ...
-    ] = ()  # the keys that the command line sets, without those of a config file
+    # keys that the command line sets, without those of a config file
+    given: Collection[str] = ()
 
 
 def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
@@ -215,16 +215,14 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     rank, processes = distributed.launched()
     given = configurator.read(argv, ModelConfig, TrainConfig)
     options = [argument for argument in argv if argument.startswith("--")]
-    in_line = configurator.read(options, ModelConfig, TrainConfig)
-    if {"minutes", "max_iters"} <= in_line.keys():
+    in_line = {option[2:].partition("=")[0] for option in options}
+    if given.get("minutes") and "max_iters" in in_line:
         raise UserError("minutes and max_iters are two lengths of one run; leave one out")
     if given.get("input"):
-        name_dataset(given, argv)
+        name_dataset(given, in_line)
     recipe = {}
     if RECIPE and given.get("init_from", "scratch") == "scratch" and options == argv:
-        recipe = configurator.read(
-            [configurator.our_configs()[RECIPE]], ModelConfig, TrainConfig
-        )
+        recipe = configurator.read([os.path.relpath(RECIPE)], ModelConfig, TrainConfig)
         given.setdefault("out_dir", f"out/{given.get('dataset', TrainConfig.dataset)}")
     out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
     path = out_dir / "ckpt.pt"
@@ -248,6 +246,8 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         settings = GENTLE | given | base_settings(base, given)
     config = configurator.make(TrainConfig, settings)
     model_config = configurator.make(ModelConfig, settings)
+    if config.minutes and processes > 1:
+        raise UserError("minutes is for one process; with several, take max_iters")
     sharded = processes > 1 and config.parallel == "fsdp"
     if saved and checkpoint.lacks_tensors(saved) and not sharded:
         saved = checkpoint.read(path)
@@ -255,20 +255,20 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         import_logger(name)
     note_without_effect(given, config, model_config, processes)
     if recipe:
-        note(f"no config file is named: config/{RECIPE}.py is taken")
+        note(f"no config file is named: config/{RECIPE.name} is taken")
     config = fit_warmup(
         config, chosen="warmup_iters" in given | recipe or saved is not None
     )
-    return Start(config, model_config, saved, base, tuple(in_line))
+    return Start(config, model_config, saved, base, in_line)
 
 
-def name_dataset(given: dict, argv: list[str]) -> None:
+def name_dataset(given: dict, in_line: set[str]) -> None:
     """Name the data set of a new run after its input, also beside a config file, unless the command line names it."""
     if given.get("init_from") == "resume":
         raise UserError(
             f"input={given['input']} is for a new run; the one that resumes has its data: leave it out"
         )
-    if not any(argument.startswith("--dataset=") for argument in argv):
+    if "dataset" not in in_line:
         given["dataset"] = data_name(given["input"])
 
 
@@ -294,6 +294,8 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
                 " leave it out, or train a new model with --init_from=scratch and another --out_dir"
             )
     kept = {key: own[key] for key in fixed | {"init_from"}}
+    if "max_iters" in given:
+        own["minutes"] = None
     return (
         own
         | {"backend": TrainConfig.backend}
