@@ -1,8 +1,9 @@
 """The runs to which the law of --minutes was fitted: a random search over texts and minutes, in runs that resume.
 
-    python benchmarks/law.py prepare       data/law_*: the texts
-    python benchmarks/law.py measure       out/law/steps.json: the steps that a run's minutes hold, on a quiet machine
-    python benchmarks/law.py run 3 0/2     the first half of the runs of 3 minutes, but for those that are done
+    python -m benchmarks.law prepare       data/law_*: the texts
+    python -m benchmarks.law measure       out/law/steps.json: the steps that a run's minutes hold, on a quiet machine
+    python -m benchmarks.law run 3 0/2     the first half of the runs of 3 minutes, but for those that are done
+    python -m benchmarks.law fit           the constants of humptygpt/training/plan.py
     python compare.py out/law/*/*          what came out
 
 The ranges and the seeds below were chosen before any of these runs.
@@ -15,6 +16,23 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+
+from humptygpt.core import limits
+
+if __name__ == "__main__":
+    limits.start()  # before numpy and torch are loaded
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import train
+from humptygpt.core import settings as configurator
+from humptygpt.data.token_files import read_meta
+from humptygpt.nn.layers import pick_device, pick_dtype, tune_malloc
+from humptygpt.training import plan
+from humptygpt.training.settings import open_prepared, read_settings
+from model import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/law")
@@ -68,15 +86,6 @@ def prepare() -> None:
 
 def measure() -> None:
     """Time a few steps of each run."""
-    sys.path.insert(0, str(ROOT))
-    from humptygpt.core import limits
-
-    limits.start()
-    import train
-    from humptygpt.nn.layers import tune_malloc
-    from humptygpt.training import plan
-    from humptygpt.training.settings import open_prepared, read_settings
-
     tune_malloc(False)
     steps = {}
     for text, minutes in CELLS:
@@ -84,8 +93,8 @@ def measure() -> None:
             start = read_settings([*command(text, minutes, number), "--dry_run=True"])
             dataset = open_prepared(Path("data", text), start.model_config, 1337)
             model_config = train.for_vocabulary(start.model_config, dataset)
-            device = train.pick_device("cpu")
-            dtype = train.pick_dtype("auto", device)
+            device = pick_device("cpu")
+            dtype = pick_dtype("auto", device)
             seconds = plan.seconds_per_step(
                 start.config, model_config, dataset, device, dtype
             )
@@ -121,10 +130,105 @@ def run(only: str, share: str) -> None:
         script(["train.py", *argv])
 
 
+# plan.py's constants, and for the runs that do not follow it, what it costs to miss the dropout and the learning rate
+START = {
+    "A": 12.0,
+    "ALPHA": 0.3,
+    "B": 60.0,
+    "BETA": 0.3,
+    "REPEATS": 6.0,
+    "DROPOUT": 0.15,
+    "FIRST_EPOCHS": 2.0,
+    "missed dropout": 2.0,
+    "missed rate": 0.02,
+}
+
+
+def predict(x: dict[str, Tensor], constants: Tensor, base: Tensor) -> Tensor:
+    """Return bits per byte, (runs,): plan.loss() and what its text itself adds. base: (runs,)."""
+    a, alpha, b, beta, repeats, slope, first, missed, rate = constants
+    again = (x["read"] / x["size"] - 1).clamp(min=0)
+    worth = torch.minimum(x["read"], x["size"])
+    worth = worth * (1 + repeats * (1 - torch.exp(-again / repeats)))
+    dropout = (slope * torch.log2(x["read"] / x["size"] / first)).clamp(0, 0.3)
+    law = base + a * x["parameters"] ** -alpha + b * worth**-beta
+    return law + missed * (x["dropout"] - dropout) ** 2 + rate * torch.log2(x["rate"]) ** 2
+
+
+def fit() -> None:
+    """Fit plan.loss() and plan.dropout() to the runs, and print the constants and how far they are off."""
+    rows = [row for cell in CELLS for row in finished(*cell)]
+    keys = ("parameters", "read", "size", "dropout", "rate", "bits")
+    x = {key: torch.tensor([row[key] for row in rows]).double() for key in keys}
+    text = torch.tensor([list(TEXTS).index(row["text"]) for row in rows])
+    fits = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        # logarithms, so that all are positive
+        start = torch.tensor(list(START.values())).double().log()
+        free = (start + 0.3 * torch.randn_like(start)).requires_grad_()
+        base = torch.ones(len(TEXTS), dtype=torch.float64, requires_grad=True)
+        fits.append((minimize(x, free, base, text), free.exp().detach(), base.detach()))
+    _, constants, base = min(fits, key=lambda fit: fit[0])
+    print(dict(zip(START, constants.tolist(), strict=True)))
+    print(dict(zip(TEXTS, base.tolist(), strict=True)))
+    off = (predict(x, constants, base[text]) / x["bits"] - 1).abs()
+    print(f"{len(rows)} runs, off by {off.median():.1%} (median), {off.max():.1%} at most")
+
+
+def minimize(x: dict[str, Tensor], free: Tensor, base: Tensor, text: Tensor) -> float:
+    """Fit both in place, and return how far they are off. Source of the measure: arXiv:2203.15556, section 3.3."""
+    optimizer = torch.optim.LBFGS(
+        [free, base], max_iter=2000, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        bits = predict(x, free.exp(), base[text]).clamp(min=0.01)
+        value = F.huber_loss(bits.log(), x["bits"].log(), delta=1e-2)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return closure().item()
+
+
+def finished(text: str, minutes: int) -> list[dict]:
+    """Return the runs of a cell that are done: what they chose and what came out."""
+    rows = []
+    for number in range(RUNS):
+        out_dir = OUT / f"{text}_{minutes}" / str(number)
+        if not (out_dir / "best.pt").exists():
+            continue
+        settings = json.loads((out_dir / "config.json").read_text())
+        last = json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[-1])
+        model_config = configurator.restore(
+            ModelConfig,
+            {key: value for key, value in settings.items() if hasattr(ModelConfig, key)},
+        )
+        meta = read_meta(Path("data", text))
+        train, val = (meta["splits"][split] for split in ("train", "val"))
+        bytes_per_token = val["bytes"] / val["tokens"]
+        rows.append(
+            {
+                "text": text,
+                "minutes": minutes,
+                "number": number,
+                "parameters": plan.cost(model_config)[0],
+                "read": last["tokens"] * bytes_per_token,
+                "size": train["tokens"] * bytes_per_token,
+                "dropout": settings["dropout"],
+                "rate": settings["learning_rate"] / 6e-3,
+                "bits": last["val_bits_per_byte"],
+            }
+        )
+    return rows
+
+
 def script(argv: list[str]) -> None:
     subprocess.run([sys.executable, str(ROOT / argv[0]), *argv[1:]], check=False)
 
 
 if __name__ == "__main__":
     what, *options = sys.argv[1:]
-    {"prepare": prepare, "measure": measure, "run": run}[what](*options)
+    {"prepare": prepare, "measure": measure, "run": run, "fit": fit}[what](*options)
