@@ -24,6 +24,8 @@ WITHOUT_SAMPLE = replace(
     TASKS["language modelling"], evaluation_examples=None, final_examples=None
 )
 ROOT = Path(__file__).parent.parent
+RECIPE = settings.RECIPE
+settings.RECIPE = None  # also for fixtures of a module, and for processes that tests start
 torch.set_num_threads(1)  # models this small only wait for each other's threads
 TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16"]
 TINY_RUN = [
@@ -66,10 +68,10 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def without_recipe(request, monkeypatch):
-    """Where no config file is named, the defaults of the dataclasses hold here."""
-    if "recipe" not in request.keywords:
-        monkeypatch.setattr(settings, "RECIPE", None)
+def recipe(request, monkeypatch):
+    """Where no config file is named, the defaults of the dataclasses hold here, but for tests with this mark."""
+    if "recipe" in request.keywords:
+        monkeypatch.setattr(settings, "RECIPE", RECIPE)
 
 
 @pytest.fixture(autouse=True)

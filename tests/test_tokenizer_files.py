@@ -394,7 +394,7 @@ def test_a_tokenizer_that_is_neither_a_kind_nor_a_path_is_refused(fails, folder)
     Path("mine.txt").write_text("some text " * 30)
     line = fails(prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=chars")
     kinds = ", ".join(tokenizer.TOKENIZERS)
-    assert line.startswith(f"tokenizer=chars is not one of: {kinds}, a folder")
+    assert line.startswith(f"tokenizer=chars is not one of: auto, {kinds}, a folder")
     line = fails(prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=.")
     assert line.startswith(
         "cannot read the tokenizer in .: there is neither tokenizer.json"

@@ -1,0 +1,474 @@
+"""--minutes: the clock that a training follows, and what is chosen for it. The time is made up here."""
+
+import itertools
+import json
+import math
+import re
+import signal
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import RECIPE, TINY_RUN, assert_same_weights, read_rows
+from texts import make_text
+
+import train
+from humptygpt.checkpoint import checkpoint
+from humptygpt.core import limits
+from humptygpt.core import settings as configurator
+from humptygpt.core.errors import UserError
+from humptygpt.training import evaluation, plan, run_folder
+from humptygpt.training.settings import TrainConfig, read_settings
+from model import MODELS, ModelConfig
+
+OUT = Path("out/run")
+LANGUAGE_MODELS = [name for name in MODELS if "language modelling" in MODELS[name].tasks]
+LENGTH = ("--max_iters", "--eval_interval", "--eval_iters", "--warmup_iters")
+TIMED = [argument for argument in TINY_RUN if argument.partition("=")[0] not in LENGTH]
+TIMED += ["--schedule=linear", "--min_lr=0.0"]
+SHOWN = ["--dataset=tiny", "--out_dir=out/run", "--device=cpu", "--dtype=float32"]
+RESUME = ["--init_from=resume", "--out_dir=out/run"]
+
+
+class Machine:
+    """A machine with a time of its own: only starts, steps and evaluations take any."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        self.start = 2.0  # seconds of a command before it looks at the clock
+        self.step = lambda: 0.1
+        self.evaluation = 0.0
+        self.patch = monkeypatch
+        self.steps = 0
+        self.stop_at = math.inf
+        clock = SimpleNamespace(
+            monotonic=lambda: self.now, perf_counter=lambda: self.now, time=lambda: self.now
+        )
+        monkeypatch.setattr(plan, "time", clock)
+        monkeypatch.setattr(run_folder, "time", clock)
+        monkeypatch.setattr(plan, "seconds_per_step", lambda *args: self.step())
+        monkeypatch.setattr(train, "train_step", partial(self.train_step, train.train_step))
+        monkeypatch.setattr(
+            evaluation, "evaluate", partial(self.evaluate, evaluation.evaluate)
+        )
+        monkeypatch.setattr(train, "catch_signals", self.catch_signals)
+
+    def run(self, *argv: str, code: int = 0) -> list[dict]:
+        """Train, and return the rows of metrics."""
+        self.patch.setattr(limits, "STARTED", self.now)
+        self.now += self.start
+        assert train.main([*argv]) == code
+        return read_rows(OUT)
+
+    def train_step(self, train_step, run, it: int):
+        self.now += self.step()
+        self.steps += 1
+        if self.steps == self.stop_at:
+            self.signals.append(signal.SIGTERM)
+        return train_step(run, it)
+
+    def evaluate(self, evaluate, *args):
+        self.now += self.evaluation
+        return evaluate(*args)
+
+    @contextmanager
+    def catch_signals(self):
+        self.signals = []
+        yield self.signals
+
+
+@pytest.fixture
+def machine(monkeypatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def progress() -> dict:
+    return checkpoint.read(OUT / "ckpt.pt")["progress"]
+
+
+def last_lr(rows: list[dict]) -> float:
+    return [row["lr"] for row in rows if "lr" in row][-1]
+
+
+# --------------------------------------------------------------------------------------
+# The clock
+
+
+SPEEDS = {
+    "constant": lambda machine: 0.1,
+    "half as fast halfway": lambda machine: 0.1 if machine.now < 6 else 0.2,
+    "twice as fast halfway": lambda machine: 0.1 if machine.now < 6 else 0.05,
+    "one long pause": lambda machine: 2.5 if machine.steps == 30 else 0.1,
+}
+
+
+@pytest.mark.parametrize("evaluation", [0.0, 0.35])
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_training_ends_within_a_step_of_its_minutes_with_the_last_learning_rate(
+    tiny, machine, speed, evaluation
+):
+    machine.step = lambda: SPEEDS[speed](machine)
+    machine.evaluation = evaluation
+    Path("config.py").write_text("max_iters = 5\nlr_decay_iters = 600000\n")
+    rows = machine.run("config.py", *TIMED, "--minutes=0.2")
+    step = machine.step()
+    assert machine.now == pytest.approx(12 - plan.ENDING - evaluation, abs=step)
+    assert last_lr(rows) < 0.1 * TrainConfig.learning_rate
+    assert sum("val_loss" in row for row in rows) in (3, 4, 5)
+    assert progress()["position"] == read_config()["max_iters"]
+
+
+def read_config() -> dict:
+    return json.loads((OUT / "config.json").read_text())
+
+
+def test_a_stopped_run_resumes_with_the_minutes_that_are_left(tiny, machine):
+    machine.evaluation = 0.2
+    machine.stop_at = 40
+    machine.run(*TIMED, "--minutes=0.2", code=143)
+    stopped, at = progress(), machine.now
+    assert stopped["iter"] == 40 and stopped["run_seconds"] == at
+    lr = last_lr(read_rows(OUT))
+    machine.now += 1000  # until it is resumed
+    rows = machine.run(*RESUME)
+    assert machine.now - 1000 == pytest.approx(12 - plan.ENDING - 0.2, abs=0.1)
+    resumed = [row["lr"] for row in rows if "lr" in row and row["iter"] > 40]
+    assert lr > resumed[0] > 0.9 * lr and last_lr(rows) < 0.1 * TrainConfig.learning_rate
+    assert progress()["run_seconds"] == pytest.approx(machine.now - 1000)
+    assert progress()["position"] == read_config()["max_iters"] > stopped["position"]
+
+
+def test_a_finished_run_goes_on_by_more_minutes_or_by_its_steps(tiny, machine, capsys):
+    machine.run(*TIMED, "--minutes=0.1")
+    steps = progress()["iter"]
+    machine.run(*RESUME)
+    assert progress()["iter"] == steps
+    assert f"all {steps} steps are done; for more: --max_iters=N" in capsys.readouterr().err
+    machine.now = 1000.0
+    machine.run(*RESUME, "--minutes=0.2")
+    assert progress()["run_seconds"] == pytest.approx(12 - plan.ENDING, abs=0.1)
+    steps = progress()["iter"]
+    machine.run(*RESUME, f"--max_iters={steps + 5}")
+    assert progress()["iter"] == progress()["position"] == steps + 5
+    assert read_config()["minutes"] is None
+
+
+def test_a_run_by_its_steps_that_is_resumed_by_minutes_goes_on_where_it_was(tiny, machine):
+    machine.stop_at = 3
+    machine.run(*TINY_RUN, code=143)
+    machine.now = 0.0
+    rows = machine.run(*RESUME, "--minutes=0.1")
+    assert machine.now == pytest.approx(6 - plan.ENDING, abs=0.1)
+    lrs = [row["lr"] for row in rows if "lr" in row]
+    assert lrs[3:] == sorted(lrs[3:], reverse=True) and progress()["iter"] > 20
+
+
+def test_a_run_with_too_little_time_left_takes_one_step_and_ends(tiny, machine):
+    machine.start = 4.38  # 0.12 s beside the ending
+    machine.evaluation = 3.0
+    rows = machine.run(*TIMED, "--minutes=0.1")
+    assert [row["iter"] for row in rows if "val_loss" in row] == [1]
+
+
+# --------------------------------------------------------------------------------------
+# The choice
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """Choose for a text of so many bytes, on a machine of 100 billion operations a second."""
+    costs = cache(plan.cost)
+
+    def seconds_per_step(config: TrainConfig, size: ModelConfig, *args) -> float:
+        return 0.003 + costs(size)[1] * config.batch_size * size.block_size / 1e11
+
+    monkeypatch.setattr(plan, "cost", costs)
+    monkeypatch.setattr(plan, "seconds_per_step", seconds_per_step)
+    monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: 2.0))
+    recipe = configurator.read([str(RECIPE)], ModelConfig, TrainConfig)
+
+    def chosen(text: int, minutes: float, **given) -> tuple[TrainConfig, ModelConfig]:
+        settings = recipe | {"vocab_size": 65, "minutes": minutes} | given
+        dataset = SimpleNamespace(
+            task="language modelling",
+            train=range(text),
+            val_bytes_per_token=lambda: 1.0,
+        )
+        return plan.choose(
+            configurator.make(TrainConfig, settings),
+            configurator.make(ModelConfig, settings),
+            given,
+            dataset,
+            plan.Clock(0.0, minutes, 0.0),
+            torch.device("cpu"),
+            torch.float32,
+        )
+
+    return chosen
+
+
+TEXTS = (300, 10_000, 1_000_000, 100_000_000)
+MINUTES = (0.1, 1, 3, 10, 30, 300, 10_000)
+
+
+def size(model_config: ModelConfig) -> int:
+    return plan.SIZES.index((model_config.n_layer, model_config.n_embd))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_more_time_never_means_a_smaller_model(choose, text):
+    sizes = [size(choose(text, minutes)[1]) for minutes in MINUTES]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+
+
+@pytest.mark.xfail(strict=True, reason="the law has no price for parameters beyond a text")
+def test_more_text_never_means_a_smaller_model(choose):
+    for minutes in MINUTES:
+        sizes = [size(choose(text, minutes)[1]) for text in TEXTS]
+        assert sizes == sorted(sizes)
+
+
+def test_a_text_that_is_read_often_gets_dropout(choose):
+    dropouts = [choose(text, 3)[1].dropout for text in TEXTS]
+    assert dropouts == sorted(dropouts, reverse=True)
+    assert dropouts[0] > 0.1 and dropouts[-1] == 0.0
+
+
+GIVEN = {
+    "n_layer": 3,
+    "n_embd": 96,
+    "n_head": 4,
+    "dropout": 0.05,
+    "eval_interval": 7,
+    "warmup_iters": 3,
+    "lr_decay_iters": 5,
+    "batch_size": 2,
+    "block_size": 32,
+    "learning_rate": 1e-4,
+    "eval_iters": 5,
+}
+
+
+@pytest.mark.parametrize("key", GIVEN)
+def test_a_given_key_is_obeyed_and_the_rest_is_chosen(choose, key):
+    config, model_config = choose(10_000, 3, **{key: GIVEN[key]})
+    settings = vars(config) | vars(model_config)
+    assert settings[key] == GIVEN[key]
+    chosen = {"max_iters": 2400, "eval_interval": 600, "dropout": 0.0}
+    for other in chosen.keys() - {key}:
+        assert settings[other] != chosen[other], other
+    shape = (model_config.n_layer, model_config.n_embd)
+    if key in plan.SIZE:
+        given = {"n_layer": 4, "n_embd": 128} | {key: GIVEN[key]}
+        assert shape == (given["n_layer"], given["n_embd"])
+    else:
+        assert shape in plan.SIZES
+
+
+def test_a_plan_takes_the_time_that_is_left_to_train(choose):
+    config, model_config = choose(1_000_000, 3)
+    step = plan.seconds_per_step(config, model_config)
+    assert config.max_iters == int(plan.TIME_TO_TRAIN * (178 - plan.ENDING) / step)
+    assert config.eval_interval == math.ceil(config.max_iters / plan.EVALUATIONS)
+    _, smaller = choose(1_000_000, 3, n_layer=2)
+    assert smaller.n_embd == 128
+
+
+def test_every_size_keeps_the_architecture_and_can_be_built():
+    config = ModelConfig(vocab_size=65, n_layer=4, n_head=4, n_kv_head=2, n_embd=128)
+    for n_layer, n_embd in plan.SIZES:
+        sized = plan.sized(config, n_layer, n_embd)
+        assert (sized.n_layer, sized.n_embd) == (n_layer, n_embd)
+        assert sized.n_head % sized.n_kv_head == 0 and sized.block_size == config.block_size
+        parameters, operations = plan.cost(sized)
+        assert operations > 2 * parameters > 0
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_law_promises_less_loss_by_more_of_anything(text):
+    for parameters in (1e5, 1e8):
+        for read in (text / 2, text, 3 * text):
+            now = plan.loss(parameters, read, text)
+            assert plan.loss(2 * parameters, read, text) < now
+            assert plan.loss(parameters, 2 * read, text) < now
+            assert plan.loss(parameters, read, 2 * text) <= now
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_advice_is_never_more_text_where_it_was_read_once(text):
+    for parameters in (10**4, 10**6, 10**9):
+        assert "twice the text" not in plan.advice(parameters, text, text)
+    assert "twice the text" in plan.advice(10**12, 1000 * text, text)
+
+
+# --------------------------------------------------------------------------------------
+# A run by the clock, from the command to its end
+
+
+@pytest.fixture
+def small_sizes(monkeypatch):
+    monkeypatch.setattr(plan, "SIZES", ((1, 16), (1, 32), (3, 32)))
+    monkeypatch.setattr(plan, "HEAD_SIZE", 16)
+
+
+@pytest.mark.parametrize("model", LANGUAGE_MODELS)
+def test_a_model_is_chosen_by_trials_of_its_steps(
+    tiny, small_sizes, monkeypatch, capsys, model
+):
+    looks = itertools.count()  # at the clock, each of which takes 10 ms
+    monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: next(looks) / 100))
+    monkeypatch.setattr(limits, "STARTED", 0.0)
+    keys = [f"--model={model}", "--window=8", "--block_size=16", "--batch_size=4"]
+    assert train.main([*SHOWN, *keys, "--minutes=0.04"]) == 0
+    config = read_config()
+    assert (config["n_layer"], config["n_embd"]) in plan.SIZES
+    assert f"minutes: 0.04; chosen: {config['n_layer']} layers" in capsys.readouterr().out
+
+
+def test_plan_py_repeats_the_steps_that_were_taken(tiny, machine, capsys):
+    Path("own.txt").write_text(make_text())
+    argv = [argument for argument in TIMED if not argument.startswith("--dataset=")]
+    machine.step = lambda: 0.1 if machine.now < 6 else 0.2
+    machine.run("--input=own.txt", "--dataset=named", *argv, "--minutes=0.2")
+    steps = progress()["iter"]
+    assert steps < read_config()["max_iters"]
+    assert "out/run/plan.py is a config file" in capsys.readouterr().out
+    settings = configurator.read(["out/run/plan.py"], ModelConfig, TrainConfig)
+    assert settings["max_iters"] == steps and settings["dataset"] == "named"
+    assert settings["eval_interval"] < read_config()["eval_interval"]
+    assert "minutes" not in settings and "input" not in settings
+    first = machine.run("out/run/plan.py")
+    weights = checkpoint.read(OUT / "ckpt.pt")["model"]
+    assert progress()["iter"] == steps
+    assert sum("val_loss" in row for row in first) == plan.EVALUATIONS
+    assert machine.run("out/run/plan.py") == first
+    assert_same_weights(checkpoint.read(OUT / "ckpt.pt")["model"], weights)
+
+
+def test_the_plan_of_an_earlier_run_is_kept(tiny, machine):
+    machine.run(*TIMED, "--minutes=0.1")
+    before = Path("out/run/plan.py").read_text()
+    machine.run(*TIMED, "--minutes=0.2")
+    assert Path("out/run/plan.py").read_text() != before
+    assert Path("out/run/previous-1/plan.py").read_text() == before
+
+
+def test_a_model_to_start_from_keeps_its_size(tiny, machine, small_sizes):
+    machine.run(*TINY_RUN)
+    OUT.rename("out/base")
+    rows = machine.run(*SHOWN, "--init_from=out/base", "--minutes=0.1")
+    assert rows[0]["iter"] == 0 and "val_loss" in rows[0]
+    saved = checkpoint.read(OUT / "best.pt")["model_config"]
+    assert (saved["n_layer"], saved["n_embd"], saved["block_size"]) == (2, 32, 16)
+
+
+REFUSED = {
+    "--max_iters=5": "minutes and max_iters are two lengths of one run; leave one out\n",
+    "--minutes=0": "minutes=0.0 must be above 0\n",
+    "--minutes=-1": "minutes=-1.0 must be above 0\n",
+    "--minutes=nan": "minutes='nan' must be float | None\n",
+    "--minutes=1e999": "minutes=inf must be above 0\n",
+    "--minutes=ten": "minutes='ten' must be float | None\n",
+    "--minutes=0.001": r"minutes=0.001 is too short: 2.0 s are over .* takes 0.1 s\n",
+}
+
+
+@pytest.mark.parametrize("argument", REFUSED)
+def test_minutes_that_cannot_be_are_refused_in_one_line(tiny, machine, fails, argument):
+    machine.patch.setattr(limits, "STARTED", -2.0)
+    line = fails(train.main, *TIMED, "--minutes=1", argument)
+    assert re.fullmatch(REFUSED[argument].replace("|", r"\|"), line)
+    assert not list(OUT.glob("*.pt"))
+
+
+def test_minutes_are_for_text_and_one_process(tiny, pairs, fails, monkeypatch):
+    line = fails(train.main, *TIMED, "--dataset=pairs", "--minutes=1", "--block_size=64")
+    assert line == "minutes=1 is for text, and pairs has sentence pairs; take max_iters\n"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = fails(train.main, *TIMED, "--minutes=1")
+    assert line == "minutes is for one process; with several, take max_iters\n"
+
+
+def test_a_trial_that_does_not_fit_into_memory_is_one_line(tiny, fails, monkeypatch):
+    def build(config):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(plan.models, "build", build)
+    line = fails(train.main, *TIMED, "--minutes=1")
+    assert "memory" in line and "a smaller --batch_size" in line
+
+
+TEXT = {
+    "20 characters": make_text(20),
+    "one line": make_text(900).replace("\n", " "),
+    "one character again and again": 900 * "a",
+}
+
+
+@pytest.mark.whole_ending
+@pytest.mark.parametrize("block_size", [16, 256])
+@pytest.mark.parametrize("name", TEXT)
+def test_the_smallest_texts_train_or_are_refused_in_one_line(
+    folder, machine, capsys, name, block_size
+):
+    Path("own.txt").write_text(TEXT[name])
+    argv = ["--input=own.txt", *TIMED, "--minutes=0.1", f"--block_size={block_size}"]
+    if name == "20 characters" and block_size == 256:
+        with pytest.raises(UserError, match=r"take more text or a smaller --block_size"):
+            machine.run(*argv)
+        argv += ["--block_size=8"]
+    rows = machine.run(*argv)
+    lines = capsys.readouterr().out.splitlines()
+    evaluated = [i for i, line in enumerate(lines) if re.match(r"iter \d+: val loss", line)]
+    assert len(evaluated) == sum("val_loss" in row for row in rows) > 3
+    assert all(lines[i + 1].startswith("  > ") for i in evaluated)
+
+
+# --------------------------------------------------------------------------------------
+# The recipe
+
+
+@pytest.mark.recipe
+def test_own_text_has_the_settings_of_the_demo_but_for_its_data_and_folder(folder):
+    demo = read_settings([str(configurator.CONFIGS / "shakespeare_char.py")])
+    own = read_settings(["--dataset=mine"])
+    assert own.model_config == demo.model_config
+    different = {
+        key: value
+        for key, value in vars(own.config).items()
+        if value != getattr(demo.config, key)
+    }
+    assert different == {"dataset": "mine", "out_dir": "out/mine"}
+
+
+@pytest.mark.recipe
+def test_the_recipe_is_taken_where_no_config_file_is_named(tiny, capsys):
+    Path("empty.py").write_text("")
+    note = "note: no config file is named: config/own_text.py is taken\n"
+    assert read_settings(["--dataset=tiny"]).config.optimizer == "normuon"
+    assert note in capsys.readouterr().err
+    assert read_settings(["--dataset=tiny", "--optimizer=adamw"]).config.beta2 == 0.95
+    assert train.main(TINY_RUN) == 0
+    capsys.readouterr()
+    started = ["--init_from=out/run", "--dataset=tiny", "--out_dir=out/tuned"]
+    for argv in (["empty.py", "--dataset=tiny"], started, RESUME):
+        read_settings(argv)
+        assert note not in capsys.readouterr().err
+    assert read_settings(["empty.py", "--dataset=tiny"]).config.optimizer == "adamw"
+
+
+@pytest.mark.recipe
+def test_every_choice_of_a_key_goes_with_the_recipe_or_says_what_does_not(folder):
+    rules = configurator.fields_of((ModelConfig, TrainConfig)).items()
+    refused = []
+    for key, choices in [(key, field.metadata["choices"]) for key, field in rules]:
+        for choice in choices or ():
+            try:
+                read_settings([f"--{key}={choice}", "--window=8"])
+            except UserError as error:
+                refused.append(f"{key}={choice}")
+                assert f"{key}={choice}" in str(error)
+    assert refused == ["block=plain"]
