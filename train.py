@@ -3,12 +3,13 @@
     python train.py config/shakespeare_char.py
     python train.py config/shakespeare_char.py --n_layer=6 --out_dir=out/deeper
     python train.py --init_from=resume --out_dir=out/deeper --max_iters=4000
-    python train.py --input=FILE_OR_FOLDER --out_dir=out/mine                    your own text, prepared in data/
+    python train.py --input=FILE_OR_FOLDER --minutes=10                          your own text, your time
     python train.py --init_from=out/deeper --dataset=mine --out_dir=out/mine     a new run that starts from its model
     torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py
 
 It leaves in out_dir: ckpt.pt (all that resuming needs), best.pt (the model with the lowest validation loss),
-metrics.jsonl, loss.png and config.json. Ctrl-C saves before it stops.
+metrics.jsonl, loss.png, config.json and, with --minutes, plan.py, which repeats the run. Ctrl-C saves before it stops.
+Without a config file, a new model takes config/own_text.py.
 """
 
 import dataclasses
