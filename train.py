@@ -182,8 +182,7 @@ def fit(run: Run, fine_tunes: bool) -> int:
     folder = RunFolder(out_dir, settings, run.progress.iter, writes=run.processes.first)
     with closing(folder):
         if fine_tunes:
-            loss = evaluation.evaluate(run, run.net, run.config.evaluated_batches())
-            row = evaluation.measures(loss, run.dataset)
+            row = evaluation.measures(run, run.net, run.config.evaluated_batches())
             folder.record(run.progress.stamp() | row)
             print(f"before the first step: {evaluation.evaluation_line(row)}", flush=True)
         try:
@@ -541,9 +540,8 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
 
 def evaluate_and_record(run: Run, folder: RunFolder, bar: tqdm) -> bool:
     """Evaluate, save best.pt if the loss is the lowest so far, and return whether it is. Raises Diverged."""
-    loss = evaluation.evaluate(run, run.net, run.config.evaluated_batches())
-    improved = run.progress.record(loss.mean)
-    row = evaluation.measures(loss, run.dataset)
+    row = evaluation.measures(run, run.net, run.config.evaluated_batches())
+    improved = run.progress.record(row["val_loss"])
     folder.record(run.progress.stamp() | row)
     best = ", the best so far" if improved else ""
     write_line(bar, f"iter {run.progress.iter}: {evaluation.evaluation_line(row)}{best}")
@@ -557,8 +555,7 @@ def evaluate_and_record(run: Run, folder: RunFolder, bar: tqdm) -> bool:
 
 
 def evaluate_only(run: Run) -> str:
-    loss = evaluation.evaluate(run, run.net, run.config.eval_iters)
-    row = evaluation.measures(loss, run.dataset)
+    row = evaluation.measures(run, run.net, run.config.eval_iters)
     text = f"{evaluation.evaluation_line(row)} at iter {run.progress.iter}"
     score = on_whole_model(run, run.task.score)
     return f"{text}\n{score.text}" if score else text
@@ -635,7 +632,7 @@ def finish(run: Run, folder: RunFolder) -> None:
         print(f"stopped early: the validation loss was lowest at iter {progress.best_iter}")
     model = load(folder.path).model.to(run.device)
     if evaluates_whole(run):
-        row = evaluation.measures(evaluation.evaluate(run, model, None), run.dataset)
+        row = evaluation.measures(run, model, None)
         print(f"the whole validation split: {evaluation.evaluation_line(row)}")
     with autocast(run.device, sample_dtype(run.config.dtype, run.device)):
         if run.task.final_examples:

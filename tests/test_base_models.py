@@ -65,6 +65,22 @@ def test_a_run_that_started_from_a_model_resumes_without_it(other):
     assert len(val_losses("out/other")) == 3
 
 
+def test_fine_tuning_has_gentle_rates_but_where_they_are_given(other):
+    config = read_settings(FROM_RUN).config
+    assert (config.learning_rate, config.muon_learning_rate) == (1e-4, 0.002)
+    assert read_settings([*FROM_RUN, "--learning_rate=0.5"]).config.learning_rate == 0.5
+    assert read_settings(TINY_RUN).config.learning_rate == 1e-3
+
+
+def test_many_epochs_of_fine_tuning_get_a_warning(other, capsys):
+    note = "epochs: a model that is fine-tuned on so little text soon learns it by heart"
+    for steps, start in ((270, "out/run"), (290, "out/run"), (290, "scratch")):
+        argv = [*FROM_RUN, f"--init_from={start}", f"--max_iters={steps}"]
+        assert train.main([*argv, "--eval_only=True"]) == 0
+        expected = steps == 290 and start != "scratch"
+        assert (note in capsys.readouterr().err) == expected
+
+
 def test_the_first_row_of_fine_tuning_is_the_loss_before_its_first_step(other, capsys):
     assert train.main([*FROM_RUN, "--eval_only=True"]) == 0
     loss = re.search(r"val loss \S+", capsys.readouterr().out)[0]

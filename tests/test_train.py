@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ import sample
 import train
 from humptygpt.checkpoint import checkpoint
 from humptygpt.core import settings as configurator
+from humptygpt.parallel.processes import ONE_PROCESS
 from humptygpt.training import evaluation, run_folder
 from humptygpt.training.evaluation import Loss
 from humptygpt.training.optimizers import Optimizer, make_optimizer
@@ -161,6 +163,62 @@ def test_evaluating_only_writes_nothing(tiny, capsys):
         capsys.readouterr().out.splitlines()[-1],
     )
     assert not Path("out").exists()
+
+
+def test_the_standard_error_is_that_of_the_mean_over_batches_of_any_size():
+    losses, sizes = torch.tensor([1.0, 3.0, 2.0, 6.0]), [4, 4, 4, 2]
+    batches = [{"targets": torch.arange(4).where(torch.arange(4) < n, -1)} for n in sizes]
+    run = SimpleNamespace(
+        config=TrainConfig(),
+        dataset=SimpleNamespace(val_batches=lambda *args: batches),
+        processes=ONE_PROCESS,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+
+    class Net(torch.nn.Module):
+        def forward(self, targets):
+            return None, next(results)
+
+    results = iter(losses)
+    mean, standard_error = evaluation.evaluate(run, Net(), None)
+    assert mean == pytest.approx((4 + 12 + 8 + 12) / 14)
+    deviations = [(x - mean) * n / 14 for x, n in zip(losses.tolist(), sizes, strict=True)]
+    assert standard_error == pytest.approx(math.hypot(*deviations))
+    results = iter(losses)
+    del batches[1:]
+    assert evaluation.evaluate(run, Net(), None) == (1.0, 0.0)
+
+
+def test_an_evaluation_takes_a_tenth_of_the_time_or_what_is_given():
+    # a batch without a backward pass takes a third of the time
+    for interval, micro_batches in ((600, 1), (200, 4)):
+        config = TrainConfig(
+            eval_interval=interval, gradient_accumulation_steps=micro_batches
+        )
+        assert config.evaluated_batches() / 3 == interval * micro_batches / 10
+    assert TrainConfig(eval_interval=1).evaluated_batches() == 20
+    assert TrainConfig(eval_interval=600, eval_iters=3).evaluated_batches() == 3
+
+
+def test_at_its_end_a_run_evaluates_the_whole_split_where_that_takes_little(
+    run_train, monkeypatch, capsys
+):
+    monkeypatch.setattr(TrainConfig, "evaluated_batches", lambda self: 2)
+    run_train("--eval_iters=None", "--max_iters=60", "--eval_interval=60")
+    line = "the whole validation split: "
+    found = re.search(line + r"(val loss \S+)", capsys.readouterr().out)[1]
+    assert train.main([*RESUME, "--eval_only=True"]) == 0
+    assert found in capsys.readouterr().out
+    for keys in (["--max_iters=30"], ["--max_iters=60", "--eval_iters=2"]):
+        run_train("--eval_iters=None", "--eval_interval=60", *keys)
+        assert line not in capsys.readouterr().out
+    config = TrainConfig(max_iters=60)
+    dataset = SimpleNamespace(all_val_batches=lambda batch_size: 7)
+    run = SimpleNamespace(config=config, clock=None, dataset=dataset, processes=ONE_PROCESS)
+    assert train.evaluates_whole(run)
+    run.processes = SimpleNamespace(size=2)  # of which the others have left
+    assert not train.evaluates_whole(run)
 
 
 def test_a_larger_vocabulary_pads_the_model(run_train):

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from humptygpt.data.batches import Dataset
 from humptygpt.nn.layers import autocast, to_device
 
 
@@ -38,7 +37,7 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
             losses.append(loss)
             weights.append(tokens)
     net.train()
-    losses = torch.stack(losses).double().cpu() if losses else torch.zeros(0).double()
+    losses = torch.stack(losses).cpu().double() if losses else torch.zeros(0).double()
     weights = torch.tensor(weights, dtype=torch.float64)
     total = processes.sum(float(weights.sum()))
     mean = processes.sum(float(losses @ weights)) / total
@@ -46,14 +45,15 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
     return Loss(mean, math.sqrt(squares) / total)
 
 
-def measures(loss: Loss, dataset: Dataset) -> dict[str, float]:
-    """Return a validation loss in nats per token, and the same in bits per byte of text and as perplexity."""
-    bits = loss.mean / math.log(2) / dataset.val_bytes_per_token()
+def measures(run, net: nn.Module, eval_iters: int | None) -> dict[str, float]:
+    """Evaluate, and return the loss in nats per token, in bits per byte and as perplexity, as in metrics.jsonl."""
+    loss = evaluate(run, net, eval_iters)
+    bits = loss.mean / math.log(2) / run.dataset.val_bytes_per_token()
     return {
         "val_loss": loss.mean,
         "val_standard_error": loss.standard_error,
         "val_bits_per_byte": bits,
-        "val_perplexity": math.exp(loss.mean),
+        "val_perplexity": math.exp(min(loss.mean, 700)),  # beyond that, it overflows
     }
 
 
