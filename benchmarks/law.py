@@ -141,24 +141,27 @@ START = {
     "FIRST_EPOCHS": 2.0,
     "missed dropout": 2.0,
     "missed rate": 0.02,
+    "half the context": 0.02,
+    "tokens of a step": 0.01,
 }
 
 
 def predict(x: dict[str, Tensor], constants: Tensor, base: Tensor) -> Tensor:
     """Return bits per byte, (runs,): plan.loss() and what its text itself adds. base: (runs,)."""
-    a, alpha, b, beta, repeats, slope, first, missed, rate = constants
+    a, alpha, b, beta, repeats, slope, first, missed, rate, context, step = constants
     again = (x["read"] / x["size"] - 1).clamp(min=0)
     worth = torch.minimum(x["read"], x["size"])
     worth = worth * (1 + repeats * (1 - torch.exp(-again / repeats)))
     dropout = (slope * torch.log2(x["read"] / x["size"] / first)).clamp(0, 0.3)
     law = base + a * x["parameters"] ** -alpha + b * worth**-beta
+    law += context * torch.log2(512 / x["block_size"]) + step * torch.log2(x["step"] / 512)
     return law + missed * (x["dropout"] - dropout) ** 2 + rate * torch.log2(x["rate"]) ** 2
 
 
 def fit() -> None:
     """Fit plan.loss() and plan.dropout() to the runs, and print the constants and how far they are off."""
     rows = [row for cell in CELLS for row in finished(*cell)]
-    keys = ("parameters", "read", "size", "dropout", "rate", "bits")
+    keys = ("parameters", "read", "size", "dropout", "rate", "block_size", "step", "bits")
     x = {key: torch.tensor([row[key] for row in rows]).double() for key in keys}
     text = torch.tensor([list(TEXTS).index(row["text"]) for row in rows])
     fits = []
@@ -219,6 +222,8 @@ def finished(text: str, minutes: int) -> list[dict]:
                 "size": train["tokens"] * bytes_per_token,
                 "dropout": settings["dropout"],
                 "rate": settings["learning_rate"] / 6e-3,
+                "block_size": settings["block_size"],
+                "step": settings["block_size"] * settings["batch_size"],
                 "bits": last["val_bits_per_byte"],
             }
         )
