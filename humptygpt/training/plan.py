@@ -1,6 +1,7 @@
 """--minutes: from a text, a machine and a time to a model and a training that fit; and the clock that it follows.
 
-The law that chooses was fitted to runs over texts, sizes and times: RECORDS.md, "The law of minutes".
+The law's constants are first estimates, from the runs of the demo and of the large preset; benchmarks/law.py makes the
+runs to which they are to be fitted.
 """
 
 import math
@@ -84,22 +85,28 @@ class Clock:
 # --------------------------------------------------------------------------------------
 # The law
 
-A = 12.0
-ALPHA = 0.25
-B = 60.0
+A = 20.0
+ALPHA = 0.28
+B = 40.0
 BETA = 0.28
-REPEATS = 6.0
+PARAMETERS_PER_BYTE = 1.0  # that a text can teach
+REPEATS = 6.0  # how much reading again, and more parameters than that, are worth at most
 
 
 def loss(parameters: float, read: float, text: float) -> float:
     """Predict bits per byte, beside those that no model can save, after reading so many bytes of a text.
 
-    Source of the form: Hoffmann et al. 2022, arXiv:2203.15556; of repeated text: Muennighoff et al. 2023,
-    arXiv:2305.16264, eq. 5.
+    Source of the form: Hoffmann et al. 2022, arXiv:2203.15556; of repeated text and of more parameters than it can
+    teach: Muennighoff et al. 2023, arXiv:2305.16264, eq. 5 and 6.
     """
-    repeats = max(0.0, read / text - 1)
-    worth = min(read, text) * (1 + REPEATS * (1 - math.exp(-repeats / REPEATS)))
-    return A * parameters**-ALPHA + B * worth**-BETA
+    taught = worth(parameters, PARAMETERS_PER_BYTE * text)
+    return A * taught**-ALPHA + B * worth(read, text) ** -BETA
+
+
+def worth(amount: float, once: float) -> float:
+    """Return what an amount is worth of which only so much is new."""
+    more = max(0.0, amount / once - 1)
+    return min(amount, once) * (1 + REPEATS * (1 - math.exp(-more / REPEATS)))
 
 
 def advice(parameters: int, read: float, text: float) -> str:
