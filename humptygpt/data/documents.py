@@ -42,6 +42,8 @@ OURS = MARKS | {
     "config.json",
     "part.json",
 }
+# no thread that watches a bar: one that cannot start, for want of memory, would be waited for without end
+tqdm.monitor_interval = 0
 DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, zstd.ZstdError)
 ENCODING_HINT = "set --encoding_errors=replace or ignore"
 SKIP_HINT = "leave such lines out with --skip_bad_lines=True"

@@ -51,11 +51,14 @@ class Clock:
         """started: of the command, by time.monotonic(). earlier: seconds that earlier commands of the run took."""
         self.started = started - earlier
         self.end = self.started + 60 * minutes
-        self.leave_out(0.0)
+        self.evaluation = 0.0  # seconds that one takes, of the last ones most
+        self.last_step = time.monotonic()
 
     def leave_out(self, evaluation: float) -> None:
-        """Leave out the time since advance(), which was an evaluation of so many seconds; the next may take as long."""
-        self.evaluation = evaluation
+        """Leave out the time since advance(), which was an evaluation of so many seconds."""
+        self.evaluation = (
+            (self.evaluation + evaluation) / 2 if self.evaluation else evaluation
+        )
         self.last_step = time.monotonic()
 
     def seconds(self) -> float:
