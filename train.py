@@ -272,6 +272,8 @@ def setup(
         progress=resumed_progress(config, saved) if saved else Progress(),
         clock=clock,
     )
+    if clock:
+        clock.at_the_end += evaluations_of_whole(run)
     if saved:
         run.load(saved)
     if config.compile or (config.compile is None and device.type == "cuda"):
@@ -421,7 +423,7 @@ def summary(run: Run) -> str:
     epochs = micro_batches / dataset.batches_per_epoch(config.batch_size)
     if config.init_from != "scratch" and epochs > MANY_EPOCHS:
         note(
-            f"{epochs:.0f} epochs: a model that is fine-tuned on so little text soon learns it by heart"
+            f"{epochs:.0f} epochs: a model that is fine-tuned on so little text soon memorises it"
         )
     start = "" if config.init_from == "scratch" else f", from {config.init_from}"
     about = f"about {config.max_iters:,}" if run.clock else f"{config.max_iters:,}"
@@ -631,7 +633,7 @@ def finish(run: Run, folder: RunFolder) -> None:
     if progress.position < run.config.max_iters:
         print(f"stopped early: the validation loss was lowest at iter {progress.best_iter}")
     model = load(folder.path).model.to(run.device)
-    if evaluates_whole(run):
+    if evaluations_of_whole(run):
         row = evaluation.measures(run, model, None)
         print(f"the whole validation split: {evaluation.evaluation_line(row)}")
     with autocast(run.device, sample_dtype(run.config.dtype, run.device)):
@@ -654,15 +656,18 @@ def advice(run: Run) -> str:
     return plan.advice(parameters, run.progress.tokens * bytes_per_token, text)
 
 
-def evaluates_whole(run: Run) -> bool:
-    """Return whether the whole validation split, seen in part so far, takes less than a twentieth of the training."""
+def evaluations_of_whole(run: Run) -> float:
+    """Return how many evaluations the whole validation split is worth; 0 where the run does not end with it.
+
+    It does where evaluations have seen a part of it, and all of it takes less than a twentieth of the training.
+    """
     config = run.config
-    if config.eval_iters or run.clock or run.processes.size > 1:
-        return False
+    if config.eval_iters or run.processes.size > 1:
+        return 0
     batches = run.dataset.all_val_batches(config.batch_size)
-    seen = batches <= config.evaluated_batches()
     steps = config.max_iters * config.gradient_accumulation_steps
-    return not seen and batches / 3 < steps / 20
+    more = batches / config.evaluated_batches()
+    return more if more > 1 and batches / 3 < steps / 20 else 0
 
 
 def report_stop(run: Run, number: int) -> None:

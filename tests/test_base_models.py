@@ -73,7 +73,7 @@ def test_fine_tuning_has_gentle_rates_but_where_they_are_given(other):
 
 
 def test_many_epochs_of_fine_tuning_get_a_warning(other, capsys):
-    note = "epochs: a model that is fine-tuned on so little text soon learns it by heart"
+    note = "epochs: a model that is fine-tuned on so little text soon memorises it"
     for steps, start in ((270, "out/run"), (290, "out/run"), (290, "scratch")):
         argv = [*FROM_RUN, f"--init_from={start}", f"--max_iters={steps}"]
         assert train.main([*argv, "--eval_only=True"]) == 0

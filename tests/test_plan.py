@@ -70,9 +70,10 @@ class Machine:
             self.signals.append(signal.SIGTERM)
         return train_step(run, it)
 
-    def evaluate(self, evaluate, *args):
-        self.now += self.evaluation
-        return evaluate(*args)
+    def evaluate(self, evaluate, run, net, eval_iters):
+        whole = eval_iters is None
+        self.now += self.evaluation * (train.evaluations_of_whole(run) if whole else 1)
+        return evaluate(run, net, eval_iters)
 
     @contextmanager
     def catch_signals(self):
@@ -105,17 +106,20 @@ SPEEDS = {
 }
 
 
-@pytest.mark.parametrize("evaluation", [0.0, 0.35])
+@pytest.mark.parametrize("evaluation, evaluated", [(0.0, 20), (0.35, 20), (0.1, 1)])
 @pytest.mark.parametrize("speed", SPEEDS)
 def test_training_ends_within_a_step_of_its_minutes_with_the_last_learning_rate(
-    tiny, machine, speed, evaluation
+    tiny, machine, monkeypatch, capsys, speed, evaluation, evaluated
 ):
+    monkeypatch.setattr(TrainConfig, "evaluated_batches", lambda self: evaluated)
     machine.step = lambda: SPEEDS[speed](machine)
     machine.evaluation = evaluation
     Path("config.py").write_text("max_iters = 5\nlr_decay_iters = 600000\n")
     rows = machine.run("config.py", *TIMED, "--minutes=0.2")
     step = machine.step()
     assert machine.now == pytest.approx(12 - plan.ENDING - evaluation, abs=step)
+    whole = "the whole validation split: " in capsys.readouterr().out
+    assert whole == (evaluated == 1)
     assert last_lr(rows) < 0.1 * TrainConfig.learning_rate
     assert sum("val_loss" in row for row in rows) in (3, 4, 5)
     assert progress()["position"] == read_config()["max_iters"]

@@ -215,10 +215,10 @@ def test_at_its_end_a_run_evaluates_the_whole_split_where_that_takes_little(
         assert line not in capsys.readouterr().out
     config = TrainConfig(max_iters=60)
     dataset = SimpleNamespace(all_val_batches=lambda batch_size: 7)
-    run = SimpleNamespace(config=config, clock=None, dataset=dataset, processes=ONE_PROCESS)
-    assert train.evaluates_whole(run)
+    run = SimpleNamespace(config=config, dataset=dataset, processes=ONE_PROCESS)
+    assert train.evaluations_of_whole(run)
     run.processes = SimpleNamespace(size=2)  # of which the others have left
-    assert not train.evaluates_whole(run)
+    assert not train.evaluations_of_whole(run)
 
 
 def test_a_larger_vocabulary_pads_the_model(run_train):

@@ -52,6 +52,8 @@ class Clock:
         self.started = started - earlier
         self.end = self.started + 60 * minutes
         self.evaluation = 0.0  # seconds that one takes, of the last ones most
+        # what the end takes, in evaluations: a text, and of a long run the whole validation split
+        self.at_the_end = 1.0
         self.last_step = time.monotonic()
 
     def leave_out(self, evaluation: float) -> None:
@@ -67,7 +69,8 @@ class Clock:
 
     def seconds_left(self, position: float, config: TrainConfig) -> float:
         """Return the seconds that are left to train, without those of the evaluations to come and of the end."""
-        evaluations = math.ceil((config.max_iters - position) / config.eval_interval) + 1
+        evaluations = math.ceil((config.max_iters - position) / config.eval_interval)
+        evaluations += self.at_the_end
         return self.end - time.monotonic() - ENDING - evaluations * self.evaluation
 
     def planned(self) -> float:
