@@ -364,6 +364,8 @@ def test_a_model_to_start_from_keeps_its_size(tiny, machine, small_sizes):
 
 REFUSED = {
     "--max_iters=5": "minutes and max_iters are two lengths of one run; leave one out\n",
+    "--dry_run=True": "minutes is for training, which dry_run and eval_only leave out\n",
+    "--eval_only=True": "minutes is for training, which dry_run and eval_only leave out\n",
     "--minutes=0": "minutes=0.0 must be above 0\n",
     "--minutes=-1": "minutes=-1.0 must be above 0\n",
     "--minutes=nan": "minutes='nan' must be float | None\n",

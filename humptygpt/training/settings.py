@@ -246,6 +246,8 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         settings = GENTLE | given | base_settings(base, given)
     config = configurator.make(TrainConfig, settings)
     model_config = configurator.make(ModelConfig, settings)
+    if given.get("minutes") and (config.dry_run or config.eval_only):
+        raise UserError("minutes is for training, which dry_run and eval_only leave out")
     if config.minutes and processes > 1:
         raise UserError("minutes is for one process; with several, take max_iters")
     sharded = processes > 1 and config.parallel == "fsdp"
