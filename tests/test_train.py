@@ -183,8 +183,8 @@ def test_the_standard_error_is_that_of_the_mean_over_batches_of_any_size():
     results = iter(losses)
     mean, standard_error = evaluation.evaluate(run, Net(), None)
     assert mean == pytest.approx((4 + 12 + 8 + 12) / 14)
-    deviations = [(x - mean) * n / 14 for x, n in zip(losses.tolist(), sizes, strict=True)]
-    assert standard_error == pytest.approx(math.hypot(*deviations))
+    deviation = math.hypot(2, 1, 4) / math.sqrt(2 * 3)  # by the differences of neighbours
+    assert standard_error == pytest.approx(deviation * math.hypot(*sizes) / 14)
     results = iter(losses)
     del batches[1:]
     assert evaluation.evaluate(run, Net(), None) == (1.0, 0.0)

@@ -13,7 +13,7 @@ class Loss(NamedTuple):
     """A mean in nats per token, over a sample of a split or all of it."""
 
     mean: float
-    # of the mean, by how batches differ; 0 where there is but one
+    # of the mean, by how batches differ from the next, since those of pairs are ordered by length; 0 of a single one
     standard_error: float
 
 
@@ -41,8 +41,12 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
     weights = torch.tensor(weights, dtype=torch.float64)
     total = processes.sum(float(weights.sum()))
     mean = processes.sum(float(losses @ weights)) / total
-    squares = processes.sum(float(((losses - mean) * weights).square().sum()))
-    return Loss(mean, math.sqrt(squares) / total)
+    differences = losses.diff().square() / 2
+    variance = processes.sum(float(differences.sum())) / max(
+        1, processes.sum(len(differences))
+    )
+    squares = processes.sum(float(weights.square().sum()))
+    return Loss(mean, math.sqrt(variance * squares) / total)
 
 
 def measures(run, net: nn.Module, eval_iters: int | None) -> dict[str, float]:
