@@ -18,7 +18,6 @@ Only text goes to stdout, or with --logprobs JSON lines, all else to stderr.
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from itertools import chain, product
 from pathlib import Path
@@ -55,7 +54,7 @@ from humptygpt.generation.sampling import (
 from humptygpt.generation.scoring import log_probabilities
 from humptygpt.generation.tasks import TASKS
 from humptygpt.interchange import load as interchange
-from humptygpt.nn.layers import DTYPES, autocast, free_memory, pick_device, sample_dtype
+from humptygpt.nn.layers import DTYPES, free_memory, pick_device, sample_dtype
 from humptygpt.tokenizer.tokenizers import END_OF_TEXT, Tokenizer
 
 SEPARATOR = "---------------"
@@ -198,7 +197,6 @@ class Pipeline:
     tokenizer: Tokenizer
     task: str
     device: torch.device
-    autocast: AbstractContextManager  # in which the model is to be used
 
 
 def main(argv: list[str]) -> None:
@@ -219,7 +217,7 @@ def main(argv: list[str]) -> None:
     if busy := limits.load_note():
         note(busy)
     smaller = "try fewer --num_samples, --max_new_tokens or --num_beams"
-    with limits.memory_advice(smaller), loaded.autocast:
+    with limits.memory_advice(smaller):
         if config.interactive:
             converse(config, loaded)
         elif not TASKS[loaded.task].continues_text:
@@ -240,11 +238,8 @@ def load(
 ) -> Pipeline:
     """Load what init_from names, made for generation; the keys are those of SampleConfig. Raises UserError."""
     torch_device = pick_device(device)
-    low_dtype = sample_dtype(dtype, torch_device)
-    # there the weights are converted; a GPU has autocast
+    weight_dtype = sample_dtype(dtype, torch_device)
     on_cpu = torch_device.type == "cpu"
-    weight_dtype = low_dtype if on_cpu else torch.float32
-    autocast_dtype = torch.float32 if on_cpu else low_dtype
     if quantize:
         weight_dtype = torch.int8
         if not on_cpu:
@@ -263,14 +258,8 @@ def load(
         free_memory(torch_device),
         "end other programs, or on a CPU take --quantize=int8",
     )
-    model = prepare_for_generation(model.to(torch_device), weight_dtype)
-    return Pipeline(
-        model,
-        loaded.tokenizer,
-        loaded.task,
-        torch_device,
-        autocast(torch_device, autocast_dtype),
-    )
+    model = prepare_for_generation(model, weight_dtype, torch_device)
+    return Pipeline(model, loaded.tokenizer, loaded.task, torch_device)
 
 
 # --------------------------------------------------------------------------------------
@@ -314,9 +303,8 @@ def complete(loaded: Pipeline, prompt: str, max_new_tokens: int = 500, **keys) -
     """Return the prompt and its continuation, for a notebook; keys: temperature, stop and others of SampleConfig."""
     config = SampleConfig(max_new_tokens=max_new_tokens, **keys)
     context = make_context([encode_prompt(prompt, loaded.tokenizer)], config, loaded)
-    with loaded.autocast:
-        pieces = stream_texts(loaded, context, [0], config)
-        return prompt + "".join(piece.text for piece in pieces)
+    pieces = stream_texts(loaded, context, [0], config)
+    return prompt + "".join(piece.text for piece in pieces)
 
 
 def make_context(

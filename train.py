@@ -250,8 +250,8 @@ def setup(
         check_training_fits(config, model_config, device, dtype, processes.size)
     processes.check_model(model_config, dtype)
 
-    model = make_model(config, model_config, saved, base)
-    processes.distribute(model)
+    model = make_model(config, model_config, processes, saved, base)
+    processes.distribute(model, config.seed if not saved and not base else None)
     optimizer = make_optimizer(config, model, processes)
     batches = dataset
     if device.type == "cuda":
@@ -339,16 +339,20 @@ def for_vocabulary(model_config: ModelConfig, dataset: Dataset) -> ModelConfig:
 
 
 def make_model(
-    config: TrainConfig, model_config: ModelConfig, saved: dict | None, base: Loaded | None
+    config: TrainConfig,
+    model_config: ModelConfig,
+    processes: Processes,
+    saved: dict | None,
+    base: Loaded | None,
 ) -> nn.Module:
-    """Return the model that trains, on the CPU."""
+    """Return the model that trains, on the CPU, or sharded without its weights."""
     if saved:
         model = checkpoint.restore_model(saved["model"], model_config)
     elif base:
         model = resume.adapt_model(base, model_config, config.seed)
     else:
         torch.manual_seed(config.seed)
-        model = models.build(model_config)
+        model = processes.build(model_config)
     for module in model.modules():
         if isinstance(module, models.Stack):
             module.checkpoint_activations = config.checkpoint_activations

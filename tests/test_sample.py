@@ -2,7 +2,6 @@ import dataclasses
 import io
 import json
 import re
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -286,9 +285,7 @@ class Spy(ByteTokenizer):
 
 def test_a_later_line_gets_no_start_token_and_no_space_before_it(monkeypatch):
     model = random_model(vocab_size=256, block_size=64)
-    loaded = sample.Pipeline(
-        model, Spy(), "language modelling", torch.device("cpu"), nullcontext()
-    )
+    loaded = sample.Pipeline(model, Spy(), "language modelling", torch.device("cpu"))
     seen = []
 
     def continue_texts(context, *args, **keys):

@@ -24,8 +24,11 @@ from test_distributed import (
     losses,
     signal_at_4,
 )
+from test_model import every_variant
+from test_model import tiny as tiny_model
 
 import export
+import model as models
 import prepare_data
 import sample
 import train
@@ -140,6 +143,32 @@ def test_a_sharded_run_starts_from_a_model_and_is_evaluated_as_one_of_one_proces
         0,
     ]
     assert f"val loss {one[-1]['val_loss']:.4f}" in Path("stdout0").read_text()
+
+
+@every_variant
+def test_of_a_new_model_each_rank_draws_its_rows_of_the_weights_of_one_process_and_keeps_no_more(
+    variant,
+):
+    one = tiny_model(**variant)
+    for rank in range(3):
+        processes = sharding.ShardedProcesses(rank, 3)
+        assert all(p.is_meta for p in processes.build(one.config).parameters())
+        torch.manual_seed(0)
+        with sharding.DrawnRows(processes) as drawn:
+            model = models.build(one.config)
+        for p, expected in zip(model.parameters(), one.parameters(), strict=True):
+            rows = drawn.take(p)
+            assert torch.equal(rows, processes.rows_of(expected))
+            assert not p.is_meta or rows.untyped_storage().nbytes() == rows.nbytes
+
+
+@pytest.mark.parametrize(
+    "init", [torch.nn.init.trunc_normal_, lambda x: x.normal_().mul_(2)]
+)
+def test_a_weight_that_cannot_be_drawn_by_rows_is_refused(init):
+    refused = pytest.raises(UserError, match="normal_, uniform_ and fill_ alone; take")
+    with refused, sharding.DrawnRows(sharding.ShardedProcesses(0, 2)) as drawn:
+        drawn.take(init(torch.empty(4, 4)))
 
 
 @pytest.mark.long

@@ -1,8 +1,8 @@
 """A trained model -> the same model made for generation: weights in fewer bits, and a shorter way for single tokens.
 
 Token by token, a processor waits for weights to come from memory, so half the bits are nearly half the time; in a small
-model it waits for Python and PyTorch to start operators. Norms, sums and softmax stay in float32. What BlockDecoder and
-FusedSelfAttention repeat of model.py, tests hold equal to it.
+model it waits for Python and PyTorch to start operators. Norms, sums and the residual stream stay in float32. What
+BlockDecoder and FusedSelfAttention repeat of model.py, tests hold equal to it.
 
 Shapes: see model.py.
 """
@@ -36,13 +36,17 @@ Product = Callable[[Tensor], Tensor]  # (..., inputs) -> (..., outputs)
 AddProduct = Callable[[Tensor, Tensor], Tensor]  # x, y -> x + product(y)
 
 
-def prepare_for_generation(
-    model: nn.Module, dtype: torch.dtype = torch.float32
-) -> nn.Module:
-    """Return the model itself with its layers swapped; it can no longer be trained or saved.
+CPU = torch.device("cpu")
 
-    dtype: of the weights, float32 or bfloat16, or on a CPU int8. Embeddings stay as they are: a token reads one
-    row, and of a file that is mapped only the rows that were read are in memory.
+
+def prepare_for_generation(
+    model: nn.Module, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> nn.Module:
+    """Return the model itself with its layers swapped, on the device; it can no longer be trained or saved.
+
+    dtype: of the weights, float32, bfloat16 or float16, or on a CPU int8. They are converted now, once; under autocast
+    each token would convert them all again. Embeddings stay as they are: a token reads one row, and of a file that is
+    mapped only the rows that were read are in memory.
     """
     model.eval().requires_grad_(False)
     for module in model.modules():  # yields the children after they are swapped here
@@ -50,7 +54,13 @@ def prepare_for_generation(
             module.attn = FusedSelfAttention(module.attn)
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(module, name, low_bit_linear(child, dtype))
+                # a GPU attends in few bits, too, and keeps keys and values in them
+                keeps = (
+                    name.endswith(("q_proj", "k_proj", "v_proj")) and device.type != "cpu"
+                )
+                result = dtype if keeps else torch.float32
+                setattr(module, name, low_bit_linear(child.to(device), dtype, result))
+    model.to(device)
     if isinstance(model, GPT):
         kinds = {type(block) for block in model.stack.blocks}
         if kinds == {PreNormBlock}:
@@ -65,32 +75,33 @@ def prepare_for_generation(
 PACKED_FROM = 2**17
 
 
-def low_bit_linear(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    """Return the layer, or one that computes the same faster for few tokens."""
+def low_bit_linear(linear: nn.Linear, dtype: torch.dtype, result: torch.dtype) -> nn.Module:
+    """Return the layer, or one that computes the same faster for few tokens; result: the dtype of what it returns."""
     if dtype == torch.int8:
-        return ProductLinear(int8_product(linear), torch.float32)
+        return ProductLinear(int8_product(linear), torch.float32, result)
     weight = linear.weight.to(dtype)
     bias = None if linear.bias is None else linear.bias.to(dtype)
     packs = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
     packs &= dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if packs and weight.numel() >= PACKED_FROM:
-        return ProductLinear(packed_product(weight, bias), dtype)
+        return ProductLinear(packed_product(weight, bias), dtype, result)
     if dtype == torch.float32:
         return linear
-    return ProductLinear(partial(F.linear, weight=weight, bias=bias), dtype)
+    return ProductLinear(partial(F.linear, weight=weight, bias=bias), dtype, result)
 
 
 class ProductLinear(nn.Module):
     """A linear layer whose matrix product is a function that takes inputs of this dtype and holds the weights."""
 
-    def __init__(self, product: Product, dtype: torch.dtype):
+    def __init__(self, product: Product, dtype: torch.dtype, result: torch.dtype):
         super().__init__()
         self.product = product
         self.dtype = dtype
+        self.result = result
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., inputs), float32. Returns (..., outputs), float32."""
-        return self.product(x.to(self.dtype)).float()
+        """x: (..., inputs). Returns (..., outputs), of dtype result."""
+        return self.product(x.to(self.dtype)).to(self.result)
 
 
 def packed_product(weight: Tensor, bias: Tensor | None) -> Product:
@@ -242,7 +253,7 @@ class BlockDecoder:
         qk, v = heads.split_with_sizes((n_head + n_kv_head, n_kv_head), 1)  # (B, H, D)
         if attention.qk_norm:
             # as F.rms_norm, which on a CPU is three times as many operators
-            length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True)
+            length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32)
             qk = qk / torch.hypot(length, self.root_of_eps)
         if inputs.rotary:
             cos, sin = inputs.rotary
@@ -252,11 +263,12 @@ class BlockDecoder:
         q, k = qk.split_with_sizes((n_head, n_kv_head), 1)
         state.k.select(2, end - 1).copy_(k)
         state.v.select(2, end - 1).copy_(v)
+        mask, _ = inputs.masks[attention.window]
         y = F.scaled_dot_product_attention(
-            q.unsqueeze(2),
+            q.unsqueeze(2).to(state.k.dtype),
             state.k.narrow(2, 0, end),
             state.v.narrow(2, 0, end),
-            attn_mask=inputs.masks[attention.window][0],
+            attn_mask=mask if mask is None else mask.to(state.k.dtype),
             enable_gqa=n_head != n_kv_head,
         )
         return self.add_o_proj(x, y.flatten(1))

@@ -21,12 +21,23 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as models
 from humptygpt.checkpoint import checkpoint, sharded
 from humptygpt.core.errors import UserError
 from humptygpt.core.files import remove
 from humptygpt.parallel.processes import Processes, raise_if_rank_died
+
+aten = torch.ops.aten
+# what draws or sets a whole new weight
+FILLS = (
+    aten.normal_.default,
+    aten.uniform_.default,
+    aten.fill_.Scalar,
+    aten.zero_.default,
+)
+UNKNOWN_INIT = "parallel=fsdp draws new weights by normal_, uniform_ and fill_ alone; take --parallel=ddp"
 
 
 @dataclass(frozen=True)
@@ -45,12 +56,16 @@ class ShardedProcesses(Processes):
                 "parallel=fsdp trains neither LoRA nor in float16; take --parallel=ddp, or --dtype=bfloat16"
             )
 
-    def distribute(self, model: nn.Module) -> None:
+    def build(self, model_config: models.ModelConfig) -> nn.Module:
+        """Return a new model without memory, whose weights distribute() draws."""
+        return models.build_on_meta(model_config)
+
+    def distribute(self, model: nn.Module, seed: int | None = None) -> None:
         """Keep of each parameter, on the device, the part of this rank; each block is gathered by itself.
 
-        Weights are gathered in float32, since autocast converts them, as for one process.
+        Weights are gathered in float32, since autocast converts them, as for one process. seed: of a new model.
         """
-        if not next(model.parameters()).is_meta:  # else the weights are read later
+        if not next(model.parameters()).is_meta:  # else they are drawn now, or read later
             for tensor in model.state_dict().values():
                 dist.broadcast(tensor, 0)  # other hardware might have drawn other ones
         for module in (*blocks(model), model):
@@ -60,6 +75,22 @@ class ShardedProcesses(Processes):
             if any(p.is_meta for p in module.parameters(recurse=False)):
                 module.to_empty(device=self.device, recurse=False)
         model.to(self.device)  # tables of positions
+        if seed is not None:
+            self.draw(model, seed)
+
+    @torch.no_grad()
+    def draw(self, model: nn.Module, seed: int) -> None:
+        """Give a new model the weights that one process draws."""
+        torch.manual_seed(seed)
+        with DrawnRows(self) as drawn:
+            whole = models.build(model.config)
+        for part, p in zip(model.parameters(), whole.parameters(), strict=True):
+            part.to_local().copy_(drawn.take(p))
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """Return what this rank keeps of a whole parameter, as fully_shard divides them; it may be nothing."""
+        most = -(-len(x) // self.size)
+        return x[self.rank * most : (self.rank + 1) * most]
 
     def compile(self, model: nn.Module, dynamic: bool | None) -> nn.Module:
         """Compile each block by itself, and not what gathers its weights."""
@@ -136,6 +167,39 @@ class ShardedProcesses(Processes):
     def load(self, path: Path, entries: dict) -> None:
         """Fill entries, of which each rank reads its part."""
         sharded.load(checkpoint.stored(path), entries)
+
+
+class DrawnRows(TorchDispatchMode):
+    """While a model is built: its weights have no memory, and of what fills one, this rank's rows alone are kept.
+
+    Each is drawn whole, on the CPU, and one at a time: the random numbers are those of one process.
+    """
+
+    def __init__(self, processes: ShardedProcesses):
+        super().__init__()
+        self.processes = processes
+        self.rows: dict[Tensor, Tensor] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is aten.empty.memory_format:
+            return func(*args, **kwargs | {"device": "meta"})
+        changed = args[0] if args and func._schema.is_mutable else None
+        if changed is None or not changed.is_meta:
+            return func(*args, **kwargs)
+        if func not in FILLS:
+            raise UserError(UNKNOWN_INIT)
+        whole = func(torch.empty(changed.shape), *args[1:], **kwargs)
+        self.rows[changed] = self.processes.rows_of(whole).clone()
+        return changed
+
+    def take(self, p: Tensor) -> Tensor:
+        """Return this rank's rows of a weight of the model, which are kept no longer. Raises UserError."""
+        if not p.is_meta:  # a small one, such as of zeros
+            return self.processes.rows_of(p)
+        if p not in self.rows:
+            raise UserError(UNKNOWN_INIT)
+        return self.rows.pop(p)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

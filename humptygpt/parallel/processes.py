@@ -30,6 +30,7 @@ from humptygpt.core.errors import UserError
 from humptygpt.core.files import remove
 from humptygpt.data.batches import Dataset, Prefetcher, random_key
 from humptygpt.nn import layers
+from model import ModelConfig, build
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective in training
 LONG = datetime.timedelta(days=7)  # while ranks prepare data, or rank 0 scores translations
@@ -178,11 +179,15 @@ class Processes:
     # ----------------------------------------------------------------------------------
     # The model
 
-    def check_model(self, model_config: object, dtype: torch.dtype) -> None:
-        """Raise UserError where these ranks cannot train such a model; model_config: a ModelConfig."""
+    def check_model(self, model_config: ModelConfig, dtype: torch.dtype) -> None:
+        """Raise UserError where these ranks cannot train such a model."""
 
-    def distribute(self, model: nn.Module) -> None:
-        """Move the model to the device."""
+    def build(self, model_config: ModelConfig) -> nn.Module:
+        """Return a new model, on the CPU."""
+        return build(model_config)
+
+    def distribute(self, model: nn.Module, seed: int | None = None) -> None:
+        """Move the model to the device; seed: of a new one."""
         model.to(self.device)
 
     def compile(self, model: nn.Module, dynamic: bool | None) -> nn.Module:
