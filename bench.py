@@ -8,7 +8,7 @@
 
 train: same shapes, same math (nanoGPT's CPU preset and AdamW, or a --config), same text; medians in milliseconds, and
 `speedup`, nanoGPT's median over ours. Each runs in a process of its own, as its users have it; nanoGPT computes in
-float32 on a CPU and in bfloat16 on a GPU, ours as --dtype says.
+float32 on a CPU and in bfloat16 on a GPU, and so do we unless --dtype says otherwise.
 loss: nanoGPT's CPU preset as it is, then --config with as many steps as should take 0.8 of its seconds, for each seed.
 Both are scored by the same function on the whole validation split, in blocks of their own block_size. Seconds are those
 of training alone; those to --target are interpolated between the evaluations around it (all, where it is not reached),
@@ -68,7 +68,7 @@ class BenchConfig:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps", **TRAINING)
     dtype: str | None = setting(
         None,
-        "of ours; None: float32 in train, else auto",
+        "of ours; None: nanoGPT's in train, else auto",
         choices=("auto", "float32", "bfloat16", "float16"),
         **TRAINING,
     )

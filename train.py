@@ -21,6 +21,7 @@ import sys
 from collections.abc import Collection
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
@@ -58,7 +59,11 @@ from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import Processes
 from humptygpt.tokenizer import tokenizers
 from humptygpt.training import evaluation, plan, resume
-from humptygpt.training.memory import check_training_fits, memory_report
+from humptygpt.training.memory import (
+    advice_after_failure,
+    check_training_fits,
+    memory_report,
+)
 from humptygpt.training.optimizers import Optimizer, freeze, make_optimizer
 from humptygpt.training.run_folder import (
     Diverged,
@@ -170,7 +175,8 @@ def main(argv: list[str]) -> int:
         else:
             if fine_tunes:
                 print(resume.cost_report(run), flush=True)
-            code = fit(run, fine_tunes)
+            with limits.memory_advice(partial(smaller_parts, run)):
+                code = fit(run, fine_tunes)
         run.processes.end()
         return code
 
@@ -277,7 +283,8 @@ def setup(
     if saved:
         run.load(saved)
     if config.compile or (config.compile is None and device.type == "cuda"):
-        run.net = compile_model(run)
+        with limits.memory_advice(partial(smaller_parts, run)):
+            run.net = compile_model(run)
     run.replica = processes.replicate(run.net)
     return run
 
@@ -377,23 +384,32 @@ def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
 
 
 def compile_model(run: Run) -> nn.Module:
-    """Compile the model and try it on two batches; where that fails, a note says why and the model itself trains."""
+    """Compile the model and try it on two batches; where that fails, a note says why and the model itself trains.
+
+    On what training and evaluation will give this rank: a part of a batch, perhaps, and a whole one.
+    """
     print("compiling: this takes about a minute", flush=True)
     model = run.model
+    size = run.config.batch_size
+    micro_batches = run.config.gradient_accumulation_steps
     try:
-        net = run.processes.compile(model, dynamic=run.task.batches_vary or None)
-        for index in range(2):
-            batch = run.dataset.batch(index, run.config.batch_size)
-            batch = to_device(batch, run.device)
+        net = run.processes.compile(model, dynamic=run.task.batches_vary)
+        for first in (0, micro_batches):
+            whole = run.dataset.batch(first, size)
+            parts = run.processes.local_batches(run.dataset, first, micro_batches, size)
+            part = next(parts)
+            part.seed_dropout(run.config.seed, model, run.device)
             with autocast(run.device, run.dtype):
-                net(**batch)[1].backward()
+                net(**to_device(part.batch, run.device))[1].backward()
                 # now: evaluation leaves whole weights in place of a sharded model's parts
                 model.zero_grad()
                 with torch.no_grad():
                     model.eval()
-                    net(**batch)
+                    net(**to_device(whole, run.device))
             model.train()
     except Exception as error:  # compilers fail in as many ways as there are machines
+        if limits.is_out_of_memory(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         note(f"torch.compile fails here ({reason}); training uncompiled")
         for module in model.modules():
@@ -402,6 +418,13 @@ def compile_model(run: Run) -> nn.Module:
     model.zero_grad()
     model.train()
     return net
+
+
+def smaller_parts(run: Run) -> str:
+    """Return what to do about a step that found no memory."""
+    return advice_after_failure(
+        run.config, run.model.config, run.device, run.dtype, run.processes.size
+    )
 
 
 def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import train
 from bench import BenchConfig
 from benchmarks.contenders import Generator, Trainer
-from humptygpt.nn.layers import autocast, pick_device, to_device
+from humptygpt.nn.layers import autocast, pick_device, pick_dtype, to_device
 from humptygpt.training.settings import TrainConfig
 from model import ModelConfig
 
@@ -37,13 +37,14 @@ class NanoGPTTrainer(Trainer):
     def __init__(self, config: TrainConfig, model_config: ModelConfig, checkout: str):
         self.config = config
         self.device = pick_device(config.device)
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        on_gpu = self.device.type == "cuda"
+        self.dtype = pick_dtype("auto" if on_gpu else "float32", self.device)  # as there
         self.dataset = train.open_dataset(config, model_config)
         self.tokens = self.dataset.folder / "train.bin"
         torch.manual_seed(config.seed)
         self.model = build_gpt(checkout, model_config).to(self.device)
         self.net = self.model
-        if self.device.type == "cuda":
+        if on_gpu:
             torch.set_float32_matmul_precision("high")  # TF32, as there
             self.net = torch.compile(self.model)
         self.optimizer = self.model.configure_optimizers(

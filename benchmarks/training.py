@@ -3,13 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 import train
 from bench import BenchConfig
 from humptygpt.core import settings
 from humptygpt.core.errors import UserError
+from humptygpt.nn.layers import pick_device
 from humptygpt.training.settings import TrainConfig
 from model import ModelConfig
 
+CPU = torch.device("cpu")
 DEMO = Path(__file__).parent.parent / "config" / "shakespeare_char.py"
 # nanoGPT's preset for a laptop's CPU, as the command in its README sets it
 SHAPE = ModelConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False)
@@ -37,7 +41,9 @@ def read_configs(
         given = settings.read([str(path)], ModelConfig, TrainConfig)
         train_config = settings.make(TrainConfig, given)
         model_config = settings.make(ModelConfig, given)
-    dtype = config.dtype or ("float32" if config.what == "train" else "auto")
+    dtype = config.dtype or "auto"
+    if config.what == "train" and not config.dtype and pick_device(config.device) == CPU:
+        dtype = "float32"  # as nanoGPT there
     train_config = replace(train_config, device=config.device, dtype=dtype, compile=None)
     dataset = train.open_dataset(train_config, model_config)
     if dataset.task != "language modelling":

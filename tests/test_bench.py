@@ -117,6 +117,15 @@ def test_steps_of_both_are_timed_in_processes_of_their_own_and_the_ratio_is_of_t
     assert result["ours_tokens_per_second"] == pytest.approx(speed, rel=0.05)
 
 
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "auto")])
+def test_ours_computes_in_the_dtype_of_nanogpt_on_each_device(
+    text, monkeypatch, device, dtype
+):
+    monkeypatch.setattr(training, "pick_device", torch.device)
+    settings = bench.BenchConfig(config="plain.py", device=device)
+    assert training.read_configs(settings)[0].dtype == dtype
+
+
 def test_alone_it_times_this_program(text, here, capsys):
     result = run(capsys, "--steps=1", "--config=plain.py", "--dtype=bfloat16")
     assert result.keys() == {"ours_ms", "ours_tokens_per_second"}

@@ -316,6 +316,62 @@ def complaints(*argv: str, **settings) -> list[str]:
     return [Path(f"stderr{rank}").read_text() for rank in range(2)]
 
 
+def test_with_nccl_the_watchdog_ends_a_process_whose_collective_fails_or_waits_too_long(
+    monkeypatch,
+):
+    groups = []
+    monkeypatch.setattr(os, "environ", {"RANK": "1", "WORLD_SIZE": "2"})
+    monkeypatch.setattr(distributed, "pick_gpu", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr(
+        dist, "rendezvous", lambda *args, **keys: iter([[dist.HashStore()]])
+    )
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **keys: groups.append((backend, keys))
+    )
+    monkeypatch.setattr(dist, "new_group", lambda **keys: groups.append((None, keys)))
+    processes = distributed.start("auto", torch.device("cuda"))
+    (backend, training), (_, patient) = groups
+    assert processes.device == torch.device("cuda", 1)
+    assert backend == "cpu:gloo,cuda:nccl"
+    assert training["timeout"] == distributed.TIMEOUT == datetime.timedelta(minutes=10)
+    assert patient == {"backend": "gloo", "timeout": distributed.LONG}
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"  # it ends the process
+    assert os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "600"
+
+
+def counting_graphs(argv: list[str]) -> int:
+    """Train, writing what was compiled before the first step and in all, and whether any size was left open."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(any(isinstance(x, torch.SymInt) for x in inputs))
+        return graph.forward
+
+    setup = train.setup
+
+    def setup_and_count(*args):
+        run = setup(*args)
+        graphs.append("trains")
+        return run
+
+    torch.compile = partial(torch.compile, backend=count)
+    train.setup = setup_and_count
+    code = train.main(argv)
+    Path(f"graphs{os.environ['RANK']}").write_text(json.dumps(graphs))
+    return code
+
+
+def test_what_a_rank_computes_is_compiled_before_the_first_step_also_where_it_has_a_part_of_a_batch(
+    tiny,
+):
+    argv = ["--compile=True", "--dropout=0.1", "--batch_size=4"]
+    assert launch(2, *TINY_RUN, *argv, main=counting_graphs) == [0, 0]
+    for rank in range(2):
+        graphs = json.loads(Path(f"graphs{rank}").read_text())
+        assert graphs[-1] == "trains" and not any(graphs[:-1])
+        assert "compile fails" not in Path(f"stderr{rank}").read_text()
+
+
 def with_other_data(argv: list[str]) -> int:
     """Train, in process 1 on a text that has been changed."""
     if os.environ["RANK"] == "1":

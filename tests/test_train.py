@@ -313,6 +313,20 @@ def test_where_compiling_fails_the_run_trains_uncompiled(run_train, monkeypatch,
     assert rows == run_train("--compile=False")
 
 
+def test_out_of_memory_is_one_line_with_a_size_and_no_failure_of_the_compiler(
+    tiny, monkeypatch, fails
+):
+    def full(*args, **batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    advice = "take --batch_size=2 --gradient_accumulation_steps=2, the same step"
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: full)
+    line = fails(train.main, *TINY_RUN, "--compile=True")
+    assert line == f"out of memory on the GPU; {advice}\n"
+    monkeypatch.setattr(train, "train_step", full)
+    assert fails(train.main, *TINY_RUN) == line
+
+
 def test_a_scaler_skips_the_step_whose_gradients_are_not_finite():
     layer = torch.nn.Linear(2, 1)
     optimizer = make_optimizer(TrainConfig(learning_rate=0.1), layer)

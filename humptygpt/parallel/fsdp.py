@@ -92,7 +92,7 @@ class ShardedProcesses(Processes):
         most = -(-len(x) // self.size)
         return x[self.rank * most : (self.rank + 1) * most]
 
-    def compile(self, model: nn.Module, dynamic: bool | None) -> nn.Module:
+    def compile(self, model: nn.Module, dynamic: bool) -> nn.Module:
         """Compile each block by itself, and not what gathers its weights."""
         for block in blocks(model):
             block.forward = torch.compile(block.forward, dynamic=dynamic)

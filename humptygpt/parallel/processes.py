@@ -7,7 +7,8 @@ tokens of one process, and all take the same step. With DDP every rank has the w
 fsdp.py. Rank 0 writes and reports.
 
 A rank that dies closes its connections, so that the next collective of the others fails; one that hangs is noticed when
-a collective has waited for TIMEOUT. Either ends the run, and torchrun may start it again.
+a collective has waited for TIMEOUT. Either ends the run, and torchrun may start it again. On GPUs as well, since the
+numbers on which ranks agree in each step go through gloo; what waits for the GPU before, NCCL's watchdog ends.
 """
 
 import datetime
@@ -34,6 +35,14 @@ from model import ModelConfig, build
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective in training
 LONG = datetime.timedelta(days=7)  # while ranks prepare data, or rank 0 scores translations
+# NCCL's wait() orders streams and raises nothing. A thread of torch ends a process whose collective has failed, or has
+# waited for TIMEOUT, and another one that process where the first hangs; neither writes down what every rank did
+WATCHDOG = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+    "TORCH_NCCL_ENABLE_MONITORING": "1",
+    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": f"{TIMEOUT.total_seconds():.0f}",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+}
 PATIENCE = 2  # seconds in which rank 0 reports a mistake that all ranks have found
 BACKENDS = ("auto", "gloo", "nccl")
 WAYS = ("ddp", "fsdp")
@@ -190,7 +199,7 @@ class Processes:
         """Move the model to the device; seed: of a new one."""
         model.to(self.device)
 
-    def compile(self, model: nn.Module, dynamic: bool | None) -> nn.Module:
+    def compile(self, model: nn.Module, dynamic: bool) -> nn.Module:
         """Return the model compiled."""
         return torch.compile(model, dynamic=dynamic)
 
@@ -359,6 +368,8 @@ def start(backend: str, device: torch.device, parallel: str = "ddp") -> Processe
     backends = pick_backend(backend, device)
     if device.type == "cuda":
         device = pick_gpu()
+        for key, value in WATCHDOG.items():
+            os.environ.setdefault(key, value)
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # torchrun keeps it where it starts ranks again, with the addresses of those that have ended
