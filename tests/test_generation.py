@@ -163,7 +163,7 @@ def test_the_repetition_penalty_counts_the_prompt_and_the_tokens_drawn_but_no_pa
     logits = torch.tensor([[1.0, 2.0, 3.0, 2.5]] * 2)
     tokens = [sampler.next_tokens(logits).flatten().tolist() for _ in range(3)]
     assert tokens == [[3, 2], [1, 3], [0, 0]]
-    sampler.select([1])
+    sampler.select(torch.tensor([1]))
     assert sampler.seen[:, :-1].tolist() == [[True, True, True, True]]
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections import defaultdict
-from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -102,19 +101,22 @@ def beam_search(
 
         ended = (ids == eot).any(dim=-1)
         highest, hypothesis = scores.masked_fill(~ended, -torch.inf).max(dim=1)
-        for row, number in enumerate(open_sentences):
-            if highest[row] > best[number].score:
-                found = ids[row, hypothesis[row]].tolist()
-                score = float(highest[row])
+        # here the CPU waits for a GPU, three times a step and for each better translation
+        hypotheses = zip(highest.tolist(), hypothesis.tolist(), strict=True)
+        for row, (score, hypothesis) in enumerate(hypotheses):
+            number = open_sentences[row]
+            if score > best[number].score:
+                found = ids[row, hypothesis].tolist()
                 best[number] = Translation(found[: found.index(eot)], score, ended=True)
-        going = ~ended.all(dim=1)
-        if step == limit - 1 or not going.any():
+        going = [row for row, over in enumerate(ended.all(dim=1).tolist()) if not over]
+        if step == limit - 1 or not going:
             break
+        kept = torch.tensor(going, device=ids.device)
         rows = sentence * k + parents  # of the state
-        state.select(rows[going].flatten())
-        ids = ids[going]
-        log_prob = log_prob[going]
-        open_sentences = list(compress(open_sentences, going.tolist()))
+        state.select(rows[kept].flatten())
+        ids = ids[kept]
+        log_prob = log_prob[kept]
+        open_sentences = [open_sentences[row] for row in going]
         idx = ids[..., -1].view(-1, 1)
     for row, number in enumerate(open_sentences):
         if not best[number].ended:

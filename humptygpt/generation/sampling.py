@@ -188,13 +188,14 @@ class Context:
             if any(self.padding):
                 self.state.padding = torch.tensor(self.padding, device=tokens.device)
 
-    def select(self, rows: list[int]) -> None:
-        """Keep these of the texts alone."""
+    def select(self, rows: list[int]) -> Tensor:
+        """Keep these of the texts alone. Returns their rows, int64, on the device."""
         index = torch.tensor(rows, device=self.chunks[0].device)
         self.chunks = [self.tokens()[index]]
         self.padding = [self.padding[row] for row in rows]
         if self.state:
             self.state.select(index)
+        return index
 
 
 class Sampler:
@@ -242,8 +243,8 @@ class Sampler:
             self.seen.scatter_(1, tokens, True)
         return tokens
 
-    def select(self, rows: list[int]) -> None:
-        """Keep these of the texts alone."""
+    def select(self, rows: Tensor) -> None:
+        """Keep these of the texts alone; int64, on the device."""
         if self.uniforms is not None:
             self.uniforms = self.uniforms[:, rows]
         if self.seen is not None:
@@ -293,8 +294,7 @@ def continue_texts(
             return
         if len(going) < len(rows):
             rows = [rows[i] for i in going]
-            context.select(going)
-            sampler.select(going)
+            sampler.select(context.select(going))
 
 
 def generate(
