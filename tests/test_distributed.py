@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -370,6 +371,35 @@ def test_what_a_rank_computes_is_compiled_before_the_first_step_also_where_it_ha
         graphs = json.loads(Path(f"graphs{rank}").read_text())
         assert graphs[-1] == "trains" and not any(graphs[:-1])
         assert "compile fails" not in Path(f"stderr{rank}").read_text()
+
+
+def scaled_with_one_overflow(argv: list[str]) -> int:
+    """Train with float16's scaler; process 1 alone has gradients that are not finite in its third step."""
+    steps = []
+    setup = train.setup
+    backward = Processes.backward
+
+    def setup_with_scaler(*args):
+        run = setup(*args)
+        run.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        steps.append(run)
+        return run
+
+    def overflow(self, loss):
+        steps.append(0)
+        backward(self, loss * math.inf if self.rank and len(steps) == 4 else loss)
+
+    train.setup = setup_with_scaler
+    Processes.backward = overflow
+    code = train.main(argv)
+    scale = steps[0].scaler.get_scale()
+    Path(f"scale{os.environ['RANK']}").write_text(f"{scale} {steps[0].optimizer.steps}")
+    return code
+
+
+def test_where_one_rank_overflows_all_skip_the_step_and_halve_the_scale(tiny):
+    assert launch(2, *TINY_RUN, main=scaled_with_one_overflow) == [0, 0]
+    assert [Path(f"scale{rank}").read_text() for rank in range(2)] == ["4.0 5"] * 2
 
 
 def with_other_data(argv: list[str]) -> int:

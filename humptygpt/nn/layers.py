@@ -339,14 +339,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 # Dense bfloat16 or float16 peak in FLOP/s, from the makers' data sheets, by words of the card's name; the first counts.
 PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
     "L4": 121e12,
+    "A10": 125e12,
     "V100": 125e12,
     "T4": 65e12,
+    "5090": 209e12,
     "4090": 165e12,
     "3090": 71e12,
 }
@@ -405,7 +409,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     on_gpu = device.type == "cuda"
     if on_gpu:
-        # from pinned memory, which must be contiguous, the copy overlaps with the GPU's work
+        # from pinned memory, which must be contiguous, the copy overlaps with the GPU's work; torch keeps it, and gives
+        # it to a later batch when the copy is done
         batch = {name: value.contiguous().pin_memory() for name, value in batch.items()}
     return {name: value.to(device, non_blocking=on_gpu) for name, value in batch.items()}
 
