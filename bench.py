@@ -5,6 +5,7 @@
     python bench.py --what=profile                        where a step's time goes
     python bench.py --what=sample --nanogpt=../nanoGPT    generation on a CPU, beside every other program installed
     python bench.py --what=page --page=PAGE.html          keystrokes in a page of explain.py, in an installed Chromium
+    python bench.py --what=gpu --nanogpt=../nanoGPT       five minutes on a card, as one table for RECORDS.md
 
 train: same shapes, same math (nanoGPT's CPU preset and AdamW, or a --config), same text; medians in milliseconds, and
 `speedup`, nanoGPT's median over ours. Each runs in a process of its own, as its users have it; nanoGPT computes in
@@ -23,6 +24,8 @@ All take the most probable token, but nanoGPT can only sample. Ours, nanoGPT and
 page: milliseconds from the press of a key until the page has been painted, medians and 95th percentiles: a character
 appended to a text of 64 tokens, one typed anywhere in it, and the same where the context is full, so that all tokens
 move. It is for runs whose tokens are characters. `pip install playwright` installs what drives the browser.
+gpu: the demo to its loss, data and compiling included; tokens/s and MFU of training GPT-2 124M and 350M, beside nanoGPT
+where a checkout is given, and their peak memory beside the formula; tokens/s of decode beside what memory can give.
 A --config's own device, dtype, compile and evaluation settings do not count here.
 """
 
@@ -46,10 +49,12 @@ MODES = {  # the module of benchmarks/ whose bench() answers
     "profile": "step_profile",
     "sample": "generation",
     "page": "keystrokes",
+    "gpu": "gpu",
 }
 NEEDED = {"loss": "nanogpt", "page": "page"}
-RIVAL = {"only_with": {"what": ("train", "loss", "sample")}}
+RIVAL = {"only_with": {"what": ("train", "loss", "sample", "gpu")}}
 TRAINING = {"only_with": {"what": ("train", "loss", "profile")}}
+ANY_DEVICE = {"only_with": {"what": ("train", "loss", "profile", "gpu")}}
 STEPS = {"only_with": {"what": ("train", "profile")}}
 LOSS = {"only_with": {"what": "loss"}}
 SAMPLE = {"only_with": {"what": "sample"}}
@@ -65,7 +70,7 @@ class BenchConfig:
     config: str | None = setting(
         None, "config file; None: nanoGPT's CPU preset, or the demo", path=True, **TRAINING
     )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps", **TRAINING)
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps", **ANY_DEVICE)
     dtype: str | None = setting(
         None,
         "of ours; None: nanoGPT's in train, else auto",
@@ -91,6 +96,7 @@ class BenchConfig:
     )
     page: str | None = setting(None, "an HTML file that explain.py made", path=True, **PAGE)
     keystrokes: int = setting(50, "that are timed", at_least=1, **PAGE)
+    short: bool = setting(False, "small models and few steps", only_with={"what": "gpu"})
 
     def __post_init__(self):
         check(self)

@@ -85,6 +85,10 @@ class Isolated:
     def call(self, method: str, *arguments: object) -> object:
         return self.pool.submit(call, method, *arguments).result()
 
+    def end(self) -> None:
+        """Free its memory."""
+        self.pool.shutdown()
+
 
 contender: Trainer | Generator  # in such a process
 

@@ -10,6 +10,7 @@ from bench import BenchConfig
 from benchmarks.contenders import Generator, Trainer
 from humptygpt.generation.decoder import prepare_for_generation
 from humptygpt.generation.sampling import generate
+from humptygpt.nn.layers import pick_device
 from humptygpt.training.settings import TrainConfig
 from model import ModelConfig, build
 
@@ -37,7 +38,9 @@ class OurGenerator(Generator):
 
     def load(self, model_config: ModelConfig, config: BenchConfig) -> None:
         dtype = getattr(torch, config.weights)
-        self.model = prepare_for_generation(build(model_config), dtype)
+        device = pick_device(config.device if config.what == "gpu" else "cpu")
+        self.model = prepare_for_generation(build(model_config), dtype, device)
+        self.idx = self.idx.to(device)
 
     def steps(self, n: int) -> Iterator[Tensor]:
         return generate(self.model, self.idx, n, temperature=0.0)

@@ -342,15 +342,6 @@ def test_a_scaler_skips_the_step_whose_gradients_are_not_finite():
     assert scaler.get_scale() == 2.0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("options", [[], ["--optimizer=normuon"]])
-def test_a_gpu_trains_in_mixed_precision(run_train, dtype, options):
-    cpu = train_losses(run_train(*options))
-    on_gpu = run_train(*options, "--device=cuda", f"--dtype={dtype}", "--compile=False")
-    assert train_losses(on_gpu) == pytest.approx(cpu, rel=0.05)
-
-
 def test_a_model_that_is_traced_as_for_compiling_trains_alike_and_its_weights_keep_their_names(
     run_train, monkeypatch
 ):

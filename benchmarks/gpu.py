@@ -1,0 +1,194 @@
+"""bench.py --what=gpu: what a card does with the demo, with GPT-2 in training, and with GPT-2 writing; one table.
+
+--short=True tries the same with small models and few steps, to see that all of it runs.
+"""
+
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+import train
+from bench import BenchConfig
+from benchmarks.contenders import Isolated
+from benchmarks.nanogpt import KEYS, NanoGPTTrainer
+from benchmarks.ours import OurGenerator, OurTrainer
+from benchmarks.training import DEMO
+from humptygpt.checkpoint.metrics import read_metrics
+from humptygpt.core import settings
+from humptygpt.core.errors import UserError
+from humptygpt.nn.layers import peak_flops, pick_device, pick_dtype
+from humptygpt.training.memory import activation_bytes, training_memory
+from humptygpt.training.settings import TrainConfig
+from model import ModelConfig, build_on_meta, flops_per_token
+
+SIZES = ("gpt2_124m", "gpt2_350m")
+WARMUP = 5  # steps that are not counted
+TIMED = 50
+SHORT = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "vocab_size": 512}
+
+
+def bench(config: BenchConfig) -> dict:
+    device = pick_device(config.device)
+    print(
+        f"| what | measured | computed or beside |\n|---|---|---|\n| {versions(device)} | | |"
+    )
+    figures = {"demo": demo(config)}
+    for size in SIZES:
+        figures[size] = training(config, size, device)
+    bandwidth = copy_bandwidth(device, 2**24 if config.short else 2**30)
+    figures["bandwidth"] = bandwidth
+    row("copying memory", f"{bandwidth / 1e9:.0f} GB/s", "read and written")
+    for texts in (1, 16):
+        figures[f"decode_{texts}"] = decoding(config, device, texts, bandwidth)
+    return figures
+
+
+def row(what: str, measured: str, beside: str = "") -> None:
+    print(f"| {what} | {measured} | {beside} |", flush=True)
+
+
+def versions(device: torch.device) -> str:
+    """Return card, driver and software in words."""
+    software = f"torch {torch.__version__}, Python {platform.python_version()}"
+    if device.type != "cuda":
+        return f"{device}, {platform.processor() or platform.machine()}, {software}"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, IndexError):
+        driver = "unknown"
+    card = torch.cuda.get_device_name(device)
+    return f"{card}, driver {driver}, CUDA {torch.version.cuda}, {software}"
+
+
+def demo(config: BenchConfig) -> dict:
+    """Run the demo as a user does, data and compiling included."""
+    script = Path(train.__file__)
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, script, DEMO, f"--device={config.device}"]
+        command += [f"--out_dir={folder}"]
+        if config.short:
+            command += ["--max_iters=4", "--n_layer=1", "--batch_size=1", "--block_size=32"]
+            command += ["--eval_interval=2", "--eval_iters=1"]
+        began = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True)
+        seconds = time.perf_counter() - began
+        if done.returncode:
+            raise UserError(f"the demo ends with: {done.stderr.strip().splitlines()[-1]}")
+        rows = read_metrics(Path(folder) / "metrics.jsonl")
+        loss = min(each["val_loss"] for each in rows if each and "val_loss" in each)
+    row("the demo, val loss", f"{loss:.4f} in {seconds:.0f} s", "1.4530 on machine D")
+    return {"val_loss": loss, "seconds": seconds}
+
+
+# --------------------------------------------------------------------------------------
+# Training
+
+
+class OurTrainerWithMemory(OurTrainer):
+    def peak_memory(self) -> int:
+        """Return the most bytes of tensors that the card has held; 0 on a CPU, which does not count them."""
+        on_gpu = self.device.type == "cuda"
+        return torch.cuda.max_memory_allocated(self.device) if on_gpu else 0
+
+
+def training(config: BenchConfig, size: str, device: torch.device) -> dict:
+    """Time steps of one micro-batch of GPT-2, on the demo's text, beside nanoGPT's where a checkout is given."""
+    keys = settings.read([str(DEMO.parent / f"{size}.py")], ModelConfig, TrainConfig)
+    keys |= {"dataset": "shakespeare_char", "gradient_accumulation_steps": 1}
+    keys |= {"device": config.device, "eval_iters": None}
+    if config.short:
+        keys |= SHORT | {"batch_size": 2}
+    train_config = settings.make(TrainConfig, keys)
+    model_config = settings.make(ModelConfig, keys)
+    steps = 3 if config.short else TIMED
+    tokens = train_config.batch_size * model_config.block_size
+    try:
+        trainer = Isolated(OurTrainerWithMemory, train_config, model_config)
+        seconds = median_step(trainer, steps)
+        peak = trainer.call("peak_memory")
+        trainer.end()
+    except (UserError, torch.OutOfMemoryError) as error:
+        row(f"{size}, training", f"not measured: {str(error).splitlines()[0]}")
+        return {}
+    figures = {"tokens_per_second": round(tokens / seconds), "peak_memory": peak}
+    beside = []
+    model = build_on_meta(model_config)
+    if flops := peak_flops(device):
+        figures["mfu"] = flops_per_token(model) * tokens / seconds / flops
+        beside.append(f"MFU {figures['mfu']:.1%}")
+    if config.nanogpt:
+        shape = ModelConfig(**{key: getattr(model_config, key) for key in KEYS})
+        theirs = Isolated(NanoGPTTrainer, train_config, shape, config.nanogpt)
+        nanogpt = tokens / median_step(theirs, steps)
+        theirs.end()
+        figures["nanogpt_tokens_per_second"] = round(nanogpt)
+        beside.append(f"nanoGPT {nanogpt:,.0f} tokens/s")
+    speed = f"{figures['tokens_per_second']:,} tokens/s"
+    row(f"{size}, training, batch {train_config.batch_size}", speed, ", ".join(beside))
+    dtype = pick_dtype("auto", device)
+    on_gpu = device.type == "cuda"
+    rows = train_config.batch_size
+    kept = activation_bytes(train_config, model_config, rows, dtype, on_gpu)
+    computed = training_memory(train_config, model, kept).total
+    measured = f"{peak / 1e9:.2f} GB" if on_gpu else "not on a CPU"
+    row(f"{size}, peak memory", measured, f"{computed / 1e9:.2f} GB, uncompiled")
+    return figures | {"computed_memory": computed}
+
+
+def median_step(trainer: Isolated, steps: int) -> float:
+    """Return the seconds of a step."""
+    return statistics.median(trainer.call("take_steps", 0, WARMUP + steps)[WARMUP:])
+
+
+# --------------------------------------------------------------------------------------
+# Generation
+
+
+def copy_bandwidth(device: torch.device, size: int) -> float:
+    """Return bytes per second, read and written, of copying this many bytes within the device."""
+    x = torch.zeros(size // 4, device=device)
+    times = []
+    for _ in range(10):
+        began = time.perf_counter()
+        y = x.clone()
+        y[-1].item()  # waits for a GPU
+        times.append(time.perf_counter() - began)
+    return 2 * size / statistics.median(times)
+
+
+def decoding(
+    config: BenchConfig, device: torch.device, texts: int, bandwidth: float
+) -> dict:
+    """Time tokens after a prompt of 8; the weights that each step reads, beside what memory can give."""
+    dtype = pick_dtype("auto", device)
+    name = str(dtype).removeprefix("torch.")
+    keys = settings.read([str(DEMO.parent / "gpt2_124m.py")], ModelConfig, TrainConfig)
+    if config.short:
+        keys |= SHORT
+    model_config = settings.make(ModelConfig, keys)
+    asked = replace(
+        config, weights=name, texts=texts, new_tokens=8 if config.short else 128
+    )
+    generator = Isolated(OurGenerator, model_config, asked)
+    steps = generator.call("measure", asked.new_tokens)
+    generator.end()
+    seconds = statistics.median(steps[1:])
+    model = build_on_meta(model_config)
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    read = sum(m.weight.numel() for m in linears) * dtype.itemsize
+    figures = {
+        "tokens_per_second": round(texts / seconds, 1),
+        "of_bandwidth": read / seconds / bandwidth,
+    }
+    speed = f"{figures['tokens_per_second']:,} tokens/s"
+    beside = f"weights at {read / seconds / 1e9:.1f} GB/s"
+    row(f"gpt2_124m, decode, {name}, {texts} texts", speed, beside)
+    return figures

@@ -1,0 +1,255 @@
+"""What a CUDA card has to show: pytest -m cuda. The same claims hold on a CPU: TEST_DEVICE=cpu pytest -m cuda.
+
+Tolerances: in float32, 1e-4 of a loss and 1e-3 of gradients; in 16 bits, 2 % and 10 %.
+"""
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_RUN, read_rows
+from test_bench import NANOGPT
+from test_inference import logits_in_pieces
+from test_model import VARIANTS, random_model, tokens
+
+import bench
+import prepare_data
+import train
+from humptygpt.generation.decoder import prepare_for_generation
+from humptygpt.generation.sampling import generate
+from humptygpt.nn.layers import autocast, pick_dtype
+from humptygpt.training.memory import build_on_meta, least_memory
+from humptygpt.training.settings import read_settings
+from model import POSITIONS
+
+DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))
+ON_GPU = DEVICE.type == "cuda"
+CARDS = torch.cuda.device_count()
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(ON_GPU and not CARDS, reason="no CUDA card; TEST_DEVICE=cpu"),
+]
+OUT = Path("out/run")
+RUN = [*TINY_RUN, f"--device={DEVICE}"]
+LOW = pick_dtype("auto", DEVICE) if CARDS or not ON_GPU else torch.bfloat16
+LOW = torch.bfloat16 if torch.float32 == LOW else LOW
+MODELS = [
+    *VARIANTS,
+    {"model": "transformer"},
+    {"model": "transformer", "position": "rotary", "norm": "rmsnorm", "n_kv_head": 1},
+]
+
+
+def losses(rows: list[dict]) -> list[float]:
+    return [row.get("train_loss", row.get("val_loss")) for row in rows]
+
+
+def trained(*argv: str) -> list[float]:
+    assert train.main([*RUN, *argv]) == 0
+    return losses(read_rows(OUT))
+
+
+@pytest.mark.parametrize("variant", MODELS, ids=str)
+def test_losses_and_gradients_are_those_of_a_cpu(variant):
+    model = random_model(**variant)
+    T = min(model.config.block_size, 12)
+    batch = {"idx": tokens(3, T), "targets": tokens(3, T, seed=1)}
+    if model.has_encoder:
+        batch["source"] = tokens(3, 7, seed=2)
+        batch["source"][0, 4:] = -1
+    _, expected = model(**batch)
+    expected.backward()
+    on_device = copy.deepcopy(model).to(DEVICE)
+    batch = {name: x.to(DEVICE) for name, x in batch.items()}
+    for dtype, loss_error, gradient_error in (
+        (torch.float32, 1e-4, 1e-3),
+        (LOW, 0.02, 0.1),
+    ):
+        on_device.zero_grad()
+        with autocast(DEVICE, dtype):
+            _, loss = on_device(**batch)
+        loss.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=loss_error)
+        for p, q in zip(model.parameters(), on_device.parameters(), strict=True):
+            error = (q.grad.cpu() - p.grad).norm()
+            assert error <= gradient_error * p.grad.norm() + 1e-3 * gradient_error
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("options", [[], ["--optimizer=normuon", "--dropout=0.1"]])
+def test_training_goes_as_on_a_cpu(tiny, dtype, options):
+    if dtype == "float16" and not ON_GPU:
+        pytest.skip("float16 trains on CUDA alone")
+    cpu = trained("--device=cpu", *options)
+    found = trained(f"--dtype={dtype}", "--compile=False", *options)
+    assert found == pytest.approx(cpu, rel=0.05)
+
+
+def test_a_resumed_run_has_the_losses_of_one_that_was_not_interrupted(tiny):
+    argv = ["--compile=False", "--dropout=0.1", "--optimizer=normuon"]
+    whole = trained(*argv)
+    trained(*argv, "--max_iters=3", "--lr_decay_iters=6")
+    resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=6"]
+    assert train.main(resume) == 0
+    assert losses(read_rows(OUT))[-3:] == pytest.approx(whole[-3:], rel=1e-4)
+
+
+def test_a_compiled_run_has_the_losses_of_an_eager_one(tiny, capsys):
+    eager = trained("--compile=False")
+    capsys.readouterr()
+    assert trained("--compile=True") == pytest.approx(eager, rel=1e-3)
+    assert "compile fails" not in capsys.readouterr().err
+
+
+@contextmanager
+def waits_are_errors():
+    """CUDA's own check, which a CPU does not have."""
+    torch.cuda.set_sync_debug_mode("error" if ON_GPU else "default") if CARDS else None
+    yield
+    torch.cuda.set_sync_debug_mode("default") if CARDS else None
+
+
+def test_a_training_step_does_not_wait_for_the_card(tiny, monkeypatch):
+    step = train.train_step
+
+    def checked(run, it):
+        with waits_are_errors():
+            return step(run, it)
+
+    argv = ["--compile=False", "--grad_clip=1.0", "--dropout=0.1"]
+    if ON_GPU and torch.float16 == LOW:
+        argv.append("--dtype=float32")  # a scaler waits
+    expected = trained(*argv)
+    monkeypatch.setattr(train, "train_step", checked)
+    assert trained(*argv) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("window", [0, 5])
+def test_in_16_bits_cached_is_uncached_also_padded(position, window):
+    model = random_model(
+        n_embd=64, position=position, window=window, qk_norm=True, mlp_conv=2
+    ).eval()
+    idx = tokens(3, 12)
+    expected = model(idx)[0][:, 2:].detach()
+    ready = prepare_for_generation(copy.deepcopy(model), LOW, DEVICE)
+    idx = idx.to(DEVICE)
+    with torch.inference_mode():
+        cached = logits_in_pieces(ready, idx).cpu()
+        whole = ready(idx)[0][:, 2:].cpu()
+        padding = torch.full((3,), 2, device=DEVICE)
+        padded = torch.nn.functional.pad(idx, (2, 0))
+        shifted = logits_in_pieces(ready, padded, padding=padding)[:, 2:].cpu()
+    for found in (cached, whole, shifted):
+        error = (found - expected).square().mean() / expected.var()
+        assert error < 0.03**2
+    torch.testing.assert_close(cached, whole, atol=0.1, rtol=0.0)
+
+
+def test_a_text_is_the_same_in_a_batch_and_alone(tiny):
+    model = prepare_for_generation(random_model(position="rotary"), torch.float32, DEVICE)
+    idx = tokens(4, 5).to(DEVICE)
+    together = torch.stack(list(generate(model, idx, 20, seed=3)), dim=1)
+    alone = [
+        torch.stack(list(generate(model, idx[i : i + 1], 20, seed=3, samples=[i])), dim=1)
+        for i in range(4)
+    ]
+    assert torch.equal(together, torch.cat(alone))
+
+
+# --------------------------------------------------------------------------------------
+# Several cards, and too little memory: in processes of their own
+
+
+def run_script(*argv: str, before: str = "", processes: int = 1):
+    """Run train.py as a user does; before: code that runs in front of it."""
+    Path("start.py").write_text(
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}]\n"
+        "import train\nfrom humptygpt.core import settings\n"
+        f"{before}\nsettings.run(train.main)\n"
+    )
+    command = [sys.executable]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone"]
+        command += [*launcher, f"--nproc_per_node={processes}"]
+    command += ["start.py", "no_keys.py", *argv]
+    Path("no_keys.py").write_text("")
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(ON_GPU and CARDS < 2, reason="needs two cards")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_have_the_losses_of_one(tiny, parallel):
+    argv = ["--compile=False", "--gradient_accumulation_steps=2"]
+    one = trained(*argv)
+    done = run_script(*RUN, *argv, f"--parallel={parallel}", processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(read_rows(OUT)) == pytest.approx(one, rel=1e-4)
+
+
+FULL = """
+step = train.train_step
+def full(run, it):
+    if run.config.batch_size >= {size}:
+        raise train.torch.OutOfMemoryError("CUDA out of memory")
+    return step(run, it)
+train.train_step = full
+"""
+
+
+def largest_that_is_not_refused(argv: list[str], free: int) -> int:
+    """Return the batch size, a power of two, of a step whose least memory just fits."""
+    size = 2
+    while True:
+        config, model_config, *_ = read_settings([*argv, f"--batch_size={2 * size}"])
+        model = build_on_meta(replace(model_config, vocab_size=64))
+        if least_memory(config, model, torch.float32, 1).total > free:
+            return size
+        size *= 2
+
+
+def test_out_of_memory_is_one_line_with_a_batch_size_that_fits(tiny):
+    argv = [*RUN, "--compile=False", "--max_iters=1", "--eval_iters=1", "--dtype=float32"]
+    argv += ["--n_embd=64", "--n_layer=4", "--block_size=128"]
+    left = 2**24
+    if ON_GPU:
+        left = 3 * 2**30
+        free, _ = torch.cuda.mem_get_info(DEVICE)
+        taken = torch.empty(free - left - 2**30, dtype=torch.uint8, device=DEVICE)
+    size = largest_that_is_not_refused(argv, left)
+    before = "" if ON_GPU else FULL.format(size=size)  # on a CPU it is feigned
+    done = run_script(*argv, f"--batch_size={size}", before=before)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("start.py: ")]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert "out of memory on the GPU; take --batch_size=" in lines[0]
+    fitting = re.findall(r"--\w+=\d+", lines[0])
+    assert run_script(*argv, *fitting, before=before).returncode == 0
+    if ON_GPU:
+        del taken
+
+
+# --------------------------------------------------------------------------------------
+# The bench
+
+
+def test_the_bench_of_a_card_prints_its_table(tiny, capsys):
+    Path("tiny.txt").rename("text.txt")
+    prepare_data.main(["--input=text.txt", "--name=shakespeare_char"])
+    Path("other").mkdir()
+    Path("other/model.py").write_text(NANOGPT)
+    argv = ["--what=gpu", f"--device={DEVICE}", "--short=True", "--nanogpt=other"]
+    bench.main(argv)
+    *table, figures = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("| gpt2_") for line in table) == 6
+    assert all(line.count("|") == 4 for line in table if line.startswith("|"))
+    figures = json.loads(figures)
+    assert figures["gpt2_350m"]["nanogpt_tokens_per_second"] > 0
+    assert figures["decode_16"]["tokens_per_second"] > 0
