@@ -77,6 +77,13 @@ def test_large_matrices_are_packed_and_give_the_same_logits(monkeypatch):
     assert not any(isinstance(module, torch.nn.Linear) for module in ready.modules())
 
 
+def test_a_torch_without_onednn_is_not_asked_what_it_can_do(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    ready = prepare_for_generation(random_model(), torch.bfloat16)
+    assert ready(tokens(1, 3))[0].isfinite().all()
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("low", "bound"),

@@ -171,6 +171,41 @@ def test_a_weight_that_cannot_be_drawn_by_rows_is_refused(init):
         drawn.take(init(torch.empty(4, 4)))
 
 
+def status(key: str) -> int:
+    """Of this process, in bytes: VmRSS, VmHWM."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def peak_of_setup(argv: list[str]) -> int:
+    """Put a run together, and write what the process took beside what it took with torch imported."""
+    before = status("VmRSS")
+
+    def fit(run, fine_tunes):
+        taken = status("VmHWM") - before
+        print(f"{models.count_parameters(run.model):,} parameters, {taken / 1e6:.0f} MB")
+        Path(f"taken{run.processes.rank}").write_text(str(taken))
+        return 0
+
+    train.fit = fit
+    return train.main(argv)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_a_new_model_of_half_a_billion_parameters_takes_a_shard_and_its_largest_matrix(
+    tiny,
+):
+    shape = ["--n_layer=16", "--n_head=12", "--n_embd=1536", "--vocab_size=50304"]
+    argv = [*TINY_RUN, *shape, "--parallel=fsdp"]
+    assert launch(4, *argv, main=peak_of_setup) == [0] * 4
+    parameters = 16 * 12 * 1536**2 + 50304 * 1536
+    for rank in range(4):
+        taken = int(Path(f"taken{rank}").read_text())
+        print(f"{taken / 1e6:,.0f} MB of {4 * parameters / 1e6:,.0f}")
+        assert taken < 4 * (parameters / 4 + 50304 * 1536) + 300e6
+
+
 @pytest.mark.long
 def test_compiled_sharded_processes_have_the_losses_of_one(run_train):
     argv = ["--gradient_accumulation_steps=4"]

@@ -82,7 +82,8 @@ def low_bit_linear(linear: nn.Linear, dtype: torch.dtype, result: torch.dtype) -
     weight = linear.weight.to(dtype)
     bias = None if linear.bias is None else linear.bias.to(dtype)
     packs = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    packs &= dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if packs and dtype != torch.float32:
+        packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if packs and weight.numel() >= PACKED_FROM:
         return ProductLinear(packed_product(weight, bias), dtype, result)
     if dtype == torch.float32:
