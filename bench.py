@@ -86,6 +86,7 @@ class BenchConfig:
     weights: str = setting(
         "float32", "dtype of the weights", choices=("float32", "bfloat16", "int8"), **SAMPLE
     )
+    compile: bool = setting(False, "ours: compile the step of one token", **SAMPLE)
     texts: int = setting(1, "that are continued together", at_least=1, **SAMPLE)
     prompt: int = setting(8, "tokens of each text", at_least=1, **SAMPLE)
     new_tokens: int = setting(

@@ -44,6 +44,7 @@ from humptygpt.core.settings import (
     setting,
 )
 from humptygpt.generation.beams import NUM_BEAMS, translate
+from humptygpt.generation.compiled import CompiledGPT
 from humptygpt.generation.decoder import prepare_for_generation
 from humptygpt.generation.sampling import (
     Context,
@@ -176,12 +177,17 @@ class SampleConfig:
     )
     quantize: str | None = setting(None, "weights in 8 bits, on a CPU", choices=("int8",))
     compile: bool = setting(
-        False, "nanoGPT's key; has no effect: every length of text would be compiled again"
+        False, "compile the step of one token: a minute at first, then faster", **TEXT
     )
 
     def __post_init__(self):
         check(self)
-        for keys in (("start", "prompts", "score"), ("interactive", "prompts", "score")):
+        for keys in (
+            ("start", "prompts", "score"),
+            ("interactive", "prompts", "score"),
+            ("compile", "score"),
+            ("compile", "quantize"),
+        ):
             given = [key for key in keys if getattr(self, key)]
             if len(given) > 1:
                 raise ValueError(
@@ -209,11 +215,10 @@ def main(argv: list[str]) -> None:
         device=config.device,
         dtype=config.dtype,
         quantize=config.quantize,
+        compile=config.compile,
     )
     settings = asdict(config) | {"task": loaded.task}
     configurator.note_without_effect(settings, given, SampleConfig)
-    if config.compile:
-        note("compile=True has no effect in sample.py")
     if busy := limits.load_note():
         note(busy)
     smaller = "try fewer --num_samples, --max_new_tokens or --num_beams"
@@ -235,6 +240,7 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
+    compile: bool = False,
 ) -> Pipeline:
     """Load what init_from names, made for generation; the keys are those of SampleConfig. Raises UserError."""
     torch_device = pick_device(device)
@@ -258,7 +264,15 @@ def load(
         free_memory(torch_device),
         "end other programs, or on a CPU take --quantize=int8",
     )
-    model = prepare_for_generation(model, weight_dtype, torch_device)
+    if compile and not model.has_state:
+        note(f"compile=True has no effect: model={model.config.model} has no state")
+    compiles = compile and model.has_state and TASKS[loaded.task].continues_text
+    model = prepare_for_generation(model, weight_dtype, torch_device, compiles)
+    if compiles:
+        print("compiling: this takes about a minute", file=sys.stderr)
+        # a CUDA graph; on a CPU there is none
+        on_cuda = torch_device.type == "cuda"
+        model = CompiledGPT(model, mode="reduce-overhead" if on_cuda else None)
     return Pipeline(model, loaded.tokenizer, loaded.task, torch_device)
 
 

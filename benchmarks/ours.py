@@ -8,6 +8,7 @@ from torch import Tensor
 import train
 from bench import BenchConfig
 from benchmarks.contenders import Generator, Trainer
+from humptygpt.generation.compiled import CompiledGPT
 from humptygpt.generation.decoder import prepare_for_generation
 from humptygpt.generation.sampling import generate
 from humptygpt.nn.layers import pick_device
@@ -39,7 +40,10 @@ class OurGenerator(Generator):
     def load(self, model_config: ModelConfig, config: BenchConfig) -> None:
         dtype = getattr(torch, config.weights)
         device = pick_device(config.device if config.what == "gpu" else "cpu")
-        self.model = prepare_for_generation(build(model_config), dtype, device)
+        model = build(model_config)
+        self.model = prepare_for_generation(model, dtype, device, config.compile)
+        if config.compile:
+            self.model = CompiledGPT(self.model)
         self.idx = self.idx.to(device)
 
     def steps(self, n: int) -> Iterator[Tensor]:

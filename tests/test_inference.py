@@ -14,7 +14,10 @@ from test_model import (
 )
 
 from humptygpt.generation import decoder as inference
+from humptygpt.generation.compiled import CompiledGPT
 from humptygpt.generation.decoder import ProductLinear, prepare_for_generation
+from humptygpt.generation.sampling import generate
+from model import POSITIONS
 
 
 def logits_in_pieces(model, idx, padding=None) -> torch.Tensor:
@@ -119,3 +122,77 @@ def test_a_transformer_made_for_generation_translates_as_before():
     for piece in idx.split([2, 1, 1, 1], dim=1):
         found = ready.next_logits(piece, state)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------
+# Compiled
+
+
+def greedy(model, idx, n: int, **options) -> list[list[int]]:
+    steps = generate(model, idx, n, temperature=0.0, **options)
+    return torch.stack(list(steps), dim=1).tolist()
+
+
+def compile_both(model, backend: str, **low):
+    """The model made for generation, and the same compiled; and a list of the graphs."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    eager = prepare_for_generation(copy.deepcopy(model), **low)
+    ready = prepare_for_generation(copy.deepcopy(model), **low, compiles=True)
+    return eager, CompiledGPT(ready, backend=count), graphs
+
+
+PADDED = torch.tensor([[-1, -1, 3, 4], [1, 2, 3, 4], [-1, 5, 6, 7]])
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_compiled_decode_writes_the_tokens_of_eager_decode_by_one_graph(position, capsys):
+    """Past block_size, plain and padded, and after a text has ended."""
+    for keys in (
+        {"bias": True, "logit_soft_cap": 5.0},
+        {"window": 5, "mlp_conv": 2, "qk_norm": True, "n_kv_head": 1, "mlp": "gated"},
+    ):
+        eager, compiled, graphs = compile_both(
+            random_model(position=position, **keys).eval(), "eager"
+        )
+        for idx in (tokens(3, 4), PADDED):
+            graphs.clear()
+            expected = greedy(eager, idx, 30)
+            assert greedy(compiled, idx, 30) == expected
+            assert len(graphs) == 1
+        eot = expected[0][3]
+        assert greedy(compiled, idx, 30, eot=eot) == greedy(eager, idx, 30, eot=eot)
+    assert "compile fails" not in capsys.readouterr().err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_by_inductor_it_computes_what_eager_decode_computes(dtype, capsys):
+    model = random_model(n_embd=64, position="rotary", qk_norm=True, bias=True).eval()
+    eager, compiled, graphs = compile_both(model, "inductor", dtype=dtype)
+    for B in (1, 3):
+        idx = tokens(B, 12)
+        with torch.inference_mode():
+            expected = logits_in_pieces(eager, idx)
+            found = logits_in_pieces(compiled, idx)
+        tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=0.0)
+    assert len(graphs) == 2 and "compile fails" not in capsys.readouterr().err
+
+
+def test_where_compiling_fails_it_generates_uncompiled(capsys):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here\nand a long story")
+
+    torch._dynamo.reset()
+    model = random_model().eval()
+    ready = prepare_for_generation(copy.deepcopy(model), compiles=True)
+    found = greedy(CompiledGPT(ready, backend=broken), tokens(2, 4), 5)
+    assert found == greedy(prepare_for_generation(model), tokens(2, 4), 5)
+    notes = capsys.readouterr().err
+    assert notes.count("torch.compile fails here") == 1 and notes.count("\n") == 1

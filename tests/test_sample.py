@@ -158,12 +158,11 @@ def test_bad_input_is_one_line(run_dir, fails, monkeypatch, complaint):
 
 
 def test_keys_that_have_no_effect_are_reported(run_dir, capsys):
-    without_effect = ["--top_p=0.5", "--stride=3", "--dtype=bfloat16", "--compile=True"]
+    without_effect = ["--top_p=0.5", "--stride=3", "--dtype=bfloat16"]
     _, notes = printed(capsys, "--temperature=0", "--quantize=int8", *without_effect)
     assert "note: top_p=0.5 has no effect with temperature=0.0" in notes
     assert "note: stride=3 has no effect with score=None" in notes
     assert "note: dtype=bfloat16 has no effect with quantize=int8" in notes
-    assert "note: compile=True has no effect in sample.py" in notes
 
 
 def test_every_model_key_is_in_the_checkpoint(run_dir):

@@ -40,9 +40,14 @@ CPU = torch.device("cpu")
 
 
 def prepare_for_generation(
-    model: nn.Module, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+    model: nn.Module,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    compiles: bool = False,
 ) -> nn.Module:
     """Return the model itself with its layers swapped, on the device; it can no longer be trained or saved.
+
+    compiles: for a CompiledGPT, whose compiler finds the shorter way itself.
 
     dtype: of the weights, float32, bfloat16 or float16, or on a CPU int8. They are converted now, once; under autocast
     each token would convert them all again. Embeddings stay as they are: a token reads one row, and of a file that is
@@ -59,9 +64,10 @@ def prepare_for_generation(
                     name.endswith(("q_proj", "k_proj", "v_proj")) and device.type != "cpu"
                 )
                 result = dtype if keeps else torch.float32
-                setattr(module, name, low_bit_linear(child.to(device), dtype, result))
+                linear = low_bit_linear(child.to(device), dtype, result, compiles)
+                setattr(module, name, linear)
     model.to(device)
-    if isinstance(model, GPT):
+    if isinstance(model, GPT) and not compiles:
         kinds = {type(block) for block in model.stack.blocks}
         if kinds == {PreNormBlock}:
             model.stack = FastStack(model.stack, model.config)
@@ -75,13 +81,18 @@ def prepare_for_generation(
 PACKED_FROM = 2**17
 
 
-def low_bit_linear(linear: nn.Linear, dtype: torch.dtype, result: torch.dtype) -> nn.Module:
+def low_bit_linear(
+    linear: nn.Linear, dtype: torch.dtype, result: torch.dtype, compiles: bool
+) -> nn.Module:
     """Return the layer, or one that computes the same faster for few tokens; result: the dtype of what it returns."""
     if dtype == torch.int8:
         return ProductLinear(int8_product(linear), torch.float32, result)
     weight = linear.weight.to(dtype)
     bias = None if linear.bias is None else linear.bias.to(dtype)
-    packs = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    on_cpu = weight.device.type == "cpu"
+    if on_cpu and compiles:
+        return ProductLinear(partial(sum_of_products, weight, bias), dtype, result)
+    packs = on_cpu and torch.backends.mkldnn.is_available()
     if packs and dtype != torch.float32:
         packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if packs and weight.numel() >= PACKED_FROM:
@@ -103,6 +114,15 @@ class ProductLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., inputs). Returns (..., outputs), of dtype result."""
         return self.product(x.to(self.dtype)).to(self.result)
+
+
+def sum_of_products(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """As F.linear; of a single token as a sum, which a compiler makes one loop that reads weights as fast as it can."""
+    if x.numel() != weight.shape[1]:
+        return F.linear(x, weight, bias)
+    y = (weight.float() * x.float().view(-1)).sum(dim=-1).to(weight.dtype)
+    y = y if bias is None else y + bias
+    return y.view(*x.shape[:-1], -1)
 
 
 def packed_product(weight: Tensor, bias: Tensor | None) -> Product:

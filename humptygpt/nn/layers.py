@@ -49,8 +49,9 @@ class LayerState:
         """k, v: (B, H, T, D), which go before position `end` of the buffers. Returns all up to it, (B, H, end, D)."""
         B, H, T, D = k.shape
         if self.k is None:
-            self.k = k.new_empty(B, H, size, D)
-            self.v = v.new_empty(B, H, size, D)
+            # zeros, since masked keys must be finite where a compiled step attends to whole buffers
+            self.k = k.new_zeros(B, H, size, D)
+            self.v = v.new_zeros(B, H, size, D)
         self.k[:, :, end - T : end] = k
         self.v[:, :, end - T : end] = v
         return self.k[:, :, :end], self.v[:, :, :end]
