@@ -177,7 +177,7 @@ class SampleConfig:
     )
     quantize: str | None = setting(None, "weights in 8 bits, on a CPU", choices=("int8",))
     compile: bool = setting(
-        False, "compile the step of one token: a minute at first, then faster", **TEXT
+        False, "compile the step of one token, for a GPU: a minute at first", **TEXT
     )
 
     def __post_init__(self):
