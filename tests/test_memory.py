@@ -306,7 +306,9 @@ def test_a_step_for_which_memory_does_not_suffice_all_the_same_is_one_line_with_
     monkeypatch.setattr(train, "train_step", lambda run, it: torch.empty(2**50))
     line = fails(train.main, *TINY_RUN)
     assert line.startswith("out of memory, ")
-    assert line.endswith("; try a smaller --batch_size, --block_size or model\n")
+    assert line.endswith(
+        "; take --batch_size=2 --gradient_accumulation_steps=2, the same step\n"
+    )
 
 
 def test_a_tokenizer_whose_training_will_not_fit_is_refused_with_the_one_that_fits(
