@@ -423,7 +423,7 @@ function explainNumber(model, trace, wanted) {
   const address = resolveAddress(model, trace, wanted);
   const { path, at } = parseAddress(address);
   const y = applyRule({ model, trace, address, path, at });
-  return { steps: [], ...y, address, value: given, title: titleOf(path, at), sum: addUp(y.terms) };
+  return { steps: [], ...y, address, value: given, title: titleOf(path, at, model.config), sum: addUp(y.terms) };
 }
 
 const NAMES = {
@@ -433,8 +433,9 @@ const NAMES = {
   q_proj: "query",
   k_proj: "key",
   v_proj: "value",
-  q: "query, rotated",
-  k: "key, rotated",
+  q: "query",
+  k: "key",
+  v: "value",
   q_norm: "query, normalised",
   k_norm: "key, normalised",
   scores: "score",
@@ -458,12 +459,17 @@ const NAMES = {
   input: "input",
 };
 
+const ROTATED = { q: "query, rotated", k: "key, rotated" };
+const EMBEDDING = { embed: "embedding" }; // where positions are not added to it
+const PLAIN_EMBEDDINGS = { none: EMBEDDING, rotary: EMBEDDING, alibi: EMBEDDING };
+
 /** Of an address: "MLP's output, layer 2, token 5, feature 17". Layers count from 1, as the panels' do. */
-function titleOf(path, at) {
+function titleOf(path, at, config) {
   const name = path.split(".").at(-1);
   const norm = path.match(/(attn|cross|mlp|embed)?_?norm\.output$/);
   const layer = path.match(/(?:blocks|layers)\.(\d+)/);
-  const known = norm ? "norm's output" : (NAMES[name] ?? name);
+  const named = { ...NAMES, ...(config.position === "rotary" ? ROTATED : {}), ...(PLAIN_EMBEDDINGS[config.position] ?? {}) };
+  const known = norm ? "norm's output" : (named[name] ?? name);
   const what = path.includes("cross_attn") ? `cross-attention: ${known.replace("attention", "its")}` : known;
   const where = layer ? `, layer ${+layer[1] + 1}` : "";
   const side = path.startsWith("source") ? ", encoder" : "";
@@ -579,5 +585,5 @@ function logitLens(model, trace, stack, t) {
 
 if (typeof module !== "undefined") {
   Object.assign(globalThis, require("./model.js"));
-  module.exports = { contributions, effectOnLogits, explainNumber, logitLens, resolveAddress, valueAt };
+  module.exports = { contributions, effectOnLogits, explainNumber, logitLens, lookUp, parseAddress, resolveAddress, valueAt };
 }

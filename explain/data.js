@@ -68,25 +68,39 @@ function idsOf(tokenizer, text) {
     ids = tokenizer.start;
     text = text.slice("<|endoftext|>".length);
   }
-  ids = [...ids, ...tokenizer.encode(text)];
+  ids = ids.concat(tokenizer.encode(text));
   return ids.length ? ids : tokenizer.start;
 }
 
-/** At most the last block_size of them: the context. */
-function readText({ model, tokenizer }, text) {
-  return { idx: idsOf(tokenizer, text).slice(-model.config.block_size) };
+/** Of n tokens, the number of the first that is in the context: as sample.py does, which keeps the newest half of a full
+one and goes on from there. A network without attention sees the newest block_size, whatever they cost. */
+function contextStart({ model, block_size }, n) {
+  if (n <= block_size) return 0;
+  if (model === "window_mlp") return n - block_size;
+  const dropped = block_size + 1 - Math.max(block_size >> 1, 1); // each time it is full
+  return Math.ceil((n - block_size) / dropped) * dropped;
 }
 
-/** Source and target; a GPT reads one after the other. A target starts with end-of-text, which ends a source. */
-function readPair({ model, tokenizer }, sourceText, targetText) {
+/** What a GPT reads of a text: all ids, and those in the context, idx. ids: those that were written, if they are known. */
+function readText({ model, tokenizer }, text, ids = idsOf(tokenizer, text)) {
+  return { ids, idx: ids.slice(contextStart(model.config, ids.length)) };
+}
+
+/** Source and target; a GPT reads one after the other. A target starts with end-of-text, which ends a source.
+
+lost: tokens of the source and of the target for which there is no room. */
+function readPair({ model, tokenizer }, sourceText, targetText, ids = tokenizer.encode(targetText)) {
   const { config } = model;
   const encoder = config.model === "transformer";
   const room = (encoder ? config.block_size : config.block_size >> 1) - 1;
   const words = sourceText.split(/\s+/).filter((word) => word);
-  const source = [...tokenizer.encode(words.join(" ")).slice(0, room), tokenizer.eot];
-  const target = tokenizer.encode(targetText);
-  if (encoder) return { idx: [tokenizer.eot, ...target].slice(0, config.block_size), source };
-  return { idx: [...source, ...target].slice(0, config.block_size) };
+  const whole = tokenizer.encode(words.join(" "));
+  const source = whole.slice(0, room).concat(tokenizer.eot);
+  const target = (encoder ? [tokenizer.eot] : source).concat(ids);
+  const idx = target.slice(0, config.block_size);
+  const lost = { source: Math.max(whole.length - room, 0), target: target.length - idx.length };
+  return { ids, idx, lost, ...(encoder ? { source } : {}) };
 }
 
-if (typeof module !== "undefined") module.exports = { crc32, makeModel, readData, readPair, readText };
+if (typeof module !== "undefined")
+  module.exports = { contextStart, crc32, idsOf, makeModel, readData, readPair, readText };

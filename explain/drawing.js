@@ -23,6 +23,9 @@ function keepFocus(root, draw) {
   if (at >= 0) (all()[at] ?? all().at(-1))?.focus({ preventScroll: true });
 }
 
+/** A number as text, with the sign that digits() has. */
+const minus = (text) => String(text).replaceAll("-", "−");
+
 function percent(p) {
   return p > 0 && p < 0.00005 ? "<0.01 %" : `${(100 * p).toFixed(p < 0.1 ? 2 : 1)} %`;
 }
@@ -139,7 +142,8 @@ const short = (text) => (text.length > 9 ? `${text.slice(0, 8)}…` : text);
 
 options: label; columns (0: as many as fit); cell: height of one in pixels; unit: what an index counts;
 describe(index): text of a cell, instead; onSelect(index); part: the path in the trace that these numbers are of;
-square: largest width of square cells; labels(): of a matrix, texts of its rows and columns. */
+square: largest width of square cells; labels(): of a matrix, texts of its rows and columns; step(dx, dy): moves the
+selection instead, of a matrix that shows a region of a larger one. */
 class Strip {
   constructor(options) {
     this.options = { columns: 0, cell: 14, unit: "feature", describe: null, onSelect: null, part: null, ...options };
@@ -170,14 +174,21 @@ class Strip {
     strips.add(this);
   }
 
-  /** values: numbers, NaN where there is none. max: of the scale; by default the largest absolute value. */
-  show(values, { selected = -1, max = 0, part = this.options.part, columns = this.options.columns } = {}) {
+  relabel(label) {
+    this.title.textContent = label;
+    this.canvas.setAttribute("aria-label", label);
+  }
+
+  /** values: numbers, NaN where there is none. scales: of each row; by default one for all, the largest absolute value. */
+  show(values, { selected = -1, scales = null, part = this.options.part, columns = this.options.columns } = {}) {
     this.values = values;
     this.options.part = part;
     this.options.columns = columns;
     this.selected = selected < values.length ? selected : -1;
-    this.max = max || values.reduce((most, x) => (Number.isFinite(x) ? Math.max(most, Math.abs(x)) : most), 0) || 1;
-    this.range.textContent = `scale ±${digits(this.max).replace(/(\.\d\d)\d+$/, "$1")}`;
+    this.scales = scales;
+    this.max = values.reduce((most, x) => (Number.isFinite(x) ? Math.max(most, Math.abs(x)) : most), 0) || 1;
+    const scale = `scale ±${digits(this.max).replace(/(\.\d\d)\d+$/, "$1")}`;
+    this.range.textContent = scales ? "each row scaled to its largest" : scale;
     this.canvas.setAttribute("aria-valuemax", Math.max(values.length - 1, 0));
     this.read();
     this.draw();
@@ -236,7 +247,7 @@ class Strip {
   }
 
   paint() {
-    const { canvas, values, max } = this;
+    const { canvas, values, max, scales } = this;
     const { rows, columns, left, top, width, height } = this.size;
     const ratio = devicePixelRatio || 1;
     canvas.width = Math.round((left + width) * ratio);
@@ -247,7 +258,8 @@ class Strip {
     const colours = colourTable();
     values.forEach((x, i) => {
       if (!Number.isFinite(x)) return;
-      const part = Math.round(255 * Math.min(Math.max(x / max, -1), 1));
+      const scale = scales ? scales[Math.floor(i / columns)] : max;
+      const part = Math.round(255 * Math.min(Math.max(x / scale, -1), 1));
       pixels.data.set(colours[part + 255], 4 * i);
       pixels.data[4 * i + 3] = 255;
     });
@@ -318,6 +330,13 @@ class Strip {
     lightDependencies(on ? this.options.part : null);
   }
 
+  /** Pixels from the top of the window to the end of the selected cell. */
+  selectedBottom() {
+    const { rows, columns, top, height } = this.size;
+    const row = Math.floor(this.selected / columns) + 1;
+    return this.canvas.getBoundingClientRect().top + top + (row * height) / rows;
+  }
+
   pick(index) {
     if (index < 0 || !Number.isFinite(this.values[index])) return;
     this.selected = index;
@@ -329,6 +348,11 @@ class Strip {
   key(event) {
     if (!this.size || event.ctrlKey || event.metaKey || event.altKey) return;
     const { columns } = this.size;
+    const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+    if (this.options.step && event.key in steps) {
+      event.preventDefault();
+      return this.options.step(...steps[event.key]);
+    }
     const last = this.values.length - 1;
     const from = Math.max(this.selected, 0);
     const moves = {
@@ -348,15 +372,20 @@ class Strip {
   }
 }
 
-/** Strips of the parts that `part` reads are marked; null: none. Set by the page, which has the model. */
+/** Set by the page, which has the model and the picture. */
 let dependenciesOf = () => [];
+let onLight = () => {};
+let opened = null; // the part of the number in the drawer
 
+/** Strips and parts of the picture that `part` reads are marked; null: those of the number in the drawer. */
 function lightDependencies(part) {
-  const read = part ? dependenciesOf(part) : [];
+  const origin = part ?? opened;
+  const read = origin ? dependenciesOf(origin) : [];
   for (const strip of strips) {
     strip.root.classList.toggle("lit", read.includes(strip.options.part));
-    strip.root.classList.toggle("origin", Boolean(part) && strip.options.part === part && read.length > 0);
+    strip.root.classList.toggle("origin", strip.options.part === origin && read.length > 0);
   }
+  onLight(origin, read);
 }
 
 darkScheme.addEventListener("change", () => strips.forEach((strip) => strip.draw()));

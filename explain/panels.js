@@ -1,6 +1,6 @@
 "use strict";
 
-/* The fourteen panels, in the order of the article's sections.
+/* The panels, in the order of the article's sections; attention.js has those about attention.
 
 Each has id, title and intro; missing(app): null, or why this run has nothing for it, and a command whose run has;
 build(app): its elements, nodes, and update(), which draws them for the text and the selection of now. */
@@ -19,6 +19,27 @@ function drawn(f, attributes = {}) {
   return { root, update: () => keepFocus(root, () => root.replaceChildren(...[f()].flat().filter(Boolean))) };
 }
 
+/** An element that is drawn by draw(answer) of what the worker answers to question(), or by draw(null). */
+function answered(app, topic, question, draw) {
+  let answer = null;
+  let asked = "null";
+  const result = drawn(() => draw(answer));
+  const update = async () => {
+    const now = question() || null;
+    const text = JSON.stringify(now);
+    if (text === asked) return result.update();
+    asked = text;
+    if (!now) answer = null;
+    else {
+      const found = await app.desk.ask(topic, now);
+      if (asked !== text || JSON.stringify(question() || null) !== text) return;
+      answer = found;
+    }
+    result.update();
+  };
+  return { root: result.root, update };
+}
+
 function sentence(f) {
   return drawn(() => h("p", {}, f()));
 }
@@ -31,7 +52,7 @@ function rowStrip(app, label, pathOf, { unit = "feature", token = () => app.at.t
     const path = pathOf();
     const row = path && lookUp(app.trace, path)?.[token()];
     strip.root.hidden = !row;
-    if (row) strip.show(Array.from(row), { part: app.resolve(path), selected: app.selectedIn(path, token()) });
+    if (row) strip.show(Array.from(row), { part: app.resolvePath(path), selected: app.selectedIn(path, token()) });
   };
   return { root: strip.root, update };
 }
@@ -50,13 +71,13 @@ function weightStrip(app, label, name, path) {
 
 function layerPicker(app) {
   const options = Array.from({ length: app.config.n_layer }, (_, i) => `${i + 1}`);
-  const root = picker("Layer", options, app.at.layer, (layer) => app.select({ layer, address: null }));
+  const root = picker("Layer", options, app.at.layer, (layer) => app.select({ layer, number: null }));
   return { root, update: () => root.set(app.at.layer) };
 }
 
 function headPicker(app) {
   const options = Array.from({ length: app.config.n_head }, (_, i) => `${i + 1}`);
-  const root = picker("Head", options, app.at.head, (chosen) => app.select({ head: chosen, address: null }));
+  const root = picker("Head", options, app.at.head, (chosen) => app.select({ head: chosen, number: null }));
   return { root, update: () => root.set(app.at.head) };
 }
 
@@ -360,60 +381,40 @@ function runLoss(app) {
 // 3: writing
 
 function writingPanel(app) {
-  const status = h("p", { class: "status", role: "status" });
-  const one = () => {
-    const going = app.write(drawToken(app));
-    if (!going) status.textContent = app.translates ? "The translation has ended." : "The model has ended the text.";
-    return going;
-  };
-  let running = null;
-  const stop = () => {
-    clearInterval(running);
-    running = null;
-    go.textContent = "Continue by itself";
-  };
-  const go = button("Continue by itself", () => {
-    if (running) return stop();
-    go.textContent = "Stop";
-    running = setInterval(() => one() || stop(), 120);
-  });
-  const greedy = toggle("Most probable token (greedy)", true, (on) => (app.greedy = on));
-  app.greedy = true;
+  const greedy = toggle("Most probable token (greedy)", true, (on) =>
+    app.change({ sampling: { ...app.state.sampling, greedy: on } }),
+  );
+  const update = () => (greedy.querySelector("input").checked = app.state.sampling.greedy);
   const parts = [
-    controlRow(button("Write one token", one, { id: "write-one" }), go, greedy, status),
+    controlRow({ root: greedy, update }),
     h("p", { class: "quiet" }, "Otherwise a token is drawn, with the temperature and filters of section 7."),
     sentence(() => windowText(app)),
-    drawn(() => table("Tokens of the context", ["position", "token", "id"], contextRows(app), [0, 2])),
+    drawn(() => table("The last tokens of the context", ["position", "token", "id"], contextRows(app), [0, 2])),
   ];
-  if (!app.stack) {
-    parts.push(
-      h("h3", {}, "The window network"),
-      rowStrip(app, "window: its input", () => "window", { unit: "input" }),
-    );
-    app.trace.layers.forEach((_, i) => {
-      parts.push(rowStrip(app, `layer ${i + 1}, before activation`, () => `layers.${i}.linear`, { unit: "neuron" }));
-      parts.push(rowStrip(app, `layer ${i + 1}, neurons`, () => `layers.${i}.activation`, { unit: "neuron" }));
-    });
-  }
+  if (app.stack) return assemble(...parts);
+  const { n_layer } = app.config;
+  parts.push(
+    h("h3", {}, "The window network"),
+    rowStrip(app, "window: its input", () => "window", { unit: "input" }),
+    ...Array.from({ length: n_layer }, (_, i) => [
+      rowStrip(app, `layer ${i + 1}, before activation`, () => `layers.${i}.linear`, { unit: "neuron" }),
+      rowStrip(app, `layer ${i + 1}, neurons`, () => `layers.${i}.activation`, { unit: "neuron" }),
+    ]).flat(),
+  );
   return assemble(...parts);
-}
-
-function drawToken(app) {
-  app.at.t = app.trace.idx.length - 1;
-  if (app.greedy) return likeliest(app.probs(), 1)[0];
-  return drawFrom(filtered(app.logits(), app.model.tokenizer_vocab_size, app.sampling).probs, Math.random());
 }
 
 function windowText(app) {
   const { idx } = app.trace;
   const { block_size, window, model } = app.config;
-  const all = app.translates ? idx.length : app.allIds().length;
-  const left = all - idx.length;
+  const left = app.translates ? 0 : app.read.ids.length - idx.length;
   const reach = model === "window_mlp" ? ` Of these the network sees the last ${window}.` : "";
-  const lost = left ? ` ${count(left)} earlier ones have left it: the model knows nothing of them.` : "";
+  const lost = left
+    ? ` ${tokens(left)} before them left it when it was full, where its newest half is kept: the model knows nothing of them.`
+    : "";
   return (
-    `The context has room for ${count(block_size)} tokens; ${count(idx.length)} are in it.${reach}${lost} Each new ` +
-    `token is appended, and the whole network computes again.`
+    `The context has room for ${tokens(block_size)}; ${count(idx.length)} ${idx.length === 1 ? "is" : "are"} in it.` +
+    `${reach}${lost} Each new token is appended, and the network computes its row; the rows before it stay as they are.`
   );
 }
 
@@ -498,8 +499,8 @@ const SUBWORDS = {
 
 /** Parts of the text, or of the source while nothing is translated; which of its tokens is selected. */
 function selectedToken(app) {
-  const typed = element("text").value;
-  if (app.translates && !typed) return { text: element("source").value, token: app.at.key };
+  const { text: typed, source } = app.read;
+  if (app.translates && !typed) return { text: source, token: app.at.key };
   const text = app.tokenizer.eot === null ? typed : typed.replace(/^<\|endoftext\|>/, "");
   return { text, token: app.at.t - (app.trace.idx.length - app.tokenizer.encode(text).length) };
 }
@@ -547,9 +548,9 @@ function mergeRows({ symbols, merges, scores, tokens }) {
   const now = [...symbols];
   merges.slice(0, MERGES_SHOWN).forEach(({ at, piece: made, rank }, i) => {
     now.splice(at, 2, made);
-    rows.push([`${i + 1}`, line(now, at), `${+rank.toFixed(2)}`]);
+    rows.push([`${i + 1}`, line(now, at), minus(+rank.toFixed(2))]);
   });
-  const sum = scores ? scores.reduce((total, x) => total + x, 0).toFixed(2) : "";
+  const sum = scores ? minus(scores.reduce((total, x) => total + x, 0).toFixed(2)) : "";
   rows.push([
     "tokens",
     h(
@@ -560,170 +561,6 @@ function mergeRows({ symbols, merges, scores, tokens }) {
     sum,
   ]);
   return rows;
-}
-
-// --------------------------------------------------------------------------------------
-// 6 and 11: attention
-
-/** Weights of one head, queries by keys; the arrow keys walk over pairs of positions. */
-function attentionMatrix(app, attention, { size = 20, label = null, encoder = false } = {}) {
-  const cross = attention === "cross_attn";
-  const rows = () => (encoder ? app.trace.source.idx : app.trace.idx);
-  const keys = () => (cross ? app.trace.source.idx : rows());
-  const path = () => (encoder ? `source.encoder.blocks.${app.at.layer}.attn` : blockPath(app, attention));
-  const names = (idx) => idx.map((id) => shown(app.tokenizer, id));
-  const strip = new Strip({
-    label: "",
-    square: size,
-    columns: 1,
-    labels: () => ({ rows: names(rows()), columns: names(keys()) }),
-    describe: (i) => pairText(app, rows(), keys(), i, strip.values[i]),
-    onSelect: (i) =>
-      app.open(`${path()}.weights:${[app.at.head, Math.floor(i / keys().length), i % keys().length]}`),
-  });
-  const selected = (S) => {
-    if (!encoder) return app.at.t * S + Math.min(app.at.key, cross ? S - 1 : app.at.t);
-    const { path: chosen, at } = parseAddress(app.at.address ?? ":");
-    return chosen === `${path()}.weights` && at[0] === app.at.head ? at[1] * S + at[2] : -1;
-  };
-  const update = () => {
-    const S = keys().length;
-    const weights = lookUp(app.trace, path()).weights[app.at.head];
-    const values = weights.flatMap((row) => [...row, ...Array(S - row.length).fill(NaN)]);
-    strip.title.textContent =
-      label ?? `layer ${app.at.layer + 1}, head ${app.at.head + 1}: each row is a query, each column a key`;
-    strip.canvas.setAttribute("aria-label", strip.title.textContent);
-    strip.show(values, {
-      max: 1,
-      columns: S,
-      selected: selected(S),
-      part: `${path()}.weights`,
-    });
-  };
-  return { root: strip.root, update };
-}
-
-function pairText(app, rows, keys, i, weight) {
-  if (!Number.isFinite(weight)) return "a later key: masked";
-  const [t, s] = [Math.floor(i / keys.length), i % keys.length];
-  return `${tokenName(app, t, rows)} ${t} attends to ${tokenName(app, s, keys)} ${s}: ${digits(weight)}`;
-}
-
-function attentionPanel(app) {
-  return assemble(
-    controlRow(layerPicker(app), headPicker(app)),
-    attentionMatrix(app, "attn"),
-    sentence(
-      () =>
-        `Query: token ${app.at.t}, ${tokenName(app, app.at.t)}. Key: token ${app.at.key}, ` +
-        `${tokenName(app, Math.min(app.at.key, app.at.t))}. Select a cell, or walk with the arrow keys.`,
-    ),
-    ...pairStrips(app),
-    drawn(() =>
-      table("One query, step by step", ["key", "q·k", "/ √D", "+ mask", "softmax"], queryRows(app), [1, 2, 3, 4]),
-    ),
-    rowStrip(app, "weighted values of all heads, side by side", () => blockPath(app, "attn.heads")),
-    rowStrip(app, "after the projection: what attention adds", () => blockPath(app, "attn.o_proj")),
-  );
-}
-
-/** Query, key and value of the chosen pair, in the chosen head alone. */
-function pairStrips(app) {
-  const make = (label, name, token, start) => {
-    const strip = new Strip({
-      label,
-      onSelect: (i) => app.open(`${blockPath(app, `attn.${name}`)}:${token()},${start() + i}`),
-    });
-    const update = () => {
-      const D = headSize(app.config);
-      const row = lookUp(app.trace, blockPath(app, `attn.${name}`))[token()];
-      const selected = app.selectedIn(blockPath(app, `attn.${name}`), token()) - start();
-      strip.show(Array.from(row.subarray(start(), start() + D)), {
-        part: app.resolve(blockPath(app, `attn.${name}`)),
-        selected: selected < 0 || selected >= D ? -1 : selected,
-      });
-    };
-    return { root: strip.root, update };
-  };
-  const key = () => Math.min(app.at.key, app.at.t);
-  const shared = () => keyStart(app.config, app.at.head);
-  return [
-    make(
-      "q of the query",
-      "q",
-      () => app.at.t,
-      () => app.at.head * headSize(app.config),
-    ),
-    make("k of the key", "k", key, shared),
-    make("v of the key", "v", key, shared),
-  ];
-}
-
-function queryRows(app) {
-  const { t, head: chosen } = app.at;
-  const key = Math.min(app.at.key, t);
-  const { scores, weights } = lookUp(app.trace, blockPath(app, "attn"));
-  const { mask } = lookUp(app.trace, app.stack);
-  const most = likeliest(weights[chosen][t], 8);
-  if (!most.includes(key)) most.splice(7, 1, key);
-  const D = headSize(app.config);
-  const address = (name, s) => `${blockPath(app, `attn.${name}`)}:${chosen},${t},${s}`;
-  const link = (name, s, value) => button(digits(value), () => app.open(address(name, s)), { class: "operand" });
-  return most.map((s) => [
-    h("code", { class: s === key ? "chosen" : null }, `${s} ${shown(app.tokenizer, app.trace.idx[s])}`),
-    digits(scores[chosen][t][s] * Math.sqrt(D)),
-    link("scores", s, scores[chosen][t][s]),
-    digits(scores[chosen][t][s] + mask[chosen % mask.length][t][s]),
-    link("weights", s, weights[chosen][t][s]),
-  ]);
-}
-
-function headsPanel(app) {
-  const grid = h("div", { class: "miniatures" });
-  const cells = Array.from({ length: app.config.n_head }, (_, i) => {
-    const canvas = h("canvas", { "aria-hidden": "true" });
-    const press = button([canvas, h("span", {}, `head ${i + 1}`)], () => app.select({ head: i, address: null }), {
-      class: "miniature",
-    });
-    grid.append(press);
-    return { canvas, press };
-  });
-  const update = () => {
-    const { weights } = lookUp(app.trace, blockPath(app, "attn"));
-    cells.forEach(({ canvas, press }, i) => {
-      press.setAttribute("aria-pressed", i === app.at.head);
-      paintMatrix(canvas, weights[i]);
-    });
-  };
-  const parts = [
-    controlRow(layerPicker(app)),
-    { root: grid, update },
-    attentionMatrix(app, "attn", { size: 16 }),
-    sentence(
-      () =>
-        `Each head has ${headSize(app.config)} of the ${app.config.n_head * headSize(app.config)} features; ` +
-        `side by side they go through the projection.`,
-    ),
-  ];
-  if (app.config.n_head === 1)
-    parts.push(
-      missingNote({ text: "This run has one head.", command: "python train.py config/article/07_heads/2-four.py" }),
-    );
-  return assemble(...parts);
-}
-
-function paintMatrix(canvas, rows) {
-  const S = rows.reduce((most, row) => Math.max(most, row.length), 1);
-  Object.assign(canvas, { width: S, height: rows.length });
-  const colours = colourTable();
-  const pixels = new ImageData(S, rows.length);
-  rows.forEach((row, t) =>
-    row.forEach((weight, s) => {
-      pixels.data.set(colours[255 + Math.round(255 * weight)], 4 * (t * S + s));
-      pixels.data[4 * (t * S + s) + 3] = 255;
-    }),
-  );
-  canvas.getContext("2d").putImageData(pixels, 0, 0);
 }
 
 // --------------------------------------------------------------------------------------
@@ -758,50 +595,34 @@ function drawFrom(probs, uniform) {
 }
 
 function softmaxPanel(app) {
-  const { sampling } = app;
   const drawnToken = h("p", { class: "status", role: "status" });
-  const tableOf = drawn(() => [
-    softmaxText(app),
-    table(
-      "The most probable tokens",
-      ["token", "logit", "exp", "probability", "logit / temperature", "drawn with probability"],
-      softmaxRows(app),
-      [1, 2, 3, 4, 5],
-    ),
-  ]);
-  const set = (key) => (value) => {
-    sampling[key] = value;
-    tableOf.update();
-  };
   const draw = () => {
     const uniform = Math.random();
-    const { probs } = filtered(app.logits(), app.model.tokenizer_vocab_size, sampling);
+    const { probs } = filtered(app.logits(), app.model.tokenizer_vocab_size, app.state.sampling);
     const id = drawFrom(probs, uniform);
     drawnToken.textContent =
       `A random number, ${uniform.toFixed(4)}, falls into “${shown(app.tokenizer, id)}”, ` +
       `whose probability is ${percent(probs[id])}.`;
   };
-  const sliders = [
-    slider("Temperature", { min: 0.1, max: 2, step: 0.1, value: 1 }, set("temperature")),
-    slider(
-      "Top-k",
-      {
-        min: 0,
-        max: Math.min(app.model.tokenizer_vocab_size, 100),
-        step: 1,
-        value: 0,
-        format: (k) => (k ? `${k}` : "off"),
-      },
-      set("top_k"),
-    ),
-    slider("Top-p", { min: 0.05, max: 1, step: 0.05, value: 1, format: (p) => (p < 1 ? `${p}` : "off") }, set("top_p")),
-    slider("Min-p", { min: 0, max: 0.5, step: 0.01, value: 0, format: (p) => (p ? `${p}` : "off") }, set("min_p")),
-  ];
-  return assemble(
-    tableOf,
-    h("div", { class: "controls wide" }, sliders),
-    controlRow(button("Draw a token", draw), drawnToken),
+  const set = (name) => (value) => app.change({ sampling: { ...app.state.sampling, [name]: value } });
+  const control = (label, name, step, most = LIMITS[name][1]) => {
+    const format = (x) => (x === OFF[name] && name !== "temperature" ? "off" : `${x}`);
+    const root = slider(label, { min: LIMITS[name][0], max: most, step, value: OFF[name], format }, set(name));
+    return { root, update: () => root.set(app.state.sampling[name]) };
+  };
+  const sliders = controlRow(
+    control("Temperature", "temperature", 0.1),
+    control("Top-k", "top_k", 1, Math.min(app.model.tokenizer_vocab_size, LIMITS.top_k[1])),
+    control("Top-p", "top_p", 0.05),
+    control("Min-p", "min_p", 0.01),
   );
+  sliders.root.classList.add("wide");
+  const heads = ["token", "logit", "exp", "probability", "logit / temperature", "drawn with probability"];
+  const tableOf = drawn(() => [
+    softmaxText(app),
+    table("The most probable tokens", heads, softmaxRows(app), [1, 2, 3, 4, 5]),
+  ]);
+  return assemble(tableOf, sliders, controlRow(button("Draw a token", draw), drawnToken));
 }
 
 function softmaxText(app) {
@@ -817,7 +638,7 @@ function softmaxText(app) {
 }
 
 function softmaxRows(app) {
-  const { scaled, probs } = filtered(app.logits(), app.model.tokenizer_vocab_size, app.sampling);
+  const { scaled, probs } = filtered(app.logits(), app.model.tokenizer_vocab_size, app.state.sampling);
   const logits = app.logits();
   const largest = logits.subarray(0, app.model.tokenizer_vocab_size).reduce((a, b) => Math.max(a, b), -Infinity);
   return likeliest(app.probs(), 10).map((id) => [
@@ -835,7 +656,7 @@ function softmaxRows(app) {
 
 function residualPanel(app) {
   const off = new Set();
-  const result = drawn(() => switchedOff(app, off));
+  const result = switchedOff(app, off);
   const parts = [controlRow(layerPicker(app))];
   parts.push(rowStrip(app, "enters the block", () => blockPath(app, "input")));
   for (const [branch, name] of Object.entries(BRANCH_NAMES)) {
@@ -843,10 +664,6 @@ function residualPanel(app) {
       branchesOf(app.trace, blockPath(app, "x").slice(0, -2)).includes(branch)
         ? blockPath(app, BRANCH_OUTPUT[branch])
         : null;
-    if (branch === "mlp")
-      parts.push(
-        rowStrip(app, "neurons of the MLP", () => path() && blockPath(app, "feed_forward.hidden"), { unit: "neuron" }),
-      );
     parts.push(
       rowStrip(app, `${name} adds`, path),
       rowStrip(app, `after ${name}`, () => path() && blockPath(app, `after_${branch}`)),
@@ -869,8 +686,8 @@ function residualPanel(app) {
 }
 
 function contributionList(app) {
-  const { t, vocabulary } = app.at;
-  const list = contributions(app.model, app.trace, app.stack, t, vocabulary);
+  const { t, next } = app.at;
+  const list = contributions(app.model, app.trace, app.stack, t, next);
   const sum = addUp(list);
   const most = list.reduce((max, { value }) => Math.max(max, Math.abs(value)), 1e-9);
   const rows = list.map(({ name, layer, value }) =>
@@ -891,7 +708,7 @@ function contributionList(app) {
   );
   const cap = app.config.logit_soft_cap ? ", before its soft cap" : "";
   return [
-    h("h3", {}, `What each part adds to the logit of “${shown(app.tokenizer, vocabulary)}”${cap}`),
+    h("h3", {}, `What each part adds to the logit of “${shown(app.tokenizer, next)}”${cap}`),
     h("ol", { class: "contributions", "data-sum": sum }, rows),
     h(
       "p",
@@ -919,19 +736,17 @@ function branchSwitches(app, off, result) {
 }
 
 function switchedOff(app, off) {
-  if (!off.size) return h("p", { class: "quiet" }, "All branches are on.");
-  const dropout = (rows, name) => (off.has(name) ? rows.map((row) => new Float32Array(row.length)) : rows);
-  const trace = forward(app.model, app.trace.idx.slice(0, app.at.t + 1), {
-    source: app.source,
-    dropout,
-    lastOnly: true,
+  const question = () => off.size && { names: [...off], ...untilSelected(app) };
+  return answered(app, "off", question, (answer) => {
+    if (!answer) return h("p", { class: "quiet" }, "All branches are on.");
+    const caption = "Next token with all branches, and with what is left";
+    return comparison(app, caption, ["all", "left"], [app.probs(), answer.probs]);
   });
-  return comparison(
-    app,
-    "Next token with all branches, and with what is left",
-    ["all", "left"],
-    [app.probs(), trace.probs[app.at.t]],
-  );
+}
+
+/** The tokens up to the selected one, as the worker is asked about them. */
+function untilSelected(app) {
+  return { idx: app.trace.idx.slice(0, app.at.t + 1), source: app.source ?? null };
 }
 
 /** The most probable tokens by several predictions, side by side. */
@@ -946,6 +761,48 @@ function comparison(app, caption, heads, predictions) {
     rows,
     heads.map((_, i) => i + 1),
   );
+}
+
+function mlpPanel(app) {
+  const { mlp, mlp_conv, activation } = app.config;
+  const path = (rest) => () => blockPath(app, `feed_forward.${rest}`);
+  const neurons = { unit: "neuron" };
+  const parts = [controlRow(layerPicker(app)), rowStrip(app, "what it reads", path("input"))];
+  if (mlp_conv) {
+    const reach = mlp_conv === 1 ? "the token before" : `the ${mlp_conv} tokens before`;
+    parts.push(
+      h("p", {}, `A convolution first adds to each feature the same one of ${reach}, each times a trained weight.`),
+      rowStrip(app, "after the convolution", path("conv")),
+    );
+  }
+  if (mlp === "gated") parts.push(rowStrip(app, "gates, before activation", path("gate_proj"), neurons));
+  parts.push(
+    rowStrip(app, mlp === "gated" ? "values" : "neurons, before activation", path("up_proj"), neurons),
+    h("p", {}, `Then each neuron's ${mlp === "gated" ? "gate" : "sum"} goes through ${activation}:`),
+    rowStrip(app, mlp === "gated" ? "gates" : "neurons", path("activation"), neurons),
+  );
+  if (mlp === "gated") parts.push(rowStrip(app, "gate times value", path("hidden"), neurons));
+  parts.push(
+    rowStrip(app, "what the MLP adds to the stream", path("down_proj")),
+    drawn(() => table("The strongest neurons", ["neuron", "activation"], strongestNeurons(app), [1])),
+  );
+  return assemble(...parts);
+}
+
+function strongestNeurons(app) {
+  const path = blockPath(app, "feed_forward.hidden");
+  const row = lookUp(app.trace, path)[app.at.t];
+  return likeliest(row.map(Math.abs), Math.min(6, row.length)).map((i) => [
+    button(`${i}`, () => app.open(`${path}:${app.at.t},${i}`), { class: "operand" }),
+    digits(row[i]),
+  ]);
+}
+
+function needsMLP(app) {
+  if (needsStack(app)) return needsStack(app);
+  return app.config.mlp === "none"
+    ? { text: "This run's blocks have no MLP.", command: "python train.py config/article/04_residual/2-with.py" }
+    : null;
 }
 
 function normPanel(app) {
@@ -998,26 +855,24 @@ const THINNED = 5;
 
 function dropoutPanel(app) {
   const trained = app.config.dropout;
-  const state = { p: trained || 0.1, results: null, trace: null, t: -1, seed: 1 };
-  const shownResults = drawn(() => {
-    if (!state.results || state.trace !== app.trace || state.t !== app.at.t)
-      return h("p", { class: "quiet" }, "Draw thinned networks to see what each of them predicts.");
-    const V = app.model.tokenizer_vocab_size;
-    const mean = Float64Array.from(
-      { length: V },
-      (_, id) => state.results.reduce((sum, probs) => sum + probs[id], 0) / THINNED,
-    );
-    return comparison(
-      app,
-      `Next token by ${THINNED} thinned networks, by their mean, and by the whole network`,
-      [...state.results.map((_, i) => `${i + 1}`), "mean", "whole"],
-      [...state.results, mean, app.probs()],
-    );
+  const state = { p: trained || 0.1, seed: 0, drawnFor: null };
+  const question = () => {
+    const asked = untilSelected(app);
+    if (state.drawnFor !== JSON.stringify(asked)) return null;
+    return { ...asked, p: state.p, seeds: Array.from({ length: THINNED }, (_, i) => state.seed + i) };
+  };
+  const results = answered(app, "thinned", question, (answer) => {
+    if (!answer) return h("p", { class: "quiet" }, "Draw thinned networks to see what each of them predicts.");
+    const { results } = answer;
+    const mean = results[0].map((_, id) => results.reduce((sum, probs) => sum + probs[id], 0) / THINNED);
+    const caption = `Next token by ${THINNED} thinned networks, by their mean, and by the whole network`;
+    const heads = [...results.map((_, i) => `${i + 1}`), "mean", "whole"];
+    return comparison(app, caption, heads, [...results, mean, app.probs()]);
   });
   const draw = () => {
-    state.results = Array.from({ length: THINNED }, () => thinned(app, state.p, state.seed++));
-    Object.assign(state, { trace: app.trace, t: app.at.t });
-    shownResults.update();
+    state.seed += THINNED;
+    state.drawnFor = JSON.stringify(untilSelected(app));
+    results.update();
   };
   const rate = slider("Probability", { min: 0.05, max: 0.5, step: 0.05, value: state.p }, (p) => (state.p = p));
   const note = trained
@@ -1026,15 +881,7 @@ function dropoutPanel(app) {
         text: "This run was trained without dropout. Thinned, a network that was never trained so predicts worse.",
         command: "python train.py config/article/06_dropout/2-with.py",
       });
-  return assemble(note, controlRow(rate, button("Draw thinned networks", draw)), shownResults);
-}
-
-/** The prediction with each activation of embeddings and branches zeroed with probability p, the others scaled up. */
-function thinned(app, p, seed) {
-  const random = randomNumbers(seed);
-  const dropout = (rows) => rows.map((row) => row.map((x) => (random() < p ? 0 : x / (1 - p))));
-  const { t } = app.at;
-  return forward(app.model, app.trace.idx.slice(0, t + 1), { source: app.source, dropout, lastOnly: true }).probs[t];
+  return assemble(note, controlRow(rate, button("Draw thinned networks", draw)), results);
 }
 
 // --------------------------------------------------------------------------------------
@@ -1042,7 +889,6 @@ function thinned(app, p, seed) {
 
 function positionsPanel(app) {
   const scheme = app.config.position;
-  const swapped = drawn(() => swapTokens(app));
   const none = {
     text: "This run has no positional encoding. Beside the config below are others, with sinusoids and rotations.",
     command: "python train.py config/article/08_positions/2-learned.py",
@@ -1051,7 +897,7 @@ function positionsPanel(app) {
     scheme === "none" ? missingNote(none) : h("p", {}, POSITION_TEXTS[scheme]),
     ...(POSITION_PARTS[scheme]?.(app) ?? []),
     h("h3", {}, "Swap two tokens"),
-    swapped,
+    swapTokens(app),
   );
 }
 
@@ -1098,7 +944,7 @@ function dials(app) {
   };
   const apart = () => app.at.t - Math.min(app.at.key, app.at.t);
   const root = slider("Distance", { min: 0, max: app.config.block_size - 1, step: 1, value: apart() }, (d) =>
-    app.select({ key: Math.max(app.at.t - d, 0), address: null }),
+    app.select({ key: Math.max(app.at.t - d, 0), number: null }),
   );
   const distance = {
     root,
@@ -1160,22 +1006,24 @@ const POSITION_PARTS = { learned: positionHeat, sinusoidal: positionHeat, rotary
 
 /** The prediction with the selected token and the one before it swapped. */
 function swapTokens(app) {
-  const { idx } = app.trace;
-  const last = idx.length - 1;
-  const t = Math.min(app.at.t === last ? last - 1 : app.at.t, last - 1);
-  if (t < 1 || idx[t] === idx[t - 1])
-    return h("p", { class: "quiet" }, "Select a token that differs from the one before it, with one after it.");
-  const other = [...idx];
-  [other[t - 1], other[t]] = [idx[t], idx[t - 1]];
-  const trace = forward(app.model, other, { source: app.source, before: app.trace, lastOnly: true });
-  app.ensureLogits(last);
-  return comparison(
-    app,
-    `Next token after the text, and after the same with tokens ${t - 1} ${tokenName(app, t - 1)} and ${t} ` +
-      `${tokenName(app, t)} swapped`,
-    ["as typed", "swapped"],
-    [app.trace.probs[last], trace.probs[last]],
-  );
+  const place = () => Math.min(app.at.t, app.trace.idx.length - 2);
+  const question = () => {
+    const idx = [...app.trace.idx];
+    const t = place();
+    if (t < 1 || idx[t] === idx[t - 1]) return null;
+    [idx[t - 1], idx[t]] = [idx[t], idx[t - 1]];
+    return { idx, source: app.source ?? null };
+  };
+  return answered(app, "other", question, (answer) => {
+    const t = place();
+    if (!answer)
+      return h("p", { class: "quiet" }, "Select a token that differs from the one before it, with one after it.");
+    const last = app.trace.idx.length - 1;
+    app.ensureLogits(last);
+    const names = [t - 1, t].map((i) => `${i} ${tokenName(app, i)}`).join(" and ");
+    const caption = `Next token after the text, and after the same with tokens ${names} swapped`;
+    return comparison(app, caption, ["as typed", "swapped"], [app.trace.probs[last], answer.probs]);
+  });
 }
 
 // --------------------------------------------------------------------------------------
@@ -1217,12 +1065,12 @@ function lensTable(app) {
           ` ${percent(probs[id])}`,
         ),
       ),
-      percent(probs[app.at.vocabulary]),
+      percent(probs[app.at.next]),
     ];
   });
   return table(
     `Logit lens for the token after ${tokenName(app, app.at.t)}`,
-    ["after", "1st", "2nd", "3rd", "4th", `“${shown(app.tokenizer, app.at.vocabulary)}”`],
+    ["after", "1st", "2nd", "3rd", "4th", `“${shown(app.tokenizer, app.at.next)}”`],
     rows,
     [5],
   );
@@ -1240,7 +1088,9 @@ function transformerPanel(app) {
         `all. The decoder writes step by step: token ${app.at.t}, ${tokenName(app, app.at.t)}, attends to the ` +
         `tokens before it and, in cross-attention, to the source.`,
     ),
+    headGrid(app, "cross_attn"),
     controlRow(layerPicker(app), headPicker(app)),
+    alignment(app),
     attentionMatrix(app, "cross_attn", {
       label: "alignment: each row is a token of the translation, each column one of the source",
     }),
@@ -1251,7 +1101,6 @@ function transformerPanel(app) {
     }),
     sourceRow("encoder, this layer: the selected source token", "output"),
     rowStrip(app, "decoder: what cross-attention adds", () => blockPath(app, "cross_attn.o_proj")),
-    controlRow(button("Write one token", () => app.write(likeliest(app.trace.probs.at(-1), 1)[0]))),
   );
 }
 
@@ -1277,13 +1126,17 @@ function needsEncoder(app) {
 const PANELS = [
   {
     id: "leaf",
-    title: "A leaf or a flower",
+    alone: true,
+    title: "Start from zero",
     chapter: "A simple neural network",
     build: leafPanel,
-    intro: "Numbers in, weights, sums, numbers out: the article's first network. Select a neuron to see its sum.",
+    intro:
+      "Numbers in, weights, sums, numbers out: the article's first network, which tells leaves from flowers. Your " +
+      "model is made of the same sums, of more of them. Select a neuron to see its sum.",
   },
   {
     id: "training",
+    alone: true,
     title: "Training",
     chapter: "How are these models trained?",
     build: trainingPanel,
@@ -1312,6 +1165,7 @@ const PANELS = [
   {
     id: "attention",
     title: "Self-attention",
+    short: "Attention",
     chapter: "Self Attention",
     build: attentionPanel,
     missing: needsStack,
@@ -1327,14 +1181,24 @@ const PANELS = [
   {
     id: "residual",
     title: "Residual connections",
+    short: "Residual",
     chapter: "Residual connections",
     build: residualPanel,
     missing: needsStack,
     intro: "Each branch adds its output to the stream that runs through the model.",
   },
   {
+    id: "mlp",
+    title: "The MLP",
+    short: "MLP",
+    build: mlpPanel,
+    missing: needsMLP,
+    intro: "In each layer, after attention has gathered, a network like the first one works on each token by itself.",
+  },
+  {
     id: "norm",
     title: "Layer normalization",
+    short: "Norm",
     chapter: "Layer Normalization",
     build: normPanel,
     missing: needsNorm,
@@ -1350,6 +1214,7 @@ const PANELS = [
   {
     id: "heads",
     title: "Multi-head attention",
+    short: "Heads",
     chapter: "Multi-head Attention",
     build: headsPanel,
     missing: needsStack,
@@ -1366,6 +1231,7 @@ const PANELS = [
   {
     id: "gpt",
     title: "The GPT",
+    short: "GPT",
     chapter: "The GPT architecture",
     build: gptPanel,
     missing: needsStack,
@@ -1374,6 +1240,7 @@ const PANELS = [
   {
     id: "transformer",
     title: "The transformer",
+    short: "Transformer",
     build: transformerPanel,
     missing: needsEncoder,
     intro: "The original one has an encoder, which reads, and a decoder, which writes.",

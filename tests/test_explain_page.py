@@ -94,8 +94,13 @@ class Opened:
         self.page.goto(f"file://{path}{hash}")
         self.page.wait_for_selector("#bars button")
 
+    def settle(self) -> None:
+        """Wait until what is shown is that of the text."""
+        self.page.wait_for_selector("#page[aria-busy=false]")
+
     def shown(self) -> dict[int, float]:
         """The probabilities of the bars, by token ids."""
+        self.settle()
         bars = self.page.eval_on_selector_all(
             "#bars button", "all => all.map((bar) => [bar.dataset.id, bar.dataset.p])"
         )
@@ -164,6 +169,7 @@ def test_greedy_writes_what_sample_py_writes(opened, runs):
     view.select(section="writing")
     for _ in range(12):
         view.page.click("#write-one")
+        view.settle()
     assert view.page.input_value("#text") == START + tokenizer.decode(written)
 
 

@@ -1,0 +1,311 @@
+"use strict";
+
+/* Attention over the text: all heads to choose from, the selected token's arcs, and the weights themselves. */
+
+const narrow = matchMedia("(max-width: 44rem)");
+/** Tokens that a matrix shows at most in each direction, so that its cells are large enough to be read. */
+const regionSize = () => (narrow.matches ? 15 : 28);
+const THUMB = 48; // pixels of a small picture, at most
+
+const attentionOf = (app, branch) => lookUp(app.trace, blockPath(app, branch));
+
+/** A small picture of each head of all layers; one is selected. branch: attn or cross_attn. */
+function headGrid(app, branch, layers = null) {
+  const wanted = () => layers?.() ?? Array.from({ length: app.config.n_layer }, (_, i) => i);
+  const root = h("div", { class: "head-grid", role: "group", "aria-label": "Layers and heads" });
+  const cells = new Map();
+  const cell = (layer, number) => {
+    const canvas = h("canvas", { "aria-hidden": "true" });
+    const name = `layer ${layer + 1}, head ${number + 1}`;
+    const press = button([canvas], () => app.select({ layer, head: number, number: null }), { class: "thumb", "aria-label": name, title: name });
+    return { canvas, press, layer, number };
+  };
+  const build = () => {
+    cells.clear();
+    const rows = wanted().map((layer) => {
+      const row = Array.from({ length: app.config.n_head }, (_, number) => cell(layer, number));
+      row.forEach((made) => cells.set(`${layer}.${made.number}`, made));
+      return h("div", { class: "head-row" }, h("span", { class: "quiet" }, `Layer ${layer + 1}`), row.map(({ press }) => press));
+    });
+    root.replaceChildren(...rows);
+  };
+  const update = () => {
+    if (wanted().join() !== [...new Set([...cells.values()].map(({ layer }) => layer))].join()) build();
+    for (const { canvas, press, layer, number } of cells.values()) {
+      press.setAttribute("aria-pressed", layer === app.at.layer && number === app.at.head);
+      paintMatrix(canvas, lookUp(app.trace, `${app.stack}.blocks.${layer}.${branch}`).weights[number]);
+    }
+  };
+  return { root, update };
+}
+
+/** Weights, each row scaled to its largest; of many, the largest of neighbours. */
+function paintMatrix(canvas, rows) {
+  const S = rows.reduce((most, row) => Math.max(most, row.length), 1);
+  const [height, width] = [Math.min(rows.length, THUMB), Math.min(S, THUMB)];
+  const cells = new Float32Array(height * width);
+  rows.forEach((row, t) => {
+    const scale = 1 / largest(row);
+    const from = Math.floor((t * height) / rows.length) * width;
+    for (let s = 0; s < row.length; s++) {
+      const at = from + Math.floor((s * width) / S);
+      if (row[s] * scale > cells[at]) cells[at] = row[s] * scale;
+    }
+  });
+  paintCells(canvas, height, width, (row, column) => cells[row * width + column]);
+}
+
+/** The selected token's weights over all keys; the arrow keys walk. */
+function keyStrip(app, branch) {
+  const path = () => `${blockPath(app, branch)}.weights`;
+  const keys = () => (branch === "cross_attn" ? app.source : app.trace.idx);
+  const strip = new Strip({
+    label: "",
+    cell: 22,
+    describe: (s) => pairText(app, app.trace.idx, keys(), app.at.t, s, strip.values[s]),
+    onSelect: (s) => app.open(`${path()}:${app.at.head},${app.at.t},${s}`),
+  });
+  const update = () => {
+    const row = attentionOf(app, branch).weights[app.at.head][app.at.t];
+    strip.relabel(`all ${row.length === 1 ? "keys" : `${row.length} keys`} of token ${app.at.t}, ${tokenName(app, app.at.t)}`);
+    strip.show(Array.from(row), { columns: row.length, selected: Math.min(app.at.key, row.length - 1), part: path() });
+  };
+  return { root: strip.root, update };
+}
+
+function pairText(app, rows, keys, t, s, weight) {
+  if (!Number.isFinite(weight)) return "a later key: masked";
+  return `${tokenName(app, t, rows)} ${t} attends to ${tokenName(app, s, keys)} ${s}: ${digits(weight)}`;
+}
+
+/** Weights of one head, queries by keys: those around the selected pair. */
+function attentionMatrix(app, branch, { label = null, encoder = false } = {}) {
+  const cross = branch === "cross_attn";
+  const rows = () => (encoder ? app.source : app.trace.idx);
+  const keys = () => (cross ? app.source : rows());
+  const path = () => (encoder ? `source.encoder.blocks.${app.at.layer}.attn` : blockPath(app, branch));
+  const names = (idx, from, n) => Array.from(idx.slice(from, from + n), (id) => shown(app.tokenizer, id));
+  const region = { row: 0, column: 0, rows: 0, columns: 0 };
+  const pair = (i) => [region.row + Math.floor(i / region.columns), region.column + (i % region.columns)];
+  const strip = new Strip({
+    label: "",
+    square: 24,
+    columns: 1,
+    labels: () => ({ rows: names(rows(), region.row, region.rows), columns: names(keys(), region.column, region.columns) }),
+    describe: (i) => pairText(app, rows(), keys(), ...pair(i), strip.values[i]),
+    onSelect: (i) => app.open(`${path()}.weights:${app.at.head},${pair(i)}`),
+    step: encoder ? null : (dx, dy) => {
+      const [t, s] = [app.at.t + dy, app.at.key + dx];
+      if (s >= 0 && t >= 0 && t < rows().length && s < (cross ? keys().length : t + 1)) app.open(`${path()}.weights:${app.at.head},${t},${s}`);
+    },
+  });
+  const selectedPair = () => {
+    if (!encoder) return [app.at.t, Math.min(app.at.key, keys().length - 1)];
+    const { path: chosen, at } = parseAddress(app.at.number ?? ":");
+    return chosen === `${path()}.weights` && at[0] === app.at.head ? at.slice(1) : [-1, -1];
+  };
+  const place = (selected, n, before) => {
+    const size = Math.min(n, regionSize());
+    return [Math.min(Math.max(selected - before, 0), n - size), size];
+  };
+  const update = () => {
+    const [t, s] = selectedPair();
+    [region.row, region.rows] = place(t, rows().length, regionSize() - 1);
+    const near = !cross && t - s < regionSize();
+    [region.column, region.columns] = place(near ? t : s, keys().length, near ? regionSize() - 1 : regionSize() >> 1);
+    const weights = lookUp(app.trace, path()).weights[app.at.head];
+    const values = [];
+    const scales = [];
+    for (let row = region.row; row < region.row + region.rows; row++) {
+      scales.push(largest(weights[row]));
+      for (let column = region.column; column < region.column + region.columns; column++) values.push(weights[row][column] ?? NaN);
+    }
+    const whole = region.rows === rows().length && region.columns === keys().length;
+    const part = whole ? "" : ` (queries ${region.row} to ${region.row + region.rows - 1}, keys ${region.column} to ${region.column + region.columns - 1})`;
+    strip.relabel((label ?? `layer ${app.at.layer + 1}, head ${app.at.head + 1}: each row is a query, each column a key`) + part);
+    const selected = t < 0 ? -1 : (t - region.row) * region.columns + s - region.column;
+    strip.show(values, { columns: region.columns, selected, part: `${path()}.weights`, scales });
+  };
+  return { root: strip.root, update };
+}
+
+// --------------------------------------------------------------------------------------
+// Lines
+
+const SVG = "http://www.w3.org/2000/svg";
+const STEP = 22; // pixels between tokens
+
+function svg(tag, attributes, text) {
+  const made = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+/** Tokens side by side, of which a click selects one. */
+function tokenLabels(app, idx, from, n, y, { chosen, kind, onPick }) {
+  return Array.from({ length: n }, (_, i) => {
+    const label = svg("text", { x: (i + 0.5) * STEP, y, class: `${kind} ${from + i === chosen ? "chosen" : ""}` }, short(shown(app.tokenizer, idx[from + i])).slice(0, 3));
+    label.addEventListener("click", () => onPick(from + i));
+    return label;
+  });
+}
+
+/** A drawing that is as wide as there is room for. draw(n): [elements, columns, height, text], n: tokens that fit. */
+function drawing(draw) {
+  const root = h("div", { class: "arcs" });
+  const update = () => {
+    const [elements, columns, height, label] = draw(Math.max(Math.floor((root.clientWidth || 600) / STEP), 4));
+    const picture = svg("svg", { width: columns * STEP, height, role: "img", "aria-label": label });
+    picture.append(...elements);
+    root.replaceChildren(picture);
+  };
+  return { root, update };
+}
+
+/** The selected token's arcs to the tokens that it reads, as thick as the weight, the strongest one as the scale. */
+function arcs(app) {
+  return drawing((fits) => {
+    const { t, key, head: chosen } = app.at;
+    const row = attentionOf(app, "attn").weights[chosen][t];
+    const n = Math.min(fits, t + 1);
+    const from = t + 1 - n;
+    const most = largest(row);
+    const height = Math.min(30 + n * 5, 130);
+    const x = (s) => (s - from + 0.5) * STEP;
+    const lines = [];
+    for (let s = from; s <= t; s++) {
+      const part = row[s] / most;
+      if (part < 0.02) continue;
+      const top = height - 26 - Math.min((t - s + 1) * 9, height - 34) * 1.25;
+      const path = s === t ? `M${x(t) - 5} ${height - 24} C${x(t) - 16} ${height - 52} ${x(t) + 16} ${height - 52} ${x(t) + 5} ${height - 24}` : `M${x(t)} ${height - 24} C${x(t)} ${top} ${x(s)} ${top} ${x(s)} ${height - 24}`;
+      lines.push(svg("path", { d: path, class: s === key ? "arc chosen" : "arc", "stroke-width": 0.75 + 4 * part, opacity: 0.25 + 0.75 * part }));
+    }
+    const labels = tokenLabels(app, app.trace.idx, from, n, height - 8, { chosen: t, kind: "token", onPick: (s) => app.select({ key: s }) });
+    labels[key - from]?.classList.add("key");
+    const strongest = likeliest(row, Math.min(3, row.length)).map((s) => `${tokenName(app, s)} ${s}, ${percent(row[s])}`);
+    return [[...lines, ...labels], n, height, `${tokenName(app, t)} attends most to ${strongest.join("; ")}`];
+  });
+}
+
+/** Lines from each token of the translation to the tokens of the source that it reads. */
+function alignment(app) {
+  return drawing((fits) => {
+    const { t, key, head: chosen } = app.at;
+    const { weights } = attentionOf(app, "cross_attn");
+    const place = (selected, length) => {
+      const n = Math.min(fits, length);
+      return [Math.min(Math.max(selected - (n >> 1), 0), length - n), n];
+    };
+    const [sourceFrom, sources] = place(Math.min(key, app.source.length - 1), app.source.length);
+    const [from, n] = place(t, app.trace.idx.length);
+    const lines = [];
+    for (let row = from; row < from + n; row++) {
+      for (let s = sourceFrom; s < sourceFrom + sources; s++) {
+        const weight = weights[chosen][row][s];
+        if (weight < 0.1) continue;
+        const ends = { x1: (s - sourceFrom + 0.5) * STEP, y1: 24, x2: (row - from + 0.5) * STEP, y2: 96 };
+        lines.push(svg("line", { ...ends, class: row === t ? "arc chosen" : "arc", "stroke-width": 0.75 + 3 * weight, opacity: row === t ? 1 : 0.15 + 0.6 * weight }));
+      }
+    }
+    const top = tokenLabels(app, app.source, sourceFrom, sources, 16, { chosen: key, kind: "token", onPick: (s) => app.select({ key: s }) });
+    const bottom = tokenLabels(app, app.trace.idx, from, n, 112, { chosen: t, kind: "token", onPick: (row) => app.select({ t: row }) });
+    return [[...lines, ...top, ...bottom], Math.max(sources, n), 120, "lines from the tokens of the translation, below, to those of the source that they read"];
+  });
+}
+
+// --------------------------------------------------------------------------------------
+// The sections
+
+function attentionPanel(app) {
+  return assemble(
+    headGrid(app, "attn"),
+    controlRow(layerPicker(app), headPicker(app)),
+    sentence(() => attentionText(app)),
+    arcs(app),
+    keyStrip(app, "attn"),
+    attentionMatrix(app, "attn"),
+    sentence(
+      () =>
+        `Query: token ${app.at.t}, ${tokenName(app, app.at.t)}. Key: token ${app.at.key}, ` +
+        `${tokenName(app, Math.min(app.at.key, app.at.t))}. Select a cell, or walk with the arrow keys.`,
+    ),
+    ...pairStrips(app),
+    drawn(() =>
+      table("One query, step by step", ["key", "q·k", "/ √D", "+ mask", "softmax"], queryRows(app), [1, 2, 3, 4]),
+    ),
+    rowStrip(app, "weighted values of all heads, side by side", () => blockPath(app, "attn.heads")),
+    rowStrip(app, "after the projection: what attention adds", () => blockPath(app, "attn.o_proj")),
+  );
+}
+
+function attentionText(app) {
+  const { t, layer, head: chosen } = app.at;
+  const row = attentionOf(app, "attn").weights[chosen][t];
+  const best = likeliest(row, Math.min(3, row.length)).map((s) => `${tokenName(app, s)} (${percent(row[s])})`);
+  return `In layer ${layer + 1}, head ${chosen + 1}, ${tokenName(app, t)} reads most from ${best.join(", ")}.`;
+}
+
+/** Query, key and value of the chosen pair, in the chosen head alone. */
+function pairStrips(app) {
+  const make = (label, name, token, start) => {
+    const path = () => blockPath(app, `attn.${name}`);
+    const strip = new Strip({ label, onSelect: (i) => app.open(`${path()}:${token()},${start() + i}`) });
+    const update = () => {
+      const D = headSize(app.config);
+      const row = lookUp(app.trace, path())[token()];
+      const selected = app.selectedIn(path(), token()) - start();
+      strip.show(Array.from(row.subarray(start(), start() + D)), {
+        part: app.resolvePath(path()),
+        selected: selected < 0 || selected >= D ? -1 : selected,
+      });
+    };
+    return { root: strip.root, update };
+  };
+  const query = () => app.at.t;
+  const key = () => Math.min(app.at.key, app.at.t);
+  const shared = () => keyStart(app.config, app.at.head);
+  const normed = app.config.qk_norm ? ", normalised" : "";
+  const rotated = app.config.position === "rotary" ? " and rotated" : "";
+  const made = `${normed}${normed ? rotated : rotated.replace(" and", ",")}`;
+  const own = () => app.at.head * headSize(app.config);
+  const before = made ? [make("q of the query, as projected", "q_proj", query, own), make("k of the key, as projected", "k_proj", key, shared)] : [];
+  return [...before, make(`q of the query${made}`, "q", query, own), make(`k of the key${made}`, "k", key, shared), make("v of the key", "v", key, shared)];
+}
+
+function queryRows(app) {
+  const { t, head: chosen } = app.at;
+  const key = Math.min(app.at.key, t);
+  const { scores, weights } = attentionOf(app, "attn");
+  const { mask } = lookUp(app.trace, app.stack);
+  const most = likeliest(weights[chosen][t], 8);
+  if (!most.includes(key)) most.splice(7, 1, key);
+  const D = headSize(app.config);
+  const address = (name, s) => `${blockPath(app, `attn.${name}`)}:${chosen},${t},${s}`;
+  const link = (name, s, value) => button(digits(value), () => app.open(address(name, s)), { class: "operand" });
+  return most.map((s) => [
+    h("code", { class: s === key ? "chosen" : null }, `${s} ${shown(app.tokenizer, app.trace.idx[s])}`),
+    digits(scores[chosen][t][s] * Math.sqrt(D)),
+    link("scores", s, scores[chosen][t][s]),
+    digits(scores[chosen][t][s] + mask[chosen % mask.length][t][s]),
+    link("weights", s, weights[chosen][t][s]),
+  ]);
+}
+
+function headsPanel(app) {
+  const parts = [
+    controlRow(layerPicker(app)),
+    headGrid(app, "attn", () => [app.at.layer]),
+    attentionMatrix(app, "attn"),
+    sentence(
+      () =>
+        `Each head has ${headSize(app.config)} of the ${app.config.n_head * headSize(app.config)} features; ` +
+        `side by side they go through the projection.`,
+    ),
+  ];
+  if (app.config.n_head === 1)
+    parts.push(
+      missingNote({ text: "This run has one head.", command: "python train.py config/article/07_heads/2-four.py" }),
+    );
+  return assemble(...parts);
+}

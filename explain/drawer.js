@@ -1,0 +1,176 @@
+"use strict";
+
+/* The drawer: what the selected number was computed from. */
+const LARGEST = 8; // terms that are spelled out
+
+/** What the selected number was computed from, term by term; each operand leads to its own arithmetic. */
+class Drawer {
+  constructor(app) {
+    this.app = app;
+    this.body = element("arithmetic");
+    this.was = null;
+    addEventListener("keydown", (event) => {
+      if (event.key === "Escape" && this.app.at?.number) this.close();
+    });
+  }
+
+  /** Where the drawer lies over the page, the selected cell is moved out from under it. */
+  reveal() {
+    const { top, width } = element("drawer").getBoundingClientRect();
+    if (getComputedStyle(element("drawer")).position !== "fixed" || !width) return;
+    const selected = [...strips].find((strip) => strip.options.part === opened && strip.selected >= 0 && strip.size);
+    const hidden = selected ? selected.selectedBottom() + 12 - top : 0;
+    if (hidden > 0) scrollBy({ top: hidden, behavior: "instant" });
+  }
+
+  update() {
+    const { app } = this;
+    const number = app.trace && app.at.number;
+    element("drawer").classList.toggle("open", Boolean(number));
+    document.body.classList.toggle("drawn-out", Boolean(number));
+    opened = number ? app.resolvePath(parseAddress(number).path) : null;
+    lightDependencies(null);
+    if (!number) return this.body.replaceChildren();
+    const y = explainNumber(app.model, app.trace, number);
+    if (document.activeElement !== document.body && !this.body.contains(document.activeElement))
+      this.opener = document.activeElement;
+    const focused = this.body.contains(document.activeElement);
+    const { trail } = app.state;
+    const wasOpen = number === this.was && this.body.querySelector("details[open]");
+    this.was = number;
+    const head = h(
+      "div",
+      { class: "drawer-head" },
+      h("h3", {}, this.title(y)),
+      h(
+        "span",
+        {},
+        button("Back", () => app.open(trail.at(-1), trail.slice(0, -1)), { disabled: !trail.length }),
+        button("Close", () => this.close()),
+      ),
+    );
+    const rows = h("table", { class: "terms" }, h("tbody", {}, this.chosenTerms(y)));
+    const value = h("p", { class: "value", "data-value": y.value }, digits(y.value));
+    const more = this.more(y, wasOpen);
+    this.body.replaceChildren(head, value, h("p", { class: "formula" }, y.formula), rows, ...more);
+    if (focused) this.body.querySelector("button:not([disabled])")?.focus({ preventScroll: true });
+  }
+
+  title(y) {
+    const { path, at } = parseAddress(y.address);
+    const { tokenizer, trace } = this.app;
+    if (path === "logits" || path === "probs") return `${y.title}: “${shown(tokenizer, at[1])}”`;
+    const source = path.startsWith("source") || path.includes(".context.");
+    const name = (t, ofSource) => `“${shown(tokenizer, (ofSource ? trace.source.idx : trace.idx)[t])}”`;
+    if (at.length === 2) return `${y.title} (${name(at[0], source)})`;
+    return `${y.title} (${name(at[1], source)} to ${name(at[2], source || path.includes("cross_attn"))})`;
+  }
+
+  /** Rows: the largest terms, the sum of the others, the bias, the sum, and what is done with it. */
+  chosenTerms(y) {
+    const bias = y.terms.filter(({ name }) => name === "bias");
+    const sorted = y.terms.filter(({ name }) => name !== "bias").sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
+    const [most, others] = [sorted.slice(0, LARGEST), sorted.slice(LARGEST)];
+    const rows = most.map((term) => this.row(term));
+    if (others.length) rows.push(this.line(`the other ${others.length}`, addUp(others)));
+    rows.push(...bias.map((term) => this.row(term)));
+    if (y.terms.length > 1) rows.push(this.line("sum", y.sum, "sum"));
+    rows.push(...y.steps.map(({ text, value }) => this.line(text, value, "sum")));
+    return rows;
+  }
+
+  row({ name, factors, value, exp }) {
+    const parts = factors.flatMap((factor, i) => [i ? " × " : null, this.factor(factor)]);
+    const what = exp === undefined ? parts : [...parts, ` → exp(${digits(exp)})`];
+    return h(
+      "tr",
+      { "data-term": value },
+      h("th", { scope: "row" }, this.named(name)),
+      h("td", {}, what),
+      h("td", { class: "number" }, digits(value)),
+    );
+  }
+
+  named(name) {
+    const [, kind, i] = name.match(/^(key|token) (\d+)$/) ?? [];
+    if (!kind) return name;
+    const { trace, tokenizer, at } = this.app;
+    const path = parseAddress(at.number).path;
+    if (/logits|probs/.test(path)) return `“${shown(tokenizer, +i)}”`;
+    if (kind === "token") return name;
+    const keys = path.startsWith("source") || path.includes("cross_attn") ? trace.source.idx : trace.idx;
+    return `${name} “${shown(tokenizer, keys[+i])}”`;
+  }
+
+  factor({ value, address, name, weight }) {
+    const text = digits(value);
+    if (weight) return h("b", { class: "weight", title: name }, text);
+    if (!address) return h("span", { title: name }, text);
+    return button(text, () => this.walk(address), {
+      class: "operand",
+      "data-address": address,
+      title: name ?? titleOf(...Object.values(parseAddress(address)), this.app.config),
+    });
+  }
+
+  line(text, value, kind = "") {
+    return h(
+      "tr",
+      { class: kind, "data-term": kind ? null : value },
+      h("th", { scope: "row", colspan: 2 }, text),
+      h("td", { class: "number" }, digits(value)),
+    );
+  }
+
+  /** The focus goes back to where the number was selected. */
+  close() {
+    this.app.change({ number: null, trail: [] }, { push: true });
+    (this.opener?.isConnected ? this.opener : element("text")).focus({ preventScroll: true });
+  }
+
+  walk(address) {
+    const { number, trail } = this.app.state;
+    this.app.open(address, [...trail, number].slice(-TRAIL));
+  }
+
+  /** What a neuron adds to the logits, and all terms, spelled out when they are asked for. */
+  more(y, wasOpen) {
+    const effect = this.effect(y);
+    if (y.terms.length <= LARGEST) return effect ? [effect] : [];
+    const details = h("details", { open: Boolean(wasOpen) }, h("summary", {}, `All ${y.terms.length} terms`));
+    const spell = () => {
+      if (!details.open || details.querySelector("table")) return;
+      const body = h("tbody", {}, y.terms.map((term) => this.row(term)));
+      const scroll = { class: "scroll", tabindex: 0, role: "group", "aria-label": "all terms" };
+      details.append(h("div", scroll, h("table", { class: "terms" }, body)));
+    };
+    details.addEventListener("toggle", spell);
+    return effect ? [effect, details] : [details];
+  }
+
+  /** Of a neuron: what it adds to the logits, by its outgoing weights. */
+  effect(y) {
+    const { app } = this;
+    const { path, at } = parseAddress(y.address);
+    const [, block, layer] =
+      path.match(/^((?:stack|decoder)\.blocks\.(\d+))\.feed_forward\.(?:hidden|activation)$/) ?? [];
+    if (!block || (app.config.mlp === "gated" && path.endsWith("activation"))) return null;
+    const { data, shape } = lookUp(app.model.weights, block).mlp.down_proj.weight;
+    const row = Float64Array.from({ length: shape[0] }, (_, o) => y.value * data[o * shape[1] + at[1]]);
+    const effect = effectOnLogits(app.model, app.trace, app.stack, { layer: +layer, branch: "mlp", t: at[0], row });
+    if (!effect || !y.value) return null;
+    const sorted = [...effect.keys()].sort((a, b) => effect[b] - effect[a]);
+    const show = (id) => [shown(app.tokenizer, id), signed(effect[id])];
+    return table(
+      "Times its outgoing weights and the last norm: what it adds directly to logits",
+      ["token", "logit"],
+      [...sorted.slice(0, 4), ...sorted.slice(-4)].map(show),
+      [1],
+    );
+  }
+}
+
+function signed(x) {
+  return `${x < 0 ? "" : "+"}${digits(x)}`;
+}
+

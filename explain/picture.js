@@ -1,0 +1,204 @@
+"use strict";
+
+/* The picture: the whole model from the text to the next token, with the numbers of the selected token in it.
+
+The residual stream runs through the middle, drawn as its features; above it is what attention adds to it, below it what
+the MLP adds. Each part is a button that leads to the section that explains it. */
+
+const PICTURED = { tokens: 6, keys: 32, features: 40, neurons: 32 }; // at most; neurons: in a row
+
+class Picture {
+  constructor(app) {
+    this.app = app;
+    this.parts = new Map(); // by name: {root, paint()}
+    this.flow = element("flow");
+    const { config, stack } = app;
+    this.stage("Tokens", this.part("tokens", "text", "writing", () => this.listTokens()));
+    const embeds = [this.part("embed", "embedding", "embeddings", (part) => this.paintEmbeddings(part))];
+    if (stack && config.position !== "none") embeds.push(this.part("position", config.position, "positions"));
+    this.stage("Embedding", ...embeds);
+    if (app.encodes) this.stage("Encoder", this.part("encoder", "read once", "transformer", (part) => this.paintEncoder(part)));
+    for (let i = 0; i < config.n_layer; i++) this.layer(i);
+    this.stage("Head", this.part("head", stack ? "norm, head" : "head", "softmax", (part) => this.paintHead(part)));
+    onLight = (origin, read) => this.light(origin, read);
+  }
+
+  /** A part of the picture. paint(part): draws it for the selected token; part.canvas and part.adds are for it. */
+  part(name, label, section, paint = null, layer = null) {
+    const canvas = paint && h("canvas", { "aria-hidden": "true" });
+    const adds = h("span", { class: "adds" });
+    const where = layer === null ? "" : `Layer ${layer + 1}: `;
+    const press = () => this.app.goTo(section, layer === null ? {} : { layer, key: -1 });
+    const root = button([canvas, h("span", { class: "part-name" }, label, adds)], press, {
+      class: `part ${name.replace(/^\d+\./, "")}`,
+      "aria-label": `${where}${label}`,
+    });
+    const made = { root, canvas, adds, paint };
+    this.parts.set(name, made);
+    return root;
+  }
+
+  stage(title, ...parts) {
+    const name = h("span", { class: "stage-name" }, title);
+    this.flow.append(h("li", { class: "stage end" }, name, h("div", { class: "stage-parts" }, parts)));
+  }
+
+  layer(i) {
+    const { app } = this;
+    const name = h("span", { class: "stage-name" }, `Layer ${i + 1}`);
+    if (!app.stack) {
+      const neurons = this.part(`${i}.mlp`, "neurons", "writing", (part) => this.paintNeurons(part, `layers.${i}.activation`), i);
+      return this.flow.append(h("li", { class: "stage end" }, name, h("div", { class: "stage-parts" }, neurons)));
+    }
+    const block = `${app.stack}.blocks.${i}`;
+    const attend = (branch) => (part) => this.paintHeads(part, `${block}.${branch}`);
+    const above = [this.part(`${i}.attn`, "attention", "attention", attend("attn"), i)];
+    if (app.encodes) above.push(this.part(`${i}.cross`, "cross", "transformer", attend("cross_attn"), i));
+    const below = app.config.mlp === "none" ? [] : [this.part(`${i}.mlp`, "MLP", "mlp", (part) => this.paintNeurons(part, `${block}.feed_forward.hidden`), i)];
+    const stream = h("canvas", { class: "stream", "aria-hidden": "true" });
+    this.parts.set(`${i}.stream`, { root: stream, canvas: stream, paint: (part) => this.paintStream(part, block) });
+    const wires = (kind) => h("span", { class: `wires ${kind}`, "aria-hidden": "true" });
+    const branch = (kind, parts) => h("div", { class: `branch ${kind}` }, parts);
+    const root = h("li", { class: "stage layer" }, name, branch("above", above), wires("above"), stream);
+    if (below.length) root.append(wires("below"), branch("below", below));
+    this.flow.append(root);
+  }
+
+  update() {
+    const { app } = this;
+    element("model").classList.toggle("empty", !app.trace);
+    if (!app.trace) return;
+    this.most = this.largestOfStream();
+    this.addUp();
+    for (const part of this.parts.values()) part.paint?.(part);
+    for (const [name, { root }] of this.parts) root.classList.toggle("chosen", name.startsWith(`${app.at.layer}.`));
+    element("picture-title").textContent = `What it computes for token ${app.at.t}, “${shown(app.tokenizer, app.trace.idx[app.at.t])}”, to find the next one`;
+  }
+
+  /** What each branch adds to the logit of the next token that is explained. */
+  addUp() {
+    const { app } = this;
+    if (!app.stack) return;
+    const { t, next } = app.at;
+    for (const { layer, branch, value } of contributions(app.model, app.trace, app.stack, t, next))
+      if (branch) this.parts.get(`${layer}.${branch}`).adds.textContent = `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
+    const token = shown(app.tokenizer, next);
+    element("picture-key").textContent = `Signed numbers: what each part adds to the logit of “${token}”. Select a part to see how.`;
+  }
+
+  // ----------------------------------------------------------------------------------
+  // Pictures of numbers
+
+  largestOfStream() {
+    const { app } = this;
+    if (!app.stack) return 1;
+    return lookUp(app.trace, app.stack).blocks.reduce((most, { output }) => Math.max(most, largest(output[app.at.t])), 1e-9);
+  }
+
+  /** The stream as it enters, and after each branch: a column each, from left to right. */
+  paintStream({ canvas }, block) {
+    const { app } = this;
+    const steps = ["input", ...branchesOf(app.trace, block).map((branch) => `after_${branch}`)];
+    const columns = steps.map((name) => binned(lookUp(app.trace, `${block}.${name}`)[app.at.t], PICTURED.features));
+    paintCells(canvas, columns[0].length, columns.length, (row, column) => columns[column][row] / this.most);
+  }
+
+  /** A row for each head: its weights over the last keys, scaled to the largest. */
+  paintHeads({ canvas }, attention) {
+    const { weights } = lookUp(this.app.trace, attention);
+    const rows = weights.map((rows) => binned(rows[this.app.at.t], PICTURED.keys));
+    const most = rows.map((row) => largest(row));
+    paintCells(canvas, rows.length, rows[0].length, (row, column) => rows[row][column] / most[row]);
+  }
+
+  paintNeurons({ canvas }, path) {
+    const row = lookUp(this.app.trace, path)[this.app.at.t];
+    const columns = Math.min(row.length, PICTURED.neurons);
+    const most = largest(row);
+    paintCells(canvas, Math.ceil(row.length / columns), columns, (y, x) => (row[y * columns + x] ?? 0) / most);
+  }
+
+  /** The last tokens, the selected one among them. */
+  lastTokens() {
+    const { t } = this.app.at;
+    const from = Math.max(t - PICTURED.tokens + 1, 0);
+    return Array.from({ length: t + 1 - from }, (_, i) => from + i);
+  }
+
+  listTokens() {
+    const { app } = this;
+    const part = this.parts.get("tokens");
+    const items = this.lastTokens().map((t) => h("code", { class: t === app.at.t ? "chosen" : null }, shown(app.tokenizer, app.trace.idx[t])));
+    part.list ??= part.canvas.parentElement.insertBefore(h("span", { class: "token-list", "aria-hidden": "true" }), part.canvas);
+    part.canvas.hidden = true;
+    part.list.replaceChildren(...items);
+  }
+
+  paintEmbeddings({ canvas }) {
+    const rows = this.lastTokens().map((t) => binned(this.app.trace.wte[t], PICTURED.features));
+    const most = rows.reduce((max, row) => Math.max(max, largest(row)), 1e-9);
+    paintCells(canvas, rows.length, rows[0].length, (row, column) => rows[row][column] / most);
+  }
+
+  paintEncoder({ canvas }) {
+    const { output } = this.app.trace.source.encoder.norm;
+    const rows = output.slice(-24).map((row) => binned(row, PICTURED.features));
+    const most = rows.reduce((max, row) => Math.max(max, largest(row)), 1e-9);
+    paintCells(canvas, rows.length, rows[0].length, (row, column) => rows[row][column] / most);
+  }
+
+  paintHead({ canvas }) {
+    const row = binned(this.app.trace.output[this.app.at.t], PICTURED.features);
+    const most = largest(row);
+    paintCells(canvas, row.length, 1, (y) => row[y] / most);
+  }
+
+  // ----------------------------------------------------------------------------------
+  // Where numbers live
+
+  /** Mark the part that numbers are of, and those that they are computed from. */
+  light(origin, read) {
+    const from = new Set(read.map((path) => this.partOf(path)));
+    const own = origin && this.partOf(origin);
+    for (const [name, { root }] of this.parts) {
+      root.classList.toggle("origin", name === own);
+      root.classList.toggle("lit", from.has(name) && name !== own);
+    }
+  }
+
+  /** The name of the part that a path of the trace belongs to. */
+  partOf(path) {
+    if (path.startsWith("source")) return "encoder";
+    const [, layer, rest = ""] = path.match(/(?:blocks|layers)\.(\d+)\.(.*)$/) ?? [];
+    if (layer === undefined) return /^(output|logits|probs)|\.norm\./.test(path) ? "head" : path.includes("position") ? "position" : "embed";
+    if (/^(attn|cross)/.test(rest)) return `${layer}.${rest.match(/^(attn|cross)/)[0]}`;
+    return /^(feed_forward|mlp|linear|activation)/.test(rest) ? `${layer}.mlp` : `${layer}.stream`;
+  }
+}
+
+const largest = (row) => row.reduce((most, x) => Math.max(most, Math.abs(x)), 1e-9);
+
+/** At most n numbers, each of them the one of its neighbours that is farthest from zero. */
+function binned(row, n) {
+  if (row.length <= n) return row;
+  return Float32Array.from({ length: n }, (_, i) => {
+    const part = row.subarray(Math.floor((i * row.length) / n), Math.floor(((i + 1) * row.length) / n));
+    return part.reduce((most, x) => (Math.abs(x) > Math.abs(most) ? x : most), 0);
+  });
+}
+
+/** A pixel for each number from [-1, 1]. */
+function paintCells(canvas, rows, columns, value) {
+  if (canvas.width !== columns || canvas.height !== rows) Object.assign(canvas, { width: columns, height: rows });
+  const colours = colourTable();
+  const pixels = new ImageData(columns, rows);
+  for (let row = 0, at = 0; row < rows; row++) {
+    for (let column = 0; column < columns; column++, at += 4) {
+      const x = Math.max(-1, Math.min(1, value(row, column)));
+      if (Number.isNaN(x)) continue;
+      pixels.data.set(colours[Math.round(255 * x) + 255], at);
+      pixels.data[at + 3] = 255;
+    }
+  }
+  canvas.getContext("2d").putImageData(pixels, 0, 0);
+}

@@ -1,0 +1,245 @@
+"use strict";
+
+/* What is computed beside the page, in a worker, so that the page never waits.
+
+The page asks under a topic; a newer question under the same topic makes the older one outdated: it is dropped at the
+next look, which comes every few tokens. Traces are kept, so that a text that begins as an earlier one costs only what
+follows. A trace goes to the page as the rows that it does not have yet, in one buffer that is handed over. */
+
+const STRIDE = 16; // tokens between two looks at what has arrived
+const KEPT = 4; // traces
+
+class Computer {
+  constructor(post) {
+    this.post = post;
+    this.latest = {}; // id of the newest question under each topic
+    this.traces = []; // the newest first
+    this.sent = null; // the trace that the page has
+  }
+
+  /** message: {topic, id, ...}; the answer, {id, ...}, is posted; {id} alone, if a newer question came meanwhile. */
+  async answer(message) {
+    const { topic, id } = message;
+    this.latest[topic] = id;
+    const wanted = () => this.latest[topic] === id;
+    let answer;
+    try {
+      answer = await TOPICS[topic](this, message, wanted);
+    } catch (error) {
+      answer = { problem: error.message };
+    }
+    this.post(wanted() ? { id, ...answer } : { id });
+    if (wanted() && topic === "read" && !answer.problem) await this.readAhead(wanted);
+  }
+
+  /** The trace of these tokens, a few at a time; null where it is no longer wanted. */
+  async trace(idx, options, wanted, before = null) {
+    let trace = before;
+    let end = before ? commonLength(idx, before.idx) : 0;
+    do {
+      end = Math.min(end + STRIDE, idx.length);
+      trace = forward(this.model, idx.slice(0, end), { ...options, before: trace, lastOnly: true });
+      if (options.keep) this.keep(trace, before);
+      before = trace;
+      if (end < idx.length) await nextMessage();
+      if (!wanted()) return null;
+    } while (end < idx.length);
+    return trace;
+  }
+
+  /** The kept trace that has most of these tokens. */
+  nearest(idx, source) {
+    const same = this.traces.filter((trace) => sameIds(source ?? [], trace.source?.idx ?? []));
+    const common = (trace) => commonLength(idx, trace.idx);
+    return same.reduce((best, trace) => (best && common(best) >= common(trace) ? best : trace), null);
+  }
+
+  /** Instead of the one that it goes on from, if that was kept. */
+  keep(trace, from) {
+    const others = this.traces.filter((other) => other !== from || other === this.sent);
+    this.traces = [trace, ...others].slice(0, KEPT);
+  }
+
+  /** Where the context will soon be full: what will be left of it then. */
+  async readAhead(wanted) {
+    const { ids, idx } = this.read;
+    const { block_size } = this.model.config;
+    if (this.model.config.model !== "gpt" || this.translates || idx.length < 0.75 * block_size) return;
+    const start = contextStart(this.model.config, ids.length + block_size + 1 - idx.length);
+    const next = ids.slice(start);
+    if (!next.length) return;
+    await this.trace(next, { keep: true }, wanted, this.nearest(next));
+  }
+
+  /** The rows that the page does not have yet. */
+  news(trace) {
+    const { sent } = this;
+    const same = sent && sameIds(trace.source?.idx ?? [], sent.source?.idx ?? []);
+    const first = same ? commonLength(trace.idx, sent.idx) : 0;
+    this.sent = trace;
+    const { logits, probs, source, ...rest } = trace;
+    const rows = first < trace.idx.length ? mapTrace(rest, (value) => value.slice(first)) : null;
+    return { first, last: [logits.at(-1), probs.at(-1)], ...pack({ rows, source: same ? null : source }) };
+  }
+}
+
+const resumed = []; // what goes on when the messages before have been read
+const turns = new MessageChannel();
+
+/** A promise that the messages that have arrived come before. A timer would wait for 4 ms. */
+function nextMessage() {
+  turns.port1.onmessage = () => resumed.shift()();
+  return new Promise((done) => {
+    resumed.push(done);
+    turns.port2.postMessage(null);
+  });
+}
+
+/** What can be asked: (computer, message, wanted) => the answer. */
+const TOPICS = {
+  open(computer, { text, checksum }) {
+    const { weights, ...data } = readData(text, checksum);
+    computer.model = makeModel({ weights, ...data });
+    computer.tokenizer = makeTokenizer(data.tokenizer);
+    computer.translates = data.task === "translation";
+    return { data, model: computer.model };
+  },
+
+  /** text, source: what was typed. ids: of the text, where the model wrote it, since a text can have other ids, too. */
+  async read(computer, { text, source, ids }, wanted) {
+    const read = computer.translates ? readPair(computer, source, text, ids) : readText(computer, text, ids);
+    const options = { source: read.source ?? null, keep: true };
+    const trace = await computer.trace(read.idx, options, wanted, computer.nearest(read.idx, read.source));
+    if (!trace) return null;
+    computer.read = read;
+    return { ids: read.ids, lost: read.lost, news: computer.news(trace) };
+  },
+
+  /** The prediction after these tokens with branches switched off. names: as dropout() of forward() gives them. */
+  async off(computer, { idx, source, names }, wanted) {
+    const dropout = (rows, name) => (names.includes(name) ? rows.map((row) => new Float32Array(row.length)) : rows);
+    const trace = await computer.trace(idx, { source, dropout }, wanted);
+    return trace && { probs: trace.probs.at(-1) };
+  },
+
+  /** The predictions of networks with each activation of embeddings and branches zeroed with probability p. */
+  async thinned(computer, { idx, source, p, seeds }, wanted) {
+    const results = [];
+    for (const seed of seeds) {
+      const random = randomNumbers(seed);
+      const dropout = (rows) => rows.map((row) => row.map((x) => (random() < p ? 0 : x / (1 - p))));
+      const trace = await computer.trace(idx, { source, dropout }, wanted);
+      if (!trace) return null;
+      results.push(trace.probs.at(-1));
+    }
+    return { results };
+  },
+
+  /** The prediction after other tokens. */
+  async other(computer, { idx, source }, wanted) {
+    const trace = await computer.trace(idx, { source }, wanted, computer.nearest(idx, source));
+    return trace && { probs: trace.probs.at(-1) };
+  },
+};
+
+// --------------------------------------------------------------------------------------
+// A trace as one buffer
+
+/** form: the value, with {from, lengths} instead of each list of rows, which are one after another in numbers. */
+function pack(value) {
+  const lists = [];
+  const places = new Map(); // by the first row: a list under several names is there once
+  let size = 0;
+  const form = replace(value, (rows) => {
+    if (!places.has(rows[0])) {
+      const lengths = rows.map((row) => row.length);
+      places.set(rows[0], { from: size, lengths });
+      lists.push(rows);
+      size = lengths.reduce((sum, length) => sum + length, size);
+    }
+    return places.get(rows[0]);
+  });
+  const numbers = new Float32Array(size);
+  let at = 0;
+  for (const row of lists.flat()) {
+    numbers.set(row, at);
+    at += row.length;
+  }
+  return { form, numbers };
+}
+
+function unpack({ form, numbers }) {
+  const made = new Map();
+  return restore(form, ({ from, lengths }) => {
+    if (!made.has(from)) {
+      let at = from;
+      made.set(from, lengths.map((length) => numbers.subarray(at, (at += length))));
+    }
+    return made.get(from);
+  });
+}
+
+/** The value with f(rows) instead of each list of rows. */
+function replace(value, f) {
+  if (Array.isArray(value) && ArrayBuffer.isView(value[0])) return f(value);
+  if (Array.isArray(value)) return typeof value[0] === "object" ? value.map((item) => replace(item, f)) : value;
+  if (value === null || typeof value !== "object" || ArrayBuffer.isView(value)) return value;
+  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, replace(item, f)]));
+}
+
+/** The value with f(place) instead of each {from, lengths}. */
+function restore(value, f) {
+  if (value?.lengths) return f(value);
+  if (Array.isArray(value)) return typeof value[0] === "object" ? value.map((item) => restore(item, f)) : value;
+  if (value === null || typeof value !== "object" || ArrayBuffer.isView(value)) return value;
+  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, restore(item, f)]));
+}
+
+// --------------------------------------------------------------------------------------
+// On both sides
+
+/** In the worker: what the page asks is answered. */
+function serve() {
+  const computer = new Computer((answer) => postMessage(answer, answer.news ? [answer.news.numbers.buffer] : []));
+  onmessage = ({ data }) => computer.answer(data);
+}
+
+/** In the page: the worker, and the trace of the last text that it has read. */
+class Desk {
+  /** scripts: texts of the files that the worker needs. */
+  constructor(scripts) {
+    this.trace = null;
+    this.questions = new Map();
+    this.asked = 0;
+    const blob = new Blob([...scripts, "serve();"], { type: "text/javascript" });
+    this.worker = new Worker(URL.createObjectURL(blob));
+    this.worker.onmessage = ({ data: { id, ...answer } }) => {
+      if (answer.news) this.take(answer.news);
+      this.questions.get(id)?.(answer);
+      this.questions.delete(id);
+    };
+  }
+
+  /** The answer; of two questions under one topic, the older one may get an empty one. */
+  ask(topic, message) {
+    const id = this.asked++;
+    this.worker.postMessage({ topic, id, ...message });
+    return new Promise((done) => this.questions.set(id, done));
+  }
+
+  take({ first, last, form, numbers }) {
+    const { rows, source } = unpack({ form, numbers });
+    const { logits = [], probs = [], source: before, ...old } = this.trace ?? {};
+    const kept = first ? firstTokens(old, first) : null;
+    const trace = rows ? appendTokens(kept, rows) : kept;
+    const predictions = [logits, probs].map((list, i) => {
+      const filled = Array.from(trace.idx, (_, t) => (t < first ? (list[t] ?? null) : null));
+      filled[filled.length - 1] = last[i];
+      return filled;
+    });
+    this.trace = { ...trace, logits: predictions[0], probs: predictions[1], first };
+    if (source ?? (first && before)) this.trace.source = source ?? before;
+  }
+}
+
+if (typeof module !== "undefined") module.exports = { Computer, Desk, pack, unpack };
