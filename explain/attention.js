@@ -22,12 +22,13 @@ function headGrid(app, branch, layers = null) {
   };
   const build = () => {
     cells.clear();
-    const rows = wanted().map((layer) => {
-      const row = Array.from({ length: app.config.n_head }, (_, number) => cell(layer, number));
-      row.forEach((made) => cells.set(`${layer}.${made.number}`, made));
-      return h("div", { class: "head-row" }, h("span", { class: "quiet" }, `Layer ${layer + 1}`), row.map(({ press }) => press));
+    const columns = wanted().map((layer) => {
+      const column = Array.from({ length: app.config.n_head }, (_, number) => cell(layer, number));
+      column.forEach((made) => cells.set(`${layer}.${made.number}`, made));
+      const name = h("span", { class: "quiet" }, `Layer ${layer + 1}`);
+      return h("div", { class: "head-column" }, name, column.map(({ press }) => press));
     });
-    root.replaceChildren(...rows);
+    root.replaceChildren(...columns);
   };
   const update = () => {
     if (wanted().join() !== [...new Set([...cells.values()].map(({ layer }) => layer))].join()) build();
@@ -217,13 +218,20 @@ function alignment(app) {
 // --------------------------------------------------------------------------------------
 // The sections
 
+/** Side by side, where there is room. */
+function beside(first, others) {
+  const root = h("div", { class: "beside" }, first.root, h("div", { class: "drawn" }, others.map((part) => part.root)));
+  return { root, update: () => [first, ...others].forEach((part) => part.update?.()) };
+}
+
 function attentionPanel(app) {
   return assemble(
-    headGrid(app, "attn"),
-    controlRow(layerPicker(app), headPicker(app)),
-    sentence(() => attentionText(app)),
-    arcs(app),
-    keyStrip(app, "attn"),
+    beside(headGrid(app, "attn"), [
+      controlRow(layerPicker(app), headPicker(app)),
+      sentence(() => attentionText(app)),
+      arcs(app),
+      keyStrip(app, "attn"),
+    ]),
     attentionMatrix(app, "attn"),
     sentence(
       () =>

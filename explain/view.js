@@ -56,8 +56,9 @@ class App {
     addEventListener("beforeprint", () => this.panels.forEach((panel) => this.renderPanel(panel)));
     const given = new URLSearchParams(location.hash.slice(1)).has("text");
     await this.restore(location.hash);
-    for (const id of ["text", "source"]) element(id).scrollTop = element(id).scrollHeight; // of a phone's single line
     if (this.translates && !given) this.goOn(true);
+    await this.buildAll();
+    for (const id of ["text", "source"]) element(id).scrollTop = element(id).scrollHeight; // of a phone's single line
   }
 
   // ----------------------------------------------------------------------------------
@@ -92,12 +93,17 @@ class App {
 
   take({ problem = "", ids, lost }, begin) {
     const { text, source } = this.state;
-    element("page").ariaBusy = "false";
+    this.rest();
     this.read = problem ? null : { text, source, ids, lost };
     this.trace = problem ? null : this.desk.trace;
     this.tell(problem || this.lostText());
     this.draw();
     if (!problem) this.measure(begin);
+  }
+
+  /** Where nothing is under way, the page says so. */
+  rest() {
+    element("page").ariaBusy = !this.complete || Boolean(this.going);
   }
 
   /** Beside the field: why its text has no tokens, or what of it is not read. */
@@ -267,6 +273,17 @@ class App {
     return bars.reduce((sum, bar) => sum + bar.offsetHeight, 0);
   }
 
+  /** So that nothing has to be built, and grows, when it comes into view. */
+  async buildAll() {
+    for (const panel of this.panels) {
+      await nextMessage();
+      this.renderPanel(panel);
+    }
+    this.scrollTo(this.state.section);
+    this.complete = true;
+    this.rest();
+  }
+
   scrolled(entries) {
     for (const entry of entries) {
       const panel = this.panels.find(({ root }) => root === entry.target);
@@ -410,13 +427,14 @@ class App {
       if (this.going === going) await new Promise(requestAnimationFrame);
     }
     if (this.going === going) this.going = false;
-    if (!this.going) element("go-on").textContent = "Continue";
+    if (!this.going) this.stop();
     this.drawPanels();
   }
 
   stop() {
     this.going = false;
     element("go-on").textContent = "Continue";
+    this.rest();
   }
 
   /** Go on from the selected token with another next one. */
