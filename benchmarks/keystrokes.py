@@ -10,20 +10,54 @@ from bench import BenchConfig
 from humptygpt.core.errors import UserError
 
 FIRST_KEYS = 10  # keystrokes that are not counted, while the browser compiles
-# A message that is posted before a frame is painted arrives after it.
+# A message that is posted before a frame is painted arrives after it; the page is busy until it has drawn the text's
+# probabilities.
 PAINTED = """() => {
   window.painted = [];
+  window.tasks = [0];
+  const page = document.getElementById("page");
   const later = new MessageChannel();
-  addEventListener("keydown", ({ timeStamp }) => {
-    later.port1.onmessage = () => painted.push(performance.now() - timeStamp);
-    requestAnimationFrame(() => later.port2.postMessage(null));
-  }, true);
+  const frame = (begin) => requestAnimationFrame(() => {
+    if (page.ariaBusy === "true") return frame(begin);
+    later.port1.onmessage = () => painted.push(performance.now() - begin);
+    later.port2.postMessage(null);
+  });
+  addEventListener("keydown", ({ timeStamp }) => frame(timeStamp), true);
+  new PerformanceObserver((list) => tasks.push(...list.getEntries().map(({ duration }) => duration)))
+    .observe({ type: "longtask" });
   const data = JSON.parse(document.getElementById("data").textContent);
   return [data.tokenizer.alphabet ?? "", data.model.block_size];
 }"""
 TIME_OF_NEXT = """n => new Promise((done) => {
   const ask = () => n < painted.length ? done(painted[n]) : setTimeout(ask);
   ask();
+})"""
+# Keys as fast as they can be dispatched, a task each; milliseconds from the last one until the page is at rest.
+BURST = """([letters, n]) => new Promise((done) => {
+  const [text, page] = ["text", "page"].map((id) => document.getElementById(id));
+  let [pressed, last] = [0, 0];
+  const rest = () => page.ariaBusy === "true" ? setTimeout(rest, 1) : done(performance.now() - last);
+  const press = () => {
+    text.value += letters[pressed % letters.length];
+    last = performance.now();
+    text.dispatchEvent(new Event("input"));
+    setTimeout(++pressed < n ? press : rest, 10);
+  };
+  press();
+})"""
+# Characters that "Continue" writes in a second, and milliseconds from "Stop" until nothing more is written.
+CONTINUED = """seconds => new Promise((done) => {
+  const [text, go, page] = ["text", "go-on", "page"].map((id) => document.getElementById(id));
+  const before = text.value.length;
+  const begin = performance.now();
+  go.click();
+  setTimeout(() => {
+    const rate = (text.value.length - before) / (performance.now() - begin) * 1000;
+    const stopped = performance.now();
+    go.click();
+    const rest = () => page.ariaBusy === "true" ? setTimeout(rest, 1) : done([rate, performance.now() - stopped]);
+    rest();
+  }, seconds * 1000);
 })"""
 
 
@@ -48,20 +82,26 @@ def bench(config: BenchConfig) -> dict:
 def time_page(browser, path: Path, keystrokes: int) -> dict[str, dict]:
     page = browser.new_page(viewport={"width": 1440, "height": 900})
     page.goto(f"{path.as_uri()}#section=attention")
-    page.wait_for_selector("#bars")
+    page.wait_for_selector("#page[aria-busy=false] #bars button")
     alphabet, block_size = page.evaluate(PAINTED)
     letters = [letter for letter in alphabet if "a" <= letter <= "z"]
     if not letters:
         raise UserError(
             f"{path}: its tokens are not characters, which this benchmark types"
         )
-    # where the context is full, the first token leaves and all others move
-    lengths = {"64": 64, "full": block_size + 1}
-    return {
+    # beyond a full context its newest half goes on
+    lengths = {"64": 64, "full": block_size, "beyond": block_size + 1}
+    figures = {
         f"{where}_{name}": time_keystrokes(page, letters, T, where, keystrokes)
         for name, T in lengths.items()
         for where in ("appended", "anywhere")
     }
+    page.fill("#text", "".join(letters[:1] * (block_size // 2)))
+    figures["burst"] = {"ms": round(page.evaluate(BURST, [letters, 2 * keystrokes]), 1)}
+    rate, stopped = page.evaluate(CONTINUED, keystrokes / 10)
+    figures["continued"] = {"tokens_per_s": round(rate, 1), "stop_ms": round(stopped, 1)}
+    figures["longest_task"] = {"ms": round(max(page.evaluate("tasks")), 1)}
+    return figures
 
 
 def time_keystrokes(
@@ -72,6 +112,7 @@ def time_keystrokes(
     times = []
     for _ in range(FIRST_KEYS + count):
         page.fill("#text", "".join(draw.choices(letters, k=T - 1)))
+        page.wait_for_selector("#page[aria-busy=false]")
         position = T - 1 if where == "appended" else draw.randrange(T - 1)
         page.eval_on_selector(
             "#text",

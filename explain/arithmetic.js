@@ -525,12 +525,6 @@ function decompose(model, trace, stack, t) {
   return parts;
 }
 
-function dot(x, y, from = 0) {
-  let sum = 0;
-  for (let i = 0; i < x.length; i++) sum += x[i] * y[from + i];
-  return sum;
-}
-
 /** What each part of decompose() adds to the logit of token v, and the head's bias term: name, path and value. */
 function contributions(model, trace, stack, t, v) {
   const { weight, bias } = model.weights.lm_head;

@@ -133,7 +133,7 @@ function attentionMatrix(app, branch, { label = null, encoder = false } = {}) {
 // --------------------------------------------------------------------------------------
 // Lines
 
-const SVG = "http://www.w3.org/2000/svg";
+const SVG = Object.assign(document.createElement("template"), { innerHTML: "<svg></svg>" }).content.firstChild.namespaceURI;
 const STEP = 22; // pixels between tokens
 
 function svg(tag, attributes, text) {

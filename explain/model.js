@@ -45,17 +45,33 @@ before shares their rows with its trace. */
 // --------------------------------------------------------------------------------------
 // Rows
 
+/** Rows of zeros of these lengths, side by side in one buffer: a buffer for each of them would cost more than the sums. */
+function makeRows(lengths) {
+  const all = new Float32Array(lengths.reduce((sum, length) => sum + length, 0));
+  let from = 0;
+  return lengths.map((length) => all.subarray(from, (from += length)));
+}
+
+const lengthsOf = (x) => x.map((row) => row.length);
+
 /** f of each number of each row. */
 function mapRows(x, f) {
-  return x.map((row) => row.map((value) => f(value)));
+  const y = makeRows(lengthsOf(x));
+  x.forEach((row, t) => {
+    const made = y[t];
+    for (let i = 0; i < row.length; i++) made[i] = f(row[i]);
+  });
+  return y;
 }
 
 /** f of the numbers of two lists of rows, pair by pair. */
 function zipRows(x, y, f) {
-  return x.map((row, t) => {
-    const other = y[t];
-    return row.map((value, i) => f(value, other[i]));
+  const z = makeRows(lengthsOf(x));
+  x.forEach((row, t) => {
+    const [made, other] = [z[t], y[t]];
+    for (let i = 0; i < row.length; i++) made[i] = f(row[i], other[i]);
   });
+  return z;
 }
 
 function add(x, y) {
@@ -72,27 +88,36 @@ function rowOf({ data, shape }, i) {
 Four tokens at a time, so that each weight is read once for them. Every sum starts with the bias term and is in the
 order of the inputs: a row is the same, bit for bit, whether it is computed alone or with others. */
 function linear(x, layer) {
-  const y = x.map(() => new Float32Array(layer.weight.shape[0]));
+  const y = makeRows(x.map(() => layer.weight.shape[0]));
   let t = 0;
   for (; t + 4 <= x.length; t += 4) multiplyFour(x.slice(t, t + 4), y.slice(t, t + 4), layer);
   for (; t < x.length; t++) multiplyOne(x[t], y[t], layer);
   return y;
 }
 
+/** Two outputs at a time, so that each input is read once for both. */
 function multiplyFour([x0, x1, x2, x3], [y0, y1, y2, y3], { weight, bias }) {
   const { data, shape } = weight;
   const [outputs, inputs] = shape;
-  for (let o = 0, at = 0; o < outputs; o++) {
-    const b = bias ? bias.data[o] : 0;
-    let [s0, s1, s2, s3] = [b, b, b, b];
-    for (let i = 0; i < inputs; i++, at++) {
-      const w = data[at];
-      s0 += w * x0[i];
-      s1 += w * x1[i];
-      s2 += w * x2[i];
-      s3 += w * x3[i];
+  for (let o = 0; o < outputs; o += 2) {
+    const other = Math.min(o + 1, outputs - 1); // the last one again, where their number is odd
+    const [from, otherFrom] = [o * inputs, other * inputs];
+    const [b, otherB] = bias ? [bias.data[o], bias.data[other]] : [0, 0];
+    let [s0, s1, s2, s3, r0, r1, r2, r3] = [b, b, b, b, otherB, otherB, otherB, otherB];
+    for (let i = 0; i < inputs; i++) {
+      const [w, v] = [data[from + i], data[otherFrom + i]];
+      const [a0, a1, a2, a3] = [x0[i], x1[i], x2[i], x3[i]];
+      s0 += w * a0;
+      s1 += w * a1;
+      s2 += w * a2;
+      s3 += w * a3;
+      r0 += v * a0;
+      r1 += v * a1;
+      r2 += v * a2;
+      r3 += v * a3;
     }
     [y0[o], y1[o], y2[o], y3[o]] = [s0, s1, s2, s3];
+    [y0[other], y1[other], y2[other], y3[other]] = [r0, r1, r2, r3];
   }
 }
 
@@ -120,13 +145,11 @@ function multiplyOne(x, y, { weight, bias }) {
   }
 }
 
-/** exp(x) / sum of exp(x), with the largest subtracted first, which changes nothing but overflow. */
-function softmax(x) {
+/** exp(x) / sum of exp(x), with the largest subtracted first, which changes nothing but overflow. y: where it goes. */
+function softmax(x, y = new Float32Array(x.length), exp = new Float64Array(x.length)) {
   let [largest, sum] = [-Infinity, 0];
   for (let i = 0; i < x.length; i++) largest = Math.max(largest, x[i]);
-  const exp = new Float64Array(x.length);
   for (let i = 0; i < x.length; i++) sum += exp[i] = Math.exp(x[i] - largest);
-  const y = new Float32Array(x.length);
   for (let i = 0; i < x.length; i++) y[i] = exp[i] / sum;
   return y;
 }
@@ -137,21 +160,26 @@ function softmax(x) {
 const FLOAT32_EPS = 2 ** -23; // what F.rms_norm takes by default, as the norm of queries and keys does
 
 function layerNorm(x, { weight, bias }, eps) {
-  const norm = { input: x, mean: [], std: [], output: [] };
-  for (const row of x) {
+  const norm = { input: x, mean: [], std: [], output: makeRows(lengthsOf(x)) };
+  x.forEach((row, t) => {
     const mean = row.reduce((sum, value) => sum + value, 0) / row.length;
     const variance = row.reduce((sum, value) => sum + (value - mean) ** 2, 0) / row.length;
     const std = Math.sqrt(variance + eps);
     norm.mean.push(mean);
     norm.std.push(std);
-    norm.output.push(row.map((value, i) => ((value - mean) / std) * weight.data[i] + (bias ? bias.data[i] : 0)));
-  }
+    const y = norm.output[t];
+    for (let i = 0; i < y.length; i++) y[i] = ((row[i] - mean) / std) * weight.data[i] + (bias ? bias.data[i] : 0);
+  });
   return norm;
 }
 
 function rmsNorm(x, { weight }, eps) {
-  const rms = x.map((row) => rootMeanSquare(row, eps));
-  return { input: x, rms, output: x.map((row, t) => row.map((value, i) => (value / rms[t]) * weight.data[i])) };
+  const norm = { input: x, rms: x.map((row) => rootMeanSquare(row, eps)), output: makeRows(lengthsOf(x)) };
+  x.forEach((row, t) => {
+    const y = norm.output[t];
+    for (let i = 0; i < y.length; i++) y[i] = (row[i] / norm.rms[t]) * weight.data[i];
+  });
+  return norm;
 }
 
 function rootMeanSquare(row, eps) {
@@ -212,10 +240,14 @@ function twice(row, f, g) {
 /** (a, b) -> (a cos - b sin, b cos + a sin) for all pairs (i, i + D/2) of each head. x: (T, n D); cos, sin: (T, D). */
 function rotate(x, { cos, sin }) {
   const D = cos[0].length;
-  return x.map((row, t) => {
-    const other = (j) => row[j - (j % D) + ((j + D / 2) % D)];
-    return row.map((value, j) => value * cos[t][j % D] + other(j) * sin[t][j % D]);
+  const y = makeRows(lengthsOf(x));
+  x.forEach((row, t) => {
+    const [made, c, s] = [y[t], cos[t], sin[t]];
+    for (let from = 0; from < row.length; from += D) {
+      for (let j = 0; j < D; j++) made[from + j] = row[from + j] * c[j] + row[from + ((j + D / 2) % D)] * s[j];
+    }
   });
+  return y;
 }
 
 function alibiPosition(config) {
@@ -251,14 +283,16 @@ function embedPositions(x, { vectors, scale = 1 }) {
 The queries are at the positions in the list `at`, the keys at 0 to S - 1. Returns (H, T, S), or (1, T, S) where it is
 the same for all heads; in a causal stack, row t ends with key t. */
 function attentionMask(at, S, { causal, window, slopes }) {
-  return Array.from(slopes ?? [0], (slope) =>
-    at.map((t) =>
-      Float32Array.from({ length: causal ? t + 1 : S }, (_, s) => {
+  return Array.from(slopes ?? [0], (slope) => {
+    const mask = makeRows(at.map((t) => (causal ? t + 1 : S)));
+    at.forEach((t, row) => {
+      for (let s = 0; s < mask[row].length; s++) {
         const distance = Math.abs(t - s);
-        return window && distance >= window ? -Infinity : slope && -slope * distance;
-      }),
-    ),
-  );
+        mask[row][s] = window && distance >= window ? -Infinity : slope && -slope * distance;
+      }
+    });
+    return mask;
+  });
 }
 
 /** softmax(q k^T / sqrt(D) + mask) v. q: (T, H D); k, v: the same of S tokens, or less where groups of neighbouring
@@ -266,35 +300,54 @@ heads share one. */
 function attend(q, k, v, mask, n_head) {
   const D = q[0].length / n_head;
   const group = q[0].length / k[0].length; // heads that share one head of keys and values
-  const y = { scores: [], weights: [], heads: q.map((row) => new Float32Array(row.length)) };
+  const y = { scores: [], weights: [], heads: makeRows(lengthsOf(q)) };
+  const [exp, sums] = [new Float64Array(k.length), new Float64Array(D)];
   for (let h = 0; h < n_head; h++) {
     const from = Math.floor(h / group) * D; // where their keys and values begin in a row
     const bias = mask && mask[h % mask.length];
-    const seen = (t) => (bias ? bias[t].length : k.length);
-    y.scores.push(q.map((row, t) => scores(row.subarray(h * D, (h + 1) * D), k, from, seen(t))));
-    y.weights.push((bias ? add(y.scores[h], bias) : y.scores[h]).map((row) => softmax(row)));
-    y.weights[h].forEach((row, t) => y.heads[t].set(weightedMean(row, v, from, D), h * D));
+    const scores = makeRows(q.map((_, t) => (bias ? bias[t].length : k.length)));
+    q.forEach((row, t) => scoreKeys(row.subarray(h * D, (h + 1) * D), k, from, scores[t]));
+    const weights = bias ? add(scores, bias) : mapRows(scores, (score) => score);
+    weights.forEach((row, t) => {
+      softmax(row, row, exp);
+      y.heads[t].set(weightedMean(row, v, from, sums), h * D);
+    });
+    y.scores.push(scores);
+    y.weights.push(weights);
   }
   return y;
 }
 
-/** Of one query, (D,), with the first S keys, whose features begin at `from`. */
-function scores(q, k, from, S) {
-  const y = new Float32Array(S);
-  for (let s = 0; s < S; s++) {
-    let sum = 0;
-    for (let i = 0; i < q.length; i++) sum += q[i] * k[s][from + i];
-    y[s] = sum / Math.sqrt(q.length);
+/** Of one query, (D,), with the first keys, as many as there are scores; their features begin at `from`. */
+function scoreKeys(q, k, from, scores) {
+  const scale = Math.sqrt(q.length);
+  let s = 0;
+  for (; s + 2 <= scores.length; s += 2) {
+    const [a, b] = [k[s], k[s + 1]];
+    let [sum, other] = [0, 0]; // side by side
+    for (let i = 0; i < q.length; i++) {
+      sum += q[i] * a[from + i];
+      other += q[i] * b[from + i];
+    }
+    [scores[s], scores[s + 1]] = [sum / scale, other / scale];
   }
-  return y;
+  for (; s < scores.length; s++) scores[s] = dot(q, k[s], from) / scale;
 }
 
-function weightedMean(weights, v, from, D) {
-  const y = new Float64Array(D);
+function dot(x, y, from = 0) {
+  let sum = 0;
+  for (let i = 0; i < x.length; i++) sum += x[i] * y[from + i];
+  return sum;
+}
+
+/** sums: where it goes, in double precision. */
+function weightedMean(weights, v, from, sums) {
+  sums.fill(0);
   for (let s = 0; s < weights.length; s++) {
-    for (let i = 0; i < D; i++) y[i] += weights[s] * v[s][from + i];
+    const [weight, row] = [weights[s], v[s]];
+    for (let i = 0; i < sums.length; i++) sums[i] += weight * row[from + i];
   }
-  return y;
+  return sums;
 }
 
 function queries(x, weights, config) {
@@ -313,15 +366,15 @@ function keysAndValues(x, weights, config) {
 /** RMS norm of each head by itself, without trained scale: qk_norm. */
 function normHeads(x, config) {
   const D = headSize(config);
-  return x.map((row) => {
-    const y = new Float32Array(row.length);
+  const y = makeRows(lengthsOf(x));
+  x.forEach((row, t) => {
     for (let from = 0; from < row.length; from += D) {
       const head = row.subarray(from, from + D);
       const rms = rootMeanSquare(head, FLOAT32_EPS);
-      head.forEach((value, i) => (y[from + i] = value / rms));
+      for (let i = 0; i < D; i++) y[t][from + i] = head[i] / rms;
     }
-    return y;
   });
+  return y;
 }
 
 /** x: (T, C), which follow the tokens of `before`, the trace of this function for them. */
@@ -630,7 +683,7 @@ function sameIds(a, b) {
 }
 
 function joined(before, x) {
-  return before ? [...before, ...x] : x;
+  return before ? before.concat(x) : x;
 }
 
 /** Has the list an entry for each token? If not, it is one of blocks, heads or layers. */
@@ -645,7 +698,7 @@ function firstTokens(trace, n) {
 
 /** The trace of two texts, one after the other; before: null where there is none before. */
 function appendTokens(before, trace) {
-  return before ? mapTrace(trace, (value, earlier) => [...earlier, ...value], before) : trace;
+  return before ? mapTrace(trace, (value, earlier) => earlier.concat(value), before) : trace;
 }
 
 /** The trace with f(rows, the other trace's rows) instead of each list of rows. */
@@ -661,6 +714,6 @@ function mapTrace(trace, f, other) {
 
 if (typeof module !== "undefined") {
   const dictionaries = { NORMS, POSITIONS, ACTIVATIONS, MLPS, BLOCKS, EMBEDDINGS, MODELS };
-  const helpers = { FLOAT32_EPS, GAIN, headSize, rootMeanSquare };
+  const helpers = { FLOAT32_EPS, dot, GAIN, headSize, rootMeanSquare };
   module.exports = { ...dictionaries, ...helpers, erf, forward, head, probabilities, softmax };
 }

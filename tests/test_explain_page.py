@@ -428,10 +428,14 @@ def test_the_time_until_a_keystroke_is_painted_is_measured_in_each_case(
     monkeypatch.setattr(keystrokes, "FIRST_KEYS", 0)
     page, pairs = (runs / "out" / run / "explain.html" for run in ("run", "pairs"))
     figures = keystrokes.time_page(browser, page, 2)
-    assert figures.keys() == {
-        f"{where}_{size}" for where in ("appended", "anywhere") for size in ("64", "full")
+    keys = {
+        f"{where}_{size}"
+        for where in ("appended", "anywhere")
+        for size in ("64", "full", "beyond")
     }
-    assert all(0 < times["median_ms"] <= times["p95_ms"] for times in figures.values())
+    assert figures.keys() == keys | {"burst", "continued", "longest_task"}
+    assert all(0 < figures[key]["median_ms"] <= figures[key]["p95_ms"] for key in keys)
+    assert figures["burst"]["ms"] > 0 and figures["continued"]["tokens_per_s"] > 0
     with pytest.raises(UserError, match="its tokens are not characters"):
         keystrokes.time_page(browser, pairs, 2)
     assert "make it with explain.py" in fails(bench.main, "--what=page", "--page=none.html")
