@@ -32,7 +32,8 @@ class ExplainConfig:
         None, "HTML file to write; None: explain.html in out_dir", path=True
     )
     start: str = setting(
-        "", "the text that the page starts with; translation: the sentence"
+        "",
+        "the text that the page starts with, of a translation the sentence; by default the first validation tokens",
     )
     max_mb: float = setting(
         32.0, "megabytes that the weights may take in the page", above=0

@@ -202,9 +202,10 @@ function alignment(app) {
     const [from, n] = place(t, app.trace.idx.length);
     const lines = [];
     for (let row = from; row < from + n; row++) {
+      const strongest = largestAt(weights[chosen][row]);
       for (let s = sourceFrom; s < sourceFrom + sources; s++) {
         const weight = weights[chosen][row][s];
-        if (weight < 0.1) continue;
+        if (weight < 0.2 && s !== strongest) continue;
         const ends = { x1: (s - sourceFrom + 0.5) * STEP, y1: 24, x2: (row - from + 0.5) * STEP, y2: 96 };
         lines.push(svg("line", { ...ends, class: row === t ? "arc chosen" : "arc", "stroke-width": 0.75 + 3 * weight, opacity: row === t ? 1 : 0.15 + 0.6 * weight }));
       }

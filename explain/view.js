@@ -3,6 +3,7 @@
 /* The page: one state, the worker's answer for its text, and what is drawn of both. */
 
 const SHOWN = 8; // bars
+const OPENING = 40; // tokens that the model writes where the page has no text to open with
 const PANELS_EVERY = 150; // ms, while the model writes
 const element = (id) => document.getElementById(id);
 
@@ -56,7 +57,8 @@ class App {
     addEventListener("beforeprint", () => this.panels.forEach((panel) => this.renderPanel(panel)));
     const given = new URLSearchParams(location.hash.slice(1)).has("text");
     await this.restore(location.hash);
-    if (this.translates && !given) this.goOn(true);
+    if (!given && this.translates) this.goOn({ greedy: true });
+    else if (!given && !data.start) this.goOn({ greedy: false, most: OPENING });
     await this.buildAll();
     for (const id of ["text", "source"]) element(id).scrollTop = element(id).scrollHeight; // of a phone's single line
   }
@@ -138,7 +140,7 @@ class App {
     const fresh = this.translates && target.id === "source" ? { text: "" } : {};
     if (fresh.text === "") element("text").value = "";
     const settled = this.change({ ...fresh, [target.id]: target.value, t: -1, next: -1, key: -1 });
-    if (fresh.text === "") settled.then(() => this.state.text === "" && this.trace && this.goOn(true));
+    if (fresh.text === "") settled.then(() => this.state.text === "" && this.trace && this.goOn({ greedy: true }));
   }
 
   /** The hash, with a limit on how often: browsers refuse more. */
@@ -149,14 +151,16 @@ class App {
 
   keep(how = "replaceState") {
     clearTimeout(this.keeping);
-    this.hash = writeAddress(this.state);
-    history[how](null, "", this.hash);
+    const hash = writeAddress(this.state);
+    if (hash !== this.hash) history[how](null, "", hash);
+    this.hash = hash;
   }
 
   /** hash: of the event, since keep() may have replaced the address meanwhile. */
   restore(hash) {
     if (hash === this.hash) return this.settled;
     clearTimeout(this.keeping);
+    this.hash = hash;
     const state = readAddress(hash, this.sections, this.state);
     for (const id of ["text", "source"]) if (element(id).value !== state[id]) element(id).value = state[id];
     const known = this.trace && state.text === this.read.text && state.source === this.read.source;
@@ -306,7 +310,7 @@ class App {
   }
 
   findSection() {
-    if (performance.now() < (this.jumping ?? 0)) return;
+    if (this.jumping || !this.complete) return;
     const top = this.heightOfBars() + 60;
     const found = this.panels.findLast(({ root }) => root.getBoundingClientRect().top <= top);
     const id = found && scrollY > 0 ? found.id : "model";
@@ -333,13 +337,17 @@ class App {
   }
 
   scrollTo(section) {
-    this.jumping = performance.now() + 300;
+    this.jumping = true;
     this.markSection();
     const panel = this.panels.find(({ id }) => id === section);
-    if (!panel) return scrollTo(0, 0);
-    this.renderPanel(panel);
-    scrollBy(0, panel.root.getBoundingClientRect().top - this.heightOfBars());
-    requestAnimationFrame(() => scrollBy(0, panel.root.getBoundingClientRect().top - this.heightOfBars()));
+    if (panel) this.renderPanel(panel);
+    const jump = () =>
+      panel ? scrollBy(0, panel.root.getBoundingClientRect().top - this.heightOfBars()) : scrollTo(0, 0);
+    jump();
+    requestAnimationFrame(() => {
+      jump(); // its strips have their heights by now
+      requestAnimationFrame(() => requestAnimationFrame(() => (this.jumping = false)));
+    });
   }
 
   // ----------------------------------------------------------------------------------
@@ -388,7 +396,7 @@ class App {
   // Writing
 
   /** Append a token to the first n tokens of the text, all of them by default. False where the text has ended. */
-  append(id, n = this.read.ids.length) {
+  append(id, n = this.read.ids.length, push = false) {
     if (id === this.tokenizer.eot) return this.end(this.translates ? "The translation has ended." : "The model has ended the text.");
     if (this.translates && n === this.read.ids.length && this.trace.idx.length === this.config.block_size)
       return this.end("The context is full: there is no room for more of the translation.");
@@ -397,7 +405,8 @@ class App {
     this.state = { ...this.state, text: this.tokenizer.decode(ids), t: -1, next: -1, key: -1 };
     text.value = this.state.text;
     text.scrollTop = text.scrollHeight;
-    this.keepSoon();
+    if (push) this.keep("pushState");
+    else this.keepSoon();
     return this.compute(ids).then(() => true);
   }
 
@@ -419,11 +428,12 @@ class App {
   }
 
   /** Write on, a token a frame, until the text ends, something else is typed, or stop() is called. */
-  async goOn(greedy) {
+  async goOn({ greedy, most = Infinity } = {}) {
     if (this.going) return;
+    let written = 0;
     const going = (this.going = {});
     element("go-on").textContent = "Stop";
-    while (this.going === going && (await this.writeOne(() => this.chooseNext(greedy)))) {
+    while (this.going === going && written++ < most && (await this.writeOne(() => this.chooseNext(greedy)))) {
       if (this.going === going) await new Promise(requestAnimationFrame);
     }
     if (this.going === going) this.going = false;
@@ -441,10 +451,9 @@ class App {
   choose(id) {
     const { t } = this.at;
     const later = this.trace.idx.length - 1 - t;
-    this.keep();
-    history.pushState(null, "", this.hash);
     this.stop();
-    this.append(id, this.read.ids.length - later);
+    this.keep();
+    this.append(id, this.read.ids.length - later, true);
   }
 }
 

@@ -1051,6 +1051,15 @@ def test_the_page_of_a_translation_has_the_probabilities_of_the_next_word(
             assert_computes(answer, [*source, *target])
 
 
+def test_without_start_a_page_opens_with_the_beginning_of_the_validation_split(run_dir):
+    explain.main(["--out_dir=out/run"])
+    text = data_in(run_dir / "explain.html")["start"]
+    assert len(text) == page_data.START_TOKENS and text in Path("tiny.txt").read_text()
+    shutil.rmtree("data/tiny")
+    explain.main(["--out_dir=out/run"])
+    assert data_in(run_dir / "explain.html")["start"] == ""
+
+
 def test_damage_to_the_data_of_a_page_is_found_by_its_checksum(node, run_dir):
     explain.main(["--out_dir=out/run", "--to=page.html"])
     page = Path("page.html").resolve()

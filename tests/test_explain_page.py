@@ -98,6 +98,15 @@ class Opened:
         """Wait until what is shown is that of the text."""
         self.page.wait_for_selector("#page[aria-busy=false]")
 
+    def until(self, condition: str) -> None:
+        """Wait until a JavaScript expression is true."""
+        poll = (
+            "done => (f => f(f))((f) => condition() ? done() : setTimeout(() => f(f), 10))"
+        )
+        self.page.evaluate(
+            f"() => {{ const condition = () => {condition}; return new Promise({poll}); }}"
+        )
+
     def shown(self) -> dict[int, float]:
         """The probabilities of the bars, by token ids."""
         self.settle()
@@ -130,8 +139,8 @@ def opened(browser, runs, request):
     yield open_page
     for each in made:
         each.context.close()
-        others = [url for url in each.requests[1:] if not url.startswith("blob:")]
-        assert each.console == [] and others == []
+        others = [url for url in each.requests if not url.startswith("blob:")]
+        assert each.console == [] and len(set(others)) == 1
 
 
 def load(runs: Path, run: str = "run"):
@@ -183,6 +192,296 @@ def test_text_that_has_no_tokens_is_reported_and_its_numbers_are_gone(opened):
     assert not view.shown()
     view.page.fill("#text", "Ak")
     assert view.page.is_hidden("#problem") and view.shown()
+
+
+def ids_in_context(tokenizer, text: str, block_size: int = 32) -> list[int]:
+    """Of the tokens of a text, those that sample.py still sees when it has written up to there."""
+    ids = tokenizer.encode(text or "\n").tolist()
+    while len(ids) > block_size:
+        ids = ids[block_size + 1 - block_size // 2 :]
+    return ids
+
+
+def assert_shows(view, model, tokenizer) -> None:
+    """The bars are PyTorch's for the text in the field and the selected token."""
+    shown, text = view.shown(), view.page.input_value("#text")
+    ids = ids_in_context(tokenizer, text)
+    buttons = "all => all.map((token) => [+token.dataset.id, token.ariaPressed])"
+    tokens = view.page.eval_on_selector_all("#tokens button", buttons)
+    assert [id for id, _ in tokens] == ids
+    t = [pressed for _, pressed in tokens].index("true")
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]))[0][0, t, : tokenizer.vocab_size]
+    probs = logits.softmax(dim=-1)
+    assert shown == pytest.approx({id: probs[id].item() for id in shown}, abs=1e-6)
+    assert min(shown.values()) >= probs.topk(8).values[-1].item() - 1e-6
+
+
+def test_continue_writes_what_sample_py_writes_when_the_context_is_full_too(opened, runs):
+    model, tokenizer = load(runs)
+    view = opened()
+    idx = tensor_of(tokenizer, START)
+    written = generate(model, idx, 40, tokenizer.vocab_size, temperature=0)
+    expected = START + tokenizer.decode([token.item() for token in written])
+    view.page.click("#go-on")
+    view.until("document.getElementById('text').value.length > 42")
+    view.page.click("#go-on")
+    view.settle()
+    text = view.page.input_value("#text")
+    assert text.startswith(expected)
+    view.page.wait_for_timeout(100)
+    assert view.page.input_value("#text") == text
+
+
+ADDRESSES = {
+    "#section=nonsense&t=x&key=-7&number=abc": START,
+    "#text=Akis": "Akis",
+    "#section=mlp&number=stack.nothing:1,2&number=stack.norm.output:999,1&text=Akis": "Akis",
+    "#section=gpt&t=9999&layer=77&head=99&next=88&temperature=-3&text=Akis": "Akis",
+    "#%E0%A4%A&text=Ak": "Ak",
+}
+
+
+def test_whatever_an_address_says_the_page_opens_and_survives_a_reload(opened, runs):
+    model, tokenizer = load(runs)
+    for hash, text in ADDRESSES.items():
+        view = opened(hash=hash)
+        assert view.page.input_value("#text") == text
+        assert_shows(view, model, tokenizer)
+        view.page.reload()
+        assert_shows(view, model, tokenizer)
+    view.page.fill("#text", "Aké")
+    view.settle()
+    view.until("decodeURI(location.hash).endsWith('é')")
+    assert view.page.inner_text("#problem").startswith("character 'é'")
+    view.page.reload()
+    view.page.wait_for_selector("#page[aria-busy=false]")
+    assert view.page.input_value("#text") == "Aké"
+
+
+def test_after_an_unknown_character_all_sections_open_and_no_number_of_the_text_before_stays(
+    opened, runs
+):
+    view = opened(hash="#section=leaf&number=logits:0,1&text=Akis")
+    view.page.fill("#text", "Aké")
+    view.settle()
+    for chip in view.page.locator("#sections button").all():
+        chip.click()
+        assert not view.page.locator("#tokens button, #bars button, #drawer.open").count()
+        of_text = "section.of-text .panel-body > :not(.intro)"
+        assert not view.page.locator(of_text).filter(visible=True).count()
+    view.page.fill("#text", "Akisa")
+    assert_shows(view, *load(runs))
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_a_complaint_stands_below_the_field_and_covers_nothing(opened, width):
+    view = opened(viewport={"width": width, "height": 800})
+    view.page.fill("#text", "Aké")
+    view.settle()
+    below = """() => {
+      const problem = document.getElementById("problem").getBoundingClientRect();
+      const covers = [...document.querySelectorAll("button, textarea")].filter((item) => {
+        const { left, right, top, bottom } = item.getBoundingClientRect();
+        return left < problem.right && right > problem.left && top < problem.bottom && bottom > problem.top;
+      });
+      return [problem.top - document.getElementById("text").getBoundingClientRect().bottom, covers.length];
+    }"""
+    distance, covered = view.page.evaluate(below)
+    assert 0 <= distance < 20 and covered == 0
+
+
+def back(view) -> None:
+    view.page.evaluate(
+        "new Promise((done) => { addEventListener('hashchange', done, { once: true }); history.back(); })"
+    )
+    view.settle()
+
+
+def test_back_leads_through_numbers_and_sections_and_escape_closes_the_drawer(opened):
+    view = opened()
+    head = view.page.locator("#arithmetic h3")
+    view.page.get_by_role("button", name="7: Softmax").click()
+    view.page.locator("#softmax input[type=range]").nth(0).fill("0.5")
+    view.page.locator("#bars .number").nth(0).click()
+    first = head.inner_text()
+    view.page.locator("#arithmetic .operand").nth(0).click()
+    second = head.inner_text()
+    view.page.get_by_role("button", name="Back").click()
+    assert head.inner_text() == first != second
+    assert view.page.get_by_role("button", name="Back").is_disabled()
+    back(view)
+    assert head.inner_text() == second
+    back(view)
+    assert head.inner_text() == first
+    view.page.keyboard.press("Escape")
+    assert not view.page.locator("#drawer.open").count()
+    back(view)
+    back(view)
+    back(view)
+    assert view.page.inner_text("#sections [aria-current=true]") == "The model"
+    view.page.evaluate("history.go(1)")
+    view.until("location.hash.includes('temperature=0.5')")
+    view.page.reload()
+    view.settle()
+    assert view.page.locator("#softmax input[type=range]").nth(0).input_value() == "0.5"
+
+
+def test_typing_moves_nothing_that_is_read_and_ends_the_writing_of_the_model(opened):
+    view = opened(hash="#section=positions&text=A")
+    top = "document.getElementById('title-positions').getBoundingClientRect().top"
+    before = view.page.evaluate(top)
+    view.page.focus("#text")
+    for letter in "kis osal":
+        view.page.keyboard.type(letter)
+        view.settle()
+        view.page.wait_for_timeout(20)
+        assert abs(view.page.evaluate(top) - before) < 2
+    view.page.click("#go-on")
+    view.page.fill("#text", "Aké")
+    view.settle()
+    assert view.page.inner_text("#go-on") == "Continue"
+    assert view.page.input_value("#text") == "Aké"
+
+
+def test_a_translation_is_written_on_opening_and_says_what_it_does_not_read(opened, runs):
+    view = opened("pairs")
+    view.settle()
+    assert len(view.page.input_value("#text")) > 1
+    view.until("document.getElementById('ended').textContent !== ''")
+    assert view.page.inner_text("#ended").startswith("The context is full")
+    assert view.page.locator("#transformer .arcs line").count() > 1
+    view.page.fill("#source", "Haus " * 20)
+    view.page.wait_for_selector("#problem:not(:empty)")
+    assert view.page.inner_text("#problem").startswith(
+        "The context has no room for the last 60 tokens of the sentence: they are not read."
+    )
+
+
+def test_the_strongest_key_is_selected_and_its_cell_can_be_read(opened, runs):
+    model, tokenizer = load(runs)
+    view = opened(hash="#section=attention&layer=1&head=1&text=" + "Akis osal Akis")
+    ids = ids_in_context(tokenizer, "Akis osal Akis")
+    weights = expected_trace(model, ids, None, tokenizer.vocab_size)
+    row = weights["stack.blocks.1.attn.weights"][1, -1]
+    strip, matrix = (
+        view.page.locator("#attention canvas[tabindex]").nth(i) for i in (0, 1)
+    )
+    value = f"{row.max().item():.4f}"
+    for canvas in (strip, matrix):
+        assert canvas.get_attribute("aria-valuetext").endswith(value)
+    assert matrix.bounding_box()["height"] / 14 >= 13
+
+
+class Walk:
+    """Random actions on a page, as of someone who tries everything."""
+
+    def __init__(self, view: Opened, seed: int):
+        self.view, self.page, self.draw = view, view.page, random.Random(seed)
+        self.pushed = 0
+
+    def type(self) -> None:
+        self.page.focus("#text")
+        self.page.keyboard.press("Control+End")
+        self.page.keyboard.press(self.draw.choice(["a", "k", "s", " ", "Enter", "é"]))
+
+    def erase(self) -> None:
+        self.page.focus("#text")
+        self.page.keyboard.press(self.draw.choice(["Backspace", "Home", "Delete"]))
+
+    def paste(self) -> None:
+        self.page.fill(
+            "#text", "".join(self.draw.choices("Akis osal\n", k=self.draw.randrange(60)))
+        )
+
+    def click(self, selector: str) -> None:
+        found = self.page.locator(selector).filter(visible=True)
+        if n := found.count():
+            found.nth(self.draw.randrange(n)).click()
+
+    def token(self) -> None:
+        self.click("#tokens button")
+
+    def section(self) -> None:
+        self.click("#sections button")
+
+    def part(self) -> None:
+        self.click("#flow button")
+
+    def choose(self) -> None:
+        self.click("#bars .choose")
+
+    def number(self) -> None:
+        self.click("#bars .number")
+
+    def operand(self) -> None:
+        self.click("#arithmetic button:not([disabled])")
+
+    def write(self) -> None:
+        self.page.click("#go-on")
+        self.page.wait_for_timeout(self.draw.randrange(60))
+        if self.page.inner_text("#go-on") == "Stop":
+            self.page.click("#go-on")
+
+    def escape(self) -> None:
+        self.page.keyboard.press("Escape")
+
+    def back(self) -> None:
+        if self.page.evaluate("history.length") > 2:
+            self.page.evaluate("history.back()")
+            self.page.wait_for_timeout(60)
+            if not self.page.url.startswith("file:"):
+                self.page.go_forward()
+
+    def reload(self) -> None:
+        self.page.wait_for_timeout(200)  # the address is written with a limit on how often
+        text = self.page.input_value("#text")
+        self.page.reload()
+        self.view.settle()
+        assert self.page.input_value("#text") == text
+
+    def resize(self) -> None:
+        size = {
+            "width": self.draw.choice([390, 800, 1440]),
+            "height": self.draw.choice([600, 900]),
+        }
+        self.page.set_viewport_size(size)
+
+    ACTIONS = (
+        [type, erase, token, section, part, choose, number, operand] * 3
+        + [paste, write, escape, back] * 2
+        + [reload, resize]
+    )
+
+    def step(self) -> None:
+        self.draw.choice(self.ACTIONS)(self)
+        self.view.settle()
+
+
+@pytest.mark.parametrize(
+    "actions", [200, pytest.param(2_000, marks=pytest.mark.long)], ids=str
+)
+def test_after_any_actions_the_numbers_are_those_of_the_text(opened, runs, actions):
+    model, tokenizer = load(runs)
+    view = opened()
+    walk = Walk(view, seed=actions)
+    known = set(tokenizer.alphabet)
+    for _ in range(actions):
+        walk.step()
+        text = view.page.input_value("#text")
+        if set(text) <= known:
+            assert_shows(view, model, tokenizer)
+        else:
+            assert not view.shown() and view.page.is_visible("#problem")
+        assert view.console == []
+    view.page.fill("#text", "Akis osal")
+    view.settle()
+    trace = expected_trace(
+        model, tokenizer.encode("Akis osal").tolist(), None, tokenizer.vocab_size
+    )
+    for address, value in addresses(trace, 40):
+        view.select(number=address, text="Akis osal")
+        assert abs(drawer(view)["value"] - value) < 1e-4, address
 
 
 def drawer(view: Opened) -> dict:
@@ -253,7 +552,9 @@ def test_the_hash_restores_the_view(opened):
     view.page.locator("#tokens button").nth(3).click()
     view.page.get_by_role("button", name="6: Self-attention").click()
     view.page.locator("#attention select").nth(0).select_option(label="2")
-    view.page.locator("#attention canvas[tabindex]").nth(0).click(position={"x": 30, "y": 5})
+    view.page.locator("#attention canvas[tabindex]").nth(0).click(
+        position={"x": 30, "y": 5}
+    )
     kept = "location.hash.includes('number=') ? done() : setTimeout(poll, 20)"
     view.page.evaluate(
         f"() => new Promise((done) => {{ const poll = () => {kept}; poll(); }})"

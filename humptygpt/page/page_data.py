@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from humptygpt.checkpoint import checkpoint
 from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core.errors import UserError
-from humptygpt.interchange.load import load
+from humptygpt.data.token_files import TokenFiles, read_meta
+from humptygpt.interchange.load import Loaded, load
 from humptygpt.page.known_settings import check_settings
 from humptygpt.tokenizer.sentencepiece_model import normal_ids
 from humptygpt.tokenizer.tokenizers import (
@@ -23,6 +24,7 @@ from humptygpt.tokenizer.tokenizers import (
 )
 
 BASE64 = 4 / 3  # characters for each byte
+START_TOKENS = 48  # of the text that a page opens with
 
 
 def page_data(config) -> dict:
@@ -35,7 +37,8 @@ def page_data(config) -> dict:
         raise UserError(f"out_dir={config.out_dir} is no run of train.py; a page shows one")
     check_settings(run.model.config, run.tokenizer.name)
     check_size(run.model, config.max_mb)
-    text = config.start
+    start = config.start or example_text(run)
+    text = start
     if run.tokenizer.eot is not None:
         text = text.removeprefix(END_OF_TEXT)
     run.tokenizer.encode(text)  # raises UserError where it has no tokens for it
@@ -50,9 +53,25 @@ def page_data(config) -> dict:
         "progress": progress,
         **model_data(run.model),
         "tokenizer": tokenizer_data(run.tokenizer),
-        "start": config.start,
+        "start": start,
         "metrics": [row for row in rows if row],
     }
+
+
+def example_text(run: Loaded) -> str:
+    """Return the beginning of the run's validation split, of pairs the first source; "" where its data is not here."""
+    folder = Path("data", run.saved["train_config"]["dataset"])
+    try:
+        meta = read_meta(folder)
+        val = TokenFiles(folder, "val", meta)
+    except UserError:
+        return ""
+    if meta["tokenizer"] != run.saved["tokenizer"]:
+        return ""
+    ids = val.read(np.zeros(1, dtype=int), min(len(val), START_TOKENS))[0].tolist()
+    if run.task == "translation" and run.tokenizer.eot in ids:
+        ids = ids[: ids.index(run.tokenizer.eot)]
+    return run.tokenizer.decode(ids).rstrip("\ufffd")
 
 
 def check_size(model: nn.Module, max_mb: float) -> None:
