@@ -383,7 +383,7 @@ class Walk:
     def type(self) -> None:
         self.page.focus("#text")
         self.page.keyboard.press("Control+End")
-        self.page.keyboard.press(self.draw.choice(["a", "k", "s", " ", "Enter", "é"]))
+        self.page.keyboard.insert_text(self.draw.choice("aks \né"))
 
     def erase(self) -> None:
         self.page.focus("#text")
