@@ -235,14 +235,7 @@ class Strip {
 
   /** At the next frame, together with the others: all are measured before the first is drawn. */
   draw() {
-    if (!waiting.size) {
-      requestAnimationFrame(() => {
-        const ready = [...waiting];
-        waiting.clear();
-        for (const strip of ready) strip.size = strip.layout();
-        for (const strip of ready) if (strip.size) strip.paint();
-      });
-    }
+    if (!waiting.size) requestAnimationFrame(paintWaiting);
     waiting.add(this);
   }
 
@@ -370,6 +363,13 @@ class Strip {
     const to = moves[event.key];
     if (to >= 0 && to <= last) this.pick(to);
   }
+}
+
+function paintWaiting() {
+  const ready = [...waiting];
+  waiting.clear();
+  for (const strip of ready) strip.size = strip.layout();
+  for (const strip of ready) if (strip.size) strip.paint();
 }
 
 /** Set by the page, which has the model and the picture. */

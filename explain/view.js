@@ -44,6 +44,7 @@ class App {
     if (this.translates) element("text-label").textContent = "Its translation so far";
     element("page").hidden = false;
     element("input").append(element("problem"));
+    element("problem").textContent = "";
     for (const id of ["text", "source"]) element(id).addEventListener("input", (event) => this.typed(event));
     element("legend").replaceWith(legend());
     element("write-one").onclick = () => this.writeOne();
@@ -54,7 +55,10 @@ class App {
     dependenciesOf = (part) => this.operandsOf(part);
     history.scrollRestoration = "manual";
     addEventListener("hashchange", (event) => this.restore(new URL(event.newURL).hash));
-    addEventListener("beforeprint", () => this.panels.forEach((panel) => this.renderPanel(panel)));
+    addEventListener("beforeprint", () => {
+      for (const panel of this.panels) this.renderPanel(panel);
+      paintWaiting();
+    });
     const given = new URLSearchParams(location.hash.slice(1)).has("text");
     await this.restore(location.hash);
     if (!given && this.translates) this.goOn({ greedy: true });

@@ -1054,7 +1054,7 @@ def test_the_page_of_a_translation_has_the_probabilities_of_the_next_word(
 def test_without_start_a_page_opens_with_the_beginning_of_the_validation_split(run_dir):
     explain.main(["--out_dir=out/run"])
     text = data_in(run_dir / "explain.html")["start"]
-    assert len(text) == page_data.START_TOKENS and text in Path("tiny.txt").read_text()
+    assert 0 < len(text) <= page_data.START_TOKENS and text in Path("tiny.txt").read_text()
     shutil.rmtree("data/tiny")
     explain.main(["--out_dir=out/run"])
     assert data_in(run_dir / "explain.html")["start"] == ""

@@ -700,7 +700,18 @@ def test_axe_finds_nothing(opened, run, scheme):
         "axe_playwright_python.sync_playwright", reason="needs axe-playwright-python"
     )
     view = opened(run, "#section=gpt", color_scheme=scheme)
-    view.page.locator("#bars button").nth(1).click()
+    assert_axe_finds_nothing(axe, view)
+    view.page.locator("#bars .number").nth(0).click()
+    assert_axe_finds_nothing(axe, view)
+    if run == "run":
+        view.page.set_viewport_size({"width": 390, "height": 844})
+        assert_axe_finds_nothing(axe, view)
+        view.page.fill("#text", "Aké")
+        view.settle()
+        assert_axe_finds_nothing(axe, view)
+
+
+def assert_axe_finds_nothing(axe, view: Opened) -> None:
     found = axe.Axe().run(view.page).response["violations"]
     assert {
         rule["id"]: [node["html"][:120] for node in rule["nodes"][:3]] for rule in found

@@ -24,7 +24,7 @@ from humptygpt.tokenizer.tokenizers import (
 )
 
 BASE64 = 4 / 3  # characters for each byte
-START_TOKENS = 48  # of the text that a page opens with
+START_TOKENS = 64  # of the text that a page opens with
 
 
 def page_data(config) -> dict:
@@ -71,7 +71,10 @@ def example_text(run: Loaded) -> str:
     ids = val.read(np.zeros(1, dtype=int), min(len(val), START_TOKENS))[0].tolist()
     if run.task == "translation" and run.tokenizer.eot in ids:
         ids = ids[: ids.index(run.tokenizer.eot)]
-    return run.tokenizer.decode(ids).rstrip("\ufffd")
+    text = run.tokenizer.decode(ids).rstrip("\ufffd")
+    return (
+        text.partition("\n")[2].lstrip() or text
+    )  # of a text cut anywhere, from a new line on
 
 
 def check_size(model: nn.Module, max_mb: float) -> None:
