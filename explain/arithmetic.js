@@ -459,16 +459,18 @@ const NAMES = {
   input: "input",
 };
 
-const ROTATED = { q: "query, rotated", k: "key, rotated" };
-const EMBEDDING = { embed: "embedding" }; // where positions are not added to it
-const PLAIN_EMBEDDINGS = { none: EMBEDDING, rotary: EMBEDDING, alibi: EMBEDDING };
+const NAMES_BY_POSITION = {
+  none: { embed: "embedding" },
+  rotary: { embed: "embedding", q: "query, rotated", k: "key, rotated" },
+  alibi: { embed: "embedding" },
+};
 
 /** Of an address: "MLP's output, layer 2, token 5, feature 17". Layers count from 1, as the panels' do. */
 function titleOf(path, at, config) {
   const name = path.split(".").at(-1);
   const norm = path.match(/(attn|cross|mlp|embed)?_?norm\.output$/);
   const layer = path.match(/(?:blocks|layers)\.(\d+)/);
-  const named = { ...NAMES, ...(config.position === "rotary" ? ROTATED : {}), ...(PLAIN_EMBEDDINGS[config.position] ?? {}) };
+  const named = { ...NAMES, ...NAMES_BY_POSITION[config.position] };
   const known = norm ? "norm's output" : (named[name] ?? name);
   const what = path.includes("cross_attn") ? `cross-attention: ${known.replace("attention", "its")}` : known;
   const where = layer ? `, layer ${+layer[1] + 1}` : "";
@@ -579,5 +581,14 @@ function logitLens(model, trace, stack, t) {
 
 if (typeof module !== "undefined") {
   Object.assign(globalThis, require("./model.js"));
-  module.exports = { contributions, effectOnLogits, explainNumber, logitLens, lookUp, parseAddress, resolveAddress, valueAt };
+  module.exports = {
+    contributions,
+    effectOnLogits,
+    explainNumber,
+    logitLens,
+    lookUp,
+    parseAddress,
+    resolveAddress,
+    valueAt,
+  };
 }

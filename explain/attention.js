@@ -17,7 +17,11 @@ function headGrid(app, branch, layers = null) {
   const cell = (layer, number) => {
     const canvas = h("canvas", { "aria-hidden": "true" });
     const name = `layer ${layer + 1}, head ${number + 1}`;
-    const press = button([canvas], () => app.select({ layer, head: number, number: null }), { class: "thumb", "aria-label": name, title: name });
+    const press = button([canvas], () => app.select({ layer, head: number, number: null }), {
+      class: "thumb",
+      "aria-label": name,
+      title: name,
+    });
     return { canvas, press, layer, number };
   };
   const build = () => {
@@ -26,7 +30,12 @@ function headGrid(app, branch, layers = null) {
       const column = Array.from({ length: app.config.n_head }, (_, number) => cell(layer, number));
       column.forEach((made) => cells.set(`${layer}.${made.number}`, made));
       const name = h("span", { class: "quiet" }, `Layer ${layer + 1}`);
-      return h("div", { class: "head-column" }, name, column.map(({ press }) => press));
+      return h(
+        "div",
+        { class: "head-column" },
+        name,
+        column.map(({ press }) => press),
+      );
     });
     root.replaceChildren(...columns);
   };
@@ -68,7 +77,8 @@ function keyStrip(app, branch) {
   });
   const update = () => {
     const row = attentionOf(app, branch).weights[app.at.head][app.at.t];
-    strip.relabel(`all ${row.length === 1 ? "keys" : `${row.length} keys`} of token ${app.at.t}, ${tokenName(app, app.at.t)}`);
+    const keyCount = row.length === 1 ? "the key" : `all ${row.length} keys`;
+    strip.relabel(`${keyCount} of token ${app.at.t}, ${tokenName(app, app.at.t)}`);
     strip.show(Array.from(row), { columns: row.length, selected: Math.min(app.at.key, row.length - 1), part: path() });
   };
   return { root: strip.root, update };
@@ -92,38 +102,50 @@ function attentionMatrix(app, branch, { label = null, encoder = false } = {}) {
     label: "",
     square: 24,
     columns: 1,
-    labels: () => ({ rows: names(rows(), region.row, region.rows), columns: names(keys(), region.column, region.columns) }),
+    labels: () => ({
+      rows: names(rows(), region.row, region.rows),
+      columns: names(keys(), region.column, region.columns),
+    }),
     describe: (i) => pairText(app, rows(), keys(), ...pair(i), strip.values[i]),
     onSelect: (i) => app.open(`${path()}.weights:${app.at.head},${pair(i)}`),
-    step: encoder ? null : (dx, dy) => {
-      const [t, s] = [app.at.t + dy, app.at.key + dx];
-      if (s >= 0 && t >= 0 && t < rows().length && s < (cross ? keys().length : t + 1)) app.open(`${path()}.weights:${app.at.head},${t},${s}`);
-    },
+    step: encoder
+      ? null
+      : (dx, dy) => {
+          const [t, s] = [app.at.t + dy, app.at.key + dx];
+          if (s < 0 || t < 0 || t >= rows().length || s >= (cross ? keys().length : t + 1)) return;
+          app.open(`${path()}.weights:${app.at.head},${t},${s}`);
+        },
   });
   const selectedPair = () => {
     if (!encoder) return [app.at.t, Math.min(app.at.key, keys().length - 1)];
     const { path: chosen, at } = parseAddress(app.at.number ?? ":");
     return chosen === `${path()}.weights` && at[0] === app.at.head ? at.slice(1) : [-1, -1];
   };
-  const place = (selected, n, before) => {
+  /** Where a region begins that has the selected index: where it is, if it has it already. */
+  const place = (selected, n, first, wanted) => {
     const size = Math.min(n, regionSize());
-    return [Math.min(Math.max(selected - before, 0), n - size), size];
+    const stays = selected < 0 || (selected >= first && selected < first + size);
+    return [Math.min(Math.max(stays ? first : wanted, 0), n - size), size];
   };
   const update = () => {
     const [t, s] = selectedPair();
-    [region.row, region.rows] = place(t, rows().length, regionSize() - 1);
-    const near = !cross && t - s < regionSize();
-    [region.column, region.columns] = place(near ? t : s, keys().length, near ? regionSize() - 1 : regionSize() >> 1);
+    const size = regionSize();
+    const near = !cross && t - s < size; // then both fit into a square at the diagonal
+    [region.row, region.rows] = place(t, rows().length, region.row, t - size + 1);
+    [region.column, region.columns] = place(s, keys().length, region.column, near ? t - size + 1 : s - (size >> 1));
     const weights = lookUp(app.trace, path()).weights[app.at.head];
     const values = [];
     const scales = [];
     for (let row = region.row; row < region.row + region.rows; row++) {
       scales.push(largest(weights[row]));
-      for (let column = region.column; column < region.column + region.columns; column++) values.push(weights[row][column] ?? NaN);
+      for (let column = region.column; column < region.column + region.columns; column++)
+        values.push(weights[row][column] ?? NaN);
     }
+    const range = (first, n) => `${first} to ${first + n - 1}`;
+    const shownRows = `queries ${range(region.row, region.rows)}, keys ${range(region.column, region.columns)}`;
     const whole = region.rows === rows().length && region.columns === keys().length;
-    const part = whole ? "" : ` (queries ${region.row} to ${region.row + region.rows - 1}, keys ${region.column} to ${region.column + region.columns - 1})`;
-    strip.relabel((label ?? `layer ${app.at.layer + 1}, head ${app.at.head + 1}: each row is a query, each column a key`) + part);
+    const name = `layer ${app.at.layer + 1}, head ${app.at.head + 1}: each row is a query, each column a key`;
+    strip.relabel(`${label ?? name}${whole ? "" : ` (${shownRows})`}`);
     const selected = t < 0 ? -1 : (t - region.row) * region.columns + s - region.column;
     strip.show(values, { columns: region.columns, selected, part: `${path()}.weights`, scales });
   };
@@ -133,7 +155,7 @@ function attentionMatrix(app, branch, { label = null, encoder = false } = {}) {
 // --------------------------------------------------------------------------------------
 // Lines
 
-const SVG = Object.assign(document.createElement("template"), { innerHTML: "<svg></svg>" }).content.firstChild.namespaceURI;
+const SVG = new DOMParser().parseFromString("<svg></svg>", "text/html").querySelector("svg").namespaceURI;
 const STEP = 22; // pixels between tokens
 
 function svg(tag, attributes, text) {
@@ -144,9 +166,10 @@ function svg(tag, attributes, text) {
 }
 
 /** Tokens side by side, of which a click selects one. */
-function tokenLabels(app, idx, from, n, y, { chosen, kind, onPick }) {
+function tokenLabels(app, idx, from, n, y, { chosen, onPick }) {
   return Array.from({ length: n }, (_, i) => {
-    const label = svg("text", { x: (i + 0.5) * STEP, y, class: `${kind} ${from + i === chosen ? "chosen" : ""}` }, short(shown(app.tokenizer, idx[from + i])).slice(0, 3));
+    const text = shown(app.tokenizer, idx[from + i]).slice(0, 3);
+    const label = svg("text", { x: (i + 0.5) * STEP, y, class: from + i === chosen ? "chosen" : "" }, text);
     label.addEventListener("click", () => onPick(from + i));
     return label;
   });
@@ -179,12 +202,18 @@ function arcs(app) {
       const part = row[s] / most;
       if (part < 0.02) continue;
       const top = height - 26 - Math.min((t - s + 1) * 9, height - 34) * 1.25;
-      const path = s === t ? `M${x(t) - 5} ${height - 24} C${x(t) - 16} ${height - 52} ${x(t) + 16} ${height - 52} ${x(t) + 5} ${height - 24}` : `M${x(t)} ${height - 24} C${x(t)} ${top} ${x(s)} ${top} ${x(s)} ${height - 24}`;
-      lines.push(svg("path", { d: path, class: s === key ? "arc chosen" : "arc", "stroke-width": 0.75 + 4 * part, opacity: 0.25 + 0.75 * part }));
+      const apart = s === t ? 5 : 0; // to itself: a loop
+      const [left, right] = [x(s) - apart, x(t) + apart];
+      const d = `M${right} ${height - 24} C${right + apart} ${top} ${left - apart} ${top} ${left} ${height - 24}`;
+      const look = { "stroke-width": 0.75 + 4 * part, opacity: 0.25 + 0.75 * part };
+      lines.push(svg("path", { d, class: s === key ? "arc chosen" : "arc", ...look }));
     }
-    const labels = tokenLabels(app, app.trace.idx, from, n, height - 8, { chosen: t, kind: "token", onPick: (s) => app.select({ key: s }) });
+    const pick = { chosen: t, onPick: (s) => app.select({ key: s }) };
+    const labels = tokenLabels(app, app.trace.idx, from, n, height - 8, pick);
     labels[key - from]?.classList.add("key");
-    const strongest = likeliest(row, Math.min(3, row.length)).map((s) => `${tokenName(app, s)} ${s}, ${percent(row[s])}`);
+    const strongest = likeliest(row, Math.min(3, row.length)).map(
+      (s) => `${tokenName(app, s)} ${s}, ${percent(row[s])}`,
+    );
     return [[...lines, ...labels], n, height, `${tokenName(app, t)} attends most to ${strongest.join("; ")}`];
   });
 }
@@ -207,12 +236,16 @@ function alignment(app) {
         const weight = weights[chosen][row][s];
         if (weight < 0.2 && s !== strongest) continue;
         const ends = { x1: (s - sourceFrom + 0.5) * STEP, y1: 24, x2: (row - from + 0.5) * STEP, y2: 96 };
-        lines.push(svg("line", { ...ends, class: row === t ? "arc chosen" : "arc", "stroke-width": 0.75 + 3 * weight, opacity: row === t ? 1 : 0.15 + 0.6 * weight }));
+        const look = { "stroke-width": 0.75 + 3 * weight, opacity: row === t ? 1 : 0.15 + 0.6 * weight };
+        lines.push(svg("line", { ...ends, class: row === t ? "arc chosen" : "arc", ...look }));
       }
     }
-    const top = tokenLabels(app, app.source, sourceFrom, sources, 16, { chosen: key, kind: "token", onPick: (s) => app.select({ key: s }) });
-    const bottom = tokenLabels(app, app.trace.idx, from, n, 112, { chosen: t, kind: "token", onPick: (row) => app.select({ t: row }) });
-    return [[...lines, ...top, ...bottom], Math.max(sources, n), 120, "lines from the tokens of the translation, below, to those of the source that they read"];
+    const pickKey = { chosen: key, onPick: (s) => app.select({ key: s }) };
+    const pickToken = { chosen: t, onPick: (row) => app.select({ t: row }) };
+    const top = tokenLabels(app, app.source, sourceFrom, sources, 16, pickKey);
+    const bottom = tokenLabels(app, app.trace.idx, from, n, 112, pickToken);
+    const label = "lines from the tokens of the translation, below, to those of the source that they read";
+    return [[...lines, ...top, ...bottom], Math.max(sources, n), 120, label];
   });
 }
 
@@ -221,7 +254,16 @@ function alignment(app) {
 
 /** Side by side, where there is room. */
 function beside(first, others) {
-  const root = h("div", { class: "beside" }, first.root, h("div", { class: "drawn" }, others.map((part) => part.root)));
+  const root = h(
+    "div",
+    { class: "beside" },
+    first.root,
+    h(
+      "div",
+      { class: "drawn" },
+      others.map((part) => part.root),
+    ),
+  );
   return { root, update: () => [first, ...others].forEach((part) => part.update?.()) };
 }
 
@@ -278,8 +320,16 @@ function pairStrips(app) {
   const rotated = app.config.position === "rotary" ? " and rotated" : "";
   const made = `${normed}${normed ? rotated : rotated.replace(" and", ",")}`;
   const own = () => app.at.head * headSize(app.config);
-  const before = made ? [make("q of the query, as projected", "q_proj", query, own), make("k of the key, as projected", "k_proj", key, shared)] : [];
-  return [...before, make(`q of the query${made}`, "q", query, own), make(`k of the key${made}`, "k", key, shared), make("v of the key", "v", key, shared)];
+  const projected = [
+    make("q of the query, as projected", "q_proj", query, own),
+    make("k of the key, as projected", "k_proj", key, shared),
+  ];
+  return [
+    ...(made ? projected : []),
+    make(`q of the query${made}`, "q", query, own),
+    make(`k of the key${made}`, "k", key, shared),
+    make("v of the key", "v", key, shared),
+  ];
 }
 
 function queryRows(app) {

@@ -72,8 +72,8 @@ function idsOf(tokenizer, text) {
   return ids.length ? ids : tokenizer.start;
 }
 
-/** Of n tokens, the number of the first that is in the context: as sample.py does, which keeps the newest half of a full
-one and goes on from there. A network without attention sees the newest block_size, whatever they cost. */
+/** Of n tokens, the number of the first that is in the context: as of sample.py, which keeps the newest half of a full
+one and continues from there; a network without attention reads the newest block_size again for each. */
 function contextStart({ model, block_size }, n) {
   if (n <= block_size) return 0;
   if (model === "window_mlp") return n - block_size;
@@ -81,7 +81,7 @@ function contextStart({ model, block_size }, n) {
   return Math.ceil((n - block_size) / dropped) * dropped;
 }
 
-/** What a GPT reads of a text: all ids, and those in the context, idx. ids: those that were written, if they are known. */
+/** What a GPT reads of a text: all ids, and idx, those in the context. ids: given where the model wrote the text. */
 function readText({ model, tokenizer }, text, ids = idsOf(tokenizer, text)) {
   return { ids, idx: ids.slice(contextStart(model.config, ids.length)) };
 }

@@ -15,7 +15,9 @@ class Drawer {
   }
 
   /** Where the drawer lies over the page, the selected cell is moved out from under it. */
-  reveal() {
+  async reveal() {
+    await new Promise(requestAnimationFrame);
+    await new Promise(requestAnimationFrame); // strips are painted by then
     const { top, width } = element("drawer").getBoundingClientRect();
     if (getComputedStyle(element("drawer")).position !== "fixed" || !width) return;
     const selected = [...strips].find((strip) => strip.options.part === opened && strip.selected >= 0 && strip.size);
@@ -140,7 +142,11 @@ class Drawer {
     const details = h("details", { open: Boolean(wasOpen) }, h("summary", {}, `All ${y.terms.length} terms`));
     const spell = () => {
       if (!details.open || details.querySelector("table")) return;
-      const body = h("tbody", {}, y.terms.map((term) => this.row(term)));
+      const body = h(
+        "tbody",
+        {},
+        y.terms.map((term) => this.row(term)),
+      );
       const scroll = { class: "scroll", tabindex: 0, role: "group", "aria-label": "all terms" };
       details.append(h("div", scroll, h("table", { class: "terms" }, body)));
     };
@@ -173,4 +179,3 @@ class Drawer {
 function signed(x) {
   return `${x < 0 ? "" : "+"}${digits(x)}`;
 }
-

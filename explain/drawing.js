@@ -7,7 +7,8 @@ function h(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (name.startsWith("aria-")) made.setAttribute(name, value); // false, too
+    else if (name.startsWith("aria-"))
+      made.setAttribute(name, value); // false, too
     else if (value === true) made.setAttribute(name, "");
     else if (value !== false && value !== null && value !== undefined) made.setAttribute(name, value);
   }
@@ -179,7 +180,7 @@ class Strip {
     this.canvas.setAttribute("aria-label", label);
   }
 
-  /** values: numbers, NaN where there is none. scales: of each row; by default one for all, the largest absolute value. */
+  /** values: numbers, NaN where there is none. scales: of each row; by default the largest absolute value for all. */
   show(values, { selected = -1, scales = null, part = this.options.part, columns = this.options.columns } = {}) {
     this.values = values;
     this.options.part = part;
@@ -187,7 +188,7 @@ class Strip {
     this.selected = selected < values.length ? selected : -1;
     this.scales = scales;
     this.max = values.reduce((most, x) => (Number.isFinite(x) ? Math.max(most, Math.abs(x)) : most), 0) || 1;
-    const scale = `scale ±${digits(this.max).replace(/(\.\d\d)\d+$/, "$1")}`;
+    const scale = `scale ±${+this.max.toPrecision(3)}`;
     this.range.textContent = scales ? "each row scaled to its largest" : scale;
     this.canvas.setAttribute("aria-valuemax", Math.max(values.length - 1, 0));
     this.read();
@@ -214,8 +215,7 @@ class Strip {
     const columns = this.options.columns || Math.ceil(n / rows);
     if (!this.options.square)
       return { rows, columns, left: 0, top: 0, width: Math.min(width, columns * 24), height: this.options.cell * rows };
-    const side = (room) =>
-      Math.min(Math.max(Math.min(room / columns, TALLEST / rows), 1), this.options.square);
+    const side = (room) => Math.min(Math.max(Math.min(room / columns, TALLEST / rows), 1), this.options.square);
     const margin = this.options.labels && side(width) >= SMALLEST ? this.margin() : null;
     const labelled = margin && side(width - margin.left) >= SMALLEST;
     const { left, top } = labelled ? margin : { left: 0, top: 0 };

@@ -45,7 +45,7 @@ before shares their rows with its trace. */
 // --------------------------------------------------------------------------------------
 // Rows
 
-/** Rows of zeros of these lengths, side by side in one buffer: a buffer for each of them would cost more than the sums. */
+/** Rows of zeros of these lengths, side by side in one buffer: a buffer for each would cost more than the sums. */
 function makeRows(lengths) {
   const all = new Float32Array(lengths.reduce((sum, length) => sum + length, 0));
   let from = 0;
@@ -162,8 +162,9 @@ const FLOAT32_EPS = 2 ** -23; // what F.rms_norm takes by default, as the norm o
 function layerNorm(x, { weight, bias }, eps) {
   const norm = { input: x, mean: [], std: [], output: makeRows(lengthsOf(x)) };
   x.forEach((row, t) => {
-    const mean = row.reduce((sum, value) => sum + value, 0) / row.length;
-    const variance = row.reduce((sum, value) => sum + (value - mean) ** 2, 0) / row.length;
+    const mean = meanOf(row);
+    let variance = 0;
+    for (let i = 0; i < row.length; i++) variance += (row[i] - mean) ** 2 / row.length;
     const std = Math.sqrt(variance + eps);
     norm.mean.push(mean);
     norm.std.push(std);
@@ -182,8 +183,14 @@ function rmsNorm(x, { weight }, eps) {
   return norm;
 }
 
+function meanOf(row) {
+  let sum = 0;
+  for (let i = 0; i < row.length; i++) sum += row[i];
+  return sum / row.length;
+}
+
 function rootMeanSquare(row, eps) {
-  return Math.sqrt(row.reduce((sum, value) => sum + value * value, 0) / row.length + eps);
+  return Math.sqrt(dot(row, row) / row.length + eps);
 }
 
 function noNorm(x) {
@@ -663,7 +670,10 @@ function predict(model, output, { logits, probs, first, lastOnly }) {
   const y = { logits: kept(logits), probs: kept(probs) };
   const wanted = lastOnly ? [output.length - 1] : [...output.keys()];
   const missing = wanted.filter((t) => !y.logits[t]);
-  head(model, missing.map((t) => output[t])).forEach((row, i) => {
+  head(
+    model,
+    missing.map((t) => output[t]),
+  ).forEach((row, i) => {
     y.logits[missing[i]] = row;
     y.probs[missing[i]] = probabilities(model, row);
   });

@@ -410,7 +410,8 @@ function windowText(app) {
   const left = app.translates ? 0 : app.read.ids.length - idx.length;
   const reach = model === "window_mlp" ? ` Of these the network sees the last ${window}.` : "";
   const lost = left
-    ? ` ${tokens(left)} before them left it when it was full, where its newest half is kept: the model knows nothing of them.`
+    ? ` ${tokens(left)} before them left it when it was full, where its newest half is kept: the model knows nothing ` +
+      `of them.`
     : "";
   return (
     `The context has room for ${tokens(block_size)}; ${count(idx.length)} ${idx.length === 1 ? "is" : "are"} in it.` +

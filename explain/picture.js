@@ -13,13 +13,23 @@ class Picture {
     this.parts = new Map(); // by name: {root, paint()}
     this.flow = element("flow");
     const { config, stack } = app;
-    this.stage("Tokens", this.part("tokens", "text", "writing", () => this.listTokens()));
+    this.stage(
+      "Tokens",
+      this.part("tokens", "text", "writing", () => this.listTokens()),
+    );
     const embeds = [this.part("embed", "embedding", "embeddings", (part) => this.paintEmbeddings(part))];
     if (stack && config.position !== "none") embeds.push(this.part("position", config.position, "positions"));
     this.stage("Embedding", ...embeds);
-    if (app.encodes) this.stage("Encoder", this.part("encoder", "read once", "transformer", (part) => this.paintEncoder(part)));
+    if (app.encodes)
+      this.stage(
+        "Encoder",
+        this.part("encoder", "read once", "transformer", (part) => this.paintEncoder(part)),
+      );
     for (let i = 0; i < config.n_layer; i++) this.layer(i);
-    this.stage("Head", this.part("head", stack ? "norm, head" : "head", "softmax", (part) => this.paintHead(part)));
+    this.stage(
+      "Head",
+      this.part("head", stack ? "norm, head" : "head", "softmax", (part) => this.paintHead(part)),
+    );
     onLight = (origin, read) => this.light(origin, read);
   }
 
@@ -47,14 +57,16 @@ class Picture {
     const { app } = this;
     const name = h("span", { class: "stage-name" }, `Layer ${i + 1}`);
     if (!app.stack) {
-      const neurons = this.part(`${i}.mlp`, "neurons", "writing", (part) => this.paintNeurons(part, `layers.${i}.activation`), i);
+      const paint = (part) => this.paintNeurons(part, `layers.${i}.activation`);
+      const neurons = this.part(`${i}.mlp`, "neurons", "writing", paint, i);
       return this.flow.append(h("li", { class: "stage end" }, name, h("div", { class: "stage-parts" }, neurons)));
     }
     const block = `${app.stack}.blocks.${i}`;
     const attend = (branch) => (part) => this.paintHeads(part, `${block}.${branch}`);
     const above = [this.part(`${i}.attn`, "attention", "attention", attend("attn"), i)];
     if (app.encodes) above.push(this.part(`${i}.cross`, "cross", "transformer", attend("cross_attn"), i));
-    const below = app.config.mlp === "none" ? [] : [this.part(`${i}.mlp`, "MLP", "mlp", (part) => this.paintNeurons(part, `${block}.feed_forward.hidden`), i)];
+    const neurons = (part) => this.paintNeurons(part, `${block}.feed_forward.hidden`);
+    const below = app.config.mlp === "none" ? [] : [this.part(`${i}.mlp`, "MLP", "mlp", neurons, i)];
     const stream = h("canvas", { class: "stream", "aria-hidden": "true" });
     this.parts.set(`${i}.stream`, { root: stream, canvas: stream, paint: (part) => this.paintStream(part, block) });
     const wires = (kind) => h("span", { class: `wires ${kind}`, "aria-hidden": "true" });
@@ -72,7 +84,9 @@ class Picture {
     this.addUp();
     for (const part of this.parts.values()) part.paint?.(part);
     for (const [name, { root }] of this.parts) root.classList.toggle("chosen", name.startsWith(`${app.at.layer}.`));
-    element("picture-title").textContent = `What it computes for token ${app.at.t}, “${shown(app.tokenizer, app.trace.idx[app.at.t])}”, to find the next one`;
+    const { t } = app.at;
+    element("picture-title").textContent =
+      `What it computes for token ${t}, ${tokenName(app, t)}, to find the next one`;
   }
 
   /** What each branch adds to the logit of the next token that is explained. */
@@ -80,10 +94,14 @@ class Picture {
     const { app } = this;
     if (!app.stack) return;
     const { t, next } = app.at;
-    for (const { layer, branch, value } of contributions(app.model, app.trace, app.stack, t, next))
-      if (branch) this.parts.get(`${layer}.${branch}`).adds.textContent = `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
-    const token = shown(app.tokenizer, next);
-    element("picture-key").textContent = `Signed numbers: what each part adds to the logit of “${token}”. Select a part to see how.`;
+    for (const { layer, branch, value } of contributions(app.model, app.trace, app.stack, t, next)) {
+      if (!branch) continue;
+      const size = Math.abs(value).toFixed(2);
+      this.parts.get(`${layer}.${branch}`).adds.textContent = `${value < 0 && +size ? "−" : "+"}${size}`;
+    }
+    element("picture-key").textContent =
+      `Signed numbers: what each part adds to the logit of “${shown(app.tokenizer, next)}”. ` +
+      "Select a part to see how.";
   }
 
   // ----------------------------------------------------------------------------------
@@ -92,7 +110,7 @@ class Picture {
   largestOfStream() {
     const { app } = this;
     if (!app.stack) return 1;
-    return lookUp(app.trace, app.stack).blocks.reduce((most, { output }) => Math.max(most, largest(output[app.at.t])), 1e-9);
+    return Math.max(...lookUp(app.trace, app.stack).blocks.map(({ output }) => largest(output[app.at.t])));
   }
 
   /** The stream as it enters, and after each branch: a column each, from left to right. */
@@ -128,10 +146,13 @@ class Picture {
   listTokens() {
     const { app } = this;
     const part = this.parts.get("tokens");
-    const items = this.lastTokens().map((t) => h("code", { class: t === app.at.t ? "chosen" : null }, shown(app.tokenizer, app.trace.idx[t])));
-    part.list ??= part.canvas.parentElement.insertBefore(h("span", { class: "token-list", "aria-hidden": "true" }), part.canvas);
-    part.canvas.hidden = true;
-    part.list.replaceChildren(...items);
+    if (!part.list) {
+      part.list = h("span", { class: "token-list", "aria-hidden": "true" });
+      part.canvas.replaceWith(part.list);
+    }
+    const chosen = (t) => (t === app.at.t ? "chosen" : null);
+    const item = (t) => h("code", { class: chosen(t) }, shown(app.tokenizer, app.trace.idx[t]));
+    part.list.replaceChildren(...this.lastTokens().map(item));
   }
 
   paintEmbeddings({ canvas }) {
@@ -170,7 +191,8 @@ class Picture {
   partOf(path) {
     if (path.startsWith("source")) return "encoder";
     const [, layer, rest = ""] = path.match(/(?:blocks|layers)\.(\d+)\.(.*)$/) ?? [];
-    if (layer === undefined) return /^(output|logits|probs)|\.norm\./.test(path) ? "head" : path.includes("position") ? "position" : "embed";
+    if (layer === undefined && /^(output|logits|probs)|\.norm\./.test(path)) return "head";
+    if (layer === undefined) return path.includes("position") ? "position" : "embed";
     if (/^(attn|cross)/.test(rest)) return `${layer}.${rest.match(/^(attn|cross)/)[0]}`;
     return /^(feed_forward|mlp|linear|activation)/.test(rest) ? `${layer}.mlp` : `${layer}.stream`;
   }

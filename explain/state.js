@@ -32,9 +32,14 @@ function readAddress(hash, sections, texts) {
   const query = new URLSearchParams(hash.replace(/^#/, ""));
   for (const id of ["text", "source"]) if (query.has(id)) state[id] = query.get(id);
   if (sections.includes(query.get("section"))) state.section = query.get("section");
-  for (const name of COUNTED) if (/^\d{1,9}$/.test(query.get(name) ?? "")) state[name] = +query.get(name);
-  const numbers = query.getAll("number").filter((address) => ADDRESS.test(address)).slice(-TRAIL);
+  const numbers = query
+    .getAll("number")
+    .filter((address) => ADDRESS.test(address))
+    .slice(-TRAIL);
   state.number = numbers.pop() ?? null;
+  if (state.number) Object.assign(state, changesTo(state.number));
+  for (const name of COUNTED) if (/^(-1|\d{1,9})$/.test(query.get(name))) state[name] = +query.get(name);
+  for (const name of ["layer", "head"]) state[name] = Math.max(state[name], 0);
   state.trail = numbers;
   for (const [name, [least, most]] of Object.entries(LIMITS)) {
     const value = parseFloat(query.get(name));
@@ -50,7 +55,8 @@ const ADDRESS = /^\w+(\.\w+)*:\d+(,\d+){1,2}$/;
 function writeAddress(state) {
   const query = new URLSearchParams({ section: state.section });
   const initial = initialState([], {});
-  for (const name of COUNTED) if (state[name] !== initial[name]) query.set(name, state[name]);
+  // with a number, all of them: it would select its own
+  for (const name of COUNTED) if (state.number || state[name] !== initial[name]) query.set(name, state[name]);
   for (const address of state.number ? [...state.trail, state.number] : []) query.append("number", address);
   for (const name of Object.keys(LIMITS)) if (state.sampling[name] !== OFF[name]) query.set(name, state.sampling[name]);
   if (!state.sampling.greedy) query.set("greedy", 0);

@@ -12,7 +12,8 @@ async function main() {
   const scripts = [...document.querySelectorAll("script[data-worker]")].map((script) => script.textContent);
   const desk = new Desk(scripts);
   const { problem, data, model } = await desk.ask("open", { text, checksum: dataset.checksum });
-  if (problem) element("problem").textContent = `The data of this page is damaged: ${problem}. Make the page again with explain.py.`;
+  const again = "Make the page again with explain.py.";
+  if (problem) element("problem").textContent = `The data of this page is damaged: ${problem}. ${again}`;
   else new App(desk, data, model, makeTokenizer(data.tokenizer)).start();
 }
 
@@ -27,7 +28,7 @@ class App {
     this.state = initialState(this.sections, this.startTexts());
     this.trace = this.read = this.at = null;
     this.panels = [];
-    this.settled = Promise.resolve();
+    this.settled = this.turn = Promise.resolve(); // when the text is drawn; when the last token asked for is written
   }
 
   /** What the page opens with. A translation is written by the model. */
@@ -124,8 +125,10 @@ class App {
   lostText() {
     const { lost, ids } = this.read;
     if (!lost) return "";
-    const of = (n, what) => (n ? `The context has no room for the last ${tokens(n)} of the ${what}: ${n === 1 ? "it is" : "they are"} not read. ` : "");
-    return `${of(lost.source, "sentence")}${of(lost.target, "translation")}`.trim();
+    const told = (n, what) =>
+      `The context has no room for the last ${tokens(n)} of the ${what}: ${n === 1 ? "it is" : "they are"} not read.`;
+    if (lost.source) return told(lost.source, "sentence");
+    return lost.target ? told(lost.target, "translation") : "";
   }
 
   /** From the key to the painted frame. */
@@ -250,10 +253,19 @@ class App {
 
   buildPanels() {
     const nav = element("sections");
-    const chip = (id, number, title, name) => nav.appendChild(button([h("span", { class: "chip-number" }, number), name], () => this.goTo(id), { "aria-label": number ? `${number}: ${title}` : title }));
+    const chip = (id, number, title, name) => {
+      const label = [h("span", { class: "chip-number" }, number), name];
+      const attributes = { "aria-label": number ? `${number}: ${title}` : title };
+      return nav.appendChild(button(label, () => this.goTo(id), attributes));
+    };
     this.overview = chip("model", "", "The model", "The model");
     PANELS.forEach((panel, i) => {
-      const title = h("h2", { id: `title-${panel.id}`, tabindex: -1 }, h("span", { class: "count" }, i + 1), panel.title);
+      const title = h(
+        "h2",
+        { id: `title-${panel.id}`, tabindex: -1 },
+        h("span", { class: "count" }, i + 1),
+        panel.title,
+      );
       const body = h("div", { class: "panel-body" });
       const root = h("section", { id: panel.id, "aria-labelledby": `title-${panel.id}` }, title, body);
       element("panels").append(root);
@@ -277,7 +289,8 @@ class App {
 
   /** Pixels at the top of the window that the page does not scroll under. */
   heightOfBars() {
-    const bars = ["top", "side", "sections-part"].map(element).filter((bar) => getComputedStyle(bar).position === "sticky");
+    const all = ["top", "side", "sections-part"].map(element);
+    const bars = all.filter((bar) => getComputedStyle(bar).position === "sticky");
     return bars.reduce((sum, bar) => sum + bar.offsetHeight, 0);
   }
 
@@ -401,7 +414,7 @@ class App {
 
   /** Append a token to the first n tokens of the text, all of them by default. False where the text has ended. */
   append(id, n = this.read.ids.length, push = false) {
-    if (id === this.tokenizer.eot) return this.end(this.translates ? "The translation has ended." : "The model has ended the text.");
+    if (id === this.tokenizer.eot) return this.end(`The ${this.translates ? "translation" : "text"} has ended.`);
     if (this.translates && n === this.read.ids.length && this.trace.idx.length === this.config.block_size)
       return this.end("The context is full: there is no room for more of the translation.");
     const ids = [...this.read.ids.slice(0, n), id];
@@ -422,13 +435,15 @@ class App {
   /** One token after those before it have been written. choose(): its id. */
   writeOne(choose = () => this.chooseNext()) {
     element("ended").textContent = "";
-    return (this.turn = (this.turn ?? Promise.resolve()).then(() => this.settled).then(() => this.trace && this.append(choose())));
+    this.turn = this.turn.then(() => this.settled).then(() => this.trace && this.append(choose()));
+    return this.turn;
   }
 
   chooseNext(greedy = this.state.sampling.greedy) {
     const last = this.trace.idx.length - 1;
     if (greedy) return likeliest(this.trace.probs[last], 1)[0];
-    return drawFrom(filtered(this.trace.logits[last], this.model.tokenizer_vocab_size, this.state.sampling).probs, Math.random());
+    const { probs } = filtered(this.trace.logits[last], this.model.tokenizer_vocab_size, this.state.sampling);
+    return drawFrom(probs, Math.random());
   }
 
   /** Write on, a token a frame, until the text ends, something else is typed, or stop() is called. */
@@ -478,10 +493,13 @@ function missingNote({ text, command }) {
   return h("div", { class: "missing" }, h("p", {}, text), h("p", {}, "A run that has it: ", h("code", {}, command)));
 }
 
-/** What a token stands for, with signs for what cannot be seen; bytes that are no character of their own in hexadecimal. */
+/** What a token stands for, with signs for what cannot be seen; bytes that are no character by themselves in hex. */
 function shown(tokenizer, id) {
   const text = tokenizer.decode([id]);
-  if (text.includes("\ufffd")) return Array.from(tokenizer.pieces[id], (byte) => `x${byte.toString(16).toUpperCase().padStart(2, "0")}`).join(" ");
+  if (text.includes("\ufffd")) {
+    const hexadecimal = (byte) => `x${byte.toString(16).toUpperCase().padStart(2, "0")}`;
+    return Array.from(tokenizer.pieces[id], hexadecimal).join(" ");
+  }
   return text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 }
 
@@ -528,7 +546,13 @@ function tokenButton(app, t) {
     app.select({ t: to });
     element("tokens").children[to].focus();
   };
-  return h("button", { type: "button", tabindex: -1, "aria-pressed": "false", onclick: () => app.select({ t }), onkeydown: walk });
+  return h("button", {
+    type: "button",
+    tabindex: -1,
+    "aria-pressed": "false",
+    onclick: () => app.select({ t }),
+    onkeydown: walk,
+  });
 }
 
 /** The most probable next tokens: the bar appends one, its number leads to its sum. */

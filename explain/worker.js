@@ -173,7 +173,10 @@ function unpack({ form, numbers }) {
   return restore(form, ({ from, lengths }) => {
     if (!made.has(from)) {
       let at = from;
-      made.set(from, lengths.map((length) => numbers.subarray(at, (at += length))));
+      made.set(
+        from,
+        lengths.map((length) => numbers.subarray(at, (at += length))),
+      );
     }
     return made.get(from);
   });
