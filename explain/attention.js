@@ -111,13 +111,14 @@ function attentionMatrix(app, branch, { label = null, encoder = false } = {}) {
     step: encoder
       ? null
       : (dx, dy) => {
-          const [t, s] = [app.at.t + dy, app.at.key + dx];
+          const from = selectedPair();
+          const [t, s] = [from[0] + dy, from[1] + dx];
           if (s < 0 || t < 0 || t >= rows().length || s >= (cross ? keys().length : t + 1)) return;
           app.open(`${path()}.weights:${app.at.head},${t},${s}`);
         },
   });
   const selectedPair = () => {
-    if (!encoder) return [app.at.t, Math.min(app.at.key, keys().length - 1)];
+    if (!encoder) return [app.at.t, Math.min(app.at.key, cross ? keys().length - 1 : app.at.t)];
     const { path: chosen, at } = parseAddress(app.at.number ?? ":");
     return chosen === `${path()}.weights` && at[0] === app.at.head ? at.slice(1) : [-1, -1];
   };

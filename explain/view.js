@@ -28,6 +28,7 @@ class App {
     this.state = initialState(this.sections, this.startTexts());
     this.trace = this.read = this.at = null;
     this.panels = [];
+    this.complete = this.pending = this.going = false; // all sections built; text computed; the model writing
     this.settled = this.turn = Promise.resolve(); // when the text is drawn; when the last token asked for is written
   }
 
@@ -92,7 +93,8 @@ class App {
   compute(ids) {
     const begin = performance.now();
     const { text, source } = this.state;
-    element("page").ariaBusy = "true";
+    this.pending = true;
+    this.rest();
     const asked = (this.asked = this.desk.ask("read", { text, source, ids }));
     this.settled = asked.then((answer) => (asked === this.asked ? this.take(answer, begin) : this.settled));
     return this.settled;
@@ -100,6 +102,7 @@ class App {
 
   take({ problem = "", ids, lost }, begin) {
     const { text, source } = this.state;
+    this.pending = false;
     this.rest();
     this.read = problem ? null : { text, source, ids, lost };
     this.trace = problem ? null : this.desk.trace;
@@ -110,7 +113,7 @@ class App {
 
   /** Where nothing is under way, the page says so. */
   rest() {
-    element("page").ariaBusy = !this.complete || Boolean(this.going);
+    element("page").ariaBusy = !this.complete || this.pending || Boolean(this.going);
   }
 
   /** Beside the field: why its text has no tokens, or what of it is not read. */
@@ -432,10 +435,12 @@ class App {
     return false;
   }
 
-  /** One token after those before it have been written. choose(): its id. */
-  writeOne(choose = () => this.chooseNext()) {
+  /** One token after those before it have been written, if it is still wanted then. */
+  writeOne(greedy, wanted = () => true) {
     element("ended").textContent = "";
-    this.turn = this.turn.then(() => this.settled).then(() => this.trace && this.append(choose()));
+    this.turn = this.turn
+      .then(() => this.settled)
+      .then(() => this.trace && wanted() && this.append(this.chooseNext(greedy)));
     return this.turn;
   }
 
@@ -452,7 +457,7 @@ class App {
     let written = 0;
     const going = (this.going = {});
     element("go-on").textContent = "Stop";
-    while (this.going === going && written++ < most && (await this.writeOne(() => this.chooseNext(greedy)))) {
+    while (this.going === going && written++ < most && (await this.writeOne(greedy, () => this.going === going))) {
       if (this.going === going) await new Promise(requestAnimationFrame);
     }
     if (this.going === going) this.going = false;
