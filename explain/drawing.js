@@ -409,6 +409,11 @@ function legend() {
     canvas,
     h("span", {}, "+max of each strip"),
     h("span", {}, h("b", { class: "weight" }, "0.12"), " a trained weight"),
+    h(
+      "span",
+      {},
+      "The page has the weights in 16 bits: its probabilities can differ from the checkpoint's in the fourth decimal.",
+    ),
   );
 }
 

@@ -105,8 +105,12 @@ function multiplyFour([x0, x1, x2, x3], [y0, y1, y2, y3], { weight, bias }) {
     const [b, otherB] = bias ? [bias.data[o], bias.data[other]] : [0, 0];
     let [s0, s1, s2, s3, r0, r1, r2, r3] = [b, b, b, b, otherB, otherB, otherB, otherB];
     for (let i = 0; i < inputs; i++) {
-      const [w, v] = [data[from + i], data[otherFrom + i]];
-      const [a0, a1, a2, a3] = [x0[i], x1[i], x2[i], x3[i]];
+      const w = data[from + i];
+      const v = data[otherFrom + i];
+      const a0 = x0[i];
+      const a1 = x1[i];
+      const a2 = x2[i];
+      const a3 = x3[i];
       s0 += w * a0;
       s1 += w * a1;
       s2 += w * a2;
@@ -331,12 +335,14 @@ function scoreKeys(q, k, from, scores) {
   let s = 0;
   for (; s + 2 <= scores.length; s += 2) {
     const [a, b] = [k[s], k[s + 1]];
-    let [sum, other] = [0, 0]; // side by side
+    let sum = 0;
+    let other = 0; // side by side
     for (let i = 0; i < q.length; i++) {
       sum += q[i] * a[from + i];
       other += q[i] * b[from + i];
     }
-    [scores[s], scores[s + 1]] = [sum / scale, other / scale];
+    scores[s] = sum / scale;
+    scores[s + 1] = other / scale;
   }
   for (; s < scores.length; s++) scores[s] = dot(q, k[s], from) / scale;
 }
@@ -351,7 +357,8 @@ function dot(x, y, from = 0) {
 function weightedMean(weights, v, from, sums) {
   sums.fill(0);
   for (let s = 0; s < weights.length; s++) {
-    const [weight, row] = [weights[s], v[s]];
+    const weight = weights[s];
+    const row = v[s];
     for (let i = 0; i < sums.length; i++) sums[i] += weight * row[from + i];
   }
   return sums;

@@ -373,6 +373,21 @@ def test_the_strongest_key_is_selected_and_its_cell_can_be_read(opened, runs):
     assert matrix.bounding_box()["height"] / 14 >= 13
 
 
+def test_a_number_and_its_operands_light_up_in_the_picture_where_they_live(opened):
+    view = opened(hash="#section=model&text=Akis")
+    lit = """kind => [...document.querySelectorAll(`#flow .${kind}`)].map(
+      (part) => `${part.closest("li").querySelector(".stage-name").textContent} ${part.className.split(" ")[0]}`)"""
+    places = {
+        "stack.blocks.1.after_mlp:3,1": (["Layer 2 stream"], ["Layer 2 part"]),
+        "stack.blocks.0.attn.weights:0,3,1": (["Layer 1 part"], []),
+        "logits:3,1": (["Head part"], []),
+    }
+    for address, (origin, operands) in places.items():
+        view.select(section="model", number=address, text="Akis")
+        assert view.page.evaluate(lit, "origin") == origin
+        assert view.page.evaluate(lit, "lit") == operands
+
+
 class Walk:
     """Random actions on a page, as of someone who tries everything."""
 
