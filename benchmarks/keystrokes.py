@@ -10,6 +10,7 @@ from bench import BenchConfig
 from humptygpt.core.errors import UserError
 
 FIRST_KEYS = 10  # keystrokes that are not counted, while the browser compiles
+REST_MS = 200  # after a new text, in which its sections are drawn
 # A message that is posted before a frame is painted arrives after it; the page is busy until it has drawn the text's
 # probabilities.
 PAINTED = """() => {
@@ -113,6 +114,7 @@ def time_keystrokes(
     for _ in range(FIRST_KEYS + count):
         page.fill("#text", "".join(draw.choices(letters, k=T - 1)))
         page.wait_for_selector("#page[aria-busy=false]")
+        page.wait_for_timeout(REST_MS)
         position = T - 1 if where == "appended" else draw.randrange(T - 1)
         page.eval_on_selector(
             "#text",

@@ -451,17 +451,16 @@ class App {
     return drawFrom(probs, Math.random());
   }
 
-  /** Write on, a token a frame, until the text ends, something else is typed, or stop() is called. */
+  /** Write on, until the text ends, something else is typed, or stop() is called; the browser paints in between. */
   async goOn({ greedy, most = Infinity } = {}) {
     if (this.going) return;
-    let written = 0;
     const going = (this.going = {});
+    const wanted = () => this.going === going;
     element("go-on").textContent = "Stop";
-    while (this.going === going && written++ < most && (await this.writeOne(greedy, () => this.going === going))) {
-      if (this.going === going) await new Promise(requestAnimationFrame);
+    for (let written = 0; wanted() && written < most; written++) {
+      if (!(await this.writeOne(greedy, wanted))) break;
     }
-    if (this.going === going) this.going = false;
-    if (!this.going) this.stop();
+    if (wanted() || !this.going) this.stop();
     this.drawPanels();
   }
 
