@@ -8,7 +8,8 @@
     torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py
 
 It leaves in out_dir: ckpt.pt (all that resuming needs), best.pt (the model with the lowest validation loss),
-metrics.jsonl, loss.png, config.json and, with --minutes, plan.py, which repeats the run. Ctrl-C saves before it stops.
+metrics.jsonl, loss.png, config.json, snapshots/ of a small model, for its page, and, with --minutes, plan.py, which
+repeats the run. Ctrl-C saves before it stops.
 Without a config file, a new model takes config/own_text.py.
 """
 
@@ -55,6 +56,7 @@ from humptygpt.nn.layers import (
     to_device,
     tune_malloc,
 )
+from humptygpt.page import snapshots
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import Processes
 from humptygpt.tokenizer import tokenizers
@@ -76,6 +78,7 @@ from humptygpt.training.settings import TrainConfig, open_prepared, read_setting
 from model import ModelConfig
 
 MANY_EPOCHS = 5  # of fine-tuning
+SMALL = 10e6  # bytes of snapshots that a run keeps without being asked
 
 
 @dataclass
@@ -489,10 +492,16 @@ def train(run: Run, folder: RunFolder) -> int | None:
     config = run.config
     progress = run.progress
     meter = Meter(run)
+    kept = snapshots.FILES if keeps_snapshots(run) else {}
     if run.clock:
         run.clock.leave_out(0.0)
     with catch_signals() as signals, progress_bar(run) as bar:
         while not run.is_over:
+            # here, so that a run that was killed just after a checkpoint has this one, too
+            if name := kept.get(progress.iter):
+                on_whole_model(
+                    run, lambda model, _: snapshots.save(folder.path / name, model)
+                )
             before = progress.position
             lr = config.lr(before)
             run.optimizer.set_lr(lr / config.learning_rate)
@@ -581,6 +590,13 @@ def evaluate_and_record(run: Run, folder: RunFolder, bar: tqdm) -> bool:
         if run.model.config.lora_rank and run.processes.first:
             write_adapter(run.model, run.config.init_from, folder.path / "adapter")
     return improved
+
+
+def keeps_snapshots(run: Run) -> bool:
+    """Return what the config says; where it leaves that open, whether all snapshots together are small."""
+    steps = sum(step < run.config.max_iters for step in snapshots.FILES)
+    small = steps * models.count_parameters(run.model) < SMALL
+    return small if run.config.snapshots is None else run.config.snapshots
 
 
 def evaluate_only(run: Run) -> str:

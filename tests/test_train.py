@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY_RUN, assert_same_weights, make_text, read_rows, started_processes
+from test_snapshots import kept
 
 import model as models
 import prepare_data
@@ -93,6 +94,7 @@ def test_a_run_leaves_checkpoints_metrics_picture_and_settings(run_train, capsys
         "config.json",
         "loss.png",
         "metrics.jsonl",
+        "snapshots",
     ]
 
 
@@ -461,22 +463,26 @@ def end_of(processes, target: Callable, *args) -> int:
     return process.exitcode
 
 
-def assert_resumes_to(processes, rows: list[dict], whole: dict) -> None:
+def assert_resumes_to(
+    processes, rows: list[dict], whole: dict, snapshots: dict[int, bytes]
+) -> None:
     keys = ["--init_from=resume"] if (OUT / "ckpt.pt").exists() else []
     assert end_of(processes, quiet_train, *keys) == 0
     assert read_rows(OUT) == rows
     assert_same_weights(weights(), whole)
+    assert kept(OUT) == snapshots
 
 
 @pytest.fixture
 def uninterrupted(tiny, processes):
     assert end_of(processes, quiet_train) == 0
-    return read_rows(OUT), weights()
+    assert list(kept(OUT)) == [0, 10, 30]
+    return read_rows(OUT), weights(), kept(OUT)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_killed_at_any_moment_of_saving_a_run_resumes_exactly(uninterrupted, processes):
-    for call in range(8, 32, 3):
+    for call in range(8, 44, 3):  # with three snapshots
         assert end_of(processes, die_at, call) == -signal.SIGKILL
         assert_resumes_to(processes, *uninterrupted)
 

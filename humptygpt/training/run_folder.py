@@ -42,6 +42,7 @@ FILES = [
     "ckpt.old",
     "best",
     "best.old",
+    "snapshots",
 ]
 ANOTHER = "name another --out_dir"
 
@@ -204,8 +205,8 @@ def lock_out_dir(out_dir: Path) -> Lock:
 class RunFolder:
     """metrics.jsonl, loss.png, config.json and, if asked for, TensorBoard's files and a run on Weights & Biases.
 
-    A new run moves an older one's files aside; a resumed one drops the metrics that came after its checkpoint. Either
-    holds the lock of its folder: see lock_out_dir.
+    A new run moves an older one's files aside; a resumed one drops the metrics and snapshots that came after its
+    checkpoint. Either holds the lock of its folder: see lock_out_dir.
     """
 
     def __init__(self, path: Path, settings: dict, resumed_at: int, writes: bool = True):
@@ -223,9 +224,12 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             if resumed_at:
                 self.rows = rows_until(path / "metrics.jsonl", resumed_at)
+                for snapshot in path.glob("snapshots/*.pt"):
+                    if int(snapshot.stem) > resumed_at:
+                        snapshot.unlink()
             else:
                 keep_earlier_run(path, settings)
-            files.remove_unfinished(path, FILES)
+            files.remove_unfinished(path, [*FILES, "snapshots/*"])
         except OSError as error:
             raise files.cannot_write(path, error, f"; {ANOTHER}") from error
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)

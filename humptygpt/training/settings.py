@@ -124,6 +124,10 @@ class TrainConfig:
     always_save_checkpoint: bool = setting(
         True, "False: save ckpt.pt only where the loss is a new lowest"
     )
+    snapshots: bool | None = setting(
+        None,
+        "keep the weights of steps 0, 10, 30, 100, ... in 8 bits, for the page; None: if below 10 MB",
+    )
     log_interval: int = setting(10, "steps between lines of the training loss", at_least=1)
 
     checkpoint_activations: bool = setting(

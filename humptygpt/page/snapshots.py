@@ -1,0 +1,53 @@
+"""Snapshots of a run: what its weights were after steps 0, 10, 30, 100, 300 and so on, in 8 bits a weight."""
+
+import base64
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from humptygpt.checkpoint import checkpoint
+from humptygpt.core.files import write_whole
+from humptygpt.nn import lora
+
+STEPS = (0, *(first * 10**zeros for zeros in range(1, 12) for first in (1, 3)))
+FILES = {step: f"snapshots/{step}.pt" for step in STEPS}  # in the run's folder
+
+
+def save(path: Path, model: nn.Module) -> None:
+    """Write a snapshot, the same bytes for the same weights. Raises UserError."""
+    rows = {"rows": to_8_bits(model)}
+    write_whole(path, lambda file: torch.save(rows, file))
+
+
+def to_8_bits(model: nn.Module) -> Tensor:
+    """Return for each row a scale, float32 in 4 bytes, and its weights as multiples of it, -127 to 127: (bytes) int8.
+
+    A row is one of a matrix, or a vector. They are in the order of the state dict, tied ones once, LoRA merged.
+    """
+    _, state = lora.merged_state(model)
+    packed = []
+    for p in {p.data_ptr(): p for p in state.values()}.values():
+        rows = p.cpu().view(-1, p.shape[-1])
+        scale = rows.abs().amax(1, keepdim=True) / 127
+        rounded = (rows / scale).nan_to_num().round()  # 0 / 0 in a row of zeros
+        packed.append(torch.hstack([scale.view(torch.int8), rounded.char()]).flatten())
+    return torch.cat(packed)
+
+
+def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
+    """Return the snapshots before step `end` of the model's run, as makeSnapshot() in explain/data.js takes them.
+
+    Raises UserError where a file is damaged, or of another model.
+    """
+    like = {"rows": to_8_bits(model)}
+    data = []
+    for step, name in FILES.items():
+        path = folder / name
+        if step < end and path.exists():
+            saved = checkpoint.read_plain(path)
+            with checkpoint.refuse_damaged(path):
+                checkpoint.check_tensors("snapshot", saved, like, "cpu")
+            packed = base64.b64encode(saved["rows"].numpy().tobytes())
+            data.append({"iter": step, "rows": packed.decode()})
+    return data
