@@ -275,6 +275,7 @@ def test_one_process_writes_and_reports(tiny):
         "ckpt.pt",
         "config.json",
         "metrics.jsonl",
+        "snapshots",
     ]
     assert not list(Path("out").glob("*/previous-*"))
 

@@ -26,6 +26,7 @@ from test_distributed import (
 )
 from test_model import every_variant
 from test_model import tiny as tiny_model
+from test_snapshots import kept
 
 import export
 import model as models
@@ -91,7 +92,9 @@ def test_sharded_processes_have_the_losses_of_one(
     ]
     argv += [f"--max_iters={steps}", f"--eval_interval={steps // 2}"]
     one = run_train(*argv)
+    snapshot = kept()[0]
     assert launch(size, *TINY_RUN, *argv, "--parallel=fsdp") == [0] * size
+    assert kept()[0] == snapshot
     several = read_rows(OUT)
     assert [(row["iter"], row["tokens"]) for row in several] == [
         (row["iter"], row["tokens"]) for row in one

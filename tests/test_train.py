@@ -572,11 +572,14 @@ def test_resuming_a_copied_folder_leaves_the_original_alone(run_train):
     OUT.rename("out/original")
     shutil.copytree("out/original", OUT)
     OUT.rename("out/copy")
-    before = {path.name: path.read_bytes() for path in Path("out/original").iterdir()}
+
+    def contents() -> dict[Path, bytes]:
+        files = filter(Path.is_file, Path("out/original").rglob("*"))
+        return {path: path.read_bytes() for path in files}
+
+    before = contents()
     assert train.main(["--init_from=resume", "--out_dir=out/copy", "--max_iters=9"]) == 0
-    assert before == {
-        path.name: path.read_bytes() for path in Path("out/original").iterdir()
-    }
+    assert contents() == before
     assert not OUT.exists()
 
 
