@@ -4,7 +4,7 @@
     python explain.py --out_dir=out/shakespeare_char --start="ROMEO:" --to=page.html
 
 The page is one file: it opens from disk in any browser, without a network, and can be sent by mail. In it are the
-model's weights, rounded to 16 bits, its tokenizer and its losses.
+model's weights, rounded to 16 bits, those of its run's snapshots, in 8 bits, its tokenizer and its losses.
 """
 
 import json
@@ -34,6 +34,9 @@ class ExplainConfig:
     start: str = setting(
         "",
         "the text that the page starts with, of a translation the sentence; by default the first validation tokens",
+    )
+    snapshots: bool = setting(
+        True, "put the weights of earlier steps into the page, which the run has kept"
     )
     max_mb: float = setting(
         32.0, "megabytes that the weights may take in the page", above=0

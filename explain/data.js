@@ -20,14 +20,37 @@ function readData(text, checksum) {
 }
 
 /** What forward() takes. data: as from readData(). */
-function makeModel({ model, weights, tokenizer }) {
-  const binary = atob(weights.bytes);
-  const bytes = new Uint8Array(binary.length);
-  for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
+function makeModel(data) {
+  const buffer = readBase64(data.weights.bytes);
+  return withWeights(data, (shape, offset) => readTensor(buffer, shape, offset));
+}
+
+/** The model as it was at one of data.snapshots: {iter, rows}. Its weights are rounded to 8 bits.
+
+Of each row, of a matrix or a vector, there are the float32 scale and its weights as multiples of that, -127 to 127. */
+function makeSnapshot(data, { rows }) {
+  const view = new DataView(readBase64(rows));
+  let at = 0;
+  return withWeights(data, (shape) => {
+    const tensor = new Float32Array(sizeOf(shape));
+    const columns = shape.at(-1);
+    for (let i = 0, scale; i < tensor.length; i++) {
+      if (i % columns === 0) {
+        scale = view.getFloat32(at, true);
+        at += 4;
+      }
+      tensor[i] = scale * view.getInt8(at++);
+    }
+    return tensor;
+  });
+}
+
+/** read(shape, offset): the numbers of a tensor; it is called in their order. */
+function withWeights({ model, weights, tokenizer }, read) {
   const tensors = new Map(); // a tensor under two names is one
   const tree = {};
   for (const { name, shape, offset } of weights.tensors) {
-    if (!tensors.has(offset)) tensors.set(offset, { data: readTensor(bytes.buffer, shape, offset), shape });
+    if (!tensors.has(offset)) tensors.set(offset, { data: read(shape, offset), shape });
     plant(tree, name.split("."), tensors.get(offset));
   }
   return {
@@ -37,12 +60,20 @@ function makeModel({ model, weights, tokenizer }) {
   };
 }
 
+function readBase64(text) {
+  const binary = atob(text);
+  const bytes = new Uint8Array(binary.length);
+  for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
+  return bytes.buffer;
+}
+
+function sizeOf(shape) {
+  return shape.reduce((product, size) => product * size, 1);
+}
+
 function readTensor(buffer, shape, offset) {
-  const length = shape.reduce((product, size) => product * size, 1);
-  const half = new Uint16Array(buffer, offset, length);
-  const data = new Float32Array(length);
-  for (let i = 0; i < length; i++) data[i] = FLOAT16[half[i]];
-  return data;
+  const half = new Uint16Array(buffer, offset, sizeOf(shape));
+  return Float32Array.from(half, (bits) => FLOAT16[bits]);
 }
 
 /** The value of each pattern of the 16 bits: sign, 5 of the exponent, 10 of the fraction. */
@@ -103,4 +134,4 @@ function readPair({ model, tokenizer }, sourceText, targetText, ids = tokenizer.
 }
 
 if (typeof module !== "undefined")
-  module.exports = { contextStart, crc32, idsOf, makeModel, readData, readPair, readText };
+  module.exports = { contextStart, crc32, idsOf, makeModel, makeSnapshot, readData, readPair, readText };

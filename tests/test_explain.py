@@ -22,6 +22,7 @@ import test_transformer
 import torch
 import torch.nn.functional as F
 from conftest import TINY_RUN, assert_same_weights
+from test_snapshots import restored
 from test_tokenizer import ALPHABET, EVERY, TEXT, anything
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ const { readFileSync } = require("node:fs");
 const root = process.argv[2];
 const functions = require(`${root}/explain/model.js`);
 const { makeTokenizer, TOKENIZERS } = require(`${root}/explain/tokenizer.js`);
-const { crc32, makeModel, readData, readPair, readText } = require(`${root}/explain/data.js`);
+const { crc32, makeModel, makeSnapshot, readData, readPair, readText } = require(`${root}/explain/data.js`);
 const arithmetic = require(`${root}/explain/arithmetic.js`);
 const { contributions, effectOnLogits, explainNumber, logitLens, valueAt } = arithmetic;
 const leaf = require(`${root}/explain/leaf.js`);
@@ -151,6 +152,13 @@ const answers = {
       const { probs } = forward(page.model, read.idx, { source: read.source, lastOnly: true });
       return { idx: read.idx, probs: [...probs.at(-1)] };
     });
+  },
+  /** The logits of a text at each snapshot that a page has, by the step. */
+  snapshots({ path, idx, source }) {
+    const html = readFileSync(path, "utf8");
+    const data = JSON.parse(html.match(/data-checksum="\w+">([^<]*)/)[1]);
+    const logits = (snapshot) => forward(makeSnapshot(data, snapshot), idx, { source }).logits;
+    return Object.fromEntries(data.snapshots.map((snapshot) => [snapshot.iter, pack(logits(snapshot))]));
   },
   damaged({ path }) {
     const html = readFileSync(path, "utf8");
@@ -1131,6 +1139,47 @@ def test_the_latest_checkpoint_is_taken_where_there_is_no_best_one_yet(run_dir, 
         capsys.readouterr().err == "note: there is no best.pt yet; taking out/run/ckpt.pt\n"
     )
     assert data_in(run_dir / "explain.html")["progress"] == {"iter": 6}
+
+
+SNAPSHOT_RUNS = {
+    "untied": ["--tie_weights=False", "--position=rotary", "--bias=True", "--init=zero"],
+    "tied": ["--mlp=gated", "--norm=rmsnorm"],
+    "translation": ["--dataset=pairs", "--model=transformer", "--block_size=40"],
+}
+
+
+@pytest.mark.parametrize("kind", SNAPSHOT_RUNS)
+def test_at_each_snapshot_the_logits_are_pytorchs_with_the_same_rounded_weights(
+    node, tiny, pairs, kind
+):
+    train.main([*TINY_RUN, "--max_iters=31", "--eval_interval=31", *SNAPSHOT_RUNS[kind]])
+    explain.main(["--out_dir=out/run", "--to=page.html"])
+    model = load(Path("out/run/best.pt")).model
+    source = tokens(7, seed=1) if model.has_encoder else None
+    keys = {} if source is None else {"source": torch.tensor([source])}
+    found = node.arrays(
+        "snapshots", path=str(Path("page.html").resolve()), idx=tokens(12), source=source
+    )
+    assert list(found) == ["0", "10", "30"]
+    for step, logits in found.items():
+        saved = checkpoint.read_plain(Path("out/run/snapshots", f"{step}.pt"))
+        with torch.no_grad():
+            expected = restored(saved["rows"], model)(torch.tensor([tokens(12)]), **keys)
+        np.testing.assert_allclose(logits, expected[0][0].numpy(), rtol=0, atol=1e-5)
+    assert np.abs(found["30"] - found["0"]).max() > 0.01
+
+
+def test_a_page_has_the_snapshots_before_its_model_unless_they_are_left_out(run_dir):
+    train.main([*TINY_RUN, "--max_iters=12", "--eval_interval=10", "--learning_rate=1e-6"])
+    explain.main(["--out_dir=out/run", "--to=with.html", "--checkpoint=latest"])
+    explain.main(["--out_dir=out/run", "--to=without.html", "--snapshots=False"])
+    data = data_in(Path("with.html"))
+    assert [snapshot["iter"] for snapshot in data["snapshots"]] == [0, 10]
+    assert data_in(Path("without.html"))["snapshots"] == []
+    # of a step that this model has not reached
+    shutil.copy("out/run/snapshots/10.pt", "out/run/snapshots/30.pt")
+    explain.main(["--out_dir=out/run", "--to=with.html", "--checkpoint=latest"])
+    assert [entry["iter"] for entry in data_in(Path("with.html"))["snapshots"]] == [0, 10]
 
 
 BAD = {

@@ -15,6 +15,7 @@ from humptygpt.core.errors import UserError
 from humptygpt.data.token_files import TokenFiles, read_meta
 from humptygpt.interchange.load import Loaded, load
 from humptygpt.page.known_settings import check_settings
+from humptygpt.page.snapshots import snapshot_data
 from humptygpt.tokenizer.sentencepiece_model import normal_ids
 from humptygpt.tokenizer.tokenizers import (
     END_OF_TEXT,
@@ -36,7 +37,11 @@ def page_data(config) -> dict:
     if run.saved is None:
         raise UserError(f"out_dir={config.out_dir} is no run of train.py; a page shows one")
     check_settings(run.model.config, run.tokenizer.name)
-    check_size(run.model, config.max_mb)
+    snapshots = []
+    if config.snapshots:
+        end = run.saved["progress"]["iter"]
+        snapshots = snapshot_data(run.path.parent, end, run.model)
+    check_size(run.model, len(snapshots), config.max_mb)
     start = config.start or example_text(run)
     text = start
     if run.tokenizer.eot is not None:
@@ -52,6 +57,7 @@ def page_data(config) -> dict:
         "task": run.task,
         "progress": progress,
         **model_data(run.model),
+        "snapshots": snapshots,
         "tokenizer": tokenizer_data(run.tokenizer),
         "start": start,
         "metrics": [row for row in rows if row],
@@ -77,14 +83,14 @@ def example_text(run: Loaded) -> str:
     )  # of a text cut anywhere, from a new line on
 
 
-def check_size(model: nn.Module, max_mb: float) -> None:
-    """Raise UserError where the weights take more than max_mb megabytes in a page."""
+def check_size(model: nn.Module, snapshots: int, max_mb: float) -> None:
+    """Raise UserError where the weights, and those of so many snapshots, take more than max_mb megabytes in a page."""
     tensors = set(model.state_dict(keep_vars=True).values())
-    size = sum(2 * p.numel() for p in tensors) * BASE64 / 1e6
+    size = sum((2 + snapshots) * p.numel() for p in tensors) * BASE64 / 1e6
     if size > max_mb:
         raise UserError(
             f"the weights take {size:.2f} MB in a page, more than max_mb={max_mb:g}: a browser would take long to open"
-            " it; train a smaller model, or raise --max_mb"
+            " it; train a smaller model, raise --max_mb or take --snapshots=False"
         )
 
 
