@@ -731,6 +731,6 @@ function mapTrace(trace, f, other) {
 
 if (typeof module !== "undefined") {
   const dictionaries = { NORMS, POSITIONS, ACTIVATIONS, MLPS, BLOCKS, EMBEDDINGS, MODELS };
-  const helpers = { FLOAT32_EPS, dot, GAIN, headSize, rootMeanSquare };
+  const helpers = { FLOAT32_EPS, GAIN, add, dot, headSize, linear, mapRows, rootMeanSquare, rotate, rowOf, zipRows };
   module.exports = { ...dictionaries, ...helpers, erf, forward, head, probabilities, softmax };
 }

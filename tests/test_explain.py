@@ -11,7 +11,7 @@ import subprocess
 import typing
 import unicodedata
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +59,8 @@ const functions = require(`${root}/explain/model.js`);
 const { makeTokenizer, TOKENIZERS } = require(`${root}/explain/tokenizer.js`);
 const { crc32, makeModel, makeSnapshot, readData, readPair, readText } = require(`${root}/explain/data.js`);
 const arithmetic = require(`${root}/explain/arithmetic.js`);
+const gradients = require(`${root}/explain/gradient.js`);
+const { descend, lossAndGradient, missingBackward, namedTensors } = gradients;
 const { contributions, effectOnLogits, explainNumber, logitLens, valueAt } = arithmetic;
 const leaf = require(`${root}/explain/leaf.js`);
 const { LEAF_SEED, randomNumbers } = leaf;
@@ -218,6 +220,22 @@ const answers = {
     const own = parts.map((list) => list.find((part) => part.path === address).value);
     return { effect: [...effectOnLogits(model, trace, stack, { layer, branch, t, row })], own };
   },
+  /** The gradient by name, and the losses and weights before and after a step. */
+  gradient({ data, idx, rate }) {
+    const model = makeModel(data);
+    const trace = forward(model, idx);
+    const numbers = (tensors) => Object.fromEntries(tensors.map(([name, { data }]) => [name, pack(data)]));
+    const before = numbers(namedTensors(model.weights));
+    const { loss, losses, gradient } = lossAndGradient(model, trace);
+    const stepped = descend(model, gradient, rate);
+    const after = lossAndGradient(stepped, forward(stepped, idx)).losses;
+    const kept = lossAndGradient(model, forward(model, idx)).losses;
+    return { losses: pack([loss, ...losses]), after: pack(after), kept: pack(kept), before,
+      gradient: numbers(namedTensors(gradient)), stepped: numbers(namedTensors(stepped.weights)),
+      tied: stepped.weights.wte.weight === stepped.weights.lm_head.weight };
+  },
+  activation_backward: ({ name, args }) => args.map((x) => gradients.ACTIVATIONS_BACKWARD[name](x)),
+  missing: ({ config }) => missingBackward(config),
   leaf({ rate, steps }) {
     const objects = leaf.leafObjects(80, 1);
     let network = leaf.randomNetwork(LEAF_SEED);
@@ -708,6 +726,93 @@ def test_a_branch_that_is_switched_off_adds_nothing(node):
             model.get_submodule(f"stack.blocks.1.{last}").weight.zero_()
             expected = model(torch.tensor([tokens(8)]))[0][0]
         assert np.abs(found["logits"] - expected.numpy()).max() < TOLERANCE
+
+
+# --------------------------------------------------------------------------------------
+# The backward pass, and a step of gradient descent
+
+
+def preset(path: str, **keys) -> dict:
+    """The model settings of a config, of a small model of the same parts."""
+    fields = typing.get_type_hints(ModelConfig)
+    own = runpy.run_path(str(ROOT / "config" / path))
+    small = {"n_layer": 2, "n_embd": 32, "block_size": 24, "vocab_size": 13, "n_hidden": 40}
+    return {key: value for key, value in own.items() if key in fields} | small | keys
+
+
+TRAINED = {
+    "demo": preset("shakespeare_char.py"),
+    "rhyme": preset("humpty_dumpty.py"),
+    "llama": preset("shakespeare_sp_llama.py"),
+    # without positions in queries and keys the bias of keys changes nothing: its derivative is 0
+    "tied, with biases": {"bias": True, "embed_norm": True, "position": "rotary"},
+    "padded, capped": {"tie_weights": False, "vocab_size": 17, "logit_soft_cap": 0.5},
+    "sinusoids": {"position": "sinusoidal", "norm": "rmsnorm", "n_kv_head": 1, "window": 5},
+    "neither": {"position": "alibi", "norm": "none", "mlp": "none"},
+}
+
+
+def numbers(found: dict) -> dict[str, np.ndarray]:
+    return {name: np.frombuffer(base64.b64decode(x["bytes"])) for name, x in found.items()}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_gradient_of_a_text_and_a_step_along_it_are_pytorchs(node, name):
+    rate = 0.02
+    model = rounded(test_model.tiny(**TRAINED[name]), std=0.2)
+    data = data_of(model, tokenizer_vocab_size=11)
+    idx = tokens(16)
+    found = node.ask("gradient", data=data, idx=idx, rate=rate)
+    targets = torch.tensor([idx[1:]])
+
+    def losses() -> Tensor:
+        logits = model(torch.tensor([idx[:-1]]))[0]
+        return F.cross_entropy(logits[0], targets[0], reduction="none")
+
+    loss, *each = np.frombuffer(base64.b64decode(found["losses"]["bytes"]))
+    assert each == pytest.approx(losses().tolist(), abs=1e-5)
+    model(torch.tensor([idx[:-1]]), targets)[1].backward()
+    assert loss == pytest.approx(losses().mean().item(), abs=1e-5)
+    gradient = numbers(found["gradient"])
+    before, stepped = numbers(found["before"]), numbers(found["stepped"])
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    assert gradient.keys() == before.keys() == stepped.keys() == parameters.keys()
+    for key, p in parameters.items():
+        expected = p.grad.double().numpy().ravel()
+        assert np.linalg.norm(expected) > 0, key
+        error = np.linalg.norm(gradient[key] - expected) / np.linalg.norm(expected)
+        assert error < 1e-4, (key, error)
+        moved = before[key] - rate * gradient[key]
+        np.testing.assert_allclose(stepped[key], moved, rtol=0, atol=1e-6)
+    assert found["tied"] == model.config.tie_weights
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= rate * p.grad
+    after = np.frombuffer(base64.b64decode(found["after"]["bytes"]))
+    assert after == pytest.approx(losses().tolist(), abs=1e-4)
+    assert after.mean() < loss
+    assert (
+        np.frombuffer(base64.b64decode(found["kept"]["bytes"])).tolist() == each
+    )  # undone
+
+
+@pytest.mark.parametrize("name", known_settings.VARIANTS["activation"])
+def test_the_slope_of_each_activation_is_pytorchs(node, name):
+    x = torch.linspace(-6, 6, 601, dtype=torch.float64, requires_grad=True)
+    ACTIVATIONS[name](x).sum().backward()
+    found = node.ask("activation_backward", name=name, args=x.tolist())
+    assert found == pytest.approx(x.grad.tolist(), abs=1e-8)
+
+
+def test_a_model_without_a_backward_pass_says_why(node):
+    fields = typing.get_type_hints(ModelConfig)
+    for path in CONFIGS:
+        keys = {k: x for k, x in runpy.run_path(str(path)).items() if k in fields}
+        config = asdict(ModelConfig(**keys))
+        reason = node.ask("missing", config=config)
+        trained = config["model"] == "gpt" and config["block"] == "pre_norm"
+        assert (reason is None) == trained
+        assert trained or re.fullmatch(r"This page trains [^.]+\.", reason), reason
 
 
 # --------------------------------------------------------------------------------------
