@@ -73,7 +73,9 @@ function sizeOf(shape) {
 
 function readTensor(buffer, shape, offset) {
   const half = new Uint16Array(buffer, offset, sizeOf(shape));
-  return Float32Array.from(half, (bits) => FLOAT16[bits]);
+  const data = new Float32Array(half.length);
+  for (let i = 0; i < half.length; i++) data[i] = FLOAT16[half[i]];
+  return data;
 }
 
 /** The value of each pattern of the 16 bits: sign, 5 of the exponent, 10 of the fraction. */

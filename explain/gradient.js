@@ -65,24 +65,35 @@ function tokenLossesBackward({ idx, logits }) {
 // --------------------------------------------------------------------------------------
 // Linear layers and norms
 
-/** y = x W^T + b: dx = dy W, and a weight's derivative is the sum over tokens of dy times the input it multiplied. */
-function linearBackward(dy, x, layer) {
-  const [outputs, inputs] = layer.weight.shape;
-  const dx = zeroRows(x);
-  const gradient = zeroGradient(layer);
-  for (let o = 0; o < outputs; o++) {
-    const w = layer.weight.data.subarray(o * inputs, (o + 1) * inputs);
-    const dw = gradient.weight.data.subarray(o * inputs, (o + 1) * inputs);
-    for (let t = 0; t < x.length; t++) {
-      const [d, xt, dxt] = [dy[t][o], x[t], dx[t]];
-      if (gradient.bias) gradient.bias.data[o] += d;
-      for (let i = 0; i < inputs; i++) {
-        dxt[i] += d * w[i];
-        dw[i] += d * xt[i];
-      }
-    }
-  }
+/** y = x W^T + b: dx = dy W, and dW = dy^T x, the sum over tokens of dy times the input that the weight multiplied. */
+function linearBackward(dy, x, { weight, bias }) {
+  const dx = linear(dy, { weight: stacked(columns(rowsOf(weight))) });
+  const gradient = { weight: stacked(linear(columns(dy), { weight: stacked(columns(x)) })) };
+  if (bias) gradient.bias = { shape: bias.shape, data: Float32Array.from(columns(dy), sumOf) };
   return { dx, gradient };
+}
+
+function rowsOf(matrix) {
+  return Array.from({ length: matrix.shape[0] }, (_, i) => rowOf(matrix, i));
+}
+
+/** (T, C) -> (C, T) */
+function columns(rows) {
+  const y = Array.from(rows[0], () => new Float32Array(rows.length));
+  rows.forEach((row, t) => row.forEach((value, i) => (y[i][t] = value)));
+  return y;
+}
+
+/** The matrix of these rows. */
+function stacked(rows) {
+  const [n, C] = [rows.length, rows[0].length];
+  const data = new Float32Array(n * C);
+  rows.forEach((row, i) => data.set(row, i * C));
+  return { shape: [n, C], data };
+}
+
+function sumOf(row) {
+  return row.reduce((sum, value) => sum + value, 0);
 }
 
 /** y = n w + b, where n is x without its mean, of layernorm, divided by std or rms. */
@@ -105,8 +116,8 @@ function normBackward(dy, { input, mean, std, rms }, layer) {
 n. d: the derivative by n. */
 function divideBackward(d, normed, scale, centred) {
   const n = d.length;
-  const byMean = centred ? d.reduce((sum, value) => sum + value, 0) / n : 0;
-  const byScale = d.reduce((sum, value, i) => sum + value * normed[i], 0) / n;
+  const byMean = centred ? sumOf(d) / n : 0;
+  const byScale = dot(d, normed) / n;
   return d.map((value, i) => (value - byMean - normed[i] * byScale) / scale);
 }
 
@@ -142,24 +153,26 @@ function attendBackward(dy, { q, k, v, weights }, n_head) {
   const group = q[0].length / k[0].length; // heads that share one head of keys and values
   const [dq, dk, dv] = [q, k, v].map(zeroRows);
   for (let h = 0; h < n_head; h++) {
-    const from = Math.floor(h / group) * D;
-    weights[h].forEach((row, t) => {
-      const own = dy[t].subarray(h * D, (h + 1) * D);
-      const query = q[t].subarray(h * D, (h + 1) * D);
-      const dquery = dq[t].subarray(h * D, (h + 1) * D);
-      const dweights = Float64Array.from(row, (_, s) => own.reduce((sum, d, i) => sum + d * v[s][from + i], 0));
-      const mean = row.reduce((sum, weight, s) => sum + weight * dweights[s], 0);
-      row.forEach((weight, s) => {
-        const dscore = (weight * (dweights[s] - mean)) / Math.sqrt(D);
-        for (let i = 0; i < D; i++) {
-          dv[s][from + i] += weight * own[i];
-          dk[s][from + i] += dscore * query[i];
-          dquery[i] += dscore * k[s][from + i];
-        }
-      });
-    });
+    const from = Math.floor(h / group) * D; // where their keys and values begin in a row
+    for (let t = 0; t < q.length; t++) {
+      const [query, dquery, own] = [q, dq, dy].map((rows) => rows[t].subarray(h * D, (h + 1) * D));
+      const row = weights[h][t];
+      const dweights = row.map((_, s) => dot(own, v[s], from));
+      const mean = dot(row, dweights);
+      for (let s = 0; s < row.length; s++) {
+        const dscore = (row[s] * (dweights[s] - mean)) / Math.sqrt(D);
+        addScaled(dv[s], from, row[s], own, 0, D);
+        addScaled(dk[s], from, dscore, query, 0, D);
+        addScaled(dquery, 0, dscore, k[s], from, D);
+      }
+    }
   }
   return [dq, dk, dv];
+}
+
+/** Add a times n numbers of x, from one on, to those of y. */
+function addScaled(y, at, a, x, from, n) {
+  for (let i = 0; i < n; i++) y[at + i] += a * x[from + i];
 }
 
 /** x: (T, C), what attention read. */
@@ -299,7 +312,7 @@ function tableGradient(dy, rows, { weight }) {
 trace: of forward(), with the logits of all tokens and without dropout. A model with missingBackward() has none. */
 function lossAndGradient({ config, weights }, trace) {
   const losses = tokenLosses(trace);
-  const loss = losses.reduce((sum, value) => sum + value, 0) / losses.length;
+  const loss = sumOf(losses) / losses.length;
   const cap = config.logit_soft_cap;
   let dlogits = tokenLossesBackward(trace);
   if (cap) dlogits = zipRows(dlogits, trace.logits, (d, logit) => d * (1 - (logit / cap) ** 2));
@@ -339,11 +352,11 @@ function namedTensors(tree, before = "") {
 
 /** Root of the sum of squares of a list of tensors. */
 function normOf(tensors) {
-  const squares = tensors.map(({ data }) => data.reduce((sum, value) => sum + value * value, 0));
-  return Math.sqrt(squares.reduce((sum, value) => sum + value, 0));
+  return Math.sqrt(sumOf(tensors.map(({ data }) => dot(data, data))));
 }
 
 if (typeof module !== "undefined") {
   Object.assign(globalThis, require("./model.js"));
-  module.exports = { ACTIVATIONS_BACKWARD, descend, lossAndGradient, missingBackward, namedTensors, normOf, tokenLosses };
+  const parts = { ACTIVATIONS_BACKWARD, missingBackward, tokenLosses };
+  module.exports = { ...parts, descend, lossAndGradient, namedTensors, normOf };
 }

@@ -78,6 +78,13 @@ function add(x, y) {
   return zipRows(x, y, (a, b) => a + b);
 }
 
+/** x times the numbers of y that begin at `from`. */
+function dot(x, y, from = 0) {
+  let sum = 0;
+  for (let i = 0; i < x.length; i++) sum += x[i] * y[from + i];
+  return sum;
+}
+
 /** Row i of a matrix of weights. */
 function rowOf({ data, shape }, i) {
   return data.slice(i * shape[1], (i + 1) * shape[1]);
@@ -731,6 +738,6 @@ function mapTrace(trace, f, other) {
 
 if (typeof module !== "undefined") {
   const dictionaries = { NORMS, POSITIONS, ACTIVATIONS, MLPS, BLOCKS, EMBEDDINGS, MODELS };
-  const helpers = { FLOAT32_EPS, GAIN, add, dot, headSize, linear, mapRows, rootMeanSquare, rotate, rowOf, zipRows };
-  module.exports = { ...dictionaries, ...helpers, erf, forward, head, probabilities, softmax };
+  const helpers = { FLOAT32_EPS, GAIN, add, dot, headSize, linear, mapRows, rootMeanSquare };
+  module.exports = { ...dictionaries, ...helpers, erf, forward, head, probabilities, rotate, rowOf, softmax, zipRows };
 }
