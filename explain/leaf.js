@@ -131,7 +131,36 @@ function leafStep(network, objects, rate) {
   return { hidden: moved("hidden"), output: moved("output") };
 }
 
+// --------------------------------------------------------------------------------------
+// Pictures: n rows of n numbers, the top one first
+
+/** What f makes of n times n pairs of numbers from 0 to 1; the first grows to the right, the second upwards. */
+function leafGrid(n, f) {
+  const row = (y) => Array.from({ length: n }, (_, x) => f((x + 0.5) / n, y));
+  return Array.from({ length: n }, (_, fromTop) => row((n - fromTop - 0.5) / n));
+}
+
+/** The probability of a flower by two of the inputs, which are numbers of INPUTS; at 0.5 is the decision boundary.
+
+The two others are in the middle between the article's leaf and its flower. */
+function leafField(network, [across, up], n) {
+  const middle = LEAF.map((value, i) => (value + FLOWER[i]) / 2 / INPUT_SCALE);
+  return leafGrid(n, (a, b) => {
+    const x = middle.with(across, a).with(up, b);
+    return Math.exp(-leafLossOf(leafForward(network, x).output, 1));
+  });
+}
+
+/** The mean loss where two weights, each [layer, o, i], are up to `span` below and above what they are. */
+function leafLandscape(network, objects, weights, span, n) {
+  return leafGrid(n, (...at) => {
+    const moved = structuredClone(network);
+    weights.forEach(([layer, o, i], k) => (moved[layer].weight[o][i] += span * (2 * at[k] - 1)));
+    return leafLoss(moved, objects).loss;
+  });
+}
+
 if (typeof module !== "undefined") {
-  const data = { LEAF, FLOWER, LEAF_SEED, leafObjects, randomNumbers };
+  const data = { LEAF, FLOWER, LEAF_SEED, leafField, leafLandscape, leafObjects, randomNumbers };
   module.exports = { ...data, articleNetwork, leafForward, leafGradient, leafLoss, leafStep, randomNetwork };
 }

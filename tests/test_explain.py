@@ -246,6 +246,14 @@ const answers = {
     }
     return { losses, accuracy: leaf.leafLoss(network, leaf.leafObjects(80, 2)).accuracy };
   },
+  /** The pictures of the network after some steps. */
+  leaf_pictures({ rate, steps, n, inputs, weights, span }) {
+    const objects = leaf.leafObjects(80, 1);
+    let network = leaf.randomNetwork(LEAF_SEED);
+    for (let i = 0; i < steps; i++) network = leaf.leafStep(network, objects, rate);
+    const landscape = leaf.leafLandscape(network, objects, weights, span, n);
+    return { network, objects, field: leaf.leafField(network, inputs, n), landscape };
+  },
   /** Derivatives by the chain rule, and by moving each weight a little. */
   derivatives() {
     const [objects, network] = [leaf.leafObjects(40, 3), leaf.randomNetwork(LEAF_SEED)];
@@ -1096,6 +1104,53 @@ def test_text_without_tokens_is_refused_with_the_reason(node):
             "encode", data=page_data.tokenizer_data(EVERY[name]), texts=["a\udcff"]
         )
         assert found == {"error": "U+DCFF is not valid UTF-8"}
+
+
+def leaf_outputs(network: dict, x: np.ndarray) -> np.ndarray:
+    """x: (N, 4). Returns (N, 2)."""
+    layers = [
+        [np.array(network[layer][part]) for part in ("weight", "bias")]
+        for layer in ("hidden", "output")
+    ]
+    (w1, b1), (w2, b2) = layers
+    return np.maximum(x @ w1.T + b1, 0) @ w2.T + b2
+
+
+def test_the_decision_boundary_of_the_leaf_network_moves_between_leaves_and_flowers(node):
+    keys = {"rate": 0.5, "n": 10, "weights": [["hidden", 0, 0]] * 2, "span": 1}
+    start, trained = (
+        node.ask("leaf_pictures", steps=steps, inputs=[0, 1], **keys) for steps in (0, 300)
+    )
+    middle = np.add([32, 107, 56, 11.2], [241, 200, 4, 59.5]) / 2 / 255
+    centres = (np.arange(10) + 0.5) / 10
+    for found in (start, trained):
+        x = np.tile(middle, (10, 10, 1))
+        x[..., 0] = centres
+        x[..., 1] = centres[::-1, None]
+        leaf, flower = np.moveaxis(leaf_outputs(found["network"], x), -1, 0)
+        expected = 1 / (1 + np.exp(leaf - flower))
+        np.testing.assert_allclose(found["field"], expected, atol=1e-9)
+    field = np.array(trained["field"])
+    assert field[5, 1] < 0.3 and field[2, 9] > 0.7  # where the article's two are
+    flowers = np.array(start["field"]) > 0.5
+    assert ((field > 0.5) != flowers).mean() > 0.2
+
+
+def test_the_loss_over_two_weights_of_the_leaf_network_is_that_of_a_network_with_them(node):
+    weights = [["hidden", 1, 2], ["output", 0, 1]]
+    keys = {"rate": 0.5, "steps": 20, "n": 5, "span": 2, "inputs": [0, 1]}
+    found = node.ask("leaf_pictures", weights=weights, **keys)
+    x = np.array([each["x"] for each in found["objects"]])
+    kinds = np.array([each["kind"] for each in found["objects"]])
+    network = found["network"]
+    losses = np.zeros((5, 5))
+    for row, column in np.ndindex(5, 5):
+        moved = json.loads(json.dumps(network))
+        moved["hidden"]["weight"][1][2] += 2 * (2 * (column + 0.5) / 5 - 1)
+        moved["output"]["weight"][0][1] += 2 * (2 * (4.5 - row) / 5 - 1)
+        y = leaf_outputs(moved, x)
+        losses[row, column] = (np.logaddexp(*y.T) - y[np.arange(len(y)), kinds]).mean()
+    np.testing.assert_allclose(found["landscape"], losses, atol=1e-9)
 
 
 # --------------------------------------------------------------------------------------
