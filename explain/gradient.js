@@ -355,8 +355,30 @@ function normOf(tensors) {
   return Math.sqrt(sumOf(tensors.map(({ data }) => dot(data, data))));
 }
 
+/** Of each part of the model: its name, and the norms of its gradient and of its weights. */
+function sizesByPart(model, gradient) {
+  const slopes = new Map(namedTensors(gradient));
+  const parts = new Map();
+  for (const [name, weights] of namedTensors(model.weights)) {
+    const part = partOf(name);
+    if (!parts.has(part)) parts.set(part, []);
+    parts.get(part).push([slopes.get(name), weights]);
+  }
+  return Array.from(parts, ([name, pairs]) => ({
+    name,
+    gradient: normOf(pairs.map(([slope]) => slope)),
+    weights: normOf(pairs.map(([, weights]) => weights)),
+  }));
+}
+
+function partOf(name) {
+  const [, layer, branch] = name.match(/blocks\.(\d+)\.([a-z]+)/) ?? [];
+  if (layer) return `layer ${+layer + 1} ${branch === "attn" ? "attention" : "MLP"}`;
+  return { wte: "embedding", lm_head: "head" }[name.split(".")[0]] ?? (name.includes("wpe") ? "positions" : "norm");
+}
+
 if (typeof module !== "undefined") {
   Object.assign(globalThis, require("./model.js"));
   const parts = { ACTIVATIONS_BACKWARD, missingBackward, tokenLosses };
-  module.exports = { ...parts, descend, lossAndGradient, namedTensors, normOf };
+  module.exports = { ...parts, descend, lossAndGradient, namedTensors, sizesByPart };
 }

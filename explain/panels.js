@@ -259,6 +259,7 @@ class LeafTraining {
     this.chart = new Chart("loss of the leaf network after each step");
     this.status = h("p", { class: "status", role: "status" });
     this.nudge = h("p", {});
+    this.pictures = new LeafPictures();
     this.go = button("Run", () => this.toggle());
     const rates = slider(
       "Learning rate",
@@ -285,6 +286,7 @@ class LeafTraining {
       this.status,
       this.chart.root,
       h("div", { class: "controls" }, weights),
+      this.pictures.root,
       this.nudge,
     );
     this.reset();
@@ -339,6 +341,8 @@ class LeafTraining {
     this.chart.show([{ name: "training loss", points: this.losses.map((y, x) => [x, y]), colour: 1 }], {
       level: { name: "ln 2: guessing", y: Math.LN2 },
     });
+    const another = WEIGHT_NAMES[(this.weight + 1) % WEIGHT_NAMES.length];
+    this.pictures.show(this.network, this.objects, [WEIGHT_NAMES[this.weight], another]);
     const [name, layer, o, i] = WEIGHT_NAMES[this.weight];
     const moved = structuredClone(this.network);
     moved[layer].weight[o][i] += NUDGE;
@@ -1142,6 +1146,24 @@ const PANELS = [
     chapter: "How are these models trained?",
     build: trainingPanel,
     intro: "Gradient descent changes each weight a little, in the direction in which the loss falls.",
+  },
+  {
+    id: "learned",
+    title: "It learned this",
+    short: "Learned",
+    build: learnedPanel,
+    missing: needsSnapshots,
+    intro: "Your model as it was after each of these steps of its training, for the same text, from noise to now.",
+  },
+  {
+    id: "step",
+    title: "One step of training",
+    short: "One step",
+    build: stepPanel,
+    missing: needsBackward,
+    intro:
+      "Gradient descent on your own text, here: each weight of your model moves against its derivative. Nothing else " +
+      "on this page changes by it.",
   },
   {
     id: "writing",

@@ -38,7 +38,7 @@ class Computer {
     let end = before ? commonLength(idx, before.idx) : 0;
     do {
       end = Math.min(end + STRIDE, idx.length);
-      trace = forward(this.model, idx.slice(0, end), { ...options, before: trace, lastOnly: true });
+      trace = forward(options.model ?? this.model, idx.slice(0, end), { ...options, before: trace, lastOnly: true });
       if (options.keep) this.keep(trace, before);
       before = trace;
       if (end < idx.length) await nextMessage();
@@ -98,8 +98,11 @@ function nextMessage() {
 /** What can be asked: (computer, message, wanted) => the answer. */
 const TOPICS = {
   open(computer, { text, checksum }) {
-    const { weights, ...data } = readData(text, checksum);
+    const { weights, snapshots, ...data } = readData(text, checksum);
     computer.model = makeModel({ weights, ...data });
+    computer.models = snapshots.map((snapshot) => once(() => makeSnapshot({ weights, ...data }, snapshot)));
+    computer.models.push(() => computer.model);
+    data.steps = [...snapshots.map(({ iter }) => iter), data.progress.iter];
     computer.tokenizer = makeTokenizer(data.tokenizer);
     computer.translates = data.task === "translation";
     return { data, model: computer.model };
@@ -135,12 +138,52 @@ const TOPICS = {
     return { results };
   },
 
+  /** The text after step data.steps[number] of training: losses of its tokens, and what that model makes of token t. */
+  async learned(computer, { number, idx, source, t, layer, head }, wanted) {
+    const model = computer.models[number]();
+    const before = await computer.trace(idx, { source, model }, wanted);
+    if (!before) return null;
+    const trace = forward(model, idx, { source, before });
+    const { blocks } = trace.stack ?? trace.decoder ?? {};
+    const attention = blocks ? blocks[layer].attn.weights[head][t] : null;
+    return { losses: tokenLosses(trace), probs: trace.probs[t], attention, wte: trace.wte[t] };
+  },
+
+  /** `count` steps of gradient descent on these tokens: losses and last prediction before and after them, and the
+  sizes of the gradient of the last step. Models in between are kept, for the way back. */
+  async descend(computer, { idx, rate, count }, wanted) {
+    const text = JSON.stringify([idx, rate]);
+    if (computer.descent?.text !== text) computer.descent = { text, steps: [outcome(computer.model, idx)] };
+    const { steps } = computer.descent;
+    while (steps.length <= count) {
+      const { model } = steps.at(-1);
+      const { gradient } = lossAndGradient(model, forward(model, idx));
+      steps.push({ ...outcome(descend(model, gradient, rate), idx), sizes: sizesByPart(model, gradient) });
+      await nextMessage();
+      if (!wanted()) return null;
+    }
+    const [before, after] = [steps[0], steps[count]].map(({ model, ...rest }) => rest);
+    return { before, after };
+  },
+
   /** The prediction after other tokens. */
   async other(computer, { idx, source }, wanted) {
     const trace = await computer.trace(idx, { source }, wanted, computer.nearest(idx, source));
     return trace && { probs: trace.probs.at(-1) };
   },
 };
+
+/** f, which is called at most once. */
+function once(f) {
+  let made;
+  return () => (made ??= f());
+}
+
+/** A model, and what it makes of a text. */
+function outcome(model, idx) {
+  const trace = forward(model, idx);
+  return { model, losses: tokenLosses(trace), probs: trace.probs.at(-1) };
+}
 
 // --------------------------------------------------------------------------------------
 // A trace as one buffer

@@ -1247,7 +1247,7 @@ def test_damage_to_the_data_of_a_page_is_found_by_its_checksum(node, run_dir):
 def test_the_page_is_one_file_that_asks_for_no_other(run_dir):
     explain.main(["--out_dir=out/run", "--to=page.html"])
     page = Path("page.html").read_text()
-    assert "{{" not in page and page.count("<script") == page.count("</script>") == 14
+    assert "{{" not in page and page.count("<script") == page.count("</script>") == 16
     others = r"https?://|\bsrc=|\bhref=|\bimport\b|\bfetch\(|XMLHttpRequest|url\("
     assert not re.search(others, page)
     assert "default-src 'none'" in page

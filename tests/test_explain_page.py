@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import TINY_RUN, WITHOUT_SAMPLE
 from test_explain import expected_trace, rounded
+from test_snapshots import restored
 from texts import make_pairs, make_text
 
 import bench
@@ -19,6 +20,7 @@ import explain
 import prepare_data
 import train
 from benchmarks import keystrokes
+from humptygpt.checkpoint.checkpoint import load_plain
 from humptygpt.core.errors import UserError
 from humptygpt.generation.sampling import generate
 from humptygpt.generation.tasks import TASKS
@@ -795,3 +797,96 @@ def test_a_page_whose_data_was_damaged_says_so_instead_of_showing_numbers(
     )
     assert page.is_hidden("#page")
     page.close()
+
+
+# --------------------------------------------------------------------------------------
+# How the model came to be, and one step more
+
+
+def mean_loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids[:, :-1], ids[:, 1:])[1]
+
+
+def slide(view: Opened, section: str, value: float) -> None:
+    move = "(input, value) => { input.value = value; input.dispatchEvent(new Event('input')); }"
+    view.page.eval_on_selector(f"#{section} input[type=range]", move, value)
+
+
+def status(view: Opened, section: str, words: str) -> float:
+    """The loss that a section's status gives, once it says this."""
+    element = view.page.locator(f"#{section} [role=status]", has_text=words)
+    return float(element.get_attribute("data-loss"))
+
+
+def test_a_slider_goes_through_the_training_from_its_first_step_to_the_model_of_now(
+    opened, runs
+):
+    model, tokenizer = load(runs)
+    text = "Akis unat"
+    ids = tensor_of(tokenizer, text)
+    saved = load_plain(runs / "out/run/snapshots/0.pt")["rows"]
+    view = opened("run", f"#section=learned&text={text}")
+    for number, (words, then) in enumerate(
+        [("After step 0 ", restored(saved, model)), ("After step 6 ", model)]
+    ):
+        slide(view, "learned", number)
+        with torch.no_grad():
+            logits = then(ids)[0][0]
+            loss = mean_loss(then, ids).item()
+        assert status(view, "learned", words) == pytest.approx(loss, abs=1e-5)
+        strip = view.page.get_by_role("slider", name="Loss of each token")
+        strip.focus()
+        view.page.keyboard.press("Home")
+        view.page.keyboard.press("ArrowRight")
+        second = -logits[0].log_softmax(-1)[ids[0, 1]].item()
+        shown = strip.get_attribute("aria-valuetext")
+        assert shown == f"“k”: {second:.4f}"
+        row = view.page.locator("#learned tbody tr").first.locator("td").all_inner_texts()
+        p = logits[-1].softmax(-1).max().item()
+        assert row[1] == (f"{100 * p:.2f} %" if p < 0.1 else f"{100 * p:.1f} %")
+
+
+def test_a_step_of_gradient_descent_on_the_text_is_pytorchs_and_can_be_undone(opened, runs):
+    model, tokenizer = load(runs)
+    ids = tensor_of(tokenizer, "Akis unat")
+    view = opened("run", "#section=step&text=Akis unat")
+    view.page.click("text=Take a step")
+    view.page.click("text=Take a step")
+    losses = []
+    for _ in range(3):
+        loss = mean_loss(model, ids)
+        losses.append(loss.item())
+        model.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad
+    assert losses[2] < losses[1] < losses[0]
+    assert status(view, "step", "2 steps") == pytest.approx(losses[2], abs=1e-4)
+    parts = view.page.locator("#step table").last.locator("tbody tr td:first-child")
+    assert parts.all_inner_texts()[:3] == ["embedding", "layer 1 attention", "layer 1 MLP"]
+    view.page.click("text=Undo")
+    assert status(view, "step", "1 step ") == pytest.approx(losses[1], abs=1e-4)
+    view.page.click("text=Undo")
+    view.page.wait_for_selector("text=The weights are those of the run.")
+    assert view.page.locator("#step button", has_text="Undo").is_disabled()
+    view.page.click("text=Take a step")
+    assert status(view, "step", "1 step ") == pytest.approx(losses[1], abs=1e-4)
+    view.page.fill("#text", "Akis")  # of another text it says nothing
+    view.page.wait_for_selector("text=The weights are those of the run.")
+
+
+@pytest.mark.parametrize("run", ["pairs", "window"])
+def test_a_model_without_a_backward_pass_says_in_its_section_why(opened, run):
+    view = opened(run, "#section=step")
+    view.page.wait_for_selector("#step .missing >> text=This page trains models with")
+    assert not view.page.locator("#step button").count()
+
+
+def test_the_leaf_networks_boundary_moves_with_each_step(opened):
+    view = opened("run", "#section=training")
+    pixels = "canvas => canvas.toDataURL()"
+    before = view.page.eval_on_selector_all("#training .field", f"all => all.map({pixels})")
+    view.page.click("#training >> text=Step")
+    after = view.page.eval_on_selector_all("#training .field", f"all => all.map({pixels})")
+    assert len(before) == 2 and all(a != b for a, b in zip(before, after, strict=True))

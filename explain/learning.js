@@ -1,0 +1,199 @@
+"use strict";
+
+/* How the model came to be: the text after each snapshot of its training, one more step of training, and pictures of
+how the leaf network learns. */
+
+// --------------------------------------------------------------------------------------
+// Snapshots
+
+function needsSnapshots(app) {
+  if (app.data.steps.length > 1) return null;
+  return {
+    text: "This page has no earlier weights of its model.",
+    command: "python train.py config/humpty_dumpty.py --snapshots=True",
+  };
+}
+
+function learnedPanel(app) {
+  const { steps } = app.data;
+  let number = 0;
+  const value = (t) => (t ? digits(loss.values[t]) : "nothing predicts it");
+  const loss = new Strip({
+    label: "Loss of each token, in nats",
+    describe: (t) => `${tokenName(app, t)}: ${value(t)}`,
+  });
+  const attention = new Strip({
+    label: "Attention of the selected token",
+    describe: (s) => `to ${tokenName(app, s)}: ${percent(attention.values[s])}`,
+  });
+  const embedding = new Strip({ label: "Embedding of the selected token" });
+  const question = () => {
+    const { t, layer, head } = app.at;
+    return { number, idx: app.trace.idx, source: app.source ?? null, t, layer, head };
+  };
+  const result = answered(app, "learned", question, (answer) => {
+    if (!answer) return null;
+    const { losses, probs, attention: weights, wte } = answer;
+    loss.show([NaN, ...losses]);
+    if (weights) attention.show(Array.from(weights));
+    embedding.show(Array.from(wte));
+    const heads = [`after step ${count(steps[number])}`, "now"];
+    return [
+      h("p", { role: "status", "data-loss": meanOf(losses) }, learnedText(app, steps[number], losses)),
+      lossRow(app, losses),
+      loss.root,
+      comparison(app, `Next token after token ${app.at.t}`, heads, [probs, app.probs()]),
+      weights ? attention.root : null,
+      embedding.root,
+    ];
+  });
+  const step = slider(
+    "Step of training",
+    { min: 0, max: steps.length - 1, step: 1, value: number, format: (i) => count(steps[i]) },
+    (i) => ((number = i), result.update()),
+  );
+  return assemble(controlRow(step), app.stack ? controlRow(layerPicker(app), headPicker(app)) : "", result);
+}
+
+function meanOf(losses) {
+  return losses.reduce((sum, value) => sum + value, 0) / losses.length;
+}
+
+function learnedText(app, step, losses) {
+  const guessing = Math.log(app.model.tokenizer_vocab_size);
+  const rounding = step === app.data.progress.iter ? "" : " Its weights are rounded to 8 bits.";
+  if (!losses.length) return "A single token: there is nothing to predict yet." + rounding;
+  return (
+    `After step ${count(step)} the mean loss of this text is ${digits(meanOf(losses))}; guessing among all tokens ` +
+    `has ${digits(guessing)}.${rounding}`
+  );
+}
+
+/** The tokens, each underlined in the colour of its loss: none at 0, full where it is guessing. */
+function lossRow(app, losses) {
+  const guessing = Math.log(app.model.tokenizer_vocab_size);
+  const spans = app.trace.idx.map((id, t) =>
+    h("span", { style: t ? tint(losses[t - 1], guessing) : null }, shown(app.tokenizer, id)),
+  );
+  return h("p", { class: "losses", "aria-hidden": "true" }, spans);
+}
+
+// --------------------------------------------------------------------------------------
+// One step of training
+
+const MOST_STEPS = 10;
+
+function needsBackward(app) {
+  const text = missingBackward(app.config);
+  return text && { text, command: "python train.py config/humpty_dumpty.py" };
+}
+
+function stepPanel(app) {
+  const state = { rate: 0.1, count: 0, text: null };
+  const question = () => {
+    const { idx } = app.trace;
+    if (state.text !== JSON.stringify(idx)) Object.assign(state, { text: JSON.stringify(idx), count: 0 });
+    undo.disabled = !state.count;
+    more.disabled = idx.length < 2 || state.count === MOST_STEPS;
+    return state.count ? { idx, rate: state.rate, count: state.count } : null;
+  };
+  const result = answered(app, "descend", question, (answer) => {
+    if (!answer) return h("p", { class: "quiet", role: "status" }, "The weights are those of the run.");
+    const { before, after } = answer;
+    const steps = `${state.count} ${state.count === 1 ? "step" : "steps"}`;
+    const losses = [before, after].map(({ losses }) => meanOf(losses));
+    const rows = after.sizes.map(({ name, gradient, weights }) => [
+      name,
+      digits(gradient),
+      digits(weights),
+      percent((state.rate * gradient) / weights),
+    ]);
+    return [
+      h(
+        "p",
+        { role: "status", "data-loss": losses[1] },
+        `${steps} on this text: its mean loss was ${digits(losses[0])} and is ${digits(losses[1])}.`,
+      ),
+      comparison(app, "The next token", ["before", "after"], [before.probs, after.probs]),
+      table(
+        "The last step: norm of the gradient, norm of the weights, and how far they moved",
+        ["part", "gradient", "weights", "moved"],
+        rows,
+        [1, 2, 3],
+      ),
+    ];
+  });
+  const move = (change) => {
+    state.count += change;
+    result.update();
+  };
+  const more = button("Take a step", () => move(1));
+  const undo = button("Undo", () => move(-1));
+  const rates = { min: -3, max: 1, step: 0.1, value: -1, format: (x) => (10 ** x).toPrecision(2) };
+  const rate = slider("Learning rate", rates, (x) => {
+    Object.assign(state, { rate: 10 ** x, count: 0 });
+    result.update();
+  });
+  return assemble(controlRow(rate, more, undo), result);
+}
+
+// --------------------------------------------------------------------------------------
+// The leaf network
+
+const FIELD = 40; // cells across
+const LANDSCAPE = 15;
+
+/** A square of numbers from -1 to 1 as colours, with dots on it: [x, y, colour], from 0 to 1, y upwards. */
+class Field {
+  constructor(label) {
+    this.canvas = h("canvas", { role: "img", "aria-label": label, class: "field", width: 320, height: 320 });
+    this.caption = h("p", { class: "caption" });
+    this.root = h("div", {}, this.canvas, this.caption);
+    darkScheme.addEventListener("change", () => this.rows && this.show(this.rows, this.dots, this.caption.textContent));
+  }
+
+  show(rows, dots, caption) {
+    Object.assign(this, { rows, dots });
+    this.caption.textContent = caption;
+    const context = this.canvas.getContext("2d");
+    const [size, cell] = [this.canvas.width, this.canvas.width / rows.length];
+    rows.forEach((row, y) =>
+      row.forEach((value, x) => {
+        context.fillStyle = `rgb(${colourOf(value).join()})`;
+        context.fillRect(Math.floor(x * cell), Math.floor(y * cell), Math.ceil(cell), Math.ceil(cell));
+      }),
+    );
+    context.strokeStyle = palette().surface;
+    for (const [x, y, value] of dots) {
+      context.fillStyle = value ? `rgb(${colourOf(value).join()})` : palette().ink;
+      context.beginPath();
+      context.arc(x * size, (1 - y) * size, 4, 0, 2 * Math.PI);
+      context.fill();
+      context.stroke();
+    }
+  }
+}
+
+/** The boundary between leaves and flowers, and the loss around the network. */
+class LeafPictures {
+  constructor() {
+    this.boundary = new Field("Where the network sees a leaf and where a flower, by red and green");
+    this.landscape = new Field("The loss where two weights are changed");
+    this.root = h("div", { class: "fields" }, this.boundary.root, this.landscape.root);
+  }
+
+  /** weights: two, of WEIGHT_NAMES. */
+  show(network, objects, weights) {
+    const field = leafField(network, [0, 1], FIELD).map((row) => row.map((p) => 2 * p - 1));
+    const dots = objects.map(({ x, kind }) => [x[0], x[1], kind ? 1 : -1]);
+    const text = "Red to the right, green upwards, the two others in the middle. Blue: a leaf; orange: a flower.";
+    this.boundary.show(field, dots, text);
+    const losses = leafLandscape(network, objects, weights.map(([, ...at]) => at), 2, LANDSCAPE);
+    const all = losses.flat();
+    const [least, most] = [Math.min(...all), Math.max(...all)];
+    const heights = losses.map((row) => row.map((loss) => (loss - least) / (most - least || 1)));
+    const names = `${weights[0][0]} to the right, ${weights[1][0]} upwards`;
+    const range = `from ${digits(least)} to ${digits(most)}`;
+    this.landscape.show(heights, [[0.5, 0.5, 0]], `Loss ${range}, up to 2 around the weights of now: ${names}.`);
+  }
+}
