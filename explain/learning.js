@@ -93,12 +93,11 @@ function stepPanel(app) {
   const question = () => {
     const { idx } = app.trace;
     if (state.text !== JSON.stringify(idx)) Object.assign(state, { text: JSON.stringify(idx), count: 0 });
-    undo.disabled = !state.count;
-    more.disabled = idx.length < 2 || state.count === MOST_STEPS;
-    return state.count ? { idx, rate: state.rate, count: state.count } : null;
+    return idx.length > 1 && state.count ? { idx, rate: state.rate, count: state.count } : null;
   };
   const result = answered(app, "descend", question, (answer) => {
-    if (!answer) return h("p", { class: "quiet", role: "status" }, "The weights are those of the run.");
+    const missing = app.trace.idx.length < 2 ? " A single token has no loss: type another." : "";
+    if (!answer) return h("p", { class: "quiet", role: "status" }, `The weights are those of the run.${missing}`);
     const { before, after } = answer;
     const steps = `${state.count} ${state.count === 1 ? "step" : "steps"}`;
     const losses = [before, after].map(({ losses }) => meanOf(losses));
@@ -124,17 +123,15 @@ function stepPanel(app) {
     ];
   });
   const move = (change) => {
-    state.count += change;
+    state.count = Math.min(Math.max(state.count + change, 0), MOST_STEPS);
     result.update();
   };
-  const more = button("Take a step", () => move(1));
-  const undo = button("Undo", () => move(-1));
   const rates = { min: -3, max: 1, step: 0.1, value: -1, format: (x) => (10 ** x).toPrecision(2) };
   const rate = slider("Learning rate", rates, (x) => {
     Object.assign(state, { rate: 10 ** x, count: 0 });
     result.update();
   });
-  return assemble(controlRow(rate, more, undo), result);
+  return assemble(controlRow(rate, button("Take a step", () => move(1)), button("Undo", () => move(-1))), result);
 }
 
 // --------------------------------------------------------------------------------------

@@ -78,13 +78,6 @@ function add(x, y) {
   return zipRows(x, y, (a, b) => a + b);
 }
 
-/** x times the numbers of y that begin at `from`. */
-function dot(x, y, from = 0) {
-  let sum = 0;
-  for (let i = 0; i < x.length; i++) sum += x[i] * y[from + i];
-  return sum;
-}
-
 /** Row i of a matrix of weights. */
 function rowOf({ data, shape }, i) {
   return data.slice(i * shape[1], (i + 1) * shape[1]);

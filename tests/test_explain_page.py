@@ -567,7 +567,7 @@ def test_the_hash_restores_the_view(opened):
     view = opened()
     view.page.fill("#text", "Akis osal")
     view.page.locator("#tokens button").nth(3).click()
-    view.page.get_by_role("button", name="6: Self-attention").click()
+    view.page.get_by_role("button", name="8: Self-attention").click()
     view.page.locator("#attention select").nth(0).select_option(label="2")
     view.page.locator("#attention canvas[tabindex]").nth(0).click(
         position={"x": 30, "y": 5}
@@ -869,7 +869,7 @@ def test_a_step_of_gradient_descent_on_the_text_is_pytorchs_and_can_be_undone(op
     assert status(view, "step", "1 step ") == pytest.approx(losses[1], abs=1e-4)
     view.page.click("text=Undo")
     view.page.wait_for_selector("text=The weights are those of the run.")
-    assert view.page.locator("#step button", has_text="Undo").is_disabled()
+    view.page.click("text=Undo")  # there is nothing more to undo
     view.page.click("text=Take a step")
     assert status(view, "step", "1 step ") == pytest.approx(losses[1], abs=1e-4)
     view.page.fill("#text", "Akis")  # of another text it says nothing
