@@ -33,7 +33,7 @@ function zeroGradient({ weight, bias }) {
 }
 
 function zeroRows(x) {
-  return x.map((row) => new Float32Array(row.length));
+  return makeRows(lengthsOf(x));
 }
 
 // --------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ function rowsOf(matrix) {
 
 /** (T, C) -> (C, T) */
 function columns(rows) {
-  const y = Array.from(rows[0], () => new Float32Array(rows.length));
+  const y = makeRows(Array.from(rows[0], () => rows.length));
   rows.forEach((row, t) => row.forEach((value, i) => (y[i][t] = value)));
   return y;
 }

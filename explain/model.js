@@ -731,6 +731,7 @@ function mapTrace(trace, f, other) {
 
 if (typeof module !== "undefined") {
   const dictionaries = { NORMS, POSITIONS, ACTIVATIONS, MLPS, BLOCKS, EMBEDDINGS, MODELS };
-  const helpers = { FLOAT32_EPS, GAIN, add, dot, headSize, linear, mapRows, rootMeanSquare };
-  module.exports = { ...dictionaries, ...helpers, erf, forward, head, probabilities, rotate, rowOf, softmax, zipRows };
+  const rows = { add, dot, lengthsOf, linear, makeRows, mapRows, rowOf, zipRows };
+  const helpers = { FLOAT32_EPS, GAIN, erf, headSize, rootMeanSquare, rotate };
+  module.exports = { ...dictionaries, ...rows, ...helpers, forward, head, probabilities, softmax };
 }
