@@ -30,6 +30,7 @@ class App {
     this.panels = [];
     this.complete = this.pending = this.going = false; // all sections built; text computed; the model writing
     this.settled = this.turn = Promise.resolve(); // when the text is drawn; when the last token asked for is written
+    desk.onAnswer = () => this.rest();
   }
 
   /** What the page opens with. A translation is written by the model. */
@@ -113,7 +114,8 @@ class App {
 
   /** Where nothing is under way, the page says so. */
   rest() {
-    element("page").ariaBusy = !this.complete || this.pending || Boolean(this.going);
+    const open = this.desk.questions.size > 0;
+    element("page").ariaBusy = !this.complete || this.pending || Boolean(this.going) || open;
   }
 
   /** Beside the field: why its text has no tokens, or what of it is not read. */

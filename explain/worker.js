@@ -263,6 +263,7 @@ class Desk {
       if (answer.news) this.take(answer.news);
       this.questions.get(id)?.(answer);
       this.questions.delete(id);
+      this.onAnswer?.();
     };
   }
 
