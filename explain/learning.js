@@ -32,14 +32,14 @@ function learnedPanel(app) {
     return { number, idx: app.trace.idx, source: app.source ?? null, t, layer, head };
   };
   const result = answered(app, "learned", question, (answer) => {
-    if (!answer) return null;
-    const { losses, probs, attention: weights, wte } = answer;
+    // until there is an answer, what is now, so that nothing moves
+    const { losses, probs, attention: weights, wte } = answer ?? presentNumbers(app);
     loss.show([NaN, ...losses]);
     if (weights) attention.show(Array.from(weights));
     embedding.show(Array.from(wte));
     const heads = [`after step ${count(steps[number])}`, "now"];
     return [
-      h("p", { role: "status", "data-loss": meanOf(losses) }, learnedText(app, steps[number], losses)),
+      h("p", { role: "status", "data-loss": meanOf(losses) }, answer ? learnedText(app, steps[number], losses) : "…"),
       lossRow(app, losses),
       loss.root,
       comparison(app, `Next token after token ${app.at.t}`, heads, [probs, app.probs()]),
@@ -53,6 +53,12 @@ function learnedPanel(app) {
     (i) => ((number = i), result.update()),
   );
   return assemble(controlRow(step), app.stack ? controlRow(layerPicker(app), headPicker(app)) : "", result);
+}
+
+function presentNumbers(app) {
+  const { t, head } = app.at;
+  const attention = app.stack ? lookUp(app.trace, blockPath(app, "attn.weights"))[head][t] : null;
+  return { losses: app.trace.idx.slice(1).fill(NaN), probs: app.probs(), attention, wte: app.trace.wte[t] };
 }
 
 function meanOf(losses) {
