@@ -31,6 +31,7 @@ function answered(app, topic, question, draw) {
     asked = text;
     if (!now) answer = null;
     else {
+      if (!result.root.hasChildNodes()) result.update();
       const found = await app.desk.ask(topic, now);
       if (asked !== text || JSON.stringify(question() || null) !== text) return;
       answer = found;
