@@ -82,7 +82,7 @@ def test_a_full_disk_in_training_is_one_line(tiny, fails, monkeypatch):
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
     assert "cannot write out/run/best.pt: No space left on device" in fails(
-        train.main, *TINY_RUN
+        train.main, *TINY_RUN, "--snapshots=False"
     )
 
 
