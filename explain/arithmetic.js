@@ -504,7 +504,7 @@ function decompose(model, trace, stack, t) {
   const y = lookUp(trace, stack);
   const weights = lookUp(model.weights, stack);
   const scaled = (row) => Float64Array.from(row, (x) => x * (y.position.scale ?? 1));
-  let parts = [{ name: "token", path: "wte", row: scaled(trace.wte[t]) }];
+  let parts = [{ name: "embedding", path: "wte", row: scaled(trace.wte[t]) }];
   if (y.position.vectors)
     parts.push({ name: "position", path: `${stack}.position.vectors`, row: y.position.vectors[t] });
   freeze(parts, y.embed_norm, weights.embed_norm, t);
@@ -527,19 +527,32 @@ function decompose(model, trace, stack, t) {
   return parts;
 }
 
-/** What each part of decompose() adds to the logit of token v, and the head's bias term: name, path and value. */
+/** The mean over all tokens of the head's weights and biases: what all logits share, which softmax ignores. */
+function meanOfHead({ weights, tokenizer_vocab_size: V }) {
+  const { weight, bias } = weights.lm_head;
+  const C = weight.shape[1];
+  const row = new Float64Array(C);
+  for (let i = 0; i < V * C; i++) row[i % C] += weight.data[i] / V;
+  return { row, bias: bias ? bias.data.subarray(0, V).reduce((sum, x) => sum + x / V, 0) : 0 };
+}
+
+/** What each part of decompose() adds to the logit of token v less the mean of all logits, and the head's bias term:
+name, path and value. */
 function contributions(model, trace, stack, t, v) {
   const { weight, bias } = model.weights.lm_head;
+  const mean = (model.meanOfHead ??= meanOfHead(model));
   const merged = new Map();
   for (const { row, ...part } of decompose(model, trace, stack, t)) {
     const key = part.path ?? part.name;
-    merged.set(key, { ...part, value: (merged.get(key)?.value ?? 0) + dot(row, weight.data, v * weight.shape[1]) });
+    const value = dot(row, weight.data, v * weight.shape[1]) - dot(row, mean.row);
+    merged.set(key, { ...part, value: (merged.get(key)?.value ?? 0) + value });
   }
-  if (bias) merged.set("head", { name: "bias of the head", value: bias.data[v] });
+  if (bias) merged.set("head", { name: "bias of the head", value: bias.data[v] - mean.bias });
   return [...merged.values()];
 }
 
-/** What a row that is added in block i by a branch adds to all logits: Float64Array of V; null in a plain block. */
+/** What a row that is added in block i by a branch adds to all logits, less their mean: V numbers. Of a plain
+block, null. */
 function effectOnLogits(model, trace, stack, { layer, branch, t, row }) {
   if (model.config.block === "plain") return null;
   const y = lookUp(trace, stack);
@@ -556,7 +569,9 @@ function effectOnLogits(model, trace, stack, { layer, branch, t, row }) {
   }
   row = throughNorm(row, y.norm, weights.norm, t);
   const { data, shape } = model.weights.lm_head.weight;
-  return Float64Array.from({ length: model.tokenizer_vocab_size }, (_, v) => dot(row, data, v * shape[1]));
+  const effect = Float64Array.from({ length: model.tokenizer_vocab_size }, (_, v) => dot(row, data, v * shape[1]));
+  const mean = effect.reduce((sum, x) => sum + x, 0) / effect.length;
+  return effect.map((x) => x - mean);
 }
 
 /** The logits that the stream after each branch would give: label, path and logits, the embedding first. */

@@ -359,8 +359,8 @@ function headsPanel(app) {
     attentionMatrix(app, "attn"),
     sentence(
       () =>
-        `Each head has ${headSize(app.config)} of the ${app.config.n_head * headSize(app.config)} features; ` +
-        `side by side they go through the projection.`,
+        `Each head projects all ${app.config.n_embd} features to a query, a key and a value of its own, ` +
+        `${headSize(app.config)} wide; the outputs of the heads lie side by side and go through the projection.`,
     ),
   ];
   if (app.config.n_head === 1)

@@ -168,7 +168,7 @@ class Drawer {
     const sorted = [...effect.keys()].sort((a, b) => effect[b] - effect[a]);
     const show = (id) => [shown(app.tokenizer, id), signed(effect[id])];
     return table(
-      "Times its outgoing weights and the last norm: what it adds directly to logits",
+      "Times its outgoing weights and the last norm: what it adds directly to logits, less the mean over all tokens",
       ["token", "logit"],
       [...sorted.slice(0, 4), ...sorted.slice(-4)].map(show),
       [1],

@@ -24,6 +24,12 @@ function keepFocus(root, draw) {
   if (at >= 0) (all()[at] ?? all().at(-1))?.focus({ preventScroll: true });
 }
 
+/** A number with its sign and two digits; none of either where these are zeros. */
+function signed2(x) {
+  const size = Math.abs(x).toFixed(2);
+  return `${+size ? (x < 0 ? "−" : "+") : ""}${size}`;
+}
+
 /** A number as text, with the sign that digits() has. */
 const minus = (text) => String(text).replaceAll("-", "−");
 
@@ -180,16 +186,19 @@ class Strip {
     this.canvas.setAttribute("aria-label", label);
   }
 
-  /** values: numbers, NaN where there is none. scales: of each row; by default the largest absolute value for all. */
-  show(values, { selected = -1, scales = null, part = this.options.part, columns = this.options.columns } = {}) {
+  /** values: numbers, NaN where there is none. scales: of each row; by default max for all, or the largest absolute
+  value. note: after the scale. */
+  show(values, { selected = -1, scales = null, max = 0, note = "", ...changed } = {}) {
+    const { part, columns } = { ...this.options, ...changed };
     this.values = values;
     this.options.part = part;
     this.options.columns = columns;
     this.selected = selected < values.length ? selected : -1;
     this.scales = scales;
-    this.max = values.reduce((most, x) => (Number.isFinite(x) ? Math.max(most, Math.abs(x)) : most), 0) || 1;
-    const scale = `scale ±${+this.max.toPrecision(3)}`;
-    this.range.textContent = scales ? "each row scaled to its largest" : scale;
+    const known = values.filter(Number.isFinite);
+    this.max = max || known.reduce((most, x) => Math.max(most, Math.abs(x)), 0) || 1;
+    const scale = `${known.some((x) => x < 0) ? "±" : "0 to "}${+this.max.toPrecision(3)}`;
+    this.range.textContent = scales ? "each row from 0 to its largest" : `${scale}${note}`;
     this.canvas.setAttribute("aria-valuemax", Math.max(values.length - 1, 0));
     this.read();
     this.draw();
@@ -390,7 +399,7 @@ function lightDependencies(part) {
 
 darkScheme.addEventListener("change", () => strips.forEach((strip) => strip.draw()));
 
-/** What the colours mean. */
+/** What the colours mean, in the picture and in strips. */
 function legend() {
   const canvas = h("canvas", { width: 120, height: 10, "aria-hidden": "true" });
   const draw = () => {
@@ -402,19 +411,8 @@ function legend() {
   };
   draw();
   darkScheme.addEventListener("change", draw);
-  return h(
-    "p",
-    { class: "legend" },
-    h("span", {}, "−max"),
-    canvas,
-    h("span", {}, "+max of each strip"),
-    h("span", {}, h("b", { class: "weight" }, "0.12"), " a trained weight"),
-    h(
-      "span",
-      {},
-      "The page has the weights in 16 bits: its probabilities can differ from the checkpoint's in the fourth decimal.",
-    ),
-  );
+  const trained = h("b", { class: "weight" }, "trained weights.");
+  return h("span", { class: "legend" }, "−", canvas, "+ each picture to its largest; ", trained);
 }
 
 // --------------------------------------------------------------------------------------

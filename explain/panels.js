@@ -45,15 +45,19 @@ function sentence(f) {
   return drawn(() => h("p", {}, f()));
 }
 
-/** A strip of one row of the trace, of the selected token; each cell opens its arithmetic. pathOf(): null hides it. */
-function rowStrip(app, label, pathOf, { unit = "feature", token = () => app.at.t } = {}) {
+/** A strip of one row of the trace, of the selected token; each cell opens its arithmetic.
+
+pathOf(): null hides it. scale(): the number that its colours end at. */
+function rowStrip(app, label, pathOf, { unit = "feature", token = () => app.at.t, scale = null } = {}) {
   const onSelect = (i) => app.open(`${pathOf()}:${token()},${i}`);
   const strip = new Strip({ label, unit, onSelect });
   const update = () => {
     const path = pathOf();
     const row = path && lookUp(app.trace, path)?.[token()];
     strip.root.hidden = !row;
-    if (row) strip.show(Array.from(row), { part: app.resolvePath(path), selected: app.selectedIn(path, token()) });
+    if (!row) return;
+    const common = scale && { max: scale(), note: `, length (L2) ${digits(Math.hypot(...row))}` };
+    strip.show(Array.from(row), { part: app.resolvePath(path), selected: app.selectedIn(path, token()), ...common });
   };
   return { root: strip.root, update };
 }
@@ -392,7 +396,7 @@ function writingPanel(app) {
   const update = () => (greedy.querySelector("input").checked = app.state.sampling.greedy);
   const parts = [
     controlRow({ root: greedy, update }),
-    h("p", { class: "quiet" }, "Otherwise a token is drawn, with the temperature and filters of section 7."),
+    h("p", { class: "quiet" }, "Unless greedy, a token is drawn, by temperature and filters of the section on softmax."),
     sentence(() => windowText(app)),
     drawn(() => table("The last tokens of the context", ["position", "token", "id"], contextRows(app), [0, 2])),
   ];
@@ -439,8 +443,9 @@ function embeddingsPanel(app) {
   const parts = [
     sentence(
       () =>
-        `Token ${app.at.t}, ${tokenName(app, app.at.t)}, is number ${app.trace.idx[app.at.t]} of ` +
-        `${count(app.model.tokenizer_vocab_size)}; to the model it is these ${app.config.n_embd} features.`,
+        `The token at position ${app.at.t} (from 0), ${tokenName(app, app.at.t)}, has the id ` +
+        `${app.trace.idx[app.at.t]} of ${count(app.model.tokenizer_vocab_size)}; to the model it is these ` +
+        `${app.config.n_embd} features.`,
     ),
     rowStrip(app, "token embedding", () => "wte"),
   ];
@@ -638,8 +643,8 @@ function softmaxText(app) {
   return h(
     "p",
     {},
-    `The largest of ${logits.length} logits is ${digits(largest)}; it is subtracted first, which changes ` +
-      `nothing but overflow. The sum of all exp(logit − ${digits(largest)}) is ${digits(sum)}.`,
+    `The largest of ${logits.length} logits is ${digits(largest)}; it is subtracted first, which leaves ` +
+      `the result the same and avoids overflow. The sum of all exp(logit − ${digits(largest)}) is ${digits(sum)}.`,
   );
 }
 
@@ -664,15 +669,21 @@ function residualPanel(app) {
   const off = new Set();
   const result = switchedOff(app, off);
   const parts = [controlRow(layerPicker(app))];
-  parts.push(rowStrip(app, "enters the block", () => blockPath(app, "input")));
+  const adds = (branch) => {
+    const there = branchesOf(app.trace, blockPath(app, "x").slice(0, -2)).includes(branch);
+    return there ? blockPath(app, BRANCH_OUTPUT[branch]) : null;
+  };
+  const after = (branch) => adds(branch) && blockPath(app, `after_${branch}`);
+  const paths = () => [
+    blockPath(app, "input"),
+    ...Object.keys(BRANCH_NAMES).flatMap((branch) => [adds(branch), after(branch)]),
+  ];
+  const scale = () => Math.max(...paths().map((path) => (path ? largest(lookUp(app.trace, path)[app.at.t]) : 0)));
+  parts.push(rowStrip(app, "enters the block", () => blockPath(app, "input"), { scale }));
   for (const [branch, name] of Object.entries(BRANCH_NAMES)) {
-    const path = () =>
-      branchesOf(app.trace, blockPath(app, "x").slice(0, -2)).includes(branch)
-        ? blockPath(app, BRANCH_OUTPUT[branch])
-        : null;
     parts.push(
-      rowStrip(app, `${name} adds`, path),
-      rowStrip(app, `after ${name}`, () => path() && blockPath(app, `after_${branch}`)),
+      rowStrip(app, `${name} adds`, () => adds(branch), { scale }),
+      rowStrip(app, `after ${name}`, () => after(branch), { scale }),
     );
   }
   if (app.config.block === "plain")
@@ -713,14 +724,15 @@ function contributionList(app) {
     ),
   );
   const cap = app.config.logit_soft_cap ? ", before its soft cap" : "";
+  const held = { layernorm: "'s mean and deviation are", rmsnorm: "'s root mean square is" }[app.config.norm];
   return [
-    h("h3", {}, `What each part adds to the logit of “${shown(app.tokenizer, next)}”${cap}`),
+    h("h3", {}, `What each part adds to the logit of “${shown(app.tokenizer, next)}”${cap}, above the mean of all`),
     h("ol", { class: "contributions", "data-sum": sum }, rows),
     h(
       "p",
       {},
-      `Together ${digits(sum)}, the logit${cap}. Norms are held as they are for this token. Another next token ` +
-        `can be chosen at its bar.`,
+      `Together ${digits(sum)}: the logit${cap} less the mean over all tokens, since softmax ignores what all logits ` +
+        `share.${held ? ` The final norm${held} held.` : ""} Another next token can be chosen at its bar.`,
     ),
   ];
 }
@@ -777,7 +789,12 @@ function mlpPanel(app) {
   if (mlp_conv) {
     const reach = mlp_conv === 1 ? "the token before" : `the ${mlp_conv} tokens before`;
     parts.push(
-      h("p", {}, `A convolution first adds to each feature the same one of ${reach}, each times a trained weight.`),
+      h(
+        "p",
+        {},
+        `Not quite by itself in this run: by a short convolution each feature first takes a share of the same feature ` +
+          `of ${reach}.`,
+      ),
       rowStrip(app, "after the convolution", path("conv")),
     );
   }
@@ -816,17 +833,18 @@ function normPanel(app) {
     lookUp(app.trace, `${app.stack}.blocks.0.${name}`),
   );
   let chosen = 0;
+  const where = app.config.block === "post_norm" ? "after" : "before";
   const path = () => blockPath(app, norms[chosen]);
   const parts = [
     rowStrip(app, "before", () => `${path()}.input`),
     sentence(() => normText(app, lookUp(app.trace, path()))),
-    weightStrip(app, "trained scale", "weight", path),
+    weightStrip(app, "trained gain", "weight", path),
     ...(app.config.bias && app.config.norm === "layernorm" ? [weightStrip(app, "trained bias", "bias", path)] : []),
     rowStrip(app, "after", () => `${path()}.output`),
   ];
   const choose = picker(
     "Norm",
-    norms.map((name) => `of ${BRANCH_NAMES[name.replace("_norm", "")]}`),
+    norms.map((name) => `${where} ${BRANCH_NAMES[name.replace("_norm", "")]}`),
     0,
     (i) => {
       chosen = i;
@@ -840,13 +858,13 @@ function normText(app, norm) {
   const { t } = app.at;
   if (norm.mean)
     return (
-      `Mean ${digits(norm.mean[t])}, deviation ${digits(norm.std[t])}: from each feature the mean is ` +
+      `Mean ${digits(norm.mean[t])}, standard deviation ${digits(norm.std[t])}: from each feature the mean is ` +
       `subtracted, then it is divided by the deviation and multiplied by its trained ` +
-      `scale${app.config.bias ? " and given its bias" : ""}.`
+      `gain${app.config.bias ? " and given its bias" : ""}.`
     );
   return (
     `Root mean square ${digits(norm.rms[t])}: each feature is divided by it and multiplied by its trained ` +
-    `scale. RMSNorm subtracts no mean.`
+    `gain. RMSNorm subtracts no mean.`
   );
 }
 
@@ -911,8 +929,9 @@ const POSITION_TEXTS = {
   learned: "Each position has a trained vector, which is added to the token's.",
   sinusoidal: "Each position has a fixed vector of sinusoids, fast ones first, which is added to the token's.",
   rotary:
-    "Each pair of features of a query or key is rotated by an angle that grows with its position: their product " +
-    "depends on the distance alone. Each dial is a pair; its hand points to the angle between query and key.",
+    "Each pair of features of a query or key is rotated by an angle that grows with its position: in their " +
+    "product the position counts only through the distance. Each dial is a pair; its hand points to the angle between " +
+    "query and key.",
   alibi: "Each head lowers a score by its slope times the distance.",
 };
 
@@ -1044,8 +1063,8 @@ function gptPanel(app) {
         `${branchesOf(app.trace, blockPath(app, "x").slice(0, -2))
           .map((branch) => BRANCH_NAMES[branch])
           .join(", ")}; ` +
-        `${app.config.block === "post_norm" ? "" : "a last norm; "}the head. Read after every branch by the ` +
-        `head, the stream shows the prediction as it forms (the logit lens).`,
+        `${app.config.block === "post_norm" ? "" : "a final norm; "}the head. Read after every branch by the ` +
+        `final norm and the head, the stream shows the prediction as it forms (the logit lens).`,
     ),
     drawn(() => lensTable(app)),
     controlRow(layerPicker(app)),
@@ -1193,7 +1212,9 @@ const PANELS = [
     chapter: "Self Attention",
     build: attentionPanel,
     missing: needsStack,
-    intro: "Each token asks with a query; each token before it answers with a key; the answers weight the values.",
+    intro:
+      "Each token asks with a query; each token before it, and itself, answers with a key; the answers weight the " +
+      "values.",
   },
   {
     id: "softmax",
@@ -1217,7 +1238,9 @@ const PANELS = [
     short: "MLP",
     build: mlpPanel,
     missing: needsMLP,
-    intro: "In each layer, after attention has gathered, a network like the first one works on each token by itself.",
+    intro:
+      "In each layer, after attention has gathered, a small network like the first one (MLP) works on each token by " +
+      "itself.",
   },
   {
     id: "norm",
@@ -1250,7 +1273,7 @@ const PANELS = [
     chapter: "Positional encoding and embedding",
     build: positionsPanel,
     missing: needsStack,
-    intro: "Attention alone does not see the order of the tokens.",
+    intro: "But for its causal mask, attention alone does not see the order of the tokens.",
   },
   {
     id: "gpt",

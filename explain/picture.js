@@ -10,6 +10,8 @@ const PICTURED = { tokens: 6, keys: 32, features: 40, neurons: 32 }; // at most;
 class Picture {
   constructor(app) {
     this.app = app;
+    this.key = h("span");
+    element("picture-key").append(legend(), " ", this.key);
     this.parts = new Map(); // by name: {root, paint()}
     this.flow = element("flow");
     const { config, stack } = app;
@@ -18,7 +20,8 @@ class Picture {
       this.part("tokens", "text", "writing", () => this.listTokens()),
     );
     const embeds = [this.part("embed", "embedding", "embeddings", (part) => this.paintEmbeddings(part))];
-    if (stack && config.position !== "none") embeds.push(this.part("position", config.position, "positions"));
+    if (stack && /learned|sinusoidal/.test(config.position))
+      embeds.push(this.part("position", config.position, "positions"));
     this.stage("Embedding", ...embeds);
     if (app.encodes)
       this.stage(
@@ -27,7 +30,7 @@ class Picture {
       );
     for (let i = 0; i < config.n_layer; i++) this.layer(i);
     this.stage(
-      "Head",
+      "Output",
       this.part("head", stack ? "norm, head" : "head", "softmax", (part) => this.paintHead(part)),
     );
     onLight = (origin, read) => this.light(origin, read);
@@ -86,22 +89,27 @@ class Picture {
     for (const [name, { root }] of this.parts) root.classList.toggle("chosen", name.startsWith(`${app.at.layer}.`));
     const { t } = app.at;
     element("picture-title").textContent =
-      `What it computes for token ${t}, ${tokenName(app, t)}, to find the next one`;
+      `What it computes at position ${t}, ${tokenName(app, t)}, to find the next token: select any box to see how`;
   }
 
-  /** What each branch adds to the logit of the next token that is explained. */
+  /** What each part adds to the logit of the next token that is explained; bias terms are added at the output. */
   addUp() {
     const { app } = this;
     if (!app.stack) return;
     const { t, next } = app.at;
-    for (const { layer, branch, value } of contributions(app.model, app.trace, app.stack, t, next)) {
-      if (!branch) continue;
-      const size = Math.abs(value).toFixed(2);
-      this.parts.get(`${layer}.${branch}`).adds.textContent = `${value < 0 && +size ? "−" : "+"}${size}`;
+    const list = contributions(app.model, app.trace, app.stack, t, next);
+    let others = 0;
+    for (const { layer, branch, path = "", value } of list) {
+      const part = this.parts.get(branch ? `${layer}.${branch}` : path === "wte" ? "embed" : "position");
+      if (path) part.adds.textContent = signed2(value);
+      else others += value;
     }
-    element("picture-key").textContent =
-      `Signed numbers: what each part adds to the logit of “${shown(app.tokenizer, next)}”. ` +
-      "Select a part to see how.";
+    const sum = signed2(addUp(list)).replace("+", "");
+    this.parts.get("head").adds.textContent = `${others ? signed2(others) : ""} = ${sum}`;
+    const name = `“${shown(app.tokenizer, next)}”`;
+    this.key.textContent =
+      `Signed numbers: how far each part pushes the score (logit) of ${name} above the mean of all tokens' ` +
+      "(softmax ignores what all share); together they are the number at the output.";
   }
 
   // ----------------------------------------------------------------------------------
@@ -114,23 +122,29 @@ class Picture {
   }
 
   /** The stream as it enters, and after each branch: a column each, from left to right. */
-  paintStream({ canvas }, block) {
+  paintStream({ root, canvas }, block) {
     const { app } = this;
+    const pooled = Math.ceil(app.config.n_embd / PICTURED.features);
+    root.title = `the residual stream: a stripe for each feature, the strongest of ${pooled} side by side`;
     const steps = ["input", ...branchesOf(app.trace, block).map((branch) => `after_${branch}`)];
     const columns = steps.map((name) => binned(lookUp(app.trace, `${block}.${name}`)[app.at.t], PICTURED.features));
     paintCells(canvas, columns[0].length, columns.length, (row, column) => columns[column][row] / this.most);
   }
 
   /** A row for each head: its weights over the last keys, scaled to the largest. */
-  paintHeads({ canvas }, attention) {
+  paintHeads({ root, canvas }, attention) {
     const { weights } = lookUp(this.app.trace, attention);
+    const { length } = weights[0][this.app.at.t];
     const rows = weights.map((rows) => binned(rows[this.app.at.t], PICTURED.keys));
+    const pooled = length > PICTURED.keys ? `, the largest of neighbours in ${PICTURED.keys} columns` : "";
+    root.title = `a row for each head: its weights over positions 0 to ${length - 1}${pooled}`;
     const most = rows.map((row) => largest(row));
     paintCells(canvas, rows.length, rows[0].length, (row, column) => rows[row][column] / most[row]);
   }
 
-  paintNeurons({ canvas }, path) {
+  paintNeurons({ root, canvas }, path) {
     const row = lookUp(this.app.trace, path)[this.app.at.t];
+    root.title = `a cell for each of ${row.length} neurons`;
     const columns = Math.min(row.length, PICTURED.neurons);
     const most = largest(row);
     paintCells(canvas, Math.ceil(row.length / columns), columns, (y, x) => (row[y * columns + x] ?? 0) / most);

@@ -49,7 +49,6 @@ class App {
     element("input").append(element("problem"));
     element("problem").textContent = "";
     for (const id of ["text", "source"]) element(id).addEventListener("input", (event) => this.typed(event));
-    element("legend").replaceWith(legend());
     element("write-one").onclick = () => this.writeOne();
     element("go-on").onclick = () => (this.going ? this.stop() : this.goOn());
     this.picture = new Picture(this);

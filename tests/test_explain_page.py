@@ -383,7 +383,7 @@ def test_a_number_and_its_operands_light_up_in_the_picture_where_they_live(opene
     places = {
         "stack.blocks.1.after_mlp:3,1": (["Layer 2 stream"], ["Layer 2 part"]),
         "stack.blocks.0.attn.weights:0,3,1": (["Layer 1 part"], []),
-        "logits:3,1": (["Head part"], []),
+        "logits:3,1": (["Output part"], []),
     }
     for address, (origin, operands) in places.items():
         view.select(section="model", number=address, text="Akis")
