@@ -465,7 +465,7 @@ const NAMES_BY_POSITION = {
   alibi: { embed: "embedding" },
 };
 
-/** Of an address: "MLP's output, layer 2, token 5, feature 17". Layers count from 1, as the panels' do. */
+/** Of an address: "MLP's output, layer 2, position 5, feature 17". Layers count from 1, as the panels' do. */
 function titleOf(path, at, config) {
   const name = path.split(".").at(-1);
   const norm = path.match(/(attn|cross|mlp|embed)?_?norm\.output$/);
@@ -475,11 +475,11 @@ function titleOf(path, at, config) {
   const what = path.includes("cross_attn") ? `cross-attention: ${known.replace("attention", "its")}` : known;
   const where = layer ? `, layer ${+layer[1] + 1}` : "";
   const side = path.startsWith("source") ? ", encoder" : "";
-  if (at.length === 3) return `${what}${side}${where}, head ${at[0] + 1}, token ${at[1]} to ${at[2]}`;
+  if (at.length === 3) return `${what}${side}${where}, head ${at[0] + 1}, position ${at[1]} to ${at[2]}`;
   const unit =
     { logits: "id", probs: "id" }[name] ??
     (/up_proj|gate_proj|activation|hidden|linear/.test(name) ? "neuron" : "feature");
-  return `${what}${side}${where}, token ${at[0]}, ${unit} ${at[1]}`;
+  return `${what}${side}${where}, position ${at[0]}, ${unit} ${at[1]}`;
 }
 
 // --------------------------------------------------------------------------------------

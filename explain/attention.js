@@ -78,7 +78,7 @@ function keyStrip(app, branch) {
   const update = () => {
     const row = attentionOf(app, branch).weights[app.at.head][app.at.t];
     const keyCount = row.length === 1 ? "the key" : `all ${row.length} keys`;
-    strip.relabel(`${keyCount} of token ${app.at.t}, ${tokenName(app, app.at.t)}`);
+    strip.relabel(`${keyCount} of position ${app.at.t}, ${tokenName(app, app.at.t)}`);
     strip.show(Array.from(row), { columns: row.length, selected: Math.min(app.at.key, row.length - 1), part: path() });
   };
   return { root: strip.root, update };
@@ -279,7 +279,7 @@ function attentionPanel(app) {
     attentionMatrix(app, "attn"),
     sentence(
       () =>
-        `Query: token ${app.at.t}, ${tokenName(app, app.at.t)}. Key: token ${app.at.key}, ` +
+        `Query: position ${app.at.t}, ${tokenName(app, app.at.t)}. Key: position ${app.at.key}, ` +
         `${tokenName(app, Math.min(app.at.key, app.at.t))}. Select a cell, or walk with the arrow keys.`,
     ),
     ...pairStrips(app),

@@ -188,7 +188,7 @@ class Strip {
 
   /** values: numbers, NaN where there is none. scales: of each row; by default max for all, or the largest absolute
   value. note: after the scale. */
-  show(values, { selected = -1, scales = null, max = 0, note = "", ...changed } = {}) {
+  show(values, { selected = this.options.onSelect ? -1 : this.selected, scales = null, max = 0, note = "", ...changed } = {}) {
     const { part, columns } = { ...this.options, ...changed };
     this.values = values;
     this.options.part = part;
@@ -340,7 +340,7 @@ class Strip {
   }
 
   pick(index) {
-    if (index < 0 || !Number.isFinite(this.values[index])) return;
+    if (index < 0 || (this.options.onSelect && !Number.isFinite(this.values[index]))) return;
     this.selected = index;
     this.read();
     this.draw();
@@ -411,8 +411,7 @@ function legend() {
   };
   draw();
   darkScheme.addEventListener("change", draw);
-  const trained = h("b", { class: "weight" }, "trained weights.");
-  return h("span", { class: "legend" }, "−", canvas, "+ each picture to its largest; ", trained);
+  return h("span", { class: "legend" }, "−", canvas, "+ each picture to its largest.");
 }
 
 // --------------------------------------------------------------------------------------

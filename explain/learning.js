@@ -42,7 +42,7 @@ function learnedPanel(app) {
       h("p", { role: "status", "data-loss": meanOf(losses) }, answer ? learnedText(app, steps[number], losses) : "…"),
       lossRow(app, losses),
       loss.root,
-      comparison(app, `Next token after token ${app.at.t}`, heads, [probs, app.probs()]),
+      comparison(app, `Next token after position ${app.at.t}`, heads, [probs, app.probs()]),
       weights ? attention.root : null,
       embedding.root,
     ];

@@ -33,7 +33,8 @@ function answered(app, topic, question, draw) {
     else {
       if (!result.root.hasChildNodes()) result.update();
       const found = await app.desk.ask(topic, now);
-      if (asked !== text || JSON.stringify(question() || null) !== text) return;
+      if (asked !== text) return;
+      if (!app.trace || JSON.stringify(question() || null) !== text) return void (asked = ""); // to be asked again
       answer = found;
     }
     result.update();
@@ -390,13 +391,12 @@ function runLoss(app) {
 // 3: writing
 
 function writingPanel(app) {
-  const greedy = toggle("Most probable token (greedy)", true, (on) =>
-    app.change({ sampling: { ...app.state.sampling, greedy: on } }),
-  );
-  const update = () => (greedy.querySelector("input").checked = app.state.sampling.greedy);
   const parts = [
-    controlRow({ root: greedy, update }),
-    h("p", { class: "quiet" }, "Unless greedy, a token is drawn, by temperature and filters of the section on softmax."),
+    sentence(() => {
+      const { greedy, temperature } = app.state.sampling;
+      if (greedy) return "Greedy: the most probable token is appended. It soon repeats itself.";
+      return `A token is drawn, at temperature ${temperature}: the section on softmax has it, and filters.`;
+    }),
     sentence(() => windowText(app)),
     drawn(() => table("The last tokens of the context", ["position", "token", "id"], contextRows(app), [0, 2])),
   ];
@@ -577,8 +577,9 @@ function mergeRows({ symbols, merges, scores, tokens }) {
 // --------------------------------------------------------------------------------------
 // 7: softmax, and what is drawn
 
-/** As sample.py does it: temperature, top-k with ties, softmax, top-p, min-p, rescaled. Logits and probs by step. */
-function filtered(logits, V, { temperature, top_k, top_p, min_p }) {
+/** As sample.py does it: temperature, top-k with ties, softmax, top-p, min-p, rescaled; or greedy. Logits and probs
+by step. */
+function filtered(logits, V, { temperature, top_k, top_p, min_p, greedy }) {
   const scaled = Array.from(logits.subarray(0, V), (x) => x / Math.max(temperature, 1e-30));
   const least = top_k && top_k < V ? Float64Array.from(scaled).sort()[V - top_k] : -Infinity;
   const kept = scaled.map((x) => (x < least ? -Infinity : x));
@@ -594,6 +595,8 @@ function filtered(logits, V, { temperature, top_k, top_p, min_p }) {
   }
   const most = probs.reduce((a, b) => Math.max(a, b), 0);
   probs = probs.map((p) => (p < min_p * most ? 0 : p));
+  const best = largestAt(logits.subarray(0, V));
+  if (greedy) probs = probs.map((_, id) => (id === best ? 1 : 0));
   const sum = probs.reduce((a, b) => a + b, 0);
   return { scaled, probs: probs.map((p) => p / sum) };
 }

@@ -17,7 +17,7 @@ class Picture {
     const { config, stack } = app;
     this.stage(
       "Tokens",
-      this.part("tokens", "text", "writing", () => this.listTokens()),
+      this.part("tokens", "the text", "writing", () => this.listTokens()),
     );
     const embeds = [this.part("embed", "embedding", "embeddings", (part) => this.paintEmbeddings(part))];
     if (stack && /learned|sinusoidal/.test(config.position))
@@ -108,8 +108,9 @@ class Picture {
     this.parts.get("head").adds.textContent = `${others ? signed2(others) : ""} = ${sum}`;
     const name = `“${shown(app.tokenizer, next)}”`;
     this.key.textContent =
-      `Signed numbers: how far each part pushes the score (logit) of ${name} above the mean of all tokens' ` +
-      "(softmax ignores what all share); together they are the number at the output.";
+      "Attention: a row for each head, a column for each earlier token; MLP: a cell for each neuron; stripes: this " +
+      `token's features. Signed numbers: how far each part pushes the score (logit) of ${name} above the mean of all ` +
+      "tokens, which softmax ignores; their sum is at the output.";
   }
 
   // ----------------------------------------------------------------------------------

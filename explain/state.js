@@ -15,7 +15,7 @@ The state is what was asked for, and holds for other texts, too; resolve() gives
 arithmetic.js is needed. */
 
 const LIMITS = { temperature: [0.1, 2], top_k: [0, 100], top_p: [0.05, 1], min_p: [0, 0.5] };
-const OFF = { temperature: 1, top_k: 0, top_p: 1, min_p: 0, greedy: true };
+const OFF = { temperature: 0.8, top_k: 0, top_p: 1, min_p: 0, greedy: false }; // the temperature is sample.py's
 const COUNTED = ["t", "layer", "head", "key", "next"];
 const TRAIL = 20; // numbers that the way back has at most
 
@@ -45,7 +45,7 @@ function readAddress(hash, sections, texts) {
     const value = parseFloat(query.get(name));
     if (value >= least && value <= most) state.sampling[name] = value;
   }
-  state.sampling.greedy = query.get("greedy") !== "0";
+  state.sampling.greedy = query.get("greedy") === "1";
   return state;
 }
 
@@ -59,7 +59,7 @@ function writeAddress(state) {
   for (const name of COUNTED) if (state.number || state[name] !== initial[name]) query.set(name, state[name]);
   for (const address of state.number ? [...state.trail, state.number] : []) query.append("number", address);
   for (const name of Object.keys(LIMITS)) if (state.sampling[name] !== OFF[name]) query.set(name, state.sampling[name]);
-  if (!state.sampling.greedy) query.set("greedy", 0);
+  if (state.sampling.greedy) query.set("greedy", 1);
   query.set("text", state.text);
   if (state.source) query.set("source", state.source);
   return `#${query}`;

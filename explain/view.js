@@ -5,6 +5,7 @@
 const SHOWN = 8; // bars
 const OPENING = 40; // tokens that the model writes where the page has no text to open with
 const PANELS_EVERY = 150; // ms, while the model writes
+const FOLDED = 96; // pixels of the head where sections are read, as in style.css
 const element = (id) => document.getElementById(id);
 
 async function main() {
@@ -48,7 +49,12 @@ class App {
     element("page").hidden = false;
     element("input").append(element("problem"));
     element("problem").textContent = "";
-    for (const id of ["text", "source"]) element(id).addEventListener("input", (event) => this.typed(event));
+    for (const id of ["text", "source"]) {
+      element(id).addEventListener("input", (event) => this.typed(event));
+      element(id).addEventListener("focus", () => this.stop()); // or what is selected there would be written over
+    }
+    element("greedy").onchange = ({ target }) =>
+      this.change({ sampling: { ...this.state.sampling, greedy: target.checked } });
     element("write-one").onclick = () => this.writeOne();
     element("go-on").onclick = () => (this.going ? this.stop() : this.goOn());
     this.picture = new Picture(this);
@@ -282,31 +288,53 @@ class App {
       watch.observe(root);
       sizes.observe(root);
     }
-    addEventListener("scroll", () => this.findSection(), { passive: true });
+    const scrolled = () => {
+      this.fold();
+      this.findSection();
+    };
+    addEventListener("scroll", scrolled, { passive: true });
     const stuck = new ResizeObserver(() => {
       const { style } = document.documentElement;
-      style.setProperty("--top", `${element("top").offsetHeight}px`);
+      if (!document.body.classList.contains("folded")) this.full = element("top").offsetHeight;
+      style.setProperty("--full", `${this.full}px`);
       style.setProperty("--stuck", `${this.heightOfBars()}px`);
     });
-    for (const id of ["top", "side", "sections-part"]) stuck.observe(element(id));
+    for (const id of ["top", "sections-part"]) stuck.observe(element(id));
+    element("unfold").onclick = () => this.fold(!document.body.classList.contains("unfolded"));
   }
 
-  /** Pixels at the top of the window that the page does not scroll under. */
+  /** Pixels at the top of the window that the page does not scroll under, wherever it is scrolled to. */
   heightOfBars() {
-    const all = ["top", "side", "sections-part"].map(element);
-    const bars = all.filter((bar) => getComputedStyle(bar).position === "sticky");
-    return bars.reduce((sum, bar) => sum + bar.offsetHeight, 0);
+    if (getComputedStyle(element("sections-part")).position !== "sticky") return 0;
+    const unfolded = document.body.classList.contains("unfolded");
+    return (unfolded ? element("top").offsetHeight : FOLDED) + element("sections-part").offsetHeight;
+  }
+
+  /** Where its sections are read, the head is folded to a few lines; it keeps its place in the page, so nothing jumps.
+  unfolded: it covers what is read, as long as it is wanted. */
+  fold(unfolded = document.body.classList.contains("unfolded")) {
+    const { classList } = document.body;
+    const below = scrollY > this.full - FOLDED;
+    if (classList.contains("folded") === (below && !unfolded) && !unfolded) return;
+    classList.toggle("unfolded", below && unfolded);
+    classList.toggle("folded", below && !unfolded);
+    element("unfold").ariaExpanded = below && unfolded;
+    element("text").scrollTop = element("text").scrollHeight;
   }
 
   /** So that nothing has to be built, and grows, when it comes into view. */
   async buildAll() {
-    for (const panel of this.panels) {
-      await nextMessage();
-      this.renderPanel(panel);
-    }
+    await this.renderAll();
     this.scrollTo(this.state.section);
     this.complete = true;
     this.rest();
+  }
+
+  async renderAll() {
+    for (const panel of this.panels) {
+      await nextMessage();
+      if (!this.going || !this.complete) this.renderPanel(panel);
+    }
   }
 
   scrolled(entries) {
@@ -351,6 +379,7 @@ class App {
 
   /** layer: of the part of the picture that led here. */
   goTo(section, changes = {}) {
+    this.fold(false);
     this.change({ ...changes, section }, { push: true });
     this.scrollTo(section);
     const panel = this.panels.find(({ id }) => id === section);
@@ -376,6 +405,7 @@ class App {
 
   draw() {
     this.markSection();
+    element("greedy").checked = this.state.sampling.greedy;
     if (this.trace) this.resolve();
     showTokens(this);
     showBars(this);
@@ -446,9 +476,8 @@ class App {
   }
 
   chooseNext(greedy = this.state.sampling.greedy) {
-    const last = this.trace.idx.length - 1;
-    if (greedy) return likeliest(this.trace.probs[last], 1)[0];
-    const { probs } = filtered(this.trace.logits[last], this.model.tokenizer_vocab_size, this.state.sampling);
+    const { logits } = this.trace;
+    const { probs } = filtered(logits.at(-1), this.model.tokenizer_vocab_size, { ...this.state.sampling, greedy });
     return drawFrom(probs, Math.random());
   }
 
@@ -462,7 +491,8 @@ class App {
       if (!(await this.writeOne(greedy, wanted))) break;
     }
     if (wanted() || !this.going) this.stop();
-    this.drawPanels();
+    await this.renderAll();
+    this.rest();
   }
 
   stop() {
@@ -483,15 +513,23 @@ class App {
 
 const tokens = (n) => `${n.toLocaleString("en")} ${n === 1 ? "token" : "tokens"}`;
 
-function describeRun({ model, progress, metrics }) {
+function describeRun({ model, progress, metrics, parameters, tokenizer }) {
   const kind = { window_mlp: "window network", gpt: "GPT", transformer: "encoder-decoder" }[model.model];
-  const parts = [
-    `${kind}, ${model.n_layer} ${model.n_layer === 1 ? "layer" : "layers"}, width ${model.n_embd}`,
-    `step ${progress.iter.toLocaleString("en")}`,
-  ];
-  parts.push(progress.best_val_loss ? `best val loss ${progress.best_val_loss.toFixed(4)}` : "no evaluation yet");
-  if (!metrics.length) parts.push("no metrics.jsonl");
-  return parts.join(" · ");
+  const V = tokenizer.pieces.lengths.length;
+  const layers = `${model.n_layer} ${model.n_layer === 1 ? "layer" : "layers"}`;
+  const attends = model.model !== "window_mlp";
+  const also = [model.position, model.qk_norm && "q/k norm", model.activation.replace("relu_squared", "ReLU²")];
+  if (model.mlp_conv) also.push(`convolution over ${model.mlp_conv} tokens`);
+  const { best_val_loss: best, iter } = progress;
+  const bits = metrics.find(({ val_loss }) => val_loss === best)?.val_bits_per_byte;
+  return (
+    `${kind}: ${layers}${attends ? ` × ${model.n_head} heads` : ""}, width ${model.n_embd}, context ` +
+    `${model.block_size}, ${V.toLocaleString("en")} tokens, ${(parameters / 1e6).toFixed(2)} million parameters; ` +
+    `${attends ? also.filter((name) => name && name !== "none").join(", ") : model.activation}. ` +
+    `Step ${iter.toLocaleString("en")}, ` +
+    (best ? `val loss ${best.toFixed(4)} nats a token` : "no evaluation yet") +
+    `${bits ? ` (${bits.toFixed(2)} bits a byte)` : ""}${metrics.length ? "" : ", no metrics.jsonl"}`
+  );
 }
 
 function missingNote({ text, command }) {
@@ -531,8 +569,8 @@ function showTokens(app) {
       const text = shown(tokenizer, id);
       item.dataset.id = id;
       item.textContent = text;
-      item.title = `token ${t}, id ${id}`;
-      item.setAttribute("aria-label", `token ${t}: ${text}, id ${id}`);
+      item.title = `position ${t} (from 0), id ${id}`;
+      item.setAttribute("aria-label", `position ${t}: ${text}, id ${id}`);
     }
     const chosen = t === at.t;
     if ((item.tabIndex === 0) !== chosen) item.tabIndex = chosen ? 0 : -1;
@@ -567,15 +605,15 @@ function showBars(app) {
   if (!app.trace) return list.replaceChildren();
   const best = likeliest(app.probs(), SHOWN);
   const last = at.t === app.trace.idx.length - 1;
-  element("bars-title").textContent = last ? "Next token" : `After token ${at.t}`;
+  element("bars-title").textContent = last ? "Next token" : `After position ${at.t}`;
   while (list.children.length > best.length) list.lastChild.remove();
   best.forEach((id, i) => {
     const [choose, number] = (list.children[i] ?? list.appendChild(barItem(app))).children;
     const p = app.probs()[id];
     const text = shown(tokenizer, id);
-    choose.firstChild.textContent = text;
+    choose.firstChild.textContent = { "⏎": "⏎ new line", "␣": "␣ space" }[text] ?? text;
     choose.lastChild.firstChild.style.width = `${100 * p}%`;
-    choose.setAttribute("aria-label", last ? `append ${text}` : `go on with ${text} after token ${at.t}`);
+    choose.setAttribute("aria-label", last ? `append ${text}` : `go on with ${text} after position ${at.t}`);
     number.textContent = percent(p);
     number.setAttribute("aria-label", `${percent(p)}: the sum of ${text}`);
     number.setAttribute("aria-pressed", id === at.next);

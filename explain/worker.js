@@ -102,6 +102,8 @@ const TOPICS = {
     computer.model = makeModel({ weights, ...data });
     computer.models = snapshots.map((snapshot) => once(() => makeSnapshot({ weights, ...data }, snapshot)));
     computer.models.push(() => computer.model);
+    const sizes = new Map(weights.tensors.map(({ shape, offset }) => [offset, sizeOf(shape)])); // tied ones once
+    data.parameters = [...sizes.values()].reduce((sum, size) => sum + size, 0);
     data.steps = [...snapshots.map(({ iter }) => iter), data.progress.iter];
     computer.tokenizer = makeTokenizer(data.tokenizer);
     computer.translates = data.task === "translation";

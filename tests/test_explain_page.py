@@ -178,7 +178,7 @@ def test_greedy_writes_what_sample_py_writes(opened, runs):
         token.item()
         for token in generate(model, idx, 12, tokenizer.vocab_size, temperature=0)
     ]
-    view.select(section="writing")
+    view.page.check("#greedy")
     for _ in range(12):
         view.page.click("#write-one")
         view.settle()
@@ -226,6 +226,7 @@ def test_continue_writes_what_sample_py_writes_when_the_context_is_full_too(open
     idx = tensor_of(tokenizer, START)
     written = generate(model, idx, 40, tokenizer.vocab_size, temperature=0)
     expected = START + tokenizer.decode([token.item() for token in written])
+    view.page.check("#greedy")
     view.page.click("#go-on")
     view.until("document.getElementById('text').value.length > 42")
     view.page.click("#go-on")
@@ -625,7 +626,7 @@ def test_the_keyboard_alone_walks_over_tokens_and_numbers_and_opens_their_arithm
     assert view.page.evaluate(focused) == "token embedding"
     press("ArrowRight")
     press("ArrowRight")
-    assert "token embedding, token 0, feature 2" in view.page.inner_text("#arithmetic h3")
+    assert "token embedding, position 0, feature 2" in view.page.inner_text("#arithmetic h3")
     assert view.page.evaluate(focused) == "token embedding"
 
 
