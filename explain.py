@@ -1,7 +1,7 @@
 """A run -> one HTML page in which its model computes in front of you, as you type.
 
     python explain.py --out_dir=out/shakespeare_char
-    python explain.py --out_dir=out/shakespeare_char --start="ROMEO:" --to=page.html
+    python explain.py --out_dir=out/shakespeare_char --start="ROMEO: What light through yon" --to=page.html
 
 The page is one file: it opens from disk in any browser, without a network, and can be sent by mail. In it are the
 model's weights, rounded to 16 bits, those of its run's snapshots, in 8 bits, its tokenizer and its losses.

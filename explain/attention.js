@@ -4,7 +4,7 @@
 
 const narrow = matchMedia("(max-width: 44rem)");
 /** Tokens that a matrix shows at most in each direction, so that its cells are large enough to be read. */
-const regionSize = () => (narrow.matches ? 15 : 28);
+const regionSize = () => (narrow.matches ? 15 : 48);
 const THUMB = 48; // pixels of a small picture, at most
 
 const attentionOf = (app, branch) => lookUp(app.trace, blockPath(app, branch));
@@ -30,17 +30,13 @@ function headGrid(app, branch, layers = null) {
       const column = Array.from({ length: app.config.n_head }, (_, number) => cell(layer, number));
       column.forEach((made) => cells.set(`${layer}.${made.number}`, made));
       const name = h("span", { class: "quiet" }, `Layer ${layer + 1}`);
-      return h(
-        "div",
-        { class: "head-column" },
-        name,
-        column.map(({ press }) => press),
-      );
+      return h("div", { class: "head-column" }, name, column.map(({ press }) => press));
     });
     root.replaceChildren(...columns);
   };
   const update = () => {
-    if (wanted().join() !== [...new Set([...cells.values()].map(({ layer }) => layer))].join()) build();
+    if (wanted().join() !== [...new Set([...cells.values()].map(({ layer }) => layer))].join())
+      keepFocus(root, build);
     for (const { canvas, press, layer, number } of cells.values()) {
       press.setAttribute("aria-pressed", layer === app.at.layer && number === app.at.head);
       paintMatrix(canvas, lookUp(app.trace, `${app.stack}.blocks.${layer}.${branch}`).weights[number]);
@@ -115,6 +111,7 @@ function attentionMatrix(app, branch, { label = null, encoder = false } = {}) {
           const [t, s] = [from[0] + dy, from[1] + dx];
           if (s < 0 || t < 0 || t >= rows().length || s >= (cross ? keys().length : t + 1)) return;
           app.open(`${path()}.weights:${app.at.head},${t},${s}`);
+          update(); // at once, for the next key
         },
   });
   const selectedPair = () => {
@@ -259,11 +256,7 @@ function beside(first, others) {
     "div",
     { class: "beside" },
     first.root,
-    h(
-      "div",
-      { class: "drawn" },
-      others.map((part) => part.root),
-    ),
+    h("div", { class: "drawn" }, others.map((part) => part.root)),
   );
   return { root, update: () => [first, ...others].forEach((part) => part.update?.()) };
 }

@@ -142,11 +142,7 @@ class Drawer {
     const details = h("details", { open: Boolean(wasOpen) }, h("summary", {}, `All ${y.terms.length} terms`));
     const spell = () => {
       if (!details.open || details.querySelector("table")) return;
-      const body = h(
-        "tbody",
-        {},
-        y.terms.map((term) => this.row(term)),
-      );
+      const body = h("tbody", {}, y.terms.map((term) => this.row(term)));
       const scroll = { class: "scroll", tabindex: 0, role: "group", "aria-label": "all terms" };
       details.append(h("div", scroll, h("table", { class: "terms" }, body)));
     };

@@ -99,11 +99,7 @@ function table(caption, heads, rows, numeric = []) {
         "table",
         { "aria-label": caption },
         h("thead", {}, h("tr", {}, cells("th", heads))),
-        h(
-          "tbody",
-          {},
-          rows.map((row) => h("tr", {}, cells("td", row))),
-        ),
+        h("tbody", {}, rows.map((row) => h("tr", {}, cells("td", row)))),
       ),
     ),
   );
@@ -140,7 +136,7 @@ function colourTable() {
 
 const strips = new Set();
 const waiting = new Set(); // strips that will be drawn
-const TALLEST = 440; // pixels of a matrix
+const TALLEST = 640; // pixels of a matrix
 const LABEL = "12px ui-monospace, 'DejaVu Sans Mono', monospace";
 const SMALLEST = 13; // pixels of a cell whose row has a label
 const short = (text) => (text.length > 9 ? `${text.slice(0, 8)}…` : text);
@@ -188,11 +184,12 @@ class Strip {
 
   /** values: numbers, NaN where there is none. scales: of each row; by default max for all, or the largest absolute
   value. note: after the scale. */
-  show(values, { selected = this.options.onSelect ? -1 : this.selected, scales = null, max = 0, note = "", ...changed } = {}) {
+  show(values, { selected, scales = null, max = 0, note = "", ...changed } = {}) {
     const { part, columns } = { ...this.options, ...changed };
     this.values = values;
     this.options.part = part;
     this.options.columns = columns;
+    selected ??= this.options.onSelect ? -1 : this.selected;
     this.selected = selected < values.length ? selected : -1;
     this.scales = scales;
     const known = values.filter(Number.isFinite);
@@ -430,7 +427,10 @@ class Chart {
 
   show(lines, { level = null, unit = "step" } = {}) {
     Object.assign(this, { lines, level, unit });
-    const names = lines.map(({ name, colour }) => h("span", { class: `key-${colour}` }, name));
+    const end = (points) => +points.at(-1)[1].toPrecision(4);
+    const names = lines.map(({ name, colour, points }) =>
+      h("span", { class: `key-${colour}` }, `${name}, ${end(points)} at the end`),
+    );
     if (level) names.push(h("span", { class: "key-level" }, level.name));
     this.key.replaceChildren(...names);
     this.draw();
@@ -445,24 +445,26 @@ class Chart {
     const context = this.canvas.getContext("2d");
     context.scale(ratio, ratio);
     const x1 = Math.max(...points.map(([x]) => x), 1);
-    const y1 = Math.max(...points.map(([, y]) => y), this.level?.y ?? 0) * 1.05 || 1;
-    const at = ([x, y]) => [44 + (x / x1) * (width - 56), height - 22 - (y / y1) * (height - 32)];
-    this.axes(context, { width, height, x1, y1 });
+    const all = [...points.map(([, y]) => y), ...(this.level ? [this.level.y] : [])];
+    const y1 = Math.max(...all) * 1.03 || 1;
+    const y0 = Math.min(...all) > 0.3 * y1 ? Math.min(...all) * 0.97 : 0; // where 0 would flatten the lines
+    const at = ([x, y]) => [44 + (x / x1) * (width - 56), height - 22 - ((y - y0) / (y1 - y0)) * (height - 32)];
+    this.axes(context, { width, height, x1, y0, y1 });
     if (this.level) this.line(context, [at([0, this.level.y]), at([x1, this.level.y])], palette().line, [4, 4]);
     for (const { points: line, colour } of this.lines) {
       this.line(context, line.map(at), `rgb(${[palette().negative, palette().positive][colour]})`, []);
     }
   }
 
-  axes(context, { width, height, x1, y1 }) {
+  axes(context, { width, height, x1, y0, y1 }) {
     context.font = "12px system-ui, sans-serif";
     context.fillStyle = context.strokeStyle = palette().line;
     context.lineWidth = 1;
     context.strokeRect(44.5, 10.5, 0, height - 32);
     context.strokeRect(44.5, height - 21.5, width - 56, 0);
     context.textAlign = "right";
-    context.fillText(y1.toPrecision(2), 40, 18);
-    context.fillText("0", 40, height - 20);
+    for (const part of [0, 0.25, 0.5, 0.75, 1])
+      context.fillText(+(y0 + part * (y1 - y0)).toPrecision(2), 40, height - 18 - part * (height - 32));
     context.fillText(`${this.unit} ${x1.toLocaleString("en")}`, width - 10, height - 6);
   }
 

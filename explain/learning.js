@@ -16,10 +16,10 @@ function needsSnapshots(app) {
 
 function learnedPanel(app) {
   const { steps } = app.data;
-  let number = 0;
+  let number = Math.min(2, steps.length - 2); // where it has begun to show
   const value = (t) => (t ? digits(loss.values[t]) : "nothing predicts it");
   const loss = new Strip({
-    label: "Loss of each token, in nats",
+    label: "Loss of each token, in nats: −ln of the probability that it had",
     describe: (t) => `${tokenName(app, t)}: ${value(t)}`,
   });
   const attention = new Strip({
@@ -47,9 +47,10 @@ function learnedPanel(app) {
       embedding.root,
     ];
   });
+  const named = (i) => `${count(steps[i])}${steps[i] ? "" : ", before training"}`;
   const step = slider(
     "Step of training",
-    { min: 0, max: steps.length - 1, step: 1, value: number, format: (i) => count(steps[i]) },
+    { min: 0, max: steps.length - 1, step: 1, value: number, format: named },
     (i) => ((number = i), result.update()),
   );
   return assemble(controlRow(step), app.stack ? controlRow(layerPicker(app), headPicker(app)) : "", result);
@@ -69,9 +70,11 @@ function learnedText(app, step, losses) {
   const guessing = Math.log(app.model.tokenizer_vocab_size);
   const rounding = step === app.data.progress.iter ? "" : " Its weights are rounded to 8 bits.";
   if (!losses.length) return "A single token: there is nothing to predict yet." + rounding;
+  const guesses = !step && Math.abs(meanOf(losses) - guessing) < 0.01;
+  const why = guesses ? " The head starts at zero, so all tokens are alike." : "";
   return (
     `After step ${count(step)} the mean loss of this text is ${digits(meanOf(losses))}; guessing among all tokens ` +
-    `has ${digits(guessing)}.${rounding}`
+    `has ${digits(guessing)}, ln of their number.${why}${rounding}`
   );
 }
 
@@ -95,16 +98,21 @@ function needsBackward(app) {
 }
 
 function stepPanel(app) {
-  const state = { rate: 0.1, count: 0, text: null };
+  const state = { rate: 0.1, count: 0, text: null, undone: false };
   const question = () => {
     const { idx } = app.trace;
-    if (state.text !== JSON.stringify(idx)) Object.assign(state, { text: JSON.stringify(idx), count: 0 });
-    return idx.length > 1 && state.count ? { idx, rate: state.rate, count: state.count } : null;
+    if (state.text !== JSON.stringify(idx))
+      Object.assign(state, { text: JSON.stringify(idx), count: 0, undone: state.count > 0 });
+    return idx.length > 1 ? { idx, rate: state.rate, count: state.count } : null;
   };
   const result = answered(app, "descend", question, (answer) => {
-    const missing = app.trace.idx.length < 2 ? " A single token has no loss: type another." : "";
-    if (!answer) return h("p", { class: "quiet", role: "status" }, `The weights are those of the run.${missing}`);
-    const { before, after } = answer;
+    const { before, after } = answer ?? {};
+    if (!after?.sizes) {
+      const loss = answer ? ` The mean loss of this text is ${digits(meanOf(before.losses))}.` : "";
+      const more = app.trace.idx.length < 2 ? " A single token has no loss: type another." : loss;
+      const undone = state.undone ? " The text changed, so its steps are undone." : "";
+      return h("p", { class: "quiet", role: "status" }, `The weights are those of the run.${undone}${more}`);
+    }
     const steps = `${state.count} ${state.count === 1 ? "step" : "steps"}`;
     const losses = [before, after].map(({ losses }) => meanOf(losses));
     const rows = after.sizes.map(({ name, gradient, weights }) => [
@@ -117,7 +125,8 @@ function stepPanel(app) {
       h(
         "p",
         { role: "status", "data-loss": losses[1] },
-        `${steps} on this text: its mean loss was ${digits(losses[0])} and is ${digits(losses[1])}.`,
+        `${steps} on this text: its mean loss was ${digits(losses[0])} and is ${digits(losses[1])}. A ` +
+          "trial: the picture above still has the weights of the run.",
       ),
       comparison(app, "The next token", ["before", "after"], [before.probs, after.probs]),
       table(
@@ -129,7 +138,7 @@ function stepPanel(app) {
     ];
   });
   const move = (change) => {
-    state.count = Math.min(Math.max(state.count + change, 0), MOST_STEPS);
+    Object.assign(state, { count: Math.min(Math.max(state.count + change, 0), MOST_STEPS), undone: false });
     result.update();
   };
   const rates = { min: -3, max: 1, step: 0.1, value: -1, format: (x) => (10 ** x).toPrecision(2) };
@@ -196,7 +205,7 @@ class LeafPictures {
     const [least, most] = [Math.min(...all), Math.max(...all)];
     const heights = losses.map((row) => row.map((loss) => (loss - least) / (most - least || 1)));
     const names = `${weights[0][0]} to the right, ${weights[1][0]} upwards`;
-    const range = `from ${digits(least)} to ${digits(most)}`;
+    const range = `from ${digits(least)}, grey, to ${digits(most)}, orange`;
     this.landscape.show(heights, [[0.5, 0.5, 0]], `Loss ${range}, up to 2 around the weights of now: ${names}.`);
   }
 }

@@ -7,16 +7,25 @@ build(app): its elements, nodes, and update(), which draws them for the text and
 
 /** Elements and parts with an update() of their own, as one panel. */
 function assemble(...parts) {
-  return {
-    nodes: parts.map((part) => part.root ?? part),
-    update: () => parts.forEach((part) => part.update?.()),
-  };
+  return { nodes: parts.map((part) => part.root ?? part), update: () => parts.forEach((part) => part.update?.()) };
 }
 
 /** An element that is drawn by f() at each update. */
 function drawn(f, attributes = {}) {
   const root = h("div", { class: "drawn", ...attributes });
-  return { root, update: () => keepFocus(root, () => root.replaceChildren(...[f()].flat().filter(Boolean))) };
+  const nodes = () => [f()].flat().filter(Boolean);
+  const draw = () => root.replaceChildren(...nodes().map((node, i) => renewed(root.children[i], node)));
+  return { root, update: () => keepFocus(root, draw) };
+}
+
+/** A table in place of another one: it keeps the part that scrolls, and that Tab has been to. */
+function renewed(old, fresh) {
+  if (old === fresh || [old, fresh].some((node) => node?.className !== "captioned")) return fresh;
+  const [scroll, filled] = [old.lastChild, fresh.lastChild];
+  old.firstChild.replaceWith(fresh.firstChild);
+  scroll.setAttribute("aria-label", filled.getAttribute("aria-label"));
+  scroll.replaceChildren(...filled.children);
+  return old;
 }
 
 /** An element that is drawn by draw(answer) of what the worker answers to question(), or by draw(null). */
@@ -75,24 +84,17 @@ function weightStrip(app, label, name, path) {
   return { root: strip.root, update };
 }
 
-function layerPicker(app) {
-  const options = Array.from({ length: app.config.n_layer }, (_, i) => `${i + 1}`);
-  const root = picker("Layer", options, app.at.layer, (layer) => app.select({ layer, number: null }));
-  return { root, update: () => root.set(app.at.layer) };
+/** Of n layers or heads, the selected one. name: in the state. */
+function numberPicker(app, label, name, n) {
+  const options = Array.from({ length: n }, (_, i) => `${i + 1}`);
+  const root = picker(label, options, app.at[name], (i) => app.select({ [name]: i, number: null }));
+  return { root, update: () => root.set(app.at[name]) };
 }
-
-function headPicker(app) {
-  const options = Array.from({ length: app.config.n_head }, (_, i) => `${i + 1}`);
-  const root = picker("Head", options, app.at.head, (chosen) => app.select({ head: chosen, number: null }));
-  return { root, update: () => root.set(app.at.head) };
-}
+const layerPicker = (app) => numberPicker(app, "Layer", "layer", app.config.n_layer);
+const headPicker = (app) => numberPicker(app, "Head", "head", app.config.n_head);
 
 function controlRow(...parts) {
-  const root = h(
-    "div",
-    { class: "controls" },
-    parts.map((part) => part.root ?? part),
-  );
+  const root = h("div", { class: "controls" }, parts.map((part) => part.root ?? part));
   return { root, update: () => parts.forEach((part) => part.update?.()) };
 }
 
@@ -135,7 +137,9 @@ function leafPanel() {
     colour.style.background = `rgb(${state.x.slice(0, 3).join()})`;
     const [leaf, flower] = y.output;
     verdict.textContent =
-      `Leaf ${digits2(leaf)}, flower ${digits2(flower)}: the network sees a ` + `${leaf > flower ? "leaf" : "flower"}.`;
+      leaf > flower
+        ? `Output: leaf wins, ${digits2(leaf)} > ${digits2(flower)}.`
+        : `Output: flower wins, ${digits2(flower)} ≥ ${digits2(leaf)}.`;
   };
   const slide = (i, max, step) =>
     slider(INPUTS[i], { min: 0, max, step, value: state.x[i] }, (value) => {
@@ -178,18 +182,11 @@ function networkColumns({ x, sums, hidden, output }, { selected, relu }, onSelec
         neuron("hidden", o, value, relu && sums[o] < 0 ? `${digits2(sums[o])} → 0` : `neuron ${o + 1}`),
       ),
     ),
-    column(
-      "Output",
-      output.map((value, o) => neuron("output", o, value, KINDS[o])),
-    ),
+    column("Output", output.map((value, o) => neuron("output", o, value, KINDS[o]))),
   ];
 }
 
-const digits2 = (x) =>
-  x
-    .toFixed(Math.abs(x) < 100 ? 2 : 1)
-    .replace("-", "−")
-    .replace(/\.?0+$/, "");
+const digits2 = (x) => minus(x.toFixed(Math.abs(x) < 100 ? 2 : 1)).replace(/\.?0+$/, "");
 const tint = (x, max) => `--tint: rgb(${colourOf(Math.max(Math.min(x / max, 1), -1) * 0.8).join()})`;
 
 /** The selected neuron's sum, with every number in it, weights in their colour. */
@@ -272,23 +269,12 @@ class LeafTraining {
       { min: -2, max: 3, step: 0.1, value: Math.log10(0.5), format: (x) => (10 ** x).toPrecision(2) },
       (x) => (this.rate = 10 ** x),
     );
-    const weights = picker(
-      "Weight",
-      WEIGHT_NAMES.map(([name]) => name),
-      0,
-      (i) => ((this.weight = i), this.show()),
-    );
+    const weights = picker("Weight", WEIGHT_NAMES.map(([name]) => name), 0, (i) => ((this.weight = i), this.show()));
+    const buttons = [button("Step", () => this.step()), this.go, button("Start over", () => this.reset()), rates];
     this.root = h(
       "div",
       { class: "drawn" },
-      h(
-        "div",
-        { class: "controls" },
-        button("Step", () => this.step()),
-        this.go,
-        button("Start over", () => this.reset()),
-        rates,
-      ),
+      h("div", { class: "controls" }, buttons),
       this.status,
       this.chart.root,
       h("div", { class: "controls" }, weights),
@@ -344,7 +330,7 @@ class LeafTraining {
       ? `Exploded after step ${steps}: with a rate of ${this.rate.toPrecision(2)} each step jumps over the ` +
         `valley and lands higher. Start over with a smaller rate.`
       : `Step ${steps}: loss ${loss.toFixed(4)}, ${Math.round(100 * accuracy)} % of 80 other objects right.`;
-    this.chart.show([{ name: "training loss", points: this.losses.map((y, x) => [x, y]), colour: 1 }], {
+    this.chart.show([{ name: "training loss", points: this.losses.map((y, x) => [x, y]), colour: 0 }], {
       level: { name: "ln 2: guessing", y: Math.LN2 },
     });
     const another = WEIGHT_NAMES[(this.weight + 1) % WEIGHT_NAMES.length];
@@ -356,9 +342,9 @@ class LeafTraining {
     const derivative = leafGradient(this.network, this.objects)[layer].weight[o][i];
     this.nudge.textContent =
       `${name} is ${digits(this.network[layer].weight[o][i])}. Raised by ${NUDGE}, it ` +
-      `changes the loss by ${digits(difference * NUDGE)}: ${digits(difference)} for each unit. By the chain ` +
-      `rule its derivative is ${digits(derivative)}, so a step of gradient descent ` +
-      `${derivative > 0 ? "lowers" : "raises"} it by ${digits(Math.abs(this.rate * derivative))}.`;
+      `changes the loss by ${minus((difference * NUDGE).toPrecision(2))}: ${digits(difference)} for each unit. By ` +
+      `the chain rule its derivative is ${digits(derivative)}, so a step of gradient descent ` +
+      `moves it by ${minus((-this.rate * derivative).toPrecision(2))}.`;
   }
 }
 
@@ -488,10 +474,7 @@ function subwordsPanel(app) {
         command: "python train.py config/article/02_subwords/2-subwords-same-text.py",
       }),
     );
-  return assemble(
-    ...parts,
-    drawn(() => mergeTable(app)),
-  );
+  return assemble(...parts, drawn(() => mergeTable(app)));
 }
 
 const MERGED =
@@ -776,12 +759,7 @@ function comparison(app, caption, heads, predictions) {
   const rows = [...ids]
     .slice(0, 10)
     .map((id) => [h("code", {}, shown(app.tokenizer, id)), ...predictions.map((probs) => percent(probs[id]))]);
-  return table(
-    caption,
-    ["token", ...heads],
-    rows,
-    heads.map((_, i) => i + 1),
-  );
+  return table(caption, ["token", ...heads], rows, heads.map((_, i) => i + 1));
 }
 
 function mlpPanel(app) {
@@ -795,8 +773,8 @@ function mlpPanel(app) {
       h(
         "p",
         {},
-        `Not quite by itself in this run: by a short convolution each feature first takes a share of the same feature ` +
-          `of ${reach}.`,
+        `Not quite by itself in this run: by a short convolution each feature first takes a share of the same ` +
+          `feature of ${reach}.`,
       ),
       rowStrip(app, "after the convolution", path("conv")),
     );
@@ -933,8 +911,8 @@ const POSITION_TEXTS = {
   sinusoidal: "Each position has a fixed vector of sinusoids, fast ones first, which is added to the token's.",
   rotary:
     "Each pair of features of a query or key is rotated by an angle that grows with its position: in their " +
-    "product the position counts only through the distance. Each dial is a pair; its hand points to the angle between " +
-    "query and key.",
+    "product the position counts only through the distance. Each dial is a pair; its hand points to the angle " +
+    "between query and key.",
   alibi: "Each head lowers a score by its slope times the distance.",
 };
 
@@ -950,10 +928,7 @@ function positionHeat(app) {
   const update = () => {
     const i = app.selectedIn(path, app.at.t);
     const selected = i < 0 ? -1 : app.at.t * app.config.n_embd + i;
-    heat.show(
-      lookUp(app.trace, path).flatMap((row) => [...row]),
-      { selected },
-    );
+    heat.show(lookUp(app.trace, path).flatMap((row) => [...row]), { selected });
   };
   return [rowStrip(app, "vector of this position", () => path), { root: heat.root, update }];
 }
@@ -1159,8 +1134,8 @@ const PANELS = [
     chapter: "A simple neural network",
     build: leafPanel,
     intro:
-      "Numbers in, weights, sums, numbers out: the article's first network, which tells leaves from flowers. Your " +
-      "model is made of the same sums, of more of them. Select a neuron to see its sum.",
+      "A toy, not your model: the first network of the article “Understanding LLMs from Scratch Using Middle " +
+      "School Math”, which tells leaves from flowers. Your model is made of the same sums, of more of them. Select a neuron.",
   },
   {
     id: "training",
@@ -1168,7 +1143,7 @@ const PANELS = [
     title: "Training",
     chapter: "How are these models trained?",
     build: trainingPanel,
-    intro: "Gradient descent changes each weight a little, in the direction in which the loss falls.",
+    intro: "The toy again: gradient descent changes each weight a little, in the direction in which the loss falls.",
   },
   {
     id: "learned",
@@ -1185,8 +1160,8 @@ const PANELS = [
     build: stepPanel,
     missing: needsBackward,
     intro:
-      "Gradient descent on your own text, here: each weight of your model moves against its derivative. Nothing else " +
-      "on this page changes by it.",
+      "Plain gradient descent on this text alone, not the run's optimizer: each weight of your model moves against " +
+      "its derivative. Nothing else on this page changes by it.",
   },
   {
     id: "writing",

@@ -15,24 +15,15 @@ class Picture {
     this.parts = new Map(); // by name: {root, paint()}
     this.flow = element("flow");
     const { config, stack } = app;
-    this.stage(
-      "Tokens",
-      this.part("tokens", "the text", "writing", () => this.listTokens()),
-    );
+    this.stage("Tokens", this.part("tokens", "the text", "writing", () => this.listTokens()));
     const embeds = [this.part("embed", "embedding", "embeddings", (part) => this.paintEmbeddings(part))];
     if (stack && /learned|sinusoidal/.test(config.position))
       embeds.push(this.part("position", config.position, "positions"));
     this.stage("Embedding", ...embeds);
     if (app.encodes)
-      this.stage(
-        "Encoder",
-        this.part("encoder", "read once", "transformer", (part) => this.paintEncoder(part)),
-      );
+      this.stage("Encoder", this.part("encoder", "read once", "transformer", (part) => this.paintEncoder(part)));
     for (let i = 0; i < config.n_layer; i++) this.layer(i);
-    this.stage(
-      "Output",
-      this.part("head", stack ? "norm, head" : "head", "softmax", (part) => this.paintHead(part)),
-    );
+    this.stage("Output", this.part("head", stack ? "norm, head" : "head", "softmax", (part) => this.paintHead(part)));
     onLight = (origin, read) => this.light(origin, read);
   }
 

@@ -490,8 +490,11 @@ class App {
     for (let written = 0; wanted() && written < most; written++) {
       if (!(await this.writeOne(greedy, wanted))) break;
     }
+    const { complete } = this;
+    this.complete = false; // so that the page is not at rest until its sections have what was written
     if (wanted() || !this.going) this.stop();
     await this.renderAll();
+    this.complete ||= complete;
     this.rest();
   }
 
@@ -589,13 +592,7 @@ function tokenButton(app, t) {
     app.select({ t: to });
     element("tokens").children[to].focus();
   };
-  return h("button", {
-    type: "button",
-    tabindex: -1,
-    "aria-pressed": "false",
-    onclick: () => app.select({ t }),
-    onkeydown: walk,
-  });
+  return button("", () => app.select({ t }), { tabindex: -1, "aria-pressed": "false", onkeydown: walk });
 }
 
 /** The most probable next tokens: the bar appends one, its number leads to its sum. */

@@ -1381,5 +1381,5 @@ FILES = sorted((ROOT / "explain").iterdir())
 def test_the_page_and_its_scripts_stay_small():
     sizes = {path.name: path.stat().st_size for path in FILES}
     assert (
-        sizes["model.js"] + sizes["tokenizer.js"] < 45_000 and sum(sizes.values()) < 270_000
+        sizes["model.js"] + sizes["tokenizer.js"] < 45_000 and sum(sizes.values()) < 280_000
     )

@@ -626,7 +626,9 @@ def test_the_keyboard_alone_walks_over_tokens_and_numbers_and_opens_their_arithm
     assert view.page.evaluate(focused) == "token embedding"
     press("ArrowRight")
     press("ArrowRight")
-    assert "token embedding, position 0, feature 2" in view.page.inner_text("#arithmetic h3")
+    assert "token embedding, position 0, feature 2" in view.page.inner_text(
+        "#arithmetic h3"
+    )
     assert view.page.evaluate(focused) == "token embedding"
 
 
