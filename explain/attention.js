@@ -108,7 +108,8 @@ function attentionMatrix(app, branch, { label = null, encoder = false } = {}) {
       ? null
       : (dx, dy) => {
           const from = selectedPair();
-          const [t, s] = [from[0] + dy, from[1] + dx];
+          const t = from[0] + dy;
+          const s = dy && !cross ? Math.min(from[1], t) : from[1] + dx; // upwards from the diagonal: along it
           if (s < 0 || t < 0 || t >= rows().length || s >= (cross ? keys().length : t + 1)) return;
           app.open(`${path()}.weights:${app.at.head},${t},${s}`);
           update(); // at once, for the next key

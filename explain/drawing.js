@@ -21,7 +21,8 @@ function keepFocus(root, draw) {
   const all = () => [...root.querySelectorAll("button:not([disabled]), [tabindex]")];
   const at = all().indexOf(document.activeElement);
   draw();
-  if (at >= 0) (all()[at] ?? all().at(-1))?.focus({ preventScroll: true });
+  const title = root.closest("section")?.querySelector("h2");
+  if (at >= 0) (all()[at] ?? all().at(-1) ?? title)?.focus({ preventScroll: true });
 }
 
 /** A number with its sign and two digits; none of either where these are zeros. */
