@@ -9,7 +9,7 @@
 
 train: same shapes, same math (nanoGPT's CPU preset and AdamW, or a --config), same text; medians in milliseconds, and
 `speedup`, nanoGPT's median over ours. Each runs in a process of its own, as its users have it; nanoGPT computes in
-float32 on a CPU and in bfloat16 on a GPU, and so do we unless --dtype says otherwise.
+float32 on a CPU and in bfloat16 on a GPU, and ours too unless --dtype says otherwise.
 loss: nanoGPT's CPU preset as it is, then --config with as many steps as should take 0.8 of its seconds, for each seed.
 Both are scored by the same function on the whole validation split, in blocks of their own block_size. Seconds are those
 of training alone; those to --target are interpolated between the evaluations around it (all, where it is not reached),

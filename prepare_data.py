@@ -88,7 +88,7 @@ STREAM = "standard_input.txt"  # the copy of a stream, which is read more than o
 RESUME = "run the same command again to resume"
 OWN_TEXT = "python prepare_data.py --input=FILE_OR_FOLDER --name=NAME"
 CHOICES = ("auto", *TOKENIZERS)
-# tokenizer=auto: characters for small text, and from so many bytes on so many subwords, from measured runs
+# tokenizer=auto: characters for small text, and from so many bytes on so many subwords; estimates, not yet measured
 AUTO = ((2_000_000, 512), (8_000_000, 2048), (50_000_000, 8192), (500_000_000, 32_768))
 MOST_CHARACTERS = 256  # of a small text; with more, its tokens are bytes
 PAIRS = {"only_with": {"task": Pairs.task}}

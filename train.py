@@ -630,8 +630,8 @@ def progress_bar(run: Run) -> tqdm:
     )
 
 
-def report(bar: tqdm, row: dict, run: Run, evaluation: float) -> None:
-    """Show the numbers in the bar on a terminal, and in a line elsewhere. evaluation: seconds of the last one."""
+def report(bar: tqdm, row: dict, run: Run, evaluation_seconds: float) -> None:
+    """Show the numbers in the bar on a terminal, and in a line elsewhere. evaluation_seconds: of the last one."""
     progress = run.progress
     norm = "inf" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
     text = (
@@ -648,7 +648,8 @@ def report(bar: tqdm, row: dict, run: Run, evaluation: float) -> None:
     else:
         of = f"/{steps}"
         left = (steps - progress.iter) * progress.seconds / progress.iter
-        left += math.ceil((steps - progress.iter) / run.config.eval_interval) * evaluation
+        evaluations = math.ceil((steps - progress.iter) / run.config.eval_interval)
+        left += evaluations * evaluation_seconds
     write_line(bar, f"iter {progress.iter}{of}: {text}, {left:.0f} s left")
 
 

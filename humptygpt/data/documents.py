@@ -98,7 +98,7 @@ def find_files(where: str, errors: str = "strict") -> tuple[list[Path], Counter]
 
 
 def data_name(where: str) -> str:
-    """Return a name for the data of an input: that of a folder, or of a file without its endings; of a pattern's."""
+    """Return a name for an input's data: its folder's, its file's without endings, or that of a pattern's folder."""
     parts = reversed(Path(where).resolve().parts)
     stems = (re.sub(r"[^\w-]+", "_", part.partition(".")[0]).strip("_") for part in parts)
     return next(filter(None, stems), "text")

@@ -47,11 +47,10 @@ def prepare_for_generation(
 ) -> nn.Module:
     """Return the model itself with its layers swapped, on the device; it can no longer be trained or saved.
 
-    compiles: for a CompiledGPT, whose compiler finds the shorter way itself.
-
     dtype: of the weights, float32, bfloat16 or float16, or on a CPU int8. They are converted now, once; under autocast
     each token would convert them all again. Embeddings stay as they are: a token reads one row, and of a file that is
-    mapped only the rows that were read are in memory.
+    mapped only the rows that were read are in memory. compiles: for a CompiledGPT, whose compiler finds the shorter
+    way itself.
     """
     model.eval().requires_grad_(False)
     for module in model.modules():  # yields the children after they are swapped here

@@ -78,9 +78,8 @@ def example_text(run: Loaded) -> str:
     if run.task == "translation" and run.tokenizer.eot in ids:
         ids = ids[: ids.index(run.tokenizer.eot)]
     text = run.tokenizer.decode(ids).rstrip("\ufffd")
-    return (
-        text.partition("\n")[2].lstrip() or text
-    )  # of a text cut anywhere, from a new line on
+    # the split begins anywhere in the text, so from its first new line on
+    return text.partition("\n")[2].lstrip() or text
 
 
 def check_size(model: nn.Module, snapshots: int, max_mb: float) -> None:
