@@ -17,12 +17,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY_RUN, read_rows
 from test_bench import NANOGPT
-from test_inference import logits_in_pieces
+from test_inference import PADDED, greedy, logits_in_pieces
 from test_model import VARIANTS, random_model, tokens
 
 import bench
 import prepare_data
 import train
+from humptygpt.generation.compiled import CompiledGPT
 from humptygpt.generation.decoder import prepare_for_generation
 from humptygpt.generation.sampling import generate
 from humptygpt.nn.layers import autocast, pick_dtype
@@ -152,6 +153,21 @@ def test_in_16_bits_cached_is_uncached_also_padded(position, window):
         error = (found - expected).square().mean() / expected.var()
         assert error < 0.03**2
     torch.testing.assert_close(cached, whole, atol=0.1, rtol=0.0)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_compiled_decode_writes_the_tokens_of_eager_decode(position, capsys):
+    """As sample.py compiles on a card, by CUDA graphs; on a CPU traced and not compiled."""
+    torch._dynamo.reset()
+    model = random_model(position=position, mlp_conv=2, qk_norm=True, window=5).eval()
+    low = {"dtype": torch.float32, "device": DEVICE}
+    options = {"mode": "reduce-overhead"} if ON_GPU else {"backend": "eager"}
+    eager = prepare_for_generation(copy.deepcopy(model), **low)
+    ready = prepare_for_generation(copy.deepcopy(model), **low, compiles=True)
+    compiled = CompiledGPT(ready, **options)
+    for idx in (tokens(3, 4).to(DEVICE), PADDED.to(DEVICE)):
+        assert greedy(compiled, idx, 30) == greedy(eager, idx, 30)
+    assert "compile fails" not in capsys.readouterr().err
 
 
 def test_a_text_is_the_same_in_a_batch_and_alone(tiny):
