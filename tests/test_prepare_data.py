@@ -150,20 +150,21 @@ PREPARE = [
     "--vocab_size=300",
 ]
 
-# Runs prepare_data in small steps and is killed at writing call number argv[1]; prints the number of calls.
+# Reads lines "CALL KEYS" and, for each, runs prepare_data in small steps, in a process that is killed at writing call
+# number CALL; prints a line of JSON: the exit status and what was written, once its worker processes have ended, too.
 KILLED = """
-import os, pathlib, signal, sys
-sys.path.insert(0, sys.argv[2])
+import json, os, pathlib, signal, sys
+sys.path.insert(0, sys.argv[1])
 import prepare_data
 from humptygpt.data import corpus, documents, encoding
 documents.PIECE = corpus.UNIT = 700
 encoding.SAVE_UNITS, encoding.SMALL = 3, 0
-left = int(sys.argv[1])
+calls = kill_at = 0
 def counted(function):
     def call(*args):
-        global left
-        left -= 1
-        if left == 0:
+        global calls
+        calls += 1
+        if calls == kill_at:
             os.kill(os.getpid(), 9)
         return function(*args)
     return call
@@ -171,8 +172,23 @@ if __name__ == "__main__":
     os.fsync, encoding.append_tokens = counted(os.fsync), counted(encoding.append_tokens)
     pathlib.Path.replace = counted(pathlib.Path.replace)
     prepare_data.shutil.rmtree = counted(prepare_data.shutil.rmtree)
-    prepare_data.main(sys.argv[3:])
-    print("calls", int(sys.argv[1]) - left)
+    while line := sys.stdin.readline():
+        number, *argv = line.split()
+        read, write = os.pipe()
+        pid = os.fork()
+        if not pid:
+            kill_at = int(number)
+            os.dup2(write, 1)
+            os.dup2(write, 2)
+            os.close(write)
+            prepare_data.main(argv)
+            print("calls", calls, flush=True)
+            os._exit(0)
+        os.close(write)
+        with open(read) as file:
+            written = file.read()
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps([os.waitstatus_to_exitcode(status), written]), flush=True)
 """
 
 
@@ -204,43 +220,54 @@ def contents(name: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in paths}
 
 
-def killed_at(call: int, *argv: str) -> subprocess.CompletedProcess:
-    """Also waits for the worker processes, since they hold the pipe that stdout goes to."""
+@pytest.fixture
+def killed_at(corpus):
+    """A function that prepares and is killed at a call: returns the exit status and what was written."""
     Path("killed.py").write_text(KILLED)
-    command = [sys.executable, "killed.py", str(call), str(ROOT), *argv]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "killed.py", str(ROOT)]
+    # the interpreter and its modules are started once, and every preparation is a fork of it
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+
+        def prepare(call: int, workers: int = 1) -> tuple[int, str]:
+            server.stdin.write(f"{call} {' '.join(PREPARE)} --workers={workers}\n")
+            server.stdin.flush()
+            return json.loads(server.stdout.readline())
+
+        yield prepare
+        server.stdin.close()
 
 
-def test_killed_at_any_moment_and_run_again_it_writes_the_same_bytes(corpus):
-    done = killed_at(10**6, *PREPARE, "--workers=1")
-    calls = int(done.stdout.split()[-1])
+NEVER = 10**6
+
+
+def test_killed_at_any_moment_and_run_again_it_writes_the_same_bytes(killed_at):
+    calls = int(killed_at(NEVER)[1].split()[-1])
     whole = contents("mine")
     assert set(whole) == {"train.bin", "val.bin", "meta.json", "command.txt"} and calls > 60
     # the last ones move the files
-    for call in [
-        *range(1, calls, 13),
-        *range(calls - 8, calls + 1),
-    ]:
+    for call in [*range(1, calls, 9), *range(calls - 8, calls + 1)]:
         shutil.rmtree("data/mine")
-        assert killed_at(call, *PREPARE, "--workers=1").returncode == -signal.SIGKILL
+        assert killed_at(call)[0] == -signal.SIGKILL
         if not Path("data/mine/meta.json").exists():  # an incomplete folder is refused
             with pytest.raises(
                 prepare_data.UserError,
                 match=r"has no meta\.json, .* prepare it again: python prepare_data\.py",
             ):
                 TokenDataset(Path("data/mine"), 8, seed=1)
-        again = killed_at(10**6, *PREPARE, "--workers=1")
-        assert again.returncode == 0, again.stderr
+        code, written = killed_at(NEVER)
+        assert code == 0, written
         assert contents("mine") == whole, f"killed at call {call} of {calls}"
 
 
-def test_several_processes_write_the_same_bytes_as_one_and_end_with_their_parent(corpus):
-    assert killed_at(10**6, *PREPARE, "--workers=1").returncode == 0
+def test_several_processes_write_the_same_bytes_as_one_and_end_with_their_parent(killed_at):
+    assert killed_at(NEVER)[0] == 0
     whole = contents("mine")
     shutil.rmtree("data/mine")
-    assert killed_at(30, *PREPARE, "--workers=2").returncode == -signal.SIGKILL
-    again = killed_at(10**6, *PREPARE, "--workers=2")
-    assert "resuming after" in again.stderr and contents("mine") == whole
+    assert killed_at(30, workers=2)[0] == -signal.SIGKILL
+    _, written = killed_at(NEVER, workers=2)
+    assert "resuming after" in written and contents("mine") == whole
 
 
 def test_small_pieces_give_the_same_tokens_as_large_ones(corpus, monkeypatch):
