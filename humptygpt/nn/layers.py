@@ -438,12 +438,16 @@ def tune_malloc(sharded: bool) -> None:
     """Set what glibc does with freed blocks of memory: it keeps them for the next step, or not if the model is sharded.
 
     Otherwise every large activation is mapped and cleared again in each step: a tenth of the time of a small model on a
-    CPU. Of a sharded model, whole weights come and go, and the holes between what stays would take as much memory
-    again; so blocks of a megabyte and more go back to the system at once.
+    CPU, a sixth where the vocabulary is large. Of a sharded model, whole weights come and go, and the holes between
+    what stays would take as much memory again; so blocks of a megabyte and more go back to the system at once.
     """
     if sys.platform != "linux":
         return
     mallopt = ctypes.CDLL("libc.so.6").mallopt
-    # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, as malloc.h numbers them
-    mallopt(-3, 1 << 20 if sharded else 32 << 20)
-    mallopt(-1, 1 << 20 if sharded else 2**31 - 1)
+    # as malloc.h numbers them: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX
+    if sharded:
+        mallopt(-1, 1 << 20)
+        mallopt(-3, 1 << 20)
+    else:
+        mallopt(-1, 2**31 - 1)
+        mallopt(-4, 0)  # no block is mapped by itself, however large
