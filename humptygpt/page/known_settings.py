@@ -1,7 +1,5 @@
 """The settings that the page's JavaScript computes with: with others, its numbers would not be the model's."""
 
-import dataclasses
-
 from humptygpt.core.errors import UserError
 from model import ModelConfig
 
@@ -45,14 +43,13 @@ TRAINING = {"dropout", "label_smoothing", "init", "lora_alpha", "lora_targets"}
 
 def check_settings(config: ModelConfig, tokenizer: str) -> None:
     """Raise UserError for the first setting that the page would ignore or misread. tokenizer: its name."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for key, value in (vars(config) | {"tokenizer": tokenizer}).items():
         if key in VARIANTS:
             known = value in VARIANTS[key]
         elif key in COMPUTED:
-            known = value is None or isinstance(value, int | float)
+            known = isinstance(value, int | float | None)
         else:
-            known = key in TRAINING or value == defaults[key]
+            known = key in TRAINING or value == getattr(type(config), key)
         if not known:
             raise UserError(
                 f"{key}={value} is a setting that the page does not compute with, so its numbers would not be the"

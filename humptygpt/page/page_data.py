@@ -1,7 +1,6 @@
 """A run -> what its page computes with, as plain data: config, weights, tokenizer and metrics. explain/ reads it."""
 
 import base64
-import dataclasses
 import math
 from pathlib import Path
 
@@ -19,10 +18,10 @@ from humptygpt.page.snapshots import snapshot_data
 from humptygpt.tokenizer.sentencepiece_model import normal_ids
 from humptygpt.tokenizer.tokenizers import (
     END_OF_TEXT,
-    CharTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
 )
+from model import count_parameters
 
 BASE64 = 4 / 3  # characters for each byte
 START_TOKENS = 64  # of the text that a page opens with
@@ -37,20 +36,18 @@ def page_data(config) -> dict:
     if run.saved is None:
         raise UserError(f"out_dir={config.out_dir} is no run of train.py; a page shows one")
     check_settings(run.model.config, run.tokenizer.name)
+    saved = run.saved["progress"]
+    # JSON has no infinity, which the best loss is before the first evaluation
+    progress = {
+        key: saved[key] for key in ("iter", "best_val_loss") if saved[key] < math.inf
+    }
     snapshots = []
     if config.snapshots:
-        end = run.saved["progress"]["iter"]
-        snapshots = snapshot_data(run.path.parent, end, run.model)
+        snapshots = snapshot_data(run.path.parent, saved["iter"], run.model)
     check_size(run.model, len(snapshots), config.max_mb)
     start = config.start or example_text(run)
-    text = start
-    if run.tokenizer.eot is not None:
-        text = text.removeprefix(END_OF_TEXT)
-    run.tokenizer.encode(text)  # raises UserError where it has no tokens for it
-    progress = {key: run.saved["progress"][key] for key in ("iter", "best_val_loss")}
-    # which JSON cannot hold: no evaluation so far
-    if math.isinf(progress["best_val_loss"]):
-        del progress["best_val_loss"]
+    # raises UserError where it has no tokens for the text
+    run.tokenizer.encode(start.removeprefix(END_OF_TEXT))
     rows = read_metrics(run.path.with_name("metrics.jsonl"))
     return {
         "name": Path(config.out_dir).resolve().name,
@@ -60,7 +57,7 @@ def page_data(config) -> dict:
         "snapshots": snapshots,
         "tokenizer": tokenizer_data(run.tokenizer),
         "start": start,
-        "metrics": [row for row in rows if row],
+        "metrics": [*filter(None, rows)],
     }
 
 
@@ -74,18 +71,16 @@ def example_text(run: Loaded) -> str:
         return ""
     if meta["tokenizer"] != run.saved["tokenizer"]:
         return ""
-    ids = val.read(np.zeros(1, dtype=int), min(len(val), START_TOKENS))[0].tolist()
-    if run.task == "translation" and run.tokenizer.eot in ids:
-        ids = ids[: ids.index(run.tokenizer.eot)]
-    text = run.tokenizer.decode(ids).rstrip("\ufffd")
+    text = run.tokenizer.decode(val.arrays[0][:START_TOKENS])
+    # of documents the first, of pairs the source; its last character may be cut
+    text = text.partition(END_OF_TEXT)[0].rstrip("\ufffd")
     # the split begins anywhere in the text, so from its first new line on
     return text.partition("\n")[2].lstrip() or text
 
 
 def check_size(model: nn.Module, snapshots: int, max_mb: float) -> None:
     """Raise UserError where the weights, and those of so many snapshots, take more than max_mb megabytes in a page."""
-    tensors = set(model.state_dict(keep_vars=True).values())
-    size = sum((2 + snapshots) * p.numel() for p in tensors) * BASE64 / 1e6
+    size = (2 + snapshots) * count_parameters(model) * BASE64 / 1e6
     if size > max_mb:
         raise UserError(
             f"the weights take {size:.2f} MB in a page, more than max_mb={max_mb:g}: a browser would take long to open"
@@ -99,7 +94,7 @@ def check_size(model: nn.Module, snapshots: int, max_mb: float) -> None:
 
 def model_data(model: nn.Module) -> dict:
     """Return what makeModel() in explain/data.js takes."""
-    return {"model": dataclasses.asdict(model.config), "weights": pack_weights(model)}
+    return {"model": vars(model.config), "weights": pack_weights(model)}
 
 
 def pack_weights(model: nn.Module) -> dict:
@@ -110,7 +105,7 @@ def pack_weights(model: nn.Module) -> dict:
     packed = bytearray()
     tensors = []
     placed = {}
-    for name, p in model.state_dict(keep_vars=True).items():
+    for name, p in model.named_parameters(remove_duplicate=False):
         if p not in placed:
             placed[p] = {"shape": list(p.shape), "offset": len(packed)}
             packed += to_float16(name, p.detach())
@@ -119,14 +114,13 @@ def pack_weights(model: nn.Module) -> dict:
 
 
 def to_float16(name: str, tensor: Tensor) -> bytes:
-    """Round float32 to float16 and return its little-endian bytes. Raises UserError where a weight is too large."""
+    """Round float32 to float16 and return its bytes. Raises UserError where a weight is too large."""
     half = tensor.half()
     if not half.isfinite().all():
-        largest = tensor.abs().max().item()
         raise UserError(
-            f"{name} has a weight of {largest:.4g}, beyond float16's 65504: has its training diverged?"
+            f"{name} has a weight of {tensor.abs().max():.4g}, beyond float16's 65504: has its training diverged?"
         )
-    return half.numpy().astype("<f2").tobytes()
+    return half.numpy().tobytes()
 
 
 # --------------------------------------------------------------------------------------
@@ -139,9 +133,12 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
         "bytes": base64.b64encode(b"".join(tokenizer.pieces)).decode(),
         "lengths": [len(piece) for piece in tokenizer.pieces],
     }
-    data = {"name": tokenizer.name, "eot": tokenizer.eot, "pieces": pieces}
-    if isinstance(tokenizer, CharTokenizer):
-        data["alphabet"] = tokenizer.alphabet
+    data = {
+        "name": tokenizer.name,
+        "eot": tokenizer.eot,
+        "alphabet": getattr(tokenizer, "alphabet", None),  # of characters alone
+        "pieces": pieces,
+    }
     if isinstance(tokenizer, SentencePieceTokenizer):
         data |= sentencepiece_data(tokenizer)
     return data
