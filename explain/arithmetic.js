@@ -409,11 +409,14 @@ function addUp(terms) {
   return terms.reduce((sum, { value }) => sum + value, 0);
 }
 
+/** A number as text, with the typographical minus sign. */
+const minus = (text) => String(text).replaceAll("-", "−");
+
 function digits(x) {
   if (x === undefined || x === null) return "";
   if (x === -Infinity) return "−∞";
   const text = x !== 0 && Math.abs(x) < 5e-5 ? x.toExponential(1) : Math.abs(x) >= 1000 ? x.toFixed(1) : x.toFixed(4);
-  return text.replace("-", "−").replace(/e−/, "e−");
+  return minus(text);
 }
 
 /** See above. Throws an Error for an address that the trace does not have. */

@@ -2,6 +2,7 @@
 
 /* The drawer: what the selected number was computed from. */
 const LARGEST = 8; // terms that are spelled out
+const ROUNDED = "The page has the weights in 16 bits: a checkpoint's number can differ in the fourth decimal.";
 
 /** What the selected number was computed from, term by term; each operand leads to its own arithmetic. */
 class Drawer {
@@ -54,7 +55,7 @@ class Drawer {
     const rows = h("table", { class: "terms" }, h("tbody", {}, this.chosenTerms(y)));
     const value = h("p", { class: "value", "data-value": y.value }, digits(y.value));
     const more = this.more(y, wasOpen);
-    this.body.replaceChildren(head, value, h("p", { class: "formula" }, y.formula), rows, ...more);
+    this.body.replaceChildren(head, value, h("p", { class: "formula" }, y.formula), rows, ...more, h("p", { class: "rounded" }, ROUNDED));
     if (focused) this.body.querySelector("button:not([disabled])")?.focus({ preventScroll: true });
   }
 

@@ -31,9 +31,6 @@ function signed2(x) {
   return `${+size ? (x < 0 ? "−" : "+") : ""}${size}`;
 }
 
-/** A number as text, with the sign that digits() has. */
-const minus = (text) => String(text).replaceAll("-", "−");
-
 function percent(p) {
   return p > 0 && p < 0.00005 ? "<0.01 %" : `${(100 * p).toFixed(p < 0.1 ? 2 : 1)} %`;
 }
@@ -190,12 +187,13 @@ class Strip {
     this.values = values;
     this.options.part = part;
     this.options.columns = columns;
+    this.mark();
     selected ??= this.options.onSelect ? -1 : this.selected;
     this.selected = selected < values.length ? selected : -1;
     this.scales = scales;
     const known = values.filter(Number.isFinite);
     this.max = max || known.reduce((most, x) => Math.max(most, Math.abs(x)), 0) || 1;
-    const scale = `${known.some((x) => x < 0) ? "±" : "0 to "}${+this.max.toPrecision(3)}`;
+    const scale = `${known.some((x) => x < 0) ? "±" : "0 to "}${minus(+this.max.toPrecision(3))}`;
     this.range.textContent = scales ? "each row from 0 to its largest" : `${scale}${note}`;
     this.canvas.setAttribute("aria-valuemax", Math.max(values.length - 1, 0));
     this.read();
@@ -330,6 +328,12 @@ class Strip {
     lightDependencies(on ? this.options.part : null);
   }
 
+  mark() {
+    const { part } = this.options;
+    this.root.classList.toggle("lit", lit.read.includes(part));
+    this.root.classList.toggle("origin", part === lit.origin && lit.read.length > 0);
+  }
+
   /** Pixels from the top of the window to the end of the selected cell. */
   selectedBottom() {
     const { rows, columns, top, height } = this.size;
@@ -383,16 +387,14 @@ function paintWaiting() {
 let dependenciesOf = () => [];
 let onLight = () => {};
 let opened = null; // the part of the number in the drawer
+let lit = { origin: null, read: [] }; // the parts that are marked
 
 /** Strips and parts of the picture that `part` reads are marked; null: those of the number in the drawer. */
 function lightDependencies(part) {
   const origin = part ?? opened;
-  const read = origin ? dependenciesOf(origin) : [];
-  for (const strip of strips) {
-    strip.root.classList.toggle("lit", read.includes(strip.options.part));
-    strip.root.classList.toggle("origin", strip.options.part === origin && read.length > 0);
-  }
-  onLight(origin, read);
+  lit = { origin, read: origin ? dependenciesOf(origin) : [] };
+  for (const strip of strips) strip.mark();
+  onLight(lit.origin, lit.read);
 }
 
 darkScheme.addEventListener("change", () => strips.forEach((strip) => strip.draw()));

@@ -113,7 +113,6 @@ function stepPanel(app) {
       const undone = state.undone ? " The text changed, so its steps are undone." : "";
       return h("p", { class: "quiet", role: "status" }, `The weights are those of the run.${undone}${more}`);
     }
-    const steps = `${state.count} ${state.count === 1 ? "step" : "steps"}`;
     const losses = [before, after].map(({ losses }) => meanOf(losses));
     const rows = after.sizes.map(({ name, gradient, weights }) => [
       name,
@@ -125,7 +124,7 @@ function stepPanel(app) {
       h(
         "p",
         { role: "status", "data-loss": losses[1] },
-        `${steps} on this text: its mean loss was ${digits(losses[0])} and is ${digits(losses[1])}. A ` +
+        `${counted(state.count, "step")} on this text: its mean loss was ${digits(losses[0])} and is ${digits(losses[1])}. A ` +
           "trial: the picture above still has the weights of the run.",
       ),
       comparison(app, "The next token", ["before", "after"], [before.probs, after.probs]),

@@ -630,7 +630,8 @@ function softmaxText(app) {
     "p",
     {},
     `The largest of ${logits.length} logits is ${digits(largest)}; it is subtracted first, which leaves ` +
-      `the result the same and avoids overflow. The sum of all exp(logit − ${digits(largest)}) is ${digits(sum)}.`,
+      `the result the same and avoids overflow. The sum of all exp(logit − ${digits(largest)}) is ${digits(sum)}. ` +
+      ROUNDED,
   );
 }
 

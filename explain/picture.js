@@ -16,12 +16,13 @@ class Picture {
     this.flow = element("flow");
     const { config, stack } = app;
     this.stage("Tokens", this.part("tokens", "the text", "writing", () => this.listTokens()));
-    const embeds = [this.part("embed", "embedding", "embeddings", (part) => this.paintEmbeddings(part))];
+    const embeddings = ({ canvas }) => paintVectors(canvas, this.lastTokens().map((t) => app.trace.wte[t]));
+    const embeds = [this.part("embed", "embedding", "embeddings", embeddings)];
     if (stack && /learned|sinusoidal/.test(config.position))
       embeds.push(this.part("position", config.position, "positions"));
     this.stage("Embedding", ...embeds);
-    if (app.encodes)
-      this.stage("Encoder", this.part("encoder", "read once", "transformer", (part) => this.paintEncoder(part)));
+    const encoded = ({ canvas }) => paintVectors(canvas, app.trace.source.encoder.norm.output.slice(-24));
+    if (app.encodes) this.stage("Encoder", this.part("encoder", "read once", "transformer", encoded));
     for (let i = 0; i < config.n_layer; i++) this.layer(i);
     this.stage("Output", this.part("head", stack ? "norm, head" : "head", "softmax", (part) => this.paintHead(part)));
     onLight = (origin, read) => this.light(origin, read);
@@ -161,19 +162,6 @@ class Picture {
     part.list.replaceChildren(...this.lastTokens().map(item));
   }
 
-  paintEmbeddings({ canvas }) {
-    const rows = this.lastTokens().map((t) => binned(this.app.trace.wte[t], PICTURED.features));
-    const most = rows.reduce((max, row) => Math.max(max, largest(row)), 1e-9);
-    paintCells(canvas, rows.length, rows[0].length, (row, column) => rows[row][column] / most);
-  }
-
-  paintEncoder({ canvas }) {
-    const { output } = this.app.trace.source.encoder.norm;
-    const rows = output.slice(-24).map((row) => binned(row, PICTURED.features));
-    const most = rows.reduce((max, row) => Math.max(max, largest(row)), 1e-9);
-    paintCells(canvas, rows.length, rows[0].length, (row, column) => rows[row][column] / most);
-  }
-
   paintHead({ canvas }) {
     const row = binned(this.app.trace.output[this.app.at.t], PICTURED.features);
     const most = largest(row);
@@ -213,6 +201,13 @@ function binned(row, n) {
     const part = row.subarray(Math.floor((i * row.length) / n), Math.floor(((i + 1) * row.length) / n));
     return part.reduce((most, x) => (Math.abs(x) > Math.abs(most) ? x : most), 0);
   });
+}
+
+/** A row for each vector, all scaled to the largest. */
+function paintVectors(canvas, vectors) {
+  const rows = vectors.map((vector) => binned(vector, PICTURED.features));
+  const most = Math.max(...rows.map((row) => largest(row)));
+  paintCells(canvas, rows.length, rows[0].length, (row, column) => rows[row][column] / most);
 }
 
 /** A pixel for each number from [-1, 1]. */

@@ -514,19 +514,19 @@ class App {
   }
 }
 
-const tokens = (n) => `${n.toLocaleString("en")} ${n === 1 ? "token" : "tokens"}`;
+const counted = (n, what) => `${n.toLocaleString("en")} ${what}${n === 1 ? "" : "s"}`;
+const tokens = (n) => counted(n, "token");
 
 function describeRun({ model, progress, metrics, parameters, tokenizer }) {
   const kind = { window_mlp: "window network", gpt: "GPT", transformer: "encoder-decoder" }[model.model];
   const V = tokenizer.pieces.lengths.length;
-  const layers = `${model.n_layer} ${model.n_layer === 1 ? "layer" : "layers"}`;
   const attends = model.model !== "window_mlp";
   const also = [model.position, model.qk_norm && "q/k norm", model.activation.replace("relu_squared", "ReLU²")];
-  if (model.mlp_conv) also.push(`convolution over ${model.mlp_conv} tokens`);
+  if (model.mlp_conv) also.push(`convolution over ${tokens(model.mlp_conv)}`);
   const { best_val_loss: best, iter } = progress;
   const bits = metrics.find(({ val_loss }) => val_loss === best)?.val_bits_per_byte;
   return (
-    `${kind}: ${layers}${attends ? ` × ${model.n_head} heads` : ""}, width ${model.n_embd}, context ` +
+    `${kind}: ${counted(model.n_layer, "layer")}${attends ? ` × ${counted(model.n_head, "head")}` : ""}, width ${model.n_embd}, context ` +
     `${model.block_size}, ${V.toLocaleString("en")} tokens, ${(parameters / 1e6).toFixed(2)} million parameters; ` +
     `${attends ? also.filter((name) => name && name !== "none").join(", ") : model.activation}. ` +
     `Step ${iter.toLocaleString("en")}, ` +
@@ -541,12 +541,10 @@ function missingNote({ text, command }) {
 
 /** What a token stands for, with signs for what cannot be seen; bytes that are no character by themselves in hex. */
 function shown(tokenizer, id) {
-  const text = tokenizer.decode([id]);
-  if (text.includes("\ufffd")) {
-    const hexadecimal = (byte) => `x${byte.toString(16).toUpperCase().padStart(2, "0")}`;
-    return Array.from(tokenizer.pieces[id], hexadecimal).join(" ");
-  }
-  return text.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+  const text = tokenizer.decode([id]).replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+  if (!/[\ufffd\p{Cc}]/u.test(text)) return text;
+  const hexadecimal = (byte) => `x${byte.toString(16).toUpperCase().padStart(2, "0")}`;
+  return Array.from(tokenizer.pieces[id], hexadecimal).join(" ");
 }
 
 /** The ids of the n most probable tokens, the first one first. */

@@ -390,6 +390,14 @@ def test_a_number_and_its_operands_light_up_in_the_picture_where_they_live(opene
         view.select(section="model", number=address, text="Akis")
         assert view.page.evaluate(lit, "origin") == origin
         assert view.page.evaluate(lit, "lit") == operands
+    view.select(section="residual", number="stack.blocks.1.after_mlp:3,1", text="Akis")
+    assert "residual stream after the MLP, layer 2" in view.page.inner_text(
+        "#arithmetic h3"
+    )
+    assert view.page.locator("#residual select").input_value() == "1"
+    view.until("document.querySelector('#residual .strip.origin, #residual .strip.lit')")
+    labels = view.page.locator("#residual .strip:is(.origin, .lit) .strip-label")
+    assert labels.all_inner_texts() == ["after attention", "MLP adds", "after MLP"]
 
 
 class Walk:
@@ -801,6 +809,101 @@ def test_a_page_whose_data_was_damaged_says_so_instead_of_showing_numbers(
     )
     assert page.is_hidden("#page")
     page.close()
+
+
+# --------------------------------------------------------------------------------------
+# What is written
+
+
+def test_each_byte_that_is_no_character_has_a_sign_of_its_own(opened):
+    view = opened("pairs", "#text=ä&source=Haus")
+    assert view.page.locator("#tokens button").all_inner_texts()[1:] == ["xC3", "xA4"]
+    signs = view.page.evaluate("""() => {
+      const { tokenizer } = JSON.parse(document.getElementById("data").textContent);
+      const { pieces, ...rest } = makeTokenizer(tokenizer);
+      return pieces.map((_, id) => shown({ pieces, ...rest }, id));
+    }""")
+    assert len(set(signs)) == 257
+    assert all(sign.isprintable() and sign.strip("\ufffd ") for sign in signs)
+
+
+def everything(view: Opened) -> str:
+    """All texts of a page, those for a screen reader and of hovering, too; no tokens and commands."""
+    read = """() => [...document.querySelectorAll("#page :not(code)")].flatMap((node) => {
+      const texts = [...node.childNodes].filter(({ nodeType }) => nodeType === Node.TEXT_NODE);
+      return [...texts.map(({ data }) => data), node.title, node.ariaLabel, node.ariaValueText];
+    }).filter(Boolean).join("\\n")"""
+    return view.page.evaluate(read)
+
+
+SMALLEST = """() => {
+  const { model, ...data } = JSON.parse(document.getElementById("data").textContent);
+  const one = { ...model, n_layer: 1, n_head: 1, mlp_conv: 1 };
+  return [describeRun({ ...data, parameters: 1, model: one }), digits(-0.5), digits(-2e-7), signed(-2e-7)].join("\\n");
+}"""
+
+
+@pytest.mark.parametrize("run", ["run", "pairs", "window"])
+def test_numbers_have_one_minus_sign_and_one_of_a_thing_is_no_plural(opened, run):
+    view = opened(run, "#text=A&source=H" if run == "pairs" else "#text=A")
+    written = view.page.evaluate(SMALLEST) + everything(view)
+    assert written.count("−") > 10
+    assert not re.findall(r"(?<!\w)-[\d.∞].*|.*e-\d.*", written)
+    counted = "token|layer|head|step|position|key|term|neuron|feature|other"
+    assert re.search(rf"\b1 ({counted})\b", written)
+    assert not re.findall(rf".*(?<![\d.,])1 (?:{counted})s\b.*", written)
+
+
+def test_only_an_embedding_to_which_positions_are_added_is_called_one_with_position(opened):
+    for run, stack, text in (("run", "stack", "Akis"), ("pairs", "decoder", "Where")):
+        view = opened(run, f"#number={stack}.blocks.0.input:1,1&text={text}&source=Haus")
+        there = run == "pairs"
+        title = view.page.inner_text("#arithmetic h3")
+        assert title.startswith("embedding with position," if there else "embedding,")
+        assert bool(view.page.locator("#flow .part.position").count()) == there
+        assert ("with position" in everything(view)) == there
+
+
+def test_where_decimals_are_shown_the_rounding_of_the_weights_is_told(opened):
+    view = opened("run", "#text=Akis&number=logits:3,1")
+    for part in ("#arithmetic", "#softmax"):
+        assert "16 bits" in view.page.inner_text(part)
+
+
+def test_with_forced_colours_the_bars_can_be_seen(opened):
+    view = opened("run", "#text=Akis", forced_colors="active")
+    ground = "getComputedStyle(document.body).backgroundColor"
+    for bar in (".bar", ".balance span"):
+        colours = view.page.eval_on_selector_all(
+            bar, "all => all.map((bar) => getComputedStyle(bar).backgroundColor)"
+        )
+        assert colours and view.page.evaluate(ground) not in colours
+    assert (
+        view.page.evaluate(
+            "getComputedStyle(document.querySelector('.strip canvas')).forcedColorAdjust"
+        )
+        == "none"
+    )
+
+
+def test_printed_the_sections_not_yet_visited_are_those_of_the_text(opened):
+    view = opened("run", "#section=model&text=Akis")
+    view.page.fill("#text", "Akis osa")
+    view.settle()
+    view.page.emulate_media(media="print")
+    blank = view.page.evaluate("""() => {
+      dispatchEvent(new Event("beforeprint"));
+      const blank = (canvas) => {
+        const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+        return canvas.checkVisibility() && !data.some((x) => x);
+      };
+      return [...document.querySelectorAll("section .strip canvas")].filter(blank).map((canvas) => canvas.ariaLabel);
+    }""")
+    assert blank == []
+    for section in view.page.locator("section").all():
+        assert section.is_visible() and len(section.inner_text()) > 80
+    assert "Logit lens for the token after “a”" in view.page.inner_text("#gpt")
+    assert view.page.is_hidden("#sections-part") and view.page.is_hidden("#writing-part")
 
 
 # --------------------------------------------------------------------------------------
