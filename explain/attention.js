@@ -278,7 +278,12 @@ function attentionPanel(app) {
     ),
     ...pairStrips(app),
     drawn(() =>
-      table("One query, step by step", ["key", "q·k", "/ √D", "+ mask", "softmax"], queryRows(app), [1, 2, 3, 4]),
+      table(
+        "One query, step by step; D: features of a head; the mask: −∞ for later tokens",
+        ["key", "q·k", "/ √D", "+ mask", "softmax"],
+        queryRows(app),
+        [1, 2, 3, 4],
+      ),
     ),
     rowStrip(app, "weighted values of all heads, side by side", () => blockPath(app, "attn.heads")),
     rowStrip(app, "after the projection: what attention adds", () => blockPath(app, "attn.o_proj")),
@@ -347,7 +352,7 @@ function queryRows(app) {
 }
 
 function headsPanel(app) {
-  const parts = [
+  return assemble(
     controlRow(layerPicker(app)),
     headGrid(app, "attn", () => [app.at.layer]),
     attentionMatrix(app, "attn"),
@@ -356,10 +361,10 @@ function headsPanel(app) {
         `Each head projects all ${app.config.n_embd} features to a query, a key and a value of its own, ` +
         `${headSize(app.config)} wide; the outputs of the heads lie side by side and go through the projection.`,
     ),
-  ];
-  if (app.config.n_head === 1)
-    parts.push(
-      missingNote({ text: "This run has one head.", command: "python train.py config/article/07_heads/2-four.py" }),
-    );
-  return assemble(...parts);
+  );
+}
+
+function needsHeads(app) {
+  if (!app.stack || app.config.n_head > 1) return needsStack(app);
+  return ["This run has one head.", "article/07_heads/2-four.py"];
 }

@@ -54,8 +54,9 @@ class Drawer {
     );
     const rows = h("table", { class: "terms" }, h("tbody", {}, this.chosenTerms(y)));
     const value = h("p", { class: "value", "data-value": y.value }, digits(y.value));
-    const more = this.more(y, wasOpen);
-    this.body.replaceChildren(head, value, h("p", { class: "formula" }, y.formula), rows, ...more, h("p", { class: "rounded" }, ROUNDED));
+    const formula = h("p", { class: "formula" }, y.formula);
+    const more = [...this.more(y, wasOpen), h("p", { class: "rounded" }, ROUNDED)];
+    this.body.replaceChildren(head, value, formula, rows, ...more);
     if (focused) this.body.querySelector("button:not([disabled])")?.focus({ preventScroll: true });
   }
 

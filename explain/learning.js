@@ -8,10 +8,7 @@ how the leaf network learns. */
 
 function needsSnapshots(app) {
   if (app.data.steps.length > 1) return null;
-  return {
-    text: "This page has no earlier weights of its model.",
-    command: "python train.py config/humpty_dumpty.py --snapshots=True",
-  };
+  return ["This page has no earlier weights of its model.", "humpty_dumpty.py --snapshots=True"];
 }
 
 function learnedPanel(app) {
@@ -94,7 +91,7 @@ const MOST_STEPS = 10;
 
 function needsBackward(app) {
   const text = missingBackward(app.config);
-  return text && { text, command: "python train.py config/humpty_dumpty.py" };
+  return text && [text, "humpty_dumpty.py"];
 }
 
 function stepPanel(app) {
@@ -124,8 +121,8 @@ function stepPanel(app) {
       h(
         "p",
         { role: "status", "data-loss": losses[1] },
-        `${counted(state.count, "step")} on this text: its mean loss was ${digits(losses[0])} and is ${digits(losses[1])}. A ` +
-          "trial: the picture above still has the weights of the run.",
+        `${counted(state.count, "step")} on this text: its mean loss was ${digits(losses[0])} and is ` +
+          `${digits(losses[1])}. A trial: the picture above still has the weights of the run.`,
       ),
       comparison(app, "The next token", ["before", "after"], [before.probs, after.probs]),
       table(

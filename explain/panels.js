@@ -2,7 +2,7 @@
 
 /* The panels, in the order of the article's sections; attention.js has those about attention.
 
-Each has id, title and intro; missing(app): null, or why this run has nothing for it, and a command whose run has;
+Each has id, title and intro; missing(app): null, or why this run has nothing for it, and a config whose run has;
 build(app): its elements, nodes, and update(), which draws them for the text and the selection of now. */
 
 /** Elements and parts with an update() of their own, as one panel. */
@@ -104,10 +104,7 @@ const blockPath = (app, rest) => `${app.stack}.blocks.${app.at.layer}.${rest}`;
 
 function needsStack(app) {
   if (app.stack) return null;
-  return {
-    text: "This run is a window network: it has no attention, blocks or norms.",
-    command: "python train.py config/humpty_dumpty.py",
-  };
+  return ["This run is a window network: it has no attention, blocks or norms.", "humpty_dumpty.py"];
 }
 
 // --------------------------------------------------------------------------------------
@@ -424,6 +421,7 @@ function contextRows(app) {
 // 4 and 5: embeddings and sub-words
 
 const NEIGHBOURS = 8;
+const NEAREST = "Nearest neighbours of its vector, by cosine: 1 has its direction, 0 is unrelated";
 
 function embeddingsPanel(app) {
   const parts = [
@@ -436,16 +434,10 @@ function embeddingsPanel(app) {
     rowStrip(app, "token embedding", () => "wte"),
   ];
   if (app.config.embedding === "number") {
-    parts.push(
-      missingNote({
-        text: "In this run a token is a single number, so no two tokens are alike.",
-        command: "python train.py config/article/01_embeddings/2-embedding.py",
-      }),
-    );
+    const note = "In this run a token is a single number, so no two tokens are alike.";
+    parts.push(missingNote([note, "article/01_embeddings/2-embedding.py"]));
   } else
-    parts.push(
-      drawn(() => table("Nearest neighbours of its vector, by cosine", ["token", "cosine"], neighbours(app), [1])),
-    );
+    parts.push(drawn(() => table(NEAREST, ["token", "cosine"], neighbours(app), [1])));
   return assemble(...parts);
 }
 
@@ -464,25 +456,20 @@ function neighbours(app) {
 const MERGES_SHOWN = 40;
 
 function subwordsPanel(app) {
-  const { name } = app.tokenizer;
   const unigram = app.data.tokenizer.model_type === "unigram";
-  const parts = [h("p", {}, SUBWORDS[unigram ? "unigram" : name] ?? "")];
-  if (name === "char" || name === "byte")
-    parts.push(
-      missingNote({
-        text: "So there is nothing to merge.",
-        command: "python train.py config/article/02_subwords/2-subwords-same-text.py",
-      }),
-    );
-  return assemble(...parts, drawn(() => mergeTable(app)));
+  const text = SUBWORDS[unigram ? "unigram" : app.tokenizer.name];
+  return assemble(h("p", {}, text), drawn(() => mergeTable(app)));
+}
+
+function needsSubwords({ tokenizer }) {
+  const single = { char: "characters", byte: "bytes" }[tokenizer.name];
+  return single ? [`This run's tokens are single ${single}.`, "article/02_subwords/2-subwords-same-text.py"] : null;
 }
 
 const MERGED =
   "Of the neighbours that together are a token, those that became one first (the lowest rank) are merged first.";
 const BYTES = "What is no token is spelled in bytes.";
 const SUBWORDS = {
-  char: "This run's tokens are the characters of its training text.",
-  byte: "This run's tokens are the bytes of the text in UTF-8: a character beyond ASCII is two to four of them.",
   sentencepiece: `A word starts as characters, ▁ for a space. ${MERGED} ${BYTES}`,
   unigram:
     "▁ stands for a space. Of all ways to cut a text into tokens, the most probable one is taken, whose " +
@@ -501,7 +488,6 @@ function selectedToken(app) {
 
 /** How the part of the text in which the selected token is became tokens. */
 function mergeTable(app) {
-  if (["char", "byte"].includes(app.tokenizer.name)) return null;
   const { text, token } = selectedToken(app);
   let end = 0;
   const part = app.tokenizer.split(text).find(({ tokens }) => {
@@ -619,8 +605,12 @@ function softmaxPanel(app) {
     softmaxText(app),
     table("The most probable tokens", heads, softmaxRows(app), [1, 2, 3, 4, 5]),
   ]);
-  return assemble(tableOf, sliders, controlRow(button("Draw a token", draw), drawnToken));
+  return assemble(tableOf, sliders, h("p", {}, FILTERS), controlRow(button("Draw a token", draw), drawnToken));
 }
+
+const FILTERS =
+  "Logits are divided by the temperature: below 1 the likely become likelier. Top-k keeps the k likeliest tokens, " +
+  "top-p the likeliest that together have p, min-p those that have min-p times the most of any.";
 
 function softmaxText(app) {
   const logits = Array.from(app.logits().subarray(0, app.model.tokenizer_vocab_size));
@@ -673,13 +663,10 @@ function residualPanel(app) {
       rowStrip(app, `after ${name}`, () => after(branch), { scale }),
     );
   }
-  if (app.config.block === "plain")
-    parts.push(
-      missingNote({
-        text: "In this run each branch replaces its input: there is no residual stream, and nothing to add up.",
-        command: "python train.py config/article/04_residual/2-with.py",
-      }),
-    );
+  if (app.config.block === "plain") {
+    const note = "In this run each branch replaces its input: there is no residual stream, and nothing to add up.";
+    parts.push(missingNote([note, "article/04_residual/2-with.py"]));
+  }
   parts.push(
     drawn(() => contributionList(app)),
     h("h3", {}, "Switch branches off"),
@@ -804,10 +791,8 @@ function strongestNeurons(app) {
 }
 
 function needsMLP(app) {
-  if (needsStack(app)) return needsStack(app);
-  return app.config.mlp === "none"
-    ? { text: "This run's blocks have no MLP.", command: "python train.py config/article/04_residual/2-with.py" }
-    : null;
+  if (!app.stack || app.config.mlp !== "none") return needsStack(app);
+  return ["This run's blocks have no MLP.", "article/04_residual/2-with.py"];
 }
 
 function normPanel(app) {
@@ -820,7 +805,7 @@ function normPanel(app) {
   const parts = [
     rowStrip(app, "before", () => `${path()}.input`),
     sentence(() => normText(app, lookUp(app.trace, path()))),
-    weightStrip(app, "trained gain", "weight", path),
+    weightStrip(app, "trained gain: a factor for each feature", "weight", path),
     ...(app.config.bias && app.config.norm === "layernorm" ? [weightStrip(app, "trained bias", "bias", path)] : []),
     rowStrip(app, "after", () => `${path()}.output`),
   ];
@@ -851,10 +836,8 @@ function normText(app, norm) {
 }
 
 function needsNorm(app) {
-  if (needsStack(app)) return needsStack(app);
-  return app.config.norm === "none"
-    ? { text: "This run has no norms.", command: "python train.py config/article/05_norm/2-with.py" }
-    : null;
+  if (!app.stack || app.config.norm !== "none") return needsStack(app);
+  return ["This run has no norms.", "article/05_norm/2-with.py"];
 }
 
 const THINNED = 5;
@@ -883,10 +866,10 @@ function dropoutPanel(app) {
   const rate = slider("Probability", { min: 0.05, max: 0.5, step: 0.05, value: state.p }, (p) => (state.p = p));
   const note = trained
     ? h("p", {}, `This run was trained with dropout ${trained}.`)
-    : missingNote({
-        text: "This run was trained without dropout. Thinned, a network that was never trained so predicts worse.",
-        command: "python train.py config/article/06_dropout/2-with.py",
-      });
+    : missingNote([
+        "This run was trained without dropout. Thinned, a network that was never trained so predicts worse.",
+        "article/06_dropout/2-with.py",
+      ]);
   return assemble(note, controlRow(rate, button("Draw thinned networks", draw)), results);
 }
 
@@ -895,12 +878,9 @@ function dropoutPanel(app) {
 
 function positionsPanel(app) {
   const scheme = app.config.position;
-  const none = {
-    text: "This run has no positional encoding. Beside the config below are others, with sinusoids and rotations.",
-    command: "python train.py config/article/08_positions/2-learned.py",
-  };
+  const none = "This run has no positional encoding. Beside the config below are others, with sinusoids and rotations.";
   return assemble(
-    scheme === "none" ? missingNote(none) : h("p", {}, POSITION_TEXTS[scheme]),
+    scheme === "none" ? missingNote([none, "article/08_positions/2-learned.py"]) : h("p", {}, POSITION_TEXTS[scheme]),
     ...(POSITION_PARTS[scheme]?.(app) ?? []),
     h("h3", {}, "Swap two tokens"),
     swapTokens(app),
@@ -935,32 +915,31 @@ function positionHeat(app) {
 }
 
 function dials(app) {
+  let distance = 5; // the hands of the first dials have turned by then, the last ones not yet
   const canvas = h("canvas", { role: "img", class: "dials" });
   const text = h("p", {});
+  const limits = { min: 0, max: app.config.block_size - 1, step: 1, value: distance };
+  const control = slider("Distance", limits, (d) => {
+    distance = d;
+    update();
+  });
   const update = () => {
+    const { t } = app.at;
+    const apart = Math.min(distance, t);
+    control.querySelector("input").max = Math.max(t, 1);
+    control.set(apart);
     const { frequency } = lookUp(app.trace, app.stack).position;
-    const angles = Array.from(frequency, (f) => f * apart());
+    const angles = Array.from(frequency, (f) => f * apart);
     text.textContent =
-      `Query ${app.at.t}, key ${app.at.t - apart()}: ${apart()} positions apart. The first ` +
-      `pair is rotated by ${digits(angles[0])} radians, the last by ${digits(angles.at(-1))}.`;
+      `Query ${t}, key ${t - apart}: ${counted(apart, "position")} apart. The first pair is rotated by ` +
+      `${digits(angles[0])} radians, the last by ${digits(angles.at(-1))}.`;
     canvas.setAttribute("aria-label", text.textContent);
     requestAnimationFrame(() => paintDials(canvas, angles));
-  };
-  const apart = () => app.at.t - Math.min(app.at.key, app.at.t);
-  const root = slider("Distance", { min: 0, max: app.config.block_size - 1, step: 1, value: apart() }, (d) =>
-    app.select({ key: Math.max(app.at.t - d, 0), number: null }),
-  );
-  const distance = {
-    root,
-    update() {
-      root.querySelector("input").max = Math.max(app.at.t, 1);
-      root.set(apart());
-    },
   };
   const both = ["q", "k"].map((name) =>
     rowStrip(app, `${name === "q" ? "query" : "key"}, rotated`, () => blockPath(app, `attn.${name}`)),
   );
-  return [controlRow(distance), { root: canvas, update }, text, ...both];
+  return [controlRow(control), { root: canvas, update }, text, ...both];
 }
 
 function paintDials(canvas, angles) {
@@ -1122,9 +1101,7 @@ function alignmentTable(app) {
 }
 
 function needsEncoder(app) {
-  return app.encodes
-    ? null
-    : { text: "This run has no encoder and decoder.", command: "python train.py config/translate_de_en.py" };
+  return app.encodes ? null : ["This run has no encoder and decoder.", "translate_de_en.py"];
 }
 
 const PANELS = [
@@ -1136,7 +1113,7 @@ const PANELS = [
     build: leafPanel,
     intro:
       "A toy, not your model: the first network of the article “Understanding LLMs from Scratch Using Middle " +
-      "School Math”, which tells leaves from flowers. Your model is made of the same sums, of more of them. Select a neuron.",
+      "School Math”, which tells leaves from flowers. Your model is made of the same sums, of more. Select a neuron.",
   },
   {
     id: "training",
@@ -1144,7 +1121,9 @@ const PANELS = [
     title: "Training",
     chapter: "How are these models trained?",
     build: trainingPanel,
-    intro: "The toy again: gradient descent changes each weight a little, in the direction in which the loss falls.",
+    intro:
+      "The toy again. Its loss is how wrong it is: −ln of the probability of the right answer, on average. " +
+      "Gradient descent changes each weight a little, in the direction in which the loss falls.",
   },
   {
     id: "learned",
@@ -1162,7 +1141,7 @@ const PANELS = [
     missing: needsBackward,
     intro:
       "Plain gradient descent on this text alone, not the run's optimizer: each weight of your model moves against " +
-      "its derivative. Nothing else on this page changes by it.",
+      "its derivative, that is how the loss changes with it; all of these are the gradient. Nothing else here changes.",
   },
   {
     id: "writing",
@@ -1176,12 +1155,13 @@ const PANELS = [
     title: "Embeddings",
     chapter: "Embeddings",
     build: embeddingsPanel,
-    intro: "A token is a vector of features, trained with the rest.",
+    intro: "To the model a token is a list of numbers, a vector of features, which is trained with the rest.",
   },
   {
     id: "subwords",
     title: "Sub-words",
     build: subwordsPanel,
+    missing: needsSubwords,
     intro: "Frequent sequences of characters are tokens of their own.",
   },
   {
@@ -1192,15 +1172,17 @@ const PANELS = [
     build: attentionPanel,
     missing: needsStack,
     intro:
-      "Each token asks with a query; each token before it, and itself, answers with a key; the answers weight the " +
-      "values.",
+      "Each token makes three vectors: a query, what it looks for; a key, what it has; a value, what it passes on. " +
+      "A query is multiplied with the key of each token up to its own; by these scores the values are mixed.",
   },
   {
     id: "softmax",
     title: "Softmax",
     chapter: "Softmax",
     build: softmaxPanel,
-    intro: "Logits become probabilities, and one token is drawn.",
+    intro:
+      "Each token's score, its logit, becomes a probability: exp(logit), divided by the sum of all of these. Then " +
+      "one token is drawn.",
   },
   {
     id: "residual",
@@ -1209,7 +1191,9 @@ const PANELS = [
     chapter: "Residual connections",
     build: residualPanel,
     missing: needsStack,
-    intro: "Each branch adds its output to the stream that runs through the model.",
+    intro:
+      "A layer is a block of two branches, attention and MLP; each adds its output to the residual stream, the " +
+      "vector that runs through the model.",
   },
   {
     id: "mlp",
@@ -1218,8 +1202,8 @@ const PANELS = [
     build: mlpPanel,
     missing: needsMLP,
     intro:
-      "In each layer, after attention has gathered, a small network like the first one (MLP) works on each token by " +
-      "itself.",
+      "In each layer, after attention has gathered, a small network like the first one, a multi-layer perceptron " +
+      "(MLP), works on each token by itself.",
   },
   {
     id: "norm",
@@ -1243,7 +1227,7 @@ const PANELS = [
     short: "Heads",
     chapter: "Multi-head Attention",
     build: headsPanel,
-    missing: needsStack,
+    missing: needsHeads,
     intro: "Several heads attend at once, each to something else.",
   },
   {
@@ -1252,7 +1236,7 @@ const PANELS = [
     chapter: "Positional encoding and embedding",
     build: positionsPanel,
     missing: needsStack,
-    intro: "But for its causal mask, attention alone does not see the order of the tokens.",
+    intro: "But for its causal mask, which hides later tokens, attention alone does not see the order of the tokens.",
   },
   {
     id: "gpt",

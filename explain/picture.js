@@ -74,7 +74,10 @@ class Picture {
   update() {
     const { app } = this;
     element("model").classList.toggle("empty", !app.trace);
-    if (!app.trace) return;
+    if (!app.trace) {
+      element("picture-title").textContent = "Greyed: the last text that could be read";
+      return;
+    }
     this.most = this.largestOfStream();
     this.addUp();
     for (const part of this.parts.values()) part.paint?.(part);
@@ -101,8 +104,9 @@ class Picture {
     const name = `“${shown(app.tokenizer, next)}”`;
     this.key.textContent =
       "Attention: a row for each head, a column for each earlier token; MLP: a cell for each neuron; stripes: this " +
-      `token's features. Signed numbers: how far each part pushes the score (logit) of ${name} above the mean of all ` +
-      "tokens, which softmax ignores; their sum is at the output.";
+      "token's features, the residual stream, to which each part adds. Signed numbers: how far a part pushes the " +
+      `score (logit) of ${name} above the mean of all tokens; at the output their sum. Softmax turns scores into ` +
+      "probabilities.";
   }
 
   // ----------------------------------------------------------------------------------
@@ -178,6 +182,7 @@ class Picture {
     for (const [name, { root }] of this.parts) {
       root.classList.toggle("origin", name === own);
       root.classList.toggle("lit", from.has(name) && name !== own);
+      if (name === own) this.flow.scrollLeft = root.offsetLeft - this.flow.offsetLeft - this.flow.clientWidth / 3;
     }
   }
 

@@ -5,6 +5,7 @@
 const SHOWN = 8; // bars
 const OPENING = 40; // tokens that the model writes where the page has no text to open with
 const PANELS_EVERY = 150; // ms, while the model writes
+const ELSEWHERE = "Not in this model";
 const FOLDED = 96; // pixels of the head where sections are read, as in style.css
 const element = (id) => document.getElementById(id);
 
@@ -268,20 +269,26 @@ class App {
       const attributes = { "aria-label": number ? `${number}: ${title}` : title };
       return nav.appendChild(button(label, () => this.goTo(id), attributes));
     };
-    this.overview = chip("model", "", "The model", "The model");
-    PANELS.forEach((panel, i) => {
-      const title = h(
-        "h2",
-        { id: `title-${panel.id}`, tabindex: -1 },
-        h("span", { class: "count" }, i + 1),
-        panel.title,
-      );
+    const add = (panel, pressed, place, [tag, level], ...number) => {
+      const heading = h(level, { id: `title-${panel.id}`, tabindex: -1 }, ...number, panel.title);
       const body = h("div", { class: "panel-body" });
-      const root = h("section", { id: panel.id, "aria-labelledby": `title-${panel.id}` }, title, body);
-      element("panels").append(root);
+      const root = h(tag, { id: panel.id, "aria-labelledby": `title-${panel.id}` }, heading, body);
+      place.append(root);
+      this.panels.push({ ...panel, root, heading, body, chip: pressed, built: null, visible: false, dirty: true });
+    };
+    this.overview = chip("model", "", "The model", "The model");
+    const missing = PANELS.filter((panel) => panel.missing?.(this));
+    const present = PANELS.filter((panel) => !missing.includes(panel));
+    present.forEach((panel, i) => {
       const pressed = chip(panel.id, i + 1, panel.title, panel.short ?? panel.title);
-      this.panels.push({ ...panel, root, body, chip: pressed, built: null, visible: false, dirty: true });
+      add(panel, pressed, element("panels"), ["section", "h2"], h("span", { class: "count" }, i + 1));
     });
+    if (missing.length) {
+      const pressed = chip(missing[0].id, "", ELSEWHERE, ELSEWHERE);
+      const end = h("section", { class: "elsewhere" }, h("h2", {}, ELSEWHERE));
+      element("panels").append(end);
+      for (const panel of missing) add(panel, pressed, end, ["article", "h3"]);
+    }
     const watch = new IntersectionObserver((entries) => this.scrolled(entries), { rootMargin: "150px 0px" });
     const sizes = new ResizeObserver((entries) => this.keepPlace(entries));
     for (const { root } of this.panels) {
@@ -370,20 +377,19 @@ class App {
   }
 
   markSection() {
-    const { section } = this.state;
-    for (const [id, chip] of [["model", this.overview], ...this.panels.map((panel) => [panel.id, panel.chip])]) {
-      chip.setAttribute("aria-current", id === section ? "true" : "false");
-      if (id === section) element("sections").scrollLeft = chip.offsetLeft - element("sections").offsetLeft - 60;
-    }
+    const current = this.panels.find(({ id }) => id === this.state.section)?.chip ?? this.overview;
+    for (const chip of element("sections").children) chip.setAttribute("aria-current", chip === current);
+    element("sections").scrollLeft = current.offsetLeft - element("sections").offsetLeft - 60;
   }
 
-  /** layer: of the part of the picture that led here. */
+  /** layer: of the part of the picture that led here. A number that was opened elsewhere is left there. */
   goTo(section, changes = {}) {
     this.fold(false);
-    this.change({ ...changes, section }, { push: true });
+    const left = section === this.state.section ? {} : { number: null, trail: [] };
+    this.change({ ...left, ...changes, section }, { push: true });
     this.scrollTo(section);
     const panel = this.panels.find(({ id }) => id === section);
-    (panel ? panel.root.querySelector("h2") : element("text")).focus({ preventScroll: true });
+    (panel?.heading ?? element("text")).focus({ preventScroll: true });
   }
 
   scrollTo(section) {
@@ -391,8 +397,9 @@ class App {
     this.markSection();
     const panel = this.panels.find(({ id }) => id === section);
     if (panel) this.renderPanel(panel);
+    const place = panel?.root.closest("section");
     const jump = () =>
-      panel ? scrollBy(0, panel.root.getBoundingClientRect().top - this.heightOfBars()) : scrollTo(0, 0);
+      place ? scrollBy(0, place.getBoundingClientRect().top - this.heightOfBars()) : scrollTo(0, 0);
     jump();
     requestAnimationFrame(() => {
       jump(); // its strips have their heights by now
@@ -526,17 +533,20 @@ function describeRun({ model, progress, metrics, parameters, tokenizer }) {
   const { best_val_loss: best, iter } = progress;
   const bits = metrics.find(({ val_loss }) => val_loss === best)?.val_bits_per_byte;
   return (
-    `${kind}: ${counted(model.n_layer, "layer")}${attends ? ` × ${counted(model.n_head, "head")}` : ""}, width ${model.n_embd}, context ` +
-    `${model.block_size}, ${V.toLocaleString("en")} tokens, ${(parameters / 1e6).toFixed(2)} million parameters; ` +
+    `${kind}: ${counted(model.n_layer, "layer")}${attends ? ` × ${counted(model.n_head, "head")}` : ""}, width ` +
+    `${model.n_embd}, context ${model.block_size}, ${tokens(V)}, ` +
+    `${(parameters / 1e6).toFixed(2)} million parameters; ` +
     `${attends ? also.filter((name) => name && name !== "none").join(", ") : model.activation}. ` +
     `Step ${iter.toLocaleString("en")}, ` +
-    (best ? `val loss ${best.toFixed(4)} nats a token` : "no evaluation yet") +
+    (best ? `validation loss ${best.toFixed(4)} nats a token` : "no evaluation yet") +
     `${bits ? ` (${bits.toFixed(2)} bits a byte)` : ""}${metrics.length ? "" : ", no metrics.jsonl"}`
   );
 }
 
-function missingNote({ text, command }) {
-  return h("div", { class: "missing" }, h("p", {}, text), h("p", {}, "A run that has it: ", h("code", {}, command)));
+/** Why this run has something not, and a config whose run has it. */
+function missingNote([text, config]) {
+  const command = h("code", {}, `python train.py config/${config}`);
+  return h("div", { class: "missing" }, h("p", {}, text), h("p", {}, "A run that has it: ", command));
 }
 
 /** What a token stands for, with signs for what cannot be seen; bytes that are no character by themselves in hex. */

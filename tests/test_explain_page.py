@@ -3,6 +3,7 @@
 Needs Chromium (Debian: apt-get install chromium) and the packages playwright and axe-playwright-python.
 """
 
+import io
 import random
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_RUN, WITHOUT_SAMPLE
+from PIL import Image
 from test_explain import expected_trace, rounded
 from test_snapshots import restored
 from texts import make_pairs, make_text
@@ -274,8 +276,17 @@ def test_after_an_unknown_character_all_sections_open_and_no_number_of_the_text_
         assert not view.page.locator("#tokens button, #bars button, #drawer.open").count()
         of_text = "section.of-text .panel-body > :not(.intro)"
         assert not view.page.locator(of_text).filter(visible=True).count()
+    greyed = """() => {
+      const canvas = document.querySelector("#flow .stream");
+      const { filter, opacity } = getComputedStyle(canvas);
+      return canvas.checkVisibility() && filter === "grayscale(1)" && opacity < 0.5;
+    }"""
+    view.page.get_by_role("button", name="The model").click()
+    assert view.page.evaluate(greyed) and view.page.is_hidden("#flow .embed .adds")
+    assert view.page.inner_text("#picture-title").startswith("Greyed: the last text that")
     view.page.fill("#text", "Akisa")
     assert_shows(view, *load(runs))
+    assert not view.page.evaluate(greyed) and view.page.is_visible("#flow .embed .adds")
 
 
 @pytest.mark.parametrize("width", [390, 1440])
@@ -305,7 +316,7 @@ def back(view) -> None:
 def test_back_leads_through_numbers_and_sections_and_escape_closes_the_drawer(opened):
     view = opened()
     head = view.page.locator("#arithmetic h3")
-    view.page.get_by_role("button", name="9: Softmax").click()
+    view.page.get_by_role("button", name="Softmax").click()
     view.page.locator("#softmax input[type=range]").nth(0).fill("0.5")
     view.page.locator("#bars .number").nth(0).click()
     first = head.inner_text()
@@ -329,6 +340,54 @@ def test_back_leads_through_numbers_and_sections_and_escape_closes_the_drawer(op
     view.page.reload()
     view.settle()
     assert view.page.locator("#softmax input[type=range]").nth(0).input_value() == "0.5"
+
+
+def test_a_number_stays_with_its_section_when_another_is_chosen(opened):
+    view = opened("run", "#section=softmax&text=Akis")
+    view.page.locator("#softmax .operand").nth(0).click()
+    number = view.page.inner_text("#arithmetic h3")
+    view.page.get_by_role("button", name="Softmax").click()
+    assert view.page.locator("#drawer.open").count()
+    view.page.get_by_role("button", name="Residual").click()
+    assert not view.page.locator("#drawer.open").count()
+    back(view)
+    assert view.page.inner_text("#arithmetic h3") == number
+
+
+def darkest(view: Opened, selector: str, side: int) -> int:
+    """The darkest shade of grey at the left (0) or right (-1) edge of an element's lower end, where no text is."""
+    picture = Image.open(io.BytesIO(view.page.locator(selector).screenshot())).convert("L")
+    x = side % picture.width
+    return min(picture.getpixel((x, y)) for y in range(picture.height - 4, picture.height))
+
+
+def test_on_a_phone_what_goes_on_sideways_shows_that_it_does(opened):
+    view = opened(
+        "run", "#section=softmax&text=Akis", viewport={"width": 390, "height": 844}
+    )
+    scroll = "#softmax .scroll"
+    assert darkest(view, scroll, -1) < 235 < darkest(view, scroll, 0)
+    view.page.eval_on_selector(scroll, "box => box.scrollLeft = 1e4")
+    assert darkest(view, scroll, 0) < 235 < darkest(view, scroll, -1)
+    hidden = """part => {
+      const [own, flow] = [part, part.closest("#flow")].map((box) => box.getBoundingClientRect());
+      return [own.right > flow.right - 20, getComputedStyle(part.closest("#flow")).maskImage !== "none"];
+    }"""
+    view.page.get_by_role("button", name="The model").click()
+    assert view.page.eval_on_selector("#flow .head", hidden) == [True, True]
+    view.page.locator("#bars .number").nth(0).click()  # which is computed there
+    assert view.page.eval_on_selector("#flow .head", hidden) == [False, True]
+
+
+def test_the_dials_open_at_a_distance_at_which_they_have_turned(opened):
+    view = opened("run", "#section=positions&text=Akis osal")
+    assert view.page.locator("#positions input").input_value() == "5"
+    told = view.page.get_attribute("#positions .dials", "aria-label")
+    assert told.startswith(
+        "Query 8, key 3: 5 positions apart. The first pair is rotated by 5.0000"
+    )
+    slide(view, "positions", 1)
+    assert "1 position apart" in view.page.inner_text("#positions")
 
 
 def test_typing_moves_nothing_that_is_read_and_ends_the_writing_of_the_model(opened):
@@ -577,7 +636,7 @@ def test_the_hash_restores_the_view(opened):
     view = opened()
     view.page.fill("#text", "Akis osal")
     view.page.locator("#tokens button").nth(3).click()
-    view.page.get_by_role("button", name="8: Self-attention").click()
+    view.page.get_by_role("button", name="Self-attention").click()
     view.page.locator("#attention select").nth(0).select_option(label="2")
     view.page.locator("#attention canvas[tabindex]").nth(0).click(
         position={"x": 30, "y": 5}
@@ -792,6 +851,25 @@ def test_a_section_for_which_the_run_has_nothing_names_a_command_that_trains_one
     for command in commands:
         config = re.fullmatch(r"python train.py (config/[\w/.-]+)", command)[1]
         assert (Path(explain.__file__).parent / config).exists()
+
+
+def test_what_a_model_has_not_stands_at_the_end_without_numbers(opened):
+    absent = {
+        "run": {"subwords", "transformer"},
+        "window": {"attention", "mlp", "transformer"},
+    }
+    for run, missing in absent.items():
+        view = opened(run)
+        numbers = view.page.locator("section h2 .count").all_inner_texts()
+        assert numbers == [f"{i}" for i in range(1, len(numbers) + 1)]
+        *chips, last = view.page.locator("#sections button").all_inner_texts()
+        assert len(chips) == len(numbers) + 1 and last == "Not in this model"
+        articles = "all => all.map((article) => article.id)"
+        found = view.page.eval_on_selector_all("section:last-child article", articles)
+        assert missing <= set(found)
+        view.page.click("text=Not in this model >> nth=0")
+        view.until("document.activeElement.id.startsWith('title-')")
+        assert view.page.inner_text("#sections [aria-current=true]") == "Not in this model"
 
 
 def test_a_page_whose_data_was_damaged_says_so_instead_of_showing_numbers(
