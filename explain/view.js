@@ -5,7 +5,7 @@
 const SHOWN = 8; // bars
 const OPENING = 40; // tokens that the model writes where the page has no text to open with
 const PANELS_EVERY = 150; // ms, while the model writes
-const ELSEWHERE = "Not in this model";
+const ELSEWHERE = "Not for this model";
 const FOLDED = 96; // pixels of the head where sections are read, as in style.css
 const element = (id) => document.getElementById(id);
 

@@ -863,13 +863,13 @@ def test_what_a_model_has_not_stands_at_the_end_without_numbers(opened):
         numbers = view.page.locator("section h2 .count").all_inner_texts()
         assert numbers == [f"{i}" for i in range(1, len(numbers) + 1)]
         *chips, last = view.page.locator("#sections button").all_inner_texts()
-        assert len(chips) == len(numbers) + 1 and last == "Not in this model"
+        assert len(chips) == len(numbers) + 1 and last == "Not for this model"
         articles = "all => all.map((article) => article.id)"
         found = view.page.eval_on_selector_all("section:last-child article", articles)
         assert missing <= set(found)
-        view.page.click("text=Not in this model >> nth=0")
+        view.page.click("text=Not for this model >> nth=0")
         view.until("document.activeElement.id.startsWith('title-')")
-        assert view.page.inner_text("#sections [aria-current=true]") == "Not in this model"
+        assert view.page.inner_text("#sections [aria-current=true]") == "Not for this model"
 
 
 def test_a_page_whose_data_was_damaged_says_so_instead_of_showing_numbers(
