@@ -748,7 +748,7 @@ KEYS = {
     **{
         "range": ("ArrowRight", "ArrowLeft"),
         "select": ("ArrowDown", "ArrowUp"),
-        "canvas": ("ArrowRight", "ArrowUp"),
+        "canvas": ("ArrowRight", "ArrowUp", "ArrowLeft"),
     },
 }
 WATCH = """controls => {
