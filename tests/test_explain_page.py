@@ -256,6 +256,45 @@ def test_continue_writes_what_sample_py_writes_when_the_context_is_full_too(open
     assert view.page.input_value("#text") == text
 
 
+COMPUTER = """async () => {
+  const { textContent: text, dataset } = document.getElementById("data");
+  const answers = [];
+  const own = forward;
+  window.rows = [];
+  forward = (...given) => {
+    const trace = own(...given);
+    rows.push(trace.idx.length - trace.first);
+    return trace;
+  };
+  const computer = new Computer((answer) => answers.push(answer));
+  let id = 0;
+  const ask = (topic, message) => computer.answer({ topic, id: id++, ...message });
+  await ask("open", { text, checksum: dataset.checksum });
+  const full = "Akis osal ".repeat(3) + "Ak";
+  await ask("read", { text: full });
+  rows.length = 0;
+  await ask("read", { text: full + "i" });
+  const beyond = rows.splice(0);
+  answers.length = 0;
+  await Promise.all(Array.from({ length: 20 }, (_, i) => ask("read", { text: full.slice(i) + full.slice(0, i) })));
+  const dropped = rows.splice(0).reduce((sum, n) => sum + n);
+  return [beyond, dropped, answers.filter(({ news }) => news).length];
+}"""
+
+
+def test_a_key_computes_one_row_beside_the_page_and_outdated_keys_are_dropped(opened):
+    view = opened()
+    beyond, computed, answered = view.page.evaluate(COMPUTER)
+    assert beyond == [1]  # the newest half of a full context is ready
+    assert (
+        answered == 1 and computed <= 20 * 16 + 16
+    )  # of 20 texts, half, and of the last one all
+    view.page.focus("#text")
+    view.page.keyboard.type("kis osal")
+    view.settle()
+    assert view.page.evaluate("rows") == []  # on the thread that paints
+
+
 ADDRESSES = {
     "#section=nonsense&t=x&key=-7&number=abc": START,
     "#text=Akis": "Akis",
