@@ -479,7 +479,8 @@ def choice(run: Run) -> str:
         export = f"not of this model; {error}"
     return (
         f"\nminutes: {run.config.minutes:g}; chosen: {config.n_layer} layers of {config.n_embd} features,"
-        f" dropout {config.dropout:g}; what is given is obeyed\nexport: {export}"
+        f" a context of {config.block_size} tokens, dropout {config.dropout:g}; what is given is obeyed"
+        f"\nexport: {export}"
     )
 
 
@@ -695,7 +696,7 @@ def finish(run: Run, folder: RunFolder) -> None:
 def advice(run: Run) -> str:
     """Return what would help most, by the law that chose."""
     bytes_per_token = run.dataset.val_bytes_per_token()
-    parameters, _ = plan.cost(run.model.config)
+    parameters, *_ = plan.cost(run.model.config)
     text = len(run.dataset.train) * bytes_per_token
     return plan.advice(parameters, run.progress.tokens * bytes_per_token, text)
 

@@ -130,38 +130,44 @@ def run(only: str, share: str) -> None:
         script(["train.py", *argv])
 
 
-# plan.py's constants, and for the runs that do not follow it, what it costs to miss the dropout and the learning rate
+# plan.py's constants, and what it costs the runs that do not follow it to miss the dropout and the learning rate
 START = {
     "A": 12.0,
     "ALPHA": 0.3,
     "B": 60.0,
     "BETA": 0.3,
+    "C": 1.0,
+    "GAMMA": 0.5,
+    "SMALL_STEPS": 0.3,
     "REPEATS": 6.0,
     "DROPOUT": 0.15,
     "FIRST_EPOCHS": 2.0,
     "missed dropout": 2.0,
     "missed rate": 0.02,
-    "half the context": 0.02,
-    "tokens of a step": 0.01,
 }
 
 
 def predict(x: dict[str, Tensor], constants: Tensor, base: Tensor) -> Tensor:
     """Return bits per byte, (runs,): plan.loss() and what its text itself adds. base: (runs,)."""
-    a, alpha, b, beta, repeats, slope, first, missed, rate, context, step = constants
-    again = (x["read"] / x["size"] - 1).clamp(min=0)
-    worth = torch.minimum(x["read"], x["size"])
-    worth = worth * (1 + repeats * (1 - torch.exp(-again / repeats)))
+    a, alpha, b, beta, c, gamma, small, repeats, slope, first, missed, rate = constants
+
+    def worth(amount: Tensor, once: Tensor) -> Tensor:
+        again = (amount / once - 1).clamp(min=0)
+        return torch.minimum(amount, once) * (
+            1 + repeats * (1 - torch.exp(-again / repeats))
+        )
+
+    taught = worth(x["parameters"], plan.PARAMETERS_PER_BYTE * x["size"])
+    learned = worth(x["read"], x["size"]) * (1024 / x["step"]) ** small
     dropout = (slope * torch.log2(x["read"] / x["size"] / first)).clamp(0, 0.3)
-    law = base + a * x["parameters"] ** -alpha + b * worth**-beta
-    law += context * torch.log2(512 / x["block_size"]) + step * torch.log2(x["step"] / 512)
+    law = base + a * taught**-alpha + b * learned**-beta + c * x["context"] ** -gamma
     return law + missed * (x["dropout"] - dropout) ** 2 + rate * torch.log2(x["rate"]) ** 2
 
 
 def fit() -> None:
     """Fit plan.loss() and plan.dropout() to the runs, and print the constants and how far they are off."""
     rows = [row for cell in CELLS for row in finished(*cell)]
-    keys = ("parameters", "read", "size", "dropout", "rate", "block_size", "step", "bits")
+    keys = ("parameters", "read", "size", "dropout", "rate", "context", "step", "bits")
     x = {key: torch.tensor([row[key] for row in rows]).double() for key in keys}
     text = torch.tensor([list(TEXTS).index(row["text"]) for row in rows])
     fits = []
@@ -222,7 +228,7 @@ def finished(text: str, minutes: int) -> list[dict]:
                 "size": train["tokens"] * bytes_per_token,
                 "dropout": settings["dropout"],
                 "rate": settings["learning_rate"] / 6e-3,
-                "block_size": settings["block_size"],
+                "context": settings["block_size"] * bytes_per_token,
                 "step": settings["block_size"] * settings["batch_size"],
                 "bits": last["val_bits_per_byte"],
             }

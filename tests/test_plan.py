@@ -265,6 +265,19 @@ def test_a_given_key_is_obeyed_and_the_rest_is_chosen(choose, key):
         assert shape in plan.SIZES
 
 
+def test_a_context_and_a_batch_are_chosen_too(choose):
+    found = [choose(100_000_000, minutes) for minutes in MINUTES]
+    contexts = [model_config.block_size for _, model_config in found]
+    assert contexts == sorted(contexts) and len(set(contexts)) > 1
+    tokens = [
+        config.batch_size * context
+        for (config, _), context in zip(found, contexts, strict=True)
+    ]
+    assert set(tokens) <= set(plan.STEPS) and len(set(tokens)) > 1
+    _, shorter = choose(300, 3)  # which has no 512 tokens
+    assert shorter.block_size < 300
+
+
 def test_a_plan_takes_the_time_that_is_left_to_train(choose):
     config, model_config = choose(1_000_000, 3)
     step = plan.seconds_per_step(config, model_config)
@@ -280,8 +293,8 @@ def test_every_size_keeps_the_architecture_and_can_be_built():
         sized = plan.sized(config, n_layer, n_embd)
         assert (sized.n_layer, sized.n_embd) == (n_layer, n_embd)
         assert sized.n_head % sized.n_kv_head == 0 and sized.block_size == config.block_size
-        parameters, operations = plan.cost(sized)
-        assert operations > 2 * parameters > 0
+        parameters, per_token, per_step = plan.cost(sized)
+        assert per_token > 2 * parameters > 0 and per_step > n_embd * parameters
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -22,7 +23,7 @@ from humptygpt.training.optimizers import make_optimizer
 from humptygpt.training.settings import TrainConfig
 from model import ModelConfig
 
-# (n_layer, n_embd), each some 1.5 times as expensive as the one before
+# What is tried: (n_layer, n_embd), each some 1.5 times as expensive as the one before;
 SIZES = (
     (2, 64),
     (2, 128),
@@ -35,7 +36,10 @@ SIZES = (
     (10, 576),
     (12, 768),
 )
+CONTEXTS = (128, 256, 512)  # tokens of the context;
+STEPS = (512, 1024, 2048)  # tokens of a step.
 SIZE = {"n_layer", "n_head", "n_embd", "n_hidden"}  # keys
+BATCH = {"batch_size", "gradient_accumulation_steps"}
 HEAD_SIZE = 64
 EVALUATIONS = 4
 TIME_TO_TRAIN = 0.85  # of what is left after the choice: the rest evaluates
@@ -95,18 +99,30 @@ A = 20.0
 ALPHA = 0.28
 B = 40.0
 BETA = 0.28
+C = 1.0
+GAMMA = 0.5
+SMALL_STEPS = 0.3  # 0: only the text that was read counts, 1: only the steps
 PARAMETERS_PER_BYTE = 1.0  # that a text can teach
 REPEATS = 6.0  # how much reading again, and more parameters than that, are worth at most
 
 
-def loss(parameters: float, read: float, text: float) -> float:
+def loss(
+    parameters: float,
+    read: float,
+    text: float,
+    context: float = 256,
+    step: float = 1024,
+) -> float:
     """Predict bits per byte, beside those that no model can save, after reading so many bytes of a text.
+
+    context: bytes that a prediction can see. step: tokens; more small steps learn more from as much text.
 
     Source of the form: Hoffmann et al. 2022, arXiv:2203.15556; of repeated text and of more parameters than it can
     teach: Muennighoff et al. 2023, arXiv:2305.16264, eq. 5 and 6.
     """
     taught = worth(parameters, PARAMETERS_PER_BYTE * text)
-    return A * taught**-ALPHA + B * worth(read, text) ** -BETA
+    learned = worth(read, text) * (1024 / step) ** SMALL_STEPS
+    return A * taught**-ALPHA + B * learned**-BETA + C * context**-GAMMA
 
 
 def worth(amount: float, once: float) -> float:
@@ -137,6 +153,21 @@ def dropout(epochs: float) -> float:
 # The choice
 
 
+class Candidate(NamedTuple):
+    """What could be trained, and what it takes."""
+
+    config: TrainConfig
+    model_config: ModelConfig
+    parameters: int  # beside the embeddings
+    operations: float  # of a step: the model's and, of Muon, the optimizer's
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        sequences = self.config.gradient_accumulation_steps * self.config.batch_size
+        return sequences * self.model_config.block_size
+
+
 def choose(
     config: TrainConfig,
     model_config: ModelConfig,
@@ -148,47 +179,51 @@ def choose(
 ) -> tuple[TrainConfig, ModelConfig]:
     """Return the settings by which the law promises the lowest loss in the time that is left.
 
-    given: keys that stay as they are; so does the size of a model to start from. Raises UserError where not one step
-    would fit.
+    given: keys that stay as they are; so does the size of a model to start from. The dataset is left with the context
+    that is chosen. Raises UserError where not one step would fit.
     """
     if dataset.task != "language modelling":
         raise UserError(
             f"minutes={config.minutes:g} is for text, and {config.dataset} has sentence pairs; take max_iters"
         )
-    sizes = [model_config]
-    if config.init_from == "scratch" and not SIZE.intersection(given):
-        sizes = [sized(model_config, n_layer, n_embd) for n_layer, n_embd in SIZES]
-    costs = [cost(size) for size in sizes]
-    # a step takes some time whatever the size, and more by what it computes: two sizes show both
-    small, large = 0, min(4, len(sizes) - 1)
-    times = {
-        i: seconds_per_step(config, sizes[i], dataset, device, dtype)
-        for i in (small, large)
-    }
-    more = times[large] - times[small]
-    slope = max(0.0, more) / max(1, costs[large][1] - costs[small][1])
-    seconds = clock.planned()
-    if seconds < times[small]:
+    tried = candidates(config, model_config, given, dataset)
+    bytes_per_token = dataset.val_bytes_per_token()
+    text = len(dataset.train) * bytes_per_token
+    times = {}  # of a step, of the candidates that were timed
+
+    def time_step(i: int) -> None:
+        dataset.block_size = tried[i].model_config.block_size
+        times[i] = seconds_per_step(*tried[i][:2], dataset, device, dtype)
+
+    def seconds(i: int) -> float:
+        """A step takes some time whatever the size, and more by what it computes."""
+        more = tried[i].operations - tried[small].operations
+        return times.get(i) or times[small] + slope * more
+
+    def promise(i: int) -> float:
+        context, tokens = tried[i].model_config.block_size, tried[i].tokens
+        read = available / seconds(i) * tokens * bytes_per_token
+        return loss(tried[i].parameters, read, text, context * bytes_per_token, tokens)
+
+    by_operations = sorted(range(len(tried)), key=lambda i: tried[i].operations)
+    small, large = by_operations[0], by_operations[len(tried) // 2]
+    time_step(small)
+    available = clock.planned()
+    if available < times[small]:
         raise UserError(
             f"minutes={config.minutes:g} is too short: {clock.seconds():.1f} s are over before the first step,"
             f" which takes {times[small]:.2g} s"
         )
-    bytes_per_token = dataset.val_bytes_per_token()
-    text = len(dataset.train) * bytes_per_token
-    per_step = (
-        config.gradient_accumulation_steps * config.batch_size * model_config.block_size
-    )
-
-    def promise(i: int) -> float:
-        parameters, operations = costs[i]
-        step = times[small] + slope * (operations - costs[small][1])
-        read = seconds / step * per_step * bytes_per_token
-        return loss(parameters, read, text)
-
-    best = min(range(len(sizes)), key=promise)
-    step = times.get(best) or seconds_per_step(config, sizes[best], dataset, device, dtype)
-    steps = max(1, int(clock.planned() / step))
-    epochs = steps * per_step / len(dataset.train)
+    time_step(large)
+    work = tried[large].operations - tried[small].operations
+    slope = max(0.0, times[large] - times[small]) / max(1.0, work)
+    # the best one is timed, too, and may then be no longer the best
+    while (best := min(range(len(tried)), key=promise)) not in times:
+        time_step(best)
+    config, model_config, *_ = tried[best]
+    dataset.block_size = model_config.block_size
+    steps = max(1, int(clock.planned() / times[best]))
+    epochs = steps * tried[best].tokens / len(dataset.train)
     chosen = {
         "max_iters": steps,
         "lr_decay_iters": None,
@@ -196,10 +231,40 @@ def choose(
         "warmup_iters": min(config.warmup_iters, steps // 10),
     }
     config = replace(config, **{k: v for k, v in chosen.items() if k not in given})
-    model_config = sizes[best]
     if "dropout" not in given:
         model_config = replace(model_config, dropout=dropout(epochs))
     return config, model_config
+
+
+def candidates(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    given: Collection[str],
+    dataset: Dataset,
+) -> list[Candidate]:
+    """Return every size, context and batch that is not given."""
+    sizes, contexts = [model_config], [model_config.block_size]
+    if config.init_from == "scratch":
+        if not SIZE.intersection(given):
+            sizes = [sized(model_config, n_layer, n_embd) for n_layer, n_embd in SIZES]
+        if "block_size" not in given:
+            contexts = [context for context in CONTEXTS if context < len(dataset.train)]
+    found = []
+    for size in sizes:
+        for context in contexts:
+            shape = replace(size, block_size=context)
+            parameters, per_token, per_step = cost(shape)
+            batches = {max(1, tokens // context) for tokens in STEPS}
+            if BATCH.intersection(given):
+                batches = {config.batch_size}
+            for batch_size in sorted(batches):
+                batch = replace(config, batch_size=batch_size)
+                candidate = Candidate(batch, shape, parameters, 0.0)
+                work = candidate.tokens * per_token
+                if config.optimizer != "adamw":
+                    work += per_step
+                found.append(candidate._replace(operations=work))
+    return found
 
 
 def sized(config: ModelConfig, n_layer: int, n_embd: int) -> ModelConfig:
@@ -216,11 +281,14 @@ def sized(config: ModelConfig, n_layer: int, n_embd: int) -> ModelConfig:
     )
 
 
-def cost(config: ModelConfig) -> tuple[int, int]:
-    """Return the parameters beside the embeddings, and the operations to train on one token."""
+def cost(config: ModelConfig) -> tuple[int, int, int]:
+    """Return the parameters beside the embeddings, and the operations of a token and of a step of Muon."""
     model = models.build_on_meta(config)
     embeddings = config.vocab_size * config.n_embd * (1 if config.tie_weights else 2)
-    return models.count_parameters(model) - embeddings, models.flops_per_token(model)
+    parameters = models.count_parameters(model) - embeddings
+    # of a matrix m x n, m <= n, three products in each of five rounds, and m is the width of nearly all
+    per_step = 5 * 6 * parameters * config.n_embd
+    return parameters, models.flops_per_token(model), per_step
 
 
 def seconds_per_step(
