@@ -46,7 +46,8 @@ BURST = """([letters, n]) => new Promise((done) => {
   };
   press();
 })"""
-# Characters that "Continue" writes in a second, and milliseconds from "Stop" until nothing more is written.
+# Characters that "Continue" writes in a second, and milliseconds from "Stop" until that is painted, or until the text
+# no longer changes, whichever is later.
 CONTINUED = """seconds => new Promise((done) => {
   const [text, go, page] = ["text", "go-on", "page"].map((id) => document.getElementById(id));
   const before = text.value.length;
@@ -55,8 +56,16 @@ CONTINUED = """seconds => new Promise((done) => {
   setTimeout(() => {
     const rate = (text.value.length - before) / (performance.now() - begin) * 1000;
     const stopped = performance.now();
+    let [written, end] = [text.value, stopped];
     go.click();
-    const rest = () => page.ariaBusy === "true" ? setTimeout(rest, 1) : done([rate, performance.now() - stopped]);
+    const channel = new MessageChannel();
+    channel.port1.onmessage = () => (end = performance.now());
+    requestAnimationFrame(() => channel.port2.postMessage(null));
+    const rest = () => {
+      if (text.value !== written) [written, end] = [text.value, performance.now()];
+      if (page.ariaBusy === "true") setTimeout(rest, 1);
+      else setTimeout(() => done([rate, end - stopped]), 100);
+    };
     rest();
   }, seconds * 1000);
 })"""
