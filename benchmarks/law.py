@@ -140,8 +140,8 @@ START = {
     "GAMMA": 0.5,
     "SMALL_STEPS": 0.3,
     "REPEATS": 6.0,
-    "DROPOUT": 0.15,
-    "FIRST_EPOCHS": 2.0,
+    "DROPOUT": 0.1,
+    "FIRST_EPOCHS": 2.4,
     "missed dropout": 2.0,
     "missed rate": 0.02,
 }
@@ -159,7 +159,8 @@ def predict(x: dict[str, Tensor], constants: Tensor, base: Tensor) -> Tensor:
 
     taught = worth(x["parameters"], plan.PARAMETERS_PER_BYTE * x["size"])
     learned = worth(x["read"], x["size"]) * (1024 / x["step"]) ** small
-    dropout = (slope * torch.log2(x["read"] / x["size"] / first)).clamp(0, 0.3)
+    much = slope * (x["parameters"] / 1e6) ** 0.4
+    dropout = (much * torch.log2(x["read"] / x["size"] / first)).clamp(0, 0.3)
     law = base + a * taught**-alpha + b * learned**-beta + c * x["context"] ** -gamma
     return law + missed * (x["dropout"] - dropout) ** 2 + rate * torch.log2(x["rate"]) ** 2
 

@@ -144,9 +144,10 @@ def advice(parameters: int, read: float, text: float) -> str:
     return f"what would help most: {best}, by about {gains[best]:.2f} bits per byte"
 
 
-def dropout(epochs: float) -> float:
-    """Return the dropout for a text that is read so often."""
-    return round(min(0.3, max(0.0, 0.19 * math.log2(max(epochs, 1) / 2.4))), 2)
+def dropout(epochs: float, parameters: float) -> float:
+    """Return the dropout for a text that is read so often: a large model learns more of it by heart."""
+    much = 0.1 * (parameters / 1e6) ** 0.4 * math.log2(max(epochs, 1) / 2.4)
+    return round(min(0.3, max(0.0, much)), 2)
 
 
 # --------------------------------------------------------------------------------------
@@ -232,7 +233,8 @@ def choose(
     }
     config = replace(config, **{k: v for k, v in chosen.items() if k not in given})
     if "dropout" not in given:
-        model_config = replace(model_config, dropout=dropout(epochs))
+        rate = dropout(epochs, tried[best].parameters)
+        model_config = replace(model_config, dropout=rate)
     return config, model_config
 
 
