@@ -558,24 +558,6 @@ class Walk:
         if at:
             self.page.mouse.click(*at)
 
-    def token(self) -> None:
-        self.click("#tokens button")
-
-    def section(self) -> None:
-        self.click("#sections button")
-
-    def part(self) -> None:
-        self.click("#flow button")
-
-    def choose(self) -> None:
-        self.click("#bars .choose")
-
-    def number(self) -> None:
-        self.click("#bars .number")
-
-    def operand(self) -> None:
-        self.click("#arithmetic button:not([disabled])")
-
     def write(self) -> None:
         self.page.click("#go-on")
         self.page.wait_for_timeout(self.draw.randrange(60))
@@ -606,8 +588,17 @@ class Walk:
         }
         self.page.set_viewport_size(size)
 
+    CLICKED = (
+        "#tokens button",
+        "#sections button",
+        "#flow button",
+        "#bars .choose",
+        "#bars .number",
+        "#arithmetic button:not([disabled])",
+    )
     ACTIONS = (
-        [type, erase, token, section, part, choose, number, operand] * 3
+        [type, erase, *(lambda self, on=selector: self.click(on) for selector in CLICKED)]
+        * 3
         + [paste, write, escape, back] * 2
         + [reload, resize]
     )

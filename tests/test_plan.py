@@ -278,6 +278,13 @@ def test_a_context_and_a_batch_are_chosen_too(choose):
     assert shorter.block_size < 300
 
 
+def test_the_tokens_of_a_step_are_those_of_all_its_micro_batches():
+    config = TrainConfig(gradient_accumulation_steps=4)
+    dataset = SimpleNamespace(train=range(10**6))
+    tried = plan.candidates(config, ModelConfig(vocab_size=65), (), dataset)
+    assert {candidate.tokens for candidate in tried} == set(plan.STEPS)
+
+
 def test_a_plan_takes_the_time_that_is_left_to_train(choose):
     config, model_config = choose(1_000_000, 3)
     step = plan.seconds_per_step(config, model_config)

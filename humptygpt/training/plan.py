@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Collection
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from humptygpt.training.optimizers import make_optimizer
 from humptygpt.training.settings import TrainConfig
 from model import ModelConfig
 
-# What is tried: (n_layer, n_embd), each some 1.5 times as expensive as the one before;
+# What is tried. Of (n_layer, n_embd), each is some 1.5 times as expensive as the one before.
 SIZES = (
     (2, 64),
     (2, 128),
@@ -36,8 +37,8 @@ SIZES = (
     (10, 576),
     (12, 768),
 )
-CONTEXTS = (128, 256, 512)  # tokens of the context;
-STEPS = (512, 1024, 2048)  # tokens of a step.
+CONTEXTS = (128, 256, 512)  # tokens
+STEPS = (512, 1024, 2048)  # tokens of a step
 SIZE = {"n_layer", "n_head", "n_embd", "n_hidden"}  # keys
 BATCH = {"batch_size", "gradient_accumulation_steps"}
 HEAD_SIZE = 64
@@ -160,13 +161,8 @@ class Candidate(NamedTuple):
     config: TrainConfig
     model_config: ModelConfig
     parameters: int  # beside the embeddings
-    operations: float  # of a step: the model's and, of Muon, the optimizer's
-
-    @property
-    def tokens(self) -> int:
-        """Of a step."""
-        sequences = self.config.gradient_accumulation_steps * self.config.batch_size
-        return sequences * self.model_config.block_size
+    tokens: int  # of a step
+    operations: int  # of a step: the model's and, of Muon, the optimizer's
 
 
 def choose(
@@ -193,6 +189,8 @@ def choose(
     times = {}  # of a step, of the candidates that were timed
 
     def time_step(i: int) -> None:
+        if i in times:
+            return
         dataset.block_size = tried[i].model_config.block_size
         times[i] = seconds_per_step(*tried[i][:2], dataset, device, dtype)
 
@@ -216,8 +214,8 @@ def choose(
             f" which takes {times[small]:.2g} s"
         )
     time_step(large)
-    work = tried[large].operations - tried[small].operations
-    slope = max(0.0, times[large] - times[small]) / max(1.0, work)
+    more = tried[large].operations - tried[small].operations
+    slope = max(0.0, times[large] - times[small]) / max(1, more)
     # the best one is timed, too, and may then be no longer the best
     while (best := min(range(len(tried)), key=promise)) not in times:
         time_step(best)
@@ -252,20 +250,20 @@ def candidates(
         if "block_size" not in given:
             contexts = [context for context in CONTEXTS if context < len(dataset.train)]
     found = []
-    for size in sizes:
-        for context in contexts:
-            shape = replace(size, block_size=context)
-            parameters, per_token, per_step = cost(shape)
-            batches = {max(1, tokens // context) for tokens in STEPS}
-            if BATCH.intersection(given):
-                batches = {config.batch_size}
-            for batch_size in sorted(batches):
-                batch = replace(config, batch_size=batch_size)
-                candidate = Candidate(batch, shape, parameters, 0.0)
-                work = candidate.tokens * per_token
-                if config.optimizer != "adamw":
-                    work += per_step
-                found.append(candidate._replace(operations=work))
+    for size, context in product(sizes, contexts):
+        shape = replace(size, block_size=context)
+        parameters, per_token, per_step = cost(shape)
+        if config.optimizer == "adamw":
+            per_step = 0
+        of_each = context * config.gradient_accumulation_steps  # tokens of a step
+        batches = {max(1, tokens // of_each) for tokens in STEPS}
+        if BATCH.intersection(given):
+            batches = {config.batch_size}
+        for batch_size in sorted(batches):
+            batch = replace(config, batch_size=batch_size)
+            tokens = batch_size * of_each
+            operations = tokens * per_token + per_step
+            found.append(Candidate(batch, shape, parameters, tokens, operations))
     return found
 
 
