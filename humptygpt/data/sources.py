@@ -376,7 +376,7 @@ SOURCES = {
         translate_de_en, {"tokenizer": "sentencepiece", "vocab_size": 4096}
     ),
     "everyday_de_en": Source(
-        everyday_de_en, {"tokenizer": "sentencepiece", "vocab_size": 8192}
+        everyday_de_en, {"tokenizer": "sentencepiece", "vocab_size": 16_384}
     ),
     "fineweb": Source(FINEWEB, {"tokenizer": "gpt2", "val_fraction": 0.005, "files": 1}),
     "openwebtext": Source(
