@@ -1,7 +1,6 @@
 """--minutes: from a text, a machine and a time to a model and a training that fit; and the clock that it follows.
 
-The law's constants are first estimates, from the runs of the demo and of the large preset; benchmarks/law.py makes the
-runs to which they are to be fitted.
+The law's constants are from runs of one and three minutes by benchmarks/law.py, rounded; longer ones are extrapolated.
 """
 
 import math
@@ -96,15 +95,15 @@ class Clock:
 # --------------------------------------------------------------------------------------
 # The law
 
-A = 20.0
-ALPHA = 0.28
-B = 40.0
-BETA = 0.28
+A = 8.0
+ALPHA = 0.3
+B = 300.0
+BETA = 0.5
 C = 1.0
 GAMMA = 0.5
-SMALL_STEPS = 0.3  # 0: only the text that was read counts, 1: only the steps
+SMALL_STEPS = 0.28  # 0: only the text that was read counts, 1: only the steps
 PARAMETERS_PER_BYTE = 1.0  # that a text can teach
-REPEATS = 6.0  # how much reading again, and more parameters than that, are worth at most
+REPEATS = 1.0  # how much reading again, and more parameters than that, are worth at most
 
 
 def loss(
