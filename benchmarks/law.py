@@ -130,7 +130,8 @@ def run(only: str, share: str) -> None:
         script(["train.py", *argv])
 
 
-# plan.py's constants, and what it costs the runs that do not follow it to miss the dropout and the learning rate
+# where the fit begins: constants of plan.py, and what it costs runs that do not follow it to miss the dropout and the
+# learning rate
 START = {
     "A": 12.0,
     "ALPHA": 0.3,
