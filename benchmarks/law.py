@@ -4,17 +4,22 @@
     python -m benchmarks.law measure       out/law/steps.json: the steps that a run's minutes hold, on a quiet machine
     python -m benchmarks.law run 3 0/2     the first half of the runs of 3 minutes, but for those that are done
     python -m benchmarks.law fit           the constants of humptygpt/training/plan.py
+    python -m benchmarks.law minutes 3     what --minutes makes of each text, on a quiet machine
+    python -m benchmarks.law plot          out/law/law.png: all of it; nanogpt.json there, if any, has {text: {minutes: bits}}
     python compare.py out/law/*/*          what came out
 
 The ranges and the seeds below were chosen before any of these runs.
 """
 
 import json
+import math
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 from humptygpt.core import limits
@@ -24,6 +29,8 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 import train
@@ -130,6 +137,14 @@ def run(only: str, share: str) -> None:
         script(["train.py", *argv])
 
 
+def run_minutes(only: str) -> None:
+    for text, minutes in CELLS:
+        if minutes == int(only):
+            out_dir = OUT / f"{text}_{minutes}" / "minutes"
+            keys = [f"--dataset={text}", f"--minutes={minutes}", f"--out_dir={out_dir}"]
+            script(["train.py", *keys])
+
+
 # where the fit begins: constants of plan.py, and what it costs runs that do not follow it to miss the dropout and the
 # learning rate
 START = {
@@ -204,15 +219,17 @@ def minimize(x: dict[str, Tensor], free: Tensor, base: Tensor, text: Tensor) -> 
     return closure().item()
 
 
-def finished(text: str, minutes: int) -> list[dict]:
+def finished(text: str, minutes: int, names: Iterable = range(RUNS)) -> list[dict]:
     """Return the runs of a cell that are done: what they chose and what came out."""
     rows = []
-    for number in range(RUNS):
+    for number in names:
         out_dir = OUT / f"{text}_{minutes}" / str(number)
         if not (out_dir / "best.pt").exists():
             continue
         settings = json.loads((out_dir / "config.json").read_text())
-        last = json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[-1])
+        lines = (out_dir / "metrics.jsonl").read_text().splitlines()
+        metrics = [json.loads(line) for line in lines]
+        last = metrics[-1]
         model_config = configurator.restore(
             ModelConfig,
             {key: value for key, value in settings.items() if hasattr(ModelConfig, key)},
@@ -232,10 +249,43 @@ def finished(text: str, minutes: int) -> list[dict]:
                 "rate": settings["learning_rate"] / 6e-3,
                 "context": settings["block_size"] * bytes_per_token,
                 "step": settings["block_size"] * settings["batch_size"],
-                "bits": last["val_bits_per_byte"],
+                "bits": min(row.get("val_bits_per_byte", math.inf) for row in metrics),
             }
         )
     return rows
+
+
+def plot() -> None:
+    """Draw a panel for each text: the search, what --minutes makes of it and what the law says, and nanoGPT."""
+    path = OUT / "nanogpt.json"
+    nanogpt = json.loads(path.read_text()) if path.exists() else {}
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    for axes, text in zip(figure.subplots(1, len(TEXTS)), TEXTS, strict=True):
+        times = [minutes for name, minutes in CELLS if name == text]
+        search = [row for minutes in times for row in finished(text, minutes)]
+        chosen = [row for m in times for row in finished(text, m, ["minutes"])]
+        beside = statistics.median(row["bits"] - promise(row) for row in search)
+        law = [promise(row) + beside for row in chosen]
+        minutes = [row["minutes"] for row in chosen]
+        other = nanogpt.get(text, {})
+        x, y = [row["minutes"] for row in search], [row["bits"] for row in search]
+        axes.scatter(x, y, 14, color="silver", label="random search")
+        axes.plot(minutes, [row["bits"] for row in chosen], "o-", label="--minutes")
+        axes.plot(minutes, law, "k:", label="the law")
+        axes.plot([float(m) for m in other], list(other.values()), "s-", label="nanoGPT")
+        axes.set(xscale="log", yscale="log", title=text, xlabel="minutes")
+        axes.set_xticks(times, times)
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_formatter("{x:.4g}")
+        axes.minorticks_off()
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("validation loss, bits per byte")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(OUT / "law.png", dpi=130)
+
+
+def promise(row: dict) -> float:
+    return plan.loss(*(row[key] for key in ("parameters", "read", "size", "context", "step")))
 
 
 def script(argv: list[str]) -> None:
@@ -244,4 +294,5 @@ def script(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     what, *options = sys.argv[1:]
-    {"prepare": prepare, "measure": measure, "run": run, "fit": fit}[what](*options)
+    commands = (prepare, measure, run, fit, run_minutes, plot)
+    {c.__name__.removeprefix("run_"): c for c in commands}[what](*options)

@@ -50,11 +50,12 @@ function paintMatrix(canvas, rows) {
   const S = rows.reduce((most, row) => Math.max(most, row.length), 1);
   const [height, width] = [Math.min(rows.length, THUMB), Math.min(S, THUMB)];
   const cells = new Float32Array(height * width);
+  const column = Uint8Array.from({ length: S }, (_, s) => (s * width) / S);
   rows.forEach((row, t) => {
     const scale = 1 / largest(row);
     const from = Math.floor((t * height) / rows.length) * width;
     for (let s = 0; s < row.length; s++) {
-      const at = from + Math.floor((s * width) / S);
+      const at = from + column[s];
       if (row[s] * scale > cells[at]) cells[at] = row[s] * scale;
     }
   });

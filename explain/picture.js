@@ -66,9 +66,9 @@ class Picture {
     this.parts.set(`${i}.stream`, { root: stream, canvas: stream, paint: (part) => this.paintStream(part, block) });
     const wires = (kind) => h("span", { class: `wires ${kind}`, "aria-hidden": "true" });
     const branch = (kind, parts) => h("div", { class: `branch ${kind}` }, parts);
-    const root = h("li", { class: "stage layer" }, name, branch("above", above), wires("above"), stream);
-    if (below.length) root.append(wires("below"), branch("below", below));
-    this.flow.append(root);
+    const layer = [name, branch("above", above), wires("above"), stream];
+    if (below.length) layer.push(wires("below"), branch("below", below));
+    this.flow.append(h("li", { class: `stage layer${app.encodes ? " wide" : ""}` }, layer));
   }
 
   update() {
@@ -197,7 +197,11 @@ class Picture {
   }
 }
 
-const largest = (row) => row.reduce((most, x) => Math.max(most, Math.abs(x)), 1e-9);
+function largest(row) {
+  let most = 1e-9;
+  for (let i = 0; i < row.length; i++) most = Math.max(most, Math.abs(row[i]));
+  return most;
+}
 
 /** At most n numbers, each of them the one of its neighbours that is farthest from zero. */
 function binned(row, n) {

@@ -58,6 +58,7 @@ class App {
       this.change({ sampling: { ...this.state.sampling, greedy: target.checked } });
     element("write-one").onclick = () => this.writeOne();
     element("go-on").onclick = () => (this.going ? this.stop() : this.goOn());
+    listenToTokens(this);
     this.picture = new Picture(this);
     this.drawer = new Drawer(this);
     this.buildPanels();
@@ -345,10 +346,8 @@ class App {
   }
 
   scrolled(entries) {
-    for (const entry of entries) {
-      const panel = this.panels.find(({ root }) => root === entry.target);
-      panel.visible = entry.isIntersecting;
-    }
+    for (const { target, isIntersecting } of entries)
+      this.panels.find(({ root }) => root === target).visible = isIntersecting;
     this.drawPanels();
   }
 
@@ -411,7 +410,6 @@ class App {
   // Drawing
 
   draw() {
-    this.markSection();
     element("greedy").checked = this.state.sampling.greedy;
     if (this.trace) this.resolve();
     showTokens(this);
@@ -568,39 +566,42 @@ function likeliest(probs, n) {
   return best;
 }
 
-/** The tokens, of which one is selected; the arrow keys walk. */
+/** The tokens, of which one is selected. */
 function showTokens(app) {
   const { tokenizer, trace, at } = app;
   const list = element("tokens");
   if (!trace) return list.replaceChildren();
   while (list.children.length > trace.idx.length) list.lastChild.remove();
   trace.idx.forEach((id, t) => {
-    const item = list.children[t] ?? list.appendChild(tokenButton(app, t));
+    const item = list.children[t] ?? list.appendChild(h("button", { type: "button" }, " "));
     if (item.dataset.id !== `${id}`) {
       const text = shown(tokenizer, id);
       item.dataset.id = id;
-      item.textContent = text;
-      item.title = `position ${t} (from 0), id ${id}`;
-      item.setAttribute("aria-label", `position ${t}: ${text}, id ${id}`);
+      item.firstChild.data = text;
+      item.setAttribute("aria-label", `position ${t} (from 0): ${text}, id ${id}`);
     }
     const chosen = t === at.t;
-    if ((item.tabIndex === 0) !== chosen) item.tabIndex = chosen ? 0 : -1;
-    if ((item.ariaPressed === "true") !== chosen) item.ariaPressed = chosen;
+    if (item.tabIndex !== (chosen ? 0 : -1)) item.tabIndex = chosen ? 0 : -1;
+    if (item.ariaPressed !== `${chosen}`) item.ariaPressed = chosen;
   });
   const chosen = list.children[at.t];
   list.scrollTop = chosen.offsetTop - list.offsetTop - list.clientHeight + chosen.offsetHeight + 8;
   list.scrollLeft = chosen.offsetLeft - list.offsetLeft - list.clientWidth + chosen.offsetWidth + 8;
 }
 
-function tokenButton(app, t) {
-  const walk = (event) => {
-    const to = { ArrowLeft: t - 1, ArrowRight: t + 1, Home: 0, End: app.trace.idx.length - 1 }[event.key];
-    if (to === undefined || to < 0 || to >= app.trace.idx.length) return;
+/** A click selects; the arrow keys walk. On the list, since a text has many tokens. */
+function listenToTokens(app) {
+  const list = element("tokens");
+  list.onclick = ({ target }) => target !== list && app.select({ t: [...list.children].indexOf(target) });
+  list.onpointerover = ({ target }) => target !== list && (target.title = target.ariaLabel);
+  list.onkeydown = (event) => {
+    const { t } = app.at;
+    const to = { ArrowLeft: t - 1, ArrowRight: t + 1, Home: 0, End: list.children.length - 1 }[event.key];
+    if (!list.children[to]) return;
     event.preventDefault();
     app.select({ t: to });
-    element("tokens").children[to].focus();
+    list.children[to].focus();
   };
-  return button("", () => app.select({ t }), { tabindex: -1, "aria-pressed": "false", onkeydown: walk });
 }
 
 /** The most probable next tokens: the bar appends one, its number leads to its sum. */

@@ -195,7 +195,8 @@ function pack(value) {
   const lists = [];
   const places = new Map(); // by the first row: a list under several names is there once
   let size = 0;
-  const form = replace(value, (rows) => {
+  const isList = (part) => Array.isArray(part) && ArrayBuffer.isView(part[0]);
+  const form = replace(value, isList, (rows) => {
     if (!places.has(rows[0])) {
       const lengths = rows.map((row) => row.length);
       places.set(rows[0], { from: size, lengths });
@@ -215,7 +216,8 @@ function pack(value) {
 
 function unpack({ form, numbers }) {
   const made = new Map();
-  return restore(form, ({ from, lengths }) => {
+  const isPlace = (part) => part?.lengths !== undefined;
+  return replace(form, isPlace, ({ from, lengths }) => {
     if (!made.has(from)) {
       let at = from;
       made.set(
@@ -227,20 +229,12 @@ function unpack({ form, numbers }) {
   });
 }
 
-/** The value with f(rows) instead of each list of rows. */
-function replace(value, f) {
-  if (Array.isArray(value) && ArrayBuffer.isView(value[0])) return f(value);
-  if (Array.isArray(value)) return typeof value[0] === "object" ? value.map((item) => replace(item, f)) : value;
+/** The value with f(part) instead of each part that is wanted. */
+function replace(value, wanted, f) {
+  if (wanted(value)) return f(value);
+  if (Array.isArray(value)) return typeof value[0] === "object" ? value.map((item) => replace(item, wanted, f)) : value;
   if (value === null || typeof value !== "object" || ArrayBuffer.isView(value)) return value;
-  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, replace(item, f)]));
-}
-
-/** The value with f(place) instead of each {from, lengths}. */
-function restore(value, f) {
-  if (value?.lengths) return f(value);
-  if (Array.isArray(value)) return typeof value[0] === "object" ? value.map((item) => restore(item, f)) : value;
-  if (value === null || typeof value !== "object" || ArrayBuffer.isView(value)) return value;
-  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, restore(item, f)]));
+  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, replace(item, wanted, f)]));
 }
 
 // --------------------------------------------------------------------------------------
