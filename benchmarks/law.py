@@ -5,7 +5,7 @@
     python -m benchmarks.law run 3 0/2     the first half of the runs of 3 minutes, but for those that are done
     python -m benchmarks.law fit           the constants of humptygpt/training/plan.py
     python -m benchmarks.law minutes 3     what --minutes makes of each text, on a quiet machine
-    python -m benchmarks.law plot          out/law/law.png: all of it; nanogpt.json there, if any, has {text: {minutes: bits}}
+    python -m benchmarks.law plot          out/law/law.png: all of it, and of nanoGPT what out/law/nanogpt.json has
     python compare.py out/law/*/*          what came out
 
 The ranges and the seeds below were chosen before any of these runs.
@@ -285,7 +285,9 @@ def plot() -> None:
 
 
 def promise(row: dict) -> float:
-    return plan.loss(*(row[key] for key in ("parameters", "read", "size", "context", "step")))
+    return plan.loss(
+        *(row[key] for key in ("parameters", "read", "size", "context", "step"))
+    )
 
 
 def script(argv: list[str]) -> None:

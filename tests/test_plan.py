@@ -234,11 +234,19 @@ def test_a_text_that_is_read_often_gets_dropout(choose):
     assert dropouts[0] > 0.1 and dropouts[-1] == 0.0
 
 
+def test_a_small_text_gets_more_weight_decay_unless_a_model_is_fine_tuned(choose):
+    decays = [choose(text, 3)[0].weight_decay for text in TEXTS]
+    assert decays == sorted(decays, reverse=True)
+    assert decays[0] == 1.0 and decays[-1] < 0.01  # the recipe's is 0.1
+    assert choose(300, 3, init_from="out/other")[0].weight_decay == 0.1
+
+
 GIVEN = {
     "n_layer": 3,
     "n_embd": 96,
     "n_head": 4,
     "dropout": 0.05,
+    "weight_decay": 0.2,
     "eval_interval": 7,
     "warmup_iters": 3,
     "lr_decay_iters": 5,
@@ -254,7 +262,7 @@ def test_a_given_key_is_obeyed_and_the_rest_is_chosen(choose, key):
     config, model_config = choose(10_000, 3, **{key: GIVEN[key]})
     settings = vars(config) | vars(model_config)
     assert settings[key] == GIVEN[key]
-    chosen = {"max_iters": 2400, "eval_interval": 600, "dropout": 0.0}
+    chosen = {"max_iters": 2400, "eval_interval": 600, "dropout": 0.0, "weight_decay": 0.1}
     for other in chosen.keys() - {key}:
         assert settings[other] != chosen[other], other
     shape = (model_config.n_layer, model_config.n_embd)

@@ -37,7 +37,7 @@ SIZES = (
     (12, 768),
 )
 CONTEXTS = (128, 256, 512)  # tokens
-STEPS = (512, 1024, 2048)  # tokens of a step
+STEPS = (1024, 2048, 4096)  # tokens of a step
 SIZE = {"n_layer", "n_head", "n_embd", "n_hidden"}  # keys
 BATCH = {"batch_size", "gradient_accumulation_steps"}
 HEAD_SIZE = 64
@@ -101,8 +101,11 @@ B = 300.0
 BETA = 0.5
 C = 1.0
 GAMMA = 0.5
-SMALL_STEPS = 0.28  # 0: only the text that was read counts, 1: only the steps
+SMALL_STEPS = 0.15  # 0: only the text that was read counts, 1: only the steps
 PARAMETERS_PER_BYTE = 1.0  # that a text can teach
+RECIPE_TEXT = (
+    700_000  # tokens of the text for which the recipe's weight decay is, in steps of 1,024
+)
 REPEATS = 1.0  # how much reading again, and more parameters than that, are worth at most
 
 
@@ -146,8 +149,16 @@ def advice(parameters: int, read: float, text: float) -> str:
 
 def dropout(epochs: float, parameters: float) -> float:
     """Return the dropout for a text that is read so often: a large model learns more of it by heart."""
-    much = 0.1 * (parameters / 1e6) ** 0.4 * math.log2(max(epochs, 1) / 2.4)
-    return round(min(0.3, max(0.0, much)), 2)
+    much = 0.05 * (parameters / 1e6) ** 0.4 * math.log2(max(epochs, 1) / 2.4)
+    return round(min(0.15, max(0.0, much)), 2)
+
+
+def decay(weight_decay: float, tokens: int, text: int) -> float:
+    """Return the weight decay for steps of so many tokens of a text of so many; weight_decay: the recipe's.
+
+    So the weights remember as many epochs of each text. Source: Wang & Aitchison 2024, arXiv:2405.13698.
+    """
+    return float(f"{weight_decay * min(10, tokens / 1024 * RECIPE_TEXT / text):.2g}")
 
 
 # --------------------------------------------------------------------------------------
@@ -184,7 +195,7 @@ def choose(
         )
     tried = candidates(config, model_config, given, dataset)
     bytes_per_token = dataset.val_bytes_per_token()
-    text = len(dataset.train) * bytes_per_token
+    size = len(dataset.train) * bytes_per_token
     times = {}  # of a step, of the candidates that were timed
 
     def time_step(i: int) -> None:
@@ -201,7 +212,7 @@ def choose(
     def promise(i: int) -> float:
         context, tokens = tried[i].model_config.block_size, tried[i].tokens
         read = available / seconds(i) * tokens * bytes_per_token
-        return loss(tried[i].parameters, read, text, context * bytes_per_token, tokens)
+        return loss(tried[i].parameters, read, size, context * bytes_per_token, tokens)
 
     by_operations = sorted(range(len(tried)), key=lambda i: tried[i].operations)
     small, large = by_operations[0], by_operations[len(tried) // 2]
@@ -221,13 +232,17 @@ def choose(
     config, model_config, *_ = tried[best]
     dataset.block_size = model_config.block_size
     steps = max(1, int(clock.planned() / times[best]))
-    epochs = steps * tried[best].tokens / len(dataset.train)
+    tokens = tried[best].tokens
+    epochs = steps * tokens / len(dataset.train)
     chosen = {
         "max_iters": steps,
         "lr_decay_iters": None,
         "eval_interval": max(1, math.ceil(steps / EVALUATIONS)),
         "warmup_iters": min(config.warmup_iters, steps // 10),
     }
+    if config.init_from == "scratch":  # else what the model knows would be forgotten
+        text = len(dataset.train)
+        chosen["weight_decay"] = decay(config.weight_decay, tokens, text)
     config = replace(config, **{k: v for k, v in chosen.items() if k not in given})
     if "dropout" not in given:
         rate = dropout(epochs, tried[best].parameters)
