@@ -103,10 +103,10 @@ C = 1.0
 GAMMA = 0.5
 SMALL_STEPS = 0.15  # 0: only the text that was read counts, 1: only the steps
 PARAMETERS_PER_BYTE = 1.0  # that a text can teach
-RECIPE_TEXT = (
-    700_000  # tokens of the text for which the recipe's weight decay is, in steps of 1,024
-)
 REPEATS = 1.0  # how much reading again, and more parameters than that, are worth at most
+# the recipe's weight decay is for steps of so many tokens of a text of so many
+RECIPE_STEP = 1024
+RECIPE_TEXT = 700_000
 
 
 def loss(
@@ -158,7 +158,7 @@ def decay(weight_decay: float, tokens: int, text: int) -> float:
 
     So the weights remember as many epochs of each text. Source: Wang & Aitchison 2024, arXiv:2405.13698.
     """
-    return float(f"{weight_decay * min(10, tokens / 1024 * RECIPE_TEXT / text):.2g}")
+    return float(f"{weight_decay * min(10, tokens / RECIPE_STEP * RECIPE_TEXT / text):.2g}")
 
 
 # --------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def choose(
         )
     tried = candidates(config, model_config, given, dataset)
     bytes_per_token = dataset.val_bytes_per_token()
-    size = len(dataset.train) * bytes_per_token
+    text = len(dataset.train) * bytes_per_token
     times = {}  # of a step, of the candidates that were timed
 
     def time_step(i: int) -> None:
@@ -212,7 +212,7 @@ def choose(
     def promise(i: int) -> float:
         context, tokens = tried[i].model_config.block_size, tried[i].tokens
         read = available / seconds(i) * tokens * bytes_per_token
-        return loss(tried[i].parameters, read, size, context * bytes_per_token, tokens)
+        return loss(tried[i].parameters, read, text, context * bytes_per_token, tokens)
 
     by_operations = sorted(range(len(tried)), key=lambda i: tried[i].operations)
     small, large = by_operations[0], by_operations[len(tried) // 2]
@@ -241,8 +241,7 @@ def choose(
         "warmup_iters": min(config.warmup_iters, steps // 10),
     }
     if config.init_from == "scratch":  # else what the model knows would be forgotten
-        text = len(dataset.train)
-        chosen["weight_decay"] = decay(config.weight_decay, tokens, text)
+        chosen["weight_decay"] = decay(config.weight_decay, tokens, len(dataset.train))
     config = replace(config, **{k: v for k, v in chosen.items() if k not in given})
     if "dropout" not in given:
         rate = dropout(epochs, tried[best].parameters)
