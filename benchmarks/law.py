@@ -183,7 +183,7 @@ def predict(x: dict[str, Tensor], constants: Tensor, base: Tensor) -> Tensor:
 
 def fit() -> None:
     """Fit plan.loss() and plan.dropout() to the runs, and print the constants and how far they are off."""
-    rows = [row for cell in CELLS for row in finished(*cell)]
+    rows = [row for cell in CELLS for row in finished(*cell, [*range(RUNS), "minutes"])]
     keys = ("parameters", "read", "size", "dropout", "rate", "context", "step", "bits")
     x = {key: torch.tensor([row[key] for row in rows]).double() for key in keys}
     text = torch.tensor([list(TEXTS).index(row["text"]) for row in rows])

@@ -228,6 +228,12 @@ def test_more_time_never_means_a_smaller_model(choose, text):
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
 
 
+@pytest.mark.parametrize("minutes", MINUTES)
+def test_no_model_is_so_large_that_it_learns_the_text_by_heart(choose, minutes):
+    parameters, *_ = plan.cost(choose(100_000, minutes)[1])
+    assert parameters <= 8 * 100_000
+
+
 def test_a_text_that_is_read_often_gets_dropout(choose):
     dropouts = [choose(text, 3)[1].dropout for text in TEXTS]
     assert dropouts == sorted(dropouts, reverse=True)

@@ -1,6 +1,6 @@
 """--minutes: from a text, a machine and a time to a model and a training that fit; and the clock that it follows.
 
-The law's constants are from runs of one and three minutes by benchmarks/law.py, rounded; longer ones are extrapolated.
+The law's constants are from runs of one to ten minutes by benchmarks/law.py, rounded; longer ones are extrapolated.
 """
 
 import math
@@ -96,13 +96,14 @@ class Clock:
 # The law
 
 A = 8.0
-ALPHA = 0.3
-B = 300.0
-BETA = 0.5
+ALPHA = 0.27
+B = 30.0
+BETA = 0.26
 C = 1.0
 GAMMA = 0.5
-SMALL_STEPS = 0.15  # 0: only the text that was read counts, 1: only the steps
+SMALL_STEPS = 0.1  # 0: only the text that was read counts, 1: only the steps
 PARAMETERS_PER_BYTE = 1.0  # that a text can teach
+MOST_PER_BYTE = 8.0  # with more of them, a model only learns the text by heart
 REPEATS = 1.0  # how much reading again, and more parameters than that, are worth at most
 # the recipe's weight decay is for steps of so many tokens of a text of so many
 RECIPE_STEP = 1024
@@ -150,7 +151,7 @@ def advice(parameters: int, read: float, text: float) -> str:
 def dropout(epochs: float, parameters: float) -> float:
     """Return the dropout for a text that is read so often: a large model learns more of it by heart."""
     much = 0.05 * (parameters / 1e6) ** 0.4 * math.log2(max(epochs, 1) / 2.4)
-    return round(min(0.15, max(0.0, much)), 2)
+    return round(min(0.3, max(0.0, much)), 2)
 
 
 def decay(weight_decay: float, tokens: int, text: int) -> float:
@@ -193,9 +194,11 @@ def choose(
         raise UserError(
             f"minutes={config.minutes:g} is for text, and {config.dataset} has sentence pairs; take max_iters"
         )
-    tried = candidates(config, model_config, given, dataset)
     bytes_per_token = dataset.val_bytes_per_token()
     text = len(dataset.train) * bytes_per_token
+    tried = candidates(config, model_config, given, dataset)
+    most = max(MOST_PER_BYTE * text, min(candidate.parameters for candidate in tried))
+    tried = [candidate for candidate in tried if candidate.parameters <= most]
     times = {}  # of a step, of the candidates that were timed
 
     def time_step(i: int) -> None:
