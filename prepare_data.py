@@ -89,9 +89,10 @@ STREAM = "standard_input.txt"  # the copy of a stream, which is read more than o
 RESUME = "run the same command again to resume"
 OWN_TEXT = "python prepare_data.py --input=FILE_OR_FOLDER --name=NAME"
 CHOICES = ("auto", *TOKENIZERS)
-# tokenizer=auto: characters for small text, and from so many bytes on so many subwords; the first two were measured.
-# Where zlib makes less of it than this part, as of source code, fewer subwords learn sooner what is said again
+# tokenizer=auto: characters for small text, and from so many bytes on so many subwords; the last two are estimates
 AUTO = ((500_000, 512), (2_000_000, 2048), (50_000_000, 8192), (500_000_000, 32_768))
+# text that zlib compresses below this ratio, such as source code, takes the row before: with fewer subwords, a model
+# sooner learns to copy
 REPEATS_ITSELF = 0.33
 MOST_CHARACTERS = 256  # of a small text; with more, its tokens are bytes
 PAIRS = {"only_with": {"task": Pairs.task}}
@@ -150,14 +151,14 @@ class PrepareConfig:
 
     tokenizer: str = setting(
         "auto",
-        "auto: by the size of the text, pairs sentencepiece; a model's folder or owner/model: its own",
+        "auto: by the text, pairs sentencepiece; a model's folder or owner/model: its own",
         "tokens",
         choices=CHOICES,
         path=True,
     )
     vocab_size: int | None = setting(
         None,
-        "number of tokens; None: with auto by the size of the text, else 4096, pairs 8192",
+        "number of tokens; None: with auto by the text, else 4096, pairs 8192",
         at_least=2,
         only_with=taking("vocab_size"),
     )
