@@ -450,9 +450,9 @@ def choose_tokenizer(corpus: Documents) -> tuple[dict, str]:
             characters.update(piece.text)
         if size >= AUTO[-1][0]:
             break
+    packed += len(packer.flush())
     measured = f"{size:,} bytes of text"
     fitting = [vocab_size for least, vocab_size in AUTO if size >= least]
-    packed += len(packer.flush())
     if len(fitting) > 1 and packed < REPEATS_ITSELF * size:
         fitting.pop()
         measured += " that repeats itself"
