@@ -86,7 +86,7 @@ def test_the_size_of_the_text_and_not_of_its_file_decides_what_a_token_is(
     assert reason in capsys.readouterr().out
 
 
-def test_a_text_that_repeats_itself_gets_the_fewer_subwords(small_table, capsys):
+def test_a_text_that_repeats_itself_gets_fewer_subwords(small_table, capsys):
     Path("own.txt").write_text(20 * make_text(500))
     prepare_data.main(["mine", "--input=own.txt"])
     assert meta("mine")["vocab_size"] == 300
