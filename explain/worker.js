@@ -67,8 +67,8 @@ class Computer {
     if (this.model.config.model !== "gpt" || this.translates || idx.length < 0.75 * block_size) return;
     const start = contextStart(this.model.config, ids.length + block_size + 1 - idx.length);
     const next = ids.slice(start);
-    if (!next.length) return;
-    await this.trace(next, { keep: true }, wanted, this.nearest(next));
+    await new Promise((done) => setTimeout(done, 50)); // the page is painting, and there may be no third core
+    if (next.length && wanted()) await this.trace(next, { keep: true }, wanted, this.nearest(next));
   }
 
   /** The rows that the page does not have yet. */
