@@ -681,6 +681,8 @@ def finish(run: Run, folder: RunFolder) -> None:
     if evaluations_of_whole(run):
         row = evaluation.measures(run, model, None)
         print(f"the whole validation split: {evaluation.evaluation_line(row)}")
+        whole = {f"whole_{key}": value for key, value in row.items()}
+        folder.record(progress.stamp() | whole)
     with autocast(run.device, sample_dtype(run.config.dtype, run.device)):
         if run.task.final_examples:
             print(run.task.final_examples(model, run.dataset))

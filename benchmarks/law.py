@@ -3,12 +3,16 @@
     python -m benchmarks.law prepare       data/law_*: the texts
     python -m benchmarks.law measure       out/law/steps.json: the steps that a run's minutes hold, on a quiet machine
     python -m benchmarks.law run 3 0/2     the first half of the runs of 3 minutes, but for those that are done
-    python -m benchmarks.law fit           the constants of humptygpt/training/plan.py
     python -m benchmarks.law minutes 3     what --minutes makes of each text, on a quiet machine
-    python -m benchmarks.law plot          out/law/law.png: all of it, and of nanoGPT what out/law/nanogpt.json has
     python compare.py out/law/*/*          what came out
+    python -m benchmarks.law gather        the same into benchmarks/law.jsonl
+    python -m benchmarks.law fit           the constants of humptygpt/training/plan.py, by law.jsonl
+    python -m benchmarks.law advice        what would have helped each run, beside what it was told
+    python -m benchmarks.law plot          assets/law.png
 
-The ranges and the seeds below were chosen before any of these runs.
+The ranges and the seeds below were chosen before any of these runs. A line of law.jsonl is a run: of the random search
+by its number, of --minutes, the same steps on half of the text or on twice of it, or nanoGPT. Its bits are per byte of
+the whole validation split, and context, read and size (of the text) are bytes.
 """
 
 import json
@@ -19,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable
 from pathlib import Path
 
 from humptygpt.core import limits
@@ -43,6 +46,7 @@ from model import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/law")
+DATA = ROOT / "benchmarks/law.jsonl"
 SHAKESPEARE = "data/shakespeare_char/input.txt"
 PYTHON = "data/law_python_library"
 RUNS = 8
@@ -183,7 +187,7 @@ def predict(x: dict[str, Tensor], constants: Tensor, base: Tensor) -> Tensor:
 
 def fit() -> None:
     """Fit plan.loss() and plan.dropout() to the runs, and print the constants and how far they are off."""
-    rows = [row for cell in CELLS for row in finished(*cell, [*range(RUNS), "minutes"])]
+    rows = [row for row in runs().values() if row["run"] in (*range(RUNS), "minutes")]
     keys = ("parameters", "read", "size", "dropout", "rate", "context", "step", "bits")
     x = {key: torch.tensor([row[key] for row in rows]).double() for key in keys}
     text = torch.tensor([list(TEXTS).index(row["text"]) for row in rows])
@@ -219,60 +223,94 @@ def minimize(x: dict[str, Tensor], free: Tensor, base: Tensor, text: Tensor) -> 
     return closure().item()
 
 
-def finished(text: str, minutes: int, names: Iterable = range(RUNS)) -> list[dict]:
-    """Return the runs of a cell that are done: what they chose and what came out."""
-    rows = []
-    for number in names:
-        out_dir = OUT / f"{text}_{minutes}" / str(number)
-        if not (out_dir / "best.pt").exists():
-            continue
-        settings = json.loads((out_dir / "config.json").read_text())
-        lines = (out_dir / "metrics.jsonl").read_text().splitlines()
-        metrics = [json.loads(line) for line in lines]
-        last = metrics[-1]
-        model_config = configurator.restore(
-            ModelConfig,
-            {key: value for key, value in settings.items() if hasattr(ModelConfig, key)},
-        )
-        meta = read_meta(Path("data", text))
-        train, val = (meta["splits"][split] for split in ("train", "val"))
-        bytes_per_token = val["bytes"] / val["tokens"]
-        rows.append(
-            {
-                "text": text,
-                "minutes": minutes,
-                "number": number,
-                "parameters": plan.cost(model_config)[0],
-                "read": last["tokens"] * bytes_per_token,
-                "size": train["tokens"] * bytes_per_token,
-                "dropout": settings["dropout"],
-                "rate": settings["learning_rate"] / 6e-3,
-                "context": settings["block_size"] * bytes_per_token,
-                "step": settings["block_size"] * settings["batch_size"],
-                "bits": min(row.get("val_bits_per_byte", math.inf) for row in metrics),
-            }
-        )
-    return rows
+def runs() -> dict[tuple, dict]:
+    """Return what law.jsonl has, by text, minutes and run."""
+    rows = map(json.loads, DATA.read_text().splitlines())
+    return {(row["text"], row["minutes"], row["run"]): row for row in rows}
+
+
+def gather() -> None:
+    """Add the runs that are done, and leave in law.jsonl those that are not here."""
+    rows = runs()
+    names = [*range(RUNS), "minutes", "half", "twice"]
+    for text, minutes, name in [(*cell, name) for cell in CELLS for name in names]:
+        out_dir = OUT / f"{text}_{minutes}" / str(name)
+        if (out_dir / "best.pt").exists():
+            row = {"text": text, "minutes": minutes, "run": name} | outcome(out_dir)
+            rows[text, minutes, name] = row
+    lines = [json.dumps(row) + "\n" for row in rows.values()]
+    DATA.write_text("".join(lines))
+
+
+def outcome(out_dir: Path) -> dict[str, float]:
+    """Return what a run chose, and what came out."""
+    settings = json.loads((out_dir / "config.json").read_text())
+    lines = (out_dir / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    last = metrics[-1]
+    best = min(row.get("val_bits_per_byte", math.inf) for row in metrics)
+    model_config = configurator.restore(
+        ModelConfig,
+        {key: value for key, value in settings.items() if hasattr(ModelConfig, key)},
+    )
+    splits = read_meta(Path("data", settings["dataset"]))["splits"]
+    bytes_per_token = splits["val"]["bytes"] / splits["val"]["tokens"]
+    return {
+        "n_layer": settings["n_layer"],
+        "n_embd": settings["n_embd"],
+        "parameters": plan.cost(model_config)[0],
+        "context": round(settings["block_size"] * bytes_per_token),
+        "step": settings["block_size"] * settings["batch_size"],
+        "steps": last["iter"],
+        "read": round(last["tokens"] * bytes_per_token),
+        "size": round(splits["train"]["tokens"] * bytes_per_token),
+        "dropout": settings["dropout"],
+        "weight_decay": settings["weight_decay"],
+        "rate": settings["learning_rate"] / 6e-3,
+        "bits": round(last.get("whole_val_bits_per_byte") or best, 4),
+    }
+
+
+def advice() -> None:
+    """Print of each run by --minutes what it was told, and what a doubling brought where that is known.
+
+    Twice the minutes: of the next longer run, or else the one before, by the logarithm. Twice the text: as measured, or
+    what twice the half brought.
+    """
+    known = runs()
+    for text, minutes in CELLS:
+        row = known[text, minutes, "minutes"]
+        told = plan.advice(row["parameters"], row["read"], row["size"])
+        others = {m: known[text, m, "minutes"] for t, m in CELLS if t == text}
+        nearest = min((m for m in others if m > minutes), default=None)
+        nearest = nearest or max(m for m in others if m < minutes)
+        doublings = math.log2(nearest / minutes)
+        gains = [f"minutes {(row['bits'] - others[nearest]['bits']) / doublings:.3f}"]
+        if half := known.get((text, minutes, "half")):
+            gains.append(f"text {half['bits'] - row['bits']:.3f} (since half of it)")
+        if twice := known.get((text, minutes, "twice")):
+            gains.append(f"text {row['bits'] - twice['bits']:.3f}")
+        epochs = row["read"] / row["size"]
+        print(f"{text}, {minutes} minutes, {epochs:.1f} epochs: {told}; {', '.join(gains)}")
 
 
 def plot() -> None:
     """Draw a panel for each text: the search, what --minutes makes of it and what the law says, and nanoGPT."""
-    path = OUT / "nanogpt.json"
-    nanogpt = json.loads(path.read_text()) if path.exists() else {}
+    known = runs().values()
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, text in zip(figure.subplots(1, len(TEXTS)), TEXTS, strict=True):
         times = [minutes for name, minutes in CELLS if name == text]
-        search = [row for minutes in times for row in finished(text, minutes)]
-        chosen = [row for m in times for row in finished(text, m, ["minutes"])]
+        rows = [row for row in known if row["text"] == text]
+        search = [row for row in rows if row["run"] in range(RUNS)]
+        chosen = [row for row in rows if row["run"] == "minutes"]
+        other = [row for row in rows if row["run"] == "nanoGPT"]
         beside = statistics.median(row["bits"] - promise(row) for row in search)
+        axes.scatter(*curve(search), 14, color="silver", label="random search")
+        axes.plot(*curve(chosen), "o-", label="--minutes")
+        minutes, _ = curve(chosen)
         law = [promise(row) + beside for row in chosen]
-        minutes = [row["minutes"] for row in chosen]
-        other = nanogpt.get(text, {})
-        x, y = [row["minutes"] for row in search], [row["bits"] for row in search]
-        axes.scatter(x, y, 14, color="silver", label="random search")
-        axes.plot(minutes, [row["bits"] for row in chosen], "o-", label="--minutes")
         axes.plot(minutes, law, "k:", label="the law")
-        axes.plot([float(m) for m in other], list(other.values()), "s-", label="nanoGPT")
+        axes.plot(*curve(other), "s-", label="nanoGPT")
         axes.set(xscale="log", yscale="log", title=text, xlabel="minutes")
         axes.set_xticks(times, times)
         axes.yaxis.set_major_locator(MaxNLocator(6))
@@ -281,7 +319,11 @@ def plot() -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("validation loss, bits per byte")
     figure.axes[0].legend(frameon=False)
-    figure.savefig(OUT / "law.png", dpi=130)
+    figure.savefig(ROOT / "assets/law.png", dpi=130)
+
+
+def curve(rows: list[dict]) -> tuple[list[float], list[float]]:
+    return [row["minutes"] for row in rows], [row["bits"] for row in rows]
 
 
 def promise(row: dict) -> float:
@@ -296,5 +338,5 @@ def script(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     what, *options = sys.argv[1:]
-    commands = (prepare, measure, run, fit, run_minutes, plot)
+    commands = (prepare, measure, run, run_minutes, gather, fit, advice, plot)
     {c.__name__.removeprefix("run_"): c for c in commands}[what](*options)

@@ -210,6 +210,8 @@ def test_at_its_end_a_run_evaluates_the_whole_split_where_that_takes_little(
     run_train("--eval_iters=None", "--max_iters=60", "--eval_interval=60")
     line = "the whole validation split: "
     found = re.search(line + r"(val loss \S+)", capsys.readouterr().out)[1]
+    *_, last = map(json.loads, (OUT / "metrics.jsonl").read_text().splitlines())
+    assert found == f"val loss {last['whole_val_loss']:.4f}"
     assert train.main([*RESUME, "--eval_only=True"]) == 0
     assert found in capsys.readouterr().out
     for keys in (["--max_iters=30"], ["--max_iters=60", "--eval_iters=2"]):
