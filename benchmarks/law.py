@@ -11,8 +11,8 @@
     python -m benchmarks.law plot          assets/law.png
 
 The ranges and the seeds below were chosen before any of these runs. A line of law.jsonl is a run: of the random search
-by its number, of --minutes, the same steps on half of the text or on twice of it, or nanoGPT. Its bits are per byte of
-the whole validation split, and context, read and size (of the text) are bytes.
+by its number, of --minutes, the same steps on half of the text or on twice as much, or nanoGPT. RECORDS.md says how the
+last three came about. Bits are per byte of the whole validation split; context, read and size (of the text) are bytes.
 """
 
 import json
@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import sysconfig
+from itertools import product
 from pathlib import Path
 
 from humptygpt.core import limits
@@ -37,7 +38,9 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 import train
+from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core import settings as configurator
+from humptygpt.core.files import write_whole
 from humptygpt.data.token_files import read_meta
 from humptygpt.nn.layers import pick_device, pick_dtype, tune_malloc
 from humptygpt.training import plan
@@ -233,20 +236,19 @@ def gather() -> None:
     """Add the runs that are done, and leave in law.jsonl those that are not here."""
     rows = runs()
     names = [*range(RUNS), "minutes", "half", "twice"]
-    for text, minutes, name in [(*cell, name) for cell in CELLS for name in names]:
+    for (text, minutes), name in product(CELLS, names):
         out_dir = OUT / f"{text}_{minutes}" / str(name)
         if (out_dir / "best.pt").exists():
             row = {"text": text, "minutes": minutes, "run": name} | outcome(out_dir)
             rows[text, minutes, name] = row
-    lines = [json.dumps(row) + "\n" for row in rows.values()]
-    DATA.write_text("".join(lines))
+    text = "".join(json.dumps(row) + "\n" for row in rows.values())
+    write_whole(DATA, lambda file: file.write(text.encode()))
 
 
 def outcome(out_dir: Path) -> dict[str, float]:
     """Return what a run chose, and what came out."""
     settings = json.loads((out_dir / "config.json").read_text())
-    lines = (out_dir / "metrics.jsonl").read_text().splitlines()
-    metrics = [json.loads(line) for line in lines]
+    metrics = read_metrics(out_dir / "metrics.jsonl")
     last = metrics[-1]
     best = min(row.get("val_bits_per_byte", math.inf) for row in metrics)
     model_config = configurator.restore(
@@ -266,26 +268,26 @@ def outcome(out_dir: Path) -> dict[str, float]:
         "size": round(splits["train"]["tokens"] * bytes_per_token),
         "dropout": settings["dropout"],
         "weight_decay": settings["weight_decay"],
-        "rate": settings["learning_rate"] / 6e-3,
+        "rate": round(settings["learning_rate"] / 6e-3, 4),
         "bits": round(last.get("whole_val_bits_per_byte") or best, 4),
     }
 
 
 def advice() -> None:
-    """Print of each run by --minutes what it was told, and what a doubling brought where that is known.
+    """Print, for each run by --minutes, its advice and what a doubling brought, as far as it was measured.
 
-    Twice the minutes: of the next longer run, or else the one before, by the logarithm. Twice the text: as measured, or
-    what twice the half brought.
+    Minutes: per doubling, between this run and the next longer one, or else the next shorter one. Text: twice as much
+    beside this run, and this run beside half as much, which brings more, since that half was read more often.
     """
     known = runs()
     for text, minutes in CELLS:
         row = known[text, minutes, "minutes"]
         told = plan.advice(row["parameters"], row["read"], row["size"])
-        others = {m: known[text, m, "minutes"] for t, m in CELLS if t == text}
-        nearest = min((m for m in others if m > minutes), default=None)
-        nearest = nearest or max(m for m in others if m < minutes)
-        doublings = math.log2(nearest / minutes)
-        gains = [f"minutes {(row['bits'] - others[nearest]['bits']) / doublings:.3f}"]
+        times = [m for name, m in CELLS if name == text]
+        longer = [m for m in times if m > minutes]
+        other = longer[0] if longer else times[-2]
+        more = row["bits"] - known[text, other, "minutes"]["bits"]
+        gains = [f"minutes {more / math.log2(other / minutes):.3f}"]
         if half := known.get((text, minutes, "half")):
             gains.append(f"text {half['bits'] - row['bits']:.3f} (since half of it)")
         if twice := known.get((text, minutes, "twice")):
