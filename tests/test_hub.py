@@ -1,11 +1,14 @@
 """init_from=gpt2 against a server on this machine that plays the hub of Hugging Face."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_text
+from conftest import ROOT, make_text
 from huggingface_hub import constants
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
@@ -96,10 +99,19 @@ def fetched(server) -> set[str]:
     return {path.partition(f"{COMMIT}/")[2] for path in paths if "/resolve/" in path}
 
 
-def test_a_model_comes_by_its_name_and_is_kept_for_when_there_is_no_network(server, capsys):
+def run_script(*argv: str) -> str:
+    """Run a script as a user does, in a process that has not loaded any of the package. Return its stdout."""
+    script, *keys = argv
+    command = [sys.executable, ROOT / script, *keys]
+    env = os.environ | {"HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_CACHE": "cache"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_model_comes_by_its_name_and_is_kept_for_when_there_is_no_network(server):
     argv = ["--init_from=gpt2", "--start=Hello", "--max_new_tokens=3", "--num_samples=1"]
-    sample.main(argv)
-    assert capsys.readouterr().out.startswith("Hello")
+    assert run_script("sample.py", *argv).startswith("Hello")
     assert fetched(server) == {
         "config.json",
         "merges.txt",
@@ -117,7 +129,7 @@ def test_a_model_comes_by_its_name_and_is_kept_for_when_there_is_no_network(serv
 
 def test_a_tokenizer_comes_by_the_models_name_without_its_weights(server):
     Path("text.txt").write_text(make_text(3000))
-    prepare_data.main(["--input=text.txt", "--name=mine", f"--tokenizer={REPO}"])
+    run_script("prepare_data.py", "--input=text.txt", "--name=mine", f"--tokenizer={REPO}")
     tokens = read_meta(Path("data/mine"))["tokenizer"]
     assert tokens == read_tokenizer(Path("made")).state()
     assert fetched(server) == {"config.json", "merges.txt", "vocab.json"}

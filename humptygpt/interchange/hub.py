@@ -57,13 +57,15 @@ def fetch_model(repo: str) -> Path:
 
 
 def fetch(repo: str, names: list[str]) -> Path:
-    import huggingface_hub  # here, since it takes half a second to load
+    # here, since they take half a second to load
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.utils import logging
 
-    huggingface_hub.utils.logging.set_verbosity_error()
-    endpoint = huggingface_hub.constants.ENDPOINT
+    logging.set_verbosity_error()
+    endpoint = constants.ENDPOINT
     try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=names))
+        return Path(snapshot_download(repo, allow_patterns=names))
     except RepositoryNotFoundError as error:  # or one that this user may not read
         raise UserError(
             f"{endpoint}/{repo} does not exist or asks for permission; check the name, or accept its terms"
