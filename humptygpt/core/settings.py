@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from humptygpt.core import limits
-from humptygpt.core.errors import UserError, one_line
+from humptygpt.core.errors import UserError, one_line, refuse
 
 CONFIGS = Path(__file__).parent.parent.parent / "config"
 # Keys of earlier versions
@@ -149,10 +149,9 @@ def note_without_effect(settings: dict, given: dict, *classes: type) -> None:
 
 def make(cls: type, values: dict[str, object]):
     """Return an instance of a config class from those of the values that are its fields. Raises UserError."""
-    try:
-        return cls(**{name: values[name] for name in fields_of((cls,)) if name in values})
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    values = {name: values[name] for name in fields_of((cls,)) if name in values}
+    with refuse():
+        return cls(**values)
 
 
 def restore(cls: type, values: dict[str, object]):

@@ -26,7 +26,7 @@ def reading(what: str) -> Iterator[None]:
     """Within this, an error of a stranger's file becomes a UserError of one line."""
     try:
         yield
-    except (ValueError, OSError, OverflowError, RuntimeError) as error:
+    except (ValueError, UserError, OSError, OverflowError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         reason = getattr(error, "strerror", None) or one_line(error)
