@@ -311,15 +311,6 @@ def test_a_small_description_of_a_huge_vocabulary_takes_little_memory():
     assert len(bomb) < 1 << 20 and most < 1 << 28
 
 
-def test_a_vocabulary_that_cannot_be_fetched_is_not_called_damaged(monkeypatch):
-    def unreachable():
-        raise UserError("pip: there is no network")
-
-    monkeypatch.setattr(tokenizer, "gpt2_pieces", unreachable)
-    with pytest.raises(UserError, match=r"^pip: there is no network$"):
-        tokenizer.from_state({"tokenizer": "gpt2", "separated": True})
-
-
 @pytest.mark.parametrize("name", ["morse", ["char"], None])
 def test_an_unknown_tokenizer_is_refused(name):
     kinds = ", ".join(tokenizer.TOKENIZERS)
