@@ -18,7 +18,7 @@ from humptygpt.data.token_files import (
     checksums,
     read_meta,
 )
-from humptygpt.tokenizer.tokenizers import GPT2Tokenizer
+from humptygpt.tokenizer import tokenizers
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000])
@@ -266,18 +266,23 @@ def test_a_text_shorter_than_a_block_is_refused(tiny, fails):
     )
 
 
-def test_nanogpts_folder_without_a_meta_is_gpt2s_tokens(folder, monkeypatch, capsys):
+@pytest.mark.parametrize("separated", [False, True])
+def test_nanogpts_folder_without_a_meta_is_gpt2s_tokens(
+    folder, monkeypatch, capsys, separated
+):
+    """Its prepare.py ends documents in end-of-text, but has none in a single text."""
     data = folder / "data" / "openwebtext"
     data.mkdir(parents=True)
-    tok = GPT2Tokenizer([bytes([i]) for i in range(256)])
-    monkeypatch.setattr(GPT2Tokenizer, "train", lambda: tok)
+    monkeypatch.setattr(tokenizers, "gpt2_pieces", lambda: [bytes([i]) for i in range(256)])
+    text = make_text(900)
+    ids = [*text.encode(), *[256] * separated]
     for split in ("train", "val"):
-        tok.encode(make_text(900)).astype(np.uint16).tofile(data / f"{split}.bin")
+        np.array(2 * ids, np.uint16).tofile(data / f"{split}.bin")
     dataset = TokenDataset(data, 16, seed=1)
-    assert dataset.tokenizer.decode(dataset.val.read(np.array([0]), 900)[0]) == make_text(
-        900
-    )
-    assert dataset.val_bytes_per_token() == 1.0
+    assert dataset.tokenizer.decode(dataset.val.read(np.array([0]), 900)[0]) == text
+    assert dataset.tokenizer.eot == (256 if separated else None)
+    # the end of a text has no bytes
+    assert dataset.val_bytes_per_token() == (900 / 901 if separated else 1.0)
     assert "it is taken for GPT-2's tokens" in capsys.readouterr().err
 
 

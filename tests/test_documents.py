@@ -1,17 +1,21 @@
+import filecmp
 import gzip
 import json
+import os
+import runpy
+import sys
+import types
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from backports import zstd
 from conftest import make_text
 from test_tokenizer import EVERY
 
 import prepare_data
 from humptygpt.data import documents
-from humptygpt.data.documents import find_files, read_documents
+from humptygpt.data.documents import find_files, read_documents, write_if_changed, zstd
 
 TEXTS = ["first\n\ndocument", "Zweites, mit Ü", "third"]
 
@@ -186,19 +190,24 @@ def test_what_our_scripts_have_written_is_no_text_of_a_folder_around_it(
     capsys.readouterr()
     assert found(".") == ["data/tiny/own.txt", "tiny.txt"]
     assert "data/tiny/config.json (of a data folder or run), " in capsys.readouterr().err
+    for name in ("plan.py", "explain.html", "wandb_id", "adapter/adapter_config.json"):
+        Path("out/run", name).parent.mkdir(exist_ok=True)
+        Path("out/run", name).write_text("written by our scripts")
+    assert found(".") == ["data/tiny/own.txt", "tiny.txt"]
     Path("notes").mkdir()
     Path("notes/meta.json").write_text("of the user")  # nothing of ours is beside it
     assert found("notes") == ["notes/meta.json"]
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
 @pytest.mark.parametrize("piece", [1, 3, 1000])
-def test_utf_16_is_read_as_it_is_where_a_byte_order_mark_says_so(
+def test_utf_16_and_utf_32_are_read_if_a_byte_order_mark_says_so(
     encoding, piece, monkeypatch
 ):
     monkeypatch.setattr(documents, "PIECE", piece)
-    mark = "" if encoding == "utf-16" else "\ufeff"
+    mark = "\ufeff" if encoding.endswith("be") else ""
     Path("a.txt").write_bytes((mark + "Grüße 🙂\n").encode(encoding))
+    assert found("a.txt") == ["a.txt"]
     for errors in ("strict", "replace"):
         assert (
             "".join(part.text for part in read_documents(Path("a.txt"), "text", errors))
@@ -221,6 +230,35 @@ def test_carriage_returns_become_line_breaks_wherever_a_read_ends(name, piece, m
     path = write(name, ["one\r\ntwo\rthree\r\r\nfour\n\r"])
     parts = list(read_documents(path, "text", "strict"))
     assert "".join(part.text for part in parts) == "one\ntwo\nthree\n\nfour\n\n"
+
+
+def test_two_processes_may_write_one_file_at_once_and_equal_bytes_keep_its_time(
+    folder, monkeypatch
+):
+    path = Path("a/b.txt")
+    compare = filecmp.cmp
+
+    def compare_while_another_process_writes(*args, **keys):
+        monkeypatch.setattr(filecmp, "cmp", compare)
+        write_if_changed(path, lambda file: file.write(b"text"))
+        return compare(*args, **keys)
+
+    write_if_changed(path, lambda file: file.write(b"text"))
+    os.utime(path, ns=(1, 1))
+    monkeypatch.setattr(filecmp, "cmp", compare_while_another_process_writes)
+    write_if_changed(path, lambda file: file.write(b"text"))
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == (b"text", 1)
+    write_if_changed(path, lambda file: file.write(b"TEXT"))
+    assert path.read_bytes() == b"TEXT" and path.stat().st_mtime_ns > 1
+    assert [file.name for file in Path("a").iterdir()] == ["b.txt"]
+
+
+def test_from_python_3_14_on_zstd_comes_from_the_standard_library(monkeypatch):
+    standard = types.SimpleNamespace(ZstdError=OSError)
+    monkeypatch.setattr(sys, "version_info", (3, 14))
+    monkeypatch.setitem(sys.modules, "backports", None)  # cannot be imported
+    monkeypatch.setitem(sys.modules, "compression", types.SimpleNamespace(zstd=standard))
+    assert runpy.run_path(documents.__file__)["zstd"] is standard
 
 
 def test_bad_lines_and_rows_are_skipped_and_counted_where_the_user_wants_it():

@@ -498,6 +498,8 @@ EVERYDAY = [
 ]
 EVERYDAY += [
     ("Ich sehe 3 Hunde!", "I can see three dogs."),
+    # no line breaks, though str.splitlines takes them for such
+    ("Ich sehe\x85 100 Hunde.", "I see\u2028 100\f dogs."),
     (ROWS[0][0], "Like a caption."),
 ]
 

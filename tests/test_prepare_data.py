@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import types
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -268,6 +269,17 @@ def test_several_processes_write_the_same_bytes_as_one_and_end_with_their_parent
     assert killed_at(30, workers=2)[0] == -signal.SIGKILL
     _, written = killed_at(NEVER, workers=2)
     assert "resuming after" in written and contents("mine") == whole
+
+
+def test_worker_processes_do_not_import_the_script_that_starts_them(corpus, monkeypatch):
+    Path("script.py").write_text("open('imported', 'w')")
+    script = types.ModuleType("__main__")
+    script.__file__ = "script.py"
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    monkeypatch.setattr(encoding, "SMALL", 0)
+    prepare_data.main([*PREPARE, "--workers=2"])
+    assert meta("mine")["documents"] == 40
+    assert not Path("imported").exists() and sys.modules["__main__"] is script
 
 
 def test_small_pieces_give_the_same_tokens_as_large_ones(corpus, monkeypatch):

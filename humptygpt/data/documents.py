@@ -10,6 +10,8 @@ import gzip
 import io
 import json
 import re
+import shutil
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,17 +20,26 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from backports import zstd  # in the standard library from Python 3.14 on
 from tqdm import tqdm
 
 from humptygpt.core.errors import UserError
-from humptygpt.core.files import write_whole
+from humptygpt.core.files import whole
 from humptygpt.core.settings import nearest_path, note
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 PIECE = 1 << 18  # characters of a document that are in memory at once
 FORMATS = (".jsonl", ".parquet", ".tsv")
 HEAD = 8000  # bytes at the start of a file that decide whether it is text
-UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+BYTE_ORDER_MARKS = {  # that of UTF-32 starts like that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 # one is in every data folder and run
 MARKS = {
     ".lock",
@@ -36,11 +47,15 @@ MARKS = {
     "progress.json",
     "metrics.jsonl",
 }
-# files beside them that are no texts
+# what our scripts write beside them or in a folder there
 OURS = MARKS | {
     "meta.json",
     "config.json",
     "part.json",
+    "plan.py",
+    "explain.html",
+    "wandb_id",
+    "adapter_config.json",
 }
 # no thread that watches a bar: one that cannot start, for want of memory, would be waited for without end
 tqdm.monitor_interval = 0
@@ -108,7 +123,8 @@ def why_skipped(file: Path, where: Path, errors: str) -> str:
     """Return why a file that was found at where is no text, or ""; so errors come now rather than hours later."""
     if any(part.startswith(".") for part in file.parts[len(where.parts) :]):
         return "hidden"
-    if file.name in OURS and any(file.with_name(mark).exists() for mark in MARKS):
+    folders = file.parents[:2]
+    if file.name in OURS and any((at / mark).exists() for at in folders for mark in MARKS):
         return "of a data folder or run"
     try:
         start = head(file)
@@ -132,9 +148,16 @@ def head(path: Path) -> bytes:
         return unpacked(path, file).read(HEAD)
 
 
+def encoding_of(start: bytes) -> str:
+    """Name the encoding of a text that starts with these bytes, by its byte order mark."""
+    found = (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark))
+    return next(found, "utf-8-sig")
+
+
 def is_binary(start: bytes) -> bool:
-    """Whether a file that starts like this is no text: as git does, by null bytes, which only UTF-16 has."""
-    return not start.startswith(UTF_16) and (b"\0" in start or start.startswith(b"%PDF-"))
+    """Whether a file that starts like this is no text: as git does, by null bytes, which UTF-8 has not."""
+    has_null = encoding_of(start) == "utf-8-sig" and b"\0" in start
+    return has_null or start.startswith(b"%PDF-")
 
 
 def file_size(path: Path) -> int:
@@ -170,13 +193,12 @@ def read_errors(path: Path) -> Iterator[None]:
 
 
 def write_if_changed(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let write(file) fill a file, which stays as it is if it has these bytes, so that a preparation resumes on it."""
-    new = path.with_name(path.name + ".new")
-    write_whole(new, write)
-    if path.exists() and filecmp.cmp(new, path, shallow=False):
-        new.unlink()
-    else:
-        new.replace(path)
+    """Let write(file) fill a file. It keeps its time if it has these bytes already: a preparation resumes on it."""
+    with whole(path) as new:
+        with new.open("xb") as file:
+            write(file)
+        if path.exists() and filecmp.cmp(new, path, shallow=False):
+            shutil.copystat(path, new)
 
 
 # --------------------------------------------------------------------------------------
@@ -216,9 +238,8 @@ def read_documents(
 
 def read_text(path: Path, errors: str) -> Iterator[tuple[str, int]]:
     """Read (characters, bytes of the file so far) of a text file."""
-    encoding = "utf-16" if head(path).startswith(UTF_16) else "utf-8-sig"
     with path.open("rb") as file:
-        text = io.TextIOWrapper(unpacked(path, file), encoding, errors)
+        text = io.TextIOWrapper(unpacked(path, file), encoding_of(head(path)), errors)
         try:
             while part := text.read(PIECE):
                 yield part, file.tell()

@@ -10,10 +10,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -139,7 +141,8 @@ def in_order(corpus, progress: Progress) -> Iterator[tuple[Encoded, Position]]:
     waiting = deque()
     try:
         for unit in todo:
-            waiting.append(pool.submit(encode_in_worker, unit))
+            with hidden_script():
+                waiting.append(pool.submit(encode_in_worker, unit))
             if len(waiting) > 4 * workers:
                 yield waiting.popleft().result()
         for future in waiting:
@@ -150,6 +153,17 @@ def in_order(corpus, progress: Progress) -> Iterator[tuple[Encoded, Position]]:
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def hidden_script() -> Iterator[None]:
+    """Let a process that is started here not import the script that this one runs, such as train.py with torch."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def encode_unit(

@@ -4,6 +4,7 @@ Each fetch function gets the PrepareConfig of prepare_data. It keeps its downloa
 the same text share them.
 """
 
+import io
 import random
 import sys
 import tarfile
@@ -326,8 +327,11 @@ def read_tatoeba(archive: Path) -> list[tuple[str, str]]:
     """Read (German, English) from deu.txt in a zip file: English, a tab, German, and perhaps a tab and credits."""
     try:
         with zipfile.ZipFile(archive) as file:
-            lines = file.read("deu.txt").decode().splitlines()
-        return [(german, english) for english, german, *_ in (x.split("\t") for x in lines)]
+            lines = io.StringIO(file.read("deu.txt").decode(), newline=None)
+        return [
+            (german, english)
+            for english, german, *_ in (x.strip("\n").split("\t") for x in lines)
+        ]
     except (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError) as error:
         form = "a zip file with deu.txt, and on each of its lines English, a tab, German"
         raise UserError(f"{archive} is not {form}: {one_line(error)}") from error

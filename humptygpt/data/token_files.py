@@ -191,7 +191,12 @@ def read_meta(folder: Path) -> dict:
         problem = f"{folder} has no meta.json, which a preparation writes last"
         raise UserError(f"{problem}; {how_to(folder)}")
     note(f"{folder} has no meta.json or meta.pkl; it is taken for GPT-2's tokens")
-    return nanogpt_meta(folder, tokenizers.GPT2Tokenizer.train())
+    tokenizer = tokenizers.GPT2Tokenizer.train(separated=True)
+    val = folder / "val.bin"
+    # a single text has no end-of-text; a model would begin its samples with a token that it has never seen
+    if val.exists() and tokenizer.eot not in np.fromfile(val, "<u2"):
+        tokenizer.eot = None
+    return nanogpt_meta(folder, tokenizer)
 
 
 def check_splits(meta: dict) -> None:

@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 
 from humptygpt.core.errors import UserError, one_line
-from humptygpt.interchange.huggingface import read_config
 
 GPT2 = {
     name: f"openai-community/{name}"
@@ -48,6 +47,8 @@ def fetch_tokenizer(repo: str) -> Path:
 
 def fetch_model(repo: str) -> Path:
     """Return the folder of a model in Hugging Face's format. Raises UserError, before the weights come if it can."""
+    from humptygpt.interchange.huggingface import read_config  # here, since it loads torch
+
     read_config(fetch_tokenizer(repo))
     for names in WEIGHTS:
         folder = fetch(repo, names)
