@@ -19,14 +19,20 @@ mlp = "plain"
 activation = "gelu"
 position = "learned"
 bias = True
+mlp_conv = 0  # no convolution
+qk_norm = False
+init = "gpt2"
+tie_weights = True  # the output head is the embedding
 
 # training
 batch_size = 12
 block_size = 64
 max_iters = 800
+optimizer = "adamw"
 learning_rate = 0.002
 beta2 = 0.95
 schedule = "linear"
 min_lr = 0.0
 warmup_iters = 50
+grad_clip = 1.0
 eval_interval = 800

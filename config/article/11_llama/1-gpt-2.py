@@ -20,6 +20,10 @@ mlp = "plain"
 activation = "gelu"
 position = "learned"
 bias = True
+mlp_conv = 0  # no convolution
+qk_norm = False
+init = "gpt2"
+tie_weights = True  # the output head is the embedding
 
 # training
 batch_size = 8
@@ -27,8 +31,11 @@ block_size = 128
 max_iters = 500
 optimizer = "normuon"
 learning_rate = 0.006
+muon_learning_rate = 0.02
+muon_momentum = 0.95
 beta2 = 0.95
 schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
+grad_clip = 1.0
 eval_interval = 250

@@ -21,6 +21,9 @@ mlp = "gated"
 activation = "silu"
 position = "rotary"
 bias = False
+mlp_conv = 0  # no convolution
+qk_norm = False
+init = "gpt2"
 tie_weights = False
 
 # training
@@ -29,8 +32,11 @@ block_size = 128
 max_iters = 500
 optimizer = "normuon"
 learning_rate = 0.006
+muon_learning_rate = 0.02
+muon_momentum = 0.95
 beta2 = 0.95
 schedule = "linear"
 min_lr = 0.0
 warmup_iters = 20
+grad_clip = 1.0
 eval_interval = 250
