@@ -10,9 +10,10 @@
 
 Input is text, .jsonl or .parquet, optionally with .gz or .zst. A line of JSON, a row of Parquet and a file of any other
 ending but .tsv are one document each; files of a folder that are no text are skipped and named, and carriage returns
-become line breaks. An end-of-text token separates documents. A document's split, train or val, depends on its text
-alone, so that added files change nothing for the documents that were there; a single text file is cut instead. A pair's
-split, train, val or test, depends on its source alone; both sides share one vocabulary.
+become line breaks. An end-of-text token separates documents. A document's split, train or val, depends only on its
+text, so that added files change nothing for the documents that were there; a single text file is cut instead, and so
+are files of few documents. A pair's split, train, val or test, depends only on its source; both sides share one
+vocabulary.
 Files are streamed, never held in memory. A stopped preparation resumes when the same command is run again.
 """
 
@@ -303,7 +304,9 @@ def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
             progress = join_parts(corpus, folder, preparing, command)
         else:
             train = partial(make_tokenizer, corpus, config)
-            progress = encode(corpus, preparing, made_from, command, train)
+            # an earlier version may have begun to split the same files otherwise
+            begun_from = f"{made_from} {corpus.cuts}"
+            progress = encode(corpus, preparing, begun_from, command, train)
         check_splits(progress, preparing)
         meta = make_meta(corpus, progress, preparing) | {
             "command": command,

@@ -37,6 +37,19 @@ def prepare_parts(argv: list[str], count: int) -> None:
         prepare_data.main([*argv, f"--part={number}/{count}"])
 
 
+def test_parts_of_a_corpus_whose_files_are_cut_are_joined_likewise(folder):
+    Path("few").mkdir()
+    for number in range(3):
+        Path(f"few/{number}.txt").write_text(make_text(1000 + 200 * number))
+    argv = ["--input=few", "--name=mine"]
+    prepare_data.main(argv)
+    one = contents()
+    shutil.rmtree("data/mine")
+    prepare_parts(argv, 2)
+    prepare_data.main([*argv, "--join=True"])
+    assert contents() == one
+
+
 @pytest.mark.parametrize("count", [1, 3, 7])
 @pytest.mark.parametrize(
     "options",

@@ -111,15 +111,45 @@ def test_more_files_change_nothing_for_the_documents_that_were_there(corpus):
         assert few and set(few) < set(more)
 
 
-def test_few_documents_always_give_one_to_validation(folder):
-    for seed in range(6):
-        lines = "".join(
-            json.dumps({"text": f"{seed}{number} some words\n"}) + "\n"
-            for number in range(3)
-        )
-        Path("own.jsonl").write_text(lines)
-        prepare_data.main(["--input=own.jsonl", "--name=mine", "--val_fraction=0.001"])
-        assert [len(split) for split in documents_of("mine")] == [2, 1]
+FEW = {"equal": [3000, 3000], "unequal": [200, 6000], "three": [3000, 500, 1000]}
+FEW |= {"five": [9000, 100, 100, 100, 400], "one long": [20_050, *[100] * 30]}
+
+
+@pytest.mark.parametrize("name", ["{:02}.txt", "{:02}.jsonl", "all.jsonl"])
+@pytest.mark.parametrize("sizes", FEW)
+def test_validation_has_about_its_tenth_however_few_and_unequal_the_documents(
+    folder, capsys, sizes, name
+):
+    texts = [make_text(size, n) for n, size in enumerate(FEW[sizes])]
+    Path("few").mkdir()
+    for n, text in enumerate(texts):
+        write(f"few/{name.format(n)}", texts if name == "all.jsonl" else [text])
+    prepare_data.main(["mine", "--input=few", "--tokenizer=byte"])
+    total, val = meta("mine")["characters"], meta("mine")["splits"]["val"]["characters"]
+    assert total == sum(FEW[sizes]) and 0.05 <= val / total <= 0.2
+    assert meta("mine")["documents"] == len(texts)
+    cut = "the last 0.1 of each file, as the documents are too few or too unequal"
+    train_texts, val_texts = documents_of("mine")
+    if f"  validation     {cut}\n" not in capsys.readouterr().out:
+        assert {*train_texts, *val_texts} == {*texts}
+    elif name != "all.jsonl":
+        halves = zip(train_texts, val_texts, strict=True)
+        assert ["".join(pair) for pair in halves] == texts
+        assert [len(text) for text in val_texts] == [size // 10 for size in FEW[sizes]]
+    else:  # each half of a document that is cut ends in end-of-text
+        assert "".join(train_texts + val_texts) == "".join(texts)
+        assert len(train_texts + val_texts) == len(texts) + 1
+
+
+def test_a_cut_in_a_long_file_ends_its_training_part(folder, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE", 100)
+    Path("few").mkdir()
+    for name in "ab":
+        write(f"few/{name}.txt", [make_text(3000, ord(name))])
+    prepare_data.main(["mine", "--input=few"])
+    assert [[len(text) for text in split] for split in documents_of("mine")] == [
+        *([2700, 2700], [300, 300])
+    ]
 
 
 def test_the_summary_shows_counts_of_each_split_and_the_vocabulary(folder, capsys):
@@ -547,8 +577,8 @@ def test_files_of_a_folder_that_are_no_text_are_skipped_in_every_pass_named_and_
         assert f"note: skipped files: 5, first {named}" in err and "resuming" in err
         counts = "1 not utf-8, 2 damaged, 1 empty, 1 not utf-16-le"
         assert f"{name}: 3 files: {where}\n" in out and f"skipped files  {counts}\n" in out
-        split_texts = documents_of(name)
-        assert sorted(text[0] for texts in split_texts for text in texts) == [*"agh"]
+        train_texts, _ = documents_of(name)
+        assert [text[0] for text in train_texts] == [*"agh"]  # each is cut
     prepare_data.main(["mine", "--input=mixed", "--encoding_errors=replace"])
     assert meta("mine")["documents"] == 5
 
@@ -947,10 +977,9 @@ BAD = {
     "vocab_size=9000 is too large: sentencepiece finds at most": [
         *("mine", "--input=own.txt", "--tokenizer=sentencepiece", "--vocab_size=9000")
     ],
-    "train.bin would have 0 tokens, but needs at least 2; change --val_fraction or add text; counted: {'tokens': 0}": [
-        *("mine", "--input=one.jsonl")
+    "val.bin would have 1 tokens, but needs at least 2; change --val_fraction or add text; counted: {'tokens': 1,": [
+        *("mine", "--input=own.txt")
     ],
-    "val.bin would have 1 tokens, but needs at least 2": ["mine", "--input=own.txt"],
     "blank.jsonl has no text; there is nothing to learn from": [
         "mine",
         "--input=blank.jsonl",
@@ -967,8 +996,6 @@ def test_bad_input_is_one_line(folder, fails, complaint):
     Path("my texts").mkdir()
     Path("my texts/own.txt").write_text("some text\n")
     Path("long.txt").write_text(make_text())
-    Path("one.txt").write_text("x")
-    Path("one.jsonl").write_text('{"text": "only one"}\n')
     Path("blank.jsonl").write_text('\n{"text": ""}\n')
     Path("data").mkdir()
     Path("data/taken").write_text("a file where a folder should be")

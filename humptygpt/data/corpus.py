@@ -23,6 +23,7 @@ from humptygpt.tokenizer.tokenizers import TOKENIZERS, Tokenizer
 
 UNIT = 1 << 19  # characters that are encoded at once
 HASHED = 4096  # characters at the start of a document that decide its split; fewer than its first piece has
+MANY = 64_000_000  # bytes of files; in more, many lines or rows are documents
 VOCABULARY_BYTES = (
     100_000_000  # a tokenizer is trained on an even sample of a longer corpus
 )
@@ -65,47 +66,53 @@ class Documents:
         self.only_text = all(file_format(file) == ".txt" for file in files)
         # documents end in the end-of-text token
         self.separated = len(files) > 1 or not self.only_text
-        if not any(
-            piece.text for number in range(len(files)) for piece in self.read(number)
-        ):
-            raise UserError(f"{source} has no text; there is nothing to learn from")
-        # A single text is cut; of several documents, those with a low draw are for validation, at least the lowest one.
-        if self.separated:
-            self.val_up_to = max(config.val_fraction, self.lowest_draw())
-        else:
-            length = sum(len(piece.text) for piece in self.read(0))
-            self.cut = int(length * (1 - config.val_fraction))
+        self.cuts = self.survey()
+
+    def survey(self) -> list[int] | None:
+        """Read everything; decide how to split. Returns where each file is cut, in characters; None: between documents.
+
+        Documents with a draw up to val_fraction are for validation. Files are cut if these are less than half or more
+        than twice that fraction of the text, and so is a single text. Raises UserError if there is no text.
+        """
+        fraction = self.config.val_fraction
+        lengths = [0] * len(self.files)
+        held_out = 0
+        for number in range(len(self.files)):
+            for piece in self.read(number):
+                lengths[number] += len(piece.text)
+                held_out += len(piece.text) * (piece.draw <= fraction)
+                # many documents come close to the fraction
+                if lengths[number] and sum(self.sizes) > MANY and not self.only_text:
+                    return None
+        if not any(lengths):
+            raise UserError(f"{self.source} has no text; there is nothing to learn from")
+        if self.separated and 0.5 <= held_out / (fraction * sum(lengths)) <= 2:
+            return None
+        return [int(length * (1 - fraction)) for length in lengths]
 
     def read(self, number: int) -> Iterator[Piece]:
-        """Read the documents of file number, in pieces, each with the draw of its document."""
+        """Read the documents of file number, in pieces, each with its place and the draw of its document."""
         config = self.config
         keys = (config.text_key, config.encoding_errors, config.skip_bad_lines)
+        place = 0
         for piece in read_documents(self.files[number], *keys):
             if piece.start == 0:
                 drawn = draw(piece.text)
-            yield piece._replace(draw=drawn)
-
-    def lowest_draw(self) -> float:
-        """Return the lowest draw of all documents; 0 for a large corpus, where val_fraction alone is enough."""
-        if sum(self.sizes) > 64_000_000 and not self.only_text:
-            return 0.0
-        return min(
-            piece.draw
-            for number in range(len(self.files))
-            for piece in islice(self.read(number), 1 if self.only_text else None)
-            if piece.text
-        )
+            yield piece._replace(draw=drawn, place=place)
+            place += len(piece.text)
 
     def assign(self, piece: Piece, number: int) -> list[tuple[str, Piece]]:
-        """Return (split, the part of the piece that is in it). number: of its file, unused."""
-        if self.separated:
-            return [("val" if piece.draw <= self.val_up_to else "train", piece)]
-        in_train = min(len(piece.text), max(0, self.cut - piece.start))
+        """Return (split, the part of the piece that is in it). number: of its file."""
+        if self.cuts is None:
+            return [("val" if piece.draw <= self.config.val_fraction else "train", piece)]
+        in_train = min(len(piece.text), max(0, self.cuts[number] - piece.place))
+        if in_train == len(piece.text):
+            return [("train", piece)]
         rest = piece._replace(text=piece.text[in_train:], start=piece.start + in_train)
-        return [
-            ("train", piece._replace(text=piece.text[:in_train], last=False)),
-            ("val", rest),
-        ]
+        if not in_train:
+            return [("val", rest)]
+        begun = piece._replace(text=piece.text[:in_train], last=True)
+        return [("train", begun), ("val", rest)]
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
         """Return the entries of meta.json that only documents have."""
@@ -119,6 +126,9 @@ class Documents:
         if self.chosen_for:
             another = f"for another: --tokenizer={', '.join(TOKENIZERS)}"
             lines["tokenizer=auto"] = f"chosen for {self.chosen_for}; {another}"
+        if self.cuts and self.separated:
+            last = f"the last {self.config.val_fraction:.4g} of each file"
+            lines["validation"] = f"{last}, as the documents are too few or too unequal"
         if self.skipped:
             counts = (f"{count:,} {reason}" for reason, count in self.skipped.items())
             lines["skipped files"] = ", ".join(counts)
@@ -142,7 +152,7 @@ def encode_documents(
             ids.append(tokenizer.encode_rest(piece.text))
         if piece.last and tokenizer.eot is not None:
             ids.append([tokenizer.eot])
-        counted["documents"] += piece.last
+        counted["documents"] += piece.start == 0 and piece.text != ""
         counted["characters"] += len(piece.text)
         counted["bytes"] += len(piece.text.encode())
         counted["skipped_lines"] += piece.skipped

@@ -73,6 +73,7 @@ class Piece(NamedTuple):
     read: int  # bytes of the file read so far
     skipped: bool = False  # it stands for a line or row without a text
     draw: float = 0.0  # of its document, which decides the split: see corpus.draw
+    place: int = 0  # characters of the file before it
 
     @property
     def texts(self) -> tuple[str]:

@@ -49,6 +49,7 @@ class Pairs:
 
     task = "translation"
     separated = True
+    cuts = None
     counts = ("pairs", "characters", "bytes", "tokens", "target_bytes", "target_tokens")
 
     def __init__(self, config, files: PairFiles, source: str):

@@ -65,13 +65,14 @@ def take_part(corpus: Documents, number: int, count: int) -> Documents:
     part.config = replace(corpus.config, shard_tokens=None)
     part.files = corpus.files[taken]
     part.sizes = corpus.sizes[taken]
+    part.cuts = corpus.cuts and corpus.cuts[taken]
     return part
 
 
 def corpus_id(corpus: Documents) -> str:
     """Hash what the parts of a corpus have in common on all machines: names and sizes of files, and settings."""
     files = [[file.name for file in corpus.files], corpus.sizes]
-    return identity(corpus.config, files, without=("name", "shard_tokens"))
+    return identity(corpus.config, files, corpus.cuts, without=("name", "shard_tokens"))
 
 
 def finish_part(corpus: Documents, progress: Progress, folder: Path) -> None:
