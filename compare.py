@@ -168,8 +168,8 @@ def read_run(folder: Path) -> Run:
     damaged = rows[:-1].count(None)  # the last line may be one that is being written
     if damaged:
         note(f"{metrics} has damaged lines, skipped: {damaged}")
-    # a run of an earlier version lacks the keys that came later, and was trained as their defaults have it
-    settings = default_settings() | settings
+    # a run of an earlier version lacks the keys that came later, which change nothing at these values
+    settings = default_settings() | {"mlp_conv": 0} | settings
     return Run(folder.absolute(), settings, [row for row in rows if row], idle)
 
 

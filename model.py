@@ -764,7 +764,7 @@ class ModelConfig:
         "blocks; of a transformer, in each stack; of window_mlp, hidden layers",
         at_least=1,
     )
-    n_head: int = setting(4, "attention heads in a block", at_least=1, **ATTENTION)
+    n_head: int = setting(2, "attention heads in a block", at_least=1, **ATTENTION)
     n_kv_head: int | None = setting(
         None, "key-value heads (GQA); None: n_head; 1: MQA", at_least=1, **ATTENTION
     )
@@ -783,7 +783,7 @@ class ModelConfig:
         not_with={"mlp": "none"},
     )
     block_size: int = setting(
-        64,
+        256,
         "context length in tokens; transformer: of source and of target",
         at_least=1,
         at_most=2**20,
@@ -816,11 +816,9 @@ class ModelConfig:
         only_with={"model": "window_mlp"},
     )
     tie_weights: bool = setting(
-        True, "embedding and output head share their weights", **ATTENTION
+        False, "embedding and output head share their weights", **ATTENTION
     )
-    position: str = setting(
-        "learned", "positional encoding", choices=POSITIONS, **ATTENTION
-    )
+    position: str = setting("rotary", "positional encoding", choices=POSITIONS, **ATTENTION)
     rope_base: float = setting(
         10000.0, "base of the rotary frequencies (rope_theta)", above=1, **ROTARY
     )
@@ -845,26 +843,26 @@ class ModelConfig:
         "plain", "feed-forward network; gated with silu: SwiGLU", choices=MLPS, **ATTENTION
     )
     mlp_conv: int = setting(
-        0,
+        3,
         "tokens that a causal convolution before the feed-forward network looks back; 0: off",
         at_least=0,
         **MLP_ONLY,
     )
     activation: str = setting(
-        "gelu",
+        "relu_squared",
         "nonlinearity of the feed-forward network",
         choices=ACTIVATIONS,
         not_with={"mlp": "none"},
     )
     qk_norm: bool = setting(
-        False, "RMS norm of queries and keys, which bounds the scores", **ATTENTION
+        True, "RMS norm of queries and keys, which bounds the scores", **ATTENTION
     )
     embed_norm: bool = setting(False, "a norm after the embedding", **NORM)
     logit_soft_cap: float = setting(
         0.0, "keeps logits between -cap and cap by tanh; 0: no cap", at_least=0, at_most=1e6
     )
     init: str = setting(
-        "gpt2",
+        "zero",
         "zero: each block starts as the identity",
         choices=("gpt2", "zero"),
         **ATTENTION,

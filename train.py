@@ -10,7 +10,7 @@
 It leaves in out_dir: ckpt.pt (all that resuming needs), best.pt (the model with the lowest validation loss),
 metrics.jsonl, loss.png, config.json, snapshots/ of a small model, for its page, and, with --minutes, plan.py, which
 repeats the run. Ctrl-C saves before it stops.
-Without a config file, a new model takes config/own_text.py.
+Keys that are not set have the defaults below, which are the demo's settings.
 """
 
 import dataclasses

@@ -57,7 +57,7 @@ def shapes(size: str) -> tuple[ModelConfig, ModelConfig]:
     """Return our model of this size, and that of the others."""
     if size == "gpt2":
         shape = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
-        gpt2 = ModelConfig(**shape, vocab_size=50257, bias=True, activation="gelu_tanh")
+        gpt2 = replace(SHAPE, **shape, vocab_size=50257, bias=True, activation="gelu_tanh")
         return gpt2, gpt2
     demo = settings.read([str(DEMO)], ModelConfig, TrainConfig)
     ours = settings.make(ModelConfig, demo | {"vocab_size": 65})

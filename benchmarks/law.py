@@ -121,12 +121,7 @@ def measure() -> None:
 def command(text: str, minutes: int, number: int) -> list[str]:
     keys = [f"--{key}={value}" for key, value in draw(text, minutes, number).items()]
     out_dir = OUT / f"{text}_{minutes}" / str(number)
-    return [
-        str(ROOT / "config/own_text.py"),
-        f"--dataset={text}",
-        f"--out_dir={out_dir}",
-        *keys,
-    ]
+    return [f"--dataset={text}", f"--out_dir={out_dir}", *keys]
 
 
 def run(only: str, share: str) -> None:

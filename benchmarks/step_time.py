@@ -10,9 +10,8 @@ from benchmarks import nanogpt
 from benchmarks.contenders import WARMUP, Isolated
 from benchmarks.nanogpt import NanoGPTTrainer
 from benchmarks.ours import OurTrainer
-from benchmarks.training import read_configs
+from benchmarks.training import SHAPE, read_configs
 from humptygpt.core.errors import UserError
-from model import ModelConfig
 
 TURN = 10  # steps of one, then of the other
 
@@ -22,7 +21,7 @@ def bench(config: BenchConfig) -> dict:
     train_config = replace(train_config, gradient_accumulation_steps=1)
     trainers = {"ours": Isolated(OurTrainer, train_config, model_config)}
     if config.nanogpt:
-        gpt2 = ModelConfig(**{key: getattr(model_config, key) for key in nanogpt.KEYS})
+        gpt2 = replace(SHAPE, **{key: getattr(model_config, key) for key in nanogpt.KEYS})
         if model_config != gpt2 or train_config.optimizer != "adamw":
             raise UserError(
                 f"config={config.config} is no GPT-2 trained by AdamW, which is all that nanoGPT can be"

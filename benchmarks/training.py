@@ -16,14 +16,31 @@ from model import ModelConfig
 CPU = torch.device("cpu")
 DEMO = Path(__file__).parent.parent / "config" / "shakespeare_char.py"
 # nanoGPT's preset for a laptop's CPU, as the command in its README sets it
-SHAPE = ModelConfig(block_size=64, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False)
+SHAPE = ModelConfig(
+    block_size=64,
+    n_layer=4,
+    n_head=4,
+    n_embd=128,
+    dropout=0.0,
+    bias=False,
+    position="learned",
+    activation="gelu",
+    mlp_conv=0,
+    qk_norm=False,
+    init="gpt2",
+    tie_weights=True,
+)
 PRESET = TrainConfig(
     batch_size=12,
     max_iters=2000,
+    optimizer="adamw",
     learning_rate=1e-3,
+    schedule="cosine",
     min_lr=1e-4,
     warmup_iters=100,
     beta2=0.99,
+    grad_clip=1.0,
+    eval_interval=250,
 )
 
 

@@ -1,4 +1,4 @@
-# nanoGPT's defaults: GPT-2's smallest size on OpenWebText. Name it before a config file of nanoGPT that builds on them:
+# nanoGPT's defaults: GPT-2's smallest size on OpenWebText. Its config files build on them, so name this file first:
 #
 #   python train.py config/nanogpt.py nanoGPT/config/train_gpt2.py
 #   python train.py config/nanogpt.py nanoGPT/config/eval_gpt2.py

@@ -16,7 +16,7 @@ import prepare_data
 import train
 from humptygpt.core import settings as configurator
 from humptygpt.generation.tasks import TASKS
-from humptygpt.training import run_folder, settings
+from humptygpt.training import run_folder
 from humptygpt.training.optimizers import make_optimizer
 from humptygpt.training.settings import TrainConfig
 
@@ -24,9 +24,18 @@ WITHOUT_SAMPLE = replace(
     TASKS["language modelling"], evaluation_examples=None, final_examples=None
 )
 ROOT = Path(__file__).parent.parent
-RECIPE = settings.RECIPE
-settings.RECIPE = None  # also for fixtures of a module, and for processes that tests start
 torch.set_num_threads(1)  # models this small only wait for each other's threads
+# GPT-2's blocks, which most tests of single parts build on, and the AdamW that goes with them
+GPT2 = {
+    "position": "learned",
+    "activation": "gelu",
+    "mlp_conv": 0,
+    "qk_norm": False,
+    "init": "gpt2",
+    "tie_weights": True,
+}
+ADAMW = {"optimizer": "adamw", "beta2": 0.99, "grad_clip": 1.0}
+PLAIN = [f"--{key}={value}" for key, value in (GPT2 | ADAMW).items()]
 TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16"]
 TINY_RUN = [
     *TINY_MODEL,
@@ -49,7 +58,8 @@ def overfit(
     model: nn.Module, batch: dict[str, Tensor], steps: int, lr: float, until: float
 ) -> float:
     """The loss after this many steps on this batch, or the first one below until."""
-    optimizer = make_optimizer(TrainConfig(learning_rate=lr, weight_decay=0.0), model)
+    config = TrainConfig(**ADAMW, learning_rate=lr, weight_decay=0.0)
+    optimizer = make_optimizer(config, model)
     for _ in range(steps):
         _, loss = model(**batch)
         if loss < until:
@@ -65,13 +75,6 @@ def folder(tmp_path, monkeypatch):
     """Each test runs in a folder of its own; data/ and out/ appear there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def recipe(request, monkeypatch):
-    """Where no config file is named, the defaults of the dataclasses hold here, but for tests with this mark."""
-    if "recipe" in request.keywords:
-        monkeypatch.setattr(settings, "RECIPE", RECIPE)
 
 
 @pytest.fixture(autouse=True)

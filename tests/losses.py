@@ -22,6 +22,9 @@ from texts import make_pairs, make_text
 STEPS = 20
 COMMON = f"--n_layer=2 --n_head=4 --n_embd=32 --block_size=32 --batch_size=4 --lr_decay_iters={STEPS}"
 COMMON += " --eval_interval=10 --log_interval=1 --warmup_iters=4 --device=cpu --compile=False --dtype=float32"
+COMMON += " --activation=gelu --mlp_conv=0 --qk_norm=False --init=gpt2 --tie_weights=True --optimizer=adamw"
+COMMON += " --learning_rate=1e-3 --muon_learning_rate=0.02 --muon_momentum=0.95 --beta2=0.99 --schedule=cosine"
+COMMON += " --min_lr=None --grad_clip=1.0"
 RUNS = {
     "gpt2": "--dataset=text --position=learned --dropout=0.1 --bias=True --activation=gelu_tanh",
     "demo": "--dataset=text --position=rotary --optimizer=normuon --muon_momentum=0.85 --mlp_conv=3 --init=zero"
@@ -78,7 +81,7 @@ def read_rows(out_dir: Path) -> list[dict]:
 def losses(first: Path, second: Path, folder: Path, name: str) -> list[dict]:
     """The rows of a run; asserts that those of one by `first` that `second` resumes halfway are the same."""
     processes = 2 if name == "two_processes" else 1
-    argv = ["no_keys.py", *COMMON.split(), *RUNS[name].split()]
+    argv = [*COMMON.split(), *RUNS[name].split()]
     straight, resumed = f"out/{name}/straight", f"out/{name}/resumed"
     run(
         first / "train.py",
@@ -114,8 +117,6 @@ def main(argv: list[str]) -> None:
     ):
         folder = Path(temporary)
         (folder / "text.txt").write_text(make_text(20_000))
-        # beside which train.py takes no other config file
-        (folder / "no_keys.py").write_text("")
         pairs = "".join(f"{source}\t{target}\n" for source, target in make_pairs())
         (folder / "pairs.tsv").write_text(pairs)
         run(first / "prepare_data.py", folder, "--input=text.txt", "--name=text")

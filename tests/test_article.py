@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ADAMW, GPT2
 
 import model as models
 from humptygpt.generation.sampling import generate, probabilities
@@ -36,7 +37,7 @@ TO_GREEN_CIRCLE = torch.tensor([[-0.17, 0.39, 0.10]])
 def config(**keys) -> ModelConfig:
     """A ModelConfig with small sizes, unless the keys say otherwise."""
     small = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 27}
-    return ModelConfig(**small | keys)
+    return ModelConfig(**GPT2 | small | keys)
 
 
 def inputs(T: int, position: PositionalEncoding | None = None) -> BlockInputs:
@@ -131,7 +132,8 @@ def test_the_window_drops_its_oldest_letter_and_the_network_continues_the_text(k
     keys |= {"model": "window_mlp", "window": 12, "block_size": 26, "n_hidden": 100}
     network = models.build(config(activation="relu", bias=True, **keys))
     assert network.layers[0].in_features == {1: 12, 10: 120}[network.config.n_embd]
-    optimizer = make_optimizer(TrainConfig(learning_rate=1e-2, weight_decay=0.0), network)
+    adamw = TrainConfig(**ADAMW, learning_rate=1e-2, weight_decay=0.0)
+    optimizer = make_optimizer(adamw, network)
     idx = torch.from_numpy(LETTERS.encode(text))[None]
     for _ in range(200):
         network(idx[:, :-1], idx[:, 1:])[1].backward()

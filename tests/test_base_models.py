@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN, assert_same_weights, make_text, read_rows
+from conftest import GPT2, TINY_RUN, assert_same_weights, make_text, read_rows
 
 import prepare_data
 import sample
@@ -30,7 +30,8 @@ FROM_RUN = [*TINY_RUN, "--dataset=other", "--out_dir=out/other", "--init_from=ou
 def other(run_train, folder):
     """out/run, and data/other: another text in the tokens of its model."""
     run_train(
-        "--max_iters=60", "--eval_interval=30", "--log_interval=30", "--learning_rate=0.01"
+        *("--max_iters=60", "--eval_interval=30", "--log_interval=30"),
+        *("--learning_rate=0.01", "--position=learned"),
     )
     (folder / "other.txt").write_text(OTHER)
     prepare_data.main(["--input=other.txt", "--name=other", "--tokenizer=out/run"])
@@ -65,11 +66,31 @@ def test_a_run_that_started_from_a_model_resumes_without_it(other):
     assert len(val_losses("out/other")) == 3
 
 
-def test_fine_tuning_has_gentle_rates_but_where_they_are_given(other):
+def test_fine_tuning_has_gentle_settings_unless_others_are_given(other):
     config = read_settings(FROM_RUN).config
+    assert (config.optimizer, config.grad_clip) == ("adamw", 1.0)
     assert (config.learning_rate, config.muon_learning_rate) == (1e-4, 0.002)
     assert read_settings([*FROM_RUN, "--learning_rate=0.5"]).config.learning_rate == 0.5
-    assert read_settings(TINY_RUN).config.learning_rate == 1e-3
+    assert read_settings(TINY_RUN).config.learning_rate == 6e-3
+
+
+def test_a_fine_tuning_is_resumed_when_torchrun_starts_it_again(other, monkeypatch, capsys):
+    shutil.copytree("out/run", "out/twin")
+    assert train.main(FROM_RUN) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    for change, resumes in (
+        ([], True),
+        (["--n_layer=7"], True),  # without effect: the model has its own
+        (["--max_iters=7"], False),
+        (["--init_from=out/twin"], False),
+        (["--init_from=scratch"], False),
+    ):
+        start = read_settings([*FROM_RUN, *change])
+        assert (start.saved is not None) == resumes
+        assert start.saved is None or start.base is None
+    assert train.main(FROM_RUN) == 0
+    assert "it resumes out/other/ckpt.pt" in capsys.readouterr().err
+    assert not Path("out/other/previous-1").exists()
 
 
 def test_many_epochs_of_fine_tuning_get_a_warning(other, capsys):
@@ -453,7 +474,7 @@ def test_after_nanogpts_defaults_its_config_files_mean_what_they_mean_there(
         "vocab_size": 50257,
         "bias": True,
     }
-    model = build_on_meta(ModelConfig(**shape))
+    model = build_on_meta(ModelConfig(**GPT2 | shape))
     base = Loaded(model, None, Path("gpt2"), "")
     monkeypatch.setattr(train_config, "load", lambda source: asked.append(source) or base)
     Path("theirs.py").write_text(

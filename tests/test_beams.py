@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from conftest import GPT2
 from test_transformer import EOT, random_model, tokens
 
 import model as models
@@ -16,7 +17,7 @@ from model import ModelConfig
 def decoder_only(**keys) -> models.GPT:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 12, "vocab_size": 11}
-    model = models.build(ModelConfig(**sizes | keys)).eval()
+    model = models.build(ModelConfig(**GPT2 | sizes | keys)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_text
+from conftest import ADAMW, GPT2, make_text
 
 import bench
 import prepare_data
@@ -55,15 +55,8 @@ class GPT(torch.nn.Module):
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         return torch.optim.SGD(self.parameters(), lr=learning_rate)
 """
-SMALL = ModelConfig(
-    n_layer=2,
-    n_head=2,
-    n_embd=32,
-    block_size=16,
-    vocab_size=40,
-    bias=True,
-    activation="gelu_tanh",
-)
+SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 40}
+SMALL = ModelConfig(**GPT2 | SIZES | {"bias": True, "activation": "gelu_tanh"})
 
 
 @pytest.fixture
@@ -73,7 +66,9 @@ def text(folder):
     prepare_data.main(["--input=text.txt", "--name=shakespeare_char"])
     Path("other").mkdir()
     Path("other/model.py").write_text(NANOGPT)
-    Path("plain.py").write_text("n_layer = 1\nn_head = 2\nn_embd = 32\nblock_size = 16\n")
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16}
+    keys = GPT2 | ADAMW | shape | {"batch_size": 12, "muon_learning_rate": 0.02}
+    Path("plain.py").write_text("".join(f"{k} = {v!r}\n" for k, v in keys.items()))
     Path("tiny.py").write_text(
         Path("plain.py").read_text()
         + "learning_rate = 1e-2\nwarmup_iters = 2\nposition = 'rotary'\noptimizer = 'muon'\n"

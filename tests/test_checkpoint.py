@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN, assert_same_weights
+from conftest import ADAMW, GPT2, TINY_RUN, assert_same_weights
 
 import model as models
 import sample
@@ -26,9 +26,8 @@ OUT = Path("out/run")
 def make_entries(**changes) -> dict:
     """The entries of a small checkpoint."""
     torch.manual_seed(0)
-    config = models.ModelConfig(
-        n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=3, tie_weights=False
-    )
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 3}
+    config = models.ModelConfig(**GPT2 | sizes | {"tie_weights": False})
     model = models.build(config)
     parameters = dict(model.named_parameters())
     state = {
@@ -36,7 +35,7 @@ def make_entries(**changes) -> dict:
         for name, p in parameters.items()
     }
     return {
-        "train_config": asdict(TrainConfig(dataset="tiny")),
+        "train_config": asdict(TrainConfig(**ADAMW, dataset="tiny", out_dir="out")),
         "model_config": asdict(config),
         "tokenizer": CharTokenizer("ab\n").state(),
         "task": "language modelling",
@@ -304,6 +303,15 @@ def test_a_run_with_averaged_weights_is_read_without_them_and_a_note_says_so(
     assert "ema" not in torch.load(OUT / "ckpt.pt")
 
 
+def test_a_checkpoint_that_is_older_than_mlp_conv_has_none(run_train):
+    run_train("--lr_decay_iters=8", "--mlp_conv=0")
+    saved = torch.load(OUT / "ckpt.pt")
+    del saved["model_config"]["mlp_conv"]
+    torch.save(saved, OUT / "ckpt.pt")
+    assert load_source(OUT / "ckpt.pt").model.config.mlp_conv == 0
+    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
+
+
 def test_a_checkpoint_with_ngrams_is_refused(run_train):
     run_train()
     add_ngram_keys(OUT / "ckpt.pt", ngrams=3)
@@ -313,7 +321,7 @@ def test_a_checkpoint_with_ngrams_is_refused(run_train):
 
 @pytest.mark.parametrize("position", models.POSITIONS)
 def test_a_restored_model_shares_the_tensors_of_the_file_and_is_whole(position):
-    for keys in ({}, {"tie_weights": False}, {"model": "transformer"}):
+    for keys in ({}, {"tie_weights": True}, {"model": "transformer"}):
         config = models.ModelConfig(
             n_layer=1,
             n_head=2,

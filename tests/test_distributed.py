@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.distributed as dist
-from conftest import TINY_RUN, assert_same_weights, read_rows
+from conftest import PLAIN, TINY_RUN, assert_same_weights, read_rows
 from torch.nn.parallel import DistributedDataParallel
 
 import prepare_data
@@ -38,6 +38,7 @@ ROOT = Path(__file__).parent.parent
 OUT = Path("out/run")
 TIME = 600  # seconds until a test fails
 STEPS = [
+    *PLAIN,
     "--max_iters=50",
     "--eval_interval=25",
     "--eval_iters=3",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_text
+from conftest import PLAIN, make_text
 from properties import given, settings
 from test_model import random_model
 from test_tokenizer import EVERY, GPT2, SEPARATED, TEXT, anything
@@ -120,7 +120,7 @@ def make_run(prepared: list[str], trained: list[str], steps: str = STEPS) -> Non
     given = (
         [*trained, "--block_size=256"]
         if trained[:1] == [RUNG]
-        else [*shape, "--block_size=256", *trained]
+        else [*PLAIN, *shape, "--block_size=256", *trained]
     )
     given += [
         f"--max_iters={steps}",
@@ -546,7 +546,7 @@ def test_the_card_states_the_run_and_its_code_runs(runs, monkeypatch, capsys):
     assert (
         "A Llama model with " in card
         and "on 12 files: texts" in card
-        and "position = 'rotary'" in card
+        and "norm = 'rmsnorm'" in card
     )
     assert card.startswith("---\nlibrary_name: transformers\n")
     capsys.readouterr()

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import GPT2
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -224,7 +225,7 @@ def watched_residual_stream():
 # --------------------------------------------------------------------------------------
 # What is tried
 
-SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": 8, "vocab_size": 11}
+SHAPE = GPT2 | {"n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": 8, "vocab_size": 11}
 OPTIONS = {
     "model": tuple(MODELS),
     "position": tuple(POSITIONS),
@@ -455,7 +456,7 @@ def run_planted(fault) -> str | None:
 def load_to_sample(dtype: str) -> str | None:
     """What sample.load makes of a model for this device, as run_cases reports."""
     with FakeGPU() as gpu, watched_residual_stream(), pytest.MonkeyPatch.context() as patch:
-        model = gpu.build(ModelConfig(**SHAPE, position="rotary"))
+        model = gpu.build(ModelConfig(**SHAPE | {"position": "rotary"}))
         loaded = Loaded(model, ByteTokenizer(), Path(), "a model")
         patch.setattr(sample, "pick_device", lambda name: gpu.device)
         patch.setattr(sample, "sample_dtype", lambda name, device: getattr(torch, name))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ADAMW, GPT2
 
 import from_scratch
 import model as models
@@ -34,7 +35,7 @@ def both():
         for x in rows:
             x.numbers = [number + random.gauss(0, 0.1) for number in x.numbers]
     settings = {"vocab_size": len(from_scratch.ALPHABET), "n_head": 2, "activation": "relu"}
-    model = models.build(models.ModelConfig(**SIZES, **settings)).double()
+    model = models.build(models.ModelConfig(**GPT2 | SIZES | settings)).double()
     state = {f"{name}.weight": tensor(rows, "numbers") for name, rows in weights.items()}
     model.load_state_dict(state | {"lm_head.weight": state["wte.weight"]})
     return weights, model
@@ -67,7 +68,8 @@ def test_logits_loss_and_gradients_are_those_of_model_py(both):
 
 def test_a_step_of_adamw_ends_in_the_weights_of_the_trainer(both):
     weights, model = both
-    optimizer = make_optimizer(TrainConfig(learning_rate=0.01, weight_decay=0.1), model)
+    config = TrainConfig(**ADAMW, learning_rate=0.01, weight_decay=0.1)
+    optimizer = make_optimizer(config, model)
     for number in (1, 2):
         _, losses, _, _ = step(weights, model)
         norms = [x for name, rows in weights.items() if "norm" in name for x in rows]

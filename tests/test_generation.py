@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import GPT2
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_model import every_variant
@@ -29,7 +30,7 @@ from model import POSITIONS, ModelConfig
 def tiny_model(**keys) -> models.GPT:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11}
-    model = models.build(ModelConfig(**sizes | keys)).eval()
+    model = models.build(ModelConfig(**GPT2 | sizes | keys)).eval()
     # far from initialization, where all tokens are about equally probable
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

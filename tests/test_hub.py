@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_text
+from conftest import GPT2, ROOT, make_text
 from huggingface_hub import constants
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
@@ -44,7 +44,7 @@ def files(folder) -> dict[str, bytes]:
     made = merges_folder(Path("made"))
     torch.manual_seed(0)
     (made / "config.json").unlink()
-    write_pretrained(GPT(ModelConfig(activation="gelu_tanh", **SMALL)), made)
+    write_pretrained(GPT(ModelConfig(**GPT2 | SMALL | {"activation": "gelu_tanh"})), made)
     content = {path.name: path.read_bytes() for path in made.iterdir()}
     others = ("README.md", "onnx/model.onnx", "pytorch_model.bin", "modeling_gpt2.py")
     return content | dict.fromkeys(others, b"not needed")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN, assert_same_weights, make_text
+from conftest import GPT2, TINY_RUN, assert_same_weights, make_text
 from safetensors.torch import load_file, save_file
 
 import prepare_data
@@ -34,7 +34,7 @@ def logits(model, idx: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def base(run_train):
-    run_train("--bias=True")
+    run_train("--bias=True", "--tie_weights=True")
     return load("out/run")
 
 
@@ -457,7 +457,7 @@ def test_lora_needs_at_most_half_the_memory_of_full_fine_tuning_of_124_million_p
         "best_iter": 1,
         "evals_since_best": 0,
     }
-    model = GPT(ModelConfig(**shape))
+    model = GPT(ModelConfig(**GPT2 | shape))
     entries = {
         "train_config": {},
         "model_config": vars(model.config),

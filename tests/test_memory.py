@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN, WITHOUT_SAMPLE, read_rows, started_processes
+from conftest import (
+    ADAMW,
+    GPT2,
+    PLAIN,
+    TINY_RUN,
+    WITHOUT_SAMPLE,
+    read_rows,
+    started_processes,
+)
 
 import model as models
 import prepare_data
@@ -29,12 +37,13 @@ from model import ACTIVATIONS, BLOCKS, MLPS, MODELS, POSITIONS, ModelConfig, bui
 
 ROOT = Path(__file__).parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-TINY = ModelConfig(n_layer=3, n_head=2, n_embd=32, block_size=16, vocab_size=50)
+SIZES = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 50}
+TINY = ModelConfig(**GPT2 | SIZES)
 
 
 def memory_of(config: ModelConfig, dtype=torch.float32, rows=2, on_gpu=False, **settings):
     """The memory of a training in one process, as --dry_run=True reports it."""
-    train_config = TrainConfig(**settings)
+    train_config = TrainConfig(**ADAMW | settings)
     activations = memory.activation_bytes(train_config, config, rows, dtype, on_gpu)
     return memory.training_memory(train_config, build_on_meta(config), activations)
 
@@ -254,10 +263,8 @@ VARIANTS = [
 
 @pytest.mark.parametrize(("key", "value"), VARIANTS)
 def test_what_is_refused_would_take_more_and_at_most_eight_times_as_much(key, value):
-    settings = {"vocab_size": 50, "n_embd": 32, "n_head": 2, "block_size": 64, "n_layer": 3}
-    settings |= {"window": 8, key: value}
-    if value in ("parallel", "plain"):
-        settings["init"] = "gpt2"
+    sizes = {"vocab_size": 50, "n_embd": 32, "n_head": 2, "block_size": 64, "n_layer": 3}
+    settings = GPT2 | ADAMW | {"batch_size": 12} | sizes | {"window": 8, key: value}
     config = configurator.make(TrainConfig, settings)
     model_config = configurator.make(ModelConfig, settings)
     model = build_on_meta(model_config)
@@ -371,7 +378,11 @@ def processes():
 COMMANDS = {
     "train": (
         train.main,
-        [*TINY_RUN, "--n_embd=256", "--block_size=64", "--batch_size=64", "--max_iters=2"],
+        [
+            *TINY_RUN,
+            *PLAIN,
+            *("--n_embd=256", "--block_size=64", "--batch_size=64", "--max_iters=2"),
+        ],
     ),
     "sample": (
         sample.main,

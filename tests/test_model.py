@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import overfit
+from conftest import GPT2, overfit
 
 import model as models
 from humptygpt.generation.decoder import prepare_for_generation
@@ -60,7 +60,7 @@ every_variant = pytest.mark.parametrize(
 def tiny(**keys) -> models.GPT:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 11}
-    return models.build(ModelConfig(**sizes | keys))
+    return models.build(ModelConfig(**GPT2 | sizes | keys))
 
 
 def random_model(**keys) -> models.GPT:
@@ -551,6 +551,7 @@ def test_parameters_and_flops_are_those_of_gpt2():
                 block_size=1024,
                 vocab_size=50257,
                 bias=True,
+                **GPT2,
             )
         )
     assert models.count_parameters(gpt2) == 124_439_808

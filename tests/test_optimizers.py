@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from conftest import ADAMW, GPT2
 
 import model as models
 from humptygpt.nn.window_mlp import EMBEDDINGS
@@ -24,12 +25,12 @@ every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 def tiny(**keys) -> models.GPT:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11}
-    return models.build(ModelConfig(**sizes | keys))
+    return models.build(ModelConfig(**GPT2 | sizes | keys))
 
 
 def make_optimizer(model, name: str = "adamw", **keys) -> Optimizer:
     return optim.make_optimizer(
-        TrainConfig(optimizer=name, **{"weight_decay": 0.0} | keys), model
+        TrainConfig(**ADAMW | {"optimizer": name, "weight_decay": 0.0} | keys), model
     )
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import RECIPE, TINY_RUN, assert_same_weights, read_rows
+from conftest import TINY_RUN, assert_same_weights, read_rows
 from texts import make_text
 
 import train
@@ -192,10 +192,9 @@ def choose(monkeypatch):
     monkeypatch.setattr(plan, "cost", costs)
     monkeypatch.setattr(plan, "seconds_per_step", seconds_per_step)
     monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: 2.0))
-    recipe = configurator.read([str(RECIPE)], ModelConfig, TrainConfig)
 
     def chosen(text: int, minutes: float, **given) -> tuple[TrainConfig, ModelConfig]:
-        settings = recipe | {"vocab_size": 65, "minutes": minutes} | given
+        settings = {"vocab_size": 65, "minutes": minutes} | given
         dataset = SimpleNamespace(
             task="language modelling",
             train=range(text),
@@ -261,6 +260,18 @@ GIVEN = {
     "learning_rate": 1e-4,
     "eval_iters": 5,
 }
+
+
+def test_keys_of_a_config_file_are_obeyed_but_for_its_length(tiny, machine):
+    keys = {"n_layer": 3, "n_embd": 48, "dropout": 0.3, "eval_interval": 7, "beta2": 0.9}
+    length = {"max_iters": 5, "lr_decay_iters": 600_000}
+    lines = [f"{key} = {value}\n" for key, value in (keys | length).items()]
+    Path("mine.py").write_text("".join(lines))
+    machine.run("mine.py", *SHOWN, "--minutes=0.1")
+    config = read_config()
+    assert config | keys == config
+    assert config["max_iters"] > 5 and config["lr_decay_iters"] is None
+    assert config["weight_decay"] > TrainConfig.weight_decay  # by the size of the text
 
 
 @pytest.mark.parametrize("key", GIVEN)
@@ -461,11 +472,12 @@ def test_the_smallest_texts_train_or_are_refused_in_one_line(
 
 
 # --------------------------------------------------------------------------------------
-# The recipe
+# The defaults
 
 
-@pytest.mark.recipe
-def test_own_text_has_the_settings_of_the_demo_but_for_its_data_and_folder(folder):
+def test_without_a_config_file_a_run_has_the_settings_of_the_demo_but_for_its_data_and_folder(
+    folder,
+):
     demo = read_settings([str(configurator.CONFIGS / "shakespeare_char.py")])
     own = read_settings(["--dataset=mine"])
     assert own.model_config == demo.model_config
@@ -477,24 +489,17 @@ def test_own_text_has_the_settings_of_the_demo_but_for_its_data_and_folder(folde
     assert different == {"dataset": "mine", "out_dir": "out/mine"}
 
 
-@pytest.mark.recipe
-def test_the_recipe_is_taken_where_no_config_file_is_named(tiny, capsys):
-    Path("empty.py").write_text("")
-    note = "note: no config file is named: config/own_text.py is taken\n"
-    assert read_settings(["--dataset=tiny"]).config.optimizer == "normuon"
-    assert note in capsys.readouterr().err
-    assert read_settings(["--dataset=tiny", "--optimizer=adamw"]).config.beta2 == 0.95
-    assert train.main(TINY_RUN) == 0
-    capsys.readouterr()
-    started = ["--init_from=out/run", "--dataset=tiny", "--out_dir=out/tuned"]
-    for argv in (["empty.py", "--dataset=tiny"], started, RESUME):
-        read_settings(argv)
-        assert note not in capsys.readouterr().err
-    assert read_settings(["empty.py", "--dataset=tiny"]).config.optimizer == "adamw"
+def test_a_config_file_starts_from_the_same_defaults_as_none_and_help_shows_them(folder):
+    Path("short.py").write_text("dataset = 'mine'\n")
+    without = read_settings(["--dataset=mine"])
+    assert read_settings(["short.py"])[:2] == without[:2]
+    shown = configurator.help_text(ModelConfig, TrainConfig)
+    different = {"dataset": "mine", "out_dir": "out/mine"}
+    for key, value in (vars(without.config) | vars(without.model_config)).items():
+        assert f"  --{key}={value} " in shown or different.get(key) == value
 
 
-@pytest.mark.recipe
-def test_every_choice_of_a_key_goes_with_the_recipe_or_says_what_does_not(folder):
+def test_every_choice_of_a_key_goes_with_the_defaults_or_says_what_does_not(folder):
     rules = configurator.fields_of((ModelConfig, TrainConfig)).items()
     refused = []
     for key, choices in [(key, field.metadata["choices"]) for key, field in rules]:

@@ -10,7 +10,10 @@ import pytest
 
 import sample
 import train
+from humptygpt.core import settings as configurator
 from humptygpt.data.batches import TokenDataset
+from humptygpt.training.settings import GENTLE, TrainConfig
+from model import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
@@ -60,6 +63,22 @@ def test_every_shipped_config_loads_and_takes_two_steps(tiny, pairs, config):
     assert Path("out/run/best.pt").exists()
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_shipped_config_has_the_settings_that_its_figures_were_measured_with(config):
+    """shipped_configs.json: those that are not the defaults. A changed config needs new figures, too."""
+    recorded = json.loads((ROOT / "tests/shipped_configs.json").read_text())
+    keys = configurator.read([str(config)], ModelConfig, TrainConfig)
+    defaults = vars(ModelConfig()) | vars(TrainConfig())
+    settings = defaults | (GENTLE if "init_from" in keys else {}) | keys
+    idle = configurator.without_effect(settings, ModelConfig, TrainConfig)
+    different = {
+        key: value
+        for key, value in settings.items()
+        if key not in idle and value != defaults[key]
+    }
+    assert different == recorded[str(config.relative_to(ROOT / "config"))]
+
+
 def test_the_nursery_rhyme_is_memorised(folder, capsys):
     assert (
         train.main(
@@ -107,7 +126,7 @@ def test_the_trainer_does_without_a_config_file(tiny):
         train.main(["--dataset=tiny", "--device=cpu", "--max_iters=2", "--eval_iters=1"])
         == 0
     )
-    assert Path("out/ckpt.pt").exists()
+    assert Path("out/tiny/ckpt.pt").exists()
 
 
 def test_nanogpts_command_for_a_laptop_runs_unchanged(tiny, folder):

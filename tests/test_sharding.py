@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN, assert_same_weights, read_rows
+from conftest import PLAIN, TINY_RUN, assert_same_weights, read_rows
 from test_distributed import (
     PAIRS,
     RUNS,
@@ -47,6 +47,7 @@ OUT = Path("out/run")
 # 34 rows, which 4 processes do not divide evenly
 FSDP = [
     *TINY_RUN,
+    *PLAIN,
     "--n_embd=34",
     "--parallel=fsdp",
 ]
@@ -70,7 +71,7 @@ USUAL = {("micro-batches are divided", 2), ("both, 2 micro-batches", 4)}
 CASES = [(name, size, 12) for name, size in USUAL] + [
     (name, size, 50) for name in SHARDED for size in (2, 4)
 ]
-KEPT = ["--learning_rate=3e-3", "--eval_iters=3"]
+KEPT = [*PLAIN, "--learning_rate=3e-3", "--eval_iters=3"]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_sharded_processes_have_the_losses_of_one(
 def test_sharded_processes_have_the_losses_of_one_on_sentence_pairs(
     pairs, run_train, options
 ):
-    argv = [*PAIRS, "--eval_interval=25", *options]
+    argv = [*PLAIN, *PAIRS, "--eval_interval=25", *options]
     one = run_train(*argv)
     size = 2 if "--max_iters=6" in options else 4
     assert launch(size, *TINY_RUN, *argv, "--parallel=fsdp") == [0] * size
@@ -211,7 +212,7 @@ def test_a_new_model_of_half_a_billion_parameters_takes_a_shard_and_its_largest_
 
 @pytest.mark.long
 def test_compiled_sharded_processes_have_the_losses_of_one(run_train):
-    argv = ["--gradient_accumulation_steps=4"]
+    argv = [*PLAIN, "--gradient_accumulation_steps=4"]
     one = run_train(*argv)
     assert launch(2, *TINY_RUN, *argv, "--parallel=fsdp", "--compile=True") == [0, 0]
     assert "torch.compile fails" not in Path("stderr0").read_text()
@@ -237,6 +238,7 @@ def test_sharded_each_matrix_is_orthogonalised_whole_by_one_process(tiny):
 def test_saved_by_4_processes_it_is_resumed_by_2_and_by_1(run_train, monkeypatch):
     monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda device: False)
     argv = [
+        *PLAIN,
         "--n_embd=34",
         "--optimizer=normuon",
         "--gradient_accumulation_steps=4",
@@ -261,7 +263,7 @@ def test_saved_by_4_processes_it_is_resumed_by_2_and_by_1(run_train, monkeypatch
 
 def test_a_checkpoint_of_one_process_is_resumed_sharded(run_train, monkeypatch):
     monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda device: False)
-    argv = ["--optimizer=normuon"]
+    argv = [*PLAIN, "--optimizer=normuon"]
     rows = run_train(*argv)
     run_train(*argv, "--max_iters=3")
     resume = ["--init_from=resume", "--out_dir=out/run", "--parallel=fsdp", "--max_iters=6"]

@@ -17,7 +17,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_RUN, assert_same_weights, make_text, read_rows, started_processes
+from conftest import (
+    ADAMW,
+    GPT2,
+    TINY_RUN,
+    assert_same_weights,
+    make_text,
+    read_rows,
+    started_processes,
+)
 from test_snapshots import kept
 
 import model as models
@@ -235,9 +243,10 @@ def test_a_larger_vocabulary_pads_the_model(run_train):
 
 
 def test_accumulation_equals_a_big_batch(run_train):
-    big = run_train("--batch_size=8")
+    big = run_train("--batch_size=8", "--optimizer=adamw")
     big_weights = weights()
-    small = run_train("--batch_size=2", "--gradient_accumulation_steps=4")
+    micro = ["--batch_size=2", "--gradient_accumulation_steps=4"]
+    small = run_train(*micro, "--optimizer=adamw")
     assert train_losses(small) == pytest.approx(train_losses(big), rel=1e-5)
     for key, value in weights().items():
         torch.testing.assert_close(value, big_weights[key], atol=1e-4, rtol=1e-4)
@@ -262,7 +271,8 @@ def test_each_batch_has_a_dropout_mask_of_its_own(tiny, run_train):
     # a text of one block, whose every batch is the same but for dropout
     (tiny / "input.txt").write_text(make_text(17 * 10 // 9 + 2))
     prepare_data.main(["tiny"])
-    still = ["--learning_rate=1e-30", "--weight_decay=0"]
+    still = ["--optimizer=adamw", "--learning_rate=1e-30", "--weight_decay=0"]
+    still += ["--init=gpt2"]
     rows = run_train("--dropout=0.5", *still, "--max_iters=4", "--eval_interval=9")
     assert len(set(train_losses(rows))) == 4
 
@@ -287,7 +297,8 @@ def test_the_gradient_is_clipped_and_its_norm_is_logged_as_it_was_before(
 
 
 def test_the_learning_rate_follows_its_schedule(run_train):
-    rows = run_train("--learning_rate=0.3", "--warmup_iters=2", "--min_lr=0.1")
+    cosine = ["--schedule=cosine", "--min_lr=0.1"]
+    rows = run_train("--learning_rate=0.3", "--warmup_iters=2", *cosine)
     decay = [0.1 + 0.1 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]
     assert values("lr", rows) == pytest.approx([0.1, 0.2, *decay])
     rows = run_train("--learning_rate=0.3", "--decay_lr=False")
@@ -333,7 +344,7 @@ def test_out_of_memory_is_one_line_with_a_size_and_no_failure_of_the_compiler(
 
 def test_a_scaler_skips_the_step_whose_gradients_are_not_finite():
     layer = torch.nn.Linear(2, 1)
-    optimizer = make_optimizer(TrainConfig(learning_rate=0.1), layer)
+    optimizer = make_optimizer(TrainConfig(**ADAMW, learning_rate=0.1), layer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for x, moves in ((math.inf, False), (1.0, True)):
         before = layer.weight.clone()
@@ -536,7 +547,7 @@ def test_settings_of_the_checkpoint_hold_unless_changed(run_train):
     assert groups[0]["betas"] == (0.8, 0.5)
 
 
-FIXED = ("n_layer=3", "n_embd=64", "bias=True", "vocab_size=99", "position=rotary")
+FIXED = ("n_layer=3", "n_embd=64", "bias=True", "vocab_size=99", "position=alibi")
 FIXED += ("batch_size=2", "seed=2", "optimizer=muon")
 
 
@@ -762,7 +773,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny, fails, complaint):
 
 
 def test_a_key_without_effect_says_so(run_train, capsys):
-    run_train("--backend=gloo", "--rope_base=5", "--decay_lr=False")
+    run_train("--backend=gloo", "--rope_base=5", "--position=none", "--decay_lr=False")
     notes = capsys.readouterr().err
     assert "note: backend=gloo has no effect" in notes
     assert "note: rope_base=5.0 has no effect without position=rotary" in notes
@@ -772,17 +783,17 @@ def test_a_key_without_effect_says_so(run_train, capsys):
 
 
 def test_the_default_warmup_is_fitted_to_a_short_run_and_a_chosen_one_is_not(tiny, capsys):
-    config, *_ = read_settings(["--max_iters=60"])
-    assert config.warmup_iters == 6 and config.lr(59) < config.lr(6)
+    config, *_ = read_settings(["--max_iters=10"])
+    assert config.warmup_iters == 1 and config.lr(9) < config.lr(1)
     assert (
-        "note: warmup_iters=100 would last all 60 steps; warmup_iters=6 is taken"
+        "note: warmup_iters=10 would last all 10 steps; warmup_iters=1 is taken"
         in capsys.readouterr().err
     )
     config, *_ = read_settings(["--max_iters=60", "--warmup_iters=100"])
     assert config.warmup_iters == 100
-    for keys in (["--max_iters=60", "--decay_lr=False"], ["--max_iters=101"]):
+    for keys in (["--max_iters=10", "--decay_lr=False"], ["--max_iters=11"]):
         config, *_ = read_settings(keys)
-        assert config.warmup_iters == 100 and not capsys.readouterr().err
+        assert config.warmup_iters == 10 and not capsys.readouterr().err
     argv = [key for key in TINY_RUN if "warmup" not in key]
     train.main(argv)
     resumed, *_ = read_settings([*RESUME, "--max_iters=300"])
@@ -836,13 +847,13 @@ def test_a_key_that_changes_what_is_computed_is_never_reported_to_have_no_effect
 
     def computed(**keys) -> torch.Tensor:
         torch.manual_seed(0)
-        model = models.build(models.ModelConfig(**base | keys))
+        model = models.build(models.ModelConfig(**GPT2 | base | keys))
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=1.0)
         logits, loss = model(torch.arange(8)[None], torch.arange(1, 9)[None])
         return torch.cat([logits.flatten(), loss[None]])
 
-    settings = asdict(TrainConfig()) | asdict(models.ModelConfig(**base))
+    settings = asdict(TrainConfig()) | asdict(models.ModelConfig(**GPT2 | base))
     idle = configurator.without_effect(settings, models.ModelConfig, TrainConfig)
     assert (
         other.keys() | {"model", "block_size", "embedding", "lora_rank"}

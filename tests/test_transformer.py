@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import overfit
+from conftest import GPT2, overfit
 from torch import Tensor, nn
 
 import model as models
@@ -36,7 +36,7 @@ EOT = 0
 def tiny(**keys) -> models.Transformer:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 12, "vocab_size": 11}
-    return models.build(ModelConfig(model="transformer", **sizes | keys))
+    return models.build(ModelConfig(model="transformer", **GPT2 | sizes | keys))
 
 
 def random_model(**keys) -> models.Transformer:
@@ -343,7 +343,8 @@ def test_parameters_are_as_many_as_those_of_the_papers_base_model():
         base = models.build(
             ModelConfig(
                 model="transformer", n_layer=6, n_head=8, n_embd=512, n_hidden=2048, block_size=256, vocab_size=37000,
-                bias=True, position="sinusoidal", block="post_norm", activation="relu",
+                bias=True, position="sinusoidal", block="post_norm", activation="relu", mlp_conv=0, qk_norm=False,
+                tie_weights=True,
             )
         )  # fmt: skip
     # a layer of the decoder has one attention and one norm more than one of the encoder; all share one embedding

@@ -220,7 +220,7 @@ def check(path: Path, saved: object, device: str = "cpu") -> dict:
         )
     with refuse_damaged(path):
         check_schema(saved, SCHEMA)
-        drop_removed_entries(saved)
+        update_entries(saved)
         check_content(saved, device)
     return saved
 
@@ -230,8 +230,8 @@ def lacks_tensors(saved: dict) -> bool:
     return next(iter(saved["model"].values())).is_meta
 
 
-def drop_removed_entries(saved: dict) -> None:
-    """Take out what earlier versions had besides. Raises ValueError for a model that needs it."""
+def update_entries(saved: dict) -> None:
+    """Bring the entries of an earlier version up to date. Raises ValueError for a model that needs it."""
     if ngrams := saved["model_config"].get("ngrams"):
         raise ValueError(f"ngrams={ngrams} was removed; train a new model")
     if saved.pop("ema", None) is not None:
@@ -239,6 +239,7 @@ def drop_removed_entries(saved: dict) -> None:
     for config in (saved["train_config"], saved["model_config"]):
         for key in REMOVED & config.keys():
             del config[key]
+    saved["model_config"].setdefault("mlp_conv", 0)  # files older than the key
 
 
 def check_content(saved: dict, device: str) -> None:

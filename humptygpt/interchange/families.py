@@ -11,6 +11,8 @@ ROPE_SCALING = {  # settings of rope_type=llama3, an entry of its own in config.
     "high_freq_factor": "rope_high_freq_factor",
     "original_max_position_embeddings": "rope_original_context",
 }
+# settings of ours that neither family has
+WITHOUT = {"mlp_conv": 0, "qk_norm": False, "init": "gpt2"}
 ACTIVATION_NAMES = {  # theirs: ours; of several names for one of ours, the first is written
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -67,7 +69,8 @@ GPT2 = Family(
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
     },
-    fixed={
+    fixed=WITHOUT
+    | {
         "position": "learned",
         "norm": "layernorm",
         "mlp": "plain",
@@ -124,7 +127,7 @@ LLAMA = Family(
         "tie_word_embeddings": False,
     },
     supported={"partial_rotary_factor": 1},
-    fixed={"position": "rotary", "norm": "rmsnorm", "mlp": "gated"},
+    fixed=WITHOUT | {"position": "rotary", "norm": "rmsnorm", "mlp": "gated"},
     weights={
         "model.embed_tokens": ["wte"],
         "model.layers.#.input_layernorm": ["stack.blocks.#.attn_norm"],

@@ -197,7 +197,9 @@ def from_nanogpt(path: Path, saved: dict) -> Loaded:
         check_schema(saved, NANOGPT)
         args = {"bias": True} | saved["model_args"]
         sizes = {key: args[key] for key in ("bias", *MODEL_ARGS)}
-        config = ModelConfig(**GPT2.fixed | {"activation": "gelu"} | sizes)
+        config = ModelConfig(
+            **GPT2.fixed | {"activation": "gelu", "tie_weights": True} | sizes
+        )
         # the names of a compiled model have a prefix
         weights = {name.removeprefix("_orig_mod."): x for name, x in saved["model"].items()}
         weights = huggingface.read_weights(NANOGPT_FAMILY, config, weights)

@@ -32,21 +32,28 @@ TRAINING_ONLY = {"dropout", "label_smoothing"}  # keys of ModelConfig that chang
 # what the weights and the order of the data mean
 FIXED = {"seed", "batch_size", "gradient_accumulation_steps", "optimizer", "freeze"}
 # in an interrupted run; warmup is fitted to a short one
-MAY_DIFFER = {"init_from", "out_dir", "warmup_iters", "input"}
+MAY_DIFFER = {"out_dir", "warmup_iters", "input"}
 MUONS = [name for name, rule in OPTIMIZERS.items() if rule.learning_rate != "learning_rate"]
 MUON = {"only_with": {"optimizer": tuple(MUONS)}}
 DECAY = {"only_with": {"decay_lr": True}}
 DECAY_RATE = {"at_least": 0, "below": 1}
-# of a run that starts from a model: a tenth of the rates with which models begin
-GENTLE = {"learning_rate": 1e-4, "muon_learning_rate": 0.002}
-# the config file that is taken where none is named
-RECIPE = configurator.CONFIGS / "own_text.py"
+# the defaults of a run that starts from a model: small steps, so that it keeps what it knows
+GENTLE = {
+    "optimizer": "adamw",
+    "learning_rate": 1e-4,
+    "muon_learning_rate": 0.002,
+    "warmup_iters": 100,
+    "grad_clip": 1.0,
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    out_dir: str = setting(
-        "out", "folder for checkpoints, metrics and the plot", "run", path=True
+    out_dir: str | None = setting(
+        None,
+        "folder for checkpoints, metrics and the plot; None: out/ and the dataset's name",
+        "run",
+        path=True,
     )
     init_from: str = setting(
         "scratch",
@@ -66,7 +73,7 @@ class TrainConfig:
         None, "your own text, prepared as a dataset that is named after it", path=True
     )
     batch_size: int = setting(
-        12, "sequences per micro-batch; of pairs, as many as fit into them", at_least=1
+        4, "sequences per micro-batch; of pairs, as many as fit into them", at_least=1
     )
     gradient_accumulation_steps: int = setting(
         1, "micro-batches whose gradients make one step", at_least=1
@@ -78,34 +85,34 @@ class TrainConfig:
         "optimizer",
         above=0,
     )
-    max_iters: int = setting(2000, "training steps", at_least=1)
+    max_iters: int = setting(2400, "training steps", at_least=1)
     optimizer: str = setting(
-        "adamw", "muon, normuon: for the matrices of the blocks", choices=OPTIMIZERS
+        "normuon", "muon, normuon: for the matrices of the blocks", choices=OPTIMIZERS
     )
-    learning_rate: float = setting(1e-3, "the peak, after warmup", above=0)
+    learning_rate: float = setting(6e-3, "the peak, after warmup", above=0)
     decay_lr: bool = setting(True, "warm up, then decay; False: constant")
-    schedule: str = setting("cosine", "shape of the decay", choices=SCHEDULES, **DECAY)
-    warmup_iters: int = setting(100, "steps of linear warmup", at_least=0, **DECAY)
+    schedule: str = setting("linear", "shape of the decay", choices=SCHEDULES, **DECAY)
+    warmup_iters: int = setting(10, "steps of linear warmup", at_least=0, **DECAY)
     lr_decay_iters: int | None = setting(
         None, "step at which the decay ends; None: max_iters", at_least=1, **DECAY
     )
     min_lr: float | None = setting(
-        None, "the minimum; None: learning_rate / 10", at_least=0, **DECAY
+        0.0, "the minimum; None: learning_rate / 10", at_least=0, **DECAY
     )
     weight_decay: float = setting(
         0.1, "weight decay of matrices and embeddings", at_least=0
     )
     beta1: float = setting(0.9, "AdamW: decay rate of the first moment", **DECAY_RATE)
     beta2: float = setting(
-        0.99, "AdamW, NorMuon: decay rate of the second moment", **DECAY_RATE
+        0.95, "AdamW, NorMuon: decay rate of the second moment", **DECAY_RATE
     )
     muon_learning_rate: float = setting(
-        0.02, "Muon: the peak learning rate", above=0, **MUON
+        0.03, "Muon: the peak learning rate", above=0, **MUON
     )
     muon_momentum: float = setting(
-        0.95, "Muon: decay rate of the momentum", **DECAY_RATE, **MUON
+        0.85, "Muon: decay rate of the momentum", **DECAY_RATE, **MUON
     )
-    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", at_least=0)
+    grad_clip: float = setting(0.0, "largest gradient norm; 0: no clipping", at_least=0)
     freeze: str | None = setting(
         None,
         "parameters that stay as they are: parts of their names, as wte,blocks.0",
@@ -113,7 +120,7 @@ class TrainConfig:
     )
 
     eval_interval: int = setting(
-        250, "steps between evaluations; the last step has one", "evaluation", at_least=1
+        600, "steps between evaluations; the last step has one", "evaluation", at_least=1
     )
     eval_iters: int | None = setting(
         None, "batches of a fixed set; None: a tenth of the time at most", at_least=1
@@ -207,7 +214,7 @@ class Start(NamedTuple):
     model_config: ModelConfig
     saved: dict | None = None  # the checkpoint to resume
     base: Loaded | None = None  # the model to start from
-    # keys that the command line sets, without those of a config file
+    # keys that the command line and its config files set
     given: Collection[str] = ()
 
 
@@ -218,17 +225,19 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     """
     rank, processes = distributed.launched()
     given = configurator.read(argv, ModelConfig, TrainConfig)
-    options = [argument for argument in argv if argument.startswith("--")]
-    in_line = {option[2:].partition("=")[0] for option in options}
-    if given.get("minutes") and "max_iters" in in_line:
-        raise UserError("minutes and max_iters are two lengths of one run; leave one out")
+    in_line = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
+    if given.get("minutes"):
+        if "max_iters" in in_line:
+            raise UserError(
+                "minutes and max_iters are two lengths of one run; leave one out"
+            )
+        for key in {"max_iters", "lr_decay_iters"} - in_line:  # those of a config file
+            given.pop(key, None)
     if given.get("input"):
         name_dataset(given, in_line)
-    recipe = {}
-    if RECIPE and given.get("init_from", "scratch") == "scratch" and options == argv:
-        recipe = configurator.read([os.path.relpath(RECIPE)], ModelConfig, TrainConfig)
-        given.setdefault("out_dir", f"out/{given.get('dataset', TrainConfig.dataset)}")
-    out_dir = Path(given.get("out_dir", TrainConfig.out_dir))
+    if given.get("out_dir") is None:
+        given["out_dir"] = f"out/{given.get('dataset', TrainConfig.dataset)}"
+    out_dir = Path(given["out_dir"])
     path = out_dir / "ckpt.pt"
     if os.path.isfile(out_dir):  # probably a checkpoint in the folder that is meant
         raise UserError(
@@ -238,16 +247,16 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     if locks and writes:
         locks.enter_context(lock_out_dir(out_dir))
     init_from = given.get("init_from", "scratch")
-    if distributed.restarted() and is_same_run(recipe | given, path):
-        note(f"torchrun has started this run again; it resumes {path}")
-        init_from = "resume"
-    saved, base, settings = None, None, recipe | given
-    if init_from == "resume":
-        saved = checkpoint.read(path, with_tensors=False)
-        settings = resumed_settings(saved, given, path)
-    elif init_from != "scratch":
+    saved, base, settings = None, None, given
+    if init_from not in ("scratch", "resume"):
         base = load(init_from)
         settings = GENTLE | given | base_settings(base, given)
+    if distributed.restarted() and is_same_run(settings, path):
+        note(f"torchrun has started this run again; it resumes {path}")
+        init_from = "resume"
+    if init_from == "resume":
+        saved, base = checkpoint.read(path, with_tensors=False), None
+        settings = resumed_settings(saved, settings, path)
     config = configurator.make(TrainConfig, settings)
     model_config = configurator.make(ModelConfig, settings)
     if given.get("minutes") and (config.dry_run or config.eval_only):
@@ -260,12 +269,8 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     for name in chosen_loggers(asdict(config)):  # now, not after a long preparation
         import_logger(name)
     note_without_effect(given, config, model_config, processes)
-    if recipe:
-        note(f"no config file is named: config/{RECIPE.name} is taken")
-    config = fit_warmup(
-        config, chosen="warmup_iters" in given | recipe or saved is not None
-    )
-    return Start(config, model_config, saved, base, in_line)
+    config = fit_warmup(config, chosen="warmup_iters" in given or saved is not None)
+    return Start(config, model_config, saved, base, given)
 
 
 def name_dataset(given: dict, in_line: set[str]) -> None:
@@ -311,18 +316,18 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
     )
 
 
-def is_same_run(given: dict, path: Path) -> bool:
-    """Return whether path is a checkpoint of a run with just these settings: an interrupted run continues it."""
+def is_same_run(settings: dict, path: Path) -> bool:
+    """Whether path is a checkpoint of a run with these settings, which an interrupted run then continues."""
     try:
         saved = checkpoint.read(path, with_tensors=False)
     except UserError:
         return False
-    settings = asdict(configurator.make(TrainConfig, given))
-    settings |= asdict(configurator.make(ModelConfig, given))
+    asked = asdict(configurator.make(TrainConfig, settings))
+    asked |= asdict(configurator.make(ModelConfig, settings))
     had = saved["train_config"] | saved["model_config"]
-    if settings["vocab_size"] is None:  # the data's
-        settings["vocab_size"] = had["vocab_size"]
-    differ = {key for key, value in settings.items() if value != had.get(key)}
+    if asked["vocab_size"] is None:  # the data's
+        asked["vocab_size"] = had["vocab_size"]
+    differ = {key for key, value in asked.items() if value != had.get(key)}
     return "optimizer" in saved and differ <= MAY_DIFFER
 
 
