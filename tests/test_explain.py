@@ -1165,7 +1165,7 @@ def test_the_loss_over_two_weights_of_the_leaf_network_is_that_of_a_network_with
 @pytest.fixture
 def run_dir(tiny):
     """A trained run's folder."""
-    train.main(TINY_RUN)
+    train.main([*TINY_RUN, "--tie_weights=True"])
     return Path("out/run")
 
 

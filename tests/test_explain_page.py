@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN, WITHOUT_SAMPLE
+from conftest import PLAIN, TINY_RUN, WITHOUT_SAMPLE
 from PIL import Image
 from test_explain import expected_trace, rounded
 from test_snapshots import restored
@@ -62,7 +62,7 @@ def runs(tmp_path_factory):
         )
         prepare_data.main(["--input=tiny.txt", "--name=tiny"])
         prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte"])
-        train.main([*TINY_RUN, "--block_size=32", "--position=rotary"])
+        train.main([*TINY_RUN, *PLAIN, "--block_size=32", "--position=rotary"])
         pairs = [
             "--dataset=pairs",
             "--out_dir=out/pairs",
@@ -70,7 +70,14 @@ def runs(tmp_path_factory):
             "--model=transformer",
         ]
         train.main(
-            [*TINY_RUN, *pairs, "--position=sinusoidal", "--norm=rmsnorm", "--mlp=gated"]
+            [
+                *TINY_RUN,
+                *PLAIN,
+                *pairs,
+                "--position=sinusoidal",
+                "--norm=rmsnorm",
+                "--mlp=gated",
+            ]
         )
         window = [
             "--out_dir=out/window",
@@ -78,7 +85,7 @@ def runs(tmp_path_factory):
             "--window=4",
             "--block_size=32",
         ]
-        train.main([*TINY_RUN, *window])
+        train.main([*TINY_RUN, *PLAIN, *window])
         explain.main(["--out_dir=out/run", f"--start={START}"])
         explain.main(["--out_dir=out/pairs", "--start=Wo wohnst du?"])
         explain.main(["--out_dir=out/window", f"--start={START}"])
