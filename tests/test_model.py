@@ -610,7 +610,7 @@ def test_with_init_zero_tokens_and_positions_weigh_the_same(tied):
 @pytest.mark.parametrize(
     ("keys", "complaint"),
     [
-        ({"n_embd": 33}, "n_embd=33 must be a multiple of n_head=4, or set head_size"),
+        ({"n_embd": 33}, "n_embd=33 must be a multiple of n_head=2, or set head_size"),
         (
             {"head_size": 7, "position": "rotary"},
             "position=rotary turns pairs: head_size=7, or n_embd/n_head, must be",
@@ -618,8 +618,8 @@ def test_with_init_zero_tokens_and_positions_weigh_the_same(tied):
         ({"n_layer": 0}, "n_layer=0 must be at least 1"),
         ({"dropout": math.nan}, "dropout=nan must be at least 0 and below 1"),
         ({"norm": "batch"}, f"norm=batch is not one of: {', '.join(NORMS)}"),
-        ({"n_kv_head": 3}, "n_head=4 must be a multiple of n_kv_head=3"),
-        ({"window": 65}, "window=65 must be at most block_size=64"),
+        ({"n_kv_head": 3}, "n_head=2 must be a multiple of n_kv_head=3"),
+        ({"window": 257}, "window=257 must be at most block_size=256"),
         (
             {"block": "plain", "init": "zero"},
             "init=zero must not meet block=plain: no block would ever give",
