@@ -66,7 +66,7 @@ from humptygpt.training.memory import (
     check_training_fits,
     memory_report,
 )
-from humptygpt.training.optimizers import Optimizer, freeze, make_optimizer
+from humptygpt.training.optimizers import Optimizer, make_optimizer
 from humptygpt.training.run_folder import (
     Diverged,
     Meter,
@@ -250,16 +250,18 @@ def setup(
     if config.minutes:
         earlier = saved["progress"].get("run_seconds", 0.0) if saved else 0.0
         clock = plan.Clock(limits.STARTED, config.minutes, earlier)
+        # compiling takes about a minute, so here the user has to ask for it
+        config = dataclasses.replace(config, compile=bool(config.compile))
     if clock and not saved:
         config, model_config = plan.choose(
             config, model_config, given, dataset, clock, device, dtype
         )
     # frozen parameters take less than it counts
-    if not config.eval_only and not config.freeze:
+    elif not config.eval_only and not config.freeze:
         check_training_fits(config, model_config, device, dtype, processes.size)
     processes.check_model(model_config, dtype)
 
-    model = make_model(config, model_config, processes, saved, base)
+    model = resume.make_model(config, model_config, processes, saved, base)
     processes.distribute(model, config.seed if not saved and not base else None)
     optimizer = make_optimizer(config, model, processes)
     batches = dataset
@@ -283,6 +285,7 @@ def setup(
     )
     if clock:
         clock.at_the_end += evaluations_of_whole(run)
+        clock.evaluation = evaluation_seconds(run)
     if saved:
         run.load(saved)
     if config.compile or (config.compile is None and device.type == "cuda"):
@@ -346,28 +349,6 @@ def for_vocabulary(model_config: ModelConfig, dataset: Dataset) -> ModelConfig:
             f"lora_rank={rank} trains beside a model; name that with --init_from"
         )
     return dataclasses.replace(model_config, vocab_size=vocab_size)
-
-
-def make_model(
-    config: TrainConfig,
-    model_config: ModelConfig,
-    processes: Processes,
-    saved: dict | None,
-    base: Loaded | None,
-) -> nn.Module:
-    """Return the model that trains, on the CPU, or sharded without its weights."""
-    if saved:
-        model = checkpoint.restore_model(saved["model"], model_config)
-    elif base:
-        model = resume.adapt_model(base, model_config, config.seed)
-    else:
-        torch.manual_seed(config.seed)
-        model = processes.build(model_config)
-    for module in model.modules():
-        if isinstance(module, models.Stack):
-            module.checkpoint_activations = config.checkpoint_activations
-    freeze(model, config.freeze)
-    return model
 
 
 def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
@@ -495,7 +476,7 @@ def train(run: Run, folder: RunFolder) -> int | None:
     meter = Meter(run)
     kept = snapshots.FILES if keeps_snapshots(run) else {}
     if run.clock:
-        run.clock.leave_out(0.0)
+        run.clock.leave_out(run.clock.evaluation)
     with catch_signals() as signals, progress_bar(run) as bar:
         while not run.is_over:
             # here, so that a run that was killed just after a checkpoint has this one, too
@@ -672,7 +653,7 @@ def finish(run: Run, folder: RunFolder) -> None:
     progress = run.progress
     if run.clock:
         path = folder.path / "plan.py"
-        plan.write_plan(path, run.config, run.model.config, progress.iter)
+        plan.write_plan(path, run)
         print(f"{path} is a config file that repeats this, step by step")
         print(advice(run))
     if progress.position < run.config.max_iters:
@@ -698,7 +679,7 @@ def finish(run: Run, folder: RunFolder) -> None:
 def advice(run: Run) -> str:
     """Return what would help most, by the law that chose."""
     bytes_per_token = run.dataset.val_bytes_per_token()
-    parameters, *_ = plan.cost(run.model.config)
+    parameters, *_ = plan.cost(run.model)
     text = len(run.dataset.train) * bytes_per_token
     return plan.advice(parameters, run.progress.tokens * bytes_per_token, text)
 
@@ -715,6 +696,14 @@ def evaluations_of_whole(run: Run) -> float:
     steps = config.max_iters * config.gradient_accumulation_steps
     more = batches / config.evaluated_batches()
     return more if more > 1 and batches / 3 < steps / 20 else 0
+
+
+def evaluation_seconds(run: Run) -> float:
+    """Estimate the time of an evaluation, in which a batch takes a third of the time that it takes in training."""
+    config = run.config
+    step = run.clock.step or run.progress.seconds / run.progress.iter
+    rows = len(run.dataset.val_starts(config.batch_size, config.evaluated_batches()))
+    return step * rows / config.batch_size / config.gradient_accumulation_steps / 3
 
 
 def report_stop(run: Run, number: int) -> None:

@@ -45,7 +45,7 @@ from humptygpt.data.token_files import read_meta
 from humptygpt.nn.layers import pick_device, pick_dtype, tune_malloc
 from humptygpt.training import plan
 from humptygpt.training.settings import open_prepared, read_settings
-from model import ModelConfig
+from model import ModelConfig, build_on_meta
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/law")
@@ -255,7 +255,7 @@ def outcome(out_dir: Path) -> dict[str, float]:
     return {
         "n_layer": settings["n_layer"],
         "n_embd": settings["n_embd"],
-        "parameters": plan.cost(model_config)[0],
+        "parameters": plan.cost(build_on_meta(model_config))[0],
         "context": round(settings["block_size"] * bytes_per_token),
         "step": settings["block_size"] * settings["batch_size"],
         "steps": last["iter"],

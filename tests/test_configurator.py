@@ -226,6 +226,7 @@ def test_every_key_for_a_path_is_declared_as_one():
     assert paths == {
         *(
             "out_dir",
+            "init_from",
             "prompts",
             "score",
             "input",

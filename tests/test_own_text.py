@@ -214,7 +214,9 @@ def test_data_of_another_input_is_refused_and_another_name_taken(folder, fails):
     assert trained_on() == "other" and "".join(texts_of("other"))[0] == "b"
 
 
-def test_beside_a_config_file_the_input_names_the_data_and_a_model_its_tokens(folder):
+def test_beside_a_config_file_the_input_names_the_data_and_a_model_its_tokens(
+    folder, monkeypatch
+):
     Path("config.py").write_text("dataset = 'shakespeare_char'\n")
     Path("own.txt").write_text(make_text())
     assert train.main(["config.py", "--input=own.txt", *TRAIN]) == 0
@@ -222,7 +224,8 @@ def test_beside_a_config_file_the_input_names_the_data_and_a_model_its_tokens(fo
     prepare_data.main(["--input=own.txt", "--name=tiny", "--tokenizer=byte"])
     assert train.main(TINY_RUN) == 0
     Path("more.txt").write_text(make_text(seed=1))
-    tune = ["--init_from=out/run", "--input=more.txt", *TRAIN, "--out_dir=out/tuned"]
+    tune = ["--init_from=~/out/run", "--input=more.txt", *TRAIN, "--out_dir=out/tuned"]
+    monkeypatch.setenv("HOME", str(folder))
     assert train.main(tune) == 0
     assert meta("more")["tokenizer"]["tokenizer"] == "byte"
 

@@ -6,13 +6,14 @@ import math
 import re
 import signal
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_RUN, assert_same_weights, read_rows
+from conftest import ROOT, TINY_RUN, assert_same_weights, read_rows
 from texts import make_text
 
 import train
@@ -20,10 +21,12 @@ from humptygpt.checkpoint import checkpoint
 from humptygpt.core import limits
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
-from humptygpt.training import evaluation, plan, run_folder
+from humptygpt.data.batches import TokenDataset
+from humptygpt.training import evaluation, memory, plan, run_folder
 from humptygpt.training.settings import TrainConfig, read_settings
 from model import MODELS, ModelConfig
 
+CPU = torch.device("cpu")
 OUT = Path("out/run")
 LANGUAGE_MODELS = [name for name in MODELS if "language modelling" in MODELS[name].tasks]
 LENGTH = ("--max_iters", "--eval_interval", "--eval_iters", "--warmup_iters")
@@ -61,7 +64,10 @@ class Machine:
         self.patch.setattr(limits, "STARTED", self.now)
         self.now += self.start
         assert train.main([*argv]) == code
-        return read_rows(OUT)
+        out_dirs = [key for key in argv if key.startswith("--out_dir=")] or [
+            f"--out_dir={OUT}"
+        ]
+        return read_rows(Path(out_dirs[-1].removeprefix("--out_dir=")))
 
     def train_step(self, train_step, run, it: int):
         self.now += self.step()
@@ -170,6 +176,20 @@ def test_a_run_by_its_steps_that_is_resumed_by_minutes_goes_on_where_it_was(tiny
     assert lrs[3:] == sorted(lrs[3:], reverse=True) and progress()["iter"] > 20
 
 
+def test_a_run_whose_only_evaluation_is_its_last_ends_on_time_also_resumed(tiny, machine):
+    # all 25 blocks of the validation split
+    once = ["--batch_size=1", "--eval_iters=1000", "--eval_interval=100000"]
+    machine.evaluation = 25 / 3 * 0.1
+    machine.run(*TIMED, *once, "--minutes=0.2")
+    ended = pytest.approx(12 - plan.ENDING - machine.evaluation, abs=0.1)
+    assert machine.now == ended
+    machine.now = 0.0
+    machine.stop_at = machine.steps + 20
+    machine.run(*TIMED, *once, "--minutes=0.2", "--out_dir=out/other", code=143)
+    machine.run("--init_from=resume", "--out_dir=out/other")
+    assert machine.now == ended
+
+
 def test_a_run_with_too_little_time_left_takes_one_step_and_ends(tiny, machine):
     machine.start = 4.38  # 0.12 s beside the ending
     machine.evaluation = 3.0
@@ -181,15 +201,23 @@ def test_a_run_with_too_little_time_left_takes_one_step_and_ends(tiny, machine):
 # The choice
 
 
+built = cache(plan.models.build_on_meta)
+costs = cache(plan.cost)
+
+
+def seconds_per_step(config: TrainConfig, size: ModelConfig, *args) -> float:
+    """The time of a step on a machine of 100 billion operations a second, on which dropout takes half as long again."""
+    operations = costs(built(replace(size, dropout=0.0)))[1]
+    seconds = 0.003 + operations * config.batch_size * size.block_size / 1e11
+    return 1.5 * seconds if size.dropout else seconds
+
+
 @pytest.fixture
 def choose(monkeypatch):
-    """Choose for a text of so many bytes, on a machine of 100 billion operations a second."""
-    costs = cache(plan.cost)
-
-    def seconds_per_step(config: TrainConfig, size: ModelConfig, *args) -> float:
-        return 0.003 + costs(size)[1] * config.batch_size * size.block_size / 1e11
-
+    """Choose for a text of so many bytes."""
+    monkeypatch.setattr(plan.models, "build_on_meta", built)
     monkeypatch.setattr(plan, "cost", costs)
+    monkeypatch.setattr(plan, "least_memory", lambda *args: SimpleNamespace(total=0))
     monkeypatch.setattr(plan, "seconds_per_step", seconds_per_step)
     monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: 2.0))
 
@@ -229,7 +257,7 @@ def test_more_time_never_means_a_smaller_model(choose, text):
 
 @pytest.mark.parametrize("minutes", MINUTES)
 def test_no_model_is_so_large_that_it_learns_the_text_by_heart(choose, minutes):
-    parameters, *_ = plan.cost(choose(100_000, minutes)[1])
+    parameters, *_ = costs(built(choose(100_000, minutes)[1]))
     assert parameters <= 8 * 100_000
 
 
@@ -248,14 +276,19 @@ def test_a_small_text_gets_more_weight_decay_unless_a_model_is_fine_tuned(choose
 
 GIVEN = {
     "n_layer": 3,
-    "n_embd": 96,
-    "n_head": 4,
+    "n_embd": 200,
+    "n_head": 8,
+    "n_kv_head": 2,
+    "head_size": 32,
+    "n_hidden": 100,
+    "window": 200,
     "dropout": 0.05,
     "weight_decay": 0.2,
     "eval_interval": 7,
     "warmup_iters": 3,
     "lr_decay_iters": 5,
     "batch_size": 2,
+    "gradient_accumulation_steps": 2,
     "block_size": 32,
     "learning_rate": 1e-4,
     "eval_iters": 5,
@@ -282,12 +315,19 @@ def test_a_given_key_is_obeyed_and_the_rest_is_chosen(choose, key):
     chosen = {"max_iters": 2400, "eval_interval": 600, "dropout": 0.0, "weight_decay": 0.1}
     for other in chosen.keys() - {key}:
         assert settings[other] != chosen[other], other
-    shape = (model_config.n_layer, model_config.n_embd)
-    if key in plan.SIZE:
-        given = {"n_layer": 4, "n_embd": 128} | {key: GIVEN[key]}
-        assert shape == (given["n_layer"], given["n_embd"])
-    else:
-        assert shape in plan.SIZES
+    _, larger = choose(10**8, 10_000, **{key: GIVEN[key]})
+    for other in {"n_layer", "n_embd"} - {key}:
+        assert settings[other] < getattr(larger, other), other
+
+
+def test_a_config_file_whose_sizes_nothing_else_fits_keeps_them(choose):
+    number = ROOT / "config/article/01_embeddings/1-number.py"
+    settings = configurator.read([str(number)], ModelConfig, TrainConfig)
+    del settings["max_iters"]
+    model_config = choose(10**6, 1, **settings)[1]
+    assert (model_config.n_embd, model_config.n_layer) == (1, 1)
+    # a text without 128 tokens
+    assert choose(100, 1, n_layer=2, block_size=16)[1].block_size == 16
 
 
 def test_a_context_and_a_batch_are_chosen_too(choose):
@@ -306,7 +346,8 @@ def test_a_context_and_a_batch_are_chosen_too(choose):
 def test_the_tokens_of_a_step_are_those_of_all_its_micro_batches():
     config = TrainConfig(gradient_accumulation_steps=4)
     dataset = SimpleNamespace(train=range(10**6))
-    tried = plan.candidates(config, ModelConfig(vocab_size=65), (), dataset)
+    size = ModelConfig(vocab_size=65)
+    tried = plan.candidates(config, size, (), dataset, torch.float32)
     assert {candidate.tokens for candidate in tried} == set(plan.STEPS)
 
 
@@ -320,13 +361,82 @@ def test_a_plan_takes_the_time_that_is_left_to_train(choose):
 
 
 def test_every_size_keeps_the_architecture_and_can_be_built():
-    config = ModelConfig(vocab_size=65, n_layer=4, n_head=4, n_kv_head=2, n_embd=128)
-    for n_layer, n_embd in plan.SIZES:
-        sized = plan.sized(config, n_layer, n_embd)
-        assert (sized.n_layer, sized.n_embd) == (n_layer, n_embd)
-        assert sized.n_head % sized.n_kv_head == 0 and sized.block_size == config.block_size
-        parameters, per_token, per_step = plan.cost(sized)
-        assert per_token > 2 * parameters > 0 and per_step > n_embd * parameters
+    config = ModelConfig(vocab_size=65, n_layer=4, n_head=2, n_kv_head=2, n_embd=128)
+    dataset = SimpleNamespace(train=range(10**6))
+    tried = plan.candidates(
+        TrainConfig(), config, {"n_kv_head", "block_size"}, dataset, torch.float32
+    )
+    shapes = {candidate.model_config for candidate in tried}
+    sizes = {(shape.n_layer, shape.n_embd) for shape in shapes}
+    assert sizes == {*plan.SIZES} and len(shapes) == len(sizes)
+    for candidate in tried:
+        shape = candidate.model_config
+        assert shape.n_kv_head == 2 and shape.block_size == config.block_size
+        parameters, per_token, per_step = plan.cost(built(shape))
+        assert per_token > 2 * parameters > 0 and per_step > shape.n_embd * parameters
+
+
+def test_a_plan_knows_that_dropout_and_compiling_take_time(choose):
+    config, model_config = choose(10_000, 3)
+    step = 1.5 * plan.seconds_per_step(config, replace(model_config, dropout=0.0))
+    seconds = plan.TIME_TO_TRAIN * (178 - plan.ENDING)
+    assert model_config.dropout and config.max_iters == int(seconds / step)
+    compiled, _ = choose(10_000, 3, dropout=0.0, n_layer=2, n_embd=64, compile=True)
+    eager, _ = choose(10_000, 3, dropout=0.0, n_layer=2, n_embd=64)
+    assert compiled.max_iters < 0.7 * eager.max_iters
+
+
+def test_a_trial_trains_as_the_run_will(tiny, monkeypatch):
+    models = []
+    make_optimizer = plan.make_optimizer
+    monkeypatch.setattr(
+        plan,
+        "make_optimizer",
+        lambda *args: models.append(args[1]) or make_optimizer(*args),
+    )
+    run = train.setup(
+        *read_settings(
+            [
+                *TIMED,
+                "--minutes=100000",
+                "--position=learned",
+                "--freeze=wpe",
+                "--checkpoint_activations=True",
+            ]
+        )
+    )
+    for model in (*models, run.model):
+        assert model.stack.checkpoint_activations
+        assert not any(p.requires_grad for p in model.stack.position.parameters())
+    assert models
+
+
+def test_what_does_not_fit_into_memory_is_not_tried(tiny, fails, monkeypatch):
+    free = 20_000_000
+    tried = []
+
+    def seconds_per_step(config, size, *args) -> float:
+        nonlocal free
+        tried.append(plan.models.count_parameters(built(size)))
+        free = 0  # a trial keeps what it has allocated
+        return 0.01
+
+    monkeypatch.setattr(plan, "seconds_per_step", seconds_per_step)
+    for module in (plan, memory):
+        monkeypatch.setattr(module, "free_memory", lambda device: free)
+    argv = [*SHOWN, "--minutes=10", "--optimizer=adamw", "--model=gpt"]
+    config, model_config, *_ = read_settings(argv)
+    model_config = replace(model_config, vocab_size=50)
+    clock = plan.Clock(plan.time.monotonic(), 10, 0.0)
+    dataset = TokenDataset(Path("data/tiny"), model_config.block_size, 1337)
+    plan.choose(config, model_config, (), dataset, clock, CPU, torch.float32)
+    assert len(tried) > 1 and 16 * max(tried) < 20_000_000
+    tried.clear()
+    line = fails(train.main, *argv)
+    assert re.fullmatch(
+        "training .* takes at least .* of memory, and 0.0 MB are free; .*\n", line
+    )
+    assert not tried
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -366,7 +476,9 @@ def test_a_model_is_chosen_by_trials_of_its_steps(
     keys = [f"--model={model}", "--window=8", "--block_size=16", "--batch_size=4"]
     assert train.main([*SHOWN, *keys, "--minutes=0.04"]) == 0
     config = read_config()
-    assert (config["n_layer"], config["n_embd"]) in plan.SIZES
+    own = (ModelConfig.n_layer, ModelConfig.n_embd)
+    assert (config["n_layer"], config["n_embd"]) in (own, *plan.SIZES)
+    assert config["compile"] is False  # also where it is the default
     assert f"minutes: 0.04; chosen: {config['n_layer']} layers" in capsys.readouterr().out
 
 
@@ -388,6 +500,37 @@ def test_plan_py_repeats_the_steps_that_were_taken(tiny, machine, capsys):
     assert sum("val_loss" in row for row in first) == plan.EVALUATIONS
     assert machine.run("out/run/plan.py") == first
     assert_same_weights(checkpoint.read(OUT / "ckpt.pt")["model"], weights)
+
+
+@pytest.mark.parametrize("start", ["scratch", "out/base"])
+def test_plan_py_has_every_setting_and_the_learning_rates_of_a_run_that_stopped_early(
+    tiny, machine, capsys, start
+):
+    machine.run(*TINY_RUN, "--out_dir=out/base")
+    machine.patch.setattr(evaluation, "evaluate", lambda *args: evaluation.Loss(3.0, 0.0))
+    machine.now = 0.0
+    machine.step = lambda: 0.2
+    machine.patch.setattr(plan, "seconds_per_step", lambda *args: 0.1)  # so there are fewer
+    keys = ["--early_stopping=1", "--warmup_iters=16", "--lr_decay_iters=60"]
+    keys += [
+        f"--learning_rate={TrainConfig.learning_rate}"
+    ]  # a run from a model has another
+    ran = machine.run(*TIMED, *keys, f"--init_from={start}", "--minutes=0.2")
+    taken = progress()
+    assert taken["position"] < 0.7 * read_config()["max_iters"]
+    capsys.readouterr()
+    again = machine.run("out/run/plan.py", "--out_dir=out/again")
+    assert not re.search("note: .* has no effect", capsys.readouterr().err)
+    assert again[-1]["iter"] == pytest.approx(taken["iter"], abs=2)
+    lrs = [[row["lr"] for row in rows if "lr" in row] for rows in (ran, again)]
+    for lr, before in zip(*lrs, strict=False):
+        assert lr == pytest.approx(before, abs=0.1 * TrainConfig.learning_rate)
+    settings = read_settings(["out/run/plan.py"])
+    written = vars(settings.config) | vars(settings.model_config)
+    may_differ = {*(key[2:] for key in LENGTH), "lr_decay_iters", "minutes"}
+    may_differ |= configurator.without_effect(written, TrainConfig, ModelConfig).keys()
+    different = {k for k, v in read_config().items() if written.get(k) != v}
+    assert different <= may_differ, different
 
 
 def test_the_plan_of_an_earlier_run_is_kept(tiny, machine):
@@ -437,10 +580,10 @@ def test_minutes_are_for_text_and_one_process(tiny, pairs, fails, monkeypatch):
 
 
 def test_a_trial_that_does_not_fit_into_memory_is_one_line(tiny, fails, monkeypatch):
-    def build(config):
+    def make_model(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(plan.models, "build", build)
+    monkeypatch.setattr(plan, "make_model", make_model)
     line = fails(train.main, *TIMED, "--minutes=1")
     assert "memory" in line and "a smaller --batch_size" in line
 

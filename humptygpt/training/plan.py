@@ -6,20 +6,26 @@ The law's constants are from runs of one to ten minutes by benchmarks/law.py, ro
 import math
 import statistics
 import time
-from collections.abc import Collection
-from dataclasses import fields, replace
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 import model as models
+from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
 from humptygpt.core.files import write_whole
 from humptygpt.data.batches import Dataset
-from humptygpt.nn.layers import autocast, to_device
+from humptygpt.nn.layers import autocast, free_memory, to_device
+from humptygpt.training.memory import check_training_fits, least_memory
 from humptygpt.training.optimizers import make_optimizer
+from humptygpt.training.resume import make_model
 from humptygpt.training.settings import TrainConfig
 from model import ModelConfig
 
@@ -38,11 +44,10 @@ SIZES = (
 )
 CONTEXTS = (128, 256, 512)  # tokens
 STEPS = (1024, 2048, 4096)  # tokens of a step
-SIZE = {"n_layer", "n_head", "n_embd", "n_hidden"}  # keys
-BATCH = {"batch_size", "gradient_accumulation_steps"}
 HEAD_SIZE = 64
 EVALUATIONS = 4
 TIME_TO_TRAIN = 0.85  # of what is left after the choice: the rest evaluates
+COMPILING = 60.0  # seconds that torch.compile is expected to take
 PROBE_STEPS = 5
 # seconds that loading the best model, a text by it, the picture and the exit take, beside an evaluation
 ENDING = 1.5
@@ -55,16 +60,16 @@ class Clock:
         """started: of the command, by time.monotonic(). earlier: seconds that earlier commands of the run took."""
         self.started = started - earlier
         self.end = self.started + 60 * minutes
-        self.evaluation = 0.0  # seconds that one takes, of the last ones most
+        self.step = 0.0  # seconds of a step, by its trial
+        # seconds of the last evaluation; before the first one, an estimate
+        self.evaluation = 0.0
         # what the end takes, in evaluations: a text, and of a long run the whole validation split
         self.at_the_end = 1.0
         self.last_step = time.monotonic()
 
     def leave_out(self, evaluation: float) -> None:
         """Leave out the time since advance(), which was an evaluation of so many seconds."""
-        self.evaluation = (
-            (self.evaluation + evaluation) / 2 if self.evaluation else evaluation
-        )
+        self.evaluation = evaluation
         self.last_step = time.monotonic()
 
     def seconds(self) -> float:
@@ -77,9 +82,10 @@ class Clock:
         evaluations += self.at_the_end
         return self.end - time.monotonic() - ENDING - evaluations * self.evaluation
 
-    def planned(self) -> float:
+    def planned(self, config: TrainConfig) -> float:
         """Return the seconds that a plan made now has to train."""
-        return TIME_TO_TRAIN * (self.end - time.monotonic() - ENDING)
+        ending = ENDING + COMPILING * bool(config.compile)
+        return TIME_TO_TRAIN * (self.end - time.monotonic() - ending)
 
     def advance(self, position: float, config: TrainConfig) -> float:
         """Return how far training is after a step, in steps of config.max_iters; position: before it."""
@@ -174,6 +180,7 @@ class Candidate(NamedTuple):
     parameters: int  # beside the embeddings
     tokens: int  # of a step
     operations: int  # of a step: the model's and, of Muon, the optimizer's
+    memory: float  # bytes, at least
 
 
 def choose(
@@ -188,55 +195,30 @@ def choose(
     """Return the settings by which the law promises the lowest loss in the time that is left.
 
     given: keys that stay as they are; so does the size of a model to start from. The dataset is left with the context
-    that is chosen. Raises UserError where not one step would fit.
+    that is chosen, the clock with the time of a step. Raises UserError if not one step fits into the time or memory.
     """
     if dataset.task != "language modelling":
         raise UserError(
             f"minutes={config.minutes:g} is for text, and {config.dataset} has sentence pairs; take max_iters"
         )
-    bytes_per_token = dataset.val_bytes_per_token()
-    text = len(dataset.train) * bytes_per_token
-    tried = candidates(config, model_config, given, dataset)
-    most = max(MOST_PER_BYTE * text, min(candidate.parameters for candidate in tried))
-    tried = [candidate for candidate in tried if candidate.parameters <= most]
-    times = {}  # of a step, of the candidates that were timed
 
-    def time_step(i: int) -> None:
-        if i in times:
-            return
-        dataset.block_size = tried[i].model_config.block_size
-        times[i] = seconds_per_step(*tried[i][:2], dataset, device, dtype)
+    @cache
+    def time_step(candidate: Candidate) -> float:
+        dataset.block_size = candidate.model_config.block_size
+        return seconds_per_step(*candidate[:2], dataset, device, dtype)
 
-    def seconds(i: int) -> float:
-        """A step takes some time whatever the size, and more by what it computes."""
-        more = tried[i].operations - tried[small].operations
-        return times.get(i) or times[small] + slope * more
-
-    def promise(i: int) -> float:
-        context, tokens = tried[i].model_config.block_size, tried[i].tokens
-        read = available / seconds(i) * tokens * bytes_per_token
-        return loss(tried[i].parameters, read, text, context * bytes_per_token, tokens)
-
-    by_operations = sorted(range(len(tried)), key=lambda i: tried[i].operations)
-    small, large = by_operations[0], by_operations[len(tried) // 2]
-    time_step(small)
-    available = clock.planned()
-    if available < times[small]:
-        raise UserError(
-            f"minutes={config.minutes:g} is too short: {clock.seconds():.1f} s are over before the first step,"
-            f" which takes {times[small]:.2g} s"
-        )
-    time_step(large)
-    more = tried[large].operations - tried[small].operations
-    slope = max(0.0, times[large] - times[small]) / max(1, more)
-    # the best one is timed, too, and may then be no longer the best
-    while (best := min(range(len(tried)), key=promise)) not in times:
-        time_step(best)
-    config, model_config, *_ = tried[best]
+    tried = candidates(config, model_config, given, dataset, dtype)
+    tried.sort(key=lambda candidate: candidate.operations)
+    check_training_fits(*tried[0][:2], device, dtype)
+    best = find_best(tried, free_memory(device), dataset, clock, time_step)
+    config, model_config, parameters, tokens, *_ = best
+    if "dropout" not in given:  # which takes time, so the step is timed again
+        epochs = clock.planned(config) / time_step(best) * tokens / len(dataset.train)
+        model_config = replace(model_config, dropout=dropout(epochs, parameters))
+        best = best._replace(model_config=model_config)
+    clock.step = time_step(best)
     dataset.block_size = model_config.block_size
-    steps = max(1, int(clock.planned() / times[best]))
-    tokens = tried[best].tokens
-    epochs = steps * tokens / len(dataset.train)
+    steps = max(1, int(clock.planned(config) / clock.step))
     chosen = {
         "max_iters": steps,
         "lr_decay_iters": None,
@@ -246,10 +228,50 @@ def choose(
     if config.init_from == "scratch":  # else what the model knows would be forgotten
         chosen["weight_decay"] = decay(config.weight_decay, tokens, len(dataset.train))
     config = replace(config, **{k: v for k, v in chosen.items() if k not in given})
-    if "dropout" not in given:
-        rate = dropout(epochs, tried[best].parameters)
-        model_config = replace(model_config, dropout=rate)
     return config, model_config
+
+
+def find_best(
+    tried: list[Candidate],
+    free: int,
+    dataset: Dataset,
+    clock: Clock,
+    time_step: Callable[[Candidate], float],
+) -> Candidate:
+    """Return the candidate with the lowest loss by the law. The smallest, a middle one and the best are timed.
+
+    tried: sorted by operations. free: bytes of memory before the trials, which may not give back what they take.
+    """
+    bytes_per_token = dataset.val_bytes_per_token()
+    text = len(dataset.train) * bytes_per_token
+    most = max(MOST_PER_BYTE * text, tried[0].parameters)
+    tried = [x for x in tried if x.parameters <= most and x.memory <= free]
+
+    def seconds(candidate: Candidate) -> float:
+        """A step takes some time whatever the size, and more by what it computes."""
+        more = candidate.operations - small.operations
+        return times.get(candidate) or times[small] + slope * more
+
+    def promise(candidate: Candidate) -> float:
+        context, tokens = candidate.model_config.block_size, candidate.tokens
+        read = available / seconds(candidate) * tokens * bytes_per_token
+        return loss(candidate.parameters, read, text, context * bytes_per_token, tokens)
+
+    small, large = tried[0], tried[len(tried) // 2]
+    times = {small: time_step(small)}
+    available = clock.planned(small.config)
+    if available < times[small]:
+        raise UserError(
+            f"minutes={small.config.minutes:g} is too short: {clock.seconds():.1f} s are over before the first step,"
+            f" which takes {times[small]:.2g} s"
+        )
+    times[large] = time_step(large)
+    more = large.operations - small.operations
+    slope = max(0.0, times[large] - times[small]) / max(1, more)
+    # the best one is timed, too, and may then be no longer the best
+    while (best := min(tried, key=promise)) not in times:
+        times[best] = time_step(best)
+    return best
 
 
 def candidates(
@@ -257,49 +279,46 @@ def candidates(
     model_config: ModelConfig,
     given: Collection[str],
     dataset: Dataset,
+    dtype: torch.dtype,
 ) -> list[Candidate]:
-    """Return every size, context and batch that is not given."""
-    sizes, contexts = [model_config], [model_config.block_size]
+    """Return the model as it is, and in every other size, context and batch that the given keys allow.
+
+    A size has as many heads of HEAD_SIZE as it can, or fewer and larger ones if the given keys ask for that.
+    """
+    fixed = vars(model_config)  # a model to start from stays as it is
     if config.init_from == "scratch":
-        if not SIZE.intersection(given):
-            sizes = [sized(model_config, n_layer, n_embd) for n_layer, n_embd in SIZES]
-        if "block_size" not in given:
-            contexts = [context for context in CONTEXTS if context < len(dataset.train)]
+        fixed = {key: value for key, value in fixed.items() if key in given}
+    contexts = [context for context in CONTEXTS if context < len(dataset.train)]
+    shapes = {model_config: None}  # in order, each once
+    for (n_layer, n_embd), context in product(SIZES, contexts):
+        size = {"n_layer": n_layer, "n_embd": n_embd, "block_size": context} | fixed
+        most = size["n_embd"] // (model_config.head_size or HEAD_SIZE)
+        for n_head in range(max(model_config.n_kv_head or 1, most), 0, -1):
+            with suppress(ValueError):
+                shapes[replace(model_config, **{"n_head": n_head} | size)] = None
+                break
     found = []
-    for size, context in product(sizes, contexts):
-        shape = replace(size, block_size=context)
-        parameters, per_token, per_step = cost(shape)
+    for shape in shapes:
+        model = models.build_on_meta(shape)
+        parameters, per_token, per_step = cost(model)
         if config.optimizer == "adamw":
             per_step = 0
-        of_each = context * config.gradient_accumulation_steps  # tokens of a step
+        of_each = shape.block_size * config.gradient_accumulation_steps  # tokens of a step
         batches = {max(1, tokens // of_each) for tokens in STEPS}
-        if BATCH.intersection(given):
+        if "batch_size" in given:
             batches = {config.batch_size}
-        for batch_size in sorted(batches):
+        for batch_size in batches:
             batch = replace(config, batch_size=batch_size)
             tokens = batch_size * of_each
             operations = tokens * per_token + per_step
-            found.append(Candidate(batch, shape, parameters, tokens, operations))
+            memory = least_memory(batch, model, dtype, 1).total
+            found.append(Candidate(batch, shape, parameters, tokens, operations, memory))
     return found
 
 
-def sized(config: ModelConfig, n_layer: int, n_embd: int) -> ModelConfig:
-    """Return the same architecture in another size."""
-    n_head = max(1, n_embd // HEAD_SIZE)
-    return replace(
-        config,
-        n_layer=n_layer,
-        n_embd=n_embd,
-        n_head=n_head,
-        n_kv_head=config.n_kv_head and math.gcd(n_head, config.n_kv_head),
-        head_size=None,
-        n_hidden=None,
-    )
-
-
-def cost(config: ModelConfig) -> tuple[int, int, int]:
+def cost(model: nn.Module) -> tuple[int, int, int]:
     """Return the parameters beside the embeddings, and the operations of a token and of a step of Muon."""
-    model = models.build_on_meta(config)
+    config = model.config
     embeddings = config.vocab_size * config.n_embd * (1 if config.tie_weights else 2)
     parameters = models.count_parameters(model) - embeddings
     # of a matrix m x n, m <= n, three products in each of five rounds, and m is the width of nearly all
@@ -315,8 +334,7 @@ def seconds_per_step(
     dtype: torch.dtype,
 ) -> float:
     """Train a model of this size for a few steps and return the median of their times."""
-    torch.manual_seed(config.seed)
-    model = models.build(model_config).to(device)
+    model = make_model(config, model_config).to(device)
     optimizer = make_optimizer(config, model)
     times = []
     for index in range(PROBE_STEPS):
@@ -336,28 +354,23 @@ def seconds_per_step(
 # plan.py
 
 
-def write_plan(
-    path: Path, config: TrainConfig, model_config: ModelConfig, steps: int
-) -> None:
-    """Write a config file that repeats a run of so many steps, and that a person edits to go on."""
-    interval = round(config.eval_interval * steps / config.max_iters)
-    config = replace(
-        config,
-        minutes=None,
-        input=None,
-        max_iters=steps,
-        eval_interval=max(1, interval),
-    )
+def write_plan(path: Path, run) -> None:
+    """Write a config file that repeats a run step by step, and that a person edits to go on. run: a train.Run."""
+    settings = asdict(run.config) | asdict(run.model.config)
+    # the clock took more or fewer steps than were planned
+    for key in ("max_iters", "lr_decay_iters", "warmup_iters", "eval_interval"):
+        if settings[key]:
+            steps = settings[key] * run.progress.iter / run.progress.position
+            settings[key] = max(1, round(steps))
+    unused = configurator.without_effect(settings, TrainConfig, ModelConfig)
+    left_out = {"minutes", "input", "parallel", "backend", *unused}
     lines = [
-        f"# What --minutes chose for {config.dataset}, step by step.",
+        f"# What --minutes chose for {run.config.dataset}, step by step.",
         "#",
         f"#   python train.py {path}",
         "",
     ]
-    for part in (config, model_config):
-        for field in fields(part):
-            value = getattr(part, field.name)
-            if value != field.default:
-                lines.append(f"{field.name} = {value!r}")
+    # also defaults, since a run that starts from a model has others
+    lines += [f"{key} = {settings[key]!r}" for key in settings if key not in left_out]
     text = "\n".join(lines) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))

@@ -1,4 +1,4 @@
-"""What a run takes over from a checkpoint that it resumes, or from a model that it starts from, and what has to fit."""
+"""The model of a run, what it takes over from a checkpoint or from a model that it starts from, and what has to fit."""
 
 import dataclasses
 import shlex
@@ -16,10 +16,34 @@ from humptygpt.data.token_files import is_command
 from humptygpt.interchange.load import Loaded
 from humptygpt.nn import lora
 from humptygpt.nn.layers import autocast, to_device
+from humptygpt.parallel.processes import ONE_PROCESS, Processes
 from humptygpt.tokenizer.tokenizers import from_state
 from humptygpt.training.memory import bytes_beside, saved_tensors, training_memory
-from humptygpt.training.optimizers import trained_parameters
+from humptygpt.training.optimizers import freeze, trained_parameters
 from model import ModelConfig
+
+
+def make_model(
+    config,
+    model_config: ModelConfig,
+    processes: Processes = ONE_PROCESS,
+    saved: dict | None = None,
+    base: Loaded | None = None,
+) -> nn.Module:
+    """Return the model that trains, on the CPU, or sharded without its weights. config: a TrainConfig."""
+    if saved:
+        model = checkpoint.restore_model(saved["model"], model_config)
+    elif base:
+        model = adapt_model(base, model_config, config.seed)
+    else:
+        torch.manual_seed(config.seed)
+        model = processes.build(model_config)
+    for module in model.modules():
+        if isinstance(module, models.Stack):
+            module.checkpoint_activations = config.checkpoint_activations
+    freeze(model, config.freeze)
+    return model
+
 
 # --------------------------------------------------------------------------------------
 # A run that is resumed

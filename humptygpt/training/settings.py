@@ -58,6 +58,7 @@ class TrainConfig:
     init_from: str = setting(
         "scratch",
         "scratch: a new model; resume: continue out_dir/ckpt.pt; or a run, a checkpoint, a model's folder, gpt2",
+        path=True,
     )
     eval_only: bool = setting(
         False, "evaluate once, translations by BLEU too, and stop; nothing is written"
@@ -158,7 +159,7 @@ class TrainConfig:
         "auto", "auto: the GPU if there is one; cpu, cuda, cuda:1, mps", "system"
     )
     dtype: str = setting("auto", "auto: what the hardware has", choices=("auto", *DTYPES))
-    compile: bool | None = setting(None, "torch.compile; None: on CUDA only")
+    compile: bool | None = setting(None, "torch.compile; None: on CUDA, without minutes")
     parallel: str = setting(
         "ddp",
         "of several processes: each has the whole model; fsdp: a part of it",
