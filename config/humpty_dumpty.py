@@ -3,7 +3,7 @@
 #   python train.py config/humpty_dumpty.py
 #   python sample.py --out_dir=out/humpty_dumpty --start="Humpty Dumpt" --temperature=0 --max_new_tokens=129
 #
-# Both together take about 15 seconds on one CPU core; the second prints the rhyme. The data is the rhyme ten times:
+# Both together take 10 to 20 seconds on 2 CPU cores; the second prints the rhyme. The data is the rhyme ten times:
 # nine copies for training, and the tenth for validation. So the validation loss, near 0.002, measures how well the
 # rhyme is memorised, and says nothing about any other text.
 
