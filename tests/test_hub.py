@@ -63,7 +63,8 @@ def server(files, monkeypatch):
             )
             return code
         if path == f"/api/models/{REPO}/revision/main":
-            return json.dumps({"id": REPO, "sha": COMMIT, "siblings": []}).encode()
+            names = [{"rfilename": name} for name in here.files]
+            return json.dumps({"id": REPO, "sha": COMMIT, "siblings": names}).encode()
         if path == f"/api/models/{REPO}/tree/{COMMIT}":
             entries = [
                 {
