@@ -190,6 +190,13 @@ def test_a_run_whose_only_evaluation_is_its_last_ends_on_time_also_resumed(tiny,
     assert machine.now == ended
 
 
+def test_more_evaluations_than_fit_neither_end_a_run_early_nor_late(tiny, machine):
+    machine.evaluation = 1.0
+    rows = machine.run(*TIMED, "--minutes=0.2", "--eval_interval=1")
+    assert machine.now == pytest.approx(12 - plan.ENDING - 1, abs=1.1)
+    assert sum("val_loss" in row for row in rows) > 3
+
+
 def test_a_run_with_too_little_time_left_takes_one_step_and_ends(tiny, machine):
     machine.start = 4.38  # 0.12 s beside the ending
     machine.evaluation = 3.0

@@ -78,9 +78,11 @@ class Clock:
 
     def seconds_left(self, position: float, config: TrainConfig) -> float:
         """Return the seconds that are left to train, without those of the evaluations to come and of the end."""
-        evaluations = math.ceil((config.max_iters - position) / config.eval_interval)
-        evaluations += self.at_the_end
-        return self.end - time.monotonic() - ENDING - evaluations * self.evaluation
+        last = (1 + self.at_the_end) * self.evaluation
+        left = self.end - time.monotonic() - ENDING - last
+        before = math.ceil((config.max_iters - position) / config.eval_interval) - 1
+        # half of the time is for training, and evaluations for which there is no time are skipped
+        return max(left - before * self.evaluation, left / 2)
 
     def planned(self, config: TrainConfig) -> float:
         """Return the seconds that a plan made now has to train."""
