@@ -17,6 +17,7 @@ vocabulary.
 Files are streamed, never held in memory. A stopped preparation resumes when the same command is run again.
 """
 
+import filecmp
 import os
 import re
 import runpy
@@ -39,7 +40,7 @@ import numpy as np
 
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
-from humptygpt.core.files import Lock, being_moved, cannot_write, move_aside, remove
+from humptygpt.core.files import Lock, cannot_write, remove
 from humptygpt.core.settings import (
     as_written_here,
     check,
@@ -49,6 +50,7 @@ from humptygpt.core.settings import (
     without_effect,
 )
 from humptygpt.data.corpus import (
+    COMMANDS,
     VOCABULARY_BYTES,
     Documents,
     identity,
@@ -71,10 +73,11 @@ from humptygpt.data.sources import SOURCES, Source
 from humptygpt.data.token_files import (
     COMMAND,
     META_FORMAT,
-    checksums,
     is_whole,
     read_meta,
+    sha256,
     token_dtype,
+    verify,
 )
 from humptygpt.interchange.hub import repository
 from humptygpt.tokenizer.tokenizers import (
@@ -181,6 +184,11 @@ class PrepareConfig:
     )
     join: bool = setting(False, "make one data set of all its parts, in data/<name>/parts")
 
+    overwrite: bool = setting(
+        False, "replace another data set of this name", group="existing data"
+    )
+    verify: bool = setting(False, "compare the token files with their checksums, and stop")
+
     workers: int | None = setting(
         None,
         "processes that encode; None: one per core that it may use",
@@ -210,6 +218,12 @@ class PrepareConfig:
 def main(argv: list[str]) -> None:
     given = configurator.read(argv, PrepareConfig, positional="name")
     config = configurator.make(PrepareConfig, given)
+    if config.verify:
+        if others := given.keys() - {"name", "verify"}:
+            raise UserError(f"verify takes only a name; leave out {', '.join(others)}")
+        folder = Path("data") / config.name
+        print(f"{folder}: {verify(folder)} token files are as they were written")
+        return
     if config.part:
         print(prepare_part(config))
         return
@@ -292,13 +306,16 @@ def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
     preparing = folder / "preparing"
     command = command_text(config)
     made_from = data_id(corpus, config)
-    if read_json(folder / "meta.json").get("made_from") == made_from and is_whole(folder):
+    old = read_json(folder / "meta.json")
+    if old.get("made_from") == made_from and is_whole(folder):
         note(f"{folder} has this text with these settings already; it stays as it is")
         # with its progress, it can be resumed with other settings
         if not (preparing / "progress.json").exists():
             remove(preparing)
         return read_meta(folder)
     if read_json(preparing / "meta.json").get("made_from") != made_from:
+        if old.get("command", command) != command:  # now, not after hours
+            check_overwrite(folder, config)
         if corpus.config.join:
             check_divisible(corpus)
             progress = join_parts(corpus, folder, preparing, command)
@@ -313,7 +330,7 @@ def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
             "made_from": made_from,
         }
         write_json(preparing / "meta.json", meta)
-    install(preparing, folder)
+    install(preparing, folder, config)
     return read_json(folder / "meta.json")
 
 
@@ -335,7 +352,7 @@ def command_text(config: PrepareConfig) -> str:
     words = ["python", "prepare_data.py", config.name]
     for field in fields(config):
         value = getattr(config, field.name)
-        if value != field.default and field.name not in ("name", "workers", "part", "join"):
+        if value != field.default and field.name not in ("name", "workers", *COMMANDS):
             words.append(f"--{field.name}={value}")
     return shlex.join(words)
 
@@ -536,7 +553,7 @@ def make_meta(corpus: Corpus, progress: Progress, preparing: Path) -> dict:
                 {"name": path.name, "tokens": path.stat().st_size // dtype.itemsize}
                 for path in paths
             ],
-            "checksums": {path.name: checksums(path) for path in paths},
+            "sha256": {path.name: sha256(path) for path in paths},
         }
     total = {key: sum(counted[key] for counted in splits.values()) for key in corpus.counts}
     counts = np.array(progress.counts)
@@ -572,35 +589,43 @@ def make_meta(corpus: Corpus, progress: Progress, preparing: Path) -> dict:
     }
 
 
-def install(preparing: Path, folder: Path) -> None:
+def install(preparing: Path, folder: Path, config: PrepareConfig) -> None:
     """Move the complete files into the folder; if this is interrupted, the same command moves the rest."""
     meta = read_json(preparing / "meta.json")
     (preparing / "progress.json").unlink(missing_ok=True)  # meta.json is the progress now
-    old = read_json(folder / "meta.json")
-    changed = [old.get(k) != meta[k] for k in ("task", "dtype", "tokenizer", "splits")]
-    if any(changed) and (preparing / COMMAND).exists():
-        keep_earlier_data(folder)
-    # the command first, since from then on all that the folder holds is new; meta.json last
     names = [file["name"] for split in meta["splits"].values() for file in split["files"]]
+    if (preparing / COMMAND).exists():  # nothing has been moved yet
+        if has_other_data(folder, meta, preparing, names):
+            check_overwrite(folder, config)
+        ours = re.compile(r"meta\.(json|pkl)|command\.txt|(train|val|test)(_\d+)?\.bin")
+        # meta.json comes before the tokens, so that no half of them is taken for the whole
+        for path in sorted(folder.iterdir()):
+            if ours.fullmatch(path.name):
+                path.unlink()
+    # the command first, since from then on all that the folder holds is new; meta.json last
     for name in (COMMAND, *names, "meta.json"):
         if (preparing / name).exists():
             (preparing / name).replace(folder / name)
     shutil.rmtree(preparing)
 
 
-def keep_earlier_data(folder: Path) -> None:
-    """Move another data set aside, as runs may have been trained on it; killed in between, the next call continues."""
-    ours = re.compile(r"meta\.(json|pkl)|command\.txt|(train|val|test)(_\d+)?\.bin")
-    old = [path.name for path in folder.iterdir() if ours.fullmatch(path.name)]
-    if not old and not being_moved(folder):
-        return
-    # in this order meta.json comes before the tokens, so that no half of them is taken for the whole
-    kept = move_aside(folder, sorted(old))
-    dataset = shlex.quote(f"{folder.name}/{kept.name}")
-    note(
-        f"{folder} held another data set; it is now in {kept}, and a run that was trained on it"
-        f" resumes with --dataset={dataset}"
-    )
+def has_other_data(folder: Path, meta: dict, preparing: Path, names: list[str]) -> bool:
+    """Whether the folder has a data set, and not the one in preparing; names: the token files of that."""
+    old = read_json(folder / "meta.json")
+    if not old:  # nanoGPT's has no command
+        return (folder / "train.bin").exists() and not (folder / COMMAND).exists()
+    if old.get("made_from") == meta["made_from"]:  # damaged
+        return False
+    equal, _, _ = filecmp.cmpfiles(preparing, folder, names, shallow=False)
+    return equal != names or any(old.get(key) != meta[key] for key in ("task", "tokenizer"))
+
+
+def check_overwrite(folder: Path, config: PrepareConfig) -> None:
+    """Raise UserError unless the user wants to replace the folder's data set."""
+    if not config.overwrite:
+        command = as_written_here(command_text(config))
+        ways = f"take another name, or replace it: {command} --overwrite=True"
+        raise UserError(f"{folder} holds another data set; {ways}")
 
 
 def summary(folder: Path, meta: dict, other: dict[str, str]) -> str:

@@ -121,8 +121,8 @@ def test_other_tokens_are_refused_and_the_key_in_the_message_mends_it(
     assert line.startswith(
         "data/other has tokens (byte) that are not those of the model out/run/best.pt (char); prep"
     )
-    (key,) = shlex.split(line.partition("; prepare it again with ")[2])
-    prepare_data.main(["--input=other.txt", "--name=other", key])
+    keys = shlex.split(line.partition("; prepare it again with ")[2])
+    prepare_data.main(["--input=other.txt", "--name=other", *keys])
     assert train.main(FROM_RUN) == 0
     assert "from out/run" in capsys.readouterr().out
 

@@ -1,6 +1,8 @@
+import base64
 import json
 import pickle
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +10,11 @@ import pytest
 import torch
 from conftest import TINY_RUN, make_text
 
+import prepare_data
 import train
-from humptygpt.core.errors import UserError
+from humptygpt.data import token_files
 from humptygpt.data.batches import Prefetcher, TokenDataset, permute, random_key
-from humptygpt.data.token_files import (
-    CHECKED,
-    META_FORMAT,
-    TokenFiles,
-    checksums,
-    read_meta,
-)
+from humptygpt.data.token_files import META_FORMAT, TokenFiles, read_meta, sha256
 from humptygpt.tokenizer import tokenizers
 
 
@@ -76,7 +73,7 @@ def write_meta(data: Path, tokenizer: dict) -> None:
         files = [{"name": path.name, "tokens": path.stat().st_size // 2} for path in paths]
         splits[split] = {
             "files": files,
-            "checksums": {path.name: checksums(path) for path in paths},
+            "sha256": {path.name: sha256(path) for path in paths},
         }
         splits[split]["tokens"] = splits[split]["bytes"] = sum(
             file["tokens"] for file in files
@@ -220,7 +217,7 @@ def edit_train(data: Path, **entries):
 
 
 DAMAGE = {
-    "train.bin was altered or damaged: from byte 0 on its checksum is not the one in meta.json": alter,
+    "train.bin was altered or damaged: its checksum is not the one in meta.json": alter,
     "holds token 20, but its tokenizer has only 3": lambda data: edit_meta(
         data, tokenizer={"tokenizer": "char", "alphabet": "abc"}
     ),
@@ -233,7 +230,6 @@ DAMAGE = {
     "meta.json: splits.train has the file '../train.bin', which": lambda data: edit_train(
         data, files=[{"name": "../train.bin", "tokens": 3600}]
     ),
-    "are not the 3,600 of meta.json": lambda data: edit_train(data, checksums={}),
     "meta.json: splits.val has the file 'train.bin', which": lambda data: edit_meta(
         data, splits=(splits := read_meta(data)["splits"]) | {"val": splits["train"]}
     ),
@@ -286,32 +282,46 @@ def test_nanogpts_folder_without_a_meta_is_gpt2s_tokens(
     assert "it is taken for GPT-2's tokens" in capsys.readouterr().err
 
 
-def test_files_are_checked_where_they_are_read_and_only_there(folder):
-    # three parts and a little of a fourth
-    ids = np.arange(3 * CHECKED // 2 + 5).astype(np.uint16)
-    ids.tofile("train.bin")
-    meta = {
-        "dtype": "uint16",
-        "splits": {"train": {"files": [{"name": "train.bin"}], "tokens": len(ids)}},
-    }
-    meta["splits"]["train"]["checksums"] = {"train.bin": checksums(Path("train.bin"))}
-    ids[CHECKED + 17] += 1  # in the third
-    ids.tofile("train.bin")
-    tokens, size = TokenFiles(Path(), "train", meta), CHECKED // 2
-    starts = np.array([0, size, 3 * size])
-    assert tokens.read(starts, 5).tolist() == ids[starts[:, None] + np.arange(5)].tolist()
-    tokens.read(np.array([size]), size)
-    for start, length in (
-        (2 * size, 1),
-        (2 * size - 1, 2),
-        (3 * size - 1, 1),
-        (size, size + 1),
-    ):
-        with pytest.raises(
-            UserError,
-            match=rf"train\.bin was altered or damaged: from byte {2 * CHECKED:,} on",
-        ):
-            TokenFiles(Path(), "train", meta).read(np.array([start]), length)
+def test_large_files_are_checked_only_by_verify(tiny, fails, monkeypatch, capsys):
+    verify = ["tiny", "--verify=True"]
+    prepare_data.main(verify)
+    assert capsys.readouterr().out.endswith(
+        "data/tiny: 2 token files are as they were written\n"
+    )
+    (tiny / "val.bin").write_bytes((tiny / "val.bin").read_bytes()[::-1])
+    damaged = "data/tiny/val.bin was altered or damaged: its checksum is not the one in"
+    assert damaged in fails(train.main, *TINY_RUN)
+    monkeypatch.setattr(token_files, "CHECKED", 799)  # bytes; val.bin has 800
+    TokenDataset(tiny, 16, seed=1)
+    assert fails(prepare_data.main, *verify).startswith(damaged)
+    assert "leave out input" in fails(prepare_data.main, *verify, "--input=tiny.txt")
+
+
+def test_data_with_the_checksums_of_an_earlier_version_opens_and_a_run_on_it_resumes(
+    tiny, fails, capsys
+):
+    new = read_meta(tiny)
+    splits = {}
+    for split, entry in new["splits"].items():
+        name = f"{split}.bin"
+        crc = zlib.crc32((tiny / name).read_bytes()).to_bytes(4, "little")
+        splits[split] = entry | {"checksums": {name: base64.b64encode(crc).decode()}}
+        del splits[split]["sha256"]
+    edit_meta(tiny, splits=splits)
+    assert "has no checksums" in fails(prepare_data.main, "tiny", "--verify=True")
+    prepare_data.main(["--input=tiny.txt", "--name=tiny"])
+    assert "it stays as it is" in capsys.readouterr().err
+    assert train.main(TINY_RUN) == 0
+    path = Path("out/run/ckpt.pt")
+    saved = train.checkpoint.read(path)
+    identity = saved["data"]["identity"]
+    assert "files_sha256" not in identity
+    identity["checksums_sha256"] = "of the parts of each file"
+    train.checkpoint.save(path, {key: saved[key] for key in saved if key != "format"})
+    resume = ["--init_from=resume", "--out_dir=out/run"]
+    assert train.main([*resume, "--max_iters=7"]) == 0
+    edit_meta(tiny, splits=new["splits"])  # prepared again
+    assert train.main([*resume, "--max_iters=8"]) == 0
 
 
 @pytest.mark.parametrize("sizes", [[10], [3, 7], [1, 1, 1, 7]])
@@ -320,8 +330,8 @@ def test_a_row_may_cross_from_one_file_to_the_next(folder, sizes):
     files = [{"name": f"train_{number}.bin"} for number in range(len(sizes))]
     for file, part in zip(files, parts, strict=True):
         part.tofile(file["name"])
-    sums = {file["name"]: checksums(Path(file["name"])) for file in files}
-    split = {"files": files, "checksums": sums, "tokens": 10}
+    sums = {file["name"]: sha256(Path(file["name"])) for file in files}
+    split = {"files": files, "sha256": sums, "tokens": 10}
     tokens = TokenFiles(Path(), "train", {"dtype": "uint32", "splits": {"train": split}})
     assert len(tokens) == 10
     for length in (1, 4, 10, 12):

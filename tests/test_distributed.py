@@ -408,7 +408,7 @@ def with_other_data(argv: list[str]) -> int:
     """Train, in process 1 on a text that has been changed."""
     if os.environ["RANK"] == "1":
         identity = TokenDataset.identity
-        TokenDataset.identity = lambda self: identity(self) | {"checksums_sha256": "other"}
+        TokenDataset.identity = lambda self: identity(self) | {"files_sha256": "other"}
     return train.main(argv)
 
 
@@ -426,7 +426,7 @@ def with_other_data(argv: list[str]) -> int:
             {"differ": {1: ["--learning_rate=0.5"]}},
             "has learning_rate=0.5, but process 0",
         ),
-        ([], {"main": with_other_data}, "has checksums_sha256=other, but process 0 on"),
+        ([], {"main": with_other_data}, "has files_sha256=other, but process 0 on"),
     ],
 )
 def test_a_mistake_is_one_line(tiny, monkeypatch, argv, settings, complaint):

@@ -184,18 +184,21 @@ def test_one_command_prepares_a_text_and_trains_on_it(folder, capsys):
     assert trained_on() == "my_text"
 
 
-def test_the_data_of_an_input_keeps_the_settings_that_it_was_prepared_with(folder):
+def test_the_data_of_an_input_keeps_the_settings_that_it_was_prepared_with(folder, fails):
     Path("own.txt").write_text(make_text())
     prepare_data.main(["--input=own.txt", "--name=own", "--tokenizer=byte"])
     before = files_of("own")
     assert train.main(["--input=own.txt", *TRAIN]) == 0
     assert files_of("own") == before
-    text = make_text(5000)
-    Path("own.txt").write_text(text)
+    Path("own.txt").write_text(make_text(5000))
+    way = "python prepare_data.py own --input=own.txt --tokenizer=byte --overwrite=True"
+    assert fails(train.main, "--input=own.txt", *TRAIN) == (
+        f"data/own holds another data set; take another name, or replace it: {way}\n"
+    )
+    prepare_data.main(shlex.split(way)[2:])
     assert train.main(["--input=own.txt", *TRAIN]) == 0
     assert meta("own")["tokenizer"]["tokenizer"] == "byte"
-    assert "".join(texts_of("own")) == text
-    assert files_of("own/previous-1")["train.bin"] == before["train.bin"]
+    assert "".join(texts_of("own")) == make_text(5000)
 
 
 def test_data_of_another_input_is_refused_and_another_name_taken(folder, fails):

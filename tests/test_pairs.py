@@ -22,7 +22,7 @@ from humptygpt.tokenizer.tokenizers import (
 )
 
 SMALL = ["--name=mine", "--tokenizer=sentencepiece", "--vocab_size=330"]
-BYTES = ["--name=mine", "--tokenizer=byte", "--val_fraction=0.2"]
+BYTES = ["--overwrite=True", "--name=mine", "--tokenizer=byte", "--val_fraction=0.2"]
 
 
 def write(path: str, data: str | bytes) -> str:
@@ -204,7 +204,7 @@ def test_the_splits_have_about_the_requested_fractions(folder):
         (["--val_fraction=0.1"], 0.1, 0.1),
         (["--val_fraction=0.1", "--test_fraction=0.3"], 0.1, 0.3),
     ):
-        prepare_data.main(["mine", "--input=own.tsv", "--tokenizer=byte", *argv])
+        prepare_data.main([*BYTES[:3], "--input=own.tsv", *argv])
         found = pairs_of("mine")
         assert len(found["val"]) == pytest.approx(4000 * val, rel=0.25)
         assert len(found["test"]) == pytest.approx(4000 * test, rel=0.25)
@@ -222,8 +222,8 @@ def test_a_test_fraction_of_0_gives_no_test_split(folder):
 def test_more_pairs_change_nothing_for_those_that_were_there(folder):
     write_tsv("few.tsv", ROWS[::2])
     write_tsv("more.tsv", ROWS[::-1])
-    prepare_data.main(["few", "--input=few.tsv", *BYTES[1:]])
-    prepare_data.main(["more", "--input=more.tsv", *BYTES[1:]])
+    prepare_data.main(["few", "--input=few.tsv", *BYTES[2:]])
+    prepare_data.main(["more", "--input=more.tsv", *BYTES[2:]])
     few, more = pairs_of("few"), pairs_of("more")
     assert all(few[split] and set(few[split]) < set(more[split]) for split in few)
 
@@ -233,9 +233,7 @@ def test_three_sources_give_three_splits_of_one(folder):
         write_tsv(
             "own.tsv", [(f"{number} {word}", "x") for word in ("eins", "zwei", "drei")]
         )
-        prepare_data.main(
-            ["mine", "--input=own.tsv", "--tokenizer=byte", "--val_fraction=0.001"]
-        )
+        prepare_data.main(["--input=own.tsv", *BYTES[:3], "--val_fraction=0.001"])
         assert [len(split) for split in pairs_of("mine").values()] == [1, 1, 1]
 
 
@@ -341,7 +339,8 @@ def test_with_held_out_sentences_no_source_of_a_given_validation_or_test_split_i
     prepare_data.main(["translate_de_en", "--tokenizer=byte"])
     assert pairs_of("translate_de_en") == {"train": ROWS, "val": val, "test": test}
     write("held.txt", "Vielen Dank\n")
-    prepare_data.main(["translate_de_en", "--tokenizer=byte", "--held_out=held.txt"])
+    held_out = ["--held_out=held.txt", "--overwrite=True"]
+    prepare_data.main(["translate_de_en", "--tokenizer=byte", *held_out])
     left_out = {
         "Ich bin müde.",
         "Gute Nacht!",
@@ -487,7 +486,7 @@ def test_the_public_files_are_downloaded_once_and_verified(folder, monkeypatch):
         and pairs_of("translate_de_en") == GIVEN
     )
     monkeypatch.setattr(known_texts, "download", None)
-    prepare_data.main(["translate_de_en", "--tokenizer=char"])
+    prepare_data.main(["translate_de_en", "--tokenizer=char", "--overwrite=True"])
     assert pairs_of("translate_de_en") == GIVEN
 
 

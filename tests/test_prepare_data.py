@@ -11,6 +11,7 @@ import tarfile
 import types
 import zipfile
 from contextlib import contextmanager
+from functools import partialmethod
 from pathlib import Path
 
 import huggingface_hub
@@ -173,6 +174,7 @@ def test_the_summary_shows_counts_of_each_split_and_the_vocabulary(folder, capsy
 # --------------------------------------------------------------------------------------
 # Large, interrupted, and on several cores
 
+OVERWRITE = "--overwrite=True"
 PREPARE = [
     "--input=corpus",
     "--name=mine",
@@ -242,13 +244,7 @@ def full_disk(number: int):
 
 
 def contents(name: str) -> dict[str, bytes]:
-    """The files of a data set, without those that were moved aside."""
-    paths = [
-        path
-        for path in Path("data", name).iterdir()
-        if not path.name.startswith("previous-")
-    ]
-    return {path.name: path.read_bytes() for path in paths}
+    return {path.name: path.read_bytes() for path in Path("data", name).iterdir()}
 
 
 @pytest.fixture
@@ -345,7 +341,7 @@ def test_shards_are_read_as_one(corpus, shard_tokens):
     prepare_data.main(PREPARE)
     whole = documents_of("mine")
     tokens = meta("mine")["splits"]["train"]["tokens"]
-    prepare_data.main([*PREPARE, f"--shard_tokens={shard_tokens}"])
+    prepare_data.main([*PREPARE, f"--shard_tokens={shard_tokens}", OVERWRITE])
     assert documents_of("mine") == whole
     files = [path.name for path in sorted(Path("data/mine").glob("train*.bin"))]
     assert files == [
@@ -400,7 +396,7 @@ def test_the_old_data_stays_until_the_new_is_complete(corpus, monkeypatch):
     before = documents_of("mine")
     monkeypatch.setattr(prepare_data, "encode", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        prepare_data.main([*PREPARE, "--val_fraction=0.2"])
+        prepare_data.main([*PREPARE, "--val_fraction=0.2", OVERWRITE])
     assert documents_of("mine") == before
 
 
@@ -412,20 +408,34 @@ def files_of(folder: str) -> dict[str, tuple[bytes, int]]:
     }
 
 
-def test_other_data_of_the_same_name_moves_what_was_there_aside(corpus, capsys):
+@pytest.mark.parametrize("change", ["settings", "text", "nanogpt"])
+def test_other_data_of_the_same_name_is_refused_and_replaced_with_overwrite(
+    corpus, fails, monkeypatch, change
+):
     prepare_data.main(PREPARE)
-    first = contents("mine")
-    capsys.readouterr()
-    prepare_data.main([*PREPARE, "--val_fraction=0.5"])
-    assert capsys.readouterr().err == (
-        "note: data/mine held another data set; it is now in data/mine/previous-1, and a run that"
-        " was trained on it resumes with --dataset=mine/previous-1\n"
+    argv = [*PREPARE, *["--val_fraction=0.5"][: change == "settings"]]
+    if change == "text":
+        write("corpus/b.jsonl", corpus[5:10])
+    if change == "nanogpt":
+        for name in ("meta.json", "command.txt"):
+            Path("data/mine", name).unlink()
+        Path("data/mine/meta.pkl").write_bytes(b"of nanoGPT")
+    before = files_of("data/mine")
+    with monkeypatch.context() as patch:
+        if change == "settings":  # which needs no look at the text
+            patch.setattr(prepare_data, "encode", None)
+        complaint = fails(prepare_data.main, *argv)
+    assert complaint.startswith(
+        "data/mine holds another data set; take another name, or replace it: "
+        "python prepare_data.py mine --input=corpus --val_fraction=0."
     )
-    second = files_of("data/mine")
-    write("corpus/b.jsonl", corpus[5:10])
-    prepare_data.main([*PREPARE, "--val_fraction=0.5"])
-    assert contents("mine/previous-1") == first
-    assert files_of("data/mine/previous-2") == second  # moved, not copied
+    assert complaint.endswith(" --overwrite=True\n")
+    assert files_of("data/mine") == before
+    prepare_data.main([*argv, OVERWRITE])
+    names = {path.name for path in Path("data/mine").iterdir()}
+    assert names == {"train.bin", "val.bin", "meta.json", "command.txt"}
+    assert "--overwrite" not in meta("mine")["command"]
+    prepare_data.main(argv)  # is the same now
 
 
 def test_the_same_settings_and_text_leave_the_data_as_it_is(corpus, capsys, monkeypatch):
@@ -444,10 +454,7 @@ def test_the_same_settings_and_text_leave_the_data_as_it_is(corpus, capsys, monk
     text = Path("corpus/a0.txt")
     text.write_bytes(text.read_bytes())  # of another time, but the same
     prepare_data.main(PREPARE)
-    assert (
-        set(files_of("data/mine")) == set(before)
-        and not Path("data/mine/previous-1").exists()
-    )
+    assert set(contents("mine")) == set(before)
     assert files_of("data/mine")["train.bin"][0] == before["train.bin"][0]
 
 
@@ -462,43 +469,38 @@ def test_damaged_data_is_made_again_by_the_same_command_and_not_kept(corpus, dam
     assert contents("mine") == whole
 
 
-def test_killed_while_it_moves_data_aside_nothing_of_it_is_lost(corpus, monkeypatch):
-    prepare_data.main(PREPARE)
-    first = contents("mine")
-    other = [*PREPARE, "--val_fraction=0.5"]
-    for left in range(10):
-        shutil.rmtree("data/mine")
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+def test_killed_while_it_replaces_data_the_same_command_completes_it(corpus, monkeypatch):
+    other = [*PREPARE, "--val_fraction=0.5", OVERWRITE]
+    for left in range(12):
+        shutil.rmtree("data/mine", ignore_errors=True)
         prepare_data.main(PREPARE)
+        first = contents("mine")
+        calls = iter(range(left))
 
-        def replace(path, to, moves=iter(range(left)), move=Path.replace):  # noqa: B008
-            if path.suffix != ".tmp":
-                next(moves)
-            return move(path, to)
+        def counted(path, *args, call, calls=calls, **keys):
+            if path.suffix in (".json", ".txt", ".bin") and next(calls, None) is None:
+                raise Killed
+            return call(path, *args, **keys)
 
-        with monkeypatch.context() as patch, pytest.raises(StopIteration):
-            patch.setattr(Path, "replace", replace)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            for name in ("replace", "unlink"):
+                kill = partialmethod(counted, call=getattr(Path, name))
+                patch.setattr(Path, name, kill)
             prepare_data.main(other)
-            raise StopIteration  # fewer moves than these
+            raise Killed  # fewer calls than these
+        names = [path.name for path in Path("data/mine").iterdir()]
+        # old tokens are whole as long as their meta.json is there
+        if "preparing" in names and "meta.json" in names:
+            for name in ("train.bin", "val.bin", "meta.json"):
+                assert Path("data/mine", name).read_bytes() == first[name]
         prepare_data.main(other)
-        assert contents("mine/previous-1") == first
-        names = {path.name for path in Path("data/mine").iterdir()}
-        assert names == {"train.bin", "val.bin", "meta.json", "command.txt", "previous-1"}
+        assert set(contents("mine")) == set(first)
         assert token_files.is_whole(Path("data/mine"))
         assert "--val_fraction=0.5" in meta("mine")["command"]
-
-
-def test_data_of_nanogpt_is_moved_aside_too_and_other_files_stay(folder):
-    Path("data/mine").mkdir(parents=True)
-    for name in ("train.bin", "val.bin", "meta.pkl"):
-        Path("data/mine", name).write_bytes(name.encode())
-    Path("data/mine/input.txt").write_text(make_text())
-    prepare_data.main(["mine"])
-    assert contents("mine/previous-1") == {
-        name: name.encode() for name in ("train.bin", "val.bin", "meta.pkl")
-    }
-    assert {path.name for path in Path("data/mine").iterdir()} == {
-        *("train.bin", "val.bin", "meta.json", "command.txt", "input.txt", "previous-1")
-    }
 
 
 def test_a_large_vocabulary_is_stored_as_uint32(folder):
@@ -579,7 +581,8 @@ def test_files_of_a_folder_that_are_no_text_are_skipped_in_every_pass_named_and_
         assert f"{name}: 3 files: {where}\n" in out and f"skipped files  {counts}\n" in out
         train_texts, _ = documents_of(name)
         assert [text[0] for text in train_texts] == [*"agh"]  # each is cut
-    prepare_data.main(["mine", "--input=mixed", "--encoding_errors=replace"])
+    replaced = ["mine", "--input=mixed", "--encoding_errors=replace", OVERWRITE]
+    prepare_data.main(replaced)
     assert meta("mine")["documents"] == 5
 
 
@@ -594,7 +597,7 @@ def test_sentence_pairs_and_text_in_one_folder_are_refused_and_each_alone_is_pre
     assert complaint == f"mixed has text and sentence pairs; {rule}\n"
     prepare_data.main(["mine", "--input=mixed/*.TSV", "--tokenizer=byte"])
     assert meta("mine")["task"] == "translation"
-    prepare_data.main(["mine", "--input=mixed/*.md"])
+    prepare_data.main(["mine", "--input=mixed/*.md", OVERWRITE])
     assert meta("mine")["task"] == "language modelling"
 
 
@@ -620,10 +623,10 @@ def test_a_stopped_preparation_of_a_stream_resumes_when_the_same_stream_is_read(
     for data, resumed in ((text, True), (text + b"x", False)):
         pipe(monkeypatch, text)
         with full_disk(20):
-            prepare_data.main(["mine", "--input=-"])
+            prepare_data.main(["mine", "--input=-", OVERWRITE])
         pipe(monkeypatch, data)
         capsys.readouterr()
-        prepare_data.main(["mine", "--input=-"])
+        prepare_data.main(["mine", "--input=-", OVERWRITE])
         assert ("resuming after" in capsys.readouterr().err) == resumed
         assert "".join(texts_of("mine")).encode() == data
 
@@ -702,7 +705,7 @@ def test_a_vocabulary_that_is_too_large_is_fitted_unless_the_user_named_it(
     assert int(found[1]) == int(found[2]) == meta("mine")["vocab_size"]
     assert "".join(texts_of("mine")) == make_text(2000)
     assert "vocab_size=4096 is too large" in fails(
-        prepare_data.main, *keys, "--vocab_size=4096"
+        prepare_data.main, *keys, "--vocab_size=4096", OVERWRITE
     )
 
 
@@ -909,9 +912,9 @@ def test_parquet_files_are_downloaded_once_and_at_most_as_many_as_files_says(
     )
     prepare_data.main([name, "--val_fraction=0.2"])
     assert meta(name)["documents"] == 20 and len(fetched) == 1
-    prepare_data.main([name, "--val_fraction=0.2", "--files=3"])
+    prepare_data.main([name, "--val_fraction=0.2", "--files=3", OVERWRITE])
     assert meta(name)["documents"] == 60 and len(set(fetched)) == len(fetched) == 3
-    prepare_data.main([name, "--val_fraction=0.2"])
+    prepare_data.main([name, "--val_fraction=0.2", OVERWRITE])
     assert meta(name)["documents"] == 20 and len(fetched) == 3
 
 

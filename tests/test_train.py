@@ -662,13 +662,14 @@ def test_a_run_that_moves_to_a_card_that_needs_a_scaler_gets_a_new_one(
     assert checkpoint.read(OUT / "ckpt.pt")["scaler"]["scale"] == 8.0
 
 
-def test_a_run_resumes_on_data_that_was_moved_aside(run_train, tiny, fails):
+def test_a_run_resumes_on_data_that_has_another_name_now(run_train, tiny, fails):
     straight = run_train("--max_iters=9", "--lr_decay_iters=9")
     run_train("--lr_decay_iters=9")
+    tiny.rename("data/kept")
     prepare_data.main(["--input=tiny.txt", "--name=tiny", "--tokenizer=byte"])
     resume = [*RESUME, "--max_iters=9", "--lr_decay_iters=9"]
-    assert "moved aside, add --dataset=tiny/previous-1;" in fails(train.main, *resume)
-    assert train.main([*resume, "--dataset=tiny/previous-1"]) == 0
+    assert "if another folder has that, add --dataset=NAME;" in fails(train.main, *resume)
+    assert train.main([*resume, "--dataset=kept"]) == 0
     assert read_rows(OUT) == straight
 
 
@@ -677,8 +678,8 @@ def test_where_the_data_is_gone_the_command_that_makes_it_again_is_named(
 ):
     run_train()
     command = json.loads((tiny / "meta.json").read_text())["command"]
-    prepare_data.main(["--input=tiny.txt", "--name=tiny", "--tokenizer=byte"])
-    shutil.rmtree(tiny / "previous-1")
+    replace = ["--tokenizer=byte", "--overwrite=True"]
+    prepare_data.main(["--input=tiny.txt", "--name=tiny", *replace])
     line = fails(train.main, *RESUME)
     assert line.endswith(f"; to make it again: {command}\n")
     saved = checkpoint.read(OUT / "ckpt.pt")
@@ -692,7 +693,7 @@ def test_where_the_data_is_gone_the_command_that_makes_it_again_is_named(
             {"command": other} if other else {}
         )
         checkpoint.save(OUT / "ckpt.pt", saved)
-        assert fails(train.main, *RESUME).endswith("/previous-1\n")
+        assert fails(train.main, *RESUME).endswith("add --dataset=NAME\n")
 
 
 # --------------------------------------------------------------------------------------

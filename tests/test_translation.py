@@ -18,7 +18,7 @@ import sample
 import train
 from humptygpt.core.errors import UserError
 from humptygpt.data.batches import PairDataset
-from humptygpt.data.token_files import checksums
+from humptygpt.data.token_files import sha256
 from humptygpt.generation import tasks
 from humptygpt.generation.beams import Translation
 from humptygpt.generation.tasks import TASKS
@@ -168,7 +168,9 @@ def prepare_bytes(rows: list[tuple[str, str]], *argv: str) -> None:
     Path("pairs.tsv").write_text(
         "".join(f"{source}\t{target}\n" for source, target in rows)
     )
-    prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte", *argv])
+    prepare_data.main(
+        ["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte", *argv, "--overwrite=True"]
+    )
 
 
 @both_ways
@@ -240,7 +242,7 @@ def test_a_stream_that_is_not_made_of_pairs_is_refused(pairs, fails):
     (pairs / "train.bin").write_bytes(ids[:-1].tobytes())
     meta["splits"]["train"]["tokens"] -= 1
     meta["splits"]["train"]["files"][0]["tokens"] -= 1
-    meta["splits"]["train"]["checksums"]["train.bin"] = checksums(pairs / "train.bin")
+    meta["splits"]["train"]["sha256"]["train.bin"] = sha256(pairs / "train.bin")
     (pairs / "meta.json").write_text(json.dumps(meta))
     assert "has no whole pairs; prepare it again: python prepare_data.py" in fails(
         train.main, *TINY
@@ -259,6 +261,7 @@ def test_pairs_are_memorised_and_translated_as_in_training(pairs, capsys, with_e
             "--name=pairs",
             "--tokenizer=sentencepiece",
             "--vocab_size=400",
+            "--overwrite=True",
         ]
     )
     learn = [

@@ -69,15 +69,16 @@ class Dataset:
 
     def identity(self) -> dict:
         """Return what tells this data from other data with the same tokenizer, wherever it came from."""
-        splits = self.meta["splits"].values()
-        checksums = [split["checksums"] for split in splits if "checksums" in split]
         _, first_million = next(self.chunks("train"))
-        return {
+        identity = {
             "train_tokens": len(self.train),
             "val_tokens": len(self.val),
             "first_million_sha256": hashlib.sha256(first_million.tobytes()).hexdigest(),
-            "checksums_sha256": hashlib.sha256(repr(checksums).encode()).hexdigest(),
         }
+        sums = [split.get("sha256") for split in self.meta["splits"].values()]
+        if all(sums):  # nanoGPT and earlier versions wrote none
+            identity["files_sha256"] = hashlib.sha256(repr(sums).encode()).hexdigest()
+        return identity
 
 
 class TokenDataset(Dataset):

@@ -27,6 +27,8 @@ MANY = 64_000_000  # bytes of files; in more, many lines or rows are documents
 VOCABULARY_BYTES = (
     100_000_000  # a tokenizer is trained on an even sample of a longer corpus
 )
+# keys that say what to do, and change no byte
+COMMANDS = ("part", "join", "verify", "overwrite")
 CHANGES_NOTHING = ("input", "source", "target", "files", "workers")
 
 # ({split: its pieces or pairs}, position after them)
@@ -223,7 +225,8 @@ def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
 def identity(config, files: list, *other: object, without: tuple[str, ...] = ()) -> str:
     """Hash what data is made from: files, other things, and the settings but for those that change no byte."""
     settings = asdict(config) | dict.fromkeys((*CHANGES_NOTHING, *without))
-    del settings["part"], settings["join"]
+    for key in COMMANDS:
+        del settings[key]
     return hashlib.sha256(json.dumps([files, settings, *other]).encode()).hexdigest()
 
 

@@ -23,7 +23,7 @@ from humptygpt.data.encoding import (
     write_json,
     write_tokens,
 )
-from humptygpt.data.token_files import checksums, token_dtype
+from humptygpt.data.token_files import sha256, token_dtype
 from humptygpt.tokenizer.tokenizers import from_state
 
 COUNT = range(2**53)
@@ -31,7 +31,7 @@ PART = {
     "corpus": str,
     "tokenizer": dict,
     "splits": {str: {str: COUNT}},
-    "checksums": {str: str},
+    "sha256": {str: str},
 }
 COPIED = 1 << 20  # bytes that are copied at once
 
@@ -77,8 +77,8 @@ def corpus_id(corpus: Documents) -> str:
 
 def finish_part(corpus: Documents, progress: Progress, folder: Path) -> None:
     """Write part.json into the folder of a part, which makes it complete. corpus: all of it."""
-    sums = {path.name: checksums(path) for path in sorted(folder.glob("*.bin"))}
-    part = vars(progress) | {"corpus": corpus_id(corpus), "checksums": sums}
+    sums = {path.name: sha256(path) for path in sorted(folder.glob("*.bin"))}
+    part = vars(progress) | {"corpus": corpus_id(corpus), "sha256": sums}
     write_json(folder / "part.json", part)
 
 
@@ -86,7 +86,7 @@ def read_part(corpus: Documents, folder: Path) -> dict:
     """Read the part.json in the folder of a part, its files checked. Raises ValueError or OSError."""
     part = parse_json((folder / "part.json").read_bytes(), PART)
     for split in corpus.splits:
-        if checksums(folder / f"{split}.bin") != part["checksums"].get(f"{split}.bin"):
+        if sha256(folder / f"{split}.bin") != part["sha256"].get(f"{split}.bin"):
             raise ValueError(f"{split}.bin is damaged")
     if part["corpus"] != corpus_id(corpus):
         raise ValueError("it is of other files or settings")

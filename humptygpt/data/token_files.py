@@ -1,17 +1,16 @@
 """Token files: ids one after another without a header, as nanoGPT writes them, and a meta.json that describes them.
 
-meta.json has checksums of the parts of each file. A part is checked when it is first read, so that opening a file of
-any size takes no time and nothing damaged is ever used. The files of a folder that nanoGPT prepared have no checksums.
+meta.json has a checksum of each file. Small files are checked when they are opened, files of any size by
+`prepare_data.py NAME --verify=True`. A folder that nanoGPT or an earlier version prepared has no such checksums.
 """
 
-import base64
+import hashlib
 import io
 import os
 import pickle
 import re
 import shlex
 import sys
-import zlib
 from bisect import bisect_right
 from contextlib import suppress
 from itertools import accumulate
@@ -24,7 +23,9 @@ from humptygpt.core.settings import as_written_here, check_schema, note, parse_j
 from humptygpt.tokenizer import tokenizers
 
 META_FORMAT = "tokens 2"  # a change of what a data folder holds gets a new number
-CHECKED = 1 << 18  # bytes that have one checksum
+CHECKED = (
+    1 << 28
+)  # bytes of a split that are checked when it is opened, in less than a second
 COMMAND = "command.txt"  # in every folder that we prepared: the command that made it
 GPT2_TOKENS = 50_257  # in its vocabulary
 
@@ -34,7 +35,7 @@ SPLIT = {
     "tokens": POSITIVE,
     "bytes": POSITIVE,
     "files": [{"name": str, "tokens": COUNT}],
-    "checksums": {str: str},
+    "sha256?": {str: str},
 }
 SPLITS = {  # by task
     "language modelling": {str: SPLIT},
@@ -56,56 +57,56 @@ def token_dtype(tokenizer: tokenizers.Tokenizer) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
 
-def checksums(path: Path) -> str:
-    """Return the CRC-32 of every CHECKED bytes of a file, little-endian uint32, in base64 for meta.json."""
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
-        sums = [zlib.crc32(block) for block in iter(lambda: file.read(CHECKED), b"")]
-    return base64.b64encode(np.array(sums, "<u4").tobytes()).decode()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify(folder: Path) -> int:
+    """Check all files of a folder, whatever their size. Returns how many there are. Raises UserError."""
+    meta = read_meta(folder)
+    count = sum(TokenFiles(folder, split, meta).verify() for split in meta["splits"])
+    if not count:
+        raise UserError(f"{folder} has no checksums: another program or version wrote it")
+    return count
 
 
 def is_whole(folder: Path) -> bool:
     """Whether the files of a folder with a meta.json are as it says, all of them read."""
     try:
-        return all(
-            checksums(folder / file["name"]) == split["checksums"].get(file["name"])
-            for split in read_meta(folder)["splits"].values()
-            for file in split["files"]
-        )
+        meta = read_meta(folder)
+        for split in meta["splits"]:
+            TokenFiles(folder, split, meta).verify()
     except (OSError, UserError):
         return False
+    return True
 
 
 class TokenFiles:
     """The token files of one split, memory-mapped and read as one.
 
-    meta: as from read_meta. Raises UserError where a file is missing, or does not have the tokens or checksums of meta.
+    meta: as from read_meta. Raises UserError if a file is missing or is not as meta says.
     """
 
     def __init__(self, folder: Path, split: str, meta: dict):
         self.folder = folder
         entry = meta["splits"][split]
         self.paths = [folder / file["name"] for file in entry["files"]]
-        self.sums = None  # of nanoGPT's folders, which have none
+        self.sums = entry.get("sha256", {})
         try:
             self.arrays = [
                 np.asarray(np.memmap(path, meta["dtype"], mode="r")) for path in self.paths
             ]
-            if "checksums" in entry:
-                self.sums = [
-                    unpack_checksums(entry["checksums"].get(path.name, ""))
-                    for path in self.paths
-                ]
         except (OSError, ValueError) as error:  # ValueError: of a truncated file
             raise self.error(f"cannot read {folder / split}.bin: {error}") from error
         self.starts = list(accumulate(map(len, self.arrays), initial=0))
-        if self.sums is None:
-            return
-        self.unchecked = [np.ones(len(sums), dtype=bool) for sums in self.sums]
-        blocks = [-(-ids.nbytes // CHECKED) for ids in self.arrays]
-        if len(self) != entry["tokens"] or blocks != list(map(len, self.sums)):
+        tokens = entry.get("tokens", len(self))  # nanoGPT's folders do not say
+        if len(self) != tokens:
             raise self.error(
-                f"{folder / split}.bin has {len(self):,} tokens, which are not the {entry['tokens']:,} of meta.json"
+                f"{folder / split}.bin has {len(self):,} tokens, which are not the {tokens:,} of meta.json"
             )
+        if sum(ids.nbytes for ids in self.arrays) <= CHECKED:
+            self.verify()
 
     def error(self, problem: str) -> UserError:
         return UserError(f"{problem}; {how_to(self.folder)}")
@@ -122,28 +123,20 @@ class TokenFiles:
             # a row may continue in the next file
             while len(row) and number < len(self.arrays):
                 ids = self.arrays[number][offset : offset + len(row)]
-                if self.sums is not None:
-                    self.check(number, offset, offset + len(ids))
                 row[: len(ids)] = ids
                 row = row[len(ids) :]
                 number += 1
                 offset = 0
         return rows
 
-    def check(self, number: int, start: int, end: int) -> None:
-        """Verify those blocks with tokens [start, end) of file `number` that have not been read before."""
-        array = self.arrays[number]
-        size = CHECKED // array.itemsize
-        for block in range(start // size, (end - 1) // size + 1):
-            if not self.unchecked[number][block]:
-                continue
-            content = array[block * size : (block + 1) * size]
-            if zlib.crc32(content) != self.sums[number][block]:
-                raise self.error(
-                    f"{self.paths[number]} was altered or damaged: from byte {block * CHECKED:,} on its checksum is"
-                    " not the one in meta.json"
-                )
-            self.unchecked[number][block] = False
+    def verify(self) -> int:
+        """Compare the files with their checksums. Returns how many have one. Raises UserError."""
+        checked = [path for path in self.paths if path.name in self.sums]
+        for path in checked:
+            if sha256(path) != self.sums[path.name]:
+                problem = "its checksum is not the one in meta.json"
+                raise self.error(f"{path} was altered or damaged: {problem}")
+        return len(checked)
 
 
 def append_tokens(
@@ -210,10 +203,6 @@ def check_splits(meta: dict) -> None:
                 raise ValueError(
                     f"splits.{split} has the file {name!r}, which is not its own"
                 )
-
-
-def unpack_checksums(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text, validate=True), "<u4")
 
 
 def how_to(folder: Path) -> str:

@@ -52,12 +52,14 @@ def make_model(
 def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
     """Raise UserError unless these are the data that a checkpoint was trained on; it says how to get those."""
     pieces = from_state(saved["tokenizer"]).pieces
-    identity = saved["data"]["identity"]
-    if (pieces, identity) == (dataset.tokenizer.pieces, dataset.identity()):
+    identity = dataset.identity()
+    # a checkpoint of an earlier version may have other keys
+    known = saved["data"]["identity"].items()
+    same = all(identity.get(key, value) == value for key, value in known)
+    if pieces == dataset.tokenizer.pieces and same:
         return
     problem = f"{dataset.folder} is not the data that {out_dir}/ckpt.pt was trained on"
-    moved = shlex.quote(f"--dataset={dataset.folder.name}/previous-1")
-    advice = f"; if that was moved aside, add {moved}"
+    advice = "; if another folder has that, add --dataset=NAME"
     command = saved["data"].get("command", "")
     if is_command(command):
         advice += f"; to make it again: {as_written_here(command)}"
@@ -74,10 +76,10 @@ def check_same_tokens(base: Loaded, dataset: Dataset) -> None:
     if dataset.tokenizer.pieces == tokenizer.pieces:
         return
     source = tokenizer.name if tokenizer.name == "gpt2" else base.path
-    key = shlex.quote(f"--tokenizer={source}")
+    keys = shlex.join([f"--tokenizer={source}", "--overwrite=True"])
     raise UserError(
         f"{dataset.folder} has tokens ({dataset.tokenizer.name}) that are not those of the model {base.path}"
-        f" ({tokenizer.name}); prepare it again with {key}"
+        f" ({tokenizer.name}); prepare it again with {keys}"
     )
 
 
