@@ -8,12 +8,12 @@
     python prepare_data.py --input=pairs.tsv --name=mine                     your own: SOURCE, a tab, TARGET per line
     python prepare_data.py --source=a.de --target=a.en --name=mine           or two aligned files
 
-Input is text, .jsonl or .parquet, optionally with .gz or .zst. A line of JSON, a row of Parquet and a file of any other
-ending but .tsv are one document each; files of a folder that are no text are skipped and named, and carriage returns
-become line breaks. An end-of-text token separates documents. A document's split, train or val, depends only on its
-text, so that added files change nothing for the documents that were there; a single text file is cut instead, and so
-are files of few documents. A pair's split, train, val or test, depends only on its source; both sides share one
-vocabulary.
+Input is text, .jsonl, .parquet or .csv, optionally with .gz or .zst. A line of JSON, a row of Parquet or CSV and a
+file of any other ending but .tsv are one document each; files of a folder that are no text are skipped and named, and
+carriage returns become line breaks. An end-of-text token separates documents. A document's split, train or val,
+depends only on its text, so that added files change nothing for the documents that were there; a single text file is
+cut instead, and so are files of few documents. A pair's split, train, val or test, depends only on its source; both
+sides share one vocabulary.
 Files are streamed, never held in memory. A stopped preparation resumes when the same command is run again.
 """
 
@@ -57,9 +57,9 @@ from humptygpt.data.corpus import (
     read_from,
     vocabulary_texts,
 )
-from humptygpt.data.documents import find_files, write_if_changed
+from humptygpt.data.documents import file_format, find_files, write_if_changed
 from humptygpt.data.encoding import Progress, encode, read_json, write_json
-from humptygpt.data.pairs import PairFiles, Pairs, is_tsv
+from humptygpt.data.pairs import PairFiles, Pairs
 from humptygpt.data.parts import (
     check_divisible,
     corpus_id,
@@ -119,7 +119,9 @@ class PrepareConfig:
         "file, folder, pattern, or - for a stream; None: data/<name>/input.txt or .tsv, or a known text",
         path=True,
     )
-    text_key: str = setting("text", "field with the text in .jsonl and .parquet files")
+    text_key: str | None = setting(
+        None, "field or column with the text; None: text; with it, .tsv is read as .csv is"
+    )
     encoding_errors: str = setting(
         "strict", "for bytes that are not UTF-8", choices=("strict", "replace", "ignore")
     )
@@ -222,7 +224,11 @@ def main(argv: list[str]) -> None:
         if others := given.keys() - {"name", "verify"}:
             raise UserError(f"verify takes only a name; leave out {', '.join(others)}")
         folder = Path("data") / config.name
-        print(f"{folder}: {verify(folder)} token files are as they were written")
+        if not (count := verify(folder)):
+            raise UserError(
+                f"{folder} has no checksums; another version or program wrote it"
+            )
+        print(f"{folder}: {count} token files are as they were written")
         return
     if config.part:
         print(prepare_part(config))
@@ -373,21 +379,27 @@ def open_corpus(config: PrepareConfig, folder: Path) -> Corpus:
     preset = with_defaults(config, source.settings) if source else config
     where, name = find_input(preset, folder)
     if isinstance(where, str):
-        files, skipped = find_files(where, preset.encoding_errors)
+        text_key = preset.text_key or "text"
+        files, skipped = find_files(where, preset.encoding_errors, text_key)
         files = files[: preset.files]
         name = f"{len(files):,} files: {name}" if len(files) > 1 else name
-        in_pairs = set(map(is_tsv, files))
-        if in_pairs == {False}:
+        formats = set(map(file_format, files))
+        if preset.text_key is not None or ".tsv" not in formats:
+            if formats == {".txt"} and (config.text_key or config.skip_bad_lines):
+                rule = "text_key and skip_bad_lines are for lines and rows"
+                raise UserError(f"{rule}, but {where} is text; leave them out")
             resolved = resolve(config, preset, Documents.task)
             corpus = Documents(resolved, files, skipped, name)
             if resolved.tokenizer == "auto":
                 chosen, corpus.chosen_for = choose_tokenizer(corpus)
                 corpus.config = replace(resolved, **chosen)
             return corpus
-        if in_pairs != {True}:
+        if formats != {".tsv"}:
             problem = f"{where} has text and sentence pairs"
             raise UserError(f"{problem}; name one kind only, by a pattern such as '*.tsv'")
         where = [(None, (file,)) for file in files]
+    if config.text_key is not None:
+        raise UserError(f"text_key={config.text_key} has no effect on sentence pairs")
     return Pairs(resolve(config, preset, Pairs.task), where, name)
 
 
@@ -444,6 +456,7 @@ def resolve(config: PrepareConfig, preset: PrepareConfig, task: str) -> PrepareC
         if getattr(config, key) is not None:
             raise UserError(f"{key}={getattr(config, key)} has no effect {why}")
     defaults = {
+        "text_key": "text",
         "vocab_size": 8192 if pairs else 4096,
         "model_type": "bpe",
         "test_fraction": preset.val_fraction,
@@ -489,7 +502,7 @@ def make_tokenizer(corpus: Corpus, config: PrepareConfig) -> Tokenizer:
     kind = TOKENIZERS[corpus.config.tokenizer]
     options = {key: getattr(corpus.config, key) for key in kind.options}
     base, each = kind.training_memory
-    size = base + each * min(sum(corpus.sizes), VOCABULARY_BYTES)
+    size = base + each * min(corpus.text_size, VOCABULARY_BYTES)
     training = f"training tokenizer={kind.name} on this text takes"
     limits.check_fits(
         training, size, limits.available_memory(), "--tokenizer=byte takes none"

@@ -332,6 +332,9 @@ def prepare_input(config: TrainConfig, folder: Path) -> None:
                 f"{folder} is not of input={config.input}, but made by: {command};"
                 " take another name: --dataset=ANOTHER_NAME"
             )
+    for key in ("text_key", "encoding_errors", "skip_bad_lines"):
+        if (value := getattr(config, key)) is not None:
+            keys[key] = value
     keys["name"] = config.dataset
     prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, keys))
 

@@ -3,6 +3,7 @@ import gzip
 import json
 import os
 import runpy
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -168,7 +169,8 @@ def test_binary_and_hidden_files_are_skipped_counted_and_named(capsys):
     with gzip.open("t/d.tar.gz", "wb") as file:
         file.write(b"name\0\0\0some text")
     assert found("t") == ["t/notes", "t/utf16.txt"]
-    binary = "t/a.png (binary), t/b.pdf (binary), t/c.txt (binary), t/d.tar.gz (binary)"
+    pdf = "t/b.pdf (a PDF: convert it to text, as with pdftotext)"
+    binary = f"t/a.png (binary), {pdf}, t/c.txt (binary), t/d.tar.gz (binary)"
     assert (
         capsys.readouterr().err
         == f"note: skipped files: 5, first t/.git/config (hidden), {binary}\n"
@@ -279,7 +281,53 @@ def test_bad_lines_and_rows_are_skipped_and_counted_where_the_user_wants_it():
         assert sum(piece.skipped for piece in pieces) == bad
 
 
+TABLES = {
+    "a.csv": ('id,text,n\r\n1,"one, ""two""\r\nthree",5\r\n\r\n2,vier,6\r\n', "utf-8"),
+    "a.CSV.gz": ('text\n"one, ""two""\nthree"\nvier\n', "utf-8-sig"),
+    "a.tsv": ('text\tid\n"one, ""two""\nthree"\t1\nvier\t2\n', "utf-16"),
+    "b.csv": ('id;text\n1;"one, ""two""\nthree"\n2;vier', "utf-8"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_each_row_of_a_table_is_a_document_in_the_column_text_key(name):
+    text, encoding = TABLES[name]
+    data = text.encode(encoding)
+    Path(name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    assert read(name) == ['one, "two"\nthree', "vier"]
+
+
+def test_tables_without_the_column_are_skipped_in_a_folder_and_named(folder, capsys):
+    Path("t").mkdir()
+    Path("t/a.txt").write_text(make_text())
+    Path("t/b.csv").write_text("x,y\n1,2\n")
+    Path("t/c.csv").write_text(f"body,text\n{300 * 'b '},t\n")
+    assert found("t") == ["t/a.txt", "t/c.csv"]
+    assert "t/b.csv (no column text)" in capsys.readouterr().err
+    prepare_data.main(["mine", "--input=t/*.csv", "--text_key=body", "--tokenizer=byte"])
+    assert "c.csv" not in capsys.readouterr().err
+
+
 BAD = {
+    "a.csv has no column 'text'; set --text_key to one of: id, body": ["a.csv"],
+    "a.csv, row 2 has no text: under 'body' is ['three']; leave such lines out": [
+        *("a.csv", "--text_key=body")
+    ],
+    "wide.csv has no column 'text'; set --text_key to one of: id, body": ["wide.csv"],
+    "chats.jsonl, line 1 has no text: it is a chat; write each chat as one text under": [
+        "chats.jsonl"
+    ],
+    "chats.jsonl, line 1 has no text: it is a chat": [
+        *("chats.jsonl", "--text_key=messages")
+    ],
+    "a.pdf (a PDF: convert it to text, as with pdftotext)": ["a.pdf"],
+    "a.zip (a zip file or an office document: unpack it, or save it as text)": ["a.zip"],
+    "a.tar (a tar archive: unpack it)": ["a.tar"],
+    "a.tar.gz (a tar archive: unpack it)": ["a.tar.gz"],
+    "a.bin (binary)": ["a.bin"],
+    "text_key and skip_bad_lines are for lines and rows, but latin1.txt is text": [
+        *("latin1.txt", "--text_key=body", "--encoding_errors=replace")
+    ],
     "folder has no text files; skipped files: 1, first folder/a.bin (binary)": ["folder"],
     "cannot read latin.txt: No such file or directory; did you mean latin1.txt?": [
         "latin.txt"
@@ -321,6 +369,14 @@ BAD = {
 def test_bad_files_are_one_line_that_names_the_place(fails, complaint):
     Path("folder").mkdir()
     Path("folder/a.bin").write_bytes(b"\0\xff")
+    shutil.copy("folder/a.bin", "a.bin")
+    Path("a.csv").write_text("id,body\n1,one\n2,two,three\n")
+    Path("wide.csv").write_text("id,body\n", encoding="utf-16")
+    Path("chats.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    Path("a.pdf").write_bytes(b"%PDF-1.7 text")
+    for kind, ending in (("zip", "zip"), ("tar", "tar"), ("gztar", "tar.gz")):
+        shutil.make_archive("a", kind, "folder")
+        assert Path(f"a.{ending}").exists()
     Path("utf16.txt").write_bytes(b"\xff\xfea\0\0")
     Path("empty.txt").touch()
     Path("latin1.txt").write_bytes(b"abc" * 100_001 + b"\xfc" + b"abc" * 100_000)

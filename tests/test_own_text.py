@@ -233,6 +233,26 @@ def test_beside_a_config_file_the_input_names_the_data_and_a_model_its_tokens(
     assert meta("more")["tokenizer"]["tokenizer"] == "byte"
 
 
+def test_train_hands_on_the_keys_that_a_complaint_about_its_input_names(folder, fails):
+    lines = [{"body": make_text(2000)}, {"body": 5}, {"body": make_text(2000, 1)}]
+    Path("own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    Path("latin1.txt").write_bytes(make_text().encode() + b"\xfc")
+    for name, *keys in (
+        ("own.jsonl", "--text_key=body", "--skip_bad_lines=True"),
+        ("latin1.txt", "--encoding_errors=replace"),
+    ):
+        argv = [f"--input={name}", *TRAIN]
+        for key in keys:
+            assert key.partition("=")[0] in fails(train.main, *argv)
+            argv.append(key)
+        assert train.main(argv) == 0
+    assert (meta("own")["documents"], meta("own")["skipped_lines"]) == (2, 1)
+    argv = ["--input=own.jsonl", *TRAIN]
+    assert train.main(argv) == 0  # with the keys of the data
+    other = ["--input=latin1.txt", *TRAIN, "--encoding_errors=ignore"]
+    assert "data/latin1 holds another data set" in fails(train.main, *other)
+
+
 def test_a_run_that_resumes_takes_no_input(tiny, run_train, fails):
     run_train()
     resume = ["--init_from=resume", "--out_dir=out/run"]

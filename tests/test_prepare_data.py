@@ -329,11 +329,29 @@ def test_the_tokenizer_of_a_long_corpus_is_trained_on_an_even_sample_of_the_trai
     train_texts, _ = documents_of("mine")
     assert set(corpus_module.vocabulary_texts(source, everything=True)) == set(corpus)
     assert list(corpus_module.vocabulary_texts(source, everything=False)) == train_texts
-    monkeypatch.setattr(corpus_module, "VOCABULARY_BYTES", sum(source.sizes) // 2)
+    monkeypatch.setattr(corpus_module, "VOCABULARY_BYTES", source.text_size // 2)
     some = list(corpus_module.vocabulary_texts(source, everything=False))
     assert set(some) < set(train_texts) and 0.25 * len(train_texts) < len(
         some
     ) < 0.75 * len(train_texts)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt.gz"])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_packed_file_counts_with_the_size_of_its_text(
+    folder, monkeypatch, fails, name, large
+):
+    if large:
+        monkeypatch.setattr(corpus_module, "MANY", 0)
+        monkeypatch.setattr(corpus_module, "ENOUGH", 1_000_000)
+    texts = [make_text(2000, seed) for seed in range(1200)]
+    write(name, texts if "txt" not in name else ["\n".join(texts)])
+    monkeypatch.setattr(prepare_data.limits, "available_memory", lambda: 60_000_000)
+    argv = [f"--input={name}", "--name=mine", "--tokenizer=sentencepiece"]
+    complaint = fails(prepare_data.main, *argv)
+    found = re.search(r"tokenizer=sentencepiece on this text takes ([\d.]+) MB", complaint)
+    estimated = (float(found[1]) - 50) / 17  # MB of text
+    assert estimated == pytest.approx(2.4, rel=0.3 if large else 0.01)
 
 
 @pytest.mark.parametrize("shard_tokens", [100, 997, 10**6])
@@ -541,7 +559,7 @@ def test_training_and_sampling_handle_the_end_of_text_token(corpus, capsys):
 
 def test_a_folder_of_30_texts_whatever_their_endings_gives_30_documents(folder, capsys):
     Path("mixed").mkdir()
-    endings = ("", ".md", ".py", ".TXT", ".json", ".csv")
+    endings = ("", ".md", ".py", ".TXT", ".json", ".log")
     for number in range(30):
         Path(f"mixed/{number}{endings[number % 6]}").write_text(
             f"{number} {make_text(100, seed=number)}"

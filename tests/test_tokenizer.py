@@ -186,6 +186,16 @@ def test_a_vocabulary_too_small_for_the_text_is_refused_with_the_smallest_that_i
         kind.train([TEXT], least - 1)
 
 
+def test_byte_pair_encoding_learns_from_a_bounded_part_of_text_without_spaces(monkeypatch):
+    monkeypatch.setattr(tokenizer, "FEW_SPACES", 600)
+    plain = [make_text(200, seed) for seed in range(20)]
+    spaceless = [40 * chr(0x4E00 + 64 * number) for number in range(20)]  # 120 bytes each
+    texts = [text for both in zip(plain, spaceless, strict=True) for text in both]
+    learned = BytePairTokenizer.train(iter(texts), 500).pieces
+    assert learned == BytePairTokenizer.train(iter(texts[:10] + plain[5:]), 500).pieces
+    assert any(len(piece) > 2 and piece in spaceless[4].encode() for piece in learned)
+
+
 def test_the_least_vocabulary_of_byte_pair_encoding_is_explained():
     why = r"byte-pair encoding needs at least 257 tokens \(256 bytes and end-of-text\)"
     with pytest.raises(UserError, match=f"^vocab_size=100 is too small: {why}$"):

@@ -290,12 +290,13 @@ def test_data_is_prepared_with_the_tokenizer_of_a_folder_and_keeps_it(kind, made
     meta = read_meta(Path("data/mine"))
     shutil.rmtree("theirs")
     assert tokenizer.from_state(meta["tokenizer"]).vocab_size == len(theirs)
-    ids = TokenFiles(Path("data/mine"), "train", meta).read(np.array([0]), 100)[0].tolist()
+    tokens = meta["splits"]["train"]["tokens"]
+    files = TokenFiles(Path("data/mine"), "train", meta)
+    ids = files.read(np.array([0]), tokens)[0].tolist()
     first, second = (
         theirs(text).input_ids[:20]
         for text in ("Hello the dog. " * 30, "plain words " * 40)
     )
-    tokens = meta["splits"]["train"]["tokens"]
     assert ids[:20] == first
     assert second in [ids[start : start + 20] for start in range(tokens)]
 

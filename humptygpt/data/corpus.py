@@ -24,6 +24,7 @@ from humptygpt.tokenizer.tokenizers import TOKENIZERS, Tokenizer
 UNIT = 1 << 19  # characters that are encoded at once
 HASHED = 4096  # characters at the start of a document that decide its split; fewer than its first piece has
 MANY = 64_000_000  # bytes of files; in more, many lines or rows are documents
+ENOUGH = 4_000_000  # bytes of text, by which the whole of such files is estimated
 VOCABULARY_BYTES = (
     100_000_000  # a tokenizer is trained on an even sample of a longer corpus
 )
@@ -75,16 +76,24 @@ class Documents:
 
         Documents with a draw up to val_fraction are for validation. Files are cut if these are less than half or more
         than twice that fraction of the text, and so is a single text. Raises UserError if there is no text.
+        Also sets text_size, the bytes of UTF-8, which in large files of many documents is an estimate by the first.
         """
         fraction = self.config.val_fraction
         lengths = [0] * len(self.files)
-        held_out = 0
+        held_out = self.text_size = 0
         for number in range(len(self.files)):
             for piece in self.read(number):
                 lengths[number] += len(piece.text)
                 held_out += len(piece.text) * (piece.draw <= fraction)
+                self.text_size += len(piece.text.encode())
                 # many documents come close to the fraction
-                if lengths[number] and sum(self.sizes) > MANY and not self.only_text:
+                if (
+                    self.text_size > ENOUGH
+                    and sum(self.sizes) > MANY
+                    and not self.only_text
+                ):
+                    read = sum(self.sizes[:number]) + piece.read
+                    self.text_size = self.text_size * sum(self.sizes) // read
                     return None
         if not any(lengths):
             raise UserError(f"{self.source} has no text; there is nothing to learn from")
@@ -207,7 +216,7 @@ def units(corpus, what: str, start: Position = START) -> Iterator[Unit]:
 
 def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
     """Read texts to train a tokenizer on: everything, or the training split, evenly sampled."""
-    fraction = min(1.0, VOCABULARY_BYTES / sum(corpus.sizes))
+    fraction = min(1.0, VOCABULARY_BYTES / corpus.text_size)
     any_text = False
     for entries, _ in units(corpus, "training the tokenizer"):
         items = chain(*entries.values()) if everything else entries["train"]

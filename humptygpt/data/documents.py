@@ -1,9 +1,10 @@
-"""Files -> documents: text, JSON lines and Parquet, optionally compressed, streamed in pieces of bounded size.
+"""Files -> documents: text, JSON lines, Parquet and CSV, optionally compressed, streamed in pieces of bounded size.
 
 A file is what the ending of its name says, in upper or lower case; any other ending, and none, means text.
 """
 
 import codecs
+import csv
 import filecmp
 import glob
 import gzip
@@ -32,7 +33,12 @@ else:
     from backports import zstd
 
 PIECE = 1 << 18  # characters of a document that are in memory at once
-FORMATS = (".jsonl", ".parquet", ".tsv")
+FORMATS = (".jsonl", ".parquet", ".csv", ".tsv")
+BINARY = {  # how files that are no text begin
+    b"%PDF-": "a PDF: convert it to text, as with pdftotext",
+    b"PK\3\4": "a zip file or an office document: unpack it, or save it as text",
+}
+CHATS = {"messages", "conversations"}  # keys of a list of turns
 HEAD = 8000  # bytes at the start of a file that decide whether it is text
 BYTE_ORDER_MARKS = {  # that of UTF-32 starts like that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
@@ -59,7 +65,7 @@ OURS = MARKS | {
 }
 # no thread that watches a bar: one that cannot start, for want of memory, would be waited for without end
 tqdm.monitor_interval = 0
-DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, zstd.ZstdError)
+DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, zstd.ZstdError, csv.Error)
 ENCODING_HINT = "set --encoding_errors=replace or ignore"
 SKIP_HINT = "leave such lines out with --skip_bad_lines=True"
 
@@ -84,11 +90,14 @@ class Piece(NamedTuple):
 # Files
 
 
-def find_files(where: str, errors: str = "strict") -> tuple[list[Path], Counter]:
+def find_files(
+    where: str, errors: str = "strict", text_key: str = "text"
+) -> tuple[list[Path], Counter]:
     """Return the sorted files of a path (a file, a folder's, or a glob pattern's matches), and {why: files skipped}.
 
     Skipped are, of a folder, hidden files; of a folder or pattern, text files that are empty, damaged or not in their
-    encoding (errors as in read_documents); and always binary files and what our scripts write. A note names them.
+    encoding (errors as in read_documents), and CSV files without the column text_key; and always binary files and what
+    our scripts write. A note names them.
     Raises UserError where nothing is left, or a file cannot be read.
     """
     path = Path(where)
@@ -102,7 +111,7 @@ def find_files(where: str, errors: str = "strict") -> tuple[list[Path], Counter]
             files = [path]
         files = sorted(files, key=Path.as_posix)
         bar = tqdm(files, "checking the files", unit="file", mininterval=2, delay=2)
-        reasons = {file: why_skipped(file, path, errors) for file in bar}
+        reasons = {file: why_skipped(file, path, errors, text_key) for file in bar}
     texts = [file for file, reason in reasons.items() if not reason]
     skipped = [f"{file} ({reason})" for file, reason in reasons.items() if reason]
     report = f"skipped files: {len(skipped):,}, first {', '.join(skipped[:5])}"
@@ -120,7 +129,7 @@ def data_name(where: str) -> str:
     return next(filter(None, stems), "text")
 
 
-def why_skipped(file: Path, where: Path, errors: str) -> str:
+def why_skipped(file: Path, where: Path, errors: str, text_key: str) -> str:
     """Return why a file that was found at where is no text, or ""; so errors come now rather than hours later."""
     if any(part.startswith(".") for part in file.parts[len(where.parts) :]):
         return "hidden"
@@ -128,18 +137,19 @@ def why_skipped(file: Path, where: Path, errors: str) -> str:
     if file.name in OURS and any((at / mark).exists() for at in folders for mark in MARKS):
         return "of a data folder or run"
     try:
-        start = head(file)
-        if file_format(file) != ".txt":
+        if file_format(file) not in (".txt", ".csv"):
             return ""
-        if is_binary(start):
-            return "binary"
+        if reason := why_no_text(head(file)):
+            return reason
         # all of it is read now, so that every later pass has the same files
-        text = read_documents(file, "", errors)
+        text = read_documents(file, text_key, errors, skip_bad_lines=True)
         return "" if file == where or sum(len(piece.text) for piece in text) else "empty"
     except UserError as error:
         cause = error.__cause__
-        if file == where or not isinstance(cause, (*DAMAGE, UnicodeDecodeError)):
+        if file == where or not isinstance(cause, (*DAMAGE, UnicodeDecodeError, KeyError)):
             raise
+        if isinstance(cause, KeyError):
+            return f"no column {text_key}"
         return f"not {cause.encoding}" if isinstance(cause, ValueError) else "damaged"
 
 
@@ -155,10 +165,15 @@ def encoding_of(start: bytes) -> str:
     return next(found, "utf-8-sig")
 
 
-def is_binary(start: bytes) -> bool:
-    """Whether a file that starts like this is no text: as git does, by null bytes, which UTF-8 has not."""
+def why_no_text(start: bytes) -> str:
+    """Say why a file that starts like this is no text, or ""; as git does, by null bytes, which UTF-8 has not."""
+    for mark, reason in BINARY.items():
+        if start.startswith(mark):
+            return reason
+    if start[257:262] == b"ustar":
+        return "a tar archive: unpack it"
     has_null = encoding_of(start) == "utf-8-sig" and b"\0" in start
-    return has_null or start.startswith(b"%PDF-")
+    return "binary" if has_null else ""
 
 
 def file_size(path: Path) -> int:
@@ -167,7 +182,7 @@ def file_size(path: Path) -> int:
 
 
 def file_format(path: Path) -> str:
-    """Return .jsonl, .parquet or .tsv; .txt for any other name."""
+    """Return .jsonl, .parquet, .csv or .tsv; .txt for any other name."""
     packed = path.suffix.lower() in (".gz", ".zst")
     suffix = Path(path.stem if packed else path.name).suffix.lower()
     return suffix if suffix in FORMATS else ".txt"
@@ -211,16 +226,19 @@ def read_documents(
 ) -> Iterator[Piece]:
     """Read all documents of a file in pieces of at most PIECE characters, cut at the same positions every time.
 
-    A text file is one document; so are a line of JSON and a row of Parquet, under text_key. errors: strict, replace or
-    ignore, as in bytes.decode. Carriage returns, alone or before a line break, become line breaks. skip_bad_lines:
-    continue after a line or row that has no text. Raises UserError that names the line or row.
+    A text file is one document; so are a line of JSON and a row of Parquet or CSV, under text_key. errors: strict,
+    replace or ignore, as in bytes.decode. Carriage returns, alone or before a line break, become line breaks.
+    skip_bad_lines: continue after a line or row that has no text. Raises UserError that names the line or row.
     """
     with read_errors(path):
         if file_format(path) == ".txt":
             yield from pieces(read_text(path, errors))
             return
-        in_rows = file_format(path) == ".parquet"
-        records = read_parquet(path, text_key) if in_rows else read_lines(path)
+        in_rows = file_format(path) != ".jsonl"
+        if file_format(path) == ".parquet":
+            records = read_parquet(path, text_key)
+        else:
+            records = read_table(path, text_key, errors) if in_rows else read_lines(path)
         for number, (record, read) in enumerate(records, start=1):
             try:
                 value = record if in_rows else parse_line(record, text_key, errors)
@@ -237,18 +255,27 @@ def read_documents(
             yield from pieces([(text.replace("\r\n", "\n").replace("\r", "\n"), read)])
 
 
-def read_text(path: Path, errors: str) -> Iterator[tuple[str, int]]:
-    """Read (characters, bytes of the file so far) of a text file."""
+@contextmanager
+def open_text(
+    path: Path, errors: str, newline: str | None = None
+) -> Iterator[tuple[io.TextIOWrapper, BinaryIO]]:
+    """Open a text file, unpacked. Yields it and the file as it is stored, whose position is how far it was read."""
     with path.open("rb") as file:
-        text = io.TextIOWrapper(unpacked(path, file), encoding_of(head(path)), errors)
+        encoding = encoding_of(head(path))
         try:
-            while part := text.read(PIECE):
-                yield part, file.tell()
+            yield io.TextIOWrapper(unpacked(path, file), encoding, errors, newline), file
         except UnicodeDecodeError as error:
             wrong = f"byte 0x{error.object[error.start]:02x} is no {error.encoding}"
             raise UserError(
                 f"{path}: {wrong}; convert it with iconv, or {ENCODING_HINT}"
             ) from error
+
+
+def read_text(path: Path, errors: str) -> Iterator[tuple[str, int]]:
+    """Read (characters, bytes of the file so far) of a text file."""
+    with open_text(path, errors) as (text, file):
+        while part := text.read(PIECE):
+            yield part, file.tell()
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, int]]:
@@ -276,10 +303,7 @@ def read_parquet(path: Path, text_key: str) -> Iterator[tuple[object, int]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             columns = table.schema_arrow.names
-            if text_key not in columns:
-                raise UserError(
-                    f"{path} has no column {text_key!r}; set --text_key to one of: {', '.join(columns)}"
-                )
+            check_column(path, text_key, columns)
             batches = table.iter_batches(
                 batch_size=256, columns=[text_key], use_threads=False
             )
@@ -291,13 +315,39 @@ def read_parquet(path: Path, text_key: str) -> Iterator[tuple[object, int]]:
         raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
 
+def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object, int]]:
+    """Read (value under text_key, bytes of the file so far) of each row of a CSV file.
+
+    Its first line names the columns. They are separated by a comma, a semicolon or a tab: what that line has most.
+    """
+    csv.field_size_limit(2**31 - 1)
+    with open_text(path, errors, newline="") as (text, file):
+        header = text.readline()
+        separator = max(",;\t", key=header.count)
+        table = csv.DictReader(chain([header], text), delimiter=separator)
+        check_column(path, text_key, table.fieldnames or [])
+        for row in table:
+            # None: of a row with more columns, whose text probably has a separator in it
+            yield row.get(None, row[text_key]), file.tell()
+
+
+def check_column(path: Path, text_key: str, columns: list[str]) -> None:
+    if text_key not in columns:
+        problem = f"{path} has no column {text_key!r}"
+        advice = f"set --text_key to one of: {', '.join(columns)}"
+        raise UserError(f"{problem}; {advice}") from KeyError(text_key)
+
+
 def parse_line(line: bytes, text_key: str, errors: str) -> object:
     """Return the value under text_key in a line of JSON, "" for an empty line. Raises ValueError or RecursionError."""
     text = line.decode("utf-8", errors)
     if not text.strip():
         return ""
     record = json.loads(text)
-    if not isinstance(record, dict) or text_key not in record:
+    is_object = isinstance(record, dict)
+    if is_object and record.keys() & CHATS and type(record.get(text_key)) is not str:
+        raise ValueError("it is a chat; write each chat as one text under one key")
+    if not is_object or text_key not in record:
         raise ValueError(
             f"set --text_key to the key of the text; it has no {text_key!r}, but {text[:100]!r}"
         )

@@ -19,7 +19,7 @@ import numpy as np
 
 from humptygpt.core.errors import UserError
 from humptygpt.data.corpus import draw, read_from
-from humptygpt.data.documents import SKIP_HINT, file_format, file_size, read_text_lines
+from humptygpt.data.documents import SKIP_HINT, file_size, read_text_lines
 from humptygpt.tokenizer.tokenizers import END_OF_TEXT, Tokenizer
 
 SLACK = 8  # tokens by which one side may always be longer, for "Stop!" and "Halt, stehen bleiben!"
@@ -84,12 +84,14 @@ class Pairs:
         test = self.config.test_fraction
         any_val = False
         any_pair = False
+        self.text_size = 0
         above = []  # the two lowest draws that are not below val
         for position, pair in read_from(self, "checking the pairs"):
             if reason := self.why_left_out(pair, position.file):
                 self.left_out[reason] += 1
                 continue
             any_pair = True
+            self.text_size += len("".join(pair.texts).encode())
             drawn = draw(pair.source)
             if drawn < val:
                 any_val = True
@@ -182,10 +184,6 @@ class Pairs:
 
 # --------------------------------------------------------------------------------------
 # Files -> pairs
-
-
-def is_tsv(path: Path) -> bool:
-    return file_format(path) == ".tsv"
 
 
 def clean(text: str) -> str:

