@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import model as models
 from humptygpt.checkpoint import checkpoint
-from humptygpt.checkpoint.checkpoint import refuse_damaged
+from humptygpt.checkpoint.checkpoint import refuse_other_code
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
 from humptygpt.core.settings import as_written_here, note
@@ -143,7 +143,7 @@ class Run:
     def load(self, saved: dict) -> None:
         """Take over the state of a checkpoint, whose weights the model has already. Raises UserError."""
         sharded = checkpoint.lacks_tensors(saved)
-        with refuse_damaged(self.path):
+        with refuse_other_code(self.path):
             self.optimizer.check_state(saved["optimizer"], "meta" if sharded else "cpu")
         if saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])

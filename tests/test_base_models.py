@@ -360,7 +360,7 @@ DAMAGES = {
         "transformer.more is unknown",
     ),
     "a wrong shape": (
-        lambda saved: saved["model_args"].update(n_embd=32),
+        lambda saved: saved["model_args"].update(vocab_size=12),
         "must have shape",
     ),
     "no number": (
@@ -369,7 +369,7 @@ DAMAGES = {
     ),
     "huge": (
         lambda saved: saved["model_args"].update(n_layer=2**20),
-        "1,048,576 layers, but there are only",
+        "n_layer=1048576 and n_embd=.* do not describe its weights",
     ),
 }
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ADAMW, GPT2, TINY_RUN, assert_same_weights
+from torch import nn
 
 import model as models
 import sample
 import train
 from humptygpt.checkpoint import checkpoint
 from humptygpt.core.errors import UserError
+from humptygpt.interchange.huggingface import write_pretrained
 from humptygpt.interchange.load import load as load_source
 from humptygpt.tokenizer.tokenizers import CharTokenizer
 from humptygpt.training.settings import TrainConfig
@@ -120,7 +122,7 @@ BAD = {
         lambda path: torch.save({"format": ["gpt checkpoint 3"]}, path),
         lambda path: torch.save({"format": "gpt checkpoint 2"}, path),
     ],
-    "out/run/best.pt is damaged: model_args.n_layer is missing": [
+    "cannot read out/run/best.pt: model_args.n_layer is missing": [
         lambda path: torch.save({"model": {}, "model_args": {}}, path),
     ],
     "no checkpoint out/run/best.pt; train first": [lambda path: None],
@@ -187,7 +189,7 @@ EDITS = [
     ("train_config is missing", change("train_config")),
     ("train_config must be dict", change("train_config", value=[])),
     (
-        "unknown key batch_sice; did you mean batch_size",
+        "ckpt.pt was written by other code: it has the key batch_sice, which this code lacks",
         change("train_config", "batch_size", rename="batch_sice"),
     ),
     ("batch_size=0 must be at least 1", change("train_config", "batch_size", value=0)),
@@ -196,20 +198,26 @@ EDITS = [
         change("train_config", "learning_rate", value=float("nan")),
     ),
     (
-        "model_config does not describe these weights",
+        "n_layer=1000000000 and n_embd=8 do not describe its weights",
         change("model_config", "n_layer", value=10**9),
     ),
-    ("does not describe these", change("model_config", "n_embd", value=2**40)),
+    (
+        "n_embd=1099511627776 do not describe its",
+        change("model_config", "n_embd", value=2**40),
+    ),
     ("n_head=3", change("model_config", "n_head", value=3)),
     (
         "block_size=2147483648 must be at least 1 and at most",
         change("model_config", "block_size", value=2**31),
     ),
     (
-        "lm_head.weight must equal model.wte.weight",
+        "lm_head.weight must equal wte.weight",
         change("model_config", "tie_weights", value=True),
     ),
-    ("the tokenizer char is damaged", change("tokenizer", "alphabet")),
+    (
+        "ckpt.pt: the description of the tokenizer char is damaged",
+        change("tokenizer", "alphabet"),
+    ),
     (
         "the tokenizer has 4 tokens, but the model 3",
         change("tokenizer", "alphabet", value="abcd"),
@@ -219,23 +227,32 @@ EDITS = [
     ("progress.iter must", change("progress", "iter", value=10**400)),
     ("progress has seconds=nan", change("progress", "seconds", value=float("nan"))),
     ("model.wte.weight must be Tensor", change("model", "wte.weight", value=[0.0])),
-    ("model.wte.weight is missing|does not describe", change("model", "wte.weight")),
-    ("model.lm_head.w is unknown", change("model", "lm_head.weight", rename="lm_head.w")),
     (
-        "model.lm_head.weight must be a dense tensor of torch.float32 and shape",
+        "it lacks the parameter wte.weight, which this code has",
+        change("model", "wte.weight"),
+    ),
+    (
+        "it has the parameter lm_head.w, which this code lacks",
+        change("model", "lm_head.weight", rename="lm_head.w"),
+    ),
+    (
+        "the parameter lm_head.weight must be a dense tensor of torch.float32 and shape",
         change("model", "lm_head.weight", value=WTE.T),
     ),
-    ("model.lm_head.weight must be", change("model", "lm_head.weight", value=WTE.double())),
     (
-        "model.lm_head.weight must be",
+        "the parameter lm_head.weight must be",
+        change("model", "lm_head.weight", value=WTE.double()),
+    ),
+    (
+        "the parameter lm_head.weight must be",
         change("model", "lm_head.weight", value=WTE.to_sparse()),
     ),
     (
-        "model.lm_head.weight must be",
+        "the parameter lm_head.weight must be",
         change("model", "lm_head.weight", value=torch.zeros(()).expand(3, 8)),
     ),
     ("progress.seconds must be float", change("progress", "seconds", value=10**400)),
-    ("progress.x is unknown", change("progress", "x", value=3)),
+    ("it has progress.x, which this code lacks", change("progress", "x", value=3)),
     (
         "device must have no control characters",
         change("train_config", "device", value="c\npu"),
@@ -344,3 +361,75 @@ def test_a_restored_model_shares_the_tensors_of_the_file_and_is_whole(position):
         batch = {"idx": torch.ones(1, 8, dtype=torch.long)}
         batch |= {"source": torch.ones(1, 5, dtype=torch.long)} if model.has_encoder else {}
         assert torch.equal(restored(**batch)[0], model(**batch)[0])
+
+
+# --------------------------------------------------------------------------------------
+# Runs of a model.py that has changed since
+
+
+class ScaleOnly(nn.Module):
+    """The README's example of a new norm."""
+
+    def __init__(self, config: models.ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+class Renamed(models.LayerNorm):
+    """A layer norm whose parameter has another name."""
+
+    def __init__(self, config: models.ModelConfig):
+        super().__init__(config)
+        self.gain = nn.Parameter(self.weight.detach())
+        del self.weight
+
+
+class Buggy(models.LayerNorm):
+    def __init__(self, config: models.ModelConfig):
+        super().__init__(config)
+        int("a bug")
+
+
+DOORS = {
+    "sampled": lambda argv: sample.main(["--out_dir=out/run", "--device=cpu"]),
+    "resumed": lambda argv: train.main(["--init_from=resume", "--out_dir=out/run"]),
+    "exported": lambda argv: load_source("theirs"),
+}
+
+
+def test_a_checkpoint_of_other_code_is_whole_and_says_what_differs(
+    run_train, monkeypatch, fails
+):
+    def complaints() -> set[str]:
+        """Of sampling and resuming, without the files, both of which are called whole."""
+        lines = [fails(DOORS[door]) for door in ("sampled", "resumed")]
+        return {line.partition(".pt was written by other code: ")[2] for line in lines}
+
+    with monkeypatch.context() as patch:
+        patch.setitem(models.NORMS, "scale", ScaleOnly)
+        run_train("--norm=scale")
+    kinds = ", ".join(models.NORMS)
+    assert complaints() == {f"norm=scale is not one of: {kinds}\n"}
+
+    monkeypatch.setitem(models.NORMS, "scale", Renamed)
+    name = "stack.blocks.0.attn_norm.weight"
+    assert complaints() == {f"it has the parameter {name}, which this code lacks\n"}
+
+    for path in (OUT / "best.pt", OUT / "ckpt.pt"):
+        saved = torch.load(path)
+        saved["model_config"]["swirl"] = 3
+        torch.save(saved, path)
+    assert complaints() == {"it has the key swirl, which this code lacks\n"}
+
+
+def test_a_bug_in_a_model_is_not_taken_for_a_damaged_file(run_train, monkeypatch):
+    run_train("--position=learned", "--bias=True")
+    write_pretrained(load_source(OUT).model, Path("theirs"))
+    monkeypatch.setitem(models.NORMS, "layernorm", Buggy)
+    for enter in DOORS.values():
+        with pytest.raises(ValueError, match=r"^invalid literal for int.*'a bug'") as error:
+            enter([])
+        assert error.type is ValueError

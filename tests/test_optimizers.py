@@ -245,7 +245,7 @@ DOUBLE = {"exp_avg": torch.zeros(11, 32, dtype=torch.float64)}
 DAMAGES = {
     f"optimizer.{WTE} is missing": lambda state: state.pop(WTE),
     "optimizer.other is unknown": lambda state: state.update(other={}),
-    f"optimizer.{WTE}.exp_avg is missing": lambda state: state[WTE].pop("exp_avg"),
+    f"it lacks optimizer.{WTE}.exp_avg, which": lambda state: state[WTE].pop("exp_avg"),
     f"optimizer.{UP}.momentum_buffer must": lambda state: state[UP].update(MISSHAPEN),
     f"optimizer.{WTE}.exp_avg must": lambda state: state[WTE].update(DOUBLE),
 }

@@ -557,12 +557,10 @@ BAD = [
     (edit_config(layer_norm_epsilon=float("nan")), "norm_eps=nan must be above 0"),
     (edit_config(layer_norm_epsilon=10**400), "norm_eps"),
     # absurd sizes
-    (edit_config(n_embd=2**40), "Storage size calculation overflowed"),
-    (edit_config(n_layer=2**20), "1,048,576 layers, but there are only 28 weights"),
-    (
-        edit_config(n_embd=2**20, n_inner=2**20),
-        "c_attn.bias must have shape (3145728,) and",
-    ),
+    (edit_config(n_embd=2**40), "n_embd=1099511627776 do not describe its weights"),
+    (edit_config(vocab_size=2**62), "do not describe its weights"),
+    (edit_config(n_layer=2**20), "n_layer=1048576 and n_embd=32 do not"),
+    (edit_config(n_inner=2**20), "c_fc.bias must have shape (1048576,) and"),
     # weights
     (edit_weights(lambda weights: weights.pop(LN)), f"the weight {LN} is missing"),
     (
@@ -589,7 +587,7 @@ BAD = [
     (write_file(lambda data: b"\xff" * 8 + data[8:]), WHOLE),
     (
         lambda: ((HF / "model.safetensors").unlink(), (HF / "model.safetensors").mkdir()),
-        WHOLE,
+        "cannot read the model in theirs: Is a directory",
     ),
     # shards
     (
@@ -602,7 +600,7 @@ BAD = [
     ),
     (
         sharded({}),
-        "the weight transformer.h.0.attn.c_attn.bias is missing|but there are only 0 weights",
+        "the weight transformer.h.0.attn.c_attn.bias is missing|do not describe its weights",
     ),
     # pickles
     (

@@ -8,7 +8,7 @@ import shlex
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import model as models
 from humptygpt.core import limits
 from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError, one_line
+from humptygpt.core.errors import UserError, one_line, refuse
 from humptygpt.core.files import write_whole
 from humptygpt.core.settings import REMOVED, check_schema, nearest_path, note
 from humptygpt.tokenizer import tokenizers
@@ -218,11 +218,21 @@ def check(path: Path, saved: object, device: str = "cpu") -> dict:
         raise UserError(
             f"{path} is not a checkpoint of this version, whose format is {FORMAT!r}"
         )
-    with refuse_damaged(path):
+    with refuse(f"{path} is damaged: "):
         check_schema(saved, SCHEMA)
-        update_entries(saved)
-        check_content(saved, device)
+    with refuse(f"{path}: "):
+        tokens = tokenizers.from_state(saved["tokenizer"]).vocab_size
+    with refuse_other_code(path):
+        config = check_content(saved, tokens)
+    model = build_like(path, config, saved["model"])
+    with refuse_other_code(path):
+        check_weights(saved["model"], model, device)
     return saved
+
+
+def refuse_other_code(path: Path) -> AbstractContextManager:
+    """Turn a ValueError of the block into a UserError: the file is whole, but does not fit the code that reads it."""
+    return refuse(f"{path} was written by other code: ")
 
 
 def lacks_tensors(saved: dict) -> bool:
@@ -242,61 +252,74 @@ def update_entries(saved: dict) -> None:
     saved["model_config"].setdefault("mlp_conv", 0)  # files older than the key
 
 
-def check_content(saved: dict, device: str) -> None:
-    """Raise ValueError where the entries, each of the right type, do not fit together."""
+def check_content(saved: dict, tokens: int) -> models.ModelConfig:
+    """Return the model's config; tokens: the tokenizer's. Raises ValueError or UserError for what this code lacks."""
+    update_entries(saved)
     for key, value in saved["train_config"].items():
         if type(value) is str and not value.isprintable():
             raise ValueError(f"{key} must have no control characters")
     config = configurator.restore(models.ModelConfig, saved["model_config"])
-    tokens = tokenizers.from_state(saved["tokenizer"]).vocab_size
     if config.vocab_size is None or tokens > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokens} tokens, but the model {config.vocab_size}"
         )
     if saved["task"] not in models.MODELS[config.model].tasks:
         raise ValueError(f"model={config.model} is not for task={saved['task']}")
-    check_weights(saved["model"], config, device)
     progress = saved["progress"]
     if unknown := progress.keys() - {key.rstrip("?") for key in PROGRESS}:
-        raise ValueError(f"progress.{min(unknown)} is unknown")
+        raise ValueError(f"it has progress.{min(unknown)}, which this code lacks")
     for key in ("seconds", "run_seconds", "position"):
         if not 0 <= progress.get(key, 0) < 1e9:
             raise ValueError(f"progress has {key}={progress[key]}")
     if not progress["best_val_loss"] >= 0:
         raise ValueError(f"progress has best_val_loss={progress['best_val_loss']}")
+    return config
 
 
-def check_weights(
-    weights: dict[str, Tensor], config: models.ModelConfig, device: str
-) -> None:
-    """Raise ValueError where these are not the weights of such a model."""
-    n_embd = weights["wte.weight"].shape[-1:] if "wte.weight" in weights else (1,)
-    # found before something huge is built
-    if config.n_layer > len(weights) or (config.n_embd,) != n_embd:
-        raise ValueError("model_config does not describe these weights")
-    model = models.build_on_meta(config)
-    check_tensors("model", weights, model.state_dict(), device)
+def build_like(
+    what: object, config: models.ModelConfig, weights: dict[str, Tensor]
+) -> nn.Module:
+    """Build the model of a file's settings on the meta device; what: the file. A bug in a model's code passes.
+
+    Raises UserError for absurd sizes, before something huge is built.
+    """
+    sizes = {size for x in weights.values() if not x.is_nested for size in x.shape}
+    try:
+        if config.n_layer <= len(weights) and config.n_embd in sizes:
+            return models.build_on_meta(config)
+    except RuntimeError as error:
+        if "overflow" not in str(error):  # torch's, for a tensor with too many elements
+            raise
+    raise UserError(
+        f"cannot read {what}: n_layer={config.n_layer} and n_embd={config.n_embd} do not describe its weights"
+    )
+
+
+def check_weights(weights: dict[str, Tensor], model: nn.Module, device: str) -> None:
+    """Raise ValueError where these are not the weights of this model."""
+    check_tensors("the parameter ", weights, model.state_dict(), device)
     first_names: dict[nn.Parameter, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         first = first_names.setdefault(p, name)
         same = weights[name] is weights[first]
         if not same and not torch.equal(weights[name], weights[first]):
-            raise ValueError(f"model.{name} must equal model.{first}, to which it is tied")
+            raise ValueError(f"{name} must equal {first}, to which it is tied")
 
 
 def check_tensors(
     entry: str, tensors: dict[str, Tensor], like: dict[str, Tensor], device: str
 ) -> None:
-    """Raise ValueError where names, shapes, dtypes, layouts or devices differ."""
-    if tensors.keys() != like.keys():
-        name = min(tensors.keys() ^ like.keys())
-        raise ValueError(f"{entry}.{name} is {'unknown' if name in tensors else 'missing'}")
+    """Raise ValueError where names, shapes, dtypes, layouts or devices differ; entry: what stands before a name."""
+    if unknown := tensors.keys() - like.keys():
+        raise ValueError(f"it has {entry}{min(unknown)}, which this code lacks")
+    if missing := like.keys() - tensors.keys():
+        raise ValueError(f"it lacks {entry}{min(missing)}, which this code has")
     for name, tensor in tensors.items():
         dense = tensor.layout == torch.strided and tensor.is_contiguous()
         expected = (device, like[name].dtype, like[name].shape)
         if not dense or (tensor.device.type, tensor.dtype, tensor.shape) != expected:
             raise ValueError(
-                f"{entry}.{name} must be a dense tensor of {expected[1]} and shape {tuple(expected[2])}"
+                f"{entry}{name} must be a dense tensor of {expected[1]} and shape {tuple(expected[2])}"
             )
 
 

@@ -158,7 +158,8 @@ def restore(cls: type, values: dict[str, object]):
     """As make(), from what a file holds: keys must be known, types right; a missing key has its default."""
     fields = fields_of((cls,))
     for name, value in values.items():
-        check_key(name, fields)
+        if name not in fields:
+            raise UserError(f"it has the key {name}, which this code lacks")
         convert(name, value, fields[name].type)
     return make(cls, values)
 

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from humptygpt.checkpoint.checkpoint import build_like
 from humptygpt.core.errors import UserError
 from humptygpt.core.files import write_whole
 from humptygpt.core.settings import check_schema, convert, parse_json, without_effect
@@ -71,8 +72,12 @@ def read_pretrained(folder: Path) -> tuple[ModelConfig, Weights]:
     not read. Raises UserError for a folder that is incomplete or damaged, or holds what cannot be built here.
     """
     family, config = read_config(folder)
-    with reading(f"the model in {folder}"):
-        return config, read_weights(family, config, open_weights(folder))
+    what = f"the model in {folder}"
+    with reading(what):
+        tensors = open_weights(folder)
+    like = build_like(what, config, tensors).state_dict()
+    with reading(what):
+        return config, read_weights(family, config, tensors, like)
 
 
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
@@ -116,10 +121,13 @@ def model_settings(family: Family, content: dict) -> dict[str, object]:
     return settings | {"activation": ACTIVATION_NAMES[activation]}
 
 
-def read_weights(family: Family, config: ModelConfig, tensors: Weights) -> Weights:
+def read_weights(
+    family: Family, config: ModelConfig, tensors: Weights, like: Weights
+) -> Weights:
     """Return our state dict of a file's tensors, which are removed from the dictionary. Raises ValueError.
 
-    Nothing is allocated before all names, shapes and dtypes are checked.
+    like: the state dict of such a model on the meta device. Nothing is allocated before all names, shapes and dtypes
+    are checked.
     """
     stored = {}
     while tensors:
@@ -128,13 +136,8 @@ def read_weights(family: Family, config: ModelConfig, tensors: Weights) -> Weigh
             name = family.prefix + name
         if not re.fullmatch(family.no_weights, name):
             stored[name] = tensor
-    if config.n_layer > len(stored):  # or building would take long
-        raise ValueError(
-            f"config.json has {config.n_layer:,} layers, but there are only {len(stored)} weights"
-        )
     # older files have it, too
     head = stored.pop("lm_head.weight", None) if config.tie_weights else None
-    like = build_on_meta(config).state_dict()
     expected = to_theirs(family, config, like)
     if unmatched := stored.keys() ^ expected.keys():
         name = min(unmatched)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 from torch import nn
 
 from humptygpt.checkpoint import checkpoint
-from humptygpt.checkpoint.checkpoint import refuse_damaged
 from humptygpt.core.errors import UserError
 from humptygpt.core.settings import (
     as_written_here,
@@ -22,7 +21,7 @@ from humptygpt.core.settings import (
 from humptygpt.data.token_files import GPT2_TOKENS, read_nanogpt_meta
 from humptygpt.interchange import adapters, hub, huggingface
 from humptygpt.interchange.families import GPT2
-from humptygpt.interchange.weight_files import check_dense
+from humptygpt.interchange.weight_files import check_dense, reading
 from humptygpt.nn import lora
 from humptygpt.tokenizer import tokenizers
 from humptygpt.tokenizer.read_huggingface import read_tokenizer, tokenizer_file
@@ -192,7 +191,7 @@ def is_nanogpt(saved: object) -> bool:
 
 
 def from_nanogpt(path: Path, saved: dict) -> Loaded:
-    with refuse_damaged(path):
+    with reading(path):
         check_dense(saved.get("model"), path.name)
         check_schema(saved, NANOGPT)
         args = {"bias": True} | saved["model_args"]
@@ -200,9 +199,11 @@ def from_nanogpt(path: Path, saved: dict) -> Loaded:
         config = ModelConfig(
             **GPT2.fixed | {"activation": "gelu", "tie_weights": True} | sizes
         )
-        # the names of a compiled model have a prefix
-        weights = {name.removeprefix("_orig_mod."): x for name, x in saved["model"].items()}
-        weights = huggingface.read_weights(NANOGPT_FAMILY, config, weights)
+    # the names of a compiled model have a prefix
+    weights = {name.removeprefix("_orig_mod."): x for name, x in saved["model"].items()}
+    like = checkpoint.build_like(path, config, weights).state_dict()
+    with reading(path):
+        weights = huggingface.read_weights(NANOGPT_FAMILY, config, weights, like)
     model = checkpoint.restore_model(weights, config)
     return Loaded(model, nanogpt_tokenizer(path, saved), path, f"nanoGPT's {path}")
 

@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from humptygpt.checkpoint.checkpoint import load_plain
+from humptygpt.checkpoint.checkpoint import load_plain, refuse_damaged
 from humptygpt.core.errors import UserError, one_line
-from humptygpt.core.limits import is_out_of_memory
 from humptygpt.core.settings import parse_json
 
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there counts
@@ -22,19 +21,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
+def reading(what: object) -> Iterator[None]:
     """Within this, an error of a stranger's file becomes a UserError of one line."""
     try:
         yield
-    except (ValueError, UserError, OSError, OverflowError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
+    except (ValueError, UserError, OSError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"cannot read {what}: {reason}") from error
 
 
 def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
-    """Return all tensors of a folder's first file of these names. Raises ValueError or OSError."""
+    """Return all tensors of a folder's first file of these names. Raises ValueError, UserError or OSError."""
     present = {path.name for path in folder.iterdir()}
     for name in names:
         if name in present:
@@ -45,15 +42,12 @@ def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
 
 
 def open_file(path: Path) -> Weights:
-    try:
+    path.open("rb").close()  # raises OSError for a file that cannot be read
+    problem = "is truncated, damaged or holds more than tensors and plain data"
+    with refuse_damaged(path, problem):
         if path.suffix == ".safetensors":
             return load_file(path)  # which compares what it declares with its size
         tensors = load_plain(path, legacy=True)
-    # zip, pickle, torch and safetensors have errors of their own
-    except Exception as error:
-        raise ValueError(
-            f"{path.name} is truncated, damaged or holds more than tensors and plain data"
-        ) from error
     check_dense(tensors, path.name)
     return tensors
 

@@ -46,8 +46,8 @@ def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
         path = folder / name
         if step < end and path.exists():
             saved = checkpoint.read_plain(path)
-            with checkpoint.refuse_damaged(path):
-                checkpoint.check_tensors("snapshot", saved, like, "cpu")
+            with checkpoint.refuse_damaged(path, "is no snapshot of this model"):
+                checkpoint.check_tensors("", saved, like, "cpu")
             packed = base64.b64encode(saved["rows"].numpy().tobytes())
             data.append({"iter": step, "rows": packed.decode()})
     return data

@@ -96,7 +96,7 @@ class Optimizer:
                 f"optimizer.{name} is {'missing' if name in like else 'unknown'}"
             )
         for name, state in saved["state"].items():
-            check_tensors(f"optimizer.{name}", state, like[name], device)
+            check_tensors(f"optimizer.{name}.", state, like[name], device)
 
     def load_state_dict(self, saved: dict) -> None:
         """Take over the state, which check_state has checked; the settings of the groups stay as they are now."""

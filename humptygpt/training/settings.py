@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from humptygpt.checkpoint import checkpoint
-from humptygpt.checkpoint.checkpoint import refuse_damaged
+from humptygpt.checkpoint.checkpoint import refuse_other_code
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError
 from humptygpt.core.settings import check, note, setting
@@ -307,7 +307,7 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
         raise UserError(
             f"{path} holds a model but not the state of its training; is it a copy of best.pt?"
         )
-    with refuse_damaged(path):
+    with refuse_other_code(path):
         train_config = asdict(configurator.restore(TrainConfig, saved["train_config"]))
         model_config = asdict(configurator.restore(ModelConfig, saved["model_config"]))
     own = train_config | model_config
