@@ -540,10 +540,15 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     parts = [*processes.local_batches(run.batches, first, micro_batches, config.batch_size)]
     tokens = processes.sum(sum(part.tokens for part in parts))
     mean_loss = torch.zeros((), device=run.device)
+    # at first, an error in backward also shows the line of the forward pass that it is about
+    traced = it == 0 and processes.size == 1 and run.net is run.model
     for part in parts:
         if run.model.config.dropout:
             part.seed_dropout(config.seed, run.model, run.device)
-        with processes.sync_gradients(run.replica, last=part is parts[-1]):
+        with (
+            processes.sync_gradients(run.replica, last=part is parts[-1]),
+            torch.autograd.set_detect_anomaly(traced, check_nan=False),
+        ):
             with autocast(run.device, run.dtype):
                 _, loss = run.replica(**to_device(part.batch, run.device))
                 loss = loss * (part.tokens / tokens)

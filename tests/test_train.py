@@ -957,3 +957,39 @@ def test_a_second_ctrl_c_ends_a_long_step_at_once_and_the_first_one_says_so():
         time.sleep(1.1)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=9) == 128 + signal.SIGINT
+
+
+# --------------------------------------------------------------------------------------
+# Errors of the user's own model, and of memory
+
+
+def test_an_in_place_error_in_an_edited_model_shows_its_line_and_a_traceback(tiny, folder):
+    copy = folder / "copy"
+    for name in ("humptygpt", "config"):
+        shutil.copytree(ROOT / name, copy / name)
+    shutil.copy(ROOT / "train.py", copy)
+    source = (ROOT / "model.py").read_text()
+    line = "q = self.queries(x).sigmoid()"
+    edited = source.replace("q = self.queries(x)\n", f"{line}; q.mul_(2)\n")
+    assert edited != source
+    (copy / "model.py").write_text(edited)
+    command = [sys.executable, "copy/train.py", *TINY_RUN]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "modified by an inplace operation" in done.stderr.splitlines()[-1]
+    assert "Traceback (most recent call last)" in done.stderr
+    assert f"{copy}/model.py" in done.stderr and line in done.stderr
+
+
+@pytest.mark.parametrize(
+    "problem", ["DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory"]
+)
+def test_a_backward_pass_without_memory_is_answered_with_advice(
+    tiny, fails, monkeypatch, problem
+):
+    def backward(loss):
+        raise RuntimeError(problem)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    complaint = fails(train.main, *TINY_RUN)
+    assert complaint.startswith("out of memory, ") and "--batch_size=" in complaint

@@ -315,7 +315,8 @@ def check_tensors(
     if missing := like.keys() - tensors.keys():
         raise ValueError(f"it lacks {entry}{min(missing)}, which this code has")
     for name, tensor in tensors.items():
-        dense = tensor.layout == torch.strided and tensor.is_contiguous()
+        strided = tensor.layout == torch.strided and not tensor.is_nested
+        dense = strided and tensor.is_contiguous()
         expected = (device, like[name].dtype, like[name].shape)
         if not dense or (tensor.device.type, tensor.dtype, tensor.shape) != expected:
             raise ValueError(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from humptygpt.checkpoint import checkpoint
+from humptygpt.core import limits
 from humptygpt.core.errors import UserError
 from humptygpt.core.files import remove
 from humptygpt.data.batches import Dataset, Prefetcher, random_key
@@ -50,12 +51,14 @@ WAYS = ("ddp", "fsdp")
 
 @contextmanager
 def raise_if_rank_died() -> Iterator[None]:
-    """Raise UserError where the block, which waits for other ranks, fails."""
+    """Raise UserError if the block fails because of another rank. Any other error is the model's own, and passes."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        # gloo's errors have no class of their own, but name its source files
+        lost = "gloo" in str(error) or isinstance(error, dist.DistError)
+        if launched()[1] == 1 or not lost or limits.is_out_of_memory(error):
+            raise
         raise UserError(
             f"another process has ended or does not answer ({first_line(error)}); the run ends;"
             " its last checkpoint is whole: --init_from=resume continues from it"
