@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ADAMW, GPT2, TINY_RUN, assert_same_weights
+from conftest import ADAMW, GPT2, PLAIN, TINY_RUN, assert_same_weights
 from torch import nn
 
 import model as models
@@ -426,7 +426,7 @@ def test_a_checkpoint_of_other_code_is_whole_and_says_what_differs(
 
 
 def test_a_bug_in_a_model_is_not_taken_for_a_damaged_file(run_train, monkeypatch):
-    run_train("--position=learned", "--bias=True")
+    run_train(*PLAIN, "--norm=layernorm", "--bias=True")
     write_pretrained(load_source(OUT).model, Path("theirs"))
     monkeypatch.setitem(models.NORMS, "layernorm", Buggy)
     for enter in DOORS.values():

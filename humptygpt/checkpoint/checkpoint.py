@@ -283,7 +283,8 @@ def build_like(
 
     Raises UserError for absurd sizes, before something huge is built.
     """
-    sizes = {size for x in weights.values() if not x.is_nested for size in x.shape}
+    shapes = [x.shape for x in weights.values() if not x.is_nested]
+    sizes = {1}.union(*shapes)  # 1: the number in place of a vector has no weights
     try:
         if config.n_layer <= len(weights) and config.n_embd in sizes:
             return models.build_on_meta(config)
