@@ -60,15 +60,6 @@ from humptygpt.data.corpus import (
 from humptygpt.data.documents import file_format, find_files, write_if_changed
 from humptygpt.data.encoding import Progress, encode, read_json, write_json
 from humptygpt.data.pairs import PairFiles, Pairs
-from humptygpt.data.parts import (
-    check_divisible,
-    corpus_id,
-    finish_part,
-    join_parts,
-    parse_part,
-    part_folder,
-    take_part,
-)
 from humptygpt.data.sources import SOURCES, Source
 from humptygpt.data.token_files import (
     COMMAND,
@@ -178,14 +169,6 @@ class PrepareConfig:
         None, "tokens per file, train_0000.bin and so on; None: one file", at_least=1
     )
 
-    part: str | None = setting(
-        None,
-        "3/16: encode the third of 16 parts, here or on another machine",
-        group="several machines",
-        not_with={"join": True},
-    )
-    join: bool = setting(False, "make one data set of all its parts, in data/<name>/parts")
-
     overwrite: bool = setting(
         False, "replace another data set of this name", group="existing data"
     )
@@ -210,8 +193,6 @@ class PrepareConfig:
             raise ValueError(
                 f"name={self.name!r} {rule}; for your own text: {as_written_here(OWN_TEXT)}"
             )
-        if self.part is not None:
-            parse_part(self.part)
         if (self.source is None) != (self.target is None) or (self.source and self.input):
             rule = "go together, and without input: --source=a.de --target=a.en, line by line translations"
             raise ValueError(f"source and target {rule}")
@@ -229,9 +210,6 @@ def main(argv: list[str]) -> None:
                 f"{folder} has no checksums; another version or program wrote it"
             )
         print(f"{folder}: {count} token files are as they were written")
-        return
-    if config.part:
-        print(prepare_part(config))
         return
     meta = prepare(config)
     command = f"python train.py {shlex.join(training_arguments(config, meta))}"
@@ -258,7 +236,7 @@ def training_arguments(config: PrepareConfig, meta: dict) -> list[str]:
 def prepare(config: PrepareConfig) -> dict:
     """Write data/<name>, print a summary and return meta.json, which is written last and makes the folder complete."""
     folder = Path("data") / config.name
-    with one_writer(folder, folder / ".lock"):
+    with one_writer(folder):
         try:
             corpus = open_corpus(config, folder)
             meta = make_data(corpus, folder, config)
@@ -270,34 +248,14 @@ def prepare(config: PrepareConfig) -> dict:
     return meta
 
 
-def prepare_part(config: PrepareConfig) -> str:
-    """Encode one part of a data set into data/<name>/parts and return what to do next."""
-    folder = Path("data") / config.name
-    number, count = parse_part(config.part)
-    target = part_folder(folder, number, count)
-    command = command_text(config)
-    with one_writer(target, target.with_suffix(".lock")):
-        corpus = open_corpus(config, folder)
-        check_divisible(corpus)
-        part = take_part(corpus, number, count)
-        (target / "part.json").unlink(missing_ok=True)
-        train = partial(make_tokenizer, corpus, config)
-        progress = encode(
-            part, target, f"{config.part} {corpus_id(corpus)}", command, train
-        )
-        finish_part(corpus, progress, target)
-    size = f"{len(part.files):,} of {len(corpus.files):,} files"
-    return f"{target}: {size}\nwith all parts: {as_written_here(command)} --join=True"
-
-
 @contextmanager
-def one_writer(folder: Path, lock: Path) -> Iterator[None]:
+def one_writer(folder: Path) -> Iterator[None]:
     """Lock a folder; turn a full disk into a UserError, and say of it and of Ctrl-C how to resume."""
     advice = "wait until that has ended, or take another --name"
     try:
         with (
             limits.memory_advice("try --workers=1, or --tokenizer=byte"),
-            Lock(lock, str(folder), advice),
+            Lock(folder / ".lock", str(folder), advice),
         ):
             yield
     except OSError as error:
@@ -322,14 +280,10 @@ def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
     if read_json(preparing / "meta.json").get("made_from") != made_from:
         if old.get("command", command) != command:  # now, not after hours
             check_overwrite(folder, config)
-        if corpus.config.join:
-            check_divisible(corpus)
-            progress = join_parts(corpus, folder, preparing, command)
-        else:
-            train = partial(make_tokenizer, corpus, config)
-            # an earlier version may have begun to split the same files otherwise
-            begun_from = f"{made_from} {corpus.cuts}"
-            progress = encode(corpus, preparing, begun_from, command, train)
+        train = partial(make_tokenizer, corpus, config)
+        # an earlier version may have begun to split the same files otherwise
+        begun_from = f"{made_from} {corpus.cuts}"
+        progress = encode(corpus, preparing, begun_from, command, train)
         check_splits(progress, preparing)
         meta = make_meta(corpus, progress, preparing) | {
             "command": command,

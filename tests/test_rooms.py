@@ -26,7 +26,7 @@ TORCHLESS = [
     "core.settings core.files core.limits core.download",
     "tokenizer.tokenizers tokenizer.pretrained",
     "tokenizer.sentencepiece_model tokenizer.read_huggingface tokenizer.write_huggingface",
-    "data.documents data.corpus data.encoding data.pairs data.parts data.token_files data.sources",
+    "data.documents data.corpus data.encoding data.pairs data.token_files data.sources",
 ]
 TORCHLESS = ["prepare_data", *(f"humptygpt.{name}" for name in " ".join(TORCHLESS).split())]
 

@@ -29,7 +29,7 @@ VOCABULARY_BYTES = (
     100_000_000  # a tokenizer is trained on an even sample of a longer corpus
 )
 # keys that say what to do, and change no byte
-COMMANDS = ("part", "join", "verify", "overwrite")
+COMMANDS = ("verify", "overwrite")
 CHANGES_NOTHING = ("input", "source", "target", "files", "workers")
 
 # ({split: its pieces or pairs}, position after them)
@@ -231,9 +231,9 @@ def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
         )
 
 
-def identity(config, files: list, *other: object, without: tuple[str, ...] = ()) -> str:
+def identity(config, files: list, *other: object) -> str:
     """Hash what data is made from: files, other things, and the settings but for those that change no byte."""
-    settings = asdict(config) | dict.fromkeys((*CHANGES_NOTHING, *without))
+    settings = asdict(config) | dict.fromkeys(CHANGES_NOTHING)
     for key in COMMANDS:
         del settings[key]
     return hashlib.sha256(json.dumps([files, settings, *other]).encode()).hexdigest()

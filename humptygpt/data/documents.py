@@ -57,7 +57,6 @@ MARKS = {
 OURS = MARKS | {
     "meta.json",
     "config.json",
-    "part.json",
     "plan.py",
     "explain.html",
     "wandb_id",

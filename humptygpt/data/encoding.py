@@ -68,22 +68,14 @@ def encode(
                 "the files or settings changed since the stopped preparation; starting over"
             )
         tokenizer = train()  # before the folder is made, as it may refuse the text
-        start_folder(folder, command)
-        progress = start_progress(corpus, made_from, tokenizer)
+        remove(folder)
+        folder.mkdir(parents=True)
+        write_whole(folder / COMMAND, lambda file: file.write(f"{command}\n".encode()))
+        splits = {split: Counter() for split in corpus.splits}
+        counts = [0] * tokenizer.vocab_size
+        progress = Progress(made_from, tokenizer.state(), splits, counts)
     write_tokens(corpus, folder, progress, in_order(corpus, progress))
     return progress
-
-
-def start_folder(folder: Path, command: str) -> None:
-    """Make an empty folder that names its command."""
-    remove(folder)
-    folder.mkdir(parents=True)
-    write_whole(folder / COMMAND, lambda file: file.write(f"{command}\n".encode()))
-
-
-def start_progress(corpus, made_from: str, tokenizer: Tokenizer) -> Progress:
-    splits = {split: Counter() for split in corpus.splits}
-    return Progress(made_from, tokenizer.state(), splits, [0] * tokenizer.vocab_size)
 
 
 def write_tokens(
