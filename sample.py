@@ -219,8 +219,6 @@ def main(argv: list[str]) -> None:
     )
     settings = asdict(config) | {"task": loaded.task}
     configurator.note_without_effect(settings, given, SampleConfig)
-    if busy := limits.load_note():
-        note(busy)
     smaller = "try fewer --num_samples, --max_new_tokens or --num_beams"
     with limits.memory_advice(smaller):
         if config.interactive:

@@ -170,8 +170,6 @@ def main(argv: list[str]) -> int:
         fine_tunes = start.base is not None
         del start  # which would keep a checkpoint in memory
         print(summary(run), flush=True)
-        if busy := limits.load_note():
-            note(busy)
         if run.config.eval_only:
             print(evaluate_only(run))
             code = 0

@@ -10,11 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-import prepare_data
-import sample
 from humptygpt.core import limits
 from humptygpt.core import settings as configurator
-from humptygpt.data import encoding
 
 ROOT = Path(__file__).parent.parent
 
@@ -134,50 +131,6 @@ def test_a_script_that_loads_torch_has_its_wait_policy_before_and_an_import_of_i
     with pytest.raises(SystemExit):
         configurator.run(main)  # of a module that is not __main__
     assert not set(NAMES) & os.environ.keys()
-
-
-@pytest.mark.parametrize(
-    ("others", "threads", "noted"),
-    [(0.0, 4, False), (0.4, 4, False), (1.2, 4, True), (1.2, 2, False), (3.9, 1, True)],
-)
-def test_others_that_load_our_cores_are_noted_where_they_leave_too_little(
-    monkeypatch, others, threads, noted
-):
-    monkeypatch.setattr(
-        limits, "load", types.SimpleNamespace(cores_of_others=lambda: others)
-    )
-    monkeypatch.setattr(limits, "affinity", lambda: set(range(4)))
-    # as torchrun does for several processes
-    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
-    note = f"other processes use {others:.1f} of the 4 cores; alone, this would be faster"
-    assert limits.load_note() == (note if noted else None)
-
-
-def test_sampling_and_preparation_note_a_busy_machine_too(run_train, monkeypatch, capsys):
-    run_train()
-    monkeypatch.setattr(limits, "load", types.SimpleNamespace(cores_of_others=lambda: 2.0))
-    monkeypatch.setattr(limits, "affinity", lambda: {0, 1})
-    note = "note: other processes use 2.0 of the 2 cores; alone, this would be faster\n"
-    sample.main(
-        ["--out_dir=out/run", "--device=cpu", "--num_samples=1", "--max_new_tokens=1"]
-    )
-    assert note in capsys.readouterr().err
-    monkeypatch.setattr(encoding, "SMALL", 1)
-    prepare_data.main(["--input=tiny.txt", "--name=mine", "--workers=1"])
-    assert note in capsys.readouterr().err
-
-
-def test_time_of_our_own_is_not_load_of_others(monkeypatch):
-    import psutil
-
-    monkeypatch.setattr(limits, "affinity", lambda: {0, 2})
-    monkeypatch.setattr(psutil, "cpu_percent", lambda percpu: [90.0, 100.0, 80.0])
-    clock = iter([100.0, 110.0])
-    seconds = iter([(1.0, 0.0, 0.0, 0.0), (4.0, 1.0, 2.0, 1.0)])
-    monkeypatch.setattr(limits.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(limits.os, "times", lambda: next(seconds))
-    load = limits.Load()
-    assert load.cores_of_others() == pytest.approx(1.7 - 0.7)
 
 
 # --------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ STARTED = time.monotonic()  # of the command, but for the start of Python
 CGROUPS = Path("/sys/fs/cgroup")
 OUR_GROUPS = Path("/proc/self/cgroup")
 SPINS = 1300  # of a waiting thread, less than a tenth of a millisecond; libgomp's default is 300,000
-NOTED_LOAD = 0.5  # cores that other processes take from ours before load_note() says so
 
 
 def start() -> None:
@@ -29,9 +28,7 @@ def start() -> None:
     A thread that spins while it waits for one of its own process keeps a core from the process whose turn it is: two
     trainings on two cores were slowed down tenfold. What the user has set in the environment stays.
     """
-    global load
     sys.excepthook = report_failed_import
-    load = load or Load()
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)  # GCC's OpenMP, which torch has on Linux
         os.environ["KMP_BLOCKTIME"] = "1"  # milliseconds; Intel's and LLVM's, elsewhere
@@ -75,45 +72,6 @@ def cpu_quotas() -> list[float]:
     """Return the number of cores that each control group allows, where it limits them."""
     limits = [read_numbers(folder / "cpu.max") for folder in cgroup_folders()]
     return [numbers[0] / numbers[1] for numbers in limits if numbers]
-
-
-class Load:
-    """What other processes compute on our cores, from one call of cores_of_others() to the next."""
-
-    def __init__(self):
-        self.time = 0.0
-        self.our_seconds = 0.0  # of this process and its children, on any core
-        self.cores_of_others()
-
-    def cores_of_others(self) -> float:
-        import psutil  # here, since prepare_data.py --help needs no more than the rest
-
-        percents = psutil.cpu_percent(percpu=True)  # since its last call
-        busy = (
-            sum(percent for core, percent in enumerate(percents) if core in affinity())
-            / 100
-        )
-        now = time.monotonic()
-        our_seconds = sum(os.times()[:4])
-        ours = (our_seconds - self.our_seconds) / (now - self.time)
-        self.time = now
-        self.our_seconds = our_seconds
-        return max(0.0, busy - ours)
-
-
-load: Load | None = None  # since start()
-
-
-def load_note() -> str | None:
-    """Return what to report where other processes have left less than our threads could use, since start()."""
-    cores = len(affinity())
-    others = load.cores_of_others() if load else 0.0
-    # also set by torchrun, whose processes share the cores
-    chosen = os.environ.get("OMP_NUM_THREADS", "")
-    threads = int(chosen) if chosen.isdecimal() else usable_cores()
-    if others + threads < cores + NOTED_LOAD:
-        return None
-    return f"other processes use {others:.1f} of the {cores} cores; alone, this would be faster"
 
 
 # --------------------------------------------------------------------------------------

@@ -112,8 +112,6 @@ def usable_workers(corpus) -> int:
     """Return how many processes are worth it: one for a small corpus."""
     if sum(corpus.sizes) < SMALL:
         return 1
-    if busy := limits.load_note():
-        note(busy)
     most = min(limits.usable_cores(), limits.available_memory() // WORKER_MEMORY)
     return corpus.config.workers or max(1, most)
 
