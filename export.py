@@ -117,6 +117,7 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
     files["generation_config.json"] = generation_config(loaded).encode()
     files["README.md"] = card.encode()
     with whole(to) as folder:
+        folder.mkdir()  # here, so that a message names the folder that cannot be written
         write_pretrained(loaded.model, folder, getattr(torch, dtype), loaded.tokenizer)
         for name, content in files.items():
             write_whole(folder / name, lambda file, content=content: file.write(content))

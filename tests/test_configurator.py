@@ -188,6 +188,14 @@ def test_a_run_in_place_of_a_config_file_is_answered_with_its_key_and_never_exec
         configurator.read(["The cat"], SampleConfig)
 
 
+def test_a_second_input_is_answered_with_how_to_give_several_files(folder, fails):
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text("text")
+    complaint = fails(train.main, "--input=a.txt", "b.txt")
+    assert complaint.startswith("input is one file or folder, and b.txt another one; ")
+    assert "a pattern in quotes, as --input='texts/*.txt'" in complaint
+
+
 def test_the_name_of_a_config_in_place_of_a_model_is_answered_with_the_command_that_trains_it(
     folder, monkeypatch
 ):

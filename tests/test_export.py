@@ -1,5 +1,6 @@
 """Exported models, asked through the programs that they are for: transformers and llama.cpp (xllamacpp) themselves."""
 
+import errno
 import json
 import re
 import subprocess
@@ -687,6 +688,21 @@ def test_the_ending_of_the_name_chooses_the_format(name, kind, monkeypatch, fold
     export.main(["--init_from=x", f"--to={name}"])
     export.main(["--init_from=x", f"--to={name}", "--format=transformers"])
     assert written == [kind, "transformers"]
+
+
+def test_a_folder_that_may_not_be_written_is_named_and_no_temporary_file(
+    folder, monkeypatch
+):
+    mkdir = Path.mkdir
+
+    def read_only(path: Path, *args, **keys) -> None:
+        if path.name.startswith("exported"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        mkdir(path, *args, **keys)
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(UserError, match=r"^cannot write exported: Permission denied$"):
+        export.write_folder(loaded(), Path("exported"), "float32")
 
 
 FULL = """

@@ -227,6 +227,18 @@ def test_an_import_that_is_missing_or_does_not_fit_into_memory_is_one_line(
     assert (done.returncode, done.stderr) == (2, f"train.py: {line}\n")
 
 
+@pytest.mark.parametrize("script", ["prepare_data.py", "sample.py"])
+def test_ctrl_c_while_imports_run_shows_nothing(folder, script):
+    (folder / "numpy.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run(
+        [sys.executable, ROOT / script],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 # --------------------------------------------------------------------------------------
 # Others
 

@@ -37,7 +37,12 @@ def start() -> None:
 
 
 def report_failed_import(kind: type, error: BaseException, trace: object) -> None:
-    """Print one line where an import of a script is missing or does not fit into memory; serves as sys.excepthook."""
+    """Print one line if an import of a script is missing or finds no memory, nothing if Ctrl-C has stopped it.
+
+    It serves as sys.excepthook.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        os._exit(130)  # 128 + SIGINT, as shells have it
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing and not missing.startswith("humptygpt"):
         line = (

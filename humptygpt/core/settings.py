@@ -188,6 +188,11 @@ def read(
         elif positional:
             name = positional
             value = parse(name, argument, fields[name].type)
+        elif "input" in given and os.path.isfile(argument) and argument[-3:] != ".py":
+            raise UserError(
+                f"input is one file or folder, and {argument} another one; for several files name their folder,"
+                " or a pattern in quotes, as --input='texts/*.txt'"
+            )
         else:
             given |= read_config(argument, fields)
             continue
