@@ -104,7 +104,10 @@ class Run:
 
     @property
     def task(self) -> tasks.Task:
-        return tasks.TASKS[self.dataset.task]
+        task = tasks.TASKS[self.dataset.task]
+        if self.processes.sharded:  # a whole model may not fit onto a card
+            return dataclasses.replace(task, evaluation_examples=None, final_examples=None)
+        return task
 
     @property
     def is_over(self) -> bool:
@@ -143,6 +146,10 @@ class Run:
     def load(self, saved: dict) -> None:
         """Take over the state of a checkpoint, whose weights the model has already. Raises UserError."""
         sharded = checkpoint.lacks_tensors(saved)
+        if self.config.eval_only:  # without the optimizer's state, which takes memory
+            if sharded:
+                self.processes.load(self.path, self.state())
+            return
         with refuse_other_code(self.path):
             self.optimizer.check_state(saved["optimizer"], "meta" if sharded else "cpu")
         if saved.get("scaler"):
@@ -254,8 +261,7 @@ def setup(
         config, model_config = plan.choose(
             config, model_config, given, dataset, clock, device, dtype
         )
-    # frozen parameters take less than it counts
-    elif not config.eval_only and not config.freeze:
+    elif not config.eval_only:
         check_training_fits(config, model_config, device, dtype, processes.size)
     processes.check_model(model_config, dtype)
 
@@ -286,11 +292,20 @@ def setup(
         clock.evaluation = evaluation_seconds(run)
     if saved:
         run.load(saved)
-    if config.compile or (config.compile is None and device.type == "cuda"):
+    if not config.eval_only:
+        prepare_training(run, saved)
+    return run
+
+
+def prepare_training(run: Run, saved: dict | None) -> None:
+    """Do what only training needs, and what takes its memory: gradients and compiled backward passes."""
+    if saved:
+        keep_best(run, saved)
+    config = run.config
+    if config.compile or (config.compile is None and run.device.type == "cuda"):
         with limits.memory_advice(partial(smaller_parts, run)):
             run.net = compile_model(run)
-    run.replica = processes.replicate(run.net)
-    return run
+    run.replica = run.processes.replicate(run.net)
 
 
 def open_dataset(config: TrainConfig, model_config: ModelConfig) -> Dataset:
@@ -360,12 +375,37 @@ def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
     position = float(steps)
     if config.minutes and before.minutes:
         position = progress.get("position", 0.0) * before.minutes / config.minutes
-    if position >= config.max_iters and not config.eval_only:
+    if config.eval_only:
+        return Progress(**progress | {"position": position})
+    if position >= config.max_iters:
         note(f"all {steps} steps are done; for more: --max_iters=N")
-    if config.evaluated_batches() != before.evaluated_batches():
-        note("the evaluation set changed, so that the lowest validation loss starts over")
-        progress |= {"best_val_loss": math.inf, "best_iter": 0, "evals_since_best": 0}
+    had = before.lr(progress.get("position", steps))
+    lr = config.lr(position)
+    if lr - had > 0.01 * config.learning_rate:
+        note(
+            f"the learning rate rises from {had:.1e} to {lr:.1e}, as its schedule now has it"
+        )
     return Progress(**progress | {"position": position})
+
+
+def keep_best(run: Run, saved: dict) -> None:
+    """Evaluate best.pt again if the evaluation set has changed, so that only a better model replaces it."""
+    before = configurator.restore(TrainConfig, saved["train_config"])
+
+    def sequences(config: TrainConfig) -> int:
+        whole = run.dataset.all_val_batches(config.batch_size)
+        return min(config.evaluated_batches(), whole) * config.batch_size
+
+    progress = run.progress
+    if progress.best_val_loss == math.inf or sequences(run.config) == sequences(before):
+        return
+    best = load(run.config.out_dir).model
+    run.processes.distribute(best)
+    loss = evaluation.evaluate(run, best, run.config.evaluated_batches()).mean
+    note(
+        f"the evaluation set changed: on the new one, best.pt has {loss:.4f} instead of {progress.best_val_loss:.4f}"
+    )
+    progress.best_val_loss = loss
 
 
 def compile_model(run: Run) -> nn.Module:
@@ -514,6 +554,7 @@ def train(run: Run, folder: RunFolder) -> int | None:
                 if run.clock:
                     progress.run_seconds = run.clock.seconds()
                 run.processes.save(folder.path / "ckpt.pt", run.latest_state())
+                folder.remove_overwritten()
             if stop:
                 return stop
             if due and not run.is_over:
@@ -536,7 +577,13 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     micro_batches = config.gradient_accumulation_steps
     first = it * micro_batches
     parts = [*processes.local_batches(run.batches, first, micro_batches, config.batch_size)]
-    tokens = processes.sum(sum(part.tokens for part in parts))
+    tokens = sum(part.tokens for part in parts)
+    # all ranks have as many tokens of text, so there is no need to wait for each other; sharded, this notices
+    # in one line that a rank has died, before the forward pass does
+    if run.task.batches_vary or processes.sharded:
+        tokens = processes.sum(tokens)
+    else:
+        tokens *= processes.size
     mean_loss = torch.zeros((), device=run.device)
     # at first, an error in backward also shows the line of the forward pass that it is about
     traced = it == 0 and processes.size == 1 and run.net is run.model
@@ -601,8 +648,9 @@ def on_whole_model(run: Run, show):
     model = run.processes.whole_model(run.model)
     if not run.processes.first:
         return None
+    device = next(model.parameters()).device
     model.eval()
-    with autocast(run.device, sample_dtype(run.config.dtype, run.device)):
+    with autocast(device, sample_dtype(run.config.dtype, device)):
         result = show(model, run.dataset)
     model.train()
     return result
@@ -655,7 +703,7 @@ def write_line(bar: tqdm, line: str) -> None:
 
 
 def finish(run: Run, folder: RunFolder) -> None:
-    """Show what the best model can do, as sample.py will take it: its text, or the score of its translations."""
+    """Show what the best model can do, and say what to do next."""
     progress = run.progress
     if run.clock:
         path = folder.path / "plan.py"
@@ -664,22 +712,34 @@ def finish(run: Run, folder: RunFolder) -> None:
         print(advice(run))
     if progress.position < run.config.max_iters:
         print(f"stopped early: the validation loss was lowest at iter {progress.best_iter}")
-    model = load(folder.path).model.to(run.device)
+    if run.task.final_examples or run.task.score or evaluations_of_whole(run):
+        show_best(run, folder)
+    command = as_written_here(run.task.sample_command.format(out_dir_key(run)))
+    print(f"{run.task.sample_label}: {command}")
+    if progress.best_val_loss < math.inf:
+        print(f"best val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}")
+    start = next((row.get("val_loss", 0) for row in folder.rows if not row["iter"]), 0)
+    if 0 < start < progress.best_val_loss:
+        print(f"the model that it started from was better: val loss {start:.4f}")
+
+
+def show_best(run: Run, folder: RunFolder) -> None:
+    """Evaluate best.pt on the whole validation split, print its text, and score its translations."""
+    # one that is trained in shards may not fit onto a card
+    device = torch.device("cpu") if run.processes.sharded else run.device
+    model = load(folder.path).model.to(device)
+    stamp = run.progress.stamp()
     if evaluations_of_whole(run):
         row = evaluation.measures(run, model, None)
         print(f"the whole validation split: {evaluation.evaluation_line(row)}")
-        whole = {f"whole_{key}": value for key, value in row.items()}
-        folder.record(progress.stamp() | whole)
-    with autocast(run.device, sample_dtype(run.config.dtype, run.device)):
+        folder.record(stamp | {f"whole_{key}": value for key, value in row.items()})
+    with autocast(device, sample_dtype(run.config.dtype, device)):
         if run.task.final_examples:
             print(run.task.final_examples(model, run.dataset))
         if run.task.score:
             score = run.task.score(model, run.dataset)
-            folder.record(progress.stamp() | score.metrics)
+            folder.record(stamp | score.metrics)
             print(score.text)
-    command = as_written_here(run.task.sample_command.format(out_dir_key(run)))
-    print(f"{run.task.sample_label}: {command}")
-    print(f"best val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}")
 
 
 def advice(run: Run) -> str:

@@ -44,6 +44,7 @@ TINY_RUN = [
     "--out_dir=out/run",
     "--batch_size=4",
     "--max_iters=6",
+    "--overwrite=True",
 ]
 TINY_RUN += [
     "--eval_interval=3",

@@ -94,11 +94,11 @@ def test_settings_that_differ_are_shown_but_for_those_that_do_not_matter(folder,
 
 
 def test_rows_come_in_the_order_given_and_only_for_what_is_given(folder, capsys):
-    for name in ("out/b", "out/a", "out/a/previous-1", "elsewhere/c"):
+    for name in ("out/b", "out/a", "out/a/again", "elsewhere/c"):
         make_run(name, 2.0)
     names = lambda *argv: [line.split()[0] for line in run(capsys, *argv).splitlines()[1:3]]  # noqa: E731
     assert names("out/b", "out/a") == ["b", "a"]
-    assert names("out/a/", "out/a/previous-1") == ["a", "a/previous-1"]
+    assert names("out/a/", "out/a/again") == ["a", "a/again"]
     assert names("out/a", "elsewhere/c") == ["out/a", "elsewhere/c"]
 
 
@@ -520,8 +520,9 @@ def test_real_runs_are_compared(run_train, capsys):
     run_train("--out_dir=out/run")
     model = checkpoint.read(Path("out/run/best.pt"))["model"]
     first = json.loads(Path("out/run/config.json").read_text())
-    run_train("--position=alibi")  # the first run is in previous-1 now
-    out = run(capsys, "out/run/previous-1", "out/run", "--json=-")
+    Path("out/run").rename("out/first")
+    run_train("--position=alibi")
+    out = run(capsys, "out/first", "out/run", "--json=-")
     old, new = json.loads(out)
     assert (old["position"], new["position"]) == (first["position"], "alibi")
     assert old["state"] == new["state"] == "done" and old["iter"] == 6

@@ -27,9 +27,9 @@ from humptygpt.generation.compiled import CompiledGPT
 from humptygpt.generation.decoder import prepare_for_generation
 from humptygpt.generation.sampling import generate
 from humptygpt.nn.layers import autocast, pick_dtype
-from humptygpt.training.memory import build_on_meta, least_memory
+from humptygpt.training.memory import least_memory
 from humptygpt.training.settings import read_settings
-from model import POSITIONS
+from model import POSITIONS, build_on_meta
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"

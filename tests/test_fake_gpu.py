@@ -34,6 +34,7 @@ from humptygpt.generation import decoder
 from humptygpt.generation.beams import beam_search
 from humptygpt.generation.decoder import prepare_for_generation
 from humptygpt.generation.sampling import Context, continue_texts
+from humptygpt.generation.tasks import TASKS
 from humptygpt.interchange.load import Loaded
 from humptygpt.nn import lora
 from humptygpt.nn.layers import ACTIVATIONS
@@ -356,6 +357,7 @@ def train_and_evaluate(
         model=model,
         net=model,
         replica=model,
+        task=TASKS["translation" if model.has_encoder else "language modelling"],
         dataset=dataset,
         batches=dataset,
         scaler=torch.amp.GradScaler("fgpu", enabled=dtype == torch.float16),

@@ -31,7 +31,7 @@ from humptygpt.generation.tasks import TASKS
 from humptygpt.nn import layers
 from humptygpt.nn.layers import DTYPES, autocast
 from humptygpt.training import memory, run_folder
-from humptygpt.training.optimizers import OPTIMIZERS, make_optimizer
+from humptygpt.training.optimizers import OPTIMIZERS, freeze, make_optimizer
 from humptygpt.training.settings import TrainConfig, read_settings
 from model import ACTIVATIONS, BLOCKS, MLPS, MODELS, POSITIONS, ModelConfig, build_on_meta
 
@@ -45,7 +45,8 @@ def memory_of(config: ModelConfig, dtype=torch.float32, rows=2, on_gpu=False, **
     """The memory of a training in one process, as --dry_run=True reports it."""
     train_config = TrainConfig(**ADAMW | settings)
     activations = memory.activation_bytes(train_config, config, rows, dtype, on_gpu)
-    return memory.training_memory(train_config, build_on_meta(config), activations)
+    model = memory.without_memory(train_config, config)
+    return memory.training_memory(train_config, model, activations)
 
 
 # --------------------------------------------------------------------------------------
@@ -64,6 +65,26 @@ def test_memory_of_weights_gradients_and_optimizer_is_what_a_step_holds(optimize
     assert needed.optimizer == sum(tensor.nbytes for tensor in held)
     assert needed.weights == sum(p.nbytes for p in model.parameters())
     assert needed.gradients == sum(p.grad.nbytes for p in model.parameters())
+
+
+FROZEN = ["blocks.0", "wte,blocks.0,blocks.1", "mlp", "q_proj,k_proj"]
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_frozen_parameters_take_neither_gradients_nor_optimizer_state(frozen):
+    free = replace(TINY, tie_weights=False, vocab_size=10)
+    config = TrainConfig(freeze=frozen, batch_size=2)
+    model = models.build(free)
+    freeze(model, frozen)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    needed = memory_of(free, freeze=frozen)
+    assert (needed.gradients, needed.optimizer) == (trained, 2 * trained)
+    everything = memory_of(free)
+    assert needed.activations <= everything.activations
+    least = memory.least_memory(
+        config, memory.without_memory(config, free), torch.float32, 1
+    )
+    assert needed.total / 8 < least.total < needed.total
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -209,6 +230,7 @@ TOO_LARGE = {
     "--batch_size=10000000": BATCH,
     "--batch_size=100000000 --checkpoint_activations=True --n_embd=4096": MODEL,
     "--n_hidden=100000000": MODEL,
+    "--n_hidden=100000000 --freeze=wte": MODEL,
     "--vocab_size=1000000000 --n_embd=4096": MODEL,
 }
 

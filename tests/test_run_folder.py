@@ -8,42 +8,101 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN, assert_same_weights, read_rows
+from conftest import TINY_RUN, read_rows
 
 import train
 from humptygpt.checkpoint import checkpoint
+from humptygpt.core.errors import UserError
 from humptygpt.training import evaluation
 from humptygpt.training.evaluation import Loss
 from humptygpt.training.run_folder import TensorBoard, draw_losses
 
 OUT, ROOT = Path("out/run"), Path(__file__).parent.parent
+RESUME = ["--init_from=resume", "--out_dir=out/run"]
 
 
-def test_a_new_run_keeps_every_earlier_one(run_train, capsys):
-    run_train("--seed=1")
-    first = checkpoint.read(OUT / "ckpt.pt")["model"]
+NEW_RUN = [key for key in TINY_RUN if key != "--overwrite=True"]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    paths = filter(Path.is_file, folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_a_new_run_in_the_folder_of_another_is_refused_and_one_that_writes_nothing_is_not(
+    run_train, fails
+):
+    run_train()
+    before = files_of(OUT)
+    line = (
+        "out/run has a run already; continue it with --init_from=resume, or replace it with"
+        " --overwrite=True\n"
+    )
+    assert fails(train.main, *NEW_RUN) == line
+    for key in ("--eval_only=True", "--dry_run=True"):
+        assert train.main([*NEW_RUN, key]) == 0
+    (OUT / "ckpt.pt").unlink()
+    assert fails(train.main, *NEW_RUN) == line
+    assert files_of(OUT) == {k: v for k, v in before.items() if k != "ckpt.pt"}
+    (
+        OUT / "best.pt"
+    ).unlink()  # now it is no run, but what an end before a checkpoint leaves
+    assert train.main([*NEW_RUN, "--max_iters=3"]) == 0
+    assert [row["iter"] for row in read_rows(OUT)] == [1, 2, 3, 3]
+
+
+def test_with_overwrite_the_earlier_run_is_whole_until_the_new_one_has_a_checkpoint(
+    run_train, monkeypatch, fails, capsys
+):
+    run_train("--seed=1", "--log=tensorboard")
+    another = Path("out/run/best")
+    another.mkdir()
+    (another / "metrics.jsonl").write_text("of a run of its own")
+    before = files_of(OUT)
+    del before["best/metrics.jsonl"]
+
+    def no_memory(run, it):
+        raise UserError("no memory")
+
+    for _ in range(2):  # the second time, the earlier run has been set aside already
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "train_step", no_memory)
+            fails_at_once = [*NEW_RUN, "--seed=2", "--overwrite=True"]
+            with pytest.raises(UserError, match="no memory"):
+                train.main(fails_at_once)
+        assert files_of(OUT / "overwritten") == before
+        assert "has a run already" in fails(train.main, *NEW_RUN)
     run_train("--seed=2")
-    assert "is now in out/run/previous-1" in capsys.readouterr().err
-    run_train("--seed=3")
-    assert_same_weights(checkpoint.read(OUT / "previous-1" / "ckpt.pt")["model"], first)
-    assert (OUT / "previous-2" / "best.pt").exists()
+    assert not (OUT / "overwritten").exists() and another.exists()
+    assert {path.name for path in OUT.iterdir()} == {
+        *("ckpt.pt", "best.pt", "best", "metrics.jsonl", "config.json", "snapshots")
+    }
+    capsys.readouterr()
+    assert train.main([*RESUME, "--overwrite=True"]) == 0
+    assert "note: overwrite=True has no effect" in capsys.readouterr().err
 
 
-def test_killed_while_it_moves_an_earlier_run_aside_nothing_of_it_is_lost(
+def test_killed_while_it_sets_an_earlier_run_aside_nothing_of_it_is_lost(
     run_train, monkeypatch
 ):
     run_train("--seed=1")
-    first = checkpoint.read(OUT / "ckpt.pt")["model"]
+    (OUT / "adapter").write_text("is moved first")
+    before = files_of(OUT)
     replace = Path.replace
-    killed = lambda path, to: replace(path, to) if path.name == "ckpt.pt" else 1 / 0  # noqa: E731
-    monkeypatch.setattr(Path, "replace", killed)
-    with pytest.raises(ZeroDivisionError):
-        run_train("--seed=2")
-    monkeypatch.setattr(Path, "replace", replace)
+    for last in ("metrics.jsonl", "ckpt.pt"):
+
+        def killed(path, to, last=last):
+            return replace(path, to) if path.name != last else 1 / 0
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", killed)
+            with pytest.raises(ZeroDivisionError):
+                run_train("--seed=2")
+        assert (OUT / "overwritten" / "adapter").exists() and (OUT / "ckpt.pt").exists()
+        assert train.main(RESUME) == 0
+        assert files_of(OUT) == before
     run_train("--seed=2")
-    assert_same_weights(checkpoint.read(OUT / "previous-1" / "ckpt.pt")["model"], first)
-    assert (OUT / "previous-1" / "metrics.jsonl").exists()
-    assert not (OUT / "previous.new").exists()
+    assert not (OUT / "overwritten").exists()
 
 
 def test_a_metrics_line_that_a_kill_cut_short_is_dropped(run_train):
@@ -207,7 +266,7 @@ def test_tensorboard_has_the_numbers_of_the_metrics_and_a_resumed_run_continues_
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
     assert len(expected()["lr"]) == 8 and logged() == expected()
     run_train("--log=tensorboard")
-    assert logged() == expected() and Path("out/run/previous-1/tensorboard").is_dir()
+    assert logged() == expected()
 
 
 def test_a_logger_that_is_unknown_or_not_installed_is_named(tiny, fails, monkeypatch):

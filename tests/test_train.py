@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +21,7 @@ from conftest import (
     ADAMW,
     GPT2,
     TINY_RUN,
+    WITHOUT_SAMPLE,
     assert_same_weights,
     make_text,
     read_rows,
@@ -34,6 +35,7 @@ import sample
 import train
 from humptygpt.checkpoint import checkpoint
 from humptygpt.core import settings as configurator
+from humptygpt.generation.tasks import TASKS
 from humptygpt.parallel.processes import ONE_PROCESS
 from humptygpt.training import evaluation, run_folder
 from humptygpt.training.evaluation import Loss
@@ -209,6 +211,8 @@ def test_an_evaluation_takes_a_tenth_of_the_time_or_what_is_given():
         assert config.evaluated_batches() / 3 == interval * micro_batches / 10
     assert TrainConfig(eval_interval=1).evaluated_batches() == 20
     assert TrainConfig(eval_interval=600, eval_iters=3).evaluated_batches() == 3
+    # no more than the steps that there are
+    assert TrainConfig(eval_interval=5000, max_iters=100).evaluated_batches() == 30
 
 
 def test_at_its_end_a_run_evaluates_the_whole_split_where_that_takes_little(
@@ -231,6 +235,18 @@ def test_at_its_end_a_run_evaluates_the_whole_split_where_that_takes_little(
     assert train.evaluations_of_whole(run)
     run.processes = SimpleNamespace(size=2)  # of which the others have left
     assert not train.evaluations_of_whole(run)
+
+
+def test_what_the_end_of_a_run_shows_goes_without_dropout(run_train, monkeypatch):
+    modes = []
+    task = replace(
+        WITHOUT_SAMPLE, final_examples=lambda model, _: modes.append(model.training)
+    )
+    monkeypatch.setitem(TASKS, "language modelling", task)
+    monkeypatch.setattr(TrainConfig, "evaluated_batches", lambda self: 2)
+    keys = ["--eval_iters=None", "--max_iters=60", "--eval_interval=60"]
+    rows = run_train("--dropout=0.5", *keys)
+    assert "whole_val_loss" in rows[-1] and modes == [False]
 
 
 def test_a_larger_vocabulary_pads_the_model(run_train):
@@ -548,7 +564,7 @@ def test_settings_of_the_checkpoint_hold_unless_changed(run_train):
 
 
 FIXED = ("n_layer=3", "n_embd=64", "bias=True", "vocab_size=99", "position=alibi")
-FIXED += ("batch_size=2", "seed=2", "optimizer=muon")
+FIXED += ("batch_size=2", "gradient_accumulation_steps=2", "seed=2", "optimizer=muon")
 
 
 @pytest.mark.parametrize("change", FIXED)
@@ -559,6 +575,21 @@ def test_what_may_not_change_on_resume_is_refused(run_train, fails, change):
         f"{change} cannot change on resume: the checkpoint has {change.partition('=')[0]}="
         in line
     )
+
+
+@pytest.mark.parametrize("parts", [(2, 2), (1, 4)])
+def test_a_resumed_run_may_take_its_steps_in_smaller_parts(run_train, parts):
+    keys = ["--lr_decay_iters=9", "--eval_iters=None"]
+    whole = run_train("--max_iters=9", *keys)
+    run_train(*keys)
+    batch_size, micro_batches = parts
+    rows = resume(
+        f"--batch_size={batch_size}",
+        f"--gradient_accumulation_steps={micro_batches}",
+        "--max_iters=9",
+    )
+    assert train_losses(rows) == pytest.approx(train_losses(whole), rel=1e-4)
+    assert train_losses(rows)[:6] == train_losses(whole)[:6]
 
 
 def test_a_checkpoint_from_before_a_key_existed_is_resumed_and_sampled(
@@ -605,13 +636,72 @@ def test_a_run_that_has_no_step_left_says_so(run_train, capsys, keys):
     assert "note: all 6 steps are done; for more: --max_iters=N" in errors
 
 
-def test_the_best_loss_starts_over_when_the_evaluation_set_changes(
+@pytest.mark.parametrize(
+    ("before", "after", "again", "best"),
+    [
+        (30, 40, [], "1.0000 at iter 6"),  # of seven batches
+        (2, None, [1.5], "1.5000 at iter 6"),  # the loss of best.pt on the new set
+    ],
+)
+def test_on_resume_a_worse_model_never_replaces_the_best(
+    run_train, monkeypatch, capsys, before, after, again, best
+):
+    evaluations(monkeypatch, 1.2, 1.0, *again, 2.0)
+    run_train(f"--eval_iters={before}")
+    kept = weights("best.pt")
+    resume("--max_iters=9", f"--eval_iters={after}")
+    out, errors = capsys.readouterr()
+    assert out.splitlines()[-1] == f"best val loss {best}"
+    assert_same_weights(weights("best.pt"), kept)
+    changed = "on the new one, best.pt has 1.5000 instead of 1.0000"
+    assert (changed in errors) == bool(again)
+
+
+def test_a_resumed_run_says_where_its_learning_rate_rises(run_train, capsys):
+    run_train("--max_iters=10", "--eval_interval=5")
+    run = "the learning rate rises from "
+    resume()
+    assert run not in capsys.readouterr().err
+    resume("--max_iters=20")
+    assert f"note: {run}0.0e+00 to 3.3e-03, as its schedule" in capsys.readouterr().err
+
+
+def test_a_run_that_was_never_evaluated_has_no_best_loss(run_train, monkeypatch, capsys):
+    step = train.train_step
+
+    def step_and_signal(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", step_and_signal)
+    assert train.main(TINY_RUN) == 143
+    resume("--max_iters=1")
+    sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5"])
+    out, errors = capsys.readouterr()
+    assert "best val loss" not in out + errors
+    assert "out/run/ckpt.pt: iter 1, not evaluated yet" in errors
+
+
+def test_a_fine_tuning_says_if_the_model_that_it_started_from_was_better(
     run_train, monkeypatch, capsys
 ):
-    evaluations(monkeypatch, 1.0, 1.0, 2.0)
     run_train()
-    resume("--max_iters=9", "--eval_iters=None")
-    assert capsys.readouterr().out.splitlines()[-1] == "best val loss 2.0000 at iter 9"
+    line = "the model that it started from was better: val loss 1.0000\n"
+    for losses, better in (((1.0, 2.0, 1.5), True), ((1.0, 0.9, 1.5), False)):
+        evaluations(monkeypatch, *losses)
+        run_train("--init_from=out/run", "--out_dir=out/tuned")
+        assert (line in capsys.readouterr().out) == better
+
+
+def test_to_evaluate_takes_neither_a_compiled_backward_pass_nor_the_optimizer_state(
+    run_train, monkeypatch, capsys
+):
+    run_train()
+    monkeypatch.setattr(train, "compile_model", lambda run: 1 / 0)
+    keys = ["--eval_only=True", "--compile=True"]
+    assert train.main([*TINY_RUN, *keys]) == train.main([*RESUME, *keys]) == 0
+    assert "compile=True has no effect with eval_only=True" in capsys.readouterr().err
+    assert not train.setup(*read_settings([*RESUME, *keys])).optimizer.state
 
 
 def test_two_signals_within_a_second_are_one_request(run_train, monkeypatch):

@@ -1,7 +1,6 @@
-"""Files that are written whole or not at all, earlier ones that are moved aside, and locks: one writer at a time."""
+"""Files that are written whole or not at all, and locks: one writer at a time."""
 
 import errno
-import itertools
 import os
 import secrets
 import shutil
@@ -101,25 +100,6 @@ def append(path: Path, line: str) -> None:
             file.write(line + "\n")
     except OSError as error:
         raise cannot_write(path, error) from error
-
-
-def move_aside(folder: Path, names: list[str]) -> Path:
-    """Move these files of a folder into a new one in it, previous-1 or the next number, which is returned.
-
-    Where it is killed in between, being_moved is true, and the next call moves the rest to the same folder.
-    """
-    moving = folder / "previous.new"
-    moving.mkdir(exist_ok=True)
-    for name in names:
-        (folder / name).replace(moving / name)
-    numbered = (folder / f"previous-{number}" for number in itertools.count(1))
-    kept = next(path for path in numbered if not path.exists())
-    moving.rename(kept)
-    return kept
-
-
-def being_moved(folder: Path) -> bool:
-    return (folder / "previous.new").exists()
 
 
 # --------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The one door to every model: a run, nanoGPT's ckpt.pt, Hugging Face's format, its hub, an adapter of PEFT."""
 
+import math
 import os
 import shlex
 import sys
@@ -159,12 +160,14 @@ def from_run(path: Path, saved: object) -> Loaded:
     config = make(ModelConfig, saved["model_config"])
     model = checkpoint.restore_model(saved["model"], config)
     progress = saved["progress"]
+    loss = progress["best_val_loss"]
+    best = f"best val loss {loss:.4f}" if loss < math.inf else "not evaluated yet"
     return Loaded(
         model=lora.merge(model) if config.lora_rank else model,
         tokenizer=tokenizers.from_state(saved["tokenizer"]),
         task=saved["task"],
         path=path,
-        description=f"{path}: iter {progress['iter']}, best val loss {progress['best_val_loss']:.4f}",
+        description=f"{path}: iter {progress['iter']}, {best}",
         saved=saved,
     )
 

@@ -1,6 +1,7 @@
 """README.md of an exported model: what it is, what it was trained on, how well it predicts, and how to use it."""
 
 import json
+import math
 
 from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.interchange.load import Loaded
@@ -102,6 +103,8 @@ def training(loaded: Loaded) -> dict[str, str]:
     saved, progress = loaded.saved, loaded.saved["progress"]
     best = f"{progress['best_val_loss']:.4f} nats per token"
     loss = f"{best}, at step {progress['best_iter']:,}"
+    if progress["best_val_loss"] == math.inf:
+        loss = "not evaluated"
     for row in read_metrics(loaded.path.with_name("metrics.jsonl")):
         if row and row["iter"] == progress["iter"] and "val_bits_per_byte" in row:
             bits = f"{row['val_bits_per_byte']:.3f} bits per byte"

@@ -137,7 +137,7 @@ class ShardedProcesses(Processes):
 
     @raise_if_rank_died()
     def whole_model(self, model: nn.Module) -> nn.Module | None:
-        """Return a copy of it in rank 0; None in the others."""
+        """Return a copy of it in rank 0, on the CPU, since it may not fit onto a card; None in the others."""
         weights: dict[str, Tensor] = {}
         for name, tensor in model.state_dict().items():
             whole = tensor.full_tensor()
@@ -145,7 +145,7 @@ class ShardedProcesses(Processes):
                 weights[name] = whole.cpu()
         if not self.first:
             return None
-        return checkpoint.restore_model(weights, model.config).to(self.device).eval()
+        return checkpoint.restore_model(weights, model.config)
 
     @raise_if_rank_died()
     def save(self, path: Path, entries: dict) -> None:

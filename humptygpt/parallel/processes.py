@@ -210,7 +210,10 @@ class Processes:
         """Return the network that trains: backward averages gradients over ranks, which start from rank 0's weights."""
         if self.size == 1:
             return net
-        return DistributedDataParallel(net, gradient_as_bucket_view=True)
+        # its buffers are tables, which never change
+        return DistributedDataParallel(
+            net, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
     def sync_gradients(self, replica: nn.Module, last: bool) -> AbstractContextManager:
         """Return a context of forward and backward; gradients are averaged in the last micro-batch of a step alone."""

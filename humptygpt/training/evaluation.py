@@ -21,9 +21,11 @@ class Loss(NamedTuple):
 def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
     """Compute the loss of net over the evaluation set of so many batches; ranks divide them. run: a train.Run.
 
-    eval_iters: None: the whole validation split. Draws no random number, so it cannot disturb training.
+    eval_iters: None: the whole validation split. Draws no random number, so it cannot disturb training. Leaves net in
+    the mode, training or evaluation, that it found.
     """
     processes = run.processes
+    was_training = net.training
     net.eval()
     losses = []
     weights = []
@@ -36,7 +38,7 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
         if tokens:
             losses.append(loss)
             weights.append(tokens)
-    net.train()
+    net.train(was_training)
     losses = torch.stack(losses).cpu().double() if losses else torch.zeros(0).double()
     weights = torch.tensor(weights, dtype=torch.float64)
     total = processes.sum(float(weights.sum()))

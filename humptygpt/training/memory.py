@@ -3,6 +3,7 @@
 All of it is computed before a tensor has any memory, from the model of the run itself on the meta device.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -14,8 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import model as models
 from humptygpt.core.limits import check_fits
 from humptygpt.nn.layers import autocast, free_memory
-from humptygpt.training.optimizers import local, make_optimizer, trained_parameters
-from model import ModelConfig, build_on_meta
+from humptygpt.training.optimizers import (
+    freeze,
+    local,
+    make_optimizer,
+    trained_parameters,
+)
+from model import ModelConfig
 
 FLOAT = 4  # bytes of a weight, of a gradient, and of an element of the optimizer state
 
@@ -39,6 +45,13 @@ class Memory(NamedTuple):
         if self.activations < self.total / 2:
             return "take a smaller model, as with --n_embd or --n_layer"
         return "take --checkpoint_activations=True, or a smaller --batch_size with more --gradient_accumulation_steps"
+
+
+def without_memory(config, model_config: ModelConfig) -> nn.Module:
+    """Build the model of a run on the meta device, its frozen parameters frozen. config: a TrainConfig."""
+    model = models.build_on_meta(model_config)
+    freeze(model, config.freeze)
+    return model
 
 
 def training_memory(
@@ -70,20 +83,27 @@ def activation_bytes(
     on_gpu: bool,
 ) -> float:
     """Return the bytes that the backward pass needs of the forward pass, uncompiled, and the gradient of the logits."""
-    kept = saved_bytes(model_config, rows, dtype, on_gpu, checkpointed=False)
+    shape = (config.freeze, model_config, rows, dtype, on_gpu)
+    kept = saved_bytes(*shape, checkpointed=False)
     if config.checkpoint_activations:  # one block at a time is recomputed
-        inputs = saved_bytes(model_config, rows, dtype, on_gpu, checkpointed=True)
+        inputs = saved_bytes(*shape, checkpointed=True)
         kept = inputs + (kept - inputs) / model_config.n_layer
     return kept + FLOAT * rows * model_config.block_size * model_config.vocab_size
 
 
 def saved_bytes(
-    config: ModelConfig, rows: int, dtype: torch.dtype, on_gpu: bool, checkpointed: bool
+    frozen: str | None,
+    config: ModelConfig,
+    rows: int,
+    dtype: torch.dtype,
+    on_gpu: bool,
+    checkpointed: bool,
 ) -> int:
     """Return the bytes of the tensors that autograd keeps in a forward pass, by tensors that have no memory."""
     T = config.block_size
     with FakeTensorMode():
         model = models.build(config)
+        freeze(model, frozen)
         for module in model.modules():
             if isinstance(module, models.Stack):
                 module.checkpoint_activations = checkpointed
@@ -127,7 +147,7 @@ def memory_report(
     processes: int,
 ) -> str:
     """Return parameters, FLOPs and memory of a run as text."""
-    model = build_on_meta(model_config)
+    model = without_memory(config, model_config)
     rows = config.rows(processes)
     on_gpu = device.type == "cuda"
     activations = activation_bytes(config, model_config, rows, dtype, on_gpu)
@@ -163,7 +183,7 @@ def advice_after_failure(
     """Return the settings of the same step in smaller parts, which fit: half as large, or on a GPU as computed."""
     rows = config.batch_size // 2
     if device.type == "cuda":
-        model = build_on_meta(model_config)
+        model = without_memory(config, model_config)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         free = 0.9 * free - training_memory(config, model, 0, processes).total
         each = activation_bytes(config, model_config, 1, dtype, on_gpu=True)
@@ -187,7 +207,7 @@ def check_training_fits(
     processes: int = 1,
 ) -> None:
     """Raise UserError with the size and what there is. config: a TrainConfig."""
-    model = build_on_meta(model_config)
+    model = without_memory(config, model_config)
     least = least_memory(config, model, dtype, processes)
     training = (
         f"training {models.count_parameters(model):,} parameters with batch_size={config.batch_size} and"
@@ -215,6 +235,8 @@ def least_activation_bytes(model: nn.Module, rows: int, dtype: torch.dtype) -> f
     tokens = rows * model.config.block_size
     if model.has_encoder:  # a token is in the source or in the target
         tokens /= 2
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    layers = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
+    # nothing is kept of frozen layers before the first that trains
+    layers = itertools.dropwhile(lambda layer: not trained_parameters(layer), layers)
     features = sum(min(layer.in_features, layer.out_features) for layer in layers)
     return tokens * (features * dtype.itemsize + FLOAT * model.config.vocab_size)

@@ -365,11 +365,11 @@ def write_plan(path: Path, run) -> None:
             steps = settings[key] * run.progress.iter / run.progress.position
             settings[key] = max(1, round(steps))
     unused = configurator.without_effect(settings, TrainConfig, ModelConfig)
-    left_out = {"minutes", "input", "parallel", "backend", *unused}
+    left_out = {"minutes", "input", "overwrite", "parallel", "backend", *unused}
     lines = [
         f"# What --minutes chose for {run.config.dataset}, step by step.",
         "#",
-        f"#   python train.py {path}",
+        f"#   python train.py {path} --out_dir=out/again",
         "",
     ]
     # also defaults, since a run that starts from a model has others

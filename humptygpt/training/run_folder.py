@@ -18,6 +18,7 @@ from types import ModuleType
 
 from torch import Tensor
 
+from humptygpt.checkpoint import checkpoint
 from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core import files
 from humptygpt.core.errors import UserError
@@ -29,21 +30,23 @@ from model import flops_per_token
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 # seconds; timeout and some shells send a signal to a process and to its group
 SAME_REQUEST = 1.0
+# what a run writes; its checkpoints are last, as move_run needs them
 FILES = [
-    "ckpt.pt",
-    "best.pt",
     "adapter",
     "metrics.jsonl",
     "loss.png",
     "config.json",
     "wandb_id",
     "tensorboard",
-    "ckpt",  # sharded
-    "ckpt.old",
-    "best",
-    "best.old",
     "snapshots",
+    "best",  # sharded
+    "best.old",
+    "best.pt",
+    "ckpt",
+    "ckpt.old",
+    "ckpt.pt",
 ]
+OVERWRITTEN = "overwritten"  # the folder of the run before, until this one has a checkpoint
 ANOTHER = "name another --out_dir"
 
 
@@ -205,7 +208,7 @@ def lock_out_dir(out_dir: Path) -> Lock:
 class RunFolder:
     """metrics.jsonl, loss.png, config.json and, if asked for, TensorBoard's files and a run on Weights & Biases.
 
-    A new run moves an older one's files aside; a resumed one drops the metrics and snapshots that came after its
+    A new run replaces an earlier one's files; a resumed one drops the metrics and snapshots that came after its
     checkpoint. Either holds the lock of its folder: see lock_out_dir.
     """
 
@@ -222,13 +225,19 @@ class RunFolder:
             return
         try:
             path.mkdir(parents=True, exist_ok=True)
+            kept = path / OVERWRITTEN
+            if not resumed_at and has_checkpoint(path):
+                note(f"the earlier run stays in {kept} until this one has a checkpoint")
+                # a run by its steps may have the other's plan for its config file
+                plan = ["plan.py"] if settings.get("minutes") else []
+                move_run(path, kept, plan + FILES)
             if resumed_at:
+                if not checkpoint.stored(kept / "ckpt.pt").exists():
+                    move_run(kept, path, ["plan.py", *FILES])  # a kill interrupted the move
                 self.rows = rows_until(path / "metrics.jsonl", resumed_at)
-                for snapshot in path.glob("snapshots/*.pt"):
-                    if int(snapshot.stem) > resumed_at:
-                        snapshot.unlink()
-            else:
-                keep_earlier_run(path, settings)
+            for snapshot in path.glob("snapshots/*.pt"):
+                if int(snapshot.stem) >= resumed_at:  # the next step takes it again
+                    snapshot.unlink()
             files.remove_unfinished(path, [*FILES, "snapshots/*"])
         except OSError as error:
             raise files.cannot_write(path, error, f"; {ANOTHER}") from error
@@ -250,6 +259,12 @@ class RunFolder:
     def draw(self) -> None:
         draw_losses(self.rows, self.path / "loss.png")
 
+    def remove_overwritten(self) -> None:
+        """Remove the run before this one, now that this one has a checkpoint."""
+        if self.writes:
+            with suppress(OSError):  # the next checkpoint tries again
+                files.remove(self.path / OVERWRITTEN)
+
     def close(self) -> None:
         for logger in self.loggers:
             logger.finish()
@@ -265,16 +280,27 @@ def rows_until(metrics: Path, step: int) -> list[dict]:
     return [row for row in rows if row["iter"] <= step and "test_bleu" not in row]
 
 
-def keep_earlier_run(out_dir: Path, settings: dict) -> None:
-    """Move an earlier run's files aside; killed in between, the next start moves the rest."""
-    # which a run by its steps may have for its config file
-    plan = ["plan.py"] if settings.get("minutes") else []
-    earlier = [name for name in FILES + plan if (out_dir / name).exists()]
-    metrics = out_dir / "metrics.jsonl"
-    begun_only = metrics.exists() and not metrics.stat().st_size
-    if (earlier and not begun_only) or files.being_moved(out_dir):
-        kept = files.move_aside(out_dir, earlier)
-        note(f"{out_dir} held an earlier run; it is now in {kept}")
+def has_checkpoint(out_dir: Path) -> bool:
+    paths = (checkpoint.stored(out_dir / name) for name in ("ckpt.pt", "best.pt"))
+    return any(path.exists() for path in paths)
+
+
+def refuse_earlier_run(out_dir: Path) -> None:
+    """Raise UserError if a new run would replace an earlier one."""
+    if has_checkpoint(out_dir) or (out_dir / OVERWRITTEN).exists():
+        raise UserError(
+            f"{out_dir} has a run already; continue it with --init_from=resume, or replace it with --overwrite=True"
+        )
+
+
+def move_run(source: Path, target: Path, names: list[str]) -> None:
+    """Move a run's files, its checkpoints last: while one is at its source, the run is there for the next start."""
+    target.mkdir(exist_ok=True)
+    for path in (source / name for name in names):
+        # another run may be in a folder of such a name
+        if path.exists() and not (path / "metrics.jsonl").exists():
+            files.remove(target / path.name)
+            path.replace(target / path.name)
 
 
 # --------------------------------------------------------------------------------------
@@ -310,9 +336,8 @@ class TensorBoard:
 
     def __init__(self, out_dir: Path, settings: dict, resumed_at: int):
         """What an earlier process logged after the step at which this one resumes is no longer shown."""
-        purge_step = resumed_at + 1 if resumed_at else None
         writer = import_logger("tensorboard").SummaryWriter
-        self.writer = writer(str(out_dir / "tensorboard"), purge_step=purge_step)
+        self.writer = writer(str(out_dir / "tensorboard"), purge_step=resumed_at + 1)
 
     def log(self, row: dict, step: int) -> None:
         for key, value in row.items():

@@ -25,12 +25,18 @@ from humptygpt.nn import lora
 from humptygpt.nn.layers import DTYPES
 from humptygpt.parallel import processes as distributed
 from humptygpt.training.optimizers import OPTIMIZERS, SCHEDULES
-from humptygpt.training.run_folder import chosen_loggers, import_logger, lock_out_dir
+from humptygpt.training.run_folder import (
+    chosen_loggers,
+    import_logger,
+    lock_out_dir,
+    refuse_earlier_run,
+)
 from model import MODELS, ModelConfig
 
 TRAINING_ONLY = {"dropout", "label_smoothing"}  # keys of ModelConfig that change no weight
 # what the weights and the order of the data mean
-FIXED = {"seed", "batch_size", "gradient_accumulation_steps", "optimizer", "freeze"}
+FIXED = {"seed", "optimizer", "freeze"}
+STEP = ("batch_size", "gradient_accumulation_steps")  # their product is fixed
 # in an interrupted run; warmup is fitted to a short one
 MAY_DIFFER = {"out_dir", "warmup_iters", "input"}
 MUONS = [name for name, rule in OPTIMIZERS.items() if rule.learning_rate != "learning_rate"]
@@ -60,6 +66,9 @@ class TrainConfig:
         "scratch",
         "scratch: a new model; resume: continue out_dir/ckpt.pt; or a run, a checkpoint, a model's folder, gpt2",
         path=True,
+    )
+    overwrite: bool = setting(
+        False, "replace an earlier run in out_dir, once the new one has a checkpoint"
     )
     eval_only: bool = setting(
         False, "evaluate once, translations by BLEU too, and stop; nothing is written"
@@ -172,7 +181,9 @@ class TrainConfig:
         "auto", "auto: the GPU if there is one; cpu, cuda, cuda:1, mps", "system"
     )
     dtype: str = setting("auto", "auto: what the hardware has", choices=("auto", *DTYPES))
-    compile: bool | None = setting(None, "torch.compile; None: on CUDA, without minutes")
+    compile: bool | None = setting(
+        None, "torch.compile; None: on CUDA, without minutes", not_with={"eval_only": True}
+    )
     parallel: str = setting(
         "ddp",
         "of several processes: each has the whole model; fsdp: a part of it",
@@ -211,7 +222,8 @@ class TrainConfig:
 
     def evaluated_batches(self) -> int:
         """Return how many batches an evaluation takes, of which each takes a third of the time of a training batch."""
-        between = self.eval_interval * self.gradient_accumulation_steps
+        steps = min(self.eval_interval, self.max_iters)
+        between = steps * self.gradient_accumulation_steps
         return self.eval_iters or max(20, 3 * between // 10)
 
     def rows(self, processes: int) -> int:
@@ -239,6 +251,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     """
     rank, processes = distributed.launched()
     given = configurator.read(argv, ModelConfig, TrainConfig)
+    overwrite = given.pop("overwrite", False)  # of this command, not of the run
     in_line = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
     if given.get("minutes"):
         if "max_iters" in in_line:
@@ -257,8 +270,8 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         raise UserError(
             f"out_dir={out_dir} is a file; write {shlex.quote(f'--out_dir={out_dir.parent}')}"
         )
-    writes = not rank and not given.get("eval_only") and not given.get("dry_run")
-    if locks and writes:
+    writes = not given.get("eval_only") and not given.get("dry_run")
+    if locks and writes and not rank:
         locks.enter_context(lock_out_dir(out_dir))
     init_from = given.get("init_from", "scratch")
     saved, base, settings = None, None, given
@@ -268,6 +281,8 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     if distributed.restarted() and is_same_run(settings, path):
         note(f"torchrun has started this run again; it resumes {path}")
         init_from = "resume"
+    if writes and not overwrite and init_from != "resume":
+        refuse_earlier_run(out_dir)
     if init_from == "resume":
         saved, base = checkpoint.read(path, with_tensors=False), None
         settings = resumed_settings(saved, settings, path)
@@ -283,6 +298,8 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     for name in chosen_loggers(asdict(config)):  # now, not after a long preparation
         import_logger(name)
     note_without_effect(given, config, model_config, processes)
+    if overwrite and (given.get("init_from") == "resume" or not writes):
+        note("overwrite=True has no effect: no new run is written")
     config = fit_warmup(config, chosen="warmup_iters" in given or saved is not None)
     return Start(config, model_config, saved, base, given)
 
@@ -312,6 +329,9 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
         model_config = asdict(configurator.restore(ModelConfig, saved["model_config"]))
     own = train_config | model_config
     fixed = model_config.keys() - TRAINING_ONLY | FIXED
+    # a step has the same sequences in smaller or larger parts
+    if math.prod((own | given)[key] for key in STEP) != math.prod(own[key] for key in STEP):
+        fixed |= {*STEP}
     for key in given.keys() & fixed:
         if given[key] not in (own[key], None):
             raise UserError(
