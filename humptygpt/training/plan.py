@@ -211,8 +211,11 @@ def choose(
 
     tried = candidates(config, model_config, given, dataset, dtype)
     tried.sort(key=lambda candidate: candidate.operations)
-    check_training_fits(*tried[0][:2], device, dtype)
-    best = find_best(tried, free_memory(device), dataset, clock, time_step)
+    # frozen parameters take less than is counted
+    free = math.inf if config.freeze else free_memory(device)
+    if tried[0].memory > free:
+        check_training_fits(*tried[0][:2], device, dtype)
+    best = find_best(tried, free, dataset, clock, time_step)
     config, model_config, parameters, tokens, *_ = best
     if "dropout" not in given:  # which takes time, so the step is timed again
         epochs = clock.planned(config) / time_step(best) * tokens / len(dataset.train)
@@ -235,7 +238,7 @@ def choose(
 
 def find_best(
     tried: list[Candidate],
-    free: int,
+    free: float,
     dataset: Dataset,
     clock: Clock,
     time_step: Callable[[Candidate], float],
