@@ -86,7 +86,6 @@ NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS"
 def environment(monkeypatch):
     """An environment in which nobody has chosen anything, and what start() changes is restored."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(limits, "load", None)
     monkeypatch.setattr(
         os, "environ", {key: value for key, value in os.environ.items() if key not in NAMES}
     )
