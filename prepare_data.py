@@ -332,28 +332,28 @@ def open_corpus(config: PrepareConfig, folder: Path) -> Corpus:
     source = built_in(config)
     preset = with_defaults(config, source.settings) if source else config
     where, name = find_input(preset, folder)
+    formats = set()
     if isinstance(where, str):
         text_key = preset.text_key or "text"
         files, skipped = find_files(where, preset.encoding_errors, text_key)
         files = files[: preset.files]
         name = f"{len(files):,} files: {name}" if len(files) > 1 else name
         formats = set(map(file_format, files))
-        if preset.text_key is not None or ".tsv" not in formats:
-            if formats == {".txt"} and (config.text_key or config.skip_bad_lines):
-                rule = "text_key and skip_bad_lines are for lines and rows"
-                raise UserError(f"{rule}, but {where} is text; leave them out")
-            resolved = resolve(config, preset, Documents.task)
-            corpus = Documents(resolved, files, skipped, name)
-            if resolved.tokenizer == "auto":
-                chosen, corpus.chosen_for = choose_tokenizer(corpus)
-                corpus.config = replace(resolved, **chosen)
-            return corpus
-        if formats != {".tsv"}:
-            problem = f"{where} has text and sentence pairs"
-            raise UserError(f"{problem}; name one kind only, by a pattern such as '*.tsv'")
+    if config.text_key and formats <= {".txt"}:
+        rule = f"has no effect, since {name} has no records with keys or columns"
+        raise UserError(f"text_key={config.text_key} {rule}")
+    if formats and (config.text_key or ".tsv" not in formats):
+        resolved = resolve(config, preset, Documents.task)
+        corpus = Documents(resolved, files, skipped, name)
+        if resolved.tokenizer == "auto":
+            chosen, corpus.chosen_for = choose_tokenizer(corpus)
+            corpus.config = replace(resolved, **chosen)
+        return corpus
+    if formats - {".tsv"}:
+        problem = f"{where} has text and sentence pairs"
+        raise UserError(f"{problem}; name one kind only, by a pattern such as '*.tsv'")
+    if formats:
         where = [(None, (file,)) for file in files]
-    if config.text_key is not None:
-        raise UserError(f"text_key={config.text_key} has no effect on sentence pairs")
     return Pairs(resolve(config, preset, Pairs.task), where, name)
 
 

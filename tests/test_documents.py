@@ -310,22 +310,20 @@ def test_tables_without_the_column_are_skipped_in_a_folder_and_named(folder, cap
 
 BAD = {
     "a.csv has no column 'text'; set --text_key to one of: id, body": ["a.csv"],
-    "a.csv, row 2 has no text: under 'body' is ['three']; leave such lines out": [
+    "a.csv, row 2 has no text: under 'body' is ['three'], which is not one text; leave such lines out": [
         *("a.csv", "--text_key=body")
     ],
     "wide.csv has no column 'text'; set --text_key to one of: id, body": ["wide.csv"],
-    "chats.jsonl, line 1 has no text: it is a chat; write each chat as one text under": [
+    "chats.jsonl, line 1 has no text: set --text_key to the key of the text, and write a chat as one text": [
         "chats.jsonl"
     ],
-    "chats.jsonl, line 1 has no text: it is a chat": [
-        *("chats.jsonl", "--text_key=messages")
-    ],
+    "'content': 'Hi'}], which is not one text": ["chats.jsonl", "--text_key=messages"],
     "a.pdf (a PDF: convert it to text, as with pdftotext)": ["a.pdf"],
     "a.zip (a zip file or an office document: unpack it, or save it as text)": ["a.zip"],
     "a.tar (a tar archive: unpack it)": ["a.tar"],
     "a.tar.gz (a tar archive: unpack it)": ["a.tar.gz"],
     "a.bin (binary)": ["a.bin"],
-    "text_key and skip_bad_lines are for lines and rows, but latin1.txt is text": [
+    "text_key=body has no effect, since latin1.txt has no records with keys or columns": [
         *("latin1.txt", "--text_key=body", "--encoding_errors=replace")
     ],
     "folder has no text files; skipped files: 1, first folder/a.bin (binary)": ["folder"],
@@ -343,17 +341,17 @@ BAD = {
         "latin1.jsonl"
     ],
     "half.jsonl, line 1 has no text: 'utf-16": ["half.jsonl"],
-    "key.jsonl, line 3 has no text: set --text_key to the key of the text; it has no 'text', but": [
+    "key.jsonl, line 3 has no text: set --text_key to the key of the text, and write": [
         "key.jsonl"
     ],
-    "number.jsonl, line 1 has no text: under 'text' is 5; leave such lines out with --skip_bad": [
+    "number.jsonl, line 1 has no text: under 'text' is 5, which is not one text; leave such lines": [
         "number.jsonl"
     ],
     "number.jsonl has no text; there is nothing to learn from": [
         *("number.jsonl", "--skip_bad_lines=True")
     ],
     "broken.jsonl, line 2 has no text: Expecting value": ["broken.jsonl"],
-    "null.parquet, row 2 has no text: under 'text' is None": ["null.parquet"],
+    "null.parquet, row 2 has no text: under 'text' is None, which": ["null.parquet"],
     "null.parquet has no column 'body'; set --text_key to one of: id, text": [
         "null.parquet",
         "--text_key=body",

@@ -342,8 +342,7 @@ def test_a_packed_file_counts_with_the_size_of_its_text(
     folder, monkeypatch, fails, name, large
 ):
     if large:
-        monkeypatch.setattr(corpus_module, "MANY", 0)
-        monkeypatch.setattr(corpus_module, "ENOUGH", 1_000_000)
+        monkeypatch.setattr(corpus_module, "MANY", 1_000_000)
     texts = [make_text(2000, seed) for seed in range(1200)]
     write(name, texts if "txt" not in name else ["\n".join(texts)])
     monkeypatch.setattr(prepare_data.limits, "available_memory", lambda: 60_000_000)

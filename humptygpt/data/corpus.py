@@ -23,8 +23,7 @@ from humptygpt.tokenizer.tokenizers import TOKENIZERS, Tokenizer
 
 UNIT = 1 << 19  # characters that are encoded at once
 HASHED = 4096  # characters at the start of a document that decide its split; fewer than its first piece has
-MANY = 64_000_000  # bytes of files; in more, many lines or rows are documents
-ENOUGH = 4_000_000  # bytes of text, by which the whole of such files is estimated
+MANY = 64_000_000  # bytes of text; in more, lines or rows are many documents
 VOCABULARY_BYTES = (
     100_000_000  # a tokenizer is trained on an even sample of a longer corpus
 )
@@ -72,11 +71,11 @@ class Documents:
         self.cuts = self.survey()
 
     def survey(self) -> list[int] | None:
-        """Read everything; decide how to split. Returns where each file is cut, in characters; None: between documents.
+        """Decide how to split. Returns where each file is cut, in characters; None: between documents.
 
         Documents with a draw up to val_fraction are for validation. Files are cut if these are less than half or more
         than twice that fraction of the text, and so is a single text. Raises UserError if there is no text.
-        Also sets text_size, the bytes of UTF-8, which in large files of many documents is an estimate by the first.
+        Also sets text_size, the bytes of UTF-8. Of many lines or rows, MANY bytes are read, and the rest is estimated.
         """
         fraction = self.config.val_fraction
         lengths = [0] * len(self.files)
@@ -87,11 +86,7 @@ class Documents:
                 held_out += len(piece.text) * (piece.draw <= fraction)
                 self.text_size += len(piece.text.encode())
                 # many documents come close to the fraction
-                if (
-                    self.text_size > ENOUGH
-                    and sum(self.sizes) > MANY
-                    and not self.only_text
-                ):
+                if self.text_size > MANY and not self.only_text:
                     read = sum(self.sizes[:number]) + piece.read
                     self.text_size = self.text_size * sum(self.sizes) // read
                     return None

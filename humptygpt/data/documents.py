@@ -38,13 +38,12 @@ BINARY = {  # how files that are no text begin
     b"%PDF-": "a PDF: convert it to text, as with pdftotext",
     b"PK\3\4": "a zip file or an office document: unpack it, or save it as text",
 }
-CHATS = {"messages", "conversations"}  # keys of a list of turns
 HEAD = 8000  # bytes at the start of a file that decide whether it is text
 BYTE_ORDER_MARKS = {  # that of UTF-32 starts like that of UTF-16
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
 }
 # one is in every data folder and run
 MARKS = {
@@ -242,7 +241,8 @@ def read_documents(
             try:
                 value = record if in_rows else parse_line(record, text_key, errors)
                 if not isinstance(value, str):
-                    raise ValueError(f"under {text_key!r} is {repr(value)[:60]}")
+                    content = f"{repr(value)[:60]}, which is not one text"
+                    raise ValueError(f"under {text_key!r} is {content}")
                 # JSON can spell an unpaired surrogate, UTF-8 cannot encode it
                 text = value.encode("utf-16", "surrogatepass").decode("utf-16", errors)
             except (ValueError, RecursionError) as error:
@@ -332,9 +332,9 @@ def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object,
 
 def check_column(path: Path, text_key: str, columns: list[str]) -> None:
     if text_key not in columns:
-        problem = f"{path} has no column {text_key!r}"
-        advice = f"set --text_key to one of: {', '.join(columns)}"
-        raise UserError(f"{problem}; {advice}") from KeyError(text_key)
+        raise UserError(
+            f"{path} has no column {text_key!r}; set --text_key to one of: {', '.join(columns)}"
+        ) from KeyError(text_key)
 
 
 def parse_line(line: bytes, text_key: str, errors: str) -> object:
@@ -343,12 +343,10 @@ def parse_line(line: bytes, text_key: str, errors: str) -> object:
     if not text.strip():
         return ""
     record = json.loads(text)
-    is_object = isinstance(record, dict)
-    if is_object and record.keys() & CHATS and type(record.get(text_key)) is not str:
-        raise ValueError("it is a chat; write each chat as one text under one key")
-    if not is_object or text_key not in record:
+    if not isinstance(record, dict) or text_key not in record:
         raise ValueError(
-            f"set --text_key to the key of the text; it has no {text_key!r}, but {text[:100]!r}"
+            "set --text_key to the key of the text, and write a chat as one text;"
+            f" it has no {text_key!r}, but {text[:100]!r}"
         )
     return record[text_key]
 

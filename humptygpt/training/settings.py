@@ -87,10 +87,7 @@ class TrainConfig:
         None, "of an input: the field or column with the text", **INPUT
     )
     encoding_errors: str | None = setting(
-        None,
-        "of an input: for bytes that are not UTF-8",
-        choices=("strict", "replace", "ignore"),
-        **INPUT,
+        None, "of an input: strict, replace or ignore bytes that are not UTF-8", **INPUT
     )
     skip_bad_lines: bool | None = setting(
         None, "of an input: leave out lines and rows without a text", **INPUT
