@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from humptygpt.checkpoint import checkpoint
-from humptygpt.core import limits
 from humptygpt.core.errors import UserError
 from humptygpt.core.files import remove
 from humptygpt.data.batches import Dataset, Prefetcher, random_key
@@ -57,7 +56,7 @@ def raise_if_rank_died() -> Iterator[None]:
     except RuntimeError as error:
         # gloo's errors have no class of their own, but name its source files
         lost = "gloo" in str(error) or isinstance(error, dist.DistError)
-        if launched()[1] == 1 or not lost or limits.is_out_of_memory(error):
+        if launched()[1] == 1 or not lost:
             raise
         raise UserError(
             f"another process has ended or does not answer ({first_line(error)}); the run ends;"
