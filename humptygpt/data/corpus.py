@@ -74,7 +74,7 @@ class Documents:
         """Decide how to split. Returns where each file is cut, in characters; None: between documents.
 
         Documents with a draw up to val_fraction are for validation. Files are cut if these are less than half or more
-        than twice that fraction of the text, and so is a single text. Raises UserError if there is no text.
+        than one and a half times that fraction of the text, and so is a single text. Raises UserError if there is none.
         Also sets text_size, the bytes of UTF-8. Of many lines or rows, MANY bytes are read, and the rest is estimated.
         """
         fraction = self.config.val_fraction
@@ -92,7 +92,7 @@ class Documents:
                     return None
         if not any(lengths):
             raise UserError(f"{self.source} has no text; there is nothing to learn from")
-        if self.separated and 0.5 <= held_out / (fraction * sum(lengths)) <= 2:
+        if self.separated and 0.5 <= held_out / (fraction * sum(lengths)) <= 1.5:
             return None
         return [int(length * (1 - fraction)) for length in lengths]
 
