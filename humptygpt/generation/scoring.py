@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-BATCH = 16  # windows that are read at once
+LOGITS = 2**26  # that are computed at once: 256 MB
 
 
 @torch.inference_mode()
@@ -23,11 +23,22 @@ def log_probabilities(model: nn.Module, ids: np.ndarray, stride: int) -> np.ndar
     if len(ids) > block_size:
         windows = tokens.unfold(0, block_size + 1, stride)  # (n, block_size + 1)
     last = tokens[None, len(windows) * stride :]  # a shorter one
+    at_once = max(1, LOGITS // model.config.vocab_size)  # tokens
     scores = []
-    for batch in (*windows.split(BATCH), last):
+    for batch in (*windows.split(max(1, at_once // block_size)), last):
         if batch.shape[1] > 1:
-            logits, _ = model(batch[:, :-1])
-            nats = F.cross_entropy(logits.float().mT, batch[:, 1:], reduction="none")
-            scores.append(-nats)
+            scores.append(score(model, batch, at_once))
     new = [batch_scores[:, overlap:].flatten() for batch_scores in scores]
     return torch.cat([scores[0][0, :overlap], *new]).cpu().numpy()
+
+
+def score(model: nn.Module, batch: Tensor, at_once: int) -> Tensor:
+    """As log_probabilities, of a batch, (B, T): (B, T - 1). A model with a state reads at_once tokens at a time."""
+    state = {"state": model.make_state()} if model.has_state else {}
+    size = at_once if state else batch.shape[1]
+    pieces = zip(batch[:, :-1].split(size, 1), batch[:, 1:].split(size, 1), strict=True)
+    nats = [
+        F.cross_entropy(model(idx, **state)[0].float().mT, targets, reduction="none")
+        for idx, targets in pieces
+    ]
+    return -torch.cat(nats, dim=1)
