@@ -1,3 +1,6 @@
+import ctypes
+import sys
+
 import pytest
 import torch
 
@@ -8,9 +11,21 @@ from humptygpt.nn.layers import (
     pick_device,
     pick_dtype,
     sample_dtype,
+    tune_malloc,
 )
 
 CPU = torch.device("cpu")
+
+
+def test_a_linux_without_glibc_keeps_its_own_malloc(monkeypatch):
+    def library(name):
+        if name:
+            raise OSError(f"Error loading shared library {name}")
+        return object()
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    tune_malloc(sharded=False)
 
 
 def test_auto_picks_the_gpu_if_there_is_one(monkeypatch):

@@ -321,6 +321,8 @@ def with_loss(
     """
     # Source: Gemma 2, arXiv:2408.00118, section 2
     if soft_cap := model.config.logit_soft_cap:
+        # bfloat16 has only every eighth of a whole number near 20
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logits = soft_cap * torch.tanh(logits / soft_cap)
     if targets is None:
         return logits, None
@@ -443,7 +445,9 @@ def tune_malloc(sharded: bool) -> None:
     """
     if sys.platform != "linux":
         return
-    mallopt = ctypes.CDLL("libc.so.6").mallopt
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # a Linux without glibc
+        return
     # as malloc.h numbers them: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX
     if sharded:
         mallopt(-1, 1 << 20)
