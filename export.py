@@ -72,9 +72,12 @@ def main(argv: list[str]) -> None:
     given = configurator.read(argv, ExportConfig)
     config = configurator.make(ExportConfig, given)
     to = check_target(config.to, config.resolved_format)
+    from humptygpt.generation.agreement import check_formulas
     from humptygpt.interchange.load import chosen_source, load
 
     loaded = load(chosen_source(config, given), config.checkpoint)
+    if config.resolved_format != "ckpt":
+        check_formulas(loaded.model.config, "transformers or llama.cpp")
     write = {
         "transformers": write_folder,
         "gguf": write_gguf_file,

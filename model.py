@@ -608,19 +608,23 @@ class GPT(nn.Module):
         init_weights(self)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, state: DecoderState | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        state: DecoderState | None = None,
+        last_only: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """idx: (B, T) token ids, which follow the tokens in the state. targets: (B, T), -1 where no loss is counted.
 
-        Returns logits (B, T, V) and the mean cross-entropy in nats, None without targets.
+        last_only: predict only the token after the last one. Returns logits (B, T or 1, V) and the mean cross-entropy
+        in nats, None without targets.
         """
         x = self.stack(self.wte(idx), state)
-        return with_loss(self, self.lm_head(x), targets)
+        return with_loss(self, self.lm_head(x[:, -1:] if last_only else x), targets)
 
     def next_logits(self, idx: Tensor, state: DecoderState | None = None) -> Tensor:
-        """As forward, but of the token after the last one alone: (B, V)."""
-        x = self.stack(self.wte(idx), state)
-        return with_loss(self, self.lm_head(x[:, -1]), None)[0]
+        """Logits of the token after the last one: (B, V)."""
+        return self.forward(idx, state=state, last_only=True)[0][:, -1]
 
     def make_state(self, size: int | None = None) -> DecoderState:
         """An empty state; size: as DecoderState has it; None: block_size."""
@@ -654,20 +658,20 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         state: DecoderState | None = None,
         source: Tensor | None = None,
+        last_only: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """source: (B, S) token ids, -1 after the end of the shorter ones; not needed with a state, which holds it.
 
         idx: (B, T) token ids of the target so far, which follow those in the state; the first is end-of-text. targets:
-        (B, T), -1 where no loss is counted. Returns as GPT does.
+        (B, T), -1 where no loss is counted. last_only, and what it returns: as GPT.forward.
         """
         context, mask = (None, NO_MASK) if state else self.encode(source)
         x = self.decoder(self.wte(idx), state, context=context, context_mask=mask)
-        return with_loss(self, self.lm_head(x), targets)
+        return with_loss(self, self.lm_head(x[:, -1:] if last_only else x), targets)
 
     def next_logits(self, idx: Tensor, state: DecoderState) -> Tensor:
-        """As forward, but of the token after the last one alone: (B, V)."""
-        x = self.decoder(self.wte(idx), state)
-        return with_loss(self, self.lm_head(x[:, -1]), None)[0]
+        """Logits of the token after the last one: (B, V)."""
+        return self.forward(idx, state=state, last_only=True)[0][:, -1]
 
     def encode(self, source: Tensor) -> tuple[Tensor, Mask]:
         """source: (B, S), as in forward. Returns the encoder's output, (B, S, C), and the mask of its padding."""

@@ -43,8 +43,9 @@ from humptygpt.core.settings import (
     note,
     setting,
 )
+from humptygpt.generation.agreement import difference
 from humptygpt.generation.beams import NUM_BEAMS, translate
-from humptygpt.generation.compiled import CompiledGPT
+from humptygpt.generation.compiled import CompiledGPT, uncompiled
 from humptygpt.generation.decoder import prepare_for_generation
 from humptygpt.generation.sampling import (
     Context,
@@ -182,6 +183,10 @@ class SampleConfig:
 
     def __post_init__(self):
         check(self)
+        if "" in self.stop:
+            raise ValueError(
+                "stop is empty, and every text would end at once; leave it out"
+            )
         for keys in (
             ("start", "prompts", "score"),
             ("interactive", "prompts", "score"),
@@ -262,9 +267,10 @@ def load(
         free_memory(torch_device),
         "end other programs, or on a CPU take --quantize=int8",
     )
-    if compile and not model.has_state:
-        note(f"compile=True has no effect: model={model.config.model} has no state")
-    compiles = compile and model.has_state and TASKS[loaded.task].continues_text
+    compiles = compile and TASKS[loaded.task].continues_text
+    if compiles and (not model.has_state or difference(model, uncompiled)):
+        note("compile=True has no effect: no compiled step computes what this model does")
+        compiles = False
     model = prepare_for_generation(model, weight_dtype, torch_device, compiles)
     if compiles:
         print("compiling: this takes about a minute", file=sys.stderr)
@@ -312,8 +318,13 @@ def stream_texts(
 
 
 def complete(loaded: Pipeline, prompt: str, max_new_tokens: int = 500, **keys) -> str:
-    """Return the prompt and its continuation, for a notebook; keys: temperature, stop and others of SampleConfig."""
+    """Return the prompt and its continuation, or its translation, for a notebook.
+
+    keys: temperature, stop, num_beams and others of SampleConfig.
+    """
     config = SampleConfig(max_new_tokens=max_new_tokens, **keys)
+    if not TASKS[loaded.task].continues_text:
+        return translate_lines([prompt], 1, config, loaded)[0]
     context = make_context([encode_prompt(prompt, loaded.tokenizer)], config, loaded)
     pieces = stream_texts(loaded, context, [0], config)
     return prompt + "".join(piece.text for piece in pieces)
@@ -390,8 +401,12 @@ def read_prompts(config: SampleConfig, loaded: Pipeline) -> list[tuple[str, np.n
     if config.start is None and config.prompts is None:
         ids = tokenizer.start()
         return [("" if tokenizer.eot is not None else tokenizer.decode(ids), ids)]
-    lines = config.prompts is not None
-    texts = read_text(config.prompts).splitlines() if lines else [read_start(config.start)]
+    if config.prompts is None:
+        texts = [read_start(config.start)]
+    else:
+        texts = read_text(config.prompts).removesuffix("\n").split("\n")
+        if texts == [""]:
+            raise UserError(f"{config.prompts} has no prompts; write one on each line")
     prompts = []
     for number, text in enumerate(texts, start=1):
         try:
@@ -403,8 +418,6 @@ def read_prompts(config: SampleConfig, loaded: Pipeline) -> list[tuple[str, np.n
                 f"prompt {number:,} has {len(ids):,} tokens; the last {block_size:,} are read"
             )
         prompts.append((text.removeprefix(END_OF_TEXT), ids))
-    if not prompts:
-        raise UserError(f"{config.prompts} has no prompts; write one on each line")
     return prompts
 
 

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import os
 import random
 import re
 import runpy
@@ -32,6 +33,7 @@ import train
 from humptygpt.checkpoint import checkpoint
 from humptygpt.core.errors import UserError
 from humptygpt.core.settings import setting
+from humptygpt.generation.agreement import REFERENCE, check_formulas, known_logits
 from humptygpt.interchange.load import load
 from humptygpt.nn.layers import ACTIVATIONS
 from humptygpt.page import known_settings, page_data
@@ -1159,6 +1161,69 @@ def test_the_loss_over_two_weights_of_the_leaf_network_is_that_of_a_network_with
 
 
 # --------------------------------------------------------------------------------------
+# The reference, which tells that model.py was edited
+
+BARE = {
+    "n_layer": 2, "n_head": 2, "n_kv_head": None, "n_embd": 24, "head_size": None, "n_hidden": None,
+    "block_size": 8, "window": 0, "vocab_size": 7, "bias": False, "attn_bias": None, "mlp_bias": None,
+    "embedding": "table", "tie_weights": False, "position": "none", "norm": "none", "norm_eps": 1e-5,
+    "rope_base": 100.0, "rope_factor": 1.0, "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0,
+    "rope_original_context": 16, "block": "pre_norm", "mlp": "plain", "mlp_conv": 0, "activation": "relu",
+    "qk_norm": False, "embed_norm": False, "logit_soft_cap": 0.0, "init": "gpt2", "lora_rank": 0,
+}  # fmt: skip
+REFERENCE_TEXT = [3, 1, 4, 1, 5, 2, 6]
+SETTINGS = [
+    {},
+    *({key: name} for key in ("position", "norm", "block", "mlp", "activation")
+      for name in known_settings.VARIANTS[key]),
+    {"bias": True}, {"attn_bias": True}, {"mlp_bias": True}, {"tie_weights": True}, {"qk_norm": True}, {"window": 3},
+    {"mlp_conv": 2}, {"logit_soft_cap": 2.0}, {"n_kv_head": 1}, {"head_size": 6}, {"n_hidden": 40},
+    {"embed_norm": True, "norm": "layernorm"}, {"position": "rotary", "rope_factor": 4.0},
+    # of the recipe, GPT-2 and Llama
+    {"position": "rotary", "norm": "layernorm", "activation": "relu_squared", "mlp_conv": 3, "qk_norm": True},
+    {"position": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True, "tie_weights": True},
+    {"position": "rotary", "norm": "rmsnorm", "mlp": "gated", "activation": "silu"},
+]  # fmt: skip
+OF_WINDOWS = [{}, {"bias": True}, {"embedding": "number", "n_embd": 1}]
+OF_WINDOWS += [{"activation": name} for name in known_settings.VARIANTS["activation"]]
+
+
+def reference_of_javascript(node: Node) -> dict:
+    """What reference.json holds."""
+    cases = [{"model": "gpt"} | keys for keys in SETTINGS]
+    cases += [{"model": "transformer"} | keys for keys in SETTINGS]
+    cases += [{"model": "window_mlp", "window": 3} | keys for keys in OF_WINDOWS]
+    answers = []
+    for keys in cases:
+        model = models.build(ModelConfig(**BARE | keys))
+        known_logits(model, torch.tensor([REFERENCE_TEXT]))
+        source = REFERENCE_TEXT if model.has_encoder else None
+        request = {"data": data_of(model), "idx": REFERENCE_TEXT, "source": source}
+        logits = node.arrays("forward", **request, only=["logits"])["logits"][-1]
+        answers.append([keys, [float(f"{logit:.5g}") for logit in logits]])
+    return {"config": BARE, "text": REFERENCE_TEXT, "logits": answers}
+
+
+def test_the_reference_is_what_the_javascript_computes(node):
+    """To write it anew: WRITE_REFERENCE=1 python -m pytest tests/test_explain.py -k reference"""
+    expected = reference_of_javascript(node)
+    if os.environ.get("WRITE_REFERENCE"):
+        lines = ",\n".join(json.dumps(answer) for answer in expected.pop("logits"))
+        head = json.dumps(expected).removesuffix("}")
+        REFERENCE.write_text(f'{head}, "logits": [\n{lines}\n]}}\n')
+        return
+    found = json.loads(REFERENCE.read_bytes())
+    assert [keys for keys, _ in found["logits"]] == [keys for keys, _ in expected["logits"]]
+    for (keys, a), (_, b) in zip(found["logits"], expected["logits"], strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-4), keys
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *TRANSFORMER_VARIANTS], ids=case_id)
+def test_an_unchanged_model_is_that_of_the_reference(variant):
+    check_formulas(test_model.tiny(**variant).config, "a page")
+
+
+# --------------------------------------------------------------------------------------
 # explain.py
 
 
@@ -1345,6 +1410,28 @@ def test_a_page_has_the_snapshots_before_its_model_unless_they_are_left_out(run_
     shutil.copy("out/run/snapshots/10.pt", "out/run/snapshots/30.pt")
     explain.main(["--out_dir=out/run", "--to=with.html", "--checkpoint=latest"])
     assert [entry["iter"] for entry in data_in(Path("with.html"))["snapshots"]] == [0, 10]
+
+
+def test_a_model_that_the_page_would_compute_otherwise_is_refused(
+    run_dir, fails, monkeypatch
+):
+    def edited(old):
+        return lambda self, *args, **keys: 1.2 * old(self, *args, **keys)
+
+    for owner, name in (
+        (models.Attention, "queries"),
+        (models.PreNormBlock, "forward"),
+        (models.LayerNorm, "forward"),
+        (models.MLP, "forward"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, edited(getattr(owner, name)))
+            complaint = fails(explain.main, "--out_dir=out/run")
+            assert complaint.startswith("a page would not compute what model.py computes")
+    # what this run does not use, and what only training does
+    monkeypatch.setattr(models.GatedMLP, "forward", None)
+    monkeypatch.setattr(models.Dropout, "forward", lambda self, x: x)
+    explain.main(["--out_dir=out/run"])
 
 
 BAD = {

@@ -8,16 +8,18 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PLAIN, make_text
+from conftest import PLAIN, TINY_RUN, make_text
 from properties import given, settings
 from test_model import random_model
 from test_tokenizer import EVERY, GPT2, SEPARATED, TEXT, anything
 from torch import nn
 
 import export
+import model as models
 import prepare_data
 import sample
 import train
@@ -651,6 +653,19 @@ def test_what_gguf_cannot_hold_is_refused_by_name_with_the_way_out(keys, complai
     assert not list(folder.iterdir())
 
 
+def test_a_model_that_other_programs_would_compute_otherwise_is_refused(
+    tiny, fails, monkeypatch
+):
+    train.main([*TINY_RUN, *PLAIN, "--max_iters=1", "--activation=gelu_tanh"])
+    queries = models.Attention.queries
+    monkeypatch.setattr(models.Attention, "queries", lambda self, x: 1.2 * queries(self, x))
+    for to in ("exported", "model.gguf"):
+        complaint = fails(export.main, "--out_dir=out/run", f"--to={to}")
+        assert complaint.startswith("transformers or llama.cpp would not compute what")
+        assert not Path(to).exists()
+    export.main(["--out_dir=out/run", "--to=model.pt"])  # which model.py reads
+
+
 def test_mistakes_are_one_line(fails, folder):
     refused = partial(fails, export.main)
     assert "export needs a folder to write; give one by --to" in refused()
@@ -676,7 +691,10 @@ def test_mistakes_are_one_line(fails, folder):
     "name, kind", [("a.gguf", "gguf"), ("a.pt", "ckpt"), ("a", "transformers")]
 )
 def test_the_ending_of_the_name_chooses_the_format(name, kind, monkeypatch, folder):
-    monkeypatch.setattr(load_module, "load", lambda source, which: None)
+    model = random_model()
+    monkeypatch.setattr(
+        load_module, "load", lambda source, which: SimpleNamespace(model=model)
+    )
     writers = {
         "gguf": "write_gguf_file",
         "ckpt": "write_checkpoint",

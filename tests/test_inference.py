@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,15 @@ from test_model import (
     tokens,
 )
 
+import model as models
+from humptygpt.core.errors import UserError
 from humptygpt.generation import decoder as inference
+from humptygpt.generation.beams import translate
 from humptygpt.generation.compiled import CompiledGPT
 from humptygpt.generation.decoder import ProductLinear, prepare_for_generation
-from humptygpt.generation.sampling import generate
-from model import POSITIONS
+from humptygpt.generation.sampling import Context, generate
+from humptygpt.nn import layers
+from model import POSITIONS, rotate
 
 
 def logits_in_pieces(model, idx, padding=None) -> torch.Tensor:
@@ -46,7 +51,7 @@ def check_equal(keys: dict, low_bit: bool = False) -> None:
 
 
 @every_variant
-def test_a_model_made_for_generation_gives_the_same_logits(variant):
+def test_a_model_made_for_generation_gives_the_same_logits(variant, capsys):
     if variant.get("model") == "window_mlp":
         model = random_model(**variant).eval()
         ready = prepare_for_generation(copy.deepcopy(model))
@@ -55,12 +60,14 @@ def test_a_model_made_for_generation_gives_the_same_logits(variant):
         )
     elif variant.get("block_size", 16) > 3:
         check_equal(variant)
+    assert capsys.readouterr().err == ""  # its shortcuts are used
 
 
 @every_position_and_block
-def test_it_does_so_in_any_combination(position, block):
+def test_it_does_so_in_any_combination(position, block, capsys):
     for keys in combinations(position, block):
         check_equal(keys | {"qk_norm": True, "bias": keys["norm"] == "layernorm"})
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.skipif(
@@ -125,7 +132,145 @@ def test_a_transformer_made_for_generation_translates_as_before():
 
 
 # --------------------------------------------------------------------------------------
+# A model.py that its user has edited
+
+
+def changed(module, name: str, change):
+    """An edit: module.name computes change(what it computed)."""
+    old = getattr(module, name)
+    return module, name, lambda *args, **keys: change(old(*args, **keys))
+
+
+EDITS = {
+    "scaled queries": changed(models.Attention, "queries", lambda q: 1.2 * q),
+    "attention": changed(models.SelfAttention, "forward", lambda y: 0.9 * y),
+    "rotation": changed(models, "rotate", lambda q: 1.2 * q),
+    "block": changed(models.PreNormBlock, "forward", lambda x: 1.1 * x + 0.1),
+    "stack": changed(models.Stack, "forward", lambda x: 0.9 * x),
+    "feed-forward network": changed(models.MLP, "forward", lambda y: 0.9 * y),
+    "convolution": changed(layers.CausalConv, "forward", lambda y: y + 0.1),
+    "norm": changed(models.LayerNorm, "forward", lambda y: 0.9 * y),
+}
+
+
+class Tempered(models.SelfAttention):
+    """One learned temperature a head, and a setting that scales the keys."""
+
+    def __init__(self, config, window=0):
+        super().__init__(config, window)
+        self.temperature = torch.nn.Parameter(torch.ones(config.n_head, 1, 1))
+        self.scale = getattr(config, "scale", 1.0)
+
+    def forward(self, x, inputs, state=None):
+        q, (k, v) = self.queries(x) * self.temperature, self.keys_and_values(x)
+        if inputs.rotary:
+            q, k = rotate(q, inputs.rotary), rotate(self.scale * k, inputs.rotary)
+        if state:
+            k, v = state.append(k, v, *inputs.cached)
+        return self.attend_and_project(q, k, v, inputs.masks[self.window])
+
+
+class TemperedBlock(models.ParallelBlock):
+    def __init__(self, config, *args):
+        super().__init__(config, *args)
+        self.attn = Tempered(config, config.window)
+
+
+@pytest.mark.parametrize("name", [*EDITS, "block of her own", "setting of her own"])
+def test_an_edit_of_the_model_reaches_generation_and_scores(name, monkeypatch, capsys):
+    keys = {"position": "rotary", "mlp_conv": 2, "window": 5}
+    if name in EDITS:
+        monkeypatch.setattr(*EDITS[name])
+        if name == "rotation":  # which an edited file has everywhere
+            monkeypatch.setattr(inference, "rotate", EDITS[name][2])
+    elif name == "block of her own":
+        monkeypatch.setitem(models.BLOCKS, "tempered", TemperedBlock)
+        keys["block"] = "tempered"
+    else:
+        monkeypatch.setattr(models, "SelfAttention", Tempered)
+        monkeypatch.setattr(models.ModelConfig, "scale", 1.3, raising=False)
+    model = random_model(**keys).eval()
+    idx = tokens(3, 12)
+    expected = model(idx)[0][:, 2:].detach()
+    for compiles in (False, True):
+        ready = prepare_for_generation(copy.deepcopy(model), compiles=compiles)
+        torch.testing.assert_close(
+            logits_in_pieces(ready, idx), expected, atol=1e-5, rtol=1e-4
+        )
+        torch.testing.assert_close(ready(idx)[0][:, 2:], expected, atol=1e-5, rtol=1e-4)
+    notes = capsys.readouterr().err.splitlines()
+    assert all(
+        line.startswith("note: model.py differs from the shortcuts") for line in notes
+    )
+
+
+def test_a_model_whose_cache_forgets_an_edit_does_without_it(monkeypatch, capsys):
+    forward = models.SelfAttention.forward
+    monkeypatch.setattr(  # each token is mixed with the one before it, which no state keeps
+        models.SelfAttention,
+        "forward",
+        lambda self, x, *rest: forward(self, x + F.pad(x, (0, 0, 1, -1)), *rest),
+    )
+    model, idx = random_model().eval(), tokens(2, 8)
+    expected = model(idx)[0][:, -1].detach()
+    context = Context(prepare_for_generation(model), idx[:, :7])
+    context.next_logits()
+    context.append(idx[:, 7:])
+    torch.testing.assert_close(context.next_logits(), expected)
+    assert capsys.readouterr().err.count("\n") == 2
+    with pytest.raises(UserError, match="cannot translate: with its cache"):
+        translate(model, [np.array([1, 2])], eot=2)
+
+
+def test_a_class_that_fails_in_the_comparison_is_named_and_used(monkeypatch, capsys):
+    def forward(self, *args):
+        assert self.q_proj.in_features == 32, "made for 32 features"
+        return attend(self, *args)
+
+    attend = models.SelfAttention.forward
+    monkeypatch.setattr(models.SelfAttention, "forward", forward)
+    ready = prepare_for_generation(random_model())
+    assert "(AssertionError: made for 32 features): " in capsys.readouterr().err
+    assert ready.has_state and len(greedy(ready, tokens(2, 4), 5)) == 2
+
+
+def test_a_linear_layer_of_ones_own_is_not_swapped_for_a_product(monkeypatch):
+    class Doubled(layers.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    monkeypatch.setattr(models, "Linear", Doubled)
+    monkeypatch.setattr(inference, "PACKED_FROM", 1)
+    model, idx = random_model().eval(), tokens(2, 5)
+    expected = model(idx)[0].detach()
+    for dtype in (torch.float32, torch.bfloat16):
+        ready = prepare_for_generation(copy.deepcopy(model), dtype)
+        torch.testing.assert_close(ready(idx)[0], expected, atol=0.02, rtol=0.0)
+
+
+# --------------------------------------------------------------------------------------
 # Compiled
+
+
+def test_a_compiled_step_writes_into_keys_and_values_alone():
+    """Otherwise CUDA would make no graph of it."""
+    keys = {"mlp_conv": 2, "position": "rotary"}
+    ready = prepare_for_generation(random_model(**keys), compiles=True)
+    compiled = CompiledGPT(ready, backend="eager")
+
+    def step(idx, position, padding, buffers):
+        before = [last_inputs.clone() for _, _, last_inputs in buffers]
+        answer = compiled.step(idx, position, padding, buffers)
+        kept.extend(map(torch.equal, before, [buffer[2] for buffer in buffers]))
+        return answer
+
+    kept = []
+
+    compiled.compiled = step
+    state = compiled.make_state()
+    for piece in tokens(2, 5).split([2, 1, 1, 1], dim=1):
+        compiled.next_logits(piece, state)
+    assert len(kept) == 6 and all(kept)
 
 
 def greedy(model, idx, n: int, **options) -> list[list[int]]:

@@ -662,3 +662,26 @@ def test_dropout_zeroes_each_element_with_probability_p_and_keeps_the_mean(p):
 def test_dropout_with_p_near_1_zeroes_nearly_all_elements():
     torch.manual_seed(0)
     assert (Dropout(0.999999)(torch.ones(10_000)) == 0).float().mean() > 0.999
+
+
+def test_capped_logits_keep_their_precision_in_bfloat16():
+    model = tiny(logit_soft_cap=30.0)
+    logits = torch.linspace(10, 40, 200).bfloat16()
+    expected = 30 * torch.tanh(logits.float() / 30)
+    torch.testing.assert_close(layers.with_loss(model, logits, None)[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "transformer"])
+def test_an_edit_of_forward_reaches_next_logits(kind, monkeypatch):
+    cls = models.MODELS[kind]
+    forward = cls.forward
+    monkeypatch.setattr(
+        cls,
+        "forward",
+        lambda self, *args, **keys: (forward(self, *args, **keys)[0] + 1, None),
+    )
+    model = random_model(model=kind).eval()
+    idx = tokens(2, 5)
+    texts = {"source": tokens(2, 4)} if kind == "transformer" else {}
+    found = model.next_logits(idx, model.make_state(**texts))
+    torch.testing.assert_close(found, model(idx, **texts)[0][:, -1])

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "interchange": "core nn tokenizer model data checkpoint",
     "parallel": "core nn model data checkpoint",
     "training": "core nn tokenizer model data checkpoint generation interchange parallel",
-    "page": "core nn tokenizer model data checkpoint interchange",
+    "page": "core nn tokenizer model data checkpoint generation interchange",
 }
 FILES = [ROOT / "model.py", *sorted(ROOT.glob("humptygpt/*/*.py"))]
 TORCHLESS = [

@@ -129,6 +129,7 @@ BAD = {
     "start=FILE: must not be empty; write --start=FILE:PATH": ["--start=FILE:"],
     "prompt 2: character 'é' (U+00E9) is not among the": ["--prompts=prompts.txt"],
     "empty.txt has no prompts; write one on each line": ["--prompts=empty.txt"],
+    "stop is empty, and every text would end at once": ["--stop="],
     "start and prompts exclude each other": ["--start=A", "--prompts=prompts.txt"],
     "interactive and score exclude each other": ["--interactive=True", "--score=good.txt"],
     "prompts and score exclude each other": ["--score=empty.txt", "--prompts=prompts.txt"],
@@ -304,6 +305,16 @@ def test_weights_in_fewer_bits_sample_text_and_score_nearly_the_same(run_dir, ca
         assert len(text_of(capsys, "--start=A", "--num_samples=1", *low)) > 20
         scores.append(float(text_of(capsys, "--score=text.txt", *low).split()[0]))
     assert scores == pytest.approx([scores[0]] * 3, rel=0.01)
+
+
+def test_only_a_line_break_ends_a_prompt():
+    model = random_model(vocab_size=256)
+    loaded = sample.Pipeline(
+        model, ByteTokenizer(), "language modelling", torch.device("cpu")
+    )
+    Path("prompts.txt").write_text("a\x0cb\u2028c\x85\nd\n", encoding="utf-8")
+    prompts = sample.read_prompts(sample.SampleConfig(prompts="prompts.txt"), loaded)
+    assert [text for text, _ in prompts] == ["a\x0cb\u2028c\x85", "d"]
 
 
 def test_from_a_notebook_three_lines_are_enough(run_dir, capsys):

@@ -495,6 +495,15 @@ def test_lines_keep_their_order_and_numbers_however_many_are_translated_at_once(
     ]
 
 
+def test_from_a_notebook_a_sentence_is_translated(pairs, capsys):
+    train.main(TINY)
+    capsys.readouterr()
+    sample.main(["--out_dir=out/run", "--start=ein Hund", "--max_new_tokens=9"])
+    loaded = sample.load("out/run", device="cpu")
+    text = sample.complete(loaded, "ein Hund", max_new_tokens=9)
+    assert capsys.readouterr().out == f"{text}\n"
+
+
 def test_beams_penalty_and_length_are_those_asked_for(pairs, monkeypatch):
     train.main([*TINY, "--vocab_size=300"])
     asked = []

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from humptygpt.core.errors import UserError
+
 NUM_BEAMS = 4  # by default
 BATCH = 64  # sentences that are translated at once
 
@@ -29,6 +31,10 @@ def translate(
 
     Sentences of equal lengths are translated in one batch, so that none is padded.
     """
+    if not model.has_state:
+        raise UserError(
+            "model.py cannot translate: with its cache it gives other logits than without"
+        )
     device = next(model.parameters()).device
     translations: dict[int, Translation] = {}
     by_length = defaultdict(list)

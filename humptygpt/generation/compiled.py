@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from humptygpt.core.limits import is_out_of_memory
 from humptygpt.core.settings import note
+from humptygpt.generation.decoder import prepare_for_generation
 from humptygpt.nn.layers import NO_MASK, DecoderState, LayerState, with_loss
 from model import GPT, BlockInputs, ModelConfig
 
@@ -74,17 +75,20 @@ class CompiledGPT(nn.Module):
         padding = None if state.padding is None else state.padding.clone()
         arguments = idx.clone(), position, padding, buffers
         try:
-            logits = self.compiled(*arguments)
+            logits, last_inputs = self.compiled(*arguments)
         except Exception as error:  # compilers fail in as many ways as there are machines
             if self.compiled == self.step or is_out_of_memory(error):
                 raise
             reason = str(error).strip().partition("\n")[0]
             note(f"torch.compile fails here ({reason}); generating uncompiled")
             self.compiled = self.step
-            logits = self.step(*arguments)
+            logits, last_inputs = self.step(*arguments)
         state.make_room(1)
         state.length += 1
-        return logits.clone()  # the next replay of a CUDA graph overwrites them
+        # the next replay of a CUDA graph overwrites what it returned
+        for layer, inputs in zip(state.layers, last_inputs, strict=True):
+            layer.last_inputs = None if inputs is None else inputs.clone()
+        return logits.clone()
 
     def step(
         self,
@@ -92,11 +96,12 @@ class CompiledGPT(nn.Module):
         position: Tensor,
         padding: Tensor | None,
         buffers: list[tuple[Tensor, Tensor, Tensor | None]],
-    ) -> Tensor:
-        """Compute the logits (B, V) after one more token of each text, and write what it leaves into the buffers.
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Compute the logits (B, V) after one more token of each text, and write its keys and values into the buffers.
 
         idx: (B, 1). position: (1,), of the token in the buffers. padding: as DecoderState has it. buffers: keys, values
-        and last inputs of each layer.
+        and last inputs of each layer. Returns the new last inputs, too: a graph that changed them, which are at another
+        address for each token, would not become a CUDA graph.
         """
         model = self.model
         stack = model.stack
@@ -106,12 +111,12 @@ class CompiledGPT(nn.Module):
         rotary = stack.position.rotary(at)
         inputs = BlockInputs(cached, masks, rotary, None, NO_MASK, None)
         x = stack.embed_norm(stack.position.embed(model.wte(idx), at))
+        kept = []
         for block, (k, v, last_inputs) in zip(stack.blocks, buffers, strict=True):
             layer = StaticLayer(k, v, last_inputs)
             x = block(x, inputs, layer)
-            if last_inputs is not None:
-                last_inputs.copy_(layer.last_inputs)
-        return with_loss(model, model.lm_head(stack.norm(x))[:, -1], None)[0]
+            kept.append(layer.last_inputs)
+        return with_loss(model, model.lm_head(stack.norm(x))[:, -1], None)[0], kept
 
     def mask(self, position: Tensor, padding: Tensor | None, window: int) -> tuple:
         """As attention_mask, for the query at this position and as many keys as the buffers hold."""
@@ -127,3 +132,10 @@ class CompiledGPT(nn.Module):
         else:  # it is for a query at the end: each key takes that of its distance
             bias = bias.index_select(3, (size - 1 - distance).clamp(max=size - 1))
         return bias.masked_fill(~allowed, -torch.inf), False
+
+
+def uncompiled(model: GPT) -> CompiledGPT:
+    """Return the model with the step that would be compiled, to see whether it computes what the model does."""
+    ready = CompiledGPT(prepare_for_generation(model, compiles=True, shortcuts=True))
+    ready.compiled = ready.step
+    return ready

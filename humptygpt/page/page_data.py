@@ -12,6 +12,7 @@ from humptygpt.checkpoint import checkpoint
 from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core.errors import UserError
 from humptygpt.data.token_files import TokenFiles, read_meta
+from humptygpt.generation.agreement import check_formulas
 from humptygpt.interchange.load import Loaded, load
 from humptygpt.page.known_settings import check_settings
 from humptygpt.page.snapshots import snapshot_data
@@ -36,6 +37,7 @@ def page_data(config) -> dict:
     if run.saved is None:
         raise UserError(f"out_dir={config.out_dir} is no run of train.py; a page shows one")
     check_settings(run.model.config, run.tokenizer.name)
+    check_formulas(run.model.config, "a page")
     saved = run.saved["progress"]
     # JSON has no infinity, which the best loss is before the first evaluation
     progress = {
