@@ -8,8 +8,8 @@
     torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py
 
 It leaves in out_dir: ckpt.pt (all that resuming needs), best.pt (the model with the lowest validation loss),
-metrics.jsonl, loss.png, config.json, snapshots/ of a small model, for its page, and, with --minutes, plan.py, which
-repeats the run. Ctrl-C saves before it stops.
+metrics.jsonl, loss.png, config.json (a config file, too), command.txt, snapshots/ of a small model, for its page, and,
+with --minutes, plan.py, which repeats the run. Ctrl-C saves before it stops.
 Keys that are not set have the defaults below, which are the demo's settings.
 """
 
@@ -19,6 +19,7 @@ import os
 import shlex
 import signal
 import sys
+import zlib
 from collections.abc import Collection
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
@@ -193,6 +194,9 @@ def fit(run: Run, fine_tunes: bool) -> int:
     """Train, show what the model can do, and return the exit code."""
     out_dir = Path(run.config.out_dir)
     settings = asdict(run.config) | asdict(run.model.config)
+    # what starts with _ is no setting, also if config.json is taken for a config file
+    settings["_parameters"] = models.count_parameters(run.model)
+    settings["_model.py"] = f"{zlib.crc32(Path(models.__file__).read_bytes()):08x}"
     folder = RunFolder(out_dir, settings, run.progress.iter, writes=run.processes.first)
     with closing(folder):
         if fine_tunes:
@@ -205,6 +209,8 @@ def fit(run: Run, fine_tunes: bool) -> int:
             if run.processes.first:
                 report_divergence(run, error)
             return 1
+        end = "stopped" if stopped_by else "done"
+        folder.record(run.progress.stamp() | {"end": end})
         folder.draw()  # a resumed run may have no step left, and its plot be missing
         if run.processes.first:
             if stopped_by:
@@ -732,6 +738,7 @@ def show_best(run: Run, folder: RunFolder) -> None:
     if evaluations_of_whole(run):
         row = evaluation.measures(run, model, None)
         print(f"the whole validation split: {evaluation.evaluation_line(row)}")
+        row["iter"] = run.progress.best_iter
         folder.record(stamp | {f"whole_{key}": value for key, value in row.items()})
     with autocast(device, sample_dtype(run.config.dtype, device)):
         if run.task.final_examples:

@@ -150,13 +150,14 @@ def saved_figures(monkeypatch) -> list:
 
 
 def read_rows(out_dir) -> list[dict]:
-    """The rows of a run's metrics, without the numbers that depend on the clock."""
+    """What a run measured: the rows of its metrics but for the end, without the numbers that depend on the clock."""
     rows = [
         json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()
     ]
     return [
         {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")}
         for row in rows
+        if "end" not in row
     ]
 
 

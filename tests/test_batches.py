@@ -16,6 +16,7 @@ from humptygpt.data import token_files
 from humptygpt.data.batches import Prefetcher, TokenDataset, permute, random_key
 from humptygpt.data.token_files import META_FORMAT, TokenFiles, read_meta, sha256
 from humptygpt.tokenizer import tokenizers
+from humptygpt.training import evaluation
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000])
@@ -176,6 +177,32 @@ def test_some_evaluation_batches_are_always_the_same_and_spread_over_the_split(c
     assert (
         first[0][0] == 0 and first[0][1] < first[1][0] < first[1][1] and first[1][1] >= 64
     )
+
+
+def test_the_whole_split_is_the_same_text_for_any_tokenizer_and_a_part_or_other_text_is_not(
+    folder,
+):
+    text = make_text().replace("a", "ä")
+    Path("a.txt").write_text(text)
+    Path("b.txt").write_text(text[:-2] + "!\n")
+
+    def evaluated(name: str, *keys: str, block_size: int = 16, eval_iters=None) -> dict:
+        prepare_data.main(
+            [f"--input={name}.txt", f"--name={name}", "--overwrite=True", *keys]
+        )
+        data = TokenDataset(Path("data", name), block_size, 1)
+        return evaluation.evaluated(data, 4, eval_iters)
+
+    whole = evaluated("a", "--tokenizer=char")
+    assert whole["val_tokens"] == len(TokenDataset(Path("data/a"), 16, 1).val) - 1
+    for tokenizer in ("byte", "sentencepiece"):
+        keys = [f"--tokenizer={tokenizer}", "--vocab_size=300"]
+        other = evaluated("a", *keys[: 1 + (tokenizer != "byte")], block_size=7)
+        assert other["val_text"] == whole["val_text"]
+        assert other["val_tokens"] != whole["val_tokens"]
+    assert evaluated("b", "--tokenizer=char")["val_text"] != whole["val_text"]
+    part = evaluated("a", "--tokenizer=char", eval_iters=2)
+    assert part["val_tokens"] == 2 * 4 * 16 and part["val_text"] != whole["val_text"]
 
 
 def test_a_nanogpt_folder_opens_as_it_is(folder):

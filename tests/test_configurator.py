@@ -172,7 +172,7 @@ def test_a_run_in_place_of_a_config_file_is_answered_with_its_key_and_never_exec
     folder,
 ):
     Path("out/my run").mkdir(parents=True)
-    Path("out/my run/config.json").write_text('{"eval_only": false}')
+    Path("out/my run/config.json").write_text('{"eval_only": false, "_parameters": 3}')
     with zipfile.ZipFile("out/my run/best.pt", "w") as file:
         file.writestr("__main__.py", "raise SystemExit('code of a checkpoint')")
     run = "'--out_dir=out/my run'"
@@ -181,6 +181,9 @@ def test_a_run_in_place_of_a_config_file_is_answered_with_its_key_and_never_exec
             (SampleConfig, run),
             (TrainConfig, f"--init_from=resume {run}"),
         ):
+            if config is TrainConfig and argument.endswith(".json"):
+                assert configurator.read([argument], config) == {"eval_only": False}
+                continue
             line = f"{argument} is not a config file; for the run in it write {option}"
             with pytest.raises(UserError, match=f"^{line}$"):
                 configurator.read([argument], config)

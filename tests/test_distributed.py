@@ -287,6 +287,7 @@ def test_one_process_writes_and_reports(tiny):
     assert sorted(path.name for path in OUT.iterdir()) == [
         "best.pt",
         "ckpt.pt",
+        "command.txt",
         "config.json",
         "metrics.jsonl",
         "snapshots",

@@ -321,7 +321,7 @@ def test_fifty_starts_of_two_runs_in_one_folder_never_mix(tiny, processes, capsy
         ran, refused = ran + both, refused + 2 - both
         assert_one_run(OUT, expected)
         assert {path.name for path in OUT.iterdir() if path.is_file()} == {
-            *("ckpt.pt", "best.pt", "metrics.jsonl", "config.json")
+            *("ckpt.pt", "best.pt", "metrics.jsonl", "config.json", "command.txt")
         }
     with capsys.disabled():
         print(f"\n100 starts of runs: {ran} ran, {refused} were refused")

@@ -75,7 +75,8 @@ def test_with_overwrite_the_earlier_run_is_whole_until_the_new_one_has_a_checkpo
     run_train("--seed=2")
     assert not (OUT / "overwritten").exists() and another.exists()
     assert {path.name for path in OUT.iterdir()} == {
-        *("ckpt.pt", "best.pt", "best", "metrics.jsonl", "config.json", "snapshots")
+        *("ckpt.pt", "best.pt", "best", "metrics.jsonl", "config.json", "snapshots"),
+        "command.txt",
     }
     capsys.readouterr()
     assert train.main([*RESUME, "--overwrite=True"]) == 0
@@ -88,6 +89,7 @@ def test_killed_while_it_sets_an_earlier_run_aside_nothing_of_it_is_lost(
     run_train("--seed=1")
     (OUT / "adapter").write_text("is moved first")
     before = files_of(OUT)
+    commands = before.pop("command.txt")
     replace = Path.replace
     for last in ("metrics.jsonl", "ckpt.pt"):
 
@@ -100,7 +102,9 @@ def test_killed_while_it_sets_an_earlier_run_aside_nothing_of_it_is_lost(
                 run_train("--seed=2")
         assert (OUT / "overwritten" / "adapter").exists() and (OUT / "ckpt.pt").exists()
         assert train.main(RESUME) == 0
-        assert files_of(OUT) == before
+        after = files_of(OUT)
+        assert after.pop("command.txt").startswith(commands)  # the resume is added
+        assert after == before
     run_train("--seed=2")
     assert not (OUT / "overwritten").exists()
 
@@ -147,6 +151,15 @@ def figure(saved_figures):
     return make
 
 
+def test_the_loss_before_the_first_step_is_not_the_lowest(saved_figures):
+    rows = [{"iter": 0, "val_loss": 1.0}, {"iter": 1, "train_loss": 3.0}]
+    for more, lowest in ((rows, "1.000 at step 0"), (FALLING_ROWS, "4.000 at step 20")):
+        draw_losses([*rows, *more], Path("loss.png"))
+        (legend,) = saved_figures[-1].legends
+        assert legend.get_texts()[1].get_text() == f"validation, lowest {lowest}"
+
+
+FALLING_ROWS = [{"iter": 10, "val_loss": 5.0}, {"iter": 20, "val_loss": 4.0}]
 FALLING = [4.0 / it for it in range(1, 30)]
 SHAPES = [FALLING, FALLING[::-1], [2.0] * 29, [2.0, 1.0] * 14, [3.0]]
 
@@ -253,9 +266,10 @@ def test_tensorboard_has_the_numbers_of_the_metrics_and_a_resumed_run_continues_
 
     def expected() -> dict[str, list[tuple]]:
         scalars = {}
-        for line in Path("out/run/metrics.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            for key in row.keys() - {"iter"}:
+        *lines, end = Path("out/run/metrics.jsonl").read_text().splitlines()
+        assert json.loads(end)["end"] == "done"
+        for row in map(json.loads, lines):
+            for key in row.keys() - {"iter", "val_text"}:
                 scalars.setdefault(key, []).append((row["iter"], pytest.approx(row[key])))
         return scalars
 

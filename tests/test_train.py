@@ -85,8 +85,15 @@ def test_a_run_leaves_checkpoints_metrics_picture_and_settings(run_train, capsys
     raw = [json.loads(line) for line in (OUT / "metrics.jsonl").read_text().splitlines()]
     logged = {"train_loss", "lr", "grad_norm", "tokens_per_second"}
     evaluated = {"val_loss", "val_standard_error", "val_bits_per_byte", "val_perplexity"}
-    always = {"iter", "tokens", "seconds"}
-    assert [row.keys() - always for row in raw] == [*[logged] * 3, evaluated] * 2
+    evaluated |= {"val_tokens", "val_text"}
+    always = {"iter", "tokens", "seconds", "position"}
+    measured = [*[logged] * 3, evaluated] * 2
+    assert [row.keys() - always for row in raw] == [*measured, {"end"}]
+    assert raw[-1]["end"] == "done"
+    # all of the split but its first token is predicted
+    (val_tokens,) = {row["val_tokens"] for row in rows if "val_loss" in row}
+    meta = json.loads(Path("data/tiny/meta.json").read_text())
+    assert val_tokens == meta["splits"]["val"]["tokens"] - 1
     assert all(always <= row.keys() for row in raw)
     assert rows[-1]["val_perplexity"] == pytest.approx(math.exp(rows[-1]["val_loss"]))
     assert rows[-1]["val_bits_per_byte"] == pytest.approx(
@@ -96,11 +103,15 @@ def test_a_run_leaves_checkpoints_metrics_picture_and_settings(run_train, capsys
     settings = json.loads((OUT / "config.json").read_text())
     assert (settings["n_embd"], settings["max_iters"]) == (32, 6)
     assert settings["vocab_size"] > 1
+    weights = checkpoint.read(OUT / "best.pt")["model"].values()
+    sizes = {tensor.data_ptr(): tensor.numel() for tensor in weights}
+    assert settings["_parameters"] == sum(sizes.values())
     assert out.splitlines()[-1] == f"best val loss {rows[-1]['val_loss']:.4f} at iter 6"
     assert "python sample.py --out_dir=out/run" in out
     assert sorted(path.name for path in OUT.iterdir()) == [
         "best.pt",
         "ckpt.pt",
+        "command.txt",
         "config.json",
         "loss.png",
         "metrics.jsonl",
@@ -634,6 +645,48 @@ def test_a_run_that_has_no_step_left_says_so(run_train, capsys, keys):
     out, errors = capsys.readouterr()
     assert " epochs; 6 are done\n" in out
     assert "note: all 6 steps are done; for more: --max_iters=N" in errors
+
+
+def test_a_run_can_be_run_again_by_its_config_json(run_train, fails):
+    rows = run_train("--n_layer=1", "--learning_rate=0.01")
+    again = [f"{OUT}/config.json", "--out_dir=out/again"]
+    assert train.main(again) == 0
+    assert read_rows(Path("out/again")) == rows
+    # a dataset that has another name than its input, too
+    settings = {"input": "tiny.txt", "dataset": "tiny", "_made_up": 1}
+    Path("mine.json").write_text(json.dumps(settings))
+    assert read_settings(["mine.json"]).config.dataset == "tiny"
+    assert read_settings(["mine.json", "--input=b.txt"]).config.dataset == "b"
+    for text, complaint in {
+        "{": "mine.json: Expecting property name",
+        "[1]": "mine.json: the content must be dict",
+        '{"n_experts": 8}': "mine.json: unknown key n_experts;",
+    }.items():
+        Path("mine.json").write_text(text)
+        assert fails(train.main, "mine.json").startswith(complaint)
+
+
+def test_a_run_records_its_commands_and_whether_it_stopped_or_is_done(
+    run_train, monkeypatch
+):
+    def ends() -> list[tuple[int, str]]:
+        rows = map(json.loads, (OUT / "metrics.jsonl").read_text().splitlines())
+        return [(row["iter"], row["end"]) for row in rows if "end" in row]
+
+    step = train.train_step
+    stop = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or step(*args)  # noqa: E731
+    monkeypatch.setattr(train, "train_step", stop)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--start=a b", "\udcff"])
+    assert train.main(TINY_RUN) == 143
+    assert ends() == [(1, "stopped")]
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(sys, "argv", ["train.py", *RESUME])
+    resume()
+    assert ends() == [(6, "done")]
+    assert (OUT / "command.txt").read_text().splitlines() == [
+        r"python train.py '--start=a b' '\udcff'",
+        f"python train.py {' '.join(RESUME)}",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,11 @@ both_ways = pytest.mark.parametrize("with_encoder", [True, False])
 # Batches
 
 
+def test_a_model_with_an_encoder_and_one_without_are_evaluated_on_the_same_text(pairs):
+    one, other = (evaluation.evaluated(open_pairs(way), 4, None) for way in (True, False))
+    assert one == other and one["val_tokens"] > 20
+
+
 @both_ways
 def test_an_epoch_has_each_pair_once_and_whole(pairs, with_encoder):
     data = open_pairs(with_encoder)

@@ -3,14 +3,28 @@
 import json
 from pathlib import Path
 
-MEASURED = ("train_loss", "val_loss", "val_bits_per_byte", "test_bleu")
+MEASURED = (
+    "position",
+    "train_loss",
+    "val_loss",
+    "val_bits_per_byte",
+    "val_tokens",
+    "whole_iter",
+    "whole_val_loss",
+    "whole_val_bits_per_byte",
+    "whole_val_tokens",
+    "test_bleu",
+)
 
 
 def read_metrics(path: Path) -> list[dict | None]:
-    """Return the rows of a metrics.jsonl, None for a damaged one; no rows where there is no such file."""
+    """Return the rows of a metrics.jsonl, None for a damaged one; no rows if there is no such file.
+
+    A last line without a line break is left out: it is being written, or a kill has cut it.
+    """
     if not path.exists():
         return []
-    return [parse_row(line) for line in path.read_bytes().splitlines()]
+    return [parse_row(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def parse_row(line: bytes) -> dict | None:
@@ -22,4 +36,6 @@ def parse_row(line: bytes) -> dict | None:
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     valid = all(type(number) in (int, float) and 0 <= number < 1e18 for number in numbers)
-    return row if valid else None
+    # an evaluation has both; if one is missing, bytes of its name were changed
+    whole = ("val_loss" in row) == ("val_bits_per_byte" in row)
+    return row if valid and whole else None

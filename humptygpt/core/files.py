@@ -96,7 +96,7 @@ def remove(path: Path) -> None:
 def append(path: Path, line: str) -> None:
     """Add a line to a file. Raises UserError if it cannot be written."""
     try:
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
     except OSError as error:
         raise cannot_write(path, error) from error

@@ -304,17 +304,26 @@ def help_text(*classes: type, positional: str | None = None) -> str:
 
 
 def read_config(path: str, fields: Fields) -> dict[str, object]:
-    """Run a config file and return its keys. Names that start with _, modules and functions are the file's own."""
-    if not path.endswith(".py") or not os.path.isfile(path):
+    """Run a config file, or read a training's config.json, and return the keys that it sets.
+
+    Names that start with _, modules and functions are the file's own.
+    """
+    endings = (".py", ".json") if "max_iters" in fields else ".py"
+    if not path.endswith(endings) or not os.path.isfile(path):
         raise UserError(f"{path} is not a config file{other_argument(path, fields)}")
-    try:
-        names = runpy.run_path(path)
-    except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: {error.msg}") from error
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        line = max((frame.lineno for frame in frames if frame.filename == path), default=0)
-        raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from error
+    if path.endswith(".json"):
+        with refuse(f"{path}: "):
+            names = parse_json(Path(path).read_bytes(), {})
+    else:
+        try:
+            names = runpy.run_path(path)
+        except SyntaxError as error:
+            raise UserError(f"{path}:{error.lineno}: {error.msg}") from error
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == path]
+            problem = f"{type(error).__name__}: {error}"
+            raise UserError(f"{path}:{max(lines, default=0)}: {problem}") from error
     given = {}
     for name, value in names.items():
         helper = isinstance(value, types.ModuleType) or callable(value)

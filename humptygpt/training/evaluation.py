@@ -1,11 +1,16 @@
 """How good a model is: its validation loss, in nats per token, in bits per byte, and as perplexity."""
 
 import math
+import zlib
+from collections import Counter
+from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
+from humptygpt.data.batches import Dataset
 from humptygpt.nn.layers import autocast, to_device
 
 
@@ -51,8 +56,23 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
     return Loss(mean, math.sqrt(variance * squares) / total)
 
 
-def measures(run, net: nn.Module, eval_iters: int | None) -> dict[str, float]:
-    """Evaluate, and return the loss in nats per token, in bits per byte and as perplexity, as in metrics.jsonl."""
+@lru_cache(1)
+def evaluated(dataset: Dataset, batch_size: int, eval_iters: int | None) -> dict:
+    """Return how many tokens an evaluation predicts, and a checksum of their text.
+
+    It is a checksum of how often each character occurs, so neither the tokenizer nor the order of pairs changes it.
+    """
+    batches = dataset.val_batches(batch_size, eval_iters)
+    targets = torch.cat([batch["targets"].flatten() for batch in batches])
+    # the first token of the split is not predicted, but how much text it is depends on the tokenizer
+    ids = np.append(dataset.read("val", np.array([0]), 1), targets[targets >= 0])
+    counts = sorted(Counter(dataset.tokenizer.decode(ids)).items())
+    checksum = zlib.crc32(repr(counts).encode())
+    return {"val_tokens": len(ids) - 1, "val_text": f"{checksum:08x}"}
+
+
+def measures(run, net: nn.Module, eval_iters: int | None) -> dict[str, float | str]:
+    """Evaluate, and return what metrics.jsonl has of it: the loss in several units, and of which text it is."""
     loss = evaluate(run, net, eval_iters)
     bits = loss.mean / math.log(2) / run.dataset.val_bytes_per_token()
     return {
@@ -60,6 +80,7 @@ def measures(run, net: nn.Module, eval_iters: int | None) -> dict[str, float]:
         "val_standard_error": loss.standard_error,
         "val_bits_per_byte": bits,
         "val_perplexity": math.exp(min(loss.mean, 700)),  # beyond that, it overflows
+        **evaluated(run.dataset, run.config.batch_size, eval_iters),
     }
 
 

@@ -6,8 +6,10 @@ import json
 import math
 import os
 import secrets
+import shlex
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -36,6 +38,7 @@ FILES = [
     "metrics.jsonl",
     "loss.png",
     "config.json",
+    "command.txt",
     "wandb_id",
     "tensorboard",
     "snapshots",
@@ -83,7 +86,12 @@ class Progress:
 
     def stamp(self) -> dict:
         """Return what each row of metrics begins with."""
-        return {"iter": self.iter, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
+        return {
+            "iter": self.iter,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "position": round(self.position, 3),
+        }
 
 
 class Meter:
@@ -206,7 +214,7 @@ def lock_out_dir(out_dir: Path) -> Lock:
 
 
 class RunFolder:
-    """metrics.jsonl, loss.png, config.json and, if asked for, TensorBoard's files and a run on Weights & Biases.
+    """metrics.jsonl, loss.png, config.json, command.txt, and TensorBoard's files or a run on Weights & Biases.
 
     A new run replaces an earlier one's files; a resumed one drops the metrics and snapshots that came after its
     checkpoint. Either holds the lock of its folder: see lock_out_dir.
@@ -244,6 +252,7 @@ class RunFolder:
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_text(path / "metrics.jsonl", lines)
         write_text(path / "config.json", json.dumps(settings, indent=1))
+        files.append(path / "command.txt", shlex.join(["python", *sys.argv]))
         for name in chosen_loggers(settings):
             self.loggers.append(LOGGERS[name](path, settings, resumed_at))
 
@@ -254,7 +263,8 @@ class RunFolder:
         self.rows.append(row)
         files.append(self.path / "metrics.jsonl", json.dumps(row))
         for logger in self.loggers:
-            logger.log(row, step=row["iter"])
+            if "end" not in row:  # a resumed run takes that row back
+                logger.log(row, step=row["iter"])
 
     def draw(self) -> None:
         draw_losses(self.rows, self.path / "loss.png")
@@ -275,9 +285,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def rows_until(metrics: Path, step: int) -> list[dict]:
-    """Return the rows that a resumed run keeps: the test split is scored at the end, and again if there is more."""
+    """Return the rows that a resumed run keeps: all until this step, without those that are written at the end."""
     rows = itertools.takewhile(bool, read_metrics(metrics))
-    return [row for row in rows if row["iter"] <= step and "test_bleu" not in row]
+    at_the_end = {"end", "whole_val_loss", "test_bleu"}
+    return [row for row in rows if row["iter"] <= step and not at_the_end & row.keys()]
 
 
 def has_checkpoint(out_dir: Path) -> bool:
@@ -389,7 +400,8 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     train = points(rows, "train_loss")
     style = {"color": "#9db4c8", "linewidth": 1, "markersize": 1.8, "marker": "o"}
     axes.plot(*zip(*train, strict=True), label="training", **style)
-    step, lowest = min(val, key=lambda point: point[1])
+    # a loss before the first step is that of the model from which the run starts
+    step, lowest = min(val, key=lambda point: (point[0] == 0, point[1]))
     label = f"validation, lowest {lowest:.3f} at step {step:,}"
     style = {"color": "#c2410c", "linewidth": 1.8, "markersize": 3.5, "marker": "o"}
     axes.plot(*zip(*val, strict=True), label=label, **style)

@@ -302,12 +302,12 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
 
 
 def name_dataset(given: dict, in_line: set[str]) -> None:
-    """Name the data set of a new run after its input, also beside a config file, unless the command line names it."""
+    """Name the data set of a new run after its input, unless whoever sets the input names it, too."""
     if given.get("init_from") == "resume":
         raise UserError(
             f"input={given['input']} is for a new run; the one that resumes has its data: leave it out"
         )
-    if "dataset" not in in_line:
+    if "dataset" not in (in_line if "input" in in_line else given):
         given["dataset"] = data_name(given["input"])
 
 
