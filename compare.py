@@ -6,13 +6,17 @@
     python compare.py out/article/*/* --group=True     a group for each folder in out/article
 
 A run is a folder that train.py wrote; one in progress is shown as far as it is. Its row has its lowest validation loss
-and the settings in which it differs from most runs. Where tokenizers differ, compare bits per byte. A run counts as
-running if it wrote metrics in the last ten minutes.
+and the settings in which the runs differ; _model.py is a checksum of that file. If tokenizers differ, compare bits per
+byte. A run counts as running if it has written metrics in the last ten minutes, but not that it ended.
+
+Losses compare only on the same text. If all runs were evaluated on a part of the validation split and at the end on all
+of it, the latter counts. If there is no text that all of them were evaluated on, a note says so, and none is the best.
 
 With --group=True, runs of one folder that differ in nothing but the seed, such as idea/with-1 and idea/with-2, are one
-row, the mean of their lowest losses; so are idea/with/1 and idea/with/2. Each row is compared in bits per byte with the
-first one of its group, or with --baseline=NAME: "within seeds" where the ranges of their seeds overlap. Rows come in
-the order given. The shell sorts by name: 1-without, 2-with puts the baseline first.
+row, the mean of their lowest losses; so are idea/with/1 and idea/with/2. With --minutes, they may also differ in steps,
+dropout and weight decay, which the clock chooses. Each row is compared in bits per byte with the first one of its
+group, or with --baseline=NAME: "within seeds" if the ranges of their seeds overlap. Rows come in the order given. The
+shell sorts by name: 1-without, 2-with puts the baseline first.
 """
 
 import csv
@@ -49,11 +53,11 @@ IGNORED = {
     "wandb_log",
     "wandb_project",
     "wandb_run_name",
+    "_parameters",
 }
-SETTINGS = {
-    "max_iters": range(1, 2**53),
-    "n_layer?": range(1, 10_000),  # the model is built to count its parameters
-}
+# Settings that --minutes chooses by the time, apart from the sizes of the model and of a batch
+BY_CLOCK = {"max_iters", "eval_interval", "warmup_iters", "dropout", "weight_decay"}
+SETTINGS = {"max_iters": range(1, 2**53), "_parameters?": range(2**53)}
 # the end of heads-1 and heads_seed=1, or all of 1
 SEED = re.compile(r"(^|[-_])(seed[-_=]?)?\d+$")
 BITS = "best_bits_per_byte"
@@ -117,7 +121,6 @@ def main(argv: list[str]) -> None:
         rows = [(name, [run]) for name, run in zip(names, runs, strict=True)]
         groups = [make_group(None, rows)]
     for group in groups:
-        note_validation_text(group)
         if "-" not in outputs:
             print(format_table(group), flush=True)
     data = table_data(groups)
@@ -127,14 +130,6 @@ def main(argv: list[str]) -> None:
         write(config.json, f"{json.dumps(data, indent=1)}\n".encode())
     if config.picture:
         draw(groups, config.picture)
-
-
-def note_validation_text(group: Group) -> None:
-    keys = [key for key in ("dataset", "eval_iters") if key in group.differing]
-    if keys:
-        runs = f"the runs of {group.title}" if group.title else "the runs"
-        rule = "losses compare only on the same validation text"
-        note(f"{runs} differ in {' and '.join(keys)}; {rule}")
 
 
 # --------------------------------------------------------------------------------------
@@ -163,11 +158,16 @@ def read_run(folder: Path) -> Run:
             raise ValueError("it has unprintable characters")
         idle = time.time() - metrics.stat().st_mtime
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a run: {error}") from error
+        reason = error
+        if isinstance(error, OSError):
+            inside = any(folder.glob("*/config.json"))
+            advice = f"; for the runs in it: python compare.py {folder}/*" if inside else ""
+            reason = f"cannot read {error.filename}: {error.strerror}{advice}"
+        raise UserError(f"{folder} is not a run: {reason}") from error
     rows = read_metrics(metrics)
-    damaged = rows[:-1].count(None)  # the last line may be one that is being written
-    if damaged:
-        note(f"{metrics} has damaged lines, skipped: {damaged}")
+    if None in rows:
+        which = f"{rows.count(None)}, the first is line {rows.index(None) + 1}"
+        note(f"{metrics} has damaged lines, skipped: {which}")
     # a run of an earlier version lacks the keys that came later, which change nothing at these values
     settings = default_settings() | {"mlp_conv": 0} | settings
     return Run(folder.absolute(), settings, [row for row in rows if row], idle)
@@ -180,20 +180,45 @@ def default_settings() -> dict:
     return vars(ModelConfig()) | vars(TrainConfig())
 
 
-def measure(run: Run) -> dict:
-    """Return what a run's metrics say, in full precision; None for what is not available (yet)."""
+def results(run: Run) -> dict[str, dict]:
+    """Return {checksum of a text: the evaluation on it with the lowest loss}; the newest text comes last.
+
+    An evaluation before the first step is left out, since it is of the model that the run started from.
+    """
+    # a run of an earlier version has no checksum; these settings decide which part of the text is evaluated
+    unknown = (
+        "{dataset} {block_size} {batch_size} {gradient_accumulation_steps}"
+        " {eval_interval} {eval_iters}"
+    ).format(**run.settings)
+    best = {}
+    for row in run.rows:
+        row = {key.removeprefix("whole_"): value for key, value in row.items()}
+        if "val_loss" in row and row["iter"]:
+            text = str(row.get("val_text", unknown))
+            best[text] = min(best.pop(text, row), row, key=lambda each: each["val_loss"])
+    return best
+
+
+def measure(run: Run, text: str | None) -> dict:
+    """Return what a run's metrics say, in full precision; None for what is not available (yet).
+
+    text: the checksum of that which counts; None: the newest.
+    """
     last = {"iter": 0, "tokens": 0, "seconds": 0}
     for row in run.rows:
         last |= row
-    evaluations = [row for row in run.rows if "val_loss" in row]
-    best = min(evaluations, key=lambda row: row["val_loss"], default={})
+    found = results(run)
+    best = found.get(text) or next(reversed(found.values()), {})
     steps = run.settings["max_iters"]
-    if evaluations and evaluations[-1]["iter"] >= steps:  # training ends with an evaluation
+    position = last.get("position", last["iter"])
+    evaluated = [row["iter"] for row in run.rows if "val_loss" in row]
+    # a run of an earlier version does not say that it is done, but ends with an evaluation
+    old = "position" not in last and evaluated[-1:] >= [steps]
+    if old or last.get("end") == "done":
         state = "done"
-    elif run.idle < 600:
-        state = f"running at {100 * last['iter'] // steps} %"
     else:
-        state = f"stopped at {last['iter']} of {steps}"
+        ended = "end" in last or run.idle >= 600
+        state = f"{'stopped' if ended else 'running'} at {100 * position // steps:.0f} %"
     return {
         "state": state,
         "iter": last["iter"],
@@ -203,21 +228,9 @@ def measure(run: Run) -> dict:
         "best_iter": best.get("iter"),
         "best_val_loss": best.get("val_loss"),
         BITS: best.get("val_bits_per_byte"),
+        "val_tokens": best.get("val_tokens"),
         "test_bleu": last.get("test_bleu"),
     }
-
-
-def count_parameters(settings: dict) -> int | None:
-    """Count the parameters of a model without building it; None where this version does not have these settings."""
-    import model as models
-
-    if not settings.keys() <= default_settings().keys():
-        return None
-    try:
-        model = models.build_on_meta(configurator.make(models.ModelConfig, settings))
-    except Exception:  # values of another version can be wrong in any way
-        return None
-    return models.count_parameters(model)
 
 
 # --------------------------------------------------------------------------------------
@@ -239,13 +252,14 @@ def place(folder: Path) -> tuple[Path, str]:
 
 
 def find_groups(runs: list[Run], baseline: str | None) -> list[Group]:
-    """Sort the runs into groups, by folder; those of a variant that differ in the seed alone are one row."""
+    """Sort the runs into groups, by folder; those of a variant that differ only in the seed are one row."""
     folders = {}
     for run in runs:
         folder, variant = place(run.folder)
-        learnt = {
-            key: run.settings[key] for key in run.settings.keys() - IGNORED - {"seed"}
-        }
+        keys = run.settings.keys() - IGNORED - {"seed"}
+        if run.settings["minutes"]:
+            keys -= BY_CLOCK
+        learnt = {key: run.settings[key] for key in keys}
         row = variant, json.dumps(learnt, sort_keys=True)
         folders.setdefault(folder, {}).setdefault(row, []).append(run)
     groups = []
@@ -267,11 +281,22 @@ def find_groups(runs: list[Run], baseline: str | None) -> list[Group]:
 
 def make_group(title: str | None, rows: list[tuple[str, list[Run]]]) -> Group:
     """Make a table; rows: the name of each, and the runs that are merged into it."""
-    table = [summarize(name, runs, title) for name, runs in rows]
-    if title:
-        compare_with_first(table)
+    runs = [run for _, seeds in rows for run in seeds]
+    found = [texts for run in runs if (texts := results(run))] or [{}]
+    common = [text for text in found[0] if all(text in texts for texts in found)]
+    text = common[-1] if common else None
+    table = [summarize(name, seeds, title, text) for name, seeds in rows]
     evaluated = [row for row in table if row[BITS]]
-    if evaluated:
+    if evaluated and not common:
+        which = f"the runs of {title}" if title else "the runs"
+        sizes = [
+            f"{row['run']} on {row['val_tokens'] or 'unknown'} tokens" for row in evaluated
+        ]
+        problem = "were evaluated on different texts, so none is the best"
+        note(f"{which} {problem}: {', '.join(sizes)}")
+    elif evaluated:
+        if title:
+            compare_with_first(table)
         best = min(evaluated, key=lambda row: row[BITS])
         best["remark"] = f"best {best['remark']}".strip()
     runs = [seeds[0] for _, seeds in rows]
@@ -290,9 +315,9 @@ def shown_value(run: Run, key: str) -> str:
     return str(run.settings.get(key, "—"))
 
 
-def summarize(name: str, runs: list[Run], group: str | None) -> dict:
-    """Return the row of runs that differ in the seed alone: means, and the range of the bits per byte."""
-    measured = [measure(run) for run in runs]
+def summarize(name: str, runs: list[Run], group: str | None, text: str | None) -> dict:
+    """Return the row of runs that differ only in the seed: means, and the range of the bits per byte."""
+    measured = [measure(run, text) for run in runs]
     states = Counter(figures.pop("state") for figures in measured)
     bits = [figures[BITS] for figures in measured if figures[BITS] is not None]
     row = {
@@ -302,7 +327,7 @@ def summarize(name: str, runs: list[Run], group: str | None) -> dict:
         "state": ", ".join(
             f"{count} {state}" if group else state for state, count in states.items()
         ),
-        "parameters": count_parameters(runs[0].settings),
+        "parameters": runs[0].settings.get("_parameters"),
         "seeds": len(bits),
         "lowest": min(bits) if len(bits) > 1 else None,
         "highest": max(bits) if len(bits) > 1 else None,

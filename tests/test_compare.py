@@ -3,6 +3,8 @@ import io
 import json
 import math
 import os
+import random
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from train import TrainConfig
 ROOT = Path(__file__).parent.parent
 SHAPE = ModelConfig(**GPT2, n_head=4, block_size=64, vocab_size=65)
 DEFAULTS = asdict(TrainConfig(max_iters=200)) | asdict(SHAPE)
+RECORDS = {"_parameters": 804_096, "_model.py": "89abcdef"}  # of a run, beside its settings
 
 
 def make_run(
@@ -30,29 +33,62 @@ def make_run(
     bytes_per_token: float = 1.0,
     quiet: float = 1e6,
     bleu: float | None = None,
+    text: str = "0123abcd",
+    whole: float | None = None,
+    end: str | None = None,
+    pace: float = 1.0,
     **settings,
 ) -> Path:
-    """A folder as train.py leaves it: an evaluation of each loss, after each `every` steps (10 tokens, 1 s)."""
+    """A folder as train.py leaves it: an evaluation of each loss, after each `every` steps (10 tokens, 1 s).
+
+    text: the checksum of what was evaluated. whole: the loss on the whole split. pace: how far each step brings a run.
+    """
     path = Path(folder)
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(DEFAULTS | {"out_dir": folder} | settings))
+    settings = DEFAULTS | RECORDS | {"out_dir": folder} | settings
+    (path / "config.json").write_text(json.dumps(settings))
     rows = []
+    clock = {"iter": 0, "tokens": 0, "seconds": 0.0, "position": 0.0}
     for it, loss in enumerate(losses, start=1):
         iters = it * every
         clock = {"iter": iters, "tokens": iters * 10, "seconds": float(iters)}
+        clock["position"] = iters * pace
         step = {"train_loss": loss, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_second": 10}
         bits = loss / math.log(2) / bytes_per_token
         row = {
             "val_loss": loss,
             "val_bits_per_byte": bits,
             "val_perplexity": math.exp(loss),
+            "val_tokens": 1000,
+            "val_text": text,
         }
         rows += [clock | step, clock | row]
+    if end or clock["position"] >= settings["max_iters"]:
+        rows.append(clock | {"end": end or "done"})
+    if whole is not None:
+        row = {"val_loss": whole, "val_bits_per_byte": whole / math.log(2), "iter": every}
+        row |= {"val_tokens": 5000, "val_text": "whole"}
+        rows.append(clock | {f"whole_{key}": value for key, value in row.items()})
     if bleu is not None:
         rows.append(clock | {"test_bleu": bleu, "test_chrf": 2 * bleu})
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stamp = time.time() - quiet
     os.utime(path / "metrics.jsonl", (stamp, stamp))
+    return path
+
+
+def as_an_earlier_version(path: Path) -> Path:
+    """Leave out of a run's folder what version 34191e6 did not record."""
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(
+        json.dumps({key: value for key, value in settings.items() if key not in RECORDS})
+    )
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        for key in ("position", "val_tokens", "val_text"):
+            row.pop(key, None)
+    lines = [json.dumps(row) + "\n" for row in rows if "end" not in row]
+    (path / "metrics.jsonl").write_text("".join(lines))
     return path
 
 
@@ -78,9 +114,8 @@ def data_of(capsys, *argv: str) -> list[dict]:
 
 def test_a_row_shows_name_parameters_time_speed_loss_bits_and_state(folder, capsys):
     make_run("out/a", 2.5, 2.0)
-    parameters = 65 * 128 + 64 * 128 + 4 * (12 * 128 * 128 + 2 * 128) + 128
     bits = 2 / math.log(2)
-    row = f"a {parameters:,} 200.0 10 2.0000 200 {bits:.3f} best done"
+    row = f"a 804,096 200.0 10 2.0000 200 {bits:.3f} best done"
     assert row_of(run(capsys, "out/a"), "a").split() == row.split()
 
 
@@ -113,7 +148,56 @@ def test_runs_with_different_tokens_are_compared_by_bits_per_byte(folder, capsys
     compare.main(["out/char", "out/bpe", "--picture=None"])
     table, errors = capsys.readouterr()
     assert " best " in row_of(table, "bpe") and " best " not in row_of(table, "char")
-    assert "note: the runs differ in dataset; losses compare only on the same" in errors
+    assert errors == ""
+
+
+def test_of_runs_that_were_evaluated_on_different_texts_none_is_the_best(folder, capsys):
+    make_run("out/a", 2.0)
+    make_run("out/b", 1.9, text="4567cdef")  # as many tokens, as of data prepared again
+    make_run("out/new", quiet=0)
+    compare.main(["out/a", "out/b", "out/new", "--picture=None"])
+    table, errors = capsys.readouterr()
+    assert " best" not in table
+    assert errors == (
+        "note: the runs were evaluated on different texts, so none is the best:"
+        " a on 1000 tokens, b on 1000 tokens\n"
+    )
+
+
+def test_the_whole_split_counts_if_all_runs_were_evaluated_on_it(folder, capsys):
+    make_run("out/a", 2.0, 1.9, text="a", whole=1.95)
+    make_run("out/b", 1.8, 2.1, text="b", whole=2.05)
+    compare.main(["out/a", "out/b", "--picture=None"])
+    table, errors = capsys.readouterr()
+    assert errors == "" and " best " in row_of(table, "a")
+    assert row_of(table, "b").split()[4:6] == ["2.0500", "100"]
+    # one that still runs was evaluated on the sample only
+    make_run("out/c", 1.7, text="b", quiet=0)
+    table = run(capsys, "out/b", "out/c")
+    assert [row_of(table, name).split()[4] for name in "bc"] == ["1.8000", "1.7000"]
+    assert " best " in row_of(table, "c")
+
+
+def test_only_evaluations_on_the_text_of_the_last_one_count(folder, capsys):
+    path = make_run("out/a", 1.0, text="before") / "metrics.jsonl"
+    path.write_text(path.read_text() + (make_run("out/b", 2.0) / path.name).read_text())
+    assert row_of(run(capsys, "out/a"), "a").split()[4] == "2.0000"
+
+
+def test_the_loss_before_the_first_step_is_not_the_run_s(folder, capsys):
+    path = make_run("out/a", 2.7) / "metrics.jsonl"
+    row = json.loads(path.read_text().splitlines()[1]) | {"iter": 0, "val_loss": 0.7}
+    path.write_text(json.dumps(row) + "\n" + path.read_text())
+    assert row_of(run(capsys, "out/a"), "a").split()[4:6] == ["2.7000", "100"]
+
+
+def test_runs_with_the_same_settings_and_other_code_are_told_apart(folder, capsys):
+    make_run("out/idea-1", 2.0)
+    make_run("out/idea-2", 2.0, **{"_model.py": "00000000"})
+    table = run(capsys, "out/idea-1", "out/idea-2")
+    assert row_of(table, "idea-1").endswith("  _model.py=89abcdef")
+    assert row_of(table, "idea-2").endswith("  _model.py=00000000")
+    assert len(data_of(capsys, "out/idea-1", "out/idea-2", "--group=True")) == 2
 
 
 def test_curves_are_drawn_over_bytes_so_that_tokens_of_any_length_compare(folder):
@@ -123,15 +207,27 @@ def test_curves_are_drawn_over_bytes_so_that_tokens_of_any_length_compare(folder
     assert bits == pytest.approx([4 / 4 / math.log(2), 3.9 / 4 / math.log(2)])
 
 
-def test_a_run_with_settings_of_another_version_is_listed_without_parameters(
-    folder, capsys
-):
+def test_a_run_with_settings_of_another_version_is_listed(folder, capsys):
     make_run("out/a", 2.0, 2.0)
     make_run("out/newer", 1.9, 1.9, n_experts=8)
     make_run("out/newest", 1.9, 1.9, position="quantum")
     table = run(capsys, "out/a", "out/newer", "out/newest")
-    assert row_of(table, "newer").split()[1] == row_of(table, "newest").split()[1] == "—"
+    assert row_of(table, "newer").split()[1] == row_of(table, "newest").split()[1]
     assert "n_experts=8" in row_of(table, "newer") and "n_experts=—" in row_of(table, "a")
+
+
+def test_what_a_run_of_an_earlier_version_did_not_record_is_unknown(folder, capsys):
+    make_run("out/new", 2.0, 1.9)
+    for name, changes in (("a", {}), ("b", {}), ("c", {"eval_interval": 50})):
+        as_an_earlier_version(make_run(f"out/{name}", 2.0, 1.9, **changes))
+    compare.main(["out/a", "out/new", "--picture=None"])
+    table, errors = capsys.readouterr()
+    row = row_of(table, "a").split()
+    assert row[1] == "—" and row[-2:] == ["done", "_model.py=—"]
+    assert "a on unknown tokens, new on 1000 tokens\n" in errors
+    # evaluated alike, as their settings say, or not
+    assert " best " in run(capsys, "out/a", "out/b") and not capsys.readouterr().err
+    assert " best " not in run(capsys, "out/a", "out/c")
 
 
 def test_a_run_of_an_earlier_version_has_the_defaults_of_the_keys_that_came_later(
@@ -154,11 +250,17 @@ def test_a_run_of_an_earlier_version_has_the_defaults_of_the_keys_that_came_late
     ("losses", "settings", "state"),
     [
         ([2.0, 1.9], {}, "done"),
-        ([2.0, 1.9], {"max_iters": 2000}, "stopped at 200 of 2000"),
+        ([2.0, 1.9], {"max_iters": 2000}, "stopped at 10 %"),
         ([2.0, 1.9], {"max_iters": 500, "quiet": 0}, "running at 40 %"),
         ([], {"quiet": 0}, "running at 0 %"),
-        ([], {}, "stopped at 0 of 200"),
+        ([], {}, "stopped at 0 %"),
         ([2.0, 1.9], {"max_iters": 900, "quiet": 500}, "running at 22 %"),
+        ([2.0, 1.9], {"max_iters": 900, "quiet": 0, "end": "stopped"}, "stopped at 22 %"),
+        # by early stopping, and by --minutes: slower and faster than was planned
+        ([2.0, 1.9], {"max_iters": 900, "quiet": 0, "end": "done"}, "done"),
+        ([2.0, 1.9], {"max_iters": 900, "quiet": 0, "pace": 4.5}, "done"),
+        ([2.0, 1.9], {"max_iters": 900, "quiet": 0, "pace": 4}, "running at 88 %"),
+        ([2.0, 1.9], {"max_iters": 100, "quiet": 0, "pace": 0.4}, "running at 80 %"),
     ],
 )
 def test_a_row_shows_the_state_of_its_run(folder, capsys, losses, settings, state):
@@ -167,7 +269,8 @@ def test_a_row_shows_the_state_of_its_run(folder, capsys, losses, settings, stat
 
 
 def test_a_run_without_its_last_evaluation_is_not_done(folder, capsys):
-    metrics = make_run("out/a", 2.0, 1.9) / "metrics.jsonl"
+    metrics = as_an_earlier_version(make_run("out/a", 2.0, 1.9)) / "metrics.jsonl"
+    assert row_of(run(capsys, "out/a"), "a").endswith("done")
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
     assert row_of(run(capsys, "out/a"), "a").endswith("running at 100 %")
 
@@ -188,6 +291,9 @@ DAMAGED = [
     {"tokens": 10**400},
     {"val_loss": "low"},
     {"val_loss": 0.1, "val_bits_per_byte": -1},
+    {"val_loss": 0.1},
+    {"val_bits_per_byte": 0.1},
+    {"position": "5"},
 ]
 
 
@@ -203,7 +309,26 @@ def test_damaged_rows_are_skipped_with_a_note(folder, capsys, row):
     compare.main(["out/a", "out/good", "--picture=None"])
     table, errors = capsys.readouterr()
     assert table == expected
-    assert errors == f"note: {metrics} has damaged lines, skipped: 2\n"
+    assert errors == f"note: {metrics} has damaged lines, skipped: 2, the first is line 1\n"
+
+
+def test_changed_bytes_of_metrics_are_a_note_at_most(folder, capsys):
+    metrics = make_run("out/a", 2.0, 1.9, whole=1.95) / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    rng = random.Random(0)
+    for _ in range(200):
+        changed = bytearray(whole)
+        at = rng.randrange(len(whole))
+        changed[at] = rng.randrange(256)
+        metrics.write_bytes(changed)
+        compare.main(["out/a", "--picture=None", "--group=True"])
+        table, errors = capsys.readouterr()
+        assert all(line.isprintable() for line in table.splitlines())
+        line = whole[:at].count(b"\n") + 1
+        note = (
+            rf"note: {metrics} has damaged lines, skipped: [12], the first is line {line}\n"
+        )
+        assert not errors or re.fullmatch(note, errors)
 
 
 def test_a_last_line_that_is_being_written_is_skipped_without_a_note(folder, capsys):
@@ -255,9 +380,12 @@ def test_what_is_no_run_is_skipped_with_a_note(folder, capsys, missing):
     (make_run("out/a", 2.0) / missing).unlink()
     make_run("out/b", 2.0)
     compare.main(["out/a", "out/b", "out", "--picture=None"])
-    errors = capsys.readouterr().err.splitlines()
-    assert errors[0].startswith("note: out/a is not a run: [Errno 2] No such")
-    assert errors[1].endswith("'out/config.json'; skipped")
+    lacks = "No such file or directory"
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: out/a is not a run: cannot read out/a/{missing}: {lacks}; skipped",
+        f"note: out is not a run: cannot read out/config.json: {lacks};"
+        " for the runs in it: python compare.py out/*; skipped",
+    ]
     with pytest.raises(UserError, match="no run to compare"):
         compare.main(["out/a"])
 
@@ -343,6 +471,14 @@ def test_both_layouts_of_folders_are_recognised_and_the_baseline_can_be_named(
     assert second["difference"] == pytest.approx(-0.5 / math.log(2))
 
 
+def test_seeds_with_minutes_are_one_row_though_the_clock_chose_their_steps(folder, capsys):
+    chosen = {"eval_interval": 50, "warmup_iters": 3, "dropout": 0.1, "weight_decay": 0.2}
+    runs = make_seeds("out/idea/with-{}", 2.0, minutes=1.0)
+    runs.append(str(make_run("out/idea/with-2", 2.2, minutes=1.0, seed=2, **chosen)))
+    runs.append(str(make_run("out/idea/with-3", 2.2, minutes=1.0, n_layer=2)))
+    assert [row["seeds"] for row in data_of(capsys, *runs, "--group=True")] == [2, 1]
+
+
 def test_variants_in_folders_of_their_own_may_have_the_same_settings(folder, capsys):
     runs = make_seeds("out/idea/old/{}", 2.0, 2.1) + make_seeds("out/idea/new/{}", 1.9, 1.8)
     assert [row["seeds"] for row in data_of(capsys, *runs, "--group=True")] == [2, 2]
@@ -400,14 +536,18 @@ def test_a_run_without_an_evaluation_counts_in_no_mean_and_a_group_may_have_none
 
 def test_different_validation_text_is_noted_for_the_group_that_has_it(folder, capsys):
     runs = [*make_seeds("out/a/x-{}", 2.0), *make_seeds("out/a/y-{}", 2.0, n_head=1)]
-    runs += make_seeds("out/b/x-{}", 2.0, dataset="other")
-    runs += make_seeds("out/b/y-{}", 2.0, eval_iters=3)
+    runs += make_seeds("out/b/x-{}", 2.0, n_head=1)
+    runs += make_seeds("out/b/y-{}", 2.0, text="4567cdef")
     compare.main([*runs, "--group=True", "--picture=None"])
-    errors = capsys.readouterr().err
-    assert errors.startswith(
-        "note: the runs of b differ in dataset and eval_iters; losses compare"
+    table, errors = capsys.readouterr()
+    assert errors == (
+        "note: the runs of b were evaluated on different texts, so none is the best:"
+        " x-1 on 1000 tokens, y-1 on 1000 tokens\n"
     )
-    assert errors.count("\n") == 1
+    group_a, group_b = table.split("\nb\n")
+    assert " best " in group_a and " best " not in group_b
+    # nor are they compared
+    assert "difference" in group_a and "difference" not in group_b
 
 
 # --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, TINY_RUN, assert_same_weights, read_rows
 from texts import make_text
 
+import compare
 import train
 from humptygpt.checkpoint import checkpoint
 from humptygpt.core import limits
@@ -133,6 +134,26 @@ def test_training_ends_within_a_step_of_its_minutes_with_the_last_learning_rate(
 
 def read_config() -> dict:
     return json.loads((OUT / "config.json").read_text())
+
+
+@pytest.mark.parametrize("step", [0.05, 0.2])
+def test_a_run_says_how_far_it_is_and_is_done_on_time_whatever_was_planned(
+    tiny, machine, capsys, step
+):
+    machine.step = lambda: step if machine.steps else 0.1
+    rows = machine.run(*TIMED, "--minutes=0.1")
+    positions = [row["position"] for row in rows]
+    planned = read_config()["max_iters"]
+    assert positions == sorted(positions) and positions[-1] == planned
+    capsys.readouterr()
+    compare.main([str(OUT), "--picture=None", "--json=-"])
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["state"] == "done" and (row["iter"] > planned) == (step < 0.1)
+    metrics = OUT / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:3]))
+    compare.main([str(OUT), "--picture=None", "--json=-"])
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["state"] == f"running at {100 * positions[2] // planned:.0f} %"
 
 
 def test_a_stopped_run_resumes_with_the_minutes_that_are_left(tiny, machine):
