@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -106,6 +107,8 @@ def test_a_run_leaves_checkpoints_metrics_picture_and_settings(run_train, capsys
     weights = checkpoint.read(OUT / "best.pt")["model"].values()
     sizes = {tensor.data_ptr(): tensor.numel() for tensor in weights}
     assert settings["_parameters"] == sum(sizes.values())
+    code = zlib.crc32(Path(models.__file__).read_bytes())
+    assert int(settings["_model.py"], 16) == code
     assert out.splitlines()[-1] == f"best val loss {rows[-1]['val_loss']:.4f} at iter 6"
     assert "python sample.py --out_dir=out/run" in out
     assert sorted(path.name for path in OUT.iterdir()) == [
