@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ADAMW, GPT2, PLAIN, TINY_RUN, assert_same_weights
+from conftest import ADAMW, GPT2, PLAIN, TINY_RUN
 from torch import nn
 
 import model as models
@@ -292,34 +292,6 @@ def test_what_does_not_fit_the_schema_is_never_saved(folder):
 # Checkpoints of earlier versions
 
 
-def add_ngram_keys(path: Path, ngrams: int) -> None:
-    saved = torch.load(path)
-    saved["model_config"] |= {"ngrams": ngrams, "ngram_dropout": 0.0, "ngram_rows": None}
-    saved["train_config"] |= {"ngram_learning_rate": 0.15, "ngram_min_count": 8}
-    torch.save(saved, path)
-
-
-def test_a_run_of_the_version_with_ngrams_that_used_none_resumes(run_train):
-    run_train("--lr_decay_iters=8")
-    add_ngram_keys(OUT / "ckpt.pt", ngrams=0)
-    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
-    assert "ngrams" not in checkpoint.read(OUT / "ckpt.pt")["model_config"]
-
-
-def test_a_run_with_averaged_weights_is_read_without_them_and_a_note_says_so(
-    run_train, capsys
-):
-    run_train("--lr_decay_iters=8")
-    saved = torch.load(OUT / "ckpt.pt")
-    saved["train_config"]["ema_decay"] = 0.9
-    saved["ema"] = {name: torch.zeros_like(p) for name, p in saved["model"].items()}
-    torch.save(saved, OUT / "ckpt.pt")
-    assert_same_weights(load_source(OUT / "ckpt.pt").model.state_dict(), saved["model"])
-    assert "latest weights, not their average (EMA)" in capsys.readouterr().err
-    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
-    assert "ema" not in torch.load(OUT / "ckpt.pt")
-
-
 def test_a_checkpoint_that_is_older_than_mlp_conv_has_none(run_train):
     run_train("--lr_decay_iters=8", "--mlp_conv=0")
     saved = torch.load(OUT / "ckpt.pt")
@@ -327,13 +299,6 @@ def test_a_checkpoint_that_is_older_than_mlp_conv_has_none(run_train):
     torch.save(saved, OUT / "ckpt.pt")
     assert load_source(OUT / "ckpt.pt").model.config.mlp_conv == 0
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
-
-
-def test_a_checkpoint_with_ngrams_is_refused(run_train):
-    run_train()
-    add_ngram_keys(OUT / "ckpt.pt", ngrams=3)
-    with pytest.raises(UserError, match="ngrams=3 was removed; train a new model"):
-        checkpoint.read(OUT / "ckpt.pt")
 
 
 @pytest.mark.parametrize("position", models.POSITIONS)

@@ -19,7 +19,7 @@ from humptygpt.core import limits
 from humptygpt.core import settings as configurator
 from humptygpt.core.errors import UserError, one_line, refuse
 from humptygpt.core.files import write_whole
-from humptygpt.core.settings import REMOVED, check_schema, nearest_path, note
+from humptygpt.core.settings import check_schema, nearest_path, note
 from humptygpt.tokenizer import tokenizers
 
 SHARDED = ".metadata"  # the file that makes a folder a sharded checkpoint
@@ -240,21 +240,9 @@ def lacks_tensors(saved: dict) -> bool:
     return next(iter(saved["model"].values())).is_meta
 
 
-def update_entries(saved: dict) -> None:
-    """Bring the entries of an earlier version up to date. Raises ValueError for a model that needs it."""
-    if ngrams := saved["model_config"].get("ngrams"):
-        raise ValueError(f"ngrams={ngrams} was removed; train a new model")
-    if saved.pop("ema", None) is not None:
-        note("taking the checkpoint's latest weights, not their average (EMA)")
-    for config in (saved["train_config"], saved["model_config"]):
-        for key in REMOVED & config.keys():
-            del config[key]
-    saved["model_config"].setdefault("mlp_conv", 0)  # files older than the key
-
-
 def check_content(saved: dict, tokens: int) -> models.ModelConfig:
     """Return the model's config; tokens: the tokenizer's. Raises ValueError or UserError for what this code lacks."""
-    update_entries(saved)
+    saved["model_config"].setdefault("mlp_conv", 0)  # files older than the key
     for key, value in saved["train_config"].items():
         if type(value) is str and not value.isprintable():
             raise ValueError(f"{key} must have no control characters")

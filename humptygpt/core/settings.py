@@ -29,15 +29,6 @@ from humptygpt.core import limits
 from humptygpt.core.errors import UserError, one_line, refuse
 
 CONFIGS = Path(__file__).parent.parent.parent / "config"
-# Keys of earlier versions
-REMOVED = {
-    "ngrams",
-    "ngram_dropout",
-    "ngram_rows",
-    "ngram_min_count",
-    "ngram_learning_rate",
-    "ema_decay",
-}
 Fields = dict[str, dataclasses.Field]  # of several config classes, by key
 # the type of a key that takes several texts: --key=ONE --key=ANOTHER
 TEXTS = tuple[str, ...]
@@ -46,16 +37,6 @@ BOUNDS = {
     "above": operator.gt,
     "at_most": operator.le,
     "below": operator.lt,
-}
-ELSEWHERE = {  # names that other programs have for keys of ours
-    "lr": "learning_rate",
-    "steps": "max_iters",
-    "epochs": "max_iters",
-    "context_length": "block_size",
-    "prompt": "start",
-    "max_tokens": "max_new_tokens",
-    "output": "out_dir",
-    "output_dir": "out_dir",
 }
 
 
@@ -221,11 +202,7 @@ def read_option(argument: str, fields: Fields) -> tuple[str, object]:
 def check_key(name: str, fields: Fields, where: str = "") -> None:
     if name in fields:
         return
-    if name in REMOVED:
-        raise UserError(f"{where}{name} was removed; leave it out")
-    near = ELSEWHERE.get(name)
-    if near not in fields:
-        near = nearest(name, fields)
+    near = nearest(name, fields)
     advice = f"did you mean {near}?" if near else "--help lists all keys"
     if name == "config":
         advice = "a config file is named without a key: config/mine.py"
