@@ -23,7 +23,6 @@ import zlib
 from collections.abc import Collection
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from time import monotonic
 
@@ -184,7 +183,7 @@ def main(argv: list[str]) -> int:
         else:
             if fine_tunes:
                 print(resume.cost_report(run), flush=True)
-            with limits.memory_advice(partial(smaller_parts, run)):
+            with limits.memory_advice(advice_after_failure(run.config)):
                 code = fit(run, fine_tunes)
         run.processes.end()
         return code
@@ -309,7 +308,7 @@ def prepare_training(run: Run, saved: dict | None) -> None:
         keep_best(run, saved)
     config = run.config
     if config.compile or (config.compile is None and run.device.type == "cuda"):
-        with limits.memory_advice(partial(smaller_parts, run)):
+        with limits.memory_advice(advice_after_failure(run.config)):
             run.net = compile_model(run)
     run.replica = run.processes.replicate(run.net)
 
@@ -449,13 +448,6 @@ def compile_model(run: Run) -> nn.Module:
     model.zero_grad()
     model.train()
     return net
-
-
-def smaller_parts(run: Run) -> str:
-    """Return what to do about a step that found no memory."""
-    return advice_after_failure(
-        run.config, run.model.config, run.device, run.dtype, run.processes.size
-    )
 
 
 def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:

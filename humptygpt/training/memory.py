@@ -173,26 +173,14 @@ def memory_report(
     )
 
 
-def advice_after_failure(
-    config,
-    model_config: ModelConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    processes: int,
-) -> str:
-    """Return the settings of the same step in smaller parts, which fit: half as large, or on a GPU as computed."""
-    rows = config.batch_size // 2
-    if device.type == "cuda":
-        model = without_memory(config, model_config)
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        free = 0.9 * free - training_memory(config, model, 0, processes).total
-        each = activation_bytes(config, model_config, 1, dtype, on_gpu=True)
-        rows = min(rows, int(free / each) * config.batch_size // config.rows(processes))
-    sizes = [n for n in range(1, rows + 1) if config.batch_size % n == 0]
-    if not sizes:
+def advice_after_failure(config) -> str:
+    """Suggest settings after a step ran out of memory: the same step in parts of at most half the size."""
+    rows = config.batch_size
+    half = next((n for n in range(rows // 2, 0, -1) if rows % n == 0), None)
+    if half is None:
         return "take a smaller model, as with --n_embd or --n_layer, or --checkpoint_activations=True"
-    parts = config.batch_size // sizes[-1] * config.gradient_accumulation_steps
-    return f"take --batch_size={sizes[-1]} --gradient_accumulation_steps={parts}, the same step"
+    parts = rows // half * config.gradient_accumulation_steps
+    return f"take --batch_size={half} --gradient_accumulation_steps={parts}, the same step"
 
 
 # --------------------------------------------------------------------------------------
