@@ -58,7 +58,7 @@ from humptygpt.nn.layers import (
 )
 from humptygpt.page import snapshots
 from humptygpt.parallel import processes as distributed
-from humptygpt.parallel.processes import Processes
+from humptygpt.parallel.processes import LocalBatch, Processes
 from humptygpt.tokenizer import tokenizers
 from humptygpt.training import evaluation, plan, resume
 from humptygpt.training.memory import (
@@ -583,19 +583,19 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     else:
         tokens *= processes.size
     mean_loss = torch.zeros((), device=run.device)
-    # at first, an error in backward also shows the line of the forward pass that it is about
-    traced = it == 0 and processes.size == 1 and run.net is run.model
     for part in parts:
         if run.model.config.dropout:
             part.seed_dropout(config.seed, run.model, run.device)
-        with (
-            processes.sync_gradients(run.replica, last=part is parts[-1]),
-            torch.autograd.set_detect_anomaly(traced, check_nan=False),
-        ):
-            with autocast(run.device, run.dtype):
-                _, loss = run.replica(**to_device(part.batch, run.device))
-                loss = loss * (part.tokens / tokens)
-            processes.backward(run.scaler.scale(loss))
+        with processes.sync_gradients(run.replica, last=part is parts[-1]):
+            loss = part_loss(run, part, tokens)
+            try:
+                processes.backward(run.scaler.scale(loss))
+            except RuntimeError as error:
+                if processes.size == 1 and not limits.is_out_of_memory(error):
+                    # once more, so that torch names the line of the forward pass
+                    with torch.autograd.detect_anomaly(check_nan=False):
+                        part_loss(run, part, tokens).backward()
+                raise
         mean_loss += loss.detach()
     processes.all_reduce(mean_loss)
     run.scaler.unscale_(run.optimizer)
@@ -607,6 +607,13 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
     run.scaler.update()
     run.model.zero_grad()
     return mean_loss, grad_norm, tokens
+
+
+def part_loss(run: Run, part: LocalBatch, tokens: int) -> Tensor:
+    """Compute what a part of a step contributes to its mean loss over so many tokens."""
+    with autocast(run.device, run.dtype):
+        _, loss = run.replica(**to_device(part.batch, run.device))
+        return loss * (part.tokens / tokens)
 
 
 def evaluate_and_record(run: Run, folder: RunFolder, bar: tqdm) -> bool:

@@ -362,7 +362,7 @@ def test_as_many_workers_encode_as_memory_allows(folder, monkeypatch):
     usable_workers = encoding.usable_workers
     watched = lambda corpus: started.append(usable_workers(corpus)) or 1  # noqa: E731
     monkeypatch.setattr(encoding, "usable_workers", watched)
-    prepare_data.main(["--input=large.txt", "--name=mine"])
+    prepare_data.main(["--input=large.txt", "--name=mine", "--tokenizer=char"])
     assert started == [2]
 
 
