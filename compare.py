@@ -2,7 +2,7 @@
 
     python compare.py out/a out/b                      a row per run, in the order given; the picture goes to out/
     python compare.py $(ls -dtr out/*)                 the same, oldest first: the shell sorts them
-    python compare.py out/* --csv=- > runs.csv         the table as data, in full precision
+    python compare.py out/* --json=- > runs.json       the table as data, in full precision
     python compare.py out/article/*/* --group=True     a group for each folder in out/article
 
 A run is a folder that train.py wrote; one in progress is shown as far as it is. Its row has its lowest validation loss
@@ -19,7 +19,6 @@ group, or with --baseline=NAME: "within seeds" if the ranges of their seeds over
 shell sorts by name: 1-without, 2-with puts the baseline first.
 """
 
-import csv
 import io
 import json
 import math
@@ -78,9 +77,6 @@ class CompareConfig:
     picture: str | None = setting(
         "out/compare.png", "PNG file of the losses; None: no picture", path=True
     )
-    csv: str | None = setting(
-        None, "CSV file of the table; -: stdout, with nothing else there", path=True
-    )
     json: str | None = setting(
         None,
         "JSON file of the table, a list of objects; -: stdout, with nothing else there",
@@ -111,7 +107,7 @@ class Group:
 def main(argv: list[str]) -> None:
     given = configurator.read(argv, CompareConfig, positional="runs")
     config = configurator.make(CompareConfig, given)
-    outputs = (config.picture, config.csv, config.json)
+    outputs = (config.picture, config.json)
     # out/* includes what the last call wrote there
     runs = read_runs([folder for folder in config.runs if folder not in outputs])
     if config.group or config.baseline:
@@ -123,10 +119,8 @@ def main(argv: list[str]) -> None:
     for group in groups:
         if "-" not in outputs:
             print(format_table(group), flush=True)
-    data = table_data(groups)
-    if config.csv:
-        write(config.csv, to_csv(data).encode())
     if config.json:
+        data = table_data(groups)
         write(config.json, f"{json.dumps(data, indent=1)}\n".encode())
     if config.picture:
         draw(groups, config.picture)
@@ -401,14 +395,6 @@ def table_data(groups: list[Group]) -> list[dict]:
         for group in groups
         for row, run in zip(group.table, group.runs, strict=True)
     ]
-
-
-def to_csv(data: list[dict]) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, data[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(data)
-    return file.getvalue()
 
 
 def write(path: str, content: bytes) -> None:

@@ -182,7 +182,7 @@ def main(argv: list[str]) -> int:
             code = 0
         else:
             if fine_tunes:
-                print(resume.cost_report(run), flush=True)
+                print(resume.trained_part(run.model), flush=True)
             with limits.memory_advice(advice_after_failure(run.config)):
                 code = fit(run, fine_tunes)
         run.processes.end()

@@ -244,7 +244,7 @@ def test_every_key_for_a_path_is_declared_as_one():
             "held_out",
             "tokenizer",
         ),
-        *("runs", "picture", "csv", "json", "config", "nanogpt", "page"),
+        *("runs", "picture", "json", "config", "nanogpt", "page"),
     }
 
 

@@ -137,21 +137,12 @@ def test_frozen_parameters_stay_and_the_others_train(base):
     assert not saved["optimizer"]["state"].keys() & same
 
 
-def test_memory_and_time_are_printed_before_the_run(base, capsys):
+def test_how_much_of_the_model_trains_is_printed_before_the_run(base, capsys):
     assert train.main(LORA) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].endswith(", from out/run")
     rows = 2 * 2 * 2 * (32 + 32)  # layers, projections, rank, inputs and outputs
-    assert next(line for line in lines if line.startswith("training: ")).startswith(
-        f"training: {rows} parameters, "
-    )
-    assert any(
-        line.startswith("memory: 0.00 GB: weights 0.00, gradients and optimizer")
-        for line in lines
-    )
-    assert any(
-        line.startswith("time: about ") and line.endswith(" s in all") for line in lines
-    )
+    assert any(line.startswith(f"training: {rows} parameters, ") for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -419,7 +410,6 @@ def peak():  # MB; of this program, where the resource module counts the one tha
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 imported = peak()
 run = train.setup(*train.read_settings(sys.argv[1:]))
-print(train.resume.cost_report(run))
 for it in range(2):
     train.train_step(run, it)
 print("peak", peak() - imported)

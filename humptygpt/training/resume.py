@@ -2,7 +2,6 @@
 
 import dataclasses
 import shlex
-import time
 
 import torch
 from torch import nn
@@ -15,10 +14,8 @@ from humptygpt.data.batches import Dataset
 from humptygpt.data.token_files import is_command
 from humptygpt.interchange.load import Loaded
 from humptygpt.nn import lora
-from humptygpt.nn.layers import autocast, to_device
 from humptygpt.parallel.processes import ONE_PROCESS, Processes
 from humptygpt.tokenizer.tokenizers import from_state
-from humptygpt.training.memory import bytes_beside, saved_tensors, training_memory
 from humptygpt.training.optimizers import freeze, trained_parameters
 from model import ModelConfig
 
@@ -97,26 +94,9 @@ def adapt_model(base: Loaded, model_config: ModelConfig, seed: int) -> nn.Module
     return lora.add(model) if model_config.lora_rank else model
 
 
-def cost_report(run) -> str:
-    """Return what fine-tuning takes, by a trial of the first micro-batch. Nothing of that remains. run: a train.Run."""
-    model = run.model
-    config = run.config
-    batch = to_device(run.dataset.batch(0, config.batch_size), run.device)
-    started = time.perf_counter()
-    with autocast(run.device, run.dtype), saved_tensors() as saved:
-        _, loss = model(**batch)
-    activations = bytes_beside(model, saved)
-    saved.clear()
-    loss.backward()
-    loss.detach().item()  # waits for a GPU
-    seconds = (time.perf_counter() - started) * config.gradient_accumulation_steps
-    model.zero_grad()
-    memory = training_memory(config, model, activations, run.processes.size)
-    update = memory.gradients + memory.optimizer
+def trained_part(model: nn.Module) -> str:
+    """Say how many parameters train, and how much of the model that is."""
     trained = sum(p.numel() for p in trained_parameters(model).values())
     return (
-        f"training: {trained:,} parameters, {trained / models.count_parameters(model):.1%}\n"
-        f"memory: {memory.total / 1e9:.2f} GB: weights {memory.weights / 1e9:.2f},"
-        f" gradients and optimizer state {update / 1e9:.2f}, activations {memory.activations / 1e9:.2f}\n"
-        f"time: about {seconds:.2g} s a step, {seconds * config.max_iters:.2g} s in all"
+        f"training: {trained:,} parameters, {trained / models.count_parameters(model):.1%}"
     )
