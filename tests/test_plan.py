@@ -553,7 +553,7 @@ def test_plan_py_has_every_setting_and_the_learning_rates_of_a_run_that_stopped_
     lrs = [[row["lr"] for row in rows if "lr" in row] for rows in (ran, again)]
     for lr, before in zip(*lrs, strict=False):
         assert lr == pytest.approx(before, abs=0.1 * TrainConfig.learning_rate)
-    settings = read_settings(["out/run/plan.py"])
+    settings = read_settings(["out/run/plan.py", "--overwrite=True"])
     written = vars(settings.config) | vars(settings.model_config)
     may_differ = {*(key[2:] for key in LENGTH), "lr_decay_iters", "minutes"}
     may_differ |= configurator.without_effect(written, TrainConfig, ModelConfig).keys()

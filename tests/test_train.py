@@ -300,7 +300,7 @@ def test_evaluation_goes_without_dropout(tiny, capsys):
 def test_each_batch_has_a_dropout_mask_of_its_own(tiny, run_train):
     # a text of one block, whose every batch is the same but for dropout
     (tiny / "input.txt").write_text(make_text(17 * 10 // 9 + 2))
-    prepare_data.main(["tiny"])
+    prepare_data.main(["tiny", "--overwrite=True"])
     still = ["--optimizer=adamw", "--learning_rate=1e-30", "--weight_decay=0"]
     still += ["--init=gpt2"]
     rows = run_train("--dropout=0.5", *still, "--max_iters=4", "--eval_interval=9")
@@ -792,7 +792,8 @@ def test_a_run_that_stopped_early_stays_stopped_when_resumed(run_train, monkeypa
 
 def test_the_same_text_from_another_path_can_be_resumed(run_train, folder):
     run_train()
-    prepare_data.main([f"--input={folder / 'tiny.txt'}", "--name=tiny"])
+    source = f"--input={folder / 'tiny.txt'}"
+    prepare_data.main([source, "--name=tiny", "--overwrite=True"])
     resume("--max_iters=7")
 
 
