@@ -1,6 +1,7 @@
 """Cores and memory that a process may use, threads that give way, and allocations that fail."""
 
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -85,10 +86,10 @@ NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS"
 @pytest.fixture
 def environment(monkeypatch):
     """An environment in which nobody has chosen anything, and what start() changes is restored."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(
         os, "environ", {key: value for key, value in os.environ.items() if key not in NAMES}
     )
+    monkeypatch.setattr(signal, "signal", lambda *handler: None)
     monkeypatch.setattr(limits, "affinity", lambda: set(range(8)))
     monkeypatch.setattr(limits, "cpu_quotas", lambda: [])
 
@@ -200,42 +201,17 @@ def test_other_errors_pass():
             raise error
 
 
-@pytest.mark.parametrize(
-    "content, line",
-    [
-        (
-            "import nothing_of_this_name",
-            "the package nothing_of_this_name is not installed here; pip install -r requirements.txt",
-        ),
-        (
-            "raise ImportError('x.so: failed to map segment from shared object')",
-            "out of memory; end other programs, or raise the limit of a container",
-        ),
-    ],
-)
-def test_an_import_that_is_missing_or_does_not_fit_into_memory_is_one_line(
-    folder, content, line
-):
-    (folder / "torch.py").write_text(content)
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(folder)},
-    )
-    assert (done.returncode, done.stderr) == (2, f"train.py: {line}\n")
-
-
 @pytest.mark.parametrize("script", ["prepare_data.py", "sample.py"])
 def test_ctrl_c_while_imports_run_shows_nothing(folder, script):
-    (folder / "numpy.py").write_text("raise KeyboardInterrupt")
+    interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    (folder / "numpy.py").write_text(interrupt)
     done = subprocess.run(
         [sys.executable, ROOT / script],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(folder)},
     )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 # --------------------------------------------------------------------------------------

@@ -385,7 +385,6 @@ def run_limited(main, argv: list[str], room: int) -> None:
             getattr(sys, f"__{name}__").fileno(),
         )
     sys.argv = ["script.py", *argv]
-    sys.excepthook = limits.report_failed_import
     limit = psutil.Process().memory_info().vms + room
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     configurator.run(main)

@@ -7,7 +7,7 @@ are and how they wait for each other.
 import math
 import os
 import re
-import sys
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,33 +28,15 @@ def start() -> None:
     A thread that spins while it waits for one of its own process keeps a core from the process whose turn it is: two
     trainings on two cores were slowed down tenfold. What the user has set in the environment stays.
     """
-    sys.excepthook = report_failed_import
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # Ctrl-C ends the imports without a word
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)  # GCC's OpenMP, which torch has on Linux
         os.environ["KMP_BLOCKTIME"] = "1"  # milliseconds; Intel's and LLVM's, elsewhere
     if usable_cores() < len(affinity()):
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
-
-
-def report_failed_import(kind: type, error: BaseException, trace: object) -> None:
-    """Print one line if an import of a script is missing or finds no memory, nothing if Ctrl-C has stopped it.
-
-    It serves as sys.excepthook.
-    """
-    if isinstance(error, KeyboardInterrupt):
-        os._exit(130)  # 128 + SIGINT, as shells have it
-    missing = error.name if isinstance(error, ModuleNotFoundError) else None
-    if missing and not missing.startswith("humptygpt"):
-        line = (
-            f"the package {missing} is not installed here; pip install -r requirements.txt"
-        )
-    elif is_out_of_memory(error):
-        line = "out of memory; end other programs, or raise the limit of a container"
-    else:
-        sys.__excepthook__(kind, error, trace)
-        return
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
-    os._exit(2)  # an excepthook has no other way to choose the code
 
 
 # --------------------------------------------------------------------------------------

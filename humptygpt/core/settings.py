@@ -436,6 +436,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     if main.__module__ == "__main__":  # a script was started
         limits.start()
         note_folder()
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:

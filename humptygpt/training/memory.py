@@ -4,12 +4,10 @@ All of it is computed before a tensor has any memory, from the model of the run 
 """
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as models
@@ -17,7 +15,6 @@ from humptygpt.core.limits import check_fits
 from humptygpt.nn.layers import autocast, free_memory
 from humptygpt.training.optimizers import (
     freeze,
-    local,
     make_optimizer,
     trained_parameters,
 )
@@ -111,31 +108,17 @@ def saved_bytes(
         batch = {"idx": idx, "targets": idx}
         if model.has_encoder:
             batch["source"] = idx
-        with saved_tensors() as saved, autocast(torch.device("cpu"), dtype):
+        saved = []
+        keep = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+        )
+        with keep, autocast(torch.device("cpu"), dtype):
             model(**batch)
     if on_gpu:  # its attention keeps no scores
         saved = [tensor for tensor in saved if tensor.shape[2:] != (T, T)]
-    return bytes_beside(model, saved)
-
-
-@contextmanager
-def saved_tensors() -> Iterator[list[Tensor]]:
-    """Yield a list that takes what autograd saves meanwhile."""
-    saved = []
-
-    def save(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        yield saved
-
-
-def bytes_beside(model: nn.Module, tensors: list[Tensor]) -> int:
-    """Return the bytes of the storages of these tensors, each counted once, but for the model's own."""
-    storages = {tensor.untyped_storage()._cdata: tensor for tensor in tensors}
+    storages = {tensor.untyped_storage()._cdata: tensor for tensor in saved}
     for p in model.parameters():
-        storages.pop(local(p).untyped_storage()._cdata, None)
+        storages.pop(p.untyped_storage()._cdata, None)
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
