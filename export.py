@@ -72,8 +72,8 @@ def main(argv: list[str]) -> None:
     given = configurator.read(argv, ExportConfig)
     config = configurator.make(ExportConfig, given)
     to = check_target(config.to, config.resolved_format)
-    from humptygpt.generation.agreement import check_formulas
     from humptygpt.interchange.load import chosen_source, load
+    from humptygpt.page.known_settings import check_formulas
 
     loaded = load(chosen_source(config, given), config.checkpoint)
     if config.resolved_format != "ckpt":

@@ -43,10 +43,8 @@ from humptygpt.core.settings import (
     note,
     setting,
 )
-from humptygpt.generation.agreement import difference
 from humptygpt.generation.beams import NUM_BEAMS, translate
-from humptygpt.generation.compiled import CompiledGPT, uncompiled
-from humptygpt.generation.decoder import prepare_for_generation
+from humptygpt.generation.compiled import make_generator
 from humptygpt.generation.sampling import (
     Context,
     TextStream,
@@ -267,16 +265,10 @@ def load(
         free_memory(torch_device),
         "end other programs, or on a CPU take --quantize=int8",
     )
-    compiles = compile and TASKS[loaded.task].continues_text
-    if compiles and (not model.has_state or difference(model, uncompiled)):
-        note("compile=True has no effect: no compiled step computes what this model does")
-        compiles = False
-    model = prepare_for_generation(model, weight_dtype, torch_device, compiles)
-    if compiles:
-        print("compiling: this takes about a minute", file=sys.stderr)
-        # a CUDA graph; on a CPU there is none
-        on_cuda = torch_device.type == "cuda"
-        model = CompiledGPT(model, mode="reduce-overhead" if on_cuda else None)
+    if compile and not model.has_state:
+        note(f"compile=True has no effect: model={model.config.model} has no state")
+    compiles = compile and model.has_state and TASKS[loaded.task].continues_text
+    model = make_generator(model, weight_dtype, torch_device, compiles)
     return Pipeline(model, loaded.tokenizer, loaded.task, torch_device)
 
 

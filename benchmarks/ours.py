@@ -43,7 +43,7 @@ class OurGenerator(Generator):
         model = build(model_config)
         self.model = prepare_for_generation(model, dtype, device, config.compile)
         if config.compile:
-            self.model = CompiledGPT(self.model)
+            self.model = CompiledGPT(self.model, mode=None)
         self.idx = self.idx.to(device)
 
     def steps(self, n: int) -> Iterator[Tensor]:

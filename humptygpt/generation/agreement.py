@@ -1,22 +1,11 @@
-"""Whether what repeats formulas of model.py still computes the same, since a user may have edited model.py.
+"""Whether what repeats formulas of model.py computes the same, since its user may have edited model.py."""
 
-The generator's shortcuts are compared with a small copy of the model. What other programs compute is in reference.json:
-logits of tiny models, for each setting, as the page's JavaScript computed them. Tests hold the JavaScript, transformers
-and llama.cpp equal to model.py.
-"""
-
-import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from humptygpt.core.errors import UserError
-from model import ModelConfig, build
-
-REFERENCE = Path(__file__).with_name("reference.json")
 OTHER_LOGITS = "other logits"
 
 
@@ -35,10 +24,6 @@ def known_logits(model: nn.Module, idx: Tensor) -> Tensor:
 
 def texts(model: nn.Module, idx: Tensor) -> dict[str, Tensor]:
     return {"source": idx} if model.has_encoder else {}
-
-
-# --------------------------------------------------------------------------------------
-# The generator's shortcuts
 
 
 def difference(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> str:
@@ -75,30 +60,3 @@ def agrees(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> bool:
     for piece in idx.split([1, 1, T - 4, 1, 1] if T > 4 else 1, dim=1):
         found = ready.next_logits(piece, state)
     return torch.allclose(found, expected, 1e-3, 1e-3)
-
-
-# --------------------------------------------------------------------------------------
-# Other programs
-
-
-@torch.inference_mode()
-def check_formulas(config: ModelConfig, reader: str) -> None:
-    """Raise UserError if model.py no longer computes what the reader of this model computes: a page, say."""
-    reference = json.loads(REFERENCE.read_bytes())
-    for settings, logits in reference["logits"]:
-        # of a number or a switch it only matters whether it is on
-        same = [
-            getattr(config, key) == tried
-            if isinstance(tried, str)
-            else bool(getattr(config, key)) == bool(tried)
-            for key, tried in settings.items()
-        ]
-        if not all(same):
-            continue
-        model = build(replace(config, **reference["config"] | settings))
-        found = known_logits(model, torch.tensor([reference["text"]]))
-        if not torch.allclose(found, torch.tensor([logits]), 2e-4, 2e-4):
-            edited = ", ".join(f"{key}={value}" for key, value in settings.items())
-            raise UserError(
-                f"{reader} would not compute what model.py computes: it was edited, as {edited} shows"
-            )

@@ -7,14 +7,47 @@ which spares the CPU from launching each. Prompts go through the model as it is.
 Shapes: see model.py.
 """
 
+import sys
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from humptygpt.core.limits import is_out_of_memory
 from humptygpt.core.settings import note
+from humptygpt.generation.agreement import OTHER_LOGITS, difference
 from humptygpt.generation.decoder import prepare_for_generation
 from humptygpt.nn.layers import NO_MASK, DecoderState, LayerState, with_loss
 from model import GPT, BlockInputs, ModelConfig
+
+
+def make_generator(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, compiles: bool
+) -> nn.Module:
+    """Make a model faster, as prepare_for_generation does, and compile it.
+
+    Its user may have edited model.py: it stays as it is if the shortcuts no longer compute the same, and is used
+    without its cache if that does not compute the same either.
+    """
+    reason = model.has_state and difference(model, partial(shorten, compiles=compiles))
+    if reason:
+        note(f"model.py is not what the shortcuts compute ({reason}): generating without")
+        compiles = False
+        if difference(model, lambda small: small) == OTHER_LOGITS:
+            note("each token is computed from the whole text: the cache gives other logits")
+            model.has_state = False
+    model = prepare_for_generation(model, dtype, device, compiles, not reason)
+    if not compiles:
+        return model
+    print("compiling: this takes about a minute", file=sys.stderr)
+    # a CUDA graph; on a CPU there is none
+    return CompiledGPT(model, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
+def shorten(model: nn.Module, compiles: bool) -> nn.Module:
+    """Return the model with all shortcuts, but not compiled."""
+    model = prepare_for_generation(model, compiles=compiles)
+    return CompiledGPT(model) if compiles else model
 
 
 class StaticLayer(LayerState):
@@ -40,10 +73,14 @@ class CompiledGPT(nn.Module):
     has_state = True
 
     def __init__(self, model: GPT, **options):
-        """options: of torch.compile."""
+        """options: of torch.compile; without any, the step is not compiled."""
         super().__init__()
         self.model = model
-        self.compiled = torch.compile(self.step, dynamic=False, fullgraph=True, **options)
+        self.compiled = self.step
+        if options:
+            self.compiled = torch.compile(
+                self.step, dynamic=False, fullgraph=True, **options
+            )
 
     @property
     def config(self) -> ModelConfig:
@@ -132,10 +169,3 @@ class CompiledGPT(nn.Module):
         else:  # it is for a query at the end: each key takes that of its distance
             bias = bias.index_select(3, (size - 1 - distance).clamp(max=size - 1))
         return bias.masked_fill(~allowed, -torch.inf), False
-
-
-def uncompiled(model: GPT) -> CompiledGPT:
-    """Return the model with the step that would be compiled, to see whether it computes what the model does."""
-    ready = CompiledGPT(prepare_for_generation(model, compiles=True, shortcuts=True))
-    ready.compiled = ready.step
-    return ready

@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from humptygpt.core.settings import note
-from humptygpt.generation.agreement import OTHER_LOGITS, difference
 from humptygpt.nn.layers import NO_MASK
 from model import (
     GPT,
@@ -46,29 +44,15 @@ def prepare_for_generation(
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
     compiles: bool = False,
-    shortcuts: bool | None = None,
+    shortcuts: bool = True,
 ) -> nn.Module:
     """Return the model itself with its layers swapped, on the device; it can no longer be trained or saved.
 
     dtype: of the weights, float32, bfloat16 or float16, or on a CPU int8. They are converted now, once; under autocast
     each token would convert them all again. Embeddings stay as they are: a token reads one row, and of a file that is
     mapped only the rows that were read are in memory. compiles: for a CompiledGPT, whose compiler finds the shorter
-    way itself. shortcuts: swap attention and the stack, too; None: if that computes what model.py computes, which its
-    user may have edited. If even the cache does not, the model is used without it.
+    way itself. shortcuts: swap attention and the stack, too, as long as model.py computes what they compute.
     """
-    if shortcuts is None and model.has_state:
-        swap = partial(prepare_for_generation, compiles=compiles, shortcuts=True)
-        reason = difference(model, swap)
-        shortcuts = not reason
-        if reason:
-            note(
-                f"model.py differs from the shortcuts ({reason}): generating without, slower"
-            )
-            if difference(model, lambda small: small) == OTHER_LOGITS:
-                note(
-                    "and each token is computed from the whole text: the cache gives others"
-                )
-                model.has_state = False
     model.eval().requires_grad_(False)
     for module in model.modules():  # yields the children after they are swapped here
         if isinstance(module, Block) and shortcuts:

@@ -1,33 +1,20 @@
-"""The settings that the page's JavaScript computes with: with others, its numbers would not be the model's."""
+"""Whether the page's JavaScript, transformers and llama.cpp compute what model.py computes.
+
+reference.json has what they were tested with: the settings of a tiny model, and for each setting the logits that the
+JavaScript computes. Tests hold the JavaScript, transformers and llama.cpp equal to model.py.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
 
 from humptygpt.core.errors import UserError
-from model import ModelConfig
+from humptygpt.generation.agreement import known_logits
+from model import ModelConfig, build
 
-COMPUTED = {
-    "n_layer",
-    "n_head",
-    "n_kv_head",
-    "n_embd",
-    "head_size",
-    "n_hidden",
-    "block_size",
-    "window",
-    "vocab_size",
-    "bias",
-    "attn_bias",
-    "mlp_bias",
-    "tie_weights",
-    "mlp_conv",
-    "qk_norm",
-    "rope_base",
-    "rope_factor",
-    "rope_low_freq_factor",
-    "rope_high_freq_factor",
-    "rope_original_context",
-    "norm_eps",
-    "embed_norm",
-    "logit_soft_cap",
-}
+REFERENCE = Path(__file__).with_name("reference.json")
 VARIANTS = {  # the keys of the dictionaries in explain/model.js
     "model": ("window_mlp", "gpt", "transformer"),
     "embedding": ("table", "number"),
@@ -43,10 +30,11 @@ TRAINING = {"dropout", "label_smoothing", "init", "lora_alpha", "lora_targets"}
 
 def check_settings(config: ModelConfig, tokenizer: str) -> None:
     """Raise UserError for the first setting that the page would ignore or misread. tokenizer: its name."""
+    computed = json.loads(REFERENCE.read_bytes())["config"]
     for key, value in (vars(config) | {"tokenizer": tokenizer}).items():
         if key in VARIANTS:
             known = value in VARIANTS[key]
-        elif key in COMPUTED:
+        elif key in computed:
             known = isinstance(value, int | float | None)
         else:
             known = key in TRAINING or value == getattr(type(config), key)
@@ -55,3 +43,24 @@ def check_settings(config: ModelConfig, tokenizer: str) -> None:
                 f"{key}={value} is a setting that the page does not compute with, so its numbers would not be the"
                 " model's; teach it to explain/ and humptygpt/page/known_settings.py"
             )
+
+
+@torch.inference_mode()
+def check_formulas(config: ModelConfig, reader: str) -> None:
+    """Raise UserError if model.py was edited so that the reader of this model, say a page, computes something else."""
+    reference = json.loads(REFERENCE.read_bytes())
+    for settings, logits in reference["logits"]:
+        if any(kind(getattr(config, key)) != kind(settings[key]) for key in settings):
+            continue  # the model does not have them
+        model = build(replace(config, **reference["config"] | settings))
+        found = known_logits(model, torch.tensor([reference["text"]]))
+        if not torch.allclose(found, torch.tensor([logits]), 2e-4, 2e-4):
+            edited = ", ".join(f"{key}={value}" for key, value in settings.items())
+            raise UserError(
+                f"{reader} would not compute what this model.py computes: with {edited} it gives other logits"
+            )
+
+
+def kind(value: object) -> object:
+    """The name of a variant; of a number or a switch, whether it is on."""
+    return bool(value) if isinstance(value, int | float | None) else value

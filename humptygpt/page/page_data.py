@@ -12,9 +12,8 @@ from humptygpt.checkpoint import checkpoint
 from humptygpt.checkpoint.metrics import read_metrics
 from humptygpt.core.errors import UserError
 from humptygpt.data.token_files import TokenFiles, read_meta
-from humptygpt.generation.agreement import check_formulas
 from humptygpt.interchange.load import Loaded, load
-from humptygpt.page.known_settings import check_settings
+from humptygpt.page.known_settings import check_formulas, check_settings
 from humptygpt.page.snapshots import snapshot_data
 from humptygpt.tokenizer.sentencepiece_model import normal_ids
 from humptygpt.tokenizer.tokenizers import (

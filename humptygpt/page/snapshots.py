@@ -28,7 +28,7 @@ def to_8_bits(model: nn.Module) -> Tensor:
     _, state = lora.merged_state(model)
     packed = []
     for p in {p.data_ptr(): p for p in state.values()}.values():
-        rows = p.cpu().view(-1, p.shape[-1])
+        rows = p.cpu().view(-1, p.shape[-1:].numel())  # a number is a row, too
         scale = rows.abs().amax(1, keepdim=True) / 127
         rounded = (rows / scale).nan_to_num().round()  # 0 / 0 in a row of zeros
         packed.append(torch.hstack([scale.view(torch.int8), rounded.char()]).flatten())
