@@ -42,15 +42,14 @@ def difference(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> st
 def agrees(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> bool:
     """As difference(). The text is longer than any window, and read by single tokens and by several at once."""
     config = model.config
-    sizes = {
-        "n_layer": min(config.n_layer, 3),
-        "n_embd": 4 * config.n_head,
-        "head_size": config.head_size and 4,
-        "n_hidden": config.n_hidden and 24,
-        "vocab_size": 11,
-        "window": min(config.window, 5),
-    }
-    small = type(model)(replace(config, **sizes))
+    small_config = replace(
+        config,
+        n_layer=min(config.n_layer, 3),
+        n_embd=4 * config.n_head,
+        vocab_size=11,
+        window=min(config.window, 5),
+    )
+    small = type(model)(small_config)
     windows = [getattr(module, "window", 0) for module in small.modules()]
     T = min(config.block_size, max(windows) + 12)
     idx = (torch.arange(T) ** 2 * 3 % 11)[None]

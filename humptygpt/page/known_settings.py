@@ -55,9 +55,8 @@ def check_formulas(config: ModelConfig, reader: str) -> None:
         model = build(replace(config, **reference["config"] | settings))
         found = known_logits(model, torch.tensor([reference["text"]]))
         if not torch.allclose(found, torch.tensor([logits]), 2e-4, 2e-4):
-            edited = ", ".join(f"{key}={value}" for key, value in settings.items())
             raise UserError(
-                f"{reader} would not compute what this model.py computes: with {edited} it gives other logits"
+                f"{reader} would not compute what this model.py computes: with {settings} it gives other logits"
             )
 
 
