@@ -685,3 +685,12 @@ def test_an_edit_of_forward_reaches_next_logits(kind, monkeypatch):
     texts = {"source": tokens(2, 4)} if kind == "transformer" else {}
     found = model.next_logits(idx, model.make_state(**texts))
     torch.testing.assert_close(found, model(idx, **texts)[0][:, -1])
+
+
+def test_queries_that_a_parameter_made_float32_attend_to_keys_in_bfloat16():
+    q, k, v = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    mask = attention_mask(5, 5, q.device, causal=True, window=3)
+    with torch.no_grad():
+        found = attend(q, k.bfloat16(), v.bfloat16(), mask, Dropout(0.0))
+        expected = attend(q, k, v, mask, Dropout(0.0))
+    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)

@@ -223,10 +223,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: Dropout) -> Ten
     """
     bias, is_causal = mask
     if bias is not None:
-        bias = bias.to(q.dtype)
+        bias = bias.to(v.dtype)
     grouped = q.shape[1] != k.shape[1]
     p = dropout.p if dropout.training else 0.0
     if not prefers_explicit(q, k, p):
+        # a float32 parameter that a user multiplies them by makes them float32
+        q, k = q.to(v.dtype), k.to(v.dtype)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, dropout_p=p, is_causal=is_causal, enable_gqa=grouped
         )
