@@ -1353,7 +1353,7 @@ def test_a_run_without_metrics_or_with_damaged_ones_has_a_page(run_dir):
     metrics = run_dir / "metrics.jsonl"
     rows = [metrics.read_text().splitlines()[0], '{"iter": 3, "tok']
     rows.append('{"iter": 6, "tokens": 1, "seconds": 1}')
-    metrics.write_text("\n".join(rows))
+    metrics.write_text("\n".join([*rows, ""]))
     explain.main(["--out_dir=out/run"])
     assert [row["iter"] for row in data_in(run_dir / "explain.html")["metrics"]] == [1, 6]
     metrics.unlink()
