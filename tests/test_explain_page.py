@@ -615,7 +615,7 @@ class Walk:
 
 
 @pytest.mark.parametrize(
-    "actions", [200, pytest.param(2_000, marks=pytest.mark.long)], ids=str
+    "actions", [80, pytest.param(2_000, marks=pytest.mark.long)], ids=str
 )
 def test_after_any_actions_the_numbers_are_those_of_the_text(opened, runs, actions):
     model, tokenizer = load(runs)

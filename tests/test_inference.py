@@ -296,7 +296,14 @@ def compile_both(model, backend: str, **low):
 PADDED = torch.tensor([[-1, -1, 3, 4], [1, 2, 3, 4], [-1, 5, 6, 7]])
 
 
-@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize(
+    "position",
+    [
+        "rotary",
+        "alibi",
+        *(pytest.param(name, marks=pytest.mark.long) for name in POSITIONS),
+    ],
+)
 def test_compiled_decode_writes_the_tokens_of_eager_decode_by_one_graph(position, capsys):
     """Past block_size, plain and padded, and after a text has ended."""
     for keys in (

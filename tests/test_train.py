@@ -536,7 +536,7 @@ def test_killed_at_random_moments_a_run_resumes_exactly(uninterrupted, processes
     end_of(processes, quiet_train)
     whole_run = time.perf_counter() - began
     draw, killed = random.Random(0), 0
-    while killed < 12:
+    while killed < 6:
         process = processes.Process(target=quiet_train)
         process.start()
         process.join(timeout=draw.uniform(0.0, whole_run))
