@@ -17,7 +17,6 @@ n_embd = 128
 block = "pre_norm"
 norm = "layernorm"
 mlp = "none"  # no feed-forward network
-activation = "gelu"
 position = "rotary"
 bias = True
 qk_norm = False
