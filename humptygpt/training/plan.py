@@ -23,7 +23,11 @@ from humptygpt.core.errors import UserError
 from humptygpt.core.files import write_whole
 from humptygpt.data.batches import Dataset
 from humptygpt.nn.layers import autocast, free_memory, to_device
-from humptygpt.training.memory import check_training_fits, least_memory
+from humptygpt.training.memory import (
+    check_training_fits,
+    least_memory,
+    without_memory,
+)
 from humptygpt.training.optimizers import make_optimizer
 from humptygpt.training.resume import make_model
 from humptygpt.training.settings import TrainConfig
@@ -211,8 +215,7 @@ def choose(
 
     tried = candidates(config, model_config, given, dataset, dtype)
     tried.sort(key=lambda candidate: candidate.operations)
-    # frozen parameters take less than is counted
-    free = math.inf if config.freeze else free_memory(device)
+    free = free_memory(device)
     if tried[0].memory > free:
         check_training_fits(*tried[0][:2], device, dtype)
     best = find_best(tried, free, dataset, clock, time_step)
@@ -304,7 +307,7 @@ def candidates(
                 break
     found = []
     for shape in shapes:
-        model = models.build_on_meta(shape)
+        model = without_memory(config, shape)
         parameters, per_token, per_step = cost(model)
         if config.optimizer == "adamw":
             per_step = 0
