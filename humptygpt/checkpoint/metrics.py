@@ -36,6 +36,6 @@ def parse_row(line: bytes) -> dict | None:
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     valid = all(type(number) in (int, float) and 0 <= number < 1e18 for number in numbers)
-    # an evaluation has both; if one is missing, bytes of its name were changed
+    # an evaluation records both; if one is missing, bytes of its name have changed
     whole = ("val_loss" in row) == ("val_bits_per_byte" in row)
     return row if valid and whole else None

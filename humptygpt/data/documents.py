@@ -34,7 +34,7 @@ else:
 
 PIECE = 1 << 18  # characters of a document that are in memory at once
 FORMATS = (".jsonl", ".parquet", ".csv", ".tsv")
-BINARY = {  # how files that are no text begin
+BINARY = {  # first bytes of files that are not text, and what to do with them
     b"%PDF-": "a PDF: convert it to text, as with pdftotext",
     b"PK\3\4": "a zip file or an office document: unpack it, or save it as text",
 }
@@ -164,7 +164,7 @@ def encoding_of(start: bytes) -> str:
 
 
 def why_no_text(start: bytes) -> str:
-    """Say why a file that starts like this is no text, or ""; as git does, by null bytes, which UTF-8 has not."""
+    """Explain why a file that starts with these bytes is not text, or return "". As in git, null bytes mean binary."""
     for mark, reason in BINARY.items():
         if start.startswith(mark):
             return reason
@@ -326,7 +326,7 @@ def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object,
         table = csv.DictReader(chain([header], text), delimiter=separator)
         check_column(path, text_key, table.fieldnames or [])
         for row in table:
-            # None: of a row with more columns, whose text probably has a separator in it
+            # csv puts surplus cells under None; the text of such a row probably contains the separator
             yield row.get(None, row[text_key]), file.tell()
 
 

@@ -1,4 +1,4 @@
-"""Whether what repeats formulas of model.py computes the same, since its user may have edited model.py."""
+"""Check that the faster copies of model.py's formulas still agree with it, since a user may have edited model.py."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +27,7 @@ def texts(model: nn.Module, idx: Tensor) -> dict[str, Tensor]:
 
 
 def difference(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> str:
-    """Say how the changed model, token by token, differs from the model's forward on a whole text; "" if it does not.
+    """Describe how the changed model, token by token, differs from the model's forward on a whole text, or return "".
 
     It is tried on a copy that keeps the classes and settings, but is so small that this takes milliseconds. change:
     takes a model and returns one with next_logits() and make_state().
@@ -40,7 +40,7 @@ def difference(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> st
 
 @torch.inference_mode()
 def agrees(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> bool:
-    """As difference(). The text is longer than any window, and read by single tokens and by several at once."""
+    """True if both give the same logits for a text longer than any window, read in pieces of one and more tokens."""
     config = model.config
     small_config = replace(
         config,

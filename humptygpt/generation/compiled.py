@@ -24,10 +24,10 @@ from model import GPT, BlockInputs, ModelConfig
 def make_generator(
     model: nn.Module, dtype: torch.dtype, device: torch.device, compiles: bool
 ) -> nn.Module:
-    """Make a model faster, as prepare_for_generation does, and compile it.
+    """Prepare a model for generation, with its shortcuts and compiled if they still agree with model.py.
 
-    Its user may have edited model.py: it stays as it is if the shortcuts no longer compute the same, and is used
-    without its cache if that does not compute the same either.
+    If an edit of model.py made the shortcuts differ, the model's own code generates. If the cache differs as well, the
+    model generates without it.
     """
     reason = model.has_state and difference(model, partial(shorten, compiles=compiles))
     if reason:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LOGITS = 2**26  # that are computed at once: 256 MB
+LOGITS = 2**26  # the most logits computed at once: 256 MB
 
 
 @torch.inference_mode()
@@ -33,7 +33,7 @@ def log_probabilities(model: nn.Module, ids: np.ndarray, stride: int) -> np.ndar
 
 
 def score(model: nn.Module, batch: Tensor, at_once: int) -> Tensor:
-    """As log_probabilities, of a batch, (B, T): (B, T - 1). A model with a state reads at_once tokens at a time."""
+    """Log-probabilities, (B, T - 1), of windows, (B, T). A model with a cache reads at_once tokens at a time."""
     state = {"state": model.make_state()} if model.has_state else {}
     size = at_once if state else batch.shape[1]
     pieces = zip(batch[:, :-1].split(size, 1), batch[:, 1:].split(size, 1), strict=True)
