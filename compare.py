@@ -15,8 +15,8 @@ of it, the latter counts. If there is no text that all of them were evaluated on
 With --group=True, runs of one folder that differ in nothing but the seed, such as idea/with-1 and idea/with-2, are one
 row, the mean of their lowest losses; so are idea/with/1 and idea/with/2. With --minutes, they may also differ in steps,
 dropout and weight decay, which the clock chooses. Each row is compared in bits per byte with the first one of its
-group, or with --baseline=NAME: "within seeds" if the ranges of their seeds overlap. Rows come in the order given. The
-shell sorts by name: 1-without, 2-with puts the baseline first.
+group, or with --baseline=NAME; whether that difference means something, the ranges of their seeds tell. Rows come in
+the order given. The shell sorts by name: 1-without, 2-with puts the baseline first.
 """
 
 import io
@@ -289,10 +289,11 @@ def make_group(title: str | None, rows: list[tuple[str, list[Run]]]) -> Group:
         problem = "were evaluated on different texts, so none is the best"
         note(f"{which} {problem}: {', '.join(sizes)}")
     elif evaluated:
-        if title:
-            compare_with_first(table)
+        for row in table[1:]:
+            if title and row[BITS] and table[0][BITS]:
+                row["difference"] = row[BITS] - table[0][BITS]
         best = min(evaluated, key=lambda row: row[BITS])
-        best["remark"] = f"best {best['remark']}".strip()
+        best["remark"] = "best"
     runs = [seeds[0] for _, seeds in rows]
     keys = {key for run in runs for key in run.settings} - IGNORED
     if title:
@@ -332,19 +333,6 @@ def summarize(name: str, runs: list[Run], group: str | None, text: str | None) -
         values = [figures[key] for figures in measured if figures[key] is not None]
         row[key] = statistics.mean(values) if values else None
     return row
-
-
-def compare_with_first(table: list[dict]) -> None:
-    """Add to each row its difference from the first one, in bits per byte, and what makes it doubtful."""
-    first = table[0]
-    for row in table[1:]:
-        if not row[BITS] or not first[BITS]:
-            continue
-        row["difference"] = row[BITS] - first[BITS]
-        if min(row["seeds"], first["seeds"]) < 2:
-            row["remark"] = "(one seed)"
-        elif max(row["lowest"], first["lowest"]) <= min(row["highest"], first["highest"]):
-            row["remark"] = "(within seeds)"
 
 
 # --------------------------------------------------------------------------------------
@@ -425,8 +413,7 @@ COLORS = (
     "#9acd32",
 )
 CAPTION = """lowest validation loss, bits per byte: further left is better; the scales of the panels differ
-dot and line: mean and range of the seeds. bar: difference from the first row
-hollow: no clear difference, since the ranges overlap or there is one seed"""
+dot and line: mean and range of the seeds. bar: difference from the first row"""
 
 
 def draw(groups: list[Group], path: str) -> None:
@@ -498,8 +485,7 @@ def draw_group(panel, group: Group, colors: list[str]) -> None:
         difference = row["difference"] or 0
         panel.barh(y, -difference, left=bits, color=color, alpha=0.3, height=0.4)
         panel.plot([row["lowest"] or bits, row["highest"] or bits], [y, y], color=color)
-        hollow = "white" if "(" in row["remark"] else color
-        panel.plot(bits, y, "o", color=color, markerfacecolor=hollow)
+        panel.plot(bits, y, "o", color=color)
     panel.use_sticky_edges = False  # or bars would leave no margin
     panel.margins(x=0.1)
     panel.set_ylim(len(labels) - 0.5, -0.5)

@@ -61,11 +61,7 @@ from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import LocalBatch, Processes
 from humptygpt.tokenizer import tokenizers
 from humptygpt.training import evaluation, plan, resume
-from humptygpt.training.memory import (
-    advice_after_failure,
-    check_training_fits,
-    memory_report,
-)
+from humptygpt.training.memory import ADVICE, check_training_fits, memory_report
 from humptygpt.training.optimizers import Optimizer, make_optimizer
 from humptygpt.training.run_folder import (
     Diverged,
@@ -163,11 +159,10 @@ class Run:
 
 
 def main(argv: list[str]) -> int:
-    smaller = "try a smaller --batch_size, --block_size or model"
     with (
         ExitStack() as locks,
         distributed.silence_other_ranks(),
-        limits.memory_advice(smaller),
+        limits.memory_advice(ADVICE),
     ):
         start = read_settings(argv, locks)
         if start.config.dry_run:
@@ -183,8 +178,7 @@ def main(argv: list[str]) -> int:
         else:
             if fine_tunes:
                 print(resume.trained_part(run.model), flush=True)
-            with limits.memory_advice(advice_after_failure(run.config)):
-                code = fit(run, fine_tunes)
+            code = fit(run, fine_tunes)
         run.processes.end()
         return code
 
@@ -308,8 +302,7 @@ def prepare_training(run: Run, saved: dict | None) -> None:
         keep_best(run, saved)
     config = run.config
     if config.compile or (config.compile is None and run.device.type == "cuda"):
-        with limits.memory_advice(advice_after_failure(run.config)):
-            run.net = compile_model(run)
+        run.net = compile_model(run)
     run.replica = run.processes.replicate(run.net)
 
 
@@ -546,7 +539,7 @@ def train(run: Run, folder: RunFolder) -> int | None:
             if log:
                 row = meter.row(lr)
                 folder.record(row)
-                report(bar, row, run, meter.evaluation)
+                report(bar, row, run)
             improved = due and evaluate_and_record(run, folder, bar)
             if stop or (due and (run.is_over or improved or config.always_save_checkpoint)):
                 if run.clock:
@@ -671,8 +664,8 @@ def progress_bar(run: Run) -> tqdm:
     )
 
 
-def report(bar: tqdm, row: dict, run: Run, evaluation_seconds: float) -> None:
-    """Show the numbers in the bar on a terminal, and in a line elsewhere. evaluation_seconds: of the last one."""
+def report(bar: tqdm, row: dict, run: Run) -> None:
+    """Show the numbers in the bar on a terminal, and in a line elsewhere."""
     progress = run.progress
     norm = "inf" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
     text = (
@@ -689,9 +682,7 @@ def report(bar: tqdm, row: dict, run: Run, evaluation_seconds: float) -> None:
     else:
         of = f"/{steps}"
         left = (steps - progress.iter) * progress.seconds / progress.iter
-        evaluations = math.ceil((steps - progress.iter) / run.config.eval_interval)
-        left += evaluations * evaluation_seconds
-    write_line(bar, f"iter {progress.iter}{of}: {text}, {left:.0f} s left")
+    write_line(bar, f"iter {progress.iter}{of}: {text}, {left:.0f} s of training left")
 
 
 def write_line(bar: tqdm, line: str) -> None:

@@ -543,6 +543,7 @@ def test_only_the_same_run_is_resumed_when_torchrun_starts_again(run_train, monk
         assert (read_settings([*TINY_RUN, *change])[2] is not None) == resumes
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGSTOP")
 def test_a_process_that_hangs_ends_the_run(tiny, monkeypatch):
     monkeypatch.setattr(distributed, "TIMEOUT", datetime.timedelta(seconds=4))

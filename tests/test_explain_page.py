@@ -615,7 +615,7 @@ class Walk:
 
 
 @pytest.mark.parametrize(
-    "actions", [80, pytest.param(2_000, marks=pytest.mark.long)], ids=str
+    "actions", [30, pytest.param(2_000, marks=pytest.mark.long)], ids=str
 )
 def test_after_any_actions_the_numbers_are_those_of_the_text(opened, runs, actions):
     model, tokenizer = load(runs)
@@ -678,7 +678,15 @@ def addresses(trace: dict, n: int) -> list[tuple[str, float]]:
     return chosen
 
 
-@pytest.mark.parametrize(("run", "n"), [("run", 120), ("pairs", 80)])
+@pytest.mark.parametrize(
+    ("run", "n"),
+    [
+        ("run", 50),
+        ("pairs", 30),
+        pytest.param("run", 400, marks=pytest.mark.long),
+        pytest.param("pairs", 400, marks=pytest.mark.long),
+    ],
+)
 def test_the_drawer_shows_pytorchs_numbers_and_its_terms_add_up_to_them(
     opened, runs, run, n
 ):
@@ -806,7 +814,7 @@ AFTER = (
 )
 
 
-@pytest.mark.parametrize("run", ["run", "pairs"])
+@pytest.mark.parametrize("run", ["run", pytest.param("pairs", marks=pytest.mark.long)])
 def test_tab_leads_to_every_control_and_each_obeys_its_keys_and_keeps_the_focus(
     opened, run
 ):
@@ -856,7 +864,12 @@ def test_nothing_moves_where_reduced_motion_is_asked_for(opened):
 
 @pytest.mark.parametrize(
     ("run", "scheme"),
-    [("run", "light"), ("run", "dark"), ("pairs", "light"), ("window", "dark")],
+    [
+        ("run", "light"),
+        pytest.param("run", "dark", marks=pytest.mark.long),
+        pytest.param("pairs", "light", marks=pytest.mark.long),
+        ("window", "dark"),
+    ],
 )
 def test_axe_finds_nothing(opened, run, scheme):
     axe = pytest.importorskip(
@@ -897,6 +910,7 @@ def test_nothing_scrolls_sideways(opened, run, width, zoom):
     assert sizes[0] <= sizes[1]
 
 
+@pytest.mark.long
 def test_the_time_until_a_keystroke_is_painted_is_measured_in_each_case(
     browser, runs, fails, monkeypatch
 ):

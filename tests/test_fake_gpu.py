@@ -271,31 +271,27 @@ def allowed(case: dict) -> dict:
     return case
 
 
-def pairs(case: dict) -> set:
-    return set(itertools.combinations([(key, case[key]) for key in OPTIONS], 2))
+def meeting(case: dict, together: int) -> set[tuple]:
+    """Return each choice of a case, or each two of them."""
+    return set(itertools.combinations([(key, case[key]) for key in OPTIONS], together))
 
 
-def pairwise_cases() -> list[dict]:
-    """Return cases in which any two choices meet, but for those that exclude each other."""
+def covering_cases(together: int) -> list[dict]:
+    """Return cases in which any choice occurs, or any two meet, but for those that exclude each other."""
     draw = random.Random(0)
 
     def random_case(**fixed) -> dict:
         drawn = {key: draw.choice(values) for key, values in OPTIONS.items()}
         return allowed(drawn | fixed)
 
-    left = set()
-    for a, b in itertools.combinations(OPTIONS, 2):
-        for x, y in itertools.product(OPTIONS[a], OPTIONS[b]):
-            case = random_case(**{a: x, b: y})
-            if case[a] == x and case[b] == y:
-                left.add(((a, x), (b, y)))
+    left = set().union(*(meeting(random_case(), together) for _ in range(3000)))
     cases = []
     while left:
-        (a, x), (b, y) = min(left, key=repr)
-        candidates = [random_case(**{a: x, b: y}) for _ in range(60)]
-        best = max(candidates, key=lambda case: len(pairs(case) & left))
+        fixed = dict(min(left, key=repr))
+        candidates = [random_case(**fixed) for _ in range(60)]
+        best = max(candidates, key=lambda case: len(meeting(case, together) & left))
         cases.append(best)
-        left -= pairs(best)
+        left -= meeting(best, together)
     return cases
 
 
@@ -489,16 +485,12 @@ def elsewhere():
         yield lambda function, *args: pool.submit(function, *args).result()
 
 
-CASES = pairwise_cases()
-
-
-@pytest.mark.parametrize("part", range(4))
-def test_any_two_choices_train_evaluate_and_generate_on_one_device_and_wait_only_to_show(
-    elsewhere, part
+@pytest.mark.parametrize("together", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_any_choices_train_evaluate_and_generate_on_one_device_and_wait_only_to_show(
+    elsewhere, together
 ):
     """And the residual stream is float32; see run_case for how often the CPU may wait."""
-    assert len(CASES) >= 30
-    assert elsewhere(run_cases, CASES[part::4]) is None
+    assert elsewhere(run_cases, covering_cases(together)) is None
 
 
 @pytest.mark.long

@@ -97,6 +97,7 @@ def test_the_page_and_the_ladder_name_chapters_that_it_has():
     assert (len(chapters), missing) == (20, [])
 
 
+@pytest.mark.long
 def test_without_any_package_it_learns_the_rhyme_and_recites_it():
     command = [sys.executable, "-I", "-S", str(ROOT / "from_scratch.py")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -205,6 +205,7 @@ def test_cached_equals_uncached_generation_in_any_combination(position, block):
             assert torch.equal(torch.stack(cached), torch.stack(uncached)), (keys, exact)
 
 
+@pytest.mark.long
 @every_position_and_block
 def test_one_batch_overfits_in_any_combination(position, block):
     for keys in combinations(position, block):

@@ -79,6 +79,7 @@ def test_a_shipped_config_has_the_settings_that_its_figures_were_measured_with(c
     assert different == recorded[str(config.relative_to(ROOT / "config"))]
 
 
+@pytest.mark.long
 def test_the_nursery_rhyme_is_memorised(folder, capsys):
     assert (
         train.main(

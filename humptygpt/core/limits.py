@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -120,14 +120,13 @@ def out_of_memory_line(error: BaseException) -> str:
 
 
 @contextmanager
-def memory_advice(advice: str | Callable[[], str]) -> Iterator[None]:
+def memory_advice(advice: str) -> Iterator[None]:
     """Raise UserError, with the advice, where an allocation fails."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
-        advice = advice if isinstance(advice, str) else advice()
         raise UserError(f"{out_of_memory_line(error)}; {advice}") from error
 
 

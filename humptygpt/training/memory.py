@@ -20,6 +20,10 @@ from humptygpt.training.optimizers import (
 )
 from model import ModelConfig
 
+ADVICE = (
+    "take a smaller --batch_size with more --gradient_accumulation_steps, --checkpoint_activations=True, or a smaller"
+    " model, as with --n_embd or --n_layer"
+)
 FLOAT = 4  # bytes of a weight, of a gradient, and of an element of the optimizer state
 
 
@@ -35,13 +39,6 @@ class Memory(NamedTuple):
     @property
     def total(self) -> float:
         return sum(self)
-
-    @property
-    def advice(self) -> str:
-        """Return what takes less."""
-        if self.activations < self.total / 2:
-            return "take a smaller model, as with --n_embd or --n_layer"
-        return "take --checkpoint_activations=True, or a smaller --batch_size with more --gradient_accumulation_steps"
 
 
 def without_memory(config, model_config: ModelConfig) -> nn.Module:
@@ -141,7 +138,7 @@ def memory_report(
     free = free_memory(device)
     fits = "it fits"
     if memory.total > free:
-        fits = f"it does not fit; {memory.advice}"
+        fits = f"it does not fit; {ADVICE}"
     sizes = {name: size for name, size in memory._asdict().items() if size}
     entries = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in sizes.items())
     each = ""
@@ -154,16 +151,6 @@ def memory_report(
         f"memory{each}, in GB: {entries}; {memory.total / 1e9:.3g} in all,"
         f" {free / 1e9:.3g} free on {device}: {fits}"
     )
-
-
-def advice_after_failure(config) -> str:
-    """Suggest settings after a step ran out of memory: the same step in parts of at most half the size."""
-    rows = config.batch_size
-    half = next((n for n in range(rows // 2, 0, -1) if rows % n == 0), None)
-    if half is None:
-        return "take a smaller model, as with --n_embd or --n_layer, or --checkpoint_activations=True"
-    parts = rows // half * config.gradient_accumulation_steps
-    return f"take --batch_size={half} --gradient_accumulation_steps={parts}, the same step"
 
 
 # --------------------------------------------------------------------------------------
@@ -184,7 +171,7 @@ def check_training_fits(
         f"training {models.count_parameters(model):,} parameters with batch_size={config.batch_size} and"
         f" block_size={model_config.block_size} takes at least"
     )
-    check_fits(training, least.total, free_memory(device), least.advice)
+    check_fits(training, least.total, free_memory(device), ADVICE)
 
 
 def least_memory(config, model: nn.Module, dtype: torch.dtype, processes: int) -> Memory:
