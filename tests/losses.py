@@ -25,6 +25,7 @@ COMMON += " --eval_interval=10 --log_interval=1 --warmup_iters=4 --device=cpu --
 COMMON += " --activation=gelu --mlp_conv=0 --qk_norm=False --init=gpt2 --tie_weights=True --optimizer=adamw"
 COMMON += " --learning_rate=1e-3 --muon_learning_rate=0.02 --muon_momentum=0.95 --beta2=0.99 --schedule=cosine"
 COMMON += " --min_lr=None --grad_clip=1.0"
+BASE = "--dataset=text --position=rotary"  # the model beside which LoRA trains
 RUNS = {
     "gpt2": "--dataset=text --position=learned --dropout=0.1 --bias=True --activation=gelu_tanh",
     "demo": "--dataset=text --position=rotary --optimizer=normuon --muon_momentum=0.85 --mlp_conv=3 --init=zero"
@@ -42,6 +43,8 @@ RUNS = {
     " --activation=silu --embed_norm=True --logit_soft_cap=15.0 --block_size=96 --gradient_accumulation_steps=2",
     "bfloat16": "--dataset=text --position=rotary --dropout=0.1 --n_kv_head=2 --optimizer=muon --dtype=bfloat16",
     "two_processes": "--dataset=text --position=rotary --optimizer=normuon --dropout=0.1",
+    "frozen": "--dataset=text --position=learned --freeze=wte,blocks.0 --dropout=0.1",
+    "lora": f"{BASE} --init_from=out/base --lora_rank=4 --lora_targets=q_proj,v_proj,up_proj --dropout=0.1",
 }
 
 
@@ -127,6 +130,8 @@ def main(argv: list[str]) -> None:
             "--name=pairs",
             "--tokenizer=byte",
         )
+        base = [*COMMON.split(), *BASE.split(), "--out_dir=out/base", "--max_iters=10"]
+        run(first / "train.py", folder, *base)
         rows = pool.map(lambda name: losses(first, second, folder, name), RUNS)
         print(json.dumps(dict(zip(RUNS, rows, strict=True)), indent=1))
 
