@@ -12,6 +12,7 @@ It runs in a process of its own: a backend is registered for good, and its autog
 import itertools
 import multiprocessing
 import random
+import re
 import traceback
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -504,13 +505,13 @@ def test_every_position_block_and_norm_does_so(elsewhere, part):
 @pytest.mark.parametrize(
     ("fault", "report"),
     [
-        (plant_a_tensor_on_the_cpu, "found at least two devices, fgpu:0 and cpu"),
+        (plant_a_tensor_on_the_cpu, "two (different )?devices,? fgpu:0,? (and )?cpu"),
         (plant_a_wait, "a training step: 4 waits for the device"),
         (plant_a_cast, "the residual stream is torch.bfloat16"),
     ],
 )
 def test_a_planted_fault_is_found(elsewhere, fault, report):
-    assert report in elsewhere(run_planted, fault)
+    assert re.search(report, elsewhere(run_planted, fault))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
