@@ -34,14 +34,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from humptygpt.core import limits
+from humptygpt import machine
 
 if __name__ == "__main__":
-    limits.start()  # before numpy and torch are loaded
+    machine.start()  # before numpy and torch are loaded
 
-from humptygpt.core import settings
-from humptygpt.core.errors import UserError
-from humptygpt.core.settings import check, setting, without_effect
+from humptygpt import config as configurator
+from humptygpt.config import UserError, check, setting, without_effect
 
 MODES = {  # the module of benchmarks/ whose bench() answers
     "train": "step_time",
@@ -111,8 +110,8 @@ class BenchConfig:
 
 
 def main(argv: list[str]) -> None:
-    given = settings.read(argv, BenchConfig)
-    config = settings.make(BenchConfig, given)
+    given = configurator.read(argv, BenchConfig)
+    config = configurator.make(BenchConfig, given)
     for key, why in without_effect(vars(config), BenchConfig).items():
         if key in given:
             raise UserError(f"{key}={given[key]} has no effect {why}")
@@ -121,4 +120,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    machine.run(main)

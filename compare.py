@@ -31,11 +31,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from humptygpt.checkpoint.metrics import read_metrics
-from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError
-from humptygpt.core.files import write_whole
-from humptygpt.core.settings import note, parse_json, setting
+from humptygpt import config as configurator
+from humptygpt import machine
+from humptygpt.config import UserError, note, parse_json, setting
+from humptygpt.files import write_whole
+from humptygpt.metrics import read_metrics
 
 # torch and matplotlib are imported where they are needed: they take seconds, and a misspelt key should not wait.
 
@@ -168,7 +168,7 @@ def read_run(folder: Path) -> Run:
 
 
 def default_settings() -> dict:
-    from humptygpt.training.settings import TrainConfig
+    from humptygpt.settings import TrainConfig
     from model import ModelConfig
 
     return vars(ModelConfig()) | vars(TrainConfig())
@@ -496,4 +496,4 @@ def draw_group(panel, group: Group, colors: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    machine.run(main)

@@ -13,9 +13,10 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from humptygpt.core import settings as configurator
-from humptygpt.core.files import write_whole
-from humptygpt.core.settings import check, setting
+from humptygpt import config as configurator
+from humptygpt import machine
+from humptygpt.config import check, setting
+from humptygpt.files import write_whole
 
 # torch is imported where it is needed: it takes seconds, and a misspelt key should not wait.
 
@@ -73,4 +74,4 @@ def fill(data: str) -> bytes:
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    machine.run(main)

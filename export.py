@@ -15,10 +15,10 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError
-from humptygpt.core.files import whole, write_whole
-from humptygpt.core.settings import check, setting
+from humptygpt import config as configurator
+from humptygpt import machine
+from humptygpt.config import UserError, check, setting
+from humptygpt.files import whole, write_whole
 
 # torch is imported where it is needed: it takes seconds, and a misspelt key should not wait.
 
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     given = configurator.read(argv, ExportConfig)
     config = configurator.make(ExportConfig, given)
     to = check_target(config.to, config.resolved_format)
-    from humptygpt.interchange.load import chosen_source, load
+    from humptygpt.loading import chosen_source, load
     from humptygpt.page.known_settings import check_formulas
 
     loaded = load(chosen_source(config, given), config.checkpoint)
@@ -106,11 +106,11 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
     """Write what transformers opens and return a line about it; loaded: a load.Loaded."""
     import torch
 
-    from humptygpt.generation.tasks import TASKS
-    from humptygpt.interchange.huggingface import write_pretrained
-    from humptygpt.interchange.model_card import model_card
-    from humptygpt.tokenizer.write_huggingface import tokenizer_files
-    from humptygpt.training.settings import TrainConfig
+    from humptygpt.convert.huggingface import write_pretrained
+    from humptygpt.convert.model_card import model_card
+    from humptygpt.convert.write_huggingface import tokenizer_files
+    from humptygpt.settings import TrainConfig
+    from humptygpt.tasks import TASKS
     from model import ModelConfig
 
     defaults = vars(ModelConfig()) | vars(TrainConfig())
@@ -129,9 +129,9 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
 
 def write_gguf_file(loaded, to: Path, dtype: str) -> str:
     """Write what llama.cpp opens; as write_folder."""
-    from humptygpt.interchange.gguf import vocabulary, write_gguf
-    from humptygpt.interchange.huggingface import to_pretrained
-    from humptygpt.interchange.model_card import summary
+    from humptygpt.convert.gguf import vocabulary, write_gguf
+    from humptygpt.convert.huggingface import to_pretrained
+    from humptygpt.convert.model_card import summary
 
     content, weights = to_pretrained(loaded.model)
     tokens = vocabulary(loaded.tokenizer)
@@ -143,7 +143,7 @@ def write_gguf_file(loaded, to: Path, dtype: str) -> str:
 
 def write_checkpoint(loaded, to: Path, dtype: str) -> str:
     """Write all entries of a run's checkpoint in one file; as write_folder."""
-    from humptygpt.checkpoint.checkpoint import save
+    from humptygpt.checkpoint import save
 
     if loaded.saved is None:
         raise UserError(
@@ -175,4 +175,4 @@ def generation_config(loaded) -> str:
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    machine.run(main)

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from humptygpt.core.settings import check, setting
-from humptygpt.nn import lora
-from humptygpt.nn.layers import (
+from humptygpt.config import check, setting
+from humptygpt.finetune import lora
+from humptygpt.layers import (
     ACTIVATIONS,
     NO_MASK,
     CausalConv,
@@ -52,7 +52,7 @@ from humptygpt.nn.layers import (
     distances,
     with_loss,
 )
-from humptygpt.nn.window_mlp import EMBEDDINGS, WindowMLP
+from humptygpt.window_mlp.network import EMBEDDINGS, WindowMLP
 
 # --------------------------------------------------------------------------------------
 # Norms: keep activations at a scale at which a deep network trains well.

@@ -31,17 +31,16 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-from humptygpt.core import limits
+from humptygpt import machine
 
 if __name__ == "__main__":
-    limits.start()  # before numpy is loaded
+    machine.start()  # before numpy is loaded
 
 import numpy as np
 
-from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError
-from humptygpt.core.files import Lock, cannot_write, remove
-from humptygpt.core.settings import (
+from humptygpt import config as configurator
+from humptygpt.config import (
+    UserError,
     as_written_here,
     check,
     note,
@@ -49,7 +48,9 @@ from humptygpt.core.settings import (
     setting,
     without_effect,
 )
-from humptygpt.data.corpus import (
+from humptygpt.convert.hub import repository
+from humptygpt.files import Lock, cannot_write, remove
+from humptygpt.prepare.corpus import (
     COMMANDS,
     VOCABULARY_BYTES,
     Documents,
@@ -57,11 +58,10 @@ from humptygpt.data.corpus import (
     read_from,
     vocabulary_texts,
 )
-from humptygpt.data.documents import file_format, find_files, write_if_changed
-from humptygpt.data.encoding import Progress, encode, read_json, write_json
-from humptygpt.data.pairs import PairFiles, Pairs
-from humptygpt.data.sources import SOURCES, Source
-from humptygpt.data.token_files import (
+from humptygpt.prepare.documents import file_format, find_files, write_if_changed
+from humptygpt.prepare.encoding import Progress, encode, read_json, write_json
+from humptygpt.prepare.sources import SOURCES, Source
+from humptygpt.token_files import (
     COMMAND,
     META_FORMAT,
     is_whole,
@@ -70,14 +70,14 @@ from humptygpt.data.token_files import (
     token_dtype,
     verify,
 )
-from humptygpt.interchange.hub import repository
-from humptygpt.tokenizer.tokenizers import (
+from humptygpt.tokenizers import (
     TOKENIZERS,
     SentencePieceTokenizer,
     Tokenizer,
     VocabularyTooLarge,
     from_state,
 )
+from humptygpt.translation.pairs import PairFiles, Pairs
 
 Corpus = Documents | Pairs
 STREAM = "standard_input.txt"  # the copy of a stream, which is read more than once
@@ -254,7 +254,7 @@ def one_writer(folder: Path) -> Iterator[None]:
     advice = "wait until that has ended, or take another --name"
     try:
         with (
-            limits.memory_advice("try --workers=1, or --tokenizer=byte"),
+            machine.memory_advice("try --workers=1, or --tokenizer=byte"),
             Lock(folder / ".lock", str(folder), advice),
         ):
             yield
@@ -458,8 +458,8 @@ def make_tokenizer(corpus: Corpus, config: PrepareConfig) -> Tokenizer:
     base, each = kind.training_memory
     size = base + each * min(corpus.text_size, VOCABULARY_BYTES)
     training = f"training tokenizer={kind.name} on this text takes"
-    limits.check_fits(
-        training, size, limits.available_memory(), "--tokenizer=byte takes none"
+    machine.check_fits(
+        training, size, machine.available_memory(), "--tokenizer=byte takes none"
     )
     while True:
         texts = vocabulary_texts(corpus, kind.needs_all_texts)
@@ -474,7 +474,7 @@ def make_tokenizer(corpus: Corpus, config: PrepareConfig) -> Tokenizer:
 
 def pretrained_tokenizer(path: str, corpus: Corpus) -> Tokenizer:
     """Load the tokenizer of a run, of a folder, or of a model of the hub. Raises UserError."""
-    from humptygpt.interchange.load import load_tokenizer  # here, since it loads torch
+    from humptygpt.loading import load_tokenizer  # here, since it loads torch
 
     tokenizer = load_tokenizer(path)
     state = tokenizer.state()
@@ -626,4 +626,4 @@ def summary(folder: Path, meta: dict, other: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    machine.run(main)

@@ -23,10 +23,10 @@ from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
-from humptygpt.core import limits
+from humptygpt import machine
 
 if __name__ == "__main__":
-    limits.start()  # before numpy and torch are loaded
+    machine.start()  # before numpy and torch are loaded
 
 import numpy as np
 import torch
@@ -34,28 +34,21 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError
-from humptygpt.core.settings import (
-    check,
-    check_path,
-    nearest_path,
-    note,
-    setting,
-)
-from humptygpt.generation.beams import NUM_BEAMS, translate
-from humptygpt.generation.compiled import make_generator
-from humptygpt.generation.sampling import (
+from humptygpt import config as configurator
+from humptygpt import loading as interchange
+from humptygpt.compiled import make_generator
+from humptygpt.config import UserError, check, check_path, nearest_path, note, setting
+from humptygpt.layers import DTYPES, free_memory, pick_device, sample_dtype
+from humptygpt.sampling import (
     Context,
     TextStream,
     bytes_per_text,
     continue_texts,
 )
-from humptygpt.generation.scoring import log_probabilities
-from humptygpt.generation.tasks import TASKS
-from humptygpt.interchange import load as interchange
-from humptygpt.nn.layers import DTYPES, free_memory, pick_device, sample_dtype
-from humptygpt.tokenizer.tokenizers import END_OF_TEXT, Tokenizer
+from humptygpt.scoring import log_probabilities
+from humptygpt.tasks import TASKS
+from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
+from humptygpt.translation.beams import NUM_BEAMS, translate
 
 SEPARATOR = "---------------"
 TRANSLATED_AT_ONCE = 500  # lines of a text, before the first of them is printed
@@ -223,7 +216,7 @@ def main(argv: list[str]) -> None:
     settings = asdict(config) | {"task": loaded.task}
     configurator.note_without_effect(settings, given, SampleConfig)
     smaller = "try fewer --num_samples, --max_new_tokens or --num_beams"
-    with limits.memory_advice(smaller):
+    with machine.memory_advice(smaller):
         if config.interactive:
             converse(config, loaded)
         elif not TASKS[loaded.task].continues_text:
@@ -259,7 +252,7 @@ def load(
     print(loaded.description, file=sys.stderr)
     model = loaded.model
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    limits.check_fits(
+    machine.check_fits(
         f"{source} takes",
         weights * weight_dtype.itemsize,
         free_memory(torch_device),
@@ -383,7 +376,7 @@ def texts_that_fit(loaded: Pipeline, size: int, beams: int = 1) -> int:
     free = int(0.9 * free_memory(loaded.device))
     needed = beams * bytes_per_text(loaded.model, size)
     advice = "try fewer --max_new_tokens or --num_beams"
-    limits.check_fits(f"a text of {size:,} tokens takes", needed, free, advice)
+    machine.check_fits(f"a text of {size:,} tokens takes", needed, free, advice)
     return free // needed
 
 
@@ -605,4 +598,4 @@ def translate_lines(
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    machine.run(main)

@@ -26,29 +26,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
 
-from humptygpt.core import limits
+from humptygpt import machine
 
 if __name__ == "__main__":
-    limits.start()  # before numpy and torch are loaded
+    machine.start()  # before numpy and torch are loaded
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import model as models
-from humptygpt.checkpoint import checkpoint
-from humptygpt.checkpoint.checkpoint import refuse_other_code
-from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError
-from humptygpt.core.settings import as_written_here, note
-from humptygpt.data.batches import Dataset, Prefetcher
-from humptygpt.data.token_files import COMMAND, made_by, read_meta
-from humptygpt.generation import tasks
-from humptygpt.interchange.adapters import write_adapter
-from humptygpt.interchange.huggingface import find_family
-from humptygpt.interchange.load import Loaded, load
-from humptygpt.nn import lora
-from humptygpt.nn.layers import (
+from humptygpt import checkpoint, evaluation, resume, tasks, tokenizers
+from humptygpt import config as configurator
+from humptygpt.checkpoint import refuse_other_code
+from humptygpt.config import UserError, as_written_here, note
+from humptygpt.convert.adapters import write_adapter
+from humptygpt.convert.huggingface import find_family
+from humptygpt.data import Dataset, Prefetcher
+from humptygpt.finetune import lora
+from humptygpt.layers import (
     autocast,
     pick_device,
     pick_dtype,
@@ -56,21 +52,22 @@ from humptygpt.nn.layers import (
     to_device,
     tune_malloc,
 )
+from humptygpt.loading import Loaded, load
+from humptygpt.memory import ADVICE, check_training_fits, memory_report
+from humptygpt.minutes import plan
+from humptygpt.optimizers import Optimizer, make_optimizer
 from humptygpt.page import snapshots
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import LocalBatch, Processes
-from humptygpt.tokenizer import tokenizers
-from humptygpt.training import evaluation, plan, resume
-from humptygpt.training.memory import ADVICE, check_training_fits, memory_report
-from humptygpt.training.optimizers import Optimizer, make_optimizer
-from humptygpt.training.run_folder import (
+from humptygpt.run_folder import (
     Diverged,
     Meter,
     Progress,
     RunFolder,
     catch_signals,
 )
-from humptygpt.training.settings import TrainConfig, open_prepared, read_settings
+from humptygpt.settings import TrainConfig, open_prepared, read_settings
+from humptygpt.token_files import COMMAND, made_by, read_meta
 from model import ModelConfig
 
 MANY_EPOCHS = 5  # of fine-tuning
@@ -162,7 +159,7 @@ def main(argv: list[str]) -> int:
     with (
         ExitStack() as locks,
         distributed.silence_other_ranks(),
-        limits.memory_advice(ADVICE),
+        machine.memory_advice(ADVICE),
     ):
         start = read_settings(argv, locks)
         if start.config.dry_run:
@@ -253,7 +250,7 @@ def setup(
     clock = None
     if config.minutes:
         earlier = saved["progress"].get("run_seconds", 0.0) if saved else 0.0
-        clock = plan.Clock(limits.STARTED, config.minutes, earlier)
+        clock = plan.Clock(machine.STARTED, config.minutes, earlier)
         # compiling takes about a minute, so here the user has to ask for it
         config = dataclasses.replace(config, compile=bool(config.compile))
     if clock and not saved:
@@ -431,7 +428,7 @@ def compile_model(run: Run) -> nn.Module:
                     net(**to_device(whole, run.device))
             model.train()
     except Exception as error:  # compilers fail in as many ways as there are machines
-        if limits.is_out_of_memory(error):
+        if machine.is_out_of_memory(error):
             raise
         reason = str(error).strip().partition("\n")[0]
         note(f"torch.compile fails here ({reason}); training uncompiled")
@@ -584,7 +581,7 @@ def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
             try:
                 processes.backward(run.scaler.scale(loss))
             except RuntimeError as error:
-                if processes.size == 1 and not limits.is_out_of_memory(error):
+                if processes.size == 1 and not machine.is_out_of_memory(error):
                     # once more, so that torch names the line of the forward pass
                     with torch.autograd.detect_anomaly(check_nan=False):
                         part_loss(run, part, tokens).backward()
@@ -791,4 +788,4 @@ def out_dir_key(run: Run) -> str:
 
 
 if __name__ == "__main__":
-    configurator.run(main)
+    machine.run(main)

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import torch
 
 from bench import BenchConfig
+from humptygpt.evaluation import evaluate
 from humptygpt.parallel.processes import ONE_PROCESS
-from humptygpt.training.evaluation import evaluate
 from model import ModelConfig
 
 WARMUP = 20  # steps that are not counted

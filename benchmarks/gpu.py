@@ -20,12 +20,12 @@ from benchmarks.contenders import Isolated
 from benchmarks.nanogpt import KEYS, NanoGPTTrainer
 from benchmarks.ours import OurGenerator, OurTrainer
 from benchmarks.training import DEMO
-from humptygpt.checkpoint.metrics import read_metrics
-from humptygpt.core import settings
-from humptygpt.core.errors import UserError
-from humptygpt.nn.layers import peak_flops, pick_device, pick_dtype
-from humptygpt.training.memory import activation_bytes, training_memory
-from humptygpt.training.settings import TrainConfig
+from humptygpt import config as configurator
+from humptygpt.config import UserError
+from humptygpt.layers import peak_flops, pick_device, pick_dtype
+from humptygpt.memory import activation_bytes, training_memory
+from humptygpt.metrics import read_metrics
+from humptygpt.settings import TrainConfig
 from model import ModelConfig, build_on_meta, flops_per_token
 
 SIZES = ("gpt2_124m", "gpt2_350m")
@@ -101,13 +101,13 @@ class OurTrainerWithMemory(OurTrainer):
 
 def training(config: BenchConfig, size: str, device: torch.device) -> dict:
     """Time steps of one micro-batch of GPT-2, on the demo's text, beside nanoGPT's where a checkout is given."""
-    keys = settings.read([str(DEMO.parent / f"{size}.py")], ModelConfig, TrainConfig)
+    keys = configurator.read([str(DEMO.parent / f"{size}.py")], ModelConfig, TrainConfig)
     keys |= {"dataset": "shakespeare_char", "gradient_accumulation_steps": 1}
     keys |= {"device": config.device, "eval_iters": None}
     if config.short:
         keys |= SHORT | {"batch_size": 2}
-    train_config = settings.make(TrainConfig, keys)
-    model_config = settings.make(ModelConfig, keys)
+    train_config = configurator.make(TrainConfig, keys)
+    model_config = configurator.make(ModelConfig, keys)
     steps = 3 if config.short else TIMED
     tokens = train_config.batch_size * model_config.block_size
     try:
@@ -170,10 +170,10 @@ def decoding(
     """Time tokens after a prompt of 8; the weights that each step reads, beside what memory can give."""
     dtype = pick_dtype("auto", device)
     name = str(dtype).removeprefix("torch.")
-    keys = settings.read([str(DEMO.parent / "gpt2_124m.py")], ModelConfig, TrainConfig)
+    keys = configurator.read([str(DEMO.parent / "gpt2_124m.py")], ModelConfig, TrainConfig)
     if config.short:
         keys |= SHORT
-    model_config = settings.make(ModelConfig, keys)
+    model_config = configurator.make(ModelConfig, keys)
     asked = replace(
         config, weights=name, texts=texts, new_tokens=8 if config.short else 128
     )

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 from bench import BenchConfig
-from humptygpt.core.errors import UserError
+from humptygpt.config import UserError
 
 FIRST_KEYS = 10  # keystrokes that are not counted, while the browser compiles
 REST_MS = 200  # after a new text, in which its sections are drawn

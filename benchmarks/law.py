@@ -6,7 +6,7 @@
     python -m benchmarks.law minutes 3     what --minutes makes of each text, on a quiet machine
     python compare.py out/law/*/*          what came out
     python -m benchmarks.law gather        the same into benchmarks/law.jsonl
-    python -m benchmarks.law fit           the constants of humptygpt/training/plan.py, by law.jsonl
+    python -m benchmarks.law fit           the constants of humptygpt/minutes/plan.py, by law.jsonl
     python -m benchmarks.law advice        what would have helped each run, beside what it was told
     python -m benchmarks.law plot          assets/law.png
 
@@ -26,10 +26,10 @@ import sysconfig
 from itertools import product
 from pathlib import Path
 
-from humptygpt.core import limits
+from humptygpt import machine
 
 if __name__ == "__main__":
-    limits.start()  # before numpy and torch are loaded
+    machine.start()  # before numpy and torch are loaded
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +38,13 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 import train
-from humptygpt.checkpoint.metrics import read_metrics
-from humptygpt.core import settings as configurator
-from humptygpt.core.files import write_whole
-from humptygpt.data.token_files import read_meta
-from humptygpt.nn.layers import pick_device, pick_dtype, tune_malloc
-from humptygpt.training import plan
-from humptygpt.training.settings import open_prepared, read_settings
+from humptygpt import config as configurator
+from humptygpt.files import write_whole
+from humptygpt.layers import pick_device, pick_dtype, tune_malloc
+from humptygpt.metrics import read_metrics
+from humptygpt.minutes import plan
+from humptygpt.settings import open_prepared, read_settings
+from humptygpt.token_files import read_meta
 from model import ModelConfig, build_on_meta
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ from gguf import TokenType
 from bench import BenchConfig
 from benchmarks.contenders import Generator
 from benchmarks.huggingface import random_gpt2
-from humptygpt.interchange.gguf import entries, write_gguf
+from humptygpt.convert.gguf import entries, write_gguf
 from model import ModelConfig
 
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0"}  # of GGUF

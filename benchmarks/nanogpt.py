@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import train
 from bench import BenchConfig
 from benchmarks.contenders import Generator, Trainer
-from humptygpt.nn.layers import autocast, pick_device, pick_dtype, to_device
-from humptygpt.training.settings import TrainConfig
+from humptygpt.layers import autocast, pick_device, pick_dtype, to_device
+from humptygpt.settings import TrainConfig
 from model import ModelConfig
 
 KEYS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "vocab_size")

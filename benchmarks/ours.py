@@ -8,11 +8,11 @@ from torch import Tensor
 import train
 from bench import BenchConfig
 from benchmarks.contenders import Generator, Trainer
-from humptygpt.generation.compiled import CompiledGPT
-from humptygpt.generation.decoder import prepare_for_generation
-from humptygpt.generation.sampling import generate
-from humptygpt.nn.layers import pick_device
-from humptygpt.training.settings import TrainConfig
+from humptygpt.compiled import CompiledGPT
+from humptygpt.decoder import prepare_for_generation
+from humptygpt.layers import pick_device
+from humptygpt.sampling import generate
+from humptygpt.settings import TrainConfig
 from model import ModelConfig, build
 
 

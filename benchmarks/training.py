@@ -7,10 +7,10 @@ import torch
 
 import train
 from bench import BenchConfig
-from humptygpt.core import settings
-from humptygpt.core.errors import UserError
-from humptygpt.nn.layers import pick_device
-from humptygpt.training.settings import TrainConfig
+from humptygpt import config as configurator
+from humptygpt.config import UserError
+from humptygpt.layers import pick_device
+from humptygpt.settings import TrainConfig
 from model import ModelConfig
 
 CPU = torch.device("cpu")
@@ -55,9 +55,9 @@ def read_configs(
     model_config = SHAPE
     path = config.config or default
     if path:
-        given = settings.read([str(path)], ModelConfig, TrainConfig)
-        train_config = settings.make(TrainConfig, given)
-        model_config = settings.make(ModelConfig, given)
+        given = configurator.read([str(path)], ModelConfig, TrainConfig)
+        train_config = configurator.make(TrainConfig, given)
+        model_config = configurator.make(ModelConfig, given)
     dtype = config.dtype or "auto"
     if config.what == "train" and not config.dtype and pick_device(config.device) == CPU:
         dtype = "float32"  # as nanoGPT there

@@ -1,6 +1,6 @@
 "use strict";
 
-/* Text -> token ids -> text, as humptygpt/tokenizer/tokenizers.py and the libraries that it uses do it, step by step.
+/* Text -> token ids -> text, as humptygpt/tokenizers.py and the libraries that it uses do it, step by step.
 
 makeTokenizer(data) returns
   encode(text)    token ids; throws an Error, with the reason, for text that it has no tokens for

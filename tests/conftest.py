@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 import prepare_data
 import train
-from humptygpt.core import settings as configurator
-from humptygpt.generation.tasks import TASKS
-from humptygpt.training import run_folder
-from humptygpt.training.optimizers import make_optimizer
-from humptygpt.training.settings import TrainConfig
+from humptygpt import machine, run_folder
+from humptygpt.optimizers import make_optimizer
+from humptygpt.settings import TrainConfig
+from humptygpt.tasks import TASKS
 
 WITHOUT_SAMPLE = replace(
     TASKS["language modelling"], evaluation_examples=None, final_examples=None
@@ -112,7 +111,7 @@ def fails(capsys, monkeypatch):
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["script.py", *argv])
         with pytest.raises(SystemExit) as stop:
-            configurator.run(main)
+            machine.run(main)
         complaint = capsys.readouterr().err
         assert stop.value.code == 2, complaint
         assert complaint.count("\n") == 1 and complaint.startswith("script.py: "), complaint

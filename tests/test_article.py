@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from conftest import ADAMW, GPT2
 
 import model as models
-from humptygpt.generation.sampling import generate, probabilities
-from humptygpt.nn.layers import ACTIVATIONS, Dropout, attend, attention_mask
-from humptygpt.nn.window_mlp import NumberEmbedding
-from humptygpt.tokenizer.tokenizers import CharTokenizer
-from humptygpt.training.optimizers import make_optimizer
+from humptygpt.layers import ACTIVATIONS, Dropout, attend, attention_mask
+from humptygpt.optimizers import make_optimizer
+from humptygpt.sampling import generate, probabilities
+from humptygpt.tokenizers import CharTokenizer
+from humptygpt.window_mlp.network import NumberEmbedding
 from model import (
     BLOCKS,
     POSITIONS,

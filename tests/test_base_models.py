@@ -15,11 +15,11 @@ from conftest import GPT2, TINY_RUN, assert_same_weights, make_text, read_rows
 import prepare_data
 import sample
 import train
-from humptygpt.checkpoint import checkpoint
-from humptygpt.core.errors import UserError
-from humptygpt.interchange.load import Loaded, load
-from humptygpt.training import settings as train_config
-from humptygpt.training.settings import read_settings
+from humptygpt import checkpoint
+from humptygpt import settings as train_config
+from humptygpt.config import UserError
+from humptygpt.loading import Loaded, load
+from humptygpt.settings import read_settings
 from model import ModelConfig, build_on_meta
 
 OTHER = make_text(4000, seed=1)  # other words of the same characters
@@ -305,7 +305,7 @@ def test_a_nanogpt_checkpoint_writes_and_its_training_proceeds(folder, capsys):
 
 
 def test_without_its_meta_pkl_a_large_vocabulary_is_gpt2s(folder, monkeypatch):
-    from humptygpt.interchange import load as base_models
+    from humptygpt import loading as base_models
 
     path = write_nanogpt()
     Path("nano/data/letters/meta.pkl").unlink()

@@ -12,11 +12,9 @@ from conftest import TINY_RUN, make_text
 
 import prepare_data
 import train
-from humptygpt.data import token_files
-from humptygpt.data.batches import Prefetcher, TokenDataset, permute, random_key
-from humptygpt.data.token_files import META_FORMAT, TokenFiles, read_meta, sha256
-from humptygpt.tokenizer import tokenizers
-from humptygpt.training import evaluation
+from humptygpt import evaluation, token_files, tokenizers
+from humptygpt.data import Prefetcher, TokenDataset, permute, random_key
+from humptygpt.token_files import META_FORMAT, TokenFiles, read_meta, sha256
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000])

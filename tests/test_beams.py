@@ -9,8 +9,8 @@ from conftest import GPT2
 from test_transformer import EOT, random_model, tokens
 
 import model as models
-from humptygpt.generation import beams
-from humptygpt.generation.beams import Translation, beam_search, score, translate
+from humptygpt.translation import beams
+from humptygpt.translation.beams import Translation, beam_search, score, translate
 from model import ModelConfig
 
 

@@ -15,12 +15,12 @@ from torch import nn
 import model as models
 import sample
 import train
-from humptygpt.checkpoint import checkpoint
-from humptygpt.core.errors import UserError
-from humptygpt.interchange.huggingface import write_pretrained
-from humptygpt.interchange.load import load as load_source
-from humptygpt.tokenizer.tokenizers import CharTokenizer
-from humptygpt.training.settings import TrainConfig
+from humptygpt import checkpoint
+from humptygpt.config import UserError
+from humptygpt.convert.huggingface import write_pretrained
+from humptygpt.loading import load as load_source
+from humptygpt.settings import TrainConfig
+from humptygpt.tokenizers import CharTokenizer
 
 OUT = Path("out/run")
 

@@ -13,8 +13,8 @@ import pytest
 from conftest import GPT2
 
 import compare
-from humptygpt.checkpoint import checkpoint
-from humptygpt.core.errors import UserError
+from humptygpt import checkpoint
+from humptygpt.config import UserError
 from model import ModelConfig
 from train import TrainConfig
 

@@ -14,11 +14,10 @@ import model
 import prepare_data
 import sample
 import train
-from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError
-from humptygpt.core.settings import check, setting, without_effect
-from humptygpt.interchange.load import find_source
-from humptygpt.tokenizer import tokenizers as tokenizer
+from humptygpt import config as configurator
+from humptygpt import tokenizers as tokenizer
+from humptygpt.config import UserError, check, setting, without_effect
+from humptygpt.loading import find_source
 from model import ModelConfig
 from prepare_data import PrepareConfig
 from sample import SampleConfig

@@ -23,12 +23,12 @@ from test_model import VARIANTS, random_model, tokens
 import bench
 import prepare_data
 import train
-from humptygpt.generation.compiled import CompiledGPT
-from humptygpt.generation.decoder import prepare_for_generation
-from humptygpt.generation.sampling import generate
-from humptygpt.nn.layers import autocast, pick_dtype
-from humptygpt.training.memory import least_memory
-from humptygpt.training.settings import read_settings
+from humptygpt.compiled import CompiledGPT
+from humptygpt.decoder import prepare_for_generation
+from humptygpt.layers import autocast, pick_dtype
+from humptygpt.memory import least_memory
+from humptygpt.sampling import generate
+from humptygpt.settings import read_settings
 from model import POSITIONS, build_on_meta
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))

@@ -16,9 +16,9 @@ import pytest
 from texts import make_pairs, make_text
 
 import prepare_data
-from humptygpt.core.errors import UserError
-from humptygpt.data.batches import Dataset, PairDataset, TokenDataset
-from humptygpt.data.token_files import read_meta
+from humptygpt.config import UserError
+from humptygpt.data import Dataset, PairDataset, TokenDataset
+from humptygpt.token_files import read_meta
 
 Damage = Callable[[bytes, random.Random], bytes]
 

@@ -32,10 +32,9 @@ from torch import Tensor, nn
 import prepare_data
 import sample
 import train
-from humptygpt.checkpoint import checkpoint
-from humptygpt.core.errors import UserError
-from humptygpt.training import evaluation
-from humptygpt.training.evaluation import Loss
+from humptygpt import checkpoint, evaluation
+from humptygpt.config import UserError
+from humptygpt.evaluation import Loss
 from model import ModelConfig
 
 OUT = Path("out/run")

@@ -4,8 +4,8 @@ import sys
 import pytest
 import torch
 
-from humptygpt.core.errors import UserError
-from humptygpt.nn.layers import (
+from humptygpt.config import UserError
+from humptygpt.layers import (
     autocast,
     peak_flops,
     pick_device,

@@ -12,11 +12,9 @@ from conftest import TINY_RUN, assert_same_weights
 
 import prepare_data
 import train
-from humptygpt.checkpoint import checkpoint
-from humptygpt.checkpoint.metrics import read_metrics
-from humptygpt.core import files
-from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError
+from humptygpt import checkpoint, files, machine
+from humptygpt.config import UserError
+from humptygpt.metrics import read_metrics
 
 RUN = [*TINY_RUN, "--out_dir=disk/run", "--max_iters=8", "--eval_interval=2"]
 PREPARE = ["--input=tiny.txt", "--name=mine"]
@@ -55,7 +53,7 @@ def run(main, argv: list[str], capsys, monkeypatch) -> str | None:
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["script.py", *argv])
     with pytest.raises(SystemExit) as stop:
-        configurator.run(main)
+        machine.run(main)
     lines = capsys.readouterr().err.splitlines()
     if not stop.value.code:
         return None

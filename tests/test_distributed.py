@@ -23,15 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prepare_data
 import train
-from humptygpt.checkpoint import checkpoint
-from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError
-from humptygpt.data.batches import TokenDataset
-from humptygpt.nn.layers import Dropout, Rows
+from humptygpt import checkpoint, machine, optimizers
+from humptygpt.config import UserError
+from humptygpt.data import TokenDataset
+from humptygpt.layers import Dropout, Rows
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel.processes import Processes, check_divisible
-from humptygpt.training import optimizers
-from humptygpt.training.settings import read_settings
+from humptygpt.settings import read_settings
 
 assert torch._dynamo  # which DDP loads: here, and not again in each process
 ROOT = Path(__file__).parent.parent
@@ -62,7 +60,7 @@ def one_of_several(rank: int, size: int, port: int, main, argv: list[str]) -> No
         Path(f"stdout{rank}").open("w") as sys.stdout,
         Path(f"stderr{rank}").open("w") as sys.stderr,
     ):
-        configurator.run(main)
+        machine.run(main)
 
 
 def launch(
@@ -556,7 +554,7 @@ DYING = """
 import os, random, signal, sys, threading, time
 sys.path[:0] = [{root!r}]
 import train
-from humptygpt.core import settings as configurator
+from humptygpt import machine
 start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 draw = random.Random(f"{seed} {{start}}")
 victim, moment = draw.randrange(2), draw.uniform(0, {seconds})
@@ -568,7 +566,7 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 if int(os.environ["RANK"]) == victim and start < 3:
     threading.Thread(target=die, daemon=True).start()
-configurator.run(train.main)
+machine.run(train.main)
 """
 
 

@@ -15,8 +15,8 @@ from conftest import make_text
 from test_tokenizer import EVERY
 
 import prepare_data
-from humptygpt.data import documents
-from humptygpt.data.documents import find_files, read_documents, write_if_changed, zstd
+from humptygpt.prepare import documents
+from humptygpt.prepare.documents import find_files, read_documents, write_if_changed, zstd
 
 TEXTS = ["first\n\ndocument", "Zweites, mit Ü", "third"]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from servers import serving
 
-from humptygpt.core import download as downloads
-from humptygpt.core.download import download
-from humptygpt.core.errors import UserError
+from humptygpt.config import UserError
+from humptygpt.prepare import download as downloads
+from humptygpt.prepare.download import download
 
 CONTENT = bytes(range(256)) * 3000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -30,16 +30,15 @@ from torch import Tensor, nn
 import explain
 import model as models
 import train
-from humptygpt.checkpoint import checkpoint
-from humptygpt.core.errors import UserError
-from humptygpt.core.settings import setting
-from humptygpt.generation.agreement import known_logits
-from humptygpt.interchange.load import load
-from humptygpt.nn.layers import ACTIVATIONS
+from humptygpt import checkpoint
+from humptygpt import tokenizers as tokenizer
+from humptygpt.agreement import known_logits
+from humptygpt.config import UserError, setting
+from humptygpt.layers import ACTIVATIONS
+from humptygpt.loading import load
 from humptygpt.page import known_settings, page_data
 from humptygpt.page.known_settings import REFERENCE, check_formulas, check_settings
-from humptygpt.tokenizer import tokenizers as tokenizer
-from humptygpt.tokenizer.tokenizers import (
+from humptygpt.tokenizers import (
     BytePairTokenizer,
     CharTokenizer,
     SentencePieceTokenizer,

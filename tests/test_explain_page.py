@@ -23,12 +23,12 @@ import explain
 import prepare_data
 import train
 from benchmarks import keystrokes
-from humptygpt.checkpoint.checkpoint import load_plain
-from humptygpt.core.errors import UserError
-from humptygpt.generation.sampling import generate
-from humptygpt.generation.tasks import TASKS
-from humptygpt.interchange import load as interchange
-from humptygpt.training import run_folder
+from humptygpt import loading as interchange
+from humptygpt import run_folder
+from humptygpt.checkpoint import load_plain
+from humptygpt.config import UserError
+from humptygpt.sampling import generate
+from humptygpt.tasks import TASKS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 if CHROMIUM is None:

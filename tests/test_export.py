@@ -23,23 +23,23 @@ import model as models
 import prepare_data
 import sample
 import train
-from humptygpt.checkpoint import checkpoint
-from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError
-from humptygpt.generation.sampling import generate
-from humptygpt.interchange import load as load_module
-from humptygpt.interchange.families import FAMILIES
-from humptygpt.interchange.huggingface import find_family, to_pretrained
-from humptygpt.interchange.load import Loaded, load
-from humptygpt.tokenizer.pretrained import PretrainedTokenizer
-from humptygpt.tokenizer.sentencepiece_model import find_merges
-from humptygpt.tokenizer.tokenizers import (
+from humptygpt import checkpoint
+from humptygpt import config as configurator
+from humptygpt import loading as load_module
+from humptygpt.config import UserError
+from humptygpt.convert.families import FAMILIES
+from humptygpt.convert.huggingface import find_family, to_pretrained
+from humptygpt.convert.pretrained import PretrainedTokenizer
+from humptygpt.convert.sentencepiece_model import find_merges
+from humptygpt.convert.write_huggingface import build_tokenizer
+from humptygpt.loading import Loaded, load
+from humptygpt.sampling import generate
+from humptygpt.settings import TrainConfig
+from humptygpt.tokenizers import (
     END_OF_TEXT,
     CharTokenizer,
     Tokenizer,
 )
-from humptygpt.tokenizer.write_huggingface import build_tokenizer
-from humptygpt.training.settings import TrainConfig
 from model import ModelConfig
 
 ROOT = Path(__file__).parent.parent
@@ -100,10 +100,8 @@ def runs(tmp_path_factory) -> Callable[[str], Path]:
             done[case] = tmp_path_factory.mktemp("run")
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(done[case])
-                patch.setattr("humptygpt.tokenizer.tokenizers.gpt2_pieces", lambda: GPT2)
-                patch.setattr(
-                    "humptygpt.training.run_folder.draw_losses", lambda *args: None
-                )
+                patch.setattr("humptygpt.tokenizers.gpt2_pieces", lambda: GPT2)
+                patch.setattr("humptygpt.run_folder.draw_losses", lambda *args: None)
                 make_run(*CASES[case])
         return done[case]
 
@@ -343,7 +341,7 @@ def test_a_tokenizer_that_was_imported_has_its_tokens_in_llama_cpp(kind, folder)
     )
     from test_tokenizer_files import KINDS
 
-    from humptygpt.tokenizer.read_huggingface import read_tokenizer
+    from humptygpt.convert.read_huggingface import read_tokenizer
 
     KINDS[kind](Path("theirs"))
     if kind.startswith("Llama 3"):  # as its own has it
@@ -590,7 +588,7 @@ def test_the_preset_that_a_refusal_names_is_exported(name):
 )
 def test_the_presets_of_llamas_architecture_can_be_exported_in_both_formats(path):
     pytest.importorskip("gguf")
-    from humptygpt.interchange.gguf import check_activation
+    from humptygpt.convert.gguf import check_activation
 
     keys = vars(preset(path)) | {"n_layer": 1, "vocab_size": 11}
     content, weights = to_pretrained(random_model(**keys))
@@ -728,7 +726,6 @@ import resource, signal, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[1:]
 import export
-from humptygpt.core.errors import UserError
 from test_export import loaded
 
 found, none = loaded(n_embd=64), resource.RLIM_INFINITY

@@ -31,19 +31,18 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 import model as models
 import sample
 import train
-from humptygpt.generation import decoder
-from humptygpt.generation.beams import beam_search
-from humptygpt.generation.decoder import prepare_for_generation
-from humptygpt.generation.sampling import Context, continue_texts
-from humptygpt.generation.tasks import TASKS
-from humptygpt.interchange.load import Loaded
-from humptygpt.nn import lora
-from humptygpt.nn.layers import ACTIVATIONS
-from humptygpt.nn.window_mlp import EMBEDDINGS
+from humptygpt import decoder, evaluation
+from humptygpt.decoder import prepare_for_generation
+from humptygpt.finetune import lora
+from humptygpt.layers import ACTIVATIONS
+from humptygpt.loading import Loaded
+from humptygpt.optimizers import OPTIMIZERS, make_optimizer
 from humptygpt.parallel.processes import ONE_PROCESS
-from humptygpt.tokenizer.tokenizers import ByteTokenizer
-from humptygpt.training import evaluation
-from humptygpt.training.optimizers import OPTIMIZERS, make_optimizer
+from humptygpt.sampling import Context, continue_texts
+from humptygpt.tasks import TASKS
+from humptygpt.tokenizers import ByteTokenizer
+from humptygpt.translation.beams import beam_search
+from humptygpt.window_mlp.network import EMBEDDINGS
 from model import BLOCKS, MLPS, MODELS, NORMS, POSITIONS, Block, ModelConfig
 from train import TrainConfig
 

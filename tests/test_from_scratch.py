@@ -12,8 +12,8 @@ from conftest import ADAMW, GPT2
 
 import from_scratch
 import model as models
-from humptygpt.training.optimizers import make_optimizer
-from humptygpt.training.settings import TrainConfig
+from humptygpt.optimizers import make_optimizer
+from humptygpt.settings import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"n_embd": 8, "n_layer": 2, "block_size": 6}

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from test_model import every_variant
 
 import model as models
-from humptygpt.core.errors import UserError
-from humptygpt.generation import sampling as generation
-from humptygpt.generation.decoder import prepare_for_generation
-from humptygpt.generation.sampling import (
+from humptygpt import sampling as generation
+from humptygpt.config import UserError
+from humptygpt.decoder import prepare_for_generation
+from humptygpt.sampling import (
     Context,
     Sampler,
     continue_texts,

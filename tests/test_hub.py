@@ -18,12 +18,12 @@ from test_tokenizer_files import merges_folder
 import export
 import prepare_data
 import sample
-from humptygpt.core.errors import UserError
-from humptygpt.data.token_files import read_meta
-from humptygpt.interchange import hub
-from humptygpt.interchange.huggingface import write_pretrained
-from humptygpt.interchange.load import load
-from humptygpt.tokenizer.read_huggingface import read_tokenizer
+from humptygpt.config import UserError
+from humptygpt.convert import hub
+from humptygpt.convert.huggingface import write_pretrained
+from humptygpt.convert.read_huggingface import read_tokenizer
+from humptygpt.loading import load
+from humptygpt.token_files import read_meta
 from model import GPT, ModelConfig
 
 SMALL = {

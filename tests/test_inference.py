@@ -15,13 +15,13 @@ from test_model import (
 )
 
 import model as models
-from humptygpt.core.errors import UserError
-from humptygpt.generation import decoder as inference
-from humptygpt.generation.beams import translate
-from humptygpt.generation.compiled import CompiledGPT, make_generator
-from humptygpt.generation.decoder import ProductLinear, prepare_for_generation
-from humptygpt.generation.sampling import Context, generate
-from humptygpt.nn import layers
+from humptygpt import decoder as inference
+from humptygpt import layers
+from humptygpt.compiled import CompiledGPT, make_generator
+from humptygpt.config import UserError
+from humptygpt.decoder import ProductLinear, prepare_for_generation
+from humptygpt.sampling import Context, generate
+from humptygpt.translation.beams import translate
 from model import POSITIONS, rotate
 
 FLOAT = {"dtype": torch.float32, "device": torch.device("cpu"), "compiles": False}

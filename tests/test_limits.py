@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from humptygpt.core import limits
-from humptygpt.core import settings as configurator
+from humptygpt import machine
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,8 +26,8 @@ def groups(tmp_path, monkeypatch):
             (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "fs" / name).write_text(content)
 
-    monkeypatch.setattr(limits, "CGROUPS", tmp_path / "fs")
-    monkeypatch.setattr(limits, "OUR_GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "fs")
+    monkeypatch.setattr(machine, "OUR_GROUPS", tmp_path / "cgroup")
     return write
 
 
@@ -53,16 +52,16 @@ NESTED = {
 def test_threads_are_as_many_as_affinity_and_quota_allow(
     groups, monkeypatch, path, files, cores
 ):
-    monkeypatch.setattr(limits, "affinity", lambda: set(range(8)))
+    monkeypatch.setattr(machine, "affinity", lambda: set(range(8)))
     groups(path, files)
-    assert limits.usable_cores() == cores
+    assert machine.usable_cores() == cores
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs affinity")
 def test_a_process_that_is_bound_to_one_core_has_one_thread_for_torch_and_one_worker():
     one = {min(os.sched_getaffinity(0))}
-    code = "from humptygpt.core import limits; limits.start(); import torch; print(torch.get_num_threads(),"
-    code += " limits.usable_cores())"
+    code = "from humptygpt.core import limits; machine.start(); import torch; print(torch.get_num_threads(),"
+    code += " machine.usable_cores())"
     env = {
         name: value
         for name, value in os.environ.items()
@@ -90,24 +89,24 @@ def environment(monkeypatch):
         os, "environ", {key: value for key, value in os.environ.items() if key not in NAMES}
     )
     monkeypatch.setattr(signal, "signal", lambda *handler: None)
-    monkeypatch.setattr(limits, "affinity", lambda: set(range(8)))
-    monkeypatch.setattr(limits, "cpu_quotas", lambda: [])
+    monkeypatch.setattr(machine, "affinity", lambda: set(range(8)))
+    monkeypatch.setattr(machine, "cpu_quotas", lambda: [])
 
 
 def test_a_script_has_threads_that_give_way_and_what_the_user_chose_stays(
     environment, monkeypatch
 ):
-    limits.start()
+    machine.start()
     assert (
-        os.environ["GOMP_SPINCOUNT"] == str(limits.SPINS)
+        os.environ["GOMP_SPINCOUNT"] == str(machine.SPINS)
         and "OMP_NUM_THREADS" not in os.environ
     )
-    monkeypatch.setattr(limits, "cpu_quotas", lambda: [2.5])
+    monkeypatch.setattr(machine, "cpu_quotas", lambda: [2.5])
     monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
-    limits.start()
+    machine.start()
     assert os.environ == {"OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": "3"}
     monkeypatch.setattr(os, "environ", {"OMP_NUM_THREADS": "6", "GOMP_SPINCOUNT": "5"})
-    limits.start()
+    machine.start()
     assert os.environ == {"OMP_NUM_THREADS": "6", "GOMP_SPINCOUNT": "5"}
 
 
@@ -117,7 +116,7 @@ def test_a_script_that_loads_torch_has_its_wait_policy_before_and_an_import_of_i
 ):
     lines = (ROOT / f"{name}.py").read_text().splitlines()
     guard = lines.index('if __name__ == "__main__":')
-    assert lines[guard + 1].startswith("    limits.start()")
+    assert lines[guard + 1].startswith("    machine.start()")
     assert not [
         line
         for line in lines[:guard]
@@ -129,7 +128,7 @@ def test_a_script_that_loads_torch_has_its_wait_policy_before_and_an_import_of_i
         pass
 
     with pytest.raises(SystemExit):
-        configurator.run(main)  # of a module that is not __main__
+        machine.run(main)  # of a module that is not __main__
     assert not set(NAMES) & os.environ.keys()
 
 
@@ -160,7 +159,7 @@ def test_available_memory_is_that_of_the_machine_and_of_every_control_group(
     )
     groups(path, files | {"memory.stat": stat})
     cached = 97 if stat and 0 < available < 8000 else 0
-    assert limits.available_memory() == available + cached
+    assert machine.available_memory() == available + cached
 
 
 FAILURES = {
@@ -180,11 +179,11 @@ def fail(error: Exception) -> None:
 
 @pytest.mark.parametrize("line", FAILURES)
 def test_an_allocation_that_fails_is_one_line_with_the_way_out(line, monkeypatch, fails):
-    monkeypatch.setattr(limits, "available_memory", lambda: 7_000_000)
+    monkeypatch.setattr(machine, "available_memory", lambda: 7_000_000)
     assert fails(lambda argv: FAILURES[line]()).startswith(line)
 
     def main(argv: list[str]) -> None:
-        with limits.memory_advice("take less"):
+        with machine.memory_advice("take less"):
             FAILURES[line]()
 
     # an import is no allocation that a smaller setting would help
@@ -196,7 +195,7 @@ def test_other_errors_pass():
     for error in (RuntimeError("a bug"), OSError("a bug"), ValueError("out of memory")):
         with (
             pytest.raises(type(error), match=str(error)),
-            limits.memory_advice("take less"),
+            machine.memory_advice("take less"),
         ):
             raise error
 

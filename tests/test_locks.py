@@ -27,21 +27,17 @@ import compare
 import prepare_data
 import sample
 import train
-from humptygpt.checkpoint import checkpoint
-from humptygpt.core import files
-from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError
-from humptygpt.core.files import Lock
-from humptygpt.generation.tasks import TASKS
-from humptygpt.training import run_folder
+from humptygpt import checkpoint, files, machine, run_folder
+from humptygpt.config import UserError
+from humptygpt.files import Lock
+from humptygpt.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/run")
 HOLD = """
 import pathlib, sys
 sys.path.insert(0, sys.argv[1])
-from humptygpt.core.errors import UserError
-from humptygpt.core.files import Lock
+from humptygpt.files import Lock
 with Lock(pathlib.Path(sys.argv[2]), "it", "wait"):
     print("held", flush=True)
     sys.stdin.read()
@@ -245,7 +241,7 @@ def start(main, argv: list[str], number: int, call: int, signal) -> None:
     sys.addaudithook(count)
     sys.argv = ["script.py", *argv]
     try:
-        configurator.run(main)
+        machine.run(main)
     finally:
         signal.send(calls)
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 import prepare_data
 import sample
 import train
-from humptygpt.checkpoint import checkpoint
-from humptygpt.interchange.load import load
-from humptygpt.nn import lora
-from humptygpt.nn.lora import MARK
-from humptygpt.training.optimizers import trained_parameters
-from humptygpt.training.settings import read_settings
+from humptygpt import checkpoint
+from humptygpt.finetune import lora
+from humptygpt.finetune.lora import MARK
+from humptygpt.loading import load
+from humptygpt.optimizers import trained_parameters
+from humptygpt.settings import read_settings
 from model import GPT, ModelConfig
 
 ALL = "q_proj,k_proj,v_proj,o_proj,up_proj,down_proj"
@@ -185,8 +185,8 @@ def trained_adapter(kind: str, targets: str, folder: Path):
     )
     from test_pretrained import gpt2, llama
 
-    from humptygpt.interchange.adapters import write_adapter
-    from humptygpt.interchange.huggingface import read_pretrained
+    from humptygpt.convert.adapters import write_adapter
+    from humptygpt.convert.huggingface import read_pretrained
 
     (gpt2() if kind == "gpt2" else llama(num_key_value_heads=2)).save_pretrained("theirs")
     config, weights = read_pretrained(Path("theirs"))
@@ -423,7 +423,7 @@ print("peak", peak() - imported)
 def test_lora_needs_at_most_half_the_memory_of_full_fine_tuning_of_124_million_parameters(
     folder,
 ):
-    from humptygpt.tokenizer.tokenizers import BytePairTokenizer
+    from humptygpt.tokenizers import BytePairTokenizer
 
     Path("text.txt").write_text(make_text(20_000))
     prepare_data.main(

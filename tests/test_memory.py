@@ -23,16 +23,14 @@ import model as models
 import prepare_data
 import sample
 import train
-from humptygpt.core import limits
-from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError
-from humptygpt.data import encoding
-from humptygpt.generation.tasks import TASKS
-from humptygpt.nn import layers
-from humptygpt.nn.layers import DTYPES, autocast
-from humptygpt.training import memory, run_folder
-from humptygpt.training.optimizers import OPTIMIZERS, freeze, make_optimizer
-from humptygpt.training.settings import TrainConfig, read_settings
+from humptygpt import config as configurator
+from humptygpt import layers, machine, memory, run_folder
+from humptygpt.config import UserError
+from humptygpt.layers import DTYPES, autocast
+from humptygpt.optimizers import OPTIMIZERS, freeze, make_optimizer
+from humptygpt.prepare import encoding
+from humptygpt.settings import TrainConfig, read_settings
+from humptygpt.tasks import TASKS
 from model import ACTIVATIONS, BLOCKS, MLPS, MODELS, POSITIONS, ModelConfig, build_on_meta
 
 ROOT = Path(__file__).parent.parent
@@ -217,7 +215,7 @@ def test_configs_have_the_sizes_of_their_names(name):
 @pytest.fixture
 def gigabyte(monkeypatch):
     """A machine, and a GPU, with 1 GB of free memory."""
-    monkeypatch.setattr(limits, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(machine, "available_memory", lambda: 10**9)
     monkeypatch.setattr(layers, "available_memory", lambda: 10**9)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 4 * 10**9))
 
@@ -296,7 +294,7 @@ def test_what_is_refused_would_take_more_and_at_most_eight_times_as_much(key, va
 
 
 def test_the_check_before_a_training_loads_no_compiler(tiny):
-    code = "import sys, torch, train; from humptygpt.training.memory import check_training_fits\n"
+    code = "import sys, torch, train; from humptygpt.memory import check_training_fits\n"
     code += "for position in train.models.POSITIONS:\n"
     code += "    model_config = train.ModelConfig(vocab_size=9, position=position)\n"
     code += "    device = torch.device('cpu')\n"
@@ -339,7 +337,7 @@ def test_a_step_for_which_memory_does_not_suffice_all_the_same_is_one_line_with_
 def test_a_tokenizer_whose_training_will_not_fit_is_refused_with_the_one_that_fits(
     tiny, fails, monkeypatch
 ):
-    monkeypatch.setattr(limits, "available_memory", lambda: 50_000)
+    monkeypatch.setattr(machine, "available_memory", lambda: 50_000)
     line = fails(
         prepare_data.main, "--input=tiny.txt", "--name=mine", "--tokenizer=sentencepiece"
     )
@@ -352,8 +350,8 @@ def test_a_tokenizer_whose_training_will_not_fit_is_refused_with_the_one_that_fi
 
 def test_as_many_workers_encode_as_memory_allows(folder, monkeypatch):
     Path("large.txt").write_text("Ak el. " * 1_200_000)
-    monkeypatch.setattr(limits, "available_memory", lambda: 250_000_000)
-    monkeypatch.setattr(limits, "usable_cores", lambda: 8)
+    monkeypatch.setattr(machine, "available_memory", lambda: 250_000_000)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
     started = []
     usable_workers = encoding.usable_workers
     watched = lambda corpus: started.append(usable_workers(corpus)) or 1  # noqa: E731
@@ -383,7 +381,7 @@ def run_limited(main, argv: list[str], room: int) -> None:
     sys.argv = ["script.py", *argv]
     limit = psutil.Process().memory_info().vms + room
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    configurator.run(main)
+    machine.run(main)
 
 
 @pytest.fixture(scope="module")

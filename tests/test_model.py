@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from conftest import GPT2, overfit
 
 import model as models
-from humptygpt.generation.decoder import prepare_for_generation
-from humptygpt.generation.sampling import generate
-from humptygpt.nn import layers
-from humptygpt.nn.layers import ACTIVATIONS, Dropout, attend, attention_mask
+from humptygpt import layers
+from humptygpt.decoder import prepare_for_generation
+from humptygpt.layers import ACTIVATIONS, Dropout, attend, attention_mask
+from humptygpt.sampling import generate
 from model import BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig, alibi_slopes, rotate
 
 VARIANTS = [

@@ -6,15 +6,15 @@ import torch
 from conftest import ADAMW, GPT2
 
 import model as models
-from humptygpt.nn.window_mlp import EMBEDDINGS
-from humptygpt.training import optimizers as optim
-from humptygpt.training.optimizers import (
+from humptygpt import optimizers as optim
+from humptygpt.optimizers import (
     OPTIMIZERS,
     SCHEDULES,
     Optimizer,
     group_parameters,
     orthogonalize,
 )
+from humptygpt.window_mlp.network import EMBEDDINGS
 from model import BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
 from train import TrainConfig
 

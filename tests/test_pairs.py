@@ -12,14 +12,16 @@ from conftest import make_pairs, make_text
 from test_prepare_data import contents, full_disk, meta, unreachable
 
 import prepare_data
-from humptygpt.data import corpus as corpus_module
-from humptygpt.data import encoding, pairs, token_files
-from humptygpt.data import sources as known_texts
-from humptygpt.tokenizer.tokenizers import (
+from humptygpt import token_files
+from humptygpt.prepare import corpus as corpus_module
+from humptygpt.prepare import encoding
+from humptygpt.prepare import sources as known_texts
+from humptygpt.tokenizers import (
     END_OF_TEXT,
     BytePairTokenizer,
     from_state,
 )
+from humptygpt.translation import pairs
 
 SMALL = ["--name=mine", "--tokenizer=sentencepiece", "--vocab_size=330"]
 BYTES = ["--overwrite=True", "--name=mine", "--tokenizer=byte", "--val_fraction=0.2"]

@@ -18,13 +18,13 @@ from texts import make_text
 
 import compare
 import train
-from humptygpt.checkpoint import checkpoint
-from humptygpt.core import limits
-from humptygpt.core import settings as configurator
-from humptygpt.core.errors import UserError
-from humptygpt.data.batches import TokenDataset
-from humptygpt.training import evaluation, memory, plan, run_folder
-from humptygpt.training.settings import TrainConfig, read_settings
+from humptygpt import checkpoint, evaluation, memory, run_folder
+from humptygpt import config as configurator
+from humptygpt import machine as cores
+from humptygpt.config import UserError
+from humptygpt.data import TokenDataset
+from humptygpt.minutes import plan
+from humptygpt.settings import TrainConfig, read_settings
 from model import MODELS, ModelConfig
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ class Machine:
 
     def run(self, *argv: str, code: int = 0) -> list[dict]:
         """Train, and return the rows of metrics."""
-        self.patch.setattr(limits, "STARTED", self.now)
+        self.patch.setattr(cores, "STARTED", self.now)
         self.now += self.start
         assert train.main([*argv]) == code
         out_dirs = [key for key in argv if key.startswith("--out_dir=")] or [
@@ -500,7 +500,7 @@ def test_a_model_is_chosen_by_trials_of_its_steps(
 ):
     looks = itertools.count()  # at the clock, each of which takes 10 ms
     monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: next(looks) / 100))
-    monkeypatch.setattr(limits, "STARTED", 0.0)
+    monkeypatch.setattr(machine, "STARTED", 0.0)
     keys = [f"--model={model}", "--window=8", "--block_size=16", "--batch_size=4"]
     assert train.main([*SHOWN, *keys, "--minutes=0.04"]) == 0
     config = read_config()
@@ -586,7 +586,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("argument", REFUSED)
 def test_minutes_that_cannot_be_are_refused_in_one_line(tiny, machine, fails, argument):
-    machine.patch.setattr(limits, "STARTED", -2.0)
+    machine.patch.setattr(machine, "STARTED", -2.0)
     line = fails(train.main, *TIMED, "--minutes=1", argument)
     assert re.fullmatch(REFUSED[argument].replace("|", r"\|"), line)
     assert not list(OUT.glob("*.pt"))

@@ -23,12 +23,13 @@ from test_documents import write
 import prepare_data
 import sample
 import train
-from humptygpt.data import corpus as corpus_module
-from humptygpt.data import documents, encoding, token_files
-from humptygpt.data import sources as known_texts
-from humptygpt.data.batches import TokenDataset
-from humptygpt.tokenizer import tokenizers as tokenizer
-from humptygpt.tokenizer.tokenizers import END_OF_TEXT, BytePairTokenizer, GPT2Tokenizer
+from humptygpt import token_files
+from humptygpt import tokenizers as tokenizer
+from humptygpt.data import TokenDataset
+from humptygpt.prepare import corpus as corpus_module
+from humptygpt.prepare import documents, encoding
+from humptygpt.prepare import sources as known_texts
+from humptygpt.tokenizers import END_OF_TEXT, BytePairTokenizer, GPT2Tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -189,7 +190,7 @@ KILLED = """
 import json, os, pathlib, signal, sys
 sys.path.insert(0, sys.argv[1])
 import prepare_data
-from humptygpt.data import corpus, documents, encoding
+from humptygpt.prepare import corpus, documents, encoding
 documents.PIECE = corpus.UNIT = 700
 encoding.SAVE_UNITS, encoding.SMALL = 3, 0
 calls = kill_at = 0

@@ -24,10 +24,10 @@ from test_damage_checkpoint import OTHER_TENSORS
 from test_model import VARIANTS, random_model
 from torch import Tensor, nn
 
-from humptygpt.checkpoint import checkpoint
-from humptygpt.core.errors import UserError
-from humptygpt.interchange.families import FAMILIES
-from humptygpt.interchange.huggingface import (
+from humptygpt import checkpoint
+from humptygpt.config import UserError
+from humptygpt.convert.families import FAMILIES
+from humptygpt.convert.huggingface import (
     read_pretrained,
     to_pretrained,
     to_theirs,

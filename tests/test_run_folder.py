@@ -11,11 +11,10 @@ import torch
 from conftest import TINY_RUN, read_rows
 
 import train
-from humptygpt.checkpoint import checkpoint
-from humptygpt.core.errors import UserError
-from humptygpt.training import evaluation
-from humptygpt.training.evaluation import Loss
-from humptygpt.training.run_folder import TensorBoard, draw_losses
+from humptygpt import checkpoint, evaluation
+from humptygpt.config import UserError
+from humptygpt.evaluation import Loss
+from humptygpt.run_folder import TensorBoard, draw_losses
 
 OUT, ROOT = Path("out/run"), Path(__file__).parent.parent
 RESUME = ["--init_from=resume", "--out_dir=out/run"]

@@ -12,9 +12,9 @@ from test_model import random_model
 
 import sample
 import train
-from humptygpt.checkpoint import checkpoint
-from humptygpt.data.batches import TokenDataset
-from humptygpt.tokenizer.tokenizers import ByteTokenizer
+from humptygpt import checkpoint
+from humptygpt.data import TokenDataset
+from humptygpt.tokenizers import ByteTokenizer
 from model import ModelConfig
 
 

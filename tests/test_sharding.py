@@ -35,14 +35,13 @@ import model as models
 import prepare_data
 import sample
 import train
-from humptygpt.checkpoint import checkpoint
-from humptygpt.checkpoint import sharded as sharded_checkpoint
-from humptygpt.checkpoint.checkpoint import load_plain
-from humptygpt.core.errors import UserError
-from humptygpt.generation.tasks import TASKS, Score
+from humptygpt import checkpoint, optimizers
+from humptygpt.checkpoint import load_plain
+from humptygpt.config import UserError
 from humptygpt.parallel import fsdp as sharding
 from humptygpt.parallel import processes as distributed
-from humptygpt.training import optimizers
+from humptygpt.parallel import sharded as sharded_checkpoint
+from humptygpt.tasks import TASKS, Score
 from model import ModelConfig
 
 assert sharding  # loaded here, and not again in each process

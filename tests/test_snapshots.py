@@ -9,12 +9,12 @@ import torch
 from conftest import GPT2, assert_same_weights
 
 import train
-from humptygpt.checkpoint import checkpoint
-from humptygpt.core.errors import UserError
-from humptygpt.interchange.load import load
-from humptygpt.nn import lora
+from humptygpt import checkpoint
+from humptygpt.config import UserError
+from humptygpt.finetune import lora
+from humptygpt.loading import load
 from humptygpt.page import snapshots
-from humptygpt.training.settings import TrainConfig
+from humptygpt.settings import TrainConfig
 from model import ModelConfig, build, count_parameters
 
 OUT = Path("out/run")

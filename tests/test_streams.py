@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from humptygpt.generation.sampling import TextStream
-from humptygpt.tokenizer.tokenizers import ByteTokenizer, CharTokenizer
+from humptygpt.sampling import TextStream
+from humptygpt.tokenizers import ByteTokenizer, CharTokenizer
 
 TEXTS = st.text(st.sampled_from("abü🙂\n"), max_size=30)
 

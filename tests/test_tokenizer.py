@@ -10,9 +10,9 @@ import sentencepiece
 from conftest import make_text
 from properties import given, settings, st
 
-from humptygpt.core.errors import UserError
-from humptygpt.tokenizer import tokenizers as tokenizer
-from humptygpt.tokenizer.tokenizers import (
+from humptygpt import tokenizers as tokenizer
+from humptygpt.config import UserError
+from humptygpt.tokenizers import (
     END_OF_TEXT,
     BytePairTokenizer,
     CharTokenizer,

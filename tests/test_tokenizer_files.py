@@ -13,13 +13,13 @@ from conftest import make_text
 from properties import given, settings, st
 
 import prepare_data
-from humptygpt.core.errors import UserError
-from humptygpt.data.corpus import encode_documents
-from humptygpt.data.documents import Piece
-from humptygpt.data.token_files import TokenFiles, read_meta
-from humptygpt.tokenizer import tokenizers as tokenizer
-from humptygpt.tokenizer.read_huggingface import read_tokenizer
-from humptygpt.tokenizer.write_huggingface import build_tokenizer, tokenizer_files
+from humptygpt import tokenizers as tokenizer
+from humptygpt.config import UserError
+from humptygpt.convert.read_huggingface import read_tokenizer
+from humptygpt.convert.write_huggingface import build_tokenizer, tokenizer_files
+from humptygpt.prepare.corpus import encode_documents
+from humptygpt.prepare.documents import Piece
+from humptygpt.token_files import TokenFiles, read_meta
 
 transformers = pytest.importorskip(
     "transformers", reason="needs transformers: pip install -r requirements-dev.txt"

@@ -34,15 +34,14 @@ import model as models
 import prepare_data
 import sample
 import train
-from humptygpt.checkpoint import checkpoint
-from humptygpt.core import settings as configurator
-from humptygpt.generation.tasks import TASKS
+from humptygpt import checkpoint, evaluation, run_folder
+from humptygpt import config as configurator
+from humptygpt.evaluation import Loss
+from humptygpt.memory import ADVICE
+from humptygpt.optimizers import Optimizer, make_optimizer
 from humptygpt.parallel.processes import ONE_PROCESS
-from humptygpt.training import evaluation, run_folder
-from humptygpt.training.evaluation import Loss
-from humptygpt.training.memory import ADVICE
-from humptygpt.training.optimizers import Optimizer, make_optimizer
-from humptygpt.training.settings import read_settings
+from humptygpt.settings import read_settings
+from humptygpt.tasks import TASKS
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -1086,7 +1085,7 @@ def test_a_new_variant_is_one_line_in_one_dictionary(
 
 LONG_STEP = """
 import hashlib
-from humptygpt.training.run_folder import catch_signals
+from humptygpt.run_folder import catch_signals
 with catch_signals():
     print("started", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # one call of C, as torch's are

@@ -8,7 +8,7 @@ from conftest import GPT2, overfit
 from torch import Tensor, nn
 
 import model as models
-from humptygpt.nn.layers import ACTIVATIONS
+from humptygpt.layers import ACTIVATIONS
 from model import BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
 
 VARIANTS = [

@@ -16,16 +16,15 @@ import compare
 import prepare_data
 import sample
 import train
-from humptygpt.core.errors import UserError
-from humptygpt.data.batches import PairDataset
-from humptygpt.data.token_files import sha256
-from humptygpt.generation import tasks
-from humptygpt.generation.beams import Translation
-from humptygpt.generation.tasks import TASKS
-from humptygpt.training import evaluation
-from humptygpt.training.evaluation import Loss
-from humptygpt.training.optimizers import Optimizer
-from humptygpt.training.settings import read_settings
+from humptygpt import evaluation, tasks
+from humptygpt.config import UserError
+from humptygpt.data import PairDataset
+from humptygpt.evaluation import Loss
+from humptygpt.optimizers import Optimizer
+from humptygpt.settings import read_settings
+from humptygpt.tasks import TASKS
+from humptygpt.token_files import sha256
+from humptygpt.translation.beams import Translation
 
 TINY = [
     "--dataset=pairs",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from humptygpt.core.errors import UserError
-from humptygpt.generation.agreement import known_logits
+from humptygpt.agreement import known_logits
+from humptygpt.config import UserError
 from model import ModelConfig, build
 
 REFERENCE = Path(__file__).with_name("reference.json")

@@ -8,15 +8,15 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
-from humptygpt.checkpoint import checkpoint
-from humptygpt.checkpoint.metrics import read_metrics
-from humptygpt.core.errors import UserError
-from humptygpt.data.token_files import TokenFiles, read_meta
-from humptygpt.interchange.load import Loaded, load
+from humptygpt import checkpoint
+from humptygpt.config import UserError
+from humptygpt.convert.sentencepiece_model import normal_ids
+from humptygpt.loading import Loaded, load
+from humptygpt.metrics import read_metrics
 from humptygpt.page.known_settings import check_formulas, check_settings
 from humptygpt.page.snapshots import snapshot_data
-from humptygpt.tokenizer.sentencepiece_model import normal_ids
-from humptygpt.tokenizer.tokenizers import (
+from humptygpt.token_files import TokenFiles, read_meta
+from humptygpt.tokenizers import (
     END_OF_TEXT,
     SentencePieceTokenizer,
     Tokenizer,

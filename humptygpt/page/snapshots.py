@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from humptygpt.checkpoint import checkpoint
-from humptygpt.core.files import write_whole
-from humptygpt.nn import lora
+from humptygpt import checkpoint
+from humptygpt.files import write_whole
+from humptygpt.finetune import lora
 
 STEPS = (0, *(first * 10**zeros for zeros in range(1, 12) for first in (1, 3)))
 FILES = {step: f"snapshots/{step}.pt" for step in STEPS}  # in the run's folder

@@ -24,9 +24,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as models
-from humptygpt.checkpoint import checkpoint, sharded
-from humptygpt.core.errors import UserError
-from humptygpt.core.files import remove
+from humptygpt import checkpoint
+from humptygpt.config import UserError
+from humptygpt.files import remove
+from humptygpt.parallel import sharded
 from humptygpt.parallel.processes import Processes, raise_if_rank_died
 
 aten = torch.ops.aten

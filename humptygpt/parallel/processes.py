@@ -26,11 +26,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from humptygpt.checkpoint import checkpoint
-from humptygpt.core.errors import UserError
-from humptygpt.core.files import remove
-from humptygpt.data.batches import Dataset, Prefetcher, random_key
-from humptygpt.nn import layers
+from humptygpt import checkpoint, layers
+from humptygpt.config import UserError
+from humptygpt.data import Dataset, Prefetcher, random_key
+from humptygpt.files import remove
 from model import ModelConfig, build
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective in training

@@ -1,0 +1,328 @@
+"""Checkpoints: tensors and plain data, written whole or not at all, and checked when they are read; they run no code.
+
+This module owns their schema. It alone turns a checkpoint into a model.
+"""
+
+import os
+import shlex
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import model as models
+from humptygpt import config as configurator
+from humptygpt import machine, tokenizers
+from humptygpt.config import UserError, check_schema, nearest_path, note, one_line, refuse
+from humptygpt.files import write_whole
+
+SHARDED = ".metadata"  # the file that makes a folder a sharded checkpoint
+FORMAT = "gpt checkpoint 3"  # a change of the schema gets a new number
+CONFIG = {str: (int, float, bool, str, None)}
+SCALER = dict.fromkeys(("scale", "growth_factor", "backoff_factor"), float)
+SCALER |= dict.fromkeys(("growth_interval", "_growth_tracker"), range(2**31))
+COUNT = range(2**63)
+PROGRESS = dict.fromkeys(("tokens", "best_iter", "evals_since_best"), COUNT) | {
+    "iter": COUNT[1:]
+}
+PROGRESS |= dict.fromkeys(("seconds", "best_val_loss"), float) | {"losses": [float]}
+PROGRESS |= {"position?": float, "run_seconds?": float}  # of a run by the clock
+SCHEMA = {
+    "format": str,
+    "train_config": CONFIG,
+    "model_config": CONFIG,
+    "tokenizer": dict,  # as from Tokenizer.state()
+    "task": str,
+    "data": {"source": str, "identity": {str: (int, str)}, "command?": str},
+    "progress": PROGRESS,
+    "model": {str: Tensor},
+    # of ckpt.pt alone: what training needs to resume
+    "optimizer?": {"steps": COUNT, "state": {str: {str: Tensor}}},
+    "scaler?": (SCALER, None),  # of float16 alone
+}
+
+
+def save(path: Path, entries: dict) -> None:
+    """Write a checkpoint; entries: those of SCHEMA but the format."""
+    state = {"format": FORMAT, **entries}
+    check_schema(state, SCHEMA)
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+def read(path: Path, with_tensors: bool = True) -> dict:
+    """Return the entries of a checkpoint on the CPU, all checked but the optimizer state: whoever resumes does that.
+
+    with_tensors=False: those of a sharded checkpoint are on the meta device instead.
+    Raises UserError for a file that is missing, damaged, of another kind, or would run code.
+    """
+    path = stored(path)
+    device = "cpu" if with_tensors or not is_sharded(path) else "meta"
+    return check(path, read_plain(path, with_tensors=with_tensors), device)
+
+
+# --------------------------------------------------------------------------------------
+# Where it is
+
+
+def find_checkpoint(out_dir: Path, which: str) -> Path:
+    """Return best.pt or ckpt.pt of a run, the latest where no evaluation has found a best; a checkpoint itself."""
+    if out_dir.suffix == ".pt" or os.path.isfile(out_dir) or is_sharded(out_dir):
+        return out_dir
+    best = stored(out_dir / "best.pt")
+    latest = stored(out_dir / "ckpt.pt")
+    if which == "best":
+        if os.path.exists(best) or not os.path.exists(latest):
+            return best
+        note(f"there is no best.pt yet; taking {latest}")
+    return latest
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether this is the folder of a sharded checkpoint."""
+    return (path / SHARDED).exists()
+
+
+def sharded_folders(path: Path) -> list[Path]:
+    """Return the folders of sharded checkpoints that stand for path, such as ckpt for ckpt.pt."""
+    # the second: where a replacement was interrupted
+    return [*filter(is_sharded, (path.with_suffix(""), path.with_suffix(".old")))]
+
+
+def stored(path: Path) -> Path:
+    """Return path, such as ckpt.pt, or the folder of a sharded checkpoint, such as ckpt: the later of both."""
+    folders = sharded_folders(path)
+    if path.suffix != ".pt" or not folders:
+        return path
+    sharded_at = (folders[0] / SHARDED).stat().st_mtime
+    return (
+        path if os.path.exists(path) and path.stat().st_mtime > sharded_at else folders[0]
+    )
+
+
+def check_there(path: Path) -> None:
+    """Raise UserError where a file cannot be read."""
+    try:
+        path.open("rb").close()
+    except FileNotFoundError as error:
+        raise UserError(f"no checkpoint {path}{suggest_run(path.parent)}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def suggest_run(out_dir: Path) -> str:
+    """Return "; ..." with a run that was probably meant by a folder without one, or how to train one."""
+    runs = [*out_dir.glob("*/ckpt.pt"), *Path("out", out_dir.name).glob("ckpt.pt")]
+    if runs:
+        newest = max(runs, key=lambda path: path.stat().st_mtime).parent
+        return f"; did you mean {shlex.quote(f'--out_dir={newest}')}?"
+    command = f"python train.py {shlex.quote(f'--out_dir={out_dir}')}"
+    near = "" if os.path.exists(out_dir) else nearest_path(str(out_dir))
+    return near or f"; train first: {configurator.as_written_here(command)}"
+
+
+# --------------------------------------------------------------------------------------
+# A file of torch.save, read without running code that it may hold, and checked by its checksums
+
+
+def load_plain(path: Path, mapped: bool = False, legacy: bool = False) -> object:
+    """Return what torch.save wrote, on the CPU. Raises some Exception where it is damaged or would run code.
+
+    mapped: the system reads of the tensors what is used. legacy: also read files of PyTorch before 1.6, which are no
+    zip files and have no checksums.
+    """
+    in_records = not legacy or zipfile.is_zipfile(path)
+    sizes = check_records(path) if in_records else []
+    with warnings.catch_warnings():
+        # torch says more about a foreign pickle than one line
+        warnings.simplefilter("ignore")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    # torch would map what follows a record that is too short
+    if mapped and in_records and storage_sizes(content) != sizes:
+        raise ValueError("a record has another size than its tensor")
+    return content
+
+
+def check_records(path: Path) -> list[int]:
+    """Compare all checksums. Returns the sizes in bytes of the records of tensors, sorted, empty ones left out."""
+    with zipfile.ZipFile(path) as file:
+        records = file.infolist()
+        damaged = file.testzip() is not None
+    # torch.load takes a record marked as a directory for an empty one and leaves its tensor uninitialized
+    if damaged or any(info.external_attr & 0x10 for info in records):
+        raise ValueError("a record is damaged")
+    sizes = (info.file_size for info in records if "/data/" in info.filename)
+    return sorted(size for size in sizes if size)
+
+
+def storage_sizes(content: object) -> list[int]:
+    """Return the sizes in bytes of the storages of all tensors in dictionaries, sorted, empty ones left out."""
+    storages = {}
+    remaining = [content]
+    while remaining:
+        entry = remaining.pop()
+        if isinstance(entry, dict):
+            remaining += entry.values()
+        elif isinstance(entry, list | tuple):
+            remaining += entry
+        elif isinstance(entry, Tensor):
+            storage = entry.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sorted(size for size in storages.values() if size)
+
+
+@contextmanager
+def refuse_damaged(path: Path, problem: str = "") -> Iterator[None]:
+    """Raise UserError for whatever a damaged file makes the block raise; zip, pickle and torch have many errors."""
+    try:
+        yield
+    except Exception as error:
+        if machine.is_out_of_memory(error):
+            raise
+        problem = problem or f"is damaged: {one_line(error)}"
+        raise UserError(f"{path} {problem}") from error
+
+
+# --------------------------------------------------------------------------------------
+# What is in it
+
+
+def read_plain(path: Path, mapped: bool = False, with_tensors: bool = True) -> object:
+    """Return what is in a file or sharded checkpoint, which may be none of ours. Raises UserError, as read().
+
+    mapped: the tensors of a file stay in it until they are used; they can be changed, but the file does not change.
+    """
+    path = stored(path)
+    if is_sharded(path):
+        from humptygpt.parallel import sharded  # here, since it takes a second to load
+
+        return sharded.read(path, with_tensors)
+    check_there(path)
+    problem = "is not a checkpoint: it is truncated, damaged or holds more than tensors and plain data"
+    with refuse_damaged(path, problem):
+        return load_plain(path, mapped)
+
+
+def check(path: Path, saved: object, device: str = "cpu") -> dict:
+    """Return what was read from path if it is a checkpoint. device: of all tensors. Raises UserError."""
+    entries = saved if isinstance(saved, dict) else {}
+    if "model_args" in entries:
+        source = shlex.quote(f"--init_from={path}")
+        raise UserError(f"{path} is a checkpoint of nanoGPT; start from it by {source}")
+    if entries.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is not a checkpoint of this version, whose format is {FORMAT!r}"
+        )
+    with refuse(f"{path} is damaged: "):
+        check_schema(saved, SCHEMA)
+    with refuse(f"{path}: "):
+        tokens = tokenizers.from_state(saved["tokenizer"]).vocab_size
+    with refuse_other_code(path):
+        config = check_content(saved, tokens)
+    model = build_like(path, config, saved["model"])
+    with refuse_other_code(path):
+        check_weights(saved["model"], model, device)
+    return saved
+
+
+def refuse_other_code(path: Path) -> AbstractContextManager:
+    """Turn a ValueError of the block into a UserError: the file is whole, but does not fit the code that reads it."""
+    return refuse(f"{path} was written by other code: ")
+
+
+def lacks_tensors(saved: dict) -> bool:
+    """Return whether the tensors of a sharded checkpoint were not read, as read(with_tensors=False) leaves them."""
+    return next(iter(saved["model"].values())).is_meta
+
+
+def check_content(saved: dict, tokens: int) -> models.ModelConfig:
+    """Return the model's config; tokens: the tokenizer's. Raises ValueError or UserError for what this code lacks."""
+    saved["model_config"].setdefault("mlp_conv", 0)  # files older than the key
+    for key, value in saved["train_config"].items():
+        if type(value) is str and not value.isprintable():
+            raise ValueError(f"{key} must have no control characters")
+    config = configurator.restore(models.ModelConfig, saved["model_config"])
+    if config.vocab_size is None or tokens > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokens} tokens, but the model {config.vocab_size}"
+        )
+    if saved["task"] not in models.MODELS[config.model].tasks:
+        raise ValueError(f"model={config.model} is not for task={saved['task']}")
+    progress = saved["progress"]
+    if unknown := progress.keys() - {key.rstrip("?") for key in PROGRESS}:
+        raise ValueError(f"it has progress.{min(unknown)}, which this code lacks")
+    for key in ("seconds", "run_seconds", "position"):
+        if not 0 <= progress.get(key, 0) < 1e9:
+            raise ValueError(f"progress has {key}={progress[key]}")
+    if not progress["best_val_loss"] >= 0:
+        raise ValueError(f"progress has best_val_loss={progress['best_val_loss']}")
+    return config
+
+
+def build_like(
+    what: object, config: models.ModelConfig, weights: dict[str, Tensor]
+) -> nn.Module:
+    """Build the model of a file's settings on the meta device; what: the file. A bug in a model's code passes.
+
+    Raises UserError for absurd sizes, before something huge is built.
+    """
+    shapes = [x.shape for x in weights.values() if not x.is_nested]
+    sizes = {1}.union(*shapes)  # 1: the number in place of a vector has no weights
+    try:
+        if config.n_layer <= len(weights) and config.n_embd in sizes:
+            return models.build_on_meta(config)
+    except RuntimeError as error:
+        if "overflow" not in str(error):  # torch's, for a tensor with too many elements
+            raise
+    raise UserError(
+        f"cannot read {what}: n_layer={config.n_layer} and n_embd={config.n_embd} do not describe its weights"
+    )
+
+
+def check_weights(weights: dict[str, Tensor], model: nn.Module, device: str) -> None:
+    """Raise ValueError where these are not the weights of this model."""
+    check_tensors("the parameter ", weights, model.state_dict(), device)
+    first_names: dict[nn.Parameter, str] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        first = first_names.setdefault(p, name)
+        same = weights[name] is weights[first]
+        if not same and not torch.equal(weights[name], weights[first]):
+            raise ValueError(f"{name} must equal {first}, to which it is tied")
+
+
+def check_tensors(
+    entry: str, tensors: dict[str, Tensor], like: dict[str, Tensor], device: str
+) -> None:
+    """Raise ValueError where names, shapes, dtypes, layouts or devices differ; entry: what stands before a name."""
+    if unknown := tensors.keys() - like.keys():
+        raise ValueError(f"it has {entry}{min(unknown)}, which this code lacks")
+    if missing := like.keys() - tensors.keys():
+        raise ValueError(f"it lacks {entry}{min(missing)}, which this code has")
+    for name, tensor in tensors.items():
+        strided = tensor.layout == torch.strided and not tensor.is_nested
+        dense = strided and tensor.is_contiguous()
+        expected = (device, like[name].dtype, like[name].shape)
+        if not dense or (tensor.device.type, tensor.dtype, tensor.shape) != expected:
+            raise ValueError(
+                f"{entry}{name} must be a dense tensor of {expected[1]} and shape {tuple(expected[2])}"
+            )
+
+
+# --------------------------------------------------------------------------------------
+# The model
+
+
+def restore_model(weights: dict[str, Tensor], config: models.ModelConfig) -> nn.Module:
+    """Return a model on the CPU whose parameters are these tensors themselves: nothing is in memory twice."""
+    model = models.build_on_meta(config)
+    for stack in (module for module in model.modules() if isinstance(module, models.Stack)):
+        # its tables are in no checkpoint
+        stack.position = models.POSITIONS[config.position](config)
+        stack.position.requires_grad_(not config.lora_rank)
+    model.load_state_dict(weights, assign=True)
+    if config.tie_weights and config.model != "window_mlp":
+        model.lm_head.weight = model.wte.weight
+    return model

@@ -1,0 +1,80 @@
+"""Models of the Hugging Face hub by their names, in the cache that the user's other programs share.
+
+huggingface_hub's settings hold: HF_ENDPOINT names a mirror, HF_TOKEN opens models that ask for it, HF_HOME is where
+models are kept, HF_HUB_OFFLINE=1 asks no server. Only text and weights are fetched, pickles where there is no other.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from humptygpt.config import UserError, one_line
+
+GPT2 = {
+    name: f"openai-community/{name}"
+    for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+}
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+TEXT_FILES = [
+    "config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+]
+WEIGHTS = [  # the first of these that a model has
+    ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],
+    ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"],
+]
+
+
+def repository(name: str) -> str | None:
+    """Return owner/model if the name can stand for a model of the hub; a path that begins in a folder here cannot."""
+    if name in GPT2:
+        return GPT2[name]
+    owner = name.partition("/")[0]
+    local = owner in ("out", "data") or os.path.exists(owner)
+    return name if REPOSITORY.fullmatch(name) and not local else None
+
+
+def fetch_tokenizer(repo: str) -> Path:
+    """Return the folder with all of a model but its weights. Raises UserError."""
+    return fetch(repo, TEXT_FILES)
+
+
+def fetch_model(repo: str) -> Path:
+    """Return the folder of a model in Hugging Face's format. Raises UserError, before the weights come if it can."""
+    from humptygpt.convert.huggingface import read_config  # here, since it loads torch
+
+    read_config(fetch_tokenizer(repo))
+    for names in WEIGHTS:
+        folder = fetch(repo, names)
+        if any(path for name in names for path in folder.glob(name)):
+            break
+    return folder
+
+
+def fetch(repo: str, names: list[str]) -> Path:
+    # here, since they take half a second to load
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+    endpoint = constants.ENDPOINT
+    try:
+        return Path(snapshot_download(repo, allow_patterns=names))
+    except RepositoryNotFoundError as error:  # or one that this user may not read
+        raise UserError(
+            f"{endpoint}/{repo} does not exist or asks for permission; check the name, or accept its terms"
+            " and set HF_TOKEN"
+        ) from error
+    except Exception as error:  # of requests or httpx, by its version
+        reason = one_line(error.__cause__ or error)
+        raise UserError(
+            f"{repo} cannot be fetched from {endpoint}: {reason}; run it again to resume,"
+            " or name a folder that has the model, or a mirror by HF_ENDPOINT"
+        ) from error

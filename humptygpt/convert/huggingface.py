@@ -1,0 +1,262 @@
+"""GPT-2 and Llama models in Hugging Face's format -> config and weights of ours, and back.
+
+A folder holds config.json and weights. Nothing in it is run as code, and transformers is not needed. Weights become
+float32 and are written so: of bfloat16 or float16 that is exact, but takes twice the space.
+"""
+
+import json
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from humptygpt.checkpoint import build_like
+from humptygpt.config import UserError, check_schema, convert, parse_json, without_effect
+from humptygpt.convert.families import (
+    ACTIVATION_NAMES,
+    FAMILIES,
+    ROPE_SCALING,
+    Family,
+)
+from humptygpt.convert.weight_files import Weights, check_tensor, open_weights, reading
+from humptygpt.files import write_whole
+from humptygpt.tokenizers import Tokenizer
+from model import ModelConfig, build_on_meta
+
+# settings that are not exported: of training alone, and of what the weights themselves have or lack
+NOT_EXPORTED = {"dropout", "label_smoothing", "init", "bias", "attn_bias", "mlp_bias"}
+
+
+def weight_names(
+    family: Family, config: ModelConfig, ours: dict
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield (their name, our names) of each weight of a model of this config; ours: its state dict."""
+    for theirs, names in family.weights.items():
+        if theirs == "lm_head" and config.tie_weights:
+            continue
+        for layer in range(config.n_layer if "#" in theirs else 1):
+            for kind in ("weight", "bias"):
+                own = [f"{name}.{kind}".replace("#", str(layer)) for name in names]
+                if own[0] in ours:
+                    yield f"{theirs}.{kind}".replace("#", str(layer)), own
+
+
+def turned(family: Family, name: str, tensor: Tensor) -> Tensor:
+    """Return a matrix of a block in the other's shape; of a vector, t() is the vector itself."""
+    return tensor.t() if family.transposed and ".h." in name else tensor
+
+
+def to_theirs(family: Family, config: ModelConfig, ours: Weights) -> Weights:
+    """Return a state dict under their names and in their shapes."""
+    theirs = {}
+    for name, own in weight_names(family, config, ours):
+        tensor = ours[own[0]] if len(own) == 1 else torch.cat([ours[part] for part in own])
+        theirs[name] = turned(family, name, tensor)
+    return theirs
+
+
+# --------------------------------------------------------------------------------------
+# Reading
+
+
+def read_pretrained(folder: Path) -> tuple[ModelConfig, Weights]:
+    """Return the config and the state dict, in float32 on the CPU, of the model in a folder.
+
+    checkpoint.restore_model(state_dict, config) makes a model of them. Dropout is a matter of training and
+    not read. Raises UserError for a folder that is incomplete or damaged, or holds what cannot be built here.
+    """
+    family, config = read_config(folder)
+    what = f"the model in {folder}"
+    with reading(what):
+        tensors = open_weights(folder)
+    like = build_like(what, config, tensors).state_dict()
+    with reading(what):
+        return config, read_weights(family, config, tensors, like)
+
+
+def read_config(folder: Path) -> tuple[Family, ModelConfig]:
+    """Read config.json. Raises UserError where it describes a model that cannot be built here."""
+    with reading(f"the model in {folder}: config.json"):
+        content = parse_json((folder / "config.json").read_bytes(), {"model_type": str})
+        kind = content["model_type"]
+        if kind not in FAMILIES:
+            raise ValueError(
+                f"model_type={kind} is not supported; {' and '.join(FAMILIES)} are"
+            )
+        family = FAMILIES[kind]
+        return family, ModelConfig(**family.fixed | model_settings(family, content))
+
+
+def model_settings(family: Family, content: dict) -> dict[str, object]:
+    """Return settings of ours from config.json."""
+    # before and since transformers 5
+    rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    check_schema(rope, {"rope_type?": str, "type?": str}, "rope_scaling")
+    content = family.defaults | content | rope
+    table = family.settings
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "llama3":
+        table = table | ROPE_SCALING
+    elif kind != "default":
+        raise ValueError(f"rope_type={kind} is not supported; default and llama3 are")
+    for key, value in family.supported.items():
+        if content.get(key, value) != value:
+            raise ValueError(f"{key}={content[key]} is not supported; {key}={value} is")
+    if missing := table.keys() - content.keys():
+        raise ValueError(f"{min(missing)} is missing")
+    types = typing.get_type_hints(ModelConfig)
+    settings = {
+        ours: convert(ours, content[theirs], types[ours]) for theirs, ours in table.items()
+    }
+    activation = settings["activation"]
+    if activation not in ACTIVATION_NAMES:
+        names = ", ".join(ACTIVATION_NAMES)
+        raise ValueError(f"the activation {activation} is not supported; {names} are")
+    return settings | {"activation": ACTIVATION_NAMES[activation]}
+
+
+def read_weights(
+    family: Family, config: ModelConfig, tensors: Weights, like: Weights
+) -> Weights:
+    """Return our state dict of a file's tensors, which are removed from the dictionary. Raises ValueError.
+
+    like: the state dict of such a model on the meta device. Nothing is allocated before all names, shapes and dtypes
+    are checked.
+    """
+    stored = {}
+    while tensors:
+        name, tensor = tensors.popitem()
+        if not name.startswith((family.prefix, "lm_head.")):
+            name = family.prefix + name
+        if not re.fullmatch(family.no_weights, name):
+            stored[name] = tensor
+    # older files have it, too
+    head = stored.pop("lm_head.weight", None) if config.tie_weights else None
+    expected = to_theirs(family, config, like)
+    if unmatched := stored.keys() ^ expected.keys():
+        name = min(unmatched)
+        raise ValueError(
+            f"the weight {name} is {'unknown' if name in stored else 'missing'}"
+        )
+    for name, tensor in sorted(stored.items()):
+        check_tensor(name, tensor, expected[name].shape)
+    ours = {}
+    for name, own in weight_names(family, config, like):
+        tensor = turned(family, name, stored.pop(name).detach())
+        pieces = tensor.split([len(like[part]) for part in own])
+        for part, piece in zip(own, pieces, strict=True):
+            # copied: the file may be mapped into memory
+            ours[part] = piece.to(
+                torch.float32, copy=True, memory_format=torch.contiguous_format
+            )
+    if head is not None and not torch.equal(head.float(), ours["wte.weight"]):
+        raise ValueError(
+            "lm_head.weight must equal the embedding, to which tie_word_embeddings=true ties it"
+        )
+    return ours if not config.tie_weights else ours | {"lm_head.weight": ours["wte.weight"]}
+
+
+# --------------------------------------------------------------------------------------
+# Writing
+
+
+def to_pretrained(
+    model: nn.Module, dtype: torch.dtype = torch.float32, tokenizer: Tokenizer | None = None
+) -> tuple[dict[str, object], Weights]:
+    """Return what config.json holds, and the weights under their names, in this dtype on the CPU.
+
+    GPT-2 always has bias terms: those of a model without are 0. Raises UserError where a setting cannot be expressed.
+    """
+    config = model.config
+    name = find_family(config)
+    family = FAMILIES[name]
+    attn = model.stack.blocks[0].attn
+    mlp = model.stack.blocks[0].mlp
+    names = {ours: theirs for theirs, ours in reversed(ACTIVATION_NAMES.items())}
+    settings = vars(config) | {
+        "n_kv_head": attn.n_kv_head,
+        "head_size": attn.head_size,
+        "n_hidden": mlp.up_proj.out_features,
+        "attn_bias": attn.q_proj.bias is not None,
+        "mlp_bias": mlp.up_proj.bias is not None,
+        "activation": names[config.activation],
+    }
+    content = {
+        "model_type": name,
+        "architectures": [family.architecture],
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    content |= {theirs: settings[key] for theirs, key in family.settings.items()}
+    content |= dict.fromkeys(family.dropouts, config.dropout)
+    # None where there is none: the defaults belong to other tokenizers
+    eot = tokenizer and tokenizer.eot
+    bos = tokenizer and tokenizer.bos
+    content |= {"bos_token_id": eot if bos is None else bos, "eos_token_id": eot}
+    if name == "gpt2":
+        content["n_ctx"] = config.block_size  # which llama.cpp reads
+    elif config.rope_factor != 1:
+        scaling = {theirs: settings[key] for theirs, key in ROPE_SCALING.items()}
+        content["rope_scaling"] = {"rope_type": "llama3"} | scaling
+    like = build_on_meta(replace(config, **family.fixed)).state_dict()
+    zeros = {key: torch.zeros(x.shape) for key, x in like.items() if key.endswith(".bias")}
+    theirs = to_theirs(family, config, zeros | model.state_dict())
+    return content, {
+        key: x.detach().to("cpu", dtype).contiguous() for key, x in theirs.items()
+    }
+
+
+def find_family(config: ModelConfig) -> str:
+    """Return the model_type of a model of this config. Raises UserError where it has what none of them has."""
+    families = {family.fixed["position"]: name for name, family in FAMILIES.items()}
+    if config.position not in families:
+        needed = " or ".join(
+            f"position={position} ({name})" for position, name in families.items()
+        )
+        raise UserError(
+            f"position={config.position} cannot be exported; export needs {needed}"
+        )
+    family = FAMILIES[families[config.position]]
+    exported = {*family.settings.values(), *ROPE_SCALING.values()}
+    free = exported | NOT_EXPORTED | without_effect(vars(config), ModelConfig).keys()
+    same = {  # what is the same as the default
+        "window": config.block_size,
+        "n_kv_head": config.n_head,
+        "head_size": config.n_embd // config.n_head,
+    }
+    for key, needed in (vars(ModelConfig()) | family.fixed).items():
+        value = getattr(config, key)
+        if key not in free and value not in (needed, same.get(key, needed)):
+            raise UserError(
+                f"{key}={value} cannot be exported; {family.architecture} needs {key}={needed},"
+                f" as in {family.preset}"
+            )
+    if config.n_embd % config.n_head:
+        needed = f"transformers needs a multiple of n_head={config.n_head}"
+        raise UserError(f"n_embd={config.n_embd} cannot be exported; {needed}")
+    return families[config.position]
+
+
+def write_pretrained(
+    model: nn.Module,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Write config.json and model.safetensors; as to_pretrained. Raises UserError."""
+    content, weights = to_pretrained(model, dtype, tokenizer)
+    write_files(folder, {"config.json": content, "model.safetensors": weights})
+
+
+def write_files(folder: Path, contents: dict[str, dict]) -> None:
+    """Write JSON and safetensors files, each whole or not at all, the JSON last. Raises UserError."""
+    for name, content in sorted(contents.items(), reverse=True):
+        if name.endswith(".json"):
+            data = f"{json.dumps(content, indent=2)}\n".encode()
+        else:
+            data = safetensors.torch.save(content, {"format": "pt"})
+        write_whole(folder / name, lambda file, data=data: file.write(data))

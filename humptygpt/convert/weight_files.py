@@ -1,0 +1,85 @@
+"""Files of named tensors as Hugging Face has them: safetensors, and pickles of torch.save, whole or in shards.
+
+Tensors of safetensors stay in the mapped file until they are used, so that all can be checked first. No code is run.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from humptygpt.checkpoint import load_plain, refuse_damaged
+from humptygpt.config import UserError, one_line, parse_json
+
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there counts
+Weights = dict[str, Tensor]  # by name
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def reading(what: object) -> Iterator[None]:
+    """Within this, an error of a stranger's file becomes a UserError of one line."""
+    try:
+        yield
+    except (ValueError, UserError, OSError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"cannot read {what}: {reason}") from error
+
+
+def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
+    """Return all tensors of a folder's first file of these names. Raises ValueError, UserError or OSError."""
+    present = {path.name for path in folder.iterdir()}
+    for name in names:
+        if name in present:
+            return open_file(folder / name)
+        if f"{name}.index.json" in present:
+            return open_shards(folder / f"{name}.index.json", present)
+    raise ValueError(f"there is neither {' nor '.join(names)}")
+
+
+def open_file(path: Path) -> Weights:
+    path.open("rb").close()  # raises OSError for a file that cannot be read
+    problem = "is truncated, damaged or holds more than tensors and plain data"
+    with refuse_damaged(path, problem):
+        if path.suffix == ".safetensors":
+            return load_file(path)  # which compares what it declares with its size
+        tensors = load_plain(path, legacy=True)
+    check_dense(tensors, path.name)
+    return tensors
+
+
+def open_shards(index: Path, present: set[str]) -> Weights:
+    """Return the tensors of all files that an index names; present: the files beside it."""
+    content = parse_json(index.read_bytes(), {"weight_map": {str: str}})
+    shards = set(content["weight_map"].values())
+    if missing := shards - present:
+        raise ValueError(f"{index.name} names {min(missing)}, which is missing")
+    tensors = {}
+    for shard in sorted(shards):
+        tensors |= open_file(index.with_name(shard))
+    return tensors
+
+
+def check_dense(tensors: object, file: str) -> None:
+    """Raise ValueError unless torch.save wrote dense tensors by name; file: its name in messages."""
+    if not isinstance(tensors, dict) or any(type(name) is not str for name in tensors):
+        raise ValueError(f"{file} holds no dictionary of tensors by name")
+    for name, x in tensors.items():
+        dense = (
+            isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu"
+        )
+        # a stride of 0 may declare any size
+        if not dense or x.is_nested or x.nbytes > x.untyped_storage().nbytes():
+            raise ValueError(f"{file}: {name} must be a dense tensor")
+
+
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError where a shape differs, or a dtype is not supported."""
+    if tensor.shape != shape or tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"the weight {name} must have shape {tuple(shape)} and be in float32, bfloat16 or float16,"
+            f" but has {tuple(tensor.shape)} and is in {tensor.dtype}"
+        )

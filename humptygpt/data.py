@@ -1,0 +1,377 @@
+"""Token files -> batches. The order of the data is a pure function of (seed, step), so there is no state to save."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from humptygpt import tokenizers
+from humptygpt.config import UserError
+from humptygpt.token_files import TokenFiles, how_to, read_meta
+
+CHUNK = 1_000_000  # tokens that are read at once
+
+
+class Dataset:
+    """A prepared folder, data/<name>: memory-mapped token files, their tokenizer, and meta, as from read_meta.
+
+    Raises UserError where the folder is missing or damaged.
+    """
+
+    task: str
+
+    def __init__(
+        self,
+        folder: Path,
+        block_size: int,
+        seed: int,
+        with_encoder: bool = False,
+        meta: dict | None = None,
+    ):
+        """meta: None reads it."""
+        self.folder = folder
+        self.block_size = block_size
+        self.seed = seed
+        self.with_encoder = with_encoder
+        self.meta = meta or read_meta(folder)
+        self.tokenizer = tokenizers.from_state(self.meta["tokenizer"])
+        self.splits = {
+            split: TokenFiles(folder, split, self.meta) for split in self.meta["splits"]
+        }
+        self.train = self.splits["train"]
+        self.val = self.splits["val"]
+        self.set_up()
+
+    def set_up(self) -> None:
+        """Check the lengths of the splits, and prepare the batches."""
+        raise NotImplementedError
+
+    def read(self, split: str, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return the tokens of a split from each of the starts on, checked; int64 (len(starts), length)."""
+        ids = self.splits[split].read(starts, length)
+        if (largest := int(ids.max())) >= self.tokenizer.vocab_size:
+            raise UserError(
+                f"{self.folder / split}.bin holds token {largest}, but its tokenizer has only"
+                f" {self.tokenizer.vocab_size} tokens; {how_to(self.folder)}"
+            )
+        return ids
+
+    def chunks(self, split: str) -> Iterator[tuple[int, np.ndarray]]:
+        """Read (position of the first, token ids) of a million tokens at a time, all of a split in order."""
+        tokens = len(self.splits[split])
+        for start in range(0, tokens, CHUNK):
+            yield start, self.read(split, np.array([start]), min(CHUNK, tokens - start))[0]
+
+    def identity(self) -> dict:
+        """Return what tells this data from other data with the same tokenizer, wherever it came from."""
+        _, first_million = next(self.chunks("train"))
+        identity = {
+            "train_tokens": len(self.train),
+            "val_tokens": len(self.val),
+            "first_million_sha256": hashlib.sha256(first_million.tobytes()).hexdigest(),
+        }
+        sums = [split.get("sha256") for split in self.meta["splits"].values()]
+        if all(sums):  # nanoGPT and earlier versions wrote none
+            identity["files_sha256"] = hashlib.sha256(repr(sums).encode()).hexdigest()
+        return identity
+
+
+class TokenDataset(Dataset):
+    """Text as one stream of tokens, cut into blocks of block_size. Raises UserError where it is too short for one."""
+
+    task = "language modelling"
+
+    def set_up(self) -> None:
+        for split, least in (("train", self.block_size + 1), ("val", 2)):
+            if len(self.splits[split]) < least:
+                raise UserError(
+                    f"{self.folder / split}.bin has {len(self.splits[split]):,} tokens but needs at least {least:,}"
+                    f" with block_size={self.block_size}; take more text or a smaller --block_size"
+                )
+
+    def summary(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
+        """Return (a batch, the evaluation set) in words."""
+        targets = len(self.val) - 1
+        evaluated = min(
+            targets, len(self.val_starts(batch_size, eval_iters)) * self.block_size
+        )
+        batch = f"{batch_size * self.block_size:,} tokens ({batch_size} sequences of {self.block_size})"
+        return batch, f"{evaluated:,} of {targets:,} tokens"
+
+    def batches_per_epoch(self, batch_size: int) -> float:
+        return len(self.train) / (batch_size * self.block_size)
+
+    def all_val_batches(self, batch_size: int) -> int:
+        """Return how many batches the whole validation split is."""
+        return math.ceil(len(self.val_starts(batch_size, None)) / batch_size)
+
+    def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
+        """Return training batch number index: idx and targets, both int64 (batch_size, block_size).
+
+        An epoch starts at a random offset, cuts the text into blocks and visits each once, in a random order. Batches
+        2 i and 2 i + 1 of n blocks are together batch i of 2 n blocks.
+        """
+        T = self.block_size
+        last = len(self.train) - 1 - T  # the last position at which a block can start
+        blocks = max(1, last // T)
+        # that leave room for all the blocks: between T and 2 T
+        offsets = last - (blocks - 1) * T + 1
+        epochs, numbers = np.divmod(index * batch_size + np.arange(batch_size), blocks)
+        starts = np.empty(batch_size, dtype=np.int64)
+        for epoch in np.unique(epochs):  # nearly always a single one
+            key = random_key(self.seed, int(epoch))
+            order = permute(numbers[epochs == epoch], blocks, key)
+            starts[epochs == epoch] = key % offsets + T * order
+        return self.blocks("train", starts)
+
+    def val_batches(
+        self, batch_size: int, eval_iters: int | None
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield the evaluation set, always the same: eval_iters batches of blocks spread over its split.
+
+        With None, or where that many would cover it, the whole split: every token but the first is predicted once.
+        Batches as from batch(); targets that pad the last one are -1.
+        """
+        starts = self.val_starts(batch_size, eval_iters)
+        for first in range(0, len(starts), batch_size):
+            rows = starts[first : first + batch_size]
+            batch = self.blocks("val", np.resize(rows, batch_size))
+            batch["targets"][len(rows) :] = -1
+            yield batch
+
+    def val_starts(self, batch_size: int, eval_iters: int | None) -> np.ndarray:
+        """Return where the blocks of the evaluation set start; the last one of the whole split may be shorter."""
+        starts = np.arange(0, len(self.val) - 1, self.block_size)
+        if eval_iters is None or eval_iters * batch_size >= len(starts):
+            return starts
+        return starts[
+            np.linspace(0, len(starts) - 2, eval_iters * batch_size).astype(np.int64)
+        ]
+
+    def blocks(self, split: str, starts: np.ndarray) -> dict[str, Tensor]:
+        """Return a batch of the blocks that start there, (B,); targets after the end of the split are -1."""
+        ids = self.read(split, starts, self.block_size + 1)
+        after = starts[:, None] + np.arange(1, ids.shape[1]) >= len(self.splits[split])
+        return next_tokens(ids, ignored=after)
+
+    def val_bytes_per_token(self) -> float:
+        """Return the UTF-8 bytes of text per token of the validation split."""
+        entry = self.meta["splits"]["val"]
+        if "bytes" in entry:
+            return entry["bytes"] / entry["tokens"]
+        lengths = self.tokenizer.token_bytes()
+        return sum(int(lengths[ids].sum()) for _, ids in self.chunks("val")) / len(self.val)
+
+
+class PairDataset(Dataset):
+    """Sentence pairs, a stream of `source eot target eot ...`. A batch has pairs of similar lengths, as many as fit.
+
+    with_encoder: source and target apart, for a model whose encoder reads the source; else each pair is one text for a
+    decoder alone, and only the target's tokens are predicted. A batch takes at most batch_size * block_size tokens,
+    padding included; with_encoder, counted on the side that takes more.
+    Raises UserError where a pair is longer than block_size.
+    """
+
+    task = "translation"
+
+    def set_up(self) -> None:
+        self.pairs = {split: self.find_pairs(split) for split in self.splits}
+        longest = max(int(self.lengths(pairs).max()) for pairs in self.pairs.values())
+        if longest > self.block_size:
+            raise UserError(
+                f"{self.folder} has a pair that takes {longest} tokens, more than block_size={self.block_size};"
+                f" take --block_size={longest}"
+            )
+        self.starts = {}  # {(split, batch_size): what batch_starts gives}
+        self.epoch = (-1, None)  # (number, order of its pairs) of the newest
+
+    def find_pairs(self, split: str) -> np.ndarray:
+        """Return (pairs, 3): where each starts, the tokens of its source and those of its target, eot included."""
+        eots = [
+            start + np.flatnonzero(ids == self.tokenizer.eot)
+            for start, ids in self.chunks(split)
+        ]
+        ends = np.concatenate([[-1], *eots])
+        if len(ends) < 3 or len(ends) % 2 == 0 or ends[-1] != len(self.splits[split]) - 1:
+            raise UserError(
+                f"{self.folder / split}.bin has no whole pairs; {how_to(self.folder)}"
+            )
+        lengths = np.diff(ends)
+        return np.stack([ends[:-1:2] + 1, lengths[::2], lengths[1::2]], axis=1)
+
+    def lengths(self, pairs: np.ndarray) -> np.ndarray:
+        """Return how many tokens of block_size each pair takes."""
+        _, source, target = pairs.T
+        return np.maximum(source, target) if self.with_encoder else source + target - 1
+
+    def order(self, split: str, *tie_breaker: np.ndarray) -> np.ndarray:
+        """Return the numbers of the pairs from short to long, equally long ones by tie_breaker."""
+        _, source, target = self.pairs[split].T
+        if not self.with_encoder:
+            return np.lexsort((*tie_breaker, source + target))
+        # sources get longer for one length of target and shorter for the next, so that neighbours are always alike
+        return np.lexsort((*tie_breaker, np.where(target % 2, source, -source), target))
+
+    def batch_starts(self, split: str, batch_size: int) -> np.ndarray:
+        """Return where batches start among the pairs in order of length, and the end of the last, for all epochs."""
+        if (split, batch_size) not in self.starts:
+            pairs = self.pairs[split]
+            lengths = self.lengths(pairs[self.order(split)])
+            longest = 0
+            starts = [0]
+            for number, length in enumerate(lengths.tolist()):
+                longest = max(longest, length)
+                if (number + 1 - starts[-1]) * longest > batch_size * self.block_size:
+                    starts.append(number)
+                    longest = length
+            self.starts[split, batch_size] = np.array([*starts, len(pairs)])
+        return self.starts[split, batch_size]
+
+    def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
+        """Return training batch number index: source (B, S), padded with -1; idx and targets, (B, T); all int64.
+
+        Without an encoder there is no source: idx starts with it.
+        An epoch has each pair once. Those of equal lengths are shuffled before they are cut into batches, and then the
+        batches are.
+        """
+        starts = self.batch_starts("train", batch_size)
+        epoch, position = divmod(index, len(starts) - 1)
+        key = random_key(self.seed, epoch)
+        if self.epoch[0] != epoch:
+            pairs = len(self.pairs["train"])
+            self.epoch = epoch, self.order("train", permute(np.arange(pairs), pairs, key))
+        number = int(permute(np.array([position]), len(starts) - 1, key)[0])
+        return self.pairs_batch("train", self.epoch[1][starts[number] : starts[number + 1]])
+
+    def pairs_batch(self, split: str, numbers: np.ndarray) -> dict[str, Tensor]:
+        """Return a batch of the pairs with these numbers."""
+        start, source, target = self.pairs[split][numbers].T
+        # with an encoder, the decoder's text starts with the eot that ends the source; else it has the whole source,
+        # whose tokens are context and no targets
+        context = np.zeros_like(source) if self.with_encoder else source - 1
+        length = context + target
+        ids = self.read(split, start + source - 1 - context, int(length.max()) + 1)
+        position = np.arange(ids.shape[1] - 1)
+        padding = position >= length[:, None]
+        batch = next_tokens(ids, ignored=padding | (position < context[:, None]))
+        batch["idx"][padding] = self.tokenizer.eot
+        if self.with_encoder:
+            ids = self.read(split, start, int(source.max()))
+            ids[np.arange(ids.shape[1]) >= source[:, None]] = -1
+            batch["source"] = torch.from_numpy(ids)
+        return batch
+
+    def val_batches(
+        self, batch_size: int, eval_iters: int | None
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield the evaluation set, always the same: eval_iters batches over all lengths; None: the whole split."""
+        for numbers in self.val_pairs(batch_size, eval_iters):
+            yield self.pairs_batch("val", numbers)
+
+    def val_pairs(self, batch_size: int, eval_iters: int | None) -> list[np.ndarray]:
+        """Return the numbers of the pairs in each batch of the evaluation set."""
+        batches = np.split(self.order("val"), self.batch_starts("val", batch_size)[1:-1])
+        count = min(eval_iters or len(batches), len(batches))
+        return [batches[int((i + 0.5) * len(batches) / count)] for i in range(count)]
+
+    def texts(self, split: str, count: int | None = None) -> list[tuple[np.ndarray, str]]:
+        """Return (source with its eot, int64 (S,), the target as text) of count pairs, evenly spaced; None: of all."""
+        pairs = self.pairs[split]
+        if count is not None:
+            pairs = pairs[
+                np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(int)
+            ]
+        texts = []
+        for start, source, target in pairs.tolist():
+            ids = self.read(split, np.array([start]), source + target)[0]
+            texts.append((ids[:source], self.tokenizer.decode(ids[source:-1])))
+        return texts
+
+    def summary(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
+        """Return (a batch, the evaluation set) in words."""
+        train = self.pairs["train"]
+        batches = self.batches_per_epoch(batch_size)
+        tokens = train[:, 2].sum() / batches
+        pairs = len(train) / batches
+        evaluated = sum(map(len, self.val_pairs(batch_size, eval_iters)))
+        batch = f"about {tokens:,.0f} target tokens ({pairs:,.0f} pairs of similar lengths)"
+        return batch, f"{evaluated:,} of {len(self.pairs['val']):,} pairs"
+
+    def batches_per_epoch(self, batch_size: int) -> float:
+        return len(self.batch_starts("train", batch_size)) - 1
+
+    def all_val_batches(self, batch_size: int) -> int:
+        """Return how many batches the whole validation split is."""
+        return len(self.batch_starts("val", batch_size)) - 1
+
+    def val_bytes_per_token(self) -> float:
+        """Return the UTF-8 bytes of target per target token of the validation split."""
+        entry = self.meta["splits"]["val"]
+        return entry["target_bytes"] / entry["target_tokens"]
+
+
+class Prefetcher:
+    """A data set's batches; while one is trained on, a thread reads the next.
+
+    Of use where the step leaves the CPU idle, as on a GPU, and reading waits for a disk.
+    """
+
+    def __init__(self, dataset: Dataset, stride: int = 1):
+        """stride: from the number of one batch to that of the next."""
+        self.dataset = dataset
+        self.stride = stride
+        self.pending = {}  # {(index, batch_size): the batch that is being read}
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+
+    def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
+        key = (index, batch_size)
+        batch = self.pending.get(key) or self.thread.submit(self.dataset.batch, *key)
+        following = (index + self.stride, batch_size)
+        self.pending = {following: self.thread.submit(self.dataset.batch, *following)}
+        return batch.result()
+
+
+def next_tokens(ids: np.ndarray, ignored: np.ndarray) -> dict[str, Tensor]:
+    """Return idx and targets, the tokens one further; where ignored they are -1. ids: (B, T + 1), ignored: (B, T)."""
+    targets = ids[:, 1:].copy()
+    targets[ignored] = -1
+    return {"idx": torch.from_numpy(ids[:, :-1]), "targets": torch.from_numpy(targets)}
+
+
+# --------------------------------------------------------------------------------------
+# The order of the data
+
+
+def random_key(*numbers: int) -> int:
+    """Return 63 random bits that depend on the numbers alone, the same on every machine."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Return where a pseudorandom permutation of range(n), chosen by key, sends each index; int64, each in [0, n).
+
+    Four rounds of a Feistel network permute the range up to the next power of four, again and again for what falls
+    outside range(n). No table is kept: an epoch of 10^11 tokens takes no more memory than one of ten.
+    Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains", cycle walking.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = [np.uint64(random_key(key, r)) for r in range(4)]
+    x = index.astype(np.uint64)
+    outside = np.ones(len(x), dtype=bool)
+    while outside.any():
+        y = x[outside]
+        left, right = y >> half, y & mask
+        for round_key in keys:
+            mixed = (right ^ round_key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        x[outside] = (left << half) | right
+        outside = x >= np.uint64(n)
+    return x.astype(np.int64)

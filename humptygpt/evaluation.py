@@ -1,0 +1,93 @@
+"""How good a model is: its validation loss, in nats per token, in bits per byte, and as perplexity."""
+
+import math
+import zlib
+from collections import Counter
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from humptygpt.data import Dataset
+from humptygpt.layers import autocast, to_device
+
+
+class Loss(NamedTuple):
+    """A mean in nats per token, over a sample of a split or all of it."""
+
+    mean: float
+    # of the mean, by how batches differ from the next, since those of pairs are ordered by length; 0 of a single one
+    standard_error: float
+
+
+@torch.no_grad()
+def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
+    """Compute the loss of net over the evaluation set of so many batches; ranks divide them. run: a train.Run.
+
+    eval_iters: None: the whole validation split. Draws no random number, so it cannot disturb training. Leaves net in
+    the mode, training or evaluation, that it found.
+    """
+    processes = run.processes
+    was_training = net.training
+    net.eval()
+    losses = []
+    weights = []
+    for batch in processes.alternate(
+        run.dataset.val_batches(run.config.batch_size, eval_iters)
+    ):
+        tokens = int((batch["targets"] >= 0).sum())
+        with autocast(run.device, run.dtype):
+            _, loss = net(**to_device(batch, run.device))
+        if tokens:
+            losses.append(loss)
+            weights.append(tokens)
+    net.train(was_training)
+    losses = torch.stack(losses).cpu().double() if losses else torch.zeros(0).double()
+    weights = torch.tensor(weights, dtype=torch.float64)
+    total = processes.sum(float(weights.sum()))
+    mean = processes.sum(float(losses @ weights)) / total
+    differences = losses.diff().square() / 2
+    variance = processes.sum(float(differences.sum())) / max(
+        1, processes.sum(len(differences))
+    )
+    squares = processes.sum(float(weights.square().sum()))
+    return Loss(mean, math.sqrt(variance * squares) / total)
+
+
+@lru_cache(1)
+def evaluated(dataset: Dataset, batch_size: int, eval_iters: int | None) -> dict:
+    """Return how many tokens an evaluation predicts, and a checksum of their text.
+
+    It is a checksum of how often each character occurs, so neither the tokenizer nor the order of pairs changes it.
+    """
+    batches = dataset.val_batches(batch_size, eval_iters)
+    targets = torch.cat([batch["targets"].flatten() for batch in batches])
+    # the first token of the split is not predicted, but how much text it is depends on the tokenizer
+    ids = np.append(dataset.read("val", np.array([0]), 1), targets[targets >= 0])
+    counts = sorted(Counter(dataset.tokenizer.decode(ids)).items())
+    checksum = zlib.crc32(repr(counts).encode())
+    return {"val_tokens": len(ids) - 1, "val_text": f"{checksum:08x}"}
+
+
+def measures(run, net: nn.Module, eval_iters: int | None) -> dict[str, float | str]:
+    """Evaluate, and return what metrics.jsonl has of it: the loss in several units, and of which text it is."""
+    loss = evaluate(run, net, eval_iters)
+    bits = loss.mean / math.log(2) / run.dataset.val_bytes_per_token()
+    return {
+        "val_loss": loss.mean,
+        "val_standard_error": loss.standard_error,
+        "val_bits_per_byte": bits,
+        "val_perplexity": math.exp(min(loss.mean, 700)),  # beyond that, it overflows
+        **evaluated(run.dataset, run.config.batch_size, eval_iters),
+    }
+
+
+def evaluation_line(row: dict[str, float]) -> str:
+    """Return: val loss 2.0123 ± 0.0060 (2.903 bits per byte, perplexity 7.48)"""
+    bits, perplexity = row["val_bits_per_byte"], row["val_perplexity"]
+    return (
+        f"val loss {row['val_loss']:.4f} ± {row['val_standard_error']:.4f}"
+        f" ({bits:.3f} bits per byte, perplexity {perplexity:.2f})"
+    )

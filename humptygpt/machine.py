@@ -1,0 +1,212 @@
+"""Cores and memory that this process may use, by affinity and control group; out-of-memory in one line.
+
+A script calls start() before numpy and torch are loaded, because their threads read once, at that moment, how many they
+are and how they wait for each other.
+"""
+
+import errno
+import math
+import os
+import re
+import signal
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from humptygpt.config import UserError, note, one_line, script_name
+
+STARTED = time.monotonic()  # of the command, but for the start of Python
+# control groups of Linux, version 2, in which containers run
+CGROUPS = Path("/sys/fs/cgroup")
+OUR_GROUPS = Path("/proc/self/cgroup")
+SPINS = 1300  # of a waiting thread, less than a tenth of a millisecond; libgomp's default is 300,000
+
+
+def start() -> None:
+    """Prepare a script for its imports: as many threads as it may use, which yield while they wait.
+
+    A thread that spins while it waits for one of its own process keeps a core from the process whose turn it is: two
+    trainings on two cores were slowed down tenfold. What the user has set in the environment stays.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # Ctrl-C ends the imports without a word
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)  # GCC's OpenMP, which torch has on Linux
+        os.environ["KMP_BLOCKTIME"] = "1"  # milliseconds; Intel's and LLVM's, elsewhere
+    if usable_cores() < len(affinity()):
+        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+
+
+# --------------------------------------------------------------------------------------
+# Cores
+
+
+def affinity() -> set[int]:
+    """Return the numbers of the cores that the system lets this process run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def usable_cores() -> int:
+    """Return how many threads can run at once: by affinity, and by the control groups' quotas, rounded up."""
+    return max(1, min([len(affinity()), *map(math.ceil, cpu_quotas())]))
+
+
+def cpu_quotas() -> list[float]:
+    """Return the number of cores that each control group allows, where it limits them."""
+    limits = [read_numbers(folder / "cpu.max") for folder in cgroup_folders()]
+    return [numbers[0] / numbers[1] for numbers in limits if numbers]
+
+
+# --------------------------------------------------------------------------------------
+# Memory
+
+
+def available_memory() -> int:
+    """Return the bytes that this process can still allocate: of the machine and of its control groups."""
+    import psutil
+
+    free = min(psutil.virtual_memory().available, group_memory())
+    return int(max(0, free))
+
+
+def group_memory() -> float:
+    """Return the bytes that the control groups of this process still allow."""
+    free = math.inf
+    for folder in cgroup_folders():
+        limit = read_numbers(folder / "memory.max")
+        used = read_numbers(folder / "memory.current")
+        if limit and used:
+            free = min(free, limit[0] - used[0] + file_cache(folder))
+    return free
+
+
+def gigabytes(size: float) -> str:
+    """Return the size as text, such as 3.21 GB."""
+    if size < 1e9:
+        return f"{size / 1e6:,.1f} MB"
+    return f"{size / 1e9:,.{1 if size >= 1e10 else 2}f} GB"
+
+
+def check_fits(what: str, size: float, free: float, advice: str) -> None:
+    """Raise UserError where size is more than the bytes that are free. what: subject and verb, as "weights take"."""
+    if size > free:
+        raise UserError(
+            f"{what} {gigabytes(size)} of memory, and {gigabytes(free)} are free; {advice}"
+        )
+
+
+# How those who allocate say that they could not: few have a class for it
+NO_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|out of memory|std::bad_alloc|unable to mmap|failed to map segment"
+    "|cannot allocate memory|could not create a (primitive|memory)|can't start new thread",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, RuntimeError | OSError | ImportError):
+        return bool(NO_MEMORY.search(str(error)))
+    return isinstance(error, MemoryError)
+
+
+def out_of_memory_line(error: BaseException) -> str:
+    if "CUDA" in str(error):
+        return "out of memory on the GPU"
+    return f"out of memory, {gigabytes(available_memory())} are available"
+
+
+@contextmanager
+def memory_advice(advice: str) -> Iterator[None]:
+    """Raise UserError, with the advice, where an allocation fails."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"{out_of_memory_line(error)}; {advice}") from error
+
+
+# --------------------------------------------------------------------------------------
+# Control groups
+
+
+def cgroup_folders() -> list[Path]:
+    """Return the folders of this process's control group and of those around it, whose limits apply, too."""
+    paths = re.findall("^0::/(.*)$", read(OUR_GROUPS), re.MULTILINE)
+    # in a container the path may be the one outside, and only the root is there
+    return [
+        folder for path in paths for folder in (CGROUPS / path, *(CGROUPS / path).parents)
+    ]
+
+
+def read(path: Path) -> str:
+    """Return the text of a file of the system, "" where there is none."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def read_numbers(path: Path) -> list[int]:
+    """Read the numbers in a file; [] where there is no such file or it says "max"."""
+    words = read(path).split()
+    return [] if "max" in words else list(map(int, words))
+
+
+def file_cache(group: Path) -> int:
+    """Return the bytes of files that the group has cached, which give way to allocations."""
+    stat = read(group / "memory.stat")
+    return sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", stat, re.MULTILINE)))
+
+
+# --------------------------------------------------------------------------------------
+# A script
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Call main(argv) and exit with its code; a UserError becomes one line on stderr and exit code 2.
+
+    So does memory that could not be allocated, and a full disk where nobody else answers for it, as for the output.
+    """
+    if main.__module__ == "__main__":  # a script was started
+        start()
+        note_folder()
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        complain(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        # the reader of our output has seen enough: python sample.py ... | head
+        sys.stdout = None  # or Python would fail once more when it flushes at exit
+        sys.exit(128 + 13)  # 13: SIGPIPE
+    except Exception as error:
+        if is_out_of_memory(error):
+            complain(out_of_memory_line(error))
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.stdout = None
+            complain(f"cannot write {error.filename or 'the output'}: {error.strerror}")
+        raise
+
+
+def complain(message: str) -> typing.NoReturn:
+    """Print one line and exit."""
+    print(f"{script_name()}: {one_line(message)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def note_folder() -> None:
+    """Say which data/ and out/ are meant where a script is started from another folder than its own."""
+    if Path.cwd() != Path(sys.argv[0]).resolve().parent:
+        note(f"data/, out/ and other relative paths are in {Path.cwd()}")

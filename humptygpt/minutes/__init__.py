@@ -1,0 +1,1 @@
+"""--minutes: a text and a time to a model, a schedule and a clock."""

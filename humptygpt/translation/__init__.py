@@ -1,0 +1,1 @@
+"""Sentence pairs, beam search and scores of translations."""

@@ -1,0 +1,146 @@
+"""A model and sentences -> translations, greedily or by beam search, and how good they are by BLEU and chrF."""
+
+import math
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from humptygpt.config import UserError
+
+NUM_BEAMS = 4  # by default
+BATCH = 64  # sentences that are translated at once
+
+
+class Translation(NamedTuple):
+    ids: list[int]  # without the end-of-text token
+    score: float  # log-probability / tokens^length_penalty
+    ended: bool  # False: there was no room for more
+
+
+def translate(
+    model: nn.Module,
+    sources: list[np.ndarray],
+    eot: int,
+    tokenizer_vocab_size: int | None = None,
+    **settings,
+) -> list[Translation]:
+    """Translate sources, token ids that end in eot; settings: of beam_search.
+
+    Sentences of equal lengths are translated in one batch, so that none is padded.
+    """
+    if not model.has_state:
+        raise UserError(
+            "model.py cannot translate: with its cache it gives other logits than without"
+        )
+    device = next(model.parameters()).device
+    translations: dict[int, Translation] = {}
+    by_length = defaultdict(list)
+    for number, source in enumerate(sources):
+        by_length[len(source)].append(number)
+    for numbers in by_length.values():
+        for first in range(0, len(numbers), BATCH):
+            batch = numbers[first : first + BATCH]
+            source = np.stack([sources[number] for number in batch])
+            source = torch.from_numpy(source).to(device)
+            best = beam_search(model, source, eot, tokenizer_vocab_size, **settings)
+            translations.update(zip(batch, best, strict=True))
+    return [translations[number] for number in range(len(sources))]
+
+
+@torch.inference_mode()
+def beam_search(
+    model: nn.Module,
+    source: Tensor,
+    eot: int,
+    tokenizer_vocab_size: int | None = None,
+    *,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    max_new_tokens: int | None = None,
+) -> list[Translation]:
+    """Return the best translation found of each source, (B, S) token ids that end in eot.
+
+    At each step the num_beams best hypotheses of each sentence are extended; one that has ended stays as long as it is
+    among them, and the best that ever ended is the result. Best is the highest sum of log-probabilities /
+    tokens^length_penalty, so that long ones are not at a disadvantage: 0 compares sums, 1 means. One beam is greedy.
+    A translation ends with eot, at max_new_tokens, or where block_size has no more room. Ids from tokenizer_vocab_size
+    on pad the model's vocabulary and are never chosen.
+    Source: Sutskever et al. 2014, arXiv:1409.3215; the length penalty: Wu et al. 2016, arXiv:1609.08144, section 7.
+    """
+    if model.has_encoder:
+        state = model.make_state(source)
+        idx = torch.full_like(source[:, :1], eot)
+    else:  # the source is the beginning of the text that the model continues
+        state = model.make_state()
+        idx = source
+    room = model.config.block_size + 1 - idx.shape[1]
+    limit = min(room, max_new_tokens or room)
+
+    best = [Translation([], -math.inf, ended=False)] * len(source)
+    open_sentences = list(range(len(source)))
+    # (n, k, T): k hypotheses of each open sentence
+    ids = source.new_empty(len(source), 1, 0)
+    log_prob = torch.zeros(ids.shape[:2], device=ids.device)
+    for step in range(limit):
+        n, k = log_prob.shape
+        logits = model.next_logits(idx, state)[:, :tokenizer_vocab_size]
+        logp = logits.float().log_softmax(dim=-1).view(n, k, -1)  # (n, k, V)
+        # what has ended is extended by eot alone, at no cost
+        ended = (ids == eot).any(dim=-1)
+        logp = logp.masked_fill(ended[..., None], -torch.inf)
+        logp[..., eot].masked_fill_(ended, 0.0)
+        # with the new token, or with the eot that it has
+        length = (ids != eot).sum(dim=-1, keepdim=True) + 1
+
+        # the best of all that are one token longer, the best first
+        sums = log_prob[..., None] + logp
+        scores = (sums / length**length_penalty).flatten(1)
+        scores, choice = scores.topk(min(num_beams, scores.shape[1]))
+        log_prob = sums.flatten(1).gather(1, choice)
+        parents = choice // logp.shape[-1]
+        tokens = choice % logp.shape[-1]
+        sentence = torch.arange(n, device=ids.device)[:, None]
+        ids = torch.cat([ids[sentence, parents], tokens[..., None]], dim=2)
+
+        ended = (ids == eot).any(dim=-1)
+        highest, hypothesis = scores.masked_fill(~ended, -torch.inf).max(dim=1)
+        # here the CPU waits for a GPU, three times a step and for each better translation
+        hypotheses = zip(highest.tolist(), hypothesis.tolist(), strict=True)
+        for row, (score, hypothesis) in enumerate(hypotheses):
+            number = open_sentences[row]
+            if score > best[number].score:
+                found = ids[row, hypothesis].tolist()
+                best[number] = Translation(found[: found.index(eot)], score, ended=True)
+        going = [row for row, over in enumerate(ended.all(dim=1).tolist()) if not over]
+        if step == limit - 1 or not going:
+            break
+        kept = torch.tensor(going, device=ids.device)
+        rows = sentence * k + parents  # of the state
+        state.select(rows[kept].flatten())
+        ids = ids[kept]
+        log_prob = log_prob[kept]
+        open_sentences = [open_sentences[row] for row in going]
+        idx = ids[..., -1].view(-1, 1)
+    for row, number in enumerate(open_sentences):
+        if not best[number].ended:
+            hypothesis = ids[row, 0].tolist()
+            best[number] = Translation(hypothesis, float(scores[row, 0]), ended=False)
+    return best
+
+
+def score(translations: list[str], references: list[str]) -> dict[str, float | str]:
+    """Compute BLEU and chrF, both from 0 to 100, with sacrebleu's signatures, which say how they were computed.
+
+    Source: Papineni et al. 2002, "BLEU: a method for automatic evaluation of machine translation"; Popovic 2015, "chrF:
+    character n-gram F-score for automatic MT evaluation"; Post 2018, arXiv:1804.08771.
+    """
+    from sacrebleu.metrics import BLEU, CHRF
+
+    scores = {}
+    for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+        scores[name] = metric.corpus_score(translations, [references]).score
+        scores[f"{name}_signature"] = str(metric.get_signature())
+    return scores

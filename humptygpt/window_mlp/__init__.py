@@ -1,0 +1,1 @@
+"""The article's first network, without attention."""

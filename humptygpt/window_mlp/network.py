@@ -1,0 +1,81 @@
+"""The article's first networks: feed-forward, without attention, over a window of tokens."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from humptygpt.layers import ACTIVATIONS, Dropout, Linear, with_loss
+
+
+class NumberEmbedding(nn.Module):
+    """Each token is a single number, its own, and nothing is trained: the first is 1 / V, the second 2 / V, ..., 1.
+
+    No token is 0: that stands for no token.
+    """
+
+    def __init__(self, vocab_size: int, n_embd: int):
+        super().__init__()
+        self.vocab_size = vocab_size
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """idx: (B, T). Returns (B, T, 1)."""
+        return ((idx + 1) / self.vocab_size)[..., None]
+
+
+EMBEDDINGS = {"table": nn.Embedding, "number": NumberEmbedding}
+
+
+class WindowMLP(nn.Module):
+    """A feed-forward network that reads the last `window` tokens side by side and predicts the next one.
+
+    It does so at every position of a text. Where the window reaches back before the first token that was given, there
+    are zeros, in training as in use; so block_size should be several times the window.
+    n_layer hidden layers of n_hidden neurons, by default as many as there are inputs.
+    Source: Bengio et al. 2003, "A neural probabilistic language model".
+    """
+
+    tasks = ("language modelling",)
+    has_encoder = False
+    has_state = False  # two neighbouring windows share nothing but their embeddings
+
+    def __init__(self, config):
+        """config: a ModelConfig."""
+        super().__init__()
+        self.config = config
+        inputs = config.window * config.n_embd
+        n_hidden = config.n_hidden or inputs
+        self.wte = EMBEDDINGS[config.embedding](config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(
+            Linear(n_hidden if i else inputs, n_hidden, config.bias)
+            for i in range(config.n_layer)
+        )
+        self.activation = ACTIVATIONS[config.activation]
+        self.dropout = Dropout(config.dropout)
+        self.lm_head = nn.Linear(n_hidden, config.vocab_size, bias=config.bias)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Matrices normal, 1 / sqrt(inputs), which keeps the variance; head 0: all tokens equally likely."""
+        for layer in self.layers:
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        nn.init.zeros_(self.lm_head.weight)
+        if self.config.bias:
+            for layer in (*self.layers, self.lm_head):
+                nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """idx: (B, T) token ids. targets: (B, T), -1 where no loss is counted.
+
+        Returns logits (B, T, V) and the mean cross-entropy in nats, None without targets.
+        """
+        window = self.config.window
+        x = F.pad(self.wte(idx), (0, 0, window - 1, 0))  # (B, window - 1 + T, C)
+        x = x.unfold(1, window, 1).mT.flatten(2)  # (B, T, window C), the oldest token first
+        for layer in self.layers:
+            x = self.dropout(self.activation(layer(x)))
+        return with_loss(self, self.lm_head(x), targets)
+
+    def next_logits(self, idx: Tensor) -> Tensor:
+        """As forward, but of the token after the last one alone: (B, V)."""
+        return self(idx[:, -self.config.window :])[0][:, -1]
