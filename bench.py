@@ -31,6 +31,7 @@ A --config's own device, dtype, compile and evaluation settings do not count her
 
 import importlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ if __name__ == "__main__":
     machine.start()  # before numpy and torch are loaded
 
 from humptygpt import config as configurator
-from humptygpt.config import UserError, check, setting, without_effect
+from humptygpt.config import check_above_0, check_choices, check_least
 
 MODES = {  # the module of benchmarks/ whose bench() answers
     "train": "step_time",
@@ -51,55 +52,49 @@ MODES = {  # the module of benchmarks/ whose bench() answers
     "gpu": "gpu",
 }
 NEEDED = {"loss": "nanogpt", "page": "page"}
-RIVAL = {"only_with": {"what": ("train", "loss", "sample", "gpu")}}
-TRAINING = {"only_with": {"what": ("train", "loss", "profile")}}
-ANY_DEVICE = {"only_with": {"what": ("train", "loss", "profile", "gpu")}}
-STEPS = {"only_with": {"what": ("train", "profile")}}
-LOSS = {"only_with": {"what": "loss"}}
-SAMPLE = {"only_with": {"what": "sample"}}
-PAGE = {"only_with": {"what": "page"}}
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    what: str = setting("train", "what to measure: see above", "benchmark", choices=MODES)
-    nanogpt: str | None = setting(
-        None, "a nanoGPT checkout to compare with", path=True, **RIVAL
-    )
-    config: str | None = setting(
-        None, "config file; None: nanoGPT's CPU preset, or the demo", path=True, **TRAINING
-    )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps", **ANY_DEVICE)
-    dtype: str | None = setting(
-        None,
-        "of ours; None: nanoGPT's in train, else auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        **TRAINING,
-    )
-    steps: int = setting(300, "timed steps", at_least=1, **STEPS)
-    target: float = setting(1.88, "the validation loss to be reached", above=0, **LOSS)
-    seeds: int = setting(
-        3, "runs of each, one of ours after one of nanoGPT's", at_least=1, **LOSS
-    )
-    size: str = setting("gpt2", "of the model", choices=("0.8M", "gpt2"), **SAMPLE)
-    weights: str = setting(
-        "float32", "dtype of the weights", choices=("float32", "bfloat16", "int8"), **SAMPLE
-    )
-    compile: bool = setting(False, "ours: compile the step of one token", **SAMPLE)
-    texts: int = setting(1, "that are continued together", at_least=1, **SAMPLE)
-    prompt: int = setting(8, "tokens of each text", at_least=1, **SAMPLE)
-    new_tokens: int = setting(
-        32, "tokens of each text after the prompt", at_least=2, **SAMPLE
-    )
-    rounds: int = setting(
-        3, "measurements of each, one of ours after one of each other", at_least=1, **SAMPLE
-    )
-    page: str | None = setting(None, "an HTML file that explain.py made", path=True, **PAGE)
-    keystrokes: int = setting(50, "that are timed", at_least=1, **PAGE)
-    short: bool = setting(False, "small models and few steps", only_with={"what": "gpu"})
+    # benchmark
+    what: str = "train"  # what to measure: see above
+    nanogpt: str | None = None  # a nanoGPT checkout to compare with
+    config: str | None = None  # config file; None: nanoGPT's CPU preset, or the demo
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
+    dtype: str | None = None  # of ours; None: nanoGPT's in train, else auto
+    # what=train, profile
+    steps: int = 300  # timed steps
+    # what=loss
+    target: float = 1.88  # the validation loss to be reached
+    seeds: int = 3  # runs of each, one of ours after one of nanoGPT's
+    # what=sample
+    size: str = "gpt2"  # of the model
+    weights: str = "float32"  # dtype of the weights
+    compile: bool = False  # ours: compile the step of one token
+    texts: int = 1  # that are continued together
+    prompt: int = 8  # tokens of each text
+    new_tokens: int = 32  # tokens of each text after the prompt
+    rounds: int = 3  # measurements of each, one of ours after one of each other
+    # what=page
+    page: str | None = None  # an HTML file that explain.py made
+    keystrokes: int = 50  # that are timed
+    # what=gpu
+    short: bool = False  # small models and few steps
 
-    def __post_init__(self):
-        check(self)
+    @classmethod
+    def choices(cls) -> dict[str, Collection[str]]:
+        return {
+            "what": MODES,
+            "dtype": ("auto", "float32", "bfloat16", "float16"),
+            "size": ("0.8M", "gpt2"),
+            "weights": ("float32", "bfloat16", "int8"),
+        }
+
+    def validate(self) -> None:
+        check_choices(self)
+        check_least(self, 1, "steps", "seeds", "texts", "prompt", "rounds", "keystrokes")
+        check_least(self, 2, "new_tokens")
+        check_above_0(self, "target")
         needed = NEEDED.get(self.what)
         if needed and getattr(self, needed) is None:
             raise ValueError(f"what={self.what} needs --{needed}=PATH")
@@ -110,11 +105,7 @@ class BenchConfig:
 
 
 def main(argv: list[str]) -> None:
-    given = configurator.read(argv, BenchConfig)
-    config = configurator.make(BenchConfig, given)
-    for key, why in without_effect(vars(config), BenchConfig).items():
-        if key in given:
-            raise UserError(f"{key}={given[key]} has no effect {why}")
+    config = configurator.make(BenchConfig, configurator.read(argv, BenchConfig))
     mode = importlib.import_module(f"benchmarks.{MODES[config.what]}")
     print(json.dumps(mode.bench(config)))
 

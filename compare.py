@@ -33,9 +33,10 @@ from pathlib import Path
 
 from humptygpt import config as configurator
 from humptygpt import machine
-from humptygpt.config import UserError, note, parse_json, setting
+from humptygpt.config import UserError, note
 from humptygpt.files import write_whole
 from humptygpt.metrics import read_metrics
+from humptygpt.schema import parse_json
 
 # torch and matplotlib are imported where they are needed: they take seconds, and a misspelt key should not wait.
 
@@ -64,26 +65,18 @@ BITS = "best_bits_per_byte"
 
 @dataclass(frozen=True)
 class CompareConfig:
-    runs: tuple[str, ...] = setting(
-        (), "folders of runs; bare arguments are added to them", "compare", path=True
-    )
-    group: bool = setting(
-        False,
-        "compare within each folder of runs, and merge runs that differ in the seed alone",
-    )
-    baseline: str | None = setting(
-        None, "the row to compare with in each group, as group=True; None: the first"
-    )
-    picture: str | None = setting(
-        "out/compare.png", "PNG file of the losses; None: no picture", path=True
-    )
-    json: str | None = setting(
-        None,
-        "JSON file of the table, a list of objects; -: stdout, with nothing else there",
-        path=True,
-    )
+    # compare
+    runs: tuple[str, ...] = ()  # folders of runs; bare arguments are added to them
+    group: bool = False  # compare within each folder of runs, and merge seeds
+    baseline: str | None = None  # the row to compare with in each group; None: the first
+    picture: str | None = "out/compare.png"  # PNG file of the losses; None: no picture
+    json: str | None = None  # JSON file of the table, a list of objects; -: stdout
 
-    def __post_init__(self):
+    @classmethod
+    def choices(cls) -> dict:
+        return {}
+
+    def validate(self) -> None:
         if self.picture is not None and not self.picture.lower().endswith(".png"):
             raise ValueError(f"picture={self.picture} must end in .png")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from humptygpt import config as configurator
 from humptygpt import machine
-from humptygpt.config import check, setting
+from humptygpt.config import check_above_0, check_choices
 from humptygpt.files import write_whole
 
 # torch is imported where it is needed: it takes seconds, and a misspelt key should not wait.
@@ -25,26 +25,21 @@ SOURCES = Path(__file__).parent / "explain"
 
 @dataclass(frozen=True)
 class ExplainConfig:
-    out_dir: str = setting("out", "folder of the run", "explain", path=True)
-    checkpoint: str = setting(
-        "best", "best.pt (lowest loss), or latest: ckpt.pt", choices=("best", "latest")
-    )
-    to: str | None = setting(
-        None, "HTML file to write; None: explain.html in out_dir", path=True
-    )
-    start: str = setting(
-        "",
-        "the text that the page starts with, of a translation the sentence; by default the first validation tokens",
-    )
-    snapshots: bool = setting(
-        True, "put the weights of earlier steps into the page, which the run has kept"
-    )
-    max_mb: float = setting(
-        32.0, "megabytes that the weights may take in the page", above=0
-    )
+    # explain
+    out_dir: str = "out"  # folder of the run
+    checkpoint: str = "best"  # best.pt (lowest loss), or latest: ckpt.pt
+    to: str | None = None  # HTML file to write; None: explain.html in out_dir
+    start: str | None = None  # the text, or the sentence, with which the page starts
+    snapshots: bool = True  # put the weights of earlier steps into the page
+    max_mb: float = 32.0  # megabytes that the weights may take in the page
 
-    def __post_init__(self):
-        check(self)
+    @classmethod
+    def choices(cls) -> dict[str, tuple[str, ...]]:
+        return {"checkpoint": ("best", "latest")}
+
+    def validate(self) -> None:
+        check_choices(self)
+        check_above_0(self, "max_mb")
 
 
 def main(argv: list[str]) -> None:

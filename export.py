@@ -12,19 +12,17 @@ format=ckpt every model, as the one file that all scripts open.
 
 import json
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from humptygpt import config as configurator
 from humptygpt import machine
-from humptygpt.config import UserError, check, setting
+from humptygpt.config import UserError, check_choices
 from humptygpt.files import whole, write_whole
 
 # torch is imported where it is needed: it takes seconds, and a misspelt key should not wait.
 
-INIT_FROM = (
-    "resume: from a checkpoint in out_dir; or a run, a checkpoint, a model's folder, gpt2"
-)
 DTYPES = {
     "transformers": ("float32", "bfloat16"),
     "gguf": ("float32", "bfloat16", "q8_0"),
@@ -36,27 +34,24 @@ FORMATS = {".gguf": "gguf", ".pt": "ckpt"}
 
 @dataclass(frozen=True)
 class ExportConfig:
-    init_from: str = setting("resume", INIT_FROM, "export")
-    out_dir: str = setting(
-        "out", "folder of the run to export, or a checkpoint in it", path=True
-    )
-    checkpoint: str = setting(
-        "best", "best.pt (lowest loss), or latest: ckpt.pt", choices=("best", "latest")
-    )
-    to: str | None = setting(
-        None, "new folder, or of gguf and ckpt the file, to write", path=True
-    )
-    format: str | None = setting(
-        None,
-        "transformers: a folder; gguf: a file for llama.cpp; ckpt: one checkpoint; None: by the ending of --to",
-        choices=DTYPES,
-    )
-    dtype: str = setting(
-        "float32", "of the weights; q8_0, of gguf alone: 8 bits", choices=DTYPES["gguf"]
-    )
+    # export
+    init_from: str = "resume"  # resume: from a checkpoint in out_dir; or a run, a checkpoint, a model's folder, gpt2
+    out_dir: str = "out"  # folder of the run to export, or a checkpoint in it
+    checkpoint: str = "best"  # best.pt (lowest loss), or latest: ckpt.pt
+    to: str | None = None  # new folder, or of gguf and ckpt the file, to write
+    format: str | None = None  # None: by the ending of --to
+    dtype: str = "float32"  # of the weights; q8_0: 8 bits, only for gguf
 
-    def __post_init__(self):
-        check(self)
+    @classmethod
+    def choices(cls) -> dict[str, Collection[str]]:
+        return {
+            "checkpoint": ("best", "latest"),
+            "format": DTYPES,
+            "dtype": DTYPES["gguf"],
+        }
+
+    def validate(self) -> None:
+        check_choices(self)
         dtypes = DTYPES[self.resolved_format]
         if self.dtype not in dtypes:
             raise ValueError(
@@ -110,11 +105,11 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
     from humptygpt.convert.model_card import model_card
     from humptygpt.convert.write_huggingface import tokenizer_files
     from humptygpt.settings import TrainConfig
-    from humptygpt.tasks import TASKS
+    from humptygpt.tasks import find_task
     from model import ModelConfig
 
     defaults = vars(ModelConfig()) | vars(TrainConfig())
-    task = TASKS[loaded.task]
+    task = find_task(loaded.task)
     card = model_card(loaded, to.name, task.card_prompt, task.card_note, defaults)
     files = tokenizer_files(loaded.tokenizer, loaded.model.config.block_size)
     files["generation_config.json"] = generation_config(loaded).encode()

@@ -1,58 +1,144 @@
-"""Every block of a transformer, the GPT and the encoder-decoder Transformer built from them.
-
-Shapes: B batch, T target length, S source length (tokens attended to), C n_embd, H heads, D head size (C / H unless
-head_size says otherwise), V vocabulary.
-
-The GPT, with its default blocks (block=pre_norm):
+"""The GPT: its config, the parts it is built from, the model itself, and how it writes. Needs nothing but PyTorch.
 
     idx (B, T)
      |
      embedding + positional encoding
      |
-     |--- norm -- attention -- dropout --+     each token attends to the tokens before it
+     |--- norm -- attention -- dropout --+      each token attends to the tokens before it
      +<----------------------------------|
-     |--- norm -- feed-forward -- dropout --+  each token by itself
-     +<-------------------------------------|  ... both n_layer times
+     |--- norm -- feed-forward -- dropout --+   each token by itself
+     +<-------------------------------------|   ... both n_layer times
      |
      norm -- head
      |
-    logits (B, T, V)                           softmax makes them the probabilities of the next token
+    logits (B, T, V)                            softmax turns them into probabilities of the next token
 
-The original transformer, which translates, is two such stacks. In the encoder each token of the source attends to all
-of them; the decoder is the picture above with a third branch between its two, cross-attention, in which each token of
-the target attends to the encoder's output.
+Shapes: B batch, T new tokens, S tokens attended to, C n_embd, H heads, D head size, V vocabulary.
 
-A variant is one class or function and one line in a dictionary (NORMS, POSITIONS, ...); the config names it.
+A variant is one class or function and one line in a dictionary (NORMS, POSITIONS, BLOCKS, ...). The config names it.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from humptygpt.config import check, setting
-from humptygpt.finetune import lora
-from humptygpt.layers import (
-    ACTIVATIONS,
-    NO_MASK,
-    CausalConv,
-    DecoderState,
-    Dropout,
-    LayerState,
-    Linear,
-    Mask,
-    PositionIds,
-    attend,
-    attention_mask,
-    distances,
-    with_loss,
-)
-from humptygpt.window_mlp.network import EMBEDDINGS, WindowMLP
+# --------------------------------------------------------------------------------------
+# The config
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything needed to build a GPT. A checkpoint stores it beside the weights."""
+
+    # model
+    model: str = "gpt"  # transformer: encoder-decoder; window_mlp: no attention; number_mlp: nor an embedding
+    n_layer: int = 4  # blocks; transformer: in each stack; window_mlp: hidden layers
+    n_head: int = 2  # attention heads in a block
+    n_kv_head: int | None = None  # heads of keys and values (GQA); None: n_head; 1: MQA
+    n_embd: int = 128  # embedding dimension: the width of the model
+    head_size: int | None = None  # features of an attention head; None: n_embd / n_head
+    n_hidden: int | None = None  # neurons of the MLP; None: 4 n_embd, gated 8/3 n_embd
+    block_size: int = 256  # context length in tokens; transformer: of source and of target
+    window: int = 0  # sliding window of attention in tokens; 0: the whole context; window_mlp: tokens read
+    vocab_size: int | None = None  # embedding rows; None: the tokenizer's size
+    dropout: float = 0.0  # probability that an activation is zeroed in training
+    label_smoothing: float = 0.0  # fraction of a target spread over the vocabulary
+    bias: bool = False  # biases in linear layers and layer norms, as in GPT-2
+    attn_bias: bool | None = None  # biases in attention's linear layers; None: as bias
+    mlp_bias: bool | None = None  # biases in the feed-forward network; None: as bias
+    tie_weights: bool = False  # the embedding and the output head share one matrix
+    position: str = "rotary"  # positional encoding
+    rope_base: float = 10000.0  # rotary: base of the frequencies (rope_theta)
+    rope_factor: float = 1.0  # rotary: divides low frequencies, as in Llama 3.1; 1: off
+    rope_low_freq_factor: float = 1.0  # rope_factor: fewer turns in the context are low
+    rope_high_freq_factor: float = 4.0  # rope_factor: with more turns than this, kept
+    rope_original_context: int = 8192  # rope_factor: context length before it was extended
+    norm: str = "layernorm"  # norm of the activations
+    norm_eps: float = 1e-5  # added to a norm's variance or mean square
+    block: str = "pre_norm"  # how norms and residual connections join the parts of a block
+    attention: str = "softmax"  # attention of a block
+    mlp: str = "plain"  # feed-forward network; gated with silu is SwiGLU
+    mlp_conv: int = 3  # tokens that a causal convolution before the MLP looks back; 0: off
+    activation: str = "relu_squared"  # nonlinearity of the feed-forward network
+    qk_norm: bool = True  # RMS norm of queries and keys, which bounds the scores
+    embed_norm: bool = False  # a norm after the embedding
+    logit_soft_cap: float = 0.0  # keeps logits between -cap and cap by tanh; 0: off
+    init: str = "zero"  # initial weights; zero: each block starts as the identity
+
+    @classmethod
+    def choices(cls) -> dict[str, Collection[str]]:
+        """Return {key: its variants}."""
+        return {
+            "position": POSITIONS,
+            "norm": NORMS,
+            "block": BLOCKS,
+            "attention": ATTENTIONS,
+            "mlp": MLPS,
+            "activation": ACTIVATIONS,
+            "init": ("gpt2", "zero"),
+        }
+
+    def validate(self) -> None:
+        """Raise ValueError for the first value or combination that makes no sense."""
+        self.check_values()
+        if self.head_size is None and self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, or set head_size"
+            )
+        if self.n_head % self.kv_heads:
+            raise ValueError(
+                f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}"
+            )
+        if self.position == "rotary" and self.features % 2:
+            raise ValueError(
+                f"position=rotary turns pairs, so head_size={self.features} must be even"
+            )
+        if self.init == "zero" and not BLOCKS[self.block].residual:
+            raise ValueError(
+                f"block={self.block} adds nothing to its input, so init=zero would make it output 0; take init=gpt2"
+            )
+        if self.mlp == "none" and self.block == "parallel":
+            raise ValueError("block=parallel needs a feed-forward network, not mlp=none")
+
+    def check_values(self) -> None:
+        """Raise ValueError for the first value that is out of range by itself."""
+        for name, choices in self.choices().items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name}={value} is not one of: {', '.join(choices)}")
+        sizes = "n_layer n_head n_kv_head n_embd head_size n_hidden block_size vocab_size"
+        for name in sizes.split():
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= 2**20:
+                raise ValueError(f"{name}={value} must be at least 1 and at most {2**20}")
+        for name in ("rope_base", "rope_factor", "rope_original_context", "norm_eps"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}={value} must be above 0")
+        for name in ("dropout", "label_smoothing"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value} must be at least 0 and below 1")
+        if not 0 <= self.window <= self.block_size:
+            raise ValueError(
+                f"window={self.window} must be at least 0 and at most block_size={self.block_size}"
+            )
+        if self.mlp_conv < 0:
+            raise ValueError(f"mlp_conv={self.mlp_conv} must be at least 0")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def features(self) -> int:
+        """Features of an attention head."""
+        return self.head_size or self.n_embd // self.n_head
+
 
 # --------------------------------------------------------------------------------------
 # Norms: keep activations at a scale at which a deep network trains well.
@@ -64,148 +150,152 @@ class LayerNorm(nn.LayerNorm):
     Source: Ba et al. 2016, arXiv:1607.06450.
     """
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__(config.n_embd, eps=config.norm_eps, bias=config.bias)
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / root mean square over the last dimension, times a trained scale; no mean is subtracted.
+    """x / root mean square over the last dimension, times a trained scale. No mean is subtracted.
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__(config.n_embd, eps=config.norm_eps)
 
 
 class NoNorm(nn.Identity):
-    """x as it is."""
+    """x unchanged."""
 
 
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "none": NoNorm}
 
 
 # --------------------------------------------------------------------------------------
-# Positional encodings: attention alone cannot tell the order of its tokens. A scheme can act in three places.
+# Positions: attention by itself cannot tell the order of its tokens. A scheme can act in three places.
 
 
-class PositionalEncoding(nn.Module):
-    """No positional encoding: three hooks that change nothing. Each scheme overrides one of them."""
+class Position(nn.Module):
+    """No positional encoding: three hooks that change nothing. Each scheme overrides one of them.
 
-    def __init__(self, config: "ModelConfig"):
+    at: positions of the T new tokens, a slice, or (B, T) int64 if the texts of a batch start at different positions.
+    """
+
+    def __init__(self, config: ModelConfig):
         super().__init__()
 
-    def embed(self, x: Tensor, at: PositionIds) -> Tensor:
-        """x: (B, T, C), the token embeddings. Returns (B, T, C)."""
+    def embed(self, x: Tensor, at: slice | Tensor) -> Tensor:
+        """Change the token embeddings x, (B, T, C)."""
         return x
 
-    def rotary(self, at: PositionIds) -> tuple[Tensor, Tensor] | None:
-        """(cos, sin) for rotate(), each (T, D) or (B, 1, T, D)."""
+    def rotary(self, at: slice | Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return (cos, sin) for rotate(), each (T, D) or (B, 1, T, D)."""
         return None
 
-    def score_bias(self, T: int, S: int) -> Tensor | None:
-        """(1, H, T, S), added to the scores before softmax; the queries are the last T of the S positions."""
+    def score_bias(self, distance: Tensor) -> Tensor | None:
+        """Return (1, H, T, S), added to the scores before softmax. distance: (T, S), from each key to each query."""
         return None
 
 
-class LearnedPosition(PositionalEncoding):
+class LearnedPosition(Position):
     """One trained vector per position of the context, added to the token's embedding, as in GPT-2."""
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
 
-    def embed(self, x: Tensor, at: PositionIds) -> Tensor:
+    def embed(self, x: Tensor, at: slice | Tensor) -> Tensor:
         return x + self.wpe.weight[at]
 
 
-class SinusoidalPosition(PositionalEncoding):
+class SinusoidalPosition(Position):
     """Fixed sinusoids of geometrically spaced wavelengths, added to the embedding.
 
-    Features 2i and 2i + 1 are sin and cos of p / 10000^(2i/C) at position p. The embedding is multiplied by sqrt(C)
-    first, or the sinusoids would dominate it. Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3.4 and 3.5.
+    Features 2i and 2i + 1 are sin and cos of p / 10000^(2i/C) at position p. The embedding is first multiplied by
+    sqrt(C), or the sinusoids would dominate it. Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3.4 and 3.5.
     """
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__(config)
         i = torch.arange(config.n_embd)
         frequency = 10000.0 ** (-(i - i % 2) / config.n_embd)
-        position = torch.arange(config.block_size, dtype=torch.float32)
-        angle = position[:, None] * frequency  # (block_size, C)
-        sinusoids = torch.where(i % 2 == 0, angle.sin(), angle.cos())
-        self.register_buffer("sinusoids", sinusoids, persistent=False)
+        angle = (
+            torch.arange(config.block_size, dtype=torch.float32)[:, None] * frequency
+        )  # (block_size, C)
+        self.register_buffer(
+            "sinusoids", torch.where(i % 2 == 0, angle.sin(), angle.cos()), persistent=False
+        )
 
-    def embed(self, x: Tensor, at: PositionIds) -> Tensor:
+    def embed(self, x: Tensor, at: slice | Tensor) -> Tensor:
         return x * math.sqrt(x.shape[-1]) + self.sinusoids[at]
 
 
-class RotaryPosition(PositionalEncoding):
-    """Rotate pairs of features of queries and keys by angles proportional to position: q.k depends on distance alone.
+class RotaryPosition(Position):
+    """Rotate pairs of features of queries and keys by angles proportional to position: q.k depends only on distance.
 
     Pair i of the D / 2 pairs turns by rope_base^(-2i/D) radians per position, computed in float32.
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34; pairs are (i, i + D/2), the layout of Llama's weights.
-
-    rope_factor extends the context of a trained model: frequencies with fewer than rope_low_freq_factor turns in
-    rope_original_context are divided by it, so that no new angle occurs; those with more than rope_high_freq_factor
-    turns, which tell neighbours apart, stay; between the two it is interpolated.
-    Source: Grattafiori et al. 2024 (Llama 3), arXiv:2407.21783, and the code of Llama 3.1.
     """
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__(config)
-        head_size = config.head_size or config.n_embd // config.n_head
-        exponent = -torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
+        exponent = (
+            -torch.arange(0, config.features, 2, dtype=torch.float32) / config.features
+        )
         frequency = config.rope_base**exponent  # (D / 2), in radians per position
         if config.rope_factor != 1:
-            frequency = frequency * frequency_scale(
-                frequency,
-                config.rope_factor,
-                config.rope_low_freq_factor,
-                config.rope_high_freq_factor,
-                config.rope_original_context,
-            )
-        position = torch.arange(config.block_size, dtype=torch.float32)
-        angle = position[:, None] * frequency  # (block_size, D / 2)
-        # (block_size, D)
-        self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)
+            frequency = frequency * llama_scale(frequency, config)
+        angle = (
+            torch.arange(config.block_size, dtype=torch.float32)[:, None] * frequency
+        )  # (block_size, D / 2)
+        self.register_buffer(
+            "cos", torch.cat([angle.cos(), angle.cos()], dim=1), persistent=False
+        )
         self.register_buffer(
             "sin", torch.cat([-angle.sin(), angle.sin()], dim=1), persistent=False
         )
 
-    def rotary(self, at: PositionIds) -> tuple[Tensor, Tensor]:
-        if isinstance(at, slice):
-            return self.cos[at], self.sin[at]
-        return self.cos[at][:, None], self.sin[at][:, None]
+    def rotary(self, at: slice | Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.cos[at], self.sin[at]
+        return (cos, sin) if isinstance(at, slice) else (cos[:, None], sin[:, None])
 
 
-def frequency_scale(
-    frequency: Tensor, factor: float, low: float, high: float, context: int
-) -> Tensor:
-    """Return what Llama 3.1 multiplies each rotary frequency by: see RotaryPosition."""
-    turns = context * frequency / (2 * math.pi)
+def llama_scale(frequency: Tensor, config: ModelConfig) -> Tensor:
+    """Return the factors by which Llama 3.1 extends the context of a trained model.
+
+    Frequencies with fewer than rope_low_freq_factor turns in the original context are divided by rope_factor, so that
+    no new angle occurs. Those with more than rope_high_freq_factor turns, which tell neighbours apart, are kept, and
+    those between are interpolated. Source: Grattafiori et al. 2024, arXiv:2407.21783, and the code of Llama 3.1.
+    """
+    turns = config.rope_original_context * frequency / (2 * math.pi)
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)  # the fraction that is not divided
-    return kept + (1 - kept) / factor
+    return kept + (1 - kept) / config.rope_factor
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """(a, b) -> (a cos - b sin, b cos + a sin) for all pairs at once. x: (B, H, T, D). Returns its shape and dtype."""
-    cos, sin = rotary
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+    """Turn all pairs at once: (a, b) -> (a cos - b sin, b cos + a sin).
+
+    x: (B, H, T, D). Returns its shape and dtype.
+    """
+    cos, sin = rotary  # sin is negated in its first half
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (b, a)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
-class AlibiPosition(PositionalEncoding):
+class AlibiPosition(Position):
     """Scores decrease linearly with distance, at a different rate in each head.
 
     Source: Press et al. 2021, arXiv:2108.12409.
     """
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__(config)
         slopes = torch.tensor(alibi_slopes(config.n_head)).view(1, -1, 1, 1)
         self.register_buffer("slopes", slopes, persistent=False)
 
-    def score_bias(self, T: int, S: int) -> Tensor:
-        return -self.slopes * distances(T, S, self.slopes.device).abs()
+    def score_bias(self, distance: Tensor) -> Tensor:
+        return -self.slopes * distance.abs()
 
 
 def alibi_slopes(n_head: int) -> list[float]:
@@ -217,7 +307,7 @@ def alibi_slopes(n_head: int) -> list[float]:
 
 
 POSITIONS = {
-    "none": PositionalEncoding,
+    "none": Position,
     "learned": LearnedPosition,
     "sinusoidal": SinusoidalPosition,
     "rotary": RotaryPosition,
@@ -226,111 +316,236 @@ POSITIONS = {
 
 
 # --------------------------------------------------------------------------------------
-# Attention
+# Dropout
 
 
-class BlockInputs(NamedTuple):
-    """What is the same for all blocks of a stack in one forward pass.
+class Dropout(nn.Module):
+    """In training, zero each activation with probability p and scale the others by 1 / (1 - p).
 
-    cached: where these tokens end in the state's buffers, and how many tokens the buffers hold.
-    masks: of self-attention, {window: mask}. context_mask: of cross-attention.
-    rotary: as from PositionalEncoding.rotary.
-    context: (B, S, C), what cross-attention looks at; None where a state has its keys and values.
-    padding: (B, T) bool, True where x is no token; None: nowhere.
+    The network cannot rely on any single activation, so it memorises less. Source: Srivastava et al. 2014, "Dropout: a
+    simple way to prevent neural networks from overfitting".
     """
 
-    cached: tuple[int, int] | None
-    masks: dict[int, Mask]
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
+        # drawing random numbers takes longest on a CPU, so 64 random bits decide on four elements
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+        bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
+        kept = bits >= min(round(2**16 * self.p), 2**16 - 1) - 2**15
+        return x * (kept.to(x.dtype) * (1 / (1 - self.p)))
+
+
+# --------------------------------------------------------------------------------------
+# Attention: each token looks at the tokens before it.
+
+# What is added to the scores, broadcast to (B, H, T, S), or None; and whether instead, with T = S, no query attends to
+# a later key
+Mask = tuple[Tensor | None, bool]
+# Use the explicit formula up to this many scores in a layer: 64 MB in bfloat16
+EXPLICIT_SCORES = 2**25
+
+
+class Shared(NamedTuple):
+    """What all blocks share in one forward pass.
+
+    at: positions of the T new tokens, as Position takes them. end: the position after them. masks: by window.
+    rotary: as from Position.rotary. padding: (B, T) bool, True if a token is padding; None: no token is.
+    """
+
+    at: slice | Tensor
+    end: int
     rotary: tuple[Tensor, Tensor] | None
-    context: Tensor | None
-    context_mask: Mask
+    masks: dict[int, Mask]
     padding: Tensor | None
 
 
-class Attention(nn.Module):
-    """Several heads of attention side by side, their results concatenated and mixed.
+class SelfAttention(nn.Module):
+    """H heads side by side, each softmax(q k^T / sqrt(D) + mask) v; their results are concatenated and mixed.
 
-    With n_kv_head below n_head, groups of query heads share one head of keys and values, which makes the decoder's
-    state smaller. Source: Shazeer 2019, arXiv:1911.02150 (one for all); Ainslie et al. 2023, arXiv:2305.13245 (groups).
+    With n_kv_head below n_head, groups of query heads share one head of keys and values, which makes the cache smaller.
+    window: tokens that a query attends to, including its own; 0: all before it.
+    Sources: Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Ainslie et al. 2023, arXiv:2305.13245 (groups); Henry
+    et al. 2020, arXiv:2010.04245 (norm of queries and keys).
     """
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig, window: int = 0):
         super().__init__()
-        C = config.n_embd
-        self.n_head = config.n_head
-        self.n_kv_head = config.n_kv_head or config.n_head
-        self.head_size = config.head_size or C // config.n_head
-        self.qk_norm = config.qk_norm
-        self.dropout = Dropout(config.dropout)
+        D = config.features
         bias = config.bias if config.attn_bias is None else config.attn_bias
-        self.q_proj = Linear(C, self.n_head * self.head_size, bias)
-        self.k_proj = Linear(C, self.n_kv_head * self.head_size, bias)
-        self.v_proj = Linear(C, self.n_kv_head * self.head_size, bias)
-        self.o_proj = Linear(self.n_head * self.head_size, C, bias, ends_branch=True)
-
-    def queries(self, x: Tensor) -> Tensor:
-        """x: (B, T, C). Returns (B, H, T, D)."""
-        return self.split_heads(self.q_proj(x), self.qk_norm)
-
-    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (B, S, C). Returns twice (B, H or fewer, S, D)."""
-        return self.split_heads(self.k_proj(x), self.qk_norm), self.split_heads(
-            self.v_proj(x)
-        )
-
-    def split_heads(self, x: Tensor, norm: bool = False) -> Tensor:
-        """x: (B, T, H D). norm: of each vector, which bounds the scores. Returns (B, H, T, D).
-
-        Source of the norm: Henry et al. 2020, arXiv:2010.04245.
-        """
-        x = x.unflatten(-1, (-1, self.head_size))  # (B, T, H, D)
-        if norm:
-            x = F.rms_norm(x, x.shape[-1:])
-        return x.transpose(1, 2)
-
-    def attend_and_project(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-        """softmax(q k^T / sqrt(D) + mask) v in each head, and mix the heads. q, k, v, mask: as attend() takes them.
-
-        Returns (B, T, C).
-        """
-        y = attend(q, k, v, mask, self.dropout)  # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
-
-
-class SelfAttention(Attention):
-    """Queries, keys and values from one text. window: tokens that a query sees, itself included; 0: all."""
-
-    def __init__(self, config: "ModelConfig", window: int = 0):
-        super().__init__(config)
         self.window = window
+        self.head_size = D
+        self.n_head = config.n_head
+        self.n_kv_head = config.kv_heads
+        self.qk_norm = nn.RMSNorm(D, elementwise_affine=False) if config.qk_norm else None
+        self.dropout = Dropout(config.dropout)
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * D, bias)
+        self.k_proj = nn.Linear(config.n_embd, config.kv_heads * D, bias)
+        self.v_proj = nn.Linear(config.n_embd, config.kv_heads * D, bias)
+        self.o_proj = nn.Linear(config.n_head * D, config.n_embd, bias)
 
     def forward(
-        self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None
-    ) -> Tensor:
-        """x: (B, T, C), which follow the tokens in the state. Returns (B, T, C)."""
-        q = self.queries(x)
-        k, v = self.keys_and_values(x)
-        if inputs.rotary:
-            q = rotate(q, inputs.rotary)
-            k = rotate(k, inputs.rotary)
-        if state:
-            k, v = state.append(k, v, *inputs.cached)
-        return self.attend_and_project(q, k, v, inputs.masks[self.window])
-
-
-class CrossAttention(Attention):
-    """Queries from one text, keys and values from another, whose positions are unrelated."""
-
-    def forward(
-        self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None
+        self, x: Tensor, shared: Shared, cache: "LayerCache | None" = None
     ) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
-        k, v = state.cross if state else self.keys_and_values(inputs.context)
-        return self.attend_and_project(self.queries(x), k, v, inputs.context_mask)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        qk = self.heads(torch.cat([q, k], dim=-1))  # one after another: (B, 2 H, T, D)
+        if self.qk_norm:
+            qk = self.qk_norm(qk)
+        if shared.rotary:
+            qk = rotate(qk, shared.rotary)
+        q, k = qk.split([self.n_head, self.n_kv_head], dim=1)
+        v = self.heads(v)
+        if cache:
+            k, v = cache.append(k, v, shared.end)  # (B, H, S, D)
+        y = attend(q, k, v, shared.masks[self.window], self.dropout)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, T, H D) -> (B, H, T, D)."""
+        return x.view(*x.shape[:2], -1, self.head_size).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: Dropout) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v: the mean of the values, weighted by how well each key answers the query.
+
+    q: (B, H, T, D); k, v: (B, H, S, D), or with fewer heads. dropout: of the weights. Returns (B, H, T, D).
+    On a GPU, and without gradients, PyTorch's fused kernel computes the same. On a CPU its backward pass in bfloat16
+    takes three times as long, and its dropout is slow.
+    """
+    bias, is_causal = mask
+    q, k = q.to(v.dtype), k.to(v.dtype)  # a float32 parameter may have changed them
+    bias = None if bias is None else bias.to(v.dtype)
+    p = dropout.p if dropout.training else 0.0
+    explicit = torch.is_grad_enabled() and q.device.type == "cpu"
+    if explicit and not p:
+        fits = q.shape[:3].numel() * k.shape[2] <= EXPLICIT_SCORES
+        explicit = fits and torch.is_autocast_enabled("cpu")
+    if not explicit:
+        return F.scaled_dot_product_attention(
+            q, k, v, bias, p, is_causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    if q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, S)
+    if is_causal:
+        scores += scores.new_full(scores.shape[-2:], -torch.inf).triu(1)
+    if bias is not None:
+        scores += bias
+    return dropout(scores.softmax(dim=-1)) @ v
+
+
+def attention_mask(
+    distance: Tensor,
+    causal: bool = True,
+    window: int = 0,
+    bias: Tensor | None = None,
+    padding: Tensor | None = None,
+) -> Mask:
+    """Hide keys by -inf: later ones if causal, those `window` or more tokens away, and padding.
+
+    distance: (T, S) int64, from each key to each query, negative if the key is later. bias: (1, H, T, S), as from
+    Position.score_bias. padding: (B, S) bool, True if a key is padding.
+    """
+    T, S = distance.shape
+    limited = 0 < window < S
+    if causal and not limited and bias is None and padding is None and T in (1, S):
+        return None, T == S  # a single query, the last, sees everything
+    hidden = distance < 0 if causal else None
+    if limited:
+        far = distance.abs() >= window
+        hidden = far if hidden is None else hidden | far
+    if padding is not None:
+        padding = padding[:, None, None, :]
+        # softmax over no key at all is nan, so a token may at least attend to itself
+        hidden = padding if hidden is None else hidden | (padding & (distance != 0))
+    if hidden is None:
+        return bias, False
+    return torch.where(hidden, -torch.inf, 0.0 if bias is None else bias), False
+
+
+class LayerCache:
+    """Keys and values of one block, in buffers of `size` tokens, and the last inputs of its convolution."""
+
+    def __init__(self, size: int):
+        self.size = size
+        # (B, H, size, D), made when the first token shows shape, dtype and device
+        self.k = self.v = None
+        self.last_inputs = None  # (B, up to n, C), of a convolution over n earlier tokens
+
+    def append(self, k: Tensor, v: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Write k and v, (B, H, T, D), so that they end at position `end`. Returns all up to it, (B, H, S, D)."""
+        B, H, T, D = k.shape
+        if self.k is None:
+            self.k = k.new_zeros(B, H, self.size, D)
+            self.v = v.new_zeros(B, H, self.size, D)
+        self.k.narrow(2, end - T, T).copy_(k)
+        self.v.narrow(2, end - T, T).copy_(v)
+        return self.k.narrow(2, 0, end), self.v.narrow(2, 0, end)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, in this order; rows may repeat."""
+        self.k, self.v = self.k[rows], self.v[rows]
+        if self.last_inputs is not None:
+            self.last_inputs = self.last_inputs[rows]
+
+
+class Cache:
+    """What a decoder keeps of the tokens it has read, so that each new token is computed once.
+
+    length: tokens read. padding: (B,) int64, how many of the first tokens of each text are padding; None: none.
+    """
+
+    def __init__(self, n_layer: int, size: int):
+        self.length = 0
+        self.size = size
+        self.padding: Tensor | None = None
+        self.layers = [LayerCache(size) for _ in range(n_layer)]
+
+    def span(self, T: int) -> int:
+        """Return how many tokens the next T can attend to, including themselves."""
+        return self.length + T
+
+    def clear(self) -> None:
+        """Forget the tokens but keep the buffers."""
+        self.length = 0
+        self.padding = None
+        for layer in self.layers:
+            layer.last_inputs = None
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, int64, in this order; rows may repeat."""
+        for layer in self.layers:
+            layer.select(rows)
+        if self.padding is not None:
+            self.padding = self.padding[rows]
+
+
+ATTENTIONS = {"softmax": SelfAttention}
 
 
 # --------------------------------------------------------------------------------------
 # Feed-forward networks: the article's first network, applied to every token by itself.
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0)^2. Source: So et al. 2021, arXiv:2109.08668."""
+    return torch.relu(x).square()
+
+
+ACTIVATIONS = {
+    "relu": F.relu,  # max(x, 0): the article's
+    "gelu": F.gelu,  # x times the probability that a normal number is below x. Source: arXiv:1606.08415
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's, the same to within 0.001
+    "silu": F.silu,  # x / (1 + e^-x). Source: arXiv:1702.03118
+    "relu_squared": relu_squared,
+}
 
 
 class MLP(nn.Module):
@@ -339,13 +554,13 @@ class MLP(nn.Module):
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.3.
     """
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         n_hidden = config.n_hidden or 4 * config.n_embd
         bias = config.bias if config.mlp_bias is None else config.mlp_bias
         self.activation = ACTIVATIONS[config.activation]
-        self.up_proj = Linear(config.n_embd, n_hidden, bias)
-        self.down_proj = Linear(n_hidden, config.n_embd, bias, ends_branch=True)
+        self.up_proj = nn.Linear(config.n_embd, n_hidden, bias)
+        self.down_proj = nn.Linear(n_hidden, config.n_embd, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
@@ -355,18 +570,18 @@ class MLP(nn.Module):
 class GatedMLP(nn.Module):
     """Each hidden neuron is multiplied by a gate, which went through the activation. With silu: SwiGLU.
 
-    By default 8/3 C neurons, so that three matrices cost what the two of MLP do, rounded up to a multiple of 8, since
-    GPUs multiply matrices in tiles of 8. Source: Shazeer 2020, arXiv:2002.05202.
+    By default it has 8/3 C neurons, so that its three matrices cost what the two of MLP do, rounded up to a multiple of
+    8, since GPUs multiply matrices in tiles of 8. Source: Shazeer 2020, arXiv:2002.05202.
     """
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         n_hidden = config.n_hidden or 8 * math.ceil(config.n_embd / 3)
         bias = config.bias if config.mlp_bias is None else config.mlp_bias
         self.activation = ACTIVATIONS[config.activation]
-        self.gate_proj = Linear(config.n_embd, n_hidden, bias)
-        self.up_proj = Linear(config.n_embd, n_hidden, bias)
-        self.down_proj = Linear(n_hidden, config.n_embd, bias, ends_branch=True)
+        self.gate_proj = nn.Linear(config.n_embd, n_hidden, bias)
+        self.up_proj = nn.Linear(config.n_embd, n_hidden, bias)
+        self.down_proj = nn.Linear(n_hidden, config.n_embd, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
@@ -376,70 +591,79 @@ class GatedMLP(nn.Module):
 MLPS = {"plain": MLP, "gated": GatedMLP, "none": None}
 
 
+class CausalConv(nn.Module):
+    """Add to each token the n tokens before it, each feature with its own trained weights: x_t + w_1 x_(t-1) + ...
+
+    It starts as the identity. Source: So et al. 2021 (Primer), arXiv:2109.08668; before each layer: Allen-Zhu 2025
+    (Canon layers), arXiv:2512.17351.
+    """
+
+    GAIN = 4.0  # w is this times a parameter, because AdamW moves all parameters equally fast and w should move faster
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.mlp_conv, config.n_embd))
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """x: (B, T, C). Returns (B, T, C)."""
+        n, T = len(self.weight), x.shape[1]
+        if cache:
+            before = cache.last_inputs
+            if before is None:  # zeros come before the first token
+                before = x.new_zeros(len(x), n, x.shape[2])
+            text = torch.cat([before, x], dim=1)  # (B, n + T, C)
+            cache.last_inputs = text[:, T:]
+            earlier = text[:, :-1].unfold(1, n, 1)  # (B, T, C, n), the oldest first
+            return x + self.GAIN * (earlier * self.weight.flip(0).T).sum(dim=-1)
+        y = x
+        for back, weight in enumerate(self.weight[: T - 1], start=1):
+            tokens = F.pad(x, (0, 0, back, -back))
+            y = torch.addcmul(y, tokens, weight.to(x.dtype), value=self.GAIN)
+        return y
+
+
 # --------------------------------------------------------------------------------------
-# Blocks: how attention, feed-forward and norms are joined. A stack repeats one.
+# Blocks: how attention, feed-forward network and norms are joined.
 
 
 class Block(nn.Module):
-    """What all kinds of block are made of; each kind's forward joins the parts.
-
-    layer: its number in the stack, from 0. cross: cross-attention comes between self-attention and the feed-forward
-    network. mlp=none: there is no such network.
-    """
+    """The parts of a block; each kind's forward joins them. layer: its number in the stack, from 0."""
 
     residual = True  # is each branch added to its input?
     one_norm = False  # do all branches read the same normalised input?
     ends_with_norm = False  # if so, the stack needs no last norm
 
-    def __init__(self, config: "ModelConfig", layer: int = 0, cross: bool = False):
+    def __init__(self, config: ModelConfig, layer: int = 0):
         super().__init__()
-        norm = NORMS[config.norm]
-        mlp = MLPS[config.mlp]
-        self.layer = layer
+        norm, mlp = NORMS[config.norm], MLPS[config.mlp]
         self.attn_norm = norm(config)
-        self.attn = SelfAttention(config, config.window)
-        if cross and not self.one_norm:
-            self.cross_norm = norm(config)
-        self.cross_attn = CrossAttention(config) if cross else None
+        self.attn = ATTENTIONS[config.attention](config, config.window)
         if mlp and not self.one_norm:
             self.mlp_norm = norm(config)
-        self.conv = (
-            CausalConv(config.mlp_conv, config.n_embd) if config.mlp_conv and mlp else None
-        )
+        self.conv = CausalConv(config) if mlp and config.mlp_conv else None
         self.mlp = mlp(config) if mlp else None
         self.dropout = Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None
-    ) -> Tensor:
-        """x: (B, T, C), which follow the tokens in the state. Returns (B, T, C)."""
-        raise NotImplementedError
-
-    def feed_forward(
-        self, x: Tensor, inputs: BlockInputs, state: LayerState | None
-    ) -> Tensor:
-        """The convolution, where there is one, and the feed-forward network. x: (B, T, C). Returns (B, T, C)."""
+    def feed_forward(self, x: Tensor, shared: Shared, cache: LayerCache | None) -> Tensor:
+        """x: (B, T, C). Returns (B, T, C)."""
         if self.conv:
-            if inputs.padding is not None:
-                x = x.masked_fill(inputs.padding[..., None], 0)
-            x = self.conv(x, state)
+            if shared.padding is not None:
+                x = x.masked_fill(shared.padding[..., None], 0)
+            x = self.conv(x, cache)
         return self.mlp(x)
 
 
 class PreNormBlock(Block):
-    """The norm is on the branch: the residual stream runs through untouched.
+    """The norm is on the branch, so that the residual stream runs through untouched.
 
     Source: Radford et al. 2019 (GPT-2); Xiong et al. 2020, arXiv:2002.04745.
     """
 
-    def forward(
-        self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None
-    ) -> Tensor:
-        x = x + self.dropout(self.attn(self.attn_norm(x), inputs, state))
-        if self.cross_attn:
-            x = x + self.dropout(self.cross_attn(self.cross_norm(x), inputs, state))
+    def forward(self, x: Tensor, shared: Shared, cache: LayerCache | None = None) -> Tensor:
+        """x: (B, T, C). Returns (B, T, C)."""
+        x = x + self.dropout(self.attn(self.attn_norm(x), shared, cache))
         if self.mlp:
-            x = x + self.dropout(self.feed_forward(self.mlp_norm(x), inputs, state))
+            x = x + self.dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
         return x
 
 
@@ -451,14 +675,11 @@ class PostNormBlock(Block):
 
     ends_with_norm = True
 
-    def forward(
-        self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None
-    ) -> Tensor:
-        x = self.attn_norm(x + self.dropout(self.attn(x, inputs, state)))
-        if self.cross_attn:
-            x = self.cross_norm(x + self.dropout(self.cross_attn(x, inputs, state)))
+    def forward(self, x: Tensor, shared: Shared, cache: LayerCache | None = None) -> Tensor:
+        """x: (B, T, C). Returns (B, T, C)."""
+        x = self.attn_norm(x + self.dropout(self.attn(x, shared, cache)))
         if self.mlp:
-            x = self.mlp_norm(x + self.dropout(self.feed_forward(x, inputs, state)))
+            x = self.mlp_norm(x + self.dropout(self.feed_forward(x, shared, cache)))
         return x
 
 
@@ -470,33 +691,27 @@ class PlainBlock(Block):
 
     residual = False
 
-    def forward(
-        self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None
-    ) -> Tensor:
-        x = self.dropout(self.attn(self.attn_norm(x), inputs, state))
-        if self.cross_attn:
-            x = self.dropout(self.cross_attn(self.cross_norm(x), inputs, state))
+    def forward(self, x: Tensor, shared: Shared, cache: LayerCache | None = None) -> Tensor:
+        """x: (B, T, C). Returns (B, T, C)."""
+        x = self.dropout(self.attn(self.attn_norm(x), shared, cache))
         if self.mlp:
-            x = self.dropout(self.feed_forward(self.mlp_norm(x), inputs, state))
+            x = self.dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
         return x
 
 
 class ParallelBlock(Block):
-    """All branches read the same input, so that a GPU can compute them at once.
+    """Both branches read the same input, so that a GPU can compute them at once.
 
     Source: Wang and Komatsuzaki 2021 (GPT-J); Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 2.
     """
 
     one_norm = True
 
-    def forward(
-        self, x: Tensor, inputs: BlockInputs, state: LayerState | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, shared: Shared, cache: LayerCache | None = None) -> Tensor:
+        """x: (B, T, C). Returns (B, T, C)."""
         y = self.attn_norm(x)
-        x = x + self.dropout(self.attn(y, inputs, state))
-        if self.cross_attn:
-            x = x + self.dropout(self.cross_attn(y, inputs, state))
-        return x + self.dropout(self.feed_forward(y, inputs, state))
+        x = x + self.dropout(self.attn(y, shared, cache))
+        return x + self.dropout(self.feed_forward(y, shared, cache))
 
 
 BLOCKS = {
@@ -508,83 +723,73 @@ BLOCKS = {
 
 
 class Stack(nn.Module):
-    """All between the embedding and the head: positional encoding, n_layer blocks, and a last norm if they need one.
+    """What is between the embedding and the head: positions, n_layer blocks and, unless they end with one, a norm.
 
-    causal: no token attends to a later one. cross: each token attends to another text, too. With
-    checkpoint_activations, training keeps the input of each block alone and computes the rest again in the backward
-    pass, with the same dropout masks. Source: Chen et al. 2016, arXiv:1604.06174.
+    checkpoint_activations: keep only the input of each block in training, and compute the rest again in the backward
+    pass. Source: Chen et al. 2016, arXiv:1604.06174.
     """
 
-    def __init__(self, config: "ModelConfig", causal: bool, cross: bool = False):
+    causal = True
+
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        block = BLOCKS[config.block]
-        self.block_size = config.block_size
-        self.causal = causal
         self.checkpoint_activations = False
+        index = torch.arange(config.block_size)
+        self.register_buffer("index", index, persistent=False)
         self.position = POSITIONS[config.position](config)
         self.embed_norm = NORMS[config.norm if config.embed_norm else "none"](config)
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(block(config, i, cross) for i in range(config.n_layer))
-        self.norm = NORMS["none" if block.ends_with_norm else config.norm](config)
-        self.windows = {block.attn.window for block in self.blocks}
+        self.blocks = nn.ModuleList(
+            self.make_block(config, i) for i in range(config.n_layer)
+        )
+        self.norm = NORMS["none" if self.blocks[0].ends_with_norm else config.norm](config)
 
-    def forward(self, x: Tensor, state: DecoderState | None = None, **texts) -> Tensor:
-        """x: (B, T, C), embedded tokens, which follow those in the state. texts: of enter(). Returns (B, T, C)."""
-        x, inputs = self.enter(x, state, **texts)
-        layers = state.layers if state else [None] * len(self.blocks)
-        for block, layer in zip(self.blocks, layers, strict=True):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, inputs, layer, use_reentrant=False)
-            else:
-                x = block(x, inputs, layer)
-        if state:
-            state.length += x.shape[1]
-        return self.norm(x)
+    def make_block(self, config: ModelConfig, layer: int) -> Block:
+        return BLOCKS[config.block](config, layer)
 
-    def enter(
-        self,
-        x: Tensor,
-        state: DecoderState | None = None,
-        padding: Tensor | None = None,
-        context: Tensor | None = None,
-        context_mask: Mask = NO_MASK,
-    ) -> tuple[Tensor, BlockInputs]:
-        """Return what enters the first block, and what all blocks need beside it.
+    def forward(
+        self, x: Tensor, cache: Cache | None = None, padding: Tensor | None = None
+    ) -> Tensor:
+        """x: (B, T, C), embedded tokens, which follow those in the cache. padding: (B, T), True if x is padding.
 
-        padding: (B, T), True where x is no token. context: (B, S, C), for cross-attention, and its mask.
+        Returns (B, T, C).
         """
-        T = S = x.shape[1]
-        start = state.length if state else 0
-        end = start + T
-        assert end <= self.block_size, f"{end} tokens, but block_size is {self.block_size}"
-        at = slice(start, end)
-        cached = None
-        if state:
-            S = state.make_room(T)
-            at = state.positions(T)
-            padding = state.padding_mask(T, S)
-            cached = (S, state.size)
-        bias = self.position.score_bias(T, S)
-        masks = {
-            window: attention_mask(
-                T,
-                S,
-                x.device,
-                causal=self.causal,
-                window=window,
-                bias=bias,
-                padding=padding,
-            )
-            for window in self.windows
-        }
+        return self.run(x, self.share(x, cache, padding), cache)
+
+    def share(self, x: Tensor, cache: Cache | None, padding: Tensor | None) -> Shared:
+        """Compute what all blocks need: positions and masks."""
+        T = x.shape[1]
+        start = cache.length if cache else 0
+        S = cache.span(T) if cache else T
+        assert len(self.index) >= S, f"{S} tokens, but block_size is {len(self.index)}"
+        at = slice(start, start + T)
+        query, key = start + self.index[:T], self.index[:S]
+        if cache and cache.padding is not None:  # of shorter texts, on the left
+            padding = key < cache.padding[:, None]
+            at = (query - cache.padding[:, None]).clamp(min=0)
+        distance = query[:, None] - key
+        bias = self.position.score_bias(distance)
+        masks = {}
+        for window in {block.attn.window for block in self.blocks}:
+            masks[window] = attention_mask(distance, self.causal, window, bias, padding)
         new_padding = None if padding is None else padding[:, S - T :]
-        rotary = self.position.rotary(at)
-        inputs = BlockInputs(cached, masks, rotary, context, context_mask, new_padding)
-        return self.dropout(self.embed_norm(self.position.embed(x, at))), inputs
+        return Shared(at, start + T, self.position.rotary(at), masks, new_padding)
+
+    def run(self, x: Tensor, shared: Shared, cache: Cache | None) -> Tensor:
+        """Pass x, (B, T, C), through all blocks."""
+        x = self.dropout(self.embed_norm(self.position.embed(x, shared.at)))
+        for i, block in enumerate(self.blocks):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, shared, use_reentrant=False)
+            else:
+                x = block(x, shared, cache.layers[i] if cache else None)
+        if cache:
+            cache.length = shared.end
+        return self.norm(x)
 
 
 # --------------------------------------------------------------------------------------
-# Models
+# The model
 
 
 class GPT(nn.Module):
@@ -593,384 +798,147 @@ class GPT(nn.Module):
     Source: Radford et al. 2018 (GPT), "Improving language understanding by generative pre-training".
     """
 
-    tasks = ("language modelling", "translation")
-    has_encoder = (
-        False  # a source to translate is the beginning of the text that it continues
-    )
-    has_state = True  # can it keep what it has computed for the tokens read so far?
+    tasks = ("language modelling", "translation")  # that it can learn
+    has_encoder = False  # it translates by continuing the source
+    has_cache = True
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__()
+        config.validate()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.stack = Stack(config, causal=True)
-        self.lm_head = make_head(config, self.wte)
+        self.make_stacks(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:  # Source: Press and Wolf 2016, arXiv:1608.05859
+            self.lm_head.weight = self.wte.weight
         init_weights(self)
 
+    def make_stacks(self, config: ModelConfig) -> None:
+        self.stack = Stack(config)
+
     def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """idx: (B, T) token ids, which follow those in the cache. targets: (B, T), -1 where no loss is counted.
+
+        Returns logits (B, T, V) and the mean cross-entropy in nats, None without targets.
+        """
+        logits = self.head(self.stack(self.wte(idx), cache))
+        return logits, None if targets is None else self.loss(logits, targets)
+
+    def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return the logits (B, V) of the token that follows idx."""
+        return self.head(self.stack(self.wte(idx), cache)[:, -1])
+
+    def head(self, x: Tensor) -> Tensor:
+        """x: (..., C). Returns logits (..., V). Source of the soft cap: Gemma 2, arXiv:2408.00118, section 2."""
+        logits = self.lm_head(x)
+        if cap := self.config.logit_soft_cap:
+            logits = cap * torch.tanh(logits.float() / cap)
+        return logits
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats.
+
+        In training, a fraction label_smoothing of each target is spread over the vocabulary, so that the model does not
+        become overconfident. Source: Szegedy et al. 2015, arXiv:1512.00567, section 7.
+        """
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        logits = logits.flatten(0, 1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(
+            logits, targets.flatten(), ignore_index=-1, label_smoothing=smoothing
+        )
+
+    def make_cache(self, size: int | None = None) -> Cache:
+        """Return an empty cache for up to `size` tokens; None: block_size."""
+        return Cache(
+            self.config.n_layer, min(size or self.config.block_size, self.config.block_size)
+        )
+
+    @torch.inference_mode()
+    def generate(
         self,
         idx: Tensor,
-        targets: Tensor | None = None,
-        state: DecoderState | None = None,
-        last_only: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """idx: (B, T) token ids, which follow the tokens in the state. targets: (B, T), -1 where no loss is counted.
-
-        last_only: predict only the token after the last one. Returns logits (B, T or 1, V) and the mean cross-entropy
-        in nats, None without targets.
-        """
-        x = self.stack(self.wte(idx), state)
-        return with_loss(self, self.lm_head(x[:, -1:] if last_only else x), targets)
-
-    def next_logits(self, idx: Tensor, state: DecoderState | None = None) -> Tensor:
-        """Logits of the token after the last one: (B, V)."""
-        return self.forward(idx, state=state, last_only=True)[0][:, -1]
-
-    def make_state(self, size: int | None = None) -> DecoderState:
-        """An empty state; size: as DecoderState has it; None: block_size."""
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+    ) -> Tensor:
+        """Continue idx, (B, T) with T >= 1, by sampled tokens. Returns (B, T + max_new_tokens)."""
         block_size = self.config.block_size
-        size = min(size or block_size, block_size)
-        return DecoderState(self.config.n_layer, size, self.stack.windows)
+        cache, new = self.make_cache(), idx[:, -block_size:]
+        for _ in range(max_new_tokens):
+            if (
+                cache.length + new.shape[1] > block_size
+            ):  # the context is full: go on from its newest half
+                cache.clear()
+                new = idx[:, -(block_size + 1) // 2 :]
+            logits = self.next_logits(new, cache).float() / temperature
+            if top_k:
+                logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
+            new = torch.multinomial(logits.softmax(dim=-1), 1)
+            idx = torch.cat([idx, new], dim=1)
+        return idx
 
 
-class Transformer(nn.Module):
-    """An encoder that reads the source, and a decoder that writes the target, attending to the source at every token.
+def init_weights(model: nn.Module) -> None:
+    """Draw all weights from normal distributions, whose standard deviations follow config.init:
 
-    Both share one vocabulary and its embedding. Source: Vaswani et al. 2017, arXiv:1706.03762.
-    """
-
-    tasks = ("translation",)
-    has_encoder = True
-    has_state = True
-
-    def __init__(self, config: "ModelConfig"):
-        super().__init__()
-        self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.encoder = Stack(config, causal=False)
-        self.decoder = Stack(config, causal=True, cross=True)
-        self.lm_head = make_head(config, self.wte)
-        init_weights(self)
-
-    def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        state: DecoderState | None = None,
-        source: Tensor | None = None,
-        last_only: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """source: (B, S) token ids, -1 after the end of the shorter ones; not needed with a state, which holds it.
-
-        idx: (B, T) token ids of the target so far, which follow those in the state; the first is end-of-text. targets:
-        (B, T), -1 where no loss is counted. last_only, and what it returns: as GPT.forward.
-        """
-        context, mask = (None, NO_MASK) if state else self.encode(source)
-        x = self.decoder(self.wte(idx), state, context=context, context_mask=mask)
-        return with_loss(self, self.lm_head(x[:, -1:] if last_only else x), targets)
-
-    def next_logits(self, idx: Tensor, state: DecoderState) -> Tensor:
-        """Logits of the token after the last one: (B, V)."""
-        return self.forward(idx, state=state, last_only=True)[0][:, -1]
-
-    def encode(self, source: Tensor) -> tuple[Tensor, Mask]:
-        """source: (B, S), as in forward. Returns the encoder's output, (B, S, C), and the mask of its padding."""
-        padding = source < 0
-        mask = attention_mask(1, source.shape[1], source.device, padding=padding)
-        return self.encoder(self.wte(source.clamp(min=0)), padding=padding), mask
-
-    def make_state(self, source: Tensor) -> DecoderState:
-        """A state with room for block_size tokens of the target, and the sources read, (B, S), all equally long."""
-        context, _ = self.encode(source)
-        assert (source >= 0).all(), "sources must be equally long"
-        config = self.config
-        state = DecoderState(config.n_layer, config.block_size, self.decoder.windows)
-        for block, layer in zip(self.decoder.blocks, state.layers, strict=True):
-            layer.cross = block.cross_attn.keys_and_values(context)
-        return state
-
-
-def make_head(config: "ModelConfig", wte: nn.Embedding) -> nn.Linear:
-    """The output head, which shares the embedding's matrix where weights are tied."""
-    head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-    if config.tie_weights:  # Source: Press and Wolf 2016, arXiv:1608.05859
-        head.weight = wte.weight
-    return head
-
-
-def init_weights(model: GPT | Transformer) -> None:
-    """All weights, as the config's init says:
-
-                                   gpt2                             zero
-    embeddings                     normal, 0.02                     normal, 1; tied 1 / sqrt(n_embd)
-    linear layers                  normal, 0.02                     normal, 1 / sqrt(inputs)
-    last layer of each branch      normal, 0.02 / sqrt(branches)    0, so that a new block is the identity
-    an untied head                 normal, 0.02                     0, so that all tokens are equally likely
-    biases, norms                  0, 1                             0, 1
+                                   gpt2                      zero
+    embeddings                     0.02                      1; tied 1 / sqrt(n_embd)
+    linear layers                  0.02                      1 / sqrt(inputs)
+    last layer of each branch      0.02 / sqrt(branches)     0, so that a new block is the identity
+    an untied head                 0.02                      0, so that all tokens are equally likely
+    biases, norms                  0, 1                      0, 1
 
     GPT-2 divides by the square root of the number of residual branches in a stack, 2 n_layer with attention and
     feed-forward, to keep the variance of the residual stream that of its input. Without residual connections
-    (block=plain) the linear layers of the blocks alone carry the signal: all are 1 / sqrt(inputs), which keeps it.
+    (block=plain) only the linear layers of the blocks carry the signal: all are 1 / sqrt(inputs), which keeps it.
     """
     config = model.config
-    branches = {}  # {last layer of a residual branch: how many its stack has}
-    for stack in model.children():
-        linears = [module for module in stack.modules() if isinstance(module, Linear)]
-        ends = [linear for linear in linears if linear.ends_branch]
-        branches |= dict.fromkeys(ends, len(ends))
-
-    def std(module: nn.Linear | nn.Embedding) -> float:
-        if config.init == "zero":
-            if isinstance(module, nn.Embedding):
-                return config.n_embd**-0.5 if config.tie_weights else 1.0
-            zero = module in branches or (
-                module is model.lm_head and not config.tie_weights
-            )
-            return 0.0 if zero else module.in_features**-0.5
-        if isinstance(module, Linear) and not BLOCKS[config.block].residual:
-            return module.in_features**-0.5
-        return 0.02 / math.sqrt(branches.get(module, 1))
-
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=std(module))
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-MODELS = {"window_mlp": WindowMLP, "gpt": GPT, "transformer": Transformer}
-
-
-# --------------------------------------------------------------------------------------
-# The config
-
-ATTENTION = {"not_with": {"model": "window_mlp"}}
-ROTARY = {"only_with": {"position": "rotary"}}
-SCALED = ROTARY | {"not_with": {"rope_factor": 1.0}}
-MLP_ONLY = {"not_with": {"model": "window_mlp", "mlp": "none"}}
-NORM = {"not_with": {"model": "window_mlp", "norm": "none"}}
-LORA = {"not_with": {"lora_rank": 0}}
-PROBABILITY = {"at_least": 0, "below": 1}
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What a model is made of: all that a checkpoint needs to build it again."""
-
-    model: str = setting(
-        "gpt",
-        "transformer: encoder-decoder; window_mlp: no attention",
-        "model",
-        choices=MODELS,
-    )
-    n_layer: int = setting(
-        4,
-        "blocks; of a transformer, in each stack; of window_mlp, hidden layers",
-        at_least=1,
-    )
-    n_head: int = setting(2, "attention heads in a block", at_least=1, **ATTENTION)
-    n_kv_head: int | None = setting(
-        None, "key-value heads (GQA); None: n_head; 1: MQA", at_least=1, **ATTENTION
-    )
-    n_embd: int = setting(128, "embedding dimension: the width of the model", at_least=1)
-    head_size: int | None = setting(
-        None,
-        "features of an attention head; None: n_embd/n_head",
-        at_least=1,
-        at_most=2**16,
-        **ATTENTION,
-    )
-    n_hidden: int | None = setting(
-        None,
-        "hidden neurons; None: 4 n_embd, gated 8/3 n_embd, window_mlp window n_embd",
-        at_least=1,
-        not_with={"mlp": "none"},
-    )
-    block_size: int = setting(
-        256,
-        "context length in tokens; transformer: of source and of target",
-        at_least=1,
-        at_most=2**20,
-    )
-    window: int = setting(
-        0,
-        "sliding window of attention in tokens, 0: all; window_mlp: tokens read",
-        at_least=0,
-    )
-    vocab_size: int | None = setting(
-        None, "rows of the embedding; None: the tokenizer's; more are padding", at_least=1
-    )
-    dropout: float = setting(
-        0.0, "probability that an activation is zeroed in training", **PROBABILITY
-    )
-    label_smoothing: float = setting(
-        0.0, "fraction of a target spread over the vocabulary in training", **PROBABILITY
-    )
-    bias: bool = setting(False, "bias terms in linear layers and layer norms, as in GPT-2")
-    attn_bias: bool | None = setting(
-        None, "bias terms in attention's linear layers; None: bias", **ATTENTION
-    )
-    mlp_bias: bool | None = setting(
-        None, "and in those of the feed-forward network; None: bias", **MLP_ONLY
-    )
-    embedding: str = setting(
-        "table",
-        "number: a token is its own number",
-        choices=EMBEDDINGS,
-        only_with={"model": "window_mlp"},
-    )
-    tie_weights: bool = setting(
-        False, "embedding and output head share their weights", **ATTENTION
-    )
-    position: str = setting("rotary", "positional encoding", choices=POSITIONS, **ATTENTION)
-    rope_base: float = setting(
-        10000.0, "base of the rotary frequencies (rope_theta)", above=1, **ROTARY
-    )
-    rope_factor: float = setting(
-        1.0, "divides the low frequencies, as in Llama 3.1; 1: off", at_least=1, **ROTARY
-    )
-    rope_low_freq_factor: float = setting(
-        1.0, "frequencies with fewer turns in the context are low", above=0, **SCALED
-    )
-    rope_high_freq_factor: float = setting(
-        4.0, "and stays as it is with more turns than this", above=0, **SCALED
-    )
-    rope_original_context: int = setting(
-        8192, "context length before the extension", at_least=1, **SCALED
-    )
-    norm: str = setting("layernorm", "norm of the activations", choices=NORMS, **ATTENTION)
-    norm_eps: float = setting(
-        1e-5, "added to a norm's variance or mean square", above=0, **NORM
-    )
-    block: str = setting("pre_norm", "norms and residuals", choices=BLOCKS, **ATTENTION)
-    mlp: str = setting(
-        "plain", "feed-forward network; gated with silu: SwiGLU", choices=MLPS, **ATTENTION
-    )
-    mlp_conv: int = setting(
-        3,
-        "tokens that a causal convolution before the feed-forward network looks back; 0: off",
-        at_least=0,
-        **MLP_ONLY,
-    )
-    activation: str = setting(
-        "relu_squared",
-        "nonlinearity of the feed-forward network",
-        choices=ACTIVATIONS,
-        not_with={"mlp": "none"},
-    )
-    qk_norm: bool = setting(
-        True, "RMS norm of queries and keys, which bounds the scores", **ATTENTION
-    )
-    embed_norm: bool = setting(False, "a norm after the embedding", **NORM)
-    logit_soft_cap: float = setting(
-        0.0, "keeps logits between -cap and cap by tanh; 0: no cap", at_least=0, at_most=1e6
-    )
-    init: str = setting(
-        "zero",
-        "zero: each block starts as the identity",
-        choices=("gpt2", "zero"),
-        **ATTENTION,
-    )
-    lora_rank: int = setting(
-        0, "LoRA: rank of the matrices that train beside a model's; 0: off", at_least=0
-    )
-    lora_alpha: float = setting(
-        16.0, "LoRA: what they add is scaled by lora_alpha / lora_rank", above=0, **LORA
-    )
-    lora_targets: str = setting(
-        "q_proj,v_proj", "LoRA: layers that have it, by the ends of their names", **LORA
-    )
-
-    def __post_init__(self):
-        check(self)
-        if self.window > self.block_size:
-            raise ValueError(
-                f"window={self.window} must be at most block_size={self.block_size}: no text is longer"
-            )
-        if self.model == "window_mlp":
-            self.check_window_mlp()
+    ends = [
+        name for name, _ in model.named_modules() if name.endswith(("o_proj", "down_proj"))
+    ]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            std = 0.02
+            if config.init == "zero":
+                std = config.n_embd**-0.5 if config.tie_weights else 1.0
+        elif isinstance(module, nn.Linear):
+            std = 0.02
+            if config.init == "zero":
+                head = name == "lm_head" and not config.tie_weights
+                std = 0.0 if name in ends or head else module.in_features**-0.5
+            elif ".blocks." in name and not BLOCKS[config.block].residual:
+                std = module.in_features**-0.5
+            elif name in ends:
+                stack = name.split(".")[0]
+                std = 0.02 / math.sqrt(sum(end.startswith(stack) for end in ends))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         else:
-            self.check_transformer()
-
-    def check_window_mlp(self) -> None:
-        if self.window < 1:
-            raise ValueError(
-                f"window={self.window} must be at least 1: model=window_mlp reads that many tokens"
-            )
-        if self.embedding == "number" and self.n_embd != 1:
-            raise ValueError(
-                f"n_embd={self.n_embd} must be 1: embedding=number gives each token a single number"
-            )
-
-    def check_transformer(self) -> None:
-        n_kv_head = self.n_kv_head or self.n_head
-        if self.n_embd % self.n_head and not self.head_size:
-            raise ValueError(
-                f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}, or set head_size"
-            )
-        if self.n_head % n_kv_head:
-            raise ValueError(
-                f"n_head={self.n_head} must be a multiple of n_kv_head={n_kv_head}: heads share evenly"
-            )
-        head_size = self.head_size or self.n_embd // self.n_head
-        if self.position == "rotary" and head_size % 2:
-            raise ValueError(
-                f"position=rotary turns pairs: head_size={head_size}, or n_embd/n_head, must be even"
-            )
-        if self.init == "zero" and not BLOCKS[self.block].residual:
-            raise ValueError(
-                f"init=zero must not meet block={self.block}: no block would ever give anything but 0; take init=gpt2"
-            )
-        if self.mlp == "none" and self.block == "parallel":
-            raise ValueError(
-                f"block=parallel needs a feed-forward network beside attention, not mlp={self.mlp}"
-            )
-
-
-def build(config: ModelConfig) -> nn.Module:
-    """A new model with random weights, on the CPU."""
-    model = MODELS[config.model](config)
-    return lora.add(model) if config.lora_rank else model
-
-
-def build_on_meta(config: ModelConfig) -> nn.Module:
-    """Build a model without memory for its weights."""
-    with torch.device("meta"), WithoutValues():
-        return build(config)
-
-
-class WithoutValues(TorchFunctionMode):
-    """Weights on the meta device are not initialized, and tables of positions are on the CPU.
-
-    Either would make torch load its compiler, for more than a second.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"]
-        if func in (torch.arange, torch.tensor):
-            kwargs = kwargs | {"device": "cpu"}
-        return func(*args, **kwargs)
+            continue
+        nn.init.normal_(module.weight, std=std)
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trained parameters; a matrix that is used twice counts once."""
+    """Count the trained parameters. A matrix that is used twice counts once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def flops_per_token(model: nn.Module) -> int:
-    """Floating-point operations to train on one token: forward, and twice as many backward.
+    """Floating-point operations to train on one token: a forward pass, and twice as many in the backward pass.
 
     Each weight of a matrix multiplies and adds once (2), and attention takes 2 H D of both for each token attended to,
-    also where heads share keys and values. Of sentence pairs it is the work on one token of the target and, in an
-    encoder, one of the source, in texts of block_size tokens. Source: Chowdhery et al. 2022, arXiv:2204.02311, app. B.
+    even if heads share keys and values. Source: Chowdhery et al. 2022, arXiv:2204.02311, app. B.
     """
-    config = model.config
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     attended = 0
     for module in model.modules():
-        if isinstance(module, Attention):
-            tokens = getattr(module, "window", 0) or config.block_size
-            attended += tokens * module.n_head * module.head_size
+        if hasattr(module, "window"):
+            attended += (
+                (module.window or model.config.block_size)
+                * module.n_head
+                * module.head_size
+            )
     return 6 * matrices + 12 * attended

@@ -25,7 +25,7 @@ import shlex
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -42,11 +42,11 @@ from humptygpt import config as configurator
 from humptygpt.config import (
     UserError,
     as_written_here,
-    check,
+    check_choices,
+    check_fraction,
+    check_least,
     note,
     our_configs,
-    setting,
-    without_effect,
 )
 from humptygpt.convert.hub import repository
 from humptygpt.files import Lock, cannot_write, remove
@@ -90,99 +90,52 @@ AUTO = ((500_000, 512), (2_000_000, 2048), (50_000_000, 8192), (500_000_000, 32_
 # sooner learns to copy
 REPEATS_ITSELF = 0.33
 MOST_CHARACTERS = 256  # of a small text; with more, its tokens are bytes
-PAIRS = {"only_with": {"task": Pairs.task}}
-
-
-def taking(key: str) -> dict[str, tuple[str, ...]]:
-    """Return {"tokenizer": those that take this key}."""
-    return {
-        "tokenizer": tuple(name for name, cls in TOKENIZERS.items() if key in cls.options)
-    }
+OF_PAIRS = ("test_fraction", "max_pair_tokens", "max_pair_ratio", "held_out")
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    name: str | None = setting(
-        None, "folder in data/ to write; also the bare argument", group="data"
-    )
-    input: str | None = setting(
-        None,
-        "file, folder, pattern, or - for a stream; None: data/<name>/input.txt or .tsv, or a known text",
-        path=True,
-    )
-    text_key: str | None = setting(
-        None, "field or column with the text; None: text; with it, .tsv is read as .csv is"
-    )
-    encoding_errors: str = setting(
-        "strict", "for bytes that are not UTF-8", choices=("strict", "replace", "ignore")
-    )
-    skip_bad_lines: bool = setting(
-        False, "leave out lines and rows that have no text, or not one tab, and count them"
-    )
-    val_fraction: float | None = setting(
-        None, "fraction for validation; None: 0.1, pairs 0.02", above=0, below=1
-    )
-    files: int | None = setting(None, "maximum number of files", at_least=1)
+    # data
+    name: str | None = None  # folder in data/ to write; also the bare argument
+    input: str | None = None  # file, folder, pattern, or - for a stream
+    text_key: str | None = None  # field or column with the text; None: text
+    encoding_errors: str = "strict"  # for bytes that are not UTF-8
+    skip_bad_lines: bool = False  # leave out lines that have no text, or not one tab
+    val_fraction: float | None = None  # fraction for validation; None: 0.1, pairs 0.02
+    files: int | None = None  # maximum number of files
+    # sentence pairs, also from a .tsv input
+    source: str | None = None  # file with a sentence per line
+    target: str | None = None  # file with their translations, line by line
+    test_fraction: float | None = None  # fraction for test; None: val_fraction
+    max_pair_tokens: int | None = None  # drop pairs with a longer side; None: 128
+    max_pair_ratio: float | None = None  # drop pairs with a larger length ratio; None: 3
+    held_out: str | None = None  # file of pairs, or of a source per line, not to train on
+    # tokens
+    tokenizer: str = "auto"  # auto: by the text; or that of a model's folder or owner/model
+    vocab_size: int | None = None  # number of tokens; None: by the text, or 4096
+    model_type: str | None = None  # of sentencepiece; None: bpe
+    shard_tokens: int | None = None  # tokens per file, train_0000.bin, ...; None: one file
+    # existing data
+    overwrite: bool = False  # replace another data set of this name
+    verify: bool = False  # compare the token files with their checksums, and stop
+    # system
+    workers: int | None = None  # processes that encode; None: one per core that it may use
 
-    source: str | None = setting(
-        None,
-        "file with a sentence per line",
-        group="sentence pairs, also from a .tsv input",
-        path=True,
-    )
-    target: str | None = setting(
-        None, "file with their translations, line by line", path=True
-    )
-    test_fraction: float | None = setting(
-        None, "fraction for test; None: val_fraction", at_least=0, below=1, **PAIRS
-    )
-    max_pair_tokens: int | None = setting(
-        None, "drop pairs with a longer side; None: 128", at_least=2, **PAIRS
-    )
-    max_pair_ratio: float | None = setting(
-        None, "drop pairs with a larger length ratio; None: 3", at_least=1, **PAIRS
-    )
-    held_out: str | None = setting(
-        None, "file of pairs, or of a source per line, not to train on", path=True, **PAIRS
-    )
+    @classmethod
+    def choices(cls) -> dict[str, Collection[str]]:
+        return {
+            "encoding_errors": ("strict", "replace", "ignore"),
+            "tokenizer": CHOICES,
+            "model_type": ("bpe", "unigram"),
+        }
 
-    tokenizer: str = setting(
-        "auto",
-        "auto: by the text, pairs sentencepiece; a model's folder or owner/model: its own",
-        "tokens",
-        choices=CHOICES,
-        path=True,
-    )
-    vocab_size: int | None = setting(
-        None,
-        "number of tokens; None: with auto by the text, else 4096, pairs 8192",
-        at_least=2,
-        only_with=taking("vocab_size"),
-    )
-    model_type: str | None = setting(
-        None,
-        "of sentencepiece; None: bpe",
-        choices=("bpe", "unigram"),
-        only_with=taking("model_type"),
-    )
-    shard_tokens: int | None = setting(
-        None, "tokens per file, train_0000.bin and so on; None: one file", at_least=1
-    )
-
-    overwrite: bool = setting(
-        False, "replace another data set of this name", group="existing data"
-    )
-    verify: bool = setting(False, "compare the token files with their checksums, and stop")
-
-    workers: int | None = setting(
-        None,
-        "processes that encode; None: one per core that it may use",
-        group="system",
-        at_least=1,
-    )
-
-    def __post_init__(self):
-        check(self)
+    def validate(self) -> None:
+        check_choices(replace(self, tokenizer="auto"))  # it may be none of them
+        check_least(self, 1, "files", "max_pair_ratio", "shard_tokens", "workers")
+        check_least(self, 2, "vocab_size", "max_pair_tokens")
+        check_fraction(self, "val_fraction", "test_fraction")
+        if self.val_fraction == 0:
+            raise ValueError("val_fraction=0.0 must be above 0")
         tokenizer = self.tokenizer
         elsewhere = tokenizer not in CHOICES
         if elsewhere and not os.path.exists(tokenizer) and not repository(tokenizer):
@@ -405,7 +358,11 @@ def resolve(config: PrepareConfig, preset: PrepareConfig, task: str) -> PrepareC
             "tokenizer": "sentencepiece" if pairs else tokenizer,
         },
     )
-    idle = without_effect(vars(preset) | {"task": task}, PrepareConfig)
+    idle = {} if pairs else dict.fromkeys(OF_PAIRS, f"without task={Pairs.task}")
+    for key in ("vocab_size", "model_type"):
+        takers = [name for name, cls in TOKENIZERS.items() if key in cls.options]
+        if preset.tokenizer not in takers:
+            idle[key] = f"without tokenizer={' or '.join(takers)}"
     for key, why in idle.items():
         if getattr(config, key) is not None:
             raise UserError(f"{key}={getattr(config, key)} has no effect {why}")

@@ -16,8 +16,9 @@ Only text goes to stdout, or with --logprobs JSON lines, all else to stderr.
 """
 
 import json
+import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, product
 from pathlib import Path
@@ -36,9 +37,17 @@ from tqdm import tqdm
 
 from humptygpt import config as configurator
 from humptygpt import loading as interchange
-from humptygpt.compiled import make_generator
-from humptygpt.config import UserError, check, check_path, nearest_path, note, setting
-from humptygpt.layers import DTYPES, free_memory, pick_device, sample_dtype
+from humptygpt.config import (
+    UserError,
+    check_above_0,
+    check_choices,
+    check_least,
+    in_vain,
+    nearest_path,
+    note,
+)
+from humptygpt.decoding import make_generator
+from humptygpt.device import DTYPES, free_memory, pick_device, sample_dtype
 from humptygpt.sampling import (
     Context,
     TextStream,
@@ -46,138 +55,73 @@ from humptygpt.sampling import (
     continue_texts,
 )
 from humptygpt.scoring import log_probabilities
-from humptygpt.tasks import TASKS
+from humptygpt.tasks import find_task
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
-from humptygpt.translation.beams import NUM_BEAMS, translate
 
 SEPARATOR = "---------------"
 TRANSLATED_AT_ONCE = 500  # lines of a text, before the first of them is printed
 CONTINUED_AT_ONCE = 128  # texts
 SAMPLER_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-TEXT = {"only_with": {"task": "language modelling"}}
-SAMPLING = TEXT | {"not_with": {"temperature": 0.0}}
-TRANSLATION = {"only_with": {"task": "translation"}}
+# {key: another setting, and its values with which the key does nothing}
+OF_TEXT = "prompts score num_samples stop logprobs temperature top_k repetition_penalty"
+OF_TEXT += " seed context compile"
+IN_VAIN = dict.fromkeys(OF_TEXT.split(), ("task", ("translation",)))
+IN_VAIN |= dict.fromkeys(("top_p", "min_p"), ("temperature", (0.0,)))
+IN_VAIN |= {"stride": ("score", (None,)), "dtype": ("quantize", ("int8",))}
+IN_VAIN |= dict.fromkeys(("num_beams", "length_penalty"), ("task", ("language modelling",)))
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    init_from: str = setting(
-        "resume",
-        "resume: from a checkpoint in out_dir; or a run, a checkpoint, a model's folder, gpt2",
-        "what",
-    )
-    out_dir: str = setting(
-        "out", "folder of the run to sample from, or a checkpoint in it", path=True
-    )
-    checkpoint: str = setting(
-        "best",
-        "best: best.pt, the lowest loss; latest: ckpt.pt",
-        choices=("best", "latest"),
-    )
-    start: str | None = setting(
-        None,
-        "the prompt, FILE:path of one, or - for standard input; None: end-of-text, or a line break",
-    )
-    prompts: str | None = setting(
-        None,
-        "a file with a prompt on each line, or -; they are continued together",
-        path=True,
-        **TEXT,
-    )
-    interactive: bool = setting(
-        False, "read prompts from the terminal; each continues where the last text ended"
-    )
-    score: str | None = setting(
-        None, "a text file, or -: how well does the model predict it?", path=True, **TEXT
-    )
-    stride: int | None = setting(
-        None,
-        "of --score: tokens that each window is further than the last; None: half of block_size",
-        at_least=1,
-        not_with={"score": None},
-        **TEXT,
-    )
-    num_samples: int = setting(
-        3, "texts for each prompt, generated together in one batch", at_least=1, **TEXT
-    )
-    max_new_tokens: int = setting(500, "tokens of each after the prompt", at_least=1)
-    stop: tuple[str, ...] = setting(
-        (), "a text ends before this, which is not printed; several may be given", **TEXT
-    )
-    logprobs: int | None = setting(
-        None,
-        "JSON lines: tokens, their log-probabilities and the K likeliest; on a terminal, colours",
-        at_least=0,
-        not_with={"interactive": True},
-        **TEXT,
-    )
+    # what
+    init_from: str = "resume"  # resume: from a checkpoint in out_dir; or a run, a checkpoint, a model's folder, gpt2
+    out_dir: str = "out"  # folder of the run to sample from, or a checkpoint in it
+    checkpoint: str = "best"  # best: best.pt, the lowest loss; latest: ckpt.pt
+    start: str | None = None  # the prompt, FILE:path of one, or - for standard input
+    prompts: str | None = None  # a file with a prompt on each line, or -
+    interactive: bool = False  # read prompts from the terminal, one after another
+    score: str | None = None  # a text file, or -: how well does the model predict it?
+    stride: int | None = None  # score: tokens from one window to the next
+    num_samples: int = 3  # texts for each prompt, generated together in one batch
+    max_new_tokens: int = 500  # tokens of each after the prompt
+    stop: tuple[str, ...] = ()  # a text ends before this; several may be given
+    logprobs: int | None = None  # JSON lines of tokens and the K likeliest; or colours
+    # beam search, for translations
+    num_beams: int = 4  # hypotheses; 1: greedy
+    length_penalty: float = 1.0  # score: log-probability / tokens^this
+    # sampling, for text
+    temperature: float = 0.8  # below 1 sharper, above 1 more random; 0: greedy
+    top_k: int | None = 200  # sample only from the k most probable tokens
+    top_p: float | None = None  # nucleus sampling: probability kept
+    min_p: float | None = None  # leave out tokens less probable than this times the best
+    repetition_penalty: float = 1.0  # above 1, tokens of the text become less probable
+    seed: int = 1337  # the same seed gives the same text
+    context: str = "fast"  # when full: fast continues from its newest half; exact recomputes it per token
+    # system
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # auto: float32 on a CPU
+    quantize: str | None = None  # weights in 8 bits, on a CPU
+    compile: bool = False  # compile the step of one token, for a GPU: a minute at first
 
-    num_beams: int = setting(
-        NUM_BEAMS, "hypotheses; 1: greedy", "beam search", at_least=1, **TRANSLATION
-    )
-    length_penalty: float = setting(
-        1.0,
-        "score: log-probability / tokens^this; above 1 favours long ones",
-        at_least=-10,
-        at_most=10,
-        **TRANSLATION,
-    )
+    @classmethod
+    def choices(cls) -> dict[str, Collection[str]]:
+        return {
+            "checkpoint": ("best", "latest"),
+            "context": ("fast", "exact"),
+            "dtype": ("auto", *DTYPES),
+            "quantize": ("int8",),
+        }
 
-    temperature: float = setting(
-        0.8,
-        "below 1 sharper, above 1 more random; 0: greedy",
-        "sampling",
-        at_least=0,
-        **TEXT,
-    )
-    top_k: int | None = setting(
-        200, "sample from the k most probable tokens only", at_least=1, **SAMPLING
-    )
-    top_p: float | None = setting(
-        None, "nucleus sampling: probability kept", above=0, at_most=1, **SAMPLING
-    )
-    min_p: float | None = setting(
-        None,
-        "leave out tokens less probable than this times the most probable",
-        at_least=0,
-        at_most=1,
-        **SAMPLING,
-    )
-    repetition_penalty: float = setting(
-        1.0,
-        "above 1 makes tokens that the text already has less probable",
-        above=0,
-        at_most=100,
-        **TEXT,
-    )
-    seed: int = setting(
-        1337, "the same seed gives the same text", at_least=0, below=2**63, **SAMPLING
-    )
-    context: str = setting(
-        "fast",
-        "when full: fast continues from its newest half; exact recomputes it per token",
-        choices=("fast", "exact"),
-        **TEXT,
-    )
-
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", "system")
-    dtype: str = setting(
-        "auto",
-        "auto: float32 on a CPU",
-        choices=("auto", *DTYPES),
-        not_with={"quantize": "int8"},
-    )
-    quantize: str | None = setting(None, "weights in 8 bits, on a CPU", choices=("int8",))
-    compile: bool = setting(
-        False, "compile the step of one token, for a GPU: a minute at first", **TEXT
-    )
-
-    def __post_init__(self):
-        check(self)
-        if "" in self.stop:
-            raise ValueError(
-                "stop is empty, and every text would end at once; leave it out"
-            )
+    def validate(self) -> None:
+        check_choices(self)
+        check_least(
+            self, 1, "stride", "num_samples", "max_new_tokens", "num_beams", "top_k"
+        )
+        check_least(self, 0, "logprobs", "temperature", "seed")
+        check_above_0(self, "top_p", "repetition_penalty")
+        check_least(self, -10, "length_penalty")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must be at least 0 and at most 1")
         for keys in (
             ("start", "prompts", "score"),
             ("interactive", "prompts", "score"),
@@ -204,6 +148,7 @@ class Pipeline:
 def main(argv: list[str]) -> None:
     given = configurator.read(argv, SampleConfig)
     config = configurator.make(SampleConfig, given)
+    refuse_vain(given, config)
     source = interchange.chosen_source(config, given)
     loaded = load(
         source,
@@ -213,18 +158,24 @@ def main(argv: list[str]) -> None:
         quantize=config.quantize,
         compile=config.compile,
     )
-    settings = asdict(config) | {"task": loaded.task}
-    configurator.note_without_effect(settings, given, SampleConfig)
+    refuse_vain(given, config, loaded.task)
     smaller = "try fewer --num_samples, --max_new_tokens or --num_beams"
     with machine.memory_advice(smaller):
         if config.interactive:
             converse(config, loaded)
-        elif not TASKS[loaded.task].continues_text:
+        elif not find_task(loaded.task).continues_text:
             print_translations(config, loaded)
         elif config.score:
             print_score(config, loaded)
         else:
             print_texts(config, loaded)
+
+
+def refuse_vain(given: dict, config: SampleConfig, task: str | None = None) -> None:
+    """Raise UserError for a key that does nothing in these settings. task: None before the model is known."""
+    settings = asdict(config) | {"task": task}
+    for why in in_vain(given, settings, IN_VAIN).values():
+        raise UserError(f"{why}; leave it out")
 
 
 def load(
@@ -258,9 +209,9 @@ def load(
         free_memory(torch_device),
         "end other programs, or on a CPU take --quantize=int8",
     )
-    if compile and not model.has_state:
-        note(f"compile=True has no effect: model={model.config.model} has no state")
-    compiles = compile and model.has_state and TASKS[loaded.task].continues_text
+    if compile and not model.has_cache:
+        note(f"compile=True has no effect: model={model.config.model} has no cache")
+    compiles = compile and model.has_cache and find_task(loaded.task).continues_text
     model = make_generator(model, weight_dtype, torch_device, compiles)
     return Pipeline(model, loaded.tokenizer, loaded.task, torch_device)
 
@@ -308,7 +259,7 @@ def complete(loaded: Pipeline, prompt: str, max_new_tokens: int = 500, **keys) -
     keys: temperature, stop, num_beams and others of SampleConfig.
     """
     config = SampleConfig(max_new_tokens=max_new_tokens, **keys)
-    if not TASKS[loaded.task].continues_text:
+    if not find_task(loaded.task).continues_text:
         return translate_lines([prompt], 1, config, loaded)[0]
     context = make_context([encode_prompt(prompt, loaded.tokenizer)], config, loaded)
     pieces = stream_texts(loaded, context, [0], config)
@@ -409,7 +360,7 @@ def read_prompts(config: SampleConfig, loaded: Pipeline) -> list[tuple[str, np.n
 def read_start(start: str) -> str:
     """Return what --start says, or the content of what it names."""
     if start.startswith("FILE:"):
-        return read_text(check_path("start=FILE:", start[5:]))
+        return read_text(os.path.expanduser(start[5:]))  # noqa: PTH111
     return read_text(start) if start == "-" else start
 
 
@@ -508,7 +459,7 @@ def print_score(config: SampleConfig, loaded: Pipeline) -> None:
 def converse(config: SampleConfig, loaded: Pipeline) -> None:
     """Read a line, write what follows it, and so on; what has been read and written is kept. Ends with Ctrl-D."""
     print("Ctrl-D ends; an empty line continues the text", file=sys.stderr)
-    if not TASKS[loaded.task].continues_text:
+    if not find_task(loaded.task).continues_text:
         for line in typed_lines():
             print(translate_lines([line], 1, config, loaded)[0], flush=True)
         return
@@ -565,6 +516,8 @@ def translate_lines(
     lines: list[str], number: int, config: SampleConfig, loaded: Pipeline
 ) -> list[str]:
     """Translate each line; number: of the first line, for notes."""
+    from humptygpt.translation.beams import translate
+
     model, tokenizer = loaded.model, loaded.tokenizer
     # without the end-of-text token; a source that shares the context with its translation has half of it
     room = (

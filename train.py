@@ -43,8 +43,7 @@ from humptygpt.config import UserError, as_written_here, note
 from humptygpt.convert.adapters import write_adapter
 from humptygpt.convert.huggingface import find_family
 from humptygpt.data import Dataset, Prefetcher
-from humptygpt.finetune import lora
-from humptygpt.layers import (
+from humptygpt.device import (
     autocast,
     pick_device,
     pick_dtype,
@@ -52,6 +51,7 @@ from humptygpt.layers import (
     to_device,
     tune_malloc,
 )
+from humptygpt.finetune import lora
 from humptygpt.loading import Loaded, load
 from humptygpt.memory import ADVICE, check_training_fits, memory_report
 from humptygpt.minutes import plan
@@ -97,7 +97,7 @@ class Run:
 
     @property
     def task(self) -> tasks.Task:
-        task = tasks.TASKS[self.dataset.task]
+        task = tasks.find_task(self.dataset.task)
         if self.processes.sharded:  # a whole model may not fit onto a card
             return dataclasses.replace(task, evaluation_examples=None, final_examples=None)
         return task
@@ -133,8 +133,9 @@ class Run:
 
     def best_state(self) -> dict:
         """Return the entries of best.pt. LoRA is merged, so that it is a model as any other."""
-        model_config, weights = lora.merged_state(self.model)
-        return self.state() | {"model_config": asdict(model_config), "model": weights}
+        weights = lora.merged_state(self.model)
+        no_lora = asdict(dataclasses.replace(self.config, lora_rank=0))
+        return self.state() | {"train_config": no_lora, "model": weights}
 
     def load(self, saved: dict) -> None:
         """Take over the state of a checkpoint, whose weights the model has already. Raises UserError."""
@@ -239,7 +240,7 @@ def setup(
     steps = {"iter": saved["progress"]["iter"]} if saved else {}
     processes.check_alike(asdict(config) | asdict(model_config) | identity | steps)
     micro_batches = config.gradient_accumulation_steps
-    varies = tasks.TASKS[dataset.task].batches_vary
+    varies = tasks.find_task(dataset.task).batches_vary
     distributed.check_divisible(processes.size, micro_batches, config.batch_size, varies)
     if saved:
         resume.check_same_data(saved, dataset, config.out_dir)
@@ -259,7 +260,7 @@ def setup(
         )
     elif not config.eval_only:
         check_training_fits(config, model_config, device, dtype, processes.size)
-    processes.check_model(model_config, dtype)
+    processes.check_model(config, dtype)
 
     model = resume.make_model(config, model_config, processes, saved, base)
     processes.distribute(model, config.seed if not saved and not base else None)
@@ -354,10 +355,6 @@ def for_vocabulary(model_config: ModelConfig, dataset: Dataset) -> ModelConfig:
     if vocab_size < tokens:
         raise UserError(
             f"vocab_size={vocab_size} is below the {tokens} tokens of {dataset.folder.name}"
-        )
-    if rank := model_config.lora_rank:
-        raise UserError(
-            f"lora_rank={rank} trains beside a model; name that with --init_from"
         )
     return dataclasses.replace(model_config, vocab_size=vocab_size)
 
@@ -617,8 +614,8 @@ def evaluate_and_record(run: Run, folder: RunFolder, bar: tqdm) -> bool:
         write_line(bar, examples)
     if improved:
         run.processes.save(folder.path / "best.pt", run.best_state())
-        if run.model.config.lora_rank and run.processes.first:
-            write_adapter(run.model, run.config.init_from, folder.path / "adapter")
+        if run.config.lora_rank and run.processes.first:
+            write_adapter(run.model, run.config, folder.path / "adapter")
     return improved
 
 

@@ -22,11 +22,12 @@ from benchmarks.ours import OurGenerator, OurTrainer
 from benchmarks.training import DEMO
 from humptygpt import config as configurator
 from humptygpt.config import UserError
-from humptygpt.layers import peak_flops, pick_device, pick_dtype
+from humptygpt.device import peak_flops, pick_device, pick_dtype
 from humptygpt.memory import activation_bytes, training_memory
 from humptygpt.metrics import read_metrics
 from humptygpt.settings import TrainConfig
-from model import ModelConfig, build_on_meta, flops_per_token
+from humptygpt.tasks import build_on_meta
+from model import ModelConfig, flops_per_token
 
 SIZES = ("gpt2_124m", "gpt2_350m")
 WARMUP = 5  # steps that are not counted

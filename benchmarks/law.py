@@ -39,13 +39,14 @@ from torch import Tensor
 
 import train
 from humptygpt import config as configurator
+from humptygpt.device import pick_device, pick_dtype, tune_malloc
 from humptygpt.files import write_whole
-from humptygpt.layers import pick_device, pick_dtype, tune_malloc
 from humptygpt.metrics import read_metrics
 from humptygpt.minutes import plan
 from humptygpt.settings import open_prepared, read_settings
+from humptygpt.tasks import build_on_meta
 from humptygpt.token_files import read_meta
-from model import ModelConfig, build_on_meta
+from model import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/law")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import train
 from bench import BenchConfig
 from benchmarks.contenders import Generator, Trainer
-from humptygpt.layers import autocast, pick_device, pick_dtype, to_device
+from humptygpt.device import autocast, pick_device, pick_dtype, to_device
 from humptygpt.settings import TrainConfig
 from model import ModelConfig
 

@@ -8,12 +8,12 @@ from torch import Tensor
 import train
 from bench import BenchConfig
 from benchmarks.contenders import Generator, Trainer
-from humptygpt.compiled import CompiledGPT
-from humptygpt.decoder import prepare_for_generation
-from humptygpt.layers import pick_device
+from humptygpt.decoding import make_generator
+from humptygpt.device import pick_device
 from humptygpt.sampling import generate
 from humptygpt.settings import TrainConfig
-from model import ModelConfig, build
+from humptygpt.tasks import build
+from model import ModelConfig
 
 
 class OurTrainer(Trainer):
@@ -41,9 +41,7 @@ class OurGenerator(Generator):
         dtype = getattr(torch, config.weights)
         device = pick_device(config.device if config.what == "gpu" else "cpu")
         model = build(model_config)
-        self.model = prepare_for_generation(model, dtype, device, config.compile)
-        if config.compile:
-            self.model = CompiledGPT(self.model, mode=None)
+        self.model = make_generator(model, dtype, device, config.compile)
         self.idx = self.idx.to(device)
 
     def steps(self, n: int) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ from bench import BenchConfig
 from benchmarks.contenders import WARMUP
 from benchmarks.ours import OurTrainer
 from benchmarks.training import DEMO, read_configs
-from humptygpt.layers import autocast, to_device
+from humptygpt.device import autocast, to_device
 
 
 def bench(config: BenchConfig) -> dict:

@@ -9,7 +9,7 @@ import train
 from bench import BenchConfig
 from humptygpt import config as configurator
 from humptygpt.config import UserError
-from humptygpt.layers import pick_device
+from humptygpt.device import pick_device
 from humptygpt.settings import TrainConfig
 from model import ModelConfig
 

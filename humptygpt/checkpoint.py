@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import model as models
 from humptygpt import config as configurator
 from humptygpt import machine, tokenizers
-from humptygpt.config import UserError, check_schema, nearest_path, note, one_line, refuse
+from humptygpt.config import UserError, nearest_path, note, one_line, refuse
 from humptygpt.files import write_whole
+from humptygpt.schema import check_schema
+from humptygpt.tasks import build_on_meta, config_class, model_class
+from model import GPT, ModelConfig
 
 SHARDED = ".metadata"  # the file that makes a folder a sharded checkpoint
 FORMAT = "gpt checkpoint 3"  # a change of the schema gets a new number
@@ -220,9 +222,10 @@ def check(path: Path, saved: object, device: str = "cpu") -> dict:
         check_schema(saved, SCHEMA)
     with refuse(f"{path}: "):
         tokens = tokenizers.from_state(saved["tokenizer"]).vocab_size
+    modernize(saved)
     with refuse_other_code(path):
         config = check_content(saved, tokens)
-    model = build_like(path, config, saved["model"])
+    model = build_like(path, config, saved["model"], saved["train_config"])
     with refuse_other_code(path):
         check_weights(saved["model"], model, device)
     return saved
@@ -238,18 +241,28 @@ def lacks_tensors(saved: dict) -> bool:
     return next(iter(saved["model"].values())).is_meta
 
 
-def check_content(saved: dict, tokens: int) -> models.ModelConfig:
+def modernize(saved: dict) -> None:
+    """Give the settings of a checkpoint that an earlier version wrote the keys of this one."""
+    config = saved["model_config"]
+    config.setdefault("mlp_conv", 0)
+    for key in config.keys() & {"lora_rank", "lora_alpha", "lora_targets"}:
+        saved["train_config"][key] = config.pop(key)
+    if config.pop("embedding", "table") == "number":
+        config["model"] = "number_mlp"
+
+
+def check_content(saved: dict, tokens: int) -> ModelConfig:
     """Return the model's config; tokens: the tokenizer's. Raises ValueError or UserError for what this code lacks."""
-    saved["model_config"].setdefault("mlp_conv", 0)  # files older than the key
     for key, value in saved["train_config"].items():
         if type(value) is str and not value.isprintable():
             raise ValueError(f"{key} must have no control characters")
-    config = configurator.restore(models.ModelConfig, saved["model_config"])
+    cls = config_class(saved["model_config"])
+    config = configurator.restore(cls, saved["model_config"])
     if config.vocab_size is None or tokens > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokens} tokens, but the model {config.vocab_size}"
         )
-    if saved["task"] not in models.MODELS[config.model].tasks:
+    if saved["task"] not in model_class(config.model).tasks:
         raise ValueError(f"model={config.model} is not for task={saved['task']}")
     progress = saved["progress"]
     if unknown := progress.keys() - {key.rstrip("?") for key in PROGRESS}:
@@ -263,17 +276,21 @@ def check_content(saved: dict, tokens: int) -> models.ModelConfig:
 
 
 def build_like(
-    what: object, config: models.ModelConfig, weights: dict[str, Tensor]
+    what: object,
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    training: dict | None = None,
 ) -> nn.Module:
     """Build the model of a file's settings on the meta device; what: the file. A bug in a model's code passes.
 
+    training: as build_on_meta() takes it.
     Raises UserError for absurd sizes, before something huge is built.
     """
     shapes = [x.shape for x in weights.values() if not x.is_nested]
     sizes = {1}.union(*shapes)  # 1: the number in place of a vector has no weights
     try:
         if config.n_layer <= len(weights) and config.n_embd in sizes:
-            return models.build_on_meta(config)
+            return build_on_meta(config, training)
     except RuntimeError as error:
         if "overflow" not in str(error):  # torch's, for a tensor with too many elements
             raise
@@ -315,14 +332,15 @@ def check_tensors(
 # The model
 
 
-def restore_model(weights: dict[str, Tensor], config: models.ModelConfig) -> nn.Module:
-    """Return a model on the CPU whose parameters are these tensors themselves: nothing is in memory twice."""
-    model = models.build_on_meta(config)
-    for stack in (module for module in model.modules() if isinstance(module, models.Stack)):
-        # its tables are in no checkpoint
-        stack.position = models.POSITIONS[config.position](config)
-        stack.position.requires_grad_(not config.lora_rank)
+def restore_model(
+    weights: dict[str, Tensor], config: ModelConfig, training: dict | None = None
+) -> nn.Module:
+    """Return a model on the CPU whose parameters are these tensors themselves: nothing is in memory twice.
+
+    training: as build_on_meta() takes it.
+    """
+    model = build_on_meta(config, training)
     model.load_state_dict(weights, assign=True)
-    if config.tie_weights and config.model != "window_mlp":
+    if config.tie_weights and isinstance(model, GPT):
         model.lm_head.weight = model.wte.weight
     return model

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from humptygpt.data import Dataset
-from humptygpt.layers import autocast, to_device
+from humptygpt.device import autocast, to_device
 
 
 class Loss(NamedTuple):

@@ -13,8 +13,6 @@ from humptygpt import checkpoint, tokenizers
 from humptygpt.config import (
     UserError,
     as_written_here,
-    check_schema,
-    make,
     nearest_path,
     note,
     our_configs,
@@ -23,7 +21,8 @@ from humptygpt.convert import adapters, hub, huggingface
 from humptygpt.convert.families import GPT2
 from humptygpt.convert.read_huggingface import read_tokenizer, tokenizer_file
 from humptygpt.convert.weight_files import check_dense, reading
-from humptygpt.finetune import lora
+from humptygpt.schema import check_schema
+from humptygpt.tasks import find, make_model_config
 from humptygpt.token_files import GPT2_TOKENS, read_nanogpt_meta
 from humptygpt.tokenizers import Tokenizer
 from model import ModelConfig
@@ -156,13 +155,16 @@ def is_folder(path: Path) -> bool:
 
 def from_run(path: Path, saved: object) -> Loaded:
     saved = checkpoint.check(path, saved)
-    config = make(ModelConfig, saved["model_config"])
-    model = checkpoint.restore_model(saved["model"], config)
+    config = make_model_config(saved["model_config"])
+    training = saved["train_config"]
+    model = checkpoint.restore_model(saved["model"], config, training)
+    if training.get("lora_rank"):
+        model = find("humptygpt.finetune.lora:merge")(model)
     progress = saved["progress"]
     loss = progress["best_val_loss"]
     best = f"best val loss {loss:.4f}" if loss < math.inf else "not evaluated yet"
     return Loaded(
-        model=lora.merge(model) if config.lora_rank else model,
+        model=model,
         tokenizer=tokenizers.from_state(saved["tokenizer"]),
         task=saved["task"],
         path=path,
@@ -201,6 +203,7 @@ def from_nanogpt(path: Path, saved: dict) -> Loaded:
         config = ModelConfig(
             **GPT2.fixed | {"activation": "gelu", "tie_weights": True} | sizes
         )
+        config.validate()
     # the names of a compiled model have a prefix
     weights = {name.removeprefix("_orig_mod."): x for name, x in saved["model"].items()}
     like = checkpoint.build_like(path, config, weights).state_dict()

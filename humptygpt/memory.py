@@ -11,13 +11,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as models
-from humptygpt.layers import autocast, free_memory
+from humptygpt.device import autocast, free_memory
 from humptygpt.machine import check_fits
 from humptygpt.optimizers import (
     freeze,
     make_optimizer,
     trained_parameters,
 )
+from humptygpt.tasks import build, build_on_meta
 from model import ModelConfig
 
 ADVICE = (
@@ -43,7 +44,7 @@ class Memory(NamedTuple):
 
 def without_memory(config, model_config: ModelConfig) -> nn.Module:
     """Build the model of a run on the meta device, its frozen parameters frozen. config: a TrainConfig."""
-    model = models.build_on_meta(model_config)
+    model = build_on_meta(model_config, vars(config))
     freeze(model, config.freeze)
     return model
 
@@ -96,7 +97,7 @@ def saved_bytes(
     """Return the bytes of the tensors that autograd keeps in a forward pass, by tensors that have no memory."""
     T = config.block_size
     with FakeTensorMode():
-        model = models.build(config)
+        model = build(config)
         freeze(model, frozen)
         for module in model.modules():
             if isinstance(module, models.Stack):

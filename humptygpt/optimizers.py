@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from humptygpt.checkpoint import check_tensors
 from humptygpt.config import UserError
-from humptygpt.layers import multiplies_bfloat16
+from humptygpt.device import multiplies_bfloat16
 from humptygpt.parallel.processes import ONE_PROCESS, Processes
 
 
@@ -266,18 +266,16 @@ def freeze(model: nn.Module, names: str | None) -> None:
 def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Return {group: {name: parameter}}, every parameter that trains in exactly one group.
 
-    A class that owns a matrix may name its group: hidden, in the blocks.
+    hidden: matrices of linear layers but for the output head. A module may name another group for its own.
     """
-    owners = {
-        id(p): module
-        for module in model.modules()
-        for p in module.parameters(recurse=False)
-    }
     groups = {"hidden": {}, "matrices": {}, "vectors": {}}
     for name, p in trained_parameters(model).items():
         group = "vectors"
         if p.dim() > 1:
-            group = getattr(owners[id(p)], "optimizer_group", "matrices")
+            owner = model.get_submodule(name.rpartition(".")[0])
+            linear = isinstance(owner, nn.Linear) and name != "lm_head.weight"
+            group = "hidden" if linear else "matrices"
+            group = getattr(owner, "optimizer_group", group)
         groups[group][name] = p
     return groups
 

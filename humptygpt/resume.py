@@ -1,22 +1,20 @@
 """The model of a run, what it takes over from a checkpoint or from a model that it starts from, and what has to fit."""
 
-import dataclasses
 import shlex
 
 import torch
 from torch import nn
 
-import model as models
 from humptygpt import checkpoint
 from humptygpt.config import UserError, as_written_here
 from humptygpt.data import Dataset
-from humptygpt.finetune import lora
 from humptygpt.loading import Loaded
 from humptygpt.optimizers import freeze, trained_parameters
 from humptygpt.parallel.processes import ONE_PROCESS, Processes
+from humptygpt.tasks import LORA, find
 from humptygpt.token_files import is_command
 from humptygpt.tokenizers import from_state
-from model import ModelConfig
+from model import ModelConfig, Stack, count_parameters
 
 
 def make_model(
@@ -28,14 +26,14 @@ def make_model(
 ) -> nn.Module:
     """Return the model that trains, on the CPU, or sharded without its weights. config: a TrainConfig."""
     if saved:
-        model = checkpoint.restore_model(saved["model"], model_config)
+        model = checkpoint.restore_model(saved["model"], model_config, vars(config))
     elif base:
-        model = adapt_model(base, model_config, config.seed)
+        model = adapt_model(base, config, model_config)
     else:
         torch.manual_seed(config.seed)
         model = processes.build(model_config)
     for module in model.modules():
-        if isinstance(module, models.Stack):
+        if isinstance(module, Stack):
             module.checkpoint_activations = config.checkpoint_activations
     freeze(model, config.freeze)
     return model
@@ -79,23 +77,18 @@ def check_same_tokens(base: Loaded, dataset: Dataset) -> None:
     )
 
 
-def adapt_model(base: Loaded, model_config: ModelConfig, seed: int) -> nn.Module:
+def adapt_model(base: Loaded, config, model_config: ModelConfig) -> nn.Module:
     """Return the model to start from, on the CPU, with this config: fewer positions, other dropout, LoRA."""
     weights = dict(base.model.state_dict())
     for name, x in weights.items():
         if name.endswith("position.wpe.weight"):  # as nanoGPT: the first positions
             weights[name] = x[: model_config.block_size].clone()
-    model = checkpoint.restore_model(
-        weights, dataclasses.replace(model_config, lora_rank=0)
-    )
-    model.config = model_config
-    torch.manual_seed(seed)
-    return lora.add(model) if model_config.lora_rank else model
+    model = checkpoint.restore_model(weights, model_config)
+    torch.manual_seed(config.seed)
+    return find(LORA)(model, vars(config)) if config.lora_rank else model
 
 
 def trained_part(model: nn.Module) -> str:
     """Say how many parameters train, and how much of the model that is."""
     trained = sum(p.numel() for p in trained_parameters(model).values())
-    return (
-        f"training: {trained:,} parameters, {trained / models.count_parameters(model):.1%}"
-    )
+    return f"training: {trained:,} parameters, {trained / count_parameters(model):.1%}"

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from humptygpt import checkpoint, files
 from humptygpt.config import UserError, note
+from humptygpt.device import peak_flops
 from humptygpt.files import Lock
-from humptygpt.layers import peak_flops
 from humptygpt.metrics import read_metrics
 from model import flops_per_token
 

@@ -113,7 +113,7 @@ def uniform_numbers(
 
 
 class Context:
-    """The tokens of texts that a model continues together, as far as it can still see them, and its state.
+    """The tokens of texts that a model continues together, as far as it can still see them, and its cache.
 
     When the context of block_size tokens is full: exact recomputes the newest block_size tokens for every new one;
     otherwise the newest half is recomputed once and continued from there. Each text of a batch does so when its own
@@ -130,18 +130,18 @@ class Context:
         cached: bool = True,
     ):
         """idx: (B, T) token ids, T >= 1; -1 before the first token of the shorter texts. size: the most tokens that a
-        text will have; None: any number. cached=False computes the same without the decoder's state, as a model that
+        text will have; None: any number. cached=False computes the same without a cache, as a model that
         has none always does.
         """
         self.model = model
-        self.exact = exact or not model.has_state
+        self.exact = exact or not model.has_cache
         # of the context's tokens, (B, any number), one after another; together (B, length)
         self.chunks = [idx]
         self.length = idx.shape[1]
         # of each text, columns before its context
         self.padding = (idx < 0).sum(dim=1).tolist()
-        self.cached = cached and model.has_state
-        self.state = model.make_state(size=size) if self.cached else None
+        self.cached = cached and model.has_cache
+        self.cache = model.make_cache(size=size) if self.cached else None
         self.restart(model.config.block_size)
 
     def append(self, tokens: Tensor) -> None:
@@ -159,13 +159,13 @@ class Context:
         block_size = self.model.config.block_size
         if self.length > block_size:
             self.restart(block_size if self.exact else max(1, block_size // 2))
-        if self.state:
+        if self.cache:
             new = self.chunks[-1]
-            if self.state.length + new.shape[1] != self.length:
-                new = self.tokens()[:, self.state.length :]
-            if self.state.padding is not None:
+            if self.cache.length + new.shape[1] != self.length:
+                new = self.tokens()[:, self.cache.length :]
+            if self.cache.padding is not None:
                 new = new.clamp(min=0)  # no token attends to the padding
-            return self.model.next_logits(new, self.state)
+            return self.model.next_logits(new, self.cache)
         if not any(self.padding):
             return self.model.next_logits(self.tokens())
         texts = zip(self.tokens().split(1), self.padding, strict=True)
@@ -183,18 +183,18 @@ class Context:
         self.padding = [first - dropped for first in padding]
         for text, first in zip(tokens, self.padding, strict=True):
             text[:first] = -1
-        if self.state:
-            self.state.clear()
+        if self.cache:
+            self.cache.clear()
             if any(self.padding):
-                self.state.padding = torch.tensor(self.padding, device=tokens.device)
+                self.cache.padding = torch.tensor(self.padding, device=tokens.device)
 
     def select(self, rows: list[int]) -> Tensor:
         """Keep these of the texts alone. Returns their rows, int64, on the device."""
         index = torch.tensor(rows, device=self.chunks[0].device)
         self.chunks = [self.tokens()[index]]
         self.padding = [self.padding[row] for row in rows]
-        if self.state:
-            self.state.select(index)
+        if self.cache:
+            self.cache.select(index)
         return index
 
 
@@ -322,12 +322,8 @@ def generate(
 def bytes_per_text(model: nn.Module, size: int) -> int:
     """Estimate what continuing one text of `size` tokens takes: keys, values, logits, tokens, random numbers."""
     config = model.config
-    windows = [module.window for module in model.modules() if hasattr(module, "window")]
-    kept = min(size, config.block_size) if model.has_state else 0
-    if all(windows):
-        kept = min(kept, 2 * max(windows, default=0))
-    head_size = config.head_size or config.n_embd // config.n_head
-    cache = 2 * config.n_layer * (config.n_kv_head or config.n_head) * head_size * kept
+    kept = min(size, config.block_size) if model.has_cache else 0
+    cache = 2 * config.n_layer * config.kv_heads * config.features * kept
     return 4 * (cache + 8 * config.vocab_size) + 16 * size
 
 

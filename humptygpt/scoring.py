@@ -34,11 +34,11 @@ def log_probabilities(model: nn.Module, ids: np.ndarray, stride: int) -> np.ndar
 
 def score(model: nn.Module, batch: Tensor, at_once: int) -> Tensor:
     """Log-probabilities, (B, T - 1), of windows, (B, T). A model with a cache reads at_once tokens at a time."""
-    state = {"state": model.make_state()} if model.has_state else {}
-    size = at_once if state else batch.shape[1]
+    cache = {"cache": model.make_cache()} if model.has_cache else {}
+    size = at_once if cache else batch.shape[1]
     pieces = zip(batch[:, :-1].split(size, 1), batch[:, 1:].split(size, 1), strict=True)
     nats = [
-        F.cross_entropy(model(idx, **state)[0].float().mT, targets, reduction="none")
+        F.cross_entropy(model(idx, **cache)[0].float().mT, targets, reduction="none")
         for idx, targets in pieces
     ]
     return -torch.cat(nats, dim=1)

@@ -14,10 +14,17 @@ from typing import NamedTuple
 from humptygpt import checkpoint
 from humptygpt import config as configurator
 from humptygpt.checkpoint import refuse_other_code
-from humptygpt.config import UserError, check, note, setting
+from humptygpt.config import (
+    UserError,
+    check_above_0,
+    check_choices,
+    check_fraction,
+    check_least,
+    in_vain,
+    note,
+)
 from humptygpt.data import Dataset
-from humptygpt.finetune import lora
-from humptygpt.layers import DTYPES
+from humptygpt.device import DTYPES
 from humptygpt.loading import Loaded, load
 from humptygpt.optimizers import OPTIMIZERS, SCHEDULES
 from humptygpt.parallel import processes as distributed
@@ -28,21 +35,37 @@ from humptygpt.run_folder import (
     lock_out_dir,
     refuse_earlier_run,
 )
-from humptygpt.tasks import TASKS
+from humptygpt.tasks import (
+    MODELS,
+    config_class,
+    find_task,
+    make_model_config,
+    model_class,
+)
 from humptygpt.token_files import read_meta
-from model import MODELS, ModelConfig
+from model import POSITIONS, ModelConfig
 
 TRAINING_ONLY = {"dropout", "label_smoothing"}  # keys of ModelConfig that change no weight
 # what the weights and the order of the data mean
-FIXED = {"seed", "optimizer", "freeze"}
+FIXED = {"seed", "optimizer", "freeze", "lora_rank", "lora_alpha", "lora_targets"}
 STEP = ("batch_size", "gradient_accumulation_steps")  # their product is fixed
 # in an interrupted run; warmup is fitted to a short one
 MAY_DIFFER = {"out_dir", "warmup_iters", "input"}
-MUONS = [name for name, rule in OPTIMIZERS.items() if rule.learning_rate != "learning_rate"]
-MUON = {"only_with": {"optimizer": tuple(MUONS)}}
-DECAY = {"only_with": {"decay_lr": True}}
-INPUT = {"not_with": {"input": None}}  # keys that train.py hands on to prepare_data.py
-DECAY_RATE = {"at_least": 0, "below": 1}
+WITHOUT_ROTARY = ("position", tuple(POSITIONS.keys() - {"rotary"}))
+CONSTANT = ("decay_lr", (False,))
+# {key: another key, and its values with which the first does nothing}
+IN_VAIN = {
+    "rope_base": WITHOUT_ROTARY,
+    "rope_factor": WITHOUT_ROTARY,
+    "schedule": CONSTANT,
+    "lr_decay_iters": CONSTANT,
+    "min_lr": CONSTANT,
+    "lora_alpha": ("lora_rank", (0,)),
+    "lora_targets": ("lora_rank", (0,)),
+    "text_key": ("input", (None,)),
+    "encoding_errors": ("input", (None,)),
+    "skip_bad_lines": ("input", (None,)),
+}
 # the defaults of a run that starts from a model: small steps, so that it keeps what it knows
 GENTLE = {
     "optimizer": "adamw",
@@ -55,145 +78,90 @@ GENTLE = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    out_dir: str | None = setting(
-        None,
-        "folder for checkpoints, metrics and the plot; None: out/ and the dataset's name",
-        "run",
-        path=True,
-    )
-    init_from: str = setting(
-        "scratch",
-        "scratch: a new model; resume: continue out_dir/ckpt.pt; or a run, a checkpoint, a model's folder, gpt2",
-        path=True,
-    )
-    overwrite: bool = setting(
-        False, "replace an earlier run in out_dir, once the new one has a checkpoint"
-    )
-    eval_only: bool = setting(
-        False, "evaluate once, translations by BLEU too, and stop; nothing is written"
-    )
-    seed: int = setting(
-        1337, "seed of initial weights, data order and dropout", at_least=0, below=2**63
-    )
+    # run
+    out_dir: str | None = None  # folder of the run; None: out/ and the dataset's name
+    init_from: str = "scratch"  # scratch; resume: continue out_dir/ckpt.pt; or a run, a checkpoint, a folder, gpt2
+    overwrite: bool = False  # replace an earlier run in out_dir
+    eval_only: bool = False  # evaluate once, translations by BLEU too, and stop
+    seed: int = 1337  # seed of initial weights, data order and dropout
+    # data
+    dataset: str = "shakespeare_char"  # folder in data/ that prepare_data.py wrote
+    input: str | None = None  # your own text, prepared as a dataset that is named after it
+    text_key: str | None = None  # of an input: the field or column with the text
+    encoding_errors: str | None = None  # of an input: strict, replace or ignore
+    skip_bad_lines: bool | None = None  # of an input: leave out lines without a text
+    batch_size: int = 4  # sequences per micro-batch; of pairs, as many as fit into them
+    gradient_accumulation_steps: int = 1  # micro-batches whose gradients make one step
+    # optimizer
+    minutes: float | None = None  # of the whole command; what is not given is chosen to fit
+    max_iters: int = 2400  # training steps
+    optimizer: str = "normuon"  # muon, normuon: for the matrices of the blocks
+    learning_rate: float = 6e-3  # the peak, after warmup
+    decay_lr: bool = True  # warm up, then decay; False: constant
+    schedule: str = "linear"  # shape of the decay
+    warmup_iters: int = 10  # steps of linear warmup
+    lr_decay_iters: int | None = None  # step at which the decay ends; None: max_iters
+    min_lr: float | None = 0.0  # the minimum; None: learning_rate / 10
+    weight_decay: float = 0.1  # weight decay of matrices and embeddings
+    beta1: float = 0.9  # AdamW: decay rate of the first moment
+    beta2: float = 0.95  # AdamW, NorMuon: decay rate of the second moment
+    muon_learning_rate: float = 0.03  # Muon: the peak learning rate
+    muon_momentum: float = 0.85  # Muon: decay rate of the momentum
+    grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
+    freeze: str | None = None  # parameters to keep: parts of their names, as wte,blocks.0
+    lora_rank: int = 0  # LoRA: rank of the matrices that train beside a model's; 0: off
+    lora_alpha: float = 16.0  # LoRA: what they add is scaled by lora_alpha / lora_rank
+    lora_targets: str = "q_proj,v_proj"  # LoRA: layers that have it
+    # evaluation
+    eval_interval: int = 600  # steps between evaluations; the last step has one
+    eval_iters: int | None = None  # batches of a fixed set; None: a tenth of the time
+    early_stopping: int = 0  # stop after so many evaluations without a new lowest loss
+    always_save_checkpoint: bool = True  # False: only if the loss is a new lowest
+    snapshots: bool | None = None  # keep weights of steps for the page; None: below 10 MB
+    log_interval: int = 10  # steps between lines of the training loss
+    # memory
+    checkpoint_activations: bool = False  # less memory, a third more work
+    dry_run: bool = False  # report sizes and memory, and stop before anything is touched
+    # logging
+    log: str = ""  # log to tensorboard, wandb or both (with a comma), too
+    wandb_log: bool = False  # as log=wandb; WANDB_MODE=offline keeps it here
+    wandb_project: str = "humptygpt"  # project there
+    wandb_run_name: str | None = None  # run name there; None: the name of out_dir
+    # system
+    device: str = "auto"  # auto: the GPU if there is one; cpu, cuda, cuda:1, mps
+    dtype: str = "auto"  # auto: what the hardware has
+    compile: bool | None = None  # torch.compile; None: on CUDA, without minutes
+    parallel: str = "ddp"  # of several processes: fsdp, each has a part of the model
+    backend: str = "auto"  # of several processes: nccl on CUDA, gloo on a CPU
 
-    dataset: str = setting(
-        "shakespeare_char", "folder in data/ that prepare_data.py wrote", "data"
-    )
-    input: str | None = setting(
-        None, "your own text, prepared as a dataset that is named after it", path=True
-    )
-    text_key: str | None = setting(
-        None, "of an input: the field or column with the text", **INPUT
-    )
-    encoding_errors: str | None = setting(
-        None, "of an input: strict, replace or ignore bytes that are not UTF-8", **INPUT
-    )
-    skip_bad_lines: bool | None = setting(
-        None, "of an input: leave out lines and rows without a text", **INPUT
-    )
-    batch_size: int = setting(
-        4, "sequences per micro-batch; of pairs, as many as fit into them", at_least=1
-    )
-    gradient_accumulation_steps: int = setting(
-        1, "micro-batches whose gradients make one step", at_least=1
-    )
+    @classmethod
+    def choices(cls) -> dict[str, Collection[str]]:
+        """Return {key: its variants}, also of the model."""
+        return {
+            "model": MODELS,
+            "optimizer": OPTIMIZERS,
+            "schedule": SCHEDULES,
+            "dtype": ("auto", *DTYPES),
+            "parallel": distributed.WAYS,
+            "backend": distributed.BACKENDS,
+        }
 
-    minutes: float | None = setting(
-        None,
-        "of the whole command; what is not given, the model's size too, is chosen to fit",
-        "optimizer",
-        above=0,
-    )
-    max_iters: int = setting(2400, "training steps", at_least=1)
-    optimizer: str = setting(
-        "normuon", "muon, normuon: for the matrices of the blocks", choices=OPTIMIZERS
-    )
-    learning_rate: float = setting(6e-3, "the peak, after warmup", above=0)
-    decay_lr: bool = setting(True, "warm up, then decay; False: constant")
-    schedule: str = setting("linear", "shape of the decay", choices=SCHEDULES, **DECAY)
-    warmup_iters: int = setting(10, "steps of linear warmup", at_least=0, **DECAY)
-    lr_decay_iters: int | None = setting(
-        None, "step at which the decay ends; None: max_iters", at_least=1, **DECAY
-    )
-    min_lr: float | None = setting(
-        0.0, "the minimum; None: learning_rate / 10", at_least=0, **DECAY
-    )
-    weight_decay: float = setting(
-        0.1, "weight decay of matrices and embeddings", at_least=0
-    )
-    beta1: float = setting(0.9, "AdamW: decay rate of the first moment", **DECAY_RATE)
-    beta2: float = setting(
-        0.95, "AdamW, NorMuon: decay rate of the second moment", **DECAY_RATE
-    )
-    muon_learning_rate: float = setting(
-        0.03, "Muon: the peak learning rate", above=0, **MUON
-    )
-    muon_momentum: float = setting(
-        0.85, "Muon: decay rate of the momentum", **DECAY_RATE, **MUON
-    )
-    grad_clip: float = setting(0.0, "largest gradient norm; 0: no clipping", at_least=0)
-    freeze: str | None = setting(
-        None,
-        "parameters that stay as they are: parts of their names, as wte,blocks.0",
-        only_with={"lora_rank": 0},
-    )
-
-    eval_interval: int = setting(
-        600, "steps between evaluations; the last step has one", "evaluation", at_least=1
-    )
-    eval_iters: int | None = setting(
-        None, "batches of a fixed set; None: a tenth of the time at most", at_least=1
-    )
-    early_stopping: int = setting(
-        0, "evaluations without a new lowest loss before stopping; 0: never", at_least=0
-    )
-    always_save_checkpoint: bool = setting(
-        True, "False: save ckpt.pt only where the loss is a new lowest"
-    )
-    snapshots: bool | None = setting(
-        None,
-        "keep the weights of steps 0, 10, 30, 100, ... in 8 bits, for the page; None: if below 10 MB",
-    )
-    log_interval: int = setting(10, "steps between lines of the training loss", at_least=1)
-
-    checkpoint_activations: bool = setting(
-        False,
-        "keep only each block's input and compute the rest twice: less memory, a third more work",
-        "memory",
-        not_with={"model": "window_mlp"},
-    )
-    dry_run: bool = setting(
-        False, "report sizes and memory and stop, before any data or memory is touched"
-    )
-
-    log: str = setting(
-        "", "log to tensorboard, wandb or both (with a comma), too", "logging"
-    )
-    wandb_log: bool = setting(False, "as log=wandb; WANDB_MODE=offline keeps it here")
-    wandb_project: str = setting("humptygpt", "project there")
-    wandb_run_name: str | None = setting(None, "run name there; None: the name of out_dir")
-
-    device: str = setting(
-        "auto", "auto: the GPU if there is one; cpu, cuda, cuda:1, mps", "system"
-    )
-    dtype: str = setting("auto", "auto: what the hardware has", choices=("auto", *DTYPES))
-    compile: bool | None = setting(
-        None, "torch.compile; None: on CUDA, without minutes", not_with={"eval_only": True}
-    )
-    parallel: str = setting(
-        "ddp",
-        "of several processes: each has the whole model; fsdp: a part of it",
-        choices=distributed.WAYS,
-    )
-    backend: str = setting(
-        "auto",
-        "of several processes: nccl on CUDA, gloo on a CPU",
-        choices=distributed.BACKENDS,
-    )
-
-    def __post_init__(self):
-        check(self)
+    def validate(self) -> None:
+        """Raise ValueError for the first value or combination that makes no sense."""
+        check_choices(self)
+        check_least(self, 0, "seed", "warmup_iters", "min_lr", "weight_decay", "grad_clip")
+        check_least(self, 0, "early_stopping", "lora_rank")
+        check_least(self, 1, "batch_size", "gradient_accumulation_steps", "max_iters")
+        check_least(
+            self, 1, "lr_decay_iters", "eval_interval", "eval_iters", "log_interval"
+        )
+        check_above_0(self, "minutes", "learning_rate", "muon_learning_rate", "lora_alpha")
+        check_fraction(self, "beta1", "beta2", "muon_momentum")
         chosen_loggers(vars(self))
+        if self.lora_rank and self.init_from == "scratch":
+            raise ValueError(
+                f"lora_rank={self.lora_rank} trains beside a model; name that with --init_from"
+            )
         if self.decay_lr and self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(
                 f"min_lr={self.min_lr} must be at most learning_rate={self.learning_rate}"
@@ -283,7 +251,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         saved, base = checkpoint.read(path, with_tensors=False), None
         settings = resumed_settings(saved, settings, path)
     config = configurator.make(TrainConfig, settings)
-    model_config = configurator.make(ModelConfig, settings)
+    model_config = make_model_config(settings)
     if given.get("minutes") and (config.dry_run or config.eval_only):
         raise UserError("minutes is for training, which dry_run and eval_only leave out")
     if config.minutes and processes > 1:
@@ -293,7 +261,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         saved = checkpoint.read(path)
     for name in chosen_loggers(asdict(config)):  # now, not after a long preparation
         import_logger(name)
-    note_without_effect(given, config, model_config, processes)
+    refuse_vain(given, in_line, asdict(config) | asdict(model_config), processes)
     if overwrite and (given.get("init_from") == "resume" or not writes):
         note("overwrite=True has no effect: no new run is written")
     config = fit_warmup(config, chosen="warmup_iters" in given or saved is not None)
@@ -322,7 +290,8 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
         )
     with refuse_other_code(path):
         train_config = asdict(configurator.restore(TrainConfig, saved["train_config"]))
-        model_config = asdict(configurator.restore(ModelConfig, saved["model_config"]))
+        cls = config_class(saved["model_config"])
+        model_config = asdict(configurator.restore(cls, saved["model_config"]))
     own = train_config | model_config
     fixed = model_config.keys() - TRAINING_ONLY | FIXED
     # a step has the same sequences in smaller or larger parts
@@ -353,7 +322,7 @@ def is_same_run(settings: dict, path: Path) -> bool:
     except UserError:
         return False
     asked = asdict(configurator.make(TrainConfig, settings))
-    asked |= asdict(configurator.make(ModelConfig, settings))
+    asked |= asdict(make_model_config(settings))
     had = saved["train_config"] | saved["model_config"]
     if asked["vocab_size"] is None:  # the data's
         asked["vocab_size"] = had["vocab_size"]
@@ -364,7 +333,7 @@ def is_same_run(settings: dict, path: Path) -> bool:
 def base_settings(base: Loaded, given: dict) -> dict[str, object]:
     """Return the ModelConfig of a run that starts from a model: the model's own, but for what a run may choose."""
     own = asdict(base.model.config)
-    free = {key: getattr(ModelConfig, key) for key in (*TRAINING_ONLY, *lora.OFF)}
+    free = {key: getattr(ModelConfig, key) for key in TRAINING_ONLY}
     free["block_size"] = own["block_size"]
     for key in given.keys() & own.keys():
         if key in free:
@@ -381,17 +350,19 @@ def base_settings(base: Loaded, given: dict) -> dict[str, object]:
     return own | free
 
 
-def note_without_effect(
-    given: dict, config: TrainConfig, model_config: ModelConfig, processes: int
+def refuse_vain(
+    given: Collection[str], in_line: set[str], settings: dict, processes: int
 ) -> None:
-    """Report the keys that the user set in vain."""
+    """Raise UserError for a key that does nothing in these settings; one of a config file is only noted."""
+    for key, why in in_vain(given, settings, IN_VAIN).items():
+        if key in in_line:
+            raise UserError(f"{why}; leave it out")
+        note(why)
     if processes == 1:
         for key in given.keys() & {"parallel", "backend"}:
             note(
                 f"{key}={given[key]} has no effect on one process; torchrun starts several"
             )
-    settings = asdict(config) | asdict(model_config)
-    configurator.note_without_effect(settings, given, ModelConfig, TrainConfig)
 
 
 def fit_warmup(config: TrainConfig, chosen: bool) -> TrainConfig:
@@ -410,8 +381,8 @@ def fit_warmup(config: TrainConfig, chosen: bool) -> TrainConfig:
 def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
     """Open a prepared folder for a model. Raises UserError where it, or this machine, is not made for the task."""
     meta = read_meta(folder)
-    task = TASKS[meta["task"]]
-    model = MODELS[config.model]
+    task = find_task(meta["task"])
+    model = model_class(config.model)
     if meta["task"] not in model.tasks:
         raise UserError(
             f"dataset={folder.name} is for {meta['task']}, but model={config.model} for {' and '.join(model.tasks)}"

@@ -1,21 +1,99 @@
-"""What a task means to data, training, evaluation, sampling and export: one entry of TASKS.
+"""What a run can train and what for: the tables of models and tasks. An entry is imported when a setting names it.
 
 A data set and a checkpoint name their task, and each class of MODELS those that it can learn.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from humptygpt.data import Dataset, PairDataset, TokenDataset
+from humptygpt import config as configurator
+from humptygpt.config import UserError
+from humptygpt.data import Dataset, TokenDataset
 from humptygpt.sampling import generate
-from humptygpt.translation.beams import NUM_BEAMS, score, translate
+from model import ModelConfig
+
+# {name: module:entry}
+MODELS = {
+    "gpt": "model:GPT",
+    "transformer": "humptygpt.translation.model:Transformer",
+    "window_mlp": "humptygpt.window_mlp.model:WindowMLP",
+    "number_mlp": "humptygpt.window_mlp.model:NumberMLP",
+}
+TASKS = {
+    "language modelling": "humptygpt.tasks:TEXT",
+    "translation": "humptygpt.translation.task:TRANSLATION",
+}
+LORA = "humptygpt.finetune.lora:add"
 
 SAMPLE_TOKENS = 300  # of the text at the end of a run
 LINE_TOKENS = 60  # of the line after each evaluation
+
+
+def find(entry: str) -> object:
+    """Import what an entry such as "model:GPT" names."""
+    module, _, name = entry.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+# --------------------------------------------------------------------------------------
+# Models
+
+
+def model_class(name: str) -> type[nn.Module]:
+    """Return the class that model=name stands for. Raises UserError."""
+    if name not in MODELS:
+        raise UserError(f"model={name} is not one of: {', '.join(MODELS)}")
+    return find(MODELS[name])
+
+
+def config_class(settings: dict[str, object]) -> type[ModelConfig]:
+    cls = model_class(settings.get("model", ModelConfig.model))
+    return getattr(cls, "config_class", ModelConfig)
+
+
+def make_model_config(settings: dict[str, object]) -> ModelConfig:
+    """Return the config of a model from those of the settings that are its keys. Raises UserError."""
+    return configurator.make(config_class(settings), settings)
+
+
+def build(config: ModelConfig, training: dict | None = None) -> nn.Module:
+    """Return a new model with random weights, on the CPU. training: settings of a training, which may add LoRA."""
+    model = model_class(config.model)(config)
+    if training and training.get("lora_rank"):
+        find(LORA)(model, training)
+    return model
+
+
+def build_on_meta(config: ModelConfig, training: dict | None = None) -> nn.Module:
+    """Build a model without memory for its weights."""
+    with torch.device("meta"), WithoutValues():
+        return build(config, training)
+
+
+class WithoutValues(TorchFunctionMode):
+    """Weights on the meta device are not initialized, and tables of positions are on the CPU.
+
+    Either would make torch load its compiler, for more than a second.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        if func in (torch.arange, torch.tensor):
+            kwargs = kwargs | {"device": "cpu"}
+        return func(*args, **kwargs)
+
+
+# --------------------------------------------------------------------------------------
+# Tasks
+
 Show = Callable[[nn.Module, Dataset], str]
 
 
@@ -29,19 +107,21 @@ class Task:
     """What differs from task to task. Each model is on its device and in evaluation mode, within autocast."""
 
     dataset: type[Dataset]
-    package: str | None  # that the score needs
-    batches_vary: bool  # in their shapes
-    evaluation_examples: Show | None  # after each evaluation
-    final_examples: Show | None  # at the end of a run
+    package: str | None = None  # that the score needs
+    batches_vary: bool = False  # in their shapes
+    evaluation_examples: Show | None = None  # after each evaluation
+    final_examples: Show | None = None  # at the end of a run
     # at the end of a run, and of eval_only
-    score: Callable[[nn.Module, Dataset], Score] | None
-    continues_text: (
-        bool  # sample.py continues a prompt; otherwise it translates line by line
-    )
-    sample_label: str  # of what to do next
-    sample_command: str  # {} is the argument that names the run
-    card_prompt: str  # in a model card's example
-    card_note: str  # in a model card
+    score: Callable[[nn.Module, Dataset], Score] | None = None
+    continues_text: bool = True  # sample.py continues a prompt; else it translates lines
+    sample_label: str = "more of this"  # of what to do next
+    sample_command: str = "python sample.py {}"  # {} is the argument that names the run
+    card_prompt: str = ""  # in a model card's example
+    card_note: str = ""  # in a model card
+
+
+def find_task(name: str) -> Task:
+    return find(TASKS[name])
 
 
 def sample(model: nn.Module, dataset: TokenDataset, max_new_tokens: int) -> str:
@@ -63,66 +143,6 @@ def sample_text(model: nn.Module, dataset: TokenDataset) -> str:
     return f"\n{sample(model, dataset, SAMPLE_TOKENS)}\n"
 
 
-def translate_examples(model: nn.Module, dataset: PairDataset) -> str:
-    """Translate three sentences of the validation split greedily, each shown with its reference."""
-    tokenizer = dataset.tokenizer
-    examples = dataset.texts("val", 3)
-    sources = [source for source, _ in examples]
-    translations = translate(model, sources, tokenizer.eot, tokenizer.vocab_size)
-    lines = []
-    for (source, reference), translation in zip(examples, translations, strict=True):
-        lines += [
-            f"    {tokenizer.decode(source[:-1])}",
-            f"  = {reference}",
-            f"  > {tokenizer.decode(translation.ids)}",
-        ]
-    return "\n".join(lines)
-
-
-def score_translations(model: nn.Module, dataset: PairDataset) -> Score:
-    """Compute BLEU and chrF on the test split, or where there is none on the validation split."""
-    split = "test" if "test" in dataset.pairs else "val"
-    tokenizer = dataset.tokenizer
-    pairs = dataset.texts(split)
-    sources = [source for source, _ in pairs]
-    references = [reference for _, reference in pairs]
-    beams = translate(
-        model, sources, tokenizer.eot, tokenizer.vocab_size, num_beams=NUM_BEAMS
-    )
-    scores = score([tokenizer.decode(beam.ids) for beam in beams], references)
-    text = (
-        f"\n{len(pairs):,} pairs of the {split} split, beams: {NUM_BEAMS}\n"
-        f"  BLEU {scores['bleu']:5.2f}   {scores['bleu_signature']}\n"
-        f"  chrF {scores['chrf']:5.2f}   {scores['chrf_signature']}"
-    )
-    return Score(text, {"test_bleu": scores["bleu"], "test_chrf": scores["chrf"]})
-
-
-TASKS = {
-    "language modelling": Task(
-        dataset=TokenDataset,
-        package=None,
-        batches_vary=False,
-        evaluation_examples=sample_line,
-        final_examples=sample_text,
-        score=None,
-        continues_text=True,
-        sample_label="more of this",
-        sample_command="python sample.py {}",
-        card_prompt="",
-        card_note="",
-    ),
-    "translation": Task(
-        dataset=PairDataset,
-        package="sacrebleu",
-        batches_vary=True,
-        evaluation_examples=translate_examples,
-        final_examples=None,
-        score=score_translations,
-        continues_text=False,
-        sample_label="translate",
-        sample_command='python sample.py {} --start="..."',
-        card_prompt="Ein Mann schläft.",
-        card_note="It translates: after a sentence and the end-of-text token, it writes the translation.",
-    ),
-}
+TEXT = Task(
+    dataset=TokenDataset, evaluation_examples=sample_line, final_examples=sample_text
+)

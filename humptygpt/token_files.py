@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from humptygpt import tokenizers
-from humptygpt.config import UserError, as_written_here, check_schema, note, parse_json
+from humptygpt.config import UserError, as_written_here, note
+from humptygpt.schema import check_schema, parse_json
 
 META_FORMAT = "tokens 2"  # a change of what a data folder holds gets a new number
 CHECKED = (

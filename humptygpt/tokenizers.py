@@ -19,8 +19,9 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from humptygpt.config import UserError, check_schema, note
+from humptygpt.config import UserError, note
 from humptygpt.prepare.download import package
+from humptygpt.schema import check_schema
 
 END_OF_TEXT = "<|endoftext|>"
 # of a state; Llama 3's tokenizer.json takes 9 MB, Gemma's 33 MB

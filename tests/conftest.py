@@ -14,14 +14,11 @@ from torch import Tensor, nn
 
 import prepare_data
 import train
-from humptygpt import machine, run_folder
+from humptygpt import machine, run_folder, tasks
 from humptygpt.optimizers import make_optimizer
 from humptygpt.settings import TrainConfig
-from humptygpt.tasks import TASKS
 
-WITHOUT_SAMPLE = replace(
-    TASKS["language modelling"], evaluation_examples=None, final_examples=None
-)
+WITHOUT_SAMPLE = replace(tasks.TEXT, evaluation_examples=None, final_examples=None)
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # models this small only wait for each other's threads
 # GPT-2's blocks, which most tests of single parts build on, and the AdamW that goes with them
@@ -82,7 +79,7 @@ def short_ending(request, monkeypatch):
     """Most runs here do without the picture and the samples, which take longer than all of their steps."""
     if "whole_ending" not in request.keywords:
         monkeypatch.setattr(run_folder, "draw_losses", lambda *args: None)
-        monkeypatch.setitem(TASKS, "language modelling", WITHOUT_SAMPLE)
+        monkeypatch.setattr(tasks, "TEXT", WITHOUT_SAMPLE)
 
 
 @pytest.fixture

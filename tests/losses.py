@@ -63,7 +63,7 @@ def run(script: Path, folder: Path, *argv: str, processes: int = 1) -> None:
 
 
 def read_rows(out_dir: Path) -> list[dict]:
-    """The rows of metrics, without the scores of the test split, which each end of a run adds."""
+    """The rows of metrics, without what each end of a run adds: the scores of the test split, and how it ended."""
     keys = (
         "iter",
         "tokens",
@@ -77,7 +77,7 @@ def read_rows(out_dir: Path) -> list[dict]:
     return [
         {key: row[key] for key in keys if key in row}
         for row in rows
-        if "test_bleu" not in row
+        if "test_bleu" not in row and "end" not in row
     ]
 
 

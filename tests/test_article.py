@@ -8,19 +8,23 @@ import torch.nn.functional as F
 from conftest import ADAMW, GPT2
 
 import model as models
-from humptygpt.layers import ACTIVATIONS, Dropout, attend, attention_mask
 from humptygpt.optimizers import make_optimizer
 from humptygpt.sampling import generate, probabilities
+from humptygpt.tasks import build
 from humptygpt.tokenizers import CharTokenizer
-from humptygpt.window_mlp.network import NumberEmbedding
+from humptygpt.window_mlp.model import NumberEmbedding
 from model import (
+    ACTIVATIONS,
     BLOCKS,
     POSITIONS,
-    BlockInputs,
+    Dropout,
     LayerNorm,
     ModelConfig,
-    PositionalEncoding,
+    Position,
     SelfAttention,
+    Shared,
+    attend,
+    attention_mask,
 )
 from train import TrainConfig
 
@@ -40,14 +44,13 @@ def config(**keys) -> ModelConfig:
     return ModelConfig(**GPT2 | small | keys)
 
 
-def inputs(T: int, position: PositionalEncoding | None = None) -> BlockInputs:
+def inputs(T: int, position: Position | None = None) -> Shared:
     """What a stack computes for its blocks of a text of T tokens."""
-    position = position or PositionalEncoding(config())
-    mask = attention_mask(
-        T, T, torch.device("cpu"), causal=True, bias=position.score_bias(T, T)
-    )
-    rotary = position.rotary(slice(0, T))
-    return BlockInputs(None, {0: mask}, rotary, None, (None, False), None)
+    position = position or Position(config())
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    mask = attention_mask(distance, bias=position.score_bias(distance))
+    at = slice(0, T)
+    return Shared(at, T, position.rotary(at), {0: mask}, None)
 
 
 # --------------------------------------------------------------------------------------
@@ -122,15 +125,15 @@ def test_letters_are_the_numbers_of_their_positions_in_the_alphabet():
 
 @pytest.mark.parametrize(
     "keys",
-    [{"embedding": "number", "n_embd": 1}, {"n_embd": 10}],
+    [{"model": "number_mlp", "n_embd": 1}, {"model": "window_mlp", "n_embd": 10}],
     ids=["numbers", "vectors"],
 )
 def test_the_window_drops_its_oldest_letter_and_the_network_continues_the_text(keys):
     """humpty dumpt -> y, then umpty dumpty -> a space, then mpty dumpty_ -> s, ..."""
     torch.manual_seed(0)
     text = "humpty dumpty sat on a wall"
-    keys |= {"model": "window_mlp", "window": 12, "block_size": 26, "n_hidden": 100}
-    network = models.build(config(activation="relu", bias=True, **keys))
+    keys |= {"window": 12, "block_size": 26, "n_hidden": 100}
+    network = build(config(activation="relu", bias=True, **keys))
     assert network.layers[0].in_features == {1: 12, 10: 120}[network.config.n_embd]
     adamw = TrainConfig(**ADAMW, learning_rate=1e-2, weight_decay=0.0)
     optimizer = make_optimizer(adamw, network)
@@ -149,7 +152,7 @@ def test_the_window_drops_its_oldest_letter_and_the_network_continues_the_text(k
 
 
 def test_an_embedding_is_a_table_of_trained_vectors_one_per_letter():
-    model = models.build(config())
+    model = build(config())
     h = torch.from_numpy(LETTERS.encode("h"))
     assert torch.equal(model.wte(h)[0], model.wte.weight[8 - 1])
     # the article's appendix

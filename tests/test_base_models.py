@@ -20,7 +20,8 @@ from humptygpt import settings as train_config
 from humptygpt.config import UserError
 from humptygpt.loading import Loaded, load
 from humptygpt.settings import read_settings
-from model import ModelConfig, build_on_meta
+from humptygpt.tasks import build_on_meta
+from model import ModelConfig
 
 OTHER = make_text(4000, seed=1)  # other words of the same characters
 FROM_RUN = [*TINY_RUN, "--dataset=other", "--out_dir=out/other", "--init_from=out/run"]

@@ -9,6 +9,7 @@ from conftest import GPT2
 from test_transformer import EOT, random_model, tokens
 
 import model as models
+from humptygpt.tasks import build
 from humptygpt.translation import beams
 from humptygpt.translation.beams import Translation, beam_search, score, translate
 from model import ModelConfig
@@ -17,7 +18,7 @@ from model import ModelConfig
 def decoder_only(**keys) -> models.GPT:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 12, "vocab_size": 11}
-    model = models.build(ModelConfig(**GPT2 | sizes | keys)).eval()
+    model = build(ModelConfig(**GPT2 | sizes | keys)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model

@@ -10,13 +10,16 @@ import pytest
 
 import bench
 import compare
+import explain
+import export
 import model
 import prepare_data
 import sample
 import train
 from humptygpt import config as configurator
+from humptygpt import settings
 from humptygpt import tokenizers as tokenizer
-from humptygpt.config import UserError, check, setting, without_effect
+from humptygpt.config import UserError, check_choices, check_fraction, check_least
 from humptygpt.loading import find_source
 from model import ModelConfig
 from prepare_data import PrepareConfig
@@ -28,15 +31,23 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Example:
-    width: int = setting(4, "how wide", group="example", at_least=1)
-    rate: float = setting(0.5, "how fast", above=0, below=1)
-    fast: bool = setting(False, "or slow")
-    name: str = setting("x", "what it is called", choices=("x", "y", "r4"))
-    limit: int | None = setting(None, "None: no limit")
-    switch: bool | None = setting(None, "None: found by itself")
+    # example
+    width: int = 4  # how wide
+    rate: float = 0.5  # how fast
+    # how
+    fast: bool = False  # or slow
+    name: str = "x"  # what it is called
+    limit: int | None = None  # None: no limit
+    switch: bool | None = None  # None: found by itself
 
-    def __post_init__(self):
-        check(self)
+    @classmethod
+    def choices(cls):
+        return {"name": ("x", "y", "r4")}
+
+    def validate(self):
+        check_choices(self)
+        check_least(self, 1, "width", "limit")
+        check_fraction(self, "rate")
 
 
 def read(*argv: str) -> dict:
@@ -70,7 +81,6 @@ def test_config_files_may_compute_and_import(folder):
         ("--fast=True", True),
         ("--name=a=b", "a=b"),
         ("--name=5", "5"),
-        ("--name=", ""),
         ("--limit=None", None),
         ("--limit=3", 3),
         ("--switch=None", None),
@@ -192,8 +202,8 @@ def test_a_second_input_is_answered_with_how_to_give_several_files(folder, fails
     for name in ("a.txt", "b.txt"):
         Path(name).write_text("text")
     complaint = fails(train.main, "--input=a.txt", "b.txt")
-    assert complaint.startswith("input is one file or folder, and b.txt another one; ")
-    assert "a pattern in quotes, as --input='texts/*.txt'" in complaint
+    assert complaint.startswith("b.txt is not a config file; for several files of text ")
+    assert "a pattern in quotes: --input='texts/*.txt'" in complaint
 
 
 def test_the_name_of_a_config_in_place_of_a_model_is_answered_with_the_command_that_trains_it(
@@ -214,37 +224,18 @@ def test_the_name_of_a_config_in_place_of_a_model_is_answered_with_the_command_t
 @pytest.mark.parametrize(
     "cls", [TrainConfig, SampleConfig, PrepareConfig, compare.CompareConfig]
 )
-def test_every_path_may_begin_with_the_home_folder_and_is_not_empty(cls, monkeypatch):
+def test_every_text_may_begin_with_the_home_folder_and_is_not_empty(
+    folder, cls, monkeypatch
+):
     monkeypatch.setenv("HOME", "/home/me")
     for field in dataclasses.fields(cls):
-        if field.metadata["path"]:
+        if str in configurator.kinds_of(field.type):
             (value,) = configurator.read([f"--{field.name}=~/a/"], cls).values()
             assert value in ("/home/me/a/", ("/home/me/a/",))
-            with pytest.raises(UserError, match=f"^{field.name}="):
+            with pytest.raises(UserError, match=f"^{field.name}= must not be empty"):
                 configurator.read([f"--{field.name}="], cls)
-
-
-def test_every_key_for_a_path_is_declared_as_one():
-    paths = {
-        field.name
-        for cls in CONFIGS
-        for field in dataclasses.fields(cls)
-        if field.metadata["path"]
-    }
-    assert paths == {
-        *(
-            "out_dir",
-            "init_from",
-            "prompts",
-            "score",
-            "input",
-            "source",
-            "target",
-            "held_out",
-            "tokenizer",
-        ),
-        *("runs", "picture", "json", "config", "nanogpt", "page"),
-    }
+    Path("a.py").write_text("name = '~/b'")
+    assert read("a.py") == {"name": "/home/me/b"}
 
 
 def test_help_lists_the_choices_that_the_dictionary_has(monkeypatch, capsys):
@@ -257,11 +248,11 @@ def test_help_lists_the_choices_that_the_dictionary_has(monkeypatch, capsys):
             main(["--help"])
         text = capsys.readouterr().out
         assert choice in text
-    for cls in CONFIGS[:4]:
+    for cls in CONFIGS:
         text = configurator.help_text(cls)
-        for field in dataclasses.fields(cls):
-            if choices := field.metadata["choices"]:
-                assert f"one of: {', '.join(choices)}\n" in text + "\n", field.name
+        for name, choices in cls.choices().items():
+            if name != "model":  # which is ModelConfig's
+                assert f"one of: {', '.join(choices)}\n" in text + "\n", name
 
 
 def test_commands_in_messages_name_the_script_as_the_user_has_written_it(
@@ -294,8 +285,8 @@ def test_started_from_another_folder_a_script_says_where_its_files_are(folder):
     ("values", "complaint"),
     [
         ({"width": 0}, "width=0 must be at least 1"),
-        ({"rate": 1.0}, "rate=1.0 must be above 0 and below 1"),
-        ({"rate": float("nan")}, "rate=nan must be above 0 and below 1"),
+        ({"rate": 1.0}, "rate=1.0 must be at least 0 and below 1"),
+        ({"rate": float("nan")}, "rate=nan must be at least 0 and below 1"),
         ({"name": "z"}, "name=z is not one of: x, y, r4"),
     ],
 )
@@ -305,24 +296,14 @@ def test_a_value_that_breaks_the_rule_of_its_key_is_a_user_error(values, complai
     assert str(error.value) == complaint
 
 
-@dataclass(frozen=True)
-class Dependent:
-    kind: str = setting("a", "a, b or c")
-    turns: int = setting(0, "of b and c alone", only_with={"kind": ("b", "c")})
-    speed: int = setting(1, "of turns", only_with={"turns": (1, 2)})
-    style: str = setting("x", "of anything", not_with={"turns": 0})
-
-
-def test_a_key_that_does_nothing_says_why_and_so_does_one_that_depends_on_it():
-    def idle(**changed):
-        return without_effect(vars(Dependent(**changed)), Dependent)
-
-    assert idle(kind="b", turns=2) == {}
-    assert idle(kind="b") == {"speed": "without turns=1 or 2", "style": "with turns=0"}
-    assert idle(kind="a") == {
-        "turns": "without kind=b or c",
-        "speed": "without kind=b or c",
+def test_a_given_key_that_does_nothing_says_why():
+    table = {"rate": ("fast", (False,)), "limit": ("name", ("x", "y"))}
+    values = vars(Example(rate=0.7, name="y"))
+    assert configurator.in_vain({"rate", "width"}, values, table) == {
+        "rate": "rate=0.7 has no effect with fast=False"
     }
+    assert configurator.in_vain({"limit"}, values, table).keys() == {"limit"}
+    assert not configurator.in_vain({"limit"}, values | {"name": "r4"}, table)
 
 
 CONFIGS = [
@@ -332,20 +313,35 @@ CONFIGS = [
     PrepareConfig,
     bench.BenchConfig,
     compare.CompareConfig,
+    explain.ExplainConfig,
+    export.ExportConfig,
 ]
 
 
 @pytest.mark.parametrize("cls", CONFIGS)
-def test_every_key_has_a_line_of_help_and_its_rules_name_keys_that_exist(cls):
-    known = {field.name for config in CONFIGS for field in dataclasses.fields(config)} | {
-        "task"
-    }
-    for field in dataclasses.fields(cls):
-        assert len(field.metadata["help"]) > 5, field.name
-        assert {
-            *(field.metadata["only_with"] or {}),
-            *(field.metadata["not_with"] or {}),
-        } <= known
+def test_every_key_has_a_comment_which_is_its_help_below_the_title_of_its_group(cls):
+    comments = configurator.comments_of(cls)
+    assert list(comments) == [field.name for field in dataclasses.fields(cls)]
+    for title, text in comments.values():
+        assert title != cls.__name__ and len(text) > 5
+
+
+def test_the_groups_of_keys_are_titles_in_the_help():
+    text = configurator.help_text(Example)
+    lines = text[text.index("\nexample:") :].splitlines()[1:]
+    assert [line.split()[0] for line in lines if line] == [
+        *("example:", "--width=4", "--rate=0.5", "how:", "--fast=False", "--name=x"),
+        *("--limit=None", "--switch=None"),
+    ]
+
+
+def test_the_tables_of_keys_set_in_vain_name_keys_that_exist():
+    train_keys = configurator.fields_of(ModelConfig, TrainConfig)
+    for key, (other, values) in settings.IN_VAIN.items():
+        assert {key, other} <= train_keys.keys() and values
+    sample_keys = configurator.fields_of(SampleConfig).keys() | {"task"}
+    for key, (other, values) in sample.IN_VAIN.items():
+        assert {key, other} <= sample_keys and values
 
 
 @pytest.mark.parametrize(
@@ -366,8 +362,8 @@ def test_help_lists_every_key_with_its_default(main, capsys):
 
 @dataclass(frozen=True)
 class Several:
-    names: tuple[str, ...] = setting((), "as many as are given")
-    width: int = setting(4, "how wide")
+    names: tuple[str, ...] = ()  # as many as are given
+    width: int = 4  # how wide
 
 
 def test_bare_arguments_gather_in_a_key_that_takes_several_texts():

@@ -23,13 +23,13 @@ from test_model import VARIANTS, random_model, tokens
 import bench
 import prepare_data
 import train
-from humptygpt.compiled import CompiledGPT
-from humptygpt.decoder import prepare_for_generation
-from humptygpt.layers import autocast, pick_dtype
+from humptygpt.decoding import CompiledGPT, make_generator
+from humptygpt.device import autocast, pick_dtype
 from humptygpt.memory import least_memory
 from humptygpt.sampling import generate
 from humptygpt.settings import read_settings
-from model import POSITIONS, build_on_meta
+from humptygpt.tasks import build_on_meta
+from model import POSITIONS
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
@@ -141,7 +141,7 @@ def test_in_16_bits_cached_is_uncached_also_padded(position, window):
     ).eval()
     idx = tokens(3, 12)
     expected = model(idx)[0][:, 2:].detach()
-    ready = prepare_for_generation(copy.deepcopy(model), LOW, DEVICE)
+    ready = make_generator(copy.deepcopy(model), LOW, DEVICE)
     idx = idx.to(DEVICE)
     with torch.inference_mode():
         cached = logits_in_pieces(ready, idx).cpu()
@@ -162,8 +162,8 @@ def test_compiled_decode_writes_the_tokens_of_eager_decode(position, capsys):
     model = random_model(position=position, mlp_conv=2, qk_norm=True, window=5).eval()
     low = {"dtype": torch.float32, "device": DEVICE}
     options = {"mode": "reduce-overhead"} if ON_GPU else {"backend": "eager"}
-    eager = prepare_for_generation(copy.deepcopy(model), **low)
-    ready = prepare_for_generation(copy.deepcopy(model), **low, compiles=True)
+    eager = make_generator(copy.deepcopy(model), **low)
+    ready = make_generator(copy.deepcopy(model), **low, compiles=True).model
     compiled = CompiledGPT(ready, **options)
     for idx in (tokens(3, 4).to(DEVICE), PADDED.to(DEVICE)):
         assert greedy(compiled, idx, 30) == greedy(eager, idx, 30)
@@ -171,7 +171,7 @@ def test_compiled_decode_writes_the_tokens_of_eager_decode(position, capsys):
 
 
 def test_a_text_is_the_same_in_a_batch_and_alone(tiny):
-    model = prepare_for_generation(random_model(position="rotary"), torch.float32, DEVICE)
+    model = make_generator(random_model(position="rotary"), torch.float32, DEVICE)
     idx = tokens(4, 5).to(DEVICE)
     together = torch.stack(list(generate(model, idx, 20, seed=3)), dim=1)
     alone = [
@@ -189,8 +189,8 @@ def run_script(*argv: str, before: str = "", processes: int = 1):
     """Run train.py as a user does; before: code that runs in front of it."""
     Path("start.py").write_text(
         f"import sys; sys.path[:0] = [{str(ROOT)!r}]\n"
-        "import train\nfrom humptygpt.core import settings\n"
-        f"{before}\nsettings.run(train.main)\n"
+        "import train\nfrom humptygpt import machine\n"
+        f"{before}\nmachine.run(train.main)\n"
     )
     command = [sys.executable]
     if processes > 1:

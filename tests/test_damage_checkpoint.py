@@ -265,7 +265,7 @@ def write(name: str) -> dict:
     restore = checkpoint.restore_model
     weights_of_model = {}
 
-    def restore_model(weights: dict, config: ModelConfig) -> nn.Module:
+    def restore_model(weights: dict, config: ModelConfig, training: dict) -> nn.Module:
         model = restore(weights, config)
         weights_of_model.update(contents(model.state_dict()))
         return model

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from humptygpt.config import UserError
-from humptygpt.layers import (
+from humptygpt.device import (
     autocast,
     peak_flops,
     pick_device,

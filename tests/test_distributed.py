@@ -26,10 +26,15 @@ import train
 from humptygpt import checkpoint, machine, optimizers
 from humptygpt.config import UserError
 from humptygpt.data import TokenDataset
-from humptygpt.layers import Dropout, Rows
 from humptygpt.parallel import processes as distributed
-from humptygpt.parallel.processes import Processes, check_divisible
+from humptygpt.parallel.processes import (
+    Processes,
+    Rows,
+    SharedDropout,
+    check_divisible,
+)
 from humptygpt.settings import read_settings
+from model import Dropout
 
 assert torch._dynamo  # which DDP loads: here, and not again in each process
 ROOT = Path(__file__).parent.parent
@@ -203,8 +208,8 @@ def test_each_row_of_a_step_counts_in_one_process_once(size, micro_batches, rows
 def test_a_process_draws_the_dropout_mask_of_its_rows():
     x = torch.ones(6, 5, 3)
     torch.manual_seed(0)
-    dropout = Dropout(0.4)
-    whole = dropout(x)
+    whole = Dropout(0.4)(x)
+    dropout = SharedDropout(0.4)
     for first, end in ((0, 2), (2, 3), (3, 6)):
         torch.manual_seed(0)
         dropout.rows = Rows(first, 6)

@@ -12,7 +12,7 @@ import subprocess
 import typing
 import unicodedata
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,18 +32,23 @@ import model as models
 import train
 from humptygpt import checkpoint
 from humptygpt import tokenizers as tokenizer
-from humptygpt.agreement import known_logits
-from humptygpt.config import UserError, setting
-from humptygpt.layers import ACTIVATIONS
+from humptygpt.config import UserError
 from humptygpt.loading import load
 from humptygpt.page import known_settings, page_data
-from humptygpt.page.known_settings import REFERENCE, check_formulas, check_settings
+from humptygpt.page.known_settings import (
+    REFERENCE,
+    check_formulas,
+    check_settings,
+    known_logits,
+)
+from humptygpt.tasks import build, make_model_config
 from humptygpt.tokenizers import (
     BytePairTokenizer,
     CharTokenizer,
     SentencePieceTokenizer,
 )
-from model import ModelConfig
+from humptygpt.translation import model as translation
+from model import ACTIVATIONS, ModelConfig
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "config").rglob("*.py"))
@@ -339,7 +344,7 @@ class Recorder:
         self.model, self.inputs, self.outputs = model, defaultdict(list), defaultdict(list)
         self.attended, self.attention = {}, None
         for name, module in model.named_modules():
-            if isinstance(module, models.Attention):
+            if isinstance(module, models.SelfAttention):
                 module.register_forward_pre_hook(
                     lambda module, args, name=name: setattr(self, "attention", name)
                 )
@@ -353,6 +358,7 @@ class Recorder:
             return attend(q, k, v, mask, dropout)
 
         monkeypatch.setattr(models, "attend", recorded)
+        monkeypatch.setattr(translation, "attend", recorded)
 
     def record(self, name: str, args: tuple, output: object) -> None:
         if isinstance(output, Tensor):
@@ -382,7 +388,7 @@ def expected_trace(
     found = {"idx": torch.tensor(idx), "first": torch.tensor(0), "logits": logits}
     found["probs"] = logits[:, :tokenizer_vocab_size].softmax(dim=-1)
     found["output"] = recorder.inputs["lm_head"][0]
-    if model.config.model == "window_mlp":
+    if model.config.model.endswith("_mlp"):
         return found | window_values(recorder)
     if source is not None:
         found |= {"source.idx": torch.tensor(source)}
@@ -438,7 +444,7 @@ def block_values(recorder: Recorder, module: str, name: str) -> dict:
             x = output if config.block == "plain" else x + output
         found[f"{name}.after_{branch}"] = x
     found |= attention_values(recorder, f"{module}.attn", f"{name}.attn")
-    if block.cross_attn:
+    if f"{module}.cross_attn" in recorder.outputs:
         found |= attention_values(
             recorder,
             f"{module}.cross_attn",
@@ -642,7 +648,7 @@ def test_every_number_of_a_model_of_each_shipped_config_is_pytorchs(node, path):
     if keys.get("n_embd", 0) > 256:
         smaller = {"n_embd": 96, "n_head": 4, "n_kv_head": 2, "n_hidden": 112}
         keys |= {key: value for key, value in smaller.items() if key in keys}
-    model = models.build(ModelConfig(**keys))
+    model = build(make_model_config(keys))
     source = tokens(10, 11, seed=1) if model.has_encoder else None
     assert_parity(node, rounded(model), tokens(24, 11), source=source, size=65)
 
@@ -702,12 +708,15 @@ def test_softmax_does_not_overflow(node):
 def test_the_variants_that_a_page_knows_are_those_of_the_javascript(node):
     dictionaries = node.ask("dictionaries")
     for key, names in known_settings.VARIANTS.items():
-        assert set(dictionaries[f"{key.upper()}S"]) == set(names)
+        if key == "model":
+            names = set(names) - {"number_mlp"} | {"window_mlp"}  # with other embeddings
+        if key != "attention":  # of which it has one
+            assert set(dictionaries[f"{key.upper()}S"]) == set(names)
 
 
 @dataclass(frozen=True)
 class ResearchConfig(ModelConfig):
-    attn_temperature: float = setting(1.0, "divides the scores of attention")
+    attn_temperature: float = 1.0  # divides the scores of attention
 
 
 def test_a_setting_that_the_page_does_not_compute_with_is_refused():
@@ -817,7 +826,7 @@ def test_a_model_without_a_backward_pass_says_why(node):
     fields = typing.get_type_hints(ModelConfig)
     for path in CONFIGS:
         keys = {k: x for k, x in runpy.run_path(str(path)).items() if k in fields}
-        config = asdict(ModelConfig(**keys))
+        config = page_data.page_config(ModelConfig(**keys))
         reason = node.ask("missing", config=config)
         trained = config["model"] == "gpt" and config["block"] == "pre_norm"
         assert (reason is None) == trained
@@ -863,7 +872,7 @@ def test_the_terms_of_any_number_make_it_and_each_operand_is_a_number_of_the_tra
 def test_what_the_parts_add_to_a_logit_adds_up_to_it_less_the_mean_of_all(
     node, tiny, variant, stack
 ):
-    if variant.get("model") == "window_mlp":
+    if variant.get("model", "").endswith("_mlp"):
         pytest.skip("a window network has no residual stream")
     found = node.ask("contributions", **explained_case(tiny, variant), stack=stack)
     logits = [answer["logit"] for answer in found]
@@ -1165,7 +1174,7 @@ def test_the_loss_over_two_weights_of_the_leaf_network_is_that_of_a_network_with
 BARE = {
     "n_layer": 2, "n_head": 2, "n_kv_head": None, "n_embd": 24, "head_size": None, "n_hidden": None,
     "block_size": 300, "window": 0, "vocab_size": 7, "bias": False, "attn_bias": None, "mlp_bias": None,
-    "embedding": "table", "tie_weights": False, "position": "none", "norm": "none", "norm_eps": 1e-5,
+    "tie_weights": False, "position": "none", "norm": "none", "norm_eps": 1e-5,
     "rope_base": 100.0, "rope_factor": 1.0, "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0,
     "rope_original_context": 16, "block": "pre_norm", "mlp": "plain", "mlp_conv": 0, "activation": "relu",
     "qk_norm": False, "embed_norm": False, "logit_soft_cap": 0.0,
@@ -1184,7 +1193,7 @@ SETTINGS = [
     {"position": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True, "tie_weights": True},
     {"position": "rotary", "norm": "rmsnorm", "mlp": "gated", "activation": "silu"},
 ]  # fmt: skip
-OF_WINDOWS = [{}, {"bias": True}, {"embedding": "number", "n_embd": 1}]
+OF_WINDOWS = [{}, {"bias": True}, {"model": "number_mlp", "n_embd": 1}]
 OF_WINDOWS += [{"activation": name} for name in known_settings.VARIANTS["activation"]]
 
 
@@ -1197,7 +1206,7 @@ def reference_of_javascript(node: Node, every: int) -> dict:
     for keys in cases[::every]:
         if keys.get("block") == "plain":
             keys["init"] = "gpt2"  # with it there is no other
-        model = models.build(ModelConfig(**BARE | keys))
+        model = build(make_model_config(BARE | keys))
         known_logits(model, torch.tensor([REFERENCE_TEXT]))
         source = REFERENCE_TEXT if model.has_encoder else None
         request = {"data": data_of(model), "idx": REFERENCE_TEXT, "source": source}
@@ -1336,7 +1345,10 @@ def test_a_page_holds_config_weights_tokenizer_and_metrics_of_the_run(run_dir):
     explain.main(["--out_dir=out/run", "--checkpoint=latest"])
     data = data_in(run_dir / "explain.html")
     saved = checkpoint.read(run_dir / "ckpt.pt")
-    assert data["model"] == saved["model_config"] and data["task"] == "language modelling"
+    assert (
+        data["model"] == saved["model_config"] | {"embedding": "table"}
+        and data["task"] == "language modelling"
+    )
     assert [row["iter"] for row in data["metrics"] if "val_loss" in row] == [3, 6]
     packed = base64.b64decode(data["weights"]["bytes"])
     weights = {}
@@ -1422,7 +1434,7 @@ def test_a_model_that_the_page_would_compute_otherwise_is_refused(
         return lambda self, *args, **keys: 1.2 * old(self, *args, **keys)
 
     for owner, name in (
-        (models.Attention, "queries"),
+        (models.SelfAttention, "heads"),
         (models.PreNormBlock, "forward"),
         (models.LayerNorm, "forward"),
         (models.MLP, "forward"),

@@ -24,11 +24,10 @@ import prepare_data
 import train
 from benchmarks import keystrokes
 from humptygpt import loading as interchange
-from humptygpt import run_folder
+from humptygpt import run_folder, tasks
 from humptygpt.checkpoint import load_plain
 from humptygpt.config import UserError
 from humptygpt.sampling import generate
-from humptygpt.tasks import TASKS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 if CHROMIUM is None:
@@ -55,7 +54,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(run_folder, "draw_losses", lambda *args: None)
-        patch.setitem(TASKS, "language modelling", WITHOUT_SAMPLE)
+        patch.setattr(tasks, "TEXT", WITHOUT_SAMPLE)
         Path("tiny.txt").write_text(make_text())
         Path("pairs.tsv").write_text(
             "".join(f"{source}\t{target}\n" for source, target in make_pairs())

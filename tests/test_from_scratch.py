@@ -14,6 +14,7 @@ import from_scratch
 import model as models
 from humptygpt.optimizers import make_optimizer
 from humptygpt.settings import TrainConfig
+from humptygpt.tasks import build
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"n_embd": 8, "n_layer": 2, "block_size": 6}
@@ -35,7 +36,7 @@ def both():
         for x in rows:
             x.numbers = [number + random.gauss(0, 0.1) for number in x.numbers]
     settings = {"vocab_size": len(from_scratch.ALPHABET), "n_head": 2, "activation": "relu"}
-    model = models.build(models.ModelConfig(**GPT2 | SIZES | settings)).double()
+    model = build(models.ModelConfig(**GPT2 | SIZES | settings)).double()
     state = {f"{name}.weight": tensor(rows, "numbers") for name, rows in weights.items()}
     model.load_state_dict(state | {"lm_head.weight": state["wte.weight"]})
     return weights, model

@@ -13,7 +13,7 @@ from test_model import every_variant
 import model as models
 from humptygpt import sampling as generation
 from humptygpt.config import UserError
-from humptygpt.decoder import prepare_for_generation
+from humptygpt.decoding import make_generator
 from humptygpt.sampling import (
     Context,
     Sampler,
@@ -24,13 +24,14 @@ from humptygpt.sampling import (
     sample_tokens,
     uniform_numbers,
 )
+from humptygpt.tasks import build
 from model import POSITIONS, ModelConfig
 
 
 def tiny_model(**keys) -> models.GPT:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11}
-    model = models.build(ModelConfig(**GPT2 | sizes | keys)).eval()
+    model = build(ModelConfig(**GPT2 | sizes | keys)).eval()
     # far from initialization, where all tokens are about equally probable
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -239,7 +240,7 @@ def test_each_text_of_a_padded_batch_is_what_it_is_alone_before_and_past_block_s
         alone(model, prompt, n, i, temperature=0.9, exact=exact)
         for i, prompt in enumerate(prompts)
     ]
-    for ready in (model, prepare_for_generation(copy.deepcopy(model))):
+    for ready in (model, make_generator(copy.deepcopy(model))):
         for texts in (4, 2):
             found = continuation(ready, idx[:texts], n, temperature=0.9, exact=exact)
             assert found == expected[:texts]
@@ -301,15 +302,11 @@ def test_logits_that_are_not_finite_are_an_error_in_one_line():
             list(generate(model, torch.tensor([[1]]), 3, temperature=temperature))
 
 
-def test_a_state_is_no_larger_than_the_text_or_twice_the_window():
+def test_a_cache_is_no_larger_than_the_text():
     model = tiny_model(block_size=64)
     context = Context(model, torch.ones(2, 3, dtype=torch.long), 10)
     list(continue_texts(context, 7))
-    assert context.state.layers[0].k.shape == (2, 2, 10, 16)
-    model = tiny_model(block_size=64, window=4, position="rotary")
-    context = Context(model, torch.ones(1, 3, dtype=torch.long), 60)
-    list(continue_texts(context, 57))
-    assert context.state.layers[0].k.shape == (1, 2, 8, 16) and context.state.length == 59
+    assert context.cache.layers[0].k.shape == (2, 2, 10, 16)
 
 
 @pytest.mark.parametrize(
@@ -321,6 +318,6 @@ def test_the_bytes_of_a_text_are_those_of_its_keys_values_logits_tokens_and_rand
     model = tiny_model(block_size=64, **keys)
     context = Context(model, torch.ones(1, 3, dtype=torch.long), 60)
     list(continue_texts(context, 57))
-    held = sum(layer.k.nbytes + layer.v.nbytes for layer in context.state.layers)
+    held = sum(layer.k.nbytes + layer.v.nbytes for layer in context.cache.layers)
     logits = 4 * 8 * model.config.vocab_size
     assert generation.bytes_per_text(model, 60) == held + logits + 16 * 60

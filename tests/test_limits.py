@@ -60,7 +60,7 @@ def test_threads_are_as_many_as_affinity_and_quota_allow(
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs affinity")
 def test_a_process_that_is_bound_to_one_core_has_one_thread_for_torch_and_one_worker():
     one = {min(os.sched_getaffinity(0))}
-    code = "from humptygpt.core import limits; machine.start(); import torch; print(torch.get_num_threads(),"
+    code = "from humptygpt import machine; machine.start(); import torch; print(torch.get_num_threads(),"
     code += " machine.usable_cores())"
     env = {
         name: value

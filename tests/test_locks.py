@@ -27,10 +27,9 @@ import compare
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, files, machine, run_folder
+from humptygpt import checkpoint, files, machine, run_folder, tasks
 from humptygpt.config import UserError
 from humptygpt.files import Lock
-from humptygpt.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/run")
@@ -222,7 +221,7 @@ def start(main, argv: list[str], number: int, call: int, signal) -> None:
     """Run a script's main; at the call-th thing that it does to a file, and at its end, it sends to signal."""
     torch.set_num_threads(1)
     run_folder.draw_losses = lambda *args: None
-    TASKS["language modelling"] = WITHOUT_SAMPLE
+    tasks.TEXT = WITHOUT_SAMPLE
     for name in ("stdout", "stderr"):
         sys.stdout.flush()
         os.dup2(

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base, capsys
     )
     assert saved["optimizer"]["state"].keys() == own.keys()
     assert all(x.any() for x in own.values())
-    assert best["model_config"] == saved["model_config"] | lora.OFF
+    assert best["model_config"] == saved["model_config"]
+    assert best["train_config"] == saved["train_config"] | {"lora_rank": 0}
     changed = {
         name
         for name, x in best["model"].items()
@@ -69,7 +71,9 @@ def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base, capsys
     assert changed == {name.replace(".lora_A", "") for name in own if ".lora_A" in name}
     config = checkpoint.configurator.make(ModelConfig, saved["model_config"])
     idx = torch.arange(16)[None]
-    unmerged = logits(checkpoint.restore_model(saved["model"], config), idx)
+    unmerged = logits(
+        checkpoint.restore_model(saved["model"], config, saved["train_config"]), idx
+    )
     for path in (OUT / "ckpt.pt", OUT / "best.pt"):
         torch.testing.assert_close(
             logits(load(path).model, idx), unmerged, atol=1e-5, rtol=1e-5
@@ -80,7 +84,7 @@ def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base, capsys
         sample.main([f"--out_dir={OUT}", "--temperature=0", "--max_new_tokens=20", *argv])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
-    assert load("out/lora", "latest").model.config.lora_rank == 0
+    assert not lora.adapted(load("out/lora", "latest").model)
 
 
 def test_a_resumed_run_with_lora_is_the_uninterrupted_one(base):
@@ -192,12 +196,11 @@ def trained_adapter(kind: str, targets: str, folder: Path):
     config, weights = read_pretrained(Path("theirs"))
     model = checkpoint.restore_model(weights, config)
     settings = {"lora_rank": 3, "lora_alpha": 5.0, "lora_targets": targets}
-    model.config = checkpoint.models.ModelConfig(**vars(config) | settings)
-    lora.add(model)
+    lora.add(model, settings)
     torch.manual_seed(0)
     for p in trained_parameters(model).values():
         torch.nn.init.normal_(p, std=0.3)
-    write_adapter(model, "theirs", folder)
+    write_adapter(model, SimpleNamespace(init_from="theirs", **settings), folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         "theirs", dtype=torch.float32
     )

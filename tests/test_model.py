@@ -1,4 +1,3 @@
-import copy
 import itertools
 import math
 
@@ -8,11 +7,22 @@ import torch.nn.functional as F
 from conftest import GPT2, overfit
 
 import model as models
-from humptygpt import layers
-from humptygpt.decoder import prepare_for_generation
-from humptygpt.layers import ACTIVATIONS, Dropout, attend, attention_mask
+from humptygpt.config import UserError
 from humptygpt.sampling import generate
-from model import BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig, alibi_slopes, rotate
+from humptygpt.tasks import build, config_class, make_model_config
+from model import (
+    ACTIVATIONS,
+    BLOCKS,
+    MLPS,
+    NORMS,
+    POSITIONS,
+    Dropout,
+    ModelConfig,
+    alibi_slopes,
+    attend,
+    attention_mask,
+    rotate,
+)
 
 VARIANTS = [
     *({"position": name} for name in POSITIONS),
@@ -42,13 +52,7 @@ VARIANTS = [
     {"block_size": 1},
     {"model": "window_mlp", "window": 16},
     {"model": "window_mlp", "window": 16, "n_layer": 1, "bias": True},
-    {
-        "model": "window_mlp",
-        "window": 16,
-        "n_hidden": 64,
-        "embedding": "number",
-        "n_embd": 1,
-    },
+    {"model": "number_mlp", "window": 16, "n_hidden": 64, "n_embd": 1},
 ]
 # (n_kv_head, window): each combination is tested with each of these. Two layers see further back than one window.
 KV_HEADS_AND_WINDOW = [(None, 0), (2, 0), (1, 3)]
@@ -60,7 +64,7 @@ every_variant = pytest.mark.parametrize(
 def tiny(**keys) -> models.GPT:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 11}
-    return models.build(ModelConfig(**GPT2 | sizes | keys))
+    return build(make_model_config(GPT2 | sizes | keys))
 
 
 def random_model(**keys) -> models.GPT:
@@ -119,28 +123,28 @@ def test_past_tokens_change_later_logits(variant):
 @every_variant
 def test_reading_in_pieces_with_a_state_gives_the_same_logits(variant):
     model = random_model(**variant).eval()
-    if not model.has_state:
+    if not model.has_cache:
         pytest.skip("this model has no state")
     idx = tokens(3, model.config.block_size)
     together, _ = model(idx)
-    state = model.make_state()
+    cache = model.make_cache()
     pieces = idx.split([1, 5, 1, 1, 3, 5] if idx.shape[1] > 1 else [1], dim=1)
-    logits = torch.cat([model(piece, state=state)[0] for piece in pieces], dim=1)
+    logits = torch.cat([model(piece, cache=cache)[0] for piece in pieces], dim=1)
     torch.testing.assert_close(logits, together, atol=1e-5, rtol=1e-5)
 
 
 @every_variant
 def test_rows_of_the_state_can_be_selected_and_repeated(variant):
     model = random_model(**variant).eval()
-    if not model.has_state or model.config.block_size == 1:
+    if not model.has_cache or model.config.block_size == 1:
         pytest.skip("this model has no state, or no room for a second token")
     idx, rows = tokens(3, 9), torch.tensor([2, 0, 0, 1])
-    state = model.make_state()
-    model(idx[:, :5], state=state)
-    state.select(rows)
+    cache = model.make_cache()
+    model(idx[:, :5], cache=cache)
+    cache.select(rows)
     together, _ = model(idx[rows])
     torch.testing.assert_close(
-        model(idx[rows, 5:], state=state)[0], together[:, 5:], atol=1e-5, rtol=1e-5
+        model(idx[rows, 5:], cache=cache)[0], together[:, 5:], atol=1e-5, rtol=1e-5
     )
 
 
@@ -170,7 +174,7 @@ def test_every_parameter_gets_a_gradient(variant):
 @every_variant
 def test_a_saved_and_loaded_state_dict_gives_equal_logits(variant):
     model = tiny(**variant)
-    again = models.build(model.config)
+    again = build(model.config)
     again.load_state_dict(model.state_dict())
     idx = tokens(2, model.config.block_size)
     assert torch.equal(model(idx)[0], again(idx)[0])
@@ -232,11 +236,11 @@ def test_left_padded_texts_of_different_lengths_give_the_logits_of_each_text_alo
             alone = [
                 F.pad(model(text)[0][0], (0, 0, T - text.shape[1], 0)) for text in texts
             ]
-            state = model.make_state()
-            state.padding = padding
+            cache = model.make_cache()
+            cache.padding = padding
             # the shortest text begins in the second
             pieces = idx[:, :-1].split([4, 2, 1, 1], dim=1)
-            logits = torch.cat([model(piece, state=state)[0] for piece in pieces], dim=1)
+            logits = torch.cat([model(piece, cache=cache)[0] for piece in pieces], dim=1)
             found = logits.masked_fill(is_padding[:, :-1, None], 0)
             torch.testing.assert_close(
                 found,
@@ -245,8 +249,8 @@ def test_left_padded_texts_of_different_lengths_give_the_logits_of_each_text_alo
                 rtol=1e-5,
                 msg=lambda m, k=keys: f"{k}: {m}",
             )
-            state.select(torch.tensor(rows))
-            found = model(idx[rows, -1:], state=state)[0][:, 0]
+            cache.select(torch.tensor(rows))
+            found = model(idx[rows, -1:], cache=cache)[0][:, 0]
             torch.testing.assert_close(
                 found, torch.stack(alone)[rows, -1], atol=1e-5, rtol=1e-5
             )
@@ -291,7 +295,9 @@ def test_dropout_acts_in_training_only():
 def attend_with_mask(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **mask
 ) -> torch.Tensor:
-    mask = attention_mask(q.shape[2], k.shape[2], q.device, **mask)
+    T, S = q.shape[2], k.shape[2]
+    distance = torch.arange(S - T, S)[:, None] - torch.arange(S)
+    mask = attention_mask(distance, **mask)
     return attend(q, k, v, mask, Dropout(0.0))
 
 
@@ -365,18 +371,18 @@ def test_explicit_attention_has_dropout_and_leaves_large_score_matrices_to_sdpa(
         assert dropped.float().std() > 0.05
         monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **keys: "sdpa")
         assert attend_with_mask(q, k, v, causal=True) != "sdpa"
-        monkeypatch.setattr(layers, "EXPLICIT_SCORES", 63)
+        monkeypatch.setattr(models, "EXPLICIT_SCORES", 63)
         assert attend_with_mask(q, k, v, causal=True) == "sdpa"
 
 
 @pytest.fixture
-def sdpa_calls(monkeypatch) -> list[dict]:
-    """The keyword arguments of every call of SDPA."""
+def sdpa_calls(monkeypatch) -> list[tuple]:
+    """(mask, is_causal) of every call of SDPA."""
     calls, sdpa = [], F.scaled_dot_product_attention
     monkeypatch.setattr(
         F,
         "scaled_dot_product_attention",
-        lambda *a, **keys: calls.append(keys) or sdpa(*a, **keys),
+        lambda *args, **keys: calls.append((args[3], args[5])) or sdpa(*args, **keys),
     )
     return calls
 
@@ -386,38 +392,27 @@ def test_plain_causal_attention_makes_no_mask(sdpa_calls):
     tiny(position="rotary")(tokens(2, 16))
     tiny(window=16)(tokens(2, 16))
     model = tiny()
-    state = model.make_state()
-    model(tokens(2, 5), state=state)
-    assert [(keys["attn_mask"], keys["is_causal"]) for keys in sdpa_calls] == [
-        (None, True)
-    ] * 6
+    cache = model.make_cache()
+    model(tokens(2, 5), cache=cache)
+    assert sdpa_calls == [(None, True)] * 6
     sdpa_calls.clear()
-    model(tokens(2, 1), state=state)  # one query attends to all keys
-    assert [(keys["attn_mask"], keys["is_causal"]) for keys in sdpa_calls] == [
-        (None, False)
-    ] * 2
+    model(tokens(2, 1), cache=cache)  # one query attends to all keys
+    assert sdpa_calls == [(None, False)] * 2
 
 
 def test_each_layer_may_have_a_window_of_its_own_cached_or_not(monkeypatch):
     block = models.Block.__init__
 
-    def alternating(self, config, layer, cross):
-        block(self, config, layer, cross)
+    def alternating(self, config, layer):
+        block(self, config, layer)
         self.attn.window = 3 if layer % 2 else 0
 
     monkeypatch.setattr(models.Block, "__init__", alternating)
     model, idx = random_model(n_layer=2, position="rotary").eval(), tokens(2, 12)
     expected = model(idx)[0]
-    state = model.make_state()
-    pieces = [model(piece, state=state)[0] for piece in idx.split([5, 1, 6], dim=1)]
+    cache = model.make_cache()
+    pieces = [model(piece, cache=cache)[0] for piece in idx.split([5, 1, 6], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-5, rtol=1e-5)
-    ready = prepare_for_generation(copy.deepcopy(model))
-    state = ready.make_state()
-    ready.next_logits(idx[:, :11], state)
-    torch.testing.assert_close(
-        ready.next_logits(idx[:, 11:], state), expected[:, -1], atol=1e-5, rtol=1e-5
-    )
-    model.stack.windows = {0}
     for layer in model.stack.blocks:
         layer.attn.window = 0
     assert not torch.allclose(model(idx)[0], expected, atol=1e-3)
@@ -456,13 +451,13 @@ def test_the_window_mlp_reads_zeros_before_the_first_token():
 
 def test_the_state_holds_keys_and_values_of_the_kv_heads_alone_in_buffers_made_once():
     model = tiny(n_head=4, n_kv_head=2)
-    state = model.make_state()
-    model(tokens(3, 5), state=state)
-    buffers = [buffer for layer in state.layers for buffer in (layer.k, layer.v)]
+    cache = model.make_cache()
+    model(tokens(3, 5), cache=cache)
+    buffers = [buffer for layer in cache.layers for buffer in (layer.k, layer.v)]
     assert [buffer.shape for buffer in buffers] == [(3, 2, 16, 8)] * 4
-    model(tokens(3, 1), state=state)
-    assert state.length == 6
-    again = [buffer for layer in state.layers for buffer in (layer.k, layer.v)]
+    model(tokens(3, 1), cache=cache)
+    assert cache.length == 6
+    again = [buffer for layer in cache.layers for buffer in (layer.k, layer.v)]
     assert all(a is b for a, b in zip(buffers, again, strict=True))
 
 
@@ -470,10 +465,10 @@ def test_a_text_longer_than_block_size_is_refused_with_and_without_a_state():
     model = tiny(block_size=8)
     with pytest.raises(AssertionError, match=r"^9 tokens, but block_size is 8\b"):
         model(tokens(1, 9))
-    state = model.make_state()
-    model(tokens(1, 8), state=state)
+    cache = model.make_cache()
+    model(tokens(1, 8), cache=cache)
     with pytest.raises(AssertionError, match=r"^9 tokens, but block_size is 8\b"):
-        model(tokens(1, 1), state=state)
+        model(tokens(1, 1), cache=cache)
 
 
 def test_alibi_slopes_are_those_of_the_paper():
@@ -484,10 +479,10 @@ def test_alibi_slopes_are_those_of_the_paper():
 
 
 def test_alibi_lowers_scores_in_proportion_to_distance():
-    bias = tiny(position="alibi", n_head=2).stack.position.score_bias(2, 4)
-    distances = torch.tensor([[2.0, 1.0, 0.0], [3.0, 2.0, 1.0]])
+    distances = torch.tensor([[2, 1, 0], [3, 2, 1]])
+    bias = tiny(position="alibi", n_head=2).stack.position.score_bias(distances)
     slopes = torch.tensor([2**-4, 2**-8])[None, :, None, None]
-    torch.testing.assert_close(bias[..., :3], -slopes * distances)
+    torch.testing.assert_close(bias, -slopes * distances)
 
 
 @pytest.mark.parametrize(
@@ -544,7 +539,7 @@ def test_the_tied_head_is_the_embedding():
 
 def test_parameters_and_flops_are_those_of_gpt2():
     with torch.device("meta"):
-        gpt2 = models.build(
+        gpt2 = build(
             ModelConfig(
                 n_layer=12,
                 n_head=12,
@@ -614,34 +609,37 @@ def test_with_init_zero_tokens_and_positions_weigh_the_same(tied):
         ({"n_embd": 33}, "n_embd=33 must be a multiple of n_head=2, or set head_size"),
         (
             {"head_size": 7, "position": "rotary"},
-            "position=rotary turns pairs: head_size=7, or n_embd/n_head, must be",
+            "position=rotary turns pairs, so head_size=7 must be even",
         ),
         ({"n_layer": 0}, "n_layer=0 must be at least 1"),
         ({"dropout": math.nan}, "dropout=nan must be at least 0 and below 1"),
         ({"norm": "batch"}, f"norm=batch is not one of: {', '.join(NORMS)}"),
         ({"n_kv_head": 3}, "n_head=2 must be a multiple of n_kv_head=3"),
-        ({"window": 257}, "window=257 must be at most block_size=256"),
+        ({"window": 257}, "window=257 must be at least 0 and at most block_size=256"),
         (
             {"block": "plain", "init": "zero"},
-            "init=zero must not meet block=plain: no block would ever give",
+            "block=plain adds nothing to its input, so init=zero would make it output 0",
         ),
         (
             {"mlp": "none", "block": "parallel"},
-            "block=parallel needs a feed-forward network beside attention",
+            "block=parallel needs a feed-forward network",
         ),
         (
             {"model": "window_mlp"},
             "window=0 must be at least 1: model=window_mlp reads that many tokens",
         ),
         (
-            {"model": "window_mlp", "window": 3, "embedding": "number"},
-            "n_embd=128 must be 1: embedding=number gives",
+            {"model": "number_mlp", "window": 3},
+            "n_embd=128 must be 1: model=number_mlp gives",
         ),
     ],
 )
 def test_a_bad_model_config_is_refused(keys, complaint):
-    with pytest.raises(ValueError, match=f"^{complaint}"):
-        ModelConfig(**keys)
+    with pytest.raises(UserError, match=f"^{complaint}"):
+        make_model_config(keys)
+    config = config_class(keys)(**{"vocab_size": 9} | keys)
+    with pytest.raises(ValueError, match=f"^{complaint}"):  # in a notebook
+        build(config)
 
 
 # --------------------------------------------------------------------------------------
@@ -669,28 +667,25 @@ def test_capped_logits_keep_their_precision_in_bfloat16():
     model = tiny(logit_soft_cap=30.0)
     logits = torch.linspace(10, 40, 200).bfloat16()
     expected = 30 * torch.tanh(logits.float() / 30)
-    torch.testing.assert_close(layers.with_loss(model, logits, None)[0], expected)
+    model.lm_head = torch.nn.Identity()
+    torch.testing.assert_close(model.head(logits), expected)
 
 
 @pytest.mark.parametrize("kind", ["gpt", "transformer"])
-def test_an_edit_of_forward_reaches_next_logits(kind, monkeypatch):
-    cls = models.MODELS[kind]
-    forward = cls.forward
-    monkeypatch.setattr(
-        cls,
-        "forward",
-        lambda self, *args, **keys: (forward(self, *args, **keys)[0] + 1, None),
-    )
+def test_an_edit_of_the_head_reaches_next_logits(kind, monkeypatch):
+    head = models.GPT.head
+    monkeypatch.setattr(models.GPT, "head", lambda self, x: head(self, x) + 1)
     model = random_model(model=kind).eval()
     idx = tokens(2, 5)
     texts = {"source": tokens(2, 4)} if kind == "transformer" else {}
-    found = model.next_logits(idx, model.make_state(**texts))
+    found = model.next_logits(idx, model.make_cache(**texts))
     torch.testing.assert_close(found, model(idx, **texts)[0][:, -1])
 
 
 def test_queries_that_a_parameter_made_float32_attend_to_keys_in_bfloat16():
     q, k, v = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
-    mask = attention_mask(5, 5, q.device, causal=True, window=3)
+    distance = torch.arange(5)[:, None] - torch.arange(5)
+    mask = attention_mask(distance, window=3)
     with torch.no_grad():
         found = attend(q, k.bfloat16(), v.bfloat16(), mask, Dropout(0.0))
         expected = attend(q, k, v, mask, Dropout(0.0))

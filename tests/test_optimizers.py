@@ -14,7 +14,7 @@ from humptygpt.optimizers import (
     group_parameters,
     orthogonalize,
 )
-from humptygpt.window_mlp.network import EMBEDDINGS
+from humptygpt.tasks import build
 from model import BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
 from train import TrainConfig
 
@@ -25,7 +25,7 @@ every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 def tiny(**keys) -> models.GPT:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11}
-    return models.build(ModelConfig(**GPT2 | sizes | keys))
+    return build(ModelConfig(**GPT2 | sizes | keys))
 
 
 def make_optimizer(model, name: str = "adamw", **keys) -> Optimizer:
@@ -53,7 +53,8 @@ def train_some(model, optimizer, steps: int, seed: int = 0) -> None:
         *({"norm": name} for name in NORMS),
         *({"block": name} for name in BLOCKS),
         *({"mlp": name, "bias": True} for name in MLPS),
-        *(WINDOW | {"embedding": name} for name in EMBEDDINGS),
+        WINDOW,
+        WINDOW | {"model": "number_mlp"},
     ],
     ids=str,
 )

@@ -24,12 +24,15 @@ from humptygpt import machine as cores
 from humptygpt.config import UserError
 from humptygpt.data import TokenDataset
 from humptygpt.minutes import plan
-from humptygpt.settings import TrainConfig, read_settings
-from model import MODELS, ModelConfig
+from humptygpt.settings import IN_VAIN, TrainConfig, read_settings
+from humptygpt.tasks import MODELS, build_on_meta, make_model_config, model_class
+from model import ModelConfig
 
 CPU = torch.device("cpu")
 OUT = Path("out/run")
-LANGUAGE_MODELS = [name for name in MODELS if "language modelling" in MODELS[name].tasks]
+LANGUAGE_MODELS = [
+    name for name in MODELS if "language modelling" in model_class(name).tasks
+]
 LENGTH = ("--max_iters", "--eval_interval", "--eval_iters", "--warmup_iters")
 TIMED = [argument for argument in TINY_RUN if argument.partition("=")[0] not in LENGTH]
 TIMED += ["--schedule=linear", "--min_lr=0.0"]
@@ -229,7 +232,7 @@ def test_a_run_with_too_little_time_left_takes_one_step_and_ends(tiny, machine):
 # The choice
 
 
-built = cache(plan.models.build_on_meta)
+built = cache(build_on_meta)
 costs = cache(plan.cost)
 
 
@@ -243,7 +246,7 @@ def seconds_per_step(config: TrainConfig, size: ModelConfig, *args) -> float:
 @pytest.fixture
 def choose(monkeypatch):
     """Choose for a text of so many bytes."""
-    monkeypatch.setattr(plan.models, "build_on_meta", built)
+    monkeypatch.setattr(memory, "build_on_meta", lambda config, training: built(config))
     monkeypatch.setattr(plan, "cost", costs)
     monkeypatch.setattr(plan, "least_memory", lambda *args: SimpleNamespace(total=0))
     monkeypatch.setattr(plan, "seconds_per_step", seconds_per_step)
@@ -258,7 +261,7 @@ def choose(monkeypatch):
         )
         return plan.choose(
             configurator.make(TrainConfig, settings),
-            configurator.make(ModelConfig, settings),
+            make_model_config(settings),
             given,
             dataset,
             plan.Clock(0.0, minutes, 0.0),
@@ -500,12 +503,15 @@ def test_a_model_is_chosen_by_trials_of_its_steps(
 ):
     looks = itertools.count()  # at the clock, each of which takes 10 ms
     monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: next(looks) / 100))
-    monkeypatch.setattr(machine, "STARTED", 0.0)
+    monkeypatch.setattr(cores, "STARTED", 0.0)
     keys = [f"--model={model}", "--window=8", "--block_size=16", "--batch_size=4"]
+    if model == "number_mlp":
+        keys.append("--n_embd=1")
     assert train.main([*SHOWN, *keys, "--minutes=0.04"]) == 0
     config = read_config()
-    own = (ModelConfig.n_layer, ModelConfig.n_embd)
-    assert (config["n_layer"], config["n_embd"]) in (own, *plan.SIZES)
+    own = (ModelConfig.n_layer, 1 if model == "number_mlp" else ModelConfig.n_embd)
+    sizes = {(n_layer, 1) for n_layer, _ in plan.SIZES} | {*plan.SIZES, own}
+    assert (config["n_layer"], config["n_embd"]) in sizes
     assert config["compile"] is False  # also where it is the default
     assert f"minutes: 0.04; chosen: {config['n_layer']} layers" in capsys.readouterr().out
 
@@ -556,7 +562,7 @@ def test_plan_py_has_every_setting_and_the_learning_rates_of_a_run_that_stopped_
     settings = read_settings(["out/run/plan.py", "--overwrite=True"])
     written = vars(settings.config) | vars(settings.model_config)
     may_differ = {*(key[2:] for key in LENGTH), "lr_decay_iters", "minutes"}
-    may_differ |= configurator.without_effect(written, TrainConfig, ModelConfig).keys()
+    may_differ |= configurator.in_vain(written, written, IN_VAIN).keys()
     recorded = read_config().items()
     different = {k for k, v in recorded if written.get(k) != v and k[0] != "_"}
     assert different <= may_differ, different
@@ -586,7 +592,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("argument", REFUSED)
 def test_minutes_that_cannot_be_are_refused_in_one_line(tiny, machine, fails, argument):
-    machine.patch.setattr(machine, "STARTED", -2.0)
+    machine.patch.setattr(cores, "STARTED", -2.0)
     line = fails(train.main, *TIMED, "--minutes=1", argument)
     assert re.fullmatch(REFUSED[argument].replace("|", r"\|"), line)
     assert not list(OUT.glob("*.pt"))
@@ -664,13 +670,12 @@ def test_a_config_file_starts_from_the_same_defaults_as_none_and_help_shows_them
 
 
 def test_every_choice_of_a_key_goes_with_the_defaults_or_says_what_does_not(folder):
-    rules = configurator.fields_of((ModelConfig, TrainConfig)).items()
     refused = []
-    for key, choices in [(key, field.metadata["choices"]) for key, field in rules]:
-        for choice in choices or ():
+    for key, choices in (ModelConfig.choices() | TrainConfig.choices()).items():
+        for choice in choices:
             try:
                 read_settings([f"--{key}={choice}", "--window=8"])
             except UserError as error:
                 refused.append(f"{key}={choice}")
                 assert f"{key}={choice}" in str(error)
-    assert refused == ["block=plain"]
+    assert refused == ["block=plain", "model=number_mlp"]

@@ -23,7 +23,7 @@ from test_documents import write
 import prepare_data
 import sample
 import train
-from humptygpt import token_files
+from humptygpt import machine, token_files
 from humptygpt import tokenizers as tokenizer
 from humptygpt.data import TokenDataset
 from humptygpt.prepare import corpus as corpus_module
@@ -346,7 +346,7 @@ def test_a_packed_file_counts_with_the_size_of_its_text(
         monkeypatch.setattr(corpus_module, "MANY", 1_000_000)
     texts = [make_text(2000, seed) for seed in range(1200)]
     write(name, texts if "txt" not in name else ["\n".join(texts)])
-    monkeypatch.setattr(prepare_data.limits, "available_memory", lambda: 60_000_000)
+    monkeypatch.setattr(machine, "available_memory", lambda: 60_000_000)
     argv = [f"--input={name}", "--name=mine", "--tokenizer=sentencepiece"]
     complaint = fails(prepare_data.main, *argv)
     found = re.search(r"tokenizer=sentencepiece on this text takes ([\d.]+) MB", complaint)
@@ -985,7 +985,7 @@ BAD = {
     "name=None must be the name of a folder in data/, such as shakespeare_char; for your own text: python": [],
     "name='my texts/own.txt' must be the name of a folder in data/": ["my texts/own.txt"],
     "no data set own.txt: it is not one of": ["own.txt"],
-    "input= must not be empty; write --input=PATH": ["mine", "--input="],
+    "input= must not be empty; write --input=VALUE": ["mine", "--input="],
     "name='a\\x00b' must be the name of a folder": ["a\0b", "--input=own.txt"],
     "must be the name of a folder": ["--input=own.txt", "--name=../x"],
     f"tokenizer=morse is not one of: auto, {', '.join(tokenizer.TOKENIZERS)}": [

@@ -557,8 +557,14 @@ BAD = [
     (edit_config(layer_norm_epsilon=float("nan")), "norm_eps=nan must be above 0"),
     (edit_config(layer_norm_epsilon=10**400), "norm_eps"),
     # absurd sizes
-    (edit_config(n_embd=2**40), "n_embd=1099511627776 do not describe its weights"),
-    (edit_config(vocab_size=2**62), "do not describe its weights"),
+    (
+        edit_config(n_embd=2**40),
+        "n_embd=1099511627776 must be at least 1 and at most 1048576",
+    ),
+    (
+        edit_config(vocab_size=2**62),
+        "must be at least 1 and at most 1048576|do not describe its weights",
+    ),
     (edit_config(n_layer=2**20), "n_layer=1048576 and n_embd=32 do not"),
     (edit_config(n_inner=2**20), "c_fc.bias must have shape (1048576,) and"),
     # weights
@@ -646,20 +652,20 @@ BAD_LLAMA = [
     ),
     (
         edit_config(rope_scaling=ROPE | {"original_max_position_embeddings": 0}),
-        "rope_original_context=0 must be at least 1",
+        "rope_original_context=0 must be above 0",
     ),
     (
         edit_config(
             rope_scaling=ROPE | {"original_max_position_embeddings": 8, "factor": 0}
         ),
-        "rope_factor=0.0 must be at",
+        "rope_factor=0.0 must be above 0",
     ),
     (edit_config(rope_scaling="linear"), "config.json: rope_scaling must be dict"),
     (
         edit_config(rope_parameters={"partial_rotary_factor": 0.5}),
         "partial_rotary_factor=0.5 is not supported",
     ),
-    (edit_config(head_dim=7), "head_size=7, or n_embd/n_head, must be even"),
+    (edit_config(head_dim=7), "head_size=7 must be even"),
     (edit_config(num_key_value_heads=3), "n_head=2 must be a multiple of n_kv_head=3"),
     (edit_config(attention_bias=True), "self_attn.k_proj.bias is missing"),
     (

@@ -117,7 +117,7 @@ def test_sampling_needs_no_data_folder(run_dir, capsys):
 
 BAD = {
     "character 'é' (U+00E9) is not among the": ["--start=é"],
-    "an empty prompt; give at least one character": ["--start="],
+    "start= must not be empty; write --start=VALUE": ["--start="],
     "cannot read the text latin1.txt: it is not UTF-8": ["--start=FILE:latin1.txt"],
     "cannot read the text nothing.txt: No such file or directory": [
         "--start=FILE:nothing.txt"
@@ -126,10 +126,10 @@ BAD = {
     "cannot read the text promts.txt: No such file or directory; did you mean prompts.txt?": [
         "--prompts=promts.txt"
     ],
-    "start=FILE: must not be empty; write --start=FILE:PATH": ["--start=FILE:"],
+    "cannot read the text : Is a directory": ["--start=FILE:"],
     "prompt 2: character 'é' (U+00E9) is not among the": ["--prompts=prompts.txt"],
     "empty.txt has no prompts; write one on each line": ["--prompts=empty.txt"],
-    "stop is empty, and every text would end at once": ["--stop="],
+    "stop= must not be empty": ["--stop="],
     "start and prompts exclude each other": ["--start=A", "--prompts=prompts.txt"],
     "interactive and score exclude each other": ["--interactive=True", "--score=good.txt"],
     "prompts and score exclude each other": ["--score=empty.txt", "--prompts=prompts.txt"],
@@ -158,12 +158,17 @@ def test_bad_input_is_one_line(run_dir, fails, monkeypatch, complaint):
     assert complaint in fails(sample.main, "--out_dir=out/run", *BAD[complaint])
 
 
-def test_keys_that_have_no_effect_are_reported(run_dir, capsys):
-    without_effect = ["--top_p=0.5", "--stride=3", "--dtype=bfloat16"]
-    _, notes = printed(capsys, "--temperature=0", "--quantize=int8", *without_effect)
-    assert "note: top_p=0.5 has no effect with temperature=0.0" in notes
-    assert "note: stride=3 has no effect with score=None" in notes
-    assert "note: dtype=bfloat16 has no effect with quantize=int8" in notes
+@pytest.mark.parametrize(
+    ("keys", "other"),
+    [
+        (["--top_p=0.5", "--temperature=0"], "temperature=0.0"),
+        (["--stride=3"], "score=None"),
+        (["--dtype=bfloat16", "--quantize=int8"], "quantize=int8"),
+    ],
+)
+def test_a_key_that_has_no_effect_is_refused(run_dir, fails, keys, other):
+    complaint = fails(sample.main, "--out_dir=out/run", "--device=cpu", *keys)
+    assert complaint == f"{keys[0][2:]} has no effect with {other}; leave it out\n"
 
 
 def test_every_model_key_is_in_the_checkpoint(run_dir):

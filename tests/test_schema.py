@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from humptygpt.config import check_schema, parse_json
+from humptygpt.schema import check_schema, parse_json
 
 COUNT = range(100)
 SCHEMA = {

@@ -35,14 +35,14 @@ import model as models
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, optimizers
+from humptygpt import checkpoint, optimizers, tasks
 from humptygpt.checkpoint import load_plain
 from humptygpt.config import UserError
 from humptygpt.parallel import fsdp as sharding
 from humptygpt.parallel import processes as distributed
 from humptygpt.parallel import sharded as sharded_checkpoint
-from humptygpt.tasks import TASKS, Score
-from model import ModelConfig
+from humptygpt.settings import TrainConfig
+from humptygpt.tasks import Score, build, find_task
 
 assert sharding  # loaded here, and not again in each process
 OUT = Path("out/run")
@@ -161,7 +161,7 @@ def test_of_a_new_model_each_rank_draws_its_rows_of_the_weights_of_one_process_a
         assert all(p.is_meta for p in processes.build(one.config).parameters())
         torch.manual_seed(0)
         with sharding.DrawnRows(processes) as drawn:
-            model = models.build(one.config)
+            model = build(one.config)
         for p, expected in zip(model.parameters(), one.parameters(), strict=True):
             rows = drawn.take(p)
             assert torch.equal(rows, processes.rows_of(expected))
@@ -458,7 +458,7 @@ def test_a_disk_that_is_full_for_one_process_is_one_line(tiny, monkeypatch):
 @pytest.mark.parametrize(("rank", "dtype"), [(4, torch.float32), (0, torch.float16)])
 def test_what_cannot_be_sharded_is_refused(rank, dtype):
     with pytest.raises(UserError, match="trains neither LoRA nor in float16; take"):
-        sharding.ShardedProcesses().check_model(ModelConfig(lora_rank=rank), dtype)
+        sharding.ShardedProcesses().check_model(TrainConfig(lora_rank=rank), dtype)
 
 
 def test_a_sharded_process_that_dies_ends_the_others_and_the_run_resumes_exactly(
@@ -497,9 +497,10 @@ def test_no_process_has_a_sharded_model_whole_on_its_card(tiny, monkeypatch):
     assert not run.task.evaluation_examples and not run.task.final_examples
     scored = []
     task = replace(
-        TASKS["translation"], score=lambda model, _: scored.append(model) or Score("", {})
+        find_task("translation"),
+        score=lambda model, _: scored.append(model) or Score("", {}),
     )
-    monkeypatch.setitem(TASKS, "language modelling", task)
+    monkeypatch.setattr(tasks, "TEXT", task)
     monkeypatch.setattr(train, "load", lambda path: SimpleNamespace(model=model))
     train.show_best(run, SimpleNamespace(path=OUT, record=lambda row: None))
     assert {p.device.type for p in scored[0].parameters()} == {"cpu"}

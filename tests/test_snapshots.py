@@ -15,7 +15,8 @@ from humptygpt.finetune import lora
 from humptygpt.loading import load
 from humptygpt.page import snapshots
 from humptygpt.settings import TrainConfig
-from model import ModelConfig, build, count_parameters
+from humptygpt.tasks import build
+from model import ModelConfig, count_parameters
 
 OUT = Path("out/run")
 

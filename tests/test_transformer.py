@@ -8,8 +8,10 @@ from conftest import GPT2, overfit
 from torch import Tensor, nn
 
 import model as models
-from humptygpt.layers import ACTIVATIONS
-from model import BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
+from humptygpt.tasks import build
+from humptygpt.translation import model as translation
+from humptygpt.translation.model import Transformer
+from model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
 
 VARIANTS = [
     *({"position": name} for name in POSITIONS),
@@ -33,13 +35,13 @@ every_variant = pytest.mark.parametrize(
 EOT = 0
 
 
-def tiny(**keys) -> models.Transformer:
+def tiny(**keys) -> Transformer:
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 12, "vocab_size": 11}
-    return models.build(ModelConfig(model="transformer", **GPT2 | sizes | keys))
+    return build(ModelConfig(model="transformer", **GPT2 | sizes | keys))
 
 
-def random_model(**keys) -> models.Transformer:
+def random_model(**keys) -> Transformer:
     """A model whose weights are all random: at initialization some are zero, and their layers have no effect."""
     model = tiny(**keys).eval()
     for parameter in model.parameters():
@@ -132,7 +134,7 @@ def test_with_equal_weights_the_outputs_are_those_of_torchs_transformer(block, l
         memory_key_padding_mask=source < 0,
     )
     context, mask = ours.encode(source)
-    found = ours.decoder(ours.wte(idx), context=context, context_mask=mask)
+    found = ours.decoder(ours.wte(idx), None, context, mask)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -209,9 +211,9 @@ def test_decoding_in_pieces_with_a_state_gives_the_same_logits_and_encodes_once(
     expected, _ = model(idx, source=source)
     encoded = []
     model.encoder.register_forward_hook(lambda *args: encoded.append(1))
-    state = model.make_state(source)
+    cache = model.make_cache(source)
     pieces = idx.split([1, 5, 1, 1, 4], dim=1)
-    logits = torch.cat([model(piece, state=state)[0] for piece in pieces], dim=1)
+    logits = torch.cat([model(piece, cache=cache)[0] for piece in pieces], dim=1)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     assert len(encoded) == 1
 
@@ -221,12 +223,12 @@ def test_rows_of_the_state_can_be_selected_and_repeated(variant):
     model = random_model(**variant)
     source, idx = tokens(3, 10), tokens(3, 9, seed=1)
     rows = torch.tensor([2, 0, 0, 1])
-    state = model.make_state(source)
-    model(idx[:, :5], state=state)
-    state.select(rows)
+    cache = model.make_cache(source)
+    model(idx[:, :5], cache=cache)
+    cache.select(rows)
     together, _ = model(idx[rows], source=source[rows])
     torch.testing.assert_close(
-        model(idx[rows, 5:], state=state)[0], together[:, 5:], atol=1e-5, rtol=1e-5
+        model(idx[rows, 5:], cache=cache)[0], together[:, 5:], atol=1e-5, rtol=1e-5
     )
 
 
@@ -259,7 +261,8 @@ def test_in_the_encoder_a_window_reaches_equally_far_to_both_sides():
 
 
 def test_in_the_encoder_alibi_lowers_scores_to_both_sides():
-    bias = tiny(position="alibi").encoder.position.score_bias(4, 4)
+    distance = torch.arange(4)[:, None] - torch.arange(4)
+    bias = tiny(position="alibi").encoder.position.score_bias(distance)
     assert torch.equal(bias, bias.mT) and (bias[..., 0, 1:] < 0).all()
 
 
@@ -272,7 +275,7 @@ def test_cross_attention_has_neither_rotation_nor_bias_nor_window(position, wind
     cross, contexts = decoder.blocks[0].cross_attn, []
     cross.register_forward_pre_hook(lambda module, args: contexts.append(args))
     x, context = torch.randn(2, T, 32), torch.randn(2, 7, 32)
-    decoder(x, context=context)
+    decoder(x, None, context, (None, False))
     ((q, shared, _),) = contexts
     assert shared.context_mask == (None, False)
     torch.testing.assert_close(
@@ -285,11 +288,14 @@ def test_the_masks_and_the_rotary_tables_are_made_once_per_forward_pass_of_each_
 ):
     model, masks, tables = random_model(n_layer=3, position="rotary", window=3), [], []
     attention_mask = models.attention_mask
-    monkeypatch.setattr(
-        models,
-        "attention_mask",
-        lambda *args, **keys: masks.append(args[:2]) or attention_mask(*args, **keys),
-    )
+    for module in (models, translation):
+        monkeypatch.setattr(
+            module,
+            "attention_mask",
+            lambda x, *args, **keys: (
+                masks.append(tuple(x.shape)) or attention_mask(x, *args, **keys)
+            ),
+        )
     for stack in (model.encoder, model.decoder):
         rotary = stack.position.rotary
         monkeypatch.setattr(
@@ -340,7 +346,7 @@ def test_label_smoothing_mixes_in_the_mean_over_the_vocabulary_in_training_only(
 
 def test_parameters_are_as_many_as_those_of_the_papers_base_model():
     with torch.device("meta"):
-        base = models.build(
+        base = build(
             ModelConfig(
                 model="transformer", n_layer=6, n_head=8, n_embd=512, n_hidden=2048, block_size=256, vocab_size=37000,
                 bias=True, position="sinusoidal", block="post_norm", activation="relu", mlp_conv=0, qk_norm=False,

@@ -3,18 +3,19 @@
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from humptygpt.config import UserError, parse_json
+from humptygpt.config import UserError
 from humptygpt.convert.families import FAMILIES
 from humptygpt.convert.huggingface import find_family, write_files
 from humptygpt.convert.weight_files import Weights, check_tensor, open_weights, reading
-from humptygpt.finetune.lora import OFF, adapted
-from model import ModelConfig, build_on_meta
+from humptygpt.finetune.lora import adapted
+from humptygpt.schema import parse_json
+from humptygpt.tasks import build_on_meta
+from model import ModelConfig
 
 PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"
@@ -48,7 +49,7 @@ def layer_names(
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield (name in the adapter, our names) of each layer: the names of transformers where it has such a model."""
     try:
-        table = FAMILIES[find_family(replace(config, **OFF))].weights
+        table = FAMILIES[find_family(config)].weights
     except UserError:
         table = {name: [name] for name in sorted({unnumbered(layer) for layer in layers})}
     for theirs, ours in table.items():
@@ -64,20 +65,19 @@ def unnumbered(name: str) -> str:
 # Writing
 
 
-def write_adapter(model: nn.Module, base: str, folder: Path) -> None:
+def write_adapter(model: nn.Module, training, folder: Path) -> None:
     """Write adapter_model.safetensors and adapter_config.json, A and B alone, each whole or not at all.
 
-    base: what init_from named. A GPT-2 or Llama has the names of transformers, so that PEFT opens it beside the base
+    training: a TrainConfig. A GPT-2 or Llama has the names of transformers, so that PEFT opens it beside the base
     model; GPT-2's c_attn, which is ours of queries, keys and values in one, has the rank of all of them. Other models
     have our names. Raises UserError.
     """
-    config = model.config
     layers = adapted(model)
     weights = {}
     targets = set()
     ranks = {}
     alphas = {}
-    for theirs, ours in layer_names(config, layers):
+    for theirs, ours in layer_names(model.config, layers):
         present = [name for name in ours if name in layers]
         if not present:
             continue
@@ -93,14 +93,14 @@ def write_adapter(model: nn.Module, base: str, folder: Path) -> None:
         targets.add(unnumbered(theirs).split(".#.")[-1])
         if len(present) > 1:
             kind = theirs.rpartition(".")[2]
-            ranks[kind] = config.lora_rank * len(present)
-            alphas[kind] = config.lora_alpha * len(present)
+            ranks[kind] = training.lora_rank * len(present)
+            alphas[kind] = training.lora_alpha * len(present)
     content = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": config.lora_rank,
-        "lora_alpha": config.lora_alpha,
+        "base_model_name_or_path": training.init_from,
+        "r": training.lora_rank,
+        "lora_alpha": training.lora_alpha,
         "target_modules": sorted(targets),
         "fan_in_fan_out": any(".c_" in name for name in targets),  # GPT-2's own matrices
         "rank_pattern": ranks,

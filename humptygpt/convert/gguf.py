@@ -26,7 +26,7 @@ from humptygpt.tokenizers import (
     CharTokenizer,
     Tokenizer,
 )
-from model import frequency_scale
+from model import ModelConfig, llama_scale
 
 DTYPES = {  # by our names
     "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -277,5 +277,5 @@ def rope_factors(content: dict) -> np.ndarray:
     """Return what each rotary frequency is divided by, (D / 2,) float32."""
     D = content["head_dim"]
     frequency = content["rope_theta"] ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
-    scaling = [content["rope_scaling"][key] for key in ROPE_SCALING]
-    return (1 / frequency_scale(frequency, *scaling)).numpy()
+    scaling = {ours: content["rope_scaling"][key] for key, ours in ROPE_SCALING.items()}
+    return (1 / llama_scale(frequency, ModelConfig(**scaling))).numpy()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt.checkpoint import build_like
-from humptygpt.config import UserError, check_schema, convert, parse_json, without_effect
+from humptygpt.config import UserError, convert
 from humptygpt.convert.families import (
     ACTIVATION_NAMES,
     FAMILIES,
@@ -25,11 +25,14 @@ from humptygpt.convert.families import (
 )
 from humptygpt.convert.weight_files import Weights, check_tensor, open_weights, reading
 from humptygpt.files import write_whole
+from humptygpt.schema import check_schema, parse_json
+from humptygpt.tasks import build_on_meta
 from humptygpt.tokenizers import Tokenizer
-from model import ModelConfig, build_on_meta
+from model import ModelConfig
 
-# settings that are not exported: of training alone, and of what the weights themselves have or lack
+# settings that are not exported: of training alone, of what the weights themselves have or lack, and GPT-2's rope_base
 NOT_EXPORTED = {"dropout", "label_smoothing", "init", "bias", "attn_bias", "mlp_bias"}
+NOT_EXPORTED |= {"rope_base"}
 
 
 def weight_names(
@@ -89,7 +92,9 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
                 f"model_type={kind} is not supported; {' and '.join(FAMILIES)} are"
             )
         family = FAMILIES[kind]
-        return family, ModelConfig(**family.fixed | model_settings(family, content))
+        config = ModelConfig(**family.fixed | model_settings(family, content))
+        config.validate()
+        return family, config
 
 
 def model_settings(family: Family, content: dict) -> dict[str, object]:
@@ -179,7 +184,7 @@ def to_pretrained(
     mlp = model.stack.blocks[0].mlp
     names = {ours: theirs for theirs, ours in reversed(ACTIVATION_NAMES.items())}
     settings = vars(config) | {
-        "n_kv_head": attn.n_kv_head,
+        "n_kv_head": config.kv_heads,
         "head_size": attn.head_size,
         "n_hidden": mlp.up_proj.out_features,
         "attn_bias": attn.q_proj.bias is not None,
@@ -222,7 +227,7 @@ def find_family(config: ModelConfig) -> str:
         )
     family = FAMILIES[families[config.position]]
     exported = {*family.settings.values(), *ROPE_SCALING.values()}
-    free = exported | NOT_EXPORTED | without_effect(vars(config), ModelConfig).keys()
+    free = exported | NOT_EXPORTED
     same = {  # what is the same as the default
         "window": config.block_size,
         "n_kv_head": config.n_head,

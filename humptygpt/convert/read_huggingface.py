@@ -6,9 +6,10 @@ beside it say which tokens are special. No code is run, and transformers is not 
 
 from pathlib import Path
 
-from humptygpt.config import UserError, one_line, parse_json
+from humptygpt.config import UserError, one_line
 from humptygpt.convert.pretrained import PretrainedTokenizer, load_engine
 from humptygpt.convert.sentencepiece_model import convert_sentencepiece
+from humptygpt.schema import parse_json
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
 TOKEN = (str, {"content": str}, None)  # a token as these files have it

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from humptygpt.checkpoint import load_plain, refuse_damaged
-from humptygpt.config import UserError, one_line, parse_json
+from humptygpt.config import UserError, one_line
+from humptygpt.schema import parse_json
 
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there counts
 Weights = dict[str, Tensor]  # by name

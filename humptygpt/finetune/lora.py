@@ -3,38 +3,34 @@
 add() puts them into a model, merge() multiplies them into its weights. Source: Hu et al. 2021, arXiv:2106.09685.
 """
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from humptygpt.config import UserError
-from humptygpt.layers import Linear
 
 MARK = ".lora_"  # in the names of its parameters
-# the defaults of ModelConfig
-OFF = {"lora_rank": 0, "lora_alpha": 16.0, "lora_targets": "q_proj,v_proj"}
 
 
-class LoRALinear(Linear):
+class LoRALinear(nn.Linear):
     """W x + b + alpha / rank * B A x. W and b are those of a layer; A (rank, inputs) and B (outputs, rank) train.
 
     B starts at 0, so that the model is what it was.
     """
 
-    def __init__(self, linear: Linear, rank: int, alpha: float):
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
         adopt(self, linear.weight, linear.bias)
         self.scale = alpha / rank
         self.lora_A = nn.Linear(self.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, self.out_features, bias=False)
+        for layer in (self.lora_A, self.lora_B):
+            layer.optimizer_group = "matrices"  # AdamW trains them
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., inputs). Returns (..., outputs)."""
-        return F.linear(x, self.weight, self.bias) + self.scale * self.lora_B(
-            self.lora_A(x)
-        )
+        y = F.linear(x, self.weight, self.bias)
+        return y + self.scale * self.lora_B(self.lora_A(x))
 
     @torch.no_grad()
     def merged(self) -> Tensor:
@@ -42,7 +38,7 @@ class LoRALinear(Linear):
         return self.weight + self.scale * (self.lora_B.weight @ self.lora_A.weight)
 
 
-def adopt(layer: Linear, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+def adopt(layer: nn.Linear, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
     """Initialise a layer with these parameters; its constructor would draw random ones first."""
     nn.Module.__init__(layer)
     layer.out_features, layer.in_features = weight.shape
@@ -50,24 +46,27 @@ def adopt(layer: Linear, weight: nn.Parameter, bias: nn.Parameter | None) -> Non
     layer.bias = bias
 
 
-def add(model: nn.Module) -> nn.Module:
-    """Put LoRA beside the layers that the model's config names; nothing else of it trains. Raises UserError."""
-    config = model.config
-    targets = {name.strip() for name in config.lora_targets.split(",")}
+def add(model: nn.Module, training: dict) -> nn.Module:
+    """Put LoRA beside the layers that lora_targets names; nothing else of the model trains. Raises UserError.
+
+    training: settings, of which lora_rank, lora_alpha and lora_targets count.
+    """
+    targets = {name.strip() for name in training["lora_targets"].split(",")}
     layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, Linear)
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
     }
     known = {name.split(".")[-1] for name in layers}
     if unknown := targets - known:
         raise UserError(
-            f"lora_targets={config.lora_targets}: {min(unknown)!r} is not one of: {', '.join(sorted(known))}"
+            f"lora_targets={training['lora_targets']}: {min(unknown)!r} is not one of: {', '.join(sorted(known))}"
         )
     model.requires_grad_(False)
     for name, layer in layers.items():
         if name.split(".")[-1] in targets:
-            model.set_submodule(
-                name, LoRALinear(layer, config.lora_rank, config.lora_alpha)
-            )
+            beside = LoRALinear(layer, training["lora_rank"], training["lora_alpha"])
+            model.set_submodule(name, beside)
     return model
 
 
@@ -79,20 +78,17 @@ def adapted(model: nn.Module) -> dict[str, LoRALinear]:
     }
 
 
-def merged_state(model: nn.Module) -> tuple[object, dict[str, Tensor]]:
-    """(config, state dict) of the same model without LoRA; new tensors for the layers that it changed alone."""
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of the same model without LoRA. Only the layers that it changes have new tensors."""
     changed = {f"{name}.weight": layer.merged() for name, layer in adapted(model).items()}
     state = {name: x for name, x in model.state_dict().items() if MARK not in name}
-    return (replace(model.config, **OFF) if changed else model.config), state | changed
+    return state | changed
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """The same model without LoRA."""
+    """Return the same model without LoRA."""
     for name, layer in adapted(model).items():
-        plain = Linear.__new__(Linear)
+        plain = nn.Linear.__new__(nn.Linear)
         adopt(plain, nn.Parameter(layer.merged()), layer.bias)
         model.set_submodule(name, plain)
-    if model.config.lora_rank:
-        model.config = replace(model.config, **OFF)
-        model.requires_grad_(True)
-    return model
+    return model.requires_grad_(True)

@@ -18,11 +18,10 @@ import torch
 from torch import nn
 
 import model as models
-from humptygpt import config as configurator
-from humptygpt.config import UserError
+from humptygpt.config import UserError, in_vain
 from humptygpt.data import Dataset
+from humptygpt.device import autocast, free_memory, to_device
 from humptygpt.files import write_whole
-from humptygpt.layers import autocast, free_memory, to_device
 from humptygpt.memory import (
     check_training_fits,
     least_memory,
@@ -30,7 +29,7 @@ from humptygpt.memory import (
 )
 from humptygpt.optimizers import make_optimizer
 from humptygpt.resume import make_model
-from humptygpt.settings import TrainConfig
+from humptygpt.settings import IN_VAIN, TrainConfig
 from model import ModelConfig
 
 # What is tried. Of (n_layer, n_embd), each is some 1.5 times as expensive as the one before.
@@ -302,8 +301,10 @@ def candidates(
         size = {"n_layer": n_layer, "n_embd": n_embd, "block_size": context} | fixed
         most = size["n_embd"] // (model_config.head_size or HEAD_SIZE)
         for n_head in range(max(model_config.n_kv_head or 1, most), 0, -1):
+            shape = replace(model_config, **{"n_head": n_head} | size)
             with suppress(ValueError):
-                shapes[replace(model_config, **{"n_head": n_head} | size)] = None
+                shape.validate()
+                shapes[shape] = None
                 break
     found = []
     for shape in shapes:
@@ -370,7 +371,7 @@ def write_plan(path: Path, run) -> None:
         if settings[key]:
             steps = settings[key] * run.progress.iter / run.progress.position
             settings[key] = max(1, round(steps))
-    unused = configurator.without_effect(settings, TrainConfig, ModelConfig)
+    unused = in_vain(settings, settings, IN_VAIN)
     left_out = {"minutes", "input", "overwrite", "parallel", "backend", *unused}
     lines = [
         f"# What --minutes chose for {run.config.dataset}, step by step.",

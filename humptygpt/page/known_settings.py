@@ -9,15 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from humptygpt.agreement import known_logits
 from humptygpt.config import UserError
-from model import ModelConfig, build
+from humptygpt.tasks import build
+from model import ModelConfig
 
 REFERENCE = Path(__file__).with_name("reference.json")
 VARIANTS = {  # the keys of the dictionaries in explain/model.js
-    "model": ("window_mlp", "gpt", "transformer"),
-    "embedding": ("table", "number"),
+    "model": ("window_mlp", "number_mlp", "gpt", "transformer"),
+    "attention": ("softmax",),
     "position": ("none", "learned", "sinusoidal", "rotary", "alibi"),
     "norm": ("layernorm", "rmsnorm", "none"),
     "block": ("pre_norm", "post_norm", "plain", "parallel"),
@@ -25,7 +26,7 @@ VARIANTS = {  # the keys of the dictionaries in explain/model.js
     "activation": ("gelu", "gelu_tanh", "relu", "silu", "relu_squared"),
     "tokenizer": ("char", "byte", "sentencepiece", "gpt2", "bpe"),  # in tokenizer.js
 }
-TRAINING = {"dropout", "label_smoothing", "init", "lora_alpha", "lora_targets"}
+TRAINING = {"dropout", "label_smoothing", "init"}
 
 
 def check_settings(config: ModelConfig, tokenizer: str) -> None:
@@ -43,6 +44,20 @@ def check_settings(config: ModelConfig, tokenizer: str) -> None:
                 f"{key}={value} is a setting that the page does not compute with, so its numbers would not be the"
                 " model's; teach it to explain/ and humptygpt/page/known_settings.py"
             )
+
+
+def known_logits(model: nn.Module, idx: Tensor) -> Tensor:
+    """Give a new model the same weights on every machine, and return the logits after idx, (1, T): (1, V).
+
+    Every weight has an effect, and float16 holds it exactly.
+    """
+    model.eval().requires_grad_(False)
+    for n, p in enumerate(model.parameters()):
+        i = torch.arange(p.numel()).view(p.shape)
+        scale = 2 / p.shape[-1:].numel() ** 0.5
+        p.copy_(((p.dim() != 2) + scale * (i * (i + 7 * n) % 61 / 30 - 1)).half())
+    texts = {"source": idx} if model.has_encoder else {}
+    return model(idx, **texts)[0][:, -1]
 
 
 @torch.inference_mode()

@@ -21,7 +21,7 @@ from humptygpt.tokenizers import (
     SentencePieceTokenizer,
     Tokenizer,
 )
-from model import count_parameters
+from model import ModelConfig, count_parameters
 
 BASE64 = 4 / 3  # characters for each byte
 START_TOKENS = 64  # of the text that a page opens with
@@ -95,7 +95,15 @@ def check_size(model: nn.Module, snapshots: int, max_mb: float) -> None:
 
 def model_data(model: nn.Module) -> dict:
     """Return what makeModel() in explain/data.js takes."""
-    return {"model": vars(model.config), "weights": pack_weights(model)}
+    return {"model": page_config(model.config), "weights": pack_weights(model)}
+
+
+def page_config(config: ModelConfig) -> dict:
+    """Return the settings of a model as explain/model.js has them."""
+    settings = vars(config) | {"embedding": "table"}
+    if config.model == "number_mlp":
+        settings |= {"model": "window_mlp", "embedding": "number"}
+    return settings
 
 
 def pack_weights(model: nn.Module) -> dict:

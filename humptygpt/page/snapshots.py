@@ -25,7 +25,7 @@ def to_8_bits(model: nn.Module) -> Tensor:
 
     A row is one of a matrix, or a vector. They are in the order of the state dict, tied ones once, LoRA merged.
     """
-    _, state = lora.merged_state(model)
+    state = lora.merged_state(model)
     packed = []
     for p in {p.data_ptr(): p for p in state.values()}.values():
         rows = p.cpu().view(-1, p.shape[-1:].numel())  # a number is a row, too

@@ -23,12 +23,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model as models
 from humptygpt import checkpoint
 from humptygpt.config import UserError
 from humptygpt.files import remove
 from humptygpt.parallel import sharded
-from humptygpt.parallel.processes import Processes, raise_if_rank_died
+from humptygpt.parallel.processes import (
+    Processes,
+    raise_if_rank_died,
+    share_dropout,
+)
+from humptygpt.tasks import build, build_on_meta
+from model import Block, ModelConfig
 
 aten = torch.ops.aten
 # what draws or sets a whole new weight
@@ -51,21 +56,22 @@ class ShardedProcesses(Processes):
     def mesh(self) -> DeviceMesh:
         return init_device_mesh(self.device.type, (self.size,))
 
-    def check_model(self, model_config: models.ModelConfig, dtype: torch.dtype) -> None:
-        if model_config.lora_rank or dtype == torch.float16:
+    def check_model(self, config, dtype: torch.dtype) -> None:
+        if config.lora_rank or dtype == torch.float16:
             raise UserError(
                 "parallel=fsdp trains neither LoRA nor in float16; take --parallel=ddp, or --dtype=bfloat16"
             )
 
-    def build(self, model_config: models.ModelConfig) -> nn.Module:
+    def build(self, model_config: ModelConfig) -> nn.Module:
         """Return a new model without memory, whose weights distribute() draws."""
-        return models.build_on_meta(model_config)
+        return build_on_meta(model_config)
 
     def distribute(self, model: nn.Module, seed: int | None = None) -> None:
         """Keep of each parameter, on the device, the part of this rank; each block is gathered by itself.
 
         Weights are gathered in float32, since autocast converts them, as for one process. seed: of a new model.
         """
+        share_dropout(model)
         if not next(model.parameters()).is_meta:  # else they are drawn now, or read later
             for tensor in model.state_dict().values():
                 dist.broadcast(tensor, 0)  # other hardware might have drawn other ones
@@ -84,7 +90,7 @@ class ShardedProcesses(Processes):
         """Give a new model the weights that one process draws."""
         torch.manual_seed(seed)
         with DrawnRows(self) as drawn:
-            whole = models.build(model.config)
+            whole = build(model.config)
         for part, p in zip(model.parameters(), whole.parameters(), strict=True):
             part.to_local().copy_(drawn.take(p))
 
@@ -204,4 +210,4 @@ class DrawnRows(TorchDispatchMode):
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, models.Block)]
+    return [module for module in model.modules() if isinstance(module, Block)]

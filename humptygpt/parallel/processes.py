@@ -26,11 +26,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from humptygpt import checkpoint, layers
+from humptygpt import checkpoint
 from humptygpt.config import UserError
 from humptygpt.data import Dataset, Prefetcher, random_key
 from humptygpt.files import remove
-from model import ModelConfig, build
+from humptygpt.tasks import build
+from model import Dropout, ModelConfig
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective in training
 LONG = datetime.timedelta(days=7)  # while ranks prepare data, or rank 0 scores translations
@@ -68,13 +69,41 @@ def first_line(error: RuntimeError | ValueError) -> str:
     return str(error).strip().partition("\n")[0]
 
 
+class Rows(NamedTuple):
+    """Which rows of a batch this process has: those from the first on."""
+
+    first: int
+    total: int
+
+
+class SharedDropout(Dropout):
+    """Dropout whose mask, on a CPU, is the part for these rows of the mask that one process draws for a whole batch."""
+
+    rows: Rows | None = None  # None: all
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rows is None or not self.training or x.device.type != "cpu":
+            return super().forward(x)
+        first, total = self.rows
+        mask = super().forward(x.new_ones(total, *x.shape[1:]))
+        return x * mask[first : first + len(x)]
+
+
+def share_dropout(model: nn.Module) -> None:
+    """Put a SharedDropout in place of each Dropout."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is Dropout:
+                setattr(module, name, SharedDropout(child.p))
+
+
 class LocalBatch(NamedTuple):
     """What one rank takes of a micro-batch: some of its rows, or all."""
 
     index: int  # of the micro-batch
     batch: dict[str, Tensor]
     tokens: int  # targets that count
-    rows: layers.Rows | None  # None: all
+    rows: Rows | None  # None: all
 
     def seed_dropout(self, seed: int, model: nn.Module, device: torch.device) -> None:
         """Let the next dropout masks be those that one process draws for these rows.
@@ -86,7 +115,7 @@ class LocalBatch(NamedTuple):
             key.append(self.rows.first)
         torch.manual_seed(random_key(seed, *key))
         for module in model.modules():
-            if isinstance(module, layers.Dropout):
+            if isinstance(module, SharedDropout):
                 module.rows = self.rows
 
 
@@ -133,7 +162,7 @@ class Processes:
             start = total * number // ranks
             end = total * (number + 1) // ranks
             # with fewer pairs than ranks, some take one that does not count, since all need gradients
-            rows = layers.Rows(min(start, total - 1), total)
+            rows = Rows(min(start, total - 1), total)
             last = max(end, rows.first + 1)
             batch = {name: value[rows.first : last] for name, value in batch.items()}
             yield LocalBatch(index, batch, count_targets(batch) if end > start else 0, rows)
@@ -189,8 +218,8 @@ class Processes:
     # ----------------------------------------------------------------------------------
     # The model
 
-    def check_model(self, model_config: ModelConfig, dtype: torch.dtype) -> None:
-        """Raise UserError where these ranks cannot train such a model."""
+    def check_model(self, config, dtype: torch.dtype) -> None:
+        """Raise UserError if these ranks cannot train such a run; config: a TrainConfig."""
 
     def build(self, model_config: ModelConfig) -> nn.Module:
         """Return a new model, on the CPU."""
@@ -198,6 +227,8 @@ class Processes:
 
     def distribute(self, model: nn.Module, seed: int | None = None) -> None:
         """Move the model to the device; seed: of a new one."""
+        if self.size > 1:
+            share_dropout(model)
         model.to(self.device)
 
     def compile(self, model: nn.Module, dynamic: bool) -> nn.Module:

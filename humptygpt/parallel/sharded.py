@@ -24,8 +24,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from humptygpt.checkpoint import SHARDED, load_plain, refuse_damaged
-from humptygpt.config import UserError, check_schema
+from humptygpt.config import UserError
 from humptygpt.files import cannot_write, remove, write_whole
+from humptygpt.schema import check_schema
 
 ENTRIES = "entries.pt"
 # SHA-256 of .metadata; {name in the model: name of the same tensor}

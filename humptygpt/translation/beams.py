@@ -31,7 +31,7 @@ def translate(
 
     Sentences of equal lengths are translated in one batch, so that none is padded.
     """
-    if not model.has_state:
+    if not model.has_cache:
         raise UserError(
             "model.py cannot translate: with its cache it gives other logits than without"
         )
@@ -71,10 +71,10 @@ def beam_search(
     Source: Sutskever et al. 2014, arXiv:1409.3215; the length penalty: Wu et al. 2016, arXiv:1609.08144, section 7.
     """
     if model.has_encoder:
-        state = model.make_state(source)
+        cache = model.make_cache(source)
         idx = torch.full_like(source[:, :1], eot)
     else:  # the source is the beginning of the text that the model continues
-        state = model.make_state()
+        cache = model.make_cache()
         idx = source
     room = model.config.block_size + 1 - idx.shape[1]
     limit = min(room, max_new_tokens or room)
@@ -86,7 +86,7 @@ def beam_search(
     log_prob = torch.zeros(ids.shape[:2], device=ids.device)
     for step in range(limit):
         n, k = log_prob.shape
-        logits = model.next_logits(idx, state)[:, :tokenizer_vocab_size]
+        logits = model.next_logits(idx, cache)[:, :tokenizer_vocab_size]
         logp = logits.float().log_softmax(dim=-1).view(n, k, -1)  # (n, k, V)
         # what has ended is extended by eot alone, at no cost
         ended = (ids == eot).any(dim=-1)
@@ -118,8 +118,8 @@ def beam_search(
         if step == limit - 1 or not going:
             break
         kept = torch.tensor(going, device=ids.device)
-        rows = sentence * k + parents  # of the state
-        state.select(rows[kept].flatten())
+        rows = sentence * k + parents  # of the cache
+        cache.select(rows[kept].flatten())
         ids = ids[kept]
         log_prob = log_prob[kept]
         open_sentences = [open_sentences[row] for row in going]

@@ -10,14 +10,15 @@
 out_dir = "out/article/01_embeddings/1-number"
 dataset = "shakespeare_char"
 
-model = "window_mlp"
+model = (
+    "number_mlp"  # a token is its index in the vocabulary divided by the vocabulary size
+)
 n_embd = 1
 window = 8
 n_layer = 1
 n_hidden = 256
 activation = "relu"
 bias = True
-embedding = "number"  # its index in the vocabulary divided by the vocabulary size
 
 # training
 batch_size = 12

@@ -1,15 +1,34 @@
 """The article's first networks: feed-forward, without attention, over a window of tokens."""
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from humptygpt.layers import ACTIVATIONS, Dropout, Linear, with_loss
+from model import ACTIVATIONS, GPT, Dropout, ModelConfig
+
+
+@dataclass(frozen=True)
+class WindowConfig(ModelConfig):
+    """Of the settings of a GPT, these count: n_layer, n_hidden, n_embd, window, activation, bias and dropout."""
+
+    def validate(self) -> None:
+        """Raise ValueError for the first value or combination that makes no sense."""
+        self.check_values()
+        if self.window < 1:
+            raise ValueError(
+                f"window={self.window} must be at least 1: model={self.model} reads that many tokens"
+            )
+        if self.model == "number_mlp" and self.n_embd != 1:
+            raise ValueError(
+                f"n_embd={self.n_embd} must be 1: model=number_mlp gives each token a single number"
+            )
 
 
 class NumberEmbedding(nn.Module):
     """Each token is a single number, its own, and nothing is trained: the first is 1 / V, the second 2 / V, ..., 1.
 
-    No token is 0: that stands for no token.
+    No token is 0, because 0 stands for no token.
     """
 
     def __init__(self, vocab_size: int, n_embd: int):
@@ -21,31 +40,30 @@ class NumberEmbedding(nn.Module):
         return ((idx + 1) / self.vocab_size)[..., None]
 
 
-EMBEDDINGS = {"table": nn.Embedding, "number": NumberEmbedding}
-
-
 class WindowMLP(nn.Module):
     """A feed-forward network that reads the last `window` tokens side by side and predicts the next one.
 
-    It does so at every position of a text. Where the window reaches back before the first token that was given, there
-    are zeros, in training as in use; so block_size should be several times the window.
+    It does so at every position of a text. If the window reaches back before the first token that was given, there are
+    zeros, in training as in use; so block_size should be several times the window.
     n_layer hidden layers of n_hidden neurons, by default as many as there are inputs.
     Source: Bengio et al. 2003, "A neural probabilistic language model".
     """
 
+    config_class = WindowConfig
+    embedding = nn.Embedding
     tasks = ("language modelling",)
     has_encoder = False
-    has_state = False  # two neighbouring windows share nothing but their embeddings
+    has_cache = False  # two neighbouring windows share nothing but their embeddings
 
-    def __init__(self, config):
-        """config: a ModelConfig."""
+    def __init__(self, config: ModelConfig):
         super().__init__()
+        WindowConfig.validate(config)
         self.config = config
         inputs = config.window * config.n_embd
         n_hidden = config.n_hidden or inputs
-        self.wte = EMBEDDINGS[config.embedding](config.vocab_size, config.n_embd)
+        self.wte = self.embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(
-            Linear(n_hidden if i else inputs, n_hidden, config.bias)
+            nn.Linear(n_hidden if i else inputs, n_hidden, config.bias)
             for i in range(config.n_layer)
         )
         self.activation = ACTIVATIONS[config.activation]
@@ -54,7 +72,7 @@ class WindowMLP(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Matrices normal, 1 / sqrt(inputs), which keeps the variance; head 0: all tokens equally likely."""
+        """Matrices normal, 1 / sqrt(inputs), which keeps the variance; head 0: all tokens are equally likely."""
         for layer in self.layers:
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         nn.init.zeros_(self.lm_head.weight)
@@ -74,8 +92,18 @@ class WindowMLP(nn.Module):
         x = x.unfold(1, window, 1).mT.flatten(2)  # (B, T, window C), the oldest token first
         for layer in self.layers:
             x = self.dropout(self.activation(layer(x)))
-        return with_loss(self, self.lm_head(x), targets)
+        logits = self.head(x)
+        return logits, None if targets is None else self.loss(logits, targets)
+
+    head = GPT.head
+    loss = GPT.loss
 
     def next_logits(self, idx: Tensor) -> Tensor:
-        """As forward, but of the token after the last one alone: (B, V)."""
+        """Return the logits (B, V) of the token that follows idx."""
         return self(idx[:, -self.config.window :])[0][:, -1]
+
+
+class NumberMLP(WindowMLP):
+    """The same without an embedding: a token is its own number."""
+
+    embedding = NumberEmbedding

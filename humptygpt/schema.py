@@ -1,0 +1,74 @@
+"""What a file must hold, declared as data: a file may be damaged, foreign or hostile."""
+
+import json
+
+
+def parse_json(text: str | bytes, schema: object) -> dict:
+    """Return the content of a JSON file, which fits the schema. Raises ValueError, in one line, where it does not."""
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    check_schema(content, schema)
+    return content
+
+
+def check_schema(value: object, schema: object, name: str = "") -> None:
+    """Raise ValueError, which names the entry, unless value fits schema.
+
+    A schema is
+        a type               the value's own; an integer of 64 bits is a float, too, but a boolean is no integer
+        None                 None
+        {"a", "b"}           one of these strings
+        range(1, 10)         an integer in the range
+        [schema]             a list of any length
+        {str: schema}        a dictionary with any strings as keys
+        {"a": schema, ...}   a dictionary with these keys and perhaps others; a key written "a?" may be missing
+        (schema, ...)        one of several schemas of different types
+    """
+    options = schema if isinstance(schema, tuple) else (schema,)
+    fitting = [option for option in options if is_kind(value, option)]
+    if not fitting:
+        raise ValueError(
+            f"{name or 'the content'} must be {' or '.join(map(describe, options))}"
+        )
+    form = fitting[0]
+    if isinstance(form, dict) and any(type(key) is not str for key in value):
+        raise ValueError(f"{name or 'the content'} must have strings as keys")
+    if isinstance(form, list):
+        for number, item in enumerate(value):
+            check_schema(item, form[0], f"{name}[{number}]")
+    elif isinstance(form, dict) and str in form:
+        for key, item in value.items():
+            check_schema(
+                item, form[str], f"{name}.{key if key.isprintable() else repr(key)}"
+            )
+    elif isinstance(form, dict):
+        for declared, rule in form.items():
+            key = declared.removesuffix("?")
+            path = f"{name}.{key}" if name else key
+            if key in value:
+                check_schema(value[key], rule, path)
+            elif key == declared:
+                raise ValueError(f"{path} is missing")
+
+
+def is_kind(value: object, schema: object) -> bool:
+    """Whether value fits the schema as far as can be seen without looking into lists and dictionaries."""
+    if isinstance(schema, set | range):
+        return type(value) is (str if isinstance(schema, set) else int) and value in schema
+    kind = kind_of(schema)
+    whole_number = type(value) is int and abs(value) < 2**63
+    return type(value) is kind or (kind is float and whole_number)
+
+
+def describe(schema: object) -> str:
+    if isinstance(schema, set):
+        return " or ".join(sorted(schema))
+    if isinstance(schema, range):
+        return f"an int from {schema.start:,} to {schema.stop - 1:,}"
+    return "None" if schema is None else kind_of(schema).__name__
+
+
+def kind_of(schema: object) -> type:
+    return schema if isinstance(schema, type) else type(schema)
