@@ -431,7 +431,7 @@ def make_tokenizer(corpus: Corpus, config: PrepareConfig) -> Tokenizer:
 
 def pretrained_tokenizer(path: str, corpus: Corpus) -> Tokenizer:
     """Load the tokenizer of a run, of a folder, or of a model of the hub. Raises UserError."""
-    from humptygpt.loading import load_tokenizer  # here, since it loads torch
+    from humptygpt.convert.sources import load_tokenizer  # here, since it loads torch
 
     tokenizer = load_tokenizer(path)
     state = tokenizer.state()

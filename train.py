@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Collection
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
@@ -40,8 +41,6 @@ from humptygpt import checkpoint, evaluation, resume, tasks, tokenizers
 from humptygpt import config as configurator
 from humptygpt.checkpoint import refuse_other_code
 from humptygpt.config import UserError, as_written_here, note
-from humptygpt.convert.adapters import write_adapter
-from humptygpt.convert.huggingface import find_family
 from humptygpt.data import Dataset, Prefetcher
 from humptygpt.device import (
     autocast,
@@ -51,10 +50,8 @@ from humptygpt.device import (
     to_device,
     tune_malloc,
 )
-from humptygpt.finetune import lora
 from humptygpt.loading import Loaded, load
 from humptygpt.memory import ADVICE, check_training_fits, memory_report
-from humptygpt.minutes import plan
 from humptygpt.optimizers import Optimizer, make_optimizer
 from humptygpt.page import snapshots
 from humptygpt.parallel import processes as distributed
@@ -93,7 +90,7 @@ class Run:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
-    clock: plan.Clock | None  # of a run that ends with its minutes
+    clock: object | None  # a plan.Clock, of a run that ends with its minutes
 
     @property
     def task(self) -> tasks.Task:
@@ -133,9 +130,16 @@ class Run:
 
     def best_state(self) -> dict:
         """Return the entries of best.pt. LoRA is merged, so that it is a model as any other."""
-        weights = lora.merged_state(self.model)
         no_lora = asdict(dataclasses.replace(self.config, lora_rank=0))
-        return self.state() | {"train_config": no_lora, "model": weights}
+        return self.state() | {"train_config": no_lora, "model": self.weights()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the state dict of the model, or of the model that it is without LoRA."""
+        if not self.config.lora_rank:
+            return dict(self.model.state_dict())
+        from humptygpt.finetune.lora import merged_state
+
+        return merged_state(self.model)
 
     def load(self, saved: dict) -> None:
         """Take over the state of a checkpoint, whose weights the model has already. Raises UserError."""
@@ -250,6 +254,8 @@ def setup(
         model_config = for_vocabulary(model_config, dataset)
     clock = None
     if config.minutes:
+        from humptygpt.minutes import plan
+
         earlier = saved["progress"].get("run_seconds", 0.0) if saved else 0.0
         clock = plan.Clock(machine.STARTED, config.minutes, earlier)
         # compiling takes about a minute, so here the user has to ask for it
@@ -479,6 +485,8 @@ def summary(run: Run) -> str:
 
 def choice(run: Run) -> str:
     """Return what --minutes has chosen, and whether the model can leave."""
+    from humptygpt.convert.huggingface import find_family
+
     config = run.model.config
     try:
         export = f"as {find_family(config)}"
@@ -507,9 +515,7 @@ def train(run: Run, folder: RunFolder) -> int | None:
         while not run.is_over:
             # here, so that a run that was killed just after a checkpoint has this one, too
             if name := kept.get(progress.iter):
-                on_whole_model(
-                    run, lambda model, _: snapshots.save(folder.path / name, model)
-                )
+                on_whole_model(run, partial(save_snapshot, run, folder.path / name))
             before = progress.position
             lr = config.lr(before)
             run.optimizer.set_lr(lr / config.learning_rate)
@@ -548,6 +554,10 @@ def train(run: Run, folder: RunFolder) -> int | None:
                 if run.clock:
                     run.clock.leave_out(meter.evaluation)
     return None
+
+
+def save_snapshot(run: Run, path: Path, model: nn.Module, _: Dataset) -> None:
+    snapshots.save(path, run.weights() if model is run.model else model.state_dict())
 
 
 def train_step(run: Run, it: int) -> tuple[Tensor, Tensor, int]:
@@ -615,6 +625,8 @@ def evaluate_and_record(run: Run, folder: RunFolder, bar: tqdm) -> bool:
     if improved:
         run.processes.save(folder.path / "best.pt", run.best_state())
         if run.config.lora_rank and run.processes.first:
+            from humptygpt.convert.adapters import write_adapter
+
             write_adapter(run.model, run.config, folder.path / "adapter")
     return improved
 
@@ -696,6 +708,8 @@ def finish(run: Run, folder: RunFolder) -> None:
     """Show what the best model can do, and say what to do next."""
     progress = run.progress
     if run.clock:
+        from humptygpt.minutes import plan
+
         path = folder.path / "plan.py"
         plan.write_plan(path, run)
         print(f"{path} is a config file that repeats this, step by step")
@@ -735,6 +749,8 @@ def show_best(run: Run, folder: RunFolder) -> None:
 
 def advice(run: Run) -> str:
     """Return what would help most, by the law that chose."""
+    from humptygpt.minutes import plan
+
     bytes_per_token = run.dataset.val_bytes_per_token()
     parameters, *_ = plan.cost(run.model)
     text = len(run.dataset.train) * bytes_per_token

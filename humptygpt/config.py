@@ -14,6 +14,7 @@ variants that it can name}, and validate() raises ValueError.
 import ast
 import dataclasses
 import difflib
+import importlib
 import inspect
 import io
 import os
@@ -59,6 +60,12 @@ def refuse(start: str = "") -> Iterator[None]:
 def one_line(error: BaseException | str) -> str:
     """Return the message of an error in one line of printable characters: it may quote an untrusted file."""
     return "".join(char if char.isprintable() else " " for char in str(error)[:1000])
+
+
+def find(entry: str) -> typing.Any:
+    """Import what an entry of a table names, such as "model:GPT"."""
+    module, _, name = entry.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def note(text: str) -> None:

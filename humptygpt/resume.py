@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from humptygpt import checkpoint
-from humptygpt.config import UserError, as_written_here
+from humptygpt.config import UserError, as_written_here, find
 from humptygpt.data import Dataset
 from humptygpt.loading import Loaded
 from humptygpt.optimizers import freeze, trained_parameters
 from humptygpt.parallel.processes import ONE_PROCESS, Processes
-from humptygpt.tasks import LORA, find
+from humptygpt.tasks import LORA
 from humptygpt.token_files import is_command
 from humptygpt.tokenizers import from_state
 from model import ModelConfig, Stack, count_parameters

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 import shlex
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -28,7 +29,6 @@ from humptygpt.device import DTYPES
 from humptygpt.loading import Loaded, load
 from humptygpt.optimizers import OPTIMIZERS, SCHEDULES
 from humptygpt.parallel import processes as distributed
-from humptygpt.prepare.documents import data_name
 from humptygpt.run_folder import (
     chosen_loggers,
     import_logger,
@@ -276,6 +276,13 @@ def name_dataset(given: dict, in_line: set[str]) -> None:
         )
     if "dataset" not in (in_line if "input" in in_line else given):
         given["dataset"] = data_name(given["input"])
+
+
+def data_name(where: str) -> str:
+    """Return a name for an input's data: its folder's, its file's without endings, or that of a pattern's folder."""
+    parts = reversed(Path(where).resolve().parts)
+    stems = (re.sub(r"[^\w-]+", "_", part.partition(".")[0]).strip("_") for part in parts)
+    return next(filter(None, stems), "text")
 
 
 def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:

@@ -3,7 +3,6 @@
 A data set and a checkpoint name their task, and each class of MODELS those that it can learn.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from humptygpt import config as configurator
-from humptygpt.config import UserError
+from humptygpt.config import UserError, find
 from humptygpt.data import Dataset, TokenDataset
 from humptygpt.sampling import generate
 from model import ModelConfig
@@ -33,12 +32,6 @@ LORA = "humptygpt.finetune.lora:add"
 
 SAMPLE_TOKENS = 300  # of the text at the end of a run
 LINE_TOKENS = 60  # of the line after each evaluation
-
-
-def find(entry: str) -> object:
-    """Import what an entry such as "model:GPT" names."""
-    module, _, name = entry.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 # --------------------------------------------------------------------------------------

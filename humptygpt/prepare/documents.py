@@ -10,7 +10,6 @@ import glob
 import gzip
 import io
 import json
-import re
 import shutil
 import sys
 import zlib
@@ -117,13 +116,6 @@ def find_files(
     if skipped:
         note(report)
     return texts, Counter(filter(None, reasons.values()))
-
-
-def data_name(where: str) -> str:
-    """Return a name for an input's data: its folder's, its file's without endings, or that of a pattern's folder."""
-    parts = reversed(Path(where).resolve().parts)
-    stems = (re.sub(r"[^\w-]+", "_", part.partition(".")[0]).strip("_") for part in parts)
-    return next(filter(None, stems), "text")
 
 
 def why_skipped(file: Path, where: Path, errors: str, text_key: str) -> str:
