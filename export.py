@@ -67,11 +67,13 @@ def main(argv: list[str]) -> None:
     given = configurator.read(argv, ExportConfig)
     config = configurator.make(ExportConfig, given)
     to = check_target(config.to, config.resolved_format)
+    from humptygpt.convert.huggingface import find_family
     from humptygpt.loading import chosen_source, load
     from humptygpt.page.known_settings import check_formulas
 
     loaded = load(chosen_source(config, given), config.checkpoint)
     if config.resolved_format != "ckpt":
+        find_family(loaded.model.config)
         check_formulas(loaded.model.config, "transformers or llama.cpp")
     write = {
         "transformers": write_folder,
