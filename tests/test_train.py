@@ -971,6 +971,14 @@ def test_the_window_network_trains_resumes_and_samples(run_train, capsys, optimi
     assert len(capsys.readouterr().out) == 1 + 40 + 1
 
 
+def test_a_network_of_numbers_of_an_earlier_version_is_sampled(run_train):
+    run_train("--model=number_mlp", "--n_embd=1", "--window=4", "--max_iters=1")
+    saved = checkpoint.read(OUT / "best.pt")
+    saved["model_config"] |= {"model": "window_mlp", "embedding": "number"}
+    checkpoint.save(OUT / "best.pt", saved)
+    assert isinstance(sample.load(OUT).model.wte, NumberEmbedding)
+
+
 class Doubled(torch.nn.Module):
     """Twice its input."""
 
