@@ -18,7 +18,7 @@ from humptygpt import checkpoint
 from humptygpt.finetune import lora
 from humptygpt.finetune.lora import MARK
 from humptygpt.loading import load
-from humptygpt.optimizers import trained_parameters
+from humptygpt.optimizers import ADAMW, trained_parameters
 from humptygpt.page import snapshots
 from humptygpt.settings import read_settings
 from model import GPT, ModelConfig
@@ -50,6 +50,13 @@ def test_a_run_with_lora_starts_as_the_model_that_it_starts_from(base):
         names
     ) == 2 * 2 * len(kinds)
     assert all(".lora_A." in name or ".lora_B." in name for name in names)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "normuon"])
+def test_adamw_trains_the_matrices_of_lora_whatever_the_optimizer(base, optimizer):
+    run = train.setup(*read_settings([*LORA, f"--optimizer={optimizer}"]))
+    groups = [group for group in run.optimizer.param_groups if group["params"]]
+    assert groups and all(group["rule"] is ADAMW for group in groups)
 
 
 def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base, capsys):

@@ -39,6 +39,7 @@ from humptygpt.memory import ADVICE
 from humptygpt.optimizers import Optimizer, make_optimizer
 from humptygpt.parallel.processes import ONE_PROCESS
 from humptygpt.settings import read_settings
+from humptygpt.window_mlp.model import NumberEmbedding
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
