@@ -41,7 +41,7 @@ if __name__ == "__main__":
     machine.start()  # before numpy and torch are loaded
 
 from humptygpt import config as configurator
-from humptygpt.config import check_above_0, check_choices, check_least
+from humptygpt.config import UserError, check_above_0, check_choices, check_least
 
 MODES = {  # the module of benchmarks/ whose bench() answers
     "train": "step_time",
@@ -52,6 +52,21 @@ MODES = {  # the module of benchmarks/ whose bench() answers
     "gpu": "gpu",
 }
 NEEDED = {"loss": "nanogpt", "page": "page"}
+COUNTS_WITH = {  # keys: the values of --what with which they do something
+    "nanogpt": "train loss sample gpu",
+    "config dtype": "train loss profile",
+    "device": "train loss profile gpu",
+    "steps": "train profile",
+    "target seeds": "loss",
+    "size weights compile texts prompt new_tokens rounds": "sample",
+    "page keystrokes": "page",
+    "short": "gpu",
+}
+IN_VAIN = {
+    key: ("what", tuple(MODES.keys() - modes.split()))
+    for keys, modes in COUNTS_WITH.items()
+    for key in keys.split()
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,10 @@ class BenchConfig:
 
 
 def main(argv: list[str]) -> None:
-    config = configurator.make(BenchConfig, configurator.read(argv, BenchConfig))
+    given = configurator.read(argv, BenchConfig)
+    config = configurator.make(BenchConfig, given)
+    for why in configurator.in_vain(given, vars(config), IN_VAIN).values():
+        raise UserError(f"{why}; leave it out")
     mode = importlib.import_module(f"benchmarks.{MODES[config.what]}")
     print(json.dumps(mode.bench(config)))
 

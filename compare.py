@@ -15,8 +15,8 @@ of it, the latter counts. If there is no text that all of them were evaluated on
 With --group=True, runs of one folder that differ in nothing but the seed, such as idea/with-1 and idea/with-2, are one
 row, the mean of their lowest losses; so are idea/with/1 and idea/with/2. With --minutes, they may also differ in steps,
 dropout and weight decay, which the clock chooses. Each row is compared in bits per byte with the first one of its
-group, or with --baseline=NAME; whether that difference means something, the ranges of their seeds tell. Rows come in
-the order given. The shell sorts by name: 1-without, 2-with puts the baseline first.
+group, or with --baseline=NAME. The ranges of their seeds tell whether the difference means something. Rows come in the
+order given. The shell sorts by name: 1-without, 2-with puts the baseline first.
 """
 
 import io

@@ -117,9 +117,22 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= 2**20:
                 raise ValueError(f"{name}={value} must be at least 1 and at most {2**20}")
-        for name in ("rope_base", "rope_factor", "rope_original_context", "norm_eps"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                raise ValueError(f"{name}={value} must be above 0")
+        above = {
+            "rope_base": 1,
+            "rope_low_freq_factor": 0,
+            "rope_high_freq_factor": 0,
+            "norm_eps": 0,
+        }
+        for name, bound in above.items():
+            if not bound < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}={value} must be above {bound}")
+        for name in ("rope_factor", "rope_original_context"):
+            if not 1 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if not 0 <= self.logit_soft_cap <= 1e6:
+            raise ValueError(
+                f"logit_soft_cap={self.logit_soft_cap} must be at least 0 and at most 1000000"
+            )
         for name in ("dropout", "label_smoothing"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value} must be at least 0 and below 1")

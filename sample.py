@@ -119,9 +119,18 @@ class SampleConfig:
         )
         check_least(self, 0, "logprobs", "temperature", "seed")
         check_above_0(self, "top_p", "repetition_penalty")
-        check_least(self, -10, "length_penalty")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p={self.min_p} must be at least 0 and at most 1")
+        ranges = {
+            "top_p": (0, 1),
+            "min_p": (0, 1),
+            "repetition_penalty": (0, 100),
+            "length_penalty": (-10, 10),
+        }
+        for name, (least, most) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(
+                    f"{name}={value} must be at least {least} and at most {most}"
+                )
         for keys in (
             ("start", "prompts", "score"),
             ("interactive", "prompts", "score"),

@@ -33,9 +33,8 @@ from humptygpt.schema import parse_json
 
 CONFIGS = Path(__file__).parent.parent / "config"
 Fields = dict[str, dataclasses.Field]  # of several config classes, by key
-TEXTS = tuple[
-    str, ...
-]  # the type of a key that takes several texts: --key=ONE --key=ANOTHER
+# The type of a key that takes several texts: --key=ONE --key=ANOTHER
+TEXTS = tuple[str, ...]
 
 
 class UserError(Exception):
@@ -221,9 +220,9 @@ def parse(name: str, text: str, hint: object) -> object:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"true": True, "false": False}.get(text.lower(), text)
-    return convert(
-        name, text if isinstance(value, tuple) else value, hint
-    )  # 1,000 is a tuple
+    if isinstance(value, tuple):  # as 1,000 is
+        value = text
+    return convert(name, value, hint)
 
 
 def convert(name: str, value: object, hint: object) -> object:

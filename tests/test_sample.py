@@ -139,6 +139,7 @@ BAD = {
     ],
     "empty.txt has no token to predict": ["--score=empty.txt"],
     "min_p=1.5 must be at least 0 and at most 1": ["--min_p=1.5"],
+    "top_p=1.5 must be at least 0 and at most 1": ["--top_p=1.5"],
     "dtype=float16 needs a CUDA device": ["--dtype=float16", "--device=cpu"],
     "device=cuda:99 is not available": ["--device=cuda:99"],
 }

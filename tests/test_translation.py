@@ -573,6 +573,7 @@ def test_bad_input_of_a_translation(pairs, fails, tiny):
         with pytest.raises(UserError, match="nothing to translate; give a sentence"):
             sample.main(["--out_dir=out/run", *start])
     assert "num_beams=0" in fails(sample.main, "--num_beams=0")
+    assert "length_penalty=11.0" in fails(sample.main, "--length_penalty=11")
 
 
 def test_keys_of_the_other_task_are_refused(pairs, tiny):
