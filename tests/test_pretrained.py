@@ -652,13 +652,13 @@ BAD_LLAMA = [
     ),
     (
         edit_config(rope_scaling=ROPE | {"original_max_position_embeddings": 0}),
-        "rope_original_context=0 must be above 0",
+        "rope_original_context=0 must be at least 1",
     ),
     (
         edit_config(
             rope_scaling=ROPE | {"original_max_position_embeddings": 8, "factor": 0}
         ),
-        "rope_factor=0.0 must be above 0",
+        "rope_factor=0.0 must be at least 1",
     ),
     (edit_config(rope_scaling="linear"), "config.json: rope_scaling must be dict"),
     (
