@@ -11,7 +11,7 @@ import torch
 
 from bench import BenchConfig
 from humptygpt.evaluation import evaluate
-from humptygpt.parallel.processes import ONE_PROCESS
+from humptygpt.process import Process
 from model import ModelConfig
 
 WARMUP = 20  # steps that are not counted
@@ -38,7 +38,7 @@ class Trainer:
         """Return nats per token over the whole validation split, in blocks of block_size, in float32."""
         run = SimpleNamespace(
             config=self.config,
-            processes=ONE_PROCESS,
+            process=Process(self.device),
             dataset=self.dataset,
             device=self.device,
             dtype=torch.float32,

@@ -37,13 +37,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-import train
 from humptygpt import config as configurator
 from humptygpt.device import pick_device, pick_dtype, tune_malloc
 from humptygpt.files import write_whole
 from humptygpt.metrics import read_metrics
 from humptygpt.minutes import plan
 from humptygpt.settings import open_prepared, read_settings
+from humptygpt.setup import for_vocabulary
 from humptygpt.tasks import build_on_meta
 from humptygpt.token_files import read_meta
 from model import ModelConfig
@@ -107,7 +107,7 @@ def measure() -> None:
         for number in range(RUNS):
             start = read_settings([*command(text, minutes, number), "--dry_run=True"])
             dataset = open_prepared(Path("data", text), start.model_config, 1337)
-            model_config = train.for_vocabulary(start.model_config, dataset)
+            model_config = for_vocabulary(start.model_config, dataset)
             device = pick_device("cpu")
             dtype = pick_dtype("auto", device)
             seconds = plan.seconds_per_step(

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import train
 from bench import BenchConfig
 from benchmarks.contenders import Generator, Trainer
 from humptygpt.device import autocast, pick_device, pick_dtype, to_device
-from humptygpt.settings import TrainConfig
+from humptygpt.settings import TrainConfig, open_prepared
 from model import ModelConfig
 
 KEYS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "vocab_size")
@@ -39,7 +38,8 @@ class NanoGPTTrainer(Trainer):
         self.device = pick_device(config.device)
         on_gpu = self.device.type == "cuda"
         self.dtype = pick_dtype("auto" if on_gpu else "float32", self.device)  # as there
-        self.dataset = train.open_dataset(config, model_config)
+        folder = Path("data") / config.dataset
+        self.dataset = open_prepared(folder, model_config, config.seed)
         self.tokens = self.dataset.folder / "train.bin"
         torch.manual_seed(config.seed)
         self.model = build_gpt(checkout, model_config).to(self.device)

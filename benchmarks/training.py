@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-import train
 from bench import BenchConfig
 from humptygpt import config as configurator
 from humptygpt.config import UserError
 from humptygpt.device import pick_device
-from humptygpt.settings import TrainConfig
+from humptygpt.settings import TrainConfig, open_prepared
+from humptygpt.setup import prepare_missing
 from model import ModelConfig
 
 CPU = torch.device("cpu")
@@ -62,7 +62,9 @@ def read_configs(
     if config.what == "train" and not config.dtype and pick_device(config.device) == CPU:
         dtype = "float32"  # as nanoGPT there
     train_config = replace(train_config, device=config.device, dtype=dtype, compile=None)
-    dataset = train.open_dataset(train_config, model_config)
+    prepare_missing(train_config)
+    folder = Path("data") / train_config.dataset
+    dataset = open_prepared(folder, model_config, train_config.seed)
     if dataset.task != "language modelling":
         raise UserError(
             f"dataset={train_config.dataset} has sentence pairs, but what={config.what} is for text"

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from humptygpt import config as configurator
 from humptygpt import machine, tokenizers
 from humptygpt.config import UserError, nearest_path, note, one_line, refuse
-from humptygpt.files import write_whole
+from humptygpt.files import remove, write_whole
 from humptygpt.schema import check_schema
 from humptygpt.tasks import build_on_meta, config_class, model_class
 from model import GPT, ModelConfig
 
+READ_SHARDED = "humptygpt.parallel.sharded:read"
 SHARDED = ".metadata"  # the file that makes a folder a sharded checkpoint
 FORMAT = "gpt checkpoint 3"  # a change of the schema gets a new number
 CONFIG = {str: (int, float, bool, str, None)}
@@ -53,6 +54,8 @@ def save(path: Path, entries: dict) -> None:
     state = {"format": FORMAT, **entries}
     check_schema(state, SCHEMA)
     write_whole(path, lambda file: torch.save(state, file))
+    for folder in sharded_folders(path):  # the checkpoint before this one
+        remove(folder)
 
 
 def read(path: Path, with_tensors: bool = True) -> dict:
@@ -199,9 +202,7 @@ def read_plain(path: Path, mapped: bool = False, with_tensors: bool = True) -> o
     """
     path = stored(path)
     if is_sharded(path):
-        from humptygpt.parallel import sharded  # here, since it takes a second to load
-
-        return sharded.read(path, with_tensors)
+        return configurator.find(READ_SHARDED)(path, with_tensors)
     check_there(path)
     problem = "is not a checkpoint: it is truncated, damaged or holds more than tensors and plain data"
     with refuse_damaged(path, problem):

@@ -3,6 +3,7 @@
 import math
 import zlib
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,19 +25,18 @@ class Loss(NamedTuple):
 
 @torch.no_grad()
 def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
-    """Compute the loss of net over the evaluation set of so many batches; ranks divide them. run: a train.Run.
+    """Compute the loss of net over an evaluation set, which several processes divide. run: a train.Run.
 
-    eval_iters: None: the whole validation split. Draws no random number, so it cannot disturb training. Leaves net in
-    the mode, training or evaluation, that it found.
+    eval_iters: batches of the set; None: the whole validation split. It draws no random number, so it cannot disturb
+    training, and leaves net in the mode, training or evaluation, in which it was.
     """
-    processes = run.processes
+    process = run.process
     was_training = net.training
     net.eval()
     losses = []
     weights = []
-    for batch in processes.alternate(
-        run.dataset.val_batches(run.config.batch_size, eval_iters)
-    ):
+    batches = run.dataset.val_batches(run.config.batch_size, eval_iters)
+    for batch in own_batches(batches, process.rank, process.size):
         tokens = int((batch["targets"] >= 0).sum())
         with autocast(run.device, run.dtype):
             _, loss = net(**to_device(batch, run.device))
@@ -46,14 +46,41 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
     net.train(was_training)
     losses = torch.stack(losses).cpu().double() if losses else torch.zeros(0).double()
     weights = torch.tensor(weights, dtype=torch.float64)
-    total = processes.sum(float(weights.sum()))
-    mean = processes.sum(float(losses @ weights)) / total
     differences = losses.diff().square() / 2
-    variance = processes.sum(float(differences.sum())) / max(
-        1, processes.sum(len(differences))
+    pairs = torch.tensor(len(differences), dtype=torch.float64)
+    sums = (
+        losses @ weights,
+        weights.sum(),
+        weights.square().sum(),
+        differences.sum(),
+        pairs,
     )
-    squares = processes.sum(float(weights.square().sum()))
-    return Loss(mean, math.sqrt(variance * squares) / total)
+    loss, total, squares, variance, pairs = process.sum(torch.stack(sums)).tolist()
+    return Loss(loss / total, math.sqrt(variance / max(1, pairs) * squares) / total)
+
+
+def own_batches(batches: Iterable[dict], rank: int, size: int) -> Iterator[dict]:
+    """Yield every size-th batch from number `rank` on. All ranks get equally many; a last one may have no targets."""
+    for number, batch in enumerate(batches):
+        if number % size == rank:
+            yield batch
+    if rank > number % size:
+        yield batch | {"targets": torch.full_like(batch["targets"], -1)}
+
+
+def cost_of_whole_split(run) -> float:
+    """Return the cost of evaluating the whole validation split at the end, in units of a regular evaluation.
+
+    It is 0 if the run does not end with that: if regular evaluations see all of it, or if it would take more than a
+    twentieth of the training.
+    """
+    config = run.config
+    if config.eval_iters or run.process.size > 1:
+        return 0
+    batches = run.dataset.all_val_batches(config.batch_size)
+    steps = config.max_iters * config.gradient_accumulation_steps
+    cost = batches / config.evaluated_batches()
+    return cost if cost > 1 and batches / 3 < steps / 20 else 0
 
 
 @lru_cache(1)

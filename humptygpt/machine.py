@@ -22,6 +22,7 @@ STARTED = time.monotonic()  # of the command, but for the start of Python
 # control groups of Linux, version 2, in which containers run
 CGROUPS = Path("/sys/fs/cgroup")
 OUR_GROUPS = Path("/proc/self/cgroup")
+PATIENCE = 2  # seconds in which rank 0 reports a mistake that all ranks have found
 SPINS = 1300  # of a waiting thread, less than a tenth of a millisecond; libgomp's default is 300,000
 
 
@@ -201,7 +202,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 
 def complain(message: str) -> typing.NoReturn:
-    """Print one line and exit."""
+    """Print one line and exit. Of several processes rank 0 does so first, and torchrun then stops the others."""
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(PATIENCE)
     print(f"{script_name()}: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 

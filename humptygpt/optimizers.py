@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from humptygpt.checkpoint import check_tensors
 from humptygpt.config import UserError
 from humptygpt.device import multiplies_bfloat16
-from humptygpt.parallel.processes import ONE_PROCESS, Processes
 
 
 class Slot(NamedTuple):
-    """One parameter in a step: what this process has of it, all or its rows of a sharded one."""
+    """One parameter during a step: the full tensor, or this rank's rows of a sharded one."""
 
     weight: Tensor
     gradient: Tensor
@@ -42,10 +41,9 @@ class Optimizer:
     of one loads torch's compiler, which takes two to three seconds, longer than everything else at the start.
     """
 
-    def __init__(self, groups: list[dict], processes: Processes):
+    def __init__(self, groups: list[dict]):
         """groups: dicts of rule, params, named_params, lr and what else the rule needs; see make_optimizer."""
         self.param_groups = groups
-        self.processes = processes
         self.state: dict[str, dict[str, Tensor]] = {}
         self.steps = 0
 
@@ -64,8 +62,9 @@ class Optimizer:
             slots = []
             for name, p in group["named_params"].items():
                 if p.grad is not None:
-                    state = {key: local(x) for key, x in self.state[name].items()}
-                    slots.append(Slot(local(p), local(p.grad), state, p.shape))
+                    state = {k: self.local(x) for k, x in self.state[name].items()}
+                    weight, gradient = self.local(p), self.local(p.grad)
+                    slots.append(Slot(weight, gradient, state, p.shape))
             if slots:
                 group["rule"].update(self, group, slots)
 
@@ -100,12 +99,28 @@ class Optimizer:
 
     def load_state_dict(self, saved: dict) -> None:
         """Take over the state, which check_state has checked; the settings of the groups stay as they are now."""
-        own_part = self.processes.own_part
         self.steps = saved["steps"]
         for group in self.param_groups:
             for name, p in group["named_params"].items():
                 if state := saved["state"].get(name):
-                    self.state[name] = {key: own_part(x, p) for key, x in state.items()}
+                    self.state[name] = {k: self.own_part(x, p) for k, x in state.items()}
+
+    # ----------------------------------------------------------------------------------
+    # What several processes do in another way: see humptygpt/parallel
+
+    total = None  # if each process has only some rows of a matrix: the sum of a tensor over processes
+
+    def local(self, x: Tensor) -> Tensor:
+        """Return this process's part of a tensor."""
+        return x
+
+    def own_part(self, value: Tensor, p: Tensor) -> Tensor:
+        """Return this process's part of the state of a whole parameter, on the parameter's device."""
+        return value.to(p.device)
+
+    def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+        """Return function(x), x: (n, rows, columns), n independent matrices that processes may divide."""
+        return function(x)
 
 
 def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
@@ -152,12 +167,12 @@ def muon(
         torch._foreach_lerp_(momentum, list(gradients), 1 - group["momentum"])
         # Nesterov: one look ahead
         gradients.lerp_(torch.stack(momentum), group["momentum"])
-        updates = optimizer.processes.spread(orthogonalize, gradients, rows)
+        updates = optimizer.spread(orthogonalize, gradients, rows)
         if normalize:
             moment = [slot.state["second_moment_buffer"] for slot in alike]
             beta = group["betas"][1]
-            total = optimizer.processes.total
-            updates = normalize_neurons(updates, moment, beta, (rows, columns), total)
+            shape = (rows, columns)
+            updates = normalize_neurons(updates, moment, beta, shape, optimizer.total)
         weights = [slot.weight for slot in alike]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         lr = group["lr"] * math.sqrt(max(1, rows / columns))
@@ -235,11 +250,6 @@ OPTIMIZERS = {
 }
 
 
-def local(tensor: Tensor) -> Tensor:
-    """Return what this process has of a tensor: all, or its rows of a sharded one."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 # --------------------------------------------------------------------------------------
 # Which parameter is updated how
 
@@ -281,9 +291,9 @@ def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 
 def make_optimizer(
-    config, model: nn.Module, processes: Processes = ONE_PROCESS
+    config, model: nn.Module, optimizer_class: type[Optimizer] = Optimizer
 ) -> Optimizer:
-    """Make the optimizer of a run; config: a TrainConfig.
+    """Make the optimizer of a run. config: a TrainConfig.
 
     Weight decay pulls matrices and embeddings towards zero, but not biases and norms.
     """
@@ -303,7 +313,7 @@ def make_optimizer(
                 "weight_decay": 0.0 if group == "vectors" else config.weight_decay,
             }
         )
-    return Optimizer(groups, processes)
+    return optimizer_class(groups)
 
 
 # --------------------------------------------------------------------------------------

@@ -92,6 +92,28 @@ class Progress:
         }
 
 
+class StepClock:
+    """The progress of a run that is counted in steps. With --minutes, a plan.Clock counts it in time."""
+
+    def start(self, run) -> None:
+        """Begin to train; run: a train.Run."""
+
+    def advance(self, position: float, config) -> float:
+        """Return the position after a step, given the one before it, both in steps of config.max_iters."""
+        return position + 1
+
+    def leave_out(self, evaluation: float) -> None:
+        """Do not count the time since advance(), which was an evaluation of so many seconds."""
+
+    def seconds(self) -> float:
+        """Return the time that counts for --minutes, earlier commands included."""
+        return 0.0
+
+    def time_left(self, progress: Progress, config) -> float:
+        """Estimate the seconds of training that are left."""
+        return (config.max_iters - progress.iter) * progress.seconds / progress.iter
+
+
 class Meter:
     """Losses and gradient norms, which stay on the device until they are read; and the time."""
 
@@ -100,7 +122,7 @@ class Meter:
         self.progress = run.progress
         self.skips_bad_steps = run.scaler.is_enabled()
         self.peak_flops = peak_flops(run.device)
-        self.flops_per_token = flops_per_token(run.model) / run.processes.size
+        self.flops_per_token = flops_per_token(run.model) / run.process.size
         self.unread: list[tuple[Tensor, Tensor]] = []
         self.grad_norm = 0.0
         self.logged_seconds = self.progress.seconds

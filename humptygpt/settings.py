@@ -28,7 +28,7 @@ from humptygpt.data import Dataset
 from humptygpt.device import DTYPES
 from humptygpt.loading import Loaded, load
 from humptygpt.optimizers import OPTIMIZERS, SCHEDULES
-from humptygpt.parallel import processes as distributed
+from humptygpt.process import BACKENDS, PARALLEL, launched, restarted
 from humptygpt.run_folder import (
     chosen_loggers,
     import_logger,
@@ -142,8 +142,8 @@ class TrainConfig:
             "optimizer": OPTIMIZERS,
             "schedule": SCHEDULES,
             "dtype": ("auto", *DTYPES),
-            "parallel": distributed.WAYS,
-            "backend": distributed.BACKENDS,
+            "parallel": PARALLEL,
+            "backend": BACKENDS,
         }
 
     def validate(self) -> None:
@@ -213,7 +213,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
 
     locks: takes the lock of the out_dir, before its checkpoint is read, unless the run writes nothing.
     """
-    rank, processes = distributed.launched()
+    rank, processes = launched()
     given = configurator.read(argv, ModelConfig, TrainConfig)
     overwrite = given.pop("overwrite", False)  # of this command, not of the run
     in_line = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
@@ -242,7 +242,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     if init_from not in ("scratch", "resume"):
         base = load(init_from)
         settings = GENTLE | given | base_settings(base, given)
-    if distributed.restarted() and is_same_run(settings, path):
+    if restarted() and is_same_run(settings, path):
         note(f"torchrun has started this run again; it resumes {path}")
         init_from = "resume"
     if writes and not overwrite and init_from != "resume":

@@ -13,6 +13,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,20 +24,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prepare_data
 import train
-from humptygpt import checkpoint, machine, optimizers
+from humptygpt import checkpoint, machine, optimizers, settings
 from humptygpt.config import UserError
 from humptygpt.data import TokenDataset
 from humptygpt.parallel import processes as distributed
-from humptygpt.parallel.processes import (
-    Processes,
-    Rows,
-    SharedDropout,
-    check_divisible,
-)
-from humptygpt.settings import read_settings
+from humptygpt.parallel.processes import DataParallel, SharedDropout, check_divisible
+from humptygpt.process import PARALLEL, Process, restarted
+from humptygpt.settings import TrainConfig, read_settings
 from model import Dropout
 
 assert torch._dynamo  # which DDP loads: here, and not again in each process
+CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/run")
 TIME = 600  # seconds until a test fails
@@ -194,13 +192,15 @@ class Numbered:
 @pytest.mark.parametrize("size, micro_batches", [(1, 3), (2, 4), (3, 3), (4, 2), (6, 1)])
 @pytest.mark.parametrize("rows", [[6] * 12, [1, 2, 3, 4, 5, 6] * 2])
 def test_each_row_of_a_step_counts_in_one_process_once(size, micro_batches, rows):
+    config = TrainConfig(batch_size=6, gradient_accumulation_steps=micro_batches)
+    task = SimpleNamespace(batches_vary=False)
+    run = SimpleNamespace(config=config, batches=Numbered(rows), task=task)
     found = []
     for rank in range(size):
-        for part in Processes(rank, size).local_batches(
-            Numbered(rows), micro_batches, micro_batches, 6
-        ):
-            assert len(part.batch["targets"])  # also where nothing counts
-            found += part.batch["targets"].tolist() if part.tokens else []
+        process = Process(CPU) if size == 1 else DataParallel(rank, size, CPU)
+        for share in process.shares(run, step=1)[0]:
+            assert len(share.batch["targets"])  # also if nothing counts
+            found += share.batch["targets"].tolist() if share.tokens else []
     step = range(micro_batches, 2 * micro_batches)
     assert sorted(found) == [[index, row] for index in step for row in range(rows[index])]
 
@@ -212,7 +212,7 @@ def test_a_process_draws_the_dropout_mask_of_its_rows():
     dropout = SharedDropout(0.4)
     for first, end in ((0, 2), (2, 3), (3, 6)):
         torch.manual_seed(0)
-        dropout.rows = Rows(first, 6)
+        dropout.rows = (first, 6)
         assert torch.equal(dropout(x[first:end]), whole[first:end])
 
 
@@ -267,14 +267,13 @@ def test_gradients_are_summed_once_in_a_step(tiny):
 def test_ranks_wait_for_each_other_once_in_a_step_of_text(run_train, monkeypatch):
     calls = []
 
-    class Counting(distributed.Processes):
-        def all_reduce(self, x, op=distributed.dist.ReduceOp.SUM):
-            calls.append(x.device.type if x.dtype == torch.int64 else "")
-            return x
+    def count(self, x):
+        calls.append(x.dtype)
+        return x
 
-    monkeypatch.setattr(distributed, "Processes", Counting)
+    monkeypatch.setattr(Process, "sum", count)
     run_train("--eval_interval=99", "--gradient_accumulation_steps=2")
-    assert calls.count("cpu") - calls.index("") == 6 + 1
+    assert calls.count(torch.int64) == calls.count(torch.float32) == 6
 
 
 # --------------------------------------------------------------------------------------
@@ -302,7 +301,7 @@ def signal_at_4(argv: list[str]) -> int:
     step = train.train_step
 
     def step_and_signal(run, it):
-        if it == 3 and run.processes.rank == 1:
+        if it == 3 and run.process.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(run, it)
 
@@ -348,9 +347,10 @@ def test_with_nccl_the_watchdog_ends_a_process_whose_collective_fails_or_waits_t
         dist, "init_process_group", lambda backend, **keys: groups.append((backend, keys))
     )
     monkeypatch.setattr(dist, "new_group", lambda **keys: groups.append((None, keys)))
-    processes = distributed.start("auto", torch.device("cuda"))
+    monkeypatch.setattr(DataParallel, "prepare_in_turn", lambda self, prepare: None)
+    process = DataParallel.start(TrainConfig(), torch.device("cuda"), None, None)
     (backend, training), (_, patient) = groups
-    assert processes.device == torch.device("cuda", 1)
+    assert process.device == torch.device("cuda", 1)
     assert backend == "cpu:gloo,cuda:nccl"
     assert training["timeout"] == distributed.TIMEOUT == datetime.timedelta(minutes=10)
     assert patient == {"backend": "gloo", "timeout": distributed.LONG}
@@ -395,7 +395,6 @@ def scaled_with_one_overflow(argv: list[str]) -> int:
     """Train with float16's scaler; process 1 alone has gradients that are not finite in its third step."""
     steps = []
     setup = train.setup
-    backward = Processes.backward
 
     def setup_with_scaler(*args):
         run = setup(*args)
@@ -403,12 +402,17 @@ def scaled_with_one_overflow(argv: list[str]) -> int:
         steps.append(run)
         return run
 
-    def overflow(self, loss):
+    share_of_loss = train.share_of_loss
+
+    def overflow(run, share, tokens):
         steps.append(0)
-        backward(self, loss * math.inf if self.rank and len(steps) == 4 else loss)
+        loss = share_of_loss(run, share, tokens)
+        if run.process.rank and len(steps) == 4:
+            loss.register_hook(lambda gradient: gradient * math.inf)
+        return loss
 
     train.setup = setup_with_scaler
-    Processes.backward = overflow
+    train.share_of_loss = overflow
     code = train.main(argv)
     scale = steps[0].scaler.get_scale()
     Path(f"scale{os.environ['RANK']}").write_text(f"{scale} {steps[0].optimizer.steps}")
@@ -446,7 +450,7 @@ def with_other_data(argv: list[str]) -> int:
     ],
 )
 def test_a_mistake_is_one_line(tiny, monkeypatch, argv, settings, complaint):
-    monkeypatch.setattr(distributed, "PATIENCE", 0)
+    monkeypatch.setattr(machine, "PATIENCE", 0)
     line = complaints(*argv, **settings)[0]
     assert complaint in line and line.count("\n") == 1
     assert not Path("out").exists()
@@ -505,7 +509,7 @@ def dying(argv: list[str], number: int) -> int:
     step = train.train_step
 
     def step_or_die(run, it):
-        if it == 4 and run.processes.rank == 1 and not distributed.restarted():
+        if it == 4 and run.process.rank == 1 and not restarted():
             os.kill(os.getpid(), number)
         return step(run, it)
 
@@ -537,7 +541,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_resumes_exactly(tiny, m
 
 def test_only_the_same_run_is_resumed_when_torchrun_starts_again(run_train, monkeypatch):
     run_train()
-    monkeypatch.setattr(distributed, "restarted", lambda: True)
+    monkeypatch.setattr(settings, "restarted", lambda: True)
     for change, resumes in (
         ([], True),
         (["--n_layer=3"], False),
@@ -577,7 +581,7 @@ machine.run(train.main)
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-@pytest.mark.parametrize("parallel", distributed.WAYS)
+@pytest.mark.parametrize("parallel", PARALLEL)
 def test_killed_at_twenty_random_moments_runs_end_by_themselves_with_the_weights_of_the_uninterrupted_one(
     tiny, parallel
 ):

@@ -35,7 +35,7 @@ from humptygpt import decoding, evaluation
 from humptygpt.finetune import lora
 from humptygpt.loading import Loaded
 from humptygpt.optimizers import OPTIMIZERS, make_optimizer
-from humptygpt.parallel.processes import ONE_PROCESS
+from humptygpt.process import Process
 from humptygpt.sampling import Context, continue_texts
 from humptygpt.tasks import MODELS, build, find_task, make_model_config
 from humptygpt.tokenizers import ByteTokenizer
@@ -344,7 +344,6 @@ def train_and_evaluate(
         config=config,
         model=model,
         net=model,
-        replica=model,
         task=find_task("translation" if model.has_encoder else "language modelling"),
         dataset=dataset,
         batches=dataset,
@@ -352,7 +351,7 @@ def train_and_evaluate(
         device=gpu.device,
         dtype=dtype,
         optimizer=make_optimizer(config, model),
-        processes=ONE_PROCESS,
+        process=Process(gpu.device),
     )
     for it in range(2):
         # a scaler has to know whether the gradients are finite

@@ -14,6 +14,7 @@ import prepare_data
 import train
 from humptygpt.prepare import corpus, documents, encoding
 from humptygpt.settings import data_name
+from humptygpt.setup import prepare_missing
 
 SMALL = [
     *("--n_layer=2", "--n_head=2", "--n_embd=32", "--device=cpu", "--dtype=float32"),
@@ -276,11 +277,10 @@ def test_a_run_with_an_input_resumes_when_torchrun_starts_it_again_and_again(
 def test_of_several_processes_the_first_alone_prepares_the_input(folder, monkeypatch):
     Path("own.txt").write_text(make_text())
     config = train.TrainConfig(dataset="own", input="own.txt")
-    model_config = train.ModelConfig(block_size=16)
     monkeypatch.setenv("RANK", "1")
-    train.open_dataset(config, model_config)  # alone on its disk
+    prepare_missing(config)  # alone on its disk
     monkeypatch.setattr(prepare_data, "prepare", None)
-    train.open_dataset(config, model_config)
+    prepare_missing(config)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(TypeError):
-        train.open_dataset(config, model_config)
+        prepare_missing(config)

@@ -82,7 +82,7 @@ class Machine:
 
     def evaluate(self, evaluate, run, net, eval_iters):
         whole = eval_iters is None
-        self.now += self.evaluation * (train.evaluations_of_whole(run) if whole else 1)
+        self.now += self.evaluation * (evaluation.cost_of_whole_split(run) if whole else 1)
         return evaluate(run, net, eval_iters)
 
     @contextmanager

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import PLAIN, TINY_RUN, assert_same_weights, read_rows
 from test_distributed import (
+    CPU,
     PAIRS,
     RUNS,
     complaints,
@@ -35,11 +36,10 @@ import model as models
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, optimizers, tasks
+from humptygpt import checkpoint, machine, optimizers, tasks
 from humptygpt.checkpoint import load_plain
 from humptygpt.config import UserError
 from humptygpt.parallel import fsdp as sharding
-from humptygpt.parallel import processes as distributed
 from humptygpt.parallel import sharded as sharded_checkpoint
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import Score, build, find_task
@@ -95,9 +95,8 @@ def test_sharded_processes_have_the_losses_of_one(
     ]
     argv += [f"--max_iters={steps}", f"--eval_interval={steps // 2}"]
     one = run_train(*argv)
-    snapshot = kept()[0]
     assert launch(size, *TINY_RUN, *argv, "--parallel=fsdp") == [0] * size
-    assert kept()[0] == snapshot
+    assert not kept()
     several = read_rows(OUT)
     assert [(row["iter"], row["tokens"]) for row in several] == [
         (row["iter"], row["tokens"]) for row in one
@@ -157,8 +156,7 @@ def test_of_a_new_model_each_rank_draws_its_rows_of_the_weights_of_one_process_a
 ):
     one = tiny_model(**variant)
     for rank in range(3):
-        processes = sharding.ShardedProcesses(rank, 3)
-        assert all(p.is_meta for p in processes.build(one.config).parameters())
+        processes = sharding.FullySharded(rank, 3, CPU)
         torch.manual_seed(0)
         with sharding.DrawnRows(processes) as drawn:
             model = build(one.config)
@@ -173,7 +171,7 @@ def test_of_a_new_model_each_rank_draws_its_rows_of_the_weights_of_one_process_a
 )
 def test_a_weight_that_cannot_be_drawn_by_rows_is_refused(init):
     refused = pytest.raises(UserError, match="normal_, uniform_ and fill_ alone; take")
-    with refused, sharding.DrawnRows(sharding.ShardedProcesses(0, 2)) as drawn:
+    with refused, sharding.DrawnRows(sharding.FullySharded(0, 2, CPU)) as drawn:
         drawn.take(init(torch.empty(4, 4)))
 
 
@@ -187,10 +185,10 @@ def peak_of_setup(argv: list[str]) -> int:
     """Put a run together, and write what the process took beside what it took with torch imported."""
     before = status("VmRSS")
 
-    def fit(run, fine_tunes):
+    def fit(run):
         taken = status("VmHWM") - before
         print(f"{models.count_parameters(run.model):,} parameters, {taken / 1e6:.0f} MB")
-        Path(f"taken{run.processes.rank}").write_text(str(taken))
+        Path(f"taken{run.process.rank}").write_text(str(taken))
         return 0
 
     train.fit = fit
@@ -315,7 +313,7 @@ def test_data_is_prepared_with_the_tokenizer_of_a_sharded_run(saved):
 
 
 def test_a_missing_shard_is_one_line(saved, fails, monkeypatch):
-    monkeypatch.setattr(distributed, "PATIENCE", 0)
+    monkeypatch.setattr(machine, "PATIENCE", 0)
     (saved / "__1_0.distcp").rename(saved / "elsewhere")
     for main, argv in (
         (sample.main, ["--checkpoint=latest"]),
@@ -449,7 +447,7 @@ def on_a_full_disk(argv: list[str]) -> int:
 
 
 def test_a_disk_that_is_full_for_one_process_is_one_line(tiny, monkeypatch):
-    monkeypatch.setattr(distributed, "PATIENCE", 0)
+    monkeypatch.setattr(machine, "PATIENCE", 0)
     found = complaints("--parallel=fsdp", main=on_a_full_disk)
     assert "cannot write out/run/best: No space left on device" in found[0].splitlines()[-1]
     assert not (OUT / "best").exists()
@@ -458,7 +456,7 @@ def test_a_disk_that_is_full_for_one_process_is_one_line(tiny, monkeypatch):
 @pytest.mark.parametrize(("rank", "dtype"), [(4, torch.float32), (0, torch.float16)])
 def test_what_cannot_be_sharded_is_refused(rank, dtype):
     with pytest.raises(UserError, match="trains neither LoRA nor in float16; take"):
-        sharding.ShardedProcesses().check_model(TrainConfig(lora_rank=rank), dtype)
+        sharding.FullySharded.check_config(TrainConfig(lora_rank=rank), dtype)
 
 
 def test_a_sharded_process_that_dies_ends_the_others_and_the_run_resumes_exactly(
@@ -486,14 +484,8 @@ def test_a_sharded_process_that_dies_ends_the_others_and_the_run_resumes_exactly
 def test_no_process_has_a_sharded_model_whole_on_its_card(tiny, monkeypatch):
     model = tiny_model()
     card = torch.device("meta")  # what is moved there is lost
-    processes = sharding.ShardedProcesses(0, 1, card, None)
-    whole = lambda x: SimpleNamespace(full_tensor=lambda: x)  # noqa: E731
-    shards = {name: whole(x) for name, x in model.state_dict().items()}
-    kept = SimpleNamespace(state_dict=lambda: shards, config=model.config)
-    assert_same_weights(processes.whole_model(kept).state_dict(), model.state_dict())
-
     run = train.setup(*train.read_settings(TINY_RUN))
-    run.processes, run.device = processes, card
+    run.process, run.device = sharding.FullySharded(0, 1, card), card
     assert not run.task.evaluation_examples and not run.task.final_examples
     scored = []
     task = replace(

@@ -13,6 +13,7 @@ from humptygpt import checkpoint
 from humptygpt.config import UserError
 from humptygpt.loading import load
 from humptygpt.page import snapshots
+from humptygpt.process import Process
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build
 from model import ModelConfig, count_parameters
@@ -56,14 +57,19 @@ def test_a_small_run_keeps_the_weights_of_steps_0_10_30_and_so_on(run_train):
         assert (difference <= 0.501 * step).all()
 
 
-def test_without_being_asked_a_run_keeps_less_than_10_megabytes():
+def test_without_being_asked_a_run_keeps_less_than_10_megabytes(monkeypatch):
     with torch.device("meta"):
         model = build(ModelConfig(**GPT2, n_layer=8, block_size=64, vocab_size=65))
     assert count_parameters(model) == 1_591_552
 
     def keeps(**settings) -> bool:
         config = TrainConfig(**settings)
-        return train.keeps_snapshots(SimpleNamespace(model=model, config=config))
+        saved = []
+        run = SimpleNamespace(model=model, config=config, process=Process(None))
+        monkeypatch.setattr(snapshots, "save", lambda path, weights: saved.append(path))
+        run.weights = dict
+        snapshots.taker(run, Path("out"))(10)
+        return bool(saved)
 
     assert keeps(max_iters=3000)  # 6
     assert not keeps(max_iters=3001)  # 7

@@ -37,7 +37,7 @@ from humptygpt import checkpoint, evaluation, run_folder, tasks
 from humptygpt.evaluation import Loss
 from humptygpt.memory import ADVICE
 from humptygpt.optimizers import Optimizer, make_optimizer
-from humptygpt.parallel.processes import ONE_PROCESS
+from humptygpt.process import Process
 from humptygpt.settings import read_settings
 from humptygpt.window_mlp.model import NumberEmbedding
 from train import TrainConfig
@@ -195,7 +195,7 @@ def test_the_standard_error_is_that_of_the_mean_over_batches_of_any_size():
     run = SimpleNamespace(
         config=TrainConfig(),
         dataset=SimpleNamespace(val_batches=lambda *args: batches),
-        processes=ONE_PROCESS,
+        process=Process(torch.device("cpu")),
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
@@ -243,10 +243,12 @@ def test_at_its_end_a_run_evaluates_the_whole_split_where_that_takes_little(
         assert line not in capsys.readouterr().out
     config = TrainConfig(max_iters=60)
     dataset = SimpleNamespace(all_val_batches=lambda batch_size: 7)
-    run = SimpleNamespace(config=config, dataset=dataset, processes=ONE_PROCESS)
-    assert train.evaluations_of_whole(run)
-    run.processes = SimpleNamespace(size=2)  # of which the others have left
-    assert not train.evaluations_of_whole(run)
+    run = SimpleNamespace(
+        config=config, dataset=dataset, process=Process(torch.device("cpu"))
+    )
+    assert evaluation.cost_of_whole_split(run)
+    run.process = SimpleNamespace(size=2)  # of which the others have left
+    assert not evaluation.cost_of_whole_split(run)
 
 
 def test_what_the_end_of_a_run_shows_goes_without_dropout(run_train, monkeypatch):
@@ -754,7 +756,7 @@ def test_to_evaluate_takes_neither_a_compiled_backward_pass_nor_the_optimizer_st
     run_train, monkeypatch
 ):
     run_train()
-    monkeypatch.setattr(train, "compile_model", lambda run: 1 / 0)
+    monkeypatch.setattr(train, "make_net", lambda run: 1 / 0)
     keys = ["--eval_only=True", "--compile=True"]
     assert train.main([*TINY_RUN, *keys]) == train.main([*RESUME, *keys]) == 0
     assert not train.setup(*read_settings([*RESUME, *keys])).optimizer.state

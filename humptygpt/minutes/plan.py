@@ -18,9 +18,12 @@ import torch
 from torch import nn
 
 import model as models
+from humptygpt import machine
 from humptygpt.config import UserError, in_vain
+from humptygpt.convert.huggingface import find_family
 from humptygpt.data import Dataset
 from humptygpt.device import autocast, free_memory, to_device
+from humptygpt.evaluation import cost_of_whole_split
 from humptygpt.files import write_whole
 from humptygpt.memory import (
     check_training_fits,
@@ -28,8 +31,9 @@ from humptygpt.memory import (
     without_memory,
 )
 from humptygpt.optimizers import make_optimizer
-from humptygpt.resume import make_model
+from humptygpt.run_folder import Progress
 from humptygpt.settings import IN_VAIN, TrainConfig
+from humptygpt.setup import make_model
 from model import ModelConfig
 
 # What is tried. Of (n_layer, n_embd), each is some 1.5 times as expensive as the one before.
@@ -69,6 +73,20 @@ class Clock:
         # what the end takes, in evaluations: a text, and of a long run the whole validation split
         self.at_the_end = 1.0
         self.last_step = time.monotonic()
+
+    def start(self, run) -> None:
+        """Begin to train. Estimate what evaluations take, one batch of them a third of a batch of training."""
+        config = run.config
+        step = self.step or run.progress.seconds / run.progress.iter
+        rows = len(run.dataset.val_starts(config.batch_size, config.evaluated_batches()))
+        batches = rows / config.batch_size
+        self.evaluation = step * batches / config.gradient_accumulation_steps / 3
+        self.at_the_end += cost_of_whole_split(run)
+        self.last_step = time.monotonic()
+
+    def time_left(self, progress: Progress, config: TrainConfig) -> float:
+        """Return the seconds until the run ends."""
+        return self.end - time.monotonic()
 
     def leave_out(self, evaluation: float) -> None:
         """Leave out the time since advance(), which was an evaluation of so many seconds."""
@@ -186,6 +204,27 @@ class Candidate(NamedTuple):
     tokens: int  # of a step
     operations: int  # of a step: the model's and, of Muon, the optimizer's
     memory: float  # bytes, at least
+
+
+def begin(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    given: Collection[str],
+    saved: dict | None,
+    dataset: Dataset,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[TrainConfig, ModelConfig, Clock]:
+    """Start the clock and, unless a checkpoint is resumed, choose the settings. Parameters as those of choose()."""
+    earlier = saved["progress"].get("run_seconds", 0.0) if saved else 0.0
+    clock = Clock(machine.STARTED, config.minutes, earlier)
+    # compiling takes about a minute, so here the user has to ask for it
+    config = replace(config, compile=bool(config.compile))
+    if not saved:
+        config, model_config = choose(
+            config, model_config, given, dataset, clock, device, dtype
+        )
+    return config, model_config, clock
 
 
 def choose(
@@ -357,6 +396,38 @@ def seconds_per_step(
         value.item()  # waits for a GPU
         times.append(time.monotonic() - started)
     return statistics.median(times[1:]) * config.gradient_accumulation_steps
+
+
+# --------------------------------------------------------------------------------------
+# What the user is told
+
+
+def choice(run) -> str:
+    """Describe what was chosen for a train.Run, and whether the model can be exported."""
+    config = run.model.config
+    try:
+        export = f"as {find_family(config)}"
+    except UserError as error:
+        export = f"not of this model; {error}"
+    return (
+        f"minutes: {run.config.minutes:g}; chosen: {config.n_layer} layers of {config.n_embd} features,"
+        f" a context of {config.block_size} tokens, dropout {config.dropout:g}; what is given is obeyed\n"
+        f"export: {export}"
+    )
+
+
+def closing(run, out_dir: Path) -> str:
+    """Write plan.py, name it, and say what would lower the loss most."""
+    path = out_dir / "plan.py"
+    write_plan(path, run)
+    bytes_per_token = run.dataset.val_bytes_per_token()
+    parameters, *_ = cost(run.model)
+    text = len(run.dataset.train) * bytes_per_token
+    read = run.progress.tokens * bytes_per_token
+    return (
+        f"{path} is a config file that repeats this, step by step\n"
+        f"{advice(parameters, read, text)}"
+    )
 
 
 # --------------------------------------------------------------------------------------

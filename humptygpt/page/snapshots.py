@@ -1,6 +1,7 @@
 """Snapshots of a run: what its weights were after steps 0, 10, 30, 100, 300 and so on, in 8 bits a weight."""
 
 import base64
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,9 +9,29 @@ from torch import Tensor, nn
 
 from humptygpt import checkpoint
 from humptygpt.files import write_whole
+from model import count_parameters
 
 STEPS = (0, *(first * 10**zeros for zeros in range(1, 12) for first in (1, 3)))
+SMALL = 10e6  # bytes of snapshots that a run keeps without being asked
 FILES = {step: f"snapshots/{step}.pt" for step in STEPS}  # in the run's folder
+
+
+def taker(run, out_dir: Path) -> Callable[[int], None]:
+    """Return a function that keeps the weights of a train.Run before a step, if it is one of STEPS.
+
+    It does nothing unless config.snapshots is set or, left open, all snapshots together are below SMALL.
+    """
+    config = run.config
+    keep = config.snapshots
+    if keep is None:
+        steps = sum(step < config.max_iters for step in STEPS)
+        keep = steps * count_parameters(run.model) < SMALL and not run.process.sharded
+
+    def take(step: int) -> None:
+        if keep and step in FILES and run.process.first:
+            save(out_dir / FILES[step], run.weights())
+
+    return take
 
 
 def save(path: Path, state: dict[str, Tensor]) -> None:

@@ -11,8 +11,7 @@ It takes a second to load, and one process or DDP needs none of it: it is import
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -28,12 +27,13 @@ from humptygpt.config import UserError
 from humptygpt.files import remove
 from humptygpt.parallel import sharded
 from humptygpt.parallel.processes import (
-    Processes,
+    DataParallel,
+    SharedOptimizer,
     raise_if_rank_died,
     share_dropout,
 )
-from humptygpt.tasks import build, build_on_meta
-from model import Block, ModelConfig
+from humptygpt.tasks import build
+from model import Block
 
 aten = torch.ops.aten
 # what draws or sets a whole new weight
@@ -46,44 +46,49 @@ FILLS = (
 UNKNOWN_INIT = "parallel=fsdp draws new weights by normal_, uniform_ and fill_ alone; take --parallel=ddp"
 
 
-@dataclass(frozen=True)
-class ShardedProcesses(Processes):
-    """Ranks that have a part of the model each: all have to compute, and to save, at the same time."""
+class FullySharded(DataParallel):
+    """One of several processes that each have a part of the model: all compute, and save, at the same time."""
 
     sharded = True
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.optimizer_class = partial(ShardedOptimizer, process=self)
 
     @cached_property
     def mesh(self) -> DeviceMesh:
         return init_device_mesh(self.device.type, (self.size,))
 
-    def check_model(self, config, dtype: torch.dtype) -> None:
+    @classmethod
+    def check_config(cls, config, dtype: torch.dtype) -> None:
         if config.lora_rank or dtype == torch.float16:
             raise UserError(
                 "parallel=fsdp trains neither LoRA nor in float16; take --parallel=ddp, or --dtype=bfloat16"
             )
+        if config.snapshots:
+            raise UserError("parallel=fsdp keeps no snapshots; take --parallel=ddp")
 
-    def build(self, model_config: ModelConfig) -> nn.Module:
-        """Return a new model without memory, whose weights distribute() draws."""
-        return build_on_meta(model_config)
+    def place(self, run) -> None:
+        """Keep of each parameter only this rank's part, on the device. Each block is gathered by itself.
 
-    def distribute(self, model: nn.Module, seed: int | None = None) -> None:
-        """Keep of each parameter, on the device, the part of this rank; each block is gathered by itself.
-
-        Weights are gathered in float32, since autocast converts them, as for one process. seed: of a new model.
+        Weights are gathered in float32, since autocast converts them, as for one process.
         """
+        self.check(run)
+        model = run.model
         share_dropout(model)
+        new = run.config.init_from == "scratch" and not run.progress.iter
         if not next(model.parameters()).is_meta:  # else they are drawn now, or read later
             for tensor in model.state_dict().values():
-                dist.broadcast(tensor, 0)  # other hardware might have drawn other ones
+                dist.broadcast(tensor, 0)  # other hardware might have drawn others
         for module in (*blocks(model), model):
             fully_shard(module, mesh=self.mesh)
-            module.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
+            module.set_force_sum_reduction_for_comms(True)  # gloo supports only sums
         for module in model.modules():
             if any(p.is_meta for p in module.parameters(recurse=False)):
                 module.to_empty(device=self.device, recurse=False)
         model.to(self.device)  # tables of positions
-        if seed is not None:
-            self.draw(model, seed)
+        if new:
+            self.draw(model, run.config.seed)
 
     @torch.no_grad()
     def draw(self, model: nn.Module, seed: int) -> None:
@@ -95,28 +100,25 @@ class ShardedProcesses(Processes):
             part.to_local().copy_(drawn.take(p))
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """Return what this rank keeps of a whole parameter, as fully_shard divides them; it may be nothing."""
+        """Return this rank's part of a whole parameter, as fully_shard divides it. It may be empty."""
         most = -(-len(x) // self.size)
         return x[self.rank * most : (self.rank + 1) * most]
 
-    def compile(self, model: nn.Module, dynamic: bool) -> nn.Module:
+    def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
         """Compile each block by itself, and not what gathers its weights."""
-        for block in blocks(model):
-            block.forward = torch.compile(block.forward, dynamic=dynamic)
+        if compiled:
+            for block in blocks(model):
+                block.forward = torch.compile(block.forward, dynamic=dynamic)
         return model
 
-    def replicate(self, net: nn.Module) -> nn.Module:
-        """Return the network itself, which is sharded already."""
-        return net
-
-    def sync_gradients(self, replica: nn.Module, last: bool) -> AbstractContextManager:
-        """Before the last micro-batch of a step, each rank keeps whole gradients of its own."""
-        replica.set_requires_gradient_sync(last)
+    def summing(self, net: nn.Module, last: bool) -> AbstractContextManager:
+        """Sum gradients over ranks in the last share; before it, each rank keeps whole gradients of its own."""
+        net.set_requires_gradient_sync(last)
         return nullcontext()
 
     @raise_if_rank_died()
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        """Return this rank's rows of function(whole), whole: (n, rows, columns), whose n matrices are independent.
+        """Return this rank's rows of function(whole), whole: (n, rows, columns), n independent matrices.
 
         x: (n, rows of this rank, columns). Each rank gathers some of the matrices, computes them, and sends the rows of
         the result to the ranks that keep them.
@@ -138,22 +140,6 @@ class ShardedProcesses(Processes):
             matrices = function(matrices)
         return redistribute(matrices, before=0, after=1)
 
-    def total(self, x: Tensor) -> Tensor:
-        """Sum x over ranks, in place."""
-        return self.all_reduce(x)
-
-    @raise_if_rank_died()
-    def whole_model(self, model: nn.Module) -> nn.Module | None:
-        """Return a copy of it in rank 0, on the CPU, since it may not fit onto a card; None in the others."""
-        weights: dict[str, Tensor] = {}
-        for name, tensor in model.state_dict().items():
-            whole = tensor.full_tensor()
-            if self.first:
-                weights[name] = whole.cpu()
-        if not self.first:
-            return None
-        return checkpoint.restore_model(weights, model.config)
-
     @raise_if_rank_died()
     def save(self, path: Path, entries: dict) -> None:
         """Write the folder ckpt instead of ckpt.pt."""
@@ -162,29 +148,40 @@ class ShardedProcesses(Processes):
         if self.first:
             remove(path)
 
+
+class ShardedOptimizer(SharedOptimizer):
+    """An optimizer whose parameters are DTensors, of which this rank updates its rows."""
+
+    def local(self, x: Tensor) -> Tensor:
+        return x.to_local()
+
+    def total(self, x: Tensor) -> Tensor:
+        return self.process.sum(x)
+
     def own_part(self, value: Tensor, p: Tensor) -> Tensor:
-        """Return the rows that this rank keeps of the state of a whole parameter, or all of a row."""
+        """Return this rank's rows of the state of a whole parameter, or all of a single row."""
         placements = p.placements if len(value) == len(p) else [Replicate()]
         value = value.to(p.device)
         return distribute_tensor(
             value, p.device_mesh, placements, src_data_rank=None
         ).clone()
 
-    @raise_if_rank_died()
-    def load(self, path: Path, entries: dict) -> None:
-        """Fill entries, of which each rank reads its part."""
-        sharded.load(checkpoint.stored(path), entries)
+
+@raise_if_rank_died()
+def load(path: Path, entries: dict) -> None:
+    """Fill the DTensors of entries from a sharded checkpoint, of which each rank reads its part."""
+    sharded.load(checkpoint.stored(path), entries)
 
 
 class DrawnRows(TorchDispatchMode):
-    """While a model is built: its weights have no memory, and of what fills one, this rank's rows alone are kept.
+    """While a model is built, its weights have no memory, and only this rank's rows of what fills them are kept.
 
     Each is drawn whole, on the CPU, and one at a time: the random numbers are those of one process.
     """
 
-    def __init__(self, processes: ShardedProcesses):
+    def __init__(self, process: FullySharded):
         super().__init__()
-        self.processes = processes
+        self.process = process
         self.rows: dict[Tensor, Tensor] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -197,13 +194,13 @@ class DrawnRows(TorchDispatchMode):
         if func not in FILLS:
             raise UserError(UNKNOWN_INIT)
         whole = func(torch.empty(changed.shape), *args[1:], **kwargs)
-        self.rows[changed] = self.processes.rows_of(whole).clone()
+        self.rows[changed] = self.process.rows_of(whole).clone()
         return changed
 
     def take(self, p: Tensor) -> Tensor:
         """Return this rank's rows of a weight of the model, which are kept no longer. Raises UserError."""
         if not p.is_meta:  # a small one, such as of zeros
-            return self.processes.rows_of(p)
+            return self.process.rows_of(p)
         if p not in self.rows:
             raise UserError(UNKNOWN_INIT)
         return self.rows.pop(p)

@@ -1,0 +1,123 @@
+"""The process that trains. Under torchrun, humptygpt/parallel replaces it by one of several with the same methods."""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from humptygpt import checkpoint
+from humptygpt.config import find
+from humptygpt.optimizers import Optimizer
+
+PARALLEL = {
+    "ddp": "humptygpt.parallel.processes:DataParallel",
+    "fsdp": "humptygpt.parallel.fsdp:FullySharded",
+}
+BACKENDS = ("auto", "gloo", "nccl")
+
+
+class Share(NamedTuple):
+    """One process's share of a micro-batch: all of its rows, or some if several processes divide them."""
+
+    key: tuple[int, ...]  # seeds dropout: the micro-batch's number, counted over the run
+    batch: dict[str, Tensor]
+    tokens: int  # targets that count
+    rows: tuple[int, int] | None = (
+        None  # (the first, the micro-batch's number of rows); None: all
+    )
+
+
+class Process:
+    """A single process, which has the whole model and computes whole steps."""
+
+    rank = 0
+    size = 1
+    first = True  # whether it writes and reports
+    sharded = False  # whether it has only a part of each weight
+    optimizer_class = Optimizer
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, error: type | None, *_: object) -> None:
+        """End the run; several processes wait for each other if there is no error."""
+
+    def place(self, run) -> None:
+        """Move the model of a run to the device. run: a train.Run that has no optimizer yet."""
+        run.model.to(self.device)
+
+    def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
+        """Return the network that trains the model. dynamic: whether shapes of batches vary."""
+        return torch.compile(model, dynamic=dynamic) if compiled else model
+
+    def shares(self, run, step: int) -> tuple[list[Share], int]:
+        """Return this process's shares of a step, and the number of tokens in the whole step."""
+        count = run.config.gradient_accumulation_steps
+        shares = []
+        for number in range(step * count, (step + 1) * count):
+            batch = run.batches.batch(number, run.config.batch_size)
+            shares.append(Share((number,), batch, count_targets(batch)))
+        return shares, sum(share.tokens for share in shares)
+
+    def accumulate(
+        self, net: nn.Module, share: Share, last: bool
+    ) -> AbstractContextManager:
+        """Return the context in which net computes the gradients of a share. last: of the step's shares."""
+        return nullcontext()
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum x over processes, in place."""
+        return x
+
+    def save(self, path: Path, entries: dict) -> None:
+        """Write a checkpoint such as ckpt.pt."""
+        checkpoint.save(path, entries)
+
+
+def count_targets(batch: dict[str, Tensor]) -> int:
+    return int((batch["targets"] >= 0).sum())
+
+
+def start_process(
+    config, device: torch.device, dtype: torch.dtype, prepare: Callable[[], None]
+) -> Process:
+    """Return the process of a run, which meets the others if there are several. config: a TrainConfig.
+
+    prepare: makes the data if they are missing. Of several processes, one on each disk calls it before the others go
+    on. Raises UserError if the processes cannot meet.
+    """
+    _, size = launched()
+    if size > 1:
+        return find(PARALLEL[config.parallel]).start(config, device, dtype, prepare)
+    prepare()
+    return Process(device)
+
+
+# --------------------------------------------------------------------------------------
+# What torchrun says in the environment
+
+
+def launched() -> tuple[int, int]:
+    """Return this process's rank and the number of processes."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def restarted() -> bool:
+    """True if torchrun started the processes again after one failed (--max_restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def exit_code(signal_number: int) -> int:
+    """Return the exit code of a run that was stopped by a signal.
+
+    It is 0 if torchrun may restart processes that fail, since this run was asked to stop.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    return 0 if restarts else 128 + signal_number

@@ -1,0 +1,137 @@
+"""What a training tells the user: the summary before it, the bar and lines during it, and what to do after it."""
+
+import math
+import os
+import shlex
+import signal
+import sys
+from contextlib import suppress
+
+from tqdm import tqdm
+
+from humptygpt.config import as_written_here, note
+from humptygpt.evaluation import evaluation_line
+from humptygpt.run_folder import Diverged
+from model import count_parameters
+
+MANY_EPOCHS = 5  # warn about overfitting when fine-tuning for more epochs than this
+
+
+def summary(run) -> str:
+    """Summarize a train.Run: data, model, steps, evaluation and device."""
+    config = run.config
+    dataset = run.dataset
+    batch, evaluated = dataset.summary(config.batch_size, config.evaluated_batches())
+    if config.gradient_accumulation_steps > 1:
+        batch = f"{config.gradient_accumulation_steps} times {batch}"
+    micro_batches = config.max_iters * config.gradient_accumulation_steps
+    epochs = micro_batches / dataset.batches_per_epoch(config.batch_size)
+    if config.init_from != "scratch" and epochs > MANY_EPOCHS:
+        note(
+            f"{epochs:.0f} epochs: a model that is fine-tuned on so little text soon memorises it"
+        )
+    start = "" if config.init_from == "scratch" else f", from {config.init_from}"
+    about = f"about {config.max_iters:,}" if config.minutes else f"{config.max_iters:,}"
+    done = f"; {run.progress.iter:,} are done" if run.progress.iter else ""
+    processes = f", {run.process.size} processes" if run.process.size > 1 else ""
+    return (
+        f"data: {dataset.meta['source']}, {len(dataset.train):,} tokens to train on,"
+        f" vocabulary of {run.model.config.vocab_size:,}\n"
+        f"model: {run.model.config.model}, {count_parameters(run.model):,} parameters{start}\n"
+        f"steps: {about} of {batch}, {epochs:.1f} epochs{done}\n"
+        f"evaluation: every {config.eval_interval:,} steps, on {evaluated}\n"
+        f"device: {run.device}, {str(run.dtype).removeprefix('torch.')}{processes}"
+    )
+
+
+def trained_part(run) -> str:
+    """Say how many parameters train, and how much of the model that is."""
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    part = trained / count_parameters(run.model)
+    return f"training: {trained:,} parameters, {part:.1%}"
+
+
+# --------------------------------------------------------------------------------------
+# During the training
+
+
+def progress_bar(run) -> tqdm:
+    return tqdm(
+        total=run.config.max_iters,
+        initial=run.progress.position,
+        unit="step",
+        dynamic_ncols=True,
+        disable=None if run.process.first else True,
+    )
+
+
+def step(bar: tqdm, run, row: dict) -> None:
+    """Show a row of metrics in the bar on a terminal, and as a line elsewhere."""
+    norm = "inf" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
+    text = (
+        f"loss {row['train_loss']:.4f}, lr {row['lr']:.2e}, gradient norm {norm},"
+        f" {row['tokens_per_second']:,} tokens/s"
+    )
+    if not bar.disable:
+        bar.set_postfix_str(text)
+        return
+    progress = run.progress
+    steps = run.config.max_iters
+    done = f" ({progress.position / steps:.0%})" if run.config.minutes else f"/{steps}"
+    left = run.clock.time_left(progress, run.config)
+    line(bar, f"iter {progress.iter}{done}: {text}, {left:.0f} s of training left")
+
+
+def evaluated(bar: tqdm, run, row: dict, improved: bool) -> None:
+    best = ", the best so far" if improved else ""
+    line(bar, f"iter {run.progress.iter}: {evaluation_line(row)}{best}")
+
+
+def line(bar: tqdm, text: str) -> None:
+    """Print a line above the bar. A closed terminal or pipe does not end the training."""
+    try:
+        bar.write(text)
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115, open to the end
+
+
+# --------------------------------------------------------------------------------------
+# The end
+
+
+def closing(run, rows: list[dict]) -> str:
+    """Say what to do next, and how good the best model is. rows: all metrics of the run."""
+    progress = run.progress
+    command = as_written_here(run.task.sample_command.format(out_dir_key(run)))
+    lines = [f"{run.task.sample_label}: {command}"]
+    if progress.best_val_loss < math.inf:
+        lines.append(
+            f"best val loss {progress.best_val_loss:.4f} at iter {progress.best_iter}"
+        )
+    start = next((row.get("val_loss", 0) for row in rows if not row["iter"]), 0)
+    if 0 < start < progress.best_val_loss:
+        lines.append(f"the model that it started from was better: val loss {start:.4f}")
+    return "\n".join(lines)
+
+
+def stopped(run, number: int) -> None:
+    """Say which signal stopped the run, and how to resume it."""
+    command = as_written_here(f"python train.py --init_from=resume {out_dir_key(run)}")
+    saved = f"saved {run.path} at iter {run.progress.iter}"
+    text = f"{signal.Signals(number).name}: {saved}; resume: {command}"
+    with suppress(OSError):  # whoever reads our messages may have received the signal, too
+        print(text, file=sys.stderr)
+
+
+def diverged(run, error: Diverged) -> None:
+    kept = "nothing was saved yet"
+    if run.path.exists():
+        kept = f"{run.path} is the last good checkpoint"
+    advice = "Try a lower --learning_rate, more --warmup_iters, --grad_clip=1.0 or --dtype=float32"
+    print(f"train.py: the {error}; {kept}. {advice}", file=sys.stderr)
+
+
+def out_dir_key(run) -> str:
+    """Return the argument as it can be pasted into a command."""
+    return f"--out_dir={shlex.quote(run.config.out_dir)}"

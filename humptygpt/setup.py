@@ -1,0 +1,242 @@
+"""The parts of a run: its data, its model, and what it takes over from a checkpoint or from another model."""
+
+import dataclasses
+import math
+import shlex
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from humptygpt import checkpoint, evaluation, machine
+from humptygpt import config as configurator
+from humptygpt.config import UserError, as_written_here, find, note
+from humptygpt.data import Dataset
+from humptygpt.device import autocast, pick_device, pick_dtype, to_device
+from humptygpt.loading import Loaded, load
+from humptygpt.memory import memory_report
+from humptygpt.optimizers import freeze
+from humptygpt.process import launched
+from humptygpt.run_folder import Progress
+from humptygpt.settings import TrainConfig
+from humptygpt.tasks import LORA, build, build_on_meta
+from humptygpt.token_files import COMMAND, is_command, made_by, read_meta
+from humptygpt.tokenizers import from_state
+from model import ModelConfig, Stack
+
+# --------------------------------------------------------------------------------------
+# Data
+
+
+def prepare_missing(config: TrainConfig) -> None:
+    """Prepare data/<dataset> if it is missing, or if its preparation was stopped. Check an --input for changes."""
+    folder = Path("data") / config.dataset
+    names = {path.name for path in folder.glob("*")}
+    prepared = names & {"meta.json", "meta.pkl"}
+    if prepared and (config.input is None or launched()[0]):
+        return
+    import prepare_data  # here, since it is seldom needed
+
+    keys = {}
+    if config.input:
+        keys = input_keys(config, folder)
+    else:
+        stopped = "preparing" in names and config.dataset in prepare_data.SOURCES
+        # A train.bin by itself is taken for nanoGPT's. A command is what is left of a folder of ours.
+        if not stopped and names & {"preparing", "train.bin", COMMAND}:
+            return
+    keys["name"] = config.dataset
+    prepare_data.prepare(configurator.make(prepare_data.PrepareConfig, keys))
+
+
+def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
+    """Return how to prepare config.input: as the folder's own command says, else in the base model's tokens.
+
+    Raises UserError if the folder is of another input.
+    """
+    import prepare_data
+
+    keys = {"input": config.input}
+    if config.init_from != "scratch":
+        keys["tokenizer"] = config.init_from
+    if command := made_by(folder):
+        words = shlex.split(command)[2:]
+        keys = configurator.read(words, prepare_data.PrepareConfig, positional="name")
+        if Path(keys.get("input", "")).resolve() != Path(config.input).resolve():
+            raise UserError(
+                f"{folder} is not of input={config.input}, but made by: {command};"
+                " take another name: --dataset=ANOTHER_NAME"
+            )
+    for key in ("text_key", "encoding_errors", "skip_bad_lines"):
+        if (value := getattr(config, key)) is not None:
+            keys[key] = value
+    return keys
+
+
+def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
+    """Raise UserError unless a checkpoint was trained on this data. The message says how to get the right data."""
+    pieces = from_state(saved["tokenizer"]).pieces
+    identity = dataset.identity()
+    # a checkpoint of an earlier version may have other keys
+    known = saved["data"]["identity"].items()
+    same = all(identity.get(key, value) == value for key, value in known)
+    if pieces == dataset.tokenizer.pieces and same:
+        return
+    problem = f"{dataset.folder} is not the data that {out_dir}/ckpt.pt was trained on"
+    advice = "; if another folder has that, add --dataset=NAME"
+    command = saved["data"].get("command", "")
+    if is_command(command):
+        advice += f"; to make it again: {as_written_here(command)}"
+    raise UserError(problem + advice)
+
+
+def check_same_tokens(base: Loaded, dataset: Dataset) -> None:
+    """Raise UserError unless the data has the tokens of the model to start from. The message says how to prepare it."""
+    tokenizer = base.tokenizer
+    if dataset.tokenizer.pieces == tokenizer.pieces:
+        return
+    source = tokenizer.name if tokenizer.name == "gpt2" else base.path
+    keys = shlex.join([f"--tokenizer={source}", "--overwrite=True"])
+    raise UserError(
+        f"{dataset.folder} has tokens ({dataset.tokenizer.name}) that are not those of the model {base.path}"
+        f" ({tokenizer.name}); prepare it again with {keys}"
+    )
+
+
+# --------------------------------------------------------------------------------------
+# The model
+
+
+def for_vocabulary(model_config: ModelConfig, dataset: Dataset) -> ModelConfig:
+    """Return the config of a new model with the vocabulary of this data. Raises UserError."""
+    tokens = dataset.tokenizer.vocab_size
+    vocab_size = model_config.vocab_size or tokens
+    if vocab_size < tokens:
+        raise UserError(
+            f"vocab_size={vocab_size} is below the {tokens} tokens of {dataset.folder.name}"
+        )
+    return dataclasses.replace(model_config, vocab_size=vocab_size)
+
+
+def make_model(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    saved: dict | None = None,
+    base: Loaded | None = None,
+    sharded: bool = False,
+) -> nn.Module:
+    """Return the model that trains, on the CPU. sharded: a new one has no memory for its weights yet."""
+    if saved:
+        model = checkpoint.restore_model(saved["model"], model_config, vars(config))
+    elif base:
+        model = adapt_model(base, config, model_config)
+    else:
+        torch.manual_seed(config.seed)
+        model = build_on_meta(model_config) if sharded else build(model_config)
+    for module in model.modules():
+        if isinstance(module, Stack):
+            module.checkpoint_activations = config.checkpoint_activations
+    freeze(model, config.freeze)
+    return model
+
+
+def adapt_model(base: Loaded, config: TrainConfig, model_config: ModelConfig) -> nn.Module:
+    """Return the model to start from with this config: fewer positions, another dropout, LoRA."""
+    weights = dict(base.model.state_dict())
+    for name, x in weights.items():
+        if name.endswith(
+            "position.wpe.weight"
+        ):  # keep the first positions, as nanoGPT does
+            weights[name] = x[: model_config.block_size].clone()
+    model = checkpoint.restore_model(weights, model_config)
+    torch.manual_seed(config.seed)
+    return find(LORA)(model, vars(config)) if config.lora_rank else model
+
+
+def make_net(run) -> nn.Module:
+    """Return the network that trains the model of a train.Run, compiled if the settings and the machine allow it."""
+    config = run.config
+    dynamic = run.task.batches_vary
+    if config.compile or (config.compile is None and run.device.type == "cuda"):
+        print("compiling: this takes about a minute", flush=True)
+        try:
+            net = run.process.wrap(run.model, compiled=True, dynamic=dynamic)
+            compile_now(run, net)
+            return net
+        except Exception as error:  # compilers fail in as many ways as there are machines
+            if machine.is_out_of_memory(error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            note(f"torch.compile fails here ({reason}); training uncompiled")
+        for module in run.model.modules():
+            vars(module).pop("forward", None)  # a compiled one
+    return run.process.wrap(run.model, compiled=False, dynamic=dynamic)
+
+
+def compile_now(run, net: nn.Module) -> None:
+    """Compile what training and evaluation will compute: perhaps a part of a batch, and a whole one."""
+    for step in range(2):
+        shares, _ = run.process.shares(run, step)
+        with (
+            run.process.accumulate(net, shares[0], last=True),
+            autocast(run.device, run.dtype),
+        ):
+            net(**to_device(shares[0].batch, run.device))[1].backward()
+        # now, because evaluation leaves whole weights in place of a sharded model's parts
+        run.model.zero_grad()
+        evaluation.evaluate(run, net, 1)
+
+
+def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
+    """Report what training would take, without reading the data or allocating a model."""
+    if model_config.vocab_size is None:
+        meta = read_meta(Path("data") / config.dataset)
+        vocab_size = from_state(meta["tokenizer"]).vocab_size
+        model_config = dataclasses.replace(model_config, vocab_size=vocab_size)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    _, processes = launched()
+    return memory_report(config, model_config, device, dtype, processes)
+
+
+# --------------------------------------------------------------------------------------
+# A run that is resumed
+
+
+def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
+    """Return the checkpoint's progress, and note what may surprise: nothing left to do, or a rising learning rate."""
+    progress = dict(saved["progress"])
+    steps = progress["iter"]
+    before = configurator.restore(TrainConfig, saved["train_config"])
+    position = float(steps)
+    if config.minutes and before.minutes:
+        position = progress.get("position", 0.0) * before.minutes / config.minutes
+    if position >= config.max_iters:
+        note(f"all {steps} steps are done; for more: --max_iters=N")
+    had = before.lr(progress.get("position", steps))
+    lr = config.lr(position)
+    if lr - had > 0.01 * config.learning_rate:
+        note(
+            f"the learning rate rises from {had:.1e} to {lr:.1e}, as its schedule now has it"
+        )
+    return Progress(**progress | {"position": position})
+
+
+def keep_best(run, saved: dict) -> None:
+    """Evaluate best.pt again if the evaluation set has changed, so that only a better model replaces it."""
+    before = configurator.restore(TrainConfig, saved["train_config"])
+
+    def sequences(config: TrainConfig) -> int:
+        whole = run.dataset.all_val_batches(config.batch_size)
+        return min(config.evaluated_batches(), whole) * config.batch_size
+
+    progress = run.progress
+    if progress.best_val_loss == math.inf or sequences(run.config) == sequences(before):
+        return
+    best = load(run.config.out_dir).model
+    run.process.place(dataclasses.replace(run, model=best))
+    loss = evaluation.evaluate(run, best, run.config.evaluated_batches()).mean
+    note(
+        f"the evaluation set changed: on the new one, best.pt has {loss:.4f} instead of {progress.best_val_loss:.4f}"
+    )
+    progress.best_val_loss = loss
