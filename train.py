@@ -59,15 +59,14 @@ from humptygpt.run_folder import (
     StepClock,
     catch_signals,
 )
-from humptygpt.settings import TrainConfig, open_prepared, read_settings
+from humptygpt.settings import TrainConfig, read_settings
 from humptygpt.setup import (
-    check_same_data,
-    check_same_tokens,
     dry_run,
-    for_vocabulary,
+    fit_to_data,
     keep_best,
     make_model,
     make_net,
+    open_prepared,
     prepare_missing,
     resumed_progress,
 )
@@ -210,12 +209,7 @@ def setup(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     dataset = open_prepared(Path("data") / config.dataset, model_config, config.seed)
-    if saved:
-        check_same_data(saved, dataset, config.out_dir)
-    elif base:
-        check_same_tokens(base, dataset)
-    else:
-        model_config = for_vocabulary(model_config, dataset)
+    model_config = fit_to_data(config, model_config, saved, base, dataset)
     clock = StepClock()
     if config.minutes:
         from humptygpt.minutes import plan

@@ -42,8 +42,8 @@ from humptygpt.device import pick_device, pick_dtype, tune_malloc
 from humptygpt.files import write_whole
 from humptygpt.metrics import read_metrics
 from humptygpt.minutes import plan
-from humptygpt.settings import open_prepared, read_settings
-from humptygpt.setup import for_vocabulary
+from humptygpt.settings import read_settings
+from humptygpt.setup import for_vocabulary, open_prepared
 from humptygpt.tasks import build_on_meta
 from humptygpt.token_files import read_meta
 from model import ModelConfig

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from bench import BenchConfig
 from benchmarks.contenders import Generator, Trainer
 from humptygpt.device import autocast, pick_device, pick_dtype, to_device
-from humptygpt.settings import TrainConfig, open_prepared
+from humptygpt.settings import TrainConfig
+from humptygpt.setup import open_prepared
 from model import ModelConfig
 
 KEYS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "vocab_size")

@@ -9,8 +9,8 @@ from bench import BenchConfig
 from humptygpt import config as configurator
 from humptygpt.config import UserError
 from humptygpt.device import pick_device
-from humptygpt.settings import TrainConfig, open_prepared
-from humptygpt.setup import prepare_missing
+from humptygpt.settings import TrainConfig
+from humptygpt.setup import open_prepared, prepare_missing
 from model import ModelConfig
 
 CPU = torch.device("cpu")

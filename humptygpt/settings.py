@@ -1,7 +1,6 @@
-"""The settings of a training, from a command and from the run or the model that it starts from; and its data."""
+"""The settings of a training: their defaults, and how a command and what it starts from determine them."""
 
 import dataclasses
-import importlib.util
 import math
 import os
 import re
@@ -24,7 +23,6 @@ from humptygpt.config import (
     in_vain,
     note,
 )
-from humptygpt.data import Dataset
 from humptygpt.device import DTYPES
 from humptygpt.loading import Loaded, load
 from humptygpt.optimizers import OPTIMIZERS, SCHEDULES
@@ -38,22 +36,19 @@ from humptygpt.run_folder import (
 from humptygpt.tasks import (
     MODELS,
     config_class,
-    find_task,
     make_model_config,
-    model_class,
 )
-from humptygpt.token_files import read_meta
 from model import POSITIONS, ModelConfig
 
 TRAINING_ONLY = {"dropout", "label_smoothing"}  # keys of ModelConfig that change no weight
-# what the weights and the order of the data mean
+# keys that define the weights and the order of the data
 FIXED = {"seed", "optimizer", "freeze", "lora_rank", "lora_alpha", "lora_targets"}
 STEP = ("batch_size", "gradient_accumulation_steps")  # their product is fixed
-# in an interrupted run; warmup is fitted to a short one
+# keys in which an interrupted run may differ from its checkpoint; the warmup is fitted to a short run
 MAY_DIFFER = {"out_dir", "warmup_iters", "input"}
 WITHOUT_ROTARY = ("position", tuple(POSITIONS.keys() - {"rotary"}))
 CONSTANT = ("decay_lr", (False,))
-# {key: another key, and its values with which the first does nothing}
+# {key: (another key, the values of that with which the first does nothing)}
 IN_VAIN = {
     "rope_base": WITHOUT_ROTARY,
     "rope_factor": WITHOUT_ROTARY,
@@ -66,7 +61,7 @@ IN_VAIN = {
     "encoding_errors": ("input", (None,)),
     "skip_bad_lines": ("input", (None,)),
 }
-# the defaults of a run that starts from a model: small steps, so that it keeps what it knows
+# Defaults of a run that starts from a model: small steps, so that it keeps what it knows.
 GENTLE = {
     "optimizer": "adamw",
     "learning_rate": 1e-4,
@@ -87,15 +82,15 @@ class TrainConfig:
     # data
     dataset: str = "shakespeare_char"  # folder in data/ that prepare_data.py wrote
     input: str | None = None  # your own text, prepared as a dataset that is named after it
-    text_key: str | None = None  # of an input: the field or column with the text
-    encoding_errors: str | None = None  # of an input: strict, replace or ignore
-    skip_bad_lines: bool | None = None  # of an input: leave out lines without a text
-    batch_size: int = 4  # sequences per micro-batch; of pairs, as many as fit into them
+    text_key: str | None = None  # the field or column of the input that has the text
+    encoding_errors: str | None = None  # input that is not UTF-8: strict, replace or ignore
+    skip_bad_lines: bool | None = None  # leave out lines of the input that have no text
+    batch_size: int = 4  # sequences per micro-batch; pairs: as many as fit into these
     gradient_accumulation_steps: int = 1  # micro-batches whose gradients make one step
     # optimizer
-    minutes: float | None = None  # of the whole command; what is not given is chosen to fit
+    minutes: float | None = None  # length of the run; anything not set is chosen to fit
     max_iters: int = 2400  # training steps
-    optimizer: str = "normuon"  # muon, normuon: for the matrices of the blocks
+    optimizer: str = "normuon"  # muon and normuon leave embeddings and norms to AdamW
     learning_rate: float = 6e-3  # the peak, after warmup
     decay_lr: bool = True  # warm up, then decay; False: constant
     schedule: str = "linear"  # shape of the decay
@@ -108,31 +103,31 @@ class TrainConfig:
     muon_learning_rate: float = 0.03  # Muon: the peak learning rate
     muon_momentum: float = 0.85  # Muon: decay rate of the momentum
     grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
-    freeze: str | None = None  # parameters to keep: parts of their names, as wte,blocks.0
+    freeze: str | None = None  # parts of the names of parameters to keep: wte,blocks.0
     lora_rank: int = 0  # LoRA: rank of the matrices that train beside a model's; 0: off
-    lora_alpha: float = 16.0  # LoRA: what they add is scaled by lora_alpha / lora_rank
-    lora_targets: str = "q_proj,v_proj"  # LoRA: layers that have it
+    lora_alpha: float = 16.0  # LoRA: scale of the added matrices, times lora_rank
+    lora_targets: str = "q_proj,v_proj"  # LoRA: names of the layers that have it
     # evaluation
     eval_interval: int = 600  # steps between evaluations; the last step has one
-    eval_iters: int | None = None  # batches of a fixed set; None: a tenth of the time
+    eval_iters: int | None = None  # batches of an evaluation; None: a tenth of the time
     early_stopping: int = 0  # stop after so many evaluations without a new lowest loss
     always_save_checkpoint: bool = True  # False: only if the loss is a new lowest
-    snapshots: bool | None = None  # keep weights of steps for the page; None: below 10 MB
+    snapshots: bool | None = None  # keep weights of steps for the page; None: if small
     log_interval: int = 10  # steps between lines of the training loss
     # memory
     checkpoint_activations: bool = False  # less memory, a third more work
-    dry_run: bool = False  # report sizes and memory, and stop before anything is touched
+    dry_run: bool = False  # report sizes and memory, and stop before anything is written
     # logging
-    log: str = ""  # log to tensorboard, wandb or both (with a comma), too
-    wandb_log: bool = False  # as log=wandb; WANDB_MODE=offline keeps it here
-    wandb_project: str = "humptygpt"  # project there
+    log: str = ""  # also log to tensorboard, wandb or both: tensorboard,wandb
+    wandb_log: bool = False  # the same as log=wandb; WANDB_MODE=offline keeps the log here
+    wandb_project: str = "humptygpt"  # project on Weights & Biases
     wandb_run_name: str | None = None  # run name there; None: the name of out_dir
     # system
     device: str = "auto"  # auto: the GPU if there is one; cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto: what the hardware has
     compile: bool | None = None  # torch.compile; None: on CUDA, without minutes
-    parallel: str = "ddp"  # of several processes: fsdp, each has a part of the model
-    backend: str = "auto"  # of several processes: nccl on CUDA, gloo on a CPU
+    parallel: str = "ddp"  # several processes: ddp; fsdp: each has a part of the model
+    backend: str = "auto"  # several processes: auto takes nccl on CUDA, gloo on a CPU
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
@@ -168,9 +163,9 @@ class TrainConfig:
             )
 
     def lr(self, it: float) -> float:
-        """Return the learning rate of step it, the first being 0: linear warmup from above zero, then decay to min_lr.
+        """Return the learning rate of step it, counted from 0: a linear warmup from above zero, then decay to min_lr.
 
-        That of steps from lr_decay_iters on is min_lr.
+        From step lr_decay_iters on it stays at min_lr.
         """
         if not self.decay_lr:
             return self.learning_rate
@@ -185,13 +180,16 @@ class TrainConfig:
         return min_lr + decay * (self.learning_rate - min_lr)
 
     def evaluated_batches(self) -> int:
-        """Return how many batches an evaluation takes, of which each takes a third of the time of a training batch."""
+        """Return the number of batches in an evaluation, by default a tenth of the time of training between two.
+
+        A batch that is evaluated takes a third of the time of one that is trained on.
+        """
         steps = min(self.eval_interval, self.max_iters)
         between = steps * self.gradient_accumulation_steps
         return self.eval_iters or max(20, 3 * between // 10)
 
     def rows(self, processes: int) -> int:
-        """Return the most sequences that a process has at once: several share a micro-batch where these are too few."""
+        """Return the most sequences that a process has at once; several may divide a micro-batch."""
         return math.ceil(
             self.batch_size / max(1, processes // self.gradient_accumulation_steps)
         )
@@ -204,36 +202,19 @@ class Start(NamedTuple):
     model_config: ModelConfig
     saved: dict | None = None  # the checkpoint to resume
     base: Loaded | None = None  # the model to start from
-    # keys that the command line and its config files set
-    given: Collection[str] = ()
+    given: Collection[str] = ()  # keys that the command line and its config files set
 
 
 def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
-    """Read a command, and what it resumes or starts from.
+    """Read a command, and the checkpoint that it resumes or the model that it starts from.
 
-    locks: takes the lock of the out_dir, before its checkpoint is read, unless the run writes nothing.
+    locks: takes the lock of out_dir, before its checkpoint is read, unless the run writes nothing.
     """
     rank, processes = launched()
-    given = configurator.read(argv, ModelConfig, TrainConfig)
-    overwrite = given.pop("overwrite", False)  # of this command, not of the run
-    in_line = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
-    if given.get("minutes"):
-        if "max_iters" in in_line:
-            raise UserError(
-                "minutes and max_iters are two lengths of one run; leave one out"
-            )
-        for key in {"max_iters", "lr_decay_iters"} - in_line:  # those of a config file
-            given.pop(key, None)
-    if given.get("input"):
-        name_dataset(given, in_line)
-    if given.get("out_dir") is None:
-        given["out_dir"] = f"out/{given.get('dataset', TrainConfig.dataset)}"
+    given, typed = read_command(argv)
+    overwrite = given.pop("overwrite", False)  # belongs to this command, not to the run
     out_dir = Path(given["out_dir"])
     path = out_dir / "ckpt.pt"
-    if os.path.isfile(out_dir):  # probably a checkpoint in the folder that is meant
-        raise UserError(
-            f"out_dir={out_dir} is a file; write {shlex.quote(f'--out_dir={out_dir.parent}')}"
-        )
     writes = not given.get("eval_only") and not given.get("dry_run")
     if locks and writes and not rank:
         locks.enter_context(lock_out_dir(out_dir))
@@ -245,11 +226,11 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     if restarted() and is_same_run(settings, path):
         note(f"torchrun has started this run again; it resumes {path}")
         init_from = "resume"
-    if writes and not overwrite and init_from != "resume":
-        refuse_earlier_run(out_dir)
     if init_from == "resume":
         saved, base = checkpoint.read(path, with_tensors=False), None
         settings = resumed_settings(saved, settings, path)
+    elif writes and not overwrite:
+        refuse_earlier_run(out_dir)
     config = configurator.make(TrainConfig, settings)
     model_config = make_model_config(settings)
     if given.get("minutes") and (config.dry_run or config.eval_only):
@@ -261,21 +242,41 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         saved = checkpoint.read(path)
     for name in chosen_loggers(asdict(config)):  # now, not after a long preparation
         import_logger(name)
-    refuse_vain(given, in_line, asdict(config) | asdict(model_config), processes)
+    refuse_vain(given, typed, asdict(config) | asdict(model_config), processes)
     if overwrite and (given.get("init_from") == "resume" or not writes):
         note("overwrite=True has no effect: no new run is written")
-    config = fit_warmup(config, chosen="warmup_iters" in given or saved is not None)
+    if not saved and "warmup_iters" not in given:
+        config = fit_warmup(config)
     return Start(config, model_config, saved, base, given)
 
 
-def name_dataset(given: dict, in_line: set[str]) -> None:
-    """Name the data set of a new run after its input, unless whoever sets the input names it, too."""
-    if given.get("init_from") == "resume":
+def read_command(argv: list[str]) -> tuple[dict[str, object], set[str]]:
+    """Return the settings of a command and its config files, out_dir among them, and the keys typed in the command."""
+    given = configurator.read(argv, ModelConfig, TrainConfig)
+    typed = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
+    if given.get("minutes"):
+        if "max_iters" in typed:
+            raise UserError(
+                "minutes and max_iters are two lengths of one run; leave one out"
+            )
+        for key in {"max_iters", "lr_decay_iters"} - typed:  # a config file's
+            given.pop(key, None)
+    if given.get("input"):
+        if given.get("init_from") == "resume":
+            raise UserError(
+                f"input={given['input']} is for a new run; the one that resumes has its data: leave it out"
+            )
+        # whoever sets the input, the command or a config file, may name the data set, too
+        if "dataset" not in (typed if "input" in typed else given):
+            given["dataset"] = data_name(given["input"])
+    if given.get("out_dir") is None:
+        given["out_dir"] = f"out/{given.get('dataset', TrainConfig.dataset)}"
+    out_dir = Path(given["out_dir"])
+    if os.path.isfile(out_dir):  # probably a checkpoint in the folder that is meant
         raise UserError(
-            f"input={given['input']} is for a new run; the one that resumes has its data: leave it out"
+            f"out_dir={out_dir} is a file; write {shlex.quote(f'--out_dir={out_dir.parent}')}"
         )
-    if "dataset" not in (in_line if "input" in in_line else given):
-        given["dataset"] = data_name(given["input"])
+    return given, typed
 
 
 def data_name(where: str) -> str:
@@ -286,10 +287,9 @@ def data_name(where: str) -> str:
 
 
 def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
-    """Return the settings of a run that goes on. Raises UserError for a key that cannot change.
+    """Return the settings of a run that is resumed. Raises UserError for a key that cannot change.
 
-    Length, rates, evaluation and the like may; what the weights and the data order mean may not. Nor may the data: they
-    are checked by what is in them, wherever they are now.
+    Length, rates, evaluation and the like may change. What defines the weights and the order of the data may not.
     """
     if "optimizer" not in saved:
         raise UserError(
@@ -323,7 +323,7 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
 
 
 def is_same_run(settings: dict, path: Path) -> bool:
-    """Whether path is a checkpoint of a run with these settings, which an interrupted run then continues."""
+    """True if path is a checkpoint of a run with these settings, which was interrupted."""
     try:
         saved = checkpoint.read(path, with_tensors=False)
     except UserError:
@@ -331,14 +331,14 @@ def is_same_run(settings: dict, path: Path) -> bool:
     asked = asdict(configurator.make(TrainConfig, settings))
     asked |= asdict(make_model_config(settings))
     had = saved["train_config"] | saved["model_config"]
-    if asked["vocab_size"] is None:  # the data's
+    if asked["vocab_size"] is None:  # taken from the data
         asked["vocab_size"] = had["vocab_size"]
     differ = {key for key, value in asked.items() if value != had.get(key)}
     return "optimizer" in saved and differ <= MAY_DIFFER
 
 
 def base_settings(base: Loaded, given: dict) -> dict[str, object]:
-    """Return the ModelConfig of a run that starts from a model: the model's own, but for what a run may choose."""
+    """Return the settings of a model to start from: its own, except for those that a run may choose."""
     own = asdict(base.model.config)
     free = {key: getattr(ModelConfig, key) for key in TRAINING_ONLY}
     free["block_size"] = own["block_size"]
@@ -358,11 +358,11 @@ def base_settings(base: Loaded, given: dict) -> dict[str, object]:
 
 
 def refuse_vain(
-    given: Collection[str], in_line: set[str], settings: dict, processes: int
+    given: Collection[str], typed: set[str], settings: dict, processes: int
 ) -> None:
-    """Raise UserError for a key that does nothing in these settings; one of a config file is only noted."""
+    """Raise UserError for a typed key that does nothing in these settings, and note one of a config file."""
     for key, why in in_vain(given, settings, IN_VAIN).items():
-        if key in in_line:
+        if key in typed:
             raise UserError(f"{why}; leave it out")
         note(why)
     if processes == 1:
@@ -372,31 +372,14 @@ def refuse_vain(
             )
 
 
-def fit_warmup(config: TrainConfig, chosen: bool) -> TrainConfig:
-    """Return the config with a warmup that leaves most steps of a short run to the decay, unless the user chose it."""
+def fit_warmup(config: TrainConfig) -> TrainConfig:
+    """Shorten the warmup of a short run, so that most steps are left to the decay."""
     steps = config.lr_decay_iters or config.max_iters
     warmup = config.warmup_iters
-    if chosen or not config.decay_lr or warmup < steps:
+    if not config.decay_lr or warmup < steps:
         return config
     shorter = steps // 10
     note(
         f"warmup_iters={warmup} would last all {steps:,} steps; warmup_iters={shorter} is taken"
     )
     return dataclasses.replace(config, warmup_iters=shorter)
-
-
-def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
-    """Open a prepared folder for a model. Raises UserError where it, or this machine, is not made for the task."""
-    meta = read_meta(folder)
-    task = find_task(meta["task"])
-    model = model_class(config.model)
-    if meta["task"] not in model.tasks:
-        raise UserError(
-            f"dataset={folder.name} is for {meta['task']}, but model={config.model} for {' and '.join(model.tasks)}"
-        )
-    # now, not when all is trained
-    if task.package and not importlib.util.find_spec(task.package):
-        raise UserError(
-            f"{meta['task']} is scored with the package {task.package}: pip install {task.package}"
-        )
-    return task.dataset(folder, config.block_size, seed, model.has_encoder, meta)

@@ -1,6 +1,7 @@
 """The parts of a run: its data, its model, and what it takes over from a checkpoint or from another model."""
 
 import dataclasses
+import importlib.util
 import math
 import shlex
 from pathlib import Path
@@ -19,7 +20,7 @@ from humptygpt.optimizers import freeze
 from humptygpt.process import launched
 from humptygpt.run_folder import Progress
 from humptygpt.settings import TrainConfig
-from humptygpt.tasks import LORA, build, build_on_meta
+from humptygpt.tasks import LORA, build, build_on_meta, find_task, model_class
 from humptygpt.token_files import COMMAND, is_command, made_by, read_meta
 from humptygpt.tokenizers import from_state
 from model import ModelConfig, Stack
@@ -71,6 +72,43 @@ def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
         if (value := getattr(config, key)) is not None:
             keys[key] = value
     return keys
+
+
+def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
+    """Open a prepared folder. Raises UserError if its task is not the model's, or a package is missing."""
+    meta = read_meta(folder)
+    task = find_task(meta["task"])
+    model = model_class(config.model)
+    if meta["task"] not in model.tasks:
+        raise UserError(
+            f"dataset={folder.name} is for {meta['task']}, but model={config.model} for {' and '.join(model.tasks)}"
+        )
+    # now, not at the end of the training
+    if task.package and not importlib.util.find_spec(task.package):
+        raise UserError(
+            f"{meta['task']} is scored with the package {task.package}: pip install {task.package}"
+        )
+    return task.dataset(folder, config.block_size, seed, model.has_encoder, meta)
+
+
+def fit_to_data(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    saved: dict | None,
+    base: Loaded | None,
+    dataset: Dataset,
+) -> ModelConfig:
+    """Return the model's config for this data, with its vocabulary if the model is new.
+
+    Raises UserError if a run that is resumed, or the model to start from, is of other data.
+    """
+    if saved:
+        check_same_data(saved, dataset, config.out_dir)
+    elif base:
+        check_same_tokens(base, dataset)
+    else:
+        return for_vocabulary(model_config, dataset)
+    return model_config
 
 
 def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
