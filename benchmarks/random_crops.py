@@ -1,6 +1,8 @@
-"""nanoGPT's protocol: a checkpoint's validation loss on random crops of tiny Shakespeare, without our trainer's code.
+"""nanoGPT's protocol: the validation loss on random crops of tiny Shakespeare, without the code of our trainer.
 
-    python -m benchmarks.random_crops out/shakespeare_char 16     200 batches of 16 crops
+    python -m benchmarks.random_crops out/shakespeare_char 16
+
+This draws 200 batches of 16 crops. The text is data/downloads/tiny_shakespeare.txt, as the demo downloads it.
 """
 
 import sys
