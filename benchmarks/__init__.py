@@ -1,4 +1,4 @@
-"""Speed beside other programs, for bench.py, and the experiments that RECORDS.md cites.
+"""Speed compared with other programs, for bench.py, and the experiments that RECORDS.md cites.
 
 bench.py runs one mode (step_time, time_to_loss, step_profile, generation, keystrokes, gpu), which takes its settings
 and returns plain figures. A mode measures this program (ours) and its rivals (nanogpt, huggingface, ctranslate2,

@@ -38,7 +38,7 @@ SHORT = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "vocab_size"
 def bench(config: BenchConfig) -> dict:
     device = pick_device(config.device)
     print(
-        f"| what | measured | computed or beside |\n|---|---|---|\n| {versions(device)} | | |"
+        f"| what | measured | computed, or for comparison |\n|---|---|---|\n| {versions(device)} | | |"
     )
     figures = {"demo": demo(config)}
     for size in SIZES:
