@@ -1,6 +1,7 @@
-"""How fast this program is beside others: bench.py starts one of the modes here.
+"""Speed compared with other programs, for bench.py, and the experiments that RECORDS.md cites.
 
-A mode (step_time, time_to_loss, step_profile, generation, keystrokes) takes the settings of bench.py and returns plain
-figures; a rival (nanogpt, huggingface, ctranslate2, llamacpp), like our own side (ours), is what it measures. The
-rivals are imported only where they are measured. All of the package and train.py may be imported; nothing imports this.
+bench.py runs one mode (step_time, time_to_loss, step_profile, generation, keystrokes, gpu), which takes its settings
+and returns plain figures. A mode measures this program (ours) and its rivals (nanogpt, huggingface, ctranslate2,
+llamacpp), whose packages are imported only when they are measured. random_crops and law are scripts of their own.
+Nothing else imports this package.
 """

@@ -1,4 +1,4 @@
-"""What takes part in a benchmark: a program that trains or generates, in a process of its own."""
+"""Contenders in a benchmark: programs that train or generate, each in a process of its own."""
 
 import math
 import multiprocessing
@@ -14,19 +14,19 @@ from humptygpt.evaluation import evaluate
 from humptygpt.process import Process
 from model import ModelConfig
 
-WARMUP = 20  # steps that are not counted
-PATIENCE = 20  # seconds of generating; without a KV cache, all tokens would take minutes
+WARMUP = 20  # steps before the counted ones
+PATIENCE = 20  # seconds of generation after which a measurement ends; without a KV cache it would take minutes
 
 
 class Trainer:
     """A model in training, one step at a time.
 
-    A subclass has config, model, dataset and device, and step(it), which takes step number it, the first being 0, and
-    reads its loss, so that a GPU has done its work.
+    A subclass has config, model, dataset and device. Its step(it) takes step number it, counted from 0, and reads the
+    loss, so that a GPU has finished its work.
     """
 
     def take_steps(self, first: int, count: int) -> list[float]:
-        """Take steps number first and on. Returns the seconds of each."""
+        """Take `count` steps, beginning with number `first`. Returns the seconds of each."""
         seconds = []
         for it in range(first, first + count):
             began = time.perf_counter()
@@ -35,7 +35,7 @@ class Trainer:
         return seconds
 
     def val_loss(self) -> float:
-        """Return nats per token over the whole validation split, in blocks of block_size, in float32."""
+        """Loss in nats per token over the whole validation split, in blocks of block_size, in float32."""
         run = SimpleNamespace(
             config=self.config,
             process=Process(self.device),
@@ -47,25 +47,25 @@ class Trainer:
 
 
 class Generator:
-    """A program with a model, which continues the same texts each time it is asked.
+    """A program with a model that continues the same texts in every measurement.
 
     A subclass has load(model_config, config), and steps(n), which generates n tokens of each text, one at a time.
     """
 
-    dtypes = ("float32",)  # that it has
-    packages = ("torch",)  # that it needs
-    max_texts = math.inf  # texts that it continues together
+    dtypes = ("float32",)  # dtypes of weights that the program supports
+    packages = ("torch",)  # packages that it imports
+    max_texts = math.inf  # the most texts that it can continue together
 
     def __init__(self, model_config: ModelConfig, config: BenchConfig):
         torch.manual_seed(0)
         self.idx = torch.randint(model_config.vocab_size, (config.texts, config.prompt))
         self.load(model_config, config)
-        self.measure(2)  # what happens only once is not timed
+        self.measure(2)  # one-time costs come before the timed calls
 
     def measure(self, n: int) -> list[float]:
-        """Generate n >= 2 tokens of each text, fewer where that takes longer than PATIENCE.
+        """Generate n >= 2 tokens of each text, or fewer if that takes longer than PATIENCE.
 
-        Returns the seconds of each step, the first with the prompt.
+        Returns the seconds of each step; the first step includes reading the prompt.
         """
         ends = [time.perf_counter()]
         for _ in self.steps(n):
@@ -76,7 +76,7 @@ class Generator:
 
 
 class Isolated:
-    """A contender in a process of its own, which waits while another works."""
+    """A contender in a process of its own, which waits while another one works."""
 
     def __init__(self, cls: type, *arguments: object):
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
@@ -86,11 +86,11 @@ class Isolated:
         return self.pool.submit(call, method, *arguments).result()
 
     def end(self) -> None:
-        """Free its memory."""
+        """End the process, which frees its memory."""
         self.pool.shutdown()
 
 
-contender: Trainer | Generator  # in such a process
+contender: Trainer | Generator  # the contender of this process
 
 
 def start(cls: type, *arguments: object) -> None:

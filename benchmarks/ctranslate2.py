@@ -13,7 +13,7 @@ from model import ModelConfig
 
 
 def write_gpt2(config: ModelConfig, folder: str) -> None:
-    """Write random_gpt2() and a tokenizer of the words t0, t1, ... as the converter reads them."""
+    """Write random_gpt2() and a tokenizer with the words t0, t1, ... in the format that the converter reads."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

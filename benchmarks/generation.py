@@ -1,4 +1,4 @@
-"""bench.py --what=sample: generation beside that of every other program installed."""
+"""bench.py --what=sample: generation, compared with every other program that is installed."""
 
 import importlib.util
 import statistics
@@ -54,7 +54,7 @@ def bench(config: BenchConfig) -> dict:
 
 
 def shapes(size: str) -> tuple[ModelConfig, ModelConfig]:
-    """Return our model of this size, and that of the others."""
+    """The configs of this size: our model, and the model of the other programs."""
     if size == "gpt2":
         shape = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
         gpt2 = replace(SHAPE, **shape, vocab_size=50257, bias=True, activation="gelu_tanh")
@@ -65,7 +65,7 @@ def shapes(size: str) -> tuple[ModelConfig, ModelConfig]:
 
 
 def obstacle(cls: type[Generator], config: BenchConfig) -> str | None:
-    """Return why this program cannot be timed."""
+    """The reason why this program cannot be timed, or None."""
     missing = [package for package in cls.packages if not importlib.util.find_spec(package)]
     if missing:
         return f"pip install {' '.join(missing)}"
@@ -79,7 +79,7 @@ def obstacle(cls: type[Generator], config: BenchConfig) -> str | None:
 
 
 def summary(seconds: list[list[float]], texts: int) -> dict[str, float]:
-    """Return medians; seconds: of each step, in each round; the first step reads the prompt."""
+    """Medians over all rounds. seconds: of each step in each round; the first step reads the prompt."""
     first = statistics.median(steps[0] for steps in seconds)
     later = statistics.median(step for steps in seconds for step in steps[1:])
     return {

@@ -1,6 +1,6 @@
-"""bench.py --what=gpu: what a card does with the demo, with GPT-2 in training, and with GPT-2 writing; one table.
+"""bench.py --what=gpu: the demo, GPT-2 in training and GPT-2 generating on a card, as one table.
 
---short=True tries the same with small models and few steps, to see that all of it runs.
+--short=True does the same with small models and few steps, to show that all of it runs.
 """
 
 import platform
@@ -30,7 +30,7 @@ from humptygpt.tasks import build_on_meta
 from model import ModelConfig, flops_per_token
 
 SIZES = ("gpt2_124m", "gpt2_350m")
-WARMUP = 5  # steps that are not counted
+WARMUP = 5  # steps before the counted ones
 TIMED = 50
 SHORT = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "vocab_size": 512}
 
@@ -38,7 +38,7 @@ SHORT = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "vocab_size"
 def bench(config: BenchConfig) -> dict:
     device = pick_device(config.device)
     print(
-        f"| what | measured | computed or beside |\n|---|---|---|\n| {versions(device)} | | |"
+        f"| what | measured | computed, or for comparison |\n|---|---|---|\n| {versions(device)} | | |"
     )
     figures = {"demo": demo(config)}
     for size in SIZES:
@@ -56,7 +56,7 @@ def row(what: str, measured: str, beside: str = "") -> None:
 
 
 def versions(device: torch.device) -> str:
-    """Return card, driver and software in words."""
+    """Describe the card, its driver and the software."""
     software = f"torch {torch.__version__}, Python {platform.python_version()}"
     if device.type != "cuda":
         return f"{device}, {platform.processor() or platform.machine()}, {software}"
@@ -70,7 +70,7 @@ def versions(device: torch.device) -> str:
 
 
 def demo(config: BenchConfig) -> dict:
-    """Run the demo as a user does, data and compiling included."""
+    """Run the demo like a user, including data preparation and compilation."""
     script = Path(train.__file__)
     with TemporaryDirectory() as folder:
         command = [sys.executable, script, DEMO, f"--device={config.device}"]
@@ -95,13 +95,13 @@ def demo(config: BenchConfig) -> dict:
 
 class OurTrainerWithMemory(OurTrainer):
     def peak_memory(self) -> int:
-        """Return the most bytes of tensors that the card has held; 0 on a CPU, which does not count them."""
+        """Peak memory of tensors on the card in bytes; 0 on a CPU, which has no such counter."""
         on_gpu = self.device.type == "cuda"
         return torch.cuda.max_memory_allocated(self.device) if on_gpu else 0
 
 
 def training(config: BenchConfig, size: str, device: torch.device) -> dict:
-    """Time steps of one micro-batch of GPT-2, on the demo's text, beside nanoGPT's where a checkout is given."""
+    """Time steps of one micro-batch of GPT-2 on the demo's text, also for nanoGPT if a checkout is given."""
     keys = configurator.read([str(DEMO.parent / f"{size}.py")], ModelConfig, TrainConfig)
     keys |= {"dataset": "shakespeare_char", "gradient_accumulation_steps": 1}
     keys |= {"device": config.device, "eval_iters": None}
@@ -145,7 +145,7 @@ def training(config: BenchConfig, size: str, device: torch.device) -> dict:
 
 
 def median_step(trainer: Isolated, steps: int) -> float:
-    """Return the seconds of a step."""
+    """Median seconds per step."""
     return statistics.median(trainer.call("take_steps", 0, WARMUP + steps)[WARMUP:])
 
 
@@ -154,13 +154,13 @@ def median_step(trainer: Isolated, steps: int) -> float:
 
 
 def copy_bandwidth(device: torch.device, size: int) -> float:
-    """Return bytes per second, read and written, of copying this many bytes within the device."""
+    """Bytes per second, read and written, while copying this many bytes within the device."""
     x = torch.zeros(size // 4, device=device)
     times = []
     for _ in range(10):
         began = time.perf_counter()
         y = x.clone()
-        y[-1].item()  # waits for a GPU
+        y[-1].item()  # wait for a GPU
         times.append(time.perf_counter() - began)
     return 2 * size / statistics.median(times)
 
@@ -168,7 +168,7 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
 def decoding(
     config: BenchConfig, device: torch.device, texts: int, bandwidth: float
 ) -> dict:
-    """Time tokens after a prompt of 8; the weights that each step reads, beside what memory can give."""
+    """Time tokens after a prompt of 8, and compare the weights that each step reads with the memory bandwidth."""
     dtype = pick_dtype("auto", device)
     name = str(dtype).removeprefix("torch.")
     keys = configurator.read([str(DEMO.parent / "gpt2_124m.py")], ModelConfig, TrainConfig)

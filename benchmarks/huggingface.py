@@ -11,14 +11,14 @@ from model import ModelConfig
 
 
 def random_gpt2(config: ModelConfig) -> nn.Module:
-    """Build Hugging Face's GPT-2 in the shape of the config, always with the same weights."""
+    """Build Hugging Face's GPT-2 with the shape of the config, always with the same weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     shape = {
         key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")
     }
-    # token 0 ends a text: the usual id is not in a small vocabulary
+    # token 0 ends a text, because a small vocabulary lacks the usual id
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(
         GPT2Config(n_positions=config.block_size, **shape, **ends)
@@ -26,7 +26,7 @@ def random_gpt2(config: ModelConfig) -> nn.Module:
 
 
 class HuggingFaceGenerator(Generator):
-    """GPT-2 and a KV cache in a loop that is faster than generate()."""
+    """GPT-2 with a KV cache, in a loop that is faster than generate()."""
 
     packages = ("torch", "transformers")
 

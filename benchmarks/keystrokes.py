@@ -1,4 +1,4 @@
-"""bench.py --what=page: how long a page of explain.py takes to answer a keystroke, in a browser."""
+"""bench.py --what=page: how long a page of explain.py takes to answer a keystroke in a browser."""
 
 import math
 import random
@@ -9,10 +9,10 @@ from pathlib import Path
 from bench import BenchConfig
 from humptygpt.config import UserError
 
-FIRST_KEYS = 10  # keystrokes that are not counted, while the browser compiles
-REST_MS = 200  # after a new text, in which its sections are drawn
-# A message that is posted before a frame is painted arrives after it; the page is busy until it has drawn the text's
-# probabilities.
+FIRST_KEYS = 10  # uncounted keystrokes, during which the browser compiles
+REST_MS = 200  # pause after a new text, while its sections are drawn
+# A message that is posted before a frame is painted arrives after the paint. The page is busy until it has drawn the
+# probabilities of the text.
 PAINTED = """() => {
   window.painted = [];
   window.tasks = [0];
@@ -33,7 +33,7 @@ TIME_OF_NEXT = """n => new Promise((done) => {
   const ask = () => n < painted.length ? done(painted[n]) : setTimeout(ask);
   ask();
 })"""
-# Keys as fast as they can be dispatched, a task each; milliseconds from the last one until the page is at rest.
+# Press keys 10 ms apart, one task each. Milliseconds from the last key until the page is at rest.
 BURST = """([letters, n]) => new Promise((done) => {
   const [text, page] = ["text", "page"].map((id) => document.getElementById(id));
   let [pressed, last] = [0, 0];
@@ -46,8 +46,8 @@ BURST = """([letters, n]) => new Promise((done) => {
   };
   press();
 })"""
-# Characters that "Continue" writes in a second, and milliseconds from "Stop" until that is painted, or until the text
-# no longer changes, whichever is later.
+# Characters per second that "Continue" writes, and milliseconds from "Stop" until it is painted or until the text no
+# longer changes, whichever is later.
 CONTINUED = """seconds => new Promise((done) => {
   const [text, go, page] = ["text", "go-on", "page"].map((id) => document.getElementById(id));
   const before = text.value.length;
@@ -99,7 +99,7 @@ def time_page(browser, path: Path, keystrokes: int) -> dict[str, dict]:
         raise UserError(
             f"{path}: its tokens are not characters, which this benchmark types"
         )
-    # beyond a full context its newest half goes on
+    # beyond a full context, the page continues from the newest half
     lengths = {"64": 64, "full": block_size, "beyond": block_size + 1}
     figures = {
         f"{where}_{name}": time_keystrokes(page, letters, T, where, keystrokes)
@@ -117,7 +117,7 @@ def time_page(browser, path: Path, keystrokes: int) -> dict[str, dict]:
 def time_keystrokes(
     page, letters: list[str], T: int, where: str, count: int
 ) -> dict[str, float]:
-    """Return milliseconds; T: tokens of the text after each keystroke; where: appended or anywhere."""
+    """Milliseconds per keystroke. T: length of the text in tokens after a keystroke. where: appended or anywhere."""
     draw = random.Random(1)
     times = []
     for _ in range(FIRST_KEYS + count):

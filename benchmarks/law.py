@@ -1,18 +1,19 @@
-"""The runs to which the law of --minutes was fitted: a random search over texts and minutes, in runs that resume.
+"""The scaling law of --minutes: the random search over texts and minutes to which it was fitted, and the fit.
 
-    python -m benchmarks.law prepare       data/law_*: the texts
-    python -m benchmarks.law measure       out/law/steps.json: the steps that a run's minutes hold, on a quiet machine
-    python -m benchmarks.law run 3 0/2     the first half of the runs of 3 minutes, but for those that are done
-    python -m benchmarks.law minutes 3     what --minutes makes of each text, on a quiet machine
-    python compare.py out/law/*/*          what came out
-    python -m benchmarks.law gather        the same into benchmarks/law.jsonl
-    python -m benchmarks.law fit           the constants of humptygpt/minutes/plan.py, by law.jsonl
-    python -m benchmarks.law advice        what would have helped each run, beside what it was told
-    python -m benchmarks.law plot          assets/law.png
+    python -m benchmarks.law prepare       prepare the texts: data/law_*
+    python -m benchmarks.law measure       measure how many steps fit into a run's minutes: out/law/steps.json
+    python -m benchmarks.law run 3 0/2     train the first half of the runs of 3 minutes, except those already done
+    python -m benchmarks.law minutes 3     train each text with --minutes=3
+    python compare.py out/law/*/*          show the results
+    python -m benchmarks.law gather        write the results to benchmarks/law.jsonl
+    python -m benchmarks.law fit           fit the constants of humptygpt/minutes/plan.py to law.jsonl
+    python -m benchmarks.law advice        compare each run's advice with the measured gains
+    python -m benchmarks.law plot          draw assets/law.png
 
-The ranges and the seeds below were chosen before any of these runs. A line of law.jsonl is a run: of the random search
-by its number, of --minutes, the same steps on half of the text or on twice as much, or nanoGPT. RECORDS.md says how the
-last three came about. Bits are per byte of the whole validation split; context, read and size (of the text) are bytes.
+measure and minutes need a machine without other programs. The ranges and the seeds below were chosen before any of the
+runs. A line of law.jsonl is one run, named by its number in the search, "minutes", "half" or "twice" (the steps of
+"minutes" on half or twice the text), or "nanoGPT". "bits" is the loss in bits per byte on the whole validation split;
+"context", "read" and "size" (of the text) are in bytes.
 """
 
 import json
@@ -63,11 +64,11 @@ TEXTS = {
 }
 CELLS = [(text, minutes) for minutes in (1, 3, 10) for text in TEXTS]
 CELLS += [("law_shakespeare", 30), ("law_sotu", 30)]
-TRAINED = 0.85  # of the minutes: the rest starts, evaluates and ends
+TRAINED = 0.85  # training's share of the minutes, without start, evaluations and end
 
 
 def draw(text: str, minutes: int, number: int) -> dict[str, object]:
-    """Return the keys of a run."""
+    """Draw the settings of a run."""
     chosen = random.Random(f"{text} {minutes} {number}")
     n_embd = chosen.choice([64, 128, 192, 256, 320, 384])
     block_size = chosen.choice([128, 256, 512])
@@ -100,7 +101,7 @@ def prepare() -> None:
 
 
 def measure() -> None:
-    """Time a few steps of each run."""
+    """Time a few steps of each run, and compute how many fit into its minutes."""
     tune_malloc(False)
     steps = {}
     for text, minutes in CELLS:
@@ -126,7 +127,7 @@ def command(text: str, minutes: int, number: int) -> list[str]:
 
 
 def run(only: str, share: str) -> None:
-    """Train what is not done; share: i/n, every n-th run from number i on."""
+    """Train the runs that are not done yet. share: "i/n", every n-th run beginning with number i."""
     first, every = map(int, share.split("/"))
     steps = json.loads((OUT / "steps.json").read_text())
     runs = [(text, minutes, i) for text, minutes in CELLS for i in range(RUNS)]
@@ -134,7 +135,7 @@ def run(only: str, share: str) -> None:
         if (OUT / f"{text}_{minutes}" / str(number) / "best.pt").exists():
             continue
         max_iters = steps[f"{text} {minutes} {number}"]
-        # evaluated once, by the whole validation split
+        # one evaluation, on the whole validation split
         once = [f"--eval_interval={max_iters}", "--eval_iters=100000"]
         argv = [*command(text, minutes, number), f"--max_iters={max_iters}", *once]
         script(["train.py", *argv])
@@ -148,8 +149,7 @@ def run_minutes(only: str) -> None:
             script(["train.py", *keys])
 
 
-# where the fit begins: constants of plan.py, and what it costs runs that do not follow it to miss the dropout and the
-# learning rate
+# start of the fit: constants of plan.py, and the penalties for a dropout and a learning rate other than the plan's
 START = {
     "A": 12.0,
     "ALPHA": 0.3,
@@ -167,7 +167,7 @@ START = {
 
 
 def predict(x: dict[str, Tensor], constants: Tensor, base: Tensor) -> Tensor:
-    """Return bits per byte, (runs,): plan.loss() and what its text itself adds. base: (runs,)."""
+    """Bits per byte, (runs,): plan.loss() plus the base loss of each run's text, (runs,)."""
     a, alpha, b, beta, c, gamma, small, repeats, slope, first, missed, rate = constants
 
     def worth(amount: Tensor, once: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def predict(x: dict[str, Tensor], constants: Tensor, base: Tensor) -> Tensor:
 
 
 def fit() -> None:
-    """Fit plan.loss() and plan.dropout() to the runs, and print the constants and how far they are off."""
+    """Fit plan.loss() and plan.dropout() to the runs, and print the constants and their errors."""
     rows = [row for row in runs().values() if row["run"] in (*range(RUNS), "minutes")]
     keys = ("parameters", "read", "size", "dropout", "rate", "context", "step", "bits")
     x = {key: torch.tensor([row[key] for row in rows]).double() for key in keys}
@@ -193,7 +193,7 @@ def fit() -> None:
     fits = []
     for seed in range(20):
         torch.manual_seed(seed)
-        # logarithms, so that all are positive
+        # logarithms keep all constants positive
         start = torch.tensor(list(START.values())).double().log()
         free = (start + 0.3 * torch.randn_like(start)).requires_grad_()
         base = torch.ones(len(TEXTS), dtype=torch.float64, requires_grad=True)
@@ -206,7 +206,7 @@ def fit() -> None:
 
 
 def minimize(x: dict[str, Tensor], free: Tensor, base: Tensor, text: Tensor) -> float:
-    """Fit both in place, and return how far they are off. Source of the measure: arXiv:2203.15556, section 3.3."""
+    """Fit `free` and `base` in place, and return the error: Huber loss, as in arXiv:2203.15556, section 3.3."""
     optimizer = torch.optim.LBFGS(
         [free, base], max_iter=2000, line_search_fn="strong_wolfe"
     )
@@ -223,13 +223,13 @@ def minimize(x: dict[str, Tensor], free: Tensor, base: Tensor, text: Tensor) -> 
 
 
 def runs() -> dict[tuple, dict]:
-    """Return what law.jsonl has, by text, minutes and run."""
+    """Read law.jsonl: {(text, minutes, run): its line}."""
     rows = map(json.loads, DATA.read_text().splitlines())
     return {(row["text"], row["minutes"], row["run"]): row for row in rows}
 
 
 def gather() -> None:
-    """Add the runs that are done, and leave in law.jsonl those that are not here."""
+    """Add the finished runs to law.jsonl, and keep its lines of runs that are not on this machine."""
     rows = runs()
     names = [*range(RUNS), "minutes", "half", "twice"]
     for (text, minutes), name in product(CELLS, names):
@@ -242,7 +242,7 @@ def gather() -> None:
 
 
 def outcome(out_dir: Path) -> dict[str, float]:
-    """Return what a run chose, and what came out."""
+    """The settings of a run and its loss: the part of its line in law.jsonl that is read from its folder."""
     settings = json.loads((out_dir / "config.json").read_text())
     metrics = read_metrics(out_dir / "metrics.jsonl")
     last = metrics[-1]
@@ -270,10 +270,11 @@ def outcome(out_dir: Path) -> dict[str, float]:
 
 
 def advice() -> None:
-    """Print, for each run by --minutes, its advice and what a doubling brought, as far as it was measured.
+    """Print, for each run with --minutes, its advice and the gains that were measured for a doubling.
 
-    Minutes: per doubling, between this run and the next longer one, or else the next shorter one. Text: twice as much
-    beside this run, and this run beside half as much, which brings more, since that half was read more often.
+    The gain of twice the minutes is taken from this run and the next longer one, or the next shorter one if there is
+    none. The gain of twice the text is taken from a run on twice the text, or from this run and one on half of it. The
+    latter is larger, because that half was read more often.
     """
     known = runs()
     for text, minutes in CELLS:
@@ -293,7 +294,7 @@ def advice() -> None:
 
 
 def plot() -> None:
-    """Draw a panel for each text: the search, what --minutes makes of it and what the law says, and nanoGPT."""
+    """Draw a panel for each text: the search, the runs with --minutes, the scaling law, and nanoGPT."""
     known = runs().values()
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, text in zip(figure.subplots(1, len(TEXTS)), TEXTS, strict=True):
@@ -307,7 +308,7 @@ def plot() -> None:
         axes.plot(*curve(chosen), "o-", label="--minutes")
         minutes, _ = curve(chosen)
         law = [promise(row) + beside for row in chosen]
-        axes.plot(minutes, law, "k:", label="the law")
+        axes.plot(minutes, law, "k:", label="scaling law")
         axes.plot(*curve(other), "s-", label="nanoGPT")
         axes.set(xscale="log", yscale="log", title=text, xlabel="minutes")
         axes.set_xticks(times, times)

@@ -1,4 +1,4 @@
-"""llama.cpp, by the package xllamacpp."""
+"""llama.cpp, through the package xllamacpp."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,20 +12,21 @@ from benchmarks.huggingface import random_gpt2
 from humptygpt.convert.gguf import entries, write_gguf
 from model import ModelConfig
 
-DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0"}  # of GGUF
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0"}  # GGUF's names
 
 
 def write_random_gguf(path: Path, config: ModelConfig, dtype: str) -> None:
-    """Write random_gpt2() for llama.cpp; dtype: as in export.DTYPES.
+    """Write random_gpt2() for llama.cpp. dtype: a name in export.DTYPES.
 
-    The output head is that of the embedding, as llama.cpp has it where a file has none.
+    The file has no output head, so llama.cpp uses the embedding for it.
     """
     model = random_gpt2(config)
     weights = model.state_dict()
     del weights["lm_head.weight"]
     words = [f"t{i}" for i in range(config.vocab_size)]
     types = [TokenType.NORMAL] * len(words)
-    merges = {"tokenizer_pre": "gpt-2", "token_merges": ["t 0"]}  # it insists on one
+    # llama.cpp insists on one merge
+    merges = {"tokenizer_pre": "gpt-2", "token_merges": ["t 0"]}
     tokens = entries("gpt2", words, types, eot=0, **merges)
     content = model.config.to_dict() | {
         "architectures": ["GPT2LMHeadModel"],
@@ -35,7 +36,7 @@ def write_random_gguf(path: Path, config: ModelConfig, dtype: str) -> None:
 
 
 class LlamaCppGenerator(Generator):
-    """Its server, called in its own process: it reports the seconds, of the tokens after the first their mean."""
+    """llama.cpp's server inside this process, which reports its times itself: of later tokens only their total."""
 
     dtypes = tuple(DTYPES)
     packages = ("xllamacpp", "gguf", "transformers")
@@ -44,7 +45,7 @@ class LlamaCppGenerator(Generator):
     def load(self, model_config: ModelConfig, config: BenchConfig) -> None:
         import xllamacpp
 
-        self.folder = TemporaryDirectory()  # the server maps the file
+        self.folder = TemporaryDirectory()  # kept, because the server maps the file
         path = Path(self.folder.name) / "model.gguf"
         write_random_gguf(path, model_config, DTYPES[config.weights])
         params = xllamacpp.CommonParams()
@@ -55,7 +56,7 @@ class LlamaCppGenerator(Generator):
         params.cpuparams.n_threads = torch.get_num_threads()
         params.cpuparams_batch.n_threads = torch.get_num_threads()
         params.verbosity = -1
-        params.cache_ram_mib = 0  # of earlier requests
+        params.cache_ram_mib = 0  # no cache of earlier requests
         self.server = xllamacpp.Server(params)
 
     def measure(self, n: int) -> list[float]:

@@ -20,25 +20,26 @@ KEYS = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "vocab_s
 
 
 def build_gpt(checkout: str, config: ModelConfig) -> nn.Module:
-    """Build the GPT of the checkout's model.py in the shape of the config."""
+    """Build the GPT from the checkout's model.py with the shape of the config."""
     spec = importlib.util.spec_from_file_location(
         "nanogpt_model", Path(checkout) / "model.py"
     )
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up there
+    sys.modules[spec.name] = module  # its dataclass looks up its own module there
     spec.loader.exec_module(module)
     shape = {key: getattr(config, key) for key in KEYS}
     return module.GPT(module.GPTConfig(**shape))
 
 
 class NanoGPTTrainer(Trainer):
-    """nanoGPT's model and optimizer, the body of its loop and its way of drawing batches, from one file of uint16."""
+    """nanoGPT's model, optimizer, loop body and way of drawing batches from one file of uint16."""
 
     def __init__(self, config: TrainConfig, model_config: ModelConfig, checkout: str):
         self.config = config
         self.device = pick_device(config.device)
         on_gpu = self.device.type == "cuda"
-        self.dtype = pick_dtype("auto" if on_gpu else "float32", self.device)  # as there
+        # nanoGPT has only float32 on a CPU
+        self.dtype = pick_dtype("auto" if on_gpu else "float32", self.device)
         folder = Path("data") / config.dataset
         self.dataset = open_prepared(folder, model_config, config.seed)
         self.tokens = self.dataset.folder / "train.bin"
@@ -46,7 +47,7 @@ class NanoGPTTrainer(Trainer):
         self.model = build_gpt(checkout, model_config).to(self.device)
         self.net = self.model
         if on_gpu:
-            torch.set_float32_matmul_precision("high")  # TF32, as there
+            torch.set_float32_matmul_precision("high")  # TF32, like nanoGPT
             self.net = torch.compile(self.model)
         self.optimizer = self.model.configure_optimizers(
             config.weight_decay,
@@ -57,9 +58,9 @@ class NanoGPTTrainer(Trainer):
         self.next_batch = self.get_batch()
 
     def get_batch(self) -> Tensor:
-        """Return (2, B, T): token ids and targets."""
+        """Draw a batch, (2, B, T): token ids and targets."""
         T = self.dataset.block_size
-        # opened for each batch, as there
+        # nanoGPT opens the file for each batch
         data = np.memmap(self.tokens, dtype=np.uint16, mode="r")
         starts = torch.randint(len(data) - T, (self.config.batch_size,))
         crops = np.stack([data[i : i + T + 1] for i in starts]).astype(np.int64)
@@ -81,7 +82,7 @@ class NanoGPTTrainer(Trainer):
 
 
 class NanoGPTGenerator(Generator):
-    """Its GPT.generate, one token a call, which is the same work: it keeps nothing from one token to the next."""
+    """nanoGPT's generate(), called for one token at a time. That costs nothing extra, because it has no cache."""
 
     def load(self, model_config: ModelConfig, config: BenchConfig) -> None:
         self.model = build_gpt(config.nanogpt, model_config).eval()

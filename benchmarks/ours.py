@@ -17,7 +17,7 @@ from model import ModelConfig
 
 
 class OurTrainer(Trainer):
-    """Steps as train.py takes them."""
+    """Training steps of train.py."""
 
     def __init__(self, config: TrainConfig, model_config: ModelConfig):
         self.run = train.setup(config, model_config)
@@ -33,7 +33,7 @@ class OurTrainer(Trainer):
 
 
 class OurGenerator(Generator):
-    """Tokens as sample.py generates them."""
+    """Generation by the code of sample.py."""
 
     dtypes = ("float32", "bfloat16", "int8")
 

@@ -32,7 +32,7 @@ def bench(config: BenchConfig) -> dict:
 
 
 def time_phases(run: train.Run, it: int) -> dict[str, float]:
-    """Take a step of one micro-batch, as train.train_step does. Returns the seconds of each phase."""
+    """Take a step of one micro-batch in the same way as train.train_step. Returns the seconds of each phase."""
     seconds = {}
     began = time.perf_counter()
 

@@ -1,4 +1,4 @@
-"""bench.py --what=train: steps of ours and of nanoGPT's, in turn."""
+"""bench.py --what=train: training steps of this program and of nanoGPT, in turn."""
 
 import statistics
 from dataclasses import replace
@@ -13,7 +13,7 @@ from benchmarks.ours import OurTrainer
 from benchmarks.training import SHAPE, read_configs
 from humptygpt.config import UserError
 
-TURN = 10  # steps of one, then of the other
+TURN = 10  # steps of one program before the other's turn
 
 
 def bench(config: BenchConfig) -> dict:

@@ -1,4 +1,4 @@
-"""bench.py --what=loss: how long nanoGPT's CPU preset takes to a validation loss, and how long ours does."""
+"""bench.py --what=loss: time to a validation loss, for nanoGPT's CPU preset and for one of our configs."""
 
 import json
 import math
@@ -24,7 +24,7 @@ def bench(config: BenchConfig) -> dict:
 
 
 def compare_run(config: BenchConfig, seed: int) -> dict[str, float]:
-    """Train both from this seed. Returns the figures of each, as from train_to(), and the speedup."""
+    """Train both with this seed. Returns the figures of train_to() for each, and the speedup."""
     ours, model_config = read_configs(config, DEMO)
     ours = replace(ours, seed=seed)
     preset = replace(PRESET, seed=seed, dataset=ours.dataset, device=config.device)
@@ -32,7 +32,7 @@ def compare_run(config: BenchConfig, seed: int) -> dict[str, float]:
     nanogpt = Isolated(NanoGPTTrainer, preset, shape, config.nanogpt)
     row = train_to(nanogpt.call, preset.max_iters, 100, config.target, "nanogpt")
     trial = Isolated(OurTrainer, ours, model_config).call("take_steps", 0, 3 * WARMUP)
-    # how many steps fit into the same time, with room for a machine that others slow down
+    # how many steps fit into the same time, with a margin in case other programs slow the machine down
     steps = int(0.8 * row["nanogpt_seconds"] / statistics.mean(trial[WARMUP:])) or 1
     ours = replace(ours, max_iters=steps, lr_decay_iters=None)
     row |= train_to(
@@ -47,8 +47,8 @@ def train_to(
 ) -> dict[str, float]:
     """Train for this many steps, evaluating after every interval of them until the target is reached.
 
-    Returns the seconds of all steps, those to the target, interpolated linearly between evaluations (all, where it was
-    not reached), and the loss at the end.
+    Returns the seconds of all steps, the seconds to the target, and the loss at the end. The time to the target is
+    interpolated linearly between evaluations; if the target was not reached, it is the time of all steps.
     """
     seconds = 0.0
     reached = None

@@ -15,7 +15,7 @@ from model import ModelConfig
 
 CPU = torch.device("cpu")
 DEMO = Path(__file__).parent.parent / "config" / "shakespeare_char.py"
-# nanoGPT's preset for a laptop's CPU, as the command in its README sets it
+# nanoGPT's preset for a laptop's CPU, from the command in its README
 SHAPE = ModelConfig(
     block_size=64,
     n_layer=4,
@@ -47,9 +47,9 @@ PRESET = TrainConfig(
 def read_configs(
     config: BenchConfig, default: Path | None = None
 ) -> tuple[TrainConfig, ModelConfig]:
-    """Return the settings of the config file, or of the default one, or else nanoGPT's CPU preset.
+    """Read the settings of --config, or of the default config; without either, nanoGPT's CPU preset.
 
-    The data is prepared if it is missing. Raises UserError where it is not text.
+    Missing data is prepared. Raises UserError if it is not text.
     """
     train_config = PRESET
     model_config = SHAPE
@@ -60,7 +60,7 @@ def read_configs(
         model_config = configurator.make(ModelConfig, given)
     dtype = config.dtype or "auto"
     if config.what == "train" and not config.dtype and pick_device(config.device) == CPU:
-        dtype = "float32"  # as nanoGPT there
+        dtype = "float32"  # nanoGPT has no other dtype on a CPU
     train_config = replace(train_config, device=config.device, dtype=dtype, compile=None)
     prepare_missing(train_config)
     folder = Path("data") / train_config.dataset
@@ -69,6 +69,6 @@ def read_configs(
         raise UserError(
             f"dataset={train_config.dataset} has sentence pairs, but what={config.what} is for text"
         )
-    # nanoGPT's model needs to know it before it is built
+    # nanoGPT's model needs the vocabulary size before it is built
     vocab_size = model_config.vocab_size or dataset.tokenizer.vocab_size
     return train_config, replace(model_config, vocab_size=vocab_size)

@@ -1,11 +1,12 @@
-# GPT-2, 124 million parameters, fine-tuned on tiny Shakespeare in its own tokens; nanoGPT's file of this name, which
-# takes gpt2-xl, in the smallest size.
+# Fine-tunes GPT-2, 124 million parameters, on tiny Shakespeare in GPT-2's own tokens. nanoGPT's file of this name does
+# the same with gpt2-xl.
 #
 #   python train.py config/finetune_shakespeare.py                    downloads 550 MB
-#   python train.py config/finetune_shakespeare.py --lora_rank=8      less memory: see README.md
+#   python train.py config/finetune_shakespeare.py --lora_rank=8      less memory: see docs/models.md
 #   python train.py config/finetune_shakespeare.py --init_from=out/x --dataset=mine      any model, other data
 #
-# For a GPU; a step takes minutes on 2 CPU cores. Unmeasured here, as the weights could not be downloaded.
+# It needs a GPU; a step takes minutes on 2 CPU cores. It is unmeasured here, because the weights could not be
+# downloaded.
 
 out_dir = "out/finetune_shakespeare"
 dataset = "shakespeare"

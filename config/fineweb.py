@@ -1,9 +1,9 @@
-# A modern GPT of the size of GPT-2's smallest, 124 million parameters, on the 10-billion-token sample of FineWeb.
+# A modern GPT with the size of GPT-2's smallest, 124 million parameters, on the 10-billion-token sample of FineWeb.
 #
 #   python prepare_data.py fineweb --files=15     downloads 28 GB; without --files the first file, 2 GB
 #   python train.py config/fineweb.py
 #
-# For a GPU with 24 GB or more. Unmeasured here.
+# It needs a GPU with 24 GB or more, and is unmeasured here.
 
 out_dir = "out/fineweb"
 dataset = "fineweb"

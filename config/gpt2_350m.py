@@ -3,7 +3,7 @@
 #   python prepare_data.py openwebtext --files=80     downloads 24 GB; without --files the first file, 300 MB
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_350m.py
 #
-# What it takes is computed by --dry_run=True; it was trained nowhere yet.
+# It has never been trained. --dry_run=True computes the memory that it needs.
 
 out_dir = "out/gpt2_350m"
 dataset = "openwebtext"

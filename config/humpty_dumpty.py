@@ -3,9 +3,9 @@
 #   python train.py config/humpty_dumpty.py
 #   python sample.py --out_dir=out/humpty_dumpty --start="Humpty Dumpt" --temperature=0 --max_new_tokens=129
 #
-# Both together take 10 to 20 seconds on 2 CPU cores; the second prints the rhyme. The data is the rhyme ten times:
-# nine copies for training, and the tenth for validation. So the validation loss, near 0.002, measures how well the
-# rhyme is memorised, and says nothing about any other text.
+# Both commands together take 10 to 20 seconds on 2 CPU cores, and the second prints the rhyme. The data is the rhyme
+# ten times: nine copies for training, and the tenth for validation. So the validation loss, near 0.002, measures how
+# well the model has memorised the rhyme, and says nothing about any other text.
 
 out_dir = "out/humpty_dumpty"
 dataset = "humpty_dumpty"
@@ -14,7 +14,7 @@ dataset = "humpty_dumpty"
 n_layer = 2
 n_head = 2
 n_embd = 64
-block_size = 1280  # nearly all of the data, so blocks start in the first line: the second begins alike
+block_size = 1280  # nearly all of the data, so that blocks start in the first line; the second begins in the same way
 position = "rotary"
 activation = "relu_squared"
 mlp_conv = 0  # no convolution

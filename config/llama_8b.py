@@ -3,9 +3,9 @@
 #   python train.py config/llama_8b.py --dry_run=True
 #   torchrun --standalone --nproc_per_node=8 train.py config/llama_8b.py --parallel=fsdp
 #
-# One card cannot hold it with gradients and optimizer state: it needs --parallel=fsdp, on 8 cards of 80 GB or more.
-# Its vocabulary is padded to Llama's, and the text has GPT-2's tokens. What it takes is computed by --dry_run=True; it
-# was trained nowhere yet.
+# One card cannot hold it with gradients and optimizer state, so it needs --parallel=fsdp on 8 cards of 80 GB or more.
+# The text is in GPT-2's tokens, and the vocabulary is padded to the size of Llama's. The model has never been trained.
+# --dry_run=True computes the memory that it needs.
 
 out_dir = "out/llama_8b"
 dataset = "fineweb"

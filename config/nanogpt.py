@@ -1,11 +1,12 @@
-# nanoGPT's defaults: GPT-2's smallest size on OpenWebText. Its config files build on them, so name this file first:
+# nanoGPT's defaults: GPT-2's smallest size on OpenWebText. nanoGPT's config files build on them, so name this file
+# first:
 #
 #   python train.py config/nanogpt.py nanoGPT/config/train_gpt2.py
 #   python train.py config/nanogpt.py nanoGPT/config/eval_gpt2.py
 #   python train.py config/nanogpt.py nanoGPT/config/finetune_shakespeare.py
 #
-# The last two start from GPT-2, whose shape and vocabulary of 50,257 then count. device, dtype and compile stay at what
-# this machine has. Unmeasured here.
+# The last two start from GPT-2 and use its shape and its vocabulary of 50,257. Device, dtype and compile keep the
+# defaults of this machine. The models need a GPU and are unmeasured here.
 
 out_dir = "out"
 dataset = "openwebtext"
@@ -27,9 +28,8 @@ mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
 tie_weights = True  # the output head is the embedding
-vocab_size = (
-    50304  # GPT-2's 50,257 tokens, padded; for data of other tokens add --vocab_size=None
-)
+# GPT-2's 50,257 tokens, padded; for data in other tokens add --vocab_size=None
+vocab_size = 50304
 
 batch_size = 12
 gradient_accumulation_steps = 40

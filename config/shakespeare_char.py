@@ -1,9 +1,9 @@
-# A small GPT that writes like Shakespeare, one character after another: the demo, and where to start.
+# A small GPT that writes like Shakespeare, one character after another. This is the demo, and the place to start.
 #
 #   python train.py config/shakespeare_char.py
 #
-# 0.81 million parameters. On 2 CPU cores with bfloat16 instructions it takes 2 to 3 minutes and reaches a validation
-# loss of 1.4530 nats per character. RECORDS.md has what was tried.
+# It trains 0.81 million parameters. On 2 CPU cores with bfloat16 instructions it takes 2 to 3 minutes and reaches a
+# validation loss of 1.4530 nats per character. RECORDS.md says what else was tried.
 
 out_dir = "out/shakespeare_char"
 dataset = "shakespeare_char"  # tiny Shakespeare: 1.1 million characters
@@ -16,7 +16,7 @@ block_size = 256  # context of 256 characters
 position = "rotary"
 norm = "layernorm"
 activation = "relu_squared"
-mlp_conv = 3  # each feed-forward network sees the three characters before its own, too
+mlp_conv = 3  # each feed-forward network also sees the three characters before its own
 qk_norm = True
 init = "zero"  # each block starts as the identity
 tie_weights = False

@@ -1,9 +1,9 @@
-# A larger GPT on tiny Shakespeare: the demo's with six layers of 256 features.
+# A larger GPT on tiny Shakespeare: the demo with six layers of 256 features.
 #
 #   python train.py config/shakespeare_char_large.py
 #
-# 4.76 million parameters. On 2 CPU cores with bfloat16 instructions it takes 15 to 25 minutes and reaches a validation
-# loss of 1.4319 nats per character. RECORDS.md has what was tried.
+# It trains 4.76 million parameters. On 2 CPU cores with bfloat16 instructions it takes 15 to 25 minutes and reaches a
+# validation loss of 1.4319 nats per character. RECORDS.md says what else was tried.
 
 out_dir = "out/shakespeare_char_large"
 dataset = "shakespeare_char"  # tiny Shakespeare: 1.1 million characters
@@ -16,7 +16,7 @@ block_size = 512  # context of 512 characters
 position = "rotary"
 norm = "layernorm"
 activation = "relu_squared"
-mlp_conv = 3  # each feed-forward network sees the three characters before its own, too
+mlp_conv = 3  # each feed-forward network also sees the three characters before its own
 qk_norm = True
 init = "zero"  # each block starts as the identity
 tie_weights = False

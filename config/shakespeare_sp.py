@@ -1,4 +1,4 @@
-# A GPT on subwords: a vocabulary of 1,024 that sentencepiece learns from the text, 2.4 characters each on average.
+# A small GPT on subwords: sentencepiece learns a vocabulary of 1,024 from the text, on average 2.4 characters each.
 #
 #   python train.py config/shakespeare_sp.py
 #

@@ -1,5 +1,5 @@
-# 12 MB of clean English prose: the messages of US presidents to Congress from 1790 on, a document each. A vocabulary of
-# 4,096 subwords, learned by sentencepiece.
+# A small GPT on 12 MB of clean English prose, the messages of US presidents to Congress since 1790, each a document.
+# sentencepiece learns a vocabulary of 4,096 subwords.
 #
 #   python train.py config/sotu.py
 #

@@ -1,7 +1,7 @@
-# German to English with an encoder-decoder Transformer: the architecture of 2017 with modern parts, trained by Muon.
+# German to English with an encoder-decoder: the Transformer of 2017 with modern parts, trained by Muon.
 #
 #   python train.py config/translate_de_en.py
-#   python sample.py --out_dir=out/translate_de_en --start="Wo wohnst du?"
+#   python sample.py --out_dir=out/translate_de_en --start="Ein Mann schläft auf einer Bank im Park."
 #
 # On Multi30k and 2 CPU cores it takes about 27 minutes and reaches BLEU 40.9 and chrF 60.2 on the test split, with 4
 # beams.
@@ -10,11 +10,11 @@ out_dir = "out/translate_de_en"
 dataset = "translate_de_en"
 
 model = "transformer"
-n_layer = 3  # of the encoder, and as many of the decoder
+n_layer = 3  # layers of the encoder, and the same number in the decoder
 n_head = 4
 n_embd = 192
 n_hidden = 576
-block_size = 80  # tokens of the longest source, and of the longest target
+block_size = 80  # longest source or target, in tokens
 position = "rotary"
 norm = "rmsnorm"
 activation = "relu_squared"
@@ -25,7 +25,7 @@ tie_weights = True  # the output head is the embedding
 
 dropout = 0.1
 label_smoothing = 0.1
-batch_size = 24  # as many pairs of similar length as fit into 24 times block_size tokens
+batch_size = 24  # times block_size: the most tokens in a batch of pairs of similar length
 max_iters = 2500
 optimizer = "muon"
 learning_rate = 6e-3

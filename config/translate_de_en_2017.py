@@ -1,10 +1,11 @@
-# A small version of the original Transformer: post-norm, sinusoidal positions, ReLU, bias terms, one embedding matrix
-# for both languages and the head, embeddings scaled by sqrt(n_embd), label smoothing, dropout, AdamW with warmup.
-# Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3 and 5.
+# German to English with a small version of the original Transformer: post-norm, sinusoidal positions, ReLU, bias terms,
+# one embedding matrix for both languages and the head, embeddings scaled by sqrt(n_embd), label smoothing, dropout,
+# AdamW with warmup. Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3 and 5.
 #
 #   python train.py config/translate_de_en_2017.py
 #
-# As many steps as config/translate_de_en.py, which takes about 27 minutes on 2 CPU cores. Unmeasured here.
+# It takes the same number of steps as config/translate_de_en.py, which needs about 27 minutes on 2 CPU cores. It is
+# unmeasured here.
 
 out_dir = "out/translate_de_en_2017"
 dataset = "translate_de_en"
@@ -32,7 +33,7 @@ max_iters = 2500
 optimizer = "adamw"
 learning_rate = 2e-3
 beta2 = 0.98
-schedule = "cosine"  # the paper's is 1 / sqrt(step) after 4,000 steps of warmup, 25,000 tokens each
+schedule = "cosine"  # the paper: 1 / sqrt(step) after 4,000 warmup steps of 25,000 tokens
 min_lr = None  # a tenth of learning_rate
 warmup_iters = 300
 weight_decay = 0.0

@@ -1,18 +1,17 @@
-# A character is one number. The article: "Embeddings".
+# A network that sees a character as one number. The article's chapter: "Embeddings".
 #
-# A network of 256 neurons reads the last 8 characters and predicts the next one. What should a character be to it: one
-# number, or a vector of features that are trained with the rest?
+# A network of 256 neurons reads the last 8 characters and predicts the next one. Should it see a character as one
+# number, or as a vector of features that are trained with the rest?
 #
 #   python train.py config/article/01_embeddings/1-number.py
 #
-# On 2 CPU cores it takes 3 s and reaches 4.153 bits per byte, 4.152 to 4.154 with three seeds.
+# On 2 CPU cores it takes 3 s and reaches 4.153 bits per byte (4.152 to 4.154 with three seeds).
 
 out_dir = "out/article/01_embeddings/1-number"
 dataset = "shakespeare_char"
 
-model = (
-    "number_mlp"  # a token is its index in the vocabulary divided by the vocabulary size
-)
+# a token is its index in the vocabulary divided by the vocabulary size
+model = "number_mlp"
 n_embd = 1
 window = 8
 n_layer = 1

@@ -1,12 +1,13 @@
-# Tokens are subwords, and the network reads as much text. The article: "Subword Tokenizers".
+# A network that reads subwords, trained on as much text as 1-characters.py. The article's chapter: "Subword
+# Tokenizers".
 #
-# The same network reads 8 tokens: characters, or subwords. Eight subwords reach back 19 characters, and each prediction
-# yields 2.4; but there are 1,024 of them to learn, and the output head is larger. So there are two comparisons: after
-# as many characters, and after as many seconds.
+# The same network reads 8 tokens, either characters or subwords. Eight subwords reach back 19 characters, and each
+# prediction covers 2.4 of them. But there are 1,024 subwords to learn, and the output head is larger. So there are two
+# comparisons: after the same number of characters, and after the same number of seconds.
 #
 #   python train.py config/article/02_subwords/2-subwords-same-text.py
 #
-# On 2 CPU cores it takes 27 s and reaches 2.428 bits per byte, 2.419 to 2.441 with three seeds.
+# On 2 CPU cores it takes 27 s and reaches 2.428 bits per byte (2.419 to 2.441 with three seeds).
 
 out_dir = "out/article/02_subwords/2-subwords-same-text"
 dataset = "shakespeare_sp"  # new: 1,024 subwords by sentencepiece
@@ -22,7 +23,7 @@ bias = True
 # training
 batch_size = 12
 block_size = 64
-max_iters = 3390  # 6.1 million characters, as 1-characters.py
+max_iters = 3390  # 6.1 million characters, the same as in 1-characters.py
 optimizer = "adamw"
 learning_rate = 0.002
 beta2 = 0.95

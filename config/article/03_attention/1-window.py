@@ -1,13 +1,13 @@
-# A network reads the last 8 tokens. The article: "Self Attention".
+# A network that reads the last 8 tokens. The article's chapter: "Self Attention".
 #
-# The article's own example: in "Damian had a secret child, a girl, and he had written in his will that all his
-# belongings will belong to", the next word depends on one far back. The text is 40,000 such sentences, generated at
-# random. A reader of the whole sentence is left with the random choices, 0.163 bits per byte; a reader of the last 8
-# tokens has to guess more, 0.196.
+# The text is 40,000 sentences like the article's own example, generated at random: "Damian had a secret child, a girl,
+# and he had written in his will that all his belongings will belong to". The next word depends on one far back. Whoever
+# reads a whole sentence has to guess only the random choices, 0.163 bits per byte. With the last 8 tokens there is more
+# to guess, 0.196.
 #
 #   python train.py config/article/03_attention/1-window.py
 #
-# On 2 CPU cores it takes 8 s and reaches 0.198 bits per byte, 0.198 to 0.198 with three seeds.
+# On 2 CPU cores it takes 8 s and reaches 0.198 bits per byte with each of three seeds.
 
 out_dir = "out/article/03_attention/1-window"
 dataset = "wills"
@@ -16,7 +16,7 @@ model = "window_mlp"
 n_embd = 32
 window = 8
 n_layer = 1
-n_hidden = 96  # as many parameters as 2-attention.py
+n_hidden = 96  # the same number of parameters as in 2-attention.py
 activation = "relu"
 bias = True
 

@@ -1,10 +1,10 @@
-# Each block's output is added to its input. The article: "Residual connections".
+# Twelve blocks in which each block's output is added to its input. The article's chapter: "Residual connections".
 #
-# Twelve blocks, as many as the smallest GPT-2 has. Does it matter that each adds its output to its input?
+# The model has twelve blocks, like the smallest GPT-2. Does it matter that each block adds its output to its input?
 #
 #   python train.py config/article/04_residual/2-with.py
 #
-# On 2 CPU cores it takes 28 s and reaches 2.694 bits per byte, 2.673 to 2.708 with three seeds.
+# On 2 CPU cores it takes 28 s and reaches 2.694 bits per byte (2.673 to 2.708 with three seeds).
 
 out_dir = "out/article/04_residual/2-with"
 dataset = "shakespeare_char"

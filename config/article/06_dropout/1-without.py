@@ -1,11 +1,11 @@
-# Nothing keeps the model from memorising. The article: "Dropout".
+# A GPT that nothing keeps from memorising its text. The article's chapter: "Dropout".
 #
-# The text is short, a tenth of tiny Shakespeare, and read 18 times: a model can memorise it. That is where dropout is
-# used. The loss is that at the end: without dropout it is lowest after half of the steps, then it rises.
+# The text is short, a tenth of tiny Shakespeare, and is read 18 times, so a model can memorise it. Dropout is meant for
+# this case. The loss is the one at the end: without dropout it is lowest after half of the steps and then rises.
 #
 #   python train.py config/article/06_dropout/1-without.py
 #
-# On 2 CPU cores it takes 54 s and reaches 3.411 bits per byte, 3.398 to 3.420 with three seeds.
+# On 2 CPU cores it takes 54 s and reaches 3.411 bits per byte (3.398 to 3.420 with three seeds).
 
 out_dir = "out/article/06_dropout/1-without"
 dataset = "shakespeare_char_tenth"

@@ -1,11 +1,11 @@
-# In training, each activation is zeroed with probability 0.1. The article: "Dropout".
+# A GPT in which each activation is zeroed with probability 0.1 in training. The article's chapter: "Dropout".
 #
-# The text is short, a tenth of tiny Shakespeare, and read 18 times: a model can memorise it. That is where dropout is
-# used. The loss is that at the end: without dropout it is lowest after half of the steps, then it rises.
+# The text is short, a tenth of tiny Shakespeare, and is read 18 times, so a model can memorise it. Dropout is meant for
+# this case. The loss is the one at the end: without dropout it is lowest after half of the steps and then rises.
 #
 #   python train.py config/article/06_dropout/2-with.py
 #
-# On 2 CPU cores it takes 81 s and reaches 3.040 bits per byte, 3.017 to 3.071 with three seeds.
+# On 2 CPU cores it takes 81 s and reaches 3.040 bits per byte (3.017 to 3.071 with three seeds).
 
 out_dir = "out/article/06_dropout/2-with"
 dataset = "shakespeare_char_tenth"

@@ -1,12 +1,12 @@
-# Each position has a trained vector, added to the embedding, as in GPT-2. The article: "Positional encoding and
-# embedding".
+# A GPT with a trained vector for each position, which is added to the embedding, as in GPT-2. The article's chapter:
+# "Positional encoding and embedding".
 #
-# Attention alone does not see the order of the tokens before. For characters order is everything: without it, a word is
-# a bag of letters.
+# Attention by itself does not see the order of the earlier tokens. For characters order is everything: without it, a
+# word is a bag of letters.
 #
 #   python train.py config/article/08_positions/2-learned.py
 #
-# On 2 CPU cores it takes 24 s and reaches 2.716 bits per byte, 2.691 to 2.730 with three seeds.
+# On 2 CPU cores it takes 24 s and reaches 2.716 bits per byte (2.691 to 2.730 with three seeds).
 
 out_dir = "out/article/08_positions/2-learned"
 dataset = "shakespeare_char"

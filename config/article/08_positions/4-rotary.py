@@ -1,12 +1,12 @@
-# Queries and keys are rotated by their position, so that scores depend on distances, as in Llama. The article:
-# "Positional encoding and embedding".
+# A GPT that rotates queries and keys by their position, so that scores depend on distances, as in Llama. The article's
+# chapter: "Positional encoding and embedding".
 #
-# Attention alone does not see the order of the tokens before. For characters order is everything: without it, a word is
-# a bag of letters.
+# Attention by itself does not see the order of the earlier tokens. For characters order is everything: without it, a
+# word is a bag of letters.
 #
 #   python train.py config/article/08_positions/4-rotary.py
 #
-# On 2 CPU cores it takes 23 s and reaches 2.488 bits per byte, 2.463 to 2.511 with three seeds.
+# On 2 CPU cores it takes 23 s and reaches 2.488 bits per byte (2.463 to 2.511 with three seeds).
 
 out_dir = "out/article/08_positions/4-rotary"
 dataset = "shakespeare_char"

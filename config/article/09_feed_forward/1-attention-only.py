@@ -1,17 +1,18 @@
-# Twelve blocks of attention alone, as many seconds. The article: "The GPT architecture".
+# Twelve blocks without feed-forward networks, trained for about as long as 3-with.py. The article's chapter: "The GPT
+# architecture".
 #
-# In a GPT, each attention is followed by a feed-forward network, which has two thirds of the block's parameters. Would
-# they be of more use in more attention? That takes longer for a step, so there are two comparisons: after as many
-# seconds, and after as many steps.
+# In a GPT, each attention layer is followed by a feed-forward network, which has two thirds of the block's parameters.
+# Would these parameters be more useful in more attention layers? A step then takes longer, so there are two
+# comparisons: after the same number of seconds, and after the same number of steps.
 #
 #   python train.py config/article/09_feed_forward/1-attention-only.py
 #
-# On 2 CPU cores it takes 32 to 38 s and reaches 2.677 bits per byte, 2.665 to 2.690 with three seeds.
+# On 2 CPU cores it takes 32 to 38 s and reaches 2.677 bits per byte (2.665 to 2.690 with three seeds).
 
 out_dir = "out/article/09_feed_forward/1-attention-only"
 dataset = "shakespeare_char"
 
-n_layer = 12  # as many parameters as 3-with.py
+n_layer = 12  # the same number of parameters as in 3-with.py
 n_head = 4
 n_embd = 128
 block = "pre_norm"
@@ -26,7 +27,7 @@ tie_weights = True  # the output head is the embedding
 # training
 batch_size = 8
 block_size = 128
-max_iters = 360  # about as many seconds as 3-with.py
+max_iters = 360  # takes about as long as 3-with.py
 optimizer = "normuon"
 learning_rate = 0.006
 muon_learning_rate = 0.02
@@ -37,4 +38,4 @@ min_lr = 0.0
 warmup_iters = 20
 grad_clip = 1.0
 eval_interval = 180
-eval_iters = 75  # as many as the others have
+eval_iters = 75  # the same number of batches as in the other two

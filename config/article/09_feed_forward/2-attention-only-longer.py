@@ -1,17 +1,18 @@
-# Twelve blocks of attention alone, as many steps. The article: "The GPT architecture".
+# Twelve blocks without feed-forward networks, trained for as many steps as 3-with.py. The article's chapter: "The GPT
+# architecture".
 #
-# In a GPT, each attention is followed by a feed-forward network, which has two thirds of the block's parameters. Would
-# they be of more use in more attention? That takes longer for a step, so there are two comparisons: after as many
-# seconds, and after as many steps.
+# In a GPT, each attention layer is followed by a feed-forward network, which has two thirds of the block's parameters.
+# Would these parameters be more useful in more attention layers? A step then takes longer, so there are two
+# comparisons: after the same number of seconds, and after the same number of steps.
 #
 #   python train.py config/article/09_feed_forward/2-attention-only-longer.py
 #
-# On 2 CPU cores it takes 40 s and reaches 2.539 bits per byte, 2.511 to 2.576 with three seeds.
+# On 2 CPU cores it takes 40 s and reaches 2.539 bits per byte (2.511 to 2.576 with three seeds).
 
 out_dir = "out/article/09_feed_forward/2-attention-only-longer"
 dataset = "shakespeare_char"
 
-n_layer = 12  # as many parameters as 3-with.py
+n_layer = 12  # the same number of parameters as in 3-with.py
 n_head = 4
 n_embd = 128
 block = "pre_norm"
@@ -26,7 +27,7 @@ tie_weights = True  # the output head is the embedding
 # training
 batch_size = 8
 block_size = 128
-max_iters = 500  # as 3-with.py
+max_iters = 500  # the same as in 3-with.py
 optimizer = "normuon"
 learning_rate = 0.006
 muon_learning_rate = 0.02

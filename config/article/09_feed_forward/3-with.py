@@ -1,12 +1,12 @@
-# Four blocks of attention and a feed-forward network. The article: "The GPT architecture".
+# Four blocks of attention and a feed-forward network. The article's chapter: "The GPT architecture".
 #
-# In a GPT, each attention is followed by a feed-forward network, which has two thirds of the block's parameters. Would
-# they be of more use in more attention? That takes longer for a step, so there are two comparisons: after as many
-# seconds, and after as many steps.
+# In a GPT, each attention layer is followed by a feed-forward network, which has two thirds of the block's parameters.
+# Would these parameters be more useful in more attention layers? A step then takes longer, so there are two
+# comparisons: after the same number of seconds, and after the same number of steps.
 #
 #   python train.py config/article/09_feed_forward/3-with.py
 #
-# On 2 CPU cores it takes 29 s and reaches 2.488 bits per byte, 2.463 to 2.511 with three seeds.
+# On 2 CPU cores it takes 29 s and reaches 2.488 bits per byte (2.463 to 2.511 with three seeds).
 
 out_dir = "out/article/09_feed_forward/3-with"
 dataset = "shakespeare_char"

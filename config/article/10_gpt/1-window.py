@@ -1,11 +1,11 @@
-# Two hidden layers read the last 16 characters. The article: "The GPT architecture".
+# A network with two hidden layers that reads the last 16 characters. The article's chapter: "The GPT architecture".
 #
-# From the network with which the ladder began to a GPT of all parts since: with as many parameters and as much text,
-# what have they gained?
+# The network at the beginning of the ladder is compared with a GPT that has all parts since, with as many parameters
+# and as much text. What have the parts gained?
 #
 #   python train.py config/article/10_gpt/1-window.py
 #
-# On 2 CPU cores it takes 28 s and reaches 2.586 bits per byte, 2.574 to 2.602 with three seeds.
+# On 2 CPU cores it takes 28 s and reaches 2.586 bits per byte (2.574 to 2.602 with three seeds).
 
 out_dir = "out/article/10_gpt/1-window"
 dataset = "shakespeare_char"
@@ -14,7 +14,7 @@ model = "window_mlp"
 n_embd = 32
 window = 16
 n_layer = 2
-n_hidden = 640  # as many parameters as 2-gpt.py
+n_hidden = 640  # the same number of parameters as in 2-gpt.py
 activation = "relu"
 bias = True
 

@@ -1,16 +1,16 @@
-# Four blocks read up to 128 characters. The article: "The GPT architecture".
+# A GPT with four blocks that reads up to 128 characters. The article's chapter: "The GPT architecture".
 #
-# From the network with which the ladder began to a GPT of all parts since: with as many parameters and as much text,
-# what have they gained?
+# The network at the beginning of the ladder is compared with a GPT that has all parts since, with as many parameters
+# and as much text. What have the parts gained?
 #
 #   python train.py config/article/10_gpt/2-gpt.py
 #
-# On 2 CPU cores it takes 30 s and reaches 2.488 bits per byte, 2.463 to 2.511 with three seeds.
+# On 2 CPU cores it takes 30 s and reaches 2.488 bits per byte (2.463 to 2.511 with three seeds).
 
 out_dir = "out/article/10_gpt/2-gpt"
 dataset = "shakespeare_char"
 
-n_layer = 4  # new, as are the seven lines below
+n_layer = 4  # this line and the seven below are new
 n_head = 4
 n_embd = 128
 block = "pre_norm"

@@ -1,12 +1,12 @@
-# Learned positions, LayerNorm, GELU, bias terms, the output head tied to the embedding. The article: "What makes large
-# language models work so well?".
+# GPT-2's architecture: learned positions, LayerNorm, GELU, bias terms, an output head tied to the embedding. The
+# article's chapter: "What makes large language models work so well?".
 #
-# GPT-2's blocks, and those of Llama 3.1, five years later. Their positions make most of the difference: see
-# 08_positions.
+# GPT-2's blocks are compared with those of Llama 3.1, five years later. Most of the difference comes from the
+# positions: see 08_positions.
 #
 #   python train.py config/article/11_llama/1-gpt-2.py
 #
-# On 2 CPU cores it takes 28 s and reaches 2.716 bits per byte, 2.691 to 2.730 with three seeds.
+# On 2 CPU cores it takes 28 s and reaches 2.716 bits per byte (2.691 to 2.730 with three seeds).
 
 out_dir = "out/article/11_llama/1-gpt-2"
 dataset = "shakespeare_char"
