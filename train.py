@@ -8,9 +8,9 @@
     torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py
 
 It leaves in out_dir: ckpt.pt (all that resuming needs), best.pt (the model with the lowest validation loss),
-metrics.jsonl, loss.png, config.json (a config file, too), command.txt, snapshots/ of a small model, for its page, and,
-with --minutes, plan.py, which repeats the run. Ctrl-C saves before it stops.
-Keys that are not set have the defaults below, which are the demo's settings.
+metrics.jsonl, loss.png, config.json (also a config file), command.txt, with a small model snapshots/ for its page, and
+with --minutes plan.py, which repeats the run. Ctrl-C saves before it stops.
+Keys that are not set have the defaults below, which are the settings of the demo.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """Where its latest checkpoint is, or will be."""
+        """Path of the run's latest checkpoint, which may not exist yet."""
         return checkpoint.stored(Path(self.config.out_dir) / "ckpt.pt")
 
     def state(self) -> dict:
@@ -243,7 +243,7 @@ def setup(
     run.optimizer = make_optimizer(config, model, process.optimizer_class)
     if saved:
         run.restore(saved)
-    if not config.eval_only:  # what follows takes memory
+    if not config.eval_only:  # the rest takes memory
         if saved:
             keep_best(run, saved)
         run.net = make_net(run)
@@ -309,7 +309,7 @@ def train(run: Run, folder: RunFolder) -> int | None:
             last = progress.position >= config.max_iters
             due = last or before // interval < progress.position // interval
             log = last or progress.iter % config.log_interval == 0
-            # a signal that comes later waits for the next step
+            # a signal that arrives later has to wait for the next step
             stop = bool(run.process.sum(torch.tensor(len(signals))))
             if not (log or due or stop):
                 continue
@@ -413,7 +413,7 @@ def finish(run: Run, folder: RunFolder) -> None:
 
 def show_best(run: Run, folder: RunFolder) -> None:
     """Evaluate best.pt on the whole validation split, print its text, and score its translations."""
-    # one that is trained in shards may not fit onto a card
+    # a sharded model may not fit onto a card
     device = torch.device("cpu") if run.process.sharded else run.device
     model = load(folder.path).model.to(device)
     stamp = run.progress.stamp()

@@ -1,6 +1,6 @@
-"""Checkpoints: tensors and plain data, written whole or not at all, and checked when they are read; they run no code.
+"""Checkpoints: tensors and plain data, written whole or not at all, checked when they are read. They never run code.
 
-This module owns their schema. It alone turns a checkpoint into a model.
+This module owns their schema, and no other one turns a checkpoint into a model.
 """
 
 import os
@@ -33,7 +33,7 @@ PROGRESS = dict.fromkeys(("tokens", "best_iter", "evals_since_best"), COUNT) | {
     "iter": COUNT[1:]
 }
 PROGRESS |= dict.fromkeys(("seconds", "best_val_loss"), float) | {"losses": [float]}
-PROGRESS |= {"position?": float, "run_seconds?": float}  # of a run by the clock
+PROGRESS |= {"position?": float, "run_seconds?": float}  # older checkpoints lack them
 SCHEMA = {
     "format": str,
     "train_config": CONFIG,
@@ -43,14 +43,14 @@ SCHEMA = {
     "data": {"source": str, "identity": {str: (int, str)}, "command?": str},
     "progress": PROGRESS,
     "model": {str: Tensor},
-    # of ckpt.pt alone: what training needs to resume
+    # only in ckpt.pt, for resuming
     "optimizer?": {"steps": COUNT, "state": {str: {str: Tensor}}},
-    "scaler?": (SCALER, None),  # of float16 alone
+    "scaler?": (SCALER, None),  # only with float16
 }
 
 
 def save(path: Path, entries: dict) -> None:
-    """Write a checkpoint; entries: those of SCHEMA but the format."""
+    """Write a checkpoint. entries: all of SCHEMA except the format."""
     state = {"format": FORMAT, **entries}
     check_schema(state, SCHEMA)
     write_whole(path, lambda file: torch.save(state, file))
@@ -59,10 +59,10 @@ def save(path: Path, entries: dict) -> None:
 
 
 def read(path: Path, with_tensors: bool = True) -> dict:
-    """Return the entries of a checkpoint on the CPU, all checked but the optimizer state: whoever resumes does that.
+    """Return the checked entries of a checkpoint, on the CPU. Whoever resumes has to check the optimizer state.
 
-    with_tensors=False: those of a sharded checkpoint are on the meta device instead.
-    Raises UserError for a file that is missing, damaged, of another kind, or would run code.
+    with_tensors=False leaves the tensors of a sharded checkpoint unread, on the meta device.
+    Raises UserError for a file that is missing, damaged, not a checkpoint, or would run code.
     """
     path = stored(path)
     device = "cpu" if with_tensors or not is_sharded(path) else "meta"
@@ -70,11 +70,14 @@ def read(path: Path, with_tensors: bool = True) -> dict:
 
 
 # --------------------------------------------------------------------------------------
-# Where it is
+# Paths
 
 
 def find_checkpoint(out_dir: Path, which: str) -> Path:
-    """Return best.pt or ckpt.pt of a run, the latest where no evaluation has found a best; a checkpoint itself."""
+    """Return the path of a run's best.pt, or its ckpt.pt if which is "latest" or there is no best.pt yet.
+
+    out_dir: the run's folder; a checkpoint is returned as it is.
+    """
     if out_dir.suffix == ".pt" or os.path.isfile(out_dir) or is_sharded(out_dir):
         return out_dir
     best = stored(out_dir / "best.pt")
@@ -87,18 +90,18 @@ def find_checkpoint(out_dir: Path, which: str) -> Path:
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether this is the folder of a sharded checkpoint."""
+    """True if this is the folder of a sharded checkpoint."""
     return (path / SHARDED).exists()
 
 
 def sharded_folders(path: Path) -> list[Path]:
-    """Return the folders of sharded checkpoints that stand for path, such as ckpt for ckpt.pt."""
-    # the second: where a replacement was interrupted
+    """Return the folders of sharded checkpoints that were saved in place of path, such as ckpt for ckpt.pt."""
+    # the second one is there if its replacement was interrupted
     return [*filter(is_sharded, (path.with_suffix(""), path.with_suffix(".old")))]
 
 
 def stored(path: Path) -> Path:
-    """Return path, such as ckpt.pt, or the folder of a sharded checkpoint, such as ckpt: the later of both."""
+    """Return path, such as ckpt.pt, or the folder of a sharded checkpoint, such as ckpt, whichever is later."""
     folders = sharded_folders(path)
     if path.suffix != ".pt" or not folders:
         return path
@@ -109,7 +112,7 @@ def stored(path: Path) -> Path:
 
 
 def check_there(path: Path) -> None:
-    """Raise UserError where a file cannot be read."""
+    """Raise UserError if a file cannot be read."""
     try:
         path.open("rb").close()
     except FileNotFoundError as error:
@@ -119,7 +122,7 @@ def check_there(path: Path) -> None:
 
 
 def suggest_run(out_dir: Path) -> str:
-    """Return "; ..." with a run that was probably meant by a folder without one, or how to train one."""
+    """Suggest the run that was probably meant by a folder that has none, or how to train one: "; ..."."""
     runs = [*out_dir.glob("*/ckpt.pt"), *Path("out", out_dir.name).glob("ckpt.pt")]
     if runs:
         newest = max(runs, key=lambda path: path.stat().st_mtime).parent
@@ -130,19 +133,19 @@ def suggest_run(out_dir: Path) -> str:
 
 
 # --------------------------------------------------------------------------------------
-# A file of torch.save, read without running code that it may hold, and checked by its checksums
+# Reading a file of torch.save: its checksums are checked, and code in it is not run
 
 
 def load_plain(path: Path, mapped: bool = False, legacy: bool = False) -> object:
-    """Return what torch.save wrote, on the CPU. Raises some Exception where it is damaged or would run code.
+    """Return the content of a file of torch.save, on the CPU. Raises an Exception if it is corrupt or would run code.
 
-    mapped: the system reads of the tensors what is used. legacy: also read files of PyTorch before 1.6, which are no
+    mapped: tensors stay in the file until they are used. legacy: also read files of PyTorch before 1.6, which are not
     zip files and have no checksums.
     """
     in_records = not legacy or zipfile.is_zipfile(path)
     sizes = check_records(path) if in_records else []
     with warnings.catch_warnings():
-        # torch says more about a foreign pickle than one line
+        # torch says more than one line about a foreign pickle
         warnings.simplefilter("ignore")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     # torch would map what follows a record that is too short
@@ -152,11 +155,11 @@ def load_plain(path: Path, mapped: bool = False, legacy: bool = False) -> object
 
 
 def check_records(path: Path) -> list[int]:
-    """Compare all checksums. Returns the sizes in bytes of the records of tensors, sorted, empty ones left out."""
+    """Compare all checksums, and return the sizes in bytes of the tensors' records, sorted, without empty ones."""
     with zipfile.ZipFile(path) as file:
         records = file.infolist()
         damaged = file.testzip() is not None
-    # torch.load takes a record marked as a directory for an empty one and leaves its tensor uninitialized
+    # torch.load takes a record that is marked as a directory for an empty one, and leaves its tensor uninitialized
     if damaged or any(info.external_attr & 0x10 for info in records):
         raise ValueError("a record is damaged")
     sizes = (info.file_size for info in records if "/data/" in info.filename)
@@ -164,7 +167,7 @@ def check_records(path: Path) -> list[int]:
 
 
 def storage_sizes(content: object) -> list[int]:
-    """Return the sizes in bytes of the storages of all tensors in dictionaries, sorted, empty ones left out."""
+    """Return the sizes in bytes of the storages of all tensors, sorted, without empty ones."""
     storages = {}
     remaining = [content]
     while remaining:
@@ -181,7 +184,7 @@ def storage_sizes(content: object) -> list[int]:
 
 @contextmanager
 def refuse_damaged(path: Path, problem: str = "") -> Iterator[None]:
-    """Raise UserError for whatever a damaged file makes the block raise; zip, pickle and torch have many errors."""
+    """Turn any error of the block into a UserError: zip, pickle and torch raise many kinds for a corrupt file."""
     try:
         yield
     except Exception as error:
@@ -192,13 +195,13 @@ def refuse_damaged(path: Path, problem: str = "") -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------------------
-# What is in it
+# Checking the content
 
 
 def read_plain(path: Path, mapped: bool = False, with_tensors: bool = True) -> object:
-    """Return what is in a file or sharded checkpoint, which may be none of ours. Raises UserError, as read().
+    """Return the content of a file or of a sharded checkpoint, unchecked. Raises UserError as read() does.
 
-    mapped: the tensors of a file stay in it until they are used; they can be changed, but the file does not change.
+    mapped: tensors stay in the file until they are used. Changing them does not change the file.
     """
     path = stored(path)
     if is_sharded(path):
@@ -210,7 +213,7 @@ def read_plain(path: Path, mapped: bool = False, with_tensors: bool = True) -> o
 
 
 def check(path: Path, saved: object, device: str = "cpu") -> dict:
-    """Return what was read from path if it is a checkpoint. device: of all tensors. Raises UserError."""
+    """Check the content of a file, and return its entries. device: where its tensors are. Raises UserError."""
     entries = saved if isinstance(saved, dict) else {}
     if "model_args" in entries:
         source = shlex.quote(f"--init_from={path}")
@@ -233,17 +236,17 @@ def check(path: Path, saved: object, device: str = "cpu") -> dict:
 
 
 def refuse_other_code(path: Path) -> AbstractContextManager:
-    """Turn a ValueError of the block into a UserError: the file is whole, but does not fit the code that reads it."""
+    """Turn a ValueError of the block into a UserError: the file is whole, but was written by other code."""
     return refuse(f"{path} was written by other code: ")
 
 
 def lacks_tensors(saved: dict) -> bool:
-    """Return whether the tensors of a sharded checkpoint were not read, as read(with_tensors=False) leaves them."""
+    """True if the tensors of a sharded checkpoint are still unread: see read(with_tensors=False)."""
     return next(iter(saved["model"].values())).is_meta
 
 
 def modernize(saved: dict) -> None:
-    """Give the settings of a checkpoint that an earlier version wrote the keys of this one."""
+    """Rename and add settings in a checkpoint of an earlier version."""
     config = saved["model_config"]
     config.setdefault("mlp_conv", 0)
     for key in config.keys() & {"lora_rank", "lora_alpha", "lora_targets"}:
@@ -253,7 +256,7 @@ def modernize(saved: dict) -> None:
 
 
 def check_content(saved: dict, tokens: int) -> ModelConfig:
-    """Return the model's config; tokens: the tokenizer's. Raises ValueError or UserError for what this code lacks."""
+    """Return the model's config. tokens: size of the vocabulary. Raises ValueError or UserError for other code's."""
     for key, value in saved["train_config"].items():
         if type(value) is str and not value.isprintable():
             raise ValueError(f"{key} must have no control characters")
@@ -282,13 +285,12 @@ def build_like(
     weights: dict[str, Tensor],
     training: dict | None = None,
 ) -> nn.Module:
-    """Build the model of a file's settings on the meta device; what: the file. A bug in a model's code passes.
+    """Build the model of a file on the meta device. what: the file. training: as in build_on_meta().
 
-    training: as build_on_meta() takes it.
-    Raises UserError for absurd sizes, before something huge is built.
+    Raises UserError for absurd sizes, before something huge is built. An error in a model's own code passes.
     """
     shapes = [x.shape for x in weights.values() if not x.is_nested]
-    sizes = {1}.union(*shapes)  # 1: the number in place of a vector has no weights
+    sizes = {1}.union(*shapes)  # 1: a model of numbers has no embedding
     try:
         if config.n_layer <= len(weights) and config.n_embd in sizes:
             return build_on_meta(config, training)
@@ -301,7 +303,7 @@ def build_like(
 
 
 def check_weights(weights: dict[str, Tensor], model: nn.Module, device: str) -> None:
-    """Raise ValueError where these are not the weights of this model."""
+    """Raise ValueError unless these are the weights of this model."""
     check_tensors("the parameter ", weights, model.state_dict(), device)
     first_names: dict[nn.Parameter, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -314,7 +316,7 @@ def check_weights(weights: dict[str, Tensor], model: nn.Module, device: str) -> 
 def check_tensors(
     entry: str, tensors: dict[str, Tensor], like: dict[str, Tensor], device: str
 ) -> None:
-    """Raise ValueError where names, shapes, dtypes, layouts or devices differ; entry: what stands before a name."""
+    """Raise ValueError if names, shapes, dtypes, layouts or devices differ. entry: goes before a name."""
     if unknown := tensors.keys() - like.keys():
         raise ValueError(f"it has {entry}{min(unknown)}, which this code lacks")
     if missing := like.keys() - tensors.keys():
@@ -336,9 +338,9 @@ def check_tensors(
 def restore_model(
     weights: dict[str, Tensor], config: ModelConfig, training: dict | None = None
 ) -> nn.Module:
-    """Return a model on the CPU whose parameters are these tensors themselves: nothing is in memory twice.
+    """Return a model on the CPU whose parameters are these very tensors, so that nothing is in memory twice.
 
-    training: as build_on_meta() takes it.
+    training: as in build_on_meta().
     """
     model = build_on_meta(config, training)
     model.load_state_dict(weights, assign=True)

@@ -16,10 +16,11 @@ from humptygpt.device import autocast, to_device
 
 
 class Loss(NamedTuple):
-    """A mean in nats per token, over a sample of a split or all of it."""
+    """A mean loss in nats per token, over a sample of a split or all of it."""
 
     mean: float
-    # of the mean, by how batches differ from the next, since those of pairs are ordered by length; 0 of a single one
+    # Standard error of the mean, from the differences of neighbouring batches, because batches of sentence pairs are
+    # ordered by length; 0 for a single batch.
     standard_error: float
 
 
@@ -85,13 +86,13 @@ def cost_of_whole_split(run) -> float:
 
 @lru_cache(1)
 def evaluated(dataset: Dataset, batch_size: int, eval_iters: int | None) -> dict:
-    """Return how many tokens an evaluation predicts, and a checksum of their text.
+    """Return the number of tokens that an evaluation predicts, and a checksum of their text.
 
-    It is a checksum of how often each character occurs, so neither the tokenizer nor the order of pairs changes it.
+    The checksum is of the number of each character, so it depends neither on the tokenizer nor on the order of pairs.
     """
     batches = dataset.val_batches(batch_size, eval_iters)
     targets = torch.cat([batch["targets"].flatten() for batch in batches])
-    # the first token of the split is not predicted, but how much text it is depends on the tokenizer
+    # The first token of the split is not predicted, but how much text it has depends on the tokenizer.
     ids = np.append(dataset.read("val", np.array([0]), 1), targets[targets >= 0])
     counts = sorted(Counter(dataset.tokenizer.decode(ids)).items())
     checksum = zlib.crc32(repr(counts).encode())
@@ -99,7 +100,7 @@ def evaluated(dataset: Dataset, batch_size: int, eval_iters: int | None) -> dict
 
 
 def measures(run, net: nn.Module, eval_iters: int | None) -> dict[str, float | str]:
-    """Evaluate, and return what metrics.jsonl has of it: the loss in several units, and of which text it is."""
+    """Evaluate, and return a row of metrics: the loss in several units, and a fingerprint of the text."""
     loss = evaluate(run, net, eval_iters)
     bits = loss.mean / math.log(2) / run.dataset.val_bytes_per_token()
     return {
@@ -112,7 +113,7 @@ def measures(run, net: nn.Module, eval_iters: int | None) -> dict[str, float | s
 
 
 def evaluation_line(row: dict[str, float]) -> str:
-    """Return: val loss 2.0123 ± 0.0060 (2.903 bits per byte, perplexity 7.48)"""
+    """Format the row of an evaluation: val loss 2.0123 ± 0.0060 (2.903 bits per byte, perplexity 7.48)"""
     bits, perplexity = row["val_bits_per_byte"], row["val_perplexity"]
     return (
         f"val loss {row['val_loss']:.4f} ± {row['val_standard_error']:.4f}"

@@ -22,23 +22,23 @@ class Slot(NamedTuple):
     weight: Tensor
     gradient: Tensor
     state: dict[str, Tensor]
-    shape: torch.Size  # of the whole parameter
+    shape: torch.Size  # shape of the full tensor
 
 
 class Rule(NamedTuple):
-    """How parameters are updated."""
+    """An update rule, and the state that it keeps of each parameter."""
 
-    update: Callable  # (optimizer, group, slots), in place
-    # {what it keeps: the view of the parameter that has its shape}
+    update: Callable  # called with (optimizer, group, slots); works in place
+    # {name of a state tensor: the view of the parameter that has its shape}
     state: dict[str, Callable[[Tensor], Tensor]]
-    learning_rate: str = "learning_rate"  # the key of TrainConfig that has the peak
+    learning_rate: str = "learning_rate"  # key of TrainConfig with the peak
 
 
 class Optimizer:
     """Groups of parameters, each with a rule and its settings, and the state of each parameter by its name.
 
-    It has what a training loop and a GradScaler ask of an optimizer. It is not a torch.optim.Optimizer: the first step
-    of one loads torch's compiler, which takes two to three seconds, longer than everything else at the start.
+    It has what a training loop and a GradScaler need. It is not a torch.optim.Optimizer, because the first step of one
+    loads torch's compiler for two to three seconds, longer than everything else at the start takes.
     """
 
     def __init__(self, groups: list[dict]):
@@ -69,7 +69,7 @@ class Optimizer:
                 group["rule"].update(self, group, slots)
 
     def state_like(self) -> dict[str, dict[str, Tensor]]:
-        """Return {parameter: {what its rule keeps: a tensor of that shape and dtype}}."""
+        """Return {parameter: {name of a state tensor: a tensor of its shape and dtype}}."""
         like = {}
         for group in self.param_groups:
             views = group["rule"].state
@@ -78,7 +78,7 @@ class Optimizer:
         return like
 
     def make_state(self) -> None:
-        """Make the state of every parameter: zeros."""
+        """Set the state of every parameter to zeros."""
         for name, like in self.state_like().items():
             self.state[name] = {key: torch.zeros_like(x) for key, x in like.items()}
 
@@ -87,7 +87,7 @@ class Optimizer:
         return {"steps": self.steps, "state": self.state}
 
     def check_state(self, saved: dict, device: str = "cpu") -> None:
-        """Raise ValueError unless saved, as from state_dict, is of such a model and rule; device: of its tensors."""
+        """Raise ValueError unless a saved state_dict fits this model and rule. device: where its tensors are."""
         like = self.state_like() if saved["steps"] else {}
         if differ := saved["state"].keys() ^ like.keys():
             name = min(differ)
@@ -98,7 +98,7 @@ class Optimizer:
             check_tensors(f"optimizer.{name}.", state, like[name], device)
 
     def load_state_dict(self, saved: dict) -> None:
-        """Take over the state, which check_state has checked; the settings of the groups stay as they are now."""
+        """Take over a checked state. The settings of the groups stay as they are."""
         self.steps = saved["steps"]
         for group in self.param_groups:
             for name, p in group["named_params"].items():
@@ -106,9 +106,9 @@ class Optimizer:
                     self.state[name] = {k: self.own_part(x, p) for k, x in state.items()}
 
     # ----------------------------------------------------------------------------------
-    # What several processes do in another way: see humptygpt/parallel
+    # humptygpt/parallel overrides these for several processes
 
-    total = None  # if each process has only some rows of a matrix: the sum of a tensor over processes
+    total = None  # function that sums a tensor over processes, if each has only some rows of a matrix
 
     def local(self, x: Tensor) -> Tensor:
         """Return this process's part of a tensor."""
@@ -124,9 +124,9 @@ class Optimizer:
 
 
 def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
-    """Update by the mean gradient over the root mean square gradient: each element by about lr.
+    """Update each element by about lr: its mean gradient divided by its root mean square gradient.
 
-    One kernel for all parameters, the one behind torch.optim.AdamW(fused=True), called directly.
+    This calls the kernel behind torch.optim.AdamW(fused=True) directly, once for all parameters.
     Source: Loshchilov and Hutter 2017, arXiv:1711.05101.
     """
     weights = [slot.weight for slot in slots]
@@ -153,19 +153,18 @@ def muon(
 ) -> None:
     """Update by the momentum with all its singular values set to about 1, so that no direction is lost.
 
-    Matrices of one shape are stacked and orthogonalised together, in bfloat16 where that is fast. Source: Jordan et al.
-    2024, "Muon: an optimizer for the hidden layers of neural networks".
-    normalize: NorMuon, see normalize_neurons.
+    Matrices of one shape are stacked and orthogonalised together. normalize: NorMuon, see normalize_neurons.
+    Source: Jordan et al. 2024, "Muon: an optimizer for the hidden layers of neural networks".
     """
     by_shape: dict[torch.Size, list[Slot]] = {}
     for slot in slots:
         by_shape.setdefault(slot.shape, []).append(slot)
     for (rows, columns), alike in by_shape.items():
-        # (n, rows, columns); sharded, fewer rows
+        # (n, rows, columns); fewer rows if they are sharded
         gradients = torch.stack([slot.gradient for slot in alike])
         momentum = [slot.state["momentum_buffer"] for slot in alike]
         torch._foreach_lerp_(momentum, list(gradients), 1 - group["momentum"])
-        # Nesterov: one look ahead
+        # Nesterov momentum
         gradients.lerp_(torch.stack(momentum), group["momentum"])
         updates = optimizer.spread(orthogonalize, gradients, rows)
         if normalize:
@@ -186,12 +185,12 @@ def normalize_neurons(
     shape: tuple[int, int],
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Divide each neuron's part of the updates, (n, rows, columns), by its root mean square of the last steps.
+    """Divide each neuron's part of the updates, (n, rows, columns), by its root mean square over recent steps.
 
-    In an orthogonal update some neurons move much less than others; so all move at about one speed, and a whole matrix
-    as fast as without it. A neuron has a row, or a column of a matrix with more columns than rows; second_moment, as
-    per_neuron() has it, is brought up to date. Where this process has only some of the rows, shape is that of a whole
-    matrix, and total sums over all processes. Source: Li et al. 2025, arXiv:2510.05491.
+    In an orthogonal update some neurons move much less than others. Now all move at about the same speed, and the whole
+    matrix as fast as before. A neuron is a row, or a column if there are more columns than rows.
+    second_moment: the running mean squares, see per_neuron(); they are updated. shape: (rows, columns) of a whole
+    matrix. total: sums over processes if each has only some of the rows. Source: Li et al. 2025, arXiv:2510.05491.
     """
 
     def norm(x: Tensor) -> Tensor:
@@ -210,17 +209,17 @@ def normalize_neurons(
 
 
 def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
-    """Turn each matrix U S V^T of x, (n, rows, columns), into about U V^T; singular values end between 0.7 and 1.2.
+    """Turn each matrix U S V^T of x, (n, rows, columns), into about U V^T: singular values end between 0.7 and 1.2.
 
-    A polynomial that moves singular values towards 1, applied steps times: Newton-Schulz with Jordan's coefficients.
+    Newton-Schulz iteration with Jordan's coefficients: a polynomial that moves singular values towards 1.
     """
     dtype = x.dtype
     tall = x.shape[1] > x.shape[2]
     if multiplies_bfloat16(x.device):
-        x = x.bfloat16()  # exact enough here, and faster
+        x = x.bfloat16()  # faster, and exact enough
     if tall:
         x = x.mT
-    # the largest singular value is now at most 1
+    # now the largest singular value is at most 1
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         a = x @ x.mT
@@ -238,7 +237,7 @@ def per_neuron(p: Tensor) -> Tensor:
 
 
 ADAMW = Rule(adamw, {"exp_avg": whole, "exp_avg_sq": whole})
-# for the matrices of the blocks; AdamW trains the rest
+# rules for the matrices of the blocks; AdamW trains the rest
 OPTIMIZERS = {
     "adamw": ADAMW,
     "muon": Rule(muon, {"momentum_buffer": whole}, "muon_learning_rate"),
@@ -251,7 +250,7 @@ OPTIMIZERS = {
 
 
 # --------------------------------------------------------------------------------------
-# Which parameter is updated how
+# Groups of parameters
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -259,7 +258,7 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def freeze(model: nn.Module, names: str | None) -> None:
-    """Keep parameters as they are. names: parts of their names, with commas between them. Raises UserError."""
+    """Exclude parameters from training. names: parts of their names, separated by commas. Raises UserError."""
     for name in names.split(",") if names else ():
         part = f".{name.strip()}."
         frozen = [p for full, p in model.named_parameters() if part in f".{full}."]
@@ -274,9 +273,10 @@ def freeze(model: nn.Module, names: str | None) -> None:
 
 
 def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Return {group: {name: parameter}}, every parameter that trains in exactly one group.
+    """Return {group: {name: parameter}} with every parameter that trains in exactly one group.
 
-    hidden: matrices of linear layers but for the output head. A module may name another group for its own.
+    The group "hidden" has the matrices of linear layers, except for the output head. A module may choose another group
+    for its parameters by an attribute, optimizer_group.
     """
     groups = {"hidden": {}, "matrices": {}, "vectors": {}}
     for name, p in trained_parameters(model).items():
@@ -326,7 +326,7 @@ def cosine(progress: float) -> float:
 
 
 def linear(progress: float) -> float:
-    """Source: Defazio et al. 2023, arXiv:2310.07831, who find it the best of all shapes."""
+    """The best of all shapes in Defazio et al. 2023, arXiv:2310.07831."""
     return 1 - progress
 
 

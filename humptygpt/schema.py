@@ -1,10 +1,10 @@
-"""What a file must hold, declared as data: a file may be damaged, foreign or hostile."""
+"""The expected content of a file, declared as data. A file may be damaged, foreign or hostile."""
 
 import json
 
 
 def parse_json(text: str | bytes, schema: object) -> dict:
-    """Return the content of a JSON file, which fits the schema. Raises ValueError, in one line, where it does not."""
+    """Return the content of a JSON file. Raises ValueError, in one line, unless it fits the schema."""
     try:
         content = json.loads(text)
     except RecursionError as error:
@@ -14,10 +14,10 @@ def parse_json(text: str | bytes, schema: object) -> dict:
 
 
 def check_schema(value: object, schema: object, name: str = "") -> None:
-    """Raise ValueError, which names the entry, unless value fits schema.
+    """Raise a ValueError that names the entry unless value fits schema.
 
     A schema is
-        a type               the value's own; an integer of 64 bits is a float, too, but a boolean is no integer
+        a type               the value's own; 64-bit integers also pass as floats, but booleans not as integers
         None                 None
         {"a", "b"}           one of these strings
         range(1, 10)         an integer in the range

@@ -196,7 +196,7 @@ class TrainConfig:
 
 
 class Start(NamedTuple):
-    """What a command asks for."""
+    """The settings of a run, and what it starts from."""
 
     config: TrainConfig
     model_config: ModelConfig

@@ -249,6 +249,8 @@ def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
     position = float(steps)
     if config.minutes and before.minutes:
         position = progress.get("position", 0.0) * before.minutes / config.minutes
+    if config.eval_only:
+        return Progress(**progress | {"position": position})
     if position >= config.max_iters:
         note(f"all {steps} steps are done; for more: --max_iters=N")
     had = before.lr(progress.get("position", steps))

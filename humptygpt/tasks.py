@@ -30,8 +30,8 @@ TASKS = {
 }
 LORA = "humptygpt.finetune.lora:add"
 
-SAMPLE_TOKENS = 300  # of the text at the end of a run
-LINE_TOKENS = 60  # of the line after each evaluation
+SAMPLE_TOKENS = 300  # length of the text at the end of a run
+LINE_TOKENS = 60  # length of the line after each evaluation
 
 
 # --------------------------------------------------------------------------------------
@@ -51,12 +51,12 @@ def config_class(settings: dict[str, object]) -> type[ModelConfig]:
 
 
 def make_model_config(settings: dict[str, object]) -> ModelConfig:
-    """Return the config of a model from those of the settings that are its keys. Raises UserError."""
+    """Return a model's config, given settings that include its keys. Raises UserError."""
     return configurator.make(config_class(settings), settings)
 
 
 def build(config: ModelConfig, training: dict | None = None) -> nn.Module:
-    """Return a new model with random weights, on the CPU. training: settings of a training, which may add LoRA."""
+    """Return a new model with random weights, on the CPU. training: settings of a run; lora_rank in them adds LoRA."""
     model = model_class(config.model)(config)
     if training and training.get("lora_rank"):
         find(LORA)(model, training)
@@ -70,9 +70,9 @@ def build_on_meta(config: ModelConfig, training: dict | None = None) -> nn.Modul
 
 
 class WithoutValues(TorchFunctionMode):
-    """Weights on the meta device are not initialized, and tables of positions are on the CPU.
+    """Skips the initialization of weights, and keeps tables of positions on the CPU.
 
-    Either would make torch load its compiler, for more than a second.
+    Either one on the meta device would make torch load its compiler, which takes more than a second.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -97,20 +97,20 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """What differs from task to task. Each model is on its device and in evaluation mode, within autocast."""
+    """What differs from task to task. Functions get the model on its device, in evaluation mode, within autocast."""
 
     dataset: type[Dataset]
-    package: str | None = None  # that the score needs
-    batches_vary: bool = False  # in their shapes
-    evaluation_examples: Show | None = None  # after each evaluation
-    final_examples: Show | None = None  # at the end of a run
-    # at the end of a run, and of eval_only
+    package: str | None = None  # the package that computes the score
+    batches_vary: bool = False  # whether batches have different shapes
+    evaluation_examples: Show | None = None  # shown after each evaluation
+    final_examples: Show | None = None  # shown at the end of a run
+    # computed at the end of a run and with --eval_only
     score: Callable[[nn.Module, Dataset], Score] | None = None
     continues_text: bool = True  # sample.py continues a prompt; else it translates lines
-    sample_label: str = "more of this"  # of what to do next
+    sample_label: str = "more of this"  # what the command below is for
     sample_command: str = "python sample.py {}"  # {} is the argument that names the run
-    card_prompt: str = ""  # in a model card's example
-    card_note: str = ""  # in a model card
+    card_prompt: str = ""  # prompt in the example of a model card
+    card_note: str = ""  # paragraph of a model card
 
 
 def find_task(name: str) -> Task:

@@ -6,7 +6,7 @@ The weights of a block are gathered just before it computes, forward and backwar
 that keep them, all by torch's fully_shard. What is kept of a tensor are neighbouring rows of it: a DTensor, whose
 to_local() has them. Source: Rajbhandari et al. 2019 (ZeRO), arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277.
 
-It takes a second to load, and one process or DDP needs none of it: it is imported where it is used.
+It takes a second to load, so it is imported only with --parallel=fsdp.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ from humptygpt.tasks import build
 from model import Block
 
 aten = torch.ops.aten
-# what draws or sets a whole new weight
+# operations that draw or set a whole new weight
 FILLS = (
     aten.normal_.default,
     aten.uniform_.default,
@@ -105,7 +105,7 @@ class FullySharded(DataParallel):
         return x[self.rank * most : (self.rank + 1) * most]
 
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
-        """Compile each block by itself, and not what gathers its weights."""
+        """Return the model itself, in which each block is compiled, but not what gathers the block's weights."""
         if compiled:
             for block in blocks(model):
                 block.forward = torch.compile(block.forward, dynamic=dynamic)
@@ -174,9 +174,9 @@ def load(path: Path, entries: dict) -> None:
 
 
 class DrawnRows(TorchDispatchMode):
-    """While a model is built, its weights have no memory, and only this rank's rows of what fills them are kept.
+    """Builds a model without memory for its weights, and keeps only this rank's rows of their initial values.
 
-    Each is drawn whole, on the CPU, and one at a time: the random numbers are those of one process.
+    Each weight is drawn whole, on the CPU, one at a time, so the random numbers are those of a single process.
     """
 
     def __init__(self, process: FullySharded):
@@ -198,7 +198,7 @@ class DrawnRows(TorchDispatchMode):
         return changed
 
     def take(self, p: Tensor) -> Tensor:
-        """Return this rank's rows of a weight of the model, which are kept no longer. Raises UserError."""
+        """Return this rank's rows of a weight, and forget them. Raises UserError."""
         if not p.is_meta:  # a small one, such as of zeros
             return self.process.rows_of(p)
         if p not in self.rows:

@@ -4,7 +4,8 @@
     ckpt/__0_0.distcp    the rows that rank 0 keeps, and so on
     ckpt/.metadata       where each tensor is: a pickle, read without running what else it may hold
 
-Any number of processes reads it, each its own part; one process, and sample.py, all of it, without a process group.
+Any number of processes can read it, each its own part. A single process, such as sample.py, reads all of it without a
+process group.
 """
 
 import hashlib
@@ -53,15 +54,15 @@ CLASSES = {
 
 
 def save(folder: Path, entries: dict, wait_for_all: Callable[[], None]) -> None:
-    """Write a checkpoint; all ranks have to call this. entries: those of checkpoint.SCHEMA, with DTensors.
+    """Write a checkpoint. All ranks must call this, and share the disk. entries: those of a run's latest_state().
 
-    It is written beside the earlier one, which is then moved to ckpt.old, replaced and removed: at any moment one of
-    the two is whole, and checkpoint.stored() finds it. The ranks have to share the disk. Raises UserError.
+    It is written to ckpt.tmp; then the earlier one moves to ckpt.old, the new one takes its place, and the old one is
+    removed. So one of the two is whole at any moment, and checkpoint.stored() finds it. Raises UserError.
     """
     rank = dist.get_rank()
     temporary = folder.with_name(f"{folder.name}.tmp")
     if rank == 0:
-        remove(temporary)  # of a run that was killed
+        remove(temporary)  # left by a run that was killed
     wait_for_all()
     tied = tied_names(entries["model"])
     try:
@@ -83,7 +84,7 @@ def put_in_place(temporary: Path, folder: Path) -> None:
     old = folder.with_name(f"{folder.name}.old")
     try:
         if folder.is_dir():
-            remove(old)  # of a run that was killed after its checkpoint was in place
+            remove(old)  # left by a run that was killed after its checkpoint was in place
             folder.rename(old)
         temporary.rename(folder)
         remove(old)
@@ -104,7 +105,7 @@ def tied_names(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def flat(entries: dict, tied: dict[str, str]) -> dict[str, Tensor]:
-    """Return tensors by names such as optimizer/wte.weight/exp_avg; tied ones by the first name alone."""
+    """Return the tensors by names such as optimizer/wte.weight/exp_avg. Tied ones have only their first name."""
     weights = entries["model"].items()
     tensors = {f"model/{name}": tensor for name, tensor in weights if name not in tied}
     for name, state in entries.get("optimizer", {"state": {}})["state"].items():
@@ -121,7 +122,7 @@ def digest(path: Path) -> str:
 
 
 class Unpickler(pickle.Unpickler):
-    """A reader of .metadata that admits the classes that this is made of and no others."""
+    """Reads .metadata, and refuses every class that does not belong in it."""
 
     def find_class(self, module: str, name: str) -> type:
         # where it was written
@@ -133,7 +134,7 @@ class Unpickler(pickle.Unpickler):
 
 
 class Reader(dcp.FileSystemReader):
-    """torch's own would read .metadata by a pickle that runs code."""
+    """Reads tensors by metadata that is already there: torch's own reader would unpickle it, which may run code."""
 
     def __init__(self, path: Path, metadata: Metadata):
         super().__init__(path)
@@ -144,19 +145,21 @@ class Reader(dcp.FileSystemReader):
 
 
 def read(path: Path, with_tensors: bool = True) -> dict:
-    """Return a checkpoint on the CPU, as checkpoint.SCHEMA has it, yet unchecked; without tensors, on the meta device.
+    """Return the entries of checkpoint.SCHEMA, unchecked, on the CPU; without tensors, on the meta device.
 
-    Raises UserError where a file is missing, damaged, or would run code.
+    Raises UserError if a file is missing, damaged, or would run code.
     """
     entries, reader = open_folder(path)
     if with_tensors:
         check_shards(path, list(reader.metadata.storage_data.values()))
     with refuse_damaged(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is one process, as no_dist says
+        warnings.simplefilter(
+            "ignore"
+        )  # about there being one process, which no_dist says already
         device = "cpu" if with_tensors else "meta"
         tensors = {}
         for name, entry in reader.metadata.state_dict_metadata.items():
-            # zeros, since rows that no file has stay what they are
+            # zeros, because rows that are in no file stay as they are
             tensors[name] = torch.zeros(
                 entry.size, dtype=entry.properties.dtype, device=device
             )
@@ -169,9 +172,9 @@ def read(path: Path, with_tensors: bool = True) -> dict:
 
 
 def load(path: Path, entries: dict) -> None:
-    """Fill the DTensors of entries, as from Run.latest_state(), each rank its own part.
+    """Fill the DTensors of a run's latest_state(), each rank its own part.
 
-    All ranks have to call this. Raises UserError, in all of them, where one finds a damaged file.
+    All ranks must call this. If one of them finds a damaged file, all raise UserError.
     """
     plain, reader = open_folder(path)
     infos = list(reader.metadata.storage_data.values())
@@ -188,7 +191,7 @@ def load(path: Path, entries: dict) -> None:
 
 
 def nested(plain: dict, tensors: dict[str, Tensor]) -> dict:
-    """Return the entries as checkpoint.SCHEMA has them, of names as from flat()."""
+    """Return the entries of checkpoint.SCHEMA from tensors with the names of flat()."""
     entries = {key: value for key, value in plain.items() if key not in SCHEMA}
     if "optimizer" in entries:
         entries["optimizer"]["state"] = {}
@@ -204,7 +207,7 @@ def nested(plain: dict, tensors: dict[str, Tensor]) -> dict:
 
 
 def open_folder(path: Path) -> tuple[dict, Reader]:
-    """Return a checkpoint's entries but for its tensors, and what reads those. Raises UserError."""
+    """Return a checkpoint's entries without its tensors, and a reader of the tensors. Raises UserError."""
     for name in (ENTRIES, SHARDED):
         check_there(path / name)
     with refuse_damaged(path):
@@ -226,7 +229,7 @@ def check_there(file: Path) -> None:
 
 
 def check_files(metadata: Metadata) -> None:
-    """Raise an Exception unless all tensors are in files of the folder itself, as they are."""
+    """Raise ValueError unless all tensors are in files of the folder itself, unchanged."""
     for info in metadata.storage_data.values():
         if (
             not re.fullmatch(r"\w+\.distcp", info.relative_path)
@@ -236,7 +239,7 @@ def check_files(metadata: Metadata) -> None:
 
 
 def check_shards(path: Path, infos: list) -> None:
-    """Raise UserError where a tensor is damaged: each has checksums, which torch does not compare."""
+    """Raise UserError if a tensor is damaged: each has checksums, but torch does not compare them."""
     for info in infos:
         file = path / info.relative_path
         check_there(file)
