@@ -1,67 +1,72 @@
-"""How much memory a training takes: reported by --dry_run=True, and refused where it cannot fit.
+"""Estimate the memory that a training takes: --dry_run=True reports it, and a run that cannot fit is refused.
 
-All of it is computed before a tensor has any memory, from the model of the run itself on the meta device.
+Everything is computed from the model of the run on the meta device, before any tensor has memory. To trace a forward
+pass would be exact, but torch's tracing takes a second and 70 MB to load, and every run starts with this estimate.
 """
 
-import itertools
+from itertools import dropwhile
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as models
-from humptygpt.device import autocast, free_memory
+from humptygpt.device import free_memory
 from humptygpt.machine import check_fits
-from humptygpt.optimizers import (
-    freeze,
-    make_optimizer,
-    trained_parameters,
-)
-from humptygpt.tasks import build, build_on_meta
+from humptygpt.optimizers import freeze, make_optimizer, trained_parameters
+from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 
 ADVICE = (
     "take a smaller --batch_size with more --gradient_accumulation_steps, --checkpoint_activations=True, or a smaller"
     " model, as with --n_embd or --n_layer"
 )
-FLOAT = 4  # bytes of a weight, of a gradient, and of an element of the optimizer state
+FLOAT = 4  # bytes of a float32: weights, gradients and the optimizer's state, whatever the dtype
 
 
 class Memory(NamedTuple):
-    """Bytes of one process. Weights, gradients and states are float32 whatever dtype the products are computed in."""
+    """Bytes that one process needs."""
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
-    buffers: float = 0  # with FSDP: what a process has whole
+    buffers: float = 0  # FSDP: parameters that are gathered at one time
 
     @property
     def total(self) -> float:
         return sum(self)
 
+    @property
+    def least(self) -> float:
+        """Lower bound, to refuse no run that would fit.
 
-def without_memory(config, model_config: ModelConfig) -> nn.Module:
-    """Build the model of a run on the meta device, its frozen parameters frozen. config: a TrainConfig."""
+        A compiled model keeps fewer activations, and they are freed while the gradients are computed.
+        """
+        return self.weights + self.optimizer + max(self.gradients, self.activations / 3)
+
+
+def model_on_meta(config, model_config: ModelConfig) -> nn.Module:
+    """Build the model of a run without memory and freeze what the run freezes. config: a TrainConfig."""
     model = build_on_meta(model_config, vars(config))
     freeze(model, config.freeze)
     return model
 
 
 def training_memory(
-    config, model: nn.Module, activations: float, processes: int = 1
+    config, model: nn.Module, device: torch.device, dtype: torch.dtype, processes: int = 1
 ) -> Memory:
-    """Return the memory of one of several processes. config: a TrainConfig."""
+    """Estimate the memory of one of several processes. config: a TrainConfig. model: from model_on_meta()."""
     weights = FLOAT * models.count_parameters(model)
     gradients = FLOAT * sum(p.numel() for p in trained_parameters(model).values())
     states = make_optimizer(config, model).state_like().values()
     optimizer = sum(x.nbytes for state in states for x in state.values())
+    activations = activation_bytes(config, model, device, dtype, processes)
     if processes == 1 or config.parallel == "ddp":
         return Memory(weights, gradients, optimizer, activations)
     if config.gradient_accumulation_steps <= processes:  # else it sums whole gradients
         gradients /= processes
-    # what is in no block, such as the embedding, two blocks, and the gradients of one twice: by parameters and by ranks
+    # the parameters outside the blocks, such as the embedding, and two blocks with their gradients
     modules = [module for module in model.modules() if isinstance(module, models.Block)]
     blocks = [FLOAT * models.count_parameters(block) for block in modules]
     buffers = weights - sum(blocks) + 4 * max(blocks, default=0)
@@ -71,53 +76,38 @@ def training_memory(
 
 
 def activation_bytes(
-    config,
-    model_config: ModelConfig,
-    rows: int,
-    dtype: torch.dtype,
-    on_gpu: bool,
+    config, model: nn.Module, device: torch.device, dtype: torch.dtype, processes: int
 ) -> float:
-    """Return the bytes that the backward pass needs of the forward pass, uncompiled, and the gradient of the logits."""
-    shape = (config.freeze, model_config, rows, dtype, on_gpu)
-    kept = saved_bytes(*shape, checkpointed=False)
-    if config.checkpoint_activations:  # one block at a time is recomputed
-        inputs = saved_bytes(*shape, checkpointed=True)
-        kept = inputs + (kept - inputs) / model_config.n_layer
-    return kept + FLOAT * rows * model_config.block_size * model_config.vocab_size
+    """Estimate what the backward pass of an uncompiled model needs of its forward pass, and the logits' gradient."""
+    shape = model.config
+    tokens = config.rows(processes) * shape.block_size
+    layers = (module for module in model.modules() if not list(module.children()))
+    # nothing is kept of the frozen layers before the first that trains
+    layers = dropwhile(lambda layer: not trained_parameters(layer), layers)
+    kept = sum(kept_of(layer, dtype) for layer in layers if layer is not model.lm_head)
+    scores = tokens * shape.n_head * shape.block_size  # of one layer
+    explicit = scores <= models.EXPLICIT_SCORES and dtype != torch.float32
+    if device.type == "cpu" and (shape.dropout or explicit):  # as model.attend() decides
+        copies = 3 if shape.dropout else 1
+        layers = sum(isinstance(m, models.SelfAttention) for m in model.modules())
+        kept += layers * copies * dtype.itemsize * scores / tokens
+    blocks = sum(isinstance(module, models.Block) for module in model.modules())
+    if config.checkpoint_activations and blocks:  # one block is computed again at a time
+        kept = kept / blocks + blocks * FLOAT * shape.n_embd
+    return tokens * (kept + 2 * FLOAT * shape.vocab_size)
 
 
-def saved_bytes(
-    frozen: str | None,
-    config: ModelConfig,
-    rows: int,
-    dtype: torch.dtype,
-    on_gpu: bool,
-    checkpointed: bool,
-) -> int:
-    """Return the bytes of the tensors that autograd keeps in a forward pass, by tensors that have no memory."""
-    T = config.block_size
-    with FakeTensorMode():
-        model = build(config)
-        freeze(model, frozen)
-        for module in model.modules():
-            if isinstance(module, models.Stack):
-                module.checkpoint_activations = checkpointed
-        idx = torch.zeros(rows, T, dtype=torch.int64)
-        batch = {"idx": idx, "targets": idx}
-        if model.has_encoder:
-            batch["source"] = idx
-        saved = []
-        keep = torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
-        )
-        with keep, autocast(torch.device("cpu"), dtype):
-            model(**batch)
-    if on_gpu:  # its attention keeps no scores
-        saved = [tensor for tensor in saved if tensor.shape[2:] != (T, T)]
-    storages = {tensor.untyped_storage()._cdata: tensor for tensor in saved}
-    for p in model.parameters():
-        storages.pop(p.untyped_storage()._cdata, None)
-    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+def kept_of(layer: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes that the backward pass needs of a layer for each token."""
+    if isinstance(layer, nn.Linear):
+        # its output for the operation that follows, its input for the gradient of its weight
+        inputs = layer.in_features if layer.weight.requires_grad else 0
+        return dtype.itemsize * (inputs + layer.out_features)
+    if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        return FLOAT * layer.normalized_shape[0]
+    if isinstance(layer, models.CausalConv):  # as many shifted inputs as it looks back
+        return FLOAT * layer.weight.numel()
+    return 0
 
 
 def memory_report(
@@ -127,21 +117,17 @@ def memory_report(
     dtype: torch.dtype,
     processes: int,
 ) -> str:
-    """Return parameters, FLOPs and memory of a run as text."""
-    model = without_memory(config, model_config)
-    rows = config.rows(processes)
-    on_gpu = device.type == "cuda"
-    activations = activation_bytes(config, model_config, rows, dtype, on_gpu)
-    memory = training_memory(config, model, activations, processes)
+    """Describe the parameters, FLOPs and memory of a run. config: a TrainConfig."""
+    model = model_on_meta(config, model_config)
+    memory = training_memory(config, model, device, dtype, processes)
     micro_batches = config.gradient_accumulation_steps
     tokens = micro_batches * config.batch_size * model_config.block_size
     flops = models.flops_per_token(model)
     free = free_memory(device)
-    fits = "it fits"
-    if memory.total > free:
-        fits = f"it does not fit; {ADVICE}"
-    sizes = {name: size for name, size in memory._asdict().items() if size}
-    entries = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in sizes.items())
+    fits = "it fits" if memory.total <= free else f"it does not fit; {ADVICE}"
+    entries = ", ".join(
+        f"{name} {size / 1e9:.3g}" for name, size in memory._asdict().items() if size
+    )
     each = ""
     if processes > 1:
         each = f" of each of {processes} processes, {config.parallel.upper()}"
@@ -154,10 +140,6 @@ def memory_report(
     )
 
 
-# --------------------------------------------------------------------------------------
-# Refused before it is tried, by lower bounds, so that nothing that would run is refused
-
-
 def check_training_fits(
     config,
     model_config: ModelConfig,
@@ -165,37 +147,11 @@ def check_training_fits(
     dtype: torch.dtype,
     processes: int = 1,
 ) -> None:
-    """Raise UserError with the size and what there is. config: a TrainConfig."""
-    model = without_memory(config, model_config)
-    least = least_memory(config, model, dtype, processes)
+    """Raise UserError if a run needs more memory than is free. config: a TrainConfig."""
+    model = model_on_meta(config, model_config)
     training = (
         f"training {models.count_parameters(model):,} parameters with batch_size={config.batch_size} and"
         f" block_size={model_config.block_size} takes at least"
     )
-    check_fits(training, least.total, free_memory(device), ADVICE)
-
-
-def least_memory(config, model: nn.Module, dtype: torch.dtype, processes: int) -> Memory:
-    """Return less than what a training takes: without buffers, and with the larger of gradients and activations alone.
-
-    activation_bytes() is exact, but needs torch's compiler, which takes a second and 70 MB.
-    """
-    activations = 0
-    if not config.checkpoint_activations:
-        activations = least_activation_bytes(model, config.rows(processes), dtype)
-    memory = training_memory(config, model, activations, processes)
-    if activations > memory.gradients:  # they are freed while the gradients are computed
-        return memory._replace(gradients=0, buffers=0)
-    return memory._replace(activations=0, buffers=0)
-
-
-def least_activation_bytes(model: nn.Module, rows: int, dtype: torch.dtype) -> float:
-    """Return some of what the backward pass needs: a side of each linear layer, and the logits' gradient."""
-    tokens = rows * model.config.block_size
-    if model.has_encoder:  # a token is in the source or in the target
-        tokens /= 2
-    layers = (layer for layer in model.modules() if isinstance(layer, nn.Linear))
-    # nothing is kept of frozen layers before the first that trains
-    layers = itertools.dropwhile(lambda layer: not trained_parameters(layer), layers)
-    features = sum(min(layer.in_features, layer.out_features) for layer in layers)
-    return tokens * (features * dtype.itemsize + FLOAT * model.config.vocab_size)
+    least = training_memory(config, model, device, dtype, processes).least
+    check_fits(training, least, free_memory(device), ADVICE)

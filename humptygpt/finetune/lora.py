@@ -7,19 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from humptygpt.checkpoint import restore_model
 from humptygpt.config import UserError
 
-MARK = ".lora_"  # in the names of its parameters
+MARK = ".lora_"  # in the names of the matrices that train
 
 
 class LoRALinear(nn.Linear):
-    """W x + b + alpha / rank * B A x. W and b are those of a layer; A (rank, inputs) and B (outputs, rank) train.
+    """W x + b + alpha / rank * B A x. W and b are the layer's own; A (rank, inputs) and B (outputs, rank) train.
 
-    B starts at 0, so that the model is what it was.
+    B starts at 0, so that the model starts unchanged.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
-        adopt(self, linear.weight, linear.bias)
+        nn.Module.__init__(self)  # nn.Linear would draw random weights
+        self.out_features, self.in_features = linear.weight.shape
+        self.weight = linear.weight
+        self.bias = linear.bias
         self.scale = alpha / rank
         self.lora_A = nn.Linear(self.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, self.out_features, bias=False)
@@ -38,18 +42,10 @@ class LoRALinear(nn.Linear):
         return self.weight + self.scale * (self.lora_B.weight @ self.lora_A.weight)
 
 
-def adopt(layer: nn.Linear, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
-    """Initialise a layer with these parameters; its constructor would draw random ones first."""
-    nn.Module.__init__(layer)
-    layer.out_features, layer.in_features = weight.shape
-    layer.weight = weight
-    layer.bias = bias
-
-
 def add(model: nn.Module, training: dict) -> nn.Module:
-    """Put LoRA beside the layers that lora_targets names; nothing else of the model trains. Raises UserError.
+    """Put LoRA beside the layers that lora_targets names and freeze the rest of the model. Raises UserError.
 
-    training: settings, of which lora_rank, lora_alpha and lora_targets count.
+    training: the settings of a training; lora_rank, lora_alpha and lora_targets count.
     """
     targets = {name.strip() for name in training["lora_targets"].split(",")}
     layers = {
@@ -71,6 +67,7 @@ def add(model: nn.Module, training: dict) -> nn.Module:
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:
+    """{name: layer} for the layers with LoRA."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -79,7 +76,7 @@ def adapted(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict of the same model without LoRA. Only the layers that it changes have new tensors."""
+    """State dict of the same model without LoRA. Only the layers that LoRA changes have new tensors."""
     changed = {f"{name}.weight": layer.merged() for name, layer in adapted(model).items()}
     state = {name: x for name, x in model.state_dict().items() if MARK not in name}
     return state | changed
@@ -87,8 +84,4 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
 def merge(model: nn.Module) -> nn.Module:
     """Return the same model without LoRA."""
-    for name, layer in adapted(model).items():
-        plain = nn.Linear.__new__(nn.Linear)
-        adopt(plain, nn.Parameter(layer.merged()), layer.bias)
-        model.set_submodule(name, plain)
-    return model.requires_grad_(True)
+    return restore_model(merged_state(model), model.config)
