@@ -23,7 +23,7 @@ from benchmarks.training import DEMO
 from humptygpt import config as configurator
 from humptygpt.config import UserError
 from humptygpt.device import peak_flops, pick_device, pick_dtype
-from humptygpt.memory import activation_bytes, training_memory
+from humptygpt.memory import training_memory
 from humptygpt.metrics import read_metrics
 from humptygpt.settings import TrainConfig
 from humptygpt.tasks import build_on_meta
@@ -135,11 +135,8 @@ def training(config: BenchConfig, size: str, device: torch.device) -> dict:
     speed = f"{figures['tokens_per_second']:,} tokens/s"
     row(f"{size}, training, batch {train_config.batch_size}", speed, ", ".join(beside))
     dtype = pick_dtype("auto", device)
-    on_gpu = device.type == "cuda"
-    rows = train_config.batch_size
-    kept = activation_bytes(train_config, model_config, rows, dtype, on_gpu)
-    computed = training_memory(train_config, model, kept).total
-    measured = f"{peak / 1e9:.2f} GB" if on_gpu else "not on a CPU"
+    computed = training_memory(train_config, model, device, dtype).total
+    measured = f"{peak / 1e9:.2f} GB" if device.type == "cuda" else "not on a CPU"
     row(f"{size}, peak memory", measured, f"{computed / 1e9:.2f} GB, uncompiled")
     return figures | {"computed_memory": computed}
 

@@ -85,9 +85,9 @@ def activation_bytes(
     # nothing is kept of the frozen layers before the first that trains
     layers = dropwhile(lambda layer: not trained_parameters(layer), layers)
     kept = sum(kept_of(layer, dtype) for layer in layers if layer is not model.lm_head)
-    scores = tokens * shape.n_head * shape.block_size  # of one layer
+    scores = tokens * shape.n_head * shape.block_size  # attention scores per layer
     explicit = scores <= models.EXPLICIT_SCORES and dtype != torch.float32
-    if device.type == "cpu" and (shape.dropout or explicit):  # as model.attend() decides
+    if device.type == "cpu" and (shape.dropout or explicit):  # see model.attend()
         copies = 3 if shape.dropout else 1
         layers = sum(isinstance(m, models.SelfAttention) for m in model.modules())
         kept += layers * copies * dtype.itemsize * scores / tokens
@@ -105,7 +105,9 @@ def kept_of(layer: nn.Module, dtype: torch.dtype) -> int:
         return dtype.itemsize * (inputs + layer.out_features)
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
         return FLOAT * layer.normalized_shape[0]
-    if isinstance(layer, models.CausalConv):  # as many shifted inputs as it looks back
+    if isinstance(
+        layer, models.CausalConv
+    ):  # one shifted copy of its input for each step back
         return FLOAT * layer.weight.numel()
     return 0
 

@@ -25,7 +25,7 @@ import prepare_data
 import train
 from humptygpt.decoding import CompiledGPT, make_generator
 from humptygpt.device import autocast, pick_dtype
-from humptygpt.memory import least_memory
+from humptygpt.memory import training_memory
 from humptygpt.sampling import generate
 from humptygpt.settings import read_settings
 from humptygpt.tasks import build_on_meta
@@ -227,7 +227,7 @@ def largest_that_is_not_refused(argv: list[str], free: int) -> int:
     while True:
         config, model_config, *_ = read_settings([*argv, f"--batch_size={2 * size}"])
         model = build_on_meta(replace(model_config, vocab_size=64))
-        if least_memory(config, model, torch.float32, 1).total > free:
+        if training_memory(config, model, torch.device(DEVICE), torch.float32).least > free:
             return size
         size *= 2
 

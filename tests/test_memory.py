@@ -26,25 +26,17 @@ import train
 from humptygpt import config as configurator
 from humptygpt import device, machine, memory, run_folder, tasks
 from humptygpt.config import UserError
-from humptygpt.device import DTYPES, autocast
+from humptygpt.device import autocast
 from humptygpt.optimizers import OPTIMIZERS, freeze, make_optimizer
 from humptygpt.prepare import encoding
 from humptygpt.settings import TrainConfig, read_settings
 from humptygpt.tasks import MODELS, build, build_on_meta
-from model import ACTIVATIONS, BLOCKS, MLPS, POSITIONS, ModelConfig
+from model import ACTIVATIONS, BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
 
 ROOT = Path(__file__).parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SIZES = {"n_layer": 3, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 50}
 TINY = ModelConfig(**GPT2 | SIZES)
-
-
-def memory_of(config: ModelConfig, dtype=torch.float32, rows=2, on_gpu=False, **settings):
-    """The memory of a training in one process, as --dry_run=True reports it."""
-    train_config = TrainConfig(**ADAMW | settings)
-    activations = memory.activation_bytes(train_config, config, rows, dtype, on_gpu)
-    model = memory.without_memory(train_config, config)
-    return memory.training_memory(train_config, model, activations)
 
 
 # --------------------------------------------------------------------------------------
@@ -53,114 +45,107 @@ def memory_of(config: ModelConfig, dtype=torch.float32, rows=2, on_gpu=False, **
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_memory_of_weights_gradients_and_optimizer_is_what_a_step_holds(optimizer):
+    config = TrainConfig(optimizer=optimizer)
     model = build(TINY)
-    trained = make_optimizer(TrainConfig(optimizer=optimizer), model)
+    trained = make_optimizer(config, model)
     idx = torch.zeros(2, 16, dtype=torch.int64)
     model(idx, idx)[1].backward()
     trained.step()
-    needed = memory_of(TINY, optimizer=optimizer)
+    needed = memory.training_memory(config, build_on_meta(TINY), CPU, torch.float32)
     held = [tensor for state in trained.state.values() for tensor in state.values()]
     assert needed.optimizer == sum(tensor.nbytes for tensor in held)
     assert needed.weights == sum(p.nbytes for p in model.parameters())
     assert needed.gradients == sum(p.grad.nbytes for p in model.parameters())
 
 
-FROZEN = ["blocks.0", "wte,blocks.0,blocks.1", "mlp", "q_proj,k_proj"]
-
-
-@pytest.mark.parametrize("frozen", FROZEN)
-def test_frozen_parameters_take_neither_gradients_nor_optimizer_state(frozen):
-    free = replace(TINY, tie_weights=False, vocab_size=10)
-    config = TrainConfig(freeze=frozen, batch_size=2)
-    model = build(free)
-    freeze(model, frozen)
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    needed = memory_of(free, freeze=frozen)
-    assert (needed.gradients, needed.optimizer) == (trained, 2 * trained)
-    everything = memory_of(free)
-    assert needed.activations <= everything.activations
-    least = memory.least_memory(
-        config, memory.without_memory(config, free), torch.float32, 1
-    )
-    assert needed.total / 8 < least.total < needed.total
+VARIANTS = [
+    *(("position", name) for name in POSITIONS),
+    *(("block", name) for name in BLOCKS),
+    *(("mlp", name) for name in MLPS),
+    *(("activation", name) for name in ACTIVATIONS),
+    *(("norm", name) for name in NORMS),
+    *(("model", name) for name in MODELS if name != "number_mlp"),
+    *(("dropout", 0.1), ("qk_norm", True), ("mlp_conv", 3), ("n_kv_head", 1)),
+    *(("block_size", 256), ("vocab_size", 3000), ("n_hidden", 2048)),
+    *(("freeze", "mlp"), ("freeze", "wte,blocks.0,blocks.1")),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "change",
-    [{}, {"dropout": 0.1}, {"model": "transformer"}, {"mlp": "gated", "qk_norm": True}],
-)
-def test_activations_are_those_that_autograd_keeps(dtype, change):
-    config = replace(TINY, **change)
-    model = build(config)
-    idx = torch.zeros(2, 16, dtype=torch.int64)
-    storages = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    saved = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+@pytest.mark.parametrize(("key", "value"), VARIANTS)
+def test_the_estimate_is_near_what_autograd_keeps_and_counts_what_trains(key, value, dtype):
+    sizes = {"vocab_size": 50, "block_size": 64, "window": 8, "batch_size": 6}
+    settings = vars(TINY) | ADAMW | sizes | {key: value}
+    config = configurator.make(TrainConfig, settings)
+    model_config = tasks.make_model_config(settings)
+    model = build(model_config)
+    freeze(model, config.freeze)
+    idx = torch.zeros(6, model_config.block_size, dtype=torch.int64)
+    kept = []
+    saved = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    )
     with saved, autocast(CPU, dtype):
         model(idx, idx, **({"source": idx} if model.has_encoder else {}))
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
     for p in model.parameters():
         storages.pop(p.data_ptr(), None)
-    kept = sum(storages.values())
-    logits = 4 * 2 * 16 * 50
-    assert memory_of(config, dtype).activations - logits == pytest.approx(kept, rel=0.01)
+    logits = 4 * idx.numel() * model_config.vocab_size
+    measured = sum(storages.values()) + logits
+    on_meta = memory.model_on_meta(config, model_config)
+    needed = memory.training_memory(config, on_meta, CPU, dtype)
+    assert measured / 1.55 < needed.activations < 1.55 * measured
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert (needed.gradients, needed.optimizer) == (trained, 2 * trained)
+    assert needed.total / 4 < needed.least < needed.weights + needed.optimizer + measured
 
 
 def test_a_gpu_keeps_no_scores_and_checkpointed_activations_take_less_than_half():
-    config = replace(TINY, n_layer=12, block_size=64, dropout=0.1)
+    shape = replace(TINY, n_layer=12, block_size=64, dropout=0.1)
+    model = build_on_meta(shape)
+    config = TrainConfig(batch_size=2)
+    checkpointed = replace(config, checkpoint_activations=True)
     whole, on_gpu, checkpointed = (
-        memory_of(config, **keys).activations
-        for keys in ({}, {"on_gpu": True}, {"checkpoint_activations": True})
+        memory.training_memory(config, model, device, torch.float32).activations
+        for config, device in ((config, CPU), (config, CUDA), (checkpointed, CPU))
     )
-    scores = 4 * 2 * config.n_head * 64**2
+    scores = 4 * 2 * shape.n_head * 64**2
     assert whole - on_gpu > 12 * scores
     assert checkpointed < whole / 2
 
 
-@pytest.mark.parametrize("options", [[], ["--dtype=bfloat16"]])
-def test_with_checkpointed_activations_the_losses_are_the_same_bit_for_bit(tiny, options):
-    rows = []
-    for choice in ("False", "True"):
-        train.main(
-            [*TINY_RUN, "--dropout=0.2", *options, f"--checkpoint_activations={choice}"]
-        )
-        rows.append(read_rows(Path("out/run")))
-    assert rows[0] == rows[1]
-
-
-def test_blocks_are_computed_again_in_the_backward_pass(tiny, monkeypatch):
-    calls = []
+def test_with_checkpointed_activations_blocks_are_computed_again_with_the_same_losses(
+    tiny, monkeypatch
+):
+    calls, rows, counts = [], [], []
     forward = models.PreNormBlock.forward
     monkeypatch.setattr(
         models.PreNormBlock, "forward", lambda *args: calls.append(1) or forward(*args)
     )
-    train.main(
-        [*TINY_RUN, "--max_iters=1", "--eval_interval=9", "--checkpoint_activations=True"]
-    )
-    training = len(calls)
-    calls.clear()
-    train.main([*TINY_RUN, "--max_iters=1", "--eval_interval=9"])
-    assert training == len(calls) + 2  # layers
+    for choice in ("False", "True"):
+        argv = ["--dropout=0.2", "--dtype=bfloat16", f"--checkpoint_activations={choice}"]
+        train.main([*TINY_RUN, *argv])
+        rows.append(read_rows(Path("out/run")))
+        counts.append(len(calls))
+        calls.clear()
+    assert rows[0] == rows[1]
+    assert counts[1] == counts[0] + 6 * 2  # steps, layers
 
 
 def test_with_fsdp_each_process_has_a_part_of_all_and_what_is_gathered():
     model = build_on_meta(TINY)
-    fsdp = TrainConfig(parallel="fsdp")
-    alone = memory.training_memory(fsdp, model, 10)
-    assert alone == memory.training_memory(TrainConfig(), model, 10, processes=8)
-    assert alone.buffers == 0
-    one, two = (
-        memory.training_memory(replace(fsdp, gradient_accumulation_steps=n), model, 10, 8)
-        for n in (8, 16)
-    )
+
+    def needed(processes: int = 8, **settings) -> memory.Memory:
+        config = TrainConfig(batch_size=2, **settings)
+        return memory.training_memory(config, model, CPU, torch.float32, processes)
+
+    alone = needed(1, parallel="fsdp")
+    assert alone.buffers == 0 and alone == needed(1)
+    assert needed(gradient_accumulation_steps=8) == alone  # DDP
+    one, two = (needed(parallel="fsdp", gradient_accumulation_steps=n) for n in (8, 16))
     assert (one.weights, one.optimizer) == (alone.weights / 8, alone.optimizer / 8)
     assert one.gradients == alone.gradients / 8 and two.gradients == alone.gradients
-    assert one.activations == 10 and one.buffers == two.buffers > 0
+    assert one.activations == alone.activations and one.buffers == two.buffers > 0
 
 
 def test_a_dry_run_reports_memory_and_touches_nothing(capsys, monkeypatch):
@@ -176,9 +161,7 @@ def test_a_dry_run_reports_memory_and_touches_nothing(capsys, monkeypatch):
             argv.append(f"--parallel={parallel}")
         assert train.main(argv) == 0
         out = capsys.readouterr().out
-        assert (
-            " parameters, " in out and " FLOPs per token\n" in out and ": it fits\n" in out
-        )
+        assert " parameters, " in out and ": it fits\n" in out
         each, size = re.search(r"memory(.*), in GB: weights ([0-9.e-]+)", out).groups()
         assert each == (f" of each of 4 processes, {parallel.upper()}" if parallel else "")
         weights[parallel] = float(size)
@@ -222,12 +205,9 @@ def gigabyte(monkeypatch):
 
 TOO_LARGE = (
     "--n_embd=1000000",
-    "--n_layer=300 --n_embd=512",
     "--batch_size=10000000",
-    "--batch_size=100000000 --checkpoint_activations=True --n_embd=4096",
-    "--n_hidden=1000000 --n_embd=4096",
-    "--n_hidden=1000000 --n_embd=4096 --freeze=wte",
-    "--vocab_size=1000000 --n_embd=4096",
+    "--batch_size=10000000 --checkpoint_activations=True",
+    "--n_hidden=1000000 --n_embd=4096 --freeze=mlp",
 )
 
 
@@ -264,62 +244,28 @@ def test_several_processes_share_the_memory_of_a_machine(tiny, gigabyte, monkeyp
     )
 
 
-VARIANTS = [
-    *(("position", name) for name in POSITIONS),
-    *(("block", name) for name in BLOCKS),
-    *(("mlp", name) for name in MLPS),
-    *(("activation", name) for name in ACTIVATIONS),
-    *(("model", name) for name in MODELS if name != "number_mlp"),
-    ("dropout", 0.1),
-    ("n_kv_head", 1),
-    ("norm", "none"),
-    ("block_size", 256),
-    ("vocab_size", 3000),
-    ("n_hidden", 2048),
-]
-
-
-@pytest.mark.parametrize(("key", "value"), VARIANTS)
-def test_what_is_refused_would_take_more_and_at_most_eight_times_as_much(key, value):
-    sizes = {"vocab_size": 50, "n_embd": 32, "n_head": 2, "block_size": 64, "n_layer": 3}
-    settings = GPT2 | ADAMW | {"batch_size": 12} | sizes | {"window": 8, key: value}
-    config = configurator.make(TrainConfig, settings)
-    model_config = configurator.make(ModelConfig, settings)
-    model = build_on_meta(model_config)
-    for dtype in (DTYPES[name] for name in ("float32", "bfloat16")):
-        least = memory.least_memory(config, model, dtype, 1)
-        exact = memory_of(model_config, dtype, config.batch_size)
-        assert exact.total / 8 < least.total < exact.total
-        assert least.total >= 16 * models.count_parameters(model)  # AdamW
-
-
-def test_the_check_before_a_training_loads_no_compiler(tiny):
-    code = "import sys, torch, train; from humptygpt.memory import check_training_fits\n"
-    code += "for position in train.models.POSITIONS:\n"
-    code += "    model_config = train.ModelConfig(vocab_size=9, position=position)\n"
-    code += "    device = torch.device('cpu')\n"
-    code += "    check_training_fits(train.TrainConfig(), model_config, device, torch.float32)\n"
-    code += "print('torch._dynamo' in sys.modules, 'sympy' in sys.modules)"
+def test_the_estimate_loads_no_compiler():
+    code = """if True:
+        import sys, train
+        for position in train.models.POSITIONS:
+            train.main(["--vocab_size=9", f"--position={position}", "--dry_run=True"])
+        print("torch._dynamo" in sys.modules, "sympy" in sys.modules)
+    """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.stdout == "False False\n", done.stderr
+    assert done.stdout.endswith("\nFalse False\n"), done.stderr
 
 
-@pytest.fixture
-def run_dir(run_train):
+def test_a_text_that_will_not_fit_is_refused_with_its_size(run_train, gigabyte):
     run_train()
-    return Path("out/run")
-
-
-@pytest.mark.parametrize("new_tokens", [10**9, 10**18])
-def test_a_text_that_will_not_fit_is_refused_with_its_size(run_dir, gigabyte, new_tokens):
     match = r" tokens takes [\d,.]+ GB of memory, and 900\.0 MB are free; try fewer --max_new_tokens"
     with pytest.raises(UserError, match=match):
-        sample.main(["--out_dir=out/run", "--device=cpu", f"--max_new_tokens={new_tokens}"])
+        sample.main(["--out_dir=out/run", "--device=cpu", f"--max_new_tokens={10**18}"])
 
 
-def test_weights_that_will_not_fit_are_refused_with_their_size(run_dir, monkeypatch):
+def test_weights_that_will_not_fit_are_refused_with_their_size(run_train, monkeypatch):
+    run_train()
     monkeypatch.setattr(device, "available_memory", lambda: 100)
     with pytest.raises(UserError, match=r"out/run takes .* MB .* free; .*--quantize=int8"):
         sample.load("out/run", device="cpu")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from humptygpt.checkpoint import restore_model
 from humptygpt.config import UserError
 
-MARK = ".lora_"  # in the names of the matrices that train
+MARK = ".lora_"  # part of the names of the matrices that train
 
 
 class LoRALinear(nn.Linear):
@@ -43,7 +43,7 @@ class LoRALinear(nn.Linear):
 
 
 def add(model: nn.Module, training: dict) -> nn.Module:
-    """Put LoRA beside the layers that lora_targets names and freeze the rest of the model. Raises UserError.
+    """Add LoRA to the layers that lora_targets names and freeze the rest of the model. Raises UserError.
 
     training: the settings of a training; lora_rank, lora_alpha and lora_targets count.
     """

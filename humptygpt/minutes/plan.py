@@ -1,6 +1,6 @@
-"""--minutes: from a text, a machine and a time to a model and a training that fit; and the clock that it follows.
+"""--minutes: choose a model and its training for a text, a machine and a time, and end the training on time.
 
-The law's constants are from runs of one to ten minutes by benchmarks/law.py, rounded; longer ones are extrapolated.
+The constants of the law were fitted to runs of one to ten minutes by benchmarks/law.py; longer runs are extrapolated.
 """
 
 import math
@@ -25,18 +25,14 @@ from humptygpt.data import Dataset
 from humptygpt.device import autocast, free_memory, to_device
 from humptygpt.evaluation import cost_of_whole_split
 from humptygpt.files import write_whole
-from humptygpt.memory import (
-    check_training_fits,
-    least_memory,
-    without_memory,
-)
+from humptygpt.memory import check_training_fits, model_on_meta, training_memory
 from humptygpt.optimizers import make_optimizer
 from humptygpt.run_folder import Progress
 from humptygpt.settings import IN_VAIN, TrainConfig
 from humptygpt.setup import make_model
 from model import ModelConfig
 
-# What is tried. Of (n_layer, n_embd), each is some 1.5 times as expensive as the one before.
+# The sizes to try, (n_layer, n_embd): each is about 1.5 times as expensive as the one before.
 SIZES = (
     (2, 64),
     (2, 128),
@@ -53,24 +49,24 @@ CONTEXTS = (128, 256, 512)  # tokens
 STEPS = (1024, 2048, 4096)  # tokens of a step
 HEAD_SIZE = 64
 EVALUATIONS = 4
-TIME_TO_TRAIN = 0.85  # of what is left after the choice: the rest evaluates
+TIME_TO_TRAIN = 0.85  # fraction of the time after the choice; the rest is for evaluations
 COMPILING = 60.0  # seconds that torch.compile is expected to take
 PROBE_STEPS = 5
-# seconds that loading the best model, a text by it, the picture and the exit take, beside an evaluation
+# seconds for the end of a run: to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
 
 
 class Clock:
-    """How far a training is that ends with its minutes: steps follow the time, whatever else the machine does."""
+    """Measures progress by wall-clock time, so that a run ends on schedule whatever else the machine does."""
 
     def __init__(self, started: float, minutes: float, earlier: float):
-        """started: of the command, by time.monotonic(). earlier: seconds that earlier commands of the run took."""
+        """started: time.monotonic() when the command started. earlier: seconds that the run took before it."""
         self.started = started - earlier
         self.end = self.started + 60 * minutes
-        self.step = 0.0  # seconds of a step, by its trial
-        # seconds of the last evaluation; before the first one, an estimate
+        self.step = 0.0  # seconds of a step, as measured before the run
+        # seconds of the last evaluation, or an estimate before the first one
         self.evaluation = 0.0
-        # what the end takes, in evaluations: a text, and of a long run the whole validation split
+        # cost of the end of a run, in evaluations: a sample, and in a long run the whole validation split
         self.at_the_end = 1.0
         self.last_step = time.monotonic()
 
@@ -89,29 +85,29 @@ class Clock:
         return self.end - time.monotonic()
 
     def leave_out(self, evaluation: float) -> None:
-        """Leave out the time since advance(), which was an evaluation of so many seconds."""
+        """Count the time since the last advance() as an evaluation, which took so many seconds."""
         self.evaluation = evaluation
         self.last_step = time.monotonic()
 
     def seconds(self) -> float:
-        """Return how long the run has taken, earlier commands included."""
+        """Seconds that the run has taken, including earlier commands."""
         return time.monotonic() - self.started
 
     def seconds_left(self, position: float, config: TrainConfig) -> float:
-        """Return the seconds that are left to train, without those of the evaluations to come and of the end."""
+        """Seconds that are left to train, after subtracting the evaluations to come and the end of the run."""
         last = (1 + self.at_the_end) * self.evaluation
         left = self.end - time.monotonic() - ENDING - last
         before = math.ceil((config.max_iters - position) / config.eval_interval) - 1
-        # half of the time is for training, and evaluations for which there is no time are skipped
+        # at least half of the time is for training; evaluations for which no time is left are skipped
         return max(left - before * self.evaluation, left / 2)
 
     def planned(self, config: TrainConfig) -> float:
-        """Return the seconds that a plan made now has to train."""
+        """Seconds to train for a plan that is made now."""
         ending = ENDING + COMPILING * bool(config.compile)
         return TIME_TO_TRAIN * (self.end - time.monotonic() - ending)
 
     def advance(self, position: float, config: TrainConfig) -> float:
-        """Return how far training is after a step, in steps of config.max_iters; position: before it."""
+        """Position after a step, between 0 and config.max_iters. position: the one before the step."""
         now = time.monotonic()
         step = now - self.last_step
         self.last_step = now
@@ -130,11 +126,11 @@ B = 30.0
 BETA = 0.26
 C = 1.0
 GAMMA = 0.5
-SMALL_STEPS = 0.1  # 0: only the text that was read counts, 1: only the steps
-PARAMETERS_PER_BYTE = 1.0  # that a text can teach
-MOST_PER_BYTE = 8.0  # with more of them, a model only learns the text by heart
-REPEATS = 1.0  # how much reading again, and more parameters than that, are worth at most
-# the recipe's weight decay is for steps of so many tokens of a text of so many
+SMALL_STEPS = 0.1  # 0: only the amount of text read counts, 1: only the number of steps
+PARAMETERS_PER_BYTE = 1.0  # parameters that a byte of text can teach
+MOST_PER_BYTE = 8.0  # with more parameters per byte, a model only memorises the text
+REPEATS = 1.0  # the most that repeated text, or more parameters than a text can teach, add
+# The default weight decay was tuned for these numbers of tokens in a step and in the text.
 RECIPE_STEP = 1024
 RECIPE_TEXT = 700_000
 
@@ -146,12 +142,13 @@ def loss(
     context: float = 256,
     step: float = 1024,
 ) -> float:
-    """Predict bits per byte, beside those that no model can save, after reading so many bytes of a text.
+    """Predict bits per byte above the entropy of the text itself.
 
-    context: bytes that a prediction can see. step: tokens; more small steps learn more from as much text.
+    read: bytes read in training. text: bytes of the text. context: bytes that a prediction can see. step: tokens of a
+    step; many small steps learn more from the same amount of text than few large ones.
 
-    Source of the form: Hoffmann et al. 2022, arXiv:2203.15556; of repeated text and of more parameters than it can
-    teach: Muennighoff et al. 2023, arXiv:2305.16264, eq. 5 and 6.
+    The form follows Hoffmann et al. 2022, arXiv:2203.15556. Repeated text and surplus parameters are discounted as in
+    Muennighoff et al. 2023, arXiv:2305.16264, eq. 5 and 6.
     """
     taught = worth(parameters, PARAMETERS_PER_BYTE * text)
     learned = worth(read, text) * (1024 / step) ** SMALL_STEPS
@@ -159,34 +156,35 @@ def loss(
 
 
 def worth(amount: float, once: float) -> float:
-    """Return what an amount is worth of which only so much is new."""
+    """Effective amount after discounting repetition. once: the amount that can be new."""
     more = max(0.0, amount / once - 1)
     return min(amount, once) * (1 + REPEATS * (1 - math.exp(-more / REPEATS)))
 
 
 def advice(parameters: int, read: float, text: float) -> str:
-    """Return what would lower the loss most: more minutes, more text or a larger model."""
+    """Say which would lower the loss most: more minutes, more text or a larger model."""
     now = loss(parameters, read, text)
-    gains = {
-        "twice the minutes": now - loss(parameters, 2 * read, text),
-        "twice the text": now - loss(parameters, read, 2 * text),
-        "twice the parameters, in twice the minutes": now
-        - loss(2 * parameters, read, text),
+    losses = {
+        "twice the minutes": loss(parameters, 2 * read, text),
+        "twice the text": loss(parameters, read, 2 * text),
+        "twice the parameters, in twice the minutes": loss(2 * parameters, read, text),
     }
-    best = max(gains, key=gains.get)
-    return f"what would help most: {best}, by about {gains[best]:.2f} bits per byte"
+    best = min(losses, key=losses.get)
+    gain = now - losses[best]
+    return f"what would help most: {best}, by about {gain:.2f} bits per byte"
 
 
 def dropout(epochs: float, parameters: float) -> float:
-    """Return the dropout for a text that is read so often: a large model learns more of it by heart."""
-    much = 0.05 * (parameters / 1e6) ** 0.4 * math.log2(max(epochs, 1) / 2.4)
-    return round(min(0.3, max(0.0, much)), 2)
+    """Dropout rate for this number of epochs. A large model memorises more, so it gets a higher rate."""
+    rate = 0.05 * (parameters / 1e6) ** 0.4 * math.log2(max(epochs, 1) / 2.4)
+    return round(min(0.3, max(0.0, rate)), 2)
 
 
 def decay(weight_decay: float, tokens: int, text: int) -> float:
-    """Return the weight decay for steps of so many tokens of a text of so many; weight_decay: the recipe's.
+    """Scale the default weight decay to this number of tokens in a step and in the text.
 
-    So the weights remember as many epochs of each text. Source: Wang & Aitchison 2024, arXiv:2405.13698.
+    With it, the weights are an average over the same number of epochs for every text. Source: Wang & Aitchison 2024,
+    arXiv:2405.13698.
     """
     return float(f"{weight_decay * min(10, tokens / RECIPE_STEP * RECIPE_TEXT / text):.2g}")
 
@@ -196,14 +194,14 @@ def decay(weight_decay: float, tokens: int, text: int) -> float:
 
 
 class Candidate(NamedTuple):
-    """What could be trained, and what it takes."""
+    """One possible training, and its costs."""
 
     config: TrainConfig
     model_config: ModelConfig
-    parameters: int  # beside the embeddings
-    tokens: int  # of a step
-    operations: int  # of a step: the model's and, of Muon, the optimizer's
-    memory: float  # bytes, at least
+    parameters: int  # without the embeddings
+    tokens: int  # tokens per step
+    operations: int  # operations per step, including Muon's
+    memory: float  # lower bound in bytes
 
 
 def begin(
@@ -236,10 +234,10 @@ def choose(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[TrainConfig, ModelConfig]:
-    """Return the settings by which the law promises the lowest loss in the time that is left.
+    """Choose the settings for which the law predicts the lowest loss in the time that is left.
 
-    given: keys that stay as they are; so does the size of a model to start from. The dataset is left with the context
-    that is chosen, the clock with the time of a step. Raises UserError if not one step fits into the time or memory.
+    given: keys that keep their values. A model to start from keeps its size. Sets the block_size of the dataset and
+    the step time of the clock. Raises UserError if no step fits into the time or memory.
     """
     if dataset.task != "language modelling":
         raise UserError(
@@ -251,14 +249,14 @@ def choose(
         dataset.block_size = candidate.model_config.block_size
         return seconds_per_step(*candidate[:2], dataset, device, dtype)
 
-    tried = candidates(config, model_config, given, dataset, dtype)
+    tried = candidates(config, model_config, given, dataset, device, dtype)
     tried.sort(key=lambda candidate: candidate.operations)
+    check_training_fits(*tried[0][:2], device, dtype)
     free = free_memory(device)
-    if tried[0].memory > free:
-        check_training_fits(*tried[0][:2], device, dtype)
-    best = find_best(tried, free, dataset, clock, time_step)
+    fitting = [candidate for candidate in tried if candidate.memory <= free]
+    best = find_best(fitting, dataset, clock, time_step)
     config, model_config, parameters, tokens, *_ = best
-    if "dropout" not in given:  # which takes time, so the step is timed again
+    if "dropout" not in given:  # dropout takes time, so the step is timed again
         epochs = clock.planned(config) / time_step(best) * tokens / len(dataset.train)
         model_config = replace(model_config, dropout=dropout(epochs, parameters))
         best = best._replace(model_config=model_config)
@@ -271,7 +269,7 @@ def choose(
         "eval_interval": max(1, math.ceil(steps / EVALUATIONS)),
         "warmup_iters": min(config.warmup_iters, steps // 10),
     }
-    if config.init_from == "scratch":  # else what the model knows would be forgotten
+    if config.init_from == "scratch":  # decay makes a trained model forget
         chosen["weight_decay"] = decay(config.weight_decay, tokens, len(dataset.train))
     config = replace(config, **{k: v for k, v in chosen.items() if k not in given})
     return config, model_config
@@ -279,22 +277,21 @@ def choose(
 
 def find_best(
     tried: list[Candidate],
-    free: float,
     dataset: Dataset,
     clock: Clock,
     time_step: Callable[[Candidate], float],
 ) -> Candidate:
-    """Return the candidate with the lowest loss by the law. The smallest, a middle one and the best are timed.
+    """Find the candidate with the lowest predicted loss. The smallest, a middle one and the best are timed.
 
-    tried: sorted by operations. free: bytes of memory before the trials, which may not give back what they take.
+    tried: sorted by operations.
     """
     bytes_per_token = dataset.val_bytes_per_token()
     text = len(dataset.train) * bytes_per_token
     most = max(MOST_PER_BYTE * text, tried[0].parameters)
-    tried = [x for x in tried if x.parameters <= most and x.memory <= free]
+    tried = [candidate for candidate in tried if candidate.parameters <= most]
 
     def seconds(candidate: Candidate) -> float:
-        """A step takes some time whatever the size, and more by what it computes."""
+        """Time of a step: measured, or else a linear function of its operations."""
         more = candidate.operations - small.operations
         return times.get(candidate) or times[small] + slope * more
 
@@ -308,13 +305,13 @@ def find_best(
     available = clock.planned(small.config)
     if available < times[small]:
         raise UserError(
-            f"minutes={small.config.minutes:g} is too short: {clock.seconds():.1f} s are over before the first step,"
+            f"minutes={small.config.minutes:g} is too short: {clock.seconds():.1f} s have passed before the first step,"
             f" which takes {times[small]:.2g} s"
         )
     times[large] = time_step(large)
     more = large.operations - small.operations
     slope = max(0.0, times[large] - times[small]) / max(1, more)
-    # the best one is timed, too, and may then be no longer the best
+    # another candidate may be the best when the time of this one is known
     while (best := min(tried, key=promise)) not in times:
         times[best] = time_step(best)
     return best
@@ -325,13 +322,14 @@ def candidates(
     model_config: ModelConfig,
     given: Collection[str],
     dataset: Dataset,
+    device: torch.device,
     dtype: torch.dtype,
 ) -> list[Candidate]:
-    """Return the model as it is, and in every other size, context and batch that the given keys allow.
+    """List the model as it is, and every other size, context and batch that the given keys allow.
 
-    A size has as many heads of HEAD_SIZE as it can, or fewer and larger ones if the given keys ask for that.
+    A size has as many heads of HEAD_SIZE as fit, or fewer and larger ones if the given keys need that.
     """
-    fixed = vars(model_config)  # a model to start from stays as it is
+    fixed = vars(model_config)  # a model to start from keeps its shape
     if config.init_from == "scratch":
         fixed = {key: value for key, value in fixed.items() if key in given}
     contexts = [context for context in CONTEXTS if context < len(dataset.train)]
@@ -347,11 +345,12 @@ def candidates(
                 break
     found = []
     for shape in shapes:
-        model = without_memory(config, shape)
+        model = model_on_meta(config, shape)
         parameters, per_token, per_step = cost(model)
         if config.optimizer == "adamw":
             per_step = 0
-        of_each = shape.block_size * config.gradient_accumulation_steps  # tokens of a step
+        # tokens in a step for each sequence of a batch
+        of_each = shape.block_size * config.gradient_accumulation_steps
         batches = {max(1, tokens // of_each) for tokens in STEPS}
         if "batch_size" in given:
             batches = {config.batch_size}
@@ -359,17 +358,17 @@ def candidates(
             batch = replace(config, batch_size=batch_size)
             tokens = batch_size * of_each
             operations = tokens * per_token + per_step
-            memory = least_memory(batch, model, dtype, 1).total
-            found.append(Candidate(batch, shape, parameters, tokens, operations, memory))
+            least = training_memory(batch, model, device, dtype).least
+            found.append(Candidate(batch, shape, parameters, tokens, operations, least))
     return found
 
 
 def cost(model: nn.Module) -> tuple[int, int, int]:
-    """Return the parameters beside the embeddings, and the operations of a token and of a step of Muon."""
+    """Parameters without the embeddings, operations of the model for a token, and operations of Muon in a step."""
     config = model.config
     embeddings = config.vocab_size * config.n_embd * (1 if config.tie_weights else 2)
     parameters = models.count_parameters(model) - embeddings
-    # of a matrix m x n, m <= n, three products in each of five rounds, and m is the width of nearly all
+    # Muon multiplies three times in each of five rounds; the smaller side of nearly all matrices is n_embd
     per_step = 5 * 6 * parameters * config.n_embd
     return parameters, models.flops_per_token(model), per_step
 
@@ -381,7 +380,7 @@ def seconds_per_step(
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
-    """Train a model of this size for a few steps and return the median of their times."""
+    """Train a model of this size for a few steps and return their median time."""
     model = make_model(config, model_config).to(device)
     optimizer = make_optimizer(config, model)
     times = []
@@ -435,9 +434,9 @@ def closing(run, out_dir: Path) -> str:
 
 
 def write_plan(path: Path, run) -> None:
-    """Write a config file that repeats a run step by step, and that a person edits to go on. run: a train.Run."""
+    """Write a config file that repeats a run step by step, as a start for further experiments. run: a train.Run."""
     settings = asdict(run.config) | asdict(run.model.config)
-    # the clock took more or fewer steps than were planned
+    # the run may have taken more or fewer steps than were planned
     for key in ("max_iters", "lr_decay_iters", "warmup_iters", "eval_interval"):
         if settings[key]:
             steps = settings[key] * run.progress.iter / run.progress.position
@@ -450,7 +449,7 @@ def write_plan(path: Path, run) -> None:
         f"#   python train.py {path} --out_dir=out/again",
         "",
     ]
-    # also defaults, since a run that starts from a model has others
+    # with defaults, because a run that starts from a model has other ones
     lines += [f"{key} = {settings[key]!r}" for key in settings if key not in left_out]
     text = "\n".join(lines) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))
