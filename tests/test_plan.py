@@ -248,7 +248,7 @@ def choose(monkeypatch):
     """Choose for a text of so many bytes."""
     monkeypatch.setattr(memory, "build_on_meta", lambda config, training: built(config))
     monkeypatch.setattr(plan, "cost", costs)
-    monkeypatch.setattr(plan, "least_memory", lambda *args: SimpleNamespace(total=0))
+    monkeypatch.setattr(plan, "training_memory", lambda *args: SimpleNamespace(least=0))
     monkeypatch.setattr(plan, "seconds_per_step", seconds_per_step)
     monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: 2.0))
 
@@ -265,7 +265,7 @@ def choose(monkeypatch):
             given,
             dataset,
             plan.Clock(0.0, minutes, 0.0),
-            torch.device("cpu"),
+            CPU,
             torch.float32,
         )
 
@@ -292,16 +292,16 @@ def test_no_model_is_so_large_that_it_learns_the_text_by_heart(choose, minutes):
     assert parameters <= 8 * 100_000
 
 
-def test_a_text_that_is_read_often_gets_dropout(choose):
-    dropouts = [choose(text, 3)[1].dropout for text in TEXTS]
-    assert dropouts == sorted(dropouts, reverse=True)
+def test_a_small_text_gets_dropout_and_more_weight_decay_unless_a_model_is_fine_tuned(
+    choose,
+):
+    found = [choose(text, 3) for text in TEXTS]
+    dropouts = [model_config.dropout for _, model_config in found]
+    decays = [config.weight_decay for config, _ in found]
+    for rates in (dropouts, decays):
+        assert rates == sorted(rates, reverse=True)
     assert dropouts[0] > 0.1 and dropouts[-1] == 0.0
-
-
-def test_a_small_text_gets_more_weight_decay_unless_a_model_is_fine_tuned(choose):
-    decays = [choose(text, 3)[0].weight_decay for text in TEXTS]
-    assert decays == sorted(decays, reverse=True)
-    assert decays[0] == 1.0 and decays[-1] < 0.01  # the recipe's is 0.1
+    assert decays[0] == 1.0 and decays[-1] < 0.01  # the default is 0.1
     assert choose(300, 3, init_from="out/other")[0].weight_decay == 0.1
 
 
@@ -311,18 +311,14 @@ GIVEN = {
     "n_head": 8,
     "n_kv_head": 2,
     "head_size": 32,
-    "n_hidden": 100,
-    "window": 200,
     "dropout": 0.05,
     "weight_decay": 0.2,
     "eval_interval": 7,
     "warmup_iters": 3,
     "lr_decay_iters": 5,
     "batch_size": 2,
-    "gradient_accumulation_steps": 2,
     "block_size": 32,
     "learning_rate": 1e-4,
-    "eval_iters": 5,
 }
 
 
@@ -374,29 +370,20 @@ def test_a_context_and_a_batch_are_chosen_too(choose):
     assert shorter.block_size < 300
 
 
-def test_the_tokens_of_a_step_are_those_of_all_its_micro_batches():
-    config = TrainConfig(gradient_accumulation_steps=4)
-    dataset = SimpleNamespace(train=range(10**6))
-    size = ModelConfig(vocab_size=65)
-    tried = plan.candidates(config, size, (), dataset, torch.float32)
-    assert {candidate.tokens for candidate in tried} == set(plan.STEPS)
-
-
 def test_a_plan_takes_the_time_that_is_left_to_train(choose):
     config, model_config = choose(1_000_000, 3)
     step = plan.seconds_per_step(config, model_config)
     assert config.max_iters == int(plan.TIME_TO_TRAIN * (178 - plan.ENDING) / step)
     assert config.eval_interval == math.ceil(config.max_iters / plan.EVALUATIONS)
-    _, smaller = choose(1_000_000, 3, n_layer=2)
-    assert smaller.n_embd == 128
 
 
 def test_every_size_keeps_the_architecture_and_can_be_built():
     config = ModelConfig(vocab_size=65, n_layer=4, n_head=2, n_kv_head=2, n_embd=128)
+    training = TrainConfig(gradient_accumulation_steps=4)
     dataset = SimpleNamespace(train=range(10**6))
-    tried = plan.candidates(
-        TrainConfig(), config, {"n_kv_head", "block_size"}, dataset, torch.float32
-    )
+    given = {"n_kv_head", "block_size"}
+    tried = plan.candidates(training, config, given, dataset, CPU, torch.float32)
+    assert {candidate.tokens for candidate in tried} == set(plan.STEPS)
     shapes = {candidate.model_config for candidate in tried}
     sizes = {(shape.n_layer, shape.n_embd) for shape in shapes}
     assert sizes == {*plan.SIZES} and len(shapes) == len(sizes)
@@ -425,17 +412,8 @@ def test_a_trial_trains_as_the_run_will(tiny, monkeypatch):
         "make_optimizer",
         lambda *args: models.append(args[1]) or make_optimizer(*args),
     )
-    run = train.setup(
-        *read_settings(
-            [
-                *TIMED,
-                "--minutes=100000",
-                "--position=learned",
-                "--freeze=wpe",
-                "--checkpoint_activations=True",
-            ]
-        )
-    )
+    argv = ["--minutes=100000", "--position=learned", "--freeze=wpe"]
+    run = train.setup(*read_settings([*TIMED, *argv, "--checkpoint_activations=True"]))
     for model in (*models, run.model):
         assert model.stack.checkpoint_activations
         assert not any(p.requires_grad for p in model.stack.position.parameters())
@@ -471,18 +449,14 @@ def test_what_does_not_fit_into_memory_is_not_tried(tiny, fails, monkeypatch):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_the_law_promises_less_loss_by_more_of_anything(text):
-    for parameters in (1e5, 1e8):
+def test_the_law_promises_less_loss_by_more_of_anything_and_advises_the_best(text):
+    for parameters in (10**4, 10**6, 10**9):
         for read in (text / 2, text, 3 * text):
             now = plan.loss(parameters, read, text)
             assert plan.loss(2 * parameters, read, text) <= now
             assert plan.loss(parameters, 2 * read, text) <= now
             assert plan.loss(parameters, read, 2 * text) <= now
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_the_advice_is_never_more_text_where_it_was_read_once(text):
-    for parameters in (10**4, 10**6, 10**9):
+        # a text that was read once has more to teach
         assert "twice the text" not in plan.advice(parameters, text, text)
     assert "twice the text" in plan.advice(10**12, 1000 * text, text)
 
@@ -582,11 +556,8 @@ REFUSED = {
     "--dry_run=True": "minutes is for training, which dry_run and eval_only leave out\n",
     "--eval_only=True": "minutes is for training, which dry_run and eval_only leave out\n",
     "--minutes=0": "minutes=0.0 must be above 0\n",
-    "--minutes=-1": "minutes=-1.0 must be above 0\n",
-    "--minutes=nan": "minutes='nan' must be float | None\n",
     "--minutes=1e999": "minutes=inf must be above 0\n",
-    "--minutes=ten": "minutes='ten' must be float | None\n",
-    "--minutes=0.001": r"minutes=0.001 is too short: 2.0 s are over .* takes 0.1 s\n",
+    "--minutes=0.001": r"minutes=0.001 is too short: 2.0 s have passed .* takes 0.1 s\n",
 }
 
 
@@ -594,7 +565,7 @@ REFUSED = {
 def test_minutes_that_cannot_be_are_refused_in_one_line(tiny, machine, fails, argument):
     machine.patch.setattr(cores, "STARTED", -2.0)
     line = fails(train.main, *TIMED, "--minutes=1", argument)
-    assert re.fullmatch(REFUSED[argument].replace("|", r"\|"), line)
+    assert re.fullmatch(REFUSED[argument], line)
     assert not list(OUT.glob("*.pt"))
 
 
@@ -623,14 +594,11 @@ TEXT = {
 
 
 @pytest.mark.whole_ending
-@pytest.mark.parametrize("block_size", [16, 256])
 @pytest.mark.parametrize("name", TEXT)
-def test_the_smallest_texts_train_or_are_refused_in_one_line(
-    folder, machine, capsys, name, block_size
-):
+def test_the_smallest_texts_train_or_are_refused_in_one_line(folder, machine, capsys, name):
     Path("own.txt").write_text(TEXT[name])
-    argv = ["--input=own.txt", *TIMED, "--minutes=0.1", f"--block_size={block_size}"]
-    if name == "20 characters" and block_size == 256:
+    argv = ["--input=own.txt", *TIMED, "--minutes=0.1", "--block_size=256"]
+    if name == "20 characters":
         with pytest.raises(UserError, match=r"take more text or a smaller --block_size"):
             machine.run(*argv)
         argv += ["--block_size=8"]
@@ -645,28 +613,18 @@ def test_the_smallest_texts_train_or_are_refused_in_one_line(
 # The defaults
 
 
-def test_without_a_config_file_a_run_has_the_settings_of_the_demo_but_for_its_data_and_folder(
-    folder,
-):
+def test_a_config_file_and_no_config_file_start_from_the_demo_and_help_shows_it(folder):
     demo = read_settings([str(configurator.CONFIGS / "shakespeare_char.py")])
-    own = read_settings(["--dataset=mine"])
-    assert own.model_config == demo.model_config
-    different = {
-        key: value
-        for key, value in vars(own.config).items()
-        if value != getattr(demo.config, key)
-    }
-    assert different == {"dataset": "mine", "out_dir": "out/mine"}
-
-
-def test_a_config_file_starts_from_the_same_defaults_as_none_and_help_shows_them(folder):
     Path("short.py").write_text("dataset = 'mine'\n")
-    without = read_settings(["--dataset=mine"])
-    assert read_settings(["short.py"])[:2] == without[:2]
+    own = read_settings(["short.py"])
+    assert own[:2] == read_settings(["--dataset=mine"])[:2]
+    defaults = vars(demo.config) | vars(demo.model_config)
+    settings = vars(own.config) | vars(own.model_config)
+    different = {key: value for key, value in settings.items() if value != defaults[key]}
+    assert different == {"dataset": "mine", "out_dir": "out/mine"}
     shown = configurator.help_text(ModelConfig, TrainConfig)
-    different = {"dataset": "mine", "out_dir": "out/mine"}
-    for key, value in (vars(without.config) | vars(without.model_config)).items():
-        assert f"  --{key}={value} " in shown or different.get(key) == value
+    for key in settings.keys() - different.keys():
+        assert f"  --{key}={settings[key]} " in shown
 
 
 def test_every_choice_of_a_key_goes_with_the_defaults_or_says_what_does_not(folder):
