@@ -301,12 +301,6 @@ NANOGPT_CONFIGS = {
         **{"gradient_accumulation_steps": 32, "max_iters": 20, "learning_rate": 3e-5},
         **{"decay_lr": False, "always_save_checkpoint": False},
     },
-    "train_shakespeare_char": {
-        **{"dataset": "shakespeare_char", "n_layer": 6, "n_head": 6, "n_embd": 384},
-        **{"block_size": 256, "dropout": 0.2, "learning_rate": 1e-3, "min_lr": 1e-4},
-        **{"max_iters": 5000, "lr_decay_iters": 5000, "warmup_iters": 100, "beta2": 0.99},
-        **{"batch_size": 64, "gradient_accumulation_steps": 1},
-    },
 }
 NANOGPT_DEFAULTS = {
     **{"dataset": "openwebtext", "learning_rate": 6e-4, "min_lr": 6e-5, "beta2": 0.95},
