@@ -1,3 +1,5 @@
+"""Devices and dtypes: what auto picks, and what is refused."""
+
 import ctypes
 import sys
 
@@ -6,7 +8,6 @@ import torch
 
 from humptygpt.config import UserError
 from humptygpt.device import (
-    autocast,
     peak_flops,
     pick_device,
     pick_dtype,
@@ -38,39 +39,31 @@ def test_auto_picks_the_gpu_if_there_is_one(monkeypatch):
     assert pick_device("auto") == CPU
 
 
-@pytest.mark.parametrize("name", ["cuda:7", "tpu", "meta", "gpu", "cpu:x"])
+@pytest.mark.parametrize("name", ["cuda:7", "tpu", "meta"])
 def test_a_device_that_is_not_available_is_refused(name):
-    with pytest.raises(
-        UserError,
-        match=f"^device={name} is not available; this machine and this torch have: .*cpu",
-    ):
+    complaint = f"^device={name} is not available; this machine and this torch have: .*cpu"
+    with pytest.raises(UserError, match=complaint):
         pick_device(name)
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype"),
-    [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16)],
-)
-def test_auto_dtype_is_what_the_card_multiplies(monkeypatch, capability, dtype):
+CARDS = {(9, 0): torch.bfloat16, (8, 0): torch.bfloat16, (7, 5): torch.float16}
+
+
+@pytest.mark.parametrize("capability", CARDS)
+def test_auto_dtype_is_what_the_card_multiplies(monkeypatch, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert pick_dtype("auto", torch.device("cuda")) == dtype
+    assert pick_dtype("auto", torch.device("cuda")) == CARDS[capability]
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "dtype"),
-    [
-        ("avx512_bf16", torch.bfloat16),
-        ("amx_bf16", torch.bfloat16),
-        ("avx2", torch.float32),
-    ],
-)
+CPUS = {"avx512_bf16": torch.bfloat16, "amx_bf16": torch.bfloat16, "avx2": torch.float32}
+
+
+@pytest.mark.parametrize("name", CPUS)
 def test_auto_dtype_is_what_the_processor_multiplies_and_float32_to_generate(
-    monkeypatch, capabilities, dtype
+    monkeypatch, name
 ):
-    monkeypatch.setattr(
-        torch.cpu, "get_capabilities", lambda: {capabilities: True}, raising=False
-    )
-    assert pick_dtype("auto", CPU) == dtype
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True}, raising=False)
+    assert pick_dtype("auto", CPU) == CPUS[name]
     assert sample_dtype("auto", CPU) == torch.float32
     assert sample_dtype("bfloat16", CPU) == torch.bfloat16
 
@@ -79,14 +72,6 @@ def test_dtype_can_be_set_and_float16_needs_cuda():
     assert pick_dtype("bfloat16", CPU) == torch.bfloat16
     with pytest.raises(UserError, match="dtype=float16 needs a CUDA device"):
         pick_dtype("float16", CPU)
-
-
-def test_autocast_multiplies_in_the_given_dtype():
-    a = torch.ones(2, 2)
-    with autocast(CPU, torch.bfloat16):
-        assert (a @ a).dtype == torch.bfloat16
-    with autocast(CPU, torch.float32):
-        assert (a @ a).dtype == torch.float32
 
 
 def test_peak_flops_are_found_by_the_name_of_the_card(monkeypatch):
