@@ -83,5 +83,5 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Return the same model without LoRA."""
+    """Return the same model without LoRA. model: on the CPU."""
     return restore_model(merged_state(model), model.config)
