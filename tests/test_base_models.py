@@ -1,4 +1,4 @@
-"""Runs and texts that start from a model: one of our own runs, nanoGPT's ckpt.pt, Hugging Face's format."""
+"""Training and sampling from an existing model: a run, a checkpoint of nanoGPT, a folder in Hugging Face's format."""
 
 import json
 import pickle
@@ -24,13 +24,13 @@ from humptygpt.settings import read_settings
 from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 
-OTHER = make_text(4000, seed=1)  # other words of the same characters
+OTHER = make_text(4000, seed=1)  # different words, the same characters
 FROM_RUN = [*TINY_RUN, "--dataset=other", "--out_dir=out/other", "--init_from=out/run"]
 
 
 @pytest.fixture
 def other(run_train, folder):
-    """out/run, and data/other: another text in the tokens of its model."""
+    """Train out/run, and prepare another text with its tokenizer as data/other."""
     run_train(
         *("--max_iters=60", "--eval_interval=30", "--log_interval=30"),
         *("--learning_rate=0.01", "--position=learned"),
@@ -81,7 +81,7 @@ def test_a_fine_tuning_is_resumed_when_torchrun_starts_it_again(other, monkeypat
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     for change, resumes in (
         ([], True),
-        (["--n_layer=7"], True),  # without effect: the model has its own
+        (["--n_layer=7"], True),  # has no effect: the model keeps its size
         (["--max_iters=7"], False),
         (["--init_from=out/twin"], False),
     ):
@@ -162,7 +162,7 @@ CHARACTERS = "\nabcdefgh"  # 9 of the 11 rows; the others are padding
 
 
 def write_nanogpt(bias: bool = True, prefix: str = "_orig_mod.", **changes) -> nn.Module:
-    """Write a checkout of nanoGPT: a run, and the characters of its data set. Returns the model of transformers."""
+    """Write a run of nanoGPT and the characters of its data set. Returns the same model in transformers."""
     pytest.importorskip("transformers")
     from test_pretrained import gpt2
 
@@ -170,7 +170,7 @@ def write_nanogpt(bias: bool = True, prefix: str = "_orig_mod.", **changes) -> n
     weights = {}
     for name, x in theirs.state_dict().items():
         if bias or not name.endswith("bias"):
-            # transformers has the matrices of the blocks the other way round
+            # transformers stores the matrices of the blocks transposed
             weights[prefix + name] = x.T.clone() if x.dim() == 2 and ".h." in name else x
         else:
             x.zero_()
@@ -224,11 +224,13 @@ def test_without_its_meta_pkl_a_large_vocabulary_is_gpt2s(folder, monkeypatch):
 
 
 def test_a_padded_vocabulary_of_nanogpt_is_kept_and_its_padding_never_drawn(folder, capsys):
-    """As nanoGPT's 50,304 rows, in small: 11 for 9 tokens; those of the padding are the likeliest by far."""
+    """A small case of nanoGPT's 50,304 rows: 11 rows for 9 tokens. The padding rows have by far the highest logits."""
     write_nanogpt()
     path = Path("nano/out/ckpt.pt")
     saved = torch.load(path)
-    saved["model"]["_orig_mod.lm_head.weight"][9:] *= 10  # also the embedding's
+    saved["model"]["_orig_mod.lm_head.weight"][9:] *= (
+        10  # and the embedding, which is the same matrix
+    )
     torch.save(saved, path)
     logits = load("nano/out").model(torch.tensor([[1, 2, 3]]))[0][0, -1]
     assert logits.argmax() >= 9 or (-logits).argmax() >= 9
@@ -338,7 +340,7 @@ def test_after_nanogpts_defaults_its_config_files_mean_what_they_mean_there(
 
 @pytest.fixture
 def theirs(folder):
-    """A random GPT-2 with a trained tokenizer, as transformers writes them, and the data in its tokens."""
+    """Save a random GPT-2 with a tokenizer in theirs/, and prepare a text with that tokenizer."""
     transformers = pytest.importorskip("transformers")
     from test_pretrained import gpt2
     from test_tokenizer_files import merges_folder

@@ -1,4 +1,4 @@
-"""Devices and dtypes: what auto picks, and what is refused."""
+"""Devices and dtypes: the choices of auto, and refusals."""
 
 import ctypes
 import sys

@@ -127,7 +127,7 @@ def autocast_as_cuda() -> list[torch.library.Library]:
 
 
 class FakeGPU:
-    """The device and what it has counted."""
+    """The device and its counter of waits."""
 
     def __init__(self):
         from torch._subclasses.fake_tensor import FakeTensorMode
@@ -275,7 +275,7 @@ def covering_cases(together: int) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------
-# In the process with the device
+# Functions for the process with the device
 
 
 def run_case(case: dict) -> None:
@@ -374,7 +374,7 @@ def run_cases(cases: list[dict]) -> str | None:
 
 
 def why_missing() -> str | None:
-    """Say why this version of torch has no fake GPU; None: it has one."""
+    """Say why this version of torch cannot have a fake GPU; None: it can."""
     try:
         with FakeGPU() as gpu:
             torch.zeros(1, device=gpu.device)
@@ -397,7 +397,7 @@ FAULTS = {
 
 
 def run_planted(report: str) -> str | None:
-    """Run a case whose blocks have the fault that this report tells."""
+    """Run a case with the fault that leads to this report in its blocks."""
     forward = models.PreNormBlock.forward
 
     def planted(self, *args):
@@ -444,7 +444,7 @@ def elsewhere():
 def test_any_choices_train_evaluate_and_generate_on_one_device_and_wait_only_to_show(
     elsewhere, together
 ):
-    """The residual stream is float32, too; run_case() says how often the CPU may wait."""
+    """The residual stream is also float32. run_case() says how often the CPU may wait."""
     assert elsewhere(run_cases, covering_cases(together)) is None
 
 

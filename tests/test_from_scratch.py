@@ -1,4 +1,4 @@
-"""from_scratch.py beside model.py: the same weights give the same numbers, and it learns what it says."""
+"""from_scratch.py computes the same numbers as model.py, and learns the rhyme."""
 
 import random
 import re
@@ -27,7 +27,7 @@ def tensor(vectors, what):
 
 @pytest.fixture
 def both():
-    """Weights of from_scratch.py, and the GPT of model.py with the same weights."""
+    """Make weights for from_scratch.py, and the GPT of model.py with the same weights."""
     random.seed(0)
     weights = from_scratch.new_gpt(**SIZES)
     for rows in weights.values():
@@ -41,7 +41,7 @@ def both():
 
 
 def step(weights, model):
-    """The losses of both on the same tokens, backpropagated in model."""
+    """Compute the losses of both on the same tokens, and the gradients of model."""
     scores = from_scratch.gpt(TOKENS[:-1], weights, n_layer=2, n_head=2)
     losses = [
         from_scratch.cross_entropy(x, token)

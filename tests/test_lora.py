@@ -1,4 +1,4 @@
-"""LoRA and freezing: what trains, what stays, and the adapter as PEFT opens it."""
+"""LoRA and freezing: trained and frozen parameters, and adapters that PEFT reads and writes."""
 
 import json
 import re
@@ -64,7 +64,9 @@ def test_adamw_trains_the_matrices_of_lora_whatever_the_optimizer(base, optimize
 
 
 def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base):
-    assert train.main([*LORA, "--eval_interval=6"]) == 0  # so that the best is the last
+    assert (
+        train.main([*LORA, "--eval_interval=6"]) == 0
+    )  # one evaluation: best.pt and ckpt.pt are from the same step
     saved, best = (checkpoint.read(OUT / name) for name in ("ckpt.pt", "best.pt"))
     before = base.model.state_dict()
     own = {name for name in saved["model"] if MARK in name}
@@ -87,7 +89,7 @@ def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base):
 
 
 def test_a_run_with_lora_of_an_earlier_version_is_sampled_and_resumed(base):
-    """Its keys belonged to the model's config."""
+    """In earlier versions the keys of LoRA belonged to the model's config."""
     assert train.main(LORA) == 0
     saved = checkpoint.read(OUT / "ckpt.pt")
     expected = logits(load(OUT / "ckpt.pt").model, torch.arange(16)[None])
@@ -211,7 +213,7 @@ PEFT_CONFIGS = {
 
 
 def peft_adapter(kind: str, **settings):
-    """transformers' model with a random adapter of PEFT, which is saved in adapter/, the model in theirs/."""
+    """Save a model of transformers in theirs/ and a random adapter of PEFT in adapter/, and return both as one model."""
     base = transformers_model(kind, vocab_size=400)
     import peft
     from test_tokenizer_files import merges_folder
@@ -299,7 +301,7 @@ PEAK = """
 import re, sys
 from pathlib import Path
 import torch, train
-def peak():  # MB; of this program, where the resource module counts the one that started it, too
+def peak():  # MB; the resource module would include the process that started this one
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 imported = peak()
 run = train.setup(*train.read_settings(sys.argv[1:]))

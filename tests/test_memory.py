@@ -1,4 +1,4 @@
-"""What memory a training takes; what will not fit is refused; under any limit, a script ends well or in one line."""
+"""Memory: the estimate, the refusal of runs that cannot fit, and scripts under a memory limit."""
 
 import os
 import re
@@ -41,7 +41,7 @@ TINY = ModelConfig(**GPT2 | SIZES)
 
 
 # --------------------------------------------------------------------------------------
-# What a training takes
+# The estimate
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -130,7 +130,7 @@ def test_with_checkpointed_activations_blocks_are_computed_again_with_the_same_l
         counts.append(len(calls))
         calls.clear()
     assert rows[0] == rows[1]
-    assert counts[1] == counts[0] + 6 * 2  # steps, layers
+    assert counts[1] == counts[0] + 6 * 2  # in 6 steps of 2 layers
 
 
 def test_with_fsdp_each_process_has_a_part_of_all_and_what_is_gathered():
@@ -176,7 +176,7 @@ def test_a_dry_run_without_data_or_vocabulary_is_one_line(fails):
 
 
 # --------------------------------------------------------------------------------------
-# What will not fit is refused
+# The refusal of runs that cannot fit
 
 
 @pytest.fixture
@@ -305,7 +305,7 @@ def run_limited(main, argv: list[str], room: int) -> None:
 
 @pytest.fixture(scope="module")
 def processes():
-    """They have torch loaded already."""
+    """A way to start processes that have already loaded torch."""
     return started_processes("test_memory")
 
 

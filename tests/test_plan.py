@@ -1,4 +1,4 @@
-"""--minutes: the clock that a training follows, and what is chosen for it. The time is made up here."""
+"""--minutes: the choice of a model and the clock that ends its training. Time is simulated."""
 
 import itertools
 import json
@@ -40,11 +40,13 @@ RESUME = ["--init_from=resume", "--out_dir=out/run"]
 
 
 class Machine:
-    """A machine with a time of its own: only starts, steps and evaluations take any."""
+    """A machine with simulated time: only starts, steps and evaluations take time."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        self.start = 2.0  # seconds of a command before it looks at the clock
+        self.start = (
+            2.0  # seconds from the start of a command to its first look at the clock
+        )
         self.step = lambda: 0.1
         self.evaluation = 0.0
         self.patch = monkeypatch
@@ -63,7 +65,7 @@ class Machine:
         monkeypatch.setattr(train, "catch_signals", self.catch_signals)
 
     def run(self, *argv: str, code: int = 0) -> list[dict]:
-        """Train, and return the rows of metrics."""
+        """Train and return the rows of metrics."""
         self.patch.setattr(cores, "STARTED", self.now)
         self.now += self.start
         assert train.main([*argv]) == code
@@ -164,7 +166,7 @@ def test_a_stopped_run_resumes_with_the_minutes_that_are_left(tiny, machine):
     stopped, at = progress(), machine.now
     assert stopped["iter"] == 40 and stopped["run_seconds"] == at
     lr = last_lr(read_rows(OUT))
-    machine.now += 1000  # until it is resumed
+    machine.now += 1000  # the run is resumed later
     rows = machine.run(*RESUME)
     assert machine.now - 1000 == pytest.approx(12 - plan.ENDING - 0.2, abs=0.1)
     resumed = [row["lr"] for row in rows if "lr" in row and row["iter"] > 40]
@@ -220,7 +222,7 @@ def test_more_evaluations_than_fit_neither_end_a_run_early_nor_late(tiny, machin
 
 
 def test_a_run_with_too_little_time_left_takes_one_step_and_ends(tiny, machine):
-    machine.start = 4.38  # 0.12 s beside the ending
+    machine.start = 4.38  # leaves 0.12 s before the end of the run
     machine.evaluation = 3.0
     rows = machine.run(*TIMED, "--minutes=0.1")
     assert [row["iter"] for row in rows if "val_loss" in row] == [1]
@@ -235,7 +237,7 @@ costs = cache(plan.cost)
 
 
 def seconds_per_step(config: TrainConfig, size: ModelConfig, *args) -> float:
-    """The time of a step on a machine of 100 billion operations a second, on which dropout takes half as long again."""
+    """Time of a step on a machine with 100 billion operations per second. Dropout takes half as long again."""
     operations = costs(built(replace(size, dropout=0.0)))[1]
     seconds = 0.003 + operations * config.batch_size * size.block_size / 1e11
     return 1.5 * seconds if size.dropout else seconds
@@ -243,7 +245,7 @@ def seconds_per_step(config: TrainConfig, size: ModelConfig, *args) -> float:
 
 @pytest.fixture
 def choose(monkeypatch):
-    """Choose for a text of so many bytes."""
+    """Choose a plan for a text of this many bytes."""
     monkeypatch.setattr(memory, "build_on_meta", lambda config, training: built(config))
     monkeypatch.setattr(plan, "cost", costs)
     monkeypatch.setattr(plan, "training_memory", lambda *args: SimpleNamespace(least=0))
@@ -350,7 +352,9 @@ def test_a_context_and_a_batch_are_chosen_too(choose):
     assert contexts == sorted(contexts) and len(set(contexts)) > 1
     tokens = {config.batch_size * model.block_size for config, model in found}
     assert tokens <= set(plan.STEPS) and len(tokens) > 1
-    assert choose(300, 3)[1].block_size < 300  # tokens of the text
+    assert (
+        choose(300, 3)[1].block_size < 300
+    )  # the text has fewer tokens than the largest context
 
 
 def test_a_plan_takes_the_time_that_is_left_also_with_dropout_and_compiling(choose):
@@ -450,7 +454,7 @@ def small_sizes(monkeypatch):
 def test_a_model_is_chosen_by_trials_of_its_steps(
     tiny, small_sizes, monkeypatch, capsys, model
 ):
-    looks = itertools.count()  # at the clock, each of which takes 10 ms
+    looks = itertools.count()  # each look at the clock takes 10 ms
     monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: next(looks) / 100))
     monkeypatch.setattr(cores, "STARTED", 0.0)
     keys = [f"--model={model}", "--window=8", "--block_size=16", "--batch_size=4"]
@@ -491,8 +495,8 @@ def test_plan_py_has_every_setting_and_the_learning_rates_of_a_run_that_stopped_
     machine.patch.setattr(evaluation, "evaluate", lambda *args: evaluation.Loss(3.0, 0.0))
     machine.now = 0.0
     machine.step = lambda: 0.2
-    machine.patch.setattr(plan, "seconds_per_step", lambda *args: 0.1)  # so there are fewer
-    # a run from a model has another learning rate
+    machine.patch.setattr(plan, "seconds_per_step", lambda *args: 0.1)
+    # without this key, a run from a model has another learning rate
     rate = TrainConfig.learning_rate
     keys = ["--early_stopping=1", "--warmup_iters=16", "--lr_decay_iters=60"]
     keys += [f"--learning_rate={rate}", f"--init_from={start}", "--minutes=0.2"]
