@@ -213,7 +213,7 @@ PEFT_CONFIGS = {
 
 
 def peft_adapter(kind: str, **settings):
-    """Save a model of transformers in theirs/ and a random adapter of PEFT in adapter/, and return both as one model."""
+    """Save a model of transformers in theirs/ and a random adapter in adapter/, and return both as one model."""
     base = transformers_model(kind, vocab_size=400)
     import peft
     from test_tokenizer_files import merges_folder
