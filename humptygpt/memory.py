@@ -64,7 +64,8 @@ def training_memory(
     activations = activation_bytes(config, model, device, dtype, processes)
     if processes == 1 or config.parallel == "ddp":
         return Memory(weights, gradients, optimizer, activations)
-    if config.gradient_accumulation_steps <= processes:  # else it sums whole gradients
+    # with several micro-batches a process sums whole gradients
+    if config.gradient_accumulation_steps <= processes:
         gradients /= processes
     # the parameters outside the blocks, such as the embedding, and two blocks with their gradients
     modules = [module for module in model.modules() if isinstance(module, models.Block)]
@@ -89,8 +90,8 @@ def activation_bytes(
     explicit = scores <= models.EXPLICIT_SCORES and dtype != torch.float32
     if device.type == "cpu" and (shape.dropout or explicit):  # see model.attend()
         copies = 3 if shape.dropout else 1
-        layers = sum(isinstance(m, models.SelfAttention) for m in model.modules())
-        kept += layers * copies * dtype.itemsize * scores / tokens
+        attentions = sum(isinstance(m, models.SelfAttention) for m in model.modules())
+        kept += attentions * copies * dtype.itemsize * scores / tokens
     blocks = sum(isinstance(module, models.Block) for module in model.modules())
     if config.checkpoint_activations and blocks:  # one block is computed again at a time
         kept = kept / blocks + blocks * FLOAT * shape.n_embd
@@ -105,9 +106,8 @@ def kept_of(layer: nn.Module, dtype: torch.dtype) -> int:
         return dtype.itemsize * (inputs + layer.out_features)
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
         return FLOAT * layer.normalized_shape[0]
-    if isinstance(
-        layer, models.CausalConv
-    ):  # one shifted copy of its input for each step back
+    if isinstance(layer, models.CausalConv):
+        # one shifted copy of its input for each token that it looks back
         return FLOAT * layer.weight.numel()
     return 0
 

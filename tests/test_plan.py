@@ -44,9 +44,7 @@ class Machine:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        self.start = (
-            2.0  # seconds from the start of a command to its first look at the clock
-        )
+        self.start = 2.0  # seconds before a command first looks at the clock
         self.step = lambda: 0.1
         self.evaluation = 0.0
         self.patch = monkeypatch
@@ -352,9 +350,7 @@ def test_a_context_and_a_batch_are_chosen_too(choose):
     assert contexts == sorted(contexts) and len(set(contexts)) > 1
     tokens = {config.batch_size * model.block_size for config, model in found}
     assert tokens <= set(plan.STEPS) and len(tokens) > 1
-    assert (
-        choose(300, 3)[1].block_size < 300
-    )  # the text has fewer tokens than the largest context
+    assert choose(300, 3)[1].block_size < 300
 
 
 def test_a_plan_takes_the_time_that_is_left_also_with_dropout_and_compiling(choose):
