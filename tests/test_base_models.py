@@ -228,9 +228,8 @@ def test_a_padded_vocabulary_of_nanogpt_is_kept_and_its_padding_never_drawn(fold
     write_nanogpt()
     path = Path("nano/out/ckpt.pt")
     saved = torch.load(path)
-    saved["model"]["_orig_mod.lm_head.weight"][9:] *= (
-        10  # and the embedding, which is the same matrix
-    )
+    # this is also the matrix of the embedding
+    saved["model"]["_orig_mod.lm_head.weight"][9:] *= 10
     torch.save(saved, path)
     logits = load("nano/out").model(torch.tensor([[1, 2, 3]]))[0][0, -1]
     assert logits.argmax() >= 9 or (-logits).argmax() >= 9

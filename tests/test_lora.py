@@ -64,9 +64,8 @@ def test_adamw_trains_the_matrices_of_lora_whatever_the_optimizer(base, optimize
 
 
 def test_lora_trains_its_own_parameters_only_and_its_best_is_merged(base):
-    assert (
-        train.main([*LORA, "--eval_interval=6"]) == 0
-    )  # one evaluation: best.pt and ckpt.pt are from the same step
+    # with one evaluation, best.pt and ckpt.pt are from the same step
+    assert train.main([*LORA, "--eval_interval=6"]) == 0
     saved, best = (checkpoint.read(OUT / name) for name in ("ckpt.pt", "best.pt"))
     before = base.model.state_dict()
     own = {name for name in saved["model"] if MARK in name}
