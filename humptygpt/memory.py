@@ -64,7 +64,7 @@ def training_memory(
     activations = activation_bytes(config, model, device, dtype, processes)
     if processes == 1 or config.parallel == "ddp":
         return Memory(weights, gradients, optimizer, activations)
-    # with several micro-batches a process sums whole gradients
+    # a process with several micro-batches sums whole gradients
     if config.gradient_accumulation_steps <= processes:
         gradients /= processes
     # the parameters outside the blocks, such as the embedding, and two blocks with their gradients

@@ -71,7 +71,10 @@ class Clock:
         self.last_step = time.monotonic()
 
     def start(self, run) -> None:
-        """Begin to train. Estimate what evaluations take, one batch of them a third of a batch of training."""
+        """Begin to train. run: a train.Run.
+
+        Until the first evaluation has been timed, a batch of it is expected to take a third of a training batch.
+        """
         config = run.config
         step = self.step or run.progress.seconds / run.progress.iter
         rows = len(run.dataset.val_starts(config.batch_size, config.evaluated_batches()))
@@ -81,7 +84,7 @@ class Clock:
         self.last_step = time.monotonic()
 
     def time_left(self, progress: Progress, config: TrainConfig) -> float:
-        """Return the seconds until the run ends."""
+        """Seconds until the run ends."""
         return self.end - time.monotonic()
 
     def leave_out(self, evaluation: float) -> None:
@@ -213,10 +216,10 @@ def begin(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[TrainConfig, ModelConfig, Clock]:
-    """Start the clock and, unless a checkpoint is resumed, choose the settings. Parameters as those of choose()."""
+    """Start the clock, and choose the settings unless saved, a checkpoint, is resumed. Parameters as in choose()."""
     earlier = saved["progress"].get("run_seconds", 0.0) if saved else 0.0
     clock = Clock(machine.STARTED, config.minutes, earlier)
-    # compiling takes about a minute, so here the user has to ask for it
+    # compiling takes about a minute, so a run by the clock compiles only if the user asks for it
     config = replace(config, compile=bool(config.compile))
     if not saved:
         config, model_config = choose(
@@ -398,7 +401,7 @@ def seconds_per_step(
 
 
 # --------------------------------------------------------------------------------------
-# What the user is told
+# Messages and plan.py
 
 
 def choice(run) -> str:
@@ -407,10 +410,10 @@ def choice(run) -> str:
     try:
         export = f"as {find_family(config)}"
     except UserError as error:
-        export = f"not of this model; {error}"
+        export = f"not possible; {error}"
     return (
         f"minutes: {run.config.minutes:g}; chosen: {config.n_layer} layers of {config.n_embd} features,"
-        f" a context of {config.block_size} tokens, dropout {config.dropout:g}; what is given is obeyed\n"
+        f" a context of {config.block_size} tokens, dropout {config.dropout:g}; given keys keep their values\n"
         f"export: {export}"
     )
 
@@ -427,10 +430,6 @@ def closing(run, out_dir: Path) -> str:
         f"{path} is a config file that repeats this, step by step\n"
         f"{advice(parameters, read, text)}"
     )
-
-
-# --------------------------------------------------------------------------------------
-# plan.py
 
 
 def write_plan(path: Path, run) -> None:
