@@ -68,7 +68,7 @@ VARIANTS = [
     *(("model", name) for name in MODELS if name != "number_mlp"),
     *(("dropout", 0.1), ("qk_norm", True), ("mlp_conv", 3), ("n_kv_head", 1)),
     *(("block_size", 256), ("vocab_size", 3000), ("n_hidden", 2048)),
-    *(("freeze", "mlp"), ("freeze", "wte,blocks.0,blocks.1")),
+    *(("freeze", "mlp"), ("freeze", "wte,blocks.0,blocks.1"), ("lora_rank", 4)),
 ]
 
 
@@ -77,9 +77,9 @@ VARIANTS = [
 def test_the_estimate_is_near_what_autograd_keeps_and_counts_what_trains(key, value, dtype):
     sizes = {"vocab_size": 50, "block_size": 64, "window": 8, "batch_size": 6}
     settings = vars(TINY) | ADAMW | sizes | {key: value}
-    config = configurator.make(TrainConfig, settings)
+    config = configurator.make(TrainConfig, settings | {"init_from": "out/base"})
     model_config = tasks.make_model_config(settings)
-    model = build(model_config)
+    model = build(model_config, vars(config))
     freeze(model, config.freeze)
     idx = torch.zeros(6, model_config.block_size, dtype=torch.int64)
     kept = []
