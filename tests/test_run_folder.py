@@ -14,7 +14,8 @@ import train
 from humptygpt import checkpoint, evaluation
 from humptygpt.config import UserError
 from humptygpt.evaluation import Loss
-from humptygpt.run_folder import TensorBoard, draw_losses
+from humptygpt.loggers import TensorBoard
+from humptygpt.run_folder import draw_losses
 
 OUT, ROOT = Path("out/run"), Path(__file__).parent.parent
 RESUME = ["--init_from=resume", "--out_dir=out/run"]
