@@ -287,7 +287,7 @@ class RunFolder:
         """
         self.out_dir = path
         replaces = not resumed_at and has_checkpoint(path)
-        self.path = path / NEW if replaces else path  # where the run's files are now
+        self.path = path / NEW if replaces else path  # the folder with the run's files
         self.settings = settings
         self.resumed_at = resumed_at
         self.writes = writes

@@ -142,6 +142,8 @@ def test_a_run_takes_the_place_of_another_whenever_it_is_killed_after_its_first_
         put_in_place(OUT)
         assert files_of(OUT) == expected
     assert moment > 10
+    shutil.rmtree(OUT)
+    shutil.copytree("killed", OUT)
     assert train.main(RESUME) == 0
     assert read_rows(OUT) == rows
 
