@@ -1,4 +1,4 @@
-"""Damaged files, of every kind that a program reads: refused in one line, or read as if they were whole.
+"""Damaged files of every kind that a program reads are refused in one line, or read as if they were whole.
 
 A kind of file is a function in KINDS: it makes one in the current folder and returns its Target.
 """
@@ -44,7 +44,7 @@ def flip_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 def cut_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Without some bytes at the end, or in the middle, or with some more."""
+    """Remove some bytes at the end or in the middle, or repeat some."""
     start, end = sorted(rng.randrange(len(data) + 1) for _ in range(2))
     return rng.choice(
         [data[:start], data[:-1], data[:start] + data[end:], data[:end] + data[start:], b""]
@@ -59,7 +59,7 @@ WRONG_VALUES = [
 
 
 def change_entry(content: object, rng: random.Random) -> object:
-    """The content with an entry at some depth removed, renamed, doubled, moved, or with a wrong value."""
+    """Remove, rename, double or move an entry at some depth, or give it a wrong value."""
     if not isinstance(content, dict | list) or not content or rng.random() < 0.15:
         return wrong_value(content, rng)
     entries = list(content.items() if isinstance(content, dict) else enumerate(content))
@@ -78,7 +78,7 @@ def change_entry(content: object, rng: random.Random) -> object:
 
 
 def wrong_value(value: object, rng: random.Random) -> object:
-    """Another value, often of the same type and near the right one."""
+    """Pick another value, often of the same type and near the right one."""
     near = []
     if type(value) in (int, float) and abs(value) < 2**64:
         near = [value + 1, value - 1, -value, 2 * value, float(value), str(value)]
@@ -120,7 +120,7 @@ def change_pickle(data: bytes, rng: random.Random) -> bytes:
 
 
 def hide_code(data: bytes, rng: random.Random) -> bytes:
-    """A pickle that runs code: whole, in an entry, before the right content, or in opcodes that Python never writes."""
+    """Make a pickle that runs code: in its whole, in an entry, before the right content, or in unusual opcodes."""
     content, protocol = pickle.loads(data), rng.randrange(pickle.HIGHEST_PROTOCOL + 1)
     code = pickle.dumps(Code(), protocol)
     return rng.choice(
@@ -143,7 +143,7 @@ def hide_code(data: bytes, rng: random.Random) -> bytes:
 
 
 def read_data(folder: Path) -> list:
-    """Everything that training takes from a data folder and that changes its numbers."""
+    """Read everything in a data folder that changes the numbers of a training."""
     meta = read_meta(folder)
     if meta["task"] == "translation":
         data: Dataset = PairDataset(folder, 200, seed=1, with_encoder=True, meta=meta)
@@ -163,7 +163,7 @@ def read_data(folder: Path) -> list:
 
 
 def prepared(name: str, *argv: str) -> Target:
-    """A file of data/damaged, prepared from documents or from pairs."""
+    """Prepare data/damaged from documents or pairs, and target one of its files."""
     documents = [json.dumps({"text": make_text(n)}) + "\n" for n in range(50, 400, 5)]
     Path("docs.jsonl").write_text("".join(documents))
     Path("text.txt").write_text(make_text(4000))
@@ -178,7 +178,7 @@ def prepared(name: str, *argv: str) -> Target:
 
 
 def meta_pkl() -> Target:
-    """A folder of nanoGPT, whose token files have no checksums."""
+    """Make a folder as nanoGPT does, whose token files have no checksums."""
     folder, text = Path("data/old"), make_text(2000)
     folder.mkdir(parents=True)
     itos = dict(enumerate(sorted(set(text))))

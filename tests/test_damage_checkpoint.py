@@ -1,4 +1,4 @@
-"""Damaged checkpoints and metrics: refused in one line, or read as if they were whole; see test_damage.py."""
+"""Damaged checkpoints and metrics are refused in one line, or read as if they were whole, as in test_damage.py."""
 
 import io
 import itertools
@@ -40,11 +40,11 @@ RUN += ["--bias=True", "--tie_weights=False", "--position=rotary", "--mlp=gated"
 
 
 # --------------------------------------------------------------------------------------
-# Damages of what a checkpoint holds: the zip file itself is whole
+# Damages of the entries of a checkpoint, in a zip file that is whole
 
 
 def change_entries(data: bytes, rng: random.Random) -> bytes:
-    """Entries removed, renamed, doubled, moved, or of another value or type, tensors among them."""
+    """Remove, rename, double or move entries, or change their values and types. Some of them are tensors."""
     entries = torch.load(io.BytesIO(data), weights_only=False)
     before = flatten(entries)
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
@@ -58,7 +58,7 @@ def change_entries(data: bytes, rng: random.Random) -> bytes:
 
 
 def change_tensor(data: bytes, rng: random.Random) -> bytes:
-    """One tensor of another shape, dtype, layout, device, class or memory."""
+    """Change the shape, dtype, layout, device, class or memory of a tensor."""
     entries = torch.load(io.BytesIO(data), weights_only=False)
     optimizer = entries.get("optimizer", {"state": {}})
     tensors = rng.choice([entries["model"], *optimizer["state"].values()])
@@ -111,7 +111,7 @@ def to_bytes(entries: object) -> bytes:
 
 
 # --------------------------------------------------------------------------------------
-# Damages of the records of the zip file, whose checksums fit them
+# Damages of the records of the zip file, with checksums that fit
 
 
 def read_records(data: bytes) -> dict[str, bytes]:
@@ -130,7 +130,7 @@ def write_records(
 
 
 def change_records(data: bytes, rng: random.Random) -> bytes:
-    """Records removed, renamed, shorter, longer, compressed or in another order."""
+    """Remove a record, or change its name, length, compression or place."""
     records = read_records(data)
     name = rng.choice(list(records))
     content = records.pop(name)
@@ -150,14 +150,14 @@ PICKLE = "archive/data.pkl"
 
 
 def change_pickle(data: bytes, rng: random.Random) -> bytes:
-    """Other opcodes, which may well describe another checkpoint."""
+    """Change opcodes, which may then describe another checkpoint."""
     records = read_records(data)
     records[PICKLE] = rng.choice([flip_bytes, flip_bytes, cut_bytes])(records[PICKLE], rng)
     return write_records(records)
 
 
 def hide_code(data: bytes, rng: random.Random) -> bytes:
-    """Code to run, as a value, as a key, in front of the right content, or by names that torch allows."""
+    """Hide code as a value, as a key, before the right content, or behind names that torch allows."""
     records = read_records(data)
     entries = {"format": checkpoint.FORMAT, "model": {}}
     code = pickle.dumps(Code(), protocol=2)
@@ -181,7 +181,7 @@ def hide_code(data: bytes, rng: random.Random) -> bytes:
 
 
 # --------------------------------------------------------------------------------------
-# What programs take from a checkpoint
+# The programs that read a checkpoint
 
 
 def contents(tensors: dict[str, Tensor]) -> dict[str, tuple]:
