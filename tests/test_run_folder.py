@@ -15,7 +15,6 @@ import train
 from humptygpt import checkpoint, evaluation
 from humptygpt.evaluation import Loss
 from humptygpt.loggers import TensorBoard
-from humptygpt.parallel import processes as distributed
 from humptygpt.run_folder import draw_losses, put_in_place
 from humptygpt.settings import read_settings
 
@@ -103,7 +102,7 @@ def test_a_run_that_overwrites_another_changes_nothing_of_it_before_its_first_ch
         assert train.main([*TINY_RUN, "--seed=2"]) == 1
     assert "nothing was saved yet" in capsys.readouterr().err
     with monkeypatch.context() as patch:  # torchrun starts the new run again
-        patch.setattr(distributed, "restarted", lambda: True)
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
         assert read_settings([*TINY_RUN, "--seed=1"]).saved is None
     assert "has a run already" in fails(train.main, *NEW_RUN)
     assert train.main([*RESUME, "--overwrite=True"]) == 0
