@@ -56,13 +56,11 @@ def affinity() -> set[int]:
 
 def usable_cores() -> int:
     """Count the threads that can run at once: by affinity, and by the control groups' quotas, rounded up."""
-    return max(1, min([len(affinity()), *map(math.ceil, cpu_quotas())]))
-
-
-def cpu_quotas() -> list[float]:
-    """Number of cores that each control group with a limit allows."""
-    limits = [read_numbers(folder / "cpu.max") for folder in cgroup_folders()]
-    return [numbers[0] / numbers[1] for numbers in limits if numbers]
+    cores = len(affinity())
+    for folder in cgroup_folders():
+        if quota := read_numbers(folder / "cpu.max"):
+            cores = min(cores, math.ceil(quota[0] / quota[1]))
+    return max(1, cores)
 
 
 # --------------------------------------------------------------------------------------

@@ -111,23 +111,19 @@ class Code:
 
 
 def change_pickle(data: bytes, rng: random.Random) -> bytes:
-    content = pickle.loads(data)
-    if rng.random() < 0.3:
-        content["itos"] = dict(list(content["itos"].items())[rng.randrange(9) :])
-    else:
-        content = change_entry(content, rng)
+    content = change_entry(pickle.loads(data), rng)
     return pickle.dumps(content, protocol=rng.randrange(pickle.HIGHEST_PROTOCOL + 1))
 
 
 def hide_code(data: bytes, rng: random.Random) -> bytes:
     """Make a pickle that runs code: in its whole, in an entry, before the right content, or in unusual opcodes."""
-    content, protocol = pickle.loads(data), rng.randrange(pickle.HIGHEST_PROTOCOL + 1)
-    code = pickle.dumps(Code(), protocol)
+    content = pickle.loads(data)
+    code = pickle.dumps(Code(), rng.randrange(pickle.HIGHEST_PROTOCOL + 1))
     return rng.choice(
         [
             code,
             code[:-1] + data,
-            pickle.dumps(content | {rng.choice(list(content)): Code()}, protocol),
+            pickle.dumps(content | {rng.choice(list(content)): Code()}),
             b"(S'ran'\nipathlib\nPath\n.",
             b"cbuiltins\nexec\n(S\"open('ran', 'w')\"\ntR" + data,
             b"cos\nsystem\n(S'touch ran'\ntR" + data,
@@ -147,19 +143,18 @@ def read_data(folder: Path) -> list:
     meta = read_meta(folder)
     if meta["task"] == "translation":
         data: Dataset = PairDataset(folder, 200, seed=1, with_encoder=True, meta=meta)
-        assert all(isinstance(text, str) for _, text in data.texts("val", 3))
+        data.texts("val", 3)
     else:
         data = TokenDataset(folder, 16, seed=1, meta=meta)
     tokens = range(data.tokenizer.vocab_size)
     assert all(i in tokens for i in data.tokenizer.start())
-    assert isinstance(data.tokenizer.decode(tokens), str)
+    data.tokenizer.decode(tokens)
     assert 0 < data.val_bytes_per_token() < math.inf
-    assert isinstance(data.meta["source"], str)
     assert data.identity() and data.summary(4, 2) and data.batches_per_epoch(4)
-    batches = [data.batch(0, 4), *data.val_batches(4, 1)]
-    return [ids.tolist() for split in ("train", "val") for _, ids in data.chunks(split)] + [
-        {key: tensor.tolist() for key, tensor in batch.items()} for batch in batches
-    ]
+    read = [*data.chunks("train"), *data.chunks("val")]
+    for batch in (data.batch(0, 4), *data.val_batches(4, 1)):
+        read += batch.items()
+    return [(key, values.tolist()) for key, values in read]
 
 
 def prepared(name: str, *argv: str) -> Target:
