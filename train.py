@@ -327,8 +327,7 @@ def train(run: Run, folder: RunFolder) -> int | None:
                 return (signals or [signal.SIGTERM])[0]
             if due and not run.is_over:
                 folder.draw()
-                meter.restart_clock()
-                run.clock.leave_out(meter.evaluation)
+                run.clock.leave_out(meter.leave_out_evaluation())
     return None
 
 

@@ -33,7 +33,7 @@ CONFIGS = Path(__file__).parent.parent / "config"
 Fields = dict[str, dataclasses.Field]  # {key: its field} of one or more config classes
 # type of a key that takes several texts: --key=ONE --key=ANOTHER
 TEXTS = tuple[str, ...]
-find = pkgutil.resolve_name  # imports what an entry of a table names, such as "model:GPT"
+find = pkgutil.resolve_name  # imports the object that a table names, such as "model:GPT"
 
 
 class UserError(Exception):

@@ -98,17 +98,17 @@ class StepClock:
     """The progress of a run that is counted in steps. With --minutes, a plan.Clock counts it in time."""
 
     def start(self, run) -> None:
-        """Begin to train; run: a train.Run."""
+        """Begin to train. run: a train.Run."""
 
     def advance(self, position: float, config) -> float:
-        """Return the position after a step, given the one before it, both in steps of config.max_iters."""
+        """Compute the position after a step from the one before it, both in steps of config.max_iters."""
         return position + 1
 
     def leave_out(self, evaluation: float) -> None:
-        """Do not count the time since advance(), which was an evaluation of so many seconds."""
+        """Do not count the time since advance(), which an evaluation of this many seconds took."""
 
     def seconds(self) -> float:
-        """Return the time that counts for --minutes, earlier commands included."""
+        """Time that counts for --minutes, including earlier commands."""
         return 0.0
 
     def time_left(self, progress: Progress, config) -> float:
@@ -129,13 +129,13 @@ class Meter:
         self.grad_norm = 0.0
         self.logged_seconds = self.progress.seconds
         self.logged_tokens = self.progress.tokens
-        self.evaluation = 0.0  # seconds that the last evaluation took, with its checkpoint
         self.started = time.perf_counter() - self.progress.seconds
 
-    def restart_clock(self) -> None:
-        """Leave out the time since read(), which an evaluation took."""
-        self.evaluation = time.perf_counter() - self.started - self.progress.seconds
-        self.started += self.evaluation
+    def leave_out_evaluation(self) -> float:
+        """Do not count the time since read(), which an evaluation took. Returns it in seconds."""
+        evaluation = time.perf_counter() - self.started - self.progress.seconds
+        self.started += evaluation
+        return evaluation
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
         self.unread.append((loss, grad_norm))

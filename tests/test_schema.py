@@ -1,4 +1,4 @@
-"""What fits a schema passes, and the first entry that does not fit is named."""
+"""check_schema() accepts content that fits a schema, and names the first entry that does not."""
 
 import math
 
