@@ -156,14 +156,12 @@ def read(
     fields = fields_of(*classes)
     given = {}
     for argument in argv:
-        if argument.startswith("--"):
-            name, value = read_option(argument, fields)
-        elif positional:
-            name = positional
-            value = parse(name, argument, fields[name].type)
-        else:
-            given |= read_config(argument, fields)
-            continue
+        if not argument.startswith("--"):
+            if not positional:
+                given |= read_config(argument, fields)
+                continue
+            argument = f"--{positional}={argument}"
+        name, value = read_option(argument, fields)
         if fields[name].type == TEXTS:
             value = given.get(name, ()) + value
         elif name == positional and name in given:
