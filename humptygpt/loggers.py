@@ -4,7 +4,7 @@ import secrets
 from pathlib import Path
 
 from humptygpt.config import note
-from humptygpt.run_folder import import_logger, write_text
+from humptygpt.run_folder import write_text
 
 
 class TensorBoard:
@@ -12,8 +12,10 @@ class TensorBoard:
 
     def __init__(self, out_dir: Path, settings: dict, resumed_at: int):
         """TensorBoard hides the points that an earlier process logged after step resumed_at."""
-        writer = import_logger("tensorboard").SummaryWriter
-        self.writer = writer(str(out_dir / "tensorboard"), purge_step=resumed_at + 1)
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = str(out_dir / "tensorboard")
+        self.writer = SummaryWriter(path, purge_step=resumed_at + 1)
 
     def log(self, row: dict, step: int) -> None:
         for key, value in row.items():
@@ -27,7 +29,8 @@ class TensorBoard:
 
 def start_wandb(out_dir: Path, settings: dict, resumed_at: int):
     """Start a run on Weights & Biases, or continue it if it is resumed. If wandb cannot be reached, log offline."""
-    wandb = import_logger("wandb")
+    import wandb
+
     id_file = out_dir / "wandb_id"
     if not resumed_at or not id_file.exists():
         write_text(id_file, secrets.token_hex(4))

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 from torch import Tensor
 
@@ -375,11 +374,10 @@ def chosen_loggers(settings: dict) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def import_logger(name: str) -> ModuleType:
-    """Import the package that a logger needs. Raises UserError if it is missing."""
-    module = "wandb" if name == "wandb" else "torch.utils.tensorboard"
+def import_logger(name: str) -> None:
+    """Import the package of a logger before a long preparation. Raises UserError if it is missing."""
     try:
-        return importlib.import_module(module)
+        importlib.import_module("wandb" if name == "wandb" else "torch.utils.tensorboard")
     except ImportError as error:
         raise UserError(
             f"log={name} needs the package {name}: pip install {name}"

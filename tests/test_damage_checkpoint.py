@@ -160,12 +160,10 @@ def hide_code(data: bytes, rng: random.Random) -> bytes:
         code[:-1] + b"0" + records[PICKLE],
         pickle.dumps(entries | {rng.choice(list(checkpoint.SCHEMA)): Code()}, protocol=2),
         pickle.dumps({Code(): entries}, protocol=2),
-        b"cbuiltins\nexec\n(S\"open('ran', 'w')\"\ntR.",
         b"cos\nsystem\n(S'touch ran'\ntR" + records[PICKLE],
         b"ctorch\nhub.load\n(S'x'\ntR.",
         b"ctorch._utils\n_rebuild_tensor_v2\n(S'x'\ntR.",
         b"\x80\x02ccollections\nOrderedDict\n)R}U\x06__dict__cpathlib\nPath\nsb.",
-        b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
         b"\x80\x02r\xff\xff\xff\xff.",
         rng.randbytes(rng.randrange(1000)),
     ]
