@@ -237,7 +237,7 @@ DAMAGES += (flip_bytes, flip_bytes, cut_bytes)
 KINDS = {
     "ckpt.pt, resumed": ("ckpt.pt", resume, DAMAGES),
     "best.pt, sampled": ("best.pt", write, DAMAGES),
-    # other opcodes may describe another checkpoint, whose tensors are not compared
+    # a changed pickle may describe another checkpoint, so the tensors are not compared
     "other pickle, resumed": ("ckpt.pt", lambda: resume() and 0, (change_pickle,)),
     "other pickle, sampled": ("best.pt", lambda: write() and 0, (change_pickle,)),
 }
