@@ -272,7 +272,7 @@ def fit(run: Run) -> int:
             stopped_by = train(run, folder)
         except Diverged as error:
             if run.process.first:
-                report.diverged(run, error)
+                report.diverged(folder, error)
             return 1
         folder.record(run.progress.stamp() | {"end": "stopped" if stopped_by else "done"})
         folder.draw()  # a resumed run may have no step left, and its plot be missing
@@ -290,7 +290,7 @@ def train(run: Run, folder: RunFolder) -> int | None:
     config = run.config
     progress = run.progress
     meter = Meter(run)
-    take_snapshot = find(SNAPSHOTS)(run, folder.path)
+    take_snapshot = find(SNAPSHOTS)(run, folder)
     run.clock.start(run)
     with catch_signals() as signals, report.progress_bar(run) as bar:
         while not run.is_over:
@@ -322,13 +322,12 @@ def train(run: Run, folder: RunFolder) -> int | None:
             if stop or (due and (run.is_over or improved or config.always_save_checkpoint)):
                 progress.run_seconds = run.clock.seconds()
                 run.process.save(folder.path / "ckpt.pt", run.latest_state())
-                folder.remove_overwritten()
+                folder.checkpointed()
             if stop:
                 return (signals or [signal.SIGTERM])[0]
             if due and not run.is_over:
                 folder.draw()
-                meter.restart_clock()
-                run.clock.leave_out(meter.evaluation)
+                run.clock.leave_out(meter.leave_out_evaluation())
     return None
 
 

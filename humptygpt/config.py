@@ -7,21 +7,19 @@ keys of a script are the fields of its dataclasses, and the comment behind a fie
 
     n_head: int = 4  # attention heads in a block
 
-A comment on a line of its own begins a group of keys. A config class has two methods: choices() returns {key: the
-variants that it can name}, and validate() raises ValueError.
+A comment on a line of its own begins a group of keys. A config class has two methods: choices() returns the variants
+that each key can name, and validate() raises ValueError.
 """
 
 import ast
 import dataclasses
 import difflib
-import importlib
 import inspect
-import io
 import os
+import pkgutil
 import runpy
 import shlex
 import sys
-import tokenize
 import traceback
 import types
 import typing
@@ -32,23 +30,24 @@ from pathlib import Path
 from humptygpt.schema import parse_json
 
 CONFIGS = Path(__file__).parent.parent / "config"
-Fields = dict[str, dataclasses.Field]  # of several config classes, by key
-# The type of a key that takes several texts: --key=ONE --key=ANOTHER
+Fields = dict[str, dataclasses.Field]  # {key: its field} of one or more config classes
+# type of a key that takes several texts: --key=ONE --key=ANOTHER
 TEXTS = tuple[str, ...]
+find = pkgutil.resolve_name  # imports the object that a table names, such as "model:GPT"
 
 
 class UserError(Exception):
-    """A mistake that the user can fix. Shown as one line: the value, the rule, the fix.
+    """A mistake that the user can fix. It is shown as one line: the value, the rule, the fix.
 
-    It is no ValueError, so that no `except ValueError` takes a finished message for the reason of another one.
+    It is no ValueError, so `except ValueError` does not wrap a message that is complete already.
     """
 
 
 @contextmanager
 def refuse(start: str = "") -> Iterator[None]:
-    """Turn a ValueError of the block into a UserError that begins with `start`, which says where; also a UserError.
+    """Turn a ValueError or UserError of the block into a UserError whose message begins with `start`.
 
-    Call no code that users write in the block, except for the validation of settings: a bug must keep its traceback.
+    The block must not call code that users write, except for the validation of settings: a bug keeps its traceback.
     """
     try:
         yield
@@ -57,18 +56,12 @@ def refuse(start: str = "") -> Iterator[None]:
 
 
 def one_line(error: BaseException | str) -> str:
-    """Return the message of an error in one line of printable characters: it may quote an untrusted file."""
+    """Make a message one line of printable characters, because it may quote an untrusted file."""
     return "".join(char if char.isprintable() else " " for char in str(error)[:1000])
 
 
-def find(entry: str) -> typing.Any:
-    """Import what an entry of a table names, such as "model:GPT"."""
-    module, _, name = entry.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
 def note(text: str) -> None:
-    """Print a note to stderr: something unexpected that needs no fix. Of several processes, only the first prints."""
+    """Print to stderr something unexpected that needs no fix. Only the first of several processes prints."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {text}", file=sys.stderr)
 
@@ -78,7 +71,7 @@ def note(text: str) -> None:
 
 
 def make(cls: type, values: dict[str, object]):
-    """Return a validated instance of a config class from those of the values that are its fields. Raises UserError."""
+    """Make a validated config. Values that are not its fields are ignored. Raises UserError."""
     config = cls(**{name: values[name] for name in fields_of(cls) if name in values})
     with refuse():
         config.validate()
@@ -86,7 +79,7 @@ def make(cls: type, values: dict[str, object]):
 
 
 def restore(cls: type, values: dict[str, object]):
-    """Like make(), but for values from a file: every key must be known and have its type. Raises UserError."""
+    """Make a config from the values in a file: every key must be known and have its type. Raises UserError."""
     fields = fields_of(cls)
     for name, value in values.items():
         if name not in fields:
@@ -134,9 +127,9 @@ def check_fraction(config: object, *names: str) -> None:
 def in_vain(
     given: Collection[str], settings: dict, table: dict[str, tuple[str, tuple]]
 ) -> dict[str, str]:
-    """Return {key: why} of the given keys that do nothing in these settings.
+    """Find the given keys that have no effect in these settings. Returns {key: why}.
 
-    table: {key: (another key, the values of that with which the first does nothing)}.
+    table: {key: (another key, the values of the other key with which the first has no effect)}.
     """
     return {
         key: f"{key}={settings[key]} has no effect with {other}={settings[other]}"
@@ -152,10 +145,10 @@ def in_vain(
 def read(
     argv: list[str], *classes: type, positional: str | None = None
 ) -> dict[str, object]:
-    """Return what the user set, {key: value}, from config files and --key=value. Raises UserError.
+    """Read config files and --key=value. Returns {key: value} of the keys that the user set. Raises UserError.
 
-    positional: the key that a bare argument sets, or adds to if it takes several texts; None: a bare argument is a
-    config file. Prints the help and exits if --help is among the arguments.
+    positional: the key that a bare argument sets, or adds to if the key takes several texts. None: a bare argument is
+    a config file. If --help is among the arguments, prints the help and exits.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(*classes, positional=positional))
@@ -163,25 +156,23 @@ def read(
     fields = fields_of(*classes)
     given = {}
     for argument in argv:
-        if argument.startswith("--"):
-            name, value = read_option(argument, fields)
-        elif positional:
-            name = positional
-            value = parse(name, argument, fields[name].type)
-        else:
-            given |= read_config(argument, fields, given)
-            continue
+        if not argument.startswith("--"):
+            if not positional:
+                given |= read_config(argument, fields)
+                continue
+            argument = f"--{positional}={argument}"
+        name, value = read_option(argument, fields)
         if fields[name].type == TEXTS:
             value = given.get(name, ()) + value
-        elif name == positional and given.get(name, value) != value:
-            both = f"{shlex.quote(given[name])} and {shlex.quote(value)}"
+        elif name == positional and name in given:
+            both = f"{given[name]} and {value}"
             raise UserError(f"{name} is given twice, as {both}; leave one out")
         given[name] = value
     return given
 
 
 def read_option(argument: str, fields: Fields) -> tuple[str, object]:
-    """Return key and value of --key=value."""
+    """Split --key=value into the key and its value."""
     name, equals, text = argument[2:].partition("=")
     check_key(name, fields)
     if not equals:
@@ -191,6 +182,7 @@ def read_option(argument: str, fields: Fields) -> tuple[str, object]:
 
 
 def check_key(name: str, fields: Fields, where: str = "") -> None:
+    """Raise UserError if no field has this name. where: the beginning of the message."""
     if name in fields:
         return
     near = nearest(name, fields)
@@ -201,12 +193,12 @@ def check_key(name: str, fields: Fields, where: str = "") -> None:
 
 
 def kinds_of(hint: object) -> tuple[type, ...]:
-    """Return the types that a type hint allows, such as (int, NoneType)."""
+    """List the types that a type hint allows, such as (int, NoneType)."""
     return typing.get_args(hint) or (hint,)
 
 
 def parse(name: str, text: str, hint: object) -> object:
-    """Turn the text behind --key= into a value: text if the key takes text, otherwise a Python literal."""
+    """Convert the text behind --key= to a value: the text itself if the key takes text, else a Python literal."""
     kinds = kinds_of(hint)
     if text == "None" and types.NoneType in kinds:
         return None
@@ -220,15 +212,13 @@ def parse(name: str, text: str, hint: object) -> object:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"true": True, "false": False}.get(text.lower(), text)
-    if isinstance(value, tuple):  # as 1,000 is
-        value = text
     return convert(name, value, hint)
 
 
 def convert(name: str, value: object, hint: object) -> object:
-    """Return the value as its key takes it. Raises UserError if it has another type.
+    """Convert a value to a type that its key takes. Raises UserError if it has another type.
 
-    A whole number passes as a float, and True is not a number. ~ is the home folder, also where the shell leaves it.
+    A whole number becomes a float, and True is not a number. A ~ that the shell left becomes the home folder.
     """
     kinds = kinds_of(hint)
     if type(value) is int and abs(value) >= 2**63:
@@ -246,15 +236,14 @@ def convert(name: str, value: object, hint: object) -> object:
 # Config files
 
 
-def read_config(path: str, fields: Fields, given: dict[str, object]) -> dict[str, object]:
-    """Run a config file, or read a training's config.json, and return the keys that it sets.
+def read_config(path: str, fields: Fields) -> dict[str, object]:
+    """Run a config file, or read a training's config.json. Returns {key: value} of the keys that it sets.
 
-    Names that start with _, modules and functions are the file's own. given: what is set before it.
+    Names that start with _, modules and functions are helpers of the file and no keys.
     """
     endings = (".py", ".json") if "max_iters" in fields else ".py"
     if not path.endswith(endings) or not os.path.isfile(path):
-        advice = other_argument(path, fields, given)
-        raise UserError(f"{path} is not a config file{advice}")
+        raise UserError(f"{path} is not a config file{other_argument(path, fields)}")
     if path.endswith(".json"):
         with refuse(f"{path}: "):
             names = parse_json(Path(path).read_bytes(), {})
@@ -271,55 +260,52 @@ def read_config(path: str, fields: Fields, given: dict[str, object]) -> dict[str
 
 
 def run_config(path: str) -> dict[str, object]:
-    """Run a config file and return all its names. An error is told with its line."""
+    """Run a config file and return all its names. Raises UserError, with the line, if the file fails."""
     try:
         return runpy.run_path(path)
-    except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: {error.msg}") from error
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
+        line = max(lines, default=getattr(error, "lineno", 0))  # lineno: of a SyntaxError
         problem = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}:{max(lines, default=0)}: {problem}") from error
+        raise UserError(f"{path}:{line}: {problem}") from error
 
 
-def other_argument(path: str, fields: Fields, given: dict[str, object]) -> str:
-    """Suggest what to write instead of an argument that is not a config file: "; write ...", or ""."""
+def other_argument(path: str, fields: Fields) -> str:
+    """Suggest an argument to write instead of one that is not a config file: "; write ...", or ""."""
     if "=" in path:
         return f"; for a key write {shlex.quote('--' + path.lstrip('-'))}"
-    if "input" in given and os.path.isfile(path):
-        return "; for several files of text name their folder, or a pattern in quotes: --input='texts/*.txt'"
     if os.path.exists(path) and "out_dir" in fields:
-        resume = "" if fields["init_from"].default == "resume" else "--init_from=resume "
+        resume = "--init_from=resume " if "max_iters" in fields else ""
         folder = Path(path).parent if os.path.isfile(path) else path
         return f"; for the run in it write {resume}{shlex.quote(f'--out_dir={folder}')}"
     if "start" in fields and " " in path:
         return f"; for a prompt write {shlex.quote(f'--start={path}')}"
+    if near := nearest_path(path):
+        return near
     ours = our_configs()
-    near = nearest_path(path, ".py")
-    if not near and (name := nearest(Path(path).stem, ours)):
-        near = f"; did you mean {shlex.quote(ours[name])}?"
-    return near
+    name = nearest(Path(path).stem, ours)
+    return f"; did you mean {shlex.quote(ours[name])}?" if name else ""
 
 
 def our_configs() -> dict[str, str]:
-    """Return {name: path} of the config files of this project."""
+    """Find the config files of this project: {name: path}."""
     return {file.stem: os.path.relpath(file) for file in sorted(CONFIGS.rglob("*.py"))}
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
-    """Return the known name that a mistyped one is probably meant to be."""
+    """Guess which known name a mistyped one was meant to be."""
     return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
-def nearest_path(path: str, ending: str = "") -> str:
-    """Return "; did you mean ...?" with the name in its folder nearest to a path that does not exist, or ""."""
+def nearest_path(path: str) -> str:
+    """Suggest a file with a similar name in the folder of a path that does not exist: "; did you mean ...?", or ""."""
     folder, name = os.path.split(path.rstrip("/"))
     try:
-        names = os.listdir(folder or ".")  # noqa: PTH208, since the path is to be written as the user did
+        names = os.listdir(folder or ".")  # noqa: PTH208, since the suggestion spells the folder as the user did
     except (OSError, ValueError):
         return ""
-    near = nearest(name, [known for known in names if known.endswith(ending)])
+    near = nearest(name, names)
     return f"; did you mean {shlex.quote(os.path.join(folder, near))}?" if near else ""  # noqa: PTH118
 
 
@@ -328,7 +314,7 @@ def nearest_path(path: str, ending: str = "") -> str:
 
 
 def help_text(*classes: type, positional: str | None = None) -> str:
-    """Return every key with its type, default and comment, by group, below the docstring of the script."""
+    """Format the help: the docstring of the script, then every key with its type, default and comment, by group."""
     fields = fields_of(*classes)
     several = " ..." if positional is None or fields[positional].type == TEXTS else ""
     bare = f"[{(positional or 'config_file').upper()}{several}]"
@@ -349,20 +335,17 @@ def help_text(*classes: type, positional: str | None = None) -> str:
 
 
 def comments_of(*classes: type) -> dict[str, tuple[str, str]]:
-    """Return {field: (the title of its group, the comment behind it)} from the source of dataclasses."""
+    """Read the comments in the source of dataclasses: {field: (title of its group, comment behind it)}."""
     comments = {}
     for cls in classes:
         names = fields_of(cls)
-        source = inspect.getsource(cls)
         title = cls.__name__
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            if token.type != tokenize.COMMENT:
-                continue
-            text = token.string.lstrip("# ")
-            name = token.line.split(":")[0].strip()
+        for line in inspect.getsource(cls).splitlines():
+            code, _, text = line.partition("  # ")
+            name = code.partition(":")[0].strip()
             if name in names:
                 comments[name] = title, text
-            elif token.line.strip() == token.string:
+            elif text and not name:
                 title = text
     return comments
 
@@ -372,7 +355,7 @@ def script_name() -> str:
 
 
 def as_written_here(command: str) -> str:
-    """Return a command such as "python train.py", with the folder that the user wrote before the present script."""
+    """Add the folder that the user wrote before the present script to a command such as "python train.py"."""
     script = command.split()[1]
     path = os.path.join(os.path.dirname(sys.argv[0]), script)  # noqa: PTH118, PTH120, since "" stays ""
     return (

@@ -14,13 +14,13 @@ from humptygpt import tokenizers
 from humptygpt.config import UserError
 from humptygpt.token_files import TokenFiles, how_to, read_meta
 
-CHUNK = 1_000_000  # tokens that are read at once
+CHUNK = 1_000_000  # tokens to read at once
 
 
 class Dataset:
-    """A prepared folder, data/<name>: memory-mapped token files, their tokenizer, and meta, as from read_meta.
+    """A prepared folder, data/<name>: memory-mapped token files, their tokenizer and their meta.json.
 
-    Raises UserError where the folder is missing or damaged.
+    Raises UserError if the folder is missing or damaged.
     """
 
     task: str
@@ -33,7 +33,7 @@ class Dataset:
         with_encoder: bool = False,
         meta: dict | None = None,
     ):
-        """meta: None reads it."""
+        """meta: the result of read_meta(folder), if it was called already."""
         self.folder = folder
         self.block_size = block_size
         self.seed = seed
@@ -48,11 +48,11 @@ class Dataset:
         self.set_up()
 
     def set_up(self) -> None:
-        """Check the lengths of the splits, and prepare the batches."""
+        """Check the lengths of the splits and prepare the batches."""
         raise NotImplementedError
 
     def read(self, split: str, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return the tokens of a split from each of the starts on, checked; int64 (len(starts), length)."""
+        """Read tokens of a split from each start on, and check their range. Returns int64 (len(starts), length)."""
         ids = self.splits[split].read(starts, length)
         if (largest := int(ids.max())) >= self.tokenizer.vocab_size:
             raise UserError(
@@ -62,13 +62,13 @@ class Dataset:
         return ids
 
     def chunks(self, split: str) -> Iterator[tuple[int, np.ndarray]]:
-        """Read (position of the first, token ids) of a million tokens at a time, all of a split in order."""
+        """Read a whole split in order, a million tokens at a time. Yields (position of the first, token ids)."""
         tokens = len(self.splits[split])
         for start in range(0, tokens, CHUNK):
             yield start, self.read(split, np.array([start]), min(CHUNK, tokens - start))[0]
 
     def identity(self) -> dict:
-        """Return what tells this data from other data with the same tokenizer, wherever it came from."""
+        """Fingerprint of the data: it differs from other data with the same tokenizer, wherever the folder is."""
         _, first_million = next(self.chunks("train"))
         identity = {
             "train_tokens": len(self.train),
@@ -82,7 +82,7 @@ class Dataset:
 
 
 class TokenDataset(Dataset):
-    """Text as one stream of tokens, cut into blocks of block_size. Raises UserError where it is too short for one."""
+    """Text as one stream of tokens, cut into blocks of block_size. Raises UserError if it is too short for one."""
 
     task = "language modelling"
 
@@ -95,7 +95,7 @@ class TokenDataset(Dataset):
                 )
 
     def summary(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
-        """Return (a batch, the evaluation set) in words."""
+        """Describe a batch and the evaluation set in words."""
         targets = len(self.val) - 1
         evaluated = min(
             targets, len(self.val_starts(batch_size, eval_iters)) * self.block_size
@@ -107,23 +107,23 @@ class TokenDataset(Dataset):
         return len(self.train) / (batch_size * self.block_size)
 
     def all_val_batches(self, batch_size: int) -> int:
-        """Return how many batches the whole validation split is."""
+        """Number of batches in the whole validation split."""
         return math.ceil(len(self.val_starts(batch_size, None)) / batch_size)
 
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
-        """Return training batch number index: idx and targets, both int64 (batch_size, block_size).
+        """Make training batch number `index`: idx and targets, both int64 (batch_size, block_size).
 
-        An epoch starts at a random offset, cuts the text into blocks and visits each once, in a random order. Batches
-        2 i and 2 i + 1 of n blocks are together batch i of 2 n blocks.
+        An epoch starts at a random offset, cuts the text into blocks and visits each block once, in a random order.
+        Batches 2 i and 2 i + 1 of n blocks are together batch i of 2 n blocks.
         """
         T = self.block_size
         last = len(self.train) - 1 - T  # the last position at which a block can start
         blocks = max(1, last // T)
-        # that leave room for all the blocks: between T and 2 T
+        # number of offsets that leave room for all the blocks: between T and 2 T
         offsets = last - (blocks - 1) * T + 1
         epochs, numbers = np.divmod(index * batch_size + np.arange(batch_size), blocks)
         starts = np.empty(batch_size, dtype=np.int64)
-        for epoch in np.unique(epochs):  # nearly always a single one
+        for epoch in np.unique(epochs):  # nearly always a single epoch
             key = random_key(self.seed, int(epoch))
             order = permute(numbers[epochs == epoch], blocks, key)
             starts[epochs == epoch] = key % offsets + T * order
@@ -132,10 +132,10 @@ class TokenDataset(Dataset):
     def val_batches(
         self, batch_size: int, eval_iters: int | None
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield the evaluation set, always the same: eval_iters batches of blocks spread over its split.
+        """Yield the evaluation set, which is always the same: eval_iters batches of blocks spread over the split.
 
-        With None, or where that many would cover it, the whole split: every token but the first is predicted once.
-        Batches as from batch(); targets that pad the last one are -1.
+        eval_iters=None, or enough batches to cover the split, predicts every token but the first once. A batch has the
+        shape of one from batch(); the last batch is padded, with targets of -1.
         """
         starts = self.val_starts(batch_size, eval_iters)
         for first in range(0, len(starts), batch_size):
@@ -145,7 +145,7 @@ class TokenDataset(Dataset):
             yield batch
 
     def val_starts(self, batch_size: int, eval_iters: int | None) -> np.ndarray:
-        """Return where the blocks of the evaluation set start; the last one of the whole split may be shorter."""
+        """Positions at which blocks of the evaluation set start. The last block of the whole split may be shorter."""
         starts = np.arange(0, len(self.val) - 1, self.block_size)
         if eval_iters is None or eval_iters * batch_size >= len(starts):
             return starts
@@ -154,13 +154,13 @@ class TokenDataset(Dataset):
         ]
 
     def blocks(self, split: str, starts: np.ndarray) -> dict[str, Tensor]:
-        """Return a batch of the blocks that start there, (B,); targets after the end of the split are -1."""
+        """Make a batch of the blocks at these starts, (B,). Targets after the end of the split are -1."""
         ids = self.read(split, starts, self.block_size + 1)
         after = starts[:, None] + np.arange(1, ids.shape[1]) >= len(self.splits[split])
         return next_tokens(ids, ignored=after)
 
     def val_bytes_per_token(self) -> float:
-        """Return the UTF-8 bytes of text per token of the validation split."""
+        """UTF-8 bytes of text per token of the validation split."""
         entry = self.meta["splits"]["val"]
         if "bytes" in entry:
             return entry["bytes"] / entry["tokens"]
@@ -169,16 +169,16 @@ class TokenDataset(Dataset):
 
 
 class Prefetcher:
-    """A data set's batches; while one is trained on, a thread reads the next.
+    """Reads the next batch of a dataset in a thread while the current one trains.
 
-    Of use where the step leaves the CPU idle, as on a GPU, and reading waits for a disk.
+    This helps if a step leaves the CPU idle, as on a GPU, and reading waits for a disk.
     """
 
     def __init__(self, dataset: Dataset, stride: int = 1):
-        """stride: from the number of one batch to that of the next."""
+        """stride: difference between the numbers of one batch and the next."""
         self.dataset = dataset
         self.stride = stride
-        self.pending = {}  # {(index, batch_size): the batch that is being read}
+        self.pending = {}  # {(index, batch_size): future of the batch}
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
 
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
@@ -190,7 +190,7 @@ class Prefetcher:
 
 
 def next_tokens(ids: np.ndarray, ignored: np.ndarray) -> dict[str, Tensor]:
-    """Return idx and targets, the tokens one further; where ignored they are -1. ids: (B, T + 1), ignored: (B, T)."""
+    """Make idx and targets, which are one token further and -1 if ignored. ids: (B, T + 1), ignored: (B, T)."""
     targets = ids[:, 1:].copy()
     targets[ignored] = -1
     return {"idx": torch.from_numpy(ids[:, :-1]), "targets": torch.from_numpy(targets)}
@@ -201,16 +201,16 @@ def next_tokens(ids: np.ndarray, ignored: np.ndarray) -> dict[str, Tensor]:
 
 
 def random_key(*numbers: int) -> int:
-    """Return 63 random bits that depend on the numbers alone, the same on every machine."""
+    """Hash the numbers to 63 random bits, the same on every machine."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Return where a pseudorandom permutation of range(n), chosen by key, sends each index; int64, each in [0, n).
+    """Apply a pseudorandom permutation of range(n), chosen by key, to each index. Returns int64, each in [0, n).
 
-    Four rounds of a Feistel network permute the range up to the next power of four, again and again for what falls
-    outside range(n). No table is kept: an epoch of 10^11 tokens takes no more memory than one of ten.
+    Four rounds of a Feistel network permute the range up to the next power of four. Indices that land outside range(n)
+    go through it again. There is no table, so an epoch of 10^11 tokens takes no more memory than one of ten.
     Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains", cycle walking.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))

@@ -1,4 +1,4 @@
-"""Devices and dtypes: what the machine has, or what the user says."""
+"""Devices and dtypes: the ones that the user names, or the best that the machine has."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ from humptygpt.machine import available_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Dense bfloat16 or float16 peak in FLOP/s, from the makers' data sheets, by words of the card's name; the first counts.
+# dense bfloat16 or float16 peak in FLOP/s, from data sheets; the first entry whose words are in the card's name counts
 PEAK_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -34,7 +34,7 @@ PEAK_FLOPS = {
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA, else Apple's GPU, else the CPU. Raises UserError for a device that is not there."""
+    """Find a device by name; auto: CUDA, else Apple's GPU, else the CPU. Raises UserError if it is not available."""
     cards = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     available = ["cuda", *cards] if cards else []
     if torch.backends.mps.is_available():
@@ -50,7 +50,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where the processor or the CUDA card multiplies it, float16 on an older card, else float32."""
+    """Find a dtype by name; auto: bfloat16 if the hardware multiplies it, float16 on an older GPU, else float32."""
     if name == "auto":
         if multiplies_bfloat16(device):
             return torch.bfloat16
@@ -63,14 +63,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def sample_dtype(name: str, device: torch.device) -> torch.dtype:
-    """As pick_dtype(), for generation: token by token, a CPU waits for memory, not for matrix products."""
+    """Find a dtype for generation. auto is float32 on a CPU, which waits for memory there and not for arithmetic."""
     if name == "auto" and device.type == "cpu":
         return torch.float32
     return pick_dtype(name, device)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware has bfloat16 matrix products. Where it has none, bfloat16 is slower than float32."""
+    """True if the hardware has bfloat16 matrix products. Without them, bfloat16 is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = torch.cpu.get_capabilities()
@@ -79,21 +79,21 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Matrix products in dtype, sums and norms in float32; nothing changes with float32."""
+    """Compute matrix products in dtype, and sums and norms in float32. With float32, nothing changes."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     on_gpu = device.type == "cuda"
     if on_gpu:
-        # from pinned memory, which must be contiguous, the copy overlaps with the GPU's work; torch keeps it, and gives
-        # it to a later batch when the copy is done
+        # a copy from pinned memory, which must be contiguous, overlaps with the GPU's work; torch reuses the memory for
+        # a later batch when the copy is done
         batch = {name: value.contiguous().pin_memory() for name, value in batch.items()}
     return {name: value.to(device, non_blocking=on_gpu) for name, value in batch.items()}
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s of the card; None where it is not known."""
+    """Peak FLOP/s of the card; None if it is unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -104,28 +104,28 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still allocate on the device; those of a CPU are divided among torchrun's."""
+    """Bytes that this process can still allocate on the device. torchrun's processes share a CPU's memory equally."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def tune_malloc(sharded: bool) -> None:
-    """Set what glibc does with freed blocks of memory: it keeps them for the next step, or not if the model is sharded.
+    """Let glibc keep freed blocks of memory for the next step, or return them at once if the model is sharded.
 
-    Otherwise every large activation is mapped and cleared again in each step: a tenth of the time of a small model on a
-    CPU, a sixth where the vocabulary is large. Of a sharded model, whole weights come and go, and the holes between
-    what stays would take as much memory again; so blocks of a megabyte and more go back to the system at once.
+    By default, every large activation is mapped and cleared again in each step, which takes a tenth of the time of a
+    small model on a CPU, and a sixth with a large vocabulary. A sharded model gathers whole weights and frees them
+    again. The gaps that they leave would double its memory, so blocks of a megabyte or more go back to the system.
     """
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # a Linux without glibc
         return
-    # as malloc.h numbers them: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX
+    # malloc.h: M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD is -3, M_MMAP_MAX is -4
     if sharded:
         mallopt(-1, 1 << 20)
         mallopt(-3, 1 << 20)
     else:
         mallopt(-1, 2**31 - 1)
-        mallopt(-4, 0)  # no block is mapped by itself, however large
+        mallopt(-4, 0)  # no block gets a mapping of its own, however large

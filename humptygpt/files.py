@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and locks: one writer at a time."""
+"""Files that are written whole or not at all, and locks: one process at a time writes to a folder."""
 
 import errno
 import os
@@ -19,17 +19,16 @@ except ImportError:  # Windows
     fcntl = None
     import msvcrt
 
-ATTEMPTS = 100
-# on Windows nobody else can read the locked byte, so that it is far after the text
+# Windows lets no other process read the locked byte, so it is far behind the text
 FAR = 1 << 30
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside this one, for a new file or folder, which is put in its place at the end.
+    """Yield a temporary path beside `path` for a new file or folder, and move that to `path` at the end.
 
-    A crash, a kill or a full disk at any moment leaves what was there. The temporary name is one that nobody else uses:
-    of two processes that write a file at once, one wins. Raises UserError where writing fails.
+    After a crash, a kill or on a full disk, the earlier file is as it was. The temporary name is random: if two
+    processes write a file at once, one of them wins. Raises UserError if writing fails.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -50,7 +49,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let write(file) fill a file that is put in path's place, as by whole(). Raises UserError where writing fails."""
+    """Call write(file) to fill a new file, and move it to `path` as whole() does. Raises UserError if that fails."""
     # a device or a pipe, such as /dev/null or /dev/stdout, must not be replaced
     if path.exists() and (not path.is_file() or path.absolute().parent == Path("/dev")):
         raise UserError(f"cannot write {path}: it is not a regular file; name another")
@@ -58,14 +57,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         try:
             with temporary.open("xb") as file:
                 write(file)
-        except RuntimeError as error:  # torch.save's, which hides the system's
+        except RuntimeError as error:  # torch.save hides the system's error in it
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise
 
 
 def cannot_write(path: Path | str, error: Exception, advice: str = "") -> UserError:
-    """Return an error in one line; of a full disk it names the disk, which is not always the one that one thinks of."""
+    """Describe a failed write in one line. If the disk is full, name its mount point and its free space."""
     # numpy and torch report no reason
     reason = getattr(error, "strerror", None) or "the disk may be full"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
@@ -78,14 +77,14 @@ def cannot_write(path: Path | str, error: Exception, advice: str = "") -> UserEr
 
 
 def remove_unfinished(folder: Path, names: list[str]) -> None:
-    """Remove what a kill has left of write_whole. Only for a folder that nobody else writes meanwhile."""
+    """Remove the temporary files of whole() that a killed process left. Nobody else may write to the folder."""
     for name in names:
         for path in folder.glob(f"{name}.????????.tmp"):
             path.unlink()
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, if it exists."""
+    """Remove a file, or a folder with everything in it, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -102,90 +101,76 @@ def append(path: Path, line: str) -> None:
 
 
 # --------------------------------------------------------------------------------------
-# One writer at a time: what a process writes is locked, and a second process is refused with the name of the first
+# Locks
 #
-# The lock is the operating system's own, on an open file: it ends with the process, however that ends, so nothing is
-# ever left locked. On a disk that several machines share, the file server keeps it for all of them. The package
-# filelock cannot say who holds a lock, and never removes its files.
+# A lock is the operating system's own, on an open file. It ends with the process, however that ends, so a lock is never
+# left behind. If several machines share a disk, the file server keeps the lock for all of them. We do not use the
+# package filelock because it cannot say who holds a lock and never removes its files.
 
 
 class Lock:
-    """Held from the constructor to the end of the `with` block or of the process. The file names the holder.
+    """A lock that this process holds from the constructor to the end of the `with` block, or until the process ends.
 
-    The file of a process that was killed is not locked any more, and the next process takes it over.
+    The lock file names its holder. A killed process leaves the file, but unlocked, and the next process reuses it.
     """
 
     def __init__(self, path: Path, what: str, advice: str):
-        """path: of the lock file; its folder is made, and removed at the end if nothing else is in it by then.
+        """path: the lock file. Its folder is created if necessary, and then removed at the end if it is empty.
 
-        what is locked and what to do instead are for the message. Raises UserError where another process holds the
-        lock, and OSError where the file cannot be written.
+        what, advice: what is locked and what to do instead, for the message. Raises UserError if another process holds
+        the lock, and OSError if the file cannot be written.
         """
         self.path = path
-        self.what = what
-        self.made = [folder for folder in path.parents if not folder.exists()]
-        who = ""
-        for attempt in range(ATTEMPTS):
-            try:
-                if self.acquire():
-                    return
-                who = one_line(path.read_text(errors="replace"))
-            except FileNotFoundError:
-                # its holder has just removed it, perhaps with its folder
-                if attempt == ATTEMPTS - 1:
-                    raise
-            if who:
+        self.created = [folder for folder in path.parents if not folder.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            locked = try_lock(self.file, what)
+            os.lseek(self.file, 0, os.SEEK_SET)
+            if not locked:
+                who = one_line(os.read(self.file, 1000).decode(errors="replace"))
+                os.close(self.file)
+                raise UserError(f"{what} is in use by {who or 'another process'}; {advice}")
+            if not fcntl or is_at(self.file, path):
                 break
-            time.sleep(0.01)  # its holder is about to write its name
-        raise UserError(f"{what} is in use by {who or 'another process'}; {advice}")
-
-    def acquire(self) -> bool:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        if not self.try_lock() or (fcntl and not is_at(self.file, self.path)):
-            os.close(self.file)
-            return False
+            os.close(self.file)  # its holder has just removed it: try again
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         who = f"process {os.getpid()} on {socket.gethostname()} since {since}"
-        try:
+        with suppress(OSError):  # on a full disk, the lock has no name
             os.ftruncate(self.file, 0)
-            os.lseek(self.file, 0, os.SEEK_SET)
             os.write(self.file, who.encode())
-        except OSError:  # a full disk
-            self.__exit__()
-            raise
-        return True
-
-    def try_lock(self) -> bool:
-        try:
-            if fcntl:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                os.lseek(self.file, FAR, os.SEEK_SET)
-                msvcrt.locking(self.file, msvcrt.LK_NBLCK, 1)
-        except (BlockingIOError, PermissionError):
-            return False
-        except OSError as error:  # some network disks have no locks
-            problem = f"{self.what} cannot be locked on this disk ({error.strerror})"
-            note(f"{problem}; let no second process write there")
-        return True
 
     def __enter__(self) -> "Lock":
         return self
 
     def __exit__(self, *error: object) -> None:
-        # Windows removes no open file, nor one that somebody else has opened by now
-        if not fcntl:
+        if not fcntl:  # Windows cannot remove an open file
             os.close(self.file)
+        # a folder may not be empty, and on Windows another process may have the file open
         with suppress(OSError):
             self.path.unlink()
-        if fcntl:  # it is locked until here, so that nobody else's file is removed
-            os.close(self.file)
-        with suppress(OSError):  # not empty
-            for folder in self.made:
+            for folder in self.created:
                 folder.rmdir()
+        if fcntl:  # locked until now, so that no other process's file is removed
+            os.close(self.file)
+
+
+def try_lock(file: int, what: str) -> bool:
+    """Lock an open file, or return False if another process holds the lock. A disk without locks counts as locked."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            os.lseek(file, FAR, os.SEEK_SET)
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:  # some network disks have no locks
+        problem = f"{what} cannot be locked on this disk ({error.strerror})"
+        note(f"{problem}; let no second process write there")
+    return True
 
 
 def is_at(file: int, path: Path) -> bool:
-    """Whether the open file is still the one at path: its last holder removes it."""
+    """True if the open file is still the one at `path`: its last holder may have removed it."""
     return path.exists() and os.path.samestat(os.fstat(file), path.stat())

@@ -1,7 +1,7 @@
-"""Cores and memory that this process may use, by affinity and control group; out-of-memory in one line.
+"""Cores and memory that this process may use, by affinity and control group; failed allocations in one line.
 
-A script calls start() before numpy and torch are loaded, because their threads read once, at that moment, how many they
-are and how they wait for each other.
+A script calls start() before numpy and torch are loaded, because their threads read their number and their wait policy
+only once, at that moment.
 """
 
 import errno
@@ -18,24 +18,24 @@ from pathlib import Path
 
 from humptygpt.config import UserError, note, one_line, script_name
 
-STARTED = time.monotonic()  # of the command, but for the start of Python
-# control groups of Linux, version 2, in which containers run
+STARTED = time.monotonic()  # start of the command, apart from Python's own start
+# Linux's control groups, version 2, which containers use
 CGROUPS = Path("/sys/fs/cgroup")
 OUR_GROUPS = Path("/proc/self/cgroup")
 PATIENCE = 2  # seconds in which rank 0 reports a mistake that all ranks have found
-SPINS = 1300  # of a waiting thread, less than a tenth of a millisecond; libgomp's default is 300,000
+# spins of a waiting thread: less than a tenth of a millisecond; libgomp's default is 300,000
+SPINS = 1300
 
 
 def start() -> None:
-    """Prepare a script for its imports: as many threads as it may use, which yield while they wait.
+    """Prepare a script for its imports: limit the threads to the usable cores, and let them yield while they wait.
 
-    A thread that spins while it waits for one of its own process keeps a core from the process whose turn it is: two
-    trainings on two cores were slowed down tenfold. What the user has set in the environment stays.
+    A thread that spins while it waits for another thread of its process keeps a core from a process that has work: two
+    trainings on two cores were slowed down tenfold. Settings in the user's environment take precedence.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # Ctrl-C ends the imports without a word
+        # Ctrl-C during the imports ends the script without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)  # GCC's OpenMP, which torch has on Linux
         os.environ["KMP_BLOCKTIME"] = "1"  # milliseconds; Intel's and LLVM's, elsewhere
@@ -48,21 +48,19 @@ def start() -> None:
 
 
 def affinity() -> set[int]:
-    """Return the numbers of the cores that the system lets this process run on."""
+    """Numbers of the cores that the system lets this process run on."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
 
 
 def usable_cores() -> int:
-    """Return how many threads can run at once: by affinity, and by the control groups' quotas, rounded up."""
-    return max(1, min([len(affinity()), *map(math.ceil, cpu_quotas())]))
-
-
-def cpu_quotas() -> list[float]:
-    """Return the number of cores that each control group allows, where it limits them."""
-    limits = [read_numbers(folder / "cpu.max") for folder in cgroup_folders()]
-    return [numbers[0] / numbers[1] for numbers in limits if numbers]
+    """Count the threads that can run at once: by affinity, and by the control groups' quotas, rounded up."""
+    cores = len(affinity())
+    for folder in cgroup_folders():
+        if quota := read_numbers(folder / "cpu.max"):
+            cores = min(cores, math.ceil(quota[0] / quota[1]))
+    return max(1, cores)
 
 
 # --------------------------------------------------------------------------------------
@@ -70,40 +68,34 @@ def cpu_quotas() -> list[float]:
 
 
 def available_memory() -> int:
-    """Return the bytes that this process can still allocate: of the machine and of its control groups."""
+    """Bytes that this process can still allocate, limited by the machine and by the control groups."""
     import psutil
 
-    free = min(psutil.virtual_memory().available, group_memory())
-    return int(max(0, free))
-
-
-def group_memory() -> float:
-    """Return the bytes that the control groups of this process still allow."""
-    free = math.inf
+    free = psutil.virtual_memory().available
     for folder in cgroup_folders():
         limit = read_numbers(folder / "memory.max")
         used = read_numbers(folder / "memory.current")
         if limit and used:
             free = min(free, limit[0] - used[0] + file_cache(folder))
-    return free
+    return max(0, free)
 
 
 def gigabytes(size: float) -> str:
-    """Return the size as text, such as 3.21 GB."""
+    """Format a number of bytes, such as 3.21 GB."""
     if size < 1e9:
         return f"{size / 1e6:,.1f} MB"
     return f"{size / 1e9:,.{1 if size >= 1e10 else 2}f} GB"
 
 
 def check_fits(what: str, size: float, free: float, advice: str) -> None:
-    """Raise UserError where size is more than the bytes that are free. what: subject and verb, as "weights take"."""
+    """Raise UserError if size is larger than the free bytes. what: subject and verb, as in "weights take"."""
     if size > free:
         raise UserError(
             f"{what} {gigabytes(size)} of memory, and {gigabytes(free)} are free; {advice}"
         )
 
 
-# How those who allocate say that they could not: few have a class for it
+# messages of failed allocations, most of which have no exception class of their own
 NO_MEMORY = re.compile(
     "can't allocate memory|not enough memory|out of memory|std::bad_alloc|unable to mmap|failed to map segment"
     "|cannot allocate memory|could not create a (primitive|memory)|can't start new thread",
@@ -125,7 +117,7 @@ def out_of_memory_line(error: BaseException) -> str:
 
 @contextmanager
 def memory_advice(advice: str) -> Iterator[None]:
-    """Raise UserError, with the advice, where an allocation fails."""
+    """Raise UserError, with the advice, if an allocation in the block fails."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
@@ -139,16 +131,16 @@ def memory_advice(advice: str) -> Iterator[None]:
 
 
 def cgroup_folders() -> list[Path]:
-    """Return the folders of this process's control group and of those around it, whose limits apply, too."""
+    """Folders of this process's control group and of the groups around it, because their limits apply as well."""
     paths = re.findall("^0::/(.*)$", read(OUR_GROUPS), re.MULTILINE)
-    # in a container the path may be the one outside, and only the root is there
+    # in a container the path may be the one outside, and only the root exists
     return [
         folder for path in paths for folder in (CGROUPS / path, *(CGROUPS / path).parents)
     ]
 
 
 def read(path: Path) -> str:
-    """Return the text of a file of the system, "" where there is none."""
+    """Read a file of the system; "" if it does not exist."""
     try:
         return path.read_text()
     except OSError:
@@ -156,13 +148,13 @@ def read(path: Path) -> str:
 
 
 def read_numbers(path: Path) -> list[int]:
-    """Read the numbers in a file; [] where there is no such file or it says "max"."""
+    """Read the numbers in a file; [] if there is no such file or it says "max"."""
     words = read(path).split()
     return [] if "max" in words else list(map(int, words))
 
 
 def file_cache(group: Path) -> int:
-    """Return the bytes of files that the group has cached, which give way to allocations."""
+    """Bytes of the group's cached files, which the system frees when memory is needed."""
     stat = read(group / "memory.stat")
     return sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", stat, re.MULTILINE)))
 
@@ -174,11 +166,12 @@ def file_cache(group: Path) -> int:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Call main(argv) and exit with its code; a UserError becomes one line on stderr and exit code 2.
 
-    So does memory that could not be allocated, and a full disk where nobody else answers for it, as for the output.
+    A failed allocation and a full disk that no one else reports, such as the disk of the output, end in the same way.
     """
     if main.__module__ == "__main__":  # a script was started
         start()
-        note_folder()
+        if Path.cwd() != Path(sys.argv[0]).resolve().parent:
+            note(f"data/, out/ and other relative paths are in {Path.cwd()}")
         if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -202,14 +195,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 
 def complain(message: str) -> typing.NoReturn:
-    """Print one line and exit. Of several processes rank 0 does so first, and torchrun then stops the others."""
+    """Print one line and exit with code 2. Rank 0 does so first, and torchrun then stops the other ranks."""
     if int(os.environ.get("RANK", 0)):
         time.sleep(PATIENCE)
     print(f"{script_name()}: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
-
-
-def note_folder() -> None:
-    """Say which data/ and out/ are meant where a script is started from another folder than its own."""
-    if Path.cwd() != Path(sys.argv[0]).resolve().parent:
-        note(f"data/, out/ and other relative paths are in {Path.cwd()}")

@@ -1,8 +1,9 @@
-"""metrics.jsonl, one JSON object a line, read back: a kill may have cut its last line, a disk damaged any."""
+"""Read metrics.jsonl, one JSON object a line. A kill may cut its last line, and a disk may damage any line."""
 
 import json
 from pathlib import Path
 
+# the numbers of a row that are read again, besides iter, tokens and seconds
 MEASURED = (
     "position",
     "train_loss",
@@ -18,9 +19,9 @@ MEASURED = (
 
 
 def read_metrics(path: Path) -> list[dict | None]:
-    """Return the rows of a metrics.jsonl, None for a damaged one; no rows if there is no such file.
+    """Read the rows of a metrics.jsonl: None for a damaged row, and no rows if there is no such file.
 
-    A last line without a line break is left out: it is being written, or a kill has cut it.
+    A last line without a line break is left out: it is incomplete.
     """
     if not path.exists():
         return []
@@ -28,7 +29,7 @@ def read_metrics(path: Path) -> list[dict | None]:
 
 
 def parse_row(line: bytes) -> dict | None:
-    """Return a row, or None unless all numbers that are read later are finite, not negative and below 1e18."""
+    """Parse a row. Returns None unless the numbers that are read again are finite, not negative and below 1e18."""
     try:
         row = json.loads(line)
         numbers = [row[key] for key in ("iter", "tokens", "seconds")]
@@ -36,6 +37,6 @@ def parse_row(line: bytes) -> dict | None:
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     valid = all(type(number) in (int, float) and 0 <= number < 1e18 for number in numbers)
-    # an evaluation records both; if one is missing, bytes of its name have changed
+    # an evaluation records both losses; if one is missing, its name is damaged
     whole = ("val_loss" in row) == ("val_bits_per_byte" in row)
     return row if valid and whole else None

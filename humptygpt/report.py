@@ -9,9 +9,10 @@ from contextlib import suppress
 
 from tqdm import tqdm
 
+from humptygpt.checkpoint import stored
 from humptygpt.config import as_written_here, note
 from humptygpt.evaluation import evaluation_line
-from humptygpt.run_folder import Diverged
+from humptygpt.run_folder import Diverged, RunFolder
 from model import count_parameters
 
 MANY_EPOCHS = 5  # warn about overfitting when fine-tuning for more epochs than this
@@ -124,10 +125,11 @@ def stopped(run, number: int) -> None:
         print(text, file=sys.stderr)
 
 
-def diverged(run, error: Diverged) -> None:
+def diverged(folder: RunFolder, error: Diverged) -> None:
     kept = "nothing was saved yet"
-    if run.path.exists():
-        kept = f"{run.path} is the last good checkpoint"
+    path = stored(folder.path / "ckpt.pt")
+    if path.exists():
+        kept = f"{path} is the last good checkpoint"
     advice = "Try a lower --learning_rate, more --warmup_iters, --grad_clip=1.0 or --dtype=float32"
     print(f"train.py: the {error}; {kept}. {advice}", file=sys.stderr)
 

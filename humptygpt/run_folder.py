@@ -1,11 +1,10 @@
-"""A run as it goes: steps, losses, time, the signals that stop it, and what it writes beside its checkpoints."""
+"""The progress of a run, the signals that stop it, and its folder: metrics, plot, settings and logs."""
 
 import importlib
 import itertools
 import json
 import math
 import os
-import secrets
 import shlex
 import signal
 import socket
@@ -16,21 +15,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 from torch import Tensor
 
 from humptygpt import checkpoint, files
-from humptygpt.config import UserError, note
+from humptygpt.config import UserError, find, note
 from humptygpt.device import peak_flops
 from humptygpt.files import Lock
 from humptygpt.metrics import read_metrics
 from model import flops_per_token
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-# seconds; timeout and some shells send a signal to a process and to its group
+# seconds; `timeout` and some shells send a signal to a process and again to its group
 SAME_REQUEST = 1.0
-# what a run writes; its checkpoints are last, as move_run needs them
+# the files and folders that a run writes, apart from plan.py
 FILES = [
     "adapter",
     "metrics.jsonl",
@@ -40,15 +38,17 @@ FILES = [
     "wandb_id",
     "tensorboard",
     "snapshots",
-    "best",  # sharded
+    "best",  # sharded checkpoints are folders
     "best.old",
     "best.pt",
     "ckpt",
     "ckpt.old",
     "ckpt.pt",
 ]
-OVERWRITTEN = "overwritten"  # the folder of the run before, until this one has a checkpoint
+NEW = ".new"  # folder of a run that overwrites another, until it has a checkpoint
+COMPLETE = ".complete"  # the same folder while its files move to where they belong
 ANOTHER = "name another --out_dir"
+LOGGERS = {"tensorboard": "TensorBoard", "wandb": "start_wandb"}  # in loggers.py
 
 
 class Diverged(Exception):
@@ -57,21 +57,22 @@ class Diverged(Exception):
 
 @dataclass
 class Progress:
-    """Where a run stands. Saved in ckpt.pt, so that a resumed run is the uninterrupted one."""
+    """How far a run is. It is saved in ckpt.pt, so that a resumed run is the same as an uninterrupted one."""
 
     iter: int = 0  # steps done
     tokens: int = 0  # tokens trained on
-    seconds: float = 0.0  # spent training: evaluating and saving are not counted
+    seconds: float = 0.0  # time spent training, without evaluations and saving
     best_val_loss: float = math.inf
     best_iter: int = 0
     evals_since_best: int = 0
-    position: float = 0.0  # how far it is, in steps of max_iters: iter, or by the clock
-    run_seconds: float = 0.0  # of a run by the clock: all of its commands took
-    # of the steps since the last row of metrics
+    # how far the run is, in steps of max_iters: iter, or by the clock with --minutes
+    position: float = 0.0
+    run_seconds: float = 0.0  # with --minutes: duration of all its commands
+    # losses of the steps since the last row of metrics
     losses: list[float] = field(default_factory=list)
 
     def record(self, val_loss: float) -> bool:
-        """Count a validation loss, and return whether it is the lowest so far. Raises Diverged."""
+        """Record a validation loss. Returns True if it is the lowest so far. Raises Diverged."""
         if not val_loss < 700:  # beyond that, e^loss overflows
             raise Diverged(f"validation loss is {val_loss} at iter {self.iter}")
         self.evals_since_best += 1
@@ -83,7 +84,7 @@ class Progress:
         return True
 
     def stamp(self) -> dict:
-        """Return what each row of metrics begins with."""
+        """Make the entries with which every row of metrics begins."""
         return {
             "iter": self.iter,
             "tokens": self.tokens,
@@ -96,17 +97,17 @@ class StepClock:
     """The progress of a run that is counted in steps. With --minutes, a plan.Clock counts it in time."""
 
     def start(self, run) -> None:
-        """Begin to train; run: a train.Run."""
+        """Begin to train. run: a train.Run."""
 
     def advance(self, position: float, config) -> float:
-        """Return the position after a step, given the one before it, both in steps of config.max_iters."""
+        """Compute the position after a step from the one before it, both in steps of config.max_iters."""
         return position + 1
 
     def leave_out(self, evaluation: float) -> None:
-        """Do not count the time since advance(), which was an evaluation of so many seconds."""
+        """Do not count the time since advance(), which an evaluation of this many seconds took."""
 
     def seconds(self) -> float:
-        """Return the time that counts for --minutes, earlier commands included."""
+        """Time that counts for --minutes, including earlier commands."""
         return 0.0
 
     def time_left(self, progress: Progress, config) -> float:
@@ -115,7 +116,7 @@ class StepClock:
 
 
 class Meter:
-    """Losses and gradient norms, which stay on the device until they are read; and the time."""
+    """Measures losses, gradient norms and the time. Numbers stay on the device until they are read."""
 
     def __init__(self, run):
         """run: a train.Run."""
@@ -127,19 +128,19 @@ class Meter:
         self.grad_norm = 0.0
         self.logged_seconds = self.progress.seconds
         self.logged_tokens = self.progress.tokens
-        self.evaluation = 0.0  # seconds of the last one, with what it saved and showed
         self.started = time.perf_counter() - self.progress.seconds
 
-    def restart_clock(self) -> None:
-        """Leave out the time since read(), of an evaluation: it is not training."""
-        self.evaluation = time.perf_counter() - self.started - self.progress.seconds
-        self.started = time.perf_counter() - self.progress.seconds
+    def leave_out_evaluation(self) -> float:
+        """Do not count the time since read(), which an evaluation took. Returns it in seconds."""
+        evaluation = time.perf_counter() - self.started - self.progress.seconds
+        self.started += evaluation
+        return evaluation
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
         self.unread.append((loss, grad_norm))
 
     def read(self) -> None:
-        """Wait for the device and bring progress up to date. Raises Diverged."""
+        """Wait for the device and update progress. Raises Diverged."""
         first = self.progress.iter - len(self.unread) + 1
         for it, (loss, norm) in enumerate(self.unread, start=first):
             loss = float(loss)
@@ -154,7 +155,7 @@ class Meter:
         self.progress.seconds = time.perf_counter() - self.started
 
     def row(self, lr: float) -> dict:
-        """Return a row of metrics; the next one begins."""
+        """Make a row of metrics of the steps since the last one."""
         progress = self.progress
         tokens = progress.tokens - self.logged_tokens
         speed = tokens / (progress.seconds - self.logged_seconds)
@@ -173,24 +174,21 @@ class Meter:
 
 
 # --------------------------------------------------------------------------------------
-# SIGINT and SIGTERM, a request to stop at the end of a step
+# SIGINT and SIGTERM request a stop at the end of a step
 
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Yield a list to which SIGINT and SIGTERM add themselves; a second one ends the program at once.
+    """Yield a list to which SIGINT and SIGTERM are added. A second one ends the program at once.
 
-    A thread answers the user, because a handler of Python's waits for the end of a long call of torch.
+    A thread answers the user, because Python calls a handler only after a long call of torch has returned.
     """
     caught = []
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     wakeup = signal.set_wakeup_fd(writer.fileno())
-    handlers = {}
-    for number in STOPPING:
-        handlers[number] = signal.signal(
-            number, lambda number, frame: caught.append(number)
-        )
+    catch = lambda number, frame: caught.append(number)  # noqa: E731
+    handlers = {number: signal.signal(number, catch) for number in STOPPING}
     threading.Thread(target=answer_signals, args=(reader,), daemon=True).start()
     try:
         yield caught
@@ -202,7 +200,7 @@ def catch_signals() -> Iterator[list[int]]:
 
 
 def answer_signals(reader: socket.socket) -> None:
-    """Report the first signal, and exit at the second one. reader: gives the number of each as a byte."""
+    """Report the first signal, and exit at the second one. reader: receives the number of each signal as a byte."""
     first = None
     with reader:
         while received := reader.recv(1):
@@ -213,7 +211,7 @@ def answer_signals(reader: socket.socket) -> None:
                 first = time.monotonic()
                 name = signal.Signals(number).name
                 line = f"\n{name}: finishing this step, then saving; a second one ends at once, unsaved\n"
-                # the reader of our messages may have got it, too, and be gone
+                # stderr may be closed: the process that reads it received the same signal
                 with suppress(OSError):
                     os.write(2, line.encode())
             elif time.monotonic() - first > SAME_REQUEST:
@@ -221,79 +219,127 @@ def answer_signals(reader: socket.socket) -> None:
 
 
 # --------------------------------------------------------------------------------------
-# out_dir: what a run writes there beside its checkpoints, and what it finds there of an earlier run
+# The folder of a run, out_dir
+
+
+@contextmanager
+def refuse_unwritable(out_dir: Path) -> Iterator[None]:
+    """Raise UserError if the block cannot write to the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise files.cannot_write(out_dir, error, f"; {ANOTHER}") from error
 
 
 def lock_out_dir(out_dir: Path) -> Lock:
     """Lock the folder, from before its checkpoint is read until the run has ended. Raises UserError."""
     advice = f"{ANOTHER}, or wait until that run has ended"
-    try:
-        return Lock(out_dir / ".lock", f"out_dir={out_dir}", advice)
-    except OSError as error:
-        raise files.cannot_write(out_dir, error, f"; {ANOTHER}") from error
+    with refuse_unwritable(out_dir):
+        lock = Lock(out_dir / ".lock", f"out_dir={out_dir}", advice)
+    put_in_place(out_dir)
+    return lock
+
+
+def refuse_earlier_run(out_dir: Path) -> None:
+    """Raise UserError if a new run would replace an earlier one."""
+    if has_checkpoint(out_dir):
+        raise UserError(
+            f"{out_dir} has a run already; continue it with --init_from=resume, or replace it with --overwrite=True"
+        )
+
+
+def has_checkpoint(out_dir: Path) -> bool:
+    paths = (checkpoint.stored(out_dir / name) for name in ("ckpt.pt", "best.pt"))
+    return any(path.exists() for path in paths)
+
+
+def put_in_place(out_dir: Path) -> None:
+    """Replace the earlier run by the one in the folder NEW, if that has a checkpoint.
+
+    A kill at any moment leaves one of the two runs complete, and the next call finishes the replacement. A plan.py
+    stays, because it may be the config file of the new run. Raises UserError.
+    """
+    new, complete = out_dir / NEW, out_dir / COMPLETE
+    with refuse_unwritable(out_dir):
+        if checkpoint.stored(new / "ckpt.pt").exists():
+            for path in (out_dir / name for name in FILES):
+                if not (path / "metrics.jsonl").exists():  # else a run that has such a name
+                    files.remove(path)
+            new.rename(complete)  # from here on, nothing in out_dir is the earlier run's
+        if complete.exists():
+            for path in complete.iterdir():
+                path.replace(out_dir / path.name)
+            complete.rmdir()
 
 
 class RunFolder:
-    """metrics.jsonl, loss.png, config.json, command.txt, and TensorBoard's files or a run on Weights & Biases.
+    """Writes metrics.jsonl, loss.png, config.json and command.txt of a run, and logs to TensorBoard or wandb.
 
-    A new run replaces an earlier one's files; a resumed one drops the metrics and snapshots that came after its
-    checkpoint. Either holds the lock of its folder: see lock_out_dir.
+    A new run that overwrites another writes to the folder NEW until it has a checkpoint. A resumed run drops the
+    metrics and snapshots after its checkpoint. Both hold the lock of lock_out_dir().
     """
 
     def __init__(self, path: Path, settings: dict, resumed_at: int, writes: bool = True):
-        """settings: of the run, as in config.json. resumed_at: steps done; 0: a new run. Raises UserError.
+        """settings: the run's, as in config.json. resumed_at: the steps done; 0 for a new run. Raises UserError.
 
-        writes: False where another process of the same run does.
+        writes: False if another process of the run writes the files.
         """
-        self.path = path
+        self.out_dir = path
+        replaces = not resumed_at and has_checkpoint(path)
+        self.path = path / NEW if replaces else path  # the folder with the run's files
+        self.settings = settings
+        self.resumed_at = resumed_at
         self.writes = writes
         self.rows = []
         self.loggers = []
         if not writes:
             return
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            kept = path / OVERWRITTEN
-            if not resumed_at and has_checkpoint(path):
-                note(f"the earlier run stays in {kept} until this one has a checkpoint")
-                # a run by its steps may have the other's plan for its config file
-                plan = ["plan.py"] if settings.get("minutes") else []
-                move_run(path, kept, plan + FILES)
+        if replaces:
+            note(f"the earlier run in {path} stays until this one has a checkpoint")
+        with refuse_unwritable(path):
+            files.remove(path / NEW)  # left by a run that ended before its first checkpoint
+            self.path.mkdir(parents=True, exist_ok=True)
             if resumed_at:
-                if not checkpoint.stored(kept / "ckpt.pt").exists():
-                    move_run(kept, path, ["plan.py", *FILES])  # a kill interrupted the move
                 self.rows = rows_until(path / "metrics.jsonl", resumed_at)
-            for snapshot in path.glob("snapshots/*.pt"):
+            for snapshot in self.path.glob("snapshots/*.pt"):
                 if int(snapshot.stem) >= resumed_at:  # the next step takes it again
                     snapshot.unlink()
             files.remove_unfinished(path, [*FILES, "snapshots/*"])
-        except OSError as error:
-            raise files.cannot_write(path, error, f"; {ANOTHER}") from error
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-        write_text(path / "metrics.jsonl", lines)
-        write_text(path / "config.json", json.dumps(settings, indent=1))
-        files.append(path / "command.txt", shlex.join(["python", *sys.argv]))
-        for name in chosen_loggers(settings):
-            self.loggers.append(LOGGERS[name](path, settings, resumed_at))
+        write_text(self.path / "metrics.jsonl", lines)
+        write_text(self.path / "config.json", json.dumps(settings, indent=1))
+        files.append(self.path / "command.txt", shlex.join(["python", *sys.argv]))
 
     def record(self, row: dict) -> None:
         """Add a row of metrics."""
-        if not self.writes:
-            return
-        self.rows.append(row)
-        files.append(self.path / "metrics.jsonl", json.dumps(row))
+        if self.writes:
+            self.rows.append(row)
+            files.append(self.path / "metrics.jsonl", json.dumps(row))
+            if self.path == self.out_dir:
+                self.log([row])
+
+    def log(self, rows: list[dict]) -> None:
+        """Send rows to the chosen loggers, which start with the first rows."""
+        if not self.loggers:
+            for name in chosen_loggers(self.settings):
+                start = find(f"humptygpt.loggers:{LOGGERS[name]}")
+                self.loggers.append(start(self.path, self.settings, self.resumed_at))
         for logger in self.loggers:
-            if "end" not in row:  # a resumed run takes that row back
-                logger.log(row, step=row["iter"])
+            for row in rows:
+                if "end" not in row:  # a resumed run drops that row
+                    logger.log(row, step=row["iter"])
 
     def draw(self) -> None:
         draw_losses(self.rows, self.path / "loss.png")
 
-    def remove_overwritten(self) -> None:
-        """Remove the run before this one, now that this one has a checkpoint."""
+    def checkpointed(self) -> None:
+        """Put the run in the place of the earlier one when its first checkpoint is complete. Raises UserError."""
+        if self.path == self.out_dir:
+            return
+        self.path = self.out_dir
         if self.writes:
-            with suppress(OSError):  # the next checkpoint tries again
-                files.remove(self.path / OVERWRITTEN)
+            put_in_place(self.out_dir)
+            self.log(self.rows)
 
     def close(self) -> None:
         for logger in self.loggers:
@@ -305,42 +351,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def rows_until(metrics: Path, step: int) -> list[dict]:
-    """Return the rows that a resumed run keeps: all until this step, without those that are written at the end."""
+    """Select the rows that a resumed run keeps: all up to this step, without the ones that are written at the end."""
     rows = itertools.takewhile(bool, read_metrics(metrics))
     at_the_end = {"end", "whole_val_loss", "test_bleu"}
     return [row for row in rows if row["iter"] <= step and not at_the_end & row.keys()]
 
 
-def has_checkpoint(out_dir: Path) -> bool:
-    paths = (checkpoint.stored(out_dir / name) for name in ("ckpt.pt", "best.pt"))
-    return any(path.exists() for path in paths)
-
-
-def refuse_earlier_run(out_dir: Path) -> None:
-    """Raise UserError if a new run would replace an earlier one."""
-    if has_checkpoint(out_dir) or (out_dir / OVERWRITTEN).exists():
-        raise UserError(
-            f"{out_dir} has a run already; continue it with --init_from=resume, or replace it with --overwrite=True"
-        )
-
-
-def move_run(source: Path, target: Path, names: list[str]) -> None:
-    """Move a run's files, its checkpoints last: while one is at its source, the run is there for the next start."""
-    target.mkdir(exist_ok=True)
-    for path in (source / name for name in names):
-        # another run may be in a folder of such a name
-        if path.exists() and not (path / "metrics.jsonl").exists():
-            files.remove(target / path.name)
-            path.replace(target / path.name)
-
-
 # --------------------------------------------------------------------------------------
-# Loggers: what a run logs to beside metrics.jsonl
+# Loggers: services and programs that show metrics
 
 
 def chosen_loggers(settings: dict) -> list[str]:
-    """Return those of LOGGERS that a run logs to, each once; settings: of the run. Raises ValueError for another."""
-    names = [name.strip() for name in settings["log"].split(",") if name.strip()]
+    """List the names of the loggers that a run's settings choose. Raises ValueError for an unknown one."""
+    names = settings["log"].replace(",", " ").split()
     for name in names:
         if name not in LOGGERS:
             raise ValueError(
@@ -351,58 +374,15 @@ def chosen_loggers(settings: dict) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def import_logger(name: str) -> ModuleType:
-    """Import what a logger needs. Raises UserError where the package is missing."""
-    module = "wandb" if name == "wandb" else "torch.utils.tensorboard"
+def import_logger(name: str) -> None:
+    """Import the package of a logger before a long preparation. Raises UserError if it is missing."""
     try:
-        return importlib.import_module(module)
+        importlib.import_module("wandb" if name == "wandb" else "torch.utils.tensorboard")
     except ImportError as error:
         raise UserError(
             f"log={name} needs the package {name}: pip install {name}"
         ) from error
 
-
-class TensorBoard:
-    """Files in out_dir/tensorboard, which `tensorboard --logdir=out` shows; with the methods of a wandb run."""
-
-    def __init__(self, out_dir: Path, settings: dict, resumed_at: int):
-        """What an earlier process logged after the step at which this one resumes is no longer shown."""
-        writer = import_logger("tensorboard").SummaryWriter
-        self.writer = writer(str(out_dir / "tensorboard"), purge_step=resumed_at + 1)
-
-    def log(self, row: dict, step: int) -> None:
-        for key, value in row.items():
-            if key != "iter" and type(value) in (int, float):
-                self.writer.add_scalar(key, value, step)
-        self.writer.flush()
-
-    def finish(self) -> None:
-        self.writer.close()
-
-
-def start_wandb(out_dir: Path, settings: dict, resumed_at: int):
-    """Start the run on Weights & Biases, the same whenever it is resumed; offline where that cannot be reached."""
-    wandb = import_logger("wandb")
-    id_file = out_dir / "wandb_id"
-    if not resumed_at or not id_file.exists():
-        write_text(id_file, secrets.token_hex(4))
-    options = {
-        "project": settings["wandb_project"],
-        "name": settings["wandb_run_name"] or out_dir.name,
-        "id": id_file.read_text(),
-        "resume": "allow",
-        "dir": str(out_dir),
-        "config": settings,
-    }
-    try:
-        return wandb.init(**options)
-    except wandb.Error as error:
-        offline = "logging offline, to be sent by: wandb sync"
-        note(f"wandb cannot be reached ({error}); {offline}")
-        return wandb.init(**options, mode="offline")
-
-
-LOGGERS = {"tensorboard": TensorBoard, "wandb": start_wandb}
 
 # --------------------------------------------------------------------------------------
 # The plot
@@ -417,10 +397,10 @@ def draw_losses(rows: list[dict], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    train = points(rows, "train_loss")
+    train = zip(*points(rows, "train_loss"), strict=True)
     style = {"color": "#9db4c8", "linewidth": 1, "markersize": 1.8, "marker": "o"}
-    axes.plot(*zip(*train, strict=True), label="training", **style)
-    # a loss before the first step is that of the model from which the run starts
+    axes.plot(*train, label="training", **style)
+    # a loss before the first step belongs to the model that the run starts from
     step, lowest = min(val, key=lambda point: (point[0] == 0, point[1]))
     label = f"validation, lowest {lowest:.3f} at step {step:,}"
     style = {"color": "#c2410c", "linewidth": 1.8, "markersize": 3.5, "marker": "o"}

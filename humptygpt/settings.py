@@ -28,6 +28,7 @@ from humptygpt.loading import Loaded, load
 from humptygpt.optimizers import OPTIMIZERS, SCHEDULES
 from humptygpt.process import BACKENDS, PARALLEL, launched, restarted
 from humptygpt.run_folder import (
+    NEW,
     chosen_loggers,
     import_logger,
     lock_out_dir,
@@ -223,7 +224,9 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     if init_from not in ("scratch", "resume"):
         base = load(init_from)
         settings = GENTLE | given | base_settings(base, given)
-    if restarted() and is_same_run(settings, path):
+    # a run that overwrites another has no checkpoint of its own while NEW exists
+    begins = (out_dir / NEW).exists()
+    if restarted() and not begins and is_same_run(settings, path):
         note(f"torchrun has started this run again; it resumes {path}")
         init_from = "resume"
     if init_from == "resume":

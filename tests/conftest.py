@@ -1,4 +1,4 @@
-"""Fixtures: an empty folder for each test, small data sets, and ways to run a script as a user does."""
+"""Fixtures: an empty folder for each test, small datasets, and ways to run a script as a user does."""
 
 import json
 import multiprocessing
@@ -21,7 +21,7 @@ from humptygpt.settings import TrainConfig
 WITHOUT_SAMPLE = replace(tasks.TEXT, evaluation_examples=None, final_examples=None)
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # models this small only wait for each other's threads
-# GPT-2's blocks, which most tests of single parts build on, and the AdamW that goes with them
+# GPT-2's blocks, with which most tests of single parts build a model, and the AdamW that goes with them
 GPT2 = {
     "position": "learned",
     "activation": "gelu",
@@ -54,7 +54,7 @@ TINY_RUN += [
 def overfit(
     model: nn.Module, batch: dict[str, Tensor], steps: int, lr: float, until: float
 ) -> float:
-    """The loss after this many steps on this batch, or the first one below until."""
+    """Train on one batch. Returns the loss after this many steps, or the first one below `until`."""
     config = TrainConfig(**ADAMW, learning_rate=lr, weight_decay=0.0)
     optimizer = make_optimizer(config, model)
     for _ in range(steps):
@@ -69,14 +69,14 @@ def overfit(
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Each test runs in a folder of its own; data/ and out/ appear there."""
+    """Run each test in a folder of its own, in which data/ and out/ appear."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture(autouse=True)
 def short_ending(request, monkeypatch):
-    """Most runs here do without the picture and the samples, which take longer than all of their steps."""
+    """Skip the plot and the samples of most runs, because they take longer than all of the steps."""
     if "whole_ending" not in request.keywords:
         monkeypatch.setattr(run_folder, "draw_losses", lambda *args: None)
         monkeypatch.setattr(tasks, "TEXT", WITHOUT_SAMPLE)
@@ -102,7 +102,7 @@ def pairs(folder):
 
 @pytest.fixture
 def fails(capsys, monkeypatch):
-    """Run a script's main as its command line would and return its complaint: one line on stderr, exit code 2."""
+    """Run a script's main as its command line would. Returns its complaint: one line on stderr, exit code 2."""
 
     def run(main, *argv: str) -> str:
         capsys.readouterr()
@@ -119,7 +119,7 @@ def fails(capsys, monkeypatch):
 
 @pytest.fixture
 def run_train(tiny):
-    """Train a tiny model and return its rows of metrics, as from read_rows."""
+    """Train a tiny model. Returns its rows of metrics, as from read_rows."""
 
     def run(*argv: str) -> list[dict]:
         code = train.main([*TINY_RUN, *argv])
@@ -131,7 +131,7 @@ def run_train(tiny):
 
 @pytest.fixture
 def saved_figures(monkeypatch) -> list:
-    """The figures of matplotlib that are saved, as they were drawn."""
+    """The matplotlib figures that are saved."""
     from matplotlib.figure import Figure
 
     figures = []
@@ -146,7 +146,7 @@ def saved_figures(monkeypatch) -> list:
 
 
 def read_rows(out_dir) -> list[dict]:
-    """What a run measured: the rows of its metrics but for the end, without the numbers that depend on the clock."""
+    """Read the rows of metrics.jsonl without the last one and without the numbers that depend on the clock."""
     rows = [
         json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()
     ]
@@ -163,12 +163,12 @@ def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def started_processes(module: str):
-    """A context of processes that have this module of tests, and torch with it, loaded already."""
+    """Make a context whose processes have loaded this module of tests, and torch with it, before they start."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([module])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
-        # starts the server, which looks for the module once
+        # starts the server, which imports the module only once
         process = context.Process(target=int)
         process.start()
         process.join()

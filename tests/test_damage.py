@@ -1,4 +1,4 @@
-"""Damaged files, of every kind that a program reads: refused in one line, or read as if they were whole.
+"""Damaged files of every kind that a program reads are refused in one line, or read as if they were whole.
 
 A kind of file is a function in KINDS: it makes one in the current folder and returns its Target.
 """
@@ -8,6 +8,7 @@ import math
 import pickle
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ Damage = Callable[[bytes, random.Random], bytes]
 
 class Target(NamedTuple):
     path: Path
-    # what a program takes from the file, to be compared; raises UserError
+    # returns all that a program takes from the file, to be compared; raises UserError
     read: Callable[[], object]
     damages: tuple[Damage, ...]
 
@@ -43,99 +44,48 @@ def flip_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 def cut_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Without some bytes at the end, or in the middle, or with some more."""
+    """Remove some bytes at the end or in the middle, or repeat some."""
     start, end = sorted(rng.randrange(len(data) + 1) for _ in range(2))
     return rng.choice(
         [data[:start], data[:-1], data[:start] + data[end:], data[:end] + data[start:], b""]
     )
 
 
-NUMBERS = [
-    0,
-    1,
-    -1,
-    2**31,
-    2**64,
-    10**4000,
-    -(10**400),
-    1.5,
-    1e308,
-    math.nan,
-    math.inf,
-    -math.inf,
-    True,
-    False,
-]
-TEXTS = [
-    "",
-    "a",
-    "\n",
-    "\ud800",
-    "../train.bin",
-    "/dev/zero",
-    "\0",
-    "a\nb\r\x1b[2J",
-    "x" * 100_000,
-    "AAAA",
-    "byte",
-]
 WRONG_VALUES = [
-    *NUMBERS,
-    *TEXTS,
-    None,
-    [],
-    {},
-    [[]],
-    [None],
-    {"": None},
-    {"tokens": 1},
-    [0] * 1000,
+    *(0, 1, -1, 2**31, 2**64, 10**4000, -(10**400), 1.5, 1e308, math.nan, math.inf),
+    *("", "a", "\ud800", "../train.bin", "/dev/zero", "\0", "a\nb\r\x1b[2J", "x" * 100_000),
+    *("AAAA", "byte", True, False, None, [], {}, [[]], [None], {"": None}, [0] * 1000),
 ]
 
 
 def change_entry(content: object, rng: random.Random) -> object:
-    """The content with an entry at some depth removed, renamed, doubled, moved, or of another value or type."""
+    """Remove, rename, double or move an entry at some depth, or give it a wrong value."""
     if not isinstance(content, dict | list) or not content or rng.random() < 0.15:
         return wrong_value(content, rng)
     entries = list(content.items() if isinstance(content, dict) else enumerate(content))
     number = rng.randrange(len(entries))
     key, value = entries[number]
-    if isinstance(value, dict | list) and value and rng.random() < 0.7:
-        entries[number] = (key, change_entry(value, rng))
-    else:
-        other = rng.choice(entries)[1]
-        entries[number : number + 1] = rng.choice(
-            [
-                [],
-                [(f"{key}x", value)],
-                [(key, value), (f"{key}2", value)],
-                [(key, other)],
-                *[[(key, wrong_value(value, rng))]] * 3,
-            ]
-        )
+    entries[number : number + 1] = rng.choice(
+        [
+            [],
+            [(f"{key}x", value)],
+            [(key, value), (f"{key}2", value)],
+            [(key, rng.choice(entries)[1])],
+            *[[(key, change_entry(value, rng))]] * 6,
+        ]
+    )
     return dict(entries) if isinstance(content, dict) else [value for _, value in entries]
 
 
 def wrong_value(value: object, rng: random.Random) -> object:
-    """Another value, often of the same type and near the right one."""
+    """Pick another value, often of the same type and near the right one."""
     near = []
     if type(value) in (int, float) and abs(value) < 2**64:
         near = [value + 1, value - 1, -value, 2 * value, float(value), str(value)]
     elif type(value) is str:
-        near = [
-            value[:-1],
-            value + "=",
-            value + value,
-            value[::-1],
-            value.upper(),
-            [value],
-            list(value[:1000]),
-        ]
-        if value:
-            at = rng.randrange(len(value))
-            near += [
-                value[:at] + char + value[at + 1 :] for char in rng.choices("Aaé/0\n", k=3)
-            ]
+        at = rng.randrange(len(value) + 1)
+        near = [value[:at] + char + value[at + 1 :] for char in "Aaé/0\n"]
+        near += [value[:-1], value + "=", value[::-1], value.upper(), [value]]
     return rng.choice(near if near and rng.random() < 0.5 else WRONG_VALUES)
 
 
@@ -154,38 +104,30 @@ def replace_json(data: bytes, rng: random.Random) -> bytes:
 
 
 class Code:
-    """Runs code where a pickle of it is loaded."""
+    """Its pickle runs code when it is loaded."""
 
     def __reduce__(self):
         return (Path.touch, (Path("ran"),))
 
 
 def change_pickle(data: bytes, rng: random.Random) -> bytes:
-    content = pickle.loads(data)
-    if rng.random() < 0.3:
-        content["itos"] = dict(list(content["itos"].items())[rng.randrange(9) :])
-    else:
-        content = change_entry(content, rng)
+    content = change_entry(pickle.loads(data), rng)
     return pickle.dumps(content, protocol=rng.randrange(pickle.HIGHEST_PROTOCOL + 1))
 
 
 def hide_code(data: bytes, rng: random.Random) -> bytes:
-    """A pickle that runs code: whole, in an entry, before the right content, or in opcodes that Python never writes."""
-    content, protocol = pickle.loads(data), rng.randrange(pickle.HIGHEST_PROTOCOL + 1)
-    code = pickle.dumps(Code(), protocol)
-    key = rng.choice(list(content))
+    """Make a pickle that runs code: in its whole, in an entry, before the right content, or in unusual opcodes."""
+    content = pickle.loads(data)
+    code = pickle.dumps(Code(), rng.randrange(pickle.HIGHEST_PROTOCOL + 1))
     return rng.choice(
         [
             code,
             code[:-1] + data,
-            pickle.dumps(content | {key: Code()}, protocol),
-            pickle.dumps({Code(): content}, protocol) if protocol else code,
-            b"cpathlib\nPath\n(S'ran'\ntR.",
+            pickle.dumps(content | {rng.choice(list(content)): Code()}),
             b"(S'ran'\nipathlib\nPath\n.",
             b"cbuiltins\nexec\n(S\"open('ran', 'w')\"\ntR" + data,
             b"cos\nsystem\n(S'touch ran'\ntR" + data,
             b"\x80\x04\x8c\x02o\ns\x8c\x06system\x93\x8c\ttouch ran\x85R.",
-            b"\x82\x01.",
             b"r\xff\xff\xff\xff.",  # a memo of 4 billion entries
             b"\x8d" + b"\xff" * 7 + b"\x7f.",  # a string of 2^63 bytes
         ]
@@ -196,98 +138,70 @@ def hide_code(data: bytes, rng: random.Random) -> bytes:
 # Kinds of files
 
 
-def read_data(folder: Path) -> dict:
-    """All that training takes from a data folder and that changes its numbers."""
+def read_data(folder: Path) -> list:
+    """Read everything in a data folder that changes the numbers of a training."""
     meta = read_meta(folder)
     if meta["task"] == "translation":
         data: Dataset = PairDataset(folder, 200, seed=1, with_encoder=True, meta=meta)
-        assert all(isinstance(text, str) for _, text in data.texts("val", 3))
+        data.texts("val", 3)
     else:
         data = TokenDataset(folder, 16, seed=1, meta=meta)
-    assert all(0 <= i < data.tokenizer.vocab_size for i in data.tokenizer.start())
-    assert isinstance(data.tokenizer.decode(range(data.tokenizer.vocab_size)), str)
-    assert (
-        0 < data.val_bytes_per_token() < math.inf
-        and data.identity()
-        and all(data.summary(4, 2))
-    )
-    assert isinstance(data.meta["source"], str) and data.batches_per_epoch(4) > 0
-    batches = [data.batch(0, 4), *data.val_batches(4, 1)]
-    return {
-        "tokens": [
-            ids.tolist() for split in ("train", "val") for _, ids in data.chunks(split)
-        ],
-        "batches": [
-            {key: tensor.tolist() for key, tensor in batch.items()} for batch in batches
-        ],
-    }
+    tokens = range(data.tokenizer.vocab_size)
+    assert all(i in tokens for i in data.tokenizer.start())
+    data.tokenizer.decode(tokens)
+    assert 0 < data.val_bytes_per_token() < math.inf
+    assert data.identity() and data.summary(4, 2) and data.batches_per_epoch(4)
+    read = [*data.chunks("train"), *data.chunks("val")]
+    for batch in (data.batch(0, 4), *data.val_batches(4, 1)):
+        read += batch.items()
+    return [(key, values.tolist()) for key, values in read]
 
 
-def prepared(name: str, *argv: str) -> Path:
-    """data/<name>, prepared from documents or from pairs."""
-    Path("docs.jsonl").write_text(
-        "".join(json.dumps({"text": make_text(n)}) + "\n" for n in range(50, 400, 5))
-    )
+def prepared(name: str, *argv: str) -> Target:
+    """Prepare data/damaged from documents or pairs, and target one of its files."""
+    documents = [json.dumps({"text": make_text(n)}) + "\n" for n in range(50, 400, 5)]
+    Path("docs.jsonl").write_text("".join(documents))
     Path("text.txt").write_text(make_text(4000))
-    Path("pairs.tsv").write_text(
-        "".join(f"{source}\t{target}\n" for source, target in make_pairs())
-    )
-    prepare_data.main([f"--name={name}", *argv])
-    return Path("data", name)
-
-
-def meta_json(*argv: str) -> Target:
-    folder = prepared("damaged", *argv)
-    damages = (
-        change_json,
-        change_json,
-        change_json,
-        change_json,
-        replace_json,
-        flip_bytes,
-        cut_bytes,
-    )
-    return Target(folder / "meta.json", lambda: read_data(folder), damages)
-
-
-def token_file(split: str, *argv: str) -> Target:
-    folder = prepared("damaged", *argv)
-    return Target(
-        folder / f"{split}.bin", lambda: read_data(folder), (flip_bytes, cut_bytes)
-    )
+    lines = (f"{source}\t{target}\n" for source, target in make_pairs())
+    Path("pairs.tsv").write_text("".join(lines))
+    prepare_data.main(["--name=damaged", *argv])
+    folder = Path("data/damaged")
+    damages = (flip_bytes, cut_bytes)
+    if name == "meta.json":
+        damages += (change_json, change_json, change_json, change_json, replace_json)
+    return Target(folder / name, lambda: read_data(folder), damages)
 
 
 def meta_pkl() -> Target:
-    """nanoGPT's, whose token files have no checksums."""
+    """Make a folder as nanoGPT does, whose token files have no checksums."""
     folder, text = Path("data/old"), make_text(2000)
     folder.mkdir(parents=True)
     itos = dict(enumerate(sorted(set(text))))
     stoi = {char: i for i, char in itos.items()}
-    (folder / "meta.pkl").write_bytes(
-        pickle.dumps({"vocab_size": len(itos), "itos": itos, "stoi": stoi})
-    )
-    for split, part in (("train", text[:1800]), ("val", text[1800:])):
-        np.array([stoi[char] for char in part], dtype=np.uint16).tofile(
-            folder / f"{split}.bin"
-        )
+    meta = {"vocab_size": len(itos), "itos": itos, "stoi": stoi}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    ids = np.array([stoi[char] for char in text], dtype=np.uint16)
+    ids[:1800].tofile(folder / "train.bin")
+    ids[1800:].tofile(folder / "val.bin")
     damages = (change_pickle, change_pickle, hide_code, flip_bytes, cut_bytes)
     return Target(folder / "meta.pkl", lambda: read_data(folder), damages)
 
 
+DOCUMENTS, TEXT, PAIRS = (
+    f"--input={name}" for name in ("docs.jsonl", "text.txt", "pairs.tsv")
+)
+BYTE = "--tokenizer=byte"
 SUBWORDS = ("--vocab_size=320", "--val_fraction=0.3")
 KINDS: dict[str, Callable[[], Target]] = {
-    "meta.json, char": lambda: meta_json("--input=text.txt"),
-    "meta.json, byte, sharded": lambda: meta_json(
-        "--input=docs.jsonl", "--tokenizer=byte", "--shard_tokens=5000"
+    "char": partial(prepared, "meta.json", TEXT),
+    "byte, sharded": partial(prepared, "meta.json", DOCUMENTS, BYTE, "--shard_tokens=5000"),
+    "bpe": partial(prepared, "meta.json", DOCUMENTS, "--tokenizer=bpe", *SUBWORDS),
+    "sentencepiece": partial(
+        prepared, "meta.json", TEXT, "--tokenizer=sentencepiece", *SUBWORDS
     ),
-    "meta.json, bpe": lambda: meta_json("--input=docs.jsonl", "--tokenizer=bpe", *SUBWORDS),
-    "meta.json, sentencepiece": lambda: meta_json(
-        "--input=text.txt", "--tokenizer=sentencepiece", *SUBWORDS
-    ),
-    "meta.json, pairs": lambda: meta_json("--input=pairs.tsv", "--tokenizer=byte"),
-    "train.bin": lambda: token_file("train", "--input=text.txt"),
-    "val.bin": lambda: token_file("val", "--input=text.txt"),
-    "val.bin, pairs": lambda: token_file("val", "--input=pairs.tsv", "--tokenizer=byte"),
+    "pairs": partial(prepared, "meta.json", PAIRS, BYTE),
+    "train.bin": partial(prepared, "train.bin", TEXT),
+    "val.bin, pairs": partial(prepared, "val.bin", PAIRS, BYTE),
     "meta.pkl": meta_pkl,
 }
 

@@ -1,4 +1,4 @@
-"""Damaged checkpoints and metrics: refused in one line, or read as if they were whole; see test_damage.py."""
+"""Damaged checkpoints and metrics are refused in one line, or read as if they were whole, as in test_damage.py."""
 
 import io
 import itertools
@@ -7,7 +7,6 @@ import pickle
 import random
 import sys
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from test_checkpoint import flatten
 from test_damage import (
     SEEDS,
     Code,
-    Damage,
     Target,
     change_entry,
     change_json,
@@ -27,7 +25,7 @@ from test_damage import (
     flip_bytes,
     replace_json,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 import prepare_data
 import sample
@@ -35,7 +33,6 @@ import train
 from humptygpt import checkpoint, evaluation
 from humptygpt.config import UserError
 from humptygpt.evaluation import Loss
-from model import ModelConfig
 
 OUT = Path("out/run")
 RUN = ["--n_layer=1", "--n_embd=16", "--max_iters=3", "--optimizer=muon"]
@@ -43,60 +40,39 @@ RUN += ["--bias=True", "--tie_weights=False", "--position=rotary", "--mlp=gated"
 
 
 # --------------------------------------------------------------------------------------
-# Damages of what a checkpoint holds: the zip file itself is whole
+# Damages of the entries of a checkpoint, in a zip file that is whole
 
 
 def change_entries(data: bytes, rng: random.Random) -> bytes:
-    """Entries removed, renamed, doubled, moved, or of another value or type, tensors among them."""
-    before = torch.load(io.BytesIO(data), weights_only=False)
-    entries = before
+    """Remove, rename, double or move entries, or change their values and types. Some of them are tensors."""
+    entries = torch.load(io.BytesIO(data), weights_only=False)
+    before = flatten(entries)
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
         entries = change_entry(entries, rng)
-    was = flatten(before)
     for path, value in flatten(entries).items():
-        if (
-            isinstance(value, Tensor)
-            and path in was
-            and value is not was[path]
-            and value.shape == was[path].shape
-        ):
+        was = before.get(path, value)
+        if isinstance(value, Tensor) and value is not was and value.shape == was.shape:
             # one tensor in place of another of its shape cannot be detected
             return change_entries(data, rng)
     return to_bytes(entries)
 
 
 def change_tensor(data: bytes, rng: random.Random) -> bytes:
-    """One tensor of another shape, dtype, layout, device, class or memory."""
+    """Change the shape, dtype, layout, device, class or memory of a tensor."""
     entries = torch.load(io.BytesIO(data), weights_only=False)
-    holders = list(tensor_dicts(entries))
-    tensors = rng.choice(holders)
-    name = rng.choice(
-        [name for name, value in tensors.items() if isinstance(value, Tensor)]
-    )
+    optimizer = entries.get("optimizer", {"state": {}})
+    tensors = rng.choice([entries["model"], *optimizer["state"].values()])
+    name = rng.choice(list(tensors))
     tensors[name] = rng.choice(OTHER_TENSORS)(tensors[name])
     return to_bytes(entries)
-
-
-def tensor_dicts(entry: object):
-    """The dictionaries and lists in entry whose values are tensors."""
-    if isinstance(entry, list):
-        entry = dict(enumerate(entry))
-    if isinstance(entry, dict):
-        if any(isinstance(value, Tensor) for value in entry.values()):
-            yield entry
-        for value in entry.values():
-            yield from tensor_dicts(value)
 
 
 OTHER_TENSORS: list[Callable[[Tensor], object]] = [
     lambda x: x.T,
     lambda x: x.T.contiguous().T,
-    lambda x: x.flatten(),
     lambda x: x[:1],
     lambda x: x[..., :0],
-    lambda x: x[None],
     lambda x: x.sum(),
-    lambda x: torch.cat([x, x]),
     lambda x: torch.cat([x, x])[len(x) :],
     lambda x: x[:1].expand(x.shape),
     lambda x: x.flatten().as_strided(x.shape, [0] * x.dim()),
@@ -104,35 +80,20 @@ OTHER_TENSORS: list[Callable[[Tensor], object]] = [
         torch.empty_strided(x.shape, [2] * x.dim()).copy_(x) if x.dim() == 1 else x[:, ::2]
     ),
     lambda x: x.double(),
-    lambda x: x.half(),
-    lambda x: x.bfloat16(),
-    lambda x: x.long(),
-    lambda x: x.bool(),
-    lambda x: x.to(torch.complex64),
     lambda x: x.to(torch.complex64).conj().imag,
     lambda x: x.to(torch.float8_e4m3fn),
     lambda x: x.clone().view(torch.uint8),
-    lambda x: x.clone().view(torch.int32),
     lambda x: x.to_sparse(),
     lambda x: x.to_sparse_csr() if x.dim() == 2 else x.to_sparse(),
     lambda x: torch.sparse_coo_tensor(torch.zeros(1, 1).long(), torch.ones(1), (2**40,)),
-    lambda x: x.to("meta"),
     lambda x: torch.empty(2**40, device="meta"),
     lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
     lambda x: torch.nested.nested_tensor([x.float()]),
     lambda x: x.float().requires_grad_(),
     lambda x: torch.nn.Parameter(x.float()),
     lambda x: x.clone().untyped_storage(),
-    lambda x: x.numpy(),
     lambda x: x.tolist(),
-    lambda x: x.shape,
-    lambda x: x.dtype,
-    lambda x: x.device,
-    lambda x: x.numpy().tobytes(),
-    lambda x: OrderedDict(x=x),
-    lambda x: {"x": x},
     lambda x: (x, x),
-    lambda x: 1j,
     lambda x: float(x.flatten()[0]),
 ]
 
@@ -144,7 +105,7 @@ def to_bytes(entries: object) -> bytes:
 
 
 # --------------------------------------------------------------------------------------
-# Damages of the records of the zip file, whose checksums fit them
+# Damages of the records of the zip file, with checksums that fit
 
 
 def read_records(data: bytes) -> dict[str, bytes]:
@@ -163,63 +124,56 @@ def write_records(
 
 
 def change_records(data: bytes, rng: random.Random) -> bytes:
-    """Records removed, renamed, shorter, longer, compressed or in another order."""
+    """Remove a record, or change its name, length, compression or place."""
     records = read_records(data)
     name = rng.choice(list(records))
     content = records.pop(name)
-    changed = {
-        "removed": {},
-        "renamed": {f"{name}x": content},
-        "elsewhere": {f"../{name}": content},
-        "shorter": {name: content[: rng.randrange(len(content))]},
-        "longer": {name: content + bytes(rng.randrange(1, 100))},
-        "moved": {name: content},
-    }
-    return write_records(
-        records | changed[rng.choice(list(changed))],
-        rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]),
-    )
+    changed = [
+        {},
+        {f"{name}x": content},
+        {f"../{name}": content},
+        {name: content[: rng.randrange(len(content))]},
+        {name: content + bytes(rng.randrange(1, 100))},
+        {name: content},
+    ]
+    compression = rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+    return write_records(records | rng.choice(changed), compression)
+
+
+PICKLE = "archive/data.pkl"
 
 
 def change_pickle(data: bytes, rng: random.Random) -> bytes:
-    """Other opcodes, which may well describe another checkpoint."""
+    """Change opcodes, which may then describe another checkpoint."""
     records = read_records(data)
-    (name,) = [name for name in records if name.endswith("/data.pkl")]
-    records[name] = rng.choice([flip_bytes, flip_bytes, cut_bytes])(records[name], rng)
+    records[PICKLE] = rng.choice([flip_bytes, flip_bytes, cut_bytes])(records[PICKLE], rng)
     return write_records(records)
 
 
 def hide_code(data: bytes, rng: random.Random) -> bytes:
-    """Code to run, as a value, as a key, in front of the right content, or by names that torch allows."""
+    """Hide code as a value, as a key, before the right content, or behind names that torch allows."""
     records = read_records(data)
-    (name,) = [name for name in records if name.endswith("/data.pkl")]
     entries = {"format": checkpoint.FORMAT, "model": {}}
     code = pickle.dumps(Code(), protocol=2)
     hidden = [
         code,
-        code[:-1] + b"0" + records[name],
-        pickle.dumps(entries | {"model": Code()}, protocol=2),
-        pickle.dumps(
-            entries | {rng.choice(list(checkpoint.SCHEMA)): Code()},
-            protocol=rng.randrange(6),
-        ),
+        code[:-1] + b"0" + records[PICKLE],
+        pickle.dumps(entries | {rng.choice(list(checkpoint.SCHEMA)): Code()}, protocol=2),
         pickle.dumps({Code(): entries}, protocol=2),
-        b"cbuiltins\nexec\n(S\"open('ran', 'w')\"\ntR.",
-        b"cos\nsystem\n(S'touch ran'\ntR" + records[name],
+        b"cos\nsystem\n(S'touch ran'\ntR" + records[PICKLE],
         b"ctorch\nhub.load\n(S'x'\ntR.",
         b"ctorch._utils\n_rebuild_tensor_v2\n(S'x'\ntR.",
         b"\x80\x02ccollections\nOrderedDict\n)R}U\x06__dict__cpathlib\nPath\nsb.",
-        b"\x80\x02" + b"(" * 10**5 + b".",
-        b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
         b"\x80\x02r\xff\xff\xff\xff.",
-        b"\x80\x02\x8b\xff\xff\xff\x7f.",
         rng.randbytes(rng.randrange(1000)),
     ]
-    return rng.choice([write_records(records | {name: found}) for found in hidden] + hidden)
+    return rng.choice(
+        [write_records(records | {PICKLE: found}) for found in hidden] + hidden
+    )
 
 
 # --------------------------------------------------------------------------------------
-# What programs take from a checkpoint
+# The programs that read a checkpoint
 
 
 def contents(tensors: dict[str, Tensor]) -> dict[str, tuple]:
@@ -229,24 +183,21 @@ def contents(tensors: dict[str, Tensor]) -> dict[str, tuple]:
     }
 
 
-def resume() -> dict:
-    """What a resumed run starts from."""
-    found = {}
+def resume() -> list:
+    """Resume the run. Returns the tensors that it starts from."""
+    found = []
 
-    def setup(*configs, setup=train.setup, **start) -> train.Run:
-        run = setup(*configs, **start)
-        found["model"] = contents(run.model.state_dict())
-        found["optimizer"] = {
-            name: contents(state) for name, state in run.optimizer.state.items()
-        }
+    def setup(*configs, setup=train.setup) -> train.Run:
+        run = setup(*configs)
+        found.append(contents(run.model.state_dict()))
+        found.extend(map(contents, run.optimizer.state.values()))
         return run
 
+    one = torch.ones(())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "setup", setup)
         # damages may ask for more steps, larger batches, compiling, other data and Weights & Biases
-        patch.setattr(
-            train, "train_step", lambda run, it: (torch.ones(()), torch.ones(()), 1)
-        )
+        patch.setattr(train, "train_step", lambda run, it: (one, one, 1))
         patch.setattr(evaluation, "evaluate", lambda *args: Loss(1.0, 0.1))
         patch.setattr(torch, "compile", lambda *args, **settings: 1 / 0)
         patch.setattr(prepare_data, "prepare", refuse)
@@ -260,27 +211,19 @@ def refuse(config: object) -> None:
     raise UserError("there is no such data")
 
 
-def write(name: str) -> dict:
-    """What sample.py writes from."""
-    restore = checkpoint.restore_model
-    weights_of_model = {}
+def write() -> dict:
+    """Sample from the run. Returns the tensors of the model."""
+    found = {}
 
-    def restore_model(weights: dict, config: ModelConfig, training: dict) -> nn.Module:
-        model = restore(weights, config)
-        weights_of_model.update(contents(model.state_dict()))
+    def restore_model(weights: dict, *configs, restore=checkpoint.restore_model):
+        model = restore(weights, *configs)
+        found.update(contents(model.state_dict()))
         return model
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "restore_model", restore_model)
-        sample.main(
-            [
-                "--out_dir=out/run",
-                f"--checkpoint={name}",
-                "--device=cpu",
-                "--max_new_tokens=2",
-            ]
-        )
-    return weights_of_model
+        sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=2"])
+    return found
 
 
 def train_run() -> None:
@@ -289,34 +232,14 @@ def train_run() -> None:
     assert train.main([*TINY_RUN, *RUN]) == 0
 
 
-DAMAGES = (
-    change_entries,
-    change_entries,
-    change_entries,
-    change_tensor,
-    change_tensor,
-    change_tensor,
-)
-DAMAGES += (change_records, hide_code, flip_bytes, flip_bytes, cut_bytes)
-
-
-def checkpoint_file(
-    name: str, read: Callable[[], object], damages: tuple[Damage, ...] = DAMAGES
-) -> Target:
-    train_run()
-    return Target(OUT / name, read, damages)
-
-
+DAMAGES = (*[change_entries] * 3, *[change_tensor] * 3, change_records, hide_code)
+DAMAGES += (flip_bytes, flip_bytes, cut_bytes)
 KINDS = {
-    "ckpt.pt, resumed": lambda: checkpoint_file("ckpt.pt", resume),
-    "ckpt.pt, sampled": lambda: checkpoint_file("ckpt.pt", lambda: write("latest")),
-    "best.pt": lambda: checkpoint_file("best.pt", lambda: write("best")),
-    "ckpt.pt, other pickle, resumed": lambda: checkpoint_file(
-        "ckpt.pt", lambda: resume() and None, (change_pickle,)
-    ),
-    "ckpt.pt, other pickle, sampled": lambda: checkpoint_file(
-        "ckpt.pt", lambda: write("latest") and None, (change_pickle,)
-    ),
+    "ckpt.pt, resumed": ("ckpt.pt", resume, DAMAGES),
+    "best.pt, sampled": ("best.pt", write, DAMAGES),
+    # a changed pickle may describe another checkpoint, so the tensors are not compared
+    "other pickle, resumed": ("ckpt.pt", lambda: resume() and 0, (change_pickle,)),
+    "other pickle, sampled": ("best.pt", lambda: write() and 0, (change_pickle,)),
 }
 
 
@@ -325,7 +248,9 @@ KINDS = {
 def test_a_damaged_checkpoint_is_refused_in_one_line_or_gives_the_same_tensors_and_never_runs_code(
     kind, seeds
 ):
-    check_damages(kind, KINDS[kind](), seeds)
+    train_run()
+    name, read, damages = KINDS[kind]
+    check_damages(kind, Target(OUT / name, read, damages), seeds)
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -362,14 +287,12 @@ def test_of_damaged_metrics_the_rows_before_the_damage_are_kept_and_drawn(seeds)
         damage = rng.choice([change_line, change_line, flip_bytes, cut_bytes])
         damaged = damage(b"\n".join(whole) + b"\n", rng)
         path.write_bytes(damaged)
+        case = f"seed {seed}, {damage.__name__}"
         try:
             resume()
         except Exception as error:
-            pytest.fail(f"seed {seed}, {damage.__name__}: {error!r}")
+            pytest.fail(f"{case}: {error!r}")
         pairs = zip(whole, damaged.splitlines(), strict=False)
-        intact = [
-            json.loads(line)
-            for line, found in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
-        ]
-        kept = [json.loads(line) for line in path.read_bytes().splitlines()]
-        assert kept[: len(intact)] == intact, f"seed {seed}, {damage.__name__}"
+        intact = [a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        kept = path.read_bytes().splitlines()[: len(intact)]
+        assert [*map(json.loads, kept)] == [*map(json.loads, intact)], case

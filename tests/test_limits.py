@@ -90,7 +90,7 @@ def environment(monkeypatch):
     )
     monkeypatch.setattr(signal, "signal", lambda *handler: None)
     monkeypatch.setattr(machine, "affinity", lambda: set(range(8)))
-    monkeypatch.setattr(machine, "cpu_quotas", lambda: [])
+    monkeypatch.setattr(machine, "read_numbers", lambda path: [])
 
 
 def test_a_script_has_threads_that_give_way_and_what_the_user_chose_stays(
@@ -101,7 +101,7 @@ def test_a_script_has_threads_that_give_way_and_what_the_user_chose_stays(
         os.environ["GOMP_SPINCOUNT"] == str(machine.SPINS)
         and "OMP_NUM_THREADS" not in os.environ
     )
-    monkeypatch.setattr(machine, "cpu_quotas", lambda: [2.5])
+    monkeypatch.setattr(machine, "read_numbers", lambda path: [250, 100])
     monkeypatch.setattr(os, "environ", {"OMP_WAIT_POLICY": "active"})
     machine.start()
     assert os.environ == {"OMP_WAIT_POLICY": "active", "OMP_NUM_THREADS": "3"}

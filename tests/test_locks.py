@@ -1,4 +1,4 @@
-"""Two at once: a folder has one writer, and the second is refused with the name of the first."""
+"""A folder has one writer at a time. A second one is refused with the name of the first."""
 
 import errno
 import json
@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +16,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import (
+    ROOT,
     TINY_RUN,
     WITHOUT_SAMPLE,
     assert_same_weights,
-    make_text,
     read_rows,
     started_processes,
 )
@@ -31,8 +32,8 @@ from humptygpt import checkpoint, files, machine, run_folder, tasks
 from humptygpt.config import UserError
 from humptygpt.files import Lock
 
-ROOT = Path(__file__).parent.parent
 OUT = Path("out/run")
+LONGER = ["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]
 HOLD = """
 import pathlib, sys
 sys.path.insert(0, sys.argv[1])
@@ -45,133 +46,121 @@ with Lock(pathlib.Path(sys.argv[2]), "it", "wait"):
 
 @contextmanager
 def held(path: str):
-    """Another process has this lock until the block ends."""
+    """Another process holds this lock until the block ends."""
+    command = [sys.executable, "-c", HOLD, ROOT, path]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, ROOT, path], **pipes, text=True
-    ) as process:
+    with subprocess.Popen(command, **pipes, text=True) as process:
         assert process.stdout.readline() == "held\n"
         yield process
         process.stdin.close()
 
 
-def snapshot(folder: Path) -> dict:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+@contextmanager
+def refused(folder: str, fails):
+    """Yield a function that runs a command, which a lock on the folder refuses; nothing in it changes."""
+
+    def snapshot() -> dict:
+        paths = filter(Path.is_file, Path(folder).rglob("*"))
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+    with held(f"{folder}/.lock") as process:
+        before = snapshot()
+        who = rf"process {process.pid} on {re.escape(socket.gethostname())} since"
+        when = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}"
+
+        def check(main, argv: list[str], advice: str) -> None:
+            line = rf"\S*{folder} is in use by {who} {when}; {advice}\n"
+            assert re.fullmatch(line, fails(main, *argv))
+            assert snapshot() == before
+
+        yield check
 
 
-def named(process: subprocess.Popen) -> str:
-    """A regular expression for what names the holder."""
-    time = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}"
-    return rf"is in use by process {process.pid} on {re.escape(socket.gethostname())} since {time}; "
-
-
-@pytest.mark.parametrize("new", [True, False])
 def test_a_second_run_in_a_folder_is_refused_by_the_name_of_the_first_and_changes_nothing(
-    run_train, fails, new
+    run_train, fails
 ):
     run_train()
-    with held("out/run/.lock") as process:
-        before = snapshot(OUT)
-        line = fails(
-            train.main,
-            *(
-                TINY_RUN
-                if new
-                else ["--init_from=resume", "--out_dir=out/run", "--max_iters=9"]
-            ),
-        )
-        assert re.fullmatch(
-            f"out_dir=out/run {named(process)}name another --out_dir, or wait until .*\n",
-            line,
-        )
-        assert snapshot(OUT) == before
+    advice = "name another --out_dir, or wait until that run has ended"
+    with refused("out/run", fails) as check:
+        check(train.main, TINY_RUN, advice)
+        check(train.main, LONGER, advice)
 
 
-def test_only_what_writes_takes_a_lock_so_that_a_living_run_can_be_sampled_and_compared(
+def test_a_second_preparation_of_a_name_is_refused_likewise_and_training_on_it_is_not(
+    tiny, fails
+):
+    argv = ["--input=tiny.txt", "--name=tiny", "--tokenizer=byte"]
+    with refused("data/tiny", fails) as check:
+        check(prepare_data.main, argv, "wait until that has ended, or take another --name")
+        assert train.main(TINY_RUN) == 0
+
+
+def test_only_a_training_takes_a_lock_so_that_a_living_run_can_be_sampled_and_compared(
     run_train, monkeypatch
 ):
     run_train()
-    monkeypatch.setattr(Lock, "acquire", lambda lock: 1 / 0)
-    sample.main(
-        ["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5", "--num_samples=1"]
-    )
+    monkeypatch.setattr(files, "try_lock", lambda *args: 1 / 0)
+    sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5"])
     compare.main(["out/run", "--picture=None"])
-    assert train.main(["--init_from=resume", "--out_dir=out/run", "--eval_only=True"]) == 0
+    assert train.main([*LONGER, "--eval_only=True"]) == 0
 
 
 def test_the_folder_is_locked_from_before_the_checkpoint_is_read_until_the_run_has_ended(
     run_train, monkeypatch
 ):
-    def is_held() -> bool:
-        with pytest.raises(UserError):
-            Lock(OUT / ".lock", "it", "wait")
-        return True
-
     run_train()
-    checked = []
-    load, finish = checkpoint.read, train.finish
-    monkeypatch.setattr(
-        checkpoint,
-        "read",
-        lambda *args, **keys: checked.append(is_held()) or load(*args, **keys),
-    )
-    monkeypatch.setattr(
-        train, "finish", lambda *args: finish(*args) or checked.append(is_held())
-    )
-    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
-    assert checked == [True, True] and not (OUT / ".lock").exists()
+    seen = []
+
+    def checked(function):
+        def inner(*args, **keys):
+            with pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
+                Lock(OUT / ".lock", "it", "wait")
+            seen.append(function)
+            return function(*args, **keys)
+
+        return inner
+
+    monkeypatch.setattr(checkpoint, "read", checked(checkpoint.read))
+    monkeypatch.setattr(train, "finish", checked(train.finish))
+    assert train.main(LONGER) == 0
+    assert len(seen) == 2 and not (OUT / ".lock").exists()
 
 
-def test_a_killed_process_leaves_no_lock_and_its_run_is_resumed(run_train, capsys):
+def test_a_killed_process_leaves_no_lock_and_its_run_is_resumed(run_train):
     run_train()
     with held("out/run/.lock") as process:
         process.kill()
         process.wait()
     assert f"process {process.pid} on " in (OUT / ".lock").read_text()
-    assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]) == 0
+    assert train.main(LONGER) == 0
     assert not (OUT / ".lock").exists()
 
 
 def test_a_run_that_does_not_start_leaves_no_folder(tiny, fails):
-    assert "vocab_size=3 is below" in fails(
-        train.main, *TINY_RUN, "--out_dir=out/deep/run", "--vocab_size=3"
-    )
+    argv = [*TINY_RUN, "--out_dir=out/deep/run", "--vocab_size=3"]
+    assert "vocab_size=3 is below" in fails(train.main, *argv)
     assert not Path("out").exists()
 
 
-def test_a_second_preparation_of_a_name_is_refused_by_the_name_of_the_first_and_changes_nothing(
-    tiny, fails
-):
-    with held("data/tiny/.lock") as process:
-        before = snapshot(tiny)
-        line = fails(
-            prepare_data.main, "--input=tiny.txt", "--name=tiny", "--tokenizer=byte"
-        )
-        assert re.fullmatch(
-            f"data/tiny {named(process)}wait until that has ended, or take another --name\n",
-            line,
-        )
-        assert snapshot(tiny) == before
-        assert train.main(TINY_RUN) == 0
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a read-only folder")
+def test_if_no_folder_can_be_made_nobody_is_named_as_its_user(tiny, fails):
+    line = "cannot write /proc/x: No such file or directory; name another --out_dir\n"
+    assert fails(train.main, *TINY_RUN, "--out_dir=/proc/x") == line
 
 
-def test_on_a_disk_without_locks_there_is_a_note(tmp_path, monkeypatch, capsys):
+def test_on_a_disk_without_locks_there_is_a_note(monkeypatch, capsys):
     def no_locks(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(
-        files, "fcntl", SimpleNamespace(flock=no_locks, LOCK_EX=2, LOCK_NB=4)
-    )
-    with Lock(tmp_path / "new/.lock", "data/x", "wait"):
+    locks = SimpleNamespace(flock=no_locks, LOCK_EX=2, LOCK_NB=4)
+    monkeypatch.setattr(files, "fcntl", locks)
+    with Lock(Path("new/.lock"), "data/x", "wait"):
         note = "note: data/x cannot be locked on this disk (No locks available); let no second process write there\n"
         assert capsys.readouterr().err == note
-    assert not (tmp_path / "new").exists()
+    assert not Path("new").exists()
 
 
-def test_on_windows_the_locked_byte_is_not_in_the_text_that_names_the_holder(
-    tmp_path, monkeypatch
-):
+def test_on_windows_the_locked_byte_is_not_in_the_text_that_names_the_holder(monkeypatch):
     locked = []
 
     def locking(file: int, mode: int, count: int) -> None:
@@ -179,186 +168,81 @@ def test_on_windows_the_locked_byte_is_not_in_the_text_that_names_the_holder(
         if len(locked) > 1:
             raise PermissionError(errno.EACCES, "Permission denied")
 
+    windows = SimpleNamespace(locking=locking, LK_NBLCK=2)
     monkeypatch.setattr(files, "fcntl", None)
-    monkeypatch.setattr(
-        files, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2), raising=False
-    )
-    with Lock(tmp_path / ".lock", "data/x", "wait"):
-        with pytest.raises(
-            UserError, match=f"^data/x is in use by process {os.getpid()} on "
-        ):
-            Lock(tmp_path / ".lock", "data/x", "wait")
-        assert locked == [files.FAR] * 2 and (tmp_path / ".lock").stat().st_size < 1000
-    assert not (tmp_path / ".lock").exists()
+    monkeypatch.setattr(files, "msvcrt", windows, raising=False)
+    path = Path(".lock")
+    with Lock(path, "data/x", "wait"):
+        with pytest.raises(UserError, match=f"x is in use by process {os.getpid()} on "):
+            Lock(path, "data/x", "wait")
+        assert locked == [files.FAR] * 2 and path.stat().st_size < 1000
+    assert not path.exists()
 
 
-def test_where_no_folder_can_be_made_nobody_is_named_as_its_user(tiny, fails):
-    if not Path("/proc/self").exists():
-        pytest.skip("needs a folder in which nobody can make one")
-    line = fails(train.main, *TINY_RUN, "--out_dir=/proc/x")
-    assert (
-        line == "cannot write /proc/x: No such file or directory; name another --out_dir\n"
-    )
-
-
-def test_a_lock_file_that_says_nothing_names_nobody(tmp_path, monkeypatch):
-    monkeypatch.setattr(Lock, "acquire", lambda lock: lock.path.touch())
+def test_a_lock_file_without_a_name_names_nobody(monkeypatch):
+    monkeypatch.setattr(files, "try_lock", lambda *args: False)
     with pytest.raises(UserError, match="it is in use by another process; wait"):
-        Lock(tmp_path / ".lock", "it", "wait")
+        Lock(Path(".lock"), "it", "wait")
 
 
 # --------------------------------------------------------------------------------------
-# Fifty starts of two
+# Fifty starts of two runs
 
-SEEDS, SETTINGS = (
-    (1, 2, 3),
-    (["--val_fraction=0.2"], ["--val_fraction=0.3"], ["--tokenizer=byte"]),
-)
-EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "fcntl.flock"}
+SEEDS = (1, 2, 3)
 
 
-def start(main, argv: list[str], number: int, call: int, signal) -> None:
-    """Run a script's main; at the call-th thing that it does to a file, and at its end, it sends to signal."""
+def start(argv: list[str], number: int) -> None:
     torch.set_num_threads(1)
     run_folder.draw_losses = lambda *args: None
     tasks.TEXT = WITHOUT_SAMPLE
-    for name in ("stdout", "stderr"):
-        sys.stdout.flush()
-        os.dup2(
-            os.open(f"{number}.{name}", os.O_CREAT | os.O_WRONLY),
-            getattr(sys, f"__{name}__").fileno(),
-        )
-    calls = 0
-
-    def count(event: str, args: tuple) -> None:
-        nonlocal calls
-        if event in EVENTS:
-            calls += 1
-            if calls == call:
-                signal.send(calls)
-
-    sys.addaudithook(count)
-    sys.argv = ["script.py", *argv]
-    try:
-        machine.run(main)
-    finally:
-        signal.send(calls)
-
-
-@pytest.fixture
-def processes():
-    """They have torch loaded already."""
-    return started_processes("test_locks")
-
-
-def start_two(
-    processes, main, commands: list[list[str]], calls: int
-) -> list[tuple[int, str]]:
-    """(exit code, stderr) of each; the second starts when the first has done this many things to files."""
-    pairs, receiver, sender = [], *processes.Pipe(duplex=False)
-    for number, argv in enumerate(commands):
-        process = processes.Process(
-            target=start, args=(main, argv, number, calls if number == 0 else 0, sender)
-        )
-        process.start()
-        pairs.append(process)
-        if number == 0 and calls:
-            receiver.recv()
-    for process in pairs:
-        process.join()
-    errors = [Path(f"{number}.stderr").read_text() for number in range(2)]
-    for path in Path().glob("*.std*"):
-        path.unlink()
-    return [(process.exitcode, error) for process, error in zip(pairs, errors, strict=True)]
-
-
-def count_calls(processes, main, argv: list[str]) -> int:
-    receiver, sender = processes.Pipe(duplex=False)
-    process = processes.Process(target=start, args=(main, argv, 0, 0, sender))
-    process.start()
-    process.join()
-    assert process.exitcode == 0, Path("0.stderr").read_text()
-    return receiver.recv()
-
-
-def check_ends(ends: list[tuple[int, str]], what: str) -> int:
-    """The number of those that ran; the others are refused in one line."""
-    for code, error in ends:
-        refused = (
-            rf"script.py: {what} is in use by process \d+ on \S+ since [^;]+; [^\n]+\n"
-        )
-        assert code == 0 or (code == 2 and re.fullmatch(refused, error)), (code, error)
-    ran = sum(code == 0 for code, _ in ends)
-    assert ran > 0
-    return ran
+    sys.stderr = Path(f"{number}.stderr").open("w")  # noqa: SIM115, open as long as the process
+    sys.argv = ["train.py", *argv]
+    machine.run(train.main)
 
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a forkserver")
-def test_fifty_starts_of_two_runs_in_one_folder_never_mix(tiny, processes, capsys):
-    draw, ran, refused, expected = random.Random(0), 0, 0, {}
+def test_fifty_starts_of_two_runs_in_one_folder_never_mix(tiny):
+    processes = started_processes("test_locks")
+    draw = random.Random(0)
+    expected = {}
     for seed in SEEDS:
-        calls = count_calls(
-            processes, train.main, [*TINY_RUN, f"--seed={seed}", f"--out_dir=out/{seed}"]
-        )
-        expected[seed] = (
-            read_rows(Path(f"out/{seed}")),
-            checkpoint.read(Path(f"out/{seed}/ckpt.pt"))["model"],
-        )
+        argv = [*TINY_RUN, f"--seed={seed}", "--out_dir=out/alone"]
+        began = time.perf_counter()
+        process = processes.Process(target=start, args=(argv, 0))
+        process.start()
+        process.join()
+        duration = time.perf_counter() - began
+        saved = checkpoint.read(Path("out/alone/ckpt.pt"))
+        expected[seed] = read_rows(Path("out/alone")), saved["model"]
+    codes = []
     for number in range(50):
         commands = [[*TINY_RUN, f"--seed={seed}"] for seed in draw.sample(SEEDS, 2)]
-        if number % 3 == 2:  # one of the two resumes what is there
-            commands[draw.randrange(2)] = ["--init_from=resume", "--out_dir=out/run"]
-        both = check_ends(
-            start_two(processes, train.main, commands, draw.randrange(int(1.1 * calls))),
-            "out_dir=out/run",
-        )
-        ran, refused = ran + both, refused + 2 - both
-        assert_one_run(OUT, expected)
-        assert {path.name for path in OUT.iterdir() if path.is_file()} == {
-            *("ckpt.pt", "best.pt", "metrics.jsonl", "config.json", "command.txt")
-        }
-    with capsys.disabled():
-        print(f"\n100 starts of runs: {ran} ran, {refused} were refused")
+        if number % 3 == 2:  # one of the two resumes the run that is there
+            commands[draw.randrange(2)] = LONGER[:2]
+        two = []
+        for argv in commands:
+            process = processes.Process(target=start, args=(argv, len(two)))
+            process.start()
+            two.append(process)
+            time.sleep(draw.uniform(0, 1.1 * duration) if len(two) == 1 else 0)
+        for index, process in enumerate(two):
+            process.join()
+            codes.append(process.exitcode)
+            error = Path(f"{index}.stderr").read_text().splitlines()[-1:]
+            line = "train.py: out_dir=out/run is in use by "
+            assert process.exitcode == 0 or error[0].startswith(line), error
+        assert 0 in codes[-2:]
+        assert_one_run(expected)
+    assert codes.count(0) < 100  # some were refused
 
 
-def assert_one_run(folder: Path, expected: dict) -> None:
-    seed = json.loads((folder / "config.json").read_text())["seed"]
+def assert_one_run(expected: dict) -> None:
+    names = {"ckpt.pt", "best.pt", "metrics.jsonl", "config.json", "command.txt"}
+    assert {path.name for path in OUT.iterdir() if path.is_file()} == names
+    seed = json.loads((OUT / "config.json").read_text())["seed"]
     rows, model = expected[seed]
-    assert read_rows(folder) == rows
-    latest, best = checkpoint.read(folder / "ckpt.pt"), checkpoint.read(folder / "best.pt")
+    assert read_rows(OUT) == rows
+    latest, best = checkpoint.read(OUT / "ckpt.pt"), checkpoint.read(OUT / "best.pt")
     assert latest["train_config"]["seed"] == best["train_config"]["seed"] == seed
     assert_same_weights(latest["model"], model)
-
-
-OWN = ["mine", "--input=own.txt", "--overwrite=True"]
-
-
-@pytest.mark.long
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a forkserver")
-def test_fifty_starts_of_two_preparations_of_one_name_never_mix(folder, processes, capsys):
-    draw, ran, refused, expected = random.Random(0), 0, 0, []
-    Path("own.txt").write_text(make_text(9000))
-    for settings in SETTINGS:
-        calls = count_calls(processes, prepare_data.main, [*OWN, *settings])
-        expected.append(
-            {
-                path.name: path.read_bytes()
-                for path in Path("data/mine").iterdir()
-                if path.is_file()
-            }
-        )
-    for _ in range(50):
-        commands = [[*OWN, *settings] for settings in draw.choices(SETTINGS, k=2)]
-        both = check_ends(
-            start_two(
-                processes, prepare_data.main, commands, draw.randrange(int(1.1 * calls))
-            ),
-            "data/mine",
-        )
-        ran, refused = ran + both, refused + 2 - both
-        found = {path.name: path.read_bytes() for path in Path("data/mine").iterdir()}
-        assert found in expected
-        assert not Path("data/mine/preparing").exists()
-    with capsys.disabled():
-        print(f"\n100 starts of preparations: {ran} ran, {refused} were refused")

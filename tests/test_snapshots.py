@@ -68,7 +68,7 @@ def test_without_being_asked_a_run_keeps_less_than_10_megabytes(monkeypatch):
         run = SimpleNamespace(model=model, config=config, process=Process(None))
         monkeypatch.setattr(snapshots, "save", lambda path, weights: saved.append(path))
         run.weights = dict
-        snapshots.taker(run, Path("out"))(10)
+        snapshots.taker(run, SimpleNamespace(path=Path("out")))(10)
         return bool(saved)
 
     assert keeps(max_iters=3000)  # 6

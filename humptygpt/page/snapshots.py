@@ -16,8 +16,8 @@ SMALL = 10e6  # bytes of snapshots that a run keeps without being asked
 FILES = {step: f"snapshots/{step}.pt" for step in STEPS}  # in the run's folder
 
 
-def taker(run, out_dir: Path) -> Callable[[int], None]:
-    """Return a function that keeps the weights of a train.Run before a step, if it is one of STEPS.
+def taker(run, folder) -> Callable[[int], None]:
+    """Return a function that keeps the weights of a train.Run in its RunFolder before a step, if it is one of STEPS.
 
     It does nothing unless config.snapshots is set or, left open, all snapshots together are below SMALL.
     """
@@ -29,7 +29,7 @@ def taker(run, out_dir: Path) -> Callable[[int], None]:
 
     def take(step: int) -> None:
         if keep and step in FILES and run.process.first:
-            save(out_dir / FILES[step], run.weights())
+            save(folder.path / FILES[step], run.weights())
 
     return take
 

@@ -1,0 +1,50 @@
+"""TensorBoard and Weights & Biases, which --log chooses. Both have the methods of a wandb run."""
+
+import secrets
+from pathlib import Path
+
+from humptygpt.config import note
+from humptygpt.run_folder import write_text
+
+
+class TensorBoard:
+    """Writes files to out_dir/tensorboard, which `tensorboard --logdir=out` shows."""
+
+    def __init__(self, out_dir: Path, settings: dict, resumed_at: int):
+        """TensorBoard hides the points that an earlier process logged after step resumed_at."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = str(out_dir / "tensorboard")
+        self.writer = SummaryWriter(path, purge_step=resumed_at + 1)
+
+    def log(self, row: dict, step: int) -> None:
+        for key, value in row.items():
+            if key != "iter" and type(value) in (int, float):
+                self.writer.add_scalar(key, value, step)
+        self.writer.flush()
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+def start_wandb(out_dir: Path, settings: dict, resumed_at: int):
+    """Start a run on Weights & Biases, or continue it if it is resumed. If wandb cannot be reached, log offline."""
+    import wandb
+
+    id_file = out_dir / "wandb_id"
+    if not resumed_at or not id_file.exists():
+        write_text(id_file, secrets.token_hex(4))
+    options = {
+        "project": settings["wandb_project"],
+        "name": settings["wandb_run_name"] or out_dir.name,
+        "id": id_file.read_text(),
+        "resume": "allow",
+        "dir": str(out_dir),
+        "config": settings,
+    }
+    try:
+        return wandb.init(**options)
+    except wandb.Error as error:
+        offline = "logging offline, to be sent by: wandb sync"
+        note(f"wandb cannot be reached ({error}); {offline}")
+        return wandb.init(**options, mode="offline")
