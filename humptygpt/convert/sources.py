@@ -10,8 +10,8 @@ from humptygpt.convert.families import GPT2
 from humptygpt.convert.read_huggingface import read_tokenizer, tokenizer_file
 from humptygpt.convert.weight_files import check_dense, reading
 from humptygpt.loading import Loaded, find_source, is_folder, is_nanogpt, load
+from humptygpt.prepare.nanogpt import GPT2_TOKENS, read_characters
 from humptygpt.schema import check_schema
-from humptygpt.token_files import GPT2_TOKENS, read_nanogpt_meta
 from humptygpt.tokenizers import Tokenizer
 from model import ModelConfig
 
@@ -101,7 +101,7 @@ def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:
     metas = [folder / "data" / Path(dataset).name / "meta.pkl" for folder in folders]
     for meta in metas:
         if meta.is_file():
-            return tokenizers.from_state(read_nanogpt_meta(meta)["tokenizer"])
+            return read_characters(meta)
     if saved["model_args"]["vocab_size"] < GPT2_TOKENS:
         missing = " and no ".join(map(str, metas))
         raise UserError(

@@ -1,6 +1,6 @@
 """Files -> documents: text, JSON lines, Parquet and CSV, optionally compressed, streamed in pieces of bounded size.
 
-A file is what the ending of its name says, in upper or lower case; any other ending, and none, means text.
+The ending of a name, in upper or lower case, says what a file is; any other ending, or none, means text.
 """
 
 import codecs
@@ -10,8 +10,8 @@ import glob
 import gzip
 import io
 import json
+import re
 import shutil
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -25,9 +25,9 @@ from tqdm import tqdm
 from humptygpt.config import UserError, nearest_path, note
 from humptygpt.files import whole
 
-if sys.version_info >= (3, 14):
+try:
     from compression import zstd
-else:
+except ImportError:  # before Python 3.14
     from backports import zstd
 
 PIECE = 1 << 18  # characters of a document that are in memory at once
@@ -37,31 +37,24 @@ BINARY = {  # first bytes of files that are not text, and what to do with them
     b"PK\3\4": "a zip file or an office document: unpack it, or save it as text",
 }
 HEAD = 8000  # bytes at the start of a file that decide whether it is text
-BYTE_ORDER_MARKS = {  # that of UTF-32 starts like that of UTF-16
+BYTE_ORDER_MARKS = {  # the mark of UTF-32 starts like the one of UTF-16, so it comes first
     b"\xff\xfe\0\0": "utf-32",
     b"\0\0\xfe\xff": "utf-32",
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
-# one is in every data folder and run
-MARKS = {
-    ".lock",
-    "command.txt",
-    "progress.json",
-    "metrics.jsonl",
-}
-# what our scripts write beside them or in a folder there
-OURS = MARKS | {
-    "meta.json",
-    "config.json",
-    "plan.py",
-    "explain.html",
-    "wandb_id",
-    "adapter_config.json",
-}
-# no thread that watches a bar: one that cannot start, for want of memory, would be waited for without end
+# every data folder and run has one of these
+MARKS = {".lock", "command.txt", "progress.json", "metrics.jsonl"}
+# files that our scripts write beside them, or in a folder there
+OURS = MARKS | {"meta.json", "config.json", "plan.py", "explain.html", "wandb_id"}
+OURS |= {"adapter_config.json"}
+# tqdm's thread that watches bars is not started: without memory for it, tqdm would wait for it forever
 tqdm.monitor_interval = 0
+UNPACK = {".gz": gzip.open, ".zst": zstd.ZstdFile}
 DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, zstd.ZstdError, csv.Error)
+# a cut at the first kind of place changes no token of any tokenizer, at the second none of the ones trained here
+BEFORE_WORD = re.compile(r"(?<=\S) (?=[^\W_])")
+ANY_BEFORE_WORD = re.compile(r"[ \n](?=[^\W_])")
 ENCODING_HINT = "set --encoding_errors=replace or ignore"
 SKIP_HINT = "leave such lines out with --skip_bad_lines=True"
 
@@ -71,15 +64,23 @@ class Piece(NamedTuple):
 
     text: str
     start: int  # characters of the document before it
-    last: bool  # ends its document
+    last: bool  # the document ends with it
     read: int  # bytes of the file read so far
     skipped: bool = False  # it stands for a line or row without a text
-    draw: float = 0.0  # of its document, which decides the split: see corpus.draw
+    draw: float = 0.0  # its document's pseudorandom number: see corpus.draw
     place: int = 0  # characters of the file before it
 
     @property
     def texts(self) -> tuple[str]:
         return (self.text,)
+
+
+class BadFile(UserError):
+    """A file that cannot be read as text. In a folder it is skipped, for this reason."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 # --------------------------------------------------------------------------------------
@@ -89,23 +90,24 @@ class Piece(NamedTuple):
 def find_files(
     where: str, errors: str = "strict", text_key: str = "text"
 ) -> tuple[list[Path], Counter]:
-    """Return the sorted files of a path (a file, a folder's, or a glob pattern's matches), and {why: files skipped}.
+    """Find the sorted files at a path: a file, a folder, or a glob pattern. Returns them and {reason: files skipped}.
 
-    Skipped are, of a folder, hidden files; of a folder or pattern, text files that are empty, damaged or not in their
-    encoding (errors as in read_documents), and CSV files without the column text_key; and always binary files and what
-    our scripts write. A note names them.
-    Raises UserError where nothing is left, or a file cannot be read.
+    In a folder, hidden files are skipped. In a folder or by a pattern, so are text files that are empty, damaged or not
+    in their encoding (errors as in read_documents), and CSV files without the column text_key. Binary files and files
+    of our scripts are always skipped. A note names the files.
+    Raises UserError if nothing is left, or a file cannot be read.
     """
     path = Path(where)
     with read_errors(path):
         if path.is_dir():
-            files = filter(Path.is_file, path.rglob("*"))
+            found = path.rglob("*")
         elif glob.has_magic(where) and not path.exists():
-            matches = glob.glob(where, recursive=True)  # noqa: PTH207, since it may be absolute
-            files = filter(Path.is_file, map(Path, matches))
+            found = map(Path, glob.glob(where, recursive=True))  # noqa: PTH207, since it may be absolute
         else:
-            files = [path]
-        files = sorted(files, key=Path.as_posix)
+            found = [path]
+        files = sorted(
+            (file for file in found if file == path or file.is_file()), key=Path.as_posix
+        )
         bar = tqdm(files, "checking the files", unit="file", mininterval=2, delay=2)
         reasons = {file: why_skipped(file, path, errors, text_key) for file in bar}
     texts = [file for file, reason in reasons.items() if not reason]
@@ -119,37 +121,34 @@ def find_files(
 
 
 def why_skipped(file: Path, where: Path, errors: str, text_key: str) -> str:
-    """Return why a file that was found at where is no text, or ""; so errors come now rather than hours later."""
+    """Explain why a file that was found at `where` is no text, or return "". So errors come now, not hours later."""
     if any(part.startswith(".") for part in file.parts[len(where.parts) :]):
         return "hidden"
     folders = file.parents[:2]
     if file.name in OURS and any((at / mark).exists() for at in folders for mark in MARKS):
-        return "of a data folder or run"
+        return "part of a data folder or run"
     try:
         if file_format(file) not in (".txt", ".csv"):
             return ""
         if reason := why_no_text(head(file)):
             return reason
-        # all of it is read now, so that every later pass has the same files
+        # the whole file is read now, so that every later pass has the same files
         text = read_documents(file, text_key, errors, skip_bad_lines=True)
         return "" if file == where or sum(len(piece.text) for piece in text) else "empty"
-    except UserError as error:
-        cause = error.__cause__
-        if file == where or not isinstance(cause, (*DAMAGE, UnicodeDecodeError, KeyError)):
+    except BadFile as error:
+        if file == where:
             raise
-        if isinstance(cause, KeyError):
-            return f"no column {text_key}"
-        return f"not {cause.encoding}" if isinstance(cause, ValueError) else "damaged"
+        return error.reason
 
 
 def head(path: Path) -> bytes:
-    """Return the beginning of a file, unpacked."""
+    """Read the first bytes of a file, unpacked."""
     with read_errors(path), path.open("rb") as file:
         return unpacked(path, file).read(HEAD)
 
 
 def encoding_of(start: bytes) -> str:
-    """Name the encoding of a text that starts with these bytes, by its byte order mark."""
+    """Name the encoding of a text that starts with these bytes. A byte order mark tells; without one it is UTF-8."""
     found = (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark))
     return next(found, "utf-8-sig")
 
@@ -171,18 +170,15 @@ def file_size(path: Path) -> int:
 
 
 def file_format(path: Path) -> str:
-    """Return .jsonl, .parquet, .csv or .tsv; .txt for any other name."""
-    packed = path.suffix.lower() in (".gz", ".zst")
+    """Format of a file by its name: .jsonl, .parquet, .csv or .tsv; .txt for any other name."""
+    packed = path.suffix.lower() in UNPACK
     suffix = Path(path.stem if packed else path.name).suffix.lower()
     return suffix if suffix in FORMATS else ".txt"
 
 
 def unpacked(path: Path, file: BinaryIO) -> BinaryIO:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(file)
-    if path.suffix.lower() == ".zst":
-        return zstd.ZstdFile(file)
-    return file
+    unpack = UNPACK.get(path.suffix.lower())
+    return unpack(file) if unpack else file
 
 
 @contextmanager
@@ -191,14 +187,14 @@ def read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+        raise BadFile(f"{path} is damaged: {error}", "damaged") from error
     except OSError as error:
         near = nearest_path(str(path)) if isinstance(error, FileNotFoundError) else ""
         raise UserError(f"cannot read {path}: {error.strerror or error}{near}") from error
 
 
 def write_if_changed(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let write(file) fill a file. It keeps its time if it has these bytes already: a preparation resumes on it."""
+    """Let write(file) fill a file. If the bytes are the same as before, so is its time: a preparation can resume."""
     with whole(path) as new:
         with new.open("xb") as file:
             write(file)
@@ -215,68 +211,78 @@ def read_documents(
 ) -> Iterator[Piece]:
     """Read all documents of a file in pieces of at most PIECE characters, cut at the same positions every time.
 
-    A text file is one document; so are a line of JSON and a row of Parquet or CSV, under text_key. errors: strict,
-    replace or ignore, as in bytes.decode. Carriage returns, alone or before a line break, become line breaks.
-    skip_bad_lines: continue after a line or row that has no text. Raises UserError that names the line or row.
+    A text file is one document. So is the text under text_key in a line of JSON or a row of Parquet or CSV. errors:
+    strict, replace or ignore, as in bytes.decode. A carriage return, with or without a line break after it, becomes a
+    line break. skip_bad_lines: continue after a line or row that has no text. Otherwise a UserError names it.
     """
+    form = file_format(path)
     with read_errors(path):
-        if file_format(path) == ".txt":
+        if form == ".txt":
             yield from pieces(read_text(path, errors))
             return
-        in_rows = file_format(path) != ".jsonl"
-        if file_format(path) == ".parquet":
+        if form == ".jsonl":
+            records = read_lines(path)
+        elif form == ".parquet":
             records = read_parquet(path, text_key)
         else:
-            records = read_table(path, text_key, errors) if in_rows else read_lines(path)
+            records = read_table(path, text_key, errors)
         for number, (record, read) in enumerate(records, start=1):
             try:
-                value = record if in_rows else parse_line(record, text_key, errors)
-                if not isinstance(value, str):
-                    content = f"{repr(value)[:60]}, which is not one text"
-                    raise ValueError(f"under {text_key!r} is {content}")
-                # JSON can spell an unpaired surrogate, UTF-8 cannot encode it
-                text = value.encode("utf-16", "surrogatepass").decode("utf-16", errors)
+                text = text_of(record, text_key, errors)
             except (ValueError, RecursionError) as error:
                 if not skip_bad_lines:
-                    where = f"{path}, {'row' if in_rows else 'line'} {number:,}"
+                    where = f"{path}, {'line' if form == '.jsonl' else 'row'} {number:,}"
                     raise UserError(f"{where} has no text: {error}; {SKIP_HINT}") from error
                 yield Piece("", 0, False, read, skipped=True)
-                continue
-            yield from pieces([(text.replace("\r\n", "\n").replace("\r", "\n"), read)])
+            else:
+                yield from pieces([(text, read)])
+
+
+def text_of(record: object, text_key: str, errors: str) -> str:
+    """Text of a row, or of a line of JSON as bytes. Raises ValueError or RecursionError if it has none."""
+    if isinstance(record, bytes):
+        record = parse_line(record, text_key, errors)
+    if not isinstance(record, str):
+        content = f"{repr(record)[:60]}, which is not one text"
+        raise ValueError(f"under {text_key!r} is {content}")
+    # JSON can spell an unpaired surrogate, UTF-8 cannot encode it
+    text = record.encode("utf-16", "surrogatepass").decode("utf-16", errors)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 @contextmanager
 def open_text(
     path: Path, errors: str, newline: str | None = None
 ) -> Iterator[tuple[io.TextIOWrapper, BinaryIO]]:
-    """Open a text file, unpacked. Yields it and the file as it is stored, whose position is how far it was read."""
+    """Open a text file, unpacked. Yields it and the stored file; the position there is the number of bytes read."""
     with path.open("rb") as file:
         encoding = encoding_of(head(path))
         try:
             yield io.TextIOWrapper(unpacked(path, file), encoding, errors, newline), file
         except UnicodeDecodeError as error:
             wrong = f"byte 0x{error.object[error.start]:02x} is no {error.encoding}"
-            raise UserError(
-                f"{path}: {wrong}; convert it with iconv, or {ENCODING_HINT}"
+            raise BadFile(
+                f"{path}: {wrong}; convert it with iconv, or {ENCODING_HINT}",
+                f"not {error.encoding}",
             ) from error
 
 
 def read_text(path: Path, errors: str) -> Iterator[tuple[str, int]]:
-    """Read (characters, bytes of the file so far) of a text file."""
+    """Read a text file as (characters, bytes of the file so far)."""
     with open_text(path, errors) as (text, file):
         while part := text.read(PIECE):
             yield part, file.tell()
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Read (line, bytes of the file so far) for each line of a file, without a byte order mark."""
+    """Read each line of a file as (line, bytes of the file so far), without a byte order mark."""
     with read_errors(path), path.open("rb") as file:
         for number, line in enumerate(unpacked(path, file)):
             yield line if number else line.removeprefix(codecs.BOM_UTF8), file.tell()
 
 
 def read_text_lines(path: Path, errors: str) -> Iterator[tuple[str, int]]:
-    """Read (line, bytes of the file so far) for each line of a text file. errors as in read_documents."""
+    """Read each line of a text file as (line, bytes of the file so far). errors as in read_documents."""
     for number, (line, read) in enumerate(read_lines(path), start=1):
         try:
             yield line.decode("utf-8", errors), read
@@ -287,7 +293,7 @@ def read_text_lines(path: Path, errors: str) -> Iterator[tuple[str, int]]:
 
 
 def read_parquet(path: Path, text_key: str) -> Iterator[tuple[object, int]]:
-    """Read (value under text_key, bytes of the file so far) of each row."""
+    """Read each row as (value under text_key, bytes of the file so far)."""
     import pyarrow.parquet  # slow to import and rarely needed
 
     try:
@@ -306,9 +312,9 @@ def read_parquet(path: Path, text_key: str) -> Iterator[tuple[object, int]]:
 
 
 def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object, int]]:
-    """Read (value under text_key, bytes of the file so far) of each row of a CSV file.
+    """Read each row of a CSV file as (value under text_key, bytes of the file so far).
 
-    Its first line names the columns. They are separated by a comma, a semicolon or a tab: what that line has most.
+    The first line names the columns. The separator is the comma, semicolon or tab, whichever this line has most often.
     """
     csv.field_size_limit(2**31 - 1)
     with open_text(path, errors, newline="") as (text, file):
@@ -323,13 +329,14 @@ def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object,
 
 def check_column(path: Path, text_key: str, columns: list[str]) -> None:
     if text_key not in columns:
-        raise UserError(
-            f"{path} has no column {text_key!r}; set --text_key to one of: {', '.join(columns)}"
-        ) from KeyError(text_key)
+        raise BadFile(
+            f"{path} has no column {text_key!r}; set --text_key to one of: {', '.join(columns)}",
+            f"no column {text_key}",
+        )
 
 
 def parse_line(line: bytes, text_key: str, errors: str) -> object:
-    """Return the value under text_key in a line of JSON, "" for an empty line. Raises ValueError or RecursionError."""
+    """Value under text_key in a line of JSON, "" for an empty line. Raises ValueError or RecursionError."""
     text = line.decode("utf-8", errors)
     if not text.strip():
         return ""
@@ -343,7 +350,7 @@ def parse_line(line: bytes, text_key: str, errors: str) -> object:
 
 
 def pieces(parts: Iterable[tuple[str, int]]) -> Iterator[Piece]:
-    """Cut one document into pieces, none where it is empty. parts: as from read_text."""
+    """Cut one document into pieces; an empty document has none. parts: from read_text."""
     text = ""
     start = 0
     read = 0
@@ -359,18 +366,14 @@ def pieces(parts: Iterable[tuple[str, int]]) -> Iterator[Piece]:
 
 
 def cut_position(text: str) -> int:
-    """Return the last position in the first PIECE characters where a cut changes no token: before a space and a word.
+    """Last position in the first PIECE characters at which a cut changes no token: before a space and a word.
 
-    All tokenizers start a token at a single space before a word, and those that are trained here at a line break, too,
-    so the tokens of the pieces are the tokens of the document. Where there is no such position the cut is at PIECE,
-    which changes tokens but no text.
+    All tokenizers start a token at a single space before a word, and the ones trained here also at a line break, so the
+    tokens of the pieces are the tokens of the document. If there is no such position, the cut is at PIECE. That changes
+    tokens but no text.
     """
-    end = PIECE
-    while (end := text.rfind(" ", PIECE // 2, end)) > 0:
-        if text[end + 1].isalnum() and not text[end - 1].isspace():
-            return end
-    end = PIECE
-    while (end := max(text.rfind(" ", 1, end), text.rfind("\n", 1, end))) > 0:
-        if text[end + 1].isalnum():
-            return end
+    for pattern, first in ((BEFORE_WORD, PIECE // 2), (ANY_BEFORE_WORD, 1)):
+        ends = [match.start() for match in pattern.finditer(text, first, PIECE + 1)]
+        if ends:
+            return ends[-1]
     return PIECE

