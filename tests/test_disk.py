@@ -1,8 +1,9 @@
-"""Disks of any size: where one is full, that is one line which names it, and what was written before is good."""
+"""Disks of any size: a full one is named in one line, and the files that were written before are good."""
 
 import errno
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ def disk(folder):
 
 
 def run(main, argv: list[str], capsys, monkeypatch) -> str | None:
-    """What a script that ends for lack of space complains of; None where it has enough."""
+    """The complaint of a script that ends for lack of space; None if it has enough."""
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["script.py", *argv])
     with pytest.raises(SystemExit) as stop:
@@ -57,26 +58,20 @@ def run(main, argv: list[str], capsys, monkeypatch) -> str | None:
     lines = capsys.readouterr().err.splitlines()
     if not stop.value.code:
         return None
-    complaint = [line for line in lines if not line.startswith("note: ")]
-    assert (stop.value.code, len(complaint)) == (2, 1), lines
-    assert (
-        complaint[0].startswith("script.py: cannot write disk/")
-        or "data/mine" in complaint[0]
-    ), complaint
-    return complaint[0]
+    complaints = [line for line in lines if not line.startswith("note: ")]
+    assert (stop.value.code, len(complaints)) == (2, 1), lines
+    assert re.match("script.py: .*(cannot write disk/|data/mine)", complaints[0])
+    return complaints[0]
 
 
 def size_of(folder: Path) -> int:
-    """Bytes in whole pages of the files in a folder, and of the largest of them once more, which is written beside."""
-    sizes = [
-        -(-path.stat().st_size // 4096) * 4096
-        for path in folder.rglob("*")
-        if path.is_file()
-    ]
+    """Bytes in whole pages of the files in a folder; the largest counts twice, as it is written beside the old one."""
+    files = filter(Path.is_file, folder.rglob("*"))
+    sizes = [-(-path.stat().st_size // 4096) * 4096 for path in files]
     return sum(sizes) + max(sizes)
 
 
-# of sizes from nothing to twice what is needed
+# how many sizes are tried, from nothing to twice the size that is needed
 COUNTS = [6, pytest.param(40, marks=pytest.mark.long)]
 
 
@@ -94,17 +89,12 @@ def test_on_a_disk_of_any_size_a_run_ends_well_or_in_one_line_and_resumes_with_m
         outcomes.append(complaint is None)
         if complaint:
             assert f"No space left on device (the disk {path} has " in complaint
-        saved = [
-            path / "run" / name
-            for name in ("ckpt.pt", "best.pt")
-            if (path / "run" / name).exists()
-        ]
-        for name in saved:
-            assert checkpoint.read(name)["progress"]["iter"] in (2, 4, 6, 8)
+        for saved in path.glob("run/*.pt"):
+            assert checkpoint.read(saved)["progress"]["iter"] in (2, 4, 6, 8)
         assert not list(path.rglob("*.tmp"))
         assert None not in read_metrics(path / "run" / "metrics.jsonl")[:-1]
         disk(10**8, keep=True)
-        resume = ["--init_from=resume"] if path / "run" / "ckpt.pt" in saved else []
+        resume = ["--init_from=resume"] * (path / "run" / "ckpt.pt").exists()
         assert run(train.main, [*RUN, *resume], capsys, monkeypatch) is None
         assert_same_weights(checkpoint.read(path / "run" / "ckpt.pt")["model"], whole)
     assert outcomes[0] is False and outcomes[-1] is True and outcomes == sorted(outcomes)
@@ -115,11 +105,8 @@ def test_on_a_disk_of_any_size_a_preparation_ends_well_or_in_one_line_and_resume
     tiny, folder, disk, count, capsys, monkeypatch
 ):
     def contents() -> dict:
-        return {
-            path.name: path.read_bytes()
-            for path in Path("data/mine").iterdir()
-            if path.is_file()
-        }
+        files = filter(Path.is_file, Path("data/mine").iterdir())
+        return {path.name: path.read_bytes() for path in files}
 
     path = disk(10**8)
     (folder / "data" / "mine").symlink_to(path / "mine")
@@ -139,7 +126,7 @@ def test_on_a_disk_of_any_size_a_preparation_ends_well_or_in_one_line_and_resume
     assert complaint is None
 
 
-@pytest.mark.parametrize("room", [0, 1, 1000, 4096, 5000, 10_000, 40_000, 80_000])
+@pytest.mark.parametrize("room", [0, 1, 4096, 40_000])
 def test_a_checkpoint_that_finds_no_room_names_the_disk_and_not_what_follows_from_it(
     run_train, monkeypatch, room
 ):
@@ -158,13 +145,8 @@ def test_a_checkpoint_that_finds_no_room_names_the_disk_and_not_what_follows_fro
     entries, before = checkpoint.read(path), path.read_bytes()
     assert room < len(before)
     del entries["format"]
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(
-            UserError,
-            match=r"No space left on device \(the disk /.* has .* MB free\); the one before it is",
-        ),
-    ):
+    full = r"No space left on device \(the disk /.* has .* MB free\); the one before it is"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=full):
         patch.setattr(Path, "open", lambda *args: io.BufferedWriter(SmallDisk(*args)))
         checkpoint.save(path, entries)
     assert path.read_bytes() == before
@@ -186,24 +168,17 @@ def test_of_two_processes_that_write_a_file_at_once_both_succeed_and_one_wins(fo
         files.write_whole(Path("x"), lambda other: other.write(b"second, which is longer"))
 
     files.write_whole(Path("x"), write)
-    assert [path.name for path in folder.iterdir()] == ["x"] and Path(
-        "x"
-    ).read_bytes() == b"first"
+    assert [path.name for path in folder.iterdir()] == ["x"]
+    assert Path("x").read_bytes() == b"first"
 
 
 def test_what_a_kill_left_of_a_file_is_removed_by_the_next_run_and_what_is_not_ours_stays(
     run_train,
 ):
     run_train()
-    for name in (
-        "ckpt.pt.0123abcd.tmp",
-        "best.pt.89abcdef.tmp",
-        "ckpt.pt.mine.tmp",
-        "mine.0123abcd.tmp",
-    ):
+    ours = {"ckpt.pt.0123abcd.tmp", "best.pt.89abcdef.tmp"}
+    others = {"ckpt.pt.mine.tmp", "mine.0123abcd.tmp"}
+    for name in ours | others:
         Path("out/run", name).touch()
     assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
-    assert {path.name for path in Path("out/run").glob("*.tmp")} == {
-        "ckpt.pt.mine.tmp",
-        "mine.0123abcd.tmp",
-    }
+    assert {path.name for path in Path("out/run").glob("*.tmp")} == others

@@ -5,14 +5,16 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN, make_text
+from conftest import TINY_RUN
+from prepared import meta, prepare, save_often, texts_of, tokenizer_of, write_own
 from test_documents import write
 from test_pairs import ROWS, write_multi30k, write_tsv
-from test_prepare_data import full_disk, meta, texts_of
+from test_prepare_data import full_disk
+from texts import make_text
 
 import prepare_data
 import train
-from humptygpt.prepare import corpus, documents, encoding
+from humptygpt.prepare import vocabulary
 from humptygpt.settings import data_name
 from humptygpt.setup import prepare_missing
 
@@ -21,34 +23,31 @@ SMALL = [
     *("--batch_size=4", "--max_iters=1", "--eval_iters=1", "--n_hidden=None"),
 ]
 ADVISED = {
-    "char": ["--input=own.txt"],
-    "byte": ["--input=own.txt"],
-    "bpe": ["--input=own.txt", "--vocab_size=320"],
-    "sentencepiece": ["--input=pairs.tsv", "--vocab_size=320"],
-    "char of pairs": ["--input=pairs.tsv", "--max_pair_tokens=200"],
-    "char of a data set with a config": ["translate_de_en"],
-    "out/run": ["--input=own.txt"],
-    "out/run/ckpt.pt": ["--input=own.txt"],
+    "char": "--input=own.txt --tokenizer=char '--name=my own'",
+    "subwords": "--input=own.txt --vocab_size=320 --name=own",
+    "pairs": "--input=pairs.tsv --vocab_size=320 --name=own",
+    "long pairs": "--input=pairs.tsv --tokenizer=char --max_pair_tokens=200 --name=own",
+    "long pairs of a data set with a config": "translate_de_en --tokenizer=char",
+    "tokens of a run": "--input=own.txt --tokenizer=out/run --name=own",
+    "tokens of a checkpoint": "--input=own.txt --tokenizer=out/run/ckpt.pt --name=own",
 }
 
 
 @pytest.mark.parametrize("case", ADVISED)
 def test_the_command_that_is_printed_after_preparing_trains(folder, capsys, case):
-    Path("own.txt").write_text(make_text())
+    write_own(make_text())
     rows = [(4 * f"{source} ", 4 * f"{target} ") for source, target in ROWS]
     write_tsv("pairs.tsv", rows)
     write_multi30k({"train": rows[:40], "val": rows[40:50], "test": rows[50:]})
-    if case.startswith("out/run"):
-        prepare_data.main(["--input=own.txt", "--name=tiny", "--tokenizer=byte"])
+    if "tokens of" in case:
+        prepare("--input=own.txt --name=tiny --tokenizer=byte")
         assert train.main(TINY_RUN) == 0
-    tokenizer = case.partition(" ")[0]
-    named = [] if "translate_de_en" in ADVISED[case] else ["--name=my own"]
-    prepare_data.main([*ADVISED[case], f"--tokenizer={tokenizer}", *named])
+    prepare(ADVISED[case])
     advice = capsys.readouterr().out.rpartition("train on it: ")[2].strip()
     python, script, *arguments = shlex.split(advice)
     assert (python, script) == ("python", "train.py")
     assert train.main([*arguments, *SMALL]) == 0
-    assert (f"--init_from={tokenizer}" in arguments) == case.startswith("out/run")
+    assert ("--init_from=out/run" in advice) == ("tokens of" in case)
 
 
 # --------------------------------------------------------------------------------------
@@ -57,7 +56,7 @@ def test_the_command_that_is_printed_after_preparing_trains(folder, capsys, case
 
 @pytest.fixture
 def small_table(monkeypatch):
-    monkeypatch.setattr(prepare_data, "AUTO", ((3000, 300), (6000, 320)))
+    monkeypatch.setattr(vocabulary, "AUTO", ((3000, 300), (6000, 320)))
 
 
 ASCII = make_text(2000)
@@ -71,16 +70,16 @@ FITTING = {
 }
 
 
-@pytest.mark.parametrize("name", ["own.txt", "own.txt.gz", "own.jsonl"])
+@pytest.mark.parametrize("name", ["own.txt.gz", "own.jsonl"])
 @pytest.mark.parametrize("case", FITTING)
 def test_the_size_of_the_text_and_not_of_its_file_decides_what_a_token_is(
     small_table, capsys, case, name
 ):
     text = FITTING[case]
     write(name, [text[:1000], text[1000:]] if name == "own.jsonl" else [text])
-    prepare_data.main(["mine", f"--input={name}"])
+    prepare(f"mine --input={name}")
     kind, _, vocab_size = case.partition(" of ")
-    assert meta("mine")["tokenizer"]["tokenizer"] == kind
+    assert tokenizer_of("mine") == kind
     if kind == "bpe":
         assert meta("mine")["vocab_size"] == int(vocab_size)
     reason = f"tokenizer=auto chosen for {len(text.encode()):,} bytes of text"
@@ -88,8 +87,8 @@ def test_the_size_of_the_text_and_not_of_its_file_decides_what_a_token_is(
 
 
 def test_a_text_that_repeats_itself_gets_fewer_subwords(small_table, capsys):
-    Path("own.txt").write_text(20 * make_text(500))
-    prepare_data.main(["mine", "--input=own.txt"])
+    write_own(20 * make_text(500))
+    prepare("mine --input=own.txt")
     assert meta("mine")["vocab_size"] == 300
     assert "10,000 bytes of text that repeats itself" in capsys.readouterr().out
 
@@ -97,42 +96,38 @@ def test_a_text_that_repeats_itself_gets_fewer_subwords(small_table, capsys):
 def test_a_stopped_or_repeated_preparation_makes_the_same_choice(
     small_table, monkeypatch, capsys
 ):
-    monkeypatch.setattr(documents, "PIECE", 500)
-    monkeypatch.setattr(corpus, "UNIT", 500)
-    monkeypatch.setattr(encoding, "SAVE_UNITS", 1)
-    text = make_text(9000)
-    Path("own.txt").write_text(text)
+    save_often(monkeypatch)
+    write_own(make_text(9000))
     with full_disk(10):
-        prepare_data.main(["mine", "--input=own.txt"])
-    prepare_data.main(["mine", "--input=own.txt"])
+        prepare("mine --input=own.txt")
+    prepare("mine --input=own.txt")
     assert "resuming after" in capsys.readouterr().err
-    assert "".join(texts_of("mine")) == text and meta("mine")["vocab_size"] == 320
-    prepare_data.main(["mine", "--input=own.txt"])
+    assert "".join(texts_of("mine")) == make_text(9000)
+    assert meta("mine")["vocab_size"] == 320
+    prepare("mine --input=own.txt")
     out, err = capsys.readouterr()
     assert "it stays as it is" in err and "tokenizer=auto chosen" in out
 
 
 def test_a_text_with_few_pairs_to_merge_gives_as_many_tokens_as_it_can(small_table):
-    Path("own.txt").write_text(700 * "some words\n")
-    prepare_data.main(["mine", "--input=own.txt"])
+    write_own(700 * "some words\n")
+    prepare("mine --input=own.txt")
     assert 257 < meta("mine")["vocab_size"] < 300
 
 
-def test_a_vocab_size_alone_is_that_of_byte_pair_encoding(folder, capsys):
-    Path("own.txt").write_text(make_text())
-    prepare_data.main(["mine", "--input=own.txt", "--vocab_size=310"])
-    assert meta("mine")["tokenizer"]["tokenizer"] == "bpe"
+def test_a_vocab_size_without_a_tokenizer_is_for_byte_pair_encoding(folder, capsys):
+    write_own(make_text())
+    prepare("mine --input=own.txt --vocab_size=310")
+    assert tokenizer_of("mine") == "bpe"
     assert meta("mine")["vocab_size"] == 310
     assert "tokenizer=auto" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("key", [[], ["--tokenizer=auto"]])
-def test_pairs_and_data_sets_with_a_tokenizer_of_their_own_keep_it(folder, key):
+@pytest.mark.parametrize("name", ["wills", "mine --input=pairs.tsv --vocab_size=330"])
+def test_pairs_and_data_sets_with_a_tokenizer_of_their_own_keep_it(folder, name):
     write_tsv("pairs.tsv", ROWS)
-    prepare_data.main(["mine", "--input=pairs.tsv", "--vocab_size=330", *key])
-    assert meta("mine")["tokenizer"]["tokenizer"] == "sentencepiece"
-    prepare_data.main(["wills", *key])
-    assert meta("wills")["tokenizer"]["tokenizer"] == "sentencepiece"
+    prepare(f"{name} --tokenizer=auto")
+    assert tokenizer_of(name.split()[0]) == "sentencepiece"
 
 
 # --------------------------------------------------------------------------------------
@@ -156,9 +151,7 @@ def trained_on() -> str:
 NAMES = {
     "my text.txt.gz": "my_text",
     "Grüße-1.md": "Grüße-1",
-    "corpus": "corpus",
     "corpus/": "corpus",
-    "corpus/*.txt": "corpus",
     "corpus/**/*.jsonl.gz": "corpus",
     "corpus/../a.b/.x": "a",
     "/": "text",
@@ -186,19 +179,19 @@ def test_one_command_prepares_a_text_and_trains_on_it(folder, capsys):
 
 
 def test_the_data_of_an_input_keeps_the_settings_that_it_was_prepared_with(folder, fails):
-    Path("own.txt").write_text(make_text())
-    prepare_data.main(["--input=own.txt", "--name=own", "--tokenizer=byte"])
+    write_own(make_text())
+    prepare("own --input=own.txt --tokenizer=byte")
     before = files_of("own")
     assert train.main(["--input=own.txt", *TRAIN]) == 0
     assert files_of("own") == before
-    Path("own.txt").write_text(make_text(5000))
+    write_own(make_text(5000))
     way = "python prepare_data.py own --input=own.txt --tokenizer=byte --overwrite=True"
     assert fails(train.main, "--input=own.txt", *TRAIN) == (
         f"data/own holds another data set; take another name, or replace it: {way}\n"
     )
-    prepare_data.main(shlex.split(way)[2:])
+    prepare(way.removeprefix("python prepare_data.py"))
     assert train.main(["--input=own.txt", *TRAIN]) == 0
-    assert meta("own")["tokenizer"]["tokenizer"] == "byte"
+    assert tokenizer_of("own") == "byte"
     assert "".join(texts_of("own")) == make_text(5000)
 
 
@@ -222,16 +215,16 @@ def test_beside_a_config_file_the_input_names_the_data_and_a_model_its_tokens(
     folder, monkeypatch
 ):
     Path("config.py").write_text("dataset = 'shakespeare_char'\n")
-    Path("own.txt").write_text(make_text())
+    write_own(make_text())
     assert train.main(["config.py", "--input=own.txt", *TRAIN]) == 0
     assert trained_on() == "own"
-    prepare_data.main(["--input=own.txt", "--name=tiny", "--tokenizer=byte"])
+    prepare("tiny --input=own.txt --tokenizer=byte")
     assert train.main(TINY_RUN) == 0
     Path("more.txt").write_text(make_text(seed=1))
     tune = ["--init_from=~/out/run", "--input=more.txt", *TRAIN, "--out_dir=out/tuned"]
     monkeypatch.setenv("HOME", str(folder))
     assert train.main(tune) == 0
-    assert meta("more")["tokenizer"]["tokenizer"] == "byte"
+    assert tokenizer_of("more") == "byte"
 
 
 def test_train_hands_on_the_keys_that_a_complaint_about_its_input_names(folder, fails):
@@ -248,24 +241,20 @@ def test_train_hands_on_the_keys_that_a_complaint_about_its_input_names(folder, 
             argv.append(key)
         assert train.main(argv) == 0
     assert (meta("own")["documents"], meta("own")["skipped_lines"]) == (2, 1)
-    argv = ["--input=own.jsonl", *TRAIN]
-    assert train.main(argv) == 0  # with the keys of the data
+    assert train.main(["--input=own.jsonl", *TRAIN]) == 0  # the data keeps its keys
     other = ["--input=latin1.txt", *TRAIN, "--encoding_errors=ignore"]
     assert "data/latin1 holds another data set" in fails(train.main, *other)
 
 
-def test_a_run_that_resumes_takes_no_input(tiny, run_train, fails):
-    run_train()
-    resume = ["--init_from=resume", "--out_dir=out/run"]
-    assert "input=tiny.txt is for a new run" in fails(
-        train.main, "--input=tiny.txt", *resume
-    )
+def test_a_run_that_resumes_takes_no_input(fails):
+    argv = ["--input=tiny.txt", "--init_from=resume", "--out_dir=out/run"]
+    assert "input=tiny.txt is for a new run" in fails(train.main, *argv)
 
 
 def test_a_run_with_an_input_resumes_when_torchrun_starts_it_again_and_again(
     folder, capsys, monkeypatch
 ):
-    Path("own.txt").write_text(make_text())
+    write_own(make_text())
     assert train.main(["--input=own.txt", *TRAIN, "--max_iters=3"]) == 0
     # now a resumed run has saved
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=6"]) == 0
@@ -274,11 +263,11 @@ def test_a_run_with_an_input_resumes_when_torchrun_starts_it_again_and_again(
     assert "it resumes out/run/ckpt.pt" in capsys.readouterr().err
 
 
-def test_of_several_processes_the_first_alone_prepares_the_input(folder, monkeypatch):
-    Path("own.txt").write_text(make_text())
+def test_only_the_first_of_several_processes_prepares_the_input(folder, monkeypatch):
+    write_own(make_text())
     config = train.TrainConfig(dataset="own", input="own.txt")
     monkeypatch.setenv("RANK", "1")
-    prepare_missing(config)  # alone on its disk
+    prepare_missing(config)  # the only process with this disk
     monkeypatch.setattr(prepare_data, "prepare", None)
     prepare_missing(config)
     monkeypatch.setenv("RANK", "0")

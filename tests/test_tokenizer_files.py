@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import make_text
+from prepared import prepare
 from properties import given, settings, st
+from texts import make_text
 
 import prepare_data
 from humptygpt import tokenizers as tokenizer
@@ -31,23 +32,8 @@ TEXT = (
     + "1234567,\n(so).\n" * 20
     + make_text(5000)
 )
-SIGNS = [
-    "▁",
-    " ",
-    "  ",
-    "\n",
-    "\r\n",
-    "\t",
-    "\0",
-    "<unk>",
-    "<s>",
-    "</s>",
-    "<|endoftext|>",
-    "<|x|>",
-    "\ufeff",
-    "é",
-    "ﬁ",
-]
+SIGNS = ["▁", " ", "  ", "\n", "\r\n", "\t", "\0", "<unk>", "<s>", "</s>", "<|endoftext|>"]
+SIGNS += ["<|x|>", "\ufeff", "é", "ﬁ"]
 SIGNS += ["e\u0301", "　", "Hello", " the", " dog", "12345", "can't", ".\n"]
 anything = st.lists(st.sampled_from(SIGNS) | st.text(max_size=20)).map("".join)
 
@@ -106,26 +92,13 @@ def llama3_folder(folder: Path) -> Path:
     from tokenizers import AddedToken, processors
 
     engine = trained_bpe(LLAMA3)
-    engine.add_special_tokens(
-        [AddedToken(token, special=True) for token in ("<s>", "</s>")]
-    )
-    template = {
-        "single": "<s> $A",
-        "pair": "<s> $A <s> $B",
-        "special_tokens": [("<s>", engine.token_to_id("<s>"))],
-    }
-    engine.post_processor = processors.TemplateProcessing(**template)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-    }
-    engine.save(
-        str(
-            write(folder, config={"model_type": "llama"}, tokenizer_config=config)
-            / "tokenizer.json"
-        )
-    )
+    engine.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>")])
+    begin = [("<s>", engine.token_to_id("<s>"))]
+    engine.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", begin)
+    config = {"bos_token": "<s>", "eos_token": "</s>"}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write(folder, config={"model_type": "llama"}, tokenizer_config=config)
+    engine.save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -224,26 +197,6 @@ def test_ids_and_text_are_those_of_transformers(kind, made):
     assert_equal_on(theirs, ours, 60)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("kind", [*KINDS, "GPT-2"])
-def test_ids_and_text_are_those_of_transformers_on_a_thousand_texts(
-    kind, made, monkeypatch
-):
-    monkeypatch.setitem(KINDS, "GPT-2", gpt2_folder)
-    _, theirs, ours = made(kind)
-    assert_equal_on(theirs, ours, 1000)
-    if kind == "GPT-2":
-        assert ours.pieces == tokenizer.GPT2Tokenizer.train(separated=True).pieces
-
-
-def gpt2_folder(folder: Path) -> Path:
-    """GPT-2's own vocabulary as vocab.json and merges.txt."""
-    write(folder, config={"model_type": "gpt2"})
-    build_tokenizer(tokenizer.GPT2Tokenizer.train()).model.save(str(folder))
-    vocab = json.loads((folder / "vocab.json").read_text())
-    return write(folder, vocab=vocab | {"<|endoftext|>": 50256})
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_pieces_joined_are_the_text_and_continue_a_prompt_with_its_spaces(kind, made):
     _, _, ours = made(kind)
@@ -281,35 +234,33 @@ def test_a_document_in_pieces_has_the_tokens_of_the_whole(kind, made):
 @pytest.mark.parametrize("kind", ["vocab.json", "LlamaTokenizer"])
 def test_data_is_prepared_with_the_tokenizer_of_a_folder_and_keeps_it(kind, made, folder):
     path, theirs, _ = made(kind)
-    for name, text in (("a", "Hello the dog. " * 30), ("b", "plain words " * 40)):
-        Path("texts").mkdir(exist_ok=True)
-        Path("texts", f"{name}.txt").write_text(text)
+    documents = ["Hello the dog. " * 30, "plain words " * 40]
+    Path("texts").mkdir()
+    for name, text in zip("ab", documents, strict=True):
+        Path("texts", name).write_text(text)
     shutil.copytree(path, "theirs")
-    command = ["--input=texts", "--name=mine", "--tokenizer=theirs"]
-    prepare_data.main(command)
-    meta = read_meta(Path("data/mine"))
+    prepare("mine --input=texts --tokenizer=theirs")
     shutil.rmtree("theirs")
+    meta = read_meta(Path("data/mine"))
     assert tokenizer.from_state(meta["tokenizer"]).vocab_size == len(theirs)
     tokens = meta["splits"]["train"]["tokens"]
-    files = TokenFiles(Path("data/mine"), "train", meta)
-    ids = files.read(np.array([0]), tokens)[0].tolist()
-    first, second = (
-        theirs(text).input_ids[:20]
-        for text in ("Hello the dog. " * 30, "plain words " * 40)
+    ids = (
+        TokenFiles(Path("data/mine"), "train", meta).read(np.array([0]), tokens)[0].tolist()
     )
-    assert ids[:20] == first
-    assert second in [ids[start : start + 20] for start in range(tokens)]
+    starts = [theirs(text).input_ids[:20] for text in documents]
+    assert ids[:20] == starts[0]
+    assert starts[1] in [ids[start : start + 20] for start in range(tokens)]
 
 
 def test_data_follows_a_change_of_the_tokenizer_files(made, folder, capsys):
     shutil.copytree(made("vocab.json")[0], "theirs")
     Path("mine.txt").write_text("Hello the dog. " * 30)
-    command = ["--input=mine.txt", "--name=mine", "--tokenizer=theirs"]
-    prepare_data.main(command)
-    prepare_data.main(command)
+    command = "mine --input=mine.txt --tokenizer=theirs"
+    prepare(command)
+    prepare(command)
     assert "it stays as it is" in capsys.readouterr().err
     write(Path("theirs"), tokenizer_config={"add_prefix_space": True})
-    prepare_data.main([*command, "--overwrite=True"])
+    prepare(f"{command} --overwrite=True")
     assert "stays as it is" not in capsys.readouterr().err
 
 
@@ -392,20 +343,14 @@ def test_a_damaged_state_is_refused(kind, made):
 
 def test_a_tokenizer_that_is_neither_a_kind_nor_a_path_is_refused(fails, folder):
     Path("mine.txt").write_text("some text " * 30)
-    line = fails(prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=chars")
     kinds = ", ".join(tokenizer.TOKENIZERS)
-    assert line.startswith(f"tokenizer=chars is not one of: auto, {kinds}, a folder")
-    line = fails(prepare_data.main, "--input=mine.txt", "--name=mine", "--tokenizer=.")
-    assert line.startswith(
-        "cannot read the tokenizer in .: there is neither tokenizer.json"
-    )
-    assert "vocab_size=300 has no effect" in fails(
-        prepare_data.main,
-        "--input=mine.txt",
-        "--name=mine",
-        "--tokenizer=.",
-        "--vocab_size=300",
-    )
+    for keys, complaint in {
+        "--tokenizer=chars": f"tokenizer=chars is not one of: auto, {kinds}, a folder",
+        "--tokenizer=.": "cannot read the tokenizer in .: there is neither tokenizer.json",
+        "--tokenizer=. --vocab_size=300": "vocab_size=300 has no effect",
+    }.items():
+        argv = ["mine", "--input=mine.txt", *keys.split()]
+        assert fails(prepare_data.main, *argv).startswith(complaint)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,48 @@
+"""Running prepare_data.py, and reading the data folders that it writes."""
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import prepare_data
+from humptygpt.data import TokenDataset
+from humptygpt.prepare import corpus, documents, encoding
+
+
+def prepare(command: str) -> None:
+    """Run prepare_data.py with these arguments."""
+    prepare_data.main(shlex.split(command))
+
+
+def write_own(text: str) -> None:
+    """Write own.txt."""
+    Path("own.txt").write_text(text, encoding="utf-8")
+
+
+def save_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save the progress after every 500 characters."""
+    monkeypatch.setattr(documents, "PIECE", 500)
+    monkeypatch.setattr(corpus, "UNIT", 500)
+    monkeypatch.setattr(encoding, "SAVE_UNITS", 1)
+
+
+def meta(name: str) -> dict:
+    return json.loads(Path("data", name, "meta.json").read_text())
+
+
+def tokenizer_of(name: str) -> str:
+    return meta(name)["tokenizer"]["tokenizer"]
+
+
+def contents(name: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path("data", name).iterdir()}
+
+
+def texts_of(name: str) -> tuple[str, str]:
+    """The text of both splits of a data set, from its tokens."""
+    data = TokenDataset(Path("data", name), 8, seed=1)
+    parts = [part.read(np.array([0]), len(part))[0] for part in (data.train, data.val)]
+    return tuple(map(data.tokenizer.decode, parts))
