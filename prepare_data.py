@@ -177,7 +177,7 @@ def prepare(config: PrepareConfig) -> dict:
 
 @contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Lock a folder. A full disk becomes a UserError, which says how to resume, as after Ctrl-C."""
+    """Lock a folder. A full disk becomes a UserError; it says how to resume, and so does Ctrl-C."""
     advice = "wait until that has ended, or take another --name"
     try:
         with (
@@ -196,7 +196,7 @@ def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
     """Write the folder, unless it has this data already. Returns its meta.json. config: as the user gave it."""
     preparing = folder / "preparing"
     command = command_text(config)
-    fitted = config.vocab_size is None  # to a small text
+    fitted = config.vocab_size is None  # the vocabulary may shrink to fit the text
     made_from = data_id(corpus, fitted)
     old = read_json(folder / "meta.json")
     if old.get("made_from") == made_from and is_whole(folder):
@@ -207,7 +207,7 @@ def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
         return old
     new = read_json(preparing / "meta.json")
     if new.get("made_from") != made_from:
-        # refused now, and not after hours
+        # better now than after hours
         if old.get("command", command) != command and not config.overwrite:
             refuse_to_replace(folder, command)
         train = partial(make_tokenizer, corpus, fitted)

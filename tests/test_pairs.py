@@ -190,15 +190,6 @@ def test_the_splits_have_about_the_requested_fractions(folder, keys, val, test):
         assert set(splits) == {"train", "val"} and "test.bin" not in contents("mine")
 
 
-def test_more_pairs_change_nothing_for_those_that_were_there(folder):
-    write_tsv("few.tsv", ROWS[::2])
-    write_tsv("more.tsv", ROWS[::-1])
-    for name in ("few", "more"):
-        prepare(f"--input={name}.tsv {BYTES.replace('mine', name)}")
-    few, more = pairs_of("few"), pairs_of("more")
-    assert all(few[split] and set(few[split]) < set(more[split]) for split in few)
-
-
 def test_three_sources_give_three_splits_of_one(folder):
     for n in range(8):
         write_tsv("own.tsv", [(f"{n} {word}", "x") for word in ("eins", "zwei", "drei")])

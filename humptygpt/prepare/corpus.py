@@ -43,12 +43,8 @@ class Documents:
 
     task = "language modelling"
     splits = ("train", "val")
-    counts = (
-        "documents",
-        "characters",
-        "bytes",
-        "tokens",
-    )  # meta.json has them for each split
+    # entries of meta.json for each split
+    counts = ("documents", "characters", "bytes", "tokens")
     chosen_for = ""  # with tokenizer=auto: the measures of the text that decided
 
     def __init__(self, config, files: list[Path], skipped: Counter, source: str):

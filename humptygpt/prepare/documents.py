@@ -52,7 +52,7 @@ OURS |= {"adapter_config.json"}
 tqdm.monitor_interval = 0
 UNPACK = {".gz": gzip.open, ".zst": zstd.ZstdFile}
 DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, zstd.ZstdError, csv.Error)
-# a cut at the first kind of place changes no token of any tokenizer, at the second none of the ones trained here
+# a cut before a match changes no token of any tokenizer; for the second pattern, no token of those trained here
 BEFORE_WORD = re.compile(r"(?<=\S) (?=[^\W_])")
 ANY_BEFORE_WORD = re.compile(r"[ \n](?=[^\W_])")
 ENCODING_HINT = "set --encoding_errors=replace or ignore"
@@ -194,7 +194,7 @@ def read_errors(path: Path) -> Iterator[None]:
 
 
 def write_if_changed(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let write(file) fill a file. If the bytes are the same as before, so is its time: a preparation can resume."""
+    """Let write(file) fill a file. If its bytes stay the same, so does its time, and a preparation can resume."""
     with whole(path) as new:
         with new.open("xb") as file:
             write(file)
