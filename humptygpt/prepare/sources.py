@@ -280,16 +280,16 @@ def everyday_de_en(config) -> tuple[PairFiles, str]:
         by_root.setdefault(components.find(pair[0]), []).append(pair)
     train = by_root.pop(components.find("captions"), [])
     drawn = [by_root[root] for root in sorted(by_root, key=draw)]
-    drawn_first = TATOEBA_TEST + TATOEBA_VAL
+    firsts = [pairs[0] for pairs in drawn]
+    held_out = TATOEBA_TEST + TATOEBA_VAL
     splits = {
-        "test": [pairs[0] for pairs in drawn[:TATOEBA_TEST]],
-        "val": [pairs[0] for pairs in drawn[TATOEBA_TEST:drawn_first]],
-        "train": train + list(chain.from_iterable(drawn[drawn_first:])),
+        "test": firsts[:TATOEBA_TEST],
+        "val": firsts[TATOEBA_TEST:held_out],
+        "train": [*train, *chain.from_iterable(drawn[held_out:])],
     }
     files = captions[:2]  # without their test split
     for split, pairs in splits.items():
         path = DOWNLOADS / config.name / f"{split}.tsv"
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, "".join(f"{source}\t{target}\n" for source, target in pairs))
         files.append((split, (path,)))
     credit = "Tatoeba sentences (tatoeba.org, manythings.org/anki, CC-BY 2.0 FR)"
