@@ -26,22 +26,20 @@ MAX_UNPACKED_BYTES = 1 << 26
 # punctuation, spaces. Source: Radford et al. 2019.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how sentencepiece writes a byte
-# loaded only when a vocabulary is learned or fetched
-LEARN_SENTENCEPIECE = "humptygpt.prepare.vocabulary:learn_sentencepiece"
-LEARN_BYTE_PAIRS = "humptygpt.prepare.vocabulary:learn_byte_pairs"
+# loaded only when this vocabulary is fetched, or a description names a tokenizer of another program
 GPT2_PIECES = "humptygpt.prepare.vocabulary:gpt2_pieces"
-# loaded only when a description names a tokenizer of another program
 PRETRAINED = "humptygpt.convert.pretrained:PRETRAINED"
 
 
 class Tokenizer:
     """The interface of all tokenizers.
 
-    The class method train(texts, separated=..., and its options) makes one; it need not read the iterator texts.
-    state() is plain data from which from_state() makes the tokenizer again. separated: the data's documents end in eot.
+    train() makes one; it need not read all texts. state() is plain data from which from_state() makes the tokenizer
+    again. separated: the data's documents end in eot.
     """
 
     name: str
+    learn: str  # module:function that learns the vocabulary; train() loads it
     options: tuple[str, ...] = ()  # keys of prepare_data.py that train() takes
     needs_all_texts = False  # True: train() reads the validation split as well
     schema: ClassVar = {"separated?": bool}  # entries of state() besides the name
@@ -57,6 +55,11 @@ class Tokenizer:
     def ends(self) -> list[int]:
         """bos and eot, the tokens that are not text, if there are any."""
         return [i for i in (self.bos, self.eot) if i is not None]
+
+    @classmethod
+    def train(cls, texts: Iterable[str], separated: bool = False, **options) -> Self:
+        """Raises UserError if the texts allow no vocabulary with these options."""
+        return cls(find(cls.learn)(texts, **options), separated)
 
     def encode(self, text: str) -> np.ndarray:
         """Return token ids, int64 (length,), without bos. Raises UserError for text that has no tokens here."""
@@ -169,6 +172,7 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     name = "sentencepiece"
+    learn = "humptygpt.prepare.vocabulary:learn_sentencepiece"
     options = ("vocab_size", "model_type")
     schema: ClassVar = {"separated": bool, "proto": str}
 
@@ -189,17 +193,6 @@ class SentencePieceTokenizer(Tokenizer):
             *self._separators.values()
         ):
             raise ValueError("the model lacks a token that every text may need")
-
-    @classmethod
-    def train(
-        cls,
-        texts: Iterable[str],
-        vocab_size: int,
-        model_type: str = "bpe",
-        separated: bool = False,
-    ) -> Self:
-        """model_type: bpe or unigram. Raises UserError if the texts allow no vocabulary of that size."""
-        return cls(find(LEARN_SENTENCEPIECE)(texts, vocab_size, model_type), separated)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -240,6 +233,7 @@ class BytePairTokenizer(Tokenizer):
     """
 
     name = "bpe"
+    learn = "humptygpt.prepare.vocabulary:learn_byte_pairs"
     options = ("vocab_size",)
     schema: ClassVar = {"separated": bool, "pieces": str}
 
@@ -261,11 +255,6 @@ class BytePairTokenizer(Tokenizer):
         return tiktoken.Encoding(
             self.name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
-
-    @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, separated: bool = False) -> Self:
-        """Raises UserError if the texts allow no vocabulary of that size."""
-        return cls(find(LEARN_BYTE_PAIRS)(texts, vocab_size), separated)
 
     def encode(self, text: str) -> np.ndarray:
         utf8(text)

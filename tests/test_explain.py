@@ -1008,9 +1008,9 @@ ODD = [
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, tokenizer.Tokenizer]:
     """Also some of English, of which more is merged than of the made-up language."""
-    train = partial(SentencePieceTokenizer.train, [README], 1200, separated=True)
+    train = partial(SentencePieceTokenizer.train, [README], vocab_size=1200, separated=True)
     english = {
-        "README, bpe": BytePairTokenizer.train([README], 1200, separated=True),
+        "README, bpe": BytePairTokenizer.train([README], vocab_size=1200, separated=True),
         "README, unigram": train(model_type="unigram"),
         "README, sentencepiece": train(),
     }

@@ -135,7 +135,7 @@ def test_sentencepiece_counts_the_characters_that_have_no_piece():
 
 
 def test_byte_pairs_are_merged_in_the_order_in_which_they_were_found():
-    tok = BytePairTokenizer.train(["ab ab ab abc abc"] * 50, 260)
+    tok = BytePairTokenizer.train(["ab ab ab abc abc"] * 50, vocab_size=260)
     assert tok.pieces[256:] == [b"ab", b" ab", b" abc", END_OF_TEXT.encode()]
     assert tok.encode("ab abc abd").tolist() == [256, 258, 257, tok.pieces.index(b"d")]
 
@@ -153,11 +153,11 @@ def test_a_vocabulary_too_large_or_small_for_the_text_is_refused_with_the_bound(
 ):
     too = rf"vocab_size=\d+ is too {rule} (\d+) tokens"
     with pytest.raises(UserError, match=too) as error:
-        kind.train([text], size)
+        kind.train([text], vocab_size=size)
     bound = int(re.search(too, str(error.value))[1])
-    assert kind.train([text], bound).vocab_size == bound
+    assert kind.train([text], vocab_size=bound).vocab_size == bound
     with pytest.raises(UserError, match=too):
-        kind.train([text], bound + step)
+        kind.train([text], vocab_size=bound + step)
 
 
 def test_byte_pair_encoding_learns_from_a_bounded_part_of_text_without_spaces(monkeypatch):
@@ -165,8 +165,11 @@ def test_byte_pair_encoding_learns_from_a_bounded_part_of_text_without_spaces(mo
     plain = [make_text(200, seed) for seed in range(20)]
     spaceless = [40 * chr(0x4E00 + 64 * number) for number in range(20)]  # 120 bytes each
     texts = [text for both in zip(plain, spaceless, strict=True) for text in both]
-    learned = BytePairTokenizer.train(iter(texts), 500).pieces
-    assert learned == BytePairTokenizer.train(iter(texts[:10] + plain[5:]), 500).pieces
+    learned = BytePairTokenizer.train(iter(texts), vocab_size=500).pieces
+    assert (
+        learned
+        == BytePairTokenizer.train(iter(texts[:10] + plain[5:]), vocab_size=500).pieces
+    )
     assert any(len(piece) > 2 and piece in spaceless[4].encode() for piece in learned)
 
 

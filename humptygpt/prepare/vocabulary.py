@@ -138,9 +138,12 @@ def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
 # Subwords
 
 
-def learn_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str) -> bytes:
+def learn_sentencepiece(
+    texts: Iterable[str], vocab_size: int, model_type: str = "bpe"
+) -> bytes:
     """Train a model of sentencepiece. Raises UserError if the texts allow no vocabulary of that size.
 
+    model_type: bpe or unigram.
     Line breaks are a token of their own and spaces belong to the word after them. Neither is changed or added, so
     decoding gives back the text.
     """
