@@ -191,10 +191,11 @@ def assert_equal_on(theirs, ours, examples: int) -> None:
         assert_equal(theirs, ours, text)
 
 
+@pytest.mark.parametrize("examples", [60, pytest.param(1000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_and_text_are_those_of_transformers(kind, made):
+def test_ids_and_text_are_those_of_transformers(kind, examples, made):
     _, theirs, ours = made(kind)
-    assert_equal_on(theirs, ours, 60)
+    assert_equal_on(theirs, ours, examples)
 
 
 @pytest.mark.parametrize("kind", KINDS)
