@@ -22,6 +22,7 @@ STARTED = time.monotonic()  # start of the command, apart from Python's own star
 # Linux's control groups, version 2, which containers use
 CGROUPS = Path("/sys/fs/cgroup")
 OUR_GROUPS = Path("/proc/self/cgroup")
+MEMINFO = Path("/proc/meminfo")
 PATIENCE = 2  # seconds in which rank 0 reports a mistake that all ranks have found
 # spins of a waiting thread: less than a tenth of a millisecond; libgomp's default is 300,000
 SPINS = 1300
@@ -67,11 +68,16 @@ def usable_cores() -> int:
 # Memory
 
 
-def available_memory() -> int:
-    """Bytes that this process can still allocate, limited by the machine and by the control groups."""
-    import psutil
+def available_memory() -> float:
+    """Bytes that this process can still allocate, limited by the machine and by the control groups.
 
-    free = psutil.virtual_memory().available
+    Without Linux's /proc/meminfo it is the size of the machine's memory or, if that is unknown as well, infinite.
+    """
+    free = math.inf
+    if available := re.search(r"^MemAvailable: *(\d+) kB$", read(MEMINFO), re.MULTILINE):
+        free = 1024 * int(available[1])
+    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for folder in cgroup_folders():
         limit = read_numbers(folder / "memory.max")
         used = read_numbers(folder / "memory.current")
@@ -112,7 +118,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory_line(error: BaseException) -> str:
     if "CUDA" in str(error):
         return "out of memory on the GPU"
-    return f"out of memory, {gigabytes(available_memory())} are available"
+    available = available_memory()
+    known = f", {gigabytes(available)} are available" if available < math.inf else ""
+    return f"out of memory{known}"
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +125,7 @@ INNER = {"a/memory.max": "9000", "a/memory.current": "1"}
 @pytest.mark.parametrize(
     ("path", "files", "available"),
     [
-        ("/", {}, 8000),
+        ("/", {}, 8192),
         ("/", {"memory.max": "5000", "memory.current": "3000"}, 2000),
         ("/a", INNER | {"memory.max": "100", "memory.current": "90"}, 10),
         ("/", {"memory.max": "600", "memory.current": "700"}, 0),
@@ -134,14 +133,13 @@ INNER = {"a/memory.max": "9000", "a/memory.current": "1"}
 )
 @pytest.mark.parametrize("stat", ["", "anon 1\ninactive_file 90\nactive_file 7\n"])
 def test_available_memory_is_that_of_the_machine_and_of_every_control_group(
-    groups, monkeypatch, path, files, available, stat
+    groups, monkeypatch, tmp_path, path, files, available, stat
 ):
-    import psutil
-
-    memory = types.SimpleNamespace(available=8000)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       16 kB\nMemAvailable:    8 kB\n")
+    monkeypatch.setattr(machine, "MEMINFO", meminfo)
     groups(path, files | {"memory.stat": stat})
-    cached = 97 if stat and 0 < available < 8000 else 0
+    cached = 97 if stat and 0 < available < 8192 else 0
     assert machine.available_memory() == available + cached
 
 
