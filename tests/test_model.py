@@ -615,7 +615,7 @@ def test_with_init_zero_tokens_and_positions_weigh_the_same(tied):
         ({"dropout": math.nan}, "dropout=nan must be at least 0 and below 1"),
         ({"rope_base": 1.0}, "rope_base=1.0 must be above 1"),
         ({"rope_factor": 0.5}, "rope_factor=0.5 must be at least 1"),
-        ({"logit_soft_cap": -1.0}, "logit_soft_cap=-1.0 must be at least 0 and at most"),
+        ({"logit_soft_cap": -1.0}, "logit_soft_cap=-1.0 must be at least 0"),
         ({"norm": "batch"}, f"norm=batch is not one of: {', '.join(NORMS)}"),
         ({"n_kv_head": 3}, "n_head=2 must be a multiple of n_kv_head=3"),
         ({"window": 257}, "window=257 must be at least 0 and at most block_size=256"),

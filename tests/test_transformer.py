@@ -133,8 +133,7 @@ def test_with_equal_weights_the_outputs_are_those_of_torchs_transformer(block, l
         src_key_padding_mask=source < 0,
         memory_key_padding_mask=source < 0,
     )
-    context, mask = ours.encode(source)
-    found = ours.decoder(ours.wte(idx), None, context, mask)
+    found = ours.decoder(ours.wte(idx), context=ours.encode(source))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -275,12 +274,11 @@ def test_cross_attention_has_neither_rotation_nor_bias_nor_window(position, wind
     cross, contexts = decoder.blocks[0].cross_attn, []
     cross.register_forward_pre_hook(lambda module, args: contexts.append(args))
     x, context = torch.randn(2, T, 32), torch.randn(2, 7, 32)
-    decoder(x, None, context, (None, False))
+    no_mask = (None, False)
+    decoder(x, context=(context, no_mask))
     ((q, shared, _),) = contexts
-    assert shared.context_mask == (None, False)
-    torch.testing.assert_close(
-        cross(q, shared), cross(q, shared._replace(context=context.flip(1)))
-    )
+    flipped = shared._replace(context=(context.flip(1), no_mask))
+    torch.testing.assert_close(cross(q, shared), cross(q, flipped))
 
 
 def test_the_masks_and_the_rotary_tables_are_made_once_per_forward_pass_of_each_stack(
