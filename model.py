@@ -150,7 +150,7 @@ class ModelConfig:
 
 
 # --------------------------------------------------------------------------------------
-# Norms keep activations at a scale at which a deep network trains well; dropout keeps it from memorising.
+# Norms keep activations at a scale at which a deep network trains well; dropout keeps the network from memorising.
 
 
 class LayerNorm(nn.LayerNorm):
@@ -218,10 +218,7 @@ class Position(nn.Module):
         return None
 
     def score_bias(self, distance: Tensor) -> Tensor | None:
-        """Compute what is added to the scores before softmax, (1, H, T, S).
-
-        distance: (T, S), from each key to each query.
-        """
+        """Compute a term for the scores before softmax, (1, H, T, S). distance: (T, S), from each key to each query."""
         return None
 
 
@@ -240,7 +237,7 @@ class SinusoidalPosition(Position):
     """Fixed sinusoids of geometrically spaced wavelengths, added to the embedding.
 
     Features 2i and 2i + 1 are sin and cos of p / 10000^(2i/C) at position p. The embedding is first multiplied by
-    sqrt(C), or the sinusoids would dominate it. Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3.4 and 3.5.
+    sqrt(C), since otherwise the sinusoids would dominate it. Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3.4 and 3.5.
     """
 
     def __init__(self, config: ModelConfig):
@@ -265,10 +262,8 @@ class RotaryPosition(Position):
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         D = config.features
-        # (D / 2), radians per position
-        frequency = config.rope_base ** (-torch.arange(0, D, 2) / D)
-        if config.rope_factor != 1:
-            frequency = frequency * llama_scale(frequency, config)
+        frequency = config.rope_base ** (-torch.arange(0, D, 2) / D)  # radians per position
+        frequency = frequency * llama_scale(frequency, config)
         angle = torch.arange(config.block_size)[:, None] * frequency  # (block_size, D / 2)
         cos = angle.cos().repeat(1, 2)
         sin = torch.cat([-angle.sin(), angle.sin()], dim=1)
@@ -284,7 +279,8 @@ def llama_scale(frequency: Tensor, config: ModelConfig) -> Tensor:
 
     Frequencies with fewer than rope_low_freq_factor turns in the original context are divided by rope_factor, so that
     no new angle occurs. Frequencies with more than rope_high_freq_factor turns tell neighbours apart and are kept. The
-    factors between are interpolated. Source: Grattafiori et al. 2024, arXiv:2407.21783, and the code of Llama 3.1.
+    factors between are interpolated. With rope_factor=1, all factors are 1.
+    Source: Grattafiori et al. 2024, arXiv:2407.21783, and the code of Llama 3.1.
     """
     turns = config.rope_original_context * frequency / (2 * math.pi)
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
@@ -336,21 +332,21 @@ POSITIONS = {
 # --------------------------------------------------------------------------------------
 # Attention: each token looks at the tokens before it.
 
-# A bias of the scores, broadcast to (B, H, T, S), or None; and, for T = S without a bias, whether later keys are hidden
+# What is added to the scores, broadcast to (B, H, T, S), or None; True, only with T = S and None: hide later keys
 Mask = tuple[Tensor | None, bool]
-# An encoder's output, (B, S, C), and which of it to hide, for cross-attention; no output if the cache has it
+# For cross-attention: an encoder's output, (B, S, C), or None if the cache has its keys and values; and its mask
 Context = tuple[Tensor | None, Mask]
-# Use the explicit formula for up to this many scores in a layer: 64 MB in bfloat16
+# Without dropout, use the explicit formula for up to this many scores in a layer: 64 MB in bfloat16
 EXPLICIT_SCORES = 2**25
 
 
 class Shared(NamedTuple):
-    """What all blocks need in one forward pass, computed once."""
+    """Inputs of all blocks in one forward pass, computed once."""
 
     at: At
     end: int  # the position after the new tokens
     rotary: Rotary | None
-    masks: dict[int, Mask]  # by window
+    masks: dict[int, Mask]  # {window: mask}
     padding: Tensor | None  # (B, S) bool, True if a token is padding; None: no token is
     context: Context | None = None
 
@@ -405,8 +401,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: Dropout) -> Ten
     """softmax(q k^T / sqrt(D) + mask) v: the mean of the values, weighted by how well each key answers the query.
 
     q: (B, H, T, D). k, v: (B, H, S, D), or fewer heads. dropout: acts on the weights. Returns (B, H, T, D).
-    PyTorch's fused kernel computes the same formula. In training on a CPU the formula as it stands is faster: the fused
-    kernel's dropout is slow there, and its backward pass in bfloat16 takes three times as long.
+    PyTorch's fused kernel computes the same formula. For training on a CPU it is too slow: its backward pass in bfloat16
+    takes three times as long as that of the explicit formula, and its dropout is slow in any dtype.
     """
     bias, is_causal = mask
     q, k = q.to(v.dtype), k.to(v.dtype)  # a float32 parameter may have changed them
@@ -460,7 +456,7 @@ class LayerCache:
 
     def __init__(self, size: int):
         self.size = size
-        # (B, H, size, D), made when the first token shows shape, dtype and device
+        # (B, H, size, D); the first token tells shape, dtype and device
         self.k = self.v = None
         self.last_inputs = None  # (B, n, C), for a convolution over n earlier tokens
 
@@ -476,9 +472,9 @@ class LayerCache:
 
 
 class Cache:
-    """What a decoder keeps of the tokens it has read, so that each new token is computed once.
+    """The tokens that a decoder has read, kept as keys and values, so that each token is computed only once.
 
-    length: tokens read. padding: (B,) int64, the number of tokens at the start of each text that are padding.
+    length: number of tokens read. padding: (B,) int64, how many tokens at the start of each text are padding.
     """
 
     def __init__(self, n_layer: int, size: int):
@@ -533,34 +529,32 @@ class MLP(nn.Module):
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.3.
     """
 
+    gated = False
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        n_hidden = config.n_hidden or 4 * config.n_embd
+        C = config.n_embd
+        n_hidden = config.n_hidden or (8 * math.ceil(C / 3) if self.gated else 4 * C)
         bias = config.bias if config.mlp_bias is None else config.mlp_bias
         self.activation = ACTIVATIONS[config.activation]
-        self.up_proj = nn.Linear(config.n_embd, n_hidden, bias)
-        self.down_proj = nn.Linear(n_hidden, config.n_embd, bias)
+        if self.gated:
+            self.gate_proj = nn.Linear(C, n_hidden, bias)
+        self.up_proj = nn.Linear(C, n_hidden, bias)
+        self.down_proj = nn.Linear(n_hidden, C, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
         return self.down_proj(self.activation(self.up_proj(x)))
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(MLP):
     """Each hidden neuron is multiplied by a gate, which went through the activation. With silu: SwiGLU.
 
-    By default it has 8/3 C neurons, so that its three matrices cost what the two of MLP do, rounded up to a multiple of
-    8, since GPUs multiply matrices in tiles of 8. Source: Shazeer 2020, arXiv:2002.05202.
+    By default it has 8/3 C neurons, so that its three matrices have as many weights as the two of MLP. The number is
+    rounded up to a multiple of 8, since GPUs multiply matrices in tiles of 8. Source: Shazeer 2020, arXiv:2002.05202.
     """
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        n_hidden = config.n_hidden or 8 * math.ceil(config.n_embd / 3)
-        bias = config.bias if config.mlp_bias is None else config.mlp_bias
-        self.activation = ACTIVATIONS[config.activation]
-        self.gate_proj = nn.Linear(config.n_embd, n_hidden, bias)
-        self.up_proj = nn.Linear(config.n_embd, n_hidden, bias)
-        self.down_proj = nn.Linear(n_hidden, config.n_embd, bias)
+    gated = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
@@ -573,11 +567,11 @@ MLPS = {"plain": MLP, "gated": GatedMLP, "none": None}
 class CausalConv(nn.Module):
     """Add to each token the n tokens before it, each feature with its own trained weights: x_t + w_1 x_(t-1) + ...
 
-    It starts as the identity. Source: So et al. 2021 (Primer), arXiv:2109.08668; before each layer: Allen-Zhu 2025
-    (Canon layers), arXiv:2512.17351.
+    It starts as the identity. Sources: So et al. 2021 (Primer), arXiv:2109.08668; Allen-Zhu 2025 (Canon layers, which
+    are before each layer), arXiv:2512.17351.
     """
 
-    GAIN = 4.0  # w is this times a parameter, because AdamW moves all parameters equally fast and w should move faster
+    GAIN = 4.0  # w is GAIN times a parameter: AdamW moves all parameters equally fast, and w should move faster
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -606,15 +600,15 @@ class CausalConv(nn.Module):
 
 
 class Block(nn.Module):
-    """Two branches, attention and then a feed-forward network. Each kind of block joins them to its input differently.
+    """Two branches: attention, then a feed-forward network. The forward of each kind of block joins them.
 
-    forward(x, *inputs): x is (B, T, C); inputs, which go to each branch, are Shared and perhaps a LayerCache.
+    forward(x, *inputs): x is (B, T, C); inputs, Shared and perhaps a LayerCache, are passed on to the branches.
     layer: number of the block in its stack, from 0.
     """
 
-    residual = True  # is each branch added to its input?
-    one_norm = False  # do all branches read the same normalised input?
-    ends_with_norm = False  # if so, the stack needs no last norm
+    residual = True  # the output of each branch is added to its input
+    one_norm = False  # all branches read the same normalised input
+    ends_with_norm = False  # the stack needs no norm at its end
 
     def __init__(self, config: ModelConfig, layer: int = 0):
         super().__init__()
@@ -627,12 +621,12 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def make_attention(self, config: ModelConfig, layer: int) -> None:
-        """Make the first branch. A window that depends on the layer is given here."""
+        """Make the first branch. To vary the window from layer to layer, choose it here."""
         self.attn_norm = NORMS[config.norm](config)
         self.attn = ATTENTIONS[config.attention](config, config.window)
 
     def branches(self) -> list[tuple[nn.Module, Callable]]:
-        """List each branch after its norm."""
+        """List the branches in order, each with its norm."""
         found = [(self.attn_norm, self.attn)]
         if self.mlp:
             norm = self.attn_norm if self.one_norm else self.mlp_norm
@@ -714,10 +708,10 @@ BLOCKS = {
 
 
 class Stack(nn.Module):
-    """The model between embedding and head: positions, n_layer blocks and, unless they end with one, a norm.
+    """Everything between embedding and head: positions, n_layer blocks and, unless the blocks end with one, a norm.
 
-    blocks: the kinds of blocks, by name. checkpoint_activations: in training, keep only the input of each block, and
-    compute the rest again in the backward pass. Source: Chen et al. 2016, arXiv:1604.06174.
+    blocks: {name: kind of block}. checkpoint_activations: in training, keep only the input of each block, and compute
+    the rest again in the backward pass. Source: Chen et al. 2016, arXiv:1604.06174.
     """
 
     def __init__(self, config: ModelConfig, blocks: dict = BLOCKS, causal: bool = True):
@@ -734,7 +728,7 @@ class Stack(nn.Module):
         self.norm = NORMS["none" if block.ends_with_norm else config.norm](config)
 
     def forward(self, x: Tensor, cache: Cache | None = None, **more) -> Tensor:
-        """x: (B, T, C), embedded tokens, which follow those in the cache. more: of share(). Returns (B, T, C)."""
+        """x: (B, T, C), embedded tokens, which follow those in the cache. more: passed to share(). Returns (B, T, C)."""
         shared = self.share(x.shape[1], cache, **more)
         x = self.dropout(self.embed_norm(self.position.embed(x, shared.at)))
         layers = cache.layers if cache else [None] * len(self.blocks)
@@ -754,7 +748,7 @@ class Stack(nn.Module):
         padding: Tensor | None = None,
         context: Context | None = None,
     ) -> Shared:
-        """Compute the positions and masks of T new tokens. padding: (B, T) bool, True if a token is padding."""
+        """Compute positions and masks for T new tokens. padding: (B, T) bool, True if a token is padding."""
         start, S = (cache.length, cache.span(T)) if cache else (0, T)
         assert len(self.index) >= S, f"{S} tokens, but block_size is {len(self.index)}"
         at = slice(start, start + T)
@@ -780,7 +774,7 @@ class GPT(nn.Module):
     Source: Radford et al. 2018 (GPT), "Improving language understanding by generative pre-training".
     """
 
-    tasks = ("language modelling", "translation")  # which it can learn
+    tasks = ("language modelling", "translation")  # the tasks that it can learn
     has_encoder = False  # it translates by continuing the source
     has_cache = True
 
@@ -801,9 +795,9 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """idx: (B, T) token ids, which follow those in the cache. targets: (B, T), -1 where no loss is counted.
+        """idx: (B, T) token ids, which follow those in the cache. targets: (B, T); a target of -1 does not count.
 
-        Returns logits (B, T, V) and the mean cross-entropy in nats, None without targets.
+        Returns logits (B, T, V) and the mean cross-entropy in nats, or None without targets.
         """
         logits = self.head(self.stack(self.wte(idx), cache))
         return logits, None if targets is None else self.loss(logits, targets)
@@ -870,7 +864,7 @@ def init_weights(model: nn.Module) -> None:
     biases, norms                  0, 1                      0, 1
 
     GPT-2 divides by the square root of the number of residual branches in a stack, 2 n_layer with attention and
-    feed-forward, to keep the variance of the residual stream that of its input. Without residual connections
+    feed-forward, so that the residual stream keeps the variance of its input. Without residual connections
     (block=plain) only the linear layers of the blocks carry the signal: all are 1 / sqrt(inputs), which keeps it.
     """
     config = model.config

@@ -114,10 +114,10 @@ class Transformer(GPT):
         cache: Cache | None = None,
         source: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """source: (B, S) token ids, -1 after the end of the shorter ones; not needed with a cache, which holds it.
+        """source: (B, S) token ids; shorter sources are padded with -1. A cache holds the source, so none is needed.
 
         idx: (B, T) token ids of the target so far, which follow those in the cache; the first is end-of-text. targets:
-        (B, T), -1 where no loss is counted. Returns logits and loss as GPT does.
+        (B, T); a target of -1 does not count. Returns logits and loss as GPT does.
         """
         context = IN_THE_CACHE if cache else self.encode(source)
         logits = self.head(self.decoder(self.wte(idx), cache, context=context))
