@@ -237,7 +237,8 @@ class SinusoidalPosition(Position):
     """Fixed sinusoids of geometrically spaced wavelengths, added to the embedding.
 
     Features 2i and 2i + 1 are sin and cos of p / 10000^(2i/C) at position p. The embedding is first multiplied by
-    sqrt(C), since otherwise the sinusoids would dominate it. Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3.4 and 3.5.
+    sqrt(C), since otherwise the sinusoids would dominate it.
+    Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3.4 and 3.5.
     """
 
     def __init__(self, config: ModelConfig):
@@ -332,7 +333,7 @@ POSITIONS = {
 # --------------------------------------------------------------------------------------
 # Attention: each token looks at the tokens before it.
 
-# What is added to the scores, broadcast to (B, H, T, S), or None; True, only with T = S and None: hide later keys
+# A term for the scores, broadcast to (B, H, T, S), or None; and whether to hide later keys instead, with T = S
 Mask = tuple[Tensor | None, bool]
 # For cross-attention: an encoder's output, (B, S, C), or None if the cache has its keys and values; and its mask
 Context = tuple[Tensor | None, Mask]
@@ -401,8 +402,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: Dropout) -> Ten
     """softmax(q k^T / sqrt(D) + mask) v: the mean of the values, weighted by how well each key answers the query.
 
     q: (B, H, T, D). k, v: (B, H, S, D), or fewer heads. dropout: acts on the weights. Returns (B, H, T, D).
-    PyTorch's fused kernel computes the same formula. For training on a CPU it is too slow: its backward pass in bfloat16
-    takes three times as long as that of the explicit formula, and its dropout is slow in any dtype.
+    PyTorch's fused kernel computes the same formula. For training on a CPU it is slow with dropout, and in bfloat16 its
+    backward pass takes three times as long as the explicit formula's.
     """
     bias, is_causal = mask
     q, k = q.to(v.dtype), k.to(v.dtype)  # a float32 parameter may have changed them
@@ -728,7 +729,7 @@ class Stack(nn.Module):
         self.norm = NORMS["none" if block.ends_with_norm else config.norm](config)
 
     def forward(self, x: Tensor, cache: Cache | None = None, **more) -> Tensor:
-        """x: (B, T, C), embedded tokens, which follow those in the cache. more: passed to share(). Returns (B, T, C)."""
+        """x: (B, T, C), embedded tokens, which follow those in the cache. more: for share(). Returns (B, T, C)."""
         shared = self.share(x.shape[1], cache, **more)
         x = self.dropout(self.embed_norm(self.position.embed(x, shared.at)))
         layers = cache.layers if cache else [None] * len(self.blocks)

@@ -41,7 +41,7 @@ class NumberEmbedding(nn.Module):
 
 
 class WindowMLP(nn.Module):
-    """A feed-forward network that reads the last `window` tokens side by side and predicts the next one.
+    """A feed-forward network that reads the newest `window` tokens side by side and predicts the next one.
 
     It does so at every position of a text. Before the first token the window is filled with zeros, in training and in
     use, so block_size should be several times the window. There are n_layer hidden layers of n_hidden neurons, by
