@@ -11,14 +11,13 @@ from torch import Tensor, nn
 import model as models
 from humptygpt.translation.model import Transformer
 
-every_variant = test_model.each(
-    [
-        *test_model.COMMON_VARIANTS,
-        {"n_kv_head": 1, "n_head": 4},
-        {"window": 3},
-        {"window": 3, "position": "alibi"},
-    ]
-)
+VARIANTS = [
+    *test_model.COMMON_VARIANTS,
+    {"n_kv_head": 1, "n_head": 4},
+    {"window": 3},
+    {"window": 3, "position": "alibi"},
+]
+every_variant = test_model.each(VARIANTS)
 EOT = 0
 
 
