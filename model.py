@@ -353,7 +353,7 @@ class Shared(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    """H heads side by side, each softmax(q k^T / sqrt(D) + mask) v; their results are concatenated and mixed.
+    """H heads side by side, each softmax(q k^T / sqrt(D) + mask) v. Their results are concatenated and mixed.
 
     With n_kv_head below n_head, groups of query heads share one head of keys and values, which makes the cache smaller.
     window: tokens that a query attends to, including its own; 0: all before it.
@@ -729,7 +729,7 @@ class Stack(nn.Module):
         self.norm = NORMS["none" if block.ends_with_norm else config.norm](config)
 
     def forward(self, x: Tensor, cache: Cache | None = None, **more) -> Tensor:
-        """x: (B, T, C), embedded tokens, which follow those in the cache. more: for share(). Returns (B, T, C)."""
+        """x: (B, T, C), embedded tokens, which follow those in the cache. more: see share(). Returns (B, T, C)."""
         shared = self.share(x.shape[1], cache, **more)
         x = self.dropout(self.embed_norm(self.position.embed(x, shared.at)))
         layers = cache.layers if cache else [None] * len(self.blocks)
@@ -821,8 +821,7 @@ class GPT(nn.Module):
         become overconfident. Source: Szegedy et al. 2015, arXiv:1512.00567, section 7.
         """
         smoothing = self.config.label_smoothing if self.training else 0.0
-        logits = logits.flatten(0, 1)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(
             logits, targets.flatten(), ignore_index=-1, label_smoothing=smoothing
         )

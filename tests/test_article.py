@@ -151,7 +151,7 @@ def test_the_window_drops_its_oldest_letter_and_the_network_continues_the_text(k
 
 
 def test_self_attention_is_a_weighted_sum_of_values_with_weights_that_add_up_to_one():
-    """u_i = softmax of k_i . q_3 over the three words, each of k, q and v a matrix times the word's vector."""
+    """u_i is the softmax of k_i . q_3 over three words. Each k, q and v is a matrix times the vector of a word."""
     torch.manual_seed(0)
     attention = SelfAttention(config(n_head=1))
     attention.o_proj.weight.data = torch.eye(8)
@@ -218,7 +218,7 @@ def test_layer_norm_is_x_minus_mean_over_standard_deviation_times_scale_plus_bia
 
 
 def test_the_sinusoidal_encoding_is_the_papers():
-    """sin for even features i and cos for odd ones, of p / 10000^(i/C); an odd feature takes i of the one before."""
+    """sin(p / 10000^(i/C)) for even features i, and cos of the same angle for the odd feature after it."""
     position = POSITIONS["sinusoidal"](config(n_embd=10, block_size=50))
     nothing = torch.zeros(1, 50, 10)
     encoding = position.embed(nothing, slice(0, 50))[0]

@@ -117,7 +117,7 @@ def test_every_position_of_the_text_is_trained_on_in_time(counted):
     assert seen == set(range(1, 1003))
 
 
-def test_the_order_depends_on_seed_and_index_alone(counted):
+def test_the_order_depends_on_seed_and_index_only(counted):
     first, second = opened(), opened()
     second.batch(7, 4)
     assert starts_of(first, 5, 4) == starts_of(second, 5, 4)
@@ -280,7 +280,7 @@ def test_a_text_shorter_than_a_block_is_refused(tiny, fails):
 def test_nanogpts_folder_without_a_meta_is_gpt2s_tokens(
     folder, monkeypatch, capsys, separated
 ):
-    """Its prepare.py ends documents in end-of-text, but has none in a single text."""
+    """nanoGPT ends documents in end-of-text, but its prepare.py for a single text writes none."""
     data = folder / "data" / "openwebtext"
     data.mkdir(parents=True)
     monkeypatch.setattr(tokenizers, "gpt2_pieces", lambda: [bytes([i]) for i in range(256)])

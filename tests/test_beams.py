@@ -70,9 +70,8 @@ def test_a_batch_of_sentences_is_translated_as_each_alone(make, num_beams):
     together = translate(model, sources, EOT, num_beams=num_beams)
     for source, found in zip(sources, together, strict=True):
         (alone,) = translate(model, [source], EOT, num_beams=num_beams)
-        assert found.ids == alone.ids and found.score == pytest.approx(
-            alone.score, abs=1e-5
-        )
+        assert found.ids == alone.ids
+        assert found.score == pytest.approx(alone.score, abs=1e-5)
     assert len({len(found.ids) for found in together}) > 1  # some ended before others
 
 

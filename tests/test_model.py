@@ -23,7 +23,7 @@ from model import (
     rotate,
 )
 
-# these also build an encoder-decoder
+# An encoder-decoder has these variants as well
 COMMON_VARIANTS = [
     *({"position": name} for name in POSITIONS),
     *({"norm": name} for name in NORMS),
@@ -84,7 +84,7 @@ def random_model(**keys) -> models.GPT:
 
 
 def combinations(position: str, block: str) -> list[dict]:
-    """Every norm x mlp x (n_kv_head, window) with these two; parallel needs something beside attention."""
+    """Every norm x mlp x (n_kv_head, window) with these two. A parallel block needs an MLP."""
     found = []
     for norm, mlp, (n_kv_head, window) in itertools.product(
         NORMS, MLPS, KV_HEADS_AND_WINDOW
@@ -393,7 +393,7 @@ def test_the_window_mlp_reads_zeros_before_the_first_token():
     torch.testing.assert_close(model.lm_head(x), model(idx)[0][:, -1])
 
 
-def test_the_state_holds_keys_and_values_of_the_kv_heads_alone_in_buffers_made_once():
+def test_the_cache_holds_keys_and_values_of_the_kv_heads_only_in_buffers_made_once():
     model = tiny(n_head=4, n_kv_head=2)
     cache = model.make_cache()
     model(tokens(3, 5), cache=cache)
@@ -405,7 +405,7 @@ def test_the_state_holds_keys_and_values_of_the_kv_heads_alone_in_buffers_made_o
     assert all(a is b for a, b in zip(buffers, again, strict=True))
 
 
-def test_a_text_longer_than_block_size_is_refused_with_and_without_a_state():
+def test_a_text_longer_than_block_size_is_refused_with_and_without_a_cache():
     model = tiny(block_size=8)
     with pytest.raises(AssertionError, match=r"^9 tokens, but block_size is 8\b"):
         model(tokens(1, 9))
@@ -459,7 +459,7 @@ def test_a_gated_mlp_has_as_many_parameters_as_a_plain_one():
     assert models.count_parameters(gated) == pytest.approx(expected, rel=0.01)
 
 
-def test_rotation_makes_scores_depend_on_distance_alone():
+def test_rotation_makes_scores_depend_on_distance_only():
     position = tiny(position="rotary").stack.position
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
@@ -566,7 +566,7 @@ def test_a_bad_model_config_is_refused(keys, complaint):
     with pytest.raises(UserError, match=f"^{complaint}"):
         make_model_config(keys)
     config = config_class(keys)(**{"vocab_size": 9} | keys)
-    with pytest.raises(ValueError, match=f"^{complaint}"):  # as a notebook sees it
+    with pytest.raises(ValueError, match=f"^{complaint}"):  # the error in a notebook
         build(config)
 
 

@@ -114,7 +114,7 @@ def test_a_batch_has_no_more_tokens_than_asked_for_and_little_padding(folder, wi
 
 
 @both_ways
-def test_a_batch_depends_on_seed_and_step_alone(pairs, with_encoder):
+def test_a_batch_depends_on_seed_and_step_only(pairs, with_encoder):
     in_order, jumping = open_pairs(with_encoder), open_pairs(with_encoder)
     expected = [in_order.batch(number, 4) for number in range(40)]
     for number in (39, 3, 17, 0):
@@ -192,7 +192,7 @@ def test_eval_iters_batches_of_all_lengths_are_evaluated_always_the_same(
 
 
 @both_ways
-def test_bits_per_byte_are_of_the_translation_alone(folder, with_encoder):
+def test_bits_per_byte_count_the_translation_only(folder, with_encoder):
     rows = [(source, target[:9]) for source, target in make_pairs()]
     prepare_bytes(rows, "--val_fraction=0.2")
     data = open_pairs(with_encoder)

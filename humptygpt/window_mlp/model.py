@@ -45,7 +45,7 @@ class WindowMLP(nn.Module):
 
     It does so at every position of a text. Before the first token the window is filled with zeros, in training and in
     use, so block_size should be several times the window. There are n_layer hidden layers of n_hidden neurons, by
-    default as many as there are inputs.
+    default one neuron for each input.
     Source: Bengio et al. 2003, "A neural probabilistic language model".
     """
 
