@@ -227,13 +227,12 @@ def alter(data: Path):
     ids.tofile(data / "train.bin")
 
 
+def shorten(path: Path, count: int):
+    path.write_bytes(path.read_bytes()[:-count])
+
+
 def edit_meta(data: Path, **entries):
     (data / "meta.json").write_text(json.dumps(read_meta(data) | entries))
-
-
-def edit_train(data: Path, **entries):
-    splits = read_meta(data)["splits"]
-    edit_meta(data, splits=splits | {"train": splits["train"] | entries})
 
 
 DAMAGE = {
@@ -241,18 +240,16 @@ DAMAGE = {
     "holds token 20, but its tokenizer has only 3": lambda data: edit_meta(
         data, tokenizer={"tokenizer": "char", "alphabet": "abc"}
     ),
-    "meta.json: splits.train has the file '../train.bin', which": lambda data: edit_train(
-        data, files=[{"name": "../train.bin", "tokens": 3600}]
-    ),
     "meta.json: splits.val has the file 'train.bin', which": lambda data: edit_meta(
         data, splits=(splits := read_meta(data)["splits"]) | {"val": splits["train"]}
     ),
-    "cannot read data/tiny/train.bin: Size": lambda data: (data / "train.bin").write_bytes(
-        (data / "train.bin").read_bytes()[:-1]
-    ),
+    "meta.json: splits.val has the file '../val.bin', which": lambda data: (
+        data / "meta.json"
+    ).write_text((data / "meta.json").read_text().replace("val.bin", "../val.bin")),
+    "cannot read data/tiny/train.bin: Size": lambda data: shorten(data / "train.bin", 1),
     "train.bin has 3,599 tokens, which are not the 3,600 of meta.json": lambda data: (
-        data / "train.bin"
-    ).write_bytes((data / "train.bin").read_bytes()[:-2]),
+        shorten(data / "train.bin", 2)
+    ),
     "cannot read data/tiny/val.bin: [Errno 2]": lambda data: (data / "val.bin").unlink(),
     "meta.json: format must be tokens 2": lambda data: (data / "meta.json").write_text(
         '{"format": "tokens 99"}'

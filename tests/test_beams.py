@@ -149,9 +149,7 @@ def test_a_perfect_translation_scores_100_and_the_signature_names_the_settings()
     lines = ["A man sleeps on a bench.", "Two children play ball in the park."]
     scores = score(lines, lines)
     assert scores["bleu"] == pytest.approx(100) and scores["chrf"] == pytest.approx(100)
-    assert (
-        "tok:13a" in scores["bleu_signature"] and "case:mixed" in scores["bleu_signature"]
-    )
+    assert {"tok:13a", "case:mixed"} < set(scores["bleu_signature"].split("|"))
     assert score(["A dog runs."], lines[:1])["bleu"] < 10
 
 
