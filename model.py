@@ -1,4 +1,4 @@
-"""The GPT: its config, the parts it is built from, the model itself, and how it writes. Needs nothing but PyTorch.
+"""A GPT: its config, its parts, the model itself, and how it generates text. Needs nothing but PyTorch.
 
     idx (B, T)
      |
@@ -19,7 +19,7 @@ A variant is one class or function and one line in a dictionary (NORMS, POSITION
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -32,13 +32,29 @@ from torch.utils.checkpoint import checkpoint
 # --------------------------------------------------------------------------------------
 # The config
 
+# {rule: (the settings that it holds for, whether a value obeys it)}
+RANGES = {
+    "at least 1 and at most 1048576": (
+        "n_layer n_head n_kv_head n_embd head_size n_hidden block_size vocab_size",
+        lambda x: 1 <= x <= 2**20,
+    ),
+    "at least 0": ("mlp_conv logit_soft_cap", lambda x: 0 <= x < math.inf),
+    "at least 0 and below 1": ("dropout label_smoothing", lambda x: 0 <= x < 1),
+    "at least 1": ("rope_factor rope_original_context", lambda x: 1 <= x < math.inf),
+    "above 1": ("rope_base", lambda x: 1 < x < math.inf),
+    "above 0": (
+        "rope_low_freq_factor rope_high_freq_factor norm_eps",
+        lambda x: 0 < x < math.inf,
+    ),
+}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything needed to build a GPT. A checkpoint stores it beside the weights."""
+    """Everything needed to build a GPT. A checkpoint stores it with the weights."""
 
     # model
-    model: str = "gpt"  # transformer: encoder-decoder; window_mlp: no attention; number_mlp: nor an embedding
+    model: str = "gpt"  # transformer: encoder-decoder; window_mlp: no attention; number_mlp: no embedding either
     n_layer: int = 4  # blocks; transformer: in each stack; window_mlp: hidden layers
     n_head: int = 2  # attention heads in a block
     n_kv_head: int | None = None  # heads of keys and values (GQA); None: n_head; 1: MQA
@@ -57,8 +73,8 @@ class ModelConfig:
     position: str = "rotary"  # positional encoding
     rope_base: float = 10000.0  # rotary: base of the frequencies (rope_theta)
     rope_factor: float = 1.0  # rotary: divides low frequencies, as in Llama 3.1; 1: off
-    rope_low_freq_factor: float = 1.0  # rope_factor: fewer turns in the context are low
-    rope_high_freq_factor: float = 4.0  # rope_factor: with more turns than this, kept
+    rope_low_freq_factor: float = 1.0  # rope_factor: with fewer turns, a frequency is low
+    rope_high_freq_factor: float = 4.0  # rope_factor: with more turns, a frequency is kept
     rope_original_context: int = 8192  # rope_factor: context length before it was extended
     norm: str = "layernorm"  # norm of the activations
     norm_eps: float = 1e-5  # added to a norm's variance or mean square
@@ -74,7 +90,7 @@ class ModelConfig:
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
-        """Return {key: its variants}."""
+        """Map each setting that names a variant to the variants there are."""
         return {
             "position": POSITIONS,
             "norm": NORMS,
@@ -112,39 +128,19 @@ class ModelConfig:
         for name, choices in self.choices().items():
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name}={value} is not one of: {', '.join(choices)}")
-        sizes = "n_layer n_head n_kv_head n_embd head_size n_hidden block_size vocab_size"
-        for name in sizes.split():
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= 2**20:
-                raise ValueError(f"{name}={value} must be at least 1 and at most {2**20}")
-        above = {
-            "rope_base": 1,
-            "rope_low_freq_factor": 0,
-            "rope_high_freq_factor": 0,
-            "norm_eps": 0,
-        }
-        for name, bound in above.items():
-            if not bound < (value := getattr(self, name)) < math.inf:
-                raise ValueError(f"{name}={value} must be above {bound}")
-        for name in ("rope_factor", "rope_original_context"):
-            if not 1 <= (value := getattr(self, name)) < math.inf:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if not 0 <= self.logit_soft_cap <= 1e6:
-            raise ValueError(
-                f"logit_soft_cap={self.logit_soft_cap} must be at least 0 and at most 1000000"
-            )
-        for name in ("dropout", "label_smoothing"):
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name}={value} must be at least 0 and below 1")
+        for rule, (names, holds) in RANGES.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise ValueError(f"{name}={value} must be {rule}")
         if not 0 <= self.window <= self.block_size:
             raise ValueError(
                 f"window={self.window} must be at least 0 and at most block_size={self.block_size}"
             )
-        if self.mlp_conv < 0:
-            raise ValueError(f"mlp_conv={self.mlp_conv} must be at least 0")
 
     @property
     def kv_heads(self) -> int:
+        """Heads of keys and values."""
         return self.n_kv_head or self.n_head
 
     @property
@@ -154,7 +150,7 @@ class ModelConfig:
 
 
 # --------------------------------------------------------------------------------------
-# Norms: keep activations at a scale at which a deep network trains well.
+# Norms keep activations at a scale at which a deep network trains well; dropout keeps the network from memorising.
 
 
 class LayerNorm(nn.LayerNorm):
@@ -177,36 +173,52 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(config.n_embd, eps=config.norm_eps)
 
 
-class NoNorm(nn.Identity):
-    """x unchanged."""
+NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "none": nn.Identity}
 
 
-NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm, "none": NoNorm}
+class Dropout(nn.Dropout):
+    """In training, zero each activation with probability p and scale the others by 1 / (1 - p).
+
+    The network cannot rely on any single activation, so it memorises less. Source: Srivastava et al. 2014, "Dropout: a
+    simple way to prevent neural networks from overfitting".
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p:
+            return x
+        if x.device.type != "cpu":
+            return super().forward(x)
+        # on a CPU, drawing the random numbers takes longest, so 64 random bits decide on four elements
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+        bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
+        kept = bits >= min(round(2**16 * self.p), 2**16 - 1) - 2**15
+        return x * (kept.to(x.dtype) * (1 / (1 - self.p)))
 
 
 # --------------------------------------------------------------------------------------
 # Positions: attention by itself cannot tell the order of its tokens. A scheme can act in three places.
 
+# Positions of the T new tokens: a slice, or (B, T) int64 if the texts of a batch start at different positions
+At = slice | Tensor
+Rotary = tuple[Tensor, Tensor]  # cos and sin for rotate(), each (1, T, D) or (B, 1, T, D)
+
 
 class Position(nn.Module):
-    """No positional encoding: three hooks that change nothing. Each scheme overrides one of them.
-
-    at: positions of the T new tokens, a slice, or (B, T) int64 if the texts of a batch start at different positions.
-    """
+    """No positional encoding: three hooks that change nothing. Each scheme overrides one of them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
 
-    def embed(self, x: Tensor, at: slice | Tensor) -> Tensor:
+    def embed(self, x: Tensor, at: At) -> Tensor:
         """Change the token embeddings x, (B, T, C)."""
         return x
 
-    def rotary(self, at: slice | Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return (cos, sin) for rotate(), each (T, D) or (B, 1, T, D)."""
+    def rotary(self, at: At) -> Rotary | None:
+        """Look up the angles by which queries and keys are rotated."""
         return None
 
     def score_bias(self, distance: Tensor) -> Tensor | None:
-        """Return (1, H, T, S), added to the scores before softmax. distance: (T, S), from each key to each query."""
+        """Compute a term for the scores before softmax, (1, H, T, S). distance: (T, S), from each key to each query."""
         return None
 
 
@@ -217,7 +229,7 @@ class LearnedPosition(Position):
         super().__init__(config)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
 
-    def embed(self, x: Tensor, at: slice | Tensor) -> Tensor:
+    def embed(self, x: Tensor, at: At) -> Tensor:
         return x + self.wpe.weight[at]
 
 
@@ -225,21 +237,19 @@ class SinusoidalPosition(Position):
     """Fixed sinusoids of geometrically spaced wavelengths, added to the embedding.
 
     Features 2i and 2i + 1 are sin and cos of p / 10000^(2i/C) at position p. The embedding is first multiplied by
-    sqrt(C), or the sinusoids would dominate it. Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3.4 and 3.5.
+    sqrt(C), since otherwise the sinusoids would dominate it.
+    Source: Vaswani et al. 2017, arXiv:1706.03762, sections 3.4 and 3.5.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         i = torch.arange(config.n_embd)
         frequency = 10000.0 ** (-(i - i % 2) / config.n_embd)
-        angle = (
-            torch.arange(config.block_size, dtype=torch.float32)[:, None] * frequency
-        )  # (block_size, C)
-        self.register_buffer(
-            "sinusoids", torch.where(i % 2 == 0, angle.sin(), angle.cos()), persistent=False
-        )
+        angle = torch.arange(config.block_size)[:, None] * frequency  # (block_size, C)
+        sinusoids = torch.where(i % 2 == 0, angle.sin(), angle.cos())
+        self.register_buffer("sinusoids", sinusoids, persistent=False)
 
-    def embed(self, x: Tensor, at: slice | Tensor) -> Tensor:
+    def embed(self, x: Tensor, at: At) -> Tensor:
         return x * math.sqrt(x.shape[-1]) + self.sinusoids[at]
 
 
@@ -252,33 +262,26 @@ class RotaryPosition(Position):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        exponent = (
-            -torch.arange(0, config.features, 2, dtype=torch.float32) / config.features
-        )
-        frequency = config.rope_base**exponent  # (D / 2), in radians per position
-        if config.rope_factor != 1:
-            frequency = frequency * llama_scale(frequency, config)
-        angle = (
-            torch.arange(config.block_size, dtype=torch.float32)[:, None] * frequency
-        )  # (block_size, D / 2)
-        self.register_buffer(
-            "cos", torch.cat([angle.cos(), angle.cos()], dim=1), persistent=False
-        )
-        self.register_buffer(
-            "sin", torch.cat([-angle.sin(), angle.sin()], dim=1), persistent=False
-        )
+        D = config.features
+        frequency = config.rope_base ** (-torch.arange(0, D, 2) / D)  # radians per position
+        frequency = frequency * llama_scale(frequency, config)
+        angle = torch.arange(config.block_size)[:, None] * frequency  # (block_size, D / 2)
+        cos = angle.cos().repeat(1, 2)
+        sin = torch.cat([-angle.sin(), angle.sin()], dim=1)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
-    def rotary(self, at: slice | Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self.cos[at], self.sin[at]
-        return (cos, sin) if isinstance(at, slice) else (cos[:, None], sin[:, None])
+    def rotary(self, at: At) -> Rotary:
+        return self.cos[at].unsqueeze(-3), self.sin[at].unsqueeze(-3)
 
 
 def llama_scale(frequency: Tensor, config: ModelConfig) -> Tensor:
-    """Return the factors by which Llama 3.1 extends the context of a trained model.
+    """Compute the factors by which Llama 3.1 extends the context of a trained model.
 
     Frequencies with fewer than rope_low_freq_factor turns in the original context are divided by rope_factor, so that
-    no new angle occurs. Those with more than rope_high_freq_factor turns, which tell neighbours apart, are kept, and
-    those between are interpolated. Source: Grattafiori et al. 2024, arXiv:2407.21783, and the code of Llama 3.1.
+    no new angle occurs. Frequencies with more than rope_high_freq_factor turns tell neighbours apart and are kept. The
+    factors between are interpolated. With rope_factor=1, all factors are 1.
+    Source: Grattafiori et al. 2024, arXiv:2407.21783, and the code of Llama 3.1.
     """
     turns = config.rope_original_context * frequency / (2 * math.pi)
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
@@ -286,7 +289,7 @@ def llama_scale(frequency: Tensor, config: ModelConfig) -> Tensor:
     return kept + (1 - kept) / config.rope_factor
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn all pairs at once: (a, b) -> (a cos - b sin, b cos + a sin).
 
     x: (B, H, T, D). Returns its shape and dtype.
@@ -312,11 +315,10 @@ class AlibiPosition(Position):
 
 
 def alibi_slopes(n_head: int) -> list[float]:
-    """2^(-8/n), 2^(-16/n), ... 2^-8 for n heads, a power of two; more heads take every other slope of 2n heads."""
-    n = 1 << (n_head.bit_length() - 1)  # the largest power of two that is not above n_head
-    slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)]
-    between = [2 ** (-4 * i / n) for i in range(1, 2 * n, 2)]
-    return slopes + between[: n_head - n]
+    """2^(-8/n), 2^(-16/n), ... 2^-8 for n heads, a power of two; further heads take every other slope of 2n heads."""
+    n = 2 ** int(math.log2(n_head))
+    order = [*range(2, 2 * n + 1, 2), *range(1, 2 * n, 2)]
+    return [2 ** (-4 * i / n) for i in order[:n_head]]
 
 
 POSITIONS = {
@@ -329,58 +331,29 @@ POSITIONS = {
 
 
 # --------------------------------------------------------------------------------------
-# Dropout
-
-
-class Dropout(nn.Module):
-    """In training, zero each activation with probability p and scale the others by 1 / (1 - p).
-
-    The network cannot rely on any single activation, so it memorises less. Source: Srivastava et al. 2014, "Dropout: a
-    simple way to prevent neural networks from overfitting".
-    """
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.p:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.p)
-        # drawing random numbers takes longest on a CPU, so 64 random bits decide on four elements
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
-        bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
-        kept = bits >= min(round(2**16 * self.p), 2**16 - 1) - 2**15
-        return x * (kept.to(x.dtype) * (1 / (1 - self.p)))
-
-
-# --------------------------------------------------------------------------------------
 # Attention: each token looks at the tokens before it.
 
-# What is added to the scores, broadcast to (B, H, T, S), or None; and whether instead, with T = S, no query attends to
-# a later key
+# A term for the scores, broadcast to (B, H, T, S), or None; and whether to hide later keys instead, with T = S
 Mask = tuple[Tensor | None, bool]
-# Use the explicit formula up to this many scores in a layer: 64 MB in bfloat16
+# For cross-attention: an encoder's output, (B, S, C), or None if the cache has its keys and values; and its mask
+Context = tuple[Tensor | None, Mask]
+# Without dropout, use the explicit formula for up to this many scores in a layer: 64 MB in bfloat16
 EXPLICIT_SCORES = 2**25
 
 
 class Shared(NamedTuple):
-    """What all blocks share in one forward pass.
+    """Inputs of all blocks in one forward pass, computed once."""
 
-    at: positions of the T new tokens, as Position takes them. end: the position after them. masks: by window.
-    rotary: as from Position.rotary. padding: (B, T) bool, True if a token is padding; None: no token is.
-    """
-
-    at: slice | Tensor
-    end: int
-    rotary: tuple[Tensor, Tensor] | None
-    masks: dict[int, Mask]
-    padding: Tensor | None
+    at: At
+    end: int  # the position after the new tokens
+    rotary: Rotary | None
+    masks: dict[int, Mask]  # {window: mask}
+    padding: Tensor | None  # (B, S) bool, True if a token is padding; None: no token is
+    context: Context | None = None
 
 
 class SelfAttention(nn.Module):
-    """H heads side by side, each softmax(q k^T / sqrt(D) + mask) v; their results are concatenated and mixed.
+    """H heads side by side, each softmax(q k^T / sqrt(D) + mask) v. Their results are concatenated and mixed.
 
     With n_kv_head below n_head, groups of query heads share one head of keys and values, which makes the cache smaller.
     window: tokens that a query attends to, including its own; 0: all before it.
@@ -428,9 +401,9 @@ class SelfAttention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: Dropout) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v: the mean of the values, weighted by how well each key answers the query.
 
-    q: (B, H, T, D); k, v: (B, H, S, D), or with fewer heads. dropout: of the weights. Returns (B, H, T, D).
-    On a GPU, and without gradients, PyTorch's fused kernel computes the same. On a CPU its backward pass in bfloat16
-    takes three times as long, and its dropout is slow.
+    q: (B, H, T, D). k, v: (B, H, S, D), or fewer heads. dropout: acts on the weights. Returns (B, H, T, D).
+    PyTorch's fused kernel computes the same formula. For training on a CPU it is slow with dropout, and in bfloat16 its
+    backward pass takes three times as long as the explicit formula's.
     """
     bias, is_causal = mask
     q, k = q.to(v.dtype), k.to(v.dtype)  # a float32 parameter may have changed them
@@ -438,8 +411,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: Dropout) -> Ten
     p = dropout.p if dropout.training else 0.0
     explicit = torch.is_grad_enabled() and q.device.type == "cpu"
     if explicit and not p:
-        fits = q.shape[:3].numel() * k.shape[2] <= EXPLICIT_SCORES
-        explicit = fits and torch.is_autocast_enabled("cpu")
+        few = q.shape[:3].numel() * k.shape[2] <= EXPLICIT_SCORES
+        explicit = few and torch.is_autocast_enabled("cpu")
     if not explicit:
         return F.scaled_dot_product_attention(
             q, k, v, bias, p, is_causal, enable_gqa=q.shape[1] != k.shape[1]
@@ -467,19 +440,15 @@ def attention_mask(
     Position.score_bias. padding: (B, S) bool, True if a key is padding.
     """
     T, S = distance.shape
-    limited = 0 < window < S
-    if causal and not limited and bias is None and padding is None and T in (1, S):
+    unlimited = not 0 < window < S
+    if causal and unlimited and bias is None and padding is None and T in (1, S):
         return None, T == S  # a single query, the last, sees everything
-    hidden = distance < 0 if causal else None
-    if limited:
-        far = distance.abs() >= window
-        hidden = far if hidden is None else hidden | far
+    hidden = distance < (0 if causal else -S)
+    if window:
+        hidden = hidden | (distance.abs() >= window)
     if padding is not None:
-        padding = padding[:, None, None, :]
         # softmax over no key at all is nan, so a token may at least attend to itself
-        hidden = padding if hidden is None else hidden | (padding & (distance != 0))
-    if hidden is None:
-        return bias, False
+        hidden = hidden | (padding[:, None, None, :] & (distance != 0))
     return torch.where(hidden, -torch.inf, 0.0 if bias is None else bias), False
 
 
@@ -488,12 +457,12 @@ class LayerCache:
 
     def __init__(self, size: int):
         self.size = size
-        # (B, H, size, D), made when the first token shows shape, dtype and device
+        # (B, H, size, D); the first token tells shape, dtype and device
         self.k = self.v = None
-        self.last_inputs = None  # (B, up to n, C), of a convolution over n earlier tokens
+        self.last_inputs = None  # (B, n, C), for a convolution over n earlier tokens
 
     def append(self, k: Tensor, v: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """Write k and v, (B, H, T, D), so that they end at position `end`. Returns all up to it, (B, H, S, D)."""
+        """Write k and v, (B, H, T, D), before position `end`. Returns all keys and values up to there, (B, H, S, D)."""
         B, H, T, D = k.shape
         if self.k is None:
             self.k = k.new_zeros(B, H, self.size, D)
@@ -502,17 +471,11 @@ class LayerCache:
         self.v.narrow(2, end - T, T).copy_(v)
         return self.k.narrow(2, 0, end), self.v.narrow(2, 0, end)
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, in this order; rows may repeat."""
-        self.k, self.v = self.k[rows], self.v[rows]
-        if self.last_inputs is not None:
-            self.last_inputs = self.last_inputs[rows]
-
 
 class Cache:
-    """What a decoder keeps of the tokens it has read, so that each new token is computed once.
+    """The tokens that a decoder has read, kept as keys and values, so that each token is computed only once.
 
-    length: tokens read. padding: (B,) int64, how many of the first tokens of each text are padding; None: none.
+    length: number of tokens read. padding: (B,) int64, how many tokens at the start of each text are padding.
     """
 
     def __init__(self, n_layer: int, size: int):
@@ -522,7 +485,7 @@ class Cache:
         self.layers = [LayerCache(size) for _ in range(n_layer)]
 
     def span(self, T: int) -> int:
-        """Return how many tokens the next T can attend to, including themselves."""
+        """Count the tokens that the next T can attend to, including themselves."""
         return self.length + T
 
     def clear(self) -> None:
@@ -533,11 +496,11 @@ class Cache:
             layer.last_inputs = None
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, int64, in this order; rows may repeat."""
-        for layer in self.layers:
-            layer.select(rows)
-        if self.padding is not None:
-            self.padding = self.padding[rows]
+        """Select rows of the batch in every tensor, int64, in this order; rows may repeat."""
+        for holder in (self, *self.layers):
+            for name, value in vars(holder).items():
+                if isinstance(value, Tensor):
+                    setattr(holder, name, value[rows])
 
 
 ATTENTIONS = {"softmax": SelfAttention}
@@ -567,34 +530,32 @@ class MLP(nn.Module):
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.3.
     """
 
+    gated = False
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        n_hidden = config.n_hidden or 4 * config.n_embd
+        C = config.n_embd
+        n_hidden = config.n_hidden or (8 * math.ceil(C / 3) if self.gated else 4 * C)
         bias = config.bias if config.mlp_bias is None else config.mlp_bias
         self.activation = ACTIVATIONS[config.activation]
-        self.up_proj = nn.Linear(config.n_embd, n_hidden, bias)
-        self.down_proj = nn.Linear(n_hidden, config.n_embd, bias)
+        if self.gated:
+            self.gate_proj = nn.Linear(C, n_hidden, bias)
+        self.up_proj = nn.Linear(C, n_hidden, bias)
+        self.down_proj = nn.Linear(n_hidden, C, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
         return self.down_proj(self.activation(self.up_proj(x)))
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(MLP):
     """Each hidden neuron is multiplied by a gate, which went through the activation. With silu: SwiGLU.
 
-    By default it has 8/3 C neurons, so that its three matrices cost what the two of MLP do, rounded up to a multiple of
-    8, since GPUs multiply matrices in tiles of 8. Source: Shazeer 2020, arXiv:2002.05202.
+    By default it has 8/3 C neurons, so that its three matrices have as many weights as the two of MLP. The number is
+    rounded up to a multiple of 8, since GPUs multiply matrices in tiles of 8. Source: Shazeer 2020, arXiv:2002.05202.
     """
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        n_hidden = config.n_hidden or 8 * math.ceil(config.n_embd / 3)
-        bias = config.bias if config.mlp_bias is None else config.mlp_bias
-        self.activation = ACTIVATIONS[config.activation]
-        self.gate_proj = nn.Linear(config.n_embd, n_hidden, bias)
-        self.up_proj = nn.Linear(config.n_embd, n_hidden, bias)
-        self.down_proj = nn.Linear(n_hidden, config.n_embd, bias)
+    gated = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
@@ -607,11 +568,11 @@ MLPS = {"plain": MLP, "gated": GatedMLP, "none": None}
 class CausalConv(nn.Module):
     """Add to each token the n tokens before it, each feature with its own trained weights: x_t + w_1 x_(t-1) + ...
 
-    It starts as the identity. Source: So et al. 2021 (Primer), arXiv:2109.08668; before each layer: Allen-Zhu 2025
-    (Canon layers), arXiv:2512.17351.
+    It starts as the identity. Sources: So et al. 2021 (Primer), arXiv:2109.08668; Allen-Zhu 2025 (Canon layers, which
+    are before each layer), arXiv:2512.17351.
     """
 
-    GAIN = 4.0  # w is this times a parameter, because AdamW moves all parameters equally fast and w should move faster
+    GAIN = 4.0  # w is GAIN times a parameter: AdamW moves all parameters equally fast, and w should move faster
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -630,8 +591,8 @@ class CausalConv(nn.Module):
             return x + self.GAIN * (earlier * self.weight.flip(0).T).sum(dim=-1)
         y = x
         for back, weight in enumerate(self.weight[: T - 1], start=1):
-            tokens = F.pad(x, (0, 0, back, -back))
-            y = torch.addcmul(y, tokens, weight.to(x.dtype), value=self.GAIN)
+            earlier = F.pad(x, (0, 0, back, -back))
+            y = torch.addcmul(y, earlier, weight.to(x.dtype), value=self.GAIN)
         return y
 
 
@@ -640,28 +601,46 @@ class CausalConv(nn.Module):
 
 
 class Block(nn.Module):
-    """The parts of a block; each kind's forward joins them. layer: its number in the stack, from 0."""
+    """Two branches: attention, then a feed-forward network. The forward of each kind of block joins them.
 
-    residual = True  # is each branch added to its input?
-    one_norm = False  # do all branches read the same normalised input?
-    ends_with_norm = False  # if so, the stack needs no last norm
+    forward(x, *inputs): x is (B, T, C); inputs, Shared and perhaps a LayerCache, are passed on to the branches.
+    layer: number of the block in its stack, from 0.
+    """
+
+    residual = True  # the output of each branch is added to its input
+    one_norm = False  # all branches read the same normalised input
+    ends_with_norm = False  # the stack needs no norm at its end
 
     def __init__(self, config: ModelConfig, layer: int = 0):
         super().__init__()
-        norm, mlp = NORMS[config.norm], MLPS[config.mlp]
-        self.attn_norm = norm(config)
-        self.attn = ATTENTIONS[config.attention](config, config.window)
+        mlp = MLPS[config.mlp]
+        self.make_attention(config, layer)
         if mlp and not self.one_norm:
-            self.mlp_norm = norm(config)
+            self.mlp_norm = NORMS[config.norm](config)
         self.conv = CausalConv(config) if mlp and config.mlp_conv else None
         self.mlp = mlp(config) if mlp else None
         self.dropout = Dropout(config.dropout)
 
-    def feed_forward(self, x: Tensor, shared: Shared, cache: LayerCache | None) -> Tensor:
+    def make_attention(self, config: ModelConfig, layer: int) -> None:
+        """Make the first branch. To vary the window from layer to layer, choose it here."""
+        self.attn_norm = NORMS[config.norm](config)
+        self.attn = ATTENTIONS[config.attention](config, config.window)
+
+    def branches(self) -> list[tuple[nn.Module, Callable]]:
+        """List the branches in order, each with its norm."""
+        found = [(self.attn_norm, self.attn)]
+        if self.mlp:
+            norm = self.attn_norm if self.one_norm else self.mlp_norm
+            found.append((norm, self.feed_forward))
+        return found
+
+    def feed_forward(
+        self, x: Tensor, shared: Shared, cache: LayerCache | None = None
+    ) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
         if self.conv:
             if shared.padding is not None:
-                x = x.masked_fill(shared.padding[..., None], 0)
+                x = x.masked_fill(shared.padding[:, -x.shape[1] :, None], 0)
             x = self.conv(x, cache)
         return self.mlp(x)
 
@@ -672,11 +651,9 @@ class PreNormBlock(Block):
     Source: Radford et al. 2019 (GPT-2); Xiong et al. 2020, arXiv:2002.04745.
     """
 
-    def forward(self, x: Tensor, shared: Shared, cache: LayerCache | None = None) -> Tensor:
-        """x: (B, T, C). Returns (B, T, C)."""
-        x = x + self.dropout(self.attn(self.attn_norm(x), shared, cache))
-        if self.mlp:
-            x = x + self.dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
+    def forward(self, x: Tensor, *inputs) -> Tensor:
+        for norm, branch in self.branches():
+            x = x + self.dropout(branch(norm(x), *inputs))
         return x
 
 
@@ -688,11 +665,9 @@ class PostNormBlock(Block):
 
     ends_with_norm = True
 
-    def forward(self, x: Tensor, shared: Shared, cache: LayerCache | None = None) -> Tensor:
-        """x: (B, T, C). Returns (B, T, C)."""
-        x = self.attn_norm(x + self.dropout(self.attn(x, shared, cache)))
-        if self.mlp:
-            x = self.mlp_norm(x + self.dropout(self.feed_forward(x, shared, cache)))
+    def forward(self, x: Tensor, *inputs) -> Tensor:
+        for norm, branch in self.branches():
+            x = norm(x + self.dropout(branch(x, *inputs)))
         return x
 
 
@@ -704,27 +679,25 @@ class PlainBlock(Block):
 
     residual = False
 
-    def forward(self, x: Tensor, shared: Shared, cache: LayerCache | None = None) -> Tensor:
-        """x: (B, T, C). Returns (B, T, C)."""
-        x = self.dropout(self.attn(self.attn_norm(x), shared, cache))
-        if self.mlp:
-            x = self.dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
+    def forward(self, x: Tensor, *inputs) -> Tensor:
+        for norm, branch in self.branches():
+            x = self.dropout(branch(norm(x), *inputs))
         return x
 
 
 class ParallelBlock(Block):
-    """Both branches read the same input, so that a GPU can compute them at once.
+    """All branches read the same input, so that a GPU can compute them at once.
 
     Source: Wang and Komatsuzaki 2021 (GPT-J); Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 2.
     """
 
     one_norm = True
 
-    def forward(self, x: Tensor, shared: Shared, cache: LayerCache | None = None) -> Tensor:
-        """x: (B, T, C). Returns (B, T, C)."""
+    def forward(self, x: Tensor, *inputs) -> Tensor:
         y = self.attn_norm(x)
-        x = x + self.dropout(self.attn(y, shared, cache))
-        return x + self.dropout(self.feed_forward(y, shared, cache))
+        for _, branch in self.branches():
+            x = x + self.dropout(branch(y, *inputs))
+        return x
 
 
 BLOCKS = {
@@ -736,48 +709,52 @@ BLOCKS = {
 
 
 class Stack(nn.Module):
-    """What is between the embedding and the head: positions, n_layer blocks and, unless they end with one, a norm.
+    """Everything between embedding and head: positions, n_layer blocks and, unless the blocks end with one, a norm.
 
-    checkpoint_activations: keep only the input of each block in training, and compute the rest again in the backward
-    pass. Source: Chen et al. 2016, arXiv:1604.06174.
+    blocks: {name: kind of block}. checkpoint_activations: in training, keep only the input of each block, and compute
+    the rest again in the backward pass. Source: Chen et al. 2016, arXiv:1604.06174.
     """
 
-    causal = True
-
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, blocks: dict = BLOCKS, causal: bool = True):
         super().__init__()
+        self.causal = causal
         self.checkpoint_activations = False
         index = torch.arange(config.block_size)
         self.register_buffer("index", index, persistent=False)
         self.position = POSITIONS[config.position](config)
         self.embed_norm = NORMS[config.norm if config.embed_norm else "none"](config)
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(
-            self.make_block(config, i) for i in range(config.n_layer)
-        )
-        self.norm = NORMS["none" if self.blocks[0].ends_with_norm else config.norm](config)
+        block = blocks[config.block]
+        self.blocks = nn.ModuleList(block(config, i) for i in range(config.n_layer))
+        self.norm = NORMS["none" if block.ends_with_norm else config.norm](config)
 
-    def make_block(self, config: ModelConfig, layer: int) -> Block:
-        return BLOCKS[config.block](config, layer)
+    def forward(self, x: Tensor, cache: Cache | None = None, **more) -> Tensor:
+        """x: (B, T, C), embedded tokens, which follow those in the cache. more: see share(). Returns (B, T, C)."""
+        shared = self.share(x.shape[1], cache, **more)
+        x = self.dropout(self.embed_norm(self.position.embed(x, shared.at)))
+        layers = cache.layers if cache else [None] * len(self.blocks)
+        for block, layer in zip(self.blocks, layers, strict=True):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, shared, layer, use_reentrant=False)
+            else:
+                x = block(x, shared, layer)
+        if cache:
+            cache.length = shared.end
+        return self.norm(x)
 
-    def forward(
-        self, x: Tensor, cache: Cache | None = None, padding: Tensor | None = None
-    ) -> Tensor:
-        """x: (B, T, C), embedded tokens, which follow those in the cache. padding: (B, T), True if x is padding.
-
-        Returns (B, T, C).
-        """
-        return self.run(x, self.share(x, cache, padding), cache)
-
-    def share(self, x: Tensor, cache: Cache | None, padding: Tensor | None) -> Shared:
-        """Compute what all blocks need: positions and masks."""
-        T = x.shape[1]
-        start = cache.length if cache else 0
-        S = cache.span(T) if cache else T
+    def share(
+        self,
+        T: int,
+        cache: Cache | None = None,
+        padding: Tensor | None = None,
+        context: Context | None = None,
+    ) -> Shared:
+        """Compute positions and masks for T new tokens. padding: (B, T) bool, True if a token is padding."""
+        start, S = (cache.length, cache.span(T)) if cache else (0, T)
         assert len(self.index) >= S, f"{S} tokens, but block_size is {len(self.index)}"
         at = slice(start, start + T)
         query, key = start + self.index[:T], self.index[:S]
-        if cache and cache.padding is not None:  # of shorter texts, on the left
+        if cache and cache.padding is not None:
             padding = key < cache.padding[:, None]
             at = (query - cache.padding[:, None]).clamp(min=0)
         distance = query[:, None] - key
@@ -785,20 +762,7 @@ class Stack(nn.Module):
         masks = {}
         for window in {block.attn.window for block in self.blocks}:
             masks[window] = attention_mask(distance, self.causal, window, bias, padding)
-        new_padding = None if padding is None else padding[:, S - T :]
-        return Shared(at, start + T, self.position.rotary(at), masks, new_padding)
-
-    def run(self, x: Tensor, shared: Shared, cache: Cache | None) -> Tensor:
-        """Pass x, (B, T, C), through all blocks."""
-        x = self.dropout(self.embed_norm(self.position.embed(x, shared.at)))
-        for i, block in enumerate(self.blocks):
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, shared, use_reentrant=False)
-            else:
-                x = block(x, shared, cache.layers[i] if cache else None)
-        if cache:
-            cache.length = shared.end
-        return self.norm(x)
+        return Shared(at, start + T, self.position.rotary(at), masks, padding, context)
 
 
 # --------------------------------------------------------------------------------------
@@ -811,7 +775,7 @@ class GPT(nn.Module):
     Source: Radford et al. 2018 (GPT), "Improving language understanding by generative pre-training".
     """
 
-    tasks = ("language modelling", "translation")  # that it can learn
+    tasks = ("language modelling", "translation")  # the tasks that it can learn
     has_encoder = False  # it translates by continuing the source
     has_cache = True
 
@@ -832,15 +796,15 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """idx: (B, T) token ids, which follow those in the cache. targets: (B, T), -1 where no loss is counted.
+        """idx: (B, T) token ids, which follow those in the cache. targets: (B, T); a target of -1 does not count.
 
-        Returns logits (B, T, V) and the mean cross-entropy in nats, None without targets.
+        Returns logits (B, T, V) and the mean cross-entropy in nats, or None without targets.
         """
         logits = self.head(self.stack(self.wte(idx), cache))
         return logits, None if targets is None else self.loss(logits, targets)
 
     def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return the logits (B, V) of the token that follows idx."""
+        """Compute the logits (B, V) of the token that follows idx."""
         return self.head(self.stack(self.wte(idx), cache)[:, -1])
 
     def head(self, x: Tensor) -> Tensor:
@@ -857,33 +821,28 @@ class GPT(nn.Module):
         become overconfident. Source: Szegedy et al. 2015, arXiv:1512.00567, section 7.
         """
         smoothing = self.config.label_smoothing if self.training else 0.0
-        logits = logits.flatten(0, 1)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(
             logits, targets.flatten(), ignore_index=-1, label_smoothing=smoothing
         )
 
     def make_cache(self, size: int | None = None) -> Cache:
-        """Return an empty cache for up to `size` tokens; None: block_size."""
-        return Cache(
-            self.config.n_layer, min(size or self.config.block_size, self.config.block_size)
-        )
+        """Make an empty cache for up to `size` tokens; None: block_size."""
+        block_size = self.config.block_size
+        return Cache(self.config.n_layer, min(size or block_size, block_size))
 
     @torch.inference_mode()
     def generate(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0
     ) -> Tensor:
-        """Continue idx, (B, T) with T >= 1, by sampled tokens. Returns (B, T + max_new_tokens)."""
+        """Continue idx, (B, T) with T >= 1, by sampled tokens. Returns (B, T + max_new_tokens).
+
+        top_k: sample from the k most probable tokens only; 0: from all.
+        """
         block_size = self.config.block_size
         cache, new = self.make_cache(), idx[:, -block_size:]
         for _ in range(max_new_tokens):
-            if (
-                cache.length + new.shape[1] > block_size
-            ):  # the context is full: go on from its newest half
+            if cache.length + new.shape[1] > block_size:  # full: go on from the newest half
                 cache.clear()
                 new = idx[:, -(block_size + 1) // 2 :]
             logits = self.next_logits(new, cache).float() / temperature
@@ -905,33 +864,30 @@ def init_weights(model: nn.Module) -> None:
     biases, norms                  0, 1                      0, 1
 
     GPT-2 divides by the square root of the number of residual branches in a stack, 2 n_layer with attention and
-    feed-forward, to keep the variance of the residual stream that of its input. Without residual connections
+    feed-forward, so that the residual stream keeps the variance of its input. Without residual connections
     (block=plain) only the linear layers of the blocks carry the signal: all are 1 / sqrt(inputs), which keeps it.
     """
     config = model.config
-    ends = [
-        name for name, _ in model.named_modules() if name.endswith(("o_proj", "down_proj"))
-    ]
+    untied = not config.tie_weights
+    names = [name for name, _ in model.named_modules()]
+    last = [name for name in names if name.endswith(("o_proj", "down_proj"))]
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            std = 0.02
-            if config.init == "zero":
-                std = config.n_embd**-0.5 if config.tie_weights else 1.0
-        elif isinstance(module, nn.Linear):
-            std = 0.02
-            if config.init == "zero":
-                head = name == "lm_head" and not config.tie_weights
-                std = 0.0 if name in ends or head else module.in_features**-0.5
-            elif ".blocks." in name and not BLOCKS[config.block].residual:
-                std = module.in_features**-0.5
-            elif name in ends:
-                stack = name.split(".")[0]
-                std = 0.02 / math.sqrt(sum(end.startswith(stack) for end in ends))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        else:
+        if not isinstance(module, nn.Embedding | nn.Linear):
             continue
+        keeps_scale = module.weight.shape[1] ** -0.5
+        if config.init == "zero":
+            std = 1.0 if untied and isinstance(module, nn.Embedding) else keeps_scale
+            if name in last or (untied and name == "lm_head"):
+                std = 0.0
+        elif ".blocks." in name and not BLOCKS[config.block].residual:
+            std = keeps_scale
+        else:
+            stack = name.split(".")[0]
+            branches = sum(other.startswith(stack) for other in last)
+            std = 0.02 / math.sqrt(branches) if name in last else 0.02
         nn.init.normal_(module.weight, std=std)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -945,13 +901,11 @@ def flops_per_token(model: nn.Module) -> int:
     Each weight of a matrix multiplies and adds once (2), and attention takes 2 H D of both for each token attended to,
     even if heads share keys and values. Source: Chowdhery et al. 2022, arXiv:2204.02311, app. B.
     """
-    matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    attended = 0
+    matrices = attended = 0
     for module in model.modules():
+        if isinstance(module, nn.Linear):
+            matrices += module.weight.numel()
         if hasattr(module, "window"):
-            attended += (
-                (module.window or model.config.block_size)
-                * module.n_head
-                * module.head_size
-            )
+            window = module.window or model.config.block_size
+            attended += window * module.n_head * module.head_size
     return 6 * matrices + 12 * attended

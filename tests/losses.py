@@ -1,12 +1,12 @@
 """Losses of short runs of every model, optimizer and position, in full precision, straight and resumed halfway.
 
-    python tests/losses.py > after.json                         of this checkout
-    python tests/losses.py ../before > before.json              of another one, by its own train.py
-    python tests/losses.py ../before . > resumed.json           the first half by one, the second by the other
+    python tests/losses.py > after.json                         runs this checkout
+    python tests/losses.py ../before > before.json              runs another one
+    python tests/losses.py ../before . > resumed.json           starts with one and resumes with the other
     diff before.json after.json
 
-A refactoring changes none of these numbers on one machine with one version of torch: the order in which random numbers
-are drawn, what belongs to which optimizer state, and what a checkpoint holds all show here.
+A refactoring changes none of these numbers on one machine with one version of torch. They show the order in which
+random numbers are drawn, which state belongs to which parameter, and whether a checkpoint is complete.
 """
 
 import json
@@ -25,7 +25,8 @@ COMMON += " --eval_interval=10 --log_interval=1 --warmup_iters=4 --device=cpu --
 COMMON += " --activation=gelu --mlp_conv=0 --qk_norm=False --init=gpt2 --tie_weights=True --optimizer=adamw"
 COMMON += " --learning_rate=1e-3 --muon_learning_rate=0.02 --muon_momentum=0.95 --beta2=0.99 --schedule=cosine"
 COMMON += " --min_lr=None --grad_clip=1.0"
-BASE = "--dataset=text --position=rotary"  # the model beside which LoRA trains
+KEYS = ["iter", "tokens", "lr", "train_loss", "grad_norm", "val_loss", "val_bits_per_byte"]
+BASE = "--dataset=text --position=rotary"  # the model that LoRA starts from
 RUNS = {
     "gpt2": "--dataset=text --position=learned --dropout=0.1 --bias=True --activation=gelu_tanh",
     "demo": "--dataset=text --position=rotary --optimizer=normuon --muon_momentum=0.85 --mlp_conv=3 --init=zero"
@@ -48,71 +49,41 @@ RUNS = {
 }
 
 
-def run(script: Path, folder: Path, *argv: str, processes: int = 1) -> None:
+def run(script: Path, folder: Path, argv: str, processes: int = 1) -> None:
+    launch = f"-m torch.distributed.run --standalone --nproc_per_node={processes}".split()
+    command = [sys.executable, *(launch if processes > 1 else []), script, *argv.split()]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), *argv]
-    if processes > 1:
-        command[1:1] = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-        ]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{argv}\n{done.stderr[-2000:]}"
 
 
 def read_rows(out_dir: Path) -> list[dict]:
-    """The rows of metrics, without what each end of a run adds: the scores of the test split, and how it ended."""
-    keys = (
-        "iter",
-        "tokens",
-        "lr",
-        "train_loss",
-        "grad_norm",
-        "val_loss",
-        "val_bits_per_byte",
-    )
+    """The rows of metrics, without the rows that each end of a run adds."""
     rows = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
     return [
-        {key: row[key] for key in keys if key in row}
+        {key: row[key] for key in KEYS if key in row}
         for row in rows
         if "test_bleu" not in row and "end" not in row
     ]
 
 
 def losses(first: Path, second: Path, folder: Path, name: str) -> list[dict]:
-    """The rows of a run; asserts that those of one by `first` that `second` resumes halfway are the same."""
+    """The rows of a run by `first`. Asserts that a run which `second` resumes halfway has the same rows."""
     processes = 2 if name == "two_processes" else 1
-    argv = [*COMMON.split(), *RUNS[name].split()]
-    straight, resumed = f"out/{name}/straight", f"out/{name}/resumed"
-    run(
-        first / "train.py",
-        folder,
-        *argv,
-        f"--out_dir={straight}",
-        f"--max_iters={STEPS}",
-        processes=processes,
-    )
-    run(
-        first / "train.py",
-        folder,
-        *argv,
-        f"--out_dir={resumed}",
-        f"--max_iters={STEPS // 2}",
-        processes=processes,
-    )
-    more = ["--init_from=resume", f"--out_dir={resumed}", f"--max_iters={STEPS}"]
-    run(second / "train.py", folder, *more, processes=processes)
-    rows = read_rows(folder / straight)
-    assert read_rows(folder / resumed) == rows, name
+    straight, resumed = f"--out_dir=out/{name}/straight", f"--out_dir=out/{name}/resumed"
+    half, whole = f"--max_iters={STEPS // 2}", f"--max_iters={STEPS}"
+    resume = f"--init_from=resume {resumed} {whole}"
+    script, settings = first / "train.py", f"{COMMON} {RUNS[name]}"
+    run(script, folder, f"{settings} {straight} {whole}", processes)
+    run(script, folder, f"{settings} {resumed} {half}", processes)
+    run(second / "train.py", folder, resume, processes)
+    rows = read_rows(folder / "out" / name / "straight")
+    assert read_rows(folder / "out" / name / "resumed") == rows, name
     return rows
 
 
 def main(argv: list[str]) -> None:
-    roots = [Path(root).resolve() for root in argv] or [
-        Path(__file__).parent.parent.resolve()
-    ]
+    roots = [Path(root).resolve() for root in argv or [Path(__file__).parent.parent]]
     first, second = roots[0], roots[-1]
     with (
         tempfile.TemporaryDirectory() as temporary,
@@ -122,16 +93,11 @@ def main(argv: list[str]) -> None:
         (folder / "text.txt").write_text(make_text(20_000))
         pairs = "".join(f"{source}\t{target}\n" for source, target in make_pairs())
         (folder / "pairs.tsv").write_text(pairs)
-        run(first / "prepare_data.py", folder, "--input=text.txt", "--name=text")
-        run(
-            first / "prepare_data.py",
-            folder,
-            "--input=pairs.tsv",
-            "--name=pairs",
-            "--tokenizer=byte",
-        )
-        base = [*COMMON.split(), *BASE.split(), "--out_dir=out/base", "--max_iters=10"]
-        run(first / "train.py", folder, *base)
+        prepare = first / "prepare_data.py"
+        run(prepare, folder, "--input=text.txt --name=text")
+        run(prepare, folder, "--input=pairs.tsv --name=pairs --tokenizer=byte")
+        base = f"{COMMON} {BASE} --out_dir=out/base --max_iters=10"
+        run(first / "train.py", folder, base)
         rows = pool.map(lambda name: losses(first, second, folder, name), RUNS)
         print(json.dumps(dict(zip(RUNS, rows, strict=True)), indent=1))
 

@@ -4,24 +4,17 @@ import itertools
 
 import numpy as np
 import pytest
+import test_model
 import torch
-from conftest import GPT2
 from test_transformer import EOT, random_model, tokens
 
 import model as models
-from humptygpt.tasks import build
 from humptygpt.translation import beams
-from humptygpt.translation.beams import Translation, beam_search, score, translate
-from model import ModelConfig
+from humptygpt.translation.beams import Translation, score, translate
 
 
 def decoder_only(**keys) -> models.GPT:
-    torch.manual_seed(0)
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 12, "vocab_size": 11}
-    model = build(ModelConfig(**GPT2 | sizes | keys)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
+    return test_model.random_model(block_size=12, **keys).eval()
 
 
 both_ways = pytest.mark.parametrize(
@@ -36,7 +29,7 @@ def some_sources(*lengths: int) -> list[np.ndarray]:
 
 
 def log_probabilities(model, source: np.ndarray, ids: list[int]) -> list[float]:
-    """Those of each token of a translation, in one forward pass without the decoder's state."""
+    """Log-probability of each token of a translation, by one forward pass without a cache."""
     source, ids = torch.from_numpy(source)[None], torch.tensor([ids])
     if model.has_encoder:
         logits, _ = model(
@@ -45,18 +38,6 @@ def log_probabilities(model, source: np.ndarray, ids: list[int]) -> list[float]:
     else:
         logits, _ = model(torch.cat([source, ids[:, :-1]], dim=1))
     return logits.log_softmax(-1)[0, -ids.shape[1] :].gather(1, ids.T)[:, 0].tolist()
-
-
-@both_ways
-def test_one_beam_takes_the_most_probable_token_at_each_step(make):
-    model = make()
-    for source in some_sources(3, 5, 6, 6):
-        ids = []
-        (found,) = translate(model, [source], EOT, num_beams=1)
-        for token in [*found.ids, EOT][: 13 - (1 if model.has_encoder else len(source))]:
-            all_ids = [log_probabilities(model, source, [*ids, t])[-1] for t in range(11)]
-            assert int(np.argmax(all_ids)) == token
-            ids.append(token)
 
 
 @both_ways
@@ -82,21 +63,6 @@ def test_enough_beams_find_the_best_translation_of_all(make, length_penalty):
 
 
 @both_ways
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_the_score_is_the_mean_log_probability_of_a_forward_pass_without_state(
-    make, num_beams
-):
-    model = make()
-    sources = some_sources(4, 6, 4, 2, 6)
-    translations = translate(model, sources, EOT, num_beams=num_beams, max_new_tokens=5)
-    for source, found in zip(sources, translations, strict=True):
-        ids = found.ids if len(found.ids) == 5 else [*found.ids, EOT]
-        assert found.score == pytest.approx(
-            np.mean(log_probabilities(model, source, ids)), abs=1e-5
-        )
-
-
-@both_ways
 @pytest.mark.parametrize("num_beams", [1, 4])
 def test_a_batch_of_sentences_is_translated_as_each_alone(make, num_beams):
     model = make()
@@ -104,9 +70,8 @@ def test_a_batch_of_sentences_is_translated_as_each_alone(make, num_beams):
     together = translate(model, sources, EOT, num_beams=num_beams)
     for source, found in zip(sources, together, strict=True):
         (alone,) = translate(model, [source], EOT, num_beams=num_beams)
-        assert found.ids == alone.ids and found.score == pytest.approx(
-            alone.score, abs=1e-5
-        )
+        assert found.ids == alone.ids
+        assert found.score == pytest.approx(alone.score, abs=1e-5)
     assert len({len(found.ids) for found in together}) > 1  # some ended before others
 
 
@@ -139,33 +104,8 @@ def test_ids_that_only_pad_the_vocabulary_are_never_chosen():
     assert max(chosen(None)) >= 9 > max(chosen(9))
 
 
-@both_ways
-def test_a_hypothesis_that_ended_is_not_lost_to_longer_ones_that_score_worse(make):
-    model = make(vocab_size=4)
-    worse = 0
-    for source in some_sources(*[2 + i % 4 for i in range(30)]):
-        source = source % 4
-        ended = []
-        for ids in itertools.chain.from_iterable(
-            itertools.product(range(1, 4), repeat=n) for n in range(3)
-        ):
-            ended.append(np.mean(log_probabilities(model, source, [*ids, EOT])))
-        (found,) = translate(model, [source], EOT, num_beams=40, max_new_tokens=6)
-        assert found.ended
-        worse += found.score < max(ended) - 1e-5
-    assert worse == 0
-
-
-def test_the_source_is_encoded_once_however_long_the_translation():
-    model = random_model()
-    encoded = []
-    model.encoder.register_forward_hook(lambda *args: encoded.append(1))
-    beam_search(model, tokens(3, 5), EOT, num_beams=2)
-    assert len(encoded) == 1
-
-
 def plain_search(model, source: np.ndarray, num_beams: int, limit: int) -> Translation:
-    """A beam search without the decoder's state, one hypothesis at a time, over four tokens."""
+    """A beam search without a cache, one hypothesis at a time, over four tokens."""
     kept, best = [([], 0.0)], None
     mean = lambda hypothesis: hypothesis[1] / len(hypothesis[0])  # noqa: E731
     for _ in range(limit):
@@ -186,18 +126,18 @@ def plain_search(model, source: np.ndarray, num_beams: int, limit: int) -> Trans
 
 
 @both_ways
-def test_two_beams_find_what_a_plain_search_without_state_finds(make):
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_the_search_finds_what_a_plain_one_without_a_cache_finds(make, num_beams):
     model = make(vocab_size=4)
     sources = [source % 4 for source in some_sources(*[2 + i % 4 for i in range(16)])]
-    for source, found in zip(
-        sources, translate(model, sources, EOT, num_beams=2, max_new_tokens=7), strict=True
-    ):
-        expected = plain_search(model, source, 2, 7)
-        assert (found.ids, found.ended) == (expected.ids, expected.ended)
-        assert found.score == pytest.approx(expected.score, abs=1e-5)
+    found = translate(model, sources, EOT, num_beams=num_beams, max_new_tokens=7)
+    for source, translation in zip(sources, found, strict=True):
+        expected = plain_search(model, source, num_beams, 7)
+        assert translation[:1] + translation[2:] == expected[:1] + expected[2:]
+        assert translation.score == pytest.approx(expected.score, abs=1e-5)
 
 
-def test_a_batch_has_sentences_of_one_length_and_a_limit(monkeypatch):
+def test_a_batch_has_sentences_of_one_length_and_a_limit_and_is_encoded_once(monkeypatch):
     model, read = random_model(), []
     model.encoder.register_forward_hook(lambda module, args, x: read.append(x.shape[:2]))
     monkeypatch.setattr(beams, "BATCH", 2)
@@ -209,9 +149,7 @@ def test_a_perfect_translation_scores_100_and_the_signature_names_the_settings()
     lines = ["A man sleeps on a bench.", "Two children play ball in the park."]
     scores = score(lines, lines)
     assert scores["bleu"] == pytest.approx(100) and scores["chrf"] == pytest.approx(100)
-    assert (
-        "tok:13a" in scores["bleu_signature"] and "case:mixed" in scores["bleu_signature"]
-    )
+    assert {"tok:13a", "case:mixed"} < set(scores["bleu_signature"].split("|"))
     assert score(["A dog runs."], lines[:1])["bleu"] < 10
 
 

@@ -27,22 +27,9 @@ from humptygpt.translation import task
 from humptygpt.translation.beams import Translation
 from humptygpt.translation.data import PairDataset
 
-TINY = [
-    "--dataset=pairs",
-    "--device=cpu",
-    "--model=transformer",
-    "--n_layer=1",
-    "--n_head=2",
-    "--n_embd=32",
-]
-TINY += [
-    "--block_size=40",
-    "--batch_size=4",
-    "--log_interval=1",
-    "--eval_interval=3",
-    "--max_iters=6",
-]
-TINY += ["--warmup_iters=2", "--out_dir=out/run", "--dtype=float32"]
+TINY = "--dataset=pairs --device=cpu --model=transformer --n_layer=1 --n_head=2 --n_embd=32 --block_size=40"
+TINY += " --batch_size=4 --log_interval=1 --eval_interval=3 --max_iters=6 --warmup_iters=2 --out_dir=out/run"
+TINY = [*TINY.split(), "--dtype=float32"]
 NO_ENCODER = ["--model=gpt", "--block_size=80"]
 
 
@@ -50,26 +37,33 @@ def open_pairs(with_encoder: bool = True, seed: int = 1) -> PairDataset:
     return PairDataset(Path("data/pairs"), 40 if with_encoder else 80, seed, with_encoder)
 
 
+def pairs_of(data: PairDataset, split: str, count: int | None = None) -> list[tuple]:
+    """(source, target) of the pairs of a split, as text."""
+    texts = data.texts(split, count)
+    return [(data.tokenizer.decode(source[:-1]), target) for source, target in texts]
+
+
 def texts_in(data: PairDataset, batch: dict) -> list[tuple[str, str]]:
     """(source, target) of each row, without padding."""
-    found = []
+    found, eot = [], data.tokenizer.eot
     for row, (idx, targets) in enumerate(zip(batch["idx"], batch["targets"], strict=True)):
         target = targets[targets >= 0].tolist()
-        assert target[-1] == data.tokenizer.eot
         if data.with_encoder:
             source = batch["source"][row]
             source = source[source >= 0].tolist()
-            assert idx[0] == data.tokenizer.eot
+            assert idx[0] == eot
         else:
             source = idx[: int((targets >= 0).nonzero()[0]) + 1].tolist()
-        assert (
-            source[-1] == data.tokenizer.eot
-            and idx[targets >= 0].tolist()[1:] == target[:-1]
-        )
-        found.append(
-            (data.tokenizer.decode(source[:-1]), data.tokenizer.decode(target[:-1]))
-        )
+        assert source[-1] == target[-1] == eot
+        assert idx[targets >= 0].tolist()[1:] == target[:-1]
+        found.append(tuple(data.tokenizer.decode(side[:-1]) for side in (source, target)))
     return found
+
+
+def prepare_bytes(rows: list[tuple[str, str]], *argv: str) -> None:
+    Path("pairs.tsv").write_text("".join(f"{a}\t{b}\n" for a, b in rows))
+    keys = ["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte", "--overwrite=True"]
+    prepare_data.main([*keys, *argv])
 
 
 both_ways = pytest.mark.parametrize("with_encoder", [True, False])
@@ -87,54 +81,40 @@ def test_a_model_with_an_encoder_and_one_without_are_evaluated_on_the_same_text(
 @both_ways
 def test_an_epoch_has_each_pair_once_and_whole(pairs, with_encoder):
     data = open_pairs(with_encoder)
-    expected = sorted(
-        (data.tokenizer.decode(ids[:-1]), text) for ids, text in data.texts("train")
-    )
+    expected = sorted(pairs_of(data, "train"))
     assert set(expected) < set(make_pairs())
     for epoch in range(3):
         batches = int(data.batches_per_epoch(4))
         read = [data.batch(epoch * batches + number, 4) for number in range(batches)]
         assert sorted(pair for batch in read for pair in texts_in(data, batch)) == expected
-    validated = [
-        pair for batch in data.val_batches(4, None) for pair in texts_in(data, batch)
-    ]
-    assert sorted(validated) == sorted(
-        (data.tokenizer.decode(ids[:-1]), text) for ids, text in data.texts("val")
-    )
+    read = [pair for batch in data.val_batches(4, None) for pair in texts_in(data, batch)]
+    assert sorted(read) == sorted(pairs_of(data, "val"))
 
 
 @both_ways
 def test_a_batch_has_no_more_tokens_than_asked_for_and_little_padding(folder, with_encoder):
     draw = np.random.default_rng(0)
-    lines = [
-        make_text(int(n), seed=i).replace("\n", " ")
-        for i, n in enumerate(draw.integers(20, 120, 3000))
+    lengths = draw.integers(20, 120, 3000)
+    ratios = draw.normal(1.0, 0.15, 3000).clip(0.5, 1.5)
+    both = [
+        [make_text(int(n), seed=i).replace("\n", " ") for i, n in enumerate(side)]
+        for side in (lengths, lengths * ratios)
     ]
-    ratio = draw.normal(1.0, 0.15, 3000).clip(0.5, 1.5)
-    translated = [make_text(int(len(line) * r), seed=i).replace("\n", " ") for i, (line, r) in
-                  enumerate(zip(lines, ratio, strict=True))]  # fmt: skip
-    Path("many.tsv").write_text(
-        "".join(f"{a}\t{b}\n" for a, b in zip(lines, translated, strict=True))
-    )
-    prepare_data.main(
-        ["--input=many.tsv", "--name=many", "--tokenizer=byte", "--max_pair_tokens=200"]
-    )
-    data = PairDataset(Path("data/many"), 400, 1, with_encoder)
+    prepare_bytes(zip(*both, strict=True), "--max_pair_tokens=200")
+    data = PairDataset(Path("data/pairs"), 400, 1, with_encoder)
     counted = room = 0
     for number in range(int(data.batches_per_epoch(4))):
         batch = data.batch(number, 4)
         sides = [batch["idx"], batch["source"]] if with_encoder else [batch["idx"]]
         assert max(side.numel() for side in sides) <= 4 * 400
         room += sum(side.numel() for side in sides)
-        counted += sum(
-            len(s.encode()) + len(t.encode()) + 2 - (not with_encoder)
-            for s, t in texts_in(data, batch)
-        )
+        for source, target in texts_in(data, batch):
+            counted += len(source) + len(target) + 2 - (not with_encoder)
     assert counted / room > 0.9
 
 
 @both_ways
-def test_a_batch_depends_on_seed_and_step_alone(pairs, with_encoder):
+def test_a_batch_depends_on_seed_and_step_only(pairs, with_encoder):
     in_order, jumping = open_pairs(with_encoder), open_pairs(with_encoder)
     expected = [in_order.batch(number, 4) for number in range(40)]
     for number in (39, 3, 17, 0):
@@ -155,8 +135,7 @@ def test_a_batch_depends_on_seed_and_step_alone(pairs, with_encoder):
 
 @both_ways
 def test_pairs_of_equal_lengths_meet_others_in_each_epoch(folder, with_encoder):
-    Path("pairs.tsv").write_text("".join(f"a{i:02}\tb{i:02}\n" for i in range(90)))
-    prepare_data.main(["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte"])
+    prepare_bytes([(f"a{i:02}", f"b{i:02}") for i in range(90)])
     data = open_pairs(with_encoder)
     batches = int(data.batches_per_epoch(1))
     first, second = (
@@ -169,41 +148,25 @@ def test_pairs_of_equal_lengths_meet_others_in_each_epoch(folder, with_encoder):
     assert first != second
 
 
-def prepare_bytes(rows: list[tuple[str, str]], *argv: str) -> None:
-    Path("pairs.tsv").write_text(
-        "".join(f"{source}\t{target}\n" for source, target in rows)
-    )
-    prepare_data.main(
-        ["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte", *argv, "--overwrite=True"]
-    )
-
-
 @both_ways
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_the_longest_pair_of_all_splits_just_fits(pairs, with_encoder, split):
     data = open_pairs(with_encoder)
-    source, _ = max(
-        (data.tokenizer.decode(ids[:-1]), text) for ids, text in data.texts(split)
-    )
-    prepare_bytes(
-        [(s, "long " * 9 + "it is." if s == source else t) for s, t in make_pairs()],
-        "--val_fraction=0.2",
-    )
+    source, _ = max(pairs_of(data, split))
+    long = "long " * 9 + "it is."
+    rows = [(s, long if s == source else t) for s, t in make_pairs()]
+    prepare_bytes(rows, "--val_fraction=0.2")
     # its last token is never read
     needed = 52 if with_encoder else len(source.encode()) + 1 + 52 - 1
     assert PairDataset(Path("data/pairs"), needed, 1, with_encoder).texts(split)
-    with pytest.raises(
-        UserError,
-        match=f"a pair that takes {needed} tokens, .* take --block_size={needed}$",
-    ):
+    complaint = f"a pair that takes {needed} tokens, .* take --block_size={needed}$"
+    with pytest.raises(UserError, match=complaint):
         PairDataset(Path("data/pairs"), needed - 1, 1, with_encoder)
 
 
 def test_one_long_source_makes_no_other_batch_small(folder):
-    prepare_bytes(
-        [("long" * 9, "a"), *[(f"s{i:02}", f"t{i:02}") for i in range(90)]],
-        "--max_pair_ratio=20",
-    )
+    rows = [("long" * 9, "a"), *((f"s{i:02}", f"t{i:02}") for i in range(90))]
+    prepare_bytes(rows, "--max_pair_ratio=20")
     sizes = np.diff(open_pairs().batch_starts("train", 2))
     assert sorted(sizes)[0] == 2 and sizes.max() == 20  # of 4 tokens each, in 2 times 40
 
@@ -219,22 +182,19 @@ def test_eval_iters_batches_of_all_lengths_are_evaluated_always_the_same(
         for eval_iters in (None, 3)
     )
     assert len(whole) > 6 and len(some) == 3 and all(batch in whole for batch in some)
-    # in which third of the lengths
+    # each is from another third of the lengths
     first, middle, last = (whole.index(batch) * 3 // len(whole) for batch in some)
     assert (first, middle, last) == (0, 1, 2)
-    assert some == [
-        sorted(texts_in(data, batch))
-        for batch in open_pairs(with_encoder, seed=2).val_batches(1, 3)
-    ]
+    other = open_pairs(with_encoder, seed=2)
+    assert some == [sorted(texts_in(data, batch)) for batch in other.val_batches(1, 3)]
     assert [sorted(texts_in(data, batch)) for batch in data.val_batches(1, 999)] == whole
     assert data.summary(1, 3)[1] == f"{sum(map(len, some))} of {sum(map(len, whole))} pairs"
 
 
 @both_ways
-def test_bits_per_byte_are_of_the_translation_alone(folder, with_encoder):
-    prepare_bytes(
-        [(source, target[:9]) for source, target in make_pairs()], "--val_fraction=0.2"
-    )
+def test_bits_per_byte_count_the_translation_only(folder, with_encoder):
+    rows = [(source, target[:9]) for source, target in make_pairs()]
+    prepare_bytes(rows, "--val_fraction=0.2")
     data = open_pairs(with_encoder)
     lengths = [len(text.encode()) for _, text in data.texts("val")]
     # a byte each, and an end
@@ -260,68 +220,30 @@ def test_a_stream_that_is_not_made_of_pairs_is_refused(pairs, fails):
 
 @both_ways
 def test_pairs_are_memorised_and_translated_as_in_training(pairs, capsys, with_encoder):
-    prepare_data.main(
-        [
-            "--input=pairs.tsv",
-            "--name=pairs",
-            "--tokenizer=sentencepiece",
-            "--vocab_size=400",
-            "--overwrite=True",
-        ]
-    )
-    learn = [
-        "--n_embd=64",
-        "--n_head=2",
-        "--max_iters=200",
-        "--eval_interval=200",
-        "--learning_rate=5e-3",
-    ]
-    learn += [
-        "--batch_size=8",
-        "--warmup_iters=20",
-        "--weight_decay=0",
-        "--log_interval=100",
-        "--n_layer=2",
-    ]
-    learn += [
-        "--position=rotary",
-        "--activation=relu_squared",
-        "--norm=rmsnorm",
-        "--init=zero",
-    ]
-    assert train.main([*TINY, *([] if with_encoder else NO_ENCODER), *learn]) == 0
-    data = open_pairs(with_encoder)
-    known = [
-        (data.tokenizer.decode(ids[:-1]), text) for ids, text in data.texts("train", 30)
-    ]
+    prepare_bytes(make_pairs(), "--tokenizer=sentencepiece", "--vocab_size=400")
+    learn = "--n_embd=64 --n_layer=2 --max_iters=200 --eval_interval=200 --learning_rate=5e-3 --batch_size=8"
+    learn += " --warmup_iters=20 --weight_decay=0 --log_interval=100 --position=rotary --activation=relu_squared"
+    learn += " --norm=rmsnorm --init=zero"
+    model = [] if with_encoder else NO_ENCODER
+    assert train.main([*TINY, *model, *learn.split()]) == 0
+    known = pairs_of(open_pairs(with_encoder), "train", 30)
     Path("german.txt").write_text("".join(f"{source}\n" for source, _ in known))
     capsys.readouterr()
+    start = ["--out_dir=out/run", "--checkpoint=latest", "--start=FILE:german.txt"]
     for beams in (1, 4):
-        sample.main(
-            [
-                "--out_dir=out/run",
-                "--checkpoint=latest",
-                "--start=FILE:german.txt",
-                f"--num_beams={beams}",
-            ]
-        )
+        sample.main([*start, f"--num_beams={beams}"])
         assert capsys.readouterr().out.splitlines() == [target for _, target in known]
 
 
 @both_ways
 def test_a_resumed_run_on_pairs_is_the_uninterrupted_one(pairs, with_encoder):
-    argv = [
-        *TINY,
-        *([] if with_encoder else NO_ENCODER),
-        "--dropout=0.1",
-        "--label_smoothing=0.1",
-    ]
+    model = [] if with_encoder else NO_ENCODER
+    argv = [*TINY, *model, "--dropout=0.1", "--label_smoothing=0.1"]
     assert train.main(argv) == 0
     whole, weights = read_rows(Path("out/run")), torch.load("out/run/ckpt.pt")["model"]
-    assert (
-        train.main([*argv, "--max_iters=3", "--out_dir=out/two", "--lr_decay_iters=6"]) == 0
-    )
-    assert train.main(["--init_from=resume", "--out_dir=out/two", "--max_iters=6"]) == 0
+    two = "--out_dir=out/two"
+    assert train.main([*argv, "--max_iters=3", two, "--lr_decay_iters=6"]) == 0
+    assert train.main(["--init_from=resume", two, "--max_iters=6"]) == 0
     losses = lambda rows: [row for row in rows if "test_bleu" not in row]  # noqa: E731
     assert losses(read_rows(Path("out/two"))) == losses(whole)
     for name, weight in torch.load("out/two/ckpt.pt")["model"].items():
@@ -331,9 +253,8 @@ def test_a_resumed_run_on_pairs_is_the_uninterrupted_one(pairs, with_encoder):
 def test_accumulating_gives_the_gradient_of_the_mean_over_all_target_tokens(
     pairs, monkeypatch
 ):
-    run = train.setup(
-        *read_settings([*TINY, "--gradient_accumulation_steps=3", "--grad_clip=0"])
-    )
+    argv = [*TINY, "--gradient_accumulation_steps=3", "--grad_clip=0"]
+    run = train.setup(*read_settings(argv))
     total, count = 0.0, 0
     for index in range(3):
         batch = run.dataset.batch(index, 4)
@@ -355,19 +276,13 @@ def test_evaluations_show_translations_and_the_end_has_the_bleu_of_the_best_chec
 ):
     assert train.main(TINY) == 0
     out = capsys.readouterr().out
-    ids, target = open_pairs().texts("val", 3)[0]
-    shown = f"    {open_pairs().tokenizer.decode(ids[:-1])}\n  = {target}\n  > "
-    assert out.count(shown) == 2  # one for each evaluation
-    assert (
-        "pairs of the test split" in out
-        and "BLEU" in out
-        and "chrF" in out
-        and out.count("nrefs:1|") == 2
-    )
+    source, target = pairs_of(open_pairs(), "val", 3)[0]
+    assert out.count(f"    {source}\n  = {target}\n  > ") == 2  # one for each evaluation
+    assert "pairs of the test split" in out and "BLEU" in out and "chrF" in out
+    assert out.count("nrefs:1|") == 2
     row = read_rows(Path("out/run"))[-1]
-    assert (
-        row["iter"] == 6 and 0 <= row["test_bleu"] <= 100 and 0 <= row["test_chrf"] <= 100
-    )
+    assert row["iter"] == 6
+    assert 0 <= row["test_bleu"] <= 100 and 0 <= row["test_chrf"] <= 100
     # all steps are done: it only scores once more
     assert train.main(["--init_from=resume", "--out_dir=out/run"]) == 0
     assert [r for r in read_rows(Path("out/run")) if "test_bleu" in r] == [row]
@@ -402,11 +317,7 @@ def test_it_translates_without_dropout_and_never_chooses_ids_that_only_pad_the_v
     monkeypatch.setattr(task, "translate", watched)
     assert train.main([*TINY, "--dropout=0.1", "--vocab_size=300"]) == 0
     # shown twice, then scored
-    assert calls == [
-        (False, 1, 257),
-        (False, 1, 257),
-        (False, 4, 257),
-    ]
+    assert calls == [(False, 1, 257), (False, 1, 257), (False, 4, 257)]
 
 
 def test_wandb_gets_the_score_before_the_run_is_finished(pairs, monkeypatch):
@@ -437,12 +348,7 @@ def test_a_finished_run_compares_as_done_and_with_its_score(pairs, capsys, monke
 
 
 def test_without_a_test_split_the_validation_split_is_scored(folder, capsys):
-    Path("pairs.tsv").write_text(
-        "".join(f"{source}\t{target}\n" for source, target in make_pairs())
-    )
-    prepare_data.main(
-        ["--input=pairs.tsv", "--name=pairs", "--tokenizer=byte", "--test_fraction=0"]
-    )
+    prepare_bytes(make_pairs(), "--test_fraction=0")
     assert train.main(TINY) == 0
     assert "pairs of the val split" in capsys.readouterr().out
 
@@ -509,64 +415,37 @@ def test_from_a_notebook_a_sentence_is_translated(pairs, capsys):
     assert capsys.readouterr().out == f"{text}\n"
 
 
-def test_beams_penalty_and_length_are_those_asked_for(pairs, monkeypatch):
+def test_beams_penalty_and_length_are_those_asked_for_and_a_translation_is_one_line(
+    pairs, capsys, monkeypatch
+):
     train.main([*TINY, "--vocab_size=300"])
     asked = []
 
     def translate(model, sources, eot, tokenizer_vocab_size, **settings):
-        asked.append((tokenizer_vocab_size, settings))
-        return [Translation([], 0.0, ended=True)]
+        asked.append((tokenizer_vocab_size, *settings.values()))
+        return [Translation(list(b"a\n b"), 0.0, ended=True)]
 
     monkeypatch.setattr(beam_search, "translate", translate)
-    sample.main(["--out_dir=out/run", "--start=Wo?"])
-    sample.main(
-        [
-            "--out_dir=out/run",
-            "--start=Wo?",
-            "--num_beams=7",
-            "--length_penalty=0.5",
-            "--max_new_tokens=9",
-        ]
-    )
-    assert asked == [
-        (257, {"num_beams": 4, "length_penalty": 1.0, "max_new_tokens": 500}),
-        (257, {"num_beams": 7, "length_penalty": 0.5, "max_new_tokens": 9}),
-    ]
-
-
-def test_a_translation_is_one_line_whatever_the_model_writes_and_lack_of_room_is_reported(
-    pairs, capsys, monkeypatch
-):
-    train.main(TINY)
     capsys.readouterr()
-    two_lines = Translation(list(b"a\n b"), -1.0, ended=False)
-    monkeypatch.setattr(beam_search, "translate", lambda *args, **settings: [two_lines])
-    sample.main(["--out_dir=out/run", "--start=Wo?"])
-    printed = capsys.readouterr()
-    assert (
-        printed.out == "a b\n"
-        and "note: line 1 has no room for more of its translation" in printed.err
-    )
+    start = ["--out_dir=out/run", "--start=Wo?"]
+    sample.main(start)
+    sample.main([*start, "--num_beams=7", "--length_penalty=0.5", "--max_new_tokens=9"])
+    assert asked == [(257, 4, 1.0, 500), (257, 7, 0.5, 9)]
+    assert capsys.readouterr().out == "a b\n" * 2
 
 
 def test_bad_input_of_a_translation(pairs, fails, tiny):
-    assert (
+    complaint = (
         "dataset=tiny is for language modelling, but model=transformer for translation"
-        in fails(train.main, *TINY, "--dataset=tiny")
     )
-    without_attention = [
-        "--dataset=pairs",
-        "--device=cpu",
-        "--model=window_mlp",
-        "--window=2",
-    ]
-    assert (
+    assert complaint in fails(train.main, *TINY, "--dataset=tiny")
+    complaint = (
         "dataset=pairs is for translation, but model=window_mlp for language modelling"
-        in fails(train.main, *without_attention)
     )
-    assert "block_size=20; take --block_size=" in fails(
-        train.main, *TINY, "--block_size=20", "--out_dir=out/other"
-    )
+    window_mlp = ["--dataset=pairs", "--device=cpu", "--model=window_mlp", "--window=2"]
+    assert complaint in fails(train.main, *window_mlp)
+    small = ["--block_size=20", "--out_dir=out/other"]
+    assert "block_size=20; take --block_size=" in fails(train.main, *TINY, *small)
     train.main(TINY)
     Path("empty.txt").write_text("")
     for start in ([], ["--start=FILE:empty.txt"]):

@@ -1,4 +1,4 @@
-"""A model and sentences -> translations, greedily or by beam search, and how good they are by BLEU and chrF."""
+"""A model and sentences -> translations, by beam search or greedily, and their BLEU and chrF."""
 
 import math
 from collections import defaultdict
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from humptygpt.config import UserError
 
-NUM_BEAMS = 4  # by default
-BATCH = 64  # sentences that are translated at once
+NUM_BEAMS = 4  # the default
+BATCH = 64  # sentences translated at once
 
 
 class Translation(NamedTuple):
@@ -27,25 +27,26 @@ def translate(
     tokenizer_vocab_size: int | None = None,
     **settings,
 ) -> list[Translation]:
-    """Translate sources, token ids that end in eot; settings: of beam_search.
+    """Translate sources, each an array of token ids that ends in eot. settings: passed to beam_search().
 
-    Sentences of equal lengths are translated in one batch, so that none is padded.
+    A batch has sentences of one length, so that none is padded.
     """
     if not model.has_cache:
         raise UserError(
             "model.py cannot translate: with its cache it gives other logits than without"
         )
     device = next(model.parameters()).device
-    translations: dict[int, Translation] = {}
+    translations = {}
     by_length = defaultdict(list)
     for number, source in enumerate(sources):
         by_length[len(source)].append(number)
     for numbers in by_length.values():
         for first in range(0, len(numbers), BATCH):
             batch = numbers[first : first + BATCH]
-            source = np.stack([sources[number] for number in batch])
-            source = torch.from_numpy(source).to(device)
-            best = beam_search(model, source, eot, tokenizer_vocab_size, **settings)
+            source = torch.from_numpy(np.stack([sources[number] for number in batch]))
+            best = beam_search(
+                model, source.to(device), eot, tokenizer_vocab_size, **settings
+            )
             translations.update(zip(batch, best, strict=True))
     return [translations[number] for number in range(len(sources))]
 
@@ -61,13 +62,13 @@ def beam_search(
     length_penalty: float = 1.0,
     max_new_tokens: int | None = None,
 ) -> list[Translation]:
-    """Return the best translation found of each source, (B, S) token ids that end in eot.
+    """Find a translation of each source, (B, S) token ids that end in eot.
 
-    At each step the num_beams best hypotheses of each sentence are extended; one that has ended stays as long as it is
-    among them, and the best that ever ended is the result. Best is the highest sum of log-probabilities /
-    tokens^length_penalty, so that long ones are not at a disadvantage: 0 compares sums, 1 means. One beam is greedy.
-    A translation ends with eot, at max_new_tokens, or where block_size has no more room. Ids from tokenizer_vocab_size
-    on pad the model's vocabulary and are never chosen.
+    At each step the num_beams best hypotheses of each sentence are extended. One that has ended stays as long as it is
+    among the best, and the best one that ever ended is the result. The score is the sum of log-probabilities /
+    tokens^length_penalty: 0 compares sums, 1 means, so that long translations are not at a disadvantage. With one beam
+    the search is greedy. A translation ends with eot, at max_new_tokens, or when block_size is full. Ids from
+    tokenizer_vocab_size on pad the model's vocabulary and are never chosen.
     Source: Sutskever et al. 2014, arXiv:1409.3215; the length penalty: Wu et al. 2016, arXiv:1609.08144, section 7.
     """
     if model.has_encoder:
@@ -88,14 +89,14 @@ def beam_search(
         n, k = log_prob.shape
         logits = model.next_logits(idx, cache)[:, :tokenizer_vocab_size]
         logp = logits.float().log_softmax(dim=-1).view(n, k, -1)  # (n, k, V)
-        # what has ended is extended by eot alone, at no cost
+        # a hypothesis that has ended is extended by eot only, at no cost
         ended = (ids == eot).any(dim=-1)
         logp = logp.masked_fill(ended[..., None], -torch.inf)
         logp[..., eot].masked_fill_(ended, 0.0)
-        # with the new token, or with the eot that it has
+        # including the new token, or the eot that ends the hypothesis
         length = (ids != eot).sum(dim=-1, keepdim=True) + 1
 
-        # the best of all that are one token longer, the best first
+        # the best of all hypotheses that are one token longer, best first
         sums = log_prob[..., None] + logp
         scores = (sums / length**length_penalty).flatten(1)
         scores, choice = scores.topk(min(num_beams, scores.shape[1]))
@@ -107,7 +108,7 @@ def beam_search(
 
         ended = (ids == eot).any(dim=-1)
         highest, hypothesis = scores.masked_fill(~ended, -torch.inf).max(dim=1)
-        # here the CPU waits for a GPU, three times a step and for each better translation
+        # the CPU waits for a GPU here, three times a step and for each better translation
         hypotheses = zip(highest.tolist(), hypothesis.tolist(), strict=True)
         for row, (score, hypothesis) in enumerate(hypotheses):
             number = open_sentences[row]
@@ -118,7 +119,7 @@ def beam_search(
         if step == limit - 1 or not going:
             break
         kept = torch.tensor(going, device=ids.device)
-        rows = sentence * k + parents  # of the cache
+        rows = sentence * k + parents  # rows of the cache
         cache.select(rows[kept].flatten())
         ids = ids[kept]
         log_prob = log_prob[kept]
@@ -132,7 +133,7 @@ def beam_search(
 
 
 def score(translations: list[str], references: list[str]) -> dict[str, float | str]:
-    """Compute BLEU and chrF, both from 0 to 100, with sacrebleu's signatures, which say how they were computed.
+    """Compute BLEU and chrF, both from 0 to 100, and sacrebleu's signatures, which record how they were computed.
 
     Source: Papineni et al. 2002, "BLEU: a method for automatic evaluation of machine translation"; Popovic 2015, "chrF:
     character n-gram F-score for automatic MT evaluation"; Post 2018, arXiv:1804.08771.

@@ -12,12 +12,11 @@ from humptygpt.token_files import how_to
 
 
 class PairDataset(Dataset):
-    """Sentence pairs, a stream of `source eot target eot ...`. A batch has pairs of similar lengths, as many as fit.
+    """Sentence pairs, stored as `source eot target eot ...`. A batch has as many pairs of similar lengths as fit.
 
-    with_encoder: source and target apart, for a model whose encoder reads the source; else each pair is one text for a
-    decoder alone, and only the target's tokens are predicted. A batch takes at most batch_size * block_size tokens,
-    padding included; with_encoder, counted on the side that takes more.
-    Raises UserError where a pair is longer than block_size.
+    with_encoder: an encoder reads the source, and a decoder the target. Otherwise each pair is one text for a decoder,
+    and only the tokens of the target are predicted. A batch has at most batch_size * block_size tokens, including the
+    padding; with an encoder, each side has. Raises UserError if a pair is longer than block_size.
     """
 
     task = "translation"
@@ -30,11 +29,11 @@ class PairDataset(Dataset):
                 f"{self.folder} has a pair that takes {longest} tokens, more than block_size={self.block_size};"
                 f" take --block_size={longest}"
             )
-        self.starts = {}  # {(split, batch_size): what batch_starts gives}
-        self.epoch = (-1, None)  # (number, order of its pairs) of the newest
+        self.starts = {}  # {(split, batch_size): the result of batch_starts()}
+        self.epoch = (-1, None)  # the newest epoch: its number and the order of its pairs
 
     def find_pairs(self, split: str) -> np.ndarray:
-        """Return (pairs, 3): where each starts, the tokens of its source and those of its target, eot included."""
+        """Find the start of each pair and the tokens of its source and of its target, including eot: (pairs, 3)."""
         eots = [
             start + np.flatnonzero(ids == self.tokenizer.eot)
             for start, ids in self.chunks(split)
@@ -48,12 +47,12 @@ class PairDataset(Dataset):
         return np.stack([ends[:-1:2] + 1, lengths[::2], lengths[1::2]], axis=1)
 
     def lengths(self, pairs: np.ndarray) -> np.ndarray:
-        """Return how many tokens of block_size each pair takes."""
+        """Count the tokens of block_size that each pair takes."""
         _, source, target = pairs.T
         return np.maximum(source, target) if self.with_encoder else source + target - 1
 
     def order(self, split: str, *tie_breaker: np.ndarray) -> np.ndarray:
-        """Return the numbers of the pairs from short to long, equally long ones by tie_breaker."""
+        """Sort the numbers of the pairs from short to long, pairs of equal lengths by tie_breaker."""
         _, source, target = self.pairs[split].T
         if not self.with_encoder:
             return np.lexsort((*tie_breaker, source + target))
@@ -61,10 +60,12 @@ class PairDataset(Dataset):
         return np.lexsort((*tie_breaker, np.where(target % 2, source, -source), target))
 
     def batch_starts(self, split: str, batch_size: int) -> np.ndarray:
-        """Return where batches start among the pairs in order of length, and the end of the last, for all epochs."""
+        """Cut the pairs, in order of length, into batches: the start of each, and the end of the last.
+
+        The cuts are the same in all epochs.
+        """
         if (split, batch_size) not in self.starts:
-            pairs = self.pairs[split]
-            lengths = self.lengths(pairs[self.order(split)])
+            lengths = self.lengths(self.pairs[split][self.order(split)])
             longest = 0
             starts = [0]
             for number, length in enumerate(lengths.tolist()):
@@ -72,15 +73,14 @@ class PairDataset(Dataset):
                 if (number + 1 - starts[-1]) * longest > batch_size * self.block_size:
                     starts.append(number)
                     longest = length
-            self.starts[split, batch_size] = np.array([*starts, len(pairs)])
+            self.starts[split, batch_size] = np.array([*starts, len(lengths)])
         return self.starts[split, batch_size]
 
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
-        """Return training batch number index: source (B, S), padded with -1; idx and targets, (B, T); all int64.
+        """Read training batch number index: source (B, S), padded with -1; idx and targets, (B, T); all int64.
 
-        Without an encoder there is no source: idx starts with it.
-        An epoch has each pair once. Those of equal lengths are shuffled before they are cut into batches, and then the
-        batches are.
+        Without an encoder, idx starts with the source instead. An epoch has each pair once: pairs of equal lengths are
+        shuffled, then the pairs are cut into batches, and the batches are shuffled.
         """
         starts = self.batch_starts("train", batch_size)
         epoch, position = divmod(index, len(starts) - 1)
@@ -92,10 +92,10 @@ class PairDataset(Dataset):
         return self.pairs_batch("train", self.epoch[1][starts[number] : starts[number + 1]])
 
     def pairs_batch(self, split: str, numbers: np.ndarray) -> dict[str, Tensor]:
-        """Return a batch of the pairs with these numbers."""
+        """Read the pairs with these numbers as a batch."""
         start, source, target = self.pairs[split][numbers].T
-        # with an encoder, the decoder's text starts with the eot that ends the source; else it has the whole source,
-        # whose tokens are context and no targets
+        # with an encoder, the decoder's text starts with the eot that ends the source; without one, it starts with the
+        # whole source, whose other tokens are context and are not predicted
         context = np.zeros_like(source) if self.with_encoder else source - 1
         length = context + target
         ids = self.read(split, start + source - 1 - context, int(length.max()) + 1)
@@ -117,30 +117,27 @@ class PairDataset(Dataset):
             yield self.pairs_batch("val", numbers)
 
     def val_pairs(self, batch_size: int, eval_iters: int | None) -> list[np.ndarray]:
-        """Return the numbers of the pairs in each batch of the evaluation set."""
+        """List the numbers of the pairs in each batch of the evaluation set."""
         batches = np.split(self.order("val"), self.batch_starts("val", batch_size)[1:-1])
         count = min(eval_iters or len(batches), len(batches))
         return [batches[int((i + 0.5) * len(batches) / count)] for i in range(count)]
 
     def texts(self, split: str, count: int | None = None) -> list[tuple[np.ndarray, str]]:
-        """Return (source with its eot, int64 (S,), the target as text) of count pairs, evenly spaced; None: of all."""
+        """Read count evenly spaced pairs: each source with its eot, int64 (S,), and the target as text. None: all."""
         pairs = self.pairs[split]
-        if count is not None:
-            pairs = pairs[
-                np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(int)
-            ]
+        count = min(count or len(pairs), len(pairs))
+        numbers = np.linspace(0, len(pairs) - 1, count).astype(int)
         texts = []
-        for start, source, target in pairs.tolist():
+        for start, source, target in pairs[numbers].tolist():
             ids = self.read(split, np.array([start]), source + target)[0]
             texts.append((ids[:source], self.tokenizer.decode(ids[source:-1])))
         return texts
 
     def summary(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
-        """Return (a batch, the evaluation set) in words."""
+        """Describe a batch and the evaluation set."""
         train = self.pairs["train"]
         batches = self.batches_per_epoch(batch_size)
-        tokens = train[:, 2].sum() / batches
-        pairs = len(train) / batches
+        tokens, pairs = train[:, 2].sum() / batches, len(train) / batches
         evaluated = sum(map(len, self.val_pairs(batch_size, eval_iters)))
         batch = f"about {tokens:,.0f} target tokens ({pairs:,.0f} pairs of similar lengths)"
         return batch, f"{evaluated:,} of {len(self.pairs['val']):,} pairs"
@@ -149,10 +146,10 @@ class PairDataset(Dataset):
         return len(self.batch_starts("train", batch_size)) - 1
 
     def all_val_batches(self, batch_size: int) -> int:
-        """Return how many batches the whole validation split is."""
+        """Count the batches of the whole validation split."""
         return len(self.batch_starts("val", batch_size)) - 1
 
     def val_bytes_per_token(self) -> float:
-        """Return the UTF-8 bytes of target per target token of the validation split."""
+        """Average number of UTF-8 bytes in a target token of the validation split."""
         entry = self.meta["splits"]["val"]
         return entry["target_bytes"] / entry["target_tokens"]

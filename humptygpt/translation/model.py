@@ -7,22 +7,17 @@ encoder's output. Source: Vaswani et al. 2017, arXiv:1706.03762.
 Shapes: see model.py. Here S is the length of the source.
 """
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model import (
+    BLOCKS,
     GPT,
     NORMS,
     Cache,
+    Context,
     LayerCache,
-    Mask,
     ModelConfig,
-    ParallelBlock,
-    PlainBlock,
-    PostNormBlock,
-    PreNormBlock,
     SelfAttention,
     Shared,
     Stack,
@@ -30,50 +25,33 @@ from model import (
     attention_mask,
 )
 
-NO_MASK: Mask = (None, False)
-
-
-class CrossShared(NamedTuple):
-    """What the decoder's blocks share in one forward pass: the fields of model.Shared, and the source."""
-
-    at: slice | Tensor
-    end: int
-    rotary: tuple[Tensor, Tensor] | None
-    masks: dict[int, Mask]
-    padding: Tensor | None
-    context: (
-        Tensor | None
-    )  # (B, S, C), the encoder's output; None if a cache has its keys and values
-    context_mask: Mask
+IN_THE_CACHE: Context = (None, (None, False))  # the cache has the keys and values
 
 
 class CrossLayerCache(LayerCache):
-    """Also holds the keys and values of the source."""
+    """Also holds the keys and values of the source, each (B, H, S, D)."""
 
-    source: tuple[Tensor, Tensor]  # each (B, H, S, D)
-
-    def select(self, rows: Tensor) -> None:
-        super().select(rows)
-        k, v = self.source
-        self.source = k[rows], v[rows]
+    source_k: Tensor
+    source_v: Tensor
 
 
 class CrossAttention(SelfAttention):
-    """Queries from the target, keys and values from the source. Their positions are unrelated."""
+    """Queries come from the target, keys and values from the source. Their positions are unrelated."""
 
     def forward(
-        self, x: Tensor, shared: CrossShared, cache: CrossLayerCache | None = None
+        self, x: Tensor, shared: Shared, cache: CrossLayerCache | None = None
     ) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
+        context, mask = shared.context
         q = self.heads(self.q_proj(x))
         if self.qk_norm:
             q = self.qk_norm(q)
-        k, v = cache.source if cache else self.keys_and_values(shared.context)
-        y = attend(q, k, v, shared.context_mask, self.dropout)
+        k, v = (cache.source_k, cache.source_v) if cache else self.keys_and_values(context)
+        y = attend(q, k, v, mask, self.dropout)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """context: (B, S, C). Returns twice (B, H, S, D), or fewer heads."""
+        """context: (B, S, C). Returns keys and values, each (B, H, S, D), or fewer heads."""
         k = self.heads(self.k_proj(context))
         if self.qk_norm:
             k = self.qk_norm(k)
@@ -81,64 +59,34 @@ class CrossAttention(SelfAttention):
 
 
 class Cross:
-    """Adds cross-attention to a kind of block; each subclass joins the three branches."""
+    """Adds cross-attention, a branch between the other two, to a kind of block."""
 
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__(config, layer)
+    def make_attention(self, config: ModelConfig, layer: int) -> None:
+        super().make_attention(config, layer)
         if not self.one_norm:
             self.cross_norm = NORMS[config.norm](config)
         self.cross_attn = CrossAttention(config)
-        # cross-attention comes before the feed-forward network, also in the order in which weights are drawn
-        for name in ("mlp_norm", "conv", "mlp", "dropout"):
-            if name in self._modules:
-                self._modules[name] = self._modules.pop(name)
+
+    def branches(self) -> list:
+        norm = self.attn_norm if self.one_norm else self.cross_norm
+        attention, *rest = super().branches()
+        return [attention, (norm, self.cross_attn), *rest]
 
 
-class CrossPreNormBlock(Cross, PreNormBlock):
-    def forward(
-        self, x: Tensor, shared: CrossShared, cache: CrossLayerCache | None = None
-    ) -> Tensor:
-        """x: (B, T, C). Returns (B, T, C)."""
-        x = x + self.dropout(self.attn(self.attn_norm(x), shared, cache))
-        x = x + self.dropout(self.cross_attn(self.cross_norm(x), shared, cache))
-        if self.mlp:
-            x = x + self.dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
-        return x
+class CrossPreNormBlock(Cross, BLOCKS["pre_norm"]):
+    pass
 
 
-class CrossPostNormBlock(Cross, PostNormBlock):
-    def forward(
-        self, x: Tensor, shared: CrossShared, cache: CrossLayerCache | None = None
-    ) -> Tensor:
-        """x: (B, T, C). Returns (B, T, C)."""
-        x = self.attn_norm(x + self.dropout(self.attn(x, shared, cache)))
-        x = self.cross_norm(x + self.dropout(self.cross_attn(x, shared, cache)))
-        if self.mlp:
-            x = self.mlp_norm(x + self.dropout(self.feed_forward(x, shared, cache)))
-        return x
+class CrossPostNormBlock(Cross, BLOCKS["post_norm"]):
+    pass
 
 
-class CrossPlainBlock(Cross, PlainBlock):
-    def forward(
-        self, x: Tensor, shared: CrossShared, cache: CrossLayerCache | None = None
-    ) -> Tensor:
-        """x: (B, T, C). Returns (B, T, C)."""
-        x = self.dropout(self.attn(self.attn_norm(x), shared, cache))
-        x = self.dropout(self.cross_attn(self.cross_norm(x), shared, cache))
-        if self.mlp:
-            x = self.dropout(self.feed_forward(self.mlp_norm(x), shared, cache))
-        return x
+class CrossPlainBlock(Cross, BLOCKS["plain"]):
+    pass
 
 
-class CrossParallelBlock(Cross, ParallelBlock):
-    def forward(
-        self, x: Tensor, shared: CrossShared, cache: CrossLayerCache | None = None
-    ) -> Tensor:
-        """x: (B, T, C). Returns (B, T, C)."""
-        y = self.attn_norm(x)
-        x = x + self.dropout(self.attn(y, shared, cache))
-        x = x + self.dropout(self.cross_attn(y, shared, cache))
-        return x + self.dropout(self.feed_forward(y, shared, cache))
+class CrossParallelBlock(Cross, BLOCKS["parallel"]):
+    pass
 
 
 CROSS_BLOCKS = {
@@ -149,22 +97,6 @@ CROSS_BLOCKS = {
 }
 
 
-class Encoder(Stack):
-    causal = False
-
-
-class Decoder(Stack):
-    def make_block(self, config: ModelConfig, layer: int) -> nn.Module:
-        return CROSS_BLOCKS[config.block](config, layer)
-
-    def forward(
-        self, x: Tensor, cache: Cache | None, context: Tensor | None, context_mask: Mask
-    ) -> Tensor:
-        """x: (B, T, C), embedded tokens of the target. context, context_mask: as CrossShared has them."""
-        shared: Shared = self.share(x, cache, None)
-        return self.run(x, CrossShared(*shared, context, context_mask), cache)
-
-
 class Transformer(GPT):
     """Encoder and decoder share one vocabulary and its embedding."""
 
@@ -172,8 +104,8 @@ class Transformer(GPT):
     has_encoder = True
 
     def make_stacks(self, config: ModelConfig) -> None:
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = Stack(config, causal=False)
+        self.decoder = Stack(config, CROSS_BLOCKS)
 
     def forward(
         self,
@@ -182,32 +114,32 @@ class Transformer(GPT):
         cache: Cache | None = None,
         source: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """source: (B, S) token ids, -1 after the end of the shorter ones; not needed with a cache, which holds it.
+        """source: (B, S) token ids; shorter sources are padded with -1. A cache holds the source, so none is needed.
 
         idx: (B, T) token ids of the target so far, which follow those in the cache; the first is end-of-text. targets:
-        (B, T), -1 where no loss is counted. Returns as GPT does.
+        (B, T); a target of -1 does not count. Returns logits and loss as GPT does.
         """
-        context, mask = (None, NO_MASK) if cache else self.encode(source)
-        logits = self.head(self.decoder(self.wte(idx), cache, context, mask))
+        context = IN_THE_CACHE if cache else self.encode(source)
+        logits = self.head(self.decoder(self.wte(idx), cache, context=context))
         return logits, None if targets is None else self.loss(logits, targets)
 
     def next_logits(self, idx: Tensor, cache: Cache) -> Tensor:
-        """Return the logits (B, V) of the token that follows idx."""
-        return self.head(self.decoder(self.wte(idx), cache, None, NO_MASK)[:, -1])
+        """Compute the logits (B, V) of the token that follows idx."""
+        return self.head(self.decoder(self.wte(idx), cache, context=IN_THE_CACHE)[:, -1])
 
-    def encode(self, source: Tensor) -> tuple[Tensor, Mask]:
-        """source: (B, S), as in forward. Returns the encoder's output, (B, S, C), and the mask of its padding."""
+    def encode(self, source: Tensor) -> Context:
+        """Run the encoder on a source as in forward. Returns its output, (B, S, C), and the mask of its padding."""
         padding = source < 0
-        distance = torch.zeros_like(source[:1])
+        distance = torch.ones_like(source[:1])  # none is 0, a token's own
         mask = attention_mask(distance, causal=False, padding=padding)
         return self.encoder(self.wte(source.clamp(min=0)), padding=padding), mask
 
     def make_cache(self, source: Tensor) -> Cache:
-        """Return a cache for block_size tokens of the target that holds the sources, (B, S), all equally long."""
+        """Make a cache that holds the sources, (B, S), all equally long, and has room for block_size target tokens."""
         assert (source >= 0).all(), "sources must be equally long"
         context, _ = self.encode(source)
         cache = Cache(self.config.n_layer, self.config.block_size)
-        cache.layers = [CrossLayerCache(self.config.block_size) for _ in cache.layers]
+        cache.layers = [CrossLayerCache(cache.size) for _ in cache.layers]
         for block, layer in zip(self.decoder.blocks, cache.layers, strict=True):
-            layer.source = block.cross_attn.keys_and_values(context)
+            layer.source_k, layer.source_v = block.cross_attn.keys_and_values(context)
         return cache

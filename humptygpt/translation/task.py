@@ -1,4 +1,4 @@
-"""The task of translating: what a run shows of it, and how it scores it."""
+"""The task of translation: the examples and the score that a run shows."""
 
 from torch import nn
 
@@ -8,7 +8,7 @@ from humptygpt.translation.data import PairDataset
 
 
 def translate_examples(model: nn.Module, dataset: PairDataset) -> str:
-    """Translate three sentences of the validation split greedily, each shown with its reference."""
+    """Translate three sentences of the validation split greedily, and show each with its reference."""
     tokenizer = dataset.tokenizer
     examples = dataset.texts("val", 3)
     sources = [source for source, _ in examples]

@@ -10,7 +10,7 @@ from model import ACTIVATIONS, GPT, Dropout, ModelConfig
 
 @dataclass(frozen=True)
 class WindowConfig(ModelConfig):
-    """Of the settings of a GPT, these count: n_layer, n_hidden, n_embd, window, activation, bias and dropout."""
+    """Uses these settings of a GPT: n_layer, n_hidden, n_embd, window, activation, bias and dropout."""
 
     def validate(self) -> None:
         """Raise ValueError for the first value or combination that makes no sense."""
@@ -26,7 +26,7 @@ class WindowConfig(ModelConfig):
 
 
 class NumberEmbedding(nn.Module):
-    """Each token is a single number, its own, and nothing is trained: the first is 1 / V, the second 2 / V, ..., 1.
+    """Each token is a single number, and nothing is trained: the first token is 1 / V, the second 2 / V, the last 1.
 
     No token is 0, because 0 stands for no token.
     """
@@ -41,11 +41,11 @@ class NumberEmbedding(nn.Module):
 
 
 class WindowMLP(nn.Module):
-    """A feed-forward network that reads the last `window` tokens side by side and predicts the next one.
+    """A feed-forward network that reads the newest `window` tokens side by side and predicts the next one.
 
-    It does so at every position of a text. If the window reaches back before the first token that was given, there are
-    zeros, in training as in use; so block_size should be several times the window.
-    n_layer hidden layers of n_hidden neurons, by default as many as there are inputs.
+    It does so at every position of a text. Before the first token the window is filled with zeros, in training and in
+    use, so block_size should be several times the window. There are n_layer hidden layers of n_hidden neurons, by
+    default one neuron for each input.
     Source: Bengio et al. 2003, "A neural probabilistic language model".
     """
 
@@ -53,7 +53,7 @@ class WindowMLP(nn.Module):
     embedding = nn.Embedding
     tasks = ("language modelling",)
     has_encoder = False
-    has_cache = False  # two neighbouring windows share nothing but their embeddings
+    has_cache = False  # neighbouring windows have only their embeddings in common
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -72,7 +72,10 @@ class WindowMLP(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Matrices normal, 1 / sqrt(inputs), which keeps the variance; head 0: all tokens are equally likely."""
+        """Draw matrices with standard deviation 1 / sqrt(inputs), which keeps the variance of activations.
+
+        The head is 0, so that all tokens are equally likely.
+        """
         for layer in self.layers:
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         nn.init.zeros_(self.lm_head.weight)
@@ -83,9 +86,9 @@ class WindowMLP(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """idx: (B, T) token ids. targets: (B, T), -1 where no loss is counted.
+        """idx: (B, T) token ids. targets: (B, T); a target of -1 does not count.
 
-        Returns logits (B, T, V) and the mean cross-entropy in nats, None without targets.
+        Returns logits (B, T, V) and the mean cross-entropy in nats, or None without targets.
         """
         window = self.config.window
         x = F.pad(self.wte(idx), (0, 0, window - 1, 0))  # (B, window - 1 + T, C)
@@ -99,11 +102,11 @@ class WindowMLP(nn.Module):
     loss = GPT.loss
 
     def next_logits(self, idx: Tensor) -> Tensor:
-        """Return the logits (B, V) of the token that follows idx."""
+        """Compute the logits (B, V) of the token that follows idx."""
         return self(idx[:, -self.config.window :])[0][:, -1]
 
 
 class NumberMLP(WindowMLP):
-    """The same without an embedding: a token is its own number."""
+    """A WindowMLP without an embedding: a token is its own number."""
 
     embedding = NumberEmbedding
