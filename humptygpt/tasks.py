@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 from humptygpt import config as configurator
 from humptygpt.config import UserError, find
 from humptygpt.data import Dataset, TokenDataset
-from humptygpt.sampling import generate
 from model import ModelConfig
 
 # {name: module:entry}
@@ -121,10 +120,9 @@ def sample(model: nn.Module, dataset: TokenDataset, max_new_tokens: int) -> str:
     """Generate a text from nothing."""
     tokenizer = dataset.tokenizer
     idx = torch.from_numpy(tokenizer.start()).to(next(model.parameters()).device)[None]
-    tokens = list(
-        generate(model, idx, max_new_tokens, tokenizer.vocab_size, temperature=0.8)
-    )
-    return tokenizer.decode(torch.cat(tokens).tolist()).strip()
+    tokens = model.generate(idx, max_new_tokens, temperature=0.8)[0, idx.shape[1] :]
+    tokens = tokens[tokens < tokenizer.vocab_size]  # without those of padding rows
+    return tokenizer.decode(tokens.tolist()).strip()
 
 
 def sample_line(model: nn.Module, dataset: TokenDataset) -> str:

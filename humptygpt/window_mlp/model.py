@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -104,6 +105,16 @@ class WindowMLP(nn.Module):
     def next_logits(self, idx: Tensor) -> Tensor:
         """Compute the logits (B, V) of the token that follows idx."""
         return self(idx[:, -self.config.window :])[0][:, -1]
+
+    @torch.inference_mode()
+    def generate(
+        self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0
+    ) -> Tensor:
+        """Continue idx, (B, T) with T >= 1, by sampled tokens. Returns (B, T + max_new_tokens)."""
+        for _ in range(max_new_tokens):
+            probabilities = (self.next_logits(idx).float() / temperature).softmax(dim=-1)
+            idx = torch.cat([idx, torch.multinomial(probabilities, 1)], dim=1)
+        return idx
 
 
 class NumberMLP(WindowMLP):
