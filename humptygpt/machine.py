@@ -18,6 +18,11 @@ from pathlib import Path
 
 from humptygpt.config import UserError, note, one_line, script_name
 
+# packages without which a GPT trains and is sampled; some capabilities need one
+OPTIONAL = {
+    *("gguf", "huggingface_hub", "matplotlib", "pyarrow", "sacrebleu"),
+    *("safetensors", "sentencepiece", "tiktoken", "tokenizers", "wandb"),
+}
 STARTED = time.monotonic()  # start of the command, apart from Python's own start
 # Linux's control groups, version 2, which containers use
 CGROUPS = Path("/sys/fs/cgroup")
@@ -193,6 +198,11 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         # the reader of our output has seen enough: python sample.py ... | head
         sys.stdout = None  # or Python would fail once more when it flushes at exit
         sys.exit(128 + 13)  # 13: SIGPIPE
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in OPTIONAL:
+            raise
+        complain(f"this needs the package {package}: pip install {package}")
     except Exception as error:
         if is_out_of_memory(error):
             complain(out_of_memory_line(error))

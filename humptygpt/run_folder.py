@@ -1,6 +1,7 @@
 """The progress of a run, the signals that stop it, and its folder: metrics, plot, settings and logs."""
 
 import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -294,6 +295,8 @@ class RunFolder:
         self.loggers = []
         if not writes:
             return
+        if not importlib.util.find_spec("matplotlib"):
+            note("there will be no loss.png, because matplotlib is not installed")
         if replaces:
             note(f"the earlier run in {path} stays until this one has a checkpoint")
         with refuse_unwritable(path):
@@ -330,7 +333,9 @@ class RunFolder:
                     logger.log(row, step=row["iter"])
 
     def draw(self) -> None:
-        draw_losses(self.rows, self.path / "loss.png")
+        """Draw loss.png, if matplotlib is installed."""
+        if importlib.util.find_spec("matplotlib"):
+            draw_losses(self.rows, self.path / "loss.png")
 
     def checkpointed(self) -> None:
         """Put the run in the place of the earlier one when its first checkpoint is complete. Raises UserError."""
