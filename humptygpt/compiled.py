@@ -89,8 +89,9 @@ class CompiledGPT(nn.Module):
                     if buffer is not None:
                         torch._dynamo.mark_static_address(buffer, guard=False)
         try:
-            # a tensor made outside of inference mode would be compiled for once more
-            logits = self.step(idx.clone(), static)
+            # another stride, or a tensor made outside of inference mode, would be compiled for once more
+            token = idx.clone(memory_format=torch.contiguous_format)
+            logits = self.step(token, static)
         except Exception as error:  # compilers fail in as many ways as there are machines
             if self.step == self.model.next_logits or is_out_of_memory(error):
                 raise

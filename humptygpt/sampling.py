@@ -166,17 +166,17 @@ class Context:
         ]
         dropped = min(padding)
         self.padding = [first - dropped for first in padding]
-        self.tokens = self.tokens[:, dropped:].clone()
-        for text, first in zip(self.tokens, self.padding, strict=True):
+        tokens = self.tokens = self.tokens[:, dropped:].clone()
+        for text, first in zip(tokens, self.padding, strict=True):
             text[:first] = -1
         if self.cache:
             self.cache.clear()
             if any(self.padding):
-                self.cache.padding = self.tokens.new_tensor(self.padding)
+                self.cache.padding = torch.tensor(self.padding, device=tokens.device)
 
     def select(self, rows: list[int]) -> Tensor:
         """Keep only these texts. Returns their rows, int64, on the device."""
-        index = self.tokens.new_tensor(rows)
+        index = torch.tensor(rows, device=self.tokens.device)
         self.tokens = self.tokens[index]
         self.padding = [self.padding[row] for row in rows]
         if self.cache:

@@ -145,13 +145,11 @@ def test_filters_keep_what_a_slow_reference_keeps(logits, top_p, min_p):
     np.testing.assert_allclose(probs[1], expected[::-1], atol=1e-5)
 
 
-@given(st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=1), st.floats(0.5, 3))
-def test_the_repetition_penalty_makes_what_was_seen_less_probable(tokens, penalty):
-    logits, seen = (torch.tensor([column]) for column in zip(*tokens, strict=True))
-    found = sampling.penalize_repetition(logits.double(), seen, penalty)
-    penalized = [x / penalty if x > 0 else x * penalty for x, _ in tokens]
-    expected = np.where(seen[0], penalized, logits[0])
-    np.testing.assert_allclose(found[0], expected, rtol=1e-6, atol=1e-30)
+def test_the_repetition_penalty_makes_what_was_seen_less_probable():
+    logits = torch.tensor([[3.0, -3.0, 3.0, -3.0]])
+    seen = torch.tensor([[True, True, False, False]])
+    found = sampling.penalize_repetition(logits, seen, 2.0)
+    assert found.tolist() == [[1.5, -6.0, 3.0, -3.0]]
 
 
 def test_the_repetition_penalty_counts_the_prompt_and_the_tokens_drawn_but_no_padding():
