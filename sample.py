@@ -60,7 +60,7 @@ SEPARATOR = "---------------"
 SAMPLING = "temperature top_k top_p min_p repetition_penalty seed max_new_tokens stop"
 OF_TEXT = "prompts score num_samples stop logprobs temperature top_k repetition_penalty"
 OF_TEXT += " seed context compile"
-# keys: another setting, and its values with which they do nothing
+# {keys: (another setting, its values with which the keys have no effect)}
 WITHOUT_EFFECT = {
     OF_TEXT: ("task", ("translation",)),
     "num_beams length_penalty": ("task", ("language modelling",)),
@@ -143,7 +143,7 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A trained model, made for generation, and what belongs to it."""
+    """A trained model, made for generation, with its tokenizer, task and device."""
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -176,7 +176,7 @@ def main(argv: list[str]) -> None:
 
 
 def refuse_vain(given: dict, config: SampleConfig, task: str | None) -> None:
-    """Raise UserError for a key that does nothing in these settings. task: None before the model is known."""
+    """Raise UserError for a key that has no effect in these settings. task: None before the model is loaded."""
     for why in in_vain(given, vars(config) | {"task": task}, IN_VAIN).values():
         raise UserError(f"{why}; leave it out")
 
@@ -190,7 +190,7 @@ def load(
     quantize: str | None = None,
     compile: bool = False,
 ) -> Pipeline:
-    """Load the model that init_from=source names and make it for generation; the keys are those of SampleConfig.
+    """Load the model that init_from=source names, for generation. The keys mean the same as in SampleConfig.
 
     Raises UserError.
     """
@@ -212,7 +212,7 @@ def load(
 def complete(loaded: Pipeline, prompt: str, max_new_tokens: int = 500, **keys) -> str:
     """Return the prompt and its continuation, or its translation, for a notebook.
 
-    keys: temperature, stop, num_beams and others of SampleConfig.
+    keys: temperature, stop, num_beams or any other key of SampleConfig.
     """
     config = SampleConfig(max_new_tokens=max_new_tokens, **keys)
     if loaded.task == "translation":
@@ -227,7 +227,7 @@ def write(
     config: SampleConfig,
     loaded: Pipeline,
 ) -> Iterator[Piece]:
-    """Continue prompts, token ids, together. samples: the number of each text, which chooses its random numbers."""
+    """Continue prompts, given as token ids, in one batch. samples: the number of each text, which seeds it."""
     idx = pad(prompts).to(loaded.device)
     size = idx.shape[1] + config.max_new_tokens
     context = Context(loaded.model, idx, size, exact=config.context == "exact")
@@ -288,7 +288,7 @@ def print_batch(
 
 
 def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
-    """Print a translation for each line; that of an empty line is empty."""
+    """Print a translation for each line, an empty one for an empty line."""
     texts = typed_lines() if config.interactive else [read_start(config.start or "")]
     for text in texts:
         if not text and not config.interactive:
@@ -301,7 +301,7 @@ def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
 
 
 def converse(config: SampleConfig, loaded: Pipeline) -> None:
-    """Read a line, write a continuation, and so on. All that was read and written stays in the context."""
+    """Read a line, write its continuation, and so on. All that was read and written stays in the context."""
     tokenizer = loaded.tokenizer
     context = None
     first = [] if config.start is None else [read_start(config.start)]

@@ -150,7 +150,7 @@ class JointLinear(nn.Module):
 def call_directly(model: nn.Module) -> None:
     """Put the function of each layer in the layer's place: the rest of nn.Module takes as long as a small product."""
     for module in list(model.modules()):
-        if isinstance(module, nn.ModuleList):  # which takes no functions
+        if isinstance(module, nn.ModuleList):  # it takes modules only
             continue
         for name, child in list(module.named_children()):
             if type(child).forward is nn.RMSNorm.forward:

@@ -1,4 +1,4 @@
-"""How good a model is: its validation loss, in nats per token, in bits per byte, and as perplexity; and its text."""
+"""How good a model is: its validation loss in nats per token, in bits per byte and as perplexity; and a sample."""
 
 import math
 import zlib

@@ -204,7 +204,7 @@ class Sampler:
         self.filters = filters
         self.uniforms = None
         if filters.get("temperature") != 0:
-            dtype = torch.float32 if idx.is_mps else torch.float64  # Apple's GPUs lack it
+            dtype = torch.float32 if idx.is_mps else torch.float64  # Apple lacks float64
             numbers = uniform_numbers(seed, samples, max_new_tokens, dtype)
             self.uniforms = numbers.to(idx.device)
         self.penalty = repetition_penalty
@@ -301,9 +301,9 @@ def generate(
 
 
 def texts_at_once(model: nn.Module, device: torch.device, size: int) -> int:
-    """Return how many texts of `size` tokens to continue together: AT_ONCE, or as many as memory has room for.
+    """Choose the number of texts of `size` tokens to continue together: AT_ONCE, or fewer if memory is short.
 
-    Raises UserError if it has room for none.
+    Raises UserError if not even one fits.
     """
     needed = bytes_per_text(model, size)
     free = int(0.9 * free_memory(device))

@@ -1,4 +1,4 @@
-"""What a run can train and what for: the tables of models and tasks. An entry is imported when a setting names it.
+"""The models that a run can train and the tasks that they learn. An entry is imported when a setting names it.
 
 A data set and a checkpoint name their task, and each class of MODELS those that it can learn.
 """

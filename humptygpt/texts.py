@@ -22,7 +22,7 @@ from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
 class Prompt(NamedTuple):
     number: int  # from 0
-    text: str  # as it is shown
+    text: str  # without end-of-text before it
     ids: np.ndarray  # (T,)
 
 
@@ -108,10 +108,10 @@ def pad(texts: list[np.ndarray]) -> Tensor:
 
 
 class TextStream:
-    """The text of one sample: feed() its tokens and show what comes back.
+    """The text of one sample: feed() its tokens and show the characters that it returns.
 
     A character appears with the last of its bytes; one that is never completed does not appear. The text ends before
-    the first of the stop texts, and what may be the beginning of one is held back until that is known.
+    the first stop text. The beginning of a possible stop text is held back until the next tokens decide.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
@@ -139,7 +139,7 @@ class TextStream:
         return self.close()
 
     def close(self) -> str:
-        """Return what was held back, because no token follows."""
+        """Return the characters held back, because no token follows."""
         shown, self.held = self.held, ""
         return shown
 
@@ -161,7 +161,7 @@ def stream_texts(
     stop: tuple[str, ...] = (),
     **sampling,
 ) -> Iterator[Piece]:
-    """Continue the texts of the context. stop: as TextStream takes it. samples, sampling: arguments of Sampler."""
+    """Continue the texts of the context. stop: as for TextStream. samples, sampling: arguments of Sampler."""
     streams = [TextStream(tokenizer, stop) for _ in samples]
     stopped = set()
     for step in continue_texts(
