@@ -269,7 +269,7 @@ def continue_texts(
         logits = context.next_logits().float()[:, :vocab_size]
         tokens = sampler.next_tokens(logits)
         context.append(tokens)
-        ids = tokens.flatten().tolist()
+        ids = [token for (token,) in tokens.tolist()]
         if max(ids) >= vocab_size:
             raise UserError("the model's logits are not finite: has its training diverged?")
         yield Step(rows, ids, logits)

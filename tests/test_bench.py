@@ -225,28 +225,6 @@ def test_figures_are_medians_over_rounds_and_steps():
     assert figures == {"first_token_ms": 7000, "tokens_per_second": 20}
 
 
-def test_a_step_ends_when_its_token_is_there_and_patience_ends_a_measurement(monkeypatch):
-    now = 0.0
-
-    class Slow(contenders.Generator):
-        def load(self, model_config, config):
-            self.seconds = [3.0, 1.0, 25.0, 1.0]
-
-        def steps(self, n):
-            nonlocal now
-            for seconds in self.seconds[:n]:
-                now += seconds
-                yield
-
-    monkeypatch.setattr(contenders.time, "perf_counter", lambda: now)
-    slow = Slow(
-        replace(SMALL, vocab_size=5), bench.BenchConfig(what="sample", texts=2, prompt=8)
-    )
-    assert slow.idx.shape == (2, 8) and slow.idx.max() < 5
-    assert slow.measure(2) == [3.0, 1.0]
-    assert slow.measure(4) == [3.0, 1.0, 25.0]
-
-
 def test_the_loop_around_hugging_faces_model_is_greedy_and_keeps_what_it_has_read():
     pytest.importorskip("transformers")
     config = bench.BenchConfig(what="sample", texts=3, prompt=5)

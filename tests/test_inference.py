@@ -86,6 +86,11 @@ def test_int8_rounds_to_the_nearest_of_255_steps_of_each_row():
     assert rows.q_per_channel_scales()[1] == 1
 
 
+def test_int8_weights_are_refused_on_a_gpu():
+    with pytest.raises(UserError, match="int8 weights are for CPUs, and the device is"):
+        make_generator(random_model(), torch.int8, torch.device("cuda"))
+
+
 def test_a_transformer_made_for_generation_translates_as_before():
     model = random_model(model="transformer").eval()
     source, idx = tokens(2, 6), tokens(2, 5, seed=1)
