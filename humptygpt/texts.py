@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from humptygpt.config import UserError, nearest_path, note
+from humptygpt.config import UserError, nearest_path, note, refuse
 from humptygpt.sampling import Context, continue_texts
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
@@ -41,10 +41,8 @@ def read_prompts(
         return [Prompt(0, "" if tokenizer.eot is not None else tokenizer.decode(ids), ids)]
     found = []
     for number, text in enumerate(texts):
-        try:
+        with refuse(f"prompt {number + 1:,}: "):
             ids = encode_prompt(text, tokenizer)
-        except UserError as error:
-            raise UserError(f"prompt {number + 1:,}: {error}") from error
         if len(ids) > block_size:
             note(
                 f"prompt {number + 1:,} has {len(ids):,} tokens; the last {block_size:,} are read"
