@@ -12,13 +12,13 @@ from model import GPT, Cache, LayerCache
 
 
 class StaticLayerCache(LayerCache):
-    """Buffers of a layer at fixed addresses. A token is written at a position that is a tensor."""
+    """The buffers of a layer at fixed addresses. The position at which a token is written is a tensor."""
 
     def __init__(self, layer: LayerCache):
         super().__init__(layer.size)
         self.k = layer.k
         self.v = layer.v
-        if layer.last_inputs is not None:  # after a prompt, a part of its inputs
+        if layer.last_inputs is not None:  # after a prompt, a slice of its inputs
             layer.last_inputs = layer.last_inputs.contiguous()
         self.buffer = layer.last_inputs
 
@@ -79,7 +79,7 @@ class CompiledGPT(nn.Module):
         return self.model(idx, targets)
 
     def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """Compute GPT.next_logits, for a single token after others by the compiled step."""
+        """Compute GPT.next_logits; a single token that follows others takes the compiled step."""
         if idx.shape[1] > 1 or not cache or not cache.length:
             return self.model.next_logits(idx, cache)
         static = StaticCache(cache, len(idx), idx.device)

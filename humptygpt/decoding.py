@@ -36,9 +36,9 @@ def make_generator(
 ) -> nn.Module:
     """Return the model made for generation, on the device. It can no longer be trained or saved.
 
-    dtype: of the weights, float32, bfloat16 or float16, or on a CPU int8. They are converted once, here; autocast would
-    convert them for each token. Embeddings stay as they are: a token reads one row, and if the file is mapped, only the
-    rows that were read take memory. compiles: compile the step of one token.
+    dtype: float32, bfloat16 or float16, or int8 on a CPU. The weights are converted once, here; autocast would convert
+    them for each token. Embeddings stay as they are: a token reads one row, and in a mapped file only the rows that
+    were read take memory. compiles: compile the step of one token.
 
     Raises UserError if memory does not suffice, or for int8 on a GPU.
     """
@@ -84,11 +84,11 @@ def make_generator(
 
 @torch.inference_mode()
 def agrees(model: nn.Module, *changes: Callable[[nn.Module], None]) -> bool:
-    """True if this model.py, which a user may have edited, computes the same with a cache as from the whole text.
+    """Check that model.py, which a user may have edited, computes the same with a cache as from the whole text.
 
-    It is tried on a model of the same classes and settings, so small that this takes milliseconds. changes: functions
-    that change this model before it reads with a cache. If it fails, the changes are not made, but the cache is
-    trusted, because a user's class may need other sizes.
+    The check takes milliseconds, because it is made on a tiny model of the same classes and settings. changes: made to
+    the tiny model before it reads with a cache. If the tiny model fails, the answer is no with changes and yes without:
+    a user's class may need other sizes.
     """
     config = model.config
     window = min(config.window, 5)
@@ -129,7 +129,7 @@ def join(model: nn.Module) -> None:
 
 
 class JointLinear(nn.Module):
-    """Linear layers that read the same input, as one: asked for the output of the first, it computes all of them."""
+    """Several linear layers of one input as a single product, computed when the first of them is called."""
 
     def __init__(self, layers: list[nn.Linear]):
         super().__init__()
@@ -203,7 +203,7 @@ def low_bit_linear(
 
 
 class ProductLinear(nn.Module):
-    """A linear layer by a function that holds the weights and takes inputs of one dtype."""
+    """A linear layer whose product is a function that holds the weights and takes inputs of one dtype."""
 
     def __init__(self, product: Product, dtype: torch.dtype, result: torch.dtype):
         super().__init__()
@@ -217,7 +217,7 @@ class ProductLinear(nn.Module):
 
 
 def sum_of_products(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Compute F.linear, for a single token as a sum: a compiler makes it one loop that reads weights at full speed."""
+    """Compute F.linear, but for a single token as a sum, which a compiler turns into one loop over the weights."""
     if x.numel() != weight.shape[1]:
         return F.linear(x, weight, bias)
     y = (weight.float() * x.float().view(-1)).sum(dim=-1).to(weight.dtype)
@@ -226,7 +226,7 @@ def sum_of_products(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 
 def packs(weight: Tensor) -> bool:
-    """True if oneDNN can pack these weights and it pays."""
+    """True if oneDNN can pack these weights and they are many enough to gain from it."""
     large = weight.device.type == "cpu" and weight.numel() >= PACKED_FROM
     if not large or not torch.backends.mkldnn.is_available():
         return False

@@ -69,9 +69,9 @@ def probabilities(
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     """Draw tokens (B, 1) with these probabilities, (B, V), by numbers from [0, 1), (B, 1).
 
-    The token is the first, in the order of ids, at which the sum of probabilities exceeds the number. So a text needs
-    one number for each token, whatever the vocabulary, and rounding hardly ever changes a token. If a probability is
-    nan, the token is V.
+    The token is the first, in the order of ids, at which the sum of probabilities exceeds the number. So a text takes
+    one number for each token, however large the vocabulary is, and rounding hardly ever changes a token. If a
+    probability is nan, the token is V.
     """
     cumulative = probs.cumsum(dim=-1, dtype=uniform.dtype)
     total = cumulative.narrow(-1, -1, 1)
@@ -101,13 +101,13 @@ def uniform_numbers(
 ) -> Tensor:
     """Return (n, B, 1) random numbers in [0, 1). The i-th of a sample depends only on seed, the sample's number and i.
 
-    So a text is the same whatever texts are sampled with it. The generator is numpy's Philox, which encrypts a counter
-    with the key (seed, sample). Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    So a text does not depend on the texts that are sampled with it. The generator is numpy's Philox, which encrypts a
+    counter with the key (seed, sample). Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
     keys = [[seed, sample] for sample in samples]
     streams = [np.random.Generator(np.random.Philox(key=key)).random(n) for key in keys]
     numbers = torch.from_numpy(np.stack(streams, axis=1)[..., None]).to(dtype)
-    # below 1 by enough that draw(), after rounding, finds a token with a probability
+    # below 1, so that draw() finds a token that has a probability, also after rounding
     return numbers.clamp(max=1 - torch.finfo(dtype).eps)
 
 
@@ -116,11 +116,11 @@ def uniform_numbers(
 
 
 class Context:
-    """The tokens of texts that a model continues together, as far as it can still see them, and its cache.
+    """The texts that a model continues together: the tokens that it can still see, and its cache of them.
 
-    The model sees block_size tokens. A text that has more continues from its newest half, which is computed again once;
-    with exact=True from its newest block_size tokens, which are computed again for every new token. Each text of a
-    batch does so when its own tokens fill the context, so it continues as it would by itself.
+    The model sees block_size tokens. When a text has more, its newest half is computed again, once, and the text
+    continues from there. With exact=True, the newest block_size tokens are computed again for every new token. Each
+    text of a batch does so when its own tokens fill the context, so it continues as it would by itself.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Context:
         self.model = model
         self.block_size = model.config.block_size
         self.tokens = idx  # (B, T)
-        self.padding = (idx < 0).sum(dim=1).tolist()  # for each text, columns before it
+        self.padding = (idx < 0).sum(dim=1).tolist()  # columns before each text
         self.cache = model.make_cache(size=size) if model.has_cache else None
         if self.cache and not exact:
             self.kept = max(1, self.block_size // 2)
@@ -159,7 +159,7 @@ class Context:
         return torch.cat([self.model.next_logits(text[:, first:]) for text, first in texts])
 
     def restart(self, kept: int) -> None:
-        """Keep the newest tokens of each text that has more than block_size, and forget what has been computed."""
+        """Keep the `kept` newest tokens of each text that has more than block_size, and empty the cache."""
         T = self.tokens.shape[1]
         padding = [
             T - kept if T - first > self.block_size else first for first in self.padding
