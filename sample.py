@@ -16,7 +16,7 @@ Only text goes to stdout, or JSON lines with --logprobs; everything else goes to
 """
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain, product
 from pathlib import Path
@@ -28,7 +28,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from torch import nn
 
 from humptygpt import config as configurator
 from humptygpt import loading as interchange
@@ -85,7 +84,7 @@ class SampleConfig:
     num_samples: int = 3  # texts for each prompt, generated together in one batch
     max_new_tokens: int = 500  # tokens of each text after the prompt
     stop: tuple[str, ...] = ()  # a text ends before this; several may be given
-    logprobs: int | None = None  # JSON lines of tokens and the K likeliest; or colours
+    logprobs: int | None = None  # JSON lines of tokens and the K likeliest; on a terminal, colours
     # beam search, for translations
     num_beams: int = 4  # hypotheses; 1: greedy
     length_penalty: float = 1.0  # score: log-probability / tokens^this
@@ -145,7 +144,7 @@ class SampleConfig:
 class Pipeline:
     """A trained model, made for generation, with its tokenizer, task and device."""
 
-    model: nn.Module
+    model: torch.nn.Module
     tokenizer: Tokenizer
     task: str
     device: torch.device
@@ -223,7 +222,7 @@ def complete(loaded: Pipeline, prompt: str, max_new_tokens: int = 500, **keys) -
 
 def write(
     prompts: list[np.ndarray],
-    samples: Sequence[int],
+    samples: Collection[int],
     config: SampleConfig,
     loaded: Pipeline,
 ) -> Iterator[Piece]:
@@ -290,11 +289,11 @@ def print_batch(
 def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
     """Print a translation for each line, an empty one for an empty line."""
     texts = typed_lines() if config.interactive else [read_start(config.start or "")]
+    if texts == [""]:
+        raise UserError(
+            'nothing to translate; give a sentence, as --start="Wo wohnst du?", or --start=FILE:german.txt'
+        )
     for text in texts:
-        if not text and not config.interactive:
-            raise UserError(
-                'nothing to translate; give a sentence, as --start="Wo wohnst du?", or --start=FILE:german.txt'
-            )
         lines = text.removesuffix("\n").split("\n")
         for translation in translate(lines, config, loaded):
             print(translation, flush=True)

@@ -3,7 +3,7 @@
 Shapes: B texts, T tokens, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -97,7 +97,7 @@ def greedy_tokens(logits: Tensor) -> Tensor:
 
 
 def uniform_numbers(
-    seed: int, samples: Sequence[int], n: int, dtype: torch.dtype = torch.float64
+    seed: int, samples: Collection[int], n: int, dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """Return (n, B, 1) random numbers in [0, 1). The i-th of a sample depends only on seed, the sample's number and i.
 
@@ -191,7 +191,7 @@ class Sampler:
         self,
         idx: Tensor,
         vocab_size: int,
-        samples: Sequence[int],
+        samples: Collection[int],
         max_new_tokens: int,
         *,
         repetition_penalty: float = 1.0,
@@ -250,7 +250,7 @@ def continue_texts(
     max_new_tokens: int,
     tokenizer_vocab_size: int | None = None,
     *,
-    samples: Sequence[int] | None = None,
+    samples: Collection[int] | None = None,
     eot: int | None = None,
     stopped: Collection[int] = (),
     **sampling,

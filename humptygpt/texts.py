@@ -3,7 +3,7 @@
 import codecs
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,7 +154,7 @@ class Piece(NamedTuple):
 def stream_texts(
     context: Context,
     tokenizer: Tokenizer,
-    samples: Sequence[int],
+    samples: Collection[int],
     max_new_tokens: int,
     stop: tuple[str, ...] = (),
     **sampling,
