@@ -84,7 +84,7 @@ class SampleConfig:
     num_samples: int = 3  # texts for each prompt, generated together in one batch
     max_new_tokens: int = 500  # tokens of each text after the prompt
     stop: tuple[str, ...] = ()  # a text ends before this; several may be given
-    logprobs: int | None = None  # JSON lines of tokens and the K likeliest; on a terminal, colours
+    logprobs: int | None = None  # JSON lines with the K likeliest tokens; or colours
     # beam search, for translations
     num_beams: int = 4  # hypotheses; 1: greedy
     length_penalty: float = 1.0  # score: log-probability / tokens^this
