@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from humptygpt import config as configurator
-from humptygpt import loading as interchange
+from humptygpt import loading
 from humptygpt.config import (
     UserError,
     check_above_0,
@@ -154,7 +154,7 @@ def main(argv: list[str]) -> None:
     given = configurator.read(argv, SampleConfig)
     config = configurator.make(SampleConfig, given)
     refuse_vain(given, config, None)
-    source = interchange.chosen_source(config, given)
+    source = loading.chosen_source(config, given)
     loaded = load(
         source, config.checkpoint, **config.select("device dtype quantize compile")
     )
@@ -197,7 +197,7 @@ def load(
     weight_dtype = torch.int8 if quantize else sample_dtype(dtype, torch_device)
     # Windows would not let a run replace a file that is mapped
     mapped = torch_device.type == "cpu" and sys.platform != "win32"
-    loaded = interchange.load(source, which, mapped)
+    loaded = loading.load(source, which, mapped)
     print(loaded.description, file=sys.stderr)
     compiles = compile and loaded.task != "translation"
     model = make_generator(loaded.model, weight_dtype, torch_device, compiles)
