@@ -25,7 +25,7 @@ import prepare_data
 import sample
 import train
 from humptygpt import config as configurator
-from humptygpt import device, evaluation, machine, memory, run_folder
+from humptygpt import device, evaluation, machine, memory, run_folder, tasks
 from humptygpt.config import UserError
 from humptygpt.device import autocast
 from humptygpt.optimizers import OPTIMIZERS, freeze, make_optimizer
