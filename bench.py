@@ -1,32 +1,34 @@
-"""How fast, beside others on this machine. The last line is one JSON object.
+"""Measure speed on this machine, also that of other programs. The last line of the output is one JSON object.
 
     python bench.py --what=train --nanogpt=../nanoGPT     steps of ours and of nanoGPT's, alternating
-    python bench.py --what=loss --nanogpt=../nanoGPT      how long to a loss, and which loss in equal time
-    python bench.py --what=profile                        where a step's time goes
-    python bench.py --what=sample --nanogpt=../nanoGPT    generation on a CPU, beside every other program installed
+    python bench.py --what=loss --nanogpt=../nanoGPT      the time to a loss, and the losses in equal time
+    python bench.py --what=profile                        the time of each part of a step
+    python bench.py --what=sample --nanogpt=../nanoGPT    generation on a CPU, with every other program installed
     python bench.py --what=page --page=PAGE.html          keystrokes in a page of explain.py, in an installed Chromium
-    python bench.py --what=gpu --nanogpt=../nanoGPT       five minutes on a card, as one table for RECORDS.md
+    python bench.py --what=gpu --nanogpt=../nanoGPT       five minutes on a GPU, as one table for RECORDS.md
 
-train: same shapes, same math (nanoGPT's CPU preset and AdamW, or a --config), same text; medians in milliseconds, and
-`speedup`, nanoGPT's median over ours. Each runs in a process of its own, as its users have it; nanoGPT computes in
-float32 on a CPU and in bfloat16 on a GPU, and ours too unless --dtype says otherwise.
+train: both have the same shapes, math (nanoGPT's CPU preset and AdamW, or a --config) and text. The figures are medians
+in milliseconds, and `speedup` is nanoGPT's median divided by ours. Each runs in a process of its own, as its users run
+it. nanoGPT computes in float32 on a CPU and in bfloat16 on a GPU, and so does ours unless --dtype is given.
 loss: nanoGPT's CPU preset as it is, then --config with as many steps as should take 0.8 of its seconds, for each seed.
-Both are scored by the same function on the whole validation split, in blocks of their own block_size. Seconds are those
-of training alone; those to --target are interpolated between the evaluations around it (all, where it is not reached),
-and `speedup` is their ratio.
+One function scores both on the whole validation split, in blocks of their own block_size. Seconds count training only.
+Seconds to --target are interpolated between the evaluations before and after it; if it is not reached, they are all
+seconds. `speedup` is their ratio.
 profile: batch, forward, backward and so on, measured one by one, without compiling.
-sample: milliseconds to the first token, which are those of reading the prompt, and tokens per second after it, all
-texts together, beside nanoGPT, transformers, CTranslate2 and llama.cpp. Those that are missing are named; `pip install
-transformers ctranslate2 xllamacpp gguf` installs all but the first. All have random weights and as many threads, and
-take turns; the figures are medians over the rounds, and `ratio` is ours divided by theirs. gpt2 is the same network for
-all; as 0.8M ours is the demo's, and the others' that of nanoGPT's CPU preset, all but nanoGPT's own with bias terms.
-All take the most probable token, but nanoGPT can only sample. Ours, nanoGPT and transformers stop after 20 seconds.
-page: milliseconds from the press of a key until the page has been painted, medians and 95th percentiles: a character
-appended to a text of 64 tokens, one typed anywhere in it, and the same where the context is full, so that all tokens
-move. It is for runs whose tokens are characters. `pip install playwright` installs what drives the browser.
-gpu: the demo to its loss, data and compiling included; tokens/s and MFU of training GPT-2 124M and 350M, beside nanoGPT
-where a checkout is given, and their peak memory beside the formula; tokens/s of decode beside what memory can give.
-A --config's own device, dtype, compile and evaluation settings do not count here.
+sample: milliseconds to the first token, which is the time to read the prompt, and tokens per second after it, all texts
+together, also for nanoGPT, transformers, CTranslate2 and llama.cpp. Missing programs are named; `pip install
+transformers ctranslate2 xllamacpp gguf` installs all but nanoGPT. All have random weights and as many threads, and take
+turns. The figures are medians over the rounds, and `ratio` is ours divided by theirs. With --size=gpt2 all run the same
+network. With 0.8M ours is the demo's, and the others run nanoGPT's CPU preset, with biases except for nanoGPT itself.
+All take the most probable token, except nanoGPT, which can only sample. Ours, nanoGPT and transformers stop after 20
+seconds.
+page: milliseconds from the press of a key until the page has been painted, medians and 95th percentiles. A character is
+appended to a text of 64 tokens, typed anywhere in it, and typed when the context is full, so that all tokens move. The
+tokens of the run must be characters. `pip install playwright` installs the package that drives the browser.
+gpu: the time of the demo to its loss, including data and compiling; tokens/s, MFU and peak memory of training GPT-2
+124M and 350M, with the memory that the formula predicts, and of nanoGPT if a checkout is given; tokens/s of decoding,
+with the limit that the memory bandwidth sets. The device, dtype, compile
+and evaluation settings of a config are ignored.
 """
 
 import importlib
@@ -43,7 +45,7 @@ if __name__ == "__main__":
 from humptygpt import config as configurator
 from humptygpt.config import UserError, check_above_0, check_choices, check_least
 
-MODES = {  # the module of benchmarks/ whose bench() answers
+MODES = {  # {mode: the module of benchmarks/ whose bench() measures it}
     "train": "step_time",
     "loss": "time_to_loss",
     "profile": "step_profile",
@@ -52,7 +54,7 @@ MODES = {  # the module of benchmarks/ whose bench() answers
     "gpu": "gpu",
 }
 NEEDED = {"loss": "nanogpt", "page": "page"}
-COUNTS_WITH = {  # keys: the values of --what with which they do something
+COUNTS_WITH = {  # {keys: the values of --what with which they have an effect}
     "nanogpt": "train loss sample gpu",
     "config dtype": "train loss profile",
     "device": "train loss profile gpu",
@@ -72,27 +74,27 @@ IN_VAIN = {
 @dataclass(frozen=True)
 class BenchConfig:
     # benchmark
-    what: str = "train"  # what to measure: see above
+    what: str = "train"  # the measurement: see above
     nanogpt: str | None = None  # a nanoGPT checkout to compare with
     config: str | None = None  # config file; None: nanoGPT's CPU preset, or the demo
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
-    dtype: str | None = None  # of ours; None: nanoGPT's in train, else auto
+    dtype: str | None = None  # dtype of ours; None: nanoGPT's in train, else auto
     # what=train, profile
     steps: int = 300  # timed steps
     # what=loss
-    target: float = 1.88  # the validation loss to be reached
-    seeds: int = 3  # runs of each, one of ours after one of nanoGPT's
+    target: float = 1.88  # the validation loss to reach
+    seeds: int = 3  # runs of each, alternating
     # what=sample
-    size: str = "gpt2"  # of the model
+    size: str = "gpt2"  # size of the model
     weights: str = "float32"  # dtype of the weights
     compile: bool = False  # ours: compile the step of one token
-    texts: int = 1  # that are continued together
+    texts: int = 1  # texts continued together
     prompt: int = 8  # tokens of each text
     new_tokens: int = 32  # tokens of each text after the prompt
-    rounds: int = 3  # measurements of each, one of ours after one of each other
+    rounds: int = 3  # measurements of each, alternating
     # what=page
     page: str | None = None  # an HTML file that explain.py made
-    keystrokes: int = 50  # that are timed
+    keystrokes: int = 50  # timed keystrokes
     # what=gpu
     short: bool = False  # small models and few steps
 

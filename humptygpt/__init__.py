@@ -1,1 +1,1 @@
-__version__ = "2.0"
+"""The library of HumptyGPT: files that every run uses, and a folder for each other capability."""

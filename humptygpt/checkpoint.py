@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from humptygpt import config as configurator
 from humptygpt import machine, tokenizers
 from humptygpt.config import UserError, nearest_path, note, one_line, refuse
-from humptygpt.files import remove, write_whole
 from humptygpt.schema import check_schema
 from humptygpt.tasks import build_on_meta, config_class, model_class
 from model import GPT, ModelConfig
@@ -51,6 +50,8 @@ SCHEMA = {
 
 def save(path: Path, entries: dict) -> None:
     """Write a checkpoint. entries: all of SCHEMA except the format."""
+    from humptygpt.files import remove, write_whole  # here, since most scripts only read
+
     state = {"format": FORMAT, **entries}
     check_schema(state, SCHEMA)
     write_whole(path, lambda file: torch.save(state, file))

@@ -1,4 +1,4 @@
-"""How good a model is: its validation loss, in nats per token, in bits per byte, and as perplexity."""
+"""How good a model is: its validation loss in nats per token, in bits per byte and as perplexity; and a sample."""
 
 import math
 import zlib
@@ -11,8 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from humptygpt.data import Dataset
+from humptygpt.data import Dataset, TokenDataset
 from humptygpt.device import autocast, to_device
+from humptygpt.tasks import Task
+
+SAMPLE_TOKENS = 300  # length of the text at the end of a run
+LINE_TOKENS = 60  # length of the line after each evaluation
 
 
 class Loss(NamedTuple):
@@ -119,3 +123,30 @@ def evaluation_line(row: dict[str, float]) -> str:
         f"val loss {row['val_loss']:.4f} ± {row['val_standard_error']:.4f}"
         f" ({bits:.3f} bits per byte, perplexity {perplexity:.2f})"
     )
+
+
+# --------------------------------------------------------------------------------------
+# The task of continuing text
+
+
+def sample(model: nn.Module, dataset: TokenDataset, max_new_tokens: int) -> str:
+    """Generate a text from nothing."""
+    tokenizer = dataset.tokenizer
+    idx = torch.from_numpy(tokenizer.start()).to(next(model.parameters()).device)[None]
+    tokens = model.generate(idx, max_new_tokens, temperature=0.8)[0, idx.shape[1] :]
+    tokens = tokens[tokens < tokenizer.vocab_size]  # without those of padding rows
+    return tokenizer.decode(tokens.tolist()).strip()
+
+
+def sample_line(model: nn.Module, dataset: TokenDataset) -> str:
+    line = " ".join(sample(model, dataset, LINE_TOKENS).split())
+    return f"  > {line[:100]}"
+
+
+def sample_text(model: nn.Module, dataset: TokenDataset) -> str:
+    return f"\n{sample(model, dataset, SAMPLE_TOKENS)}\n"
+
+
+TEXT = Task(
+    dataset=TokenDataset, evaluation_examples=sample_line, final_examples=sample_text
+)

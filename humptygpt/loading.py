@@ -1,4 +1,4 @@
-"""Any source -> a model, its tokenizer and its task. Ours are read here, those of other programs in convert/."""
+"""Load a model, its tokenizer and its task from any source. convert/ reads the formats of other programs."""
 
 import math
 import os
@@ -30,15 +30,15 @@ class Loaded(NamedTuple):
     model: nn.Module  # float32, on the CPU, in evaluation mode, LoRA merged
     tokenizer: Tokenizer
     path: Path  # the checkpoint or the folder that was read
-    description: str  # in one line
+    description: str  # one line for the user
     task: str = "language modelling"
     saved: dict | None = None  # the entries of a run's checkpoint: see checkpoint.SCHEMA
 
 
 def load(source: str | Path, which: str = "best", mapped: bool = False) -> Loaded:
-    """Load the model that init_from=source means; which: best or latest, of a run. Raises UserError.
+    """Load the model that init_from=source names. which: best or latest, if it is a run. Raises UserError.
 
-    mapped: weights of a run stay in its file until they are used. Nothing is in memory twice in any case.
+    mapped: the weights of a run stay in its file until they are used. In any case nothing is in memory twice.
     """
     path = find_source(source, which)
     if is_folder(path):
@@ -58,6 +58,7 @@ def load(source: str | Path, which: str = "best", mapped: bool = False) -> Loade
 
 
 def from_run(path: Path, saved: object) -> Loaded:
+    """Make a model from the checkpoint of a run. Raises UserError."""
     saved = checkpoint.check(path, saved)
     config = make_model_config(saved["model_config"])
     training = saved["train_config"]
@@ -78,15 +79,16 @@ def from_run(path: Path, saved: object) -> Loaded:
 
 
 def is_nanogpt(saved: object) -> bool:
+    """True if this was read from a checkpoint of nanoGPT."""
     return isinstance(saved, dict) and "model_args" in saved and "format" not in saved
 
 
 # --------------------------------------------------------------------------------------
-# Where it is
+# Finding a model
 
 
 def chosen_source(config: object, given: dict) -> str | Path:
-    """Return what init_from, out_dir and checkpoint of a config name together; given: the keys that the user set."""
+    """Find the source that a config names by init_from, out_dir and checkpoint. given: the keys that the user set."""
     if config.init_from == "resume":
         return checkpoint.find_checkpoint(Path(config.out_dir), config.checkpoint)
     if "out_dir" in given:
@@ -95,18 +97,12 @@ def chosen_source(config: object, given: dict) -> str | Path:
 
 
 def find_source(source: str | Path, which: str = "best", key: str = "init_from") -> Path:
-    """Return the checkpoint or folder that key=source stands for; a model of the hub is fetched. Raises UserError."""
-    path = Path(os.path.expanduser(source))  # noqa: PTH111, which loses the end of "folder/"
+    """Find the checkpoint or folder that key=source names, and fetch a model of the hub. Raises UserError."""
+    path = Path(os.path.expanduser(source))  # noqa: PTH111, since Path.expanduser loses the end of "folder/"
     if os.path.isdir(path):
-        files = (
-            checkpoint.stored(path / name)
-            for name in ("best.pt", "ckpt.pt", "metrics.jsonl")
-        )
-        return (
-            checkpoint.find_checkpoint(path, which)
-            if any(map(os.path.exists, files))
-            else path
-        )
+        files = ("best.pt", "ckpt.pt", "metrics.jsonl")
+        is_run = any(os.path.exists(checkpoint.stored(path / name)) for name in files)
+        return checkpoint.find_checkpoint(path, which) if is_run else path
     if path.suffix in FILES_OF_A_FOLDER:
         raise UserError(
             f"{key}={source} is no model by itself; name its folder, which also has config.json"
@@ -125,5 +121,5 @@ def find_source(source: str | Path, which: str = "best", key: str = "init_from")
 
 
 def is_folder(path: Path) -> bool:
-    """Whether it is a folder in Hugging Face's format."""
+    """True for a folder in Hugging Face's format."""
     return os.path.isdir(path) and not checkpoint.is_sharded(path)

@@ -1,20 +1,97 @@
-"""How well a model predicts a given text: the log-probability of each token after those before it."""
+"""Log-probabilities: those of tokens that a model samples, and how well it predicts a given text."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from humptygpt.config import UserError
+from humptygpt.texts import Piece, Prompt
+from humptygpt.tokenizers import Tokenizer
+
+# --------------------------------------------------------------------------------------
+# Sampled tokens
+
+COLOURS = {0.5: 32, 0.1: 36, 0.01: 33, 0.0: 31}  # {least probability: green, cyan, ...}
+
+
+def coloured(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Give each text the colour of its token's probability, for a terminal."""
+    legend = ", ".join(f"\033[{code}m{least:.0%}\033[0m" for least, code in COLOURS.items())
+    print(f"colours: the token's probability is at least {legend}", file=sys.stderr)
+    code = 0
+    for piece in pieces:
+        if piece.token is not None:
+            probability = float(piece.logits.softmax(dim=-1)[piece.token])
+            code = next(code for least, code in COLOURS.items() if probability >= least)
+        yield piece._replace(text=f"\033[{code}m{piece.text}\033[0m")
+
+
+def print_json_lines(
+    pieces: Iterable[Piece], texts: list[tuple[Prompt, int]], k: int, tokenizer: Tokenizer
+) -> None:
+    """Print each token and the k likeliest in its place. texts: (prompt, number of the sample)."""
+    for row, _, token, logits in pieces:
+        if token is None:
+            continue
+        prompt, sample = texts[row]
+        logprobs = logits.log_softmax(dim=-1)
+        likeliest = logprobs.topk(min(k, len(logprobs))).indices.tolist()
+        line = {"prompt": prompt.number, "sample": sample}
+        line |= json_token(token, logprobs, tokenizer)
+        line["top"] = [json_token(other, logprobs, tokenizer) for other in likeliest]
+        print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def json_token(token: int, logprobs: Tensor, tokenizer: Tokenizer) -> dict:
+    text = tokenizer.pieces[token].decode("utf-8", "replace")
+    return {"token": token, "text": text, "logprob": round(float(logprobs[token]), 6)}
+
+
+# --------------------------------------------------------------------------------------
+# A given text
+
 LOGITS = 2**26  # the most logits computed at once: 256 MB
+
+
+def describe_score(
+    model: nn.Module, tokenizer: Tokenizer, text: str, stride: int | None
+) -> str:
+    """Score a text from its first token if end-of-text can come before it, else from its second. Raises UserError.
+
+    stride: as log_probabilities() takes it; None: half of block_size.
+    """
+    block_size = model.config.block_size
+    ids = tokenizer.encode(text)
+    if tokenizer.eot is not None or tokenizer.bos is not None:
+        ids = np.concatenate([tokenizer.start(), ids])
+    if len(ids) < 2:
+        raise UserError("the text to score has no token to predict; give a longer one")
+    stride = stride or max(1, block_size // 2)
+    if stride > block_size:
+        raise UserError(
+            f"stride={stride} leaves tokens out; it must be at most block_size={block_size}"
+        )
+    nats = -log_probabilities(model, ids, stride).astype(np.float64)
+    size = int(tokenizer.token_bytes()[ids[1:]].sum())
+    return (
+        f"{nats.mean():.4f} nats per token, {nats.sum() / np.log(2) / size:.4f} bits per byte,"
+        f" perplexity {np.exp(nats.mean()):.2f}, {nats.sum():.2f} nats in all;"
+        f" {len(nats):,} tokens, {size:,} bytes, windows of {block_size:,} tokens, each {stride:,} further"
+    )
 
 
 @torch.inference_mode()
 def log_probabilities(model: nn.Module, ids: np.ndarray, stride: int) -> np.ndarray:
-    """Return those of each token of a text but the first, (T - 1,) float32, in nats; ids: (T,), at least two.
+    """Compute the log-probability of every token after the first, (T - 1,) float32; ids: (T,), at least two.
 
-    The model reads windows of block_size tokens, each `stride` further, and what the window before has scored is
-    context. With stride = block_size each token counts as the trainer's evaluation counts it; with a smaller one each,
-    but for those at the beginning, has at least block_size - stride tokens of context.
+    The model reads windows of block_size tokens. Each begins `stride` tokens after the one before, and tokens that the
+    one before has scored are only context. With stride = block_size, each token counts as in the trainer's evaluation.
+    With a smaller stride each has at least block_size - stride tokens of context, except at the beginning of the text.
     """
     block_size = model.config.block_size
     overlap = block_size - stride
@@ -22,7 +99,7 @@ def log_probabilities(model: nn.Module, ids: np.ndarray, stride: int) -> np.ndar
     windows = tokens.new_empty(0, 0)
     if len(ids) > block_size:
         windows = tokens.unfold(0, block_size + 1, stride)  # (n, block_size + 1)
-    last = tokens[None, len(windows) * stride :]  # a shorter one
+    last = tokens[None, len(windows) * stride :]  # shorter than a window
     at_once = max(1, LOGITS // model.config.vocab_size)  # tokens
     scores = []
     for batch in (*windows.split(max(1, at_once // block_size)), last):

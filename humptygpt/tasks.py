@@ -1,4 +1,4 @@
-"""What a run can train and what for: the tables of models and tasks. An entry is imported when a setting names it.
+"""The models that a run can train and the tasks that they learn. An entry is imported when a setting names it.
 
 A data set and a checkpoint name their task, and each class of MODELS those that it can learn.
 """
@@ -13,7 +13,6 @@ from torch.overrides import TorchFunctionMode
 
 from humptygpt import config as configurator
 from humptygpt.config import UserError, find
-from humptygpt.data import Dataset, TokenDataset
 from model import ModelConfig
 
 # {name: module:entry}
@@ -24,13 +23,10 @@ MODELS = {
     "number_mlp": "humptygpt.window_mlp.model:NumberMLP",
 }
 TASKS = {
-    "language modelling": "humptygpt.tasks:TEXT",
+    "language modelling": "humptygpt.evaluation:TEXT",
     "translation": "humptygpt.translation.task:TRANSLATION",
 }
 LORA = "humptygpt.finetune.lora:add"
-
-SAMPLE_TOKENS = 300  # length of the text at the end of a run
-LINE_TOKENS = 60  # length of the line after each evaluation
 
 
 # --------------------------------------------------------------------------------------
@@ -86,7 +82,7 @@ class WithoutValues(TorchFunctionMode):
 # --------------------------------------------------------------------------------------
 # Tasks
 
-Show = Callable[[nn.Module, Dataset], str]
+Show = Callable[..., str]  # (model, dataset) -> text for the user
 
 
 class Score(NamedTuple):
@@ -98,14 +94,13 @@ class Score(NamedTuple):
 class Task:
     """What differs from task to task. Functions get the model on its device, in evaluation mode, within autocast."""
 
-    dataset: type[Dataset]
+    dataset: type  # a subclass of humptygpt.data.Dataset
     package: str | None = None  # the package that computes the score
     batches_vary: bool = False  # whether batches have different shapes
     evaluation_examples: Show | None = None  # shown after each evaluation
     final_examples: Show | None = None  # shown at the end of a run
     # computed at the end of a run and with --eval_only
-    score: Callable[[nn.Module, Dataset], Score] | None = None
-    continues_text: bool = True  # sample.py continues a prompt; else it translates lines
+    score: Callable[..., Score] | None = None
     sample_label: str = "more of this"  # what the command below is for
     sample_command: str = "python sample.py {}"  # {} is the argument that names the run
     card_prompt: str = ""  # prompt in the example of a model card
@@ -114,26 +109,3 @@ class Task:
 
 def find_task(name: str) -> Task:
     return find(TASKS[name])
-
-
-def sample(model: nn.Module, dataset: TokenDataset, max_new_tokens: int) -> str:
-    """Generate a text from nothing."""
-    tokenizer = dataset.tokenizer
-    idx = torch.from_numpy(tokenizer.start()).to(next(model.parameters()).device)[None]
-    tokens = model.generate(idx, max_new_tokens, temperature=0.8)[0, idx.shape[1] :]
-    tokens = tokens[tokens < tokenizer.vocab_size]  # without those of padding rows
-    return tokenizer.decode(tokens.tolist()).strip()
-
-
-def sample_line(model: nn.Module, dataset: TokenDataset) -> str:
-    line = " ".join(sample(model, dataset, LINE_TOKENS).split())
-    return f"  > {line[:100]}"
-
-
-def sample_text(model: nn.Module, dataset: TokenDataset) -> str:
-    return f"\n{sample(model, dataset, SAMPLE_TOKENS)}\n"
-
-
-TEXT = Task(
-    dataset=TokenDataset, evaluation_examples=sample_line, final_examples=sample_text
-)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import prepare_data
 import train
-from humptygpt import machine, run_folder, tasks
+from humptygpt import evaluation, machine, run_folder
 from humptygpt.optimizers import make_optimizer
 from humptygpt.settings import TrainConfig
 
-WITHOUT_SAMPLE = replace(tasks.TEXT, evaluation_examples=None, final_examples=None)
+WITHOUT_SAMPLE = replace(evaluation.TEXT, evaluation_examples=None, final_examples=None)
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # models this small only wait for each other's threads
 # GPT-2's blocks, with which most tests of single parts build a model, and the AdamW that goes with them
@@ -79,7 +79,7 @@ def short_ending(request, monkeypatch):
     """Skip the plot and the samples of most runs, because they take longer than all of the steps."""
     if "whole_ending" not in request.keywords:
         monkeypatch.setattr(run_folder, "draw_losses", lambda *args: None)
-        monkeypatch.setattr(tasks, "TEXT", WITHOUT_SAMPLE)
+        monkeypatch.setattr(evaluation, "TEXT", WITHOUT_SAMPLE)
 
 
 @pytest.fixture

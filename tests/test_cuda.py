@@ -21,7 +21,8 @@ from test_model import VARIANTS, random_model, tokens
 import bench
 import prepare_data
 import train
-from humptygpt.decoding import CompiledGPT, make_generator
+from humptygpt.compiled import CompiledGPT
+from humptygpt.decoding import make_generator
 from humptygpt.device import autocast, pick_dtype
 from humptygpt.memory import ADVICE
 from humptygpt.sampling import generate

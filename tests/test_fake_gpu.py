@@ -415,8 +415,7 @@ def load_to_sample(dtype: torch.dtype) -> None:
         loaded = Loaded(model, ByteTokenizer(), Path(), "a model")
         patch.setattr(sample, "pick_device", lambda name: gpu.device)
         patch.setattr(sample, "sample_dtype", lambda name, device: dtype)
-        patch.setattr(sample, "free_memory", lambda device: 10**9)
-        patch.setattr(sample.interchange, "load", lambda *args, **keys: loaded)
+        patch.setattr(sample.loading, "load", lambda *args, **keys: loaded)
         ready = sample.load("a model").model
         cache = ready.make_cache()
         idx = torch.zeros(1, 3, dtype=torch.int64, device=gpu.device)

@@ -5,13 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import GPT2
-from hypothesis import assume, given
-from hypothesis import strategies as st
-from test_model import every_variant
+from test_model import every_variant, tiny
+from uncached import uncached
 
 import model as models
-from humptygpt import sampling as generation
+from humptygpt import sampling
 from humptygpt.config import UserError
 from humptygpt.decoding import make_generator
 from humptygpt.sampling import (
@@ -24,14 +22,11 @@ from humptygpt.sampling import (
     sample_tokens,
     uniform_numbers,
 )
-from humptygpt.tasks import build
-from model import POSITIONS, ModelConfig
+from model import POSITIONS
 
 
 def tiny_model(**keys) -> models.GPT:
-    torch.manual_seed(0)
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11}
-    model = build(ModelConfig(**GPT2 | sizes | keys)).eval()
+    model = tiny(**{"block_size": 8} | keys).eval()
     # far from initialization, where all tokens are about equally probable
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -51,11 +46,9 @@ def test_cached_equals_uncached_before_and_past_block_size(
     position, exact, prompt, block_size
 ):
     model = tiny_model(position=position, block_size=block_size)
-    idx = torch.arange(2 * prompt).view(2, prompt) % 11
-    cached, uncached = (
-        continuation(model, idx, 30, exact=exact, cached=cached) for cached in (True, False)
-    )
-    assert cached == uncached
+    text = [token % 11 for token in range(prompt)]
+    found = continuation(model, torch.tensor([text]), 30, exact=exact)
+    assert found == [uncached(model, text, 30, exact=exact)]
 
 
 def test_exact_generation_is_nanogpts():
@@ -83,15 +76,9 @@ def test_fast_generation_recomputes_the_newest_half_when_the_context_is_full():
     assert read == [2, 1, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4, 1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    ("keys", "exact"),
-    [({}, True), ({"model": "window_mlp", "window": 8}, False)],
-    ids=["gpt", "window_mlp"],
-)
-def test_temperature_0_is_greedy_and_the_window_network_is_always_exact(keys, exact):
-    model = tiny_model(**keys)
-    idx = torch.tensor([[1, 2, 3]])
-    greedy = continuation(model, idx, 30, exact=exact, temperature=0)
+def test_temperature_0_is_greedy():
+    model, idx = tiny_model(), torch.tensor([[1, 2, 3]])
+    greedy = continuation(model, idx, 30, exact=True, temperature=0)
     for _ in range(30):
         idx = torch.cat([idx, model(idx[:, -8:])[0][:, -1].argmax(-1, keepdim=True)], dim=1)
     assert greedy == idx[:, 3:].tolist()
@@ -113,50 +100,36 @@ def test_ids_that_only_pad_the_vocabulary_are_never_sampled():
 
 
 # --------------------------------------------------------------------------------------
-# What is kept of the probabilities, against slow and obvious references
-
-LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=200)
+# Filters and draws
 
 
-def reference(logits: list[float], top_p: float | None, min_p: float | None) -> np.ndarray:
-    """One text, token by token, in float64."""
-    weights = np.exp(np.array(logits) - max(logits))
-    probs = dict(enumerate(weights / weights.sum()))
-    if top_p is not None:
-        total, nucleus = 0.0, []
-        for p in sorted(probs.values(), reverse=True):
-            if total >= top_p:
-                break
-            total += p
-            nucleus.append(p)
-        probs = {i: p for i, p in probs.items() if p >= nucleus[-1]}
-    if min_p is not None:
-        probs = {i: p for i, p in probs.items() if p >= min_p * max(probs.values())}
-    return np.array([probs.get(i, 0.0) / sum(probs.values()) for i in range(len(logits))])
+@pytest.mark.parametrize(
+    ("top_p", "min_p", "kept"),
+    [
+        (0.35, None, [1]),
+        (0.5, None, [1, 3]),
+        (0.75, None, [0, 1, 2, 3]),  # as probable as the last one kept
+        (1.0, None, [0, 1, 2, 3]),
+        (None, 0.3, [0, 1, 2, 3]),
+        (None, 0.5, [1, 3]),
+        (None, 1.0, [1]),
+        (0.5, 0.8, [1]),
+    ],
+)
+def test_filters_keep_the_most_probable_tokens_and_rescale_them(top_p, min_p, kept):
+    probs = torch.tensor([[0.15, 0.4, 0.15, 0.3]])
+    expected = torch.zeros(1, 4)
+    expected[:, kept] = probs[:, kept] / probs[:, kept].sum()
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        found = probabilities(probs[:, order].log(), 1.0, top_p, min_p)
+        torch.testing.assert_close(found, expected[:, order])
 
 
-@given(LOGITS, st.none() | st.floats(0.01, 0.99), st.none() | st.floats(0, 1))
-def test_filters_keep_what_a_slow_reference_keeps(logits, top_p, min_p):
-    # ties, and no near ties that rounding could decide
-    logits = [float(x) for x in np.round(logits, 1)]
-    probs = probabilities(torch.tensor([logits, logits[::-1]]), 1.0, top_p, min_p).numpy()
-    expected = reference(logits, top_p, min_p)
-    # where the sum or the least is within rounding of p, one token more is right, too
-    ranked = np.cumsum(sorted(reference(logits, None, None), reverse=True))
-    assume(top_p is None or np.abs(ranked - top_p).min() > 1e-5)
-    least = expected[expected > 0].min()
-    assume(min_p is None or np.abs(least - min_p * expected.max()) > 1e-6)
-    np.testing.assert_allclose(probs[0], expected, atol=1e-5)
-    np.testing.assert_allclose(probs[1], expected[::-1], atol=1e-5)
-
-
-@given(st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=1), st.floats(0.5, 3))
-def test_the_repetition_penalty_makes_what_was_seen_less_probable(tokens, penalty):
-    logits, seen = (torch.tensor([column]) for column in zip(*tokens, strict=True))
-    found = generation.penalize_repetition(logits.double(), seen, penalty)
-    penalized = [x / penalty if x > 0 else x * penalty for x, _ in tokens]
-    expected = np.where(seen[0], penalized, logits[0])
-    np.testing.assert_allclose(found[0], expected, rtol=1e-6, atol=1e-30)
+def test_the_repetition_penalty_makes_what_was_seen_less_probable():
+    logits = torch.tensor([[3.0, -3.0, 3.0, -3.0]])
+    seen = torch.tensor([[True, True, False, False]])
+    found = sampling.penalize_repetition(logits, seen, 2.0)
+    assert found.tolist() == [[1.5, -6.0, 3.0, -3.0]]
 
 
 def test_the_repetition_penalty_counts_the_prompt_and_the_tokens_drawn_but_no_padding():
@@ -180,19 +153,6 @@ def test_drawing_from_the_k_most_probable_alone_is_drawing_from_their_probabilit
         assert torch.equal(found, expected)
         nan = torch.full_like(logits, torch.nan)
         assert sample_tokens(nan, uniform, k).flatten().tolist() == [300] * 50
-
-
-def test_frequencies_of_100_000_draws_match_the_probabilities():
-    logits = torch.tensor([[0.0, 1.0, -3.0, 2.0, 0.5, -torch.inf]])
-    probs = probabilities(logits, top_p=0.99)
-    uniform = uniform_numbers(7, [0], 100_000)[:, 0]
-    drawn = draw(probs.expand(100_000, -1), uniform).flatten()
-    counts = torch.bincount(drawn, minlength=6).double()
-    expected = probs[0].double() * 100_000
-    assert counts[expected == 0].sum() == 0
-    chi_square = ((counts - expected) ** 2 / expected)[expected > 0].sum()
-    # with 4 degrees of freedom or fewer, one in ten thousand is above
-    assert chi_square < 23.5
 
 
 # Apple's GPUs have no float64
@@ -220,13 +180,6 @@ def test_random_numbers_depend_on_seed_sample_and_position_alone():
 # Texts of different lengths, together and one by one
 
 
-def alone(model, prompt: list[int], n: int, sample: int, **options) -> list[int]:
-    """The continuation of one prompt without a cache and without company."""
-    exact = options.pop("exact", False)
-    context = Context(model, torch.tensor([prompt]), exact=exact, cached=False)
-    return [step.ids[0] for step in continue_texts(context, n, samples=[sample], **options)]
-
-
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 @every_variant
 def test_each_text_of_a_padded_batch_is_what_it_is_alone_before_and_past_block_size(
@@ -237,7 +190,7 @@ def test_each_text_of_a_padded_batch_is_what_it_is_alone_before_and_past_block_s
     prompts, n = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 1, 2, 3, 4], [2, 2, 3, 4, 5, 6]], 20
     idx = torch.tensor([[-1] * (10 - len(prompt)) + prompt for prompt in prompts])
     expected = [
-        alone(model, prompt, n, i, temperature=0.9, exact=exact)
+        uncached(model, prompt, n, sample=i, temperature=0.9, exact=exact)
         for i, prompt in enumerate(prompts)
     ]
     for ready in (model, make_generator(copy.deepcopy(model))):
@@ -266,22 +219,18 @@ def test_a_text_ends_after_eot_and_costs_nothing_more():
 
 def test_the_caller_can_stop_a_text_and_continue_the_others():
     model, stopped = tiny_model(block_size=32), set()
-    idx = torch.tensor([[1, 2], [3, 4]])
-    expected = continuation(model, idx, 6)
-    context = Context(model, idx)
+    context = Context(model, torch.tensor([[1, 2], [3, 4]]))
     steps = []
-    for step in continue_texts(context, 6, stopped=stopped):
-        steps.append((step.rows, step.ids))
+    for step in continue_texts(context, 6, stopped=stopped, temperature=0):
+        steps.append(step)
         if len(steps) == 2:
             stopped.add(0)
-    both = list(zip(*expected, strict=True))[:2]
-    assert steps[:2] == [([0, 1], list(ids)) for ids in both]
-    assert steps[2:] == [([1], [token]) for token in expected[1][2:]]
+    assert [step.rows for step in steps] == [[0, 1]] * 2 + [[1]] * 4
+    expected = uncached(model, [3, 4], 6, temperature=0)
+    assert [step.ids[-1] for step in steps] == expected
     context.append(torch.tensor([[7, 8]]))
-    whole = torch.tensor([[3, 4, *expected[1], 7, 8]])
-    with torch.inference_mode():
-        alone = Context(model, whole, cached=False)
-        torch.testing.assert_close(context.next_logits(), alone.next_logits())
+    (step,) = continue_texts(context, 1, temperature=0)
+    assert step.ids == uncached(model, [3, 4, *expected, 7, 8], 1, temperature=0)
 
 
 def test_a_short_text_goes_on_past_block_size_columns_when_the_longest_has_ended():
@@ -291,7 +240,7 @@ def test_a_short_text_goes_on_past_block_size_columns_when_the_longest_has_ended
     for step in continue_texts(context, 12, stopped=stopped):
         stopped.add(0)
         ids.append(step.ids[-1])
-    assert ids == alone(model, [2], 12, 1)
+    assert ids == uncached(model, [2], 12, sample=1)
 
 
 def test_logits_that_are_not_finite_are_an_error_in_one_line():
@@ -300,13 +249,6 @@ def test_logits_that_are_not_finite_are_an_error_in_one_line():
         torch.nn.init.constant_(model.stack.norm.weight, torch.nan)
         with pytest.raises(UserError, match="logits are not finite"):
             list(generate(model, torch.tensor([[1]]), 3, temperature=temperature))
-
-
-def test_a_cache_is_no_larger_than_the_text():
-    model = tiny_model(block_size=64)
-    context = Context(model, torch.ones(2, 3, dtype=torch.long), 10)
-    list(continue_texts(context, 7))
-    assert context.cache.layers[0].k.shape == (2, 2, 10, 16)
 
 
 @pytest.mark.parametrize(
@@ -320,4 +262,4 @@ def test_the_bytes_of_a_text_are_those_of_its_keys_values_logits_tokens_and_rand
     list(continue_texts(context, 57))
     held = sum(layer.k.nbytes + layer.v.nbytes for layer in context.cache.layers)
     logits = 4 * 8 * model.config.vocab_size
-    assert generation.bytes_per_text(model, 60) == held + logits + 16 * 60
+    assert sampling.bytes_per_text(model, 60) == held + logits + 16 * 60

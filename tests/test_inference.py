@@ -10,11 +10,12 @@ from test_model import random_model, tokens
 
 import model as models
 from humptygpt import decoding
+from humptygpt.compiled import CompiledGPT
 from humptygpt.config import UserError
-from humptygpt.decoding import CompiledGPT, ProductLinear, make_generator
+from humptygpt.decoding import ProductLinear, make_generator
 from humptygpt.sampling import Context, generate
 from humptygpt.translation.beams import translate
-from model import POSITIONS, rotate
+from model import POSITIONS
 
 
 def logits_in_pieces(model, idx, padding=None) -> torch.Tensor:
@@ -48,7 +49,7 @@ def test_large_matrices_are_packed_and_give_the_same_logits(monkeypatch):
     ready = make_generator(random_model())
     functions = [f for module in ready.modules() for f in vars(module).values()]
     products = [isinstance(getattr(f, "__self__", f), ProductLinear) for f in functions]
-    assert sum(products) == 2 * 3 + 1  # that of queries, keys and values is within them
+    assert sum(products) == 2 * 4 + 1  # one for queries, keys and values
     assert not any(isinstance(module, torch.nn.Linear) for module in ready.modules())
 
 
@@ -85,6 +86,11 @@ def test_int8_rounds_to_the_nearest_of_255_steps_of_each_row():
     assert rows.q_per_channel_scales()[1] == 1
 
 
+def test_int8_weights_are_refused_on_a_gpu():
+    with pytest.raises(UserError, match="int8 weights are for CPUs, and the device is"):
+        make_generator(random_model(), torch.int8, torch.device("cuda"))
+
+
 def test_a_transformer_made_for_generation_translates_as_before():
     model = random_model(model="transformer").eval()
     source, idx = tokens(2, 6), tokens(2, 5, seed=1)
@@ -100,28 +106,15 @@ def test_a_transformer_made_for_generation_translates_as_before():
 # A model.py that its user has edited
 
 
-class Tempered(models.SelfAttention):
-    """One learned temperature per head."""
-
-    def __init__(self, config, window=0):
-        super().__init__(config, window)
-        self.temperature = torch.nn.Parameter(torch.ones(config.n_head, 1, 1))
-
+class Doubled(models.SelfAttention):
     def forward(self, x, shared, cache=None):
-        q = self.heads(self.q_proj(x)) * self.temperature
-        k, v = self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
-        if shared.rotary:
-            q, k = rotate(q, shared.rotary), rotate(k, shared.rotary)
-        if cache:
-            k, v = cache.append(k, v, shared.end)
-        y = models.attend(q, k, v, shared.masks[self.window], self.dropout)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return 2 * super().forward(x, shared, cache)
 
 
 def test_an_attention_of_ones_own_generates_cached_and_compiled(monkeypatch, capsys):
-    monkeypatch.setitem(models.ATTENTIONS, "tempered", Tempered)
+    monkeypatch.setitem(models.ATTENTIONS, "doubled", Doubled)
     monkeypatch.setattr(torch, "compile", lambda step, **options: step)
-    keys = {"attention": "tempered", "position": "rotary", "mlp_conv": 2, "window": 5}
+    keys = {"attention": "doubled", "position": "rotary", "mlp_conv": 2, "window": 5}
     model, idx = random_model(**keys).eval(), tokens(3, 12)
     expected = model(idx)[0][:, 2:].detach()
     for compiles in (False, True):
@@ -145,7 +138,7 @@ def test_a_model_whose_cache_forgets_an_edit_does_without_it(monkeypatch, capsys
     context.next_logits()
     context.append(idx[:, 7:])
     torch.testing.assert_close(context.next_logits(), expected)
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err.count("note: ") == 2
     with pytest.raises(UserError, match="cannot translate: with its cache"):
         translate(model, [np.array([1, 2])], eot=2)
 
@@ -175,13 +168,13 @@ def test_an_attention_that_asks_a_layer_for_its_weights_finds_them(monkeypatch):
 
 
 def test_a_linear_layer_of_ones_own_is_not_swapped_for_a_product(monkeypatch):
-    class Doubled(torch.nn.Linear):
+    class DoubledLinear(torch.nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
 
     model, idx = random_model().eval(), tokens(2, 5)
     for block in model.stack.blocks:
-        block.mlp.up_proj.__class__ = Doubled
+        block.mlp.up_proj.__class__ = DoubledLinear
     monkeypatch.setattr(decoding, "PACKED_FROM", 1)
     expected = model(idx)[0].detach()
     for dtype in (torch.float32, torch.bfloat16):

@@ -28,7 +28,7 @@ import compare
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, files, machine, run_folder, tasks
+from humptygpt import checkpoint, evaluation, files, machine, run_folder
 from humptygpt.config import UserError
 from humptygpt.files import Lock
 
@@ -194,7 +194,7 @@ SEEDS = (1, 2, 3)
 def start(argv: list[str], number: int) -> None:
     torch.set_num_threads(1)
     run_folder.draw_losses = lambda *args: None
-    tasks.TEXT = WITHOUT_SAMPLE
+    evaluation.TEXT = WITHOUT_SAMPLE
     sys.stderr = Path(f"{number}.stderr").open("w")  # noqa: SIM115, open as long as the process
     sys.argv = ["train.py", *argv]
     machine.run(train.main)

@@ -25,7 +25,7 @@ import prepare_data
 import sample
 import train
 from humptygpt import config as configurator
-from humptygpt import device, machine, memory, run_folder, tasks
+from humptygpt import device, evaluation, machine, memory, run_folder, tasks
 from humptygpt.config import UserError
 from humptygpt.device import autocast
 from humptygpt.optimizers import OPTIMIZERS, freeze, make_optimizer
@@ -244,7 +244,9 @@ def test_a_text_that_will_not_fit_is_refused_with_its_size(run_train, gigabyte):
 def test_weights_that_will_not_fit_are_refused_with_their_size(run_train, monkeypatch):
     run_train()
     monkeypatch.setattr(device, "available_memory", lambda: 100)
-    with pytest.raises(UserError, match=r"out/run takes .* MB .* free; .*--quantize=int8"):
+    with pytest.raises(
+        UserError, match=r"the weights take .* MB .* free; .*--quantize=int8"
+    ):
         sample.load("out/run", device="cpu")
 
 
@@ -295,7 +297,7 @@ def run_limited(main, argv: list[str], room: int) -> None:
 
     torch.set_num_threads(1)
     run_folder.draw_losses = lambda *args: None
-    tasks.TEXT = WITHOUT_SAMPLE
+    evaluation.TEXT = WITHOUT_SAMPLE
     os.dup2(os.open("stderr", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 2)
     sys.argv = ["script.py", *argv]
     limit = psutil.Process().memory_info().vms + room

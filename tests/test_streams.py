@@ -1,12 +1,9 @@
 """What is shown of a text while it is written."""
 
-import random
-
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from humptygpt.sampling import TextStream
+from humptygpt.texts import TextStream
 from humptygpt.tokenizers import ByteTokenizer, CharTokenizer
 
 TEXTS = st.text(st.sampled_from("abü🙂\n"), max_size=30)
@@ -66,10 +63,3 @@ def test_end_of_text_ends_it_and_is_not_shown():
         "",
         "b",
     ] and stream.ended
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_streamed_in_pieces_is_the_text_at_once(seed):
-    draw = random.Random(seed)
-    text = "".join(draw.choice("abc 🙂é") for _ in range(200))
-    assert "".join(shown(text, ())) == text

@@ -23,7 +23,7 @@ from humptygpt.optimizers import Optimizer
 from humptygpt.settings import read_settings
 from humptygpt.token_files import sha256
 from humptygpt.translation import beams as beam_search
-from humptygpt.translation import task
+from humptygpt.translation import lines, task
 from humptygpt.translation.beams import Translation
 from humptygpt.translation.data import PairDataset
 
@@ -393,7 +393,7 @@ def test_lines_keep_their_order_and_numbers_however_many_are_translated_at_once(
         return [Translation(ids[:-1].tolist(), -1.0, ended=ids[0] < 53) for ids in sources]
 
     monkeypatch.setattr(beam_search, "translate", echo)
-    monkeypatch.setattr(sample, "TRANSLATED_AT_ONCE", 2)
+    monkeypatch.setattr(lines, "AT_ONCE", 2)
     Path("german.txt").write_text("1\n2\n\n4\n5\n" + 50 * "6")
     capsys.readouterr()
     sample.main(["--out_dir=out/run", "--start=FILE:german.txt"])

@@ -48,7 +48,6 @@ TRANSLATION = Task(
     batches_vary=True,
     evaluation_examples=translate_examples,
     score=score_translations,
-    continues_text=False,
     sample_label="translate",
     sample_command='python sample.py {} --start="..."',
     card_prompt="Ein Mann schläft.",
