@@ -58,12 +58,11 @@ from humptygpt.tokenizers import Tokenizer
 SEPARATOR = "---------------"
 SAMPLING = "temperature top_k top_p min_p repetition_penalty seed max_new_tokens stop"
 OF_TEXT = "prompts score num_samples stop logprobs temperature top_k repetition_penalty"
-OF_TEXT += " seed context compile"
+OF_TEXT += " seed context compile top_p min_p"
 # {keys: (another setting, its values with which the keys have no effect)}
 WITHOUT_EFFECT = {
     OF_TEXT: ("task", ("translation",)),
     "num_beams length_penalty": ("task", ("language modelling",)),
-    "top_p min_p": ("temperature", (0.0,)),
     "stride": ("score", (None,)),
     "dtype": ("quantize", ("int8",)),
 }
@@ -124,6 +123,10 @@ class SampleConfig:
             value = getattr(self, name)
             if value is not None and value > bound:
                 raise ValueError(f"{name}={value} must be at most {bound}")
+            if not self.temperature and name in ("top_p", "min_p") and value is not None:
+                raise ValueError(
+                    f"{name}={value} has no effect with temperature=0.0; leave it out"
+                )
         for keys in (
             "start prompts score",
             "interactive prompts score",
