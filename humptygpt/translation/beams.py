@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from humptygpt.config import UserError
+from model import Cache
 
 NUM_BEAMS = 4  # the default
 BATCH = 64  # sentences translated at once
@@ -71,41 +72,21 @@ def beam_search(
     tokenizer_vocab_size on pad the model's vocabulary and are never chosen.
     Source: Sutskever et al. 2014, arXiv:1409.3215; the length penalty: Wu et al. 2016, arXiv:1609.08144, section 7.
     """
-    if model.has_encoder:
-        cache = model.make_cache(source)
-        idx = torch.full_like(source[:, :1], eot)
-    else:  # the source is the beginning of the text that the model continues
-        cache = model.make_cache()
-        idx = source
+    cache, idx = begin(model, source, eot)
     room = model.config.block_size + 1 - idx.shape[1]
     limit = min(room, max_new_tokens or room)
 
     best = [Translation([], -math.inf, ended=False)] * len(source)
     open_sentences = list(range(len(source)))
-    # (n, k, T): k hypotheses of each open sentence
-    ids = source.new_empty(len(source), 1, 0)
+    ids = source.new_empty(len(source), 1, 0)  # (n, k, T): k hypotheses of n sentences
     log_prob = torch.zeros(ids.shape[:2], device=ids.device)
     for step in range(limit):
         n, k = log_prob.shape
         logits = model.next_logits(idx, cache)[:, :tokenizer_vocab_size]
-        logp = logits.float().log_softmax(dim=-1).view(n, k, -1)  # (n, k, V)
-        # a hypothesis that has ended is extended by eot only, at no cost
-        ended = (ids == eot).any(dim=-1)
-        logp = logp.masked_fill(ended[..., None], -torch.inf)
-        logp[..., eot].masked_fill_(ended, 0.0)
-        # including the new token, or the eot that ends the hypothesis
-        length = (ids != eot).sum(dim=-1, keepdim=True) + 1
-
-        # the best of all hypotheses that are one token longer, best first
-        sums = log_prob[..., None] + logp
-        scores = (sums / length**length_penalty).flatten(1)
-        scores, choice = scores.topk(min(num_beams, scores.shape[1]))
-        log_prob = sums.flatten(1).gather(1, choice)
-        parents = choice // logp.shape[-1]
-        tokens = choice % logp.shape[-1]
-        sentence = torch.arange(n, device=ids.device)[:, None]
-        ids = torch.cat([ids[sentence, parents], tokens[..., None]], dim=2)
-
+        logp = logits.float().log_softmax(dim=-1).view(n, k, -1)
+        ids, log_prob, scores, parents = extend(
+            ids, log_prob, logp, eot, num_beams, length_penalty
+        )
         ended = (ids == eot).any(dim=-1)
         highest, hypothesis = scores.masked_fill(~ended, -torch.inf).max(dim=1)
         # the CPU waits for a GPU here, three times a step and for each better translation
@@ -119,7 +100,9 @@ def beam_search(
         if step == limit - 1 or not going:
             break
         kept = torch.tensor(going, device=ids.device)
-        rows = sentence * k + parents  # rows of the cache
+        rows = (
+            k * torch.arange(n, device=ids.device)[:, None] + parents
+        )  # rows of the cache
         cache.select(rows[kept].flatten())
         ids = ids[kept]
         log_prob = log_prob[kept]
@@ -130,6 +113,43 @@ def beam_search(
             hypothesis = ids[row, 0].tolist()
             best[number] = Translation(hypothesis, float(scores[row, 0]), ended=False)
     return best
+
+
+def begin(model: nn.Module, source: Tensor, eot: int) -> tuple[Cache, Tensor]:
+    """Return a cache and the first tokens of the text that the model continues, (B, T)."""
+    if model.has_encoder:
+        return model.make_cache(source), torch.full_like(source[:, :1], eot)
+    return model.make_cache(), source
+
+
+def extend(
+    ids: Tensor,
+    log_prob: Tensor,
+    logp: Tensor,
+    eot: int,
+    num_beams: int,
+    length_penalty: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Extend the hypotheses of each sentence by one token, and keep the num_beams best, best first.
+
+    ids: (n, k, T), k hypotheses of n sentences. log_prob: (n, k). logp: (n, k, V), log-probabilities of the next token.
+    Returns the new ids and log_prob, their scores and the hypotheses that they extend, each (n, num_beams).
+    """
+    # a hypothesis that has ended is extended by eot only, at no cost
+    ended = (ids == eot).any(dim=-1)
+    logp = logp.masked_fill(ended[..., None], -torch.inf)
+    logp[..., eot].masked_fill_(ended, 0.0)
+    # including the new token, or the eot that ends the hypothesis
+    length = (ids != eot).sum(dim=-1, keepdim=True) + 1
+    sums = log_prob[..., None] + logp
+    scores = (sums / length**length_penalty).flatten(1)
+    scores, choice = scores.topk(min(num_beams, scores.shape[1]))
+    log_prob = sums.flatten(1).gather(1, choice)
+    parents = choice // logp.shape[-1]
+    tokens = choice % logp.shape[-1]
+    sentence = torch.arange(len(ids), device=ids.device)[:, None]
+    ids = torch.cat([ids[sentence, parents], tokens[..., None]], dim=2)
+    return ids, log_prob, scores, parents
 
 
 def score(translations: list[str], references: list[str]) -> dict[str, float | str]:
