@@ -39,7 +39,8 @@ from humptygpt.files import write_whole
 from humptygpt.metrics import read_metrics
 from humptygpt.schema import parse_json
 
-# torch and matplotlib are imported where they are needed: they take seconds, and a misspelt key should not wait.
+# torch and matplotlib take seconds to import. The functions that need them import them, so that a misspelt key is
+# told at once.
 
 # These settings do not affect what a run learns. _parameters has a column of its own.
 IGNORED = {

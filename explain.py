@@ -1,10 +1,10 @@
-"""A run -> one HTML page in which its model computes in front of you, as you type.
+"""Make an HTML page of a run, in which its model computes in front of you, as you type.
 
     python explain.py --out_dir=out/shakespeare_char
     python explain.py --out_dir=out/shakespeare_char --start="ROMEO: What light through yon" --to=page.html
 
-The page is one file: it opens from disk in any browser, without a network, and can be sent by mail. In it are the
-model's weights, rounded to 16 bits, those of its run's snapshots, in 8 bits, its tokenizer and its losses.
+The page is one file: it opens from disk in any browser, without a network, and can be sent by mail. It holds the
+model's weights, rounded to 16 bits, the weights of the run's snapshots in 8 bits, the tokenizer and the losses.
 """
 
 import json
@@ -18,7 +18,7 @@ from humptygpt import machine
 from humptygpt.config import check_above_0, check_choices
 from humptygpt.files import write_whole
 
-# torch is imported where it is needed: it takes seconds, and a misspelt key should not wait.
+# torch takes seconds to import. main() imports it last, so that a misspelt key is told at once.
 
 SOURCES = Path(__file__).parent / "explain"
 
@@ -53,12 +53,12 @@ def main(argv: list[str]) -> None:
 
 
 def to_text(data: dict) -> str:
-    """Return JSON in ASCII that no HTML parser takes for the end of a script."""
+    """Write JSON in ASCII, in which no HTML parser finds the end of a script."""
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
 
 
 def fill(data: str) -> bytes:
-    """Return page.html with the scripts, the style and the data in it, each in place of its name: {{model.js}}."""
+    """Fill page.html: the scripts, the style and the data replace their names, such as {{model.js}}."""
     contents = {path.name: path.read_text(encoding="utf-8") for path in SOURCES.iterdir()}
     contents["data"] = data
     contents["checksum"] = f"{zlib.crc32(data.encode()):08x}"

@@ -1,13 +1,13 @@
-"""A model -> a folder that transformers opens, or one file for llama.cpp.
+"""Export a model: a folder for transformers, one file for llama.cpp, or one checkpoint.
 
     python export.py --out_dir=out/shakespeare_char_llama --to=exported
     python export.py --out_dir=out/shakespeare_char_llama --to=model.gguf --dtype=q8_0
-    python export.py --out_dir=out/gpt2_1558m --checkpoint=latest --to=ckpt.pt    of a sharded run
+    python export.py --out_dir=out/gpt2_1558m --checkpoint=latest --to=ckpt.pt    one file from a sharded run
     python export.py --init_from=nanoGPT/out-x --to=exported     any other model: nanoGPT's, a folder, an adapter, gpt2
 
-The folder has the model, its tokenizer and a model card, and is what the hub of Hugging Face takes. The file is for
-llama.cpp and what is built on it, such as Ollama and LM Studio. GPT-2's and Llama's architectures can be exported; with
-format=ckpt every model, as the one file that all scripts open.
+The folder has the model, its tokenizer and a model card, and the hub of Hugging Face takes it as it is. The GGUF file
+is for llama.cpp and for programs that are built on it, such as Ollama and LM Studio. Both take GPT-2's and Llama's
+architectures only. With format=ckpt, any run becomes one file that all scripts open.
 """
 
 import json
@@ -21,14 +21,14 @@ from humptygpt import machine
 from humptygpt.config import UserError, check_choices
 from humptygpt.files import whole, write_whole
 
-# torch is imported where it is needed: it takes seconds, and a misspelt key should not wait.
+# torch takes seconds to import. The functions that need it import it, so that a misspelt key is told at once.
 
 DTYPES = {
     "transformers": ("float32", "bfloat16"),
     "gguf": ("float32", "bfloat16", "q8_0"),
     "ckpt": ("float32",),
 }
-# by the ending of the name; of all others, transformers
+# the format for each ending of a name; for other names it is transformers
 FORMATS = {".gguf": "gguf", ".pt": "ckpt"}
 
 
@@ -38,9 +38,9 @@ class ExportConfig:
     init_from: str = "resume"  # resume: from a checkpoint in out_dir; or a run, a checkpoint, a model's folder, gpt2
     out_dir: str = "out"  # folder of the run to export, or a checkpoint in it
     checkpoint: str = "best"  # best.pt (lowest loss), or latest: ckpt.pt
-    to: str | None = None  # new folder, or of gguf and ckpt the file, to write
+    to: str | None = None  # new folder to write, or the file for gguf and ckpt
     format: str | None = None  # None: by the ending of --to
-    dtype: str = "float32"  # of the weights; q8_0: 8 bits, only for gguf
+    dtype: str = "float32"  # type of the weights; q8_0: 8 bits, only for gguf
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
@@ -84,23 +84,19 @@ def main(argv: list[str]) -> None:
 
 
 def check_target(to: str | None, format_: str) -> Path:
-    """Return the path to write. Raises UserError where something is in its place."""
+    """Return the path to write. Raises UserError if something else is there."""
     kind = "folder" if format_ == "transformers" else "file"
     if to is None:
         raise UserError(f"export needs a {kind} to write; give one by --to")
     path = Path(to)
-    replaceable = path.is_file() if kind == "file" else is_empty_folder(path)
-    if path.exists() and not replaceable:
+    is_empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not (path.is_file() if kind == "file" else is_empty):
         raise UserError(f"to={to} exists and would not be replaced; name a new {kind}")
     return path
 
 
-def is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
-
-
 def write_folder(loaded, to: Path, dtype: str) -> str:
-    """Write what transformers opens and return a line about it; loaded: a load.Loaded."""
+    """Write a folder for transformers and return a line about it. loaded: a loading.Loaded."""
     import torch
 
     from humptygpt.convert.huggingface import write_pretrained
@@ -117,7 +113,7 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
     files["generation_config.json"] = generation_config(loaded).encode()
     files["README.md"] = card.encode()
     with whole(to) as folder:
-        folder.mkdir()  # here, so that a message names the folder that cannot be written
+        folder.mkdir()  # made here, so that a message names the folder that cannot be written
         write_pretrained(loaded.model, folder, getattr(torch, dtype), loaded.tokenizer)
         for name, content in files.items():
             write_whole(folder / name, lambda file, content=content: file.write(content))
@@ -125,7 +121,7 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
 
 
 def write_gguf_file(loaded, to: Path, dtype: str) -> str:
-    """Write what llama.cpp opens; as write_folder."""
+    """Write a file for llama.cpp and return a line about it."""
     from humptygpt.convert.gguf import vocabulary, write_gguf
     from humptygpt.convert.huggingface import to_pretrained
     from humptygpt.convert.model_card import summary
@@ -139,7 +135,7 @@ def write_gguf_file(loaded, to: Path, dtype: str) -> str:
 
 
 def write_checkpoint(loaded, to: Path, dtype: str) -> str:
-    """Write all entries of a run's checkpoint in one file; as write_folder."""
+    """Write all entries of a run's checkpoint to one file and return a line about it."""
     from humptygpt.checkpoint import save
 
     if loaded.saved is None:
@@ -151,7 +147,7 @@ def write_checkpoint(loaded, to: Path, dtype: str) -> str:
 
 
 def generation_config(loaded) -> str:
-    """Return generation_config.json, with which transformers samples as sample.py does by default."""
+    """Make generation_config.json, with which transformers samples as sample.py does by default."""
     from sample import SampleConfig
 
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -165,7 +161,7 @@ def generation_config(loaded) -> str:
             content[key] = tokenizer.eot
     if tokenizer.bos is not None:
         content["bos_token_id"] = tokenizer.bos
-    # rows of the embedding that stand for no token
+    # rows of the embedding that belong to no token
     if padding := list(range(tokenizer.vocab_size, model.config.vocab_size)):
         content["suppress_tokens"] = padding
     return json.dumps(content, indent=2) + "\n"

@@ -1,1 +1,1 @@
-"""Other formats: Hugging Face's models, adapters and tokenizers in and out, the hub, GGUF, the model card."""
+"""Models of other programs, in and out: Hugging Face's folders, adapters, the hub, nanoGPT, GGUF."""

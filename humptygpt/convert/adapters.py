@@ -1,8 +1,8 @@
-"""LoRA's matrices alone, in PEFT's format: a small file beside the base model. Written, and merged into that model."""
+"""LoRA adapters in PEFT's format: small files beside a base model, which train.py writes and which are merged here."""
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -10,11 +10,10 @@ from torch import nn
 
 from humptygpt.config import UserError
 from humptygpt.convert.families import FAMILIES
-from humptygpt.convert.huggingface import find_family, write_files
+from humptygpt.convert.huggingface import find_family, layer_names, write_files
 from humptygpt.convert.weight_files import Weights, check_tensor, open_weights, reading
 from humptygpt.finetune.lora import adapted
 from humptygpt.schema import parse_json
-from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 
 PREFIX = "base_model.model."
@@ -27,7 +26,7 @@ SCHEMA = {
     "use_rslora?": (bool, None),
     "alpha_pattern?": ({str: float}, None),
 }
-# what PEFT has beside plain LoRA, where it is set
+# settings of PEFT that make an adapter more than plain LoRA
 VARIANTS = [
     "use_dora",
     "use_qalora",
@@ -40,25 +39,19 @@ VARIANTS = [
     "kasa_config",
     "use_bdlora",
 ]
-# other ways to start A and B change the base model
+# init_lora_weights that leave the base model as it is; others change its weights
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-def layer_names(
+def adapter_names(
     config: ModelConfig, layers: Iterable[str]
-) -> Iterator[tuple[str, list[str]]]:
-    """Yield (name in the adapter, our names) of each layer: the names of transformers where it has such a model."""
+) -> list[tuple[str, list[str]]]:
+    """Pair the adapter's name of each layer with ours. They differ if transformers has such a model."""
     try:
-        table = FAMILIES[find_family(config)].weights
+        family = FAMILIES[find_family(config)]
     except UserError:
-        table = {name: [name] for name in sorted({unnumbered(layer) for layer in layers})}
-    for theirs, ours in table.items():
-        for i in range(config.n_layer if "#" in theirs else 1):
-            yield theirs.replace("#", str(i)), [name.replace("#", str(i)) for name in ours]
-
-
-def unnumbered(name: str) -> str:
-    return re.sub(r"\.\d+(?=\.|$)", ".#", name)
+        return [(layer, [layer]) for layer in layers]
+    return layer_names(family, config)
 
 
 # --------------------------------------------------------------------------------------
@@ -66,18 +59,17 @@ def unnumbered(name: str) -> str:
 
 
 def write_adapter(model: nn.Module, training, folder: Path) -> None:
-    """Write adapter_model.safetensors and adapter_config.json, A and B alone, each whole or not at all.
+    """Write adapter_model.safetensors, which holds A and B, and adapter_config.json. Raises UserError.
 
-    training: a TrainConfig. A GPT-2 or Llama has the names of transformers, so that PEFT opens it beside the base
-    model; GPT-2's c_attn, which is ours of queries, keys and values in one, has the rank of all of them. Other models
-    have our names. Raises UserError.
+    training: a TrainConfig. The adapter of a GPT-2 or Llama has the names of transformers, so that PEFT opens it beside
+    the base model. GPT-2's c_attn is our q_proj, k_proj and v_proj in one matrix, and its rank is the sum of theirs.
     """
     layers = adapted(model)
     weights = {}
     targets = set()
     ranks = {}
     alphas = {}
-    for theirs, ours in layer_names(model.config, layers):
+    for theirs, ours in adapter_names(model.config, layers):
         present = [name for name in ours if name in layers]
         if not present:
             continue
@@ -90,7 +82,7 @@ def write_adapter(model: nn.Module, training, folder: Path) -> None:
         ]
         weights[f"{PREFIX}{theirs}.lora_A.weight"] = A
         weights[f"{PREFIX}{theirs}.lora_B.weight"] = torch.block_diag(*B)
-        targets.add(unnumbered(theirs).split(".#.")[-1])
+        targets.add(re.split(r"\.\d+\.", theirs)[-1])
         if len(present) > 1:
             kind = theirs.rpartition(".")[2]
             ranks[kind] = training.lora_rank * len(present)
@@ -102,7 +94,9 @@ def write_adapter(model: nn.Module, training, folder: Path) -> None:
         "r": training.lora_rank,
         "lora_alpha": training.lora_alpha,
         "target_modules": sorted(targets),
-        "fan_in_fan_out": any(".c_" in name for name in targets),  # GPT-2's own matrices
+        "fan_in_fan_out": any(
+            ".c_" in name for name in targets
+        ),  # transformers' GPT-2 has (inputs, outputs)
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
@@ -115,7 +109,7 @@ def write_adapter(model: nn.Module, training, folder: Path) -> None:
 
 
 def read_config(folder: Path) -> dict:
-    """Read adapter_config.json. Raises UserError where it is damaged, or more than plain LoRA."""
+    """Read adapter_config.json. Raises UserError if it is damaged or describes more than plain LoRA."""
     with reading(f"the adapter in {folder}"):
         config = parse_json((folder / CONFIG).read_bytes(), SCHEMA)
         for key in VARIANTS:
@@ -129,10 +123,7 @@ def read_config(folder: Path) -> dict:
 
 
 def merge_adapter(folder: Path, config: ModelConfig, weights: Weights) -> Weights:
-    """Return the state dict of the adapter's base model with W + scale * B A for each W that it changes.
-
-    config, weights: of the base model. Raises UserError.
-    """
+    """Merge an adapter into its base model, whose config and state dict these are. Raises UserError."""
     adapter = read_config(folder)
     with reading(f"the adapter in {folder}"):
         return weights | changed_weights(
@@ -143,11 +134,10 @@ def merge_adapter(folder: Path, config: ModelConfig, weights: Weights) -> Weight
 def changed_weights(
     stored: Weights, adapter: dict, config: ModelConfig, weights: Weights
 ) -> Weights:
-    """Return W + scale * B A by our names; stored: the adapter's tensors."""
-    modules = build_on_meta(config).named_modules()
-    layers = [name for name, module in modules if isinstance(module, nn.Linear)]
+    """Compute W + scale * B A for each W that the adapter changes, by our names. stored: the adapter's tensors."""
+    layers = [name.removesuffix(".weight") for name, W in weights.items() if W.dim() == 2]
     changed = {}
-    for theirs, ours in layer_names(config, layers):
+    for theirs, ours in adapter_names(config, layers):
         names = [f"{PREFIX}{theirs}.lora_{part}.weight" for part in "AB"]
         if not stored.keys() >= set(names):
             continue
@@ -175,7 +165,7 @@ def changed_weights(
 
 
 def alpha(layer: str, adapter: dict) -> float:
-    """Return lora_alpha of a layer. PEFT's keys of alpha_pattern are regular expressions; here, the ends of names."""
+    """Look up the lora_alpha of a layer. PEFT's alpha_pattern may have any regular expressions; here, ends of names."""
     for pattern, value in (adapter.get("alpha_pattern") or {}).items():
         if not re.fullmatch(r"\^?[\w.]+", pattern):
             raise ValueError(

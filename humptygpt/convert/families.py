@@ -1,19 +1,19 @@
 """GPT-2 and Llama as Hugging Face's transformers has them: names of settings and weights, theirs and ours.
 
-Each table is read in both directions. A further family is one more entry of FAMILIES.
+Each table is read in both directions. Another family is one more entry of FAMILIES.
 """
 
 from typing import NamedTuple
 
-ROPE_SCALING = {  # settings of rope_type=llama3, an entry of its own in config.json
+ROPE_SCALING = {  # settings of rope_type=llama3, which config.json has in an entry of its own
     "factor": "rope_factor",
     "low_freq_factor": "rope_low_freq_factor",
     "high_freq_factor": "rope_high_freq_factor",
     "original_max_position_embeddings": "rope_original_context",
 }
-# settings of ours that neither family has
+# our settings that neither family has, at the values with which they do nothing
 WITHOUT = {"mlp_conv": 0, "qk_norm": False, "init": "gpt2"}
-ACTIVATION_NAMES = {  # theirs: ours; of several names for one of ours, the first is written
+ACTIVATION_NAMES = {  # theirs: ours; the first of several names for one of ours is written
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
@@ -26,22 +26,24 @@ ACTIVATION_NAMES = {  # theirs: ours; of several names for one of ours, the firs
 
 
 class Family(NamedTuple):
-    """Models that differ in the values of these settings alone."""
+    """Models that differ only in the values of these settings."""
 
     architecture: str  # the class of transformers
-    # of the names of all weights but the head's; files without a head may lack it
+    # all names of weights but the head's begin with it, or none in files without a head
     prefix: str
     settings: dict[str, str]  # key of config.json: key of ModelConfig
-    defaults: dict[str, object]  # of those that config.json may lack
-    supported: dict[str, object]  # further keys, and the value that is supported
-    fixed: dict[str, object]  # settings of ours that all these models have
-    # theirs: ours, several are concatenated; #: number of the block
+    defaults: dict[str, object]  # keys that config.json may lack
+    supported: dict[
+        str, object
+    ]  # other keys of config.json, and the value that is supported
+    fixed: dict[str, object]  # our settings that all these models share
+    # their layer: our layers, concatenated if there are several; # is the number of the block
     weights: dict[str, list[str]]
-    transposed: bool  # whether the matrices of blocks are (inputs, outputs), unlike ours
+    transposed: bool  # whether the matrices in blocks are (inputs, outputs), unlike ours
     # regular expression for buffers that older files hold beside the weights
     no_weights: str
     dropouts: list[str]  # keys of config.json
-    preset: str  # a config file whose models are exported as this family
+    preset: str  # one of our config files whose models belong to this family
 
 
 GPT2 = Family(

@@ -1,7 +1,7 @@
 """A model in Hugging Face's format and a vocabulary -> one GGUF file, which llama.cpp runs.
 
-The format is that of llama.cpp's own convert_hf_to_gguf.py. It holds less than that of transformers: GPT-2 with
-gelu_tanh, Llama with silu, and the tokenizers of a few kinds.
+The file is like one from llama.cpp's own convert_hf_to_gguf.py. GGUF holds fewer models than transformers: GPT-2 with
+gelu_tanh, Llama with silu, and a few kinds of tokenizers.
 """
 
 import json
@@ -28,13 +28,13 @@ from humptygpt.tokenizers import (
 )
 from model import ModelConfig, llama_scale
 
-DTYPES = {  # by our names
+DTYPES = {  # the values of --dtype
     "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 ACTIVATIONS = {"gpt2": "gelu_tanh", "llama": "silu"}  # what llama.cpp computes
-HYPERPARAMETERS = {  # {end of the name of a method of GGUFWriter: key of config.json}
+HYPERPARAMETERS = {  # GGUFWriter.add_...: key of config.json
     "gpt2": {
         "block_count": "n_layer",
         "context_length": "n_positions",
@@ -63,27 +63,32 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {  # by split_key() of each step
+SPLITS = {  # split_key() of each step of a pre_tokenizer: llama.cpp's name for them
     (("ByteLevel", False, True),): "gpt-2",
     ((LLAMA3_PATTERN, None, None), ("ByteLevel", False, False)): "llama-bpe",
-    ((None, None, None),): "default",  # a text is not split
+    ((None, None, None),): "default",  # the text is not split
     (("Metaspace", None, False),): "default",
 }
 logging.getLogger("gguf").setLevel(logging.ERROR)  # it reports every file it writes
-Vocabulary = dict[str, object]  # {end of the name of a method of GGUFWriter: its value}
+Vocabulary = dict[str, object]  # GGUFWriter.add_...: its argument
 
 # --------------------------------------------------------------------------------------
 # The vocabulary
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    """Return the vocabulary. Raises UserError where llama.cpp has no tokenizer that gives the same tokens."""
+    """Describe a tokenizer for GGUF. Raises UserError if llama.cpp has none that gives the same tokens."""
+    eot, bos = tokenizer.eot, tokenizer.bos
     if isinstance(tokenizer, CharTokenizer | ByteTokenizer):
-        return without_merges(tokenizer)
-    if isinstance(tokenizer, PretrainedTokenizer):
-        return with_merges(tokenizer, json.loads(tokenizer.content), tokenizer.eot)
-    content = json.loads(build_tokenizer(tokenizer).to_str())
-    return with_merges(tokenizer, content, tokenizer.pieces.index(END_OF_TEXT.encode()))
+        found = without_merges(tokenizer)
+    elif isinstance(tokenizer, PretrainedTokenizer):
+        found = with_merges(tokenizer, json.loads(tokenizer.content))
+    else:
+        found = with_merges(tokenizer, json.loads(build_tokenizer(tokenizer).to_str()))
+        eot = tokenizer.pieces.index(END_OF_TEXT.encode())
+    ends = {"eos_token_id": eot, "bos_token_id": eot if bos is None else bos}
+    found |= {name: i for name, i in ends.items() if i is not None}
+    return {"add_bos_token": bos is not None, "add_space_prefix": False} | found
 
 
 def refusal(tokenizer: Tokenizer, why: str) -> UserError:
@@ -93,29 +98,41 @@ def refusal(tokenizer: Tokenizer, why: str) -> UserError:
 
 
 def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
-    """llama.cpp's kind rwkv takes the longest token first, and is the only one that does without an end-of-text token.
+    """Describe a tokenizer whose tokens are characters or bytes.
 
-    But it hangs where a text has the first byte of a token and not the rest. Among characters outside ASCII, that of
-    another language may be; these are left to the kind llama, for which a space is "▁".
+    llama.cpp's kind rwkv takes the longest token first, and is the only kind that needs no end-of-text token. But it
+    hangs if a text has the first byte of a token without the rest, as a character of another language may. So alphabets
+    outside ASCII are left to the kind llama, which writes a space as "▁".
     """
-    eot = tokenizer.eot
-    texts = tokenizer.pieces if eot is None else tokenizer.pieces[:-1]
-    end = [] if eot is None else [END_OF_TEXT]
+    texts = tokenizer.pieces
+    end = []
+    if tokenizer.eot is not None:
+        texts = texts[:-1]
+        end = [END_OF_TEXT]
     types = [TokenType.NORMAL] * len(texts) + [TokenType.CONTROL] * len(end)
     if isinstance(tokenizer, ByteTokenizer) or tokenizer.alphabet.isascii():
         escaped = ["".join(f"\\x{byte:02x}" for byte in text) for text in texts]
-        return entries("rwkv", escaped + end, types, eot)
-    if eot is None or "▁" in tokenizer.alphabet:
+        return {
+            "tokenizer_model": "rwkv",
+            "token_list": escaped + end,
+            "token_types": types,
+        }
+    if not end or "▁" in tokenizer.alphabet:
         why = "in llama.cpp, characters outside ASCII need an end-of-text token, and '▁' is a space"
         raise refusal(tokenizer, why)
     tokens = [char.replace(" ", "▁") for char in tokenizer.alphabet] + end
-    return entries("llama", tokens, types, eot, token_scores=[0.0] * len(tokens))
+    return {
+        "tokenizer_model": "llama",
+        "token_list": tokens,
+        "token_types": types,
+        "token_scores": [0.0] * len(tokens),
+    }
 
 
-def with_merges(tokenizer: Tokenizer, content: dict, eot: int | None) -> Vocabulary:
-    """Return the vocabulary of a tokenizer.json of byte pairs, of GPT-2's, Llama 2's or Llama 3's kind.
+def with_merges(tokenizer: Tokenizer, content: dict) -> Vocabulary:
+    """Describe a tokenizer of byte pairs, of GPT-2's, Llama 2's or Llama 3's kind. content: its tokenizer.json.
 
-    Of a prompt that begins with a space, or of text after a special token, LlamaTokenizer may add one space less.
+    LlamaTokenizer may give one space less at the start of a prompt or after a special token.
     """
     model = content["model"]
     if model["type"] != "BPE" or not (split := known_split(tokenizer, content)):
@@ -131,25 +148,29 @@ def with_merges(tokenizer: Tokenizer, content: dict, eot: int | None) -> Vocabul
         tokens[entry["id"]] = entry["content"]
         special = entry["special"]
         types[entry["id"]] = TokenType.CONTROL if special else TokenType.USER_DEFINED
-    bos = tokenizer.bos
     pairs = model["merges"]
     if not model["byte_fallback"]:
         # llama.cpp insists on a merge
-        merges = [" ".join(pair) for pair in pairs or [[END_OF_TEXT, END_OF_TEXT]]]
-        return entries(
-            "gpt2", tokens, types, eot, bos, tokenizer_pre=split, token_merges=merges
-        )
+        pairs = pairs or [[END_OF_TEXT, END_OF_TEXT]]
+        return {
+            "tokenizer_model": "gpt2",
+            "tokenizer_pre": split,
+            "token_list": tokens,
+            "token_types": types,
+            "token_merges": [" ".join(pair) for pair in pairs],
+        }
     ranks = {a + b: rank for rank, (a, b) in enumerate(pairs)}
-    scores = [-float(ranks.get(token, 0)) for token in tokens]
-    tokens = [token.replace(" ", "▁") for token in tokens]
-    space = tokenizer.encode("a").tolist() != tokenizer.encode_rest("a").tolist()
-    return entries(
-        "llama", tokens, types, eot, bos, token_scores=scores, add_space_prefix=space
-    )
+    return {
+        "tokenizer_model": "llama",
+        "token_list": [token.replace(" ", "▁") for token in tokens],
+        "token_types": types,
+        "token_scores": [-float(ranks.get(token, 0)) for token in tokens],
+        "add_space_prefix": list(tokenizer.encode("a")) != list(tokenizer.encode_rest("a")),
+    }
 
 
 def known_split(tokenizer: Tokenizer, content: dict) -> str | None:
-    """Return llama.cpp's name for how a tokenizer.json splits a text; None where it would give other tokens."""
+    """Find llama.cpp's name for how a tokenizer.json splits a text; None if llama.cpp would give other tokens."""
     model = content["model"]
     step = content["pre_tokenizer"] or {}
     split = SPLITS.get(tuple(map(split_key, step.get("pretokenizers") or [step])))
@@ -162,34 +183,9 @@ def known_split(tokenizer: Tokenizer, content: dict) -> str | None:
 
 
 def split_key(step: dict) -> tuple[str | None, bool | None, bool | None]:
-    """Return by what a step of a pre_tokenizer splits, whether it adds a space, whether it splits at all."""
+    """Describe a step of a pre_tokenizer: its pattern or type, whether it adds a space, whether it splits."""
     pattern = step.get("pattern", {}).get("Regex") or step.get("type")
     return pattern, step.get("add_prefix_space"), step.get("use_regex", step.get("split"))
-
-
-def entries(
-    kind: str,
-    tokens: list[str],
-    types: list[TokenType],
-    eot: int | None,
-    bos: int | None = None,
-    **more: object,
-) -> Vocabulary:
-    """Return the vocabulary of a kind of llama.cpp: gpt2 (byte pairs), llama (sentencepiece) or rwkv.
-
-    eot: the token that ends a text; one in any case, but of rwkv. bos: the one that every text starts with. more:
-    token_scores, or token_merges and the pattern by which a text is split first (tokenizer_pre).
-    """
-    ends = {"eos_token_id": eot, "bos_token_id": eot if bos is None else bos}
-    return {
-        "tokenizer_model": kind,
-        "token_list": tokens,
-        "token_types": types,
-        **{name: i for name, i in ends.items() if i is not None},
-        "add_bos_token": bos is not None,
-        "add_space_prefix": False,
-        **more,
-    }
 
 
 # --------------------------------------------------------------------------------------
@@ -206,10 +202,10 @@ def write_gguf(
 ) -> None:
     """Write a GGUF file.
 
-    content, weights: as from to_pretrained(). dtype: a key of DTYPES, of all matrices but that of positions, and for
-    q8_0, whose blocks are 32 weights of a row, those of other rows. about: name and description. Rows of the embedding
-    that stand for no token are left out: llama.cpp would draw them. Raises UserError where llama.cpp does not have what
-    the model is made of, OSError where writing fails.
+    content, weights: as from to_pretrained(). about: name and description. dtype: a key of DTYPES. Vectors and learned
+    positions stay in float32, and for q8_0, which packs 32 weights, so do matrices whose rows are no multiple of 32.
+    Rows of the embedding that stand for no token are left out, because llama.cpp would draw them. Raises UserError if
+    llama.cpp lacks a part of the model, OSError if writing fails.
     """
     check_activation(content)
     architecture = content["model_type"]
@@ -249,7 +245,7 @@ def write_gguf(
 
 
 def check_activation(content: dict) -> None:
-    """Raise UserError where llama.cpp would compute another one."""
+    """Raise UserError if llama.cpp would compute another activation."""
     supported = ACTIVATIONS[content["model_type"]]
     activation = ACTIVATION_NAMES[
         content.get("hidden_act") or content["activation_function"]
@@ -261,9 +257,9 @@ def check_activation(content: dict) -> None:
 
 
 def arranged(name: str, tensor: Tensor, content: dict) -> Tensor:
-    """Return a tensor as llama.cpp has it: (outputs, inputs), and features that rotate together side by side.
+    """Arrange a tensor as llama.cpp has it: (outputs, inputs), with features that rotate together side by side.
 
-    transformers has them D / 2 apart, which is another order of the rows of q_proj and k_proj.
+    transformers has them D / 2 apart, so that the rows of q_proj and k_proj are in another order.
     """
     if content["model_type"] == "gpt2":
         return tensor.T if tensor.dim() == 2 and ".h." in name else tensor
@@ -274,7 +270,7 @@ def arranged(name: str, tensor: Tensor, content: dict) -> Tensor:
 
 
 def rope_factors(content: dict) -> np.ndarray:
-    """Return what each rotary frequency is divided by, (D / 2,) float32."""
+    """The divisor of each rotary frequency, (D / 2,) float32."""
     D = content["head_dim"]
     frequency = content["rope_theta"] ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
     scaling = {ours: content["rope_scaling"][key] for key, ours in ROPE_SCALING.items()}

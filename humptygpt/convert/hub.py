@@ -1,7 +1,8 @@
 """Models of the Hugging Face hub by their names, in the cache that the user's other programs share.
 
 huggingface_hub's settings hold: HF_ENDPOINT names a mirror, HF_TOKEN opens models that ask for it, HF_HOME is where
-models are kept, HF_HUB_OFFLINE=1 asks no server. Only text and weights are fetched, pickles where there is no other.
+models are kept, HF_HUB_OFFLINE=1 asks no server. Only text and weights are fetched, and pickles only if a model has no
+safetensors.
 """
 
 import os
@@ -25,14 +26,14 @@ TEXT_FILES = [
     "special_tokens_map.json",
     "added_tokens.json",
 ]
-WEIGHTS = [  # the first of these that a model has
+WEIGHTS = [  # the first of these that a model has is fetched
     ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],
     ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"],
 ]
 
 
 def repository(name: str) -> str | None:
-    """Return owner/model if the name can stand for a model of the hub; a path that begins in a folder here cannot."""
+    """Expand a name to owner/model; None if it cannot be on the hub, as a path that begins in a folder here."""
     if name in GPT2:
         return GPT2[name]
     owner = name.partition("/")[0]
@@ -41,13 +42,15 @@ def repository(name: str) -> str | None:
 
 
 def fetch_tokenizer(repo: str) -> Path:
-    """Return the folder with all of a model but its weights. Raises UserError."""
+    """Fetch a model without its weights and return its folder. Raises UserError."""
     return fetch(repo, TEXT_FILES)
 
 
 def fetch_model(repo: str) -> Path:
-    """Return the folder of a model in Hugging Face's format. Raises UserError, before the weights come if it can."""
-    from humptygpt.convert.huggingface import read_config  # here, since it loads torch
+    """Fetch a model and return its folder. Raises UserError, if possible before the weights come."""
+    from humptygpt.convert.huggingface import (
+        read_config,
+    )  # imported here, because it loads torch
 
     read_config(fetch_tokenizer(repo))
     for names in WEIGHTS:
@@ -58,7 +61,7 @@ def fetch_model(repo: str) -> Path:
 
 
 def fetch(repo: str, names: list[str]) -> Path:
-    # here, since they take half a second to load
+    # imported here, because they take half a second to load
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
     from huggingface_hub.utils import logging
@@ -67,12 +70,16 @@ def fetch(repo: str, names: list[str]) -> Path:
     endpoint = constants.ENDPOINT
     try:
         return Path(snapshot_download(repo, allow_patterns=names))
-    except RepositoryNotFoundError as error:  # or one that this user may not read
+    except (
+        RepositoryNotFoundError
+    ) as error:  # it may also be one that this user may not read
         raise UserError(
             f"{endpoint}/{repo} does not exist or asks for permission; check the name, or accept its terms"
             " and set HF_TOKEN"
         ) from error
-    except Exception as error:  # of requests or httpx, by its version
+    except (
+        Exception
+    ) as error:  # the class comes from requests or httpx, depending on the version
         reason = one_line(error.__cause__ or error)
         raise UserError(
             f"{repo} cannot be fetched from {endpoint}: {reason}; run it again to resume,"

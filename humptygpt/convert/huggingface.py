@@ -1,7 +1,7 @@
-"""GPT-2 and Llama models in Hugging Face's format -> config and weights of ours, and back.
+"""GPT-2 and Llama models in Hugging Face's format -> our config and weights, and back.
 
-A folder holds config.json and weights. Nothing in it is run as code, and transformers is not needed. Weights become
-float32 and are written so: of bfloat16 or float16 that is exact, but takes twice the space.
+A folder holds config.json and weights. Nothing in it is run as code, and transformers is not needed. Weights are read
+as float32, which holds bfloat16 and float16 exactly.
 """
 
 import json
@@ -30,36 +30,42 @@ from humptygpt.tasks import build_on_meta
 from humptygpt.tokenizers import Tokenizer
 from model import ModelConfig
 
-# settings that are not exported: of training alone, of what the weights themselves have or lack, and GPT-2's rope_base
+# settings that matter only in training, biases, which show in the weights, and rope_base, which GPT-2 does not use
 NOT_EXPORTED = {"dropout", "label_smoothing", "init", "bias", "attn_bias", "mlp_bias"}
 NOT_EXPORTED |= {"rope_base"}
+
+
+def layer_names(family: Family, config: ModelConfig) -> list[tuple[str, list[str]]]:
+    """Pair their name of each layer with our names."""
+    return [
+        (theirs.replace("#", str(i)), [name.replace("#", str(i)) for name in ours])
+        for theirs, ours in family.weights.items()
+        for i in range(config.n_layer if "#" in theirs else 1)
+    ]
 
 
 def weight_names(
     family: Family, config: ModelConfig, ours: dict
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield (their name, our names) of each weight of a model of this config; ours: its state dict."""
-    for theirs, names in family.weights.items():
-        if theirs == "lm_head" and config.tie_weights:
-            continue
-        for layer in range(config.n_layer if "#" in theirs else 1):
-            for kind in ("weight", "bias"):
-                own = [f"{name}.{kind}".replace("#", str(layer)) for name in names]
-                if own[0] in ours:
-                    yield f"{theirs}.{kind}".replace("#", str(layer)), own
+    """Yield their name and our names of each weight of a model. ours: its state dict."""
+    for theirs, names in layer_names(family, config):
+        for kind in ("weight", "bias"):
+            own = [f"{name}.{kind}" for name in names]
+            if own[0] in ours and not (theirs == "lm_head" and config.tie_weights):
+                yield f"{theirs}.{kind}", own
 
 
-def turned(family: Family, name: str, tensor: Tensor) -> Tensor:
-    """Return a matrix of a block in the other's shape; of a vector, t() is the vector itself."""
+def transposed(family: Family, name: str, tensor: Tensor) -> Tensor:
+    """Transpose a matrix of a block if theirs is (inputs, outputs). t() leaves vectors as they are."""
     return tensor.t() if family.transposed and ".h." in name else tensor
 
 
 def to_theirs(family: Family, config: ModelConfig, ours: Weights) -> Weights:
-    """Return a state dict under their names and in their shapes."""
+    """Rename and reshape a state dict of ours into theirs."""
     theirs = {}
     for name, own in weight_names(family, config, ours):
         tensor = ours[own[0]] if len(own) == 1 else torch.cat([ours[part] for part in own])
-        theirs[name] = turned(family, name, tensor)
+        theirs[name] = transposed(family, name, tensor)
     return theirs
 
 
@@ -68,10 +74,10 @@ def to_theirs(family: Family, config: ModelConfig, ours: Weights) -> Weights:
 
 
 def read_pretrained(folder: Path) -> tuple[ModelConfig, Weights]:
-    """Return the config and the state dict, in float32 on the CPU, of the model in a folder.
+    """Read the config and the state dict, in float32 on the CPU, of the model in a folder.
 
-    checkpoint.restore_model(state_dict, config) makes a model of them. Dropout is a matter of training and
-    not read. Raises UserError for a folder that is incomplete or damaged, or holds what cannot be built here.
+    checkpoint.restore_model(state_dict, config) builds it. Dropout is not read, since it is a matter of training.
+    Raises UserError if the folder is incomplete or damaged, or if the model cannot be built here.
     """
     family, config = read_config(folder)
     what = f"the model in {folder}"
@@ -83,7 +89,7 @@ def read_pretrained(folder: Path) -> tuple[ModelConfig, Weights]:
 
 
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
-    """Read config.json. Raises UserError where it describes a model that cannot be built here."""
+    """Read config.json. Raises UserError if it describes a model that cannot be built here."""
     with reading(f"the model in {folder}: config.json"):
         content = parse_json((folder / "config.json").read_bytes(), {"model_type": str})
         kind = content["model_type"]
@@ -98,8 +104,8 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
 
 
 def model_settings(family: Family, content: dict) -> dict[str, object]:
-    """Return settings of ours from config.json."""
-    # before and since transformers 5
+    """Translate the content of config.json into our settings. Raises ValueError."""
+    # the first is of transformers before 5, the second since then
     rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
     check_schema(rope, {"rope_type?": str, "type?": str}, "rope_scaling")
     content = family.defaults | content | rope
@@ -128,7 +134,7 @@ def model_settings(family: Family, content: dict) -> dict[str, object]:
 def read_weights(
     family: Family, config: ModelConfig, tensors: Weights, like: Weights
 ) -> Weights:
-    """Return our state dict of a file's tensors, which are removed from the dictionary. Raises ValueError.
+    """Make our state dict from a file's tensors, which are removed from the dictionary. Raises ValueError.
 
     like: the state dict of such a model on the meta device. Nothing is allocated before all names, shapes and dtypes
     are checked.
@@ -140,7 +146,7 @@ def read_weights(
             name = family.prefix + name
         if not re.fullmatch(family.no_weights, name):
             stored[name] = tensor
-    # older files have it, too
+    # older files hold a tied head as well
     head = stored.pop("lm_head.weight", None) if config.tie_weights else None
     expected = to_theirs(family, config, like)
     if unmatched := stored.keys() ^ expected.keys():
@@ -152,10 +158,10 @@ def read_weights(
         check_tensor(name, tensor, expected[name].shape)
     ours = {}
     for name, own in weight_names(family, config, like):
-        tensor = turned(family, name, stored.pop(name).detach())
+        tensor = transposed(family, name, stored.pop(name).detach())
         pieces = tensor.split([len(like[part]) for part in own])
         for part, piece in zip(own, pieces, strict=True):
-            # copied: the file may be mapped into memory
+            # copied, since the file may be mapped into memory
             ours[part] = piece.to(
                 torch.float32, copy=True, memory_format=torch.contiguous_format
             )
@@ -173,9 +179,9 @@ def read_weights(
 def to_pretrained(
     model: nn.Module, dtype: torch.dtype = torch.float32, tokenizer: Tokenizer | None = None
 ) -> tuple[dict[str, object], Weights]:
-    """Return what config.json holds, and the weights under their names, in this dtype on the CPU.
+    """Make the content of config.json, and the weights under their names, in this dtype on the CPU.
 
-    GPT-2 always has bias terms: those of a model without are 0. Raises UserError where a setting cannot be expressed.
+    GPT-2 always has bias terms; they are 0 if our model has none. Raises UserError if a setting cannot be expressed.
     """
     config = model.config
     name = find_family(config)
@@ -198,12 +204,12 @@ def to_pretrained(
     }
     content |= {theirs: settings[key] for theirs, key in family.settings.items()}
     content |= dict.fromkeys(family.dropouts, config.dropout)
-    # None where there is none: the defaults belong to other tokenizers
+    # None is written too, because transformers' defaults belong to other tokenizers
     eot = tokenizer and tokenizer.eot
     bos = tokenizer and tokenizer.bos
     content |= {"bos_token_id": eot if bos is None else bos, "eos_token_id": eot}
     if name == "gpt2":
-        content["n_ctx"] = config.block_size  # which llama.cpp reads
+        content["n_ctx"] = config.block_size  # llama.cpp's own converter reads it
     elif config.rope_factor != 1:
         scaling = {theirs: settings[key] for theirs, key in ROPE_SCALING.items()}
         content["rope_scaling"] = {"rope_type": "llama3"} | scaling
@@ -216,7 +222,7 @@ def to_pretrained(
 
 
 def find_family(config: ModelConfig) -> str:
-    """Return the model_type of a model of this config. Raises UserError where it has what none of them has."""
+    """Find the model_type of a model with this config. Raises UserError if no family has all of its settings."""
     families = {family.fixed["position"]: name for name, family in FAMILIES.items()}
     if config.position not in families:
         needed = " or ".join(
@@ -226,16 +232,10 @@ def find_family(config: ModelConfig) -> str:
             f"position={config.position} cannot be exported; export needs {needed}"
         )
     family = FAMILIES[families[config.position]]
-    exported = {*family.settings.values(), *ROPE_SCALING.values()}
-    free = exported | NOT_EXPORTED
-    same = {  # what is the same as the default
-        "window": config.block_size,
-        "n_kv_head": config.n_head,
-        "head_size": config.n_embd // config.n_head,
-    }
+    free = {*family.settings.values(), *ROPE_SCALING.values(), *NOT_EXPORTED}
     for key, needed in (vars(ModelConfig()) | family.fixed).items():
         value = getattr(config, key)
-        if key not in free and value not in (needed, same.get(key, needed)):
+        if key not in free and value != needed:
             raise UserError(
                 f"{key}={value} cannot be exported; {family.architecture} needs {key}={needed},"
                 f" as in {family.preset}"
@@ -252,7 +252,7 @@ def write_pretrained(
     dtype: torch.dtype = torch.float32,
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Write config.json and model.safetensors; as to_pretrained. Raises UserError."""
+    """Write config.json and model.safetensors, as to_pretrained() makes them. Raises UserError."""
     content, weights = to_pretrained(model, dtype, tokenizer)
     write_files(folder, {"config.json": content, "model.safetensors": weights})
 

@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it is, what it was trained on, how well it predicts, and how to use it."""
+"""README.md of an exported model: its origin and training, its validation loss, and how to use it."""
 
 import json
 import math
@@ -57,9 +57,10 @@ The settings of the run that are not HumptyGPT's defaults:
 
 
 def model_card(loaded: Loaded, name: str, prompt: str, note: str, defaults: dict) -> str:
-    """Return the card of a model of this name.
+    """Write the card of a model.
 
-    prompt, note: of its task. defaults: of all settings; those of the run that differ are listed.
+    prompt, note: the task's start of a prompt, and its remark. defaults: the defaults of all settings, which are not
+    listed.
     """
     model, tokenizer, saved = loaded.model, loaded.tokenizer, loaded.saved
     context = model.config.block_size
@@ -87,7 +88,7 @@ def model_card(loaded: Loaded, name: str, prompt: str, note: str, defaults: dict
 
 
 def summary(loaded: Loaded) -> str:
-    """Return where a model comes from and how well it predicts, in one line."""
+    """Describe the origin of a model and its validation loss in one line."""
     loss = f"; validation loss: {training(loaded)['loss']}" if loaded.saved else ""
     return f"{origin(loaded)}{loss}"
 
@@ -99,7 +100,7 @@ def origin(loaded: Loaded) -> str:
 
 
 def training(loaded: Loaded) -> dict[str, str]:
-    """Return what a run was trained on, how long, and its validation loss: that of these weights, or the lowest."""
+    """Describe a run's data, its length, and its validation loss: the loss of these weights, or else the lowest."""
     saved, progress = loaded.saved, loaded.saved["progress"]
     best = f"{progress['best_val_loss']:.4f} nats per token"
     loss = f"{best}, at step {progress['best_iter']:,}"

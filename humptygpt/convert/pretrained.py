@@ -1,4 +1,4 @@
-"""Tokenizers of other projects, in Hugging Face's tokenizer.json, which stays as it is within ours."""
+"""Tokenizers of other projects, in the format of Hugging Face's tokenizer.json."""
 
 import base64
 import json
@@ -23,10 +23,10 @@ ENDS = {"eot": (int, None), "bos": (int, None)}
 
 
 class PretrainedTokenizer(Tokenizer):
-    """What a tokenizer.json describes, run by Hugging Face's tokenizers: ids and text are those of transformers.
+    """The tokenizer of a tokenizer.json. Hugging Face's tokenizers runs it, so ids and text are the same as there.
 
-    content: the JSON. Its special tokens are recognised in a text, unlike those of our own tokenizers. The byte-level
-    decoder and those of sentencepiece are supported, by which the text of each token does not depend on others.
+    content: the JSON. Its special tokens are recognised in a text, unlike the special tokens of our own tokenizers.
+    The byte-level decoder and sentencepiece's are supported, because with them each token has a text of its own.
     """
 
     name = "tokenizer.json"
@@ -48,7 +48,7 @@ class PretrainedTokenizer(Tokenizer):
 
     @cached_property
     def _rest(self):
-        """The engine of a text that continues one."""
+        """The engine for a text that continues another one."""
         described = json.loads(self.content)
         steps = {key: described.get(key) for key in ("normalizer", "pre_tokenizer")}
         described |= json.loads(json.dumps(steps), object_hook=without_prefix)
@@ -86,14 +86,14 @@ class PretrainedTokenizer(Tokenizer):
 
 
 def load_engine(content: str):
-    """Return the tokenizers.Tokenizer of a tokenizer.json, without truncation and padding. Raises ValueError."""
+    """Make the tokenizers.Tokenizer of a tokenizer.json, without truncation and padding. Raises ValueError."""
     import tokenizers
 
     try:
         engine = tokenizers.Tokenizer.from_str(content)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    # it has one class for all mistakes, and one beside Exception where it gives up
+    # its mistakes are a bare Exception, and its panics are not even that
     except BaseException as error:
         raise ValueError(f"tokenizers cannot read it: {error}") from error
     engine.no_truncation()
@@ -102,7 +102,7 @@ def load_engine(content: str):
 
 
 def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
-    """Return the function from a token to the bytes it stands for. Raises ValueError where a decoder needs more."""
+    """Make the function from a token to its bytes. Raises ValueError if a decoder needs more than the token."""
     steps = decoder.get("decoders", [decoder]) if decoder else []
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
@@ -121,13 +121,13 @@ def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
 
 
 def without_prefix(step: dict) -> dict:
-    """Return a step of a tokenizer.json without the space that it puts before a text."""
+    """Change a step of a tokenizer.json so that it puts no space before a text."""
     plain = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
     return step | {key: plain[key] for key in plain.keys() & step.keys()}
 
 
 class SentencePieceModel(PretrainedTokenizer):
-    """A tokenizer.model, as data and runs of earlier versions hold it: it becomes a tokenizer.json."""
+    """A tokenizer.model in the data or the checkpoint of an earlier version. It becomes a tokenizer.json."""
 
     name = "tokenizer.model"
     schema: ClassVar = {

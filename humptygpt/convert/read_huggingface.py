@@ -1,7 +1,7 @@
-"""The tokenizer of a model in Hugging Face's format -> one of ours, whose ids and text are those of transformers.
+"""The tokenizer of a model in Hugging Face's format -> one of ours, with the same ids and text as in transformers.
 
-A folder, or one of these files: tokenizer.json, tokenizer.model (sentencepiece), vocab.json with merges.txt. The files
-beside it say which tokens are special. No code is run, and transformers is not needed.
+It is a folder, or one of these files: tokenizer.json, tokenizer.model (sentencepiece), vocab.json with merges.txt.
+Other files in the folder name the special tokens. No code is run, and transformers is not needed.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from humptygpt.convert.sentencepiece_model import convert_sentencepiece
 from humptygpt.schema import parse_json
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
-TOKEN = (str, {"content": str}, None)  # a token as these files have it
+TOKEN = (str, {"content": str}, None)  # schema of a token in these files
 NAMED = (
     "bos_token",
     "eos_token",
@@ -36,28 +36,32 @@ SETTINGS = {
 
 
 def tokenizer_file(path: Path) -> Path | None:
-    """Return path where it is one of these files, else the first of them in this folder, None where there is none."""
+    """Return path if it is one of these files, else the first of them in this folder; None if there is none."""
     files = [path] if path.is_file() else [path / name for name in READERS]
     return next((file for file in files if file.name in READERS and file.is_file()), None)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Raises UserError where there is none, or it is damaged or of a kind that is not supported."""
+    """Read the tokenizer of a folder, or in a file. Raises UserError if it is missing, damaged or not supported."""
     file = tokenizer_file(path)
     try:
         if file is None:
             raise ValueError(f"there is neither {' nor '.join(READERS)}")
         return READERS[file.name](file, read_settings(file.parent))
-    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: sentencepiece's
+    except (
+        ValueError,
+        OSError,
+        RuntimeError,
+    ) as error:  # sentencepiece raises RuntimeError
         raise UserError(
             f"cannot read the tokenizer in {path}: {one_line(error)}"
         ) from error
 
 
 def read_settings(folder: Path) -> dict:
-    """Return tokenizer_config.json and the older files beside it.
+    """Read tokenizer_config.json and older files with the same purpose.
 
-    Named tokens are text; "tokens" has (id or None, entry) of each that is added.
+    The named tokens become text. The entry "tokens" lists (id or None, description) of each token to be added.
     """
     settings = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -69,7 +73,7 @@ def read_settings(folder: Path) -> dict:
     special = [settings[key] for key in NAMED if key in settings]
     special += map(text_of, settings.get("additional_special_tokens", []))
     tokens = [(int(i), x) for i, x in settings.get("added_tokens_decoder", {}).items()]
-    if (folder / "added_tokens.json").is_file():  # of an older version
+    if (folder / "added_tokens.json").is_file():  # older versions wrote it
         ids = parse_json((folder / "added_tokens.json").read_bytes(), {str: int})
         tokens += [(i, {"content": token, "normalized": False}) for token, i in ids.items()]
     tokens.sort(key=lambda token: token[0])
@@ -91,7 +95,7 @@ def text_of(token: str | dict) -> str:
 
 def read_json(path: Path, settings: dict) -> PretrainedTokenizer:
     engine = load_engine(path.read_text(encoding="utf-8"))
-    # the file itself says what is put before a text
+    # the file itself says which token starts a text
     return finish(engine, settings | {"add_bos_token": False})
 
 
@@ -115,7 +119,7 @@ def read_merges(path: Path, settings: dict) -> PretrainedTokenizer:
 
     try:
         model = models.BPE.from_file(str(path), str(path.with_name("merges.txt")))
-    except Exception as error:  # tokenizers has no class of its own for it
+    except Exception as error:  # tokenizers raises no class of its own
         raise ValueError(
             f"vocab.json and merges.txt do not fit together: {error}"
         ) from error
@@ -123,13 +127,15 @@ def read_merges(path: Path, settings: dict) -> PretrainedTokenizer:
     prefix = bool(settings.get("add_prefix_space"))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     engine.decoder = decoders.ByteLevel()
-    if engine.token_to_id(END_OF_TEXT) is not None:  # GPT-2's default for all ends
+    if (
+        engine.token_to_id(END_OF_TEXT) is not None
+    ):  # GPT-2's default for the start and the end
         settings["tokens"].append((None, special_token(END_OF_TEXT)))
         settings = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} | settings
     return finish(engine, settings)
 
 
-# the first that is there counts, as in transformers
+# the first file that exists counts, as in transformers
 READERS = {
     "tokenizer.json": read_json,
     "tokenizer.model": read_sentencepiece,
@@ -137,11 +143,11 @@ READERS = {
 }
 
 # --------------------------------------------------------------------------------------
-# What they share
+# The common end of all readers
 
 
 def finish(engine, settings: dict) -> PretrainedTokenizer:
-    """Return the tokenizer of an engine with the special tokens that the files beside it name."""
+    """Add the special tokens that the settings name, and find the token that every text starts with."""
     from tokenizers import processors
 
     add_tokens(engine, settings["tokens"])
@@ -157,7 +163,7 @@ def finish(engine, settings: dict) -> PretrainedTokenizer:
 
 
 def add_tokens(engine, tokens: list[tuple[int | None, dict]]) -> None:
-    """Add those that it does not know. Raises ValueError where an id is another."""
+    """Add the tokens that the engine does not know yet. Raises ValueError if one has another id than it should."""
     from tokenizers import AddedToken
 
     for i, entry in tokens:

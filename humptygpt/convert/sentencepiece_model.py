@@ -1,15 +1,16 @@
-"""A model that sentencepiece trained, in the library tokenizers: ids and text stay the same."""
+"""Models of sentencepiece, converted to Hugging Face's tokenizers. Ids and text stay the same."""
 
 from collections.abc import Iterator
 from itertools import pairwise
 
 
 def convert_sentencepiece(proto: bytes, space: str):
-    """Return the tokenizers.Tokenizer of another project's tokenizer.model. Raises ValueError where it has no such.
+    """Convert another project's tokenizer.model to a tokenizers.Tokenizer. Raises ValueError if there is no equal one.
 
-    space: before which texts a space is put, where the model puts one: "every", as sentencepiece does; "unless": every
-    one that does not start with a space; "first": the first alone, unless it does. The last two are LlamaTokenizer of
-    transformers, before and since its legacy=False; a text between two special tokens is one of its own.
+    space: the texts that get a space before them, if the model adds spaces. "every": each text, as in sentencepiece;
+    "unless": each text that does not start with a space; "first": only the first text, unless it starts with a space.
+    The last two are transformers' LlamaTokenizer with legacy=True and legacy=False. Special tokens divide a text into
+    several.
     """
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
@@ -21,7 +22,7 @@ def convert_sentencepiece(proto: bytes, space: str):
     scores = [model.get_score(i) for i in normal_ids(model)]
     if not plain or not any(map(model.is_byte, ids)) or scores.count(0) > 1:
         raise ValueError(
-            "of sentencepiece's models, those with byte_fallback and without normalisation and symbols of users"
+            "only models of sentencepiece with byte_fallback, and without normalisation and symbols of users,"
             " are supported; save it as tokenizer.json with transformers"
         )
     engine = Tokenizer(subword_model(model, "▁"))
@@ -42,16 +43,16 @@ def convert_sentencepiece(proto: bytes, space: str):
 
 
 def normal_ids(model) -> list[int]:
-    """Return the ids of what sentencepiece learned. model: a SentencePieceProcessor."""
+    """Ids of the pieces that sentencepiece learned. model: a SentencePieceProcessor."""
     others = (model.is_byte, model.is_control, model.is_unknown)
     return [i for i in range(model.vocab_size()) if not any(kind(i) for kind in others)]
 
 
 def subword_model(model, space: str, first: int = 0):
-    """Return the tokens of a SentencePieceProcessor from the id first on as a model of the library tokenizers.
+    """Make a model of the library tokenizers from the tokens of a SentencePieceProcessor, from the id `first` on.
 
-    space: what spaces are in the text of a token. Scores of byte-pair encoding are 0, -1, -2, ..., the highest merged
-    first, those of unigram are log-probabilities.
+    space: the character that stands for a space in the text of a token. The scores of byte pairs are 0, -1, -2, ...;
+    the pair with the highest score is merged first. The scores of unigram models are log-probabilities.
     """
     from tokenizers import models
 
@@ -59,7 +60,7 @@ def subword_model(model, space: str, first: int = 0):
     texts = {i: model.id_to_piece(i).replace("▁", space) for i in ids}
     scores = {i: model.get_score(i) for i in ids}
     if not all(score.is_integer() for score in scores.values()):
-        # unk_id marks what has no piece until it is spelled in bytes; any token will do
+        # unk_id marks text without a piece until it is spelled in bytes; any token will do
         pieces = [(texts[i], scores[i]) for i in ids]
         return models.Unigram(pieces, unk_id=0, byte_fallback=True)
     by_score = sorted(normal_ids(model), key=scores.get, reverse=True)
@@ -69,11 +70,11 @@ def subword_model(model, space: str, first: int = 0):
 
 
 def find_merges(pieces: list[str]) -> Iterator[tuple[str, ...]]:
-    """The pair that each piece longer than 1 is merged from, in the order of the pieces, which is that of the merges.
+    """Find the pair that each piece longer than 1 is merged from. Pairs come in the order of the pieces.
 
-    tiktoken and sentencepiece merge whatever neighbours make a piece, those that make the first piece first. When a
-    piece's own time has come, all merges before it are done; so its text is always the same pair, and that is found
-    here. A piece whose text is then more than a pair is never merged, and left out.
+    tiktoken and sentencepiece merge any neighbours whose text is a piece, the earliest piece first. When it is a
+    piece's turn, all earlier merges are done, so that its text is always the same pair, which is found here. A piece
+    whose text is still more than a pair is never merged, and is left out.
     """
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
     for rank, piece in enumerate(pieces):

@@ -1,4 +1,4 @@
-"""Models and tokenizers of other programs: Hugging Face's folders, adapters of PEFT, nanoGPT's checkpoints."""
+"""Load models and tokenizers of other programs: Hugging Face's folders, PEFT's adapters, nanoGPT's checkpoints."""
 
 import sys
 from pathlib import Path
@@ -20,12 +20,12 @@ NANOGPT = {
     "model_args": MODEL_ARGS | {"bias?": bool},
     "config?": {"dataset?": str},
 }
-# its matrices are (outputs, inputs), as ours
+# nanoGPT's matrices are (outputs, inputs), like ours
 NANOGPT_FAMILY = GPT2._replace(transposed=False)
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Load the tokenizer that tokenizer=source means, without the weights beside it. Raises UserError."""
+    """Load the tokenizer that tokenizer=source names, without loading the model's weights. Raises UserError."""
     if tokenizer_file(Path(source)):
         return read_tokenizer(Path(source))
     path = find_source(source, key="tokenizer")
@@ -49,7 +49,7 @@ def from_folder(path: Path, source: str | Path) -> Loaded:
 
 
 def from_adapter(path: Path) -> Loaded:
-    """Return the model that an adapter in PEFT's format was trained beside, with its matrices merged."""
+    """Load an adapter in PEFT's format and its base model, and merge the one into the other."""
     base = load(find_base(path))
     config = base.model.config
     weights = adapters.merge_adapter(path, config, base.model.state_dict())
@@ -60,7 +60,7 @@ def from_adapter(path: Path) -> Loaded:
 
 
 def find_base(adapter: Path) -> Path:
-    """Return where the model is that an adapter was trained beside. Raises UserError."""
+    """Find the base model of an adapter. Raises UserError."""
     key = "base_model_name_or_path"
     name = adapters.read_config(adapter)[key]
     base = find_source(name, key=f"{adapter / adapters.CONFIG}: {key}")
@@ -85,7 +85,7 @@ def from_nanogpt(path: Path, saved: dict) -> Loaded:
             **GPT2.fixed | {"activation": "gelu", "tie_weights": True} | sizes
         )
         config.validate()
-    # the names of a compiled model have a prefix
+    # a compiled model's names have a prefix
     weights = {name.removeprefix("_orig_mod."): x for name, x in saved["model"].items()}
     like = checkpoint.build_like(path, config, weights).state_dict()
     with reading(path):
@@ -95,7 +95,7 @@ def from_nanogpt(path: Path, saved: dict) -> Loaded:
 
 
 def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:
-    """Read the dataset's meta.pkl, in data/ here or beside the folder of the run; without one, take GPT-2's tokens."""
+    """Read the data set's meta.pkl, in data/ here or in nanoGPT's checkout; without one, take GPT-2's tokens."""
     dataset = (saved.get("config") or {}).get("dataset", "")
     folders = (Path(), path.absolute().parent.parent)
     metas = [folder / "data" / Path(dataset).name / "meta.pkl" for folder in folders]

@@ -1,4 +1,4 @@
-"""Files of named tensors as Hugging Face has them: safetensors, and pickles of torch.save, whole or in shards.
+"""Files of named tensors in Hugging Face's formats: safetensors, and pickles of torch.save, whole or in shards.
 
 Tensors of safetensors stay in the mapped file until they are used, so that all can be checked first. No code is run.
 """
@@ -15,14 +15,14 @@ from humptygpt.checkpoint import load_plain, refuse_damaged
 from humptygpt.config import UserError, one_line
 from humptygpt.schema import parse_json
 
-MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there counts
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists counts
 Weights = dict[str, Tensor]  # by name
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @contextmanager
 def reading(what: object) -> Iterator[None]:
-    """Within this, an error of a stranger's file becomes a UserError of one line."""
+    """Turn an error of the block, which reads a stranger's file, into a UserError of one line."""
     try:
         yield
     except (ValueError, UserError, OSError) as error:
@@ -31,7 +31,7 @@ def reading(what: object) -> Iterator[None]:
 
 
 def open_weights(folder: Path, names: tuple[str, ...] = MODEL_FILES) -> Weights:
-    """Return all tensors of a folder's first file of these names. Raises ValueError, UserError or OSError."""
+    """Read all tensors from the first of these files that a folder has. Raises ValueError, UserError or OSError."""
     present = {path.name for path in folder.iterdir()}
     for name in names:
         if name in present:
@@ -46,14 +46,14 @@ def open_file(path: Path) -> Weights:
     problem = "is truncated, damaged or holds more than tensors and plain data"
     with refuse_damaged(path, problem):
         if path.suffix == ".safetensors":
-            return load_file(path)  # which compares what it declares with its size
+            return load_file(path)  # it checks that the file has the declared size
         tensors = load_plain(path, legacy=True)
     check_dense(tensors, path.name)
     return tensors
 
 
 def open_shards(index: Path, present: set[str]) -> Weights:
-    """Return the tensors of all files that an index names; present: the files beside it."""
+    """Read the tensors of all files that an index names. present: the files in its folder."""
     content = parse_json(index.read_bytes(), {"weight_map": {str: str}})
     shards = set(content["weight_map"].values())
     if missing := shards - present:
@@ -72,13 +72,13 @@ def check_dense(tensors: object, file: str) -> None:
         dense = (
             isinstance(x, Tensor) and x.layout == torch.strided and x.device.type == "cpu"
         )
-        # a stride of 0 may declare any size
+        # a tensor with a stride of 0 can have any size without having the memory for it
         if not dense or x.is_nested or x.nbytes > x.untyped_storage().nbytes():
             raise ValueError(f"{file}: {name} must be a dense tensor")
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise ValueError where a shape differs, or a dtype is not supported."""
+    """Raise ValueError if the shape differs or the dtype is not supported."""
     if tensor.shape != shape or tensor.dtype not in DTYPES:
         raise ValueError(
             f"the weight {name} must have shape {tuple(shape)} and be in float32, bfloat16 or float16,"

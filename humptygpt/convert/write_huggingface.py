@@ -1,8 +1,8 @@
-"""A tokenizer of ours -> tokenizer.json, which the library tokenizers runs, and its settings, as transformers has them.
+"""One of our tokenizers -> tokenizer.json, which the library tokenizers runs, and tokenizer_config.json.
 
-Ids and text are those of our own, with two exceptions. The text <|endoftext|> becomes the token of that name, as
-everywhere in transformers. And each byte of a sequence that is not UTF-8, as a model may write it, becomes a U+FFFD of
-its own where we write one for the sequence.
+Ids and text are the same as ours, with two exceptions. The text <|endoftext|> becomes the token of that name, as
+everywhere in transformers. And if a model writes bytes that are not UTF-8, each of them becomes a U+FFFD, whereas we
+write one U+FFFD for all of them.
 """
 
 import json
@@ -27,7 +27,7 @@ from humptygpt.tokenizers import (
 
 
 def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
-    """Return the content of each file, by its name. Raises UserError where it cannot be expressed."""
+    """Make the content of each file, by its name. Raises UserError if a tokenizer cannot be expressed."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
@@ -39,7 +39,7 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
         settings |= {"eos_token": end, "pad_token": end, "padding_side": "left"}
     if tokenizer.bos is not None:
         settings["bos_token"] = tokenizer.pieces[tokenizer.bos].decode()
-    if isinstance(tokenizer, PretrainedTokenizer):  # it goes out as it came in
+    if isinstance(tokenizer, PretrainedTokenizer):  # it is exported as it came
         content = tokenizer.content
     else:
         content = build_tokenizer(tokenizer).to_str(pretty=True)
@@ -50,7 +50,7 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
 
 
 def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """Return the same in the library tokenizers."""
+    """Build the same tokenizer in the library tokenizers."""
     theirs = convert(tokenizer)
     if (end := END_OF_TEXT.encode()) in tokenizer.pieces:
         theirs.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
@@ -61,7 +61,7 @@ def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 @singledispatch
 def convert(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """build_tokenizer() without its special token."""
+    """Build a tokenizer without its special token."""
     raise UserError(
         f"tokenizer={tokenizer.name} cannot be exported: it has no tokenizer.json"
     )
@@ -73,7 +73,7 @@ def _(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
         raise UserError(
             f"tokenizer=char has {surrogates[0]!r}, which is no character; export needs --tokenizer=byte"
         )
-    # an unknown word is an error where there is no token for it; models.BPE would leave it out
+    # "unknown" is no token, so that an unknown character is an error; models.BPE would leave it out
     theirs = tokenizers.Tokenizer(
         models.WordLevel({char: i for i, char in enumerate(tokenizer.alphabet)}, "unknown")
     )
@@ -88,7 +88,7 @@ def _(tokenizer: ByteTokenizer | BytePairTokenizer) -> tokenizers.Tokenizer:
     pieces = [piece for piece in tokenizer.pieces if piece != END_OF_TEXT.encode()]
     texts = ["".join(map(sign_of.get, piece)) for piece in pieces]
     ids = {text: i for i, text in enumerate(texts)}
-    # ignore_merges: a word that is a piece is taken as it is, which is what tiktoken does
+    # ignore_merges: a word that is a piece is taken as it is, as in tiktoken
     model = models.BPE(ids, list(find_merges(texts)), ignore_merges=True)
     theirs = tokenizers.Tokenizer(model)
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(
@@ -100,11 +100,11 @@ def _(tokenizer: ByteTokenizer | BytePairTokenizer) -> tokenizers.Tokenizer:
 
 @convert.register
 def _(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
-    """Pieces have spaces where sentencepiece writes its sign for them, so that the sign itself is spelled in bytes."""
+    """Pieces have spaces instead of sentencepiece's sign for them, so that the sign itself is spelled in bytes."""
     processor = SentencePieceProcessor(model_proto=tokenizer.proto)
     theirs = tokenizers.Tokenizer(subword_model(processor, " ", first=1))
     if isinstance(theirs.model, models.Unigram):
-        # or it would take the text "<0x41>" for the byte
+        # otherwise the text "<0x41>" would become the byte
         byte_like = Regex("<(?=0x[0-9A-F]{2}>)")
         theirs.pre_tokenizer = pre_tokenizers.Split(byte_like, "merged_with_previous")
     theirs.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])

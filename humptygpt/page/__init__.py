@@ -1,5 +1,1 @@
-"""A run to what its page computes with.
-
-In: a run's folder. Out: plain data for explain.py to put into one HTML file: settings, weights, tokenizer, metrics.
-It may import core, nn, tokenizer, model, data, checkpoint, generation and interchange.
-"""
+"""From a run's folder to the plain data that explain.py puts into a page: settings, weights, tokenizer, metrics."""

@@ -1,7 +1,7 @@
-"""Whether the page's JavaScript, transformers and llama.cpp compute what model.py computes.
+"""Refuse models that the page's JavaScript, transformers or llama.cpp would compute differently than model.py.
 
-reference.json has what they were tested with: the settings of a tiny model, and for each setting the logits that the
-JavaScript computes. Tests hold the JavaScript, transformers and llama.cpp equal to model.py.
+reference.json has the settings of a tiny model, and the logits that the JavaScript computes for each variant of it. Tests
+hold the JavaScript, transformers and llama.cpp equal to model.py.
 """
 
 import json
@@ -16,7 +16,7 @@ from humptygpt.tasks import build
 from model import ModelConfig
 
 REFERENCE = Path(__file__).with_name("reference.json")
-VARIANTS = {  # the keys of the dictionaries in explain/model.js
+VARIANTS = {  # the keys of the dictionaries in explain/model.js, and in tokenizer.js
     "model": ("window_mlp", "number_mlp", "gpt", "transformer"),
     "attention": ("softmax",),
     "position": ("none", "learned", "sinusoidal", "rotary", "alibi"),
@@ -24,7 +24,7 @@ VARIANTS = {  # the keys of the dictionaries in explain/model.js
     "block": ("pre_norm", "post_norm", "plain", "parallel"),
     "mlp": ("plain", "gated", "none"),
     "activation": ("gelu", "gelu_tanh", "relu", "silu", "relu_squared"),
-    "tokenizer": ("char", "byte", "sentencepiece", "gpt2", "bpe"),  # in tokenizer.js
+    "tokenizer": ("char", "byte", "sentencepiece", "gpt2", "bpe"),
 }
 TRAINING = {"dropout", "label_smoothing", "init"}
 
@@ -47,7 +47,7 @@ def check_settings(config: ModelConfig, tokenizer: str) -> None:
 
 
 def known_logits(model: nn.Module, idx: Tensor) -> Tensor:
-    """Give a new model the same weights on every machine, and return the logits after idx, (1, T): (1, V).
+    """Give a new model weights that are the same on every machine, and compute the logits after idx, (1, T): (1, V).
 
     Every weight has an effect, and float16 holds it exactly.
     """
@@ -62,11 +62,11 @@ def known_logits(model: nn.Module, idx: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def check_formulas(config: ModelConfig, reader: str) -> None:
-    """Raise UserError if model.py was edited so that the reader of this model, say a page, computes something else."""
+    """Raise UserError if model.py was edited so that the reader, such as the page, computes this model differently."""
     reference = json.loads(REFERENCE.read_bytes())
     for settings, logits in reference["logits"]:
         if any(kind(getattr(config, key)) != kind(settings[key]) for key in settings):
-            continue  # the model does not have them
+            continue  # the model has none of these settings
         model = build(replace(config, **reference["config"] | settings))
         found = known_logits(model, torch.tensor([reference["text"]]))
         if not torch.allclose(found, torch.tensor([logits]), 2e-4, 2e-4):
@@ -76,5 +76,5 @@ def check_formulas(config: ModelConfig, reader: str) -> None:
 
 
 def kind(value: object) -> object:
-    """The name of a variant; of a number or a switch, whether it is on."""
+    """Reduce a setting to its variant: a name, or whether a number or a switch is on."""
     return bool(value) if isinstance(value, int | float | None) else value

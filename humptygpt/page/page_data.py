@@ -1,4 +1,4 @@
-"""A run -> what its page computes with, as plain data: config, weights, tokenizer and metrics. explain/ reads it."""
+"""The plain data of a run's page: config, weights, tokenizer and metrics. The JavaScript in explain/ reads it."""
 
 import base64
 import math
@@ -24,11 +24,11 @@ from humptygpt.tokenizers import (
 from model import ModelConfig, count_parameters
 
 BASE64 = 4 / 3  # characters for each byte
-START_TOKENS = 64  # of the text that a page opens with
+START_TOKENS = 64  # length of the text that a page opens with
 
 
 def page_data(config) -> dict:
-    """Return what a page needs of a run. Raises UserError where there is no such, or the page cannot show it.
+    """Collect the data of a page. Raises UserError if there is no such run, or if the page cannot show it.
 
     config: explain.py's ExplainConfig.
     """
@@ -38,7 +38,7 @@ def page_data(config) -> dict:
     check_settings(run.model.config, run.tokenizer.name)
     check_formulas(run.model.config, "a page")
     saved = run.saved["progress"]
-    # JSON has no infinity, which the best loss is before the first evaluation
+    # before the first evaluation the best loss is infinite, and JSON has no infinity
     progress = {
         key: saved[key] for key in ("iter", "best_val_loss") if saved[key] < math.inf
     }
@@ -47,7 +47,7 @@ def page_data(config) -> dict:
         snapshots = snapshot_data(run.path.parent, saved["iter"], run.model)
     check_size(run.model, len(snapshots), config.max_mb)
     start = config.start or example_text(run)
-    # raises UserError where it has no tokens for the text
+    # this raises UserError if the tokenizer has no tokens for the text
     run.tokenizer.encode(start.removeprefix(END_OF_TEXT))
     rows = read_metrics(run.path.with_name("metrics.jsonl"))
     return {
@@ -63,7 +63,7 @@ def page_data(config) -> dict:
 
 
 def example_text(run: Loaded) -> str:
-    """Return the beginning of the run's validation split, of pairs the first source; "" where its data is not here."""
+    """Take the beginning of the run's validation split, or the source of its first pair; "" without the data."""
     folder = Path("data", run.saved["train_config"]["dataset"])
     try:
         meta = read_meta(folder)
@@ -73,14 +73,14 @@ def example_text(run: Loaded) -> str:
     if meta["tokenizer"] != run.saved["tokenizer"]:
         return ""
     text = run.tokenizer.decode(val.arrays[0][:START_TOKENS])
-    # of documents the first, of pairs the source; its last character may be cut
+    # only the first document, or the source of the first pair; its last character may be cut
     text = text.partition(END_OF_TEXT)[0].rstrip("\ufffd")
-    # the split begins anywhere in the text, so from its first new line on
+    # the split may begin in the middle of a line, so start with the next line
     return text.partition("\n")[2].lstrip() or text
 
 
 def check_size(model: nn.Module, snapshots: int, max_mb: float) -> None:
-    """Raise UserError where the weights, and those of so many snapshots, take more than max_mb megabytes in a page."""
+    """Raise UserError if the weights of the model and of its snapshots take more than max_mb megabytes in a page."""
     size = (2 + snapshots) * count_parameters(model) * BASE64 / 1e6
     if size > max_mb:
         raise UserError(
@@ -94,12 +94,12 @@ def check_size(model: nn.Module, snapshots: int, max_mb: float) -> None:
 
 
 def model_data(model: nn.Module) -> dict:
-    """Return what makeModel() in explain/data.js takes."""
+    """Make the argument of makeModel() in explain/data.js."""
     return {"model": page_config(model.config), "weights": pack_weights(model)}
 
 
 def page_config(config: ModelConfig) -> dict:
-    """Return the settings of a model as explain/model.js has them."""
+    """Translate the settings of a model to explain/model.js, which has one network of windows, with two embeddings."""
     settings = vars(config) | {"embedding": "table"}
     if config.model == "number_mlp":
         settings |= {"model": "window_mlp", "embedding": "number"}
@@ -107,9 +107,9 @@ def page_config(config: ModelConfig) -> dict:
 
 
 def pack_weights(model: nn.Module) -> dict:
-    """Return names, shapes and offsets of the tensors, and the bytes of all of them in base64.
+    """Pack all tensors: their names, shapes and offsets, and their bytes in base64.
 
-    Matrices that are tied are there once, under both names.
+    Tied matrices are stored once, under both names.
     """
     packed = bytearray()
     tensors = []
@@ -123,7 +123,7 @@ def pack_weights(model: nn.Module) -> dict:
 
 
 def to_float16(name: str, tensor: Tensor) -> bytes:
-    """Round float32 to float16 and return its bytes. Raises UserError where a weight is too large."""
+    """Round float32 to the bytes of float16. Raises UserError if a weight is too large."""
     half = tensor.half()
     if not half.isfinite().all():
         raise UserError(
@@ -137,7 +137,7 @@ def to_float16(name: str, tensor: Tensor) -> bytes:
 
 
 def tokenizer_data(tokenizer: Tokenizer) -> dict:
-    """Return what makeTokenizer() in explain/tokenizer.js takes."""
+    """Make the argument of makeTokenizer() in explain/tokenizer.js."""
     pieces = {
         "bytes": base64.b64encode(b"".join(tokenizer.pieces)).decode(),
         "lengths": [len(piece) for piece in tokenizer.pieces],
@@ -145,7 +145,7 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
     data = {
         "name": tokenizer.name,
         "eot": tokenizer.eot,
-        "alphabet": getattr(tokenizer, "alphabet", None),  # of characters alone
+        "alphabet": getattr(tokenizer, "alphabet", None),  # only a char tokenizer has one
         "pieces": pieces,
     }
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -154,9 +154,9 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
 
 
 def sentencepiece_data(tokenizer: SentencePieceTokenizer) -> dict:
-    """Return model_type, the score of each token, None where no text becomes it, and the tokens of bytes 0 to 255."""
+    """Collect the model_type, the score of each token, None if no text becomes it, and the tokens of bytes 0 to 255."""
     model = SentencePieceProcessor(model_proto=tokenizer.proto)
-    scores = dict.fromkeys(range(1, model.vocab_size()))  # its token 0 is none of ours
+    scores = dict.fromkeys(range(1, model.vocab_size()))  # we do not use its token 0
     for i in normal_ids(model):
         # the shortest decimal that is the same float32
         scores[i] = float(str(np.float32(model.get_score(i))))

@@ -1,4 +1,4 @@
-"""Snapshots of a run: what its weights were after steps 0, 10, 30, 100, 300 and so on, in 8 bits a weight."""
+"""Snapshots of a run: its weights after steps 0, 10, 30, 100, 300 and so on, in 8 bits a weight."""
 
 import base64
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from humptygpt.files import write_whole
 from model import count_parameters
 
 STEPS = (0, *(first * 10**zeros for zeros in range(1, 12) for first in (1, 3)))
-SMALL = 10e6  # bytes of snapshots that a run keeps without being asked
-FILES = {step: f"snapshots/{step}.pt" for step in STEPS}  # in the run's folder
+SMALL = 10e6  # bytes of snapshots that a run keeps by default
+FILES = {step: f"snapshots/{step}.pt" for step in STEPS}  # paths in the run's folder
 
 
 def taker(run, folder) -> Callable[[int], None]:
-    """Return a function that keeps the weights of a train.Run in its RunFolder before a step, if it is one of STEPS.
+    """Make a function that saves a train.Run's weights in its RunFolder before a step, if it is one of STEPS.
 
-    It does nothing unless config.snapshots is set or, left open, all snapshots together are below SMALL.
+    It does nothing if config.snapshots is False, or if that is None and all snapshots together exceed SMALL.
     """
     config = run.config
     keep = config.snapshots
@@ -41,23 +41,23 @@ def save(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def to_8_bits(state: dict[str, Tensor]) -> Tensor:
-    """Return for each row a scale, float32 in 4 bytes, and its weights as multiples of it, -127 to 127: (bytes) int8.
+    """Pack each row as a scale, float32 in 4 bytes, and its weights as multiples of it, -127 to 127: (bytes) int8.
 
-    A row is one of a matrix, or a vector. They are in the order of the state dict, tied ones once.
+    The rows are the rows of matrices, and vectors, in the order of the state dict. Tied matrices are packed once.
     """
     packed = []
     for p in {p.data_ptr(): p for p in state.values()}.values():
-        rows = p.cpu().view(-1, p.shape[-1:].numel())  # a number is a row, too
+        rows = p.cpu().view(-1, p.shape[-1:].numel())  # a single number is a row of 1
         scale = rows.abs().amax(1, keepdim=True) / 127
-        rounded = (rows / scale).nan_to_num().round()  # 0 / 0 in a row of zeros
+        rounded = (rows / scale).nan_to_num().round()  # a row of zeros gives 0 / 0
         packed.append(torch.hstack([scale.view(torch.int8), rounded.char()]).flatten())
     return torch.cat(packed)
 
 
 def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
-    """Return the snapshots before step `end` of the model's run, as makeSnapshot() in explain/data.js takes them.
+    """Read the snapshots before step `end` of a run, for makeSnapshot() in explain/data.js.
 
-    Raises UserError where a file is damaged, or of another model.
+    model: the run's model. Raises UserError if a file is damaged, or belongs to another model.
     """
     like = {"rows": to_8_bits(model.state_dict())}
     data = []
