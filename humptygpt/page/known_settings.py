@@ -1,7 +1,7 @@
 """Refuse models that the page's JavaScript, transformers or llama.cpp would compute differently than model.py.
 
-reference.json has the settings of a tiny model, and the logits that the JavaScript computes for each variant of it. Tests
-hold the JavaScript, transformers and llama.cpp equal to model.py.
+reference.json has the settings of a tiny model, and the logits that the JavaScript computes for each variant of it.
+Tests hold the JavaScript, transformers and llama.cpp equal to model.py.
 """
 
 import json
