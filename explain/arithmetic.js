@@ -1,11 +1,11 @@
 "use strict";
 
-/* What each number of a trace was computed from: the operands of one sum, which lead to the numbers before it.
+/* How each number of a trace was computed: the operands of one sum, which lead to the numbers before it.
 
 An address names a number: the path of its rows in the trace, and its indices: "stack.blocks.2.attn.q_proj:5,17" is
 feature 17 of token 5; of scores and weights they are head, query and key. explainNumber() returns
 
-  address, value      of the number itself; a number under two names is explained under the first
+  address, value      of the number itself; a number with two names is explained under the first
   title, formula      in words and in signs
   terms               of a sum: name, factors (value; name; address, where it is a number of the trace; weight: true
                       where it is a trained one) and value, their product
@@ -23,7 +23,7 @@ function lookUp(root, path) {
   return path.split(".").reduce((value, key) => value?.[key], root);
 }
 
-/** The number at an address, or undefined. */
+/** Look up the number at an address; undefined if there is none. */
 function valueAt(trace, address) {
   const { path, at } = parseAddress(address);
   return at.reduce((value, i) => value?.[i], lookUp(trace, path));
@@ -32,12 +32,12 @@ function valueAt(trace, address) {
 const layerOf = (path) => path.match(/^(.*\.blocks)\.(\d+)\.?(.*)$/); // blocks, number, rest
 const has = (trace, path) => lookUp(trace, path) !== undefined && lookUp(trace, path) !== null;
 
-/** The stack's path of a path in it: "stack", "decoder" or "source.encoder". */
+/** The path of the stack that a path is in: "stack", "decoder" or "source.encoder". */
 function stackOf(path) {
   return path.match(/^(stack|decoder|source\.encoder)/)?.[0];
 }
 
-/** Where the residual stream is that a branch of a block is added to, or that it replaces. */
+/** The path of the residual stream to which a branch is added, or which it replaces. */
 function streamBefore(trace, block, branch) {
   if (branch === "attn") return `${block}.input`;
   if (branch === "mlp" && has(trace, `${block}.after_cross`)) return `${block}.after_cross`;
@@ -52,13 +52,13 @@ function branchesOf(trace, block) {
   return Object.keys(BRANCH_OUTPUT).filter((branch) => has(trace, `${block}.${BRANCH_OUTPUT[branch]}`));
 }
 
-/** What a branch of a block reads. */
+/** The path of the input of a branch. */
 function branchInput({ config }, trace, block, branch) {
   if (config.block === "post_norm") return streamBefore(trace, block, branch);
   return `${block}.${config.block === "parallel" ? "attn" : branch}_norm.output`;
 }
 
-/** Another path of the same numbers, from which they came; null where they are computed. */
+/** The path from which numbers were copied; null if they are computed at this path. */
 function aliasOf(model, trace, path) {
   const found = layerOf(path);
   if (path === "output") return lastRows(model, trace);
@@ -82,7 +82,7 @@ function aliasInStack(trace, path) {
   return aliasOfNorm(trace, path);
 }
 
-/** A norm that is none returns what it reads. */
+/** With norm=none, the output of a norm is its input. */
 function aliasOfNorm(trace, path) {
   const norm = path.match(/^(.*norm)\.output$/)?.[1];
   if (!norm) return null;
@@ -106,7 +106,7 @@ function aliasInBlock(model, trace, block, rest) {
   return aliasOfNorm(trace, `${block}.${rest}`);
 }
 
-/** The first name of the number at an address. */
+/** Follow copies back to the address where the number was computed. */
 function resolveAddress(model, trace, address) {
   let { path, at } = parseAddress(address);
   for (let next; (next = aliasOf(model, trace, path));) path = next;
@@ -193,7 +193,7 @@ function headNormRule(c, from) {
   };
 }
 
-/** Of head h: with which other head of keys and values it works, and where that begins in a row. */
+/** The head of keys and values that head h reads, and the index in a row at which it begins. */
 function keyStart(config, h) {
   const group = config.n_head / (config.n_kv_head || config.n_head);
   return Math.floor(h / group) * headSize(config);
@@ -216,7 +216,7 @@ function scoreRule(c, attention) {
   return { formula: "Σ q · k / √D", terms, steps: [{ text: `/ √${D}`, value: sum / Math.sqrt(D) }] };
 }
 
-/** exp of each of a row of numbers, and one of them divided by the sum. */
+/** Softmax of one number of a row: its exp divided by the sum of all exp. */
 function softmaxRule(numbers, own, factor, names) {
   const largest = Math.max(...numbers);
   const terms = numbers.map((x, i) => ({
@@ -359,7 +359,7 @@ function probabilityRule(c) {
 const FIXED = { wte: tokenRule, logits: logitRule, probs: probabilityRule, window: windowRule };
 FIXED["source.wte"] = tokenRule;
 
-/** The rule of a path that is no alias. */
+/** The rule for a path whose numbers are computed there. */
 function applyRule(c) {
   if (FIXED[c.path]) return FIXED[c.path](c);
   const [, layer, kind] = c.path.match(/^layers\.(\d+)\.(\w+)$/) ?? [];
@@ -419,7 +419,7 @@ function digits(x) {
   return minus(text);
 }
 
-/** See above. Throws an Error for an address that the trace does not have. */
+/** Explain the number at an address, as described above. Throws an Error if the trace has no such address. */
 function explainNumber(model, trace, wanted) {
   const given = valueAt(trace, wanted);
   if (typeof given !== "number") throw new Error(`there is no number at ${wanted}`);
@@ -468,7 +468,7 @@ const NAMES_BY_POSITION = {
   alibi: { embed: "embedding" },
 };
 
-/** Of an address: "MLP's output, layer 2, position 5, feature 17". Layers count from 1, as the panels' do. */
+/** Describe an address: "MLP's output, layer 2, position 5, feature 17". Layers count from 1, as in the panels. */
 function titleOf(path, at, config) {
   const name = path.split(".").at(-1);
   const norm = path.match(/(attn|cross|mlp|embed)?_?norm\.output$/);
@@ -486,9 +486,9 @@ function titleOf(path, at, config) {
 }
 
 // --------------------------------------------------------------------------------------
-// What each part adds to a logit
+// The contribution of each part to a logit
 
-/** What a part of a norm's input becomes, by the mean and deviation of the whole, and without the bias term. */
+/** Scale a part of a norm's input by the mean and deviation of the whole input, without the bias term. */
 function throughNorm(row, norm, layer, t) {
   if (!norm.mean && !norm.rms) return row;
   const mean = norm.mean ? row.reduce((sum, x) => sum + x, 0) / row.length : 0;
@@ -496,13 +496,13 @@ function throughNorm(row, norm, layer, t) {
   return Float64Array.from(row, (x, i) => ((x - mean) / scale) * layer.weight.data[i]);
 }
 
-/** All parts through a norm, and its bias term as one more. */
+/** Pass all parts through a norm; its bias term becomes one more part. */
 function freeze(parts, norm, layer, t) {
   for (const part of parts) part.row = throughNorm(part.row, norm, layer, t);
   if (norm.mean && layer.bias) parts.push({ name: "bias of norms", row: Float64Array.from(layer.bias.data) });
 }
 
-/** The rows that the stack's output of token t is the sum of: name, path and row, with all norms held as they were. */
+/** Split the stack's output of token t into rows that add up to it: name, path and row. All norms are held fixed. */
 function decompose(model, trace, stack, t) {
   const y = lookUp(trace, stack);
   const weights = lookUp(model.weights, stack);
@@ -530,7 +530,7 @@ function decompose(model, trace, stack, t) {
   return parts;
 }
 
-/** The mean over all tokens of the head's weights and biases: what all logits share, which softmax ignores. */
+/** The mean of the head's weights and biases over all tokens. All logits share it, and softmax ignores it. */
 function meanOfHead({ weights, tokenizer_vocab_size: V }) {
   const { weight, bias } = weights.lm_head;
   const C = weight.shape[1];
@@ -539,7 +539,7 @@ function meanOfHead({ weights, tokenizer_vocab_size: V }) {
   return { row, bias: bias ? bias.data.subarray(0, V).reduce((sum, x) => sum + x / V, 0) : 0 };
 }
 
-/** What each part of decompose() adds to the logit of token v less the mean of all logits, and the head's bias term:
+/** The contribution of each part of decompose(), and of the bias, to the logit of token v less the mean of all logits:
 name, path and value. */
 function contributions(model, trace, stack, t, v) {
   const { weight, bias } = model.weights.lm_head;
@@ -554,8 +554,8 @@ function contributions(model, trace, stack, t, v) {
   return [...merged.values()];
 }
 
-/** What a row that is added in block i by a branch adds to all logits, less their mean: V numbers. Of a plain
-block, null. */
+/** The contribution of a row, which a branch of block i adds, to all logits less their mean: V numbers; null for a
+plain block. */
 function effectOnLogits(model, trace, stack, { layer, branch, t, row }) {
   if (model.config.block === "plain") return null;
   const y = lookUp(trace, stack);
@@ -577,7 +577,7 @@ function effectOnLogits(model, trace, stack, { layer, branch, t, row }) {
   return effect.map((x) => x - mean);
 }
 
-/** The logits that the stream after each branch would give: label, path and logits, the embedding first. */
+/** The logits that the head would give after each branch: label, path and logits. The embedding comes first. */
 function logitLens(model, trace, stack, t) {
   const y = lookUp(trace, stack);
   const norm = NORMS[model.config.block === "post_norm" ? "none" : model.config.norm];

@@ -3,9 +3,9 @@
 /* Attention over the text: all heads to choose from, the selected token's arcs, and the weights themselves. */
 
 const narrow = matchMedia("(max-width: 44rem)");
-/** Tokens that a matrix shows at most in each direction, so that its cells are large enough to be read. */
+/** The largest number of tokens that a matrix shows in each direction, so that its cells can be read. */
 const regionSize = () => (narrow.matches ? 15 : 48);
-const THUMB = 48; // pixels of a small picture, at most
+const THUMB = 48; // the largest size of a small picture, in pixels
 
 const attentionOf = (app, branch) => lookUp(app.trace, blockPath(app, branch));
 
@@ -45,7 +45,7 @@ function headGrid(app, branch, layers = null) {
   return { root, update };
 }
 
-/** Weights, each row scaled to its largest; of many, the largest of neighbours. */
+/** Paint weights, each row scaled to its largest; if there are many, show the largest of neighbours. */
 function paintMatrix(canvas, rows) {
   const S = rows.reduce((most, row) => Math.max(most, row.length), 1);
   const [height, width] = [Math.min(rows.length, THUMB), Math.min(S, THUMB)];
@@ -62,7 +62,7 @@ function paintMatrix(canvas, rows) {
   paintCells(canvas, height, width, (row, column) => cells[row * width + column]);
 }
 
-/** The selected token's weights over all keys; the arrow keys walk. */
+/** The selected token's weights over all keys. The arrow keys move the selection. */
 function keyStrip(app, branch) {
   const path = () => `${blockPath(app, branch)}.weights`;
   const keys = () => (branch === "cross_attn" ? app.source : app.trace.idx);
@@ -86,7 +86,7 @@ function pairText(app, rows, keys, t, s, weight) {
   return `${tokenName(app, t, rows)} ${t} attends to ${tokenName(app, s, keys)} ${s}: ${digits(weight)}`;
 }
 
-/** Weights of one head, queries by keys: those around the selected pair. */
+/** The weights of one head around the selected pair, queries by keys. */
 function attentionMatrix(app, branch, { label = null, encoder = false } = {}) {
   const cross = branch === "cross_attn";
   const rows = () => (encoder ? app.source : app.trace.idx);
@@ -113,7 +113,7 @@ function attentionMatrix(app, branch, { label = null, encoder = false } = {}) {
           const s = dy && !cross ? Math.min(from[1], t) : from[1] + dx; // upwards from the diagonal: along it
           if (s < 0 || t < 0 || t >= rows().length || s >= (cross ? keys().length : t + 1)) return;
           app.open(`${path()}.weights:${app.at.head},${t},${s}`);
-          update(); // at once, for the next key
+          update(); // immediately, because the next key depends on it
         },
   });
   const selectedPair = () => {
@@ -121,7 +121,7 @@ function attentionMatrix(app, branch, { label = null, encoder = false } = {}) {
     const { path: chosen, at } = parseAddress(app.at.number ?? ":");
     return chosen === `${path()}.weights` && at[0] === app.at.head ? at.slice(1) : [-1, -1];
   };
-  /** Where a region begins that has the selected index: where it is, if it has it already. */
+  /** The start of a region that contains the selected index. It stays where it is if it can. */
   const place = (selected, n, first, wanted) => {
     const size = Math.min(n, regionSize());
     const stays = selected < 0 || (selected >= first && selected < first + size);
@@ -165,7 +165,7 @@ function svg(tag, attributes, text) {
   return made;
 }
 
-/** Tokens side by side, of which a click selects one. */
+/** Tokens side by side. A click selects one. */
 function tokenLabels(app, idx, from, n, y, { chosen, onPick }) {
   return Array.from({ length: n }, (_, i) => {
     const text = shown(app.tokenizer, idx[from + i]).slice(0, 3);
@@ -175,7 +175,7 @@ function tokenLabels(app, idx, from, n, y, { chosen, onPick }) {
   });
 }
 
-/** A drawing that is as wide as there is room for. draw(n): [elements, columns, height, text], n: tokens that fit. */
+/** A drawing that fills the width. draw(n): [elements, columns, height, text]; n: the number of tokens that fit. */
 function drawing(draw) {
   const root = h("div", { class: "arcs" });
   const update = () => {
@@ -187,7 +187,7 @@ function drawing(draw) {
   return { root, update };
 }
 
-/** The selected token's arcs to the tokens that it reads, as thick as the weight, the strongest one as the scale. */
+/** Arcs from the selected token to the tokens that it reads. Their thickness is the weight, relative to the largest. */
 function arcs(app) {
   return drawing((fits) => {
     const { t, key, head: chosen } = app.at;
@@ -202,7 +202,7 @@ function arcs(app) {
       const part = row[s] / most;
       if (part < 0.02) continue;
       const top = height - 26 - Math.min((t - s + 1) * 9, height - 34) * 1.25;
-      const apart = s === t ? 5 : 0; // to itself: a loop
+      const apart = s === t ? 5 : 0; // an arc to the token itself is a loop
       const [left, right] = [x(s) - apart, x(t) + apart];
       const d = `M${right} ${height - 24} C${right + apart} ${top} ${left - apart} ${top} ${left} ${height - 24}`;
       const look = { "stroke-width": 0.75 + 4 * part, opacity: 0.25 + 0.75 * part };
@@ -252,7 +252,7 @@ function alignment(app) {
 // --------------------------------------------------------------------------------------
 // The sections
 
-/** Side by side, where there is room. */
+/** Elements side by side, if there is room. */
 function beside(first, others) {
   const root = h(
     "div",
@@ -298,7 +298,7 @@ function attentionText(app) {
   return `In layer ${layer + 1}, head ${chosen + 1}, ${tokenName(app, t)} reads most from ${best.join(", ")}.`;
 }
 
-/** Query, key and value of the chosen pair, in the chosen head alone. */
+/** Query, key and value of the chosen pair, in the chosen head only. */
 function pairStrips(app) {
   const make = (label, name, token, start) => {
     const path = () => blockPath(app, `attn.${name}`);

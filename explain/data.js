@@ -1,8 +1,8 @@
 "use strict";
 
-/* What humptygpt/page/page_data.py wrote into the page -> the model and the tokenizer. */
+/* From the data that humptygpt/page/page_data.py wrote into the page to the model and the tokenizer. */
 
-/** CRC-32 of a text of ASCII characters, as zlib's. */
+/** CRC-32 of a text of ASCII characters, as in zlib. */
 function crc32(text) {
   const table = Uint32Array.from({ length: 256 }, (_, n) => {
     for (let bit = 0; bit < 8; bit++) n = n & 1 ? 0xedb88320 ^ (n >>> 1) : n >>> 1;
@@ -13,13 +13,13 @@ function crc32(text) {
   return (crc ^ 0xffffffff) >>> 0;
 }
 
-/** The data of a page, if it is as it was written. checksum: CRC-32 of the text, 8 hexadecimal digits. */
+/** Parse the data of a page. Throws an Error if it was damaged. checksum: CRC-32 of the text, 8 hexadecimal digits. */
 function readData(text, checksum) {
   if (crc32(text) !== parseInt(checksum, 16)) throw new Error("its checksum is not that of the data");
   return JSON.parse(text);
 }
 
-/** What forward() takes. data: as from readData(). */
+/** Make the model for forward(). data: as from readData(). */
 function makeModel(data) {
   const buffer = readBase64(data.weights.bytes);
   return withWeights(data, (shape, offset) => readTensor(buffer, shape, offset));
@@ -27,7 +27,7 @@ function makeModel(data) {
 
 /** The model as it was at one of data.snapshots: {iter, rows}. Its weights are rounded to 8 bits.
 
-Of each row, of a matrix or a vector, there are the float32 scale and its weights as multiples of that, -127 to 127. */
+Each row of a matrix, and each vector, is a float32 scale and its weights as multiples of that scale, -127 to 127. */
 function makeSnapshot(data, { rows }) {
   const view = new DataView(readBase64(rows));
   let at = 0;
@@ -45,9 +45,9 @@ function makeSnapshot(data, { rows }) {
   });
 }
 
-/** read(shape, offset): the numbers of a tensor; it is called in their order. */
+/** Make the tree of weights. read(shape, offset) returns the numbers of a tensor; it is called in their order. */
 function withWeights({ model, weights, tokenizer }, read) {
-  const tensors = new Map(); // a tensor under two names is one
+  const tensors = new Map(); // a tensor with two names is read once
   const tree = {};
   for (const { name, shape, offset } of weights.tensors) {
     if (!tensors.has(offset)) tensors.set(offset, { data: read(shape, offset), shape });
@@ -78,7 +78,7 @@ function readTensor(buffer, shape, offset) {
   return data;
 }
 
-/** The value of each pattern of the 16 bits: sign, 5 of the exponent, 10 of the fraction. */
+/** The value of each pattern of 16 bits: 1 of the sign, 5 of the exponent, 10 of the fraction. */
 const FLOAT16 = Float32Array.from({ length: 65536 }, (_, bits) => {
   const [sign, exponent, fraction] = [bits >> 15 ? -1 : 1, (bits >> 10) & 31, bits & 1023];
   if (exponent === 31) return fraction ? NaN : sign * Infinity;
@@ -92,7 +92,7 @@ function plant(tree, [name, ...rest], tensor) {
 }
 
 // --------------------------------------------------------------------------------------
-// What is typed -> token ids
+// From typed text to token ids
 
 /** The token ids of a text, as sample.py reads a prompt. */
 function idsOf(tokenizer, text) {
@@ -105,8 +105,8 @@ function idsOf(tokenizer, text) {
   return ids.length ? ids : tokenizer.start;
 }
 
-/** Of n tokens, the number of the first that is in the context: as of sample.py, which keeps the newest half of a full
-one and continues from there; a network without attention reads the newest block_size again for each. */
+/** The index of the first of n tokens that is in the context. As in sample.py, the newest half of a full context is
+kept when it is full. A network without attention reads the newest block_size tokens for each prediction. */
 function contextStart({ model, block_size }, n) {
   if (n <= block_size) return 0;
   if (model === "window_mlp") return n - block_size;
@@ -114,14 +114,14 @@ function contextStart({ model, block_size }, n) {
   return Math.ceil((n - block_size) / dropped) * dropped;
 }
 
-/** What a GPT reads of a text: all ids, and idx, those in the context. ids: given where the model wrote the text. */
+/** Read a text for a GPT: all of its token ids, and idx, those in the context. ids: given if the model wrote it. */
 function readText({ model, tokenizer }, text, ids = idsOf(tokenizer, text)) {
   return { ids, idx: ids.slice(contextStart(model.config, ids.length)) };
 }
 
-/** Source and target; a GPT reads one after the other. A target starts with end-of-text, which ends a source.
+/** Read source and target. A GPT reads one after the other. A target starts with end-of-text, which ends a source.
 
-lost: tokens of the source and of the target for which there is no room. */
+lost: the numbers of tokens of the source and of the target for which there is no room. */
 function readPair({ model, tokenizer }, sourceText, targetText, ids = tokenizer.encode(targetText)) {
   const { config } = model;
   const encoder = config.model === "transformer";

@@ -1,10 +1,10 @@
 "use strict";
 
-/* The drawer: what the selected number was computed from. */
+/* The drawer: how the selected number was computed. */
 const LARGEST = 8; // terms that are spelled out
 const ROUNDED = "The page has the weights in 16 bits: a checkpoint's number can differ in the fourth decimal.";
 
-/** What the selected number was computed from, term by term; each operand leads to its own arithmetic. */
+/** The arithmetic of the selected number, term by term. Each operand leads to its own arithmetic. */
 class Drawer {
   constructor(app) {
     this.app = app;
@@ -15,10 +15,10 @@ class Drawer {
     });
   }
 
-  /** Where the drawer lies over the page, the selected cell is moved out from under it. */
+  /** Move the selected cell out from under the drawer. */
   async reveal() {
     await new Promise(requestAnimationFrame);
-    await new Promise(requestAnimationFrame); // strips are painted by then
+    await new Promise(requestAnimationFrame); // wait until the strips are painted
     const { top, width } = element("drawer").getBoundingClientRect();
     if (getComputedStyle(element("drawer")).position !== "fixed" || !width) return;
     const selected = [...strips].find((strip) => strip.options.part === opened && strip.selected >= 0 && strip.size);
@@ -126,7 +126,7 @@ class Drawer {
     );
   }
 
-  /** The focus goes back to where the number was selected. */
+  /** Close the drawer, and return the focus to the place where the number was selected. */
   close() {
     this.app.change({ number: null, trail: [] }, { push: true });
     (this.opener?.isConnected ? this.opener : element("text")).focus({ preventScroll: true });
@@ -137,7 +137,7 @@ class Drawer {
     this.app.open(address, [...trail, number].slice(-TRAIL));
   }
 
-  /** What a neuron adds to the logits, and all terms, spelled out when they are asked for. */
+  /** A neuron's contributions to the logits, and all terms, spelled out on request. */
   more(y, wasOpen) {
     const effect = this.effect(y);
     if (y.terms.length <= LARGEST) return effect ? [effect] : [];
@@ -152,7 +152,7 @@ class Drawer {
     return effect ? [effect, details] : [details];
   }
 
-  /** Of a neuron: what it adds to the logits, by its outgoing weights. */
+  /** The contributions of a neuron to the logits, by its outgoing weights. */
   effect(y) {
     const { app } = this;
     const { path, at } = parseAddress(y.address);

@@ -1,14 +1,14 @@
 "use strict";
 
-/* What panels are made of: elements, controls, and strips of numbers, each number a coloured cell of a canvas. */
+/* The building blocks of panels: elements, controls, and strips of numbers, in which each number is a coloured cell. */
 
-/** An element. attributes: as in HTML; on...: listeners; children: elements, texts, or nothing. */
+/** Make an element. attributes: as in HTML; on...: listeners; children: elements, texts, or nothing. */
 function h(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
     else if (name.startsWith("aria-"))
-      made.setAttribute(name, value); // false, too
+      made.setAttribute(name, value); // also if it is false
     else if (value === true) made.setAttribute(name, "");
     else if (value !== false && value !== null && value !== undefined) made.setAttribute(name, value);
   }
@@ -16,7 +16,7 @@ function h(tag, attributes = {}, ...children) {
   return made;
 }
 
-/** Draws the contents of an element again and leaves the focus where it was among them. */
+/** Redraw the contents of an element and keep the focus at its place. */
 function keepFocus(root, draw) {
   const all = () => [...root.querySelectorAll("button:not([disabled]), [tabindex]")];
   const at = all().indexOf(document.activeElement);
@@ -25,7 +25,7 @@ function keepFocus(root, draw) {
   if (at >= 0) (all()[at] ?? all().at(-1) ?? title)?.focus({ preventScroll: true });
 }
 
-/** A number with its sign and two digits; none of either where these are zeros. */
+/** A number with two decimals, and with its sign unless it is shown as 0.00. */
 function signed2(x) {
   const size = Math.abs(x).toFixed(2);
   return `${+size ? (x < 0 ? "−" : "+") : ""}${size}`;
@@ -51,7 +51,7 @@ function picker(label, options, value, onPick) {
   return root;
 }
 
-/** A labelled range whose value stands beside it. format: of the value, as shown. */
+/** A labelled range with its value beside it. format: value => text. */
 function slider(label, { min, max, step, value, format = String }, onSlide) {
   const id = `control-${controls++}`;
   const shown = h("output", { for: id }, format(value));
@@ -80,7 +80,7 @@ function button(label, onPress, attributes = {}) {
   return h("button", { type: "button", onclick: onPress, ...attributes }, label);
 }
 
-/** A table of texts and elements; numeric: columns whose cells are aligned as numbers. */
+/** A table of texts and elements. numeric: the columns that are aligned as numbers. */
 function table(caption, heads, rows, numeric = []) {
   const cells = (tag, row) =>
     row.map((cell, i) =>
@@ -104,7 +104,7 @@ function table(caption, heads, rows, numeric = []) {
 }
 
 // --------------------------------------------------------------------------------------
-// Colour: blue below zero, orange above, the surface's own at zero
+// Colour: blue below zero, orange above, the colour of the surface at zero
 
 const PALETTES = {
   light: {
@@ -133,13 +133,13 @@ function colourTable() {
 }
 
 const strips = new Set();
-const waiting = new Set(); // strips that will be drawn
-const TALLEST = 640; // pixels of a matrix
+const waiting = new Set(); // strips to be drawn at the next frame
+const TALLEST = 640; // the largest height of a matrix, in pixels
 const LABEL = "12px ui-monospace, 'DejaVu Sans Mono', monospace";
-const SMALLEST = 13; // pixels of a cell whose row has a label
+const SMALLEST = 13; // the smallest height of a cell with a label, in pixels
 const short = (text) => (text.length > 9 ? `${text.slice(0, 8)}…` : text);
 
-/** A grid of numbers, each a cell of a canvas, walked with the arrow keys; one is selected, and only it has digits.
+/** A grid of numbers on a canvas. The arrow keys move the selection, and only the selected number is shown in digits.
 
 options: label; columns (0: as many as fit); cell: height of one in pixels; unit: what an index counts;
 describe(index): text of a cell, instead; onSelect(index); part: the path in the trace that these numbers are of;
@@ -180,8 +180,8 @@ class Strip {
     this.canvas.setAttribute("aria-label", label);
   }
 
-  /** values: numbers, NaN where there is none. scales: of each row; by default max for all, or the largest absolute
-  value. note: after the scale. */
+  /** values: numbers, or NaN for none. scales: the scale of each row; by default max for all, or the largest absolute
+  value. note: text after the scale. */
   show(values, { selected, scales = null, max = 0, note = "", ...changed } = {}) {
     const { part, columns } = { ...this.options, ...changed };
     this.values = values;
@@ -228,7 +228,7 @@ class Strip {
     return { rows, columns, left, top, width: cell * columns, height: cell * rows };
   }
 
-  /** Pixels beside and above the cells that the labels take. */
+  /** The space in pixels that the labels take beside and above the cells. */
   margin() {
     const context = this.canvas.getContext("2d");
     context.font = LABEL;
@@ -238,7 +238,7 @@ class Strip {
     return { left: longest(rows) + 6, top: across < SMALLEST ? 18 : across + 6 };
   }
 
-  /** At the next frame, together with the others: all are measured before the first is drawn. */
+  /** Draw at the next frame, together with the other strips. All are measured before the first is drawn. */
   draw() {
     if (!waiting.size) requestAnimationFrame(paintWaiting);
     waiting.add(this);
@@ -283,7 +283,7 @@ class Strip {
     context.strokeRect(x + half, y + half, Math.max(w - thickness, 1), Math.max(t - thickness, 1));
   }
 
-  /** Rows at the left, columns above, upwards where they are more than a character; the selected cell's are darker. */
+  /** Labels of rows at the left, of columns above, vertical if longer than a character. Selected ones are darker. */
   label(context) {
     const { columns, left, top, width } = this.size;
     const cell = width / columns;
@@ -323,7 +323,7 @@ class Strip {
     this.light(index >= 0);
   }
 
-  /** Mark the strips whose numbers these are computed from. */
+  /** Mark the strips that these numbers are computed from. */
   light(on) {
     lightDependencies(on ? this.options.part : null);
   }
@@ -334,7 +334,7 @@ class Strip {
     this.root.classList.toggle("origin", part === lit.origin && lit.read.length > 0);
   }
 
-  /** Pixels from the top of the window to the end of the selected cell. */
+  /** The distance in pixels from the top of the window to the end of the selected cell. */
   selectedBottom() {
     const { rows, columns, top, height } = this.size;
     const row = Math.floor(this.selected / columns) + 1;
@@ -389,7 +389,7 @@ let onLight = () => {};
 let opened = null; // the part of the number in the drawer
 let lit = { origin: null, read: [] }; // the parts that are marked
 
-/** Strips and parts of the picture that `part` reads are marked; null: those of the number in the drawer. */
+/** Mark the strips and parts of the picture that `part` reads; null: that the number in the drawer reads. */
 function lightDependencies(part) {
   const origin = part ?? opened;
   lit = { origin, read: origin ? dependenciesOf(origin) : [] };
@@ -399,7 +399,7 @@ function lightDependencies(part) {
 
 darkScheme.addEventListener("change", () => strips.forEach((strip) => strip.draw()));
 
-/** What the colours mean, in the picture and in strips. */
+/** The meaning of the colours in the picture and in strips. */
 function legend() {
   const canvas = h("canvas", { width: 120, height: 10, "aria-hidden": "true" });
   const draw = () => {
@@ -417,7 +417,7 @@ function legend() {
 // --------------------------------------------------------------------------------------
 // Curves
 
-/** Lines over steps: lines of {name, points: [x, y], dashed, colour: 0 or 1}; level: {name, y}, a horizontal line. */
+/** Lines over steps. lines: {name, points: [x, y], dashed, colour: 0 or 1}; level: {name, y}, a horizontal line. */
 class Chart {
   constructor(label) {
     this.canvas = h("canvas", { role: "img", "aria-label": label, class: "chart" });
@@ -450,7 +450,7 @@ class Chart {
     const x1 = Math.max(...points.map(([x]) => x), 1);
     const all = [...points.map(([, y]) => y), ...(this.level ? [this.level.y] : [])];
     const y1 = Math.max(...all) * 1.03 || 1;
-    const y0 = Math.min(...all) > 0.3 * y1 ? Math.min(...all) * 0.97 : 0; // where 0 would flatten the lines
+    const y0 = Math.min(...all) > 0.3 * y1 ? Math.min(...all) * 0.97 : 0; // a scale from 0 would flatten the lines
     const at = ([x, y]) => [44 + (x / x1) * (width - 56), height - 22 - ((y - y0) / (y1 - y0)) * (height - 32)];
     this.axes(context, { width, height, x1, y0, y1 });
     if (this.level) this.line(context, [at([0, this.level.y]), at([x1, this.level.y])], palette().line, [4, 4]);

@@ -2,7 +2,7 @@
 
 /* The backward pass, to be read beside model.js, and a step of gradient descent.
 
-What a function of model.js computes from its input x, the one named after it here goes back through: it is given dy,
+Each function goes backward through the function of model.js with the same name: it is given dy,
 the derivative of the loss by each number of the output, and returns
 
   dx         the derivative by each number of the input, of its shape
@@ -11,7 +11,7 @@ the derivative of the loss by each number of the output, and returns
 all by the chain rule. y is the trace of the forward pass, shapes are those of model.js, and nothing that is given is
 changed. A step makes a new model: whoever keeps the old one can undo it. */
 
-/** Why there is no backward pass of such a model, in a sentence for the reader; null: there is one. */
+/** The reason why such a model has no backward pass, in a sentence for the reader; null if it has one. */
 function missingBackward({ model, block }) {
   if (model !== "gpt") {
     const what = model === "transformer" ? "through an encoder and cross-attention" : "through a window of tokens";
@@ -27,7 +27,7 @@ function zeros({ shape, data }) {
   return { shape, data: new Float32Array(data.length) };
 }
 
-/** A layer's gradient before anything is added to it. */
+/** A layer's gradient, filled with zeros. */
 function zeroGradient({ weight, bias }) {
   return bias ? { weight: zeros(weight), bias: zeros(bias) } : { weight: zeros(weight) };
 }
@@ -39,7 +39,7 @@ function zeroRows(x) {
 // --------------------------------------------------------------------------------------
 // Loss
 
-/** -ln of the probability of each next token, in nats: T - 1 of them. The rows of a padded vocabulary have a part in
+/** -ln of the probability of each next token, in nats: T - 1 of them. The rows of a padded vocabulary take part in
 the sum of softmax, as in training. */
 function tokenLosses({ idx, logits }) {
   return idx.slice(1).map((id, t) => crossEntropy(logits[t], id));
@@ -52,7 +52,7 @@ function crossEntropy(logits, id) {
   return largest + Math.log(sum) - logits[id];
 }
 
-/** Of the mean loss: (softmax - 1 at the true token) / (T - 1). The last token predicts one that is not there. */
+/** The derivative of the mean loss: (softmax - 1 at the true token) / (T - 1). The last token predicts nothing. */
 function tokenLossesBackward({ idx, logits }) {
   return logits.map((row, t) => {
     if (t === idx.length - 1) return new Float32Array(row.length);
@@ -112,7 +112,7 @@ function normBackward(dy, { input, mean, std, rms }, layer) {
   return { dx, gradient };
 }
 
-/** n = x / rms, or (x - mean) / std if centred: each number of x changes mean and scale, too, and through them all of
+/** n = x / rms, or (x - mean) / std if centred. Each number of x also changes mean and scale, and through them all of
 n. d: the derivative by n. */
 function divideBackward(d, normed, scale, centred) {
   const n = d.length;
@@ -121,7 +121,7 @@ function divideBackward(d, normed, scale, centred) {
   return d.map((value, i) => (value - byMean - normed[i] * byScale) / scale);
 }
 
-/** Of qk_norm. x: (T, H D). */
+/** The norm of queries or keys, qk_norm. x: (T, H D). */
 function normHeadsBackward(dy, x, config) {
   const D = headSize(config);
   return dy.map((row, t) => {
@@ -139,7 +139,7 @@ function normHeadsBackward(dy, x, config) {
 // --------------------------------------------------------------------------------------
 // Attention
 
-/** Turned by an angle, back by the same angle. */
+/** Rotate the derivative back by the angle of the forward pass. */
 function rotateBackward(dy, { cos, sin }) {
   return rotate(dy, { cos, sin: mapRows(sin, (value) => -value) });
 }
@@ -170,7 +170,7 @@ function attendBackward(dy, { q, k, v, weights }, n_head) {
   return [dq, dk, dv];
 }
 
-/** Add a times n numbers of x, from one on, to those of y. */
+/** Add a times n numbers of x, starting at `from`, to the numbers of y that start at `at`. */
 function addScaled(y, at, a, x, from, n) {
   for (let i = 0; i < n; i++) y[at + i] += a * x[from + i];
 }
@@ -193,7 +193,7 @@ function selfAttentionBackward(dy, y, x, weights, { config, position }) {
   };
 }
 
-/** {name: what a function returned} -> {name: its gradient}, those without weights left out. */
+/** {name: result of a backward function} -> {name: its gradient}, without the parts that have no weights. */
 function gradientsOf(parts) {
   const entries = Object.entries(parts).filter(([, part]) => part?.gradient);
   return Object.fromEntries(entries.map(([name, part]) => [name, part.gradient]));
@@ -202,7 +202,7 @@ function gradientsOf(parts) {
 // --------------------------------------------------------------------------------------
 // Feed-forward networks
 
-const SLOPE = Math.sqrt(2 / Math.PI); // of gelu_tanh
+const SLOPE = Math.sqrt(2 / Math.PI); // a constant of gelu_tanh
 
 /** The derivatives of ACTIVATIONS. */
 const ACTIVATIONS_BACKWARD = {
@@ -241,7 +241,7 @@ function gatedMLPBackward(dy, y, x, weights, config) {
 
 const MLPS_BACKWARD = { plain: mlpBackward, gated: gatedMLPBackward };
 
-/** y_t = x_t + w_1 x_(t-1) + ...: a token has a part in its own output and in those of the tokens that look back. */
+/** y_t = x_t + w_1 x_(t-1) + ...: a token takes part in its own output and in the outputs of the next few tokens. */
 function causalConvBackward(dy, x, { weight }) {
   const [n, C] = weight.shape;
   const gradient = { weight: zeros(weight) };
@@ -260,7 +260,7 @@ function causalConvBackward(dy, x, { weight }) {
 // --------------------------------------------------------------------------------------
 // Block and stack
 
-/** The residual stream runs through untouched, so its derivative does, too, and each branch adds its own. */
+/** The residual stream is only added to, so its derivative passes unchanged, and each branch adds its own. */
 function preNormBlockBackward(dy, y, weights, inputs) {
   const { config } = inputs;
   let conv, mlp, mlp_norm;
@@ -296,7 +296,7 @@ function learnedPositionBackward(dy, { wpe }) {
   return { gradient: { wpe: tableGradient(dy, [...dy.keys()], wpe) } };
 }
 
-/** Of a table of which each token has read a row. */
+/** The gradient of a table from which each token has read a row. */
 function tableGradient(dy, rows, { weight }) {
   const gradient = { weight: zeros(weight) };
   const C = weight.shape[1];
@@ -321,7 +321,7 @@ function lossAndGradient({ config, weights }, trace) {
   const wte = { gradient: tableGradient(stack.dx, trace.idx, weights.wte) };
   if (weights.wte.weight === weights.lm_head.weight) {
     const [table, head] = [wte.gradient.weight, lm_head.gradient.weight];
-    table.data.forEach((d, i) => (table.data[i] += head.data[i])); // one matrix in two places
+    table.data.forEach((d, i) => (table.data[i] += head.data[i])); // both are the same matrix
     lm_head.gradient.weight = table;
   }
   return { loss, losses, gradient: gradientsOf({ wte, stack, lm_head }) };
@@ -329,7 +329,7 @@ function lossAndGradient({ config, weights }, trace) {
 
 /** The model after one step of gradient descent: each weight minus rate times its derivative. */
 function descend(model, gradient, rate) {
-  const moved = new Map(); // a tensor under two names stays one
+  const moved = new Map(); // a tensor with two names stays one tensor
   function step(weights, slopes) {
     if (Array.isArray(weights)) return weights.map((value, i) => step(value, slopes[i]));
     if (!weights.shape) {
@@ -350,12 +350,12 @@ function namedTensors(tree, before = "") {
   return Object.entries(tree).flatMap(([name, inner]) => namedTensors(inner, before ? `${before}.${name}` : name));
 }
 
-/** Root of the sum of squares of a list of tensors. */
+/** The root of the sum of squares of a list of tensors. */
 function normOf(tensors) {
   return Math.sqrt(sumOf(tensors.map(({ data }) => dot(data, data))));
 }
 
-/** Of each part of the model: its name, and the norms of its gradient and of its weights. */
+/** For each part of the model: its name, and the norms of its gradient and of its weights. */
 function sizesByPart(model, gradient) {
   const slopes = new Map(namedTensors(gradient));
   const parts = new Map();

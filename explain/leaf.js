@@ -8,10 +8,10 @@ const LEAF = [32, 107, 56, 11.2]; // red, green, blue, millilitres
 const FLOWER = [241, 200, 4, 59.5];
 const INPUTS = ["red", "green", "blue", "volume"];
 const KINDS = ["leaf", "flower"];
-const LEAF_SEED = 12; // of the random weights that training starts with
+const LEAF_SEED = 12; // seed of the random weights that training starts with
 const INPUT_SCALE = 255; // in training, inputs are divided by it, so that one learning rate fits all weights
 
-/** The article's weights; those that its text does not have are chosen so that its sums come out. */
+/** The article's weights. Weights that its text lacks are chosen so that its sums come out. */
 function articleNetwork() {
   return {
     hidden: {
@@ -36,14 +36,14 @@ function leafLayer(x, { weight, bias }, withBias) {
   return weight.map((row, o) => row.reduce((sum, w, i) => sum + w * x[i], withBias ? bias[o] : 0));
 }
 
-/** All numbers of a forward pass: sums of the hidden neurons, what the activation makes of them, and the outputs. */
+/** All numbers of a forward pass: the sums of the hidden neurons, their activations, and the outputs. */
 function leafForward(network, x, { bias = true, relu = true } = {}) {
   const sums = leafLayer(x, network.hidden, bias);
   const hidden = relu ? sums.map((sum) => Math.max(sum, 0)) : sums;
   return { x, sums, hidden, output: leafLayer(hidden, network.output, bias) };
 }
 
-/** Numbers from [0, 1), the same ones for the same seed (mulberry32). */
+/** A generator of numbers in [0, 1), the same ones for the same seed (mulberry32). */
 function randomNumbers(seed) {
   return () => {
     seed = (seed + 0x6d2b79f5) | 0;
@@ -85,7 +85,7 @@ function leafLossOf(output, kind) {
   return largest + Math.log(output.reduce((sum, x) => sum + Math.exp(x - largest), 0)) - output[kind];
 }
 
-/** The mean over the objects, and the fraction that is classified right. */
+/** The mean loss over the objects, and the fraction that is classified correctly. */
 function leafLoss(network, objects) {
   const outputs = objects.map(({ x }) => leafForward(network, x).output);
   const loss = outputs.reduce((sum, output, i) => sum + leafLossOf(output, objects[i].kind), 0) / objects.length;
@@ -134,15 +134,15 @@ function leafStep(network, objects, rate) {
 // --------------------------------------------------------------------------------------
 // Pictures: n rows of n numbers, the top one first
 
-/** What f makes of n times n pairs of numbers from 0 to 1; the first grows to the right, the second upwards. */
+/** f of n times n pairs of numbers from 0 to 1. The first number grows to the right, the second upwards. */
 function leafGrid(n, f) {
   const row = (y) => Array.from({ length: n }, (_, x) => f((x + 0.5) / n, y));
   return Array.from({ length: n }, (_, fromTop) => row((n - fromTop - 0.5) / n));
 }
 
-/** The probability of a flower by two of the inputs, which are numbers of INPUTS; at 0.5 is the decision boundary.
+/** The probability of a flower by two inputs, which are indices of INPUTS. The decision boundary is at 0.5.
 
-The two others are in the middle between the article's leaf and its flower. */
+The other two inputs are halfway between the article's leaf and its flower. */
 function leafField(network, [across, up], n) {
   const middle = LEAF.map((value, i) => (value + FLOWER[i]) / 2 / INPUT_SCALE);
   return leafGrid(n, (a, b) => {
@@ -151,7 +151,7 @@ function leafField(network, [across, up], n) {
   });
 }
 
-/** The mean loss where two weights, each [layer, o, i], are up to `span` below and above what they are. */
+/** The mean loss when two weights, each [layer, o, i], are changed by up to `span` in both directions. */
 function leafLandscape(network, objects, weights, span, n) {
   return leafGrid(n, (...at) => {
     const moved = structuredClone(network);

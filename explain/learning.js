@@ -13,7 +13,7 @@ function needsSnapshots(app) {
 
 function learnedPanel(app) {
   const { steps } = app.data;
-  let number = Math.min(2, steps.length - 2); // where it has begun to show
+  let number = Math.min(2, steps.length - 2); // the first snapshot that shows some learning
   const value = (t) => (t ? digits(loss.values[t]) : "nothing predicts it");
   const loss = new Strip({
     label: "Loss of each token, in nats: −ln of the probability that it had",
@@ -29,7 +29,7 @@ function learnedPanel(app) {
     return { number, idx: app.trace.idx, source: app.source ?? null, t, layer, head };
   };
   const result = answered(app, "learned", question, (answer) => {
-    // until there is an answer, what is now, so that nothing moves
+    // show the present model until there is an answer, so that nothing moves
     const { losses, probs, attention: weights, wte } = answer ?? presentNumbers(app);
     loss.show([NaN, ...losses]);
     if (weights) attention.show(Array.from(weights));
@@ -75,7 +75,7 @@ function learnedText(app, step, losses) {
   );
 }
 
-/** The tokens, each underlined in the colour of its loss: none at 0, full where it is guessing. */
+/** The tokens, each underlined in the colour of its loss, from none at 0 to full at the loss of guessing. */
 function lossRow(app, losses) {
   const guessing = Math.log(app.model.tokenizer_vocab_size);
   const spans = app.trace.idx.map((id, t) =>
@@ -190,7 +190,7 @@ class LeafPictures {
     this.root = h("div", { class: "fields" }, this.boundary.root, this.landscape.root);
   }
 
-  /** weights: two, of WEIGHT_NAMES. */
+  /** weights: two entries of WEIGHT_NAMES. */
   show(network, objects, weights) {
     const field = leafField(network, [0, 1], FIELD).map((row) => row.map((p) => 2 * p - 1));
     const dots = objects.map(({ x, kind }) => [x[0], x[1], kind ? 1 : -1]);

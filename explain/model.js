@@ -54,7 +54,7 @@ function makeRows(lengths) {
 
 const lengthsOf = (x) => x.map((row) => row.length);
 
-/** f of each number of each row. */
+/** Apply f to each number of each row. */
 function mapRows(x, f) {
   const y = makeRows(lengthsOf(x));
   x.forEach((row, t) => {
@@ -64,7 +64,7 @@ function mapRows(x, f) {
   return y;
 }
 
-/** f of the numbers of two lists of rows, pair by pair. */
+/** Apply f to the numbers of two lists of rows, pair by pair. */
 function zipRows(x, y, f) {
   const z = makeRows(lengthsOf(x));
   x.forEach((row, t) => {
@@ -86,7 +86,7 @@ function rowOf({ data, shape }, i) {
 /** x W^T + b. x: (T, inputs); weight: (outputs, inputs). Returns (T, outputs).
 
 Four tokens at a time, so that each weight is read once for them. Every sum starts with the bias term and is in the
-order of the inputs: a row is the same, bit for bit, whether it is computed alone or with others. */
+order of the inputs, so a row has the same bits whether it is computed by itself or with others. */
 function linear(x, layer) {
   const y = makeRows(x.map(() => layer.weight.shape[0]));
   let t = 0;
@@ -100,7 +100,7 @@ function multiplyFour([x0, x1, x2, x3], [y0, y1, y2, y3], { weight, bias }) {
   const { data, shape } = weight;
   const [outputs, inputs] = shape;
   for (let o = 0; o < outputs; o += 2) {
-    const other = Math.min(o + 1, outputs - 1); // the last one again, where their number is odd
+    const other = Math.min(o + 1, outputs - 1); // the last output again if their number is odd
     const [from, otherFrom] = [o * inputs, other * inputs];
     const [b, otherB] = bias ? [bias.data[o], bias.data[other]] : [0, 0];
     let [s0, s1, s2, s3, r0, r1, r2, r3] = [b, b, b, b, otherB, otherB, otherB, otherB];
@@ -149,7 +149,7 @@ function multiplyOne(x, y, { weight, bias }) {
   }
 }
 
-/** exp(x) / sum of exp(x), with the largest subtracted first, which changes nothing but overflow. y: where it goes. */
+/** exp(x) / sum of exp(x), written to y. The largest x is subtracted first, which only prevents overflow. */
 function softmax(x, y = new Float32Array(x.length), exp = new Float64Array(x.length)) {
   let [largest, sum] = [-Infinity, 0];
   for (let i = 0; i < x.length; i++) largest = Math.max(largest, x[i]);
@@ -161,7 +161,7 @@ function softmax(x, y = new Float32Array(x.length), exp = new Float64Array(x.len
 // --------------------------------------------------------------------------------------
 // Norms
 
-const FLOAT32_EPS = 2 ** -23; // what F.rms_norm takes by default, as the norm of queries and keys does
+const FLOAT32_EPS = 2 ** -23; // the default of F.rms_norm, which the norm of queries and keys uses
 
 function layerNorm(x, { weight, bias }, eps) {
   const norm = { input: x, mean: [], std: [], output: makeRows(lengthsOf(x)) };
@@ -204,7 +204,7 @@ function noNorm(x) {
 const NORMS = { layernorm: layerNorm, rmsnorm: rmsNorm, none: noNorm };
 
 // --------------------------------------------------------------------------------------
-// Positional encodings: what each scheme gives for the positions in the list `at`
+// Positional encodings: the values of each scheme for the positions in the list `at`
 
 function learnedPosition(config, weights, at) {
   return { vectors: at.map((t) => rowOf(weights.wpe.weight, t)) };
@@ -243,7 +243,7 @@ function rotaryFrequencies(config) {
   });
 }
 
-/** f of all numbers of the row, then g of all of them. */
+/** A row with f of all numbers, followed by g of all numbers. */
 function twice(row, f, g) {
   return Float32Array.from([...row.map((value) => f(value)), ...row.map((value) => g(value))]);
 }
@@ -289,7 +289,7 @@ function embedPositions(x, { vectors, scale = 1 }) {
 // --------------------------------------------------------------------------------------
 // Attention
 
-/** What is added to the scores: -Infinity where a query must not attend, and the bias of ALiBi.
+/** The mask that is added to the scores: -Infinity for keys that a query must not see, and the bias of ALiBi.
 
 The queries are at the positions in the list `at`, the keys at 0 to S - 1. Returns (H, T, S), or (1, T, S) where it is
 the same for all heads; in a causal stack, row t ends with key t. */
@@ -306,7 +306,7 @@ function attentionMask(at, S, { causal, window, slopes }) {
   });
 }
 
-/** softmax(q k^T / sqrt(D) + mask) v. q: (T, H D); k, v: the same of S tokens, or less where groups of neighbouring
+/** softmax(q k^T / sqrt(D) + mask) v. q: (T, H D); k, v: the same for S tokens, or narrower if groups of neighbouring
 heads share one. */
 function attend(q, k, v, mask, n_head) {
   const D = q[0].length / n_head;
@@ -329,7 +329,7 @@ function attend(q, k, v, mask, n_head) {
   return y;
 }
 
-/** Of one query, (D,), with the first keys, as many as there are scores; their features begin at `from`. */
+/** The scores of one query, (D,), with the first keys, as many as there are scores. Features begin at `from`. */
 function scoreKeys(q, k, from, scores) {
   const scale = Math.sqrt(q.length);
   let s = 0;
@@ -353,7 +353,7 @@ function dot(x, y, from = 0) {
   return sum;
 }
 
-/** sums: where it goes, in double precision. */
+/** sums: the output, in double precision. */
 function weightedMean(weights, v, from, sums) {
   sums.fill(0);
   for (let s = 0; s < weights.length; s++) {
@@ -377,7 +377,7 @@ function keysAndValues(x, weights, config) {
   return { k_proj, v_proj, k_norm, k: k_norm ?? k_proj, v: v_proj };
 }
 
-/** RMS norm of each head by itself, without trained scale: qk_norm. */
+/** qk_norm: the RMS norm of each head, without a trained scale. */
 function normHeads(x, config) {
   const D = headSize(config);
   const y = makeRows(lengthsOf(x));
@@ -405,7 +405,7 @@ function selfAttention(x, weights, inputs, before) {
   return y;
 }
 
-/** Queries from one text, keys and values from another: inputs.context, (S, C), which is read once. */
+/** Queries come from one text, keys and values from another: inputs.context, (S, C), which is read once. */
 function crossAttention(x, weights, inputs, before) {
   const { config } = inputs;
   const context = before?.context ?? keysAndValues(inputs.context, weights, config);
@@ -470,9 +470,9 @@ function causalConv(x, { weight }, before) {
 }
 
 // --------------------------------------------------------------------------------------
-// Blocks. Each returns its trace; inputs: what is the same for all blocks of a stack.
+// Blocks. Each returns its trace. inputs: values that all blocks of a stack share.
 
-/** The convolution, where there is one, and the feed-forward network. x: (T, C). */
+/** The convolution, if there is one, and the feed-forward network. x: (T, C). */
 function feedForward(x, weights, { config }, before) {
   const conv = weights.conv ? causalConv(x, weights.conv, before?.input) : null;
   return { input: x, conv, ...MLPS[config.mlp](conv ?? x, weights.mlp, config) };
@@ -638,14 +638,14 @@ function windowMLP(model, idx, { before, dropout }) {
 
 const MODELS = { window_mlp: windowMLP, gpt, transformer };
 
-/** x: (T, C), of the stack; or of any block, after the last norm, to see what it would predict. Returns (T, V). */
+/** x: (T, C), the output of the stack, or of any block after the last norm, to see its prediction. Returns (T, V). */
 function head({ config, weights }, x) {
   const logits = linear(x, weights.lm_head);
   const cap = config.logit_soft_cap;
   return cap ? mapRows(logits, (logit) => cap * Math.tanh(logit / cap)) : logits;
 }
 
-/** The probabilities of the tokenizer's tokens, by one row of logits. */
+/** The probabilities of the tokenizer's tokens from one row of logits. */
 function probabilities(model, logits) {
   return softmax(logits.subarray(0, model.tokenizer_vocab_size));
 }
@@ -671,7 +671,7 @@ function forward(model, idx, { source = null, before = null, lastOnly = false, d
   return { ...trace, ...predict(model, trace.output, { logits, probs, first, lastOnly }), first };
 }
 
-/** logits and probs of the tokens from `first` on, or of the last one alone; those before it are as they were. */
+/** logits and probs of the tokens from `first` on, or only of the last one. The rows before it stay as they were. */
 function predict(model, output, { logits, probs, first, lastOnly }) {
   const kept = (rows) => output.map((_, t) => (t < first ? rows[t] : null));
   const y = { logits: kept(logits), probs: kept(probs) };
@@ -688,7 +688,7 @@ function predict(model, output, { logits, probs, first, lastOnly }) {
 }
 
 // --------------------------------------------------------------------------------------
-// Traces of the beginning of a text, and of what follows it
+// Traces of the beginning of a text, and of its continuation
 
 function commonLength(a, b) {
   const different = a.findIndex((id, t) => id !== b[t]);
@@ -703,22 +703,22 @@ function joined(before, x) {
   return before ? before.concat(x) : x;
 }
 
-/** Has the list an entry for each token? If not, it is one of blocks, heads or layers. */
+/** Whether a list has an entry for each token. Otherwise it is a list of blocks, heads or layers. */
 function isRows(value) {
   return Array.isArray(value) && (ArrayBuffer.isView(value[0]) || typeof value[0] === "number");
 }
 
-/** The trace of a text's first n tokens. A context, which cross-attention reads, belongs to no one token. */
+/** The trace of a text's first n tokens. The context, which cross-attention reads, belongs to no single token. */
 function firstTokens(trace, n) {
   return mapTrace(trace, (value) => value.slice(0, n));
 }
 
-/** The trace of two texts, one after the other; before: null where there is none before. */
+/** The trace of two texts, one after the other. before: null if there is no first text. */
 function appendTokens(before, trace) {
   return before ? mapTrace(trace, (value, earlier) => earlier.concat(value), before) : trace;
 }
 
-/** The trace with f(rows, the other trace's rows) instead of each list of rows. */
+/** Replace each list of rows in a trace by f(rows, the other trace's rows). */
 function mapTrace(trace, f, other) {
   if (isRows(trace)) return f(trace, other);
   if (Array.isArray(trace)) return trace.map((value, i) => mapTrace(value, f, other?.[i]));

@@ -1,6 +1,6 @@
 "use strict";
 
-/* The panels, in the order of the article's sections; attention.js has those about attention.
+/* The panels, in the order of the article's sections. The panels about attention are in attention.js.
 
 Each has id, title and intro; missing(app): null, or why this run has nothing for it, and a config whose run has;
 build(app): its elements, nodes, and update(), which draws them for the text and the selection of now. */
@@ -18,7 +18,7 @@ function drawn(f, attributes = {}) {
   return { root, update: () => keepFocus(root, draw) };
 }
 
-/** A table in place of another one: it keeps the part that scrolls, and that Tab has been to. */
+/** Replace a table by another one, within the same part that scrolls and that may have the focus. */
 function renewed(old, fresh) {
   if (old === fresh || [old, fresh].some((node) => node?.className !== "captioned")) return fresh;
   const [scroll, filled] = [old.lastChild, fresh.lastChild];
@@ -28,7 +28,7 @@ function renewed(old, fresh) {
   return old;
 }
 
-/** An element that is drawn by draw(answer) of what the worker answers to question(), or by draw(null). */
+/** An element that draw(answer) draws from the worker's answer to question(), or draw(null) before there is one. */
 function answered(app, topic, question, draw) {
   let answer = null;
   let asked = "null";
@@ -43,7 +43,7 @@ function answered(app, topic, question, draw) {
       if (!result.root.hasChildNodes()) result.update();
       const found = await app.desk.ask(topic, now);
       if (asked !== text) return;
-      if (!app.trace || JSON.stringify(question() || null) !== text) return void (asked = ""); // to be asked again
+      if (!app.trace || JSON.stringify(question() || null) !== text) return void (asked = ""); // ask it again later
       answer = found;
     }
     result.update();
@@ -55,7 +55,7 @@ function sentence(f) {
   return drawn(() => h("p", {}, f()));
 }
 
-/** A strip of one row of the trace, of the selected token; each cell opens its arithmetic.
+/** A strip of the selected token's row of the trace. Each cell opens its arithmetic.
 
 pathOf(): null hides it. scale(): the number that its colours end at. */
 function rowStrip(app, label, pathOf, { unit = "feature", token = () => app.at.t, scale = null } = {}) {
@@ -72,7 +72,7 @@ function rowStrip(app, label, pathOf, { unit = "feature", token = () => app.at.t
   return { root: strip.root, update };
 }
 
-/** A strip of trained numbers, one for each feature; each opens the number that it is a factor or term of. */
+/** A strip of trained numbers, one for each feature. Each opens the number that is computed from it. */
 function weightStrip(app, label, name, path) {
   const open = (i) => app.open(`${path()}.output:${app.at.t},${i}`);
   const strip = new Strip({ label: h("b", { class: "weight" }, label), onSelect: open });
@@ -84,7 +84,7 @@ function weightStrip(app, label, name, path) {
   return { root: strip.root, update };
 }
 
-/** Of n layers or heads, the selected one. name: in the state. */
+/** A choice among n layers or heads. name: its key in the state. */
 function numberPicker(app, label, name, n) {
   const options = Array.from({ length: n }, (_, i) => `${i + 1}`);
   const root = picker(label, options, app.at[name], (i) => app.select({ [name]: i, number: null }));
@@ -186,7 +186,7 @@ function networkColumns({ x, sums, hidden, output }, { selected, relu }, onSelec
 const digits2 = (x) => minus(x.toFixed(Math.abs(x) < 100 ? 2 : 1)).replace(/\.?0+$/, "");
 const tint = (x, max) => `--tint: rgb(${colourOf(Math.max(Math.min(x / max, 1), -1) * 0.8).join()})`;
 
-/** The selected neuron's sum, with every number in it, weights in their colour. */
+/** The selected neuron's sum, with every number in it; weights have their colours. */
 function leafSum(network, y, { selected: [layer, o], bias, relu }) {
   const inputs = layer === "hidden" ? y.x : y.hidden;
   const { weight, bias: b } = network[layer];
@@ -198,7 +198,7 @@ function leafSum(network, y, { selected: [layer, o], bias, relu }) {
   return [layer === "hidden" ? `Neuron ${o + 1}: ` : `${KINDS[o]}: `, ...terms.flat(), ` = ${digits2(sum)}${after}`];
 }
 
-/** The weights as lines, thick ones large and dashed ones negative; those of the selected neuron with their numbers. */
+/** The weights as lines: thick for large, dashed for negative, with numbers for the selected neuron. */
 function paintWeights(canvas, { children }, network, selected) {
   const { clientWidth: width, clientHeight: height } = canvas.parentElement;
   if (!width) return;
@@ -449,7 +449,7 @@ function neighbours(app) {
     const row = data.subarray(id * shape[1], (id + 1) * shape[1]);
     return dot(own, row) / (length * Math.sqrt(dot(row, row)) || 1);
   });
-  cosines[app.trace.idx[app.at.t]] = -2; // itself
+  cosines[app.trace.idx[app.at.t]] = -2; // leave out the token itself
   return likeliest(cosines, NEIGHBOURS).map((id) => [h("code", {}, shown(app.tokenizer, id)), digits(cosines[id])]);
 }
 
@@ -478,7 +478,7 @@ const SUBWORDS = {
   gpt2: `A word starts as bytes. ${MERGED}`,
 };
 
-/** Parts of the text, or of the source while nothing is translated; which of its tokens is selected. */
+/** The parts of the text, or of the source if nothing is translated yet, and the index of the selected token. */
 function selectedToken(app) {
   const { text: typed, source } = app.read;
   if (app.translates && !typed) return { text: source, token: app.at.key };
@@ -486,7 +486,7 @@ function selectedToken(app) {
   return { text, token: app.at.t - (app.trace.idx.length - app.tokenizer.encode(text).length) };
 }
 
-/** How the part of the text in which the selected token is became tokens. */
+/** The steps by which the part of the text around the selected token became tokens. */
 function mergeTable(app) {
   const { text, token } = selectedToken(app);
   let end = 0;
@@ -544,10 +544,10 @@ function mergeRows({ symbols, merges, scores, tokens }) {
 }
 
 // --------------------------------------------------------------------------------------
-// 7: softmax, and what is drawn
+// 7: softmax and sampling
 
-/** As sample.py does it: temperature, top-k with ties, softmax, top-p, min-p, rescaled; or greedy. Logits and probs
-by step. */
+/** Filter as sample.py does: temperature, top-k with ties, softmax, top-p, min-p, rescaling; or greedy. Returns logits
+and probs after each step. */
 function filtered(logits, V, { temperature, top_k, top_p, min_p, greedy }) {
   const scaled = Array.from(logits.subarray(0, V), (x) => x / Math.max(temperature, 1e-30));
   const least = top_k && top_k < V ? Float64Array.from(scaled).sort()[V - top_k] : -Infinity;
@@ -736,7 +736,7 @@ function switchedOff(app, off) {
   });
 }
 
-/** The tokens up to the selected one, as the worker is asked about them. */
+/** A question to the worker about the tokens up to the selected one. */
 function untilSelected(app) {
   return { idx: app.trace.idx.slice(0, app.at.t + 1), source: app.source ?? null };
 }
@@ -915,7 +915,7 @@ function positionHeat(app) {
 }
 
 function dials(app) {
-  let distance = 5; // the hands of the first dials have turned by then, the last ones not yet
+  let distance = 5; // at this distance the first dials have turned, and the last ones hardly
   const canvas = h("canvas", { role: "img", class: "dials" });
   const text = h("p", {});
   const limits = { min: 0, max: app.config.block_size - 1, step: 1, value: distance };

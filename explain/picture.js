@@ -5,7 +5,7 @@
 The residual stream runs through the middle, drawn as its features; above it is what attention adds to it, below it what
 the MLP adds. Each part is a button that leads to the section that explains it. */
 
-const PICTURED = { tokens: 6, keys: 32, features: 40, neurons: 32 }; // at most; neurons: in a row
+const PICTURED = { tokens: 6, keys: 32, features: 40, neurons: 32 }; // the most that are shown; neurons: in a row
 
 class Picture {
   constructor(app) {
@@ -28,7 +28,7 @@ class Picture {
     onLight = (origin, read) => this.light(origin, read);
   }
 
-  /** A part of the picture. paint(part): draws it for the selected token; part.canvas and part.adds are for it. */
+  /** Add a part of the picture. paint(part) draws it for the selected token, on part.canvas and in part.adds. */
   part(name, label, section, paint = null, layer = null) {
     const canvas = paint && h("canvas", { "aria-hidden": "true" });
     const adds = h("span", { class: "adds" });
@@ -87,7 +87,7 @@ class Picture {
       `What it computes at position ${t}, ${tokenName(app, t)}, to find the next token: select any box to see how`;
   }
 
-  /** What each part adds to the logit of the next token that is explained; bias terms are added at the output. */
+  /** Show what each part adds to the logit of the explained next token. The output includes all bias terms. */
   addUp() {
     const { app } = this;
     if (!app.stack) return;
@@ -118,7 +118,7 @@ class Picture {
     return Math.max(...lookUp(app.trace, app.stack).blocks.map(({ output }) => largest(output[app.at.t])));
   }
 
-  /** The stream as it enters, and after each branch: a column each, from left to right. */
+  /** The residual stream at the start and after each branch: one column each, from left to right. */
   paintStream({ root, canvas }, block) {
     const { app } = this;
     const pooled = Math.ceil(app.config.n_embd / PICTURED.features);
@@ -147,7 +147,7 @@ class Picture {
     paintCells(canvas, Math.ceil(row.length / columns), columns, (y, x) => (row[y * columns + x] ?? 0) / most);
   }
 
-  /** The last tokens, the selected one among them. */
+  /** The last tokens up to the selected one. */
   lastTokens() {
     const { t } = this.app.at;
     const from = Math.max(t - PICTURED.tokens + 1, 0);
@@ -173,9 +173,9 @@ class Picture {
   }
 
   // ----------------------------------------------------------------------------------
-  // Where numbers live
+  // From numbers to parts of the picture
 
-  /** Mark the part that numbers are of, and those that they are computed from. */
+  /** Mark the part that numbers belong to, and the parts that they are computed from. */
   light(origin, read) {
     const from = new Set(read.map((path) => this.partOf(path)));
     const own = origin && this.partOf(origin);
@@ -203,7 +203,7 @@ function largest(row) {
   return most;
 }
 
-/** At most n numbers, each of them the one of its neighbours that is farthest from zero. */
+/** Reduce numbers to at most n, each the one among its neighbours that is farthest from zero. */
 function binned(row, n) {
   if (row.length <= n) return row;
   return Float32Array.from({ length: n }, (_, i) => {
@@ -212,14 +212,14 @@ function binned(row, n) {
   });
 }
 
-/** A row for each vector, all scaled to the largest. */
+/** Paint a row for each vector, all scaled to the largest number. */
 function paintVectors(canvas, vectors) {
   const rows = vectors.map((vector) => binned(vector, PICTURED.features));
   const most = Math.max(...rows.map((row) => largest(row)));
   paintCells(canvas, rows.length, rows[0].length, (row, column) => rows[row][column] / most);
 }
 
-/** A pixel for each number from [-1, 1]. */
+/** Paint a pixel for each number from [-1, 1]. */
 function paintCells(canvas, rows, columns, value) {
   if (canvas.width !== columns || canvas.height !== rows) Object.assign(canvas, { width: columns, height: rows });
   const colours = colourTable();

@@ -17,7 +17,7 @@ arithmetic.js is needed. */
 const LIMITS = { temperature: [0.1, 2], top_k: [0, 100], top_p: [0.05, 1], min_p: [0, 0.5] };
 const OFF = { temperature: 0.8, top_k: 0, top_p: 1, min_p: 0, greedy: false }; // the temperature is sample.py's
 const COUNTED = ["t", "layer", "head", "key", "next"];
-const TRAIL = 20; // numbers that the way back has at most
+const TRAIL = 20; // the largest number of steps back
 
 function initialState(sections, texts) {
   return {
@@ -26,7 +26,7 @@ function initialState(sections, texts) {
   };
 }
 
-/** What an address says; where it says nothing that is valid, the initial state with these texts. */
+/** Read the state from an address. Missing and invalid parts have their initial values, and these texts. */
 function readAddress(hash, sections, texts) {
   const state = initialState(sections, texts);
   const query = new URLSearchParams(hash.replace(/^#/, ""));
@@ -51,11 +51,11 @@ function readAddress(hash, sections, texts) {
 
 const ADDRESS = /^\w+(\.\w+)*:\d+(,\d+){1,2}$/;
 
-/** The address of a state: its texts, and what differs from the initial one. */
+/** The address of a state: its texts, and its differences from the initial state. */
 function writeAddress(state) {
   const query = new URLSearchParams({ section: state.section });
   const initial = initialState([], {});
-  // with a number, all of them: it would select its own
+  // with a number, all of them, because the number would select its own
   for (const name of COUNTED) if (state.number || state[name] !== initial[name]) query.set(name, state[name]);
   for (const address of state.number ? [...state.trail, state.number] : []) query.append("number", address);
   for (const name of Object.keys(LIMITS)) if (state.sampling[name] !== OFF[name]) query.set(name, state.sampling[name]);
@@ -65,7 +65,7 @@ function writeAddress(state) {
   return `#${query}`;
 }
 
-/** What a state selects in this trace: the same names, each within what there is; next may still be -1. */
+/** Limit what a state selects to what this trace has; next may still be -1. */
 function resolve(state, model, trace, stack) {
   const { config } = model;
   const last = trace.idx.length - 1;

@@ -33,7 +33,7 @@ function makeTokenizer(data) {
   };
 }
 
-/** The bytes of each token. packed: all bytes, in base64, and their numbers. */
+/** The bytes of each token. packed: all bytes in base64, and the length of each token. */
 function unpackPieces({ bytes, lengths }) {
   const all = Uint8Array.from(atob(bytes), (char) => char.charCodeAt(0));
   let end = 0;
@@ -49,7 +49,7 @@ function codePoint(char) {
   return `U+${char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
 }
 
-/** The text, if it has no half of a pair of UTF-16 units, which is no character. */
+/** Return the text. Throws an Error if it has half of a pair of UTF-16 units, which is no character. */
 function checked(text) {
   const lone = text.match(/\p{Surrogate}/u);
   if (lone) throw new Error(`${codePoint(lone[0])} is not valid UTF-8`);
@@ -82,13 +82,13 @@ function byteTokenizer() {
 // --------------------------------------------------------------------------------------
 // Merges
 
-/** Merge the pair of neighbours of the lowest rank, of equal ones the leftmost, until no pair has a rank.
+/** Merge the pair of neighbours with the lowest rank, the leftmost of equal ones, until no pair has a rank.
 
-rankOf(piece): undefined where the piece is no token. Returns the merges and the symbols that are left. */
+rankOf(piece): undefined if the piece is no token. Returns the merges and the symbols that are left. */
 function mergePairs(symbols, rankOf) {
   const [left, merges] = [[...symbols], []];
   const rank = (i) => (i >= 0 && i + 1 < left.length ? rankOf(left[i] + left[i + 1]) : undefined) ?? Infinity;
-  const ranks = left.map((_, i) => rank(i)); // of each symbol with the next
+  const ranks = left.map((_, i) => rank(i)); // the rank of each symbol with the next one
   for (;;) {
     let at = 0;
     for (let i = 1; i < ranks.length; i++) if (ranks[i] < ranks[at]) at = i;
@@ -112,7 +112,7 @@ const GPT2_PATTERN = new RegExp(
   "gu",
 );
 
-/** tiktoken's algorithm: a word that is a token stays whole, any other one is merged from its bytes. */
+/** tiktoken's algorithm: a word that is a token stays whole, and any other word is merged from its bytes. */
 function bytePairTokenizer(data, pieces) {
   const words = pieces.slice(0, -1); // the last is end-of-text
   const ids = new Map(words.map((piece, id) => [String.fromCharCode(...piece), id]));
@@ -129,7 +129,7 @@ function bytePairTokenizer(data, pieces) {
 // --------------------------------------------------------------------------------------
 // Sentencepiece
 
-/** scores: of each token, null where text never becomes it: end-of-text and bytes. byte_ids: of bytes 0 to 255. */
+/** scores: by token, null for end-of-text and bytes, which text never becomes. byte_ids: tokens of bytes 0 to 255. */
 function sentencePieceTokenizer({ model_type, scores, byte_ids }, pieces) {
   const ids = new Map();
   scores.forEach((score, id) => score !== null && ids.set(decodeBytes([pieces[id]]).replaceAll(" ", SPACE), id));
@@ -142,13 +142,13 @@ function sentencePieceTokenizer({ model_type, scores, byte_ids }, pieces) {
       .filter((part) => part)
       .map((part) => {
         if (part === "\n") return { symbols: [part], merges: [], tokens: [token(part)] };
-        // the sign itself, where a text has it, is spelled in bytes, or it would become a space
+        // a "▁" of the text itself is spelled in bytes, otherwise it would become a space
         if (part === SPACE) return { symbols: [part], merges: [], tokens: [spelled(part)] };
         return encodePart(part.replaceAll(" ", SPACE));
       });
 }
 
-/** Byte-pair encoding over characters: the pair of the highest score first. */
+/** Byte-pair encoding over characters: the pair with the highest score is merged first. */
 function encodeByMerges(ids, scores, token) {
   const rankOf = (piece) => (ids.has(piece) ? -scores[ids.get(piece)] : undefined);
   return (part) => {
@@ -165,11 +165,11 @@ function encodeByScores(ids, scores, token) {
   const scoreOf = (piece) => scores[ids.get(piece)];
   return (part) => {
     const symbols = [...part];
-    const best = symbols.map(() => ({ score: -Infinity, from: -1 })); // of the text up to each symbol, it included
+    const best = symbols.map(() => ({ score: -Infinity, from: -1 })); // by the end of the text
     symbols.forEach((symbol, from) => {
       const before = from ? best[from - 1].score : 0;
       const offer = (to, score) => {
-        const sum = Math.fround(before + score); // so that ties are sentencepiece's, whose scores are float32
+        const sum = Math.fround(before + score); // rounded as in sentencepiece, for equal ties
         if (best[to].from < 0 || sum > best[to].score) best[to] = { score: sum, from };
       };
       let piece = "";

@@ -1,12 +1,12 @@
 "use strict";
 
-/* The page: one state, the worker's answer for its text, and what is drawn of both. */
+/* The page: one state, the worker's answer for its text, and the drawing of both. */
 
-const SHOWN = 8; // bars
-const OPENING = 40; // tokens that the model writes where the page has no text to open with
+const SHOWN = 8; // number of bars
+const OPENING = 40; // tokens that the model writes if the page has no text to open with
 const PANELS_EVERY = 150; // ms, while the model writes
 const ELSEWHERE = "Not for this model";
-const FOLDED = 96; // pixels of the head where sections are read, as in style.css
+const FOLDED = 96; // height of the folded head in pixels, as in style.css
 const element = (id) => document.getElementById(id);
 
 async function main() {
@@ -19,7 +19,7 @@ async function main() {
   else new App(desk, data, model, makeTokenizer(data.tokenizer)).start();
 }
 
-/** state: what is asked for; at: what the trace has of it; trace: of the texts in `read`, null where they have none. */
+/** state: as requested; at: the state limited to the trace; trace: of the texts in `read`, null if they have none. */
 class App {
   constructor(desk, data, model, tokenizer) {
     Object.assign(this, { desk, data, model, tokenizer, config: model.config });
@@ -30,12 +30,14 @@ class App {
     this.state = initialState(this.sections, this.startTexts());
     this.trace = this.read = this.at = null;
     this.panels = [];
-    this.complete = this.pending = this.going = false; // all sections built; text computed; the model writing
-    this.settled = this.turn = Promise.resolve(); // when the text is drawn; when the last token asked for is written
+    // are all sections built, is the text being computed, is the model writing
+    this.complete = this.pending = this.going = false;
+    // these resolve when the text is drawn, and when the last requested token is written
+    this.settled = this.turn = Promise.resolve();
     desk.onAnswer = () => this.rest();
   }
 
-  /** What the page opens with. A translation is written by the model. */
+  /** Show the first state. If the page has no translation, the model writes it. */
   startTexts() {
     return this.translates ? { text: "", source: this.data.start } : { text: this.data.start, source: "" };
   }
@@ -52,7 +54,7 @@ class App {
     element("problem").textContent = "";
     for (const id of ["text", "source"]) {
       element(id).addEventListener("input", (event) => this.typed(event));
-      element(id).addEventListener("focus", () => this.stop()); // or what is selected there would be written over
+      element(id).addEventListener("focus", () => this.stop()); // otherwise the model would overwrite the selection
     }
     element("greedy").onchange = ({ target }) =>
       this.change({ sampling: { ...this.state.sampling, greedy: target.checked } });
@@ -74,13 +76,14 @@ class App {
     if (!given && this.translates) this.goOn({ greedy: true });
     else if (!given && !data.start) this.goOn({ greedy: false, most: OPENING });
     await this.buildAll();
-    for (const id of ["text", "source"]) element(id).scrollTop = element(id).scrollHeight; // of a phone's single line
+    // on a phone, the field has a single line
+    for (const id of ["text", "source"]) element(id).scrollTop = element(id).scrollHeight;
   }
 
   // ----------------------------------------------------------------------------------
   // State -> address, trace and drawing
 
-  /** The one way to change anything. push: the browser's Back returns to the state before. */
+  /** Change the state; nothing else does. push: the browser's Back returns to the state before. */
   change(changes, { push = false } = {}) {
     if (push) this.keep();
     const { text, source } = this.state;
@@ -92,7 +95,7 @@ class App {
     return this.compute();
   }
 
-  /** Selects something of the text that is shown. */
+  /** Select something in the text that is shown. */
   select(changes, options) {
     const moved = ["t", "layer", "head"].some((name) => name in changes);
     this.change({ ...(moved && { key: -1 }), ...("t" in changes && { next: -1 }), ...changes }, options);
@@ -119,13 +122,13 @@ class App {
     if (!problem) this.measure(begin);
   }
 
-  /** Where nothing is under way, the page says so. */
+  /** Mark the page as at rest if nothing is under way. */
   rest() {
     const open = this.desk.questions.size > 0;
     element("page").ariaBusy = !this.complete || this.pending || Boolean(this.going) || open;
   }
 
-  /** Beside the field: why its text has no tokens, or what of it is not read. */
+  /** Explain below the field why its text has no tokens, or which part of it is not read. */
   tell(text) {
     element("problem").textContent = text;
     element("problem").hidden = !text;
@@ -143,7 +146,7 @@ class App {
     return lost.target ? told(lost.target, "translation") : "";
   }
 
-  /** From the key to the painted frame. */
+  /** Measure the time from a key to the painted frame. */
   measure(begin) {
     const { length } = this.trace.idx;
     const fresh = length - this.trace.first;
@@ -162,7 +165,7 @@ class App {
     if (fresh.text === "") settled.then(() => this.state.text === "" && this.trace && this.goOn({ greedy: true }));
   }
 
-  /** The hash, with a limit on how often: browsers refuse more. */
+  /** Write the hash, but not too often, because browsers limit it. */
   keepSoon() {
     clearTimeout(this.keeping);
     this.keeping = setTimeout(() => this.keep(), 150);
@@ -175,7 +178,7 @@ class App {
     this.hash = hash;
   }
 
-  /** hash: of the event, since keep() may have replaced the address meanwhile. */
+  /** hash: the event's hash, since keep() may have replaced the address meanwhile. */
   restore(hash) {
     if (hash === this.hash) return this.settled;
     clearTimeout(this.keeping);
@@ -191,7 +194,7 @@ class App {
     return drawn;
   }
 
-  /** What the trace has of the state. */
+  /** Limit the state to the trace. */
   resolve() {
     const { trace } = this;
     this.at = resolve(this.state, this.model, trace, this.stack);
@@ -224,7 +227,7 @@ class App {
   // ----------------------------------------------------------------------------------
   // Numbers
 
-  /** Spell out the number at this address. Where it is about another token or head, that becomes the selected one. */
+  /** Spell out the number at this address. If it belongs to another token or head, that one becomes selected. */
   open(address, trail = []) {
     if (address === this.state.number) return this.drawer.reveal();
     const changes = changesTo(address);
@@ -234,13 +237,13 @@ class App {
     this.drawer.reveal();
   }
 
-  /** The first name of a path. */
+  /** The path from which the numbers of a path were copied. */
   resolvePath(path) {
     for (let next; (next = aliasOf(this.model, this.trace, path));) path = next;
     return path;
   }
 
-  /** Which of a row's numbers is the selected one; -1: none. */
+  /** The index of the selected number in a row; -1 if it has none. */
   selectedIn(path, ...before) {
     if (!this.at.number) return -1;
     const { path: selected, at } = parseAddress(this.at.number);
@@ -248,7 +251,7 @@ class App {
     return before.every((index, i) => index === at[i]) ? at.at(-1) : -1;
   }
 
-  /** Paths of the numbers that those of a part are computed from. */
+  /** The paths of the numbers that a part is computed from. */
   operandsOf(part) {
     const sizes = /\.(scores|weights)$/.test(part) ? [this.at.head, this.at.t, 0] : [this.at.t, 0];
     try {
@@ -256,7 +259,7 @@ class App {
       const factors = terms.flatMap((term) => term.factors).filter(({ address }) => address);
       return [...new Set(factors.map(({ address }) => this.resolvePath(parseAddress(address).path)))];
     } catch {
-      return []; // a part of another text, until its strip is drawn again
+      return []; // the part belongs to another text until its strip is redrawn
     }
   }
 
@@ -311,15 +314,15 @@ class App {
     element("unfold").onclick = () => this.fold(!document.body.classList.contains("unfolded"));
   }
 
-  /** Pixels at the top of the window that the page does not scroll under, wherever it is scrolled to. */
+  /** The height in pixels at the top of the window that always covers the page. */
   heightOfBars() {
     if (getComputedStyle(element("sections-part")).position !== "sticky") return 0;
     const unfolded = document.body.classList.contains("unfolded");
     return (unfolded ? element("top").offsetHeight : FOLDED) + element("sections-part").offsetHeight;
   }
 
-  /** Where its sections are read, the head is folded to a few lines; it keeps its place in the page, so nothing jumps.
-  unfolded: it covers what is read, as long as it is wanted. */
+  /** Fold the head to a few lines while sections are read. It keeps its place in the page, so nothing jumps.
+  unfolded: the head covers the section as long as the reader wants it. */
   fold(unfolded = document.body.classList.contains("unfolded")) {
     const { classList } = document.body;
     const below = scrollY > this.full - FOLDED;
@@ -330,7 +333,7 @@ class App {
     element("text").scrollTop = element("text").scrollHeight;
   }
 
-  /** So that nothing has to be built, and grows, when it comes into view. */
+  /** Build all sections ahead of time, so that none grows when it comes into view. */
   async buildAll() {
     await this.renderAll();
     this.scrollTo(this.state.section);
@@ -351,7 +354,7 @@ class App {
     this.drawPanels();
   }
 
-  /** Where a section above the one that is read changes its height, the page scrolls with it. */
+  /** Scroll along if a section above the current one changes its height. */
   keepPlace(entries) {
     let shift = 0;
     const reading = this.panels.findIndex(({ id }) => id === this.state.section);
@@ -381,7 +384,7 @@ class App {
     element("sections").scrollLeft = current.offsetLeft - element("sections").offsetLeft - 60;
   }
 
-  /** layer: of the part of the picture that led here. A number that was opened elsewhere is left there. */
+  /** layer: the layer of the part of the picture that led here. A number that was opened elsewhere is closed. */
   goTo(section, changes = {}) {
     this.fold(false);
     const left = section === this.state.section ? {} : { number: null, trail: [] };
@@ -420,7 +423,7 @@ class App {
     this.drawPanels();
   }
 
-  /** The visible ones, each in a task of its own, so that keys come in between. */
+  /** Update the visible panels, each in a task of its own, so that keys are handled in between. */
   async drawPanels() {
     const drawing = (this.drawing = {});
     if (this.going && performance.now() < (this.panelsAt ?? 0) + PANELS_EVERY) return;
@@ -451,7 +454,7 @@ class App {
   // ----------------------------------------------------------------------------------
   // Writing
 
-  /** Append a token to the first n tokens of the text, all of them by default. False where the text has ended. */
+  /** Append a token to the first n tokens of the text, by default to all. Returns false if the text has ended. */
   append(id, n = this.read.ids.length, push = false) {
     if (id === this.tokenizer.eot) return this.end(`The ${this.translates ? "translation" : "text"} has ended.`);
     if (this.translates && n === this.read.ids.length && this.trace.idx.length === this.config.block_size)
@@ -471,7 +474,7 @@ class App {
     return false;
   }
 
-  /** One token after those before it have been written, if it is still wanted then. */
+  /** Write one token after the requested ones before it, if it is still wanted then. */
   writeOne(greedy, wanted = () => true) {
     element("ended").textContent = "";
     this.turn = this.turn
@@ -486,7 +489,7 @@ class App {
     return drawFrom(probs, Math.random());
   }
 
-  /** Write on, until the text ends, something else is typed, or stop() is called; the browser paints in between. */
+  /** Write until the text ends, something else is typed, or stop() is called. The browser paints in between. */
   async goOn({ greedy, most = Infinity } = {}) {
     if (this.going) return;
     const going = (this.going = {});
@@ -496,7 +499,7 @@ class App {
       if (!(await this.writeOne(greedy, wanted))) break;
     }
     const { complete } = this;
-    this.complete = false; // so that the page is not at rest until its sections have what was written
+    this.complete = false; // the page is not at rest until its sections have the new text
     if (wanted() || !this.going) this.stop();
     await this.renderAll();
     this.complete ||= complete;
@@ -509,7 +512,7 @@ class App {
     this.rest();
   }
 
-  /** Go on from the selected token with another next one. */
+  /** Continue from the selected token with another next token. */
   choose(id) {
     const { t } = this.at;
     const later = this.trace.idx.length - 1 - t;
@@ -541,13 +544,13 @@ function describeRun({ model, progress, metrics, parameters, tokenizer }) {
   );
 }
 
-/** Why this run has something not, and a config whose run has it. */
+/** The reason why this run lacks something, and a config whose run has it. */
 function missingNote([text, config]) {
   const command = h("code", {}, `python train.py config/${config}`);
   return h("div", { class: "missing" }, h("p", {}, text), h("p", {}, "A run that has it: ", command));
 }
 
-/** What a token stands for, with signs for what cannot be seen; bytes that are no character by themselves in hex. */
+/** The text of a token, with signs for invisible characters, and bytes that are no character by themselves in hex. */
 function shown(tokenizer, id) {
   const text = tokenizer.decode([id]).replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
   if (!/[\ufffd\p{Cc}]/u.test(text)) return text;
@@ -566,7 +569,7 @@ function likeliest(probs, n) {
   return best;
 }
 
-/** The tokens, of which one is selected. */
+/** The tokens, one of which is selected. */
 function showTokens(app) {
   const { tokenizer, trace, at } = app;
   const list = element("tokens");
@@ -589,7 +592,7 @@ function showTokens(app) {
   list.scrollLeft = chosen.offsetLeft - list.offsetLeft - list.clientWidth + chosen.offsetWidth + 8;
 }
 
-/** A click selects; the arrow keys walk. On the list, since a text has many tokens. */
+/** A click selects a token, and the arrow keys move the selection. The list listens, since a text has many tokens. */
 function listenToTokens(app) {
   const list = element("tokens");
   list.onclick = ({ target }) => target !== list && app.select({ t: [...list.children].indexOf(target) });
@@ -604,7 +607,7 @@ function listenToTokens(app) {
   };
 }
 
-/** The most probable next tokens: the bar appends one, its number leads to its sum. */
+/** The most probable next tokens. A bar appends its token, and its number leads to its sum. */
 function showBars(app) {
   const { tokenizer, at } = app;
   const list = element("bars");

@@ -1,23 +1,23 @@
 "use strict";
 
-/* What is computed beside the page, in a worker, so that the page never waits.
+/* Computation in a worker, so that the page never waits.
 
 The page asks under a topic; a newer question under the same topic makes the older one outdated: it is dropped at the
 next look, which comes every few tokens. Traces are kept, so that a text that begins as an earlier one costs only what
 follows. A trace goes to the page as the rows that it does not have yet, in one buffer that is handed over. */
 
 const STRIDE = 16; // tokens between two looks at what has arrived
-const KEPT = 4; // traces
+const KEPT = 4; // number of traces that are kept
 
 class Computer {
   constructor(post) {
     this.post = post;
     this.latest = {}; // id of the newest question under each topic
     this.traces = []; // the newest first
-    this.sent = null; // the trace that the page has
+    this.sent = null; // the trace that the page has got
   }
 
-  /** message: {topic, id, ...}; the answer, {id, ...}, is posted; {id} alone, if a newer question came meanwhile. */
+  /** message: {topic, id, ...}. The answer {id, ...} is posted, or only {id} if a newer question came meanwhile. */
   async answer(message) {
     const { topic, id } = message;
     this.latest[topic] = id;
@@ -32,7 +32,7 @@ class Computer {
     if (wanted() && topic === "read" && !answer.problem) await this.readAhead(wanted);
   }
 
-  /** The trace of these tokens, a few at a time; null where it is no longer wanted. */
+  /** Compute the trace of these tokens, a few at a time; null if it is no longer wanted. */
   async trace(idx, options, wanted, before = null) {
     let trace = before;
     let end = before ? commonLength(idx, before.idx) : 0;
@@ -54,13 +54,13 @@ class Computer {
     return same.reduce((best, trace) => (best && common(best) >= common(trace) ? best : trace), null);
   }
 
-  /** Instead of the one that it goes on from, if that was kept. */
+  /** Keep a trace instead of the trace that it continues. */
   keep(trace, from) {
     const others = this.traces.filter((other) => other !== from || other === this.sent);
     this.traces = [trace, ...others].slice(0, KEPT);
   }
 
-  /** Where the context will soon be full: what will be left of it then. */
+  /** If the context will soon be full, compute the trace of the half that will be left. */
   async readAhead(wanted) {
     const { ids, idx } = this.read;
     const { block_size } = this.model.config;
@@ -83,10 +83,10 @@ class Computer {
   }
 }
 
-const resumed = []; // what goes on when the messages before have been read
+const resumed = []; // functions to call when the messages before them have been read
 const turns = new MessageChannel();
 
-/** A promise that the messages that have arrived come before. A timer would wait for 4 ms. */
+/** A promise that resolves after the messages that have already arrived. A timer would wait for 4 ms. */
 function nextMessage() {
   turns.port1.onmessage = () => resumed.shift()();
   return new Promise((done) => {
@@ -95,14 +95,15 @@ function nextMessage() {
   });
 }
 
-/** What can be asked: (computer, message, wanted) => the answer. */
+/** The questions that can be asked: (computer, message, wanted) => the answer. */
 const TOPICS = {
   open(computer, { text, checksum }) {
     const { weights, snapshots, ...data } = readData(text, checksum);
     computer.model = makeModel({ weights, ...data });
     computer.models = snapshots.map((snapshot) => once(() => makeSnapshot({ weights, ...data }, snapshot)));
     computer.models.push(() => computer.model);
-    const sizes = new Map(weights.tensors.map(({ shape, offset }) => [offset, sizeOf(shape)])); // tied ones once
+    // tied tensors count once
+    const sizes = new Map(weights.tensors.map(({ shape, offset }) => [offset, sizeOf(shape)]));
     data.parameters = [...sizes.values()].reduce((sum, size) => sum + size, 0);
     data.steps = [...snapshots.map(({ iter }) => iter), data.progress.iter];
     computer.tokenizer = makeTokenizer(data.tokenizer);
@@ -110,7 +111,7 @@ const TOPICS = {
     return { data, model: computer.model };
   },
 
-  /** text, source: what was typed. ids: of the text, where the model wrote it, since a text can have other ids, too. */
+  /** text, source: as typed. ids: given if the model wrote the text, because other ids can have the same text. */
   async read(computer, { text, source, ids }, wanted) {
     const read = computer.translates ? readPair(computer, source, text, ids) : readText(computer, text, ids);
     const options = { source: read.source ?? null, keep: true };
@@ -140,7 +141,7 @@ const TOPICS = {
     return { results };
   },
 
-  /** The text after step data.steps[number] of training: losses of its tokens, and what that model makes of token t. */
+  /** The text after step data.steps[number] of training: losses of its tokens, and the prediction after token t. */
   async learned(computer, { number, idx, source, t, layer, head }, wanted) {
     const model = computer.models[number]();
     const before = await computer.trace(idx, { source, model }, wanted);
@@ -151,8 +152,8 @@ const TOPICS = {
     return { losses: tokenLosses(trace), probs: trace.probs[t], attention, wte: trace.wte[t] };
   },
 
-  /** `count` steps of gradient descent on these tokens: losses and last prediction before and after them, and the
-  sizes of the gradient of the last step. Models in between are kept, for the way back. */
+  /** Take `count` steps of gradient descent on these tokens: losses and last prediction before and after, and the
+  sizes of the gradient of the last step. The models in between are kept, so that steps can be undone. */
   async descend(computer, { idx, rate, count }, wanted) {
     const text = JSON.stringify([idx, rate]);
     if (computer.descent?.text !== text) computer.descent = { text, steps: [outcome(computer.model, idx)] };
@@ -175,13 +176,13 @@ const TOPICS = {
   },
 };
 
-/** f, which is called at most once. */
+/** A function that calls f only once and keeps its result. */
 function once(f) {
   let made;
   return () => (made ??= f());
 }
 
-/** A model, and what it makes of a text. */
+/** A model and its results for a text. */
 function outcome(model, idx) {
   const trace = forward(model, idx);
   return { model, losses: tokenLosses(trace), probs: trace.probs.at(-1) };
@@ -190,10 +191,10 @@ function outcome(model, idx) {
 // --------------------------------------------------------------------------------------
 // A trace as one buffer
 
-/** form: the value, with {from, lengths} instead of each list of rows, which are one after another in numbers. */
+/** form: the value with {from, lengths} instead of each list of rows. The rows follow one another in numbers. */
 function pack(value) {
   const lists = [];
-  const places = new Map(); // by the first row: a list under several names is there once
+  const places = new Map(); // keyed by the first row, so that a list with several names is stored once
   let size = 0;
   const isList = (part) => Array.isArray(part) && ArrayBuffer.isView(part[0]);
   const form = replace(value, isList, (rows) => {
@@ -229,7 +230,7 @@ function unpack({ form, numbers }) {
   });
 }
 
-/** The value with f(part) instead of each part that is wanted. */
+/** Replace each part that is wanted in a value by f(part). */
 function replace(value, wanted, f) {
   if (wanted(value)) return f(value);
   if (Array.isArray(value)) return typeof value[0] === "object" ? value.map((item) => replace(item, wanted, f)) : value;
@@ -238,9 +239,9 @@ function replace(value, wanted, f) {
 }
 
 // --------------------------------------------------------------------------------------
-// On both sides
+// The two ends of the connection
 
-/** In the worker: what the page asks is answered. */
+/** In the worker: answer the page's questions. */
 function serve() {
   const computer = new Computer((answer) => postMessage(answer, answer.news ? [answer.news.numbers.buffer] : []));
   onmessage = ({ data }) => computer.answer(data);
@@ -263,7 +264,7 @@ class Desk {
     };
   }
 
-  /** The answer; of two questions under one topic, the older one may get an empty one. */
+  /** Ask the worker. If a newer question under the same topic follows, the answer may be empty. */
   ask(topic, message) {
     const id = this.asked++;
     this.worker.postMessage({ topic, id, ...message });
