@@ -13,6 +13,7 @@ import typing
 import unicodedata
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -578,12 +579,13 @@ def test_late_positions_have_the_angles_of_float32(node, position):
 
 
 @pytest.mark.parametrize("name", known_settings.VARIANTS["activation"])
-def test_activations_are_pytorchs_wherever_they_bend(node, name):
-    x = torch.linspace(-8, 8, 801, dtype=torch.float64)
-    found = torch.tensor(
-        node.ask("activation", name=name, args=x.tolist()), dtype=torch.float64
-    )
-    torch.testing.assert_close(found, ACTIVATIONS[name](x), atol=1e-9, rtol=1e-9)
+def test_activations_and_their_slopes_are_pytorchs_wherever_they_bend(node, name):
+    x = torch.linspace(-8, 8, 801, dtype=torch.float64, requires_grad=True)
+    y = ACTIVATIONS[name](x)
+    y.sum().backward()
+    for what, expected in (("activation", y), ("activation_backward", x.grad)):
+        found = node.ask(what, name=name, args=x.tolist())
+        assert found == pytest.approx(expected.tolist(), abs=1e-8), what
 
 
 def test_softmax_does_not_overflow(node):
@@ -688,14 +690,6 @@ def test_the_gradient_of_a_text_and_a_step_along_it_are_pytorchs(node, name):
             p -= rate * p.grad
     assert unpacked(answer["after"]) == pytest.approx(losses().tolist(), abs=1e-4)
     assert unpacked(answer["kept"]).tolist() == each  # the model itself did not change
-
-
-@pytest.mark.parametrize("name", known_settings.VARIANTS["activation"])
-def test_the_slope_of_each_activation_is_pytorchs(node, name):
-    x = torch.linspace(-6, 6, 601, dtype=torch.float64, requires_grad=True)
-    ACTIVATIONS[name](x).sum().backward()
-    found = node.ask("activation_backward", name=name, args=x.tolist())
-    assert found == pytest.approx(x.grad.tolist(), abs=1e-8)
 
 
 def test_a_model_without_a_backward_pass_says_why(node):
@@ -819,15 +813,21 @@ def test_gradient_descent_on_the_leaf_network_reaches_95_percent_and_explodes_wi
 # Token after token
 
 
-def edits(T: int) -> list[tuple[list[int], int]]:
-    """Texts, and how many first tokens each has in common with the one before."""
-    if T == 1:
-        return [(tokens(1), 0), (tokens(1), 1)]
+def edits(T: int) -> list[list[int]]:
+    """Texts of at most T tokens, each an edit of the one before."""
     idx = tokens(T)
     other = [*idx[: T // 2], (idx[T // 2] + 1) % 11, *idx[T // 2 + 1 :]]
-    steps = [(idx[:1], 0), (idx[: T // 2], 1), (idx[: T - 1], T // 2), (idx, T - 1)]
-    steps += [(other, T // 2), (other[:-3], T - 3), (other[:-3], T - 3)]
-    return [*steps, (idx[1:], 0 if idx[0] != idx[1] else 1)]
+    texts = [
+        idx[:1],
+        idx[: T // 2],
+        idx[: T - 1],
+        idx,
+        other,
+        other[:-3],
+        other[:-3],
+        idx[1:],
+    ]
+    return [text for text in texts if text]
 
 
 @every_case
@@ -836,15 +836,20 @@ def test_computing_from_the_first_changed_token_on_gives_the_same_bits(
 ):
     case = explained_case(tiny, variant)
     block_size, source = case["data"]["model"]["block_size"], case["source"]
-    texts = [(idx, common, source) for idx, common in edits(min(16, block_size))]
+    texts = edits(min(16, block_size))
+    request = [{"idx": idx, "source": source} for idx in texts]
     if source:  # with another source, all of it is computed again
-        idx = texts[-1][0]
-        texts += [(idx, 0, source[:-1]), (idx, 0, source), (idx, len(idx), source)]
-    request = [{"idx": idx, "source": source} for idx, _, source in texts]
+        for other in (source[:-1], source, source):
+            request.append({"idx": texts[-1], "source": other})
     found = node.ask("incremental", data=case["data"], texts=request)
-    for answer, (_, common, _) in zip(found, texts, strict=True):
-        same = {"different": [], "last_different": []}
-        assert answer == {"first": common, "kept": common, **same}
+    before = {"idx": [], "source": source}
+    for answer, text in zip(found, request, strict=True):
+        same = before["source"] == text["source"]
+        pairs = zip(before["idx"], text["idx"], strict=False) if same else []
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        equal = {"different": [], "last_different": []}
+        assert answer == {"first": common, "kept": common, **equal}
+        before = text
 
 
 # --------------------------------------------------------------------------------------
@@ -1223,15 +1228,12 @@ def test_at_each_snapshot_the_logits_are_pytorchs_with_the_same_rounded_weights(
 
 def test_a_page_has_the_snapshots_before_its_model_unless_they_are_left_out(run_dir):
     train.main([*TINY_RUN, "--max_iters=12", "--eval_interval=10", "--learning_rate=1e-6"])
-    explain.main(["--out_dir=out/run", "--to=with.html", "--checkpoint=latest"])
-    explain.main(["--out_dir=out/run", "--to=without.html", "--snapshots=False"])
-    data = data_in(Path("with.html"))
-    assert [snapshot["iter"] for snapshot in data["snapshots"]] == [0, 10]
-    assert data_in(Path("without.html"))["snapshots"] == []
     # of a step that this model has not reached
     shutil.copy("out/run/snapshots/10.pt", "out/run/snapshots/30.pt")
-    explain.main(["--out_dir=out/run", "--to=with.html", "--checkpoint=latest"])
-    assert [entry["iter"] for entry in data_in(Path("with.html"))["snapshots"]] == [0, 10]
+    for keep, steps in ((True, [0, 10]), (False, [])):
+        explain.main(["--out_dir=out/run", "--checkpoint=latest", f"--snapshots={keep}"])
+        snapshots = data_in(run_dir / "explain.html")["snapshots"]
+        assert [snapshot["iter"] for snapshot in snapshots] == steps
 
 
 def test_a_model_that_the_page_would_compute_otherwise_is_refused(

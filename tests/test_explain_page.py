@@ -362,21 +362,6 @@ def test_a_translation_is_written_on_opening_and_says_what_it_does_not_read(open
     )
 
 
-def test_the_strongest_key_is_selected_and_its_cell_can_be_read(opened, runs):
-    model, tokenizer = load(runs)
-    view = opened(hash="#section=attention&layer=1&head=1&text=" + "Akis osal Akis")
-    ids = ids_in_context(tokenizer, "Akis osal Akis")
-    weights = expected_trace(model, ids, None, tokenizer.vocab_size)
-    row = weights["stack.blocks.1.attn.weights"][1, -1]
-    strip, matrix = (
-        view.page.locator("#attention canvas[tabindex]").nth(i) for i in (0, 1)
-    )
-    value = f"{row.max().item():.4f}"
-    for canvas in (strip, matrix):
-        assert canvas.get_attribute("aria-valuetext").endswith(value)
-    assert matrix.bounding_box()["height"] / 14 >= 13
-
-
 def test_a_number_and_its_operands_light_up_in_the_picture_where_they_live(opened):
     view = opened(hash="#section=model&text=Akis")
     lit = """kind => [...document.querySelectorAll(`#flow .${kind}`)].map(
@@ -488,14 +473,6 @@ def test_after_any_actions_the_numbers_are_those_of_the_text(opened, runs, actio
         walk.step()
         assert_shows(view, model, tokenizer)
         assert view.console == []
-    view.page.fill("#text", "Akis osal")
-    view.settle()
-    trace = expected_trace(
-        model, tokenizer.encode("Akis osal").tolist(), None, tokenizer.vocab_size
-    )
-    chosen = dict(addresses(trace, 40))
-    for address, y in drawers(view, chosen, "Akis osal").items():
-        assert abs(y["value"] - chosen[address]) < 1e-4, address
 
 
 DRAWERS = """async ([addresses, query]) => {
@@ -597,17 +574,16 @@ def test_the_hash_restores_the_view(opened):
 def test_the_leaf_network_is_trained_to_95_percent_stops_and_explodes_with_a_reason(opened):
     view = opened(hash="#section=training")
     panel = view.page.locator("#training")
-    panel.get_by_role("button", name="Run").click()
+    click = lambda name: panel.get_by_role("button", name=name).click()  # noqa: E731
+    click("Run")
+    reached = re.compile(r"^(1|0\.9[5-9].*)$")
     expect = playwright.expect(panel.locator("[data-accuracy]"))
-    expect.to_have_attribute(
-        "data-accuracy", re.compile(r"^(1|0\.9[5-9].*)$"), timeout=30_000
-    )
-    panel.get_by_role("button", name="Stop").click()
-    assert panel.get_by_role("button", name="Run").is_visible()
-    panel.get_by_role("button", name="Start over").click()
+    expect.to_have_attribute("data-accuracy", reached, timeout=30_000)
+    click("Stop")
+    click("Start over")
     panel.locator("input[type=range]").fill("3")
     for _ in range(20):
-        panel.get_by_role("button", name="Step").click()
+        click("Step")
     assert "Exploded" in panel.locator(".status").inner_text()
 
 
@@ -871,12 +847,3 @@ def test_a_step_of_gradient_descent_on_the_text_is_pytorchs_and_can_be_undone(op
     assert status(view, "step", "1 step ") == pytest.approx(losses[1], abs=1e-4)
     view.page.fill("#text", "Akis")  # of another text it says nothing
     view.page.wait_for_selector("text=The weights are those of the run.")
-
-
-def test_the_leaf_networks_boundary_moves_with_each_step(opened):
-    view = opened("run", "#section=training")
-    pixels = "canvas => canvas.toDataURL()"
-    before = view.page.eval_on_selector_all("#training .field", f"all => all.map({pixels})")
-    view.page.click("#training >> text=Step")
-    after = view.page.eval_on_selector_all("#training .field", f"all => all.map({pixels})")
-    assert len(before) == 2 and all(a != b for a, b in zip(before, after, strict=True))

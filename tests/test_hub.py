@@ -26,14 +26,8 @@ from humptygpt.loading import load
 from humptygpt.token_files import read_meta
 from model import GPT, ModelConfig
 
-SMALL = {
-    "n_layer": 1,
-    "n_head": 2,
-    "n_embd": 8,
-    "block_size": 16,
-    "vocab_size": 400,
-    "bias": True,
-}
+SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "vocab_size": 400}
+SMALL |= GPT2 | {"bias": True, "activation": "gelu_tanh"}
 REPO = "openai-community/gpt2"
 COMMIT = "a" * 40
 
@@ -44,7 +38,7 @@ def files(folder) -> dict[str, bytes]:
     made = merges_folder(Path("made"))
     torch.manual_seed(0)
     (made / "config.json").unlink()
-    write_pretrained(GPT(ModelConfig(**GPT2 | SMALL | {"activation": "gelu_tanh"})), made)
+    write_pretrained(GPT(ModelConfig(**SMALL)), made)
     content = {path.name: path.read_bytes() for path in made.iterdir()}
     others = ("README.md", "onnx/model.onnx", "pytorch_model.bin", "modeling_gpt2.py")
     return content | dict.fromkeys(others, b"not needed")
@@ -58,9 +52,8 @@ def server(files, monkeypatch):
         path = path.partition("?")[0]
         if here.code or REPO not in path:
             code = here.code or 404
-            here.headers["X-Error-Code"] = {404: "RepoNotFound", 403: "GatedRepo"}.get(
-                code, ""
-            )
+            codes = {404: "RepoNotFound", 403: "GatedRepo"}
+            here.headers["X-Error-Code"] = codes.get(code, "")
             return code
         if path == f"/api/models/{REPO}/revision/main":
             names = [{"rfilename": name} for name in here.files]
@@ -70,10 +63,10 @@ def server(files, monkeypatch):
                 {
                     "type": "file",
                     "path": name,
-                    "size": len(content),
+                    "size": len(x),
                     "oid": name.replace("/", "-"),
                 }
-                for name, content in here.files.items()
+                for name, x in here.files.items()
             ]
             return json.dumps(entries).encode()
         name = path.removeprefix(f"/{REPO}/resolve/{COMMIT}/")
@@ -139,23 +132,11 @@ def test_a_tokenizer_comes_by_the_models_name_without_its_weights(server):
         prepare_data.main(["--input=text.txt", "--name=x", "--tokenizer=no/model"])
 
 
-@pytest.mark.parametrize(
-    "code, message",
-    [
-        (
-            404,
-            "ADDRESS/openai-community/gpt2 does not exist or asks for permission; check the name",
-        ),
-        (
-            403,
-            "ADDRESS/openai-community/gpt2 does not exist or asks for permission; check the name",
-        ),
-        (
-            500,
-            "gpt2 cannot be fetched from ADDRESS: Server error '500 Internal Server Error' for",
-        ),
-    ],
-)
+REFUSED = "ADDRESS/openai-community/gpt2 does not exist or asks for permission; check the"
+FAILED = "gpt2 cannot be fetched from ADDRESS: Server error '500 Internal Server Error' for"
+
+
+@pytest.mark.parametrize("code, message", [(404, REFUSED), (403, REFUSED), (500, FAILED)])
 def test_what_the_hub_refuses_is_one_line(code, message, server, fails):
     server.code = code
     line = fails(sample.main, "--init_from=gpt2")
@@ -172,17 +153,13 @@ def test_without_a_network_the_fixes_are_named_in_one_line(server, monkeypatch, 
 def test_weights_in_shards_come_with_their_index(server, folder):
     weights = load_bytes(server.files.pop("model.safetensors"))
     names = sorted(weights)
-    shards = {
-        "model-00001-of-00002.safetensors": names[:5],
-        "model-00002-of-00002.safetensors": names[5:],
-    }
+    shards = {"model-1-of-2.safetensors": names[:5], "model-2-of-2.safetensors": names[5:]}
     for shard, members in shards.items():
         save_file({name: weights[name] for name in members}, shard)
         server.files[shard] = Path(shard).read_bytes()
-    index = {
-        "weight_map": {name: shard for shard, members in shards.items() for name in members}
-    }
-    server.files["model.safetensors.index.json"] = json.dumps(index).encode()
+    files = {name: shard for shard, members in shards.items() for name in members}
+    index = json.dumps({"weight_map": files}).encode()
+    server.files["model.safetensors.index.json"] = index
     assert load("gpt2").model.config.n_layer == 1
     assert shards.keys() < fetched(server)
 
