@@ -42,7 +42,7 @@ from humptygpt.schema import parse_json
 # torch and matplotlib take seconds to import. The functions that need them import them, so that a misspelt key is
 # told at once.
 
-# These settings do not affect what a run learns. _parameters has a column of its own.
+# Settings without an effect on the learned model. _parameters has a column of its own.
 IGNORED = {
     "out_dir",
     "init_from",
@@ -59,7 +59,10 @@ IGNORED = {
 }
 # Settings that --minutes chooses by the time, apart from the sizes of the model and of a batch
 BY_CLOCK = {"max_iters", "eval_interval", "warmup_iters", "dropout", "weight_decay"}
-SCHEMA = {"max_iters": range(1, 2**53), "_parameters?": range(2**53)}  # of config.json
+SCHEMA = {
+    "max_iters": range(1, 2**53),
+    "_parameters?": range(2**53),
+}  # schema of config.json
 SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # the end of a path: -1, _seed=1, /1
 BITS = "best_bits_per_byte"
 # The rows of a table: the name of each, and its runs, which differ only in the seed

@@ -19,7 +19,10 @@ from train import TrainConfig
 
 SHAPE = ModelConfig(**GPT2, n_head=4, block_size=64, vocab_size=65)
 DEFAULTS = asdict(TrainConfig(max_iters=200)) | asdict(SHAPE)
-RECORDS = {"_parameters": 804_096, "_model.py": "89abcdef"}  # of a run, beside its settings
+RECORDS = {
+    "_parameters": 804_096,
+    "_model.py": "89abcdef",
+}  # entries of config.json that are no settings
 
 
 def make_run(
@@ -34,9 +37,9 @@ def make_run(
     pace: float = 1.0,
     **settings,
 ) -> str:
-    """A folder as train.py leaves it: an evaluation of each loss, after each `every` steps (10 tokens, 1 s).
+    """Make a run's folder with an evaluation for each loss, after each `every` steps (10 tokens, 1 s).
 
-    text: the checksum of what was evaluated. whole: the loss on the whole split. pace: how far each step brings a run.
+    text: the checksum of the evaluated text. whole: the loss on the whole split. pace: how far each step brings a run.
     """
     path = Path(folder)
     path.mkdir(parents=True)
@@ -144,7 +147,9 @@ def test_runs_with_different_tokens_are_compared_by_bits_per_byte(run):
 
 def test_of_runs_that_were_evaluated_on_different_texts_none_is_the_best(run):
     make_run("out/a", 2.0)
-    make_run("out/b", 1.9, text="4567cdef")  # as many tokens, as of data prepared again
+    make_run(
+        "out/b", 1.9, text="4567cdef"
+    )  # equally many tokens, as if the data was prepared again
     make_run("out/new")
     table, errors = run("out/a", "out/b", "out/new")
     assert " best" not in table
@@ -428,7 +433,7 @@ def test_rows_are_compared_with_the_first_of_their_group_and_the_best_of_each_gr
     assert [row["remark"] for row in rows] == [said[1] for _, said in bits.values()]
     expected = [said[0] and pytest.approx(said[0]) for _, said in bits.values()]
     assert [row["difference"] for row in rows] == expected
-    table, _ = run(*runs[::2], *runs[1::2], "--group=True")  # in alternation
+    table, _ = run(*runs[::2], *runs[1::2], "--group=True")  # the groups alternate
     titles = [line for line in table.splitlines() if line in ("out/a", "out/b")]
     assert titles == ["out/a", "out/b"]
     assert "-0.275  best" in row_of(table, "overlaps")

@@ -344,11 +344,11 @@ def node(tmp_path_factory):
 
 
 # --------------------------------------------------------------------------------------
-# What PyTorch computes, by the names of a trace. The numbers in between are checked as sums of their terms, below.
+# PyTorch's results by their names in a trace. The numbers in between are checked below, as sums of their terms.
 
 
 KEPT = re.compile(r"(^wte|(?<!qk_)norm|conv|_proj|blocks\.\d+|^layers\.\d+)$")
-RENAMED = {  # modules: what they compute, in a trace
+RENAMED = {  # name of a module: name of its output in a trace
     r"^encoder": "source.encoder",
     r"\.mlp\.": ".feed_forward.",
     r"\.conv$": ".feed_forward.conv",
@@ -361,7 +361,7 @@ RENAMED = {  # modules: what they compute, in a trace
 def expected_trace(
     model: nn.Module, idx: list[int], source: list[int] | None, tokenizer_vocab_size: int
 ) -> dict[str, Tensor]:
-    """What modules compute, the weights of attention and the probabilities, by their names in a trace."""
+    """The outputs of modules, the weights of attention and the probabilities, by their names in a trace."""
     found, weights = {}, []
     attend = models.attend
 
@@ -417,7 +417,7 @@ def rounded(model: nn.Module, std: float | None = 0.1) -> nn.Module:
 
 
 def data_of(model: nn.Module, tokenizer_vocab_size: int | None = None) -> dict:
-    """As from page_data(), with a tokenizer that nobody asks for anything but its size."""
+    """Data like page_data()'s, with a tokenizer that has nothing but a size."""
     pieces = {"lengths": [1] * (tokenizer_vocab_size or model.config.vocab_size)}
     return page_data.model_data(model) | {"tokenizer": {"pieces": pieces}}
 
@@ -431,12 +431,12 @@ def tokens(T: int, vocab_size: int = 11, seed: int = 0) -> list[int]:
 def assert_parity(
     node: Node, model: nn.Module, idx: list[int], source: list[int] | None = None, size=None
 ) -> None:
-    """What the JavaScript computes is PyTorch's."""
+    """The JavaScript computes the same as PyTorch."""
     found = node.arrays("forward", data=data_of(model, size), idx=idx, source=source)
     expected = expected_trace(model, idx, source, size or model.config.vocab_size)
     for name, tensor in expected.items():
         a = found[name]
-        if name.endswith("weights"):  # of later keys, they are not computed
+        if name.endswith("weights"):  # weights of later keys are not computed
             a = np.nan_to_num(a)
         assert a.shape == tensor.shape, name
         np.testing.assert_allclose(a, tensor, rtol=0, atol=TOLERANCE, err_msg=name)
@@ -507,7 +507,7 @@ MORE_VARIANTS = [
 
 
 def known(variants: list[dict]) -> list[dict]:
-    """Those that the page computes with; it refuses what it has yet to learn."""
+    """The variants that the page supports; it refuses the others."""
     names = known_settings.VARIANTS
     return [
         keys
@@ -574,7 +574,7 @@ def test_late_positions_have_the_angles_of_float32(node, position):
     (found,) = node.arrays(
         "forward", data=data_of(model), idx=tokens(1280), only=only
     ).values()
-    # with exact angles it is 3e-5
+    # exact angles would differ by 3e-5
     assert np.abs(found - getattr(model.stack.position, buffer).numpy()).max() < 1e-6
 
 
@@ -596,8 +596,10 @@ def test_the_variants_that_a_page_knows_are_those_of_the_javascript(node):
     dictionaries = node.ask("dictionaries")
     for key, names in known_settings.VARIANTS.items():
         if key == "model":
-            names = set(names) - {"number_mlp"} | {"window_mlp"}  # with other embeddings
-        if key != "attention":  # of which it has one
+            names = set(names) - {"number_mlp"} | {
+                "window_mlp"
+            }  # the same network with other embeddings
+        if key != "attention":  # there is only one attention
             assert set(dictionaries[f"{key.upper()}S"]) == set(names)
         if key not in ("attention", "tokenizer"):
             in_reference = {keys.get(key) for keys, _ in reference()["logits"]}
@@ -715,7 +717,7 @@ every_case = pytest.mark.parametrize(
 
 
 def explained_case(tiny, variant: dict) -> dict:
-    """A request of a small text; source: None where there is no encoder."""
+    """A request about a small text; source: None without an encoder."""
     model = rounded(tiny(**variant))
     source = tokens(7, seed=1) if model.has_encoder else None
     return {
@@ -1005,13 +1007,9 @@ def test_the_pictures_of_the_leaf_network_show_its_boundary_and_its_loss(node):
     keys = {"rate": 0.5, "steps": 300, "n": 11, "weights": weights, "inputs": [0, 1]}
     found = node.ask("leaf_pictures", span=2, **keys)
     field, landscape = np.array(found["field"]), np.array(found["landscape"])
-    assert (
-        field[5, 1] < 0.3 and field[2, 9] > 0.7
-    )  # where the article's leaf and flower are
+    assert field[5, 1] < 0.3 and field[2, 9] > 0.7  # the article's leaf and flower
     trained = node.ask("leaf", rate=0.5, steps=300)["losses"][-1]
-    assert landscape[5, 5] == pytest.approx(
-        trained
-    )  # in the middle both weights are as they are
+    assert landscape[5, 5] == pytest.approx(trained)  # the middle is the network itself
     untrained = np.array(node.ask("leaf_pictures", span=2, **keys | {"steps": 0})["field"])
     assert ((field > 0.5) != (untrained > 0.5)).mean() > 0.2
 
@@ -1068,7 +1066,7 @@ def data_in(page: Path) -> dict:
 
 
 def assert_computes(answer: dict, idx: list[int], source: list[int] | None = None) -> None:
-    """The answer to these tokens is that of the run's model, its weights rounded as in the page."""
+    """The answer to these tokens equals the answer of the run's model with rounded weights."""
     run = load(Path("out/run/best.pt"))
     model = rounded(run.model, std=None)
     keys = {} if source is None else {"source": torch.tensor([source])}
@@ -1228,7 +1226,7 @@ def test_at_each_snapshot_the_logits_are_pytorchs_with_the_same_rounded_weights(
 
 def test_a_page_has_the_snapshots_before_its_model_unless_they_are_left_out(run_dir):
     train.main([*TINY_RUN, "--max_iters=12", "--eval_interval=10", "--learning_rate=1e-6"])
-    # of a step that this model has not reached
+    # this snapshot is of a step that the model has not reached
     shutil.copy("out/run/snapshots/10.pt", "out/run/snapshots/30.pt")
     for keep, steps in ((True, [0, 10]), (False, [])):
         explain.main(["--out_dir=out/run", "--checkpoint=latest", f"--snapshots={keep}"])
@@ -1252,7 +1250,7 @@ def test_a_model_that_the_page_would_compute_otherwise_is_refused(
             patch.setattr(owner, name, edited(getattr(owner, name)))
             complaint = fails(explain.main, "--out_dir=out/run")
             assert complaint.startswith("a page would not compute what this model.py")
-    # what this run does not use, and what only training does
+    # edits of code that this run does not use, or only in training
     monkeypatch.setattr(models.GatedMLP, "forward", None)
     monkeypatch.setattr(models.Dropout, "forward", lambda self, x: x)
     explain.main(["--out_dir=out/run"])

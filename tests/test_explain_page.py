@@ -98,7 +98,7 @@ class Opened:
         self.page.wait_for_selector("#page[aria-busy=false] #bars button")
 
     def settle(self) -> None:
-        """Wait until what is shown is that of the text."""
+        """Wait until the page shows the numbers of the text."""
         self.until("document.getElementById('page').ariaBusy === 'false'")
 
     def until(self, condition: str) -> None:
@@ -162,7 +162,7 @@ def test_the_bars_are_the_models_probabilities_and_change_with_each_keystroke(op
 
 
 def ids_in_context(tokenizer, text: str, block_size: int = 32) -> list[int]:
-    """Of the tokens of a text, those that sample.py still sees when it has written up to there."""
+    """The tokens of a text that sample.py still sees when it has written this far."""
     ids = tokenizer.encode(text or "\n").tolist()
     while len(ids) > block_size:
         ids = ids[block_size + 1 - block_size // 2 :]
@@ -241,7 +241,7 @@ def test_a_key_computes_one_row_beside_the_page_and_outdated_keys_are_dropped(op
     view.page.focus("#text")
     view.page.keyboard.type("kis osal")
     view.settle()
-    assert view.page.evaluate("rows") == []  # on the thread that paints
+    assert view.page.evaluate("rows") == []  # the thread that paints computed nothing
 
 
 ADDRESSES = {
@@ -503,7 +503,7 @@ def number(text: str) -> float:
 
 
 def addresses(trace: dict, n: int) -> list[tuple[str, float]]:
-    """Of n numbers of a trace, chosen at random."""
+    """Addresses and values of n numbers of a trace, chosen at random."""
     names = [name for name in trace if not re.search("first|idx|mask", name)]
     draw = random.Random(1)
     chosen = []
@@ -769,7 +769,7 @@ def test_a_page_whose_data_was_damaged_says_so_instead_of_showing_numbers(
 
 
 # --------------------------------------------------------------------------------------
-# What is written
+# Texts of the page
 
 
 def test_each_byte_that_is_no_character_has_a_sign_of_its_own(opened):
@@ -845,5 +845,5 @@ def test_a_step_of_gradient_descent_on_the_text_is_pytorchs_and_can_be_undone(op
     assert status(view, "step", "2 steps") == pytest.approx(losses[2], abs=1e-4)
     view.page.click("text=Undo")
     assert status(view, "step", "1 step ") == pytest.approx(losses[1], abs=1e-4)
-    view.page.fill("#text", "Akis")  # of another text it says nothing
+    view.page.fill("#text", "Akis")  # steps belong to one text
     view.page.wait_for_selector("text=The weights are those of the run.")

@@ -281,7 +281,7 @@ def test_a_tokenizer_that_was_imported_has_its_tokens_in_llama_cpp(kind, folder)
     from humptygpt.convert.read_huggingface import read_tokenizer
 
     KINDS[kind](Path("theirs"))
-    if kind.startswith("Llama 3"):  # as its own has it
+    if kind.startswith("Llama 3"):  # Llama 3's own file has it
         path = Path("theirs/tokenizer.json")
         described = json.loads(path.read_text())
         path.write_text(
@@ -297,7 +297,7 @@ def test_a_tokenizer_that_was_imported_has_its_tokens_in_llama_cpp(kind, folder)
         expected = greedy(found, ids, 8)
         if found.tokenizer.eot in expected:
             expected = expected[: expected.index(found.tokenizer.eot)]
-        # which it does not show
+        # llama.cpp does not show these
         expected = [
             i for i in expected if found.tokenizer.pieces[i] not in (b"<s>", b"<unk>")
         ]
@@ -381,7 +381,7 @@ SHAPES = [
         "rope_high_freq_factor": 2.0,
         "rope_low_freq_factor": 0.5,
     },
-    {"vocab_size": 24},  # of which 13 stand for no token
+    {"vocab_size": 24},  # 13 rows belong to no token
 ]
 
 
@@ -477,7 +477,7 @@ def test_the_settings_in_the_card_are_a_config_file_of_the_run(runs, monkeypatch
 
 
 # --------------------------------------------------------------------------------------
-# What cannot be exported
+# Refusals
 
 
 def preset(path: str | Path) -> ModelConfig:
@@ -500,7 +500,7 @@ def test_the_presets_can_be_exported_in_both_formats(path):
     keys = vars(config) | {"n_layer": 1, "vocab_size": 11}
     content, weights = to_pretrained(random_model(**keys))
     check_activation(content)
-    # which q8_0 packs
+    # q8_0 can pack all rows
     assert all(x.shape[-1] % 32 == 0 for x in weights.values() if x.dim() == 2)
 
 
@@ -551,7 +551,7 @@ def test_a_model_that_other_programs_would_compute_otherwise_is_refused(
         complaint = fails(export.main, "--out_dir=out/run", f"--to={to}")
         assert complaint.startswith("transformers or llama.cpp would not compute what")
         assert not Path(to).exists()
-    export.main(["--out_dir=out/run", "--to=model.pt"])  # which model.py reads
+    export.main(["--out_dir=out/run", "--to=model.pt"])  # model.py itself reads it
 
 
 def test_mistakes_are_one_line(fails):
@@ -601,7 +601,7 @@ for path, write in (("new/exported", export.write_folder), ("new/model.gguf", ex
 
 
 def test_a_full_disk_leaves_nothing_half_written(folder):
-    """Files of a limited size, which fails where a full disk does."""
+    """A limit on the size of files fails at the same places as a full disk."""
     pytest.importorskip("gguf")
     paths = [str(ROOT), str(ROOT / "tests")]
     command = [sys.executable, "-c", FULL, *paths]

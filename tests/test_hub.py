@@ -80,7 +80,7 @@ def server(files, monkeypatch):
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(
             constants.ENDPOINT, address
         )
-        # which the package reads of the environment where it is first imported
+        # the package read these from the environment when it was imported
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", address)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", "cache")

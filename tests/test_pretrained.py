@@ -73,7 +73,7 @@ def randomized(model: nn.Module) -> nn.Module:
 
 
 def rope_scaling(**changes) -> dict:
-    """Of the frequencies of a head of 8, one stays, one is interpolated, and the others are divided."""
+    """With a head of 8, one frequency stays, one is interpolated, and the others are divided."""
     return {"rope_parameters": ROPE | {"rope_theta": 50.0} | changes}
 
 
@@ -105,12 +105,12 @@ def save_shards(model: nn.Module) -> None:
 
 
 def save_without_prefix(model: nn.Module) -> None:
-    """As the model without its head has it."""
+    """Save the names of the model without its head."""
     model.base_model.save_pretrained(HF)
 
 
 def save_pickle(model: nn.Module) -> None:
-    """As before safetensors: all names, those of tied weights and of buffers among them."""
+    """Save as before safetensors: with all names, also of tied weights and of buffers."""
     torch.save(with_buffers(model), HF / "pytorch_model.bin")
 
 
@@ -323,7 +323,7 @@ def test_what_cannot_be_exported_is_refused_by_name_and_nothing_is_written(setti
 
 
 # --------------------------------------------------------------------------------------
-# What cannot be read
+# Damage and unsupported models
 
 
 def edit_config(**changes: object) -> Callable[[], None]:

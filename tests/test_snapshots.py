@@ -89,7 +89,7 @@ def test_a_resumed_run_has_the_same_snapshots_byte_for_byte(run_train):
     whole = kept()
     run_train("--max_iters=10", "--eval_interval=6", "--decay_lr=False")
     assert list(kept()) == [0]
-    # of steps that the resumed run has not done, and half a file, as a kill may leave it
+    # files of steps that the resumed run has not done, and half a file, as after a kill
     for name in ("30.pt", "100.pt", "300.pt.0123abcd.tmp"):
         (OUT / "snapshots" / name).write_bytes(b"of another future")
     train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=31"])
@@ -101,7 +101,7 @@ def test_a_new_run_in_the_same_folder_has_only_its_own_snapshots(run_train):
     run_train("--max_iters=12", "--seed=1")
     first = kept()
     for name in ("ckpt.pt", "best.pt"):
-        (OUT / name).unlink()  # as of a run that ended before its first checkpoint
+        (OUT / name).unlink()  # the run ended before its first checkpoint
     run_train("--seed=2")
     assert list(first) == [0, 10] and list(kept()) == [0]
     assert kept()[0] != first[0]

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format: small files beside a base model, which train.py writes and which are merged here."""
+"""LoRA adapters in PEFT's format: files with the trained matrices, to be written and to be merged into a base model."""
 
 import math
 import re

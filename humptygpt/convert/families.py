@@ -33,14 +33,12 @@ class Family(NamedTuple):
     prefix: str
     settings: dict[str, str]  # key of config.json: key of ModelConfig
     defaults: dict[str, object]  # keys that config.json may lack
-    supported: dict[
-        str, object
-    ]  # other keys of config.json, and the value that is supported
+    supported: dict[str, object]  # further keys of config.json, with the supported value
     fixed: dict[str, object]  # our settings that all these models share
     # their layer: our layers, concatenated if there are several; # is the number of the block
     weights: dict[str, list[str]]
     transposed: bool  # whether the matrices in blocks are (inputs, outputs), unlike ours
-    # regular expression for buffers that older files hold beside the weights
+    # regular expression of the names of buffers, which older files hold as well
     no_weights: str
     dropouts: list[str]  # keys of config.json
     preset: str  # one of our config files whose models belong to this family

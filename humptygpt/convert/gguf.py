@@ -33,7 +33,7 @@ DTYPES = {  # the values of --dtype
     "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-ACTIVATIONS = {"gpt2": "gelu_tanh", "llama": "silu"}  # what llama.cpp computes
+ACTIVATIONS = {"gpt2": "gelu_tanh", "llama": "silu"}  # the activations of llama.cpp
 HYPERPARAMETERS = {  # GGUFWriter.add_...: key of config.json
     "gpt2": {
         "block_count": "n_layer",

@@ -23,7 +23,13 @@ NAMED = (
     "mask_token",
 )
 SWITCHES = ("legacy", "add_bos_token", "add_prefix_space")
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
+FLAGS = (
+    "single_word",
+    "lstrip",
+    "rstrip",
+    "normalized",
+    "special",
+)  # properties of an added token
 SETTINGS = {
     **{f"{key}?": TOKEN for key in NAMED},
     **{f"{key}?": (bool, None) for key in SWITCHES},

@@ -16,7 +16,7 @@ from humptygpt.config import UserError, one_line
 from humptygpt.schema import parse_json
 
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists counts
-Weights = dict[str, Tensor]  # by name
+Weights = dict[str, Tensor]  # tensors with their names
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
