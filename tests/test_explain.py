@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import typing
 import unicodedata
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -34,12 +35,13 @@ from humptygpt import checkpoint
 from humptygpt import tokenizers as tokenizer
 from humptygpt.config import UserError
 from humptygpt.loading import load
-from humptygpt.page import known_settings, page_data
+from humptygpt.page import page_data
 from humptygpt.page.known_settings import (
     REFERENCE,
     check_formulas,
     check_settings,
     known_logits,
+    known_values,
 )
 from humptygpt.tasks import build, make_model_config
 from humptygpt.tokenizers import (
@@ -508,12 +510,12 @@ MORE_VARIANTS = [
 
 def known(variants: list[dict]) -> list[dict]:
     """The variants that the page supports; it refuses the others."""
-    names = known_settings.VARIANTS
-    return [
-        keys
-        for keys in variants
-        if all(value in names.get(key, (value,)) for key, value in keys.items())
-    ]
+    found = []
+    for keys in variants:
+        with suppress(UserError):
+            check_settings(ModelConfig(**{"n_embd": 24, "n_head": 2} | keys), "char")
+            found.append(keys)
+    return found
 
 
 VARIANTS = known([*test_model.VARIANTS, *MORE_VARIANTS])
@@ -578,7 +580,7 @@ def test_late_positions_have_the_angles_of_float32(node, position):
     assert np.abs(found - getattr(model.stack.position, buffer).numpy()).max() < 1e-6
 
 
-@pytest.mark.parametrize("name", known_settings.VARIANTS["activation"])
+@pytest.mark.parametrize("name", known_values()["activation"])
 def test_activations_and_their_slopes_are_pytorchs_wherever_they_bend(node, name):
     x = torch.linspace(-8, 8, 801, dtype=torch.float64, requires_grad=True)
     y = ACTIVATIONS[name](x)
@@ -594,16 +596,10 @@ def test_softmax_does_not_overflow(node):
 
 def test_the_variants_that_a_page_knows_are_those_of_the_javascript(node):
     dictionaries = node.ask("dictionaries")
-    for key, names in known_settings.VARIANTS.items():
-        if key == "model":
-            names = set(names) - {"number_mlp"} | {
-                "window_mlp"
-            }  # the same network with other embeddings
-        if key != "attention":  # there is only one attention
-            assert set(dictionaries[f"{key.upper()}S"]) == set(names)
-        if key not in ("attention", "tokenizer"):
-            in_reference = {keys.get(key) for keys, _ in reference()["logits"]}
-            assert in_reference >= set(known_settings.VARIANTS[key])
+    known = known_values()
+    known["model"].remove("number_mlp")  # it is the window_mlp with other embeddings
+    for key in ("model", "position", "norm", "block", "mlp", "activation", "tokenizer"):
+        assert set(dictionaries[f"{key.upper()}S"]) == known[key]
 
 
 @dataclass(frozen=True)

@@ -16,33 +16,33 @@ from humptygpt.tasks import build
 from model import ModelConfig
 
 REFERENCE = Path(__file__).with_name("reference.json")
-VARIANTS = {  # the keys of the dictionaries in explain/model.js, and in tokenizer.js
-    "model": ("window_mlp", "number_mlp", "gpt", "transformer"),
-    "attention": ("softmax",),
-    "position": ("none", "learned", "sinusoidal", "rotary", "alibi"),
-    "norm": ("layernorm", "rmsnorm", "none"),
-    "block": ("pre_norm", "post_norm", "plain", "parallel"),
-    "mlp": ("plain", "gated", "none"),
-    "activation": ("gelu", "gelu_tanh", "relu", "silu", "relu_squared"),
-    "tokenizer": ("char", "byte", "sentencepiece", "gpt2", "bpe"),
-}
+TOKENIZERS = ("char", "byte", "sentencepiece", "gpt2", "bpe")  # in explain/tokenizer.js
 TRAINING = {"dropout", "label_smoothing", "init"}
+
+
+def known_values() -> dict[str, set]:
+    """Map each setting of the page to its values in reference.json, which are all of its variants and some numbers."""
+    reference = json.loads(REFERENCE.read_bytes())
+    values = {"tokenizer": set(TOKENIZERS)}
+    for settings in (
+        reference["config"],
+        *(settings for settings, _ in reference["logits"]),
+    ):
+        for key, value in settings.items():
+            values.setdefault(key, set()).add(value)
+    return values
 
 
 def check_settings(config: ModelConfig, tokenizer: str) -> None:
     """Raise UserError for the first setting that the page would ignore or misread. tokenizer: its name."""
-    computed = json.loads(REFERENCE.read_bytes())["config"]
+    known = known_values()
     for key, value in (vars(config) | {"tokenizer": tokenizer}).items():
-        if key in VARIANTS:
-            known = value in VARIANTS[key]
-        elif key in computed:
-            known = isinstance(value, int | float | None)
-        else:
-            known = key in TRAINING or value == getattr(type(config), key)
-        if not known:
+        values = known.get(key, {getattr(type(config), key, None)})
+        is_number = key in known and isinstance(value, int | float | None)
+        if key not in TRAINING and value not in values and not is_number:
             raise UserError(
                 f"{key}={value} is a setting that the page does not compute with, so its numbers would not be the"
-                " model's; teach it to explain/ and humptygpt/page/known_settings.py"
+                " model's; teach it to explain/ and add it to humptygpt/page/reference.json"
             )
 
 
