@@ -154,7 +154,7 @@ def test_a_run_says_how_far_it_is_and_is_done_on_time_whatever_was_planned(
     assert row["state"] == "done" and (row["iter"] > planned) == (step < 0.1)
     metrics = OUT / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:3]))
-    assert compared()["state"] == f"running at {100 * positions[2] // planned:.0f} %"
+    assert compared()["state"] == f"at {100 * positions[2] // planned:.0f} %"
 
 
 def test_a_stopped_run_resumes_with_the_minutes_that_are_left(tiny, machine):
