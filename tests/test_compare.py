@@ -120,6 +120,7 @@ def test_settings_that_differ_are_shown_but_for_those_that_do_not_matter(run):
     make_run("out/c", 2.0, wandb_run_name="x", log_interval=7, init_from="resume")
     table, _ = run("out/a", "out/b", "out/c")
     assert row_of(table, "a").endswith("  n_head=4 position=learned")
+    assert "difference" not in table  # only groups have a first row to compare with
     assert row_of(table, "b").endswith("  n_head=1 position=none")
 
 
@@ -146,13 +147,12 @@ def test_runs_with_different_tokens_are_compared_by_bits_per_byte(run):
 
 
 def test_of_runs_that_were_evaluated_on_different_texts_none_is_the_best(run):
-    make_run("out/a", 2.0)
-    make_run(
-        "out/b", 1.9, text="4567cdef"
-    )  # equally many tokens, as if the data was prepared again
+    make_run("out/a", 2.0, whole=1.95)
+    # equally many tokens, as if the data was prepared again
+    make_run("out/b", 1.9, text="4567cdef")
     make_run("out/new")
     table, errors = run("out/a", "out/b", "out/new")
-    assert " best" not in table
+    assert " best" not in table and row_of(table, "a").split()[4] == "1.9500"
     problem = "were evaluated on different texts, so none is the best"
     assert errors == f"note: the runs {problem}\n"
 
@@ -172,8 +172,11 @@ def test_the_whole_split_counts_if_all_runs_were_evaluated_on_it(run):
 
 def test_only_evaluations_on_the_text_of_the_last_one_count(run):
     path = Path(make_run("out/a", 1.0, text="before"), "metrics.jsonl")
-    path.write_text(path.read_text() + Path(make_run("out/b", 2.0), path.name).read_text())
-    assert row_of(run("out/a")[0], "a").split()[4] == "2.0000"
+    first = path.read_text()
+    second = Path(make_run("out/b", 2.0), path.name).read_text()
+    for metrics, loss in ((first + second, "2.0000"), (first + second + first, "1.0000")):
+        path.write_text(metrics)
+        assert row_of(run("out/a")[0], "a").split()[4] == loss
 
 
 def test_the_loss_before_the_first_step_is_not_the_run_s(run):
@@ -204,7 +207,7 @@ def test_a_run_of_an_earlier_version_has_the_defaults_and_compares_by_its_data_s
     new = make_run("out/new-1", 2.0, 1.9)
     for name, changes in (("new-2", {}), ("b", {}), ("c", {"dataset": "other"})):
         path = Path(make_run(f"out/{name}", 2.0, 1.9, **changes), "metrics.jsonl")
-        edit_settings(path.parent, ["checkpoint_activations"])
+        edit_settings(path.parent, ["checkpoint_activations", "mlp_conv"])
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         lost = {"position", "val_tokens", "val_text"}
         rows = [{key: row[key] for key in row.keys() - lost} for row in rows]
