@@ -239,8 +239,8 @@ EXPORTED = [
     {},  # without bias terms, which GPT-2 has
     {"bias": True, "activation": "gelu_tanh"},
     {"bias": True, "mlp_bias": False, "tie_weights": False},
-    {"attn_bias": True, "n_hidden": 40, "norm_eps": 0.3},
-    {"dropout": 0.1, "label_smoothing": 0.1, "init": "zero"},
+    {"attn_bias": True, "n_kv_head": 2, "head_size": 16, "n_hidden": 40, "norm_eps": 0.3},
+    {"dropout": 0.1, "label_smoothing": 0.1, "init": "zero", "window": 16},
     ROTARY,
     ROTARY | {"tie_weights": False, "n_kv_head": 1, "activation": "silu", "norm_eps": 0.3},
     ROTARY | {"head_size": 6, "bias": True, "n_hidden": 40, "rope_base": 50.0},

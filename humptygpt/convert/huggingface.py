@@ -233,9 +233,14 @@ def find_family(config: ModelConfig) -> str:
         )
     family = FAMILIES[families[config.position]]
     free = {*family.settings.values(), *ROPE_SCALING.values(), *NOT_EXPORTED}
+    same = {  # values that mean the same as the default
+        "window": config.block_size,
+        "n_kv_head": config.n_head,
+        "head_size": config.n_embd // config.n_head,
+    }
     for key, needed in (vars(ModelConfig()) | family.fixed).items():
         value = getattr(config, key)
-        if key not in free and value != needed:
+        if key not in free and value not in (needed, same.get(key, needed)):
             raise UserError(
                 f"{key}={value} cannot be exported; {family.architecture} needs {key}={needed},"
                 f" as in {family.preset}"
