@@ -1,0 +1,100 @@
+"""The layout of the code: which file may import which, and what runs without torch.
+
+The core is model.py and the files of humptygpt/ itself; a slice is a folder in humptygpt/; the other files in the root
+are scripts. An import counts wherever it stands, also inside a function.
+"""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PATHS = [*ROOT.glob("*.py"), *ROOT.glob("humptygpt/**/*.py")]
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PATHS
+}
+# Imports that leave the core, with their reasons. The aim is to have none.
+FROM_CORE = {
+    ("humptygpt.setup", "prepare_data"): "a run prepares its data if they are missing",
+}
+# Imports of one slice by another, with their reasons.
+BETWEEN_SLICES = {
+    ("convert", "finetune"): "an adapter of a LoRA model is read and written",
+    ("minutes", "convert"): "a plan says if its model can be exported",
+    ("page", "convert"): "the page tokenizes as SentencePiece does",
+    ("prepare", "translation"): "sentence pairs are one kind of data",
+    ("translation", "prepare"): "files of pairs are read like other documents",
+}
+TORCHLESS = [
+    "config files machine token_files tokenizers",
+    "prepare.download prepare.documents prepare.corpus prepare.encoding prepare.sources",
+    "convert.pretrained convert.sentencepiece_model convert.read_huggingface convert.write_huggingface",
+    "translation.pairs",
+]
+TORCHLESS = ["prepare_data", *(f"humptygpt.{name}" for name in " ".join(TORCHLESS).split())]
+
+
+def imported(module: str) -> set[str]:
+    """The modules that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module} has a relative import"
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= full & FILES.keys() or {node.module}
+    return names
+
+
+@pytest.fixture(scope="module")
+def imports() -> set[tuple[str, str]]:
+    """(file, file that it imports)"""
+    return {(name, other) for name in FILES for other in imported(name) & FILES.keys()}
+
+
+def place(module: str) -> str:
+    """The slice of a file, "core" or "script"."""
+    *folders, _ = FILES[module].relative_to(ROOT).parts
+    if module == "model" or folders == ["humptygpt"]:
+        return "core"
+    return folders[1] if folders else "script"
+
+
+def test_the_core_imports_neither_a_slice_nor_a_script(imports):
+    from_core = {(a, b) for a, b in imports if place(a) == "core" and place(b) != "core"}
+    assert from_core == FROM_CORE.keys()
+
+
+def test_a_slice_imports_no_script_and_only_the_slices_of_the_table(imports):
+    pairs = {(place(a), place(b)) for a, b in imports}
+    between = {
+        (a, b) for a, b in pairs if a not in ("core", "script") and b not in (a, "core")
+    }
+    assert between == BETWEEN_SLICES.keys()
+
+
+def test_model_py_imports_torch_and_the_standard_library_only():
+    packages = {name.partition(".")[0] for name in imported("model")}
+    assert packages <= {"torch", *sys.stdlib_module_names}
+
+
+def test_no_files_import_each_other_in_a_circle(imports):
+    graph = TopologicalSorter()
+    for module, other in imports:
+        graph.add(module, other)
+    graph.prepare()  # raises a CycleError that names the circle
+
+
+@pytest.mark.parametrize("module", TORCHLESS)
+def test_what_runs_before_torch_is_needed_does_not_import_it(module):
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
