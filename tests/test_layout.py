@@ -30,13 +30,13 @@ BETWEEN_SLICES = {
     ("prepare", "translation"): "sentence pairs are one kind of data",
     ("translation", "prepare"): "files of pairs are read like other documents",
 }
+# prepare_data.py imports the tokenizers, the token files, and all of humptygpt/prepare.
 TORCHLESS = [
-    "config files machine token_files tokenizers",
-    "prepare.download prepare.documents prepare.corpus prepare.encoding prepare.sources",
-    "convert.pretrained convert.sentencepiece_model convert.read_huggingface convert.write_huggingface",
-    "translation.pairs",
+    "prepare_data",
+    "humptygpt.convert.pretrained",
+    "humptygpt.convert.read_huggingface",
+    "humptygpt.convert.write_huggingface",
 ]
-TORCHLESS = ["prepare_data", *(f"humptygpt.{name}" for name in " ".join(TORCHLESS).split())]
 
 
 def imported(module: str) -> set[str]:

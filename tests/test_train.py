@@ -1,7 +1,6 @@
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -19,7 +18,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import (
-    ADAMW,
     TINY_RUN,
     WITHOUT_SAMPLE,
     assert_same_weights,
@@ -36,7 +34,7 @@ import train
 from humptygpt import checkpoint, evaluation, run_folder, tasks
 from humptygpt.evaluation import Loss
 from humptygpt.memory import ADVICE
-from humptygpt.optimizers import Optimizer, make_optimizer
+from humptygpt.optimizers import Optimizer
 from humptygpt.process import Process
 from humptygpt.settings import read_settings
 from humptygpt.window_mlp.model import NumberEmbedding
@@ -71,6 +69,23 @@ def evaluations(monkeypatch, *losses: float) -> None:
     monkeypatch.setattr(evaluation, "evaluate", lambda *args: Loss(next(found), 0.1))
 
 
+@pytest.fixture
+def signal_in_step(monkeypatch):
+    """Send a signal to this process in a step, counted from 1."""
+
+    def arrange(at: int, number: int = signal.SIGTERM) -> None:
+        step = train.train_step
+
+        def step_and_signal(run, it):
+            if it + 1 == at:
+                os.kill(os.getpid(), number)
+            return step(run, it)
+
+        monkeypatch.setattr(train, "train_step", step_and_signal)
+
+    return arrange
+
+
 # --------------------------------------------------------------------------------------
 # What a run leaves
 
@@ -81,43 +96,29 @@ def test_a_run_leaves_checkpoints_metrics_picture_and_settings(run_train, capsys
     out = capsys.readouterr().out
     assert [row["iter"] for row in rows] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert [row["tokens"] for row in rows] == [64 * row["iter"] for row in rows]
-    raw = [json.loads(line) for line in (OUT / "metrics.jsonl").read_text().splitlines()]
+    *raw, end = map(json.loads, (OUT / "metrics.jsonl").read_text().splitlines())
+    always = {"iter", "tokens", "seconds", "position"}
     logged = {"train_loss", "lr", "grad_norm", "tokens_per_second"}
     evaluated = {"val_loss", "val_standard_error", "val_bits_per_byte", "val_perplexity"}
     evaluated |= {"val_tokens", "val_text"}
-    always = {"iter", "tokens", "seconds", "position"}
-    measured = [*[logged] * 3, evaluated] * 2
-    assert [row.keys() - always for row in raw] == [*measured, {"end"}]
-    assert raw[-1]["end"] == "done"
-    # all of the split but its first token is predicted
-    (val_tokens,) = {row["val_tokens"] for row in rows if "val_loss" in row}
+    for row, measured in zip(raw, [*[logged] * 3, evaluated] * 2, strict=True):
+        assert row.keys() == always | measured
+    assert end["end"] == "done"
+    last = raw[-1]
     meta = json.loads(Path("data/tiny/meta.json").read_text())
-    assert val_tokens == meta["splits"]["val"]["tokens"] - 1
-    assert all(always <= row.keys() for row in raw)
-    assert rows[-1]["val_perplexity"] == pytest.approx(math.exp(rows[-1]["val_loss"]))
-    assert rows[-1]["val_bits_per_byte"] == pytest.approx(
-        rows[-1]["val_loss"] / math.log(2)
-    )
+    # all tokens of the split but its first one are predicted
+    assert last["val_tokens"] == meta["splits"]["val"]["tokens"] - 1
+    assert last["val_perplexity"] == pytest.approx(math.exp(last["val_loss"]))
+    assert last["val_bits_per_byte"] == pytest.approx(last["val_loss"] / math.log(2))
     assert (OUT / "loss.png").read_bytes().startswith(b"\x89PNG")
     settings = json.loads((OUT / "config.json").read_text())
-    assert (settings["n_embd"], settings["max_iters"]) == (32, 6)
-    assert settings["vocab_size"] > 1
-    weights = checkpoint.read(OUT / "best.pt")["model"].values()
-    sizes = {tensor.data_ptr(): tensor.numel() for tensor in weights}
-    assert settings["_parameters"] == sum(sizes.values())
+    assert settings["_parameters"] == models.count_parameters(sample.load(OUT).model)
     code = zlib.crc32(Path(models.__file__).read_bytes())
     assert int(settings["_model.py"], 16) == code
-    assert out.splitlines()[-1] == f"best val loss {rows[-1]['val_loss']:.4f} at iter 6"
+    assert out.splitlines()[-1] == f"best val loss {last['val_loss']:.4f} at iter 6"
     assert "python sample.py --out_dir=out/run" in out
-    assert sorted(path.name for path in OUT.iterdir()) == [
-        "best.pt",
-        "ckpt.pt",
-        "command.txt",
-        "config.json",
-        "loss.png",
-        "metrics.jsonl",
-        "snapshots",
-    ]
+    files = "best.pt ckpt.pt command.txt config.json loss.png metrics.jsonl snapshots"
+    assert {path.name for path in OUT.iterdir()} == set(files.split())
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(run_train):
@@ -129,37 +130,42 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(run_train):
 def test_best_and_latest_are_two_files(run_train, monkeypatch):
     evaluations(monkeypatch, 2.0, 3.0)
     run_train()
-    best, latest = checkpoint.read(OUT / "best.pt"), checkpoint.read(OUT / "ckpt.pt")
-    assert (best["progress"]["iter"], best["progress"]["best_val_loss"]) == (3, 2.0)
-    assert (latest["progress"]["iter"], latest["progress"]["best_val_loss"]) == (6, 2.0)
+    best, latest = (checkpoint.read(OUT / name) for name in ("best.pt", "ckpt.pt"))
+    assert (best["progress"]["iter"], latest["progress"]["iter"]) == (3, 6)
+    assert best["progress"]["best_val_loss"] == latest["progress"]["best_val_loss"] == 2.0
     assert "optimizer" in latest and "optimizer" not in best
 
 
-def test_without_always_save_checkpoint_only_a_lower_loss_is_saved(run_train, monkeypatch):
+def test_without_always_save_checkpoint_only_a_lower_loss_and_the_end_are_saved(
+    run_train, monkeypatch
+):
     saved = []
     save = checkpoint.save
-    note = lambda path, entries: saved.append((path.name, entries["progress"]["iter"]))  # noqa: E731
-    monkeypatch.setattr(
-        checkpoint, "save", lambda path, entries: note(path, entries) or save(path, entries)
-    )
-    evaluations(monkeypatch, 3.0, 4.0, 2.0, 5.0)
-    run_train("--always_save_checkpoint=False", "--max_iters=12")
-    assert saved == [
-        ("best.pt", 3),
-        ("ckpt.pt", 3),
-        ("best.pt", 9),
-        ("ckpt.pt", 9),
-        ("ckpt.pt", 12),
-    ]
+
+    def spy(path, entries):
+        saved.append((path.name, entries["progress"]["iter"]))
+        save(path, entries)
+
+    monkeypatch.setattr(checkpoint, "save", spy)
+    evaluations(monkeypatch, 3.0, 4.0, 5.0)
+    run_train("--always_save_checkpoint=False", "--max_iters=9")
+    assert saved == [("best.pt", 3), ("ckpt.pt", 3), ("ckpt.pt", 9)]
 
 
-def test_early_stopping_counts_evaluations_without_a_lower_loss(
+def test_early_stopping_counts_evaluations_without_a_lower_loss_and_holds_on_resume(
     run_train, monkeypatch, capsys
 ):
+    stopped = "stopped early: the validation loss was lowest at iter "
     evaluations(monkeypatch, 3.0, 4.0, 2.0, 2.5, 2.0, 9.0)
     rows = run_train("--early_stopping=2", "--max_iters=60")
     assert rows[-1]["iter"] == 15
-    assert capsys.readouterr().out.splitlines()[-1] == "best val loss 2.0000 at iter 9"
+    out = capsys.readouterr().out
+    assert f"{stopped}9\n" in out and out.endswith("best val loss 2.0000 at iter 9\n")
+    assert resume() == rows
+    capsys.readouterr()
+    evaluations(monkeypatch, 3.0, 4.0)
+    run_train("--early_stopping=1")  # has no step left
+    assert stopped not in capsys.readouterr().out
 
 
 def test_a_folder_with_a_space_is_quoted_in_what_to_do_next(tiny, capsys):
@@ -170,48 +176,46 @@ def test_a_folder_with_a_space_is_quoted_in_what_to_do_next(tiny, capsys):
     )
 
 
-@pytest.mark.parametrize(("length", "early"), [(9, True), (6, False)])
-def test_only_a_run_with_steps_left_is_stopped_early(
-    run_train, monkeypatch, capsys, length, early
-):
-    evaluations(monkeypatch, 3.0, 4.0)
-    run_train("--early_stopping=1", f"--max_iters={length}")
-    stopped = "stopped early: the validation loss was lowest at iter 3"
-    assert (stopped in capsys.readouterr().out.splitlines()) == early
-
-
-def test_evaluating_only_writes_nothing(tiny, capsys):
-    assert train.main([*TINY_RUN, "--eval_only=True"]) == 0
+def test_evaluating_only_goes_without_dropout_and_writes_nothing(tiny, capsys):
+    lines = set()
+    for dropout in ("0.0", "0.5"):
+        assert train.main([*TINY_RUN, "--eval_only=True", f"--dropout={dropout}"]) == 0
+        lines.add(capsys.readouterr().out.splitlines()[-1])
     assert re.fullmatch(
         r"val loss \d\.\d{4} ± \d\.\d{4} \(\d\.\d{3} bits per byte, perplexity [\d.]+\) at iter 0",
-        capsys.readouterr().out.splitlines()[-1],
+        *lines,
     )
     assert not Path("out").exists()
 
 
+class Given(torch.nn.Module):
+    """A network whose losses are given."""
+
+    def __init__(self, losses: list[float]):
+        super().__init__()
+        self.losses = iter(torch.tensor(losses))
+
+    def forward(self, targets):
+        return None, next(self.losses)
+
+
 def test_the_standard_error_is_that_of_the_mean_over_batches_of_any_size():
-    losses, sizes = torch.tensor([1.0, 3.0, 2.0, 6.0]), [4, 4, 4, 2]
-    batches = [{"targets": torch.arange(4).where(torch.arange(4) < n, -1)} for n in sizes]
+    losses, sizes = [1.0, 3.0, 2.0, 6.0], [4, 4, 4, 2]
+    batches = [{"targets": torch.tensor([1] * size + [-1])} for size in sizes]
+    device = torch.device("cpu")
     run = SimpleNamespace(
         config=TrainConfig(),
         dataset=SimpleNamespace(val_batches=lambda *args: batches),
-        process=Process(torch.device("cpu")),
-        device=torch.device("cpu"),
+        process=Process(device),
+        device=device,
         dtype=torch.float32,
     )
-
-    class Net(torch.nn.Module):
-        def forward(self, targets):
-            return None, next(results)
-
-    results = iter(losses)
-    mean, standard_error = evaluation.evaluate(run, Net(), None)
+    mean, standard_error = evaluation.evaluate(run, Given(losses), None)
     assert mean == pytest.approx((4 + 12 + 8 + 12) / 14)
-    deviation = math.hypot(2, 1, 4) / math.sqrt(2 * 3)  # by the differences of neighbours
+    deviation = math.hypot(2, 1, 4) / math.sqrt(2 * 3)  # from neighbours' differences
     assert standard_error == pytest.approx(deviation * math.hypot(*sizes) / 14)
-    results = iter(losses)
     del batches[1:]
-    assert evaluation.evaluate(run, Net(), None) == (1.0, 0.0)
+    assert evaluation.evaluate(run, Given(losses), None) == (1.0, 0.0)
 
 
 def test_an_evaluation_takes_a_tenth_of_the_time_or_what_is_given():
@@ -227,40 +231,37 @@ def test_an_evaluation_takes_a_tenth_of_the_time_or_what_is_given():
     assert TrainConfig(eval_interval=5000, max_iters=100).evaluated_batches() == 30
 
 
-def test_at_its_end_a_run_evaluates_the_whole_split_where_that_takes_little(
+def test_at_its_end_a_run_evaluates_the_whole_split_if_that_takes_little(
     run_train, monkeypatch, capsys
 ):
     monkeypatch.setattr(TrainConfig, "evaluated_batches", lambda self: 2)
-    run_train("--eval_iters=None", "--max_iters=60", "--eval_interval=60")
+    keys = ["--eval_iters=None", "--eval_interval=60"]
     line = "the whole validation split: "
+    for short in ("--max_iters=30", "--eval_iters=2"):
+        run_train(*keys, "--max_iters=60", short)
+        assert line not in capsys.readouterr().out
+    last = run_train(*keys, "--max_iters=60")[-1]
     found = re.search(line + r"(val loss \S+)", capsys.readouterr().out)[1]
-    *_, last = map(json.loads, (OUT / "metrics.jsonl").read_text().splitlines())
     assert found == f"val loss {last['whole_val_loss']:.4f}"
     assert train.main([*RESUME, "--eval_only=True"]) == 0
     assert found in capsys.readouterr().out
-    for keys in (["--max_iters=30"], ["--max_iters=60", "--eval_iters=2"]):
-        run_train("--eval_iters=None", "--eval_interval=60", *keys)
-        assert line not in capsys.readouterr().out
-    config = TrainConfig(max_iters=60)
-    dataset = SimpleNamespace(all_val_batches=lambda batch_size: 7)
-    run = SimpleNamespace(
-        config=config, dataset=dataset, process=Process(torch.device("cpu"))
-    )
+    run = train.setup(*read_settings(RESUME))
     assert evaluation.cost_of_whole_split(run)
-    run.process = SimpleNamespace(size=2)  # of which the others have left
+    run.process.size = 2  # the other process has ended by then
     assert not evaluation.cost_of_whole_split(run)
 
 
-def test_what_the_end_of_a_run_shows_goes_without_dropout(run_train, monkeypatch):
+def test_what_a_run_writes_is_written_without_dropout(run_train, monkeypatch):
     modes = []
-    task = replace(
-        WITHOUT_SAMPLE, final_examples=lambda model, _: modes.append(model.training)
-    )
+
+    def write(model, dataset):
+        modes.append(model.training)
+        return ""
+
+    task = replace(WITHOUT_SAMPLE, evaluation_examples=write, final_examples=write)
     monkeypatch.setattr(tasks, "TEXT", task)
-    monkeypatch.setattr(TrainConfig, "evaluated_batches", lambda self: 2)
-    keys = ["--eval_iters=None", "--max_iters=60", "--eval_interval=60"]
-    rows = run_train("--dropout=0.5", *keys)
-    assert "whole_val_loss" in rows[-1] and modes == [False]
+    run_train("--dropout=0.5")
+    assert modes == [False] * 3
 
 
 def test_a_larger_vocabulary_pads_the_model(run_train):
@@ -273,13 +274,12 @@ def test_a_larger_vocabulary_pads_the_model(run_train):
 
 
 def test_accumulation_equals_a_big_batch(run_train):
-    big = run_train("--batch_size=8", "--optimizer=adamw")
+    big = train_losses(run_train("--batch_size=8", "--optimizer=adamw"))
     big_weights = weights()
     micro = ["--batch_size=2", "--gradient_accumulation_steps=4"]
-    small = run_train(*micro, "--optimizer=adamw")
-    assert train_losses(small) == pytest.approx(train_losses(big), rel=1e-5)
-    for key, value in weights().items():
-        torch.testing.assert_close(value, big_weights[key], atol=1e-4, rtol=1e-4)
+    small = train_losses(run_train(*micro, "--optimizer=adamw"))
+    assert small == pytest.approx(big, rel=1e-5)
+    torch.testing.assert_close(weights(), big_weights, atol=1e-4, rtol=1e-4)
 
 
 def test_evaluation_does_not_disturb_training(run_train):
@@ -289,22 +289,13 @@ def test_evaluation_does_not_disturb_training(run_train):
     )
 
 
-def test_evaluation_goes_without_dropout(tiny, capsys):
-    losses = []
-    for dropout in ("0.0", "0.5", "0.5"):
-        train.main([*TINY_RUN, "--eval_only=True", f"--dropout={dropout}"])
-        losses.append(capsys.readouterr().out.splitlines()[-1])
-    assert len(set(losses)) == 1
-
-
 def test_each_batch_has_a_dropout_mask_of_its_own(tiny, run_train):
-    # a text of one block, whose every batch is the same but for dropout
+    # a text of one block, so that batches differ only by dropout
     (tiny / "input.txt").write_text(make_text(17 * 10 // 9 + 2))
     prepare_data.main(["tiny", "--overwrite=True"])
     still = ["--optimizer=adamw", "--learning_rate=1e-30", "--weight_decay=0"]
-    still += ["--init=gpt2"]
-    rows = run_train("--dropout=0.5", *still, "--max_iters=4", "--eval_interval=9")
-    assert len(set(train_losses(rows))) == 4
+    losses = train_losses(run_train("--dropout=0.5", "--init=gpt2", *still))
+    assert len(set(losses)) == 6
 
 
 def test_the_gradient_is_clipped_and_its_norm_is_logged_as_it_was_before(
@@ -319,20 +310,17 @@ def test_the_gradient_is_clipped_and_its_norm_is_logged_as_it_was_before(
         return step(optimizer)
 
     monkeypatch.setattr(Optimizer, "step", spy)
-    logged = values("grad_norm", run_train("--grad_clip=0.5"))
-    assert min(logged) > 0.6 and norms == pytest.approx([0.5] * 6, rel=1e-3)
-    norms.clear()
+    clipped = values("grad_norm", run_train("--grad_clip=0.5"))
     logged = values("grad_norm", run_train("--grad_clip=0"))
-    assert logged == pytest.approx(norms, rel=1e-5)
+    assert norms == pytest.approx([0.5] * 6 + logged, rel=1e-3)
+    assert clipped[0] == logged[0] and min(clipped) > 0.6
 
 
 def test_the_learning_rate_follows_its_schedule(run_train):
-    cosine = ["--schedule=cosine", "--min_lr=0.1"]
-    rows = run_train("--learning_rate=0.3", "--warmup_iters=2", *cosine)
+    keys = ["--learning_rate=0.3", "--schedule=cosine", "--min_lr=0.1"]
     decay = [0.1 + 0.1 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]
-    assert values("lr", rows) == pytest.approx([0.1, 0.2, *decay])
-    rows = run_train("--learning_rate=0.3", "--decay_lr=False")
-    assert values("lr", rows) == [0.3] * 6
+    assert values("lr", run_train(*keys)) == pytest.approx([0.1, 0.2, *decay])
+    assert values("lr", run_train(*keys, "--decay_lr=False")) == [0.3] * 6
 
 
 def test_bfloat16_trains_on_the_cpu(run_train):
@@ -342,57 +330,39 @@ def test_bfloat16_trains_on_the_cpu(run_train):
     assert weights()["wte.weight"].dtype == torch.float32
 
 
-def test_where_compiling_fails_the_run_trains_uncompiled(run_train, monkeypatch, capsys):
-    def broken(model, dynamic):
-        def call(**batch):
-            raise RuntimeError("no compiler here\nand a long story")
+def test_a_run_that_cannot_be_compiled_trains_uncompiled(run_train, monkeypatch, capsys):
+    def broken(**batch):
+        raise RuntimeError("no compiler here\nand a long story")
 
-        return call
-
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: broken)
     rows = run_train("--compile=True")
-    notes = [line for line in capsys.readouterr().err.splitlines() if "compile" in line]
-    assert notes == [
-        "note: torch.compile fails here (no compiler here); training uncompiled"
-    ]
+    note = "note: torch.compile fails here (no compiler here); training uncompiled\n"
+    assert note in capsys.readouterr().err
     assert rows == run_train("--compile=False")
 
 
-def test_out_of_memory_is_one_line_with_a_size_and_no_failure_of_the_compiler(
-    tiny, monkeypatch, fails
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS out of memory")],
+)
+def test_out_of_memory_is_one_line_and_no_failure_of_the_compiler(
+    tiny, monkeypatch, fails, error
 ):
-    def full(*args, **batch):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    def full(**batch):
+        raise error
 
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: full)
     line = fails(train.main, *TINY_RUN, "--compile=True")
-    assert line == f"out of memory on the GPU; {ADVICE}\n"
-    monkeypatch.setattr(train, "train_step", full)
-    assert fails(train.main, *TINY_RUN) == line
+    assert line.startswith("out of memory") and line.endswith(f"; {ADVICE}\n")
 
 
-def test_a_scaler_skips_the_step_whose_gradients_are_not_finite():
-    layer = torch.nn.Linear(2, 1)
-    optimizer = make_optimizer(TrainConfig(**ADAMW, learning_rate=0.1), layer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    for x, moves in ((math.inf, False), (1.0, True)):
-        before = layer.weight.clone()
-        scaler.scale(layer(torch.full((1, 2), x)).sum()).backward()
-        scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
-        layer.zero_grad()
-        assert torch.equal(layer.weight, before) != moves
-    assert scaler.get_scale() == 2.0
-
-
-def test_a_model_that_is_traced_as_for_compiling_trains_alike_and_its_weights_keep_their_names(
+def test_a_model_that_is_traced_for_compiling_trains_alike_and_keeps_its_names(
     run_train, monkeypatch
 ):
-    eager = train_losses(run_train("--optimizer=normuon"))
+    eager = train_losses(run_train())
     names = weights().keys()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    traced = train_losses(run_train("--optimizer=normuon", "--compile=True"))
+    traced = train_losses(run_train("--compile=True"))
     assert traced == pytest.approx(eager, rel=1e-4)
     assert weights().keys() == names
 
@@ -412,24 +382,14 @@ DROPOUT_RUN = [
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("at", [1, 4, 5, 9, 12])
 def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(
-    run_train, monkeypatch, capsys, number, at
+    run_train, signal_in_step, capsys, number, at
 ):
     rows = run_train(*DROPOUT_RUN)
     whole, best = weights(), weights("best.pt")
-    step = train.train_step
-
-    def step_and_signal(run, it):
-        if it + 1 == at:
-            os.kill(os.getpid(), number)
-        return step(run, it)
-
-    monkeypatch.setattr(train, "train_step", step_and_signal)
+    signal_in_step(at, number)
     assert train.main([*TINY_RUN, *DROPOUT_RUN]) == 128 + number
-    assert (
-        f"at iter {at}; resume: python train.py --init_from=resume --out_dir=out/run"
-        in capsys.readouterr().err
-    )
-    monkeypatch.setattr(train, "train_step", step)
+    command = "python train.py --init_from=resume --out_dir=out/run"
+    assert f"at iter {at}; resume: {command}" in capsys.readouterr().err
     assert resume() == rows
     assert_same_weights(weights(), whole)
     assert_same_weights(weights("best.pt"), best)
@@ -491,93 +451,45 @@ def die_at(call: int) -> None:
     quiet_train()
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Processes that have torch loaded already, so that forty of them start at once."""
-    return started_processes("test_train")
-
-
-def end_of(processes, target: Callable, *args) -> int:
-    """Run a function in a process and return its exit code."""
-    process = processes.Process(target=target, args=args)
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-def assert_resumes_to(
-    processes, rows: list[dict], whole: dict, snapshots: dict[int, bytes]
-) -> None:
-    keys = ["--init_from=resume"] if (OUT / "ckpt.pt").exists() else []
-    assert end_of(processes, quiet_train, *keys) == 0
-    assert read_rows(OUT) == rows
-    assert_same_weights(weights(), whole)
-    assert kept(OUT) == snapshots
-
-
-@pytest.fixture
-def uninterrupted(tiny, processes):
-    assert end_of(processes, quiet_train) == 0
-    assert list(kept(OUT)) == [0, 10, 30]
-    return read_rows(OUT), weights(), kept(OUT)
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 @pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.long)])
-def test_killed_at_any_moment_of_saving_a_run_resumes_exactly(
-    uninterrupted, processes, step
-):
-    for call in range(8, 44, step):  # with three snapshots
-        assert end_of(processes, die_at, call) == -signal.SIGKILL
-        assert_resumes_to(processes, *uninterrupted)
+def test_killed_at_any_moment_of_saving_a_run_resumes_exactly(tiny, step):
+    processes = started_processes("test_train")  # with torch, so that forty start at once
 
-
-@pytest.mark.long
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-def test_killed_at_random_moments_a_run_resumes_exactly(uninterrupted, processes):
-    began = time.perf_counter()
-    end_of(processes, quiet_train)
-    whole_run = time.perf_counter() - began
-    draw, killed = random.Random(0), 0
-    while killed < 20:
-        process = processes.Process(target=quiet_train)
+    def run(target: Callable, *args) -> int:
+        """Call a function in a process and return its exit code."""
+        process = processes.Process(target=target, args=args)
         process.start()
-        process.join(timeout=draw.uniform(0.0, whole_run))
-        process.kill()
         process.join()
-        if process.exitcode == -signal.SIGKILL:  # otherwise it had finished
-            killed += 1
-            assert_resumes_to(processes, *uninterrupted)
+        return process.exitcode
+
+    assert run(quiet_train) == 0
+    rows, whole, snapshots = read_rows(OUT), weights(), kept(OUT)
+    assert list(snapshots) == [0, 10, 30]
+    for call in range(8, 44, step):
+        assert run(die_at, call) == -signal.SIGKILL
+        keys = ["--init_from=resume"] if (OUT / "ckpt.pt").exists() else []
+        assert run(quiet_train, *keys) == 0
+        assert read_rows(OUT) == rows
+        assert_same_weights(weights(), whole)
+        assert kept(OUT) == snapshots
 
 
 def test_a_finished_run_continues_when_max_iters_is_raised(run_train):
     run_train("--decay_lr=False")
-    resume("--max_iters=9")
-    longer, longer_weights = read_rows(OUT), weights()
-    at_once = run_train("--decay_lr=False", "--max_iters=9")
-    assert longer == at_once
-    assert_same_weights(longer_weights, weights())
+    rows, resumed = resume("--max_iters=9"), weights()
+    assert rows == run_train("--decay_lr=False", "--max_iters=9")
+    assert_same_weights(resumed, weights())
 
 
 def test_settings_of_the_checkpoint_hold_unless_changed(run_train):
     run_train("--learning_rate=0.01", "--weight_decay=0.5", "--beta1=0.8")
-    changes = ["--max_iters=8", "--weight_decay=0.25", "--beta2=0.5", "--dropout=0.1"]
-    resume(*changes)
+    resume("--max_iters=8", "--weight_decay=0.25", "--beta2=0.5", "--dropout=0.1")
     settings = json.loads((OUT / "config.json").read_text())
-    assert (settings["learning_rate"], settings["weight_decay"], settings["dropout"]) == (
-        0.01,
-        0.25,
-        0.1,
-    )
-    resumed = train.setup(*read_settings(RESUME))
-    groups = resumed.optimizer.param_groups
-    # hidden, other matrices, vectors
-    assert [group["weight_decay"] for group in groups] == [
-        0.25,
-        0.25,
-        0.0,
-    ]
-    assert groups[0]["betas"] == (0.8, 0.5)
+    assert (settings["learning_rate"], settings["dropout"]) == (0.01, 0.1)
+    hidden, *_, vectors = train.setup(*read_settings(RESUME)).optimizer.param_groups
+    assert (hidden["weight_decay"], vectors["weight_decay"]) == (0.25, 0.0)
+    assert hidden["betas"] == (0.8, 0.5)
 
 
 FIXED = ("n_layer=3", "n_embd=64", "bias=True", "vocab_size=99", "position=alibi")
@@ -586,36 +498,30 @@ FIXED += ("batch_size=2", "gradient_accumulation_steps=2", "seed=2", "optimizer=
 
 @pytest.mark.parametrize("change", FIXED)
 def test_what_may_not_change_on_resume_is_refused(run_train, fails, change):
-    run_train()
-    line = fails(train.main, *RESUME, f"--{change}")
-    assert (
-        f"{change} cannot change on resume: the checkpoint has {change.partition('=')[0]}="
-        in line
-    )
+    run_train("--max_iters=1")
+    complaint = f"{change} cannot change on resume: the checkpoint has "
+    assert complaint in fails(train.main, *RESUME, f"--{change}")
 
 
-@pytest.mark.parametrize("parts", [(2, 2), (1, 4)])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ["--batch_size=2", "--gradient_accumulation_steps=2"],
+        ["--batch_size=1", "--gradient_accumulation_steps=4"],
+    ],
+)
 def test_a_resumed_run_may_take_its_steps_in_smaller_parts(run_train, parts):
     keys = ["--lr_decay_iters=9", "--eval_iters=None"]
-    whole = run_train("--max_iters=9", *keys)
+    whole = train_losses(run_train("--max_iters=9", *keys))
     run_train(*keys)
-    batch_size, micro_batches = parts
-    rows = resume(
-        f"--batch_size={batch_size}",
-        f"--gradient_accumulation_steps={micro_batches}",
-        "--max_iters=9",
-    )
-    assert train_losses(rows) == pytest.approx(train_losses(whole), rel=1e-4)
-    assert train_losses(rows)[:6] == train_losses(whole)[:6]
+    assert train_losses(resume(*parts, "--max_iters=9")) == pytest.approx(whole, rel=1e-4)
 
 
-def test_a_checkpoint_from_before_a_key_existed_is_resumed_and_sampled(
-    run_train, fails, capsys
-):
-    run_train()
+def test_a_checkpoint_from_before_a_key_existed_is_resumed_and_sampled(run_train, fails):
+    run_train("--mlp_conv=0")
     for name in ("ckpt.pt", "best.pt"):
         saved = checkpoint.read(OUT / name)
-        for key in ("n_kv_head", "n_hidden", "window", "attention", "rope_factor"):
+        for key in ("n_kv_head", "window", "attention", "rope_factor", "mlp_conv"):
             del saved["model_config"][key]
         checkpoint.save(OUT / name, saved)
     sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5"])
@@ -628,43 +534,35 @@ def test_new_settings_are_checked_together_with_those_of_the_checkpoint(run_trai
     resume("--max_iters=7", "--min_lr=0.005")
 
 
-def test_resuming_a_copied_folder_leaves_the_original_alone(run_train):
-    run_train()
-    OUT.rename("out/original")
-    shutil.copytree("out/original", OUT)
-    OUT.rename("out/copy")
-
+def test_resuming_a_copied_folder_leaves_the_original_as_it_is(run_train):
     def contents() -> dict[Path, bytes]:
-        files = filter(Path.is_file, Path("out/original").rglob("*"))
-        return {path: path.read_bytes() for path in files}
+        return {path: path.read_bytes() for path in OUT.rglob("*") if path.is_file()}
 
+    run_train()
     before = contents()
+    shutil.copytree(OUT, "out/copy")
     assert train.main(["--init_from=resume", "--out_dir=out/copy", "--max_iters=9"]) == 0
     assert contents() == before
-    assert not OUT.exists()
 
 
 @pytest.mark.parametrize("keys", [[], ["--max_iters=5"]])
 def test_a_run_that_has_no_step_left_says_so(run_train, capsys, keys):
     run_train()
     resume(*keys)
-    out, errors = capsys.readouterr()
-    assert " epochs; 6 are done\n" in out
-    assert "note: all 6 steps are done; for more: --max_iters=N" in errors
+    note = "note: all 6 steps are done; for more: --max_iters=N"
+    assert note in capsys.readouterr().err
 
 
 def test_a_run_can_be_run_again_by_its_config_json(run_train, fails):
     rows = run_train("--n_layer=1", "--learning_rate=0.01")
-    again = [f"{OUT}/config.json", "--out_dir=out/again"]
-    assert train.main(again) == 0
+    assert train.main([f"{OUT}/config.json", "--out_dir=out/again"]) == 0
     assert read_rows(Path("out/again")) == rows
-    # a dataset that has another name than its input, too
-    settings = {"input": "tiny.txt", "dataset": "tiny", "_made_up": 1}
+    # the name of its dataset is obeyed, unless another input is given
+    settings = {"input": "tiny.txt", "dataset": "mine", "_made_up": 1}
     Path("mine.json").write_text(json.dumps(settings))
-    assert read_settings(["mine.json"]).config.dataset == "tiny"
+    assert read_settings(["mine.json"]).config.dataset == "mine"
     assert read_settings(["mine.json", "--input=b.txt"]).config.dataset == "b"
     for text, complaint in {
-        "{": "mine.json: Expecting property name",
         "[1]": "mine.json: the content must be dict",
         '{"n_experts": 8}': "mine.json: unknown key n_experts;",
     }.items():
@@ -673,33 +571,28 @@ def test_a_run_can_be_run_again_by_its_config_json(run_train, fails):
 
 
 def test_a_run_records_its_commands_and_whether_it_stopped_or_is_done(
-    run_train, monkeypatch
+    run_train, monkeypatch, signal_in_step
 ):
-    def ends() -> list[tuple[int, str]]:
-        rows = map(json.loads, (OUT / "metrics.jsonl").read_text().splitlines())
-        return [(row["iter"], row["end"]) for row in rows if "end" in row]
+    def check(commands: list[str], iteration: int, end: str) -> None:
+        assert (OUT / "command.txt").read_text().splitlines() == commands
+        last = json.loads((OUT / "metrics.jsonl").read_text().splitlines()[-1])
+        assert (last["iter"], last["end"]) == (iteration, end)
 
-    step = train.train_step
-    stop = lambda *args: os.kill(os.getpid(), signal.SIGTERM) or step(*args)  # noqa: E731
-    monkeypatch.setattr(train, "train_step", stop)
+    signal_in_step(1)
     monkeypatch.setattr(sys, "argv", ["train.py", "--start=a b", "\udcff"])
     assert train.main(TINY_RUN) == 143
-    assert ends() == [(1, "stopped")]
-    monkeypatch.setattr(train, "train_step", step)
+    first = r"python train.py '--start=a b' '\udcff'"
+    check([first], 1, "stopped")
     monkeypatch.setattr(sys, "argv", ["train.py", *RESUME])
     resume()
-    assert ends() == [(6, "done")]
-    assert (OUT / "command.txt").read_text().splitlines() == [
-        r"python train.py '--start=a b' '\udcff'",
-        f"python train.py {' '.join(RESUME)}",
-    ]
+    check([first, f"python train.py {' '.join(RESUME)}"], 6, "done")
 
 
 @pytest.mark.parametrize(
     ("before", "after", "again", "best"),
     [
-        (30, 40, [], "1.0000 at iter 6"),  # of seven batches
-        (2, None, [1.5], "1.5000 at iter 6"),  # the loss of best.pt on the new set
+        (30, 40, [], 1.0),  # both are the whole split
+        (2, None, [1.5], 1.5),  # the loss of best.pt on the new set
     ],
 )
 def test_on_resume_a_worse_model_never_replaces_the_best(
@@ -710,29 +603,23 @@ def test_on_resume_a_worse_model_never_replaces_the_best(
     kept = weights("best.pt")
     resume("--max_iters=9", f"--eval_iters={after}")
     out, errors = capsys.readouterr()
-    assert out.splitlines()[-1] == f"best val loss {best}"
+    assert out.endswith(f"best val loss {best:.4f} at iter 6\n")
     assert_same_weights(weights("best.pt"), kept)
     changed = "on the new one, best.pt has 1.5000 instead of 1.0000"
     assert (changed in errors) == bool(again)
 
 
-def test_a_resumed_run_says_where_its_learning_rate_rises(run_train, capsys):
+def test_a_resumed_run_says_if_its_learning_rate_rises(run_train, capsys):
     run_train("--max_iters=10", "--eval_interval=5")
-    run = "the learning rate rises from "
+    rises = "the learning rate rises from "
     resume()
-    assert run not in capsys.readouterr().err
+    assert rises not in capsys.readouterr().err
     resume("--max_iters=20")
-    assert f"note: {run}0.0e+00 to 3.3e-03, as its schedule" in capsys.readouterr().err
+    assert f"note: {rises}0.0e+00 to 3.3e-03, as its schedule" in capsys.readouterr().err
 
 
-def test_a_run_that_was_never_evaluated_has_no_best_loss(run_train, monkeypatch, capsys):
-    step = train.train_step
-
-    def step_and_signal(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
-
-    monkeypatch.setattr(train, "train_step", step_and_signal)
+def test_a_run_that_was_never_evaluated_has_no_best_loss(tiny, signal_in_step, capsys):
+    signal_in_step(1)
     assert train.main(TINY_RUN) == 143
     resume("--max_iters=1")
     sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=5"])
@@ -741,7 +628,7 @@ def test_a_run_that_was_never_evaluated_has_no_best_loss(run_train, monkeypatch,
     assert "out/run/ckpt.pt: iter 1, not evaluated yet" in errors
 
 
-def test_a_fine_tuning_says_if_the_model_that_it_started_from_was_better(
+def test_fine_tuning_says_if_the_model_that_it_started_from_was_better(
     run_train, monkeypatch, capsys
 ):
     run_train()
@@ -752,25 +639,19 @@ def test_a_fine_tuning_says_if_the_model_that_it_started_from_was_better(
         assert (line in capsys.readouterr().out) == better
 
 
-def test_to_evaluate_takes_neither_a_compiled_backward_pass_nor_the_optimizer_state(
+def test_evaluating_only_neither_compiles_nor_loads_the_optimizer_state(
     run_train, monkeypatch
 ):
     run_train()
     monkeypatch.setattr(train, "make_net", lambda run: 1 / 0)
-    keys = ["--eval_only=True", "--compile=True"]
-    assert train.main([*TINY_RUN, *keys]) == train.main([*RESUME, *keys]) == 0
-    assert not train.setup(*read_settings([*RESUME, *keys])).optimizer.state
+    resumed = [*RESUME, "--eval_only=True", "--compile=True"]
+    assert train.main(resumed) == 0
+    assert not train.setup(*read_settings(resumed)).optimizer.state
 
 
-def test_two_signals_within_a_second_are_one_request(run_train, monkeypatch):
-    step = train.train_step
-
-    def step_and_signal(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
-
-    monkeypatch.setattr(train, "train_step", step_and_signal)
+def test_two_signals_within_a_second_are_one_request(tiny, signal_in_step):
+    signal_in_step(1)
+    signal_in_step(1)
     assert train.main(TINY_RUN) == 143
     assert checkpoint.read(OUT / "ckpt.pt")["progress"]["iter"] == 1
 
@@ -778,18 +659,8 @@ def test_two_signals_within_a_second_are_one_request(run_train, monkeypatch):
 def test_a_model_without_its_training_state_cannot_be_resumed(run_train, fails):
     run_train()
     (OUT / "best.pt").replace(OUT / "ckpt.pt")
-    line = fails(train.main, *RESUME)
-    assert (
-        "out/run/ckpt.pt holds a model but not the state of its training; is it a copy of best.pt?"
-        in line
-    )
-
-
-def test_a_run_that_stopped_early_stays_stopped_when_resumed(run_train, monkeypatch):
-    evaluations(monkeypatch, 2.0, 3.0)
-    rows = run_train("--early_stopping=1", "--max_iters=60")
-    assert rows[-1]["iter"] == 6
-    assert resume() == rows
+    complaint = "out/run/ckpt.pt holds a model but not the state of its training"
+    assert complaint in fails(train.main, *RESUME)
 
 
 def test_the_same_text_from_another_path_can_be_resumed(run_train, folder):
@@ -822,25 +693,18 @@ def test_a_run_resumes_on_data_that_has_another_name_now(run_train, tiny, fails)
     assert read_rows(OUT) == straight
 
 
-def test_where_the_data_is_gone_the_command_that_makes_it_again_is_named(
+def test_if_the_data_is_gone_the_command_that_makes_it_again_is_named(
     run_train, tiny, fails
 ):
     run_train()
     command = json.loads((tiny / "meta.json").read_text())["command"]
-    replace = ["--tokenizer=byte", "--overwrite=True"]
-    prepare_data.main(["--input=tiny.txt", "--name=tiny", *replace])
+    argv = ["--input=tiny.txt", "--name=tiny", "--tokenizer=byte", "--overwrite=True"]
+    prepare_data.main(argv)
     line = fails(train.main, *RESUME)
     assert line.endswith(f"; to make it again: {command}\n")
     saved = checkpoint.read(OUT / "ckpt.pt")
-    for other in (
-        "python prepare_data.py x; rm -r y",
-        "rm -r y",
-        "python prepare_data.py 'x",
-        None,
-    ):
-        saved["data"] = {"source": "x", "identity": saved["data"]["identity"]} | (
-            {"command": other} if other else {}
-        )
+    for other in ("python prepare_data.py x; rm -r y", "python prepare_data.py 'x", ""):
+        saved["data"]["command"] = other
         checkpoint.save(OUT / "ckpt.pt", saved)
         assert fails(train.main, *RESUME).endswith("add --dataset=NAME\n")
 
@@ -856,14 +720,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     good = weights()
     argv = [*RESUME, "--max_iters=30", "--learning_rate=1e20", "--decay_lr=False"]
     assert train.main([*argv, "--log_interval=10", "--eval_interval=30"]) == 1
-    complaint = capsys.readouterr().err
-    assert re.search(
-        r"the loss is (nan|inf) at iter [789] \(gradient norm .*\); out/run/ckpt.pt is the last good",
-        complaint,
-    )
-    assert "lower --learning_rate" in complaint
+    problem = r"the loss is (nan|inf) at iter [789] \(gradient norm .*\)"
+    kept = "out/run/ckpt.pt is the last good checkpoint. Try a lower --learning_rate"
+    assert re.search(f"{problem}; {kept}", capsys.readouterr().err)
     assert_same_weights(weights(), good)
-    assert all(math.isfinite(loss) for loss in train_losses(read_rows(OUT)))
+    assert all(map(math.isfinite, train_losses(read_rows(OUT))))
 
 
 # the second is too large for a perplexity
@@ -879,43 +740,28 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(
 def test_token_files_of_a_preparation_that_was_stopped_are_left_as_they_are(tiny, fails):
     (tiny / "meta.json").unlink()
     (tiny / "preparing").mkdir()
-    (tiny / "input.txt").write_text(make_text(seed=3))
     before = (tiny / "train.bin").read_bytes()
-    assert "data/tiny has no meta.json, which a preparation writes last" in fails(
-        train.main, *TINY_RUN
-    )
+    complaint = "data/tiny has no meta.json, which a preparation writes last"
+    assert complaint in fails(train.main, *TINY_RUN)
     assert (tiny / "train.bin").read_bytes() == before
 
 
 BAD = {
     "seed must be a number of at most 64 bits": ["--seed=99999999999999999999"],
-    "position=rotary turns pairs": ["--position=rotary", "--n_embd=6"],
     "n_embd=32 must be a multiple of n_head=3": ["--n_head=3"],
     "batch_size=0 must be at least 1": ["--batch_size=0"],
     "min_lr=1.0 must be at most learning_rate": ["--min_lr=1.0"],
     "weight_decay='nan' must be float": ["--weight_decay=nan"],
-    "dtype=float16 needs a CUDA device": ["--dtype=float16"],
-    "device=cuda:9 is not available": ["--device=cuda:9"],
     "init_from=nothing: there is no such file or folder": ["--init_from=nothing"],
     "vocab_size=3 is below the": ["--vocab_size=3"],
-    "nothing.py is not a config file": ["nothing.py"],
-    "broken.py:1: ": ["broken.py"],
-    "cannot write blocked/run: Not a directory; name another --out_dir": [
-        "--out_dir=blocked/run"
-    ],
-    "out_dir= must not be empty; write --out_dir=VALUE": ["--out_dir="],
-    "dataset= must not be empty": ["--dataset="],
+    "cannot write blocked/run: Not a directory; name another": ["--out_dir=blocked/run"],
     "name='data/tiny' must be the name of a folder in data/": ["--dataset=data/tiny"],
-    "out_dir=tiny.txt is a file; write --out_dir=.": [
-        "--out_dir=tiny.txt",
-        "--init_from=resume",
-    ],
+    "blocked is a file; write --out_dir=.": ["--out_dir=blocked", "--init_from=resume"],
 }
 
 
 @pytest.mark.parametrize("complaint", BAD)
 def test_bad_input_is_one_line_and_writes_nothing(tiny, fails, complaint):
-    Path("broken.py").write_text("n_layer = = 3")
     Path("blocked").write_text("a file where a folder should be")
     before = sorted(Path().rglob("*"))
     assert complaint in fails(train.main, *TINY_RUN, *BAD[complaint])
@@ -930,38 +776,33 @@ def test_a_key_without_effect_is_refused_and_one_of_a_config_file_noted(
     notes = capsys.readouterr().err
     assert "note: backend=gloo has no effect" in notes
     assert "note: rope_base=5.0 has no effect with position=none" in notes
-    run_train("--rope_base=5", "--position=rotary")
-    assert "no effect" not in capsys.readouterr().err
     complaint = fails(train.main, *TINY_RUN, "--rope_base=5", "--position=none")
     assert complaint == "rope_base=5.0 has no effect with position=none; leave it out\n"
 
 
-def test_the_default_warmup_is_fitted_to_a_short_run_and_a_chosen_one_is_not(tiny, capsys):
-    config, *_ = read_settings(["--max_iters=10"])
-    assert config.warmup_iters == 1 and config.lr(9) < config.lr(1)
-    assert (
-        "note: warmup_iters=10 would last all 10 steps; warmup_iters=1 is taken"
-        in capsys.readouterr().err
-    )
-    config, *_ = read_settings(["--max_iters=60", "--warmup_iters=100"])
-    assert config.warmup_iters == 100
+def test_the_default_warmup_is_fitted_to_a_short_run_and_a_chosen_one_is_not(capsys):
+    assert read_settings(["--max_iters=10"]).config.warmup_iters == 1
+    note = "note: warmup_iters=10 would last all 10 steps; warmup_iters=1 is taken"
+    assert note in capsys.readouterr().err
+    chosen = read_settings(["--max_iters=60", "--warmup_iters=100"])
+    assert chosen.config.warmup_iters == 100
     for keys in (["--max_iters=10", "--decay_lr=False"], ["--max_iters=11"]):
-        config, *_ = read_settings(keys)
-        assert config.warmup_iters == 10 and not capsys.readouterr().err
-    argv = [key for key in TINY_RUN if "warmup" not in key]
-    train.main(argv)
-    resumed, *_ = read_settings([*RESUME, "--max_iters=300"])
-    assert resumed.warmup_iters == 0  # as it was
+        assert read_settings(keys).config.warmup_iters == 10
+
+
+def test_a_fitted_warmup_stays_as_it_was_when_a_run_resumes(tiny):
+    train.main([key for key in TINY_RUN if "warmup" not in key])
+    assert read_settings([*RESUME, "--max_iters=300"]).config.warmup_iters == 0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(
-    "model", [("--model=window_mlp",), ("--model=number_mlp", "--n_embd=1")]
+    "model", [["--model=window_mlp"], ["--model=number_mlp", "--n_embd=1"]]
 )
 def test_the_window_network_trains_resumes_and_samples(run_train, capsys, optimizer, model):
-    argv = [*model, "--window=12", "--n_hidden=24", "--bias=True"]
-    argv += [f"--optimizer={optimizer}", "--dropout=0.2", "--learning_rate=1e-2"]
-    argv += ["--eval_interval=30", "--lr_decay_iters=60"]
+    argv = [*model, "--window=12", "--n_hidden=24", "--bias=True", "--dropout=0.2"]
+    argv += [f"--optimizer={optimizer}", "--learning_rate=1e-2", "--lr_decay_iters=60"]
+    argv += ["--eval_interval=30"]
     rows = run_train(*argv, "--max_iters=60")
     assert rows[-1]["val_loss"] < rows[0]["train_loss"] - 0.2
     whole = weights()
@@ -969,12 +810,12 @@ def test_the_window_network_trains_resumes_and_samples(run_train, capsys, optimi
     resume("--max_iters=60")
     assert_same_weights(weights(), whole)
     capsys.readouterr()
-    keys = ["--start=A", "--num_samples=1", "--max_new_tokens=40"]
-    sample.main(["--out_dir=out/run", "--device=cpu", *keys])
+    keys = ["--device=cpu", "--start=A", "--num_samples=1", "--max_new_tokens=40"]
+    sample.main(["--out_dir=out/run", *keys])
     assert len(capsys.readouterr().out) == 1 + 40 + 1
 
 
-def test_a_network_of_numbers_of_an_earlier_version_is_sampled(run_train):
+def test_a_network_of_numbers_of_an_earlier_version_is_loaded(run_train):
     run_train("--model=number_mlp", "--n_embd=1", "--window=4", "--max_iters=1")
     saved = checkpoint.read(OUT / "best.pt")
     saved["model_config"] |= {"model": "window_mlp", "embedding": "number"}
@@ -982,44 +823,22 @@ def test_a_network_of_numbers_of_an_earlier_version_is_sampled(run_train):
     assert isinstance(sample.load(OUT).model.wte, NumberEmbedding)
 
 
-class Doubled(torch.nn.Module):
-    """Twice its input."""
-
-    def __init__(self, config):
-        super().__init__()
-
-    def forward(self, x):
-        return 2 * x
-
-
-class Reversed(models.Position):
-    def embed(self, x, at):
-        return x.flip(-1)
-
-
-class NoResidual(models.PreNormBlock):
-    def forward(self, x, shared, state=None):
-        x = self.attn(self.attn_norm(x), shared, state)
-        return self.mlp(self.mlp_norm(x))
-
-
 @pytest.mark.parametrize(
     ("variants", "key", "variant"),
     [
         (models.ACTIVATIONS, "activation", torch.sin),
-        (models.NORMS, "norm", Doubled),
-        (models.POSITIONS, "position", Reversed),
-        (models.BLOCKS, "block", NoResidual),
-        (models.MLPS, "mlp", Doubled),
+        (models.NORMS, "norm", models.NORMS["layernorm"]),
+        (models.POSITIONS, "position", models.POSITIONS["alibi"]),
+        (models.BLOCKS, "block", models.BLOCKS["parallel"]),
+        (models.MLPS, "mlp", models.MLPS["gated"]),
     ],
-    ids=["activation", "norm", "position", "block", "mlp"],
 )
 def test_a_new_variant_is_one_line_in_one_dictionary(
-    run_train, monkeypatch, capsys, variants, key, variant
+    run_train, monkeypatch, variants, key, variant
 ):
     monkeypatch.setitem(variants, "mine", variant)
-    assert train_losses(run_train(f"--{key}=mine")) != train_losses(run_train())
-    run_train(f"--{key}=mine")
+    before = train_losses(run_train())
+    assert train_losses(run_train(f"--{key}=mine")) != before
     resume("--max_iters=8")
     sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=20"])
 
@@ -1041,23 +860,19 @@ def test_a_second_ctrl_c_ends_a_long_step_at_once_and_the_first_one_says_so():
         assert process.stdout.readline() == "started\n"
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline() == "\n"
-        line = (
-            "SIGINT: finishing this step, then saving; a second one ends at once, unsaved\n"
-        )
-        assert process.stderr.readline() == line
+        assert process.stderr.readline().startswith("SIGINT: finishing this step, then ")
         time.sleep(1.1)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=9) == 128 + signal.SIGINT
 
 
 # --------------------------------------------------------------------------------------
-# Errors of the user's own model, and of memory
+# Errors of the user's own model
 
 
 def test_an_in_place_error_in_an_edited_model_shows_its_line_and_a_traceback(tiny, folder):
     copy = folder / "copy"
-    for name in ("humptygpt", "config"):
-        shutil.copytree(ROOT / name, copy / name)
+    shutil.copytree(ROOT / "humptygpt", copy / "humptygpt")
     shutil.copy(ROOT / "train.py", copy)
     source = (ROOT / "model.py").read_text()
     line = "v = self.heads(v).sigmoid()"
@@ -1070,17 +885,3 @@ def test_an_in_place_error_in_an_edited_model_shows_its_line_and_a_traceback(tin
     assert "modified by an inplace operation" in done.stderr.splitlines()[-1]
     assert "Traceback (most recent call last)" in done.stderr
     assert f"{copy}/model.py" in done.stderr and line in done.stderr
-
-
-@pytest.mark.parametrize(
-    "problem", ["DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory"]
-)
-def test_a_backward_pass_without_memory_is_answered_with_advice(
-    tiny, fails, monkeypatch, problem
-):
-    def backward(loss):
-        raise RuntimeError(problem)
-
-    monkeypatch.setattr(torch.Tensor, "backward", backward)
-    complaint = fails(train.main, *TINY_RUN)
-    assert complaint.startswith("out of memory, ") and "smaller --batch_size" in complaint
