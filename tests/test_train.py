@@ -112,7 +112,7 @@ def test_a_run_leaves_checkpoints_metrics_picture_and_settings(run_train, capsys
     assert last["val_bits_per_byte"] == pytest.approx(last["val_loss"] / math.log(2))
     assert (OUT / "loss.png").read_bytes().startswith(b"\x89PNG")
     settings = json.loads((OUT / "config.json").read_text())
-    assert settings["_parameters"] == models.count_parameters(sample.load(OUT).model)
+    assert f"{settings['_parameters']:,} parameters" in out
     code = zlib.crc32(Path(models.__file__).read_bytes())
     assert int(settings["_model.py"], 16) == code
     assert out.splitlines()[-1] == f"best val loss {last['val_loss']:.4f} at iter 6"
@@ -317,10 +317,12 @@ def test_the_gradient_is_clipped_and_its_norm_is_logged_as_it_was_before(
 
 
 def test_the_learning_rate_follows_its_schedule(run_train):
-    keys = ["--learning_rate=0.3", "--schedule=cosine", "--min_lr=0.1"]
+    cosine = ["--schedule=cosine", "--min_lr=0.1"]
     decay = [0.1 + 0.1 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]
-    assert values("lr", run_train(*keys)) == pytest.approx([0.1, 0.2, *decay])
-    assert values("lr", run_train(*keys, "--decay_lr=False")) == [0.3] * 6
+    rows = run_train("--learning_rate=0.3", *cosine)
+    assert values("lr", rows) == pytest.approx([0.1, 0.2, *decay])
+    rows = run_train("--learning_rate=0.3", "--decay_lr=False")
+    assert values("lr", rows) == [0.3] * 6
 
 
 def test_bfloat16_trains_on_the_cpu(run_train):
@@ -827,7 +829,7 @@ def test_a_network_of_numbers_of_an_earlier_version_is_loaded(run_train):
     ("variants", "key", "variant"),
     [
         (models.ACTIVATIONS, "activation", torch.sin),
-        (models.NORMS, "norm", models.NORMS["layernorm"]),
+        (models.NORMS, "norm", models.NORMS["rmsnorm"]),
         (models.POSITIONS, "position", models.POSITIONS["alibi"]),
         (models.BLOCKS, "block", models.BLOCKS["parallel"]),
         (models.MLPS, "mlp", models.MLPS["gated"]),
