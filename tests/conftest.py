@@ -130,6 +130,12 @@ def run_train(tiny):
 
 
 @pytest.fixture
+def exact_muon(monkeypatch):
+    """Muon orthogonalizes in float32, since bfloat16 makes the smallest difference grow."""
+    monkeypatch.setattr("humptygpt.optimizers.multiplies_bfloat16", lambda device: False)
+
+
+@pytest.fixture
 def saved_figures(monkeypatch) -> list:
     """The matplotlib figures that are saved."""
     from matplotlib.figure import Figure

@@ -32,12 +32,6 @@ def make_optimizer(model, name: str = "adamw", **keys) -> Optimizer:
     return optim.make_optimizer(TrainConfig(**settings), model)
 
 
-@pytest.fixture
-def exact(monkeypatch):
-    """Muon orthogonalizes in float32."""
-    monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device: False)
-
-
 def train_some(model, optimizer, steps: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
@@ -138,7 +132,7 @@ def test_orthogonalize_moves_all_singular_values_near_1_and_keeps_the_singular_v
 
 
 @pytest.mark.parametrize(("name", "scale"), [("attn.k_proj", 1), ("mlp.up_proj", 2)])
-def test_muon_updates_by_the_orthogonalized_nesterov_momentum(exact, name, scale):
+def test_muon_updates_by_the_orthogonalized_nesterov_momentum(exact_muon, name, scale):
     """scale: the root of rows over columns."""
     keys = {"muon_momentum": 0.9, "muon_learning_rate": 0.1, "weight_decay": 0.5}
     model = tiny()
@@ -157,7 +151,7 @@ def test_muon_updates_by_the_orthogonalized_nesterov_momentum(exact, name, scale
 
 @pytest.mark.parametrize(("name", "axis"), [("up_proj", 0), ("down_proj", 1)])
 def test_normuon_moves_all_neurons_at_one_speed_and_each_matrix_as_fast_as_muon(
-    exact, name, axis
+    exact_muon, name, axis
 ):
     """axis: along which the matrix has its neurons."""
     moved = {}
