@@ -2,9 +2,9 @@ import copy
 
 import pytest
 import torch
-from conftest import ADAMW, GPT2
+from conftest import ADAMW
+from test_model import every_variant, tiny
 
-import model as models
 from humptygpt import optimizers as optim
 from humptygpt.optimizers import (
     OPTIMIZERS,
@@ -13,18 +13,9 @@ from humptygpt.optimizers import (
     group_parameters,
     orthogonalize,
 )
-from humptygpt.tasks import build
-from model import BLOCKS, MLPS, NORMS, POSITIONS, ModelConfig
 from train import TrainConfig
 
-WINDOW = {"model": "window_mlp", "window": 4, "n_embd": 1, "bias": True}
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-
-
-def tiny(**keys) -> models.GPT:
-    torch.manual_seed(0)
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8, "vocab_size": 11}
-    return build(ModelConfig(**GPT2 | sizes | keys))
 
 
 def make_optimizer(model, name: str = "adamw", **keys) -> Optimizer:
@@ -41,23 +32,9 @@ def train_some(model, optimizer, steps: int) -> None:
         model.zero_grad()
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"bias": True},
-        {"tie_weights": False},
-        {"n_kv_head": 1},
-        *({"position": name} for name in POSITIONS),
-        *({"norm": name} for name in NORMS),
-        *({"block": name} for name in BLOCKS),
-        *({"mlp": name, "bias": True} for name in MLPS),
-        WINDOW,
-        WINDOW | {"model": "number_mlp"},
-    ],
-    ids=str,
-)
-def test_optimizer_groups_cover_every_parameter_once(keys):
-    model = tiny(**keys)
+@every_variant
+def test_optimizer_groups_cover_every_parameter_once(variant):
+    model = tiny(**variant)
     groups = group_parameters(model).values()
     grouped = [pair for members in groups for pair in members.items()]
     assert sorted(name for name, _ in grouped) == sorted(dict(model.named_parameters()))
@@ -87,7 +64,7 @@ def test_muon_trains_the_matrices_of_the_blocks_and_adamw_the_rest():
 
 
 def test_muon_trains_the_hidden_layers_of_the_window_mlp():
-    names = names_by_rule(make_optimizer(tiny(**WINDOW), "muon"))
+    names = names_by_rule(make_optimizer(tiny(model="window_mlp", window=4), "muon"))
     assert names["muon"] == {"layers.0.weight", "layers.1.weight"}
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 import pickle
 import random
@@ -25,14 +24,13 @@ from test_distributed import (
     complaints,
     launch,
     losses,
-    signal_at_4,
+    terminated,
 )
 from test_model import every_variant
 from test_model import tiny as tiny_model
 from test_snapshots import kept
 
 import export
-import prepare_data
 import sample
 import train
 from humptygpt import checkpoint, machine, tasks
@@ -135,7 +133,7 @@ def test_a_checkpoint_of_any_number_of_processes_is_resumed_by_any_other(
     whole = train_losses()
     run_train(*argv, "--max_iters=2")
     sharded = [*RESUME, "--parallel=fsdp", "--max_iters=6"]
-    assert launch(4, *sharded, main=signal_at_4) == [128 + signal.SIGTERM] * 4
+    assert launch(4, *sharded, main=terminated) == [128 + signal.SIGTERM] * 4
     assert "saved out/run/ckpt at iter 4" in Path("stderr0").read_text()
     assert [path.name for path in OUT.glob("ckpt*")] == ["ckpt"]
     assert launch(2, *RESUME, "--max_iters=5") == [0, 0]
@@ -170,13 +168,6 @@ def test_sample_and_export_open_it_without_a_process_group(saved, capsys):
     sample.main(["--out_dir=one", *short])
     assert capsys.readouterr().out == text
     assert not torch.distributed.is_initialized()
-
-
-def test_data_is_prepared_with_the_tokenizer_of_a_sharded_run(saved):
-    prepare_data.main(["--input=tiny.txt", "--name=again", "--tokenizer=out/run"])
-    paths = [Path(f"data/{name}/meta.json") for name in ("again", "tiny")]
-    again, first = (json.loads(path.read_text())["tokenizer"] for path in paths)
-    assert again == first
 
 
 @pytest.mark.parametrize(
