@@ -82,16 +82,10 @@ def malicious(path: Path):
     torch.save({"format": checkpoint.FORMAT, "model": Evil()}, path)
 
 
-def truncated(path: Path):
-    checkpoint.save(path, make_entries())
-    path.write_bytes(path.read_bytes()[:-500])
-
-
 NO_CHECKPOINT = "out/run/best.pt is not a checkpoint: it is truncated, damaged or holds"
 OTHER_VERSION = "out/run/best.pt is not a checkpoint of this version"
 BAD = [
     (NO_CHECKPOINT, malicious),
-    (NO_CHECKPOINT, truncated),
     (NO_CHECKPOINT, lambda path: path.write_bytes(b"no zip at all")),
     (OTHER_VERSION, lambda path: torch.save([1, 2], path)),
     (OTHER_VERSION, lambda path: torch.save({"format": "gpt checkpoint 2"}, path)),
@@ -215,7 +209,7 @@ def test_a_checkpoint_of_other_code_is_whole_and_says_what_differs(
     run_train, monkeypatch, fails
 ):
     def complaints() -> set[str]:
-        """What sampling and resuming say about their files."""
+        """The messages of sampling and resuming, without the names of their files."""
         lines = map(fails, USES)
         return {line.partition(".pt was written by other code: ")[2] for line in lines}
 

@@ -1,4 +1,4 @@
-"""Several processes train as one does, with DDP and with FSDP; see test_sharding.py for FSDP's own claims."""
+"""Several processes train as one does, with DDP and with FSDP; see test_sharding.py for the checkpoints of FSDP."""
 
 import datetime
 import json
@@ -32,7 +32,7 @@ from humptygpt.parallel.processes import DataParallel, check_divisible
 from humptygpt.process import PARALLEL, restarted
 from humptygpt.settings import TrainConfig, read_settings
 
-assert torch._dynamo  # which DDP loads: here, and not again in each process
+assert torch._dynamo  # DDP needs it; loaded once here, and not in each process
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
 OUT = Path("out/run")
@@ -79,7 +79,7 @@ def launch(
     for process in found:
         process.join(seconds)
         for other in found if process.exitcode == 1 else [process]:
-            other.kill()  # as torchrun does
+            other.kill()  # torchrun does the same
         process.join()
     return [process.exitcode for process in found]
 
@@ -193,7 +193,7 @@ def test_each_process_orthogonalizes_some_whole_matrices_and_none_is_done_twice(
     argv = [*UNEVEN, "--optimizer=normuon", "--n_layer=3", f"--parallel={parallel}"]
     assert launch(2, *argv, main=count_work) == [0, 0]
     counts = [json.loads(Path(f"counts{rank}").read_text())["matrices"] for rank in (0, 1)]
-    # steps, layers, matrices of each
+    # steps x layers x matrices in a layer
     assert sum(counts) == 6 * 3 * 6 and min(counts) >= 6 * 6
 
 
@@ -245,7 +245,7 @@ def test_a_signal_to_one_process_ends_all_with_one_checkpoint_that_any_number_re
 
 
 def complaints(*argv: str, **settings) -> list[str]:
-    """What each of two processes reports, both of which end with exit code 2."""
+    """Launch two processes, which both have to end with exit code 2, and return their messages."""
     assert launch(2, *TINY_RUN, *argv, **settings) == [2, 2]
     return [Path(f"stderr{rank}").read_text() for rank in range(2)]
 
@@ -417,7 +417,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_resumes_exactly(
     assert launch(2, *argv, main=killed) == [2, -signal.SIGKILL]
     complaint = Path("stderr0").read_text().splitlines()[-1]
     assert complaint.startswith("train.py: another process has ended or does not answer")
-    # as torchrun --max_restarts starts them again
+    # torchrun --max_restarts starts them again with this variable
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert launch(2, *argv) == [0, 0]
     note = "note: torchrun has started this run again; it resumes out/run/ckpt"

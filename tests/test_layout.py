@@ -1,7 +1,7 @@
-"""The layout of the code: which file may import which, and what runs without torch.
+"""The layout of the code: allowed imports, and the files that run without torch.
 
 The core is model.py and the files of humptygpt/ itself; a slice is a folder in humptygpt/; the other files in the root
-are scripts. An import counts wherever it stands, also inside a function.
+are scripts. Imports inside functions count as well.
 """
 
 import ast

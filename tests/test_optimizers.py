@@ -1,3 +1,5 @@
+"""Update rules, the parameters that each of them trains, and the schedules of the learning rate."""
+
 import copy
 
 import pytest
@@ -110,7 +112,7 @@ def test_orthogonalize_moves_all_singular_values_near_1_and_keeps_the_singular_v
 
 @pytest.mark.parametrize(("name", "scale"), [("attn.k_proj", 1), ("mlp.up_proj", 2)])
 def test_muon_updates_by_the_orthogonalized_nesterov_momentum(exact_muon, name, scale):
-    """scale: the root of rows over columns."""
+    """scale: the square root of rows / columns."""
     keys = {"muon_momentum": 0.9, "muon_learning_rate": 0.1, "weight_decay": 0.5}
     model = tiny()
     optimizer = make_optimizer(model, "muon", **keys)
@@ -130,7 +132,7 @@ def test_muon_updates_by_the_orthogonalized_nesterov_momentum(exact_muon, name, 
 def test_normuon_moves_all_neurons_at_one_speed_and_each_matrix_as_fast_as_muon(
     exact_muon, name, axis
 ):
-    """axis: along which the matrix has its neurons."""
+    """axis: the axis of the matrix that numbers its neurons."""
     moved = {}
     for rule in ("muon", "normuon"):
         model = tiny()
@@ -165,18 +167,6 @@ def test_parameters_without_a_gradient_do_not_change(name):
     after = model.state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed == {"stack.norm.weight"}
-
-
-@every_optimizer
-def test_the_state_is_plain_data_by_the_name_of_the_parameter(name):
-    model = tiny(bias=True)
-    optimizer = make_optimizer(model, name)
-    train_some(model, optimizer, 2)
-    saved = optimizer.state_dict()
-    assert saved["steps"] == 2
-    for rule, names in names_by_rule(optimizer).items():
-        for parameter in names:
-            assert saved["state"][parameter].keys() == OPTIMIZERS[rule].state.keys()
 
 
 WTE, UP = "wte.weight", "stack.blocks.0.mlp.up_proj.weight"

@@ -283,7 +283,7 @@ def test_what_cannot_be_sharded_is_refused(rank, dtype):
 
 
 def test_no_process_has_a_sharded_model_whole_on_its_card(tiny, monkeypatch):
-    card = torch.device("meta")  # what is moved there is lost
+    card = torch.device("meta")  # moving a tensor there loses its numbers
     run = train.setup(*train.read_settings(TINY_RUN))
     run.process, run.device = sharding.FullySharded(0, 1, card), card
     assert not run.task.evaluation_examples and not run.task.final_examples

@@ -1,3 +1,5 @@
+"""Runs of train.py: their files and messages, their steps, stopping and resuming, and errors."""
+
 import json
 import math
 import os
@@ -86,7 +88,7 @@ def signal_in_step(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------
-# What a run leaves
+# The files and messages of a run
 
 
 @pytest.mark.whole_ending
@@ -156,7 +158,7 @@ def test_early_stopping_counts_evaluations_without_a_lower_loss_and_holds_on_res
     assert resume() == rows
     capsys.readouterr()
     evaluations(monkeypatch, 3.0, 4.0)
-    run_train("--early_stopping=1")  # has no step left
+    run_train("--early_stopping=1")  # no step is left
     assert stopped not in capsys.readouterr().out
 
 
@@ -201,7 +203,7 @@ def test_the_standard_error_is_that_of_the_mean_over_batches_of_any_size():
     )
     mean, standard_error = evaluation.evaluate(run, Given(), None)
     assert mean == pytest.approx((4 + 12 + 8 + 12) / 14)
-    deviation = math.hypot(2, 1, 4) / math.sqrt(2 * 3)  # from neighbours' differences
+    deviation = math.hypot(2, 1, 4) / math.sqrt(2 * 3)  # neighbours differ by 2, 1, 4
     assert standard_error == pytest.approx(deviation * math.hypot(*sizes) / 14)
     del batches[1:]
     assert evaluation.evaluate(run, Given(), None) == (1.0, 0.0)
@@ -260,7 +262,7 @@ def test_a_larger_vocabulary_pads_the_model(run_train):
 
 
 # --------------------------------------------------------------------------------------
-# What a step does
+# A training step
 
 
 def test_accumulation_equals_a_big_batch(run_train):
@@ -371,15 +373,14 @@ DROPOUT_RUN = [
 ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("at", [1, 4, 5, 9, 12])
 def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(
-    run_train, signal_in_step, capsys, number, at
+    run_train, signal_in_step, capsys, at
 ):
     rows = run_train(*DROPOUT_RUN)
     whole, best = weights(), weights("best.pt")
-    signal_in_step(at, number)
-    assert train.main([*TINY_RUN, *DROPOUT_RUN]) == 128 + number
+    signal_in_step(at, signal.SIGINT)
+    assert train.main([*TINY_RUN, *DROPOUT_RUN]) == 128 + signal.SIGINT
     command = "python train.py --init_from=resume --out_dir=out/run"
     assert f"at iter {at}; resume: {command}" in capsys.readouterr().err
     assert resume() == rows
@@ -401,9 +402,10 @@ def test_ctrl_c_saves_even_if_it_has_ended_the_reader_of_our_messages(tiny):
 
 
 def quiet_train(*argv: str) -> None:
-    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115, open as long as the process
+    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115, needed to the end
     torch.set_num_threads(1)
-    run_folder.draw_losses = lambda *args: None  # as in short_ending
+    # conftest.short_ending patches only its own process
+    run_folder.draw_losses = lambda *args: None
     tasks.TEXT = WITHOUT_SAMPLE
     sys.exit(train.main([*TINY_RUN, *DROPOUT_RUN, "--max_iters=40", *argv]))
 
@@ -695,15 +697,6 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(
     evaluations(monkeypatch, 2.0, loss)
     assert train.main(TINY_RUN) == 1
     assert checkpoint.read(OUT / "ckpt.pt")["progress"]["iter"] == 3
-
-
-def test_token_files_of_a_preparation_that_was_stopped_are_left_as_they_are(tiny, fails):
-    (tiny / "meta.json").unlink()
-    (tiny / "preparing").mkdir()
-    before = (tiny / "train.bin").read_bytes()
-    complaint = "data/tiny has no meta.json, which a preparation writes last"
-    assert complaint in fails(train.main, *TINY_RUN)
-    assert (tiny / "train.bin").read_bytes() == before
 
 
 BAD = {
