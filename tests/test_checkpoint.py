@@ -219,7 +219,7 @@ def test_a_checkpoint_of_other_code_is_whole_and_says_what_differs(
         run_train("--norm=mine")
     assert complaints() == {f"norm=mine is not one of: {kinds}\n"}
 
-    monkeypatch.setitem(models.NORMS, "mine", models.NoNorm)
+    monkeypatch.setitem(models.NORMS, "mine", models.NORMS["none"])
     name = "stack.blocks.0.attn_norm.weight"
     assert complaints() == {f"it has the parameter {name}, which this code lacks\n"}
 
