@@ -33,7 +33,7 @@ from test_snapshots import kept
 import export
 import sample
 import train
-from humptygpt import checkpoint, machine, tasks
+from humptygpt import checkpoint, evaluation, machine
 from humptygpt.checkpoint import load_plain
 from humptygpt.config import UserError
 from humptygpt.parallel import fsdp as sharding
@@ -293,7 +293,7 @@ def test_no_process_has_a_sharded_model_whole_on_its_card(tiny, monkeypatch):
         devices.append(next(model.parameters()).device.type)
         return Score("", {})
 
-    monkeypatch.setattr(tasks, "TEXT", replace(tasks.TEXT, score=score))
+    monkeypatch.setattr(evaluation, "TEXT", replace(evaluation.TEXT, score=score))
     monkeypatch.setattr(train, "load", lambda path: SimpleNamespace(model=tiny_model()))
     train.show_best(run, SimpleNamespace(path=OUT, record=lambda row: None))
     assert devices == ["cpu"]

@@ -32,7 +32,7 @@ import model as models
 import prepare_data
 import sample
 import train
-from humptygpt import checkpoint, evaluation, run_folder, tasks
+from humptygpt import checkpoint, evaluation, run_folder
 from humptygpt.evaluation import Loss
 from humptygpt.memory import ADVICE
 from humptygpt.optimizers import Optimizer
@@ -252,7 +252,7 @@ def test_what_a_run_writes_is_written_without_dropout(run_train, monkeypatch):
         return ""
 
     task = replace(WITHOUT_SAMPLE, evaluation_examples=write, final_examples=write)
-    monkeypatch.setattr(tasks, "TEXT", task)
+    monkeypatch.setattr(evaluation, "TEXT", task)
     run_train("--dropout=0.5")
     assert modes == [False] * 3
 
@@ -407,7 +407,7 @@ def quiet_train(*argv: str) -> None:
     torch.set_num_threads(1)
     # conftest.short_ending patches only its own process
     run_folder.draw_losses = lambda *args: None
-    tasks.TEXT = WITHOUT_SAMPLE
+    evaluation.TEXT = WITHOUT_SAMPLE
     sys.exit(train.main([*TINY_RUN, *DROPOUT_RUN, "--max_iters=40", *argv]))
 
 
