@@ -9,7 +9,7 @@ from gguf import TokenType
 from bench import BenchConfig
 from benchmarks.contenders import Generator
 from benchmarks.huggingface import random_gpt2
-from humptygpt.convert.gguf import entries, write_gguf
+from humptygpt.convert.gguf import write_gguf
 from model import ModelConfig
 
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "q8_0"}  # GGUF's names
@@ -24,15 +24,22 @@ def write_random_gguf(path: Path, config: ModelConfig, dtype: str) -> None:
     weights = model.state_dict()
     del weights["lm_head.weight"]
     words = [f"t{i}" for i in range(config.vocab_size)]
-    types = [TokenType.NORMAL] * len(words)
-    # llama.cpp insists on one merge
-    merges = {"tokenizer_pre": "gpt-2", "token_merges": ["t 0"]}
-    tokens = entries("gpt2", words, types, eot=0, **merges)
+    vocabulary = {
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": "gpt-2",
+        "token_list": words,
+        "token_types": [TokenType.NORMAL] * len(words),
+        "token_merges": ["t 0"],  # llama.cpp insists on one merge
+        "eos_token_id": 0,
+        "bos_token_id": 0,
+        "add_bos_token": False,
+        "add_space_prefix": False,
+    }
     content = model.config.to_dict() | {
         "architectures": ["GPT2LMHeadModel"],
         "n_inner": 4 * config.n_embd,
     }
-    write_gguf(path, content, weights, tokens, dtype, about={})
+    write_gguf(path, content, weights, vocabulary, dtype, about={})
 
 
 class LlamaCppGenerator(Generator):
