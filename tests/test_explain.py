@@ -580,7 +580,7 @@ def test_late_positions_have_the_angles_of_float32(node, position):
     assert np.abs(found - getattr(model.stack.position, buffer).numpy()).max() < 1e-6
 
 
-@pytest.mark.parametrize("name", known_values()["activation"])
+@pytest.mark.parametrize("name", sorted(known_values()["activation"]))
 def test_activations_and_their_slopes_are_pytorchs_wherever_they_bend(node, name):
     x = torch.linspace(-8, 8, 801, dtype=torch.float64, requires_grad=True)
     y = ACTIVATIONS[name](x)
