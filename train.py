@@ -18,7 +18,6 @@ import math
 import os
 import signal
 import sys
-import zlib
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
@@ -34,7 +33,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import model as models
 from humptygpt import checkpoint, evaluation, report, tasks
 from humptygpt.checkpoint import refuse_other_code
 from humptygpt.config import find
@@ -68,6 +66,7 @@ from humptygpt.setup import (
     make_net,
     open_prepared,
     prepare_missing,
+    recorded_settings,
     resumed_progress,
 )
 from model import ModelConfig
@@ -257,10 +256,7 @@ def setup(
 def fit(run: Run) -> int:
     """Train, show what the model can do, and return the exit code."""
     config = run.config
-    settings = asdict(config) | asdict(run.model.config)
-    # Names that start with _ are not settings when config.json is taken for a config file.
-    settings["_parameters"] = models.count_parameters(run.model)
-    settings["_model.py"] = f"{zlib.crc32(Path(models.__file__).read_bytes()):08x}"
+    settings = recorded_settings(run)
     folder = RunFolder(Path(config.out_dir), settings, run.progress.iter, run.process.first)
     with closing(folder):
         if config.init_from != "scratch" and not run.progress.iter:

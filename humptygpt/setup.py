@@ -4,11 +4,14 @@ import dataclasses
 import importlib.util
 import math
 import shlex
+import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
 
+import model as models
 from humptygpt import checkpoint, evaluation, machine
 from humptygpt import config as configurator
 from humptygpt.config import UserError, as_written_here, find, note
@@ -23,7 +26,7 @@ from humptygpt.settings import TrainConfig
 from humptygpt.tasks import LORA, build, build_on_meta, find_task, model_class
 from humptygpt.token_files import COMMAND, is_command, made_by, read_meta
 from humptygpt.tokenizers import from_state
-from model import ModelConfig, Stack
+from model import ModelConfig, Stack, count_parameters
 
 # --------------------------------------------------------------------------------------
 # Data
@@ -235,6 +238,15 @@ def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
     dtype = pick_dtype(config.dtype, device)
     _, processes = launched()
     return memory_report(config, model_config, device, dtype, processes)
+
+
+def recorded_settings(run) -> dict[str, object]:
+    """Return what config.json records of a train.Run."""
+    settings = asdict(run.config) | asdict(run.model.config)
+    # Names that start with _ are not settings when config.json is used as a config file.
+    settings["_parameters"] = count_parameters(run.model)
+    settings["_model.py"] = f"{zlib.crc32(Path(models.__file__).read_bytes()):08x}"
+    return settings
 
 
 # --------------------------------------------------------------------------------------
