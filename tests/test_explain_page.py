@@ -21,8 +21,8 @@ import explain
 import prepare_data
 import train
 from benchmarks import keystrokes
+from humptygpt import evaluation, run_folder
 from humptygpt import loading as interchange
-from humptygpt import run_folder, tasks
 from humptygpt.checkpoint import load_plain
 from humptygpt.config import UserError
 from humptygpt.sampling import generate
@@ -58,7 +58,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(run_folder, "draw_losses", lambda *args: None)
-        patch.setattr(tasks, "TEXT", WITHOUT_SAMPLE)
+        patch.setattr(evaluation, "TEXT", WITHOUT_SAMPLE)
         Path("tiny.txt").write_text(make_text())
         Path("pairs.tsv").write_text("".join("\t".join(x) + "\n" for x in make_pairs()))
         prepare_data.main(["--input=tiny.txt", "--name=tiny"])
