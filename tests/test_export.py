@@ -318,7 +318,7 @@ def test_a_character_that_the_alphabet_lacks_is_an_error_there_as_here():
     with pytest.raises(Exception, match=r"unknown|UNK"):
         build_tokenizer(CharTokenizer("ab")).encode("abc")
     with pytest.raises(
-        UserError, match=r"tokenizer=char has '.ud800', which is no character"
+        UserError, match=r"tokenizer=char has '.ud800', which is not a valid character"
     ):
         build_tokenizer(CharTokenizer("ab\ud800"))
 
@@ -526,10 +526,13 @@ CHAR = "tokenizer=char cannot be .*"
 GGUF_REFUSES = [
     ({"activation": "gelu"}, "activation=gelu cannot be .* --activation=gelu_tanh"),
     (ROTARY | {"activation": "relu"}, "activation=relu cannot be .* --activation=silu"),
-    ({"tokenizer": CharTokenizer("aé")}, f"{CHAR} characters outside ASCII"),
-    ({"tokenizer": CharTokenizer("aé▁", True)}, f"{CHAR} and '▁' is a space"),
-    ({"tokenizer": EVERY["unigram"]}, "tokenizer=sentencepiece .* with model_type=bpe"),
-    ({"tokenizer": without_split()}, "byte pairs .* as GPT-2, .*; use --format=transf"),
+    ({"tokenizer": CharTokenizer("aé")}, f"{CHAR} non-ASCII characters"),
+    ({"tokenizer": CharTokenizer("aé▁", True)}, f"{CHAR} and '▁' stands for a space"),
+    (
+        {"tokenizer": EVERY["unigram"]},
+        "tokenizer=sentencepiece .* sentencepiece: model_type=bpe",
+    ),
+    ({"tokenizer": without_split()}, "byte pairs as in GPT-2, .*; use --format=transf"),
 ]
 
 
@@ -549,7 +552,7 @@ def test_a_model_that_other_programs_would_compute_otherwise_is_refused(
     monkeypatch.setattr(models.SelfAttention, "heads", lambda self, x: 1.2 * heads(self, x))
     for to in ("exported", "model.gguf"):
         complaint = fails(export.main, "--out_dir=out/run", f"--to={to}")
-        assert complaint.startswith("transformers or llama.cpp would not compute what")
+        assert complaint.startswith("transformers or llama.cpp would not give the same")
         assert not Path(to).exists()
     export.main(["--out_dir=out/run", "--to=model.pt"])  # model.py itself reads it
 

@@ -128,11 +128,11 @@ def test_a_tokenizer_comes_by_the_models_name_without_its_weights(server):
     assert tokens == read_tokenizer(Path("made")).state()
     assert fetched(server) == {"config.json", "merges.txt", "vocab.json"}
     assert tokens == load("gpt2").tokenizer.state()
-    with pytest.raises(UserError, match="no/model does not exist or asks for permission"):
+    with pytest.raises(UserError, match="no/model does not exist or requires permission"):
         prepare_data.main(["--input=text.txt", "--name=x", "--tokenizer=no/model"])
 
 
-REFUSED = "ADDRESS/openai-community/gpt2 does not exist or asks for permission; check the"
+REFUSED = "ADDRESS/openai-community/gpt2 does not exist or requires permission; check the"
 FAILED = "gpt2 cannot be fetched from ADDRESS: Server error '500 Internal Server Error' for"
 
 
@@ -147,7 +147,7 @@ def test_without_a_network_the_fixes_are_named_in_one_line(server, monkeypatch, 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     line = fails(sample.main, "--init_from=someone/model")
     assert "cannot be fetched from http://127.0.0.1:9: [Errno" in line
-    assert "name a folder that has the model, or a mirror by HF_ENDPOINT" in line
+    assert "give a folder that contains the model, or set HF_ENDPOINT to a mirror" in line
 
 
 def test_weights_in_shards_come_with_their_index(server, folder):

@@ -254,20 +254,20 @@ WEIGHTS = Path("adapter/adapter_model.safetensors")
 B = "base_model.model.transformer.h.1.attn.c_attn.lora_B.weight"
 BAD = {
     "peft_type must be LORA": lambda: change_config(peft_type="LOHA"),
-    "use_dora=True is not supported; plain LoRA is": lambda: change_config(use_dora=True),
+    "use_dora=True is not supported; only plain LoRA": lambda: change_config(use_dora=True),
     "init_lora_weights=pissa changes the base model": lambda: change_config(
         init_lora_weights="pissa"
     ),
-    "the regular expression 'c_(a|b)'; names of layers are": lambda: change_config(
+    "the regular expression 'c_(a|b)'; only layer names are": lambda: change_config(
         alpha_pattern={"c_(a|b)": 3}
     ),
     "thei: there is no such file or folder; did you mean theirs?": lambda: change_config(
         base_model_name_or_path="thei"
     ),
-    "the base model of the adapter adapter is an adapter, too": lambda: change_config(
+    "the base model of the adapter adapter is itself an adapter": lambda: change_config(
         base_model_name_or_path="adapter"
     ),
-    "lora_A.weight is unknown, or the other of its pair is missing": lambda: change_weights(
+    "lora_A.weight is unknown, or its counterpart (lora_A or": lambda: change_weights(
         **{B: None}
     ),
     "the weight more is unknown": lambda: change_weights(more=torch.ones(1)),

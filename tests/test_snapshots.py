@@ -127,7 +127,7 @@ def test_a_damaged_snapshot_or_one_of_another_model_is_refused(run_train):
     whole = path.read_bytes()
     (found,) = snapshots.snapshot_data(OUT, 6, model)
     assert found["iter"] == 0
-    with pytest.raises(UserError, match=r"0\.pt is no snapshot of this model"):
+    with pytest.raises(UserError, match=r"0\.pt is not a snapshot of this model"):
         snapshots.snapshot_data(OUT, 6, test_model.tiny())
     flipped = bytearray(whole)
     flipped[5000] ^= 1
@@ -136,5 +136,5 @@ def test_a_damaged_snapshot_or_one_of_another_model_is_refused(run_train):
         with pytest.raises(UserError, match=r"0\.pt is not a checkpoint: it is trunc"):
             snapshots.snapshot_data(OUT, 6, model)
     torch.save([1, 2], path)
-    with pytest.raises(UserError, match=r"0\.pt is no snapshot"):
+    with pytest.raises(UserError, match=r"0\.pt is not a snapshot"):
         snapshots.snapshot_data(OUT, 6, model)

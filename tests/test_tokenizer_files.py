@@ -271,10 +271,10 @@ ADDED = {"added_tokens_decoder": {"7": {"content": "</s>", "special": True}}}
 REFUSED = {
     "there is neither tokenizer.json nor tokenizer.mo": ("tokenizer", None),
     "tokenizers cannot read it": ("tokenizer", {"model": {}}),
-    "its decoder is WordPiece; Byte": ("tokenizer", {"decoder": DECODER}),
+    "its decoder is WordPiece; only Byte": ("tokenizer", {"decoder": DECODER}),
     "its decoder is none": ("tokenizer", {"decoder": None}),
     ": eos_token must be str": ("tokenizer_config", {"eos_token": 3}),
-    "says that '</s>' has the id 7, but it has another": ("tokenizer_config", ADDED),
+    "says that '</s>' has the id 7, but it has a diff": ("tokenizer_config", ADDED),
 }
 
 
@@ -316,7 +316,9 @@ def state_of_an_earlier_version(kind: str, made) -> dict:
 
 def test_a_sentencepiece_model_that_changes_the_text_is_refused_with_the_fix(tmp_path):
     folder = sentencepiece_folder(tmp_path, normalization_rule_name="nmt_nfkc")
-    with pytest.raises(UserError, match=r"save it as tokenizer\.json with transformers"):
+    with pytest.raises(
+        UserError, match=r"convert this one to tokenizer\.json with transformers"
+    ):
         read_tokenizer(folder)
 
 

@@ -1,1 +1,1 @@
-"""Models of other programs, in and out: Hugging Face's folders, adapters, the hub, nanoGPT, GGUF."""
+"""Convert models from and to other formats: Hugging Face folders, LoRA adapters, the hub, nanoGPT, GGUF."""

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format: files with the trained matrices, to be written and to be merged into a base model."""
+"""LoRA adapters in PEFT's format: write the trained matrices to files, and merge such files into a base model."""
 
 import math
 import re
@@ -26,7 +26,7 @@ SCHEMA = {
     "use_rslora?": (bool, None),
     "alpha_pattern?": ({str: float}, None),
 }
-# settings of PEFT that make an adapter more than plain LoRA
+# PEFT settings that make an adapter more than plain LoRA
 VARIANTS = [
     "use_dora",
     "use_qalora",
@@ -39,14 +39,14 @@ VARIANTS = [
     "kasa_config",
     "use_bdlora",
 ]
-# init_lora_weights that leave the base model as it is; others change its weights
+# values of init_lora_weights that leave the base model unchanged; the others modify its weights
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def adapter_names(
     config: ModelConfig, layers: Iterable[str]
 ) -> list[tuple[str, list[str]]]:
-    """Pair the adapter's name of each layer with ours. They differ if transformers has such a model."""
+    """Pair each layer's name in the adapter with our names. They differ if transformers supports the architecture."""
     try:
         family = FAMILIES[find_family(config)]
     except UserError:
@@ -61,8 +61,9 @@ def adapter_names(
 def write_adapter(model: nn.Module, training, folder: Path) -> None:
     """Write adapter_model.safetensors, which holds A and B, and adapter_config.json. Raises UserError.
 
-    training: a TrainConfig. The adapter of a GPT-2 or Llama has the names of transformers, so that PEFT opens it beside
-    the base model. GPT-2's c_attn is our q_proj, k_proj and v_proj in one matrix, and its rank is the sum of theirs.
+    training: a TrainConfig. An adapter for GPT-2 or Llama uses the layer names of transformers, so that PEFT can load
+    it with the base model. GPT-2's c_attn combines our q_proj, k_proj and v_proj in one matrix, and its rank is the sum
+    of their ranks.
     """
     layers = adapted(model)
     weights = {}
@@ -96,7 +97,7 @@ def write_adapter(model: nn.Module, training, folder: Path) -> None:
         "target_modules": sorted(targets),
         "fan_in_fan_out": any(
             ".c_" in name for name in targets
-        ),  # transformers' GPT-2 has (inputs, outputs)
+        ),  # matrices in transformers' GPT-2 are (inputs, outputs)
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
@@ -114,7 +115,9 @@ def read_config(folder: Path) -> dict:
         config = parse_json((folder / CONFIG).read_bytes(), SCHEMA)
         for key in VARIANTS:
             if config.get(key):
-                raise ValueError(f"{key}={config[key]} is not supported; plain LoRA is")
+                raise ValueError(
+                    f"{key}={config[key]} is not supported; only plain LoRA is"
+                )
         if (start := config.get("init_lora_weights")) not in STARTS:
             raise ValueError(
                 f"init_lora_weights={start} changes the base model; convert the adapter to plain LoRA"
@@ -123,7 +126,10 @@ def read_config(folder: Path) -> dict:
 
 
 def merge_adapter(folder: Path, config: ModelConfig, weights: Weights) -> Weights:
-    """Merge an adapter into its base model, whose config and state dict these are. Raises UserError."""
+    """Merge an adapter into its base model. Raises UserError.
+
+    config, weights: the config and state dict of the base model. Returns the merged state dict.
+    """
     adapter = read_config(folder)
     with reading(f"the adapter in {folder}"):
         return weights | changed_weights(
@@ -134,7 +140,7 @@ def merge_adapter(folder: Path, config: ModelConfig, weights: Weights) -> Weight
 def changed_weights(
     stored: Weights, adapter: dict, config: ModelConfig, weights: Weights
 ) -> Weights:
-    """Compute W + scale * B A for each W that the adapter changes, by our names. stored: the adapter's tensors."""
+    """Compute W + scale * B A for each W that the adapter changes, under our names. stored: the adapter's tensors."""
     layers = [name.removesuffix(".weight") for name, W in weights.items() if W.dim() == 2]
     changed = {}
     for theirs, ours in adapter_names(config, layers):
@@ -157,7 +163,7 @@ def changed_weights(
             changed[f"{name}.weight"] = W + update
     if stored:
         raise ValueError(
-            f"the weight {min(stored)} is unknown, or the other of its pair is missing"
+            f"the weight {min(stored)} is unknown, or its counterpart (lora_A or lora_B) is missing"
         )
     if not changed:
         raise ValueError("it has no weights")
@@ -165,11 +171,11 @@ def changed_weights(
 
 
 def alpha(layer: str, adapter: dict) -> float:
-    """Look up the lora_alpha of a layer. PEFT's alpha_pattern may have any regular expressions; here, ends of names."""
+    """Look up the lora_alpha of a layer. PEFT allows any regex in alpha_pattern; here only names and suffixes work."""
     for pattern, value in (adapter.get("alpha_pattern") or {}).items():
         if not re.fullmatch(r"\^?[\w.]+", pattern):
             raise ValueError(
-                f"alpha_pattern has the regular expression {pattern!r}; names of layers are supported"
+                f"alpha_pattern has the regular expression {pattern!r}; only layer names are supported"
             )
         if layer == pattern.removeprefix("^") or layer.endswith(f".{pattern}"):
             return value

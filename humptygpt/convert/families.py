@@ -1,19 +1,19 @@
-"""GPT-2 and Llama as Hugging Face's transformers has them: names of settings and weights, theirs and ours.
+"""GPT-2 and Llama in Hugging Face's transformers: its names of settings and weights, and the matching names here.
 
-Each table is read in both directions. Another family is one more entry of FAMILIES.
+Each table is used in both directions. To support another family, add an entry to FAMILIES.
 """
 
 from typing import NamedTuple
 
-ROPE_SCALING = {  # settings of rope_type=llama3, which config.json has in an entry of its own
+ROPE_SCALING = {  # settings of rope_type=llama3, in a separate entry of config.json
     "factor": "rope_factor",
     "low_freq_factor": "rope_low_freq_factor",
     "high_freq_factor": "rope_high_freq_factor",
     "original_max_position_embeddings": "rope_original_context",
 }
-# our settings that neither family has, at the values with which they do nothing
+# settings of ours that neither family has, at values with no effect
 WITHOUT = {"mlp_conv": 0, "qk_norm": False, "init": "gpt2"}
-ACTIVATION_NAMES = {  # theirs: ours; the first of several names for one of ours is written
+ACTIVATION_NAMES = {  # transformers' name: our name; export writes the first match
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
@@ -28,20 +28,20 @@ ACTIVATION_NAMES = {  # theirs: ours; the first of several names for one of ours
 class Family(NamedTuple):
     """Models that differ only in the values of these settings."""
 
-    architecture: str  # the class of transformers
-    # all names of weights but the head's begin with it, or none in files without a head
+    architecture: str  # name of the class in transformers
+    # prefix of all weight names except the head's; files without a head may omit it
     prefix: str
     settings: dict[str, str]  # key of config.json: key of ModelConfig
-    defaults: dict[str, object]  # keys that config.json may lack
-    supported: dict[str, object]  # further keys of config.json, with the supported value
-    fixed: dict[str, object]  # our settings that all these models share
-    # their layer: our layers, concatenated if there are several; # is the number of the block
+    defaults: dict[str, object]  # default values of keys that config.json may omit
+    supported: dict[str, object]  # more keys of config.json and their only supported value
+    fixed: dict[str, object]  # our settings that all models of the family share
+    # layer in transformers: our layers, concatenated if there are several; # stands for the index of the block
     weights: dict[str, list[str]]
     transposed: bool  # whether the matrices in blocks are (inputs, outputs), unlike ours
-    # regular expression of the names of buffers, which older files hold as well
+    # regular expression for the names of buffers, which older files also contain
     no_weights: str
-    dropouts: list[str]  # keys of config.json
-    preset: str  # one of our config files whose models belong to this family
+    dropouts: list[str]  # dropout keys of config.json
+    preset: str  # a config file of ours that describes a model of this family
 
 
 GPT2 = Family(
@@ -147,4 +147,4 @@ LLAMA = Family(
     dropouts=["attention_dropout"],
     preset="config/shakespeare_char_llama.py",
 )
-FAMILIES = {"gpt2": GPT2, "llama": LLAMA}  # by config.json's model_type
+FAMILIES = {"gpt2": GPT2, "llama": LLAMA}  # keyed by the model_type in config.json

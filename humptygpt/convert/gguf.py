@@ -1,7 +1,7 @@
-"""A model in Hugging Face's format and a vocabulary -> one GGUF file, which llama.cpp runs.
+"""Convert a model in Hugging Face's format and its vocabulary to a single GGUF file, which llama.cpp can run.
 
-The file is like one from llama.cpp's own convert_hf_to_gguf.py. GGUF holds fewer models than transformers: GPT-2 with
-gelu_tanh, Llama with silu, and a few kinds of tokenizers.
+The file resembles one from llama.cpp's own convert_hf_to_gguf.py. llama.cpp supports fewer models than transformers:
+GPT-2 with gelu_tanh, Llama with silu, and a few kinds of tokenizers.
 """
 
 import json
@@ -33,8 +33,8 @@ DTYPES = {  # the values of --dtype
     "bfloat16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-ACTIVATIONS = {"gpt2": "gelu_tanh", "llama": "silu"}  # the activations of llama.cpp
-HYPERPARAMETERS = {  # GGUFWriter.add_...: key of config.json
+ACTIVATIONS = {"gpt2": "gelu_tanh", "llama": "silu"}  # fixed in llama.cpp
+HYPERPARAMETERS = {  # X in GGUFWriter.add_X: key of config.json
     "gpt2": {
         "block_count": "n_layer",
         "context_length": "n_positions",
@@ -63,21 +63,21 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPLITS = {  # split_key() of each step of a pre_tokenizer: llama.cpp's name for them
+SPLITS = {  # split_key() of each pre_tokenizer step: llama.cpp's name for the sequence
     (("ByteLevel", False, True),): "gpt-2",
     ((LLAMA3_PATTERN, None, None), ("ByteLevel", False, False)): "llama-bpe",
     ((None, None, None),): "default",  # the text is not split
     (("Metaspace", None, False),): "default",
 }
-logging.getLogger("gguf").setLevel(logging.ERROR)  # it reports every file it writes
-Vocabulary = dict[str, object]  # GGUFWriter.add_...: its argument
+logging.getLogger("gguf").setLevel(logging.ERROR)  # it logs every file it writes
+Vocabulary = dict[str, object]  # X in GGUFWriter.add_X: its argument
 
 # --------------------------------------------------------------------------------------
 # The vocabulary
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    """Describe a tokenizer for GGUF. Raises UserError if llama.cpp has none that gives the same tokens."""
+    """Describe a tokenizer for GGUF. Raises UserError if none in llama.cpp produces the same tokens."""
     eot, bos = tokenizer.eot, tokenizer.bos
     if isinstance(tokenizer, CharTokenizer | ByteTokenizer):
         found = without_merges(tokenizer)
@@ -100,9 +100,9 @@ def refusal(tokenizer: Tokenizer, why: str) -> UserError:
 def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
     """Describe a tokenizer whose tokens are characters or bytes.
 
-    llama.cpp's kind rwkv takes the longest token first, and is the only kind that needs no end-of-text token. But it
-    hangs if a text has the first byte of a token without the rest, as a character of another language may. So alphabets
-    outside ASCII are left to the kind llama, which writes a space as "▁".
+    llama.cpp's tokenizer type rwkv matches the longest token first, and is the only type that needs no end-of-text
+    token. But it hangs if a text has the first byte of a token without the rest, which can happen with characters of
+    another language. Alphabets with non-ASCII characters therefore use the type llama, which writes a space as "▁".
     """
     texts = tokenizer.pieces
     end = []
@@ -118,7 +118,7 @@ def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
             "token_types": types,
         }
     if not end or "▁" in tokenizer.alphabet:
-        why = "in llama.cpp, characters outside ASCII need an end-of-text token, and '▁' is a space"
+        why = "in llama.cpp, non-ASCII characters need an end-of-text token, and '▁' stands for a space"
         raise refusal(tokenizer, why)
     tokens = [char.replace(" ", "▁") for char in tokenizer.alphabet] + end
     return {
@@ -130,13 +130,14 @@ def without_merges(tokenizer: CharTokenizer | ByteTokenizer) -> Vocabulary:
 
 
 def with_merges(tokenizer: Tokenizer, content: dict) -> Vocabulary:
-    """Describe a tokenizer of byte pairs, of GPT-2's, Llama 2's or Llama 3's kind. content: its tokenizer.json.
+    """Describe a byte-pair tokenizer like that of GPT-2, Llama 2 or Llama 3. content: its tokenizer.json.
 
-    LlamaTokenizer may give one space less at the start of a prompt or after a special token.
+    At the start of a prompt or after a special token, transformers' LlamaTokenizer may add one space fewer than
+    llama.cpp.
     """
     model = content["model"]
     if model["type"] != "BPE" or not (split := known_split(tokenizer, content)):
-        why = "llama.cpp has byte pairs (sentencepiece's with model_type=bpe) as GPT-2, Llama 2 and Llama 3 have them"
+        why = "llama.cpp needs byte pairs as in GPT-2, Llama 2 or Llama 3 (with sentencepiece: model_type=bpe)"
         raise refusal(tokenizer, why)
     tokens = [f"[PAD{i}]" for i in range(tokenizer.vocab_size)]
     types = [TokenType.UNUSED] * len(tokens)
@@ -150,7 +151,7 @@ def with_merges(tokenizer: Tokenizer, content: dict) -> Vocabulary:
         types[entry["id"]] = TokenType.CONTROL if special else TokenType.USER_DEFINED
     pairs = model["merges"]
     if not model["byte_fallback"]:
-        # llama.cpp insists on a merge
+        # llama.cpp requires at least one merge
         pairs = pairs or [[END_OF_TEXT, END_OF_TEXT]]
         return {
             "tokenizer_model": "gpt2",
@@ -170,7 +171,7 @@ def with_merges(tokenizer: Tokenizer, content: dict) -> Vocabulary:
 
 
 def known_split(tokenizer: Tokenizer, content: dict) -> str | None:
-    """Find llama.cpp's name for how a tokenizer.json splits a text; None if llama.cpp would give other tokens."""
+    """Find llama.cpp's name for the way a tokenizer.json splits text; None if llama.cpp would give different tokens."""
     model = content["model"]
     step = content["pre_tokenizer"] or {}
     split = SPLITS.get(tuple(map(split_key, step.get("pretokenizers") or [step])))
@@ -183,7 +184,7 @@ def known_split(tokenizer: Tokenizer, content: dict) -> str | None:
 
 
 def split_key(step: dict) -> tuple[str | None, bool | None, bool | None]:
-    """Describe a step of a pre_tokenizer: its pattern or type, whether it adds a space, whether it splits."""
+    """Describe a step of a pre_tokenizer: its pattern or type, whether it adds a space, and whether it splits."""
     pattern = step.get("pattern", {}).get("Regex") or step.get("type")
     return pattern, step.get("add_prefix_space"), step.get("use_regex", step.get("split"))
 
@@ -202,10 +203,10 @@ def write_gguf(
 ) -> None:
     """Write a GGUF file.
 
-    content, weights: as from to_pretrained(). about: name and description. dtype: a key of DTYPES. Vectors and learned
-    positions stay in float32, and for q8_0, which packs 32 weights, so do matrices whose rows are no multiple of 32.
-    Rows of the embedding that stand for no token are left out, because llama.cpp would draw them. Raises UserError if
-    llama.cpp lacks a part of the model, OSError if writing fails.
+    content, weights: as returned by to_pretrained(). about: name and description. dtype: a key of DTYPES. Vectors and
+    learned positions stay in float32. With q8_0, which packs weights in blocks of 32, so do matrices whose row length
+    is not a multiple of 32. Padding rows of the embedding are left out, because llama.cpp would sample them. Raises
+    UserError if llama.cpp does not support a part of the model, OSError if writing fails.
     """
     check_activation(content)
     architecture = content["model_type"]
@@ -245,7 +246,7 @@ def write_gguf(
 
 
 def check_activation(content: dict) -> None:
-    """Raise UserError if llama.cpp would compute another activation."""
+    """Raise UserError if llama.cpp would use a different activation."""
     supported = ACTIVATIONS[content["model_type"]]
     activation = ACTIVATION_NAMES[
         content.get("hidden_act") or content["activation_function"]
@@ -257,9 +258,9 @@ def check_activation(content: dict) -> None:
 
 
 def arranged(name: str, tensor: Tensor, content: dict) -> Tensor:
-    """Arrange a tensor as llama.cpp has it: (outputs, inputs), with features that rotate together side by side.
+    """Rearrange a tensor into llama.cpp's layout: (outputs, inputs), with features that rotate together side by side.
 
-    transformers has them D / 2 apart, so that the rows of q_proj and k_proj are in another order.
+    In transformers they are D / 2 apart, so the rows of q_proj and k_proj are in a different order.
     """
     if content["model_type"] == "gpt2":
         return tensor.T if tensor.dim() == 2 and ".h." in name else tensor
@@ -270,7 +271,7 @@ def arranged(name: str, tensor: Tensor, content: dict) -> Tensor:
 
 
 def rope_factors(content: dict) -> np.ndarray:
-    """The divisor of each rotary frequency, (D / 2,) float32."""
+    """Compute the divisor of each rotary frequency: (D / 2,) float32."""
     D = content["head_dim"]
     frequency = content["rope_theta"] ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
     scaling = {ours: content["rope_scaling"][key] for key, ours in ROPE_SCALING.items()}

@@ -1,8 +1,8 @@
-"""Models of the Hugging Face hub by their names, in the cache that the user's other programs share.
+"""Fetch models by name from the Hugging Face hub, into the cache that the user's other programs share.
 
-huggingface_hub's settings hold: HF_ENDPOINT names a mirror, HF_TOKEN opens models that ask for it, HF_HOME is where
-models are kept, HF_HUB_OFFLINE=1 asks no server. Only text and weights are fetched, and pickles only if a model has no
-safetensors.
+huggingface_hub's environment variables apply: HF_ENDPOINT selects a mirror, HF_TOKEN gives access to gated models,
+HF_HOME is the folder that models are stored in, HF_HUB_OFFLINE=1 prevents network access. Only text files and weights
+are fetched, and pickles only if a model has no safetensors.
 """
 
 import os
@@ -26,14 +26,14 @@ TEXT_FILES = [
     "special_tokens_map.json",
     "added_tokens.json",
 ]
-WEIGHTS = [  # the first of these that a model has is fetched
+WEIGHTS = [  # only the first of these groups that a model has is fetched
     ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],
     ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"],
 ]
 
 
 def repository(name: str) -> str | None:
-    """Expand a name to owner/model; None if it cannot be on the hub, as a path that begins in a folder here."""
+    """Expand a name to owner/model; None if it cannot be on the hub, as with a path into a local folder."""
     if name in GPT2:
         return GPT2[name]
     owner = name.partition("/")[0]
@@ -47,7 +47,7 @@ def fetch_tokenizer(repo: str) -> Path:
 
 
 def fetch_model(repo: str) -> Path:
-    """Fetch a model and return its folder. Raises UserError, if possible before the weights come."""
+    """Fetch a model and return its folder. Raises UserError, if possible before the weights are downloaded."""
     from humptygpt.convert.huggingface import (
         read_config,
     )  # imported here, because it loads torch
@@ -70,11 +70,9 @@ def fetch(repo: str, names: list[str]) -> Path:
     endpoint = constants.ENDPOINT
     try:
         return Path(snapshot_download(repo, allow_patterns=names))
-    except (
-        RepositoryNotFoundError
-    ) as error:  # it may also be one that this user may not read
+    except RepositoryNotFoundError as error:  # also raised if this user has no access
         raise UserError(
-            f"{endpoint}/{repo} does not exist or asks for permission; check the name, or accept its terms"
+            f"{endpoint}/{repo} does not exist or requires permission; check the name, or accept its terms"
             " and set HF_TOKEN"
         ) from error
     except (
@@ -82,6 +80,6 @@ def fetch(repo: str, names: list[str]) -> Path:
     ) as error:  # the class comes from requests or httpx, depending on the version
         reason = one_line(error.__cause__ or error)
         raise UserError(
-            f"{repo} cannot be fetched from {endpoint}: {reason}; run it again to resume,"
-            " or name a folder that has the model, or a mirror by HF_ENDPOINT"
+            f"{repo} cannot be fetched from {endpoint}: {reason}; run the command again to resume,"
+            " or give a folder that contains the model, or set HF_ENDPOINT to a mirror"
         ) from error

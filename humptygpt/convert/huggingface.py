@@ -1,7 +1,7 @@
-"""GPT-2 and Llama models in Hugging Face's format -> our config and weights, and back.
+"""Convert GPT-2 and Llama models from Hugging Face's format to our config and weights, and back.
 
-A folder holds config.json and weights. Nothing in it is run as code, and transformers is not needed. Weights are read
-as float32, which holds bfloat16 and float16 exactly.
+A model is a folder with config.json and weights. No code in it is run, and transformers is not needed. Weights are
+read as float32, which represents bfloat16 and float16 exactly.
 """
 
 import json
@@ -30,13 +30,13 @@ from humptygpt.tasks import build_on_meta
 from humptygpt.tokenizers import Tokenizer
 from model import ModelConfig
 
-# settings that matter only in training, biases, which show in the weights, and rope_base, which GPT-2 does not use
+# settings that matter only in training, biases (visible in the weights) and rope_base (not used by GPT-2)
 NOT_EXPORTED = {"dropout", "label_smoothing", "init", "bias", "attn_bias", "mlp_bias"}
 NOT_EXPORTED |= {"rope_base"}
 
 
 def layer_names(family: Family, config: ModelConfig) -> list[tuple[str, list[str]]]:
-    """Pair their name of each layer with our names."""
+    """Pair transformers' name for each layer with our names."""
     return [
         (theirs.replace("#", str(i)), [name.replace("#", str(i)) for name in ours])
         for theirs, ours in family.weights.items()
@@ -47,7 +47,7 @@ def layer_names(family: Family, config: ModelConfig) -> list[tuple[str, list[str
 def weight_names(
     family: Family, config: ModelConfig, ours: dict
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield their name and our names of each weight of a model. ours: its state dict."""
+    """Yield transformers' name and our names for each weight of a model. ours: its state dict."""
     for theirs, names in layer_names(family, config):
         for kind in ("weight", "bias"):
             own = [f"{name}.{kind}" for name in names]
@@ -56,12 +56,12 @@ def weight_names(
 
 
 def transposed(family: Family, name: str, tensor: Tensor) -> Tensor:
-    """Transpose a matrix of a block if theirs is (inputs, outputs). t() leaves vectors as they are."""
+    """Transpose a matrix of a block if the family stores it as (inputs, outputs). t() leaves vectors unchanged."""
     return tensor.t() if family.transposed and ".h." in name else tensor
 
 
 def to_theirs(family: Family, config: ModelConfig, ours: Weights) -> Weights:
-    """Rename and reshape a state dict of ours into theirs."""
+    """Convert our state dict to the names and shapes of the family."""
     theirs = {}
     for name, own in weight_names(family, config, ours):
         tensor = ours[own[0]] if len(own) == 1 else torch.cat([ours[part] for part in own])
@@ -74,10 +74,10 @@ def to_theirs(family: Family, config: ModelConfig, ours: Weights) -> Weights:
 
 
 def read_pretrained(folder: Path) -> tuple[ModelConfig, Weights]:
-    """Read the config and the state dict, in float32 on the CPU, of the model in a folder.
+    """Read a model's config and its state dict, in float32 on the CPU, from a folder.
 
-    checkpoint.restore_model(state_dict, config) builds it. Dropout is not read, since it is a matter of training.
-    Raises UserError if the folder is incomplete or damaged, or if the model cannot be built here.
+    checkpoint.restore_model(state_dict, config) builds the model. Dropout is not read, since it only matters in
+    training. Raises UserError if the folder is incomplete or damaged, or if the model is not supported.
     """
     family, config = read_config(folder)
     what = f"the model in {folder}"
@@ -89,13 +89,13 @@ def read_pretrained(folder: Path) -> tuple[ModelConfig, Weights]:
 
 
 def read_config(folder: Path) -> tuple[Family, ModelConfig]:
-    """Read config.json. Raises UserError if it describes a model that cannot be built here."""
+    """Read config.json. Raises UserError if it describes a model that is not supported."""
     with reading(f"the model in {folder}: config.json"):
         content = parse_json((folder / "config.json").read_bytes(), {"model_type": str})
         kind = content["model_type"]
         if kind not in FAMILIES:
             raise ValueError(
-                f"model_type={kind} is not supported; {' and '.join(FAMILIES)} are"
+                f"model_type={kind} is not supported; only {' and '.join(FAMILIES)} are"
             )
         family = FAMILIES[kind]
         config = ModelConfig(**family.fixed | model_settings(family, content))
@@ -105,7 +105,7 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
 
 def model_settings(family: Family, content: dict) -> dict[str, object]:
     """Translate the content of config.json into our settings. Raises ValueError."""
-    # the first is of transformers before 5, the second since then
+    # transformers before version 5 writes the first key, later versions the second
     rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
     check_schema(rope, {"rope_type?": str, "type?": str}, "rope_scaling")
     content = family.defaults | content | rope
@@ -114,10 +114,12 @@ def model_settings(family: Family, content: dict) -> dict[str, object]:
     if kind == "llama3":
         table = table | ROPE_SCALING
     elif kind != "default":
-        raise ValueError(f"rope_type={kind} is not supported; default and llama3 are")
+        raise ValueError(f"rope_type={kind} is not supported; only default and llama3 are")
     for key, value in family.supported.items():
         if content.get(key, value) != value:
-            raise ValueError(f"{key}={content[key]} is not supported; {key}={value} is")
+            raise ValueError(
+                f"{key}={content[key]} is not supported; only {key}={value} is"
+            )
     if missing := table.keys() - content.keys():
         raise ValueError(f"{min(missing)} is missing")
     types = typing.get_type_hints(ModelConfig)
@@ -127,17 +129,17 @@ def model_settings(family: Family, content: dict) -> dict[str, object]:
     activation = settings["activation"]
     if activation not in ACTIVATION_NAMES:
         names = ", ".join(ACTIVATION_NAMES)
-        raise ValueError(f"the activation {activation} is not supported; {names} are")
+        raise ValueError(f"the activation {activation} is not supported; only {names} are")
     return settings | {"activation": ACTIVATION_NAMES[activation]}
 
 
 def read_weights(
     family: Family, config: ModelConfig, tensors: Weights, like: Weights
 ) -> Weights:
-    """Make our state dict from a file's tensors, which are removed from the dictionary. Raises ValueError.
+    """Build our state dict from the tensors of a file, emptying `tensors` along the way. Raises ValueError.
 
-    like: the state dict of such a model on the meta device. Nothing is allocated before all names, shapes and dtypes
-    are checked.
+    like: the state dict of the same model on the meta device. Nothing is allocated until all names, shapes and dtypes
+    have been checked.
     """
     stored = {}
     while tensors:
@@ -146,7 +148,7 @@ def read_weights(
             name = family.prefix + name
         if not re.fullmatch(family.no_weights, name):
             stored[name] = tensor
-    # older files hold a tied head as well
+    # older files also contain a tied head
     head = stored.pop("lm_head.weight", None) if config.tie_weights else None
     expected = to_theirs(family, config, like)
     if unmatched := stored.keys() ^ expected.keys():
@@ -161,13 +163,13 @@ def read_weights(
         tensor = transposed(family, name, stored.pop(name).detach())
         pieces = tensor.split([len(like[part]) for part in own])
         for part, piece in zip(own, pieces, strict=True):
-            # copied, since the file may be mapped into memory
+            # copied, because the file may be memory-mapped
             ours[part] = piece.to(
                 torch.float32, copy=True, memory_format=torch.contiguous_format
             )
     if head is not None and not torch.equal(head.float(), ours["wte.weight"]):
         raise ValueError(
-            "lm_head.weight must equal the embedding, to which tie_word_embeddings=true ties it"
+            "lm_head.weight must equal the embedding, because tie_word_embeddings=true ties them"
         )
     return ours if not config.tie_weights else ours | {"lm_head.weight": ours["wte.weight"]}
 
@@ -179,9 +181,9 @@ def read_weights(
 def to_pretrained(
     model: nn.Module, dtype: torch.dtype = torch.float32, tokenizer: Tokenizer | None = None
 ) -> tuple[dict[str, object], Weights]:
-    """Make the content of config.json, and the weights under their names, in this dtype on the CPU.
+    """Convert a model to the content of config.json and to weights with transformers' names, in this dtype on the CPU.
 
-    GPT-2 always has bias terms; they are 0 if our model has none. Raises UserError if a setting cannot be expressed.
+    GPT-2 always has bias terms; they are 0 if our model has none. Raises UserError if a setting cannot be exported.
     """
     config = model.config
     name = find_family(config)
@@ -204,7 +206,7 @@ def to_pretrained(
     }
     content |= {theirs: settings[key] for theirs, key in family.settings.items()}
     content |= dict.fromkeys(family.dropouts, config.dropout)
-    # None is written too, because transformers' defaults belong to other tokenizers
+    # None is written explicitly, because transformers' defaults are meant for other tokenizers
     eot = tokenizer and tokenizer.eot
     bos = tokenizer and tokenizer.bos
     content |= {"bos_token_id": eot if bos is None else bos, "eos_token_id": eot}
@@ -222,7 +224,7 @@ def to_pretrained(
 
 
 def find_family(config: ModelConfig) -> str:
-    """Find the model_type of a model with this config. Raises UserError if no family has all of its settings."""
+    """Find the model_type of a model with this config. Raises UserError if no family supports all its settings."""
     families = {family.fixed["position"]: name for name, family in FAMILIES.items()}
     if config.position not in families:
         needed = " or ".join(
@@ -233,7 +235,7 @@ def find_family(config: ModelConfig) -> str:
         )
     family = FAMILIES[families[config.position]]
     free = {*family.settings.values(), *ROPE_SCALING.values(), *NOT_EXPORTED}
-    same = {  # values that mean the same as the default
+    same = {  # values equivalent to the default
         "window": config.block_size,
         "n_kv_head": config.n_head,
         "head_size": config.n_embd // config.n_head,
@@ -257,13 +259,13 @@ def write_pretrained(
     dtype: torch.dtype = torch.float32,
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Write config.json and model.safetensors, as to_pretrained() makes them. Raises UserError."""
+    """Write the output of to_pretrained() to config.json and model.safetensors. Raises UserError."""
     content, weights = to_pretrained(model, dtype, tokenizer)
     write_files(folder, {"config.json": content, "model.safetensors": weights})
 
 
 def write_files(folder: Path, contents: dict[str, dict]) -> None:
-    """Write JSON and safetensors files, each whole or not at all, the JSON last. Raises UserError."""
+    """Write JSON and safetensors files, each atomically, and the JSON last. Raises UserError."""
     for name, content in sorted(contents.items(), reverse=True):
         if name.endswith(".json"):
             data = f"{json.dumps(content, indent=2)}\n".encode()

@@ -23,8 +23,8 @@ A {family} model with {parameters} parameters, {origin}.
 {training}| context | {context} tokens |
 | tokenizer | {tokenizer}, {vocabulary} tokens |
 
-It continues texts like those that it was trained on. It follows no instructions, and nothing keeps it from writing what
-is wrong or offensive.
+It continues texts like those it was trained on. It does not follow instructions, and nothing prevents it from writing
+false or offensive text.
 
 ## Use
 
@@ -39,7 +39,7 @@ output = model.generate(**prompt, max_new_tokens={new_tokens})
 print(tokenizer.decode(output[0]))
 ```
 
-Prompt and output together have at most {context} tokens. {note}
+Prompt and output together can have at most {context} tokens. {note}
 """
 TRAINING = """| trained on | {source} |
 | training | {steps} steps, {tokens} tokens |
@@ -48,7 +48,7 @@ TRAINING = """| trained on | {source} |
 SETTINGS = """
 ## Settings
 
-The settings of the run that are not HumptyGPT's defaults:
+Settings of the run that differ from HumptyGPT's defaults:
 
 ```python
 {settings}
@@ -57,10 +57,10 @@ The settings of the run that are not HumptyGPT's defaults:
 
 
 def model_card(loaded: Loaded, name: str, prompt: str, note: str, defaults: dict) -> str:
-    """Write the card of a model.
+    """Write the model card.
 
-    prompt, note: the task's start of a prompt, and its remark. defaults: the defaults of all settings, which are not
-    listed.
+    prompt, note: how an example prompt begins, and a remark, both for the model's task. defaults: the default values of
+    all settings; only settings that differ from them are listed.
     """
     model, tokenizer, saved = loaded.model, loaded.tokenizer, loaded.saved
     context = model.config.block_size
@@ -100,7 +100,7 @@ def origin(loaded: Loaded) -> str:
 
 
 def training(loaded: Loaded) -> dict[str, str]:
-    """Describe a run's data, its length, and its validation loss: the loss of these weights, or else the lowest."""
+    """Describe a run's data, length and validation loss (of these weights if known, otherwise the run's lowest)."""
     saved, progress = loaded.saved, loaded.saved["progress"]
     best = f"{progress['best_val_loss']:.4f} nats per token"
     loss = f"{best}, at step {progress['best_iter']:,}"

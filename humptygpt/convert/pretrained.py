@@ -1,4 +1,4 @@
-"""Tokenizers of other projects, in the format of Hugging Face's tokenizer.json."""
+"""Tokenizers from other projects, in Hugging Face's tokenizer.json format."""
 
 import base64
 import json
@@ -23,10 +23,10 @@ ENDS = {"eot": (int, None), "bos": (int, None)}
 
 
 class PretrainedTokenizer(Tokenizer):
-    """The tokenizer of a tokenizer.json. Hugging Face's tokenizers runs it, so ids and text are the same as there.
+    """A tokenizer read from a tokenizer.json. Hugging Face's tokenizers library runs it, so ids and text are the same.
 
     content: the JSON. Its special tokens are recognised in a text, unlike the special tokens of our own tokenizers.
-    The byte-level decoder and sentencepiece's are supported, because with them each token has a text of its own.
+    Only byte-level and sentencepiece decoders are supported, because they decode each token on its own.
     """
 
     name = "tokenizer.json"
@@ -40,7 +40,7 @@ class PretrainedTokenizer(Tokenizer):
         ids = self._engine.get_vocab(with_added_tokens=True)
         size = 1 + max(ids.values(), default=-1)
         if not ids or size > 2 * len(ids) + 1000 or not {eot, bos} <= {None, *ids.values()}:
-            raise ValueError("its ids have gaps, or the end-of-text token is none of them")
+            raise ValueError("its ids have gaps or do not include the end-of-text token")
         as_bytes = piece_decoder(json.loads(content).get("decoder"))
         self.pieces = [b""] * size
         for token, i in ids.items():
@@ -48,7 +48,7 @@ class PretrainedTokenizer(Tokenizer):
 
     @cached_property
     def _rest(self):
-        """The engine for a text that continues another one."""
+        """The engine for text that continues an earlier text."""
         described = json.loads(self.content)
         steps = {key: described.get(key) for key in ("normalizer", "pre_tokenizer")}
         described |= json.loads(json.dumps(steps), object_hook=without_prefix)
@@ -86,14 +86,14 @@ class PretrainedTokenizer(Tokenizer):
 
 
 def load_engine(content: str):
-    """Make the tokenizers.Tokenizer of a tokenizer.json, without truncation and padding. Raises ValueError."""
+    """Create a tokenizers.Tokenizer from a tokenizer.json, without truncation or padding. Raises ValueError."""
     import tokenizers
 
     try:
         engine = tokenizers.Tokenizer.from_str(content)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    # its mistakes are a bare Exception, and its panics are not even that
+    # tokenizers raises a bare Exception for errors, and its panics derive directly from BaseException
     except BaseException as error:
         raise ValueError(f"tokenizers cannot read it: {error}") from error
     engine.no_truncation()
@@ -102,7 +102,7 @@ def load_engine(content: str):
 
 
 def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
-    """Make the function from a token to its bytes. Raises ValueError if a decoder needs more than the token."""
+    """Return a function that maps a token to its bytes. Raises ValueError if decoding it needs more than the token."""
     steps = decoder.get("decoders", [decoder]) if decoder else []
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
@@ -115,19 +115,19 @@ def piece_decoder(decoder: dict | None) -> Callable[[str], bytes]:
     if not kinds or not set(kinds) <= SENTENCEPIECE_DECODERS:
         listed = ", ".join(kinds) or "none"
         raise ValueError(
-            f"its decoder is {listed}; ByteLevel and those of sentencepiece are supported"
+            f"its decoder is {listed}; only ByteLevel and sentencepiece decoders are supported"
         )
     return lambda token: sentencepiece_bytes(token, "ByteFallback" in kinds)
 
 
 def without_prefix(step: dict) -> dict:
-    """Change a step of a tokenizer.json so that it puts no space before a text."""
+    """Change a step of a tokenizer.json so that it adds no space before a text."""
     plain = {"prepend": "", "prepend_scheme": "never", "add_prefix_space": False}
     return step | {key: plain[key] for key in plain.keys() & step.keys()}
 
 
 class SentencePieceModel(PretrainedTokenizer):
-    """A tokenizer.model in the data or the checkpoint of an earlier version. It becomes a tokenizer.json."""
+    """A tokenizer.model in data or a checkpoint from an earlier version. It is converted to a tokenizer.json."""
 
     name = "tokenizer.model"
     schema: ClassVar = {

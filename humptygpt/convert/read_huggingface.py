@@ -1,6 +1,6 @@
-"""The tokenizer of a model in Hugging Face's format -> one of ours, with the same ids and text as in transformers.
+"""Read the tokenizer of a model in Hugging Face's format. Ids and text are the same as in transformers.
 
-It is a folder, or one of these files: tokenizer.json, tokenizer.model (sentencepiece), vocab.json with merges.txt.
+The path is a folder or one of these files: tokenizer.json, tokenizer.model (sentencepiece), vocab.json with merges.txt.
 Other files in the folder name the special tokens. No code is run, and transformers is not needed.
 """
 
@@ -42,13 +42,13 @@ SETTINGS = {
 
 
 def tokenizer_file(path: Path) -> Path | None:
-    """Return path if it is one of these files, else the first of them in this folder; None if there is none."""
+    """Return path if it is one of these files, else the first of them in the folder `path`; None if there is none."""
     files = [path] if path.is_file() else [path / name for name in READERS]
     return next((file for file in files if file.name in READERS and file.is_file()), None)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Read the tokenizer of a folder, or in a file. Raises UserError if it is missing, damaged or not supported."""
+    """Read the tokenizer from a folder or a file. Raises UserError if it is missing, damaged or not supported."""
     file = tokenizer_file(path)
     try:
         if file is None:
@@ -67,7 +67,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
 def read_settings(folder: Path) -> dict:
     """Read tokenizer_config.json and older files with the same purpose.
 
-    The named tokens become text. The entry "tokens" lists (id or None, description) of each token to be added.
+    Named tokens, such as bos_token, become text. The entry "tokens" lists (id or None, description) for each token to
+    add.
     """
     settings = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -79,7 +80,7 @@ def read_settings(folder: Path) -> dict:
     special = [settings[key] for key in NAMED if key in settings]
     special += map(text_of, settings.get("additional_special_tokens", []))
     tokens = [(int(i), x) for i, x in settings.get("added_tokens_decoder", {}).items()]
-    if (folder / "added_tokens.json").is_file():  # older versions wrote it
+    if (folder / "added_tokens.json").is_file():  # written by older versions
         ids = parse_json((folder / "added_tokens.json").read_bytes(), {str: int})
         tokens += [(i, {"content": token, "normalized": False}) for token, i in ids.items()]
     tokens.sort(key=lambda token: token[0])
@@ -125,23 +126,19 @@ def read_merges(path: Path, settings: dict) -> PretrainedTokenizer:
 
     try:
         model = models.BPE.from_file(str(path), str(path.with_name("merges.txt")))
-    except Exception as error:  # tokenizers raises no class of its own
-        raise ValueError(
-            f"vocab.json and merges.txt do not fit together: {error}"
-        ) from error
+    except Exception as error:  # tokenizers has no exception class of its own
+        raise ValueError(f"vocab.json and merges.txt do not match: {error}") from error
     engine = Tokenizer(model)
     prefix = bool(settings.get("add_prefix_space"))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     engine.decoder = decoders.ByteLevel()
-    if (
-        engine.token_to_id(END_OF_TEXT) is not None
-    ):  # GPT-2's default for the start and the end
+    if engine.token_to_id(END_OF_TEXT) is not None:  # GPT-2's default start and end token
         settings["tokens"].append((None, special_token(END_OF_TEXT)))
         settings = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} | settings
     return finish(engine, settings)
 
 
-# the first file that exists counts, as in transformers
+# the first file that exists is used, as in transformers
 READERS = {
     "tokenizer.json": read_json,
     "tokenizer.model": read_sentencepiece,
@@ -149,7 +146,7 @@ READERS = {
 }
 
 # --------------------------------------------------------------------------------------
-# The common end of all readers
+# The last step of all readers
 
 
 def finish(engine, settings: dict) -> PretrainedTokenizer:
@@ -169,7 +166,7 @@ def finish(engine, settings: dict) -> PretrainedTokenizer:
 
 
 def add_tokens(engine, tokens: list[tuple[int | None, dict]]) -> None:
-    """Add the tokens that the engine does not know yet. Raises ValueError if one has another id than it should."""
+    """Add the tokens that the engine does not know yet. Raises ValueError if one gets a different id than specified."""
     from tokenizers import AddedToken
 
     for i, entry in tokens:
@@ -179,5 +176,5 @@ def add_tokens(engine, tokens: list[tuple[int | None, dict]]) -> None:
         add([AddedToken(token, **flags)])
         if i not in (None, engine.token_to_id(token)):
             raise ValueError(
-                f"added_tokens_decoder says that {token!r} has the id {i}, but it has another one"
+                f"added_tokens_decoder says that {token!r} has the id {i}, but it has a different one"
             )

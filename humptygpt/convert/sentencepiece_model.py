@@ -1,16 +1,15 @@
-"""Models of sentencepiece, converted to Hugging Face's tokenizers. Ids and text stay the same."""
+"""Convert sentencepiece models to Hugging Face's tokenizers library. Ids and text stay the same."""
 
 from collections.abc import Iterator
 from itertools import pairwise
 
 
 def convert_sentencepiece(proto: bytes, space: str):
-    """Convert another project's tokenizer.model to a tokenizers.Tokenizer. Raises ValueError if there is no equal one.
+    """Convert another project's tokenizer.model to a tokenizers.Tokenizer. Raises ValueError if no equivalent exists.
 
-    space: the texts that get a space before them, if the model adds spaces. "every": each text, as in sentencepiece;
-    "unless": each text that does not start with a space; "first": only the first text, unless it starts with a space.
-    The last two are transformers' LlamaTokenizer with legacy=True and legacy=False. Special tokens divide a text into
-    several.
+    space: which texts get a leading space, if the model adds spaces. "every": each text, as in sentencepiece; "unless":
+    each text that does not start with a space; "first": only the first text, unless it starts with a space. The last
+    two match transformers' LlamaTokenizer with legacy=True and legacy=False. Special tokens split a text into several.
     """
     from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
@@ -22,8 +21,8 @@ def convert_sentencepiece(proto: bytes, space: str):
     scores = [model.get_score(i) for i in normal_ids(model)]
     if not plain or not any(map(model.is_byte, ids)) or scores.count(0) > 1:
         raise ValueError(
-            "only models of sentencepiece with byte_fallback, and without normalisation and symbols of users,"
-            " are supported; save it as tokenizer.json with transformers"
+            "only sentencepiece models with byte_fallback, without normalisation and without user-defined symbols"
+            " are supported; convert this one to tokenizer.json with transformers"
         )
     engine = Tokenizer(subword_model(model, "▁"))
     if prefix and space == "every":
@@ -49,7 +48,7 @@ def normal_ids(model) -> list[int]:
 
 
 def subword_model(model, space: str, first: int = 0):
-    """Make a model of the library tokenizers from the tokens of a SentencePieceProcessor, from the id `first` on.
+    """Build a model for the tokenizers library from the tokens of a SentencePieceProcessor, starting at id `first`.
 
     space: the character that stands for a space in the text of a token. The scores of byte pairs are 0, -1, -2, ...;
     the pair with the highest score is merged first. The scores of unigram models are log-probabilities.
@@ -70,11 +69,11 @@ def subword_model(model, space: str, first: int = 0):
 
 
 def find_merges(pieces: list[str]) -> Iterator[tuple[str, ...]]:
-    """Find the pair that each piece longer than 1 is merged from. Pairs come in the order of the pieces.
+    """Find the pair that each piece of two or more characters is merged from. Pairs are in the order of the pieces.
 
-    tiktoken and sentencepiece merge any neighbours whose text is a piece, the earliest piece first. When it is a
-    piece's turn, all earlier merges are done, so that its text is always the same pair, which is found here. A piece
-    whose text is still more than a pair is never merged, and is left out.
+    tiktoken and sentencepiece merge any neighbours whose combined text is a piece, the earliest piece first. By the
+    time it is a piece's turn, all earlier merges are done, so its text is always split into the same pair, which is
+    found here. A piece whose text is still split into more than two parts is never merged, and is left out.
     """
     ranks = {piece: rank for rank, piece in enumerate(pieces)}
     for rank, piece in enumerate(pieces):

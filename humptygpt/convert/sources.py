@@ -1,4 +1,4 @@
-"""Load models and tokenizers of other programs: Hugging Face's folders, PEFT's adapters, nanoGPT's checkpoints."""
+"""Load models and tokenizers from other programs: Hugging Face folders, PEFT adapters, nanoGPT checkpoints."""
 
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ NANOGPT_FAMILY = GPT2._replace(transposed=False)
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Load the tokenizer that tokenizer=source names, without loading the model's weights. Raises UserError."""
+    """Load the tokenizer given by tokenizer=source, without loading the model's weights. Raises UserError."""
     if tokenizer_file(Path(source)):
         return read_tokenizer(Path(source))
     path = find_source(source, key="tokenizer")
@@ -49,7 +49,7 @@ def from_folder(path: Path, source: str | Path) -> Loaded:
 
 
 def from_adapter(path: Path) -> Loaded:
-    """Load an adapter in PEFT's format and its base model, and merge the one into the other."""
+    """Load an adapter in PEFT's format, and merge it into its base model."""
     base = load(find_base(path))
     config = base.model.config
     weights = adapters.merge_adapter(path, config, base.model.state_dict())
@@ -66,7 +66,7 @@ def find_base(adapter: Path) -> Path:
     base = find_source(name, key=f"{adapter / adapters.CONFIG}: {key}")
     if is_adapter(base):
         raise UserError(
-            f"the base model of the adapter {adapter} is an adapter, too: {name}; merge that one first"
+            f"the base model of the adapter {adapter} is itself an adapter: {name}; merge that one first"
         )
     return base
 
@@ -85,7 +85,7 @@ def from_nanogpt(path: Path, saved: dict) -> Loaded:
             **GPT2.fixed | {"activation": "gelu", "tie_weights": True} | sizes
         )
         config.validate()
-    # a compiled model's names have a prefix
+    # names in a compiled model have a prefix
     weights = {name.removeprefix("_orig_mod."): x for name, x in saved["model"].items()}
     like = checkpoint.build_like(path, config, weights).state_dict()
     with reading(path):
@@ -95,7 +95,7 @@ def from_nanogpt(path: Path, saved: dict) -> Loaded:
 
 
 def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:
-    """Read the data set's meta.pkl, in data/ here or in nanoGPT's checkout; without one, take GPT-2's tokens."""
+    """Read the dataset's meta.pkl from data/ here or in nanoGPT's checkout; if there is none, use GPT-2's tokenizer."""
     dataset = (saved.get("config") or {}).get("dataset", "")
     folders = (Path(), path.absolute().parent.parent)
     metas = [folder / "data" / Path(dataset).name / "meta.pkl" for folder in folders]
@@ -105,6 +105,6 @@ def nanogpt_tokenizer(path: Path, saved: dict) -> Tokenizer:
     if saved["model_args"]["vocab_size"] < GPT2_TOKENS:
         missing = " and no ".join(map(str, metas))
         raise UserError(
-            f"{path} needs the characters of its data set: there is no {missing}"
+            f"{path} needs the characters of its dataset, but there is no {missing}"
         )
     return tokenizers.GPT2Tokenizer.train(separated=True)

@@ -1,8 +1,8 @@
-"""One of our tokenizers -> tokenizer.json, which the library tokenizers runs, and tokenizer_config.json.
+"""Convert one of our tokenizers to tokenizer.json, for Hugging Face's tokenizers library, and tokenizer_config.json.
 
-Ids and text are the same as ours, with two exceptions. The text <|endoftext|> becomes the token of that name, as
-everywhere in transformers. And if a model writes bytes that are not UTF-8, each of them becomes a U+FFFD, whereas we
-write one U+FFFD for all of them.
+Ids and text are the same as ours, with two exceptions. The text <|endoftext|> is encoded as the token of that name, as
+everywhere in transformers. And if a model generates bytes that are not valid UTF-8, each of them becomes a U+FFFD,
+whereas we write one U+FFFD for all of them.
 """
 
 import json
@@ -27,19 +27,19 @@ from humptygpt.tokenizers import (
 
 
 def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
-    """Make the content of each file, by its name. Raises UserError if a tokenizer cannot be expressed."""
+    """Return the content of each file by name. Raises UserError if the tokenizer cannot be exported."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "model_input_names": ["input_ids", "attention_mask"],
-        "clean_up_tokenization_spaces": False,  # or "do n't" would be decoded as "don't"
+        "clean_up_tokenization_spaces": False,  # otherwise "do n't" would be decoded as "don't"
     }
     if tokenizer.eot is not None:
         end = tokenizer.pieces[tokenizer.eot].decode()
         settings |= {"eos_token": end, "pad_token": end, "padding_side": "left"}
     if tokenizer.bos is not None:
         settings["bos_token"] = tokenizer.pieces[tokenizer.bos].decode()
-    if isinstance(tokenizer, PretrainedTokenizer):  # it is exported as it came
+    if isinstance(tokenizer, PretrainedTokenizer):  # it is exported unchanged
         content = tokenizer.content
     else:
         content = build_tokenizer(tokenizer).to_str(pretty=True)
@@ -50,7 +50,7 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
 
 
 def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """Build the same tokenizer in the library tokenizers."""
+    """Build the same tokenizer for Hugging Face's tokenizers library."""
     theirs = convert(tokenizer)
     if (end := END_OF_TEXT.encode()) in tokenizer.pieces:
         theirs.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
@@ -63,7 +63,7 @@ def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 def convert(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """Build a tokenizer without its special token."""
     raise UserError(
-        f"tokenizer={tokenizer.name} cannot be exported: it has no tokenizer.json"
+        f"tokenizer={tokenizer.name} cannot be exported: tokenizer.json cannot express it"
     )
 
 
@@ -71,9 +71,9 @@ def convert(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 def _(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
     if surrogates := [char for char in tokenizer.alphabet if "\ud800" <= char <= "\udfff"]:
         raise UserError(
-            f"tokenizer=char has {surrogates[0]!r}, which is no character; export needs --tokenizer=byte"
+            f"tokenizer=char has {surrogates[0]!r}, which is not a valid character; export needs --tokenizer=byte"
         )
-    # "unknown" is no token, so that an unknown character is an error; models.BPE would leave it out
+    # "unknown" is not in the vocabulary, so an unknown character is an error; models.BPE would drop it
     theirs = tokenizers.Tokenizer(
         models.WordLevel({char: i for i, char in enumerate(tokenizer.alphabet)}, "unknown")
     )
@@ -88,7 +88,7 @@ def _(tokenizer: ByteTokenizer | BytePairTokenizer) -> tokenizers.Tokenizer:
     pieces = [piece for piece in tokenizer.pieces if piece != END_OF_TEXT.encode()]
     texts = ["".join(map(sign_of.get, piece)) for piece in pieces]
     ids = {text: i for i, text in enumerate(texts)}
-    # ignore_merges: a word that is a piece is taken as it is, as in tiktoken
+    # ignore_merges: a word that is a piece itself becomes one token, as in tiktoken
     model = models.BPE(ids, list(find_merges(texts)), ignore_merges=True)
     theirs = tokenizers.Tokenizer(model)
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(
@@ -100,11 +100,11 @@ def _(tokenizer: ByteTokenizer | BytePairTokenizer) -> tokenizers.Tokenizer:
 
 @convert.register
 def _(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
-    """Pieces have spaces instead of sentencepiece's sign for them, so that the sign itself is spelled in bytes."""
+    """Pieces contain spaces instead of sentencepiece's ▁, so that a ▁ in the text itself is encoded as bytes."""
     processor = SentencePieceProcessor(model_proto=tokenizer.proto)
     theirs = tokenizers.Tokenizer(subword_model(processor, " ", first=1))
     if isinstance(theirs.model, models.Unigram):
-        # otherwise the text "<0x41>" would become the byte
+        # otherwise the text "<0x41>" would be encoded as that byte
         byte_like = Regex("<(?=0x[0-9A-F]{2}>)")
         theirs.pre_tokenizer = pre_tokenizers.Split(byte_like, "merged_with_previous")
     theirs.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])

@@ -1,1 +1,1 @@
-"""Fine-tuning by LoRA."""
+"""Fine-tuning with LoRA."""

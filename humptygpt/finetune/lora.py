@@ -1,6 +1,6 @@
-"""LoRA: fine-tuning by small matrices beside large ones, which stay as they are.
+"""LoRA: fine-tune small matrices added to large ones, which stay frozen.
 
-add() puts them into a model, merge() multiplies them into its weights. Source: Hu et al. 2021, arXiv:2106.09685.
+add() inserts them into a model, merge() adds their product to its weights. Source: Hu et al. 2021, arXiv:2106.09685.
 """
 
 import torch
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from humptygpt.checkpoint import restore_model
 from humptygpt.config import UserError
 
-MARK = ".lora_"  # part of the names of the matrices that train
+MARK = ".lora_"  # part of the names of the trained matrices
 
 
 class LoRALinear(nn.Linear):
-    """W x + b + alpha / rank * B A x. W and b are the layer's own; A (rank, inputs) and B (outputs, rank) train.
+    """W x + b + alpha / rank * B A x. W and b are the layer's own; A (rank, inputs) and B (outputs, rank) are trained.
 
-    B starts at 0, so that the model starts unchanged.
+    B starts at 0, so the model is unchanged at first.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
@@ -43,9 +43,9 @@ class LoRALinear(nn.Linear):
 
 
 def add(model: nn.Module, training: dict) -> nn.Module:
-    """Add LoRA to the layers that lora_targets names and freeze the rest of the model. Raises UserError.
+    """Add LoRA to the layers named in lora_targets, and freeze the rest of the model. Raises UserError.
 
-    training: the settings of a training; lora_rank, lora_alpha and lora_targets count.
+    training: the training settings; only lora_rank, lora_alpha and lora_targets are used.
     """
     targets = {name.strip() for name in training["lora_targets"].split(",")}
     layers = {
@@ -67,7 +67,7 @@ def add(model: nn.Module, training: dict) -> nn.Module:
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:
-    """{name: layer} for the layers with LoRA."""
+    """Return {name: layer} for all layers with LoRA."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -76,12 +76,12 @@ def adapted(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """State dict of the same model without LoRA. Only the layers that LoRA changes have new tensors."""
+    """Return the state dict of the equivalent model without LoRA. Only layers changed by LoRA have new tensors."""
     changed = {f"{name}.weight": layer.merged() for name, layer in adapted(model).items()}
     state = {name: x for name, x in model.state_dict().items() if MARK not in name}
     return state | changed
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Return the same model without LoRA. model: on the CPU."""
+    """Return the equivalent model without LoRA. model: on the CPU."""
     return restore_model(merged_state(model), model.config)

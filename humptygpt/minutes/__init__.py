@@ -1,1 +1,1 @@
-"""--minutes: a text and a time to a model, a schedule and a clock."""
+"""--minutes: choose a model and a schedule for a text and a time limit, and end training on time."""

@@ -1,6 +1,6 @@
-"""--minutes: choose a model and its training for a text, a machine and a time, and end the training on time.
+"""--minutes: choose a model and training settings for a text, a machine and a time limit, and end training on time.
 
-The constants of the law were fitted to runs of one to ten minutes by benchmarks/law.py; longer runs are extrapolated.
+benchmarks/law.py fitted the constants of the scaling law to runs of one to ten minutes; longer runs are extrapolated.
 """
 
 import math
@@ -46,34 +46,35 @@ SIZES = (
     (12, 768),
 )
 CONTEXTS = (128, 256, 512)  # tokens
-STEPS = (1024, 2048, 4096)  # tokens of a step
+STEPS = (1024, 2048, 4096)  # tokens per step
 HEAD_SIZE = 64
 EVALUATIONS = 4
-TIME_TO_TRAIN = 0.85  # fraction of the time after the choice; the rest is for evaluations
+TIME_TO_TRAIN = 0.85  # fraction of the remaining time; evaluations get the rest
 COMPILING = 60.0  # seconds that torch.compile is expected to take
 PROBE_STEPS = 5
-# seconds for the end of a run: to load the best model, sample from it, draw the plot and exit
+# seconds reserved for the end of a run: to load the best model, sample from it, draw the plot and exit
 ENDING = 1.5
 
 
 class Clock:
-    """Measures progress by wall-clock time, so that a run ends on schedule whatever else the machine does."""
+    """Measures progress by wall-clock time, so that a run ends on schedule whatever else the machine is doing."""
 
     def __init__(self, started: float, minutes: float, earlier: float):
-        """started: time.monotonic() when the command started. earlier: seconds that the run took before it."""
+        """started: time.monotonic() when the command started. earlier: seconds that the run took before that."""
         self.started = started - earlier
         self.end = self.started + 60 * minutes
-        self.step = 0.0  # seconds of a step, as measured before the run
+        self.step = 0.0  # seconds per step, as measured before the run
         # seconds of the last evaluation, or an estimate before the first one
         self.evaluation = 0.0
-        # cost of the end of a run, in evaluations: a sample, and in a long run the whole validation split
+        # cost of the end of a run, in units of one evaluation: a sample, and in a long run the whole validation split
         self.at_the_end = 1.0
         self.last_step = time.monotonic()
 
     def start(self, run) -> None:
-        """Begin to train. run: a train.Run.
+        """Start the clock for training. run: a train.Run.
 
-        Until the first evaluation has been timed, a batch of it is expected to take a third of a training batch.
+        Until the first evaluation has been timed, an evaluation batch is assumed to take a third as long as a training
+        batch.
         """
         config = run.config
         step = self.step or run.progress.seconds / run.progress.iter
@@ -88,7 +89,7 @@ class Clock:
         return self.end - time.monotonic()
 
     def leave_out(self, evaluation: float) -> None:
-        """Count the time since the last advance() as an evaluation, which took so many seconds."""
+        """Exclude an evaluation, the time since the last advance(), from step times. evaluation: seconds it took."""
         self.evaluation = evaluation
         self.last_step = time.monotonic()
 
@@ -97,20 +98,20 @@ class Clock:
         return time.monotonic() - self.started
 
     def seconds_left(self, position: float, config: TrainConfig) -> float:
-        """Seconds that are left to train, after subtracting the evaluations to come and the end of the run."""
+        """Seconds left for training, after subtracting the remaining evaluations and the end of the run."""
         last = (1 + self.at_the_end) * self.evaluation
         left = self.end - time.monotonic() - ENDING - last
         before = math.ceil((config.max_iters - position) / config.eval_interval) - 1
-        # at least half of the time is for training; evaluations for which no time is left are skipped
+        # at least half of the time is for training; evaluations that no longer fit are skipped
         return max(left - before * self.evaluation, left / 2)
 
     def planned(self, config: TrainConfig) -> float:
-        """Seconds to train for a plan that is made now."""
+        """Seconds of training to plan for, if the plan is made now."""
         ending = ENDING + COMPILING * bool(config.compile)
         return TIME_TO_TRAIN * (self.end - time.monotonic() - ending)
 
     def advance(self, position: float, config: TrainConfig) -> float:
-        """Position after a step, between 0 and config.max_iters. position: the one before the step."""
+        """Position after a step, between 0 and config.max_iters. position: the position before the step."""
         now = time.monotonic()
         step = now - self.last_step
         self.last_step = now
@@ -121,7 +122,7 @@ class Clock:
 
 
 # --------------------------------------------------------------------------------------
-# The law
+# The scaling law
 
 A = 8.0
 ALPHA = 0.27
@@ -130,9 +131,9 @@ BETA = 0.26
 C = 1.0
 GAMMA = 0.5
 SMALL_STEPS = 0.1  # 0: only the amount of text read counts, 1: only the number of steps
-PARAMETERS_PER_BYTE = 1.0  # parameters that a byte of text can teach
+PARAMETERS_PER_BYTE = 1.0  # parameters that one byte of text can train
 MOST_PER_BYTE = 8.0  # with more parameters per byte, a model only memorises the text
-REPEATS = 1.0  # the most that repeated text, or more parameters than a text can teach, add
+REPEATS = 1.0  # repetition or surplus parameters add at most this multiple of the amount
 # The default weight decay was tuned for these numbers of tokens in a step and in the text.
 RECIPE_STEP = 1024
 RECIPE_TEXT = 700_000
@@ -147,8 +148,8 @@ def loss(
 ) -> float:
     """Predict bits per byte above the entropy of the text itself.
 
-    read: bytes read in training. text: bytes of the text. context: bytes that a prediction can see. step: tokens of a
-    step; many small steps learn more from the same amount of text than few large ones.
+    read: bytes read in training. text: bytes of the text. context: bytes that a prediction can see. step: tokens per
+    step; many small steps learn more from the same amount of text than a few large ones.
 
     The form follows Hoffmann et al. 2022, arXiv:2203.15556. Repeated text and surplus parameters are discounted as in
     Muennighoff et al. 2023, arXiv:2305.16264, eq. 5 and 6.
@@ -159,7 +160,7 @@ def loss(
 
 
 def worth(amount: float, once: float) -> float:
-    """Effective amount after discounting repetition. once: the amount that can be new."""
+    """Effective amount after discounting repetition. once: the amount available without repetition."""
     more = max(0.0, amount / once - 1)
     return min(amount, once) * (1 + REPEATS * (1 - math.exp(-more / REPEATS)))
 
@@ -174,7 +175,7 @@ def advice(parameters: int, read: float, text: float) -> str:
     }
     best = min(losses, key=losses.get)
     gain = now - losses[best]
-    return f"what would help most: {best}, by about {gain:.2f} bits per byte"
+    return f"what would help most: {best}; it would lower the loss by about {gain:.2f} bits per byte"
 
 
 def dropout(epochs: float, parameters: float) -> float:
@@ -186,7 +187,7 @@ def dropout(epochs: float, parameters: float) -> float:
 def decay(weight_decay: float, tokens: int, text: int) -> float:
     """Scale the default weight decay to this number of tokens in a step and in the text.
 
-    With it, the weights are an average over the same number of epochs for every text. Source: Wang & Aitchison 2024,
+    This way, the weights average over the same number of epochs for every text. Source: Wang & Aitchison 2024,
     arXiv:2405.13698.
     """
     return float(f"{weight_decay * min(10, tokens / RECIPE_STEP * RECIPE_TEXT / text):.2g}")
@@ -197,7 +198,7 @@ def decay(weight_decay: float, tokens: int, text: int) -> float:
 
 
 class Candidate(NamedTuple):
-    """One possible training, and its costs."""
+    """One possible choice of settings, and its costs."""
 
     config: TrainConfig
     model_config: ModelConfig
@@ -216,10 +217,10 @@ def begin(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[TrainConfig, ModelConfig, Clock]:
-    """Start the clock, and choose the settings unless saved, a checkpoint, is resumed. Parameters as in choose()."""
+    """Start the clock. Choose the settings, unless a checkpoint, `saved`, is resumed. Parameters as in choose()."""
     earlier = saved["progress"].get("run_seconds", 0.0) if saved else 0.0
     clock = Clock(machine.STARTED, config.minutes, earlier)
-    # compiling takes about a minute, so a run by the clock compiles only if the user asks for it
+    # compiling takes about a minute, so a timed run compiles only if the user asks for it
     config = replace(config, compile=bool(config.compile))
     if not saved:
         config, model_config = choose(
@@ -237,14 +238,15 @@ def choose(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[TrainConfig, ModelConfig]:
-    """Choose the settings for which the law predicts the lowest loss in the time that is left.
+    """Choose the settings for which the scaling law predicts the lowest loss in the time left.
 
-    given: keys that keep their values. A model to start from keeps its size. Sets the block_size of the dataset and
-    the step time of the clock. Raises UserError if no step fits into the time or memory.
+    given: keys that keep their values. A model loaded with init_from keeps its size. Sets the block_size of the dataset
+    and the step time of the clock. Raises UserError if not even one step fits into the time or memory.
     """
     if dataset.task != "language modelling":
         raise UserError(
-            f"minutes={config.minutes:g} is for text, and {config.dataset} has sentence pairs; take max_iters"
+            f"minutes={config.minutes:g} works only for text, but {config.dataset} has sentence pairs;"
+            " use max_iters instead"
         )
 
     @cache
@@ -272,7 +274,7 @@ def choose(
         "eval_interval": max(1, math.ceil(steps / EVALUATIONS)),
         "warmup_iters": min(config.warmup_iters, steps // 10),
     }
-    if config.init_from == "scratch":  # decay makes a trained model forget
+    if config.init_from == "scratch":  # decay would make a trained model forget
         chosen["weight_decay"] = decay(config.weight_decay, tokens, len(dataset.train))
     config = replace(config, **{k: v for k, v in chosen.items() if k not in given})
     return config, model_config
@@ -294,7 +296,7 @@ def find_best(
     tried = [candidate for candidate in tried if candidate.parameters <= most]
 
     def seconds(candidate: Candidate) -> float:
-        """Time of a step: measured, or else a linear function of its operations."""
+        """Time of a step: measured, or else estimated as a linear function of its operations."""
         more = candidate.operations - small.operations
         return times.get(candidate) or times[small] + slope * more
 
@@ -309,12 +311,12 @@ def find_best(
     if available < times[small]:
         raise UserError(
             f"minutes={small.config.minutes:g} is too short: {clock.seconds():.1f} s have passed before the first step,"
-            f" which takes {times[small]:.2g} s"
+            f" and a step takes {times[small]:.2g} s"
         )
     times[large] = time_step(large)
     more = large.operations - small.operations
     slope = max(0.0, times[large] - times[small]) / max(1, more)
-    # another candidate may be the best when the time of this one is known
+    # once this one has been timed, another candidate may be the best
     while (best := min(tried, key=promise)) not in times:
         times[best] = time_step(best)
     return best
@@ -328,15 +330,15 @@ def candidates(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Candidate]:
-    """List the model as it is, and every other size, context and batch that the given keys allow.
+    """List the model as configured, and every other size, context and batch size that the given keys allow.
 
-    A size has as many heads of HEAD_SIZE as fit, or fewer and larger ones if the given keys need that.
+    Each size has as many heads of HEAD_SIZE as fit, or fewer and larger heads if the given keys require that.
     """
-    fixed = vars(model_config)  # a model to start from keeps its shape
+    fixed = vars(model_config)  # a model loaded with init_from keeps its shape
     if config.init_from == "scratch":
         fixed = {key: value for key, value in fixed.items() if key in given}
     contexts = [context for context in CONTEXTS if context < len(dataset.train)]
-    shapes = {model_config: None}  # in order, each once
+    shapes = {model_config: None}  # an ordered set
     for (n_layer, n_embd), context in product(SIZES, contexts):
         size = {"n_layer": n_layer, "n_embd": n_embd, "block_size": context} | fixed
         most = size["n_embd"] // (model_config.head_size or HEAD_SIZE)
@@ -352,7 +354,7 @@ def candidates(
         parameters, per_token, per_step = cost(model)
         if config.optimizer == "adamw":
             per_step = 0
-        # tokens in a step for each sequence of a batch
+        # tokens per step for each sequence of a batch
         of_each = shape.block_size * config.gradient_accumulation_steps
         batches = {max(1, tokens // of_each) for tokens in STEPS}
         if "batch_size" in given:
@@ -367,11 +369,11 @@ def candidates(
 
 
 def cost(model: nn.Module) -> tuple[int, int, int]:
-    """Parameters without the embeddings, operations of the model for a token, and operations of Muon in a step."""
+    """Count parameters without the embeddings, the model's operations per token, and Muon's operations per step."""
     config = model.config
     embeddings = config.vocab_size * config.n_embd * (1 if config.tie_weights else 2)
     parameters = models.count_parameters(model) - embeddings
-    # Muon multiplies three times in each of five rounds; the smaller side of nearly all matrices is n_embd
+    # Muon multiplies matrices three times in each of five iterations; the smaller side of nearly all matrices is n_embd
     per_step = 5 * 6 * parameters * config.n_embd
     return parameters, models.flops_per_token(model), per_step
 
@@ -395,7 +397,7 @@ def seconds_per_step(
         value.backward()
         optimizer.step()
         model.zero_grad()
-        value.item()  # waits for a GPU
+        value.item()  # waits for the GPU
         times.append(time.monotonic() - started)
     return statistics.median(times[1:]) * config.gradient_accumulation_steps
 
@@ -419,7 +421,7 @@ def choice(run) -> str:
 
 
 def closing(run, out_dir: Path) -> str:
-    """Write plan.py, name it, and say what would lower the loss most."""
+    """Write plan.py. Returns a message that names it and says what would lower the loss most."""
     path = out_dir / "plan.py"
     write_plan(path, run)
     bytes_per_token = run.dataset.val_bytes_per_token()
@@ -427,15 +429,15 @@ def closing(run, out_dir: Path) -> str:
     text = len(run.dataset.train) * bytes_per_token
     read = run.progress.tokens * bytes_per_token
     return (
-        f"{path} is a config file that repeats this, step by step\n"
+        f"{path} is a config file that repeats this run step by step\n"
         f"{advice(parameters, read, text)}"
     )
 
 
 def write_plan(path: Path, run) -> None:
-    """Write a config file that repeats a run step by step, as a start for further experiments. run: a train.Run."""
+    """Write a config file that repeats a run step by step, as a basis for further experiments. run: a train.Run."""
     settings = asdict(run.config) | asdict(run.model.config)
-    # the run may have taken more or fewer steps than were planned
+    # the run may have taken more or fewer steps than planned
     for key in ("max_iters", "lr_decay_iters", "warmup_iters", "eval_interval"):
         if settings[key]:
             steps = settings[key] * run.progress.iter / run.progress.position
@@ -443,12 +445,12 @@ def write_plan(path: Path, run) -> None:
     unused = in_vain(settings, settings, IN_VAIN)
     left_out = {"minutes", "input", "overwrite", "parallel", "backend", *unused}
     lines = [
-        f"# What --minutes chose for {run.config.dataset}, step by step.",
+        f"# The run that --minutes chose for {run.config.dataset}, step by step.",
         "#",
         f"#   python train.py {path} --out_dir=out/again",
         "",
     ]
-    # with defaults, because a run that starts from a model has other ones
+    # defaults are included, because a run that starts from a model has different ones
     lines += [f"{key} = {settings[key]!r}" for key in settings if key not in left_out]
     text = "\n".join(lines) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))

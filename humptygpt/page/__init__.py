@@ -1,1 +1,1 @@
-"""From a run's folder to the plain data that explain.py puts into a page: settings, weights, tokenizer, metrics."""
+"""Collect the data of a run that explain.py puts into a page: settings, weights, tokenizer, metrics."""

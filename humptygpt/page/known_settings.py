@@ -1,7 +1,7 @@
-"""Refuse models that the page's JavaScript, transformers or llama.cpp would compute differently than model.py.
+"""Refuse models that the page's JavaScript, transformers or llama.cpp would compute differently from model.py.
 
-reference.json has the settings of a tiny model, and the logits that the JavaScript computes for each variant of it.
-Tests hold the JavaScript, transformers and llama.cpp equal to model.py.
+reference.json has the settings of a tiny model, and the logits that the JavaScript computes for each of its variants.
+Tests check that the JavaScript, transformers and llama.cpp agree with model.py.
 """
 
 import json
@@ -21,7 +21,7 @@ TRAINING = {"dropout", "label_smoothing", "init"}
 
 
 def known_values() -> dict[str, set]:
-    """Map each setting of the page to its values in reference.json, which are all of its variants and some numbers."""
+    """Map each setting that the page supports to its values in reference.json: all variants, or sample numbers."""
     reference = json.loads(REFERENCE.read_bytes())
     values = {"tokenizer": set(TOKENIZERS)}
     for settings in (
@@ -34,22 +34,22 @@ def known_values() -> dict[str, set]:
 
 
 def check_settings(config: ModelConfig, tokenizer: str) -> None:
-    """Raise UserError for the first setting that the page would ignore or misread. tokenizer: its name."""
+    """Raise UserError for the first setting that the page would ignore or misread. tokenizer: the tokenizer's name."""
     known = known_values()
     for key, value in (vars(config) | {"tokenizer": tokenizer}).items():
         values = known.get(key, {getattr(type(config), key, None)})
         is_number = key in known and isinstance(value, int | float | None)
         if key not in TRAINING and value not in values and not is_number:
             raise UserError(
-                f"{key}={value} is a setting that the page does not compute with, so its numbers would not be the"
-                " model's; teach it to explain/ and add it to humptygpt/page/reference.json"
+                f"the page does not support {key}={value}, so its numbers would differ from the"
+                " model's; implement the setting in explain/ and add it to humptygpt/page/reference.json"
             )
 
 
 def known_logits(model: nn.Module, idx: Tensor) -> Tensor:
-    """Give a new model weights that are the same on every machine, and compute the logits after idx, (1, T): (1, V).
+    """Give a new model weights that are the same on every machine, and compute the logits of the token after idx.
 
-    Every weight has an effect, and float16 holds it exactly.
+    idx: (1, T). Returns (1, V). Every weight has an effect, and float16 represents it exactly.
     """
     model.eval().requires_grad_(False)
     for n, p in enumerate(model.parameters()):
@@ -62,19 +62,19 @@ def known_logits(model: nn.Module, idx: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def check_formulas(config: ModelConfig, reader: str) -> None:
-    """Raise UserError if model.py was edited so that the reader, such as the page, computes this model differently."""
+    """Raise UserError if model.py was edited so that `reader`, such as the page, computes this model differently."""
     reference = json.loads(REFERENCE.read_bytes())
     for settings, logits in reference["logits"]:
         if any(kind(getattr(config, key)) != kind(settings[key]) for key in settings):
-            continue  # the model has none of these settings
+            continue  # the model is a different variant
         model = build(replace(config, **reference["config"] | settings))
         found = known_logits(model, torch.tensor([reference["text"]]))
         if not torch.allclose(found, torch.tensor([logits]), 2e-4, 2e-4):
             raise UserError(
-                f"{reader} would not compute what this model.py computes: with {settings} it gives other logits"
+                f"{reader} would not give the same results as this model.py: with {settings} the logits differ"
             )
 
 
 def kind(value: object) -> object:
-    """Reduce a setting to its variant: a name, or whether a number or a switch is on."""
+    """Reduce a setting to its variant: its name, or for a number or switch whether it is nonzero."""
     return bool(value) if isinstance(value, int | float | None) else value

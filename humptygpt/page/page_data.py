@@ -23,7 +23,7 @@ from humptygpt.tokenizers import (
 )
 from model import ModelConfig, count_parameters
 
-BASE64 = 4 / 3  # characters for each byte
+BASE64 = 4 / 3  # characters per byte
 START_TOKENS = 64  # length of the text that a page opens with
 
 
@@ -34,7 +34,9 @@ def page_data(config) -> dict:
     """
     run = load(checkpoint.find_checkpoint(Path(config.out_dir), config.checkpoint))
     if run.saved is None:
-        raise UserError(f"out_dir={config.out_dir} is no run of train.py; a page shows one")
+        raise UserError(
+            f"out_dir={config.out_dir} is not a run of train.py; a page can only show such a run"
+        )
     check_settings(run.model.config, run.tokenizer.name)
     check_formulas(run.model.config, "a page")
     saved = run.saved["progress"]
@@ -63,7 +65,7 @@ def page_data(config) -> dict:
 
 
 def example_text(run: Loaded) -> str:
-    """Take the beginning of the run's validation split, or the source of its first pair; "" without the data."""
+    """Return the beginning of the run's validation split, or the source of its first pair; "" if data is missing."""
     folder = Path("data", run.saved["train_config"]["dataset"])
     try:
         meta = read_meta(folder)
@@ -73,7 +75,7 @@ def example_text(run: Loaded) -> str:
     if meta["tokenizer"] != run.saved["tokenizer"]:
         return ""
     text = run.tokenizer.decode(val.arrays[0][:START_TOKENS])
-    # only the first document, or the source of the first pair; its last character may be cut
+    # only the first document, or the source of the first pair; its last character may be cut off
     text = text.partition(END_OF_TEXT)[0].rstrip("\ufffd")
     # the split may begin in the middle of a line, so start with the next line
     return text.partition("\n")[2].lstrip() or text
@@ -84,8 +86,8 @@ def check_size(model: nn.Module, snapshots: int, max_mb: float) -> None:
     size = (2 + snapshots) * count_parameters(model) * BASE64 / 1e6
     if size > max_mb:
         raise UserError(
-            f"the weights take {size:.2f} MB in a page, more than max_mb={max_mb:g}: a browser would take long to open"
-            " it; train a smaller model, raise --max_mb or take --snapshots=False"
+            f"the weights take {size:.2f} MB in a page, more than max_mb={max_mb:g}: a browser would be slow to open"
+            " it; train a smaller model, raise --max_mb or use --snapshots=False"
         )
 
 
@@ -94,12 +96,12 @@ def check_size(model: nn.Module, snapshots: int, max_mb: float) -> None:
 
 
 def model_data(model: nn.Module) -> dict:
-    """Make the argument of makeModel() in explain/data.js."""
+    """Build the argument for makeModel() in explain/data.js."""
     return {"model": page_config(model.config), "weights": pack_weights(model)}
 
 
 def page_config(config: ModelConfig) -> dict:
-    """Translate the settings of a model to explain/model.js, which has one network of windows, with two embeddings."""
+    """Translate a model's settings for explain/model.js, which has one window network with two kinds of embedding."""
     settings = vars(config) | {"embedding": "table"}
     if config.model == "number_mlp":
         settings |= {"model": "window_mlp", "embedding": "number"}
@@ -123,11 +125,11 @@ def pack_weights(model: nn.Module) -> dict:
 
 
 def to_float16(name: str, tensor: Tensor) -> bytes:
-    """Round float32 to the bytes of float16. Raises UserError if a weight is too large."""
+    """Round a float32 tensor to float16 and return its bytes. Raises UserError if a weight is too large."""
     half = tensor.half()
     if not half.isfinite().all():
         raise UserError(
-            f"{name} has a weight of {tensor.abs().max():.4g}, beyond float16's 65504: has its training diverged?"
+            f"{name} has a weight of {tensor.abs().max():.4g}, above float16's maximum, 65504: did training diverge?"
         )
     return half.numpy().tobytes()
 
@@ -137,7 +139,7 @@ def to_float16(name: str, tensor: Tensor) -> bytes:
 
 
 def tokenizer_data(tokenizer: Tokenizer) -> dict:
-    """Make the argument of makeTokenizer() in explain/tokenizer.js."""
+    """Build the argument for makeTokenizer() in explain/tokenizer.js."""
     pieces = {
         "bytes": base64.b64encode(b"".join(tokenizer.pieces)).decode(),
         "lengths": [len(piece) for piece in tokenizer.pieces],
@@ -154,11 +156,11 @@ def tokenizer_data(tokenizer: Tokenizer) -> dict:
 
 
 def sentencepiece_data(tokenizer: SentencePieceTokenizer) -> dict:
-    """Collect the model_type, the score of each token, None if no text becomes it, and the tokens of bytes 0 to 255."""
+    """Collect the model_type, each token's score (None if no text encodes to it), and the tokens of bytes 0 to 255."""
     model = SentencePieceProcessor(model_proto=tokenizer.proto)
-    scores = dict.fromkeys(range(1, model.vocab_size()))  # we do not use its token 0
+    scores = dict.fromkeys(range(1, model.vocab_size()))  # our ids omit its token 0
     for i in normal_ids(model):
-        # the shortest decimal that is the same float32
+        # the shortest decimal that rounds to the same float32
         scores[i] = float(str(np.float32(model.get_score(i))))
     merged = all(score is None or score.is_integer() for score in scores.values())
     return {

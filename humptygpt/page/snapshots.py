@@ -1,4 +1,4 @@
-"""Snapshots of a run: its weights after steps 0, 10, 30, 100, 300 and so on, in 8 bits a weight."""
+"""Snapshots of a run: its weights after steps 0, 10, 30, 100, 300 and so on, with 8 bits per weight."""
 
 import base64
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from humptygpt.files import write_whole
 from model import count_parameters
 
 STEPS = (0, *(first * 10**zeros for zeros in range(1, 12) for first in (1, 3)))
-SMALL = 10e6  # bytes of snapshots that a run keeps by default
+SMALL = 10e6  # a run keeps snapshots by default if they total fewer bytes than this
 FILES = {step: f"snapshots/{step}.pt" for step in STEPS}  # paths in the run's folder
 
 
 def taker(run, folder) -> Callable[[int], None]:
-    """Make a function that saves a train.Run's weights in its RunFolder before a step, if it is one of STEPS.
+    """Return a function that saves a train.Run's weights in its RunFolder before a step, if the step is one of STEPS.
 
-    It does nothing if config.snapshots is False, or if that is None and all snapshots together exceed SMALL.
+    It does nothing if config.snapshots is False, or if it is None and all snapshots together exceed SMALL.
     """
     config = run.config
     keep = config.snapshots
@@ -35,19 +35,19 @@ def taker(run, folder) -> Callable[[int], None]:
 
 
 def save(path: Path, state: dict[str, Tensor]) -> None:
-    """Write a snapshot of a state dict, the same bytes for the same weights. Raises UserError."""
+    """Write a snapshot of a state dict. The same weights give the same bytes. Raises UserError."""
     rows = {"rows": to_8_bits(state)}
     write_whole(path, lambda file: torch.save(rows, file))
 
 
 def to_8_bits(state: dict[str, Tensor]) -> Tensor:
-    """Pack each row as a scale, float32 in 4 bytes, and its weights as multiples of it, -127 to 127: (bytes) int8.
+    """Pack each row as a scale, float32 in 4 bytes, and weights that are multiples of it, -127 to 127: (bytes,) int8.
 
-    The rows are the rows of matrices, and vectors, in the order of the state dict. Tied matrices are packed once.
+    A row is a row of a matrix, or a vector. Rows are in the order of the state dict. Tied matrices are packed once.
     """
     packed = []
     for p in {p.data_ptr(): p for p in state.values()}.values():
-        rows = p.cpu().view(-1, p.shape[-1:].numel())  # a single number is a row of 1
+        rows = p.cpu().view(-1, p.shape[-1:].numel())  # a scalar is a row of length 1
         scale = rows.abs().amax(1, keepdim=True) / 127
         rounded = (rows / scale).nan_to_num().round()  # a row of zeros gives 0 / 0
         packed.append(torch.hstack([scale.view(torch.int8), rounded.char()]).flatten())
@@ -57,7 +57,7 @@ def to_8_bits(state: dict[str, Tensor]) -> Tensor:
 def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
     """Read the snapshots before step `end` of a run, for makeSnapshot() in explain/data.js.
 
-    model: the run's model. Raises UserError if a file is damaged, or belongs to another model.
+    model: the run's model. Raises UserError if a file is damaged or belongs to a different model.
     """
     like = {"rows": to_8_bits(model.state_dict())}
     data = []
@@ -65,7 +65,7 @@ def snapshot_data(folder: Path, end: int, model: nn.Module) -> list[dict]:
         path = folder / name
         if step < end and path.exists():
             saved = checkpoint.read_plain(path)
-            with checkpoint.refuse_damaged(path, "is no snapshot of this model"):
+            with checkpoint.refuse_damaged(path, "is not a snapshot of this model"):
                 checkpoint.check_tensors("", saved, like, "cpu")
             packed = base64.b64encode(saved["rows"].numpy().tobytes())
             data.append({"iter": step, "rows": packed.decode()})
