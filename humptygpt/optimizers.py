@@ -102,7 +102,7 @@ class Optimizer:
         self.steps = saved["steps"]
         for group in self.param_groups:
             for name, p in group["named_params"].items():
-                if state := saved["state"].get(name):
+                if (state := saved["state"].get(name)) is not None:
                     self.state[name] = {k: self.own_part(x, p) for k, x in state.items()}
 
     # ----------------------------------------------------------------------------------

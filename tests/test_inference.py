@@ -125,14 +125,23 @@ def test_an_attention_of_ones_own_generates_cached_and_compiled(monkeypatch, cap
     assert capsys.readouterr().err == "compiling: this takes about a minute\n"
 
 
-def test_a_model_whose_cache_forgets_an_edit_does_without_it(monkeypatch, capsys):
-    forward = models.SelfAttention.forward
-    monkeypatch.setattr(  # each token is mixed with the one before it, which no cache keeps
-        models.SelfAttention,
-        "forward",
-        lambda self, x, *rest: forward(self, x + F.pad(x, (0, 0, 1, -1)), *rest),
-    )
-    model, idx = random_model().eval(), tokens(2, 8)
+@pytest.mark.parametrize("edited_layers", [(0, 1, 2, 3, 4), (4,)])
+def test_a_model_whose_cache_forgets_an_edit_does_without_it(
+    monkeypatch, capsys, edited_layers
+):
+    forward, make_attention = models.SelfAttention.forward, models.Block.make_attention
+
+    def make(self, config, layer):
+        make_attention(self, config, layer)
+        self.attn.edited = layer in edited_layers
+
+    def mix(self, x, *rest):  # each token with the one before it, which no cache keeps
+        before = F.pad(x, (0, 0, 1, -1)) if self.edited else 0
+        return forward(self, x + before, *rest)
+
+    monkeypatch.setattr(models.Block, "make_attention", make)
+    monkeypatch.setattr(models.SelfAttention, "forward", mix)
+    model, idx = random_model(n_layer=5).eval(), tokens(2, 8)
     expected = model(idx)[0][:, -1].detach()
     context = Context(make_generator(model, compiles=True), idx[:, :7])
     context.next_logits()

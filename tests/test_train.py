@@ -35,7 +35,7 @@ import train
 from humptygpt import checkpoint, evaluation, run_folder
 from humptygpt.evaluation import Loss
 from humptygpt.memory import ADVICE
-from humptygpt.optimizers import Optimizer
+from humptygpt.optimizers import OPTIMIZERS, Optimizer, Rule
 from humptygpt.process import Process
 from humptygpt.settings import read_settings
 from humptygpt.window_mlp.model import NumberEmbedding
@@ -789,6 +789,18 @@ def test_a_new_variant_is_one_line_in_one_dictionary(
     assert train_losses(run_train(f"--{key}=mine")) != before
     resume("--max_iters=8")
     sample.main(["--out_dir=out/run", "--device=cpu", "--max_new_tokens=20"])
+
+
+def test_an_update_rule_without_state_is_resumed(run_train, monkeypatch):
+    def sign(optimizer, group, slots):
+        for slot in slots:
+            slot.weight.sub_(slot.gradient.sign(), alpha=group["lr"])
+
+    monkeypatch.setitem(OPTIMIZERS, "sign", Rule(sign, {}))
+    keys = ("--optimizer=sign", "--lr_decay_iters=8")
+    whole = train_losses(run_train(*keys, "--max_iters=8"))
+    run_train(*keys)
+    assert train_losses(resume("--max_iters=8")) == whole
 
 
 LONG_STEP = """
