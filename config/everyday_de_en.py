@@ -26,7 +26,7 @@ tie_weights = True  # the output head is the embedding
 
 dropout = 0.0  # this text is read only four times, and weight decay keeps the model from memorising it
 label_smoothing = 0.1
-batch_size = 24  # times block_size: the most tokens in a batch of pairs of similar length
+batch_size = 24  # a batch has pairs of similar length and up to 24 * block_size tokens
 max_iters = 5000
 optimizer = "muon"
 learning_rate = 6e-3

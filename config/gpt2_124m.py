@@ -1,11 +1,11 @@
 # GPT-2's smallest size, 124 million parameters, with GPT-2's architecture, on an open version of its training text.
 #
-#   python prepare_data.py openwebtext --files=80     downloads 24 GB; without --files the first file, 300 MB
+#   python prepare_data.py openwebtext --files=80     downloads 24 GB; without --files only the first file, 300 MB
 #   python train.py config/gpt2_124m.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py     on 8 GPUs
 #
-# It needs a GPU with 24 GB or more, and is unmeasured here. nanoGPT reports a loss of 2.85 after 600,000 steps on 8
-# A100s.
+# It needs a GPU with 24 GB or more, and has not been measured here. nanoGPT reports a loss of 2.85 after 600,000 steps
+# on 8 A100s.
 
 out_dir = "out/gpt2_124m"
 dataset = "openwebtext"

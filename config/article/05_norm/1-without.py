@@ -1,6 +1,6 @@
-# Twelve blocks that read their input as it is. The article's chapter: "Layer Normalization".
+# Twelve blocks that do not normalise their input. The article's chapter: "Layer Normalization".
 #
-# The model has twelve blocks with residual connections, like the smallest GPT-2, and is trained by AdamW. Does it
+# The model has twelve blocks with residual connections, like the smallest GPT-2, and is trained with AdamW. Does it
 # matter that each block normalises its input?
 #
 #   python train.py config/article/05_norm/1-without.py

@@ -1,6 +1,6 @@
-# Twelve blocks that read their input with mean 0 and variance 1. The article's chapter: "Layer Normalization".
+# Twelve blocks, each normalising its input to mean 0 and variance 1. The article's chapter: "Layer Normalization".
 #
-# The model has twelve blocks with residual connections, like the smallest GPT-2, and is trained by AdamW. Does it
+# The model has twelve blocks with residual connections, like the smallest GPT-2, and is trained with AdamW. Does it
 # matter that each block normalises its input?
 #
 #   python train.py config/article/05_norm/2-with.py

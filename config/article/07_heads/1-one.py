@@ -1,6 +1,6 @@
 # A block with one attention head of dimension 64. The article's chapter: "Multi-head Attention".
 #
-# The model has one block and reads the sentences of 03_attention. A head has one set of weights for the earlier tokens,
+# The model has one block and reads the sentences of 03_attention. A head weights the earlier tokens in only one way,
 # but the next word depends both on the last few words and on words far back.
 #
 #   python train.py config/article/07_heads/1-one.py

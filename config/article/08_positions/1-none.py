@@ -1,6 +1,6 @@
-# A GPT without positions. The article's chapter: "Positional encoding and embedding".
+# A GPT without positional encoding. The article's chapter: "Positional encoding and embedding".
 #
-# Attention by itself does not see the order of the earlier tokens. For characters order is everything: without it, a
+# Attention by itself does not see the order of the earlier tokens. For characters, order is everything: without it, a
 # word is a bag of letters.
 #
 #   python train.py config/article/08_positions/1-none.py

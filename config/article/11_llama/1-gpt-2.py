@@ -1,7 +1,7 @@
 # GPT-2's architecture: learned positions, LayerNorm, GELU, bias terms, an output head tied to the embedding. The
 # article's chapter: "What makes large language models work so well?".
 #
-# GPT-2's blocks are compared with those of Llama 3.1, five years later. Most of the difference comes from the
+# GPT-2's blocks are compared with those of Llama 3.1, which is five years newer. Most of the difference comes from the
 # positions: see 08_positions.
 #
 #   python train.py config/article/11_llama/1-gpt-2.py
