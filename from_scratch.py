@@ -15,7 +15,7 @@ All the king's horses and all the king's men
 Couldn't put Humpty together again.
 """
 
-# A simple neural network: four numbers go in: a thing's red, green and blue, and its volume in litres. Two come out,
+# A simple neural network: four numbers go in (a thing's red, green and blue, and its volume in litres). Two come out,
 # one for leaf and one for flower; the larger is the answer. Between them is a layer of three neurons. A neuron
 # multiplies each number that it reads by a weight of its own, and adds up the products. (There are no biases here.)
 LEAVES = [[0.13, 0.42, 0.22, 0.01], [0.31, 0.48, 0.12, 0.02]]

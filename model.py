@@ -76,7 +76,7 @@ class ModelConfig:
     rope_low_freq_factor: float = 1.0  # rope_factor: low frequencies have fewer turns
     rope_high_freq_factor: float = 4.0  # rope_factor: frequencies with more turns are kept
     rope_original_context: int = 8192  # rope_factor: context length before the extension
-    norm: str = "layernorm"  # norm of the activations
+    norm: str = "layernorm"  # kind of norm
     norm_eps: float = 1e-5  # added to a norm's variance or mean square
     block: str = "pre_norm"  # arrangement of norms and residual connections in a block
     attention: str = "softmax"  # kind of attention
@@ -381,7 +381,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        qk = self.heads(torch.cat([q, k], dim=-1))  # one after another: (B, 2 H, T, D)
+        qk = self.heads(torch.cat([q, k], dim=-1))  # q's heads, then k's: (B, 2 H, T, D)
         if self.qk_norm:
             qk = self.qk_norm(qk)
         if shared.rotary:

@@ -93,18 +93,18 @@ class PrepareConfig:
     input: str | None = None  # file, folder, pattern, or - for stdin
     text_key: str | None = None  # field or column that holds the text; None: text
     encoding_errors: str = "strict"  # how to handle bytes that are not UTF-8
-    skip_bad_lines: bool = False  # skip lines without text; .tsv: without exactly one tab
+    skip_bad_lines: bool = False  # skip lines that have no text or, in a .tsv file, do not have exactly one tab
     val_fraction: float | None = None  # validation fraction; None: 0.1, or 0.02 for pairs
     files: int | None = None  # maximum number of files
     # sentence pairs, also from a .tsv input
     source: str | None = None  # file with one sentence per line
     target: str | None = None  # file with the translations, line by line
     test_fraction: float | None = None  # test fraction; None: same as val_fraction
-    max_pair_tokens: int | None = None  # drop pairs with a side longer than this; None: 128
+    max_pair_tokens: int | None = None  # drop pairs with more tokens on a side; None: 128
     max_pair_ratio: float | None = None  # drop pairs with a higher length ratio; None: 3
     held_out: str | None = None  # file of pairs or source lines to exclude from training
     # tokens
-    tokenizer: str = "auto"  # auto: to fit the text; or a run, model folder or owner/model
+    tokenizer: str = "auto"  # auto: chosen to fit the text; or the tokenizer of a run, a model folder or owner/model
     vocab_size: int | None = None  # vocabulary size; None: chosen for the text, or 4096
     model_type: str | None = None  # method of sentencepiece; None: bpe
     shard_tokens: int | None = None  # tokens per file, train_0000.bin, ...; None: one file

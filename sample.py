@@ -91,7 +91,7 @@ class SampleConfig:
     temperature: float = 0.8  # below 1 sharper, above 1 more random; 0: greedy
     top_k: int | None = 200  # sample only from the k most probable tokens
     top_p: float | None = None  # nucleus sampling: total probability of the tokens kept
-    min_p: float | None = None  # drop tokens less probable than this times the likeliest
+    min_p: float | None = None  # drop tokens below this fraction of the top probability
     repetition_penalty: float = 1.0  # above 1: makes tokens already in the text less likely
     seed: int = 1337  # the same seed gives the same text
     context: str = "fast"  # when it is full: fast continues from its newest half; exact recomputes it for each token
@@ -99,7 +99,7 @@ class SampleConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto: float32 on a CPU
     quantize: str | None = None  # weights in 8 bits, on a CPU
-    compile: bool = False  # compile the one-token step; for GPUs; takes a minute at first
+    compile: bool = False  # compile the one-token step, for a GPU; takes a minute at first
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:

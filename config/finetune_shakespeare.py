@@ -13,7 +13,7 @@ dataset = "shakespeare"
 init_from = "gpt2"
 
 batch_size = 1
-gradient_accumulation_steps = 32  # 32,768 tokens a step, 9 steps an epoch
+gradient_accumulation_steps = 32  # 32,768 tokens per step, 9 steps per epoch
 max_iters = 20
 optimizer = "adamw"
 learning_rate = 3e-5

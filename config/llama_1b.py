@@ -27,7 +27,7 @@ init = "gpt2"
 tie_weights = True
 
 batch_size = 4
-gradient_accumulation_steps = 128  # 1,048,576 tokens a step
+gradient_accumulation_steps = 128  # 1,048,576 tokens per step
 checkpoint_activations = True
 max_iters = 100000
 optimizer = "adamw"

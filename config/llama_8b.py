@@ -28,7 +28,7 @@ init = "gpt2"
 tie_weights = False
 
 batch_size = 1
-gradient_accumulation_steps = 512  # 1,048,576 tokens a step
+gradient_accumulation_steps = 512  # 1,048,576 tokens per step
 checkpoint_activations = True
 max_iters = 100000
 optimizer = "adamw"

@@ -27,7 +27,7 @@ position = "learned"
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 # GPT-2's 50,257 tokens, padded; for data with another tokenizer, add --vocab_size=None
 vocab_size = 50304
 

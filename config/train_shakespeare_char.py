@@ -19,7 +19,7 @@ position = "learned"
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 dropout = 0.2  # a model of this size overfits such a small text
 
 batch_size = 64

@@ -21,7 +21,7 @@ activation = "relu_squared"
 mlp_conv = 0  # no convolution
 qk_norm = True
 init = "zero"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 
 dropout = 0.1
 label_smoothing = 0.1

@@ -1,5 +1,4 @@
-# A network that reads subwords, trained on as much text as 1-characters.py. The article's chapter: "Subword
-# Tokenizers".
+# A network that reads subwords, trained on as much text as 1-characters.py. Article chapter: "Subword Tokenizers".
 #
 # The same network reads 8 tokens, either characters or subwords. Eight subwords span 19 characters, and each
 # prediction covers 2.4 characters. But there are 1,024 subwords to learn, and the output head is larger. So there are
@@ -7,7 +6,7 @@
 #
 #   python train.py config/article/02_subwords/2-subwords-same-text.py
 #
-# On 2 CPU cores it takes 27 s and reaches 2.428 bits per byte (2.419 to 2.441 with three seeds).
+# On 2 CPU cores it takes 27 s and reaches 2.428 bits per byte (2.419 to 2.441 across three seeds).
 
 out_dir = "out/article/02_subwords/2-subwords-same-text"
 dataset = "shakespeare_sp"  # new: 1,024 subwords learned by sentencepiece

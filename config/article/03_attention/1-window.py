@@ -1,4 +1,4 @@
-# A network that reads the last 8 tokens. The article's chapter: "Self Attention".
+# A network that reads the last 8 tokens. Article chapter: "Self Attention".
 #
 # The text is 40,000 sentences like the article's own example, generated at random: "Damian had a secret child, a girl,
 # and he had written in his will that all his belongings will belong to". The next word depends on a word far back. A

@@ -1,12 +1,12 @@
 # Llama's architecture: rotary positions, RMSNorm, gated feed-forward networks (SwiGLU), grouped queries, no bias terms,
-# a separate output head. The article's chapter: "What makes large language models work so well?".
+# a separate output head. Article chapter: "What makes large language models work so well?".
 #
 # GPT-2's blocks are compared with those of Llama 3.1, which is five years newer. Most of the difference comes from the
 # positions: see 08_positions.
 #
 #   python train.py config/article/11_llama/2-llama.py
 #
-# On 2 CPU cores it takes 28 s and reaches 2.486 bits per byte (2.452 to 2.516 with three seeds).
+# On 2 CPU cores it takes 28 s and reaches 2.486 bits per byte (2.452 to 2.516 across three seeds).
 
 out_dir = "out/article/11_llama/2-llama"
 dataset = "shakespeare_char"
