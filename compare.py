@@ -102,7 +102,7 @@ COLORS = (
 @dataclass(frozen=True)
 class CompareConfig:
     # compare
-    runs: tuple[str, ...] = ()  # run folders, which are usually given without --runs=
+    runs: tuple[str, ...] = ()  # run folders; may be given without --runs=
     group: bool = False  # compare within each folder of runs, and merge seeds
     baseline: str | None = None  # the row to compare with in each group; None: the first
     picture: str | None = "out/compare.png"  # PNG file of the losses; None: no picture

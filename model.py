@@ -73,7 +73,7 @@ class ModelConfig:
     position: str = "rotary"  # positional encoding
     rope_base: float = 10000.0  # rotary: base of the frequencies (rope_theta)
     rope_factor: float = 1.0  # rotary: divides low frequencies, as in Llama 3.1; 1: off
-    rope_low_freq_factor: float = 1.0  # rope_factor: low frequencies have fewer turns
+    rope_low_freq_factor: float = 1.0  # rope_factor: frequencies with fewer turns are low
     rope_high_freq_factor: float = 4.0  # rope_factor: frequencies with more turns are kept
     rope_original_context: int = 8192  # rope_factor: context length before the extension
     norm: str = "layernorm"  # kind of norm
@@ -188,7 +188,7 @@ class Dropout(nn.Dropout):
             return x
         if x.device.type != "cpu":
             return super().forward(x)
-        # on a CPU, drawing random numbers takes most of the time, so 64 random bits decide about four elements
+        # on a CPU, drawing random numbers takes most of the time, so every 64 random bits serve four elements
         bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
         bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
         kept = bits >= min(round(2**16 * self.p), 2**16 - 1) - 2**15
@@ -276,7 +276,7 @@ class RotaryPosition(Position):
 
 
 def llama_scale(frequency: Tensor, config: ModelConfig) -> Tensor:
-    """Compute the factors that Llama 3.1 multiplies frequencies by, to extend the context of a trained model.
+    """Compute the factors by which Llama 3.1 multiplies frequencies to extend the context of a trained model.
 
     Frequencies with fewer than rope_low_freq_factor turns in the original context are divided by rope_factor, so that
     no new angle occurs. Frequencies with more than rope_high_freq_factor turns tell neighbours apart and are kept. In

@@ -344,7 +344,7 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor, int]:
         with process.accumulate(run.net, share, last=share is shares[-1]):
             loss = share_of_loss(run, share, tokens)
             try:
-                run.scaler.scale(loss * process.size).backward()  # gradients get averaged
+                run.scaler.scale(loss * process.size).backward()  # gradients are averaged
             except RuntimeError as error:
                 if process.size == 1 and not machine.is_out_of_memory(error):
                     # run it again, so that torch shows which line of the forward pass failed
@@ -372,7 +372,7 @@ def share_of_loss(run: Run, share: Share, tokens: int) -> Tensor:
 
 
 def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
-    """Evaluate, and save best.pt if the loss is the lowest so far. Returns whether it is. Raises Diverged."""
+    """Evaluate, save best.pt if the loss is the lowest so far, and return True if so. Raises Diverged."""
     row = evaluation.measures(run, run.net, run.config.evaluated_batches())
     improved = run.progress.record(row["val_loss"])
     folder.record(run.progress.stamp() | row)

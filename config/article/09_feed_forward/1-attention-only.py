@@ -1,7 +1,7 @@
 # Twelve blocks without feed-forward networks, trained for about as long as 3-with.py. Article chapter: "The GPT
 # architecture".
 #
-# In a GPT, each attention layer is followed by a feed-forward network, with two thirds of the block's parameters.
+# In a GPT, each attention layer is followed by a feed-forward network, which has two thirds of the block's parameters.
 # Would these parameters be more useful in more attention layers? A step then takes longer, so there are two
 # comparisons: after the same number of seconds, and after the same number of steps.
 #

@@ -1,6 +1,6 @@
 # Four blocks of attention and a feed-forward network. Article chapter: "The GPT architecture".
 #
-# In a GPT, each attention layer is followed by a feed-forward network, with two thirds of the block's parameters.
+# In a GPT, each attention layer is followed by a feed-forward network, which has two thirds of the block's parameters.
 # Would these parameters be more useful in more attention layers? A step then takes longer, so there are two
 # comparisons: after the same number of seconds, and after the same number of steps.
 #
