@@ -1,34 +1,34 @@
-"""Measure speed on this machine, also that of other programs. The last line of the output is one JSON object.
+"""Measure speed on this machine and compare it with other programs. The last line of the output is a JSON object.
 
-    python bench.py --what=train --nanogpt=../nanoGPT     steps of ours and of nanoGPT's, alternating
-    python bench.py --what=loss --nanogpt=../nanoGPT      the time to a loss, and the losses in equal time
+    python bench.py --what=train --nanogpt=../nanoGPT     training steps of ours and nanoGPT's, alternating
+    python bench.py --what=loss --nanogpt=../nanoGPT      the time to reach a loss, and the losses after equal time
     python bench.py --what=profile                        the time of each part of a step
     python bench.py --what=sample --nanogpt=../nanoGPT    generation on a CPU, with every other program installed
     python bench.py --what=page --page=PAGE.html          keystrokes in a page of explain.py, in an installed Chromium
-    python bench.py --what=gpu --nanogpt=../nanoGPT       five minutes on a GPU, as one table for RECORDS.md
+    python bench.py --what=gpu --nanogpt=../nanoGPT       five minutes on a GPU, reported as one table for RECORDS.md
 
-train: both have the same shapes, math (nanoGPT's CPU preset and AdamW, or a --config) and text. The figures are medians
-in milliseconds, and `speedup` is nanoGPT's median divided by ours. Each runs in a process of its own, as its users run
+train: both use the same shapes, math (nanoGPT's CPU preset and AdamW, or a --config) and text. The figures are medians
+in milliseconds, and `speedup` is nanoGPT's median divided by ours. Each runs in its own process, the way its users run
 it. nanoGPT computes in float32 on a CPU and in bfloat16 on a GPU, and so does ours unless --dtype is given.
-loss: nanoGPT's CPU preset as it is, then --config with as many steps as should take 0.8 of its seconds, for each seed.
-One function scores both on the whole validation split, in blocks of their own block_size. Seconds count training only.
-Seconds to --target are interpolated between the evaluations before and after it; if it is not reached, they are all
-seconds. `speedup` is their ratio.
+loss: for each seed, nanoGPT's unchanged CPU preset, then --config with the number of steps that should take 0.8 of
+nanoGPT's time. One function scores both on the whole validation split, in blocks of each model's own block_size. Only
+training time counts. The time to reach --target is interpolated between the evaluations before and after it; if the
+target is not reached, the total time is used. `speedup` is nanoGPT's time divided by ours.
 profile: batch, forward, backward and so on, measured one by one, without compiling.
-sample: milliseconds to the first token, which is the time to read the prompt, and tokens per second after it, all texts
-together, also for nanoGPT, transformers, CTranslate2 and llama.cpp. Missing programs are named; `pip install
-transformers ctranslate2 xllamacpp gguf` installs all but nanoGPT. All have random weights and as many threads, and take
-turns. The figures are medians over the rounds, and `ratio` is ours divided by theirs. With --size=gpt2 all run the same
-network. With 0.8M ours is the demo's, and the others run nanoGPT's CPU preset, with biases except for nanoGPT itself.
-All take the most probable token, except nanoGPT, which can only sample. Ours, nanoGPT and transformers stop after 20
-seconds.
-page: milliseconds from the press of a key until the page has been painted, medians and 95th percentiles. A character is
-appended to a text of 64 tokens, typed anywhere in it, and typed when the context is full, so that all tokens move. The
-tokens of the run must be characters. `pip install playwright` installs the package that drives the browser.
-gpu: the time of the demo to its loss, including data and compiling; tokens/s, MFU and peak memory of training GPT-2
-124M and 350M, with the memory that the formula predicts, and of nanoGPT if a checkout is given; tokens/s of decoding,
-with the limit that the memory bandwidth sets. The device, dtype, compile
-and evaluation settings of a config are ignored.
+sample: milliseconds to the first token, which is the time to read the prompt, and after it tokens per second, summed
+over all texts. nanoGPT, transformers, CTranslate2 and llama.cpp are measured as well. Missing programs are listed; `pip
+install transformers ctranslate2 xllamacpp gguf` installs all but nanoGPT. All have random weights and the same number
+of threads, and take turns. The figures are medians over the rounds, and `ratio` is ours divided by theirs. With
+--size=gpt2 all run the same network. With --size=0.8M ours runs the demo's network, and the others nanoGPT's CPU
+preset, with biases except in nanoGPT itself. All choose the most probable token, except nanoGPT, which can only sample.
+Ours, nanoGPT and transformers stop after 20 seconds.
+page: milliseconds from a key press until the page is painted, as medians and 95th percentiles. A character is appended
+to a text of 64 tokens, typed anywhere in it, and typed when the context is full, so that all tokens shift. The run's
+tokens must be characters. `pip install playwright` installs the package that drives the browser.
+gpu: the time that the demo takes to reach its loss, including data and compiling; tokens/s, MFU and peak memory of
+training GPT-2 124M and 350M, with the memory that the formula predicts, and the same for nanoGPT if a checkout is
+given; tokens/s of decoding, with the limit set by the memory bandwidth. The device, dtype, compile and evaluation
+settings of a config are ignored.
 """
 
 import importlib
@@ -45,7 +45,7 @@ if __name__ == "__main__":
 from humptygpt import config as configurator
 from humptygpt.config import UserError, check_above_0, check_choices, check_least
 
-MODES = {  # {mode: the module of benchmarks/ whose bench() measures it}
+MODES = {  # {mode: the module in benchmarks/ whose bench() measures it}
     "train": "step_time",
     "loss": "time_to_loss",
     "profile": "step_profile",
@@ -54,7 +54,7 @@ MODES = {  # {mode: the module of benchmarks/ whose bench() measures it}
     "gpu": "gpu",
 }
 NEEDED = {"loss": "nanogpt", "page": "page"}
-COUNTS_WITH = {  # {keys: the values of --what with which they have an effect}
+COUNTS_WITH = {  # {keys: the values of --what for which they have an effect}
     "nanogpt": "train loss sample gpu",
     "config dtype": "train loss profile",
     "device": "train loss profile gpu",
@@ -74,26 +74,26 @@ IN_VAIN = {
 @dataclass(frozen=True)
 class BenchConfig:
     # benchmark
-    what: str = "train"  # the measurement: see above
+    what: str = "train"  # measurement to run: see above
     nanogpt: str | None = None  # a nanoGPT checkout to compare with
     config: str | None = None  # config file; None: nanoGPT's CPU preset, or the demo
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
-    dtype: str | None = None  # dtype of ours; None: nanoGPT's in train, else auto
+    dtype: str | None = None  # our dtype; None: nanoGPT's in train, otherwise auto
     # what=train, profile
     steps: int = 300  # timed steps
     # what=loss
-    target: float = 1.88  # the validation loss to reach
-    seeds: int = 3  # runs of each, alternating
+    target: float = 1.88  # validation loss to reach
+    seeds: int = 3  # runs of each program, alternating
     # what=sample
-    size: str = "gpt2"  # size of the model
+    size: str = "gpt2"  # model size
     weights: str = "float32"  # dtype of the weights
-    compile: bool = False  # ours: compile the step of one token
+    compile: bool = False  # ours: compile the one-token step
     texts: int = 1  # texts continued together
-    prompt: int = 8  # tokens of each text
-    new_tokens: int = 32  # tokens of each text after the prompt
-    rounds: int = 3  # measurements of each, alternating
+    prompt: int = 8  # prompt tokens of each text
+    new_tokens: int = 32  # tokens to generate after each prompt
+    rounds: int = 3  # measurements of each program, alternating
     # what=page
-    page: str | None = None  # an HTML file that explain.py made
+    page: str | None = None  # HTML file made by explain.py
     keystrokes: int = 50  # timed keystrokes
     # what=gpu
     short: bool = False  # small models and few steps
@@ -117,7 +117,7 @@ class BenchConfig:
             raise ValueError(f"what={self.what} needs --{needed}=PATH")
         if self.nanogpt is not None and not (Path(self.nanogpt) / "model.py").exists():
             raise ValueError(
-                f"nanogpt={self.nanogpt} has no model.py; give the folder of a checkout"
+                f"nanogpt={self.nanogpt} has no model.py; give a checkout's folder"
             )
 
 

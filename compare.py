@@ -5,18 +5,19 @@
     python compare.py out/* --json=- > runs.json       the table as data, in full precision
     python compare.py out/article/*/* --group=True     a group for each folder in out/article
 
-A run is a folder that train.py wrote. Its row has its lowest validation loss and the settings in which the runs differ;
-_model.py is a checksum of that file. If tokenizers differ, compare bits per byte. Unfinished runs are shown as far as
-they are.
+A run is a folder written by train.py. Its row shows its lowest validation loss and the settings that differ between the
+runs; _model.py is a checksum of model.py. If the tokenizers differ, compare bits per byte. Unfinished runs are shown
+with their progress so far.
 
-Losses compare only on the same text. If all runs were evaluated on a part of the validation split and at the end on all
-of it, the latter counts. If there is no text that all of them were evaluated on, a note says so, and none is the best.
+Losses are comparable only on the same text. If all runs were evaluated on a part of the validation split and, at the
+end, on all of it, the latter counts. If no text was used to evaluate all of them, a note says so, and no run is marked
+as the best.
 
-With --group=True, runs of one folder that differ in nothing but the seed, such as idea/with-1 and idea/with-2, are one
-row, the mean of their lowest losses; so are idea/with/1 and idea/with/2. With --minutes, they may also differ in steps,
-dropout and weight decay, which the clock chooses. Each row is compared in bits per byte with the first one of its
-group, or with --baseline=NAME. The ranges of their seeds tell whether the difference means something. Rows come in the
-order given. The shell sorts by name, so 1-without comes before 2-with and is the baseline.
+With --group=True, runs in the same folder that differ only in the seed, such as idea/with-1 and idea/with-2, share one
+row with the mean of their lowest losses. The same goes for idea/with/1 and idea/with/2. Runs with --minutes may also
+differ in steps, dropout and weight decay, which the clock chooses. Each row is compared in bits per byte with the first
+row of its group, or with --baseline=NAME. The ranges over the seeds show whether the difference is meaningful. Rows
+keep the order given. The shell sorts by name, so 1-without comes before 2-with and is the baseline.
 """
 
 import json
@@ -39,10 +40,10 @@ from humptygpt.files import write_whole
 from humptygpt.metrics import read_metrics
 from humptygpt.schema import parse_json
 
-# torch and matplotlib take seconds to import. The functions that need them import them, so that a misspelt key is
-# told at once.
+# torch and matplotlib take seconds to import. They are imported only in the functions that need them, so that a
+# misspelt key is reported at once.
 
-# Settings without an effect on the learned model. _parameters has a column of its own.
+# Settings that do not affect the trained model. _parameters has a column of its own.
 IGNORED = {
     "out_dir",
     "init_from",
@@ -57,7 +58,7 @@ IGNORED = {
     "wandb_run_name",
     "_parameters",
 }
-# Settings that --minutes chooses by the time, apart from the sizes of the model and of a batch
+# Settings that --minutes chooses to fit the time, apart from the model size and the batch size
 BY_CLOCK = {"max_iters", "eval_interval", "warmup_iters", "dropout", "weight_decay"}
 SCHEMA = {
     "max_iters": range(1, 2**53),
@@ -65,9 +66,9 @@ SCHEMA = {
 }  # schema of config.json
 SEED = re.compile(r"[/_-](seed[-_=]?)?\d+$")  # the end of a path: -1, _seed=1, /1
 BITS = "best_bits_per_byte"
-# The rows of a table: the name of each, and its runs, which differ only in the seed
+# The rows of a table: (name, the runs it covers, which differ only in the seed)
 Rows = list[tuple[str, list["Run"]]]
-COLUMNS = {  # key of a row: heading and format of a number, which stands at the right
+COLUMNS = {  # key of a row: (heading, number format); numbers are right-aligned
     "run": ("run", ""),
     "parameters": ("parameters", ","),
     "seconds": ("seconds", ",.1f"),
@@ -101,7 +102,7 @@ COLORS = (
 @dataclass(frozen=True)
 class CompareConfig:
     # compare
-    runs: tuple[str, ...] = ()  # folders of runs; bare arguments are added to them
+    runs: tuple[str, ...] = ()  # run folders; may be given without --runs=
     group: bool = False  # compare within each folder of runs, and merge seeds
     baseline: str | None = None  # the row to compare with in each group; None: the first
     picture: str | None = "out/compare.png"  # PNG file of the losses; None: no picture
@@ -119,7 +120,7 @@ class CompareConfig:
 def main(argv: list[str]) -> None:
     given = configurator.read(argv, CompareConfig, positional="runs")
     config = configurator.make(CompareConfig, given)
-    # out/* includes what an earlier call wrote there
+    # out/* also matches files that an earlier call wrote there
     runs = read_runs([path for path in config.runs if not os.path.isfile(path)])
     if config.group or config.baseline:
         groups = group_seeds(runs, config.baseline)
@@ -157,7 +158,7 @@ class Run:
 
     @cached_property
     def last(self) -> dict:
-        """The newest value of each metric."""
+        """The latest value of each metric."""
         last = {"iter": 0, "tokens": 0, "seconds": 0}
         for row in self.rows:
             last |= row
@@ -165,16 +166,16 @@ class Run:
 
     @cached_property
     def evaluations(self) -> dict[str, dict]:
-        """The evaluation with the lowest loss on each text, by the text's checksum; the newest text comes last.
+        """The evaluation with the lowest loss on each text, keyed by the text's checksum; the newest text comes last.
 
-        An evaluation before the first step does not count, since it is of the model that the run started from.
+        An evaluation before the first step does not count, since it measures the model that the run started from.
         """
         best = {}
         for row in self.rows:
             row = {key.removeprefix("whole_"): value for key, value in row.items()}
             # a damaged row may have only one of the two
             if "val_loss" in row and row.get("val_bits_per_byte") and row["iter"]:
-                # a run of an earlier version has no checksum
+                # runs from earlier versions have no checksum
                 text = str(row.get("val_text", self.settings["dataset"]))
                 best[text] = min(
                     best.pop(text, row), row, key=lambda each: each["val_loss"]
@@ -185,14 +186,14 @@ class Run:
     def state(self) -> str:
         steps = self.settings["max_iters"]
         position = self.last.get("position", self.last["iter"])
-        # a run of an earlier version records neither its position nor its end
+        # runs from earlier versions record neither their position nor their end
         if position >= steps or self.last.get("end") == "done":
             return "done"
         return f"at {100 * position // steps:.0f} %"
 
 
 def read_runs(folders: list[str]) -> list[Run]:
-    """Read the runs; a folder that is not a run is reported and skipped. Raises UserError if none is."""
+    """Read the runs; a folder that is not a run is reported and skipped. Raises UserError if there are no runs."""
     runs = []
     for folder in folders:
         try:
@@ -202,12 +203,12 @@ def read_runs(folders: list[str]) -> list[Run]:
             advice = f"; for the runs in it: python compare.py {folder}/*" if inside else ""
             note(f"{folder} is not a run: {one_line(error)}{advice}; skipped")
     if not runs:
-        raise UserError("no run to compare; try: python compare.py out/*")
+        raise UserError("no runs to compare; try: python compare.py out/*")
     return runs
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run's folder; damaged lines of its metrics are reported and skipped. Raises OSError or ValueError."""
+    """Read a run's folder; damaged lines in its metrics are reported and skipped. Raises OSError or ValueError."""
     settings = parse_json((folder / "config.json").read_text("utf-8"), SCHEMA)
     from humptygpt.settings import TrainConfig
     from model import ModelConfig
@@ -215,8 +216,8 @@ def read_run(folder: Path) -> Run:
     metrics = folder / "metrics.jsonl"
     rows = read_metrics(metrics)
     if damaged := rows.count(None):
-        note(f"{metrics} has damaged lines, skipped: {damaged}")
-    # a run of an earlier version lacks the keys that came later, which change nothing at these values
+        note(f"{metrics}: skipped damaged lines: {damaged}")
+    # runs from earlier versions lack keys that were added later; at these defaults they have no effect
     settings = vars(ModelConfig()) | vars(TrainConfig()) | {"mlp_conv": 0} | settings
     return Run(folder.absolute(), settings, [row for row in rows if row])
 
@@ -226,7 +227,7 @@ def read_run(folder: Path) -> Run:
 
 
 def group_seeds(runs: list[Run], baseline: str | None) -> dict[str, Rows]:
-    """Group the runs by folder. Runs of a folder that differ only in the seed share a row."""
+    """Group the runs by folder. Runs in the same folder that differ only in the seed share a row."""
     variants = {}
     for run in runs:
         path = Path(SEED.sub("", str(run.folder)))
@@ -245,14 +246,14 @@ def group_seeds(runs: list[Run], baseline: str | None) -> dict[str, Rows]:
         rows.sort(key=lambda row: row[0] != baseline)
         if baseline and rows[0][0] != baseline:
             names = ", ".join(name for name, _ in rows)
-            raise UserError(f"baseline={baseline} is not a row of {title}: {names}")
+            raise UserError(f"baseline={baseline} is not a row of {title}; rows: {names}")
     return groups
 
 
 def make_table(title: str, rows: Rows) -> list[dict]:
     """Measure the rows, all on the same text, and compare them.
 
-    title: the name of a group, whose rows are compared with the first one; "": all runs, each its own row.
+    title: the name of a group, whose rows are compared with the first one; "": no groups, each run in its own row.
     """
     evaluated = [run.evaluations for _, runs in rows for run in runs if run.evaluations]
     texts = evaluated[0] if evaluated else {}
@@ -265,7 +266,7 @@ def make_table(title: str, rows: Rows) -> list[dict]:
             if title and table[0][BITS] and row is not table[0]:
                 row["difference"] = row[BITS] - table[0][BITS]
     elif evaluated:
-        problem = "were evaluated on different texts, so none is the best"
+        problem = "were evaluated on different texts, so none is marked as the best"
         note(f"{title or 'the runs'} {problem}")
     settings = [runs[0].settings for _, runs in rows]
     keys = sorted(set().union(*settings) - IGNORED)
@@ -277,9 +278,9 @@ def make_table(title: str, rows: Rows) -> list[dict]:
 
 
 def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
-    """Make a row of runs that differ only in the seed: the means, and the range of the bits per byte.
+    """Make one row from runs that differ only in the seed: the means, and the range of bits per byte.
 
-    text: the checksum of the text whose evaluations count; None: the newest of each run.
+    text: checksum of the text whose evaluations count; None: the newest text of each run.
     """
     last = [run.last for run in runs]
     best = [
@@ -315,7 +316,7 @@ def measure(title: str, name: str, runs: list[Run], text: str | None) -> dict:
 
 
 def mean(rows: list[dict], key: str) -> float | None:
-    """Average the values that a key has in rows; None if no row has it."""
+    """Average the values of a key over the rows that have it; None if no row has it."""
     values = [row[key] for row in rows if key in row]
     return statistics.mean(values) if values else None
 
@@ -349,7 +350,7 @@ def draw(groups: dict[str, Rows], tables: dict[str, list[dict]]):
         for i, (row, (_, runs)) in enumerate(zip(table, groups[title], strict=True)):
             style = {"color": COLORS[i % 10], "linestyle": "-" if i < 10 else "--"}
             panel.plot(*curve(runs), label=label(row), marker="o", markersize=4, **style)
-        # logarithmic, so that the first evaluations, far above the others, leave room for their differences
+        # logarithmic, so that the high losses of the first evaluations do not hide the differences between later ones
         panel.set(title=title, yscale="log", ylabel="validation loss, bits per byte")
         panel.yaxis.set_major_formatter("{x:.4g}")
         panel.yaxis.set_minor_formatter("{x:.4g}")
@@ -370,7 +371,7 @@ def label(row: dict) -> str:
 
 
 def curve(runs: list[Run]) -> tuple[list[float], list[float]]:
-    """Bytes of text read and bits per byte at each evaluation. Unlike tokens, they compare across tokenizers."""
+    """Bytes of text read and bits per byte at each evaluation. Unlike tokens, they are comparable across tokenizers."""
     read, bits = [], []
     for run in runs:
         for row in run.rows:

@@ -1,4 +1,4 @@
-"""Make an HTML page of a run, in which its model computes in front of you, as you type.
+"""Make an HTML page from a run, in which its model computes before your eyes as you type.
 
     python explain.py --out_dir=out/shakespeare_char
     python explain.py --out_dir=out/shakespeare_char --start="ROMEO: What light through yon" --to=page.html
@@ -18,7 +18,7 @@ from humptygpt import machine
 from humptygpt.config import check_above_0, check_choices
 from humptygpt.files import write_whole
 
-# torch takes seconds to import. main() imports it last, so that a misspelt key is told at once.
+# torch takes seconds to import. main() imports it last, so that a misspelt key is reported at once.
 
 SOURCES = Path(__file__).parent / "explain"
 
@@ -27,11 +27,11 @@ SOURCES = Path(__file__).parent / "explain"
 class ExplainConfig:
     # explain
     out_dir: str = "out"  # folder of the run
-    checkpoint: str = "best"  # best.pt (lowest loss), or latest: ckpt.pt
+    checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
     to: str | None = None  # HTML file to write; None: explain.html in out_dir
-    start: str | None = None  # the text, or the sentence, with which the page starts
-    snapshots: bool = True  # put the weights of earlier steps into the page
-    max_mb: float = 32.0  # megabytes that the weights may take in the page
+    start: str | None = None  # text or sentence that the page shows first
+    snapshots: bool = True  # include the weights of earlier steps in the page
+    max_mb: float = 32.0  # maximum size of the weights in the page, in megabytes
 
     @classmethod
     def choices(cls) -> dict[str, tuple[str, ...]]:
@@ -53,12 +53,12 @@ def main(argv: list[str]) -> None:
 
 
 def to_text(data: dict) -> str:
-    """Write JSON in ASCII, in which no HTML parser finds the end of a script."""
+    """Write JSON in ASCII, with < escaped, so that an HTML parser cannot find the end of a script in it."""
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", r"\u003c")
 
 
 def fill(data: str) -> bytes:
-    """Fill page.html: the scripts, the style and the data replace their names, such as {{model.js}}."""
+    """Fill in page.html: replace each placeholder, such as {{model.js}}, by the script, style or data that it names."""
     contents = {path.name: path.read_text(encoding="utf-8") for path in SOURCES.iterdir()}
     contents["data"] = data
     contents["checksum"] = f"{zlib.crc32(data.encode()):08x}"

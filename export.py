@@ -5,9 +5,9 @@
     python export.py --out_dir=out/gpt2_1558m --checkpoint=latest --to=ckpt.pt    one file from a sharded run
     python export.py --init_from=nanoGPT/out-x --to=exported     any other model: nanoGPT's, a folder, an adapter, gpt2
 
-The folder has the model, its tokenizer and a model card, and the hub of Hugging Face takes it as it is. The GGUF file
-is for llama.cpp and for programs that are built on it, such as Ollama and LM Studio. Both take GPT-2's and Llama's
-architectures only. With format=ckpt, any run becomes one file that all scripts open.
+The folder has the model, its tokenizer and a model card, and is ready to upload to the Hugging Face Hub. The GGUF file
+is for llama.cpp and for programs that are built on it, such as Ollama and LM Studio. Both formats support only GPT-2's
+and Llama's architectures. With format=ckpt, any run becomes one file that all scripts can open.
 """
 
 import json
@@ -21,25 +21,25 @@ from humptygpt import machine
 from humptygpt.config import UserError, check_choices
 from humptygpt.files import whole, write_whole
 
-# torch takes seconds to import. The functions that need it import it, so that a misspelt key is told at once.
+# torch takes seconds to import. Only the functions that need it import it, so a misspelt key is reported at once.
 
 DTYPES = {
     "transformers": ("float32", "bfloat16"),
     "gguf": ("float32", "bfloat16", "q8_0"),
     "ckpt": ("float32",),
 }
-# the format for each ending of a name; for other names it is transformers
+# export format by file extension; for any other name it is transformers
 FORMATS = {".gguf": "gguf", ".pt": "ckpt"}
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     # export
-    init_from: str = "resume"  # resume: from a checkpoint in out_dir; or a run, a checkpoint, a model's folder, gpt2
+    init_from: str = "resume"  # resume: a checkpoint in out_dir; otherwise a run, a checkpoint, a model folder or gpt2
     out_dir: str = "out"  # folder of the run to export, or a checkpoint in it
-    checkpoint: str = "best"  # best.pt (lowest loss), or latest: ckpt.pt
-    to: str | None = None  # new folder to write, or the file for gguf and ckpt
-    format: str | None = None  # None: by the ending of --to
+    checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
+    to: str | None = None  # new folder to write; for gguf and ckpt, the file
+    format: str | None = None  # None: chosen by the file extension of --to
     dtype: str = "float32"  # type of the weights; q8_0: 8 bits, only for gguf
 
     @classmethod
@@ -55,7 +55,7 @@ class ExportConfig:
         dtypes = DTYPES[self.resolved_format]
         if self.dtype not in dtypes:
             raise ValueError(
-                f"dtype={self.dtype} is for --format=gguf; take {' or '.join(dtypes)}"
+                f"dtype={self.dtype} needs --format=gguf; otherwise use {' or '.join(dtypes)}"
             )
 
     @property
@@ -84,19 +84,19 @@ def main(argv: list[str]) -> None:
 
 
 def check_target(to: str | None, format_: str) -> Path:
-    """Return the path to write. Raises UserError if something else is there."""
+    """Return the path to write. Raises UserError if something else is already there."""
     kind = "folder" if format_ == "transformers" else "file"
     if to is None:
-        raise UserError(f"export needs a {kind} to write; give one by --to")
+        raise UserError(f"export needs a {kind} to write; name it with --to")
     path = Path(to)
     is_empty = path.is_dir() and not any(path.iterdir())
     if path.exists() and not (path.is_file() if kind == "file" else is_empty):
-        raise UserError(f"to={to} exists and would not be replaced; name a new {kind}")
+        raise UserError(f"to={to} exists and is never replaced; name a new {kind}")
     return path
 
 
 def write_folder(loaded, to: Path, dtype: str) -> str:
-    """Write a folder for transformers and return a line about it. loaded: a loading.Loaded."""
+    """Write a folder for transformers and return a line to print. loaded: a loading.Loaded."""
     import torch
 
     from humptygpt.convert.huggingface import write_pretrained
@@ -113,7 +113,7 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
     files["generation_config.json"] = generation_config(loaded).encode()
     files["README.md"] = card.encode()
     with whole(to) as folder:
-        folder.mkdir()  # made here, so that a message names the folder that cannot be written
+        folder.mkdir()  # made here, so that an error names the folder that cannot be written
         write_pretrained(loaded.model, folder, getattr(torch, dtype), loaded.tokenizer)
         for name, content in files.items():
             write_whole(folder / name, lambda file, content=content: file.write(content))
@@ -121,7 +121,7 @@ def write_folder(loaded, to: Path, dtype: str) -> str:
 
 
 def write_gguf_file(loaded, to: Path, dtype: str) -> str:
-    """Write a file for llama.cpp and return a line about it."""
+    """Write a file for llama.cpp and return a line to print."""
     from humptygpt.convert.gguf import vocabulary, write_gguf
     from humptygpt.convert.huggingface import to_pretrained
     from humptygpt.convert.model_card import summary
@@ -131,23 +131,23 @@ def write_gguf_file(loaded, to: Path, dtype: str) -> str:
     about = {"name": to.stem, "description": summary(loaded)}
     with whole(to) as file:
         write_gguf(file, content, weights, tokens, dtype, about)
-    return f"{to}: for llama.cpp: llama-completion -m {shlex.quote(str(to))} -n 200"
+    return f"{to}: with llama.cpp, run: llama-completion -m {shlex.quote(str(to))} -n 200"
 
 
 def write_checkpoint(loaded, to: Path, dtype: str) -> str:
-    """Write all entries of a run's checkpoint to one file and return a line about it."""
+    """Write all entries of a run's checkpoint to one file and return a line to print."""
     from humptygpt.checkpoint import save
 
     if loaded.saved is None:
         raise UserError(
-            f"format=ckpt is for checkpoints of runs, and {loaded.path} is none; scripts open it by --init_from"
+            f"format=ckpt is only for the checkpoint of a run, which {loaded.path} is not; use it with --init_from"
         )
     save(to, loaded.saved)
     return f"{to}: python sample.py {shlex.quote(f'--out_dir={to}')}"
 
 
 def generation_config(loaded) -> str:
-    """Make generation_config.json, with which transformers samples as sample.py does by default."""
+    """Make generation_config.json, which makes transformers sample with sample.py's defaults."""
     from sample import SampleConfig
 
     model, tokenizer = loaded.model, loaded.tokenizer

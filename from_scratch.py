@@ -1,8 +1,8 @@
-"""A GPT in plain Python: additions and multiplications, and no package but what comes with Python.
+"""A GPT in plain Python: additions and multiplications, with only the standard library.
 
-Each section is a chapter of the article that README.md begins with. Two are left out: sub-word tokenizers, for a token
-is one letter here, and the encoder-decoder transformer. model.py has the same GPT for fast processors; a test holds
-both equal. python from_scratch.py takes half a minute.
+Each section is a chapter of the article that README.md begins with. Two are left out: subword tokenizers, since a token
+is one letter here, and the encoder-decoder transformer. model.py has the same GPT for fast processors; a test checks
+that both compute the same numbers. `python from_scratch.py` takes half a minute.
 """
 
 import math
@@ -15,20 +15,20 @@ All the king's horses and all the king's men
 Couldn't put Humpty together again.
 """
 
-# A simple neural network: four numbers go in, a thing's red, green and blue, and its volume in litres. Two come out,
-# one for leaf, one for flower; the larger is the answer. Between them is a layer of three neurons. A neuron multiplies
-# each number before it by a weight of its own, and adds up the products. (There are no biases here.)
+# A simple neural network: four numbers go in (a thing's red, green and blue, and its volume in litres). Two come out,
+# one for leaf and one for flower; the larger is the answer. Between them is a layer of three neurons. A neuron
+# multiplies each number that it reads by a weight of its own, and adds up the products. (There are no biases here.)
 LEAVES = [[0.13, 0.42, 0.22, 0.01], [0.31, 0.48, 0.12, 0.02]]
 FLOWERS = [[0.87, 0.73, 0.09, 0.06], [0.92, 0.35, 0.55, 0.04]]
 
 
 class Vector:
-    """Some numbers, such as a layer of neurons, or the weights of one of them; and the gradient of each number."""
+    """Some numbers, such as the outputs of a layer or the weights of one neuron, and the gradient of each number."""
 
     def __init__(self, numbers: list[float]):
         self.numbers = numbers
         self.gradient = [0.0] * len(numbers)
-        self.mean = [0.0] * len(numbers)  # of recent gradients, for adamw()
+        self.mean = [0.0] * len(numbers)  # mean of recent gradients, for adamw()
         self.mean_square = [0.0] * len(numbers)
 
 
@@ -42,12 +42,12 @@ def dot(a: list[float], b: list[float]) -> float:
 
 
 # How are these models trained? A loss says how wrong an answer is. The gradient of a weight says how much the loss
-# rises if the weight rises a little; so each weight moves a little the other way, again and again: gradient descent.
-# Backpropagation finds all gradients at once, by the chain rule: where y = w x, the gradient of w is that of y times x,
-# and the gradient of x that of y times w. Each operation below puts such a rule on a tape, as a function backward() to
-# be called when the loss is known. Operations are on vectors: with single numbers it would be a hundred times as long.
+# rises if the weight rises a little, so each weight moves a little the other way, again and again: gradient descent.
+# Backpropagation finds all gradients at once, by the chain rule: if y = w x, the gradient of w is x times that of y,
+# and the gradient of x is w times that of y. Each operation below puts such a rule on a tape, as a function backward()
+# to be called when the loss is known. With numbers instead of vectors, the tape would be a hundred times as long.
 tape = []
-looked_at = []  # fractions of attention, for the table at the end
+looked_at = []  # attention weights, for the table at the end
 
 
 def pass_on(x: Vector, factor: float, numbers: list[float]) -> None:
@@ -78,17 +78,17 @@ def relu(x: Vector) -> Vector:
 
 
 def cross_entropy(scores: Vector, target: int) -> Vector:
-    """The loss: 0 where the right answer has probability 1 (by softmax, below), and growing as that falls."""
+    """The loss: 0 if the right answer has probability 1 (see softmax below), and higher the lower its probability."""
     probabilities = softmax(scores.numbers)
     loss = Vector([-math.log(probabilities[target])])
-    gradients = probabilities.copy()  # of the scores: the right one goes up, others down
+    gradients = probabilities.copy()  # the right score is raised, the others are lowered
     gradients[target] -= 1
     tape.append(lambda: pass_on(scores, loss.gradient[0], gradients))
     return loss
 
 
 # AdamW is gradient descent in steadier steps: a weight moves by lr, the learning rate, times the mean of its recent
-# gradients divided by their usual size. decay, which is not used here, also draws it to 0. Returns the mean loss.
+# gradients divided by their usual size. decay, which is 0 here, also pulls each weight to 0. Returns the mean loss.
 def adamw(weights: list[Vector], losses: list[Vector], step: int, lr: float, decay=0.0):
     for loss in losses:
         loss.gradient = [1 / len(losses)]
@@ -120,8 +120,8 @@ def leaf_or_flower() -> None:
     print(f"  another leaf: leaf {leaf:.1f}, flower {flower:.1f}")
 
 
-# How does all this help generate language? A number can stand for a letter. A network reads the last twelve, and
-# has an output for each that may come next. The letter with the largest is appended, and so on; main() ends with that.
+# How does all this help generate language? A number can stand for a letter. A network reads the last twelve and has an
+# output for each possible next letter. The letter with the largest is appended, and so on, as at the end of main().
 # Embeddings: but a letter is more than its place in the alphabet. So each has several numbers, trained like weights.
 ALPHABET = sorted(set(RHYME))
 TOKENS = [ALPHABET.index(letter) for letter in RHYME]
@@ -140,7 +140,7 @@ def join(vectors: list[Vector]) -> Vector:
 
 
 def window_network(embedding: list[Vector], trained: list[Vector]) -> float:
-    """Train it to read twelve letters and predict the next, and return its loss."""
+    """Train a network to predict the next letter from the last twelve, and return its loss."""
     hidden = matrix(32, 12 * len(embedding[0].numbers), 0.2)
     output = matrix(len(ALPHABET), 32, 0.1)
     for step in range(1, 101):
@@ -152,24 +152,24 @@ def window_network(embedding: list[Vector], trained: list[Vector]) -> float:
     return loss
 
 
-# Self Attention: which letters matter depends on more than their places. Each letter asks for something, by a query;
-# each letter up to it has a key; the better the two fit, the more of that letter's value goes into the answer.
-# Softmax: how well they fit becomes fractions, which are positive and add up to 1.
+# Self Attention: which letters matter depends on more than their positions. Each letter asks for something with its
+# query; it and each letter before it have a key. The better a key fits, the more of that letter's value is passed on.
+# Softmax: the scores, which say how well keys fit, are turned into positive fractions that add up to 1.
 def softmax(scores: list[float]) -> list[float]:
-    highest = max(scores)  # taken off, it changes no fraction, and no power is too large
+    highest = max(scores)  # subtracting it changes no fraction but keeps the powers small
     powers = [math.exp(score - highest) for score in scores]
     return [power / sum(powers) for power in powers]
 
 
 def attend(query: Vector, keys: list[Vector], values: list[Vector]) -> Vector:
-    scale = len(query.numbers) ** -0.5  # or else the scores of long vectors would be large
+    scale = len(query.numbers) ** -0.5  # otherwise long vectors would have large scores
     weights = softmax([scale * dot(query.numbers, key.numbers) for key in keys])
     looked_at.append(weights)
     y = Vector([dot(weights, column) for column in zip(*[v.numbers for v in values])])
 
     def backward() -> None:
         gradients = [dot(y.gradient, value.numbers) for value in values]
-        mean = dot(weights, gradients)  # taken off: more for one letter is less for others
+        mean = dot(weights, gradients)  # subtracted: more for one letter is less for others
         for key, value, weight, gradient in zip(keys, values, weights, gradients):
             pass_on(value, weight, y.gradient)
             pass_on(query, scale * weight * (gradient - mean), key.numbers)
@@ -179,7 +179,7 @@ def attend(query: Vector, keys: list[Vector], values: list[Vector]) -> Vector:
     return y
 
 
-# Residual connections: a layer's output is added to its input: nothing is lost, and the gradient can bypass the layer.
+# Residual connections: a layer's output is added to its input, so nothing is lost and gradients can bypass the layer.
 def add(a: Vector, b: Vector) -> Vector:
     y = Vector([m + n for m, n in zip(a.numbers, b.numbers)])
     tape.append(lambda: pass_on(a, 1, y.gradient))
@@ -187,7 +187,7 @@ def add(a: Vector, b: Vector) -> Vector:
     return y
 
 
-# Layer Normalization: sums of sums grow or vanish; so numbers get mean 0, standard deviation 1 and a trained scale.
+# Layer Normalization: sums of sums grow or vanish, so numbers get mean 0, standard deviation 1 and a trained scale.
 def layer_norm(x: Vector, scale: Vector) -> Vector:
     n = len(x.numbers)
     mean = sum(x.numbers) / n
@@ -198,7 +198,7 @@ def layer_norm(x: Vector, scale: Vector) -> Vector:
     def backward() -> None:
         pass_on(scale, 1, list(map(mul, y.gradient, normed)))
         gradient = list(map(mul, y.gradient, scale.numbers))
-        shift = sum(gradient) / n  # to shift or stretch all numbers has no effect
+        shift = sum(gradient) / n  # shifting or stretching all numbers has no effect
         stretch = dot(gradient, normed) / n
         rest = [g - shift - stretch * z for g, z in zip(gradient, normed)]
         pass_on(x, 1 / deviation, rest)
@@ -207,8 +207,8 @@ def layer_norm(x: Vector, scale: Vector) -> Vector:
     return y
 
 
-# Dropout: in training, random numbers are left out, so that no neuron can rely on a single other one, and the others
-# grow to make up for it. main() does without, as the GPT is to learn its text by heart.
+# Dropout: in training, numbers chosen at random become 0, so that no neuron can rely on a single other one, and the
+# rest are scaled up to make up for it. main() does not use it, because the GPT should learn its text by heart.
 def dropout(x: Vector, p: float) -> Vector:
     kept = [0.0 if random.random() < p else 1 / (1 - p) for _ in x.numbers]
     y = Vector(list(map(mul, x.numbers, kept)))
@@ -216,7 +216,7 @@ def dropout(x: Vector, p: float) -> Vector:
     return y
 
 
-# Multi-head Attention: several heads, each with its rows of the matrices, ask at once; a last matrix mixes the answers.
+# Multi-head Attention: several heads ask at once, each with its rows of the matrices; a last matrix mixes the answers.
 def attention(x: list[Vector], matrices: list[list[Vector]], n_head: int) -> list[Vector]:
     q_proj, k_proj, v_proj, o_proj = matrices
     size = len(o_proj) // n_head
@@ -224,15 +224,15 @@ def attention(x: list[Vector], matrices: list[list[Vector]], n_head: int) -> lis
     for head in range(n_head):
         rows = slice(head * size, (head + 1) * size)
         q, k, v = ([linear(a, each[rows]) for a in x] for each in (q_proj, k_proj, v_proj))
-        # up to t: no letter sees the later ones, which it is to predict
+        # up to t, so that no letter sees the later ones, which it has to predict
         heads.append([attend(q[t], k[: t + 1], v[: t + 1]) for t in range(len(x))])
     return [linear(join(answers), o_proj) for answers in zip(*heads)]
 
 
-# Positional encoding and embedding: attention sees no order; so each position has an embedding, added to the letter's.
-# The GPT architecture: blocks of attention and a network like the first one, each with norm and residual connection.
+# Positional encoding and embedding: attention ignores order, so each position's embedding is added to the letter's.
+# The GPT architecture: blocks of attention and a network like the first, each with a norm and a residual connection.
 def new_gpt(n_embd: int, n_layer: int, block_size: int) -> dict[str, list[Vector]]:
-    """Random weights, by their names in model.py; wte: the letters' embeddings, wpe: those of the positions."""
+    """Random weights under their names in model.py. wte: embeddings of letters. wpe: embeddings of positions."""
     weights = {"wte": matrix(len(ALPHABET), n_embd, 0.1)}
     weights["stack.position.wpe"] = matrix(block_size, n_embd, 0.1)
     weights["stack.norm"] = [Vector([1.0] * n_embd)]
@@ -247,7 +247,7 @@ def new_gpt(n_embd: int, n_layer: int, block_size: int) -> dict[str, list[Vector
 
 
 def gpt(tokens: list[int], weights: dict, n_layer: int, n_head: int, p=0.0) -> list[Vector]:
-    """For each token, the scores of all letters to come next; p: the probability of dropout."""
+    """For each token, a score for every letter that may come next. p: the probability of dropout."""
     x = [add(weights["wte"][a], b) for a, b in zip(tokens, weights["stack.position.wpe"])]
     for block in [f"stack.blocks.{i}" for i in range(n_layer)]:
         y = [layer_norm(a, weights[f"{block}.attn_norm"][0]) for a in x]
@@ -258,24 +258,24 @@ def gpt(tokens: list[int], weights: dict, n_layer: int, n_head: int, p=0.0) -> l
         y = [linear(a, weights[f"{block}.mlp.down_proj"]) for a in y]
         x = [add(a, dropout(b, p)) for a, b in zip(x, y)]
     x = [layer_norm(a, weights["stack.norm"][0]) for a in x]
-    return [linear(a, weights["wte"]) for a in x]  # a score: how well the embedding fits
+    return [linear(a, weights["wte"]) for a in x]  # score: how well the embedding fits
 
 
 def main() -> None:
     random.seed(1)
-    print(f"A network tells leaves from flowers (loss of guessing: {math.log(2):.3f}):")
+    print(f"A network tells leaves from flowers (loss when guessing: {math.log(2):.3f}):")
     leaf_or_flower()
     print(f"Another predicts letters (guessing: {math.log(len(ALPHABET)):.3f}). If each is")
     numbers = [Vector([i / len(ALPHABET)]) for i in range(len(ALPHABET))]
     vectors = matrix(len(ALPHABET), 4, 1.0)
     print(f"  a number:         loss {window_network(numbers, trained=[]):.3f}")
     print(f"  a trained vector: loss {window_network(vectors, vectors):.3f}")
-    print("A GPT learns the rhyme, from a random piece of it at each step:")
+    print("A GPT learns the rhyme from a random piece of it at each step:")
     weights = new_gpt(n_embd=16, n_layer=1, block_size=24)
     parameters = [x for rows in weights.values() for x in rows]
     for step in range(1, 501):
         start = random.randrange(0, len(TOKENS) - 12, 12)
-        piece = TOKENS[start : start + 25]  # letters to read, and the one after each
+        piece = TOKENS[start : start + 25]  # letters to read, and the letter after each
         scores = gpt(piece[:-1], weights, n_layer=1, n_head=2)
         losses = [cross_entropy(x, token) for x, token in zip(scores, piece[1:])]
         loss = adamw(parameters, losses, step, lr=0.01 * (1 - step / 501))
@@ -284,12 +284,13 @@ def main() -> None:
     tokens = TOKENS[:12]
     looked_at.clear()
     while len(tokens) < len(TOKENS):
-        start = max(0, len(tokens) // 12 * 12 - 12)  # where one of its pieces began
+        # start at a multiple of 12, as the training pieces do
+        start = max(0, len(tokens) // 12 * 12 - 12)
         scores = gpt(tokens[start:], weights, n_layer=1, n_head=2)[-1].numbers
         tokens.append(scores.index(max(scores)))
     text = "".join(ALPHABET[token] for token in tokens)
-    print(f"From its first twelve letters, it goes on:\n{text}")
-    print("The attention of each of its first letters to those up to it, in percent:")
+    print(f"Given the first twelve letters, it continues:\n{text}")
+    print("The attention of each early letter to the letters up to it, in percent:")
     letters = text[:12].replace(" ", "_")
     print(" " * 3 + "".join(f"{letter:>4}" for letter in letters))
     for letter, row in zip(letters, looked_at):

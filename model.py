@@ -6,7 +6,7 @@
      |
      |--- norm -- attention -- dropout --+      each token attends to the tokens before it
      +<----------------------------------|
-     |--- norm -- feed-forward -- dropout --+   each token by itself
+     |--- norm -- feed-forward -- dropout --+   each token separately
      +<-------------------------------------|   ... both n_layer times
      |
      norm -- head
@@ -15,7 +15,7 @@
 
 Shapes: B batch, T new tokens, S tokens attended to, C n_embd, H heads, D head size, V vocabulary.
 
-A variant is one class or function and one line in a dictionary (NORMS, POSITIONS, BLOCKS, ...). The config names it.
+A variant is one class or function plus one line in a dictionary (NORMS, POSITIONS, BLOCKS, ...). The config selects it.
 """
 
 import math
@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 # --------------------------------------------------------------------------------------
 # The config
 
-# {rule: (the settings that it holds for, whether a value obeys it)}
+# {rule: (the settings that it applies to, whether a value satisfies it)}
 RANGES = {
     "at least 1 and at most 1048576": (
         "n_layer n_head n_kv_head n_embd head_size n_hidden block_size vocab_size",
@@ -55,42 +55,42 @@ class ModelConfig:
 
     # model
     model: str = "gpt"  # transformer: encoder-decoder; window_mlp: no attention; number_mlp: no embedding either
-    n_layer: int = 4  # blocks; transformer: in each stack; window_mlp: hidden layers
+    n_layer: int = 4  # number of blocks; transformer: per stack; window_mlp: hidden layers
     n_head: int = 2  # attention heads in a block
     n_kv_head: int | None = None  # heads of keys and values (GQA); None: n_head; 1: MQA
     n_embd: int = 128  # embedding dimension: the width of the model
-    head_size: int | None = None  # features of an attention head; None: n_embd / n_head
-    n_hidden: int | None = None  # neurons of the MLP; None: 4 n_embd, gated 8/3 n_embd
-    block_size: int = 256  # context length in tokens; transformer: of source and of target
-    window: int = 0  # sliding window of attention in tokens; 0: the whole context; window_mlp: tokens read
+    head_size: int | None = None  # features per attention head; None: n_embd / n_head
+    n_hidden: int | None = None  # hidden neurons; None: 4 n_embd, or 8/3 n_embd if gated
+    block_size: int = 256  # context length in tokens; transformer: for source and target
+    window: int = 0  # sliding attention window in tokens; 0: the whole context; window_mlp: tokens read
     vocab_size: int | None = None  # embedding rows; None: the tokenizer's size
     dropout: float = 0.0  # probability that an activation is zeroed in training
-    label_smoothing: float = 0.0  # fraction of a target spread over the vocabulary
+    label_smoothing: float = 0.0  # fraction of each target spread over the vocabulary
     bias: bool = False  # biases in linear layers and layer norms, as in GPT-2
-    attn_bias: bool | None = None  # biases in attention's linear layers; None: as bias
-    mlp_bias: bool | None = None  # biases in the feed-forward network; None: as bias
+    attn_bias: bool | None = None  # biases in attention's linear layers; None: same as bias
+    mlp_bias: bool | None = None  # biases in the feed-forward network; None: same as bias
     tie_weights: bool = False  # the embedding and the output head share one matrix
     position: str = "rotary"  # positional encoding
     rope_base: float = 10000.0  # rotary: base of the frequencies (rope_theta)
     rope_factor: float = 1.0  # rotary: divides low frequencies, as in Llama 3.1; 1: off
-    rope_low_freq_factor: float = 1.0  # rope_factor: with fewer turns, a frequency is low
-    rope_high_freq_factor: float = 4.0  # rope_factor: with more turns, a frequency is kept
-    rope_original_context: int = 8192  # rope_factor: context length before it was extended
-    norm: str = "layernorm"  # norm of the activations
+    rope_low_freq_factor: float = 1.0  # rope_factor: frequencies with fewer turns are low
+    rope_high_freq_factor: float = 4.0  # rope_factor: frequencies with more turns are kept
+    rope_original_context: int = 8192  # rope_factor: context length before the extension
+    norm: str = "layernorm"  # kind of norm
     norm_eps: float = 1e-5  # added to a norm's variance or mean square
-    block: str = "pre_norm"  # how norms and residual connections join the parts of a block
-    attention: str = "softmax"  # attention of a block
+    block: str = "pre_norm"  # arrangement of norms and residual connections in a block
+    attention: str = "softmax"  # kind of attention
     mlp: str = "plain"  # feed-forward network; gated with silu is SwiGLU
-    mlp_conv: int = 3  # tokens that a causal convolution before the MLP looks back; 0: off
+    mlp_conv: int = 3  # earlier tokens seen by a causal convolution before the MLP; 0: off
     activation: str = "relu_squared"  # nonlinearity of the feed-forward network
     qk_norm: bool = True  # RMS norm of queries and keys, which bounds the scores
     embed_norm: bool = False  # a norm after the embedding
-    logit_soft_cap: float = 0.0  # keeps logits between -cap and cap by tanh; 0: off
+    logit_soft_cap: float = 0.0  # limits logits to between -cap and cap with tanh; 0: off
     init: str = "zero"  # initial weights; zero: each block starts as the identity
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
-        """Map each setting that names a variant to the variants there are."""
+        """Map each setting that names a variant to the available variants."""
         return {
             "position": POSITIONS,
             "norm": NORMS,
@@ -114,17 +114,17 @@ class ModelConfig:
             )
         if self.position == "rotary" and self.features % 2:
             raise ValueError(
-                f"position=rotary turns pairs, so head_size={self.features} must be even"
+                f"position=rotary rotates pairs, so head_size={self.features} must be even"
             )
         if self.init == "zero" and not BLOCKS[self.block].residual:
             raise ValueError(
-                f"block={self.block} adds nothing to its input, so init=zero would make it output 0; take init=gpt2"
+                f"block={self.block} has no residual connections, so with init=zero it would output 0; use init=gpt2"
             )
         if self.mlp == "none" and self.block == "parallel":
             raise ValueError("block=parallel needs a feed-forward network, not mlp=none")
 
     def check_values(self) -> None:
-        """Raise ValueError for the first value that is out of range by itself."""
+        """Raise ValueError for the first value that is out of range on its own."""
         for name, choices in self.choices().items():
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name}={value} is not one of: {', '.join(choices)}")
@@ -140,12 +140,12 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Number of heads of keys and values."""
         return self.n_kv_head or self.n_head
 
     @property
     def features(self) -> int:
-        """Features of an attention head."""
+        """Number of features per attention head."""
         return self.head_size or self.n_embd // self.n_head
 
 
@@ -188,7 +188,7 @@ class Dropout(nn.Dropout):
             return x
         if x.device.type != "cpu":
             return super().forward(x)
-        # on a CPU, drawing the random numbers takes longest, so 64 random bits decide on four elements
+        # on a CPU, drawing random numbers takes most of the time, so every 64 random bits serve four elements
         bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
         bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
         kept = bits >= min(round(2**16 * self.p), 2**16 - 1) - 2**15
@@ -218,7 +218,7 @@ class Position(nn.Module):
         return None
 
     def score_bias(self, distance: Tensor) -> Tensor | None:
-        """Compute a term for the scores before softmax, (1, H, T, S). distance: (T, S), from each key to each query."""
+        """Compute a term to add to the scores, (1, H, T, S). distance: (T, S), from each key to each query."""
         return None
 
 
@@ -276,11 +276,11 @@ class RotaryPosition(Position):
 
 
 def llama_scale(frequency: Tensor, config: ModelConfig) -> Tensor:
-    """Compute the factors by which Llama 3.1 extends the context of a trained model.
+    """Compute the factors by which Llama 3.1 multiplies frequencies to extend the context of a trained model.
 
     Frequencies with fewer than rope_low_freq_factor turns in the original context are divided by rope_factor, so that
-    no new angle occurs. Frequencies with more than rope_high_freq_factor turns tell neighbours apart and are kept. The
-    factors between are interpolated. With rope_factor=1, all factors are 1.
+    no new angle occurs. Frequencies with more than rope_high_freq_factor turns tell neighbours apart and are kept. In
+    between, the factors are interpolated. With rope_factor=1, all factors are 1.
     Source: Grattafiori et al. 2024, arXiv:2407.21783, and the code of Llama 3.1.
     """
     turns = config.rope_original_context * frequency / (2 * math.pi)
@@ -292,7 +292,7 @@ def llama_scale(frequency: Tensor, config: ModelConfig) -> Tensor:
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Turn all pairs at once: (a, b) -> (a cos - b sin, b cos + a sin).
 
-    x: (B, H, T, D). Returns its shape and dtype.
+    x: (B, H, T, D). Returns the same shape and dtype.
     """
     cos, sin = rotary  # sin is negated in its first half
     swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (b, a)
@@ -333,22 +333,22 @@ POSITIONS = {
 # --------------------------------------------------------------------------------------
 # Attention: each token looks at the tokens before it.
 
-# A term for the scores, broadcast to (B, H, T, S), or None; and whether to hide later keys instead, with T = S
+# (a term to add to the scores, broadcast to (B, H, T, S), or None; whether to hide later keys instead, with T = S)
 Mask = tuple[Tensor | None, bool]
-# For cross-attention: an encoder's output, (B, S, C), or None if the cache has its keys and values; and its mask
+# For cross-attention: (the encoder's output, (B, S, C), or None if the cache has its keys and values; its mask)
 Context = tuple[Tensor | None, Mask]
 # Without dropout, use the explicit formula for up to this many scores in a layer: 64 MB in bfloat16
 EXPLICIT_SCORES = 2**25
 
 
 class Shared(NamedTuple):
-    """Inputs of all blocks in one forward pass, computed once."""
+    """Inputs that all blocks share in one forward pass, computed once."""
 
     at: At
     end: int  # the position after the new tokens
     rotary: Rotary | None
     masks: dict[int, Mask]  # {window: mask}
-    padding: Tensor | None  # (B, S) bool, True if a token is padding; None: no token is
+    padding: Tensor | None  # (B, S) bool, True if a token is padding; None: no padding
     context: Context | None = None
 
 
@@ -356,7 +356,7 @@ class SelfAttention(nn.Module):
     """H heads side by side, each softmax(q k^T / sqrt(D) + mask) v. Their results are concatenated and mixed.
 
     With n_kv_head below n_head, groups of query heads share one head of keys and values, which makes the cache smaller.
-    window: tokens that a query attends to, including its own; 0: all before it.
+    window: number of tokens that a query attends to, including its own; 0: all up to its own.
     Sources: Vaswani et al. 2017, arXiv:1706.03762, section 3.2; Ainslie et al. 2023, arXiv:2305.13245 (groups); Henry
     et al. 2020, arXiv:2010.04245 (norm of queries and keys).
     """
@@ -381,7 +381,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """x: (B, T, C). Returns (B, T, C)."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        qk = self.heads(torch.cat([q, k], dim=-1))  # one after another: (B, 2 H, T, D)
+        qk = self.heads(torch.cat([q, k], dim=-1))  # q's heads, then k's: (B, 2 H, T, D)
         if self.qk_norm:
             qk = self.qk_norm(qk)
         if shared.rotary:
@@ -399,14 +399,14 @@ class SelfAttention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: Dropout) -> Tensor:
-    """softmax(q k^T / sqrt(D) + mask) v: the mean of the values, weighted by how well each key answers the query.
+    """softmax(q k^T / sqrt(D) + mask) v: the mean of the values, weighted by how well each key matches the query.
 
     q: (B, H, T, D). k, v: (B, H, S, D), or fewer heads. dropout: acts on the weights. Returns (B, H, T, D).
     PyTorch's fused kernel computes the same formula. For training on a CPU it is slow with dropout, and in bfloat16 its
     backward pass takes three times as long as the explicit formula's.
     """
     bias, is_causal = mask
-    q, k = q.to(v.dtype), k.to(v.dtype)  # a float32 parameter may have changed them
+    q, k = q.to(v.dtype), k.to(v.dtype)  # a float32 parameter may have promoted them
     bias = None if bias is None else bias.to(v.dtype)
     p = dropout.p if dropout.training else 0.0
     explicit = torch.is_grad_enabled() and q.device.type == "cpu"
@@ -434,7 +434,7 @@ def attention_mask(
     bias: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Mask:
-    """Hide keys by -inf: later ones if causal, those `window` or more tokens away, and padding.
+    """Hide keys with -inf: later ones if causal, those `window` or more tokens away, and padding.
 
     distance: (T, S) int64, from each key to each query, negative if the key is later. bias: (1, H, T, S), as from
     Position.score_bias. padding: (B, S) bool, True if a key is padding.
@@ -442,12 +442,12 @@ def attention_mask(
     T, S = distance.shape
     unlimited = not 0 < window < S
     if causal and unlimited and bias is None and padding is None and T in (1, S):
-        return None, T == S  # a single query, the last, sees everything
+        return None, T == S  # a single query is the last and sees everything
     hidden = distance < (0 if causal else -S)
     if window:
         hidden = hidden | (distance.abs() >= window)
     if padding is not None:
-        # softmax over no key at all is nan, so a token may at least attend to itself
+        # softmax over no keys at all is nan, so every token can at least attend to itself
         hidden = hidden | (padding[:, None, None, :] & (distance != 0))
     return torch.where(hidden, -torch.inf, 0.0 if bias is None else bias), False
 
@@ -457,7 +457,7 @@ class LayerCache:
 
     def __init__(self, size: int):
         self.size = size
-        # (B, H, size, D); the first token tells shape, dtype and device
+        # (B, H, size, D); shape, dtype and device are those of the first tokens
         self.k = self.v = None
         self.last_inputs = None  # (B, n, C), for a convolution over n earlier tokens
 
@@ -473,9 +473,9 @@ class LayerCache:
 
 
 class Cache:
-    """The tokens that a decoder has read, kept as keys and values, so that each token is computed only once.
+    """Keys and values of the tokens that a decoder has read, so that each token is processed only once.
 
-    length: number of tokens read. padding: (B,) int64, how many tokens at the start of each text are padding.
+    length: number of tokens read. padding: (B,) int64, number of padding tokens at the start of each text.
     """
 
     def __init__(self, n_layer: int, size: int):
@@ -496,7 +496,7 @@ class Cache:
             layer.last_inputs = None
 
     def select(self, rows: Tensor) -> None:
-        """Select rows of the batch in every tensor, int64, in this order; rows may repeat."""
+        """Select rows of the batch in every tensor. rows: int64 indices, in the new order; they may repeat."""
         for holder in (self, *self.layers):
             for name, value in vars(holder).items():
                 if isinstance(value, Tensor):
@@ -507,7 +507,7 @@ ATTENTIONS = {"softmax": SelfAttention}
 
 
 # --------------------------------------------------------------------------------------
-# Feed-forward networks: the article's first network, applied to every token by itself.
+# Feed-forward networks: the article's first network, applied to each token separately.
 
 
 def relu_squared(x: Tensor) -> Tensor:
@@ -516,9 +516,9 @@ def relu_squared(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {
-    "relu": F.relu,  # max(x, 0): the article's
-    "gelu": F.gelu,  # x times the probability that a normal number is below x. Source: arXiv:1606.08415
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's, the same to within 0.001
+    "relu": F.relu,  # max(x, 0), as in the article
+    "gelu": F.gelu,  # x times the probability that a standard normal variable is below x. Source: arXiv:1606.08415
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's, within 0.001 of gelu
     "silu": F.silu,  # x / (1 + e^-x). Source: arXiv:1702.03118
     "relu_squared": relu_squared,
 }
@@ -549,7 +549,7 @@ class MLP(nn.Module):
 
 
 class GatedMLP(MLP):
-    """Each hidden neuron is multiplied by a gate, which went through the activation. With silu: SwiGLU.
+    """Multiply each hidden neuron by a gate, to which the activation has been applied. With silu: SwiGLU.
 
     By default it has 8/3 C neurons, so that its three matrices have as many weights as the two of MLP. The number is
     rounded up to a multiple of 8, since GPUs multiply matrices in tiles of 8. Source: Shazeer 2020, arXiv:2002.05202.
@@ -568,8 +568,8 @@ MLPS = {"plain": MLP, "gated": GatedMLP, "none": None}
 class CausalConv(nn.Module):
     """Add to each token the n tokens before it, each feature with its own trained weights: x_t + w_1 x_(t-1) + ...
 
-    It starts as the identity. Sources: So et al. 2021 (Primer), arXiv:2109.08668; Allen-Zhu 2025 (Canon layers, which
-    are before each layer), arXiv:2512.17351.
+    It starts as the identity. Sources: So et al. 2021 (Primer), arXiv:2109.08668; Allen-Zhu 2025, arXiv:2512.17351
+    (Canon layers, which are placed before attention and before the MLP).
     """
 
     GAIN = 4.0  # w is GAIN times a parameter: AdamW moves all parameters equally fast, and w should move faster
@@ -597,11 +597,11 @@ class CausalConv(nn.Module):
 
 
 # --------------------------------------------------------------------------------------
-# Blocks: how attention, feed-forward network and norms are joined.
+# Blocks: how attention, feed-forward network and norms are combined.
 
 
 class Block(nn.Module):
-    """Two branches: attention, then a feed-forward network. The forward of each kind of block joins them.
+    """Two branches: attention, then a feed-forward network. Each kind of block combines them in its forward().
 
     forward(x, *inputs): x is (B, T, C); inputs, Shared and perhaps a LayerCache, are passed on to the branches.
     layer: number of the block in its stack, from 0.
@@ -646,7 +646,7 @@ class Block(nn.Module):
 
 
 class PreNormBlock(Block):
-    """The norm is on the branch, so that the residual stream runs through untouched.
+    """The norm is inside each branch, so the residual stream passes through unchanged.
 
     Source: Radford et al. 2019 (GPT-2); Xiong et al. 2020, arXiv:2002.04745.
     """
@@ -658,7 +658,7 @@ class PreNormBlock(Block):
 
 
 class PostNormBlock(Block):
-    """The norm is on the residual stream, as in the original transformer. It needs more warmup.
+    """The norm is on the residual stream, as in the original transformer. Training needs more warmup.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.1.
     """
@@ -686,7 +686,7 @@ class PlainBlock(Block):
 
 
 class ParallelBlock(Block):
-    """All branches read the same input, so that a GPU can compute them at once.
+    """All branches read the same input, so a GPU can compute them at the same time.
 
     Source: Wang and Komatsuzaki 2021 (GPT-J); Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, section 2.
     """
@@ -711,8 +711,8 @@ BLOCKS = {
 class Stack(nn.Module):
     """Everything between embedding and head: positions, n_layer blocks and, unless the blocks end with one, a norm.
 
-    blocks: {name: kind of block}. checkpoint_activations: in training, keep only the input of each block, and compute
-    the rest again in the backward pass. Source: Chen et al. 2016, arXiv:1604.06174.
+    blocks: {name: kind of block}. checkpoint_activations: in training, keep only the input of each block, and recompute
+    the rest in the backward pass. Source: Chen et al. 2016, arXiv:1604.06174.
     """
 
     def __init__(self, config: ModelConfig, blocks: dict = BLOCKS, causal: bool = True):
@@ -796,7 +796,7 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """idx: (B, T) token ids, which follow those in the cache. targets: (B, T); a target of -1 does not count.
+        """idx: (B, T) token ids, which follow those in the cache. targets: (B, T); a target of -1 is ignored.
 
         Returns logits (B, T, V) and the mean cross-entropy in nats, or None without targets.
         """
@@ -835,14 +835,14 @@ class GPT(nn.Module):
     def generate(
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0
     ) -> Tensor:
-        """Continue idx, (B, T) with T >= 1, by sampled tokens. Returns (B, T + max_new_tokens).
+        """Continue idx, (B, T) with T >= 1, with sampled tokens. Returns (B, T + max_new_tokens).
 
         top_k: sample from the k most probable tokens only; 0: from all.
         """
         block_size = self.config.block_size
         cache, new = self.make_cache(), idx[:, -block_size:]
         for _ in range(max_new_tokens):
-            if cache.length + new.shape[1] > block_size:  # full: go on from the newest half
+            if cache.length + new.shape[1] > block_size:  # full: keep only the newest half
                 cache.clear()
                 new = idx[:, -(block_size + 1) // 2 :]
             logits = self.next_logits(new, cache).float() / temperature
@@ -854,7 +854,7 @@ class GPT(nn.Module):
 
 
 def init_weights(model: nn.Module) -> None:
-    """Draw all weights from normal distributions, whose standard deviations follow config.init:
+    """Draw all weights from normal distributions. config.init sets the standard deviations:
 
                                    gpt2                      zero
     embeddings                     0.02                      1; tied 1 / sqrt(n_embd)
@@ -865,7 +865,7 @@ def init_weights(model: nn.Module) -> None:
 
     GPT-2 divides by the square root of the number of residual branches in a stack, 2 n_layer with attention and
     feed-forward, so that the residual stream keeps the variance of its input. Without residual connections
-    (block=plain) only the linear layers of the blocks carry the signal: all are 1 / sqrt(inputs), which keeps it.
+    (block=plain) only the blocks' linear layers carry the signal: all get 1 / sqrt(inputs), which keeps its scale.
     """
     config = model.config
     untied = not config.tie_weights
@@ -898,8 +898,8 @@ def count_parameters(model: nn.Module) -> int:
 def flops_per_token(model: nn.Module) -> int:
     """Floating-point operations to train on one token: a forward pass, and twice as many in the backward pass.
 
-    Each weight of a matrix multiplies and adds once (2), and attention takes 2 H D of both for each token attended to,
-    even if heads share keys and values. Source: Chowdhery et al. 2022, arXiv:2204.02311, app. B.
+    Each weight of a matrix takes one multiplication and one addition, and attention takes 2 H D of each for every token
+    attended to, even if heads share keys and values. Source: Chowdhery et al. 2022, arXiv:2204.02311, app. B.
     """
     matrices = attended = 0
     for module in model.modules():

@@ -1,20 +1,20 @@
-"""Text or sentence pairs -> data/<name>: train.bin and val.bin (token ids), meta.json (tokenizer, counts, checksums).
+"""Write text or sentence pairs to data/<name>: token ids (train.bin, val.bin), tokenizer and checksums (meta.json).
 
-    python prepare_data.py shakespeare_char                                  a known text, found or downloaded
+    python prepare_data.py shakespeare_char                                  a built-in text, found or downloaded
     python prepare_data.py --input=FILE_FOLDER_OR_PATTERN --name=mine        your own text
     zcat dump.gz | python prepare_data.py --input=- --name=mine              a text on standard input
     python prepare_data.py --input='corpus/*.jsonl.gz' --name=mine --tokenizer=gpt2 --val_fraction=0.001
-    python prepare_data.py translate_de_en                                   sentence pairs, found or downloaded
+    python prepare_data.py translate_de_en                                   built-in pairs, found or downloaded
     python prepare_data.py --input=pairs.tsv --name=mine                     your own: SOURCE, a tab, TARGET per line
     python prepare_data.py --source=a.de --target=a.en --name=mine           or two aligned files
 
-Input is text, .jsonl, .parquet or .csv, optionally with .gz or .zst. A line of JSON, a row of Parquet or CSV, and a
-file with any other ending but .tsv are one document each. Files of a folder that are not text are skipped and named.
-Carriage returns become line breaks, and an end-of-text token separates documents. A document's split, train or val,
-depends only on its text, so adding files changes nothing for the documents that were there. A single text file is cut
-instead, and so are files of few documents. A pair's split, train, val or test, depends only on its source; both sides
-share one vocabulary.
-Files are streamed, never held in memory. A stopped preparation resumes when the same command is run again.
+Input is text, .jsonl, .parquet or .csv, optionally compressed as .gz or .zst. Each line of JSON, each row of Parquet or
+CSV, and each file with any other extension except .tsv is one document. Files in a folder that are not text are skipped
+and listed. Carriage returns become line breaks, and an end-of-text token separates documents. A document's split, train
+or val, depends only on its text, so adding files does not move the existing documents. A single text file is cut in two
+instead, and so is each file if there are few documents. A pair's split, train, val or test, depends only on its source;
+both sides share one vocabulary.
+Files are streamed and never held in memory. To resume a preparation that was stopped, run the same command again.
 """
 
 import os
@@ -66,7 +66,7 @@ from humptygpt.tokenizers import TOKENIZERS
 from humptygpt.translation.pairs import PairFiles, Pairs
 
 Corpus = Documents | Pairs
-STREAM = "standard_input.txt"  # copy of a stream, because the text is read several times
+STREAM = "standard_input.txt"  # copy of stdin, since the text is read several times
 RESUME = "run the same command again to resume"
 OWN_TEXT = "python prepare_data.py --input=FILE_OR_FOLDER --name=NAME"
 CHOICES = ("auto", *TOKENIZERS)
@@ -89,30 +89,30 @@ ONLY_FOR_PAIRS = ("test_fraction", "max_pair_tokens", "max_pair_ratio", "held_ou
 @dataclass(frozen=True)
 class PrepareConfig:
     # data
-    name: str | None = None  # folder in data/ to write; also the bare argument
-    input: str | None = None  # file, folder, pattern, or - for a stream
-    text_key: str | None = None  # field or column with the text; None: text
-    encoding_errors: str = "strict"  # treatment of bytes that are not UTF-8
-    skip_bad_lines: bool = False  # leave out lines without a text, or without one tab
-    val_fraction: float | None = None  # fraction for validation; None: 0.1, pairs 0.02
+    name: str | None = None  # folder to write in data/; may be given without --name=
+    input: str | None = None  # file, folder, pattern, or - for stdin
+    text_key: str | None = None  # field or column that holds the text; None: text
+    encoding_errors: str = "strict"  # how to handle bytes that are not UTF-8
+    skip_bad_lines: bool = False  # skip lines that have no text or, in a .tsv file, do not have exactly one tab
+    val_fraction: float | None = None  # validation fraction; None: 0.1, or 0.02 for pairs
     files: int | None = None  # maximum number of files
     # sentence pairs, also from a .tsv input
-    source: str | None = None  # file with a sentence per line
-    target: str | None = None  # file with their translations, line by line
-    test_fraction: float | None = None  # fraction for test; None: val_fraction
-    max_pair_tokens: int | None = None  # drop pairs with a longer side; None: 128
-    max_pair_ratio: float | None = None  # drop pairs with a larger length ratio; None: 3
-    held_out: str | None = None  # file of pairs, or with a source per line, not to train on
+    source: str | None = None  # file with one sentence per line
+    target: str | None = None  # file with the translations, line by line
+    test_fraction: float | None = None  # test fraction; None: same as val_fraction
+    max_pair_tokens: int | None = None  # drop pairs with more tokens on a side; None: 128
+    max_pair_ratio: float | None = None  # drop pairs with a higher length ratio; None: 3
+    held_out: str | None = None  # file of pairs or source lines to exclude from training
     # tokens
-    tokenizer: str = "auto"  # auto: by the text; or a run, a model's folder or owner/model
-    vocab_size: int | None = None  # number of tokens; None: by the text, or 4096
-    model_type: str | None = None  # sentencepiece's method; None: bpe
+    tokenizer: str = "auto"  # auto: chosen to fit the text; or the tokenizer of a run, a model folder or owner/model
+    vocab_size: int | None = None  # vocabulary size; None: chosen for the text, or 4096
+    model_type: str | None = None  # method of sentencepiece; None: bpe
     shard_tokens: int | None = None  # tokens per file, train_0000.bin, ...; None: one file
     # existing data
-    overwrite: bool = False  # replace another data set of this name
-    verify: bool = False  # compare the token files with their checksums, and stop
+    overwrite: bool = False  # replace a different data set of this name
+    verify: bool = False  # only check the token files against their checksums
     # system
-    workers: int | None = None  # processes that encode; None: one per usable core
+    workers: int | None = None  # encoding processes; None: one per usable core
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
@@ -131,7 +131,7 @@ class PrepareConfig:
         tokenizer = self.tokenizer
         elsewhere = os.path.exists(tokenizer) or repository(tokenizer)
         if tokenizer not in CHOICES and not elsewhere:
-            kinds = f"{', '.join(CHOICES)}, a folder or file with a tokenizer, or owner/model of the hub"
+            kinds = f"{', '.join(CHOICES)}, a folder or file with a tokenizer, or owner/model on the hub"
             raise ValueError(f"tokenizer={tokenizer} is not one of: {kinds}")
         if not self.name or self.name in (".", "..") or set(self.name) & set("/\\\0"):
             rule = "must be the name of a folder in data/, such as shakespeare_char"
@@ -139,7 +139,7 @@ class PrepareConfig:
                 f"name={self.name!r} {rule}; for your own text: {as_written_here(OWN_TEXT)}"
             )
         if (self.source is None) != (self.target is None) or (self.source and self.input):
-            rule = "go together, and without input: --source=a.de --target=a.en, line by line translations"
+            rule = "must be given together, without input, as in --source=a.de --target=a.en, aligned line by line"
             raise ValueError(f"source and target {rule}")
 
 
@@ -154,7 +154,7 @@ def main(argv: list[str]) -> None:
             raise UserError(
                 f"{folder} has no checksums; another version or program wrote it"
             )
-        print(f"{folder}: {count} token files are as they were written")
+        print(f"{folder}: {count} token files match their checksums")
         return
     meta = prepare(config)
     command = f"python train.py {shlex.join(training_arguments(config, meta))}"
@@ -162,7 +162,7 @@ def main(argv: list[str]) -> None:
 
 
 def prepare(config: PrepareConfig) -> dict:
-    """Write data/<name>, print a summary and return meta.json, which is written last and makes the folder complete."""
+    """Write data/<name>, print a summary and return meta.json, which is written last and marks the folder complete."""
     folder = Path("data") / config.name
     with one_writer(folder):
         try:
@@ -177,8 +177,8 @@ def prepare(config: PrepareConfig) -> dict:
 
 @contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Lock a folder. A full disk becomes a UserError; it says how to resume, and so does Ctrl-C."""
-    advice = "wait until that has ended, or take another --name"
+    """Lock a folder. A full disk raises UserError, whose message says how to resume; Ctrl-C prints the same advice."""
+    advice = "wait until it has finished, or choose another --name"
     try:
         with (
             machine.memory_advice("try --workers=1, or --tokenizer=byte"),
@@ -193,25 +193,25 @@ def one_writer(folder: Path) -> Iterator[None]:
 
 
 def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
-    """Write the folder, unless it has this data already. Returns its meta.json. config: as the user gave it."""
+    """Write the folder unless it already has this data. Returns its meta.json. config: as given by the user."""
     preparing = folder / "preparing"
     command = command_text(config)
     fitted = config.vocab_size is None  # the vocabulary may shrink to fit the text
     made_from = data_id(corpus, fitted)
     old = read_json(folder / "meta.json")
     if old.get("made_from") == made_from and is_whole(folder):
-        note(f"{folder} has this text with these settings already; it stays as it is")
+        note(f"{folder} already has this text with these settings; it is left unchanged")
         # a preparation with other settings may have been stopped; it can be resumed
         if not (preparing / "progress.json").exists():
             remove(preparing)
         return old
     new = read_json(preparing / "meta.json")
     if new.get("made_from") != made_from:
-        # better now than after hours
+        # refuse now rather than after hours of work
         if old.get("command", command) != command and not config.overwrite:
             refuse_to_replace(folder, command)
         train = partial(make_tokenizer, corpus, fitted)
-        # earlier versions split some files otherwise
+        # earlier versions split some files differently
         begun_from = f"{made_from} {corpus.cuts}"
         progress = encode(corpus, preparing, begun_from, command, train)
         check_splits(progress, preparing)
@@ -225,7 +225,7 @@ def make_data(corpus: Corpus, folder: Path, config: PrepareConfig) -> dict:
 
 
 def command_text(config: PrepareConfig) -> str:
-    """Command for this config, to be pasted into a shell, without the keys that change no byte."""
+    """Command for this config, ready to paste into a shell, without keys that do not affect the output."""
     words = ["python", "prepare_data.py", config.name]
     for field in fields(config):
         value = getattr(config, field.name)
@@ -244,7 +244,7 @@ def built_in(config: PrepareConfig) -> Source | None:
 
 
 def open_corpus(config: PrepareConfig, folder: Path) -> Corpus:
-    """Open the documents or the pairs that the config names, with the resolved config."""
+    """Open the documents or pairs that the config names, and fill in the config's defaults."""
     source = built_in(config)
     preset = with_defaults(config, source.settings) if source else config
     where, name = find_input(preset, folder)
@@ -263,8 +263,8 @@ def open_corpus(config: PrepareConfig, folder: Path) -> Corpus:
     if not config.text_key and formats <= {".tsv"}:
         return Pairs(resolve(config, preset, Pairs.task), pairs, name)
     if not config.text_key and ".tsv" in formats:
-        problem = f"{where} has text and sentence pairs"
-        raise UserError(f"{problem}; name one kind only, by a pattern such as '*.tsv'")
+        problem = f"{where} has both text and sentence pairs"
+        raise UserError(f"{problem}; select one kind, with a pattern such as '*.tsv'")
     corpus = Documents(resolve(config, preset, Documents.task), files, skipped, name)
     if corpus.config.tokenizer == "auto":
         chosen, corpus.chosen_for = choose_tokenizer(corpus)
@@ -273,7 +273,7 @@ def open_corpus(config: PrepareConfig, folder: Path) -> Corpus:
 
 
 def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, str]:
-    """Find what to prepare: a path, or files of pairs. Returns it and its name in meta.json."""
+    """Find the input: a path, or files of pairs. Returns the input and its name in meta.json."""
     if config.source is not None:
         paths = (Path(config.source), Path(config.target))
         return [(None, paths)], f"{config.source} and {config.target}"
@@ -296,7 +296,7 @@ def find_input(config: PrepareConfig, folder: Path) -> tuple[str | PairFiles, st
 
 
 def with_defaults(config: PrepareConfig, defaults: dict) -> PrepareConfig:
-    """Set the keys that the config leaves open."""
+    """Fill in the keys that the config does not set."""
     unset = {key for key in defaults if getattr(config, key) in (None, "auto")}
     return replace(config, **{key: defaults[key] for key in unset})
 
@@ -327,7 +327,7 @@ def resolve(config: PrepareConfig, preset: PrepareConfig, task: str) -> PrepareC
 
 
 def summary(folder: Path, meta: dict, other: dict[str, str]) -> str:
-    """Show the data at a glance: a table of counts, then lines of text. other: lines for this kind of data."""
+    """Summarize the data: a table of counts, then lines of text. other: more lines, for this kind of data."""
     columns = [meta, *meta["splits"].values()]
     names = ("total", "training", "validation", "test")[: len(columns)]
     table = [
@@ -357,7 +357,7 @@ def summary(folder: Path, meta: dict, other: dict[str, str]) -> str:
 
 
 def training_arguments(config: PrepareConfig, meta: dict) -> list[str]:
-    """Arguments for train.py to train on this data: the model that its tokens are for, a config, or the defaults."""
+    """Arguments for train.py to train on this data, with the model its tokenizer is from, a config, or the defaults."""
     arguments = [f"--dataset={config.name}", f"--out_dir=out/{config.name}"]
     if config.tokenizer not in CHOICES:
         return [f"--init_from={config.tokenizer}", *arguments]

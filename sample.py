@@ -1,10 +1,10 @@
-"""A checkpoint and a prompt -> text, or its translation.
+"""Generate text from a checkpoint and a prompt, or translate the prompt.
 
     python sample.py --out_dir=out/shakespeare_char
     python sample.py --out_dir=out/shakespeare_char --start="ROMEO:" --num_samples=1 --temperature=0
     python sample.py --out_dir=out/shakespeare_char --start=FILE:prompt.txt > text.txt
     echo "ROMEO:" | python sample.py --out_dir=out/shakespeare_char --start=-
-    python sample.py --out_dir=out/shakespeare_char --prompts=prompts.txt --stop=X     a prompt on each line
+    python sample.py --out_dir=out/shakespeare_char --prompts=prompts.txt --stop=X     one prompt per line
     python sample.py --out_dir=out/shakespeare_char --interactive=True
     python sample.py --out_dir=out/shakespeare_char --logprobs=5     each token's probability, and the likeliest five
     python sample.py --out_dir=out/shakespeare_char --score=text.txt     how well the model predicts a text
@@ -12,7 +12,7 @@
     python sample.py --out_dir=out/translate_de_en --start="Wo wohnst du?"
     python sample.py --out_dir=out/translate_de_en --start=FILE:german.txt > english.txt     line by line
 
-Only text goes to stdout, or JSON lines with --logprobs; everything else goes to stderr.
+Only the text, or with --logprobs JSON lines, goes to stdout; everything else goes to stderr.
 """
 
 import sys
@@ -59,7 +59,7 @@ SEPARATOR = "---------------"
 SAMPLING = "temperature top_k top_p min_p repetition_penalty seed max_new_tokens stop"
 OF_TEXT = "prompts score num_samples stop logprobs temperature top_k repetition_penalty"
 OF_TEXT += " seed context compile top_p min_p"
-# {keys: (another setting, its values with which the keys have no effect)}
+# {keys: (another setting, the values of that setting for which the keys have no effect)}
 WITHOUT_EFFECT = {
     OF_TEXT: ("task", ("translation",)),
     "num_beams length_penalty": ("task", ("language modelling",)),
@@ -72,34 +72,34 @@ IN_VAIN = {key: why for keys, why in WITHOUT_EFFECT.items() for key in keys.spli
 @dataclass(frozen=True)
 class SampleConfig:
     # what
-    init_from: str = "resume"  # resume: from a checkpoint in out_dir; or a run, a checkpoint, a model's folder, gpt2
+    init_from: str = "resume"  # resume: a checkpoint in out_dir; otherwise a run, a checkpoint, a model folder or gpt2
     out_dir: str = "out"  # folder of the run to sample from, or a checkpoint in it
-    checkpoint: str = "best"  # best: best.pt, the lowest loss; latest: ckpt.pt
-    start: str | None = None  # the prompt, FILE:path of one, or - for standard input
-    prompts: str | None = None  # a file with a prompt on each line, or -
+    checkpoint: str = "best"  # best: best.pt (lowest loss); latest: ckpt.pt
+    start: str | None = None  # prompt, FILE:path to read it from a file, or - for stdin
+    prompts: str | None = None  # file with one prompt per line, or - for stdin
     interactive: bool = False  # read prompts from the terminal, one after another
-    score: str | None = None  # a text file, or -: how well does the model predict it?
-    stride: int | None = None  # score: tokens from one window to the next
+    score: str | None = None  # measure how well the model predicts this file (-: stdin)
+    stride: int | None = None  # with score: tokens by which the window moves each time
     num_samples: int = 3  # texts for each prompt, generated together in one batch
-    max_new_tokens: int = 500  # tokens of each text after the prompt
-    stop: tuple[str, ...] = ()  # a text ends before this; several may be given
-    logprobs: int | None = None  # JSON lines with the K likeliest tokens; or colours
+    max_new_tokens: int = 500  # tokens to generate after each prompt
+    stop: tuple[str, ...] = ()  # end a text just before this string; several may be given
+    logprobs: int | None = None  # JSON lines with the K likeliest tokens; terminal: colours
     # beam search, for translations
     num_beams: int = 4  # hypotheses; 1: greedy
-    length_penalty: float = 1.0  # score: log-probability / tokens^this
+    length_penalty: float = 1.0  # rank hypotheses by log-probability / tokens^this
     # sampling, for text
     temperature: float = 0.8  # below 1 sharper, above 1 more random; 0: greedy
     top_k: int | None = 200  # sample only from the k most probable tokens
-    top_p: float | None = None  # nucleus sampling: probability kept
-    min_p: float | None = None  # leave out tokens less probable than this times the best
-    repetition_penalty: float = 1.0  # above 1, tokens of the text become less probable
+    top_p: float | None = None  # nucleus sampling: total probability of the tokens kept
+    min_p: float | None = None  # drop tokens below this fraction of the top probability
+    repetition_penalty: float = 1.0  # above 1: makes tokens already in the text less likely
     seed: int = 1337  # the same seed gives the same text
-    context: str = "fast"  # when full: fast continues from its newest half; exact recomputes it per token
+    context: str = "fast"  # when it is full: fast continues from its newest half; exact recomputes it for each token
     # system
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # auto: float32 on a CPU
     quantize: str | None = None  # weights in 8 bits, on a CPU
-    compile: bool = False  # compile the step of one token, for a GPU: a minute at first
+    compile: bool = False  # compile the one-token step, for a GPU; takes a minute at first
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
@@ -136,7 +136,7 @@ class SampleConfig:
             given = [key for key in keys.split() if getattr(self, key)]
             if len(given) > 1:
                 raise ValueError(
-                    f"{given[0]} and {given[1]} exclude each other; leave one out"
+                    f"{given[0]} and {given[1]} cannot be combined; leave one out"
                 )
 
     def select(self, keys: str) -> dict[str, object]:
@@ -145,7 +145,7 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A trained model, made for generation, with its tokenizer, task and device."""
+    """A trained model, ready for generation, with its tokenizer, task and device."""
 
     model: torch.nn.Module
     tokenizer: Tokenizer
@@ -162,7 +162,7 @@ def main(argv: list[str]) -> None:
         source, config.checkpoint, **config.select("device dtype quantize compile")
     )
     refuse_vain(given, config, loaded.task)
-    smaller = "try fewer --num_samples, --max_new_tokens or --num_beams"
+    smaller = "try a smaller --num_samples, --max_new_tokens or --num_beams"
     with machine.memory_advice(smaller):
         if loaded.task == "translation":
             print_translations(config, loaded)
@@ -178,7 +178,7 @@ def main(argv: list[str]) -> None:
 
 
 def refuse_vain(given: dict, config: SampleConfig, task: str | None) -> None:
-    """Raise UserError for a key that has no effect in these settings. task: None before the model is loaded."""
+    """Raise UserError for a key that has no effect with these settings. task: None before the model is loaded."""
     for why in in_vain(given, vars(config) | {"task": task}, IN_VAIN).values():
         raise UserError(f"{why}; leave it out")
 
@@ -192,9 +192,9 @@ def load(
     quantize: str | None = None,
     compile: bool = False,
 ) -> Pipeline:
-    """Load the model that init_from=source names, for generation. The keys mean the same as in SampleConfig.
+    """Load a model for generation. Raises UserError.
 
-    Raises UserError.
+    source and which are the keys init_from and checkpoint of SampleConfig. The other keys have the same names there.
     """
     torch_device = pick_device(device)
     weight_dtype = torch.int8 if quantize else sample_dtype(dtype, torch_device)
@@ -212,7 +212,7 @@ def load(
 
 
 def complete(loaded: Pipeline, prompt: str, max_new_tokens: int = 500, **keys) -> str:
-    """Return the prompt and its continuation, or its translation, for a notebook.
+    """Return the prompt with its continuation, or the translation of the prompt, for use in a notebook.
 
     keys: temperature, stop, num_beams or any other key of SampleConfig.
     """
@@ -229,7 +229,7 @@ def write(
     config: SampleConfig,
     loaded: Pipeline,
 ) -> Iterator[Piece]:
-    """Continue prompts, given as token ids, in one batch. samples: the number of each text, which seeds it."""
+    """Continue prompts, given as token ids, in one batch. samples: a number for each text, which seeds its sampling."""
     idx = pad(prompts).to(loaded.device)
     size = idx.shape[1] + config.max_new_tokens
     context = Context(loaded.model, idx, size, exact=config.context == "exact")
@@ -248,10 +248,10 @@ def translate(lines: list[str], config: SampleConfig, loaded: Pipeline) -> Itera
 
 
 def print_texts(config: SampleConfig, loaded: Pipeline) -> None:
-    """Print the samples of all prompts, in batches that fit into memory."""
+    """Print the samples for all prompts, in batches that fit in memory."""
     num_samples = config.num_samples if config.temperature else 1
     if num_samples < config.num_samples:
-        note("at temperature=0 all texts are the same; here is one")
+        note("at temperature=0 all samples are the same, so only one is printed")
     room = loaded.model.config.block_size
     prompts = read_prompts(config.start, config.prompts, loaded.tokenizer, room)
     size = max(len(prompt.ids) for prompt in prompts) + config.max_new_tokens
@@ -266,7 +266,7 @@ def print_texts(config: SampleConfig, loaded: Pipeline) -> None:
 def print_batch(
     texts: list[tuple[Prompt, int]], config: SampleConfig, loaded: Pipeline
 ) -> None:
-    """Print the first text while it is written, then the others. texts: (prompt, number of the sample)."""
+    """Print the first text as it is generated, then the others. texts: (prompt, sample number)."""
     prompts, samples = zip(*texts, strict=True)
     pieces = write([prompt.ids for prompt in prompts], samples, config, loaded)
     if config.logprobs is not None:
@@ -290,11 +290,11 @@ def print_batch(
 
 
 def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
-    """Print a translation for each line, an empty one for an empty line."""
+    """Print a translation of each line. The translation of an empty line is empty."""
     texts = typed_lines() if config.interactive else [read_start(config.start or "")]
     if texts == [""]:
         raise UserError(
-            'nothing to translate; give a sentence, as --start="Wo wohnst du?", or --start=FILE:german.txt'
+            'nothing to translate; give a sentence, such as --start="Wo wohnst du?", or --start=FILE:german.txt'
         )
     for text in texts:
         lines = text.removesuffix("\n").split("\n")
@@ -303,13 +303,13 @@ def print_translations(config: SampleConfig, loaded: Pipeline) -> None:
 
 
 def converse(config: SampleConfig, loaded: Pipeline) -> None:
-    """Read a line, write its continuation, and so on. All that was read and written stays in the context."""
+    """Read a line, print its continuation, and repeat. Everything read and printed stays in the context."""
     tokenizer = loaded.tokenizer
     context = None
     first = [] if config.start is None else [read_start(config.start)]
     for turn, line in enumerate(chain(first, typed_lines())):
         try:
-            if context is None:  # the line begins the text
+            if context is None:  # the text starts with this line
                 ids = encode_prompt(line, tokenizer) if line else tokenizer.start()
                 idx = pad([ids]).to(loaded.device)
                 context = Context(loaded.model, idx, exact=config.context == "exact")

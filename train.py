@@ -1,16 +1,16 @@
-"""Train a model: config files and --key=value, from left to right.
+"""Train a model. Config files and --key=value arguments apply from left to right.
 
     python train.py config/shakespeare_char.py
     python train.py config/shakespeare_char.py --n_layer=6 --out_dir=out/deeper
     python train.py --init_from=resume --out_dir=out/deeper --max_iters=4000
-    python train.py --input=FILE_OR_FOLDER --minutes=10                          your own text, your time
-    python train.py --init_from=out/deeper --dataset=mine --out_dir=out/mine     a new run that starts from its model
+    python train.py --input=FILE_OR_FOLDER --minutes=10                          your own text, in ten minutes
+    python train.py --init_from=out/deeper --dataset=mine --out_dir=out/mine     a new run that starts from that model
     torchrun --standalone --nproc_per_node=2 train.py config/shakespeare_char.py
 
-It leaves in out_dir: ckpt.pt (all that resuming needs), best.pt (the model with the lowest validation loss),
-metrics.jsonl, loss.png, config.json (also a config file), command.txt, with a small model snapshots/ for its page, and
-with --minutes plan.py, which repeats the run. Ctrl-C saves before it stops.
-Keys that are not set have the defaults below, which are the settings of the demo.
+It writes to out_dir: ckpt.pt (everything needed to resume), best.pt (the model with the lowest validation loss),
+metrics.jsonl, loss.png, config.json (which also works as a config file), command.txt, snapshots/ for explain.py if the
+model is small, and with --minutes plan.py, a config file that repeats the run. Ctrl-C saves a checkpoint and stops.
+Keys that are not set have the defaults below, which are the demo's settings.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ SNAPSHOTS = "humptygpt.page.snapshots:taker"
 
 @dataclass
 class Run:
-    """Everything a training consists of. setup() puts it together."""
+    """Everything that a training run consists of, assembled by setup()."""
 
     config: TrainConfig
     process: Process
@@ -87,16 +87,16 @@ class Run:
     identity: dict  # fingerprint of the data, cached because it is slow to compute
     batches: Dataset | Prefetcher
     model: nn.Module
-    net: nn.Module  # the model as it trains, perhaps compiled or in DDP; weights are saved from the model itself
+    net: nn.Module  # the model used in training, perhaps compiled or wrapped in DDP; weights are saved from `model`
     progress: Progress
     clock: StepClock  # or, with --minutes, a plan.Clock
     scaler: torch.amp.GradScaler
-    optimizer: Optimizer | None = None  # None only while the run is put together
+    optimizer: Optimizer | None = None  # None only until setup() has made it
 
     @property
     def task(self) -> tasks.Task:
         task = tasks.find_task(self.dataset.task)
-        if self.process.sharded:  # no process has a whole model that could write something
+        if self.process.sharded:  # no process has the whole model to generate examples
             return dataclasses.replace(task, evaluation_examples=None, final_examples=None)
         return task
 
@@ -145,7 +145,7 @@ class Run:
     def restore(self, saved: dict) -> None:
         """Restore the optimizer, the scaler and sharded weights from a checkpoint. Raises UserError."""
         sharded = checkpoint.lacks_tensors(saved)
-        if self.config.eval_only:  # needs no optimizer state, which takes memory
+        if self.config.eval_only:  # the optimizer state is not needed and takes memory
             if sharded:
                 find(LOAD_SHARDED)(self.path, self.state())
             return
@@ -194,10 +194,10 @@ def setup(
     base: Loaded | None = None,
     given: Collection[str] = (),
 ) -> Run:
-    """Put a run together.
+    """Assemble a run.
 
-    saved: the checkpoint that it resumes. base: the model that it starts from. given: keys that a plan for --minutes
-    leaves as they are.
+    saved: the checkpoint to resume from. base: the model to start from. given: keys that a plan for --minutes must not
+    change.
     """
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
@@ -242,7 +242,7 @@ def setup(
     run.optimizer = make_optimizer(config, model, process.optimizer_class)
     if saved:
         run.restore(saved)
-    if not config.eval_only:  # the rest takes memory
+    if not config.eval_only:  # evaluation does not need the rest, which takes memory
         if saved:
             keep_best(run, saved)
         run.net = make_net(run)
@@ -271,7 +271,7 @@ def fit(run: Run) -> int:
                 report.diverged(folder, error)
             return 1
         folder.record(run.progress.stamp() | {"end": "stopped" if stopped_by else "done"})
-        folder.draw()  # a resumed run may have no step left, and its plot be missing
+        folder.draw()  # a resumed run may have no steps left and no plot yet
         if run.process.first and not stopped_by:
             finish(run, folder)
     if not stopped_by:
@@ -282,7 +282,7 @@ def fit(run: Run) -> int:
 
 
 def train(run: Run, folder: RunFolder) -> int | None:
-    """Train to the end, or to a signal, and return its number. Raises Diverged."""
+    """Train to the end or until a signal arrives. Returns the signal's number or None. Raises Diverged."""
     config = run.config
     progress = run.progress
     meter = Meter(run)
@@ -305,7 +305,7 @@ def train(run: Run, folder: RunFolder) -> int | None:
             last = progress.position >= config.max_iters
             due = last or before // interval < progress.position // interval
             log = last or progress.iter % config.log_interval == 0
-            # a signal that arrives later has to wait for the next step
+            # a signal that arrives after this line is handled in the next step
             stop = bool(run.process.sum(torch.tensor(len(signals))))
             if not (log or due or stop):
                 continue
@@ -328,11 +328,11 @@ def train(run: Run, folder: RunFolder) -> int | None:
 
 
 def train_step(run: Run, step: int) -> tuple[Tensor, Tensor, int]:
-    """Take one optimizer step with the gradients of several micro-batches. step: its number, from 0.
+    """Take one optimizer step with the gradients of several micro-batches. step: number of the step, from 0.
 
-    Several processes divide the micro-batches, sum gradients once, and take the same step. Returns the mean loss before
-    the step and the gradient norm before clipping, both on the device because reading them would make the CPU wait for
-    the GPU, and the number of tokens.
+    With several processes, the micro-batches are split among them, gradients are summed once, and all take the same
+    step. Returns the mean loss before the step, the gradient norm before clipping and the number of tokens. The first
+    two stay on the device, because reading them would make the CPU wait for the GPU.
     """
     config = run.config
     process = run.process
@@ -347,7 +347,7 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor, int]:
                 run.scaler.scale(loss * process.size).backward()  # gradients are averaged
             except RuntimeError as error:
                 if process.size == 1 and not machine.is_out_of_memory(error):
-                    # once more, so that torch names the line of the forward pass
+                    # run it again, so that torch shows which line of the forward pass failed
                     with torch.autograd.detect_anomaly(check_nan=False):
                         share_of_loss(run, share, tokens).backward()
                 raise
@@ -365,14 +365,14 @@ def train_step(run: Run, step: int) -> tuple[Tensor, Tensor, int]:
 
 
 def share_of_loss(run: Run, share: Share, tokens: int) -> Tensor:
-    """Compute what a share contributes to the mean loss of a step of so many tokens."""
+    """Compute a share's contribution to the mean loss of a step. tokens: number of tokens in the whole step."""
     with autocast(run.device, run.dtype):
         _, loss = run.net(**to_device(share.batch, run.device))
         return loss * (share.tokens / tokens)
 
 
 def evaluate(run: Run, folder: RunFolder, bar: tqdm) -> bool:
-    """Evaluate, save best.pt if the loss is the lowest so far, and return whether it is. Raises Diverged."""
+    """Evaluate, save best.pt if the loss is the lowest so far, and return True if so. Raises Diverged."""
     row = evaluation.measures(run, run.net, run.config.evaluated_batches())
     improved = run.progress.record(row["val_loss"])
     folder.record(run.progress.stamp() | row)
@@ -407,8 +407,8 @@ def finish(run: Run, folder: RunFolder) -> None:
 
 
 def show_best(run: Run, folder: RunFolder) -> None:
-    """Evaluate best.pt on the whole validation split, print its text, and score its translations."""
-    # a sharded model may not fit onto a card
+    """Evaluate best.pt on the whole validation split, print a sample, and score its translations."""
+    # a sharded model may not fit on one GPU
     device = torch.device("cpu") if run.process.sharded else run.device
     model = load(folder.path).model.to(device)
     stamp = run.progress.stamp()
@@ -434,7 +434,7 @@ def evaluate_only(run: Run) -> str:
 
 
 def show(run: Run, function: Callable, model: nn.Module):
-    """Return function(model, dataset), a function of the task, for the model in evaluation mode."""
+    """Call one of the task's functions with the model in evaluation mode, and return the result."""
     device = next(model.parameters()).device
     model.eval()
     with autocast(device, sample_dtype(run.config.dtype, device)):

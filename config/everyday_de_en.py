@@ -4,7 +4,7 @@
 #   python sample.py --out_dir=out/everyday_de_en --start="Wo wohnst du?"
 #
 # It trains 8.9 million parameters, 4.2 million of them embeddings. On 2 CPU cores with bfloat16 instructions it takes
-# about 28 minutes (computed from the time of a step) and reaches BLEU 53.9 on Tatoeba's test split and 44.1 on
+# about 28 minutes (estimated from the time per step) and reaches BLEU 53.9 on Tatoeba's test split and 44.1 on
 # Multi30k's, with 4 beams. RECORDS.md says what else was tried.
 
 out_dir = "out/everyday_de_en"
@@ -19,14 +19,14 @@ block_size = 80  # longest source or target, in tokens
 position = "rotary"
 norm = "rmsnorm"
 activation = "relu_squared"
-mlp_conv = 3  # each feed-forward network also sees the three tokens before its own
+mlp_conv = 3  # each feed-forward network also sees the three previous tokens
 qk_norm = True
 init = "zero"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 
 dropout = 0.0  # this text is read only four times, and weight decay keeps the model from memorising it
 label_smoothing = 0.1
-batch_size = 24  # times block_size: the most tokens in a batch of pairs of similar length
+batch_size = 24  # a batch has pairs of similar length and up to 24 * block_size tokens
 max_iters = 5000
 optimizer = "muon"
 learning_rate = 6e-3

@@ -1,11 +1,11 @@
-# Fine-tunes GPT-2, 124 million parameters, on tiny Shakespeare in GPT-2's own tokens. nanoGPT's file of this name does
-# the same with gpt2-xl.
+# Fine-tunes GPT-2, 124 million parameters, on tiny Shakespeare with GPT-2's own tokenizer. nanoGPT's file of the same
+# name does this with gpt2-xl.
 #
 #   python train.py config/finetune_shakespeare.py                    downloads 550 MB
 #   python train.py config/finetune_shakespeare.py --lora_rank=8      less memory: see docs/models.md
 #   python train.py config/finetune_shakespeare.py --init_from=out/x --dataset=mine      any model, other data
 #
-# It needs a GPU; a step takes minutes on 2 CPU cores. It is unmeasured here, because the weights could not be
+# It needs a GPU; a step takes minutes on 2 CPU cores. It has not been measured here, because the weights could not be
 # downloaded.
 
 out_dir = "out/finetune_shakespeare"
@@ -13,7 +13,7 @@ dataset = "shakespeare"
 init_from = "gpt2"
 
 batch_size = 1
-gradient_accumulation_steps = 32  # 32,768 tokens a step, 9 steps an epoch
+gradient_accumulation_steps = 32  # 32,768 tokens per step, 9 steps per epoch
 max_iters = 20
 optimizer = "adamw"
 learning_rate = 3e-5

@@ -1,9 +1,9 @@
-# A modern GPT with the size of GPT-2's smallest, 124 million parameters, on the 10-billion-token sample of FineWeb.
+# A modern GPT as large as the smallest GPT-2, 124 million parameters, on the 10-billion-token sample of FineWeb.
 #
-#   python prepare_data.py fineweb --files=15     downloads 28 GB; without --files the first file, 2 GB
+#   python prepare_data.py fineweb --files=15     downloads 28 GB; without --files only the first file, 2 GB
 #   python train.py config/fineweb.py
 #
-# It needs a GPU with 24 GB or more, and is unmeasured here.
+# It needs a GPU with 24 GB or more, and has not been measured here.
 
 out_dir = "out/fineweb"
 dataset = "fineweb"
@@ -18,11 +18,11 @@ activation = "relu_squared"
 mlp_conv = 0  # no convolution
 qk_norm = True
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 vocab_size = 50304  # GPT-2's 50,257, padded to a multiple of 128, for faster matrix products on a GPU
 
 batch_size = 16
-gradient_accumulation_steps = 32  # 524,288 tokens a step
+gradient_accumulation_steps = 32  # 524,288 tokens per step
 max_iters = 19000  # 10 billion tokens
 optimizer = "adamw"
 learning_rate = 1e-3

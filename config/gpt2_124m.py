@@ -1,11 +1,11 @@
-# GPT-2's smallest size, 124 million parameters, with GPT-2's architecture, on an open version of its training text.
+# GPT-2's smallest size (124 million parameters) and architecture, on an open version of its training text.
 #
-#   python prepare_data.py openwebtext --files=80     downloads 24 GB; without --files the first file, 300 MB
+#   python prepare_data.py openwebtext --files=80     downloads 24 GB; without --files only the first file, 300 MB
 #   python train.py config/gpt2_124m.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py     on 8 GPUs
 #
-# It needs a GPU with 24 GB or more, and is unmeasured here. nanoGPT reports a loss of 2.85 after 600,000 steps on 8
-# A100s.
+# It needs a GPU with 24 GB or more, and has not been measured here. nanoGPT reports a loss of 2.85 after 600,000 steps
+# on 8 A100s.
 
 out_dir = "out/gpt2_124m"
 dataset = "openwebtext"
@@ -19,11 +19,11 @@ position = "learned"
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 vocab_size = 50304  # GPT-2's 50,257, padded to a multiple of 128, for faster matrix products on a GPU
 
 batch_size = 12
-gradient_accumulation_steps = 40  # 491,520 tokens a step
+gradient_accumulation_steps = 40  # 491,520 tokens per step
 max_iters = 600000
 optimizer = "adamw"
 learning_rate = 6e-4

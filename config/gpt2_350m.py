@@ -1,6 +1,6 @@
-# GPT-2's second size, 355 million parameters, with GPT-2's architecture, on an open version of its training text.
+# GPT-2's second-smallest size (355 million parameters) and architecture, on an open version of its training text.
 #
-#   python prepare_data.py openwebtext --files=80     downloads 24 GB; without --files the first file, 300 MB
+#   python prepare_data.py openwebtext --files=80     downloads 24 GB; without --files only the first file, 300 MB
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_350m.py
 #
 # It has never been trained. --dry_run=True computes the memory that it needs.
@@ -17,11 +17,11 @@ position = "learned"
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 vocab_size = 50304  # GPT-2's 50,257, padded to a multiple of 128, for faster matrix products on a GPU
 
 batch_size = 8
-gradient_accumulation_steps = 64  # 524,288 tokens a step
+gradient_accumulation_steps = 64  # 524,288 tokens per step
 checkpoint_activations = False
 max_iters = 600000
 optimizer = "adamw"

@@ -1,9 +1,9 @@
-# The shape of Llama 3's model of 1.24 billion parameters: RMSNorm, SwiGLU, rotary positions, grouped-query attention.
+# The shape of Llama 3's model with 1.24 billion parameters: RMSNorm, SwiGLU, rotary positions, grouped-query attention.
 #
 #   python train.py config/llama_1b.py --dry_run=True
 #   torchrun --standalone --nproc_per_node=8 train.py config/llama_1b.py
 #
-# The text is in GPT-2's tokens, and the vocabulary is padded to the size of Llama's. The model has never been trained.
+# The text is tokenized as for GPT-2; the vocabulary is padded to the size of Llama's. The model was never trained.
 # --dry_run=True computes the memory that it needs.
 
 out_dir = "out/llama_1b"
@@ -27,7 +27,7 @@ init = "gpt2"
 tie_weights = True
 
 batch_size = 4
-gradient_accumulation_steps = 128  # 1,048,576 tokens a step
+gradient_accumulation_steps = 128  # 1,048,576 tokens per step
 checkpoint_activations = True
 max_iters = 100000
 optimizer = "adamw"

@@ -1,10 +1,10 @@
-# The shape of Llama 3's model of 8.03 billion parameters: RMSNorm, SwiGLU, rotary positions, grouped-query attention.
+# The shape of Llama 3's model with 8.03 billion parameters: RMSNorm, SwiGLU, rotary positions, grouped-query attention.
 #
 #   python train.py config/llama_8b.py --dry_run=True
 #   torchrun --standalone --nproc_per_node=8 train.py config/llama_8b.py --parallel=fsdp
 #
-# One card cannot hold it with gradients and optimizer state, so it needs --parallel=fsdp on 8 cards of 80 GB or more.
-# The text is in GPT-2's tokens, and the vocabulary is padded to the size of Llama's. The model has never been trained.
+# One GPU cannot hold it with gradients and optimizer state, so it needs --parallel=fsdp on 8 GPUs of 80 GB or more.
+# The text is tokenized as for GPT-2; the vocabulary is padded to the size of Llama's. The model was never trained.
 # --dry_run=True computes the memory that it needs.
 
 out_dir = "out/llama_8b"
@@ -28,7 +28,7 @@ init = "gpt2"
 tie_weights = False
 
 batch_size = 1
-gradient_accumulation_steps = 512  # 1,048,576 tokens a step
+gradient_accumulation_steps = 512  # 1,048,576 tokens per step
 checkpoint_activations = True
 max_iters = 100000
 optimizer = "adamw"

@@ -5,8 +5,8 @@
 #   python train.py config/nanogpt.py nanoGPT/config/eval_gpt2.py
 #   python train.py config/nanogpt.py nanoGPT/config/finetune_shakespeare.py
 #
-# The last two start from GPT-2 and use its shape and its vocabulary of 50,257. Device, dtype and compile keep the
-# defaults of this machine. The models need a GPU and are unmeasured here.
+# The last two start from GPT-2 and use its shape and its vocabulary of 50,257. Device, dtype and compile keep this
+# machine's defaults. The models need a GPU and have not been measured here.
 
 out_dir = "out"
 dataset = "openwebtext"
@@ -27,8 +27,8 @@ position = "learned"
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
-# GPT-2's 50,257 tokens, padded; for data in other tokens add --vocab_size=None
+tie_weights = True  # the output head reuses the embedding
+# GPT-2's 50,257 tokens, padded; for data with another tokenizer, add --vocab_size=None
 vocab_size = 50304
 
 batch_size = 12

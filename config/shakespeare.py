@@ -1,6 +1,6 @@
 # A small GPT with GPT-2's vocabulary of 50,257 tokens, most of which do not occur in tiny Shakespeare. Most of its time
-# goes into the output head, which predicts a probability for each of them. On such a small text, characters and small
-# vocabularies learn more in the same time.
+# goes into the output head, which predicts a probability for each of them. On such a small text, models with characters
+# or a small vocabulary learn more in the same time.
 #
 #   python train.py config/shakespeare.py
 #
@@ -18,7 +18,7 @@ activation = "relu_squared"
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 dropout = 0.1
 
 batch_size = 12

@@ -1,4 +1,4 @@
-# A small GPT that writes like Shakespeare, one character after another. This is the demo, and the place to start.
+# A small GPT that writes like Shakespeare, one character at a time. This is the demo, and the place to start.
 #
 #   python train.py config/shakespeare_char.py
 #
@@ -16,13 +16,13 @@ block_size = 256  # context of 256 characters
 position = "rotary"
 norm = "layernorm"
 activation = "relu_squared"
-mlp_conv = 3  # each feed-forward network also sees the three characters before its own
+mlp_conv = 3  # each feed-forward network also sees the three previous characters
 qk_norm = True
 init = "zero"  # each block starts as the identity
 tie_weights = False
 
 # the training
-batch_size = 4  # small: many steps matter more than exact ones
+batch_size = 4  # small, since many steps matter more than exact gradients
 max_iters = 2400
 optimizer = "normuon"
 learning_rate = 6e-3

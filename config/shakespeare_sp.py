@@ -1,4 +1,4 @@
-# A small GPT on subwords: sentencepiece learns a vocabulary of 1,024 from the text, on average 2.4 characters each.
+# A small GPT on subwords: sentencepiece learns 1,024 of them from the text, 2.4 characters long on average.
 #
 #   python train.py config/shakespeare_sp.py
 #

@@ -6,16 +6,16 @@
 # For your own text, run python prepare_data.py --input=FILE_OR_FOLDER --name=mine --tokenizer=bpe, and add
 # --dataset=mine --out_dir=out/mine to the first command.
 #
-# It trains 1.00 million parameters, in minutes on 2 CPU cores (its exact time was not measured), and reaches a
+# It trains 1.00 million parameters. That takes minutes on 2 CPU cores (the exact time was not measured) and reaches a
 # validation loss of 3.2096 nats per token, 2.091 bits per byte.
 
 out_dir = "out/shakespeare_sp_llama"
-dataset = "shakespeare_sp"  # 1,024 subwords of tiny Shakespeare, by sentencepiece
+dataset = "shakespeare_sp"  # 1,024 subwords of tiny Shakespeare, learned by sentencepiece
 
 # the model
 n_layer = 4
 n_head = 4
-n_kv_head = 2  # two query heads share keys and values
+n_kv_head = 2  # each pair of query heads shares keys and values
 n_embd = 128
 n_hidden = 352  # a multiple of 32, so that each matrix can be stored in 8 bits
 block_size = 256  # context of 256 tokens, about 600 characters

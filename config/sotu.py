@@ -1,4 +1,4 @@
-# A small GPT on 12 MB of clean English prose, the messages of US presidents to Congress since 1790, each a document.
+# A small GPT on 12 MB of clean English prose, the messages of US presidents to Congress since 1790, one document each.
 # sentencepiece learns a vocabulary of 4,096 subwords.
 #
 #   python train.py config/sotu.py

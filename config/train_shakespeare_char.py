@@ -1,9 +1,9 @@
-# nanoGPT's model for one GPU, under the name that its users type: 10.7 million parameters, dropout, AdamW.
+# nanoGPT's model for one GPU, under the name that its users know: 10.7 million parameters, dropout, AdamW.
 #
 #   python train.py config/train_shakespeare_char.py
 #
-# It takes minutes on a GPU and most of a day on 2 CPU cores; both are estimates, and it is unmeasured here. nanoGPT
-# reports a validation loss of 1.4697 on random crops. nanoGPT's version for a laptop is this file followed by
+# It takes minutes on a GPU and most of a day on 2 CPU cores; both are estimates, not measurements. nanoGPT reports a
+# validation loss of 1.4697 on random crops. nanoGPT's version for a laptop is this file followed by
 #   --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4
 #   --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0
 
@@ -19,7 +19,7 @@ position = "learned"
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 dropout = 0.2  # a model of this size overfits such a small text
 
 batch_size = 64

@@ -1,4 +1,4 @@
-# German to English with an encoder-decoder: the Transformer of 2017 with modern parts, trained by Muon.
+# German to English with an encoder-decoder: the 2017 Transformer with modern parts, trained with Muon.
 #
 #   python train.py config/translate_de_en.py
 #   python sample.py --out_dir=out/translate_de_en --start="Ein Mann schläft auf einer Bank im Park."
@@ -21,11 +21,11 @@ activation = "relu_squared"
 mlp_conv = 0  # no convolution
 qk_norm = True
 init = "zero"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 
 dropout = 0.1
 label_smoothing = 0.1
-batch_size = 24  # times block_size: the most tokens in a batch of pairs of similar length
+batch_size = 24  # a batch has pairs of similar length and up to 24 * block_size tokens
 max_iters = 2500
 optimizer = "muon"
 learning_rate = 6e-3

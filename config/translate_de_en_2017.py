@@ -4,8 +4,8 @@
 #
 #   python train.py config/translate_de_en_2017.py
 #
-# It takes the same number of steps as config/translate_de_en.py, which needs about 27 minutes on 2 CPU cores. It is
-# unmeasured here.
+# It takes the same number of steps as config/translate_de_en.py, which needs about 27 minutes on 2 CPU cores. It has
+# not been measured here.
 
 out_dir = "out/translate_de_en_2017"
 dataset = "translate_de_en"
@@ -24,7 +24,7 @@ bias = True
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 
 dropout = 0.1
 label_smoothing = 0.1

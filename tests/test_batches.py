@@ -298,7 +298,7 @@ def test_large_files_are_checked_only_by_verify(tiny, fails, monkeypatch, capsys
     verify = ["tiny", "--verify=True"]
     prepare_data.main(verify)
     assert capsys.readouterr().out.endswith(
-        "data/tiny: 2 token files are as they were written\n"
+        "data/tiny: 2 token files match their checksums\n"
     )
     (tiny / "val.bin").write_bytes((tiny / "val.bin").read_bytes()[::-1])
     damaged = "data/tiny/val.bin was altered or damaged: its checksum is not the one in"
@@ -322,7 +322,7 @@ def test_data_with_the_checksums_of_an_earlier_version_opens_and_a_run_on_it_res
     edit_meta(tiny, splits=splits)
     assert "has no checksums" in fails(prepare_data.main, "tiny", "--verify=True")
     prepare_data.main(["--input=tiny.txt", "--name=tiny"])
-    assert "it stays as it is" in capsys.readouterr().err
+    assert "it is left unchanged" in capsys.readouterr().err
     assert train.main(TINY_RUN) == 0
     path = Path("out/run/ckpt.pt")
     saved = train.checkpoint.read(path)

@@ -153,7 +153,7 @@ def test_of_runs_that_were_evaluated_on_different_texts_none_is_the_best(run):
     make_run("out/new")
     table, errors = run("out/a", "out/b", "out/new")
     assert " best" not in table and row_of(table, "a").split()[4] == "1.9500"
-    problem = "were evaluated on different texts, so none is the best"
+    problem = "were evaluated on different texts, so none is marked as the best"
     assert errors == f"note: the runs {problem}\n"
 
 
@@ -268,7 +268,7 @@ def test_damaged_rows_are_skipped_with_a_note(run, row):
     metrics.write_text("\n".join([row, *lines[:3], row, *lines[3:], ""]))
     table, errors = run("out/a")
     assert table == expected
-    assert errors == f"note: {metrics} has damaged lines, skipped: 2\n"
+    assert errors == f"note: {metrics}: skipped damaged lines: 2\n"
 
 
 def test_changed_bytes_of_metrics_are_a_note_at_most(run):
@@ -281,7 +281,7 @@ def test_changed_bytes_of_metrics_are_a_note_at_most(run):
         metrics.write_bytes(changed)
         table, errors = run("out/a", "--group=True")
         assert all(line.isprintable() for line in table.splitlines())
-        assert not errors or errors.startswith(f"note: {metrics} has damaged lines")
+        assert not errors or errors.startswith(f"note: {metrics}: skipped damaged lines")
 
 
 def test_a_last_line_that_is_being_written_is_skipped_without_a_note(run):
@@ -330,18 +330,18 @@ def test_what_is_no_run_is_skipped_with_a_note(run):
         f"note: out/a {missing} 'out/a/config.json'; skipped",
         f"note: out {missing} 'out/config.json'{advice}; skipped",
     ]
-    with pytest.raises(UserError, match="no run to compare"):
+    with pytest.raises(UserError, match="no runs to compare"):
         run("out/a")
 
 
 def test_bad_arguments_are_one_line(fails):
     make_run("out/a", 2.0)
     for argv, complaint in {
-        "": "no run to compare; try: python compare.py out/*",
+        "": "no runs to compare; try: python compare.py out/*",
         "out/a --pictur=x.png": "unknown key pictur",
         "out/a --picture=x.svg": "picture=x.svg must end in .png",
         "out/a --json=/": "cannot write /: it is not a regular file; name another",
-        "out/a --baseline=b": "baseline=b is not a row of out: a",
+        "out/a --baseline=b": "baseline=b is not a row of out; rows: a",
     }.items():
         assert complaint in fails(compare.main, *argv.split())
 

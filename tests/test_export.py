@@ -560,11 +560,11 @@ def test_a_model_that_other_programs_would_compute_otherwise_is_refused(
 def test_mistakes_are_one_line(fails):
     Path("full").mkdir()
     Path("full/file").write_text("")
-    kept = "exists and would not be replaced; name a new"
+    kept = "exists and is never replaced; name a new"
     for argv, complaint in {
-        "": "export needs a folder to write; give one by --to",
-        "--format=gguf": "export needs a file to write; give one by --to",
-        "--to=x --dtype=q8_0": "dtype=q8_0 is for --format=gguf; take float32 or bfloat16",
+        "": "export needs a folder to write; name it with --to",
+        "--format=gguf": "export needs a file to write; name it with --to",
+        "--to=x --dtype=q8_0": "dtype=q8_0 needs --format=gguf; otherwise use float32 or bfloat16",
         "--to=x --format=onnx": "format=onnx is not one of: transformers, gguf",
         "--to=x": "no checkpoint out/best.pt",
         "--to=full": f"to=full {kept} folder",

@@ -91,7 +91,8 @@ def test_a_second_preparation_of_a_name_is_refused_likewise_and_training_on_it_i
 ):
     argv = ["--input=tiny.txt", "--name=tiny", "--tokenizer=byte"]
     with refused("data/tiny", fails) as check:
-        check(prepare_data.main, argv, "wait until that has ended, or take another --name")
+        advice = "wait until it has finished, or choose another --name"
+        check(prepare_data.main, argv, advice)
         assert train.main(TINY_RUN) == 0
 
 

@@ -535,7 +535,7 @@ def test_with_init_zero_tokens_and_positions_weigh_the_same(tied):
         ({"n_embd": 33}, "n_embd=33 must be a multiple of n_head=2, or set head_size"),
         (
             {"head_size": 7, "position": "rotary"},
-            "position=rotary turns pairs, so head_size=7 must be even",
+            "position=rotary rotates pairs, so head_size=7 must be even",
         ),
         ({"n_layer": 0}, "n_layer=0 must be at least 1"),
         ({"dropout": math.nan}, "dropout=nan must be at least 0 and below 1"),
@@ -547,7 +547,7 @@ def test_with_init_zero_tokens_and_positions_weigh_the_same(tied):
         ({"window": 257}, "window=257 must be at least 0 and at most block_size=256"),
         (
             {"block": "plain", "init": "zero"},
-            "block=plain adds nothing to its input, so init=zero would make it output 0",
+            "block=plain has no residual connections, so with init=zero it would output 0",
         ),
         (
             {"mlp": "none", "block": "parallel"},

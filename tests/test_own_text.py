@@ -106,7 +106,7 @@ def test_a_stopped_or_repeated_preparation_makes_the_same_choice(
     assert meta("mine")["vocab_size"] == 320
     prepare("mine --input=own.txt")
     out, err = capsys.readouterr()
-    assert "it stays as it is" in err and "tokenizer=auto chosen" in out
+    assert "it is left unchanged" in err and "tokenizer=auto chosen" in out
 
 
 def test_a_text_with_few_pairs_to_merge_gives_as_many_tokens_as_it_can(small_table):
@@ -170,7 +170,7 @@ def test_one_command_prepares_a_text_and_trains_on_it(folder, capsys):
     before = files_of("my_text")
     capsys.readouterr()
     assert train.main([f"--input={folder}/my text.txt", *TRAIN]) == 0
-    assert "it stays as it is" in capsys.readouterr().err
+    assert "it is left unchanged" in capsys.readouterr().err
     assert files_of("my_text") == before
     Path("my text.txt").unlink()
     resume = ["--init_from=resume", "--out_dir=out/run", "--max_iters=8"]

@@ -484,8 +484,8 @@ BAD = {
         "--source=a.de --target=short.en"
     ),
     "cannot read none.en: No such file": "--source=a.de --target=none.en",
-    "source and target go together": "--source=a.de",
-    "source and target go together, and without input": (
+    "source and target must be given together": "--source=a.de",
+    "source and target must be given together, without input": (
         "--input=own.tsv --source=a.de --target=a.en"
     ),
     "train.bin would have 0 tokens, but needs at least 2; change --val_fraction or add": (

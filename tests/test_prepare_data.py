@@ -390,7 +390,7 @@ def test_the_same_settings_and_text_leave_the_data_as_it_is(corpus, capsys, monk
         patch.setattr(prepare_data, "encode", None)
         prepare(PREPARE)
     out, err = capsys.readouterr()
-    stays = "data/mine has this text with these settings already; it stays as it is"
+    stays = "data/mine already has this text with these settings; it is left unchanged"
     assert err == f"note: {stays}\n" and out == shown
     assert files_of("data/mine") == before
     text = Path("corpus/a0.txt")
@@ -504,8 +504,8 @@ def test_sentence_pairs_and_text_in_one_folder_are_refused_and_each_kind_is_prep
     Path("pairs.tsv").rename("mixed/a.TSV")
     Path("mixed/b.md").write_text(make_text())
     complaint = fails(prepare_data.main, "mine", "--input=mixed")
-    rule = "name one kind only, by a pattern such as '*.tsv'"
-    assert complaint == f"mixed has text and sentence pairs; {rule}\n"
+    rule = "select one kind, with a pattern such as '*.tsv'"
+    assert complaint == f"mixed has both text and sentence pairs; {rule}\n"
     prepare("mine --input=mixed/*.TSV --tokenizer=byte")
     assert meta("mine")["task"] == "translation"
     prepare("mine --input=mixed/*.md --overwrite=True")

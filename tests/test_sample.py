@@ -114,8 +114,8 @@ BAD = {
     "cannot read the text : Is a directory": ["--start=FILE:"],
     "prompt 2: character 'é' (U+00E9) is not among the": ["--prompts=prompts.txt"],
     "empty.txt has no prompts; write one on each line": ["--prompts=empty.txt"],
-    "start and prompts exclude each other": ["--start=A", "--prompts=prompts.txt"],
-    "compile and quantize exclude each other": ["--compile=True", "--quantize=int8"],
+    "start and prompts cannot be combined": ["--start=A", "--prompts=prompts.txt"],
+    "compile and quantize cannot be combined": ["--compile=True", "--quantize=int8"],
     "stride=17 leaves tokens out; it must be at most block_size=16": [
         "--score=good.txt",
         "--stride=17",
@@ -153,7 +153,7 @@ def test_a_key_that_has_no_effect_is_refused(run_dir, fails, keys, other):
 
 def test_greedy_texts_are_all_the_same_so_one_is_printed(run_dir, capsys):
     _, notes = printed(capsys, "--temperature=0")
-    assert "at temperature=0 all texts are the same" in notes and "-----" not in notes
+    assert "at temperature=0 all samples are the same" in notes and "-----" not in notes
 
 
 # --------------------------------------------------------------------------------------

@@ -259,10 +259,10 @@ def test_data_follows_a_change_of_the_tokenizer_files(made, folder, capsys):
     command = "mine --input=mine.txt --tokenizer=theirs"
     prepare(command)
     prepare(command)
-    assert "it stays as it is" in capsys.readouterr().err
+    assert "it is left unchanged" in capsys.readouterr().err
     write(Path("theirs"), tokenizer_config={"add_prefix_space": True})
     prepare(f"{command} --overwrite=True")
-    assert "stays as it is" not in capsys.readouterr().err
+    assert "left unchanged" not in capsys.readouterr().err
 
 
 DECODER = {"type": "WordPiece", "prefix": "##", "cleanup": True}

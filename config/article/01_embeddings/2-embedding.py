@@ -1,11 +1,11 @@
-# A network that sees a character as a vector of 32 trained features. The article's chapter: "Embeddings".
+# A network that sees a character as a vector of 32 trained features. Article chapter: "Embeddings".
 #
 # A network of 256 neurons reads the last 8 characters and predicts the next one. Should it see a character as one
 # number, or as a vector of features that are trained with the rest?
 #
 #   python train.py config/article/01_embeddings/2-embedding.py
 #
-# On 2 CPU cores it takes 5 s and reaches 2.738 bits per byte (2.735 to 2.739 with three seeds).
+# On 2 CPU cores it takes 5 s and reaches 2.738 bits per byte (2.735 to 2.739 across three seeds).
 
 out_dir = "out/article/01_embeddings/2-embedding"
 dataset = "shakespeare_char"

@@ -1,12 +1,12 @@
-# A network that reads characters. The article's chapter: "Subword Tokenizers".
+# A network that reads characters. Article chapter: "Subword Tokenizers".
 #
-# The same network reads 8 tokens, either characters or subwords. Eight subwords reach back 19 characters, and each
-# prediction covers 2.4 of them. But there are 1,024 subwords to learn, and the output head is larger. So there are two
-# comparisons: after the same number of characters, and after the same number of seconds.
+# The same network reads 8 tokens, either characters or subwords. Eight subwords span 19 characters, and each
+# prediction covers 2.4 characters. But there are 1,024 subwords to learn, and the output head is larger. So there are
+# two comparisons: after the same number of characters, and after the same number of seconds.
 #
 #   python train.py config/article/02_subwords/1-characters.py
 #
-# On 2 CPU cores it takes 21 s and reaches 2.503 bits per byte (2.490 to 2.513 with three seeds).
+# On 2 CPU cores it takes 21 s and reaches 2.503 bits per byte (2.490 to 2.513 across three seeds).
 
 out_dir = "out/article/02_subwords/1-characters"
 dataset = "shakespeare_char"

@@ -1,16 +1,15 @@
-# A network that reads subwords, trained on as much text as 1-characters.py. The article's chapter: "Subword
-# Tokenizers".
+# A network that reads subwords, trained on as much text as 1-characters.py. Article chapter: "Subword Tokenizers".
 #
-# The same network reads 8 tokens, either characters or subwords. Eight subwords reach back 19 characters, and each
-# prediction covers 2.4 of them. But there are 1,024 subwords to learn, and the output head is larger. So there are two
-# comparisons: after the same number of characters, and after the same number of seconds.
+# The same network reads 8 tokens, either characters or subwords. Eight subwords span 19 characters, and each
+# prediction covers 2.4 characters. But there are 1,024 subwords to learn, and the output head is larger. So there are
+# two comparisons: after the same number of characters, and after the same number of seconds.
 #
 #   python train.py config/article/02_subwords/2-subwords-same-text.py
 #
-# On 2 CPU cores it takes 27 s and reaches 2.428 bits per byte (2.419 to 2.441 with three seeds).
+# On 2 CPU cores it takes 27 s and reaches 2.428 bits per byte (2.419 to 2.441 across three seeds).
 
 out_dir = "out/article/02_subwords/2-subwords-same-text"
-dataset = "shakespeare_sp"  # new: 1,024 subwords by sentencepiece
+dataset = "shakespeare_sp"  # new: 1,024 subwords learned by sentencepiece
 
 model = "window_mlp"
 n_embd = 32

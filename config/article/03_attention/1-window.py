@@ -1,9 +1,9 @@
-# A network that reads the last 8 tokens. The article's chapter: "Self Attention".
+# A network that reads the last 8 tokens. Article chapter: "Self Attention".
 #
 # The text is 40,000 sentences like the article's own example, generated at random: "Damian had a secret child, a girl,
-# and he had written in his will that all his belongings will belong to". The next word depends on one far back. Whoever
-# reads a whole sentence has to guess only the random choices, 0.163 bits per byte. With the last 8 tokens there is more
-# to guess, 0.196.
+# and he had written in his will that all his belongings will belong to". The next word depends on a word far back. A
+# model that reads the whole sentence has to guess only the random choices, 0.163 bits per byte. One that reads the last
+# 8 tokens has more to guess: 0.196.
 #
 #   python train.py config/article/03_attention/1-window.py
 #

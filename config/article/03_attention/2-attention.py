@@ -1,9 +1,9 @@
-# A block whose one attention head reads all earlier tokens. The article's chapter: "Self Attention".
+# A block whose one attention head reads all earlier tokens. Article chapter: "Self Attention".
 #
 # The text is 40,000 sentences like the article's own example, generated at random: "Damian had a secret child, a girl,
-# and he had written in his will that all his belongings will belong to". The next word depends on one far back. Whoever
-# reads a whole sentence has to guess only the random choices, 0.163 bits per byte. With the last 8 tokens there is more
-# to guess, 0.196.
+# and he had written in his will that all his belongings will belong to". The next word depends on a word far back. A
+# model that reads the whole sentence has to guess only the random choices, 0.163 bits per byte. One that reads the last
+# 8 tokens has more to guess: 0.196.
 #
 #   python train.py config/article/03_attention/2-attention.py
 #
@@ -24,7 +24,7 @@ bias = True
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 
 # training
 batch_size = 8

@@ -1,11 +1,11 @@
-# Twelve blocks that read their input as it is. The article's chapter: "Layer Normalization".
+# Twelve blocks that do not normalise their input. Article chapter: "Layer Normalization".
 #
-# The model has twelve blocks with residual connections, like the smallest GPT-2, and is trained by AdamW. Does it
+# The model has twelve blocks with residual connections, like the smallest GPT-2, and is trained with AdamW. Does it
 # matter that each block normalises its input?
 #
 #   python train.py config/article/05_norm/1-without.py
 #
-# On 2 CPU cores it takes 33 s and reaches 3.402 bits per byte (3.339 to 3.442 with three seeds).
+# On 2 CPU cores it takes 33 s and reaches 3.402 bits per byte (3.339 to 3.442 across three seeds).
 
 out_dir = "out/article/05_norm/1-without"
 dataset = "shakespeare_char"
@@ -22,7 +22,7 @@ bias = True
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 
 # training
 batch_size = 12

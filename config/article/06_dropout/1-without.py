@@ -1,11 +1,11 @@
-# A GPT that nothing keeps from memorising its text. The article's chapter: "Dropout".
+# A GPT with nothing to keep it from memorising its text. Article chapter: "Dropout".
 #
 # The text is short, a tenth of tiny Shakespeare, and is read 18 times, so a model can memorise it. Dropout is meant for
-# this case. The loss is the one at the end: without dropout it is lowest after half of the steps and then rises.
+# this case. The reported loss is the last one: without dropout, the loss is lowest halfway through and then rises.
 #
 #   python train.py config/article/06_dropout/1-without.py
 #
-# On 2 CPU cores it takes 54 s and reaches 3.411 bits per byte (3.398 to 3.420 with three seeds).
+# On 2 CPU cores it takes 54 s and reaches 3.411 bits per byte (3.398 to 3.420 across three seeds).
 
 out_dir = "out/article/06_dropout/1-without"
 dataset = "shakespeare_char_tenth"
@@ -22,7 +22,7 @@ bias = True
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 
 # training
 batch_size = 8

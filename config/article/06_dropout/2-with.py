@@ -1,11 +1,11 @@
-# A GPT in which each activation is zeroed with probability 0.1 in training. The article's chapter: "Dropout".
+# A GPT in which each activation is zeroed with probability 0.1 in training. Article chapter: "Dropout".
 #
 # The text is short, a tenth of tiny Shakespeare, and is read 18 times, so a model can memorise it. Dropout is meant for
-# this case. The loss is the one at the end: without dropout it is lowest after half of the steps and then rises.
+# this case. The reported loss is the last one: without dropout, the loss is lowest halfway through and then rises.
 #
 #   python train.py config/article/06_dropout/2-with.py
 #
-# On 2 CPU cores it takes 81 s and reaches 3.040 bits per byte (3.017 to 3.071 with three seeds).
+# On 2 CPU cores it takes 81 s and reaches 3.040 bits per byte (3.017 to 3.071 across three seeds).
 
 out_dir = "out/article/06_dropout/2-with"
 dataset = "shakespeare_char_tenth"
@@ -22,7 +22,7 @@ bias = True
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 dropout = 0.1  # new
 
 # training

@@ -1,11 +1,11 @@
-# A block with one attention head of dimension 64. The article's chapter: "Multi-head Attention".
+# A block with one attention head of dimension 64. Article chapter: "Multi-head Attention".
 #
-# The model has one block and reads the sentences of 03_attention. A head has one set of weights for the earlier tokens,
+# The model has one block and reads the sentences of 03_attention. A head weights the earlier tokens in only one way,
 # but the next word depends both on the last few words and on words far back.
 #
 #   python train.py config/article/07_heads/1-one.py
 #
-# On 2 CPU cores it takes 13 s and reaches 0.190 bits per byte (0.188 to 0.193 with three seeds).
+# On 2 CPU cores it takes 13 s and reaches 0.190 bits per byte (0.188 to 0.193 across three seeds).
 
 out_dir = "out/article/07_heads/1-one"
 dataset = "wills"
@@ -22,7 +22,7 @@ bias = True
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 
 # training
 batch_size = 8

@@ -1,7 +1,7 @@
-# A block with four attention heads of dimension 16, which have as many parameters as one of 64. The article's chapter:
+# A block with four attention heads of dimension 16, which have as many parameters as one head of 64. Article chapter:
 # "Multi-head Attention".
 #
-# The model has one block and reads the sentences of 03_attention. A head has one set of weights for the earlier tokens,
+# The model has one block and reads the sentences of 03_attention. A head weights the earlier tokens in only one way,
 # but the next word depends both on the last few words and on words far back.
 #
 #   python train.py config/article/07_heads/2-four.py
@@ -23,7 +23,7 @@ bias = True
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 
 # training
 batch_size = 8

@@ -1,12 +1,12 @@
-# A GPT with a trained vector for each position, which is added to the embedding, as in GPT-2. The article's chapter:
+# A GPT with a trained vector for each position, which is added to the embedding, as in GPT-2. Article chapter:
 # "Positional encoding and embedding".
 #
-# Attention by itself does not see the order of the earlier tokens. For characters order is everything: without it, a
+# Attention by itself does not see the order of the earlier tokens. For characters, order is everything: without it, a
 # word is a bag of letters.
 #
 #   python train.py config/article/08_positions/2-learned.py
 #
-# On 2 CPU cores it takes 24 s and reaches 2.716 bits per byte (2.691 to 2.730 with three seeds).
+# On 2 CPU cores it takes 24 s and reaches 2.716 bits per byte (2.691 to 2.730 across three seeds).
 
 out_dir = "out/article/08_positions/2-learned"
 dataset = "shakespeare_char"
@@ -23,7 +23,7 @@ bias = True
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 
 # training
 batch_size = 8

@@ -1,12 +1,12 @@
-# A GPT with a fixed vector of sinusoids for each position, as in the paper of 2017. The article's chapter: "Positional
-# encoding and embedding".
+# A GPT with a fixed vector of sinusoids for each position, as in the 2017 paper. Article chapter: "Positional encoding
+# and embedding".
 #
-# Attention by itself does not see the order of the earlier tokens. For characters order is everything: without it, a
+# Attention by itself does not see the order of the earlier tokens. For characters, order is everything: without it, a
 # word is a bag of letters.
 #
 #   python train.py config/article/08_positions/3-sinusoidal.py
 #
-# On 2 CPU cores it takes 26 s and reaches 2.639 bits per byte (2.610 to 2.656 with three seeds).
+# On 2 CPU cores it takes 26 s and reaches 2.639 bits per byte (2.610 to 2.656 across three seeds).
 
 out_dir = "out/article/08_positions/3-sinusoidal"
 dataset = "shakespeare_char"
@@ -23,7 +23,7 @@ bias = True
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 
 # training
 batch_size = 8

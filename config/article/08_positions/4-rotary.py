@@ -1,12 +1,12 @@
-# A GPT that rotates queries and keys by their position, so that scores depend on distances, as in Llama. The article's
+# A GPT that rotates queries and keys by their position, so that scores depend on distance, as in Llama. Article
 # chapter: "Positional encoding and embedding".
 #
-# Attention by itself does not see the order of the earlier tokens. For characters order is everything: without it, a
+# Attention by itself does not see the order of the earlier tokens. For characters, order is everything: without it, a
 # word is a bag of letters.
 #
 #   python train.py config/article/08_positions/4-rotary.py
 #
-# On 2 CPU cores it takes 23 s and reaches 2.488 bits per byte (2.463 to 2.511 with three seeds).
+# On 2 CPU cores it takes 23 s and reaches 2.488 bits per byte (2.463 to 2.511 across three seeds).
 
 out_dir = "out/article/08_positions/4-rotary"
 dataset = "shakespeare_char"
@@ -23,7 +23,7 @@ bias = True
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 
 # training
 batch_size = 8

@@ -1,4 +1,4 @@
-# Twelve blocks without feed-forward networks, trained for as many steps as 3-with.py. The article's chapter: "The GPT
+# Twelve blocks without feed-forward networks, trained for as many steps as 3-with.py. Article chapter: "The GPT
 # architecture".
 #
 # In a GPT, each attention layer is followed by a feed-forward network, which has two thirds of the block's parameters.
@@ -7,7 +7,7 @@
 #
 #   python train.py config/article/09_feed_forward/2-attention-only-longer.py
 #
-# On 2 CPU cores it takes 40 s and reaches 2.539 bits per byte (2.511 to 2.576 with three seeds).
+# On 2 CPU cores it takes 40 s and reaches 2.539 bits per byte (2.511 to 2.576 across three seeds).
 
 out_dir = "out/article/09_feed_forward/2-attention-only-longer"
 dataset = "shakespeare_char"
@@ -22,7 +22,7 @@ position = "rotary"
 bias = True
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 
 # training
 batch_size = 8

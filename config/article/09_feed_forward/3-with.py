@@ -1,4 +1,4 @@
-# Four blocks of attention and a feed-forward network. The article's chapter: "The GPT architecture".
+# Four blocks of attention and a feed-forward network. Article chapter: "The GPT architecture".
 #
 # In a GPT, each attention layer is followed by a feed-forward network, which has two thirds of the block's parameters.
 # Would these parameters be more useful in more attention layers? A step then takes longer, so there are two
@@ -6,7 +6,7 @@
 #
 #   python train.py config/article/09_feed_forward/3-with.py
 #
-# On 2 CPU cores it takes 29 s and reaches 2.488 bits per byte (2.463 to 2.511 with three seeds).
+# On 2 CPU cores it takes 29 s and reaches 2.488 bits per byte (2.463 to 2.511 across three seeds).
 
 out_dir = "out/article/09_feed_forward/3-with"
 dataset = "shakespeare_char"
@@ -23,7 +23,7 @@ bias = True
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 
 # training
 batch_size = 8

@@ -1,11 +1,11 @@
-# A network with two hidden layers that reads the last 16 characters. The article's chapter: "The GPT architecture".
+# A network with two hidden layers that reads the last 16 characters. Article chapter: "The GPT architecture".
 #
-# The network at the beginning of the ladder is compared with a GPT that has all parts since, with as many parameters
-# and as much text. What have the parts gained?
+# The network from the start of the ladder is compared with a GPT that has all the parts added since, at the same number
+# of parameters and the same amount of text. How much do these parts gain?
 #
 #   python train.py config/article/10_gpt/1-window.py
 #
-# On 2 CPU cores it takes 28 s and reaches 2.586 bits per byte (2.574 to 2.602 with three seeds).
+# On 2 CPU cores it takes 28 s and reaches 2.586 bits per byte (2.574 to 2.602 across three seeds).
 
 out_dir = "out/article/10_gpt/1-window"
 dataset = "shakespeare_char"

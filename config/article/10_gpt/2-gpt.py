@@ -1,11 +1,11 @@
-# A GPT with four blocks that reads up to 128 characters. The article's chapter: "The GPT architecture".
+# A GPT with four blocks that reads up to 128 characters. Article chapter: "The GPT architecture".
 #
-# The network at the beginning of the ladder is compared with a GPT that has all parts since, with as many parameters
-# and as much text. What have the parts gained?
+# The network from the start of the ladder is compared with a GPT that has all the parts added since, at the same number
+# of parameters and the same amount of text. How much do these parts gain?
 #
 #   python train.py config/article/10_gpt/2-gpt.py
 #
-# On 2 CPU cores it takes 30 s and reaches 2.488 bits per byte (2.463 to 2.511 with three seeds).
+# On 2 CPU cores it takes 30 s and reaches 2.488 bits per byte (2.463 to 2.511 across three seeds).
 
 out_dir = "out/article/10_gpt/2-gpt"
 dataset = "shakespeare_char"
@@ -22,7 +22,7 @@ bias = True
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 
 # training
 batch_size = 8

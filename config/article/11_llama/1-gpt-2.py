@@ -1,12 +1,12 @@
-# GPT-2's architecture: learned positions, LayerNorm, GELU, bias terms, an output head tied to the embedding. The
-# article's chapter: "What makes large language models work so well?".
+# GPT-2's architecture: learned positions, LayerNorm, GELU, bias terms, an output head tied to the embedding. Article
+# chapter: "What makes large language models work so well?".
 #
-# GPT-2's blocks are compared with those of Llama 3.1, five years later. Most of the difference comes from the
+# GPT-2's blocks are compared with those of Llama 3.1, which is five years newer. Most of the difference comes from the
 # positions: see 08_positions.
 #
 #   python train.py config/article/11_llama/1-gpt-2.py
 #
-# On 2 CPU cores it takes 28 s and reaches 2.716 bits per byte (2.691 to 2.730 with three seeds).
+# On 2 CPU cores it takes 28 s and reaches 2.716 bits per byte (2.691 to 2.730 across three seeds).
 
 out_dir = "out/article/11_llama/1-gpt-2"
 dataset = "shakespeare_char"
@@ -23,7 +23,7 @@ bias = True
 mlp_conv = 0  # no convolution
 qk_norm = False
 init = "gpt2"
-tie_weights = True  # the output head is the embedding
+tie_weights = True  # the output head reuses the embedding
 
 # training
 batch_size = 8

@@ -1,19 +1,19 @@
 # Llama's architecture: rotary positions, RMSNorm, gated feed-forward networks (SwiGLU), grouped queries, no bias terms,
-# an output head of its own. The article's chapter: "What makes large language models work so well?".
+# a separate output head. Article chapter: "What makes large language models work so well?".
 #
-# GPT-2's blocks are compared with those of Llama 3.1, five years later. Most of the difference comes from the
+# GPT-2's blocks are compared with those of Llama 3.1, which is five years newer. Most of the difference comes from the
 # positions: see 08_positions.
 #
 #   python train.py config/article/11_llama/2-llama.py
 #
-# On 2 CPU cores it takes 28 s and reaches 2.486 bits per byte (2.452 to 2.516 with three seeds).
+# On 2 CPU cores it takes 28 s and reaches 2.486 bits per byte (2.452 to 2.516 across three seeds).
 
 out_dir = "out/article/11_llama/2-llama"
 dataset = "shakespeare_char"
 
 n_layer = 4
 n_head = 4
-n_kv_head = 2  # two heads share keys and values
+n_kv_head = 2  # each pair of query heads shares keys and values
 n_embd = 128
 block = "pre_norm"
 norm = "rmsnorm"
