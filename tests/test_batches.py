@@ -291,7 +291,7 @@ def test_nanogpts_folder_without_a_meta_is_gpt2s_tokens(
     assert dataset.tokenizer.eot == (256 if separated else None)
     # the end of a text has no bytes
     assert dataset.val_bytes_per_token() == (900 / 901 if separated else 1.0)
-    assert "it is taken for GPT-2's tokens" in capsys.readouterr().err
+    assert "assuming that its tokens are GPT-2's" in capsys.readouterr().err
 
 
 def test_large_files_are_checked_only_by_verify(tiny, fails, monkeypatch, capsys):

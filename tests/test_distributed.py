@@ -161,7 +161,7 @@ def test_what_cannot_be_divided_is_refused_with_a_value_that_can():
     for works in ((1, 7, 5, False), (2, 4, 5, False), (4, 2, 6, False), (4, 1, 3, True)):
         check_divisible(*works)
     for refused, advice in (((4, 6, 5, False), 8), ((4, 1, 6, False), 4)):
-        with pytest.raises(UserError, match=f"take gradient_accumulation_steps={advice}$"):
+        with pytest.raises(UserError, match=f"use gradient_accumulation_steps={advice}$"):
             check_divisible(*refused)
 
 
@@ -348,8 +348,8 @@ def with_other_data(argv: list[str]) -> int:
 @pytest.mark.parametrize(
     "argv, settings, complaint",
     [
-        (["--batch_size=3"], {}, "cannot be divided evenly over 2 processes; take"),
-        (["--backend=nccl"], {}, "do not train on cpu; take --device=cpu --backend=gloo"),
+        (["--batch_size=3"], {}, "cannot be split evenly over 2 processes; use"),
+        (["--backend=nccl"], {}, "cannot train on cpu; use --device=cpu --backend=gloo"),
         ([], {"differ": {1: ["--seed=5"]}}, "has seed=5, but process 0 on"),
         ([], {"main": with_other_data}, "has files_sha256=other, but process 0 on"),
     ],
@@ -393,8 +393,8 @@ def test_a_port_in_use_is_one_line(tiny, fails, monkeypatch):
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(used.getsockname()[1])}
         monkeypatch.setattr(os, "environ", os.environ | ranks | address)
         complaint = fails(train.main, *TINY_RUN)
-    assert complaint.startswith("the processes cannot meet (") and "in use" in complaint
-    assert complaint.endswith("; start them with torchrun, or take another --master_port\n")
+    assert complaint.startswith("the processes cannot connect (") and "in use" in complaint
+    assert complaint.endswith("; start them with torchrun or use another --master_port\n")
 
 
 def test_without_torchrun_several_processes_are_refused(tiny, fails, monkeypatch):
@@ -416,7 +416,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_resumes_exactly(
     rows, whole = read_rows(OUT), checkpoint.read(OUT / "ckpt.pt")["model"]
     assert launch(2, *argv, main=killed) == [2, -signal.SIGKILL]
     complaint = Path("stderr0").read_text().splitlines()[-1]
-    assert complaint.startswith("train.py: another process has ended or does not answer")
+    assert complaint.startswith("train.py: another process has ended or does not respond")
     # torchrun --max_restarts starts them again with this variable
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert launch(2, *argv) == [0, 0]
@@ -442,7 +442,7 @@ def test_a_process_that_hangs_ends_the_run(tiny, monkeypatch):
     monkeypatch.setattr(distributed, "TIMEOUT", datetime.timedelta(seconds=4))
     hanging = partial(signalled, number=signal.SIGSTOP)
     assert launch(2, *TINY_RUN, main=hanging, seconds=10) == [2, -signal.SIGKILL]
-    assert "another process has ended or does not answer" in Path("stderr0").read_text()
+    assert "another process has ended or does not respond" in Path("stderr0").read_text()
 
 
 DYING = """

@@ -137,13 +137,13 @@ def test_binary_and_hidden_files_are_skipped_counted_and_named(capsys):
     with gzip.open("t/d.tar.gz", "wb") as file:
         file.write(b"name\0\0\0some text")
     assert found("t") == ["t/notes", "t/utf16.txt"]
-    pdf = "t/b.pdf (a PDF: convert it to text, as with pdftotext)"
+    pdf = "t/b.pdf (a PDF: convert it to text, for example with pdftotext)"
     binary = f"t/a.png (binary), {pdf}, t/c.txt (binary), t/d.tar.gz (binary)"
     hidden = "t/.git/config (hidden)"
-    note = f"note: skipped files: 5, first {hidden}, {binary}\n"
+    note = f"note: skipped files: 5, including {hidden}, {binary}\n"
     assert capsys.readouterr().err == note
     assert found("t/*") == ["t/notes", "t/utf16.txt"]
-    assert capsys.readouterr().err == f"note: skipped files: 4, first {binary}\n"
+    assert capsys.readouterr().err == f"note: skipped files: 4, including {binary}\n"
 
 
 def test_what_our_scripts_have_written_is_no_text_of_a_folder_around_it(
@@ -243,37 +243,35 @@ def test_tables_without_the_column_are_skipped_in_a_folder_and_named(folder, cap
 
 BAD = {
     "a.csv has no column 'text'; set --text_key to one of: id, body": "a.csv",
-    "a.csv, row 2 has no text: under 'body' is ['three'], which is not one text; leave such lines out": (
+    "a.csv, row 2 has no text: 'body' is ['three'], not a single text; leave such lines out": (
         "a.csv --text_key=body"
     ),
     "wide.csv has no column 'text'; set --text_key to one of: id, body": "wide.csv",
-    "chats.jsonl, line 1 has no text: set --text_key to the key of the text, and write a chat as one text": (
-        "chats.jsonl"
-    ),
-    "'content': 'Hi'}], which is not one text": "chats.jsonl --text_key=messages",
-    "a.pdf (a PDF: convert it to text, as with pdftotext)": "a.pdf",
+    "set --text_key to the key of the text; a chat must be a single text": "chats.jsonl",
+    "'content': 'Hi'}], not a single text": "chats.jsonl --text_key=messages",
+    "a.pdf (a PDF: convert it to text, for example with pdftotext)": "a.pdf",
     "a.zip (a zip file or an office document: unpack it, or save it as text)": "a.zip",
     "a.tar.gz (a tar archive: unpack it)": "a.tar.gz",
     "text_key=body has no effect, since latin1.txt has no records with keys or columns": (
         "latin1.txt --text_key=body --encoding_errors=replace"
     ),
-    "folder has no text files; skipped files: 1, first folder/a.bin (binary)": "folder",
+    "folder has no text files; skipped files: 1, including folder/a.bin (binary)": "folder",
     "cannot read latin.txt: No such file or directory; did you mean latin1.txt?": "latin.txt",
-    "utf16.txt: byte 0x00 is no utf-16": "utf16.txt",
+    "utf16.txt: byte 0x00 is not valid utf-16": "utf16.txt",
     "nothing*.txt has no text files": "nothing*.txt",
     "empty.txt has no text": "empty.txt",
-    "latin1.txt: byte 0xfc is no utf-8; convert it with iconv, or set --enc": "latin1.txt",
-    "cut.txt: byte 0xc3 is no utf-8": "cut.txt",
+    "latin1.txt: byte 0xfc is not valid utf-8; convert the file with iconv, or set --enc": "latin1.txt",
+    "cut.txt: byte 0xc3 is not valid utf-8": "cut.txt",
     "latin1.jsonl, line 2 has no text: 'utf-8' codec can't decode byte 0xfc": "latin1.jsonl",
     "half.jsonl, line 1 has no text: 'utf-16": "half.jsonl",
-    "number.jsonl, line 1 has no text: under 'text' is 5, which is not one text; leave such lines": (
+    "number.jsonl, line 1 has no text: 'text' is 5, not a single text; leave such lines": (
         "number.jsonl"
     ),
     "number.jsonl has no text; there is nothing to learn from": (
         "number.jsonl --skip_bad_lines=True"
     ),
     "broken.jsonl, line 2 has no text: Expecting value": "broken.jsonl",
-    "null.parquet, row 2 has no text: under 'text' is None, which": "null.parquet",
+    "null.parquet, row 2 has no text: 'text' is None, not": "null.parquet",
     "null.parquet has no column 'body'; set --text_key to one of: id, text": (
         "null.parquet --text_key=body"
     ),

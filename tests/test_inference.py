@@ -148,7 +148,7 @@ def test_a_model_whose_cache_forgets_an_edit_does_without_it(
     context.append(idx[:, 7:])
     torch.testing.assert_close(context.next_logits(), expected)
     assert capsys.readouterr().err.count("note: ") == 2
-    with pytest.raises(UserError, match="cannot translate: with its cache"):
+    with pytest.raises(UserError, match="cannot translate: its logits with the cache"):
         translate(model, [np.array([1, 2])], eot=2)
 
 

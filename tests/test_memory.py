@@ -267,8 +267,8 @@ def test_a_tokenizer_whose_training_will_not_fit_is_refused_with_the_one_that_fi
         prepare_data.main, "--input=tiny.txt", "--name=mine", "--tokenizer=sentencepiece"
     )
     assert line == (
-        "training tokenizer=sentencepiece on this text takes 50.1 MB of memory, and 0.1 MB are free;"
-        " --tokenizer=byte takes none\n"
+        "training tokenizer=sentencepiece on this text needs 50.1 MB of memory, and 0.1 MB are free;"
+        " --tokenizer=byte needs none\n"
     )
     assert not Path("data/mine").exists()
 

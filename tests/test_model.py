@@ -559,7 +559,7 @@ def test_with_init_zero_tokens_and_positions_weigh_the_same(tied):
         ),
         (
             {"model": "number_mlp", "window": 3},
-            "n_embd=128 must be 1: model=number_mlp gives",
+            "n_embd=128 must be 1: model=number_mlp represents",
         ),
     ],
 )

@@ -187,7 +187,7 @@ def test_the_data_of_an_input_keeps_the_settings_that_it_was_prepared_with(folde
     write_own(make_text(5000))
     way = "python prepare_data.py own --input=own.txt --tokenizer=byte --overwrite=True"
     assert fails(train.main, "--input=own.txt", *TRAIN) == (
-        f"data/own holds another data set; take another name, or replace it: {way}\n"
+        f"data/own holds another data set; use another name, or replace it: {way}\n"
     )
     prepare(way.removeprefix("python prepare_data.py"))
     assert train.main(["--input=own.txt", *TRAIN]) == 0

@@ -471,16 +471,16 @@ def test_if_the_public_files_cannot_be_reached_the_message_names_the_files_to_pu
 # Bad input
 
 BAD = {
-    "tab.tsv, line 3 has 0 tabs; write a line as SOURCE, one tab, TARGET": "--input=tab.tsv",
-    "tabs.tsv, line 2 has 2 tabs; write a line": "--input=tabs.tsv",
-    "empty.tsv has no pairs; write a line as SOURCE, one tab, TARGET; left out: {'empty': 3}": (
+    "tab.tsv, line 3 has 0 tabs; each line must be SOURCE, one tab, TARGET": "--input=tab.tsv",
+    "tabs.tsv, line 2 has 2 tabs; each line": "--input=tabs.tsv",
+    "empty.tsv has no pairs; each line must be SOURCE, one tab, TARGET; left out: {'empty': 3}": (
         "--input=empty.tsv"
     ),
     "latin1.tsv, line 2 is not UTF-8; set --encoding_errors=replace or ignore": (
         "--input=latin1.tsv"
     ),
     "damaged.tsv.gz is damaged: ": "--input=damaged.tsv.gz",
-    "a.de has not as many lines as short.en; each line must": (
+    "a.de and short.en differ in their number of lines; each line must": (
         "--source=a.de --target=short.en"
     ),
     "cannot read none.en: No such file": "--source=a.de --target=none.en",
@@ -491,11 +491,11 @@ BAD = {
     "train.bin would have 0 tokens, but needs at least 2; change --val_fraction or add": (
         "--input=own.tsv --max_pair_tokens=2 --tokenizer=byte"
     ),
-    "no text of one.tsv is in the training split; add text": "--input=one.tsv",
+    "the training split of one.tsv has no text; add text": "--input=one.tsv",
     "max_pair_tokens=9 has no effect without task=translation": (
         "--input=own.txt --max_pair_tokens=9"
     ),
-    "own.tsv has no pairs; write a line as SOURCE, one tab, TARGET; left out: {'held_out': 60}": (
+    "own.tsv has no pairs; each line must be SOURCE, one tab, TARGET; left out: {'held_out': 60}": (
         "--input=own.tsv --held_out=own.tsv --tokenizer=byte"
     ),
 }
@@ -523,4 +523,4 @@ def test_a_public_file_that_is_missing_is_named(folder, fails, monkeypatch):
     write_multi30k(GIVEN)
     Path("data/translate_de_en/val.en.gz").unlink()
     complaint = fails(prepare_data.main, "translate_de_en")
-    assert complaint == "data/translate_de_en has no val.en.gz, with or without .gz\n"
+    assert complaint == "data/translate_de_en is missing val.en.gz (with or without .gz)\n"

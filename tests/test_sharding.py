@@ -75,7 +75,7 @@ def test_each_rank_draws_its_rows_of_the_weights_of_one_process_and_keeps_no_mor
 
 
 def test_a_weight_that_cannot_be_drawn_by_rows_is_refused():
-    refused = pytest.raises(UserError, match="normal_, uniform_ and fill_ alone; take")
+    refused = pytest.raises(UserError, match="normal_, uniform_ and fill_; use")
     with refused, sharding.DrawnRows(sharding.FullySharded(0, 2, CPU)) as drawn:
         drawn.take(torch.nn.init.trunc_normal_(torch.empty(4, 4)))
 
@@ -180,7 +180,7 @@ def test_sample_and_export_open_it_without_a_process_group(saved, capsys):
 def test_a_missing_shard_is_one_line(saved, fails, main, argv):
     (saved / "__1_0.distcp").rename(saved / "elsewhere")
     complaint = (
-        "out/run/ckpt is not whole: its file __1_0.distcp is missing; copy all files"
+        "out/run/ckpt is incomplete: its file __1_0.distcp is missing; copy all files"
     )
     assert fails(main, "--out_dir=out/run", *argv).startswith(complaint)
 
@@ -201,7 +201,7 @@ class Harm:
 def test_metadata_that_would_run_code_is_refused(saved, fails):
     rewrite_metadata(saved, pickle.dumps(Harm()))
     complaint = fails(sample.main, "--out_dir=out/run", "--checkpoint=latest")
-    assert complaint.startswith("out/run/ckpt is damaged: it holds")
+    assert complaint.startswith("out/run/ckpt is damaged: it contains")
     assert not Path("harmed").exists()
 
 
@@ -278,7 +278,7 @@ def test_a_disk_that_is_full_for_one_process_is_one_line(tiny, monkeypatch):
 
 @pytest.mark.parametrize(("rank", "dtype"), [(4, torch.float32), (0, torch.float16)])
 def test_what_cannot_be_sharded_is_refused(rank, dtype):
-    with pytest.raises(UserError, match="trains neither LoRA nor in float16; take"):
+    with pytest.raises(UserError, match="supports neither LoRA nor float16; use"):
         sharding.FullySharded.check_config(TrainConfig(lora_rank=rank), dtype)
 
 

@@ -159,7 +159,7 @@ def test_the_longest_pair_of_all_splits_just_fits(pairs, with_encoder, split):
     # its last token is never read
     needed = 52 if with_encoder else len(source.encode()) + 1 + 52 - 1
     assert PairDataset(Path("data/pairs"), needed, 1, with_encoder).texts(split)
-    complaint = f"a pair that takes {needed} tokens, .* take --block_size={needed}$"
+    complaint = f"a pair that needs {needed} tokens, .* use --block_size={needed}$"
     with pytest.raises(UserError, match=complaint):
         PairDataset(Path("data/pairs"), needed - 1, 1, with_encoder)
 
@@ -209,8 +209,9 @@ def test_a_stream_that_is_not_made_of_pairs_is_refused(pairs, fails):
     meta["splits"]["train"]["files"][0]["tokens"] -= 1
     meta["splits"]["train"]["sha256"]["train.bin"] = sha256(pairs / "train.bin")
     (pairs / "meta.json").write_text(json.dumps(meta))
-    assert "has no whole pairs; prepare it again: python prepare_data.py" in fails(
-        train.main, *TINY
+    assert (
+        "does not consist of complete pairs; prepare it again: python prepare_data.py"
+        in fails(train.main, *TINY)
     )
 
 
@@ -377,7 +378,7 @@ def test_empty_lines_stay_empty_and_long_ones_are_cut_and_reported(
     printed = capsys.readouterr()
     lines = printed.out.split("\n")
     assert len(lines) == 5 and lines[1] == lines[2] == lines[4] == ""
-    assert "note: line 4 has 105 tokens; the first 39 are read" in printed.err
+    assert "note: line 4 has 105 tokens; only the first 39 are read" in printed.err
     assert [bytes(ids[:-1].tolist()).decode() for ids in read] == [
         "Wo ist da?",
         ("sehr " * 20)[:39],
@@ -400,9 +401,9 @@ def test_lines_keep_their_order_and_numbers_however_many_are_translated_at_once(
     printed = capsys.readouterr()
     assert printed.out == "1\n2\n\n4\n5\n" + 39 * "6" + "\n"
     assert [line for line in printed.err.splitlines() if line.startswith("note")] == [
-        "note: line 6 has 50 tokens; the first 39 are read",
-        "note: line 5 has no room for more of its translation",
-        "note: line 6 has no room for more of its translation",
+        "note: line 6 has 50 tokens; only the first 39 are read",
+        "note: line 5: the translation is cut off at the length limit",
+        "note: line 6: the translation is cut off at the length limit",
     ]
 
 
@@ -445,7 +446,7 @@ def test_bad_input_of_a_translation(pairs, fails, tiny):
     window_mlp = ["--dataset=pairs", "--device=cpu", "--model=window_mlp", "--window=2"]
     assert complaint in fails(train.main, *window_mlp)
     small = ["--block_size=20", "--out_dir=out/other"]
-    assert "block_size=20; take --block_size=" in fails(train.main, *TINY, *small)
+    assert "block_size=20; use --block_size=" in fails(train.main, *TINY, *small)
     train.main(TINY)
     Path("empty.txt").write_text("")
     for start in ([], ["--start=FILE:empty.txt"]):

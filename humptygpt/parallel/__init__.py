@@ -1,4 +1,5 @@
-"""Several processes: each computes a part of a step, DDP on whole models, FSDP on sharded ones.
+"""Several processes, each computing a part of every step: with DDP on whole models, with FSDP on sharded ones.
 
-In: a model and batches. Out: gradients of all of them. It imports core, nn, data, checkpoint and model.py.
+In: a model and batches. Out: the gradients over all batches. It imports checkpoint, config, files, optimizers,
+process, schema, tasks and model.py.
 """

@@ -2,11 +2,11 @@
 
     torchrun --standalone --nproc_per_node=4 train.py CONFIG --parallel=fsdp
 
-The weights of a block are gathered just before it computes, forward and backward, and its gradients go to the ranks
-that keep them, all by torch's fully_shard. What is kept of a tensor are neighbouring rows of it: a DTensor, whose
-to_local() has them. Source: Rajbhandari et al. 2019 (ZeRO), arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277.
+torch's fully_shard gathers the weights of a block just before its forward and backward passes, and sends its gradients
+to the ranks that keep them. Each rank keeps some neighbouring rows of every tensor, in a DTensor whose to_local()
+returns them. Source: Rajbhandari et al. 2019 (ZeRO), arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277.
 
-It takes a second to load, so it is imported only with --parallel=fsdp.
+This module takes a second to load, so it is imported only with --parallel=fsdp.
 """
 
 from collections.abc import Callable
@@ -36,18 +36,18 @@ from humptygpt.tasks import build
 from model import Block
 
 aten = torch.ops.aten
-# operations that draw or set a whole new weight
+# operations that initialize a whole weight
 FILLS = (
     aten.normal_.default,
     aten.uniform_.default,
     aten.fill_.Scalar,
     aten.zero_.default,
 )
-UNKNOWN_INIT = "parallel=fsdp draws new weights by normal_, uniform_ and fill_ alone; take --parallel=ddp"
+UNKNOWN_INIT = "parallel=fsdp can initialize weights only with normal_, uniform_ and fill_; use --parallel=ddp"
 
 
 class FullySharded(DataParallel):
-    """One of several processes that each have a part of the model: all compute, and save, at the same time."""
+    """One of several processes that each hold a part of the model. All compute and save at the same time."""
 
     sharded = True
 
@@ -63,36 +63,36 @@ class FullySharded(DataParallel):
     def check_config(cls, config, dtype: torch.dtype) -> None:
         if config.lora_rank or dtype == torch.float16:
             raise UserError(
-                "parallel=fsdp trains neither LoRA nor in float16; take --parallel=ddp, or --dtype=bfloat16"
+                "parallel=fsdp supports neither LoRA nor float16; use --parallel=ddp or --dtype=bfloat16"
             )
         if config.snapshots:
-            raise UserError("parallel=fsdp keeps no snapshots; take --parallel=ddp")
+            raise UserError("parallel=fsdp does not keep snapshots; use --parallel=ddp")
 
     def place(self, run) -> None:
-        """Keep of each parameter only this rank's part, on the device. Each block is gathered by itself.
+        """Keep only this rank's part of each parameter, on the device. Each block is gathered separately.
 
-        Weights are gathered in float32, since autocast converts them, as for one process.
+        Weights are gathered in float32; autocast converts them, as it does for a single process.
         """
         self.check(run)
         model = run.model
         share_dropout(model)
         new = run.config.init_from == "scratch" and not run.progress.iter
-        if not next(model.parameters()).is_meta:  # else they are drawn now, or read later
+        if not next(model.parameters()).is_meta:  # else they are drawn below or read later
             for tensor in model.state_dict().values():
-                dist.broadcast(tensor, 0)  # other hardware might have drawn others
+                dist.broadcast(tensor, 0)  # different hardware may draw different weights
         for module in (*blocks(model), model):
             fully_shard(module, mesh=self.mesh)
             module.set_force_sum_reduction_for_comms(True)  # gloo supports only sums
         for module in model.modules():
             if any(p.is_meta for p in module.parameters(recurse=False)):
                 module.to_empty(device=self.device, recurse=False)
-        model.to(self.device)  # tables of positions
+        model.to(self.device)  # position tables
         if new:
             self.draw(model, run.config.seed)
 
     @torch.no_grad()
     def draw(self, model: nn.Module, seed: int) -> None:
-        """Give a new model the weights that one process draws."""
+        """Initialize a new model with the weights that a single process would draw."""
         torch.manual_seed(seed)
         with DrawnRows(self) as drawn:
             whole = build(model.config)
@@ -100,28 +100,28 @@ class FullySharded(DataParallel):
             part.to_local().copy_(drawn.take(p))
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """Return this rank's part of a whole parameter, as fully_shard divides it. It may be empty."""
+        """Return this rank's part of a whole parameter, split as fully_shard does it. It may be empty."""
         most = -(-len(x) // self.size)
         return x[self.rank * most : (self.rank + 1) * most]
 
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
-        """Return the model itself, in which each block is compiled, but not what gathers the block's weights."""
+        """Return the model itself, with each block compiled, except for the code that gathers the block's weights."""
         if compiled:
             for block in blocks(model):
                 block.forward = torch.compile(block.forward, dynamic=dynamic)
         return model
 
     def summing(self, net: nn.Module, last: bool) -> AbstractContextManager:
-        """Sum gradients over ranks in the last share; before it, each rank keeps whole gradients of its own."""
+        """Sum gradients over ranks in the last share. Until then, each rank accumulates its own unsharded ones."""
         net.set_requires_gradient_sync(last)
         return nullcontext()
 
     @raise_if_rank_died()
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        """Return this rank's rows of function(whole), whole: (n, rows, columns), n independent matrices.
+        """Return this rank's rows of function(whole). whole: (n, rows, columns), n independent matrices.
 
-        x: (n, rows of this rank, columns). Each rank gathers some of the matrices, computes them, and sends the rows of
-        the result to the ranks that keep them.
+        x: (n, rows of this rank, columns). Each rank gathers some of the matrices, applies the function to them, and
+        sends the rows of the result to the ranks that keep them.
         """
         shape = torch.Size((len(x), rows, x.shape[2]))
 
@@ -150,7 +150,7 @@ class FullySharded(DataParallel):
 
 
 class ShardedOptimizer(SharedOptimizer):
-    """An optimizer whose parameters are DTensors, of which this rank updates its rows."""
+    """An optimizer whose parameters are DTensors. Each rank updates its own rows."""
 
     def local(self, x: Tensor) -> Tensor:
         return x.to_local()
@@ -159,7 +159,7 @@ class ShardedOptimizer(SharedOptimizer):
         return self.process.sum(x)
 
     def own_part(self, value: Tensor, p: Tensor) -> Tensor:
-        """Return this rank's rows of the state of a whole parameter, or all of a single row."""
+        """Return this rank's rows of a whole parameter's state. A state of a single row is returned whole."""
         placements = p.placements if len(value) == len(p) else [Replicate()]
         value = value.to(p.device)
         return distribute_tensor(
@@ -169,14 +169,14 @@ class ShardedOptimizer(SharedOptimizer):
 
 @raise_if_rank_died()
 def load(path: Path, entries: dict) -> None:
-    """Fill the DTensors of entries from a sharded checkpoint, of which each rank reads its part."""
+    """Fill the DTensors of entries from a sharded checkpoint. Each rank reads its own part."""
     sharded.load(checkpoint.stored(path), entries)
 
 
 class DrawnRows(TorchDispatchMode):
     """Builds a model without memory for its weights, and keeps only this rank's rows of their initial values.
 
-    Each weight is drawn whole, on the CPU, one at a time, so the random numbers are those of a single process.
+    Each weight is drawn whole, on the CPU, one at a time, so the random numbers are the same as in a single process.
     """
 
     def __init__(self, process: FullySharded):
@@ -198,8 +198,8 @@ class DrawnRows(TorchDispatchMode):
         return changed
 
     def take(self, p: Tensor) -> Tensor:
-        """Return this rank's rows of a weight, and forget them. Raises UserError."""
-        if not p.is_meta:  # a small one, such as of zeros
+        """Return this rank's rows of a weight, and free them. Raises UserError."""
+        if not p.is_meta:  # a small tensor, for example one of zeros
             return self.process.rows_of(p)
         if p not in self.rows:
             raise UserError(UNKNOWN_INIT)

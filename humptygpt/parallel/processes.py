@@ -1,14 +1,14 @@
-"""Several processes that train one model together, started by torchrun: data parallelism.
+"""Data parallelism: several processes, started by torchrun, train one model together.
 
     torchrun --standalone --nproc_per_node=2 train.py CONFIG
 
 Every process, or rank, computes a share of each step. Gradients are summed over ranks, so that a step has as many
-tokens as with one process, and all ranks take the same step. With DDP every rank has the whole model; with FSDP it has
-a part, see fsdp.py. Rank 0 writes and reports.
+tokens as with one process, and all ranks take the same step. With DDP every rank holds the whole model; with FSDP, only
+a part of it (see fsdp.py). Rank 0 writes and reports.
 
-If a rank dies, its connections close and the next collective of the others fails. If a rank hangs, the others notice
-when a collective has waited for TIMEOUT. Either ends the run, and torchrun may start it again. This also holds on GPUs,
-because the numbers on which ranks agree in each step go through gloo; NCCL's watchdog covers the rest of the step.
+If a rank dies, its connections close, and the next collective of the others fails. If a rank hangs, the others notice
+when a collective has waited for TIMEOUT. In either case the run ends, and torchrun may restart it. This also holds on
+GPUs, because the numbers that ranks exchange in each step go through gloo; NCCL's watchdog covers the rest of the step.
 """
 
 import datetime
@@ -44,7 +44,7 @@ WATCHDOG = {
 
 @contextmanager
 def raise_if_rank_died() -> Iterator[None]:
-    """Raise UserError if the block fails because of another rank. Any other error is the model's own, and passes."""
+    """Raise UserError if the block fails because of another rank. Other errors come from the model and pass through."""
     try:
         yield
     except RuntimeError as error:
@@ -52,22 +52,20 @@ def raise_if_rank_died() -> Iterator[None]:
         if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
         raise UserError(
-            f"another process has ended or does not answer ({first_line(error)}); the run ends;"
-            " its last checkpoint is whole: --init_from=resume continues from it"
+            f"another process has ended or does not respond ({first_line(error)}), so the run ends;"
+            " its last checkpoint is intact: continue from it with --init_from=resume"
         ) from error
 
 
 def first_line(error: RuntimeError | ValueError) -> str:
-    """Return an error's message without torch's stack trace, which follows in further lines."""
+    """Return an error's message without torch's stack trace, which follows on later lines."""
     return str(error).strip().partition("\n")[0]
 
 
 class SharedDropout(Dropout):
-    """Dropout for some rows of a batch. On a CPU its mask is the one that a single process draws for these rows."""
+    """Dropout for some rows of a batch. On the CPU, its mask is the one a single process would draw for these rows."""
 
-    rows: tuple[int, int] | None = (
-        None  # (the first, the batch's number of rows); None: all
-    )
+    rows: tuple[int, int] | None = None  # (first row, rows of the whole batch); None: all
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rows is None or not self.training or x.device.type != "cpu":
@@ -78,7 +76,7 @@ class SharedDropout(Dropout):
 
 
 def share_dropout(model: nn.Module) -> None:
-    """Replace each Dropout by a SharedDropout."""
+    """Replace each Dropout with a SharedDropout."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is Dropout:
@@ -89,7 +87,7 @@ class DataParallel(Process):
     """One of several processes that each have the whole model (DDP)."""
 
     def __init__(self, rank: int, size: int, device: torch.device, patient=None):
-        """patient: a process group whose collectives wait for a LONG time."""
+        """patient: a process group whose collectives wait up to LONG."""
         super().__init__(device)
         self.rank = rank
         self.size = size
@@ -99,7 +97,7 @@ class DataParallel(Process):
 
     @classmethod
     def start(cls, config, device, dtype, prepare) -> "DataParallel":
-        """Meet the other ranks. Parameters as those of process.start_process()."""
+        """Connect to the other ranks. Parameters: as for process.start_process()."""
         cls.check_config(config, dtype)
         rank, size = launched()
         backends = pick_backend(config.backend, device)
@@ -112,7 +110,8 @@ class DataParallel(Process):
         return process
 
     def __exit__(self, error: type | None, *_: object) -> None:
-        if not error:  # wait, because a rank that ends with an exit code makes torchrun stop the others
+        if not error:
+            # wait, because a rank that exits with a nonzero code makes torchrun stop the others
             self.wait_for_all()
             dist.destroy_process_group()
 
@@ -121,9 +120,9 @@ class DataParallel(Process):
         """Raise UserError if such processes cannot train with these settings. config: a TrainConfig."""
 
     def prepare_in_turn(self, prepare: Callable[[], None]) -> None:
-        """Prepare missing data in rank 0, then in the first rank of each other machine, then nowhere else.
+        """Prepare missing data in rank 0, then in the first rank of each other machine; the rest find it prepared.
 
-        So data is prepared once on each disk, whether the machines share one or not.
+        This way, data is prepared once per disk, whether or not the machines share one.
         """
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         mine = 0 if self.first else 1 if local_rank == 0 else 2
@@ -137,7 +136,7 @@ class DataParallel(Process):
         dist.barrier(group=self.patient)
 
     # ----------------------------------------------------------------------------------
-    # The methods of a single process
+    # Methods that a single process has as well
 
     def place(self, run) -> None:
         """Check that the ranks can train this run together, then move its model to the device."""
@@ -146,7 +145,7 @@ class DataParallel(Process):
         run.model.to(self.device)
 
     def check(self, run) -> None:
-        """Raise UserError if the ranks cannot divide a step of this run, or differ in settings or data."""
+        """Raise UserError if a step of this run cannot be split evenly, or the ranks differ in settings or data."""
         config = run.config
         count = config.gradient_accumulation_steps
         check_divisible(self.size, count, config.batch_size, run.task.batches_vary)
@@ -154,7 +153,7 @@ class DataParallel(Process):
         self.check_alike(settings | {"iter": run.progress.iter})
 
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
-        """Return the network that trains: DDP averages gradients over ranks, which start from rank 0's weights."""
+        """Wrap the model for training: DDP averages gradients over ranks, which all start from rank 0's weights."""
         net = super().wrap(model, compiled, dynamic)
         # buffers are constant tables, so they need no broadcast
         return DistributedDataParallel(
@@ -164,18 +163,18 @@ class DataParallel(Process):
     def shares(self, run, step: int) -> tuple[list[Share], int]:
         """Return this rank's shares of a step, and the number of tokens in the whole step.
 
-        They are whole micro-batches or, with fewer micro-batches than ranks, neighbouring rows of one.
+        Shares are whole micro-batches or, if there are fewer of them than ranks, neighbouring rows of one.
         """
         count = run.config.gradient_accumulation_steps
         stride = min(self.size, count)
-        parts = self.size // stride  # ranks that divide one micro-batch
+        parts = self.size // stride  # ranks that share one micro-batch
         shares = []
         for number in range(step * count + self.rank % stride, (step + 1) * count, stride):
             batch = run.batches.batch(number, run.config.batch_size)
             shares.append(self.share(number, batch, self.rank // stride, parts))
         tokens = sum(share.tokens for share in shares)
-        # Ranks have equally many tokens of text, so they need not wait for each other. Sharded ranks do: so they notice
-        # in one line that another one has died, before the forward pass fails.
+        # In language modelling, all ranks have the same number of tokens, so they need not wait for each other. Sharded
+        # ranks wait anyway: if another rank has died, they report it in one line, before the forward pass fails.
         if run.task.batches_vary or self.sharded:
             return shares, int(self.sum(torch.tensor(tokens)))
         return shares, tokens * self.size
@@ -187,17 +186,17 @@ class DataParallel(Process):
         total = len(batch["targets"])
         start = total * part // parts
         end = total * (part + 1) // parts
-        # With fewer rows than parts, some ranks take a row that does not count, because all need gradients.
+        # With fewer rows than parts, some ranks compute a row that does not count, because every rank needs gradients.
         first = min(start, total - 1)
         rows = {name: value[first : max(end, first + 1)] for name, value in batch.items()}
-        # No process can draw a part of a dropout mask on a GPU, so there each part has a mask of its own.
+        # On a GPU, a process cannot draw just a part of a dropout mask, so each part has its own mask there.
         key = (number,) if self.device.type == "cpu" else (number, first)
         tokens = count_targets(rows) if end > start else 0
         return Share(key, rows, tokens, (first, total))
 
     @contextmanager
     def accumulate(self, net: nn.Module, share: Share, last: bool) -> Iterator[None]:
-        """Return the context in which net computes the gradients of a share; the last one averages them over ranks."""
+        """Context for computing the gradients of a share. In the last share, they are averaged over ranks."""
         for module in net.modules():
             if isinstance(module, SharedDropout):
                 module.rows = share.rows
@@ -219,10 +218,10 @@ class DataParallel(Process):
             super().save(path, entries)
 
     # ----------------------------------------------------------------------------------
-    # What only several processes do
+    # Methods for several processes only
 
     def check_alike(self, settings: dict[str, object]) -> None:
-        """Raise UserError, in every rank, if one has other settings or other data than rank 0."""
+        """Raise UserError in every rank if the settings or data of any rank differ from those of rank 0."""
         ranks = [None] * self.size
         with raise_if_rank_died():
             dist.all_gather_object(ranks, (socket.gethostname(), settings))
@@ -236,7 +235,7 @@ class DataParallel(Process):
                     )
 
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        """Compute function(x) for x of n independent matrices, (n, rows, columns): each rank computes some of them."""
+        """Compute function(x). x: (n, rows, columns), n independent matrices, of which each rank computes some."""
         most = -(-len(x) // self.size)
         mine = x[self.rank * most : (self.rank + 1) * most]
         computed = x.new_zeros(most, *x.shape[1:])
@@ -249,7 +248,7 @@ class DataParallel(Process):
 
 
 class SharedOptimizer(Optimizer):
-    """An optimizer whose ranks divide the orthogonalisation of Muon."""
+    """An optimizer that splits Muon's orthogonalisation among the ranks."""
 
     def __init__(self, groups: list[dict], process: DataParallel):
         super().__init__(groups)
@@ -260,30 +259,30 @@ class SharedOptimizer(Optimizer):
 
 
 # --------------------------------------------------------------------------------------
-# The start
+# Startup
 
 
 def check_divisible(size: int, micro_batches: int, batch_size: int, pairs: bool) -> None:
-    """Raise UserError if the ranks cannot divide a step. pairs: micro-batches have any number of rows."""
+    """Raise UserError if a step cannot be split evenly. pairs: micro-batches may have any number of rows."""
     whole_batches = micro_batches % size == 0
     whole_rows = pairs or batch_size % max(1, size // micro_batches) == 0
     if whole_batches or (size % micro_batches == 0 and whole_rows):
         return
     raise UserError(
-        f"gradient_accumulation_steps={micro_batches} micro-batches of batch_size={batch_size} cannot be divided evenly"
-        f" over {size} processes; take gradient_accumulation_steps={-(-micro_batches // size) * size}"
+        f"gradient_accumulation_steps={micro_batches} micro-batches of batch_size={batch_size} cannot be split evenly"
+        f" over {size} processes; use gradient_accumulation_steps={-(-micro_batches // size) * size}"
     )
 
 
 def pick_backend(backend: str, device: torch.device) -> str:
-    """Return the backends of tensors: gloo on the CPU, nccl on a GPU. Raises UserError."""
+    """Return the backends: gloo for tensors on the CPU, nccl for tensors on a GPU. Raises UserError."""
     if device.type == "mps" or (backend == "nccl" and device.type != "cuda"):
         raise UserError(
-            f"several processes with backend={backend} do not train on {device.type}; take --device=cpu --backend=gloo"
+            f"several processes with backend={backend} cannot train on {device.type}; use --device=cpu --backend=gloo"
         )
     if device.type == "cpu" or backend == "gloo":
         return "gloo"
-    return "cpu:gloo,cuda:nccl"  # numbers need no GPU to wait for
+    return "cpu:gloo,cuda:nccl"  # exchanging numbers over gloo does not wait for a GPU
 
 
 def pick_gpu() -> torch.device:
@@ -292,17 +291,17 @@ def pick_gpu() -> torch.device:
     cards = torch.cuda.device_count()
     if local_rank >= cards:
         raise UserError(
-            f"process {local_rank} of this machine has no GPU; take --nproc_per_node={cards} or --device=cpu"
+            f"process {local_rank} of this machine has no GPU; use --nproc_per_node={cards} or --device=cpu"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def meet(backends: str, rank: int, size: int) -> dist.ProcessGroup:
-    """Form the process group of all ranks, and return a patient one beside it. Raises UserError if they cannot meet."""
+    """Form the process group of all ranks. Returns a second, patient one. Raises UserError if they cannot connect."""
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        # torchrun keeps the store when it restarts ranks, with the addresses of those that have ended
+        # when torchrun restarts ranks, it keeps the store, with the addresses of ranks that have ended
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"start {attempt}", store)
         dist.init_process_group(
@@ -311,5 +310,5 @@ def meet(backends: str, rank: int, size: int) -> dist.ProcessGroup:
         return dist.new_group(backend="gloo", timeout=LONG)
     except (RuntimeError, ValueError) as error:  # a port in use, an unreachable host
         raise UserError(
-            f"the processes cannot meet ({first_line(error)}); start them with torchrun, or take another --master_port"
+            f"the processes cannot connect ({first_line(error)}); start them with torchrun or use another --master_port"
         ) from error

@@ -1,8 +1,8 @@
 """Checkpoints of a sharded model: a folder to which every rank writes its part, by torch.distributed.checkpoint (DCP).
 
-    ckpt/entries.pt      all that is no tensor, as in ckpt.pt
+    ckpt/entries.pt      everything that is not a tensor, as in ckpt.pt
     ckpt/__0_0.distcp    the rows that rank 0 keeps, and so on
-    ckpt/.metadata       where each tensor is: a pickle, read without running what else it may hold
+    ckpt/.metadata       where each tensor is stored: a pickle, read without running any code in it
 
 Any number of processes can read it, each its own part. A single process, such as sample.py, reads all of it without a
 process group.
@@ -30,7 +30,7 @@ from humptygpt.files import cannot_write, remove, write_whole
 from humptygpt.schema import check_schema
 
 ENTRIES = "entries.pt"
-# SHA-256 of .metadata; {name in the model: name of the same tensor}
+# metadata: SHA-256 of .metadata; tied: {name in the model: first name of the same tensor}
 SCHEMA = {"metadata": str, "tied": {str: str}}
 # The classes that .metadata is made of, some private to torch
 CLASSES = {
@@ -54,15 +54,16 @@ CLASSES = {
 
 
 def save(folder: Path, entries: dict, wait_for_all: Callable[[], None]) -> None:
-    """Write a checkpoint. All ranks must call this, and share the disk. entries: those of a run's latest_state().
+    """Write a checkpoint. All ranks must call this, and share the disk. entries: from a run's latest_state().
 
-    It is written to ckpt.tmp; then the earlier one moves to ckpt.old, the new one takes its place, and the old one is
-    removed. So one of the two is whole at any moment, and checkpoint.stored() finds it. Raises UserError.
+    It is written to ckpt.tmp. Then the earlier checkpoint is moved to ckpt.old, the new one takes its place, and the
+    old one is removed. At any moment, at least one of the two is complete, and checkpoint.stored() finds it. Raises
+    UserError.
     """
     rank = dist.get_rank()
     temporary = folder.with_name(f"{folder.name}.tmp")
     if rank == 0:
-        remove(temporary)  # left by a run that was killed
+        remove(temporary)  # left behind by a run that was killed
     wait_for_all()
     tied = tied_names(entries["model"])
     try:
@@ -84,7 +85,8 @@ def put_in_place(temporary: Path, folder: Path) -> None:
     old = folder.with_name(f"{folder.name}.old")
     try:
         if folder.is_dir():
-            remove(old)  # left by a run that was killed after its checkpoint was in place
+            # left behind by a run that was killed after its checkpoint was in place
+            remove(old)
             folder.rename(old)
         temporary.rename(folder)
         remove(old)
@@ -105,7 +107,7 @@ def tied_names(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def flat(entries: dict, tied: dict[str, str]) -> dict[str, Tensor]:
-    """Return the tensors by names such as optimizer/wte.weight/exp_avg. Tied ones have only their first name."""
+    """Return {name: tensor}, with names such as optimizer/wte.weight/exp_avg. Tied tensors have one name, the first."""
     weights = entries["model"].items()
     tensors = {f"model/{name}": tensor for name, tensor in weights if name not in tied}
     for name, state in entries.get("optimizer", {"state": {}})["state"].items():
@@ -125,16 +127,16 @@ class Unpickler(pickle.Unpickler):
     """Reads .metadata, and refuses every class that does not belong in it."""
 
     def find_class(self, module: str, name: str) -> type:
-        # where it was written
+        # path of the folder to which the checkpoint was written
         if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):
             return PurePath
         if f"{module}.{name}" not in CLASSES:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}")
+            raise pickle.UnpicklingError(f"it contains {module}.{name}")
         return super().find_class(module, name)
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads tensors by metadata that is already there: torch's own reader would unpickle it, which may run code."""
+    """Reads tensors with metadata that is already loaded; torch's own reader would unpickle it, which may run code."""
 
     def __init__(self, path: Path, metadata: Metadata):
         super().__init__(path)
@@ -145,34 +147,33 @@ class Reader(dcp.FileSystemReader):
 
 
 def read(path: Path, with_tensors: bool = True) -> dict:
-    """Return the entries of checkpoint.SCHEMA, unchecked, on the CPU; without tensors, on the meta device.
+    """Return the entries of checkpoint.SCHEMA, unchecked, on the CPU; if with_tensors is False, on the meta device.
 
-    Raises UserError if a file is missing, damaged, or would run code.
+    Raises UserError if a file is missing, is damaged, or would run code.
     """
     entries, reader = open_folder(path)
     if with_tensors:
         check_shards(path, list(reader.metadata.storage_data.values()))
     with refuse_damaged(path), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # about there being one process, which no_dist says already
+        # torch warns that there is only one process, although no_dist says so
+        warnings.simplefilter("ignore")
         device = "cpu" if with_tensors else "meta"
         tensors = {}
         for name, entry in reader.metadata.state_dict_metadata.items():
-            # zeros, because rows that are in no file stay as they are
+            # zeros, because rows that no file contains keep their initial values
             tensors[name] = torch.zeros(
                 entry.size, dtype=entry.properties.dtype, device=device
             )
         if with_tensors:
             try:
                 dcp.load(tensors, storage_reader=reader, no_dist=True)
-            except CheckpointException as error:  # no Exception
-                raise ValueError("its shards are not those of its metadata") from error
+            except CheckpointException as error:  # not a subclass of Exception
+                raise ValueError("its shards do not match its metadata") from error
         return nested(entries, tensors)
 
 
 def load(path: Path, entries: dict) -> None:
-    """Fill the DTensors of a run's latest_state(), each rank its own part.
+    """Fill the DTensors of a run's latest_state(). Each rank fills its own part.
 
     All ranks must call this. If one of them finds a damaged file, all raise UserError.
     """
@@ -191,7 +192,7 @@ def load(path: Path, entries: dict) -> None:
 
 
 def nested(plain: dict, tensors: dict[str, Tensor]) -> dict:
-    """Return the entries of checkpoint.SCHEMA from tensors with the names of flat()."""
+    """Rebuild the entries of checkpoint.SCHEMA from tensors whose names come from flat()."""
     entries = {key: value for key, value in plain.items() if key not in SCHEMA}
     if "optimizer" in entries:
         entries["optimizer"]["state"] = {}
@@ -207,14 +208,14 @@ def nested(plain: dict, tensors: dict[str, Tensor]) -> dict:
 
 
 def open_folder(path: Path) -> tuple[dict, Reader]:
-    """Return a checkpoint's entries without its tensors, and a reader of the tensors. Raises UserError."""
+    """Return a checkpoint's entries without its tensors, and a reader for the tensors. Raises UserError."""
     for name in (ENTRIES, SHARDED):
         check_there(path / name)
     with refuse_damaged(path):
         entries = load_plain(path / ENTRIES)
         check_schema(entries, SCHEMA)
         if entries["metadata"] != digest(path / SHARDED):
-            raise ValueError(f"{SHARDED} has another checksum")
+            raise ValueError(f"the checksum of {SHARDED} does not match")
         metadata = Unpickler(io.BytesIO((path / SHARDED).read_bytes())).load()
         check_files(metadata)
     return entries, Reader(path, metadata)
@@ -223,23 +224,23 @@ def open_folder(path: Path) -> tuple[dict, Reader]:
 def check_there(file: Path) -> None:
     if not file.is_file():
         raise UserError(
-            f"{file.parent} is not whole: its file {file.name} is missing; copy all files of the folder, from the disks"
+            f"{file.parent} is incomplete: its file {file.name} is missing; copy all files of the folder from the disks"
             " of all machines"
         )
 
 
 def check_files(metadata: Metadata) -> None:
-    """Raise ValueError unless all tensors are in files of the folder itself, unchanged."""
+    """Raise ValueError unless all tensors are stored unchanged in files of the folder itself."""
     for info in metadata.storage_data.values():
         if (
             not re.fullmatch(r"\w+\.distcp", info.relative_path)
             or info.transform_descriptors
         ):
-            raise ValueError("it is in foreign files")
+            raise ValueError("some tensors are transformed or in another folder")
 
 
 def check_shards(path: Path, infos: list) -> None:
-    """Raise UserError if a tensor is damaged: each has checksums, but torch does not compare them."""
+    """Raise UserError if a tensor is damaged: each has checksums, but torch does not verify them."""
     for info in infos:
         file = path / info.relative_path
         check_there(file)
@@ -247,4 +248,4 @@ def check_shards(path: Path, infos: list) -> None:
             stream.seek(info.offset)
             with zipfile.ZipFile(io.BytesIO(stream.read(info.length))) as records:
                 if records.testzip() is not None:
-                    raise ValueError(f"{info.relative_path} has another checksum")
+                    raise ValueError(f"the checksum of {info.relative_path} does not match")

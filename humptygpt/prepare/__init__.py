@@ -1,1 +1,1 @@
-"""Documents to token files, and the data sets that are built in."""
+"""Documents -> token files, and the built-in data sets."""

@@ -1,7 +1,7 @@
-"""Files of documents, the split of each document, and the way through a corpus, of documents or of sentence pairs.
+"""Files of documents, the split of each document, and iteration over a corpus of documents or sentence pairs.
 
-Documents here and Pairs in translation/pairs.py have one interface: files, splits, items of text (pieces of documents,
-or pairs), and an encoder of items.
+Documents here and Pairs in translation/pairs.py share one interface: files, splits, text items (pieces of documents, or
+pairs), and an encoder for items.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ from humptygpt.config import UserError
 from humptygpt.prepare.documents import Piece, file_format, file_size, read_documents
 from humptygpt.tokenizers import TOKENIZERS, Tokenizer
 
-UNIT = 1 << 19  # characters that are encoded at once
-HASHED = 4096  # characters at the start of a document that decide its split; a first piece has more
-MANY = 64_000_000  # lines or rows with more bytes of text than this are many documents
+UNIT = 1 << 19  # characters encoded at once
+HASHED = 4096  # leading characters of a document that determine its split; below PIECE
+MANY = 64_000_000  # above this many bytes of text, lines or rows count as many documents
 
 # ({split: its pieces or pairs}, position after them)
 Unit = tuple[dict[str, list[NamedTuple]], "Position"]
@@ -30,9 +30,9 @@ Unit = tuple[dict[str, list[NamedTuple]], "Position"]
 class Position(NamedTuple):
     """How far the files of a corpus have been read."""
 
-    file: int = 0  # number of the open file
+    file: int = 0  # index of the open file
     item: int = 0  # pieces or pairs read from it
-    read: int = 0  # bytes read of all files
+    read: int = 0  # bytes read so far, over all files
 
 
 START = Position()
@@ -43,12 +43,12 @@ class Documents:
 
     task = "language modelling"
     splits = ("train", "val")
-    # entries of meta.json for each split
+    # entries for each split in meta.json
     counts = ("documents", "characters", "bytes", "tokens")
-    chosen_for = ""  # with tokenizer=auto: the measures of the text that decided
+    chosen_for = ""  # with tokenizer=auto: the text statistics behind the choice
 
     def __init__(self, config, files: list[Path], skipped: Counter, source: str):
-        """config: a resolved prepare_data.PrepareConfig. source: the name of the files in meta.json.
+        """config: a resolved prepare_data.PrepareConfig. source: what meta.json calls the files.
 
         files, skipped: from find_files.
         """
@@ -64,11 +64,12 @@ class Documents:
         self.cuts = self.survey()
 
     def survey(self) -> list[int] | None:
-        """Decide how to split. Returns the characters of each file before its cut; None: no document is cut.
+        """Decide how to split the text. Returns the number of characters before the cut in each file; None: no cuts.
 
-        Documents with a draw up to val_fraction are for validation. If they make up less than half or more than one and
-        a half times that fraction of the text, all files are cut instead; so is a single text. Raises UserError if
-        there is no text. Also sets text_size, the bytes of UTF-8. After MANY bytes of lines or rows it is estimated.
+        Documents whose draw is at most val_fraction are for validation. If their share of the text is less than half or
+        more than one and a half times that fraction, every file is cut instead; a single text is always cut. Raises
+        UserError if there is no text. Also sets text_size, in bytes of UTF-8. For more than MANY bytes of lines or rows
+        it is an estimate.
         """
         fraction = self.config.val_fraction
         lengths = [0] * len(self.files)
@@ -78,7 +79,7 @@ class Documents:
                 lengths[number] += len(piece.text)
                 held_out += len(piece.text) * (piece.draw <= fraction)
                 self.text_size += len(piece.text.encode())
-                # the validation split of many documents is close to its fraction
+                # with many documents, the validation split is close to val_fraction
                 if self.text_size > MANY and not self.only_text:
                     read = sum(self.sizes[:number]) + piece.read
                     self.text_size = self.text_size * sum(self.sizes) // read
@@ -90,7 +91,7 @@ class Documents:
         return [int(length * (1 - fraction)) for length in lengths]
 
     def read(self, number: int) -> Iterator[Piece]:
-        """Read the documents of a file in pieces, each with its place and the draw of its document."""
+        """Read the documents of a file in pieces, each with its place in the file and the draw of its document."""
         config = self.config
         settings = (config.text_key, config.encoding_errors, config.skip_bad_lines)
         place = 0
@@ -101,7 +102,7 @@ class Documents:
             place += len(piece.text)
 
     def assign(self, piece: Piece, number: int) -> list[tuple[str, Piece]]:
-        """Return (split, piece) for a piece of a file: one, or two if the file is cut within it."""
+        """Return [(split, piece)] for a piece of a file, with two entries if the file is cut within the piece."""
         if self.cuts is None:
             return [("val" if piece.draw <= self.config.val_fraction else "train", piece)]
         cut = self.cuts[number] - piece.place
@@ -116,23 +117,25 @@ class Documents:
         return [("train", begun), ("val", rest)]
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
-        """Entries of meta.json that only documents have."""
+        """Entries of meta.json for documents only."""
         return {"skipped_lines": sum(splits.values(), Counter())["skipped_lines"]}
 
     def summary(self, meta: dict) -> dict[str, str]:
-        """Lines of the summary that only documents have."""
+        """Lines of the summary for documents only."""
         lines = {}
         if self.chosen_for:
-            another = f"for another: --tokenizer={', '.join(TOKENIZERS)}"
+            another = f"alternatives: --tokenizer={', '.join(TOKENIZERS)}"
             lines["tokenizer=auto"] = f"chosen for {self.chosen_for}; {another}"
         if self.cuts and self.separated:
             last = f"the last {self.config.val_fraction:.4g} of each file"
-            lines["validation"] = f"{last}, as the documents are too few or too unequal"
+            lines["validation"] = (
+                f"{last}, because there are too few documents or their lengths differ too much"
+            )
         if self.skipped:
             counts = (f"{count:,} {reason}" for reason, count in self.skipped.items())
             lines["skipped files"] = ", ".join(counts)
         if count := meta["skipped_lines"]:
-            lines["skipped lines"] = f"{count:,}, which have no text"
+            lines["skipped lines"] = f"{count:,} without text"
         return lines
 
 
@@ -166,7 +169,7 @@ def encode_documents(
 def read_from(
     corpus, what: str, start: Position = START
 ) -> Iterator[tuple[Position, NamedTuple]]:
-    """Read (position after it, piece or pair) from the position start on, with a progress bar. what: its title."""
+    """Yield (position after the item, piece or pair) from start on, with a progress bar. what: title of the bar."""
     offsets = list(accumulate(corpus.sizes, initial=0))
     bar = tqdm(
         desc=what,

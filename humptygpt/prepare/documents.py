@@ -1,6 +1,6 @@
 """Files -> documents: text, JSON lines, Parquet and CSV, optionally compressed, streamed in pieces of bounded size.
 
-The ending of a name, in upper or lower case, says what a file is; any other ending, or none, means text.
+The extension, in upper or lower case, determines the format of a file; any other extension, or none, means text.
 """
 
 import codecs
@@ -30,14 +30,14 @@ try:
 except ImportError:  # before Python 3.14
     from backports import zstd
 
-PIECE = 1 << 18  # characters of a document that are in memory at once
+PIECE = 1 << 18  # characters of a document held in memory at once
 FORMATS = (".jsonl", ".parquet", ".csv", ".tsv")
 BINARY = {  # first bytes of files that are not text, and what to do with them
-    b"%PDF-": "a PDF: convert it to text, as with pdftotext",
+    b"%PDF-": "a PDF: convert it to text, for example with pdftotext",
     b"PK\3\4": "a zip file or an office document: unpack it, or save it as text",
 }
-HEAD = 8000  # bytes at the start of a file that decide whether it is text
-BYTE_ORDER_MARKS = {  # the mark of UTF-32 starts like the one of UTF-16, so it comes first
+HEAD = 8000  # bytes read from the start of a file to determine whether it is text
+BYTE_ORDER_MARKS = {  # UTF-32 comes first, because its mark begins with that of UTF-16
     b"\xff\xfe\0\0": "utf-32",
     b"\0\0\xfe\xff": "utf-32",
     b"\xff\xfe": "utf-16",
@@ -45,14 +45,15 @@ BYTE_ORDER_MARKS = {  # the mark of UTF-32 starts like the one of UTF-16, so it 
 }
 # every data folder and run has one of these
 MARKS = {".lock", "command.txt", "progress.json", "metrics.jsonl"}
-# files that our scripts write beside them, or in a folder there
+# files that our scripts write next to one of those, or in a subfolder
 OURS = MARKS | {"meta.json", "config.json", "plan.py", "explain.html", "wandb_id"}
 OURS |= {"adapter_config.json"}
-# tqdm's thread that watches bars is not started: without memory for it, tqdm would wait for it forever
+# Do not start tqdm's monitor thread: if there is no memory to start it, tqdm waits for it forever.
 tqdm.monitor_interval = 0
 UNPACK = {".gz": gzip.open, ".zst": zstd.ZstdFile}
 DAMAGE = (gzip.BadGzipFile, EOFError, zlib.error, zstd.ZstdError, csv.Error)
-# a cut before a match changes no token of any tokenizer; for the second pattern, no token of those trained here
+# A cut before a match of the first pattern does not change the tokens, whatever the tokenizer. For the second pattern,
+# this holds for the tokenizers trained here.
 BEFORE_WORD = re.compile(r"(?<=\S) (?=[^\W_])")
 ANY_BEFORE_WORD = re.compile(r"[ \n](?=[^\W_])")
 ENCODING_HINT = "set --encoding_errors=replace or ignore"
@@ -63,12 +64,12 @@ class Piece(NamedTuple):
     """A document, or a part of a long one."""
 
     text: str
-    start: int  # characters of the document before it
+    start: int  # characters of the document that precede it
     last: bool  # the document ends with it
     read: int  # bytes of the file read so far
-    skipped: bool = False  # it stands for a line or row without a text
-    draw: float = 0.0  # its document's pseudorandom number: see corpus.draw
-    place: int = 0  # characters of the file before it
+    skipped: bool = False  # True: stands for a line or row without text
+    draw: float = 0.0  # the document's pseudorandom number, see corpus.draw()
+    place: int = 0  # characters of the file that precede it
 
     @property
     def texts(self) -> tuple[str]:
@@ -76,7 +77,7 @@ class Piece(NamedTuple):
 
 
 class BadFile(UserError):
-    """A file that cannot be read as text. In a folder it is skipped, for this reason."""
+    """A file cannot be read as text. If it is in a folder, it is skipped, and the reason is reported."""
 
     def __init__(self, message: str, reason: str):
         super().__init__(message)
@@ -90,19 +91,19 @@ class BadFile(UserError):
 def find_files(
     where: str, errors: str = "strict", text_key: str = "text"
 ) -> tuple[list[Path], Counter]:
-    """Find the sorted files at a path: a file, a folder, or a glob pattern. Returns them and {reason: files skipped}.
+    """Find the files at a path: a file, a folder, or a glob pattern. Returns them, sorted, and {reason: files skipped}.
 
-    In a folder, hidden files are skipped. In a folder or by a pattern, so are text files that are empty, damaged or not
-    in their encoding (errors as in read_documents), and CSV files without the column text_key. Binary files and files
-    of our scripts are always skipped. A note names the files.
-    Raises UserError if nothing is left, or a file cannot be read.
+    In a folder, hidden files are skipped. In a folder, or if the path is a pattern, so are text files that are empty,
+    damaged or not validly encoded (errors: as in read_documents), and CSV files without the column text_key. Binary
+    files and files written by our scripts are always skipped. A note names the skipped files.
+    Raises UserError if no file is left, or a file cannot be read.
     """
     path = Path(where)
     with read_errors(path):
         if path.is_dir():
             found = path.rglob("*")
         elif glob.has_magic(where) and not path.exists():
-            found = map(Path, glob.glob(where, recursive=True))  # noqa: PTH207, since it may be absolute
+            found = map(Path, glob.glob(where, recursive=True))  # noqa: PTH207, since the pattern may be absolute
         else:
             found = [path]
         files = sorted(
@@ -112,7 +113,7 @@ def find_files(
         reasons = {file: why_skipped(file, path, errors, text_key) for file in bar}
     texts = [file for file, reason in reasons.items() if not reason]
     skipped = [f"{file} ({reason})" for file, reason in reasons.items() if reason]
-    report = f"skipped files: {len(skipped):,}, first {', '.join(skipped[:5])}"
+    report = f"skipped files: {len(skipped):,}, including {', '.join(skipped[:5])}"
     if not texts:
         raise UserError(f"{where} has no text files" + (f"; {report}" if skipped else ""))
     if skipped:
@@ -121,7 +122,7 @@ def find_files(
 
 
 def why_skipped(file: Path, where: Path, errors: str, text_key: str) -> str:
-    """Explain why a file that was found at `where` is no text, or return "". So errors come now, not hours later."""
+    """Explain why a file found at `where` is skipped, or return "". Errors thus appear now, not hours later."""
     if any(part.startswith(".") for part in file.parts[len(where.parts) :]):
         return "hidden"
     folders = file.parents[:2]
@@ -132,7 +133,7 @@ def why_skipped(file: Path, where: Path, errors: str, text_key: str) -> str:
             return ""
         if reason := why_no_text(head(file)):
             return reason
-        # the whole file is read now, so that every later pass has the same files
+        # read the whole file now, so that every later pass uses the same files
         text = read_documents(file, text_key, errors, skip_bad_lines=True)
         return "" if file == where or sum(len(piece.text) for piece in text) else "empty"
     except BadFile as error:
@@ -142,13 +143,13 @@ def why_skipped(file: Path, where: Path, errors: str, text_key: str) -> str:
 
 
 def head(path: Path) -> bytes:
-    """Read the first bytes of a file, unpacked."""
+    """Read the first HEAD bytes of a file, decompressed."""
     with read_errors(path), path.open("rb") as file:
         return unpacked(path, file).read(HEAD)
 
 
 def encoding_of(start: bytes) -> str:
-    """Name the encoding of a text that starts with these bytes. A byte order mark tells; without one it is UTF-8."""
+    """Name the encoding of a text that starts with these bytes: by its byte order mark or, without one, UTF-8."""
     found = (name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark))
     return next(found, "utf-8-sig")
 
@@ -170,7 +171,7 @@ def file_size(path: Path) -> int:
 
 
 def file_format(path: Path) -> str:
-    """Format of a file by its name: .jsonl, .parquet, .csv or .tsv; .txt for any other name."""
+    """Format of a file, by its name: .jsonl, .parquet, .csv or .tsv; .txt for any other name."""
     packed = path.suffix.lower() in UNPACK
     suffix = Path(path.stem if packed else path.name).suffix.lower()
     return suffix if suffix in FORMATS else ".txt"
@@ -183,7 +184,7 @@ def unpacked(path: Path, file: BinaryIO) -> BinaryIO:
 
 @contextmanager
 def read_errors(path: Path) -> Iterator[None]:
-    """Turn the errors of reading a file into UserErrors."""
+    """Turn errors in reading a file into UserErrors."""
     try:
         yield
     except DAMAGE as error:
@@ -194,7 +195,7 @@ def read_errors(path: Path) -> Iterator[None]:
 
 
 def write_if_changed(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let write(file) fill a file. If its bytes stay the same, so does its time, and a preparation can resume."""
+    """Write a file with write(file). Unchanged content keeps its modification time, so that preparations can resume."""
     with whole(path) as new:
         with new.open("xb") as file:
             write(file)
@@ -213,7 +214,7 @@ def read_documents(
 
     A text file is one document. So is the text under text_key in a line of JSON or a row of Parquet or CSV. errors:
     strict, replace or ignore, as in bytes.decode. A carriage return, with or without a line break after it, becomes a
-    line break. skip_bad_lines: continue after a line or row that has no text. Otherwise a UserError names it.
+    line break. skip_bad_lines: skip lines and rows without text. Otherwise a UserError names the first.
     """
     form = file_format(path)
     with read_errors(path):
@@ -239,13 +240,13 @@ def read_documents(
 
 
 def text_of(record: object, text_key: str, errors: str) -> str:
-    """Text of a row, or of a line of JSON as bytes. Raises ValueError or RecursionError if it has none."""
+    """Text of a row, or of a line of JSON given as bytes. Raises ValueError or RecursionError if there is none."""
     if isinstance(record, bytes):
         record = parse_line(record, text_key, errors)
     if not isinstance(record, str):
-        content = f"{repr(record)[:60]}, which is not one text"
-        raise ValueError(f"under {text_key!r} is {content}")
-    # JSON can spell an unpaired surrogate, UTF-8 cannot encode it
+        content = f"{repr(record)[:60]}, not a single text"
+        raise ValueError(f"{text_key!r} is {content}")
+    # JSON can contain an unpaired surrogate, which UTF-8 cannot encode
     text = record.encode("utf-16", "surrogatepass").decode("utf-16", errors)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -254,15 +255,15 @@ def text_of(record: object, text_key: str, errors: str) -> str:
 def open_text(
     path: Path, errors: str, newline: str | None = None
 ) -> Iterator[tuple[io.TextIOWrapper, BinaryIO]]:
-    """Open a text file, unpacked. Yields it and the stored file; the position there is the number of bytes read."""
+    """Open a text file, decompressed. Yields it and the stored file, whose position is the number of bytes read."""
     with path.open("rb") as file:
         encoding = encoding_of(head(path))
         try:
             yield io.TextIOWrapper(unpacked(path, file), encoding, errors, newline), file
         except UnicodeDecodeError as error:
-            wrong = f"byte 0x{error.object[error.start]:02x} is no {error.encoding}"
+            wrong = f"byte 0x{error.object[error.start]:02x} is not valid {error.encoding}"
             raise BadFile(
-                f"{path}: {wrong}; convert it with iconv, or {ENCODING_HINT}",
+                f"{path}: {wrong}; convert the file with iconv, or {ENCODING_HINT}",
                 f"not {error.encoding}",
             ) from error
 
@@ -282,7 +283,7 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, int]]:
 
 
 def read_text_lines(path: Path, errors: str) -> Iterator[tuple[str, int]]:
-    """Read each line of a text file as (line, bytes of the file so far). errors as in read_documents."""
+    """Read each line of a text file as (line, bytes of the file so far). errors: as in read_documents."""
     for number, (line, read) in enumerate(read_lines(path), start=1):
         try:
             yield line.decode("utf-8", errors), read
@@ -314,7 +315,7 @@ def read_parquet(path: Path, text_key: str) -> Iterator[tuple[object, int]]:
 def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object, int]]:
     """Read each row of a CSV file as (value under text_key, bytes of the file so far).
 
-    The first line names the columns. The separator is the comma, semicolon or tab, whichever this line has most often.
+    The first line names the columns. The separator is a comma, semicolon or tab, whichever that line has most often.
     """
     csv.field_size_limit(2**31 - 1)
     with open_text(path, errors, newline="") as (text, file):
@@ -323,7 +324,7 @@ def read_table(path: Path, text_key: str, errors: str) -> Iterator[tuple[object,
         table = csv.DictReader(chain([header], text), delimiter=separator)
         check_column(path, text_key, table.fieldnames or [])
         for row in table:
-            # csv puts surplus cells under None; the text of such a row probably contains the separator
+            # csv stores surplus cells under None; the text of such a row probably contains the separator
             yield row.get(None, row[text_key]), file.tell()
 
 
@@ -343,14 +344,14 @@ def parse_line(line: bytes, text_key: str, errors: str) -> object:
     record = json.loads(text)
     if not isinstance(record, dict) or text_key not in record:
         raise ValueError(
-            "set --text_key to the key of the text, and write a chat as one text;"
-            f" it has no {text_key!r}, but {text[:100]!r}"
+            f"there is no key {text_key!r} in {text[:100]!r}; set --text_key to the key of the text;"
+            " a chat must be a single text"
         )
     return record[text_key]
 
 
 def pieces(parts: Iterable[tuple[str, int]]) -> Iterator[Piece]:
-    """Cut one document into pieces; an empty document has none. parts: from read_text."""
+    """Cut one document into pieces; an empty document has none. parts: as from read_text()."""
     text = ""
     start = 0
     read = 0
@@ -366,11 +367,11 @@ def pieces(parts: Iterable[tuple[str, int]]) -> Iterator[Piece]:
 
 
 def cut_position(text: str) -> int:
-    """Last position in the first PIECE characters at which a cut changes no token: before a space and a word.
+    """Last position in the first PIECE characters at which a cut changes no tokens: before a space and a word.
 
     All tokenizers start a token at a single space before a word, and the ones trained here also at a line break, so the
-    tokens of the pieces are the tokens of the document. If there is no such position, the cut is at PIECE. That changes
-    tokens but no text.
+    tokens of the pieces are the tokens of the document. If there is no such position, the cut is at PIECE. That may
+    change the tokens, but not the text.
     """
     for pattern, first in ((BEFORE_WORD, PIECE // 2), (ANY_BEFORE_WORD, 1)):
         ends = [match.start() for match in pattern.finditer(text, first, PIECE + 1)]

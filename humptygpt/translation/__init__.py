@@ -1,1 +1,1 @@
-"""Sentence pairs, beam search and scores of translations."""
+"""Sentence pairs, beam search and translation scores."""

@@ -1,4 +1,4 @@
-"""A model and sentences -> translations, by beam search or greedily, and their BLEU and chrF."""
+"""A model and sentences -> translations, by beam search or greedy search, and their BLEU and chrF scores."""
 
 import math
 from collections import defaultdict
@@ -18,7 +18,7 @@ BATCH = 64  # sentences translated at once
 class Translation(NamedTuple):
     ids: list[int]  # without the end-of-text token
     score: float  # log-probability / tokens^length_penalty
-    ended: bool  # False: there was no room for more
+    ended: bool  # False: cut off at the length limit
 
 
 def translate(
@@ -30,11 +30,11 @@ def translate(
 ) -> list[Translation]:
     """Translate sources, each an array of token ids that ends in eot. settings: passed to beam_search().
 
-    A batch has sentences of one length, so that none is padded.
+    The sentences of a batch have the same length, so no padding is needed.
     """
     if not model.has_cache:
         raise UserError(
-            "model.py cannot translate: with its cache it gives other logits than without"
+            "model.py cannot translate: its logits with the cache differ from those without it"
         )
     device = next(model.parameters()).device
     translations = {}
@@ -63,13 +63,13 @@ def beam_search(
     length_penalty: float = 1.0,
     max_new_tokens: int | None = None,
 ) -> list[Translation]:
-    """Find a translation of each source, (B, S) token ids that end in eot.
+    """Find a translation of each source. source: (B, S), token ids that end in eot.
 
-    At each step the num_beams best hypotheses of each sentence are extended. One that has ended stays as long as it is
-    among the best, and the best one that ever ended is the result. The score is the sum of log-probabilities /
-    tokens^length_penalty: 0 compares sums, 1 means, so that long translations are not at a disadvantage. With one beam
-    the search is greedy. A translation ends with eot, at max_new_tokens, or when block_size is full. Ids from
-    tokenizer_vocab_size on pad the model's vocabulary and are never chosen.
+    At each step the num_beams best hypotheses of each sentence are extended. A finished hypothesis is kept as long as
+    it is among the best, and the result is the best hypothesis that ever finished. The score is the sum of
+    log-probabilities / tokens^length_penalty: a penalty of 0 gives the sum; 1 gives the mean, so that long translations
+    are not at a disadvantage. With one beam the search is greedy. A translation ends with eot, at max_new_tokens, or
+    when block_size is full. Ids from tokenizer_vocab_size on only pad the model's vocabulary and are never chosen.
     Source: Sutskever et al. 2014, arXiv:1409.3215; the length penalty: Wu et al. 2016, arXiv:1609.08144, section 7.
     """
     cache, idx = begin(model, source, eot)
@@ -89,7 +89,7 @@ def beam_search(
         )
         ended = (ids == eot).any(dim=-1)
         highest, hypothesis = scores.masked_fill(~ended, -torch.inf).max(dim=1)
-        # the CPU waits for a GPU here, three times a step and for each better translation
+        # these copies make the CPU wait for the GPU: three times per step, plus once for each better translation
         hypotheses = zip(highest.tolist(), hypothesis.tolist(), strict=True)
         for row, (score, hypothesis) in enumerate(hypotheses):
             number = open_sentences[row]
@@ -116,7 +116,7 @@ def beam_search(
 
 
 def begin(model: nn.Module, source: Tensor, eot: int) -> tuple[Cache, Tensor]:
-    """Return a cache and the first tokens of the text that the model continues, (B, T)."""
+    """Create a cache. Returns it and the tokens that the model is to continue, (B, T)."""
     if model.has_encoder:
         return model.make_cache(source), torch.full_like(source[:, :1], eot)
     return model.make_cache(), source
@@ -133,13 +133,14 @@ def extend(
     """Extend the hypotheses of each sentence by one token, and keep the num_beams best, best first.
 
     ids: (n, k, T), k hypotheses of n sentences. log_prob: (n, k). logp: (n, k, V), log-probabilities of the next token.
-    Returns the new ids and log_prob, their scores and the hypotheses that they extend, each (n, num_beams).
+    Returns the new ids, (n, num_beams, T + 1), their log_prob and scores, and the indices of the hypotheses that they
+    extend, each (n, num_beams).
     """
-    # a hypothesis that has ended is extended by eot only, at no cost
+    # a finished hypothesis is extended only by eot, at no cost
     ended = (ids == eot).any(dim=-1)
     logp = logp.masked_fill(ended[..., None], -torch.inf)
     logp[..., eot].masked_fill_(ended, 0.0)
-    # including the new token, or the eot that ends the hypothesis
+    # counts the new token, or the eot that ends the hypothesis
     length = (ids != eot).sum(dim=-1, keepdim=True) + 1
     sums = log_prob[..., None] + logp
     scores = (sums / length**length_penalty).flatten(1)

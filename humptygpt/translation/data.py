@@ -1,4 +1,4 @@
-"""Token files of sentence pairs -> batches of pairs of similar lengths."""
+"""Token files of sentence pairs -> batches of pairs of similar length."""
 
 from collections.abc import Iterator
 
@@ -12,11 +12,11 @@ from humptygpt.token_files import how_to
 
 
 class PairDataset(Dataset):
-    """Sentence pairs, stored as `source eot target eot ...`. A batch has as many pairs of similar lengths as fit.
+    """Sentence pairs, stored as `source eot target eot ...`. Each batch holds as many pairs of similar length as fit.
 
     with_encoder: an encoder reads the source, and a decoder the target. Otherwise each pair is one text for a decoder,
-    and only the tokens of the target are predicted. A batch has at most batch_size * block_size tokens, including the
-    padding; with an encoder, each side has. Raises UserError if a pair is longer than block_size.
+    and only the tokens of the target are predicted. A batch has at most batch_size * block_size tokens, including
+    padding; with an encoder, this limit applies to each side. Raises UserError if a pair is longer than block_size.
     """
 
     task = "translation"
@@ -26,14 +26,14 @@ class PairDataset(Dataset):
         longest = max(int(self.lengths(pairs).max()) for pairs in self.pairs.values())
         if longest > self.block_size:
             raise UserError(
-                f"{self.folder} has a pair that takes {longest} tokens, more than block_size={self.block_size};"
-                f" take --block_size={longest}"
+                f"{self.folder} has a pair that needs {longest} tokens, more than block_size={self.block_size};"
+                f" use --block_size={longest}"
             )
         self.starts = {}  # {(split, batch_size): the result of batch_starts()}
-        self.epoch = (-1, None)  # the newest epoch: its number and the order of its pairs
+        self.epoch = (-1, None)  # the latest epoch: its number and the order of its pairs
 
     def find_pairs(self, split: str) -> np.ndarray:
-        """Find the start of each pair and the tokens of its source and of its target, including eot: (pairs, 3)."""
+        """Find the start of each pair and the lengths of its source and target in tokens, with eot: (pairs, 3)."""
         eots = [
             start + np.flatnonzero(ids == self.tokenizer.eot)
             for start, ids in self.chunks(split)
@@ -41,26 +41,27 @@ class PairDataset(Dataset):
         ends = np.concatenate([[-1], *eots])
         if len(ends) < 3 or len(ends) % 2 == 0 or ends[-1] != len(self.splits[split]) - 1:
             raise UserError(
-                f"{self.folder / split}.bin has no whole pairs; {how_to(self.folder)}"
+                f"{self.folder / split}.bin does not consist of complete pairs; {how_to(self.folder)}"
             )
         lengths = np.diff(ends)
         return np.stack([ends[:-1:2] + 1, lengths[::2], lengths[1::2]], axis=1)
 
     def lengths(self, pairs: np.ndarray) -> np.ndarray:
-        """Count the tokens of block_size that each pair takes."""
+        """Number of tokens of each pair that count towards block_size."""
         _, source, target = pairs.T
         return np.maximum(source, target) if self.with_encoder else source + target - 1
 
     def order(self, split: str, *tie_breaker: np.ndarray) -> np.ndarray:
-        """Sort the numbers of the pairs from short to long, pairs of equal lengths by tie_breaker."""
+        """Return the indices of the pairs, sorted from short to long, and by tie_breaker for equal lengths."""
         _, source, target = self.pairs[split].T
         if not self.with_encoder:
             return np.lexsort((*tie_breaker, source + target))
-        # sources get longer for one length of target and shorter for the next, so that neighbours are always alike
+        # from one target length to the next, sources are sorted by increasing and decreasing length in turn, so that
+        # neighbours always have similar lengths
         return np.lexsort((*tie_breaker, np.where(target % 2, source, -source), target))
 
     def batch_starts(self, split: str, batch_size: int) -> np.ndarray:
-        """Cut the pairs, in order of length, into batches: the start of each, and the end of the last.
+        """Cut the pairs, sorted by length, into batches. Returns the start of each batch, and the end of the last.
 
         The cuts are the same in all epochs.
         """
@@ -77,10 +78,10 @@ class PairDataset(Dataset):
         return self.starts[split, batch_size]
 
     def batch(self, index: int, batch_size: int) -> dict[str, Tensor]:
-        """Read training batch number index: source (B, S), padded with -1; idx and targets, (B, T); all int64.
+        """Read training batch `index`: source (B, S), padded with -1; idx and targets, (B, T); all int64.
 
-        Without an encoder, idx starts with the source instead. An epoch has each pair once: pairs of equal lengths are
-        shuffled, then the pairs are cut into batches, and the batches are shuffled.
+        Without an encoder, idx starts with the source instead. An epoch contains each pair once: pairs of equal lengths
+        are shuffled, then the pairs are cut into batches, and the batches are shuffled.
         """
         starts = self.batch_starts("train", batch_size)
         epoch, position = divmod(index, len(starts) - 1)
@@ -92,7 +93,7 @@ class PairDataset(Dataset):
         return self.pairs_batch("train", self.epoch[1][starts[number] : starts[number + 1]])
 
     def pairs_batch(self, split: str, numbers: np.ndarray) -> dict[str, Tensor]:
-        """Read the pairs with these numbers as a batch."""
+        """Read the pairs with these indices as a batch."""
         start, source, target = self.pairs[split][numbers].T
         # with an encoder, the decoder's text starts with the eot that ends the source; without one, it starts with the
         # whole source, whose other tokens are context and are not predicted
@@ -112,18 +113,18 @@ class PairDataset(Dataset):
     def val_batches(
         self, batch_size: int, eval_iters: int | None
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield the evaluation set, always the same: eval_iters batches over all lengths; None: the whole split."""
+        """Yield the fixed evaluation set: eval_iters batches that cover all lengths; None: the whole split."""
         for numbers in self.val_pairs(batch_size, eval_iters):
             yield self.pairs_batch("val", numbers)
 
     def val_pairs(self, batch_size: int, eval_iters: int | None) -> list[np.ndarray]:
-        """List the numbers of the pairs in each batch of the evaluation set."""
+        """List the indices of the pairs in each batch of the evaluation set."""
         batches = np.split(self.order("val"), self.batch_starts("val", batch_size)[1:-1])
         count = min(eval_iters or len(batches), len(batches))
         return [batches[int((i + 0.5) * len(batches) / count)] for i in range(count)]
 
     def texts(self, split: str, count: int | None = None) -> list[tuple[np.ndarray, str]]:
-        """Read count evenly spaced pairs: each source with its eot, int64 (S,), and the target as text. None: all."""
+        """Read `count` evenly spaced pairs, or all: each source with its eot, int64 (S,), and its target as text."""
         pairs = self.pairs[split]
         count = min(count or len(pairs), len(pairs))
         numbers = np.linspace(0, len(pairs) - 1, count).astype(int)
@@ -150,6 +151,6 @@ class PairDataset(Dataset):
         return len(self.batch_starts("val", batch_size)) - 1
 
     def val_bytes_per_token(self) -> float:
-        """Average number of UTF-8 bytes in a target token of the validation split."""
+        """Average number of UTF-8 bytes per target token of the validation split."""
         entry = self.meta["splits"]["val"]
         return entry["target_bytes"] / entry["target_tokens"]

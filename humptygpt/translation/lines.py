@@ -10,13 +10,13 @@ from humptygpt.config import note
 from humptygpt.tokenizers import Tokenizer
 from humptygpt.translation import beams
 
-AT_ONCE = 500  # lines that are translated before the first of them is returned
+AT_ONCE = 500  # lines translated together, before the first is returned
 
 
 def translate_lines(
     model: nn.Module, tokenizer: Tokenizer, lines: list[str], **search
 ) -> Iterator[str]:
-    """Translate line after line; an empty one stays empty. search: keyword arguments of beam_search()."""
+    """Translate each line; empty lines stay empty. search: keyword arguments for beam_search()."""
     firsts = range(0, len(lines), AT_ONCE)
     for first in tqdm(firsts, unit=f"{AT_ONCE} lines", delay=2, disable=None):
         batch = lines[first : first + AT_ONCE]
@@ -26,7 +26,7 @@ def translate_lines(
 def translate_batch(
     model: nn.Module, tokenizer: Tokenizer, lines: list[str], number: int, **search
 ) -> list[str]:
-    """Translate lines together; number: of the first line, for notes."""
+    """Translate lines together. number: line number of the first, for notes."""
     block_size = model.config.block_size
     # without an encoder, source and translation share the context; the last token of a source is end-of-text
     room = (block_size if model.has_encoder else block_size // 2) - 1
@@ -34,7 +34,7 @@ def translate_batch(
     for i, ids in enumerate(tokenizer.encode_batch(" ".join(x.split()) for x in lines)):
         if len(ids) > room:
             note(
-                f"line {number + i:,} has {len(ids):,} tokens; the first {room:,} are read"
+                f"line {number + i:,} has {len(ids):,} tokens; only the first {room:,} are read"
             )
         if len(ids):
             sources[i] = np.append(ids[:room], tokenizer.eot)
@@ -46,5 +46,5 @@ def translate_batch(
         # a model may write line breaks
         texts[i] = " ".join(tokenizer.decode(translation.ids).split())
         if not translation.ended:
-            note(f"line {number + i:,} has no room for more of its translation")
+            note(f"line {number + i:,}: the translation is cut off at the length limit")
     return texts

@@ -1,8 +1,8 @@
 """The original transformer: an encoder reads the source, and a decoder writes the target.
 
-It is two of the GPT's stacks. In the encoder each token of the source attends to all of them. The decoder's blocks have
-a third branch between attention and feed-forward, cross-attention, in which each token of the target attends to the
-encoder's output. Source: Vaswani et al. 2017, arXiv:1706.03762.
+It consists of two of the GPT's stacks. In the encoder each token of the source attends to all of them. The decoder's
+blocks have a third branch between attention and feed-forward, cross-attention, in which each token of the target
+attends to the encoder's output. Source: Vaswani et al. 2017, arXiv:1706.03762.
 
 Shapes: see model.py. Here S is the length of the source.
 """
@@ -25,7 +25,7 @@ from model import (
     attention_mask,
 )
 
-IN_THE_CACHE: Context = (None, (None, False))  # the cache has the keys and values
+IN_THE_CACHE: Context = (None, (None, False))  # the keys and values are in the cache
 
 
 class CrossLayerCache(LayerCache):
@@ -51,7 +51,7 @@ class CrossAttention(SelfAttention):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """context: (B, S, C). Returns keys and values, each (B, H, S, D), or fewer heads."""
+        """context: (B, S, C). Returns keys and values, each (B, H, S, D), or with fewer heads."""
         k = self.heads(self.k_proj(context))
         if self.qk_norm:
             k = self.qk_norm(k)
@@ -59,7 +59,7 @@ class CrossAttention(SelfAttention):
 
 
 class Cross:
-    """Adds cross-attention, a branch between the other two, to a kind of block."""
+    """Mixin that adds cross-attention to a kind of block, as a branch between the other two."""
 
     def make_attention(self, config: ModelConfig, layer: int) -> None:
         super().make_attention(config, layer)
@@ -114,10 +114,10 @@ class Transformer(GPT):
         cache: Cache | None = None,
         source: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """source: (B, S) token ids; shorter sources are padded with -1. A cache holds the source, so none is needed.
+        """source: (B, S) token ids; shorter sources are padded with -1. Omit it with a cache, which holds the source.
 
         idx: (B, T) token ids of the target so far, which follow those in the cache; the first is end-of-text. targets:
-        (B, T); a target of -1 does not count. Returns logits and loss as GPT does.
+        (B, T); targets of -1 are ignored. Returns logits and loss as GPT does.
         """
         context = IN_THE_CACHE if cache else self.encode(source)
         logits = self.head(self.decoder(self.wte(idx), cache, context=context))
@@ -128,14 +128,14 @@ class Transformer(GPT):
         return self.head(self.decoder(self.wte(idx), cache, context=IN_THE_CACHE)[:, -1])
 
     def encode(self, source: Tensor) -> Context:
-        """Run the encoder on a source as in forward. Returns its output, (B, S, C), and the mask of its padding."""
+        """Run the encoder on a source, as in forward(). Returns the output, (B, S, C), and the padding mask."""
         padding = source < 0
-        distance = torch.ones_like(source[:1])  # none is 0, a token's own
+        distance = torch.ones_like(source[:1])  # never 0, the distance of a token to itself
         mask = attention_mask(distance, causal=False, padding=padding)
         return self.encoder(self.wte(source.clamp(min=0)), padding=padding), mask
 
     def make_cache(self, source: Tensor) -> Cache:
-        """Make a cache that holds the sources, (B, S), all equally long, and has room for block_size target tokens."""
+        """Make a cache that holds the sources, (B, S), all of one length, with room for block_size target tokens."""
         assert (source >= 0).all(), "sources must be equally long"
         context, _ = self.encode(source)
         cache = Cache(self.config.n_layer, self.config.block_size)

@@ -23,14 +23,14 @@ from humptygpt.prepare.documents import SKIP_HINT, file_size, read_text_lines
 from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
 SLACK = 8  # tokens by which one side may always be longer, as in "Stop!" and "Halt, stehen bleiben!"
-DROPPED = {  # {reason: its words in the summary}
+DROPPED = {  # {reason: how the summary describes it}
     "too_long": "longer than {max_pair_tokens} tokens",
     "empty": "empty on one side",
     "lopsided": f"with a side longer than {{max_pair_ratio:g}} times the other plus {SLACK} tokens",
     "held_out": "held out",
 }
 
-LINE_RULE = "write a line as SOURCE, one tab, TARGET"
+LINE_RULE = "each line must be SOURCE, one tab, TARGET"
 # (split, (TSV file,) or (source file, target file)); split None: each pair's split is drawn
 PairFiles = list[tuple[str | None, tuple[Path, ...]]]
 
@@ -46,7 +46,7 @@ class Pair(NamedTuple):
 
 
 class Pairs:
-    """Files of sentence pairs, and the split of each pair. The interface is the one of corpus.Documents."""
+    """Files of sentence pairs, and the split of each pair. It has the same interface as corpus.Documents."""
 
     task = "translation"
     separated = True
@@ -56,7 +56,7 @@ class Pairs:
     def __init__(self, config, files: PairFiles, source: str):
         """Reads everything once, so that errors are reported before anything is written.
 
-        config: a resolved prepare_data.PrepareConfig. source: the name of the files in meta.json.
+        config: a resolved prepare_data.PrepareConfig. source: what meta.json calls the files.
         """
         self.config = config
         self.files = files
@@ -65,7 +65,7 @@ class Pairs:
         if config.held_out is not None:
             self.paths.append(Path(config.held_out))
         self.sizes = [sum(map(file_size, paths)) for _, paths in files]
-        # numbers of the files that are a given validation or test split
+        # indices of the files that the user gave as validation or test split
         self.given = [n for n, (split, _) in enumerate(files) if split in ("val", "test")]
         with_test = config.test_fraction or self.given
         self.splits = ("train", "val", "test") if with_test else ("train", "val")
@@ -78,10 +78,10 @@ class Pairs:
         self.val_below, self.test_below = self.survey()
 
     def survey(self) -> tuple[float, float]:
-        """Count the pairs to leave out. Returns two thresholds: draws below them are for validation and for test.
+        """Count the pairs to leave out. Returns the upper limits of draws for validation and for test.
 
-        For few pairs, the thresholds rise to the next draws, so that three different sources give three splits. Also
-        sets text_size, the bytes of UTF-8.
+        With few pairs, these limits are raised to include the next draws, so that three different sources are enough
+        for three splits. Also sets text_size, in bytes of UTF-8.
         """
         val = self.config.val_fraction
         test = self.config.test_fraction
@@ -107,10 +107,10 @@ class Pairs:
         return val_below, test_below
 
     def read_held_out(self) -> set[str]:
-        """Collect the normalised sentences that must not be trained on; none without the key held_out.
+        """Collect the normalised sentences to exclude from training. Without the key held_out, there are none.
 
-        They are the sentences in that file, the sources of given validation and test splits, and all that pairs connect
-        with them: their translations, other translations of these, and so on.
+        They are the sentences in that file, the sources of given validation and test splits, and everything connected
+        to them by pairs: their translations, other translations of those, and so on.
         """
         if self.config.held_out is None:
             return set()
@@ -130,7 +130,7 @@ class Pairs:
         return held_out
 
     def why_left_out(self, pair: Pair, number: int) -> str:
-        """Name the reason why a pair of a file is left out, or return "". A given split loses empty pairs only."""
+        """Explain why a pair of a file is left out, or return "". A given split loses only empty pairs."""
         if not all(pair.texts):
             return "empty"
         if not self.held_out or number in self.given:
@@ -138,7 +138,7 @@ class Pairs:
         return "" if self.held_out.isdisjoint(map(normalised, pair.texts)) else "held_out"
 
     def read(self, number: int) -> Iterator[Pair]:
-        """Read a pair from each line of files number; it may be empty."""
+        """Read one pair per line from self.files[number]. A pair may be empty."""
         _, paths = self.files[number]
         if len(paths) == 1:
             return read_tsv(
@@ -147,7 +147,7 @@ class Pairs:
         return read_aligned(*paths, self.config.encoding_errors)
 
     def assign(self, pair: Pair, number: int) -> list[tuple[str, Pair]]:
-        """Return (split, pair) for a pair of files number, or nothing if it is left out."""
+        """Return [(split, pair)] for a pair from self.files[number], or [] if it is left out."""
         if self.why_left_out(pair, number):
             return []
         if given := self.files[number][0]:
@@ -158,7 +158,7 @@ class Pairs:
         return [("test" if drawn < self.test_below else "train", pair)]
 
     def extra_meta(self, splits: dict[str, Counter], first_text: str) -> dict:
-        """Entries of meta.json that only pairs have. first_text: the start of the training split."""
+        """Entries of meta.json for pairs only. first_text: the start of the training split."""
         sides = first_text.split(END_OF_TEXT)[:-1]
         dropped = sum(splits.values(), self.left_out)
         return {
@@ -168,7 +168,7 @@ class Pairs:
         }
 
     def summary(self, meta: dict) -> dict[str, str]:
-        """Lines of the summary that only pairs have."""
+        """Lines of the summary for pairs only."""
         dropped = [
             f"{count:,} {DROPPED[why].format(**vars(self.config))}"
             for why, count in meta["dropped"].items()
@@ -187,17 +187,17 @@ class Pairs:
 
 
 def clean(text: str) -> str:
-    """Trim the text, and make each run of white space one space."""
+    """Trim the text, and collapse each run of whitespace into one space."""
     return " ".join(text.split())
 
 
 def normalised(text: str) -> str:
-    """Reduce a text to its words: texts that differ only in case, punctuation or white space become the same."""
+    """Reduce a text to its words: texts that differ only in case, punctuation or whitespace become identical."""
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text.casefold())))
 
 
 def read_tsv(path: Path, errors: str, skip_bad_lines: bool = False) -> Iterator[Pair]:
-    """Read SOURCE, a tab, TARGET on each line. A blank line is an empty pair; with skip_bad_lines, so is a bad line."""
+    """Read lines of SOURCE, a tab, TARGET. A blank line is an empty pair; with skip_bad_lines, so is a bad line."""
     for number, (line, read) in enumerate(read_text_lines(path, errors), start=1):
         sides = line.split("\t")
         if len(sides) != 2:
@@ -209,12 +209,14 @@ def read_tsv(path: Path, errors: str, skip_bad_lines: bool = False) -> Iterator[
 
 
 def read_aligned(source: Path, target: Path, errors: str) -> Iterator[Pair]:
-    """Read the pairs of two files with a sentence per line. Raises UserError if one has more lines."""
+    """Read pairs from two files with one sentence per line. Raises UserError if one file has more lines."""
     lines = zip_longest(read_text_lines(source, errors), read_text_lines(target, errors))
     for both in lines:
         if None in both:
-            rule = "each line must be the translation of the other's"
-            raise UserError(f"{source} has not as many lines as {target}; {rule}")
+            rule = "each line must translate the same line in the other file"
+            raise UserError(
+                f"{source} and {target} differ in their number of lines; {rule}"
+            )
         (source_line, read), (target_line, also_read) = both
         yield Pair(clean(source_line), clean(target_line), read + also_read)
 
@@ -233,8 +235,8 @@ def encode_pairs(
 ) -> tuple[list[np.ndarray], Counter]:
     """Encode pairs of one split. Returns their token ids and counts.
 
-    The splits in `cleaned` lose pairs with a side, end-of-text included, over max_tokens, or over max_ratio times the
-    other side plus SLACK.
+    In the splits in `cleaned`, a pair is dropped if one side, including end-of-text, is longer than max_tokens, or
+    longer than max_ratio times the other side plus SLACK.
     """
     ids = []
     counted = Counter()

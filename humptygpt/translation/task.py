@@ -1,4 +1,4 @@
-"""The task of translation: the examples and the score that a run shows."""
+"""The translation task: the examples and the score that a run shows."""
 
 from torch import nn
 
@@ -51,5 +51,5 @@ TRANSLATION = Task(
     sample_label="translate",
     sample_command='python sample.py {} --start="..."',
     card_prompt="Ein Mann schläft.",
-    card_note="It translates: after a sentence and the end-of-text token, it writes the translation.",
+    card_note="It translates: given a sentence and the end-of-text token, it writes the translation.",
 )

@@ -22,14 +22,14 @@ class WindowConfig(ModelConfig):
             )
         if self.model == "number_mlp" and self.n_embd != 1:
             raise ValueError(
-                f"n_embd={self.n_embd} must be 1: model=number_mlp gives each token a single number"
+                f"n_embd={self.n_embd} must be 1: model=number_mlp represents each token by a single number"
             )
 
 
 class NumberEmbedding(nn.Module):
     """Each token is a single number, and nothing is trained: the first token is 1 / V, the second 2 / V, the last 1.
 
-    No token is 0, because 0 stands for no token.
+    No token is 0, because 0 means that there is no token.
     """
 
     def __init__(self, vocab_size: int, n_embd: int):
@@ -42,11 +42,11 @@ class NumberEmbedding(nn.Module):
 
 
 class WindowMLP(nn.Module):
-    """A feed-forward network that reads the newest `window` tokens side by side and predicts the next one.
+    """A feed-forward network that reads the last `window` tokens side by side and predicts the next one.
 
-    It does so at every position of a text. Before the first token the window is filled with zeros, in training and in
-    use, so block_size should be several times the window. There are n_layer hidden layers of n_hidden neurons, by
-    default one neuron for each input.
+    It does so at every position of a text. Before the first token, the window is filled with zeros, in training and
+    generation, so block_size should be several times the window. There are n_layer hidden layers of n_hidden neurons,
+    by default one neuron for each input.
     Source: Bengio et al. 2003, "A neural probabilistic language model".
     """
 
@@ -54,7 +54,7 @@ class WindowMLP(nn.Module):
     embedding = nn.Embedding
     tasks = ("language modelling",)
     has_encoder = False
-    has_cache = False  # neighbouring windows have only their embeddings in common
+    has_cache = False  # neighbouring windows share only their embeddings
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -73,9 +73,9 @@ class WindowMLP(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draw matrices with standard deviation 1 / sqrt(inputs), which keeps the variance of activations.
+        """Draw matrices with standard deviation 1 / sqrt(inputs), which preserves the variance of activations.
 
-        The head is 0, so that all tokens are equally likely.
+        The head starts at 0, so that all tokens are equally likely.
         """
         for layer in self.layers:
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
@@ -87,7 +87,7 @@ class WindowMLP(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """idx: (B, T) token ids. targets: (B, T); a target of -1 does not count.
+        """idx: (B, T) token ids. targets: (B, T); targets of -1 are ignored.
 
         Returns logits (B, T, V) and the mean cross-entropy in nats, or None without targets.
         """
@@ -110,7 +110,7 @@ class WindowMLP(nn.Module):
     def generate(
         self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0
     ) -> Tensor:
-        """Continue idx, (B, T) with T >= 1, by sampled tokens. Returns (B, T + max_new_tokens)."""
+        """Continue idx, (B, T) with T >= 1, with sampled tokens. Returns (B, T + max_new_tokens)."""
         for _ in range(max_new_tokens):
             probabilities = (self.next_logits(idx).float() / temperature).softmax(dim=-1)
             idx = torch.cat([idx, torch.multinomial(probabilities, 1)], dim=1)
@@ -118,6 +118,6 @@ class WindowMLP(nn.Module):
 
 
 class NumberMLP(WindowMLP):
-    """A WindowMLP without an embedding: a token is its own number."""
+    """A WindowMLP without a learned embedding: each token is represented by its number."""
 
     embedding = NumberEmbedding
