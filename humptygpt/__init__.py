@@ -1,1 +1,1 @@
-"""The library of HumptyGPT: files that every run uses, and a folder for each other capability."""
+"""The HumptyGPT library: modules that every run uses, plus a subpackage for each additional capability."""

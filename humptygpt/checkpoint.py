@@ -1,6 +1,6 @@
-"""Checkpoints: tensors and plain data, written whole or not at all, checked when they are read. They never run code.
+"""Checkpoints: tensors and plain data, written atomically and checked when read. Reading one never runs code.
 
-This module owns their schema, and no other one turns a checkpoint into a model.
+This module owns their schema and is the only one that turns a checkpoint into a model.
 """
 
 import os
@@ -22,8 +22,8 @@ from humptygpt.tasks import build_on_meta, config_class, model_class
 from model import GPT, ModelConfig
 
 READ_SHARDED = "humptygpt.parallel.sharded:read"
-SHARDED = ".metadata"  # the file that makes a folder a sharded checkpoint
-FORMAT = "gpt checkpoint 3"  # a change of the schema gets a new number
+SHARDED = ".metadata"  # a folder with this file is a sharded checkpoint
+FORMAT = "gpt checkpoint 3"  # the number increases whenever the schema changes
 CONFIG = {str: (int, float, bool, str, None)}
 SCALER = dict.fromkeys(("scale", "growth_factor", "backoff_factor"), float)
 SCALER |= dict.fromkeys(("growth_interval", "_growth_tracker"), range(2**31))
@@ -37,7 +37,7 @@ SCHEMA = {
     "format": str,
     "train_config": CONFIG,
     "model_config": CONFIG,
-    "tokenizer": dict,  # as from Tokenizer.state()
+    "tokenizer": dict,  # from Tokenizer.state()
     "task": str,
     "data": {"source": str, "identity": {str: (int, str)}, "command?": str},
     "progress": PROGRESS,
@@ -49,21 +49,21 @@ SCHEMA = {
 
 
 def save(path: Path, entries: dict) -> None:
-    """Write a checkpoint. entries: all of SCHEMA except the format."""
-    from humptygpt.files import remove, write_whole  # here, since most scripts only read
+    """Write a checkpoint. entries: everything in SCHEMA except the format."""
+    from humptygpt.files import remove, write_whole  # late import: most scripts only read
 
     state = {"format": FORMAT, **entries}
     check_schema(state, SCHEMA)
     write_whole(path, lambda file: torch.save(state, file))
-    for folder in sharded_folders(path):  # the checkpoint before this one
+    for folder in sharded_folders(path):  # the previous checkpoint, if it was sharded
         remove(folder)
 
 
 def read(path: Path, with_tensors: bool = True) -> dict:
-    """Return the checked entries of a checkpoint, on the CPU. Whoever resumes has to check the optimizer state.
+    """Load a checkpoint onto the CPU and check its entries. A caller that resumes must check the optimizer state.
 
-    with_tensors=False leaves the tensors of a sharded checkpoint unread, on the meta device.
-    Raises UserError for a file that is missing, damaged, not a checkpoint, or would run code.
+    with_tensors=False does not read the tensors of a sharded checkpoint; they stay on the meta device.
+    Raises UserError if the file is missing or damaged, is not a checkpoint, or would run code.
     """
     path = stored(path)
     device = "cpu" if with_tensors or not is_sharded(path) else "meta"
@@ -75,9 +75,9 @@ def read(path: Path, with_tensors: bool = True) -> dict:
 
 
 def find_checkpoint(out_dir: Path, which: str) -> Path:
-    """Return the path of a run's best.pt, or its ckpt.pt if which is "latest" or there is no best.pt yet.
+    """Return the path of a run's best.pt, or of its ckpt.pt if `which` is "latest" or there is no best.pt yet.
 
-    out_dir: the run's folder; a checkpoint is returned as it is.
+    out_dir: the run's folder, or a checkpoint, which is returned unchanged.
     """
     if out_dir.suffix == ".pt" or os.path.isfile(out_dir) or is_sharded(out_dir):
         return out_dir
@@ -86,23 +86,23 @@ def find_checkpoint(out_dir: Path, which: str) -> Path:
     if which == "best":
         if os.path.exists(best) or not os.path.exists(latest):
             return best
-        note(f"there is no best.pt yet; taking {latest}")
+        note(f"there is no best.pt yet; using {latest}")
     return latest
 
 
 def is_sharded(path: Path) -> bool:
-    """True if this is the folder of a sharded checkpoint."""
+    """True if path is the folder of a sharded checkpoint."""
     return (path / SHARDED).exists()
 
 
 def sharded_folders(path: Path) -> list[Path]:
-    """Return the folders of sharded checkpoints that were saved in place of path, such as ckpt for ckpt.pt."""
-    # the second one is there if its replacement was interrupted
+    """Return the folders of sharded checkpoints that were saved instead of `path`, such as ckpt for ckpt.pt."""
+    # the .old folder exists only if replacing it was interrupted
     return [*filter(is_sharded, (path.with_suffix(""), path.with_suffix(".old")))]
 
 
 def stored(path: Path) -> Path:
-    """Return path, such as ckpt.pt, or the folder of a sharded checkpoint, such as ckpt, whichever is later."""
+    """Return `path`, such as ckpt.pt, or the folder of a sharded checkpoint, such as ckpt, whichever is newer."""
     folders = sharded_folders(path)
     if path.suffix != ".pt" or not folders:
         return path
@@ -123,7 +123,7 @@ def check_there(path: Path) -> None:
 
 
 def suggest_run(out_dir: Path) -> str:
-    """Suggest the run that was probably meant by a folder that has none, or how to train one: "; ..."."""
+    """If a folder has no run, suggest the one that was probably meant, or how to train one. Returns "; ..."."""
     runs = [*out_dir.glob("*/ckpt.pt"), *Path("out", out_dir.name).glob("ckpt.pt")]
     if runs:
         newest = max(runs, key=lambda path: path.stat().st_mtime).parent
@@ -134,33 +134,33 @@ def suggest_run(out_dir: Path) -> str:
 
 
 # --------------------------------------------------------------------------------------
-# Reading a file of torch.save: its checksums are checked, and code in it is not run
+# Reading a torch.save file: checksums are verified, and code in it is never run
 
 
 def load_plain(path: Path, mapped: bool = False, legacy: bool = False) -> object:
-    """Return the content of a file of torch.save, on the CPU. Raises an Exception if it is corrupt or would run code.
+    """Load a torch.save file onto the CPU. Raises some Exception if it is corrupt or would run code.
 
-    mapped: tensors stay in the file until they are used. legacy: also read files of PyTorch before 1.6, which are not
+    mapped: tensors stay in the file until they are used. legacy: also read files from PyTorch before 1.6, which are not
     zip files and have no checksums.
     """
     in_records = not legacy or zipfile.is_zipfile(path)
     sizes = check_records(path) if in_records else []
     with warnings.catch_warnings():
-        # torch says more than one line about a foreign pickle
+        # torch prints several lines about a pickle that it did not write
         warnings.simplefilter("ignore")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    # torch would map what follows a record that is too short
+    # if a record is too short, torch would map the bytes after it
     if mapped and in_records and storage_sizes(content) != sizes:
-        raise ValueError("a record has another size than its tensor")
+        raise ValueError("a record and its tensor differ in size")
     return content
 
 
 def check_records(path: Path) -> list[int]:
-    """Compare all checksums, and return the sizes in bytes of the tensors' records, sorted, without empty ones."""
+    """Verify all checksums, and return the sizes in bytes of the non-empty tensor records, sorted."""
     with zipfile.ZipFile(path) as file:
         records = file.infolist()
         damaged = file.testzip() is not None
-    # torch.load takes a record that is marked as a directory for an empty one, and leaves its tensor uninitialized
+    # torch.load treats a record that is marked as a directory as empty, and leaves its tensor uninitialized
     if damaged or any(info.external_attr & 0x10 for info in records):
         raise ValueError("a record is damaged")
     sizes = (info.file_size for info in records if "/data/" in info.filename)
@@ -168,7 +168,7 @@ def check_records(path: Path) -> list[int]:
 
 
 def storage_sizes(content: object) -> list[int]:
-    """Return the sizes in bytes of the storages of all tensors, sorted, without empty ones."""
+    """Return the sizes in bytes of all non-empty tensor storages, sorted."""
     storages = {}
     remaining = [content]
     while remaining:
@@ -185,7 +185,7 @@ def storage_sizes(content: object) -> list[int]:
 
 @contextmanager
 def refuse_damaged(path: Path, problem: str = "") -> Iterator[None]:
-    """Turn any error of the block into a UserError: zip, pickle and torch raise many kinds for a corrupt file."""
+    """Turn any error in the block into a UserError, because zip, pickle and torch raise many kinds of errors."""
     try:
         yield
     except Exception as error:
@@ -200,7 +200,7 @@ def refuse_damaged(path: Path, problem: str = "") -> Iterator[None]:
 
 
 def read_plain(path: Path, mapped: bool = False, with_tensors: bool = True) -> object:
-    """Return the content of a file or of a sharded checkpoint, unchecked. Raises UserError as read() does.
+    """Read a checkpoint, sharded or not, without checking its content. Raises UserError as read() does.
 
     mapped: tensors stay in the file until they are used. Changing them does not change the file.
     """
@@ -214,14 +214,14 @@ def read_plain(path: Path, mapped: bool = False, with_tensors: bool = True) -> o
 
 
 def check(path: Path, saved: object, device: str = "cpu") -> dict:
-    """Check the content of a file, and return its entries. device: where its tensors are. Raises UserError."""
+    """Check the content of a checkpoint and return its entries. device: the tensors' device. Raises UserError."""
     entries = saved if isinstance(saved, dict) else {}
     if "model_args" in entries:
         source = shlex.quote(f"--init_from={path}")
-        raise UserError(f"{path} is a checkpoint of nanoGPT; start from it by {source}")
+        raise UserError(f"{path} is a nanoGPT checkpoint; to start from it, use {source}")
     if entries.get("format") != FORMAT:
         raise UserError(
-            f"{path} is not a checkpoint of this version, whose format is {FORMAT!r}"
+            f"{path} is not a checkpoint from this version, whose format is {FORMAT!r}"
         )
     with refuse(f"{path} is damaged: "):
         check_schema(saved, SCHEMA)
@@ -237,8 +237,8 @@ def check(path: Path, saved: object, device: str = "cpu") -> dict:
 
 
 def refuse_other_code(path: Path) -> AbstractContextManager:
-    """Turn a ValueError of the block into a UserError: the file is whole, but was written by other code."""
-    return refuse(f"{path} was written by other code: ")
+    """Turn a ValueError in the block into a UserError: the file is intact, but was written by different code."""
+    return refuse(f"{path} was written by different code: ")
 
 
 def lacks_tensors(saved: dict) -> bool:
@@ -247,7 +247,7 @@ def lacks_tensors(saved: dict) -> bool:
 
 
 def modernize(saved: dict) -> None:
-    """Rename and add settings in a checkpoint of an earlier version."""
+    """Rename and add settings in a checkpoint from an earlier version."""
     config = saved["model_config"]
     config.setdefault("mlp_conv", 0)
     for key in config.keys() & {"lora_rank", "lora_alpha", "lora_targets"}:
@@ -257,21 +257,24 @@ def modernize(saved: dict) -> None:
 
 
 def check_content(saved: dict, tokens: int) -> ModelConfig:
-    """Return the model's config. tokens: size of the vocabulary. Raises ValueError or UserError for other code's."""
+    """Check settings, task and progress, and return the model's config. tokens: size of the tokenizer's vocabulary.
+
+    Raises ValueError or UserError if they do not fit this code.
+    """
     for key, value in saved["train_config"].items():
         if type(value) is str and not value.isprintable():
-            raise ValueError(f"{key} must have no control characters")
+            raise ValueError(f"{key} must not contain control characters")
     cls = config_class(saved["model_config"])
     config = configurator.restore(cls, saved["model_config"])
     if config.vocab_size is None or tokens > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokens} tokens, but the model {config.vocab_size}"
+            f"the tokenizer has {tokens} tokens, but the model has {config.vocab_size}"
         )
     if saved["task"] not in model_class(config.model).tasks:
-        raise ValueError(f"model={config.model} is not for task={saved['task']}")
+        raise ValueError(f"model={config.model} does not support task={saved['task']}")
     progress = saved["progress"]
     if unknown := progress.keys() - {key.rstrip("?") for key in PROGRESS}:
-        raise ValueError(f"it has progress.{min(unknown)}, which this code lacks")
+        raise ValueError(f"it has progress.{min(unknown)}, which this code does not know")
     for key in ("seconds", "run_seconds", "position"):
         if not 0 <= progress.get(key, 0) < 1e9:
             raise ValueError(f"progress has {key}={progress[key]}")
@@ -286,25 +289,25 @@ def build_like(
     weights: dict[str, Tensor],
     training: dict | None = None,
 ) -> nn.Module:
-    """Build the model of a file on the meta device. what: the file. training: as in build_on_meta().
+    """Build the model that a file describes, on the meta device. what: the file. training: as in build_on_meta().
 
-    Raises UserError for absurd sizes, before something huge is built. An error in a model's own code passes.
+    Raises UserError for absurd sizes, before anything huge is built. An error in a model's own code is not caught.
     """
     shapes = [x.shape for x in weights.values() if not x.is_nested]
-    sizes = {1}.union(*shapes)  # 1: a model of numbers has no embedding
+    sizes = {1}.union(*shapes)  # 1: number_mlp has no embedding
     try:
         if config.n_layer <= len(weights) and config.n_embd in sizes:
             return build_on_meta(config, training)
     except RuntimeError as error:
-        if "overflow" not in str(error):  # torch's, for a tensor with too many elements
+        if "overflow" not in str(error):  # from a tensor with too many elements
             raise
     raise UserError(
-        f"cannot read {what}: n_layer={config.n_layer} and n_embd={config.n_embd} do not describe its weights"
+        f"cannot read {what}: n_layer={config.n_layer} and n_embd={config.n_embd} do not match its weights"
     )
 
 
 def check_weights(weights: dict[str, Tensor], model: nn.Module, device: str) -> None:
-    """Raise ValueError unless these are the weights of this model."""
+    """Raise ValueError unless these weights fit this model."""
     check_tensors("the parameter ", weights, model.state_dict(), device)
     first_names: dict[nn.Parameter, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -317,11 +320,11 @@ def check_weights(weights: dict[str, Tensor], model: nn.Module, device: str) -> 
 def check_tensors(
     entry: str, tensors: dict[str, Tensor], like: dict[str, Tensor], device: str
 ) -> None:
-    """Raise ValueError if names, shapes, dtypes, layouts or devices differ. entry: goes before a name."""
+    """Raise ValueError if names, shapes, dtypes, layouts or devices differ. entry: prefix for names."""
     if unknown := tensors.keys() - like.keys():
-        raise ValueError(f"it has {entry}{min(unknown)}, which this code lacks")
+        raise ValueError(f"it has {entry}{min(unknown)}, which this code does not know")
     if missing := like.keys() - tensors.keys():
-        raise ValueError(f"it lacks {entry}{min(missing)}, which this code has")
+        raise ValueError(f"it lacks {entry}{min(missing)}, which this code needs")
     for name, tensor in tensors.items():
         strided = tensor.layout == torch.strided and not tensor.is_nested
         dense = strided and tensor.is_contiguous()
@@ -339,7 +342,7 @@ def check_tensors(
 def restore_model(
     weights: dict[str, Tensor], config: ModelConfig, training: dict | None = None
 ) -> nn.Module:
-    """Return a model on the CPU whose parameters are these very tensors, so that nothing is in memory twice.
+    """Return a model on the CPU that uses these very tensors as parameters, so that nothing is in memory twice.
 
     training: as in build_on_meta().
     """

@@ -1,4 +1,4 @@
-"""A GPT whose step of one token is compiled, with a cache whose length is a tensor. Source: gpt-fast.
+"""A GPT with a compiled single-token step, and a cache whose length is a tensor. Source: gpt-fast.
 
 Shapes: see model.py.
 """
@@ -12,13 +12,14 @@ from model import GPT, Cache, LayerCache
 
 
 class StaticLayerCache(LayerCache):
-    """The buffers of a layer at fixed addresses. The position at which a token is written is a tensor."""
+    """One layer's cache buffers, at fixed addresses. The position to write to is a tensor."""
 
     def __init__(self, layer: LayerCache):
         super().__init__(layer.size)
         self.k = layer.k
         self.v = layer.v
-        if layer.last_inputs is not None:  # after a prompt, a slice of its inputs
+        # after a prompt, this is a slice of the prompt's inputs
+        if layer.last_inputs is not None:
             layer.last_inputs = layer.last_inputs.contiguous()
         self.buffer = layer.last_inputs
 
@@ -39,7 +40,7 @@ class StaticLayerCache(LayerCache):
 
 
 class StaticCache(Cache):
-    """A cache whose length is a tensor, so that one graph serves all lengths. Masks hide the part not yet written."""
+    """A cache whose length is a tensor, so that one graph serves every length. A mask hides the unwritten part."""
 
     def __init__(self, cache: Cache, B: int, device: torch.device):
         self.size = cache.size
@@ -54,9 +55,9 @@ class StaticCache(Cache):
 
 
 class CompiledGPT(nn.Module):
-    """A GPT whose step of one token is compiled. Prompts go through the model as it is.
+    """A GPT with a compiled single-token step. Prompts go through the uncompiled model.
 
-    On CUDA, the kernels of a step are replayed as one CUDA graph, so that the CPU does not launch each of them.
+    On CUDA, a step's kernels are replayed as one CUDA graph, so that the CPU does not launch them one by one.
     """
 
     has_cache = True
@@ -71,15 +72,15 @@ class CompiledGPT(nn.Module):
         )
 
     def make_cache(self, size: int | None = None) -> Cache:
-        """Return an empty cache with room for block_size tokens: one shape for all texts."""
+        """Return an empty cache for block_size tokens, whatever `size` is, so that all texts share one shape."""
         return self.model.make_cache()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple:
-        """Compute GPT.forward."""
+        """Same as GPT.forward."""
         return self.model(idx, targets)
 
     def next_logits(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """Compute GPT.next_logits; a single token that follows others takes the compiled step."""
+        """Same as GPT.next_logits. If the cache is not empty, a single token uses the compiled step."""
         if idx.shape[1] > 1 or not cache or not cache.length:
             return self.model.next_logits(idx, cache)
         static = StaticCache(cache, len(idx), idx.device)
@@ -89,15 +90,15 @@ class CompiledGPT(nn.Module):
                     if buffer is not None:
                         torch._dynamo.mark_static_address(buffer, guard=False)
         try:
-            # another stride, or a tensor made outside of inference mode, would be compiled for once more
+            # a different stride, or a tensor created outside inference mode, would trigger a recompile
             token = idx.clone(memory_format=torch.contiguous_format)
             logits = self.step(token, static)
         except Exception as error:  # compilers fail in as many ways as there are machines
             if self.step == self.model.next_logits or is_out_of_memory(error):
                 raise
             reason = str(error).strip().partition("\n")[0]
-            note(f"torch.compile fails here ({reason}); generating uncompiled")
+            note(f"torch.compile failed ({reason}); generating without it")
             self.step = self.model.next_logits
             logits = self.step(idx, static)
         cache.length += 1
-        return logits.clone()  # the next replay of a CUDA graph overwrites it
+        return logits.clone()  # the next CUDA graph replay overwrites the original

@@ -3,7 +3,7 @@
     python train.py config/a.py config/b.py --learning_rate=1e-3
 
 A config file is plain Python, `key = value  # why`. Files and keys apply from left to right, so the last one wins. The
-keys of a script are the fields of its dataclasses, and the comment behind a field is its help:
+keys of a script are the fields of its dataclasses, and the comment after a field is its help text:
 
     n_head: int = 4  # attention heads in a block
 
@@ -31,23 +31,23 @@ from humptygpt.schema import parse_json
 
 CONFIGS = Path(__file__).parent.parent / "config"
 Fields = dict[str, dataclasses.Field]  # {key: its field} of one or more config classes
-# type of a key that takes several texts: --key=ONE --key=ANOTHER
+# type of a key that can be repeated: --key=ONE --key=ANOTHER
 TEXTS = tuple[str, ...]
-find = pkgutil.resolve_name  # imports the object that a table names, such as "model:GPT"
+find = pkgutil.resolve_name  # imports an object by its name in a table, such as "model:GPT"
 
 
 class UserError(Exception):
     """A mistake that the user can fix. It is shown as one line: the value, the rule, the fix.
 
-    It is no ValueError, so `except ValueError` does not wrap a message that is complete already.
+    It is not a ValueError, so `except ValueError` does not wrap a message that is already complete.
     """
 
 
 @contextmanager
 def refuse(start: str = "") -> Iterator[None]:
-    """Turn a ValueError or UserError of the block into a UserError whose message begins with `start`.
+    """Turn a ValueError or UserError in the block into a UserError whose message begins with `start`.
 
-    The block must not call code that users write, except for the validation of settings: a bug keeps its traceback.
+    The block must not call user-written code other than the validation of settings, so that a bug keeps its traceback.
     """
     try:
         yield
@@ -61,7 +61,7 @@ def one_line(error: BaseException | str) -> str:
 
 
 def note(text: str) -> None:
-    """Print to stderr something unexpected that needs no fix. Only the first of several processes prints."""
+    """Print a note about something unexpected that needs no fix to stderr. With several processes, only rank 0 does."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {text}", file=sys.stderr)
 
@@ -79,11 +79,11 @@ def make(cls: type, values: dict[str, object]):
 
 
 def restore(cls: type, values: dict[str, object]):
-    """Make a config from the values in a file: every key must be known and have its type. Raises UserError."""
+    """Make a config from the values in a file: every key must be known and have the right type. Raises UserError."""
     fields = fields_of(cls)
     for name, value in values.items():
         if name not in fields:
-            raise UserError(f"it has the key {name}, which this code lacks")
+            raise UserError(f"it has the key {name}, which this code does not know")
         convert(name, value, fields[name].type)
     return make(cls, values)
 
@@ -93,7 +93,7 @@ def fields_of(*classes: type) -> Fields:
 
 
 def check_choices(config: object) -> None:
-    """Raise ValueError if a key that names a variant names none that exists."""
+    """Raise ValueError if a key names a variant that does not exist."""
     for name, choices in config.choices().items():
         value = getattr(config, name, None)
         if value is not None and value not in choices:
@@ -101,7 +101,7 @@ def check_choices(config: object) -> None:
 
 
 def check_least(config: object, least: float, *names: str) -> None:
-    """Raise ValueError unless each of these numbers is at least this large and finite. None passes."""
+    """Raise ValueError unless each of these numbers is finite and at least `least`. None passes."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not least <= value < float("inf"):
@@ -127,9 +127,9 @@ def check_fraction(config: object, *names: str) -> None:
 def in_vain(
     given: Collection[str], settings: dict, table: dict[str, tuple[str, tuple]]
 ) -> dict[str, str]:
-    """Find the given keys that have no effect in these settings. Returns {key: why}.
+    """Find the given keys that have no effect with these settings. Returns {key: why}.
 
-    table: {key: (another key, the values of the other key with which the first has no effect)}.
+    table: {key: (another key, the values of the other key for which the first has no effect)}.
     """
     return {
         key: f"{key}={settings[key]} has no effect with {other}={settings[other]}"
@@ -145,10 +145,10 @@ def in_vain(
 def read(
     argv: list[str], *classes: type, positional: str | None = None
 ) -> dict[str, object]:
-    """Read config files and --key=value. Returns {key: value} of the keys that the user set. Raises UserError.
+    """Read config files and --key=value. Returns {key: value} for the keys that the user set. Raises UserError.
 
-    positional: the key that a bare argument sets, or adds to if the key takes several texts. None: a bare argument is
-    a config file. If --help is among the arguments, prints the help and exits.
+    positional: the key that a bare argument sets, or adds to if the key can be repeated. None: a bare argument is a
+    config file. If --help is among the arguments, prints the help and exits.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(*classes, positional=positional))
@@ -166,7 +166,7 @@ def read(
             value = given.get(name, ()) + value
         elif name == positional and name in given:
             both = f"{given[name]} and {value}"
-            raise UserError(f"{name} is given twice, as {both}; leave one out")
+            raise UserError(f"{name} is given twice, as {both}; give only one")
         given[name] = value
     return given
 
@@ -182,7 +182,7 @@ def read_option(argument: str, fields: Fields) -> tuple[str, object]:
 
 
 def check_key(name: str, fields: Fields, where: str = "") -> None:
-    """Raise UserError if no field has this name. where: the beginning of the message."""
+    """Raise UserError if no field has this name. where: prefix of the message."""
     if name in fields:
         return
     near = nearest(name, fields)
@@ -198,7 +198,7 @@ def kinds_of(hint: object) -> tuple[type, ...]:
 
 
 def parse(name: str, text: str, hint: object) -> object:
-    """Convert the text behind --key= to a value: the text itself if the key takes text, else a Python literal."""
+    """Convert the text after --key= to a value: the text itself if the key takes text, else a Python literal."""
     kinds = kinds_of(hint)
     if text == "None" and types.NoneType in kinds:
         return None
@@ -216,19 +216,20 @@ def parse(name: str, text: str, hint: object) -> object:
 
 
 def convert(name: str, value: object, hint: object) -> object:
-    """Convert a value to a type that its key takes. Raises UserError if it has another type.
+    """Convert a value to a type that its key accepts. Raises UserError if it has a different type.
 
-    A whole number becomes a float, and True is not a number. A ~ that the shell left becomes the home folder.
+    For a float key, an int becomes a float. A bool is not a number. A ~ that the shell did not expand becomes the home
+    folder.
     """
     kinds = kinds_of(hint)
     if type(value) is int and abs(value) >= 2**63:
-        raise UserError(f"{name} must be a number of at most 64 bits")
+        raise UserError(f"{name} must be a number that fits in 64 bits")
     if float in kinds and type(value) is int:
         return float(value)
     if type(value) not in kinds:
         raise UserError(f"{name}={value!r} must be {inspect.formatannotation(hint)}")
     if isinstance(value, str) and value.startswith("~/"):
-        return os.path.expanduser(value)  # noqa: PTH111, since a pathlib.Path loses the end of "folder/"
+        return os.path.expanduser(value)  # noqa: PTH111, since pathlib.Path drops the slash of "folder/"
     return value
 
 
@@ -237,9 +238,9 @@ def convert(name: str, value: object, hint: object) -> object:
 
 
 def read_config(path: str, fields: Fields) -> dict[str, object]:
-    """Run a config file, or read a training's config.json. Returns {key: value} of the keys that it sets.
+    """Run a config file, or read the config.json of a run. Returns {key: value} for the keys that it sets.
 
-    Names that start with _, modules and functions are helpers of the file and no keys.
+    Modules, functions and names that start with _ are the file's own helpers, not keys.
     """
     endings = (".py", ".json") if "max_iters" in fields else ".py"
     if not path.endswith(endings) or not os.path.isfile(path):
@@ -260,27 +261,27 @@ def read_config(path: str, fields: Fields) -> dict[str, object]:
 
 
 def run_config(path: str) -> dict[str, object]:
-    """Run a config file and return all its names. Raises UserError, with the line, if the file fails."""
+    """Run a config file and return all names that it defines. If it fails, raises UserError with the line number."""
     try:
         return runpy.run_path(path)
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
-        line = max(lines, default=getattr(error, "lineno", 0))  # lineno: of a SyntaxError
+        line = max(lines, default=getattr(error, "lineno", 0))  # a SyntaxError has lineno
         problem = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}:{line}: {problem}") from error
 
 
 def other_argument(path: str, fields: Fields) -> str:
-    """Suggest an argument to write instead of one that is not a config file: "; write ...", or ""."""
+    """Suggest what to write instead of an argument that is not a config file: "; ... write ...", or ""."""
     if "=" in path:
-        return f"; for a key write {shlex.quote('--' + path.lstrip('-'))}"
+        return f"; to set a key, write {shlex.quote('--' + path.lstrip('-'))}"
     if os.path.exists(path) and "out_dir" in fields:
         resume = "--init_from=resume " if "max_iters" in fields else ""
         folder = Path(path).parent if os.path.isfile(path) else path
-        return f"; for the run in it write {resume}{shlex.quote(f'--out_dir={folder}')}"
+        return f"; for the run in it, write {resume}{shlex.quote(f'--out_dir={folder}')}"
     if "start" in fields and " " in path:
-        return f"; for a prompt write {shlex.quote(f'--start={path}')}"
+        return f"; for a prompt, write {shlex.quote(f'--start={path}')}"
     if near := nearest_path(path):
         return near
     ours = our_configs()
@@ -294,12 +295,12 @@ def our_configs() -> dict[str, str]:
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
-    """Guess which known name a mistyped one was meant to be."""
+    """Find the known name most similar to a mistyped one. Returns None if none is similar."""
     return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def nearest_path(path: str) -> str:
-    """Suggest a file with a similar name in the folder of a path that does not exist: "; did you mean ...?", or ""."""
+    """If a path does not exist, suggest a similar name in its folder: "; did you mean ...?", or ""."""
     folder, name = os.path.split(path.rstrip("/"))
     try:
         names = os.listdir(folder or ".")  # noqa: PTH208, since the suggestion spells the folder as the user did
@@ -335,7 +336,7 @@ def help_text(*classes: type, positional: str | None = None) -> str:
 
 
 def comments_of(*classes: type) -> dict[str, tuple[str, str]]:
-    """Read the comments in the source of dataclasses: {field: (title of its group, comment behind it)}."""
+    """Read the comments in the source of dataclasses: {field: (title of its group, comment after it)}."""
     comments = {}
     for cls in classes:
         names = fields_of(cls)
@@ -355,7 +356,7 @@ def script_name() -> str:
 
 
 def as_written_here(command: str) -> str:
-    """Add the folder that the user wrote before the present script to a command such as "python train.py"."""
+    """Add to a command such as "python train.py" the folder that the user typed before the current script's name."""
     script = command.split()[1]
     path = os.path.join(os.path.dirname(sys.argv[0]), script)  # noqa: PTH118, PTH120, since "" stays ""
     return (

@@ -33,7 +33,7 @@ class Dataset:
         with_encoder: bool = False,
         meta: dict | None = None,
     ):
-        """meta: the result of read_meta(folder), if it was called already."""
+        """meta: the result of read_meta(folder), if already known."""
         self.folder = folder
         self.block_size = block_size
         self.seed = seed
@@ -52,7 +52,7 @@ class Dataset:
         raise NotImplementedError
 
     def read(self, split: str, starts: np.ndarray, length: int) -> np.ndarray:
-        """Read tokens of a split from each start on, and check their range. Returns int64 (len(starts), length)."""
+        """Read tokens of a split from each start, and check their range. Returns int64 (len(starts), length)."""
         ids = self.splits[split].read(starts, length)
         if (largest := int(ids.max())) >= self.tokenizer.vocab_size:
             raise UserError(
@@ -62,13 +62,13 @@ class Dataset:
         return ids
 
     def chunks(self, split: str) -> Iterator[tuple[int, np.ndarray]]:
-        """Read a whole split in order, a million tokens at a time. Yields (position of the first, token ids)."""
+        """Read a whole split in order, a million tokens at a time. Yields (position of the first token, token ids)."""
         tokens = len(self.splits[split])
         for start in range(0, tokens, CHUNK):
             yield start, self.read(split, np.array([start]), min(CHUNK, tokens - start))[0]
 
     def identity(self) -> dict:
-        """Fingerprint of the data: it differs from other data with the same tokenizer, wherever the folder is."""
+        """Fingerprint that tells the data from other data with the same tokenizer. It does not depend on the path."""
         _, first_million = next(self.chunks("train"))
         identity = {
             "train_tokens": len(self.train),
@@ -82,7 +82,7 @@ class Dataset:
 
 
 class TokenDataset(Dataset):
-    """Text as one stream of tokens, cut into blocks of block_size. Raises UserError if it is too short for one."""
+    """Text as one stream of tokens, cut into blocks of block_size. Raises UserError if there is not even one block."""
 
     task = "language modelling"
 
@@ -91,7 +91,7 @@ class TokenDataset(Dataset):
             if len(self.splits[split]) < least:
                 raise UserError(
                     f"{self.folder / split}.bin has {len(self.splits[split]):,} tokens but needs at least {least:,}"
-                    f" with block_size={self.block_size}; take more text or a smaller --block_size"
+                    f" with block_size={self.block_size}; use more text or a smaller --block_size"
                 )
 
     def summary(self, batch_size: int, eval_iters: int | None) -> tuple[str, str]:
@@ -114,12 +114,12 @@ class TokenDataset(Dataset):
         """Make training batch number `index`: idx and targets, both int64 (batch_size, block_size).
 
         An epoch starts at a random offset, cuts the text into blocks and visits each block once, in a random order.
-        Batches 2 i and 2 i + 1 of n blocks are together batch i of 2 n blocks.
+        Batches 2i and 2i + 1 of size n together hold the same blocks as batch i of size 2n.
         """
         T = self.block_size
         last = len(self.train) - 1 - T  # the last position at which a block can start
         blocks = max(1, last // T)
-        # number of offsets that leave room for all the blocks: between T and 2 T
+        # number of offsets that leave room for all the blocks, between T and 2T
         offsets = last - (blocks - 1) * T + 1
         epochs, numbers = np.divmod(index * batch_size + np.arange(batch_size), blocks)
         starts = np.empty(batch_size, dtype=np.int64)
@@ -134,8 +134,8 @@ class TokenDataset(Dataset):
     ) -> Iterator[dict[str, Tensor]]:
         """Yield the evaluation set, which is always the same: eval_iters batches of blocks spread over the split.
 
-        eval_iters=None, or enough batches to cover the split, predicts every token but the first once. A batch has the
-        shape of one from batch(); the last batch is padded, with targets of -1.
+        With eval_iters=None, or enough batches to cover the split, every token but the first is predicted once. A batch
+        has the same shape as one from batch(); the last one is padded, with targets of -1.
         """
         starts = self.val_starts(batch_size, eval_iters)
         for first in range(0, len(starts), batch_size):
@@ -145,7 +145,7 @@ class TokenDataset(Dataset):
             yield batch
 
     def val_starts(self, batch_size: int, eval_iters: int | None) -> np.ndarray:
-        """Positions at which blocks of the evaluation set start. The last block of the whole split may be shorter."""
+        """Start positions of the blocks in the evaluation set. The last block of the whole split may be shorter."""
         starts = np.arange(0, len(self.val) - 1, self.block_size)
         if eval_iters is None or eval_iters * batch_size >= len(starts):
             return starts
@@ -154,13 +154,13 @@ class TokenDataset(Dataset):
         ]
 
     def blocks(self, split: str, starts: np.ndarray) -> dict[str, Tensor]:
-        """Make a batch of the blocks at these starts, (B,). Targets after the end of the split are -1."""
+        """Make a batch of the blocks that start at these positions, (B,). Targets after the end of the split are -1."""
         ids = self.read(split, starts, self.block_size + 1)
         after = starts[:, None] + np.arange(1, ids.shape[1]) >= len(self.splits[split])
         return next_tokens(ids, ignored=after)
 
     def val_bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token of the validation split."""
+        """UTF-8 bytes of text per token in the validation split."""
         entry = self.meta["splits"]["val"]
         if "bytes" in entry:
             return entry["bytes"] / entry["tokens"]
@@ -171,11 +171,11 @@ class TokenDataset(Dataset):
 class Prefetcher:
     """Reads the next batch of a dataset in a thread while the current one trains.
 
-    This helps if a step leaves the CPU idle, as on a GPU, and reading waits for a disk.
+    This helps if the CPU is idle during a step, as in training on a GPU, and reading waits for a disk.
     """
 
     def __init__(self, dataset: Dataset, stride: int = 1):
-        """stride: difference between the numbers of one batch and the next."""
+        """stride: difference between the indices of successive batches."""
         self.dataset = dataset
         self.stride = stride
         self.pending = {}  # {(index, batch_size): future of the batch}
@@ -190,7 +190,7 @@ class Prefetcher:
 
 
 def next_tokens(ids: np.ndarray, ignored: np.ndarray) -> dict[str, Tensor]:
-    """Make idx and targets, which are one token further and -1 if ignored. ids: (B, T + 1), ignored: (B, T)."""
+    """Make idx and targets. Targets are one token ahead, and -1 if ignored. ids: (B, T + 1), ignored: (B, T)."""
     targets = ids[:, 1:].copy()
     targets[ignored] = -1
     return {"idx": torch.from_numpy(ids[:, :-1]), "targets": torch.from_numpy(targets)}
@@ -201,7 +201,7 @@ def next_tokens(ids: np.ndarray, ignored: np.ndarray) -> dict[str, Tensor]:
 
 
 def random_key(*numbers: int) -> int:
-    """Hash the numbers to 63 random bits, the same on every machine."""
+    """Hash the numbers to 63 pseudorandom bits, the same on every machine."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -1,8 +1,8 @@
-"""Make a trained model fast at generation: fewer bits in its linear layers, and fewer operators.
+"""Speed up generation with a trained model: fewer bits in its linear layers, and fewer operators.
 
-On a CPU, a small model waits for Python and PyTorch to start operators, a large one for its weights to arrive from
-memory. Norms, sums and the residual stream stay in float32. The formulas stay in model.py: only linear layers and RMS
-norms are replaced by faster ones. compiled.py compiles the step of one token.
+On a CPU, a small model is limited by the overhead of Python and PyTorch for each operator, a large one by reading its
+weights from memory. Norms, sums and the residual stream stay in float32. The formulas stay in model.py: only linear
+layers and RMS norms are replaced with faster equivalents. compiled.py compiles the single-token step.
 
 Shapes: see model.py.
 """
@@ -34,26 +34,26 @@ def make_generator(
     device: torch.device = CPU,
     compiles: bool = False,
 ) -> nn.Module:
-    """Return the model made for generation, on the device. It can no longer be trained or saved.
+    """Prepare a model for generation and move it to the device. It can no longer be trained or saved.
 
     dtype: float32, bfloat16 or float16, or int8 on a CPU. The weights are converted once, here; autocast would convert
-    them for each token. Embeddings stay as they are: a token reads one row, and in a mapped file only the rows that
-    were read take memory. compiles: compile the step of one token.
+    them for each token. Embeddings are not converted: a token reads only one row, and in a memory-mapped file only the
+    rows that have been read take up memory. compiles: compile the single-token step.
 
-    Raises UserError if memory does not suffice, or for int8 on a GPU.
+    Raises UserError if there is not enough memory, or for int8 on a GPU.
     """
     if dtype == torch.int8 and device.type != "cpu":
         raise UserError(
-            f"int8 weights are for CPUs, and the device is {device}; use --dtype=bfloat16"
+            f"int8 weights need a CPU, but the device is {device}; use --dtype=bfloat16"
         )
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    advice = "end other programs, or on a CPU take --quantize=int8"
+    advice = "close other programs, or on a CPU use --quantize=int8"
     check_fits("the weights take", weights * dtype.itemsize, free_memory(device), advice)
     model.eval().requires_grad_(False)
     shortcuts = not compiles and model.has_cache and agrees(model, join, call_directly)
     if model.has_cache and not shortcuts and not agrees(model):
         note(
-            "with a cache, model.py gives other logits: each token is computed from the whole text"
+            "model.py computes different logits with a cache than without one; generating without it, which is slower"
         )
         model.has_cache = False
     if compiles and not model.has_cache:
@@ -63,9 +63,9 @@ def make_generator(
         join(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            # a user's subclass of nn.Linear may compute something else
+            # a user's subclass of nn.Linear may compute something different
             if type(child).forward is nn.Linear.forward:
-                # a GPU also attends in few bits, and keeps keys and values in them
+                # on a GPU, attention and the cached keys and values use this dtype, too
                 keeps = device.type != "cpu" and name in ("qkv_proj", *QKV)
                 result = dtype if keeps else torch.float32
                 linear = low_bit_linear(child.to(device), dtype, result, compiles)
@@ -78,17 +78,17 @@ def make_generator(
     from humptygpt.compiled import CompiledGPT
 
     print("compiling: this takes about a minute", file=sys.stderr)
-    # a CUDA graph; on a CPU there is none
+    # reduce-overhead replays CUDA graphs, so it is not for a CPU
     return CompiledGPT(model, mode="reduce-overhead" if device.type == "cuda" else None)
 
 
 @torch.inference_mode()
 def agrees(model: nn.Module, *changes: Callable[[nn.Module], None]) -> bool:
-    """Check that model.py, which a user may have edited, computes the same with a cache as from the whole text.
+    """Check that model.py, which the user may have edited, computes the same logits with a cache as without one.
 
-    The check takes milliseconds, because it is made on a tiny model of the same classes and settings. changes: made to
-    the tiny model before it reads with a cache. If the tiny model fails, the answer is no with changes and yes without:
-    a user's class may need other sizes.
+    The check takes milliseconds, because it uses a tiny model with the same classes and settings. changes: functions
+    that are applied to the tiny model before it runs with a cache. If the tiny model raises an error, returns False
+    with changes and True without: a user's class may need other sizes.
     """
     config = model.config
     window = min(config.window, 5)
@@ -117,9 +117,9 @@ def agrees(model: nn.Module, *changes: Callable[[nn.Module], None]) -> bool:
 
 
 def join(model: nn.Module) -> None:
-    """Compute the queries, keys and values of self-attention by one product."""
+    """Compute the queries, keys and values of self-attention with a single matrix product."""
     for module in list(model.modules()):
-        # another kind of attention may give them different inputs
+        # other kinds of attention may give the three layers different inputs
         if type(module).forward is SelfAttention.forward:
             module.joint = JointLinear([getattr(module, name) for name in QKV])
             for number, name in enumerate(QKV):
@@ -128,7 +128,7 @@ def join(model: nn.Module) -> None:
 
 
 class JointLinear(nn.Module):
-    """Several linear layers of one input as a single product, computed when the first of them is called."""
+    """Several linear layers with the same input as one matrix product, computed when the first layer is called."""
 
     def __init__(self, layers: list[nn.Linear]):
         super().__init__()
@@ -147,9 +147,9 @@ class JointLinear(nn.Module):
 
 
 def call_directly(model: nn.Module) -> None:
-    """Put the function of each layer in the layer's place: the rest of nn.Module takes as long as a small product."""
+    """Replace each layer with its forward function: nn.Module's overhead is as large as a small product."""
     for module in list(model.modules()):
-        if isinstance(module, nn.ModuleList):  # it takes modules only
+        if isinstance(module, nn.ModuleList):  # it can only hold modules
             continue
         for name, child in list(module.named_children()):
             if type(child).forward is nn.RMSNorm.forward:
@@ -163,7 +163,7 @@ def call_directly(model: nn.Module) -> None:
 
 
 def rms_norm(norm: nn.RMSNorm) -> Product:
-    """Return the same function with a third of the operators: x / root mean square = sqrt(C) x / |x|."""
+    """Return an equivalent function with a third of the operators: x / root mean square = sqrt(C) x / |x|."""
     C = norm.normalized_shape[0]
     eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
     root = torch.tensor(math.sqrt(C * eps))
@@ -177,15 +177,15 @@ def rms_norm(norm: nn.RMSNorm) -> Product:
 
 
 # --------------------------------------------------------------------------------------
-# Weights in fewer bits, and in the order in which a processor reads them
+# Weights in fewer bits, stored in the order in which the processor reads them
 
-PACKED_FROM = 2**17  # weights; a smaller packed product starts more slowly than it saves
+PACKED_FROM = 2**17  # weights; a smaller packed product takes longer to start than it saves
 
 
 def low_bit_linear(
     linear: nn.Linear, dtype: torch.dtype, result: torch.dtype, compiles: bool
 ) -> nn.Module:
-    """Return a layer that computes the same faster for a few tokens, or this one. result: dtype of its output."""
+    """Return an equivalent layer that is faster for a few tokens, or `linear` itself. result: dtype of its output."""
     if dtype == torch.int8:
         return ProductLinear(int8_product(linear), torch.float32, result)
     weight = linear.weight.to(dtype)
@@ -202,7 +202,7 @@ def low_bit_linear(
 
 
 class ProductLinear(nn.Module):
-    """A linear layer whose product is a function that holds the weights and takes inputs of one dtype."""
+    """A linear layer computed by a function that holds the weights and takes inputs of one dtype."""
 
     def __init__(self, product: Product, dtype: torch.dtype, result: torch.dtype):
         super().__init__()
@@ -216,7 +216,7 @@ class ProductLinear(nn.Module):
 
 
 def sum_of_products(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Compute F.linear, but for a single token as a sum, which a compiler turns into one loop over the weights."""
+    """Same as F.linear, but a single token uses a sum, which the compiler turns into one loop over the weights."""
     if x.numel() != weight.shape[1]:
         return F.linear(x, weight, bias)
     y = (weight.float() * x.float().view(-1)).sum(dim=-1).to(weight.dtype)
@@ -225,7 +225,7 @@ def sum_of_products(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
 
 
 def packs(weight: Tensor) -> bool:
-    """True if oneDNN can pack these weights and they are many enough to gain from it."""
+    """True if oneDNN can pack this matrix and it is large enough to benefit."""
     large = weight.device.type == "cpu" and weight.numel() >= PACKED_FROM
     if not large or not torch.backends.mkldnn.is_available():
         return False
@@ -233,9 +233,9 @@ def packs(weight: Tensor) -> bool:
 
 
 def packed_product(weight: Tensor, bias: Tensor | None) -> Product:
-    """Return the product with weights in the order in which oneDNN reads them.
+    """Return a linear function with its weights in the order in which oneDNN reads them.
 
-    On two cores, a product with a few tokens takes half the time.
+    On two cores, this halves the time for a few tokens.
     """
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
     product = torch.ops.mkldnn._linear_pointwise
@@ -243,7 +243,7 @@ def packed_product(weight: Tensor, bias: Tensor | None) -> Product:
 
 
 def int8_product(linear: nn.Linear) -> Product:
-    """Return the product with int8 weights, which have a scale for each output; inputs are rounded to 8 bits.
+    """Return a linear function with int8 weights and one scale per output. Inputs are rounded to 8 bits as well.
 
     It uses PyTorch's quantized matrix multiplication, which is CPU-only.
     """
@@ -253,10 +253,10 @@ def int8_product(linear: nn.Linear) -> Product:
 
 
 def quantize_rows(weight: Tensor) -> Tensor:
-    """Return the matrix in int8, each row with the scale at which its largest weight is 127 or -127."""
+    """Quantize a matrix to int8, with a scale for each row that maps its largest weight to 127 or -127."""
     scales = torch.linalg.vector_norm(weight, torch.inf, dim=1).clamp(min=1e-12) / 127
     zeros = torch.zeros(len(weight), dtype=torch.int64)
     with warnings.catch_warnings():
-        # PyTorch will move this to a library that has no product as fast
+        # a deprecation warning: the library that will replace this has no product as fast
         warnings.simplefilter("ignore", UserWarning)
         return torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)

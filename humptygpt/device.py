@@ -14,7 +14,7 @@ from humptygpt.machine import available_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# dense bfloat16 or float16 peak in FLOP/s, from data sheets; the first entry whose words are in the card's name counts
+# dense bfloat16 or float16 peak in FLOP/s, from data sheets; the first entry found in the card's name is used
 PEAK_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -44,26 +44,26 @@ def pick_device(name: str) -> torch.device:
         return torch.device(available[0])
     if name not in available:
         raise UserError(
-            f"device={name} is not available; this machine and this torch have: {', '.join(available)}; auto picks one"
+            f"device={name} is not available; this machine and torch have: {', '.join(available)}; auto picks one"
         )
     return torch.device(name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Find a dtype by name; auto: bfloat16 if the hardware multiplies it, float16 on an older GPU, else float32."""
+    """Find a dtype by name; auto: bfloat16 if the hardware multiplies it, float16 on other CUDA GPUs, else float32."""
     if name == "auto":
         if multiplies_bfloat16(device):
             return torch.bfloat16
         return torch.float16 if device.type == "cuda" else torch.float32
     if name == "float16" and device.type != "cuda":
         raise UserError(
-            f"dtype=float16 needs a CUDA device, and this is {device.type}; use float32 or bfloat16"
+            f"dtype=float16 needs a CUDA device, but this one is {device.type}; use float32 or bfloat16"
         )
     return DTYPES[name]
 
 
 def sample_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Find a dtype for generation. auto is float32 on a CPU, which waits for memory there and not for arithmetic."""
+    """Find a dtype for generation. auto is float32 on a CPU, where memory is the bottleneck, not arithmetic."""
     if name == "auto" and device.type == "cpu":
         return torch.float32
     return pick_dtype(name, device)
@@ -87,7 +87,7 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     on_gpu = device.type == "cuda"
     if on_gpu:
         # a copy from pinned memory, which must be contiguous, overlaps with the GPU's work; torch reuses the memory for
-        # a later batch when the copy is done
+        # a later batch once the copy is done
         batch = {name: value.contiguous().pin_memory() for name, value in batch.items()}
     return {name: value.to(device, non_blocking=on_gpu) for name, value in batch.items()}
 
@@ -104,18 +104,18 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still allocate on the device. torchrun's processes share a CPU's memory equally."""
+    """Bytes that this process can still allocate on the device. On a CPU, torchrun's processes share it equally."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def tune_malloc(sharded: bool) -> None:
-    """Let glibc keep freed blocks of memory for the next step, or return them at once if the model is sharded.
+    """Let glibc keep freed memory for the next step or, if the model is sharded, return it to the system at once.
 
-    By default, every large activation is mapped and cleared again in each step, which takes a tenth of the time of a
-    small model on a CPU, and a sixth with a large vocabulary. A sharded model gathers whole weights and frees them
-    again. The gaps that they leave would double its memory, so blocks of a megabyte or more go back to the system.
+    By default, every large activation is mapped and zeroed anew in each step. On a CPU, this takes a tenth of a small
+    model's step, and a sixth with a large vocabulary. A sharded model gathers whole weights and frees them again. The
+    gaps left behind would double its memory, so blocks of a megabyte or more go back to the system.
     """
     if sys.platform != "linux":
         return

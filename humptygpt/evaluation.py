@@ -1,4 +1,4 @@
-"""How good a model is: its validation loss in nats per token, in bits per byte and as perplexity; and a sample."""
+"""Evaluate a model: its validation loss in nats per token, in bits per byte and as perplexity, and a sample."""
 
 import math
 import zlib
@@ -15,25 +15,25 @@ from humptygpt.data import Dataset, TokenDataset
 from humptygpt.device import autocast, to_device
 from humptygpt.tasks import Task
 
-SAMPLE_TOKENS = 300  # length of the text at the end of a run
-LINE_TOKENS = 60  # length of the line after each evaluation
+SAMPLE_TOKENS = 300  # length of the sample at the end of a run
+LINE_TOKENS = 60  # length of the sample after each evaluation
 
 
 class Loss(NamedTuple):
-    """A mean loss in nats per token, over a sample of a split or all of it."""
+    """Mean loss in nats per token, over a whole split or a sample of it."""
 
     mean: float
-    # Standard error of the mean, from the differences of neighbouring batches, because batches of sentence pairs are
-    # ordered by length; 0 for a single batch.
+    # Standard error of the mean, from the differences between neighbouring batches, because batches of sentence pairs
+    # are ordered by length; 0 for a single batch.
     standard_error: float
 
 
 @torch.no_grad()
 def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
-    """Compute the loss of net over an evaluation set, which several processes divide. run: a train.Run.
+    """Compute the loss of net over an evaluation set, which is split among the processes. run: a train.Run.
 
-    eval_iters: batches of the set; None: the whole validation split. It draws no random number, so it cannot disturb
-    training, and leaves net in the mode, training or evaluation, in which it was.
+    eval_iters: batches in the set; None: the whole validation split. Evaluation draws no random numbers, so it cannot
+    affect training. It restores the mode of net, training or evaluation.
     """
     process = run.process
     was_training = net.training
@@ -65,7 +65,7 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
 
 
 def own_batches(batches: Iterable[dict], rank: int, size: int) -> Iterator[dict]:
-    """Yield every size-th batch from number `rank` on. All ranks get equally many; a last one may have no targets."""
+    """Yield every size-th batch, starting at `rank`. All ranks get the same number; the last may have no targets."""
     for number, batch in enumerate(batches):
         if number % size == rank:
             yield batch
@@ -76,8 +76,8 @@ def own_batches(batches: Iterable[dict], rank: int, size: int) -> Iterator[dict]
 def cost_of_whole_split(run) -> float:
     """Return the cost of evaluating the whole validation split at the end, in units of a regular evaluation.
 
-    It is 0 if the run does not end with that: if regular evaluations see all of it, or if it would take more than a
-    twentieth of the training.
+    It is 0 if the run does not end with that evaluation, because regular evaluations already cover the split, it would
+    take more than a twentieth of the training time, eval_iters is set, or there are several processes.
     """
     config = run.config
     if config.eval_iters or run.process.size > 1:
@@ -92,11 +92,11 @@ def cost_of_whole_split(run) -> float:
 def evaluated(dataset: Dataset, batch_size: int, eval_iters: int | None) -> dict:
     """Return the number of tokens that an evaluation predicts, and a checksum of their text.
 
-    The checksum is of the number of each character, so it depends neither on the tokenizer nor on the order of pairs.
+    The checksum is of the character counts, so it depends on neither the tokenizer nor the order of sentence pairs.
     """
     batches = dataset.val_batches(batch_size, eval_iters)
     targets = torch.cat([batch["targets"].flatten() for batch in batches])
-    # The first token of the split is not predicted, but how much text it has depends on the tokenizer.
+    # The first token of the split is included. It is not predicted, but its length depends on the tokenizer.
     ids = np.append(dataset.read("val", np.array([0]), 1), targets[targets >= 0])
     counts = sorted(Counter(dataset.tokenizer.decode(ids)).items())
     checksum = zlib.crc32(repr(counts).encode())
@@ -111,13 +111,13 @@ def measures(run, net: nn.Module, eval_iters: int | None) -> dict[str, float | s
         "val_loss": loss.mean,
         "val_standard_error": loss.standard_error,
         "val_bits_per_byte": bits,
-        "val_perplexity": math.exp(min(loss.mean, 700)),  # beyond that, it overflows
+        "val_perplexity": math.exp(min(loss.mean, 700)),  # exp overflows beyond 700
         **evaluated(run.dataset, run.config.batch_size, eval_iters),
     }
 
 
 def evaluation_line(row: dict[str, float]) -> str:
-    """Format the row of an evaluation: val loss 2.0123 ± 0.0060 (2.903 bits per byte, perplexity 7.48)"""
+    """Format an evaluation's row of metrics: val loss 2.0123 ± 0.0060 (2.903 bits per byte, perplexity 7.48)"""
     bits, perplexity = row["val_bits_per_byte"], row["val_perplexity"]
     return (
         f"val loss {row['val_loss']:.4f} ± {row['val_standard_error']:.4f}"
@@ -126,15 +126,15 @@ def evaluation_line(row: dict[str, float]) -> str:
 
 
 # --------------------------------------------------------------------------------------
-# The task of continuing text
+# The language modelling task
 
 
 def sample(model: nn.Module, dataset: TokenDataset, max_new_tokens: int) -> str:
-    """Generate a text from nothing."""
+    """Generate a text without a prompt."""
     tokenizer = dataset.tokenizer
     idx = torch.from_numpy(tokenizer.start()).to(next(model.parameters()).device)[None]
     tokens = model.generate(idx, max_new_tokens, temperature=0.8)[0, idx.shape[1] :]
-    tokens = tokens[tokens < tokenizer.vocab_size]  # without those of padding rows
+    tokens = tokens[tokens < tokenizer.vocab_size]  # drop ids that only pad the vocabulary
     return tokenizer.decode(tokens.tolist()).strip()
 
 

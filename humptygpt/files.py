@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and locks: one process at a time writes to a folder."""
+"""Atomic file writes, and locks that let only one process at a time write to a folder."""
 
 import errno
 import os
@@ -19,16 +19,16 @@ except ImportError:  # Windows
     fcntl = None
     import msvcrt
 
-# Windows lets no other process read the locked byte, so it is far behind the text
+# Windows lets no other process read the locked byte, so it is far beyond the end of the text
 FAR = 1 << 30
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` for a new file or folder, and move that to `path` at the end.
+    """Yield a temporary path next to `path` for a new file or folder, and move it to `path` at the end.
 
-    After a crash, a kill or on a full disk, the earlier file is as it was. The temporary name is random: if two
-    processes write a file at once, one of them wins. Raises UserError if writing fails.
+    If the process crashes or is killed, or the disk is full, the earlier file stays unchanged. The temporary name is
+    random, so if two processes write the same file at once, one of them wins. Raises UserError if writing fails.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -37,11 +37,11 @@ def whole(path: Path) -> Iterator[Path]:
         if temporary.is_file():
             with temporary.open("r+b") as file:
                 os.fsync(file.fileno())
-        if path.is_dir():  # an empty one, which Windows would not replace
+        if path.is_dir():  # an empty folder, which Windows would not replace
             path.rmdir()
         temporary.replace(path)
     except OSError as error:
-        kept = "; the one before it is as it was" if path.is_file() else ""
+        kept = "; the previous file is unchanged" if path.is_file() else ""
         raise cannot_write(path, error, kept) from error
     finally:
         with suppress(OSError):
@@ -52,12 +52,12 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call write(file) to fill a new file, and move it to `path` as whole() does. Raises UserError if that fails."""
     # a device or a pipe, such as /dev/null or /dev/stdout, must not be replaced
     if path.exists() and (not path.is_file() or path.absolute().parent == Path("/dev")):
-        raise UserError(f"cannot write {path}: it is not a regular file; name another")
+        raise UserError(f"cannot write {path}: it is not a regular file; choose another")
     with whole(path) as temporary:
         try:
             with temporary.open("xb") as file:
                 write(file)
-        except RuntimeError as error:  # torch.save hides the system's error in it
+        except RuntimeError as error:  # torch.save hides the system's error behind it
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise
@@ -77,7 +77,7 @@ def cannot_write(path: Path | str, error: Exception, advice: str = "") -> UserEr
 
 
 def remove_unfinished(folder: Path, names: list[str]) -> None:
-    """Remove the temporary files of whole() that a killed process left. Nobody else may write to the folder."""
+    """Remove the temporary files of whole() that a killed process left behind. No other process may write there."""
     for name in names:
         for path in folder.glob(f"{name}.????????.tmp"):
             path.unlink()
@@ -103,22 +103,22 @@ def append(path: Path, line: str) -> None:
 # --------------------------------------------------------------------------------------
 # Locks
 #
-# A lock is the operating system's own, on an open file. It ends with the process, however that ends, so a lock is never
-# left behind. If several machines share a disk, the file server keeps the lock for all of them. We do not use the
-# package filelock because it cannot say who holds a lock and never removes its files.
+# A lock is the operating system's own, on an open file. It is released when the process ends, for whatever reason, so
+# no lock is ever left behind. If several machines share a disk, the file server manages the lock for all of them. We do
+# not use the filelock package, because it cannot tell who holds a lock and never removes its files.
 
 
 class Lock:
     """A lock that this process holds from the constructor to the end of the `with` block, or until the process ends.
 
-    The lock file names its holder. A killed process leaves the file, but unlocked, and the next process reuses it.
+    The lock file names its holder. A killed process leaves the file behind, unlocked, and the next one reuses it.
     """
 
     def __init__(self, path: Path, what: str, advice: str):
-        """path: the lock file. Its folder is created if necessary, and then removed at the end if it is empty.
+        """path: the lock file. Its folder is created if necessary, and in that case removed at the end if it is empty.
 
-        what, advice: what is locked and what to do instead, for the message. Raises UserError if another process holds
-        the lock, and OSError if the file cannot be written.
+        what, advice: for the message, the thing that is locked and what to do instead. Raises UserError if another
+        process holds the lock, and OSError if the file cannot be written.
         """
         self.path = path
         self.created = [folder for folder in path.parents if not folder.exists()]
@@ -136,7 +136,7 @@ class Lock:
             os.close(self.file)  # its holder has just removed it: try again
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         who = f"process {os.getpid()} on {socket.gethostname()} since {since}"
-        with suppress(OSError):  # on a full disk, the lock has no name
+        with suppress(OSError):  # on a full disk, the lock names no holder
             os.ftruncate(self.file, 0)
             os.write(self.file, who.encode())
 
@@ -146,17 +146,17 @@ class Lock:
     def __exit__(self, *error: object) -> None:
         if not fcntl:  # Windows cannot remove an open file
             os.close(self.file)
-        # a folder may not be empty, and on Windows another process may have the file open
+        # the folder may not be empty, and on Windows another process may have the file open
         with suppress(OSError):
             self.path.unlink()
             for folder in self.created:
                 folder.rmdir()
-        if fcntl:  # locked until now, so that no other process's file is removed
+        if fcntl:  # locked until now, so as not to remove another process's file
             os.close(self.file)
 
 
 def try_lock(file: int, what: str) -> bool:
-    """Lock an open file, or return False if another process holds the lock. A disk without locks counts as locked."""
+    """Lock an open file, or return False if another process holds the lock. If the disk has no locks, returns True."""
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -167,7 +167,7 @@ def try_lock(file: int, what: str) -> bool:
         return False
     except OSError as error:  # some network disks have no locks
         problem = f"{what} cannot be locked on this disk ({error.strerror})"
-        note(f"{problem}; let no second process write there")
+        note(f"{problem}; make sure that no other process writes there")
     return True
 
 

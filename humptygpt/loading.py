@@ -36,9 +36,9 @@ class Loaded(NamedTuple):
 
 
 def load(source: str | Path, which: str = "best", mapped: bool = False) -> Loaded:
-    """Load the model that init_from=source names. which: best or latest, if it is a run. Raises UserError.
+    """Load the model that init_from=source names. which: for a run, best or latest. Raises UserError.
 
-    mapped: the weights of a run stay in its file until they are used. In any case nothing is in memory twice.
+    mapped: the weights of a run stay in its file until they are used. Either way, nothing is in memory twice.
     """
     path = find_source(source, which)
     if is_folder(path):
@@ -51,8 +51,8 @@ def load(source: str | Path, which: str = "best", mapped: bool = False) -> Loade
     tokens, rows = loaded.tokenizer.vocab_size, loaded.model.config.vocab_size
     if tokens > rows:
         raise UserError(
-            f"the tokenizer in {path} has {tokens:,} tokens, but the model only {rows:,};"
-            " take the tokenizer that belongs to it"
+            f"the tokenizer in {path} has {tokens:,} tokens, but the model has only {rows:,};"
+            " use the tokenizer that belongs to the model"
         )
     return loaded
 
@@ -79,7 +79,7 @@ def from_run(path: Path, saved: object) -> Loaded:
 
 
 def is_nanogpt(saved: object) -> bool:
-    """True if this was read from a checkpoint of nanoGPT."""
+    """True if this was read from a nanoGPT checkpoint."""
     return isinstance(saved, dict) and "model_args" in saved and "format" not in saved
 
 
@@ -88,7 +88,7 @@ def is_nanogpt(saved: object) -> bool:
 
 
 def chosen_source(config: object, given: dict) -> str | Path:
-    """Find the source that a config names by init_from, out_dir and checkpoint. given: the keys that the user set."""
+    """Find the source named by a config's init_from, out_dir and checkpoint. given: the keys that the user set."""
     if config.init_from == "resume":
         return checkpoint.find_checkpoint(Path(config.out_dir), config.checkpoint)
     if "out_dir" in given:
@@ -97,18 +97,18 @@ def chosen_source(config: object, given: dict) -> str | Path:
 
 
 def find_source(source: str | Path, which: str = "best", key: str = "init_from") -> Path:
-    """Find the checkpoint or folder that key=source names, and fetch a model of the hub. Raises UserError."""
-    path = Path(os.path.expanduser(source))  # noqa: PTH111, since Path.expanduser loses the end of "folder/"
+    """Find the checkpoint or folder that key=source names, or fetch it from the Hugging Face Hub. Raises UserError."""
+    path = Path(os.path.expanduser(source))  # noqa: PTH111, since Path.expanduser drops the slash of "folder/"
     if os.path.isdir(path):
         files = ("best.pt", "ckpt.pt", "metrics.jsonl")
         is_run = any(os.path.exists(checkpoint.stored(path / name)) for name in files)
         return checkpoint.find_checkpoint(path, which) if is_run else path
     if path.suffix in FILES_OF_A_FOLDER:
         raise UserError(
-            f"{key}={source} is no model by itself; name its folder, which also has config.json"
+            f"{key}={source} is not a complete model; name its folder, which also has config.json"
         )
     if os.path.isfile(path) or path.suffix == ".pt":
-        return path  # reading it reports a file that is missing
+        return path  # if it is missing, reading it will say so
     if repo := find(f"{HUB}:repository")(str(source)):
         fetch = "fetch_tokenizer" if key == "tokenizer" else "fetch_model"
         return find(f"{HUB}:{fetch}")(repo)

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, which --log chooses. Both have the methods of a wandb run."""
+"""TensorBoard and Weights & Biases, chosen with --log. Both loggers have the methods of a wandb run."""
 
 import secrets
 from pathlib import Path
@@ -45,6 +45,6 @@ def start_wandb(out_dir: Path, settings: dict, resumed_at: int):
     try:
         return wandb.init(**options)
     except wandb.Error as error:
-        offline = "logging offline, to be sent by: wandb sync"
+        offline = "logging offline; to upload the log later: wandb sync"
         note(f"wandb cannot be reached ({error}); {offline}")
         return wandb.init(**options, mode="offline")

@@ -1,7 +1,7 @@
-"""Cores and memory that this process may use, by affinity and control group; failed allocations in one line.
+"""Cores and memory that this process may use, given its affinity and control groups; one-line out-of-memory errors.
 
-A script calls start() before numpy and torch are loaded, because their threads read their number and their wait policy
-only once, at that moment.
+A script calls start() before it imports numpy and torch, because these read their thread count and wait policy only
+once, on import.
 """
 
 import errno
@@ -18,33 +18,33 @@ from pathlib import Path
 
 from humptygpt.config import UserError, note, one_line, script_name
 
-# packages without which a GPT trains and is sampled; some capabilities need one
+# packages that training and sampling a GPT do not need, but that some other features do
 OPTIONAL = {
     *("gguf", "huggingface_hub", "matplotlib", "pyarrow", "sacrebleu"),
     *("safetensors", "sentencepiece", "tiktoken", "tokenizers", "wandb"),
 }
-STARTED = time.monotonic()  # start of the command, apart from Python's own start
+STARTED = time.monotonic()  # when the command started, apart from Python's own startup
 # Linux's control groups, version 2, which containers use
 CGROUPS = Path("/sys/fs/cgroup")
 OUR_GROUPS = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
-PATIENCE = 2  # seconds in which rank 0 reports a mistake that all ranks have found
-# spins of a waiting thread: less than a tenth of a millisecond; libgomp's default is 300,000
+PATIENCE = 2  # seconds that the other ranks give rank 0 to report an error first
+# spins before a waiting thread yields: less than a tenth of a millisecond; libgomp's default is 300,000
 SPINS = 1300
 
 
 def start() -> None:
-    """Prepare a script for its imports: limit the threads to the usable cores, and let them yield while they wait.
+    """Prepare for a script's imports: limit the threads to the usable cores, and let them yield while they wait.
 
-    A thread that spins while it waits for another thread of its process keeps a core from a process that has work: two
-    trainings on two cores were slowed down tenfold. Settings in the user's environment take precedence.
+    A thread that spins while it waits for another thread of its process blocks a core that a different process could
+    use: two training runs on two cores were ten times slower. Settings in the user's environment take precedence.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Ctrl-C during the imports ends the script without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = str(SPINS)  # GCC's OpenMP, which torch has on Linux
-        os.environ["KMP_BLOCKTIME"] = "1"  # milliseconds; Intel's and LLVM's, elsewhere
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)  # GCC's OpenMP, which torch uses on Linux
+        os.environ["KMP_BLOCKTIME"] = "1"  # milliseconds; Intel's and LLVM's OpenMP
     if usable_cores() < len(affinity()):
         os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
 
@@ -54,7 +54,7 @@ def start() -> None:
 
 
 def affinity() -> set[int]:
-    """Numbers of the cores that the system lets this process run on."""
+    """Ids of the cores that the system lets this process run on."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
@@ -76,7 +76,7 @@ def usable_cores() -> int:
 def available_memory() -> float:
     """Bytes that this process can still allocate, limited by the machine and by the control groups.
 
-    Without Linux's /proc/meminfo it is the size of the machine's memory or, if that is unknown as well, infinite.
+    Without Linux's /proc/meminfo, this is the machine's total memory or, if that is also unknown, infinity.
     """
     free = math.inf
     if available := re.search(r"^MemAvailable: *(\d+) kB$", read(MEMINFO), re.MULTILINE):
@@ -102,7 +102,7 @@ def check_fits(what: str, size: float, free: float, advice: str) -> None:
     """Raise UserError if size is larger than the free bytes. what: subject and verb, as in "weights take"."""
     if size > free:
         raise UserError(
-            f"{what} {gigabytes(size)} of memory, and {gigabytes(free)} are free; {advice}"
+            f"{what} {gigabytes(size)} of memory, but only {gigabytes(free)} is free; {advice}"
         )
 
 
@@ -124,13 +124,13 @@ def out_of_memory_line(error: BaseException) -> str:
     if "CUDA" in str(error):
         return "out of memory on the GPU"
     available = available_memory()
-    known = f", {gigabytes(available)} are available" if available < math.inf else ""
+    known = f", {gigabytes(available)} is available" if available < math.inf else ""
     return f"out of memory{known}"
 
 
 @contextmanager
 def memory_advice(advice: str) -> Iterator[None]:
-    """Raise UserError, with the advice, if an allocation in the block fails."""
+    """If an allocation in the block fails, raise UserError with this advice."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
@@ -144,16 +144,16 @@ def memory_advice(advice: str) -> Iterator[None]:
 
 
 def cgroup_folders() -> list[Path]:
-    """Folders of this process's control group and of the groups around it, because their limits apply as well."""
+    """Folders of this process's control group and of the groups around it, whose limits also apply."""
     paths = re.findall("^0::/(.*)$", read(OUR_GROUPS), re.MULTILINE)
-    # in a container the path may be the one outside, and only the root exists
+    # in a container, this may be the path outside it, and only the root exists inside
     return [
         folder for path in paths for folder in (CGROUPS / path, *(CGROUPS / path).parents)
     ]
 
 
 def read(path: Path) -> str:
-    """Read a file of the system; "" if it does not exist."""
+    """Read a system file; "" if it cannot be read."""
     try:
         return path.read_text()
     except OSError:
@@ -167,7 +167,7 @@ def read_numbers(path: Path) -> list[int]:
 
 
 def file_cache(group: Path) -> int:
-    """Bytes of the group's cached files, which the system frees when memory is needed."""
+    """Bytes in the group's file cache, which the system frees when memory is needed."""
     stat = read(group / "memory.stat")
     return sum(map(int, re.findall(r"^(?:in)?active_file (\d+)$", stat, re.MULTILINE)))
 
@@ -179,7 +179,8 @@ def file_cache(group: Path) -> int:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Call main(argv) and exit with its code; a UserError becomes one line on stderr and exit code 2.
 
-    A failed allocation and a full disk that no one else reports, such as the disk of the output, end in the same way.
+    A failed allocation or a full disk ends the same way if nothing else reports it, for example if stdout is a file on
+    the full disk.
     """
     if main.__module__ == "__main__":  # a script was started
         start()
@@ -195,8 +196,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
-        # the reader of our output has seen enough: python sample.py ... | head
-        sys.stdout = None  # or Python would fail once more when it flushes at exit
+        # the program that reads our output has ended: python sample.py ... | head
+        sys.stdout = None  # or Python would fail again when it flushes at exit
         sys.exit(128 + 13)  # 13: SIGPIPE
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]

@@ -1,7 +1,7 @@
-"""Estimate the memory that a training takes: --dry_run=True reports it, and a run that cannot fit is refused.
+"""Estimate the memory that training takes: --dry_run=True reports it, and a run that cannot fit is refused.
 
-Everything is computed from the model of the run on the meta device, before any tensor has memory. To trace a forward
-pass would be exact, but torch's tracing takes a second and 70 MB to load, and every run starts with this estimate.
+Everything is computed from the run's model on the meta device, before any tensor is allocated. Tracing a forward pass
+would be exact, but torch's tracing takes a second and 70 MB to load, and every run starts with this estimate.
 """
 
 from itertools import dropwhile
@@ -18,10 +18,10 @@ from humptygpt.tasks import build_on_meta
 from model import ModelConfig
 
 ADVICE = (
-    "take a smaller --batch_size with more --gradient_accumulation_steps, --checkpoint_activations=True, or a smaller"
-    " model, as with --n_embd or --n_layer"
+    "use a smaller --batch_size with more --gradient_accumulation_steps, --checkpoint_activations=True, or a smaller"
+    " model (--n_embd, --n_layer)"
 )
-FLOAT = 4  # bytes of a float32: weights, gradients and the optimizer's state, whatever the dtype
+FLOAT = 4  # bytes in a float32, the type of weights, gradients and optimizer state whatever the dtype
 
 
 class Memory(NamedTuple):
@@ -31,7 +31,7 @@ class Memory(NamedTuple):
     gradients: float
     optimizer: float
     activations: float
-    buffers: float = 0  # FSDP: parameters that are gathered at one time
+    buffers: float = 0  # FSDP: parameters that are gathered at the same time
 
     @property
     def total(self) -> float:
@@ -39,7 +39,7 @@ class Memory(NamedTuple):
 
     @property
     def least(self) -> float:
-        """Lower bound, to refuse no run that would fit.
+        """Lower bound, so that no run that would fit is refused.
 
         A compiled model keeps fewer activations, and they are freed while the gradients are computed.
         """
@@ -47,7 +47,7 @@ class Memory(NamedTuple):
 
 
 def model_on_meta(config, model_config: ModelConfig) -> nn.Module:
-    """Build the model of a run without memory and freeze what the run freezes. config: a TrainConfig."""
+    """Build a run's model on the meta device, and freeze the parameters that config freezes. config: a TrainConfig."""
     model = build_on_meta(model_config, vars(config))
     freeze(model, config.freeze)
     return model
@@ -56,7 +56,7 @@ def model_on_meta(config, model_config: ModelConfig) -> nn.Module:
 def training_memory(
     config, model: nn.Module, device: torch.device, dtype: torch.dtype, processes: int = 1
 ) -> Memory:
-    """Estimate the memory of one of several processes. config: a TrainConfig. model: from model_on_meta()."""
+    """Estimate the memory that each process needs. config: a TrainConfig. model: from model_on_meta()."""
     weights = FLOAT * models.count_parameters(model)
     gradients = FLOAT * sum(p.numel() for p in trained_parameters(model).values())
     states = make_optimizer(config, model).state_like().values()
@@ -64,7 +64,7 @@ def training_memory(
     activations = activation_bytes(config, model, device, dtype, processes)
     if processes == 1 or config.parallel == "ddp":
         return Memory(weights, gradients, optimizer, activations)
-    # a process with several micro-batches sums whole gradients
+    # a process that accumulates several micro-batches holds whole gradients
     if config.gradient_accumulation_steps <= processes:
         gradients /= processes
     # the parameters outside the blocks, such as the embedding, and two blocks with their gradients
@@ -79,11 +79,11 @@ def training_memory(
 def activation_bytes(
     config, model: nn.Module, device: torch.device, dtype: torch.dtype, processes: int
 ) -> float:
-    """Estimate what the backward pass of an uncompiled model needs of its forward pass, and the logits' gradient."""
+    """Estimate the bytes that an uncompiled model keeps for its backward pass, including the logits' gradient."""
     shape = model.config
     tokens = config.rows(processes) * shape.block_size
     layers = (module for module in model.modules() if not list(module.children()))
-    # nothing is kept of the frozen layers before the first that trains
+    # frozen layers before the first trained one keep nothing
     layers = dropwhile(lambda layer: not trained_parameters(layer), layers)
     kept = sum(kept_of(layer, dtype) for layer in layers if layer is not model.lm_head)
     scores = tokens * shape.n_head * shape.block_size  # attention scores per layer
@@ -93,13 +93,13 @@ def activation_bytes(
         attentions = sum(isinstance(m, models.SelfAttention) for m in model.modules())
         kept += attentions * copies * dtype.itemsize * scores / tokens
     blocks = sum(isinstance(module, models.Block) for module in model.modules())
-    if config.checkpoint_activations and blocks:  # one block is computed again at a time
+    if config.checkpoint_activations and blocks:  # one block at a time is recomputed
         kept = kept / blocks + blocks * FLOAT * shape.n_embd
     return tokens * (kept + 2 * FLOAT * shape.vocab_size)
 
 
 def kept_of(layer: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes that the backward pass needs of a layer for each token."""
+    """Bytes per token that a layer keeps for the backward pass."""
     if isinstance(layer, nn.Linear):
         # its output for the operation that follows, its input for the gradient of its weight
         inputs = layer.in_features if layer.weight.requires_grad else 0
@@ -107,7 +107,7 @@ def kept_of(layer: nn.Module, dtype: torch.dtype) -> int:
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
         return FLOAT * layer.normalized_shape[0]
     if isinstance(layer, models.CausalConv):
-        # one shifted copy of its input for each token that it looks back
+        # one shifted copy of its input for each token that it looks back at
         return FLOAT * layer.weight.numel()
     return 0
 

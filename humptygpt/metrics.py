@@ -1,9 +1,12 @@
-"""Read metrics.jsonl, one JSON object a line. A kill may cut its last line, and a disk may damage any line."""
+"""Read metrics.jsonl, one JSON object per line.
+
+A killed run may leave an incomplete last line, and a failing disk may damage any line.
+"""
 
 import json
 from pathlib import Path
 
-# the numbers of a row that are read again, besides iter, tokens and seconds
+# the numbers in a row that are read back later, besides iter, tokens and seconds
 MEASURED = (
     "position",
     "train_loss",
@@ -21,7 +24,7 @@ MEASURED = (
 def read_metrics(path: Path) -> list[dict | None]:
     """Read the rows of a metrics.jsonl: None for a damaged row, and no rows if there is no such file.
 
-    A last line without a line break is left out: it is incomplete.
+    A last line without a line break is incomplete and is left out.
     """
     if not path.exists():
         return []
@@ -29,7 +32,7 @@ def read_metrics(path: Path) -> list[dict | None]:
 
 
 def parse_row(line: bytes) -> dict | None:
-    """Parse a row. Returns None unless the numbers that are read again are finite, not negative and below 1e18."""
+    """Parse a row. Returns None unless the numbers that are read back are finite, not negative and below 1e18."""
     try:
         row = json.loads(line)
         numbers = [row[key] for key in ("iter", "tokens", "seconds")]

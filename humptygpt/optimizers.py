@@ -1,6 +1,6 @@
-"""The update rule of each parameter, AdamW, Muon or NorMuon, and the schedules of the learning rate.
+"""Update rules (AdamW, Muon and NorMuon) and learning rate schedules.
 
-A new rule is one function and one line in OPTIMIZERS; a new schedule one function and one line in SCHEDULES.
+A new rule is one function and one line in OPTIMIZERS; a new schedule is one function and one line in SCHEDULES.
 """
 
 import math
@@ -26,23 +26,23 @@ class Slot(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """An update rule, and the state that it keeps of each parameter."""
+    """An update rule, and the state that it keeps for each parameter."""
 
     update: Callable  # called with (optimizer, group, slots); works in place
-    # {name of a state tensor: the view of the parameter that has its shape}
+    # {name of a state tensor: function from a parameter to a view with the shape of that tensor}
     state: dict[str, Callable[[Tensor], Tensor]]
-    learning_rate: str = "learning_rate"  # key of TrainConfig with the peak
+    learning_rate: str = "learning_rate"  # TrainConfig key of the peak learning rate
 
 
 class Optimizer:
-    """Groups of parameters, each with a rule and its settings, and the state of each parameter by its name.
+    """Groups of parameters, each with a rule and its settings, and the state of each parameter by name.
 
-    It has what a training loop and a GradScaler need. It is not a torch.optim.Optimizer, because the first step of one
-    loads torch's compiler for two to three seconds, longer than everything else at the start takes.
+    It has the interface that a training loop and a GradScaler need. It is not a torch.optim.Optimizer, because the
+    first step of one spends two to three seconds loading torch's compiler, longer than the rest of the startup.
     """
 
     def __init__(self, groups: list[dict]):
-        """groups: dicts of rule, params, named_params, lr and what else the rule needs; see make_optimizer."""
+        """groups: dicts of rule, params, named_params, lr and anything else that the rule needs; see make_optimizer."""
         self.param_groups = groups
         self.state: dict[str, dict[str, Tensor]] = {}
         self.steps = 0
@@ -87,7 +87,7 @@ class Optimizer:
         return {"steps": self.steps, "state": self.state}
 
     def check_state(self, saved: dict, device: str = "cpu") -> None:
-        """Raise ValueError unless a saved state_dict fits this model and rule. device: where its tensors are."""
+        """Raise ValueError unless a saved state_dict fits this model and rule. device: the tensors' device."""
         like = self.state_like() if saved["steps"] else {}
         if differ := saved["state"].keys() ^ like.keys():
             name = min(differ)
@@ -98,7 +98,7 @@ class Optimizer:
             check_tensors(f"optimizer.{name}.", state, like[name], device)
 
     def load_state_dict(self, saved: dict) -> None:
-        """Take over a checked state. The settings of the groups stay as they are."""
+        """Load a state that has been checked. The groups keep their settings."""
         self.steps = saved["steps"]
         for group in self.param_groups:
             for name, p in group["named_params"].items():
@@ -119,12 +119,12 @@ class Optimizer:
         return value.to(p.device)
 
     def spread(self, function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-        """Return function(x), x: (n, rows, columns), n independent matrices that processes may divide."""
+        """Return function(x). x: (n, rows, columns), n independent matrices, which processes may share out."""
         return function(x)
 
 
 def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
-    """Update each element by about lr: its mean gradient divided by its root mean square gradient.
+    """Update each element by about lr: lr times its mean gradient, divided by its root mean square gradient.
 
     This calls the kernel behind torch.optim.AdamW(fused=True) directly, once for all parameters.
     Source: Loshchilov and Hutter 2017, arXiv:1711.05101.
@@ -151,7 +151,7 @@ def adamw(optimizer: Optimizer, group: dict, slots: list[Slot]) -> None:
 def muon(
     optimizer: Optimizer, group: dict, slots: list[Slot], normalize: bool = False
 ) -> None:
-    """Update by the momentum with all its singular values set to about 1, so that no direction is lost.
+    """Update by the momentum matrix with all singular values set to about 1, so that no direction is neglected.
 
     Matrices of one shape are stacked and orthogonalised together. normalize: NorMuon, see normalize_neurons.
     Source: Jordan et al. 2024, "Muon: an optimizer for the hidden layers of neural networks".
@@ -187,9 +187,9 @@ def normalize_neurons(
 ) -> Tensor:
     """Divide each neuron's part of the updates, (n, rows, columns), by its root mean square over recent steps.
 
-    In an orthogonal update some neurons move much less than others. Now all move at about the same speed, and the whole
-    matrix as fast as before. A neuron is a row, or a column if there are more columns than rows.
-    second_moment: the running mean squares, see per_neuron(); they are updated. shape: (rows, columns) of a whole
+    In an orthogonal update, some neurons move much less than others. Here all move at about the same speed, and the
+    whole matrix as fast as before. A neuron is a row, or a column if there are more columns than rows.
+    second_moment: the running mean squares, updated in place; see per_neuron(). shape: (rows, columns) of a whole
     matrix. total: sums over processes if each has only some of the rows. Source: Li et al. 2025, arXiv:2510.05491.
     """
 
@@ -209,14 +209,14 @@ def normalize_neurons(
 
 
 def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
-    """Turn each matrix U S V^T of x, (n, rows, columns), into about U V^T: singular values end between 0.7 and 1.2.
+    """Turn each matrix U S V^T of x, (n, rows, columns), into about U V^T: singular values end up in 0.7 to 1.2.
 
     Newton-Schulz iteration with Jordan's coefficients: a polynomial that moves singular values towards 1.
     """
     dtype = x.dtype
     tall = x.shape[1] > x.shape[2]
     if multiplies_bfloat16(x.device):
-        x = x.bfloat16()  # faster, and exact enough
+        x = x.bfloat16()  # faster, and accurate enough
     if tall:
         x = x.mT
     # now the largest singular value is at most 1
@@ -276,7 +276,7 @@ def group_parameters(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Return {group: {name: parameter}} with every parameter that trains in exactly one group.
 
     The group "hidden" has the matrices of linear layers, except for the output head. A module may choose another group
-    for its parameters by an attribute, optimizer_group.
+    for its parameters with an optimizer_group attribute.
     """
     groups = {"hidden": {}, "matrices": {}, "vectors": {}}
     for name, p in trained_parameters(model).items():
@@ -326,7 +326,7 @@ def cosine(progress: float) -> float:
 
 
 def linear(progress: float) -> float:
-    """The best of all shapes in Defazio et al. 2023, arXiv:2310.07831."""
+    """The best of the schedules compared in Defazio et al. 2023, arXiv:2310.07831."""
     return 1 - progress
 
 

@@ -1,4 +1,4 @@
-"""The process that trains. Under torchrun, humptygpt/parallel replaces it by one of several with the same methods."""
+"""The process that trains. Under torchrun, humptygpt/parallel replaces it with a class that has the same methods."""
 
 import os
 from collections.abc import Callable
@@ -21,14 +21,12 @@ BACKENDS = ("auto", "gloo", "nccl")
 
 
 class Share(NamedTuple):
-    """One process's share of a micro-batch: all of its rows, or some if several processes divide them."""
+    """One process's share of a micro-batch: all of its rows, or some of them if processes split them."""
 
     key: tuple[int, ...]  # seeds dropout: the micro-batch's number, counted over the run
     batch: dict[str, Tensor]
-    tokens: int  # targets that count
-    rows: tuple[int, int] | None = (
-        None  # (the first, the micro-batch's number of rows); None: all
-    )
+    tokens: int  # targets that are not ignored
+    rows: tuple[int, int] | None = None  # (first row, rows in the micro-batch); None: all
 
 
 class Process:
@@ -37,7 +35,7 @@ class Process:
     rank = 0
     size = 1
     first = True  # whether it writes and reports
-    sharded = False  # whether it has only a part of each weight
+    sharded = False  # whether it holds only a part of each weight
     optimizer_class = Optimizer
 
     def __init__(self, device: torch.device):
@@ -47,14 +45,14 @@ class Process:
         return self
 
     def __exit__(self, error: type | None, *_: object) -> None:
-        """End the run; several processes wait for each other if there is no error."""
+        """End the run. Several processes wait for each other unless there is an error."""
 
     def place(self, run) -> None:
         """Move the model of a run to the device. run: a train.Run that has no optimizer yet."""
         run.model.to(self.device)
 
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
-        """Return the network that trains the model. dynamic: whether shapes of batches vary."""
+        """Wrap the model for training, compiled if asked. dynamic: whether batch shapes vary."""
         return torch.compile(model, dynamic=dynamic) if compiled else model
 
     def shares(self, run, step: int) -> tuple[list[Share], int]:
@@ -69,7 +67,7 @@ class Process:
     def accumulate(
         self, net: nn.Module, share: Share, last: bool
     ) -> AbstractContextManager:
-        """Return the context in which net computes the gradients of a share. last: of the step's shares."""
+        """Return the context in which net computes a share's gradients. last: whether it is the step's last share."""
         return nullcontext()
 
     def sum(self, x: Tensor) -> Tensor:
@@ -88,10 +86,10 @@ def count_targets(batch: dict[str, Tensor]) -> int:
 def start_process(
     config, device: torch.device, dtype: torch.dtype, prepare: Callable[[], None]
 ) -> Process:
-    """Return the process of a run, which meets the others if there are several. config: a TrainConfig.
+    """Return the process of a run, connected to the others if there are several. config: a TrainConfig.
 
-    prepare: makes the data if they are missing. Of several processes, one on each disk calls it before the others go
-    on. Raises UserError if the processes cannot meet.
+    prepare: prepares the data if it is missing. With several processes, one per disk calls it before the others
+    continue. Raises UserError if the processes cannot connect.
     """
     _, size = launched()
     if size > 1:
@@ -101,7 +99,7 @@ def start_process(
 
 
 # --------------------------------------------------------------------------------------
-# What torchrun says in the environment
+# Environment variables that torchrun sets
 
 
 def launched() -> tuple[int, int]:

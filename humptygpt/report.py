@@ -1,4 +1,4 @@
-"""What a training tells the user: the summary before it, the bar and lines during it, and what to do after it."""
+"""Messages of train.py: a summary before training, a progress bar and lines during it, and advice after it."""
 
 import math
 import os
@@ -28,9 +28,7 @@ def summary(run) -> str:
     micro_batches = config.max_iters * config.gradient_accumulation_steps
     epochs = micro_batches / dataset.batches_per_epoch(config.batch_size)
     if config.init_from != "scratch" and epochs > MANY_EPOCHS:
-        note(
-            f"{epochs:.0f} epochs: a model that is fine-tuned on so little text soon memorises it"
-        )
+        note(f"{epochs:.0f} epochs: a model fine-tuned on so little text soon memorises it")
     start = "" if config.init_from == "scratch" else f", from {config.init_from}"
     about = f"about {config.max_iters:,}" if config.minutes else f"{config.max_iters:,}"
     done = f"; {run.progress.iter:,} are done" if run.progress.iter else ""
@@ -46,7 +44,7 @@ def summary(run) -> str:
 
 
 def trained_part(run) -> str:
-    """Say how many parameters train, and how much of the model that is."""
+    """Say how many parameters are trained, and what share of the model that is."""
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     part = trained / count_parameters(run.model)
     return f"training: {trained:,} parameters, {part:.1%}"
@@ -94,7 +92,7 @@ def line(bar: tqdm, text: str) -> None:
         bar.write(text)
         sys.stdout.flush()
     except OSError:
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115, open to the end
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115, stays open
 
 
 # --------------------------------------------------------------------------------------
@@ -102,7 +100,7 @@ def line(bar: tqdm, text: str) -> None:
 
 
 def closing(run, rows: list[dict]) -> str:
-    """Say what to do next, and how good the best model is. rows: all metrics of the run."""
+    """Say what to do next, and how good the best model is. rows: all rows of the run's metrics."""
     progress = run.progress
     command = as_written_here(run.task.sample_command.format(out_dir_key(run)))
     lines = [f"{run.task.sample_label}: {command}"]
@@ -112,7 +110,9 @@ def closing(run, rows: list[dict]) -> str:
         )
     start = next((row.get("val_loss", 0) for row in rows if not row["iter"]), 0)
     if 0 < start < progress.best_val_loss:
-        lines.append(f"the model that it started from was better: val loss {start:.4f}")
+        lines.append(
+            f"the model that the run started from was better: val loss {start:.4f}"
+        )
     return "\n".join(lines)
 
 
@@ -121,7 +121,7 @@ def stopped(run, number: int) -> None:
     command = as_written_here(f"python train.py --init_from=resume {out_dir_key(run)}")
     saved = f"saved {run.path} at iter {run.progress.iter}"
     text = f"{signal.Signals(number).name}: {saved}; resume: {command}"
-    with suppress(OSError):  # whoever reads our messages may have received the signal, too
+    with suppress(OSError):  # the reader of stderr may have received the signal, too
         print(text, file=sys.stderr)
 
 
@@ -135,5 +135,5 @@ def diverged(folder: RunFolder, error: Diverged) -> None:
 
 
 def out_dir_key(run) -> str:
-    """Return the argument as it can be pasted into a command."""
+    """Return the --out_dir argument, quoted so that it can be pasted into a command."""
     return f"--out_dir={shlex.quote(run.config.out_dir)}"

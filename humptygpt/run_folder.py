@@ -47,8 +47,8 @@ FILES = [
     "ckpt.pt",
 ]
 NEW = ".new"  # folder of a run that overwrites another, until it has a checkpoint
-COMPLETE = ".complete"  # the same folder while its files move to where they belong
-ANOTHER = "name another --out_dir"
+COMPLETE = ".complete"  # the same folder while its files are moved to out_dir
+ANOTHER = "choose another --out_dir"
 LOGGERS = {"tensorboard": "TensorBoard", "wandb": "start_wandb"}  # in loggers.py
 
 
@@ -58,7 +58,7 @@ class Diverged(Exception):
 
 @dataclass
 class Progress:
-    """How far a run is. It is saved in ckpt.pt, so that a resumed run is the same as an uninterrupted one."""
+    """How far a run has come. It is saved in ckpt.pt, so that a resumed run matches an uninterrupted one."""
 
     iter: int = 0  # steps done
     tokens: int = 0  # tokens trained on
@@ -66,9 +66,9 @@ class Progress:
     best_val_loss: float = math.inf
     best_iter: int = 0
     evals_since_best: int = 0
-    # how far the run is, in steps of max_iters: iter, or by the clock with --minutes
+    # how far the run has come, in steps out of max_iters: iter or, with --minutes, an estimate by the clock
     position: float = 0.0
-    run_seconds: float = 0.0  # with --minutes: duration of all its commands
+    run_seconds: float = 0.0  # with --minutes: total duration of its commands
     # losses of the steps since the last row of metrics
     losses: list[float] = field(default_factory=list)
 
@@ -85,7 +85,7 @@ class Progress:
         return True
 
     def stamp(self) -> dict:
-        """Make the entries with which every row of metrics begins."""
+        """Return the entries that every row of metrics begins with."""
         return {
             "iter": self.iter,
             "tokens": self.tokens,
@@ -95,20 +95,20 @@ class Progress:
 
 
 class StepClock:
-    """The progress of a run that is counted in steps. With --minutes, a plan.Clock counts it in time."""
+    """Measures the progress of a run in steps. With --minutes, a plan.Clock measures it in time instead."""
 
     def start(self, run) -> None:
-        """Begin to train. run: a train.Run."""
+        """Start the clock. run: a train.Run."""
 
     def advance(self, position: float, config) -> float:
         """Compute the position after a step from the one before it, both in steps of config.max_iters."""
         return position + 1
 
     def leave_out(self, evaluation: float) -> None:
-        """Do not count the time since advance(), which an evaluation of this many seconds took."""
+        """Exclude the time since advance(), which went into an evaluation of this many seconds."""
 
     def seconds(self) -> float:
-        """Time that counts for --minutes, including earlier commands."""
+        """Time that counts towards --minutes, including that of earlier commands."""
         return 0.0
 
     def time_left(self, progress: Progress, config) -> float:
@@ -117,7 +117,7 @@ class StepClock:
 
 
 class Meter:
-    """Measures losses, gradient norms and the time. Numbers stay on the device until they are read."""
+    """Measures losses, gradient norms and time. Numbers stay on the device until they are read."""
 
     def __init__(self, run):
         """run: a train.Run."""
@@ -132,7 +132,7 @@ class Meter:
         self.started = time.perf_counter() - self.progress.seconds
 
     def leave_out_evaluation(self) -> float:
-        """Do not count the time since read(), which an evaluation took. Returns it in seconds."""
+        """Exclude the time since read(), which went into an evaluation. Returns it in seconds."""
         evaluation = time.perf_counter() - self.started - self.progress.seconds
         self.started += evaluation
         return evaluation
@@ -156,7 +156,7 @@ class Meter:
         self.progress.seconds = time.perf_counter() - self.started
 
     def row(self, lr: float) -> dict:
-        """Make a row of metrics of the steps since the last one."""
+        """Make a row of metrics for the steps since the last row."""
         progress = self.progress
         tokens = progress.tokens - self.logged_tokens
         speed = tokens / (progress.seconds - self.logged_seconds)
@@ -180,9 +180,9 @@ class Meter:
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Yield a list to which SIGINT and SIGTERM are added. A second one ends the program at once.
+    """Yield a list that collects SIGINT and SIGTERM. A second signal ends the program at once.
 
-    A thread answers the user, because Python calls a handler only after a long call of torch has returned.
+    A thread answers the user, because Python calls a signal handler only after a long call to torch has returned.
     """
     caught = []
     reader, writer = socket.socketpair()
@@ -211,7 +211,7 @@ def answer_signals(reader: socket.socket) -> None:
             if first is None:
                 first = time.monotonic()
                 name = signal.Signals(number).name
-                line = f"\n{name}: finishing this step, then saving; a second one ends at once, unsaved\n"
+                line = f"\n{name}: finishing this step, then saving; a second signal ends the run at once, unsaved\n"
                 # stderr may be closed: the process that reads it received the same signal
                 with suppress(OSError):
                     os.write(2, line.encode())
@@ -245,7 +245,7 @@ def refuse_earlier_run(out_dir: Path) -> None:
     """Raise UserError if a new run would replace an earlier one."""
     if has_checkpoint(out_dir):
         raise UserError(
-            f"{out_dir} has a run already; continue it with --init_from=resume, or replace it with --overwrite=True"
+            f"{out_dir} already has a run; continue it with --init_from=resume, or replace it with --overwrite=True"
         )
 
 
@@ -255,18 +255,18 @@ def has_checkpoint(out_dir: Path) -> bool:
 
 
 def put_in_place(out_dir: Path) -> None:
-    """Replace the earlier run by the one in the folder NEW, if that has a checkpoint.
+    """Replace the earlier run with the one in the folder NEW, if that has a checkpoint.
 
-    A kill at any moment leaves one of the two runs complete, and the next call finishes the replacement. A plan.py
-    stays, because it may be the config file of the new run. Raises UserError.
+    If the process is killed at any moment, one of the two runs is complete, and the next call finishes the replacement.
+    A plan.py is kept, because it may be the config file of the new run. Raises UserError.
     """
     new, complete = out_dir / NEW, out_dir / COMPLETE
     with refuse_unwritable(out_dir):
         if checkpoint.stored(new / "ckpt.pt").exists():
             for path in (out_dir / name for name in FILES):
-                if not (path / "metrics.jsonl").exists():  # else a run that has such a name
+                if not (path / "metrics.jsonl").exists():  # else it is a run with this name
                     files.remove(path)
-            new.rename(complete)  # from here on, nothing in out_dir is the earlier run's
+            new.rename(complete)  # from here on, the earlier run is gone
         if complete.exists():
             for path in complete.iterdir():
                 path.replace(out_dir / path.name)
@@ -277,11 +277,11 @@ class RunFolder:
     """Writes metrics.jsonl, loss.png, config.json and command.txt of a run, and logs to TensorBoard or wandb.
 
     A new run that overwrites another writes to the folder NEW until it has a checkpoint. A resumed run drops the
-    metrics and snapshots after its checkpoint. Both hold the lock of lock_out_dir().
+    metrics and snapshots after its checkpoint. Both hold the lock from lock_out_dir().
     """
 
     def __init__(self, path: Path, settings: dict, resumed_at: int, writes: bool = True):
-        """settings: the run's, as in config.json. resumed_at: the steps done; 0 for a new run. Raises UserError.
+        """settings: the run's, as in config.json. resumed_at: steps already done; 0 for a new run. Raises UserError.
 
         writes: False if another process of the run writes the files.
         """
@@ -300,12 +300,12 @@ class RunFolder:
         if replaces:
             note(f"the earlier run in {path} stays until this one has a checkpoint")
         with refuse_unwritable(path):
-            files.remove(path / NEW)  # left by a run that ended before its first checkpoint
+            files.remove(path / NEW)  # from a run that ended before its first checkpoint
             self.path.mkdir(parents=True, exist_ok=True)
             if resumed_at:
                 self.rows = rows_until(path / "metrics.jsonl", resumed_at)
             for snapshot in self.path.glob("snapshots/*.pt"):
-                if int(snapshot.stem) >= resumed_at:  # the next step takes it again
+                if int(snapshot.stem) >= resumed_at:  # the run will take it again
                     snapshot.unlink()
             files.remove_unfinished(path, [*FILES, "snapshots/*"])
         lines = "".join(json.dumps(row) + "\n" for row in self.rows)
@@ -322,7 +322,7 @@ class RunFolder:
                 self.log([row])
 
     def log(self, rows: list[dict]) -> None:
-        """Send rows to the chosen loggers, which start with the first rows."""
+        """Send rows to the chosen loggers, which are started with the first rows."""
         if not self.loggers:
             for name in chosen_loggers(self.settings):
                 start = find(f"humptygpt.loggers:{LOGGERS[name]}")
@@ -338,7 +338,7 @@ class RunFolder:
             draw_losses(self.rows, self.path / "loss.png")
 
     def checkpointed(self) -> None:
-        """Put the run in the place of the earlier one when its first checkpoint is complete. Raises UserError."""
+        """Replace the earlier run with this one once its first checkpoint is complete. Raises UserError."""
         if self.path == self.out_dir:
             return
         self.path = self.out_dir
@@ -356,7 +356,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def rows_until(metrics: Path, step: int) -> list[dict]:
-    """Select the rows that a resumed run keeps: all up to this step, without the ones that are written at the end."""
+    """Select the rows that a resumed run keeps: all up to this step, except those written at the end of a run."""
     rows = itertools.takewhile(bool, read_metrics(metrics))
     at_the_end = {"end", "whole_val_loss", "test_bleu"}
     return [row for row in rows if row["iter"] <= step and not at_the_end & row.keys()]
@@ -380,7 +380,7 @@ def chosen_loggers(settings: dict) -> list[str]:
 
 
 def import_logger(name: str) -> None:
-    """Import the package of a logger before a long preparation. Raises UserError if it is missing."""
+    """Import a logger's package before training starts. Raises UserError if the package is missing."""
     try:
         importlib.import_module("wandb" if name == "wandb" else "torch.utils.tensorboard")
     except ImportError as error:
@@ -394,11 +394,11 @@ def import_logger(name: str) -> None:
 
 
 def draw_losses(rows: list[dict], path: Path) -> None:
-    """Plot training and validation loss against steps. The numbers are in the legend, above the axes."""
+    """Plot training and validation loss against steps. The legend gives the lowest validation loss."""
     val = points(rows, "val_loss")
     if not val:
         return
-    from matplotlib.figure import Figure  # here: it takes a second to load
+    from matplotlib.figure import Figure  # late import: it takes a second to load
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()

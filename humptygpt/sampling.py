@@ -1,4 +1,4 @@
-"""A model and a text -> its next tokens: logits -> probabilities -> token, again and again.
+"""Continue a text with a model: compute logits, convert them to probabilities, draw a token, and repeat.
 
 Shapes: B texts, T tokens, V vocabulary.
 """
@@ -15,16 +15,17 @@ from humptygpt.config import UserError
 from humptygpt.device import free_memory
 from humptygpt.machine import check_fits
 
-AT_ONCE = 128  # texts that are continued together
+AT_ONCE = 128  # texts to continue in one batch
 
 # --------------------------------------------------------------------------------------
 # Logits -> probabilities -> token
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide the positive logits of tokens seen by the penalty and multiply the others by it. Both (B, V); seen: bool.
+    """Penalize tokens that were seen: divide their positive logits by the penalty, and multiply negative ones by it.
 
-    Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1, in the form that Hugging Face gave it.
+    logits: (B, V); seen: (B, V), bool. Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1, as implemented by
+    Hugging Face.
     """
     return torch.where(
         seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits
@@ -67,11 +68,11 @@ def probabilities(
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Draw tokens (B, 1) with these probabilities, (B, V), by numbers from [0, 1), (B, 1).
+    """Draw tokens, (B, 1), from these probabilities, (B, V), with uniform random numbers in [0, 1), (B, 1).
 
-    The token is the first, in the order of ids, at which the sum of probabilities exceeds the number. So a text takes
-    one number for each token, however large the vocabulary is, and rounding hardly ever changes a token. If a
-    probability is nan, the token is V.
+    The token is the first, in order of ids, at which the cumulative probability exceeds the number. So a text needs one
+    number per token, however large the vocabulary is, and rounding hardly ever changes a token. If a probability is
+    nan, the token is V.
     """
     cumulative = probs.cumsum(dim=-1, dtype=uniform.dtype)
     total = cumulative.narrow(-1, -1, 1)
@@ -81,7 +82,7 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
 def sample_tokens(
     logits: Tensor, uniform: Tensor, top_k: int | None = None, **filters
 ) -> Tensor:
-    """Draw tokens (B, 1), only from the top_k most probable; filters: keyword arguments of probabilities()."""
+    """Draw tokens, (B, 1), from only the top_k most probable; filters: keyword arguments of probabilities()."""
     vocab_size = logits.shape[-1]
     if top_k is None or top_k >= vocab_size:
         return draw(probabilities(logits, **filters), uniform)
@@ -99,35 +100,36 @@ def greedy_tokens(logits: Tensor) -> Tensor:
 def uniform_numbers(
     seed: int, samples: Collection[int], n: int, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """Return (n, B, 1) random numbers in [0, 1). The i-th of a sample depends only on seed, the sample's number and i.
+    """Return random numbers in [0, 1), (n, B, 1).
 
-    So a text does not depend on the texts that are sampled with it. The generator is numpy's Philox, which encrypts a
-    counter with the key (seed, sample). Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    The i-th number of a sample depends only on seed, the sample's number and i, so a text does not depend on the others
+    in its batch. The generator is numpy's Philox, which encrypts a counter with the key (seed, sample).
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
     keys = [[seed, sample] for sample in samples]
     streams = [np.random.Generator(np.random.Philox(key=key)).random(n) for key in keys]
     numbers = torch.from_numpy(np.stack(streams, axis=1)[..., None]).to(dtype)
-    # below 1, so that draw() finds a token that has a probability, also after rounding
+    # below 1 even after rounding, so that draw() finds a token with nonzero probability
     return numbers.clamp(max=1 - torch.finfo(dtype).eps)
 
 
 # --------------------------------------------------------------------------------------
-# Token after token
+# Token by token
 
 
 class Context:
-    """The texts that a model continues together: the tokens that it can still see, and its cache of them.
+    """A batch of texts that a model continues: the tokens that it can still see, and its cache for them.
 
-    The model sees block_size tokens. When a text has more, its newest half is computed again, once, and the text
-    continues from there. With exact=True, the newest block_size tokens are computed again for every new token. Each
-    text of a batch does so when its own tokens fill the context, so it continues as it would by itself.
+    The model sees block_size tokens. When a text grows longer, the newest half of a block is recomputed once, and the
+    text continues from there. With exact=True, the newest block_size tokens are recomputed for every new token. Each
+    text in a batch restarts when its own tokens fill the context, so it continues as it would by itself.
     """
 
     def __init__(
         self, model: nn.Module, idx: Tensor, size: int | None = None, *, exact: bool = False
     ):
-        """idx: (B, T) token ids, T >= 1, with -1 before the first token of a shorter text. size: the most tokens that a
-        text will have; None: any number.
+        """idx: (B, T) token ids, T >= 1, with -1 before the first token of a shorter text. size: maximum length of
+        a text; None: unlimited.
         """
         self.model = model
         self.block_size = model.config.block_size
@@ -141,7 +143,7 @@ class Context:
         self.restart(self.block_size)
 
     def append(self, tokens: Tensor) -> None:
-        """tokens: (B, T), the next of each text."""
+        """Add the next tokens of each text, (B, T)."""
         self.tokens = torch.cat([self.tokens, tokens], dim=1)
 
     def next_logits(self) -> Tensor:
@@ -198,8 +200,8 @@ class Sampler:
         seed: int = 1337,
         **filters,
     ):
-        """idx: (B, T), the texts so far, -1 if there is no token. samples: a number for each text, which chooses its
-        random numbers. filters: keyword arguments of sample_tokens(); temperature=0 is greedy.
+        """idx: (B, T), the texts so far, padded with -1. samples: a number for each text, which determines its random
+        numbers. filters: keyword arguments of sample_tokens(); temperature=0 is greedy.
         """
         self.filters = filters
         self.uniforms = None
@@ -237,11 +239,11 @@ class Sampler:
 
 
 class Step(NamedTuple):
-    """One more token of each text that has not ended."""
+    """One new token for each text that has not ended."""
 
     rows: list[int]  # the numbers of these texts in the batch
     ids: list[int]  # their new tokens
-    logits: Tensor  # (len(rows), V), float32, as the model gave them
+    logits: Tensor  # (len(rows), V), float32, as the model returned them
 
 
 @torch.inference_mode()
@@ -255,10 +257,10 @@ def continue_texts(
     stopped: Collection[int] = (),
     **sampling,
 ) -> Iterator[Step]:
-    """Sample token after token. A text ends after eot, or when the caller puts its row into stopped.
+    """Sample token by token. A text ends after eot, or when the caller adds its row to `stopped`.
 
-    tokenizer_vocab_size: ids from here on pad the model's vocabulary and are never sampled. samples, sampling:
-    arguments of Sampler; without samples, the texts are numbered. Raises UserError if the logits are not finite.
+    tokenizer_vocab_size: ids from this number on pad the model's vocabulary and are never sampled. samples, sampling:
+    arguments for Sampler; samples defaults to the row numbers. Raises UserError if the logits are not finite.
     """
     vocab_size = tokenizer_vocab_size or context.model.config.vocab_size
     rows = list(range(len(context.tokens)))
@@ -271,7 +273,7 @@ def continue_texts(
         context.append(tokens)
         ids = [token for (token,) in tokens.tolist()]
         if max(ids) >= vocab_size:
-            raise UserError("the model's logits are not finite: has its training diverged?")
+            raise UserError("the model's logits are not finite: did training diverge?")
         yield Step(rows, ids, logits)
         going = [i for i, row in enumerate(rows) if ids[i] != eot and row not in stopped]
         if not going:
@@ -292,7 +294,7 @@ def generate(
 ) -> Iterator[Tensor]:
     """Continue idx by max_new_tokens. Yields each new token as (B,), -1 for a text that has ended.
 
-    idx, exact: as Context takes them. options: keyword arguments of continue_texts().
+    idx, exact: as for Context. options: keyword arguments of continue_texts().
     """
     context = Context(model, idx, idx.shape[1] + max_new_tokens, exact=exact)
     for step in continue_texts(context, max_new_tokens, tokenizer_vocab_size, **options):
@@ -301,13 +303,13 @@ def generate(
 
 
 def texts_at_once(model: nn.Module, device: torch.device, size: int) -> int:
-    """Choose the number of texts of `size` tokens to continue together: AT_ONCE, or fewer if memory is short.
+    """Choose how many texts of `size` tokens to continue in one batch: AT_ONCE, or fewer if memory is short.
 
     Raises UserError if not even one fits.
     """
     needed = bytes_per_text(model, size)
     free = int(0.9 * free_memory(device))
-    advice = "try fewer --max_new_tokens"
+    advice = "try a smaller --max_new_tokens"
     check_fits(f"a text of {size:,} tokens takes", needed, free, advice)
     return min(AT_ONCE, free // needed)
 

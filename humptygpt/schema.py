@@ -4,7 +4,7 @@ import json
 
 
 def parse_json(text: str | bytes, schema: object) -> dict:
-    """Return the content of a JSON file. Raises ValueError, in one line, unless it fits the schema."""
+    """Parse a JSON file's text. Raises ValueError, with a one-line message, unless the content fits the schema."""
     try:
         content = json.loads(text)
     except RecursionError as error:
@@ -17,7 +17,7 @@ def check_schema(value: object, schema: object, name: str = "") -> None:
     """Raise a ValueError that names the entry unless value fits schema.
 
     A schema is
-        a type               the value's own; 64-bit integers also pass as floats, but booleans not as integers
+        a type               a value of this very type; 64-bit integers also pass as floats, but not booleans as ints
         None                 None
         {"a", "b"}           one of these strings
         range(1, 10)         an integer in the range

@@ -1,4 +1,4 @@
-"""Log-probabilities: those of tokens that a model samples, and how well it predicts a given text."""
+"""Log-probabilities of the tokens that a model samples, and of the tokens of a given text."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ COLOURS = {0.5: 32, 0.1: 36, 0.01: 33, 0.0: 31}  # {least probability: green, cy
 
 
 def coloured(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Give each text the colour of its token's probability, for a terminal."""
+    """Colour each piece of text by its token's probability, for a terminal."""
     legend = ", ".join(f"\033[{code}m{least:.0%}\033[0m" for least, code in COLOURS.items())
     print(f"colours: the token's probability is at least {legend}", file=sys.stderr)
     code = 0
@@ -34,7 +34,7 @@ def coloured(pieces: Iterable[Piece]) -> Iterator[Piece]:
 def print_json_lines(
     pieces: Iterable[Piece], texts: list[tuple[Prompt, int]], k: int, tokenizer: Tokenizer
 ) -> None:
-    """Print each token and the k likeliest in its place. texts: (prompt, number of the sample)."""
+    """Print each token and the k likeliest tokens in its place. texts: (prompt, number of the sample)."""
     for row, _, token, logits in pieces:
         if token is None:
             continue
@@ -61,9 +61,9 @@ LOGITS = 2**26  # the most logits computed at once: 256 MB
 def describe_score(
     model: nn.Module, tokenizer: Tokenizer, text: str, stride: int | None
 ) -> str:
-    """Score a text from its first token if end-of-text can come before it, else from its second. Raises UserError.
+    """Score a text from its first token if eot or bos can precede it, else from its second. Raises UserError.
 
-    stride: as log_probabilities() takes it; None: half of block_size.
+    stride: as for log_probabilities(); None: half of block_size.
     """
     block_size = model.config.block_size
     ids = tokenizer.encode(text)
@@ -74,14 +74,14 @@ def describe_score(
     stride = stride or max(1, block_size // 2)
     if stride > block_size:
         raise UserError(
-            f"stride={stride} leaves tokens out; it must be at most block_size={block_size}"
+            f"stride={stride} would skip tokens; it must be at most block_size={block_size}"
         )
     nats = -log_probabilities(model, ids, stride).astype(np.float64)
     size = int(tokenizer.token_bytes()[ids[1:]].sum())
     return (
         f"{nats.mean():.4f} nats per token, {nats.sum() / np.log(2) / size:.4f} bits per byte,"
         f" perplexity {np.exp(nats.mean()):.2f}, {nats.sum():.2f} nats in all;"
-        f" {len(nats):,} tokens, {size:,} bytes, windows of {block_size:,} tokens, each {stride:,} further"
+        f" {len(nats):,} tokens, {size:,} bytes, windows of {block_size:,} tokens, stride {stride:,}"
     )
 
 
@@ -89,9 +89,9 @@ def describe_score(
 def log_probabilities(model: nn.Module, ids: np.ndarray, stride: int) -> np.ndarray:
     """Compute the log-probability of every token after the first, (T - 1,) float32; ids: (T,), at least two.
 
-    The model reads windows of block_size tokens. Each begins `stride` tokens after the one before, and tokens that the
-    one before has scored are only context. With stride = block_size, each token counts as in the trainer's evaluation.
-    With a smaller stride each has at least block_size - stride tokens of context, except at the beginning of the text.
+    The model reads windows of block_size tokens. Each begins `stride` tokens after the previous one, and tokens already
+    scored are only context. With stride = block_size, tokens are scored as in train.py's evaluation. With a smaller
+    stride, each has at least block_size - stride tokens of context, except at the beginning of the text.
     """
     block_size = model.config.block_size
     overlap = block_size - stride

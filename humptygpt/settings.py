@@ -1,4 +1,4 @@
-"""The settings of a training: their defaults, and how a command and what it starts from determine them."""
+"""Training settings: their defaults, and how a command and the model or run that it starts from change them."""
 
 import dataclasses
 import math
@@ -41,15 +41,16 @@ from humptygpt.tasks import (
 )
 from model import POSITIONS, ModelConfig
 
-TRAINING_ONLY = {"dropout", "label_smoothing"}  # keys of ModelConfig that change no weight
+# ModelConfig keys that affect only training, not the architecture
+TRAINING_ONLY = {"dropout", "label_smoothing"}
 # keys that define the weights and the order of the data
 FIXED = {"seed", "optimizer", "freeze", "lora_rank", "lora_alpha", "lora_targets"}
 STEP = ("batch_size", "gradient_accumulation_steps")  # their product is fixed
-# keys in which an interrupted run may differ from its checkpoint; the warmup is fitted to a short run
+# keys in which an interrupted run may differ from its checkpoint; a short run's warmup is shortened
 MAY_DIFFER = {"out_dir", "warmup_iters", "input"}
 WITHOUT_ROTARY = ("position", tuple(POSITIONS.keys() - {"rotary"}))
 CONSTANT = ("decay_lr", (False,))
-# {key: (another key, the values of that with which the first does nothing)}
+# {key: (another key, the values of that key for which the first has no effect)}
 IN_VAIN = {
     "rope_base": WITHOUT_ROTARY,
     "rope_factor": WITHOUT_ROTARY,
@@ -62,7 +63,7 @@ IN_VAIN = {
     "encoding_errors": ("input", (None,)),
     "skip_bad_lines": ("input", (None,)),
 }
-# Defaults of a run that starts from a model: small steps, so that it keeps what it knows.
+# Defaults for a run that starts from a model: small steps, so that the model keeps what it has learned.
 GENTLE = {
     "optimizer": "adamw",
     "learning_rate": 1e-4,
@@ -75,64 +76,64 @@ GENTLE = {
 @dataclass(frozen=True)
 class TrainConfig:
     # run
-    out_dir: str | None = None  # folder of the run; None: out/ and the dataset's name
+    out_dir: str | None = None  # folder of the run; None: out/<dataset>
     init_from: str = "scratch"  # scratch; resume: continue out_dir/ckpt.pt; or a run, a checkpoint, a folder, gpt2
     overwrite: bool = False  # replace an earlier run in out_dir
-    eval_only: bool = False  # evaluate once, translations by BLEU too, and stop
-    seed: int = 1337  # seed of initial weights, data order and dropout
+    eval_only: bool = False  # evaluate once, with BLEU for translation, and stop
+    seed: int = 1337  # seed for initial weights, data order and dropout
     # data
     dataset: str = "shakespeare_char"  # folder in data/ that prepare_data.py wrote
-    input: str | None = None  # your own text, prepared as a dataset that is named after it
-    text_key: str | None = None  # the field or column of the input that has the text
-    encoding_errors: str | None = None  # input that is not UTF-8: strict, replace or ignore
-    skip_bad_lines: bool | None = None  # leave out lines of the input that have no text
-    batch_size: int = 4  # sequences per micro-batch; pairs: as many as fit into these
-    gradient_accumulation_steps: int = 1  # micro-batches whose gradients make one step
+    input: str | None = None  # your own text, prepared as a dataset named after it
+    text_key: str | None = None  # the field or column of the input that holds the text
+    encoding_errors: str | None = None  # if input is not UTF-8: strict, replace or ignore
+    skip_bad_lines: bool | None = None  # skip lines of the input that have no text
+    batch_size: int = 4  # sequences per micro-batch; sentence pairs fill the same space
+    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     # optimizer
     minutes: float | None = None  # length of the run; anything not set is chosen to fit
     max_iters: int = 2400  # training steps
     optimizer: str = "normuon"  # muon and normuon leave embeddings and norms to AdamW
-    learning_rate: float = 6e-3  # the peak, after warmup
-    decay_lr: bool = True  # warm up, then decay; False: constant
-    schedule: str = "linear"  # shape of the decay
+    learning_rate: float = 6e-3  # peak learning rate, after warmup
+    decay_lr: bool = True  # warm up, then decay; False: constant learning rate
+    schedule: str = "linear"  # shape of the learning rate decay
     warmup_iters: int = 10  # steps of linear warmup
     lr_decay_iters: int | None = None  # step at which the decay ends; None: max_iters
-    min_lr: float | None = 0.0  # the minimum; None: learning_rate / 10
-    weight_decay: float = 0.1  # weight decay of matrices and embeddings
+    min_lr: float | None = 0.0  # minimum learning rate; None: learning_rate / 10
+    weight_decay: float = 0.1  # weight decay for matrices and embeddings
     beta1: float = 0.9  # AdamW: decay rate of the first moment
     beta2: float = 0.95  # AdamW, NorMuon: decay rate of the second moment
     muon_learning_rate: float = 0.03  # Muon: the peak learning rate
     muon_momentum: float = 0.85  # Muon: decay rate of the momentum
-    grad_clip: float = 0.0  # largest gradient norm; 0: no clipping
-    freeze: str | None = None  # parts of the names of parameters to keep: wte,blocks.0
-    lora_rank: int = 0  # LoRA: rank of the matrices that train beside a model's; 0: off
-    lora_alpha: float = 16.0  # LoRA: scale of the added matrices, times lora_rank
-    lora_targets: str = "q_proj,v_proj"  # LoRA: names of the layers that have it
+    grad_clip: float = 0.0  # maximum gradient norm; 0: no clipping
+    freeze: str | None = None  # parameters to freeze, by parts of their names: wte,blocks.0
+    lora_rank: int = 0  # LoRA: rank of the added matrices; 0: no LoRA
+    lora_alpha: float = 16.0  # LoRA: added matrices are scaled by lora_alpha / lora_rank
+    lora_targets: str = "q_proj,v_proj"  # LoRA: names of the layers to add it to
     # evaluation
-    eval_interval: int = 600  # steps between evaluations; the last step has one
-    eval_iters: int | None = None  # batches of an evaluation; None: a tenth of the time
-    early_stopping: int = 0  # stop after so many evaluations without a new lowest loss
-    always_save_checkpoint: bool = True  # False: only if the loss is a new lowest
-    snapshots: bool | None = None  # keep weights of steps for the page; None: if small
-    log_interval: int = 10  # steps between lines of the training loss
+    eval_interval: int = 600  # steps between evaluations; the last step is evaluated, too
+    eval_iters: int | None = None  # batches in an evaluation; None: a tenth of the time
+    early_stopping: int = 0  # stop after this many evaluations without a new best; 0: never
+    always_save_checkpoint: bool = True  # False: save only on a new best loss
+    snapshots: bool | None = None  # keep some steps' weights for explain.py; None: if small
+    log_interval: int = 10  # steps between training loss reports
     # memory
-    checkpoint_activations: bool = False  # less memory, a third more work
+    checkpoint_activations: bool = False  # less memory, but a third more compute
     dry_run: bool = False  # report sizes and memory, and stop before anything is written
     # logging
     log: str = ""  # also log to tensorboard, wandb or both: tensorboard,wandb
-    wandb_log: bool = False  # the same as log=wandb; WANDB_MODE=offline keeps the log here
+    wandb_log: bool = False  # the same as log=wandb; WANDB_MODE=offline logs locally
     wandb_project: str = "humptygpt"  # project on Weights & Biases
-    wandb_run_name: str | None = None  # run name there; None: the name of out_dir
+    wandb_run_name: str | None = None  # run name on Weights & Biases; None: that of out_dir
     # system
     device: str = "auto"  # auto: the GPU if there is one; cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # auto: what the hardware has
-    compile: bool | None = None  # torch.compile; None: on CUDA, without minutes
-    parallel: str = "ddp"  # several processes: ddp; fsdp: each has a part of the model
-    backend: str = "auto"  # several processes: auto takes nccl on CUDA, gloo on a CPU
+    dtype: str = "auto"  # auto: the best for the hardware
+    compile: bool | None = None  # use torch.compile; None: only on CUDA without minutes
+    parallel: str = "ddp"  # for several processes: ddp, or fsdp to shard the model
+    backend: str = "auto"  # for several processes: auto is nccl on CUDA, gloo on a CPU
 
     @classmethod
     def choices(cls) -> dict[str, Collection[str]]:
-        """Return {key: its variants}, also of the model."""
+        """Return {key: its variants}, including the model's."""
         return {
             "model": MODELS,
             "optimizer": OPTIMIZERS,
@@ -156,7 +157,7 @@ class TrainConfig:
         chosen_loggers(vars(self))
         if self.lora_rank and self.init_from == "scratch":
             raise ValueError(
-                f"lora_rank={self.lora_rank} trains beside a model; name that with --init_from"
+                f"lora_rank={self.lora_rank} needs an existing model; name it with --init_from"
             )
         if self.decay_lr and self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(
@@ -164,9 +165,9 @@ class TrainConfig:
             )
 
     def lr(self, it: float) -> float:
-        """Return the learning rate of step it, counted from 0: a linear warmup from above zero, then decay to min_lr.
+        """Return the learning rate of step `it`, counted from 0: linear warmup from above zero, then decay to min_lr.
 
-        From step lr_decay_iters on it stays at min_lr.
+        From step lr_decay_iters on, it stays at min_lr.
         """
         if not self.decay_lr:
             return self.learning_rate
@@ -181,23 +182,23 @@ class TrainConfig:
         return min_lr + decay * (self.learning_rate - min_lr)
 
     def evaluated_batches(self) -> int:
-        """Return the number of batches in an evaluation, by default a tenth of the time of training between two.
+        """Return the number of batches in an evaluation; by default it takes a tenth of the training time before it.
 
-        A batch that is evaluated takes a third of the time of one that is trained on.
+        Evaluating a batch takes a third of the time of training on one.
         """
         steps = min(self.eval_interval, self.max_iters)
         between = steps * self.gradient_accumulation_steps
         return self.eval_iters or max(20, 3 * between // 10)
 
     def rows(self, processes: int) -> int:
-        """Return the most sequences that a process has at once; several may divide a micro-batch."""
+        """Return the most sequences that a process has at once; several processes may split a micro-batch."""
         return math.ceil(
             self.batch_size / max(1, processes // self.gradient_accumulation_steps)
         )
 
 
 class Start(NamedTuple):
-    """The settings of a run, and what it starts from."""
+    """The settings of a run, and the checkpoint or model that it starts from."""
 
     config: TrainConfig
     model_config: ModelConfig
@@ -209,7 +210,7 @@ class Start(NamedTuple):
 def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     """Read a command, and the checkpoint that it resumes or the model that it starts from.
 
-    locks: takes the lock of out_dir, before its checkpoint is read, unless the run writes nothing.
+    locks: receives the lock on out_dir, before its checkpoint is read, unless the run writes nothing.
     """
     rank, processes = launched()
     given, typed = read_command(argv)
@@ -227,7 +228,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     # a run that overwrites another has no checkpoint of its own while NEW exists
     begins = (out_dir / NEW).exists()
     if restarted() and not begins and is_same_run(settings, path):
-        note(f"torchrun has started this run again; it resumes {path}")
+        note(f"torchrun has restarted this run; resuming {path}")
         init_from = "resume"
     if init_from == "resume":
         saved, base = checkpoint.read(path, with_tensors=False), None
@@ -237,9 +238,9 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
     config = configurator.make(TrainConfig, settings)
     model_config = make_model_config(settings)
     if given.get("minutes") and (config.dry_run or config.eval_only):
-        raise UserError("minutes is for training, which dry_run and eval_only leave out")
+        raise UserError("minutes is for training, but dry_run and eval_only do not train")
     if config.minutes and processes > 1:
-        raise UserError("minutes is for one process; with several, take max_iters")
+        raise UserError("minutes is for one process; with several, use max_iters instead")
     sharded = processes > 1 and config.parallel == "fsdp"
     if saved and checkpoint.lacks_tensors(saved) and not sharded:
         saved = checkpoint.read(path)
@@ -254,28 +255,28 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
 
 
 def read_command(argv: list[str]) -> tuple[dict[str, object], set[str]]:
-    """Return the settings of a command and its config files, out_dir among them, and the keys typed in the command."""
+    """Return the settings of a command and its config files, including out_dir, and the keys typed in the command."""
     given = configurator.read(argv, ModelConfig, TrainConfig)
     typed = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
     if given.get("minutes"):
         if "max_iters" in typed:
             raise UserError(
-                "minutes and max_iters are two lengths of one run; leave one out"
+                "minutes and max_iters both set the length of the run; give only one"
             )
-        for key in {"max_iters", "lr_decay_iters"} - typed:  # a config file's
+        for key in {"max_iters", "lr_decay_iters"} - typed:  # set by a config file
             given.pop(key, None)
     if given.get("input"):
         if given.get("init_from") == "resume":
             raise UserError(
-                f"input={given['input']} is for a new run; the one that resumes has its data: leave it out"
+                f"input={given['input']} is for a new run; a resumed run already has its data: leave it out"
             )
-        # whoever sets the input, the command or a config file, may name the data set, too
+        # whichever sets the input, the command or a config file, may also name the dataset
         if "dataset" not in (typed if "input" in typed else given):
             given["dataset"] = data_name(given["input"])
     if given.get("out_dir") is None:
         given["out_dir"] = f"out/{given.get('dataset', TrainConfig.dataset)}"
     out_dir = Path(given["out_dir"])
-    if os.path.isfile(out_dir):  # probably a checkpoint in the folder that is meant
+    if os.path.isfile(out_dir):  # probably a checkpoint in the intended folder
         raise UserError(
             f"out_dir={out_dir} is a file; write {shlex.quote(f'--out_dir={out_dir.parent}')}"
         )
@@ -283,16 +284,16 @@ def read_command(argv: list[str]) -> tuple[dict[str, object], set[str]]:
 
 
 def data_name(where: str) -> str:
-    """Return a name for an input's data: its folder's, its file's without endings, or that of a pattern's folder."""
+    """Name a dataset after its input: a folder, a file without its extensions, or the folder of a pattern."""
     parts = reversed(Path(where).resolve().parts)
     stems = (re.sub(r"[^\w-]+", "_", part.partition(".")[0]).strip("_") for part in parts)
     return next(filter(None, stems), "text")
 
 
 def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
-    """Return the settings of a run that is resumed. Raises UserError for a key that cannot change.
+    """Return the settings of a resumed run. Raises UserError for a key that cannot change.
 
-    Length, rates, evaluation and the like may change. What defines the weights and the order of the data may not.
+    Length, rates, evaluation and the like may change. Keys that define the weights and the order of the data may not.
     """
     if "optimizer" not in saved:
         raise UserError(
@@ -304,7 +305,7 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
         model_config = asdict(configurator.restore(cls, saved["model_config"]))
     own = train_config | model_config
     fixed = model_config.keys() - TRAINING_ONLY | FIXED
-    # a step has the same sequences in smaller or larger parts
+    # a step keeps the same sequences, but may split them into more or fewer micro-batches
     if math.prod((own | given)[key] for key in STEP) != math.prod(own[key] for key in STEP):
         fixed |= {*STEP}
     for key in given.keys() & fixed:
@@ -326,7 +327,7 @@ def resumed_settings(saved: dict, given: dict, path: Path) -> dict[str, object]:
 
 
 def is_same_run(settings: dict, path: Path) -> bool:
-    """True if path is a checkpoint of a run with these settings, which was interrupted."""
+    """True if path is a checkpoint of an interrupted run with these settings."""
     try:
         saved = checkpoint.read(path, with_tensors=False)
     except UserError:
@@ -341,7 +342,7 @@ def is_same_run(settings: dict, path: Path) -> bool:
 
 
 def base_settings(base: Loaded, given: dict) -> dict[str, object]:
-    """Return the settings of a model to start from: its own, except for those that a run may choose."""
+    """Return the settings for starting from a model: its own, except for those that a run may choose."""
     own = asdict(base.model.config)
     free = {key: getattr(ModelConfig, key) for key in TRAINING_ONLY}
     free["block_size"] = own["block_size"]
@@ -350,12 +351,12 @@ def base_settings(base: Loaded, given: dict) -> dict[str, object]:
             free[key] = given[key]
         elif given[key] not in (own[key], None):
             note(
-                f"{key}={given[key]}: without effect; the model {base.path} has {key}={own[key]}"
+                f"{key}={given[key]} has no effect; the model {base.path} has {key}={own[key]}"
             )
     if free["block_size"] > own["block_size"] and own["position"] == "learned":
         raise UserError(
             f"block_size={free['block_size']} is too large: the model {base.path} has learned"
-            f" {own['block_size']} positions; take at most as many"
+            f" {own['block_size']} positions; use at most that many"
         )
     return own | free
 
@@ -363,7 +364,7 @@ def base_settings(base: Loaded, given: dict) -> dict[str, object]:
 def refuse_vain(
     given: Collection[str], typed: set[str], settings: dict, processes: int
 ) -> None:
-    """Raise UserError for a typed key that does nothing in these settings, and note one of a config file."""
+    """Raise UserError for a typed key that has no effect with these settings; for a config file's key, print a note."""
     for key, why in in_vain(given, settings, IN_VAIN).items():
         if key in typed:
             raise UserError(f"{why}; leave it out")
@@ -371,18 +372,18 @@ def refuse_vain(
     if processes == 1:
         for key in given.keys() & {"parallel", "backend"}:
             note(
-                f"{key}={given[key]} has no effect on one process; torchrun starts several"
+                f"{key}={given[key]} has no effect with one process; torchrun starts several"
             )
 
 
 def fit_warmup(config: TrainConfig) -> TrainConfig:
-    """Shorten the warmup of a short run, so that most steps are left to the decay."""
+    """Shorten the warmup of a short run, so that most steps are left for the decay."""
     steps = config.lr_decay_iters or config.max_iters
     warmup = config.warmup_iters
     if not config.decay_lr or warmup < steps:
         return config
     shorter = steps // 10
     note(
-        f"warmup_iters={warmup} would last all {steps:,} steps; warmup_iters={shorter} is taken"
+        f"warmup_iters={warmup} would last all {steps:,} steps; using warmup_iters={shorter}"
     )
     return dataclasses.replace(config, warmup_iters=shorter)

@@ -1,4 +1,4 @@
-"""The parts of a run: its data, its model, and what it takes over from a checkpoint or from another model."""
+"""Set up a run: its data, its model, and its state if it resumes a checkpoint or starts from another model."""
 
 import dataclasses
 import importlib.util
@@ -33,20 +33,20 @@ from model import ModelConfig, Stack, count_parameters
 
 
 def prepare_missing(config: TrainConfig) -> None:
-    """Prepare data/<dataset> if it is missing, or if its preparation was stopped. Check an --input for changes."""
+    """Prepare data/<dataset> if it is missing or its preparation was interrupted. Check an --input for changes."""
     folder = Path("data") / config.dataset
     names = {path.name for path in folder.glob("*")}
     prepared = names & {"meta.json", "meta.pkl"}
     if prepared and (config.input is None or launched()[0]):
         return
-    import prepare_data  # here, since it is seldom needed
+    import prepare_data  # late import: it is rarely needed
 
     keys = {}
     if config.input:
         keys = input_keys(config, folder)
     else:
         stopped = "preparing" in names and config.dataset in prepare_data.SOURCES
-        # A train.bin by itself is taken for nanoGPT's. A command is what is left of a folder of ours.
+        # A train.bin by itself is assumed to be nanoGPT's. A command.txt is the remains of a folder that we prepared.
         if not stopped and names & {"preparing", "train.bin", COMMAND}:
             return
     keys["name"] = config.dataset
@@ -54,9 +54,9 @@ def prepare_missing(config: TrainConfig) -> None:
 
 
 def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
-    """Return how to prepare config.input: as the folder's own command says, else in the base model's tokens.
+    """Return the settings for preparing config.input: those that made the folder, else the base model's tokenizer.
 
-    Raises UserError if the folder is of another input.
+    Raises UserError if the folder was made from a different input.
     """
     import prepare_data
 
@@ -68,8 +68,8 @@ def input_keys(config: TrainConfig, folder: Path) -> dict[str, object]:
         keys = configurator.read(words, prepare_data.PrepareConfig, positional="name")
         if Path(keys.get("input", "")).resolve() != Path(config.input).resolve():
             raise UserError(
-                f"{folder} is not of input={config.input}, but made by: {command};"
-                " take another name: --dataset=ANOTHER_NAME"
+                f"{folder} was not made from input={config.input}, but by: {command};"
+                " choose another name: --dataset=ANOTHER_NAME"
             )
     for key in ("text_key", "encoding_errors", "skip_bad_lines"):
         if (value := getattr(config, key)) is not None:
@@ -84,9 +84,9 @@ def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
     model = model_class(config.model)
     if meta["task"] not in model.tasks:
         raise UserError(
-            f"dataset={folder.name} is for {meta['task']}, but model={config.model} for {' and '.join(model.tasks)}"
+            f"dataset={folder.name} is for {meta['task']}, but model={config.model} is for {' and '.join(model.tasks)}"
         )
-    # now, not at the end of the training
+    # now, not at the end of training
     if task.package and not importlib.util.find_spec(task.package):
         raise UserError(
             f"{meta['task']} is scored with the package {task.package}: pip install {task.package}"
@@ -101,9 +101,9 @@ def fit_to_data(
     base: Loaded | None,
     dataset: Dataset,
 ) -> ModelConfig:
-    """Return the model's config for this data, with its vocabulary if the model is new.
+    """Return the model's config for this data. A new model gets the data's vocabulary.
 
-    Raises UserError if a run that is resumed, or the model to start from, is of other data.
+    Raises UserError if the resumed run, or the model to start from, does not match the data.
     """
     if saved:
         check_same_data(saved, dataset, config.out_dir)
@@ -118,28 +118,28 @@ def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
     """Raise UserError unless a checkpoint was trained on this data. The message says how to get the right data."""
     pieces = from_state(saved["tokenizer"]).pieces
     identity = dataset.identity()
-    # a checkpoint of an earlier version may have other keys
+    # a checkpoint from an earlier version may have other keys
     known = saved["data"]["identity"].items()
     same = all(identity.get(key, value) == value for key, value in known)
     if pieces == dataset.tokenizer.pieces and same:
         return
     problem = f"{dataset.folder} is not the data that {out_dir}/ckpt.pt was trained on"
-    advice = "; if another folder has that, add --dataset=NAME"
+    advice = "; if the right data is in another folder, add --dataset=NAME"
     command = saved["data"].get("command", "")
     if is_command(command):
-        advice += f"; to make it again: {as_written_here(command)}"
+        advice += f"; to prepare it again: {as_written_here(command)}"
     raise UserError(problem + advice)
 
 
 def check_same_tokens(base: Loaded, dataset: Dataset) -> None:
-    """Raise UserError unless the data has the tokens of the model to start from. The message says how to prepare it."""
+    """Raise UserError unless the data uses the tokens of the model to start from. The message says how to fix it."""
     tokenizer = base.tokenizer
     if dataset.tokenizer.pieces == tokenizer.pieces:
         return
     source = tokenizer.name if tokenizer.name == "gpt2" else base.path
     keys = shlex.join([f"--tokenizer={source}", "--overwrite=True"])
     raise UserError(
-        f"{dataset.folder} has tokens ({dataset.tokenizer.name}) that are not those of the model {base.path}"
+        f"the tokens of {dataset.folder} ({dataset.tokenizer.name}) differ from those of the model {base.path}"
         f" ({tokenizer.name}); prepare it again with {keys}"
     )
 
@@ -166,7 +166,7 @@ def make_model(
     base: Loaded | None = None,
     sharded: bool = False,
 ) -> nn.Module:
-    """Return the model that trains, on the CPU. sharded: a new one has no memory for its weights yet."""
+    """Return the model to train, on the CPU. sharded: do not allocate the weights of a new model yet."""
     if saved:
         model = checkpoint.restore_model(saved["model"], model_config, vars(config))
     elif base:
@@ -182,7 +182,7 @@ def make_model(
 
 
 def adapt_model(base: Loaded, config: TrainConfig, model_config: ModelConfig) -> nn.Module:
-    """Return the model to start from with this config: fewer positions, another dropout, LoRA."""
+    """Adapt the model to start from to this config: fewer positions, a different dropout, LoRA."""
     weights = dict(base.model.state_dict())
     for name, x in weights.items():
         if name.endswith(
@@ -208,14 +208,14 @@ def make_net(run) -> nn.Module:
             if machine.is_out_of_memory(error):
                 raise
             reason = str(error).strip().partition("\n")[0]
-            note(f"torch.compile fails here ({reason}); training uncompiled")
+            note(f"torch.compile failed ({reason}); training without it")
         for module in run.model.modules():
-            vars(module).pop("forward", None)  # a compiled one
+            vars(module).pop("forward", None)  # the compiled one
     return run.process.wrap(run.model, compiled=False, dynamic=dynamic)
 
 
 def compile_now(run, net: nn.Module) -> None:
-    """Compile what training and evaluation will compute: perhaps a part of a batch, and a whole one."""
+    """Compile for the shapes of training and evaluation: this process's share of a batch, and a whole batch."""
     for step in range(2):
         shares, _ = run.process.shares(run, step)
         with (
@@ -223,7 +223,7 @@ def compile_now(run, net: nn.Module) -> None:
             autocast(run.device, run.dtype),
         ):
             net(**to_device(shares[0].batch, run.device))[1].backward()
-        # now, because evaluation leaves whole weights in place of a sharded model's parts
+        # must precede evaluation, which puts whole weights in place of a sharded model's parts
         run.model.zero_grad()
         evaluation.evaluate(run, net, 1)
 
@@ -241,7 +241,7 @@ def dry_run(config: TrainConfig, model_config: ModelConfig) -> str:
 
 
 def recorded_settings(run) -> dict[str, object]:
-    """Return what config.json records of a train.Run."""
+    """Return the settings that config.json records for a train.Run."""
     settings = asdict(run.config) | asdict(run.model.config)
     # Names that start with _ are not settings when config.json is used as a config file.
     settings["_parameters"] = count_parameters(run.model)
@@ -250,11 +250,11 @@ def recorded_settings(run) -> dict[str, object]:
 
 
 # --------------------------------------------------------------------------------------
-# A run that is resumed
+# Resuming a run
 
 
 def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
-    """Return the checkpoint's progress, and note what may surprise: nothing left to do, or a rising learning rate."""
+    """Return the checkpoint's progress. Print a note if no steps are left, or if the learning rate will rise."""
     progress = dict(saved["progress"])
     steps = progress["iter"]
     before = configurator.restore(TrainConfig, saved["train_config"])
@@ -264,12 +264,12 @@ def resumed_progress(config: TrainConfig, saved: dict) -> Progress:
     if config.eval_only:
         return Progress(**progress | {"position": position})
     if position >= config.max_iters:
-        note(f"all {steps} steps are done; for more: --max_iters=N")
+        note(f"all {steps} steps are done; for more, use --max_iters=N")
     had = before.lr(progress.get("position", steps))
     lr = config.lr(position)
     if lr - had > 0.01 * config.learning_rate:
         note(
-            f"the learning rate rises from {had:.1e} to {lr:.1e}, as its schedule now has it"
+            f"the learning rate rises from {had:.1e} to {lr:.1e}, because its schedule has changed"
         )
     return Progress(**progress | {"position": position})
 
@@ -289,6 +289,7 @@ def keep_best(run, saved: dict) -> None:
     run.process.place(dataclasses.replace(run, model=best))
     loss = evaluation.evaluate(run, best, run.config.evaluated_batches()).mean
     note(
-        f"the evaluation set changed: on the new one, best.pt has {loss:.4f} instead of {progress.best_val_loss:.4f}"
+        f"the evaluation set changed: on the new one, the loss of best.pt is {loss:.4f}"
+        f" instead of {progress.best_val_loss:.4f}"
     )
     progress.best_val_loss = loss

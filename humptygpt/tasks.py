@@ -1,6 +1,6 @@
-"""The models that a run can train and the tasks that they learn. An entry is imported when a setting names it.
+"""The models that a run can train and the tasks that they learn. An entry is imported only when a setting names it.
 
-A data set and a checkpoint name their task, and each class of MODELS those that it can learn.
+Datasets and checkpoints name their task, and each class in MODELS names the tasks that it can learn.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def make_model_config(settings: dict[str, object]) -> ModelConfig:
 
 
 def build(config: ModelConfig, training: dict | None = None) -> nn.Module:
-    """Return a new model with random weights, on the CPU. training: settings of a run; lora_rank in them adds LoRA."""
+    """Return a new model with random weights, on the CPU. training: a run's settings, whose lora_rank may add LoRA."""
     model = model_class(config.model)(config)
     if training and training.get("lora_rank"):
         find(LORA)(model, training)
@@ -59,7 +59,7 @@ def build(config: ModelConfig, training: dict | None = None) -> nn.Module:
 
 
 def build_on_meta(config: ModelConfig, training: dict | None = None) -> nn.Module:
-    """Build a model without memory for its weights."""
+    """Build a model without allocating its weights. training: as in build()."""
     with torch.device("meta"), WithoutValues():
         return build(config, training)
 
@@ -67,7 +67,7 @@ def build_on_meta(config: ModelConfig, training: dict | None = None) -> nn.Modul
 class WithoutValues(TorchFunctionMode):
     """Skips the initialization of weights, and keeps tables of positions on the CPU.
 
-    Either one on the meta device would make torch load its compiler, which takes more than a second.
+    Doing either on the meta device would make torch load its compiler, which takes more than a second.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -86,13 +86,13 @@ Show = Callable[..., str]  # (model, dataset) -> text for the user
 
 
 class Score(NamedTuple):
-    text: str  # for the user
+    text: str  # shown to the user
     metrics: dict[str, float]  # for metrics.jsonl
 
 
 @dataclass(frozen=True)
 class Task:
-    """What differs from task to task. Functions get the model on its device, in evaluation mode, within autocast."""
+    """The parts that tasks differ in. Functions get the model on its device, in evaluation mode, under autocast."""
 
     dataset: type  # a subclass of humptygpt.data.Dataset
     package: str | None = None  # the package that computes the score
@@ -101,10 +101,10 @@ class Task:
     final_examples: Show | None = None  # shown at the end of a run
     # computed at the end of a run and with --eval_only
     score: Callable[..., Score] | None = None
-    sample_label: str = "more of this"  # what the command below is for
+    sample_label: str = "more of this"  # label of the command below
     sample_command: str = "python sample.py {}"  # {} is the argument that names the run
-    card_prompt: str = ""  # prompt in the example of a model card
-    card_note: str = ""  # paragraph of a model card
+    card_prompt: str = ""  # prompt for the example in the model card
+    card_note: str = ""  # extra paragraph in the model card
 
 
 def find_task(name: str) -> Task:

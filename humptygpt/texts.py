@@ -22,7 +22,7 @@ from humptygpt.tokenizers import END_OF_TEXT, Tokenizer
 
 class Prompt(NamedTuple):
     number: int  # from 0
-    text: str  # without end-of-text before it
+    text: str  # without a leading end-of-text
     ids: np.ndarray  # (T,)
 
 
@@ -33,7 +33,7 @@ def read_prompts(
     if prompts is not None:
         texts = read_text(prompts).removesuffix("\n").split("\n")
         if texts == [""]:
-            raise UserError(f"{prompts} has no prompts; write one on each line")
+            raise UserError(f"{prompts} has no prompts; write one per line")
     elif start is not None:
         texts = [read_start(start)]
     else:
@@ -45,7 +45,7 @@ def read_prompts(
             ids = encode_prompt(text, tokenizer)
         if len(ids) > block_size:
             note(
-                f"prompt {number + 1:,} has {len(ids):,} tokens; the last {block_size:,} are read"
+                f"prompt {number + 1:,} has {len(ids):,} tokens; only the last {block_size:,} are used"
             )
         found.append(Prompt(number, text.removeprefix(END_OF_TEXT), ids))
     return found
@@ -55,7 +55,7 @@ def encode_prompt(text: str, tokenizer: Tokenizer) -> np.ndarray:
     """Return the token ids of a prompt, (T,). Raises UserError if it is empty or has unknown characters."""
     if not text:
         raise UserError(
-            "an empty prompt; give at least one character, or leave --start out"
+            "the prompt is empty; give at least one character, or leave out --start"
         )
     # nanoGPT's users write end-of-text before a prompt
     separated = tokenizer.eot is not None and text.startswith(END_OF_TEXT)
@@ -86,7 +86,7 @@ def read_text(path: str) -> str:
 
 
 def typed_lines() -> Iterator[str]:
-    """Yield lines from standard input, with a prompt if a person types them."""
+    """Yield lines from standard input, and print "> " before each if it is a terminal."""
     print("Ctrl-D ends; an empty line continues the text", file=sys.stderr)
     while True:
         try:
@@ -96,7 +96,7 @@ def typed_lines() -> Iterator[str]:
 
 
 def pad(texts: list[np.ndarray]) -> Tensor:
-    """Put texts, (T,) token ids each, into one batch, (B, T), with -1 before the shorter ones."""
+    """Combine texts, (T,) token ids each, into one batch, (B, T), padded with -1 on the left."""
     rows = [torch.from_numpy(ids) for ids in texts]
     return pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
 
@@ -108,8 +108,8 @@ def pad(texts: list[np.ndarray]) -> Tensor:
 class TextStream:
     """The text of one sample: feed() its tokens and show the characters that it returns.
 
-    A character appears with the last of its bytes; one that is never completed does not appear. The text ends before
-    the first stop text. The beginning of a possible stop text is held back until the next tokens decide.
+    A character is shown once its last byte has arrived; an incomplete one is never shown. The text ends before the
+    first stop text. Text that may begin a stop text is held back until later tokens decide.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
@@ -137,17 +137,17 @@ class TextStream:
         return self.close()
 
     def close(self) -> str:
-        """Return the characters held back, because no token follows."""
+        """Return all characters that were held back."""
         shown, self.held = self.held, ""
         return shown
 
 
 class Piece(NamedTuple):
-    """Text that became printable with one new token; at the end of a text, without a token, the text held back."""
+    """Text that became printable with one new token or, at the end of a text, the text that was held back."""
 
     row: int  # the number of the text in the batch
     text: str
-    token: int | None = None
+    token: int | None = None  # None at the end of a text
     logits: Tensor | None = None  # (V,), from which the token was drawn
 
 
@@ -159,7 +159,7 @@ def stream_texts(
     stop: tuple[str, ...] = (),
     **sampling,
 ) -> Iterator[Piece]:
-    """Continue the texts of the context. stop: as for TextStream. samples, sampling: arguments of Sampler."""
+    """Continue the texts of the context. stop: as for TextStream. samples, sampling: arguments for Sampler."""
     streams = [TextStream(tokenizer, stop) for _ in samples]
     stopped = set()
     for step in continue_texts(

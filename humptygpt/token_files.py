@@ -1,6 +1,6 @@
-"""Token files: ids one after another without a header, as nanoGPT writes them, and a meta.json that describes them.
+"""Token files: consecutive ids without a header, as nanoGPT writes them, and a meta.json that describes them.
 
-meta.json has a checksum of each file. Small files are checked when they are opened, files of any size by
+meta.json has a checksum of each file. Small files are verified when they are opened, and files of any size by
 `prepare_data.py NAME --verify=True`. A folder that nanoGPT or an earlier version prepared has no such checksums.
 """
 
@@ -18,10 +18,10 @@ import numpy as np
 from humptygpt.config import UserError, as_written_here, find
 from humptygpt.schema import check_schema, parse_json
 
-META_FORMAT = "tokens 2"  # a changed layout of data folders gets a new number
+META_FORMAT = "tokens 2"  # the number increases when the layout of data folders changes
 CHECKED = 1 << 28  # a split of up to this many bytes is checked whenever it is opened
 COMMAND = "command.txt"  # in every folder that we prepared: the command that made it
-NANOGPT = "humptygpt.prepare.nanogpt:describe"  # makes the meta of a folder of nanoGPT
+NANOGPT = "humptygpt.prepare.nanogpt:describe"  # makes the meta of a nanoGPT folder
 
 COUNT = range(2**53)  # a float64 holds these exactly
 POSITIVE = range(1, 2**53)
@@ -35,15 +35,15 @@ SPLITS = {  # {task: schema}
     "language modelling": {str: SPLIT},
     "translation": {str: SPLIT | {"target_bytes": POSITIVE, "target_tokens": POSITIVE}},
 }
-META = {  # the entries that training reads; data/README.md has the rest
+META = {  # the entries that training reads; data/README.md describes all of them
     "format": {META_FORMAT},
     "task": set(SPLITS),
     "source": str,
     "dtype": {"uint16", "uint32"},
     "vocab_size?": COUNT,
     "command?": str,
-    "splits": {"train": dict, "val": dict},  # SPLITS has the rest
-    "tokenizer": dict,  # its class has the rest
+    "splits": {"train": dict, "val": dict},  # details in SPLITS
+    "tokenizer": dict,  # details in the tokenizer's class
 }
 
 
@@ -55,7 +55,7 @@ def sha256(path: Path) -> str:
 class TokenFiles:
     """The token files of one split, memory-mapped and read as one.
 
-    meta: from read_meta. Raises UserError if a file is missing or is not as meta says.
+    meta: from read_meta. Raises UserError if a file is missing or does not match meta.
     """
 
     def __init__(self, folder: Path, split: str, meta: dict):
@@ -70,10 +70,10 @@ class TokenFiles:
         except (OSError, ValueError) as error:  # ValueError: the file is truncated
             raise self.error(f"cannot read {folder / split}.bin: {error}") from error
         self.starts = list(accumulate(map(len, self.arrays), initial=0))
-        tokens = entry.get("tokens", len(self))  # nanoGPT's folders do not say
+        tokens = entry.get("tokens", len(self))  # nanoGPT's folders lack it
         if len(self) != tokens:
             raise self.error(
-                f"{folder / split}.bin has {len(self):,} tokens, which are not the {tokens:,} of meta.json"
+                f"{folder / split}.bin has {len(self):,} tokens, but meta.json says {tokens:,}"
             )
         if sum(ids.nbytes for ids in self.arrays) <= CHECKED:
             self.verify()
@@ -85,7 +85,7 @@ class TokenFiles:
         return self.starts[-1]
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return the tokens from each start on, int64 (len(starts), length); zeros after the last token."""
+        """Return `length` tokens from each start, int64 (len(starts), length), with zeros after the last token."""
         rows = np.zeros((len(starts), length), dtype=np.int64)
         for row, start in zip(rows, starts.tolist(), strict=True):
             number = bisect_right(self.starts, start) - 1
@@ -100,11 +100,11 @@ class TokenFiles:
         return rows
 
     def verify(self) -> int:
-        """Compare the files with their checksums. Returns how many have one. Raises UserError."""
+        """Compare the files with their checksums. Returns the number of files that have one. Raises UserError."""
         checked = [path for path in self.paths if path.name in self.sums]
         for path in checked:
             if sha256(path) != self.sums[path.name]:
-                problem = "its checksum is not the one in meta.json"
+                problem = "its checksum does not match meta.json"
                 raise self.error(f"{path} was altered or damaged: {problem}")
         return len(checked)
 
@@ -128,12 +128,12 @@ def read_meta(folder: Path) -> dict:
     tokens_of_others = os.path.exists(folder / "train.bin") and not ours
     if tokens_of_others or os.path.exists(folder / "meta.pkl"):
         return find(NANOGPT)(folder)
-    problem = f"{folder} has no meta.json, which a preparation writes last"
+    problem = f"{folder} has no meta.json, which is written last when data is prepared"
     raise UserError(f"{problem}; {how_to(folder)}")
 
 
 def check_splits(meta: dict) -> None:
-    """Raise ValueError if a split lacks an entry, or names a file that is not its own."""
+    """Raise ValueError if a split lacks an entry, or lists a file that does not belong to it."""
     check_schema(meta["splits"], SPLITS[meta["task"]], "splits")
     for split, entry in meta["splits"].items():
         for file in entry["files"]:
@@ -141,7 +141,7 @@ def check_splits(meta: dict) -> None:
             no_path = re.fullmatch(r"(train|val|test)(_[0-9]+)?\.bin", name)
             if not (no_path and name.startswith(split)):
                 raise ValueError(
-                    f"splits.{split} has the file {name!r}, which is not its own"
+                    f"splits.{split} lists the file {name!r}, which does not belong to it"
                 )
 
 
@@ -152,7 +152,7 @@ def how_to(folder: Path) -> str:
 
 
 def made_by(folder: Path) -> str | None:
-    """Read the command that made a folder, or began to. None if there is none, or it cannot be read."""
+    """Read the command that made a folder, or started to. Returns None if there is none or it cannot be read."""
     for path in (folder / COMMAND, folder / "preparing" / COMMAND):
         with suppress(OSError, ValueError), path.open(encoding="utf-8") as file:
             text = file.read(10_000).strip()

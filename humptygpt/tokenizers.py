@@ -1,8 +1,8 @@
-"""Text -> token ids -> text: characters, bytes, subwords of sentencepiece, byte pairs, or another project's tokens.
+"""Text -> token ids -> text: characters, bytes, sentencepiece subwords, byte pairs, or another project's tokens.
 
-A token stands for some bytes of UTF-8 (its piece), and a text is the pieces of its tokens one after another. If a data
-set has several documents, the token `eot` ends each; no ordinary text encodes to it. A new tokenizer is a class and an
-entry of TOKENIZERS, both in this file. How subwords are learned from a text is in prepare/vocabulary.py.
+A token stands for some bytes of UTF-8 (its piece), and a text is the concatenation of its tokens' pieces. If a dataset
+has several documents, each ends with the token `eot`, to which no ordinary text encodes. A new tokenizer is a class and
+an entry in TOKENIZERS, both in this file. prepare/vocabulary.py learns subwords from a text.
 """
 
 import base64
@@ -26,7 +26,7 @@ MAX_UNPACKED_BYTES = 1 << 26
 # punctuation, spaces. Source: Radford et al. 2019.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how sentencepiece writes a byte
-# loaded only when this vocabulary is fetched, or a description names a tokenizer of another program
+# loaded only when this vocabulary is fetched, or a description names another program's tokenizer
 GPT2_PIECES = "humptygpt.prepare.vocabulary:gpt2_pieces"
 PRETRAINED = "humptygpt.convert.pretrained:PRETRAINED"
 
@@ -34,16 +34,16 @@ PRETRAINED = "humptygpt.convert.pretrained:PRETRAINED"
 class Tokenizer:
     """The interface of all tokenizers.
 
-    train() makes one; it need not read all texts. state() is plain data from which from_state() makes the tokenizer
-    again. separated: the data's documents end in eot.
+    train() makes one; it need not read all texts. state() returns plain data from which from_state() recreates the
+    tokenizer. separated: whether the data's documents end in eot.
     """
 
     name: str
     learn: str  # module:function that learns the vocabulary; train() loads it
-    options: tuple[str, ...] = ()  # keys of prepare_data.py that train() takes
+    options: tuple[str, ...] = ()  # prepare_data.py keys that train() accepts
     needs_all_texts = False  # True: train() reads the validation split as well
     schema: ClassVar = {"separated?": bool}  # entries of state() besides the name
-    pieces: list[bytes]  # what each token stands for
+    pieces: list[bytes]  # the bytes that each token stands for
     eot: int | None  # the token that ends each document; None: there is only one document
     bos: int | None = None  # the token that every text starts with, if the model has one
 
@@ -53,35 +53,35 @@ class Tokenizer:
 
     @property
     def ends(self) -> list[int]:
-        """bos and eot, the tokens that are not text, if there are any."""
+        """The tokens that are not text: bos and eot, if they exist."""
         return [i for i in (self.bos, self.eot) if i is not None]
 
     @classmethod
     def train(cls, texts: Iterable[str], separated: bool = False, **options) -> Self:
-        """Raises UserError if the texts allow no vocabulary with these options."""
+        """Learn a vocabulary. Raises UserError if the texts do not allow one with these options."""
         return cls(find(cls.learn)(texts, **options), separated)
 
     def encode(self, text: str) -> np.ndarray:
-        """Return token ids, int64 (length,), without bos. Raises UserError for text that has no tokens here."""
+        """Return token ids, int64 (length,), without bos. Raises UserError for text that cannot be encoded."""
         raise NotImplementedError
 
     def encode_rest(self, text: str) -> np.ndarray:
-        """Encode a text that continues another: without the space that some tokenizers put before a text."""
+        """Encode the continuation of another text, without the leading space that some tokenizers add."""
         return self.encode(text)
 
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text. A model may write bytes that are not UTF-8; they become U+FFFD."""
+        """Return the text. Bytes that are not valid UTF-8, which a model may generate, become U+FFFD."""
         return "".join(self.decode_stream(ids))
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Yield each character as soon as the last of its bytes is there."""
+        """Yield each character as soon as its last byte has arrived."""
         return codecs.iterdecode((self.pieces[i] for i in ids), "utf-8", errors="replace")
 
     def start(self) -> np.ndarray:
-        """Return the prompt for an empty text, (1,): bos, the end of the text before, a line break, or token 0."""
+        """Return the token to start a text from, (1,): bos, else eot, else a line break, else token 0."""
         line_break = self.pieces.index(b"\n") if b"\n" in self.pieces else 0
         return np.array([*self.ends, line_break][:1])
 
@@ -96,7 +96,7 @@ class Tokenizer:
 
     @classmethod
     def from_state(cls, **entries) -> Self:
-        """entries: state() without the name; they fit the schema. Raises ValueError if they are damaged."""
+        """entries: state() without the name, checked against the schema. Raises ValueError if they are damaged."""
         return cls(**entries)
 
 
@@ -121,7 +121,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], separated: bool = False) -> Self:
-        """The alphabet is every character of the texts, sorted."""
+        """Make an alphabet of all characters in the texts, sorted."""
         alphabet = set()
         for text in texts:
             alphabet.update(text)
@@ -164,10 +164,10 @@ class ByteTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """Subwords trained by sentencepiece; a character without a piece is spelled in bytes, so nothing is lost.
+    """Subwords learned by sentencepiece. A character without a piece is spelled in bytes, so nothing is lost.
 
-    proto: the model as sentencepiece writes it, with the settings of learn_sentencepiece(). Its token 0 stands for the
-    unknown and never occurs, so our ids are one less than its ids.
+    proto: the serialized sentencepiece model, made with the settings of learn_sentencepiece(). Its token 0 is the
+    unknown token, which never occurs, so our ids are one lower than sentencepiece's.
     Source: Kudo and Richardson 2018, arXiv:1808.06226.
     """
 
@@ -192,13 +192,13 @@ class SentencePieceTokenizer(Tokenizer):
         if (model.unk_id(), model.eos_id()) != (0, 1) or 0 in chain(
             *self._separators.values()
         ):
-            raise ValueError("the model lacks a token that every text may need")
+            raise ValueError("the model lacks a token that any text may need")
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-        """Encode all texts in one call of sentencepiece; for sentences this is ten times as fast as one by one."""
+        """Encode all texts in one call of sentencepiece; for sentences, one call each would take ten times as long."""
         split = [re.split("([\n▁])", utf8(text).decode()) for text in texts]
         plain = [part for part in chain(*split) if part not in self._separators]
         encoded = iter(self._model.encode(plain, num_threads=1))
@@ -226,10 +226,10 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class BytePairTokenizer(Tokenizer):
-    """Byte-pair encoding like GPT-2's, run by tiktoken. Learning merges the most frequent pair of tokens repeatedly.
+    """Byte-pair encoding like GPT-2's, applied by tiktoken. Training repeatedly merges the most frequent token pair.
 
-    pieces: the bytes of each token in the order of the merges; all 256 single bytes are among them.
-    Source: Sennrich et al. 2015, arXiv:1508.07909; over bytes: Radford et al. 2019.
+    pieces: the bytes of each token, in merge order, including all 256 single bytes.
+    Source: Sennrich et al. 2015, arXiv:1508.07909; on bytes: Radford et al. 2019.
     """
 
     name = "bpe"
@@ -241,13 +241,13 @@ class BytePairTokenizer(Tokenizer):
         if len(set(pieces)) < len(pieces) or not {bytes([i]) for i in range(256)} <= set(
             pieces
         ):
-            raise ValueError("a piece is there twice, or one of the 256 bytes is not")
+            raise ValueError("a piece occurs twice, or one of the 256 bytes is missing")
         self.pieces = [*pieces, END_OF_TEXT.encode()]
         self.eot = len(pieces) if separated else None
 
     @cached_property
     def engine(self):
-        """The tiktoken.Encoding."""
+        """The tiktoken.Encoding of these pieces."""
         import tiktoken
 
         ranks = {piece: rank for rank, piece in enumerate(self.pieces[:-1])}
@@ -278,7 +278,7 @@ class GPT2Tokenizer(BytePairTokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str] = (), separated: bool = False) -> Self:
-        """Raises UserError if the vocabulary cannot be downloaded."""
+        """Load GPT-2's vocabulary. Raises UserError if it cannot be downloaded."""
         return cls(find(GPT2_PIECES)(), separated)
 
 
@@ -316,7 +316,7 @@ def from_state(state: dict) -> Tokenizer:
 
 
 def utf8(text: str) -> bytes:
-    """Encode a text. Raises UserError for a character that UTF-8 lacks, such as a broken byte in an argument."""
+    """Encode a text. Raises UserError for a character that UTF-8 cannot encode, such as a bad byte in an argument."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -330,7 +330,7 @@ def pack(content: bytes) -> str:
 
 
 def unpack(packed: str) -> bytes:
-    """Undo pack(), up to a limit, since a small text may stand for gigabytes. Raises ValueError or zlib.error."""
+    """Undo pack(), up to a limit, since a short text may unpack to gigabytes. Raises ValueError or zlib.error."""
     unpacker = zlib.decompressobj()
     content = unpacker.decompress(
         base64.b64decode(packed, validate=True), MAX_UNPACKED_BYTES
@@ -343,7 +343,7 @@ def unpack(packed: str) -> bytes:
 
 
 def printable_bytes() -> dict[str, int]:
-    """GPT-2's printable signs for bytes: printable characters are themselves, the rest U+0100 and up in their order."""
+    """GPT-2's printable signs for bytes: printable characters stand for themselves, the rest are U+0100 and up."""
     hidden = [
         byte for byte in range(256) if not chr(byte).isprintable() or chr(byte) == " "
     ]
@@ -352,7 +352,7 @@ def printable_bytes() -> dict[str, int]:
 
 
 def sentencepiece_bytes(piece: str, byte_fallback: bool) -> bytes:
-    """Bytes of a piece of sentencepiece, which has a sign for a space and writes a single byte as <0x41>."""
+    """Convert a sentencepiece piece to bytes: "▁" stands for a space, and <0x41> for a single byte."""
     if byte_fallback and BYTE_TOKEN.fullmatch(piece):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("▁", " ").encode()

@@ -89,7 +89,7 @@ def test_a_fine_tuning_is_resumed_when_torchrun_starts_it_again(other, monkeypat
         assert (start.saved is not None) == resumes
         assert start.saved is None or start.base is None
     assert train.main(FROM_RUN) == 0
-    assert "it resumes out/other/ckpt.pt" in capsys.readouterr().err
+    assert "resuming out/other/ckpt.pt" in capsys.readouterr().err
     assert not Path("out/other/.new").exists()
 
 
@@ -99,7 +99,7 @@ def test_a_fine_tuning_is_resumed_when_torchrun_starts_it_again(other, monkeypat
 )
 def test_many_epochs_of_fine_tuning_get_a_warning(other, capsys, argument, warned):
     assert train.main([*FROM_RUN, "--max_iters=290", argument, "--eval_only=True"]) == 0
-    note = "epochs: a model that is fine-tuned on so little text soon memorises it"
+    note = "epochs: a model fine-tuned on so little text soon memorises it"
     assert (note in capsys.readouterr().err) == warned
 
 
@@ -120,7 +120,7 @@ def test_other_tokens_are_refused_and_the_key_in_the_message_mends_it(
     prepare_data.main(["--input=other.txt", "--name=other", "--tokenizer=byte"])
     line = fails(train.main, *FROM_RUN)
     assert line.startswith(
-        "data/other has tokens (byte) that are not those of the model out/run/best.pt (char); prep"
+        "the tokens of data/other (byte) differ from those of the model out/run/best.pt (char); prep"
     )
     keys = shlex.split(line.partition("; prepare it again with ")[2])
     prepare_data.main(["--input=other.txt", "--name=other", *keys])
@@ -130,12 +130,12 @@ def test_other_tokens_are_refused_and_the_key_in_the_message_mends_it(
 
 def test_the_shape_of_the_model_stays_and_its_context_may_shrink(other, capsys, fails):
     assert train.main([*FROM_RUN, "--n_layer=7", "--block_size=8", "--dropout=0.1"]) == 0
-    note = "note: n_layer=7: without effect; the model out/run/best.pt has n_layer=2"
+    note = "note: n_layer=7 has no effect; the model out/run/best.pt has n_layer=2"
     assert note in capsys.readouterr().err
     config = checkpoint.read(Path("out/other/ckpt.pt"))["model_config"]
     assert (config["n_layer"], config["block_size"], config["dropout"]) == (2, 8, 0.1)
     line = fails(train.main, *FROM_RUN, "--block_size=17")
-    assert "has learned 16 positions; take at most as many" in line
+    assert "has learned 16 positions; use at most that many" in line
 
 
 def test_a_models_tokenizer_separates_documents_where_it_can(run_train):
@@ -248,7 +248,7 @@ DAMAGES = {
     "transformer.more is unknown": lambda saved: saved["model"].update(more=torch.ones(1)),
     "must have shape": lambda saved: saved["model_args"].update(vocab_size=12),
     "model_args.n_layer must be int": lambda saved: saved["model_args"].update(n_layer="2"),
-    "n_layer=1048576 and n_embd=.* do not describe its weights": lambda saved: saved[
+    "n_layer=1048576 and n_embd=.* do not match its weights": lambda saved: saved[
         "model_args"
     ].update(n_layer=2**20),
 }
@@ -290,7 +290,7 @@ def test_out_dir_may_be_nanogpts_but_its_training_is_not_resumed(folder, fails, 
     assert len(set(texts)) == 1 and len(texts[0]) == 13
     line = fails(train.main, "--init_from=resume", "--out_dir=nano/out")
     assert line.endswith(
-        "is a checkpoint of nanoGPT; start from it by --init_from=nano/out/ckpt.pt\n"
+        "is a nanoGPT checkpoint; to start from it, use --init_from=nano/out/ckpt.pt\n"
     )
 
 
@@ -311,7 +311,7 @@ def test_nanogpts_config_to_fine_tune_means_what_it_means_there(
     found = vars(start.config) | vars(start.model_config)
     assert found | keys | shape == found
     assert start.base is base
-    assert "n_layer=12: without effect" in capsys.readouterr().err
+    assert "n_layer=12 has no effect" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
     assert no_config in refused("data", train.main)
     assert "is not a checkpoint: it is truncated" in refused("text.txt")
     assert refused("theirs/model.safetensors") == (
-        "init_from=theirs/model.safetensors is no model by itself; name its folder, which also has config.json\n"
+        "init_from=theirs/model.safetensors is not a complete model; name its folder, which also has config.json\n"
     )
     Path("out/stopped").mkdir(parents=True)
     Path("out/stopped/metrics.jsonl").write_text("{}")
@@ -376,6 +376,6 @@ def test_a_start_that_holds_no_model_is_refused(theirs, fails, folder):
     assert line.endswith("; train first: python train.py --out_dir=out/stopped\n")
     vocab = json.loads(Path("theirs/vocab.json").read_text())
     Path("theirs/vocab.json").write_text(json.dumps(vocab | {"surplus": 400}))
-    assert "theirs has 401 tokens, but the model only 400" in refused("theirs")
+    assert "theirs has 401 tokens, but the model has only 400" in refused("theirs")
     Path("theirs/config.json").unlink()
     assert no_config in refused("theirs", train.main)

@@ -237,19 +237,19 @@ def edit_meta(data: Path, **entries):
 
 
 DAMAGE = {
-    "train.bin was altered or damaged: its checksum is not the one in meta.json": alter,
+    "train.bin was altered or damaged: its checksum does not match meta.json": alter,
     "holds token 20, but its tokenizer has only 3": lambda data: edit_meta(
         data, tokenizer={"tokenizer": "char", "alphabet": "abc"}
     ),
-    "meta.json: splits.val has the file 'train.bin', which": lambda data: edit_meta(
+    "meta.json: splits.val lists the file 'train.bin', which": lambda data: edit_meta(
         data, splits=(splits := read_meta(data)["splits"]) | {"val": splits["train"]}
     ),
-    "meta.json: splits.val has the file '../val.bin', which": lambda data: (
+    "meta.json: splits.val lists the file '../val.bin', which": lambda data: (
         data / "meta.json"
     ).write_text((data / "meta.json").read_text().replace("val.bin", "../val.bin")),
     "cannot read data/tiny/train.bin: Size": lambda data: shorten(data / "train.bin", 1),
-    "train.bin has 3,599 tokens, which are not the 3,600 of meta.json": lambda data: (
-        shorten(data / "train.bin", 2)
+    "train.bin has 3,599 tokens, but meta.json says 3,600": lambda data: shorten(
+        data / "train.bin", 2
     ),
     "cannot read data/tiny/val.bin: [Errno 2]": lambda data: (data / "val.bin").unlink(),
     "meta.json: format must be tokens 2": lambda data: (data / "meta.json").write_text(
@@ -301,7 +301,7 @@ def test_large_files_are_checked_only_by_verify(tiny, fails, monkeypatch, capsys
         "data/tiny: 2 token files match their checksums\n"
     )
     (tiny / "val.bin").write_bytes((tiny / "val.bin").read_bytes()[::-1])
-    damaged = "data/tiny/val.bin was altered or damaged: its checksum is not the one in"
+    damaged = "data/tiny/val.bin was altered or damaged: its checksum does not match"
     assert damaged in fails(train.main, *TINY_RUN)
     monkeypatch.setattr(token_files, "CHECKED", 799)  # bytes; val.bin has 800
     TokenDataset(tiny, 16, seed=1)

@@ -83,7 +83,7 @@ def malicious(path: Path):
 
 
 NO_CHECKPOINT = "out/run/best.pt is not a checkpoint: it is truncated, damaged or holds"
-OTHER_VERSION = "out/run/best.pt is not a checkpoint of this version"
+OTHER_VERSION = "out/run/best.pt is not a checkpoint from this version"
 BAD = [
     (NO_CHECKPOINT, malicious),
     (NO_CHECKPOINT, lambda path: path.write_bytes(b"no zip at all")),
@@ -128,19 +128,19 @@ def test_a_record_marked_as_a_directory_is_noticed(folder):
 
 
 HEAD = "the parameter lm_head.weight must be a dense tensor of torch.float32 and shape"
-OTHER_CODE = "ckpt.pt was written by other code: "
+OTHER_CODE = "ckpt.pt was written by different code: "
 # (complaint, path to an entry, its other value or None if it is missing)
 EDITS = [
     ("train_config is missing", "train_config", None),
     (f"{OTHER_CODE}it has the key batch_sice, which", "train_config/batch_sice", 4),
     ("batch_size=0 must be at least 1", "train_config/batch_size", 0),
-    ("device must have no control characters", "train_config/device", "c\npu"),
-    ("n_layer=1000000 and n_embd=8 do not describe", "model_config/n_layer", 10**6),
+    ("device must not contain control characters", "train_config/device", "c\npu"),
+    ("n_layer=1000000 and n_embd=8 do not match", "model_config/n_layer", 10**6),
     ("n_embd=1099511627776 must be at least", "model_config/n_embd", 2**40),
     ("lm_head.weight must equal wte.weight", "model_config/tie_weights", True),
     ("description of the tokenizer char is damaged", "tokenizer/alphabet", None),
-    ("tokenizer has 4 tokens, but the model 3", "tokenizer/alphabet", "abcd"),
-    ("model=gpt is not for task=", "task", "painting"),
+    ("tokenizer has 4 tokens, but the model has 3", "tokenizer/alphabet", "abcd"),
+    ("model=gpt does not support task=", "task", "painting"),
     ("progress.iter must", "progress/iter", 10**400),
     ("progress has seconds=nan", "progress/seconds", float("nan")),
     (f"{OTHER_CODE}it has progress.x, which this code", "progress/x", 3),
@@ -211,7 +211,7 @@ def test_a_checkpoint_of_other_code_is_whole_and_says_what_differs(
     def complaints() -> set[str]:
         """The messages of sampling and resuming, without the names of their files."""
         lines = map(fails, USES)
-        return {line.partition(".pt was written by other code: ")[2] for line in lines}
+        return {line.partition(".pt was written by different code: ")[2] for line in lines}
 
     kinds = ", ".join(models.NORMS)
     with monkeypatch.context() as patch:
@@ -221,13 +221,13 @@ def test_a_checkpoint_of_other_code_is_whole_and_says_what_differs(
 
     monkeypatch.setitem(models.NORMS, "mine", models.NORMS["none"])
     name = "stack.blocks.0.attn_norm.weight"
-    assert complaints() == {f"it has the parameter {name}, which this code lacks\n"}
+    assert complaints() == {f"it has the parameter {name}, which this code does not know\n"}
 
     for path in (OUT / "best.pt", OUT / "ckpt.pt"):
         saved = torch.load(path)
         saved["model_config"]["swirl"] = 3
         torch.save(saved, path)
-    assert complaints() == {"it has the key swirl, which this code lacks\n"}
+    assert complaints() == {"it has the key swirl, which this code does not know\n"}
 
 
 def test_a_bug_in_a_model_is_not_taken_for_a_damaged_file(run_train, monkeypatch):

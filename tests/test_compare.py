@@ -340,7 +340,7 @@ def test_bad_arguments_are_one_line(fails):
         "": "no runs to compare; try: python compare.py out/*",
         "out/a --pictur=x.png": "unknown key pictur",
         "out/a --picture=x.svg": "picture=x.svg must end in .png",
-        "out/a --json=/": "cannot write /: it is not a regular file; name another",
+        "out/a --json=/": "cannot write /: it is not a regular file; choose another",
         "out/a --baseline=b": "baseline=b is not a row of out; rows: a",
     }.items():
         assert complaint in fails(compare.main, *argv.split())

@@ -118,7 +118,7 @@ def test_bare_arguments_gather_in_a_key_that_takes_several_texts():
 
 def test_a_bare_argument_sets_a_key_that_takes_one_text():
     assert read("a", positional="name") == {"name": "a"}
-    line = "^name is given twice, as a and b; leave one out$"
+    line = "^name is given twice, as a and b; give only one$"
     for argv in (("a", "b"), ("--name=a", "b")):
         with pytest.raises(UserError, match=line):
             read(*argv, positional="name")
@@ -164,8 +164,8 @@ def test_wrong_types_are_refused_with_the_right_one(argument):
         ("a.py", "a.py: unknown key learning_rte; did you mean learning_rate?"),
         ("--dtype", "--dtype has no value; write --dtype=VALUE"),
         ("--compile", "--compile has no value; write --compile=True"),
-        ("-dtype=3", "-dtype=3 is not a config file; for a key write --dtype=3"),
-        ("dtype=3", "dtype=3 is not a config file; for a key write --dtype=3"),
+        ("-dtype=3", "-dtype=3 is not a config file; to set a key, write --dtype=3"),
+        ("dtype=3", "dtype=3 is not a config file; to set a key, write --dtype=3"),
     ],
 )
 def test_a_key_that_is_unknown_or_not_written_as_one_is_answered_with_the_right_one(
@@ -219,14 +219,14 @@ def test_a_run_in_place_of_a_config_file_is_answered_with_its_key_and_never_exec
         file.writestr("__main__.py", "raise SystemExit('code of a checkpoint')")
     key = "'--out_dir=out/my run'"
     for path in (str(run), str(run / "best.pt")):
-        start = f"{path} is not a config file; for the run in it write"
+        start = f"{path} is not a config file; for the run in it, write"
         for cls in (SampleConfig, explain.ExplainConfig):
             assert complaint(path, cls=cls) == f"{start} {key}"
         assert complaint(path, cls=TrainConfig) == f"{start} --init_from=resume {key}"
     config = str(run / "config.json")
     assert configurator.read([config], TrainConfig) == {"eval_only": False}
     line = complaint("The cat", cls=SampleConfig)
-    assert line.endswith("; for a prompt write '--start=The cat'")
+    assert line.endswith("; for a prompt, write '--start=The cat'")
 
 
 def test_the_name_of_a_config_in_place_of_a_model_is_answered_with_the_command_that_trains_it(

@@ -104,7 +104,7 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(tiny, capsys):
     eager = trained("--compile=False")
     capsys.readouterr()
     assert trained("--compile=True") == pytest.approx(eager, rel=1e-3)
-    assert "compile fails" not in capsys.readouterr().err
+    assert "compile failed" not in capsys.readouterr().err
 
 
 @contextmanager
@@ -167,7 +167,7 @@ def test_compiled_decode_writes_the_tokens_of_eager_decode(position, capsys):
     compiled = CompiledGPT(ready.model, **options)
     for idx in (tokens(3, 4).to(DEVICE), PADDED.to(DEVICE)):
         assert greedy(compiled, idx, 30) == greedy(eager, idx, 30)
-    assert "compile fails" not in capsys.readouterr().err
+    assert "compile failed" not in capsys.readouterr().err
 
 
 def test_a_text_is_the_same_in_a_batch_and_alone():

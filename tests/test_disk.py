@@ -145,7 +145,7 @@ def test_a_checkpoint_that_finds_no_room_names_the_disk_and_not_what_follows_fro
     entries, before = checkpoint.read(path), path.read_bytes()
     assert room < len(before)
     del entries["format"]
-    full = r"No space left on device \(the disk /.* has .* MB free\); the one before it is"
+    full = r"No space left on device \(the disk /.* has .* MB free\); the previous file is"
     with monkeypatch.context() as patch, pytest.raises(UserError, match=full):
         patch.setattr(Path, "open", lambda *args: io.BufferedWriter(SmallDisk(*args)))
         checkpoint.save(path, entries)

@@ -304,7 +304,7 @@ def test_what_a_rank_computes_is_compiled_before_the_first_step_also_for_a_part_
     for rank in range(2):
         events = json.loads(Path(f"events{rank}").read_text())
         assert events.index("set up") == len(events) - 1 > 0
-        assert "compile fails" not in Path(f"stderr{rank}").read_text()
+        assert "compile failed" not in Path(f"stderr{rank}").read_text()
 
 
 def scaled_with_one_overflow(argv: list[str]) -> int:
@@ -420,7 +420,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_resumes_exactly(
     # torchrun --max_restarts starts them again with this variable
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert launch(2, *argv) == [0, 0]
-    note = "note: torchrun has started this run again; it resumes out/run/ckpt"
+    note = "note: torchrun has restarted this run; resuming out/run/ckpt"
     assert note in Path("stderr0").read_text()
     assert read_rows(OUT) == rows
     assert_same_weights(checkpoint.read(OUT / "ckpt.pt")["model"], whole)

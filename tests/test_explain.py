@@ -1183,7 +1183,7 @@ def test_the_latest_checkpoint_is_taken_where_there_is_no_best_one_yet(run_dir, 
     capsys.readouterr()
     explain.main(["--out_dir=out/run"])
     assert (
-        capsys.readouterr().err == "note: there is no best.pt yet; taking out/run/ckpt.pt\n"
+        capsys.readouterr().err == "note: there is no best.pt yet; using out/run/ckpt.pt\n"
     )
     assert data_in(run_dir / "explain.html")["progress"] == {"iter": 6}
 
@@ -1249,7 +1249,7 @@ def test_a_model_that_the_page_would_compute_otherwise_is_refused(
 BAD = {
     "--out_dir=out/none": "no checkpoint out/none/best.pt; train first",
     "--to=out/run/ckpt.pt/page.html": "cannot write out/run/ckpt.pt/page.html: ",
-    "--to=out": "cannot write out: it is not a regular file; name another",
+    "--to=out": "cannot write out: it is not a regular file; choose another",
     "--start=Aké": "character 'é' (U+00E9) is not among the",
     "--max_mb=0.05": "MB in a page, more than max_mb=0.05",
     "--checkpoint=newest": "checkpoint=newest is not one of: best, latest",

@@ -144,7 +144,7 @@ def test_available_memory_is_that_of_the_machine_and_of_every_control_group(
 
 
 FAILURES = {
-    "out of memory, 7.0 MB are available": lambda: torch.empty(2**50),
+    "out of memory, 7.0 MB is available": lambda: torch.empty(2**50),
     "out of memory, 7.0 MB": lambda: np.empty(2**50, np.uint8),
     "out of memory, ": lambda: bytes(2**62),
     "out of memory on the GPU": lambda: fail(torch.OutOfMemoryError("CUDA out of memory.")),

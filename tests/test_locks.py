@@ -80,7 +80,7 @@ def test_a_second_run_in_a_folder_is_refused_by_the_name_of_the_first_and_change
     run_train, fails
 ):
     run_train()
-    advice = "name another --out_dir, or wait until that run has ended"
+    advice = "choose another --out_dir, or wait until that run has ended"
     with refused("out/run", fails) as check:
         check(train.main, TINY_RUN, advice)
         check(train.main, LONGER, advice)
@@ -145,7 +145,7 @@ def test_a_run_that_does_not_start_leaves_no_folder(tiny, fails):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a read-only folder")
 def test_if_no_folder_can_be_made_nobody_is_named_as_its_user(tiny, fails):
-    line = "cannot write /proc/x: No such file or directory; name another --out_dir\n"
+    line = "cannot write /proc/x: No such file or directory; choose another --out_dir\n"
     assert fails(train.main, *TINY_RUN, "--out_dir=/proc/x") == line
 
 
@@ -156,7 +156,8 @@ def test_on_a_disk_without_locks_there_is_a_note(monkeypatch, capsys):
     locks = SimpleNamespace(flock=no_locks, LOCK_EX=2, LOCK_NB=4)
     monkeypatch.setattr(files, "fcntl", locks)
     with Lock(Path("new/.lock"), "data/x", "wait"):
-        note = "note: data/x cannot be locked on this disk (No locks available); let no second process write there\n"
+        problem = "data/x cannot be locked on this disk (No locks available)"
+        note = f"note: {problem}; make sure that no other process writes there\n"
         assert capsys.readouterr().err == note
     assert not Path("new").exists()
 

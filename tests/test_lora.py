@@ -134,7 +134,7 @@ def test_how_much_of_the_model_trains_is_printed_before_the_run(base, capsys):
 
 REFUSED = {
     "--lora_targets=q_proj,vproj": "lora_targets=q_proj,vproj: 'vproj' is not one of: down_proj, k_",
-    "--init_from=scratch": "lora_rank=2 trains beside a model; name that with --init_from",
+    "--init_from=scratch": "lora_rank=2 needs an existing model; name it with --init_from",
     "--lora_rank=-1": "lora_rank=-1 must be at least 0",
     "--freeze=wpee": "freeze=wpee: no parameter has 'wpee' in its name; see print(model)",
     "--freeze=stack,wte": "freeze=stack,wte leaves nothing to train; name fewer parameters",

@@ -199,7 +199,7 @@ def test_a_training_that_will_not_fit_is_refused_with_its_size_and_what_takes_le
     tiny, gigabyte, fails, settings
 ):
     line = fails(train.main, *TINY_RUN, *settings.split())
-    end = f"of memory, and 1.00 GB are free; {memory.ADVICE}\n"
+    end = f"of memory, but only 1.00 GB is free; {memory.ADVICE}\n"
     assert re.search(r" takes at least [\d,.]+ GB ", line) and line.endswith(end)
     assert not Path("out/run/config.json").exists()
 
@@ -212,10 +212,10 @@ def test_the_memory_of_a_gpu_counts_or_that_of_a_machine_which_processes_share(
     check = partial(memory.check_training_fits, config, model_config, dtype=torch.float32)
     check(CPU)  # 0.8 GB
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**8, 10**11))
-    with pytest.raises(UserError, match=r" and 100\.0 MB are free"):
+    with pytest.raises(UserError, match=r" but only 100\.0 MB is free"):
         check(CUDA)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(UserError, match=r" and 250\.0 MB are free"):
+    with pytest.raises(UserError, match=r" but only 250\.0 MB is free"):
         check(CPU, processes=4)
     sharded = replace(config, parallel="fsdp")
     memory.check_training_fits(sharded, model_config, CPU, torch.float32, processes=4)
@@ -236,7 +236,7 @@ def test_the_estimate_loads_no_compiler():
 
 def test_a_text_that_will_not_fit_is_refused_with_its_size(run_train, gigabyte):
     run_train()
-    match = r" tokens takes [\d,.]+ GB of memory, and 900\.0 MB are free; try fewer --max_new_tokens"
+    match = r" tokens takes [\d,.]+ GB of memory, but only 900\.0 MB is free; try a smaller --max_new_tokens"
     with pytest.raises(UserError, match=match):
         sample.main(["--out_dir=out/run", "--device=cpu", f"--max_new_tokens={10**18}"])
 
@@ -267,7 +267,7 @@ def test_a_tokenizer_whose_training_will_not_fit_is_refused_with_the_one_that_fi
         prepare_data.main, "--input=tiny.txt", "--name=mine", "--tokenizer=sentencepiece"
     )
     assert line == (
-        "training tokenizer=sentencepiece on this text needs 50.1 MB of memory, and 0.1 MB are free;"
+        "training tokenizer=sentencepiece on this text needs 50.1 MB of memory, but only 0.1 MB is free;"
         " --tokenizer=byte needs none\n"
     )
     assert not Path("data/mine").exists()

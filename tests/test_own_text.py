@@ -201,10 +201,10 @@ def test_data_of_another_input_is_refused_and_another_name_taken(folder, fails):
         Path(name, "own.txt").write_text(name + make_text())
     assert train.main(["--input=a/own.txt", *TRAIN]) == 0
     before = files_of("own")
-    made_by = "made by: python prepare_data.py own --input=a/own.txt"
-    advice = "take another name: --dataset=ANOTHER_NAME"
+    made_by = "by: python prepare_data.py own --input=a/own.txt"
+    advice = "choose another name: --dataset=ANOTHER_NAME"
     assert fails(train.main, "--input=b/own.txt", *TRAIN) == (
-        f"data/own is not of input=b/own.txt, but {made_by}; {advice}\n"
+        f"data/own was not made from input=b/own.txt, but {made_by}; {advice}\n"
     )
     assert files_of("own") == before
     assert train.main(["--input=b/own.txt", "--dataset=other", *TRAIN]) == 0
@@ -260,7 +260,7 @@ def test_a_run_with_an_input_resumes_when_torchrun_starts_it_again_and_again(
     assert train.main(["--init_from=resume", "--out_dir=out/run", "--max_iters=6"]) == 0
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert train.main(["--input=own.txt", *TRAIN]) == 0
-    assert "it resumes out/run/ckpt.pt" in capsys.readouterr().err
+    assert "resuming out/run/ckpt.pt" in capsys.readouterr().err
 
 
 def test_only_the_first_of_several_processes_prepares_the_input(folder, monkeypatch):

@@ -178,7 +178,10 @@ def test_a_finished_run_goes_on_by_more_minutes_or_by_its_steps(tiny, machine, c
     steps = progress()["iter"]
     machine.run(*RESUME)
     assert progress()["iter"] == steps
-    assert f"all {steps} steps are done; for more: --max_iters=N" in capsys.readouterr().err
+    assert (
+        f"all {steps} steps are done; for more, use --max_iters=N"
+        in capsys.readouterr().err
+    )
     machine.now = 1000.0
     machine.run(*RESUME, "--minutes=0.2")
     assert progress()["run_seconds"] == pytest.approx(12 - plan.ENDING, abs=0.1)
@@ -419,7 +422,9 @@ def test_what_does_not_fit_into_memory_is_not_tried(tiny, machine, fails):
     assert len(tried) > 1 and 16 * max(tried) < 20_000_000
     tried.clear()
     line = fails(train.main, *argv)
-    assert re.fullmatch("training .* takes at least .*, and 0.0 MB are free; .*\n", line)
+    assert re.fullmatch(
+        "training .* takes at least .*, but only 0.0 MB is free; .*\n", line
+    )
     assert not tried
 
 
@@ -525,9 +530,9 @@ def test_a_model_to_start_from_keeps_its_size(tiny, machine, small_sizes):
 
 
 REFUSED = {
-    "--max_iters=5": "minutes and max_iters are two lengths of one run; leave one out\n",
-    "--dry_run=True": "minutes is for training, which dry_run and eval_only leave out\n",
-    "--eval_only=True": "minutes is for training, which dry_run and eval_only leave out\n",
+    "--max_iters=5": "minutes and max_iters both set the length of the run; give only one\n",
+    "--dry_run=True": "minutes is for training, but dry_run and eval_only do not train\n",
+    "--eval_only=True": "minutes is for training, but dry_run and eval_only do not train\n",
     "--minutes=0": "minutes=0.0 must be above 0\n",
     "--minutes=1e999": "minutes=inf must be above 0\n",
     "--minutes=0.001": r"minutes=0.001 is too short: 2.0 s have passed .* takes 0.1 s\n",
@@ -548,7 +553,7 @@ def test_minutes_are_for_text_and_one_process(tiny, pairs, fails, monkeypatch):
     assert line == f"{complaint} instead\n"
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = fails(train.main, *TIMED, "--minutes=1")
-    assert line == "minutes is for one process; with several, take max_iters\n"
+    assert line == "minutes is for one process; with several, use max_iters instead\n"
 
 
 def test_a_trial_that_does_not_fit_into_memory_is_one_line(tiny, fails, monkeypatch):
@@ -573,7 +578,7 @@ def test_the_smallest_texts_train_or_are_refused_in_one_line(folder, machine, ca
     Path("own.txt").write_text(TEXT[name])
     argv = ["--input=own.txt", *TIMED, "--minutes=0.1", "--block_size=256"]
     if name == "20 characters":
-        with pytest.raises(UserError, match=r"take more text or a smaller --block_size"):
+        with pytest.raises(UserError, match=r"use more text or a smaller --block_size"):
             machine.run(*argv)
         argv += ["--block_size=8"]
     rows = machine.run(*argv)

@@ -593,7 +593,7 @@ def test_a_folder_of_ours_without_its_meta_json_is_not_taken_for_nanogpts(folder
     prepare("mine '--input=own text.txt'")
     Path("data/mine/meta.json").unlink()
     again = "prepare it again: python prepare_data.py mine '--input=own text.txt'\n"
-    problem = "data/mine has no meta.json, which a preparation writes last"
+    problem = "data/mine has no meta.json, which is written last when data is prepared"
     assert fails(train.main, "--dataset=mine") == f"{problem}; {again}"
 
 

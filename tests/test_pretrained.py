@@ -409,7 +409,7 @@ BAD = [
     (write_file(lambda data: data[:-1]), f"model.safetensors is {WHOLE} holds more than"),
     (write_file(lambda data: b"\xff" * 8 + data[8:]), WHOLE),
     (sharded({WTE: "../theirs/b.safetensors"}), "lists ../theirs/b.safetensors, which is"),
-    (sharded({}), "is missing|do not describe its weights"),
+    (sharded({}), "is missing|do not match its weights"),
     # pickles
     (pickled(lambda x: x | {LN: Code()}), f"{PICKLE} is {WHOLE} holds more than tensors"),
     (pickled(lambda _: Code(), _use_new_zipfile_serialization=False), WHOLE),

@@ -100,23 +100,23 @@ def test_the_best_checkpoint_is_sampled_unless_the_latest_is_asked_for(run_dir, 
     (run_dir / "best.pt").unlink()
     assert text_of(capsys) == text_of(capsys, "--checkpoint=latest")
     note, loaded, *_ = printed(capsys)[1].splitlines()
-    assert note == "note: there is no best.pt yet; taking out/run/ckpt.pt"
+    assert note == "note: there is no best.pt yet; using out/run/ckpt.pt"
     assert loaded.startswith("out/run/ckpt.pt: iter 6, best val loss ")
 
 
 BAD = {
     "character 'é' (U+00E9) is not among the": ["--start=é"],
     "cannot read the text latin1.txt: it is not UTF-8": ["--start=FILE:latin1.txt"],
-    "an empty prompt; give at": ["--start=-"],
+    "the prompt is empty; give at": ["--start=-"],
     "cannot read the text promts.txt: No such file or directory; did you mean prompts.txt?": [
         "--prompts=promts.txt"
     ],
     "cannot read the text : Is a directory": ["--start=FILE:"],
     "prompt 2: character 'é' (U+00E9) is not among the": ["--prompts=prompts.txt"],
-    "empty.txt has no prompts; write one on each line": ["--prompts=empty.txt"],
+    "empty.txt has no prompts; write one per line": ["--prompts=empty.txt"],
     "start and prompts cannot be combined": ["--start=A", "--prompts=prompts.txt"],
     "compile and quantize cannot be combined": ["--compile=True", "--quantize=int8"],
-    "stride=17 leaves tokens out; it must be at most block_size=16": [
+    "stride=17 would skip tokens; it must be at most block_size=16": [
         "--score=good.txt",
         "--stride=17",
     ],
@@ -200,7 +200,7 @@ def test_a_prompt_longer_than_the_context_is_read_from_its_end(run_dir, capsys):
     long = "Ak " * 10
     found, notes = printed(capsys, f"--start={long}")
     assert found.startswith(long)
-    assert "note: prompt 1 has 30 tokens; the last 16 are read" in notes
+    assert "note: prompt 1 has 30 tokens; only the last 16 are used" in notes
 
 
 def test_log_probabilities_add_up_to_the_score_of_the_text(run_dir, capsys):

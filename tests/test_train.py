@@ -331,7 +331,7 @@ def test_a_run_that_cannot_be_compiled_trains_uncompiled(run_train, monkeypatch,
 
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: broken)
     rows = run_train("--compile=True")
-    note = "note: torch.compile fails here (no compiler here); training uncompiled\n"
+    note = "note: torch.compile failed (no compiler here); training without it\n"
     assert note in capsys.readouterr().err
     assert rows == run_train("--compile=False")
 
@@ -521,7 +521,7 @@ def test_resuming_a_copied_folder_leaves_the_original_as_it_is(run_train):
 def test_a_run_that_has_no_step_left_says_so(run_train, capsys):
     run_train()
     resume("--max_iters=5")
-    note = "note: all 6 steps are done; for more: --max_iters=N"
+    note = "note: all 6 steps are done; for more, use --max_iters=N"
     assert note in capsys.readouterr().err
 
 
@@ -576,7 +576,7 @@ def test_on_resume_a_worse_model_never_replaces_the_best(
     out, errors = capsys.readouterr()
     assert out.endswith(f"best val loss {best:.4f} at iter 6\n")
     assert_same_weights(weights("best.pt"), kept)
-    changed = "on the new one, best.pt has 1.5000 instead of 1.0000"
+    changed = "on the new one, the loss of best.pt is 1.5000 instead of 1.0000"
     assert (changed in errors) == bool(again)
 
 
@@ -586,7 +586,9 @@ def test_a_resumed_run_says_if_its_learning_rate_rises(run_train, capsys):
     resume()
     assert rises not in capsys.readouterr().err
     resume("--max_iters=20")
-    assert f"note: {rises}0.0e+00 to 3.3e-03, as its schedule" in capsys.readouterr().err
+    assert (
+        f"note: {rises}0.0e+00 to 3.3e-03, because its schedule" in capsys.readouterr().err
+    )
 
 
 def test_a_run_that_was_never_evaluated_has_no_best_loss(tiny, signal_in_step, capsys):
@@ -603,7 +605,7 @@ def test_fine_tuning_says_if_the_model_that_it_started_from_was_better(
     run_train, monkeypatch, capsys
 ):
     run_train()
-    line = "the model that it started from was better: val loss 1.0000\n"
+    line = "the model that the run started from was better: val loss 1.0000\n"
     for losses, better in (((1.0, 2.0, 1.5), True), ((1.0, 0.9, 1.5), False)):
         evaluations(monkeypatch, *losses)
         run_train("--init_from=out/run", "--out_dir=out/tuned")
@@ -661,9 +663,9 @@ def test_a_run_whose_data_was_replaced_resumes_on_them_by_another_name_or_says_h
     command = json.loads((tiny / "meta.json").read_text())["command"]
     tiny.rename("data/kept")
     prepare_data.main(["--input=tiny.txt", "--name=tiny", "--tokenizer=byte"])
-    advice = "if another folder has that, add --dataset=NAME"
+    advice = "if the right data is in another folder, add --dataset=NAME"
     complaint = fails(train.main, *RESUME)
-    assert complaint.endswith(f"{advice}; to make it again: {command}\n")
+    assert complaint.endswith(f"{advice}; to prepare it again: {command}\n")
     saved = checkpoint.read(OUT / "ckpt.pt")
     for other in ("python prepare_data.py x; rm -r y", "python prepare_data.py 'x", ""):
         saved["data"]["command"] = other
@@ -701,12 +703,12 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(
 
 
 BAD = {
-    "seed must be a number of at most 64 bits": ["--seed=99999999999999999999"],
+    "seed must be a number that fits in 64 bits": ["--seed=99999999999999999999"],
     "n_embd=32 must be a multiple of n_head=3": ["--n_head=3"],
     "min_lr=1.0 must be at most learning_rate": ["--min_lr=1.0"],
     "init_from=nothing: there is no such file or folder": ["--init_from=nothing"],
     "vocab_size=3 is below the": ["--vocab_size=3"],
-    "cannot write blocked/run: Not a directory; name another": ["--out_dir=blocked/run"],
+    "cannot write blocked/run: Not a directory; choose another": ["--out_dir=blocked/run"],
     "name='data/tiny' must be the name of a folder in data/": ["--dataset=data/tiny"],
     "blocked is a file; write --out_dir=.": ["--out_dir=blocked", "--init_from=resume"],
 }
@@ -734,7 +736,7 @@ def test_a_key_without_effect_is_refused_and_one_of_a_config_file_noted(
 
 def test_the_default_warmup_is_fitted_to_a_short_run_and_a_chosen_one_is_not(capsys):
     assert read_settings(["--max_iters=10"]).config.warmup_iters == 1
-    note = "note: warmup_iters=10 would last all 10 steps; warmup_iters=1 is taken"
+    note = "note: warmup_iters=10 would last all 10 steps; using warmup_iters=1"
     assert note in capsys.readouterr().err
     chosen = read_settings(["--max_iters=60", "--warmup_iters=100"])
     assert chosen.config.warmup_iters == 100
