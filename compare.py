@@ -21,7 +21,6 @@ keep the order given. The shell sorts by name, so 1-without comes before 2-with 
 """
 
 import json
-import math
 import os
 import re
 import statistics
@@ -38,6 +37,7 @@ from humptygpt import machine
 from humptygpt.config import UserError, note, one_line
 from humptygpt.files import write_whole
 from humptygpt.metrics import read_metrics
+from humptygpt.plots import draw_comparison
 from humptygpt.schema import parse_json
 
 # torch and matplotlib take seconds to import. They are imported only in the functions that need them, so that a
@@ -84,19 +84,6 @@ COLUMNS = {  # key of a row: (heading, number format); numbers are right-aligned
     "state": ("state", ""),
     "settings": ("settings", ""),
 }
-# Ten colours that most people with red-green colour blindness can tell apart; the next ten rows are dashed
-COLORS = (
-    "#1f77b4",
-    "#d95f02",
-    "#2a9d4b",
-    "#c0267e",
-    "#7a5cc8",
-    "#8c564b",
-    "#e0a100",
-    "#17a2b8",
-    "#5f6b7a",
-    "#9acd32",
-)
 
 
 @dataclass(frozen=True)
@@ -137,7 +124,7 @@ def main(argv: list[str]) -> None:
         if config.json:
             write(config.json, lambda file: file.write(f"{data}\n".encode()))
     if config.picture:
-        figure = draw(groups, tables)
+        figure = draw_comparison(groups, tables)
         write(config.picture, lambda file: figure.savefig(file, dpi=130, format="png"))
 
 
@@ -333,54 +320,6 @@ def format_table(title: str, table: list[dict]) -> str:
             columns.append([f"{cell:{side}{width}}" for cell in [heading, *cells]])
     lines = [one_line("  ".join(cells)).rstrip() for cells in zip(*columns, strict=True)]
     return "\n".join(["", title, *lines] if title else lines)
-
-
-# --------------------------------------------------------------------------------------
-# The picture
-
-
-def draw(groups: dict[str, Rows], tables: dict[str, list[dict]]):
-    """Draw a panel for each table: the curves of its rows, with their lowest losses in the legend."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    figure = Figure((12, 5 * len(tables)), layout="constrained")
-    panels = figure.subplots(len(tables), squeeze=False)[:, 0]
-    for panel, (title, table) in zip(panels, tables.items(), strict=True):
-        for i, (row, (_, runs)) in enumerate(zip(table, groups[title], strict=True)):
-            style = {"color": COLORS[i % 10], "linestyle": "-" if i < 10 else "--"}
-            panel.plot(*curve(runs), label=label(row), marker="o", markersize=4, **style)
-        # logarithmic, so that the high losses of the first evaluations do not hide the differences between later ones
-        panel.set(title=title, yscale="log", ylabel="validation loss, bits per byte")
-        panel.yaxis.set_major_formatter("{x:.4g}")
-        panel.yaxis.set_minor_formatter("{x:.4g}")
-        panel.xaxis.set_major_formatter(EngFormatter("B"))
-        panel.grid(which="both", alpha=0.25)
-        panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.supxlabel("training text")
-    return figure
-
-
-def label(row: dict) -> str:
-    text = row["run"]
-    if row[BITS]:
-        text += f"  {row[BITS]:.3f}"
-    if row["lowest"]:
-        text += f" ({row['lowest']:.3f} to {row['highest']:.3f})"
-    return text
-
-
-def curve(runs: list[Run]) -> tuple[list[float], list[float]]:
-    """Bytes of text read and bits per byte at each evaluation. Unlike tokens, they are comparable across tokenizers."""
-    read, bits = [], []
-    for run in runs:
-        for row in run.rows:
-            if per_byte := row.get("val_bits_per_byte"):
-                read.append(row["tokens"] * row["val_loss"] / math.log(2) / per_byte)
-                bits.append(per_byte)
-        read.append(math.nan)  # a gap between two seeds
-        bits.append(math.nan)
-    return read, bits
 
 
 if __name__ == "__main__":

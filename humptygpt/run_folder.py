@@ -24,6 +24,7 @@ from humptygpt.config import UserError, find, note
 from humptygpt.device import peak_flops
 from humptygpt.files import Lock
 from humptygpt.metrics import read_metrics
+from humptygpt.plots import draw_losses
 from model import flops_per_token
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -387,38 +388,3 @@ def import_logger(name: str) -> None:
         raise UserError(
             f"log={name} needs the package {name}: pip install {name}"
         ) from error
-
-
-# --------------------------------------------------------------------------------------
-# The plot
-
-
-def draw_losses(rows: list[dict], path: Path) -> None:
-    """Plot training and validation loss against steps. The legend gives the lowest validation loss."""
-    val = points(rows, "val_loss")
-    if not val:
-        return
-    from matplotlib.figure import Figure  # late import: it takes a second to load
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    train = zip(*points(rows, "train_loss"), strict=True)
-    style = {"color": "#9db4c8", "linewidth": 1, "markersize": 1.8, "marker": "o"}
-    axes.plot(*train, label="training", **style)
-    # a loss before the first step belongs to the model that the run starts from
-    step, lowest = min(val, key=lambda point: (point[0] == 0, point[1]))
-    label = f"validation, lowest {lowest:.3f} at step {step:,}"
-    style = {"color": "#c2410c", "linewidth": 1.8, "markersize": 3.5, "marker": "o"}
-    axes.plot(*zip(*val, strict=True), label=label, **style)
-    axes.set(xlabel="steps", ylabel="loss, nats per token")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    title = f"HumptyGPT: {path.parent.name}"
-    figure.legend(
-        title=title, title_fontsize="large", frameon=False, loc="outside upper center"
-    )
-    files.write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
-
-
-def points(rows: list[dict], key: str) -> list[tuple[int, float]]:
-    return [(row["iter"], row[key]) for row in rows if key in row]

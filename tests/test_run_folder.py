@@ -15,7 +15,8 @@ import train
 from humptygpt import checkpoint, evaluation
 from humptygpt.evaluation import Loss
 from humptygpt.loggers import TensorBoard
-from humptygpt.run_folder import draw_losses, put_in_place
+from humptygpt.plots import draw_losses
+from humptygpt.run_folder import put_in_place
 from humptygpt.settings import read_settings
 
 OUT = Path("out/run")
