@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
 
 
 def check_target(to: str | None, format_: str) -> Path:
-    """Return the path to write. Raises UserError if something else is already there."""
+    """Return the path to write. Raises UserError if it exists, unless it is an empty folder or a file to replace."""
     kind = "folder" if format_ == "transformers" else "file"
     if to is None:
         raise UserError(f"export needs a {kind} to write; name it with --to")

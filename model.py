@@ -442,7 +442,7 @@ def attention_mask(
     T, S = distance.shape
     unlimited = not 0 < window < S
     if causal and unlimited and bias is None and padding is None and T in (1, S):
-        return None, T == S  # a single query is the last and sees everything
+        return None, T == S  # a single query is the last token and sees everything
     hidden = distance < (0 if causal else -S)
     if window:
         hidden = hidden | (distance.abs() >= window)
@@ -462,7 +462,7 @@ class LayerCache:
         self.last_inputs = None  # (B, n, C), for a convolution over n earlier tokens
 
     def append(self, k: Tensor, v: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """Write k and v, (B, H, T, D), before position `end`. Returns all keys and values up to there, (B, H, S, D)."""
+        """Write k and v, (B, H, T, D), into the T positions before `end`. Returns all keys and values before `end`."""
         B, H, T, D = k.shape
         if self.k is None:
             self.k = k.new_zeros(B, H, self.size, D)

@@ -96,7 +96,7 @@ class PrepareConfig:
     skip_bad_lines: bool = False  # skip lines that have no text or, in a .tsv file, do not have exactly one tab
     val_fraction: float | None = None  # validation fraction; None: 0.1, or 0.02 for pairs
     files: int | None = None  # maximum number of files
-    # sentence pairs, also from a .tsv input
+    # sentence pairs; all but source and target also apply to a .tsv input
     source: str | None = None  # file with one sentence per line
     target: str | None = None  # file with the translations, line by line
     test_fraction: float | None = None  # test fraction; None: same as val_fraction

@@ -83,7 +83,7 @@ class SampleConfig:
     num_samples: int = 3  # texts for each prompt, generated together in one batch
     max_new_tokens: int = 500  # tokens to generate after each prompt
     stop: tuple[str, ...] = ()  # end a text just before this string; several may be given
-    logprobs: int | None = None  # JSON lines with the K likeliest tokens; terminal: colours
+    logprobs: int | None = None  # JSON lines with the K likeliest tokens; or colours
     # beam search, for translations
     num_beams: int = 4  # hypotheses; 1: greedy
     length_penalty: float = 1.0  # rank hypotheses by log-probability / tokens^this

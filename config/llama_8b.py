@@ -1,4 +1,4 @@
-# The shape of Llama 3's model with 8.03 billion parameters: RMSNorm, SwiGLU, rotary positions, grouped-query attention.
+# The architecture of Llama 3 8B (8.03 billion parameters): RMSNorm, SwiGLU, rotary positions, grouped-query attention.
 #
 #   python train.py config/llama_8b.py --dry_run=True
 #   torchrun --standalone --nproc_per_node=8 train.py config/llama_8b.py --parallel=fsdp

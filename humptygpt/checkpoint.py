@@ -294,7 +294,7 @@ def build_like(
     Raises UserError for absurd sizes, before anything huge is built. An error in a model's own code is not caught.
     """
     shapes = [x.shape for x in weights.values() if not x.is_nested]
-    sizes = {1}.union(*shapes)  # 1: number_mlp has no embedding
+    sizes = {1}.union(*shapes)  # number_mlp has n_embd=1 and no embedding weights
     try:
         if config.n_layer <= len(weights) and config.n_embd in sizes:
             return build_on_meta(config, training)

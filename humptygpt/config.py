@@ -356,7 +356,7 @@ def script_name() -> str:
 
 
 def as_written_here(command: str) -> str:
-    """Add to a command such as "python train.py" the folder that the user typed before the current script's name."""
+    """Prefix the script in a command such as "python train.py" with the folder that the user typed."""
     script = command.split()[1]
     path = os.path.join(os.path.dirname(sys.argv[0]), script)  # noqa: PTH118, PTH120, since "" stays ""
     return (

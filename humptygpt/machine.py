@@ -173,7 +173,7 @@ def file_cache(group: Path) -> int:
 
 
 # --------------------------------------------------------------------------------------
-# A script
+# Running a script
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:

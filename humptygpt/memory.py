@@ -21,7 +21,7 @@ ADVICE = (
     "use a smaller --batch_size with more --gradient_accumulation_steps, --checkpoint_activations=True, or a smaller"
     " model (--n_embd, --n_layer)"
 )
-FLOAT = 4  # bytes in a float32, the type of weights, gradients and optimizer state whatever the dtype
+FLOAT = 4  # bytes in a float32, the type of weights, gradients and optimizer state whatever --dtype is
 
 
 class Memory(NamedTuple):

@@ -88,7 +88,7 @@ def start_process(
 ) -> Process:
     """Return the process of a run, connected to the others if there are several. config: a TrainConfig.
 
-    prepare: prepares the data if it is missing. With several processes, one per disk calls it before the others
+    prepare: prepares the data if it is missing. With several processes, one process per disk calls it before the others
     continue. Raises UserError if the processes cannot connect.
     """
     _, size = launched()

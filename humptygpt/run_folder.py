@@ -299,7 +299,7 @@ class RunFolder:
         if not importlib.util.find_spec("matplotlib"):
             note("there will be no loss.png, because matplotlib is not installed")
         if replaces:
-            note(f"the earlier run in {path} stays until this one has a checkpoint")
+            note(f"the earlier run in {path} is kept until this one has a checkpoint")
         with refuse_unwritable(path):
             files.remove(path / NEW)  # from a run that ended before its first checkpoint
             self.path.mkdir(parents=True, exist_ok=True)

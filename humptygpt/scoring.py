@@ -16,7 +16,12 @@ from humptygpt.tokenizers import Tokenizer
 # --------------------------------------------------------------------------------------
 # Sampled tokens
 
-COLOURS = {0.5: 32, 0.1: 36, 0.01: 33, 0.0: 31}  # {least probability: green, cyan, ...}
+COLOURS = {
+    0.5: 32,
+    0.1: 36,
+    0.01: 33,
+    0.0: 31,
+}  # {minimum probability: ANSI code}: green, cyan, yellow, red
 
 
 def coloured(pieces: Iterable[Piece]) -> Iterator[Piece]:

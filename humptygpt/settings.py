@@ -92,7 +92,7 @@ class TrainConfig:
     # optimizer
     minutes: float | None = None  # length of the run; anything not set is chosen to fit
     max_iters: int = 2400  # training steps
-    optimizer: str = "normuon"  # muon and normuon leave embeddings and norms to AdamW
+    optimizer: str = "normuon"  # for the matrices of the blocks; AdamW trains the rest
     learning_rate: float = 6e-3  # peak learning rate, after warmup
     decay_lr: bool = True  # warm up, then decay; False: constant learning rate
     schedule: str = "linear"  # shape of the learning rate decay

@@ -89,7 +89,7 @@ def open_prepared(folder: Path, config: ModelConfig, seed: int) -> Dataset:
     # now, not at the end of training
     if task.package and not importlib.util.find_spec(task.package):
         raise UserError(
-            f"{meta['task']} is scored with the package {task.package}: pip install {task.package}"
+            f"{meta['task']} is scored with a package that is missing: pip install {task.package}"
         )
     return task.dataset(folder, config.block_size, seed, model.has_encoder, meta)
 

@@ -109,7 +109,7 @@ class CharTokenizer(Tokenizer):
 
     def __init__(self, alphabet: str, separated: bool = False):
         if not alphabet or len(set(alphabet)) < len(alphabet):
-            raise ValueError("the alphabet is empty or has a character twice")
+            raise ValueError("the alphabet is empty or contains a duplicate character")
         self.alphabet = alphabet
         self.pieces = [char.encode("utf-8", "surrogatepass") for char in alphabet]
         self.pieces += [END_OF_TEXT.encode()] * separated

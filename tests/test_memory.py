@@ -223,8 +223,8 @@ def test_the_memory_of_a_gpu_counts_or_that_of_a_machine_which_processes_share(
 
 def test_the_estimate_loads_no_compiler():
     code = """if True:
-        import sys, train
-        for position in train.models.POSITIONS:
+        import model, sys, train
+        for position in model.POSITIONS:
             train.main(["--vocab_size=9", f"--position={position}", "--dry_run=True"])
         print("torch._dynamo" in sys.modules, "sympy" in sys.modules)
     """

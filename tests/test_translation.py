@@ -437,11 +437,11 @@ def test_beams_penalty_and_length_are_those_asked_for_and_a_translation_is_one_l
 
 def test_bad_input_of_a_translation(pairs, fails, tiny):
     complaint = (
-        "dataset=tiny is for language modelling, but model=transformer for translation"
+        "dataset=tiny is for language modelling, but model=transformer is for translation"
     )
     assert complaint in fails(train.main, *TINY, "--dataset=tiny")
     complaint = (
-        "dataset=pairs is for translation, but model=window_mlp for language modelling"
+        "dataset=pairs is for translation, but model=window_mlp is for language modelling"
     )
     window_mlp = ["--dataset=pairs", "--device=cpu", "--model=window_mlp", "--window=2"]
     assert complaint in fails(train.main, *window_mlp)

@@ -46,7 +46,10 @@ STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 def adapter_names(
     config: ModelConfig, layers: Iterable[str]
 ) -> list[tuple[str, list[str]]]:
-    """Pair each layer's name in the adapter with our names. They differ if transformers supports the architecture."""
+    """Pair each layer name in the adapter with the names of our layers.
+
+    An adapter has transformers' names if transformers supports the architecture, and ours otherwise.
+    """
     try:
         family = FAMILIES[find_family(config)]
     except UserError:

@@ -1,7 +1,7 @@
 """Convert a model in Hugging Face's format and its vocabulary to a single GGUF file, which llama.cpp can run.
 
-The file resembles one from llama.cpp's own convert_hf_to_gguf.py. llama.cpp supports fewer models than transformers:
-GPT-2 with gelu_tanh, Llama with silu, and a few kinds of tokenizers.
+The file resembles one from llama.cpp's own convert_hf_to_gguf.py. llama.cpp can run fewer of our models than
+transformers: GPT-2 only with gelu_tanh, Llama only with silu, and each only with some kinds of tokenizer.
 """
 
 import json

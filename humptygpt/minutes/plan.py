@@ -64,7 +64,7 @@ class Clock:
         self.started = started - earlier
         self.end = self.started + 60 * minutes
         self.step = 0.0  # seconds per step, as measured before the run
-        # seconds of the last evaluation, or an estimate before the first one
+        # how long the last evaluation took, in seconds; an estimate until the first one
         self.evaluation = 0.0
         # cost of the end of a run, in units of one evaluation: a sample, and in a long run the whole validation split
         self.at_the_end = 1.0

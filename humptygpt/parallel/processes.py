@@ -32,8 +32,8 @@ from model import Dropout
 
 TIMEOUT = datetime.timedelta(minutes=10)  # for a collective during training
 LONG = datetime.timedelta(days=7)  # while one rank prepares data or scores translations
-# NCCL's wait() only orders streams and raises nothing. With these settings, a thread of torch ends a process whose
-# collective failed or waited for TIMEOUT, another thread ends it if the first one hangs, and neither dumps a trace.
+# NCCL's wait() only orders streams and raises nothing. With these settings, a torch thread kills a process whose
+# collective failed or exceeded TIMEOUT, a second thread kills it if the first one hangs, and neither dumps a trace.
 WATCHDOG = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
     "TORCH_NCCL_ENABLE_MONITORING": "1",
@@ -189,7 +189,7 @@ class DataParallel(Process):
         # With fewer rows than parts, some ranks compute a row that does not count, because every rank needs gradients.
         first = min(start, total - 1)
         rows = {name: value[first : max(end, first + 1)] for name, value in batch.items()}
-        # On a GPU, a process cannot draw just a part of a dropout mask, so each part has its own mask there.
+        # A GPU cannot draw just some rows of a dropout mask, so there each share draws a mask of its own.
         key = (number,) if self.device.type == "cpu" else (number, first)
         tokens = count_targets(rows) if end > start else 0
         return Share(key, rows, tokens, (first, total))

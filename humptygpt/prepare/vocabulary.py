@@ -20,7 +20,8 @@ from humptygpt.tokenizers import (
     printable_bytes,
 )
 
-# tokenizer=auto: (minimum bytes of text, number of subwords); smaller texts use characters. The last two are estimates.
+# tokenizer=auto: (minimum bytes of text, number of subwords); smaller texts use characters. The last two entries
+# are estimates.
 AUTO = ((500_000, 512), (2_000_000, 2048), (50_000_000, 8192), (500_000_000, 32_768))
 # Text that zlib compresses to less than this fraction, such as source code, uses the entry before. With fewer subwords,
 # a model learns to copy sooner.
