@@ -43,7 +43,7 @@ if __name__ == "__main__":
     machine.start()  # before numpy and torch are loaded
 
 from humptygpt import config as configurator
-from humptygpt.config import UserError, check_above_0, check_choices, check_least
+from humptygpt.config import check_above_0, check_choices, check_least
 
 MODES = {  # {mode: the module in benchmarks/ whose bench() measures it}
     "train": "step_time",
@@ -124,8 +124,7 @@ class BenchConfig:
 def main(argv: list[str]) -> None:
     given = configurator.read(argv, BenchConfig)
     config = configurator.make(BenchConfig, given)
-    for why in configurator.in_vain(given, vars(config), IN_VAIN).values():
-        raise UserError(f"{why}; leave it out")
+    configurator.refuse_vain(given, vars(config), IN_VAIN)
     mode = importlib.import_module(f"benchmarks.{MODES[config.what]}")
     print(json.dumps(mode.bench(config)))
 

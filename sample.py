@@ -36,8 +36,8 @@ from humptygpt.config import (
     check_above_0,
     check_choices,
     check_least,
-    in_vain,
     note,
+    refuse_vain,
 )
 from humptygpt.decoding import make_generator
 from humptygpt.device import DTYPES, pick_device, sample_dtype
@@ -156,12 +156,13 @@ class Pipeline:
 def main(argv: list[str]) -> None:
     given = configurator.read(argv, SampleConfig)
     config = configurator.make(SampleConfig, given)
-    refuse_vain(given, config, None)
+    settings = vars(config)
+    refuse_vain(given, settings | {"task": None}, IN_VAIN)  # now, not after loading
     source = loading.chosen_source(config, given)
     loaded = load(
         source, config.checkpoint, **config.select("device dtype quantize compile")
     )
-    refuse_vain(given, config, loaded.task)
+    refuse_vain(given, settings | {"task": loaded.task}, IN_VAIN)
     smaller = "try a smaller --num_samples, --max_new_tokens or --num_beams"
     with machine.memory_advice(smaller):
         if loaded.task == "translation":
@@ -175,12 +176,6 @@ def main(argv: list[str]) -> None:
             print(describe_score(loaded.model, loaded.tokenizer, text, config.stride))
         else:
             print_texts(config, loaded)
-
-
-def refuse_vain(given: dict, config: SampleConfig, task: str | None) -> None:
-    """Raise UserError for a key that has no effect with these settings. task: None before the model is loaded."""
-    for why in in_vain(given, vars(config) | {"task": task}, IN_VAIN).values():
-        raise UserError(f"{why}; leave it out")
 
 
 def load(

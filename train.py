@@ -15,13 +15,10 @@ Keys that are not set have the defaults below, which are the demo's settings.
 
 import dataclasses
 import math
-import os
 import signal
-import sys
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from humptygpt import machine
@@ -48,7 +45,13 @@ from humptygpt.device import (
 from humptygpt.loading import Loaded, load
 from humptygpt.memory import ADVICE, check_training_fits
 from humptygpt.optimizers import Optimizer, make_optimizer
-from humptygpt.process import Process, Share, exit_code, launched, start_process
+from humptygpt.process import (
+    Process,
+    Share,
+    exit_code,
+    silence_other_processes,
+    start_process,
+)
 from humptygpt.run_folder import (
     Diverged,
     Meter,
@@ -162,8 +165,7 @@ class Run:
 
 
 def main(argv: list[str]) -> int:
-    if launched()[0]:
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115, only the first process reports
+    silence_other_processes()
     with ExitStack() as locks, machine.memory_advice(ADVICE):
         start = read_settings(argv, locks)
         if start.config.dry_run:
@@ -201,8 +203,7 @@ def setup(
     """
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    prepare = partial(prepare_missing, config)
-    process = start_process(config, device, dtype, prepare)
+    process = start_process(config, device, dtype, lambda: prepare_missing(config))
     device = process.device
     tune_malloc(process.sharded)
     if device.type == "cuda":
@@ -242,9 +243,8 @@ def setup(
     run.optimizer = make_optimizer(config, model, process.optimizer_class)
     if saved:
         run.restore(saved)
-    if not config.eval_only:  # evaluation does not need the rest, which takes memory
-        if saved:
-            keep_best(run, saved)
+        keep_best(run, saved)
+    if not config.eval_only:  # a network that trains takes memory
         run.net = make_net(run)
     return run
 
@@ -274,9 +274,7 @@ def fit(run: Run) -> int:
         folder.draw()  # a resumed run may have no steps left and no plot yet
         if run.process.first and not stopped_by:
             finish(run, folder)
-    if not stopped_by:
-        return 0
-    if run.process.first:
+    if run.process.first and stopped_by:
         report.stopped(run, stopped_by)
     return exit_code(stopped_by)
 

@@ -138,6 +138,14 @@ def in_vain(
     }
 
 
+def refuse_vain(
+    given: Collection[str], settings: dict, table: dict[str, tuple[str, tuple]]
+) -> None:
+    """Raise UserError for a given key that has no effect with these settings. Parameters as in in_vain()."""
+    for why in in_vain(given, settings, table).values():
+        raise UserError(f"{why}; leave it out")
+
+
 # --------------------------------------------------------------------------------------
 # The command line
 

@@ -1,6 +1,7 @@
 """The process that trains. Under torchrun, humptygpt/parallel replaces it with a class that has the same methods."""
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -112,10 +113,17 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-def exit_code(signal_number: int) -> int:
-    """Return the exit code of a run that was stopped by a signal.
+def silence_other_processes() -> None:
+    """Discard what processes other than the first print."""
+    rank, _ = launched()
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115, open to the end
+
+
+def exit_code(stopped_by: int | None) -> int:
+    """Return the exit code of a run. stopped_by: the number of a signal, or None if the run is complete.
 
     It is 0 if torchrun may restart processes that fail, since this run was asked to stop.
     """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
-    return 0 if restarts else 128 + signal_number
+    return 128 + stopped_by if stopped_by and not restarts else 0

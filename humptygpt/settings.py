@@ -246,7 +246,7 @@ def read_settings(argv: list[str], locks: ExitStack | None = None) -> Start:
         saved = checkpoint.read(path)
     for name in chosen_loggers(asdict(config)):  # now, not after a long preparation
         import_logger(name)
-    refuse_vain(given, typed, asdict(config) | asdict(model_config), processes)
+    refuse_or_note_vain(given, typed, asdict(config) | asdict(model_config), processes)
     if overwrite and (given.get("init_from") == "resume" or not writes):
         note("overwrite=True has no effect: no new run is written")
     if not saved and "warmup_iters" not in given:
@@ -361,7 +361,7 @@ def base_settings(base: Loaded, given: dict) -> dict[str, object]:
     return own | free
 
 
-def refuse_vain(
+def refuse_or_note_vain(
     given: Collection[str], typed: set[str], settings: dict, processes: int
 ) -> None:
     """Raise UserError for a typed key that has no effect with these settings; for a config file's key, print a note."""

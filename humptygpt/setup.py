@@ -283,7 +283,8 @@ def keep_best(run, saved: dict) -> None:
         return min(config.evaluated_batches(), whole) * config.batch_size
 
     progress = run.progress
-    if progress.best_val_loss == math.inf or sequences(run.config) == sequences(before):
+    changed = sequences(run.config) != sequences(before)
+    if run.config.eval_only or progress.best_val_loss == math.inf or not changed:
         return
     best = load(run.config.out_dir).model
     run.process.place(dataclasses.replace(run, model=best))
