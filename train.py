@@ -87,7 +87,6 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     dataset: Dataset
-    identity: dict  # fingerprint of the data, cached because it is slow to compute
     batches: Dataset | Prefetcher
     model: nn.Module
     net: nn.Module  # the model used in training, perhaps compiled or wrapped in DDP; weights are saved from `model`
@@ -122,7 +121,7 @@ class Run:
             "model_config": asdict(self.model.config),
             "tokenizer": self.dataset.tokenizer.state(),
             "task": self.dataset.task,
-            "data": data | {"identity": self.identity},
+            "data": data | {"identity": self.dataset.identity},
             "progress": asdict(self.progress),
             "model": dict(self.model.state_dict()),
         }
@@ -231,7 +230,6 @@ def setup(
         device=device,
         dtype=dtype,
         dataset=dataset,
-        identity=dataset.identity(),
         batches=batches,
         model=model,
         net=model,

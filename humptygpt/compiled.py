@@ -6,7 +6,7 @@ Shapes: see model.py.
 import torch
 from torch import Tensor, nn
 
-from humptygpt.config import note
+from humptygpt.config import first_line, note
 from humptygpt.machine import is_out_of_memory
 from model import GPT, Cache, LayerCache
 
@@ -96,8 +96,7 @@ class CompiledGPT(nn.Module):
         except Exception as error:  # compilers fail in as many ways as there are machines
             if self.step == self.model.next_logits or is_out_of_memory(error):
                 raise
-            reason = str(error).strip().partition("\n")[0]
-            note(f"torch.compile failed ({reason}); generating without it")
+            note(f"torch.compile failed ({first_line(error)}); generating without it")
             self.step = self.model.next_logits
             logits = self.step(idx, static)
         cache.length += 1

@@ -55,6 +55,11 @@ def refuse(start: str = "") -> Iterator[None]:
         raise UserError(start + one_line(error)) from error
 
 
+def first_line(error: BaseException) -> str:
+    """Return an error's message without torch's stack trace, which follows on later lines."""
+    return str(error).strip().partition("\n")[0]
+
+
 def one_line(error: BaseException | str) -> str:
     """Make a message one line of printable characters, because it may quote an untrusted file."""
     return "".join(char if char.isprintable() else " " for char in str(error)[:1000])

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,7 @@ class Dataset:
         for start in range(0, tokens, CHUNK):
             yield start, self.read(split, np.array([start]), min(CHUNK, tokens - start))[0]
 
+    @cached_property
     def identity(self) -> dict:
         """Fingerprint that tells the data from other data with the same tokenizer. It does not depend on the path."""
         _, first_million = next(self.chunks("train"))
@@ -187,6 +189,11 @@ class Prefetcher:
         following = (index + self.stride, batch_size)
         self.pending = {following: self.thread.submit(self.dataset.batch, *following)}
         return batch.result()
+
+
+def count_targets(batch: dict[str, Tensor]) -> int:
+    """Count the targets that are not ignored."""
+    return int((batch["targets"] >= 0).sum())
 
 
 def next_tokens(ids: np.ndarray, ignored: np.ndarray) -> dict[str, Tensor]:

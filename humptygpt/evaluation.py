@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from humptygpt.data import Dataset, TokenDataset
+from humptygpt.data import Dataset, TokenDataset, count_targets
 from humptygpt.device import autocast, to_device
 from humptygpt.tasks import Task
 
@@ -42,7 +42,7 @@ def evaluate(run, net: nn.Module, eval_iters: int | None) -> Loss:
     weights = []
     batches = run.dataset.val_batches(run.config.batch_size, eval_iters)
     for batch in own_batches(batches, process.rank, process.size):
-        tokens = int((batch["targets"] >= 0).sum())
+        tokens = count_targets(batch)
         with autocast(run.device, run.dtype):
             _, loss = net(**to_device(batch, run.device))
         if tokens:

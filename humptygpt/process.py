@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from humptygpt import checkpoint
 from humptygpt.config import find
+from humptygpt.data import count_targets
 from humptygpt.optimizers import Optimizer
 
 PARALLEL = {
@@ -78,10 +79,6 @@ class Process:
     def save(self, path: Path, entries: dict) -> None:
         """Write a checkpoint such as ckpt.pt."""
         checkpoint.save(path, entries)
-
-
-def count_targets(batch: dict[str, Tensor]) -> int:
-    return int((batch["targets"] >= 0).sum())
 
 
 def start_process(

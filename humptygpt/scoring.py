@@ -16,12 +16,8 @@ from humptygpt.tokenizers import Tokenizer
 # --------------------------------------------------------------------------------------
 # Sampled tokens
 
-COLOURS = {
-    0.5: 32,
-    0.1: 36,
-    0.01: 33,
-    0.0: 31,
-}  # {minimum probability: ANSI code}: green, cyan, yellow, red
+# {minimum probability: ANSI code}: green, cyan, yellow, red
+COLOURS = {0.5: 32, 0.1: 36, 0.01: 33, 0.0: 31}
 
 
 def coloured(pieces: Iterable[Piece]) -> Iterator[Piece]:

@@ -14,7 +14,7 @@ from torch import nn
 import model as models
 from humptygpt import checkpoint, evaluation, machine
 from humptygpt import config as configurator
-from humptygpt.config import UserError, as_written_here, find, note
+from humptygpt.config import UserError, as_written_here, find, first_line, note
 from humptygpt.data import Dataset
 from humptygpt.device import autocast, pick_device, pick_dtype, to_device
 from humptygpt.loading import Loaded, load
@@ -117,7 +117,7 @@ def fit_to_data(
 def check_same_data(saved: dict, dataset: Dataset, out_dir: str) -> None:
     """Raise UserError unless a checkpoint was trained on this data. The message says how to get the right data."""
     pieces = from_state(saved["tokenizer"]).pieces
-    identity = dataset.identity()
+    identity = dataset.identity
     # a checkpoint from an earlier version may have other keys
     known = saved["data"]["identity"].items()
     same = all(identity.get(key, value) == value for key, value in known)
@@ -185,9 +185,8 @@ def adapt_model(base: Loaded, config: TrainConfig, model_config: ModelConfig) ->
     """Adapt the model to start from to this config: fewer positions, a different dropout, LoRA."""
     weights = dict(base.model.state_dict())
     for name, x in weights.items():
-        if name.endswith(
-            "position.wpe.weight"
-        ):  # keep the first positions, as nanoGPT does
+        if name.endswith("position.wpe.weight"):
+            # keep the first positions, as nanoGPT does
             weights[name] = x[: model_config.block_size].clone()
     model = checkpoint.restore_model(weights, model_config)
     torch.manual_seed(config.seed)
@@ -207,8 +206,7 @@ def make_net(run) -> nn.Module:
         except Exception as error:  # compilers fail in as many ways as there are machines
             if machine.is_out_of_memory(error):
                 raise
-            reason = str(error).strip().partition("\n")[0]
-            note(f"torch.compile failed ({reason}); training without it")
+            note(f"torch.compile failed ({first_line(error)}); training without it")
         for module in run.model.modules():
             vars(module).pop("forward", None)  # the compiled one
     return run.process.wrap(run.model, compiled=False, dynamic=dynamic)

@@ -150,7 +150,7 @@ def read_data(folder: Path) -> list:
     assert all(i in tokens for i in data.tokenizer.start())
     data.tokenizer.decode(tokens)
     assert 0 < data.val_bytes_per_token() < math.inf
-    assert data.identity() and data.summary(4, 2) and data.batches_per_epoch(4)
+    assert data.identity and data.summary(4, 2) and data.batches_per_epoch(4)
     read = [*data.chunks("train"), *data.chunks("val")]
     for batch in (data.batch(0, 4), *data.val_batches(4, 1)):
         read += batch.items()

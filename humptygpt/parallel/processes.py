@@ -25,9 +25,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from humptygpt.config import UserError
+from humptygpt.config import UserError, first_line
+from humptygpt.data import count_targets
 from humptygpt.optimizers import Optimizer
-from humptygpt.process import Process, Share, count_targets, launched
+from humptygpt.process import Process, Share, launched
 from model import Dropout
 
 TIMEOUT = datetime.timedelta(minutes=10)  # for a collective during training
@@ -55,11 +56,6 @@ def raise_if_rank_died() -> Iterator[None]:
             f"another process has ended or does not respond ({first_line(error)}), so the run ends;"
             " its last checkpoint is intact: continue from it with --init_from=resume"
         ) from error
-
-
-def first_line(error: RuntimeError | ValueError) -> str:
-    """Return an error's message without torch's stack trace, which follows on later lines."""
-    return str(error).strip().partition("\n")[0]
 
 
 class SharedDropout(Dropout):
@@ -149,7 +145,7 @@ class DataParallel(Process):
         config = run.config
         count = config.gradient_accumulation_steps
         check_divisible(self.size, count, config.batch_size, run.task.batches_vary)
-        settings = asdict(config) | asdict(run.model.config) | run.identity
+        settings = asdict(config) | asdict(run.model.config) | run.dataset.identity
         self.check_alike(settings | {"iter": run.progress.iter})
 
     def wrap(self, model: nn.Module, compiled: bool, dynamic: bool) -> nn.Module:
