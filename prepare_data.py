@@ -45,7 +45,7 @@ from humptygpt.config import (
     our_configs,
 )
 from humptygpt.convert.hub import repository
-from humptygpt.files import Lock, cannot_write, remove
+from humptygpt.files import cannot_write, locked, remove
 from humptygpt.prepare.corpus import Documents
 from humptygpt.prepare.documents import file_format, find_files, write_if_changed
 from humptygpt.prepare.encoding import encode, read_json, write_json
@@ -182,7 +182,7 @@ def one_writer(folder: Path) -> Iterator[None]:
     try:
         with (
             machine.memory_advice("try --workers=1, or --tokenizer=byte"),
-            Lock(folder / ".lock", str(folder), advice),
+            locked(folder, str(folder), advice),
         ):
             yield
     except OSError as error:

@@ -1,26 +1,15 @@
-"""Atomic file writes, and locks that let only one process at a time write to a folder."""
+"""Atomic file writes, and a lock that lets only one process at a time write to a folder."""
 
 import errno
 import os
 import secrets
 import shutil
-import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from humptygpt.config import UserError, note, one_line
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
-
-# Windows lets no other process read the locked byte, so it is far beyond the end of the text
-FAR = 1 << 30
+from humptygpt.config import UserError
 
 
 @contextmanager
@@ -100,77 +89,30 @@ def append(path: Path, line: str) -> None:
         raise cannot_write(path, error) from error
 
 
-# --------------------------------------------------------------------------------------
-# Locks
-#
-# A lock is the operating system's own, on an open file. It is released when the process ends, for whatever reason, so
-# no lock is ever left behind. If several machines share a disk, the file server manages the lock for all of them. We do
-# not use the filelock package, because it cannot tell who holds a lock and never removes its files.
+@contextmanager
+def locked(folder: Path, what: str, advice: str) -> Iterator[None]:
+    """Let no other process write to a folder until the block ends or the process dies.
 
-
-class Lock:
-    """A lock that this process holds from the constructor to the end of the `with` block, or until the process ends.
-
-    The lock file names its holder. A killed process leaves the file behind, unlocked, and the next one reuses it.
+    The folder is made if necessary and, in that case, removed at the end if it is empty.
+    what, advice: for the message, what is locked and what to do instead. Raises UserError if another process holds the
+    lock, and OSError if the folder cannot be made.
     """
+    from filelock import FileLock, Timeout  # late import: most scripts take no lock
 
-    def __init__(self, path: Path, what: str, advice: str):
-        """path: the lock file. Its folder is created if necessary, and in that case removed at the end if it is empty.
-
-        what, advice: for the message, the thing that is locked and what to do instead. Raises UserError if another
-        process holds the lock, and OSError if the file cannot be written.
-        """
-        self.path = path
-        self.created = [folder for folder in path.parents if not folder.exists()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            locked = try_lock(self.file, what)
-            os.lseek(self.file, 0, os.SEEK_SET)
-            if not locked:
-                who = one_line(os.read(self.file, 1000).decode(errors="replace"))
-                os.close(self.file)
-                raise UserError(f"{what} is in use by {who or 'another process'}; {advice}")
-            if not fcntl or is_at(self.file, path):
-                break
-            os.close(self.file)  # its holder has just removed it: try again
-        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        who = f"process {os.getpid()} on {socket.gethostname()} since {since}"
-        with suppress(OSError):  # on a full disk, the lock names no holder
-            os.ftruncate(self.file, 0)
-            os.write(self.file, who.encode())
-
-    def __enter__(self) -> "Lock":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if not fcntl:  # Windows cannot remove an open file
-            os.close(self.file)
-        # the folder may not be empty, and on Windows another process may have the file open
-        with suppress(OSError):
-            self.path.unlink()
-            for folder in self.created:
-                folder.rmdir()
-        if fcntl:  # locked until now, so as not to remove another process's file
-            os.close(self.file)
-
-
-def try_lock(file: int, what: str) -> bool:
-    """Lock an open file, or return False if another process holds the lock. If the disk has no locks, returns True."""
+    path = folder / ".lock"
+    created = [parent for parent in path.parents if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            os.lseek(file, FAR, os.SEEK_SET)
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError as error:  # some network disks have no locks
-        problem = f"{what} cannot be locked on this disk ({error.strerror})"
-        note(f"{problem}; make sure that no other process writes there")
-    return True
-
-
-def is_at(file: int, path: Path) -> bool:
-    """True if the open file is still the one at `path`: its last holder may have removed it."""
-    return path.exists() and os.path.samestat(os.fstat(file), path.stat())
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{what} is in use by another process; {advice}") from error
+    try:
+        yield
+    finally:
+        # the folder may not be empty, and Windows cannot remove an open file
+        with suppress(OSError):
+            path.unlink()
+            for folder in created:
+                folder.rmdir()
+        lock.release()

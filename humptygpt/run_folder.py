@@ -8,12 +8,10 @@ import math
 import os
 import shlex
 import signal
-import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from torch import Tensor
 from humptygpt import checkpoint, files
 from humptygpt.config import UserError, find, note
 from humptygpt.device import peak_flops
-from humptygpt.files import Lock
 from humptygpt.metrics import read_metrics
 from humptygpt.plots import draw_losses
 from model import flops_per_token
@@ -181,43 +178,29 @@ class Meter:
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Yield a list that collects SIGINT and SIGTERM. A second signal ends the program at once.
-
-    A thread answers the user, because Python calls a signal handler only after a long call to torch has returned.
-    """
+    """Yield a list that collects SIGINT and SIGTERM. A second signal ends the program at once, unsaved."""
     caught = []
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    wakeup = signal.set_wakeup_fd(writer.fileno())
-    catch = lambda number, frame: caught.append(number)  # noqa: E731
+    first_at = 0.0
+
+    def catch(number: int, frame) -> None:
+        nonlocal first_at
+        if not caught:
+            first_at = time.monotonic()
+            name = signal.Signals(number).name
+            line = f"\n{name}: finishing this step, then saving; a second signal ends the run at once, unsaved\n"
+            # stderr may be closed: the process that reads it received the same signal
+            with suppress(OSError):
+                os.write(2, line.encode())
+        elif time.monotonic() - first_at > SAME_REQUEST:
+            os._exit(128 + number)
+        caught.append(number)
+
     handlers = {number: signal.signal(number, catch) for number in STOPPING}
-    threading.Thread(target=answer_signals, args=(reader,), daemon=True).start()
     try:
         yield caught
     finally:
-        signal.set_wakeup_fd(wakeup)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        writer.close()
-
-
-def answer_signals(reader: socket.socket) -> None:
-    """Report the first signal, and exit at the second one. reader: receives the number of each signal as a byte."""
-    first = None
-    with reader:
-        while received := reader.recv(1):
-            number = received[0]
-            if number not in STOPPING:
-                continue
-            if first is None:
-                first = time.monotonic()
-                name = signal.Signals(number).name
-                line = f"\n{name}: finishing this step, then saving; a second signal ends the run at once, unsaved\n"
-                # stderr may be closed: the process that reads it received the same signal
-                with suppress(OSError):
-                    os.write(2, line.encode())
-            elif time.monotonic() - first > SAME_REQUEST:
-                os._exit(128 + number)
 
 
 # --------------------------------------------------------------------------------------
@@ -233,13 +216,17 @@ def refuse_unwritable(out_dir: Path) -> Iterator[None]:
         raise files.cannot_write(out_dir, error, f"; {ANOTHER}") from error
 
 
-def lock_out_dir(out_dir: Path) -> Lock:
+@contextmanager
+def lock_out_dir(out_dir: Path) -> Iterator[None]:
     """Lock the folder, from before its checkpoint is read until the run has ended. Raises UserError."""
-    advice = f"{ANOTHER}, or wait until that run has ended"
-    with refuse_unwritable(out_dir):
-        lock = Lock(out_dir / ".lock", f"out_dir={out_dir}", advice)
-    put_in_place(out_dir)
-    return lock
+    lock = files.locked(
+        out_dir, f"out_dir={out_dir}", f"{ANOTHER}, or wait until that run has ended"
+    )
+    with ExitStack() as held:
+        with refuse_unwritable(out_dir):
+            held.enter_context(lock)
+        put_in_place(out_dir)
+        yield
 
 
 def refuse_earlier_run(out_dir: Path) -> None:
