@@ -403,10 +403,12 @@ def finish(run: Run, folder: RunFolder) -> None:
 
 
 def show_best(run: Run, folder: RunFolder) -> None:
-    """Evaluate best.pt on the whole validation split, print a sample, and score its translations."""
-    # a sharded model may not fit on one GPU
-    device = torch.device("cpu") if run.process.sharded else run.device
-    model = load(folder.path).model.to(device)
+    """Evaluate the best model on the whole validation split, print a sample, and score its translations."""
+    model = run.model
+    if run.process.sharded:
+        model = load(folder.path).model  # stays on the CPU, because it may not fit on one GPU
+    elif run.progress.best_iter < run.progress.iter:
+        model = load(folder.path).model.to(run.device)
     stamp = run.progress.stamp()
     if evaluation.cost_of_whole_split(run):
         row = evaluation.measures(run, model, None)
