@@ -405,10 +405,10 @@ def finish(run: Run, folder: RunFolder) -> None:
 def show_best(run: Run, folder: RunFolder) -> None:
     """Evaluate the best model on the whole validation split, print a sample, and score its translations."""
     model = run.model
-    if run.process.sharded:
-        model = load(folder.path).model  # stays on the CPU, because it may not fit on one GPU
-    elif run.progress.best_iter < run.progress.iter:
-        model = load(folder.path).model.to(run.device)
+    if run.process.sharded or run.progress.best_iter < run.progress.iter:
+        model = load(folder.path).model
+    if not run.process.sharded:  # a sharded model may not fit on one GPU
+        model.to(run.device)
     stamp = run.progress.stamp()
     if evaluation.cost_of_whole_split(run):
         row = evaluation.measures(run, model, None)

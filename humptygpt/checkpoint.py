@@ -275,11 +275,9 @@ def check_content(saved: dict, tokens: int) -> ModelConfig:
     progress = saved["progress"]
     if unknown := progress.keys() - {key.rstrip("?") for key in PROGRESS}:
         raise ValueError(f"it has progress.{min(unknown)}, which this code does not know")
-    for key in ("seconds", "run_seconds", "position"):
-        if not 0 <= progress.get(key, 0) < 1e9:
+    for key in ("seconds", "run_seconds", "position", "best_val_loss"):
+        if not progress.get(key, 0) >= 0:
             raise ValueError(f"progress has {key}={progress[key]}")
-    if not progress["best_val_loss"] >= 0:
-        raise ValueError(f"progress has best_val_loss={progress['best_val_loss']}")
     return config
 
 
