@@ -307,12 +307,6 @@ def build_like(
 def check_weights(weights: dict[str, Tensor], model: nn.Module, device: str) -> None:
     """Raise ValueError unless these weights fit this model."""
     check_tensors("the parameter ", weights, model.state_dict(), device)
-    first_names: dict[nn.Parameter, str] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        first = first_names.setdefault(p, name)
-        same = weights[name] is weights[first]
-        if not same and not torch.equal(weights[name], weights[first]):
-            raise ValueError(f"{name} must equal {first}, to which it is tied")
 
 
 def check_tensors(

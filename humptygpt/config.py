@@ -235,8 +235,6 @@ def convert(name: str, value: object, hint: object) -> object:
     folder.
     """
     kinds = kinds_of(hint)
-    if type(value) is int and abs(value) >= 2**63:
-        raise UserError(f"{name} must be a number that fits in 64 bits")
     if float in kinds and type(value) is int:
         return float(value)
     if type(value) not in kinds:
@@ -293,8 +291,6 @@ def other_argument(path: str, fields: Fields) -> str:
         resume = "--init_from=resume " if "max_iters" in fields else ""
         folder = Path(path).parent if os.path.isfile(path) else path
         return f"; for the run in it, write {resume}{shlex.quote(f'--out_dir={folder}')}"
-    if "start" in fields and " " in path:
-        return f"; for a prompt, write {shlex.quote(f'--start={path}')}"
     if near := nearest_path(path):
         return near
     ours = our_configs()

@@ -2,9 +2,7 @@
 
 import dataclasses
 import math
-import os
 import re
-import shlex
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -275,11 +273,6 @@ def read_command(argv: list[str]) -> tuple[dict[str, object], set[str]]:
             given["dataset"] = data_name(given["input"])
     if given.get("out_dir") is None:
         given["out_dir"] = f"out/{given.get('dataset', TrainConfig.dataset)}"
-    out_dir = Path(given["out_dir"])
-    if os.path.isfile(out_dir):  # probably a checkpoint in the intended folder
-        raise UserError(
-            f"out_dir={out_dir} is a file; write {shlex.quote(f'--out_dir={out_dir.parent}')}"
-        )
     return given, typed
 
 

@@ -137,7 +137,6 @@ EDITS = [
     ("device must not contain control characters", "train_config/device", "c\npu"),
     ("n_layer=1000000 and n_embd=8 do not match", "model_config/n_layer", 10**6),
     ("n_embd=1099511627776 must be at least", "model_config/n_embd", 2**40),
-    ("lm_head.weight must equal wte.weight", "model_config/tie_weights", True),
     ("description of the tokenizer char is damaged", "tokenizer/alphabet", None),
     ("tokenizer has 4 tokens, but the model has 3", "tokenizer/alphabet", "abcd"),
     ("model=gpt does not support task=", "task", "painting"),

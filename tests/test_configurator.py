@@ -225,8 +225,6 @@ def test_a_run_in_place_of_a_config_file_is_answered_with_its_key_and_never_exec
         assert complaint(path, cls=TrainConfig) == f"{start} --init_from=resume {key}"
     config = str(run / "config.json")
     assert configurator.read([config], TrainConfig) == {"eval_only": False}
-    line = complaint("The cat", cls=SampleConfig)
-    assert line.endswith("; for a prompt, write '--start=The cat'")
 
 
 def test_the_name_of_a_config_in_place_of_a_model_is_answered_with_the_command_that_trains_it(
