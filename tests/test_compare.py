@@ -11,7 +11,8 @@ import pytest
 from conftest import GPT2, ROOT
 
 import compare
-from humptygpt import checkpoint, metrics
+from humptygpt import checkpoint
+from humptygpt.metrics import curve
 from model import ModelConfig
 from train import TrainConfig
 
@@ -129,7 +130,7 @@ def test_runs_with_different_tokens_are_compared_by_bits_per_byte(run):
     table, errors = run("out/char", "out/bpe")
     assert " best " in row_of(table, "bpe") and " best " not in row_of(table, "char")
     assert errors == ""
-    read, bits = metrics.curve([compare.read_run(Path("out/bpe"))])
+    read, bits = curve([compare.read_run(Path("out/bpe"))])
     assert read[:2] == pytest.approx([4000, 8000])
     assert bits[:2] == pytest.approx([4 / 4 / math.log(2), 3.9 / 4 / math.log(2)])
 
@@ -383,27 +384,14 @@ def test_a_run_without_an_evaluation_counts_in_no_mean_and_a_group_may_have_none
     assert old["state"] == "2 done, 1 at 0 %"
 
 
-def test_different_validation_text_is_noted_for_the_group_that_has_it(run):
-    runs = [*make_seeds("out/a/x-{}", 2.0), *make_seeds("out/a/y-{}", 2.0, n_head=1)]
-    runs += make_seeds("out/b/x-{}", 2.0, n_head=1)
-    runs += make_seeds("out/b/y-{}", 2.0, text="4567cdef")
-    table, errors = run(*runs, "--group=True")
-    assert errors.startswith("note: out/b were evaluated on different texts")
-    group_a, group_b = table.split("\nout/b\n")
-    # nor are they compared
-    for word in (" best ", "difference"):
-        assert word in group_a and word not in group_b
-
-
 # --------------------------------------------------------------------------------------
 # The table as data, and the picture
 
 
-@pytest.mark.parametrize("group", [True, False])
-def test_json_holds_the_numbers_in_full_and_all_that_differs(run, group):
+def test_json_holds_the_numbers_in_full_and_all_that_differs(run):
     make_run("out/a", 2.123456789)
     make_run("out/b", 1.987654321, 1.9, n_head=1, dataset="has,comma")
-    table, errors = run("out/a", "out/b", "--json=out/t.json", f"--group={group}")
+    table, errors = run("out/a", "out/b", "--json=out/t.json")
     assert errors == "out/t.json written\n"
     rows = json.loads(Path("out/t.json").read_text())
     for row in rows:
