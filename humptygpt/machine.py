@@ -4,7 +4,6 @@ A script calls start() before it imports numpy and torch, because these read the
 once, on import.
 """
 
-import errno
 import math
 import os
 import re
@@ -87,7 +86,7 @@ def gigabytes(size: float) -> str:
     """Format a number of bytes, such as 3.21 GB."""
     if size < 1e9:
         return f"{size / 1e6:,.1f} MB"
-    return f"{size / 1e9:,.{1 if size >= 1e10 else 2}f} GB"
+    return f"{size / 1e9:,.2f} GB"
 
 
 def check_fits(what: str, size: float, free: float, advice: str) -> None:
@@ -167,8 +166,7 @@ def file_cache(group: Path) -> int:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Call main(argv) and exit with its code; a UserError becomes one line on stderr and exit code 2.
 
-    A failed allocation or a full disk ends the same way if nothing else reports it, for example if stdout is a file on
-    the full disk.
+    A failed allocation ends the same way.
     """
     if main.__module__ == "__main__":  # a script was started
         start()
@@ -186,9 +184,6 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except Exception as error:
         if is_out_of_memory(error):
             complain(out_of_memory_line(error))
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.stdout = None
-            complain(f"cannot write {error.filename or 'the output'}: {error.strerror}")
         raise
 
 

@@ -348,30 +348,23 @@ def test_runs_whose_settings_differ_are_not_merged_whatever_their_names(data):
     assert [row["run"] for row in rows] == ["heads-1", "heads-2", "heads-4"]
 
 
-def test_rows_are_compared_with_the_first_of_their_group_and_the_best_of_each_group_is_marked(
+def test_rows_are_compared_with_the_first_of_their_group_and_each_group_has_a_best(
     run, data
 ):
-    bits = {  # lowest loss of each seed, in bits per byte; what the row says of it
-        "out/a/first-{}": ((2.0, 2.1), (None, "")),
-        "out/a/worse-{}": ((2.2, 2.5), (0.3, "")),
-        "out/a/overlaps-{}": ((1.5, 2.05), (-0.275, "best")),
-        "out/b/first-{}": ((4.0, 4.2), (None, "best")),
-        "out/b/once-{}": ((4.32,), (0.22, "")),
+    expected = {  # bits per byte; the difference and the remark in its row
+        "out/a/first": (2.0, None, ""),
+        "out/b/first": (4.0, None, "best"),
+        "out/a/worse": (2.25, pytest.approx(0.25), ""),
+        "out/a/better": (1.5, pytest.approx(-0.5), "best"),
+        "out/b/worse": (4.5, pytest.approx(0.5), ""),
     }
-    runs = []
-    for i, (path, (values, _)) in enumerate(bits.items()):
-        runs += make_seeds(
-            path, *(math.log(2) * value for value in values), max_iters=199 - i
-        )
-    rows = data(*runs, "--group=True")
-    assert [row["remark"] for row in rows] == [said[1] for _, said in bits.values()]
-    expected = [said[0] and pytest.approx(said[0]) for _, said in bits.values()]
-    assert [row["difference"] for row in rows] == expected
-    table, _ = run(*runs[::2], *runs[1::2], "--group=True")  # the groups alternate
+    runs = [make_run(path, math.log(2) * row[0]) for path, row in expected.items()]
+    for row in data(*runs, "--group=True"):
+        assert (row["difference"], row["remark"]) == expected[row["folder"]][1:]
+    table, _ = run(*runs, "--group=True")
     titles = [line for line in table.splitlines() if line in ("out/a", "out/b")]
     assert titles == ["out/a", "out/b"]
-    assert "-0.275  best" in row_of(table, "overlaps")
-    assert row_of(table, "overlaps").endswith("2 done  max_iters=197")
+    assert "-0.500  best" in row_of(table, "better")
 
 
 def test_a_run_without_an_evaluation_counts_in_no_mean_and_a_group_may_have_none(data):

@@ -488,22 +488,6 @@ def test_every_number_of_a_model_of_each_shipped_config_is_pytorchs(node, path):
     assert_parity(node, rounded(model), tokens(24, 11), source=source, size=65)
 
 
-TABLES = {"rotary": ("cos", "cos"), "sinusoidal": ("vectors", "sinusoids")}
-
-
-@pytest.mark.parametrize("position", TABLES)
-def test_late_positions_have_the_angles_of_float32(node, position):
-    table, buffer = TABLES[position]
-    config = {"block_size": 1280, "n_head": 1, "n_layer": 1, "position": position}
-    model = rounded(test_model.tiny(**config), std=0.3)
-    only = [f"stack.position.{table}"]
-    (found,) = node.arrays(
-        "forward", data=data_of(model), idx=tokens(1280), only=only
-    ).values()
-    # exact angles would differ by 3e-5
-    assert np.abs(found - getattr(model.stack.position, buffer).numpy()).max() < 1e-6
-
-
 @pytest.mark.parametrize("name", sorted(variants_of("activation")))
 def test_activations_and_their_slopes_are_pytorchs_wherever_they_bend(node, name):
     x = torch.linspace(-8, 8, 801, dtype=torch.float64, requires_grad=True)

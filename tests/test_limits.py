@@ -171,18 +171,3 @@ def test_other_errors_pass():
             machine.memory_advice("take less"),
         ):
             raise error
-
-
-# --------------------------------------------------------------------------------------
-# Others
-
-
-def test_a_full_disk_under_the_output_is_one_line(fails):
-    if not Path("/dev/full").is_char_device():
-        pytest.skip("needs /dev/full")
-
-    def main(argv: list[str]) -> None:
-        with Path("/dev/full").open("w") as file:
-            print("text", file=file, flush=True)
-
-    assert fails(main) == "cannot write the output: No space left on device\n"

@@ -105,12 +105,6 @@ def test_a_snapshot_has_each_matrix_once_in_the_order_of_the_state_dict(keys):
     assert torch.equal(packed, snapshots.to_8_bits(again))
 
 
-def test_a_parameter_that_is_one_number_is_a_row():
-    model = torch.nn.Linear(2, 1)
-    model.config, model.gain = ModelConfig(), torch.nn.Parameter(torch.tensor(3.0))
-    assert len(snapshots.to_8_bits(model.state_dict())) == (4 + 2) + (4 + 1) + (4 + 1)
-
-
 def test_a_damaged_snapshot_or_one_of_another_model_is_refused(run_train):
     run_train()
     model = load(OUT / "ckpt.pt").model

@@ -11,7 +11,7 @@ from torch import nn
 from humptygpt import checkpoint
 from humptygpt.config import UserError
 from humptygpt.convert.sentencepiece_model import normal_ids
-from humptygpt.loading import Loaded, load
+from humptygpt.loading import Loaded, from_run
 from humptygpt.metrics import read_metrics
 from humptygpt.page.known_settings import check_formulas, check_settings
 from humptygpt.page.snapshots import snapshot_data
@@ -27,11 +27,8 @@ def page_data(config) -> dict:
 
     config: explain.py's ExplainConfig.
     """
-    run = load(checkpoint.find_checkpoint(Path(config.out_dir), config.checkpoint))
-    if run.saved is None:
-        raise UserError(
-            f"out_dir={config.out_dir} is not a run of train.py; a page can only show such a run"
-        )
+    path = checkpoint.find_checkpoint(Path(config.out_dir), config.checkpoint)
+    run = from_run(path, checkpoint.read_plain(path))
     check_settings(run.model.config, run.tokenizer.name)
     check_formulas(run.model.config, "a page")
     saved = run.saved["progress"]
