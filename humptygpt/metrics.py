@@ -53,7 +53,9 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     train = zip(*points(rows, "train_loss"), strict=True)
-    axes.plot(*train, label="training", color="#9db4c8", linewidth=1, marker=".")
+    axes.plot(
+        *train, label="training", color="#9db4c8", linewidth=1, marker=".", markersize=3
+    )
     # a loss before the first step belongs to the model that the run starts from
     step, lowest = min(val, key=lambda point: (point[0] == 0, point[1]))
     label = f"validation, lowest {lowest:.3f} at step {step:,}"
