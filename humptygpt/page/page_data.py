@@ -4,7 +4,6 @@ import base64
 import math
 from pathlib import Path
 
-import numpy as np
 from sentencepiece import SentencePieceProcessor
 from torch import nn
 
@@ -127,8 +126,7 @@ def sentencepiece_data(tokenizer: SentencePieceTokenizer) -> dict:
     model = SentencePieceProcessor(model_proto=tokenizer.proto)
     scores = dict.fromkeys(range(1, model.vocab_size()))  # our ids omit its token 0
     for i in normal_ids(model):
-        # the shortest decimal that rounds to the same float32
-        scores[i] = float(str(np.float32(model.get_score(i))))
+        scores[i] = model.get_score(i)
     merged = all(score is None or score.is_integer() for score in scores.values())
     return {
         "model_type": "bpe" if merged else "unigram",
