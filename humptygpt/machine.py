@@ -120,7 +120,7 @@ def memory_advice(advice: str) -> Iterator[None]:
     """If an allocation in the block fails, raise UserError with this advice."""
     try:
         yield
-    except (MemoryError, RuntimeError, OSError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(f"{out_of_memory_line(error)}; {advice}") from error
